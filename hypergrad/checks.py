@@ -1,0 +1,203 @@
+"""Bad input, refused before anything is traced for good.
+
+Structure is judged abstractly, by shapes and jaxprs; numbers only where they are
+concrete, at the public entry points.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.interpreters import partial_eval
+from jaxtyping import Array, PyTree
+
+from .problem import Bilevel, draw, whole
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def as_inputs(w: PyTree, alpha: PyTree, *, differentiable: bool = True) -> tuple:
+    """``w`` and ``alpha`` as arrays; refuses integers and NaN, naming the leaf."""
+    w = _floating("w", w)
+    alpha = _floating("alpha", alpha) if differentiable else _arrays("alpha", alpha)
+    for name, tree in (("w", w), ("alpha", alpha)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            concrete = not isinstance(leaf, Tracer)
+            concrete = concrete and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if concrete and np.isnan(np.asarray(leaf)).any():
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} contains NaN; give it finite "
+                    "starting values"
+                )
+    return w, alpha
+
+
+def as_key(key: Array | int | None) -> Array:
+    """A typed PRNG key; None means ``jax.random.key(0)``."""
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, int):
+        raise TypeError(f"key must be a PRNG key; write jax.random.key({key})")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(key)
+    return key
+
+
+def _arrays(name: str, tree: PyTree) -> PyTree:
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{name} has no leaves; pass at least one array")
+    strong = lambda leaf: jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+    try:
+        return jax.tree.map(strong, tree)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a pytree of arrays: {error}") from error
+
+
+def traced(settings: PyTree) -> PyTree:
+    """Numbers among the settings as arrays, so that other numbers trace nothing."""
+    number = lambda x: isinstance(x, float | np.ndarray | np.generic)
+    return jax.tree.map(lambda x: jnp.asarray(x) if number(x) else x, settings)
+
+
+def _floating(name: str, tree: PyTree) -> PyTree:
+    tree = _arrays(name, tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {leaf.dtype}, which has no "
+                "derivative; pass floating-point values, or search integers and "
+                "choices with hg.search"
+            )
+    return tree
+
+
+def rehearse(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Runs ``estimator.init`` on shapes, once for each structure of its inputs."""
+    arrays, static = eqx.partition((estimator, problem, w, alpha), eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    static_leaves, static_structure = jax.tree.flatten(static)
+    arguments = (structure, shapes, static_structure, tuple(static_leaves))
+    try:
+        hash(arguments)
+    except TypeError:
+        _rehearse.__wrapped__(*arguments)
+    else:
+        _rehearse(*arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _rehearse(structure, shapes, static_structure, static_leaves) -> None:
+    static = jax.tree.unflatten(static_structure, static_leaves)
+
+    def init(leaves, key):
+        arrays = jax.tree.unflatten(structure, leaves)
+        estimator, problem, w, alpha = eqx.combine(arrays, static)
+        estimator.init(problem, w, alpha, key)
+
+    jax.eval_shape(init, shapes, KEY)
+
+
+def check_problem(
+    problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any, *, needs_loss: bool
+) -> None:
+    """Losses are scalar, the solver keeps ``w``'s structure, ``alpha`` is seen.
+
+    Args:
+      problem, w, alpha: as given to an estimator; only shapes are read.
+      solver: the inner solver.
+      needs_loss: the estimator sees ``alpha`` only through the losses, so a leaf that
+        neither reads is an error.
+    """
+    check_solver(solver)
+    key = jax.random.key(0)
+    inner_data, outer_data = problem.data(key)
+    start = jax.eval_shape(problem.initial, w, alpha)
+    _same_structure("start", start, w)
+    inner_batch = jax.eval_shape(lambda: draw(inner_data, key))
+    outer_batch = jax.eval_shape(lambda: whole(outer_data, key))
+    _scalar("inner_loss", problem.inner_loss, w, alpha, inner_batch)
+    losses = problem.outer_loss
+    for loss in losses if isinstance(losses, tuple) else (losses,):
+        _scalar("outer_loss", loss, w, alpha, outer_batch)
+    solve = lambda w, alpha, data: solver.solve(
+        problem.inner_loss, w, alpha, data, key
+    )[0]
+    found = eqx.filter_eval_shape(solve, start, alpha, inner_data)
+    _same_structure(f"{type(solver).__name__}.solve", found, w)
+    if needs_loss:
+        read_inner = reads_alpha(problem.inner_loss, w, alpha, inner_batch)
+        read_outer = reads_alpha(problem.outer, w, alpha, outer_batch)
+        paths = [path for path, _ in jax.tree.leaves_with_path(alpha)]
+        unseen = [
+            f"alpha{jax.tree_util.keystr(path)}"
+            for path, inner, outer in zip(paths, read_inner, read_outer, strict=True)
+            if not (inner or outer)
+        ]
+        if unseen:
+            raise ValueError(
+                f"neither loss reads {', '.join(unseen)}, so the implicit "
+                "hypergradient cannot see it (it is not zero: it enters only the "
+                "optimizer or the start); use hg.Unrolled, or take it out of alpha"
+            )
+
+
+def check_solver(solver: Any) -> None:
+    """Refuses what is no inner solver."""
+    if isinstance(solver, type):
+        raise TypeError(
+            f"solver is the class {solver.__name__}; write {solver.__name__}(...)"
+        )
+    if not (callable(getattr(solver, "solve", None))):
+        raise TypeError(
+            "solver must be an inner solver such as hg.Descent(optax.sgd(0.1), 100), "
+            f"hg.Newton() or hg.LBFGS(); got {type(solver).__name__}"
+        )
+
+
+def reads_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[bool]:
+    """Which leaves of ``alpha`` the loss reads, by its jaxpr."""
+    closed = jax.make_jaxpr(loss)(w, alpha, batch)
+    outputs = [True] * len(closed.jaxpr.outvars)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, outputs)
+    before = len(jax.tree.leaves(w))
+    return used[before : before + len(jax.tree.leaves(alpha))]
+
+
+def _scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> None:
+    try:
+        out = jax.eval_shape(loss, w, alpha, batch)
+    except Exception as error:
+        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (w, alpha, batch))
+        error.add_note(f"while evaluating {name}(w, alpha, batch) on shapes {shapes}")
+        raise
+    if not (hasattr(out, "shape") and out.shape == ()):
+        got = jax.tree.map(lambda x: tuple(x.shape), out)
+        hint = "; for several outer losses pass a tuple of functions"
+        raise ValueError(
+            f"{name} must return a scalar, got shape {got}: take a mean or sum"
+            f"{hint if name == 'outer_loss' else ''}"
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} returned {out.dtype}, which has no derivative; return a float "
+            "(an accuracy counted with == is flat: use a smooth surrogate)"
+        )
+
+
+def _same_structure(name: str, found: PyTree, w: PyTree) -> None:
+    describe = lambda tree: jax.tree.map(
+        lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}", tree
+    )
+    if jax.tree.structure(found) != jax.tree.structure(w) or describe(
+        found
+    ) != describe(w):
+        raise ValueError(
+            f"{name} returned {describe(found)} where w is {describe(w)}; it must keep "
+            "w's structure, shapes and dtypes"
+        )
