@@ -1,0 +1,151 @@
+"""Low-rank inverses from a random sketch of the Hessian."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from .cg import check_steps, conjugate_gradients
+from .operator import MatVec
+from .symmetric import SymmetricSolver
+
+
+def sketch(
+    matvec: MatVec, like: PyTree, rank: int, key: Array | None
+) -> tuple[Float[Array, "n r"], Float[Array, " r"]]:
+    """Eigenpairs ``(U, s)`` of a rank-``r`` Nyström approximation ``U diag(s) U'``.
+
+    ``H_r = (H O)(O' H O)^+ (H O)'`` for an orthonormal random ``O``: ``r`` products,
+    done as one batch, and ``2 r`` vectors of memory.
+
+    Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), algorithm 2.1.
+    """
+    flat, unravel = ravel_pytree(like)
+    rank = min(rank, flat.size)
+    key = jax.random.key(0) if key is None else key
+    omega, _ = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), flat.dtype))
+    column = lambda v: ravel_pytree(matvec(unravel(v)))[0]
+    y = jax.vmap(column, in_axes=1, out_axes=1)(omega)
+    shift = jnp.sqrt(flat.size) * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(y)
+    y = y + shift * omega
+    core = omega.T @ y
+    chol = jnp.linalg.cholesky((core + core.T) / 2)
+    b = jax.scipy.linalg.solve_triangular(chol, y.T, lower=True).T
+    u, s, _ = jnp.linalg.svd(b, full_matrices=False)
+    return u, jnp.maximum(s**2 - shift, 0.0)
+
+
+class Nystrom(SymmetricSolver):
+    """``v = (H_r + damping I)^-1 b``, a rank-``r`` sketch inverted in closed form.
+
+    Args:
+      rank: ``r``; rank = dim is exact up to the damping.
+      damping: ``rho > 0``, added to the spectrum.
+      key: of the random sketch; None means ``jax.random.key(0)``.
+
+    Cost: ``rank`` Hessian-vector products in one batch. Memory: ``2 rank`` vectors.
+
+    Bias: what the sketch misses and what the damping adds; no rate is promised. Needs
+    ``H`` positive semidefinite: otherwise the sketch has no Cholesky factor, the result
+    is NaN, and the estimate untrusted.
+
+    Source: Hataya & Yamada 2023, equation 6, with the sketch of Frangella et al. 2023.
+
+    >>> import hypergrad as hg
+    >>> hg.Nystrom(rank=5).damping
+    0.01
+    """
+
+    rank: int = eqx.field(static=True)
+    damping: float | Array = 1e-2
+    key: Array | None = None
+
+    citations = ("hataya2023", "frangella2023")
+    exact = False
+
+    def __check_init__(self):
+        check_steps("rank", self.rank)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """NaN: the error depends on what the sketch happens to miss."""
+        return float("nan")
+
+    def compute(
+        self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        """``(v, result, stats)``; ``ritz_max`` is the sketch's largest eigenvalue."""
+        del options
+        b, unravel = ravel_pytree(vector)
+        u, s = sketch(state.mv, vector, self.rank, self.key)
+        c = u.T @ b
+        v = u @ (c / (s + self.damping))
+        if s.size < b.size:
+            v = v + (b - u @ c) / self.damping
+        stats = {"num_products": s.size, "ritz_max": s[0]}
+        return unravel(v), lx.RESULTS.successful, stats
+
+
+class NystromCG(SymmetricSolver):
+    """``v = H^-1 b`` by conjugate gradients preconditioned with a Nyström sketch.
+
+    ``P^-1 = (s_r + damping) U (S + damping)^-1 U' + (I - U U')``: the sketched top of
+    the spectrum is flattened to its smallest eigenvalue, so that the number of steps
+    depends on what is left.
+
+    Args:
+      rank: of the sketch.
+      rtol, max_steps: as in `CG`.
+      damping: added to the sketched spectrum in the preconditioner; the solution does
+        not depend on it.
+      key: of the random sketch; None means ``jax.random.key(0)``.
+
+    Cost: ``rank`` products in one batch, then one a step. Memory: ``2 rank + 5``
+    vectors. Bias: none at convergence.
+
+    Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), equation 1.3.
+
+    >>> import hypergrad as hg
+    >>> hg.NystromCG(rank=10).exact
+    True
+    """
+
+    rank: int = eqx.field(static=True)
+    rtol: float | Array | None = None
+    max_steps: int | None = eqx.field(static=True, default=None)
+    damping: float | Array = 0.0
+    key: Array | None = None
+
+    citations = ("frangella2023", "hestenes1952")
+    exact = True
+
+    def __check_init__(self):
+        check_steps("rank", self.rank)
+        check_steps("max_steps", self.max_steps)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """Exact up to its tolerance, on any spectrum."""
+        return 0.0
+
+    def compute(
+        self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        """``(v, result, stats)``; Ritz values other than ``ritz_max`` are NaN."""
+        u, s = sketch(state.mv, vector, self.rank, self.key)
+        floor = s[-1] + self.damping
+        scale = jnp.where(floor > 0, floor / (s + self.damping), 1.0)
+
+        def preconditioner(r):
+            flat, unravel = ravel_pytree(r)
+            c = u.T @ flat
+            return unravel(flat + u @ ((scale - 1.0) * c))
+
+        v, result, stats = conjugate_gradients(
+            state.mv, vector, self.rtol, self.max_steps, options, preconditioner
+        )
+        stats["num_products"] = stats["num_products"] + s.size
+        stats["ritz_min"], stats["ritz_max"] = jnp.nan, s[0]
+        return v, result, stats

@@ -1,0 +1,88 @@
+"""One call for every linear solver: ``v = H^-1 b`` by products ``H v``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, PyTree
+
+MatVec = Callable[[PyTree], PyTree]
+Stats = dict[str, Array]
+
+_HESSIAN = frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag})
+
+
+def hessian_operator(matvec: MatVec, like: PyTree) -> lx.AbstractLinearOperator:
+    """``matvec`` as a lineax operator on vectors shaped ``like``.
+
+    Tagged positive semidefinite, as Hessians at a minimum are; where one is not, the
+    residual and `CG`'s curvature flag tell.
+    """
+    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+    return lx.FunctionLinearOperator(matvec, structure, _HESSIAN)
+
+
+def solve(
+    solver: lx.AbstractLinearSolver, matvec: MatVec, b: PyTree, start: PyTree
+) -> tuple[PyTree, Stats]:
+    """``v`` with ``H v = b``, from ``start`` where the solver is iterative.
+
+    Args:
+      solver: any lineax solver, ours included.
+      matvec: ``v -> H v``, symmetric.
+      b, start: right-hand side and starting point, same structure.
+
+    Returns:
+      ``v`` and stats, NaN where the solver has none: ``num_products``, ``ritz_min``,
+      ``ritz_max``, ``negative_curvature``. The residual is left to the caller, who has
+      a use for that last product.
+    """
+    operator = hessian_operator(matvec, b)
+    options = {"y0": start, "true_residual": False}
+    state = solver.init(operator, options)
+    v, _, stats = solver.compute(state, b, options)
+    number = lambda x: jnp.asarray(x, dtype=float)
+    return v, {
+        "num_products": number(_num_products(solver, b, stats)),
+        "ritz_min": number(stats.get("ritz_min", jnp.nan)),
+        "ritz_max": number(stats.get("ritz_max", jnp.nan)),
+        "negative_curvature": jnp.asarray(stats.get("negative_curvature", False)),
+    }
+
+
+def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> Any:
+    """Ours count their products; lineax's tell their steps, dense ones nothing."""
+    dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    if "num_products" in stats:
+        return stats["num_products"]
+    if "num_steps" not in stats:
+        return dimension
+    restart = getattr(solver, "restart", None)  # a GMRES step is a whole cycle
+    two = isinstance(solver, lx.BiCGStab)
+    a_step = 1 + min(restart, dimension) if restart else 2 if two else 1
+    return a_step * stats["num_steps"]
+
+
+def relative_residual(b: PyTree, Hv: PyTree) -> Array:
+    """``||b - H v|| / ||b||``; 0 for ``b = 0 = H v``."""
+    residual = optax.tree.norm(optax.tree.sub(b, Hv))
+    norm = optax.tree.norm(b)
+    return jnp.where(residual == 0, 0.0, residual / jnp.where(norm == 0, 1.0, norm))
+
+
+def check(solver: Any, name: str = "linear_solver") -> None:
+    """Refuses what is no linear solver, before anything is traced."""
+    if isinstance(solver, lx.AbstractLinearSolver):
+        return
+    if isinstance(solver, type) and issubclass(solver, lx.AbstractLinearSolver):
+        hint = f"got the class {solver.__name__}; write {solver.__name__}(...)"
+    else:
+        hint = f"got {type(solver).__name__}"
+    raise TypeError(
+        f"{name} must be a linear solver: hg.CG(), hg.Neumann(num_terms), "
+        "hg.Nystrom(rank), hg.NystromCG(rank), hg.Identity() or one of lineax's, such "
+        f"as lineax.GMRES(rtol, atol) or lineax.LU(); {hint}"
+    )
