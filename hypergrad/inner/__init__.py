@@ -1,0 +1,18 @@
+"""How ``w*(alpha)`` is found."""
+
+from .adapters import from_jaxopt, from_optimistix
+from .descent import Descent
+from .protocol import InnerSolver, IterativeSolver, inner_stats
+from .second_order import LBFGS, ClosedForm, Newton
+
+__all__ = [
+    "LBFGS",
+    "ClosedForm",
+    "Descent",
+    "InnerSolver",
+    "IterativeSolver",
+    "Newton",
+    "from_jaxopt",
+    "from_optimistix",
+    "inner_stats",
+]

@@ -1,0 +1,257 @@
+"""Tolerance-driven inner solvers: Newton-CG, L-BFGS, and a closed form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from ..linear.cg import check_steps, conjugate_gradients, dot
+from ..problem import Data, whole
+from ..products import Loss, hvp
+from .protocol import InnerStats, inner_stats
+
+ARMIJO = 1e-4
+HALVINGS = 30
+FORCING = 0.5
+
+
+def _goal(tolerance: float | Array | None, gradient: PyTree) -> Array:
+    """The gradient norm at which to stop, relative to the first."""
+    norm = optax.tree.norm(gradient)
+    if tolerance is None:
+        tolerance = float(jnp.finfo(norm.dtype).eps) ** 0.75
+    return jnp.asarray(tolerance, norm.dtype) * jnp.maximum(norm, 1.0)
+
+
+class Newton(eqx.Module):
+    """Newton-CG with a line search: ``H d = -dL/dw``, ``w <- w + t d``.
+
+    Args:
+      max_steps: Newton steps at the most.
+      tolerance: stop at ``||dL/dw|| <= tolerance max(1, ||dL/dw at the start||)``;
+        None means ``eps^(3/4)`` of the dtype.
+
+    Each direction is solved by conjugate gradients to a relative residual of
+    ``min(1/2, sqrt(||g|| / ||g_0||))``, on the same products as the adjoint; where
+    the curvature is not positive, the iterate so far (or ``-g``) is the direction. The
+    line search halves until the loss falls enough, allowing for rounding.
+
+    Cost: a few Hessian-vector products, one gradient and at least one value a step; the
+    fastest road to an accurate hypergradient on smooth problems. Memory: six vectors
+    like ``w``. Bias: none at its tolerance. Uses all of the data, never a mini-batch.
+
+    Source: Dembo, Eisenstat & Steihaug 1982; Nocedal & Wright, algorithm 7.1.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+    >>> w, stats = hg.Newton().solve(
+    ...     loss, jnp.zeros(2), jnp.ones(2), None, jax.random.key(0)
+    ... )
+    >>> bool(jnp.allclose(w, 1.0, atol=1e-4))
+    True
+    """
+
+    max_steps: int = eqx.field(static=True, default=100)
+    tolerance: float | Array | None = None
+
+    citations = ("dembo1982",)
+    differentiable = False
+
+    def __check_init__(self):
+        check_steps("max_steps", self.max_steps)
+
+    def solve(
+        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
+    ) -> tuple[PyTree, InnerStats]:
+        """``(w*, stats)``; same structure as ``w``."""
+        batch = whole(data, key)
+        loss = lambda w: inner_loss(w, alpha, batch)
+        value, gradient = jax.value_and_grad(loss)(w)
+        goal = _goal(self.tolerance, gradient)
+        first = optax.tree.norm(gradient)
+        slack = 10 * jnp.finfo(value.dtype).eps
+        rounding = jnp.finfo(first.dtype).eps ** 0.5
+
+        def unfinished(carry):
+            _, _, gradient, k, moving, *_ = carry
+            return (k < self.max_steps) & moving & (optax.tree.norm(gradient) > goal)
+
+        def step(carry):
+            w, value, gradient, k, _, products, values = carry
+            norm = optax.tree.norm(gradient)
+            forcing = jnp.minimum(FORCING, jnp.sqrt(norm / first))
+            matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
+            minus = optax.tree.scale(-1, gradient)
+            d, _, solved = conjugate_gradients(
+                matvec, minus, forcing, None, {"true_residual": False}, lambda r: r
+            )
+            blocked = dot(d, gradient) >= 0
+            d = optax.tree.where(blocked, minus, d)
+            slope = dot(d, gradient)
+
+            def too_long(search):
+                length, trial, tries = search
+                enough = value + ARMIJO * length * slope + slack * jnp.abs(value)
+                return ~(trial <= enough) & (tries < HALVINGS)
+
+            def halve(search):
+                length, _, tries = search
+                trial = loss(optax.tree.add_scale(w, length / 2, d))
+                return length / 2, trial, tries + 1
+
+            one = jnp.ones((), value.dtype)
+            search = (one, loss(optax.tree.add(w, d)), jnp.asarray(1))
+            length, trial, tries = jax.lax.while_loop(too_long, halve, search)
+            moving = ~too_long((length, trial, 0))
+            w = optax.tree.where(moving, optax.tree.add_scale(w, length, d), w)
+            value, after = jax.value_and_grad(loss)(w)
+            # At the floor of rounding a step no longer shrinks the gradient.
+            near = norm <= rounding * jnp.maximum(first, 1.0)
+            floor = near & (optax.tree.norm(after) >= norm)
+            products, values = products + solved["num_products"], values + tries
+            return w, value, after, k + 1, moving & ~floor, products, values
+
+        zero = jnp.asarray(0)
+        carry = (w, value, gradient, zero, jnp.asarray(True), zero, zero)
+        w, _, _, k, _, products, values = jax.lax.while_loop(unfinished, step, carry)
+        return w, inner_stats(k, k + 1, products, values)
+
+
+class LBFGS(eqx.Module):
+    """Optax's L-BFGS with its zoom line search, run until the gradient is small.
+
+    Args:
+      max_steps: steps at the most.
+      tolerance: stop at ``||dL/dw|| <= tolerance max(1, ||dL/dw at the start||)``;
+        None means ``eps^(3/4)`` of the dtype.
+      memory_size: pairs kept.
+
+    Not differentiable step by step (unrolled L-BFGS gives NaN): use `Implicit`.
+
+    Cost: about one gradient a step, each evaluation of the line search counted.
+    Memory: ``2 memory_size`` vectors like ``w``. Bias: none at its tolerance. Uses all
+    of the data, never a mini-batch.
+
+    Source: Liu & Nocedal 1989.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+    >>> w, _ = hg.LBFGS().solve(
+    ...     loss, jnp.zeros(2), jnp.ones(2), None, jax.random.key(0)
+    ... )
+    >>> bool(jnp.allclose(w, 1.0, atol=1e-3))
+    True
+    """
+
+    max_steps: int = eqx.field(static=True, default=1000)
+    tolerance: float | Array | None = None
+    memory_size: int = eqx.field(static=True, default=10)
+
+    citations = ("liu1989", "deepmind2020jax")
+    differentiable = False
+
+    def __check_init__(self):
+        check_steps("max_steps", self.max_steps)
+        check_steps("memory_size", self.memory_size)
+
+    def solve(
+        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
+    ) -> tuple[PyTree, InnerStats]:
+        """``(w*, stats)``; same structure as ``w``."""
+        batch = whole(data, key)
+        loss = lambda w: inner_loss(w, alpha, batch)
+        optimizer = optax.lbfgs(memory_size=self.memory_size)
+        value, gradient = jax.value_and_grad(loss)(w)
+        goal = _goal(self.tolerance, gradient)
+        slack = 10 * jnp.finfo(value.dtype).eps
+
+        def unfinished(carry):
+            _, _, _, gradient, k, moving, _ = carry
+            return (k < self.max_steps) & moving & (optax.tree.norm(gradient) > goal)
+
+        def step(carry):
+            w, state, value, gradient, k, _, evaluations = carry
+            next_state: Any
+            updates, next_state = optimizer.update(
+                gradient, state, w, value=value, grad=gradient, value_fn=loss
+            )
+            next_w = optax.apply_updates(w, updates)
+            next_value, next_gradient = jax.value_and_grad(loss)(next_w)
+            search = next_state[-1].info  # of the zoom line search
+            evaluations = evaluations + search.num_linesearch_steps + 1
+            # A search that cannot descend beyond rounding ends the run where it stood.
+            noise = slack * jnp.abs(value)
+            norm, next_norm = optax.tree.norm(gradient), optax.tree.norm(next_gradient)
+            falls = (next_value < value - noise) | (next_norm < norm)
+            moving = (next_value <= value + noise) & falls
+            keep = lambda new, old: optax.tree.where(moving, new, old)
+            return (
+                keep(next_w, w),
+                next_state,
+                keep(next_value, value),
+                keep(next_gradient, gradient),
+                k + 1,
+                moving,
+                evaluations,
+            )
+
+        zero = jnp.asarray(0)
+        true = jnp.asarray(True)
+        carry = (w, optimizer.init(w), value, gradient, zero, true, zero)
+        w, _, _, _, k, _, evaluations = jax.lax.while_loop(unfinished, step, carry)
+        return w, inner_stats(k, num_grads=evaluations + 1)
+
+
+class ClosedForm(eqx.Module):
+    """``w* = fn(alpha, batch)``, where the inner problem has a formula.
+
+    Args:
+      fn: ``(alpha, batch) -> w*``, differentiable.
+
+    Cost: counted as one gradient. Memory and bias: the formula's.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> solver = hg.ClosedForm(lambda alpha, batch: 2 * alpha)
+    >>> w, _ = solver.solve(None, jnp.zeros(2), jnp.ones(2), None, jax.random.key(0))
+    >>> w.tolist()
+    [2.0, 2.0]
+    """
+
+    fn: Callable[[PyTree, PyTree], PyTree] = eqx.field(static=True)
+
+    differentiable = True
+    num_steps = 1
+
+    def __check_init__(self):
+        if not callable(self.fn):
+            raise TypeError(f"fn must be a function; got {self.fn!r}")
+
+    def init(
+        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
+    ) -> tuple[PyTree, PyTree]:
+        """``(w, ())``: a formula remembers nothing."""
+        del inner_loss, alpha, data, key
+        return w, ()
+
+    def step(
+        self,
+        inner_loss: Loss,
+        carry: tuple[PyTree, PyTree],
+        alpha: PyTree,
+        data: Data,
+        key: Array,
+    ) -> tuple[PyTree, PyTree]:
+        """``(fn(alpha, batch), ())``, on all of the data."""
+        del inner_loss, carry
+        return self.fn(alpha, whole(data, key)), ()
+
+    def solve(
+        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
+    ) -> tuple[PyTree, InnerStats]:
+        """``(fn(alpha, batch), stats)``; ``w`` is not read."""
+        w, _ = self.step(inner_loss, (w, ()), alpha, data, key)
+        return w, inner_stats(1, num_grads=1)
