@@ -1,0 +1,49 @@
+"""The ledger: one unit of cost for every method.
+
+A *gradient-equivalent* is one gradient of the inner loss over all inner data. A
+Hessian-vector product with its cross term counts 2 (1.83 by operation count on a
+four-layer MLP), an outer gradient ``n_outer / n_inner``, a value a third of its
+gradient; mini-batches count in proportion.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .problem import Data, size
+
+HVP = 2.0
+VALUE = 1.0 / 3.0
+
+
+def outer_weight(inner_data: Data, outer_data: Data) -> float:
+    """Cost of an outer gradient: ``n_outer / n_inner``, 1 where either is unknown."""
+    n_inner, n_outer = size(inner_data), size(outer_data)
+    return 1.0 if n_inner is None or n_outer is None else n_outer / n_inner
+
+
+def ledger(
+    inner_data: Data,
+    outer_data: Data,
+    *,
+    num_grads: Any = 0.0,
+    num_hvps: Any = 0.0,
+    num_values: Any = 0.0,
+    num_outer_grads: Any = 0.0,
+    num_outer_values: Any = 0.0,
+) -> dict[str, Array]:
+    """Counts of full-data calls and their sum in gradient-equivalents, as scalars."""
+    weight = outer_weight(inner_data, outer_data)
+    counts = {
+        "num_grads": num_grads,
+        "num_hvps": num_hvps,
+        "num_values": num_values,
+        "num_outer_grads": num_outer_grads,
+        "num_outer_values": num_outer_values,
+    }
+    counts = {name: jnp.asarray(n, dtype=float) for name, n in counts.items()}
+    outer_calls = counts["num_outer_grads"] + VALUE * counts["num_outer_values"]
+    total = counts["num_grads"] + HVP * counts["num_hvps"]
+    total = total + VALUE * counts["num_values"] + weight * outer_calls
+    return counts | {"gradient_equivalents": total}

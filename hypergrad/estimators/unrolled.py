@@ -1,0 +1,142 @@
+"""Reverse mode through the inner loop."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from ..checks import check_problem, check_solver
+from ..cost import ledger
+from ..inner.descent import iterate
+from ..inner.protocol import IterativeSolver
+from ..linear.cg import check_steps
+from ..problem import Bilevel, fraction, held, size, whole
+from .protocol import Estimate, all_finite, make_stats
+
+
+class UnrolledState(eqx.Module):
+    """Where the next inner run begins; same structure as ``w``."""
+
+    w: PyTree
+
+
+class Unrolled(eqx.Module):
+    """The derivative of ``M(w_T(alpha), alpha)`` through the steps that made ``w_T``.
+
+    Args:
+      solver: an inner solver whose iterations may be differentiated: `Descent`,
+        `ClosedForm`, a constant-step one from jaxopt, or your own.
+      last: let the derivative see only the last so many steps; None means all.
+      checkpoint: store ``2 sqrt(T)`` carries and run the steps once more in the reverse
+        pass, instead of storing every step's intermediates.
+      warm_start: begin each run where the last ended; the start is not differentiated,
+        save where the problem's ``start`` makes it from ``alpha``.
+      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
+        means all.
+
+    Cost: T inner gradients forward, one Hessian-vector product with its cross term for
+    each differentiated step back, and with checkpoints one more gradient each. Memory:
+    ``2 sqrt(T)`` carries and one segment's intermediates; T steps' without checkpoints.
+
+    Target: solver. Bias: none for the finite procedure, which is not the stationary
+    point where the steps stop early; ``last=K`` drops what older steps contribute, a
+    relative ``q^K`` under a contraction ``q``, and is not trusted. Everything the
+    optimizer, the losses and the start read of ``alpha`` is seen.
+
+    Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
+    Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+    >>> estimator = hg.Unrolled(hg.Descent(optax.sgd(0.5), 100))
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.0)
+    >>> round(float(estimate.hypergradient), 3)
+    9.0
+    """
+
+    solver: IterativeSolver
+    last: int | None = eqx.field(static=True, default=None)
+    checkpoint: bool = eqx.field(static=True, default=True)
+    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    target = "solver"
+    citations = ("franceschi2017", "shaban2019", "griewank2000")
+
+    def __check_init__(self):
+        check_solver(self.solver)
+        check_steps("last", self.last)
+        check_steps("outer_batch_size", self.outer_batch_size)
+        if not self.solver.differentiable:
+            raise ValueError(
+                f"the iterations of {self.solver} cannot be differentiated (line "
+                "searches and L-BFGS give NaN or wrong derivatives when unrolled); use "
+                "hg.Implicit with this solver, or hg.Unrolled with hg.Descent"
+            )
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """0 for all steps; NaN for ``last``, whose step size only the solver knows."""
+        return 0.0 if self.last is None else float("nan")
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> UnrolledState:
+        """Starts from ``w``."""
+        del key
+        check_problem(problem, w, alpha, self.solver, needs_loss=False)
+        return UnrolledState(w)
+
+    def estimate(
+        self, problem: Bilevel, state: UnrolledState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, UnrolledState]:
+        """One inner run forward and one back."""
+        data_key, solver_key, residual_key, outer_key = jax.random.split(key, 4)
+        inner_data, outer_data = problem.data(data_key)
+        outer_batch = held(outer_data, self.outer_batch_size, outer_key)
+
+        def response(alpha):
+            w, _ = iterate(
+                self.solver,
+                problem.inner_loss,
+                problem.initial(state.w, alpha),
+                alpha,
+                inner_data,
+                solver_key,
+                last=self.last,
+                checkpoint=self.checkpoint,
+            )
+            return problem.outer(w, alpha, outer_batch), w
+
+        value, pullback, w = jax.vjp(response, alpha, has_aux=True)
+        if problem.num_objectives is None:
+            (hypergradient,) = pullback(jnp.ones_like(value))
+        else:
+            basis = jnp.eye(value.size, dtype=value.dtype)
+            (hypergradient,) = jax.vmap(pullback)(basis)
+
+        batch = whole(inner_data, residual_key)
+        residual = optax.tree.norm(jax.grad(problem.inner_loss)(w, alpha, batch))
+        forward = self.solver.num_steps
+        backward = forward if self.last is None else min(self.last, forward)
+        again = forward if self.checkpoint else 0
+        costs = ledger(
+            inner_data,
+            outer_data,
+            num_grads=(forward + again) * fraction(inner_data) + 1,
+            num_hvps=backward * fraction(inner_data) * value.size,
+            num_outer_grads=value.size
+            * fraction(outer_data, self.outer_batch_size or size(outer_data)),
+        )
+        full = self.last is None or self.last >= forward
+        stats = make_stats(
+            all_finite(value, hypergradient, w) & full,
+            inner_residual=residual,
+            inner_steps=forward,
+            error_estimate=0.0 if full else jnp.nan,
+            **costs,
+        )
+        keep = self.warm_start and problem.start is None
+        next_state = UnrolledState(w) if keep else state
+        return Estimate(value, hypergradient, w, stats), next_state
