@@ -1,0 +1,265 @@
+"""BibTeX of exactly what was combined.
+
+A class, or a function, says what it rests on by an attribute ``citations``: a tuple of
+keys of ``BIBTEX`` (in a dataclass without annotation, so that it is no field).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+#: What to cite where an object of another library is passed, by its top package.
+_PACKAGES = {
+    "optax": "deepmind2020jax",
+    "lineax": "lineax2023",
+    "optimistix": "optimistix2024",
+    "jaxopt": "blondel2022",
+}
+
+
+def citation(*objects: Any) -> str:
+    """The BibTeX of ``hypergrad`` and of whatever the objects are made of.
+
+    Args:
+      *objects: estimators, solvers, optimizers...: instances, with all that their
+        fields and containers hold, classes or functions.
+
+    Returns:
+      Entries separated by blank lines: hypergrad's own, then the others in the order in
+      which they are first met, each once.
+
+    Raises:
+      KeyError: a class carries a key that ``BIBTEX`` lacks.
+      TypeError: ``citations`` is not a tuple of keys.
+
+    >>> print(citation())
+    @software{hypergrad,
+      author = {{The hypergrad authors}},
+      title = {hypergrad: hypergradients in {JAX}},
+      note = {Python package hypergrad-jax},
+    }
+    """
+    found = dict.fromkeys(["hypergrad", *_keys(objects, set())])
+    return "\n\n".join(BIBTEX[key] for key in found)
+
+
+def _keys(thing: Any, seen: set[int]) -> Iterator[str]:
+    """Keys in depth-first order; an object's own before those of its fields."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    owner = thing if isinstance(thing, type) else type(thing)
+    own = getattr(thing, "citations", ())
+    if not isinstance(own, tuple):
+        raise TypeError(
+            f"{owner.__qualname__}.citations must be a tuple of keys, got {own!r}"
+        )
+    for key in own:
+        if key not in BIBTEX:
+            raise KeyError(
+                f"{key!r}, carried by {owner.__qualname__}, is not in "
+                "hypergrad.citation.BIBTEX; add its entry there"
+            )
+        yield key
+    package = str(getattr(thing, "__module__", "")).partition(".")[0]
+    if package in _PACKAGES:
+        yield _PACKAGES[package]
+    for part in _parts(thing):
+        yield from _keys(part, seen)
+
+
+def _parts(thing: Any) -> list:
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if isinstance(thing, tuple | list):
+        return list(thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        names = [field.name for field in dataclasses.fields(thing)]
+        return [getattr(thing, name) for name in names if hasattr(thing, name)]
+    return []
+
+
+def _entry(kind: str, key: str, **fields: str) -> tuple[str, str]:
+    lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
+    return key, "\n".join([f"@{kind}{{{key},", *lines, "}"])
+
+
+def _article(
+    key: str, author: str, title: str, journal: str, **rest: str
+) -> tuple[str, str]:
+    return _entry("article", key, author=author, title=title, journal=journal, **rest)
+
+
+def _paper(
+    key: str, author: str, title: str, booktitle: str, arxiv: str
+) -> tuple[str, str]:
+    fields = {"author": author, "title": title, "booktitle": booktitle}
+    preprint = {"eprint": arxiv, "archiveprefix": "arXiv"}
+    return _entry("inproceedings", key, **fields, year=key[-4:], **preprint)
+
+
+_ICML = "International Conference on Machine Learning"
+_AISTATS = "International Conference on Artificial Intelligence and Statistics"
+_NEURIPS = "Advances in Neural Information Processing Systems"
+
+BIBTEX: dict[str, str] = dict(
+    [
+        _entry(
+            "software",
+            "hypergrad",
+            author="{The hypergrad authors}",
+            title="hypergrad: hypergradients in {JAX}",
+            note="Python package hypergrad-jax",
+        ),
+        _paper(
+            "pedregosa2016",
+            "Pedregosa, Fabian",
+            "Hyperparameter optimization with approximate gradient",
+            _ICML,
+            "1602.02355",
+        ),
+        _paper(
+            "lorraine2020",
+            "Lorraine, Jonathan and Vicol, Paul and Duvenaud, David",
+            "Optimizing Millions of Hyperparameters by Implicit Differentiation",
+            _AISTATS,
+            "1911.02590",
+        ),
+        _paper(
+            "rajeswaran2019",
+            "Rajeswaran, Aravind and Finn, Chelsea and Kakade, Sham M. and Levine, "
+            "Sergey",
+            "Meta-Learning with Implicit Gradients",
+            _NEURIPS,
+            "1909.04630",
+        ),
+        _paper(
+            "hataya2023",
+            "Hataya, Ryuichiro and Yamada, Makoto",
+            r"{Nystr{\"o}m} Method for Accurate and Scalable Implicit Differentiation",
+            _AISTATS,
+            "2302.09726",
+        ),
+        _article(
+            "frangella2023",
+            "Frangella, Zachary and Tropp, Joel A. and Udell, Madeleine",
+            r"Randomized {Nystr{\"o}m} Preconditioning",
+            "SIAM Journal on Matrix Analysis and Applications",
+            volume="44",
+            number="2",
+            year="2023",
+            eprint="2110.02820",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "luketina2016",
+            "Luketina, Jelena and Berglund, Mathias and Greff, Klaus and Raiko, Tapani",
+            "Scalable Gradient-Based Tuning of Continuous Regularization "
+            "Hyperparameters",
+            _ICML,
+            "1511.06727",
+        ),
+        _paper(
+            "franceschi2017",
+            "Franceschi, Luca and Donini, Michele and Frasconi, Paolo and Pontil, "
+            "Massimiliano",
+            "Forward and Reverse Gradient-Based Hyperparameter Optimization",
+            _ICML,
+            "1703.01785",
+        ),
+        _paper(
+            "shaban2019",
+            "Shaban, Amirreza and Cheng, Ching-An and Hatch, Nathan and Boots, Byron",
+            "Truncated Back-propagation for Bilevel Optimization",
+            _AISTATS,
+            "1810.10667",
+        ),
+        _paper(
+            "grazzi2020",
+            "Grazzi, Riccardo and Franceschi, Luca and Pontil, Massimiliano and Salzo, "
+            "Saverio",
+            "On the Iteration Complexity of Hypergradient Computation",
+            _ICML,
+            "2006.16218",
+        ),
+        _paper(
+            "maclaurin2015",
+            "Maclaurin, Dougal and Duvenaud, David and Adams, Ryan P.",
+            "Gradient-based Hyperparameter Optimization through Reversible Learning",
+            _ICML,
+            "1502.03492",
+        ),
+        _article(
+            "liu1989",
+            "Liu, Dong C. and Nocedal, Jorge",
+            "On the limited memory {BFGS} method for large scale optimization",
+            "Mathematical Programming",
+            volume="45",
+            year="1989",
+        ),
+        _article(
+            "hestenes1952",
+            "Hestenes, Magnus R. and Stiefel, Eduard",
+            "Methods of Conjugate Gradients for Solving Linear Systems",
+            "Journal of Research of the National Bureau of Standards",
+            volume="49",
+            number="6",
+            year="1952",
+        ),
+        _paper(
+            "blondel2022",
+            "Blondel, Mathieu and Berthet, Quentin and Cuturi, Marco and Frostig, Roy "
+            r"and Hoyer, Stephan and Llinares-L{\'o}pez, Felipe and Pedregosa, Fabian "
+            "and Vert, Jean-Philippe",
+            "Efficient and Modular Implicit Differentiation",
+            _NEURIPS,
+            "2105.15183",
+        ),
+        _article(
+            "dembo1982",
+            "Dembo, Ron S. and Eisenstat, Stanley C. and Steihaug, Trond",
+            "Inexact {Newton} Methods",
+            "SIAM Journal on Numerical Analysis",
+            volume="19",
+            number="2",
+            year="1982",
+        ),
+        _article(
+            "griewank2000",
+            "Griewank, Andreas and Walther, Andrea",
+            "Algorithm 799: revolve: an implementation of checkpointing for the "
+            "reverse or adjoint mode of computational differentiation",
+            "ACM Transactions on Mathematical Software",
+            volume="26",
+            number="1",
+            year="2000",
+        ),
+        _entry(
+            "software",
+            "deepmind2020jax",
+            author="{DeepMind} and Babuschkin, Igor and others",
+            title="The {DeepMind} {JAX} {Ecosystem}",
+            url="http://github.com/google-deepmind",
+            year="2020",
+        ),
+        _article(
+            "lineax2023",
+            "Rader, Jason and Lyons, Terry and Kidger, Patrick",
+            "Lineax: unified linear solves and linear least-squares in {JAX} and "
+            "{Equinox}",
+            "arXiv preprint arXiv:2311.17283",
+            year="2023",
+            eprint="2311.17283",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "optimistix2024",
+            "Rader, Jason and Lyons, Terry and Kidger, Patrick",
+            "Optimistix: modular optimisation in {JAX} and {Equinox}",
+            "arXiv preprint arXiv:2402.09983",
+            year="2024",
+            eprint="2402.09983",
+            archiveprefix="arXiv",
+        ),
+    ]
+)

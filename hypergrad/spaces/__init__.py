@@ -1,0 +1,24 @@
+"""What values ``alpha`` may take: one declaration for ``minimize`` and ``search``.
+
+A space maps an unconstrained ``u``, on which the optimizer steps, to ``alpha``. A
+pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()``.
+"""
+
+from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
+from .trees import check, contains, forward, inverse, project, sample
+
+__all__ = [
+    "Box",
+    "Interval",
+    "Positive",
+    "Real",
+    "Simplex",
+    "Space",
+    "Unit",
+    "check",
+    "contains",
+    "forward",
+    "inverse",
+    "project",
+    "sample",
+]
