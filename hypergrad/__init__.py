@@ -1,0 +1,85 @@
+"""Hypergradients for JAX: right, with their error stated, and their cost.
+
+    min_alpha M_val(w*(alpha), alpha)  s.t.  w*(alpha) = argmin_w L_train(w, alpha)
+
+One L2 penalty per feature, learned so that the validation loss falls:
+
+>>> import jax, jax.numpy as jnp, optax
+>>> import hypergrad as hg
+>>> x = jax.random.normal(jax.random.key(0), (200, 20))
+>>> y = jnp.sign(x[:, 0] + x[:, 1] + 0.5 * jax.random.normal(jax.random.key(1), (200,)))
+>>> train, val = (x[:100], y[:100]), (x[100:], y[100:])
+>>> def val_loss(w, alpha, batch):
+...     return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w)))
+>>> def train_loss(w, alpha, batch):
+...     return val_loss(w, alpha, batch) + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+>>> w, alpha = jnp.zeros(20), jnp.full(20, -2.0)
+>>> problem = hg.Bilevel(train_loss, val_loss, train, val)
+>>> solver = hg.Descent(optax.sgd(0.1, momentum=0.9), num_steps=500)
+>>> estimator = hg.Implicit(solver)  # default linear solver: hg.CG()
+>>> trace = hg.minimize(
+...     problem, estimator, optax.adam(0.1), w, alpha, num_steps=50,
+...     key=jax.random.key(0),
+... )
+>>> bool(trace.value[-1] < trace.value[0]), bool(trace.stats["trusted"].all())
+(True, True)
+
+``hg.Unrolled(solver)``, ``hg.Implicit(solver, hg.Neumann(num_terms=20))``: nothing else
+changes.
+"""
+
+from . import data, searchers, spaces, tasks, testing
+from .argmin import argmin
+from .citation import citation
+from .estimators import Estimate, Estimator, Implicit, Unrolled
+from .gradient import hypergradient
+from .inner import (
+    LBFGS,
+    ClosedForm,
+    Descent,
+    InnerSolver,
+    IterativeSolver,
+    Newton,
+    from_jaxopt,
+    from_optimistix,
+)
+from .linear import CG, Identity, Neumann, Nystrom, NystromCG
+from .minimize import minimize
+from .problem import Batches, Bilevel
+from .search import search
+from .trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [  # in reading order
+    "CG",
+    "LBFGS",
+    "Batches",
+    "Bilevel",
+    "ClosedForm",
+    "Descent",
+    "Estimate",
+    "Estimator",
+    "Identity",
+    "Implicit",
+    "InnerSolver",
+    "IterativeSolver",
+    "Neumann",
+    "Newton",
+    "Nystrom",
+    "NystromCG",
+    "Trace",
+    "Unrolled",
+    "argmin",
+    "citation",
+    "data",
+    "from_jaxopt",
+    "from_optimistix",
+    "hypergradient",
+    "minimize",
+    "search",
+    "searchers",
+    "spaces",
+    "tasks",
+    "testing",
+]

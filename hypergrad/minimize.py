@@ -1,0 +1,235 @@
+"""The outer loop: one compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from . import spaces
+from .checks import as_inputs, as_key, rehearse, traced
+from .estimators.protocol import Estimator, all_finite
+from .linear.cg import check_steps
+from .problem import Bilevel
+from .trace import Trace
+
+LEDGER = ("gradient_equivalents", "num_")
+Metric = Callable[[PyTree, PyTree, Array], Array]
+Progress = Callable[[int, float], None]
+
+
+def minimize(
+    problem: Bilevel,
+    estimator: Estimator,
+    optimizer: optax.GradientTransformation,
+    w: PyTree,
+    alpha: PyTree,
+    *,
+    num_steps: int,
+    key: Array | None = None,
+    space: PyTree = None,
+    project: Callable[[PyTree], PyTree] | None = None,
+    metrics: dict[str, Metric] | None = None,
+    eval_every: int = 1,
+    progress: Progress | None = None,
+) -> Trace:
+    """``num_steps`` steps of ``optimizer`` on ``alpha`` along the hypergradient.
+
+    Args:
+      problem: the two losses and their data; one outer loss.
+      estimator: of the hypergradient; its state carries the warm starts.
+      optimizer: any optax transformation, for ``alpha``.
+      w, alpha: where to begin.
+      num_steps: outer steps, static.
+      key: PRNG key; None means ``jax.random.key(0)``.
+      space: what ``alpha`` may be, from `hypergrad.spaces`: the optimizer then moves
+        the unconstrained variable, and every ``alpha`` lies in the space.
+      project: applied to ``alpha`` after each step, instead of a space.
+      metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
+        arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      progress: ``(steps_done, value)``, called on the host some twenty times a run.
+
+    A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
+    ``w`` stay at the last good ones, later rows are NaN at no cost, and
+    ``trace.status`` says why.
+
+    Without ``progress`` the function is pure: it can be jitted and vmapped. Losses are
+    traced a constant number of times, and a second run with the same objects and shapes
+    traces nothing.
+
+    Cost: ``num_steps`` estimates, in ``trace.cost``. Memory: one estimate's, and a row
+    of scalars a step.
+
+    Raises:
+      TypeError, ValueError: bad input, before anything is traced.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: jnp.sum((w - 1.0) ** 2)
+    >>> trace = hg.minimize(
+    ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
+    ...     0.0, 3.0, num_steps=30, key=jax.random.key(0),
+    ... )
+    >>> round(float(trace.alpha), 4), trace.status
+    (1.0, 'completed')
+    """
+    check_steps("num_steps", num_steps)
+    check_steps("eval_every", eval_every)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be an optax.GradientTransformation such as "
+            f"optax.adam(0.1); got {type(optimizer).__name__}"
+        )
+    if problem.num_objectives is not None:
+        raise ValueError(
+            f"minimize needs one outer loss, the problem has {problem.num_objectives}; "
+            "combine them into one function, such as a weighted sum"
+        )
+    if space is not None and project is not None:
+        raise ValueError("pass either space or project, not both")
+    w, alpha = as_inputs(w, alpha)
+    spaces.check(space, alpha)
+    estimator, problem, space = traced((estimator, problem, space))
+    rehearse(estimator, problem, w, alpha)
+    metrics = {} if metrics is None else dict(metrics)
+    loop = _Loop(
+        problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
+    )
+    key = as_key(key)
+    if progress is None:
+        start = jnp.asarray(0)
+        return _finish(loop, *_run(loop, _begin(loop, w, alpha, key), start, num_steps))
+
+    chunk = max(num_steps // 20, 1)
+    carry, pieces = _begin(loop, w, alpha, key), []
+    for done in range(0, num_steps, chunk):
+        length = min(chunk, num_steps - done)
+        carry, rows = _run(loop, carry, jnp.asarray(done), length)
+        pieces.append(rows)
+        progress(min(done + chunk, num_steps), float(rows[0][-1]))
+    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+    return _finish(loop, carry, rows)
+
+
+class _Loop(eqx.Module):
+    """What stays the same through a run."""
+
+    problem: Bilevel
+    estimator: Any
+    optimizer: optax.GradientTransformation
+    space: PyTree
+    project: Callable | None
+    metrics: dict[str, Metric]
+    eval_every: int
+    num_steps: int
+
+
+class _Carry(eqx.Module):
+    """What moves: ``u`` is ``alpha`` in the space's unconstrained coordinates."""
+
+    u: PyTree
+    w: PyTree
+    best_value: Array
+    best_alpha: PyTree
+    optimizer_state: PyTree
+    estimator_state: PyTree
+    key: Array
+    status: Array
+
+
+@eqx.filter_jit
+def _begin(loop: _Loop, w: PyTree, alpha: PyTree, key: Array) -> _Carry:
+    init_key, key = jax.random.split(key)
+    u = spaces.inverse(loop.space, alpha)
+    state = loop.estimator.init(loop.problem, w, alpha, init_key)
+    infinity = jnp.asarray(jnp.inf, dtype=_value_dtype(loop, state, alpha, key))
+    status = jnp.asarray(0)
+    return _Carry(u, w, infinity, alpha, loop.optimizer.init(u), state, key, status)
+
+
+def _value_dtype(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> Any:
+    estimate = lambda: loop.estimator.estimate(loop.problem, state, alpha, key)[0]
+    return jax.eval_shape(estimate).value.dtype
+
+
+@eqx.filter_jit
+def _run(
+    loop: _Loop, carry: _Carry, first: Array, length: int
+) -> tuple[_Carry, PyTree]:
+    steps = first + jnp.arange(length)
+    return jax.lax.scan(lambda c, i: _guarded(loop, c, i), carry, steps)
+
+
+def _guarded(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
+    """A step, or nothing once the run is frozen."""
+    advance = lambda carry: _step(loop, carry, index)
+    (_, rows) = jax.eval_shape(advance, carry)
+
+    def blank(path, row):
+        names = [str(getattr(part, "key", "")) for part in path]
+        spends = any(name.startswith(LEDGER) for name in names)
+        nothing = 0 if spends or row.dtype == bool else jnp.nan
+        return jnp.full(row.shape, nothing, row.dtype)
+
+    stay = lambda carry: (carry, jax.tree.map_with_path(blank, rows))
+    return jax.lax.cond(carry.status == 0, advance, stay, carry)
+
+
+def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
+    key, estimate_key, metric_key = jax.random.split(carry.key, 3)
+    to_alpha = lambda u: spaces.forward(loop.space, u)
+    alpha, pullback = jax.vjp(to_alpha, carry.u)
+    estimate, state = loop.estimator.estimate(
+        loop.problem, carry.estimator_state, alpha, estimate_key
+    )
+    (gradient,) = pullback(estimate.hypergradient)
+    updates, optimizer_state = loop.optimizer.update(
+        gradient, carry.optimizer_state, carry.u
+    )
+    u = spaces.project(loop.space, optax.apply_updates(carry.u, updates))
+    if loop.project is not None:
+        u = loop.project(u)
+
+    status = jnp.where(
+        ~all_finite(estimate.value),
+        1,
+        jnp.where(~all_finite(gradient), 2, jnp.where(~all_finite(u), 3, 0)),
+    ).astype(carry.status.dtype)
+    due = (index % loop.eval_every == 0) | (index == loop.num_steps - 1)
+    metrics = {
+        name: jax.lax.cond(
+            due,
+            lambda metric=metric: jnp.asarray(
+                metric(estimate.w, alpha, metric_key), dtype=float
+            ),
+            lambda: jnp.asarray(jnp.nan, dtype=float),
+        )
+        for name, metric in loop.metrics.items()
+    }
+    better = estimate.value < carry.best_value
+    good = _Carry(
+        u,
+        estimate.w,
+        jnp.where(better, estimate.value, carry.best_value),
+        optax.tree.where(better, alpha, carry.best_alpha),
+        optimizer_state,
+        state,
+        key,
+        status,
+    )
+    stopped = eqx.tree_at(lambda c: c.status, carry, status)
+    # A stopped run keeps everything as it was before the step that failed.
+    pick = lambda new, old: jnp.where(status == 0, new, old)
+    carry = jax.tree.map(pick, good, stopped)
+    return carry, (estimate.value, estimate.stats, metrics)
+
+
+@eqx.filter_jit
+def _finish(loop: _Loop, carry: _Carry, rows: PyTree) -> Trace:
+    value, stats, metrics = rows
+    alpha = spaces.forward(loop.space, carry.u)
+    return Trace(alpha, carry.w, carry.best_alpha, value, stats, metrics, carry.status)

@@ -1,0 +1,121 @@
+"""The outer loop without gradients."""
+
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .checks import as_inputs, as_key, check_problem, traced
+from .cost import ledger
+from .estimators.protocol import all_finite, make_stats
+from .inner.protocol import InnerSolver
+from .minimize import Metric
+from .problem import Bilevel, whole
+from .searchers import Searcher
+from .trace import Trace
+
+
+def search(
+    problem: Bilevel,
+    solver: InnerSolver,
+    searcher: Searcher,
+    w: PyTree,
+    *,
+    space: PyTree,
+    budget: float,
+    key: Array | None = None,
+    metrics: dict[str, Metric] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Trace:
+    """Trials ``alpha -> M(w*(alpha), alpha)`` until ``budget`` is spent.
+
+    Args:
+      problem: the two losses and their data; one outer loss.
+      solver: trains each trial, from ``w``.
+      searcher: proposes.
+      w: the inner starting point of every trial.
+      space: pytree of `hypergrad.spaces` shaped like ``alpha``.
+      budget: gradient-equivalents; no trial begins beyond it, at least one is made.
+      key: PRNG key; None means ``jax.random.key(0)``.
+      metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
+        outside the ledger.
+      progress: ``(trials_done, best_value)``, called after each trial.
+
+    Returns:
+      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial.
+
+    Cost: one inner solve and one outer value a trial.
+
+    Raises:
+      TypeError, ValueError: bad input, before anything is traced.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: jnp.sum((w - 0.5) ** 2)
+    >>> trace = hg.search(
+    ...     hg.Bilevel(inner, outer), hg.Newton(), hg.searchers.Random(), 0.0,
+    ...     space=hg.spaces.Unit(), budget=500, key=jax.random.key(0),
+    ... )
+    >>> bool(abs(trace.best_alpha - 0.5) < 0.1)
+    True
+    """
+    if not budget > 0:
+        raise ValueError(
+            f"budget must be positive gradient-equivalents, got {budget!r}"
+        )
+    if problem.num_objectives is not None:
+        raise ValueError(
+            f"search needs one outer loss, the problem has {problem.num_objectives}"
+        )
+    init_key, run_key = jax.random.split(as_key(key))
+    state = searcher.init(space, init_key)
+    problem = traced(problem)
+    metrics = {} if metrics is None else dict(metrics)
+
+    rows, best, spent = [], (math.inf, None, w), 0.0
+    while spent < budget:
+        run_key, ask_key, trial_key = jax.random.split(run_key, 3)
+        alpha, state = searcher.ask(state, ask_key)
+        w, alpha = as_inputs(w, alpha, differentiable=False)
+        if not rows:
+            check_problem(problem, w, alpha, solver, needs_loss=False)
+        found, row = _trial(problem, solver, w, alpha, metrics, trial_key)
+        value = row["value"]
+        state = searcher.tell(state, alpha, value)
+        if not rows or float(value) < best[0] or math.isnan(best[0]):
+            best = (float(value), alpha, found)
+        rows.append(jax.tree.map(np.asarray, row))
+        spent += float(row["stats"]["gradient_equivalents"])
+        if progress is not None:
+            progress(len(rows), best[0])
+
+    columns = jax.tree.map(lambda *cells: jnp.stack(cells), *rows)
+    _, alpha, found = best
+    return Trace(alpha, found, alpha, status_code=jnp.asarray(0), **columns)
+
+
+@eqx.filter_jit
+def _trial(problem, solver, w, alpha, metrics, key):
+    data_key, solver_key, outer_key, metric_key = jax.random.split(key, 4)
+    inner_data, outer_data = problem.data(data_key)
+    start = problem.initial(w, alpha)
+    w, spent = solver.solve(problem.inner_loss, start, alpha, inner_data, solver_key)
+    value = problem.outer(w, alpha, whole(outer_data, outer_key))
+    costs = ledger(
+        inner_data,
+        outer_data,
+        num_grads=spent["num_grads"],
+        num_hvps=spent["num_hvps"],
+        num_values=spent["num_values"],
+        num_outer_values=1.0,
+    )
+    stats = make_stats(all_finite(value, w), inner_steps=spent["num_steps"], **costs)
+    measured = {
+        name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
+        for name, metric in metrics.items()
+    }
+    return w, {"value": value, "stats": stats, "metrics": measured}

@@ -1,0 +1,21 @@
+"""What a searcher is."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, PyTree
+
+
+class Searcher(Protocol):
+    """Proposes ``alpha`` without gradients; what it has seen is its state."""
+
+    def init(self, space: PyTree, key: Array) -> Any:
+        """The state before any trial."""
+        ...
+
+    def ask(self, state: Any, key: Array) -> tuple[PyTree, Any]:
+        """The next ``alpha`` to try."""
+        ...
+
+    def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
+        """Takes the value of a tried ``alpha``; lower is better."""
+        ...

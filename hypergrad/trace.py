@@ -1,0 +1,71 @@
+"""What a run leaves: one type for `minimize` and `search`."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+STATUS = (
+    "completed",
+    "stopped: the outer value is not finite",
+    "stopped: the hypergradient is not finite",
+    "stopped: the step left alpha not finite",
+)
+
+
+class Trace(eqx.Module):
+    """The course of a run.
+
+    Attributes:
+      alpha, w: where the run ended: the last good ``alpha``, and the inner solution of
+        the last good estimate.
+      best_alpha: the ``alpha`` with the lowest recorded value.
+      value: ``[steps]``, the outer value at each step's ``alpha``, before the step.
+      stats: ``{name: [steps]}``, the estimates' stats.
+      metrics: ``{name: [steps]}``, NaN where not evaluated.
+      status_code: 0 if all steps were made; see ``status``.
+
+    Under ``vmap`` every leaf has the batch axes in front.
+    """
+
+    alpha: PyTree
+    w: PyTree
+    best_alpha: PyTree
+    value: Array
+    stats: dict[str, Array]
+    metrics: dict[str, Array]
+    status_code: Array
+
+    @property
+    def status(self) -> str:
+        """Why the run ended, in words; for one run, not a batch of them."""
+        return STATUS[int(self.status_code)]
+
+    @property
+    def cost(self) -> Array:
+        """``[steps]``: gradient-equivalents spent up to and including each step."""
+        return jnp.cumsum(self.stats["gradient_equivalents"], axis=-1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a step: step, value, cost so far, stats, metrics where evaluated."""
+        if self.value.ndim != 1:
+            raise ValueError(
+                f"rows() is for one run; this trace holds a batch {self.value.shape}: "
+                "index it first, jax.tree.map(lambda x: x[i], trace)"
+            )
+        columns = {"value": self.value, "cost": self.cost} | self.stats
+        columns = {name: np.asarray(column) for name, column in columns.items()}
+        metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
+        rows = []
+        for step in range(len(self.value)):
+            row = {"step": step}
+            row |= {name: column[step].item() for name, column in columns.items()}
+            row |= {
+                name: column[step].item()
+                for name, column in metrics.items()
+                if not np.isnan(column[step])
+            }
+            rows.append(row)
+        return rows
