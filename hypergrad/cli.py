@@ -1,0 +1,110 @@
+"""The command line: ``hypergrad run NAME``, ``hypergrad tasks``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
+
+
+def run(
+    task: Literal["cleaning"],
+    estimator: Literal["all", "implicit", "neumann", "unrolled"] = "all",
+    seeds: int = 10,
+    out: Path = Path("runs"),
+) -> None:
+    """Run a task's table and write its rows, its Markdown and its figure.
+
+    Args:
+      task: name of the task, see `hypergrad tasks`.
+      estimator: of the hypergradient; all runs every row of the table.
+      seeds: number of seeds, from 0.
+      out: folder for NAME.jsonl, NAME.md and NAME.png.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    from . import studies
+
+    if seeds < 1:
+        sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")
+    study = studies.STUDIES[task]
+    methods = [
+        method
+        for method in study.methods
+        if estimator == "all" or method == estimator or method not in study.learned
+    ]
+    console = Console()
+    console.print(f"{study.name}: {study.data_name}, {seeds} seeds", highlight=False)
+    bar = Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        job = bar.add_task("compiling", total=len(methods) * (len(study.grid) + 1))
+        tick = lambda method: bar.update(job, advance=1, description=method)
+        results = studies.run(study, methods, range(seeds), tick)
+    command = f"hypergrad run {task} --estimator {estimator} --seeds {seeds}"
+    report = studies.report.markdown(study, results, command)
+    console.print(_table(study, results))
+    for line in studies.report.verdicts(study, results):
+        console.print(line, highlight=False)
+    for path in studies.write(study, results, range(seeds), report, out):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _table(study, results):
+    from rich.table import Table
+
+    from .studies import report
+
+    table = Table(title=f"{study.name}, mean ± standard deviation over seeds")
+    table.add_column("method")
+    for title, *_ in report.COLUMNS:
+        table.add_column(title, justify="right")
+    for method, result in results.items():
+        table.add_row(method, *report.cells(result))
+    return table
+
+
+def tasks() -> None:
+    """List the tasks, with paradigm and source."""
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    from .tasks import TASKS
+
+    table = Table("task", "paradigm", "source")
+    for name, module in TASKS.items():
+        task = module.make(key=jax.random.key(0))
+        table.add_row(name, task.paradigm, task.source)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``hypergrad`` command."""
+    try:
+        import tyro
+    except ImportError:
+        sys.exit(f"hypergrad: {HELP}")
+    positional = Annotated[Literal["cleaning"], tyro.conf.Positional]
+    run.__annotations__["task"] = positional
+    tyro.extras.subcommand_cli_from_dict(
+        {"run": run, "tasks": tasks},
+        prog="hypergrad",
+        description="Hypergradients for JAX: run a task's table, list the tasks.",
+    )
+
+
+if __name__ == "__main__":
+    main()
