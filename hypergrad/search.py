@@ -39,7 +39,8 @@ def search(
       searcher: proposes.
       w: the inner starting point of every trial.
       space: pytree of `hypergrad.spaces` shaped like ``alpha``.
-      budget: gradient-equivalents; no trial begins beyond it, at least one is made.
+      budget: gradient-equivalents; a trial that would exceed it, judged by the cost of
+        the one before, is not begun. At least one is made.
       key: PRNG key; None means ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
         outside the ledger.
@@ -76,8 +77,8 @@ def search(
     problem = traced(problem)
     metrics = {} if metrics is None else dict(metrics)
 
-    rows, best, spent = [], (math.inf, None, w), 0.0
-    while spent < budget:
+    rows, best, spent, last = [], (math.inf, None, w), 0.0, 0.0
+    while not rows or spent + last <= budget:
         run_key, ask_key, trial_key = jax.random.split(run_key, 3)
         alpha, state = searcher.ask(state, ask_key)
         w, alpha = as_inputs(w, alpha, differentiable=False)
@@ -89,7 +90,8 @@ def search(
         if not rows or float(value) < best[0] or math.isnan(best[0]):
             best = (float(value), alpha, found)
         rows.append(jax.tree.map(np.asarray, row))
-        spent += float(row["stats"]["gradient_equivalents"])
+        last = float(row["stats"]["gradient_equivalents"])
+        spent += last
         if progress is not None:
             progress(len(rows), best[0])
 
