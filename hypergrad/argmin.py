@@ -13,6 +13,7 @@ from .linear import CG
 from .linear.operator import check as check_linear_solver
 from .linear.operator import solve
 from .products import Loss, cross_jvp, hvp
+from .trees import scale
 
 
 def argmin(
@@ -79,6 +80,6 @@ def _argmin(loss, solver, linear_solver, key):
         zero = optax.tree.zeros_like(w)
         inverse = lambda matvec, b: solve(linear_solver, matvec, b, zero)[0]
         solved = jax.lax.custom_linear_solve(matvec, b, inverse, symmetric=True)
-        return w, optax.tree.scale(-1, solved)
+        return w, scale(-1, solved)
 
     return best

@@ -11,11 +11,12 @@ from ..checks import KEY, check_problem
 from ..cost import ledger
 from ..inner.protocol import InnerSolver
 from ..linear import CG
-from ..linear.cg import check_steps, dot
+from ..linear.cg import check_steps
 from ..linear.operator import check as check_linear_solver
 from ..linear.operator import relative_residual, solve
 from ..problem import Bilevel, fraction, held, size
 from ..products import hvp, hvp_and_cross
+from ..trees import add_scaled, dot, norm
 from .protocol import Estimate, all_finite, make_stats
 
 TRUST = 1e-2
@@ -134,15 +135,15 @@ class Implicit(eqx.Module):
         def adjoint(b, v):
             def damped(v):
                 Hv = hvp(loss, w, alpha, batch, v)
-                return optax.tree.add_scale(Hv, self.damping, v)
+                return add_scaled(Hv, self.damping, v)
 
             v, solved = solve(self.linear_solver, damped, b, v)
             gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
             residual = relative_residual(b, Hv)
-            mean = optax.tree.norm(b) / optax.tree.norm(v)  # NaN for b = 0
+            mean = norm(b) / norm(v)  # NaN for b = 0
             solved["curvature"] = jnp.fmin(mean, solved["ritz_min"])
             solved["negative_curvature"] |= dot(v, Hv) < 0
-            return v, cross, optax.tree.norm(gradient), residual, solved
+            return v, cross, norm(gradient), residual, solved
 
         if problem.num_objectives is not None:
             adjoint = jax.vmap(adjoint)
@@ -152,7 +153,7 @@ class Implicit(eqx.Module):
         inner_residual = jnp.max(inner_residual)
         adjoint_residual = jnp.max(adjoint_residual)
         curvature = jnp.min(solved["curvature"])
-        w_error = inner_residual / (curvature * optax.tree.norm(w))
+        w_error = inner_residual / (curvature * norm(w))
         trusted = (
             all_finite(value, hypergradient, inner_residual, adjoint_residual)
             & (adjoint_residual <= TRUST)

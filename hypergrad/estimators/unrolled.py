@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from ..checks import check_problem, check_solver
@@ -12,6 +11,7 @@ from ..inner.descent import iterate
 from ..inner.protocol import IterativeSolver
 from ..linear.cg import check_steps
 from ..problem import Bilevel, fraction, held, size, whole
+from ..trees import norm
 from .protocol import Estimate, all_finite, make_stats
 
 
@@ -117,7 +117,7 @@ class Unrolled(eqx.Module):
             (hypergradient,) = jax.vmap(pullback)(basis)
 
         batch = whole(inner_data, residual_key)
-        residual = optax.tree.norm(jax.grad(problem.inner_loss)(w, alpha, batch))
+        residual = norm(jax.grad(problem.inner_loss)(w, alpha, batch))
         forward = self.solver.num_steps
         backward = forward if self.last is None else min(self.last, forward)
         again = forward if self.checkpoint else 0

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..linear.cg import check_steps, conjugate_gradients, dot
+from ..linear.cg import check_steps, conjugate_gradients
 from ..problem import Data, whole
 from ..products import Loss, hvp
+from ..trees import add_scaled, dot, norm, scale
 from .protocol import InnerStats, inner_stats
 
 ARMIJO = 1e-4
@@ -21,10 +22,26 @@ FORCING = 0.5
 
 def _goal(tolerance: float | Array | None, gradient: PyTree) -> Array:
     """The gradient norm at which to stop, relative to the first."""
-    norm = optax.tree.norm(gradient)
+    first = norm(gradient)
     if tolerance is None:
-        tolerance = float(jnp.finfo(norm.dtype).eps) ** 0.75
-    return jnp.asarray(tolerance, norm.dtype) * jnp.maximum(norm, 1.0)
+        tolerance = float(jnp.finfo(first.dtype).eps) ** 0.75
+    return jnp.asarray(tolerance, first.dtype) * jnp.maximum(first, 1.0)
+
+
+def _noise(value: Array) -> Array:
+    """How far a value can be off by rounding."""
+    return 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+
+
+def _moves(before: tuple[Array, PyTree], after: tuple[Array, PyTree]) -> Array:
+    """Whether a step did more than rounding: lowered the value, or the gradient.
+
+    A step that did not ends the run: nothing is left to gain in this precision.
+    """
+    (value, gradient), (next_value, next_gradient) = before, after
+    lower = next_value < value - _noise(value)
+    flatter = norm(next_gradient) < norm(gradient)
+    return lower | (flatter & (next_value <= value + _noise(value)))
 
 
 class Newton(eqx.Module):
@@ -72,20 +89,17 @@ class Newton(eqx.Module):
         loss = lambda w: inner_loss(w, alpha, batch)
         value, gradient = jax.value_and_grad(loss)(w)
         goal = _goal(self.tolerance, gradient)
-        first = optax.tree.norm(gradient)
-        slack = 10 * jnp.finfo(value.dtype).eps
-        rounding = jnp.finfo(first.dtype).eps ** 0.5
+        first = norm(gradient)
 
         def unfinished(carry):
             _, _, gradient, k, moving, *_ = carry
-            return (k < self.max_steps) & moving & (optax.tree.norm(gradient) > goal)
+            return (k < self.max_steps) & moving & (norm(gradient) > goal)
 
         def step(carry):
             w, value, gradient, k, _, products, values = carry
-            norm = optax.tree.norm(gradient)
-            forcing = jnp.minimum(FORCING, jnp.sqrt(norm / first))
+            forcing = jnp.minimum(FORCING, jnp.sqrt(norm(gradient) / first))
             matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
-            minus = optax.tree.scale(-1, gradient)
+            minus = scale(-1, gradient)
             d, _, solved = conjugate_gradients(
                 matvec, minus, forcing, None, {"true_residual": False}, lambda r: r
             )
@@ -95,25 +109,23 @@ class Newton(eqx.Module):
 
             def too_long(search):
                 length, trial, tries = search
-                enough = value + ARMIJO * length * slope + slack * jnp.abs(value)
+                enough = value + ARMIJO * length * slope + _noise(value)
                 return ~(trial <= enough) & (tries < HALVINGS)
 
             def halve(search):
                 length, _, tries = search
-                trial = loss(optax.tree.add_scale(w, length / 2, d))
+                trial = loss(add_scaled(w, length / 2, d))
                 return length / 2, trial, tries + 1
 
             one = jnp.ones((), value.dtype)
-            search = (one, loss(optax.tree.add(w, d)), jnp.asarray(1))
+            search = (one, loss(add_scaled(w, 1, d)), jnp.asarray(1))
             length, trial, tries = jax.lax.while_loop(too_long, halve, search)
             moving = ~too_long((length, trial, 0))
-            w = optax.tree.where(moving, optax.tree.add_scale(w, length, d), w)
-            value, after = jax.value_and_grad(loss)(w)
-            # At the floor of rounding a step no longer shrinks the gradient.
-            near = norm <= rounding * jnp.maximum(first, 1.0)
-            floor = near & (optax.tree.norm(after) >= norm)
+            w = optax.tree.where(moving, add_scaled(w, length, d), w)
+            after = jax.value_and_grad(loss)(w)
+            moving = moving & _moves((value, gradient), after)
             products, values = products + solved["num_products"], values + tries
-            return w, value, after, k + 1, moving & ~floor, products, values
+            return w, *after, k + 1, moving, products, values
 
         zero = jnp.asarray(0)
         carry = (w, value, gradient, zero, jnp.asarray(True), zero, zero)
@@ -167,11 +179,10 @@ class LBFGS(eqx.Module):
         optimizer = optax.lbfgs(memory_size=self.memory_size)
         value, gradient = jax.value_and_grad(loss)(w)
         goal = _goal(self.tolerance, gradient)
-        slack = 10 * jnp.finfo(value.dtype).eps
 
         def unfinished(carry):
             _, _, _, gradient, k, moving, _ = carry
-            return (k < self.max_steps) & moving & (optax.tree.norm(gradient) > goal)
+            return (k < self.max_steps) & moving & (norm(gradient) > goal)
 
         def step(carry):
             w, state, value, gradient, k, _, evaluations = carry
@@ -183,11 +194,7 @@ class LBFGS(eqx.Module):
             next_value, next_gradient = jax.value_and_grad(loss)(next_w)
             search = next_state[-1].info  # of the zoom line search
             evaluations = evaluations + search.num_linesearch_steps + 1
-            # A search that cannot descend beyond rounding ends the run where it stood.
-            noise = slack * jnp.abs(value)
-            norm, next_norm = optax.tree.norm(gradient), optax.tree.norm(next_gradient)
-            falls = (next_value < value - noise) | (next_norm < norm)
-            moving = (next_value <= value + noise) & falls
+            moving = _moves((value, gradient), (next_value, next_gradient))
             keep = lambda new, old: optax.tree.where(moving, new, old)
             return (
                 keep(next_w, w),

@@ -11,6 +11,7 @@ import optax
 from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, PyTree
 
+from ..trees import add_scaled, dot, norm, scalar_dtype
 from .operator import MatVec, relative_residual
 from .symmetric import SymmetricSolver
 
@@ -64,11 +65,6 @@ class CG(SymmetricSolver):
         )
 
 
-def dot(a: PyTree, b: PyTree) -> Array:
-    """Inner product of two pytrees."""
-    return jnp.asarray(optax.tree.vdot(a, b))
-
-
 def check_steps(name: str, value: int | None, least: int = 1) -> None:
     """A static count must be a plain integer of at least ``least``."""
     if value is not None and not (isinstance(value, int) and value >= least):
@@ -86,20 +82,20 @@ def conjugate_gradients(
     preconditioner: Callable[[PyTree], PyTree],
 ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
     """Preconditioned CG; Ritz values are those of the preconditioned operator."""
-    dtype = jnp.result_type(*jax.tree.leaves(b))
+    dtype = scalar_dtype(b)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     if rtol is None:
-        rtol = float(jnp.finfo(dtype).eps) ** 0.75
+        rtol = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps) ** 0.75
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), 1)
     kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
-    goal = (jnp.asarray(rtol) * optax.tree.norm(b)) ** 2
+    goal = (jnp.asarray(rtol) * norm(b)) ** 2
 
     x = options.get("y0")
     if x is None:
         x, r, num_products = optax.tree.zeros_like(b), b, 0
     else:  # a warm start pays for its residual, a start at zero does not
-        cold = optax.tree.norm(x) == 0
+        cold = norm(x) == 0
         r = jax.lax.cond(cold, lambda: b, lambda: optax.tree.sub(b, matvec(x)))
         num_products = jnp.where(cold, 0, 1)
     z = preconditioner(r)
@@ -114,12 +110,12 @@ def conjugate_gradients(
         curvature = dot(p, Hp)
         negative = curvature <= 0
         length = jnp.where(negative, 0.0, rz / jnp.where(negative, 1.0, curvature))
-        x = optax.tree.add_scale(x, length, p)
-        r = optax.tree.add_scale(r, -length, Hp)
+        x = add_scaled(x, length, p)
+        r = add_scaled(r, -length, Hp)
         z = preconditioner(r)
         rz_next = dot(r, z)
         ratio = rz_next / rz
-        p = optax.tree.add_scale(z, ratio, p)
+        p = add_scaled(z, ratio, p)
         steps = steps.at[k].set(length, mode="drop")
         ratios = ratios.at[k].set(ratio, mode="drop")
         return x, r, p, rz_next, k + 1, negative, steps, ratios

@@ -9,6 +9,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from ..trees import add_scaled, norm, scalar_dtype, scale
 from .cg import check_steps
 from .operator import MatVec
 from .symmetric import SymmetricSolver
@@ -69,26 +70,26 @@ class Neumann(SymmetricSolver):
 
         def add_term(carry, _):
             term, total = carry
-            term = optax.tree.add_scale(term, -step_size, state.mv(term))
+            term = add_scaled(term, -step_size, state.mv(term))
             return (term, optax.tree.add(total, term)), None
 
         (_, total), _ = jax.lax.scan(
             add_term, (vector, vector), length=self.num_terms - 1
         )
-        return optax.tree.scale(step_size, total), lx.RESULTS.successful, stats
+        return scale(step_size, total), lx.RESULTS.successful, stats
 
 
 def largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
     """``lambda_max`` by ten power iterations from a fixed random vector."""
-    unit = lambda v: optax.tree.scale(1.0 / optax.tree.norm(v), v)
+    unit = lambda v: scale(1.0 / norm(v), v)
     v = unit(optax.tree.random_like(jax.random.key(0), like))
 
     def iterate(carry, _):
         v, _ = carry
         Hv = matvec(v)
-        norm = optax.tree.norm(Hv)
-        return (optax.tree.scale(1.0 / norm, Hv), norm), None
+        length = norm(Hv)
+        return (scale(1.0 / length, Hv), length), None
 
-    zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(like)))
+    zero = jnp.zeros((), scalar_dtype(like))
     (_, largest), _ = jax.lax.scan(iterate, (v, zero), length=POWER_ITERATIONS)
     return largest

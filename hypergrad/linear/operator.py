@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optax
 from jaxtyping import Array, PyTree
+
+from ..trees import add_scaled, norm
 
 MatVec = Callable[[PyTree], PyTree]
 Stats = dict[str, Array]
@@ -68,9 +69,8 @@ def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> An
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
     """``||b - H v|| / ||b||``; 0 for ``b = 0 = H v``."""
-    residual = optax.tree.norm(optax.tree.sub(b, Hv))
-    norm = optax.tree.norm(b)
-    return jnp.where(residual == 0, 0.0, residual / jnp.where(norm == 0, 1.0, norm))
+    residual, scale = norm(add_scaled(b, -1, Hv)), norm(b)
+    return jnp.where(residual == 0, 0.0, residual / jnp.where(scale == 0, 1.0, scale))
 
 
 def check(solver: Any, name: str = "linear_solver") -> None:

@@ -1,0 +1,36 @@
+"""Vector arithmetic on pytrees that keeps each leaf's dtype.
+
+Scalars are accumulated in float32 at least; optax's functions of these names promote
+the leaves of a bfloat16 or mixed-precision tree instead.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+def scalar_dtype(*trees: PyTree) -> jnp.dtype:
+    """In which inner products are accumulated: the widest leaf's, float32 at least."""
+    return jnp.promote_types(jnp.result_type(*jax.tree.leaves(trees)), jnp.float32)
+
+
+def dot(x: PyTree, y: PyTree) -> Array:
+    """Inner product ``<x, y>``."""
+    dtype = scalar_dtype(x, y)
+    product = lambda a, b: jnp.vdot(a.astype(dtype), b.astype(dtype))
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(product, x, y))))
+
+
+def norm(x: PyTree) -> Array:
+    """Euclidean norm ``||x||``."""
+    return jnp.sqrt(dot(x, x))
+
+
+def add_scaled(x: PyTree, a: Array | float, y: PyTree) -> PyTree:
+    """``x + a y``, in the dtypes of ``x``."""
+    return jax.tree.map(lambda u, v: u + jnp.asarray(a * v, u.dtype), x, y)
+
+
+def scale(a: Array | float, x: PyTree) -> PyTree:
+    """``a x``, in the dtypes of ``x``."""
+    return jax.tree.map(lambda u: jnp.asarray(a * u, u.dtype), x)
