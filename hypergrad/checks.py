@@ -37,14 +37,21 @@ def as_inputs(w: PyTree, alpha: PyTree, *, differentiable: bool = True) -> tuple
     return w, alpha
 
 
-def as_key(key: Array | int | None) -> Array:
+def as_key(key: Array | None) -> Array:
     """A typed PRNG key; None means ``jax.random.key(0)``."""
     if key is None:
         return jax.random.key(0)
-    if isinstance(key, int):
+    if isinstance(key, int | np.integer):
         raise TypeError(f"key must be a PRNG key; write jax.random.key({key})")
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a PRNG key, got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(key)
+        key = jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise ValueError(
+            f"key must be one PRNG key, got an array of shape {key.shape}; for several "
+            "runs use jax.vmap over the key"
+        )
     return key
 
 
@@ -74,6 +81,31 @@ def _floating(name: str, tree: PyTree) -> PyTree:
                 "choices with hg.search"
             )
     return tree
+
+
+def check_problem_is(problem: Any) -> None:
+    """Refuses what is no problem."""
+    if not isinstance(problem, Bilevel):
+        raise TypeError(
+            "problem must be hg.Bilevel(inner_loss, outer_loss, inner_data, "
+            f"outer_data); got {type(problem).__name__}"
+        )
+
+
+def check_estimator_is(estimator: Any) -> None:
+    """Refuses what is no estimator, and says what it might have been meant to be."""
+    if isinstance(estimator, type):
+        raise TypeError(
+            f"estimator is the class {estimator.__name__}; write "
+            f"{estimator.__name__}(...)"
+        )
+    if not (hasattr(estimator, "init") and hasattr(estimator, "estimate")):
+        name = type(estimator).__name__
+        hint = f"; hg.Implicit({name}(...))" if hasattr(estimator, "solve") else ""
+        raise TypeError(
+            "estimator must have init and estimate, such as hg.Implicit(solver) or "
+            f"hg.Unrolled(solver); got {name}{hint}"
+        )
 
 
 def rehearse(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
@@ -116,8 +148,15 @@ def check_problem(
     """
     check_solver(solver)
     key = jax.random.key(0)
-    inner_data, outer_data = problem.data(key)
-    start = jax.eval_shape(problem.initial, w, alpha)
+    data = problem.data(key)
+    if not (isinstance(data, tuple) and len(data) == 2):
+        raise TypeError(
+            "draw must return the pair (inner_data, outer_data); got "
+            f"{type(data).__name__}"
+        )
+    inner_data, outer_data = data
+    # Functions of their own: jax compares bound methods by value, data included.
+    start = jax.eval_shape(lambda w, alpha: problem.initial(w, alpha), w, alpha)
     _same_structure("start", start, w)
     inner_batch = jax.eval_shape(lambda: draw(inner_data, key))
     outer_batch = jax.eval_shape(lambda: whole(outer_data, key))
@@ -132,7 +171,8 @@ def check_problem(
     _same_structure(f"{type(solver).__name__}.solve", found, w)
     if needs_loss:
         read_inner = reads_alpha(problem.inner_loss, w, alpha, inner_batch)
-        read_outer = reads_alpha(problem.outer, w, alpha, outer_batch)
+        outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
+        read_outer = reads_alpha(outer, w, alpha, outer_batch)
         paths = [path for path, _ in jax.tree.leaves_with_path(alpha)]
         unseen = [
             f"alpha{jax.tree_util.keystr(path)}"
@@ -192,7 +232,7 @@ def _scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> No
 
 def _same_structure(name: str, found: PyTree, w: PyTree) -> None:
     describe = lambda tree: jax.tree.map(
-        lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}", tree
+        lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree
     )
     if jax.tree.structure(found) != jax.tree.structure(w) or describe(
         found

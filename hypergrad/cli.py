@@ -40,7 +40,7 @@ def run(
         for method in study.methods
         if estimator == "all" or method == estimator or method not in study.learned
     ]
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(f"{study.name}: {study.data_name}, {seeds} seeds", highlight=False)
     bar = Progress(
         TextColumn("{task.description:16}"),
@@ -63,14 +63,15 @@ def run(
 
 
 def _table(study, results):
+    from rich import box
     from rich.table import Table
 
     from .studies import report
 
-    table = Table(title=f"{study.name}, mean ± standard deviation over seeds")
-    table.add_column("method")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
     for title, *_ in report.COLUMNS:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for method, result in results.items():
         table.add_row(method, *report.cells(result))
     return table

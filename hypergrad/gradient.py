@@ -6,7 +6,14 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from .checks import as_inputs, as_key, rehearse, traced
+from .checks import (
+    as_inputs,
+    as_key,
+    check_estimator_is,
+    check_problem_is,
+    rehearse,
+    traced,
+)
 from .estimators.protocol import Estimate, Estimator
 from .problem import Bilevel
 
@@ -32,6 +39,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     >>> gradient(jnp.zeros(2), jnp.array([2.0, 3.0])).hypergradient.tolist()
     [2.0, 4.0]
     """
+    check_problem_is(problem)
+    check_estimator_is(estimator)
     estimator, problem = traced((estimator, problem))
 
     def one_shot(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:

@@ -10,10 +10,17 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .checks import as_inputs, as_key, rehearse, traced
+from .checks import (
+    as_inputs,
+    as_key,
+    check_estimator_is,
+    check_problem_is,
+    rehearse,
+    traced,
+)
 from .estimators.protocol import Estimator, all_finite
-from .linear.cg import check_steps
 from .problem import Bilevel
+from .settings import check_steps
 from .trace import Trace
 
 LEDGER = ("gradient_equivalents", "num_")
@@ -77,6 +84,8 @@ def minimize(
     >>> round(float(trace.alpha), 4), trace.status
     (1.0, 'completed')
     """
+    check_problem_is(problem)
+    check_estimator_is(estimator)
     check_steps("num_steps", num_steps)
     check_steps("eval_every", eval_every)
     if not isinstance(optimizer, optax.GradientTransformation):

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .checks import as_inputs, as_key, check_problem, traced
+from .checks import as_inputs, as_key, check_problem, check_problem_is, traced
 from .cost import ledger
 from .estimators.protocol import all_finite, make_stats
 from .inner.protocol import InnerSolver
 from .minimize import Metric
 from .problem import Bilevel, whole
 from .searchers import Searcher
+from .settings import number
 from .trace import Trace
 
 
@@ -64,6 +65,13 @@ def search(
     >>> bool(abs(trace.best_alpha - 0.5) < 0.1)
     True
     """
+    check_problem_is(problem)
+    if isinstance(searcher, type) or not hasattr(searcher, "ask"):
+        raise TypeError(
+            "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
+            f"{searcher!r}"
+        )
+    number("budget")(budget)
     if not budget > 0:
         raise ValueError(
             f"budget must be positive gradient-equivalents, got {budget!r}"

@@ -11,22 +11,28 @@ from ..checks import KEY, check_problem
 from ..cost import ledger
 from ..inner.protocol import InnerSolver
 from ..linear import CG
-from ..linear.cg import check_steps
 from ..linear.operator import check as check_linear_solver
 from ..linear.operator import relative_residual, solve
 from ..problem import Bilevel, fraction, held, size
 from ..products import hvp, hvp_and_cross
-from ..trees import add_scaled, dot, norm
+from ..settings import check_steps, number
+from ..trees import add_scaled, dot, norm, scalar_dtype
 from .protocol import Estimate, all_finite, make_stats
 
 TRUST = 1e-2
 
 
 class ImplicitState(eqx.Module):
-    """The warm starts: ``w`` and the adjoint, like ``w`` (leaves lead with K)."""
+    """The warm starts, and what earlier solves learned of the curvature.
+
+    Attributes:
+      w, adjoint: like ``w`` (the adjoint's leaves lead with K).
+      curvature: the smallest seen so far, since a warm solve of few steps sees little.
+    """
 
     w: PyTree
     adjoint: PyTree
+    curvature: Array
 
 
 class Implicit(eqx.Module):
@@ -94,7 +100,7 @@ class Implicit(eqx.Module):
         check_linear_solver(self.linear_solver)
         check_steps("adjoint_batch_size", adjoint_batch_size)
         check_steps("outer_batch_size", outer_batch_size)
-        self.damping = damping
+        self.damping = number("damping")(damping)
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size
         self.outer_batch_size = outer_batch_size
@@ -115,7 +121,8 @@ class Implicit(eqx.Module):
         jax.eval_shape(lambda k: held(outer_data, self.outer_batch_size, k), KEY)
         lead = () if problem.num_objectives is None else (problem.num_objectives,)
         zeros = lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype)
-        return ImplicitState(w, jax.tree.map(zeros, w))
+        unknown = jnp.full((), jnp.nan, scalar_dtype(w))
+        return ImplicitState(w, jax.tree.map(zeros, w), unknown)
 
     def estimate(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
@@ -152,7 +159,7 @@ class Implicit(eqx.Module):
 
         inner_residual = jnp.max(inner_residual)
         adjoint_residual = jnp.max(adjoint_residual)
-        curvature = jnp.min(solved["curvature"])
+        curvature = jnp.fmin(jnp.min(solved["curvature"]), state.curvature)
         w_error = inner_residual / (curvature * norm(w))
         trusted = (
             all_finite(value, hypergradient, inner_residual, adjoint_residual)
@@ -183,5 +190,6 @@ class Implicit(eqx.Module):
         estimate = Estimate(value, hypergradient, w, stats)
         if self.warm_start:
             # A start that depends on alpha begins each inner solve anew.
-            state = ImplicitState(w if problem.start is None else state.w, v)
+            warm = w if problem.start is None else state.w
+            state = ImplicitState(warm, v, curvature.astype(state.curvature.dtype))
         return estimate, state

@@ -9,8 +9,8 @@ from ..checks import check_problem, check_solver
 from ..cost import ledger
 from ..inner.descent import iterate
 from ..inner.protocol import IterativeSolver
-from ..linear.cg import check_steps
 from ..problem import Bilevel, fraction, held, size, whole
+from ..settings import check_steps
 from ..trees import norm
 from .protocol import Estimate, all_finite, make_stats
 
@@ -30,8 +30,10 @@ class Unrolled(eqx.Module):
       last: let the derivative see only the last so many steps; None means all.
       checkpoint: store ``2 sqrt(T)`` carries and run the steps once more in the reverse
         pass, instead of storing every step's intermediates.
-      warm_start: begin each run where the last ended; the start is not differentiated,
-        save where the problem's ``start`` makes it from ``alpha``.
+      warm_start: begin each run where the last ended, so that the procedure is T more
+        steps from there; False asks for T steps from the same ``w`` every time, as
+        learning rates and schedules need. The start is not differentiated, save where
+        the problem's ``start`` makes it from ``alpha``.
       outer_batch_size: examples for the outer gradient, drawn once an estimate; None
         means all.
 

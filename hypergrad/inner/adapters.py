@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..linear.cg import check_steps
 from ..problem import Data, draw, fraction, whole
 from ..products import Loss
+from ..settings import check_steps
 from .descent import Descent, iterate
 from .protocol import InnerStats, inner_stats
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..linear.cg import check_steps
 from ..problem import Data, draw, fraction
 from ..products import Loss
+from ..settings import check_steps
 from .protocol import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]
@@ -77,6 +77,11 @@ class Descent(eqx.Module):
         optimizer = self.optimizer
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(alpha)
+            if not isinstance(optimizer, optax.GradientTransformation):
+                raise TypeError(
+                    "optimizer(alpha) must return an optax.GradientTransformation; got "
+                    f"{type(optimizer).__name__}"
+                )
         return optax.with_extra_args_support(optimizer)
 
     def init(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..linear.cg import check_steps, conjugate_gradients
+from ..linear.cg import conjugate_gradients
 from ..problem import Data, whole
 from ..products import Loss, hvp
+from ..settings import check_steps, number
 from ..trees import add_scaled, dot, norm, scale
 from .protocol import InnerStats, inner_stats
 
@@ -54,7 +55,8 @@ class Newton(eqx.Module):
 
     Each direction is solved by conjugate gradients to a relative residual of
     ``min(1/2, sqrt(||g|| / ||g_0||))``, on the same products as the adjoint; where
-    the curvature is not positive, the iterate so far (or ``-g``) is the direction. The
+    the curvature is not positive, the iterate so far (or ``-g``) is the direction, as
+    long as ``g'g / |g'Hg|``. The
     line search halves until the loss falls enough, allowing for rounding.
 
     Cost: a few Hessian-vector products, one gradient and at least one value a step; the
@@ -73,7 +75,9 @@ class Newton(eqx.Module):
     """
 
     max_steps: int = eqx.field(static=True, default=100)
-    tolerance: float | Array | None = None
+    tolerance: float | Array | None = eqx.field(
+        default=None, converter=number("tolerance")
+    )
 
     citations = ("dembo1982",)
     differentiable = False
@@ -104,7 +108,13 @@ class Newton(eqx.Module):
                 matvec, minus, forcing, None, {"true_residual": False}, lambda r: r
             )
             blocked = dot(d, gradient) >= 0
-            d = optax.tree.where(blocked, minus, d)
+
+            def scaled_descent():  # as long as a step over that much curvature
+                curvature = jnp.abs(dot(minus, matvec(minus)))
+                length = jnp.where(curvature > 0, dot(minus, minus) / curvature, 1.0)
+                return scale(length, minus)
+
+            d = jax.lax.cond(blocked, scaled_descent, lambda: d)
             slope = dot(d, gradient)
 
             def too_long(search):
@@ -124,7 +134,8 @@ class Newton(eqx.Module):
             w = optax.tree.where(moving, add_scaled(w, length, d), w)
             after = jax.value_and_grad(loss)(w)
             moving = moving & _moves((value, gradient), after)
-            products, values = products + solved["num_products"], values + tries
+            products = products + solved["num_products"] + jnp.where(blocked, 1, 0)
+            values = values + tries
             return w, *after, k + 1, moving, products, values
 
         zero = jnp.asarray(0)
@@ -160,7 +171,9 @@ class LBFGS(eqx.Module):
     """
 
     max_steps: int = eqx.field(static=True, default=1000)
-    tolerance: float | Array | None = None
+    tolerance: float | Array | None = eqx.field(
+        default=None, converter=number("tolerance")
+    )
     memory_size: int = eqx.field(static=True, default=10)
 
     citations = ("liu1989", "deepmind2020jax")

@@ -11,6 +11,7 @@ import optax
 from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, PyTree
 
+from ..settings import check_steps, number
 from ..trees import add_scaled, dot, norm, scalar_dtype
 from .operator import MatVec, relative_residual
 from .symmetric import SymmetricSolver
@@ -43,7 +44,7 @@ class CG(SymmetricSolver):
     True
     """
 
-    rtol: float | Array | None = None
+    rtol: float | Array | None = eqx.field(default=None, converter=number("rtol"))
     max_steps: int | None = eqx.field(static=True, default=None)
 
     citations = ("hestenes1952",)
@@ -62,14 +63,6 @@ class CG(SymmetricSolver):
         """``(v, result, stats)``; options: ``y0``, a starting point."""
         return conjugate_gradients(
             state.mv, vector, self.rtol, self.max_steps, options, lambda r: r
-        )
-
-
-def check_steps(name: str, value: int | None, least: int = 1) -> None:
-    """A static count must be a plain integer of at least ``least``."""
-    if value is not None and not (isinstance(value, int) and value >= least):
-        raise ValueError(
-            f"{name} must be an integer of at least {least}; got {value!r}"
         )
 
 
@@ -123,7 +116,12 @@ def conjugate_gradients(
     empty = jnp.zeros((kept,), dtype)
     rz = dot(r, z)
     carry = (x, r, z, rz, jnp.asarray(0), jnp.asarray(False), empty, empty)
-    x, r, _, _, k, negative, steps, ratios = jax.lax.while_loop(unfinished, step, carry)
+    x, r, _, rz, k, negative, steps, ratios = jax.lax.while_loop(
+        unfinished, step, carry
+    )
+
+    # A NaN in b or H ends the loop at once, and must not leave its start for a result.
+    x = add_scaled(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
 
     num_products = num_products + k
     if options.get("true_residual", True):
@@ -133,15 +131,15 @@ def conjugate_gradients(
         residual = relative_residual(r, optax.tree.zeros_like(r))
     ritz_min, ritz_max = extreme_ritz_values(steps, ratios, k - negative)
     result = lx.RESULTS.where(
-        negative | (dot(r, r) > goal),
-        lx.RESULTS.max_steps_reached,
+        ~negative & (dot(r, r) <= goal),
         lx.RESULTS.successful,
+        lx.RESULTS.max_steps_reached,
     )
     stats = {
         "num_steps": k,
         "num_products": num_products,
         "residual": residual,
-        "ritz_min": jnp.where(negative, jnp.minimum(ritz_min, 0.0), ritz_min),
+        "ritz_min": jnp.where(negative, jnp.fmin(ritz_min, 0.0), ritz_min),
         "ritz_max": ritz_max,
         "negative_curvature": negative,
     }

@@ -9,8 +9,8 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from ..settings import check_steps, number
 from ..trees import add_scaled, norm, scalar_dtype, scale
-from .cg import check_steps
 from .operator import MatVec
 from .symmetric import SymmetricSolver
 
@@ -41,7 +41,9 @@ class Neumann(SymmetricSolver):
     """
 
     num_terms: int = eqx.field(static=True)
-    step_size: float | Array | None = None
+    step_size: float | Array | None = eqx.field(
+        default=None, converter=number("step_size")
+    )
 
     citations = ("lorraine2020",)
     exact = False

@@ -9,7 +9,8 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .cg import check_steps, conjugate_gradients
+from ..settings import check_steps, number
+from .cg import conjugate_gradients
 from .operator import MatVec
 from .symmetric import SymmetricSolver
 
@@ -61,7 +62,7 @@ class Nystrom(SymmetricSolver):
     """
 
     rank: int = eqx.field(static=True)
-    damping: float | Array = 1e-2
+    damping: float | Array = eqx.field(default=1e-2, converter=number("damping"))
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
@@ -114,9 +115,9 @@ class NystromCG(SymmetricSolver):
     """
 
     rank: int = eqx.field(static=True)
-    rtol: float | Array | None = None
+    rtol: float | Array | None = eqx.field(default=None, converter=number("rtol"))
     max_steps: int | None = eqx.field(static=True, default=None)
-    damping: float | Array = 0.0
+    damping: float | Array = eqx.field(default=0.0, converter=number("damping"))
     key: Array | None = None
 
     citations = ("frangella2023", "hestenes1952")
@@ -135,17 +136,18 @@ class NystromCG(SymmetricSolver):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """``(v, result, stats)``; Ritz values other than ``ritz_max`` are NaN."""
         u, s = sketch(state.mv, vector, self.rank, self.key)
-        floor = s[-1] + self.damping
-        scale = jnp.where(floor > 0, floor / (s + self.damping), 1.0)
+        # A singular H has s[-1] = 0 up to rounding, which is no level to flatten to.
+        floor = jnp.maximum(s[-1] + self.damping, jnp.finfo(s.dtype).eps ** 0.5 * s[0])
+        scale = jnp.where(s + self.damping > floor, floor / (s + self.damping), 1.0)
 
         def preconditioner(r):
             flat, unravel = ravel_pytree(r)
             c = u.T @ flat
-            return unravel(flat + u @ ((scale - 1.0) * c))
+            return unravel(u @ (scale * c) + (flat - u @ c))
 
         v, result, stats = conjugate_gradients(
             state.mv, vector, self.rtol, self.max_steps, options, preconditioner
         )
         stats["num_products"] = stats["num_products"] + s.size
-        stats["ritz_min"], stats["ritz_max"] = jnp.nan, s[0]
+        stats["ritz_min"], stats["ritz_max"] = jnp.full_like(s[0], jnp.nan), s[0]
         return v, result, stats

@@ -61,10 +61,10 @@ def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> An
         return stats["num_products"]
     if "num_steps" not in stats:
         return dimension
-    restart = getattr(solver, "restart", None)  # a GMRES step is a whole cycle
-    two = isinstance(solver, lx.BiCGStab)
-    a_step = 1 + min(restart, dimension) if restart else 2 if two else 1
-    return a_step * stats["num_steps"]
+    steps, restart = stats["num_steps"], getattr(solver, "restart", None)
+    if restart is not None:  # each GMRES step after the first is a whole cycle, at most
+        return steps + (steps - 1) * min(restart, dimension)
+    return 2 * steps if isinstance(solver, lx.BiCGStab) else steps
 
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:

@@ -1,0 +1,39 @@
+"""What setting-holders share: checks of the numbers in them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_steps(name: str, value: int | None, least: int = 1) -> None:
+    """A static count must be a plain integer of at least ``least``, or None."""
+    plain = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (plain and value >= least):
+        raise ValueError(
+            f"{name} must be an integer of at least {least}; got {value!r}"
+        )
+
+
+def number(name: str) -> Callable[[Any], Any]:
+    """A converter for a setting that is data: a float, an array or None.
+
+    Integers become floats, so that 1 and 2.0 run the same program.
+    """
+
+    def convert(value: Any) -> Any:
+        if value is None or isinstance(value, float):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(
+                f"{name} must be a number or an array; got {type(value).__name__} "
+                f"{value!r}"
+            )
+        is_integer = jnp.issubdtype(dtype, jnp.integer)
+        return float(value) if is_integer and isinstance(value, np.generic) else value
+
+    return convert
