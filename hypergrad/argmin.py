@@ -7,7 +7,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from .checks import as_inputs, check_solver
+from .checks import as_inputs, as_key, check_scalar, check_solver
 from .inner.protocol import InnerSolver
 from .linear import CG
 from .linear.operator import check as check_linear_solver
@@ -56,7 +56,8 @@ def argmin(
         w0: PyTree, alpha: PyTree, batch: PyTree = None, key: Array | None = None
     ) -> PyTree:
         w0, _ = as_inputs(w0, alpha, differentiable=False)
-        key = jax.random.key(0) if key is None else key
+        key = as_key(key)
+        check_scalar("inner_loss", inner_loss, w0, alpha, batch)
         loss, closed_over = jax.closure_convert(inner_loss, w0, alpha, batch)
         return _argmin(loss, solver, linear_solver, key)(
             w0, (alpha, batch, *closed_over)

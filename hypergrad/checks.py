@@ -37,7 +37,7 @@ def as_inputs(w: PyTree, alpha: PyTree, *, differentiable: bool = True) -> tuple
     return w, alpha
 
 
-def as_key(key: Array | None) -> Array:
+def as_key(key: Any) -> Array:
     """A typed PRNG key; None means ``jax.random.key(0)``."""
     if key is None:
         return jax.random.key(0)
@@ -45,14 +45,14 @@ def as_key(key: Array | None) -> Array:
         raise TypeError(f"key must be a PRNG key; write jax.random.key({key})")
     if not hasattr(key, "dtype"):
         raise TypeError(f"key must be a PRNG key, got {type(key).__name__}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape != ():
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    one = key if typed else jax.random.wrap_key_data(key)
+    if one.shape != ():
         raise ValueError(
-            f"key must be one PRNG key, got an array of shape {key.shape}; for several "
+            f"key must be one PRNG key, got an array of shape {one.shape}; for several "
             "runs use jax.vmap over the key"
         )
-    return key
+    return one
 
 
 def _arrays(name: str, tree: PyTree) -> PyTree:
@@ -160,10 +160,10 @@ def check_problem(
     _same_structure("start", start, w)
     inner_batch = jax.eval_shape(lambda: draw(inner_data, key))
     outer_batch = jax.eval_shape(lambda: whole(outer_data, key))
-    _scalar("inner_loss", problem.inner_loss, w, alpha, inner_batch)
+    check_scalar("inner_loss", problem.inner_loss, w, alpha, inner_batch)
     losses = problem.outer_loss
     for loss in losses if isinstance(losses, tuple) else (losses,):
-        _scalar("outer_loss", loss, w, alpha, outer_batch)
+        check_scalar("outer_loss", loss, w, alpha, outer_batch)
     solve = lambda w, alpha, data: solver.solve(
         problem.inner_loss, w, alpha, data, key
     )[0]
@@ -209,7 +209,8 @@ def reads_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[
     return used[before : before + len(jax.tree.leaves(alpha))]
 
 
-def _scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> None:
+def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> None:
+    """Refuses a loss that does not return one float."""
     try:
         out = jax.eval_shape(loss, w, alpha, batch)
     except Exception as error:
@@ -232,7 +233,7 @@ def _scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> No
 
 def _same_structure(name: str, found: PyTree, w: PyTree) -> None:
     describe = lambda tree: jax.tree.map(
-        lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree
+        lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
     )
     if jax.tree.structure(found) != jax.tree.structure(w) or describe(
         found

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from . import spaces
 from .checks import (
+    KEY,
     as_inputs,
     as_key,
     check_estimator_is,
@@ -104,7 +105,10 @@ def minimize(
     spaces.check(space, alpha)
     estimator, problem, space = traced((estimator, problem, space))
     rehearse(estimator, problem, w, alpha)
-    metrics = {} if metrics is None else dict(metrics)
+    metrics = check_metrics(metrics, w, alpha)
+    _check_project(project, alpha)
+    if not (progress is None or callable(progress)):
+        raise TypeError(f"progress must be a function; got {type(progress).__name__}")
     loop = _Loop(
         problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
     )
@@ -122,6 +126,45 @@ def minimize(
         progress(min(done + chunk, num_steps), float(rows[0][-1]))
     rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
     return _finish(loop, carry, rows)
+
+
+def check_metrics(
+    metrics: Any, w: PyTree = None, alpha: PyTree = None
+) -> dict[str, Metric]:
+    """``{name: function}``; the functions return scalars where inputs are given."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            "metrics must be a dict {name: fn(w, alpha, key) -> scalar}; got "
+            f"{type(metrics).__name__}"
+        )
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise TypeError(f"metrics[{name!r}] must be a function; got {metric!r}")
+        if w is not None:
+            shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
+            if shape != ():
+                raise ValueError(
+                    f"metrics[{name!r}] must return a scalar, got shape {shape}"
+                )
+    return dict(metrics)
+
+
+def _check_project(project: Any, alpha: PyTree) -> None:
+    if project is None:
+        return
+    if not callable(project):
+        raise TypeError(f"project must be a function alpha -> alpha; got {project!r}")
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    found = eqx.filter_eval_shape(project, alpha)
+    if jax.tree.structure(found) != jax.tree.structure(alpha) or shapes(
+        found
+    ) != shapes(alpha):
+        raise ValueError(
+            f"project returned {shapes(found)} where alpha is {shapes(alpha)}; it must "
+            "keep alpha's structure and shapes"
+        )
 
 
 class _Loop(eqx.Module):

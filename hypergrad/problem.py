@@ -3,7 +3,8 @@
 min_alpha  M_val(w*(alpha), alpha)   subject to   w*(alpha) = argmin_w L(w, alpha)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -82,7 +83,9 @@ class Batches(eqx.Module):
                 f"got shapes {shapes}"
             )
         if batch_size is not None and not (
-            isinstance(batch_size, int | np.integer) and 1 <= batch_size <= self.size
+            isinstance(batch_size, int)
+            and not isinstance(batch_size, bool)
+            and 1 <= batch_size <= self.size
         ):
             raise ValueError(
                 f"batch_size must be an integer in 1..{self.size} (the number of "
@@ -273,7 +276,7 @@ def _refuse_large_constants(sample: jax.tree_util.Partial) -> None:
     )
     num_bytes = sum(
         np.size(constant) * constant.dtype.itemsize
-        for constant in closed.consts
+        for constant in _constants(closed)
         if hasattr(constant, "dtype")
     )
     if num_bytes > 1024:
@@ -282,3 +285,14 @@ def _refuse_large_constants(sample: jax.tree_util.Partial) -> None:
             "into the program as constants; pass it as data: "
             "draw=jax.tree_util.Partial(sample, arrays) with sample(arrays, key)"
         )
+
+
+def _constants(closed: Any) -> Iterator[Any]:
+    """Constants of a closed jaxpr and of those within it."""
+    yield from closed.consts
+    for equation in closed.jaxpr.eqns:
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "consts")
+        ):
+            if hasattr(inner, "consts"):
+                yield from _constants(inner)

@@ -13,7 +13,7 @@ from .checks import as_inputs, as_key, check_problem, check_problem_is, traced
 from .cost import ledger
 from .estimators.protocol import all_finite, make_stats
 from .inner.protocol import InnerSolver
-from .minimize import Metric
+from .minimize import Metric, check_metrics
 from .problem import Bilevel, whole
 from .searchers import Searcher
 from .settings import number
@@ -72,9 +72,9 @@ def search(
             f"{searcher!r}"
         )
     number("budget")(budget)
-    if not budget > 0:
+    if not 0 < budget < math.inf:
         raise ValueError(
-            f"budget must be positive gradient-equivalents, got {budget!r}"
+            f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
         )
     if problem.num_objectives is not None:
         raise ValueError(
@@ -83,7 +83,7 @@ def search(
     init_key, run_key = jax.random.split(as_key(key))
     state = searcher.init(space, init_key)
     problem = traced(problem)
-    metrics = {} if metrics is None else dict(metrics)
+    metrics = check_metrics(metrics)
 
     rows, best, spent, last = [], (math.inf, None, w), 0.0, 0.0
     while not rows or spent + last <= budget:

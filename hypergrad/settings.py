@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_steps(name: str, value: int | None, least: int = 1) -> None:
-    """A static count must be a plain integer of at least ``least``, or None."""
-    plain = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (plain and value >= least):
+def check_steps(
+    name: str, value: int | None, least: int = 1, *, optional: bool = False
+) -> None:
+    """A static count must be a plain integer of at least ``least``."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(
             f"{name} must be an integer of at least {least}; got {value!r}"
         )

@@ -1,6 +1,7 @@
 """What holds for every test: float64, no silent rank promotion, fixed keys."""
 
 import zlib
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -13,3 +14,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """A random key fixed by the test's name, parameters included."""
     return jax.random.key(zlib.crc32(request.node.name.encode()) % 2**31)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs() -> Iterator[None]:
+    """Thousands of live programs exhaust the memory maps of one process."""
+    yield
+    jax.clear_caches()

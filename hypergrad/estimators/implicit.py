@@ -98,8 +98,8 @@ class Implicit(eqx.Module):
         self.solver = solver
         self.linear_solver = CG() if linear_solver is None else linear_solver
         check_linear_solver(self.linear_solver)
-        check_steps("adjoint_batch_size", adjoint_batch_size)
-        check_steps("outer_batch_size", outer_batch_size)
+        check_steps("adjoint_batch_size", adjoint_batch_size, optional=True)
+        check_steps("outer_batch_size", outer_batch_size, optional=True)
         self.damping = number("damping")(damping)
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..checks import check_problem, check_solver
+from ..checks import KEY, check_problem, check_solver
 from ..cost import ledger
-from ..inner.descent import iterate
+from ..inner.descent import iterate, searches_a_line
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel, fraction, held, size, whole
 from ..settings import check_steps
@@ -69,14 +69,17 @@ class Unrolled(eqx.Module):
 
     def __check_init__(self):
         check_solver(self.solver)
-        check_steps("last", self.last)
-        check_steps("outer_batch_size", self.outer_batch_size)
+        check_steps("last", self.last, optional=True)
+        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
         if not self.solver.differentiable:
-            raise ValueError(
-                f"the iterations of {self.solver} cannot be differentiated (line "
-                "searches and L-BFGS give NaN or wrong derivatives when unrolled); use "
-                "hg.Implicit with this solver, or hg.Unrolled with hg.Descent"
-            )
+            raise self._not_differentiable()
+
+    def _not_differentiable(self) -> ValueError:
+        return ValueError(
+            f"the iterations of {self.solver} cannot be differentiated (line searches "
+            "and L-BFGS give NaN or wrong derivatives when unrolled); use hg.Implicit "
+            "with this solver, or hg.Unrolled with hg.Descent and a plain optimizer"
+        )
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """0 for all steps; NaN for ``last``, whose step size only the solver knows."""
@@ -87,6 +90,13 @@ class Unrolled(eqx.Module):
     ) -> UnrolledState:
         """Starts from ``w``."""
         del key
+        # What an optimizer made from alpha is, only its state tells.
+        inner_data, _ = problem.data(jax.random.key(0))
+        first = lambda w, alpha, key: self.solver.init(
+            problem.inner_loss, w, alpha, inner_data, key
+        )
+        if searches_a_line(jax.eval_shape(first, w, alpha, KEY)):
+            raise self._not_differentiable()
         check_problem(problem, w, alpha, self.solver, needs_loss=False)
         return UnrolledState(w)
 

@@ -357,7 +357,7 @@ def from_optimistix(solver: Any, max_steps: int | None = 256) -> "Optimistix":
     for name, why in OPTIMISTIX.items():
         if isinstance(inmost, getattr(optimistix, name)):
             raise TypeError(f"optimistix.{name} {why}; optimistix.BFGS will do")
-    check_steps("max_steps", max_steps)
+    check_steps("max_steps", max_steps, optional=True)
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic)
     arrays, rest = eqx.partition(solver, is_array)
     return Optimistix(arrays, rest, max_steps)

@@ -65,13 +65,7 @@ class Descent(eqx.Module):
             state = jax.eval_shape(self.optimizer.init, jnp.zeros(()))
         except Exception:  # a mask or labels that fit the user's w only
             return True
-        kinds = (
-            optax.ScaleByLBFGSState,
-            optax.ScaleByZoomLinesearchState,
-            optax.ScaleByBacktrackingLinesearchState,
-        )
-        found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-        return not any(isinstance(node, kinds) for node in found)
+        return not searches_a_line(state)
 
     def _transformation(self, alpha: PyTree) -> optax.GradientTransformationExtraArgs:
         optimizer = self.optimizer
@@ -116,6 +110,17 @@ class Descent(eqx.Module):
         w, _ = iterate(self, inner_loss, w, alpha, data, key)
         steps = self.num_steps
         return w, inner_stats(steps, num_grads=steps * fraction(data))
+
+
+def searches_a_line(state: PyTree) -> bool:
+    """Whether an optax state is that of a line search or of L-BFGS."""
+    kinds = (
+        optax.ScaleByLBFGSState,
+        optax.ScaleByZoomLinesearchState,
+        optax.ScaleByBacktrackingLinesearchState,
+    )
+    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(node, kinds) for node in found)
 
 
 def iterate(

@@ -51,7 +51,7 @@ class CG(SymmetricSolver):
     exact = True
 
     def __check_init__(self):
-        check_steps("max_steps", self.max_steps)
+        check_steps("max_steps", self.max_steps, optional=True)
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """Exact up to its tolerance, on any spectrum."""

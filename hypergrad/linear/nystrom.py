@@ -125,7 +125,7 @@ class NystromCG(SymmetricSolver):
 
     def __check_init__(self):
         check_steps("rank", self.rank)
-        check_steps("max_steps", self.max_steps)
+        check_steps("max_steps", self.max_steps, optional=True)
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """Exact up to its tolerance, on any spectrum."""

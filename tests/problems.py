@@ -1,0 +1,375 @@
+"""Bilevel problems whose hypergradient is known from a formula or a dense solve.
+
+Losses are module-level functions, so that problems of one shape share a compiled
+program. Everything exact is NumPy in float64, or `dense`, which uses nothing of
+`hypergrad` but the losses.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import hypergrad as hg
+
+flat = lambda tree: ravel_pytree(tree)[0]
+
+
+class Known(NamedTuple):
+    """A problem, where to begin, and what is known of it."""
+
+    problem: hg.Bilevel
+    w: Any
+    alpha: Any
+    exact: Callable[[Any], Any]  # alpha -> hypergradient, structured like alpha
+    best: Callable[[Any], Any]  # alpha -> w*, structured like w
+    hessian: np.ndarray  # of the inner loss at w*(alpha)
+
+    @property
+    def step(self) -> float:
+        """The step size with which gradient descent contracts fastest."""
+        ends = np.linalg.eigvalsh(self.hessian)[[0, -1]]
+        return float(2 / ends.sum())
+
+
+def error(found: Any, exact: Any) -> float:
+    """Relative distance of two pytrees, in the Euclidean norm."""
+    assert jax.tree.structure(found) == jax.tree.structure(exact)
+    found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+    exact = np.concatenate([np.ravel(x) for x in jax.tree.leaves(exact)])
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def central(fn: Callable[[Any], Any], at: Any, epsilon: float = 1e-3) -> Any:
+    """Derivative of a scalar function of a pytree by fourth-order differences."""
+    x, unravel = ravel_pytree(at)
+    value = lambda x: float(fn(unravel(x)))
+    slopes = []
+    for direction in np.eye(x.size):
+        e = epsilon * direction
+        near, far = value(x + e) - value(x - e), value(x + 2 * e) - value(x - 2 * e)
+        slopes.append((8 * near - far) / (12 * epsilon))
+    return unravel(jnp.array(slopes))
+
+
+def dense(problem: hg.Bilevel, w: Any, alpha: Any, damping: float = 0.0) -> dict:
+    """Everything at ``w*`` by dense matrices: Newton's method, then direct solves."""
+    w_flat, unravel = ravel_pytree(w)
+    a_flat, unravel_alpha = ravel_pytree(alpha)
+    losses = problem.outer_loss
+    losses = losses if isinstance(losses, tuple) else (losses,)
+
+    @jax.jit
+    def parts(w, a):
+        inner = lambda w, a: problem.inner_loss(
+            unravel(w), unravel_alpha(a), problem.inner_data
+        )
+        outer = lambda w, a: jnp.stack(
+            [loss(unravel(w), unravel_alpha(a), problem.outer_data) for loss in losses]
+        )
+        first = jax.grad(inner)
+        return {
+            "g": first(w, a),
+            "H": jax.jacrev(first)(w, a),
+            "J": jax.jacrev(first, argnums=1)(w, a),
+            "b": jax.jacrev(outer)(w, a),
+            "direct": jax.jacrev(outer, argnums=1)(w, a),
+            "value": outer(w, a),
+        }
+
+    for _ in range(60):
+        at = parts(w_flat, a_flat)
+        w_flat = w_flat - jnp.linalg.solve(at["H"], at["g"])
+        if float(jnp.linalg.norm(at["g"])) < 1e-14:
+            break
+    at = {name: np.asarray(x) for name, x in parts(w_flat, a_flat).items()}
+    assert np.linalg.norm(at["g"]) < 1e-12
+    H = at["H"] + damping * np.eye(len(at["H"]))
+    rows = at["direct"] - np.linalg.solve(H, at["b"].T).T @ at["J"]
+    single = not isinstance(problem.outer_loss, tuple)
+    at["value"] = at["value"][0] if single else at["value"]
+    at["hypergradient"] = (
+        unravel_alpha(jnp.asarray(rows[0]))
+        if single
+        else jax.vmap(unravel_alpha)(jnp.asarray(rows))
+    )
+    at["w"] = unravel(w_flat)
+    return at
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating leaves in another dtype."""
+    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if floating(x) else x, tree)
+
+
+# Quadratic: L = w'H w/2 - w'C alpha,  M = |w - t|^2/2 + k'alpha^2/2,
+# w* = H^-1 C alpha,  dM/dalpha = k alpha + C'H^-1 (w* - t).
+
+SHAPES = {
+    "0-d": jnp.zeros(()),
+    "1": jnp.zeros(1),
+    "2": jnp.zeros(2),
+    "30": jnp.zeros(30),
+    "nested": {"a": [jnp.zeros((2, 3)), jnp.zeros(())], "b": {"c": jnp.zeros(2)}},
+    "cI": jnp.zeros(30),
+}
+
+
+def quadratic_inner(w, alpha, batch):
+    w, alpha = flat(w), flat(alpha)
+    return 0.5 * w @ (batch["H"] @ w) - w @ (batch["C"] @ alpha)
+
+
+def quadratic_outer(w, alpha, batch):
+    w, alpha = flat(w), flat(alpha)
+    penalty = jnp.sum(batch["k"] * alpha**2)
+    return 0.5 * jnp.sum((w - batch["t"]) ** 2) + 0.5 * penalty
+
+
+def quadratic(structure: str = "30", seed: int = 0, condition: float = 10.0) -> Known:
+    """Spectrum in [1, condition], or 3 throughout for 'cI'; ``alpha`` of 4 numbers."""
+    rng = np.random.default_rng(seed)
+    w, unravel = ravel_pytree(SHAPES[structure])
+    alpha = rng.normal(size=4)
+    alpha = {"a": jnp.array(alpha[0]), "b": [jnp.array(alpha[1:])]}
+    if structure != "nested":
+        alpha = flat(alpha)
+    unravel_alpha = ravel_pytree(alpha)[1]
+    basis, _ = np.linalg.qr(rng.normal(size=(w.size, w.size)))
+    spectrum = np.full(w.size, 3.0)
+    if structure != "cI":
+        spectrum = rng.uniform(1, condition, size=w.size)
+        spectrum[-1], spectrum[0] = condition, 1.0
+    H = basis * spectrum @ basis.T
+    C, t, k = rng.normal(size=(w.size, 4)), rng.normal(size=w.size), rng.random(4)
+    best = lambda a: np.linalg.solve(H, C @ np.asarray(flat(a)))
+    slope = lambda a: k * np.asarray(flat(a)) + C.T @ np.linalg.solve(H, best(a) - t)
+    data = {"H": H, "C": C, "t": t, "k": k}
+    return Known(
+        hg.Bilevel(quadratic_inner, quadratic_outer, data, data),
+        unravel(w),
+        alpha,
+        lambda a: unravel_alpha(jnp.array(slope(a))),
+        lambda a: unravel(jnp.array(best(a))),
+        H,
+    )
+
+
+# Ridge: L = mean(s r^2)/2 + sum(e^l w^2)/2,  M = mean(r^2)/2 on other data,
+# dM/dl_j = -e^{l_j} w_j (H^-1 g)_j,  dM/ds_i = r_i x_i'H^-1 g / n.
+
+
+def ridge_outer(w, alpha, batch):
+    return 0.5 * jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+
+def ridge_penalty(w, alpha, batch):
+    return ridge_outer(w, alpha, batch) + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+
+
+def ridge_weights(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"]
+    weights = alpha[batch["index"]]
+    return 0.5 * jnp.mean(weights * residual**2) + 0.05 * jnp.sum(w**2)
+
+
+def _linear_data(seed, n, d):
+    rng = np.random.default_rng(seed)
+    x, truth = rng.normal(size=(2 * n, d)), rng.normal(size=d)
+    return rng, x, x @ truth + 0.5 * rng.normal(size=2 * n)
+
+
+def ridge(kind: str = "scalar", seed: int = 0, n: int = 40, d: int = 6) -> Known:
+    """``kind``: one log-penalty ('scalar'), one a weight, or example weights."""
+    rng, x, y = _linear_data(seed, n, d)
+    train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
+    if kind == "per-example":
+        alpha = jnp.array(rng.uniform(0.5, 1.5, size=n))
+        problem = hg.Bilevel(
+            ridge_weights, ridge_outer, train | {"index": np.arange(n)}, val
+        )
+    else:
+        shape = () if kind == "scalar" else (d,)
+        alpha = jnp.array(rng.uniform(-2, -1, size=shape))
+        problem = hg.Bilevel(ridge_penalty, ridge_outer, train, val)
+
+    def parts(a):
+        a = np.asarray(a)
+        weights = a if kind == "per-example" else np.ones(n)
+        penalty = 0.1 if kind == "per-example" else np.exp(a)
+        H = (train["x"].T * weights) @ train["x"] / n + penalty * np.eye(d)
+        w = np.linalg.solve(H, train["x"].T @ (weights * train["y"]) / n)
+        g = val["x"].T @ (val["x"] @ w - val["y"]) / n
+        return H, w, np.linalg.solve(H, g)
+
+    def exact(a):
+        _, w, v = parts(a)
+        if kind == "per-example":
+            return (train["y"] - train["x"] @ w) * (train["x"] @ v) / n
+        each = -np.exp(np.asarray(a)) * w * v
+        return each.sum() if kind == "scalar" else each
+
+    return Known(
+        problem,
+        jnp.zeros(d),
+        alpha,
+        lambda a: jnp.array(exact(a)),
+        lambda a: jnp.array(parts(a)[1]),
+        parts(alpha)[0],
+    )
+
+
+# Logistic: L = mean(log(1 + exp(-y x'w))) + sum(e^l w^2)/2; the point by Newton.
+
+
+def logistic_outer(w, alpha, batch):
+    return jnp.mean(jax.nn.softplus(-batch["y"] * (batch["x"] @ w)))
+
+
+def logistic_inner(w, alpha, batch):
+    return logistic_outer(w, alpha, batch) + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+
+
+def logistic(kind: str = "per-weight", seed: int = 0, n: int = 40, d: int = 6) -> Known:
+    """``kind``: one log-penalty ('scalar') or one a weight."""
+    rng, x, y = _linear_data(seed, n, d)
+    y = np.sign(y)
+    train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
+    alpha = jnp.array(rng.uniform(-3, -2, size=() if kind == "scalar" else (d,)))
+
+    def parts(a):
+        a, w = np.asarray(a), np.zeros(d)
+        for _ in range(50):
+            p = 1 / (1 + np.exp(train["y"] * (train["x"] @ w)))
+            g = -train["x"].T @ (train["y"] * p) / n + np.exp(a) * w
+            H = (train["x"].T * (p * (1 - p))) @ train["x"] / n
+            H = H + np.exp(a) * np.eye(d)
+            w = w - np.linalg.solve(H, g)
+        assert np.linalg.norm(g) < 1e-14
+        p = 1 / (1 + np.exp(val["y"] * (val["x"] @ w)))
+        return H, w, np.linalg.solve(H, -val["x"].T @ (val["y"] * p) / n)
+
+    def exact(a):
+        _, w, v = parts(a)
+        each = -np.exp(np.asarray(a)) * w * v
+        return each.sum() if kind == "scalar" else each
+
+    return Known(
+        hg.Bilevel(logistic_inner, logistic_outer, train, val),
+        jnp.zeros(d),
+        alpha,
+        lambda a: jnp.array(exact(a)),
+        lambda a: jnp.array(parts(a)[1]),
+        parts(alpha)[0],
+    )
+
+
+# SMD1-5 of Sinha, Malo & Deb 2014: phi(x) = |a|^2 + |b|^2, so the hypergradient is 2x.
+# x = (a, b) with 2 + 2 numbers, w = (c, d) with 3 + 2; F = |a|^2 + |b|^2 + terms.
+
+
+def _rosenbrock(c):
+    return jnp.sum((c[1:] - c[:-1] ** 2) ** 2 + (c[:-1] - 1) ** 2)
+
+
+def _ripples(c):
+    return c.size + jnp.sum(c**2 - jnp.cos(2 * jnp.pi * c))
+
+
+_SQUARE = lambda c: jnp.sum(c**2)
+# First term of f, first term of F, their sign in F, and what is squared last.
+_SMD = {
+    1: (_SQUARE, _SQUARE, 1, lambda b, d: b - jnp.tan(d)),
+    2: (_SQUARE, _SQUARE, -1, lambda b, d: b - jnp.log(d)),
+    3: (_ripples, _SQUARE, 1, lambda b, d: b**2 - jnp.tan(d)),
+    4: (_ripples, _SQUARE, -1, lambda b, d: jnp.abs(b) - jnp.log(1 + d)),
+    5: (_rosenbrock, _rosenbrock, -1, lambda b, d: jnp.abs(b) - d**2),
+}
+# x_l2 as a function of b, and its derivative.
+_SMD_BEST = {
+    1: (np.arctan, lambda b: 1 / (1 + b**2)),
+    2: (np.exp, np.exp),
+    3: (lambda b: np.arctan(b**2), lambda b: 2 * b / (1 + b**4)),
+    4: (lambda b: np.expm1(np.abs(b)), lambda b: np.sign(b) * np.exp(np.abs(b))),
+    5: (lambda b: np.sqrt(np.abs(b)), lambda b: 0.5 * np.sign(b) / np.abs(b) ** 0.5),
+}
+
+
+def smd(number: int, tilt: float = 0.0, seed: int = 0) -> Known:
+    """SMD1-5, begun near the lower optimum, away from the kinks at b = 0.
+
+    Their outer loss is flat in ``w`` at the lower optimum, where the direct term is all
+    there is; ``tilt`` times the sum of ``w`` added to it makes the adjoint count.
+    """
+    rng = np.random.default_rng(seed)
+    lower, upper, sign, rest = _SMD[number]
+
+    def inner(w, alpha, batch):
+        terms = lower(w["c"]) + jnp.sum(rest(alpha["b"], w["d"]) ** 2)
+        return jnp.sum(alpha["a"] ** 2) + terms
+
+    def outer(w, alpha, batch):
+        terms = upper(w["c"]) + jnp.sum(rest(alpha["b"], w["d"]) ** 2)
+        return jnp.sum(flat(alpha) ** 2) + sign * terms + tilt * jnp.sum(flat(w))
+
+    def best(alpha):
+        c = np.ones(3) if number == 5 else np.zeros(3)
+        return {"c": jnp.array(c), "d": jnp.array(_SMD_BEST[number][0](alpha["b"]))}
+
+    def exact(alpha):
+        slope = jnp.array(_SMD_BEST[number][1](np.asarray(alpha["b"])))
+        return {"a": 2 * alpha["a"], "b": 2 * alpha["b"] + tilt * slope}
+
+    b = rng.uniform(0.3, 1.2, size=2) * np.array([1, -1])
+    alpha = {"a": jnp.array(rng.normal(size=2)), "b": jnp.array(b)}
+    w = jax.tree.map(lambda x: x + 0.05 * rng.random(x.shape), best(alpha))
+    problem = hg.Bilevel(inner, outer)
+    hessian = dense(problem, w, alpha)["H"]
+    return Known(problem, w, alpha, exact, best, hessian)
+
+
+# The logistic problem of Grazzi et al. 2020 (hypertorch's notebook).
+
+
+def hypertorch_outer(w, alpha, batch):
+    logits = batch["x"] @ w
+    return jnp.mean(jax.nn.softplus(logits) - batch["y"] * logits)
+
+
+def hypertorch_inner(w, alpha, batch):
+    return hypertorch_outer(w, alpha, batch) + 0.5 * jnp.sum(alpha * w**2)
+
+
+def hypertorch() -> Known:
+    """1000 points in 20 dimensions, split in halves; one penalty a weight, all 1."""
+    rng = np.random.RandomState(1)  # as published
+    truth, x = rng.randn(20), rng.randn(1000, 20)
+    y = (x @ truth + 0.1 * rng.randn(1000) > 0).astype(float)
+    order = rng.permutation(1000)
+    val, train = ({"x": x[i], "y": y[i]} for i in (order[:500], order[500:]))
+    problem = hg.Bilevel(hypertorch_inner, hypertorch_outer, train, val)
+    w, alpha = jnp.zeros(20), jnp.ones(20)
+    at = dense(problem, w, alpha)
+    return Known(
+        problem,
+        w,
+        alpha,
+        lambda a: dense(problem, w, a)["hypergradient"],
+        lambda a: dense(problem, w, a)["w"],
+        at["H"],
+    )
+
+
+@functools.cache
+def any_known(name: str) -> Known:
+    """By a name: 'ridge scalar', 'quadratic 0-d', 'smd 3', 'smd 3 tilted'..."""
+    family, _, which = name.partition(" ")
+    if family == "smd":
+        number, _, tilted = which.partition(" ")
+        return smd(int(number), 1.0 if tilted else 0.0)
+    return {"ridge": ridge, "logistic": logistic, "quadratic": quadratic}[family](which)

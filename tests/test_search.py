@@ -1,0 +1,203 @@
+"""Search without gradients against known optima, a known budget and a plain loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.spaces import Interval, Unit
+
+KEY = jax.random.key(0)
+BEST = np.array([0.3, 0.8])
+FIT = hg.ClosedForm(lambda alpha, batch: 2 * alpha)
+
+
+def inner(w, alpha, batch):
+    return jnp.sum((w - 2 * alpha) ** 2)
+
+
+def outer(w, alpha, batch):
+    return jnp.sum((w - 2 * BEST) ** 2)
+
+
+def search(problem=None, solver=FIT, **changes):
+    settings = {"space": Unit(shape=(2,)), "budget": 400.0, "key": KEY}
+    problem = hg.Bilevel(inner, outer) if problem is None else problem
+    searcher = changes.pop("searcher", hg.searchers.Random())
+    w = changes.pop("w", jnp.zeros(2))
+    return hg.search(problem, solver, searcher, w, **{**settings, **changes})
+
+
+def test_random_search_comes_as_near_as_its_trials_allow():
+    """Of n uniform points the nearest is within r with probability 1-(1-pi r^2)^n."""
+    trace = search()
+    trials = len(trace.value)
+    assert trials == 300  # one gradient and one value, 4/3, each
+    radius = np.sqrt(-np.log(1e-4) / (np.pi * trials))
+    assert np.linalg.norm(trace.best_alpha - BEST) < radius
+    # What is returned belongs together, and is the best of what was tried.
+    np.testing.assert_array_equal(trace.alpha, trace.best_alpha)
+    np.testing.assert_allclose(trace.w, 2 * trace.best_alpha)
+    value = np.sum((2 * trace.best_alpha - 2 * BEST) ** 2)
+    np.testing.assert_allclose(np.min(trace.value), value, rtol=1e-12)
+    assert trace.status == "completed"
+    assert trace.stats["trusted"].all()
+
+
+def test_trials_are_uniform_draws_from_the_space():
+    """chi-square of 300 values over ten bins, told to the searcher as they were."""
+    trace = search(searcher=Recorder())
+    asked = np.stack([alpha for alpha, _ in Recorder.told])
+    values = [float(value) for _, value in Recorder.told]
+    np.testing.assert_allclose(trace.value, values)
+    expected = np.sum((2 * asked - 2 * BEST[None]) ** 2, axis=1)
+    np.testing.assert_allclose(trace.value, expected, rtol=1e-12)
+    counts = np.histogram(asked.ravel(), bins=10, range=(0, 1))[0]
+    assert np.sum((counts - 60) ** 2 / 60) < 33.7  # chi2(9): p = 1e-4
+
+
+class Recorder:
+    """Random search that remembers what it was told; a user's own searcher."""
+
+    told: list = []  # noqa: RUF012
+
+    def init(self, space, key):
+        self.told.clear()
+        return hg.searchers.Random().init(space, key)
+
+    def ask(self, state, key):
+        return hg.searchers.Random().ask(state, key)
+
+    def tell(self, state, alpha, value):
+        self.told.append((np.asarray(alpha), value))
+        return state
+
+
+@pytest.mark.parametrize(
+    ("budget", "trials"), [(1e-9, 1), (1.0, 1), (4.0, 3), (4.1, 3), (8.5, 6)]
+)
+def test_the_budget_is_kept(budget, trials):
+    """Trials of a gradient and a value cost 4/3: as many as fit, and at least one."""
+    trace = search(budget=budget)
+    assert len(trace.value) == trials
+    np.testing.assert_allclose(trace.cost[-1], trials * 4 / 3, rtol=1e-6)
+
+
+def test_a_trial_costs_its_inner_steps_and_one_value():
+    """Ten steps on a third of the rows, and a value on half as many rows."""
+    mean = lambda w, alpha, batch: jnp.mean((w - alpha) ** 2) + jnp.mean(batch)
+    data = hg.Batches(jnp.zeros((6, 1)), 2), hg.Batches(jnp.zeros((3, 1)))
+    trace = search(
+        hg.Bilevel(mean, mean, *data), hg.Descent(optax.sgd(0.1), 10),
+        w=jnp.zeros(1), space=Unit(shape=(1,)), budget=20.0,
+    )  # fmt: skip
+    cost = 10 * 2 / 6 + 0.5 / 3
+    assert len(trace.value) == 20 // cost
+    np.testing.assert_allclose(trace.stats["gradient_equivalents"], cost, rtol=1e-6)
+
+
+def test_the_key_fixes_the_trace():
+    """Same key, same numbers to the bit; another key, others."""
+    problem = hg.Bilevel(inner, outer)
+    first, again = search(problem, budget=20), search(problem, budget=20)
+    other = search(problem, budget=20, key=jax.random.key(1))
+    for one, same in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(first.value, other.value)
+    assert len(set(first.value.tolist())) == len(first.value)  # no draw twice
+
+
+def test_every_trial_begins_at_the_given_w():
+    """Half a step from 0 towards ``2 alpha`` lands on ``alpha``, in every trial."""
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum((w - alpha) ** 2))
+    trace = search(problem, hg.Descent(optax.sgd(0.25), 1), budget=20)
+    np.testing.assert_allclose(trace.value, 0.0, atol=1e-30)
+    np.testing.assert_allclose(trace.w, trace.alpha, rtol=1e-12)
+
+
+def test_trials_that_fail_are_passed_over():
+    """NaN below 1/2: the best is the best of the others, even if the first was NaN."""
+
+    def fails(w, alpha, batch):
+        return jnp.where(alpha < 0.5, jnp.nan, (alpha - 0.6) ** 2) + 0 * w
+
+    quick = hg.ClosedForm(lambda alpha, batch: alpha)
+    problem = hg.Bilevel(fails, fails)
+    begun_with = set()
+    for seed in range(8):
+        trace = search(
+            problem, quick, w=jnp.zeros(()), space=Unit(), budget=40,
+            key=jax.random.key(seed),
+        )  # fmt: skip
+        begun_with.add(bool(np.isnan(trace.value[0])))
+        assert abs(float(trace.best_alpha) - 0.6) < 0.15
+        np.testing.assert_array_equal(trace.stats["trusted"], ~np.isnan(trace.value))
+    assert begun_with == {True, False}
+
+
+def test_spaces_are_searched_in_their_own_scale():
+    """Log-uniform: as many trials in each decade; ``alpha`` is built like the space."""
+    space = {"l2": Interval(1e-6, 1.0, log=True), "rest": [Unit()]}
+    fit = hg.ClosedForm(lambda alpha, batch: jnp.log10(alpha["l2"]))
+    read = lambda w, alpha, batch: w + 0 * alpha["rest"][0]
+    trace = search(
+        hg.Bilevel(read, read), fit, w=jnp.zeros(()), space=space, budget=400
+    )
+    assert set(trace.best_alpha) == {"l2", "rest"}
+    counts = np.histogram(trace.value, bins=6, range=(-6, 0))[0]
+    assert counts.sum() == len(trace.value)
+    expected = len(trace.value) / 6
+    assert np.sum((counts - expected) ** 2 / expected) < 25.7  # chi2(5): p = 1e-4
+
+
+def test_metrics_progress_and_rows():
+    """Metrics of each trial's own w and alpha, outside the ledger; one row a trial."""
+    seen = []
+    metrics = {"norm": lambda w, alpha, key: jnp.sum(w - 2 * alpha) + w[0]}
+    plain = search(budget=20)
+    trace = search(
+        budget=20,
+        metrics=metrics,
+        progress=lambda done, best: seen.append((done, best)),
+    )
+    np.testing.assert_array_equal(trace.value, plain.value)
+    np.testing.assert_array_equal(trace.cost, plain.cost)
+    rows = trace.rows()
+    assert [row["step"] for row in rows] == list(range(len(trace.value)))
+    np.testing.assert_allclose([row["value"] for row in rows], trace.value)
+    np.testing.assert_allclose([row["cost"] for row in rows], trace.cost)
+    best = int(np.argmin(trace.value))
+    np.testing.assert_allclose(rows[best]["norm"], trace.w[0], rtol=1e-12)
+    assert all(type(row["value"]) is float for row in rows)
+    assert rows[0]["trusted"] is True
+    assert [done for done, _ in seen] == list(range(1, len(rows) + 1))
+    np.testing.assert_allclose(
+        [best for _, best in seen], np.minimum.accumulate(trace.value)
+    )
+
+
+def test_a_search_compiles_its_trial_once():
+    """Fifteen trials trace the loss no more often than one does."""
+    traces = []
+
+    def counted(w, alpha, batch):
+        traces.append(None)
+        return inner(w, alpha, batch)
+
+    problem = hg.Bilevel(counted, outer)
+    solver = hg.Descent(optax.sgd(0.1), 2)
+    search(problem, solver, budget=1)
+    once = len(traces)
+    assert len(search(problem, solver, budget=30).value) > 10
+    # Checks look at shapes again; nothing is traced a trial.
+    assert len(traces) <= 2 * once
+
+
+def test_a_draw_is_made_anew_for_each_trial():
+    """The batch is 0 or 1 by the trial's key: both occur among twenty values."""
+    coin = lambda key: (None, jax.random.bernoulli(key).astype(float))
+    read = lambda w, alpha, batch: batch + 0 * w[0] + 0 * alpha[0]
+    trace = search(hg.Bilevel(inner, read, draw=coin), budget=27)
+    assert set(trace.value.tolist()) == {0.0, 1.0}
