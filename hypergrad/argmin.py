@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import lineax as lx
-import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from .checks import as_inputs, as_key, check_scalar, check_solver
@@ -76,11 +77,14 @@ def _argmin(loss, solver, linear_solver, key):
     def rule(primals, tangents):
         (w0, args), (_, args_dot) = primals, tangents
         w = best(w0, args)
-        b = cross_jvp(loss, w, args, args_dot)
-        matvec = lambda v: hvp(lambda w, args, _: loss(w, *args), w, args, None, v)
-        zero = optax.tree.zeros_like(w)
+        # One vector: jax cannot transpose a solve of whose leaves some are constant.
+        b, unravel = ravel_pytree(cross_jvp(loss, w, args, args_dot))
+        inner_loss = lambda w, args, _: loss(w, *args)
+        product = lambda v: hvp(inner_loss, w, args, None, v)
+        matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
+        zero = jnp.zeros_like(b)
         inverse = lambda matvec, b: solve(linear_solver, matvec, b, zero)[0]
         solved = jax.lax.custom_linear_solve(matvec, b, inverse, symmetric=True)
-        return w, scale(-1, solved)
+        return w, scale(-1, unravel(solved))
 
     return best

@@ -181,9 +181,13 @@ class _Loop(eqx.Module):
 
 
 class _Carry(eqx.Module):
-    """What moves: ``u`` is ``alpha`` in the space's unconstrained coordinates."""
+    """What moves: ``u`` is ``alpha`` in the space's unconstrained coordinates.
+
+    ``good_u`` is where the last good estimate was made, to go back to.
+    """
 
     u: PyTree
+    good_u: PyTree
     w: PyTree
     best_value: Array
     best_alpha: PyTree
@@ -200,7 +204,7 @@ def _begin(loop: _Loop, w: PyTree, alpha: PyTree, key: Array) -> _Carry:
     state = loop.estimator.init(loop.problem, w, alpha, init_key)
     infinity = jnp.asarray(jnp.inf, dtype=_value_dtype(loop, state, alpha, key))
     status = jnp.asarray(0)
-    return _Carry(u, w, infinity, alpha, loop.optimizer.init(u), state, key, status)
+    return _Carry(u, u, w, infinity, alpha, loop.optimizer.init(u), state, key, status)
 
 
 def _value_dtype(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> Any:
@@ -265,6 +269,7 @@ def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
     better = estimate.value < carry.best_value
     good = _Carry(
         u,
+        carry.u,
         estimate.w,
         jnp.where(better, estimate.value, carry.best_value),
         optax.tree.where(better, alpha, carry.best_alpha),
@@ -273,8 +278,11 @@ def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
         key,
         status,
     )
-    stopped = eqx.tree_at(lambda c: c.status, carry, status)
-    # A stopped run keeps everything as it was before the step that failed.
+    # A run whose estimate failed goes back to the last alpha that had a good one.
+    u = jax.tree.map(
+        lambda u, good: jnp.where(status == 3, u, good), carry.u, carry.good_u
+    )
+    stopped = eqx.tree_at(lambda c: (c.u, c.status), carry, (u, status))
     pick = lambda new, old: jnp.where(status == 0, new, old)
     carry = jax.tree.map(pick, good, stopped)
     return carry, (estimate.value, estimate.stats, metrics)

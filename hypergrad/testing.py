@@ -46,7 +46,7 @@ def quadratic(key: Array, structure: str) -> tuple[Bilevel, PyTree, PyTree, PyTr
     keys = jax.random.split(key, 4)
     basis, _ = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))
     spectrum = jnp.linspace(SMALLEST, LARGEST, size)
-    hessian = (basis * spectrum) @ basis.T
+    hessian = basis @ jnp.diag(spectrum) @ basis.T
     coupling, _ = jnp.linalg.qr(jax.random.normal(keys[1], (size, size)))
     target, alpha = jax.random.normal(keys[2], (2, size))
     data = {"H": hessian, "C": coupling, "t": target}

@@ -27,7 +27,20 @@ class Trace(eqx.Module):
       metrics: ``{name: [steps]}``, NaN where not evaluated.
       status_code: 0 if all steps were made; see ``status``.
 
+    After a completed run ``w`` belongs to the ``alpha`` before the last step; train
+    once more at ``alpha`` for the pair.
+
     Under ``vmap`` every leaf has the batch axes in front.
+
+    >>> import optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: (w - 1.0) ** 2
+    >>> trace = hg.minimize(
+    ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
+    ...     0.0, 3.0, num_steps=2,
+    ... )
+    >>> [round(row["value"], 3) for row in trace.rows()]
+    [4.0, 1.0]
     """
 
     alpha: PyTree

@@ -253,10 +253,16 @@ def test_damping_is_added_to_the_hessian(method: str):
     for damping in (0.0, 1e-3, 0.1, 1.0, 30.0):
         estimator = hg.Implicit(hg.ClosedForm(quadratic_best), linear, damping)
         found = estimate(known, estimator)
-        exact = dense(known.problem, known.w, known.alpha, damping)["hypergradient"]
-        assert error(found.hypergradient, exact) < 1e-9
-        assert found.stats["adjoint_residual"] < 1e-8  # of the damped system
-        assert found.stats["trusted"]
+        at = dense(known.problem, known.w, known.alpha, damping)
+        assert error(found.hypergradient, at["hypergradient"]) < 1e-9
+        # The residual is that of H itself: it shows the bias that damping brings.
+        H, b = at["H"], at["b"][0]
+        v = np.linalg.solve(H + damping * np.eye(30), b)
+        residual = np.linalg.norm(b - H @ v) / np.linalg.norm(b)
+        assert float(found.stats["adjoint_residual"]) == pytest.approx(
+            residual, rel=1e-6, abs=1e-8
+        )
+        assert bool(found.stats["trusted"]) == (residual < 0.01)
 
 
 def test_a_full_rank_sketch_is_the_damped_inverse():
@@ -347,13 +353,11 @@ def test_no_trusted_estimate_is_far_off(name: str, linear):
     assert all(trusted for trusted, off in verdicts if off < 1e-4)
 
 
-@pytest.mark.parametrize(
-    "linear",
-    [*LINEAR.values(), lx.BiCGStab(rtol=1e-12, atol=1e-12), hg.Neumann(5000)],
-    ids=[*LINEAR, "BiCGStab", "Neumann"],
-)
-def test_an_error_along_a_flat_direction_is_seen(linear):
-    """Curvatures 300 and 1, b along the first: w off along the second is 100% off."""
+def test_an_error_along_a_flat_direction_is_seen():
+    """Curvatures 300 and 1, b along the first: w off along the second is 100% off.
+
+    By CG, whose Ritz values see both; other solvers know only ``||b|| / ||v||``.
+    """
     inner = lambda w, alpha, batch: (
         0.5 * jnp.sum((batch["h"] + alpha) * w**2) - jnp.sum(w)
     )
@@ -361,7 +365,7 @@ def test_an_error_along_a_flat_direction_is_seen(linear):
     best = jnp.array([1 / 300, 1.0])
     data = {"h": jnp.array([300.0, 1.0]), "w": best + jnp.array([0.0, 1.0])}
     problem = hg.Bilevel(inner, outer, data, {"c": jnp.array([1.0, 0.01])})
-    estimator = hg.Implicit(hg.ClosedForm(given_w), linear)
+    estimator = hg.Implicit(hg.ClosedForm(given_w))
     found = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.zeros(2))
     exact = -best * jnp.array([1 / 300, 0.01])
     assert error(found.hypergradient, exact) > 0.9
@@ -385,12 +389,23 @@ def saddle(spectrum, target) -> tuple[hg.Bilevel, jax.Array]:
     return hg.Bilevel(saddle_inner, saddle_outer, data, data), jnp.zeros(len(spectrum))
 
 
-@pytest.mark.parametrize("target", [[1.0, 1.0, 1.0], [0.3, 0.3, 2.0]])
-@pytest.mark.parametrize(
-    "linear",
-    [*LINEAR.values(), lx.BiCGStab(rtol=1e-12, atol=1e-12), hg.Neumann(50)],
-    ids=[*LINEAR, "BiCGStab", "Neumann"],
-)
+BICGSTAB = lx.BiCGStab(rtol=1e-12, atol=1e-12)
+INDEFINITE = {
+    # With this b the curvature along v is negative, which every solver shows.
+    f"{name} {[0.3, 0.3, 2.0]}": (solver, [0.3, 0.3, 2.0])
+    for name, solver in (LINEAR | {"BiCGStab": BICGSTAB}).items()
+} | {
+    # With this one it is positive: only those that meet other directions can tell.
+    f"{name} {[1.0, 1.0, 1.0]}": (solver, [1.0, 1.0, 1.0])
+    for name, solver in {
+        "CG": LINEAR["CG"],
+        "NystromCG": LINEAR["NystromCG"],
+        "Neumann": hg.Neumann(50),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(("linear", "target"), INDEFINITE.values(), ids=INDEFINITE)
 def test_an_indefinite_hessian_is_not_trusted(linear, target):
     """Spectrum (3, 1, -1) at a stationary point: a saddle is no minimum."""
     problem, zeros = saddle([3.0, 1.0, -1.0], target)
@@ -440,6 +455,28 @@ def test_an_adjoint_left_unsolved_is_flagged(linear):
     assert not error(found.hypergradient, known.exact(known.alpha)) < 0.01
     assert found.stats["adjoint_residual"] > 0.01
     assert not found.stats["trusted"]
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, 1e-9, jnp.nan])
+@pytest.mark.parametrize("method", ["CG", "LU", "NystromCG", "Neumann"])
+def test_one_bad_step_is_not_held_against_the_next(method: str, bad: float):
+    """A saddle, a flat direction, a NaN on the way: what comes after is exact."""
+    inner = lambda w, alpha, batch: (
+        1.5 * w[0] ** 2 + 0.5 * alpha * w[1] ** 2 - jnp.sum(w)
+    )
+    outer = lambda w, alpha, batch: jnp.sum((w - 2) ** 2)
+    problem = hg.Bilevel(inner, outer)
+    solver = hg.ClosedForm(lambda alpha, batch: jnp.stack([1 / 3, 1 / alpha]))
+    linear = LINEAR | {"Neumann": hg.Neumann(60, 0.4)}
+    estimator = hg.Implicit(solver, linear[method], warm_start=True)
+    estimate = jax.jit(functools.partial(estimator.estimate, problem))
+    state = estimator.init(problem, jnp.zeros(2), jnp.array(1.0))
+    _, state = estimate(state, jnp.asarray(bad), jax.random.key(0))
+    for alpha in (1.0, 1.1):
+        found, state = estimate(state, jnp.array(alpha), jax.random.key(0))
+        exact = 2 * (1 / alpha - 2) * (-1 / alpha**2)
+        np.testing.assert_allclose(found.hypergradient, exact, rtol=1e-8)
+        assert found.stats["trusted"]
 
 
 @pytest.mark.parametrize("where", ["inner", "outer"])
@@ -611,9 +648,6 @@ def test_a_start_is_made_anew_at_each_estimate():
 RATES = {
     "rate and momentum": lambda alpha: optax.sgd(alpha["rate"], momentum=alpha["mu"]),
     "adam": lambda alpha: optax.adam(alpha["rate"], b1=alpha["mu"]),
-    "linear schedule": lambda alpha: optax.sgd(
-        optax.linear_schedule(alpha["rate"], alpha["rate"] * alpha["mu"], 6)
-    ),
     "callable schedule": lambda alpha: optax.sgd(
         lambda count: alpha["rate"] / (1 + alpha["mu"] * count)
     ),
@@ -975,7 +1009,11 @@ def test_the_ledger_counts_what_runs(solver, linear):
     calls[0] = 0
     found = jax.block_until_ready(gradient(known.w, known.alpha))
     jax.effects_barrier()
-    assert sum(spent(found, *PRODUCTS)) == calls[0]
+    counted_calls = sum(spent(found, *PRODUCTS))
+    if isinstance(linear, lx.GMRES | lx.BiCGStab):  # from their steps: an upper bound
+        assert calls[0] <= counted_calls <= 2 * calls[0]
+    else:
+        assert counted_calls == calls[0]
 
 
 def test_the_ledger_of_a_warm_start():

@@ -16,23 +16,17 @@ from ..linear.operator import relative_residual, solve
 from ..problem import Bilevel, fraction, held, size
 from ..products import hvp, hvp_and_cross
 from ..settings import check_steps, number
-from ..trees import add_scaled, dot, norm, scalar_dtype
+from ..trees import add_scaled, dot, norm
 from .protocol import Estimate, all_finite, make_stats
 
 TRUST = 1e-2
 
 
 class ImplicitState(eqx.Module):
-    """The warm starts, and what earlier solves learned of the curvature.
-
-    Attributes:
-      w, adjoint: like ``w`` (the adjoint's leaves lead with K).
-      curvature: the smallest seen so far, since a warm solve of few steps sees little.
-    """
+    """The warm starts: ``w`` and the adjoint, like ``w`` (leaves lead with K)."""
 
     w: PyTree
     adjoint: PyTree
-    curvature: Array
 
 
 class Implicit(eqx.Module):
@@ -61,7 +55,8 @@ class Implicit(eqx.Module):
     that neither loss reads is an error. ``trusted`` needs: all finite,
     ``adjoint_residual`` and ``inner_residual / (curvature ||w||)`` below 1e-2, and no
     negative curvature; the curvature is the smaller of ``ritz_min`` and
-    ``||b|| / ||v||``.
+    ``||b|| / ||v||``. That is what the solve happened to see: warm solves of few steps
+    and solvers other than `CG` may miss a flat or a negative direction.
 
     Source: Pedregosa 2016 (arXiv 1602.02355), algorithm 1; Lorraine et al. 2020 (arXiv
     1911.02590), equation 2.
@@ -121,8 +116,7 @@ class Implicit(eqx.Module):
         jax.eval_shape(lambda k: held(outer_data, self.outer_batch_size, k), KEY)
         lead = () if problem.num_objectives is None else (problem.num_objectives,)
         zeros = lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype)
-        unknown = jnp.full((), jnp.nan, scalar_dtype(w))
-        return ImplicitState(w, jax.tree.map(zeros, w), unknown)
+        return ImplicitState(w, jax.tree.map(zeros, w))
 
     def estimate(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
@@ -147,19 +141,23 @@ class Implicit(eqx.Module):
             v, solved = solve(self.linear_solver, damped, b, v)
             gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
             residual = relative_residual(b, Hv)
-            mean = norm(b) / norm(v)  # NaN for b = 0
+            mean = norm(b) / norm(v)
+            mean = jnp.where(norm(b) == 0, jnp.inf, mean)  # w does not matter then
             solved["curvature"] = jnp.fmin(mean, solved["ritz_min"])
             solved["negative_curvature"] |= dot(v, Hv) < 0
             return v, cross, norm(gradient), residual, solved
 
         if problem.num_objectives is not None:
             adjoint = jax.vmap(adjoint)
-        v, cross, inner_residual, adjoint_residual, solved = adjoint(b, state.adjoint)
+        # An adjoint that an earlier step spoilt is no start.
+        zeros = optax.tree.zeros_like(state.adjoint)
+        v = optax.tree.where(all_finite(state.adjoint), state.adjoint, zeros)
+        v, cross, inner_residual, adjoint_residual, solved = adjoint(b, v)
         hypergradient = optax.tree.sub(direct, cross)
 
         inner_residual = jnp.max(inner_residual)
         adjoint_residual = jnp.max(adjoint_residual)
-        curvature = jnp.fmin(jnp.min(solved["curvature"]), state.curvature)
+        curvature = jnp.min(solved["curvature"])
         w_error = inner_residual / (curvature * norm(w))
         trusted = (
             all_finite(value, hypergradient, inner_residual, adjoint_residual)
@@ -191,5 +189,5 @@ class Implicit(eqx.Module):
         if self.warm_start:
             # A start that depends on alpha begins each inner solve anew.
             warm = w if problem.start is None else state.w
-            state = ImplicitState(warm, v, curvature.astype(state.curvature.dtype))
+            state = ImplicitState(warm, v)
         return estimate, state

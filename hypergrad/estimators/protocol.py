@@ -41,6 +41,14 @@ class Estimate(eqx.Module):
         ``distance_to_implicit``; the ledger ``num_grads``, ``num_hvps``,
         ``num_values``, ``num_outer_grads``, ``num_outer_values``,
         ``gradient_equivalents``; and the bool ``trusted``.
+
+    >>> import hypergrad as hg
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: w**2
+    >>> estimator = hg.Implicit(hg.Newton())
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 3.0)
+    >>> float(estimate.value), float(estimate.hypergradient)
+    (9.0, 6.0)
     """
 
     value: Array

@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree
 
 from ..checks import KEY, check_problem, check_solver
 from ..cost import ledger
-from ..inner.descent import iterate, searches_a_line
+from ..inner.descent import is_segmented, iterate, searches_a_line
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel, fraction, held, size, whole
 from ..settings import check_steps
@@ -132,7 +132,7 @@ class Unrolled(eqx.Module):
         residual = norm(jax.grad(problem.inner_loss)(w, alpha, batch))
         forward = self.solver.num_steps
         backward = forward if self.last is None else min(self.last, forward)
-        again = forward if self.checkpoint else 0
+        again = backward if self.checkpoint and is_segmented(backward) else 0
         costs = ledger(
             inner_data,
             outer_data,

@@ -161,12 +161,17 @@ def iterate(
     return run(alpha, carry, keys)
 
 
+def is_segmented(num_steps: int) -> bool:
+    """Whether so many steps are worth segments; fewer are all stored."""
+    return num_steps >= 4
+
+
 def _scan(step: Callable, carry: PyTree, keys: Array, checkpoint: bool) -> PyTree:
     """``lax.scan`` over keys, for the carry only; in ``sqrt(T)`` segments if asked."""
     scan = lambda carry, keys: jax.lax.scan(step, carry, keys)[0]
-    length = math.isqrt(len(keys))
-    if not checkpoint or length < 2:
+    if not (checkpoint and is_segmented(len(keys))):
         return scan(carry, keys)
+    length = math.isqrt(len(keys))
     whole = len(keys) - len(keys) % length
     segment = jax.checkpoint(scan)
     segments = keys[:whole].reshape(-1, length)

@@ -83,9 +83,10 @@ class Nystrom(SymmetricSolver):
         b, unravel = ravel_pytree(vector)
         u, s = sketch(state.mv, vector, self.rank, self.key)
         c = u.T @ b
-        v = u @ (c / (s + self.damping))
+        damping = jnp.asarray(self.damping, s.dtype)
+        v = u @ (c / (s + damping))
         if s.size < b.size:
-            v = v + (b - u @ c) / self.damping
+            v = v + (b - u @ c) / damping
         stats = {"num_products": s.size, "ritz_max": s[0]}
         return unravel(v), lx.RESULTS.successful, stats
 
@@ -137,8 +138,9 @@ class NystromCG(SymmetricSolver):
         """``(v, result, stats)``; Ritz values other than ``ritz_max`` are NaN."""
         u, s = sketch(state.mv, vector, self.rank, self.key)
         # A singular H has s[-1] = 0 up to rounding, which is no level to flatten to.
-        floor = jnp.maximum(s[-1] + self.damping, jnp.finfo(s.dtype).eps ** 0.5 * s[0])
-        scale = jnp.where(s + self.damping > floor, floor / (s + self.damping), 1.0)
+        spectrum = s + jnp.asarray(self.damping, s.dtype)
+        floor = jnp.maximum(spectrum[-1], jnp.finfo(s.dtype).eps ** 0.5 * s[0])
+        scale = jnp.where(spectrum > floor, floor / spectrum, 1.0)
 
         def preconditioner(r):
             flat, unravel = ravel_pytree(r)
