@@ -41,6 +41,7 @@ def inverse(space: PyTree, alpha: PyTree) -> PyTree:
 def project(space: PyTree, u: PyTree) -> PyTree:
     """The nearest admissible ``u``; arguments and errors as ``forward``.
 
+    >>> import jax.numpy as jnp
     >>> from hypergrad.spaces import Box
     >>> project(Box(0.0, 1.0), jnp.array([-1.0, 0.5])).tolist()
     [0.0, 0.5]
@@ -51,6 +52,7 @@ def project(space: PyTree, u: PyTree) -> PyTree:
 def contains(space: PyTree, alpha: PyTree) -> PyTree:
     """Booleans like ``alpha``; arguments and errors as ``forward``.
 
+    >>> import jax.numpy as jnp
     >>> from hypergrad.spaces import Unit
     >>> contains(Unit(), jnp.array([0.5, 2.0])).tolist()
     [True, False]
