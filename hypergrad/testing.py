@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from .estimators.protocol import STATS, Estimator
+from .estimators.protocol import STATS, Estimate, Estimator
 from .gradient import hypergradient
 from .minimize import minimize
 from .problem import Bilevel
@@ -77,6 +77,7 @@ def check_estimator(estimator: Estimator) -> None:
       within the declared factor of the indirect term where it declares one, and at
       least a descent direction where it declares NaN;
     - an exact estimate is trusted, a NaN in the data is not, and is seen in the value;
+    - the same once more from a state that an estimate elsewhere has left;
     - equal results with and without ``jit``, under ``vmap`` and in a loop;
     - 20 steps of `minimize` lower the outer value.
 
@@ -126,6 +127,31 @@ def _check_on(estimator: Any, structure: str) -> None:
     assert estimate.value.shape == (), "Estimate.value must be a scalar"
     assert set(STATS) | {"trusted"} <= set(estimate.stats), "Estimate.stats lacks keys"
 
+    _check_error(estimator, estimate, alpha, exact, structure)
+    # The same from where an estimate elsewhere has left the state.
+    state = estimator.init(problem, w, alpha, jax.random.key(0))
+    twice = jax.tree.map(lambda leaf: 2 * leaf, alpha)
+    _, state = estimator.estimate(problem, state, twice, jax.random.key(1))
+    warm, _ = estimator.estimate(problem, state, alpha, jax.random.key(2))
+    _check_error(estimator, warm, alpha, exact, f"{structure}, with a carried state")
+
+    rounding = _rounding(alpha)
+    eager = lambda w, alpha: _estimate(problem, estimator, w, alpha)
+    tolerance = 10 * rounding
+    expected = estimate.hypergradient
+    _close(eager(w, alpha), expected, tolerance, "without jit")
+    _close(jax.jit(eager)(w, alpha), expected, tolerance, "under jit")
+    alphas = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), alpha)
+    batched = jax.vmap(eager, in_axes=(None, 0))(w, alphas)
+    for i, scale in enumerate((1, 2)):
+        one = eager(w, jax.tree.map(lambda leaf, scale=scale: scale * leaf, alpha))
+        found = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
+        _close(found, one, tolerance, "under vmap")
+
+
+def _check_error(
+    estimator: Any, estimate: Estimate, alpha: PyTree, exact: PyTree, structure: str
+) -> None:
     factor = estimator.error_factor(SMALLEST, LARGEST)
     rounding = _rounding(alpha)
     if factor == 0:
@@ -142,18 +168,6 @@ def _check_on(estimator: Any, structure: str) -> None:
         slope = float(flat(estimate.hypergradient) @ flat(exact))
         assert slope > 0, f"on {structure} the estimate is no ascent direction"
 
-    eager = lambda w, alpha: _estimate(problem, estimator, w, alpha)
-    tolerance = 10 * rounding
-    expected = estimate.hypergradient
-    _close(eager(w, alpha), expected, tolerance, "without jit")
-    _close(jax.jit(eager)(w, alpha), expected, tolerance, "under jit")
-    alphas = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), alpha)
-    batched = jax.vmap(eager, in_axes=(None, 0))(w, alphas)
-    for i, scale in enumerate((1, 2)):
-        one = eager(w, jax.tree.map(lambda leaf, scale=scale: scale * leaf, alpha))
-        found = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
-        _close(found, one, tolerance, "under vmap")
-
 
 def _estimate(problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree) -> PyTree:
     key = jax.random.split(jax.random.key(0))
@@ -166,6 +180,7 @@ def _check_flags(estimator: Any) -> None:
     poisoned = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), problem)
     estimate = hypergradient(poisoned, estimator)(w, alpha)
     assert not estimate.stats["trusted"], "NaN in the data must not be trusted"
+    assert not np.isfinite(estimate.value), "NaN in the data must show in the value"
 
 
 def _check_descent(estimator: Any) -> None:

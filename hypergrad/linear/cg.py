@@ -91,6 +91,9 @@ def conjugate_gradients(
         cold = norm(x) == 0
         r = jax.lax.cond(cold, lambda: b, lambda: optax.tree.sub(b, matvec(x)))
         num_products = jnp.where(cold, 0, 1)
+        worse = ~(norm(r) <= norm(b))  # than a start at zero
+        x = optax.tree.where(worse, optax.tree.zeros_like(x), x)
+        r = optax.tree.where(worse, b, r)
     z = preconditioner(r)
 
     def unfinished(carry):

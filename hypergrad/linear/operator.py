@@ -64,7 +64,7 @@ def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> An
     steps, restart = stats["num_steps"], getattr(solver, "restart", None)
     if restart is not None:  # each GMRES step after the first is a whole cycle, at most
         return steps + (steps - 1) * min(restart, dimension)
-    return 2 * steps if isinstance(solver, lx.BiCGStab) else steps
+    return 2 * steps + 1 if isinstance(solver, lx.BiCGStab) else steps
 
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
