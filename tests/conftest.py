@@ -21,3 +21,20 @@ def _free_compiled_programs() -> Iterator[None]:
     """Thousands of live programs exhaust the memory maps of one process."""
     yield
     jax.clear_caches()
+
+
+# The modules that take most of the time; the fast half of CI leaves them out.
+HEAVY = {
+    "test_adapters",
+    "test_argmin",
+    "test_compilation",
+    "test_estimators",
+    "test_testing",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of heavy modules."""
+    for item in items:
+        if item.path.stem in HEAVY:
+            item.add_marker(pytest.mark.heavy)
