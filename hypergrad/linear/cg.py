@@ -82,7 +82,9 @@ def conjugate_gradients(
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), 1)
     kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
-    goal = (jnp.asarray(rtol) * norm(b)) ** 2
+    # Below rounding a residual has no direction, and its curvature no sign.
+    eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps
+    goal = (jnp.maximum(rtol, 4 * float(eps)) * norm(b)) ** 2
 
     x = options.get("y0")
     if x is None:
