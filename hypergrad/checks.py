@@ -200,13 +200,22 @@ def check_solver(solver: Any) -> None:
         )
 
 
+def reads_w(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:
+    """Whether the loss reads any leaf of ``w``, by its jaxpr."""
+    return any(_reads(loss, w, alpha, batch)[: len(jax.tree.leaves(w))])
+
+
 def reads_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[bool]:
     """Which leaves of ``alpha`` the loss reads, by its jaxpr."""
-    closed = jax.make_jaxpr(loss)(w, alpha, batch)
-    outputs = [True] * len(closed.jaxpr.outvars)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, outputs)
     before = len(jax.tree.leaves(w))
+    used = _reads(loss, w, alpha, batch)
     return used[before : before + len(jax.tree.leaves(alpha))]
+
+
+def _reads(loss: Any, *arguments: PyTree) -> Sequence[bool]:
+    closed = jax.make_jaxpr(loss)(*arguments)
+    outputs = [True] * len(closed.jaxpr.outvars)
+    return partial_eval.dce_jaxpr(closed.jaxpr, outputs)[1]
 
 
 def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> None:

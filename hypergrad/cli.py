@@ -40,7 +40,7 @@ def run(
         for method in study.methods
         if estimator == "all" or method == estimator or method not in study.learned
     ]
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=max(Console().width, 110))
     console.print(f"{study.name}: {study.data_name}, {seeds} seeds", highlight=False)
     bar = Progress(
         TextColumn("{task.description:16}"),

@@ -107,8 +107,7 @@ def minimize(
     rehearse(estimator, problem, w, alpha)
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)
-    if not (progress is None or callable(progress)):
-        raise TypeError(f"progress must be a function; got {type(progress).__name__}")
+    check_progress(progress)
     loop = _Loop(
         problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
     )
@@ -149,6 +148,12 @@ def check_metrics(
                     f"metrics[{name!r}] must return a scalar, got shape {shape}"
                 )
     return dict(metrics)
+
+
+def check_progress(progress: Any) -> None:
+    """Refuses what cannot be called."""
+    if not (progress is None or callable(progress)):
+        raise TypeError(f"progress must be a function; got {type(progress).__name__}")
 
 
 def _check_project(project: Any, alpha: PyTree) -> None:

@@ -13,7 +13,7 @@ from .checks import as_inputs, as_key, check_problem, check_problem_is, traced
 from .cost import ledger
 from .estimators.protocol import all_finite, make_stats
 from .inner.protocol import InnerSolver
-from .minimize import Metric, check_metrics
+from .minimize import Metric, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher
 from .settings import number
@@ -71,7 +71,8 @@ def search(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
             f"{searcher!r}"
         )
-    number("budget")(budget)
+    number("budget", optional=False)(budget)
+    check_progress(progress)
     if not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
@@ -92,6 +93,7 @@ def search(
         w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
             check_problem(problem, w, alpha, solver, needs_loss=False)
+            check_metrics(metrics, w, alpha)
         found, row = _trial(problem, solver, w, alpha, metrics, trial_key)
         value = row["value"]
         state = searcher.tell(state, alpha, value)

@@ -19,14 +19,14 @@ def check_steps(
         )
 
 
-def number(name: str) -> Callable[[Any], Any]:
-    """A converter for a setting that is data: a float, an array or None.
+def number(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
+    """A converter for a setting that is data: a float, an array or, if optional, None.
 
     Integers become floats, so that 1 and 2.0 run the same program.
     """
 
     def convert(value: Any) -> Any:
-        if value is None or isinstance(value, float):
+        if isinstance(value, float) or (optional and value is None):
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             return float(value)

@@ -236,6 +236,9 @@ INPUTS = {
     "text as damping": (
         TypeError, ["damping"], {"estimator": lambda: hg.Implicit(GD, damping="small")},
     ),
+    "no damping": (
+        TypeError, ["damping"], {"estimator": lambda: hg.Implicit(GD, damping=None)},
+    ),
     "text as rtol": (
         TypeError, ["rtol"],
         {"estimator": lambda: hg.Implicit(GD, hg.CG(rtol="small"))},
@@ -332,6 +335,14 @@ LOOPS = {
     "nan as budget": (search, ValueError, ["budget"], {"budget": float("nan")}),
     "endless budget": (search, ValueError, ["budget"], {"budget": float("inf")}),
     "text as budget": (search, TypeError, ["budget"], {"budget": "5"}),
+    "None as budget": (search, TypeError, ["budget"], {"budget": None}),
+    "progress in search is no function": (
+        search, TypeError, ["progress"], {"progress": 3},
+    ),
+    "vector metric in search": (
+        search, (TypeError, ValueError), ["double", "scalar"],
+        {"metrics": {"double": lambda w, alpha, key: jnp.stack([w, alpha])}},
+    ),
     "integer key in search": (search, TypeError, [r"jax.random.key\(1\)"], {"key": 1}),
     "searcher class": (
         search, TypeError, ["searcher", r"Random\("],

@@ -341,6 +341,15 @@ def test_minimisers_leave_negative_curvature_at_any_scale_of_the_loss(scale, sol
     np.testing.assert_allclose(np.abs(w), 1.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start", [1e-3, 1e-6, 0.0])
+def test_minimisers_leave_a_nearly_flat_start(start, solver):
+    """``w^4 - w``: minimum ``4^(-1/3)``, where the first Newton step is 1/(12 w^2)."""
+    quartic = lambda w, alpha, batch: w**4 - w
+    w, _ = solve(SOLVERS[solver], quartic, jnp.asarray(start), 0.0)
+    np.testing.assert_allclose(w, 4 ** (-1 / 3), rtol=1e-6)
+
+
 def test_newton_passes_a_saddle():
     """``x^2 - y^2 + y^4``: from the saddle's stable side to a minimum at y^2 = 1/2."""
     saddle = lambda w, alpha, batch: w[0] ** 2 - w[1] ** 2 + w[1] ** 4

@@ -311,10 +311,11 @@ def test_cg_stops_at_negative_curvature_with_its_last_iterate():
     np.testing.assert_allclose(v, krylov(H, b, steps)[0], rtol=1e-10)
 
 
+@pytest.mark.parametrize("ends", [(1e-6, 1.0), (1e-3, 1e-2)], ids=str)
 @pytest.mark.parametrize("rtol", [None, 0.0])
-def test_cg_does_not_mistake_rounding_for_negative_curvature(rtol):
-    """An ill-conditioned positive matrix, solved to the floor and beyond."""
-    H = dense(np.geomspace(1e-6, 1.0, N))
+def test_cg_does_not_mistake_rounding_for_negative_curvature(rtol, ends):
+    """A positive matrix solved to the floor and beyond, where ``p'Hp`` underflows."""
+    H = dense(np.geomspace(*ends, N))
     solver = hg.CG(rtol=rtol, max_steps=400)
     v, stats = run(solver, H, ONES)
     assert not stats["negative_curvature"]

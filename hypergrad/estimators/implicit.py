@@ -7,7 +7,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from ..checks import KEY, check_problem
+from ..checks import KEY, check_problem, reads_w
 from ..cost import ledger
 from ..inner.protocol import InnerSolver
 from ..linear import CG
@@ -95,15 +95,21 @@ class Implicit(eqx.Module):
         check_linear_solver(self.linear_solver)
         check_steps("adjoint_batch_size", adjoint_batch_size, optional=True)
         check_steps("outer_batch_size", outer_batch_size, optional=True)
-        self.damping = number("damping")(damping)
+        self.damping = number("damping", optional=False)(damping)
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size
         self.outer_batch_size = outer_batch_size
 
     def error_factor(self, smallest: float, largest: float) -> float:
-        """Relative error of the adjoint for a spectrum in [smallest, largest]."""
+        """Relative error of the adjoint for a spectrum in [smallest, largest].
+
+        The solver's on the damped spectrum, and what damping itself changes, at most
+        ``damping / (smallest + damping)``.
+        """
+        damping = float(self.damping)
         factor = getattr(self.linear_solver, "error_factor", lambda *_: 0.0)
-        return factor(smallest, largest)
+        solved = factor(smallest + damping, largest + damping)
+        return solved + damping / (smallest + damping)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -141,8 +147,7 @@ class Implicit(eqx.Module):
             v, solved = solve(self.linear_solver, damped, b, v)
             gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
             residual = relative_residual(b, Hv)
-            mean = norm(b) / norm(v)
-            mean = jnp.where(norm(b) == 0, jnp.inf, mean)  # w does not matter then
+            mean = norm(b) / norm(v)  # NaN for b = 0, which says nothing
             solved["curvature"] = jnp.fmin(mean, solved["ritz_min"])
             solved["negative_curvature"] |= dot(v, Hv) < 0
             return v, cross, norm(gradient), residual, solved
@@ -159,10 +164,12 @@ class Implicit(eqx.Module):
         adjoint_residual = jnp.max(adjoint_residual)
         curvature = jnp.min(solved["curvature"])
         w_error = inner_residual / (curvature * norm(w))
+        outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
+        w_matters = reads_w(outer, w, alpha, outer_batch)
         trusted = (
             all_finite(value, hypergradient, inner_residual, adjoint_residual)
             & (adjoint_residual <= TRUST)
-            & ((inner_residual == 0) | (w_error <= TRUST))
+            & ((inner_residual == 0) | (w_error <= TRUST) | (not w_matters))
             & ~jnp.any(solved["negative_curvature"])
         )
         part = fraction(inner_data, self.adjoint_batch_size or size(inner_data))

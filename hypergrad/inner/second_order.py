@@ -17,7 +17,7 @@ from ..trees import add_scaled, dot, norm, scale
 from .protocol import InnerStats, inner_stats
 
 ARMIJO = 1e-4
-HALVINGS = 30
+HALVINGS = 60  # a nearly flat start asks for a step of 1/curvature
 FORCING = 0.5
 
 

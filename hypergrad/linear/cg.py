@@ -84,7 +84,7 @@ def conjugate_gradients(
     kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
     # Below rounding a residual has no direction, and its curvature no sign.
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps
-    goal = (jnp.maximum(rtol, 4 * float(eps)) * norm(b)) ** 2
+    goal = (jnp.maximum(jnp.asarray(rtol), 4 * float(eps)) * norm(b)) ** 2
 
     x = options.get("y0")
     if x is None:

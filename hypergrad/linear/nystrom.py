@@ -62,7 +62,9 @@ class Nystrom(SymmetricSolver):
     """
 
     rank: int = eqx.field(static=True)
-    damping: float | Array = eqx.field(default=1e-2, converter=number("damping"))
+    damping: float | Array = eqx.field(
+        default=1e-2, converter=number("damping", optional=False)
+    )
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
@@ -118,7 +120,9 @@ class NystromCG(SymmetricSolver):
     rank: int = eqx.field(static=True)
     rtol: float | Array | None = eqx.field(default=None, converter=number("rtol"))
     max_steps: int | None = eqx.field(static=True, default=None)
-    damping: float | Array = eqx.field(default=0.0, converter=number("damping"))
+    damping: float | Array = eqx.field(
+        default=0.0, converter=number("damping", optional=False)
+    )
     key: Array | None = None
 
     citations = ("frangella2023", "hestenes1952")
