@@ -111,20 +111,15 @@ def minimize(
     loop = _Loop(
         problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
     )
-    key = as_key(key)
+    carry = _begin(loop, w, alpha, as_key(key))
     if progress is None:
-        start = jnp.asarray(0)
-        return _finish(loop, *_run(loop, _begin(loop, w, alpha, key), start, num_steps))
-
+        return _finish(loop, _run(loop, carry, jnp.asarray(num_steps)))
     chunk = max(num_steps // 20, 1)
-    carry, pieces = _begin(loop, w, alpha, key), []
     for done in range(0, num_steps, chunk):
-        length = min(chunk, num_steps - done)
-        carry, rows = _run(loop, carry, jnp.asarray(done), length)
-        pieces.append(rows)
-        progress(min(done + chunk, num_steps), float(rows[0][-1]))
-    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
-    return _finish(loop, carry, rows)
+        until = min(done + chunk, num_steps)
+        carry = _run(loop, carry, jnp.asarray(until))
+        progress(until, float(carry.rows.value[until - 1]))
+    return _finish(loop, carry)
 
 
 def check_metrics(
@@ -185,12 +180,22 @@ class _Loop(eqx.Module):
     num_steps: int
 
 
+class _Rows(eqx.Module):
+    """What a step reports; in the carry each array has one entry a step."""
+
+    value: Array
+    stats: dict[str, Array]
+    metrics: dict[str, Array]
+
+
 class _Carry(eqx.Module):
     """What moves: ``u`` is ``alpha`` in the space's unconstrained coordinates.
 
     ``good_u`` is where the last good estimate was made, to go back to.
     """
 
+    index: Array
+    status: Array
     u: PyTree
     good_u: PyTree
     w: PyTree
@@ -199,7 +204,7 @@ class _Carry(eqx.Module):
     optimizer_state: PyTree
     estimator_state: PyTree
     key: Array
-    status: Array
+    rows: _Rows
 
 
 @eqx.filter_jit
@@ -207,40 +212,49 @@ def _begin(loop: _Loop, w: PyTree, alpha: PyTree, key: Array) -> _Carry:
     init_key, key = jax.random.split(key)
     u = spaces.inverse(loop.space, alpha)
     state = loop.estimator.init(loop.problem, w, alpha, init_key)
-    infinity = jnp.asarray(jnp.inf, dtype=_value_dtype(loop, state, alpha, key))
-    status = jnp.asarray(0)
-    return _Carry(u, u, w, infinity, alpha, loop.optimizer.init(u), state, key, status)
+    rows = _blank(loop, state, alpha, key)
+    return _Carry(
+        index=jnp.asarray(0),
+        status=jnp.asarray(0),
+        u=u,
+        good_u=u,
+        w=w,
+        best_value=jnp.asarray(jnp.inf, dtype=rows.value.dtype),
+        best_alpha=alpha,
+        optimizer_state=loop.optimizer.init(u),
+        estimator_state=state,
+        key=key,
+        rows=rows,
+    )
 
 
-def _value_dtype(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> Any:
+def _blank(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> _Rows:
+    """The rows of a run that has not moved: NaN, at no cost."""
     estimate = lambda: loop.estimator.estimate(loop.problem, state, alpha, key)[0]
-    return jax.eval_shape(estimate).value.dtype
+    seen = jax.eval_shape(estimate)
+
+    def column(name, row):
+        fill = 0 if name.startswith(LEDGER) or row.dtype == bool else jnp.nan
+        return jnp.full((loop.num_steps, *row.shape), fill, row.dtype)
+
+    return _Rows(
+        column("value", seen.value),
+        {name: column(name, row) for name, row in seen.stats.items()},
+        {name: jnp.full(loop.num_steps, jnp.nan, float) for name in loop.metrics},
+    )
 
 
 @eqx.filter_jit
-def _run(
-    loop: _Loop, carry: _Carry, first: Array, length: int
-) -> tuple[_Carry, PyTree]:
-    steps = first + jnp.arange(length)
-    return jax.lax.scan(lambda c, i: _guarded(loop, c, i), carry, steps)
+def _run(loop: _Loop, carry: _Carry, until: Array) -> _Carry:
+    """Steps up to number ``until``, or until one fails.
+
+    ``until`` is data, so that a run in pieces runs the program of a whole one.
+    """
+    going = lambda carry: (carry.index < until) & (carry.status == 0)
+    return jax.lax.while_loop(going, lambda carry: _step(loop, carry), carry)
 
 
-def _guarded(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
-    """A step, or nothing once the run is frozen."""
-    advance = lambda carry: _step(loop, carry, index)
-    (_, rows) = jax.eval_shape(advance, carry)
-
-    def blank(path, row):
-        names = [str(getattr(part, "key", "")) for part in path]
-        spends = any(name.startswith(LEDGER) for name in names)
-        nothing = 0 if spends or row.dtype == bool else jnp.nan
-        return jnp.full(row.shape, nothing, row.dtype)
-
-    stay = lambda carry: (carry, jax.tree.map_with_path(blank, rows))
-    return jax.lax.cond(carry.status == 0, advance, stay, carry)
-
-
-def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
+def _step(loop: _Loop, carry: _Carry) -> _Carry:
     key, estimate_key, metric_key = jax.random.split(carry.key, 3)
     to_alpha = lambda u: spaces.forward(loop.space, u)
     alpha, pullback = jax.vjp(to_alpha, carry.u)
@@ -260,6 +274,7 @@ def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
         1,
         jnp.where(~all_finite(gradient), 2, jnp.where(~all_finite(u), 3, 0)),
     ).astype(carry.status.dtype)
+    index = carry.index
     due = (index % loop.eval_every == 0) | (index == loop.num_steps - 1)
     metrics = {
         name: jax.lax.cond(
@@ -271,30 +286,48 @@ def _step(loop: _Loop, carry: _Carry, index: Array) -> tuple[_Carry, PyTree]:
         )
         for name, metric in loop.metrics.items()
     }
+    rows = jax.tree.map(
+        lambda rows, row: rows.at[index].set(row),
+        carry.rows,
+        _Rows(estimate.value, estimate.stats, metrics),
+    )
     better = estimate.value < carry.best_value
     good = _Carry(
-        u,
-        carry.u,
-        estimate.w,
-        jnp.where(better, estimate.value, carry.best_value),
-        optax.tree.where(better, alpha, carry.best_alpha),
-        optimizer_state,
-        state,
-        key,
-        status,
+        index=index + 1,
+        status=status,
+        u=u,
+        good_u=carry.u,
+        w=estimate.w,
+        best_value=jnp.where(better, estimate.value, carry.best_value),
+        best_alpha=optax.tree.where(better, alpha, carry.best_alpha),
+        optimizer_state=optimizer_state,
+        estimator_state=state,
+        key=key,
+        rows=rows,
     )
     # A run whose estimate failed goes back to the last alpha that had a good one.
-    u = jax.tree.map(
+    back = jax.tree.map(
         lambda u, good: jnp.where(status == 3, u, good), carry.u, carry.good_u
     )
-    stopped = eqx.tree_at(lambda c: (c.u, c.status), carry, (u, status))
-    pick = lambda new, old: jnp.where(status == 0, new, old)
-    carry = jax.tree.map(pick, good, stopped)
-    return carry, (estimate.value, estimate.stats, metrics)
+    stopped = eqx.tree_at(
+        lambda c: (c.index, c.status, c.u, c.rows),
+        carry,
+        (index + 1, status, back, rows),
+    )
+    return jax.tree.map(
+        lambda good, stop: jnp.where(status == 0, good, stop), good, stopped
+    )
 
 
 @eqx.filter_jit
-def _finish(loop: _Loop, carry: _Carry, rows: PyTree) -> Trace:
-    value, stats, metrics = rows
-    alpha = spaces.forward(loop.space, carry.u)
-    return Trace(alpha, carry.w, carry.best_alpha, value, stats, metrics, carry.status)
+def _finish(loop: _Loop, carry: _Carry) -> Trace:
+    rows, alpha = carry.rows, spaces.forward(loop.space, carry.u)
+    return Trace(
+        alpha,
+        carry.w,
+        carry.best_alpha,
+        rows.value,
+        rows.stats,
+        rows.metrics,
+        carry.status,
+    )
