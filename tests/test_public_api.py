@@ -1,6 +1,7 @@
 """What the package promises as a whole: names, docstrings, imports, house rules."""
 
 import ast
+import doctest
 import inspect
 import subprocess
 import sys
@@ -309,3 +310,17 @@ def test_estimate_and_trace_are_pytrees():
     """So that results pass through vmap, jit and tree.map."""
     known = hg.Estimate(jnp.zeros(()), jnp.ones(2), jnp.ones(3), {"a": jnp.zeros(())})
     assert len(jax.tree.leaves(known)) == 4
+
+
+def test_the_example_in_the_readme_is_the_doctest(capsys: pytest.CaptureFixture):
+    """The same statements, apart from the last, which shows; and it runs as printed."""
+    readme = (ROOT.parent / "README.md").read_text()
+    block = readme.split("```python\n")[1].split("```")[0]
+    examples = doctest.DocTestParser().get_examples(hg.__doc__)
+    statements = lambda source: [ast.dump(node) for node in ast.parse(source).body]
+    expected = statements("".join(example.source for example in examples))
+    assert statements(block)[:-1] == expected[:-1]
+    exec(compile(block, "README.md", "exec"), {})
+    first, last, trusted = capsys.readouterr().out.split()
+    assert float(last) < float(first)
+    assert trusted == "True"
