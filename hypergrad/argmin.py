@@ -8,11 +8,18 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from .checks import as_inputs, as_key, check_scalar, check_solver
+from .checks import (
+    as_inputs,
+    as_key,
+    check_same_structure,
+    check_scalar,
+    check_solver,
+)
 from .inner.protocol import InnerSolver
 from .linear import CG
 from .linear.operator import check as check_linear_solver
 from .linear.operator import solve
+from .problem import Batches
 from .products import Loss, cross_jvp, hvp
 from .trees import scale
 
@@ -49,6 +56,8 @@ def argmin(
     >>> round(float(gradient), 4)
     1.0
     """
+    if not callable(inner_loss):
+        raise TypeError(f"inner_loss must be a function; got {inner_loss!r}")
     check_solver(solver)
     linear_solver = CG() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)
@@ -58,7 +67,15 @@ def argmin(
     ) -> PyTree:
         w0, _ = as_inputs(w0, alpha, differentiable=False)
         key = as_key(key)
+        if isinstance(batch, Batches):
+            raise TypeError(
+                "batch must be a pytree of arrays, which argmin uses whole; got "
+                "Batches: pass its .all"
+            )
         check_scalar("inner_loss", inner_loss, w0, alpha, batch)
+        solve_for = lambda w0: solver.solve(inner_loss, w0, alpha, batch, key)[0]
+        found = jax.eval_shape(solve_for, w0)
+        check_same_structure(f"{type(solver).__name__}.solve", found, w0)
         loss, closed_over = jax.closure_convert(inner_loss, w0, alpha, batch)
         return _argmin(loss, solver, linear_solver, key)(
             w0, (alpha, batch, *closed_over)
@@ -70,8 +87,9 @@ def argmin(
 def _argmin(loss, solver, linear_solver, key):
     @jax.custom_jvp
     def best(w0, args):
-        inner_loss = lambda w, args, batch: loss(w, *args)
-        return solver.solve(inner_loss, w0, args, None, key)[0]
+        alpha, batch, *closed_over = args
+        inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
+        return solver.solve(inner_loss, w0, alpha, batch, key)[0]
 
     @best.defjvp
     def rule(primals, tangents):

@@ -5,6 +5,7 @@ concrete, at the public entry points.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,11 @@ def traced(settings: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x) if number(x) else x, settings)
 
 
+def is_traced(*trees: PyTree) -> bool:
+    """Whether any array is a tracer of an enclosing ``jit``, ``vmap`` or ``grad``."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
 def _floating(name: str, tree: PyTree) -> PyTree:
     tree = _arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -135,56 +141,76 @@ def _rehearse(structure, shapes, static_structure, static_leaves) -> None:
     jax.eval_shape(init, shapes, KEY)
 
 
-def check_problem(
-    problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any, *, needs_loss: bool
-) -> None:
-    """Losses are scalar, the solver keeps ``w``'s structure, ``alpha`` is seen.
+def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any) -> None:
+    """Losses are scalar, the solver keeps ``w``'s structure.
 
     Args:
       problem, w, alpha: as given to an estimator; only shapes are read.
       solver: the inner solver.
-      needs_loss: the estimator sees ``alpha`` only through the losses, so a leaf that
-        neither reads is an error.
     """
     check_solver(solver)
     key = jax.random.key(0)
-    data = problem.data(key)
-    if not (isinstance(data, tuple) and len(data) == 2):
-        raise TypeError(
-            "draw must return the pair (inner_data, outer_data); got "
-            f"{type(data).__name__}"
-        )
-    inner_data, outer_data = data
+    inner_data, outer_data = problem.data(key)
     # Functions of their own: jax compares bound methods by value, data included.
     start = jax.eval_shape(lambda w, alpha: problem.initial(w, alpha), w, alpha)
-    _same_structure("start", start, w)
+    check_same_structure("start", start, w)
     inner_batch = jax.eval_shape(lambda: draw(inner_data, key))
     outer_batch = jax.eval_shape(lambda: whole(outer_data, key))
     check_scalar("inner_loss", problem.inner_loss, w, alpha, inner_batch)
     losses = problem.outer_loss
     for loss in losses if isinstance(losses, tuple) else (losses,):
         check_scalar("outer_loss", loss, w, alpha, outer_batch)
-    solve = lambda w, alpha, data: solver.solve(
-        problem.inner_loss, w, alpha, data, key
-    )[0]
-    found = eqx.filter_eval_shape(solve, start, alpha, inner_data)
-    _same_structure(f"{type(solver).__name__}.solve", found, w)
-    if needs_loss:
-        read_inner = reads_alpha(problem.inner_loss, w, alpha, inner_batch)
-        outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
-        read_outer = reads_alpha(outer, w, alpha, outer_batch)
-        paths = [path for path, _ in jax.tree.leaves_with_path(alpha)]
-        unseen = [
-            f"alpha{jax.tree_util.keystr(path)}"
-            for path, inner, outer in zip(paths, read_inner, read_outer, strict=True)
-            if not (inner or outer)
-        ]
-        if unseen:
-            raise ValueError(
-                f"neither loss reads {', '.join(unseen)}, so the implicit "
-                "hypergradient cannot see it (it is not zero: it enters only the "
-                "optimizer or the start); use hg.Unrolled, or take it out of alpha"
-            )
+    solve = lambda w, alpha, data: solver.solve(problem.inner_loss, w, alpha, data, key)
+    name = f"{type(solver).__name__}.solve"
+    solved = eqx.filter_eval_shape(solve, start, alpha, inner_data)
+    if not (isinstance(solved, tuple) and len(solved) == 2):
+        raise TypeError(
+            f"{name} must return (w, stats), stats from hypergrad.inner.inner_stats"
+            f"(num_steps, num_grads, num_hvps, num_values); got {solved}"
+        )
+    found, stats = solved
+    check_same_structure(name, found, w)
+    lacking = {"num_steps", "num_grads", "num_hvps", "num_values"} - set(stats)
+    if lacking:
+        raise ValueError(
+            f"the stats of {name} lack {sorted(lacking)}; make them with "
+            "hypergrad.inner.inner_stats(num_steps, num_grads, num_hvps, num_values)"
+        )
+
+
+def check_seen(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    beside: Sequence[bool] | None,
+    advice: str,
+) -> None:
+    """Refuses a leaf of ``alpha`` to which no derivative can flow: it is not zero.
+
+    Args:
+      problem, w, alpha: as given to an estimator; only shapes are read.
+      beside: which leaves the estimator sees without the losses; None for none.
+      advice: what to do.
+    """
+    key = jax.random.key(0)
+    inner_data, outer_data = problem.data(key)
+    outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
+    seen = list(beside or [False] * len(jax.tree.leaves(alpha)))
+    for loss, batch in (
+        (problem.inner_loss, draw(inner_data, key)),
+        (outer, whole(outer_data, key)),
+    ):
+        seen = list(map(operator.or_, seen, sees_alpha(loss, w, alpha, batch)))
+    unseen = [
+        f"alpha{jax.tree_util.keystr(path)}"
+        for (path, _), sees in zip(jax.tree.leaves_with_path(alpha), seen, strict=True)
+        if not sees
+    ]
+    if unseen:
+        raise ValueError(
+            f"neither loss reads {', '.join(unseen)} (or only behind stop_gradient), "
+            f"{advice}"
+        )
 
 
 def check_solver(solver: Any) -> None:
@@ -205,11 +231,37 @@ def reads_w(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:
     return any(_reads(loss, w, alpha, batch)[: len(jax.tree.leaves(w))])
 
 
-def reads_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[bool]:
-    """Which leaves of ``alpha`` the loss reads, by its jaxpr."""
-    before = len(jax.tree.leaves(w))
-    used = _reads(loss, w, alpha, batch)
-    return used[before : before + len(jax.tree.leaves(alpha))]
+def sees_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[bool]:
+    """To which leaves of ``alpha`` a derivative of the loss flows, by its jaxpr."""
+
+    def transposed(w, alpha, batch, ct):
+        return jax.vjp(lambda alpha: loss(w, alpha, batch), alpha)[1](ct)
+
+    ct = jax.eval_shape(loss, w, alpha, batch)
+    jaxpr = jax.make_jaxpr(transposed)(w, alpha, batch, ct).jaxpr
+    outputs = range(len(jaxpr.outvars))
+    alone = lambda i: [i == j for j in outputs]
+    return [partial_eval.dce_jaxpr(jaxpr, alone(i))[1][-1] for i in outputs]
+
+
+def solver_reads_alpha(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree, data: PyTree
+) -> Sequence[bool]:
+    """Which leaves an iterative solver reads beside the loss: rates, schedules."""
+    constant = jax.tree.map(jnp.zeros_like, alpha)
+    loss = lambda w, _, batch: problem.inner_loss(w, constant, batch)
+    keys = jax.random.split(jax.random.key(0))
+
+    def step(alpha):
+        carry = solver.init(loss, w, alpha, data, keys[0])
+        return solver.step(loss, carry, alpha, data, keys[1])
+
+    return _reads(step, alpha)
+
+
+def start_reads_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
+    """Which leaves the problem's start is made from."""
+    return _reads(lambda alpha: problem.initial(w, alpha), alpha)
 
 
 def _reads(loss: Any, *arguments: PyTree) -> Sequence[bool]:
@@ -223,7 +275,9 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
     try:
         out = jax.eval_shape(loss, w, alpha, batch)
     except Exception as error:
-        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (w, alpha, batch))
+        shapes = jax.tree.map(
+            lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", (w, alpha, batch)
+        )
         error.add_note(f"while evaluating {name}(w, alpha, batch) on shapes {shapes}")
         raise
     if not (hasattr(out, "shape") and out.shape == ()):
@@ -240,7 +294,8 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
         )
 
 
-def _same_structure(name: str, found: PyTree, w: PyTree) -> None:
+def check_same_structure(name: str, found: PyTree, w: PyTree) -> None:
+    """Refuses what is not shaped like ``w``."""
     describe = lambda tree: jax.tree.map(
         lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
     )

@@ -22,7 +22,8 @@ def _as_arrays(data: PyTree) -> PyTree:
             array = jnp.asarray(leaf)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"data leaf {name} is a {type(leaf).__name__}, which is no array; "
+                f"data leaf {name} is a {type(leaf).__name__} of "
+                f"{getattr(leaf, 'dtype', 'no numbers')}, which is no numeric array; "
                 "pass numeric arrays (encode text and categories as integers)"
             ) from error
         if array.size == 0:
@@ -126,6 +127,10 @@ class Batches(eqx.Module):
 Data = PyTree  # a pytree of arrays, `Batches`, or None
 
 
+def _as_data(data: Any) -> Data:
+    return data if isinstance(data, Batches) else _as_arrays(data)
+
+
 def draw(data: Data, key: Array) -> PyTree:
     """The batch that one inner step sees."""
     return data.draw(key) if isinstance(data, Batches) else data
@@ -149,10 +154,12 @@ def held(data: Data, batch_size: int | None, key: Array) -> PyTree:
 
 
 def size(data: Data) -> int | None:
-    """Number of examples: the common leading axis, or None where there is none."""
-    if isinstance(data, Batches):
-        return data.size
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(data)}
+    """Number of examples: the common leading axis, or None where there is none.
+
+    Scalars beside the examples, such as a penalty, count for nothing.
+    """
+    data = data.data if isinstance(data, Batches) else data
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.ndim}
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -232,9 +239,8 @@ class Bilevel(eqx.Module):
             _refuse_large_constants(draw)
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
-        as_data = lambda d: d if isinstance(d, Batches) else _as_arrays(d)
-        self.inner_data = as_data(inner_data)
-        self.outer_data = as_data(outer_data)
+        self.inner_data = _as_data(inner_data)
+        self.outer_data = _as_data(outer_data)
         self.start = start
         self.draw = draw
 
@@ -247,7 +253,14 @@ class Bilevel(eqx.Module):
         """``(inner_data, outer_data)`` of one estimate."""
         if self.draw is None:
             return self.inner_data, self.outer_data
-        return self.draw(key)
+        drawn = self.draw(key)
+        if not (isinstance(drawn, tuple) and len(drawn) == 2):
+            raise TypeError(
+                "draw must return the pair (inner_data, outer_data); got "
+                f"{type(drawn).__name__}"
+            )
+        inner_data, outer_data = map(_as_data, drawn)
+        return inner_data, outer_data
 
     def initial(self, w: PyTree, alpha: PyTree) -> PyTree:
         """Where the inner solver begins."""

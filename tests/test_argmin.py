@@ -32,6 +32,14 @@ def explicit(alpha, batch):
     return jnp.linalg.solve(H, x.T @ y / len(y))
 
 
+# Solvers that read alpha and the batch themselves.
+SOLVERS["formula"] = (hg.ClosedForm(explicit), None)
+SOLVERS["rate from alpha"] = (
+    hg.Descent(lambda alpha: optax.sgd(KNOWN.step / (1 + 1e-3 * alpha[0] ** 2)), 400),
+    None,
+)
+
+
 def value(w):
     """Curved, so that second derivatives see more than the squares."""
     return ridge_outer(w, None, VAL) + jnp.sum(jnp.sin(w))
@@ -399,3 +407,42 @@ def test_alpha_with_integer_leaves():
     )
     found = jax.grad(f)(jnp.arange(3.0))
     np.testing.assert_allclose(found, [10.0, 0.0, 1.0], rtol=1e-9)
+
+
+def test_the_linear_solver_is_the_one_that_was_asked_for():
+    """Identity takes H for 1: dw* = -J, which is -diag(exp(alpha) w*) for ridge."""
+    solution = hg.argmin(ridge_penalty, hg.Newton(), hg.Identity())
+    found = jax.jacrev(lambda alpha: solution(W0, alpha, DATA))(ALPHA)
+    w = explicit(ALPHA, DATA)
+    np.testing.assert_allclose(found, -jnp.diag(jnp.exp(ALPHA) * w), atol=1e-10)
+
+
+class Noisy:
+    """Returns a random w, by its key."""
+
+    differentiable = False
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        return jax.random.normal(key, w.shape, w.dtype), {}
+
+
+def test_the_key_reaches_the_solver():
+    """Same key, same w; another key, another w."""
+    solution = hg.argmin(ridge_penalty, Noisy())
+    draw = lambda seed: solution(W0, ALPHA, DATA, jax.random.key(seed))
+    assert jnp.array_equal(draw(1), draw(1))
+    assert not jnp.any(draw(1) == draw(2))
+    assert jnp.array_equal(draw(0), solution(W0, ALPHA, DATA))
+
+
+def test_what_the_solver_returns_must_be_like_w():
+    """A formula of another structure is refused, not passed on."""
+    solution = hg.argmin(ridge_penalty, hg.ClosedForm(lambda alpha, batch: (alpha, 0)))
+    with pytest.raises(ValueError, match="must keep w's structure"):
+        solution(W0, ALPHA, DATA)
+
+
+def test_batches_are_refused_by_name():
+    """The whole batch is wanted."""
+    with pytest.raises(TypeError, match="pass its"):
+        NEWTON(W0, ALPHA, hg.Batches(DATA))
