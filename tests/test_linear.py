@@ -115,6 +115,7 @@ def test_solve_by_products_equals_the_dense_solve(name):
     assert relative(v, np.linalg.solve(SPD, B)) < 1e-9
     assert set(stats) == {
         "num_products",
+        "num_shared",
         "ritz_min",
         "ritz_max",
         "negative_curvature",
@@ -197,16 +198,26 @@ def test_an_untagged_operator_is_refused(name):
         lx.linear_solve(operator, jnp.ones(2), OURS[name])
 
 
-@pytest.mark.parametrize("name", [*OURS, "GMRES", "BiCGStab", "lineax.CG"])
+COUNTED = {
+    "GMRES": LINEAX["GMRES"],
+    "BiCGStab": LINEAX["BiCGStab"],
+    "lineax.CG": LINEAX["lineax.CG"],
+    "never stabilised": lx.CG(rtol=1e-12, atol=1e-12, stabilise_every=None),
+    "LSMR": lx.LSMR(rtol=1e-12, atol=1e-12),
+    "Normal": lx.Normal(lx.CG(rtol=1e-12, atol=1e-12)),
+}
+
+
+@pytest.mark.parametrize("name", [*OURS, *COUNTED])
 def test_counted_products_are_those_evaluated(name):
-    """A matrix that reports each product to the host; lineax's count is near."""
+    """A matrix that reports each product to the host; GMRES counts whole cycles."""
     calls = []
 
     def matvec(v):
         jax.debug.callback(lambda: calls.append(1))
         return SPD @ v
 
-    solver = {**OURS, **LINEAX, "Neumann": hg.Neumann(7)}[name]
+    solver = {**OURS, **COUNTED, "Neumann": hg.Neumann(7)}[name]
     solved = jax.jit(lambda b, start: solve_by_products(solver, matvec, b, start))
     for start in (np.zeros(N), ONES):
         calls.clear()
@@ -215,7 +226,7 @@ def test_counted_products_are_those_evaluated(name):
         batch = solver.rank if name in ("Nystrom", "NystromCG") else 1
         evaluated = len(calls) - 1 + batch  # the sketch calls back once
         off = stats["num_products"] - evaluated
-        assert off == 0 if name in OURS else abs(off) <= 2
+        assert 0 <= off <= 20 if name == "GMRES" else off == 0
 
 
 # Conjugate gradients.
@@ -537,3 +548,15 @@ def test_the_declared_factor_is_attained(name):
 def test_nystrom_promises_no_factor():
     """NaN where the error depends on what the sketch happens to miss."""
     assert np.isnan(hg.Nystrom(3).error_factor(0.5, 1.5))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("solver", [hg.Nystrom(N, 1e-2), hg.NystromCG(3)])
+def test_a_sketch_of_half_precision(solver, dtype):
+    """Factorised in float32; the result is in the vector's dtype, near the solution."""
+    matvec = lambda v: (SPD @ v.astype(float)).astype(dtype)
+    b = jnp.asarray(B, dtype)
+    found, _ = solve_by_products(solver, matvec, b, jnp.zeros_like(b))
+    assert found.dtype == dtype
+    exact = np.linalg.solve(SPD, B)
+    assert np.linalg.norm(found.astype(float) - exact) < 0.1 * np.linalg.norm(exact)

@@ -9,7 +9,7 @@ from .symmetric import SymmetricSolver
 
 
 class Identity(SymmetricSolver):
-    """``v = b``: the Hessian taken for the identity (T1-T2).
+    """``v = b``: the Hessian taken for the identity.
 
     Cost: nothing. Memory: nothing. Bias: ``||b - H^-1 b||``, at most
     ``max |lambda - 1|`` of the adjoint; the sign is right where ``H`` is positive.

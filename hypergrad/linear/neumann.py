@@ -68,6 +68,7 @@ class Neumann(SymmetricSolver):
             largest = largest_eigenvalue(state.mv, vector)
             step_size = 1.0 / largest
             stats["num_products"] += POWER_ITERATIONS
+            stats["num_shared"] = POWER_ITERATIONS
             stats["ritz_max"] = largest
 
         def add_term(carry, _):

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..settings import check_steps, number
+from ..trees import scalar_dtype
 from .cg import conjugate_gradients
 from .operator import MatVec
 from .symmetric import SymmetricSolver
@@ -26,10 +27,12 @@ def sketch(
     Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), algorithm 2.1.
     """
     flat, unravel = ravel_pytree(like)
+    dtype = scalar_dtype(like)  # no factorisation is defined in bfloat16
     rank = min(rank, flat.size)
     key = jax.random.key(0) if key is None else key
-    omega, _ = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), flat.dtype))
-    column = lambda v: ravel_pytree(matvec(unravel(v)))[0]
+    omega, _ = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), dtype))
+    product = lambda v: matvec(unravel(v.astype(flat.dtype)))
+    column = lambda v: ravel_pytree(product(v))[0].astype(dtype)
     y = jax.vmap(column, in_axes=1, out_axes=1)(omega)
     shift = jnp.sqrt(flat.size) * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(y)
     y = y + shift * omega
@@ -82,15 +85,16 @@ class Nystrom(SymmetricSolver):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """``(v, result, stats)``; ``ritz_max`` is the sketch's largest eigenvalue."""
         del options
-        b, unravel = ravel_pytree(vector)
+        flat, unravel = ravel_pytree(vector)
         u, s = sketch(state.mv, vector, self.rank, self.key)
+        b = flat.astype(s.dtype)
         c = u.T @ b
         damping = jnp.asarray(self.damping, s.dtype)
         v = u @ (c / (s + damping))
         if s.size < b.size:
             v = v + (b - u @ c) / damping
-        stats = {"num_products": s.size, "ritz_max": s[0]}
-        return unravel(v), lx.RESULTS.successful, stats
+        stats = {"num_products": s.size, "num_shared": s.size, "ritz_max": s[0]}
+        return unravel(v.astype(flat.dtype)), lx.RESULTS.successful, stats
 
 
 class NystromCG(SymmetricSolver):
@@ -149,11 +153,13 @@ class NystromCG(SymmetricSolver):
         def preconditioner(r):
             flat, unravel = ravel_pytree(r)
             c = u.T @ flat
-            return unravel(u @ (scale * c) + (flat - u @ c))
+            z = u @ (scale * c) + (flat - u @ c)
+            return unravel(z.astype(flat.dtype))
 
         v, result, stats = conjugate_gradients(
             state.mv, vector, self.rtol, self.max_steps, options, preconditioner
         )
         stats["num_products"] = stats["num_products"] + s.size
+        stats["num_shared"] = s.size
         stats["ritz_min"], stats["ritz_max"] = jnp.full_like(s[0], jnp.nan), s[0]
         return v, result, stats

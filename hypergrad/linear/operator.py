@@ -37,7 +37,8 @@ def solve(
       b, start: right-hand side and starting point, same structure.
 
     Returns:
-      ``v`` and stats, NaN where the solver has none: ``num_products``, ``ritz_min``,
+      ``v`` and stats, NaN where the solver has none: ``num_products``, and how many of
+      them (``num_shared``) several right-hand sides share under ``vmap``; ``ritz_min``,
       ``ritz_max``, ``negative_curvature``. The residual is left to the caller, who has
       a use for that last product.
     """
@@ -46,8 +47,11 @@ def solve(
     state = solver.init(operator, options)
     v, _, stats = solver.compute(state, b, options)
     number = lambda x: jnp.asarray(x, dtype=float)
+    num_products = _num_products(solver, b, stats)
+    dense = "num_products" not in stats and "num_steps" not in stats
     return v, {
-        "num_products": number(_num_products(solver, b, stats)),
+        "num_products": number(num_products),
+        "num_shared": number(num_products if dense else stats.get("num_shared", 0)),
         "ritz_min": number(stats.get("ritz_min", jnp.nan)),
         "ritz_max": number(stats.get("ritz_max", jnp.nan)),
         "negative_curvature": jnp.asarray(stats.get("negative_curvature", False)),
@@ -59,12 +63,23 @@ def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> An
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     if "num_products" in stats:
         return stats["num_products"]
+    if isinstance(solver, lx.Normal):  # of H'H, two products each, and H'b
+        return 2 * _num_products(solver.inner_solver, b, stats) + 1
     if "num_steps" not in stats:
         return dimension
-    steps, restart = stats["num_steps"], getattr(solver, "restart", None)
-    if restart is not None:  # each GMRES step after the first is a whole cycle, at most
-        return steps + (steps - 1) * min(restart, dimension)
-    return 2 * steps + 1 if isinstance(solver, lx.BiCGStab) else steps
+    steps = stats["num_steps"]
+    match solver:
+        case lx.CG(stabilise_every=None):
+            return steps + 1
+        case lx.CG(stabilise_every=every):
+            return steps + 1 + steps // every
+        case lx.GMRES(restart=restart):  # a step after the first is a cycle, at most
+            return steps + (steps - 1) * min(restart, dimension)
+        case lx.BiCGStab():
+            return 2 * steps + 1
+        case lx.LSMR():
+            return 2 * steps + 2
+    return steps
 
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
