@@ -53,7 +53,9 @@ def run(
         job = bar.add_task("compiling", total=len(methods) * (len(study.grid) + 1))
         tick = lambda method: bar.update(job, advance=1, description=method)
         results = studies.run(study, methods, range(seeds), tick)
-    command = f"hypergrad run {task} --estimator {estimator} --seeds {seeds}"
+    command = (
+        f"hypergrad run {task} --estimator {estimator} --seeds {seeds} --out {out}"
+    )
     report = studies.report.markdown(study, results, command)
     console.print(_table(study, results))
     for line in studies.report.verdicts(study, results):

@@ -114,7 +114,9 @@ METHODS: dict[str, Callable] = {
     "neumann": by_gradient(
         Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + OUTER
     ),
-    "unrolled": by_gradient(Unrolled(SOLVER), 4 * SOLVER.num_steps + 1 + OUTER),
+    "unrolled": by_gradient(
+        Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 1 + OUTER
+    ),
     "oracle": clean_labels,
 }
 HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
