@@ -16,14 +16,17 @@ from .checks import (
     as_key,
     check_estimator_is,
     check_problem_is,
+    is_traced,
     rehearse,
     traced,
 )
-from .estimators.protocol import Estimator, all_finite
+from .estimators.protocol import STATS, Estimator, all_finite
+from .inner.descent import searches_a_line
 from .problem import Bilevel
 from .settings import check_steps
 from .trace import Trace
 
+TAKEN = {"step", "value", "cost", "trusted", *STATS}
 LEDGER = ("gradient_equivalents", "num_")
 Metric = Callable[[PyTree, PyTree, Array], Array]
 Progress = Callable[[int, float], None]
@@ -49,7 +52,8 @@ def minimize(
     Args:
       problem: the two losses and their data; one outer loss.
       estimator: of the hypergradient; its state carries the warm starts.
-      optimizer: any optax transformation, for ``alpha``.
+      optimizer: any optax transformation but a line search, for ``alpha``; it is given
+        the outer value too.
       w, alpha: where to begin.
       num_steps: outer steps, static.
       key: PRNG key; None means ``jax.random.key(0)``.
@@ -59,7 +63,7 @@ def minimize(
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
         arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
       eval_every: steps between evaluations; the last step is always evaluated.
-      progress: ``(steps_done, value)``, called on the host some twenty times a run.
+      progress: ``(steps_done, value)``, called on the host at most twenty times a run.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and
@@ -94,6 +98,12 @@ def minimize(
             "optimizer must be an optax.GradientTransformation such as "
             f"optax.adam(0.1); got {type(optimizer).__name__}"
         )
+    if searches_a_line(eqx.filter_eval_shape(optimizer.init, alpha)):
+        raise ValueError(
+            "optimizer searches along a line, which would ask for the outer value at "
+            "other alphas; use one that needs only the hypergradient, such as "
+            "optax.adam(0.1)"
+        )
     if problem.num_objectives is not None:
         raise ValueError(
             f"minimize needs one outer loss, the problem has {problem.num_objectives}; "
@@ -108,13 +118,19 @@ def minimize(
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)
     check_progress(progress)
+    key = as_key(key)
+    if progress is not None and is_traced(problem, w, alpha, key):
+        raise TypeError(
+            "progress is called on the host, so it does not work within jax.jit or "
+            "jax.vmap; leave it out there"
+        )
     loop = _Loop(
         problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
     )
-    carry = _begin(loop, w, alpha, as_key(key))
+    carry = _begin(loop, w, alpha, key)
     if progress is None:
         return _finish(loop, _run(loop, carry, jnp.asarray(num_steps)))
-    chunk = max(num_steps // 20, 1)
+    chunk = -(-num_steps // 20)
     for done in range(0, num_steps, chunk):
         until = min(done + chunk, num_steps)
         carry = _run(loop, carry, jnp.asarray(until))
@@ -134,10 +150,18 @@ def check_metrics(
             f"{type(metrics).__name__}"
         )
     for name, metric in metrics.items():
+        if name in TAKEN:
+            raise ValueError(
+                f"metrics cannot be called {name!r}: a trace's rows have that already"
+            )
         if not callable(metric):
             raise TypeError(f"metrics[{name!r}] must be a function; got {metric!r}")
         if w is not None:
-            shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
+            try:
+                shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
+            except Exception as error:
+                error.add_note(f"while tracing metrics[{name!r}](w, alpha, key)")
+                raise
             if shape != ():
                 raise ValueError(
                     f"metrics[{name!r}] must return a scalar, got shape {shape}"
@@ -262,8 +286,9 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
         loop.problem, carry.estimator_state, alpha, estimate_key
     )
     (gradient,) = pullback(estimate.hypergradient)
-    updates, optimizer_state = loop.optimizer.update(
-        gradient, carry.optimizer_state, carry.u
+    optimizer = optax.with_extra_args_support(loop.optimizer)
+    updates, optimizer_state = optimizer.update(
+        gradient, carry.optimizer_state, carry.u, value=estimate.value
     )
     u = spaces.project(loop.space, optax.apply_updates(carry.u, updates))
     if loop.project is not None:

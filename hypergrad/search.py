@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .checks import as_inputs, as_key, check_problem, check_problem_is, traced
+from .checks import (
+    as_inputs,
+    as_key,
+    check_problem,
+    check_problem_is,
+    is_traced,
+    traced,
+)
 from .cost import ledger
 from .estimators.protocol import all_finite, make_stats
 from .inner.protocol import InnerSolver
@@ -81,7 +88,13 @@ def search(
         raise ValueError(
             f"search needs one outer loss, the problem has {problem.num_objectives}"
         )
-    init_key, run_key = jax.random.split(as_key(key))
+    key = as_key(key)
+    if is_traced(problem, w, space, key):
+        raise TypeError(
+            "search runs on the host, trial by trial, so it does not work within "
+            "jax.jit or jax.vmap; call it in a loop"
+        )
+    init_key, run_key = jax.random.split(key)
     state = searcher.init(space, init_key)
     problem = traced(problem)
     metrics = check_metrics(metrics)
@@ -92,7 +105,7 @@ def search(
         alpha, state = searcher.ask(state, ask_key)
         w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
-            check_problem(problem, w, alpha, solver, needs_loss=False)
+            check_problem(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
         found, row = _trial(problem, solver, w, alpha, metrics, trial_key)
         value = row["value"]

@@ -91,22 +91,29 @@ def check_estimator(estimator: Estimator) -> None:
     >>> hg.testing.check_estimator(hg.Implicit(solver))
     """
     for name in ("init", "estimate", "target", "error_factor"):
-        assert hasattr(estimator, name), f"an estimator needs {name}"
-    assert estimator.target in ("argmin", "solver"), f"target is {estimator.target!r}"
+        _require(hasattr(estimator, name), f"an estimator needs {name}")
+    _require(
+        estimator.target in ("argmin", "solver"), f"target is {estimator.target!r}"
+    )
     for structure in ("scalar", "vector", "tree"):
         _check_on(estimator, structure)
     _check_flags(estimator)
     _check_descent(estimator)
 
 
+def _require(kept: Any, what: str) -> None:
+    if not kept:
+        raise AssertionError(what)
+
+
 def _close(found: PyTree, expected: PyTree, tolerance: float, what: str) -> None:
     flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
     found, expected = flat(found), flat(expected)
-    error = np.linalg.norm(found - expected)
-    allowed = tolerance * max(np.linalg.norm(expected), 1e-30)
-    assert error <= allowed, (
-        f"{what}: relative error {error / max(np.linalg.norm(expected), 1e-30):.2e}, "
-        f"allowed {tolerance:.2e}"
+    scale = max(np.linalg.norm(expected), 1e-30)
+    error = np.linalg.norm(found - expected) / scale
+    _require(
+        error <= tolerance,
+        f"{what}: relative error {error:.2e}, allowed {tolerance:.2e}",
     )
 
 
@@ -120,12 +127,15 @@ def _check_on(estimator: Any, structure: str) -> None:
     estimate = hypergradient(problem, estimator)(w, alpha)
 
     shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shape(estimate.w) == shape(w), "Estimate.w must be structured like w"
-    assert shape(estimate.hypergradient) == shape(alpha), (
-        "Estimate.hypergradient must be structured like alpha"
+    _require(shape(estimate.w) == shape(w), "Estimate.w must be structured like w")
+    _require(
+        shape(estimate.hypergradient) == shape(alpha),
+        "Estimate.hypergradient must be structured like alpha",
     )
-    assert estimate.value.shape == (), "Estimate.value must be a scalar"
-    assert set(STATS) | {"trusted"} <= set(estimate.stats), "Estimate.stats lacks keys"
+    _require(estimate.value.shape == (), "Estimate.value must be a scalar")
+    _require(
+        set(STATS) | {"trusted"} <= set(estimate.stats), "Estimate.stats lacks keys"
+    )
 
     _check_error(estimator, estimate, alpha, exact, structure)
     # The same from where an estimate elsewhere has left the state.
@@ -157,7 +167,7 @@ def _check_error(
     if factor == 0:
         what = f"hypergradient on {structure}, declared exact"
         _close(estimate.hypergradient, exact, rounding, what)
-        assert estimate.stats["trusted"], "an exact estimate must be trusted"
+        _require(estimate.stats["trusted"], "an exact estimate must be trusted")
     elif np.isfinite(factor):
         indirect = jax.tree.map(jnp.subtract, exact, alpha)  # direct term is alpha
         found = jax.tree.map(jnp.subtract, estimate.hypergradient, alpha)
@@ -166,7 +176,7 @@ def _check_error(
     else:
         flat = lambda tree: ravel_pytree(tree)[0]
         slope = float(flat(estimate.hypergradient) @ flat(exact))
-        assert slope > 0, f"on {structure} the estimate is no ascent direction"
+        _require(slope > 0, f"on {structure} the estimate is no ascent direction")
 
 
 def _estimate(problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree) -> PyTree:
@@ -179,8 +189,8 @@ def _check_flags(estimator: Any) -> None:
     problem, w, alpha, _ = quadratic(jax.random.key(2), "vector")
     poisoned = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), problem)
     estimate = hypergradient(poisoned, estimator)(w, alpha)
-    assert not estimate.stats["trusted"], "NaN in the data must not be trusted"
-    assert not np.isfinite(estimate.value), "NaN in the data must show in the value"
+    _require(not estimate.stats["trusted"], "NaN in the data must not be trusted")
+    _require(not np.isfinite(estimate.value), "NaN in the data must show in the value")
 
 
 def _check_descent(estimator: Any) -> None:
@@ -189,5 +199,5 @@ def _check_descent(estimator: Any) -> None:
         problem, estimator, optax.sgd(0.05), w, alpha, num_steps=20,
         key=jax.random.key(0),
     )  # fmt: skip
-    assert trace.status == "completed", f"minimize stopped: {trace.status}"
-    assert trace.value[-1] < trace.value[0], "20 steps did not lower the outer value"
+    _require(trace.status == "completed", f"minimize stopped: {trace.status}")
+    _require(trace.value[-1] < trace.value[0], "20 steps did not lower the outer value")

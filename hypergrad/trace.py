@@ -27,6 +27,9 @@ class Trace(eqx.Module):
       metrics: ``{name: [steps]}``, NaN where not evaluated.
       status_code: 0 if all steps were made; see ``status``.
 
+    With a warm-started estimator ``value`` also falls because ``w`` is trained further,
+    and a later one is better than an earlier one by that too.
+
     After a completed run ``w`` belongs to the ``alpha`` before the last step; train
     once more at ``alpha`` for the pair.
 
@@ -54,6 +57,11 @@ class Trace(eqx.Module):
     @property
     def status(self) -> str:
         """Why the run ended, in words; for one run, not a batch of them."""
+        if jnp.ndim(self.status_code):
+            raise ValueError(
+                f"status is for one run; this trace holds a batch {self.value.shape}: "
+                "index it first, jax.tree.map(lambda x: x[i], trace)"
+            )
         return STATUS[int(self.status_code)]
 
     @property

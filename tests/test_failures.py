@@ -654,3 +654,134 @@ def test_a_space_too_narrow_for_its_leaf():
         ValueError,
         "does not fit float32",
     )
+
+
+# What a newcomer tries.
+
+
+@pytest.mark.parametrize("last", [None, 5])
+@pytest.mark.parametrize("forgotten", ["nothing reads it", "stopped"])
+def test_unrolled_refuses_alpha_that_it_cannot_see(last, forgotten: str):
+    """A misspelt leaf, or one behind stop_gradient: no silent zero."""
+    stopped = jax.lax.stop_gradient
+    inner = lambda w, alpha, batch: (
+        0.5 * (w - alpha["seen"]) ** 2
+        + (stopped(alpha["unseen"]) * w if forgotten == "stopped" else 0.0)
+    )
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.5), 10), last=last)
+    with pytest.raises(ValueError, match=r"neither loss reads alpha\['unseen'\]"):
+        hg.hypergradient(problem, estimator)(0.0, {"seen": 1.0, "unseen": 1.0})
+
+
+def test_a_start_beyond_the_last_steps_is_refused():
+    """alpha is read by the start alone: all steps see it, the last five do not."""
+    inner = lambda w, alpha, batch: 0.5 * w**2
+    problem = hg.Bilevel(
+        inner, lambda w, alpha, batch: w**2, start=lambda w, alpha: alpha
+    )
+    solver = hg.Descent(optax.sgd(0.5), 10)
+    found = hg.hypergradient(problem, hg.Unrolled(solver))(0.0, 1.0)
+    np.testing.assert_allclose(found.hypergradient, 2 * 0.5**20, rtol=1e-9)
+    with pytest.raises(ValueError, match="nor does the optimizer"):
+        hg.hypergradient(problem, hg.Unrolled(solver, last=5))(0.0, 1.0)
+
+
+def test_an_optimizer_factory_is_not_an_optimizer():
+    """optax.sgd would take alpha for its rate."""
+    with pytest.raises(TypeError, match=r"write optax.sgd\(0.1\)"):
+        hg.Descent(optax.sgd, 10)
+
+
+class Half:
+    """A solver that forgets part of what it should return."""
+
+    differentiable = False
+
+    def __init__(self, returned):
+        self.returned = returned
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        return self.returned(w)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(lambda w: w, "must return"), (lambda w: (w, {}), "lack")],
+)
+def test_what_a_solver_returns_is_named(returned, message: str):
+    """The pair, and the four counts."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
+        hg.hypergradient(problem, hg.Implicit(Half(returned)))(1.0, 1.0)
+    assert "inner_stats" in str(raised.value)
+
+
+def test_the_host_is_not_called_from_a_compiled_program():
+    """progress and search, under jit and vmap, say so."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    run = lambda alpha: hg.minimize(
+        problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, alpha, num_steps=2,
+        progress=lambda done, value: None,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="leave it out"):
+        jax.vmap(run)(jnp.ones(2))
+    look = lambda key: hg.search(
+        problem, hg.Newton(), hg.searchers.Random(), 0.0, space=hg.spaces.Unit(),
+        budget=30.0, key=key,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="runs on the host"):
+        jax.jit(look)(jax.random.key(0))
+
+
+def test_the_status_of_a_batch_needs_an_index():
+    """As rows() does."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    run = lambda alpha: hg.minimize(
+        problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, alpha, num_steps=2
+    )
+    with pytest.raises(ValueError, match="index it first"):
+        _ = jax.vmap(run)(jnp.ones(2)).status
+
+
+def test_a_metric_that_fails_is_named():
+    """The note says which."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    with pytest.raises(TypeError) as raised:
+        hg.minimize(
+            problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.0, num_steps=2,
+            metrics={"mine": lambda w: w},
+        )  # fmt: skip
+    assert any("metrics['mine']" in note for note in raised.value.__notes__)
+
+
+def test_drawn_data_are_checked_like_given_ones():
+    """Numbers become arrays; nothing is refused."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha * batch) ** 2
+    outer = lambda w, alpha, batch: 0.5 * (w - batch) ** 2
+    problem = hg.Bilevel(inner, outer, draw=lambda key: (2.0, 1.0))
+    found = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 1.0)
+    np.testing.assert_allclose(found.hypergradient, 2.0)
+    empty = hg.Bilevel(inner, outer, draw=lambda key: (jnp.zeros((0, 2)), 1.0))
+    with pytest.raises(ValueError, match="is empty"):
+        hg.hypergradient(empty, hg.Implicit(hg.Newton()))(0.0, 1.0)
+
+
+@pytest.mark.parametrize(("from_alpha", "kept"), [(False, True), (True, False)])
+def test_rates_are_judged_from_one_start(from_alpha: bool, kept: bool):
+    """Unrolled begins where it ended, unless alpha sets the rate."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: (w - 3) ** 2)
+    rate = lambda alpha: optax.sgd(0.1 * alpha)
+    estimator = hg.Unrolled(hg.Descent(rate if from_alpha else optax.sgd(0.1), 3))
+    state = estimator.init(problem, jnp.zeros(()), jnp.ones(()))
+    found, state = estimator.estimate(problem, state, jnp.ones(()), jax.random.key(0))
+    assert state.w == (found.w if kept else 0.0)

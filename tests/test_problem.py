@@ -118,7 +118,9 @@ def test_sizes_and_fractions():
     """What costs are counted by: rows, and the part of them that a batch is."""
     assert size(hg.Batches(ROWS, 2)) == size({"x": jnp.ones((6, 2))}) == 6
     assert size(None) is None
-    assert size({"x": jnp.ones((6, 2)), "scale": jnp.ones(())}) is None
+    assert size({"x": jnp.ones((6, 2)), "scale": jnp.ones(())}) == 6
+    assert size({"x": jnp.ones((6, 2)), "y": jnp.ones(5)}) is None
+    assert size(hg.Batches(None, keyed=True)) is None
     assert fraction(hg.Batches(ROWS, 2)) == pytest.approx(1 / 3)
     assert fraction(hg.Batches(ROWS, 2), 3) == 0.5
     assert fraction(hg.Batches(ROWS)) == fraction(None) == 1.0

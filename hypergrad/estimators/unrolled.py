@@ -1,15 +1,24 @@
 """Reverse mode through the inner loop."""
 
+import operator
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..checks import KEY, check_problem, check_solver
+from ..checks import (
+    KEY,
+    check_problem,
+    check_seen,
+    check_solver,
+    solver_reads_alpha,
+    start_reads_alpha,
+)
 from ..cost import ledger
 from ..inner.descent import is_segmented, iterate, searches_a_line
 from ..inner.protocol import IterativeSolver
-from ..problem import Bilevel, fraction, held, size, whole
+from ..problem import Bilevel, Data, fraction, held, size, whole
 from ..settings import check_steps
 from ..trees import norm
 from .protocol import Estimate, all_finite, make_stats
@@ -31,9 +40,10 @@ class Unrolled(eqx.Module):
       checkpoint: store ``2 sqrt(T)`` carries and run the steps once more in the reverse
         pass, instead of storing every step's intermediates.
       warm_start: begin each run where the last ended, so that the procedure is T more
-        steps from there; False asks for T steps from the same ``w`` every time, as
-        learning rates and schedules need. The start is not differentiated, save where
-        the problem's ``start`` makes it from ``alpha``.
+        steps from there; False asks for T steps from the same ``w`` every time. None
+        means True, unless the solver itself reads ``alpha``: rates and schedules are
+        judged by what they make of one start. The start is not differentiated, save
+        where the problem's ``start`` makes it from ``alpha``.
       outer_batch_size: examples for the outer gradient, drawn once an estimate; None
         means all.
 
@@ -61,7 +71,7 @@ class Unrolled(eqx.Module):
     solver: IterativeSolver
     last: int | None = eqx.field(static=True, default=None)
     checkpoint: bool = eqx.field(static=True, default=True)
-    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"
@@ -97,30 +107,53 @@ class Unrolled(eqx.Module):
         )
         if searches_a_line(jax.eval_shape(first, w, alpha, KEY)):
             raise self._not_differentiable()
-        check_problem(problem, w, alpha, self.solver, needs_loss=False)
+        check_problem(problem, w, alpha, self.solver)
+        beside = solver_reads_alpha(self.solver, problem, w, alpha, inner_data)
+        advice = "nor does the optimizer; take it out of alpha"
+        if self._is_full:
+            start = start_reads_alpha(problem, w, alpha)
+            beside = list(map(operator.or_, beside, start))
+            advice = "nor does the optimizer or the start; take it out of alpha"
+        check_seen(problem, w, alpha, beside, advice)
         return UnrolledState(w)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.last is None or self.last >= self.solver.num_steps
+
+    def _response(
+        self,
+        problem: Bilevel,
+        data: tuple[Data, Data],
+        w: PyTree,
+        alpha: PyTree,
+        solver_key: Array,
+        outer_key: Array,
+    ) -> tuple[Array, PyTree]:
+        """``M(w_T(alpha), alpha)`` and ``w_T(alpha)``."""
+        inner_data, outer_data = data
+        w, _ = iterate(
+            self.solver,
+            problem.inner_loss,
+            problem.initial(w, alpha),
+            alpha,
+            inner_data,
+            solver_key,
+            last=self.last,
+            checkpoint=self.checkpoint,
+        )
+        outer_batch = held(outer_data, self.outer_batch_size, outer_key)
+        return problem.outer(w, alpha, outer_batch), w
 
     def estimate(
         self, problem: Bilevel, state: UnrolledState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, UnrolledState]:
         """One inner run forward and one back."""
         data_key, solver_key, residual_key, outer_key = jax.random.split(key, 4)
-        inner_data, outer_data = problem.data(data_key)
-        outer_batch = held(outer_data, self.outer_batch_size, outer_key)
-
-        def response(alpha):
-            w, _ = iterate(
-                self.solver,
-                problem.inner_loss,
-                problem.initial(state.w, alpha),
-                alpha,
-                inner_data,
-                solver_key,
-                last=self.last,
-                checkpoint=self.checkpoint,
-            )
-            return problem.outer(w, alpha, outer_batch), w
-
+        inner_data, outer_data = data = problem.data(data_key)
+        response = lambda alpha: self._response(
+            problem, data, state.w, alpha, solver_key, outer_key
+        )
         value, pullback, w = jax.vjp(response, alpha, has_aux=True)
         if problem.num_objectives is None:
             (hypergradient,) = pullback(jnp.ones_like(value))
@@ -141,14 +174,17 @@ class Unrolled(eqx.Module):
             num_outer_grads=value.size
             * fraction(outer_data, self.outer_batch_size or size(outer_data)),
         )
-        full = self.last is None or self.last >= forward
         stats = make_stats(
-            all_finite(value, hypergradient, w) & full,
+            all_finite(value, hypergradient, w) & self._is_full,
             inner_residual=residual,
             inner_steps=forward,
-            error_estimate=0.0 if full else jnp.nan,
+            error_estimate=0.0 if self._is_full else jnp.nan,
             **costs,
         )
-        keep = self.warm_start and problem.start is None
+        keep = self.warm_start
+        if keep is None:
+            reads = solver_reads_alpha(self.solver, problem, w, alpha, inner_data)
+            keep = not any(reads)
+        keep = keep and problem.start is None
         next_state = UnrolledState(w) if keep else state
         return Estimate(value, hypergradient, w, stats), next_state

@@ -29,8 +29,9 @@ class Descent(eqx.Module):
     Each step draws its own batch where the data is `Batches` with a batch size, from
     a key split off the given one: same key, same result to the bit.
 
-    Cost: T gradients, mini-batches in proportion. Memory: ``w`` and the optimizer's
-    state. Bias: what T steps leave of the inner problem.
+    Cost: T gradients, mini-batches in proportion; what an optimizer that searches along
+    a line evaluates beside them is not counted (`LBFGS` counts). Memory: ``w`` and the
+    optimizer's state. Bias: what T steps leave of the inner problem.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -49,6 +50,12 @@ class Descent(eqx.Module):
         check_steps("num_steps", self.num_steps, least=0)
         if isinstance(self.optimizer, optax.GradientTransformation):
             return
+        if getattr(self.optimizer, "__module__", "").startswith("optax"):
+            raise TypeError(
+                f"optimizer is the function {self.optimizer.__name__} itself; write "
+                f"optax.{self.optimizer.__name__}(0.1), or a function of your own "
+                "alpha -> optimizer"
+            )
         if not callable(self.optimizer):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation such as "

@@ -55,9 +55,9 @@ class Newton(eqx.Module):
 
     Each direction is solved by conjugate gradients to a relative residual of
     ``min(1/2, sqrt(||g|| / ||g_0||))``, on the same products as the adjoint; where
-    the curvature is not positive, the iterate so far (or ``-g``) is the direction, as
-    long as ``g'g / |g'Hg|``. The
-    line search halves until the loss falls enough, allowing for rounding.
+    the curvature is not positive, the direction is the iterate so far, or else ``-g``
+    scaled by ``g'g / |g'Hg|``. The line search halves until the loss falls enough,
+    allowing for rounding.
 
     Cost: a few Hessian-vector products, one gradient and at least one value a step; the
     fastest road to an accurate hypergradient on smooth problems. Memory: six vectors
