@@ -100,8 +100,8 @@ def clean_labels(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, An
     return batch, jnp.ones(NUM_TRAIN), None
 
 
-# Costs of a step in gradient-equivalents: T inner gradients, an outer gradient, and
-# 2 a product (CG at most 20 and one; Neumann 19, 10 for its step size and one), or
+# Costs of a step in gradient-equivalents: T inner gradients, an outer gradient (two
+# where trust is judged), and 2 a product (CG at most 20 and one; Neumann 19, 10 for its step size and one), or
 # T more gradients and T products for the reverse pass.
 OUTER = NUM_VAL / NUM_TRAIN
 METHODS: dict[str, Callable] = {
@@ -109,10 +109,11 @@ METHODS: dict[str, Callable] = {
     "validation-only": validation_only,
     "random search": by_random_search,
     "implicit": by_gradient(
-        Implicit(SOLVER, CG(rtol=1e-2, max_steps=20)), SOLVER.num_steps + 2 * 21 + OUTER
+        Implicit(SOLVER, CG(rtol=1e-2, max_steps=20)),
+        SOLVER.num_steps + 2 * 21 + 2 * OUTER,
     ),
     "neumann": by_gradient(
-        Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + OUTER
+        Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2 * OUTER
     ),
     "unrolled": by_gradient(
         Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 1 + OUTER
