@@ -101,8 +101,8 @@ def clean_labels(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, An
 
 
 # Costs of a step in gradient-equivalents: T inner gradients, an outer gradient (two
-# where trust is judged), and 2 a product (CG at most 20 and one; Neumann 19, 10 for its step size and one), or
-# T more gradients and T products for the reverse pass.
+# where trust is judged), and 2 a product (CG at most 20 and one; Neumann 19, 10 for its
+# step size and one), or T more gradients and T products for the reverse pass.
 OUTER = NUM_VAL / NUM_TRAIN
 METHODS: dict[str, Callable] = {
     "baseline": uniform,
