@@ -30,6 +30,7 @@ changes.
 
 from . import data, searchers, spaces, tasks, testing
 from .argmin import argmin
+from .certificate import Certificate, certify
 from .citation import citation
 from .estimators import Estimate, Estimator, Implicit, Unrolled
 from .gradient import hypergradient
@@ -56,6 +57,7 @@ __all__ = [  # in reading order
     "LBFGS",
     "Batches",
     "Bilevel",
+    "Certificate",
     "ClosedForm",
     "Descent",
     "Estimate",
@@ -71,6 +73,7 @@ __all__ = [  # in reading order
     "Trace",
     "Unrolled",
     "argmin",
+    "certify",
     "citation",
     "data",
     "from_jaxopt",

@@ -146,9 +146,8 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any) -> No
 
     Args:
       problem, w, alpha: as given to an estimator; only shapes are read.
-      solver: the inner solver.
+      solver: the inner solver, or None where there is none.
     """
-    check_solver(solver)
     key = jax.random.key(0)
     inner_data, outer_data = problem.data(key)
     # Functions of their own: jax compares bound methods by value, data included.
@@ -160,6 +159,12 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any) -> No
     losses = problem.outer_loss
     for loss in losses if isinstance(losses, tuple) else (losses,):
         check_scalar("outer_loss", loss, w, alpha, outer_batch)
+    if solver is not None:
+        _check_solve(problem, start, w, alpha, solver, inner_data, key)
+
+
+def _check_solve(problem, start, w, alpha, solver, inner_data, key) -> None:
+    check_solver(solver)
     solve = lambda w, alpha, data: solver.solve(problem.inner_loss, w, alpha, data, key)
     name = f"{type(solver).__name__}.solve"
     solved = eqx.filter_eval_shape(solve, start, alpha, inner_data)

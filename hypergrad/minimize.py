@@ -20,11 +20,12 @@ from .checks import (
     rehearse,
     traced,
 )
-from .estimators.protocol import STATS, Estimator, all_finite
+from .estimators.protocol import STATS, Estimator
 from .inner.descent import searches_a_line
 from .problem import Bilevel
 from .settings import check_steps
 from .trace import Trace
+from .trees import all_finite
 
 TAKEN = {"step", "value", "cost", "trusted", *STATS}
 LEDGER = ("gradient_equivalents", "num_")

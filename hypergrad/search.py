@@ -18,13 +18,14 @@ from .checks import (
     traced,
 )
 from .cost import ledger
-from .estimators.protocol import all_finite, make_stats
+from .estimators.protocol import make_stats
 from .inner.protocol import InnerSolver
 from .minimize import Metric, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher
 from .settings import number
 from .trace import Trace
+from .trees import all_finite
 
 
 def search(

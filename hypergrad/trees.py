@@ -34,3 +34,23 @@ def add_scaled(x: PyTree, a: Array | float, y: PyTree) -> PyTree:
 def scale(a: Array | float, x: PyTree) -> PyTree:
     """``a x``, in the dtypes of ``x``."""
     return jax.tree.map(lambda u: jnp.asarray(a * u, u.dtype), x)
+
+
+def all_finite(*trees: PyTree) -> Array:
+    """Whether no leaf holds a NaN or an infinity."""
+    leaves = jax.tree.leaves(trees)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def distance(x: PyTree, y: PyTree) -> Array:
+    """``||x - y|| / ||y||``; 0 where they are equal."""
+    far = norm(add_scaled(x, -1, y))
+    return jnp.where(far == 0, 0.0, far / norm(y))
+
+
+def normal(key: Array, like: PyTree) -> PyTree:
+    """A standard normal vector like ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    draw = lambda k, x: jax.random.normal(k, x.shape, x.dtype)
+    return jax.tree.unflatten(structure, list(map(draw, keys, leaves)))

@@ -7,19 +7,19 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from ..adjoint import At, differentiate, newton_step, total_products, zero_adjoint
+from ..certificate import CORRECTIONS, NEWTON, TRUST, UNSEEN, certificate
 from ..checks import KEY, check_problem, check_seen, reads_w
 from ..cost import ledger
 from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
-from ..linear.operator import relative_residual, solve
+from ..linear.operator import relative_residual
 from ..problem import Bilevel, fraction, held, size
-from ..products import hvp, hvp_and_cross
+from ..products import Loss
 from ..settings import check_steps, number
-from ..trees import add_scaled, dot, norm
-from .protocol import Estimate, all_finite, make_stats
-
-TRUST = 1e-2
+from ..trees import add_scaled, all_finite, norm
+from .protocol import Estimate, make_stats
 
 
 class ImplicitState(eqx.Module):
@@ -41,6 +41,11 @@ class Implicit(eqx.Module):
         `NystromCG`, `Identity`.
       damping: added to ``H`` in the solve. ``adjoint_residual`` is that of ``H``
         itself, so it shows the bias that damping brings.
+      correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
+        that does not make ``dL/dw`` smaller is not taken.
+      certify: let a certificate judge each estimate (`hypergrad.certify`):
+        ``error_estimate`` and ``trusted`` are its; it costs two solves for each of two
+        corrections and a probe, counted.
       warm_start: begin each inner solve and each adjoint solve where the last ended.
       adjoint_batch_size: examples for ``H`` and ``J``, drawn once an estimate; None
         means all.
@@ -76,6 +81,8 @@ class Implicit(eqx.Module):
     solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     damping: float | Array
+    correct: int = eqx.field(static=True)
+    certify: bool = eqx.field(static=True)
     warm_start: bool = eqx.field(static=True)
     adjoint_batch_size: int | None = eqx.field(static=True)
     outer_batch_size: int | None = eqx.field(static=True)
@@ -89,6 +96,8 @@ class Implicit(eqx.Module):
         linear_solver: lx.AbstractLinearSolver | None = None,
         damping: float | Array = 0.0,
         *,
+        correct: int = 0,
+        certify: bool = False,
         warm_start: bool = True,
         adjoint_batch_size: int | None = None,
         outer_batch_size: int | None = None,
@@ -99,6 +108,9 @@ class Implicit(eqx.Module):
         check_steps("adjoint_batch_size", adjoint_batch_size, optional=True)
         check_steps("outer_batch_size", outer_batch_size, optional=True)
         self.damping = number("damping", optional=False)(damping)
+        check_steps("correct", correct, least=0)
+        self.correct = correct
+        self.certify = certify
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size
         self.outer_batch_size = outer_batch_size
@@ -120,20 +132,11 @@ class Implicit(eqx.Module):
         """Starts from ``w`` and a zero adjoint."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_seen(
-            problem,
-            w,
-            alpha,
-            None,
-            "so the implicit hypergradient cannot see it (it is not zero: it may enter "
-            "the optimizer or the start); use hg.Unrolled, or take it out of alpha",
-        )
+        check_seen(problem, w, alpha, None, UNSEEN)
         inner_data, outer_data = problem.data(jax.random.key(0))
         jax.eval_shape(lambda k: held(inner_data, self.adjoint_batch_size, k), KEY)
         jax.eval_shape(lambda k: held(outer_data, self.outer_batch_size, k), KEY)
-        lead = () if problem.num_objectives is None else (problem.num_objectives,)
-        zeros = lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype)
-        return ImplicitState(w, jax.tree.map(zeros, w))
+        return ImplicitState(w, zero_adjoint(problem, w))
 
     def estimate(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
@@ -148,75 +151,103 @@ class Implicit(eqx.Module):
 
         batch = held(inner_data, self.adjoint_batch_size, adjoint_key)
         outer_batch = held(outer_data, self.outer_batch_size, outer_key)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
-
-        def adjoint(b, v):
-            def damped(v):
-                Hv = hvp(loss, w, alpha, batch, v)
-                return add_scaled(Hv, self.damping, v)
-
-            v, solved = solve(self.linear_solver, damped, b, v)
-            gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
-            residual = relative_residual(b, Hv)
-            mean = norm(b) / norm(v)  # NaN for b = 0, which says nothing
-            solved["curvature"] = jnp.fmin(mean, solved["ritz_min"])
-            solved["negative_curvature"] |= dot(v, Hv) < 0
-            return v, cross, gradient, residual, solved
-
-        if problem.num_objectives is not None:
-            adjoint = jax.vmap(adjoint, out_axes=(0, 0, None, 0, 0))
+        w, num_products, num_grads = self._corrected(loss, w, alpha, batch)
         # An adjoint that an earlier step spoilt is no start.
         zeros = optax.tree.zeros_like(state.adjoint)
         v = optax.tree.where(all_finite(state.adjoint), state.adjoint, zeros)
-        v, cross, gradient, adjoint_residual, solved = adjoint(b, v)
-        hypergradient = optax.tree.sub(direct, cross)
+        at = differentiate(
+            problem, self.linear_solver, w, alpha, batch, outer_batch, v, self.damping
+        )
+        part = fraction(inner_data, self.adjoint_batch_size or size(inner_data))
+        outer_part = fraction(outer_data, self.outer_batch_size or size(outer_data))
+        num_products += total_products(at.solved)
+        costs = ledger(
+            inner_data,
+            outer_data,
+            num_grads=spent["num_grads"] + part * num_grads,
+            num_hvps=spent["num_hvps"] + part * num_products,
+            num_values=spent["num_values"],
+            num_outer_grads=(1 if self.certify else 2) * outer_part * at.value.size,
+        )
+        if not self.certify:
+            trusted = self._judge(problem, w, alpha, at, outer_batch)
+            error_estimate = jnp.nan
+        else:
+            found = certificate(
+                problem,
+                (inner_data, outer_data),
+                w,
+                alpha,
+                at.hypergradient,
+                at.adjoint,
+                CORRECTIONS,
+                TRUST,
+                adjoint_key,
+            )
+            trusted, error_estimate = found.trusted, found.error_estimate
+            costs = jax.tree.map(jnp.add, costs, found.stats)
+        stats = make_stats(
+            trusted,
+            inner_residual=norm(at.gradient),
+            inner_steps=spent["num_steps"],
+            adjoint_residual=jnp.max(at.adjoint_residual),
+            ritz_min=jnp.min(at.solved["ritz_min"]),
+            ritz_max=jnp.max(at.solved["ritz_max"]),
+            error_estimate=error_estimate,
+            **costs,
+        )
+        estimate = Estimate(at.value, at.hypergradient, w, stats)
+        if self.warm_start:
+            # A start that depends on alpha begins each inner solve anew.
+            warm = w if problem.start is None else state.w
+            state = ImplicitState(warm, at.adjoint)
+        return estimate, state
 
-        inner_residual = norm(gradient)
-        adjoint_residual = jnp.max(adjoint_residual)
-        curvature = jnp.min(solved["curvature"])
+    def _corrected(
+        self, loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree
+    ) -> tuple[PyTree, Array, int]:
+        """``w`` after ``correct`` Newton steps, and the products and gradients of it.
+
+        A step that does not make the gradient smaller is not taken.
+        """
+        num_products = jnp.zeros(())
+        if not self.correct:
+            return w, num_products, 0
+        slope = lambda w: jax.grad(loss)(w, alpha, batch)
+        gradient = slope(w)
+        for _ in range(self.correct):
+            there, solved = newton_step(
+                loss, w, alpha, batch, gradient, CG(rtol=NEWTON)
+            )
+            slope_there = slope(there)
+            closer = norm(slope_there) < norm(gradient)
+            w = optax.tree.where(closer, there, w)
+            gradient = optax.tree.where(closer, slope_there, gradient)
+            num_products += solved["num_products"]
+        return w, num_products, self.correct + 1
+
+    def _judge(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, at: At, outer_batch: PyTree
+    ) -> Array:
+        """Whether what the solves saw speaks for the estimate."""
+        inner_residual = norm(at.gradient)
+        curvature = jnp.min(jnp.fmin(at.mean_curvature, at.solved["ritz_min"]))
         w_error = inner_residual / (curvature * norm(w))
         # dM/dw as far away as w* may be: where M is nearly flat, w alone tells nothing.
-        away = add_scaled(w, -1 / curvature, gradient)
+        away = add_scaled(w, -1 / curvature, at.gradient)
         _, b_away, _ = problem.outer_gradients(away, alpha, outer_batch)
         share = lambda b, b_away, cross, h: (
             relative_residual(b, b_away) * norm(cross) <= TRUST * norm(h)
         )
         if problem.num_objectives is not None:
             share = jax.vmap(share)
-        steady = jnp.all(share(b, b_away, cross, hypergradient))
+        steady = jnp.all(share(at.b, b_away, at.cross, at.hypergradient))
         near = (w_error <= TRUST) & steady
         outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
         w_matters = reads_w(outer, w, alpha, outer_batch)
-        trusted = (
-            all_finite(value, hypergradient, inner_residual, adjoint_residual)
-            & (adjoint_residual <= TRUST)
+        return (
+            all_finite(at.value, at.hypergradient, inner_residual, at.adjoint_residual)
+            & jnp.all(at.adjoint_residual <= TRUST)
             & ((inner_residual == 0) | near | (not w_matters))
-            & ~jnp.any(solved["negative_curvature"])
+            & ~jnp.any(at.solved["negative_curvature"])
         )
-        part = fraction(inner_data, self.adjoint_batch_size or size(inner_data))
-        outer_part = fraction(outer_data, self.outer_batch_size or size(outer_data))
-        shared = solved["num_shared"]
-        num_products = jnp.sum(solved["num_products"] - shared + 1) + jnp.max(shared)
-        costs = ledger(
-            inner_data,
-            outer_data,
-            num_grads=spent["num_grads"],
-            num_hvps=spent["num_hvps"] + part * num_products,
-            num_values=spent["num_values"],
-            num_outer_grads=2 * outer_part * value.size,
-        )
-        stats = make_stats(
-            trusted,
-            inner_residual=inner_residual,
-            inner_steps=spent["num_steps"],
-            adjoint_residual=adjoint_residual,
-            ritz_min=jnp.min(solved["ritz_min"]),
-            ritz_max=jnp.max(solved["ritz_max"]),
-            **costs,
-        )
-        estimate = Estimate(value, hypergradient, w, stats)
-        if self.warm_start:
-            # A start that depends on alpha begins each inner solve anew.
-            warm = w if problem.start is None else state.w
-            state = ImplicitState(warm, v)
-        return estimate, state

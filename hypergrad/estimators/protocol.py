@@ -3,7 +3,6 @@
 from typing import Any, Protocol
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -89,9 +88,3 @@ def make_stats(trusted: Array, **known: Any) -> dict[str, Array]:
         raise KeyError(f"no such statistic: {sorted(unknown)}")
     stats = {name: jnp.asarray(known.get(name, jnp.nan), dtype=float) for name in STATS}
     return stats | {"trusted": jnp.asarray(trusted)}
-
-
-def all_finite(*trees: PyTree) -> Array:
-    """Whether no leaf holds a NaN or an infinity."""
-    leaves = jax.tree.leaves(trees)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

@@ -20,8 +20,8 @@ from ..inner.descent import is_segmented, iterate, searches_a_line
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel, Data, fraction, held, size, whole
 from ..settings import check_steps
-from ..trees import norm
-from .protocol import Estimate, all_finite, make_stats
+from ..trees import all_finite, norm
+from .protocol import Estimate, make_stats
 
 
 class UnrolledState(eqx.Module):

@@ -1,0 +1,103 @@
+"""Implicit differentiation at one point, and Newton's correction of that point."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, PyTree
+
+from .linear.operator import Stats, relative_residual, solve
+from .problem import Bilevel
+from .products import Loss, hvp, hvp_and_cross
+from .trees import add_scaled, distance, dot, norm
+
+
+class At(eqx.Module):
+    """What implicit differentiation found at one ``w``; with K losses K leads.
+
+    Attributes:
+      value, hypergradient: at ``w``, as if ``dL/dw`` were zero there.
+      b: ``dM/dw``.
+      adjoint: ``v``, like ``w``.
+      cross: ``Jᵀ v``, minus the indirect term.
+      gradient: ``dL/dw``, the same for all K.
+      adjoint_residual: ``||b - H v|| / ||b||``, without damping.
+      mean_curvature: ``||b|| / ||v||``.
+      solved: the solve's ``num_products``, the cross term's included, ``num_shared``,
+        ``ritz_min``, ``ritz_max`` and ``negative_curvature``.
+    """
+
+    value: Array
+    hypergradient: PyTree
+    b: PyTree
+    adjoint: PyTree
+    cross: PyTree
+    gradient: PyTree
+    adjoint_residual: Array
+    mean_curvature: Array
+    solved: Stats
+
+
+def differentiate(
+    problem: Bilevel,
+    linear_solver: lx.AbstractLinearSolver,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    start: PyTree,
+    damping: Array | float = 0.0,
+) -> At:
+    """``dM/dalpha - Jᵀ v`` with ``(H + damping I) v = dM/dw``, begun at ``start``."""
+    loss = problem.inner_loss
+    value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+
+    def adjoint(b, v):
+        def damped(v):
+            return add_scaled(hvp(loss, w, alpha, batch, v), damping, v)
+
+        v, solved = solve(linear_solver, damped, b, v)
+        gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
+        solved["num_products"] += 1
+        solved["negative_curvature"] |= dot(v, Hv) < 0
+        mean = norm(b) / norm(v)  # NaN for b = 0, which says nothing
+        return gradient, v, cross, relative_residual(b, Hv), mean, solved
+
+    if problem.num_objectives is not None:
+        adjoint = jax.vmap(adjoint, out_axes=(None, 0, 0, 0, 0, 0))
+    gradient, v, cross, residual, mean, solved = adjoint(b, start)
+    hypergradient = optax.tree.sub(direct, cross)
+    return At(value, hypergradient, b, v, cross, gradient, residual, mean, solved)
+
+
+def total_products(solved: Stats) -> Array:
+    """Products made for all right-hand sides, the shared ones once."""
+    shared = solved["num_shared"]
+    return jnp.sum(solved["num_products"] - shared) + jnp.max(shared)
+
+
+def zero_adjoint(problem: Bilevel, w: PyTree) -> PyTree:
+    """Where the first adjoint solve begins: like ``w``, leaves lead with K."""
+    lead = () if problem.num_objectives is None else (problem.num_objectives,)
+    return jax.tree.map(lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype), w)
+
+
+def newton_step(
+    loss: Loss,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    gradient: PyTree,
+    linear_solver: lx.AbstractLinearSolver,
+) -> tuple[PyTree, Stats]:
+    """``w - d`` with ``H d = dL/dw``, and what the solve saw."""
+    matvec = lambda v: hvp(loss, w, alpha, batch, v)
+    d, solved = solve(linear_solver, matvec, gradient, optax.tree.zeros_like(w))
+    return add_scaled(w, -1, d), solved
+
+
+def error_between(problem: Bilevel, h: PyTree, true: PyTree) -> Array:
+    """``||h - true|| / ||true||`` of hypergradients, the largest of K."""
+    one = distance if problem.num_objectives is None else jax.vmap(distance)
+    return jnp.max(one(h, true))
