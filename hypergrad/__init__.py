@@ -32,7 +32,19 @@ from . import data, searchers, spaces, tasks, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
-from .estimators import Estimate, Estimator, Implicit, Unrolled
+from .estimators import (
+    CentralDifference,
+    Estimate,
+    Estimator,
+    Evolution,
+    FiniteDifference,
+    FixedPoint,
+    Forward,
+    Implicit,
+    Penalty,
+    PersistentEvolution,
+    Unrolled,
+)
 from .gradient import hypergradient
 from .inner import (
     LBFGS,
@@ -43,6 +55,7 @@ from .inner import (
     Newton,
     from_jaxopt,
     from_optimistix,
+    windows,
 )
 from .linear import CG, Identity, Neumann, Nystrom, NystromCG
 from .minimize import minimize
@@ -57,11 +70,16 @@ __all__ = [  # in reading order
     "LBFGS",
     "Batches",
     "Bilevel",
+    "CentralDifference",
     "Certificate",
     "ClosedForm",
     "Descent",
     "Estimate",
     "Estimator",
+    "Evolution",
+    "FiniteDifference",
+    "FixedPoint",
+    "Forward",
     "Identity",
     "Implicit",
     "InnerSolver",
@@ -70,6 +88,8 @@ __all__ = [  # in reading order
     "Newton",
     "Nystrom",
     "NystromCG",
+    "Penalty",
+    "PersistentEvolution",
     "Trace",
     "Unrolled",
     "argmin",
@@ -85,4 +105,5 @@ __all__ = [  # in reading order
     "spaces",
     "tasks",
     "testing",
+    "windows",
 ]

@@ -60,6 +60,13 @@ class Certificate(eqx.Module):
         ``||w - w*||`` is at most the one for the ``w`` given, and
         ``||v - H^-1 b|| / ||b||`` at most the other at the corrected ``w``.
       stats: the ledger of what the certificate cost.
+
+    >>> import hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: 0.5 * w**2
+    >>> certificate = hg.certify(hg.Bilevel(inner, outer), 1.5, 1.0)
+    >>> float(certificate.error_estimate), float(certificate.hypergradient)
+    (0.5, 1.0)
     """
 
     error_estimate: Array
@@ -128,16 +135,17 @@ def certify(
     rel_err = number("rel_err", optional=False)(rel_err)
     strong_convexity = number("strong_convexity")(strong_convexity)
     problem, rel_err, mu = traced((problem, rel_err, strong_convexity))
-    rehearse(_Claim(), problem, w, alpha)
+    rehearse(Claim(), problem, w, alpha)
     return _certify(
         problem, w, alpha, hypergradient, corrections, rel_err, mu, as_key(key)
     )
 
 
-class _Claim(eqx.Module):
+class Claim(eqx.Module):
     """Checks a problem as an estimator would, without a solver."""
 
     def init(self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array) -> None:
+        """Refuses what has no certificate."""
         check_problem(problem, w, alpha, None)
         check_seen(problem, w, alpha, None, UNSEEN)
 

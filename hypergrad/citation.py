@@ -197,6 +197,64 @@ BIBTEX: dict[str, str] = dict(
             volume="45",
             year="1989",
         ),
+        _paper(
+            "micaelli2021",
+            "Micaelli, Paul and Storkey, Amos",
+            "Gradient-based Hyperparameter Optimization Over Long Horizons",
+            _NEURIPS,
+            "2007.07869",
+        ),
+        _paper(
+            "grazzi2020",
+            "Grazzi, Riccardo and Franceschi, Luca and Pontil, Massimiliano and Salzo, "
+            "Saverio",
+            "On the Iteration Complexity of Hypergradient Computation",
+            _ICML,
+            "2006.16218",
+        ),
+        _paper(
+            "liu2019",
+            "Liu, Hanxiao and Simonyan, Karen and Yang, Yiming",
+            "{DARTS}: Differentiable Architecture Search",
+            "International Conference on Learning Representations",
+            "1806.09055",
+        ),
+        _paper(
+            "shen2023",
+            "Shen, Han and Chen, Tianyi",
+            "On Penalty-based Bilevel Gradient Descent Method",
+            _ICML,
+            "2302.05185",
+        ),
+        _article(
+            "scellier2017",
+            "Scellier, Benjamin and Bengio, Yoshua",
+            "Equilibrium Propagation: Bridging the Gap between Energy-Based Models and "
+            "Backpropagation",
+            "Frontiers in Computational Neuroscience",
+            volume="11",
+            year="2017",
+            eprint="1602.05179",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "salimans2017",
+            "Salimans, Tim and Ho, Jonathan and Chen, Xi and Sidor, Szymon and "
+            "Sutskever, Ilya",
+            "Evolution Strategies as a Scalable Alternative to Reinforcement Learning",
+            "arXiv preprint arXiv:1703.03864",
+            year="2017",
+            eprint="1703.03864",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "vicol2021",
+            "Vicol, Paul and Metz, Luke and Sohl-Dickstein, Jascha",
+            "Unbiased Gradient Estimation in Unrolled Computation Graphs with "
+            "Persistent Evolution Strategies",
+            _ICML,
+            "2112.13835",
+        ),
         _article(
             "hestenes1952",
             "Hestenes, Magnus R. and Stiefel, Eduard",

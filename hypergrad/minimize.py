@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import spaces
+from .certificate import CORRECTIONS, TRUST, Claim, certificate
 from .checks import (
     KEY,
     as_inputs,
@@ -20,7 +21,7 @@ from .checks import (
     rehearse,
     traced,
 )
-from .estimators.protocol import STATS, Estimator
+from .estimators.protocol import STATS, Estimate, Estimator
 from .inner.descent import searches_a_line
 from .problem import Bilevel
 from .settings import check_steps
@@ -46,6 +47,7 @@ def minimize(
     project: Callable[[PyTree], PyTree] | None = None,
     metrics: dict[str, Metric] | None = None,
     eval_every: int = 1,
+    certify_every: int | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """``num_steps`` steps of ``optimizer`` on ``alpha`` along the hypergradient.
@@ -64,6 +66,10 @@ def minimize(
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
         arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
       eval_every: steps between evaluations; the last step is always evaluated.
+      certify_every: steps between certificates (`hypergrad.certify`), counted in the
+        ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
+        target is the argmin, and ``distance_to_implicit`` of one of the procedure;
+        beside them its own stay.
       progress: ``(steps_done, value)``, called on the host at most twenty times a run.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
@@ -94,6 +100,7 @@ def minimize(
     check_estimator_is(estimator)
     check_steps("num_steps", num_steps)
     check_steps("eval_every", eval_every)
+    check_steps("certify_every", certify_every, optional=True)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             "optimizer must be an optax.GradientTransformation such as "
@@ -116,6 +123,8 @@ def minimize(
     spaces.check(space, alpha)
     estimator, problem, space = traced((estimator, problem, space))
     rehearse(estimator, problem, w, alpha)
+    if certify_every is not None:
+        rehearse(Claim(), problem, w, alpha)
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)
     check_progress(progress)
@@ -126,7 +135,15 @@ def minimize(
             "jax.vmap; leave it out there"
         )
     loop = _Loop(
-        problem, estimator, optimizer, space, project, metrics, eval_every, num_steps
+        problem,
+        estimator,
+        optimizer,
+        space,
+        project,
+        metrics,
+        eval_every,
+        certify_every,
+        num_steps,
     )
     carry = _begin(loop, w, alpha, key)
     if progress is None:
@@ -202,6 +219,7 @@ class _Loop(eqx.Module):
     project: Callable | None
     metrics: dict[str, Metric]
     eval_every: int
+    certify_every: int | None
     num_steps: int
 
 
@@ -279,6 +297,35 @@ def _run(loop: _Loop, carry: _Carry, until: Array) -> _Carry:
     return jax.lax.while_loop(going, lambda carry: _step(loop, carry), carry)
 
 
+def _certified(
+    loop: _Loop, due: Array, estimate: Estimate, alpha: PyTree, key: Array
+) -> Estimate:
+    """The estimate with a certificate in its stats where one is due."""
+
+    def look():
+        # The same data: estimators draw theirs with the first of four keys.
+        data = loop.problem.data(jax.random.split(key, 4)[0])
+        found = certificate(
+            loop.problem,
+            data,
+            estimate.w,
+            alpha,
+            estimate.hypergradient,
+            None,
+            CORRECTIONS,
+            TRUST,
+            key,
+        )
+        spent = {name: estimate.stats[name] + found.stats[name] for name in found.stats}
+        said = {"distance_to_implicit": found.error_estimate}
+        if loop.estimator.target == "argmin":
+            said = {"error_estimate": found.error_estimate, "trusted": found.trusted}
+        return estimate.stats | spent | said
+
+    stats = jax.lax.cond(due, look, lambda: estimate.stats)
+    return Estimate(estimate.value, estimate.hypergradient, estimate.w, stats)
+
+
 def _step(loop: _Loop, carry: _Carry) -> _Carry:
     key, estimate_key, metric_key = jax.random.split(carry.key, 3)
     to_alpha = lambda u: spaces.forward(loop.space, u)
@@ -286,6 +333,9 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     estimate, state = loop.estimator.estimate(
         loop.problem, carry.estimator_state, alpha, estimate_key
     )
+    if loop.certify_every is not None:
+        due = carry.index % loop.certify_every == 0
+        estimate = _certified(loop, due, estimate, alpha, estimate_key)
     (gradient,) = pullback(estimate.hypergradient)
     optimizer = optax.with_extra_args_support(loop.optimizer)
     updates, optimizer_state = optimizer.update(

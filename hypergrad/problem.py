@@ -141,6 +141,11 @@ def whole(data: Data, key: Array) -> PyTree:
     return data.whole(key) if isinstance(data, Batches) else data
 
 
+def undrawn(data: Data) -> Data:
+    """The same data, of which every batch is all."""
+    return Batches(data.data, keyed=data.keyed) if isinstance(data, Batches) else data
+
+
 def held(data: Data, batch_size: int | None, key: Array) -> PyTree:
     """The batch that a whole estimate sees: all, or ``batch_size`` examples."""
     if batch_size is None:

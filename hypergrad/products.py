@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 Loss = Callable[[PyTree, PyTree, PyTree], Any]
 
@@ -53,3 +53,15 @@ def hvp_and_cross(
     gradient = lambda w: jax.grad(loss, argnums=(0, 1))(w, alpha, batch)
     (g, _), (Hv, JTv) = jax.jvp(gradient, (w,), (v,))
     return g, Hv, JTv
+
+
+def pushforward(
+    f: Callable[[Array], PyTree], x: Array, directions: Array
+) -> tuple[PyTree, PyTree]:
+    """``f(x)`` and its derivatives along ``directions`` ``[n, ...]``, leading with n.
+
+    ``f`` may take gradients: its derivative then goes forward over reverse. Costs ``f``
+    once and n tangents of it, batched.
+    """
+    along = lambda direction: jax.jvp(f, (x,), (direction,))
+    return jax.vmap(along, out_axes=(None, 0))(directions)

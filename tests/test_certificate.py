@@ -405,3 +405,41 @@ def test_alpha_that_neither_loss_reads_is_refused():
     )
     with pytest.raises(ValueError, match=r"alpha\['rate'\]"):
         hg.certify(problem, known.w, {"a": known.alpha, "rate": 0.1})
+
+
+def test_minimize_certifies_every_so_many_steps():
+    """A penalty method is never trusted of itself; every third step is looked at."""
+    known = any_known("ridge per-weight")
+    run = functools.partial(
+        hg.minimize, known.problem, hg.Penalty(hg.Newton(), 1e5), optax.sgd(0.01),
+        known.w, known.alpha, num_steps=7,
+    )  # fmt: skip
+    plain, seen = run(), run(certify_every=3)
+    assert not plain.stats["trusted"].any()
+    assert seen.stats["trusted"].tolist() == [True, False, False] * 2 + [True]
+    estimated = seen.stats["error_estimate"]
+    assert np.all(np.isnan(estimated[1:3]))
+    assert np.all(estimated[::3] < 1e-3)
+    np.testing.assert_allclose(seen.value, plain.value, rtol=1e-12)
+    assert seen.stats["num_hvps"][0] > plain.stats["num_hvps"][0]
+    assert seen.stats["num_hvps"][1] == plain.stats["num_hvps"][1]
+    exact = known.exact(known.alpha)
+    found = hg.hypergradient(known.problem, hg.Penalty(hg.Newton(), 1e5))(
+        known.w, known.alpha
+    )
+    np.testing.assert_allclose(
+        estimated[0], error(found.hypergradient, exact), rtol=1e-2
+    )
+
+
+def test_minimize_measures_the_distance_of_a_procedure():
+    """Unrolled stays trusted for its own target."""
+    known = any_known("ridge per-weight")
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(known.step), 5), warm_start=False)
+    trace = hg.minimize(
+        known.problem, estimator, optax.sgd(0.01), known.w, known.alpha, num_steps=2,
+        certify_every=1,
+    )  # fmt: skip
+    assert trace.stats["trusted"].all()
+    assert np.all(trace.stats["distance_to_implicit"] > 1e-3)
+    assert np.all(trace.stats["error_estimate"] == 0)

@@ -29,6 +29,13 @@ HONEST = {
     "LU": hg.Implicit(SOLVER, lx.LU()),
     "Unrolled": hg.Unrolled(SOLVER),
     "Unrolled, last": hg.Unrolled(SOLVER, last=10),
+    "Forward": hg.Forward(SOLVER),
+    "FixedPoint": hg.FixedPoint(SOLVER, 60),
+    "FiniteDifference": hg.FiniteDifference(SOLVER),
+    "CentralDifference": hg.CentralDifference(SOLVER),
+    "Penalty": hg.Penalty(SOLVER, 1e3),
+    "Evolution": hg.Evolution(SOLVER, 0.01, 64),
+    "certified": hg.Implicit(SOLVER, hg.Neumann(200), certify=True),
 }
 
 

@@ -1,7 +1,24 @@
 """How ``dM/dalpha`` is estimated."""
 
+from .evolution import Evolution, PersistentEvolution
+from .finite_difference import CentralDifference, FiniteDifference
+from .fixed_point import FixedPoint
+from .forward import Forward
 from .implicit import Implicit
+from .penalty import Penalty
 from .protocol import Estimate, Estimator
 from .unrolled import Unrolled
 
-__all__ = ["Estimate", "Estimator", "Implicit", "Unrolled"]
+__all__ = [
+    "CentralDifference",
+    "Estimate",
+    "Estimator",
+    "Evolution",
+    "FiniteDifference",
+    "FixedPoint",
+    "Forward",
+    "Implicit",
+    "Penalty",
+    "PersistentEvolution",
+    "Unrolled",
+]

@@ -9,17 +9,17 @@ from jaxtyping import Array, PyTree
 
 from ..adjoint import At, differentiate, newton_step, total_products, zero_adjoint
 from ..certificate import CORRECTIONS, NEWTON, TRUST, UNSEEN, certificate
-from ..checks import KEY, check_problem, check_seen, reads_w
+from ..checks import KEY, check_problem, check_seen
 from ..cost import ledger
 from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
-from ..linear.operator import relative_residual
 from ..problem import Bilevel, fraction, held, size
 from ..products import Loss
 from ..settings import check_steps, number
-from ..trees import add_scaled, all_finite, norm
+from ..trees import all_finite, norm, scale
 from .protocol import Estimate, make_stats
+from .trust import steady
 
 
 class ImplicitState(eqx.Module):
@@ -230,24 +230,20 @@ class Implicit(eqx.Module):
         self, problem: Bilevel, w: PyTree, alpha: PyTree, at: At, outer_batch: PyTree
     ) -> Array:
         """Whether what the solves saw speaks for the estimate."""
-        inner_residual = norm(at.gradient)
-        curvature = jnp.min(jnp.fmin(at.mean_curvature, at.solved["ritz_min"]))
-        w_error = inner_residual / (curvature * norm(w))
-        # dM/dw as far away as w* may be: where M is nearly flat, w alone tells nothing.
-        away = add_scaled(w, -1 / curvature, at.gradient)
-        _, b_away, _ = problem.outer_gradients(away, alpha, outer_batch)
-        share = lambda b, b_away, cross, h: (
-            relative_residual(b, b_away) * norm(cross) <= TRUST * norm(h)
+        near = steady(
+            problem,
+            w,
+            alpha,
+            outer_batch,
+            at.b,
+            at.cross,
+            at.hypergradient,
+            scale(-1, at.gradient),
+            jnp.fmin(at.mean_curvature, at.solved["ritz_min"]),
         )
-        if problem.num_objectives is not None:
-            share = jax.vmap(share)
-        steady = jnp.all(share(at.b, b_away, at.cross, at.hypergradient))
-        near = (w_error <= TRUST) & steady
-        outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
-        w_matters = reads_w(outer, w, alpha, outer_batch)
         return (
-            all_finite(at.value, at.hypergradient, inner_residual, at.adjoint_residual)
+            all_finite(at.value, at.hypergradient, at.gradient, at.adjoint_residual)
             & jnp.all(at.adjoint_residual <= TRUST)
-            & ((inner_residual == 0) | near | (not w_matters))
+            & near
             & ~jnp.any(at.solved["negative_curvature"])
         )

@@ -15,6 +15,7 @@ STATS = (
     "ritz_min",
     "ritz_max",
     "error_estimate",
+    "standard_error",
     "distance_to_implicit",
     "num_grads",
     "num_hvps",
@@ -36,7 +37,8 @@ class Estimate(eqx.Module):
         ``inner_residual`` is ``||dL/dw||`` at ``w``; ``inner_steps``;
         ``adjoint_residual`` is ``||b - H v|| / ||b||``, the largest of K;
         ``ritz_min`` and ``ritz_max`` estimate the ends of the spectrum of ``H``;
-        ``error_estimate`` is the relative error of the hypergradient;
+        ``error_estimate`` is the relative error of the hypergradient, and
+        ``standard_error`` its relative spread where it was sampled;
         ``distance_to_implicit``; the ledger ``num_grads``, ``num_hvps``,
         ``num_values``, ``num_outer_grads``, ``num_outer_values``,
         ``gradient_equivalents``; and the bool ``trusted``.

@@ -1,33 +1,23 @@
 """Reverse mode through the inner loop."""
 
-import operator
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..checks import (
-    KEY,
-    check_problem,
-    check_seen,
-    check_solver,
-    solver_reads_alpha,
-    start_reads_alpha,
-)
-from ..cost import ledger
-from ..inner.descent import is_segmented, iterate, searches_a_line
+from ..inner.descent import is_segmented
 from ..inner.protocol import IterativeSolver
-from ..problem import Bilevel, Data, fraction, held, size, whole
+from ..problem import Bilevel
 from ..settings import check_steps
-from ..trees import all_finite, norm
-from .protocol import Estimate, make_stats
-
-
-class UnrolledState(eqx.Module):
-    """Where the next inner run begins; same structure as ``w``."""
-
-    w: PyTree
+from .procedure import (
+    ProcedureState,
+    check_differentiable,
+    check_procedure,
+    drawn,
+    report,
+    response,
+)
+from .protocol import Estimate
 
 
 class Unrolled(eqx.Module):
@@ -44,6 +34,8 @@ class Unrolled(eqx.Module):
         means True, unless the solver itself reads ``alpha``: rates and schedules are
         judged by what they make of one start. The start is not differentiated, save
         where the problem's ``start`` makes it from ``alpha``.
+      certify: let a certificate measure ``distance_to_implicit``, the distance to the
+        derivative at the argmin; NaN where the optimizer or the start reads ``alpha``.
       outer_batch_size: examples for the outer gradient, drawn once an estimate; None
         means all.
 
@@ -72,24 +64,20 @@ class Unrolled(eqx.Module):
     last: int | None = eqx.field(static=True, default=None)
     checkpoint: bool = eqx.field(static=True, default=True)
     warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
+    certify: bool = eqx.field(static=True, default=False, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"
     citations = ("franceschi2017", "shaban2019", "griewank2000")
 
     def __check_init__(self):
-        check_solver(self.solver)
+        check_differentiable(self.solver)
         check_steps("last", self.last, optional=True)
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)
-        if not self.solver.differentiable:
-            raise self._not_differentiable()
 
-    def _not_differentiable(self) -> ValueError:
-        return ValueError(
-            f"the iterations of {self.solver} cannot be differentiated (line searches "
-            "and L-BFGS give NaN or wrong derivatives when unrolled); use hg.Implicit "
-            "with this solver, or hg.Unrolled with hg.Descent and a plain optimizer"
-        )
+    @property
+    def _is_full(self) -> bool:
+        return self.last is None or self.last >= self.solver.num_steps
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """0 for all steps; NaN for ``last``, whose step size only the solver knows."""
@@ -97,94 +85,51 @@ class Unrolled(eqx.Module):
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> UnrolledState:
+    ) -> ProcedureState:
         """Starts from ``w``."""
         del key
-        # What an optimizer made from alpha is, only its state tells.
-        inner_data, _ = problem.data(jax.random.key(0))
-        first = lambda w, alpha, key: self.solver.init(
-            problem.inner_loss, w, alpha, inner_data, key
-        )
-        if searches_a_line(jax.eval_shape(first, w, alpha, KEY)):
-            raise self._not_differentiable()
-        check_problem(problem, w, alpha, self.solver)
-        beside = solver_reads_alpha(self.solver, problem, w, alpha, inner_data)
-        advice = "nor does the optimizer; take it out of alpha"
-        if self._is_full:
-            start = start_reads_alpha(problem, w, alpha)
-            beside = list(map(operator.or_, beside, start))
-            advice = "nor does the optimizer or the start; take it out of alpha"
-        check_seen(problem, w, alpha, beside, advice)
-        return UnrolledState(w)
+        check_procedure(self.solver, problem, w, alpha, sees_start=self._is_full)
+        return ProcedureState(w)
 
-    @property
-    def _is_full(self) -> bool:
-        return self.last is None or self.last >= self.solver.num_steps
-
-    def _response(
-        self,
-        problem: Bilevel,
-        data: tuple[Data, Data],
-        w: PyTree,
-        alpha: PyTree,
-        solver_key: Array,
-        outer_key: Array,
-    ) -> tuple[Array, PyTree]:
-        """``M(w_T(alpha), alpha)`` and ``w_T(alpha)``."""
-        inner_data, outer_data = data
-        w, _ = iterate(
+    def estimate(
+        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, ProcedureState]:
+        """One inner run forward and one back."""
+        data = drawn(problem, key)
+        run = lambda alpha: response(
             self.solver,
-            problem.inner_loss,
-            problem.initial(w, alpha),
+            problem,
+            data,
+            state.w,
             alpha,
-            inner_data,
-            solver_key,
+            self.outer_batch_size,
             last=self.last,
             checkpoint=self.checkpoint,
         )
-        outer_batch = held(outer_data, self.outer_batch_size, outer_key)
-        return problem.outer(w, alpha, outer_batch), w
-
-    def estimate(
-        self, problem: Bilevel, state: UnrolledState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, UnrolledState]:
-        """One inner run forward and one back."""
-        data_key, solver_key, residual_key, outer_key = jax.random.split(key, 4)
-        inner_data, outer_data = data = problem.data(data_key)
-        response = lambda alpha: self._response(
-            problem, data, state.w, alpha, solver_key, outer_key
-        )
-        value, pullback, w = jax.vjp(response, alpha, has_aux=True)
+        value, pullback, w = jax.vjp(run, alpha, has_aux=True)
         if problem.num_objectives is None:
             (hypergradient,) = pullback(jnp.ones_like(value))
         else:
             basis = jnp.eye(value.size, dtype=value.dtype)
             (hypergradient,) = jax.vmap(pullback)(basis)
 
-        batch = whole(inner_data, residual_key)
-        residual = norm(jax.grad(problem.inner_loss)(w, alpha, batch))
         forward = self.solver.num_steps
         backward = forward if self.last is None else min(self.last, forward)
         again = backward if self.checkpoint and is_segmented(backward) else 0
-        costs = ledger(
-            inner_data,
-            outer_data,
-            num_grads=(forward + again) * fraction(inner_data) + 1,
-            num_hvps=backward * fraction(inner_data) * value.size,
-            num_outer_grads=value.size
-            * fraction(outer_data, self.outer_batch_size or size(outer_data)),
-        )
-        stats = make_stats(
-            all_finite(value, hypergradient, w) & self._is_full,
-            inner_residual=residual,
-            inner_steps=forward,
+        return report(
+            self.solver,
+            problem,
+            data,
+            state,
+            alpha,
+            value,
+            hypergradient,
+            w,
+            num_grads=forward + again,
+            num_hvps=backward * value.size,
             error_estimate=0.0 if self._is_full else jnp.nan,
-            **costs,
+            trusted=self._is_full,
+            outer_batch_size=self.outer_batch_size,
+            warm_start=self.warm_start,
+            certify=self.certify,
         )
-        keep = self.warm_start
-        if keep is None:
-            reads = solver_reads_alpha(self.solver, problem, w, alpha, inner_data)
-            keep = not any(reads)
-        keep = keep and problem.start is None
-        next_state = UnrolledState(w) if keep else state
-        return Estimate(value, hypergradient, w, stats), next_state

@@ -4,6 +4,7 @@ from .adapters import from_jaxopt, from_optimistix
 from .descent import Descent
 from .protocol import InnerSolver, IterativeSolver, inner_stats
 from .second_order import LBFGS, ClosedForm, Newton
+from .windows import windows
 
 __all__ = [
     "LBFGS",
@@ -15,4 +16,5 @@ __all__ = [
     "from_jaxopt",
     "from_optimistix",
     "inner_stats",
+    "windows",
 ]

@@ -1,0 +1,238 @@
+"""Hypergradients by differences: of gradients (DARTS), and of whole runs."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
+
+from ..certificate import UNSEEN
+from ..checks import check_problem, check_seen
+from ..cost import ledger
+from ..inner.protocol import InnerSolver
+from ..problem import Bilevel, fraction, held, size, whole
+from ..settings import check_steps, number
+from ..trees import add_scaled, norm
+from .procedure import ProcedureState, drawn
+from .protocol import Estimate, make_stats
+
+
+class FiniteDifference(eqx.Module):
+    """``dM/dalpha - s [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / 2e``, ``b = dM/dw``.
+
+    The cross term by a difference of gradients, the Hessian taken for ``I / s``: with
+    one inner step of size ``s``, the second-order update of DARTS.
+
+    Args:
+      solver: the inner solver.
+      epsilon: length of the step ``e b``; DARTS takes 0.01. None means the cube root
+        of the dtype's eps times ``max(1, ||w||)``.
+      step_size: ``s``.
+      warm_start: begin each inner solve where the last ended.
+      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
+        means all.
+
+    Cost: the inner solve, two inner gradients, one outer gradient. Memory: one vector.
+
+    Target: argmin. Bias: takes ``H`` for ``I / s``; the difference adds
+    ``O(epsilon²)``. Never trusted of itself: use ``minimize(certify_every=...)``.
+
+    Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055), section 2.3.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+    >>> estimator = hg.FiniteDifference(hg.Descent(optax.sgd(1.0), 1))
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.0)
+    >>> round(float(estimate.hypergradient), 1)
+    9.0
+    """
+
+    solver: InnerSolver
+    epsilon: float | Array | None = eqx.field(default=None, converter=number("epsilon"))
+    step_size: float | Array = eqx.field(
+        default=1.0, converter=number("step_size", optional=False)
+    )
+    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    target = "argmin"
+    citations = ("liu2019",)
+
+    def __check_init__(self):
+        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """``max |1 - s lambda|``, up to the difference's own error."""
+        step_size = float(self.step_size)
+        slack = 1e-3
+        return max(abs(1 - step_size * smallest), abs(1 - step_size * largest)) + slack
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> ProcedureState:
+        """Starts from ``w``."""
+        del key
+        check_problem(problem, w, alpha, self.solver)
+        check_seen(problem, w, alpha, None, UNSEEN)
+        return ProcedureState(w)
+
+    def estimate(
+        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, ProcedureState]:
+        """One inner solve and a difference of two gradients."""
+        data = drawn(problem, key)
+        loss, inner_data = problem.inner_loss, data.inner_data
+        start = problem.initial(state.w, alpha)
+        w, spent = self.solver.solve(loss, start, alpha, inner_data, data.solver_key)
+        batch = whole(inner_data, data.residual_key)
+        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
+        length = self.epsilon
+        if length is None:
+            eps = float(jnp.finfo(norm(w).dtype).eps)
+            length = eps ** (1 / 3) * jnp.maximum(1.0, norm(w))
+
+        def cross(b):
+            step = length / jnp.where(norm(b) == 0, 1.0, norm(b))
+            ahead, behind = (
+                slope(add_scaled(w, step, b)),
+                slope(add_scaled(w, -step, b)),
+            )
+            return jax.tree.map(lambda x, y: (x - y) / (2 * step), ahead, behind)
+
+        if problem.num_objectives is not None:
+            cross = jax.vmap(cross)
+        hypergradient = add_scaled(direct, -self.step_size, cross(b))
+        outer_part = fraction(
+            data.outer_data, self.outer_batch_size or size(data.outer_data)
+        )
+        costs = ledger(
+            inner_data,
+            data.outer_data,
+            num_grads=spent["num_grads"] + 2 * value.size,
+            num_hvps=spent["num_hvps"],
+            num_values=spent["num_values"],
+            num_outer_grads=outer_part * value.size,
+        )
+        stats = make_stats(
+            jnp.asarray(False),
+            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
+            inner_steps=spent["num_steps"],
+            **costs,
+        )
+        if self.warm_start and problem.start is None:
+            state = ProcedureState(w)
+        return Estimate(value, hypergradient, w, stats), state
+
+
+class CentralDifference(eqx.Module):
+    """``[M(w(alpha + e), alpha + e) - M(w(alpha - e), alpha - e)] / 2e``, each number.
+
+    Whole inner runs, with the same key, from the same start: right for whatever the
+    solver does, and slow. The oracle of the others.
+
+    Args:
+      solver: any inner solver.
+      epsilon: relative to ``max(1, |alpha_i|)``; None means the cube root of eps.
+      warm_start: begin each set of runs where the last run at ``alpha`` ended.
+      outer_batch_size: examples of the outer loss, drawn once an estimate; None means
+        all.
+
+    Cost: 2 N + 1 inner solves and outer values for N numbers in ``alpha``. Memory: one
+    run's, as they are made one after the other.
+
+    Target: solver. Bias: ``O(epsilon²)``, and rounding over ``epsilon``; float64 is
+    advised. Never trusted: it does not know its own error.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+    >>> estimator = hg.CentralDifference(hg.Descent(optax.sgd(0.5), 100))
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.0)
+    >>> round(float(estimate.hypergradient), 1)
+    9.0
+    """
+
+    solver: InnerSolver
+    epsilon: float | Array | None = eqx.field(default=None, converter=number("epsilon"))
+    warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
+    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    target = "solver"
+    citations = ()
+
+    def __check_init__(self):
+        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """The difference's own error: a few times the square root of eps."""
+        return 1e-3
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> ProcedureState:
+        """Starts from ``w``."""
+        del key
+        check_problem(problem, w, alpha, self.solver)
+        return ProcedureState(w)
+
+    def estimate(
+        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, ProcedureState]:
+        """2 N + 1 inner solves."""
+        data = drawn(problem, key)
+        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        flat, unravel = ravel_pytree(alpha)
+        eps = self.epsilon
+        if eps is None:
+            eps = float(jnp.finfo(flat.dtype).eps) ** (1 / 3)
+
+        def run(flat):
+            alpha = unravel(flat)
+            w, spent = self.solver.solve(
+                problem.inner_loss,
+                problem.initial(state.w, alpha),
+                alpha,
+                data.inner_data,
+                data.solver_key,
+            )
+            return problem.outer(w, alpha, outer_batch), w, spent
+
+        def slope(i):
+            step = eps * jnp.maximum(1.0, jnp.abs(flat[i]))
+            ahead, behind = flat.at[i].add(step), flat.at[i].add(-step)
+            up, _, cost_up = run(ahead)
+            down, _, cost_down = run(behind)
+            costs = jax.tree.map(jnp.add, cost_up, cost_down)
+            return (up - down) / (ahead[i] - behind[i]), costs
+
+        value, w, spent = run(flat)
+        slopes, costs = jax.lax.map(slope, jnp.arange(flat.size))
+        several = problem.num_objectives is not None
+        hypergradient = (
+            jax.vmap(unravel, in_axes=1)(slopes) if several else unravel(slopes)
+        )
+        count = lambda name: spent[name] + jnp.sum(costs[name])
+        outer_part = fraction(
+            data.outer_data, self.outer_batch_size or size(data.outer_data)
+        )
+        batch = whole(data.inner_data, data.residual_key)
+        ledgered = ledger(
+            data.inner_data,
+            data.outer_data,
+            num_grads=count("num_grads") + 1,
+            num_hvps=count("num_hvps"),
+            num_values=count("num_values"),
+            num_outer_values=(2 * flat.size + 1) * outer_part * value.size,
+        )
+        stats = make_stats(
+            jnp.asarray(False),
+            inner_residual=norm(jax.grad(problem.inner_loss)(w, alpha, batch)),
+            inner_steps=spent["num_steps"],
+            **ledgered,
+        )
+        if self.warm_start and problem.start is None:
+            state = ProcedureState(w)
+        return Estimate(value, hypergradient, w, stats), state

@@ -1,0 +1,114 @@
+"""Forward mode through the inner loop."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
+
+from ..inner.protocol import IterativeSolver
+from ..problem import Bilevel
+from ..products import pushforward
+from ..settings import check_steps
+from .procedure import (
+    ProcedureState,
+    check_differentiable,
+    check_procedure,
+    drawn,
+    report,
+    response,
+)
+from .protocol import Estimate
+
+
+class Forward(eqx.Module):
+    """The derivative of ``M(w_T(alpha), alpha)``, carried forward with the steps.
+
+    ``Z_{t+1} = (dw_{t+1}/dw_t) Z_t + dw_{t+1}/dalpha``, a column for each of the N
+    numbers of ``alpha``; then ``dM/dalpha + Zᵀ dM/dw``.
+
+    Args:
+      solver: an inner solver whose iterations may be differentiated.
+      warm_start: begin each run where the last ended, as in `Unrolled`.
+      certify: measure ``distance_to_implicit``, as in `Unrolled`.
+      outer_batch_size: examples for the outer loss, drawn once an estimate; None means
+        all.
+
+    For few hyperparameters over many steps, such as rates that windows of steps share
+    (`hypergrad.windows`).
+
+    Cost: T inner gradients and N T Hessian-vector products, batched. Memory: N + 1 of
+    the solver's carries, flat in the number of steps.
+
+    Target: solver. Bias: none for the finite procedure. Everything the optimizer, the
+    losses and the start read of ``alpha`` is seen.
+
+    Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 2; shared
+    hyperparameters from Micaelli & Storkey 2021 (arXiv 2007.07869).
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+    >>> estimator = hg.Forward(hg.Descent(optax.sgd(0.5), 100))
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.0)
+    >>> round(float(estimate.hypergradient), 3)
+    9.0
+    """
+
+    solver: IterativeSolver
+    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
+    certify: bool = eqx.field(static=True, default=False, kw_only=True)
+    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    target = "solver"
+    citations = ("franceschi2017", "micaelli2021")
+
+    def __check_init__(self):
+        check_differentiable(self.solver)
+        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """0: exact for the procedure."""
+        return 0.0
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> ProcedureState:
+        """Starts from ``w``."""
+        del key
+        check_procedure(self.solver, problem, w, alpha)
+        return ProcedureState(w)
+
+    def estimate(
+        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, ProcedureState]:
+        """One inner run with N tangents."""
+        data = drawn(problem, key)
+        flat, unravel = ravel_pytree(alpha)
+        run = lambda flat: response(
+            self.solver, problem, data, state.w, unravel(flat), self.outer_batch_size
+        )
+        basis = jnp.eye(flat.size, dtype=flat.dtype)
+        (value, w), (slopes, _) = pushforward(run, flat, basis)
+        if problem.num_objectives is None:
+            hypergradient = unravel(slopes)
+        else:
+            hypergradient = jax.vmap(unravel, in_axes=1)(slopes)
+        steps = self.solver.num_steps
+        return report(
+            self.solver,
+            problem,
+            data,
+            state,
+            alpha,
+            value,
+            hypergradient,
+            w,
+            num_grads=steps,
+            num_hvps=flat.size * steps,
+            error_estimate=0.0,
+            trusted=True,
+            outer_batch_size=self.outer_batch_size,
+            warm_start=self.warm_start,
+            certify=self.certify,
+        )
