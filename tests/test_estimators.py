@@ -368,7 +368,7 @@ def test_no_trusted_estimate_is_far_off(name: str, linear):
 
 
 BICGSTAB = lx.BiCGStab(rtol=1e-12, atol=1e-12)
-# What no solver but CG sees: a promise not kept yet, for the certificate to keep.
+# What no solver but CG sees: certify=True does (test_certificate).
 unseen = lambda *values: pytest.param(
     *values, marks=pytest.mark.xfail(strict=True, reason="needs the certificate")
 )
