@@ -22,8 +22,8 @@ def windows(values: Array, num_steps: int) -> Callable[[Array], Array]:
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> schedule = hg.windows(jnp.array([0.1, 0.2]), num_steps=6)
-    >>> [round(float(schedule(count)), 2) for count in (0, 2, 3, 5, 9)]
-    [0.1, 0.1, 0.2, 0.2, 0.2]
+    >>> tuple(round(float(schedule(count)), 2) for count in (0, 2, 3, 5, 9))
+    (0.1, 0.1, 0.2, 0.2, 0.2)
     """
     values = jnp.asarray(values)
     if values.ndim != 1:
