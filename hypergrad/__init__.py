@@ -43,6 +43,7 @@ from .estimators import (
     Implicit,
     Penalty,
     PersistentEvolution,
+    Reversible,
     Unrolled,
 )
 from .gradient import hypergradient
@@ -90,6 +91,7 @@ __all__ = [  # in reading order
     "NystromCG",
     "Penalty",
     "PersistentEvolution",
+    "Reversible",
     "Trace",
     "Unrolled",
     "argmin",

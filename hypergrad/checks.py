@@ -233,7 +233,7 @@ def check_solver(solver: Any) -> None:
 
 def reads_w(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:
     """Whether the loss reads any leaf of ``w``, by its jaxpr."""
-    return any(_reads(loss, w, alpha, batch)[: len(jax.tree.leaves(w))])
+    return any(reads(loss, w, alpha, batch)[: len(jax.tree.leaves(w))])
 
 
 def sees_alpha(loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) -> Sequence[bool]:
@@ -261,16 +261,17 @@ def solver_reads_alpha(
         carry = solver.init(loss, w, alpha, data, keys[0])
         return solver.step(loss, carry, alpha, data, keys[1])
 
-    return _reads(step, alpha)
+    return reads(step, alpha)
 
 
 def start_reads_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
     """Which leaves the problem's start is made from."""
-    return _reads(lambda alpha: problem.initial(w, alpha), alpha)
+    return reads(lambda alpha: problem.initial(w, alpha), alpha)
 
 
-def _reads(loss: Any, *arguments: PyTree) -> Sequence[bool]:
-    closed = jax.make_jaxpr(loss)(*arguments)
+def reads(f: Any, *arguments: PyTree) -> Sequence[bool]:
+    """Which leaves of its arguments a function reads, by its jaxpr."""
+    closed = jax.make_jaxpr(f)(*arguments)
     outputs = [True] * len(closed.jaxpr.outvars)
     return partial_eval.dce_jaxpr(closed.jaxpr, outputs)[1]
 

@@ -198,6 +198,13 @@ BIBTEX: dict[str, str] = dict(
             year="1989",
         ),
         _paper(
+            "maclaurin2015",
+            "Maclaurin, Dougal and Duvenaud, David and Adams, Ryan P.",
+            "Gradient-based Hyperparameter Optimization through Reversible Learning",
+            _ICML,
+            "1502.03492",
+        ),
+        _paper(
             "micaelli2021",
             "Micaelli, Paul and Storkey, Amos",
             "Gradient-based Hyperparameter Optimization Over Long Horizons",

@@ -141,6 +141,7 @@ CITED = {
     "Penalty": hg.Penalty(SOLVER, 1.0),
     "Evolution": hg.Evolution(SOLVER),
     "PersistentEvolution": hg.PersistentEvolution(SOLVER),
+    "Reversible": hg.Reversible(0.1, 0.9, 1),
 }
 
 

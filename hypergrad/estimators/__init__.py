@@ -7,6 +7,7 @@ from .forward import Forward
 from .implicit import Implicit
 from .penalty import Penalty
 from .protocol import Estimate, Estimator
+from .reversible import Reversible
 from .unrolled import Unrolled
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Implicit",
     "Penalty",
     "PersistentEvolution",
+    "Reversible",
     "Unrolled",
 ]
