@@ -30,7 +30,7 @@ HONEST = {
     "Unrolled": hg.Unrolled(SOLVER),
     "Unrolled, last": hg.Unrolled(SOLVER, last=10),
     "Forward": hg.Forward(SOLVER),
-    "Reversible": hg.Reversible(0.3, 0.5, 200),
+    "Reversible": hg.Reversible(0.3, 0.5, 60),
     "FixedPoint": hg.FixedPoint(SOLVER, 60),
     "FiniteDifference": hg.FiniteDifference(SOLVER),
     "CentralDifference": hg.CentralDifference(SOLVER),
