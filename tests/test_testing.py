@@ -40,7 +40,15 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
+# Programs that take long to compile; their oracles are in files of their own.
+LONG = {"Forward", "Reversible", "Evolution", "certified"}
+MARKED = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in HONEST
+]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_honest_estimators_pass(name: str):
     """In float64, each at its declared error."""
     hg.testing.check_estimator(HONEST[name])
