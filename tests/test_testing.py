@@ -41,7 +41,8 @@ HONEST = {
 
 
 # Programs that take long to compile; their oracles are in files of their own.
-LONG = {"Forward", "Reversible", "Evolution", "certified"}
+LONG = {"certified", "CentralDifference", "Evolution", "FixedPoint", "Forward"}
+LONG |= {"Penalty", "Reversible"}
 MARKED = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
     for name in HONEST
