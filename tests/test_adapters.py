@@ -17,7 +17,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad.inner.adapters import JAXOPT, from_jaxopt, from_optimistix
+from hypergrad.inner.adapters import from_jaxopt, from_optimistix
+from hypergrad.inner.adapters.jaxopt import JAXOPT
 from hypergrad.inner.descent import iterate
 from hypergrad.problem import Batches
 

@@ -1,28 +1,20 @@
-"""Inner solvers from jaxopt and optimistix."""
+"""Inner solvers from jaxopt."""
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..problem import Data, draw, fraction, whole
-from ..products import Loss
-from ..settings import check_steps
-from .descent import Descent, iterate
-from .protocol import InnerStats, inner_stats
+from ...problem import Data, draw, fraction, whole
+from ...products import Loss
+from ...settings import check_steps
+from ..descent import Descent, iterate
+from ..protocol import InnerStats, inner_stats
+from .shared import BOUND, cast_like, explained
 
-_BOUND = (
-    "keeps w in a set, and where the set's boundary holds w, dL/dw is not 0; drop the "
-    "constraint, or write it into the inner loss by a bijection such as softplus"
-)
 _PROX = (
     "minimises the inner loss plus a term that the loss does not contain, so dL/dw is "
     "not 0 at its solution; put a smooth term into the inner loss instead"
@@ -43,15 +35,15 @@ JAXOPT: dict[str, str | None] = {
     "OptaxSolver": None,
     "PolyakSGD": None,
     "ArmijoSGD": None,
-    "ProjectedGradient": _BOUND,
-    "MirrorDescent": _BOUND,
-    "LBFGSB": _BOUND,
-    "ScipyBoundedMinimize": _BOUND,
-    "BoxCDQP": _BOUND,
-    "BoxOSQP": _BOUND,
-    "OSQP": _BOUND,
-    "CvxpyQP": _BOUND,
-    "EqualityConstrainedQP": _BOUND,
+    "ProjectedGradient": BOUND,
+    "MirrorDescent": BOUND,
+    "LBFGSB": BOUND,
+    "ScipyBoundedMinimize": BOUND,
+    "BoxCDQP": BOUND,
+    "BoxOSQP": BOUND,
+    "OSQP": BOUND,
+    "CvxpyQP": BOUND,
+    "EqualityConstrainedQP": BOUND,
     "ProximalGradient": _PROX,
     "BlockCoordinateDescent": _PROX,
     "GaussNewton": _SQUARES,
@@ -65,11 +57,6 @@ JAXOPT: dict[str, str | None] = {
     "AndersonAcceleration": _ROOT,
     "AndersonWrapper": "hides the solver whose fun is to be replaced; pass that one",
     "ScipyMinimize": _SCIPY,
-}
-OPTIMISTIX = {
-    "GoldenSearch": _BOUND,
-    "NelderMead": "starts from a degenerate simplex in several variables (as of "
-    "0.1.0) and stops at points that are no minimisers",
 }
 
 
@@ -235,7 +222,7 @@ class JaxoptLoop(eqx.Module):
         w, state = solver.update(*carry, alpha, draw(data, key))
         # jaxopt's stopping criterion is a norm, whose derivative at 0 is NaN.
         state = state._replace(error=jax.lax.stop_gradient(state.error))
-        return _cast_like((w, state), carry)
+        return cast_like((w, state), carry)
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
@@ -288,9 +275,9 @@ class JaxoptRun(eqx.Module):
         w = _one_dtype(w)
         # unroll=False is the while loop; "auto" would scan over all of maxiter.
         solver = _with_loss(self.solver, inner_loss, jit=True, unroll=False)
-        with _explained("jaxopt", w):
+        with explained("jaxopt", w):
             found, state = solver.run(w, alpha, whole(data, key))
-        return _cast_like(found, w), _spent(state)
+        return cast_like(found, w), _spent(state)
 
 
 def _with_loss(solver: Any, inner_loss: Loss, **settings: Any) -> Any:
@@ -312,142 +299,6 @@ def _spent(state: Any) -> InnerStats:
     return inner_stats(steps, num_grads=grads, num_values=values)
 
 
-def from_optimistix(solver: Any, max_steps: int | None = 256) -> "Optimistix":
-    """An inner solver from an optimistix minimiser.
-
-    Args:
-      solver: an `optimistix.AbstractMinimiser`, such as
-        ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``.
-      max_steps: steps at the most; None for no limit. Where they run out, or a step is
-        not finite, the last iterate is returned and no error is raised.
-
-    Raises:
-      ImportError: optimistix is not installed.
-      TypeError: what is no minimiser; ``GoldenSearch``, which keeps ``w`` in an
-        interval; ``NelderMead``, which misses the minimum in several variables.
-      ValueError: ``max_steps`` below 1.
-
-    Cost, memory and bias: see `Optimistix`.
-
-    Source: Rader, Lyons & Kidger 2024, arXiv:2402.09983.
-
-    >>> import jax, jax.numpy as jnp, optimistix, hypergrad as hg
-    >>> loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
-    >>> solver = hg.from_optimistix(optimistix.BFGS(rtol=1e-6, atol=1e-6))
-    >>> w, _ = solver.solve(loss, jnp.zeros(2), jnp.ones(2), None, jax.random.key(0))
-    >>> bool(jnp.allclose(w, 1.0, atol=1e-3))
-    True
-    """
-    optimistix = _optimistix()
-    if isinstance(solver, type):
-        raise TypeError(
-            f"solver is the class {solver.__name__}; pass an instance, "
-            f"optimistix.{solver.__name__}(rtol=1e-8, atol=1e-8)"
-        )
-    if not isinstance(solver, optimistix.AbstractMinimiser):
-        raise TypeError(
-            "solver must be a minimiser such as optimistix.BFGS or "
-            "optimistix.NonlinearCG (a least-squares or root-finding solver needs a "
-            "vector of residuals, and the inner loss is a scalar); "
-            f"got {type(solver).__name__}"
-        )
-    inmost = solver
-    while isinstance(inmost, optimistix.BestSoFarMinimiser):
-        inmost = inmost.solver
-    for name, why in OPTIMISTIX.items():
-        if isinstance(inmost, getattr(optimistix, name)):
-            raise TypeError(f"optimistix.{name} {why}; optimistix.BFGS will do")
-    check_steps("max_steps", max_steps, optional=True)
-    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    arrays, rest = eqx.partition(solver, is_array)
-    return Optimistix(arrays, rest, max_steps)
-
-
-class Optimistix(eqx.Module):
-    """`optimistix.minimise`, which never differentiates here; see `from_optimistix`.
-
-    Args:
-      arrays: the solver's arrays (a learning rate), which are data.
-      rest: the solver without them, static and compared by value.
-      max_steps: steps at the most.
-
-    Not differentiable step by step: a `lax.while_loop`, so reverse mode refuses it.
-    Uses all of the data, never a mini-batch. Under ``jax_enable_x64``, optimistix 0.1
-    refuses a float32 ``w`` in ``LBFGS`` and ``BestSoFarMinimiser``.
-
-    Cost: one gradient a step, since each trial point of a line search is a step of its
-    own; a lower bound for an `OptaxMinimiser`, the evaluations of whose optax line
-    search are not visible. Memory: the solver's. Bias: none at small enough
-    tolerances.
-
-    Source: Rader, Lyons & Kidger 2024, arXiv:2402.09983.
-
-    >>> import jax, jax.numpy as jnp, optimistix, hypergrad as hg
-    >>> loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
-    >>> solver = hg.from_optimistix(optimistix.NonlinearCG(rtol=1e-6, atol=1e-6))
-    >>> w, _ = solver.solve(loss, jnp.zeros(2), jnp.ones(2), None, jax.random.key(0))
-    >>> solver.differentiable, bool(jnp.allclose(w, 1.0, atol=1e-4))
-    (False, True)
-    """
-
-    arrays: PyTree
-    rest: PyTree = eqx.field(static=True)
-    max_steps: int | None = eqx.field(static=True)
-
-    citations = ("optimistix2024",)
-    differentiable = False
-
-    def solve(
-        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
-    ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)``; same structure and dtypes as ``w``."""
-        w = jax.tree.map(jnp.asarray, w)
-        with _explained("optimistix", w):
-            solution = _optimistix().minimise(
-                _Objective(inner_loss),
-                eqx.combine(self.arrays, self.rest),
-                w,
-                (alpha, whole(data, key)),
-                max_steps=self.max_steps,
-                adjoint=_undifferentiated(),
-                throw=False,
-            )
-        steps = solution.stats["num_steps"]
-        return _cast_like(solution.value, w), inner_stats(steps, num_grads=steps)
-
-
-class _Objective(eqx.Module):
-    """``fn(w, (alpha, batch))``, equal for equal losses: optimistix's cache hits."""
-
-    inner_loss: Loss = eqx.field(static=True)
-
-    def __call__(self, w: PyTree, args: tuple[PyTree, PyTree]) -> Array:
-        return self.inner_loss(w, *args)
-
-
-def _optimistix() -> Any:
-    try:
-        import optimistix
-    except ImportError as error:
-        raise ImportError(
-            "from_optimistix needs optimistix: pip install 'hypergrad-jax[solvers]'"
-        ) from error
-    return optimistix
-
-
-@functools.cache
-def _undifferentiated() -> Any:
-    """An optimistix adjoint that is none: the bare loop."""
-
-    class Undifferentiated(_optimistix().AbstractAdjoint):
-        def apply(self, primal_fn, rewrite_fn, inputs, tags):
-            del rewrite_fn, tags
-            loop = functools.partial(eqxi.while_loop, kind="lax")
-            return primal_fn((*inputs, loop))
-
-    return Undifferentiated()
-
-
 def _one_dtype(w: PyTree) -> PyTree:
     """``w`` as arrays; jaxopt wants them all of one dtype."""
     w = jax.tree.map(jnp.asarray, w)
@@ -458,26 +309,3 @@ def _one_dtype(w: PyTree) -> PyTree:
             "cast w, or use hg.Descent, hg.Newton or hg.LBFGS"
         )
     return w
-
-
-def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """``tree`` in the dtypes of ``like``, never weak."""
-    cast = lambda new, old: jnp.asarray(new, dtype=jnp.asarray(old).dtype)
-    return jax.tree.map(cast, tree, like)
-
-
-@contextlib.contextmanager
-def _explained(library: str, w: PyTree) -> Iterator[None]:
-    """Some solvers mix in the default dtype; says so where that may be the cause."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        default = jnp.result_type(float)
-        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(w)})
-        if dtypes != [str(default)]:
-            error.add_note(
-                f"w is {', '.join(dtypes)} where JAX's default is {default}; some "
-                f"{library} solvers cannot mix them: cast w to {default}, set "
-                "jax_enable_x64 to match w, or take another solver"
-            )
-        raise
