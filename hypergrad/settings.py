@@ -19,6 +19,16 @@ def check_steps(
         )
 
 
+def refuse_optax(name: str, value: Any) -> None:
+    """A function of optax's own where one of ``alpha`` belongs: not called yet."""
+    if callable(value) and getattr(value, "__module__", "").startswith("optax"):
+        called = getattr(value, "__name__", "it")
+        raise TypeError(
+            f"{name} is optax's function {called}, which would be given alpha; call it "
+            f"first, as in optax.{called}(0.1), or write a function alpha -> {name}"
+        )
+
+
 def number(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
     """A converter for a setting that is data: a float, an array or, if optional, None.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ..problem import Data, draw, fraction
 from ..products import Loss
-from ..settings import check_steps
+from ..settings import check_steps, refuse_optax
 from .protocol import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]
@@ -50,12 +50,7 @@ class Descent(eqx.Module):
         check_steps("num_steps", self.num_steps, least=0)
         if isinstance(self.optimizer, optax.GradientTransformation):
             return
-        if getattr(self.optimizer, "__module__", "").startswith("optax"):
-            raise TypeError(
-                f"optimizer is the function {self.optimizer.__name__} itself; write "
-                f"optax.{self.optimizer.__name__}(0.1), or a function of your own "
-                "alpha -> optimizer"
-            )
+        refuse_optax("optimizer", self.optimizer)
         if not callable(self.optimizer):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation such as "
