@@ -10,9 +10,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .certificate import CORRECTIONS, TRUST, Claim, certificate
+from .certificate import Claim, certificate
 from .checks import (
-    KEY,
     as_inputs,
     as_key,
     check_estimator_is,
@@ -21,17 +20,16 @@ from .checks import (
     rehearse,
     traced,
 )
-from .estimators.protocol import STATS, Estimate, Estimator
+from .drawn import drawn
+from .estimators.protocol import Estimate, Estimator
 from .inner.descent import searches_a_line
+from .metrics import Metric, Progress, check_metrics, check_progress
 from .problem import Bilevel
 from .settings import check_steps
 from .trace import Trace
 from .trees import all_finite
 
-TAKEN = {"step", "value", "cost", "trusted", *STATS}
 LEDGER = ("gradient_equivalents", "num_")
-Metric = Callable[[PyTree, PyTree, Array], Array]
-Progress = Callable[[int, float], None]
 
 
 def minimize(
@@ -156,43 +154,6 @@ def minimize(
     return _finish(loop, carry)
 
 
-def check_metrics(
-    metrics: Any, w: PyTree = None, alpha: PyTree = None
-) -> dict[str, Metric]:
-    """``{name: function}``; the functions return scalars where inputs are given."""
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, dict):
-        raise TypeError(
-            "metrics must be a dict {name: fn(w, alpha, key) -> scalar}; got "
-            f"{type(metrics).__name__}"
-        )
-    for name, metric in metrics.items():
-        if name in TAKEN:
-            raise ValueError(
-                f"metrics cannot be called {name!r}: a trace's rows have that already"
-            )
-        if not callable(metric):
-            raise TypeError(f"metrics[{name!r}] must be a function; got {metric!r}")
-        if w is not None:
-            try:
-                shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
-            except Exception as error:
-                error.add_note(f"while tracing metrics[{name!r}](w, alpha, key)")
-                raise
-            if shape != ():
-                raise ValueError(
-                    f"metrics[{name!r}] must return a scalar, got shape {shape}"
-                )
-    return dict(metrics)
-
-
-def check_progress(progress: Any) -> None:
-    """Refuses what cannot be called."""
-    if not (progress is None or callable(progress)):
-        raise TypeError(f"progress must be a function; got {type(progress).__name__}")
-
-
 def _check_project(project: Any, alpha: PyTree) -> None:
     if project is None:
         return
@@ -303,18 +264,9 @@ def _certified(
     """The estimate with a certificate in its stats where one is due."""
 
     def look():
-        # The same data: estimators draw theirs with the first of four keys.
-        data = loop.problem.data(jax.random.split(key, 4)[0])
+        data = drawn(loop.problem, key)  # what the estimate saw
         found = certificate(
-            loop.problem,
-            data,
-            estimate.w,
-            alpha,
-            estimate.hypergradient,
-            None,
-            CORRECTIONS,
-            TRUST,
-            key,
+            loop.problem, data, estimate.w, alpha, estimate.hypergradient
         )
         spent = {name: estimate.stats[name] + found.stats[name] for name in found.stats}
         said = {"distance_to_implicit": found.error_estimate}

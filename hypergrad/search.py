@@ -20,7 +20,7 @@ from .checks import (
 from .cost import ledger
 from .estimators.protocol import make_stats
 from .inner.protocol import InnerSolver
-from .minimize import Metric, check_metrics, check_progress
+from .metrics import Metric, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher
 from .settings import number

@@ -1,0 +1,53 @@
+"""What is measured along a run, and who is told: functions of the user's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .checks import KEY
+from .estimators.protocol import STATS
+
+Metric = Callable[[PyTree, PyTree, Array], Array]
+Progress = Callable[[int, float], None]
+
+TAKEN = {"step", "value", "cost", "trusted", *STATS}  # by a trace's rows
+
+
+def check_metrics(
+    metrics: Any, w: PyTree = None, alpha: PyTree = None
+) -> dict[str, Metric]:
+    """``{name: function}``; the functions return scalars where inputs are given."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, dict):
+        raise TypeError(
+            "metrics must be a dict {name: fn(w, alpha, key) -> scalar}; got "
+            f"{type(metrics).__name__}"
+        )
+    for name, metric in metrics.items():
+        if name in TAKEN:
+            raise ValueError(
+                f"metrics cannot be called {name!r}: a trace's rows have that already"
+            )
+        if not callable(metric):
+            raise TypeError(f"metrics[{name!r}] must be a function; got {metric!r}")
+        if w is not None:
+            try:
+                shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
+            except Exception as error:
+                error.add_note(f"while tracing metrics[{name!r}](w, alpha, key)")
+                raise
+            if shape != ():
+                raise ValueError(
+                    f"metrics[{name!r}] must return a scalar, got shape {shape}"
+                )
+    return dict(metrics)
+
+
+def check_progress(progress: Any) -> None:
+    """Refuses what cannot be called."""
+    if not (progress is None or callable(progress)):
+        raise TypeError(f"progress must be a function; got {type(progress).__name__}")
