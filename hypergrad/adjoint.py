@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from .linear.operator import Stats, relative_residual, solve
 from .problem import Bilevel
 from .products import Loss, hvp, hvp_and_cross
-from .trees import add_scaled, distance, dot, norm
+from .trees import add_scaled, all_finite, distance, dot, norm
 
 
 class At(eqx.Module):
@@ -81,6 +81,12 @@ def zero_adjoint(problem: Bilevel, w: PyTree) -> PyTree:
     """Where the first adjoint solve begins: like ``w``, leaves lead with K."""
     lead = () if problem.num_objectives is None else (problem.num_objectives,)
     return jax.tree.map(lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype), w)
+
+
+def usable(adjoint: PyTree) -> PyTree:
+    """``adjoint``, or zero: one that an earlier step spoilt is no start."""
+    zeros = optax.tree.zeros_like(adjoint)
+    return optax.tree.where(all_finite(adjoint), adjoint, zeros)
 
 
 def newton_step(

@@ -300,15 +300,16 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
         )
 
 
-def check_same_structure(name: str, found: PyTree, w: PyTree) -> None:
-    """Refuses what is not shaped like ``w``."""
+def check_same_structure(
+    name: str, found: PyTree, like: PyTree, what: str = "w"
+) -> None:
+    """Refuses what is not shaped like another tree, such as ``w``."""
     describe = lambda tree: jax.tree.map(
         lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
     )
-    if jax.tree.structure(found) != jax.tree.structure(w) or describe(
-        found
-    ) != describe(w):
+    same = jax.tree.structure(found) == jax.tree.structure(like)
+    if not same or describe(found) != describe(like):
         raise ValueError(
-            f"{name} returned {describe(found)} where w is {describe(w)}; it must keep "
-            "w's structure, shapes and dtypes"
+            f"{name} returned {describe(found)} where {what} is {describe(like)}; it "
+            f"must keep {what}'s structure, shapes and dtypes"
         )

@@ -178,6 +178,11 @@ def fraction(data: Data, batch_size: int | None = None) -> float:
     return (batch_size or data.batch_size or data.size) / data.size
 
 
+def held_fraction(data: Data, batch_size: int | None) -> float:
+    """The part of the data that a `held` batch is."""
+    return fraction(data, batch_size or size(data))
+
+
 class Bilevel(eqx.Module):
     """``min_alpha outer_loss(w*(alpha), alpha)``, ``w*(alpha) = argmin_w inner_loss``.
 

@@ -8,11 +8,11 @@ from jaxtyping import Array, PyTree
 
 from ..checks import check_problem
 from ..cost import ledger
+from ..drawn import Drawn, drawn
 from ..inner.protocol import InnerSolver, IterativeSolver
-from ..problem import Bilevel, fraction, held, size, whole
+from ..problem import Bilevel, fraction, held_fraction
 from ..settings import check_steps, number
-from ..trees import norm
-from .procedure import Drawn, ProcedureState, check_differentiable, drawn
+from .procedure import ProcedureState, inner_residual, next_state, whole_run
 from .protocol import Estimate, make_stats
 
 
@@ -79,20 +79,10 @@ class Evolution(eqx.Module):
     ) -> tuple[Estimate, ProcedureState]:
         """2 n + 1 inner runs."""
         data, noise_key = drawn(problem, key), jax.random.fold_in(key, 4)
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        whole = whole_run(self.solver, problem, data, state.w, outer_batch)
         flat, unravel = ravel_pytree(alpha)
-
-        def run(flat):
-            alpha = unravel(flat)
-            w, spent = self.solver.solve(
-                problem.inner_loss,
-                problem.initial(state.w, alpha),
-                alpha,
-                data.inner_data,
-                data.solver_key,
-            )
-            return problem.outer(w, alpha, outer_batch), w, spent
-
+        run = lambda flat: whole(unravel(flat))
         value, w, spent = run(flat)
         noise = jax.random.normal(noise_key, (self.num_pairs, flat.size), flat.dtype)
         noise = self.sigma * noise
@@ -115,12 +105,11 @@ class Evolution(eqx.Module):
             num_values=count("num_values"),
             num_outer_values=(2 * self.num_pairs + 1)
             * value.size
-            * fraction(data.outer_data, self.outer_batch_size or size(data.outer_data)),
+            * held_fraction(data.outer_data, self.outer_batch_size),
             inner_steps=spent["num_steps"],
         )
-        if self.warm_start and problem.start is None:
-            state = ProcedureState(w)
-        return Estimate(value, hypergradient, w, stats), state
+        estimate = Estimate(value, hypergradient, w, stats)
+        return estimate, next_state(problem, state, w, self.warm_start)
 
 
 class PersistentState(eqx.Module):
@@ -155,7 +144,9 @@ class PersistentEvolution(eqx.Module):
     number of windows that a run has seen. ``standard_error`` is the relative spread of
     the mean over pairs. Never trusted.
 
-    Source: Vicol, Metz & Sohl-Dickstein 2021 (arXiv 2112.13835), algorithm 2.
+    ``value`` and ``w`` are means over the particles.
+
+    Source: Vicol, Metz & Sohl-Dickstein 2021 (arXiv 2112.13835).
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
@@ -182,7 +173,11 @@ class PersistentEvolution(eqx.Module):
     citations = ("vicol2021",)
 
     def __check_init__(self):
-        check_differentiable(self.solver)
+        if not hasattr(self.solver, "step"):
+            raise TypeError(
+                f"{type(self.solver).__name__} does not go step by step (init, step, "
+                "num_steps); use hg.Descent, or hg.Evolution with this solver"
+            )
         check_steps("num_pairs", self.num_pairs)
         check_steps("window", self.window)
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)
@@ -223,7 +218,7 @@ class PersistentEvolution(eqx.Module):
     ) -> tuple[Estimate, PersistentState]:
         """A window of every particle."""
         data, noise_key = drawn(problem, key), jax.random.fold_in(key, 4)
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        outer_batch = data.outer_batch(self.outer_batch_size)
         flat, unravel = ravel_pytree(alpha)
         noise = jax.random.normal(noise_key, (self.num_pairs, flat.size), flat.dtype)
         noise = self.sigma * noise
@@ -264,7 +259,7 @@ class PersistentEvolution(eqx.Module):
             num_outer_values=2
             * self.num_pairs
             * value.size
-            * fraction(data.outer_data, self.outer_batch_size or size(data.outer_data)),
+            * held_fraction(data.outer_data, self.outer_batch_size),
             inner_steps=self.window,
         )
         index = (state.index + self.window) % self.solver.num_steps
@@ -288,10 +283,9 @@ def _average(problem, perturbations, differences, sigma, unravel):
 
 def _stats(problem, data: Drawn, w, alpha, standard_error, *, inner_steps, **counts):
     counts["num_grads"] += 1
-    batch = whole(data.inner_data, data.residual_key)
     return make_stats(
         jnp.asarray(False),
-        inner_residual=norm(jax.grad(problem.inner_loss)(w, alpha, batch)),
+        inner_residual=inner_residual(problem, data, w, alpha),
         inner_steps=inner_steps,
         standard_error=standard_error,
         **ledger(data.inner_data, data.outer_data, **counts),

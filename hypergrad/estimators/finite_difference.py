@@ -9,11 +9,12 @@ from jaxtyping import Array, PyTree
 from ..certificate import UNSEEN
 from ..checks import check_problem, check_seen
 from ..cost import ledger
+from ..drawn import drawn
 from ..inner.protocol import InnerSolver
-from ..problem import Bilevel, fraction, held, size, whole
+from ..problem import Bilevel, held_fraction
 from ..settings import check_steps, number
 from ..trees import add_scaled, norm
-from .procedure import ProcedureState, drawn
+from .procedure import ProcedureState, inner_residual, next_state, whole_run
 from .protocol import Estimate, make_stats
 
 
@@ -32,7 +33,8 @@ class FiniteDifference(eqx.Module):
       outer_batch_size: examples for the outer gradient, drawn once an estimate; None
         means all.
 
-    Cost: the inner solve, two inner gradients, one outer gradient. Memory: one vector.
+    Cost: the inner solve, three inner gradients, one outer gradient. Memory: two
+    vectors like ``w``.
 
     Target: argmin. Bias: takes ``H`` for ``I / s``; the difference adds
     ``O(epsilon²)``. Never trusted of itself: use ``minimize(certify_every=...)``.
@@ -81,12 +83,12 @@ class FiniteDifference(eqx.Module):
         self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, ProcedureState]:
         """One inner solve and a difference of two gradients."""
-        data = drawn(problem, key)
-        loss, inner_data = problem.inner_loss, data.inner_data
+        data, loss = drawn(problem, key), problem.inner_loss
         start = problem.initial(state.w, alpha)
-        w, spent = self.solver.solve(loss, start, alpha, inner_data, data.solver_key)
-        batch = whole(inner_data, data.residual_key)
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        w, spent = self.solver.solve(
+            loss, start, alpha, data.inner_data, data.solver_key
+        )
+        batch, outer_batch = data.inner_batch(), data.outer_batch(self.outer_batch_size)
         value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
         slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
         length = self.epsilon
@@ -105,26 +107,23 @@ class FiniteDifference(eqx.Module):
         if problem.num_objectives is not None:
             cross = jax.vmap(cross)
         hypergradient = add_scaled(direct, -self.step_size, cross(b))
-        outer_part = fraction(
-            data.outer_data, self.outer_batch_size or size(data.outer_data)
-        )
+        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
         costs = ledger(
-            inner_data,
+            data.inner_data,
             data.outer_data,
-            num_grads=spent["num_grads"] + 2 * value.size,
+            num_grads=spent["num_grads"] + 2 * value.size + 1,
             num_hvps=spent["num_hvps"],
             num_values=spent["num_values"],
             num_outer_grads=outer_part * value.size,
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
+            inner_residual=inner_residual(problem, data, w, alpha),
             inner_steps=spent["num_steps"],
             **costs,
         )
-        if self.warm_start and problem.start is None:
-            state = ProcedureState(w)
-        return Estimate(value, hypergradient, w, stats), state
+        estimate = Estimate(value, hypergradient, w, stats)
+        return estimate, next_state(problem, state, w, self.warm_start)
 
 
 class CentralDifference(eqx.Module):
@@ -183,22 +182,14 @@ class CentralDifference(eqx.Module):
     ) -> tuple[Estimate, ProcedureState]:
         """2 N + 1 inner solves."""
         data = drawn(problem, key)
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        whole = whole_run(self.solver, problem, data, state.w, outer_batch)
         flat, unravel = ravel_pytree(alpha)
         eps = self.epsilon
         if eps is None:
             eps = float(jnp.finfo(flat.dtype).eps) ** (1 / 3)
 
-        def run(flat):
-            alpha = unravel(flat)
-            w, spent = self.solver.solve(
-                problem.inner_loss,
-                problem.initial(state.w, alpha),
-                alpha,
-                data.inner_data,
-                data.solver_key,
-            )
-            return problem.outer(w, alpha, outer_batch), w, spent
+        run = lambda flat: whole(unravel(flat))
 
         def slope(i):
             step = eps * jnp.maximum(1.0, jnp.abs(flat[i]))
@@ -215,11 +206,8 @@ class CentralDifference(eqx.Module):
             jax.vmap(unravel, in_axes=1)(slopes) if several else unravel(slopes)
         )
         count = lambda name: spent[name] + jnp.sum(costs[name])
-        outer_part = fraction(
-            data.outer_data, self.outer_batch_size or size(data.outer_data)
-        )
-        batch = whole(data.inner_data, data.residual_key)
-        ledgered = ledger(
+        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
+        counted = ledger(
             data.inner_data,
             data.outer_data,
             num_grads=count("num_grads") + 1,
@@ -229,10 +217,9 @@ class CentralDifference(eqx.Module):
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=norm(jax.grad(problem.inner_loss)(w, alpha, batch)),
+            inner_residual=inner_residual(problem, data, w, alpha),
             inner_steps=spent["num_steps"],
-            **ledgered,
+            **counted,
         )
-        if self.warm_start and problem.start is None:
-            state = ProcedureState(w)
-        return Estimate(value, hypergradient, w, stats), state
+        estimate = Estimate(value, hypergradient, w, stats)
+        return estimate, next_state(problem, state, w, self.warm_start)

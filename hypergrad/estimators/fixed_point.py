@@ -6,17 +6,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..certificate import UNSEEN
+from ..adjoint import usable, zero_adjoint
+from ..certificate import TRUST, UNSEEN
 from ..checks import check_problem, check_seen, solver_reads_alpha
 from ..cost import ledger
+from ..drawn import drawn
 from ..inner.descent import iterate
 from ..inner.protocol import IterativeSolver
-from ..problem import Bilevel, fraction, held, size, undrawn, whole
+from ..linear.operator import relative_residual
+from ..problem import Bilevel, fraction, held_fraction, undrawn
 from ..settings import check_steps
 from ..trees import all_finite, norm
-from .procedure import check_differentiable, drawn
+from .procedure import check_differentiable, inner_residual
 from .protocol import Estimate, make_stats
-from .trust import TRUST, steady
+from .trust import steady
 
 
 class FixedPointState(eqx.Module):
@@ -40,15 +43,16 @@ class FixedPoint(eqx.Module):
       outer_batch_size: examples for the outer gradient, drawn once an estimate; None
         means all.
 
-    Cost: the inner run, K + 1 products with a step's derivative, each a Hessian-vector
-    product, and two outer gradients. Memory: two carries, flat in the number of steps.
+    Cost: the inner run, a step and a gradient more, K + 1 products with that step's
+    derivative, each a Hessian-vector product, and two outer gradients. Memory: two
+    carries, flat in the number of steps.
 
     Target: argmin. Bias: ``q^K`` under a contraction ``q``, and what the inner run
     leaves; ``adjoint_residual`` is ``||b + (dPhi/dw)ᵀ v - v|| / ||b||``. ``trusted``
     judges by both, as `Implicit` does. What the optimizer reads of ``alpha`` is seen,
     and adds nothing where the gradient is zero.
 
-    Source: Grazzi et al. 2020 (arXiv 2006.16218), algorithm 2 (fixed point).
+    Source: Grazzi et al. 2020 (arXiv 2006.16218), AID by the fixed-point method.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
@@ -87,9 +91,7 @@ class FixedPoint(eqx.Module):
         check_seen(problem, w, alpha, beside, UNSEEN)
         carry = self.solver.init(problem.inner_loss, w, alpha, inner_data, key)
         moving, _ = eqx.partition(carry, eqx.is_inexact_array)
-        lead = () if problem.num_objectives is None else (problem.num_objectives,)
-        zeros = lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype)
-        return FixedPointState(w, jax.tree.map(zeros, moving))
+        return FixedPointState(w, zero_adjoint(problem, moving))
 
     def estimate(
         self, problem: Bilevel, state: FixedPointState, alpha: PyTree, key: Array
@@ -107,10 +109,10 @@ class FixedPoint(eqx.Module):
 
         def phi(moving, alpha):
             carry = eqx.combine(moving, fixed)
-            carry = self.solver.step(loss, carry, alpha, everything, data.residual_key)
+            carry = self.solver.step(loss, carry, alpha, everything, data.inner_key)
             return eqx.filter(carry, eqx.is_inexact_array)
 
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
+        outer_batch = data.outer_batch(self.outer_batch_size)
         value, b_w, direct = problem.outer_gradients(w, alpha, outer_batch)
         after, pullback = jax.vjp(phi, moving, alpha)
 
@@ -119,37 +121,31 @@ class FixedPoint(eqx.Module):
             step = lambda v, _: (optax.tree.add(b, pullback(v)[0]), None)
             v, _ = jax.lax.scan(step, v, length=self.num_terms)
             back, cross = pullback(v)
-            left = optax.tree.sub(optax.tree.add(b, back), v)
-            relative = jnp.where(norm(left) == 0, 0.0, norm(left) / norm(b))
-            return v, cross, relative, norm(b) / norm(v)
+            residual = relative_residual(b, optax.tree.sub(v, back))
+            return v, cross, residual, norm(b) / norm(v)
 
         if problem.num_objectives is not None:
             adjoint = jax.vmap(adjoint)
-        zeros = optax.tree.zeros_like(state.adjoint)
-        v = optax.tree.where(all_finite(state.adjoint), state.adjoint, zeros)
-        v, cross, adjoint_residual, mean = adjoint(b_w, v)
+        v, cross, adjoint_residual, mean = adjoint(b_w, usable(state.adjoint))
         hypergradient = optax.tree.add(direct, cross)
 
         move = optax.tree.sub(after[0], w)
         near = steady(
             problem, w, alpha, outer_batch, b_w, cross, hypergradient, move, mean
         )
-        part = fraction(data.inner_data)
+        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
         costs = ledger(
             data.inner_data,
             data.outer_data,
-            num_grads=self.solver.num_steps * part + 1,
+            num_grads=self.solver.num_steps * fraction(data.inner_data) + 2,
             num_hvps=(self.num_terms + 1) * value.size,
-            num_outer_grads=2
-            * value.size
-            * fraction(data.outer_data, self.outer_batch_size or size(data.outer_data)),
+            num_outer_grads=2 * value.size * outer_part,
         )
-        batch = whole(everything, data.residual_key)
         stats = make_stats(
             all_finite(value, hypergradient, w)
             & jnp.all(adjoint_residual <= TRUST)
             & near,
-            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
+            inner_residual=inner_residual(problem, data, w, alpha),
             inner_steps=self.solver.num_steps,
             adjoint_residual=jnp.max(adjoint_residual),
             **costs,

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from ..checks import solver_reads_alpha
+from ..drawn import drawn
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel
 from ..products import pushforward
@@ -14,7 +16,6 @@ from .procedure import (
     ProcedureState,
     check_differentiable,
     check_procedure,
-    drawn,
     report,
     response,
 )
@@ -85,18 +86,17 @@ class Forward(eqx.Module):
         """One inner run with N tangents."""
         data = drawn(problem, key)
         flat, unravel = ravel_pytree(alpha)
-        run = lambda flat: response(
-            self.solver, problem, data, state.w, unravel(flat), self.outer_batch_size
-        )
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        run = response(self.solver, problem, data, state.w, outer_batch)
         basis = jnp.eye(flat.size, dtype=flat.dtype)
-        (value, w), (slopes, _) = pushforward(run, flat, basis)
+        (value, w), (slopes, _) = pushforward(lambda x: run(unravel(x)), flat, basis)
         if problem.num_objectives is None:
             hypergradient = unravel(slopes)
         else:
             hypergradient = jax.vmap(unravel, in_axes=1)(slopes)
         steps = self.solver.num_steps
+        reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
         return report(
-            self.solver,
             problem,
             data,
             state,
@@ -104,9 +104,11 @@ class Forward(eqx.Module):
             value,
             hypergradient,
             w,
+            num_steps=steps,
             num_grads=steps,
             num_hvps=flat.size * steps,
-            error_estimate=0.0,
+            reads_alpha=any(reads),
+            exact=True,
             trusted=True,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,

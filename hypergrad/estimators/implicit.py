@@ -7,14 +7,22 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from ..adjoint import At, differentiate, newton_step, total_products, zero_adjoint
-from ..certificate import CORRECTIONS, NEWTON, TRUST, UNSEEN, certificate
-from ..checks import KEY, check_problem, check_seen
+from ..adjoint import (
+    At,
+    differentiate,
+    newton_step,
+    total_products,
+    usable,
+    zero_adjoint,
+)
+from ..certificate import NEWTON, TRUST, UNSEEN, certificate
+from ..checks import check_problem, check_seen
 from ..cost import ledger
+from ..drawn import drawn
 from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
-from ..problem import Bilevel, fraction, held, size
+from ..problem import Bilevel, held_fraction
 from ..products import Loss
 from ..settings import check_steps, number
 from ..trees import all_finite, norm, scale
@@ -133,37 +141,34 @@ class Implicit(eqx.Module):
         del key
         check_problem(problem, w, alpha, self.solver)
         check_seen(problem, w, alpha, None, UNSEEN)
-        inner_data, outer_data = problem.data(jax.random.key(0))
-        jax.eval_shape(lambda k: held(inner_data, self.adjoint_batch_size, k), KEY)
-        jax.eval_shape(lambda k: held(outer_data, self.outer_batch_size, k), KEY)
+        data = drawn(problem, jax.random.key(0))
+        jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
+        jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
         return ImplicitState(w, zero_adjoint(problem, w))
 
     def estimate(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, ImplicitState]:
         """One inner solve, one adjoint solve, one cross term."""
-        data_key, solver_key, adjoint_key, outer_key = jax.random.split(key, 4)
-        inner_data, outer_data = problem.data(data_key)
-        loss = problem.inner_loss
-
+        data, loss = drawn(problem, key), problem.inner_loss
         start = problem.initial(state.w, alpha)
-        w, spent = self.solver.solve(loss, start, alpha, inner_data, solver_key)
+        w, spent = self.solver.solve(
+            loss, start, alpha, data.inner_data, data.solver_key
+        )
 
-        batch = held(inner_data, self.adjoint_batch_size, adjoint_key)
-        outer_batch = held(outer_data, self.outer_batch_size, outer_key)
+        batch = data.inner_batch(self.adjoint_batch_size)
+        outer_batch = data.outer_batch(self.outer_batch_size)
         w, num_products, num_grads = self._corrected(loss, w, alpha, batch)
-        # An adjoint that an earlier step spoilt is no start.
-        zeros = optax.tree.zeros_like(state.adjoint)
-        v = optax.tree.where(all_finite(state.adjoint), state.adjoint, zeros)
+        v = usable(state.adjoint)
         at = differentiate(
             problem, self.linear_solver, w, alpha, batch, outer_batch, v, self.damping
         )
-        part = fraction(inner_data, self.adjoint_batch_size or size(inner_data))
-        outer_part = fraction(outer_data, self.outer_batch_size or size(outer_data))
+        part = held_fraction(data.inner_data, self.adjoint_batch_size)
+        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
         num_products += total_products(at.solved)
         costs = ledger(
-            inner_data,
-            outer_data,
+            data.inner_data,
+            data.outer_data,
             num_grads=spent["num_grads"] + part * num_grads,
             num_hvps=spent["num_hvps"] + part * num_products,
             num_values=spent["num_values"],
@@ -174,15 +179,7 @@ class Implicit(eqx.Module):
             error_estimate = jnp.nan
         else:
             found = certificate(
-                problem,
-                (inner_data, outer_data),
-                w,
-                alpha,
-                at.hypergradient,
-                at.adjoint,
-                CORRECTIONS,
-                TRUST,
-                adjoint_key,
+                problem, data, w, alpha, at.hypergradient, adjoint=at.adjoint
             )
             trusted, error_estimate = found.trusted, found.error_estimate
             costs = jax.tree.map(jnp.add, costs, found.stats)

@@ -5,16 +5,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
+from ..adjoint import zero_adjoint
 from ..certificate import UNSEEN
 from ..checks import check_problem, check_seen
-from ..cost import ledger
-from ..inner.protocol import InnerSolver
-from ..problem import Bilevel, fraction, held, size, whole
+from ..cost import HVP, ledger
+from ..drawn import Drawn, drawn
+from ..inner.protocol import InnerSolver, InnerStats
+from ..problem import Bilevel, held_fraction
 from ..settings import check_steps, number
-from ..trees import add_scaled, all_finite, norm
-from .procedure import drawn
+from ..trees import add_scaled, all_finite
+from .procedure import inner_residual, whole_run
 from .protocol import Estimate, make_stats
 
 
@@ -23,7 +26,7 @@ class PenaltyState(eqx.Module):
 
     w: PyTree
     nudged: PyTree
-    opposite: PyTree
+    opposite: PyTree | None
 
 
 class Penalty(eqx.Module):
@@ -42,7 +45,7 @@ class Penalty(eqx.Module):
         all.
 
     Cost: two inner solves, three if symmetric, the nudged ones with an outer gradient a
-    step. Memory: ``w``, flat in the number of steps.
+    step; three inner gradients more. Memory: three vectors like ``w`` and the solver's.
 
     Target: argmin. Bias: falls as ``1 / l``, as ``1 / l²`` if symmetric; what the
     solves leave is multiplied by ``l``. Never trusted of itself: use
@@ -83,24 +86,20 @@ class Penalty(eqx.Module):
         del key
         check_problem(problem, w, alpha, self.solver)
         check_seen(problem, w, alpha, None, UNSEEN)
-        count = problem.num_objectives
-        lead = () if count is None else (count,)
-        many = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), w)
-        return PenaltyState(w, many, many)
+        many = jax.tree.map(
+            lambda zero, x: jnp.broadcast_to(x, zero.shape), zero_adjoint(problem, w), w
+        )
+        return PenaltyState(w, many, many if self.symmetric else None)
 
     def estimate(
         self, problem: Bilevel, state: PenaltyState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PenaltyState]:
         """A solve of the inner loss, and one of it nudged."""
-        data = drawn(problem, key)
-        loss, inner_data = problem.inner_loss, data.inner_data
-        batch = whole(inner_data, data.residual_key)
-        outer_batch = held(data.outer_data, self.outer_batch_size, data.outer_key)
-        begin = lambda w: problem.initial(w, alpha)
-        w, spent = self.solver.solve(
-            loss, begin(state.w), alpha, inner_data, data.solver_key
+        data, loss = drawn(problem, key), problem.inner_loss
+        batch, outer_batch = data.inner_batch(), data.outer_batch(self.outer_batch_size)
+        value, w, spent = whole_run(self.solver, problem, data, state.w, outer_batch)(
+            alpha
         )
-        value = problem.outer(w, alpha, outer_batch)
         slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
 
         def at(start: PyTree, weights: Array, sign: float) -> tuple[Any, ...]:
@@ -111,8 +110,9 @@ class Penalty(eqx.Module):
             nudged = lambda w, alpha, batch: (
                 loss(w, alpha, batch) + sign / self.strength * outer(w, alpha)
             )
+            begin = problem.initial(start, alpha)
             w, spent = self.solver.solve(
-                nudged, begin(start), alpha, inner_data, data.solver_key
+                nudged, begin, alpha, data.inner_data, data.solver_key
             )
             return w, slope(w), jax.grad(outer, argnums=1)(w, alpha), spent
 
@@ -120,43 +120,56 @@ class Penalty(eqx.Module):
         each = lambda f: jax.vmap(f, in_axes=(0, 0, None)) if several else f
         weights = jnp.eye(value.size) if several else jnp.ones(())
         up, slope_up, direct, spent_up = each(at)(state.nudged, weights, 1.0)
+        nudges = [spent_up]
         if self.symmetric:
             down, slope_down, other, spent_down = each(at)(
                 state.opposite, weights, -1.0
             )
             direct = jax.tree.map(lambda x, y: (x + y) / 2, direct, other)
-            solves, factor = (spent, spent_up, spent_down), self.strength / 2
+            nudges.append(spent_down)
+            factor, num_slopes = self.strength / 2, 2 * value.size
         else:
-            down, slope_down = state.opposite, slope(w)
-            solves, factor = (spent, spent_up), self.strength
+            down, slope_down = None, slope(w)
+            factor, num_slopes = self.strength, value.size + 1
         difference = jax.tree.map(lambda x, y: factor * (x - y), slope_up, slope_down)
         hypergradient = add_scaled(difference, 1, direct)
 
-        count = lambda name: sum(jnp.sum(spent[name]) for spent in solves)
-        nudges = sum(jnp.sum(spent["num_grads"]) for spent in solves[1:])
-        outer_part = fraction(
-            data.outer_data, self.outer_batch_size or size(data.outer_data)
-        )
-        costs = ledger(
-            inner_data,
-            data.outer_data,
-            num_grads=count("num_grads") + len(solves) * value.size,
-            num_hvps=count("num_hvps"),
-            num_values=count("num_values"),
-            num_outer_grads=outer_part * (nudges + len(solves[1:]) * value.size),
-            num_outer_values=outer_part * value.size,
-        )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
+            inner_residual=inner_residual(problem, data, w, alpha),
             inner_steps=spent["num_steps"],
-            **costs,
+            **self._costs(data, spent, nudges, num_slopes + 1, value.size),
         )
         estimate = Estimate(value, hypergradient, w, stats)
-        good = all_finite(w, up, down)
         if self.warm_start and problem.start is None:
-            keep = lambda new, old: jax.tree.map(
-                lambda n, o: jnp.where(good, n, o), new, old
-            )
-            state = keep(PenaltyState(w, up, down), state)
+            # A nudged loss need not have a minimum: what it spoilt is no start.
+            good = all_finite(w, up, down)
+            state = optax.tree.where(good, PenaltyState(w, up, down), state)
         return estimate, state
+
+    def _costs(
+        self,
+        data: Drawn,
+        spent: InnerStats,
+        nudges: list[InnerStats],
+        num_grads: int,
+        num_objectives: int,
+    ) -> dict[str, Array]:
+        """A step of a nudged solve calls the outer loss as often as the inner one."""
+        total = lambda name: sum(jnp.sum(nudge[name]) for nudge in nudges)
+        # Counts are passes over the data, and a mini-batch step is less than one.
+        calls = sum(
+            jnp.sum(jnp.maximum(nudge["num_grads"], nudge["num_steps"]))
+            for nudge in nudges
+        )
+        part = held_fraction(data.outer_data, self.outer_batch_size)
+        direct = len(nudges) * num_objectives
+        return ledger(
+            data.inner_data,
+            data.outer_data,
+            num_grads=spent["num_grads"] + total("num_grads") + num_grads,
+            num_hvps=spent["num_hvps"] + total("num_hvps"),
+            num_values=spent["num_values"] + total("num_values"),
+            num_outer_grads=part * (calls + HVP * total("num_hvps") + direct),
+            num_outer_values=part * (total("num_values") + num_objectives),
+        )

@@ -1,6 +1,7 @@
 """What estimators of the finite procedure share: T inner steps, then the outer loss."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..certificate import CORRECTIONS, TRUST, certificate
+from ..certificate import certificate
 from ..checks import (
     KEY,
     check_problem,
@@ -18,9 +19,10 @@ from ..checks import (
     start_reads_alpha,
 )
 from ..cost import ledger
+from ..drawn import Drawn
 from ..inner.descent import iterate, searches_a_line
-from ..inner.protocol import IterativeSolver
-from ..problem import Bilevel, Data, fraction, held, size, whole
+from ..inner.protocol import InnerSolver, InnerStats, IterativeSolver
+from ..problem import Bilevel, fraction, held_fraction
 from ..trees import all_finite, norm
 from .protocol import Estimate, make_stats
 
@@ -29,22 +31,6 @@ class ProcedureState(eqx.Module):
     """Where the next inner run begins; same structure as ``w``."""
 
     w: PyTree
-
-
-class Drawn(eqx.Module):
-    """The data of one estimate and the keys of its parts."""
-
-    inner_data: Data
-    outer_data: Data
-    solver_key: Array
-    residual_key: Array
-    outer_key: Array
-
-
-def drawn(problem: Bilevel, key: Array) -> Drawn:
-    """Splits the key of an estimate and draws its data."""
-    data_key, solver_key, residual_key, outer_key = jax.random.split(key, 4)
-    return Drawn(*problem.data(data_key), solver_key, residual_key, outer_key)
 
 
 def check_differentiable(solver: Any) -> None:
@@ -88,34 +74,69 @@ def check_procedure(
     check_seen(problem, w, alpha, beside, advice)
 
 
+def whole_run(
+    solver: InnerSolver,
+    problem: Bilevel,
+    data: Drawn,
+    w: PyTree,
+    outer_batch: PyTree,
+) -> Callable[[PyTree], tuple[Array, PyTree, InnerStats]]:
+    """``alpha -> (M(w(alpha), alpha), w(alpha), cost)``, a run from ``w``."""
+
+    def run(alpha: PyTree) -> tuple[Array, PyTree, InnerStats]:
+        found, spent = solver.solve(
+            problem.inner_loss,
+            problem.initial(w, alpha),
+            alpha,
+            data.inner_data,
+            data.solver_key,
+        )
+        return problem.outer(found, alpha, outer_batch), found, spent
+
+    return run
+
+
 def response(
     solver: IterativeSolver,
     problem: Bilevel,
     data: Drawn,
     w: PyTree,
-    alpha: PyTree,
-    outer_batch_size: int | None = None,
+    outer_batch: PyTree,
     *,
     last: int | None = None,
     checkpoint: bool = False,
-) -> tuple[Array, PyTree]:
-    """``M(w_T(alpha), alpha)`` and ``w_T(alpha)``."""
-    w, _ = iterate(
-        solver,
-        problem.inner_loss,
-        problem.initial(w, alpha),
-        alpha,
-        data.inner_data,
-        data.solver_key,
-        last=last,
-        checkpoint=checkpoint,
-    )
-    outer_batch = held(data.outer_data, outer_batch_size, data.outer_key)
-    return problem.outer(w, alpha, outer_batch), w
+) -> Callable[[PyTree], tuple[Array, PyTree]]:
+    """``alpha -> (M(w_T(alpha), alpha), w_T(alpha))``, by T differentiable steps."""
+
+    def run(alpha: PyTree) -> tuple[Array, PyTree]:
+        found, _ = iterate(
+            solver,
+            problem.inner_loss,
+            problem.initial(w, alpha),
+            alpha,
+            data.inner_data,
+            data.solver_key,
+            last=last,
+            checkpoint=checkpoint,
+        )
+        return problem.outer(found, alpha, outer_batch), found
+
+    return run
+
+
+def inner_residual(problem: Bilevel, data: Drawn, w: PyTree, alpha: PyTree) -> Array:
+    """``||dL/dw||`` on all of the data, for one gradient."""
+    return norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
+
+
+def next_state(
+    problem: Bilevel, state: ProcedureState, w: PyTree, warm_start: bool
+) -> ProcedureState:
+    """``w`` where runs are warm-started, unless the problem has a start of its own."""
+    return ProcedureState(w) if warm_start and problem.start is None else state
 
 
 def report(
-    solver: IterativeSolver,
     problem: Bilevel,
     data: Drawn,
     state: ProcedureState,
@@ -124,61 +145,52 @@ def report(
     hypergradient: PyTree,
     w: PyTree,
     *,
+    num_steps: int,
     num_grads: Array | float,
     num_hvps: Array | float,
-    error_estimate: Array | float,
+    reads_alpha: bool,
+    exact: bool,
     trusted: Array | bool,
     outer_batch_size: int | None,
     warm_start: bool | None,
     certify: bool,
 ) -> tuple[Estimate, ProcedureState]:
-    """The estimate with its stats, and the next state.
+    """The estimate of a procedure's derivative with its stats, and the next state.
 
     Args:
-      solver, problem, data, state, alpha: of the estimate.
+      problem, data, state, alpha: of the estimate.
       value, hypergradient, w: what was found.
-      num_grads, num_hvps: mini-batch calls made, each counted as ``fraction`` of one.
-      error_estimate, trusted: what the estimator says for its own target.
+      num_steps: T.
+      num_grads, num_hvps: calls on the batches of inner steps.
+      reads_alpha: whether the steps read ``alpha`` beside the loss.
+      exact: whether the derivative is the procedure's own, up to rounding.
+      trusted: what the estimator says beside all being finite.
       outer_batch_size: as given to the estimator.
-      warm_start: None means True unless the solver itself reads ``alpha``.
-      certify: fill in ``distance_to_implicit``.
+      warm_start: None means True unless ``reads_alpha``.
+      certify: fill in ``distance_to_implicit``, which is NaN where the steps or the
+        start read ``alpha``.
     """
-    inner_data, outer_data = data.inner_data, data.outer_data
-    part = fraction(inner_data)
-    batch = whole(inner_data, data.residual_key)
+    part = fraction(data.inner_data)
     costs = ledger(
-        inner_data,
-        outer_data,
+        data.inner_data,
+        data.outer_data,
         num_grads=num_grads * part + 1,
         num_hvps=num_hvps * part,
-        num_outer_grads=value.size
-        * fraction(outer_data, outer_batch_size or size(outer_data)),
+        num_outer_grads=value.size * held_fraction(data.outer_data, outer_batch_size),
     )
-    reads = any(solver_reads_alpha(solver, problem, w, alpha, inner_data))
     distance = jnp.nan
-    if certify and not (reads or any(start_reads_alpha(problem, w, alpha))):
-        found = certificate(
-            problem,
-            (inner_data, outer_data),
-            w,
-            alpha,
-            hypergradient,
-            None,
-            CORRECTIONS,
-            TRUST,
-            data.residual_key,
-        )
+    if certify and not (reads_alpha or any(start_reads_alpha(problem, w, alpha))):
+        found = certificate(problem, data, w, alpha, hypergradient)
         distance = found.error_estimate
         costs = jax.tree.map(jnp.add, costs, found.stats)
     stats = make_stats(
         all_finite(value, hypergradient, w) & trusted,
-        inner_residual=norm(jax.grad(problem.inner_loss)(w, alpha, batch)),
-        inner_steps=solver.num_steps,
-        error_estimate=error_estimate,
+        inner_residual=inner_residual(problem, data, w, alpha),
+        inner_steps=num_steps,
+        error_estimate=0.0 if exact else jnp.nan,
         distance_to_implicit=distance,
         **costs,
     )
-    keep = not reads if warm_start is None else warm_start
-    keep = keep and problem.start is None
-    next_state = ProcedureState(w) if keep else state
-    return Estimate(value, hypergradient, w, stats), next_state
+    warm = not reads_alpha if warm_start is None else warm_start
+    estimate = Estimate(value, hypergradient, w, stats)
+    return estimate, next_state(problem, state, w, warm)

@@ -10,8 +10,6 @@ from ..linear.operator import relative_residual
 from ..problem import Bilevel
 from ..trees import add_scaled, norm
 
-__all__ = ["TRUST", "steady"]
-
 
 def steady(
     problem: Bilevel,

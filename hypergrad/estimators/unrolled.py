@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ..checks import solver_reads_alpha
+from ..drawn import drawn
 from ..inner.descent import is_segmented
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel
@@ -13,7 +15,6 @@ from .procedure import (
     ProcedureState,
     check_differentiable,
     check_procedure,
-    drawn,
     report,
     response,
 )
@@ -96,13 +97,12 @@ class Unrolled(eqx.Module):
     ) -> tuple[Estimate, ProcedureState]:
         """One inner run forward and one back."""
         data = drawn(problem, key)
-        run = lambda alpha: response(
+        run = response(
             self.solver,
             problem,
             data,
             state.w,
-            alpha,
-            self.outer_batch_size,
+            data.outer_batch(self.outer_batch_size),
             last=self.last,
             checkpoint=self.checkpoint,
         )
@@ -116,8 +116,8 @@ class Unrolled(eqx.Module):
         forward = self.solver.num_steps
         backward = forward if self.last is None else min(self.last, forward)
         again = backward if self.checkpoint and is_segmented(backward) else 0
+        reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
         return report(
-            self.solver,
             problem,
             data,
             state,
@@ -125,9 +125,11 @@ class Unrolled(eqx.Module):
             value,
             hypergradient,
             w,
+            num_steps=forward,
             num_grads=forward + again,
             num_hvps=backward * value.size,
-            error_estimate=0.0 if self._is_full else jnp.nan,
+            reads_alpha=any(reads),
+            exact=self._is_full,
             trusted=self._is_full,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,
