@@ -365,6 +365,15 @@ def hypertorch() -> Known:
     )
 
 
+def two_losses(known: Known, second: Callable[..., Any]) -> hg.Bilevel:
+    """The problem with a second outer loss beside its own."""
+    problem = known.problem
+    losses = (problem.outer_loss, second)
+    return hg.Bilevel(
+        problem.inner_loss, losses, problem.inner_data, problem.outer_data
+    )
+
+
 @functools.cache
 def any_known(name: str) -> Known:
     """By a name: 'ridge scalar', 'quadratic 0-d', 'smd 3', 'smd 3 tilted'..."""

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, error, quadratic
+from problems import any_known, error, quadratic, two_losses
 
 import hypergrad as hg
 from hypergrad.adjoint import differentiate, zero_adjoint
@@ -377,13 +377,7 @@ def test_a_correction_that_does_not_help_is_not_taken():
 def test_several_losses_and_trees_are_certified():
     """The worst of K decides; structure is kept."""
     known = quadratic("nested", seed=1)
-    losses = (known.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
-    problem = hg.Bilevel(
-        known.problem.inner_loss,
-        losses,
-        known.problem.inner_data,
-        known.problem.outer_data,
-    )
+    problem = two_losses(known, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
     estimator = hg.Implicit(hg.Newton(), certify=True)
     found = hg.hypergradient(problem, estimator)(known.w, known.alpha)
     assert found.stats["trusted"]
@@ -443,3 +437,10 @@ def test_minimize_measures_the_distance_of_a_procedure():
     assert trace.stats["trusted"].all()
     assert np.all(trace.stats["distance_to_implicit"] > 1e-3)
     assert np.all(trace.stats["error_estimate"] == 0)
+
+
+def test_a_hypergradient_of_another_structure_is_refused():
+    """Before anything is traced."""
+    known = any_known("ridge per-weight")
+    with pytest.raises(ValueError, match="must keep alpha's structure"):
+        hg.certify(known.problem, known.w, known.alpha, jnp.ones(2))

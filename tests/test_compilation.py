@@ -2,6 +2,9 @@
 
 import functools
 import re
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -425,6 +428,38 @@ def test_ten_thousand_steps_of_a_network_unroll_in_half_a_gigabyte():
 
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
     assert temporary(f, problem, w, alpha) < 500e6
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_a_network_stay_under_a_gibibyte():
+    """The same network, run: peak resident memory of a whole process of its own."""
+    code = """
+        import resource
+        import jax, jax.numpy as jnp, optax, hypergrad as hg
+        k = jax.random.split(jax.random.key(0), 4)
+        x = jax.random.normal(k[0], (1000, 784))
+        y = jax.random.randint(k[1], (1000,), 0, 10)
+        w = {
+            "W1": jax.random.normal(k[2], (784, 128)) / 28, "b1": jnp.zeros(128),
+            "W2": jax.random.normal(k[3], (128, 10)) / 11, "b2": jnp.zeros(10),
+        }
+        def outer(w, alpha, batch):
+            hidden = jax.nn.relu(batch[0] @ w["W1"] + w["b1"])
+            logits = hidden @ w["W2"] + w["b2"]
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+            return jnp.mean(loss)
+        def inner(w, alpha, batch):
+            penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
+            return outer(w, alpha, batch) + jnp.exp(alpha) * penalty
+        problem = hg.Bilevel(inner, outer, hg.Batches((x, y), 32), (x[:100], y[:100]))
+        solver = hg.Descent(optax.sgd(0.02, momentum=0.9), 10_000)
+        found = hg.hypergradient(problem, hg.Unrolled(solver))(w, jnp.asarray(-8.0))
+        assert jnp.isfinite(found.hypergradient)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20  # KiB
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_minimize_keeps_only_scalars_a_step():

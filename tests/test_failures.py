@@ -689,7 +689,7 @@ def test_a_start_beyond_the_last_steps_is_refused():
 
 def test_an_optimizer_factory_is_not_an_optimizer():
     """optax.sgd would take alpha for its rate."""
-    with pytest.raises(TypeError, match=r"write optax.sgd\(0.1\)"):
+    with pytest.raises(TypeError, match=r"as in optax.sgd\(0.1\)"):
         hg.Descent(optax.sgd, 10)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, central, error, quadratic
+from problems import any_known, central, error, quadratic, two_losses
 
 import hypergrad as hg
 
@@ -83,15 +83,13 @@ def test_equals_reverse_mode():
 def test_a_tuple_of_losses_leads_with_k():
     """Each that of its loss alone."""
     known = quadratic("nested", seed=3)
-    losses = (known.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
+    problem = two_losses(known, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
     data = known.problem.inner_data, known.problem.outer_data
     estimator = hg.Forward(hg.Descent(sgd(known.step), 100))
-    ask = lambda outer: hg.hypergradient(
-        hg.Bilevel(known.problem.inner_loss, outer, *data), estimator
-    )(known.w, known.alpha)
-    both = ask(losses)
-    for i, loss in enumerate(losses):
-        alone = ask(loss)
+    ask = lambda problem: hg.hypergradient(problem, estimator)(known.w, known.alpha)
+    both = ask(problem)
+    for i, loss in enumerate(problem.outer_loss):
+        alone = ask(hg.Bilevel(known.problem.inner_loss, loss, *data))
         part = jax.tree.map(lambda x, i=i: x[i], both.hypergradient)
         assert error(part, alone.hypergradient) < 1e-12
 
