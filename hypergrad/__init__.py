@@ -33,6 +33,7 @@ from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
 from .estimators import (
+    Average,
     CentralDifference,
     Estimate,
     Estimator,
@@ -69,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [  # in reading order
     "CG",
     "LBFGS",
+    "Average",
     "Batches",
     "Bilevel",
     "CentralDifference",

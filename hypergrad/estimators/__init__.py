@@ -1,5 +1,6 @@
 """How ``dM/dalpha`` is estimated."""
 
+from .average import Average
 from .evolution import Evolution, PersistentEvolution
 from .finite_difference import CentralDifference, FiniteDifference
 from .fixed_point import FixedPoint
@@ -11,6 +12,7 @@ from .reversible import Reversible
 from .unrolled import Unrolled
 
 __all__ = [
+    "Average",
     "CentralDifference",
     "Estimate",
     "Estimator",

@@ -14,6 +14,7 @@ from ..problem import Bilevel, fraction, held_fraction
 from ..settings import check_steps, number
 from .procedure import ProcedureState, inner_residual, next_state, whole_run
 from .protocol import Estimate, make_stats
+from .spread import standard_error
 
 
 class Evolution(eqx.Module):
@@ -274,10 +275,7 @@ def _average(problem, perturbations, differences, sigma, unravel):
     weights = differences / (2 * sigma**2)
     each = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
     mean = jnp.mean(each, axis=0)
-    count = each.shape[0]
-    spread = jnp.sum(jnp.var(each, axis=0), axis=-1) / max(count - 1, 1)
-    relative = jnp.sqrt(spread) / jnp.linalg.norm(mean, axis=-1)
-    relative = jnp.max(relative) if count > 1 else jnp.nan
+    relative = standard_error(each, mean, several=True)
     return (jax.vmap(unravel)(mean) if several else unravel(mean[0])), relative
 
 
