@@ -273,3 +273,38 @@ def test_float32_and_float64_agree():
             cast(known.w, jnp.float32), cast(known.alpha, jnp.float32)
         )
         assert error(single.hypergradient, double.hypergradient) < 1e-4
+
+
+# What truncation leaves out, as its error_estimate tells.
+
+
+def truncated(known, num_steps, last):
+    """(true relative error, error_estimate) of ``Unrolled(last=)``."""
+    solver = hg.Descent(optax.sgd(0.7 * known.step), num_steps)
+    found = hg.hypergradient(known.problem, hg.Unrolled(solver, last=last))(
+        known.w, known.alpha
+    )
+    whole = gradient(known, hg.Unrolled(solver), known.w)
+    return error(found.hypergradient, whole), float(found.stats["error_estimate"])
+
+
+@pytest.mark.parametrize("last", [2, 5, 8])
+def test_the_truncation_estimate_is_exact_for_one_mode(last):
+    """0-d, every step contributes 0.3 of the next: a geometric series, to the end."""
+    true, estimate = truncated(any_known("quadratic 0-d"), 12, last)
+    assert true > 1e-5
+    # relative to the truncated hypergradient, and there to the whole one
+    np.testing.assert_allclose(estimate / true, 1, atol=2 * true)
+
+
+def test_the_truncation_estimate_falls_as_the_error():
+    """30 modes: within a factor 10 of the truth, from 0.4 to 1e-4."""
+    known = any_known("quadratic 30")
+    for last in (4, 9, 16, 32, 64):
+        true, estimate = truncated(known, 200, last)
+        assert 0.1 < estimate / true < 10, (last, true, estimate)
+
+
+def test_one_step_has_no_truncation_estimate():
+    """NaN: there is nothing to compare."""
+    assert np.isnan(truncated(any_known("quadratic 30"), 10, 1)[1])

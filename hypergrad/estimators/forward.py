@@ -108,7 +108,7 @@ class Forward(eqx.Module):
             num_grads=steps,
             num_hvps=flat.size * steps,
             reads_alpha=any(reads),
-            exact=True,
+            error_estimate=0.0,
             trusted=True,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,

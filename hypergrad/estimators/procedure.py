@@ -105,10 +105,14 @@ def response(
     *,
     last: int | None = None,
     checkpoint: bool = False,
-) -> Callable[[PyTree], tuple[Array, PyTree]]:
-    """``alpha -> (M(w_T(alpha), alpha), w_T(alpha))``, by T differentiable steps."""
+) -> Callable[..., tuple[Array, PyTree]]:
+    """``alpha -> (M(w_T(alpha), alpha), w_T(alpha))``, by T differentiable steps.
 
-    def run(alpha: PyTree) -> tuple[Array, PyTree]:
+    With ``last`` two more arguments are what the older and the newer half of those
+    steps read in place of ``alpha``.
+    """
+
+    def run(alpha: PyTree, *halves: PyTree) -> tuple[Array, PyTree]:
         found, _ = iterate(
             solver,
             problem.inner_loss,
@@ -117,6 +121,7 @@ def response(
             data.inner_data,
             data.solver_key,
             last=last,
+            halves=halves or None,
             checkpoint=checkpoint,
         )
         return problem.outer(found, alpha, outer_batch), found
@@ -149,7 +154,7 @@ def report(
     num_grads: Array | float,
     num_hvps: Array | float,
     reads_alpha: bool,
-    exact: bool,
+    error_estimate: Array | float,
     trusted: Array | bool,
     outer_batch_size: int | None,
     warm_start: bool | None,
@@ -163,7 +168,7 @@ def report(
       num_steps: T.
       num_grads, num_hvps: calls on the batches of inner steps.
       reads_alpha: whether the steps read ``alpha`` beside the loss.
-      exact: whether the derivative is the procedure's own, up to rounding.
+      error_estimate: relative, of the derivative as the procedure's own.
       trusted: what the estimator says beside all being finite.
       outer_batch_size: as given to the estimator.
       warm_start: None means True unless ``reads_alpha``.
@@ -187,7 +192,7 @@ def report(
         all_finite(value, hypergradient, w) & trusted,
         inner_residual=inner_residual(problem, data, w, alpha),
         inner_steps=num_steps,
-        error_estimate=0.0 if exact else jnp.nan,
+        error_estimate=error_estimate,
         distance_to_implicit=distance,
         **costs,
     )

@@ -281,7 +281,7 @@ class Reversible(eqx.Module):
             num_grads=2 * num_steps,
             num_hvps=num_steps,
             reads_alpha=any(self._reads_alpha(alpha)),
-            exact=False,
+            error_estimate=jnp.nan,
             trusted=returned & reversal.is_empty(run.buffer) & run.sound,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,

@@ -1,16 +1,20 @@
 """Reverse mode through the inner loop."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
 from ..checks import solver_reads_alpha
 from ..drawn import drawn
-from ..inner.descent import is_segmented
+from ..inner.descent import is_segmented, thirds
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel
 from ..settings import check_steps
+from ..trees import norm
 from .procedure import (
     ProcedureState,
     check_differentiable,
@@ -46,7 +50,9 @@ class Unrolled(eqx.Module):
 
     Target: solver. Bias: none for the finite procedure, which is not the stationary
     point where the steps stop early; ``last=K`` drops what older steps contribute, a
-    relative ``q^K`` under a contraction ``q``, and is not trusted. Everything the
+    relative ``q^K`` under a contraction ``q``, and is not trusted. Its
+    ``error_estimate`` continues the last K steps' contributions to the hypergradient as
+    a geometric series: steps that matter only later, or grow, escape it. Everything the
     optimizer, the losses and the start read of ``alpha`` is seen.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
@@ -106,16 +112,24 @@ class Unrolled(eqx.Module):
             last=self.last,
             checkpoint=self.checkpoint,
         )
-        value, pullback, w = jax.vjp(run, alpha, has_aux=True)
-        if problem.num_objectives is None:
-            (hypergradient,) = pullback(jnp.ones_like(value))
-        else:
-            basis = jnp.eye(value.size, dtype=value.dtype)
-            (hypergradient,) = jax.vmap(pullback)(basis)
-
         forward = self.solver.num_steps
         backward = forward if self.last is None else min(self.last, forward)
-        again = backward if self.checkpoint and is_segmented(backward) else 0
+        seen = (alpha,) if self._is_full else (alpha, alpha, alpha)
+        value, pullback, w = jax.vjp(run, *seen, has_aux=True)
+        if problem.num_objectives is None:
+            parts = pullback(jnp.ones_like(value))
+        else:
+            parts = jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
+        hypergradient = functools.reduce(optax.tree.add, parts)
+        error_estimate: Array | float = 0.0
+        if not self._is_full:
+            _, older, newer = parts
+            one = functools.partial(truncated, backward, forward)
+            one = one if problem.num_objectives is None else jax.vmap(one)
+            error_estimate = jnp.max(one(hypergradient, older, newer))
+
+        runs = (backward,) if self._is_full else thirds(backward)
+        again = sum(n for n in runs if self.checkpoint and is_segmented(n))
         reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
         return report(
             problem,
@@ -129,9 +143,29 @@ class Unrolled(eqx.Module):
             num_grads=forward + again,
             num_hvps=backward * value.size,
             reads_alpha=any(reads),
-            exact=self._is_full,
+            error_estimate=error_estimate,
             trusted=self._is_full,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,
             certify=self.certify,
         )
+
+
+def truncated(
+    last: int, num_steps: int, hypergradient: PyTree, older: PyTree, newer: PyTree
+) -> Array:
+    """Relative size of what all steps but the last would contribute; NaN for one step.
+
+    ``q`` is the ratio of two steps' contributions, from those of the older and the
+    newer half of the last; what lies before is ``||older||`` continued by it,
+    ``q^n (1 - q^(T - K)) / (1 - q^n)`` for halves of n.
+    """
+    half, between, _ = thirds(last)
+    if half == 0:
+        return jnp.asarray(jnp.nan)
+    q = (norm(older) / norm(newer)) ** (1 / (half + between))
+    steps = num_steps - last
+    series = q**half * (1 - q**steps) / (1 - q**half)
+    series = jnp.where(q == 1, steps / half, series)
+    tail = norm(older) * series
+    return jnp.where(norm(older) == 0, 0.0, tail / norm(hypergradient))

@@ -134,6 +134,7 @@ def iterate(
     key: Array,
     *,
     last: int | None = None,
+    halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """The carry after all of an iterative solver's steps.
@@ -142,6 +143,8 @@ def iterate(
       solver: an `IterativeSolver`.
       inner_loss, w, alpha, data, key: as for its ``solve``.
       last: let derivatives see only the last so many steps.
+      halves: what the older and the newer half of those read in place of ``alpha``, to
+        tell apart what each contributes; of an odd number the middle one reads it.
       checkpoint: store two levels of ``sqrt(T)`` carries for the reverse pass instead
         of every step's intermediates, for one more run of the steps.
     """
@@ -156,11 +159,23 @@ def iterate(
         )
         return _scan(step, carry, keys, checkpoint)
 
-    if last is not None and last < solver.num_steps:
-        early, keys = keys[: solver.num_steps - last], keys[solver.num_steps - last :]
-        frozen = jax.lax.stop_gradient(alpha)
-        carry = jax.lax.stop_gradient(run(frozen, carry, early))
-    return run(alpha, carry, keys)
+    if last is None or last >= solver.num_steps:
+        return run(alpha, carry, keys)
+    early = solver.num_steps - last
+    frozen = jax.lax.stop_gradient(alpha)
+    carry = jax.lax.stop_gradient(run(frozen, carry, keys[:early]))
+    if halves is None:
+        return run(alpha, carry, keys[early:])
+    older, newer = halves
+    for seen, length in zip((older, alpha, newer), thirds(last), strict=True):
+        carry = run(seen, carry, keys[early : early + length])
+        early += length
+    return carry
+
+
+def thirds(last: int) -> tuple[int, int, int]:
+    """Steps in the older half, between, and in the newer half."""
+    return last // 2, last % 2, last // 2
 
 
 def is_segmented(num_steps: int) -> bool:
