@@ -1,5 +1,8 @@
 """Implicit differentiation at one point, and Newton's correction of that point."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,10 +10,18 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from .linear import CG
 from .linear.operator import Stats, relative_residual, solve
 from .problem import Bilevel
 from .products import Loss, hvp, hvp_and_cross
 from .trees import add_scaled, all_finite, distance, dot, norm
+
+NOTHING_SEEN: dict[str, Any] = {
+    "num_products": 0.0,
+    "ritz_min": jnp.nan,
+    "ritz_max": jnp.nan,
+    "negative_curvature": False,
+}
 
 
 class At(eqx.Module):
@@ -101,6 +112,42 @@ def newton_step(
     matvec = lambda v: hvp(loss, w, alpha, batch, v)
     d, solved = solve(linear_solver, matvec, gradient, optax.tree.zeros_like(w))
     return add_scaled(w, -1, d), solved
+
+
+def newton_steps(
+    loss: Loss,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    gradient: PyTree,
+    rtols: Sequence[Array | float],
+    seen: Stats,
+) -> tuple[PyTree, Stats]:
+    """``w`` after a Newton step to each of ``rtols``, and all that was seen by then.
+
+    A step that does not make the gradient smaller is not taken, nor one along which H
+    is not positive. Costs a gradient a step beside the products.
+    """
+    for rtol in rtols:
+        there, solved = newton_step(loss, w, alpha, batch, gradient, CG(rtol=rtol))
+        slope_there = jax.grad(loss)(there, alpha, batch)
+        closer = norm(slope_there) < norm(gradient)
+        closer = closer & ~solved["negative_curvature"]
+        w = optax.tree.where(closer, there, w)
+        gradient = optax.tree.where(closer, slope_there, gradient)
+        seen = together(seen, solved)
+    return w, seen
+
+
+def together(seen: Stats, solved: Stats) -> Stats:
+    """Products and ends of the spectrum, of what was seen and of one more solve."""
+    return {
+        "num_products": seen["num_products"] + total_products(solved),
+        "ritz_min": jnp.fmin(seen["ritz_min"], jnp.min(solved["ritz_min"])),
+        "ritz_max": jnp.fmax(seen["ritz_max"], jnp.max(solved["ritz_max"])),
+        "negative_curvature": seen["negative_curvature"]
+        | jnp.any(solved["negative_curvature"]),
+    }
 
 
 def error_between(problem: Bilevel, h: PyTree, true: PyTree) -> Array:

@@ -19,7 +19,7 @@ from ..settings import check_steps
 from ..trees import all_finite, norm
 from .procedure import check_differentiable, inner_residual
 from .protocol import Estimate, make_stats
-from .trust import steady
+from .trust import drift
 
 
 class FixedPointState(eqx.Module):
@@ -130,7 +130,7 @@ class FixedPoint(eqx.Module):
         hypergradient = optax.tree.add(direct, cross)
 
         move = optax.tree.sub(after[0], w)
-        near = steady(
+        off = drift(
             problem, w, alpha, outer_batch, b_w, cross, hypergradient, move, mean
         )
         outer_part = held_fraction(data.outer_data, self.outer_batch_size)
@@ -144,7 +144,7 @@ class FixedPoint(eqx.Module):
         stats = make_stats(
             all_finite(value, hypergradient, w)
             & jnp.all(adjoint_residual <= TRUST)
-            & near,
+            & (off <= TRUST),
             inner_residual=inner_residual(problem, data, w, alpha),
             inner_steps=self.solver.num_steps,
             adjoint_residual=jnp.max(adjoint_residual),

@@ -4,37 +4,43 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optax
 from jaxtyping import Array, PyTree
 
 from ..adjoint import (
+    NOTHING_SEEN,
     At,
     differentiate,
-    newton_step,
-    total_products,
+    newton_steps,
+    together,
     usable,
     zero_adjoint,
 )
 from ..certificate import NEWTON, TRUST, UNSEEN, certificate
-from ..checks import check_problem, check_seen
+from ..checks import check_problem, check_seen, is_traced
 from ..cost import ledger
 from ..drawn import drawn
 from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
 from ..problem import Bilevel, held_fraction
-from ..products import Loss
 from ..settings import check_steps, number
 from ..trees import all_finite, norm, scale
+from .accuracy import Rounds, more, stepwise
 from .protocol import Estimate, make_stats
-from .trust import steady
+from .trust import drift
 
 
 class ImplicitState(eqx.Module):
-    """The warm starts: ``w`` and the adjoint, like ``w`` (leaves lead with K)."""
+    """The warm starts: ``w`` and the adjoint, like ``w`` (leaves lead with K).
+
+    ``num_estimates`` so far; ``goal`` is the gradient norm at which the inner steps may
+    stop, NaN where that is not known yet.
+    """
 
     w: PyTree
     adjoint: PyTree
+    num_estimates: Array
+    goal: Array
 
 
 class Implicit(eqx.Module):
@@ -51,6 +57,11 @@ class Implicit(eqx.Module):
         itself, so it shows the bias that damping brings.
       correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
         that does not make ``dL/dw`` smaller is not taken.
+      rel_err: work until the hypergradient's relative error is estimated to be at most
+        this: a number, or ``[n]`` numbers for the first n estimates, the last of which
+        stays (HOAG's schedules). Inner steps, of which the solver's ``num_steps`` are
+        then the most, and adjoint products are made until the estimate meets it, in at
+        most eight rounds. ``error_estimate`` and ``trusted`` tell whether it is met.
       certify: let a certificate judge each estimate (`hypergrad.certify`):
         ``error_estimate`` and ``trusted`` are its; it costs two solves for each of two
         corrections and a probe, counted.
@@ -60,8 +71,10 @@ class Implicit(eqx.Module):
       outer_batch_size: examples for the outer gradient, likewise.
 
     Cost: the inner solve, two outer gradients, the linear solver's products and one
-    more, which yields the cross term and the true residual together. Memory: the linear
-    solver's vectors, flat in the number of inner steps.
+    more, which yields the cross term and the true residual together. With ``rel_err`` a
+    look at the whole gradient every ten steps, and an adjoint solve a round, each from
+    the last one. Memory: the linear solver's vectors, flat in the number of inner
+    steps.
 
     Target: argmin. Bias: first order in what the inner and the adjoint solve leave,
     both reported. What the optimizer or the start read of ``alpha`` is not seen: a leaf
@@ -71,8 +84,10 @@ class Implicit(eqx.Module):
     is worth less than 1e-2 of the hypergradient; the curvature is the smaller of
     ``ritz_min`` and ``||b|| / ||v||``. That is what the solve happened to see: warm
     solves of few steps and solvers other than `CG` may miss a flat or a negative
-    direction. The noise that a batch size brings is not judged, and in bfloat16 the
-    residual rarely gets below 1e-2.
+    direction. The noise that a batch size brings is not judged (`Average` does), and in
+    bfloat16 the residual rarely gets below 1e-2. With ``rel_err``, ``trusted`` needs an
+    ``error_estimate`` of at most that, all finite, and no negative curvature in the
+    last round.
 
     Source: Pedregosa 2016 (arXiv 1602.02355), algorithm 1; Lorraine et al. 2020 (arXiv
     1911.02590), equation 2.
@@ -89,6 +104,7 @@ class Implicit(eqx.Module):
     solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     damping: float | Array
+    rel_err: float | Array | None
     correct: int = eqx.field(static=True)
     certify: bool = eqx.field(static=True)
     warm_start: bool = eqx.field(static=True)
@@ -105,6 +121,7 @@ class Implicit(eqx.Module):
         damping: float | Array = 0.0,
         *,
         correct: int = 0,
+        rel_err: float | Array | None = None,
         certify: bool = False,
         warm_start: bool = True,
         adjoint_batch_size: int | None = None,
@@ -118,17 +135,43 @@ class Implicit(eqx.Module):
         self.damping = number("damping", optional=False)(damping)
         check_steps("correct", correct, least=0)
         self.correct = correct
+        self.rel_err = number("rel_err")(rel_err)
+        if rel_err is not None:
+            self._check_pursuit(jnp.asarray(rel_err))
         self.certify = certify
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size
         self.outer_batch_size = outer_batch_size
 
+    def _check_pursuit(self, rel_err: Array) -> None:
+        """Refuses what could not be made more accurate."""
+        if not hasattr(self.linear_solver, "rtol"):
+            raise ValueError(
+                f"rel_err needs a linear solver with a tolerance, such as hg.CG(); "
+                f"{type(self.linear_solver).__name__} makes the same number of "
+                "products whatever is asked"
+            )
+        if not (stepwise(self.solver) or self.correct):
+            raise ValueError(
+                f"rel_err needs a solver that goes step by step, such as hg.Descent, "
+                f"or correct=1; {type(self.solver).__name__} runs once"
+            )
+        if rel_err.ndim > 1 or rel_err.size == 0:
+            raise ValueError(
+                "rel_err must be a number or one number an estimate, [n]; got shape "
+                f"{rel_err.shape}"
+            )
+        if not (is_traced(rel_err) or bool(jnp.all((rel_err > 0) & (rel_err < 1)))):
+            raise ValueError(f"rel_err must lie between 0 and 1; got {rel_err}")
+
     def error_factor(self, smallest: float, largest: float) -> float:
         """Relative error of the adjoint for a spectrum in [smallest, largest].
 
         The solver's on the damped spectrum, and what damping itself changes, at most
-        ``damping / (smallest + damping)``.
+        ``damping / (smallest + damping)``; with ``rel_err`` that, at its largest.
         """
+        if self.rel_err is not None:
+            return float(jnp.max(jnp.asarray(self.rel_err)))
         damping = float(self.damping)
         factor = getattr(self.linear_solver, "error_factor", lambda *_: 0.0)
         solved = factor(smallest + damping, largest + damping)
@@ -144,40 +187,29 @@ class Implicit(eqx.Module):
         data = drawn(problem, jax.random.key(0))
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
-        return ImplicitState(w, zero_adjoint(problem, w))
+        return ImplicitState(
+            w, zero_adjoint(problem, w), jnp.asarray(0), jnp.asarray(jnp.nan)
+        )
 
     def estimate(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, ImplicitState]:
-        """One inner solve, one adjoint solve, one cross term."""
-        data, loss = drawn(problem, key), problem.inner_loss
-        start = problem.initial(state.w, alpha)
-        w, spent = self.solver.solve(
-            loss, start, alpha, data.inner_data, data.solver_key
-        )
-
-        batch = data.inner_batch(self.adjoint_batch_size)
-        outer_batch = data.outer_batch(self.outer_batch_size)
-        w, num_products, num_grads = self._corrected(loss, w, alpha, batch)
-        v = usable(state.adjoint)
-        at = differentiate(
-            problem, self.linear_solver, w, alpha, batch, outer_batch, v, self.damping
-        )
+        """One inner solve, one adjoint solve, one cross term; or rounds of them."""
+        data = drawn(problem, key)
+        find = self._once if self.rel_err is None else self._until_accurate
+        w, at, seen, spent, judged, goal = find(problem, state, alpha, data)
+        trusted, error_estimate = judged
         part = held_fraction(data.inner_data, self.adjoint_batch_size)
         outer_part = held_fraction(data.outer_data, self.outer_batch_size)
-        num_products += total_products(at.solved)
         costs = ledger(
             data.inner_data,
             data.outer_data,
-            num_grads=spent["num_grads"] + part * num_grads,
-            num_hvps=spent["num_hvps"] + part * num_products,
+            num_grads=spent["num_grads"],
+            num_hvps=spent["num_hvps"] + part * seen["num_products"],
             num_values=spent["num_values"],
-            num_outer_grads=(1 if self.certify else 2) * outer_part * at.value.size,
+            num_outer_grads=spent["num_outer_grads"] * outer_part * at.value.size,
         )
-        if not self.certify:
-            trusted = self._judge(problem, w, alpha, at, outer_batch)
-            error_estimate = jnp.nan
-        else:
+        if self.certify:
             found = certificate(
                 problem, data, w, alpha, at.hypergradient, adjoint=at.adjoint
             )
@@ -188,46 +220,87 @@ class Implicit(eqx.Module):
             inner_residual=norm(at.gradient),
             inner_steps=spent["num_steps"],
             adjoint_residual=jnp.max(at.adjoint_residual),
-            ritz_min=jnp.min(at.solved["ritz_min"]),
-            ritz_max=jnp.max(at.solved["ritz_max"]),
+            ritz_min=seen["ritz_min"],
+            ritz_max=seen["ritz_max"],
             error_estimate=error_estimate,
             **costs,
         )
         estimate = Estimate(at.value, at.hypergradient, w, stats)
-        if self.warm_start:
-            # A start that depends on alpha begins each inner solve anew.
-            warm = w if problem.start is None else state.w
-            state = ImplicitState(warm, at.adjoint)
+        # A start that depends on alpha begins each inner solve anew.
+        warm = self.warm_start and problem.start is None
+        state = ImplicitState(
+            w if warm else state.w,
+            at.adjoint if self.warm_start else state.adjoint,
+            state.num_estimates + 1,
+            goal,
+        )
         return estimate, state
 
-    def _corrected(
-        self, loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree
-    ) -> tuple[PyTree, Array, int]:
-        """``w`` after ``correct`` Newton steps, and the products and gradients of it.
+    def _once(self, problem, state, alpha, data):
+        """The inner solver as it is, ``correct`` Newton steps, the adjoint."""
+        loss, batch = problem.inner_loss, data.inner_batch(self.adjoint_batch_size)
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        w, spent = self.solver.solve(
+            loss, problem.initial(state.w, alpha), alpha, data.inner_data,
+            data.solver_key,
+        )  # fmt: skip
+        seen = NOTHING_SEEN
+        if self.correct:
+            gradient = jax.grad(loss)(w, alpha, batch)
+            rtols = [NEWTON] * self.correct
+            w, seen = newton_steps(loss, w, alpha, batch, gradient, rtols, seen)
+            part = held_fraction(data.inner_data, self.adjoint_batch_size)
+            spent = more(spent, num_grads=part * (self.correct + 1))
+        at = differentiate(
+            problem,
+            self.linear_solver,
+            w,
+            alpha,
+            batch,
+            outer_batch,
+            usable(state.adjoint),
+            self.damping,
+        )
+        trusted, num_outer_grads = jnp.asarray(False), 1
+        if not self.certify:
+            trusted = self._judge(problem, w, alpha, at, outer_batch)
+            num_outer_grads = 2
+        spent = spent | {"num_outer_grads": num_outer_grads}
+        seen = together(seen, at.solved)
+        return w, at, seen, spent, (trusted, jnp.nan), state.goal
 
-        A step that does not make the gradient smaller is not taken.
-        """
-        num_products = jnp.zeros(())
-        if not self.correct:
-            return w, num_products, 0
-        slope = lambda w: jax.grad(loss)(w, alpha, batch)
-        gradient = slope(w)
-        for _ in range(self.correct):
-            there, solved = newton_step(
-                loss, w, alpha, batch, gradient, CG(rtol=NEWTON)
-            )
-            slope_there = slope(there)
-            closer = norm(slope_there) < norm(gradient)
-            w = optax.tree.where(closer, there, w)
-            gradient = optax.tree.where(closer, slope_there, gradient)
-            num_products += solved["num_products"]
-        return w, num_products, self.correct + 1
+    def _until_accurate(self, problem, state, alpha, data):
+        """Rounds of inner steps, Newton steps and an adjoint until ``rel_err``."""
+        rel_err = jnp.atleast_1d(jnp.asarray(self.rel_err, dtype=float))
+        rel_err = rel_err[jnp.minimum(state.num_estimates, rel_err.size - 1)]
+        rounds = Rounds(
+            problem,
+            data,
+            alpha,
+            self.solver,
+            self.linear_solver,
+            self.damping,
+            self.correct,
+            self.adjoint_batch_size,
+            self.outer_batch_size,
+            rel_err,
+        )
+        start = problem.initial(state.w, alpha)
+        found = rounds.run(start, usable(state.adjoint), state.goal)
+        at, seen = found.at, found.seen
+        trusted = (
+            all_finite(at.value, at.hypergradient, at.gradient)
+            & (found.error <= rel_err)
+            & ~seen["negative_curvature"]
+        )
+        judged = trusted, found.error
+        return found.carry[0], at, seen, found.spent, judged, found.first_goal
 
     def _judge(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, at: At, outer_batch: PyTree
     ) -> Array:
         """Whether what the solves saw speaks for the estimate."""
-        near = steady(
+        off = drift(
             problem,
             w,
             alpha,
@@ -241,6 +314,6 @@ class Implicit(eqx.Module):
         return (
             all_finite(at.value, at.hypergradient, at.gradient, at.adjoint_residual)
             & jnp.all(at.adjoint_residual <= TRUST)
-            & near
+            & (off <= TRUST)
             & ~jnp.any(at.solved["negative_curvature"])
         )

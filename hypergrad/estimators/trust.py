@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..certificate import TRUST
 from ..checks import reads_w
 from ..linear.operator import relative_residual
 from ..problem import Bilevel
 from ..trees import add_scaled, norm
 
 
-def steady(
+def drift(
     problem: Bilevel,
     w: PyTree,
     alpha: PyTree,
@@ -22,25 +21,32 @@ def steady(
     move: PyTree,
     curvature: Array,
 ) -> Array:
-    """Whether ``w`` is near enough to ``w*``, as far as ``move / curvature`` can tell.
+    """How far ``w`` and ``dM/dw`` are off, relative, as ``move / curvature`` tells.
 
     Args:
       problem, w, alpha, outer_batch: of the estimate.
       b, cross, hypergradient: ``dM/dw`` and what was made of it; K leads for K losses.
       move: the step that the inner problem asks for at ``w``, such as ``-dL/dw``.
       curvature: the least that was seen, for each of K.
+
+    Returns:
+      The larger of the distance to ``w*`` over ``||w||``, and the change of ``dM/dw``
+      that far away, as part of the hypergradient: where M is nearly flat, ``w`` alone
+      tells nothing. One more outer gradient. 0 where the outer loss reads no ``w``.
     """
+    outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
+    if not reads_w(outer, w, alpha, outer_batch):
+        return jnp.zeros(())
     curvature = jnp.min(curvature)
     w_error = norm(move) / (curvature * norm(w))
-    # dM/dw as far away as w* may be: where M is nearly flat, w alone tells nothing.
     away = add_scaled(w, 1 / curvature, move)
     _, b_away, _ = problem.outer_gradients(away, alpha, outer_batch)
-    little = lambda b, b_away, cross, h: (
-        relative_residual(b, b_away) * norm(cross) <= TRUST * norm(h)
-    )
+
+    def worth(b, b_away, cross, h):
+        change = relative_residual(b, b_away) * norm(cross)
+        return jnp.where(change == 0, 0.0, change / norm(h))
+
     if problem.num_objectives is not None:
-        little = jax.vmap(little)
-    same = jnp.all(little(b, b_away, cross, hypergradient))
-    outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
-    w_matters = reads_w(outer, w, alpha, outer_batch)
-    return (norm(move) == 0) | ((w_error <= TRUST) & same) | (not w_matters)
+        worth = jax.vmap(worth)
+    change = jnp.max(worth(b, b_away, cross, hypergradient))
+    return jnp.where(norm(move) == 0, 0.0, jnp.maximum(w_error, change))
