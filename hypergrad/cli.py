@@ -1,4 +1,4 @@
-"""The command line: ``hypergrad run NAME``, ``hypergrad tasks``."""
+"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``."""
 
 import sys
 from pathlib import Path
@@ -94,6 +94,25 @@ def tasks() -> None:
     Console().print(table)
 
 
+def estimators() -> None:
+    """List the estimators: what each is for, what it costs, what it sees."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import choose
+
+    console = Console()
+    console = Console(width=max(console.width, 110))
+    for name in ("advice", "costs"):
+        columns = choose.TABLES[name]
+        table = Table()
+        for i, column in enumerate(columns):
+            table.add_column(column, no_wrap=i == 0)
+        for row in choose.rows():
+            table.add_row(*(row[column] for column in columns))
+        console.print(table)
+
+
 def main() -> None:
     """Entry point of the ``hypergrad`` command."""
     try:
@@ -103,9 +122,9 @@ def main() -> None:
     positional = Annotated[Literal["cleaning"], tyro.conf.Positional]
     run.__annotations__["task"] = positional
     tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "tasks": tasks},
+        {"run": run, "tasks": tasks, "estimators": estimators},
         prog="hypergrad",
-        description="Hypergradients for JAX: run a task's table, list the tasks.",
+        description="Hypergradients for JAX: run a task's table, list what there is.",
     )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from ..checks import check_problem
 from ..cost import ledger
 from ..drawn import Drawn, drawn
+from ..guide import Guide
 from ..inner.protocol import InnerSolver, IterativeSolver
 from ..problem import Bilevel, fraction, held_fraction
 from ..settings import check_steps, number
@@ -58,6 +59,19 @@ class Evolution(eqx.Module):
 
     target = "solver"
     citations = ("salimans2017", "vicol2021")
+    guide = (
+        Guide(
+            "Evolution(solver, s, n)",
+            gradients="(2 * n + 1) * T + 1",
+            hvps="0",
+            memory="2 n runs",
+            bias="smoothing by s, and noise",
+            sees=("losses", "optimizer", "start"),
+            use="a metric or a run that has no derivative",
+            avoid="many hyperparameters, or where a derivative exists",
+            why="the noise falls as 1/sqrt(n) and grows as sqrt(N + 1)",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("num_pairs", self.num_pairs)
@@ -172,6 +186,19 @@ class PersistentEvolution(eqx.Module):
 
     target = "solver"
     citations = ("vicol2021",)
+    guide = (
+        Guide(
+            "PersistentEvolution(solver, s, n, K)",
+            gradients="2 * n * K + 1",
+            hvps="0",
+            memory="2 n carries",
+            bias="smoothing by s, and noise",
+            sees=("losses", "optimizer", "start"),
+            use="moving alpha every K steps of one long run",
+            avoid="many hyperparameters, short runs",
+            why="runs remember what moved them: no bias of truncation, more noise",
+        ),
+    )
 
     def __check_init__(self):
         if not hasattr(self.solver, "step"):

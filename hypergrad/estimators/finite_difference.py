@@ -10,6 +10,7 @@ from ..certificate import UNSEEN
 from ..checks import check_problem, check_seen
 from ..cost import ledger
 from ..drawn import drawn
+from ..guide import Guide
 from ..inner.protocol import InnerSolver
 from ..problem import Bilevel, held_fraction
 from ..settings import check_steps, number
@@ -60,6 +61,19 @@ class FiniteDifference(eqx.Module):
 
     target = "argmin"
     citations = ("liu2019",)
+    guide = (
+        Guide(
+            "FiniteDifference(solver)",
+            gradients="T + 3",
+            hvps="0",
+            memory="2 w",
+            bias="takes H for I / step_size",
+            sees=("losses",),
+            use="architecture search as in DARTS, without second derivatives",
+            avoid="wherever the length of the hypergradient matters",
+            why="two gradients stand for the cross term, and nothing is solved",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)
@@ -161,6 +175,19 @@ class CentralDifference(eqx.Module):
 
     target = "solver"
     citations = ()
+    guide = (
+        Guide(
+            "CentralDifference(solver)",
+            gradients="(2 * N + 1) * T + 1",
+            hvps="0",
+            memory="1 run",
+            bias="epsilon^2",
+            sees=("losses", "optimizer", "start"),
+            use="checking another estimator on a small copy of the problem",
+            avoid="more than a handful of hyperparameters, float32, jumps",
+            why="whole runs are compared, whatever the solver does in them",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)

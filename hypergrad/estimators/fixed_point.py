@@ -11,6 +11,7 @@ from ..certificate import TRUST, UNSEEN
 from ..checks import check_problem, check_seen, solver_reads_alpha
 from ..cost import ledger
 from ..drawn import drawn
+from ..guide import Guide
 from ..inner.descent import iterate
 from ..inner.protocol import IterativeSolver
 from ..linear.operator import relative_residual
@@ -70,6 +71,19 @@ class FixedPoint(eqx.Module):
 
     target = "argmin"
     citations = ("grazzi2020",)
+    guide = (
+        Guide(
+            "FixedPoint(solver, K)",
+            gradients="T + 2",
+            hvps="K + 1",
+            memory="2 carries",
+            bias="q^K",
+            sees=("losses", "optimizer"),
+            use="an optimizer that moves where the loop ends, as weight decay does",
+            avoid="learning rates, starts, an inner loop that stops early",
+            why="one step is differentiated, at the point that it leads back to",
+        ),
+    )
 
     def __check_init__(self):
         check_differentiable(self.solver)

@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree
 
 from ..checks import solver_reads_alpha
 from ..drawn import drawn
+from ..guide import Guide
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel
 from ..products import pushforward
@@ -63,6 +64,19 @@ class Forward(eqx.Module):
 
     target = "solver"
     citations = ("franceschi2017", "micaelli2021")
+    guide = (
+        Guide(
+            "Forward(solver)",
+            gradients="T + 1",
+            hvps="N * T",
+            memory="N + 1 carries",
+            bias="none",
+            sees=("losses", "optimizer", "start"),
+            use="a handful of hyperparameters over very many steps",
+            avoid="more than a handful",
+            why="one tangent a hyperparameter goes along, and no step is stored",
+        ),
+    )
 
     def __check_init__(self):
         check_differentiable(self.solver)

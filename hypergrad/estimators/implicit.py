@@ -19,6 +19,7 @@ from ..certificate import NEWTON, TRUST, UNSEEN, certificate
 from ..checks import check_problem, check_seen, is_traced
 from ..cost import ledger
 from ..drawn import drawn
+from ..guide import Guide
 from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
@@ -113,6 +114,19 @@ class Implicit(eqx.Module):
 
     target = "argmin"
     citations = ("pedregosa2016",)
+    guide = (
+        Guide(
+            "Implicit(solver, lineax.LU())",
+            gradients="T",
+            hvps="d + 1",
+            memory="d^2 numbers",
+            bias="none if solved",
+            sees=("losses",),
+            use="a small w on which CG stalls; any solver of lineax may stand here",
+            avoid="a large w",
+            why="the matrix H is made, one product a column",
+        ),
+    )
 
     def __init__(
         self,

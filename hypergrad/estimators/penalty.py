@@ -13,6 +13,7 @@ from ..certificate import UNSEEN
 from ..checks import check_problem, check_seen
 from ..cost import HVP, ledger
 from ..drawn import Drawn, drawn
+from ..guide import Guide
 from ..inner.protocol import InnerSolver, InnerStats
 from ..problem import Bilevel, held_fraction
 from ..settings import check_steps, number
@@ -71,6 +72,19 @@ class Penalty(eqx.Module):
 
     target = "argmin"
     citations = ("shen2023", "scellier2017")
+    guide = (
+        Guide(
+            "Penalty(solver, l)",
+            gradients="2 * T + 3",
+            hvps="0",
+            memory="3 w",
+            bias="1/l, or 1/l^2 if symmetric",
+            sees=("losses",),
+            use="inner losses without second derivatives",
+            avoid="inner solves that stop early",
+            why="two solutions are compared, and l multiplies what the solves leave",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ..checks import check_problem, check_seen, reads, start_reads_alpha
 from ..drawn import drawn
+from ..guide import Guide
 from ..problem import Bilevel, draw
 from ..products import hvp_and_cross
 from ..settings import check_steps, number, refuse_optax
@@ -76,6 +77,19 @@ class Reversible(eqx.Module):
 
     target = "solver"
     citations = ("maclaurin2015",)
+    guide = (
+        Guide(
+            "Reversible(rate, m, T)",
+            gradients="2 * T + 1",
+            hvps="T",
+            memory="6 w, log2(1/m) bits a number and step",
+            bias="rounding to 2^-34, in float64",
+            sees=("losses", "optimizer", "start"),
+            use="thousands of steps of momentum descent, all of them seen",
+            avoid="other optimizers, float32, several outer losses",
+            why="steps are undone bit by bit instead of being stored",
+        ),
+    )
 
     def __init__(
         self,

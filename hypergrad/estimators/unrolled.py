@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ..checks import solver_reads_alpha
 from ..drawn import drawn
+from ..guide import Guide
 from ..inner.descent import is_segmented, thirds
 from ..inner.protocol import IterativeSolver
 from ..problem import Bilevel
@@ -76,6 +77,30 @@ class Unrolled(eqx.Module):
 
     target = "solver"
     citations = ("franceschi2017", "shaban2019", "griewank2000")
+    guide = (
+        Guide(
+            "Unrolled(solver)",
+            gradients="2 * T + 1",
+            hvps="T",
+            memory="2 sqrt(T) carries",
+            bias="none",
+            sees=("losses", "optimizer", "start"),
+            use="alpha in the optimizer or start, a loop that stops early on purpose",
+            avoid="very long runs, solvers that search along a line",
+            why="the derivative of the steps made; they run twice to save memory",
+        ),
+        Guide(
+            "Unrolled(solver, last=K)",
+            gradients="T + K + 1",
+            hvps="K",
+            memory="2 sqrt(K) carries",
+            bias="q^K",
+            sees=("losses", "optimizer"),
+            use="long runs that end near a minimum",
+            avoid="learning rates and schedules, which early steps decide",
+            why="older steps are dropped: without contraction the sign may be wrong",
+        ),
+    )
 
     def __check_init__(self):
         check_differentiable(self.solver)

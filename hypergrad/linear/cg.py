@@ -11,6 +11,7 @@ import optax
 from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, PyTree
 
+from ..guide import Guide
 from ..settings import check_steps, number
 from ..trees import add_scaled, dot, norm, scalar_dtype
 from .operator import MatVec, relative_residual
@@ -49,6 +50,19 @@ class CG(SymmetricSolver):
 
     citations = ("hestenes1952",)
     exact = True
+    guide = (
+        Guide(
+            "Implicit(solver)",
+            gradients="T",
+            hvps="k + 1",
+            memory="4 w",
+            bias="none if solved",
+            sees=("losses",),
+            use="the first choice: any N, an inner loop that converges",
+            avoid="an inner loop that stops early, an indefinite H",
+            why="k grows as the root of the condition number, not with N or T",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("max_steps", self.max_steps, optional=True)

@@ -5,6 +5,7 @@ from typing import Any
 import lineax as lx
 from jaxtyping import PyTree
 
+from ..guide import Guide
 from .symmetric import SymmetricSolver
 
 
@@ -23,6 +24,19 @@ class Identity(SymmetricSolver):
 
     citations = ("luketina2016",)
     exact = False
+    guide = (
+        Guide(
+            "Implicit(solver, hg.Identity())",
+            gradients="T",
+            hvps="1",
+            memory="nothing",
+            bias="takes H for the identity",
+            sees=("losses",),
+            use="a first look, a baseline",
+            avoid="wherever the length of the hypergradient matters",
+            why="the adjoint is wrong by up to max abs(lambda - 1), relatively",
+        ),
+    )
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """Relative error of the adjoint for a spectrum in [smallest, largest]."""

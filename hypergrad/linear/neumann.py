@@ -9,6 +9,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from ..guide import Guide
 from ..settings import check_steps, number
 from ..trees import add_scaled, norm, scalar_dtype, scale
 from .operator import MatVec
@@ -47,6 +48,19 @@ class Neumann(SymmetricSolver):
 
     citations = ("lorraine2020",)
     exact = False
+    guide = (
+        Guide(
+            "Implicit(solver, hg.Neumann(K))",
+            gradients="T",
+            hvps="K + 10",
+            memory="2 w",
+            bias="q^K",
+            sees=("losses",),
+            use="the same small cost at every step",
+            avoid="an ill-conditioned H",
+            why="q = 1 - 1/condition for the step 1/lambda_max, which takes the 10",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("num_terms", self.num_terms)

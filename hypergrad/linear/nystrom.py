@@ -9,6 +9,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ..guide import Guide
 from ..settings import check_steps, number
 from ..trees import scalar_dtype
 from .cg import conjugate_gradients
@@ -72,6 +73,19 @@ class Nystrom(SymmetricSolver):
 
     citations = ("hataya2023", "frangella2023")
     exact = False
+    guide = (
+        Guide(
+            "Implicit(solver, hg.Nystrom(r))",
+            gradients="T",
+            hvps="r + 1",
+            memory="2 r w",
+            bias="sketch and damping",
+            sees=("losses",),
+            use="an H of low rank; the r products run as one batch",
+            avoid="an indefinite H, a slowly falling spectrum",
+            why="what the sketch misses is taken for the damping",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("rank", self.rank)
@@ -131,6 +145,19 @@ class NystromCG(SymmetricSolver):
 
     citations = ("frangella2023", "hestenes1952")
     exact = True
+    guide = (
+        Guide(
+            "Implicit(solver, hg.NystromCG(r))",
+            gradients="T",
+            hvps="r + k + 1",
+            memory="2 r + 5 w",
+            bias="none if solved",
+            sees=("losses",),
+            use="a few large eigenvalues that cost CG many steps",
+            avoid="an H that CG solves in about r steps, an indefinite H",
+            why="the sketch flattens the largest, so k depends on the others",
+        ),
+    )
 
     def __check_init__(self):
         check_steps("rank", self.rank)

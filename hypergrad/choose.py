@@ -1,0 +1,113 @@
+"""The tables of *How to choose an estimator*, from what the methods declare.
+
+``python -m hypergrad.choose docs/choose.md README.md`` writes each table anew between
+the comments that name it.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from .citation import BIBTEX
+from .estimators import (
+    CentralDifference,
+    Evolution,
+    FiniteDifference,
+    FixedPoint,
+    Forward,
+    Implicit,
+    Penalty,
+    PersistentEvolution,
+    Reversible,
+    Unrolled,
+)
+from .guide import Guide
+from .linear import CG, Identity, Neumann, Nystrom, NystromCG
+
+# In reading order.
+LINEAR_SOLVERS = (CG, Neumann, Nystrom, NystromCG, Identity)
+ESTIMATORS = (
+    Implicit,
+    Unrolled,
+    Forward,
+    Reversible,
+    FixedPoint,
+    FiniteDifference,
+    Penalty,
+    CentralDifference,
+    Evolution,
+    PersistentEvolution,
+)
+
+COSTS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")
+TABLES = {
+    "advice": ("estimator", "recommended for", "not recommended for", "why"),
+    "costs": (*COSTS, "sees alpha in"),
+    "summary": (*COSTS, "source"),
+}
+
+
+def methods() -> list[tuple[Guide, str, tuple[str, ...]]]:
+    """Guide, target and citations of each row."""
+    found: list[tuple[Guide, str, tuple[str, ...]]] = []
+    for solver in LINEAR_SOLVERS:
+        citations = (*Implicit.citations, *solver.citations)
+        found += [(guide, Implicit.target, citations) for guide in solver.guide]
+    for estimator in ESTIMATORS:
+        target, citations = estimator.target, estimator.citations
+        found += [(guide, target, citations) for guide in estimator.guide]
+    return found
+
+
+def rows() -> list[dict[str, str]]:
+    """A row for each guide, by the names of the columns.
+
+    >>> [row["HVPs"] for row in rows() if row["estimator"] == "Forward(solver)"]
+    ['N T']
+    """
+    product = lambda formula: formula.replace(" * ", " ")
+    return [
+        {
+            "estimator": guide.call,
+            "recommended for": guide.use,
+            "not recommended for": guide.avoid,
+            "why": guide.why,
+            "gradients": product(guide.gradients),
+            "HVPs": product(guide.hvps),
+            "memory": guide.memory,
+            "bias": guide.bias,
+            "target": target,
+            "sees alpha in": ", ".join(guide.sees),
+            "source": ", ".join(map(_source, citations)) or "-",
+        }
+        for guide, target, citations in methods()
+    ]
+
+
+def _source(key: str) -> str:
+    """``pedregosa2016`` as a link to its preprint, where there is one."""
+    name = f"{key[:-4].capitalize()} {key[-4:]}"
+    preprint = re.search(r"eprint = {(.*?)}", BIBTEX[key])
+    return f"[{name}](https://arxiv.org/abs/{preprint[1]})" if preprint else name
+
+
+def markdown(name: str) -> str:
+    """One of `TABLES`."""
+    columns = TABLES[name]
+    line = lambda cells: f"| {' | '.join(cells)} |\n"
+    body = [
+        line([f"`{row['estimator']}`", *(row[column] for column in columns[1:])])
+        for row in rows()
+    ]
+    return line(columns) + "|" + "---|" * len(columns) + "\n" + "".join(body)
+
+
+def rewrite(text: str) -> str:
+    """The page with every table anew."""
+    between = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
+    return between.sub(lambda found: found[1] + markdown(found[2]) + found[3], text)
+
+
+if __name__ == "__main__":
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(rewrite(page.read_text()))
