@@ -352,3 +352,22 @@ def test_particles_need_a_solver_that_goes_step_by_step():
     """Newton does not; that it has no derivative is no matter."""
     with pytest.raises(TypeError, match="does not go step by step"):
         hg.PersistentEvolution(hg.Newton())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hg.CentralDifference,
+        lambda solver: hg.Evolution(solver, 0.1, 2),
+        lambda solver: hg.PersistentEvolution(solver, 0.1, 2, window=1),
+    ],
+)
+def test_what_nothing_reads_is_refused(make):
+    """A misspelt leaf would be noise, or a zero; what the rate reads is not."""
+    inner = lambda w, alpha, batch: (w - alpha["target"]) ** 2
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
+    estimator = make(hg.Descent(lambda alpha: optax.sgd(alpha["rate"]), 3))
+    read = {"target": 1.0, "rate": 0.1}
+    hg.hypergradient(problem, estimator)(0.0, read)
+    with pytest.raises(ValueError, match=r"reads alpha\['ratee'\]; take it out"):
+        hg.hypergradient(problem, estimator)(0.0, read | {"ratee": 0.1})

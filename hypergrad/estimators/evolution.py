@@ -13,7 +13,7 @@ from ..guide import Guide
 from ..inner.protocol import InnerSolver, IterativeSolver
 from ..problem import Bilevel, fraction, held_fraction
 from ..settings import check_steps, number
-from .procedure import ProcedureState, inner_residual, next_state, whole_run
+from .procedure import ProcedureState, check_read, inner_residual, next_state, whole_run
 from .protocol import Estimate, make_stats
 from .spread import standard_error
 
@@ -87,6 +87,7 @@ class Evolution(eqx.Module):
         """Starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
+        check_read(self.solver, problem, w, alpha)
         return ProcedureState(w)
 
     def estimate(
@@ -225,6 +226,7 @@ class PersistentEvolution(eqx.Module):
         """All particles at ``w``."""
         key = jax.random.key(0) if key is None else key
         check_problem(problem, w, alpha, self.solver)
+        check_read(self.solver, problem, w, alpha)
         inner_data, _ = problem.data(key)
         flat, unravel = ravel_pytree(alpha)
         shape = (2, self.num_pairs, flat.size)

@@ -15,7 +15,13 @@ from ..inner.protocol import InnerSolver
 from ..problem import Bilevel, held_fraction
 from ..settings import check_steps, number
 from ..trees import add_scaled, norm
-from .procedure import ProcedureState, inner_residual, next_state, whole_run
+from .procedure import (
+    ProcedureState,
+    check_read,
+    inner_residual,
+    next_state,
+    whole_run,
+)
 from .protocol import Estimate, make_stats
 
 
@@ -202,6 +208,7 @@ class CentralDifference(eqx.Module):
         """Starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
+        check_read(self.solver, problem, w, alpha)
         return ProcedureState(w)
 
     def estimate(

@@ -15,11 +15,12 @@ from ..checks import (
     check_problem,
     check_seen,
     check_solver,
+    reads,
     solver_reads_alpha,
     start_reads_alpha,
 )
 from ..cost import ledger
-from ..drawn import Drawn
+from ..drawn import Drawn, drawn
 from ..inner.descent import iterate, searches_a_line
 from ..inner.protocol import InnerSolver, InnerStats, IterativeSolver
 from ..problem import Bilevel, fraction, held_fraction
@@ -94,6 +95,28 @@ def whole_run(
         return problem.outer(found, alpha, outer_batch), found, spent
 
     return run
+
+
+def check_read(solver: InnerSolver, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Refuses a leaf of ``alpha`` on which the outer value cannot depend.
+
+    For methods that need no derivative: what is read anywhere in a run counts.
+    """
+    data = drawn(problem, jax.random.key(0))
+    run = whole_run(solver, problem, data, w, data.outer_batch())
+    read = reads(lambda alpha: run(alpha)[0], alpha)
+    unread = [
+        f"alpha{jax.tree_util.keystr(path)}"
+        for (path, _), is_read in zip(
+            jax.tree.leaves_with_path(alpha), read, strict=True
+        )
+        if not is_read
+    ]
+    if unread:
+        raise ValueError(
+            f"neither the losses nor the solver nor the start reads "
+            f"{', '.join(unread)}; take it out of alpha"
+        )
 
 
 def response(
