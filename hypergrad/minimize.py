@@ -122,6 +122,11 @@ def minimize(
     estimator, problem, space = traced((estimator, problem, space))
     rehearse(estimator, problem, w, alpha)
     if certify_every is not None:
+        if problem.draw is not None and hasattr(estimator, "num_draws"):
+            raise ValueError(
+                "certify_every looks at one draw of the problem's data, an average is "
+                "over several; certify within each, by the estimator that is averaged"
+            )
         rehearse(Claim(), problem, w, alpha)
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)

@@ -36,8 +36,10 @@ def number(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
     """
 
     def convert(value: Any) -> Any:
-        if isinstance(value, float) or (optional and value is None):
+        if optional and value is None:
             return value
+        if isinstance(value, float):  # NumPy's float64 is one, of another type to jax
+            return float(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         dtype = getattr(value, "dtype", None)

@@ -119,6 +119,25 @@ def test_one_draw_has_no_spread(num_draws):
         hg.Average(hg.Implicit(hg.Newton()), num_draws)
 
 
+def test_what_is_no_estimator_is_refused():
+    """And an average's own draws of the problem's data, which are several."""
+    with pytest.raises(TypeError, match="estimator must have init and estimate"):
+        hg.Average(hg.Newton())
+    with pytest.raises(TypeError, match="is the class Implicit"):
+        hg.Average(hg.Implicit)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+        draw=lambda key: (jnp.ones(1), jnp.ones(1)),
+    )
+    with pytest.raises(ValueError, match="several"):
+        hg.minimize(
+            problem, hg.Average(hg.Implicit(hg.Newton())), optax.sgd(0.1), 0.0, 1.0,
+            num_steps=1, certify_every=1,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
 def test_conformance():
     """What every estimator must do."""
     average = hg.Average(hg.Implicit(hg.Descent(optax.sgd(0.5), 200)), 2)

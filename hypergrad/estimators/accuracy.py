@@ -4,7 +4,9 @@ Let ``h`` and ``h'`` be the hypergradients before and after ``w`` was moved, and
 the distance to ``w*`` that is left over the distance moved. Where the error is linear
 in the distance, that of ``h'`` is ``||h' - h|| rho / (1 - rho)``. The distance left is
 taken as ``||dL/dw||`` over the least curvature seen, which is too much for all but the
-flattest directions.
+flattest directions. What moved need not lie in the direction of what is left (rates may
+differ, parts of ``w`` may stand still), so that `drift` is asked too, and the larger of
+both counts.
 """
 
 import math
@@ -13,7 +15,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, PyTree
 
 from ..adjoint import (
@@ -27,12 +28,13 @@ from ..adjoint import (
 from ..drawn import Drawn
 from ..inner.protocol import inner_stats
 from ..linear.operator import Stats
-from ..problem import Bilevel, fraction, held_fraction
-from ..trees import add_scaled, all_finite, norm, scale
+from ..problem import Bilevel, fraction
+from ..trees import add_scaled, all_finite, dot, norm, scale
 from .trust import drift
 
 ROUNDS = 8
 LOOK = 10  # gradients that steps cost between two looks at the whole gradient
+ROUNDING = 10  # units in the last place that are no move
 STRIDE = 10.0  # the most by which a goal moves from one round to the next
 
 
@@ -42,10 +44,9 @@ class Found(eqx.Module):
     Attributes:
       carry: the inner solver's, ``w`` first.
       at: implicit differentiation at ``w``.
-      num_steps: inner steps.
-      num_grads, num_values: on all data; ``num_hvps`` are the inner solver's own.
-      num_outer_grads: on the held batch.
-      seen: products on the held batch, and the ends of the spectrum.
+      spent: the inner solver's counts, with looks at the gradient and those of Newton
+        steps; ``num_outer_grads`` of one loss.
+      seen: products, and the ends of the spectrum.
       goal: gradient norm at which the inner steps of the next round stop.
       first_goal: that with which the first round would just have sufficed.
       rtol: relative residual at which the next adjoint solve stops.
@@ -75,23 +76,18 @@ class Found(eqx.Module):
 class Rounds(eqx.Module):
     """Rounds of inner steps, Newton steps and an adjoint solve, until ``rel_err``.
 
+    A solver that goes step by step is stopped early; another runs once, as it is.
+
     Attributes:
+      implicit: the estimator `Implicit`; its linear solver's ``rtol`` is set anew.
       problem, data, alpha: of the estimate.
-      solver: stopped early if it goes step by step; another runs once, as it is.
-      linear_solver: its field ``rtol`` is set anew.
-      damping, correct, adjoint_batch_size, outer_batch_size: as in `Implicit`.
       rel_err: of the hypergradient.
     """
 
+    implicit: Any
     problem: Bilevel
     data: Drawn
     alpha: PyTree
-    solver: Any
-    linear_solver: lx.AbstractLinearSolver
-    damping: Array | float
-    correct: int
-    adjoint_batch_size: int | None
-    outer_batch_size: int | None
     rel_err: Array
 
     def run(self, w: PyTree, adjoint: PyTree, goal: Array) -> Found:
@@ -107,19 +103,19 @@ class Rounds(eqx.Module):
             finite = all_finite(found.at.hypergradient)
             return (found.num_rounds < ROUNDS) & ~met & can & finite
 
-        again = lambda found: self.round(found)
+        again = lambda found: self.round(found)  # jax hashes a bound method's arrays
         return jax.lax.while_loop(unfinished, again, self.first(w, adjoint, goal))
 
     def first(self, w: PyTree, adjoint: PyTree, goal: Array) -> Found:
         """Before any round: at the goal, or short of it where only steps follow."""
-        if stepwise(self.solver):
+        if stepwise(self.implicit.solver):
             gradient = self.slope(w)
             goal = jnp.where(jnp.isnan(goal), self.root * norm(gradient), goal)
-            short = goal if self.correct else STRIDE * goal
-            spent = inner_stats(0, num_grads=self.part)
+            short = goal if self.implicit.correct else STRIDE * goal
+            spent = inner_stats(0, num_grads=1)
             carry, _, spent = self.descend(self.begin(w), gradient, short, spent)
         else:
-            w, spent = self.solver.solve(
+            w, spent = self.implicit.solver.solve(
                 self.problem.inner_loss,
                 w,
                 self.alpha,
@@ -153,32 +149,37 @@ class Rounds(eqx.Module):
             nothing,
             found.seen,
         )
-        if stepwise(self.solver):
-            carry, gradient, spent = self.descend(carry, gradient, found.goal, spent)
+        if stepwise(self.implicit.solver):
+            goal = found.goal
+            if not self.implicit.correct:  # a round of steps alone has to move w
+                goal = jnp.minimum(goal, norm(gradient) / STRIDE)
+            goal = jnp.maximum(goal, noise(carry[0], seen))
+            carry, gradient, spent = self.descend(carry, gradient, goal, spent)
         w, reached = carry[0], norm(gradient)
-        if self.correct:
+        if self.implicit.correct:
             # A step squares a distance if its solve is as accurate as that is small.
-            rtols = [self.root ** (2**i) for i in range(self.correct)]
+            rtols = [self.root ** (2**i) for i in range(self.implicit.correct)]
             loss = self.problem.inner_loss
             w, seen = newton_steps(
                 loss, w, self.alpha, self.batch, gradient, rtols, seen
             )
-            spent = more(spent, num_grads=self.part * self.correct)
+            spent = more(spent, num_grads=self.implicit.correct)
             # With the momentum of before, the next steps would leave again.
-            carry = self.begin(w) if stepwise(self.solver) else (w, ())
+            carry = self.begin(w) if stepwise(self.implicit.solver) else (w, ())
 
         at = self.differentiated(w, found.at.adjoint, found.rtol)
         seen = together(seen, at.solved)
         inner_error, adjoint_error, moved = self.errors(found, w, at, seen)
         # What a round leaves goes as this power of the distance that it begins at.
-        power = 2**self.correct
+        power = 2**self.implicit.correct
         nearer = (self.rel_err / (2 * inner_error)) ** (1 / power)
-        goal = reached * jnp.clip(nearer, 1 / STRIDE, STRIDE)
+        most = jnp.maximum(STRIDE * reached, found.goal)
+        goal = jnp.clip(reached * nearer, reached / STRIDE, most)
         stricter = jnp.clip(self.rel_err / (4 * adjoint_error), 1e-2, 1.0)
         return Found(
             carry=carry,
             at=at,
-            spent=more(spent, num_outer_grads=jnp.where(moved, 1, 2)),
+            spent=more(spent, num_outer_grads=2),
             seen=seen,
             goal=goal,
             first_goal=jnp.where(found.num_rounds == 0, goal, found.first_goal),
@@ -192,17 +193,25 @@ class Rounds(eqx.Module):
     def errors(
         self, before: Found, w: PyTree, at: At, seen: Stats
     ) -> tuple[Array, Array, Array]:
-        """What the distance to ``w*`` and the adjoint's residual bring; and if moved.
-
-        Where ``w`` did not move, `drift` judges the distance.
-        """
-        curvature = jnp.fmin(jnp.min(at.mean_curvature), seen["ritz_min"])
-        way = norm(add_scaled(w, -1, before.carry[0]))
-        moved = way > 0
+        """What the distance to w* and the adjoint's residual bring; whether w moved."""
+        dw = add_scaled(w, -1, before.carry[0])
+        dg = add_scaled(at.gradient, -1, before.at.gradient)
+        way = norm(dw)
+        moved = way > ROUNDING * jnp.finfo(way.dtype).eps * norm(w)
+        curvature = jnp.fmin(jnp.nanmin(at.mean_curvature), seen["ritz_min"])
+        curvature = jnp.where(
+            moved, jnp.fmin(curvature, dot(dw, dg) / way**2), curvature
+        )
         rho = norm(at.gradient) / curvature / way
         change = error_between(self.problem, before.at.hypergradient, at.hypergradient)
         by_change = jnp.where(rho < 1, change * rho / (1 - rho), jnp.inf)
-        still = lambda: drift(
+        # With steps left, standing still says nothing: the next round has to move.
+        by_change = jnp.where(
+            moved, by_change, jnp.where(self.can_step(before.spent), jnp.inf, 0.0)
+        )
+        settled = norm(at.gradient) <= noise(w, seen)
+        by_change = jnp.where(settled, 0.0, by_change)
+        by_drift = drift(
             self.problem,
             w,
             self.alpha,
@@ -213,12 +222,15 @@ class Rounds(eqx.Module):
             scale(-1, at.gradient),
             curvature,
         )
-        inner_error = jax.lax.cond(moved, lambda: by_change, still)
-        inner_error = jnp.where(curvature > 0, inner_error, jnp.inf)
+        inner_error = jnp.where(
+            curvature > 0, jnp.maximum(by_change, by_drift), jnp.inf
+        )
+        # Nothing of the inner problem matters to an outer loss that reads no w.
+        inner_error = jnp.where(norm(at.b) == 0, 0.0, inner_error)
 
         def of_adjoint(residual, mean, cross, h):
-            worth = residual * mean / curvature * norm(cross)
-            return jnp.where(worth == 0, 0.0, worth / norm(h))
+            worth = residual * mean / curvature * norm(cross) / norm(h)
+            return jnp.where((residual == 0) | (norm(cross) == 0), 0.0, worth)
 
         if self.problem.num_objectives is not None:
             of_adjoint = jax.vmap(of_adjoint)
@@ -230,25 +242,30 @@ class Rounds(eqx.Module):
     def begin(self, w: PyTree) -> PyTree:
         """The solver's first carry."""
         init_key, _ = jax.random.split(self.data.solver_key)
-        return self.solver.init(
+        return self.implicit.solver.init(
             self.problem.inner_loss, w, self.alpha, self.data.inner_data, init_key
         )
 
     def can_step(self, spent: Stats) -> Array | bool:
         """Whether inner steps are left."""
-        return stepwise(self.solver) and spent["num_steps"] < self.solver.num_steps
+        return (
+            stepwise(self.implicit.solver)
+            and spent["num_steps"] < self.implicit.solver.num_steps
+        )
 
     def descend(
         self, carry: PyTree, gradient: PyTree, goal: Array, spent: Stats
     ) -> tuple[PyTree, PyTree, Stats]:
         """Steps until a look at the whole gradient finds it at the goal.
 
-        The same steps as those of a whole run, cut short.
+        Until a Newton step intervenes, those of a whole run.
         """
+        if self.implicit.solver.num_steps == 0:
+            return carry, gradient, spent
         _, steps_key = jax.random.split(self.data.solver_key)
-        num_steps, cost = self.solver.num_steps, fraction(self.data.inner_data)
+        num_steps, cost = self.implicit.solver.num_steps, fraction(self.data.inner_data)
         keys = jax.random.split(steps_key, num_steps)
-        stride = math.ceil(LOOK * self.part / cost)
+        stride = math.ceil(LOOK / cost)
 
         def unfinished(state):
             _, gradient, index, _ = state
@@ -257,7 +274,7 @@ class Rounds(eqx.Module):
         def some(state):
             carry, _, index, looks = state
             until = jnp.minimum(index + stride, num_steps)
-            step = lambda i, carry: self.solver.step(
+            step = lambda i, carry: self.implicit.solver.step(
                 self.problem.inner_loss,
                 carry,
                 self.alpha,
@@ -270,14 +287,17 @@ class Rounds(eqx.Module):
         begun = spent["num_steps"].astype(int)
         first = carry, gradient, begun, jnp.asarray(0)
         carry, gradient, index, looks = jax.lax.while_loop(unfinished, some, first)
-        num_grads = (index - begun) * cost + looks * self.part
+        num_grads = (index - begun) * cost + looks
         spent = more(spent, num_steps=index - begun, num_grads=num_grads)
         return carry, gradient, spent
 
     def differentiated(self, w: PyTree, adjoint: PyTree, rtol: Array) -> At:
         """Implicit differentiation with the adjoint solved to ``rtol``."""
         linear_solver = eqx.tree_at(
-            lambda s: s.rtol, self.linear_solver, rtol, is_leaf=lambda x: x is None
+            lambda s: s.rtol,
+            self.implicit.linear_solver,
+            rtol,
+            is_leaf=lambda x: x is None,
         )
         return differentiate(
             self.problem,
@@ -287,7 +307,7 @@ class Rounds(eqx.Module):
             self.batch,
             self.outer_batch,
             adjoint,
-            self.damping,
+            self.implicit.damping,
         )
 
     def slope(self, w: PyTree) -> PyTree:
@@ -297,22 +317,23 @@ class Rounds(eqx.Module):
     @property
     def root(self) -> Array:
         """The distance from which one round leaves ``rel_err``."""
-        return self.rel_err ** (1 / 2**self.correct)
+        return self.rel_err ** (1 / 2**self.implicit.correct)
 
     @property
     def batch(self) -> PyTree:
-        """Where the gradient is looked at, and H and J are taken."""
-        return self.data.inner_batch(self.adjoint_batch_size)
-
-    @property
-    def part(self) -> float:
-        """Of all inner data, in the batch."""
-        return held_fraction(self.data.inner_data, self.adjoint_batch_size)
+        """All inner data."""
+        return self.data.inner_batch()
 
     @property
     def outer_batch(self) -> PyTree:
         """Where the outer loss is taken."""
-        return self.data.outer_batch(self.outer_batch_size)
+        return self.data.outer_batch(self.implicit.outer_batch_size)
+
+
+def noise(w: PyTree, seen: Stats) -> Array:
+    """A gradient norm that is rounding: an error of ``w`` in the last places."""
+    eps = jnp.finfo(norm(w).dtype).eps
+    return jnp.nan_to_num(ROUNDING * eps * seen["ritz_max"] * norm(w))
 
 
 def stepwise(solver: Any) -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST
+from ..checks import check_estimator_is
 from ..problem import Bilevel
 from ..settings import check_steps
 from ..trees import all_finite
@@ -40,8 +41,10 @@ class Average(eqx.Module):
     Cost: n estimates, as one batch. Memory: n estimates'.
 
     Target: the estimator's. Bias: the estimator's own; averaging makes the spread
-    smaller as ``1 / sqrt(n)``, not the bias. Trusted where every draw is and the
-    standard error is at most 1e-2. Value and ``w`` are means over the draws.
+    smaller as ``1 / sqrt(n)``, not the bias: the mean of solutions on batches is not
+    the solution on all data, and no number of draws shows that. Trusted where every
+    draw is and the standard error is at most 1e-2, which judges the spread alone. Value
+    and ``w`` are means over the draws.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 2)
@@ -61,6 +64,7 @@ class Average(eqx.Module):
     citations = ()
 
     def __check_init__(self):
+        check_estimator_is(self.estimator)
         check_steps("num_draws", self.num_draws, least=2)
 
     @property

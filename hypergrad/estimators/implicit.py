@@ -16,7 +16,7 @@ from ..adjoint import (
     zero_adjoint,
 )
 from ..certificate import NEWTON, TRUST, UNSEEN, certificate
-from ..checks import check_problem, check_seen, is_traced
+from ..checks import check_problem, check_seen, check_solver, is_traced
 from ..cost import ledger
 from ..drawn import drawn
 from ..guide import Guide
@@ -57,12 +57,14 @@ class Implicit(eqx.Module):
       damping: added to ``H`` in the solve. ``adjoint_residual`` is that of ``H``
         itself, so it shows the bias that damping brings.
       correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
-        that does not make ``dL/dw`` smaller is not taken.
+        that does not make ``dL/dw`` smaller, or meets negative curvature, is not taken.
+        On all data; keyed batches have one key an estimate, so the minimum for that.
       rel_err: work until the hypergradient's relative error is estimated to be at most
-        this: a number, or ``[n]`` numbers for the first n estimates, the last of which
-        stays (HOAG's schedules). Inner steps, of which the solver's ``num_steps`` are
-        then the most, and adjoint products are made until the estimate meets it, in at
-        most eight rounds. ``error_estimate`` and ``trusted`` tell whether it is met.
+        this: a number, or an array ``[n]`` of them for the first n estimates, the last
+        of which stays (HOAG's schedules). Inner steps, of which the solver's
+        ``num_steps`` are then the most, and adjoint products are made until the
+        estimate meets it, in at most eight rounds. ``error_estimate`` and ``trusted``
+        tell whether it is met.
       certify: let a certificate judge each estimate (`hypergrad.certify`):
         ``error_estimate`` and ``trusted`` are its; it costs two solves for each of two
         corrections and a probe, counted.
@@ -73,9 +75,9 @@ class Implicit(eqx.Module):
 
     Cost: the inner solve, two outer gradients, the linear solver's products and one
     more, which yields the cross term and the true residual together. With ``rel_err`` a
-    look at the whole gradient every ten steps, and an adjoint solve a round, each from
-    the last one. Memory: the linear solver's vectors, flat in the number of inner
-    steps.
+    look at the whole gradient for every ten that the steps cost, and in each round an
+    adjoint solve from the last one and two outer gradients. Memory: the linear solver's
+    vectors, flat in the number of inner steps.
 
     Target: argmin. Bias: first order in what the inner and the adjoint solve leave,
     both reported. What the optimizer or the start read of ``alpha`` is not seen: a leaf
@@ -152,6 +154,11 @@ class Implicit(eqx.Module):
         self.rel_err = number("rel_err")(rel_err)
         if rel_err is not None:
             self._check_pursuit(jnp.asarray(rel_err))
+        if adjoint_batch_size is not None and (correct or rel_err is not None):
+            raise ValueError(
+                "adjoint_batch_size goes with neither correct nor rel_err: Newton's "
+                "steps on a batch lead to the minimum of that batch; leave it out"
+            )
         self.certify = certify
         self.warm_start = warm_start
         self.adjoint_batch_size = adjoint_batch_size
@@ -159,11 +166,13 @@ class Implicit(eqx.Module):
 
     def _check_pursuit(self, rel_err: Array) -> None:
         """Refuses what could not be made more accurate."""
-        if not hasattr(self.linear_solver, "rtol"):
+        check_solver(self.solver)
+        tells = getattr(self.linear_solver, "exact", False)
+        if not (tells and hasattr(self.linear_solver, "rtol")):
             raise ValueError(
-                f"rel_err needs a linear solver with a tolerance, such as hg.CG(); "
-                f"{type(self.linear_solver).__name__} makes the same number of "
-                "products whatever is asked"
+                "rel_err needs a linear solver with a tolerance that tells what it saw "
+                "of the spectrum, hg.CG() or hg.NystromCG(rank); with "
+                f"{type(self.linear_solver).__name__} leave rel_err out, use correct="
             )
         if not (stepwise(self.solver) or self.correct):
             raise ValueError(
@@ -202,7 +211,7 @@ class Implicit(eqx.Module):
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
         return ImplicitState(
-            w, zero_adjoint(problem, w), jnp.asarray(0), jnp.asarray(jnp.nan)
+            w, zero_adjoint(problem, w), jnp.asarray(0), jnp.asarray(jnp.nan, float)
         )
 
     def estimate(
@@ -225,7 +234,13 @@ class Implicit(eqx.Module):
         )
         if self.certify:
             found = certificate(
-                problem, data, w, alpha, at.hypergradient, adjoint=at.adjoint
+                problem,
+                data,
+                w,
+                alpha,
+                at.hypergradient,
+                adjoint=at.adjoint,
+                rel_err=TRUST if self.rel_err is None else self._due(state),
             )
             trusted, error_estimate = found.trusted, found.error_estimate
             costs = jax.tree.map(jnp.add, costs, found.stats)
@@ -263,8 +278,7 @@ class Implicit(eqx.Module):
             gradient = jax.grad(loss)(w, alpha, batch)
             rtols = [NEWTON] * self.correct
             w, seen = newton_steps(loss, w, alpha, batch, gradient, rtols, seen)
-            part = held_fraction(data.inner_data, self.adjoint_batch_size)
-            spent = more(spent, num_grads=part * (self.correct + 1))
+            spent = more(spent, num_grads=self.correct + 1)
         at = differentiate(
             problem,
             self.linear_solver,
@@ -283,22 +297,15 @@ class Implicit(eqx.Module):
         seen = together(seen, at.solved)
         return w, at, seen, spent, (trusted, jnp.nan), state.goal
 
+    def _due(self, state: ImplicitState) -> Array:
+        """The ``rel_err`` of the next estimate."""
+        rel_err = jnp.atleast_1d(jnp.asarray(self.rel_err, dtype=float))
+        return rel_err[jnp.minimum(state.num_estimates, rel_err.size - 1)]
+
     def _until_accurate(self, problem, state, alpha, data):
         """Rounds of inner steps, Newton steps and an adjoint until ``rel_err``."""
-        rel_err = jnp.atleast_1d(jnp.asarray(self.rel_err, dtype=float))
-        rel_err = rel_err[jnp.minimum(state.num_estimates, rel_err.size - 1)]
-        rounds = Rounds(
-            problem,
-            data,
-            alpha,
-            self.solver,
-            self.linear_solver,
-            self.damping,
-            self.correct,
-            self.adjoint_batch_size,
-            self.outer_batch_size,
-            rel_err,
-        )
+        rel_err = self._due(state)
+        rounds = Rounds(self, problem, data, alpha, rel_err)
         start = problem.initial(state.w, alpha)
         found = rounds.run(start, usable(state.adjoint), state.goal)
         at, seen = found.at, found.seen

@@ -37,7 +37,7 @@ def drift(
     outer = lambda w, alpha, batch: problem.outer(w, alpha, batch)
     if not reads_w(outer, w, alpha, outer_batch):
         return jnp.zeros(())
-    curvature = jnp.min(curvature)
+    curvature = jnp.nanmin(curvature)  # NaN for a loss of K that reads no w
     w_error = norm(move) / (curvature * norm(w))
     away = add_scaled(w, 1 / curvature, move)
     _, b_away, _ = problem.outer_gradients(away, alpha, outer_batch)

@@ -170,7 +170,11 @@ class NystromCG(SymmetricSolver):
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(v, result, stats)``; Ritz values other than ``ritz_max`` are NaN."""
+        """``(v, result, stats)``; Ritz values of the preconditioned operator.
+
+        ``P >= I`` but for the damping, so that its smallest eigenvalue is at most that
+        of ``H``; ``ritz_max`` is the sketch's largest.
+        """
         u, s = sketch(state.mv, vector, self.rank, self.key)
         # A singular H has s[-1] = 0 up to rounding, which is no level to flatten to.
         spectrum = s + jnp.asarray(self.damping, s.dtype)
@@ -188,5 +192,5 @@ class NystromCG(SymmetricSolver):
         )
         stats["num_products"] = stats["num_products"] + s.size
         stats["num_shared"] = s.size
-        stats["ritz_min"], stats["ritz_max"] = jnp.full_like(s[0], jnp.nan), s[0]
+        stats["ritz_max"] = s[0]
         return v, result, stats
