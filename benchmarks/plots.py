@@ -28,7 +28,7 @@ def errors(
         digits = np.log10(np.maximum(values, LEAST))
         image = axis.imshow(digits, cmap="RdYlBu_r", vmin=-16, vmax=0, aspect="auto")
         for (i, j), digit in np.ndenumerate(digits):
-            text = "n/a" if np.isnan(digit) else f"{digit:.0f}"
+            text = "n/a" if np.isnan(digit) else f"{round(digit)}"
             dark = not np.isnan(digit) and (digit < -13 or digit > -1.5)
             axis.text(
                 j,
@@ -50,6 +50,9 @@ def errors(
         axis.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axes, ticks=range(-16, 1, 4), pad=0.01)
     bar.set_label("log10 of the relative error")
-    figure.suptitle("How far each hypergradient is from the truth (worst structure)")
+    figure.suptitle(
+        "Relative error of each hypergradient, as a power of ten: the worst structure "
+        "of a problem; in brackets, what error the estimator admits"
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

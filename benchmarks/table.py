@@ -37,7 +37,7 @@ class Table:
     name, source: what it is, and where its claims are from.
     minutes: expected for the small scale on two cores.
     seeds: how many, unless told.
-    plan: number of seeds -> cells; a cell is a dict that names it, "seed" included,
+    plan: ``(scale, seeds) -> cells``; a cell is a dict that names it, "seed" included,
         and every row holds the names of its cell.
     run: ``(table, request)`` writes NAME.jsonl, NAME.md and NAME.png.
     judge: rows of all planned cells -> verdicts.
@@ -47,7 +47,7 @@ class Table:
     source: str
     minutes: float
     seeds: int
-    plan: Callable[[int], list[Row]]
+    plan: Callable[[str, int], list[Row]]
     run: Callable[["Table", Request], None]
     judge: Callable[[list[Row]], list[Verdict]]
     scales: tuple[str, ...] = ("small",)
@@ -75,7 +75,7 @@ def cell_by_cell(
         path = table.file(request.folder, "jsonl")
         made = {"table": table.name, "scale": request.scale} | record.versions()
         made["command"] = request.command
-        cells = table.plan(request.seeds)
+        cells = table.plan(request.scale, request.seeds)
         there = {name_of(row, cells[0]) for row in resume(path, made)}
         with progress(len(cells)) as tick, path.open("a") as file:
             for cell in cells:
@@ -128,7 +128,8 @@ def check(table: Table, folder: Path) -> list[Verdict]:
         return [fail(str(error))]
     if not rows:
         return [fail(f"{path} is empty")]
-    cells = table.plan(1 + max(row.get("seed", 0) for row in rows))
+    seeds = 1 + max(row.get("seed", 0) for row in rows)
+    cells = table.plan(rows[0].get("scale", "small"), seeds)
     planned = [name_of(cell, cell) for cell in cells]
     there = [name_of(row, cells[0]) for row in rows]
     flaws = [fail(f"missing: {cell}") for cell in planned if cell not in set(there)]
