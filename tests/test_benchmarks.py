@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import conformance, known
+from benchmarks import conformance, known, setting
 from benchmarks import table as tables
 from benchmarks.table import Request, Table, Verdict, check
 from benchmarks.tables import TABLES
@@ -142,7 +142,7 @@ def perfect() -> list[dict]:
             conformance.EARLY: lambda x: x,
             "Evolution": lambda x: x**-0.5,
             "PersistentEvolution": lambda x: x**-0.5,
-        }.get(method, lambda x: 0.5 ** conformance.count_to(0.5, math.exp(-x)))
+        }.get(method, lambda x: 0.5 ** setting.count_to(0.5, math.exp(-x)))
         refused = (method, cell["problem"]) in conformance.REFUSED
         row = cell | {
             "value": 1e-12 if value is None else law(value),
@@ -267,7 +267,7 @@ def test_the_sensitivity_of_the_quadratic():
     with jax.enable_x64(True):
         known_ = known.quadratic("30", seed=3)
         at = known.dense(known_.problem, known_.w, known_.alpha)
-        amplification, condition = conformance.sensitivity(known_, at)
+        amplification, condition = setting.sensitivity(known_, at)
     data = jax.tree.map(np.asarray, known_.problem.inner_data)
     H, C, alpha = data["H"], data["C"], np.asarray(known_.alpha)
     v = np.linalg.solve(H, np.linalg.solve(H, C @ alpha) - data["t"])
