@@ -10,9 +10,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import central, error
 
 import hypergrad as hg
+from benchmarks.known import central, error
 from hypergrad import choose
 
 # A problem into which alpha enters by the inner loss, by the optimizer (rate, momentum,
