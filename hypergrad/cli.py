@@ -22,13 +22,6 @@ def run(
       out: folder for NAME.jsonl, NAME.md and NAME.png.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
 
     from . import studies
 
@@ -42,16 +35,7 @@ def run(
     ]
     console = Console(soft_wrap=True, width=max(Console().width, 110))
     console.print(f"{study.name}: {study.data_name}, {seeds} seeds", highlight=False)
-    bar = Progress(
-        TextColumn("{task.description:16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        job = bar.add_task("compiling", total=len(methods) * (len(study.grid) + 1))
-        tick = lambda method: bar.update(job, advance=1, description=method)
+    with studies.progress(len(methods) * (len(study.grid) + 1)) as tick:
         results = studies.run(study, methods, range(seeds), tick)
     command = (
         f"hypergrad run {task} --estimator {estimator} --seeds {seeds} --out {out}"

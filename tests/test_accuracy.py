@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, cast, dense, error, hypertorch, quadratic, two_losses
+from benchmarks.known import any_known, cast, dense, error, hypertorch, quadratic, two_losses
 from sklearn.datasets import load_digits
 from test_certificate import LOSSES, make, off, truth
 

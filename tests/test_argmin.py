@@ -6,9 +6,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import any_known, cast, central, error, ridge_outer, ridge_penalty
 
 import hypergrad as hg
+from benchmarks.known import any_known, cast, central, error, ridge_outer, ridge_penalty
 
 KNOWN = any_known("ridge per-weight")
 DATA, ALPHA = KNOWN.problem.inner_data, KNOWN.alpha

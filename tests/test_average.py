@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, error, ridge, two_losses
+from benchmarks.known import any_known, error, ridge, two_losses
 
 import hypergrad as hg
 

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, error, quadratic, two_losses
 
 import hypergrad as hg
+from benchmarks.known import any_known, error, quadratic, two_losses
 from hypergrad.adjoint import differentiate, zero_adjoint
 
 NUM_TRAIN, NUM_VAL, FEATURES, CLASSES, HIDDEN = 40, 30, 6, 3, 4

@@ -12,7 +12,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import hypergrad as hg
+from benchmarks.known import (
     Known,
     any_known,
     error,
@@ -22,8 +24,6 @@ from problems import (
     quadratic,
     ridge,
 )
-
-import hypergrad as hg
 
 
 class Counted:

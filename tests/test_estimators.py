@@ -10,7 +10,9 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import (
+
+import hypergrad as hg
+from benchmarks.known import (
     SHAPES,
     Known,
     any_known,
@@ -27,8 +29,6 @@ from problems import (
     ridge_penalty,
     ridge_weights,
 )
-
-import hypergrad as hg
 
 PRODUCTS = ("num_hvps", "num_grads", "num_values")
 

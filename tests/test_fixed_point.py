@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import any_known, error, hypertorch, quadratic
 
 import hypergrad as hg
+from benchmarks.known import any_known, error, hypertorch, quadratic
 
 
 @functools.cache

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import any_known, central, error, quadratic, two_losses
 
 import hypergrad as hg
+from benchmarks.known import any_known, central, error, quadratic, two_losses
 
 RATES = lambda alpha: optax.sgd(jnp.exp(alpha["rate"]), momentum=alpha["momentum"])
 

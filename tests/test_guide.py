@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import central, error
+from benchmarks.known import central, error
 
 import hypergrad as hg
 from hypergrad import choose

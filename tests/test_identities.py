@@ -8,7 +8,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import hypergrad as hg
+from benchmarks.known import (
     Known,
     any_known,
     cast,
@@ -19,8 +21,6 @@ from problems import (
     quadratic_inner,
     quadratic_outer,
 )
-
-import hypergrad as hg
 
 
 @functools.cache

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import any_known, cast, error, flat, quadratic, ridge, ridge_outer
 from scipy.optimize import minimize_scalar
 
 import hypergrad as hg
+from benchmarks.known import any_known, cast, error, flat, quadratic, ridge, ridge_outer
 
 BEST = hg.ClosedForm(
     lambda alpha, batch: jnp.linalg.solve(batch["H"], batch["C"] @ alpha)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import hypertorch
 
 import hypergrad as hg
+from benchmarks.known import hypertorch
 
 # Grazzi et al. 2020, hypertorch's notebook on logistic regression.
 INNER = {0: 0.693147, 10: 0.628559, 20: 0.624391, 30: 0.624111, 99: 0.624090}

@@ -9,9 +9,9 @@ import lineax as lx
 import optax
 import optimistix as optx
 import pytest
-from problems import Known, any_known, error
 
 import hypergrad as hg
+from benchmarks.known import Known, any_known, error
 
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
     import jaxopt

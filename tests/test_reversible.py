@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import any_known, error, quadratic
 
 import hypergrad as hg
+from benchmarks.known import any_known, error, quadratic
 from hypergrad.estimators import reversal
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9

@@ -13,9 +13,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from problems import central, dense, error
 
 import hypergrad as hg
+from benchmarks.known import central, dense, error
 from hypergrad.testing import quadratic
 
 SOLVER = hg.Descent(optax.sgd(0.5), 200)

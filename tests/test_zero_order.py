@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import any_known, error, quadratic, two_losses
 
 import hypergrad as hg
+from benchmarks.known import any_known, error, quadratic, two_losses
 
 
 @functools.cache

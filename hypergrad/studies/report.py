@@ -1,6 +1,6 @@
 """A study's table in Markdown, and the verdict on its criterion."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from .study import Study
 
+POINTS = 2.0  # what the criterion asks for
 COLUMNS = (
     ("accuracy %", "test_accuracy", 100, "{:.1f} ± {:.1f}"),
     ("F1", "f1", 1, "{:.3f} ± {:.3f}"),
@@ -47,23 +48,52 @@ def paired(first: Any, second: Any) -> tuple[float, float, float]:
     return mean, mean - float(half) / count**0.5, mean + float(half) / count**0.5
 
 
+class Claim(NamedTuple):
+    """A learned row against the baseline, in points, with its 95% interval."""
+
+    method: str
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def reproduced(self) -> bool:
+        """At least 2 points on average, and surely above zero."""
+        return self.mean >= POINTS and self.low > 0
+
+
+def claims(study: Study, results: dict[str, PyTree]) -> list[Claim]:
+    """What the criterion says of each learned row that is there."""
+    baseline = study.methods[0]
+    if baseline not in results:
+        return []
+    return [
+        Claim(method, *paired(_points(results, method), _points(results, baseline)))
+        for method in study.learned
+        if method in results
+    ]
+
+
+def _points(results: dict[str, PyTree], method: str) -> np.ndarray:
+    return 100 * np.asarray(results[method]["test_accuracy"])
+
+
 def verdicts(study: Study, results: dict[str, PyTree]) -> list[str]:
     """Whether each learned row beats the tuned baseline by 2 points, and the rest."""
     lines = []
-    points = lambda method: 100 * results[method]["test_accuracy"]
-    baseline = study.methods[0]
-    for method in study.learned:
-        if method in results and baseline in results:
-            mean, low, high = paired(points(method), points(baseline))
-            met = "reproduced" if mean >= 2 and low > 0 else "not reproduced"
-            lines.append(
-                f"{method} against {baseline}: {mean:+.1f} points "
-                f"[{low:+.1f}, {high:+.1f}], at least +2.0 claimed: {met}"
-            )
+    for claim in claims(study, results):
+        met = "reproduced" if claim.reproduced else "not reproduced"
+        lines.append(
+            f"{claim.method} against {study.methods[0]}: {claim.mean:+.1f} points "
+            f"[{claim.low:+.1f}, {claim.high:+.1f}], at least {POINTS:+.1f} claimed: "
+            f"{met}"
+        )
     if "validation-only" in results:
         for method in study.learned:
             if method in results:
-                mean, low, high = paired(points("validation-only"), points(method))
+                mean, low, high = paired(
+                    _points(results, "validation-only"), _points(results, method)
+                )
                 how = "beats" if low > 0 else "loses to" if high < 0 else "ties with"
                 lines.append(
                     f"validation-only {how} {method}: {mean:+.1f} points "

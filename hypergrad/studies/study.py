@@ -1,10 +1,6 @@
 """Runs a table: methods by seeds, each tuned by one rule, its costs beside it."""
 
 import functools
-import hashlib
-import importlib.metadata
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-PACKAGES = ("hypergrad-jax", "jax", "jaxlib", "optax", "lineax", "scikit-learn")
+from . import record
+
 Tick = Callable[[str], None]
 
 
@@ -142,27 +139,22 @@ def rows(
     study: Study, results: dict[str, PyTree], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """One flat record a method and seed, as written to ``NAME.jsonl``."""
-    fingerprint = hashlib.sha256()
-    for name, array in sorted(study.load().items()):
-        fingerprint.update(name.encode() + np.ascontiguousarray(array).tobytes())
     shared = {
         "study": study.name,
         "data": study.data_name,
-        "data_sha256": fingerprint.hexdigest(),
+        "data_sha256": record.fingerprint(study.load()),
         "budget": study.budget,
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
     }
-    shared |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    shared |= record.versions()
     records = []
     for method, result in results.items():
         scalars = {name: x for name, x in result.items() if x.ndim == 1}
         for i, seed in enumerate(seeds):
-            record = {"method": method, "seed": int(seed)}
-            record |= {name: x[i].item() for name, x in scalars.items()}
+            row = {"method": method, "seed": int(seed)}
+            row |= {name: x[i].item() for name, x in scalars.items()}
             if "curve_cost" in result:
-                record["gradient_equivalents"] = result["curve_cost"][i, -1].item()
-            records.append(record | shared)
+                row["gradient_equivalents"] = result["curve_cost"][i, -1].item()
+            records.append(row | shared)
     return records
 
 
@@ -176,8 +168,7 @@ def write(
     """Writes ``NAME.jsonl``, ``NAME.md`` and ``NAME.png`` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{study.name}.{ending}" for ending in ("jsonl", "md", "png")]
-    lines = [json.dumps(record) for record in rows(study, results, seeds)]
-    paths[0].write_text("\n".join(lines) + "\n")
+    paths[0].write_text("".join(map(record.line, rows(study, results, seeds))))
     paths[1].write_text(report + "\n")
     study.draw(results, paths[2])
     return paths

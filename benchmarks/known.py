@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
@@ -110,13 +111,14 @@ def cast(tree: Any, dtype: Any) -> Any:
 # Quadratic: L = w'H w/2 - w'C alpha,  M = |w - t|^2/2 + k'alpha^2/2,
 # w* = H^-1 C alpha,  dM/dalpha = k alpha + C'H^-1 (w* - t).
 
+# NumPy, for JAX would fix their precision as this module is imported.
 SHAPES = {
-    "0-d": jnp.zeros(()),
-    "1": jnp.zeros(1),
-    "2": jnp.zeros(2),
-    "30": jnp.zeros(30),
-    "nested": {"a": [jnp.zeros((2, 3)), jnp.zeros(())], "b": {"c": jnp.zeros(2)}},
-    "cI": jnp.zeros(30),
+    "0-d": np.zeros(()),
+    "1": np.zeros(1),
+    "2": np.zeros(2),
+    "30": np.zeros(30),
+    "nested": {"a": [np.zeros((2, 3)), np.zeros(())], "b": {"c": np.zeros(2)}},
+    "cI": np.zeros(30),
 }
 
 
@@ -333,6 +335,56 @@ def smd(number: int, tilt: float = 0.0, seed: int = 0) -> Known:
     return Known(problem, w, alpha, exact, best, hessian)
 
 
+# A tanh network, 3-4-1: L = mean(r^2)/2 + sum(e^l w^2)/2, M = mean(r^2)/2 elsewhere.
+
+
+def mlp_outer(w, alpha, batch):
+    hidden = jnp.tanh(batch["x"] @ w["in"] + w["bias"][None])
+    return 0.5 * jnp.mean((hidden @ w["out"] - batch["y"]) ** 2)
+
+
+def mlp_inner(w, alpha, batch):
+    if isinstance(alpha, dict):
+        squares = [jnp.exp(alpha[name]) * jnp.sum(w[name] ** 2) for name in w]
+        return mlp_outer(w, None, batch) + 0.5 * sum(squares)
+    return mlp_outer(w, None, batch) + 0.5 * jnp.exp(alpha) * jnp.sum(flat(w) ** 2)
+
+
+def mlp(kind: str = "scalar", seed: int = 0, n: int = 40) -> Known:
+    """``kind``: one log-penalty ('scalar') or one a layer ('tree').
+
+    Begun near a minimum, which BFGS from a random start found: a network has many,
+    and the penalty makes this one strict.
+    """
+    rng, x, _ = _linear_data(seed, n, 3)
+    y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.1 * rng.normal(size=2 * n)
+    train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
+    problem = hg.Bilevel(mlp_inner, mlp_outer, train, val)
+    draw = lambda *shape: jnp.array(rng.normal(size=shape))
+    w = {"in": draw(3, 4), "bias": draw(4), "out": draw(4)}
+    alpha = {name: jnp.array(rng.uniform(-4, -3)) for name in w}
+    if kind == "scalar":
+        alpha = alpha["in"]
+
+    start, unravel = ravel_pytree(w)
+    both = jax.jit(
+        jax.value_and_grad(lambda w: mlp_inner(unravel(w), alpha, problem.inner_data))
+    )
+    found = scipy.optimize.minimize(both, start, jac=True, options={"gtol": 1e-8})
+    at = dense(problem, unravel(jnp.array(found.x)), alpha)
+    assert np.linalg.eigvalsh(at["H"])[0] > 0
+    best = at["w"]
+    w = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), best)
+    return Known(
+        problem,
+        w,
+        alpha,
+        lambda a: dense(problem, best, a)["hypergradient"],
+        lambda a: dense(problem, best, a)["w"],
+        at["H"],
+    )
+
+
 # The logistic problem of Grazzi et al. 2020 (hypertorch's notebook).
 
 
@@ -381,4 +433,5 @@ def any_known(name: str) -> Known:
     if family == "smd":
         number, _, tilted = which.partition(" ")
         return smd(int(number), 1.0 if tilted else 0.0)
-    return {"ridge": ridge, "logistic": logistic, "quadratic": quadratic}[family](which)
+    families = {"ridge": ridge, "logistic": logistic, "quadratic": quadratic}
+    return (families | {"mlp": mlp})[family](which)

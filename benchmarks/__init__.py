@@ -1,0 +1,1 @@
+"""Tables from one command: `python -m benchmarks NAME`."""

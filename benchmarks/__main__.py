@@ -1,0 +1,66 @@
+"""`python -m benchmarks list`, `python -m benchmarks NAME`, `... NAME --check`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+HELP = "benchmarks need their extra: pip install 'hypergrad-jax[benchmarks]'"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs or checks a table; the exit status."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        print(f"benchmarks: {error}; {HELP}", file=sys.stderr)
+        return 1
+
+    from . import table as tables
+    from .tables import TABLES
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=["list", *TABLES], help="of the table")
+    parser.add_argument("--seeds", type=int, help="how many, from 0")
+    parser.add_argument("--scale", choices=["small", "paper"], default="small")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="DIR",
+        help="judge the rows in DIR (benchmarks/results) instead of measuring",
+    )
+    given = parser.parse_args(arguments)
+    if given.name == "list":
+        for table in TABLES.values():
+            print(f"{table.name:12}  {table.minutes:3} min  {table.source}")
+        return 0
+    table = TABLES[given.name]
+    if given.check is not None:
+        verdicts = tables.check(table, given.check)
+        for verdict in verdicts:
+            print(f"{'FAILED' if verdict.failed else '      '} {verdict.text}")
+        return int(any(verdict.failed for verdict in verdicts))
+    seeds = table.seeds if given.seeds is None else given.seeds
+    if seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {seeds}")
+    if given.scale not in table.scales:
+        parser.error(f"{table.name} has no scale {given.scale!r}: {table.scales}")
+    command = f"python -m benchmarks {table.name} --seeds {seeds} --scale {given.scale}"
+    if given.out != RESULTS:
+        command += f" --out {given.out}"
+    try:
+        table.run(table, tables.Request(given.scale, seeds, given.out, command))
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    print(table.file(given.out, "md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
