@@ -33,6 +33,7 @@ from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
 from .estimators import (
+    SOBA,
     Average,
     CentralDifference,
     Estimate,
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 __all__ = [  # in reading order
     "CG",
     "LBFGS",
+    "SOBA",
     "Average",
     "Batches",
     "Bilevel",

@@ -168,6 +168,15 @@ BIBTEX: dict[str, str] = dict(
             "1703.01785",
         ),
         _paper(
+            "dagreou2022",
+            "Dagr{\\'e}ou, Mathieu and Ablin, Pierre and Vaiter, Samuel and Moreau, "
+            "Thomas",
+            "A Framework for Bilevel Optimization That Enables Stochastic and Global "
+            "Variance Reduction Algorithms",
+            _NEURIPS,
+            "2201.13409",
+        ),
+        _paper(
             "shaban2019",
             "Shaban, Amirreza and Cheng, Ching-An and Hatch, Nathan and Boots, Byron",
             "Truncated Back-propagation for Bilevel Optimization",

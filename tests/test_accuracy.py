@@ -9,11 +9,19 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from benchmarks.known import any_known, cast, dense, error, hypertorch, quadratic, two_losses
 from sklearn.datasets import load_digits
 from test_certificate import LOSSES, make, off, truth
 
 import hypergrad as hg
+from benchmarks.known import (
+    any_known,
+    cast,
+    dense,
+    error,
+    hypertorch,
+    quadratic,
+    two_losses,
+)
 from hypergrad.adjoint import differentiate
 from hypergrad.drawn import drawn
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from benchmarks.known import any_known, error, ridge, two_losses
 
 import hypergrad as hg
+from benchmarks.known import any_known, error, ridge, two_losses
 
 
 def batched(known):

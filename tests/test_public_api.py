@@ -142,6 +142,7 @@ CITED = {
     "Evolution": hg.Evolution(SOLVER),
     "PersistentEvolution": hg.PersistentEvolution(SOLVER),
     "Reversible": hg.Reversible(0.1, 0.9, 1),
+    "SOBA": hg.SOBA(optax.sgd(0.1)),
 }
 
 
