@@ -26,6 +26,7 @@ CONTRACT = {
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
     "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
     "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
+    "surrogates",
 }  # fmt: skip
 
 

@@ -5,6 +5,26 @@ differentiable, ``surrogate.exact(scores, targets, *, where=None, weights=None)`
 what people report; both in the metric's own orientation.
 """
 
+from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
+from .auc import AUC, SquaredHingeAUC
+from .calibration import CalibrationError
+from .f_score import FBeta, Precision, Recall
+from .overlap import Dice, IoU
 from .protocol import Surrogate
 
-__all__ = ["Surrogate"]
+__all__ = [
+    "AUC",
+    "Accuracy",
+    "CalibrationError",
+    "Coverage",
+    "Dice",
+    "ExpectedAccuracy",
+    "FBeta",
+    "IoU",
+    "Precision",
+    "Recall",
+    "SelectiveRisk",
+    "SquaredHingeAUC",
+    "Surrogate",
+    "TopKAccuracy",
+]

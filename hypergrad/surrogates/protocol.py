@@ -151,6 +151,30 @@ def as_temperature(temperature: ArrayLike, dtype: Any) -> Array:
     return array.astype(dtype)
 
 
+def check_setting(name: str, value: Any, above: float, most: float) -> None:
+    """Refuses a number outside (above, most]; a traced one has no value yet."""
+    if isinstance(value, Tracer):
+        return
+    if not (isinstance(value, int | float) or np.shape(value) == ()):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not above < value <= most:
+        raise ValueError(
+            f"{name} must be above {above} and at most {most}, got {value}"
+        )
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuses a number below 0; a traced one has no value yet."""
+    if not (isinstance(value, Tracer) or value >= 0):
+        raise ValueError(f"{name} must be 0 or above, got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is no integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer above 0, got {value!r}")
+
+
 def mean(values: Array, weights: Array) -> Array:
     """Weighted mean of all values; 0 where no weight is left."""
     return ratio(jnp.sum(weights * values), jnp.sum(weights), weights)
