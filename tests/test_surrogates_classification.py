@@ -581,6 +581,132 @@ def test_calibration_errors_approach_the_truth_as_one_over_the_bins():
     assert np.all(np.array(errors["apart"]) * bins < 0.1)
 
 
+# The temperature that is proposed.
+
+FAMILIES = {
+    "normal": lambda rng, y: rng.normal(size=y.size) + rng.uniform(0, 4) * y,
+    "cauchy": lambda rng, y: rng.standard_cauchy(size=y.size) + 3 * y,
+    "log-normal": lambda rng, y: np.exp(1.5 * rng.normal(size=y.size)) * (2 * y - 1),
+    "uniform": lambda rng, y: rng.uniform(0, 1, size=y.size) * (2 * y - 1),
+    "separated": lambda rng, y: 10 * (2 * y - 1) + 0.01 * rng.normal(size=y.size),
+    "near ties": lambda rng, y: rng.normal(size=y.size) ** 5 + 0.1 * (2 * y - 1),
+}
+MANY = 300
+
+
+@eqx.filter_jit
+def proposals(scores, targets):
+    """For accuracy, AUC and F1: temperature, value, exact, and mean sigmoid' there.
+
+    Where each is differentiated: at the examples, at pairs of opposite classes, and at
+    the examples for each of the rarer class.
+    """
+    opposite = (targets == 1)[:, None] & (targets == 0)[None, :]
+    rarer = jnp.minimum(jnp.mean(targets), jnp.mean(1 - targets))
+    all_alike = jnp.full(MANY, 1 / MANY)
+    pairs = scores[:, None] - scores[None, :]
+    rows = []
+    for surrogate, temperature, d, mass in (
+        (sg.Accuracy(), sg.temperature_of(scores, threshold=0.0), scores, all_alike),
+        (
+            sg.AUC(),
+            sg.temperature_of(scores, targets),
+            pairs,
+            opposite / opposite.sum(),
+        ),
+        (
+            sg.FBeta(),
+            sg.temperature_of(scores, targets, threshold=0.0),
+            scores,
+            all_alike / (2 * rarer),
+        ),
+    ):
+        share = jax.nn.sigmoid(d / temperature)
+        slope = jnp.sum(mass * share * (1 - share))
+        value = surrogate(scores, targets, temperature=temperature)
+        rows.append([temperature, value, surrogate.exact(scores, targets), slope])
+    return jnp.array(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@few
+@given(seed=seeds, exponent=st.floats(-3, 3), share=st.sampled_from([0.5, 0.2, 0.03]))
+def test_the_proposed_temperature_is_near_the_metric_and_not_flat(
+    family, seed, exponent, share
+):
+    """Over six orders of scale; classes separated, overlapping, common and rare.
+
+    Accuracy and AUC are within the gap of 0.05, F1 within three gaps; the mean slope is
+    at least half the gap (0.9 of that for pairs, which quantiles stand for).
+    """
+    rng = np.random.default_rng(seed)
+    targets = (rng.random(MANY) < share).astype(int)
+    targets[:2] = 0, 1
+    scores = 10**exponent * FAMILIES[family](rng, targets)
+    found = np.asarray(proposals(scores, targets))
+    for (_, value, exact, slope), gap in zip(found, (0.05, 0.055, 0.15), strict=True):
+        assert abs(value - exact) <= gap + 1e-9
+        assert slope >= 0.9 * 0.025
+    assert np.all(found[:, 0] > 0)
+
+
+@eqx.filter_jit
+def proposed(scores, targets, gap):
+    """At a threshold and for pairs."""
+    at_threshold = sg.temperature_of(scores, threshold=0.0, gap=gap)
+    return jnp.stack([at_threshold, sg.temperature_of(scores, targets, gap=gap)])
+
+
+@few
+@given(seed=seeds, scale=st.floats(1e-3, 1e3))
+def test_proposals_scale_with_the_scores_and_bear_outliers(seed, scale):
+    """A share e of huge scores takes at most e / 2 from the mean that is the gap.
+
+    For pairs, of which a share of nearly 2 e is struck, to a tenth of the gap, since
+    quantiles stand for them.
+    """
+    rng = np.random.default_rng(seed)
+    targets = (rng.random(MANY) < 0.5).astype(int)
+    targets[:2] = 0, 1
+    scores = rng.normal(size=MANY) + targets
+    wild = np.where(np.arange(MANY) % 40 == 0, 1e6 * scores, scores)
+    propose = lambda scores, gap=0.05: np.asarray(
+        proposed(jnp.asarray(scores), targets, jnp.asarray(gap))
+    )
+    np.testing.assert_allclose(propose(scale * scores), scale * propose(scores))
+    (lower, _), (_, lower_pairs) = propose(scores), propose(scores, 0.045)
+    (upper, _), (_, upper_pairs) = propose(scores, 0.0635), propose(scores, 0.08)
+    struck, struck_pairs = propose(wild)
+    assert lower <= struck <= upper
+    assert lower_pairs <= struck_pairs <= upper_pairs
+
+
+def test_a_proposal_is_constant_masked_and_defined_for_ties(key):
+    rng = np.random.default_rng(_seed(key))
+    scores, targets = drawn("classes", rng)
+    jitted = eqx.filter_jit(sg.temperature_of)
+    propose = lambda s, where=None, **kwargs: jitted(
+        jnp.asarray(s), where=where, **kwargs
+    )
+    t = propose(scores)
+    value = sg.Accuracy()(scores, scores.argmax(1), temperature=t)
+    np.testing.assert_allclose(1 - value, 0.05, rtol=1e-6)
+    t = propose(scores, targets=targets)
+    judged = sg.Accuracy()(scores, targets, temperature=t)
+    assert abs(judged - sg.Accuracy().exact(scores, targets)) <= 0.05
+    assert not np.any(jax.grad(lambda s: propose(s, targets=targets))(scores))
+    assert propose(np.zeros((N, 5), np.float32)) == 1
+    where = np.arange(N) < N // 2
+    dirty = np.where(where[:, None], scores, np.nan)
+    np.testing.assert_allclose(propose(dirty, where), propose(scores[: N // 2]))
+    labels = rng.integers(0, 2, size=(N, 5))
+    flat = propose(dirty, where, targets=labels, threshold=0.0)
+    rest = scores[: N // 2].ravel(), labels[: N // 2].ravel()
+    np.testing.assert_allclose(flat, propose(rest[0], targets=rest[1], threshold=0.0))
+    one_class = propose(scores[:, 0], targets=np.ones(N, int), threshold=0.0)
+    np.testing.assert_allclose(one_class, propose(scores[:, 0], threshold=0.0))
+
+
 # Bad input.
 
 S, Y = np.linspace(-1, 1, 4), np.array([0, 1, 0, 1])
@@ -617,6 +743,7 @@ C = np.arange(12.0).reshape(4, 3)
         (lambda a: sg.TopKAccuracy(3).exact(C, Y), ValueError, r"k must be below.*3"),
         (lambda a: sg.SelectiveRisk(-1.0), ValueError, r"min_confidence"),
         (lambda a: sg.CalibrationError(0), ValueError, r"num_bins"),
+        (lambda a: sg.temperature_of(S, gap=0.5), ValueError, r"gap.*0\.1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call, error, message):

@@ -2,7 +2,8 @@
 
 ``surrogate(scores, targets, *, temperature, where=None, weights=None)`` is
 differentiable, ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
-what people report; both in the metric's own orientation.
+what people report; both in the metric's own orientation. `temperature_of` proposes a
+temperature.
 """
 
 from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
@@ -11,6 +12,7 @@ from .calibration import CalibrationError
 from .f_score import FBeta, Precision, Recall
 from .overlap import Dice, IoU
 from .protocol import Surrogate
+from .temperature import temperature_of
 
 __all__ = [
     "AUC",
@@ -27,4 +29,5 @@ __all__ = [
     "SquaredHingeAUC",
     "Surrogate",
     "TopKAccuracy",
+    "temperature_of",
 ]
