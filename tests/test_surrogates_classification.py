@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sklearn.metrics as skm
 from hypothesis import given, settings
@@ -707,6 +708,46 @@ def test_a_proposal_is_constant_masked_and_defined_for_ties(key):
     np.testing.assert_allclose(one_class, propose(scores[:, 0], threshold=0.0))
 
 
+# Along a run.
+
+
+def test_the_gap_is_reported_along_a_run():
+    """Exact, surrogate and gap at each evaluation, from one more line in minimize."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(N, 2))
+    y = (x[:, 0] + 0.5 * rng.normal(size=N) > 0).astype(int)
+    predict = lambda w, alpha, batch: batch @ w
+    f1 = sg.FBeta()
+
+    def inner(w, alpha, batch):
+        signs = 2 * batch[1] - 1
+        loss = jnp.mean(jax.nn.softplus(-signs * (batch[0] @ w)))
+        return loss + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+
+    def outer(w, alpha, batch):
+        return -f1(batch[0] @ w, batch[1], temperature=0.5)
+
+    problem = hg.Bilevel(inner, outer, (x, y), (x, y))
+    trace = hg.minimize(
+        problem, hg.Implicit(hg.Newton()), optax.sgd(0.5), jnp.zeros(2), jnp.zeros(2),
+        num_steps=3,
+        metrics=sg.gap_metrics("f1", f1, predict, x, y, temperature=0.5)
+        | sg.gap_metrics(
+            "auc", sg.AUC(), predict, x, y, temperature=sg.temperature_of
+        ),
+    )  # fmt: skip
+    rows = trace.rows()
+    np.testing.assert_allclose([-row["f1_surrogate"] for row in rows], trace.value)
+    for name, most in (("f1", 1.0), ("auc", 0.055)):
+        gaps = [row[f"{name}_surrogate"] - row[name] for row in rows]
+        np.testing.assert_allclose([row[f"{name}_gap"] for row in rows], gaps)
+        assert 0 < np.abs(gaps).max() <= most
+    w = trace.w
+    np.testing.assert_allclose(rows[-1]["f1"], skm.f1_score(y, x @ w > 0))
+    np.testing.assert_allclose(rows[-1]["auc"], skm.roc_auc_score(y, x @ w))
+    assert float(trace.value[-1]) < float(trace.value[0])
+
+
 # Bad input.
 
 S, Y = np.linspace(-1, 1, 4), np.array([0, 1, 0, 1])
@@ -744,6 +785,11 @@ C = np.arange(12.0).reshape(4, 3)
         (lambda a: sg.SelectiveRisk(-1.0), ValueError, r"min_confidence"),
         (lambda a: sg.CalibrationError(0), ValueError, r"num_bins"),
         (lambda a: sg.temperature_of(S, gap=0.5), ValueError, r"gap.*0\.1"),
+        (
+            lambda a: sg.gap_metrics("a", sg.Accuracy(), None, S, Y, temperature=1.0),
+            TypeError,
+            r"predict must be a function",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call, error, message):
