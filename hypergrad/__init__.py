@@ -28,7 +28,7 @@ One L2 penalty per feature, learned so that the validation loss falls:
 changes.
 """
 
-from . import data, searchers, spaces, tasks, testing
+from . import data, searchers, spaces, surrogates, tasks, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
@@ -109,6 +109,7 @@ __all__ = [  # in reading order
     "search",
     "searchers",
     "spaces",
+    "surrogates",
     "tasks",
     "testing",
     "windows",

@@ -98,6 +98,7 @@ def _paper(
     return _entry("inproceedings", key, **fields, year=key[-4:], **preprint)
 
 
+_AAAI = "AAAI Conference on Artificial Intelligence"
 _ICML = "International Conference on Machine Learning"
 _AISTATS = "International Conference on Artificial Intelligence and Statistics"
 _NEURIPS = "Advances in Neural Information Processing Systems"
@@ -307,6 +308,122 @@ BIBTEX: dict[str, str] = dict(
             volume="26",
             number="1",
             year="2000",
+        ),
+        _paper(
+            "guo2017",
+            "Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.",
+            "On Calibration of Modern Neural Networks",
+            _ICML,
+            "1706.04599",
+        ),
+        _entry(
+            "inproceedings",
+            "naeini2015",
+            author="Naeini, Mahdi Pakdaman and Cooper, Gregory and Hauskrecht, Milos",
+            title="Obtaining Well Calibrated Probabilities Using {Bayesian} Binning",
+            booktitle=_AAAI,
+            year="2015",
+        ),
+        _paper(
+            "karandikar2021",
+            "Karandikar, Archit and Cain, Nicholas and Tran, Dustin and "
+            "Lakshminarayanan, Balaji and Shlens, Jonathon and Mozer, Michael C. and "
+            "Roelofs, Becca",
+            "Soft Calibration Objectives for Neural Networks",
+            _NEURIPS,
+            "2108.00106",
+        ),
+        _entry(
+            "inproceedings",
+            "nguyen2013",
+            author="Nguyen, Tan and Sanner, Scott",
+            title="Algorithms for Direct 0-1 Loss Optimization in Binary "
+            "Classification",
+            booktitle=_ICML,
+            year="2013",
+        ),
+        _paper(
+            "ghosh2017",
+            "Ghosh, Aritra and Kumar, Himanshu and Sastry, P. S.",
+            "Robust Loss Functions under Label Noise for Deep Neural Networks",
+            _AAAI,
+            "1712.09482",
+        ),
+        _paper(
+            "lapin2016",
+            "Lapin, Maksim and Hein, Matthias and Schiele, Bernt",
+            "Loss Functions for Top-k Error: Analysis and Insights",
+            "IEEE Conference on Computer Vision and Pattern Recognition",
+            "1512.00486",
+        ),
+        _article(
+            "elyaniv2010",
+            "El-Yaniv, Ran and Wiener, Yair",
+            "On the Foundations of Noise-free Selective Classification",
+            "Journal of Machine Learning Research",
+            volume="11",
+            year="2010",
+        ),
+        _paper(
+            "geifman2017",
+            "Geifman, Yonatan and El-Yaniv, Ran",
+            "Selective Classification for Deep Neural Networks",
+            _NEURIPS,
+            "1705.08500",
+        ),
+        _article(
+            "benedict2022",
+            r"B{\'e}n{\'e}dict, Gabriel and Koops, Hendrik Vincent and Odijk, Daan and "
+            "de Rijke, Maarten",
+            "{sigmoidF1}: A Smooth {F1} Score Surrogate Loss for Multilabel "
+            "Classification",
+            "Transactions on Machine Learning Research",
+            year="2022",
+            eprint="2108.10566",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "milletari2016",
+            "Milletari, Fausto and Navab, Nassir and Ahmadi, Seyed-Ahmad",
+            "{V-Net}: Fully Convolutional Neural Networks for Volumetric Medical Image "
+            "Segmentation",
+            "International Conference on 3D Vision",
+            "1606.04797",
+        ),
+        _entry(
+            "inproceedings",
+            "rahman2016",
+            author="Rahman, Md Atiqur and Wang, Yang",
+            title="Optimizing Intersection-Over-Union in Deep Neural Networks for "
+            "Image Segmentation",
+            booktitle="International Symposium on Visual Computing",
+            year="2016",
+        ),
+        _entry(
+            "inproceedings",
+            "herschtal2004",
+            author="Herschtal, Alan and Raskutti, Bhavani",
+            title="Optimising Area Under the {ROC} Curve Using Gradient Descent",
+            booktitle=_ICML,
+            year="2004",
+        ),
+        _entry(
+            "inproceedings",
+            "narasimhan2013",
+            author="Narasimhan, Harikrishna and Agarwal, Shivani",
+            title="A Structural {SVM} Based Approach for Optimizing Partial {AUC}",
+            booktitle=_ICML,
+            year="2013",
+        ),
+        _article(
+            "rust2023",
+            "Rust, Kyle R. and Hocking, Toby D.",
+            "A Log-linear Gradient Descent Algorithm for Unbalanced Binary "
+            "Classification using the All Pairs Squared Hinge Loss",
+            "arXiv preprint arXiv:2302.11062",
+            year="2023",
+            eprint="2302.11062",
+            archiveprefix="arXiv",
         ),
         _entry(
             "software",

@@ -26,6 +26,7 @@ CONTRACT = {
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
     "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
     "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
+    "surrogates",
 }  # fmt: skip
 
 
@@ -227,7 +228,7 @@ LAYERS = [
     {"products", "spaces", "trees", "citation", "data", "guide"},
     {"problem"},
     {"cost", "checks"},
-    {"linear"},
+    {"linear", "surrogates"},
     {"inner"},
     {"estimators", "argmin"},
     {"gradient", "trace"},
