@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypergrad as hg
+from benchmarks.known import central, error
 from hypergrad import surrogates as sg
 from hypergrad.checks import traced
-from tests.problems import central, error
 
 N = 24
 SHAPES = {"binary": (N,), "classes": (N, 5), "labels": (N, 3), "masks": (3, N)}
