@@ -28,11 +28,12 @@ One L2 penalty per feature, learned so that the validation loss falls:
 changes.
 """
 
-from . import data, searchers, spaces, tasks, testing
+from . import data, searchers, spaces, surrogates, tasks, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
 from .estimators import (
+    SOBA,
     Average,
     CentralDifference,
     Estimate,
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 __all__ = [  # in reading order
     "CG",
     "LBFGS",
+    "SOBA",
     "Average",
     "Batches",
     "Bilevel",
@@ -107,6 +109,7 @@ __all__ = [  # in reading order
     "search",
     "searchers",
     "spaces",
+    "surrogates",
     "tasks",
     "testing",
     "windows",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .citation import BIBTEX
 from .estimators import (
+    SOBA,
     CentralDifference,
     Evolution,
     FiniteDifference,
@@ -37,6 +38,7 @@ ESTIMATORS = (
     CentralDifference,
     Evolution,
     PersistentEvolution,
+    SOBA,
 )
 
 COSTS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")

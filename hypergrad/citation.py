@@ -98,6 +98,8 @@ def _paper(
     return _entry("inproceedings", key, **fields, year=key[-4:], **preprint)
 
 
+_AAAI = "AAAI Conference on Artificial Intelligence"
+_CVPR = "IEEE Conference on Computer Vision and Pattern Recognition"
 _ICML = "International Conference on Machine Learning"
 _AISTATS = "International Conference on Artificial Intelligence and Statistics"
 _NEURIPS = "Advances in Neural Information Processing Systems"
@@ -166,6 +168,15 @@ BIBTEX: dict[str, str] = dict(
             "Forward and Reverse Gradient-Based Hyperparameter Optimization",
             _ICML,
             "1703.01785",
+        ),
+        _paper(
+            "dagreou2022",
+            "Dagr{\\'e}ou, Mathieu and Ablin, Pierre and Vaiter, Samuel and Moreau, "
+            "Thomas",
+            "A Framework for Bilevel Optimization That Enables Stochastic and Global "
+            "Variance Reduction Algorithms",
+            _NEURIPS,
+            "2201.13409",
         ),
         _paper(
             "shaban2019",
@@ -299,6 +310,122 @@ BIBTEX: dict[str, str] = dict(
             number="1",
             year="2000",
         ),
+        _paper(
+            "guo2017",
+            "Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.",
+            "On Calibration of Modern Neural Networks",
+            _ICML,
+            "1706.04599",
+        ),
+        _entry(
+            "inproceedings",
+            "naeini2015",
+            author="Naeini, Mahdi Pakdaman and Cooper, Gregory and Hauskrecht, Milos",
+            title="Obtaining Well Calibrated Probabilities Using {Bayesian} Binning",
+            booktitle=_AAAI,
+            year="2015",
+        ),
+        _paper(
+            "karandikar2021",
+            "Karandikar, Archit and Cain, Nicholas and Tran, Dustin and "
+            "Lakshminarayanan, Balaji and Shlens, Jonathon and Mozer, Michael C. and "
+            "Roelofs, Becca",
+            "Soft Calibration Objectives for Neural Networks",
+            _NEURIPS,
+            "2108.00106",
+        ),
+        _entry(
+            "inproceedings",
+            "nguyen2013",
+            author="Nguyen, Tan and Sanner, Scott",
+            title="Algorithms for Direct 0-1 Loss Optimization in Binary "
+            "Classification",
+            booktitle=_ICML,
+            year="2013",
+        ),
+        _paper(
+            "ghosh2017",
+            "Ghosh, Aritra and Kumar, Himanshu and Sastry, P. S.",
+            "Robust Loss Functions under Label Noise for Deep Neural Networks",
+            _AAAI,
+            "1712.09482",
+        ),
+        _paper(
+            "lapin2016",
+            "Lapin, Maksim and Hein, Matthias and Schiele, Bernt",
+            "Loss Functions for Top-k Error: Analysis and Insights",
+            "IEEE Conference on Computer Vision and Pattern Recognition",
+            "1512.00486",
+        ),
+        _article(
+            "elyaniv2010",
+            "El-Yaniv, Ran and Wiener, Yair",
+            "On the Foundations of Noise-free Selective Classification",
+            "Journal of Machine Learning Research",
+            volume="11",
+            year="2010",
+        ),
+        _paper(
+            "geifman2017",
+            "Geifman, Yonatan and El-Yaniv, Ran",
+            "Selective Classification for Deep Neural Networks",
+            _NEURIPS,
+            "1705.08500",
+        ),
+        _article(
+            "benedict2022",
+            r"B{\'e}n{\'e}dict, Gabriel and Koops, Hendrik Vincent and Odijk, Daan and "
+            "de Rijke, Maarten",
+            "{sigmoidF1}: A Smooth {F1} Score Surrogate Loss for Multilabel "
+            "Classification",
+            "Transactions on Machine Learning Research",
+            year="2022",
+            eprint="2108.10566",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "milletari2016",
+            "Milletari, Fausto and Navab, Nassir and Ahmadi, Seyed-Ahmad",
+            "{V-Net}: Fully Convolutional Neural Networks for Volumetric Medical Image "
+            "Segmentation",
+            "International Conference on 3D Vision",
+            "1606.04797",
+        ),
+        _entry(
+            "inproceedings",
+            "rahman2016",
+            author="Rahman, Md Atiqur and Wang, Yang",
+            title="Optimizing Intersection-Over-Union in Deep Neural Networks for "
+            "Image Segmentation",
+            booktitle="International Symposium on Visual Computing",
+            year="2016",
+        ),
+        _entry(
+            "inproceedings",
+            "herschtal2004",
+            author="Herschtal, Alan and Raskutti, Bhavani",
+            title="Optimising Area Under the {ROC} Curve Using Gradient Descent",
+            booktitle=_ICML,
+            year="2004",
+        ),
+        _entry(
+            "inproceedings",
+            "narasimhan2013",
+            author="Narasimhan, Harikrishna and Agarwal, Shivani",
+            title="A Structural {SVM} Based Approach for Optimizing Partial {AUC}",
+            booktitle=_ICML,
+            year="2013",
+        ),
+        _article(
+            "rust2023",
+            "Rust, Kyle R. and Hocking, Toby D.",
+            "A Log-linear Gradient Descent Algorithm for Unbalanced Binary "
+            "Classification using the All Pairs Squared Hinge Loss",
+            "arXiv preprint arXiv:2302.11062",
+            year="2023",
+            eprint="2302.11062",
+            archiveprefix="arXiv",
+        ),
         _entry(
             "software",
             "deepmind2020jax",
@@ -325,6 +452,110 @@ BIBTEX: dict[str, str] = dict(
             year="2024",
             eprint="2402.09983",
             archiveprefix="arXiv",
+        ),
+        _paper(
+            "brown2020",
+            "Brown, Andrew and Xie, Weidi and Kalogeiton, Vicky and Zisserman, Andrew",
+            "{Smooth-AP}: Smoothing the Path Towards Large-Scale Image Retrieval",
+            "European Conference on Computer Vision",
+            "2007.12163",
+        ),
+        _entry(
+            "inproceedings",
+            "cakir2019",
+            author="Cakir, Fatih and He, Kun and Xia, Xide and Kulis, Brian and "
+            "Sclaroff, Stan",
+            title="Deep Metric Learning to Rank",
+            booktitle=_CVPR,
+            year="2019",
+        ),
+        _paper(
+            "rolinek2020",
+            r"Rol{\'i}nek, Michal and Musil, V{\'i}t and Paulus, Anselm and "
+            "Vlastelica, Marin and Michaelis, Claudio and Martius, Georg",
+            "Optimizing Rank-based Metrics with Blackbox Differentiation",
+            _CVPR,
+            "1912.03500",
+        ),
+        _paper(
+            "vlastelica2020",
+            r"Vlastelica, Marin and Paulus, Anselm and Musil, V{\'i}t and Martius, "
+            r"Georg and Rol{\'i}nek, Michal",
+            "Differentiation of Blackbox Combinatorial Solvers",
+            "International Conference on Learning Representations",
+            "1912.02175",
+        ),
+        _paper(
+            "blondel2020",
+            "Blondel, Mathieu and Teboul, Olivier and Berthet, Quentin and Djolonga, "
+            "Josip",
+            "Fast Differentiable Sorting and Ranking",
+            _ICML,
+            "2002.08871",
+        ),
+        _article(
+            "amos2019",
+            "Amos, Brandon and Koltun, Vladlen and Kolter, J. Zico",
+            "The Limited Multi-Label Projection Layer",
+            "arXiv preprint arXiv:1906.08707",
+            year="2019",
+            eprint="1906.08707",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "jarvelin2002",
+            r"J{\"a}rvelin, Kalervo and Kek{\"a}l{\"a}inen, Jaana",
+            "Cumulated gain-based evaluation of {IR} techniques",
+            "ACM Transactions on Information Systems",
+            volume="20",
+            number="4",
+            year="2002",
+        ),
+        _entry(
+            "inproceedings",
+            "mcsherry2008",
+            author="McSherry, Frank and Najork, Marc",
+            title="Computing Information Retrieval Performance Measures Efficiently in "
+            "the Presence of Tied Scores",
+            booktitle="European Conference on Information Retrieval",
+            year="2008",
+        ),
+        _entry(
+            "inproceedings",
+            "voorhees1999",
+            author="Voorhees, Ellen M.",
+            title="The {TREC-8} Question Answering Track Report",
+            booktitle="Text REtrieval Conference",
+            year="1999",
+        ),
+        _article(
+            "qin2010",
+            "Qin, Tao and Liu, Tie-Yan and Li, Hang",
+            "A general approximation framework for direct optimization of information "
+            "retrieval measures",
+            "Information Retrieval",
+            volume="13",
+            number="4",
+            year="2010",
+        ),
+        _article(
+            "everingham2010",
+            "Everingham, Mark and Van Gool, Luc and Williams, Christopher K. I. and "
+            "Winn, John and Zisserman, Andrew",
+            "The {PASCAL} Visual Object Classes ({VOC}) Challenge",
+            "International Journal of Computer Vision",
+            volume="88",
+            number="2",
+            year="2010",
+        ),
+        _paper(
+            "lin2014",
+            "Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and "
+            r"Perona, Pietro and Ramanan, Deva and Doll{\'a}r, Piotr and Zitnick, C. "
+            "Lawrence",
+            "{Microsoft COCO}: Common Objects in Context",
+            "European Conference on Computer Vision",
+            "1405.0312",
         ),
     ]
 )

@@ -41,6 +41,12 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     """
     check_problem_is(problem)
     check_estimator_is(estimator)
+    if getattr(estimator, "single_loop", False):
+        raise TypeError(
+            f"{type(estimator).__name__} makes one step of w, the adjoint and alpha at "
+            "a time, and one alone says nothing; run it by hg.minimize(problem, "
+            "estimator, optimizer, w, alpha, num_steps=...)"
+        )
     estimator, problem = traced((estimator, problem))
 
     def one_shot(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:

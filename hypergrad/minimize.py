@@ -16,6 +16,7 @@ from .checks import (
     as_key,
     check_estimator_is,
     check_problem_is,
+    check_same_structure,
     is_traced,
     rehearse,
     traced,
@@ -43,6 +44,7 @@ def minimize(
     key: Array | None = None,
     space: PyTree = None,
     project: Callable[[PyTree], PyTree] | None = None,
+    anneal: Callable[[Array, PyTree], PyTree] | None = None,
     metrics: dict[str, Metric] | None = None,
     eval_every: int = 1,
     certify_every: int | None = None,
@@ -61,6 +63,9 @@ def minimize(
       space: what ``alpha`` may be, from `hypergrad.spaces`: the optimizer then moves
         the unconstrained variable, and every ``alpha`` lies in the space.
       project: applied to ``alpha`` after each step, instead of a space.
+      anneal: ``(step, outer_data) -> outer_data``, what the outer loss sees at each
+        step, such as data with a lower temperature in it; structure, shapes and dtypes
+        stay.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
         arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
       eval_every: steps between evaluations; the last step is always evaluated.
@@ -130,6 +135,7 @@ def minimize(
         rehearse(Claim(), problem, w, alpha)
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)
+    _check_anneal(anneal, problem)
     check_progress(progress)
     key = as_key(key)
     if progress is not None and is_traced(problem, w, alpha, key):
@@ -143,6 +149,7 @@ def minimize(
         optimizer,
         space,
         project,
+        anneal,
         metrics,
         eval_every,
         certify_every,
@@ -175,6 +182,20 @@ def _check_project(project: Any, alpha: PyTree) -> None:
         )
 
 
+def _check_anneal(anneal: Any, problem: Bilevel) -> None:
+    if anneal is None:
+        return
+    if not callable(anneal):
+        raise TypeError(
+            "anneal must be a function (step, outer_data) -> outer_data; got "
+            f"{anneal!r}"
+        )
+    if problem.draw is not None:
+        raise ValueError("anneal needs outer_data; a problem with draw has none")
+    found = eqx.filter_eval_shape(anneal, jnp.asarray(0), problem.outer_data)
+    check_same_structure("anneal", found, problem.outer_data, "outer_data")
+
+
 class _Loop(eqx.Module):
     """What stays the same through a run."""
 
@@ -183,10 +204,20 @@ class _Loop(eqx.Module):
     optimizer: optax.GradientTransformation
     space: PyTree
     project: Callable | None
+    anneal: Callable | None
     metrics: dict[str, Metric]
     eval_every: int
     certify_every: int | None
     num_steps: int
+
+    def problem_at(self, index: Array) -> Bilevel:
+        """The problem as the outer loss sees it at a step."""
+        if self.anneal is None:
+            return self.problem
+        data = self.anneal(index, self.problem.outer_data)
+        return eqx.tree_at(
+            lambda p: p.outer_data, self.problem, data, is_leaf=lambda x: x is None
+        )
 
 
 class _Rows(eqx.Module):
@@ -264,15 +295,18 @@ def _run(loop: _Loop, carry: _Carry, until: Array) -> _Carry:
 
 
 def _certified(
-    loop: _Loop, due: Array, estimate: Estimate, alpha: PyTree, key: Array
+    loop: _Loop,
+    problem: Bilevel,
+    due: Array,
+    estimate: Estimate,
+    alpha: PyTree,
+    key: Array,
 ) -> Estimate:
     """The estimate with a certificate in its stats where one is due."""
 
     def look():
-        data = drawn(loop.problem, key)  # what the estimate saw
-        found = certificate(
-            loop.problem, data, estimate.w, alpha, estimate.hypergradient
-        )
+        data = drawn(problem, key)  # what the estimate saw
+        found = certificate(problem, data, estimate.w, alpha, estimate.hypergradient)
         spent = {name: estimate.stats[name] + found.stats[name] for name in found.stats}
         said = {"distance_to_implicit": found.error_estimate}
         if loop.estimator.target == "argmin":
@@ -287,12 +321,13 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     key, estimate_key, metric_key = jax.random.split(carry.key, 3)
     to_alpha = lambda u: spaces.forward(loop.space, u)
     alpha, pullback = jax.vjp(to_alpha, carry.u)
+    problem = loop.problem_at(carry.index)
     estimate, state = loop.estimator.estimate(
-        loop.problem, carry.estimator_state, alpha, estimate_key
+        problem, carry.estimator_state, alpha, estimate_key
     )
     if loop.certify_every is not None:
         due = carry.index % loop.certify_every == 0
-        estimate = _certified(loop, due, estimate, alpha, estimate_key)
+        estimate = _certified(loop, problem, due, estimate, alpha, estimate_key)
     (gradient,) = pullback(estimate.hypergradient)
     optimizer = optax.with_extra_args_support(loop.optimizer)
     updates, optimizer_state = optimizer.update(

@@ -145,6 +145,9 @@ CASES = {
         windows=2,
     ),
 }
+CASES["SOBA(optimizer)"] = Case(
+    hg.testing.Settled(hg.SOBA(optax.sgd(0.15, momentum=0.25)), LONG), {}
+)
 GUIDES = {guide.call: guide for guide, _, _ in choose.methods()}
 
 
@@ -186,7 +189,8 @@ def test_what_is_declared_as_seen_equals_central_differences(call: str):
     """Of the whole procedure by hand, leaf by leaf; random ones to four errors."""
     case = CASES[call]
     alpha, found = asked(call)
-    ends = [case.numbers["T"] * (i + 1) // case.windows for i in range(case.windows)]
+    steps = case.numbers.get("T", LONG)
+    ends = [steps * (i + 1) // case.windows for i in range(case.windows)]
     mean = lambda *parts: sum(parts) / len(parts)
     value = jax.jit(lambda alpha: mean(*(by_hand(alpha, end) for end in ends)))
     exact = central(value, alpha)

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -578,3 +579,63 @@ def test_the_first_of_equal_values_is_the_best():
     trace = hg.minimize(problem, estimator, drift, 0.0, 3.0, num_steps=3)
     assert trace.alpha == 6.0
     assert trace.best_alpha == 3.0
+
+
+# What the outer loss sees may change from step to step.
+
+
+def tempered(w, alpha, batch):
+    return batch["temperature"][0, 0] * jnp.sum((w[None] - batch["t"]) ** 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, hg.Batches])
+def test_anneal_changes_the_outer_data_step_by_step(wrap):
+    """The values and alphas of a loop by hand with another problem at each step."""
+    known = any_known("quadratic 30")
+    data = {"t": jnp.ones((1, 30)), "temperature": jnp.ones((1, 1))}
+    schedule = optax.exponential_decay(1.0, 1, 0.7)
+
+    def anneal(step, data):
+        where = lambda d: d["temperature"]
+        where = where if isinstance(data, dict) else lambda d: d.data["temperature"]
+        return eqx.tree_at(where, data, schedule(step) * jnp.ones((1, 1)))
+
+    def problem(temperature):
+        at = data | {"temperature": jnp.full((1, 1), temperature)}
+        inner, inner_data = known.problem.inner_loss, known.problem.inner_data
+        return hg.Bilevel(inner, tempered, inner_data, wrap(at))
+
+    estimator, optimizer = hg.Implicit(hg.Newton()), optax.sgd(0.01)
+    trace = hg.minimize(
+        problem(1.0), estimator, optimizer, known.w, known.alpha, num_steps=4,
+        anneal=anneal,
+    )  # fmt: skip
+    alpha = known.alpha
+    for step in range(4):
+        found = hg.hypergradient(problem(0.7**step), estimator)(known.w, alpha)
+        np.testing.assert_allclose(trace.value[step], found.value, rtol=1e-9)
+        alpha = alpha - 0.01 * found.hypergradient
+    np.testing.assert_allclose(trace.alpha, alpha, rtol=1e-9)
+
+
+def test_anneal_must_keep_the_data_as_it_is_shaped():
+    """And needs data to change."""
+    known = any_known("ridge scalar")
+    run = functools.partial(
+        hg.minimize, w=known.w, alpha=known.alpha, num_steps=2,
+        estimator=hg.Implicit(hg.Newton()), optimizer=optax.sgd(0.1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="anneal returned"):
+        run(known.problem, anneal=lambda step, data: data | {"more": step})
+    with pytest.raises(TypeError, match="anneal must be a function"):
+        run(known.problem, anneal=0.5)
+    with pytest.raises(ValueError, match="anneal needs outer_data"):
+        hg.minimize(
+            hg.Bilevel(
+                lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+                lambda w, alpha, batch: jnp.sum(w**2),
+                draw=lambda key: (jnp.ones(1), jnp.ones(1)),
+            ),
+            hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.0, num_steps=2,
+            anneal=lambda step, data: data,
+        )  # fmt: skip

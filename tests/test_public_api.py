@@ -26,6 +26,7 @@ CONTRACT = {
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
     "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
     "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
+    "surrogates",
 }  # fmt: skip
 
 
@@ -142,6 +143,7 @@ CITED = {
     "Evolution": hg.Evolution(SOLVER),
     "PersistentEvolution": hg.PersistentEvolution(SOLVER),
     "Reversible": hg.Reversible(0.1, 0.9, 1),
+    "SOBA": hg.SOBA(optax.sgd(0.1)),
 }
 
 
@@ -226,7 +228,7 @@ LAYERS = [
     {"products", "spaces", "trees", "citation", "data", "guide"},
     {"problem"},
     {"cost", "checks"},
-    {"linear"},
+    {"linear", "surrogates"},
     {"inner"},
     {"estimators", "argmin"},
     {"gradient", "trace"},

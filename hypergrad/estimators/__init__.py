@@ -9,9 +9,11 @@ from .implicit import Implicit
 from .penalty import Penalty
 from .protocol import Estimate, Estimator
 from .reversible import Reversible
+from .single_loop import SOBA
 from .unrolled import Unrolled
 
 __all__ = [
+    "SOBA",
     "Average",
     "CentralDifference",
     "Estimate",

@@ -61,6 +61,9 @@ class Estimate(eqx.Module):
 class Estimator(Protocol):
     """Turns a problem into hypergradients; what it carries between calls is a state.
 
+    One with an attribute ``single_loop = True`` makes a step at a time, and only a run
+    of them, `minimize`'s, means anything.
+
     ``target`` names the derivative that is estimated: 'argmin', at the stationary point
     of the inner loss, or 'solver', of the finite procedure that the inner solver is.
     """

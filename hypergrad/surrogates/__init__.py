@@ -1,0 +1,50 @@
+"""Smooth metrics, each beside the exact one.
+
+``surrogate(scores, targets, *, temperature, where=None, weights=None)`` is
+differentiable, ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
+what people report; both in the metric's own orientation. `temperature_of` proposes a
+temperature, `gap_metrics` reports how far the two are apart along a run.
+"""
+
+from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
+from .auc import AUC, SquaredHingeAUC
+from .average_precision import BlackboxAP, FastAP, SmoothAP, SoftRankAP
+from .calibration import CalibrationError
+from .detection import DetectionAP, match_boxes
+from .f_score import FBeta, Precision, Recall
+from .gap import gap_metrics
+from .overlap import Dice, IoU
+from .protocol import Surrogate
+from .retrieval import MRR, NDCG, PrecisionAtK, RecallAtK
+from .soft_rank import soft_rank
+from .temperature import temperature_of
+
+__all__ = [
+    "AUC",
+    "MRR",
+    "NDCG",
+    "Accuracy",
+    "BlackboxAP",
+    "CalibrationError",
+    "Coverage",
+    "DetectionAP",
+    "Dice",
+    "ExpectedAccuracy",
+    "FBeta",
+    "FastAP",
+    "IoU",
+    "Precision",
+    "PrecisionAtK",
+    "Recall",
+    "RecallAtK",
+    "SelectiveRisk",
+    "SmoothAP",
+    "SoftRankAP",
+    "SquaredHingeAUC",
+    "Surrogate",
+    "TopKAccuracy",
+    "gap_metrics",
+    "match_boxes",
+    "soft_rank",
+    "temperature_of",
+]

@@ -1,0 +1,274 @@
+"""What a surrogate is, and what all of them share: input checks, means, ratios."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+
+class Surrogate(Protocol):
+    """A smooth stand-in for a metric, with its exact counterpart beside it.
+
+    Both are in the metric's own orientation and scalars in the dtype of the scores
+    (float32 at least). A surrogate is differentiable in ``scores`` and
+    ``temperature``; `exact` is jit-able.
+
+    Common to all: ``temperature`` is in the units of the scores. ``where`` marks the
+    examples that count, and ``weights`` (at least 0) says how much. A masked-out
+    example may hold anything, NaN included, and is as good as dropped. Where nothing is
+    left to average, value and gradient are 0.
+    """
+
+    def __call__(
+        self,
+        scores: Float[ArrayLike, "..."],
+        targets: ArrayLike,
+        *,
+        temperature: ArrayLike,
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> Array:
+        """The smooth metric."""
+        ...
+
+    def exact(
+        self,
+        scores: Float[ArrayLike, "..."],
+        targets: ArrayLike,
+        *,
+        where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> Array:
+        """The metric itself; its derivative is 0 wherever it has one."""
+        ...
+
+
+class Examples(NamedTuple):
+    """Checked input; what is masked out is 0 throughout."""
+
+    scores: Float[Array, "..."]
+    targets: Array  # 0 and 1 in the dtype of the scores, or class indices
+    weights: Float[Array, "..."]
+    mask: Bool[Array, "..."]
+
+
+def binary(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Examples:
+    """Scores [n] against targets [n] of 0 and 1."""
+    scores = _scores(scores)
+    if scores.ndim != 1:
+        hint = "scores[:, 0]" if scores.shape[1:] == (1,) else "one score an example"
+        raise ValueError(
+            f"scores must be [n] for two classes, got shape {scores.shape}: pass {hint}"
+        )
+    return _two_valued(scores, targets, where, weights, scores.shape)
+
+
+def multilabel(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Examples:
+    """Scores [n, L] against targets [n, L] of 0 and 1; ``where``, ``weights`` [n]."""
+    scores = _scores(scores)
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be [n, labels], got shape {scores.shape}")
+    return _two_valued(scores, targets, where, weights, scores.shape[:1])
+
+
+def elementwise(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Examples:
+    """Scores of any shape against 0 and 1; ``where`` and ``weights`` of that shape."""
+    scores = _scores(scores)
+    return _two_valued(scores, targets, where, weights, scores.shape)
+
+
+def multiclass(
+    scores: ArrayLike,
+    targets: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Examples:
+    """Scores [n, C] against targets [n], integers in 0..C-1."""
+    scores = _scores(scores)
+    targets = _array("targets", targets)
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores must be [n, classes] with 2 classes at least, got shape "
+            f"{scores.shape}; for two classes one score an example, [n], will do"
+        )
+    if targets.shape != scores.shape[:1]:
+        hints = {
+            scores.shape: "pass class indices, targets.argmax(1)",
+            (*scores.shape[:1], 1): "drop the last axis, targets[:, 0]",
+        }
+        hint = hints.get(targets.shape, "pass one class index an example")
+        raise ValueError(
+            f"targets must be [n] = {scores.shape[:1]} for scores of shape "
+            f"{scores.shape}, got {targets.shape}: {hint}"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f"targets must be integer class indices for scores [n, classes], got "
+            f"{targets.dtype}: write targets.astype(int)"
+        )
+    mask, weights = _counted(where, weights, targets.shape, scores.dtype)
+    if (values := _values(targets, mask)) is not None:
+        outside = values[(values < 0) | (values >= scores.shape[1])]
+        if outside.size:
+            raise ValueError(
+                f"targets must be in 0..{scores.shape[1] - 1}, the classes that scores "
+                f"has columns for; got {outside[0]}: mask such examples out by where"
+            )
+    scores = jnp.where(mask[:, None], scores, 0)
+    return Examples(scores, jnp.where(mask, targets, 0), weights, mask)
+
+
+def as_temperature(temperature: ArrayLike, dtype: Any) -> Array:
+    """A scalar in the dtype of the scores; refuses what is not above 0."""
+    array = _array("temperature", temperature)
+    if array.shape != ():
+        raise ValueError(
+            f"temperature must be a scalar, got shape {array.shape}; for several use "
+            "jax.vmap"
+        )
+    if not isinstance(array, Tracer) and not float(array) > 0:
+        raise ValueError(
+            f"temperature must be above 0, in the units of the scores; got {array}"
+        )
+    return array.astype(dtype)
+
+
+def check_setting(name: str, value: Any, above: float, most: float) -> None:
+    """Refuses a number outside (above, most]; a traced one has no value yet."""
+    if isinstance(value, Tracer):
+        return
+    if not (isinstance(value, int | float) or np.shape(value) == ()):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not above < value <= most:
+        raise ValueError(
+            f"{name} must be above {above} and at most {most}, got {value}"
+        )
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuses a number below 0; a traced one has no value yet."""
+    if not (isinstance(value, Tracer) or value >= 0):
+        raise ValueError(f"{name} must be 0 or above, got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is no integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer above 0, got {value!r}")
+
+
+def mean(values: Array, weights: Array) -> Array:
+    """Weighted mean of all values; 0 where no weight is left."""
+    return ratio(jnp.sum(weights * values), jnp.sum(weights), weights)
+
+
+def ratio(numerator: Array, denominator: Array, weights: Array) -> Array:
+    """``numerator / denominator`` of weighted sums; 0 / 0 is 0.
+
+    A denominator below the rounding of the lightest example is that of sigmoids in
+    their tails, and stands for the 0 that they tend to.
+    """
+    weights = jax.lax.stop_gradient(weights)
+    lightest = jnp.min(jnp.where(weights > 0, weights, jnp.inf))
+    numbers = jnp.finfo(weights.dtype)
+    floor = numbers.eps * jnp.where(jnp.isfinite(lightest), lightest, 1)
+    return numerator / jnp.maximum(denominator, jnp.maximum(floor, numbers.tiny))
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array: {error}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{name} must be numbers, got {array.dtype}")
+    return array
+
+
+def _scores(scores: ArrayLike) -> Array:
+    """Floating point, float32 at least: counts in less stop at 2,048."""
+    scores = _array("scores", scores)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(
+            f"scores is {scores.dtype}, which has no derivative; pass the model's "
+            "floating-point output, not its predictions"
+        )
+    if scores.size == 0 or scores.ndim == 0:
+        raise ValueError(
+            f"scores must hold one example at least, got shape {scores.shape}"
+        )
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
+def _two_valued(
+    scores: Array,
+    targets: ArrayLike,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    shape: tuple[int, ...],
+) -> Examples:
+    targets = _array("targets", targets)
+    if targets.shape != scores.shape:
+        column = targets.shape == (*scores.shape, 1)
+        hint = ": drop the last axis, targets[..., 0]" if column else ""
+        raise ValueError(
+            f"targets must have the shape of scores, {scores.shape}, got "
+            f"{targets.shape}{hint}"
+        )
+    mask, weights = _counted(where, weights, shape, scores.dtype)
+    kept = jnp.broadcast_to(
+        mask.reshape(shape + (1,) * (scores.ndim - len(shape))), scores.shape
+    )
+    if (values := _values(targets, kept)) is not None:
+        outside = values[(values != 0) & (values != 1)]
+        if outside.size:
+            raise ValueError(
+                f"targets must be 0 or 1, got {outside[0]}: for labels of -1 and 1 "
+                "pass targets > 0; mask examples without a label out by where"
+            )
+    targets = jnp.where(kept, targets, 0).astype(scores.dtype)
+    return Examples(jnp.where(kept, scores, 0), targets, weights, mask)
+
+
+def _counted(
+    where: ArrayLike | None, weights: ArrayLike | None, shape: tuple, dtype: Any
+) -> tuple[Array, Array]:
+    """The mask, and the weights with 0 where it is False."""
+    mask = jnp.ones(shape, bool) if where is None else _array("where", where)
+    if mask.dtype != bool:
+        raise TypeError(f"where must be boolean, got {mask.dtype}: write where != 0")
+    weights = jnp.ones(shape, dtype) if weights is None else _array("weights", weights)
+    for name, array in (("where", mask), ("weights", weights)):
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} must have the examples' shape {shape}, got {array.shape}"
+            )
+    values = _values(weights, mask)
+    if values is not None and not np.all(values >= 0):
+        raise ValueError(f"weights must be 0 or above, got {values[~(values >= 0)][0]}")
+    return mask, jnp.where(mask, weights, 0).astype(dtype)
+
+
+def _values(array: Array, mask: Array) -> np.ndarray | None:
+    """What counts, as NumPy; None while it is traced and has no value yet."""
+    if isinstance(array, Tracer) or isinstance(mask, Tracer):
+        return None
+    return np.asarray(array)[np.asarray(mask)]
