@@ -13,6 +13,7 @@ from .f_score import FBeta, Precision, Recall
 from .gap import gap_metrics
 from .overlap import Dice, IoU
 from .protocol import Surrogate
+from .soft_rank import soft_rank
 from .temperature import temperature_of
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "Surrogate",
     "TopKAccuracy",
     "gap_metrics",
+    "soft_rank",
     "temperature_of",
 ]
