@@ -31,9 +31,9 @@ def soft_rank(
     Returns:
       Ranks of the shape and dtype of ``values``. Ties share their mean rank.
 
-    Cost: a sort and at most 2 n steps of a loop, which is sequential: fast on a CPU,
-    slow on a GPU. Derivatives of either mode are exact and cost O(n). Memory: O(n).
-    They exist wherever no block of tied ranks is about to split or merge.
+    Cost: a sort, and fewer than 2 n steps of a loop, one after the other on a GPU too.
+    Memory: O(n). Derivatives of either mode are exact and cost O(n); they exist
+    wherever no block of pooled items is about to split or merge.
 
     Source: Blondel et al. 2020 (arXiv 2002.08871), with quadratic regularisation.
 
