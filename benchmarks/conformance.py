@@ -44,6 +44,7 @@ PROBLEMS = {
     ("two losses", "pytree"): "",
 }
 DTYPES = ("float64", "float32")
+ASKED = 1e-4  # relative error
 TERMS = 50  # of a series, or steps that a truncated reverse pass sees
 STRENGTH = 1e3
 SIGMA, PAIRS = 1e-2, 64
@@ -147,6 +148,17 @@ METHODS = {
     "Implicit, GMRES": Method("exact", implicit(gmres)),
     "Implicit, LU": Method("exact", implicit(lambda at, dtype, x: lx.LU())),
     "Implicit, correct=1": Method("exact", early(1)),
+    "Implicit, rel_err": Method(
+        "1e-4 asked",
+        lambda at, dtype, x: hg.Implicit(at.descent, correct=1, rel_err=ASKED),
+    ),
+    "Average": Method(
+        "exact", lambda at, dtype, x: hg.Average(hg.Implicit(hg.Newton()), 2)
+    ),
+    "SOBA": Method(
+        "exact, settled",
+        lambda at, dtype, x: hg.testing.Settled(hg.SOBA(sgd(at.step)), 2 * at.steps),
+    ),
     "Unrolled": Method("exact", lambda at, dtype, x: hg.Unrolled(at.descent)),
     "Forward": Method("exact", lambda at, dtype, x: hg.Forward(at.descent)),
     "Reversible": Method(
@@ -195,12 +207,12 @@ METHODS = {
 }
 EARLY = "Implicit, stopped early"  # what correct=1 is measured against; a rate only
 SHOWN = [method for method in METHODS if method != EARLY]
-# What Reversible refuses; every other refusal ends the run.
-REFUSED = {("Reversible", "two losses")}
+# What takes one outer loss; every other refusal ends the run.
+REFUSED = {("Reversible", "two losses"), ("SOBA", "two losses")}
 SERIES = ("Implicit, Neumann", "Unrolled, last", "FixedPoint")
 NEVER_TRUSTED = (
     *("CentralDifference", "FiniteDifference", "Penalty", "Penalty, symmetric"),
-    *("Evolution", "PersistentEvolution"),
+    *("Evolution", "PersistentEvolution", "SOBA"),
 )
 
 
