@@ -99,6 +99,7 @@ def _paper(
 
 
 _AAAI = "AAAI Conference on Artificial Intelligence"
+_CVPR = "IEEE Conference on Computer Vision and Pattern Recognition"
 _ICML = "International Conference on Machine Learning"
 _AISTATS = "International Conference on Artificial Intelligence and Statistics"
 _NEURIPS = "Advances in Neural Information Processing Systems"
@@ -451,6 +452,110 @@ BIBTEX: dict[str, str] = dict(
             year="2024",
             eprint="2402.09983",
             archiveprefix="arXiv",
+        ),
+        _paper(
+            "brown2020",
+            "Brown, Andrew and Xie, Weidi and Kalogeiton, Vicky and Zisserman, Andrew",
+            "{Smooth-AP}: Smoothing the Path Towards Large-Scale Image Retrieval",
+            "European Conference on Computer Vision",
+            "2007.12163",
+        ),
+        _entry(
+            "inproceedings",
+            "cakir2019",
+            author="Cakir, Fatih and He, Kun and Xia, Xide and Kulis, Brian and "
+            "Sclaroff, Stan",
+            title="Deep Metric Learning to Rank",
+            booktitle=_CVPR,
+            year="2019",
+        ),
+        _paper(
+            "rolinek2020",
+            r"Rol{\'i}nek, Michal and Musil, V{\'i}t and Paulus, Anselm and "
+            "Vlastelica, Marin and Michaelis, Claudio and Martius, Georg",
+            "Optimizing Rank-based Metrics with Blackbox Differentiation",
+            _CVPR,
+            "1912.03500",
+        ),
+        _paper(
+            "vlastelica2020",
+            r"Vlastelica, Marin and Paulus, Anselm and Musil, V{\'i}t and Martius, "
+            r"Georg and Rol{\'i}nek, Michal",
+            "Differentiation of Blackbox Combinatorial Solvers",
+            "International Conference on Learning Representations",
+            "1912.02175",
+        ),
+        _paper(
+            "blondel2020",
+            "Blondel, Mathieu and Teboul, Olivier and Berthet, Quentin and Djolonga, "
+            "Josip",
+            "Fast Differentiable Sorting and Ranking",
+            _ICML,
+            "2002.08871",
+        ),
+        _article(
+            "amos2019",
+            "Amos, Brandon and Koltun, Vladlen and Kolter, J. Zico",
+            "The Limited Multi-Label Projection Layer",
+            "arXiv preprint arXiv:1906.08707",
+            year="2019",
+            eprint="1906.08707",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "jarvelin2002",
+            r"J{\"a}rvelin, Kalervo and Kek{\"a}l{\"a}inen, Jaana",
+            "Cumulated gain-based evaluation of {IR} techniques",
+            "ACM Transactions on Information Systems",
+            volume="20",
+            number="4",
+            year="2002",
+        ),
+        _entry(
+            "inproceedings",
+            "mcsherry2008",
+            author="McSherry, Frank and Najork, Marc",
+            title="Computing Information Retrieval Performance Measures Efficiently in "
+            "the Presence of Tied Scores",
+            booktitle="European Conference on Information Retrieval",
+            year="2008",
+        ),
+        _entry(
+            "inproceedings",
+            "voorhees1999",
+            author="Voorhees, Ellen M.",
+            title="The {TREC-8} Question Answering Track Report",
+            booktitle="Text REtrieval Conference",
+            year="1999",
+        ),
+        _article(
+            "qin2010",
+            "Qin, Tao and Liu, Tie-Yan and Li, Hang",
+            "A general approximation framework for direct optimization of information "
+            "retrieval measures",
+            "Information Retrieval",
+            volume="13",
+            number="4",
+            year="2010",
+        ),
+        _article(
+            "everingham2010",
+            "Everingham, Mark and Van Gool, Luc and Williams, Christopher K. I. and "
+            "Winn, John and Zisserman, Andrew",
+            "The {PASCAL} Visual Object Classes ({VOC}) Challenge",
+            "International Journal of Computer Vision",
+            volume="88",
+            number="2",
+            year="2010",
+        ),
+        _paper(
+            "lin2014",
+            "Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and "
+            r"Perona, Pietro and Ramanan, Deva and Doll{\'a}r, Piotr and Zitnick, C. "
+            "Lawrence",
+            "{Microsoft COCO}: Common Objects in Context",
+            "European Conference on Computer Vision",
+            "1405.0312",
         ),
     ]
 )
