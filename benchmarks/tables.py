@@ -1,5 +1,7 @@
 """All tables by name."""
 
-from . import cleaning, conformance
+from . import cleaning, conformance, surrogates
 
-TABLES = {table.name: table for table in (conformance.TABLE, cleaning.TABLE)}
+TABLES = {
+    table.name: table for table in (conformance.TABLE, cleaning.TABLE, surrogates.TABLE)
+}
