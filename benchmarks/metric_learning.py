@@ -336,7 +336,7 @@ def by_random_search(task: str, metric: str, seed: int) -> dict[str, Any]:
         key=jax.random.key(seed),
     )
     return {
-        "w": trace.w,
+        "w": train(task, seed, trace.best_alpha, parts["train"]),
         "gap": 0.0,
         "gradient_equivalents": float(trace.cost[-1]),
         "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
