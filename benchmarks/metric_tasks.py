@@ -309,11 +309,13 @@ def views_of_network(w: PyTree, batch: PyTree) -> dict[str, View]:
     e = hidden(w, batch)
     e = e / jnp.sqrt(jnp.sum(e**2, axis=1, keepdims=True) + 1e-12)
     similar, y, use = e @ e.T, batch["y"], batch["use"]
-    others = use[:, None] & use[None, :] & ~jnp.eye(len(y), dtype=bool)
     is_class = y[None, :] == jnp.arange(NUM_CLASSES["val"])[:, None]
-    counted = others[:, None, :] & is_class[None, :, :]
+    # A query out of use has scores too, since 0 times infinity is no 0.
+    gallery = use[None, :] & ~jnp.eye(len(y), dtype=bool)
+    counted = gallery[:, None, :] & is_class[None, :, :]
     among = jnp.where(counted, similar[:, None, :] / NEIGHBOUR, -jnp.inf)
     classes = View(NEIGHBOUR * jax.nn.logsumexp(among, axis=2), y, use)
+    others = use[:, None] & gallery
     same = (y[:, None] == y[None, :]).astype(int)
     return {"accuracy": classes, "F1": classes, "mAP": View(similar, same, others)}
 
