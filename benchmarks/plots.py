@@ -158,3 +158,31 @@ def _reaching(axis, curves: dict[str, list[tuple]]) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def log_dots(
+    panels: dict[str, list[list[float]]], labels: list[str], title: str, path: Path
+) -> None:
+    """A panel a quantity, a row a label, a dot a seed, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(10, 1.4 + 0.35 * len(labels)), layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        for place, values in enumerate(rows):
+            color = "black" if place == 0 else "steelblue"
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6)
+        axis.axvline(np.mean(rows[0]), color="black", lw=0.8, ls=":")
+        axis.set_xscale("log")
+        axis.set_xlabel(name)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,7 +1,13 @@
 """All tables by name."""
 
-from . import cleaning, conformance, surrogates
+from . import average_precision, cleaning, conformance, surrogates
 
 TABLES = {
-    table.name: table for table in (conformance.TABLE, cleaning.TABLE, surrogates.TABLE)
+    table.name: table
+    for table in (
+        conformance.TABLE,
+        cleaning.TABLE,
+        surrogates.TABLE,
+        average_precision.TABLE,
+    )
 }
