@@ -208,7 +208,8 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         "split; bold is the row of a metric's own surrogate. Gap: surrogate less exact "
         "metric on validation, of the model at the end. Costs are of tuning and "
         "learning together: gradient-equivalents (grad-eq), Hessian-vector products, "
-        "seconds a seed; compile is once for all seeds. Source: "
+        "seconds a seed; compile is once for all seeds. Trusted: steps of the last run "
+        "whose hypergradient says so of itself. Source: "
         f"{table.source}. Command: `{command}`",
     ]
     for task in SYSTEMS:
@@ -272,6 +273,7 @@ def costs(rows: list[Row], task: str, method: str) -> list[str]:
         "num_hvps": "{:.0f}",
         "compile_seconds": "{:.1f}",
         "run_seconds": "{:.1f}",
+        "trusted": "{:.0%}",
     }
     of = lambda name: column(rows, task, method, name)
     return [average(of(name), form) for name, form in forms.items()]
