@@ -56,3 +56,139 @@ def errors(
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def surrogates(
+    panels: dict[str, dict[str, dict[str, list[float]]]],
+    own: dict[str, str],
+    curves: dict[str, list[tuple]],
+    path: Path,
+) -> None:
+    """Dots with intervals, a row of panels a task; below them, costs to reach.
+
+    panels: task -> method -> metric -> (mean, low, high) less the baseline, in points.
+    own: metric -> the method of its surrogate, filled.
+    curves: method -> for each seed (cost, value, target, cost to reach or None).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(methods) for methods in panels.values()] + [9]
+    figure = pyplot.figure(
+        figsize=(11, 1.5 + 0.26 * sum(heights)), layout="constrained"
+    )
+    grid = figure.add_gridspec(len(heights), len(own), height_ratios=heights)
+    for i, (task, methods) in enumerate(panels.items()):
+        for j, metric in enumerate(own):
+            axis = figure.add_subplot(grid[i, j])
+            _dots(axis, methods, metric, own[metric])
+            axis.set_title(f"{task}: test {metric}", fontsize=10)
+            if j:
+                axis.set_yticklabels([])
+            axis.set_xlabel("points above the baseline", fontsize=8)
+    _reaching(figure.add_subplot(grid[-1, :]), curves)
+    figure.suptitle(
+        "Each outer objective against the tuned baseline: mean over seeds, paired 95% "
+        "interval.\nRed: the metric's own surrogate (light: its other forms). Blue: "
+        "another objective. Grey: no hypergradients. Arrow: further left, there.",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _dots(axis, methods: dict, metric: str, own: str) -> None:
+    """One panel; what is far below the rest becomes an arrow at the edge."""
+    names = list(methods)
+    means = np.array([methods[name][metric][0] for name in names])
+    floor = max(means.min(), -3 * max(np.ptp(means[means > np.median(means)]), 1))
+    edge = floor - 0.06 * (means.max() - floor + 1)
+    for place, name in enumerate(names):
+        mean, low, high = methods[name][metric]
+        plain = "search" in name or "validation" in name
+        same = own == "Smooth-AP" and name.endswith("AP")
+        color = "grey" if plain else "steelblue"
+        color = "crimson" if name == own else "lightcoral" if same else color
+        if mean < floor:
+            axis.plot(edge, place, "<", color=color, ms=5)
+            axis.annotate(
+                f"{mean:.0f}",
+                (edge, place),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=color,
+            )
+            continue
+        axis.plot([max(low, edge), high], [place, place], color=color, lw=1.5)
+        axis.plot(mean, place, "o", color=color, ms=7 if name == own else 5)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xlim(left=edge - 0.04 * (means.max() - edge + 1))
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _reaching(axis, curves: dict[str, list[tuple]]) -> None:
+    """Value less the target along each run, and where the target is reached."""
+    colors = dict(zip(curves, ("black", "darkorange", "crimson"), strict=True))
+    for name, runs in curves.items():
+        reached = [run[3] for run in runs if run[3] is not None]
+        label = f"{name}: reached on {len(reached)} of {len(runs)} seeds"
+        for i, (cost, value, target, at) in enumerate(runs):
+            below = 100 * (np.array(value) - target)
+            axis.plot(
+                cost,
+                below,
+                color=colors[name],
+                lw=1,
+                alpha=0.5,
+                label=label if not i else None,
+            )
+            if at is not None:
+                axis.plot(at, below[cost.index(at)], "o", color=colors[name], ms=5)
+    axis.axhline(0, color="grey", lw=0.8)
+    axis.set_xscale("log")
+    axis.set_xlim(left=50)  # the first evaluation of a single loop is nearly free
+    axis.set_xlabel("gradient-equivalents of the last run", fontsize=8)
+    axis.set_ylabel("points of validation mAP\nabove the double loop's end", fontsize=8)
+    axis.set_title(
+        "joint, digits: exact mAP of the retrained model, a line a seed; dots: reached",
+        fontsize=10,
+    )
+    axis.legend(fontsize=8, frameon=False)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def log_dots(
+    panels: dict[str, list[list[float]]], labels: list[str], title: str, path: Path
+) -> None:
+    """A panel a quantity, a row a label, a dot a seed, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(10, 1.4 + 0.35 * len(labels)), layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        for place, values in enumerate(rows):
+            color = "black" if place == 0 else "steelblue"
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6)
+        axis.axvline(np.mean(rows[0]), color="black", lw=0.8, ls=":")
+        axis.set_xscale("log")
+        axis.set_xlabel(name)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
