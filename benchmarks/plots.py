@@ -104,13 +104,15 @@ def _dots(axis, methods: dict, metric: str, own: str) -> None:
     names = list(methods)
     means = np.array([methods[name][metric][0] for name in names])
     floor = max(means.min(), -3 * max(np.ptp(means[means > np.median(means)]), 1))
-    edge = floor - 0.06 * (means.max() - floor + 1)
+    lows = [methods[name][metric][1] for name in names]
+    shown = [low for low, mean in zip(lows, means, strict=True) if mean >= floor]
+    edge = min(shown) - 0.06 * np.ptp([*shown, means.max()])
     for place, name in enumerate(names):
         mean, low, high = methods[name][metric]
         plain = "search" in name or "validation" in name
-        same = own == "Smooth-AP" and name.endswith("AP")
-        color = "grey" if plain else "steelblue"
-        color = "crimson" if name == own else "lightcoral" if same else color
+        same = own == "Smooth-AP" and name in ("FastAP", "soft-rank AP", "blackbox AP")
+        color = "grey" if plain else "lightcoral" if same else "steelblue"
+        color = "crimson" if name == own else color
         if mean < floor:
             axis.plot(edge, place, "<", color=color, ms=5)
             axis.annotate(
@@ -123,10 +125,10 @@ def _dots(axis, methods: dict, metric: str, own: str) -> None:
                 color=color,
             )
             continue
-        axis.plot([max(low, edge), high], [place, place], color=color, lw=1.5)
+        axis.plot([low, high], [place, place], color=color, lw=1.5)
         axis.plot(mean, place, "o", color=color, ms=7 if name == own else 5)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlim(left=edge - 0.04 * (means.max() - edge + 1))
+    axis.set_xlim(left=edge - 0.04 * (means.max() - edge))
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -152,6 +154,9 @@ def _reaching(axis, curves: dict[str, list[tuple]]) -> None:
             )
             if at is not None:
                 axis.plot(at, below[cost.index(at)], "o", color=colors[name], ms=5)
+    every = [run for runs in curves.values() for run in runs]
+    values = [100 * (x - target) for _, value, target, _ in every for x in value]
+    axis.set_ylim(bottom=1.1 * np.percentile(values, 1))  # a run may diverge
     axis.axhline(0, color="grey", lw=0.8)
     axis.set_xscale("log")
     axis.set_xlim(left=50)  # the first evaluation of a single loop is nearly free

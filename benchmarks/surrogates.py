@@ -217,16 +217,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         if task in skipped:
             lines.append(f"Skipped: {skipped[task]}")
             continue
-        names = [
-            "accuracy",
-            "F1",
-            "mAP",
-            "gap",
-            "grad-eq",
-            "HVPs",
-            "compile s",
-            "run s",
-        ]
+        names = [*METRICS, "gap", "grad-eq", "HVPs", "compile s", "run s", "trusted"]
         lines += header(["outer objective", *names])
         for method in METHODS[task]:
             cells = [
