@@ -44,8 +44,9 @@ METHODS = {
 ORDER = ("digits", "reuters", "joint", "attributes", "retrieval")
 
 
-def plan(seeds: int) -> list[Row]:
+def plan(scale: str, seeds: int) -> list[Row]:
     """Seeds innermost, so that a program is compiled once and forgotten."""
+    del scale
     return [
         {"task": task, "method": method, "seed": seed}
         for task in ORDER

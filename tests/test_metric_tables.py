@@ -135,7 +135,7 @@ def rows_where(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
 
     SOBA reaches at a quarter of the double loop's cost.
     """
-    rows = surrogates.plan(seeds)
+    rows = surrogates.plan("small", seeds)
     for row in rows:
         rng = np.random.default_rng(row["seed"])
         row["reason"] = None
@@ -254,7 +254,7 @@ def test_what_time_is_claimed(change: dict, says: str):
         | {"ratio": 0.5 + 0.01 * cell["seed"], "per_pair": 1 + 0.01 * cell["seed"]}
         | {"finite": True, "value": 0.5, "formula": 0.5}
         | change
-        for cell in average_precision.plan(5)
+        for cell in average_precision.plan("small", 5)
     ]
     verdicts = average_precision.judge(rows)
     assert all(says in verdict.text for verdict in verdicts)
