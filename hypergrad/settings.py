@@ -42,11 +42,11 @@ def number(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
             return float(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        dtype = getattr(value, "dtype", None)
+        dtype, is_list = getattr(value, "dtype", None), isinstance(value, list | tuple)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):
             raise TypeError(
                 f"{name} must be a number or an array; got {type(value).__name__} "
-                f"{value!r}"
+                f"{value!r}" + ("; write jnp.array(...)" if is_list else "")
             )
         is_integer = jnp.issubdtype(dtype, jnp.integer)
         return float(value) if is_integer and isinstance(value, np.generic) else value

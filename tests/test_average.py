@@ -125,6 +125,9 @@ def test_what_is_no_estimator_is_refused():
         hg.Average(hg.Newton())
     with pytest.raises(TypeError, match="is the class Implicit"):
         hg.Average(hg.Implicit)
+    known = any_known("ridge scalar")
+    with pytest.raises(TypeError, match="Average makes one step"):
+        hg.hypergradient(known.problem, hg.Average(hg.SOBA(optax.sgd(0.1))))
     problem = hg.Bilevel(
         lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
         lambda w, alpha, batch: jnp.sum(w**2),

@@ -68,6 +68,11 @@ class Average(eqx.Module):
         check_steps("num_draws", self.num_draws, least=2)
 
     @property
+    def single_loop(self) -> bool:
+        """The estimator's."""
+        return getattr(self.estimator, "single_loop", False)
+
+    @property
     def target(self) -> str:
         """The estimator's."""
         return self.estimator.target

@@ -59,7 +59,8 @@ def gap_metrics(
       batch: what it reads; a pytree of arrays.
       targets: the surrogate's, with ``where`` and ``weights``.
       temperature: a number, or ``(scores, targets) -> number`` such as
-        `temperature_of`.
+        `temperature_of`, with its threshold set for surrogates that have one:
+        ``functools.partial(temperature_of, threshold=0.0)``.
 
     Returns:
       ``{name: exact, name_surrogate: smooth, name_gap: smooth - exact}``, each a

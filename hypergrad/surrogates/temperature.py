@@ -58,6 +58,11 @@ def temperature_of(
       times the median of ``|d|``: where so many differences are tiny that this is met,
       they all count, and the gap is larger by theirs.
 
+    Within an outer loss such a constant moves with the scores, and the slope of the
+    value is not its derivative: no estimator's trust sees that. Take it once, outside
+    the loss, keep it in the outer data, and lower it by `minimize`'s ``anneal``. For
+    average precision, which turns on few positives, take a smaller gap.
+
     Cost: 40 means over the differences, and a sort. To anneal, use optax's schedules: a
     temperature is data, so other values trace nothing.
 
