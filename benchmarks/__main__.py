@@ -11,9 +11,10 @@ HELP = "benchmarks need their extra: pip install 'hypergrad-jax[benchmarks]'"
 def main(arguments: list[str]) -> int:
     """Runs or checks a table; the exit status."""
     try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import scipy  # noqa: F401
+        # Asked for here, so that a missing one is named with its extra.
+        import matplotlib  # noqa: F401 - only whether it is there
+        import rich  # noqa: F401 - likewise
+        import scipy  # noqa: F401 - likewise
     except ImportError as error:
         print(f"benchmarks: {error}; {HELP}", file=sys.stderr)
         return 1

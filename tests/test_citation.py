@@ -124,7 +124,7 @@ def test_dataclasses_and_containers():
 def test_functions_may_carry_keys():
     surrogate = lambda: None
     # pyright knows no attributes of a function, hence not by a dot.
-    setattr(surrogate, "citations", ("blondel2022",))  # noqa: B010
+    setattr(surrogate, "citations", ("blondel2022",))  # noqa: B010 - no attribute that a type checker knows
     assert keys(citation(Plain(surrogate))) == ["hypergrad", "blondel2022"]
 
 
