@@ -131,5 +131,5 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     """
     if name not in LOADERS:
         raise ValueError(f"no data set {name!r}; known are {sorted(LOADERS)}")
-    data_dir = data_dir or os.environ.get(VARIABLE)
+    data_dir = data_dir or os.getenv(VARIABLE)
     return LOADERS[name](None if data_dir is None else Path(data_dir))
