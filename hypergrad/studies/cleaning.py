@@ -191,17 +191,17 @@ def row(method: str, seed: int) -> Row:
         learned = run(data, lane)
         seconds = time.perf_counter() - started
         found = evaluation(data, lane, learned["batch"], learned["alpha"])
-        found = jax.tree.map(np.asarray, found)
         numbers = {
-            "selection": found["selection"],
+            "selection": np.asarray(found["selection"]),
             "test_accuracy": float(found["test_accuracy"]),
             "val_loss": float(found["val_loss"]),
             "run_seconds": seconds,
         }
         if learned["trace"] is not None:
-            alpha, wrong = np.asarray(learned["alpha"]), found["wrong"]
-            numbers |= {"f1": float(f1_of_wrong_labels(wrong, None, alpha, None))}
-            numbers |= of_trace(learned["trace"]) | histograms(alpha, wrong)
+            alpha, wrong = learned["alpha"], found["wrong"]
+            numbers |= {"f1": float(f1_of_wrong_labels(wrong, None, alpha, lane[0]))}
+            numbers |= of_trace(learned["trace"])
+            numbers |= histograms(np.asarray(alpha), np.asarray(wrong))
         return numbers
 
     found = tuned(one, PENALTIES)
