@@ -33,7 +33,19 @@ from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
 from .estimators import (
+    BOME,
+    DARTS,
+    F2SA,
+    FSLA,
+    MRBO,
+    PZOBO,
+    SABA,
     SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    VRBO,
+    AmIGO,
     Average,
     CentralDifference,
     Estimate,
@@ -46,6 +58,7 @@ from .estimators import (
     Penalty,
     PersistentEvolution,
     Reversible,
+    StocBiO,
     Unrolled,
 )
 from .gradient import hypergradient
@@ -69,9 +82,21 @@ from .trace import Trace
 __version__ = "0.1.0"
 
 __all__ = [  # in reading order
+    "BOME",
     "CG",
+    "DARTS",
+    "F2SA",
+    "FSLA",
     "LBFGS",
+    "MRBO",
+    "PZOBO",
+    "SABA",
     "SOBA",
+    "SRBA",
+    "SUSTAIN",
+    "TTSA",
+    "VRBO",
+    "AmIGO",
     "Average",
     "Batches",
     "Bilevel",
@@ -96,6 +121,7 @@ __all__ = [  # in reading order
     "Penalty",
     "PersistentEvolution",
     "Reversible",
+    "StocBiO",
     "Trace",
     "Unrolled",
     "argmin",

@@ -10,7 +10,19 @@ from pathlib import Path
 
 from .citation import BIBTEX
 from .estimators import (
+    BOME,
+    DARTS,
+    F2SA,
+    FSLA,
+    MRBO,
+    PZOBO,
+    SABA,
     SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    VRBO,
+    AmIGO,
     CentralDifference,
     Evolution,
     FiniteDifference,
@@ -20,6 +32,7 @@ from .estimators import (
     Penalty,
     PersistentEvolution,
     Reversible,
+    StocBiO,
     Unrolled,
 )
 from .guide import Guide
@@ -39,6 +52,19 @@ ESTIMATORS = (
     Evolution,
     PersistentEvolution,
     SOBA,
+    SABA,
+    SRBA,
+    FSLA,
+    StocBiO,
+    AmIGO,
+    TTSA,
+    MRBO,
+    SUSTAIN,
+    VRBO,
+    F2SA,
+    BOME,
+    PZOBO,
+    DARTS,
 )
 
 COSTS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")

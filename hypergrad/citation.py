@@ -179,6 +179,84 @@ BIBTEX: dict[str, str] = dict(
             "2201.13409",
         ),
         _paper(
+            "dagreou2024",
+            "Dagr{\\'e}ou, Mathieu and Moreau, Thomas and Vaiter, Samuel and Ablin, "
+            "Pierre",
+            "A Lower Bound and a Near-Optimal Algorithm for Bilevel Empirical Risk "
+            "Minimization",
+            _AISTATS,
+            "2302.08766",
+        ),
+        _paper(
+            "ji2021",
+            "Ji, Kaiyi and Yang, Junjie and Liang, Yingbin",
+            "Bilevel Optimization: Convergence Analysis and Enhanced Design",
+            _ICML,
+            "2010.07962",
+        ),
+        _paper(
+            "arbel2022",
+            "Arbel, Michael and Mairal, Julien",
+            "Amortized Implicit Differentiation for Stochastic Bilevel Optimization",
+            "International Conference on Learning Representations",
+            "2111.14580",
+        ),
+        _article(
+            "hong2023",
+            "Hong, Mingyi and Wai, Hoi-To and Wang, Zhaoran and Yang, Zhuoran",
+            "A Two-Timescale Stochastic Algorithm Framework for Bilevel Optimization: "
+            "Complexity Analysis and Application to Actor-Critic",
+            "SIAM Journal on Optimization",
+            year="2023",
+            eprint="2007.05170",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "yang2021",
+            "Yang, Junjie and Ji, Kaiyi and Liang, Yingbin",
+            "Provably Faster Algorithms for Bilevel Optimization",
+            _NEURIPS,
+            "2106.04692",
+        ),
+        _paper(
+            "khanduri2021",
+            "Khanduri, Prashant and Zeng, Siliang and Hong, Mingyi and Wai, Hoi-To and "
+            "Wang, Zhaoran and Yang, Zhuoran",
+            "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via "
+            "Double-Momentum",
+            _NEURIPS,
+            "2102.07367",
+        ),
+        _paper(
+            "li2022",
+            "Li, Junyi and Gu, Bin and Huang, Heng",
+            "A Fully Single Loop Algorithm for Bilevel Optimization without {Hessian} "
+            "Inverse",
+            _AAAI,
+            "2112.04660",
+        ),
+        _paper(
+            "kwon2023",
+            "Kwon, Jeongyeol and Kwon, Dohyun and Wright, Stephen and Nowak, Robert D.",
+            "A Fully First-Order Method for Stochastic Bilevel Optimization",
+            _ICML,
+            "2301.10945",
+        ),
+        _paper(
+            "liu2022",
+            "Liu, Bo and Ye, Mao and Wright, Stephen and Stone, Peter and Liu, Qiang",
+            "{BOME!} Bilevel Optimization Made Easy: A Simple First-Order Approach",
+            _NEURIPS,
+            "2209.08709",
+        ),
+        _paper(
+            "sow2022",
+            "Sow, Daouda and Ji, Kaiyi and Liang, Yingbin",
+            "On the Convergence Theory for {Hessian}-Free Bilevel Algorithms",
+            _NEURIPS,
+            "2110.07004",
+        ),
+        _paper(
             "shaban2019",
             "Shaban, Amirreza and Cheng, Ching-An and Hatch, Nathan and Boots, Byron",
             "Truncated Back-propagation for Bilevel Optimization",

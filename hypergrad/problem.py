@@ -141,6 +141,16 @@ def whole(data: Data, key: Array) -> PyTree:
     return data.whole(key) if isinstance(data, Batches) else data
 
 
+def is_sampled(data: Data) -> bool:
+    """Whether a batch is some of the examples, not all."""
+    return isinstance(data, Batches) and data.batch_size is not None
+
+
+def is_keyed(data: Data) -> bool:
+    """Whether each batch comes with a key."""
+    return isinstance(data, Batches) and data.keyed
+
+
 def undrawn(data: Data) -> Data:
     """The same data, of which every batch is all."""
     return Batches(data.data, keyed=data.keyed) if isinstance(data, Batches) else data

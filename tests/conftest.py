@@ -141,6 +141,12 @@ REPRESENTATIVES = {
         "test_equals_reverse_mode": {"quadratic nested-2", "logistic per-weight-1000"},
     },
     "test_single_loop": {"test_conformance": set()},
+    "test_single_loop_family": {
+        "test_each_step_is_that_of_the_dense_matrices": {
+            *("SABA", "SRBA", "StocBiO", "MRBO", "FSLA", "F2SA", "BOME", "DARTS"),
+        },
+        "test_a_series_has_the_mean_of_its_terms": {"StocBiO", "SUSTAIN"},
+    },
     "test_testing": {
         "test_honest_estimators_pass": {"Neumann", "Unrolled", "Identity"}
     },

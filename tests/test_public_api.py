@@ -144,6 +144,19 @@ CITED = {
     "PersistentEvolution": hg.PersistentEvolution(SOLVER),
     "Reversible": hg.Reversible(0.1, 0.9, 1),
     "SOBA": hg.SOBA(optax.sgd(0.1)),
+    "SABA": hg.SABA(optax.sgd(0.1)),
+    "SRBA": hg.SRBA(optax.sgd(0.1), 5),
+    "FSLA": hg.FSLA(optax.sgd(0.1)),
+    "StocBiO": hg.StocBiO(optax.sgd(0.1), 1, 1, step_size=0.1),
+    "AmIGO": hg.AmIGO(optax.sgd(0.1), 1, 1),
+    "TTSA": hg.TTSA(optax.sgd(0.1), 1, step_size=0.1),
+    "MRBO": hg.MRBO(optax.sgd(0.1), 1, step_size=0.1),
+    "SUSTAIN": hg.SUSTAIN(optax.sgd(0.1), 1, step_size=0.1),
+    "VRBO": hg.VRBO(optax.sgd(0.1), 1, 1, period=5, step_size=0.1),
+    "F2SA": hg.F2SA(optax.sgd(0.1), 1, penalty=1.0),
+    "BOME": hg.BOME(optax.sgd(0.1), 1, step_size=0.1),
+    "PZOBO": hg.PZOBO(optax.sgd(0.1), 1, 1),
+    "DARTS": hg.DARTS(optax.sgd(0.1)),
 }
 
 

@@ -56,7 +56,7 @@ def test_soba_is_unbiased_over_batches():
     rng = np.random.default_rng(0)
     w, v = jnp.asarray(rng.normal(size=(2, 3)))
     state = soba.init(full, w, known.alpha)
-    state = type(state)(w, v, state.w_optimizer, state.v_optimizer)
+    state = type(state)(w, v, state.w_optimizer, state.v_optimizer, None)
     pick = lambda data, i: jax.tree.map(lambda x: x[i : i + 1], data)
     drawn = []
     for i in range(8):

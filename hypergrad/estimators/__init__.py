@@ -9,11 +9,38 @@ from .implicit import Implicit
 from .penalty import Penalty
 from .protocol import Estimate, Estimator
 from .reversible import Reversible
-from .single_loop import SOBA
+from .single_loop import (
+    BOME,
+    DARTS,
+    F2SA,
+    FSLA,
+    MRBO,
+    PZOBO,
+    SABA,
+    SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    VRBO,
+    AmIGO,
+    StocBiO,
+)
 from .unrolled import Unrolled
 
 __all__ = [
+    "BOME",
+    "DARTS",
+    "F2SA",
+    "FSLA",
+    "MRBO",
+    "PZOBO",
+    "SABA",
     "SOBA",
+    "SRBA",
+    "SUSTAIN",
+    "TTSA",
+    "VRBO",
+    "AmIGO",
     "Average",
     "CentralDifference",
     "Estimate",
@@ -26,5 +53,6 @@ __all__ = [
     "Penalty",
     "PersistentEvolution",
     "Reversible",
+    "StocBiO",
     "Unrolled",
 ]

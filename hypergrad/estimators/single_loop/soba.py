@@ -1,28 +1,16 @@
 """SOBA: ``w``, the adjoint and ``alpha`` move together, a stochastic step each."""
 
 import equinox as eqx
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...certificate import UNSEEN
-from ...checks import check_problem, check_seen
-from ...cost import ledger
 from ...drawn import drawn
 from ...guide import Guide
-from ...problem import Bilevel, draw, fraction
-from ...trees import norm
-from ..protocol import Estimate, make_stats
-from .directions import directions
-
-
-class SOBAState(eqx.Module):
-    """``w`` and the adjoint ``v`` like it, and their optimizers' states."""
-
-    w: PyTree
-    v: PyTree
-    w_optimizer: PyTree
-    v_optimizer: PyTree
+from ...problem import Bilevel
+from ..protocol import Estimate
+from .joint import JointState, advance, begin, point
+from .reduction import fractions, plain
+from .shared import check_optimizer
 
 
 class SOBA(eqx.Module):
@@ -86,14 +74,8 @@ class SOBA(eqx.Module):
     )
 
     def __check_init__(self):
-        for name in ("optimizer", "adjoint_optimizer"):
-            given = getattr(self, name)
-            optional = name == "adjoint_optimizer" and given is None
-            if not (optional or isinstance(given, optax.GradientTransformation)):
-                raise TypeError(
-                    f"{name} must be an optax.GradientTransformation such as "
-                    f"optax.sgd(0.1); got {type(given).__name__}"
-                )
+        check_optimizer("optimizer", self.optimizer)
+        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
@@ -105,49 +87,17 @@ class SOBA(eqx.Module):
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> SOBAState:
+    ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        if problem.num_objectives is not None:
-            raise ValueError(
-                f"SOBA takes one outer loss, the problem has {problem.num_objectives}; "
-                "combine them into one function, such as a weighted sum"
-            )
-        check_problem(problem, w, alpha, None)
-        check_seen(problem, w, alpha, None, UNSEEN)
-        w = problem.initial(w, alpha)
-        v = optax.tree.zeros_like(w)
-        of_w, of_v = self._optimizers
-        return SOBAState(w, v, of_w.init(w), of_v.init(v))
+        return begin("SOBA", self._optimizers, problem, w, alpha)
 
     def estimate(
-        self, problem: Bilevel, state: SOBAState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, SOBAState]:
+        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, JointState]:
         """The three directions, and a step along the first two."""
         data = drawn(problem, key)
-        batch = draw(data.inner_data, data.inner_key)
-        outer_batch = draw(data.outer_data, data.outer_key)
-        at = directions(problem, state.w, state.v, alpha, batch, outer_batch)
-
-        of_w, of_v = self._optimizers
-        step_w, w_optimizer = of_w.update(at.w, state.w_optimizer, state.w)
-        step_v, v_optimizer = of_v.update(at.v, state.v_optimizer, state.v)
-        w = optax.apply_updates(state.w, step_w)
-        v = optax.apply_updates(state.v, step_v)
-
-        residual = norm(at.v)
-        costs = ledger(
-            data.inner_data,
-            data.outer_data,
-            num_hvps=fraction(data.inner_data),
-            num_outer_grads=fraction(data.outer_data),
-        )
-        stats = make_stats(
-            jnp.asarray(False),
-            inner_residual=norm(at.w),
-            inner_steps=1,
-            adjoint_residual=jnp.where(residual == 0, 0.0, residual / norm(at.b)),
-            **costs,
-        )
-        estimate = Estimate(at.value, at.alpha, state.w, stats)
-        return estimate, SOBAState(w, v, w_optimizer, v_optimizer)
+        parts = plain(problem, point(state, alpha), data)
+        inner, outer = fractions(data)
+        counts = {"num_hvps": inner, "num_outer_grads": outer}
+        return advance(self._optimizers, state, None, data, parts, **counts)

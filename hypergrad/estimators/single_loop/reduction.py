@@ -1,0 +1,129 @@
+"""How a step comes by the two losses' parts: from batches, with or without memory.
+
+`plain` takes those of the batches. `saga` and `spider` keep what they saw, so that
+their noise vanishes where the run settles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from ...drawn import Drawn
+from ...problem import Bilevel, Data, draw, fraction, is_sampled, whole
+from .directions import Inner, Outer, Point, inner, outer
+
+
+def plain(problem: Bilevel, at: Point, data: Drawn) -> tuple[Inner, Outer]:
+    """Both parts on a batch each."""
+    batch, outer_batch = plain_batches(data)
+    return inner(problem.inner_loss, at, batch), outer(problem, at, outer_batch)
+
+
+def plain_batches(data: Drawn) -> tuple[PyTree, PyTree]:
+    """One inner and one outer batch."""
+    batch = draw(data.inner_data, data.inner_key)
+    return batch, draw(data.outer_data, data.outer_key)
+
+
+# SAGA (Defazio, Bach & Lacoste-Julien 2014, equation 1), for each loss.
+
+
+class Table(eqx.Module):
+    """The last parts seen of every example, ``[n, ...]``, and their mean."""
+
+    rows: PyTree
+    mean: PyTree
+
+
+def empty(parts: PyTree, data: Data) -> Table:
+    """All zeros: no pass over the data is needed to begin with."""
+    size = num_examples(data)
+    rows = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), parts)
+    return Table(rows, optax.tree.zeros_like(parts))
+
+
+def num_examples(data: Data) -> int:
+    """Rows of a table: one for data that is used whole."""
+    return data.size if is_sampled(data) else 1
+
+
+def saga(part: Callable, table: Table, data: Data, key: Array) -> tuple[PyTree, Table]:
+    """``mean_k (new_k - old_k) + mean``, unbiased whatever the table holds.
+
+    ``part(batch) -> parts``; a batch's loss must be the mean of its examples' losses.
+    An example that is drawn twice counts twice in the estimate and once in the table.
+    """
+    if not is_sampled(data):
+        new = part(whole(data, key))
+        return new, Table(jax.tree.map(lambda x: x[None], new), new)
+    index = jax.random.randint(key, (data.batch_size,), 0, data.size)
+    new = jax.vmap(lambda i: part(data.take(i[None])))(index)
+    change = jax.tree.map(lambda x, rows: x - rows[index], new, table.rows)
+    estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
+    share = 1 / (data.size * jnp.sum(index[:, None] == index[None, :], axis=1))
+    mean = jax.tree.map(
+        lambda mean, c: mean + jnp.tensordot(share.astype(c.dtype), c, 1),
+        table.mean,
+        change,
+    )
+    rows = jax.tree.map(lambda rows, x: rows.at[index].set(x), table.rows, new)
+    return estimate, Table(rows, mean)
+
+
+# SPIDER (Fang et al. 2018; SARAH, Nguyen et al. 2017).
+
+
+class Recursion(eqx.Module):
+    """The last estimate, where it was taken, and how many steps ago the full one."""
+
+    parts: PyTree
+    at: Point
+    age: Array
+
+
+def spider(
+    problem: Bilevel, at: Point, memory: Recursion, data: Drawn, period: int
+) -> tuple[tuple[Inner, Outer], Recursion, Array]:
+    """``parts_t = parts_{t-1} + p(at_t) - p(at_{t-1})``, every ``period`` steps anew.
+
+    Also whether this step took the full parts.
+    """
+
+    def full():
+        batches = whole(data.inner_data, data.inner_key), data.outer_batch()
+        return inner(problem.inner_loss, at, batches[0]), outer(problem, at, batches[1])
+
+    def recursive():
+        new, old = (plain(problem, where, data) for where in (at, memory.at))
+        return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
+
+    due = memory.age % period == 0
+    parts = jax.lax.cond(due, full, recursive)
+    return parts, Recursion(parts, at, memory.age + 1), due
+
+
+def fractions(data: Drawn) -> tuple[float, float]:
+    """What a batch of either loss is of its data."""
+    return fraction(data.inner_data), fraction(data.outer_data)
+
+
+# STORM (Cutkosky & Orabona 2019, equation 2).
+
+
+def storm(new: PyTree, old: PyTree, memory: PyTree, momentum: Array) -> PyTree:
+    """``new + momentum (memory - old)``: the last estimate, moved to here.
+
+    ``new`` and ``old`` are the direction here and where the last estimate was taken, on
+    one batch. With momentum 0 it is plain, with 1 it is SARAH's.
+    """
+    return jax.tree.map(lambda x, y, m: x + momentum * (m - y), new, old, memory)
+
+
+def at_step(setting: Any, step: Array) -> Array:
+    """A number, or what a schedule says."""
+    return jnp.asarray(setting(step) if callable(setting) else setting, dtype=float)

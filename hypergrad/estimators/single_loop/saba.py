@@ -1,0 +1,142 @@
+"""SABA: SOBA with SAGA's memory, so that its noise vanishes."""
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from ...drawn import drawn
+from ...guide import Guide
+from ...problem import Bilevel, is_keyed
+from ..protocol import Estimate
+from .directions import inner, outer
+from .joint import JointState, advance, begin, point
+from .reduction import empty, fractions, saga
+from .shared import check_optimizer
+
+
+class SABA(eqx.Module):
+    """SOBA's three steps along SAGA estimates of its directions.
+
+    Of every example the parts last seen of ``dL/dw``, ``H v``, ``Jᵀ v`` and of
+    ``dM/dw``, ``dM/dalpha`` are kept: ``mean_k (new_k - old_k) + mean of all old``,
+    unbiased, and without noise where the run settles, so that rates stay constant.
+
+    Args:
+      optimizer: optax transformation that moves ``w``; ``optax.sgd(rho)``, constant.
+      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
+
+    The loss of a batch must be the mean of the losses of its examples, penalties
+    included in each. Plain data, and `Batches` of all, are one example.
+
+    Cost: SOBA's. Memory: beside SOBA's, ``n_inner`` times two vectors like ``w`` and
+    one like ``alpha``, ``n_outer`` times one of each.
+
+    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``. Never trusted of
+    itself: `minimize`'s ``certify_every`` judges.
+
+    Raises:
+      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      ValueError: keyed batches, whose examples are other ones at each draw.
+
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
+    the directions of SABA.
+
+    >>> import jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, x: 0.5 * jnp.mean((w - alpha - x) ** 2)
+    >>> outer = lambda w, alpha, x: 0.5 * jnp.mean((w - x) ** 2)
+    >>> problem = hg.Bilevel(
+    ...     inner, outer, hg.Batches(jnp.arange(4.0), 1), hg.Batches(jnp.ones(4), 1)
+    ... )
+    >>> trace = hg.minimize(
+    ...     problem, hg.SABA(optax.sgd(0.2)), optax.sgd(0.1), 0.0, 3.0, num_steps=1000
+    ... )
+    >>> round(float(trace.alpha), 3), round(float(trace.w), 3)
+    (-0.5, 1.0)
+    """
+
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
+        static=True, default=None
+    )
+
+    target = "argmin"
+    single_loop = True
+    citations = ("dagreou2022",)
+    guide = (
+        Guide(
+            "SABA(optimizer)",
+            gradients="0",
+            hvps="1",
+            memory="2 w, 2 n w + n N numbers",
+            bias="what w and v lag behind",
+            sees=("losses",),
+            use="finite data and small models, where SOBA's noise is the limit",
+            avoid="networks: the table holds a gradient of every example",
+            why="its noise vanishes, so that rates need not fall",
+        ),
+    )
+
+    def __check_init__(self):
+        check_optimizer("optimizer", self.optimizer)
+        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """0: exact where a run at one ``alpha`` settles."""
+        return 0.0
+
+    @property
+    def _optimizers(self):
+        return self.optimizer, self.adjoint_optimizer or self.optimizer
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> JointState:
+        """From ``w``, or the start made of it, a zero adjoint and empty tables."""
+        del key
+        for name in ("inner_data", "outer_data"):
+            if is_keyed(getattr(problem, name)):
+                raise ValueError(
+                    f"SABA keeps what it saw of every example, and keyed {name} are "
+                    "other examples at each draw; use hg.SOBA"
+                )
+        if problem.draw is not None:
+            raise ValueError(
+                "SABA keeps what it saw of every example, and a problem with draw has "
+                "other ones at each estimate; use hg.SOBA"
+            )
+        state = begin("SABA", self._optimizers, problem, w, alpha)
+        at = point(state, alpha)
+        parts = jax.eval_shape(
+            lambda key: (
+                inner(problem.inner_loss, at, drawn(problem, key).inner_batch()),
+                outer(problem, at, drawn(problem, key).outer_batch()),
+            ),
+            jax.random.key(0),
+        )
+        data = problem.inner_data, problem.outer_data
+        tables = tuple(map(empty, parts, data))
+        return eqx.tree_at(
+            lambda s: s.memory, state, tables, is_leaf=lambda x: x is None
+        )
+
+    def estimate(
+        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, JointState]:
+        """The three directions by both tables, and a step along the first two."""
+        data, at = drawn(problem, key), point(state, alpha)
+        of_inner, of_outer = state.memory
+        look = lambda batch: inner(problem.inner_loss, at, batch)
+        inner_parts, of_inner = saga(look, of_inner, data.inner_data, data.inner_key)
+        look = lambda batch: outer(problem, at, batch)
+        outer_parts, of_outer = saga(look, of_outer, data.outer_data, data.outer_key)
+        fraction, outer_fraction = fractions(data)
+        return advance(
+            self._optimizers,
+            state,
+            (of_inner, of_outer),
+            data,
+            (inner_parts, outer_parts),
+            num_hvps=fraction,
+            num_outer_grads=outer_fraction,
+        )

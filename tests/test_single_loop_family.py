@@ -1,0 +1,555 @@
+"""The single-loop family against dense matrices and exact expectations."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import error, quadratic, ridge
+
+RHO, GAMMA, ETA = 0.05, 0.02, 0.1
+KNOWN = quadratic("30", seed=3)
+
+
+class Dense:
+    """The quadratic as matrices: ``dL/dw = H w - C alpha``, ``dM/dw = w - t``."""
+
+    def __init__(self):
+        data = {k: np.asarray(x) for k, x in KNOWN.problem.inner_data.items()}
+        self.H, self.C, self.t, self.k = (data[name] for name in ("H", "C", "t", "k"))
+        self.w, self.alpha = np.zeros(len(self.t)), np.asarray(KNOWN.alpha)
+        self.v = np.zeros(len(self.t))
+
+    def g(self, w, alpha):
+        return self.H @ w - self.C @ alpha
+
+    def g_alpha(self, w):
+        """``dL/dalpha``, without what does not depend on ``w``."""
+        return -self.C.T @ w
+
+    def b(self, w):
+        return w - self.t
+
+    def direction(self, v, alpha):
+        return self.k * alpha + self.C.T @ v
+
+    def series(self, w, num_terms):
+        p = total = self.b(w)
+        for _ in range(num_terms - 1):
+            p = p - ETA * self.H @ p
+            total = total + p
+        return ETA * total
+
+    def looking(self, w, alpha, num_terms):
+        return self.g(w, alpha), self.direction(self.series(w, num_terms), alpha)
+
+
+# Each yields, step by step, the direction for alpha; it is sent the new alpha.
+
+
+def saba(d):
+    """Full batches: SOBA."""
+    while True:
+        dw, dv = d.g(d.w, d.alpha), d.H @ d.v - d.b(d.w)
+        yield d.direction(d.v, d.alpha)
+        d.w, d.v = d.w - RHO * dw, d.v - RHO * dv
+
+
+srba = saba
+
+
+def stocbio(d):
+    while True:
+        for _ in range(3):
+            d.w = d.w - RHO * d.g(d.w, d.alpha)
+        yield d.direction(d.series(d.w, 4), d.alpha)
+
+
+def amigo(d):
+    while True:
+        for _ in range(3):
+            d.w = d.w - RHO * d.g(d.w, d.alpha)
+        for _ in range(2):
+            d.v = d.v - RHO * (d.H @ d.v - d.b(d.w))
+        yield d.direction(d.v, d.alpha)
+
+
+def ttsa(d):
+    """One term: the length is not random."""
+    while True:
+        d.w = d.w - RHO * d.g(d.w, d.alpha)
+        yield d.direction(d.series(d.w, 1), d.alpha)
+
+
+def mrbo(d, num_terms=4):
+    last = directions = None
+    while True:
+        new = d.looking(d.w, d.alpha, num_terms)
+        if last is None:
+            directions = new
+        else:
+            old = d.looking(*last, num_terms)
+            directions = [
+                x + 0.9 * (m - y) for x, y, m in zip(new, old, directions, strict=True)
+            ]
+        last = d.w, d.alpha
+        yield directions[1]
+        d.w = d.w - RHO * directions[0]
+
+
+def sustain(d):
+    return mrbo(d, num_terms=1)
+
+
+def vrbo(d):
+    """Three inner steps, period 2."""
+    last = directions = None
+    for k in itertools.count():
+        if k:
+            for _ in range(3):
+                new, old = d.looking(d.w, d.alpha, 4), d.looking(*last, 4)
+                directions = [
+                    x + m - y for x, y, m in zip(new, old, directions, strict=True)
+                ]
+                last = d.w, d.alpha
+                d.w = d.w - RHO * directions[0]
+        if k % 2 == 0:
+            directions, last = list(d.looking(d.w, d.alpha, 4)), (d.w, d.alpha)
+        yield directions[1]
+
+
+def fsla(d):
+    found = a = None
+    while True:
+        before = d.v
+        d.w = d.w - RHO * d.g(d.w, d.alpha)
+        d.v = d.v - RHO * (d.H @ d.v - d.b(d.w))
+        new = d.direction(d.v, d.alpha)
+        found = new if found is None else new + 0.9 * (found - d.direction(before, a))
+        a = d.alpha
+        yield found
+
+
+def f2sa(d):
+    y = z = d.w
+    penalties = (10.0 * (1 + k) for k in itertools.count())
+    for penalty in penalties:
+        for _ in range(3):
+            y = y - RHO * (d.g(y, d.alpha) + d.b(y) / penalty)
+            z = z - RHO * d.g(z, d.alpha)
+        d.w = y
+        yield d.k * d.alpha + penalty * (d.g_alpha(y) - d.g_alpha(z))
+
+
+def bome(d):
+    while True:
+        lower = d.w
+        for _ in range(3):
+            lower = lower - ETA * d.g(lower, d.alpha)
+        q = np.concatenate([d.g(d.w, d.alpha), d.g_alpha(d.w) - d.g_alpha(lower)])
+        M = np.concatenate([d.b(d.w), d.k * d.alpha])
+        mu = max((0.5 * q @ q - M @ q) / (q @ q), 0.0) if q @ q else 0.0
+        both = M + mu * q
+        yield both[len(d.w) :]
+        d.w = d.w - RHO * both[: len(d.w)]
+
+
+def darts(d):
+    for k in itertools.count():
+        if k:
+            d.w = d.w - RHO * d.g(d.w, d.alpha)
+        ahead = d.w - ETA * d.g(d.w, d.alpha)
+        yield d.k * d.alpha - ETA * (-d.C.T @ d.b(ahead))
+
+
+def darts_first(d):
+    for k in itertools.count():
+        if k:
+            d.w = d.w - RHO * d.g(d.w, d.alpha)
+        yield d.k * d.alpha
+
+
+SGD = optax.sgd(RHO)
+METHODS = {
+    "SABA": (hg.SABA(SGD), saba),
+    "SRBA": (hg.SRBA(SGD, period=3), srba),
+    "StocBiO": (hg.StocBiO(SGD, 3, 4, step_size=ETA), stocbio),
+    "AmIGO": (hg.AmIGO(SGD, 3, 2), amigo),
+    "TTSA": (hg.TTSA(SGD, 1, step_size=ETA), ttsa),
+    "MRBO": (hg.MRBO(SGD, 4, step_size=ETA), mrbo),
+    "SUSTAIN": (hg.SUSTAIN(SGD, 1, step_size=ETA), sustain),
+    "VRBO": (hg.VRBO(SGD, 3, 4, period=2, step_size=ETA), vrbo),
+    "FSLA": (hg.FSLA(SGD), fsla),
+    "F2SA": (hg.F2SA(SGD, 3, penalty=lambda k: 10.0 * (1 + k)), f2sa),
+    "BOME": (hg.BOME(SGD, 3, step_size=ETA), bome),
+    "DARTS": (hg.DARTS(SGD, step_size=ETA), darts),
+    "DARTS, first order": (hg.DARTS(SGD), darts_first),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_step_is_that_of_the_dense_matrices(name: str):
+    """Directions, alphas and ``w`` of 30 full-batch steps, to 1e-10."""
+    estimator, method = METHODS[name]
+    trace = hg.minimize(
+        KNOWN.problem, estimator, optax.sgd(GAMMA), KNOWN.w, KNOWN.alpha, num_steps=30,
+        metrics={f"alpha{i}": lambda w, a, key, i=i: a[i] for i in (0, 3)},
+    )  # fmt: skip
+    dense = Dense()
+    steps, alphas = method(dense), []
+    for _ in range(30):
+        direction = next(steps)
+        alphas.append(dense.alpha)
+        dense.alpha = dense.alpha - GAMMA * direction
+    for i in (0, 3):
+        found = trace.metrics[f"alpha{i}"]
+        np.testing.assert_allclose(found, [a[i] for a in alphas], rtol=1e-10)
+    np.testing.assert_allclose(trace.alpha, dense.alpha, rtol=1e-10)
+    assert not trace.stats["trusted"].any()
+
+
+# Batches: n = 8, one example a batch; each outcome once is the exact expectation.
+
+N = 8
+
+
+def shifted(w, alpha, batch):
+    """Squares whose targets alpha moves by example, and a penalty."""
+    residual = batch["x"] @ w - batch["y"] - batch["z"] @ alpha
+    return 0.5 * jnp.mean(residual**2) + 0.1 * jnp.sum(w**2)
+
+
+def validated(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"]
+    return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.mean((batch["z"] @ alpha) ** 2)
+
+
+def examples(seed, n=N):
+    x, z = np.random.default_rng(seed).normal(size=(2, n, 3))
+    return {"x": x, "z": z, "y": x @ np.ones(3) + z[:, 0]}
+
+
+FULL = hg.Bilevel(shifted, validated, examples(1), examples(2))
+BATCHED = hg.Bilevel(
+    FULL.inner_loss,
+    FULL.outer_loss,
+    hg.Batches(FULL.inner_data, batch_size=1),
+    hg.Batches(FULL.outer_data, batch_size=1),
+)
+ALPHA, ELSEWHERE = jnp.array([0.1, -0.4, 0.3]), jnp.array([0.3, -0.1, 0.2])
+W, V, W_ELSEWHERE, V_ELSEWHERE = jnp.asarray(
+    np.random.default_rng(0).normal(size=(4, 3))
+)
+STAY, TERM = optax.sgd(0.0), 0.2
+
+
+def full_parts(w=W, alpha=ALPHA):
+    """``dL/dw``, H, J, ``dM/dw`` and ``dM/dalpha`` of all data, densely."""
+    inner = lambda w, a: FULL.inner_loss(w, a, FULL.inner_data)
+    outer = lambda w, a: FULL.outer_loss(w, a, FULL.outer_data)
+    H, J = (jax.jacfwd(jax.grad(inner), argnums=k)(w, alpha) for k in (0, 1))
+    return jax.grad(inner)(w, alpha), H, J, *jax.grad(outer, argnums=(0, 1))(w, alpha)
+
+
+def along(v, w=W, alpha=ALPHA):
+    """``dM/dalpha - J' v``."""
+    _, _, J, _, direct = full_parts(w, alpha)
+    return direct - J.T @ v
+
+
+def by_terms(num_terms, w=W, alpha=ALPHA):
+    """The same with ``v`` of the series."""
+    _, H, _, b, _ = full_parts(w, alpha)
+    power = lambda k: jnp.linalg.matrix_power(jnp.eye(3) - TERM * H, k)
+    return along(TERM * sum(power(k) @ b for k in range(num_terms)), w, alpha)
+
+
+def at(estimator, w=W, v=None, alpha=ALPHA):
+    """The estimator's state, at ``w`` and, where it has one, ``v``."""
+    state = estimator.init(BATCHED, w, alpha)
+    if v is not None:
+        state = eqx.tree_at(lambda s: s.v, state, v)
+    return state
+
+
+def outcomes(estimator, state, num_keys, look=lambda estimate, after: ()):
+    """Every distinct outcome of a step: direction, products, what ``look`` looks at."""
+
+    @jax.jit
+    @jax.vmap
+    def step(key):
+        estimate, after = estimator.estimate(BATCHED, state, ALPHA, key)
+        seen = look(estimate, after)
+        return estimate.hypergradient, estimate.stats["num_hvps"][None], *seen
+
+    columns = step(jax.random.split(jax.random.key(0), num_keys))
+    table = np.concatenate([np.asarray(x) for x in columns], axis=1)
+    return table[np.unique(np.round(table, 9), axis=0, return_index=True)[1]]
+
+
+def test_saga_is_unbiased_whatever_its_table_holds():
+    """The mean over all pairs of examples is the full direction, to 1e-12.
+
+    And the table's means are those of its rows, also where an example came twice.
+    """
+    saba = hg.SABA(optax.sgd(RHO))
+    problem = hg.Bilevel(
+        FULL.inner_loss,
+        FULL.outer_loss,
+        hg.Batches(FULL.inner_data, batch_size=3),
+        hg.Batches(FULL.outer_data, batch_size=3),
+    )
+    state = saba.init(problem, W, ALPHA)
+    for key in jax.random.split(jax.random.key(1), 3):
+        _, state = saba.estimate(problem, state, ALPHA, key)
+    for table in state.memory:
+        means = jax.tree.map(lambda rows: jnp.mean(rows, axis=0), table.rows)
+        assert error(table.mean, means) < 1e-12
+        assert optax.tree.norm(means) > 0.1
+    g, H, _, b, _ = full_parts(state.w)
+    found = outcomes(saba, state, 3000, lambda estimate, after: (after.w, after.v))
+    assert len(found) == N * N
+    mean = found.mean(axis=0)
+    assert error(mean[:3], along(state.v, state.w)) < 1e-12
+    assert error(mean[4:7], state.w - RHO * g) < 1e-12
+    assert error(mean[7:], state.v - RHO * (H @ state.v - b)) < 1e-12
+
+
+def test_momentum_has_the_conditional_mean_of_its_paper():
+    """``D(t) + momentum (d_{t-1} - D(t-1))``, both directions; K = 1."""
+    mrbo = hg.MRBO(optax.sgd(RHO), 1, step_size=TERM)
+    directions = V, V_ELSEWHERE
+    state = eqx.tree_at(
+        lambda s: (s.last, s.directions, s.step),
+        at(mrbo),
+        ((W_ELSEWHERE, ELSEWHERE), directions, jnp.asarray(7)),
+    )
+    found = outcomes(mrbo, state, 3000, lambda estimate, after: (after.w,))
+    assert len(found) == N * N
+    old = by_terms(1, W_ELSEWHERE, ELSEWHERE)
+    mean = found.mean(axis=0)
+    assert error(mean[:3], by_terms(1) + 0.9 * (directions[1] - old)) < 1e-12
+    g, g_old = full_parts()[0], full_parts(W_ELSEWHERE, ELSEWHERE)[0]
+    assert error(mean[4:], W - RHO * (g + 0.9 * (directions[0] - g_old))) < 1e-12
+
+
+def test_recursion_has_the_conditional_mean_of_its_paper():
+    """SRBA between full passes: ``d_{t-1} + D(t) - D(t-1)``."""
+    srba = hg.SRBA(optax.sgd(RHO), period=5)
+    state = at(srba, v=V)
+    elsewhere = type(state.memory.at)(W_ELSEWHERE, V_ELSEWHERE, ELSEWHERE)
+    parts = jax.tree.map(lambda x: x + 0.5, state.memory.parts)
+    memory = type(state.memory)(parts, elsewhere, jnp.asarray(3))
+    state = eqx.tree_at(lambda s: s.memory, state, memory)
+    found = outcomes(srba, state, 3000)
+    assert len(found) == N * N
+    # Of the parts, all 1/2, dM/dalpha less Jᵀ v is 0.
+    expected = along(V) - along(V_ELSEWHERE, W_ELSEWHERE, ELSEWHERE)
+    assert error(found.mean(axis=0)[:3], expected) < 1e-12
+
+
+def test_fsla_has_the_conditional_mean_of_its_paper():
+    """At a place that stays: ``D(t) + momentum (d_{t-1} - D(t-1))``."""
+    fsla = hg.FSLA(STAY)
+    state = at(fsla, v=V)
+    elsewhere = type(state.memory.at)(W_ELSEWHERE, V_ELSEWHERE, ELSEWHERE)
+    memory = type(state.memory)(ELSEWHERE, elsewhere, jnp.asarray(3))
+    state = eqx.tree_at(lambda s: s.memory, state, memory)
+    found = outcomes(fsla, state, 3000)
+    assert len(found) == N * N
+    old = along(V_ELSEWHERE, W_ELSEWHERE, ELSEWHERE)
+    expected = along(V) + 0.9 * (ELSEWHERE - old)
+    assert error(found.mean(axis=0)[:3], expected) < 1e-12
+
+
+def test_f2sa_has_the_mean_of_its_two_gradients():
+    """``dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))`` of all data.
+
+    Its bias against the hypergradient is that of the penalty, below.
+    """
+    f2sa = hg.F2SA(STAY, 1, penalty=5.0)
+    state = eqx.tree_at(lambda s: s.z, at(f2sa), W_ELSEWHERE)
+    found = outcomes(f2sa, state, 8000)
+    of_alpha = jax.grad(FULL.inner_loss, argnums=1)
+    assert len(found) == N**3
+    difference = [of_alpha(w, ALPHA, FULL.inner_data) for w in (W, W_ELSEWHERE)]
+    expected = full_parts()[4] + 5.0 * (difference[0] - difference[1])
+    assert error(found.mean(axis=0)[:3], expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.StocBiO(STAY, 1, 2, step_size=TERM),
+        hg.MRBO(STAY, 2, step_size=TERM),
+        hg.TTSA(STAY, 2, step_size=TERM),
+        hg.SUSTAIN(STAY, 2, step_size=TERM),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_a_series_has_the_mean_of_its_terms(estimator):
+    """Products of two terms by independent batches; of random length as well.
+
+    Outcomes differ by the outer example, that of J, and that of the product if any.
+    """
+    found = outcomes(estimator, at(estimator), 20_000)
+    products = found[:, 3]
+    each = [found[products == n].mean(axis=0) for n in np.unique(products)]
+    sizes = [np.sum(products == n) for n in np.unique(products)]
+    random = isinstance(estimator, hg.TTSA | hg.SUSTAIN)
+    assert sizes == ([N**2, N**3] if random else [N**3])
+    assert error(np.mean(each, axis=0)[:3], by_terms(2)) < 1e-12
+
+
+def test_pzobo_has_the_mean_of_the_derivative_of_its_steps():
+    """Four standard errors over 4,000 directions; its bias is that of two steps."""
+    pzobo = hg.PZOBO(optax.sgd(0.3), 2, 4000, sigma=1e-4)
+    found, _ = pzobo.estimate(
+        FULL, pzobo.init(FULL, W, ALPHA), ALPHA, jax.random.key(0)
+    )
+    steps = hg.Unrolled(hg.Descent(optax.sgd(0.3), 2))
+    exact = hg.hypergradient(FULL, steps)(W, ALPHA).hypergradient
+    indirect = exact - full_parts()[4]
+    spread = 2 * jnp.linalg.norm(indirect) / 4000**0.5
+    assert jnp.linalg.norm(found.hypergradient - exact) < 4 * spread
+
+
+# Rates.
+
+
+def test_the_bias_of_f2sa_falls_as_its_penalty_grows():
+    """Settled at one alpha: slope -1 of log error against log penalty, within 5%."""
+    known = ridge("per-weight", n=20, d=3)
+    exact = known.exact(known.alpha)
+    penalties, errors = [100.0, 1000.0, 10_000.0], []
+    for penalty in penalties:
+        settled = hg.testing.Settled(
+            hg.F2SA(optax.sgd(known.step), 10, penalty=penalty), 100
+        )
+        state = settled.init(known.problem, known.w, known.alpha)
+        found, _ = settled.estimate(
+            known.problem, state, known.alpha, jax.random.key(0)
+        )
+        errors.append(float(error(found.hypergradient, exact)))
+    slopes = np.diff(np.log(errors)) / np.diff(np.log(penalties))
+    np.testing.assert_allclose(slopes, -1, atol=0.05)
+
+
+def test_saba_converges_linearly_below_the_plateau_of_soba():
+    """Batches of 4 of 32: log suboptimality falls on a line, and ends 10 times lower.
+
+    At equal cost: both see a product and an outer gradient a batch. Every 25 steps.
+    """
+    train, val = examples(1, 32), examples(2, 32)
+    problem = hg.Bilevel(
+        shifted, validated, hg.Batches(train, batch_size=4), hg.Batches(val, 4)
+    )
+
+    def value(alpha):
+        x, target = train["x"], train["y"] + train["z"] @ alpha
+        H = x.T @ x / 32 + 0.2 * jnp.eye(3)
+        return validated(jnp.linalg.solve(H, x.T @ target / 32), alpha, val)
+
+    zero = jnp.zeros(3)
+    best = -jnp.linalg.solve(jax.hessian(value)(zero), jax.grad(value)(zero))
+
+    def course(estimator):
+        trace = hg.minimize(
+            problem, estimator, optax.sgd(0.05), W, ALPHA, num_steps=601,
+            metrics={str(i): lambda w, alpha, key, i=i: alpha[i] for i in range(3)},
+            eval_every=25,
+        )  # fmt: skip
+        alphas = np.stack([trace.metrics[str(i)] for i in range(3)], axis=1)[::25]
+        gaps = [float(value(alpha) - value(best)) for alpha in alphas]
+        return np.array(gaps), trace.cost[-1]
+
+    (saba, cost), (soba, same) = map(course, (hg.SABA(SGD), hg.SOBA(SGD)))
+    assert cost == same
+    falling = saba[: 1 + np.argmin(saba > 1e-13)] if saba.min() < 1e-13 else saba
+    steps = np.arange(len(falling))
+    slope, start = np.polyfit(steps, np.log(np.abs(falling)), 1)
+    left = np.log(np.abs(falling)) - (start + slope * steps)
+    assert len(falling) >= 4
+    assert slope < -0.5
+    assert np.var(left) < 0.05 * np.var(np.log(np.abs(falling)))
+    assert np.median(np.abs(soba[-5:])) > 10 * np.median(np.abs(saba[-5:]))
+
+
+def test_one_step_of_soba_holds_few_copies_of_w():
+    """10 million parameters, batch 256: at most 8 copies, by the compiled program."""
+    sizes = (784, 3000, 2400, 200, 10)
+    layers = list(itertools.pairwise(sizes))
+    shape = jax.ShapeDtypeStruct
+    w = [shape(size, jnp.float32) for size in layers]
+    alpha = shape((), jnp.float32)
+    num = sum(a * b for a, b in layers)
+    assert num > 10e6
+
+    def scores(w, x):
+        for layer in w[:-1]:
+            x = jnp.tanh(x @ layer)
+        return x @ w[-1]
+
+    def inner(w, alpha, batch):
+        x, y = batch
+        square = sum(jnp.sum(layer**2) for layer in w)
+        return jnp.mean((scores(w, x) - y) ** 2) + jnp.exp(alpha) * square
+
+    def outer(w, alpha, batch):
+        return jnp.mean((scores(w, batch[0]) - batch[1]) ** 2)
+
+    data = shape((1000, 784), jnp.float32), shape((1000, 10), jnp.float32)
+    soba = hg.SOBA(optax.sgd(0.1))
+
+    def step(w, v, alpha, data, key):
+        batches = hg.Batches(data, 256)
+        problem = hg.Bilevel(inner, outer, batches, batches)
+        state = type(at(hg.SOBA(STAY)))(w, v, *(STAY.init(None),) * 2, None)
+        estimate, state = soba.estimate(problem, state, alpha, key)
+        return estimate.hypergradient, state.w, state.v
+
+    key = shape((), jax.eval_shape(jax.random.key, 0).dtype)
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(w, w, alpha, data, key)
+    memory = program.compile().memory_analysis()
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    assert (held - 1000 * 794 * 4) / (4 * num) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.SABA(optax.sgd(0.5)),
+        hg.MRBO(optax.sgd(0.5), 10, step_size=0.6),
+        hg.F2SA(optax.sgd(0.5), 2, penalty=1000.0),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_conformance(estimator):
+    """What every estimator must do, after 300 steps at one alpha."""
+    hg.testing.check_estimator(estimator)
+
+
+def test_what_each_refuses():
+    """One shot, several losses, no optimizer; SABA also examples that change."""
+    problem = hg.Bilevel(shifted, (validated, validated), examples(1), examples(2))
+    for estimator, _ in METHODS.values():
+        with pytest.raises(TypeError, match="run it by"):
+            hg.hypergradient(FULL, estimator)
+        with pytest.raises(ValueError, match="takes one outer loss"):
+            estimator.init(problem, W, ALPHA)
+        settings = {field: getattr(estimator, field) for field in estimator.__dict__}
+        with pytest.raises(TypeError, match="optimizer must be an optax"):
+            type(estimator)(**settings | {"optimizer": 0.1})
+    keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
+    data = hg.Batches(examples(1), 2, keyed=True)
+    with pytest.raises(ValueError, match="keyed inner_data"):
+        hg.SABA(SGD).init(hg.Bilevel(keyed, validated, data, examples(2)), W, ALPHA)
+    drawn = hg.Bilevel(shifted, validated, draw=lambda key: (examples(1), examples(2)))
+    with pytest.raises(ValueError, match="a problem with draw"):
+        hg.SABA(SGD).init(drawn, W, ALPHA)
