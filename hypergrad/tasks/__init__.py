@@ -2,12 +2,13 @@
 
 from types import ModuleType
 
-from . import cleaning, penalties
+from . import cleaning, penalties, schedules
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
     "cleaning": cleaning,
     "penalties": penalties,
+    "schedules": schedules,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "penalties"]
+__all__ = ["TASKS", "Task", "cleaning", "penalties", "schedules"]
