@@ -14,7 +14,7 @@ import hypergrad as hg
 from hypergrad.tasks import penalties
 
 SHORT = hg.Descent(optax.sgd(0.3, momentum=0.9), 12)
-LONG = hg.Descent(optax.sgd(0.3, momentum=0.9), 1000)
+LONG = hg.Descent(optax.sgd(0.3, momentum=0.9), 5000)
 
 
 def value(task, solver, alpha):
@@ -40,7 +40,7 @@ def value(task, solver, alpha):
 def test_the_hypergradient_is_that_of_the_whole_pipeline(variant, estimator, key):
     """Along a random direction, by central differences.
 
-    A thousand steps converge under penalties this strong, for `Implicit`; twelve are
+    Thousands of steps converge under penalties this strong, for `Implicit`; twelve are
     the procedure that `Unrolled` differentiates.
     """
     task = penalties.make(key=key, variant=variant)
@@ -125,9 +125,7 @@ def test_the_penalty_is_a_sum_over_weights(key):
     w = {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.array([1.0, -2.0])}
     expected = 0.5 * np.exp(-1.5) * (np.sum(np.asarray(w["kernel"]) ** 2) + 5)
     for per in ("model", "feature", "parameter"):
-        alpha = jax.tree.map(
-            lambda leaf: jnp.full_like(leaf, -1.5), penalties.log_penalties(w, per)
-        )
+        alpha = penalties.log_penalties(w, per, -1.5)
         np.testing.assert_allclose(penalties.penalty(w, alpha), expected, rtol=1e-12)
     alpha = {"kernel": jnp.log(jnp.array([[1.0], [2.0], [3.0]])), "bias": jnp.zeros(1)}
     rows = np.sum(np.asarray(w["kernel"]) ** 2, axis=1)
@@ -139,11 +137,27 @@ def test_one_score_is_logistic_regression():
     """Cross-entropy ``softplus(-s)`` for class 1, ``softplus(s)`` for class 0."""
     score = lambda w, x: w * x
     batch = {"x": jnp.array([[2.0], [-3.0]]), "y": jnp.array([1, 0])}
+    batch |= {"use": jnp.ones(2)}
     found = penalties.cross_entropy(score, 0.5, batch)
     expected = np.mean(np.log1p(np.exp([-1.0, -1.5])))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert penalties.accuracy(score, batch, 0.5, None, None) == 1.0
     assert penalties.accuracy(score, batch, -0.5, None, None) == 0.0
+
+
+def test_held_out_examples_are_out_of_use(key):
+    """A third of validation counts for nothing in the outer loss."""
+    kept, whole = (
+        penalties.make(key=key, hold_out=hold_out).problem.outer_data
+        for hold_out in (jnp.asarray(True), False)
+    )
+    assert (jnp.sum(kept["use"]), jnp.sum(whole["use"])) == (267, 400)
+    used = jax.tree.map(lambda leaf: leaf[np.asarray(kept["use"]) == 1], whole)
+    score = lambda w, x: x[:, :10] * w
+    loss = lambda batch: penalties.cross_entropy(score, 2.0, batch)
+    np.testing.assert_allclose(loss(kept), loss(used), rtol=1e-12)
+    share = lambda batch: penalties.accuracy(score, batch, 2.0, None, None)
+    np.testing.assert_allclose(share(kept), share(used), rtol=1e-12)
 
 
 def test_the_split_is_a_partition_with_the_marked_examples_last(key):

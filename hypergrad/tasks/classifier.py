@@ -26,12 +26,16 @@ def bound(function: Callable, score: Score) -> Callable:
 
 
 def cross_entropy(score: Score, w: PyTree, batch: PyTree) -> Array:
-    """Mean loss; where one score is given, it is class 1's and class 0 has score 0."""
-    return jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(
-            all_scores(score(w, batch["x"])), batch["y"]
-        )
+    """Mean over the examples in use; one score alone is class 1's, and class 0's 0."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        all_scores(score(w, batch["x"])), batch["y"]
     )
+    return mean(losses, batch["use"])
+
+
+def mean(values: Array, use: Array) -> Array:
+    """Over the examples in use."""
+    return jnp.sum(use * values) / jnp.sum(use)
 
 
 def all_scores(scores: Array) -> Array:
@@ -48,10 +52,10 @@ def val_loss(score: Score, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
 def accuracy(
     score: Score, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
 ) -> Array:
-    """Share of examples whose highest score is their class."""
+    """Share of the examples in use whose highest score is their class."""
     del alpha, key
     found = jnp.argmax(all_scores(score(w, batch["x"])), axis=1)
-    return jnp.mean(found == batch["y"])
+    return mean(found == batch["y"], batch["use"])
 
 
 def loss_on(score: Score, batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -77,6 +81,17 @@ def split(
         "test": order[-num_test:],
     }
     return {
-        name: {"x": data["x"][where], "y": data["y"][where]}
+        name: {
+            "x": data["x"][where],
+            "y": data["y"][where],
+            "use": jnp.ones(where.shape),
+        }
         for name, where in places.items()
     }
+
+
+def held_out(val: PyTree, hold_out: Array | bool) -> PyTree:
+    """The validation part, a third of it out of use if ``hold_out``."""
+    num_val = len(val["y"])
+    kept = jnp.arange(num_val) < num_val - num_val // 3
+    return val | {"use": jnp.where(kept | ~jnp.asarray(hold_out), val["use"], 0)}

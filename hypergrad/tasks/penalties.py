@@ -27,6 +27,7 @@ from .classifier import (
     accuracy,
     bound,
     cross_entropy,
+    held_out,
     loss_on,
     scorer,
     split,
@@ -37,7 +38,7 @@ from .task import Task
 
 LOW, HIGH = -12.0, 1.0  # of a log-penalty
 START = -4.0
-SOLVER = Descent(optax.sgd(0.3, momentum=0.9), num_steps=100)
+SOLVER = Descent(optax.sgd(0.3, momentum=0.9), num_steps=50)
 
 
 def penalty(w: PyTree, alpha: PyTree) -> Array:
@@ -74,8 +75,8 @@ def mlp(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def cnn(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Eight 3 by 3 filters."""
-    return CNN(round(num_features**0.5), 8, num_outputs, rngs)
+    """Four 3 by 3 filters."""
+    return CNN(round(num_features**0.5), 4, num_outputs, rngs)
 
 
 TUMOURS = (200, 150, 219)
@@ -106,12 +107,12 @@ def standardized(parts: PyTree) -> PyTree:
     return {name: part | {"x": scaled(part["x"])} for name, part in parts.items()}
 
 
-def log_penalties(w: PyTree, per: str) -> PyTree:
-    """Where ``alpha`` starts: a scalar, one a row of each leaf, or one a number."""
+def log_penalties(w: PyTree, per: str, start: float | Array) -> PyTree:
+    """All at ``start``: a scalar, one a row of each leaf, or one a number."""
     if per == "model":
-        return jnp.asarray(START)
+        return jnp.asarray(start, float)
     shape = (lambda s: (*s[:-1], 1)) if per == "feature" else lambda s: s
-    return jax.tree.map(lambda leaf: jnp.full(shape(leaf.shape), START), w)
+    return jax.tree.map(lambda leaf: jnp.full(shape(leaf.shape), start, float), w)
 
 
 def tolerances(
@@ -134,6 +135,8 @@ def make(
     data_dir: str | None = None,
     variant: str = "softmax",
     per: str | None = None,
+    start: float | Array = START,
+    hold_out: Array | bool = False,
     data: PyTree = None,
 ) -> Task:
     """L2 penalties of a classifier.
@@ -148,6 +151,8 @@ def make(
         layer), or 'overfit' (50 training and 50 validation digits, an MLP, one a
         weight).
       per: 'model', 'feature' or 'parameter', in place of the variant's own.
+      start: every log-penalty, to begin with.
+      hold_out: keep a third of validation out of the outer loss, to choose by.
       data: ``{"x", "y"}`` in place of the variant's.
 
     Raises:
@@ -171,7 +176,7 @@ def make(
     rngs = nnx.Rngs(start_key)
     graph, w = parameters(chosen.network(data["x"].shape[1], num_outputs, rngs))
     score = scorer(graph)
-    alpha = log_penalties(w, per or chosen.per)
+    alpha = log_penalties(w, per or chosen.per, start)
     measure = lambda function: jax.tree_util.Partial(
         bound(function, score), parts["test"]
     )
@@ -183,7 +188,7 @@ def make(
             bound(train_loss, score),
             bound(val_loss, score),
             parts["train"],
-            parts["val"],
+            held_out(parts["val"], hold_out),
         ),
         solver=SOLVER,
         w=w,

@@ -26,7 +26,7 @@ from .. import spaces
 from ..estimators import Reversible
 from ..inner import Descent, windows
 from ..problem import Batches, Bilevel
-from .classifier import accuracy, bound, loss_on, scorer, split, val_loss
+from .classifier import accuracy, bound, held_out, loss_on, scorer, split, val_loss
 from .networks import MLP, parameters
 from .task import Task
 
@@ -104,6 +104,7 @@ def make(
     data_dir: str | None = None,
     num_steps: int = 1000,
     num_windows: int = NUM_WINDOWS,
+    hold_out: Array | bool = False,
     data: PyTree = None,
 ) -> Task:
     """A schedule of rates and momenta for a network on digits.
@@ -116,6 +117,7 @@ def make(
       data_dir: where MNIST is, see `hypergrad.data.load`.
       num_steps: T of the run, static.
       num_windows: W; W of ``num_steps`` is one rate and one momentum a step.
+      hold_out: keep a third of validation out of the outer loss, to choose by.
       data: ``{"x", "y"}`` in place of the digits.
 
     Raises:
@@ -140,7 +142,10 @@ def make(
         paradigm="schedules",
         source="Maclaurin et al. 2015 (arXiv 1502.03492); Micaelli & Storkey 2021",
         problem=Bilevel(
-            loss, loss, Batches(parts["train"], 32 if small else 200), parts["val"]
+            loss,
+            loss,
+            Batches(parts["train"], 32 if small else 200),
+            held_out(parts["val"], hold_out),
         ),
         solver=Descent(momentum_descent(num_steps), num_steps),
         w=w,
