@@ -24,6 +24,38 @@ def _digits(folder: Path | None) -> Arrays:
     }
 
 
+def _breast_cancer(folder: Path | None) -> Arrays:
+    del folder
+    from sklearn.datasets import load_breast_cancer
+
+    bunch: Any = load_breast_cancer()
+    return {"x": bunch.data.astype(np.float32), "y": bunch.target.astype(np.int32)}
+
+
+MNIST = {
+    "mnist.npz": "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64",
+}
+MNIST_SOURCE = (
+    "https://github.com/rasbt/mnist-pngs, commit "
+    "d26bd33bf1e454dd15bd4fe8b8ba64c76308f91c, repacked in the original order as the "
+    "arrays x_train, y_train, x_test, y_test"
+)
+
+
+def _mnist(folder: Path | None) -> Arrays:
+    import io
+
+    (content,) = _files("mnist", folder, MNIST, MNIST_SOURCE)
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        train, test = ((arrays[f"x_{n}"], arrays[f"y_{n}"]) for n in ("train", "test"))
+    x, y = (np.concatenate(pieces) for pieces in zip(train, test, strict=True))
+    return {
+        "x": (x.reshape(len(x), -1) / np.float32(255)).astype(np.float32),
+        "y": y.astype(np.int32),
+        "test": np.arange(len(y)) >= len(train[1]),
+    }
+
+
 REUTERS = {
     "reuters.trn.bz2": (
         "e77a3368662c02caebe0d9cbcc97d856019bcfb33a8e9b7c48e0b51ee4cdfb60"
@@ -98,7 +130,9 @@ def _files(
 
 
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
+    "breast_cancer": _breast_cancer,
     "digits": _digits,
+    "mnist": _mnist,
     "reuters": _reuters,
 }
 
@@ -109,6 +143,14 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     ``digits``: 1,797 handwritten digits of 8 by 8 pixels in [0, 1], ``x`` ``[1797,
     64]`` float32 and ``y`` ``[1797]`` int32 in 0..9; bundled with scikit-learn
     (originally UCI's, by Alpaydin and Kaynak).
+
+    ``breast_cancer``: 569 tumours by 30 measured features, ``x`` ``[569, 30]`` float32
+    as measured and ``y`` in {0, 1}, 1 for benign; bundled with scikit-learn
+    (originally UCI's, by Wolberg, Street and Mangasarian).
+
+    ``mnist``: 70,000 handwritten digits of 28 by 28 pixels in [0, 1], ``x`` ``[70000,
+    784]`` and ``y`` in 0..9; ``test``, boolean, marks the last 10,000. From files:
+    LeCun, Cortes and Burges.
 
     ``reuters``: 11,069 news stories, of which 3,299 are for testing; is a story about
     money-fx (6.5% are)? Sparse rows of 8,315 features: those of story i are

@@ -1,5 +1,6 @@
 """Pictures; matplotlib is imported when one is drawn."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,46 @@ def cleaning(rows: list[dict[str, Any]], path: Path) -> None:
         left.legend(frameon=False)
     curves(right, learned, "validation loss")
     _save(figure, path)
+
+
+def penalties(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against cost, a panel a system; the baseline as a line."""
+    systems = ("logistic", "softmax", "mlp", "cnn")
+    figure, panels = _figure(len(systems))
+    by_system(panels, rows, systems)
+    _save(figure, path)
+
+
+def schedules(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against cost, and the rates that were learned, by horizon."""
+    systems = ("100 steps", "1000 steps", "10000 steps")
+    figure, panels = _figure(len(systems) + 1)
+    by_system(panels[:-1], rows, systems)
+    shown = [row for row in rows if row["method"].endswith(("unrolled", "baseline"))]
+    for method in dict.fromkeys(row["method"] for row in shown):
+        rates = [row["rate"] for row in shown if row["method"] == method]
+        line = "--" if method.endswith("baseline") else "-"
+        panels[-1].plot(
+            range(1, 1 + len(rates[0])), np.median(rates, axis=0), line, label=method
+        )
+    panels[-1].set(xlabel="window", ylabel="rate", yscale="log", title="rates")
+    panels[-1].legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def by_system(panels: Any, rows: list[dict[str, Any]], systems: Sequence[str]) -> None:
+    """`curves` of the methods ``"system, method"``, and their baseline's loss."""
+    for axes, system in zip(panels, systems, strict=True):
+        named = [
+            row | {"method": row["method"].removeprefix(f"{system}, ")}
+            for row in rows
+            if row["method"].startswith(f"{system}, ")
+        ]
+        base = [row["val_loss"] for row in named if row["method"] == "baseline"]
+        if base:
+            axes.axhline(np.median(base), color=COLORS["baseline"], label="baseline")
+        curves(axes, named, "validation loss")
+        axes.set_title(system)
 
 
 def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:

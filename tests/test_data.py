@@ -25,6 +25,27 @@ def test_reuters_is_what_its_source_says():
     assert set(found["y"]) == {0, 1}
 
 
+@pytest.mark.data
+def test_mnist_is_what_its_source_says():
+    """Sizes, the mean pixel, and the classes of the first and the test images."""
+    if not os.environ.get(datasets.VARIABLE):
+        pytest.skip(f"{datasets.VARIABLE} is not set")
+    found = hg.data.load("mnist")
+    assert found["x"].shape == (70_000, 784)
+    assert (found["test"].sum(), found["test"][59_999]) == (10_000, False)
+    assert found["y"][:5].tolist() == [5, 0, 4, 1, 9]
+    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(found["y"][found["test"]]).tolist() == counts
+    mean = found["x"][~found["test"]].mean(dtype=float)
+    assert abs(255 * mean - 33.3184) < 1e-3
+
+
+def test_breast_cancer_is_scikit_learns():
+    """569 by 30, of which 357 are benign."""
+    found = hg.data.load("breast_cancer")
+    assert (found["x"].shape, found["y"].sum()) == ((569, 30), 357)
+
+
 def test_sparse_text_is_read_as_written():
     """Indices count from 1 in the file, from 0 in the arrays; labels are -1 and 1."""
     found = datasets._svmlight(b"-1 1:0.5 3:2\n+1 2:1.5\n", 3)

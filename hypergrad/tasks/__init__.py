@@ -2,9 +2,13 @@
 
 from types import ModuleType
 
-from . import cleaning
+from . import cleaning, penalties, schedules
 from .task import Task
 
-TASKS: dict[str, ModuleType] = {"cleaning": cleaning}
+TASKS: dict[str, ModuleType] = {
+    "cleaning": cleaning,
+    "penalties": penalties,
+    "schedules": schedules,
+}
 
-__all__ = ["TASKS", "Task", "cleaning"]
+__all__ = ["TASKS", "Task", "cleaning", "penalties", "schedules"]
