@@ -2,9 +2,12 @@
 
 from types import ModuleType
 
-from . import cleaning
+from . import cleaning, semi_supervised
 from .task import Task
 
-TASKS: dict[str, ModuleType] = {"cleaning": cleaning}
+TASKS: dict[str, ModuleType] = {
+    "cleaning": cleaning,
+    "semi_supervised": semi_supervised,
+}
 
-__all__ = ["TASKS", "Task", "cleaning"]
+__all__ = ["TASKS", "Task", "cleaning", "semi_supervised"]
