@@ -1,8 +1,10 @@
 """Tables that the command line runs: methods by seeds, tuned by one rule."""
 
-from . import cleaning
+from . import cleaning, semi_supervised
 from .study import Study, table
 
-STUDIES: dict[str, Study] = {study.name: study for study in (cleaning.STUDY,)}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (cleaning.STUDY, semi_supervised.STUDY)
+}
 
 __all__ = ["STUDIES", "Study", "table"]

@@ -27,7 +27,7 @@ DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 # Labelled, validation and unlabelled examples; the rest is for testing.
 SIZES = {"small": (50, 100, 1000), "paper": (250, 1000, 48750)}
-SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=100)
+SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
 def scores(w: PyTree, x: Array) -> Array:
