@@ -1,5 +1,7 @@
 """Semi-supervised learning: hypergradients against differences and influence."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 from sklearn.metrics import roc_auc_score
 
 import hypergrad as hg
+from hypergrad.studies import record
+from hypergrad.studies import semi_supervised as study
 from hypergrad.tasks import semi_supervised as task_file
 
 DIGITS = jax.tree.map(jnp.asarray, hg.data.load("digits"))
@@ -129,3 +133,11 @@ def test_bad_sizes_and_scales_are_refused():
         task_file.make(key=jax.random.key(0), scale="paper")
     with pytest.raises(ValueError, match="pass more data or smaller sizes"):
         task_file.make(key=jax.random.key(0), sizes=(50, 100, 1700))
+
+
+def test_the_committed_runs_kept_their_budget():
+    """And used most of it, but for conjugate gradients that stopped early."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    rows = record.read(folder / "semi_supervised.jsonl")
+    spent = [row["gradient_equivalents"] for row in rows if "curve_cost" in row]
+    assert study.BUDGET / 2 < min(spent) <= max(spent) <= study.BUDGET

@@ -238,9 +238,9 @@ STUDY = Study(
     source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293)",
     about=(
         f"{NUM_LABELLED} labels, {NUM_VAL} for validation, {NUM_UNLABELLED:,} "
-        f"unlabelled; at most {BUDGET:,} gradient-equivalents (grad-eq) a run. Accuracy "
-        "on the untouched test split; AUROC of low weights as a detector of wrong "
-        "pseudo-labels, of which the share is beside it; seconds are those of learning, "
+        f"unlabelled; at most {BUDGET:,} gradient-equivalents (grad-eq) a run. "
+        "Accuracy on the untouched test split; AUROC of low weights as a detector of "
+        "wrong pseudo-labels, whose share is beside it; seconds are those of learning, "
         "without the final training, which is the same for every row."
     ),
     data=lambda: (DATA_NAME, digits()),
@@ -258,4 +258,5 @@ STUDY = Study(
     ),
     draw=plots.cleaning,
     judge=judge,
+    seeds=10,
 )
