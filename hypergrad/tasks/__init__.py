@@ -2,12 +2,13 @@
 
 from types import ModuleType
 
-from . import cleaning, semi_supervised
+from . import augmentation, cleaning, semi_supervised
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
+    "augmentation": augmentation,
     "cleaning": cleaning,
     "semi_supervised": semi_supervised,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "semi_supervised"]
+__all__ = ["TASKS", "Task", "augmentation", "cleaning", "semi_supervised"]
