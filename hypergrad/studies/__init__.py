@@ -1,10 +1,11 @@
 """Tables that the command line runs: methods by seeds, tuned by one rule."""
 
-from . import cleaning, semi_supervised
+from . import augmentation, cleaning, semi_supervised
 from .study import Study, table
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (cleaning.STUDY, semi_supervised.STUDY)
+    study.name: study
+    for study in (augmentation.STUDY, cleaning.STUDY, semi_supervised.STUDY)
 }
 
 __all__ = ["STUDIES", "Study", "table"]

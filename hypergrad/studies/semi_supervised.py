@@ -186,8 +186,8 @@ def row(method: str, seed: int) -> Row:
     run = program or functools.partial(learn, method)
 
     def one(setting: tuple[float, float], hold_out: bool) -> Row:
-        numbers = map(jnp.float32, setting)
-        lane = jax.random.key(seed), *numbers, jnp.asarray(hold_out)
+        penalty, weight = map(jnp.float32, setting)
+        lane = jax.random.key(seed), penalty, weight, jnp.asarray(hold_out)
         started = time.perf_counter()
         learned = run(data, lane)
         seconds = time.perf_counter() - started
@@ -202,8 +202,9 @@ def row(method: str, seed: int) -> Row:
             "run_seconds": seconds,
         }
         if learned["trace"] is not None:
-            alpha = learned["alpha"]
-            row |= {"auroc": float(auroc_of_wrong_labels(wrong, None, alpha, lane[0]))}
+            alpha, key = learned["alpha"], lane[0]
+            auroc = auroc_of_wrong_labels(found["wrong"], None, alpha, key)
+            row |= {"auroc": float(auroc)}
             row |= of_trace(learned["trace"]) | histograms(np.asarray(alpha), wrong)
         return row
 

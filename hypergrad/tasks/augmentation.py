@@ -40,7 +40,7 @@ POSE = np.array([1.0, 1.0, np.pi / 4, 0.0, 0.0, 0.0, 0.0])
 TEMPERATURE = 0.5  # of the gates, as in the paper
 # Training and validation images, hidden units; the other images are for testing.
 SIZES = {"small": (100, 200, 32), "paper": (4000, 1000, 512)}
-SOLVER = Descent(optax.sgd(0.2, momentum=0.9), num_steps=20)
+SOLVER = Descent(optax.sgd(0.1, momentum=0.9), num_steps=10)
 
 
 def warp(x: Array, matrix: Array, shift: Array) -> Array:
