@@ -2,13 +2,21 @@
 
 from types import ModuleType
 
-from . import augmentation, cleaning, semi_supervised
+from . import architecture, augmentation, cleaning, semi_supervised
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
+    "architecture": architecture,
     "augmentation": augmentation,
     "cleaning": cleaning,
     "semi_supervised": semi_supervised,
 }
 
-__all__ = ["TASKS", "Task", "augmentation", "cleaning", "semi_supervised"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "architecture",
+    "augmentation",
+    "cleaning",
+    "semi_supervised",
+]
