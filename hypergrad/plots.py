@@ -12,6 +12,7 @@ COLORS = {
     "implicit": "#1f77b4",
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
+    "DADA": "#9467bd",
 }
 
 
@@ -98,6 +99,51 @@ def by_system(panels: Any, rows: list[dict[str, Any]], systems: Sequence[str]) -
             axes.axhline(np.median(base), color=COLORS["baseline"], label="baseline")
         curves(axes, named, "validation loss")
         axes.set_title(system)
+
+
+def augmentation(
+    operations: tuple[str, ...],
+    pose: list[float],
+    rows: list[dict[str, Any]],
+    path: Path,
+) -> None:
+    """Strength of each operation, learned and true; validation loss against cost.
+
+    Args:
+      operations, pose: names, and the true magnitudes as shares of the largest.
+      rows: of the study, with magnitude, probability and curves.
+      path: of the PNG.
+    """
+    figure, (left, right) = _figure(2)
+    learned = [row for row in rows if "curve_value" in row]
+    names = list(dict.fromkeys(row["method"] for row in learned))
+    places = np.arange(len(operations))
+    for i, name in enumerate(names):
+        strength = np.array(
+            [
+                np.multiply(row["magnitude"], row["probability"])
+                for row in learned
+                if row["method"] == name
+            ]
+        )
+        left.bar(
+            places + (i - (len(names) - 1) / 2) * 0.8 / len(names),
+            np.mean(strength, axis=0),
+            0.8 / len(names),
+            yerr=np.std(strength, axis=0),
+            label=name,
+            color=COLORS.get(name),
+            error_kw={"linewidth": 0.8},
+        )
+    left.plot(places, pose, "k_", markersize=26, label="true")
+    left.set_xticks(places, operations, rotation=30, ha="right")
+    left.set(
+        ylabel="magnitude x probability, share of the largest",
+        title="Policies: mean and deviation over seeds",
+    )
+    left.legend(frameon=False)
+    curves(right, learned, "validation loss")
+    _save(figure, path)
 
 
 def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:

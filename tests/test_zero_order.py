@@ -10,6 +10,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.known import any_known, error, quadratic, two_losses
+from hypergrad.drawn import drawn
 
 
 @functools.cache
@@ -144,6 +145,26 @@ def test_the_second_order_update_of_darts():
     estimator = hg.FiniteDifference(hg.Descent(sgd(s), 1), length, s)
     found = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w, alpha)
     assert error(found.hypergradient, expected) < 1e-12
+
+
+def test_darts_difference_on_a_batch():
+    """Of the examples that the key draws; the ledger counts their share."""
+    inner = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 4)
+    outer = lambda w, alpha, batch: jnp.mean((w - batch) ** 2)
+    x = jnp.linspace(0.5, 2.0, 10)
+    problem = hg.Bilevel(inner, outer, hg.Batches(x), x)
+    solver, key = hg.Descent(sgd(0.1), 2), jax.random.key(3)
+    estimator = hg.FiniteDifference(solver, 0.01, 0.1, adjoint_batch_size=4)
+    w, alpha = jnp.asarray(1.0), jnp.asarray(0.7)
+    state = estimator.init(problem, w, alpha)
+    found, _ = estimator.estimate(problem, state, alpha, key)
+    batch = drawn(problem, key).inner_batch(4)
+    plain = hg.FiniteDifference(hg.Descent(sgd(0.1), 0), 0.01, 0.1)
+    there = hg.Bilevel(inner, outer, batch, x)
+    expected = hg.hypergradient(there, plain)(found.w, alpha)
+    assert error(found.hypergradient, expected.hypergradient) < 1e-12
+    assert error(found.stats["inner_residual"], expected.stats["inner_residual"]) < 1e-9
+    assert found.stats["num_grads"] == pytest.approx(2 + 3 * 0.4)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ class FiniteDifference(eqx.Module):
         of the dtype's eps times ``max(1, ||w||)``.
       step_size: ``s``.
       warm_start: begin each inner solve where the last ended.
-      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
-        means all.
+      adjoint_batch_size: examples for the two gradients and the residual, drawn once an
+        estimate; None means all.
+      outer_batch_size: examples for the outer gradient, likewise.
 
     Cost: the inner solve, three inner gradients, one outer gradient. Memory: two
     vectors like ``w``.
@@ -63,6 +64,7 @@ class FiniteDifference(eqx.Module):
         default=1.0, converter=number("step_size", optional=False)
     )
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "argmin"
@@ -82,6 +84,7 @@ class FiniteDifference(eqx.Module):
     )
 
     def __check_init__(self):
+        check_steps("adjoint_batch_size", self.adjoint_batch_size, optional=True)
         check_steps("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_factor(self, smallest: float, largest: float) -> float:
@@ -97,6 +100,8 @@ class FiniteDifference(eqx.Module):
         del key
         check_problem(problem, w, alpha, self.solver)
         check_seen(problem, w, alpha, None, UNSEEN)
+        data = drawn(problem, jax.random.key(0))
+        jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         return ProcedureState(w)
 
     def estimate(
@@ -108,7 +113,8 @@ class FiniteDifference(eqx.Module):
         w, spent = self.solver.solve(
             loss, start, alpha, data.inner_data, data.solver_key
         )
-        batch, outer_batch = data.inner_batch(), data.outer_batch(self.outer_batch_size)
+        batch = data.inner_batch(self.adjoint_batch_size)
+        outer_batch = data.outer_batch(self.outer_batch_size)
         value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
         slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
         length = self.epsilon
@@ -127,18 +133,19 @@ class FiniteDifference(eqx.Module):
         if problem.num_objectives is not None:
             cross = jax.vmap(cross)
         hypergradient = add_scaled(direct, -self.step_size, cross(b))
+        part = held_fraction(data.inner_data, self.adjoint_batch_size)
         outer_part = held_fraction(data.outer_data, self.outer_batch_size)
         costs = ledger(
             data.inner_data,
             data.outer_data,
-            num_grads=spent["num_grads"] + 2 * value.size + 1,
+            num_grads=spent["num_grads"] + part * (2 * value.size + 1),
             num_hvps=spent["num_hvps"],
             num_values=spent["num_values"],
             num_outer_grads=outer_part * value.size,
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=inner_residual(problem, data, w, alpha),
+            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
             inner_steps=spent["num_steps"],
             **costs,
         )

@@ -2,13 +2,32 @@
 
 from types import ModuleType
 
-from . import cleaning, penalties, schedules
+from . import (
+    architecture,
+    augmentation,
+    cleaning,
+    penalties,
+    schedules,
+    semi_supervised,
+)
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
+    "architecture": architecture,
+    "augmentation": augmentation,
     "cleaning": cleaning,
     "penalties": penalties,
     "schedules": schedules,
+    "semi_supervised": semi_supervised,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "penalties", "schedules"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "architecture",
+    "augmentation",
+    "cleaning",
+    "penalties",
+    "schedules",
+    "semi_supervised",
+]

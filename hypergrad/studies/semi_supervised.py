@@ -1,0 +1,263 @@
+"""The semi-supervised table: every way to weigh pseudo-labelled examples, one budget.
+
+Each method learns weights, the model is retrained from zero with them to convergence,
+and the result is measured on the untouched test split. Penalty and, where all weights
+are one number, that number are those whose accuracy on 33 held-out validation examples
+is best (ties: the lower loss there), after learning with the other 67; the row then
+learns with all 100.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import plots
+from ..estimators import Estimator, Implicit, Unrolled
+from ..inner import Newton
+from ..linear import CG, Neumann
+from ..minimize import minimize
+from ..search import search
+from ..searchers import Random
+from ..tasks.semi_supervised import (
+    DATA_NAME,
+    SIZES,
+    SOLVER,
+    accuracy,
+    auroc_of_wrong_labels,
+    make,
+    split,
+    train_loss,
+    val_loss,
+)
+from ..tasks.task import Task
+from .cleaning import digits, histograms, of_trace
+from .program import Program
+from .record import Row
+from .study import Column, Study, tuned
+from .verdict import Claim, Verdict, conclude, paired
+
+NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
+PENALTIES = (1e-3, 1e-2, 1e-1)
+WEIGHTS = (0.1, 0.3, 1.0)
+BUDGET = 3000
+OPTIMIZER = optax.adam(0.3)
+LEAST_AUROC = 0.8
+
+Lane = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
+
+
+def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
+    """As many outer steps as the budget surely pays for."""
+    num_steps = int(BUDGET / cost_of_step)
+
+    def learn(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+        del parts
+        trace = minimize(
+            task.problem,
+            estimator,
+            OPTIMIZER,
+            task.w,
+            task.alpha,
+            num_steps=num_steps,
+            key=jax.random.fold_in(lane[0], 1),
+            space=task.space,
+        )
+        return task.problem.inner_data, trace.alpha, trace
+
+    return learn
+
+
+def by_random_search(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+    """Weights drawn uniformly, the best on validation kept, at the same budget."""
+    del parts
+    trace = search(
+        task.problem,
+        task.solver,
+        Random(),
+        task.w,
+        space=task.space,
+        budget=BUDGET,
+        key=jax.random.fold_in(lane[0], 1),
+    )
+    return task.problem.inner_data, trace.best_alpha, trace
+
+
+def one_weight(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+    """Every pseudo-label counts the same; with weight 0, none does."""
+    del parts
+    return task.problem.inner_data, jnp.full(NUM_UNLABELLED, lane[2]), None
+
+
+def more_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+    """No pseudo-labels: the validation examples in use are labelled ones too."""
+    del lane
+    val = parts["val"]
+    batch = task.problem.inner_data | {"unlabelled": {"x": val["x"], "y": val["y"]}}
+    return batch, val["use"] * NUM_VAL / NUM_LABELLED, None
+
+
+def true_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+    """What a person would have said of the unlabelled examples."""
+    del lane
+    batch = task.problem.inner_data | {"unlabelled": parts["unlabelled"]}
+    return batch, jnp.ones(NUM_UNLABELLED), None
+
+
+# Costs of a step in gradient-equivalents, at most: T inner gradients, an outer gradient
+# (two where trust is judged), and 2 a product (CG at most 20 and one; Neumann 19, 10
+# for its step size and one), or T more gradients and T products for the reverse pass.
+# Where two parts of the data differ in size an outer gradient counts as an inner one.
+METHODS: dict[str, Callable] = {
+    "baseline": one_weight,
+    "one weight": one_weight,
+    "labels of validation": more_labels,
+    "random search": by_random_search,
+    "implicit": by_gradient(
+        Implicit(SOLVER, CG(rtol=1e-2, max_steps=20)), SOLVER.num_steps + 2 * 21 + 2
+    ),
+    "neumann": by_gradient(
+        Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2
+    ),
+    "unrolled": by_gradient(
+        Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 2
+    ),
+    "oracle": true_labels,
+}
+ON_HOST = "random search"
+HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
+
+
+def settings(method: str) -> list[tuple[float, float]]:
+    """Penalties and weights that a row chooses from."""
+    weights = {"baseline": (0.0,), "one weight": WEIGHTS}.get(method, (1.0,))
+    return [(penalty, weight) for penalty in PENALTIES for weight in weights]
+
+
+def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
+    """The task of one lane and its split."""
+    key, penalty, _, hold_out = lane
+    task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
+    return task, split(data, key, SIZES["small"], hold_out)
+
+
+def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
+    """Weights by one method: what to retrain on, and the trace of learning."""
+    task, parts = lane_task(data, lane)
+    batch, alpha, trace = METHODS[method](task, parts, lane)
+    return {"batch": batch, "alpha": alpha, "trace": trace}
+
+
+def evaluate(data: PyTree, lane: Lane, batch: PyTree, alpha: Array) -> dict[str, Array]:
+    """Retrains from zero with the learned weights, to convergence, and measures.
+
+    ``selection`` holds the accuracy and minus the loss on the held-out examples.
+    """
+    task, parts = lane_task(data, lane)
+    key, held = lane[0], parts["held"]
+    w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
+    pseudo = task.problem.inner_data["unlabelled"]["y"]
+    return {
+        "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
+        "selection": jnp.stack(
+            [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
+        ),
+        "val_loss": val_loss(w, alpha, parts["val"]),
+        "wrong": pseudo != parts["unlabelled"]["y"],
+    }
+
+
+@functools.cache
+def programs(method: str) -> tuple[Program | None, Program]:
+    """Learning, compiled once a method where it can be, and evaluation."""
+    program = None if method == ON_HOST else Program(functools.partial(learn, method))
+    return program, Program(evaluate)
+
+
+def row(method: str, seed: int) -> Row:
+    """One method and seed, its setting chosen by the rule of `tuned`."""
+    data, (program, evaluation) = digits(), programs(method)
+    run = program or functools.partial(learn, method)
+
+    def one(setting: tuple[float, float], hold_out: bool) -> Row:
+        penalty, weight = map(jnp.float32, setting)
+        lane = jax.random.key(seed), penalty, weight, jnp.asarray(hold_out)
+        started = time.perf_counter()
+        learned = run(data, lane)
+        seconds = time.perf_counter() - started
+        found = evaluation(data, lane, learned["batch"], learned["alpha"])
+        wrong = np.asarray(found["wrong"])
+        row = {
+            "selection": np.asarray(found["selection"]),
+            "test_accuracy": float(found["test_accuracy"]),
+            "val_loss": float(found["val_loss"]),
+            "wrong_share": float(np.mean(wrong)),
+            "penalty": setting[0],
+            "run_seconds": seconds,
+        }
+        if learned["trace"] is not None:
+            alpha, key = learned["alpha"], lane[0]
+            auroc = auroc_of_wrong_labels(found["wrong"], None, alpha, key)
+            row |= {"auroc": float(auroc)}
+            row |= of_trace(learned["trace"]) | histograms(np.asarray(alpha), wrong)
+        return row
+
+    found = tuned(one, settings(method))
+    if program is not None:
+        found |= {"compile_seconds": program.compile_seconds}
+    return found
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """Whether low weights find wrong pseudo-labels, surely more often than said."""
+    lines = []
+    for method in HYPERGRADIENTS:
+        auroc = [row["auroc"] for row in rows if row["method"] == method]
+        mean, low, high = paired(auroc, 0.0)
+        text = (
+            f"{method} finds wrong pseudo-labels with an AUROC of {mean:.3f} "
+            f"[{low:.3f}, {high:.3f}], at least {LEAST_AUROC} claimed"
+        )
+        half, chance = (high - low) / 2, LEAST_AUROC - 0.5
+        lines.append(conclude(text, low >= LEAST_AUROC, len(auroc), half, chance))
+    return lines
+
+
+def beats(first: str, second: str, least: float | None) -> Claim:
+    """In test accuracy, in points."""
+    return Claim(first, second, "test_accuracy", least, scale=100, unit="points")
+
+
+STUDY = Study(
+    name="semi_supervised",
+    source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293)",
+    about=(
+        f"{NUM_LABELLED} labels, {NUM_VAL} for validation, {NUM_UNLABELLED:,} "
+        f"unlabelled; at most {BUDGET:,} gradient-equivalents (grad-eq) a run. "
+        "Accuracy on the untouched test split; AUROC of low weights as a detector of "
+        "wrong pseudo-labels, whose share is beside it; seconds are those of learning, "
+        "without the final training, which is the same for every row."
+    ),
+    data=lambda: (DATA_NAME, digits()),
+    methods={method: functools.partial(row, method) for method in METHODS},
+    columns=(
+        Column("accuracy %", "test_accuracy", scale=100),
+        Column("AUROC", "auroc", "{:.3f} ± {:.3f}"),
+        Column("wrong %", "wrong_share", scale=100),
+    ),
+    claims=(
+        *(beats(method, "baseline", 2.0) for method in HYPERGRADIENTS),
+        *(beats(method, "one weight", 0.0) for method in HYPERGRADIENTS),
+        beats("one weight", "baseline", 0.0),
+        *(beats("labels of validation", method, None) for method in HYPERGRADIENTS),
+    ),
+    draw=plots.cleaning,
+    judge=judge,
+    seeds=10,
+)
