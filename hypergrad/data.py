@@ -24,6 +24,24 @@ def _digits(folder: Path | None) -> Arrays:
     }
 
 
+def _iris(folder: Path | None) -> Arrays:
+    del folder
+    from sklearn.datasets import load_iris
+
+    return _classes(load_iris())
+
+
+def _wine(folder: Path | None) -> Arrays:
+    del folder
+    from sklearn.datasets import load_wine
+
+    return _classes(load_wine())
+
+
+def _classes(bunch: Any) -> Arrays:
+    return {"x": bunch.data.astype(np.float32), "y": bunch.target.astype(np.int32)}
+
+
 REUTERS = {
     "reuters.trn.bz2": (
         "e77a3368662c02caebe0d9cbcc97d856019bcfb33a8e9b7c48e0b51ee4cdfb60"
@@ -99,7 +117,9 @@ def _files(
 
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "digits": _digits,
+    "iris": _iris,
     "reuters": _reuters,
+    "wine": _wine,
 }
 
 
@@ -109,6 +129,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     ``digits``: 1,797 handwritten digits of 8 by 8 pixels in [0, 1], ``x`` ``[1797,
     64]`` float32 and ``y`` ``[1797]`` int32 in 0..9; bundled with scikit-learn
     (originally UCI's, by Alpaydin and Kaynak).
+
+    ``iris``: 150 flowers of 3 species, 4 lengths in cm; ``wine``: 178 wines of 3
+    growers, 13 measurements. ``x`` float32 and ``y`` int32; bundled with scikit-learn
+    (Fisher 1936; UCI's, by Forina et al.).
 
     ``reuters``: 11,069 news stories, of which 3,299 are for testing; is a story about
     money-fx (6.5% are)? Sparse rows of 8,315 features: those of story i are
