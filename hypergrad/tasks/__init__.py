@@ -2,12 +2,13 @@
 
 from types import ModuleType
 
-from . import cleaning, unsupervised
+from . import cleaning, few_shot, unsupervised
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
     "cleaning": cleaning,
+    "few_shot": few_shot,
     "unsupervised": unsupervised,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "unsupervised"]
+__all__ = ["TASKS", "Task", "cleaning", "few_shot", "unsupervised"]
