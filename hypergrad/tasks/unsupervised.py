@@ -138,7 +138,7 @@ def adjusted_rand(labels: Array, clusters: Array) -> Array:
     return (pairs(table) - by_chance) / ((rows + columns) / 2 - by_chance)
 
 
-def test_nll(nll: Callable, batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Any:
+def nll_of(nll: Callable, batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Any:
     """Mean of ``-log p`` over the test examples."""
     del key
     return nll(w, alpha, batch)
@@ -219,7 +219,7 @@ def make(
         exact = None
     metrics = {
         "test_nll": jax.tree_util.Partial(
-            partial(test_nll, losses[1]), {"x": parts["test"]["x"]}
+            partial(nll_of, losses[1]), {"x": parts["test"]["x"]}
         )
     }
     if variant == "kmeans":
