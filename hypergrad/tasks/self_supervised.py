@@ -5,13 +5,15 @@ augmentation are usually tuned by the accuracy of a linear probe, and are learne
 The encoder ``w`` maps two views a, b of the same images to unit vectors z, and learns
 to tell which belong together (van den Oord et al. 2018, arXiv 1807.03748, equation 4):
 
-    L(w, alpha) = -mean_i log [exp(a_i'b_i / tau) / sum_j exp(a_i'b_j / tau)],
+    L(w, alpha) = -tau mean_i log [exp(a_i'b_i / tau) / sum_j exp(a_i'b_j / tau)],
 
-and the same with a and b exchanged. A view is a crop, moved, with noise: output pixel i
-shows the place ``c + (i - c)(1 - crop u) + shift v``, u in [0, 1] and v in [-1, 1] at
-random, c the middle; then ``+ noise e``, e normal. Below the encoder's loss stands the
-probe, ridge regression on a few labelled examples' features f, in closed form; above it
-the outer loss, the probe's squared error on validation examples:
+and the same with a and b exchanged; the factor tau (Chen et al. 2021, arXiv 2104.02057,
+algorithm 1) keeps the steps of low temperatures from growing as 1 / tau. A view is a
+crop, moved, with noise: output pixel i shows the place ``c + (i - c)(1 - crop u) +
+shift v``, u in [0, 1] and v in [-1, 1] at random, c the middle; then ``+ noise e``, e
+normal. Below the encoder's loss stands the probe, ridge regression on a few labelled
+examples' features f, in closed form; above it the outer loss, the probe's squared error
+on validation examples:
 
     M(w) = mean_val |f'V - y|² / 2,   V = argmin sum_fit |f'V - y|² + penalty |V|².
 """
@@ -30,8 +32,8 @@ from .task import Task
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
 SIZE, NUM_CLASSES = 8, 10
 BATCH = 128
-SOLVER = Descent(optax.sgd(0.3, momentum=0.9), num_steps=100)
-DEFAULT = {"temperature": 0.5, "noise": 0.1, "crop": 0.2, "shift": 0.5}
+SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=100)
+DEFAULT = {"temperature": 0.1, "noise": 0.1, "crop": 0.2, "shift": 0.5}
 SPACE = {
     "temperature": spaces.Interval(0.02, 2.0, log=True),
     "noise": spaces.Interval(0.01, 1.0, log=True),
@@ -77,7 +79,7 @@ def info_nce(a: Array, b: Array, temperature: Array) -> Array:
 
 
 def contrastive_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """InfoNCE between two views of each image."""
+    """``tau`` times InfoNCE between two views of each image."""
     batch, key = batch
     views = [
         jax.vmap(augment, in_axes=(None, 0, 0))(
@@ -86,7 +88,8 @@ def contrastive_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
         for key in jax.random.split(key)
     ]
     a, b = (embedding(w, view) for view in views)
-    return info_nce(a, b, alpha["temperature"])
+    temperature = alpha["temperature"]
+    return temperature * info_nce(a, b, temperature)
 
 
 def with_one(f: Array) -> Array:
