@@ -2,6 +2,7 @@
 
 import bz2
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,57 @@ def _mnist(folder: Path | None) -> Arrays:
     }
 
 
+def _iris(folder: Path | None) -> Arrays:
+    del folder
+    from sklearn.datasets import load_iris
+
+    return _classes(load_iris())
+
+
+def _wine(folder: Path | None) -> Arrays:
+    del folder
+    from sklearn.datasets import load_wine
+
+    return _classes(load_wine())
+
+
+def _classes(bunch: Any) -> Arrays:
+    return {"x": bunch.data.astype(np.float32), "y": bunch.target.astype(np.int32)}
+
+
+OMNIGLOT = {
+    "omniglot_105_packbits.npz": (
+        "0603ccaa1a5c6e1705f653ebf0215f39287ad6705279bd2331a764ac5dee39d1"
+    ),
+}
+OMNIGLOT_SOURCE = (
+    "the images of https://github.com/brendenlake/omniglot, ink as bits: `images` of "
+    "np.packbits over 105 by 105 pixels, `char_id`"
+)
+OMNIGLOT_SIZE = 28
+
+
+def _omniglot(folder: Path | None) -> Arrays:
+    (content,) = _files("omniglot", folder, OMNIGLOT, OMNIGLOT_SOURCE)
+    with np.load(io.BytesIO(content)) as file:
+        bits, characters = file["images"], file["char_id"]
+    shrink = _area(105, OMNIGLOT_SIZE)
+    found = np.empty((characters.max() + 1, 20, OMNIGLOT_SIZE, OMNIGLOT_SIZE), "f4")
+    for i in range(len(found)):
+        ink = np.unpackbits(bits[characters == i], axis=1)[:, : 105 * 105]
+        found[i] = shrink @ ink.reshape(20, 105, 105) @ shrink.T
+    return {"x": np.minimum(found, 1)}  # rounding may leave a full pixel above
+
+
+def _area(size: int, smaller: int) -> np.ndarray:
+    """``[smaller, size]``: each row is the mean over the pixels that one covers."""
+    edges = np.arange(smaller + 1) * size / smaller
+    pixels = np.arange(size)
+    low = np.maximum(edges[:-1, None], pixels)
+    high = np.minimum(edges[1:, None], pixels + 1)
+    return (np.maximum(high - low, 0) * smaller / size).astype(np.float32)
+
+
 REUTERS = {
     "reuters.trn.bz2": (
         "e77a3368662c02caebe0d9cbcc97d856019bcfb33a8e9b7c48e0b51ee4cdfb60"
@@ -87,8 +139,6 @@ def _reuters(folder: Path | None) -> Arrays:
 
 def _svmlight(content: bytes, num_features: int) -> Arrays:
     """Lines ``label index:value ...`` as compressed sparse rows."""
-    import io
-
     from sklearn.datasets import load_svmlight_file
 
     x, y = load_svmlight_file(io.BytesIO(content), n_features=num_features)
@@ -133,7 +183,10 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "breast_cancer": _breast_cancer,
     "digits": _digits,
     "mnist": _mnist,
+    "iris": _iris,
+    "omniglot": _omniglot,
     "reuters": _reuters,
+    "wine": _wine,
 }
 
 
@@ -151,6 +204,12 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     ``mnist``: 70,000 handwritten digits of 28 by 28 pixels in [0, 1], ``x`` ``[70000,
     784]`` and ``y`` in 0..9; ``test``, boolean, marks the last 10,000. From files:
     LeCun, Cortes and Burges.
+    ``iris``: 150 flowers of 3 species, 4 lengths in cm; ``wine``: 178 wines of 3
+    growers, 13 measurements. ``x`` float32 and ``y`` int32; bundled with scikit-learn
+    (Fisher 1936; UCI's, by Forina et al.).
+
+    ``omniglot``: 20 drawings of each of 1,623 characters, ``x`` ``[1623, 20, 28, 28]``
+    float32 in [0, 1], the share of ink. From a file: Lake et al. 2015, MIT licence.
 
     ``reuters``: 11,069 news stories, of which 3,299 are for testing; is a story about
     money-fx (6.5% are)? Sparse rows of 8,315 features: those of story i are

@@ -146,6 +146,86 @@ def augmentation(
     _save(figure, path)
 
 
+def self_supervised(rows: list[dict[str, Any]], grid: Any, path: Path) -> None:
+    """Test error of a grid of temperatures and of the learned; validation error.
+
+    Args:
+      rows: of the study.
+      grid: the temperatures.
+      path: of the PNG.
+    """
+    figure, (left, right) = _figure(2)
+    tried = [row["grid_errors"] for row in rows if "grid_errors" in row]
+    if tried:
+        left.plot(grid, np.mean(tried, axis=0), "o-", color=COLORS["baseline"])
+        left.set(title="Default strengths (line), learned (crosses)")
+    for name in ("temperature", "unrolled", "truncated"):
+        mine = [row for row in rows if row["method"] == name]
+        at, error = ([r[c] for r in mine] for c in ("temperature", "test_error"))
+        left.plot(at, error, "x", color=COLORS.get(name), label=name)
+    left.set(xlabel="temperature", ylabel="test error of the probe", xscale="log")
+    left.legend(frameon=False)
+    curves(right, rows, "validation error of the probe")
+    _save(figure, path)
+
+
+def unsupervised(rows: list[dict[str, Any]], variants: Any, path: Path) -> None:
+    """Validation loss against cost, a panel a model.
+
+    Args:
+      rows: of the study, its methods named 'model, method'.
+      variants: the models.
+      path: of the PNG.
+    """
+    figure, panels = _figure(len(variants))
+    for axes, variant in zip(panels, variants, strict=True):
+        start = f"{variant}, "
+        mine = [
+            row | {"method": row["method"].removeprefix(start)}
+            for row in rows
+            if row["method"].startswith(start)
+        ]
+        curves(axes, mine, "validation nats")
+        axes.set(title=variant, yscale="linear")
+        baseline = [row["val_nll"] for row in mine if row["method"] == "baseline"]
+        if baseline:
+            axes.axhline(np.median(baseline), color=COLORS["baseline"], ls="--")
+            middle = np.median(baseline)
+            axes.set_ylim(top=middle + 0.3 * abs(middle))
+    _save(figure, path)
+
+
+def few_shot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Test accuracy of each row, seed by seed; query loss against cost.
+
+    Args:
+      rows: of the study.
+      path: of the PNG.
+    """
+    figure, (left, right) = _figure(2)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for i, name in enumerate(names):
+        found = [100 * r["test_accuracy"] for r in rows if r["method"] == name]
+        left.plot(found, [i] * len(found), "o", color=COLORS.get(name), alpha=0.6)
+        left.plot(np.mean(found), i, "|", color="black", markersize=18)
+    left.set(yticks=range(len(names)), yticklabels=names, title="Unseen characters")
+    left.set(xlabel="accuracy %")
+    left.invert_yaxis()
+    curves(right, [smoothed(row) for row in rows], "query loss, mean of 20 steps")
+    _save(figure, path)
+
+
+def smoothed(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
+    """A row whose curve is averaged over so many steps; random search's is left."""
+    if "curve_value" not in row or row["method"] == "random search":
+        return row
+    part = {}
+    for column in ("curve_value", "curve_cost"):
+        whole = len(row[column]) // num_steps * num_steps
+        part[column] = np.reshape(row[column][:whole], (-1, num_steps)).mean(axis=1)
+    return row | part
+
+
 def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:
     """Median and quartiles over seeds of ``curve_value`` against ``curve_cost``.
 

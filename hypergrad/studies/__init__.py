@@ -3,8 +3,11 @@
 from . import (
     augmentation,
     cleaning,
+    few_shot,
     penalties,
+    self_supervised,
     semi_supervised,
+    unsupervised,
 )
 from .study import Study, table
 
@@ -13,8 +16,11 @@ STUDIES: dict[str, Study] = {
     for study in (
         augmentation.STUDY,
         cleaning.STUDY,
+        few_shot.STUDY,
         penalties.STUDY,
+        self_supervised.STUDY,
         semi_supervised.STUDY,
+        unsupervised.STUDY,
     )
 }
 

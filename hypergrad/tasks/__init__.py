@@ -6,9 +6,12 @@ from . import (
     architecture,
     augmentation,
     cleaning,
+    few_shot,
     penalties,
     schedules,
+    self_supervised,
     semi_supervised,
+    unsupervised,
 )
 from .task import Task
 
@@ -16,9 +19,12 @@ TASKS: dict[str, ModuleType] = {
     "architecture": architecture,
     "augmentation": augmentation,
     "cleaning": cleaning,
+    "few_shot": few_shot,
     "penalties": penalties,
     "schedules": schedules,
+    "self_supervised": self_supervised,
     "semi_supervised": semi_supervised,
+    "unsupervised": unsupervised,
 }
 
 __all__ = [
@@ -27,7 +33,10 @@ __all__ = [
     "architecture",
     "augmentation",
     "cleaning",
+    "few_shot",
     "penalties",
     "schedules",
+    "self_supervised",
     "semi_supervised",
+    "unsupervised",
 ]

@@ -1,0 +1,206 @@
+"""The table of few-shot learning: what to share among tasks, and how it is learned.
+
+Each row learns on tasks of the training characters, sets its one setting by the
+accuracy on those of the validation characters, and is judged once by the accuracy on
+tasks of characters that it never saw.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import plots, spaces
+from ..estimators import Estimator, Implicit, Unrolled
+from ..linear import CG
+from ..minimize import minimize
+from ..search import search
+from ..searchers import Random
+from ..tasks.few_shot import SOLVERS, characters, make
+from ..trace import Trace
+from .program import Program
+from .record import Row
+from .study import Column, Study, tuned
+from .verdict import Claim
+
+BUDGET = 10_000
+RATES = (1e-3, 3e-3, 1e-2)
+PENALTIES = (0.1, 1.0, 10.0)
+QUERY = 15.0  # queries for one example to learn from, what an outer gradient costs
+PRODUCTS = 5
+
+
+@functools.cache
+def drawings() -> tuple[str, np.ndarray]:
+    """Always the digits, so that the committed table is the one that anybody gets."""
+    return characters("small", "")
+
+
+def by_gradient(
+    variant: str, estimator: Callable[[Any], Estimator], cost_of_step: float
+) -> Callable:
+    """As many outer steps as the budget surely pays for."""
+    num_steps = int(BUDGET / cost_of_step)
+
+    def learn(images: Array, key: Array, rate: Array) -> tuple[PyTree, Trace]:
+        task = make(key=key, variant=variant, images=images)
+        trace = minimize(
+            task.problem,
+            estimator(task.solver),
+            optax.adam(rate),
+            task.w,
+            task.alpha,
+            num_steps=num_steps,
+            key=jax.random.fold_in(key, 1),
+        )
+        return trace.alpha, trace
+
+    return learn
+
+
+def by_random_search(
+    images: Array, key: Array, rate: Array
+) -> tuple[PyTree, Trace | None]:
+    """Networks at random, as they are to begin with, under the head in closed form."""
+    del rate
+    task = make(key=key, variant="ridge", images=images)
+    trace = search(
+        task.problem,
+        task.solver,
+        Random(),
+        task.w,
+        space=jax.tree.map(around_zero, task.alpha)
+        | {
+            "log_penalty": spaces.Interval(-3.0, 3.0),
+            "scale": spaces.Interval(0.1, 10.0, log=True),
+        },
+        budget=BUDGET,
+        key=jax.random.fold_in(key, 1),
+    )
+    return trace.alpha, trace
+
+
+def around_zero(leaf: Array) -> spaces.Interval:
+    """Uniform, of variance 1 / fan-in; biases up to a tenth."""
+    bound = (3 / leaf.shape[0]) ** 0.5 if leaf.ndim == 2 else 0.1
+    return spaces.Interval(-bound, bound, shape=leaf.shape)
+
+
+def of_pixels(images: Array, key: Array, penalty: Array) -> tuple[PyTree, Trace | None]:
+    """Nothing is shared: ridge regression on the pixels of each task."""
+    task = make(key=key, variant="ridge", hidden=(), images=images)
+    return task.alpha | {"log_penalty": jnp.log(penalty)}, None
+
+
+# Costs of a step: T inner gradients, an outer one (two where trust is judged), and 2 a
+# product, or T more gradients and T products for the reverse pass.
+STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
+METHODS: dict[str, tuple[str, Callable, tuple[float, ...]]] = {
+    "baseline": ("ridge", of_pixels, PENALTIES),
+    "random search": ("ridge", by_random_search, (0.0,)),
+    "maml": (
+        "maml",
+        by_gradient("maml", Unrolled, 4 * STEPS["maml"] + 1 + QUERY),
+        RATES,
+    ),
+    "imaml": (
+        "imaml",
+        by_gradient(
+            "imaml",
+            lambda solver: Implicit(solver, CG(max_steps=PRODUCTS)),
+            STEPS["imaml"] + 2 * (PRODUCTS + 1) + 2 * QUERY,
+        ),
+        RATES,
+    ),
+    "ridge head": (
+        "ridge",
+        by_gradient("ridge", Unrolled, 4 + QUERY),
+        RATES,
+    ),
+}
+
+
+def measure(
+    variant: str, hidden: tuple[int, ...], metric: str, images: Array, key: Array,
+    alpha: PyTree,
+) -> Array:  # fmt: skip
+    """Accuracy on a hundred fresh tasks of the validation or the test characters."""
+    task = make(key=key, variant=variant, hidden=hidden, images=images)
+    return task.metrics[metric](task.w, alpha, jax.random.fold_in(key, 2))
+
+
+# Rows.
+
+
+@functools.cache
+def program(function: Callable, *settings: Any) -> Program:
+    """Compiled once a process."""
+    return Program(functools.partial(function, *settings))
+
+
+def row(method: str, seed: int) -> Row:
+    """One method and seed, its setting chosen on the validation characters."""
+    variant, learn, settings = METHODS[method]
+    hidden = () if method == "baseline" else (64,)
+    on_host = method == "random search"
+    run = learn if on_host else program(learn)
+    images, key = jnp.asarray(drawings()[1]), jax.random.key(seed)
+
+    def one(setting: float, choosing: bool) -> Row:
+        started = time.perf_counter()
+        alpha, trace = run(images, key, jnp.float32(setting))
+        seconds = time.perf_counter() - started
+        metric = "val_accuracy" if choosing else "test_accuracy"
+        score = program(measure, variant, hidden, metric)(images, key, alpha)
+        found: Row = {metric: float(score), "run_seconds": seconds}
+        if choosing:
+            found["selection"] = float(score)
+        if trace is not None:
+            found |= {
+                "gradient_equivalents": float(trace.cost[-1]),
+                "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
+                "curve_value": np.asarray(trace.value, float).tolist(),
+                "curve_cost": np.asarray(trace.cost, float).tolist(),
+            }
+        return found
+
+    found = tuned(one, settings)
+    if isinstance(run, Program):
+        found |= {"compile_seconds": run.compile_seconds}
+    return found
+
+
+STUDY = Study(
+    name="few_shot",
+    source="Finn et al. 2017 (arXiv 1703.03400), Rajeswaran et al. 2019 (1909.04630)",
+    about=(
+        f"Five-way one-shot tasks; at most {BUDGET:,} gradient-equivalents (grad-eq) a "
+        "run. Accuracy on a hundred tasks of characters that no row has seen."
+    ),
+    data=lambda: (drawings()[0], {"x": drawings()[1]}),
+    methods={method: functools.partial(row, method) for method in METHODS},
+    columns=(Column("accuracy %", "test_accuracy", scale=100),),
+    claims=(
+        *(
+            Claim(method, "baseline", "test_accuracy", scale=100, unit="points")
+            for method in ("maml", "imaml", "ridge head")
+        ),
+        *(
+            Claim(
+                *(method, "random search", "test_accuracy"),
+                least=None,
+                scale=100,
+                unit="points",
+            )
+            for method in ("maml", "imaml", "ridge head")
+        ),
+    ),
+    draw=plots.few_shot,
+    minutes=3,
+)

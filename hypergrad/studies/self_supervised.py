@@ -1,0 +1,228 @@
+"""The table of contrastive learning: who sets the temperature and the views.
+
+Each method chooses temperature and strengths by the probe's validation error; four
+encoders are then trained anew with what it chose, and judged by the probe on the
+untouched test split, as are those of twelve temperatures with the default strengths.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import data as datasets
+from .. import plots
+from ..estimators import Estimator, Unrolled
+from ..minimize import minimize
+from ..problem import draw
+from ..search import search
+from ..searchers import Random
+from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
+from ..tasks.task import Task
+from ..trace import Trace
+from .program import Program
+from .record import Row
+from .study import Column, Study
+from .verdict import Claim, Verdict, conclude, paired
+
+BUDGET = 1500
+RATE = 0.3
+LAST = 25
+TEMPERATURES = np.geomspace(0.02, 2.0, 12)
+NUM_TRAININGS = 4
+
+# Costs in gradient-equivalents: a training, and an outer step that differentiates it,
+# whose steps run twice (a truncated one's last steps alone) before their products.
+TRAINING = SOLVER.num_steps * BATCH / NUM_TRAIN
+OUTER = 0.5
+
+
+def by_gradient(estimator: Estimator, cost_of_step: float, learned: set) -> Callable:
+    """As many outer steps as the budget surely pays for; the others stay."""
+    num_steps = int(BUDGET / cost_of_step)
+    rate = optax.cosine_decay_schedule(RATE, num_steps)  # each run is noisy
+    labels = {name: "learn" if name in learned else "stay" for name in DEFAULT}
+    optimizer = optax.partition(
+        {"learn": optax.adam(rate), "stay": optax.set_to_zero()}, labels
+    )
+
+    def learn(task: Task, key: Array) -> Trace:
+        return minimize(
+            task.problem,
+            estimator,
+            optimizer,
+            task.w,
+            task.alpha,
+            num_steps=num_steps,
+            key=key,
+            space=task.space,
+        )
+
+    return learn
+
+
+def by_random_search(task: Task, key: Array) -> Trace:
+    """All four drawn log-uniformly, at the same budget."""
+    return search(
+        task.problem, task.solver, Random(), task.w, space=SPACE, budget=BUDGET, key=key
+    )
+
+
+WHOLE = Unrolled(SOLVER, warm_start=False)
+TRUNCATED = Unrolled(SOLVER, last=LAST, warm_start=False)
+METHODS: dict[str, Any] = {
+    "baseline": None,
+    "random search": by_random_search,
+    "temperature": by_gradient(WHOLE, 4 * TRAINING + 1 + OUTER, {"temperature"}),
+    "unrolled": by_gradient(WHOLE, 4 * TRAINING + 1 + OUTER, set(DEFAULT)),
+    "truncated": by_gradient(
+        TRUNCATED,
+        (1 + 3 * LAST / SOLVER.num_steps) * TRAINING + 1 + OUTER,
+        set(DEFAULT),
+    ),
+}
+
+
+@functools.cache
+def digits() -> dict[str, np.ndarray]:
+    """Loaded once a process."""
+    return datasets.load("digits")
+
+
+def learn(method: Callable, data: PyTree, key: Array) -> Trace:
+    """The run of one method."""
+    return method(make(key=key, data=data), jax.random.fold_in(key, 1))
+
+
+def evaluate(data: PyTree, key: Array, alpha: PyTree) -> dict[str, Array]:
+    """Errors and accuracy, means over encoders trained anew with their own keys."""
+    task = make(key=key, data=data)
+    problem = task.problem
+
+    def one(key: Array) -> dict[str, Array]:
+        w, _ = task.solver.solve(
+            problem.inner_loss, task.w, alpha, problem.inner_data, key
+        )
+        val = problem.outer(w, alpha, draw(problem.outer_data, key))
+        return {"val_error": val} | task.metric_values(w, alpha, key)
+
+    keys = jax.random.split(jax.random.fold_in(key, 2), NUM_TRAININGS)
+    return jax.tree.map(jnp.mean, jax.lax.map(one, keys))
+
+
+# Rows.
+
+
+@functools.cache
+def programs(method: str) -> tuple[Callable, Program]:
+    """Learning, compiled where it can be, and evaluation."""
+    run = functools.partial(learn, METHODS[method])
+    return (run if method == "random search" else Program(run)), evaluation()
+
+
+@functools.cache
+def evaluation() -> Program:
+    """Shared by all methods."""
+    return Program(evaluate)
+
+
+@functools.cache
+def grid(seed: int) -> list[dict[str, float]]:
+    """What each temperature leads to with the default strengths."""
+    key = jax.random.key(seed)
+    found = [
+        evaluation()(digits(), key, DEFAULT | {"temperature": temperature})
+        for temperature in TEMPERATURES
+    ]
+    return [{name: float(x) for name, x in one.items()} for one in found]
+
+
+def row(method: str, seed: int) -> Row:
+    """One method and seed."""
+    tried = grid(seed)
+    test_errors = np.array([one["test_error"] for one in tried])
+    if method == "baseline":
+        best = int(np.argmin([one["val_error"] for one in tried]))
+        cost = len(tried) * NUM_TRAININGS * TRAINING
+        found: Row = tried[best] | {
+            "temperature": float(TEMPERATURES[best]),
+            "gradient_equivalents": cost,
+            "grid_errors": test_errors.tolist(),
+        }
+    else:
+        run, measure = programs(method)
+        key = jax.random.key(seed)
+        started = time.perf_counter()
+        trace = run(digits(), key)
+        seconds = time.perf_counter() - started
+        measured = measure(digits(), key, trace.alpha)
+        found = {name: float(x) for name, x in measured.items()}
+        found |= {name: float(x) for name, x in trace.alpha.items()}
+        found |= {
+            "gradient_equivalents": float(trace.cost[-1]),
+            "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
+            "curve_value": np.asarray(trace.value, float).tolist(),
+            "curve_cost": np.asarray(trace.cost, float).tolist(),
+            "run_seconds": seconds,
+        }
+        if isinstance(run, Program):
+            found |= {"compile_seconds": run.compile_seconds}
+    found["beaten_by"] = float(np.mean(test_errors < found["test_error"]))
+    return found
+
+
+def quartile(rows: list[Row]) -> list[Verdict]:
+    """Whether few of the twelve temperatures beat the learned; of a random one half."""
+    beaten = [row["beaten_by"] for row in rows if row["method"] == "temperature"]
+    mean, low, high = paired(beaten, 0.0)
+    text = (
+        "share of the 12 temperatures with a lower test error than the learned one: "
+        f"{mean:.2f} [{low:.2f}, {high:.2f}], at most 0.25 claimed"
+    )
+    met = mean <= 0.25 and high < 0.5
+    return [conclude(text, met, len(beaten), (high - low) / 2, 0.25)]
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Test error against temperature; validation error against cost."""
+    plots.self_supervised(rows, TEMPERATURES, path)
+
+
+STUDY = Study(
+    name="self_supervised",
+    source="Chen et al. 2020 (arXiv 2002.05709)",
+    about=(
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, the twelve "
+        "temperatures of the baseline outside it. Squared error (half) and accuracy of "
+        "the probe on the untouched test split, means over four encoders; beaten by is "
+        "the share of the twelve temperatures that do better."
+    ),
+    data=lambda: ("scikit-learn digits (1,797 real 8x8 images)", digits()),
+    methods={method: functools.partial(row, method) for method in METHODS},
+    columns=(
+        Column("accuracy %", "test_accuracy", scale=100),
+        Column("test error", "test_error", "{:.4f} ± {:.4f}"),
+        Column("val error", "val_error", "{:.4f}"),
+        Column("temperature", "temperature", "{:.2f} ± {:.2f}"),
+        Column("beaten by", "beaten_by", "{:.2f}"),
+    ),
+    claims=tuple(
+        Claim(first, second, "test_error", least=least, lower=True)
+        for first, second, least in (
+            ("unrolled", "baseline", 0.0),
+            ("truncated", "baseline", 0.0),
+            ("unrolled", "random search", None),
+            ("temperature", "baseline", None),
+        )
+    ),
+    draw=picture,
+    judge=quartile,
+    minutes=2,
+)
