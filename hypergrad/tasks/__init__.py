@@ -2,9 +2,12 @@
 
 from types import ModuleType
 
-from . import cleaning
+from . import cleaning, reinforcement
 from .task import Task
 
-TASKS: dict[str, ModuleType] = {"cleaning": cleaning}
+TASKS: dict[str, ModuleType] = {
+    "cleaning": cleaning,
+    "reinforcement": reinforcement,
+}
 
-__all__ = ["TASKS", "Task", "cleaning"]
+__all__ = ["TASKS", "Task", "cleaning", "reinforcement"]
