@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> int:
         print(f"benchmarks: {error}; {HELP}", file=sys.stderr)
         return 1
 
-    from . import table as tables
+    from hypergrad.studies.table import Request, check
+
     from .tables import TABLES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         return 0
     table = TABLES[given.name]
     if given.check is not None:
-        verdicts = tables.check(table, given.check)
+        verdicts = check(table, given.check)
         for verdict in verdicts:
             print(f"{'FAILED' if verdict.failed else '      '} {verdict.text}")
         return int(any(verdict.failed for verdict in verdicts))
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     if given.out != RESULTS:
         command += f" --out {given.out}"
     try:
-        table.run(table, tables.Request(given.scale, seeds, given.out, command))
+        table.run(table, Request(given.scale, seeds, given.out, command))
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

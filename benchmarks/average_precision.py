@@ -21,10 +21,10 @@ from jaxtyping import Array
 import hypergrad as hg
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
-from hypergrad.studies.report import paired
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict, conclude, paired
 
 from . import plots
-from .table import Table, Verdict, cell_by_cell, conclude
 
 SIZE, REFERENCE_SIZE = 100_000, 5_000
 POSITIVE = 0.02

@@ -22,11 +22,12 @@ from hypergrad.certificate import NEWTON
 from hypergrad.estimators.protocol import STATS
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict, within
 
 from . import plots
 from .known import any_known, flat, quadratic, two_losses
 from .setting import Setting, as_rows, count_to, describe, sgd
-from .table import Table, Verdict, cell_by_cell, within
 
 # Problems by family and structure; the names are those of `known.any_known`.
 PROBLEMS = {

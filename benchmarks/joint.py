@@ -14,12 +14,12 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from hypergrad.studies.program import Program
 
 from .metric_learning import (
     IMPLICIT,
     NEWTON,
     OBJECTIVES,
-    Program,
     at_temperature,
     exact_value,
     first_model,

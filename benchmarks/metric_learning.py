@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 import hypergrad as hg
+from hypergrad.studies.program import Program
 
 from .metric_tasks import SYSTEMS, System, View
 
@@ -149,25 +150,6 @@ def common_penalties(system: System) -> list[float]:
 
 
 # Programs, each compiled once a task and objective.
-
-
-class Program:
-    """A function, compiled at its first call; counts its seconds."""
-
-    def __init__(self, function: Callable):
-        self.function, self.compiled, self.compile_seconds = function, None, 0.0
-        self.run_seconds = 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        arguments = jax.tree.map(jnp.asarray, arguments)
-        if self.compiled is None:
-            started = time.perf_counter()
-            self.compiled = jax.jit(self.function).lower(*arguments).compile()
-            self.compile_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        result = jax.block_until_ready(self.compiled(*arguments))
-        self.run_seconds += time.perf_counter() - started
-        return result
 
 
 @functools.cache

@@ -11,7 +11,8 @@ import numpy as np
 
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
-from hypergrad.studies.report import paired
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, paired
 
 from . import joint, plots
 from .metric_learning import (
@@ -24,7 +25,6 @@ from .metric_learning import (
     parts_of,
 )
 from .metric_tasks import SYSTEMS
-from .table import LEAST_SEEDS, Table, Verdict, cell_by_cell
 
 PENALTY_ALONE = {
     "baseline": "train",

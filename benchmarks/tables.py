@@ -1,12 +1,14 @@
-"""All tables by name."""
+"""All tables by name: those that are only here, and the studies of the package."""
 
-from . import average_precision, cleaning, conformance, surrogates
+from hypergrad.studies import STUDIES, table
+
+from . import average_precision, conformance, surrogates
 
 TABLES = {
     table.name: table
     for table in (
         conformance.TABLE,
-        cleaning.TABLE,
+        *map(table, STUDIES.values()),
         surrogates.TABLE,
         average_precision.TABLE,
     )

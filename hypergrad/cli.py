@@ -8,59 +8,50 @@ HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
 
 def run(
-    task: Literal["cleaning"],
-    estimator: Literal["all", "implicit", "neumann", "unrolled"] = "all",
-    seeds: int = 10,
+    task: str,
+    methods: tuple[str, ...] = (),
+    seeds: int | None = None,
     out: Path = Path("runs"),
 ) -> None:
     """Run a task's table and write its rows, its Markdown and its figure.
 
+    A run that was interrupted goes on where it stopped.
+
     Args:
       task: name of the task, see `hypergrad tasks`.
-      estimator: of the hypergradient; all runs every row of the table.
-      seeds: number of seeds, from 0.
+      methods: rows of the table; none stands for all.
+      seeds: number of seeds, from 0; the table's own number, unless told.
       out: folder for NAME.jsonl, NAME.md and NAME.png.
     """
     from rich.console import Console
+    from rich.markdown import Markdown
 
     from . import studies
+    from .studies.table import Request
 
+    study = studies.STUDIES[task]
+    unknown = set(methods) - set(study.methods)
+    if unknown:
+        sys.exit(
+            f"hypergrad: {task} has no method {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(study.methods)}"
+        )
+    seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
         sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")
-    study = studies.STUDIES[task]
-    methods = [
-        method
-        for method in study.methods
-        if estimator == "all" or method == estimator or method not in study.learned
-    ]
     console = Console(soft_wrap=True, width=max(Console().width, 110))
-    console.print(f"{study.name}: {study.data_name}, {seeds} seeds", highlight=False)
-    with studies.progress(len(methods) * (len(study.grid) + 1)) as tick:
-        results = studies.run(study, methods, range(seeds), tick)
-    command = (
-        f"hypergrad run {task} --estimator {estimator} --seeds {seeds} --out {out}"
-    )
-    report = studies.report.markdown(study, results, command)
-    console.print(_table(study, results))
-    for line in studies.report.verdicts(study, results):
-        console.print(line, highlight=False)
-    for path in studies.write(study, results, range(seeds), report, out):
-        console.print(f"wrote {path}", highlight=False)
-
-
-def _table(study, results):
-    from rich import box
-    from rich.table import Table
-
-    from .studies import report
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
-    for title, *_ in report.COLUMNS:
-        table.add_column(title, justify="right", no_wrap=True)
-    for method, result in results.items():
-        table.add_row(method, *report.cells(result))
-    return table
+    console.print(f"{task}: {study.data()[0]}, {seeds} seeds", highlight=False)
+    command = f"hypergrad run {task} --seeds {seeds} --out {out}"
+    if methods:
+        command += f" --methods {' '.join(map(repr, methods))}"
+    table = studies.table(study)
+    try:
+        table.run(table, Request("small", seeds, out, command, methods))
+    except ValueError as error:
+        sys.exit(f"hypergrad: {error}")
+    console.print(Markdown(table.file(out, "md").read_text()))
+    for ending in ("jsonl", "md", "png"):
+        console.print(f"wrote {table.file(out, ending)}", highlight=False)
 
 
 def tasks() -> None:
@@ -103,8 +94,10 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {HELP}")
-    positional = Annotated[Literal["cleaning"], tyro.conf.Positional]
-    run.__annotations__["task"] = positional
+    from .tasks import TASKS
+
+    names = Literal[tuple(TASKS)]  # pyright: ignore[reportInvalidTypeForm]
+    run.__annotations__["task"] = Annotated[names, tyro.conf.Positional]
     tyro.extras.subcommand_cli_from_dict(
         {"run": run, "tasks": tasks, "estimators": estimators},
         prog="hypergrad",

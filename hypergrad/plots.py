@@ -1,9 +1,9 @@
 """Pictures; matplotlib is imported when one is drawn."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import PyTree
 
 COLORS = {
     "baseline": "#7f7f7f",
@@ -27,47 +27,69 @@ def _figure(columns: int):
     return pyplot.subplots(1, columns, figsize=(5 * columns, 3.6), layout="constrained")
 
 
-def cleaning(results: dict[str, PyTree], path: Path) -> None:
+def cleaning(rows: list[dict[str, Any]], path: Path) -> None:
     """Learned weights of clean and wrong examples; validation loss against cost.
 
     Args:
-      results: a study's ``{method: results}``, leaves lead with the seeds.
+      rows: of the study, with its curves and histograms.
       path: of the PNG.
     """
     figure, (left, right) = _figure(2)
-    learned = {name: r for name, r in results.items() if "curve_value" in r}
-    shown = next((n for n in ("implicit", *learned) if n in learned), None)
+    learned = [row for row in rows if "curve_value" in row]
+    names = list(dict.fromkeys(row["method"] for row in learned))
+    shown = next((name for name in ("implicit", *names) if name in names), None)
+    for kind, color in (("clean", "#1f77b4"), ("wrong", "#d62728")):
+        counts = [row[f"{kind}_weights"] for row in learned if row["method"] == shown]
+        if counts:
+            total = np.sum(counts, axis=0)
+            left.stairs(
+                total * len(total) / np.sum(total),
+                np.linspace(0, 1, len(total) + 1),
+                fill=True,
+                alpha=0.6,
+                label=f"{kind} label",
+                color=color,
+            )
     if shown is not None:
-        result = learned[shown]
-        bins = np.linspace(0, 1, 41)
-        for wrong, label, color in (
-            (False, "clean label", "#1f77b4"),
-            (True, "wrong label", "#d62728"),
-        ):
-            weights = result["alpha"][result["wrong"] == wrong]
-            left.hist(weights, bins, alpha=0.6, label=label, color=color, density=True)
         left.set(
             xlabel="learned weight", ylabel="density", title=f"Example weights, {shown}"
         )
         left.legend(frameon=False)
-    for name, result in learned.items():
-        value, cost = result["curve_value"], result["curve_cost"]
-        if name == "random search":
+    curves(right, learned, "validation loss")
+    _save(figure, path)
+
+
+def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:
+    """Median and quartiles over seeds of ``curve_value`` against ``curve_cost``.
+
+    Of random search the best so far.
+    """
+    names = list(dict.fromkeys(row["method"] for row in rows if "curve_value" in row))
+    for name in names:
+        mine = [row for row in rows if row["method"] == name and "curve_value" in row]
+        length = min(len(row["curve_value"]) for row in mine)
+        part = lambda column, mine=mine, length=length: np.array(
+            [row[column][:length] for row in mine], float
+        )
+        value, cost = part("curve_value"), part("curve_cost")
+        if name.startswith("random search"):
             value = np.minimum.accumulate(value, axis=1)
-        low, middle, high = np.percentile(value, [25, 50, 75], axis=0)
-        at = np.median(cost, axis=0)
-        color = COLORS.get(name)
-        right.plot(at, middle, label=name, color=color)
-        right.fill_between(at, low, high, alpha=0.2, color=color, linewidth=0)
-    right.set(
+        low, middle, high = np.nanpercentile(value, [25, 50, 75], axis=0)
+        at, color = np.median(cost, axis=0), COLORS.get(name)
+        (line,) = axes.plot(at, middle, label=name, color=color)
+        axes.fill_between(at, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(
         xlabel="gradient-equivalents",
-        ylabel="validation loss",
+        ylabel=ylabel,
         yscale="log",
         title="Median and quartiles over seeds",
     )
-    if learned:
-        right.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    if names:
+        axes.legend(frameon=False)
+
+
+def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import conformance, known, setting
-from benchmarks import table as tables
-from benchmarks.table import Request, Table, Verdict, check
 from benchmarks.tables import TABLES
 from hypergrad.studies import record
+from hypergrad.studies.table import Request, Table, cell_by_cell, check
+from hypergrad.studies.verdict import Verdict, within
 
 # A table of squares, measured cell by cell.
 
@@ -31,7 +31,7 @@ def small(measured: list, seeds: int = 3) -> Table:
         plan=lambda scale, seeds: [
             {"method": "square", "seed": i} for i in range(seeds)
         ],
-        run=tables.cell_by_cell(
+        run=cell_by_cell(
             measure,
             lambda table, rows, command: f"{len(rows)} rows by {command}",
             lambda rows, path: path.write_bytes(b"figure"),
@@ -104,8 +104,9 @@ def test_rows_are_strict_json():
     """NaN and infinity are null; what is no number elsewhere is an error."""
     row = {"a": math.nan, "b": math.inf, "c": 1.5, "d": True, "e": None}
     assert json.loads(record.line(row)) == row | {"a": None, "b": None}
+    assert json.loads(record.line({"a": [1.0, math.nan]})) == {"a": [1.0, None]}
     with pytest.raises(ValueError, match="JSON"):
-        record.line({"a": [math.nan]})
+        record.line({"a": {"b": math.nan}})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_rows_are_strict_json():
 )
 def test_a_claim_over_seeds(values, says: str, fails: bool):
     """Reproduced, honestly not, too uncertain, too few seeds, no number."""
-    verdict = tables.within("slope", values, 1.0, 0.2)
+    verdict = within("slope", values, 1.0, 0.2)
     assert says in verdict.text
     assert verdict.failed == fails
 

@@ -1,10 +1,8 @@
 """Tables that the command line runs: methods by seeds, tuned by one rule."""
 
-from . import record, report
-from .cleaning import STUDY as cleaning
-from .progress import progress
-from .study import Study, run, write
+from . import cleaning
+from .study import Study, table
 
-STUDIES = {"cleaning": cleaning}
+STUDIES: dict[str, Study] = {study.name: study for study in (cleaning.STUDY,)}
 
-__all__ = ["STUDIES", "Study", "progress", "record", "report", "run", "write"]
+__all__ = ["STUDIES", "Study", "table"]

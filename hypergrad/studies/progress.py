@@ -1,9 +1,9 @@
 """A progress bar on the standard error; rich is imported when one is shown."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from .study import Tick
+Tick = Callable[[str], None]
 
 
 @contextlib.contextmanager

@@ -33,9 +33,13 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
 
 def line(row: Row) -> str:
     """One line of strict JSON, which has no NaN and no infinity: they are null."""
-    lost = lambda x: isinstance(x, float) and not math.isfinite(x)
-    clean = {name: None if lost(x) else x for name, x in row.items()}
-    return json.dumps(clean, allow_nan=False) + "\n"
+    return json.dumps({k: _clean(x) for k, x in row.items()}, allow_nan=False) + "\n"
+
+
+def _clean(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_clean(each) for each in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read(path: Path) -> list[Row]:

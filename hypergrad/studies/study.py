@@ -1,20 +1,52 @@
-"""Runs a table: methods by seeds, each tuned by one rule, its costs beside it."""
+"""A study: a table of methods by seeds, and what it claims of them."""
 
 import functools
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from . import record
+from .record import Row
+from .table import Table, cell_by_cell
+from .verdict import Claim, Verdict
 
-Tick = Callable[[str], None]
+
+class Column(NamedTuple):
+    """A column as it is shown: mean and standard deviation over seeds.
+
+    Attributes:
+      title, name: in the table, and in the rows.
+      form: of mean and deviation; a form of one place shows the mean alone.
+      scale: what the number is multiplied by.
+      largest: over the seeds, in place of the mean.
+    """
+
+    title: str
+    name: str
+    form: str = "{:.1f} ± {:.1f}"
+    scale: float = 1.0
+    largest: bool = False
+
+    def cell(self, rows: Sequence[Row]) -> str:
+        """A dash where no row has a number."""
+        values = np.array([row.get(self.name) for row in rows], float) * self.scale
+        if np.all(np.isnan(values)):
+            return "-"
+        center = np.max(values) if self.largest else np.mean(values)
+        return self.form.format(center, np.std(values, ddof=min(1, values.size - 1)))
+
+
+COSTS = (
+    Column("grad-eq", "gradient_equivalents", "{:.0f}"),
+    Column("HVPs", "num_hvps", "{:.0f}"),
+    Column("tuning grad-eq", "tuning_cost", "{:.0f}"),
+    Column("compile s", "compile_seconds", "{:.1f}", largest=True),
+    Column("run s", "run_seconds", "{:.1f}"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,153 +54,108 @@ class Study:
     """A table to run.
 
     Attributes:
-      name, source, data_name: what it is.
-      methods: the rows, in order; ``methods[0]`` is the baseline.
-      on_host: methods whose loop runs on the host; the others run all seeds under
-        ``vmap``.
-      learned: the methods that the criterion speaks of.
-      grid: values of the one tuned setting; each row picks its best on held-out data.
-      budget: gradient-equivalents a run may spend.
-      load: the data, ``{name: array}``.
-      learn: ``(method, data, lane) -> learned``, a lane being (key, setting, hold_out).
-      evaluate: ``(data, lane, learned) -> measured``; measured["selection"] is the pair
-        that decides, higher is better.
-      draw: ``(results, path)`` draws the figure.
+      name, source, about: what it is; ``about`` is the paragraph over its table.
+      data: ``() -> (what was loaded, {name: array})``.
+      methods: the rows, in order, ``{name: seed -> row}``: a row is a dict of
+        numbers, and of lists where the figure wants them. The costs are
+        gradient_equivalents and num_hvps of the run, tuning_cost of what chose its
+        settings, compile_seconds, run_seconds.
+      columns: beside `COSTS`.
+      claims: lines under the table, judged over seeds.
+      draw: ``(rows, path)`` draws the figure.
+      judge: further lines: rows -> verdicts.
+      minutes, seeds: expected on two cores; how many, unless told.
     """
 
     name: str
     source: str
-    data_name: str
-    methods: tuple[str, ...]
-    on_host: tuple[str, ...]
-    learned: tuple[str, ...]
-    grid: tuple[float, ...]
-    budget: float
-    load: Callable[[], dict[str, np.ndarray]]
-    learn: Callable
-    evaluate: Callable
-    draw: Callable[[dict[str, PyTree], Path], None]
+    about: str
+    data: Callable[[], tuple[str, dict[str, Any]]]
+    methods: dict[str, Callable[[int], Row]]
+    columns: tuple[Column, ...]
+    claims: tuple[Claim, ...]
+    draw: Callable[[list[Row], Path], None]
+    judge: Callable[[list[Row]], list[Verdict]] = lambda rows: []
+    minutes: float = 3
+    seeds: int = 5
 
 
-def run(
-    study: Study, methods: Sequence[str], seeds: Sequence[int], tick: Tick
-) -> dict[str, PyTree]:
-    """``{method: results}``, leaves lead with the seeds.
+def table(study: Study) -> Table:
+    """The study as a table to run and check."""
 
-    Each method learns once for every value of the grid with some examples held out,
-    picks the value by them, and learns once more with all examples.
-    """
-    data = jax.tree.map(jnp.asarray, study.load())
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    evaluate = jax.jit(jax.vmap(study.evaluate, in_axes=(None, 0, 0)))
-    return {
-        method: _run_method(study, method, evaluate, data, keys, tick)
-        for method in methods
-    }
+    @functools.cache
+    def data() -> Row:
+        name, arrays = study.data()
+        return {"data": name, "data_sha256": record.fingerprint(arrays)}
+
+    return Table(
+        name=study.name,
+        source=study.source,
+        minutes=study.minutes,
+        seeds=study.seeds,
+        plan=lambda scale, seeds: [
+            {"method": method, "seed": seed}
+            for method in study.methods
+            for seed in range(seeds)
+        ],
+        run=cell_by_cell(
+            lambda cell: study.methods[cell["method"]](cell["seed"]) | data(),
+            lambda table, rows, command: markdown(study, rows, command),
+            study.draw,
+        ),
+        judge=functools.partial(judge, study),
+    )
 
 
-def _run_method(
-    study: Study, method: str, evaluate: Callable, data: PyTree, keys: Any, tick: Tick
-) -> dict[str, np.ndarray]:
-    def lanes(settings, hold_out):
-        settings = jnp.asarray(settings, jnp.float32)
-        return keys, settings, jnp.full(len(keys), hold_out)
+def judge(study: Study, rows: list[Row]) -> list[Verdict]:
+    """The claims on methods that are there, and the study's further lines."""
+    there = {row["method"] for row in rows}
+    lines = [c.judge(rows) for c in study.claims if {c.first, c.second} <= there]
+    return lines + (study.judge(rows) if there == set(study.methods) else [])
 
-    num_seeds = len(keys)
-    example = lanes(np.full(num_seeds, study.grid[0]), True)
-    learn = functools.partial(study.learn, method)
-    compile_ = _one_by_one if method in study.on_host else _all_at_once
-    learn, compile_seconds = compile_(learn, data, example)
-    run_seconds = 0.0
 
-    def program(lanes: Any) -> dict[str, np.ndarray]:
-        nonlocal run_seconds
-        started = time.perf_counter()
-        learned = jax.block_until_ready(learn(data, lanes))
-        run_seconds += time.perf_counter() - started
-        results = evaluate(data, lanes, learned)
-        results |= {name: x for name, x in learned.items() if name != "batch"}
-        tick(method)
-        return jax.tree.map(np.asarray, results)
-
-    held = [
-        program(lanes(np.full(num_seeds, setting), True))["selection"]
-        for setting in study.grid
+def markdown(study: Study, rows: list[Row], command: str) -> str:
+    """The table with its command, and the verdicts under it."""
+    lanes = {m: [row for row in rows if row["method"] == m] for m in study.methods}
+    lanes = {method: lane for method, lane in lanes.items() if lane}
+    known = lambda column: any(row.get(column.name) is not None for row in rows)
+    columns = [c for c in (*study.columns, *COSTS) if known(c)]
+    lines = [
+        f"# {study.name}",
+        "",
+        f"{rows[0]['data']}; {len({row['seed'] for row in rows})} seeds, mean ± "
+        f"standard deviation. {study.about} Source: {study.source}. "
+        f"Command: `{command}`",
+        "",
+        "| " + " | ".join(["method", *(column.title for column in columns)]) + " |",
+        "|" + "---|" * (1 + len(columns)),
     ]
-    # The best accuracy on held-out data; among equals the lowest loss.
-    scores = np.stack(held)
-    order = np.lexsort((scores[..., 1], scores[..., 0]), axis=0)
-    chosen = np.asarray(study.grid)[order[-1]]
-    results = program(lanes(chosen, False))
-    return results | {
-        "setting": chosen,
-        "compile_seconds": np.full(num_seeds, compile_seconds),
-        "run_seconds": np.full(num_seeds, run_seconds),
-    }
+    for method, lane in lanes.items():
+        cells = [column.cell(lane) for column in columns]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    lines.append("")
+    lines += [f"- {verdict.text}" for verdict in judge(study, rows)]
+    return "\n".join(lines)
 
 
-def _all_at_once(learn: Callable, data: PyTree, lanes: Any) -> tuple[Callable, float]:
-    """All lanes as one program, and the seconds its compilation took."""
-    started = time.perf_counter()
-    program = jax.jit(jax.vmap(learn, in_axes=(None, 0))).lower(data, lanes).compile()
-    return program, time.perf_counter() - started
+def tuned(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:
+    """The rule by which every row of a study is tuned.
 
+    ``run(setting, True)`` learns with a part of validation held out and says in
+    "selection", a number or a tuple of them, how good that was on it: higher is
+    better. The best setting then learns once more with all: ``run(setting, False)``.
+    Where there is one setting there is nothing to choose.
+    """
 
-def _one_by_one(learn: Callable, data: PyTree, lanes: Any) -> tuple[Callable, float]:
-    """A host loop over lanes; compile seconds are the first lane's above the second."""
+    def score(row: Row) -> tuple[float, ...]:
+        worst = lambda x: -math.inf if math.isnan(x) else float(x)
+        return tuple(worst(x) for x in np.ravel(row["selection"]))
 
-    def program(data: PyTree, lanes: Any) -> Any:
-        count = len(jax.tree.leaves(lanes)[0])
-        each = [
-            learn(data, jax.tree.map(lambda leaf, i=i: leaf[i], lanes))
-            for i in range(count)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-
-    def seconds(i: int) -> float:
-        started = time.perf_counter()
-        one = jax.tree.map(lambda leaf: leaf[i : i + 1], lanes)
-        jax.block_until_ready(program(data, one))
-        return time.perf_counter() - started
-
-    cold = seconds(0)
-    return program, max(cold - seconds(0), 0.0)
-
-
-def rows(
-    study: Study, results: dict[str, PyTree], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One flat record a method and seed, as written to ``NAME.jsonl``."""
-    shared = {
-        "study": study.name,
-        "data": study.data_name,
-        "data_sha256": record.fingerprint(study.load()),
-        "budget": study.budget,
-    }
-    shared |= record.versions()
-    records = []
-    for method, result in results.items():
-        scalars = {name: x for name, x in result.items() if x.ndim == 1}
-        for i, seed in enumerate(seeds):
-            row = {"method": method, "seed": int(seed)}
-            row |= {name: x[i].item() for name, x in scalars.items()}
-            if "curve_cost" in result:
-                row["gradient_equivalents"] = result["curve_cost"][i, -1].item()
-            records.append(row | shared)
-    return records
-
-
-def write(
-    study: Study,
-    results: dict[str, PyTree],
-    seeds: Sequence[int],
-    report: str,
-    folder: Path,
-) -> list[Path]:
-    """Writes ``NAME.jsonl``, ``NAME.md`` and ``NAME.png`` into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{study.name}.{ending}" for ending in ("jsonl", "md", "png")]
-    paths[0].write_text("".join(map(record.line, rows(study, results, seeds))))
-    paths[1].write_text(report + "\n")
-    study.draw(results, paths[2])
-    return paths
+    tries = [run(setting, True) for setting in settings] if len(settings) > 1 else []
+    best = max(range(len(tries)), key=lambda i: score(tries[i]), default=0)
+    row = run(settings[best], False)
+    row.pop("selection", None)
+    cost = sum(row.get("gradient_equivalents", 0.0) for row in tries)
+    setting = settings[best]
+    named = {"setting": setting} if isinstance(setting, int | float | str) else {}
+    return row | named | ({"tuning_cost": cost} if cost else {})

@@ -1,38 +1,32 @@
-"""What a table is: planned cells, rows written as they come, verdicts on the rows."""
+"""What a table is: planned cells, rows written as they come, a check of the rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypergrad.studies import progress, record
-from hypergrad.studies.record import Row
-from hypergrad.studies.report import paired
+from . import record
+from .progress import progress
+from .record import Row
+from .verdict import Verdict
 
-LEAST_SEEDS = 5
 # What names a row beside its cell's own fields: it must be made in one way throughout.
 VERSIONS = ("device", "python", *record.PACKAGES)
 
 
 class Request(NamedTuple):
-    """What was asked for on the command line."""
+    """What was asked for on the command line; no methods stands for all."""
 
     scale: str
     seeds: int
     folder: Path
     command: str
-
-
-class Verdict(NamedTuple):
-    """A line under the table; ``failed`` makes the check fail."""
-
-    text: str
-    failed: bool = False
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that `python -m benchmarks` runs and checks.
+    """A table that can be run and checked.
 
     name, source: what it is, and where its claims are from.
     minutes: expected for the small scale on two cores.
@@ -53,6 +47,7 @@ class Table:
     scales: tuple[str, ...] = ("small",)
 
     def file(self, folder: Path, ending: str) -> Path:
+        """Where it is written."""
         return folder / f"{self.name}.{ending}"
 
 
@@ -75,7 +70,11 @@ def cell_by_cell(
         path = table.file(request.folder, "jsonl")
         made = {"table": table.name, "scale": request.scale} | record.versions()
         made["command"] = request.command
-        cells = table.plan(request.scale, request.seeds)
+        cells = [
+            cell
+            for cell in table.plan(request.scale, request.seeds)
+            if not request.methods or cell["method"] in request.methods
+        ]
         there = {name_of(row, cells[0]) for row in resume(path, made)}
         with progress(len(cells)) as tick, path.open("a") as file:
             for cell in cells:
@@ -140,31 +139,3 @@ def check(table: Table, folder: Path) -> list[Verdict]:
         if len(found) > 1:
             flaws.append(fail(f"rows were made with several {name}: {found}"))
     return flaws or table.judge(rows)
-
-
-def within(
-    what: str, values: Sequence[float], expected: float, tolerance: float
-) -> Verdict:
-    """Whether the mean over seeds is ``expected``, as far as its interval can tell.
-
-    Reproduced where the 95% interval lies within the tolerance; an interval that is
-    wider than what it is to tell apart is a failure, as are too few seeds.
-    """
-    mean, low, high = paired(values, 0.0)
-    met = expected - tolerance <= low and high <= expected + tolerance
-    text = (
-        f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] over {len(values)} seeds, "
-        f"{expected:.3g} ± {tolerance:.2g} claimed"
-    )
-    return conclude(text, met, len(values), (high - low) / 2, tolerance)
-
-
-def conclude(
-    text: str, met: bool, num_seeds: int, half_width: float, effect: float
-) -> Verdict:
-    """*Reproduced* or not, unless there is too little to say so."""
-    if num_seeds < LEAST_SEEDS:
-        return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
-    if not half_width <= effect:  # it could not tell the claim from no effect
-        return Verdict(f"{text}: interval wider than the effect", failed=True)
-    return Verdict(f"{text}: {'reproduced' if met else 'not reproduced'}")
