@@ -2,12 +2,13 @@
 
 from types import ModuleType
 
-from . import cleaning, reinforcement
+from . import cleaning, physics, reinforcement
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
     "cleaning": cleaning,
+    "physics": physics,
     "reinforcement": reinforcement,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "reinforcement"]
+__all__ = ["TASKS", "Task", "cleaning", "physics", "reinforcement"]
