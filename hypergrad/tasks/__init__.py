@@ -2,13 +2,14 @@
 
 from types import ModuleType
 
-from . import cleaning, physics, reinforcement
+from . import cleaning, federated, physics, reinforcement
 from .task import Task
 
 TASKS: dict[str, ModuleType] = {
     "cleaning": cleaning,
+    "federated": federated,
     "physics": physics,
     "reinforcement": reinforcement,
 }
 
-__all__ = ["TASKS", "Task", "cleaning", "physics", "reinforcement"]
+__all__ = ["TASKS", "Task", "cleaning", "federated", "physics", "reinforcement"]
