@@ -65,7 +65,8 @@ def minimize(
       project: applied to ``alpha`` after each step, instead of a space.
       anneal: ``(step, outer_data) -> outer_data``, what the outer loss sees at each
         step, such as data with a lower temperature in it; structure, shapes and dtypes
-        stay.
+        stay. The values of different steps do not compare then, so that
+        ``trace.best_alpha`` is the last good one.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
         arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
       eval_every: steps between evaluations; the last step is always evaluated.
@@ -359,7 +360,8 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
         carry.rows,
         _Rows(estimate.value, estimate.stats, metrics),
     )
-    better = estimate.value < carry.best_value
+    # Values of an annealed loss are of different losses: the last one is kept.
+    better = (estimate.value < carry.best_value) | (loop.anneal is not None)
     good = _Carry(
         index=index + 1,
         status=status,

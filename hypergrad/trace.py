@@ -21,7 +21,9 @@ class Trace(eqx.Module):
     Attributes:
       alpha, w: where the run ended: the last good ``alpha``, and the inner solution of
         the last good estimate.
-      best_alpha: the ``alpha`` with the lowest recorded value.
+      best_alpha: the ``alpha`` with the lowest recorded value; of an annealed run the
+        last one with a good value. Where outer batches are drawn the lowest value is
+        the luckiest batch's: take ``alpha``.
       value: ``[steps]``, the outer value at each step's ``alpha``, before the step.
       stats: ``{name: [steps]}``, the estimates' stats.
       metrics: ``{name: [steps]}``, NaN where not evaluated.

@@ -142,10 +142,11 @@ def rows_where(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
         for metric in learning.METRICS:
             is_own = row["method"] == surrogates.OWN[metric]
             wobble = noise * rng.normal() if is_own else 0
-            row[metric] = 0.8 + (own + wobble if is_own else 0)
+            row[metric] = row[f"val_{metric}"] = 0.8 + (own + wobble if is_own else 0)
         soba = row["method"] == "SOBA"
         row["cost_to_reach"] = 25.0 if soba else 100.0
-        row["last_cost"] = 200.0
+        row |= {"last_cost": 200.0, "end": 0.9}
+        row |= {"curve": [0.5, 0.7, 0.8], "curve_cost": [100.0, 200.0, 300.0]}
     return rows
 
 
@@ -171,6 +172,31 @@ def test_one_rival_is_enough():
             row["F1"] = 0.99
     (lost,) = [text for text in says(rows, "o1") if "not reproduced" in text]
     assert lost.startswith("o1, reuters, F1: sigmoid F1 less cross-entropy")
+
+
+def test_how_many_cells_are_surely_won():
+    """All, none where all tie, all but one where one rival is ahead."""
+    count = lambda rows: says(rows, "a metric's own surrogate")[0]
+    assert "in 12 of 12 cells" in count(rows_where(0.1))
+    assert "in 0 of 12 cells" in count(rows_where(0.0, 0.01))
+    rows = rows_where(0.1)
+    for row in rows:
+        if (row["task"], row["method"]) == ("digits", "Smooth-AP"):
+            row["F1"] = 0.99
+    assert "in 11 of 12 cells" in count(rows)
+    (text,) = says(rows, "digits, F1 on validation itself")
+    assert "+10." in text or "+9." in text
+
+
+def test_loops_are_compared_at_equal_cost():
+    """The double loop's last evaluation within the other's whole cost."""
+    (text,) = says(rows_where(0.1), "SOBA, its mAP")
+    assert "+20.0 points [+20.0, +20.0]" in text
+    rows = rows_where(0.1)
+    for row in rows:
+        row["last_cost"] = 299.0 if row["method"] == "SOBA" else 300.0
+    assert "+20.0" in says(rows, "SOBA, its mAP")[0]
+    assert "+10.0" in says(rows, "truncated, its mAP")[0]
 
 
 @pytest.mark.parametrize(

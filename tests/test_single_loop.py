@@ -139,3 +139,14 @@ def test_what_soba_refuses():
         soba.init(problem, known.w, known.alpha)
     with pytest.raises(TypeError, match=r"optimizer must be an optax"):
         hg.SOBA(0.1)
+
+
+def test_an_adjoint_that_is_not_needed_is_exact():
+    """Where dM/dw = 0 the residual is 0, not 0 / 0."""
+    inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    outer = lambda w, alpha, batch: jnp.sum(alpha**2) + 0.0 * jnp.sum(w)
+    trace = hg.minimize(
+        hg.Bilevel(inner, outer), hg.SOBA(optax.sgd(RHO)), optax.sgd(GAMMA),
+        jnp.zeros(2), jnp.ones(2), num_steps=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(trace.stats["adjoint_residual"], 0)

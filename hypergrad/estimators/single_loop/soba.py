@@ -135,6 +135,7 @@ class SOBA(eqx.Module):
         w = optax.apply_updates(state.w, step_w)
         v = optax.apply_updates(state.v, step_v)
 
+        residual = norm(at.v)
         costs = ledger(
             data.inner_data,
             data.outer_data,
@@ -145,7 +146,7 @@ class SOBA(eqx.Module):
             jnp.asarray(False),
             inner_residual=norm(at.w),
             inner_steps=1,
-            adjoint_residual=norm(at.v) / norm(at.b),
+            adjoint_residual=jnp.where(residual == 0, 0.0, residual / norm(at.b)),
             **costs,
         )
         estimate = Estimate(at.value, at.alpha, state.w, stats)
