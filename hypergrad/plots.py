@@ -59,6 +59,37 @@ def cleaning(rows: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def methods(
+    rows: list[dict[str, Any]],
+    path: Path,
+    *,
+    column: str,
+    label: str,
+    log: bool = False,
+) -> None:
+    """Every seed's number by method, and the outer value against cost.
+
+    Args:
+      rows: of the study, with its curves.
+      path: of the PNG.
+      column, label: what is shown on the left.
+      log: its scale is logarithmic.
+    """
+    figure, (left, right) = _figure(2)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for i, name in enumerate(names):
+        values = [row[column] for row in rows if row["method"] == name]
+        left.plot(values, [i] * len(values), "o", alpha=0.5, color=COLORS.get(name))
+        left.plot(np.mean(values), i, "k|", markersize=14)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set(xlabel=label, title="Seeds, and their mean")
+    if log:
+        left.set_xscale("log")
+    curves(right, [row for row in rows if "curve_value" in row], "outer value")
+    _save(figure, path)
+
+
 def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:
     """Median and quartiles over seeds of ``curve_value`` against ``curve_cost``.
 

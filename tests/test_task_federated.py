@@ -23,6 +23,7 @@ def few(key, clients=4, n=6, features=3):
     part = lambda key, n: {
         "x": jax.random.normal(key, (clients, n, features)),
         "y": jnp.arange(clients * n).reshape(clients, n) % 10,
+        "use": jnp.ones((clients, n)),
     }
     problem = hg.Bilevel(
         federated.train_loss, federated.val_loss, part(keys[0], n), part(keys[1], n)
@@ -165,6 +166,10 @@ def test_clients_hold_few_classes_unless_dealt_at_random():
         assert np.all(balance == 20)
         kinds = [len(np.unique(client)) for client in np.asarray(train["y"])]
         assert (np.mean(kinds) > 6) == iid
+    held = federated.make(key=jax.random.key(0), hold_out=True)
+    out = held.metrics["held_loss"].args[0]["use"]
+    np.testing.assert_array_equal(out + held.problem.outer_data["use"], 1)
+    np.testing.assert_array_equal(jnp.sum(out, axis=1), 5)
     with pytest.raises(ValueError, match="scale must be"):
         federated.make(key=jax.random.key(0), scale="huge")
 

@@ -72,13 +72,12 @@ def train_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
 
 
 def val_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy, likewise."""
+    """Cross-entropy over the examples in use; each client has equally many."""
     del alpha
-    return jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(
-            scores(w, batch["x"]), batch["y"]
-        )
+    each = optax.softmax_cross_entropy_with_integer_labels(
+        scores(w, batch["x"]), batch["y"]
     )
+    return jnp.sum(batch["use"] * each) / jnp.sum(batch["use"])
 
 
 def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -87,6 +86,12 @@ def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
     hit = jnp.argmax(scores(w, batch["x"]), axis=-1) == batch["y"]
     member = jax.nn.one_hot(batch["y"], NUM_CLASSES)
     return jnp.mean(hit.astype(member.dtype) @ member / jnp.sum(member, axis=0))
+
+
+def held_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Cross-entropy on the held-out examples, NaN where there are none."""
+    del key
+    return val_loss(w, alpha, batch)
 
 
 def each_client(data: PyTree) -> PyTree:
@@ -260,13 +265,15 @@ class LocalImplicit(eqx.Module):
 
 
 def split(
-    data: dict[str, Any], key: Array, sizes: dict[str, Any], iid: bool
+    data: dict[str, Any], key: Array, sizes: dict[str, Any], iid: bool, hold_out: bool
 ) -> dict[str, PyTree]:
     """Long-tailed training, balanced validation and test examples; by clients.
 
     Class k of a random order keeps ``most / ratio^(k / 9)`` training examples. Where
     clients differ, examples in the order of their classes are cut into two shards a
-    client, drawn at random; a client's validation shards are of the same places.
+    client, drawn at random; a client's validation shards are of the same places. With
+    ``hold_out`` every fourth validation example of a client is out of use for learning
+    and makes the held-out set.
     """
     keys = jax.random.split(key, 4)
     order = np.asarray(jax.random.permutation(keys[0], len(data["y"])))
@@ -294,9 +301,15 @@ def split(
         places = shards[hands].reshape(clients, -1)
         return at(places)
 
+    val_data = dealt(val, jax.random.fold_in(keys[2], 1))
+    fourth = jnp.broadcast_to(
+        jnp.arange(val_data["y"].shape[1]) % 4 == 3, val_data["y"].shape
+    )
+    used = lambda use: {"use": use.astype(val_data["x"].dtype)}
     return {
         "train": dealt(train, keys[2]),
-        "val": dealt(val, jax.random.fold_in(keys[2], 1)),
+        "val": val_data | used(~(fourth & hold_out)),
+        "held": val_data | used(fourth & hold_out),
         "test": at(np.concatenate(test)),
     }
 
@@ -304,7 +317,7 @@ def split(
 SCALES: dict[str, dict[str, Any]] = {
     "small": {
         **{"num_clients": 10, "most": 100, "ratio": 20, "val_per_class": 20},
-        **{"num_rounds": 20, "local_steps": 5, "rate": 0.2},
+        **{"num_rounds": 5, "local_steps": 5, "rate": 0.2},
     },
     "paper": {
         **{"num_clients": 100, "most": 4000, "ratio": 100, "val_per_class": 500},
@@ -320,6 +333,7 @@ def make(
     data_dir: str | None = None,
     iid: bool = False,
     corrected: bool = True,
+    hold_out: bool = False,
     data: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> Task:
@@ -331,6 +345,7 @@ def make(
       data_dir: where MNIST lies; see `hypergrad.data.load`.
       iid: deal the examples at random, so that clients are alike but for chance.
       corrected: whether `FedAvg` corrects for the clients' drift.
+      hold_out: keep a quarter of validation out of the outer loss, to choose by.
       data: ``{"x", "y"}`` in place of the digits.
       sizes: in place of the scale's, as `SCALES` names them.
 
@@ -342,7 +357,7 @@ def make(
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     chosen = SCALES[scale] | sizes
-    parts = split(data, key, chosen, iid)
+    parts = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
     each = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
@@ -366,5 +381,8 @@ def make(
             "delta": each(0.1, 10.0, log=True),
             "iota": each(-3.0, 3.0),
         },
-        metrics={"accuracy": jax.tree_util.Partial(accuracy, parts["test"])},
+        metrics={
+            "accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
+            "held_loss": jax.tree_util.Partial(held_loss, parts["held"]),
+        },
     )
