@@ -79,7 +79,7 @@ def methods(
     names = list(dict.fromkeys(row["method"] for row in rows))
     for i, name in enumerate(names):
         values = [row[column] for row in rows if row["method"] == name]
-        left.plot(values, [i] * len(values), "o", alpha=0.5, color=COLORS.get(name))
+        left.plot(values, [i] * len(values), "o", alpha=0.5, color="#1f77b4")
         left.plot(np.mean(values), i, "k|", markersize=14)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
