@@ -179,8 +179,30 @@ def _files(
     return contents
 
 
+BURGERS = {
+    "burgers_shock.mat": (
+        "f4d11e6798b8d29b6829984952b04adcc470d9bf70dd7e56c7985cd8e316c4bf"
+    ),
+}
+BURGERS_SOURCE = (
+    "appendix/Data of https://github.com/maziarraissi/PINNs, commit "
+    "932f50a2d8ef4e80d1456bbae6887a73ff5166ef"
+)
+
+
+def _burgers(folder: Path | None) -> Arrays:
+    import io
+
+    from scipy.io import loadmat
+
+    (content,) = _files("pde", folder, BURGERS, BURGERS_SOURCE)
+    found = loadmat(io.BytesIO(content))
+    return {"x": found["x"][:, 0], "t": found["t"][:, 0], "u": found["usol"]}
+
+
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "breast_cancer": _breast_cancer,
+    "burgers": _burgers,
     "digits": _digits,
     "mnist": _mnist,
     "iris": _iris,
@@ -216,6 +238,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     ``columns[starts[i] : starts[i + 1]]``, with ``values`` alike, as in
     ``scipy.sparse.csr_array((values, columns, starts))``; ``y`` in {0, 1}, and
     ``test``, boolean. From files: Reuters-21578, for research, as LASVM prepared it.
+
+    ``burgers``: ``u`` ``[256, 100]`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99] with
+    ``u_t + u u_x = (0.01 / pi) u_xx``, ``u = -sin(pi x)`` at first and zero at the
+    ends; float64. From the file in ``pde/`` that came with Raissi et al. 2019.
 
     Args:
       name: of the data set.

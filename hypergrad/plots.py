@@ -201,6 +201,21 @@ def few_shot(rows: list[dict[str, Any]], path: Path) -> None:
     Args:
       rows: of the study.
       path: of the PNG.
+def methods(
+    rows: list[dict[str, Any]],
+    path: Path,
+    *,
+    column: str,
+    label: str,
+    log: bool = False,
+) -> None:
+    """Every seed's number by method, and the outer value against cost.
+
+    Args:
+      rows: of the study, with its curves.
+      path: of the PNG.
+      column, label: what is shown on the left.
+      log: its scale is logarithmic.
     """
     figure, (left, right) = _figure(2)
     names = list(dict.fromkeys(row["method"] for row in rows))
@@ -224,6 +239,18 @@ def smoothed(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
         whole = len(row[column]) // num_steps * num_steps
         part[column] = np.reshape(row[column][:whole], (-1, num_steps)).mean(axis=1)
     return row | part
+
+
+        values = [row[column] for row in rows if row["method"] == name]
+        left.plot(values, [i] * len(values), "o", alpha=0.5, color="#1f77b4")
+        left.plot(np.mean(values), i, "k|", markersize=14)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set(xlabel=label, title="Seeds, and their mean")
+    if log:
+        left.set_xscale("log")
+    curves(right, [row for row in rows if "curve_value" in row], "outer value")
+    _save(figure, path)
 
 
 def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:

@@ -3,6 +3,7 @@
 from . import (
     augmentation,
     cleaning,
+    federated,
     few_shot,
     penalties,
     self_supervised,
@@ -16,6 +17,7 @@ STUDIES: dict[str, Study] = {
     for study in (
         augmentation.STUDY,
         cleaning.STUDY,
+        federated.STUDY,
         few_shot.STUDY,
         penalties.STUDY,
         self_supervised.STUDY,

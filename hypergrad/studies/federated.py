@@ -1,0 +1,214 @@
+"""The federated table: a loss per class, learned without sharing data."""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import data as datasets
+from .. import plots
+from ..estimators import Implicit
+from ..inner import Newton
+from ..linear import CG, Neumann
+from ..minimize import minimize
+from ..problem import Bilevel
+from ..search import search
+from ..searchers import Random
+from ..tasks import federated
+from ..tasks.federated import SCALES, FedAvg, LocalImplicit
+from ..trace import Trace
+from .program import Program
+from .record import Row
+from .study import Column, Study, tuned
+from .verdict import Claim
+
+BUDGET = 3000
+RATES = (0.05, 0.1)  # of Adam, on alpha
+POWERS = (0.0, 0.5, 1.0)  # class weights: frequency to the power of minus this
+SMALL = SCALES["small"]
+SOLVER = FedAvg(SMALL["rate"], SMALL["num_rounds"], SMALL["local_steps"])
+LONG = FedAvg(SMALL["rate"], 50, SMALL["local_steps"])  # trains a random draw from zero
+SOLVE = CG(rtol=1e-2, max_steps=10)
+# A step costs T rounds of local steps and a correction, an outer gradient or two, and 2
+# a product: at most 10 of CG, one for where it begins, one for its residual and one;
+# Neumann 9, 10 for its step size and one.
+ROUNDS = SMALL["num_rounds"] * (SMALL["local_steps"] + 1)
+ESTIMATORS = {
+    "global": (Implicit(SOLVER, SOLVE), ROUNDS + 2 + 2 * 13),
+    "global, neumann": (
+        Implicit(SOLVER, Neumann(num_terms=10)), ROUNDS + 2 + 2 * 20
+    ),
+    "local": (LocalImplicit(SOLVER, SOLVE), ROUNDS + 2 + 2 * 13),
+}  # fmt: skip
+IID = ", iid clients"
+
+
+@functools.cache
+def digits() -> dict[str, np.ndarray]:
+    """Loaded once a process."""
+    return datasets.load("digits")
+
+
+def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Trace:
+    """``alpha`` by one estimator, as many steps as the budget surely pays for."""
+    estimator, cost = ESTIMATORS[name]
+    problem = Bilevel(federated.train_loss, federated.val_loss, *data)
+    w, alpha, space = start
+    return minimize(
+        problem, estimator, optax.adam(rate), w, alpha,
+        num_steps=int(BUDGET / cost), key=key, space=space,
+    )  # fmt: skip
+
+
+def train(w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
+    """The final training: to convergence, from zero."""
+    return Newton().solve(
+        federated.train_loss, w, alpha, batch, jax.random.key(0)
+    )[0]  # fmt: skip
+
+
+@functools.cache
+def program(name: str) -> Program:
+    """Compiled once a method."""
+    function = train if name == "train" else functools.partial(learn, name)
+    return Program(function)
+
+
+def by_frequency(batch: PyTree, power: float) -> PyTree:
+    """Neutral but for class weights, rare classes the heavier; their mean is 1."""
+    count = np.bincount(np.ravel(batch["y"]), minlength=federated.NUM_CLASSES)
+    weight = jnp.asarray(np.maximum(count, 1.0) ** -power, jnp.float32)
+    alpha = {"delta": jnp.ones_like(weight), "iota": jnp.zeros_like(weight)}
+    return alpha | {"omega": weight / jnp.mean(weight)}
+
+
+def row(method: str, seed: int) -> Row:
+    """One method and seed, tuned by the rule of `tuned`."""
+    name = method.removesuffix(IID)
+
+    def one(setting: float, hold_out: bool) -> Row:
+        task = federated.make(
+            key=jax.random.key(seed), iid=method != name, hold_out=hold_out,
+            data=digits(),
+        )  # fmt: skip
+        problem, key = task.problem, jax.random.key(seed)
+        batch, trace, started = problem.inner_data, None, time.perf_counter()
+        if name == "baseline":
+            alpha = by_frequency(batch, setting)
+        elif name == "validation-only":
+            val = problem.outer_data
+            kept = np.asarray(val["use"][0]) > 0
+            batch = {"x": val["x"][:, kept], "y": val["y"][:, kept]}
+            alpha = task.alpha
+        elif name == "random search":
+            trace = search(
+                problem, LONG, Random(), task.w, space=task.space, budget=BUDGET,
+                key=key,
+            )  # fmt: skip
+            alpha = trace.best_alpha
+        else:
+            data = problem.inner_data, problem.outer_data
+            start = task.w, task.alpha, task.space
+            trace = program(name)(data, start, jnp.float32(setting), key)
+            alpha = trace.alpha
+        seconds = time.perf_counter() - started
+        solve = train if name == "validation-only" else program("train")
+        w = solve(task.w, alpha, batch)
+        measured = {
+            "selection": -float(task.metrics["held_loss"](w, alpha, key)),
+            "accuracy": float(task.metrics["accuracy"](w, alpha, key)),
+            "val_loss": float(problem.outer_loss(w, alpha, problem.outer_data)),
+            "run_seconds": seconds,
+        }
+        return measured if trace is None else measured | of_trace(trace)
+
+    settings: dict[str, Any] = {
+        "baseline": POWERS, "validation-only": (0.0,), "random search": (0.0,)
+    }  # fmt: skip
+    found = tuned(one, settings.get(name, RATES))
+    if name in ESTIMATORS:
+        found |= {"compile_seconds": program(name).compile_seconds}
+    return found
+
+
+def of_trace(trace: Trace) -> Row:
+    """What learning cost, and how the outer value fell."""
+    return {
+        "gradient_equivalents": float(trace.cost[-1]),
+        "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
+        "curve_value": np.asarray(trace.value, float).tolist(),
+        "curve_cost": np.asarray(trace.cost, float).tolist(),
+    }
+
+
+METHODS = (
+    "baseline",
+    "validation-only",
+    "random search",
+    *ESTIMATORS,
+    f"global{IID}",
+    f"local{IID}",
+)
+
+
+def gap(rows: list[Row]) -> list[Any]:
+    """Global less local, where clients differ against where they are alike."""
+    from .verdict import Verdict, paired
+
+    column = lambda method: np.array(
+        [r["accuracy"] for r in sorted(rows, key=lambda r: r["seed"])
+         if r["method"] == method]
+    )  # fmt: skip
+    differ = column("global") - column("local")
+    alike = column(f"global{IID}") - column(f"local{IID}")
+    mean, low, high = 100 * np.array(paired(differ, alike))
+    how = "larger" if low > 0 else "smaller" if high < 0 else "no different"
+    return [
+        Verdict(
+            "what global gains on local is "
+            f"{how} where clients differ: {mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        )
+    ]
+
+
+STUDY = Study(
+    name="federated",
+    source="Tarzanagh et al. 2022 (arXiv 2205.02215), section 4",
+    about=(
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run. Accuracy: the mean "
+        "over classes on the untouched test split. Clients hold two or so classes, "
+        "unless they are iid."
+    ),
+    data=lambda: ("scikit-learn digits (1,797 real 8x8 images)", digits()),
+    methods={method: functools.partial(row, method) for method in METHODS},
+    columns=(
+        Column("accuracy %", "accuracy", scale=100),
+        Column("validation loss", "val_loss", "{:.3f} ± {:.3f}"),
+    ),
+    claims=(
+        *(
+            Claim(method, against, "accuracy", scale=100, unit="points")
+            for method, against in (
+                ("global", "baseline"),
+                ("global, neumann", "baseline"),
+                ("global", "local"),
+            )
+        ),
+        *(
+            Claim(method, against, "accuracy", None, scale=100, unit="points")
+            for method, against in (
+                ("global", "random search"),
+                ("global", "validation-only"),
+                (f"global{IID}", f"local{IID}"),
+            )
+        ),
+    ),
+    draw=functools.partial(plots.methods, column="accuracy", label="test accuracy"),
+    judge=gap,
+    minutes=2,
+)
