@@ -201,6 +201,22 @@ def few_shot(rows: list[dict[str, Any]], path: Path) -> None:
     Args:
       rows: of the study.
       path: of the PNG.
+    """
+    smooth = [smoothed(row) for row in rows]
+    methods(smooth, path, column="test_accuracy", label="accuracy on unseen characters")
+
+
+def smoothed(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
+    """A row whose curve is averaged over so many steps; random search's is left."""
+    if "curve_value" not in row or row["method"] == "random search":
+        return row
+    part = {}
+    for column in ("curve_value", "curve_cost"):
+        whole = len(row[column]) // num_steps * num_steps
+        part[column] = np.reshape(row[column][:whole], (-1, num_steps)).mean(axis=1)
+    return row | part
+
+
 def methods(
     rows: list[dict[str, Any]],
     path: Path,
@@ -220,27 +236,6 @@ def methods(
     figure, (left, right) = _figure(2)
     names = list(dict.fromkeys(row["method"] for row in rows))
     for i, name in enumerate(names):
-        found = [100 * r["test_accuracy"] for r in rows if r["method"] == name]
-        left.plot(found, [i] * len(found), "o", color=COLORS.get(name), alpha=0.6)
-        left.plot(np.mean(found), i, "|", color="black", markersize=18)
-    left.set(yticks=range(len(names)), yticklabels=names, title="Unseen characters")
-    left.set(xlabel="accuracy %")
-    left.invert_yaxis()
-    curves(right, [smoothed(row) for row in rows], "query loss, mean of 20 steps")
-    _save(figure, path)
-
-
-def smoothed(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
-    """A row whose curve is averaged over so many steps; random search's is left."""
-    if "curve_value" not in row or row["method"] == "random search":
-        return row
-    part = {}
-    for column in ("curve_value", "curve_cost"):
-        whole = len(row[column]) // num_steps * num_steps
-        part[column] = np.reshape(row[column][:whole], (-1, num_steps)).mean(axis=1)
-    return row | part
-
-
         values = [row[column] for row in rows if row["method"] == name]
         left.plot(values, [i] * len(values), "o", alpha=0.5, color="#1f77b4")
         left.plot(np.mean(values), i, "k|", markersize=14)
