@@ -5,6 +5,7 @@ dropped. One program serves nearly all tests of a surrogate: values, both deriva
 and the exact metric of one shape.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,11 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypergrad as hg
-from benchmarks.known import central, error
 from hypergrad import surrogates as sg
 from hypergrad.checks import traced
+from tests.surrogate_cases import (
+    N,
+    check_extremes,
+    check_second_derivatives,
+    check_slopes,
+    check_unsound_scores,
+    read,
+    rng_of,
+)
 
-N = 24
 SHAPES = {"binary": (N,), "classes": (N, 5), "labels": (N, 3), "masks": (3, N)}
 
 
@@ -180,30 +188,26 @@ each_case = pytest.mark.parametrize("name", CASES)
 one_of_each_class = pytest.mark.parametrize(
     "name", {type(case.surrogate): name for name, case in CASES.items()}.values()
 )
+PLAIN = [name for name in CASES if name not in ("auc", "partial-auc")]  # no blocks
 SMOOTH = [name for name in CASES if name != "hinge"]  # that tend to the exact one
 
 
-@eqx.filter_jit
-def _all_of(surrogate, scores, targets, temperature, where, weights):
-    smooth = lambda s, t: surrogate(
-        s, targets, temperature=t, where=where, weights=weights
-    )
-    value, slopes = jax.value_and_grad(smooth, (0, 1))(scores, temperature)
-    exact = surrogate.exact(scores, targets, where=where, weights=weights)
-    return value, slopes, exact
-
-
 def all_of(name, scores, targets, temperature=0.5, where=None, weights=None):
-    """``(value, (by scores, by temperature), exact)``, always by the same program."""
+    """Value, slopes and exact metric, always by the same program."""
     case = CASES[name]
     scores, targets = jnp.asarray(scores), jnp.asarray(targets)
     shape = scores.shape if case.kind == "masks" else scores.shape[:1]
     where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
     weights = jnp.ones(shape) if weights is None else jnp.asarray(weights)
-    return _all_of(
+    return read(
         traced(case.surrogate), scores, targets,
         jnp.asarray(temperature, scores.dtype), where, weights.astype(scores.dtype),
     )  # fmt: skip
+
+
+def axes_of(kind):
+    """The shape of masks and weights."""
+    return SHAPES[kind] if kind == "masks" else (N,)
 
 
 def drawn(kind, rng, ties=False):
@@ -269,7 +273,7 @@ def _wide(where, like):
 @each_case
 def test_a_mask_is_dropping_and_a_weight_is_repeating(name, key):
     """Values and gradients; what is dropped holds NaN, and gets a gradient of 0."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
+    rng, case = rng_of(key), CASES[name]
     scores, targets = drawn(case.kind, rng)
     axis = 1 if case.kind == "masks" else 0
     # Half of the examples kept is each of these twice.
@@ -278,9 +282,9 @@ def test_a_mask_is_dropping_and_a_weight_is_repeating(name, key):
     mask = np.isin(np.arange(N), keep)
     mask = np.broadcast_to(mask, (3, N)) if axis else mask
     dirty = np.where(_wide(mask, scores), scores, np.nan)
-    value, (slope, _), exact = all_of(name, dirty, targets, where=mask)
+    value, (slope, *_), exact = all_of(name, dirty, targets, where=mask)
     take = lambda x, index: np.take(np.asarray(x), index, axis)
-    value_, (slope_, _), exact_ = all_of(
+    value_, (slope_, *_), exact_ = all_of(
         name, take(scores, twice), take(targets, twice)
     )
     np.testing.assert_allclose((value, exact), (value_, exact_), rtol=1e-12)
@@ -295,10 +299,6 @@ def test_a_mask_is_dropping_and_a_weight_is_repeating(name, key):
     one = all_of(name, scores, targets, weights=weights)
     other = all_of(name, take(scores, repeated), take(targets, repeated))
     np.testing.assert_allclose((one[0], one[2]), (other[0], other[2]), rtol=1e-12)
-
-
-def _seed(key):
-    return int(jax.random.bits(key))
 
 
 # The surrogates.
@@ -335,7 +335,7 @@ RIGHT = [
 @pytest.mark.parametrize("name", RIGHT)
 def test_where_all_are_right_the_surrogate_falls_as_temperature_rises(name, key):
     """From 1 (the partial area: from its range) towards chance."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
+    rng, case = rng_of(key), CASES[name]
     scores, targets = drawn(case.kind, rng)
     scores = np.abs(scores) + 0.1
     if case.kind == "classes":
@@ -353,7 +353,7 @@ def test_where_all_are_right_the_surrogate_falls_as_temperature_rises(name, key)
 @pytest.mark.parametrize("name", ["accuracy", "accuracy-classes", "top-2", "auc"])
 def test_the_gap_is_bounded_by_the_sigmoids_tails(name, key):
     """``mean sigmoid(-|d| / T)``, which falls with T; here by NumPy."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
+    rng, case = rng_of(key), CASES[name]
     scores, targets = drawn(case.kind, rng)
     if name == "auc":
         d = scores[targets == 1][:, None] - scores[targets == 0][None, :]
@@ -371,50 +371,41 @@ def test_the_gap_is_bounded_by_the_sigmoids_tails(name, key):
 
 @each_case
 def test_gradients_equal_central_differences(name, key):
-    """By scores and by temperature, to 1e-6, away from ties."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
+    """By scores, by temperature and by weights, to 1e-6, away from ties."""
+    rng, case = rng_of(key), CASES[name]
     scores, targets = spaced(case.kind, rng)
-    weights = rng.random(scores.shape if case.kind == "masks" else N) + 0.5
-    value = lambda at: all_of(name, at["s"], targets, at["t"], weights=weights)
-    at = {"s": jnp.asarray(scores), "t": jnp.asarray(0.7)}
-    expected = central(lambda at: value(at)[0], at)
-    slopes = value(at)[1]
-    assert float(jnp.linalg.norm(slopes[0])) > 1e-4
-    assert error({"s": slopes[0], "t": slopes[1]}, expected) < 1e-6
+    weights = rng.random(axes_of(case.kind)) + 0.5
+    run = functools.partial(all_of, name)
+    check_slopes(run, scores, targets, t=0.7, weights=weights, step=1e-3)
 
 
-EXTREMES = {
-    "large": lambda s, y: (1e4 * s, y, True),
-    "positive": lambda s, y: (s, np.ones_like(y), True),
-    "negative": lambda s, y: (s, np.zeros_like(y), True),
-    "masked": lambda s, y: (s, y, False),
-    "tied": lambda s, y: (np.zeros_like(s), y, True),
-    "refused": lambda s, y: (-1e4 - np.abs(s), y, True),
-}
+@pytest.mark.parametrize(
+    "name", ["auc", *(pytest.param(x, marks=pytest.mark.slow) for x in PLAIN)]
+)
+def test_second_derivatives_in_both_modes(name, key):
+    case = CASES[name]
+    data = spaced(case.kind, rng_of(key))
+    check_second_derivatives(case.surrogate, *data, 0.7)
 
 
 @each_case
 def test_extremes_are_finite_and_float32_stays(name, key):
     """Large scores, one class, one example, none, all tied, nothing predicted."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
-    scores, targets = drawn(case.kind, rng)
-    one = [x[:, :1] if case.kind == "masks" else x[:1] for x in (scores, targets)]
-    inputs = [extreme(scores, targets) for extreme in EXTREMES.values()]
-    for s, y, counts in [*inputs, (*one, True)]:
-        s = np.asarray(s, np.float32)
-        shape = s.shape if case.kind == "masks" else s.shape[:1]
-        found = all_of(name, s, y, 0.5, np.full(shape, counts))
-        for leaf in jax.tree.leaves(found):
-            assert leaf.dtype == jnp.float32
-            assert np.all(np.isfinite(leaf))
-        if not counts:
-            assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
+    kind, run = CASES[name].kind, functools.partial(all_of, name)
+    check_extremes(run, *drawn(kind, rng_of(key)), axes_of(kind))
+
+
+@each_case
+def test_scores_that_are_not_finite_are_flagged(name, key):
+    """By NaN, unless they do not count."""
+    kind, run = CASES[name].kind, functools.partial(all_of, name)
+    check_unsound_scores(run, *drawn(kind, rng_of(key)), axes_of(kind))
 
 
 @one_of_each_class
 def test_vmap_equals_a_loop(name, key):
     """Over data and temperature."""
-    rng, case = np.random.default_rng(_seed(key)), CASES[name]
+    rng, case = rng_of(key), CASES[name]
     batch = [drawn(case.kind, rng) for _ in range(2)]
     scores, targets = (
         jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*batch, strict=True)
@@ -451,7 +442,7 @@ def test_settings_are_data():
 
 
 def test_expected_accuracy_is_below_the_margins_and_equal_for_two_classes(key):
-    rng = np.random.default_rng(_seed(key))
+    rng = rng_of(key)
     scores, targets = drawn("classes", rng)
     for t in (0.1, 1.0, 10.0):
         expected = all_of("expected", scores, targets, t)[0]
@@ -467,7 +458,7 @@ def test_expected_accuracy_is_below_the_margins_and_equal_for_two_classes(key):
 
 def test_sigmoid_f1_is_the_papers_with_its_sign_mended(key):
     """``S = 1 / (1 + exp(b (s + c)))`` with b = -1/T, c = -threshold; b > 0 fails."""
-    rng = np.random.default_rng(_seed(key))
+    rng = rng_of(key)
     scores, targets = drawn("binary", rng)
 
     def printed(scores, b, c):
@@ -497,7 +488,7 @@ def pairs_of(scores, targets, weights):
 @pytest.mark.parametrize("size", [1, 7, 16, 512])
 def test_blocks_of_pairs_add_up(size, key):
     """Whatever their side, with a remainder, weights and a mask."""
-    rng = np.random.default_rng(_seed(key))
+    rng = rng_of(key)
     scores, weights = rng.normal(size=50), rng.random(50) + 0.1
     targets, where = rng.integers(0, 2, size=50), rng.random(50) < 0.9
     d, both = pairs_of(scores[where], targets[where], weights[where])
@@ -534,7 +525,7 @@ def test_squared_hinges_bound_the_area(seed, temperature, ties):
 
 def test_sorted_hinges_do_not_cancel(key):
     """Close pairs in two far groups, in float32: sums of squares would lose them."""
-    rng = np.random.default_rng(_seed(key))
+    rng = rng_of(key)
     targets = rng.integers(0, 2, size=N)
     targets[:2] = 0, 1
     far = np.where(np.arange(N) < N // 2, -4096.0, 4096.0)
@@ -683,7 +674,7 @@ def test_proposals_scale_with_the_scores_and_bear_outliers(seed, scale):
 
 
 def test_a_proposal_is_constant_masked_and_defined_for_ties(key):
-    rng = np.random.default_rng(_seed(key))
+    rng = rng_of(key)
     scores, targets = drawn("classes", rng)
     jitted = eqx.filter_jit(sg.temperature_of)
     propose = lambda s, where=None, **kwargs: jitted(
@@ -748,6 +739,46 @@ def test_the_gap_is_reported_along_a_run():
     assert float(trace.value[-1]) < float(trace.value[0])
 
 
+def test_the_gap_is_of_what_is_not_masked(key):
+    """A rule of temperature sees the mask and the weights too."""
+    scores, targets = drawn("binary", rng_of(key))
+    where, weights = np.arange(N) % 3 > 0, np.arange(N) % 4 + 0.5
+    dirty = np.where(where, scores, np.nan), np.where(where, targets, -1)
+    temperature = functools.partial(sg.temperature_of, threshold=0.0)
+    predict = lambda w, alpha, batch: batch * w
+    f1 = sg.FBeta()
+    readings = sg.gap_metrics(
+        "f1", f1, predict, *dirty, temperature=temperature, where=where,
+        weights=weights,
+    )  # fmt: skip
+    kept = scores[where], targets[where]
+    t = temperature(*kept, weights=weights[where])
+    smooth = f1(*kept, temperature=t, weights=weights[where])
+    found = readings["f1_surrogate"](jnp.ones(()), None, key)
+    np.testing.assert_allclose(found, smooth, rtol=1e-12)
+
+
+def test_a_run_with_scores_that_are_nan_stops(key):
+    """No longer a perfect model with a gradient of 0, and trusted."""
+    scores, targets = drawn("binary", rng_of(key))
+    auc = sg.AUC()
+
+    def inner(w, alpha, batch):
+        return jnp.sum((w - alpha) ** 2)
+
+    def outer(w, alpha, batch):
+        return -auc(batch[0] + jnp.log(w), batch[1], temperature=0.5)
+
+    problem = hg.Bilevel(inner, outer, outer_data=(jnp.asarray(scores), targets))
+    solver = hg.ClosedForm(lambda alpha, batch: alpha)
+    trace = hg.minimize(
+        problem, hg.Implicit(solver), optax.sgd(1.0), jnp.ones(()), -jnp.ones(()),
+        num_steps=3,
+    )  # fmt: skip
+    assert trace.status == "stopped: the outer value is not finite"
+    assert not trace.stats["trusted"][0]
+
+
 # Bad input.
 
 S, Y = np.linspace(-1, 1, 4), np.array([0, 1, 0, 1])
@@ -774,6 +805,7 @@ C = np.arange(12.0).reshape(4, 3)
         (lambda a: a(S, Y, weights=Y[:2]), ValueError, r"weights.*\(4,\).*\(2,\)"),
         (lambda a: a(S, Y, weights=-Y), ValueError, r"weights must be 0 or above"),
         (lambda a: a(S, "abc"), TypeError, r"targets"),
+        (lambda a: a(S / [1, 1, 0, 1], Y), ValueError, r"finite, got inf.*where="),
         (lambda a: sg.Accuracy()(S, Y, temperature=0.0), ValueError, r"temperature.*0"),
         (lambda a: sg.Accuracy()(S, Y, temperature=S), ValueError, r"scalar.*vmap"),
         (lambda a: sg.FBeta().exact(C, C[:, :2]), ValueError, r"targets.*\(4, 3\)"),

@@ -6,6 +6,7 @@ and the exact metric of one row of one length.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,10 +30,18 @@ from hypergrad.checks import traced
 from hypergrad.surrogates import pairs
 from hypergrad.surrogates.retrieval import memberships
 from hypergrad.surrogates.soft_rank import pool
+from tests.surrogate_cases import (
+    N,
+    check_extremes,
+    check_second_derivatives,
+    check_slopes,
+    check_unsound_scores,
+    read,
+    rng_of,
+)
 
-N = 24
 K = 5
-TRUTHS = 15.0
+TRUTHS = 48.0
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -139,30 +148,16 @@ one_of_each_form = pytest.mark.parametrize(
 )
 
 
-@eqx.filter_jit
-def _all_of(surrogate, scores, targets, temperature, where, weights):
-    smooth = lambda s, t: surrogate(
-        s, targets, temperature=t, where=where, weights=weights
-    )
-    value, slopes = jax.value_and_grad(smooth, (0, 1))(scores, temperature)
-    exact = surrogate.exact(scores, targets, where=where, weights=weights)
-    return value, slopes, exact
-
-
 def all_of(name, scores, targets, temperature=0.1, where=None, weights=None):
-    """``(value, (by scores, by temperature), exact)``, always by the same program."""
+    """Value, slopes and exact metric, always by the same program."""
     scores = jnp.asarray(scores)
     where = np.ones(scores.shape, bool) if where is None else where
     weights = np.ones(scores.shape) if weights is None else weights
-    return _all_of(
+    return read(
         traced(CASES[name].surrogate), scores, jnp.asarray(targets, scores.dtype),
         jnp.asarray(temperature, scores.dtype), jnp.asarray(where),
         jnp.asarray(weights, scores.dtype),
     )  # fmt: skip
-
-
-def _rng(key):
-    return np.random.default_rng(int(jax.random.bits(key)))
 
 
 def drawn(rng, name=""):
@@ -221,7 +216,7 @@ def test_below_a_hundredth_of_the_smallest_gap_the_metric_is_met(name, seed):
 @pytest.mark.parametrize("name", ["recall", "precision", "ndcg", "mrr"])
 def test_where_ties_are_shared_the_limit_holds_with_ties(name, key):
     """Each a random order's mean; 100 draws of four scores for 24 items."""
-    rng = _rng(key)
+    rng = rng_of(key)
     for _ in range(20):
         _, targets = drawn(rng, name)
         scores = rng.integers(0, 4, size=N).astype(float)
@@ -232,14 +227,14 @@ def test_where_ties_are_shared_the_limit_holds_with_ties(name, key):
 @one_of_each_form
 def test_a_mask_is_dropping(name, key):
     """Values and gradients; what is dropped holds NaN, and gets a gradient of 0."""
-    rng = _rng(key)
+    rng = rng_of(key)
     scores, targets = clustered(rng, name)
     where, weights = np.ones(N, bool), rng.random(N) + 0.5
     where[rng.permutation(N)[:7]] = False
     dirty = np.where(where, scores, np.nan)
-    value, (slope, _), exact = all_of(name, dirty, targets, 0.1, where, weights)
+    value, (slope, *_), exact = all_of(name, dirty, targets, 0.1, where, weights)
     kept = (x[where] for x in (scores, targets))
-    value_, (slope_, _), exact_ = all_of(name, *kept, 0.1, weights=weights[where])
+    value_, (slope_, *_), exact_ = all_of(name, *kept, 0.1, weights=weights[where])
     np.testing.assert_allclose((value, exact), (value_, exact_), rtol=1e-12)
     expected = np.zeros(N)
     expected[where] = slope_
@@ -249,7 +244,7 @@ def test_a_mask_is_dropping(name, key):
 @pytest.mark.parametrize("name", ["recall", "precision", "ndcg", "mrr"])
 def test_a_weight_is_repeating(name, key):
     """Weights 0, 1 and 2, a third each, in the surrogates too."""
-    rng = _rng(key)
+    rng = rng_of(key)
     scores, targets = drawn(rng, name)
     counts = rng.permutation(np.repeat([0, 1, 2], N // 3))
     index = np.repeat(np.arange(N), counts)
@@ -262,28 +257,23 @@ def test_a_weight_is_repeating(name, key):
     "name", [name for name in CASES if name not in ("blackbox", "fast-64")]
 )
 def test_gradients_equal_central_differences(name, key):
-    """By scores and by temperature, to 1e-6."""
-    rng = _rng(key)
-    scores, targets = clustered(rng, name)
-    weights = rng.random(N) + 0.5
-    at = {"s": jnp.asarray(scores), "t": jnp.asarray(0.1)}
-    value = lambda at: all_of(name, at["s"], targets, at["t"], weights=weights)
-    expected = central(lambda at: value(at)[0], at, 2e-4)
-    slopes = value(at)[1]
-    assert float(jnp.linalg.norm(slopes[0])) > 1e-4
-    assert error({"s": slopes[0], "t": slopes[1]}, expected) < 1e-6
+    """By scores, by temperature and by weights, to 1e-6."""
+    rng = rng_of(key)
+    data = clustered(rng, name)
+    run = functools.partial(all_of, name)
+    check_slopes(run, *data, t=0.1, weights=rng.random(N) + 0.5, step=2e-4)
 
 
-@pytest.mark.parametrize("name", ["smooth", "recall", "mrr"])
-def test_second_derivatives_equal_central_differences(name, key):
-    """Forward over the gradient: a custom rule has a derivative, and the right one."""
-    scores, targets = clustered(_rng(key), name)
-    surrogate, direction = CASES[name].surrogate, jnp.cos(jnp.arange(N))
-    value = lambda s: surrogate(s, targets, temperature=0.3)
-    slope = jax.jit(jax.grad(value))
-    product = jax.jit(lambda s: jax.jvp(slope, (s,), (direction,))[1])(scores)
-    expected = central(lambda s: slope(s) @ direction, jnp.asarray(scores), 1e-3)
-    assert error(product, expected) < 1e-6
+@one_of_each_form
+def test_second_derivatives_in_both_modes(name, key):
+    """Those of custom rules equal central differences of the gradient."""
+    scores, targets = clustered(rng_of(key), name)
+    surrogate = CASES[name].surrogate
+    product, direction = check_second_derivatives(surrogate, scores, targets, 0.3)
+    if name in ("smooth", "recall", "mrr"):
+        slope = jax.jit(jax.grad(lambda s: surrogate(s, targets, temperature=0.3)))
+        along = lambda s: slope(s) @ direction
+        assert error(product, central(along, jnp.asarray(scores), 1e-3)) < 1e-6
 
 
 def test_temperature_alone_moves_what_theory_says():
@@ -301,31 +291,18 @@ def test_temperature_alone_moves_what_theory_says():
         assert abs(values[-1] - values[0]) > 0.01
 
 
-EXTREMES = {
-    "large": lambda s, y: (1e4 * s, y, True),
-    "negative": lambda s, y: (-1e4 - s, y, True),
-    "positives": lambda s, y: (s, np.ones_like(y), True),
-    "negatives": lambda s, y: (s, np.zeros_like(y), True),
-    "tied": lambda s, y: (np.zeros_like(s), y, True),
-    "one": lambda s, y: (s, y, np.arange(N) == 3),
-    "masked": lambda s, y: (s, y, False),
-}
-
-
-@one_of_each_form
+@each_case
 def test_extremes_are_finite_and_float32_stays(name, key):
     """At any temperature; masked out is 0."""
-    scores, targets = drawn(_rng(key), name)
-    for extreme, make in EXTREMES.items():
-        s, y, where = make(scores, targets)
-        for t in (1e-4, 1.0, 1e4):
-            where = np.broadcast_to(where, (N,))
-            leaves = jax.tree.leaves(all_of(name, np.float32(s), y, t, where))
-            for leaf in leaves:
-                assert leaf.dtype == jnp.float32
-                assert np.all(np.isfinite(leaf)), extreme
-            if extreme == "masked":
-                assert not any(np.any(leaf) for leaf in leaves)
+    run = functools.partial(all_of, name)
+    check_extremes(run, *drawn(rng_of(key), name), (N,))
+
+
+@each_case
+def test_scores_that_are_not_finite_are_flagged(name, key):
+    """By NaN, unless they do not count."""
+    run = functools.partial(all_of, name)
+    check_unsound_scores(run, *clustered(rng_of(key), name), (N,))
 
 
 @pytest.mark.parametrize("name", ["smooth", "fast-8", "soft-rank", "ndcg"])
@@ -340,14 +317,14 @@ def test_a_single_item(name):
 @pytest.mark.parametrize("name", ["smooth", "ndcg", "area"])
 def test_rows_are_averaged(name, key):
     """Over leading axes; one without positives is 0, one masked out does not count."""
-    rng = _rng(key)
+    rng = rng_of(key)
     rows = [clustered(rng, name) for _ in range(3)]
     scores, targets = map(np.stack, zip(*rows, strict=True))
     targets[1] = 0
     each = [all_of(name, s, y) for s, y in rows[::2]]
     where = np.any(targets > 0, axis=1, keepdims=True) & (scores >= 0)
     for mask, counted in ((None, 3), (where, 2)):
-        value, (slope, _), exact = all_of(name, scores, targets, where=mask)
+        value, (slope, *_), exact = all_of(name, scores, targets, where=mask)
         np.testing.assert_allclose(value, sum(x[0] for x in each) / counted, rtol=1e-12)
         np.testing.assert_allclose(exact, sum(x[2] for x in each) / counted, rtol=1e-12)
         slopes = [each[0][1][0], np.zeros(N), each[1][1][0]]
@@ -357,7 +334,7 @@ def test_rows_are_averaged(name, key):
 @one_of_each_form
 def test_vmap_equals_a_loop(name, key):
     """Over scores and targets, with gradients."""
-    rng, surrogate = _rng(key), CASES[name].surrogate
+    rng, surrogate = rng_of(key), CASES[name].surrogate
     rows = [clustered(rng, name) for _ in range(3)]
     value = lambda s, y: surrogate(s, y, temperature=0.1)
     batched = jax.jit(jax.vmap(jax.value_and_grad(value)))
@@ -365,7 +342,7 @@ def test_vmap_equals_a_loop(name, key):
         *(jnp.asarray(np.stack(x)) for x in zip(*rows, strict=True))
     )
     for row, found, slope in zip(rows, values, slopes, strict=True):
-        expected, (expected_slope, _), _ = all_of(name, *row)
+        expected, (expected_slope, *_), _ = all_of(name, *row)
         np.testing.assert_allclose(found, expected, rtol=1e-12)
         np.testing.assert_allclose(slope, expected_slope, atol=1e-12)
 
@@ -373,7 +350,7 @@ def test_vmap_equals_a_loop(name, key):
 @pytest.mark.parametrize("name", ["smooth", "area"])
 def test_items_may_lie_along_any_axis(name, key):
     """Labels in columns; a mask [n] counts for each."""
-    rng = _rng(key)
+    rng = rng_of(key)
     scores, targets = map(
         np.stack, zip(*(clustered(rng, name) for _ in range(3)), strict=True)
     )
@@ -390,7 +367,7 @@ def test_items_may_lie_along_any_axis(name, key):
 def test_smooth_ap_equals_the_paper_on_all_pairs(key, monkeypatch):
     """Three blocks by three, against an array of all pairs at 5,000; 7% positives."""
     monkeypatch.setattr(pairs, "COLUMNS", 2_048)
-    rng, n = _rng(key), 5_000
+    rng, n = rng_of(key), 5_000
     y = (rng.random(n) < 0.07).astype(float)
     s, w = jnp.asarray(rng.normal(size=n) + y), jnp.asarray(rng.random(n))
 
@@ -407,22 +384,20 @@ def test_smooth_ap_equals_the_paper_on_all_pairs(key, monkeypatch):
     assert error(slopes, expected_slopes) < 1e-6
 
 
-def test_smooth_ap_takes_only_rows_that_hold_positives():
-    """7% of 100,000 are 55 blocks of 782."""
-    items = jnp.zeros((100_000, 3)).at[:7_000, 1].set(1.0)
-    assert pairs._row_blocks(items) == -(-7_000 // pairs.ROWS) == 55
-
-
 AP = [sg.SmoothAP(), sg.FastAP(1000), sg.BlackboxAP(), sg.SoftRankAP()]
 AP += [sg.NDCG(10)]
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(100_000,), (25_000, 4), pytest.param((100, 1_000), marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("surrogate", AP, ids=lambda s: type(s).__name__)
-def test_memory_is_linear_at_100_000(surrogate):
+def test_memory_is_linear_at_100_000_scores(surrogate, shape):
     """Value and gradient: under 200 MiB beside the input, by the compiler's count."""
-    n = 100_000
     value = lambda s, y: surrogate(s, y, temperature=0.1)
-    s = jax.ShapeDtypeStruct((n,), jnp.float64)
+    s = jax.ShapeDtypeStruct(shape, jnp.float64)
     compiled = jax.jit(jax.value_and_grad(value)).lower(s, s).compile()
     needed = compiled.memory_analysis().temp_size_in_bytes
     assert 0 < needed < 200 * 2**20
@@ -430,7 +405,7 @@ def test_memory_is_linear_at_100_000(surrogate):
 
 def test_the_error_of_fast_ap_falls_as_one_over_bins(key):
     """Slope -1 in logarithms over 10 to 640 bins of 20,000 scores, and then to 0."""
-    rng = _rng(key)
+    rng = rng_of(key)
     y = rng.integers(0, 2, size=20_000) * (rng.random(20_000) < 0.2)
     s = rng.normal(size=20_000) + 1.5 * y
     exact = average_precision(s, y, np.ones_like(s))
@@ -444,16 +419,16 @@ def test_the_error_of_fast_ap_falls_as_one_over_bins(key):
 
 def test_fast_ap_is_exact_where_scores_are_two_bins_apart(key):
     """23 gaps are 63 bins."""
-    scores = 0.1 * _rng(key).permutation(N)
-    targets = drawn(_rng(key))[1]
-    value, (slope, _), exact = all_of("fast-64", scores, targets)
+    scores = 0.1 * rng_of(key).permutation(N)
+    targets = drawn(rng_of(key))[1]
+    value, (slope, *_), exact = all_of("fast-64", scores, targets)
     np.testing.assert_allclose(value, exact, rtol=1e-12)
     np.testing.assert_allclose(slope, 0, atol=1e-12)
 
 
 def test_fast_ap_is_the_papers_sum_for_scores_at_centres(key):
     """``sum_b h+_b H+_b / H_b / positives``, written with NumPy's histogram."""
-    rng = _rng(key)
+    rng = rng_of(key)
     scores, targets = rng.integers(0, 9, size=200) / 8, rng.integers(0, 2, size=200)
     edges = np.arange(10) / 8 - 1 / 16
     h = np.histogram(scores, edges)[0][::-1]
@@ -476,7 +451,7 @@ def test_blackbox_ap_has_the_gradient_of_the_papers_interpolation(key, weighted)
     s_i r_i`` and the loss f linearised at the ranks r(s0): our gradient at s0 is that
     of ``-f_t``, f_t is at most f, equal where no rank changes, continuous and affine.
     """
-    n, rng = 6, _rng(key)
+    n, rng = 6, rng_of(key)
     w = rng.random(n) + 0.5 if weighted else np.ones(n)
     orders = np.array(list(itertools.permutations(range(n))))
     all_ranks = np.empty(orders.shape)
@@ -511,7 +486,21 @@ def test_blackbox_ap_has_the_gradient_of_the_papers_interpolation(key, weighted)
     assert moved > 0
 
 
+def test_blackbox_ap_is_as_good_in_float32(key):
+    """100,000 scores: most perturbations are below the rounding of the scores."""
+    rng, n = rng_of(key), 100_000
+    y = (rng.random(n) < 0.1).astype(float)
+    s = (rng.normal(size=n) + y).astype(np.float32)
+    slope = jax.jit(jax.grad(lambda s: sg.BlackboxAP()(s, y, temperature=100.0)))
+    single, double = (np.asarray(slope(s.astype(x))) for x in (np.float32, float))
+    assert single.dtype == np.float32
+    assert error(single, double) < 1e-3
+
+
 # Soft ranks.
+
+
+soft_ranks = jax.jit(lambda values, t: sg.soft_rank(values, temperature=t))
 
 
 @pytest.mark.parametrize("n", [1, 2, 60])
@@ -527,6 +516,19 @@ def test_blocks_are_those_of_isotonic_regression(n, seed):
     isotonic = IsotonicRegression(increasing=False)
     expected = isotonic.fit_transform(np.arange(n), y, sample_weight=w)
     np.testing.assert_allclose(means, expected, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, temperature=st.sampled_from([0.01, 0.3, 3.0]))
+def test_soft_ranks_are_those_of_isotonic_regression(seed, temperature):
+    """Values less their regression on the hard ranks, both by scikit-learn, to 1e-8."""
+    values = np.random.default_rng(seed).normal(size=60)
+    u = np.sort(values)[::-1] / temperature
+    hard = np.arange(1, 61)
+    isotonic = IsotonicRegression(increasing=False)
+    expected = isotonic.fit_transform(hard, u + hard) - u
+    soft = np.asarray(soft_ranks(values, temperature))
+    np.testing.assert_allclose(soft[np.argsort(-values)], expected, atol=1e-8)
 
 
 def test_steps_grow_linearly(key):
@@ -556,8 +558,8 @@ def test_soft_ranks_are_the_projection_onto_the_permutahedron(temperature, key):
 
 def test_soft_ranks_go_from_hard_to_the_mean(key):
     """Hard, exactly, where the temperature is the smallest gap; ties share."""
-    soft = jax.jit(lambda values, t: sg.soft_rank(values, temperature=t))
-    values = _rng(key).permutation(40) / 8
+    soft = soft_ranks
+    values = rng_of(key).permutation(40) / 8
     hard = scipy.stats.rankdata(-values)
     np.testing.assert_array_equal(soft(values, 0.125), hard)
     tied = np.round(values)
@@ -571,7 +573,7 @@ def test_soft_ranks_go_from_hard_to_the_mean(key):
 
 def test_soft_ranks_of_weighted_items_are_those_of_repeated_ones(key):
     """A weight of 0 leaves an item out; large values keep their ranks in float32."""
-    rng = _rng(key)
+    rng = rng_of(key)
     values, counts = rng.normal(size=20), rng.integers(0, 4, size=20)
     ranked = jax.jit(sg.soft_rank)
     soft = np.asarray(ranked(values, temperature=0.1, weights=counts))
@@ -587,7 +589,7 @@ def test_soft_ranks_of_weighted_items_are_those_of_repeated_ones(key):
 
 def test_jacobian_products_of_soft_ranks(key):
     """Both modes equal a dense Jacobian by central differences."""
-    scores = jnp.asarray(clustered(_rng(key))[0])
+    scores = jnp.asarray(clustered(rng_of(key))[0])
     f = jax.jit(lambda s: sg.soft_rank(s, temperature=0.1))
     expected = np.stack(
         [central(lambda s, i=i: f(s)[i], scores, 1e-4) for i in range(6)]
@@ -608,6 +610,17 @@ def test_rows_of_soft_ranks_are_ranked_one_by_one(key):
         rows = [one(row) for row in values[i]]
         np.testing.assert_allclose(batched[0][i], sum(x for x, _ in rows), rtol=1e-12)
         np.testing.assert_allclose(batched[1][i], np.stack([x for _, x in rows]))
+
+
+def test_a_batch_of_soft_ranks_is_one_scan_over_its_rows():
+    """`jax.lax.map`: no array holds the loop's state of several rows."""
+    rows = jax.ShapeDtypeStruct((3, 7, 8), float)
+    jaxpr = jax.make_jaxpr(lambda v: sg.soft_rank(v, temperature=0.3))(rows)
+    scans = [x for x in jaxpr.eqns if x.primitive.name == "scan"]
+    assert [scan.params["length"] for scan in scans] == [21]
+    of_a_row = str(scans[0].params["jaxpr"])
+    assert "[21" not in of_a_row
+    assert str(jaxpr).count("while[") == of_a_row.count("while[") == 1
 
 
 # The top k.
@@ -661,7 +674,7 @@ def greedy(boxes, scores, truths, threshold):
 
 def test_boxes_are_matched_greedily(key):
     """Crowded images with padding that would match, against loops."""
-    rng, images, most = _rng(key), 40, (9, 5)
+    rng, images, most = rng_of(key), 40, (9, 5)
     corners = lambda count: rng.uniform(0, 1, size=(images, count, 2))
     box = lambda low: np.concatenate([low, low + rng.uniform(1, 2, low.shape)], axis=2)
     boxes, truths = (box(corners(count)) for count in most)
@@ -697,6 +710,13 @@ def test_several_classes_are_rows():
         np.testing.assert_allclose(value, reached / points)
 
 
+@pytest.mark.parametrize("points", [None, 101])
+def test_too_few_truths_are_flagged_where_traced(points):
+    """More hits than true boxes, and fewer than none."""
+    value = jax.jit(lambda n: sg.DetectionAP(n, points).exact([0.2, 0.1], [1, 1]))
+    assert [bool(np.isnan(value(n))) for n in (-1, 0, 1, 2)] == [True] * 3 + [False]
+
+
 # Settings and input.
 
 
@@ -708,6 +728,9 @@ def test_several_classes_are_rows():
         (lambda: sg.NDCG(0), "k must be an integer above 0"),
         (lambda: sg.FastAP(1), "num_bins must be an integer of at least 2"),
         (lambda: sg.DetectionAP(3, 1), "num_points must be an integer above 1"),
+        (lambda: sg.DetectionAP(-1), "num_truths must be 0 or above, got -1"),
+        (lambda: sg.DetectionAP(1).exact([0.2, 0.1], [1, 1]), "number of hits in each"),
+        (lambda: sg.SmoothAP().exact([np.inf], [1]), "scores must be finite, got inf"),
         (lambda: sg.SmoothAP(axis=1).exact([0.1], [1]), "axis 1 is not among those"),
         (lambda: sg.MRR().exact([0.1], [2]), "targets must be 0 or 1"),
         (lambda: sg.NDCG(1).exact([0.1], [-2.0]), "gains of at least 0, got -2"),

@@ -11,9 +11,11 @@ from .protocol import (
     binary,
     check_count,
     check_not_negative,
+    divide,
+    flagged,
     mean,
     multiclass,
-    ratio,
+    rounding,
 )
 
 
@@ -64,7 +66,7 @@ def _balance(examples: Examples, num_classes: int) -> Array:
     classes = examples.targets.astype(int)
     totals = jnp.zeros(num_classes, examples.weights.dtype)
     totals = totals.at[classes].add(examples.weights)
-    return ratio(examples.weights, totals[classes], examples.weights)
+    return divide(examples.weights, totals[classes])
 
 
 class Accuracy(eqx.Module):
@@ -280,7 +282,8 @@ class SelectiveRisk(eqx.Module):
 
     def _risk(self, errors, answered, weights):
         weighed = weights * answered
-        return ratio(jnp.sum(weighed * errors), jnp.sum(weighed), weights)
+        wrong, answered = jnp.sum(weighed * errors), jnp.sum(weighed)
+        return flagged(divide(wrong, answered, rounding(weights)), weights)
 
 
 class Coverage(eqx.Module):

@@ -13,7 +13,8 @@ from .protocol import (
     binary,
     check_count,
     check_setting,
-    ratio,
+    divide,
+    flagged,
 )
 
 
@@ -72,9 +73,9 @@ class AUC(eqx.Module):
         max_fpr = jnp.asarray(self.max_fpr, before.dtype)
         negatives = jnp.clip(max_fpr - before, 0, negatives)
         side = min(self.block_size, len(order))
-        return _pairs(
-            examples.scores / temperature, positives, negatives, group[order], side
-        )
+        u = examples.scores / temperature
+        area = _pairs(u, positives, negatives, group[order], side)
+        return flagged(area, examples.scores)
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The area, a scalar."""
@@ -91,7 +92,8 @@ class AUC(eqx.Module):
         max_fpr = jnp.asarray(self.max_fpr, fpr.dtype)
         width = jnp.clip(max_fpr - fpr_before, 0, step)
         slope = (tpr - tpr_before) / jnp.where(step > 0, step, 1)
-        return jnp.sum(width * (tpr_before + 0.5 * slope * width))
+        area = jnp.sum(width * (tpr_before + 0.5 * slope * width))
+        return flagged(area, examples.weights)
 
 
 class SquaredHingeAUC(eqx.Module):
@@ -136,7 +138,7 @@ class SquaredHingeAUC(eqx.Module):
         first = grown(step * mass)[:-1]
         second = grown(step * (2 * first + step * mass))
         pairs = jnp.sum(positives) * jnp.sum(negatives)  # 1, or 0 where there is none
-        return pairs - jnp.sum(positives[order] * second)
+        return flagged(pairs - jnp.sum(positives[order] * second), examples.scores)
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The area, a scalar."""
@@ -146,7 +148,7 @@ class SquaredHingeAUC(eqx.Module):
 def _shares(examples: Examples) -> tuple[Array, Array]:
     """Weights of the positives and of the negatives, each with a sum of 1 (or 0)."""
     _, targets, weights, _ = examples
-    share = lambda part: ratio(part, jnp.sum(part), weights)
+    share = lambda part: divide(part, jnp.sum(part))
     return share(weights * targets), share(weights * (1 - targets))
 
 

@@ -5,13 +5,14 @@ ranks that are sums of sigmoids at a temperature is no fifth one: it is `SmoothA
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .pairs import COLUMNS, sum_of_precisions
-from .protocol import as_temperature
-from .rows import at_thresholds, divide, mean_over_rows
+from .pairs import PAIRS, kept_small, rankings_at_once, sum_of_precisions
+from .protocol import as_temperature, divide
+from .rows import at_thresholds, mean_over_rows
 from .soft_rank import ranks
 
 
@@ -42,9 +43,10 @@ class SmoothAP(eqx.Module):
     as scikit-learn's ``sample_weight``. Rows: one without positives has AP 0 and
     counts; one whose items are all masked out does not, so that
     ``where=targets.any(-1, keepdims=True) & mask`` leaves rows without positives out.
-    Cost: positives times n sigmoids, twice that with the gradient; memory O(n), the
-    pairs being taken in blocks, and once more for the gradient. `exact`: O(n log n).
-    Bias: a pair is off by ``sigmoid(-|s_i - s_j| / temperature)``.
+    Cost: positives times n sigmoids a row (n times n under `vmap`), twice that with the
+    gradient. Memory: linear in the number of scores whatever their shape, the pairs
+    being taken in blocks of 2^20 at most, as many rows at once as fill one. `exact`:
+    O(n log n). Bias: a pair is off by ``sigmoid(-|s_i - s_j| / temperature)``.
 
     Source: Brown et al. 2020 (arXiv 2007.12163). Exact: scikit-learn's
     ``average_precision_score``.
@@ -65,15 +67,16 @@ class SmoothAP(eqx.Module):
     def __call__(self, scores, targets, *, temperature, where=None, weights=None):
         """The smooth average precision, a scalar."""
 
-        def one_row(scores, targets, weights):
+        def precision(scores, targets, weights):
             hits = weights * targets
             t = as_temperature(temperature, scores.dtype)
             total = sum_of_precisions(scores, hits, weights, t)
-            return divide(total, jnp.sum(hits))
+            return divide(total, jnp.sum(hits, axis=1))
 
         return mean_over_rows(
-            one_row, scores, targets, where, weights, self.axis, together=COLUMNS
-        )
+            precision, scores, targets, where, weights, self.axis,
+            at_once=rankings_at_once,
+        )  # fmt: skip
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The average precision, a scalar."""
@@ -97,9 +100,10 @@ class FastAP(eqx.Module):
       axis: as `SmoothAP`.
 
     Shapes, ties in `exact`, weights and rows as `SmoothAP`. Ties: one threshold, as in
-    `exact`. Cost: O(n + num_bins), memory too. Bias: falls as 1 / num_bins, and is
-    0 where no two scores are within two bins. A gradient exists where no score is at a
-    centre.
+    `exact`. Cost: O(n + num_bins) a row, twice that with the gradient. Memory: linear
+    in the number of scores, as many rows at once as fill 2^20 numbers. Bias: falls as
+    1 / num_bins, and is 0 where no two scores are within two bins. A gradient exists
+    where no score is at a centre.
 
     Source: Cakir et al. 2019 (Deep Metric Learning to Rank, CVPR). Their sum,
     ``sum_b h+_b H+_b / H_b``, counts but the higher part of an item in its own rank
@@ -129,7 +133,11 @@ class FastAP(eqx.Module):
     def __call__(self, scores, targets, *, temperature, where=None, weights=None):
         """The average precision of soft bins, a scalar."""
         as_temperature(temperature, jnp.float32)
-        return mean_over_rows(self._one_row, scores, targets, where, weights, self.axis)
+        at_once = lambda n: max(1, PAIRS // (n + self.num_bins))
+        return mean_over_rows(
+            kept_small(jax.vmap(self._one_row)), scores, targets, where, weights,
+            self.axis, at_once=at_once,
+        )  # fmt: skip
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The average precision, a scalar."""
@@ -204,14 +212,15 @@ class BlackboxAP(eqx.Module):
     def __call__(self, scores, targets, *, temperature, where=None, weights=None):
         """The average precision, a scalar, with a gradient."""
 
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             t = as_temperature(temperature, scores.dtype)
             value = average_precision(scores, targets, weights)
             gradient = _interpolated(scores, weights * targets, weights, t)
             # Adds nothing but the gradient.
             return value + jnp.vdot(gradient, scores - lax.stop_gradient(scores))
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The average precision, a scalar."""
@@ -247,13 +256,14 @@ class SoftRankAP(eqx.Module):
     def __call__(self, scores, targets, *, temperature, where=None, weights=None):
         """The average precision of soft ranks, a scalar."""
 
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             t = as_temperature(temperature, scores.dtype)
             hits = weights * targets
             precision = soft_precision(scores, hits, weights, t)
             return divide(jnp.sum(hits * precision), jnp.sum(hits))
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The average precision, a scalar."""
@@ -272,7 +282,8 @@ def soft_precision(
 
 
 def _exact(self, scores, targets, where, weights) -> Array:
-    return mean_over_rows(average_precision, scores, targets, where, weights, self.axis)
+    of_rows = jax.vmap(average_precision)
+    return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
 
 def _interpolated(
@@ -285,13 +296,19 @@ def _interpolated(
     score is one of the cost over w.
     """
 
-    def hard_ranks(scores, *shares):
-        order = jnp.argsort(-scores)
-        back = jnp.zeros_like(scores)
+    def hard_ranks(parts, *shares):
+        order = jnp.lexsort([-part for part in reversed(parts)])
+        back = jnp.zeros_like(weights)
         return [back.at[order].set(jnp.cumsum(share[order])) for share in shares]
 
     scores, hits, weights = map(lax.stop_gradient, (scores, hits, weights))
-    found, seen = hard_ranks(scores, hits, weights)
+    found, seen = hard_ranks((scores,), hits, weights)
     slope = jnp.where(hits > 0, divide(divide(found, seen), seen * jnp.sum(hits)), 0)
-    (moved,) = hard_ranks(scores + temperature * slope, weights)
+    # The sum and what it rounds off (Knuth's two-sum): a perturbation far below the
+    # resolution of the scores still moves an item past one that is as good.
+    moves = temperature * slope
+    high = scores + moves
+    added = high - scores
+    low = (scores - (high - added)) + (moves - added)
+    (moved,) = hard_ranks((high, low), weights)
     return lax.stop_gradient(weights * (seen - moved) / temperature)

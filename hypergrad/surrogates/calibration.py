@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .accuracy import judged, own
-from .protocol import as_temperature, check_count
+from .protocol import as_temperature, check_count, divide
 
 
 class CalibrationError(eqx.Module):
@@ -92,5 +92,4 @@ class CalibrationError(eqx.Module):
 
 
 def _total(sums, weights):
-    total = jnp.sum(weights)
-    return jnp.sum(jnp.abs(sums)) / jnp.where(total > 0, total, 1)
+    return divide(jnp.sum(jnp.abs(sums)), jnp.sum(weights))

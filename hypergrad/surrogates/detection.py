@@ -3,12 +3,14 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .average_precision import soft_precision
-from .protocol import as_temperature
-from .rows import at_thresholds, divide, mean_over_rows
+from .protocol import as_temperature, check_not_negative, divide
+from .rows import at_thresholds, mean_over_rows
 
 
 def match_boxes(
@@ -107,7 +109,8 @@ class DetectionAP(eqx.Module):
     precision moves with the scores.
 
     Args:
-      num_truths: true boxes in all images, a number, or one for each row. Data.
+      num_truths: true boxes in all images, found or not: a number, or one for each
+        row. Fewer than the hits are refused, or where traced the result is NaN. Data.
       num_points: recalls from 0 to 1, 11 as in Pascal VOC 2007, 101 as in COCO; None
         for the area, as in Pascal VOC since 2010. Static.
       axis: detections are ranked along it; the mean is taken over the others. Static.
@@ -141,6 +144,7 @@ class DetectionAP(eqx.Module):
     citations = ("everingham2010", "lin2014", "blondel2020")
 
     def __check_init__(self):
+        check_not_negative("num_truths", self.num_truths)
         points = self.num_points
         if points is not None and not (isinstance(points, int) and points > 1):
             raise ValueError(
@@ -169,20 +173,42 @@ class DetectionAP(eqx.Module):
     def _mean(self, precision, scores, targets, where, weights):
         """Over rows; ``precision`` gives the order and the precisions in that order."""
 
-        def one_row(scores, targets, weights, num_truths):
+        @jax.vmap
+        def of_rows(scores, targets, weights, num_truths):
             hits = weights * targets
             order, at = precision(scores, hits, weights)
             hits, best = hits[order], lax.cummax(at, reverse=True)
+            sound = jnp.where(_short(hits, num_truths), jnp.nan, 1)
             if self.num_points is None:
-                return divide(jnp.sum(hits * best), num_truths)
+                return sound * divide(jnp.sum(hits * best), num_truths)
             # Recall i / intervals is reached where hits * intervals >= i * truths: in
             # integers, since a quotient may round to either side.
             intervals = self.num_points - 1
             wanted = jnp.arange(self.num_points) * num_truths
             first = jnp.searchsorted(jnp.cumsum(hits) * intervals, wanted)
             reached = jnp.append(best, 0)[first]
-            return jnp.where(num_truths > 0, jnp.mean(reached), 0)
+            return sound * jnp.where(num_truths > 0, jnp.mean(reached), 0)
 
+        self._check_truths(targets, where, weights)
         return mean_over_rows(
-            one_row, scores, targets, where, weights, self.axis, beside=self.num_truths
+            of_rows, scores, targets, where, weights, self.axis, beside=self.num_truths
         )
+
+    def _check_truths(self, targets, where, weights):
+        """Refuses fewer true boxes than were found, unless a number is traced."""
+        short = jax.vmap(lambda _, y, w, truths: _short(w * y, truths).astype(w.dtype))
+        rows = mean_over_rows(
+            short, jnp.zeros(np.shape(targets)), targets, where, weights, self.axis,
+            beside=self.num_truths,
+        )  # fmt: skip
+        if not isinstance(rows, Tracer) and rows > 0:
+            raise ValueError(
+                f"num_truths must be at least the number of hits in each row, got "
+                f"{self.num_truths}: count the true boxes that were not found as well"
+            )
+
+
+def _short(hits: Array, num_truths: Array) -> Array:
+    """More hits than true boxes, by more than the rounding of their sum."""
+    slack = hits.size * jnp.finfo(hits.dtype).eps
+    return jnp.sum(hits) * (1 - slack) > num_truths

@@ -11,9 +11,11 @@ from .protocol import (
     as_temperature,
     binary,
     check_not_negative,
+    divide,
+    flagged,
     multiclass,
     multilabel,
-    ratio,
+    rounding,
 )
 
 AVERAGES = ("macro", "micro")
@@ -28,7 +30,8 @@ class _Counts(eqx.Module):
     weights: Array  # of the examples
 
     def mean(self, numerator: Array, denominator: Array) -> Array:
-        return jnp.mean(ratio(numerator, denominator, self.weights))
+        ratios = divide(numerator, denominator, rounding(self.weights))
+        return flagged(jnp.mean(ratios), self.weights)
 
 
 def _counts(

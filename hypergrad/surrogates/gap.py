@@ -32,7 +32,7 @@ class _Reading(eqx.Module):
             return exact
         temperature = self.temperature
         if callable(temperature):
-            temperature = temperature(scores, self.targets)
+            temperature = temperature(scores, self.targets, **counted)
         smooth = self.surrogate(
             scores, self.targets, temperature=temperature, **counted
         )
@@ -46,7 +46,7 @@ def gap_metrics(
     batch: PyTree,
     targets: ArrayLike,
     *,
-    temperature: ArrayLike | Callable[[Array, Array], Array],
+    temperature: ArrayLike | Callable[..., Array],
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> dict[str, Callable[[PyTree, PyTree, Array], Array]]:
@@ -58,8 +58,8 @@ def gap_metrics(
       predict: ``(w, alpha, batch) -> scores``.
       batch: what it reads; a pytree of arrays.
       targets: the surrogate's, with ``where`` and ``weights``.
-      temperature: a number, or ``(scores, targets) -> number`` such as
-        `temperature_of`, with its threshold set for surrogates that have one:
+      temperature: a number, or ``(scores, targets, *, where, weights) -> number`` such
+        as `temperature_of`, with its threshold set for surrogates that have one:
         ``functools.partial(temperature_of, threshold=0.0)``.
 
     Returns:

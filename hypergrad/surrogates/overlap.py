@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .protocol import as_temperature, elementwise, ratio
+from .protocol import as_temperature, divide, elementwise, flagged, mean, rounding
 
 
 def _areas(
@@ -33,8 +33,8 @@ def _areas(
 
 def _mean(overlaps: Array, weights: Array) -> Array:
     """Over the images in which any pixel counts."""
-    seen = jnp.any(weights > 0, axis=1).astype(overlaps.dtype)
-    return jnp.sum(seen * overlaps) / jnp.maximum(jnp.sum(seen), 1)
+    overlaps = flagged(overlaps, weights)
+    return mean(overlaps, jnp.any(weights != 0, axis=1).astype(overlaps.dtype))
 
 
 class Dice(eqx.Module):
@@ -78,7 +78,8 @@ class Dice(eqx.Module):
         return self._dice(*_areas(self, scores, targets, where, weights))
 
     def _dice(self, shared, predicted, actual, weights):
-        return _mean(ratio(2 * shared, predicted + actual, weights), weights)
+        dice = divide(2 * shared, predicted + actual, rounding(weights))
+        return _mean(dice, weights)
 
 
 class IoU(eqx.Module):
@@ -111,4 +112,5 @@ class IoU(eqx.Module):
         return self._iou(*_areas(self, scores, targets, where, weights))
 
     def _iou(self, shared, predicted, actual, weights):
-        return _mean(ratio(shared, predicted + actual - shared, weights), weights)
+        iou = divide(shared, predicted + actual - shared, rounding(weights))
+        return _mean(iou, weights)

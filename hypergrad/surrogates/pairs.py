@@ -1,111 +1,143 @@
 """Sums over pairs of a positive and an item, in blocks: never an array [n, n]."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .rows import divide
+from .protocol import divide
 
-#: A block is of so many positives, few since the last block costs as much as a full
-#: one, by so many items: 2^20 pairs, 8 MB in float64.
+#: A block is of so many positives at most, few since the last one costs as much as a
+#: full one, by so many items: 2^20 pairs, 8 MB in float64.
 ROWS, COLUMNS = 128, 8192
+PAIRS = ROWS * COLUMNS
+
+#: A derivative of what is wrapped computes it again instead of keeping its pairs.
+kept_small = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def rankings_at_once(n: int) -> int:
+    """How many rankings of n items fill a block."""
+    rows, columns = _sides(n)
+    return max(1, PAIRS // (rows * columns))
 
 
 def sum_of_precisions(
-    scores: Float[Array, " n"],
-    hits: Float[Array, " n"],
-    weights: Float[Array, " n"],
+    scores: Float[Array, "r n"],
+    hits: Float[Array, "r n"],
+    weights: Float[Array, "r n"],
     temperature: Array,
-) -> Float[Array, ""]:
+) -> Float[Array, " r"]:
     """``sum_i h_i P_i`` with smooth precisions at the positives, those of weight h.
 
     ``P_i = (h_i + sum_j h_j g_ij) / (w_i + sum_j w_j g_ij)`` over other items j, with
-    ``g_ij = sigmoid((s_j - s_i) / temperature)``.
+    ``g_ij = sigmoid((s_j - s_i) / temperature)``; for r rankings, each by itself.
     """
-    order = jnp.argsort(hits <= 0)  # positives first: the rest need no rows
-    items = jnp.stack([scores, hits, weights], axis=1)[order]
-    block = min(COLUMNS, -(-scores.size // ROWS) * ROWS)
-    return _sum(jnp.pad(items, ((0, -scores.size % block), (0, 0))), temperature)
+    order = jnp.argsort(hits <= 0, axis=1)  # positives first: the rest need no rows
+    items = jnp.stack([scores, hits, weights], axis=2)
+    items = jnp.take_along_axis(items, order[:, :, None], axis=1)
+    _, columns = _sides(scores.shape[1])
+    items = jnp.pad(items, ((0, 0), (0, -scores.shape[1] % columns), (0, 0)))
+    return _sum(items, jnp.full((len(scores), 1, 1), temperature))
 
 
 @jax.custom_jvp
-def _sum(items: Float[Array, "n 3"], temperature: Array) -> Float[Array, ""]:
-    def add(k, total):
-        rows = _block(items, k, ROWS)
-        return total + _precisions(_counts(items, rows, temperature), rows)
+def _sum(
+    items: Float[Array, "r n 3"], temperature: Float[Array, "r 1 1"]
+) -> Float[Array, " r"]:
+    rows, columns = _blocks(items)
+    zero = jnp.zeros(len(items), items.dtype)
 
-    zero = jnp.zeros((), temperature.dtype)
-    return lax.fori_loop(0, _row_blocks(items), add, zero)
+    def add(total, rows):
+        some = lambda: _precisions(_counts(rows, columns, temperature), rows)
+        return total + lax.cond(_any_hit(rows), some, lambda: zero), None
+
+    return lax.scan(add, zero, rows)[0]
 
 
 @_sum.defjvp
 def _(primals, tangents):
     """The gradient, block by block: it is what is kept, not the pairs."""
     items, temperature = primals
+    rows, columns = _blocks(items)
+    zero = jnp.zeros(len(items), items.dtype)
+    start = zero, jnp.zeros_like(columns), jnp.zeros_like(temperature)
 
-    def add(k, carry):
-        total, gradient, slope = carry
-        rows = _block(items, k, ROWS)
-        counts = _counts(items, rows, temperature)
-        value, pull = jax.vjp(_precisions, counts, rows)
-        of_counts, of_rows = pull(jnp.ones_like(value))
+    def add(sums, rows):
+        some = lambda: _slopes(rows, columns, temperature)
+        none = lambda: (start, jnp.zeros_like(rows))
+        more, of_rows = lax.cond(_any_hit(rows), some, none)
+        return jax.tree.map(jnp.add, sums, more), of_rows
 
-        def add_columns(c, carry):
-            gradient, of_rows, slope = carry
-            columns = _block(items, c, COLUMNS)
-            _, pull = jax.vjp(_above, rows, columns, temperature)
-            more_of_rows, of_columns, more_slope = pull(of_counts)
-            gradient = _add_block(gradient, of_columns, c)
-            return gradient, of_rows + more_of_rows, slope + more_slope
-
-        carry = gradient, of_rows, slope
-        carry = lax.fori_loop(0, _column_blocks(items), add_columns, carry)
-        gradient, of_rows, slope = carry
-        return total + value, _add_block(gradient, of_rows, k), slope
-
-    zero = jnp.zeros((), temperature.dtype)
-    start = zero, jnp.zeros_like(items), zero
-    total, gradient, slope = lax.fori_loop(0, _row_blocks(items), add, start)
+    (total, of_columns, slope), of_rows = lax.scan(add, start, rows)
+    whole = lambda blocks: jnp.moveaxis(blocks, 0, 1).reshape(items.shape)
+    gradient = whole(of_columns) + whole(of_rows)
     of_items, of_temperature = tangents
-    return total, jnp.vdot(gradient, of_items) + slope * of_temperature
+    moved = jnp.sum(gradient * of_items, axis=(1, 2))
+    return total, moved + jnp.sum(slope * of_temperature, axis=(1, 2))
 
 
-def _precisions(counts: Float[Array, "rows 2"], rows: Float[Array, "rows 3"]) -> Array:
+@kept_small
+def _slopes(rows: Array, columns: Array, temperature: Array) -> tuple:
+    """``((value, of columns, of temperature), of rows)`` for one block of rows."""
+    counts = _counts(rows, columns, temperature)
+    value, pull = jax.vjp(_precisions, counts, rows)
+    of_counts, of_rows = pull(jnp.ones_like(value))
+
+    @kept_small
+    def of_block(columns):
+        _, pull = jax.vjp(_above, rows, columns, temperature)
+        return pull(of_counts)
+
+    def add(sums, columns):
+        more_of_rows, of_columns, more_slope = of_block(columns)
+        of_rows, slope = sums
+        return (of_rows + more_of_rows, slope + more_slope), of_columns
+
+    start = of_rows, jnp.zeros_like(temperature)
+    (of_rows, slope), of_columns = lax.scan(add, start, columns)
+    return (value, of_columns, slope), of_rows
+
+
+def _precisions(counts: Float[Array, "r rows 2"], rows: Float[Array, "r rows 3"]):
     """``sum_i h_i P_i``; an item has counted half of itself, which is sigmoid(0)."""
-    found, seen = (counts + rows[:, 1:] / 2).T
-    return jnp.sum(rows[:, 1] * divide(found, seen))
+    totals = counts + rows[:, :, 1:] / 2
+    found, seen = totals[:, :, 0], totals[:, :, 1]
+    return jnp.sum(rows[:, :, 1] * divide(found, seen), axis=1)
 
 
-def _counts(items: Array, rows: Array, temperature: Array) -> Float[Array, "rows 2"]:
+def _counts(
+    rows: Array, columns: Array, temperature: Array
+) -> Float[Array, "r rows 2"]:
     """For each row, the weight of the positives and of all items above it."""
-
-    def add(c, counts):
-        return counts + _above(rows, _block(items, c, COLUMNS), temperature)
-
-    start = jnp.zeros((len(rows), 2), temperature.dtype)
-    return lax.fori_loop(0, _column_blocks(items), add, start)
+    above = kept_small(lambda columns: _above(rows, columns, temperature))
+    add = lambda counts, columns: (counts + above(columns), None)
+    return lax.scan(add, jnp.zeros_like(rows[:, :, 1:]), columns)[0]
 
 
-def _above(rows: Array, columns: Array, temperature: Array) -> Float[Array, "rows 2"]:
+def _above(
+    rows: Float[Array, "r rows 3"], columns: Float[Array, "r columns 3"], temperature
+) -> Float[Array, "r rows 2"]:
     """The part of `_counts` that is in one block."""
-    above = jax.nn.sigmoid((columns[None, :, 0] - rows[:, None, 0]) / temperature)
-    return above @ columns[:, 1:]
+    differences = columns[:, None, :, 0] - rows[:, :, None, 0]
+    return jax.nn.sigmoid(differences / temperature) @ columns[:, :, 1:]
 
 
-def _row_blocks(items: Array) -> Array:
-    return -(-jnp.sum(items[:, 1] > 0) // ROWS)
+def _any_hit(rows: Array) -> Array:
+    """Blocks of rows without are skipped; under `vmap` no block is."""
+    return jnp.any(rows[:, :, 1] > 0)
 
 
-def _column_blocks(items: Array) -> int:
-    return -(-len(items) // COLUMNS)
+def _sides(n: int) -> tuple[int, int]:
+    """Rows and columns of a block; the one divides the other."""
+    rows = min(ROWS, n)
+    return rows, min(COLUMNS, -(-n // rows) * rows)
 
 
-def _block(items: Array, index: Array, size: int) -> Array:
-    size = min(size, len(items))
-    return lax.dynamic_slice_in_dim(items, index * size, size)
-
-
-def _add_block(items: Array, block: Array, index: Array) -> Array:
-    block = block + _block(items, index, len(block))
-    return lax.dynamic_update_slice_in_dim(items, block, index * len(block), 0)
+def _blocks(items: Float[Array, "r n 3"]) -> tuple[Array, Array]:
+    """``[blocks, r, rows, 3]`` and ``[blocks, r, columns, 3]`` of the same items."""
+    cut = lambda size: items.reshape(len(items), -1, size, items.shape[2])
+    rows, columns = (jnp.moveaxis(cut(size), 1, 0) for size in _sides(items.shape[1]))
+    return rows, columns

@@ -1,4 +1,4 @@
-"""What a surrogate is, and what all of them share: input checks, means, ratios."""
+"""What a surrogate is, and what all of them share: input checks, means, a division."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,9 @@ class Surrogate(Protocol):
     examples that count, and ``weights`` (at least 0) says how much. A masked-out
     example may hold anything, NaN included, and is as good as dropped. Where nothing is
     left to average, value and gradient are 0.
+
+    Scores of examples that count are finite. One that is NaN, or infinite while traced,
+    makes value, gradient and `exact` NaN; a concrete infinity is refused.
     """
 
     def __call__(
@@ -42,12 +45,19 @@ class Surrogate(Protocol):
         where: ArrayLike | None = None,
         weights: ArrayLike | None = None,
     ) -> Array:
-        """The metric itself; its derivative is 0 wherever it has one."""
+        """The metric itself; its derivative is 0 wherever it has one.
+
+        But for `CalibrationError`: between jumps its confidences move with the scores.
+        """
         ...
 
 
 class Examples(NamedTuple):
-    """Checked input; what is masked out is 0 throughout."""
+    """Checked input; what is masked out is 0 throughout.
+
+    An example that counts without a finite score has the score NaN and the weight NaN,
+    which reaches every sum.
+    """
 
     scores: Float[Array, "..."]
     targets: Array  # 0 and 1 in the dtype of the scores, or class indices
@@ -132,7 +142,7 @@ def multiclass(
                 f"targets must be in 0..{scores.shape[1] - 1}, the classes that scores "
                 f"has columns for; got {outside[0]}: mask such examples out by where"
             )
-    scores = jnp.where(mask[:, None], scores, 0)
+    scores, weights = _sound(jnp.where(mask[:, None], scores, 0), weights)
     return Examples(scores, jnp.where(mask, targets, 0), weights, mask)
 
 
@@ -165,7 +175,7 @@ def check_setting(name: str, value: Any, above: float, most: float) -> None:
 
 def check_not_negative(name: str, value: Any) -> None:
     """Refuses a number below 0; a traced one has no value yet."""
-    if not (isinstance(value, Tracer) or value >= 0):
+    if not (isinstance(value, Tracer) or np.all(np.asarray(value) >= 0)):
         raise ValueError(f"{name} must be 0 or above, got {value}")
 
 
@@ -177,20 +187,36 @@ def check_count(name: str, value: Any) -> None:
 
 def mean(values: Array, weights: Array) -> Array:
     """Weighted mean of all values; 0 where no weight is left."""
-    return ratio(jnp.sum(weights * values), jnp.sum(weights), weights)
+    return divide(jnp.sum(weights * values), jnp.sum(weights))
 
 
-def ratio(numerator: Array, denominator: Array, weights: Array) -> Array:
-    """``numerator / denominator`` of weighted sums; 0 / 0 is 0.
+def divide(numerator: Array, denominator: Array, least: ArrayLike = 0) -> Array:
+    """``numerator / denominator``; 0 where the denominator is 0, NaN where it is NaN.
 
-    A denominator below the rounding of the lightest example is that of sigmoids in
-    their tails, and stands for the 0 that they tend to.
+    A denominator below ``least`` counts as that, and stands for the 0 that both tend
+    to.
     """
+    none = denominator <= 0
+    safe = jnp.where(none, 1, jnp.maximum(denominator, least))
+    return jnp.where(none, 0, numerator) / safe
+
+
+def rounding(weights: Array) -> Array:
+    """Of the lightest example: sums of sigmoids below it are in their tails."""
     weights = jax.lax.stop_gradient(weights)
     lightest = jnp.min(jnp.where(weights > 0, weights, jnp.inf))
     numbers = jnp.finfo(weights.dtype)
     floor = numbers.eps * jnp.where(jnp.isfinite(lightest), lightest, 1)
-    return numerator / jnp.maximum(denominator, jnp.maximum(floor, numbers.tiny))
+    return jnp.maximum(floor, numbers.tiny)
+
+
+def flagged(values: Array, inputs: Array) -> Array:
+    """The values, or NaN where an input along the last axis is; so the gradients.
+
+    A sum does not always do it: XLA takes NaN times a false comparison for 0.
+    """
+    zeros = 0 * jax.lax.stop_gradient(inputs)
+    return values + jnp.sum(zeros * inputs, axis=-1)
 
 
 def _array(name: str, value: ArrayLike) -> Array:
@@ -245,7 +271,23 @@ def _two_valued(
                 "pass targets > 0; mask examples without a label out by where"
             )
     targets = jnp.where(kept, targets, 0).astype(scores.dtype)
-    return Examples(jnp.where(kept, scores, 0), targets, weights, mask)
+    scores, weights = _sound(jnp.where(kept, scores, 0), weights)
+    return Examples(scores, targets, weights, mask)
+
+
+def _sound(scores: Array, weights: Array) -> tuple[Array, Array]:
+    """Both with NaN for an example that counts and has a score that is not finite."""
+    each, counted = scores.reshape(*weights.shape, -1), weights != 0
+    values = _values(each, jnp.broadcast_to(counted[..., None], each.shape))
+    if values is not None and np.isinf(values).any():
+        raise ValueError(
+            f"scores must be finite, got {values[np.isinf(values)][0]}: mask such "
+            "examples out, pass where=jnp.isfinite(scores)"
+        )
+    sound = jnp.all(jnp.isfinite(each), axis=-1) & jnp.isfinite(weights)
+    factor = jnp.where(counted & ~sound, jnp.nan, jnp.ones_like(weights))
+    each = jnp.where((counted | sound)[..., None], each, 0) * factor[..., None]
+    return each.reshape(scores.shape), weights * factor
 
 
 def _counted(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .protocol import as_temperature, check_count
-from .rows import at_thresholds, divide, mean_over_rows
+from .protocol import as_temperature, check_count, divide
+from .rows import at_thresholds, mean_over_rows
 
 STEPS = 100  # of the search for a threshold; it ends by itself before
 
@@ -68,11 +68,12 @@ class RecallAtK(eqx.Module):
         return self._recall(_top, scores, targets, where, weights)
 
     def _recall(self, top, scores, targets, where, weights):
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             (found,) = top(scores, targets, weights, jnp.array([self.k]))
             return divide(found, jnp.sum(weights * targets))
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
 
 class PrecisionAtK(eqx.Module):
@@ -114,11 +115,12 @@ class PrecisionAtK(eqx.Module):
         return self._precision(_top, scores, targets, where, weights)
 
     def _precision(self, top, scores, targets, where, weights):
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             (found,) = top(scores, targets, weights, jnp.array([self.k]))
             return found / self.k
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
 
 class NDCG(eqx.Module):
@@ -168,14 +170,15 @@ class NDCG(eqx.Module):
     def _ndcg(self, top, scores, targets, where, weights):
         ranks = jnp.arange(1, self.k + 1)
 
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             discounts = 1 / jnp.log2(1 + ranks.astype(scores.dtype))
             dcg = lambda totals: jnp.sum(discounts * jnp.diff(totals, prepend=0))
             best = dcg(_top(targets, targets, weights, ranks))
             return divide(dcg(top(scores, targets, weights, ranks)), best)
 
         return mean_over_rows(
-            one_row, scores, targets, where, weights, self.axis, graded=True
+            of_rows, scores, targets, where, weights, self.axis, graded=True
         )
 
 
@@ -211,7 +214,8 @@ class MRR(eqx.Module):
     def __call__(self, scores, targets, *, temperature, where=None, weights=None):
         """The smooth mean reciprocal rank, a scalar."""
 
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             t = as_temperature(temperature, scores.dtype)
             hits, misses = weights * targets, weights * (1 - targets)
             some = jnp.any(hits > 0)
@@ -221,12 +225,13 @@ class MRR(eqx.Module):
             rank = 1 + jnp.sum(misses * jax.nn.sigmoid(u - smooth_best))
             return jnp.where(some, 1 / rank, 0)
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
     def exact(self, scores, targets, *, where=None, weights=None):
         """The mean reciprocal rank, a scalar."""
 
-        def one_row(scores, targets, weights):
+        @jax.vmap
+        def of_rows(scores, targets, weights):
             hits, misses = weights * targets, weights * (1 - targets)
             best = _best(scores, hits)
             tied = scores == best
@@ -237,7 +242,7 @@ class MRR(eqx.Module):
             rank = 1 + jnp.sum(misses * before)
             return jnp.where(jnp.any(hits > 0), 1 / rank, 0)
 
-        return mean_over_rows(one_row, scores, targets, where, weights, self.axis)
+        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
 
 
 def _best(scores: Array, hits: Array) -> Float[Array, ""]:

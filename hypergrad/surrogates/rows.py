@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from .protocol import elementwise, mean
+from .protocol import elementwise, flagged, mean
 
-#: A metric of one row: scores [n], targets [n], weights [n] (0 where masked out), and
-#: its number if there is one a row.
+#: A metric of rows, a value each: scores, targets and weights (0 where masked out), all
+#: [r, n], and a number a row, [r], if there is one.
 RowMetric = Callable[..., Array]
 
 
@@ -27,12 +26,12 @@ def mean_over_rows(
     *,
     graded: bool = False,
     beside: ArrayLike | None = None,
-    together: int | None = None,
+    at_once: Callable[[int], int] | None = None,
 ) -> Array:
     """The metric along ``axis``, averaged over the other axes.
 
-    A row of which every item is masked out leaves the mean. Rows are taken all at once,
-    or as many as have ``together`` items (at least one row), to bound memory.
+    A row of which every item is masked out leaves the mean. Rows are taken all
+    together, or to bound memory as many as ``at_once`` says for their number of items.
     ``graded`` targets may be other than 0 and 1. The number ``beside`` a row is passed
     on to the metric; it may be the same for all.
     """
@@ -55,13 +54,12 @@ def mean_over_rows(
         outer = shape[:axis] + shape[axis:][1:]
         beside = jnp.broadcast_to(jnp.asarray(beside, scores.dtype), outer)
         rows = *rows, beside.reshape(-1)
-    if together is None:
-        values = jax.vmap(metric)(*rows)
+    if at_once is None:
+        values = metric(*rows)
     else:
-        at_once = max(1, together // shape[axis])
-        values = lax.map(lambda row: metric(*row), rows, batch_size=at_once)
+        values = _in_turn(metric, rows, at_once(shape[axis]))
     counted = jnp.any(as_rows(mask), axis=1)
-    return mean(values, counted.astype(values.dtype))
+    return mean(flagged(values, rows[0]), counted.astype(values.dtype))
 
 
 def at_thresholds(scores: Array, *shares: Array) -> tuple[Array, list[Array]]:
@@ -76,10 +74,17 @@ def at_thresholds(scores: Array, *shares: Array) -> tuple[Array, list[Array]]:
     return order, [lax.cummin(total(share), reverse=True) for share in shares]
 
 
-def divide(numerator: Array, denominator: Array) -> Array:
-    """``numerator / denominator``, 0 where the denominator is 0."""
-    some = denominator > 0
-    return jnp.where(some, numerator, 0) / jnp.where(some, denominator, 1)
+def _in_turn(metric: RowMetric, rows: tuple[Array, ...], at_once: int) -> Array:
+    """So many rows at once, the last filled up with rows of zeros."""
+    count = len(rows[0])
+    at_once = min(at_once, count)
+
+    def blocks(x):
+        x = jnp.pad(x, ((0, -count % at_once), (0, 0)))
+        return x.reshape(-1, at_once, x.shape[1])
+
+    values = lax.map(lambda block: metric(*block), tuple(map(blocks, rows)))
+    return values.ravel()[:count]
 
 
 def _along(x: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .protocol import as_temperature, elementwise
+from .protocol import as_temperature, elementwise, flagged
 
 
 def soft_rank(
@@ -21,7 +21,7 @@ def soft_rank(
     nearest to ``-values / temperature``.
 
     Args:
-      values: ``[..., n]``; leading axes are ranked one after the other.
+      values: ``[..., n]``; rows are ranked one after the other, by `jax.lax.map`.
       temperature: above 0, in the units of the values. Where it is at most the smallest
         gap, ranks are the hard ones and their derivative is 0; as it rises they tend to
         the mean rank.
@@ -48,9 +48,9 @@ def soft_rank(
         values, jnp.zeros(np.shape(values)), None, weights
     )
     temperature = as_temperature(temperature, values.dtype)
-    flat = lambda x: x.reshape(-1, x.shape[-1])
-    one_row = lambda values, weights: ranks(values, weights, temperature)
-    return jax.vmap(one_row)(flat(values), flat(weights)).reshape(values.shape)
+    rows = [x.reshape(-1, x.shape[-1]) for x in (values, weights)]
+    one_row = lambda row: flagged(ranks(row[0], row[1], temperature), row[0])
+    return lax.map(one_row, rows).reshape(values.shape)
 
 
 def ranks(
@@ -58,14 +58,15 @@ def ranks(
 ) -> Float[Array, " n"]:
     """`soft_rank` of one row."""
     counted = weights > 0
-    top = jnp.max(jnp.where(counted, values, -jnp.inf), initial=jnp.finfo(values).min)
+    top = jnp.max(jnp.where(counted, values, -jnp.inf))
+    top = jnp.where(jnp.any(counted), top, 0)
     # Ranks do not change with a shift: differences are exact where quotients are not.
     u = (values - lax.stop_gradient(top)) / temperature
     order = jnp.argsort(jnp.where(counted, -lax.stop_gradient(u), jnp.inf))
     u, w = u[order], weights[order]
     hard = jnp.cumsum(w) + (1 - w) / 2
     lowest = jnp.finfo(u.dtype).min
-    block, _ = pool(lax.stop_gradient(jnp.where(w > 0, u + hard, lowest)), w)
+    block, _ = pool(*lax.stop_gradient((jnp.where(w > 0, u + hard, lowest), w)))
 
     def block_mean(x):
         total = lambda x: jax.ops.segment_sum(

@@ -6,7 +6,15 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from .accuracy import best_others, own
-from .protocol import binary, check_setting, elementwise, mean, multiclass, multilabel
+from .protocol import (
+    binary,
+    check_setting,
+    elementwise,
+    flagged,
+    mean,
+    multiclass,
+    multilabel,
+)
 
 QUANTILES = 128  # of either class, for pairs
 STEPS = 40  # bisections: the bracket shrinks below any dtype's rounding
@@ -86,6 +94,7 @@ def temperature_of(
         scores, targets, threshold, gap, where, weights
     )
     sizes, weights, gap = jax.lax.stop_gradient((jnp.abs(differences), weights, gap))
+    unsound = flagged(jnp.zeros_like(gap), weights)
     weights = jnp.where(sizes > 0, weights, 0)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
@@ -103,7 +112,7 @@ def temperature_of(
     # too high, since half of the differences are off by sigmoid(-1) at least.
     bracket = gap * median / 5, median
     low, high = jax.lax.fori_loop(0, STEPS, halve, bracket)
-    return jnp.where(total > 0, jnp.sqrt(low) * jnp.sqrt(high), 1)
+    return jnp.where(total > 0, jnp.sqrt(low) * jnp.sqrt(high), 1) + unsound
 
 
 def _differences(
@@ -140,8 +149,8 @@ def _differences(
     ones, others = (_quantiles(scores, w, levels) for w in (of_one, of_other))
     pairs = (ones[:, None] - others[None, :]).ravel()
     exist = (jnp.sum(of_one) > 0) & (jnp.sum(of_other) > 0)
-    weights = jnp.where(exist, jnp.ones_like(pairs), 0)
-    return pairs, weights, jnp.asarray(gap, scores.dtype)
+    either = flagged(jnp.where(exist, jnp.ones_like(pairs), 0), weights)
+    return pairs, either, jnp.asarray(gap, scores.dtype)
 
 
 def _quantiles(values: Array, weights: Array, levels: Array) -> Array:
