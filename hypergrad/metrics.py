@@ -47,6 +47,11 @@ def check_metrics(
     return dict(metrics)
 
 
+def at_step(metric: Metric, step: Array) -> Metric:
+    """A metric that changes along a run says by ``at_step(step)`` what it is then."""
+    return metric.at_step(step) if hasattr(metric, "at_step") else metric
+
+
 def check_progress(progress: Any) -> None:
     """Refuses what cannot be called."""
     if not (progress is None or callable(progress)):

@@ -24,7 +24,7 @@ from .checks import (
 from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
 from .inner.descent import searches_a_line
-from .metrics import Metric, Progress, check_metrics, check_progress
+from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel
 from .settings import check_steps
 from .trace import Trace
@@ -68,7 +68,8 @@ def minimize(
         stay. The values of different steps do not compare then, so that
         ``trace.best_alpha`` is the last good one.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
-        arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``.
+        arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``. Of one with a
+        method ``at_step(step)`` that is asked first for the metric of the step.
       eval_every: steps between evaluations; the last step is always evaluated.
       certify_every: steps between certificates (`hypergrad.certify`), counted in the
         ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
@@ -349,7 +350,7 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
         name: jax.lax.cond(
             due,
             lambda metric=metric: jnp.asarray(
-                metric(estimate.w, alpha, metric_key), dtype=float
+                at_step(metric, index)(estimate.w, alpha, metric_key), dtype=float
             ),
             lambda: jnp.asarray(jnp.nan, dtype=float),
         )

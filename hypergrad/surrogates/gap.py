@@ -20,8 +20,18 @@ class _Reading(eqx.Module):
     batch: PyTree
     targets: Array
     temperature: Any
+    schedule: Callable | None = eqx.field(static=True)
     where: Array | None
     weights: Array | None
+
+    def at_step(self, step: Array) -> "_Reading":
+        """What `minimize` measures by at a step of an annealed run."""
+        if self.schedule is None:
+            return self
+        where = lambda reading: reading.temperature
+        return eqx.tree_at(
+            where, self, self.schedule(step), is_leaf=lambda x: x is None
+        )
 
     def __call__(self, w: PyTree, alpha: PyTree, key: Array) -> Array:
         del key
@@ -47,6 +57,7 @@ def gap_metrics(
     targets: ArrayLike,
     *,
     temperature: ArrayLike | Callable[..., Array],
+    schedule: Callable[[Array], Array] | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> dict[str, Callable[[PyTree, PyTree, Array], Array]]:
@@ -61,6 +72,8 @@ def gap_metrics(
       temperature: a number, or ``(scores, targets, *, where, weights) -> number`` such
         as `temperature_of`, with its threshold set for surrogates that have one:
         ``functools.partial(temperature_of, threshold=0.0)``.
+      schedule: ``step -> temperature``, that of an annealed run, which `minimize` asks
+        in place of ``temperature`` at each evaluation.
 
     Returns:
       ``{name: exact, name_surrogate: smooth, name_gap: smooth - exact}``, each a
@@ -89,6 +102,7 @@ def gap_metrics(
             batch,
             jnp.asarray(targets),
             temperature,
+            schedule,
             as_array(where),
             as_array(weights),
         )
