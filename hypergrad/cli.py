@@ -55,17 +55,15 @@ def run(
 
 
 def tasks() -> None:
-    """List the tasks, with paradigm and source."""
-    import jax
+    """List the tasks: paradigm, source, and how long a table takes on two cores."""
     from rich.console import Console
     from rich.table import Table
 
-    from .tasks import TASKS
+    from .studies import STUDIES
 
-    table = Table("task", "paradigm", "source")
-    for name, module in TASKS.items():
-        task = module.make(key=jax.random.key(0))
-        table.add_row(name, task.paradigm, task.source)
+    table = Table("task", "paradigm", "source", "minutes")
+    for study in STUDIES.values():
+        table.add_row(study.name, study.paradigm, study.source, f"{study.minutes:g}")
     Console().print(table)
 
 
@@ -94,9 +92,9 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {HELP}")
-    from .tasks import TASKS
+    from .studies import STUDIES
 
-    names = Literal[tuple(TASKS)]  # pyright: ignore[reportInvalidTypeForm]
+    names = Literal[tuple(STUDIES)]  # pyright: ignore[reportInvalidTypeForm]
     run.__annotations__["task"] = Annotated[names, tyro.conf.Positional]
     tyro.extras.subcommand_cli_from_dict(
         {"run": run, "tasks": tasks, "estimators": estimators},

@@ -49,7 +49,8 @@ def check_metrics(
 
 def at_step(metric: Metric, step: Array) -> Metric:
     """A metric that changes along a run says by ``at_step(step)`` what it is then."""
-    return metric.at_step(step) if hasattr(metric, "at_step") else metric
+    of_step = getattr(metric, "at_step", None)
+    return metric if of_step is None else of_step(step)
 
 
 def check_progress(progress: Any) -> None:

@@ -223,6 +223,7 @@ def beats(first: str, second: str, least: float | None) -> Claim:
 
 STUDY = Study(
     name="augmentation",
+    paradigm="supervised",
     source="Li et al. 2020 (arXiv 2003.03780)",
     about=(
         f"{NUM_TRAIN} upright images to train on; validation ({NUM_VAL}) and test "

@@ -229,6 +229,7 @@ def histograms(alpha: np.ndarray, wrong: np.ndarray) -> Row:
 
 STUDY = Study(
     name="cleaning",
+    paradigm="supervised",
     source="Franceschi et al. 2017 (arXiv 1703.01785), section 5.1",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run. Accuracy on the "

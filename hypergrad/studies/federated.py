@@ -122,7 +122,7 @@ def row(method: str, seed: int) -> Row:
         measured = {
             "selection": -float(task.metrics["held_loss"](w, alpha, key)),
             "accuracy": float(task.metrics["accuracy"](w, alpha, key)),
-            "val_loss": float(problem.outer_loss(w, alpha, problem.outer_data)),
+            "val_loss": float(problem.outer(w, alpha, problem.outer_data)),
             "run_seconds": seconds,
         }
         return measured if trace is None else measured | of_trace(trace)
@@ -178,6 +178,7 @@ def gap(rows: list[Row]) -> list[Any]:
 
 STUDY = Study(
     name="federated",
+    paradigm="federated",
     source="Tarzanagh et al. 2022 (arXiv 2205.02215), section 4",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run. Accuracy: the mean "

@@ -178,6 +178,7 @@ def row(method: str, seed: int) -> Row:
 
 STUDY = Study(
     name="few_shot",
+    paradigm="few-shot",
     source="Finn et al. 2017 (arXiv 1703.03400), Rajeswaran et al. 2019 (1909.04630)",
     about=(
         f"Five-way one-shot tasks; at most {BUDGET:,} gradient-equivalents (grad-eq) a "

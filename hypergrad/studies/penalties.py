@@ -305,6 +305,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
 STUDY = Study(
     name="penalties",
+    paradigm="supervised",
     source="Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590)",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, after which every "

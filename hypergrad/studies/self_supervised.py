@@ -197,6 +197,7 @@ def picture(rows: list[Row], path: Path) -> None:
 
 STUDY = Study(
     name="self_supervised",
+    paradigm="self-supervised",
     source="Chen et al. 2020 (arXiv 2002.05709)",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, the twelve "

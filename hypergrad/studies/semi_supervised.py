@@ -236,6 +236,7 @@ def beats(first: str, second: str, least: float | None) -> Claim:
 
 STUDY = Study(
     name="semi_supervised",
+    paradigm="semi-supervised",
     source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293)",
     about=(
         f"{NUM_LABELLED} labels, {NUM_VAL} for validation, {NUM_UNLABELLED:,} "

@@ -54,7 +54,8 @@ class Study:
     """A table to run.
 
     Attributes:
-      name, source, about: what it is; ``about`` is the paragraph over its table.
+      name, paradigm, source: of the task.
+      about: the paragraph over its table.
       data: ``() -> (what was loaded, {name: array})``.
       methods: the rows, in order, ``{name: seed -> row}``: a row is a dict of
         numbers, and of lists where the figure wants them. The costs are
@@ -68,6 +69,7 @@ class Study:
     """
 
     name: str
+    paradigm: str
     source: str
     about: str
     data: Callable[[], tuple[str, dict[str, Any]]]

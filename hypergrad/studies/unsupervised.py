@@ -193,6 +193,7 @@ def picture(rows: list[Row], path: Path) -> None:
 
 STUDY = Study(
     name="unsupervised",
+    paradigm="unsupervised",
     source="Tipping & Bishop 1999; Duin 1976",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run. Negative "
