@@ -136,9 +136,12 @@ def _dots(axis, methods: dict, metric: str, own: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+LOOP_COLORS = ("black", "darkorange", "crimson", "steelblue")
+
+
 def _reaching(axis, curves: dict[str, list[tuple]]) -> None:
     """Value less the target along each run, and where the target is reached."""
-    colors = dict(zip(curves, ("black", "darkorange", "crimson"), strict=True))
+    colors = dict(zip(curves, LOOP_COLORS, strict=True))
     for name, runs in curves.items():
         reached = [run[3] for run in runs if run[3] is not None]
         label = f"{name}: reached on {len(reached)} of {len(runs)} seeds"
