@@ -30,6 +30,7 @@ from .linear.operator import Stats, solve
 from .problem import Bilevel
 from .products import hvp
 from .settings import check_steps, number
+from .shown import Shown
 from .trees import all_finite, norm, normal
 
 TRUST = 1e-2
@@ -42,7 +43,7 @@ CORRECTIONS = 2
 PROBE = 20  # steps of conjugate gradients that look for negative curvature
 
 
-class Certificate(eqx.Module):
+class Certificate(Shown):
     """What is known of a hypergradient's error as the derivative at the argmin.
 
     Attributes:

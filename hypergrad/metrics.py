@@ -38,7 +38,10 @@ def check_metrics(
             try:
                 shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
             except Exception as error:
-                error.add_note(f"while tracing metrics[{name!r}](w, alpha, key)")
+                error.add_note(
+                    f"while tracing metrics[{name!r}], which is called as "
+                    "fn(w, alpha, key) -> scalar"
+                )
                 raise
             if shape != ():
                 raise ValueError(

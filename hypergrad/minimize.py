@@ -65,11 +65,13 @@ def minimize(
       project: applied to ``alpha`` after each step, instead of a space.
       anneal: ``(step, outer_data) -> outer_data``, what the outer loss sees at each
         step, such as data with a lower temperature in it; structure, shapes and dtypes
-        stay. The values of different steps do not compare then, so that
+        stay. It gets `Batches` as they are: ``hg.Batches(data.data | {"T": T},
+        data.batch_size)``. The values of different steps do not compare then, so that
         ``trace.best_alpha`` is the last good one.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated outside the ledger;
-        arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``. Of one with a
-        method ``at_step(step)`` that is asked first for the metric of the step.
+        arrays they read are data: ``jax.tree_util.Partial(fn, arrays)``. A metric may
+        differ from step to step: an object with a method ``at_step(step)`` is asked for
+        the function of each.
       eval_every: steps between evaluations; the last step is always evaluated.
       certify_every: steps between certificates (`hypergrad.certify`), counted in the
         ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose

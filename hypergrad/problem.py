@@ -40,9 +40,9 @@ class Batches(eqx.Module):
     """Examples, and how many of them a loss sees at once.
 
     Args:
-      data: pytree of arrays that share their leading axis ``[size, ...]``, or None
-        with ``keyed=True``, when each batch is just a key (rollouts, collocation
-        points).
+      data: pytree of arrays that share their leading axis ``[size, ...]``; scalars
+        beside them, such as a temperature, are in every batch as they are. None with
+        ``keyed=True``, when each batch is just a key (rollouts, collocation points).
       batch_size: examples a draw, i.i.d. with replacement; None means all of them.
       keyed: each batch becomes ``(batch, key)`` with a fresh PRNG key (augmentation,
         dropout); with ``data=None`` it is the key alone.
@@ -78,10 +78,10 @@ class Batches(eqx.Module):
                 "Batches(None, keyed=True) for batches that are just a key"
             )
         shapes = [leaf.shape for leaf in leaves]
-        if any(shape == () for shape in shapes) or len({s[0] for s in shapes}) > 1:
+        if len({shape[0] for shape in shapes if shape}) != 1:
             raise ValueError(
-                f"the leaves of Batches need one common leading axis, the examples; "
-                f"got shapes {shapes}"
+                "the leaves of Batches need one common leading axis, the examples, "
+                f"or be scalars beside them; got shapes {shapes}"
             )
         if batch_size is not None and not (
             isinstance(batch_size, int)
@@ -96,8 +96,8 @@ class Batches(eqx.Module):
     @property
     def size(self) -> int:
         """Number of examples (1 where a batch is just a key)."""
-        leaves = jax.tree.leaves(self.data)
-        return leaves[0].shape[0] if leaves else 1
+        lengths = [leaf.shape[0] for leaf in jax.tree.leaves(self.data) if leaf.ndim]
+        return lengths[0] if lengths else 1
 
     @property
     def all(self) -> PyTree:
@@ -112,7 +112,8 @@ class Batches(eqx.Module):
 
     def take(self, indices: Array) -> PyTree:
         """The examples at ``indices`` (an integer array); without a key."""
-        return jax.tree.map(lambda leaf: leaf[indices], self.data)
+        rows = lambda leaf: leaf[indices] if leaf.ndim else leaf
+        return jax.tree.map(rows, self.data)
 
     def draw(self, key: Array) -> PyTree:
         """A batch drawn i.i.d. with replacement; same key, same batch to the bit."""

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from .shown import Shown
 
 STATUS = (
     "completed",
@@ -15,7 +16,7 @@ STATUS = (
 )
 
 
-class Trace(eqx.Module):
+class Trace(Shown):
     """The course of a run.
 
     Attributes:

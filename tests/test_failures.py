@@ -430,9 +430,9 @@ CONSTRUCTORS = {
         ValueError, ["common leading axis", r"\(3, 2\)", r"\(4,\)"],
         lambda: hg.Batches({"x": jnp.ones((3, 2)), "y": jnp.ones(4)}),
     ),
-    "a leaf without rows": (
-        ValueError, ["common leading axis"],
-        lambda: hg.Batches({"x": jnp.ones(3), "scale": 1.0}),
+    "no leaf with rows": (
+        ValueError, ["common leading axis", "scalars beside them"],
+        lambda: hg.Batches({"scale": 1.0}),
     ),
     "batch above the data": (
         ValueError, ["batch_size", r"1\.\.5", "got 6"],

@@ -72,6 +72,16 @@ def test_frequencies_are_uniform_with_replacement(keyed):
     assert abs(repeated - (1 - 5 / 6 * 4 / 6)) < 4 * np.sqrt(0.25 / 4000)
 
 
+def test_scalars_beside_the_examples_are_in_every_batch(key):
+    """As a temperature of a surrogate is."""
+    batches = hg.Batches({"x": jnp.arange(6.0), "T": 0.3}, 4)
+    assert batches.size == 6
+    batch = batches.draw(key)
+    assert batch["x"].shape == (4,)
+    assert batch["T"] == jnp.asarray(0.3)
+    assert batches.take(jnp.array([2]))["T"].shape == ()
+
+
 def test_keyed_batches_carry_fresh_keys():
     """``(batch, key)``, a new key with each draw and one key for one draw."""
     batches = hg.Batches(ROWS, 4, keyed=True)

@@ -347,3 +347,29 @@ def test_the_example_in_the_readme_is_the_doctest(capsys: pytest.CaptureFixture)
     first, last, trusted = capsys.readouterr().out.split()
     assert float(last) < float(first)
     assert trusted == "True"
+
+
+def test_results_print_their_scalars():
+    """Numbers, not the shapes of numbers; larger arrays by shape, and under jit all."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: 0.5 * jnp.sum(w**2))
+    certificate = hg.certify(problem, jnp.float32(1.5), jnp.float32(1.0))
+    assert "error_estimate=0.5," in repr(certificate)
+    assert "trusted=False" in repr(certificate)
+    alpha = jnp.ones(3, jnp.float32)
+    known = hg.Estimate(jnp.float32(2.0), alpha, alpha, {"trusted": jnp.array(True)})
+    assert "value=2.0" in repr(known)
+    assert "hypergradient=f32[3]" in repr(known)
+    traced = []
+    jax.jit(lambda x: traced.append(repr(hg.Estimate(x, x, x, {}))))(alpha[0])
+    assert "value=f32[]" in traced[0]
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_architecture_page_run_as_printed():
+    """It promises that; each is a program of its own."""
+    page = (ROOT.parent / "docs/architecture.md").read_text()
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "docs/architecture.md", "exec"), {})

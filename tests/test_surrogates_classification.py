@@ -332,6 +332,15 @@ RIGHT = [
 ]
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_traced_temperature_that_is_not_above_zero_is_flagged(temperature):
+    """It has no value to refuse while it is traced; the result is NaN."""
+    f1, scores, targets = sg.FBeta(), np.array([0.3, -0.2]), np.array([1, 0])
+    value = jax.jit(lambda t: f1(scores, targets, temperature=t))
+    assert np.isnan(value(temperature))
+    assert np.isfinite(value(0.5))
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_where_all_are_right_the_surrogate_falls_as_temperature_rises(name, key):
     """From 1 (the partial area: from its range) towards chance."""

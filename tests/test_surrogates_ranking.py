@@ -737,6 +737,13 @@ def test_too_few_truths_are_flagged_where_traced(points):
         (lambda: sg.NDCG(1).exact([0.1], [1, 2]), "must have the shape of scores"),
         (lambda: sg.FastAP()([0.1], [1], temperature=0.0), "temperature must be above"),
         (lambda: sg.soft_rank([0.1], temperature=-1.0), "temperature must be above 0"),
+        *(
+            (
+                lambda t=t: sg.SmoothAP()(np.eye(2), np.eye(2), temperature=t),
+                "temperature must be above 0",
+            )
+            for t in (0.0, -1, np.float32(-1), np.nan)
+        ),
         (
             lambda: sg.match_boxes(np.ones((1, 2, 4)), np.ones(2), np.ones((1, 1, 4))),
             r"boxes must be \[images, boxes, 4\]",

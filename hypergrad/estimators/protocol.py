@@ -2,11 +2,11 @@
 
 from typing import Any, Protocol
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..problem import Bilevel
+from ..shown import Shown
 
 STATS = (
     "inner_residual",
@@ -26,7 +26,7 @@ STATS = (
 )
 
 
-class Estimate(eqx.Module):
+class Estimate(Shown):
     """A hypergradient, and what it says of itself.
 
     Attributes:

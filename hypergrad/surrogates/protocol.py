@@ -121,7 +121,8 @@ def multiclass(
         )
     if targets.shape != scores.shape[:1]:
         hints = {
-            scores.shape: "pass class indices, targets.argmax(1)",
+            scores.shape: "of one class an example pass its index, targets.argmax(1); "
+            "of labels or a ranking, scores.ravel() and targets.ravel()",
             (*scores.shape[:1], 1): "drop the last axis, targets[:, 0]",
         }
         hint = hints.get(targets.shape, "pass one class index an example")
@@ -147,18 +148,22 @@ def multiclass(
 
 
 def as_temperature(temperature: ArrayLike, dtype: Any) -> Array:
-    """A scalar in the dtype of the scores; refuses what is not above 0."""
+    """A scalar in the dtype of the scores; refuses what is not above 0.
+
+    A traced one has no value yet: it is NaN where it is not above 0.
+    """
     array = _array("temperature", temperature)
     if array.shape != ():
         raise ValueError(
             f"temperature must be a scalar, got shape {array.shape}; for several use "
             "jax.vmap"
         )
-    if not isinstance(array, Tracer) and not float(array) > 0:
+    if not isinstance(temperature, Tracer) and not float(temperature) > 0:
         raise ValueError(
-            f"temperature must be above 0, in the units of the scores; got {array}"
+            "temperature must be above 0, in the units of the scores; got "
+            f"{temperature}"
         )
-    return array.astype(dtype)
+    return jnp.where(array > 0, array, jnp.nan).astype(dtype)
 
 
 def check_setting(name: str, value: Any, above: float, most: float) -> None:

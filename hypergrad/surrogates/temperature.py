@@ -53,6 +53,9 @@ def temperature_of(
     is less than half: precision, recall, F-beta and Dice compare the tails of many
     negatives with few positives.
 
+    For labels [n, labels] or a ranking [queries, gallery] pass ``scores.ravel()`` and
+    ``targets.ravel()``: pairs of all rows stand for those of each.
+
     Args:
       scores: [n], [n, C], or any shape with a threshold.
       targets: as the surrogate's; optional.

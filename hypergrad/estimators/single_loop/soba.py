@@ -25,6 +25,10 @@ class SOBA(eqx.Module):
         paper's, with a number or a schedule.
       adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
 
+    ``w`` and ``v`` follow ``alpha`` only where it is slow: begin with ``rho`` about
+    ``1 / lambda_max`` and a rate of ``alpha`` at which ``certify_every`` finds a small
+    ``error_estimate``; where that grows along the run, lower the rate of ``alpha``.
+
     Cost: one Hessian-vector product, which yields the inner gradient and the cross term
     too, and one outer gradient, on a batch each. Memory: two vectors like ``w`` and
     the optimizers' states.
