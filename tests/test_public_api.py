@@ -365,6 +365,17 @@ def test_results_print_their_scalars():
     assert "value=f32[]" in traced[0]
 
 
+def test_the_blocks_of_the_readme_run_in_order():
+    """Each with what those before it defined; F1 rises, and its gap narrows."""
+    page = (ROOT.parent / "README.md").read_text()
+    names: dict = {}
+    for part in page.split("```python\n")[1:]:
+        exec(compile(part.split("```")[0], "README.md", "exec"), names)
+    f1, gap = (names["trace"].metrics[name][::10] for name in ("F1", "F1_gap"))
+    assert 0.5 < f1[0] < f1[-1] <= 1
+    assert abs(gap[-1]) < abs(gap[0]) < 0.1
+
+
 @pytest.mark.slow
 def test_the_blocks_of_the_architecture_page_run_as_printed():
     """It promises that; each is a program of its own."""
