@@ -161,8 +161,9 @@ def burgers_reference(data_dir: str | None) -> tuple[str, dict[str, np.ndarray]]
         return "Burgers' equation, the file of Raissi et al. 2019", found
     except FileNotFoundError:
         x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
-        at = [grid.ravel() for grid in np.meshgrid(x, t, indexing="ij")]
-        found = {"x": x, "t": t, "u": cole_hopf(*at).reshape(256, 100)}
+        places, times = np.meshgrid(x, t, indexing="ij")
+        u = cole_hopf(places.ravel(), times.ravel()).reshape(256, 100)
+        found = {"x": x, "t": t, "u": u}
         return "Burgers' equation, by the quadrature of Cole and Hopf", found
 
 
