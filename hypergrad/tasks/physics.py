@@ -93,9 +93,10 @@ def terms(
 
 
 def misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``mean |u(x) - u|²``; on held-out sensors the outer loss."""
+    """``mean |u(x) - u|²`` over the points in use; on held-out sensors the outer loss."""
     del alpha
-    return jnp.mean((network(w, batch["x"]) - batch["u"]) ** 2)
+    error = network(w, batch["x"]) - batch["u"]
+    return jnp.average(error**2, weights=batch.get("use"))
 
 
 def weighted_loss(
@@ -227,7 +228,11 @@ def burgers_data(
 
 
 def make_weights(
-    key: Array, variant: str, sizes: dict[str, Any], data_dir: str | None
+    key: Array,
+    variant: str,
+    sizes: dict[str, Any],
+    data_dir: str | None,
+    hold_out: Array | bool,
 ) -> Task:
     """One positive weight a term, all 1 at first."""
     data_key, noise_key, net_key = jax.random.split(key, 3)
@@ -241,6 +246,8 @@ def make_weights(
     count = sizes["sensors"]
     seen = jax.tree.map(lambda leaf: leaf[:count], sensors)
     held_out = jax.tree.map(lambda leaf: leaf[count:], sensors)
+    third = jnp.arange(sizes["held_out"]) % 3 == 0
+    held_out["use"] = jnp.where(third & jnp.asarray(hold_out), 0.0, 1.0)
     train = {"inside": parts["inside"], "boundary": parts["boundary"], "data": seen}
     error = jax.tree_util.Partial(relative_error, parts["test"])
     num_inputs = parts["inside"].shape[1]
@@ -314,6 +321,7 @@ def make(
     scale: str = "small",
     data_dir: str | None = None,
     variant: str = "poisson",
+    hold_out: Array | bool = False,
     **sizes: Any,
 ) -> Task:
     """A differential equation and a network that solves it.
@@ -324,6 +332,8 @@ def make(
       data_dir: where Burgers' reference lies; see `hypergrad.data.load`. Without the
         file it is made by quadrature.
       variant: 'poisson', 'burgers' or 'control'.
+      hold_out: keep a third of the held-out sensors out of the outer loss, to choose by;
+        not read by 'control'.
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
@@ -336,4 +346,4 @@ def make(
     chosen = SCALES[variant][scale] | sizes
     if variant == "control":
         return make_control(key, chosen)
-    return make_weights(key, variant, chosen, data_dir)
+    return make_weights(key, variant, chosen, data_dir, hold_out)
