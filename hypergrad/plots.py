@@ -13,6 +13,7 @@ COLORS = {
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
     "DADA": "#9467bd",
+    "truncated": "#17becf",
 }
 
 

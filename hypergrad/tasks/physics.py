@@ -37,7 +37,6 @@ from .task import Task
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
-NOISE = 0.1
 SOLVER = Descent(optax.adam(1e-2), num_steps=50)
 
 
@@ -241,7 +240,7 @@ def make_weights(
     else:
         parts, loss = burgers_data(sizes, data_key, data_dir), burgers_loss
     sensors = parts["sensors"]
-    noise = NOISE * jax.random.normal(noise_key, sensors["u"].shape)
+    noise = sizes["noise"] * jax.random.normal(noise_key, sensors["u"].shape)
     sensors = sensors | {"u": sensors["u"] + noise}
     count = sizes["sensors"]
     seen = jax.tree.map(lambda leaf: leaf[:count], sensors)
@@ -295,17 +294,23 @@ def metric_cost(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
 
 SCALES = {
     "poisson": {
-        "small": {"inside": 64, "sensors": 20, "held_out": 20, "hidden": (20, 20)},
-        "paper": {"inside": 256, "sensors": 50, "held_out": 50, "hidden": (50,) * 4},
+        "small": {
+            **{"inside": 64, "sensors": 20, "held_out": 20, "noise": 0.1},
+            "hidden": (20, 20),
+        },
+        "paper": {
+            **{"inside": 256, "sensors": 50, "held_out": 50, "noise": 0.1},
+            "hidden": (50,) * 4,
+        },
     },
     "burgers": {
         "small": {
             **{"inside": 500, "boundary": 50, "sensors": 50, "held_out": 50},
-            "hidden": (20, 20),
+            **{"noise": 0.1, "hidden": (20, 20)},
         },
         "paper": {
             **{"inside": 10_000, "boundary": 100, "sensors": 100, "held_out": 100},
-            "hidden": (20,) * 8,
+            **{"noise": 0.1, "hidden": (20,) * 8},
         },
     },
     "control": {
