@@ -283,3 +283,48 @@ def _save(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> None:
+    """Errors by method, and where the learned weights lie; two panels a system.
+
+    Args:
+      rows: of the study.
+      systems: the part of a method's name before the comma.
+      path: of the PNG.
+    """
+    figure, panels = _figure(2 * len(systems))
+    for i, system in enumerate(systems):
+        left, right = panels[2 * i : 2 * i + 2]
+        mine = [row for row in rows if row["method"].startswith(f"{system}, ")]
+        names = list(dict.fromkeys(row["method"] for row in mine))
+        for place, name in enumerate(names):
+            lane = [row for row in mine if row["method"] == name]
+            errors = np.array([row["relative_error"] for row in lane])
+            left.plot(errors, [place] * len(errors), "o", alpha=0.5, color="#1f77b4")
+            left.plot(np.exp(np.mean(np.log(errors))), place, "k|", markersize=14)
+            short = name.removeprefix(f"{system}, ")
+            relative = {
+                term: [row[f"alpha_{term}"] / row["alpha_residual"] for row in lane]
+                for term in ("boundary", "data")
+            }
+            if short != "equal weights":
+                right.plot(
+                    *(relative["boundary"], relative["data"], "o"),
+                    **{"label": short, "color": COLORS.get(short), "alpha": 0.7},
+                )
+        left.set_yticks(range(len(names)), [n.split(", ")[1] for n in names])
+        left.invert_yaxis()
+        title = f"{system}: seeds, and their geometric mean"
+        left.set(xlabel="relative L2 error", xscale="log", title=title)
+        right.axhline(1, color=COLORS["baseline"], linewidth=0.5)
+        right.axvline(1, color=COLORS["baseline"], linewidth=0.5)
+        right.set(
+            xlabel="weight of boundary / residual",
+            ylabel="weight of data / residual",
+            xscale="log",
+            yscale="log",
+            title=f"{system}: chosen weights, equal ones cross",
+        )
+        right.legend(frameon=False, fontsize=7)
+    _save(figure, path)

@@ -1,7 +1,7 @@
-"""The table of physics: weights of a physics-informed loss, learned on held-out sensors.
+"""The table of physics: weights of a loss's terms, learned on held-out sensors.
 
-What a row spends on its weights it lacks in training: every row has one budget, of which
-equal weights make nothing but training steps.
+What a row spends on its weights it lacks in training: all have one budget, which equal
+weights spend on nothing but training steps.
 """
 
 import functools
@@ -155,3 +155,47 @@ def of_trace(trace: Trace) -> Row:
         "curve_value": np.asarray(trace.value, float).tolist(),
         "curve_cost": np.asarray(trace.cost, float).tolist(),
     }
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Errors seed by seed, and the weights that were learned, by system."""
+    plots.physics(rows, tuple(SYSTEMS), path)
+
+
+METHODS = ("equal weights", "one weight", "random search", *ESTIMATORS)
+
+STUDY = Study(
+    name="physics",
+    source="McClenny & Braga-Neto 2023 (arXiv 2009.04544)",
+    about=(
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, for the weights and "
+        "the training together. Error: relative L2, over points that no row has seen."
+    ),
+    data=lambda: (
+        f"Poisson's equation, and {data_name('burgers')}; noisy sensors",
+        burgers_reference(None)[1],
+    ),
+    methods={
+        f"{system}, {method}": functools.partial(row, system, method)
+        for system in SYSTEMS
+        for method in METHODS
+    },
+    columns=(
+        Column("error %", "relative_error", "{:.2f} ± {:.2f}", scale=100),
+        Column("validation loss", "val_loss", "{:.5f}"),
+    ),
+    claims=tuple(
+        Claim(
+            f"{system}, {method}", f"{system}, {against}", "relative_error",
+            least, lower=True, ratio=True,
+        )
+        for against, least in (
+            ("equal weights", 1.3), ("one weight", None), ("random search", None)
+        )
+        for system in SYSTEMS
+        for method in ESTIMATORS
+    ),
+    draw=picture,
+    minutes=7,
+    seeds=10,
+)  # fmt: skip

@@ -92,7 +92,7 @@ def terms(
 
 
 def misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``mean |u(x) - u|²`` over the points in use; on held-out sensors the outer loss."""
+    """``mean |u(x) - u|²`` at the points in use; of held-out sensors the outer loss."""
     del alpha
     error = network(w, batch["x"]) - batch["u"]
     return jnp.average(error**2, weights=batch.get("use"))
@@ -337,8 +337,8 @@ def make(
       data_dir: where Burgers' reference lies; see `hypergrad.data.load`. Without the
         file it is made by quadrature.
       variant: 'poisson', 'burgers' or 'control'.
-      hold_out: keep a third of the held-out sensors out of the outer loss, to choose by;
-        not read by 'control'.
+      hold_out: keep a third of the held-out sensors out of the outer loss, to choose
+        by; not read by 'control'.
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
