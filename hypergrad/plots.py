@@ -328,3 +328,47 @@ def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> N
         )
         right.legend(frameon=False, fontsize=7)
     _save(figure, path)
+
+
+def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
+    """CartPole's return, discount and entropy weight against cost; errors of values.
+
+    Args:
+      rows: of the study.
+      path: of the PNG.
+    """
+    figure, panels = _figure(4)
+    runs = [row for row in rows if "curve_return" in row]
+    shown = {
+        "return": "return of an episode, in steps",
+        "discount": "1 - discount",
+        "entropy": "entropy weight",
+    }
+    for axes, (column, label) in zip(panels[:3], shown.items(), strict=True):
+        for name in dict.fromkeys(row["method"] for row in runs):
+            mine = [row for row in runs if row["method"] == name]
+            y = np.array([row[f"curve_{column}"] for row in mine])
+            y = 1 - y if column == "discount" else y
+            if column == "return":
+                y = np.array([np.convolve(lane, np.ones(5) / 5, "valid") for lane in y])
+            cost = np.median([row["curve_cost"] for row in mine], axis=0)
+            short = name.removeprefix("cartpole, ")
+            axes.plot(
+                *(cost[-y.shape[1] :], np.median(y, axis=0)),
+                **{"label": short, "color": COLORS.get(short)},
+            )
+        scale = "linear" if column == "return" else "log"
+        title = "cartpole: median over seeds"
+        axes.set(xlabel="gradient-equivalents", ylabel=label, yscale=scale, title=title)
+    panels[0].legend(frameon=False, fontsize=7)
+    errors = [row for row in rows if "value_error" in row]
+    names = list(dict.fromkeys(row["method"] for row in errors))
+    for place, name in enumerate(names):
+        mine = [row["value_error"] for row in errors if row["method"] == name]
+        panels[3].plot(mine, [place] * len(mine), "o", alpha=0.5, color="#1f77b4")
+        panels[3].plot(np.exp(np.mean(np.log(mine))), place, "k|", markersize=14)
+    panels[3].set_yticks(range(len(names)), [n.removeprefix("mrp, ") for n in names])
+    panels[3].invert_yaxis()
+    title = "mrp: seeds, and their geometric mean"
+    panels[3].set(xlabel="error of the values", xscale="log", title=title)
+    _save(figure, path)
