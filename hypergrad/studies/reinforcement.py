@@ -42,8 +42,8 @@ from .verdict import Claim
 
 # CartPole.
 
-SIZES = {"horizon": 500}
-SMALL = SCALES["cartpole"]["small"] | SIZES
+SIZES: dict[str, Any] = {"horizon": 500}
+SMALL: dict[str, Any] = SCALES["cartpole"]["small"] | SIZES
 BUDGET = 600
 STEPS = SMALL["num_steps"]  # updates between two steps of alpha
 RATES = (0.1, 0.3)  # of Adam, on alpha
@@ -140,7 +140,7 @@ def on_cartpole(method: str, seed: int) -> Row:
     def one(setting: Any, choosing: bool) -> Row:
         task = cartpole(key)
         run_key, end_key = jax.random.split(jax.random.fold_in(key, 1 + choosing))
-        w, alpha, spent, num_updates = task.w, task.alpha, 0.0, BUDGET
+        w, alpha, spent, before, num_updates = task.w, task.alpha, 0.0, 0, BUDGET
         started = time.perf_counter()
         if method in ESTIMATORS:
             rate = jnp.float32(setting)
@@ -155,7 +155,7 @@ def on_cartpole(method: str, seed: int) -> Row:
                     space=task.space, budget=BUDGET / 2, key=run_key,
                 )  # fmt: skip
                 w, alpha, num_updates = trace.w, trace.alpha, BUDGET // 2
-                spent = float(trace.cost[-1])
+                spent, before = float(trace.cost[-1]), TRIAL
             alpha = jax.tree.map(jnp.float32, alpha)
             w, curve = program(fixed, num_updates)(key, run_key, w, alpha)
         seconds = time.perf_counter() - started
@@ -166,7 +166,7 @@ def on_cartpole(method: str, seed: int) -> Row:
             "return": end,
             "discount": float(curve["discount"][-1]),
             "entropy": float(curve["entropy"][-1]),
-            "num_updates": len(curve["value"]) * STEPS,
+            "num_updates": before + len(curve["value"]) * STEPS,
             "gradient_equivalents": spent + float(curve["cost"][-1]),
             "num_hvps": float(curve["num_hvps"]),
             "run_seconds": seconds,
@@ -243,7 +243,7 @@ def on_mrp(method: str, seed: int) -> Row:
     started = time.perf_counter()
     if method == "one discount":
         best, tried = program(along_grid)(key)
-        found = {name: float(x[best]) for name, x in tried.items()}
+        found: Row = {name: float(x[best]) for name, x in tried.items()}
         costs = ("gradient_equivalents", "num_hvps")
         found |= {name: float(jnp.sum(tried[name])) for name in costs}
         found["discounts"] = [float(ONE_DISCOUNT[best])]
@@ -286,10 +286,10 @@ STUDY = Study(
     name="reinforcement",
     source="Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)",
     about=(
-        f"At most {BUDGET:,} gradient-equivalents (grad-eq; an update on 16 episodes is "
-        f"one) a run of CartPole, {MRP_BUDGET:,} of the random walk (mrp). Return: the "
-        "mean of 256 fresh episodes of at most 500 steps, in steps. Error: root mean "
-        "square of the values."
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq; an update on 16 episodes "
+        f"is one) a run of CartPole, {MRP_BUDGET:,} of the random walk (mrp). Return: "
+        "the mean of 256 fresh episodes of at most 500 steps, in steps. Error: root "
+        "mean square of the values."
     ),
     data=lambda: (
         DATA_NAME,
