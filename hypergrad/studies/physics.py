@@ -48,13 +48,12 @@ def trainer(num_steps: int) -> Descent:
 
 
 TRIAL_SOLVER = trainer(TRIAL)
-# A step costs T inner gradients and one outer (an outer one counts 1), or two where
-# trust is judged; T products of 2; 2 a product of CG, at most 10 and two; or three
-# gradients for the difference.
+# A step costs T inner gradients, and two outer ones that count 1 each; T products of 2;
+# 2 a product of CG, at most 10 and two; or one outer and three inner gradients.
 STEPS = SOLVER.num_steps
 ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "unrolled": (
-        Unrolled(SOLVER, checkpoint=False, warm_start=True), 3 * STEPS + 1
+        Unrolled(SOLVER, checkpoint=False, warm_start=True), 3 * STEPS + 2
     ),
     "implicit": (
         Implicit(SOLVER, CG(rtol=1e-2, max_steps=10), damping=1.0), STEPS + 2 + 2 * 12
