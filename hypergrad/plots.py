@@ -309,10 +309,8 @@ def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> N
                 for term in ("boundary", "data")
             }
             if short != "equal weights":
-                right.plot(
-                    *(relative["boundary"], relative["data"], "o"),
-                    **{"label": short, "color": COLORS.get(short), "alpha": 0.7},
-                )
+                look = {"label": short, "color": f"C{place}", "alpha": 0.7}
+                right.plot(relative["boundary"], relative["data"], "o", **look)
         left.set_yticks(range(len(names)), [n.split(", ")[1] for n in names])
         left.invert_yaxis()
         title = f"{system}: seeds, and their geometric mean"
@@ -345,18 +343,15 @@ def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
         "entropy": "entropy weight",
     }
     for axes, (column, label) in zip(panels[:3], shown.items(), strict=True):
-        for name in dict.fromkeys(row["method"] for row in runs):
+        for i, name in enumerate(dict.fromkeys(row["method"] for row in runs)):
             mine = [row for row in runs if row["method"] == name]
             y = np.array([row[f"curve_{column}"] for row in mine])
             y = 1 - y if column == "discount" else y
             if column == "return":
                 y = np.array([np.convolve(lane, np.ones(5) / 5, "valid") for lane in y])
             cost = np.median([row["curve_cost"] for row in mine], axis=0)
-            short = name.removeprefix("cartpole, ")
-            axes.plot(
-                *(cost[-y.shape[1] :], np.median(y, axis=0)),
-                **{"label": short, "color": COLORS.get(short)},
-            )
+            label_of = {"label": name.removeprefix("cartpole, "), "color": f"C{i}"}
+            axes.plot(cost[-y.shape[1] :], np.median(y, axis=0), **label_of)
         scale = "linear" if column == "return" else "log"
         title = "cartpole: median over seeds"
         axes.set(xlabel="gradient-equivalents", ylabel=label, yscale=scale, title=title)
