@@ -13,6 +13,7 @@ COLORS = {
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
     "DADA": "#9467bd",
+    "truncated": "#17becf",
 }
 
 
@@ -282,3 +283,87 @@ def _save(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> None:
+    """Errors by method, and where the learned weights lie; two panels a system.
+
+    Args:
+      rows: of the study.
+      systems: the part of a method's name before the comma.
+      path: of the PNG.
+    """
+    figure, panels = _figure(2 * len(systems))
+    for i, system in enumerate(systems):
+        left, right = panels[2 * i : 2 * i + 2]
+        mine = [row for row in rows if row["method"].startswith(f"{system}, ")]
+        names = list(dict.fromkeys(row["method"] for row in mine))
+        for place, name in enumerate(names):
+            lane = [row for row in mine if row["method"] == name]
+            errors = np.array([row["relative_error"] for row in lane])
+            left.plot(errors, [place] * len(errors), "o", alpha=0.5, color="#1f77b4")
+            left.plot(np.exp(np.mean(np.log(errors))), place, "k|", markersize=14)
+            short = name.removeprefix(f"{system}, ")
+            relative = {
+                term: [row[f"alpha_{term}"] / row["alpha_residual"] for row in lane]
+                for term in ("boundary", "data")
+            }
+            if short != "equal weights":
+                look = {"label": short, "color": f"C{place}", "alpha": 0.7}
+                right.plot(relative["boundary"], relative["data"], "o", **look)
+        left.set_yticks(range(len(names)), [n.split(", ")[1] for n in names])
+        left.invert_yaxis()
+        title = f"{system}: seeds, and their geometric mean"
+        left.set(xlabel="relative L2 error", xscale="log", title=title)
+        right.axhline(1, color=COLORS["baseline"], linewidth=0.5)
+        right.axvline(1, color=COLORS["baseline"], linewidth=0.5)
+        right.set(
+            xlabel="weight of boundary / residual",
+            ylabel="weight of data / residual",
+            xscale="log",
+            yscale="log",
+            title=f"{system}: chosen weights, equal ones cross",
+        )
+        right.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
+    """CartPole's return, discount and entropy weight against cost; errors of values.
+
+    Args:
+      rows: of the study.
+      path: of the PNG.
+    """
+    figure, panels = _figure(4)
+    runs = [row for row in rows if "curve_return" in row]
+    shown = {
+        "return": "return of an episode, in steps",
+        "discount": "1 - discount",
+        "entropy": "entropy weight",
+    }
+    for axes, (column, label) in zip(panels[:3], shown.items(), strict=True):
+        for i, name in enumerate(dict.fromkeys(row["method"] for row in runs)):
+            mine = [row for row in runs if row["method"] == name]
+            y = np.array([row[f"curve_{column}"] for row in mine])
+            y = 1 - y if column == "discount" else y
+            if column == "return":
+                y = np.array([np.convolve(lane, np.ones(5) / 5, "valid") for lane in y])
+            cost = np.median([row["curve_cost"] for row in mine], axis=0)
+            label_of = {"label": name.removeprefix("cartpole, "), "color": f"C{i}"}
+            axes.plot(cost[-y.shape[1] :], np.median(y, axis=0), **label_of)
+        scale = "linear" if column == "return" else "log"
+        title = "cartpole: median over seeds"
+        axes.set(xlabel="gradient-equivalents", ylabel=label, yscale=scale, title=title)
+    panels[0].legend(frameon=False, fontsize=7)
+    errors = [row for row in rows if "value_error" in row]
+    names = list(dict.fromkeys(row["method"] for row in errors))
+    for place, name in enumerate(names):
+        mine = [row["value_error"] for row in errors if row["method"] == name]
+        panels[3].plot(mine, [place] * len(mine), "o", alpha=0.5, color="#1f77b4")
+        panels[3].plot(np.exp(np.mean(np.log(mine))), place, "k|", markersize=14)
+    panels[3].set_yticks(range(len(names)), [n.removeprefix("mrp, ") for n in names])
+    panels[3].invert_yaxis()
+    title = "mrp: seeds, and their geometric mean"
+    panels[3].set(xlabel="error of the values", xscale="log", title=title)
+    _save(figure, path)

@@ -142,6 +142,22 @@ def test_held_out_sensors_are_no_training_data_and_no_test_points():
     assert "Burgers" in physics.data_name("burgers")
 
 
+def test_sensors_put_aside_to_choose_by_are_out_of_the_outer_loss(key):
+    """A third of them, the same ones each time; the outer loss is the others' mean."""
+    parts = {}
+    for hold_out in (False, True):
+        task = physics.make(key=key, hold_out=hold_out)
+        parts[hold_out] = task.problem.outer_data
+        np.testing.assert_array_equal(parts[hold_out]["x"], parts[False]["x"])
+    assert jnp.sum(parts[False]["use"]) == 20
+    assert jnp.sum(parts[True]["use"]) == 13
+    used = np.asarray(parts[True]["use"]) == 1
+    mean = {name: parts[True][name][used] for name in ("x", "u")}
+    found = physics.misfit(task.w, None, parts[True])
+    expected = physics.misfit(task.w, None, mean)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("variant", ["poisson", "burgers", "control"])
 def test_the_papers_scale_builds(variant):
     """On shapes alone, with both losses; another variant or scale is refused."""

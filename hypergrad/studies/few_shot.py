@@ -114,7 +114,7 @@ METHODS: dict[str, tuple[str, Callable, tuple[float, ...]]] = {
         by_gradient(
             "imaml",
             lambda solver: Implicit(solver, CG(max_steps=PRODUCTS)),
-            STEPS["imaml"] + 2 * (PRODUCTS + 1) + 2 * QUERY,
+            STEPS["imaml"] + 2 * (PRODUCTS + 2) + 2 * QUERY,
         ),
         RATES,
     ),

@@ -225,5 +225,6 @@ STUDY = Study(
     ),
     draw=picture,
     judge=quartile,
-    minutes=2,
+    minutes=4,
+    seeds=10,
 )

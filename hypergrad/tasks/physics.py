@@ -37,7 +37,6 @@ from .task import Task
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
-NOISE = 0.1
 SOLVER = Descent(optax.adam(1e-2), num_steps=50)
 
 
@@ -93,9 +92,10 @@ def terms(
 
 
 def misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``mean |u(x) - u|²``; on held-out sensors the outer loss."""
+    """``mean |u(x) - u|²`` at the points in use; of held-out sensors the outer loss."""
     del alpha
-    return jnp.mean((network(w, batch["x"]) - batch["u"]) ** 2)
+    error = network(w, batch["x"]) - batch["u"]
+    return jnp.average(error**2, weights=batch.get("use"))
 
 
 def weighted_loss(
@@ -161,8 +161,9 @@ def burgers_reference(data_dir: str | None) -> tuple[str, dict[str, np.ndarray]]
         return "Burgers' equation, the file of Raissi et al. 2019", found
     except FileNotFoundError:
         x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
-        at = [grid.ravel() for grid in np.meshgrid(x, t, indexing="ij")]
-        found = {"x": x, "t": t, "u": cole_hopf(*at).reshape(256, 100)}
+        places, times = np.meshgrid(x, t, indexing="ij")
+        u = cole_hopf(places.ravel(), times.ravel()).reshape(256, 100)
+        found = {"x": x, "t": t, "u": u}
         return "Burgers' equation, by the quadrature of Cole and Hopf", found
 
 
@@ -226,7 +227,11 @@ def burgers_data(
 
 
 def make_weights(
-    key: Array, variant: str, sizes: dict[str, Any], data_dir: str | None
+    key: Array,
+    variant: str,
+    sizes: dict[str, Any],
+    data_dir: str | None,
+    hold_out: Array | bool,
 ) -> Task:
     """One positive weight a term, all 1 at first."""
     data_key, noise_key, net_key = jax.random.split(key, 3)
@@ -235,11 +240,13 @@ def make_weights(
     else:
         parts, loss = burgers_data(sizes, data_key, data_dir), burgers_loss
     sensors = parts["sensors"]
-    noise = NOISE * jax.random.normal(noise_key, sensors["u"].shape)
+    noise = sizes["noise"] * jax.random.normal(noise_key, sensors["u"].shape)
     sensors = sensors | {"u": sensors["u"] + noise}
     count = sizes["sensors"]
     seen = jax.tree.map(lambda leaf: leaf[:count], sensors)
     held_out = jax.tree.map(lambda leaf: leaf[count:], sensors)
+    third = jnp.arange(sizes["held_out"]) % 3 == 0
+    held_out["use"] = jnp.where(third & jnp.asarray(hold_out), 0.0, 1.0)
     train = {"inside": parts["inside"], "boundary": parts["boundary"], "data": seen}
     error = jax.tree_util.Partial(relative_error, parts["test"])
     num_inputs = parts["inside"].shape[1]
@@ -287,17 +294,23 @@ def metric_cost(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
 
 SCALES = {
     "poisson": {
-        "small": {"inside": 64, "sensors": 20, "held_out": 20, "hidden": (20, 20)},
-        "paper": {"inside": 256, "sensors": 50, "held_out": 50, "hidden": (50,) * 4},
+        "small": {
+            **{"inside": 64, "sensors": 20, "held_out": 20, "noise": 0.1},
+            "hidden": (20, 20),
+        },
+        "paper": {
+            **{"inside": 256, "sensors": 50, "held_out": 50, "noise": 0.1},
+            "hidden": (50,) * 4,
+        },
     },
     "burgers": {
         "small": {
             **{"inside": 500, "boundary": 50, "sensors": 50, "held_out": 50},
-            "hidden": (20, 20),
+            **{"noise": 0.1, "hidden": (20, 20)},
         },
         "paper": {
             **{"inside": 10_000, "boundary": 100, "sensors": 100, "held_out": 100},
-            "hidden": (20,) * 8,
+            **{"noise": 0.1, "hidden": (20,) * 8},
         },
     },
     "control": {
@@ -313,6 +326,7 @@ def make(
     scale: str = "small",
     data_dir: str | None = None,
     variant: str = "poisson",
+    hold_out: Array | bool = False,
     **sizes: Any,
 ) -> Task:
     """A differential equation and a network that solves it.
@@ -323,6 +337,8 @@ def make(
       data_dir: where Burgers' reference lies; see `hypergrad.data.load`. Without the
         file it is made by quadrature.
       variant: 'poisson', 'burgers' or 'control'.
+      hold_out: keep a third of the held-out sensors out of the outer loss, to choose
+        by; not read by 'control'.
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
@@ -335,4 +351,4 @@ def make(
     chosen = SCALES[variant][scale] | sizes
     if variant == "control":
         return make_control(key, chosen)
-    return make_weights(key, variant, chosen, data_dir)
+    return make_weights(key, variant, chosen, data_dir, hold_out)

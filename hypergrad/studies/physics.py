@@ -1,0 +1,200 @@
+"""The table of physics: weights of a loss's terms, learned on held-out sensors.
+
+What a row spends on its weights it lacks in training: all have one budget, which equal
+weights spend on nothing but training steps.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import plots
+from ..estimators import Estimator, FiniteDifference, Implicit, Unrolled
+from ..inner import Descent
+from ..linear import CG
+from ..minimize import minimize
+from ..search import search
+from ..searchers import Random
+from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
+from ..tasks.task import Task
+from ..trace import Trace
+from .program import Program
+from .record import Row
+from .study import Column, Study, tuned
+from .verdict import Claim
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "poisson": {"held_out": 40, "noise": 0.01},
+    "burgers": {"inside": 256, "held_out": 40, "noise": 0.01},
+}
+BUDGET = 6000
+LEARNING = BUDGET // 2  # for the weights; the rest for the training that follows
+RATES = (0.05, 0.15)  # of Adam, on the weights
+LEAST = {"poisson": 1.0, "burgers": 1.3}  # times smaller than with equal weights
+GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)  # one weight, of boundary and data
+TRIAL = 500  # steps of a draw of random search
+
+
+def trainer(num_steps: int) -> Descent:
+    """Adam, its rate falling from 0.01 to 0 as a half cosine."""
+    return Descent(optax.adam(optax.cosine_decay_schedule(1e-2, num_steps)), num_steps)
+
+
+TRIAL_SOLVER = trainer(TRIAL)
+# A step costs T inner gradients, and two outer ones that count 1 each; T products of 2;
+# 2 a product of CG, at most 10 and two; or one outer and three inner gradients.
+STEPS = SOLVER.num_steps
+ESTIMATORS: dict[str, tuple[Estimator, int]] = {
+    "unrolled": (
+        Unrolled(SOLVER, checkpoint=False, warm_start=True), 3 * STEPS + 2
+    ),
+    "implicit": (
+        Implicit(SOLVER, CG(rtol=1e-2, max_steps=10), damping=1.0), STEPS + 2 + 2 * 12
+    ),
+    "finite difference": (FiniteDifference(SOLVER), STEPS + 3 + 1),
+}  # fmt: skip
+
+
+def task_of(system: str, key: Array, hold_out: Any) -> Task:
+    """The task at the study's size."""
+    return make(key=key, variant=system, hold_out=hold_out, **SYSTEMS[system])
+
+
+def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) -> Trace:
+    """As many outer steps as the budget surely pays for."""
+    task = task_of(system, key, hold_out)
+    estimator, cost = ESTIMATORS[method]
+    return minimize(
+        task.problem,
+        estimator,
+        optax.adam(rate),
+        task.w,
+        task.alpha,
+        num_steps=int(LEARNING / cost),
+        key=key,
+        space=task.space,
+    )
+
+
+def finish(
+    system: str, num_steps: int, key: Array, hold_out: Array, w: PyTree, alpha: PyTree
+) -> dict[str, Array]:
+    """Trains on from ``w`` with these weights, and measures.
+
+    ``selection`` is minus the error at the sensors that are held out to choose by.
+    """
+    task = task_of(system, key, hold_out)
+    problem, val = task.problem, task.problem.outer_data
+    solver = trainer(num_steps)
+    w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
+    held = val | {"use": 1 - val["use"]}
+    return {
+        "selection": -problem.outer(w, alpha, held),
+        "val_loss": problem.outer(w, alpha, val),
+        **task.metric_values(w, alpha, key),
+    }
+
+
+@functools.cache
+def program(function: Callable, *settings: Any) -> Program:
+    """Compiled once a process."""
+    return Program(functools.partial(function, *settings))
+
+
+def row(system: str, method: str, seed: int) -> Row:
+    """One method and seed, tuned by the rule of `tuned`."""
+    key = jax.random.key(seed)
+    learned = method in ESTIMATORS
+    num_steps = LEARNING if learned or method == "random search" else BUDGET
+
+    def one(setting: float, hold_out: bool) -> Row:
+        task = task_of(system, key, hold_out)
+        w, alpha = task.w, task.alpha
+        found: Row = {"gradient_equivalents": 0.0}
+        started = time.perf_counter()
+        if learned:
+            run = program(learn, system, method)
+            found = of_trace(trace := run(key, hold_out, jnp.float32(setting)))
+            w, alpha = trace.w, trace.alpha
+        elif method == "random search":
+            trace = search(
+                task.problem, TRIAL_SOLVER, Random(), w, space=task.space,
+                budget=LEARNING, key=key,
+            )  # fmt: skip
+            found = of_trace(trace)
+            w, alpha = trace.w, trace.alpha
+        elif method == "one weight":
+            alpha = alpha | {"boundary": setting, "data": setting}
+        done = program(finish, system, num_steps)(key, hold_out, w, alpha)
+        found |= {name: float(x) for name, x in done.items()}
+        found |= {f"alpha_{name}": float(alpha[name]) for name in TERMS}
+        found["gradient_equivalents"] += num_steps
+        return found | {"run_seconds": time.perf_counter() - started}
+
+    settings = {"one weight": GRID} | dict.fromkeys(ESTIMATORS, RATES)
+    found = tuned(one, settings.get(method, (1.0,)))
+    if learned:
+        seconds = program(learn, system, method).compile_seconds
+        found |= {"compile_seconds": seconds}
+    return found
+
+
+def of_trace(trace: Trace) -> Row:
+    """What learning cost, and how the outer value fell."""
+    return {
+        "gradient_equivalents": float(trace.cost[-1]),
+        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
+        "curve_value": np.asarray(trace.value, float).tolist(),
+        "curve_cost": np.asarray(trace.cost, float).tolist(),
+    }
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Errors seed by seed, and the weights that were learned, by system."""
+    plots.physics(rows, tuple(SYSTEMS), path)
+
+
+METHODS = ("equal weights", "one weight", "random search", *ESTIMATORS)
+
+STUDY = Study(
+    name="physics",
+    source="McClenny & Braga-Neto 2023 (arXiv 2009.04544)",
+    about=(
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, for the weights and "
+        "the training together. Error: relative L2, over points that no row has seen."
+    ),
+    data=lambda: (
+        f"Poisson's equation, and {data_name('burgers')}; noisy sensors",
+        burgers_reference(None)[1],
+    ),
+    methods={
+        f"{system}, {method}": functools.partial(row, system, method)
+        for system in SYSTEMS
+        for method in METHODS
+    },
+    columns=(
+        Column("error %", "relative_error", "{:.2f} ± {:.2f}", scale=100),
+        Column("validation loss", "val_loss", "{:.5f}"),
+    ),
+    claims=tuple(
+        Claim(
+            f"{system}, {method}", f"{system}, {against}", "relative_error",
+            LEAST[system] if against == "equal weights" else None,
+            lower=True, ratio=True,
+        )
+        for against in ("equal weights", "one weight", "random search")
+        for system in SYSTEMS
+        for method in ESTIMATORS
+    ),
+    draw=picture,
+    minutes=7,
+    seeds=10,
+)  # fmt: skip

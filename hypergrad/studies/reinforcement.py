@@ -1,0 +1,329 @@
+"""The table of reinforcement learning: discounts and an entropy weight.
+
+``cartpole``: a policy learns while its discount and entropy weight are moved along
+meta-gradients, which cost updates that a policy with fixed ones makes in their place.
+``mrp``: one discount a state against the best one for all.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from .. import plots
+from ..estimators import Estimator, Forward, Implicit, Unrolled
+from ..inner import Newton
+from ..linear import CG
+from ..minimize import minimize
+from ..search import search
+from ..searchers import Random
+from ..tasks.reinforcement import (
+    DATA_NAME,
+    SCALES,
+    Losses,
+    SemiGradient,
+    make,
+    td_loss,
+)
+from ..tasks.task import Task
+from ..trace import Trace
+from .program import Program
+from .record import Row
+from .study import Column, Study, tuned
+from .verdict import Claim
+
+# CartPole.
+
+SIZES: dict[str, Any] = {"horizon": 500}
+SMALL: dict[str, Any] = SCALES["cartpole"]["small"] | SIZES
+BUDGET = 600
+STEPS = SMALL["num_steps"]  # updates between two steps of alpha
+RATES = (0.1, 0.3)  # of Adam, on alpha
+DISCOUNTS, ENTROPIES = (0.9, 0.97, 0.99), (1e-4, 1e-2)
+TRIAL = BUDGET // 8  # updates of a draw of random search
+TEST = Losses(num_episodes=256, horizon=SMALL["horizon"])
+
+
+@functools.cache
+def cartpole_solver(num_steps: int) -> SemiGradient:
+    """The task's updates, so many."""
+    losses = Losses(SMALL["num_episodes"], SMALL["horizon"])
+    return SemiGradient(losses.update, optax.sgd(SMALL["rate"]), num_steps)
+
+
+# A step of alpha costs T updates and two outer gradients (each 1), one of them for the
+# report, and 2 a product: one a differentiated update, forward one for each number.
+ESTIMATORS: dict[str, tuple[Estimator, int]] = {
+    "unrolled": (
+        Unrolled(cartpole_solver(STEPS), checkpoint=False, warm_start=True),
+        3 * STEPS + 2,
+    ),
+    "last update": (
+        Unrolled(cartpole_solver(STEPS), last=1, checkpoint=False, warm_start=True),
+        STEPS + 2 + 2,
+    ),
+    "forward": (Forward(cartpole_solver(STEPS), warm_start=True), 5 * STEPS + 2),
+}
+
+
+def cartpole(key: Array) -> Task:
+    """The task at the study's size."""
+    return make(key=key, variant="cartpole", **SIZES)
+
+
+def meta(method: str, key: Array, run_key: Array, rate: Array) -> tuple[PyTree, PyTree]:
+    """The policy and its settings after every step, as many as the budget pays for."""
+    task, (estimator, cost) = cartpole(key), ESTIMATORS[method]
+    trace = minimize(
+        task.problem,
+        estimator,
+        optax.adam(rate),
+        task.w,
+        task.alpha,
+        num_steps=int(BUDGET / cost),
+        key=run_key,
+        space=task.space,
+        metrics={
+            "discount": lambda w, alpha, key: alpha["discount"],
+            "entropy": lambda w, alpha, key: alpha["entropy"],
+        },
+    )
+    return trace.w, {
+        "value": trace.value,
+        "cost": trace.cost,
+        "num_hvps": jnp.sum(trace.stats["num_hvps"]),
+        **trace.metrics,
+    }
+
+
+def fixed(
+    num_updates: int, key: Array, run_key: Array, w: PyTree, alpha: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Updates on from ``w``; what the curve shows is outside the ledger."""
+    problem, solver = cartpole(key).problem, cartpole_solver(STEPS)
+
+    def step(w: PyTree, key: Array) -> tuple[PyTree, Array]:
+        w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
+        return w, problem.outer(w, alpha, key)
+
+    keys = jax.random.split(run_key, num_updates // STEPS)
+    w, value = jax.lax.scan(step, w, keys)
+    cost = STEPS * (1.0 + jnp.arange(len(keys)))
+    same = {name: jnp.broadcast_to(alpha[name], value.shape) for name in alpha}
+    return w, {"value": value, "cost": cost, "num_hvps": jnp.zeros(()), **same}
+
+
+def judged(key: Array, w: PyTree) -> Array:
+    """Mean return of fresh episodes."""
+    return TEST.mean_return(w, None, key)
+
+
+@functools.cache
+def program(function: Callable, *settings: Any) -> Program:
+    """Compiled once a process."""
+    return Program(functools.partial(function, *settings))
+
+
+def on_cartpole(method: str, seed: int) -> Row:
+    """One method and seed; settings are chosen in runs of other experience."""
+    key = jax.random.key(seed)
+    grid = list(itertools.product(DISCOUNTS, ENTROPIES))
+
+    def one(setting: Any, choosing: bool) -> Row:
+        task = cartpole(key)
+        run_key, end_key = jax.random.split(jax.random.fold_in(key, 1 + choosing))
+        w, alpha, spent, before, num_updates = task.w, task.alpha, 0.0, 0, BUDGET
+        started = time.perf_counter()
+        if method in ESTIMATORS:
+            rate = jnp.float32(setting)
+            w, curve = program(meta, method)(key, run_key, rate)
+        else:
+            if method == "grid":
+                discount, entropy = grid[setting]
+                alpha = {"discount": discount, "entropy": entropy}
+            elif method == "random search":
+                trace = search(
+                    task.problem, cartpole_solver(TRIAL), Random(), w,
+                    space=task.space, budget=BUDGET / 2, key=run_key,
+                )  # fmt: skip
+                w, alpha, num_updates = trace.w, trace.alpha, BUDGET // 2
+                spent, before = float(trace.cost[-1]), TRIAL
+            alpha = jax.tree.map(jnp.float32, alpha)
+            w, curve = program(fixed, num_updates)(key, run_key, w, alpha)
+        seconds = time.perf_counter() - started
+        end = float(program(judged)(end_key, w))
+        curve = {name: np.asarray(x, float) for name, x in curve.items()}
+        return {
+            "selection": end,
+            "return": end,
+            "discount": float(curve["discount"][-1]),
+            "entropy": float(curve["entropy"][-1]),
+            "num_updates": before + len(curve["value"]) * STEPS,
+            "gradient_equivalents": spent + float(curve["cost"][-1]),
+            "num_hvps": float(curve["num_hvps"]),
+            "run_seconds": seconds,
+            "curve_return": (-SMALL["horizon"] * curve["value"]).tolist(),
+            "curve_cost": (spent + curve["cost"]).tolist(),
+            "curve_discount": curve["discount"].tolist(),
+            "curve_entropy": curve["entropy"].tolist(),
+        }
+
+    settings = {"grid": range(len(grid))} | dict.fromkeys(ESTIMATORS, RATES)
+    found = tuned(one, settings.get(method, (0.0,)))
+    if method in ESTIMATORS:
+        found |= {"compile_seconds": program(meta, method).compile_seconds}
+    return found
+
+
+# The Markov reward process.
+
+MRP_BUDGET = 10_000
+MRP_RATE = 0.2  # of Adam
+ONE_DISCOUNT = np.linspace(0.5, 1.0, 51)
+TD = SemiGradient(td_loss, optax.sgd(1.0), num_steps=100)
+# Implicit: what Newton's method and the adjoint take at most, by seeds 100 and 101.
+MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
+    "implicit": (Implicit(Newton(), CG(rtol=1e-3, max_steps=20)), 160),
+    "unrolled": (Unrolled(TD, checkpoint=False, warm_start=True), 3 * 100 + 2),
+}
+
+
+def mrp(key: Array) -> Task:
+    """The task as it is."""
+    return make(key=key, variant="mrp")
+
+
+def learn_discounts(method: str, key: Array) -> Trace:
+    """One a state, as many steps as the budget pays for."""
+    task, (estimator, cost) = mrp(key), MRP_ESTIMATORS[method]
+    return minimize(
+        task.problem,
+        estimator,
+        optax.adam(MRP_RATE),
+        task.w,
+        task.alpha,
+        num_steps=int(MRP_BUDGET / cost),
+        key=key,
+        space=task.space,
+    )
+
+
+def values(key: Array, alpha: Array) -> dict[str, Array]:
+    """Fits the values to convergence, and measures them."""
+    task = mrp(key)
+    problem = task.problem
+    w, spent = task.solver.solve(
+        problem.inner_loss, task.w, alpha, problem.inner_data, key
+    )
+    return {
+        "val_loss": problem.outer(w, alpha, problem.outer_data),
+        "num_hvps": spent["num_hvps"],
+        "gradient_equivalents": spent["num_grads"] + 2 * spent["num_hvps"],
+        **task.metric_values(w, alpha, key),
+    }
+
+
+def along_grid(key: Array) -> tuple[Array, dict[str, Array]]:
+    """`values` of every single discount, and which has the lowest validation loss."""
+    found = jax.vmap(functools.partial(values, key))(jnp.asarray(ONE_DISCOUNT, float))
+    return jnp.argmin(found["val_loss"]), found
+
+
+def on_mrp(method: str, seed: int) -> Row:
+    """One method and seed; the validation loss is all that chooses."""
+    key = jax.random.key(seed)
+    started = time.perf_counter()
+    if method == "one discount":
+        best, tried = program(along_grid)(key)
+        found: Row = {name: float(x[best]) for name, x in tried.items()}
+        costs = ("gradient_equivalents", "num_hvps")
+        found |= {name: float(jnp.sum(tried[name])) for name in costs}
+        found["discounts"] = [float(ONE_DISCOUNT[best])]
+    else:
+        if method == "random search":
+            task = mrp(key)
+            trace = search(
+                task.problem, task.solver, Random(), task.w, space=task.space,
+                budget=MRP_BUDGET, key=key,
+            )  # fmt: skip
+        else:
+            trace = program(learn_discounts, method)(key)
+        measured = program(values)(key, trace.best_alpha)
+        found = {name: float(x) for name, x in measured.items()} | {
+            "gradient_equivalents": float(trace.cost[-1]),
+            "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
+            "discounts": np.asarray(trace.best_alpha, float).tolist(),
+        }
+    found["run_seconds"] = time.perf_counter() - started
+    if method in MRP_ESTIMATORS:
+        found["compile_seconds"] = program(learn_discounts, method).compile_seconds
+    return found
+
+
+# The table.
+
+CARTPOLE = ("default", "grid", "random search", *ESTIMATORS)
+MRP = ("one discount", "random search", *MRP_ESTIMATORS)
+METHODS: dict[str, Callable[[int], Row]] = {
+    f"cartpole, {method}": functools.partial(on_cartpole, method) for method in CARTPOLE
+} | {f"mrp, {method}": functools.partial(on_mrp, method) for method in MRP}
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Returns, discounts and entropy weights against cost; errors of the values."""
+    plots.reinforcement(rows, path)
+
+
+STUDY = Study(
+    name="reinforcement",
+    source="Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)",
+    about=(
+        f"At most {BUDGET:,} gradient-equivalents (grad-eq; an update on 16 episodes "
+        f"is one) a run of CartPole, {MRP_BUDGET:,} of the random walk (mrp). Return: "
+        "the mean of 256 fresh episodes of at most 500 steps, in steps. Error: root "
+        "mean square of the values."
+    ),
+    data=lambda: (
+        DATA_NAME,
+        {
+            name: np.asarray(x)
+            for name, x in mrp(jax.random.key(0)).problem.inner_data.items()
+        },
+    ),
+    methods=METHODS,
+    columns=(
+        Column("return", "return", "{:.0f} ± {:.0f}"),
+        Column("updates", "num_updates", "{:.0f}"),
+        Column("discount", "discount", "{:.3f} ± {:.3f}"),
+        Column("entropy weight", "entropy", "{:.4f}"),
+        Column("error", "value_error", "{:.3f} ± {:.3f}"),
+        Column("validation loss", "val_loss", "{:.3f}"),
+    ),
+    claims=(
+        *(
+            Claim(f"cartpole, {method}", f"cartpole, {against}", "return", least)
+            for against, least in (
+                ("default", 0.0), ("grid", 0.0), ("random search", None)
+            )
+            for method in ESTIMATORS
+        ),
+        *(
+            Claim(
+                f"mrp, {method}", f"mrp, {against}", "value_error", least,
+                lower=True, ratio=True,
+            )
+            for against, least in (("one discount", 0.0), ("random search", None))
+            for method in MRP_ESTIMATORS
+        ),
+    ),
+    draw=picture,
+    minutes=4,
+)  # fmt: skip
