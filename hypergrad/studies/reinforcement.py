@@ -284,6 +284,7 @@ def picture(rows: list[Row], path: Path) -> None:
 
 STUDY = Study(
     name="reinforcement",
+    paradigm="reinforcement",
     source="Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)",
     about=(
         f"At most {BUDGET:,} gradient-equivalents (grad-eq; an update on 16 episodes "
