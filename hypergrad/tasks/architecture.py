@@ -13,8 +13,11 @@ the expected number of floating-point operations of a cell drawn by alpha. A one
 alpha is a cell, and the same network trains it alone.
 """
 
+import functools
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,7 @@ CELLS = tuple(itertools.product(range(len(OPERATIONS)), repeat=len(EDGES)))
 # Training and validation images, channels; the other images are for testing.
 SIZES = {"small": (600, 400, 4), "paper": (25000, 25000, 16)}
 BATCH_SIZE = 50
+RANKING = "architecture_cells.jsonl"
 SOLVER = Descent(optax.sgd(0.2), num_steps=5)
 
 
@@ -286,3 +290,20 @@ def make(
             "val_accuracy": jax.tree_util.Partial(accuracy, parts["val"]),
         },
     )
+
+
+@functools.cache
+def ranking() -> dict[str, np.ndarray]:
+    """Of all `CELLS`, each trained alone several times on the split of ``make``.
+
+    Arrays ``[125, retrainings]``: test_accuracy, test_loss, val_accuracy, val_loss.
+    ``python -m benchmarks.architecture_cells`` made them.
+
+    >>> import hypergrad as hg
+    >>> hg.tasks.architecture.ranking()["test_accuracy"].shape
+    (125, 8)
+    """
+    lines = Path(__file__).with_name(RANKING).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = ("test_accuracy", "test_loss", "val_accuracy", "val_loss")
+    return {name: np.array([row[name] for row in rows]) for name in names}
