@@ -282,3 +282,44 @@ def _save(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def architecture(
+    rows: list[dict[str, Any]],
+    flops: Sequence[float],
+    accuracy: Any,
+    priced: str,
+    path: Path,
+) -> None:
+    """Accuracy of every cell against its operations, and the chosen ones of each row.
+
+    Args:
+      rows: of the study.
+      flops, accuracy: of all cells, as shares; the figure leaves out those below 0.75.
+      priced: how the names of rows end for which operations have a price.
+      path: of the PNG.
+    """
+    figure, panels = _figure(2)
+    names = list(dict.fromkeys(row["method"].removesuffix(priced) for row in rows))
+    names.remove("random cell")
+    order = np.argsort(flops, kind="stable")
+    best = np.maximum.accumulate(np.asarray(accuracy)[order])
+    for axes, ending in zip(panels, ("", priced), strict=True):
+        axes.plot(flops, accuracy, ".", color="#c7c7c7", label="all cells")
+        axes.plot(
+            np.asarray(flops)[order], best, color="#c7c7c7", drawstyle="steps-post"
+        )
+        for i, name in enumerate(names):
+            mine = [row for row in rows if row["method"] == name + ending]
+            # Aside, so that those who choose the same cell are all seen.
+            x = np.array([row["flops"] for row in mine]) + 0.012 * (i - len(names) / 2)
+            y = [row["accuracy"] for row in mine]
+            axes.plot(x, y, "o", alpha=0.5, markersize=5, label=name, color=f"C{i}")
+        axes.set(
+            xlabel="FLOPs, share of the largest cell's",
+            ylabel="test accuracy, mean over retrainings",
+            title=f"Chosen on five seeds{ending}" if ending else "Chosen on five seeds",
+            ylim=(0.75, None),
+        )
+    panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    _save(figure, path)
