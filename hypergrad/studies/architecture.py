@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import plots
-from ..estimators import DARTS, Estimator, Implicit, Unrolled
+from ..estimators import DARTS, Estimator, Implicit
 from ..inner import Descent
 from ..linear import Neumann
 from ..minimize import minimize
@@ -49,7 +49,7 @@ from .study import Column, Study, tuned
 from .verdict import Claim, Verdict
 
 BUDGET = 300
-RATES = (0.001, 0.003, 0.01)  # of Adam, on alpha
+RATES = (0.0003, 0.001, 0.003)  # of Adam, on alpha
 PRICE = 0.2
 PRICED = f", price {PRICE}"
 RATE = 0.2  # of the weights, in the search
@@ -60,9 +60,8 @@ FINAL = Descent(
 
 # Gradient-equivalents. A batch is a part of training, and so is one of validation. A
 # step of DARTS is one or four gradients and an outer one. Implicit: five steps, two
-# outer gradients, 2 a product of Neumann's five and the cross term, and a residual;
-# unrolled: five steps, five more and five products, an outer gradient, a residual on
-# all images. A cell: its training and its loss on validation.
+# outer gradients, 2 a product of Neumann's five and the cross term, and a residual. A
+# cell: its training and its loss on validation.
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
 BATCH = BATCH_SIZE / NUM_TRAIN
 ESTIMATORS: dict[str, tuple[Estimator, float]] = {
@@ -76,10 +75,6 @@ ESTIMATORS: dict[str, tuple[Estimator, float]] = {
             outer_batch_size=BATCH_SIZE,
         ),
         20 * BATCH,
-    ),
-    "unrolled": (
-        Unrolled(SOLVER, warm_start=True, outer_batch_size=BATCH_SIZE),
-        21 * BATCH + 1,
     ),
 }
 TRAINING = STEPS * BATCH + NUM_VAL / NUM_TRAIN / 3
