@@ -59,9 +59,9 @@ FINAL = Descent(
 )
 
 # Gradient-equivalents. A batch is a part of training, and so is one of validation. A
-# step of DARTS is one or four gradients and an outer one. Implicit: five steps, two
-# outer gradients, 2 a product of Neumann's five and the cross term, and a residual. A
-# cell: its training and its loss on validation.
+# step of DARTS is one or four gradients and an outer one; of implicit five gradients, a
+# residual, an outer gradient and 2 a product of Neumann's five, the cross term
+# included. A cell: its training and its loss on validation.
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
 BATCH = BATCH_SIZE / NUM_TRAIN
 ESTIMATORS: dict[str, tuple[Estimator, float]] = {
@@ -74,7 +74,7 @@ ESTIMATORS: dict[str, tuple[Estimator, float]] = {
             adjoint_batch_size=BATCH_SIZE,
             outer_batch_size=BATCH_SIZE,
         ),
-        20 * BATCH,
+        17 * BATCH,
     ),
 }
 TRAINING = STEPS * BATCH + NUM_VAL / NUM_TRAIN / 3
