@@ -35,7 +35,7 @@ def main() -> None:
             name = " ".join(task.OPERATIONS[o] for o in cell)
             found = retrained(digits(), jnp.array(cell), keys)
             found.pop("held_loss")
-            row = {k: np.round(x, 5).astype(float).tolist() for k, x in found.items()}
+            row = {k: np.asarray(x, float).round(5).tolist() for k, x in found.items()}
             lines.append(record.line({"cell": name} | row | made))
             tick(name)
     PATH.write_text("".join(lines))
