@@ -7,7 +7,7 @@ is the heaviest operation of each edge.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
     return {name: float(x) for name, x in found.items()}
 
 
-def share(cell: Sequence[int]) -> float:
+@functools.cache
+def share(cell: tuple[int, ...]) -> float:
     """Floating-point operations, of the largest cell's."""
     side = int(digits()["x"].shape[1] ** 0.5)
     return float(expected_flops(one_hot(cell), jnp.zeros((1, side, side))))
@@ -222,14 +223,16 @@ def random_cell(seed: int, price: float) -> Row:
     return {name: float(np.mean([row[name] for row in every])) for name in columns}
 
 
-ROWS: dict[str, Callable[[int, float], Row]] = {
+ROWS: dict[str, Callable[..., Row]] = {
     "baseline": one_operation,
     "random cell": random_cell,
     "random search": functools.partial(by_random_search, BUDGET),
     "random search, total": functools.partial(by_random_search, TOTAL),
 } | {method: functools.partial(by_gradient, method) for method in ESTIMATORS}
-METHODS = {name: functools.partial(row, price=0.0) for name, row in ROWS.items()} | {
-    name + PRICED: functools.partial(row, price=PRICE) for name, row in ROWS.items()
+METHODS: dict[str, Callable[[int], Row]] = {
+    name + ending: functools.partial(row, price=price)
+    for ending, price in (("", 0.0), (PRICED, PRICE))
+    for name, row in ROWS.items()
 }
 
 
