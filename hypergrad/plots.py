@@ -311,15 +311,22 @@ def architecture(
         )
         for i, name in enumerate(names):
             mine = [row for row in rows if row["method"] == name + ending]
+            points = [(row["flops"], row["accuracy"]) for row in mine]
+            places = sorted(set(points))
             # Aside, so that those who choose the same cell are all seen.
-            x = np.array([row["flops"] for row in mine]) + 0.012 * (i - len(names) / 2)
-            y = [row["accuracy"] for row in mine]
-            axes.plot(x, y, "o", alpha=0.5, markersize=5, label=name, color=f"C{i}")
+            x = [x + 0.025 * (i - (len(names) - 1) / 2) for x, _ in places]
+            y = [y for _, y in places]
+            sizes = [20 * points.count(place) for place in places]
+            axes.scatter(
+                x, y, sizes, f"C{i}", alpha=0.6, linewidth=0, label=name, zorder=3
+            )
         axes.set(
             xlabel="FLOPs, share of the largest cell's",
             ylabel="test accuracy, mean over retrainings",
-            title=f"Chosen on five seeds{ending}" if ending else "Chosen on five seeds",
-            ylim=(0.75, None),
+            title=f"Chosen cells{ending}; area: by how many seeds",
+            ylim=(0.75, 0.95),
         )
-    panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    legend = panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([20])
     _save(figure, path)
