@@ -300,8 +300,8 @@ def architecture(
       path: of the PNG.
     """
     figure, panels = _figure(2)
-    names = list(dict.fromkeys(row["method"].removesuffix(priced) for row in rows))
-    names.remove("random cell")
+    chosen = [row for row in rows if "cell" in row]
+    names = list(dict.fromkeys(row["method"].removesuffix(priced) for row in chosen))
     order = np.argsort(flops, kind="stable")
     best = np.maximum.accumulate(np.asarray(accuracy)[order])
     for axes, ending in zip(panels, ("", priced), strict=True):
@@ -310,7 +310,7 @@ def architecture(
             np.asarray(flops)[order], best, color="#c7c7c7", drawstyle="steps-post"
         )
         for i, name in enumerate(names):
-            mine = [row for row in rows if row["method"] == name + ending]
+            mine = [row for row in chosen if row["method"] == name + ending]
             points = [(row["flops"], row["accuracy"]) for row in mine]
             places = sorted(set(points))
             # Aside, so that those who choose the same cell are all seen.
