@@ -308,4 +308,5 @@ STUDY = Study(
     ),
     draw=draw,
     judge=judge,
+    minutes=7,
 )
