@@ -366,4 +366,51 @@ def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
     panels[3].invert_yaxis()
     title = "mrp: seeds, and their geometric mean"
     panels[3].set(xlabel="error of the values", xscale="log", title=title)
+
+
+def architecture(
+    rows: list[dict[str, Any]],
+    flops: Sequence[float],
+    accuracy: Any,
+    priced: str,
+    path: Path,
+) -> None:
+    """Accuracy of every cell against its operations, and the chosen ones of each row.
+
+    Args:
+      rows: of the study.
+      flops, accuracy: of all cells, as shares; the figure leaves out those below 0.75.
+      priced: how the names of rows end for which operations have a price.
+      path: of the PNG.
+    """
+    figure, panels = _figure(2)
+    chosen = [row for row in rows if "cell" in row]
+    names = list(dict.fromkeys(row["method"].removesuffix(priced) for row in chosen))
+    order = np.argsort(flops, kind="stable")
+    best = np.maximum.accumulate(np.asarray(accuracy)[order])
+    for axes, ending in zip(panels, ("", priced), strict=True):
+        axes.plot(flops, accuracy, ".", color="#c7c7c7", label="all cells")
+        axes.plot(
+            np.asarray(flops)[order], best, color="#c7c7c7", drawstyle="steps-post"
+        )
+        for i, name in enumerate(names):
+            mine = [row for row in chosen if row["method"] == name + ending]
+            points = [(row["flops"], row["accuracy"]) for row in mine]
+            places = sorted(set(points))
+            # Aside, so that those who choose the same cell are all seen.
+            x = [x + 0.025 * (i - (len(names) - 1) / 2) for x, _ in places]
+            y = [y for _, y in places]
+            sizes = [20 * points.count(place) for place in places]
+            axes.scatter(
+                x, y, sizes, f"C{i}", alpha=0.6, linewidth=0, label=name, zorder=3
+            )
+        axes.set(
+            xlabel="FLOPs, share of the largest cell's",
+            ylabel="test accuracy, mean over retrainings",
+            title=f"Chosen cells{ending}; area: by how many seeds",
+            ylim=(0.75, 0.95),
+        )
+    legend = panels[0].legend(frameon=False, fontsize=7, loc="lower right")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([20])
     _save(figure, path)

@@ -1,5 +1,7 @@
 """Architecture search: the network against plain loops, hypergradients, the ranking."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import scipy.signal
 
 import hypergrad as hg
+from hypergrad.studies import architecture as study
+from hypergrad.studies import record
 from hypergrad.tasks import architecture as task_file
 from hypergrad.tasks.architecture import CELLS, OPERATIONS
 
@@ -74,6 +78,59 @@ def test_a_cell_sees_only_its_operations(task):
     assert used(found["conv3"]) == [True, False, False]
     assert used(found["conv1"]) == [False, False, True]
     assert task_file.chosen(task_file.one_hot(cell)).tolist() == cell
+
+
+@pytest.mark.parametrize("names", ["conv3 skip conv1", "none average conv3"])
+def test_a_cell_is_its_one_hot_mixture(task, names: str):
+    """Scores and losses of the operations alone, and of all with weights 0 and 1."""
+    cell = jnp.array([OPERATIONS.index(name) for name in names.split()])
+    for loss, batch in (
+        (task_file.train_loss, task.problem.inner_data.data),
+        (task_file.val_loss, task.problem.outer_data.data),
+    ):
+        alone = jax.jit(loss)(task.w, cell, batch)
+        mixed = jax.jit(loss)(task.w, task_file.one_hot(cell), batch)
+        np.testing.assert_allclose(alone, mixed, rtol=1e-12)
+
+
+def test_held_out_images_do_not_count(task):
+    """The outer loss is that of the first two thirds."""
+    x = DIGITS["x"][:60].reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16)
+    data = {"x": x.astype(float), "y": DIGITS["y"][:60]}
+    held = task_file.make(
+        key=jax.random.key(2), data=data, sizes=(12, 20, 2), hold_out=True
+    )
+    val = task.problem.outer_data.data
+    kept = {name: leaf[:14] for name, leaf in val.items()} | {"price": jnp.zeros(14)}
+    loss = jax.jit(task_file.val_loss)
+    found = loss(task.w, ALPHA, held.problem.outer_data.data)
+    np.testing.assert_allclose(found, loss(task.w, ALPHA, kept), rtol=1e-12)
+
+
+def test_the_ranking_is_of_these_cells_as_the_study_trains_them():
+    """A line a cell, in order; made of these digits by as many steps."""
+    path = Path(task_file.__file__).with_name(task_file.RANKING)
+    rows = record.read(path)
+    names = [" ".join(OPERATIONS[o] for o in cell) for cell in CELLS]
+    assert [row["cell"] for row in rows] == names
+    assert {row["steps"] for row in rows} == {study.STEPS}
+    fingerprint = record.fingerprint(hg.data.load("digits"))
+    assert {row["data_sha256"] for row in rows} == {fingerprint}
+    ranking = task_file.ranking()
+    assert {array.shape for array in ranking.values()} == {(125, 8)}
+    nothing = ranking["test_accuracy"][CELLS.index((0, 0, 0))]
+    assert np.all(nothing < 0.15)
+
+
+def test_regret_and_objective_are_those_of_the_ranking():
+    """The best cell has no regret, and rank 1; a price adds its operations."""
+    accuracy = np.mean(task_file.ranking()["test_accuracy"], axis=1)
+    best = study.judged(CELLS[int(np.argmax(accuracy))], 0.0)
+    assert (best["regret"], best["rank"]) == (0.0, 1)
+    largest = (4, 4, 4)
+    free, priced = (study.judged(largest, price) for price in (0.0, 0.5))
+    assert priced["objective"] - free["objective"] == pytest.approx(0.5)
+    assert study.judged((1, 0, 1), 0.0)["flops"] == 0.0
 
 
 def test_expected_flops_are_the_mean_over_cells():

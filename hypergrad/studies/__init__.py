@@ -1,6 +1,7 @@
 """Tables that the command line runs: methods by seeds, tuned by one rule."""
 
 from . import (
+    architecture,
     augmentation,
     cleaning,
     federated,
@@ -17,6 +18,7 @@ from .study import Study, table
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
+        architecture.STUDY,
         augmentation.STUDY,
         cleaning.STUDY,
         federated.STUDY,

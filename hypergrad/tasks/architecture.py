@@ -13,8 +13,11 @@ the expected number of floating-point operations of a cell drawn by alpha. A one
 alpha is a cell, and the same network trains it alone.
 """
 
+import functools
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,7 @@ CELLS = tuple(itertools.product(range(len(OPERATIONS)), repeat=len(EDGES)))
 # Training and validation images, channels; the other images are for testing.
 SIZES = {"small": (600, 400, 4), "paper": (25000, 25000, 16)}
 BATCH_SIZE = 50
+RANKING = "architecture_cells.jsonl"
 SOLVER = Descent(optax.sgd(0.2), num_steps=5)
 
 
@@ -57,31 +61,63 @@ def convolve(seen: Array, kernel: Array) -> Array:
     return jnp.tanh(jnp.tensordot(kernel, seen, 2))
 
 
-def edge(x: Array, seen: Array, w: PyTree, mix: Array) -> Array:
-    """The mixture of the five operations on one edge; none adds nothing.
+def none(x: Array, w: PyTree) -> Array:
+    """No edge."""
+    del w
+    return jnp.zeros_like(x)
+
+
+def skip(x: Array, w: PyTree) -> Array:
+    """As it is."""
+    del w
+    return x
+
+
+def average(x: Array, w: PyTree) -> Array:
+    """Of the 3 x 3 pixels about each."""
+    del w
+    return jnp.mean(patches(x), axis=0)
+
+
+def conv1(x: Array, w: PyTree) -> Array:
+    """Pixel by pixel."""
+    return convolve(x[None], w["conv1"])
+
+
+def conv3(x: Array, w: PyTree) -> Array:
+    """Of the 3 x 3 pixels about each."""
+    return convolve(patches(x), w["conv3"])
+
+
+FUNCTIONS = (none, skip, average, conv1, conv3)
+
+
+def edge(x: Array, w: PyTree, alpha: Array) -> Array:
+    """The mixture of the five operations on one edge, or one of them.
 
     Args:
-      x, seen: ``[channels, side, side, n]`` and its patches.
+      x: ``[channels, side, side, n]``.
       w: the edge's kernels.
-      mix: a row of ``alpha``.
+      alpha: a row of mixing weights, or an operation's number.
     """
-    return (
-        mix[1] * x
-        + mix[2] * jnp.mean(seen, axis=0)
-        + mix[3] * convolve(x[None], w["conv1"])
-        + mix[4] * convolve(seen, w["conv3"])
+    if alpha.ndim == 0:
+        return jax.lax.switch(alpha, FUNCTIONS, x, w)
+    return sum(
+        (alpha[o] * function(x, w) for o, function in enumerate(FUNCTIONS)),
+        jnp.zeros_like(x),
     )
 
 
 def scores(w: PyTree, alpha: Array, x: Array) -> Array:
-    """A stem, the cell, the means of the image's quarters, a linear head: [n, 10]."""
+    """A stem, the cell, the means of the image's quarters, a linear head: [n, 10].
+
+    ``alpha`` is ``[3, 5]`` or a cell, ``[3]`` numbers of operations: only these are
+    computed then.
+    """
     kernels = [jax.tree.map(lambda leaf, e=e: leaf[e], w["edges"]) for e in range(3)]
     first = convolve(patches(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
-    seen = patches(first)
-    second = edge(first, seen, kernels[0], alpha[0])
-    third = edge(first, seen, kernels[1], alpha[1]) + edge(
-        second, patches(second), kernels[2], alpha[2]
-    )
+    second = edge(first, kernels[0], alpha[0])
+    third = edge(first, kernels[1], alpha[1]) + edge(second, kernels[2], alpha[2])
     channels, side, _, n = third.shape
     quarters = third.reshape(channels, 2, side // 2, 2, side // 2, n)
     features = jnp.mean(quarters, axis=(2, 4)).reshape(-1, n)
@@ -89,11 +125,12 @@ def scores(w: PyTree, alpha: Array, x: Array) -> Array:
 
 
 def cross_entropy(w: PyTree, alpha: Array, part: PyTree) -> Array:
-    """Mean over the examples."""
+    """Mean over the examples, of which only those in use count."""
     losses = optax.softmax_cross_entropy_with_integer_labels(
         scores(w, alpha, part["x"]), part["y"]
     )
-    return jnp.mean(losses)
+    use = part.get("use", jnp.ones_like(losses))
+    return jnp.sum(use * losses) / jnp.sum(use)
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
@@ -121,6 +158,7 @@ def expected_flops(alpha: Array, x: Array) -> Array:
     The share is that of four channels, whatever the network has.
     """
     each = flops(SIZES["small"][2], x.shape[1])
+    alpha = one_hot(alpha) if alpha.ndim == 1 else alpha
     share = jnp.asarray(each / (len(EDGES) * each.max()), alpha.dtype)
     return jnp.sum(alpha @ share)
 
@@ -155,6 +193,11 @@ def split(data: PyTree, key: Array, sizes: tuple[int, int]) -> dict[str, PyTree]
     }
 
 
+def is_held(num_val: int) -> Array:
+    """Which validation examples are held out to choose by: the last third."""
+    return jnp.arange(num_val) >= num_val - num_val // 3
+
+
 def network(key: Array, channels: int) -> PyTree:
     """Where training begins: normal weights of variance 1 / inputs, no bias."""
     keys = jax.random.split(key, 4)
@@ -177,6 +220,7 @@ def make(
     scale: str = "small",
     data_dir: str | None = None,
     price: float | Array = 0.0,
+    hold_out: bool | Array = False,
     split_key: Array | None = None,
     data: PyTree = None,
     sizes: tuple[int, int, int] | None = None,
@@ -193,8 +237,9 @@ def make(
         edges, and eight operations).
       data_dir: not read: the digits come with scikit-learn.
       price: of the largest cell's floating-point operations, in nats.
+      hold_out: keep the last third of validation out of the outer loss, to choose by.
       split_key: of the split; None means ``jax.random.key(0)``, for which the ranking
-        of all cells is known.
+        of all cells is known (`ranking`).
       data: ``{"x": [n, side²], "y": [n]}`` in place of the digits, classes 0 to 9,
         sides even.
       sizes: training and validation images, channels, in place of the scale's.
@@ -224,6 +269,7 @@ def make(
     split_key = jax.random.key(0) if split_key is None else split_key
     parts = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
+    use = jnp.where(hold_out & is_held(num_val), 0.0, 1.0)
     shape = (len(EDGES), len(OPERATIONS))
     return Task(
         name="architecture",
@@ -233,7 +279,7 @@ def make(
             train_loss,
             val_loss,
             Batches(parts["train"], min(BATCH_SIZE, num_train)),
-            Batches(parts["val"] | {"price": prices}),
+            Batches(parts["val"] | {"price": prices, "use": use}),
         ),
         solver=SOLVER,
         w=network(key, channels),
@@ -244,3 +290,20 @@ def make(
             "val_accuracy": jax.tree_util.Partial(accuracy, parts["val"]),
         },
     )
+
+
+@functools.cache
+def ranking() -> dict[str, np.ndarray]:
+    """Of all `CELLS`, each trained alone several times on the split of ``make``.
+
+    Arrays ``[125, retrainings]``: test_accuracy, test_loss, val_accuracy, val_loss.
+    ``python -m benchmarks.architecture_cells`` made them.
+
+    >>> import hypergrad as hg
+    >>> hg.tasks.architecture.ranking()["test_accuracy"].shape
+    (125, 8)
+    """
+    lines = Path(__file__).with_name(RANKING).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = ("test_accuracy", "test_loss", "val_accuracy", "val_loss")
+    return {name: np.array([row[name] for row in rows]) for name in names}
