@@ -13,6 +13,8 @@ COLORS = {
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
     "DADA": "#9467bd",
+    "forward": "#2ca02c",
+    "reversible": "#9467bd",
 }
 
 
@@ -70,18 +72,33 @@ def penalties(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def schedules(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against cost, and the rates that were learned, by horizon."""
+    """Validation loss against cost by length of the run, and what was learned.
+
+    Args:
+      rows: of the study, methods named 'length, method', with rate and momentum.
+      path: of the PNG.
+    """
     systems = ("100 steps", "1000 steps", "10000 steps")
     figure, panels = _figure(len(systems) + 1)
     by_system(panels[:-1], rows, systems)
-    shown = [row for row in rows if row["method"].endswith(("unrolled", "baseline"))]
-    for method in dict.fromkeys(row["method"] for row in shown):
-        rates = [row["rate"] for row in shown if row["method"] == method]
-        line = "--" if method.endswith("baseline") else "-"
-        panels[-1].plot(
-            range(1, 1 + len(rates[0])), np.median(rates, axis=0), line, label=method
-        )
-    panels[-1].set(xlabel="window", ylabel="rate", yscale="log", title="rates")
+    for i, system in enumerate(systems):
+        for method, line in (("baseline", "--"), ("reversible", "-")):
+            mine = [row for row in rows if row["method"] == f"{system}, {method}"]
+            if not mine:
+                continue
+            pace = [np.divide(r["rate"], np.subtract(1, r["momentum"])) for r in mine]
+            middle = np.median(pace, axis=0)
+            share = np.linspace(0, 1, 1 + len(middle))
+            label = f"{system}, {method}"
+            panels[-1].stairs(
+                middle, share, baseline=None, ls=line, color=f"C{i}", label=label
+            )
+    panels[-1].set(
+        xlabel="share of the run",
+        ylabel="rate / (1 - momentum)",
+        yscale="log",
+        title="Schedules, median over seeds",
+    )
     panels[-1].legend(frameon=False, fontsize=7)
     _save(figure, path)
 
