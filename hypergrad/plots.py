@@ -115,11 +115,7 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
     left.axvline(1, color=COLORS["baseline"], lw=0.8)
     left.set_yticks(range(len(methods) - 1), methods[1:])
     left.invert_yaxis()
-    left.set(
-        xlabel="test loss / baseline's",
-        title="Seeds, and their geometric mean",
-        xscale="log",
-    )
+    left.set(xlabel="test loss / baseline's", title="Seeds, and their geometric mean")
     for method in methods:
         points = [
             (int(length.split()[0]), lanes[length, method][0]["memory"] / 2**20)
