@@ -139,8 +139,8 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
         yscale="log",
         title="Schedules, median over seeds",
     )
-    for axes in (middle, right):
-        axes.legend(frameon=False, fontsize=7)
+    middle.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 

@@ -359,5 +359,5 @@ STUDY = Study(
     ),
     draw=plots.schedules,
     judge=judge,
-    minutes=8,
+    minutes=6,
 )
