@@ -101,7 +101,7 @@ def learn(
     """As many outer steps as the budget surely pays for."""
     num_windows, cost = LEARNED[method]
     task = task_of(system, data, key, hold_out, num_windows)
-    outer = 2 * SMALL[1] / SMALL[0]
+    outer = 1 + SMALL[1] / SMALL[0]  # the last inner gradient, and the outer one
     num_steps = int(budget(system) / (cost * STEPS[system] * BATCH + outer))
     return minimize(
         task.problem,
