@@ -103,8 +103,7 @@ def test_ten_thousand_steps_stay_within_a_gibibyte(name):
     code = f"""
         import resource
         import jax, jax.numpy as jnp, hypergrad as hg
-        from hypergrad.studies import schedules as study
-from hypergrad.tasks import schedules
+        from hypergrad.tasks import schedules
         name, num_steps = {name!r}, 10_000
         task = schedules.make(key=jax.random.key(0), num_steps=num_steps)
         if name == "reversible":
