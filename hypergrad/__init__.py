@@ -28,7 +28,10 @@ One L2 penalty per feature, learned so that the validation loss falls:
 changes.
 """
 
-from . import data, searchers, spaces, surrogates, tasks, testing
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import data, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
@@ -78,6 +81,9 @@ from .minimize import minimize
 from .problem import Batches, Bilevel
 from .search import search
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from . import tasks
 
 __version__ = "0.1.0"
 
@@ -140,3 +146,10 @@ __all__ = [  # in reading order
     "testing",
     "windows",
 ]
+
+
+def __getattr__(name: str):
+    """Tasks are imported when first asked for: their networks need flax."""
+    if name == "tasks":
+        return import_module(".tasks", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,8 @@ COLORS = {
     "unrolled": "#ff7f0e",
     "DADA": "#9467bd",
     "truncated": "#17becf",
+    "forward": "#2ca02c",
+    "reversible": "#9467bd",
 }
 
 
@@ -71,19 +73,75 @@ def penalties(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def schedules(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against cost, and the rates that were learned, by horizon."""
-    systems = ("100 steps", "1000 steps", "10000 steps")
-    figure, panels = _figure(len(systems) + 1)
-    by_system(panels[:-1], rows, systems)
-    shown = [row for row in rows if row["method"].endswith(("unrolled", "baseline"))]
-    for method in dict.fromkeys(row["method"] for row in shown):
-        rates = [row["rate"] for row in shown if row["method"] == method]
-        line = "--" if method.endswith("baseline") else "-"
-        panels[-1].plot(
-            range(1, 1 + len(rates[0])), np.median(rates, axis=0), line, label=method
+    """Test loss against the baseline's, memory, and what was learned, by length.
+
+    Args:
+      rows: of the study, methods named 'length, method', with rate and momentum.
+      path: of the PNG.
+    """
+    figure, (left, middle, right) = _figure(3)
+    lengths = list(dict.fromkeys(row["method"].split(", ")[0] for row in rows))
+    methods = list(dict.fromkeys(row["method"].split(", ")[1] for row in rows))
+    lanes = {
+        (length, method): sorted(
+            (row for row in rows if row["method"] == f"{length}, {method}"),
+            key=lambda row: row["seed"],
         )
-    panels[-1].set(xlabel="window", ylabel="rate", yscale="log", title="rates")
-    panels[-1].legend(frameon=False, fontsize=7)
+        for length in lengths
+        for method in methods
+    }
+    column = lambda lane, name: np.array([row[name] for row in lane])
+    for i, length in enumerate(lengths):
+        base = lanes[length, "baseline"]
+        for j, method in enumerate(methods[1:]):
+            lane = lanes[length, method]
+            if len(lane) == len(base):
+                ratio = column(lane, "test_loss") / column(base, "test_loss")
+                at = np.full(len(ratio), j + 0.2 * (i - 1))
+                left.plot(ratio, at, "o", alpha=0.5, color=f"C{i}")
+                mean = np.exp(np.mean(np.log(ratio)))
+                left.plot(mean, at[0], "|", markersize=14, color=f"C{i}")
+        for method, line in (("baseline", "--"), ("reversible", "-")):
+            lane = lanes.get((length, method))
+            if lane:
+                pace = column(lane, "rate") / (1 - column(lane, "momentum"))
+                right.stairs(
+                    np.median(pace, axis=0),
+                    np.linspace(0, 1, 1 + pace.shape[1]),
+                    baseline=None,
+                    ls=line,
+                    color=f"C{i}",
+                    label=f"{length}, {method}",
+                )
+    left.axvline(1, color=COLORS["baseline"], lw=0.8)
+    left.set_yticks(range(len(methods) - 1), methods[1:])
+    left.invert_yaxis()
+    left.set(xlabel="test loss / baseline's", title="Seeds, and their geometric mean")
+    for method in methods:
+        points = [
+            (int(length.split()[0]), lanes[length, method][0]["memory"] / 2**20)
+            for length in lengths
+            if lanes[length, method] and "memory" in lanes[length, method][0]
+        ]
+        if points:
+            color = COLORS.get(method)
+            middle.plot(*zip(*points, strict=True), "o-", label=method, color=color)
+    middle.axhline(1024, color="k", lw=0.8, ls=":", label="1 GiB")
+    middle.set(
+        xlabel="steps of the run",
+        ylabel="MiB set aside",
+        xscale="log",
+        yscale="log",
+        title="Memory of learning",
+    )
+    right.set(
+        xlabel="share of the run",
+        ylabel="rate / (1 - momentum)",
+        yscale="log",
+        title="Schedules, median over seeds",
+    )
+    middle.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
@@ -366,6 +424,7 @@ def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
     panels[3].invert_yaxis()
     title = "mrp: seeds, and their geometric mean"
     panels[3].set(xlabel="error of the values", xscale="log", title=title)
+    _save(figure, path)
 
 
 def architecture(

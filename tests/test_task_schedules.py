@@ -1,5 +1,6 @@
 """Learned schedules: their derivative, the greedy rule, the memory of 10,000 steps."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.studies import schedules as study
 from hypergrad.tasks import schedules
 
 STEPS = 15
@@ -142,3 +144,26 @@ def test_another_scale_is_refused(key):
     """With those that are known."""
     with pytest.raises(ValueError, match="paper"):
         schedules.make(key=key, scale="large")
+
+
+@pytest.mark.parametrize("start", study.GRID)
+@pytest.mark.parametrize("factor", study.FACTORS)
+def test_random_search_draws_about_the_start(start, factor):
+    """Within the task's space, the start inside."""
+    space = study.around(jnp.asarray(start), factor)
+    for name, value, (low, high) in (
+        ("rate", start[0], schedules.RATES),
+        ("momentum", start[1], schedules.MOMENTA),
+    ):
+        assert low <= space[name].low < value < space[name].high <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", study.LEARNED)
+def test_a_learned_row_keeps_the_budget(method):
+    """Its curve ends below it, but would not fit two more estimates."""
+    arguments = jnp.asarray(False), jnp.array([0.1, 0.9]), jnp.asarray(0.1)
+    learn = functools.partial(study.learn, "100 steps", method)
+    trace = jax.jit(learn)(study.arrays(), jax.random.key(0), *arguments)
+    budget, each = study.budget("100 steps"), np.diff(trace.cost).max()
+    assert budget - 2 * each < trace.cost[-1] <= budget

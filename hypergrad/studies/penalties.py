@@ -308,9 +308,10 @@ STUDY = Study(
     paradigm="supervised",
     source="Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590)",
     about=(
-        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a run, after which every "
-        "row trains the same way; loss and accuracy on the untouched test split. "
-        "Baseline: one penalty; the others: one an input of each layer."
+        f"On the four systems at most {BUDGET:,} gradient-equivalents (grad-eq) a run, "
+        "after which every row trains the same way; loss and accuracy on the untouched "
+        "test split. Baseline: one penalty; the others: one an input of each layer. "
+        f"HOAG makes {HOAG_STEPS} outer steps, overfit 40."
     ),
     data=lambda: (
         "scikit-learn breast cancer (569 tumours) and digits (1,797 8x8 images)",

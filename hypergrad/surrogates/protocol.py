@@ -158,7 +158,7 @@ def as_temperature(temperature: ArrayLike, dtype: Any) -> Array:
             f"temperature must be a scalar, got shape {array.shape}; for several use "
             "jax.vmap"
         )
-    if not isinstance(temperature, Tracer) and not float(temperature) > 0:
+    if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) > 0):
         raise ValueError(
             "temperature must be above 0, in the units of the scores; got "
             f"{temperature}"

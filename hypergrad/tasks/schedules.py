@@ -139,7 +139,7 @@ def make(
     shape = (num_windows,)
     return Task(
         name="schedules",
-        paradigm="schedules",
+        paradigm="supervised",
         source="Maclaurin et al. 2015 (arXiv 1502.03492); Micaelli & Storkey 2021",
         problem=Bilevel(
             loss,
