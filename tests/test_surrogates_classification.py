@@ -817,7 +817,11 @@ C = np.arange(12.0).reshape(4, 3)
         (lambda a: a(S, Y, weights=Y[:2]), ValueError, r"weights.*\(4,\).*\(2,\)"),
         (lambda a: a(S, Y, weights=-Y), ValueError, r"weights must be 0 or above"),
         (lambda a: a(S, "abc"), TypeError, r"targets"),
-        (lambda a: a(S / [1, 1, 0, 1], Y), ValueError, r"finite, got inf.*where="),
+        (
+            lambda a: a(np.where([1, 1, 0, 1], S, np.inf), Y),
+            ValueError,
+            r"finite, got inf.*where=",
+        ),
         (lambda a: sg.Accuracy()(S, Y, temperature=0.0), ValueError, r"temperature.*0"),
         (lambda a: sg.Accuracy()(S, Y, temperature=S), ValueError, r"scalar.*vmap"),
         (lambda a: sg.FBeta().exact(C, C[:, :2]), ValueError, r"targets.*\(4, 3\)"),

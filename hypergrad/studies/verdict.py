@@ -55,6 +55,8 @@ def conclude(
     """
     if num_seeds < LEAST_SEEDS:
         return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
+    if math.isnan(half_width):
+        return Verdict(f"{text}: a row has no number", failed=True)
     if met:
         return Verdict(f"{text}: reproduced")
     blind = not half_width <= effect
