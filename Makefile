@@ -14,7 +14,7 @@ test full: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 test full: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 PYTEST   := $(PY) -m pytest
-DOCTESTS := $(PYTEST) --doctest-modules --doctest-glob='*.md' hypergrad README.md
+DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hypergrad README.md
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
