@@ -135,6 +135,33 @@ def test_the_expected_return_is_that_of_a_policy_that_was_not_followed():
     assert abs(jnp.mean(other) - jnp.mean(truth)) > 8 * error
 
 
+def test_the_outer_derivative_is_the_policy_gradient():
+    """``sum_t dlog pi(a_t) (return after t, less the others' mean)``, by loops."""
+    n, horizon, key = 4, 40, jax.random.key(2)
+    losses = reinforcement.Losses(n, horizon)
+    w = reinforcement.make(key=jax.random.key(0), **TINY).w
+    episodes = reinforcement.rollout(w, key, n, horizon)
+    alive = np.asarray(episodes["alive"][:-1])
+    assert alive[-1].sum() < n
+    after = np.cumsum(alive[::-1], axis=0)[::-1] - alive
+    slopes = jax.jacrev(lambda w: reinforcement.log_taken(w, episodes)[0])(w)
+    expected = jax.tree.map(jnp.zeros_like, w)
+    for t in range(horizon):
+        for i in range(n):
+            others = [j for j in range(n) if j != i and alive[t, j]]
+            level = np.mean([after[t, j] for j in others]) if others else 0.0
+            part = alive[t, i] * (after[t, i] - level) / n / horizon
+            expected = jax.tree.map(
+                lambda sum, slope, t=t, i=i, part=part: sum + part * slope[t, i],
+                *(expected, slopes),
+            )
+    found = jax.grad(losses.expected_return)(w, w, key)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), found, expected
+    )
+    assert any(np.any(np.abs(leaf) > 1e-3) for leaf in jax.tree.leaves(expected))
+
+
 def test_an_unknown_variant_or_scale_is_refused():
     """Names what there is."""
     with pytest.raises(ValueError, match="variant must be one of"):

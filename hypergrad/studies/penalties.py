@@ -38,7 +38,7 @@ RATES = (0.03, 0.1, 0.3)
 WIDTHS = (0.5, 1.0, 2.0)
 FINAL = Descent(optax.sgd(0.3, momentum=0.9), num_steps=500)
 FINE = jnp.arange(-12.0, 1.0, 0.1)  # the grid that HOAG is judged by
-HOAG_STEPS = 30
+HOAG_STEPS = 60
 
 
 @functools.cache
@@ -288,8 +288,9 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
     def line(text: str, method: str, column: str, holds: Callable) -> Verdict:
         values = [row[column] for row in rows if row["method"] == method]
-        word = "reproduced" if all(map(holds, values)) else "not reproduced"
-        return Verdict(f"{method}: {text.format(max(values))}: {word}")
+        kept = all(map(holds, values))
+        word = "reproduced" if kept else "not reproduced"
+        return Verdict(f"{method}: {text.format(max(values))}: {word}", not kept)
 
     lines = [
         line(

@@ -12,7 +12,9 @@ with P and r as the episodes show them, so that V* = (I - diag(alpha) P)^-1 r. T
 loss compares V with the undiscounted returns of other episodes.
 
 ``cartpole``: discount and entropy weight of an actor-critic. The outer loss is the mean
-return of fresh episodes, and its derivative in w is the policy gradient.
+return of fresh episodes, and its derivative in w is the policy gradient. As in the
+paper, meta-gradients take the experience of later updates for given; that it depends on
+earlier w is left out.
 """
 
 import functools
@@ -337,7 +339,8 @@ class Losses:
 
         A step's reward counts by the ratio of both policies up to it. At ``behaviour =
         w`` the value is the mean return and the derivative in ``w`` the policy
-        gradient, less noisy by the mean of what is paid after that step.
+        gradient, less noisy by what the other episodes that still run are paid after
+        that step, on average.
         """
         episodes = rollout(behaviour, key, self.num_episodes, self.horizon)
         alive = episodes["alive"][:-1]
@@ -345,8 +348,8 @@ class Losses:
         log_ratio = alive * log_ratio
         before = jnp.exp(jnp.cumsum(log_ratio, axis=0) - log_ratio)
         after = returns(alive, 1.0, jnp.zeros(self.num_episodes)) - alive
-        running = jnp.maximum(jnp.sum(alive, axis=1, keepdims=True), 1)
-        baseline = jnp.sum(after, axis=1, keepdims=True) / running
+        others = lambda x: jnp.sum(x, axis=1, keepdims=True) - x
+        baseline = others(after) / jnp.maximum(others(alive), 1)
         paid = alive * (before + baseline * (1 - jnp.exp(log_ratio)))
         return jnp.mean(jnp.sum(paid, axis=0)) / self.horizon
 
