@@ -431,10 +431,11 @@ def test_ten_thousand_steps_of_a_network_unroll_in_half_a_gigabyte():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_thousand_steps_of_a_network_stay_under_a_gibibyte():
     """The same network, run: peak resident memory of a whole process of its own."""
     code = """
-        import resource
+        import re
         import jax, jax.numpy as jnp, optax, hypergrad as hg
         k = jax.random.split(jax.random.key(0), 4)
         x = jax.random.normal(k[0], (1000, 784))
@@ -455,7 +456,9 @@ def test_ten_thousand_steps_of_a_network_stay_under_a_gibibyte():
         solver = hg.Descent(optax.sgd(0.02, momentum=0.9), 10_000)
         found = hg.hypergradient(problem, hg.Unrolled(solver))(w, jnp.asarray(-8.0))
         assert jnp.isfinite(found.hypergradient)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20  # KiB
+        # getrusage's peak would begin at the size of the process that started this one.
+        peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+        assert int(peak[1]) < 2**20, peak
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

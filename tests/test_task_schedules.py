@@ -97,11 +97,12 @@ def test_ten_thousand_steps_are_planned_in_a_gibibyte(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["Unrolled", "Forward", "reversible"])
 def test_ten_thousand_steps_stay_within_a_gibibyte(name):
     """Peak resident memory of a whole process of its own."""
     code = f"""
-        import resource
+        import re
         import jax, jax.numpy as jnp, hypergrad as hg
         from hypergrad.tasks import schedules
         name, num_steps = {name!r}, 10_000
@@ -114,8 +115,9 @@ def test_ten_thousand_steps_stay_within_a_gibibyte(name):
         found = find(task.w, task.alpha).hypergradient
         assert all(jnp.all(jnp.isfinite(leaf)) for leaf in found.values())
         assert all(jnp.any(leaf != 0) for leaf in found.values())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert peak < 2**20, peak  # KiB
+        # getrusage's peak would begin at the size of the process that started this one.
+        peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+        assert int(peak[1]) < 2**20, peak
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
