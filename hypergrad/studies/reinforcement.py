@@ -9,7 +9,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -277,11 +276,6 @@ METHODS: dict[str, Callable[[int], Row]] = {
 } | {f"mrp, {method}": functools.partial(on_mrp, method) for method in MRP}
 
 
-def picture(rows: list[Row], path: Path) -> None:
-    """Returns, discounts and entropy weights against cost; errors of the values."""
-    plots.reinforcement(rows, path)
-
-
 STUDY = Study(
     name="reinforcement",
     paradigm="reinforcement",
@@ -325,6 +319,6 @@ STUDY = Study(
             for method in MRP_ESTIMATORS
         ),
     ),
-    draw=picture,
+    draw=plots.reinforcement,
     minutes=4,
 )  # fmt: skip
