@@ -92,7 +92,7 @@ DOUBLE = Claim("new", "base", "x", least=2.0, ratio=True, lower=True)
         (TWO_POINTS, [2.5, 2.6, 2.4, 2.5, 2.5], "+2.5 points [+2.4, +2.6]", False),
         (TWO_POINTS, [2.5, 2.6, 2.4, 2.5, 2.5], "claimed: reproduced", False),
         (TWO_POINTS, [1.5, 1.6, 1.4, 1.5, 1.5], "not reproduced", False),
-        (TWO_POINTS, [-9.0, 9.0, 9.0, -9.0, 9.0], "cannot tell", False),
+        (TWO_POINTS, [-9.0, 9.0, 9.0, -9.0, 9.0], "wider than the effect", True),
         (TWO_POINTS, [2.5, 2.6, 2.4], "too few seeds", True),
         (TWO_POINTS, [2.5, 2.6, 2.4, 2.5, np.nan], "no number", True),
         (TWO_POINTS._replace(least=0.0), [9, 9, 9, -9, -9], "not reproduced", False),

@@ -40,6 +40,7 @@ LEARNING = BUDGET // 2  # for the weights; the rest for the training that follow
 RATES = (0.05, 0.15)  # of Adam, on the weights
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)  # one weight, of boundary and data
 TRIAL = 500  # steps of a draw of random search
+LEAST = 1.3  # times smaller than with equal weights, on burgers
 
 
 def trainer(num_steps: int) -> Descent:
@@ -187,11 +188,10 @@ STUDY = Study(
     claims=tuple(
         Claim(
             f"{system}, {method}", f"{system}, {against}", "relative_error",
-            least, lower=True, ratio=True,
+            LEAST if (system, against) == ("burgers", "equal weights") else None,
+            lower=True, ratio=True,
         )
-        for against, least in (
-            ("equal weights", 1.3), ("one weight", None), ("random search", None)
-        )
+        for against in ("equal weights", "one weight", "random search")
         for system in SYSTEMS
         for method in ESTIMATORS
     ),

@@ -34,7 +34,8 @@ def within(
 ) -> Verdict:
     """Whether the mean over seeds is ``expected``, as far as its interval can tell.
 
-    Reproduced where the 95% interval lies within the tolerance.
+    Reproduced where the 95% interval lies within the tolerance; an interval that is
+    wider than what it is to tell apart is a failure, as are too few seeds.
     """
     mean, low, high = paired(values, 0.0)
     met = expected - tolerance <= low and high <= expected + tolerance
@@ -48,20 +49,14 @@ def within(
 def conclude(
     text: str, met: bool, num_seeds: int, half_width: float, effect: float
 ) -> Verdict:
-    """*Reproduced* or not; too few seeds fail the check.
-
-    Where not, an interval wider than what it is to tell apart is said to be so: such
-    seeds do not speak against the claim either.
-    """
+    """*Reproduced* or not, unless there is too little to say so."""
     if num_seeds < LEAST_SEEDS:
         return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
     if math.isnan(half_width):
         return Verdict(f"{text}: a row has no number", failed=True)
-    if met:
-        return Verdict(f"{text}: reproduced")
-    blind = not half_width <= effect
-    why = ", by an interval wider than the effect, which cannot tell" if blind else ""
-    return Verdict(f"{text}: not reproduced{why}")
+    if not half_width <= effect:  # it could not tell the claim from no effect
+        return Verdict(f"{text}: interval wider than the effect", failed=True)
+    return Verdict(f"{text}: {'reproduced' if met else 'not reproduced'}")
 
 
 class Claim(NamedTuple):
@@ -69,7 +64,7 @@ class Claim(NamedTuple):
 
     Reproduced where the mean advantage is at least ``least`` and its 95% interval is
     above none. An interval whose half-width exceeds a positive ``least`` could not
-    have told it from none, and the line says so.
+    have told it from none, and fails the check.
 
     Attributes:
       first, second: the methods.
