@@ -365,30 +365,26 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     )
     # Values of an annealed loss are of different losses: the last one is kept.
     better = (estimate.value < carry.best_value) | (loop.anneal is not None)
-    good = _Carry(
+    # A run whose estimate failed goes back to the last alpha that had a good one. It
+    # ends there, so that what only a next step would read need not go back: a copy of
+    # the estimator's state at every step would cost more than a step of SABA.
+    failed = status > 0
+    kept = lambda new, old: jax.tree.map(lambda x, y: jnp.where(failed, y, x), new, old)
+    back = jax.tree.map(
+        lambda u, good: jnp.where(status == 3, u, good), carry.u, carry.good_u
+    )
+    return _Carry(
         index=index + 1,
         status=status,
-        u=u,
+        u=kept(u, back),
         good_u=carry.u,
-        w=estimate.w,
-        best_value=jnp.where(better, estimate.value, carry.best_value),
-        best_alpha=optax.tree.where(better, alpha, carry.best_alpha),
+        w=kept(estimate.w, carry.w),
+        best_value=jnp.where(better & ~failed, estimate.value, carry.best_value),
+        best_alpha=optax.tree.where(better & ~failed, alpha, carry.best_alpha),
         optimizer_state=optimizer_state,
         estimator_state=state,
         key=key,
         rows=rows,
-    )
-    # A run whose estimate failed goes back to the last alpha that had a good one.
-    back = jax.tree.map(
-        lambda u, good: jnp.where(status == 3, u, good), carry.u, carry.good_u
-    )
-    stopped = eqx.tree_at(
-        lambda c: (c.index, c.status, c.u, c.rows),
-        carry,
-        (index + 1, status, back, rows),
-    )
-    return jax.tree.map(
-        lambda good, stop: jnp.where(status == 0, good, stop), good, stopped
     )
 
 

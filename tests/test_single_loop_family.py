@@ -1,6 +1,7 @@
 """The single-loop family against dense matrices and exact expectations."""
 
 import itertools
+import re
 
 import equinox as eqx
 import jax
@@ -308,7 +309,7 @@ def test_saga_is_unbiased_whatever_its_table_holds():
     for key in jax.random.split(jax.random.key(1), 3):
         _, state = saba.estimate(problem, state, ALPHA, key)
     for table in state.memory:
-        means = jax.tree.map(lambda rows: jnp.mean(rows, axis=0), table.rows)
+        means = jax.tree.map(lambda rows: jnp.mean(rows, axis=0), table.written())
         assert error(table.mean, means) < 1e-12
         assert optax.tree.norm(means) > 0.1
     g, H, _, b, _ = full_parts(state.w)
@@ -478,6 +479,26 @@ def test_saba_converges_linearly_below_the_plateau_of_soba():
     assert slope < -0.5
     assert np.var(left) < 0.05 * np.var(np.log(np.abs(falling)))
     assert np.median(np.abs(soba[-5:])) > 10 * np.median(np.abs(saba[-5:]))
+
+
+def test_a_step_of_saba_copies_no_table():
+    """Nor does a run select between tables: by the compiled program of `minimize`."""
+    x = jnp.ones((512, 37), jnp.float32)
+    inner = lambda w, alpha, x: 0.5 * jnp.mean(((w - alpha)[None] - x) ** 2)
+    outer = lambda w, alpha, x: 0.5 * jnp.mean((w[None] - x) ** 2)
+
+    def run(x, key):
+        data = hg.Batches(x, 4)
+        problem = hg.Bilevel(inner, outer, data, data)
+        saba, zero = hg.SABA(optax.sgd(0.1)), jnp.zeros(37, jnp.float32)
+        sgd = optax.sgd(0.1)
+        return hg.minimize(problem, saba, sgd, zero, zero, num_steps=9, key=key).alpha
+
+    text = jax.jit(run).lower(x, jax.random.key(0)).compile().as_text()
+    of_table = r"= f32\[512,37\]\S* "
+    assert re.search(of_table + "(fusion|scatter)", text)
+    copies = re.findall(of_table + r"(copy|select)\(", text)
+    assert len(copies) <= 4  # of the zeros that five tables begin with
 
 
 def test_one_step_of_soba_holds_few_copies_of_w():

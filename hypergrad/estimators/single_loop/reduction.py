@@ -34,22 +34,31 @@ def plain_batches(data: Drawn) -> tuple[PyTree, PyTree]:
 
 
 class Table(eqx.Module):
-    """The last parts seen of every example, ``[n, ...]``, and their mean."""
+    """The parts last seen of every example, ``[n, ...]``, and their mean.
+
+    What the last step saw, ``new`` of the examples ``index``, is not in ``rows`` yet:
+    `written` puts it there before the next step reads. To write after reading, in one
+    step, would copy the table.
+    """
 
     rows: PyTree
     mean: PyTree
+    index: Array
+    new: PyTree
+
+    def written(self) -> PyTree:
+        """The rows with what the last step saw."""
+        return jax.tree.map(
+            lambda rows, x: rows.at[self.index].set(x), self.rows, self.new
+        )
 
 
 def empty(parts: PyTree, data: Data) -> Table:
     """All zeros: no pass over the data is needed to begin with."""
-    size = num_examples(data)
-    rows = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), parts)
-    return Table(rows, optax.tree.zeros_like(parts))
-
-
-def num_examples(data: Data) -> int:
-    """Rows of a table: one for data that is used whole."""
-    return data.size if is_sampled(data) else 1
+    size, drawn = (data.size, data.batch_size) if is_sampled(data) else (1, 1)
+    zeros = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), parts)
+    index = jnp.zeros(drawn, int)
+    return Table(zeros(size), optax.tree.zeros_like(parts), index, zeros(drawn))
 
 
 def saga(part: Callable, table: Table, data: Data, key: Array) -> tuple[PyTree, Table]:
@@ -57,13 +66,16 @@ def saga(part: Callable, table: Table, data: Data, key: Array) -> tuple[PyTree, 
 
     ``part(batch) -> parts``; a batch's loss must be the mean of its examples' losses.
     An example that is drawn twice counts twice in the estimate and once in the table.
+    Data that are not `Batches` are one example.
     """
     if not is_sampled(data):
         new = part(whole(data, key))
-        return new, Table(jax.tree.map(lambda x: x[None], new), new)
+        row = jax.tree.map(lambda x: x[None], new)
+        return new, Table(row, new, table.index, row)
+    rows = table.written()
     index = jax.random.randint(key, (data.batch_size,), 0, data.size)
     new = jax.vmap(lambda i: part(data.take(i[None])))(index)
-    change = jax.tree.map(lambda x, rows: x - rows[index], new, table.rows)
+    change = jax.tree.map(lambda x, rows: x - rows[index], new, rows)
     estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
     share = 1 / (data.size * jnp.sum(index[:, None] == index[None, :], axis=1))
     mean = jax.tree.map(
@@ -71,8 +83,7 @@ def saga(part: Callable, table: Table, data: Data, key: Array) -> tuple[PyTree, 
         table.mean,
         change,
     )
-    rows = jax.tree.map(lambda rows, x: rows.at[index].set(x), table.rows, new)
-    return estimate, Table(rows, mean)
+    return estimate, Table(rows, mean, index, new)
 
 
 # SPIDER (Fang et al. 2018; SARAH, Nguyen et al. 2017).
