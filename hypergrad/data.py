@@ -137,6 +137,39 @@ def _reuters(folder: Path | None) -> Arrays:
     return joined | {"starts": starts, "test": is_test}
 
 
+IJCNN1 = {
+    "ijcnn1.trn.bz2": (
+        "b38a4198ce142d43e96fb86d17b87211feec1f909ac344fa057455c69de29de3"
+    ),
+    "ijcnn1.tst.bz2": (
+        "acd1db430684fdd3f0c768ecc49aa8e749d0004fc117611220c2aa576a7b6a24"
+    ),
+}
+IJCNN1_SOURCE = (
+    "binary/ijcnn1 of https://github.com/X-DataInitiative/tick-datasets, commit "
+    "9d959b6e53e17145e93e9849ff1f9f6d2de8ae51"
+)
+
+
+def _ijcnn1(folder: Path | None) -> Arrays:
+    parts = [
+        _svmlight(bz2.decompress(content), 22)
+        for content in _files("ijcnn1", folder, IJCNN1, IJCNN1_SOURCE)
+    ]
+    y = np.concatenate([part["y"] for part in parts])
+    x = np.concatenate([_dense(part, 22) for part in parts])
+    return {"x": x, "y": y, "test": np.arange(len(y)) >= len(parts[0]["y"])}
+
+
+def _dense(rows: Arrays, num_features: int) -> np.ndarray:
+    """Compressed sparse rows written out."""
+    x = np.zeros((len(rows["y"]), num_features), np.float32)
+    x[np.repeat(np.arange(len(x)), np.diff(rows["starts"])), rows["columns"]] = rows[
+        "values"
+    ]
+    return x
+
+
 def _svmlight(content: bytes, num_features: int) -> Arrays:
     """Lines ``label index:value ...`` as compressed sparse rows."""
     from sklearn.datasets import load_svmlight_file
@@ -204,6 +237,7 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "breast_cancer": _breast_cancer,
     "burgers": _burgers,
     "digits": _digits,
+    "ijcnn1": _ijcnn1,
     "iris": _iris,
     "mnist": _mnist,
     "omniglot": _omniglot,
@@ -226,6 +260,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     ``mnist``: 70,000 handwritten digits of 28 by 28 pixels in [0, 1], ``x`` ``[70000,
     784]`` and ``y`` in 0..9; ``test``, boolean, marks the last 10,000. From files:
     LeCun, Cortes and Burges.
+    ``ijcnn1``: 141,691 moments of an engine's ignition, 22 numbers each, ``x``
+    ``[141691, 22]`` float32 and ``y`` in {0, 1}, 9.7% of them 1; ``test``, boolean,
+    marks the last 91,701. From files: Prokhorov 2001, as LIBSVM prepared it.
+
     ``iris``: 150 flowers of 3 species, 4 lengths in cm; ``wine``: 178 wines of 3
     growers, 13 measurements. ``x`` float32 and ``y`` int32; bundled with scikit-learn
     (Fisher 1936; UCI's, by Forina et al.).

@@ -26,6 +26,18 @@ def test_reuters_is_what_its_source_says():
 
 
 @pytest.mark.data
+def test_ijcnn1_is_what_its_source_says():
+    """Sizes, and the share of positives in the training part."""
+    if not os.environ.get(datasets.VARIABLE):
+        pytest.skip(f"{datasets.VARIABLE} is not set")
+    found = hg.data.load("ijcnn1")
+    assert found["x"].shape == (141_691, 22)
+    assert found["test"].sum() == 91_701
+    assert abs(found["y"][~found["test"]].mean() - 0.0971) < 5e-5
+    assert set(found["y"]) == {0, 1}
+
+
+@pytest.mark.data
 def test_mnist_is_what_its_source_says():
     """Sizes, the mean pixel, and the classes of the first and the test images."""
     if not os.environ.get(datasets.VARIABLE):
