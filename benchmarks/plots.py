@@ -200,3 +200,75 @@ def log_dots(
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
+    """Suboptimality against cost and against seconds; medians, quartiles shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    colors = matplotlib.colormaps["tab20"](range(20))
+    for i, (method, rows) in enumerate(lanes.items()):
+        values = np.array([row["curve"] for row in rows], float)
+        low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
+        cost = np.median([row["curve_cost"] for row in rows], axis=0)
+        seconds = np.median([row["run_seconds"] for row in rows]) * cost / cost[-1]
+        style = {"color": colors[i % 20], "ls": "-" if i < 10 else "--"}
+        for axis, at in zip(panels, (cost, seconds), strict=True):
+            axis.plot(at, middle, lw=1.5, label=method, **style)
+            axis.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
+    for axis, label in zip(panels, ("gradient-equivalents", "seconds"), strict=True):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("suboptimality")
+    panels[1].legend(
+        fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    figure.suptitle(title)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def heatmaps(rows: list[dict], path: Path, title: str) -> None:
+    """Where each pair of rates ends, a panel a method; the chosen one is marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 6
+    figure, panels = pyplot.subplots(
+        -(-len(rows) // columns), columns, figsize=(14, 7.5), layout="constrained"
+    )
+    ends = np.array([row["ends"] for row in rows], float)
+    low, high = np.log10(np.nanmin(ends)), np.log10(np.nanquantile(ends, 0.9))
+    for axis, row in zip(panels.flat, rows, strict=False):
+        rates = sorted(set(row["rates"]), reverse=True)
+        ratios = sorted(set(row["ratios"]), reverse=True)
+        table = np.full((len(rates), len(ratios)), np.nan)
+        for rate, ratio, end in zip(
+            row["rates"], row["ratios"], row["ends"], strict=True
+        ):
+            value = np.nan if end is None else np.log10(end)
+            table[rates.index(rate), ratios.index(ratio)] = value
+        image = axis.imshow(table, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+        best = ratios.index(row["ratio"]), rates.index(row["rate"])
+        axis.plot(*best, "o", mfc="none", mec="crimson", ms=12, mew=2)
+        axis.set_title(row["method"], fontsize=9)
+        axis.set_xticks(range(len(ratios)), [f"{x:g}" for x in ratios], fontsize=7)
+        axis.set_yticks(range(len(rates)), [f"{x:g}" for x in rates], fontsize=7)
+        axis.set_facecolor("0.9")
+    for axis in list(panels.flat)[len(rows) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=panels, label="log10 of where it ends; grey: broke off")
+    figure.supxlabel("rate of alpha over that of w")
+    figure.supylabel("rate of w")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -2,7 +2,7 @@
 
 from hypergrad.studies import STUDIES, table
 
-from . import average_precision, conformance, surrogates
+from . import average_precision, conformance, logistic, quadratics, surrogates
 
 TABLES = {
     table.name: table
@@ -11,5 +11,11 @@ TABLES = {
         *map(table, STUDIES.values()),
         surrogates.TABLE,
         average_precision.TABLE,
+        quadratics.GRID,
+        quadratics.TABLE,
+        logistic.LOGISTIC_GRID,
+        logistic.LOGISTIC_TABLE,
+        logistic.MULTINOMIAL_GRID,
+        logistic.MULTINOMIAL_TABLE,
     )
 }

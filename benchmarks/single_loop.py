@@ -1,0 +1,528 @@
+"""The single-loop family on one system: one grid of rates, one budget, medians.
+
+A system says what is drawn for a seed and how far an alpha is from the best. `grid`
+makes the table that chooses rates: each method runs at every pair on two seeds that are
+not reported, and goes on with the pair whose worse run ends lowest. `table` makes the
+one of the reported seeds. See README.md.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.problem import Bilevel
+from hypergrad.studies import record
+from hypergrad.studies.program import Program
+from hypergrad.studies.record import Row, fingerprint
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, paired
+
+from . import plots
+from .__main__ import RESULTS
+
+TUNING_SEEDS = (100, 101)
+NUM_POINTS, GRID_POINTS = 20, 10  # evaluations of a run that is reported, or tried
+TAIL = 3  # the last of them, whose geometric mean is where a run ends
+PROBE = 128  # steps that tell what one costs: whole periods of SRBA and VRBO
+DOUBLE_LOOP, SEARCH = "implicit", "random search"
+
+
+class Drawn(NamedTuple):
+    """What a seed's run begins with.
+
+    suboptimality: ``(w, alpha, key) -> h(alpha) - h*``.
+    """
+
+    problem: Bilevel
+    w: PyTree
+    alpha: PyTree
+    suboptimality: Callable[[PyTree, PyTree, Array], Array]
+
+
+class System(NamedTuple):
+    """What a table of the family runs on.
+
+    Attributes:
+      name, source, minutes: of the table.
+      about: ``() -> what the data are``.
+      prepare: ``seed -> arrays``, on the host.
+      draw: ``arrays -> Drawn``, under `jax.jit`.
+      budget: gradient-equivalents of a run.
+      batches: of one pass over the inner data: the period of SRBA and VRBO.
+      rates: of ``w``, the largest near ``1 / lambda_max``.
+      ratios: of the rate of ``alpha`` to that of ``w``.
+      low, high: the box in which ``alpha`` is kept, and random search draws.
+    """
+
+    name: str
+    source: str
+    minutes: float
+    about: Callable[[], str]
+    prepare: Callable[[int], PyTree]
+    draw: Callable[[PyTree], Drawn]
+    budget: float
+    batches: int
+    rates: tuple[float, ...]
+    ratios: tuple[float, ...]
+    low: float
+    high: float
+
+
+def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
+    """Every method with its inner rate; inner loops have ten steps.
+
+    The step of a Neumann series is the rate of ``w``. A rate that falls is
+    ``rate / sqrt(1 + t / 100)``. The last one solves: ten steps of all data, ten
+    products of conjugate gradients, both from where the last ended.
+    """
+    sgd = optax.sgd(rate)
+    falling = optax.sgd(lambda step: rate / jnp.sqrt(1 + step / 100))
+    grow = lambda step: 1 + (1 + step) ** (1 / 7)
+    return {
+        "SOBA": lambda: hg.SOBA(sgd),
+        "SOBA, falling": lambda: hg.SOBA(falling),
+        "SABA": lambda: hg.SABA(sgd),
+        "SRBA": lambda: hg.SRBA(sgd, period=batches),
+        "FSLA": lambda: hg.FSLA(sgd),
+        "StocBiO": lambda: hg.StocBiO(sgd, 10, 10, step_size=rate),
+        "AmIGO": lambda: hg.AmIGO(sgd, 10, 10),
+        "TTSA": lambda: hg.TTSA(sgd, 10, step_size=rate),
+        "MRBO": lambda: hg.MRBO(sgd, 10, step_size=rate),
+        "SUSTAIN": lambda: hg.SUSTAIN(sgd, 10, step_size=rate),
+        "VRBO": lambda: hg.VRBO(sgd, 3, 10, period=batches, step_size=rate),
+        "F2SA": lambda: hg.F2SA(sgd, 10, penalty=grow),
+        "BOME": lambda: hg.BOME(sgd, 10, step_size=rate),
+        "PZOBO": lambda: hg.PZOBO(sgd, 10, 1),
+        "DARTS": lambda: hg.DARTS(sgd, rate),
+        "DARTS, first order": lambda: hg.DARTS(sgd),
+        DOUBLE_LOOP: lambda: hg.Implicit(
+            hg.Descent(sgd, 10), hg.CG(max_steps=10), warm_start=True
+        ),
+    }
+
+
+METHODS = tuple(family(jnp.ones(()), 1))
+
+
+def whole(problem: Bilevel) -> Bilevel:
+    """On all data at once."""
+    of = lambda data: data.data if isinstance(data, hg.Batches) else data
+    return Bilevel(
+        problem.inner_loss,
+        problem.outer_loss,
+        of(problem.inner_data),
+        of(problem.outer_data),
+    )
+
+
+# One run.
+
+
+def run(
+    system: System, method: str, steps: int, points: int,
+    arrays: PyTree, rate: Array, ratio: Array, key: Array,
+) -> hg.Trace:  # fmt: skip
+    """One run, evaluated at ``points`` of its steps and its last."""
+    problem, w, alpha, suboptimality = system.draw(arrays)
+    if method == DOUBLE_LOOP:
+        problem = whole(problem)
+    outer_rate = rate * ratio
+    if method.endswith("falling"):
+        outer_rate = lambda step: rate * ratio / jnp.sqrt(1 + step / 100)
+    return hg.minimize(
+        problem,
+        family(rate, system.batches)[method](),
+        optax.sgd(outer_rate),
+        w,
+        alpha,
+        num_steps=steps,
+        key=key,
+        project=lambda alpha: optax.projections.projection_box(
+            alpha, system.low, system.high
+        ),
+        metrics={"suboptimality": suboptimality},
+        eval_every=spacing(steps, points),
+    )
+
+
+def spacing(steps: int, points: int) -> int:
+    return max(1, steps // points)
+
+
+def evaluated(steps: int, points: int) -> np.ndarray:
+    """The steps at which `minimize` evaluates."""
+    return np.unique([*range(0, steps, spacing(steps, points)), steps - 1])
+
+
+def curve(system: System, method: str, steps: int, points: int, *given: Any) -> Row:
+    """Where a run was at each evaluation, what it had cost, and what it counted."""
+    trace = run(system, method, steps, points, *given)
+    at = evaluated(steps, points)
+    total = lambda name: jnp.sum(jnp.nan_to_num(trace.stats[name]))
+    return {
+        "curve": trace.metrics["suboptimality"][at],
+        "curve_cost": trace.cost[at],
+        "gradient_equivalents": jnp.max(jnp.nan_to_num(trace.cost)),
+        "num_grads": total("num_grads"),
+        "num_hvps": total("num_hvps"),
+    }
+
+
+def end(values: Any) -> float:
+    """Geometric mean of the last evaluations; infinite where a run broke off."""
+    last = np.asarray(values, float)[-TAIL:]
+    if not np.isfinite(last).all():
+        return np.inf
+    return float(np.exp(np.mean(np.log(np.maximum(last, 1e-30)))))
+
+
+def seed_key(seed: int) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+# The grid.
+
+
+def num_steps(system: System, method: str, arrays: PyTree) -> int:
+    """As many outer steps as the budget pays for, by the cost of the first ones."""
+    probe = functools.partial(run, system, method, PROBE, 1)
+    still = jnp.zeros(()), jnp.zeros(()), jax.random.key(0)
+    cost = float(jax.jit(probe)(arrays, *still).cost[-1])
+    return max(PROBE, int(PROBE * system.budget / cost))
+
+
+def try_all(system: System, cell: Row) -> Row:
+    """A method at every pair of rates, on each seed, one after the other."""
+    method = cell["method"]
+    arrays = [system.prepare(seed) for seed in TUNING_SEEDS]
+    steps = num_steps(system, method, arrays[0])
+    pairs = [(rate, ratio) for rate in system.rates for ratio in system.ratios]
+    one = functools.partial(curve, system, method, steps, GRID_POINTS)
+    tries = Program(
+        lambda arrays, key, rates, ratios: jax.lax.map(
+            lambda pair: one(arrays, *pair, key), (rates, ratios)
+        )
+    )
+    lanes = [jnp.asarray(each, jnp.float32) for each in zip(*pairs, strict=True)]
+    found = [
+        tries(each, seed_key(seed), *lanes)
+        for each, seed in zip(arrays, TUNING_SEEDS, strict=True)
+    ]
+    ends = [
+        max(end(of["curve"][i]) for of in found) for i in range(len(pairs))
+    ]  # fmt: skip
+    best = int(np.argmin(ends))
+    return {
+        "rate": pairs[best][0],
+        "ratio": pairs[best][1],
+        "num_steps": steps,
+        "tuning_cost": float(sum(np.sum(of["gradient_equivalents"]) for of in found)),
+        "rates": [rate for rate, _ in pairs],
+        "ratios": [ratio for _, ratio in pairs],
+        "ends": ends,
+        "data": system.about(),
+        "run_seconds": tries.run_seconds,
+    }
+
+
+def grid_name(system: System) -> str:
+    return f"{system.name}-grid"
+
+
+def chosen(system: System, method: str) -> Row:
+    """What the committed grid says of a method."""
+    path = RESULTS / f"{grid_name(system)}.jsonl"
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing: run python -m benchmarks {grid_name(system)}"
+        )
+    rows = {row["method"]: row for row in record.read(path)}
+    if method not in rows:
+        raise ValueError(f"{path} has no row of {method}: run it to its end")
+    if rows[method]["data"] != system.about():
+        raise ValueError(
+            f"{path} was made with {rows[method]['data']}, not with {system.about()}"
+        )
+    return rows[method]
+
+
+def at_edge(row: Row) -> bool:
+    """Whether a chosen rate or ratio is the smallest or largest that was tried."""
+    ends = lambda values: (min(values), max(values))
+    return row["rate"] in ends(row["rates"]) or row["ratio"] in ends(row["ratios"])
+
+
+def judge_grid(rows: list[Row]) -> list[Verdict]:
+    """What a reader of the other table should know."""
+    edge = [row["method"] for row in rows if at_edge(row)]
+    text = f"{len(edge)} of {len(rows)} methods chose a rate at an edge of the grid"
+    return [Verdict(text + (f": {', '.join(edge)}" if edge else ""))]
+
+
+def markdown_of_grid(system: System, table: Table, rows: list[Row], command) -> str:
+    """The chosen rates."""
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{rows[0]['data']}; seeds {' and '.join(map(str, TUNING_SEEDS))}. Of every "
+        f"pair of a rate of w in {list(system.rates)} and a ratio, of the rate of "
+        f"alpha to it, in {list(system.ratios)} the one whose worse run ends lowest, "
+        f"after at most {system.budget:,.0f} gradient-equivalents (grad-eq) a run. "
+        f"Command: `{command}`",
+        "",
+        "| method | rate | ratio | end | steps | tuning grad-eq |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        best = min(x for x in row["ends"] if x is not None)
+        lines.append(
+            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best:.1e} | "
+            f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
+        )
+    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
+
+
+def grid(system: System) -> Table:
+    """The table that chooses rates."""
+    return Table(
+        name=grid_name(system),
+        source=system.source,
+        minutes=system.minutes,
+        seeds=1,
+        plan=lambda scale, seeds: [{"method": method, "seed": 0} for method in METHODS],
+        run=cell_by_cell(
+            functools.partial(try_all, system),
+            functools.partial(markdown_of_grid, system),
+            lambda rows, path: plots.heatmaps(rows, path, grid_name(system)),
+        ),
+        judge=judge_grid,
+    )
+
+
+# The table.
+
+
+@functools.cache
+def program(system: System, method: str, steps: int) -> Program:
+    """`curve`, compiled once a method."""
+    return Program(functools.partial(curve, system, method, steps, NUM_POINTS))
+
+
+def measure(system: System, cell: Row) -> Row:
+    """One seed at the chosen rates."""
+    method, seed = cell["method"], cell["seed"]
+    arrays = system.prepare(seed)
+    about = {"data": system.about(), "data_sha256": fingerprint(named(arrays))}
+    if method == SEARCH:
+        return by_random_search(system, arrays, seed_key(seed)) | about
+    settings = chosen(system, method)
+    runs = program(system, method, settings["num_steps"])
+    rates = (jnp.float32(settings[name]) for name in ("rate", "ratio"))
+    given = arrays, *rates, seed_key(seed)
+    if runs.compiled is None:
+        runs(*given)  # so that seconds are those of a warm program
+    before = runs.run_seconds
+    found = {name: np.asarray(x, float) for name, x in runs(*given).items()}
+    return {
+        "end": end(found["curve"]),
+        "run_seconds": runs.run_seconds - before,
+        "compile_seconds": runs.compile_seconds,
+        **{name: settings[name] for name in ("rate", "ratio", "num_steps")},
+        "tuning_cost": settings["tuning_cost"],
+        **{name: x.tolist() for name, x in found.items()},
+        **about,
+    }
+
+
+def by_random_search(system: System, arrays: PyTree, key: Array) -> Row:
+    """Uniform in the box; each draw trained by Newton's method."""
+    problem, w, alpha, suboptimality = system.draw(arrays)
+    trace = hg.search(
+        whole(problem),
+        hg.Newton(tolerance=1e-2),
+        hg.searchers.Random(),
+        w,
+        space=hg.spaces.Interval(system.low, system.high, shape=alpha.shape),
+        budget=system.budget,
+        key=key,
+        metrics={"suboptimality": suboptimality},
+    )
+    best_so_far = np.minimum.accumulate(np.asarray(trace.value))
+    kept = [
+        int(np.argmin(np.asarray(trace.value)[: i + 1]))
+        for i in range(len(best_so_far))
+    ]
+    values = np.asarray(trace.metrics["suboptimality"], float)[kept]
+    total = lambda name: float(np.sum(trace.stats[name]))
+    return {
+        "end": end(values[-1:]),
+        "curve": values.tolist(),
+        "curve_cost": np.asarray(trace.cost, float).tolist(),
+        "gradient_equivalents": float(trace.cost[-1]),
+        "num_grads": total("num_grads"),
+        "num_hvps": total("num_hvps"),
+        "num_steps": len(values),
+    }
+
+
+def named(arrays: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+# Judging.
+
+
+def lane(rows: list[Row], method: str) -> np.ndarray:
+    """Where each seed ended; infinite where a run broke off."""
+    mine = [row for row in rows if row["method"] == method]
+    mine.sort(key=lambda row: row["seed"])
+    return np.array([np.inf if row["end"] is None else row["end"] for row in mine])
+
+
+def lower_end(
+    rows: list[Row], first: str, second: str, least: float | None = None, mark: str = ""
+) -> Verdict:
+    """How many times lower the one ends than the other: geometric mean over seeds."""
+    ours, theirs = lane(rows, first), lane(rows, second)
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return Verdict(
+            f"{first} against {second}: not every run came to its end",
+            failed=least is not None,
+        )
+    if ours.size < LEAST_SEEDS:
+        return Verdict(
+            f"{first} against {second}: too few seeds", failed=least is not None
+        )
+    mean, low, high = np.exp(paired(np.log(theirs), np.log(ours)))
+    text = (
+        f"{mark}{first} ends {mean:.3g} [{low:.3g}, {high:.3g}] times lower than "
+        f"{second}, at equal cost"
+    )
+    if least is None:
+        return Verdict(text)
+    how = "reproduced" if low >= least else "not reproduced"
+    return Verdict(f"{text}, at least {least:g} claimed: {how}")
+
+
+def to_plateau(row: Row) -> float:
+    """Cost at which the run first was within twice of where it ended."""
+    if row["end"] is None:
+        return np.inf
+    values = np.array([np.inf if x is None else x for x in row["curve"]])
+    return row["curve_cost"][int(np.argmax(values <= 2 * row["end"]))]
+
+
+def median_to_plateau(rows: list[Row], method: str) -> float:
+    return float(np.median([to_plateau(r) for r in rows if r["method"] == method]))
+
+
+def first_there(rows: list[Row], method: str) -> Verdict:
+    """(o) whether a method's cost to its own plateau is the least, by medians."""
+    stochastic = {r["method"] for r in rows} - {DOUBLE_LOOP, SEARCH}
+    cost = {name: median_to_plateau(rows, name) for name in sorted(stochastic)}
+    first = min(cost, key=lambda name: cost[name])
+    how = "reproduced" if cost[method] <= cost[first] else "not reproduced"
+    return Verdict(
+        f"(o) {method} is first at its plateau (within twice of its end): after "
+        f"{cost[method]:.0f} gradient-equivalents; the first, {first}, after "
+        f"{cost[first]:.0f}: {how}"
+    )
+
+
+# Showing.
+
+
+def markdown(
+    system: System, judge: Callable[[list[Row]], list[Verdict]],
+    table: Table, rows: list[Row], command: str,
+) -> str:  # fmt: skip
+    """Medians and quartiles over seeds."""
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{rows[0]['data']}; {len({row['seed'] for row in rows})} seeds. End: median "
+        f"[quartiles] of h(alpha) - h* at the end of at most {system.budget:,.0f} "
+        "gradient-equivalents (grad-eq); plateau: median cost to come within twice of "
+        "it. Rates of w, and of alpha over that of w, are from "
+        f"[{grid_name(system)}]({grid_name(system)}.md). Source: {table.source}. "
+        f"Command: `{command}`",
+        "",
+        "| method | end | plateau | grad-eq | gradients | HVPs | steps | rate | ratio "
+        "| tuning grad-eq | compile s | run s |",
+        "|" + "---|" * 12,
+    ]
+    for method in (*METHODS, SEARCH):
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            lines.append("| " + " | ".join(cells_of(method, mine)) + " |")
+    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
+    lines += ["", *(f"- {mark(v)}{v.text}" for v in judge(rows))]
+    return "\n".join(lines)
+
+
+def cells_of(method: str, mine: list[Row]) -> list[str]:
+    """A line of the table."""
+    ends = lane(mine, method)
+    low, middle, high = np.quantile(np.where(np.isfinite(ends), ends, 1e300), QUARTILES)
+    plateau = median_to_plateau(mine, method)
+
+    def mean(name: str, form: str) -> str:
+        values = [row[name] for row in mine if row.get(name) is not None]
+        return form.format(np.mean(values)) if values else "-"
+
+    return [
+        method,
+        f"{middle:.1e} [{low:.1e}, {high:.1e}]" if high < 1e300 else "broke off",
+        f"{plateau:.0f}" if np.isfinite(plateau) else "-",
+        mean("gradient_equivalents", "{:.0f}"),
+        mean("num_grads", "{:.0f}"),
+        mean("num_hvps", "{:.0f}"),
+        mean("num_steps", "{:.0f}"),
+        mean("rate", "{:g}"),
+        mean("ratio", "{:g}"),
+        mean("tuning_cost", "{:,.0f}"),
+        mean("compile_seconds", "{:.1f}"),
+        mean("run_seconds", "{:.2f}"),
+    ]
+
+
+QUARTILES = (0.25, 0.5, 0.75)
+
+
+def draw(system: System, rows: list[Row], path: Path) -> None:
+    """Suboptimality against cost and against seconds: medians and quartiles."""
+    lanes = {
+        method: [row for row in rows if row["method"] == method] for method in METHODS
+    }
+    there = {method: mine for method, mine in lanes.items() if mine}
+    plots.medians(there, path, f"{system.name}: {rows[0]['data']}")
+
+
+def table(system: System, judge: Callable[[list[Row]], list[Verdict]]) -> Table:
+    """The table of a system's reported seeds."""
+    return Table(
+        name=system.name,
+        source=system.source,
+        minutes=system.minutes,
+        seeds=10,
+        plan=lambda scale, seeds: [
+            {"method": method, "seed": seed}
+            for method in (*METHODS, SEARCH)
+            for seed in range(seeds)
+        ],
+        run=cell_by_cell(
+            functools.partial(measure, system),
+            functools.partial(markdown, system, judge),
+            functools.partial(draw, system),
+        ),
+        judge=judge,
+    )
