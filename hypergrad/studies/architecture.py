@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
 from .. import plots
 from ..estimators import DARTS, Estimator, Implicit
 from ..inner import Descent
@@ -27,7 +26,6 @@ from ..problem import Batches, Bilevel
 from ..tasks.architecture import (
     BATCH_SIZE,
     CELLS,
-    DATA_NAME,
     EDGES,
     OPERATIONS,
     SIZES,
@@ -43,9 +41,9 @@ from ..tasks.architecture import (
     val_loss,
 )
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import DIGITS, Column, Study, digits, tuned
 from .verdict import Claim, Verdict
 
 BUDGET = 300
@@ -79,12 +77,6 @@ ESTIMATORS: dict[str, tuple[Estimator, float]] = {
 }
 TRAINING = STEPS * BATCH + NUM_VAL / NUM_TRAIN / 3
 TOTAL = BUDGET + len(RATES) * (BUDGET + TRAINING)  # with tuning
-
-
-@functools.cache
-def digits() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load("digits")
 
 
 def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
@@ -121,19 +113,10 @@ def learn(
     )
 
 
-TRAIN = Program(train)
-
-
-@functools.cache
-def learning(method: str) -> Program:
-    """`learn`, compiled once a method."""
-    return Program(functools.partial(learn, method))
-
-
 @functools.cache
 def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
     """What one training of a cell says of it."""
-    found = TRAIN(digits(), jnp.array(cell), jax.random.key(seed))
+    found = program(train)(digits(), jnp.array(cell), jax.random.key(seed))
     return {name: float(x) for name, x in found.items()}
 
 
@@ -171,17 +154,17 @@ def selection(cell: tuple[int, ...], seed: int, price: float) -> Row:
 
 def by_gradient(method: str, seed: int, price: float) -> Row:
     """The heaviest operations of the learned mixture."""
-    program, key = learning(method), jax.random.key(seed)
+    run, key = program(learn, method), jax.random.key(seed)
 
     def one(rate: float, hold_out: bool) -> Row:
-        before = program.run_seconds
-        trace = program(digits(), key, price, hold_out, rate)
+        before = run.run_seconds
+        trace = run(digits(), key, price, hold_out, rate)
         cell = tuple(chosen(trace.alpha).tolist())
         cost = float(trace.cost[-1])
         found = judged(cell, price) | {
             "gradient_equivalents": cost,
             "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-            "run_seconds": program.run_seconds - before,
+            "run_seconds": run.run_seconds - before,
             "alpha": np.asarray(trace.alpha, float).tolist(),
         }
         if not hold_out:
@@ -189,7 +172,7 @@ def by_gradient(method: str, seed: int, price: float) -> Row:
         found["gradient_equivalents"] += TRAINING
         return found | selection(cell, seed, price)
 
-    return tuned(one, RATES) | {"compile_seconds": program.compile_seconds}
+    return tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
 
 
 def one_operation(seed: int, price: float) -> Row:
@@ -278,7 +261,7 @@ STUDY = Study(
         f"Price {PRICE}: of the largest cell's FLOPs, in nats, and the objective is "
         "test loss and price."
     ),
-    data=lambda: (DATA_NAME, digits()),
+    data=lambda: (DIGITS, digits()),
     methods=METHODS,
     columns=(
         Column("accuracy %", "accuracy", scale=100),

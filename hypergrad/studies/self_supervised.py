@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
 from .. import plots
 from ..estimators import Estimator, Unrolled
 from ..minimize import minimize
@@ -27,9 +26,9 @@ from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program
+from .program import Program, program
 from .record import Row
-from .study import Column, Study
+from .study import DIGITS, Column, Study, digits, of_trace
 from .verdict import Claim, Verdict, conclude, paired
 
 BUDGET = 1500
@@ -90,12 +89,6 @@ METHODS: dict[str, Any] = {
 }
 
 
-@functools.cache
-def digits() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load("digits")
-
-
 def learn(method: Callable, data: PyTree, key: Array) -> Trace:
     """The run of one method."""
     return method(make(key=key, data=data), jax.random.fold_in(key, 1))
@@ -121,24 +114,11 @@ def evaluate(data: PyTree, key: Array, alpha: PyTree) -> dict[str, Array]:
 
 
 @functools.cache
-def programs(method: str) -> tuple[Callable, Program]:
-    """Learning, compiled where it can be, and evaluation."""
-    run = functools.partial(learn, METHODS[method])
-    return (run if method == "random search" else Program(run)), evaluation()
-
-
-@functools.cache
-def evaluation() -> Program:
-    """Shared by all methods."""
-    return Program(evaluate)
-
-
-@functools.cache
 def grid(seed: int) -> list[dict[str, float]]:
     """What each temperature leads to with the default strengths."""
     key = jax.random.key(seed)
     found = [
-        evaluation()(digits(), key, DEFAULT | {"temperature": temperature})
+        program(evaluate)(digits(), key, DEFAULT | {"temperature": temperature})
         for temperature in TEMPERATURES
     ]
     return [{name: float(x) for name, x in one.items()} for one in found]
@@ -157,21 +137,17 @@ def row(method: str, seed: int) -> Row:
             "grid_errors": test_errors.tolist(),
         }
     else:
-        run, measure = programs(method)
+        learned = METHODS[method]
+        on_host = functools.partial(learn, learned)
+        run = on_host if method == "random search" else program(learn, learned)
         key = jax.random.key(seed)
         started = time.perf_counter()
         trace = run(digits(), key)
         seconds = time.perf_counter() - started
-        measured = measure(digits(), key, trace.alpha)
+        measured = program(evaluate)(digits(), key, trace.alpha)
         found = {name: float(x) for name, x in measured.items()}
         found |= {name: float(x) for name, x in trace.alpha.items()}
-        found |= {
-            "gradient_equivalents": float(trace.cost[-1]),
-            "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
-            "curve_value": np.asarray(trace.value, float).tolist(),
-            "curve_cost": np.asarray(trace.cost, float).tolist(),
-            "run_seconds": seconds,
-        }
+        found |= of_trace(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
             found |= {"compile_seconds": run.compile_seconds}
     found["beaten_by"] = float(np.mean(test_errors < found["test_error"]))
@@ -205,7 +181,7 @@ STUDY = Study(
         "the probe on the untouched test split, means over four encoders; beaten by is "
         "the share of the twelve temperatures that do better."
     ),
-    data=lambda: ("scikit-learn digits (1,797 real 8x8 images)", digits()),
+    data=lambda: (DIGITS, digits()),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

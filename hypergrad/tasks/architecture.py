@@ -31,7 +31,6 @@ from ..inner import Descent
 from ..problem import Batches, Bilevel
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
 OPERATIONS = ("none", "skip", "average", "conv1", "conv3")

@@ -29,7 +29,6 @@ from ..inner import Descent
 from ..problem import Batches, Bilevel
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 OPERATIONS = (
     "translate_x", "translate_y", "rotate", "scale", "shear", "contrast", "noise",

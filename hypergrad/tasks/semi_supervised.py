@@ -23,7 +23,6 @@ from ..problem import Bilevel
 from ..surrogates import AUC
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 # Labelled, validation and unlabelled examples; the rest is for testing.
 SIZES = {"small": (50, 100, 1000), "paper": (250, 1000, 48750)}
