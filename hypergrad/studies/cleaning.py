@@ -188,7 +188,7 @@ def row(method: str, seed: int) -> Row:
             "run_seconds": seconds,
         }
         if learned["trace"] is not None:
-            alpha, wrong = np.asarray(learned["alpha"]), np.asarray(found["wrong"])
+            alpha, wrong = learned["alpha"], found["wrong"]
             numbers |= {"f1": float(f1_of_wrong_labels(wrong, None, alpha, lane[0]))}
             numbers |= of_weights(learned["trace"], alpha, wrong)
         return numbers
@@ -199,13 +199,13 @@ def row(method: str, seed: int) -> Row:
     return found
 
 
-def of_weights(trace: Trace, alpha: np.ndarray, wrong: np.ndarray) -> Row:
+def of_weights(trace: Trace, alpha: Array, wrong: Array) -> Row:
     """Beside `of_trace`: how many weights lie in each fortieth of [0, 1]."""
-    count = lambda x: np.histogram(x, bins=40, range=(0, 1))[0].tolist()
+    count = lambda which: np.histogram(alpha[which], 40, (0, 1))[0].tolist()
     return of_trace(trace) | {
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
-        "wrong_weights": count(alpha[wrong]),
-        "clean_weights": count(alpha[~wrong]),
+        "wrong_weights": count(wrong),
+        "clean_weights": count(~wrong),
     }
 
 

@@ -201,7 +201,7 @@ def row(method: str, seed: int) -> Row:
             alpha, key = learned["alpha"], lane[0]
             auroc = auroc_of_wrong_labels(found["wrong"], None, alpha, key)
             row |= {"auroc": float(auroc)}
-            row |= of_weights(learned["trace"], np.asarray(alpha), wrong)
+            row |= of_weights(learned["trace"], alpha, found["wrong"])
         return row
 
     found = tuned(one, settings(method))
