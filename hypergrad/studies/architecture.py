@@ -32,13 +32,13 @@ from ..tasks.architecture import (
     chosen,
     cross_entropy,
     expected_flops,
-    is_held,
     make,
     one_hot,
     ranking,
     train_loss,
     val_loss,
 )
+from ..tasks.classifier import held_out, others
 from ..trace import Trace
 from .program import program
 from .record import Row
@@ -85,7 +85,7 @@ def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
     test: Any = task.metrics["test_accuracy"]
     key = jax.random.fold_in(key, 1)
     w, _ = FINAL.solve(train_loss, task.w, cell, inner, key)
-    held = val | {"use": jnp.where(is_held(NUM_VAL), 1.0, 0.0)}
+    held = others(held_out(val, True))
     return task.metric_values(w, cell, key) | {
         "test_loss": cross_entropy(w, cell, test.args[0]),
         "val_loss": cross_entropy(w, cell, val),

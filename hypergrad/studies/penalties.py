@@ -24,6 +24,7 @@ from ..linear import CG, Neumann
 from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
+from ..tasks.classifier import others
 from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
 from .program import program
@@ -89,9 +90,8 @@ def evaluate(
     task = make(key=key, variant=system, hold_out=hold_out, data=data)
     problem, val = task.problem, task.problem.outer_data
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
-    held = val | {"use": 1 - val["use"]}
     return {
-        "selection": -problem.outer(w, alpha, held),
+        "selection": -problem.outer(w, alpha, others(val)),
         "val_loss": problem.outer(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }

@@ -24,6 +24,7 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks import schedules
+from ..tasks.classifier import others
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
 from .program import program
@@ -123,7 +124,6 @@ def evaluate(
     del kind  # whose ``alpha`` has a shape of its own
     task = task_of(system, data, key, hold_out)
     problem, val = task.problem, task.problem.outer_data
-    held = val | {"use": 1 - val["use"]}
     solver = task.solver
     if "follow" in alpha:
         solver = Descent(greedy, STEPS[system])
@@ -133,7 +133,7 @@ def evaluate(
             problem.inner_loss, task.w, alpha, problem.inner_data, order
         )
         return {
-            "selection": -problem.outer(w, alpha, held),
+            "selection": -problem.outer(w, alpha, others(val)),
             "val_loss": problem.outer(w, alpha, val),
             **task.metric_values(w, alpha, order),
         }
