@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 
 from hypergrad import data as datasets
 from hypergrad.studies import cleaning as study
+from hypergrad.studies.program import program
 from hypergrad.studies.study import Column, markdown, tuned
 from hypergrad.studies.verdict import Claim, paired
 from hypergrad.tasks import cleaning
@@ -170,11 +171,11 @@ def test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen():
     assert implicit["curve_cost"][-1] == implicit["gradient_equivalents"]
     assert sum(implicit["wrong_weights"]) + sum(implicit["clean_weights"]) == 1000
     scores = {}
-    _, evaluation = study.programs("baseline")
+    measure = program(study.evaluate, "baseline")
     for penalty in study.PENALTIES:
         lane = (jax.random.key(0), jnp.float32(penalty), jnp.asarray(True))
         learned = study.learn("baseline", DIGITS, lane)
-        measured = evaluation(DIGITS, lane, learned["batch"], learned["alpha"])
+        measured = measure(DIGITS, lane, learned["batch"], learned["alpha"])
         scores[penalty] = tuple(measured["selection"].tolist())
     chosen = study.row("baseline", 0)["setting"]
     assert chosen == max(scores, key=scores.__getitem__)

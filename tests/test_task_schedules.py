@@ -166,6 +166,6 @@ def test_a_learned_row_keeps_the_budget(method):
     """Its curve ends below it, but would not fit two more estimates."""
     arguments = jnp.asarray(False), jnp.array([0.1, 0.9]), jnp.asarray(0.1)
     learn = functools.partial(study.learn, "100 steps", method)
-    trace = jax.jit(learn)(study.arrays(), jax.random.key(0), *arguments)
+    trace = jax.jit(learn)(study.digits(), jax.random.key(0), *arguments)
     budget, each = study.budget("100 steps"), np.diff(trace.cost).max()
     assert budget - 2 * each < trace.cost[-1] <= budget

@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 
 import hypergrad as hg
 from hypergrad import data as datasets
+from hypergrad.studies import self_supervised as study
 from hypergrad.tasks import self_supervised as task_file
 
 SHORT = hg.Descent(optax.sgd(0.3, momentum=0.9), 5)
@@ -118,6 +119,19 @@ def test_the_split_is_a_partition():
         np.testing.assert_array_equal(parts[name]["y"], digits["y"][marks])
         np.testing.assert_array_equal(parts[name]["fit"], np.arange(len(marks)) < 100)
         np.testing.assert_array_equal(parts[name]["judge"], 1 - parts[name]["fit"])
+
+
+def test_no_encoder_both_chooses_a_temperature_and_is_judged(monkeypatch):
+    """The baseline's error is not that of the encoders that were best on validation."""
+    numbers = lambda best: [
+        {"val_error": float(i != best), "test_error": i / 12} for i in range(12)
+    ]
+    grids = {study.CHOSEN: numbers(3), study.JUDGED: numbers(0)}
+    monkeypatch.setattr(study, "grid", lambda seed, purpose: grids[purpose])
+    found = study.row("baseline", 0)
+    assert found["temperature"] == study.TEMPERATURES[3]
+    assert (found["test_error"], found["beaten_by"]) == (3 / 12, 3 / 12)
+    assert study.CHOSEN != study.JUDGED
 
 
 def test_another_scale_is_refused():

@@ -26,7 +26,6 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks.augmentation import (
-    DATA_NAME,
     LARGEST,
     OPERATIONS,
     POSE,
@@ -39,10 +38,9 @@ from ..tasks.augmentation import (
     val_loss,
 )
 from ..tasks.task import Task
-from .cleaning import digits
-from .program import Program
+from .program import Program, program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import DIGITS, Column, Study, digits, of_trace, tuned
 from .verdict import Claim
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -168,19 +166,11 @@ def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Array]:
     }
 
 
-@functools.cache
-def program(method: str) -> Program | None:
-    """Learning, compiled once a method where it can be."""
-    return None if method == ON_HOST else Program(functools.partial(learn, method))
-
-
-EVALUATION = Program(evaluate)
-
-
 def row(method: str, seed: int) -> Row:
     """One method and seed, its setting chosen by the rule of `tuned`."""
-    data = digits()
-    run = program(method) or functools.partial(learn, method)
+    data, measure = digits(), program(evaluate)
+    on_host = functools.partial(learn, method)
+    run = on_host if method == ON_HOST else program(learn, method)
 
     def one(setting: tuple[float, float], hold_out: bool) -> Row:
         penalty, share = map(jnp.float32, setting)
@@ -189,7 +179,7 @@ def row(method: str, seed: int) -> Row:
         learned = run(data, lane)
         seconds = time.perf_counter() - started
         alpha, trace = learned["alpha"], learned["trace"]
-        found = jax.tree.map(np.asarray, EVALUATION(data, lane, alpha))
+        found = jax.tree.map(np.asarray, measure(data, lane, alpha))
         row = {
             "selection": found["selection"],
             "test_accuracy": float(found["test_accuracy"]),
@@ -202,17 +192,12 @@ def row(method: str, seed: int) -> Row:
             "run_seconds": seconds,
         }
         if trace is not None:
-            row |= {
-                "gradient_equivalents": float(trace.cost[-1]),
-                "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
-                "curve_value": np.asarray(trace.value, float).tolist(),
-                "curve_cost": np.asarray(trace.cost, float).tolist(),
-            }
+            row |= of_trace(trace)
         return row
 
     found = tuned(one, settings(method))
-    if (compiled := program(method)) is not None:
-        found |= {"compile_seconds": compiled.compile_seconds}
+    if isinstance(run, Program):
+        found |= {"compile_seconds": run.compile_seconds}
     return found
 
 
@@ -233,7 +218,7 @@ STUDY = Study(
         "before that (upright); seconds are those of learning, without the final "
         "training, which is the same for every row."
     ),
-    data=lambda: (DATA_NAME, digits()),
+    data=lambda: (DIGITS, digits()),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

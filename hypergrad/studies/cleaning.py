@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
 from .. import plots
 from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Newton
@@ -38,9 +37,9 @@ from ..tasks.cleaning import (
 )
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program
+from .program import Program, program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import DIGITS, Column, Study, digits, of_trace, tuned
 from .verdict import Claim
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
@@ -132,12 +131,6 @@ ON_HOST = "random search"
 HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
 
 
-@functools.cache
-def digits() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load("digits")
-
-
 def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
     """The task of one lane and its split."""
     key, penalty, hold_out = lane
@@ -152,11 +145,14 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
     return {"batch": batch, "alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: Lane, batch: PyTree, alpha: Array) -> dict[str, Array]:
+def evaluate(
+    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+) -> dict[str, Array]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out examples.
     """
+    del method  # what it retrains on has a size of its own
     task, parts = lane_task(data, lane)
     key, held = lane[0], parts["held"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
@@ -173,24 +169,18 @@ def evaluate(data: PyTree, lane: Lane, batch: PyTree, alpha: Array) -> dict[str,
 # Rows.
 
 
-@functools.cache
-def programs(method: str) -> tuple[Program | None, Program]:
-    """Learning, compiled once a method where it can be, and evaluation."""
-    program = None if method == ON_HOST else Program(functools.partial(learn, method))
-    return program, Program(evaluate)
-
-
 def row(method: str, seed: int) -> Row:
     """One method and seed, its penalty chosen by the rule of `tuned`."""
-    data, (program, evaluation) = digits(), programs(method)
-    run = program or functools.partial(learn, method)
+    data, measure = digits(), program(evaluate, method)
+    on_host = functools.partial(learn, method)
+    run = on_host if method == ON_HOST else program(learn, method)
 
     def one(penalty: float, hold_out: bool) -> Row:
         lane = jax.random.key(seed), jnp.float32(penalty), jnp.asarray(hold_out)
         started = time.perf_counter()
         learned = run(data, lane)
         seconds = time.perf_counter() - started
-        found = evaluation(data, lane, learned["batch"], learned["alpha"])
+        found = measure(data, lane, learned["batch"], learned["alpha"])
         numbers = {
             "selection": np.asarray(found["selection"]),
             "test_accuracy": float(found["test_accuracy"]),
@@ -200,31 +190,23 @@ def row(method: str, seed: int) -> Row:
         if learned["trace"] is not None:
             alpha, wrong = learned["alpha"], found["wrong"]
             numbers |= {"f1": float(f1_of_wrong_labels(wrong, None, alpha, lane[0]))}
-            numbers |= of_trace(learned["trace"])
-            numbers |= histograms(np.asarray(alpha), np.asarray(wrong))
+            numbers |= of_weights(learned["trace"], alpha, wrong)
         return numbers
 
     found = tuned(one, PENALTIES)
-    if program is not None:
-        found |= {"compile_seconds": program.compile_seconds}
+    if isinstance(run, Program):
+        found |= {"compile_seconds": run.compile_seconds}
     return found
 
 
-def of_trace(trace: Trace) -> Row:
-    """What learning cost, and how the validation loss fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
+def of_weights(trace: Trace, alpha: Array, wrong: Array) -> Row:
+    """Beside `of_trace`: how many weights lie in each fortieth of [0, 1]."""
+    count = lambda which: np.histogram(alpha[which], 40, (0, 1))[0].tolist()
+    return of_trace(trace) | {
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
+        "wrong_weights": count(wrong),
+        "clean_weights": count(~wrong),
     }
-
-
-def histograms(alpha: np.ndarray, wrong: np.ndarray) -> Row:
-    """How many weights lie in each fortieth of [0, 1]."""
-    count = lambda x: np.histogram(x, bins=40, range=(0, 1))[0].tolist()
-    return {"wrong_weights": count(alpha[wrong]), "clean_weights": count(alpha[~wrong])}
 
 
 STUDY = Study(
@@ -237,7 +219,7 @@ STUDY = Study(
         "adjoint residual; seconds are those of learning, without the final training, "
         "which is the same for every row."
     ),
-    data=lambda: ("scikit-learn digits (1,797 real 8x8 images)", digits()),
+    data=lambda: (DIGITS, digits()),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

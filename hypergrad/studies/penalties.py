@@ -24,11 +24,12 @@ from ..linear import CG, Neumann
 from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
+from ..tasks.classifier import others
 from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, of_trace, tuned
 from .verdict import Claim, Verdict
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -89,29 +90,16 @@ def evaluate(
     task = make(key=key, variant=system, hold_out=hold_out, data=data)
     problem, val = task.problem, task.problem.outer_data
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
-    held = val | {"use": 1 - val["use"]}
     return {
-        "selection": -problem.outer(w, alpha, held),
+        "selection": -problem.outer(w, alpha, others(val)),
         "val_loss": problem.outer(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }
 
 
-@functools.cache
-def learning(system: str, method: str) -> Program:
-    """`learn`, compiled once."""
-    return Program(functools.partial(learn, system, method))
-
-
-@functools.cache
-def evaluation(system: str) -> Program:
-    """`evaluate`, compiled once."""
-    return Program(functools.partial(evaluate, system))
-
-
 def measured(system: str, key: Array, hold_out: bool, alpha: PyTree) -> Row:
     """The numbers of `evaluate`."""
-    found = evaluation(system)(arrays(system), key, hold_out, alpha)
+    found = program(evaluate, system)(arrays(system), key, hold_out, alpha)
     return {name: float(x) for name, x in found.items()}
 
 
@@ -133,17 +121,18 @@ def baseline(system: str, seed: int) -> Row:
 
 def by_gradient(system: str, method: str, seed: int) -> Row:
     """Penalties learned from the baseline's on, at the chosen rate."""
-    program, key = learning(system, method), jax.random.key(seed)
+    run, key = program(learn, system, method), jax.random.key(seed)
     first = baseline(system, seed)
 
     def one(rate: float, hold_out: bool) -> Row:
         start = jnp.asarray(first["setting"], float)
-        before = program.run_seconds
-        trace = program(arrays(system), key, hold_out, start, jnp.asarray(rate))
+        before = run.run_seconds
+        trace = run(arrays(system), key, hold_out, start, jnp.asarray(rate))
         found = measured(system, key, hold_out, trace.best_alpha)
-        return found | of_trace(trace, program.run_seconds - before)
+        seconds = {"run_seconds": run.run_seconds - before}
+        return found | of_trace(trace) | seconds
 
-    found = tuned(one, RATES) | {"compile_seconds": program.compile_seconds}
+    found = tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
     return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
 
 
@@ -167,21 +156,10 @@ def by_random_search(system: str, seed: int) -> Row:
         )
         seconds = time.perf_counter() - started
         found = measured(system, key, hold_out, trace.best_alpha)
-        return found | of_trace(trace, seconds)
+        return found | of_trace(trace) | {"run_seconds": seconds}
 
     found = tuned(one, WIDTHS)
     return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
-
-
-def of_trace(trace: Trace, seconds: float) -> Row:
-    """What learning cost, and how the validation loss fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-        "run_seconds": seconds,
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
-    }
 
 
 # HOAG, and fifty images.
@@ -211,26 +189,22 @@ def hoag(data: PyTree, key: Array, rel_err: Array) -> tuple[Array, Trace]:
     return FINE[jnp.argmin(jax.lax.map(value, FINE))], trace
 
 
-@functools.cache
-def hoag_program() -> Program:
-    """`hoag`, compiled once."""
-    return Program(hoag)
-
-
 def by_hoag(schedule: str, seed: int) -> Row:
     """How far HOAG ends from the grid's best log-penalty."""
-    program, before = hoag_program(), hoag_program().run_seconds
+    run = program(hoag)
+    before = run.run_seconds
     rel_err = (
         jnp.full(HOAG_STEPS, 1e-4)
         if schedule == "constant"
         else tolerances(schedule, HOAG_STEPS)
     )
-    best, trace = program(arrays("hoag"), jax.random.key(seed), rel_err)
-    found = of_trace(trace, program.run_seconds - before)
-    return found | {"from_grid": float(abs(trace.alpha - best))}
+    best, trace = run(arrays("hoag"), jax.random.key(seed), rel_err)
+    found = {"run_seconds": run.run_seconds - before}
+    found |= {"from_grid": float(abs(trace.alpha - best))}
+    return of_trace(trace) | found
 
 
-def overfitted(data: PyTree, key: Array, per: str) -> tuple[Array, Trace]:
+def overfitted(per: str, data: PyTree, key: Array) -> tuple[Array, Trace]:
     """Accuracy on the fifty validation images whose loss the penalties minimise."""
     task = make(key=key, variant="overfit", per=per, data=data)
     trace = minimize(
@@ -248,18 +222,13 @@ def overfitted(data: PyTree, key: Array, per: str) -> tuple[Array, Trace]:
     return on_val(trace.w, trace.alpha, key), trace
 
 
-@functools.cache
-def overfit_program(per: str) -> Program:
-    """`overfitted`, compiled once."""
-    return Program(functools.partial(overfitted, per=per))
-
-
 def by_overfitting(per: str, seed: int) -> Row:
     """Fifty training and fifty validation images."""
-    program, before = overfit_program(per), overfit_program(per).run_seconds
-    accuracy, trace = program(arrays("overfit"), jax.random.key(seed))
-    found = of_trace(trace, program.run_seconds - before)
-    return found | {"val_accuracy": float(accuracy)}
+    run = program(overfitted, per)
+    before = run.run_seconds
+    accuracy, trace = run(arrays("overfit"), jax.random.key(seed))
+    found = {"run_seconds": run.run_seconds - before}
+    return of_trace(trace) | found | {"val_accuracy": float(accuracy)}
 
 
 # The table.

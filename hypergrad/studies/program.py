@@ -1,5 +1,6 @@
 """A compiled function that knows its seconds."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,3 +27,9 @@ class Program:
         result = jax.block_until_ready(self.compiled(*arguments))
         self.run_seconds += time.perf_counter() - started
         return result
+
+
+@functools.cache
+def program(function: Callable, *settings: Any) -> Program:
+    """``function`` with its first arguments set, compiled once a process."""
+    return Program(functools.partial(function, *settings))

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
 from .. import plots, spaces
 from ..estimators import Estimator, Forward, Unrolled
 from ..inner import Descent
@@ -25,11 +24,12 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks import schedules
+from ..tasks.classifier import others
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, digits, of_trace, tuned
 from .verdict import Claim, Verdict
 
 STEPS = {"100 steps": 100, "1000 steps": 1000, "10000 steps": 10_000}
@@ -48,12 +48,6 @@ GIBIBYTE = 2**30
 # more from checkpoints or backwards, and a product a step; or the run and a product a
 # step for each of four numbers. A product counts 2.
 LEARNED = {"unrolled": (5, 4), "reversible": (5, 4), "forward": (2, 9)}
-
-
-@functools.cache
-def arrays() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load("digits")
 
 
 def estimator_of(system: str, method: str) -> Estimator:
@@ -121,15 +115,15 @@ def greedy(alpha: PyTree) -> optax.GradientTransformation:
 
 
 def evaluate(
-    system: str, data: PyTree, key: Array, hold_out: Any, alpha: PyTree
+    system: str, kind: str, data: PyTree, key: Array, hold_out: Any, alpha: PyTree
 ) -> dict[str, Array]:
     """Trains in other orders of the batches, and measures; means over the orders.
 
     ``selection`` is minus the loss on the examples that are held out.
     """
+    del kind  # whose ``alpha`` has a shape of its own
     task = task_of(system, data, key, hold_out)
     problem, val = task.problem, task.problem.outer_data
-    held = val | {"use": 1 - val["use"]}
     solver = task.solver
     if "follow" in alpha:
         solver = Descent(greedy, STEPS[system])
@@ -139,7 +133,7 @@ def evaluate(
             problem.inner_loss, task.w, alpha, problem.inner_data, order
         )
         return {
-            "selection": -problem.outer(w, alpha, held),
+            "selection": -problem.outer(w, alpha, others(val)),
             "val_loss": problem.outer(w, alpha, val),
             **task.metric_values(w, alpha, order),
         }
@@ -148,24 +142,11 @@ def evaluate(
     return jax.tree.map(jnp.mean, jax.vmap(one)(orders))
 
 
-@functools.cache
-def learning(system: str, method: str) -> Program:
-    """`learn`, compiled once."""
-    return Program(functools.partial(learn, system, method))
-
-
-@functools.cache
-def evaluation(system: str, kind: str) -> Program:
-    """`evaluate`, compiled once a shape of ``alpha``."""
-    del kind
-    return Program(functools.partial(evaluate, system))
-
-
 def measured(
     system: str, key: Array, hold_out: bool, alpha: PyTree, kind: str = "constant"
 ) -> Row:
     """The numbers of `evaluate`, and the schedule."""
-    found = evaluation(system, kind)(arrays(), key, hold_out, alpha)
+    found = program(evaluate, system, kind)(digits(), key, hold_out, alpha)
     schedule = {
         name: np.atleast_1d(alpha[name]).tolist() for name in ("rate", "momentum")
     }
@@ -223,21 +204,22 @@ def settings_of(system: str, settings: tuple[float, ...]) -> tuple[float, ...]:
 
 def by_gradient(system: str, method: str, seed: int) -> Row:
     """A schedule learned from the baseline's on."""
-    program, key = learning(system, method), jax.random.key(seed)
+    run, key = program(learn, system, method), jax.random.key(seed)
     start, first = start_of(system, seed)
 
     def one(adam: float, hold_out: bool) -> Row:
-        before = program.run_seconds
-        trace = program(arrays(), key, hold_out, start, jnp.asarray(adam))
-        seconds = program.run_seconds - before
+        before = run.run_seconds
+        trace = run(digits(), key, hold_out, start, jnp.asarray(adam))
+        seconds = run.run_seconds - before
         found = measured(system, key, hold_out, trace.alpha, method)
         trusted = float(jnp.mean(trace.stats["trusted"]))
-        return found | of_trace(trace, seconds) | {"trusted": trusted}
+        found |= {"trusted": trusted, "run_seconds": seconds}
+        return found | of_trace(trace)
 
     found = tuned(one, settings_of(system, ADAM))
-    plan: Any = program.compiled
+    plan: Any = run.compiled
     return with_tuning(found, first) | {
-        "compile_seconds": program.compile_seconds,
+        "compile_seconds": run.compile_seconds,
         "memory": plan.memory_analysis().temp_size_in_bytes,
     }
 
@@ -261,7 +243,7 @@ def by_random_search(system: str, seed: int) -> Row:
 
     def one(factor: float, hold_out: bool) -> Row:
         started = time.perf_counter()
-        task = task_of(system, arrays(), key, hold_out)
+        task = task_of(system, digits(), key, hold_out)
         trace = search(
             task.problem,
             task.solver,
@@ -273,20 +255,9 @@ def by_random_search(system: str, seed: int) -> Row:
         )
         seconds = time.perf_counter() - started
         found = measured(system, key, hold_out, trace.best_alpha, "unrolled")
-        return found | of_trace(trace, seconds)
+        return found | of_trace(trace) | {"run_seconds": seconds}
 
     return with_tuning(tuned(one, settings_of(system, FACTORS)), first)
-
-
-def of_trace(trace: Trace, seconds: float) -> Row:
-    """What learning cost, and how the validation loss fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-        "run_seconds": seconds,
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
-    }
 
 
 # The table.
@@ -339,7 +310,7 @@ STUDY = Study(
         f"untouched test split, means over {ORDERS} runs in other orders of the "
         "batches. Memory: what the compiled program sets aside."
     ),
-    data=lambda: ("scikit-learn digits (1,797 8x8 images)", arrays()),
+    data=lambda: ("scikit-learn digits (1,797 8x8 images)", digits()),
     methods=METHODS,
     columns=(
         Column("test loss", "test_loss", "{:.3f} ± {:.3f}"),

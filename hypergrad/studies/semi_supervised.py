@@ -26,7 +26,6 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks.semi_supervised import (
-    DATA_NAME,
     SIZES,
     SOLVER,
     accuracy,
@@ -37,10 +36,10 @@ from ..tasks.semi_supervised import (
     val_loss,
 )
 from ..tasks.task import Task
-from .cleaning import digits, histograms, of_trace
-from .program import Program
+from .cleaning import of_weights
+from .program import Program, program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import DIGITS, Column, Study, digits, tuned
 from .verdict import Claim, Verdict, conclude, paired
 
 NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
@@ -154,11 +153,14 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
     return {"batch": batch, "alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: Lane, batch: PyTree, alpha: Array) -> dict[str, Array]:
+def evaluate(
+    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+) -> dict[str, Array]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out examples.
     """
+    del method  # what it retrains on has a size of its own
     task, parts = lane_task(data, lane)
     key, held = lane[0], parts["held"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
@@ -173,17 +175,11 @@ def evaluate(data: PyTree, lane: Lane, batch: PyTree, alpha: Array) -> dict[str,
     }
 
 
-@functools.cache
-def programs(method: str) -> tuple[Program | None, Program]:
-    """Learning, compiled once a method where it can be, and evaluation."""
-    program = None if method == ON_HOST else Program(functools.partial(learn, method))
-    return program, Program(evaluate)
-
-
 def row(method: str, seed: int) -> Row:
     """One method and seed, its setting chosen by the rule of `tuned`."""
-    data, (program, evaluation) = digits(), programs(method)
-    run = program or functools.partial(learn, method)
+    data, measure = digits(), program(evaluate, method)
+    on_host = functools.partial(learn, method)
+    run = on_host if method == ON_HOST else program(learn, method)
 
     def one(setting: tuple[float, float], hold_out: bool) -> Row:
         penalty, weight = map(jnp.float32, setting)
@@ -191,7 +187,7 @@ def row(method: str, seed: int) -> Row:
         started = time.perf_counter()
         learned = run(data, lane)
         seconds = time.perf_counter() - started
-        found = evaluation(data, lane, learned["batch"], learned["alpha"])
+        found = measure(data, lane, learned["batch"], learned["alpha"])
         wrong = np.asarray(found["wrong"])
         row = {
             "selection": np.asarray(found["selection"]),
@@ -205,12 +201,12 @@ def row(method: str, seed: int) -> Row:
             alpha, key = learned["alpha"], lane[0]
             auroc = auroc_of_wrong_labels(found["wrong"], None, alpha, key)
             row |= {"auroc": float(auroc)}
-            row |= of_trace(learned["trace"]) | histograms(np.asarray(alpha), wrong)
+            row |= of_weights(learned["trace"], alpha, found["wrong"])
         return row
 
     found = tuned(one, settings(method))
-    if program is not None:
-        found |= {"compile_seconds": program.compile_seconds}
+    if isinstance(run, Program):
+        found |= {"compile_seconds": run.compile_seconds}
     return found
 
 
@@ -245,7 +241,7 @@ STUDY = Study(
         "wrong pseudo-labels, whose share is beside it; seconds are those of learning, "
         "without the final training, which is the same for every row."
     ),
-    data=lambda: (DATA_NAME, digits()),
+    data=lambda: (DIGITS, digits()),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from .. import data as datasets
+from ..trace import Trace
 from . import record
 from .record import Row
 from .table import Table, cell_by_cell
@@ -138,6 +141,25 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
     lines.append("")
     lines += [f"- {verdict.text}" for verdict in judge(study, rows)]
     return "\n".join(lines)
+
+
+def of_trace(trace: Trace) -> Row:
+    """What learning cost, and how the outer value fell."""
+    return {
+        "gradient_equivalents": float(trace.cost[-1]),
+        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
+        "curve_value": np.asarray(trace.value, float).tolist(),
+        "curve_cost": np.asarray(trace.cost, float).tolist(),
+    }
+
+
+DIGITS = "scikit-learn digits (1,797 real 8x8 images)"
+
+
+@functools.cache
+def digits() -> dict[str, np.ndarray]:
+    """Loaded once a process."""
+    return datasets.load("digits")
 
 
 def tuned(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:

@@ -28,9 +28,9 @@ from ..searchers import Random
 from ..tasks.task import Task
 from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
-from .program import Program
+from .program import Program, program
 from .record import Row
-from .study import Column, Study
+from .study import Column, Study, of_trace
 from .verdict import Claim
 
 BUDGET = 1000
@@ -151,12 +151,6 @@ def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str,
 # Rows.
 
 
-@functools.cache
-def program(function: Callable, *settings: str) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
-
-
 def row(variant: str, method: str, seed: int) -> Row:
     """One model, method and seed."""
     key = jax.random.key(seed)
@@ -172,13 +166,7 @@ def row(variant: str, method: str, seed: int) -> Row:
         trace = run(wine(), key)
         seconds = time.perf_counter() - started
         alpha = trace.best_alpha if method == "random search" else trace.alpha
-        found: Row = {
-            "gradient_equivalents": float(trace.cost[-1]),
-            "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
-            "curve_value": np.asarray(trace.value, float).tolist(),
-            "curve_cost": np.asarray(trace.cost, float).tolist(),
-            "run_seconds": seconds,
-        }
+        found: Row = of_trace(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
             found |= {"compile_seconds": run.compile_seconds}
     measured = program(evaluate, variant)(wine(), key, alpha)

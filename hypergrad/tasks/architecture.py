@@ -29,9 +29,10 @@ from .. import data as datasets
 from .. import spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from .classifier import held_out, losses, mean
+from .networks import patches
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
 OPERATIONS = ("none", "skip", "average", "conv1", "conv3")
@@ -43,17 +44,12 @@ RANKING = "architecture_cells.jsonl"
 SOLVER = Descent(optax.sgd(0.2), num_steps=5)
 
 
-def patches(x: Array) -> Array:
+def around(x: Array) -> Array:
     """The 3 x 3 pixels about each, ``[9, channels, side, side, n]``; zeros outside.
 
     Images come last, so that a convolution is one product with long rows.
     """
-    side = x.shape[1]
-    framed = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [
-        framed[:, i : i + side, j : j + side] for i in range(3) for j in range(3)
-    ]
-    return jnp.stack(shifted)
+    return patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
 
 
 def convolve(seen: Array, kernel: Array) -> Array:
@@ -76,7 +72,7 @@ def skip(x: Array, w: PyTree) -> Array:
 def average(x: Array, w: PyTree) -> Array:
     """Of the 3 x 3 pixels about each."""
     del w
-    return jnp.mean(patches(x), axis=0)
+    return jnp.mean(around(x), axis=0)
 
 
 def conv1(x: Array, w: PyTree) -> Array:
@@ -86,7 +82,7 @@ def conv1(x: Array, w: PyTree) -> Array:
 
 def conv3(x: Array, w: PyTree) -> Array:
     """Of the 3 x 3 pixels about each."""
-    return convolve(patches(x), w["conv3"])
+    return convolve(around(x), w["conv3"])
 
 
 FUNCTIONS = (none, skip, average, conv1, conv3)
@@ -115,7 +111,7 @@ def scores(w: PyTree, alpha: Array, x: Array) -> Array:
     computed then.
     """
     kernels = [jax.tree.map(lambda leaf, e=e: leaf[e], w["edges"]) for e in range(3)]
-    first = convolve(patches(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
+    first = convolve(around(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
     second = edge(first, kernels[0], alpha[0])
     third = edge(first, kernels[1], alpha[1]) + edge(second, kernels[2], alpha[2])
     channels, side, _, n = third.shape
@@ -126,11 +122,8 @@ def scores(w: PyTree, alpha: Array, x: Array) -> Array:
 
 def cross_entropy(w: PyTree, alpha: Array, part: PyTree) -> Array:
     """Mean over the examples, of which only those in use count."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        scores(w, alpha, part["x"]), part["y"]
-    )
-    use = part.get("use", jnp.ones_like(losses))
-    return jnp.sum(use * losses) / jnp.sum(use)
+    found = losses(lambda w, x: scores(w, alpha, x), w, part)
+    return mean(found, part.get("use", jnp.ones_like(found)))
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
@@ -191,11 +184,6 @@ def split(data: PyTree, key: Array, sizes: tuple[int, int]) -> dict[str, PyTree]
         "val": part(slice(train, train + val)),
         "test": part(slice(train + val, None)),
     }
-
-
-def is_held(num_val: int) -> Array:
-    """Which validation examples are held out to choose by: the last third."""
-    return jnp.arange(num_val) >= num_val - num_val // 3
 
 
 def network(key: Array, channels: int) -> PyTree:
@@ -269,7 +257,7 @@ def make(
     split_key = jax.random.key(0) if split_key is None else split_key
     parts = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
-    use = jnp.where(hold_out & is_held(num_val), 0.0, 1.0)
+    val = parts["val"] | {"price": prices, "use": jnp.ones(num_val)}
     shape = (len(EDGES), len(OPERATIONS))
     return Task(
         name="architecture",
@@ -279,7 +267,7 @@ def make(
             train_loss,
             val_loss,
             Batches(parts["train"], min(BATCH_SIZE, num_train)),
-            Batches(parts["val"] | {"price": prices, "use": use}),
+            Batches(held_out(val, hold_out)),
         ),
         solver=SOLVER,
         w=network(key, channels),

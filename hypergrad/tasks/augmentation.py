@@ -27,9 +27,10 @@ from .. import data as datasets
 from .. import spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from . import classifier
+from .classifier import held_out, losses, others
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 OPERATIONS = (
     "translate_x", "translate_y", "rotate", "scale", "shear", "contrast", "noise",
@@ -111,32 +112,17 @@ def scores(w: PyTree, x: Array) -> Array:
     return hidden @ w["W2"] + w["b2"][None]
 
 
-def cross_entropy(w: PyTree, x: Array, y: Array) -> Array:
-    """Loss of each example, ``[n]``."""
-    return optax.softmax_cross_entropy_with_integer_labels(scores(w, x), y)
+val_loss = classifier.bound(classifier.val_loss, scores)
+accuracy = classifier.bound(classifier.accuracy, scores)
 
 
 def train_loss(w: PyTree, alpha: PyTree, batch: tuple[PyTree, Array]) -> Array:
     """Cross-entropy on images that the policy transforms, and an L2 penalty."""
     part, key = batch
-    x = augment(alpha, part["x"], key)
+    transformed = part | {"x": augment(alpha, part["x"], key)}
     # A penalty an example, all the same: batches are made of examples.
     penalty = jnp.mean(part["penalty"]) * optax.tree.norm(w, squared=True)
-    return jnp.mean(cross_entropy(w, x, part["y"])) + penalty
-
-
-def val_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy on the images in use, as they are."""
-    del alpha
-    losses = cross_entropy(w, batch["x"], batch["y"])
-    return jnp.sum(batch["use"] * losses) / jnp.sum(batch["use"])
-
-
-def accuracy(part: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Share of the examples in use whose highest score is their class."""
-    del alpha, key
-    hits = jnp.argmax(scores(w, part["x"]), axis=-1) == part["y"]
-    return jnp.sum(part["use"] * hits) / jnp.sum(part["use"])
+    return jnp.mean(losses(scores, w, transformed)) + penalty
 
 
 def pose(x: Array, key: Array) -> Array:
@@ -160,15 +146,15 @@ def split(
     x, y = data["x"][order].reshape(-1, side, side), data["y"][order]
     posed = pose(x, pose_key)
     train, val = slice(None, sizes[0]), slice(sizes[0], sum(sizes))
-    test, every = slice(sum(sizes), None), jnp.ones(len(y) - sum(sizes), x.dtype)
-    held = (jnp.arange(sizes[1]) < sizes[1] // 4) & hold_out
-    part = lambda x, where, use: {"x": x[where], "y": y[where], "use": use}
+    test, ones = slice(sum(sizes), None), jnp.ones(len(y), x.dtype)
+    part = lambda x, where: {"x": x[where], "y": y[where], "use": ones[where]}
+    val_part = held_out(part(posed, val), hold_out, slice(sizes[1] // 4))
     return {
         "train": {"x": x[train], "y": y[train]},
-        "val": part(posed, val, (~held).astype(x.dtype)),
-        "held": part(posed, val, held.astype(x.dtype)),
-        "test": part(posed, test, every),
-        "upright": part(x, test, every),
+        "val": val_part,
+        "held": others(val_part),
+        "test": part(posed, test),
+        "upright": part(x, test),
     }
 
 

@@ -25,12 +25,16 @@ def bound(function: Callable, score: Score) -> Callable:
     return functools.partial(function, score)
 
 
-def cross_entropy(score: Score, w: PyTree, batch: PyTree) -> Array:
-    """Mean over the examples in use; one score alone is class 1's, and class 0's 0."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(
+def losses(score: Score, w: PyTree, batch: PyTree) -> Array:
+    """Cross-entropy of each example; one score alone is class 1's, and class 0's 0."""
+    return optax.softmax_cross_entropy_with_integer_labels(
         all_scores(score(w, batch["x"])), batch["y"]
     )
-    return mean(losses, batch["use"])
+
+
+def cross_entropy(score: Score, w: PyTree, batch: PyTree) -> Array:
+    """Mean over the examples in use."""
+    return mean(losses(score, w, batch), batch["use"])
 
 
 def mean(values: Array, use: Array) -> Array:
@@ -90,8 +94,14 @@ def split(
     }
 
 
-def held_out(val: PyTree, hold_out: Array | bool) -> PyTree:
-    """The validation part, a third of it out of use if ``hold_out``."""
+def held_out(val: PyTree, hold_out: Array | bool, which: slice | None = None) -> PyTree:
+    """The validation part, the last third or ``which`` out of use if ``hold_out``."""
     num_val = len(val["y"])
-    kept = jnp.arange(num_val) < num_val - num_val // 3
-    return val | {"use": jnp.where(kept | ~jnp.asarray(hold_out), val["use"], 0)}
+    which = slice(num_val - num_val // 3, None) if which is None else which
+    out = jnp.zeros(num_val, bool).at[which].set(True)
+    return val | {"use": jnp.where(out & jnp.asarray(hold_out), 0, val["use"])}
+
+
+def others(val: PyTree) -> PyTree:
+    """The examples that are out of use, to choose by."""
+    return val | {"use": 1 - val["use"]}

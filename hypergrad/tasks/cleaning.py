@@ -18,6 +18,9 @@ from .. import data as datasets
 from .. import spaces
 from ..inner import Descent
 from ..problem import Bilevel
+from . import classifier
+from .classifier import held_out, losses, others
+from .networks import softmax_regression
 from .task import Task
 
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1000, 150, 10
@@ -26,35 +29,14 @@ CORRUPTION = 0.5
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-def scores(w: PyTree, x: Array) -> Array:
-    """Softmax regression's class scores, ``[n, 10]``."""
-    return x @ w["W"] + w["b"][None, :]
-
-
-def cross_entropy(w: PyTree, batch: PyTree) -> Array:
-    """Loss of each example, ``[n]``."""
-    return optax.softmax_cross_entropy_with_integer_labels(
-        scores(w, batch["x"]), batch["y"]
-    )
+val_loss = classifier.bound(classifier.val_loss, softmax_regression)
+accuracy = classifier.bound(classifier.accuracy, softmax_regression)
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
     """Weighted cross-entropy and an L2 penalty on the matrix."""
     penalty = batch["penalty"] * jnp.sum(w["W"] ** 2)
-    return jnp.mean(alpha * cross_entropy(w, batch)) + penalty
-
-
-def val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Cross-entropy over the examples in use."""
-    del alpha
-    return jnp.sum(batch["use"] * cross_entropy(w, batch)) / jnp.sum(batch["use"])
-
-
-def accuracy(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Share of the examples in use whose highest score is their class."""
-    del alpha, key
-    hits = jnp.argmax(scores(w, batch["x"]), axis=-1) == batch["y"]
-    return jnp.sum(batch["use"] * hits) / jnp.sum(batch["use"])
+    return jnp.mean(alpha * losses(softmax_regression, w, batch)) + penalty
 
 
 def f1_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Array:
@@ -78,15 +60,15 @@ def split(data: PyTree, key: Array, hold_out: Array | bool) -> dict[str, PyTree]
     shift = jax.random.randint(class_key, (NUM_TRAIN,), 1, NUM_CLASSES)
     clean = y[:NUM_TRAIN]
     noisy = jnp.where(wrong, (clean + shift) % NUM_CLASSES, clean)
-    held = (jnp.arange(NUM_VAL) < HELD_OUT) & hold_out
-    val = slice(NUM_TRAIN, NUM_TRAIN + NUM_VAL)
-    test = slice(NUM_TRAIN + NUM_VAL, None)
-    part = lambda where, use: {"x": x[where], "y": y[where], "use": use.astype(x.dtype)}
+    part = lambda x, y: {"x": x, "y": y, "use": jnp.ones(len(y), x.dtype)}
+    end = NUM_TRAIN + NUM_VAL
+    val = part(x[NUM_TRAIN:end], y[NUM_TRAIN:end])
+    val = held_out(val, hold_out, slice(HELD_OUT))
     return {
         "train": {"x": x[:NUM_TRAIN], "y": noisy, "clean": clean, "wrong": wrong},
-        "val": part(val, ~held),
-        "held": part(val, held),
-        "test": part(test, jnp.ones(len(y) - NUM_TRAIN - NUM_VAL)),
+        "val": val,
+        "held": others(val),
+        "test": part(x[end:], y[end:]),
     }
 
 

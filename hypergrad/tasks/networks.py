@@ -1,4 +1,4 @@
-"""The tasks' networks: flax modules whose parameters are a plain pytree.
+"""The tasks' networks: flax modules and functions of ``w``, which is a plain pytree.
 
 Smooth throughout (tanh, means instead of maxima), so that second derivatives exist.
 Convolution is patches and one matrix product: XLA's own is slow on a CPU where it is
@@ -41,17 +41,23 @@ class CNN(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Scores ``[n, num_outputs]`` of square images ``[n, side²]``."""
         side = math.isqrt(x.shape[1])
-        hidden = jnp.tanh(self.convolution(patches(x.reshape(-1, side, side))))
+        hidden = jnp.tanh(self.convolution(patches(x.reshape(-1, side, side), -1)))
         return self.head(means(hidden).reshape(len(x), -1))
 
 
-def patches(images: Array) -> Array:
-    """The 3 by 3 neighbours of each inner pixel, ``[n, s, s] -> [n, s-2, s-2, 9]``."""
-    inner = images.shape[1] - 2
+def softmax_regression(w: PyTree, x: Array) -> Array:
+    """Scores ``[n, k]`` by ``W [m, k]`` and ``b [k]``."""
+    return x @ w["W"] + w["b"][None, :]
+
+
+def patches(x: Array, axis: int) -> Array:
+    """The 3 by 3 neighbours of each inner pixel, along a new axis of nine.
+
+    ``[n, s, s, ...] -> [n, s-2, s-2, ...]`` and the new one at ``axis``.
+    """
+    inner = x.shape[1] - 2
     shifts = itertools.product(range(3), repeat=2)
-    return jnp.stack(
-        [images[:, i : i + inner, j : j + inner] for i, j in shifts], axis=-1
-    )
+    return jnp.stack([x[:, i : i + inner, j : j + inner] for i, j in shifts], axis)
 
 
 def means(maps: Array) -> Array:

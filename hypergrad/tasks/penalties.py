@@ -1,8 +1,8 @@
 """L2 penalties: one for all weights, one per input of a layer, or one per weight.
 
-Pedregosa 2016 (arXiv 1602.02355, HOAG), section 5, learns one; Lorraine et al. 2020
-(arXiv 1911.02590), section 5.1, one per weight. The inner problem is a classifier with
-Gaussian priors whose log-precisions are the hyperparameters,
+Pedregosa 2016 (arXiv 1602.02355, HOAG) learns one; Lorraine et al. 2020 (arXiv
+1911.02590) one per weight. The inner problem is a classifier with Gaussian priors whose
+log-precisions are the hyperparameters,
 
     L(w, alpha) = mean_i CE_i(w) + 1/2 sum_j exp(alpha_j) w_j²,
 

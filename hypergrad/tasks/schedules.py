@@ -1,8 +1,8 @@
 """Learning rates and momenta of a whole training run, shared by windows of steps.
 
-Maclaurin et al. 2015 (arXiv 1502.03492), section 4.1, learn a rate a step; Micaelli &
-Storkey 2021 (arXiv 2007.07869) one a window of thousands. The inner problem is a run of
-T mini-batch steps of momentum descent on a network's cross-entropy,
+Maclaurin et al. 2015 (arXiv 1502.03492) learn a rate a step; Micaelli & Storkey 2021
+(arXiv 2007.07869) one a window of thousands. The inner problem is a run of T mini-batch
+steps of momentum descent on a network's cross-entropy,
 
     v <- m_t v + g_t,   w <- w - r_t v,
 

@@ -21,25 +21,19 @@ from .. import spaces
 from ..inner import Descent, Newton
 from ..problem import Bilevel
 from ..surrogates import AUC
+from . import classifier
+from .classifier import held_out, losses, others
+from .networks import softmax_regression
 from .task import Task
 
-DATA_NAME = "scikit-learn digits (1,797 real 8x8 images)"
 NUM_CLASSES = 10
 # Labelled, validation and unlabelled examples; the rest is for testing.
 SIZES = {"small": (50, 100, 1000), "paper": (250, 1000, 48750)}
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-def scores(w: PyTree, x: Array) -> Array:
-    """Softmax regression's class scores, ``[n, 10]``."""
-    return x @ w["W"] + w["b"][None, :]
-
-
-def cross_entropy(w: PyTree, part: PyTree) -> Array:
-    """Loss of each example, ``[n]``."""
-    return optax.softmax_cross_entropy_with_integer_labels(
-        scores(w, part["x"]), part["y"]
-    )
+val_loss = classifier.bound(classifier.val_loss, softmax_regression)
+accuracy = classifier.bound(classifier.accuracy, softmax_regression)
 
 
 def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
@@ -49,26 +43,13 @@ def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
     """
     del alpha
     penalty = batch["penalty"] * optax.tree.norm(w, squared=True)
-    return jnp.mean(cross_entropy(w, batch["labelled"])) + penalty
+    return jnp.mean(losses(softmax_regression, w, batch["labelled"])) + penalty
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
     """Labelled examples, weighted pseudo-labelled ones, penalty: equation 2."""
-    unlabelled = jnp.mean(alpha * cross_entropy(w, batch["unlabelled"]))
-    return supervised_loss(w, alpha, batch) + unlabelled
-
-
-def val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Cross-entropy over the examples in use."""
-    del alpha
-    return jnp.sum(batch["use"] * cross_entropy(w, batch)) / jnp.sum(batch["use"])
-
-
-def accuracy(part: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Share of the examples in use whose highest score is their class."""
-    del alpha, key
-    hits = jnp.argmax(scores(w, part["x"]), axis=-1) == part["y"]
-    return jnp.sum(part["use"] * hits) / jnp.sum(part["use"])
+    unlabelled = alpha * losses(softmax_regression, w, batch["unlabelled"])
+    return supervised_loss(w, alpha, batch) + jnp.mean(unlabelled)
 
 
 def auroc_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Array:
@@ -81,7 +62,7 @@ def pseudo_labels(w: PyTree, parts: PyTree, penalty: Array) -> Array:
     """The classes that the supervised model gives to the unlabelled examples."""
     batch = {"labelled": parts["labelled"], "penalty": penalty}
     w, _ = Newton().solve(supervised_loss, w, None, batch, jax.random.key(0))
-    return jnp.argmax(scores(w, parts["unlabelled"]["x"]), axis=-1)
+    return jnp.argmax(softmax_regression(w, parts["unlabelled"]["x"]), axis=-1)
 
 
 def split(
@@ -96,15 +77,16 @@ def split(
     x, y = data["x"][order], data["y"][order]
     labelled, val, unlabelled = sizes
     ends = labelled, labelled + val, labelled + val + unlabelled
-    held = (jnp.arange(val) < val // 3) & hold_out
     part = lambda where: {"x": x[where], "y": y[where]}
-    used = lambda where, use: part(where) | {"use": use.astype(x.dtype)}
+    ones = jnp.ones(len(y), x.dtype)
+    used = lambda where: part(where) | {"use": ones[where]}
+    val_part = held_out(used(slice(ends[0], ends[1])), hold_out, slice(val // 3))
     return {
         "labelled": part(slice(None, ends[0])),
-        "val": used(slice(ends[0], ends[1]), ~held),
-        "held": used(slice(ends[0], ends[1]), held),
+        "val": val_part,
+        "held": others(val_part),
         "unlabelled": part(slice(ends[1], ends[2])),
-        "test": used(slice(ends[2], None), jnp.ones(len(y) - ends[2])),
+        "test": used(slice(ends[2], None)),
     }
 
 

@@ -1,0 +1,62 @@
+"""`hypergrad run NAME`, for every study there is: rows, table and figure."""
+
+import sys
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from hypergrad import cli
+from hypergrad.studies import STUDIES, record
+from hypergrad.studies import program as programs
+
+# The method that costs least, where it is not the baseline.
+CHEAPEST = {
+    "architecture": "random cell",
+    "augmentation": "true pose",
+    "penalties": "logistic, baseline",
+    "physics": "poisson, equal weights",
+    "reinforcement": "mrp, one discount",
+    "schedules": "100 steps, baseline",
+    "unsupervised": "kde, baseline",
+}
+LONG = ("physics", "self_supervised")
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """Single precision; nothing that a test in double precision compiled before."""
+    modules = [sys.modules[f"hypergrad.studies.{name}"] for name in STUDIES]
+
+    def forget() -> None:
+        for module in (programs, *modules):
+            for thing in vars(module).values():
+                getattr(thing, "cache_clear", lambda: None)()
+
+    forget()
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+    forget()
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.filterwarnings("ignore:No artists with labels")  # a panel of other methods
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name in STUDIES
+    ],
+)
+def test_the_command_writes_rows_table_and_figure(name: str, tmp_path, capsys):
+    """One seed of the cheapest method; the data it used is named everywhere."""
+    method = CHEAPEST.get(name, "baseline")
+    cli.run(name, (method,), seeds=1, out=tmp_path)
+    rows = record.read(tmp_path / f"{name}.jsonl")
+    assert [(row["method"], row["seed"]) for row in rows] == [(method, 0)]
+    data = rows[0]["data"]
+    text = (tmp_path / f"{name}.md").read_text()
+    assert f"| {method} |" in text
+    assert text.splitlines()[2].startswith(f"{data}; 1 seeds")
+    assert f"{name}: {data}, 1 seeds" in capsys.readouterr().out
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
