@@ -136,7 +136,8 @@ def system(
         metric = jax.tree_util.Partial(
             functools.partial(suboptimality, loss), parts, arrays["least"]
         )
-        return Drawn(bilevel(loss)(inner, outer), *map(jnp.asarray, shapes()), metric)
+        w, alpha = map(jnp.asarray, shapes())
+        return Drawn(bilevel(loss)(inner, outer), w, alpha, metric)
 
     return System(
         about=lambda: load().about,

@@ -235,19 +235,21 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def heatmaps(rows: list[dict], path: Path, title: str) -> None:
+def heatmaps(rows: list[dict], path: Path, title: str, across: str) -> None:
     """Where each pair of rates ends, a panel a method; the chosen one is marked."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import cm, colors, pyplot
 
     columns = 6
     figure, panels = pyplot.subplots(
         -(-len(rows) // columns), columns, figsize=(14, 7.5), layout="constrained"
     )
     ends = np.array([row["ends"] for row in rows], float)
-    low, high = np.log10(np.nanmin(ends)), np.log10(np.nanquantile(ends, 0.9))
+    low = np.log10(np.nanquantile(np.nanmin(ends, axis=1), 0.2))
+    high = np.log10(np.nanquantile(ends, 0.8))
+    norm = colors.Normalize(low, high)
     for axis, row in zip(panels.flat, rows, strict=False):
         rates = sorted(set(row["rates"]), reverse=True)
         ratios = sorted(set(row["ratios"]), reverse=True)
@@ -257,18 +259,53 @@ def heatmaps(rows: list[dict], path: Path, title: str) -> None:
         ):
             value = np.nan if end is None else np.log10(end)
             table[rates.index(rate), ratios.index(ratio)] = value
-        image = axis.imshow(table, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+        axis.imshow(table, norm=norm, cmap="viridis_r", aspect="auto")
         best = ratios.index(row["ratio"]), rates.index(row["rate"])
         axis.plot(*best, "o", mfc="none", mec="crimson", ms=12, mew=2)
         axis.set_title(row["method"], fontsize=9)
-        axis.set_xticks(range(len(ratios)), [f"{x:g}" for x in ratios], fontsize=7)
+        axis.set_xticks(range(len(ratios)), [f"{x:g}" for x in ratios], fontsize=6)
         axis.set_yticks(range(len(rates)), [f"{x:g}" for x in rates], fontsize=7)
         axis.set_facecolor("0.9")
     for axis in list(panels.flat)[len(rows) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=panels, label="log10 of where it ends; grey: broke off")
-    figure.supxlabel("rate of alpha over that of w")
+    scale = cm.ScalarMappable(norm, "viridis_r")
+    figure.colorbar(scale, ax=panels, label="log10 of where it ends; grey: broke off")
+    figure.supxlabel(across)
     figure.supylabel("rate of w")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def strips(
+    panels: dict[str, dict[str, list[float]]],
+    path: Path,
+    label: str,
+    lines: tuple[str, ...],
+) -> None:
+    """A dot a seed and a bar at the mean, a row a method; lines at some means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(next(iter(panels.values())))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(13, 1.2 + 0.27 * len(names)), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, of_method) in zip(np.ravel(axes), panels.items(), strict=True):
+        for row, (name, values) in enumerate(of_method.items()):
+            height = row + np.linspace(-0.25, 0.25, len(values))
+            axis.plot(values, height, ".", ms=5, color="C0", alpha=0.5)
+            axis.plot([np.mean(values)] * 2, [row - 0.38, row + 0.38], "C3", lw=2)
+            if name in lines:
+                axis.axvline(np.mean(values), color="0.6", lw=1, ls="--", zorder=0)
+        axis.set_title(title)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25, axis="x")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_yticks(range(len(names)), names)
+    np.ravel(axes)[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)

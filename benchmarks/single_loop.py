@@ -191,19 +191,23 @@ def seed_key(seed: int) -> Array:
 # The grid.
 
 
-def num_steps(system: System, method: str, arrays: PyTree) -> int:
-    """As many outer steps as the budget pays for, by the cost of the first ones."""
-    probe = functools.partial(run, system, method, PROBE, 1)
-    still = jnp.zeros(()), jnp.zeros(()), jax.random.key(0)
-    cost = float(jax.jit(probe)(arrays, *still).cost[-1])
-    return max(PROBE, int(PROBE * system.budget / cost))
+def steps_for(
+    budget: float, run: Callable[[int], Callable[..., hg.Trace]], *given: Any
+) -> int:
+    """As many as the budget pays for, by the cost of the first ones, at rate 0."""
+    cost = jax.jit(lambda *given: run(PROBE)(*given).cost[-1])
+    still = jnp.zeros(()), jnp.zeros(())
+    return max(1, int(PROBE * budget / float(cost(*given, *still))))
 
 
 def try_all(system: System, cell: Row) -> Row:
     """A method at every pair of rates, on each seed, one after the other."""
     method = cell["method"]
     arrays = [system.prepare(seed) for seed in TUNING_SEEDS]
-    steps = num_steps(system, method, arrays[0])
+    probe = lambda steps: functools.partial(
+        run, system, method, steps, 1, key=jax.random.key(0)
+    )
+    steps = steps_for(system.budget, probe, arrays[0])
     pairs = [(rate, ratio) for rate in system.rates for ratio in system.ratios]
     one = functools.partial(curve, system, method, steps, GRID_POINTS)
     tries = Program(
@@ -237,19 +241,19 @@ def grid_name(system: System) -> str:
     return f"{system.name}-grid"
 
 
-def chosen(system: System, method: str) -> Row:
-    """What the committed grid says of a method."""
-    path = RESULTS / f"{grid_name(system)}.jsonl"
+def read_grid(name: str, method: str, about: str) -> Row:
+    """What the committed grid says of a method, if it was made with these data."""
+    path = RESULTS / f"{name}.jsonl"
+    again = f"run python -m benchmarks {name}"
     if not path.exists():
-        raise ValueError(
-            f"{path} is missing: run python -m benchmarks {grid_name(system)}"
-        )
+        raise ValueError(f"{path} is missing: {again}")
     rows = {row["method"]: row for row in record.read(path)}
     if method not in rows:
-        raise ValueError(f"{path} has no row of {method}: run it to its end")
-    if rows[method]["data"] != system.about():
+        raise ValueError(f"{path} has no row of {method}: {again}")
+    if rows[method]["data"] != about:
         raise ValueError(
-            f"{path} was made with {rows[method]['data']}, not with {system.about()}"
+            f"{path} was made with {rows[method]['data']}, not with {about}: move it "
+            f"away and {again}"
         )
     return rows[method]
 
@@ -301,7 +305,9 @@ def grid(system: System) -> Table:
         run=cell_by_cell(
             functools.partial(try_all, system),
             functools.partial(markdown_of_grid, system),
-            lambda rows, path: plots.heatmaps(rows, path, grid_name(system)),
+            lambda rows, path: plots.heatmaps(
+                *(rows, path, grid_name(system)), "rate of alpha over that of w"
+            ),
         ),
         judge=judge_grid,
     )
@@ -323,7 +329,7 @@ def measure(system: System, cell: Row) -> Row:
     about = {"data": system.about(), "data_sha256": fingerprint(named(arrays))}
     if method == SEARCH:
         return by_random_search(system, arrays, seed_key(seed)) | about
-    settings = chosen(system, method)
+    settings = read_grid(grid_name(system), method, system.about())
     runs = program(system, method, settings["num_steps"])
     rates = (jnp.float32(settings[name]) for name in ("rate", "ratio"))
     given = arrays, *rates, seed_key(seed)

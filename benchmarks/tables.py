@@ -2,7 +2,14 @@
 
 from hypergrad.studies import STUDIES, table
 
-from . import average_precision, conformance, logistic, quadratics, surrogates
+from . import (
+    average_precision,
+    conformance,
+    corruption,
+    logistic,
+    quadratics,
+    surrogates,
+)
 
 TABLES = {
     table.name: table
@@ -17,5 +24,7 @@ TABLES = {
         logistic.LOGISTIC_TABLE,
         logistic.MULTINOMIAL_GRID,
         logistic.MULTINOMIAL_TABLE,
+        corruption.GRID,
+        corruption.TABLE,
     )
 }

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 from .. import data as datasets
 from .. import spaces
 from ..inner import Descent
-from ..problem import Bilevel
+from ..problem import Batches, Bilevel
 from . import classifier
 from .classifier import held_out, losses, others
 from .networks import softmax_regression
@@ -39,6 +39,17 @@ def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
     return jnp.mean(alpha * losses(softmax_regression, w, batch)) + penalty
 
 
+def train_loss_of_batch(w: PyTree, alpha: Array, batch: PyTree) -> Array:
+    """`train_loss` of some examples, which say by ``index`` which they are."""
+    return train_loss(w, alpha[batch["index"]], batch)
+
+
+def val_loss_of_batch(w: PyTree, alpha: Array, batch: PyTree) -> Array:
+    """`val_loss` of some examples, whose ``use`` is 1 on average over all of them."""
+    del alpha
+    return jnp.mean(batch["use"] * losses(softmax_regression, w, batch))
+
+
 def f1_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Array:
     """F1 of 'weight below 1/2' as a detector of wrong labels."""
     del w, key
@@ -46,17 +57,22 @@ def f1_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Arr
     return 2 * jnp.sum(flagged & wrong) / (jnp.sum(flagged) + jnp.sum(wrong))
 
 
-def split(data: PyTree, key: Array, hold_out: Array | bool) -> dict[str, PyTree]:
+def split(
+    data: PyTree,
+    key: Array,
+    hold_out: Array | bool,
+    corruption: Array | float = CORRUPTION,
+) -> dict[str, PyTree]:
     """Train, validation, held-out and test examples, by a seeded permutation.
 
-    Each training label is replaced by a different class with probability 1/2. With
+    Each training label is a wrong class with probability ``corruption``. With
     ``hold_out`` 50 of the 150 validation examples are out of use for learning and make
     the held-out set.
     """
     order_key, wrong_key, class_key = jax.random.split(key, 3)
     order = jax.random.permutation(order_key, len(data["y"]))
     x, y = data["x"][order], data["y"][order]
-    wrong = jax.random.bernoulli(wrong_key, CORRUPTION, (NUM_TRAIN,))
+    wrong = jax.random.bernoulli(wrong_key, corruption, (NUM_TRAIN,))
     shift = jax.random.randint(class_key, (NUM_TRAIN,), 1, NUM_CLASSES)
     clean = y[:NUM_TRAIN]
     noisy = jnp.where(wrong, (clean + shift) % NUM_CLASSES, clean)
@@ -79,6 +95,8 @@ def make(
     data_dir: str | None = None,
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
+    corruption: Array | float = CORRUPTION,
+    batch_size: int | None = None,
     data: PyTree = None,
 ) -> Task:
     """Hyper-cleaning on scikit-learn's digits: 1,000 train, 150 validation, 647 test.
@@ -89,6 +107,8 @@ def make(
       data_dir: not read: the digits come with scikit-learn.
       penalty: of the inner L2 term.
       hold_out: keep 50 validation examples out of the outer loss, to choose by.
+      corruption: share of training labels that are wrong.
+      batch_size: of both losses; None means all examples.
       data: ``{"x", "y"}`` in place of the digits.
 
     Raises:
@@ -99,14 +119,16 @@ def make(
         raise ValueError(f"cleaning has scale 'small' only; got {scale!r}")
     data = datasets.load("digits") if data is None else data
     data = jax.tree.map(jnp.asarray, data)
-    parts = split(data, key, hold_out)
+    parts = split(data, key, hold_out, corruption)
     train = {"x": parts["train"]["x"], "y": parts["train"]["y"]}
-    problem = Bilevel(
-        train_loss,
-        val_loss,
-        train | {"penalty": jnp.asarray(penalty, train["x"].dtype)},
-        parts["val"],
-    )
+    train |= {"penalty": jnp.asarray(penalty, train["x"].dtype)}
+    problem = Bilevel(train_loss, val_loss, train, parts["val"])
+    if batch_size is not None:
+        train |= {"index": jnp.arange(NUM_TRAIN)}
+        use = parts["val"]["use"]
+        val = parts["val"] | {"use": use / jnp.mean(use)}
+        batches = (Batches(each, batch_size) for each in (train, val))
+        problem = Bilevel(train_loss_of_batch, val_loss_of_batch, *batches)
     num_features = data["x"].shape[1]
     wrong = parts["train"]["wrong"]
     return Task(

@@ -1,0 +1,387 @@
+"""The single-loop family on hyper-cleaning, at three shares of wrong labels.
+
+Rates are chosen once a method, by the loss of held-out validation examples at two seeds
+that are not reported, half of the labels wrong. The L2 penalty of every row, baseline
+and oracle too, is then chosen anew at each seed and share. See README.md.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.studies.program import Program
+from hypergrad.studies.record import Row, fingerprint
+from hypergrad.studies.study import DIGITS, digits, tuned
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.tasks import cleaning
+from hypergrad.tasks.cleaning import NUM_TRAIN, f1_of_wrong_labels, make, split
+from hypergrad.tasks.task import Task
+
+from . import plots, single_loop
+from .single_loop import (
+    DOUBLE_LOOP,
+    SEARCH,
+    TUNING_SEEDS,
+    family,
+    read_grid,
+    steps_for,
+)
+
+BATCH, BUDGET = 100, 1000
+SHARES = (0.5, 0.7, 0.9)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+RATES = (0.3, 0.1, 0.03, 0.01)
+OUTER_RATES = (0.3, 0.1, 0.03, 0.01)
+FIXED = ("baseline", "validation-only", "oracle")
+METHODS = (*FIXED, SEARCH, *single_loop.METHODS)
+GAP, ENOUGH = 0.6, 4  # of the way from baseline to oracle, by so many methods
+
+Lane = tuple[Array, Array, Array, Array]  # key, share, penalty, hold_out
+
+
+def task_of(data: PyTree, lane: Lane, batch_size: int | None = None) -> Task:
+    """The task of one lane, on all data or in batches."""
+    key, share, penalty, hold_out = lane
+    return make(
+        key=key, penalty=penalty, hold_out=hold_out, corruption=share,
+        batch_size=batch_size, data=data,
+    )  # fmt: skip
+
+
+def weights(
+    method: str, steps: int, data: PyTree, lane: Lane, rate: Array, outer_rate: Array
+) -> hg.Trace:
+    """Weights by one method of the family: gradient descent on w, Adam on alpha."""
+    task = task_of(data, lane, None if method == DOUBLE_LOOP else BATCH)
+    return hg.minimize(
+        task.problem,
+        family(rate, NUM_TRAIN // BATCH)[method](),
+        optax.adam(outer_rate),
+        task.w,
+        task.alpha,
+        num_steps=steps,
+        key=jax.random.fold_in(lane[0], 1),
+        space=task.space,
+    )
+
+
+def retrained(
+    method: str, data: PyTree, lane: Lane, alpha: Array
+) -> dict[str, Array]:  # fmt: skip
+    """What a model trained to convergence with the weights is worth."""
+    key, share, _, hold_out = lane
+    task, parts = task_of(data, lane), split(data, key, hold_out, share)
+    batch, alpha = dict(task.problem.inner_data), jnp.asarray(alpha)
+    if method == "oracle":
+        batch["y"] = parts["train"]["clean"]
+    if method == "validation-only":
+        val = parts["val"]
+        batch |= {"x": val["x"], "y": val["y"]}
+        alpha = val["use"] / jnp.mean(val["use"])
+    w, _ = hg.Newton().solve(cleaning.train_loss, task.w, alpha, batch, key)
+    held, wrong = parts["held"], parts["train"]["wrong"]
+    return {
+        "accuracy": task.metrics["test_accuracy"](w, alpha, key),
+        "held_accuracy": cleaning.accuracy(held, w, alpha, key),
+        "held_loss": cleaning.val_loss(w, alpha, held),
+        "f1": f1_of_wrong_labels(wrong, w, alpha, key)
+        if alpha.shape == wrong.shape
+        else jnp.asarray(jnp.nan),
+    }
+
+
+@functools.cache
+def judging(method: str) -> Program:
+    """`retrained`, compiled once for those that train on as many examples."""
+    return Program(functools.partial(retrained, method))
+
+
+def worth(method: str, data: PyTree, lane: Lane, alpha: Array) -> dict[str, float]:
+    same = method if method in ("oracle", "validation-only") else "baseline"
+    return {k: float(x) for k, x in judging(same)(data, lane, alpha).items()}
+
+
+@functools.cache
+def learning(method: str, steps: int) -> Program:
+    """`weights`, compiled once a method."""
+    return Program(functools.partial(weights, method, steps))
+
+
+def lane_of(seed: int, share: float, penalty: float, hold_out: bool) -> Lane:
+    key = jax.random.key(seed)
+    return key, jnp.float32(share), jnp.float32(penalty), jnp.asarray(hold_out)
+
+
+# The grid.
+
+
+def try_all(cell: Row) -> Row:
+    """A method at every pair of rates and both seeds, half of the labels wrong."""
+    method, data = cell["method"], digits()
+    lanes = [lane_of(seed, SHARES[0], PENALTIES[1], True) for seed in TUNING_SEEDS]
+    probe = lambda steps: functools.partial(weights, method, steps)
+    steps = steps_for(BUDGET, probe, data, lanes[0])
+    learn = learning(method, steps)
+    pairs = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
+    ends, cost = [], 0.0
+    for pair in pairs:
+        losses = []
+        for lane in lanes:
+            trace = learn(data, lane, *map(jnp.float32, pair))
+            losses.append(worth(method, data, lane, trace.alpha)["held_loss"])
+            cost += float(np.nanmax(trace.cost))
+        ends.append(float(np.mean(losses)) if np.isfinite(losses).all() else np.inf)
+    best = int(np.argmin(ends))
+    return {
+        "rate": pairs[best][0],
+        "ratio": pairs[best][1],
+        "num_steps": steps,
+        "tuning_cost": cost,
+        "rates": [rate for rate, _ in pairs],
+        "ratios": [outer for _, outer in pairs],
+        "ends": ends,
+        "data": DIGITS,
+        "run_seconds": learn.run_seconds,
+    }
+
+
+def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
+    """The chosen rates."""
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, half of the labels "
+        f"wrong, penalty {PENALTIES[1]:g}. Of every pair of a rate of w in "
+        f"{list(RATES)} and a rate of Adam on the weights in {list(OUTER_RATES)} the "
+        f"one with the least mean loss of held-out validation examples, after at most "
+        f"{BUDGET:,} gradient-equivalents (grad-eq) a run. Command: `{command}`",
+        "",
+        "| method | rate | rate of weights | loss | steps | tuning grad-eq |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        best = min(x for x in row["ends"] if x is not None)
+        lines.append(
+            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best:.3f} | "
+            f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
+        )
+    return "\n".join(
+        [*lines, "", *(f"- {v.text}" for v in single_loop.judge_grid(rows))]
+    )
+
+
+# The table.
+
+
+Learn = Callable[[PyTree, Lane], tuple[Array, hg.Trace | None, float]]
+
+
+def learner(method: str) -> tuple[Learn, Row]:
+    """``(data, lane) -> (weights, trace, seconds)``, and its settings."""
+    if method in FIXED:
+        return lambda data, lane: (jnp.ones(NUM_TRAIN), None, 0.0), {}
+    if method == SEARCH:
+        return by_random_search, {}
+    chosen = read_grid(GRID.name, method, DIGITS)
+    program = learning(method, chosen["num_steps"])
+    rates = [jnp.float32(chosen[name]) for name in ("rate", "ratio")]
+
+    def learn(data: PyTree, lane: Lane) -> tuple[Array, hg.Trace, float]:
+        before = program.run_seconds
+        trace = program(data, lane, *rates)
+        return trace.alpha, trace, program.run_seconds - before
+
+    settings = {name: chosen[name] for name in ("rate", "ratio", "num_steps")}
+    return learn, settings | {"grid_cost": chosen["tuning_cost"]}
+
+
+def measure(cell: Row) -> Row:
+    """One method, seed and share, its penalty chosen on held-out examples."""
+    method, seed, share = cell["method"], cell["seed"], cell["share"]
+    data, (learn, settings) = digits(), learner(method)
+
+    def one(penalty: float, hold_out: bool) -> Row:
+        lane = lane_of(seed, share, penalty, hold_out)
+        alpha, trace, seconds = learn(data, lane)
+        found = worth(method, data, lane, alpha)
+        row: Row = {"accuracy": found["accuracy"], "run_seconds": seconds}
+        row["selection"] = found["held_accuracy"], -found["held_loss"]
+        if trace is not None:
+            total = lambda name: float(np.nansum(trace.stats[name]))
+            row |= {
+                "f1": found["f1"],
+                "gradient_equivalents": float(np.nanmax(trace.cost)),
+                "num_grads": total("num_grads"),
+                "num_hvps": total("num_hvps"),
+                "status": trace.status,
+            }
+        return row
+
+    about = {"data": DIGITS, "data_sha256": fingerprint(data)}
+    return tuned(one, PENALTIES) | settings | about
+
+
+def by_random_search(data: PyTree, lane: Lane) -> tuple[Array, hg.Trace, float]:
+    """Weights drawn uniformly; each draw trained by Newton's method."""
+    task, started = task_of(data, lane), time.perf_counter()
+    trace = hg.search(
+        task.problem, hg.Newton(tolerance=1e-2), hg.searchers.Random(), task.w,
+        space=task.space, budget=BUDGET, key=jax.random.fold_in(lane[0], 1),
+    )  # fmt: skip
+    return trace.best_alpha, trace, time.perf_counter() - started
+
+
+# Judging and showing.
+
+
+def accuracies(rows: list[Row], method: str, share: float) -> np.ndarray:
+    """In per cent, by seed."""
+    mine = [r for r in rows if r["method"] == method and r["share"] == share]
+    return 100 * np.array(
+        [r["accuracy"] for r in sorted(mine, key=lambda r: r["seed"])]
+    )
+
+
+def closed(rows: list[Row], method: str, share: float) -> tuple[float, float, float]:
+    """The part of the gap from baseline to oracle, and its paired 95% interval.
+
+    The gap is its mean over seeds.
+    """
+    low = accuracies(rows, "baseline", share)
+    gap = np.mean(accuracies(rows, "oracle", share) - low)
+    mean, below, above = paired(accuracies(rows, method, share), low)
+    return mean / gap, below / gap, above / gap
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """The family at half of the labels wrong, and what each closed."""
+    share, verdicts, closers = SHARES[0], [], []
+    there = {row["method"] for row in rows}
+    if not {"baseline", "oracle"} <= there:
+        return []
+    learners = [method for method in single_loop.METHODS if method in there]
+    for method in learners:
+        part, below, above = closed(rows, method, share)
+        if part >= GAP and below > 0:
+            closers.append(method)
+        verdicts.append(
+            Verdict(f"{method} closes {part:.0%} [{below:.0%}, {above:.0%}] of the gap")
+        )
+    family_ = [method for method in closers if method != DOUBLE_LOOP]
+    text = (
+        f"(o) {share:.0%} of the labels wrong: {len(family_)} methods of the family "
+        f"close at least {GAP:.0%} of the gap between baseline and oracle"
+        + (f" ({', '.join(family_)})" if family_ else "")
+        + f"; at least {ENOUGH} claimed"
+    )
+    num_seeds = len({row["seed"] for row in rows})
+    widths = [(above - below) / 2 for _, below, above in (
+        closed(rows, method, share) for method in learners
+    )]  # fmt: skip
+    met = len(family_) >= ENOUGH
+    return [conclude(text, met, num_seeds, float(np.median(widths)), GAP), *verdicts]
+
+
+def markdown(table: Table, rows: list[Row], command: str) -> str:
+    """Accuracies at each share, and costs."""
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{DIGITS}; {len({row['seed'] for row in rows})} seeds, mean ± standard "
+        "deviation. Test accuracy where 50%, 70% and 90% of the 1,000 training labels "
+        "are wrong; gap: the part of the way from baseline to oracle at 50%; F1 of "
+        f"finding wrong labels there. At most {BUDGET:,} gradient-equivalents "
+        "(grad-eq) a run; tuning: of the penalty, a row; grid: of the rates, once, "
+        f"from [corruption-grid](corruption-grid.md). Source: {table.source}. "
+        f"Command: `{command}`",
+        "",
+        "| method | 50% | 70% | 90% | gap | F1 | grad-eq | gradients | HVPs | steps "
+        "| tuning grad-eq | grid grad-eq | run s |",
+        "|" + "---|" * 13,
+    ]
+    there = {row["method"] for row in rows}
+    for method in (m for m in METHODS if m in there):
+        mine = [row for row in rows if row["method"] == method]
+        of_share = [accuracies(rows, method, share) for share in SHARES]
+
+        def mean(name: str, form: str, share: float | None = None, mine=mine) -> str:
+            values = [
+                row[name] for row in mine
+                if row.get(name) is not None and share in (None, row["share"])
+            ]  # fmt: skip
+            return form.format(np.mean(values)) if values else "-"
+
+        spread = lambda x: f"{x.mean():.1f} ± {x.std(ddof=min(1, x.size - 1)):.1f}"
+        part = f"{closed(rows, method, SHARES[0])[0]:.0%}" if method in METHODS else "-"
+        cells = [
+            *map(spread, of_share),
+            part,
+            mean("f1", "{:.2f}", SHARES[0]),
+            mean("gradient_equivalents", "{:.0f}"),
+            mean("num_grads", "{:.0f}"),
+            mean("num_hvps", "{:.0f}"),
+            mean("num_steps", "{:.0f}"),
+            mean("tuning_cost", "{:,.0f}"),
+            mean("grid_cost", "{:,.0f}"),
+            mean("run_seconds", "{:.2f}"),
+        ]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
+    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A panel a share: where each seed of each method ends."""
+    there = {row["method"] for row in rows}
+    panels = {
+        f"{share:.0%} of the labels wrong": {
+            method: accuracies(rows, method, share).tolist()
+            for method in METHODS
+            if method in there
+        }
+        for share in SHARES
+    }
+    plots.strips(panels, path, "test accuracy, %", lines=("baseline", "oracle"))
+
+
+SOURCE = "Franceschi et al. 2017 (arXiv 1703.01785); Dagréou et al. 2022 (2201.13409)"
+GRID = Table(
+    name="corruption-grid",
+    source=SOURCE,
+    minutes=8,
+    seeds=1,
+    plan=lambda scale, seeds: [
+        {"method": method, "seed": 0} for method in single_loop.METHODS
+    ],
+    run=cell_by_cell(
+        try_all,
+        markdown_of_grid,
+        lambda rows, path: plots.heatmaps(
+            rows, path, "corruption-grid: loss of held-out examples", "rate of weights"
+        ),
+    ),
+    judge=single_loop.judge_grid,
+)
+TABLE = Table(
+    name="corruption",
+    source=SOURCE,
+    minutes=10,
+    seeds=10,
+    plan=lambda scale, seeds: [
+        {"method": method, "share": share, "seed": seed}
+        for method in METHODS
+        for share in SHARES
+        for seed in range(seeds)
+    ],
+    run=cell_by_cell(measure, markdown, draw),
+    judge=judge,
+)
