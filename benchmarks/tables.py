@@ -8,6 +8,7 @@ from . import (
     corruption,
     logistic,
     quadratics,
+    soba_step,
     surrogates,
 )
 
@@ -26,5 +27,6 @@ TABLES = {
         logistic.MULTINOMIAL_TABLE,
         corruption.GRID,
         corruption.TABLE,
+        soba_step.TABLE,
     )
 }
