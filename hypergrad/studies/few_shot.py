@@ -37,7 +37,7 @@ PRODUCTS = 5
 
 
 @functools.cache
-def drawings() -> tuple[str, np.ndarray]:
+def drawings() -> tuple[str, np.ndarray, int]:
     """Always the digits, so that the committed table is the one that anybody gets."""
     return characters("small", "")
 
@@ -49,7 +49,7 @@ def by_gradient(
     num_steps = int(BUDGET / cost_of_step)
 
     def learn(images: Array, key: Array, rate: Array) -> tuple[PyTree, Trace]:
-        task = make(key=key, variant=variant, images=images)
+        task = make(key=key, variant=variant, images=images, num_turns=drawings()[2])
         trace = minimize(
             task.problem,
             estimator(task.solver),
@@ -69,7 +69,7 @@ def by_random_search(
 ) -> tuple[PyTree, Trace | None]:
     """Networks at random, as they are to begin with, under the head in closed form."""
     del rate
-    task = make(key=key, variant="ridge", images=images)
+    task = make(key=key, variant="ridge", images=images, num_turns=drawings()[2])
     trace = search(
         task.problem,
         task.solver,
@@ -94,7 +94,9 @@ def around_zero(leaf: Array) -> spaces.Interval:
 
 def of_pixels(images: Array, key: Array, penalty: Array) -> tuple[PyTree, Trace | None]:
     """Nothing is shared: ridge regression on the pixels of each task."""
-    task = make(key=key, variant="ridge", hidden=(), images=images)
+    task = make(
+        key=key, variant="ridge", hidden=(), images=images, num_turns=drawings()[2]
+    )
     return task.alpha | {"log_penalty": jnp.log(penalty)}, None
 
 
@@ -131,7 +133,9 @@ def measure(
     alpha: PyTree,
 ) -> Array:  # fmt: skip
     """Accuracy on a hundred fresh tasks of the validation or the test characters."""
-    task = make(key=key, variant=variant, hidden=hidden, images=images)
+    task = make(
+        key=key, variant=variant, hidden=hidden, images=images, num_turns=drawings()[2]
+    )
     return task.metrics[metric](task.w, alpha, jax.random.fold_in(key, 2))
 
 
