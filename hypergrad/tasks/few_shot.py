@@ -308,7 +308,8 @@ def make(
     if num_turns not in ENDS:
         raise ValueError(f"num_turns must be 2 or 4; got {num_turns!r}")
     if images is None:
-        _, images, num_turns = characters(scale, data_dir)
+        _, found, num_turns = characters(scale, data_dir)
+        images = jnp.asarray(found)
     images = jnp.asarray(images, float)
     num_tasks = num_tasks or {"small": 4, "paper": 32}[scale]
     split_key, body_key, head_key = jax.random.split(key, 3)
