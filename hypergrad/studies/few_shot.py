@@ -215,5 +215,5 @@ STUDY = Study(
         ),
     ),
     draw=plots.few_shot,
-    minutes=3,
+    minutes=6,
 )
