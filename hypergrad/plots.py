@@ -9,6 +9,7 @@ import numpy as np
 COLORS = {
     "baseline": "#7f7f7f",
     "random search": "#8c564b",
+    "random search, total": "#c49c94",
     "implicit": "#1f77b4",
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
