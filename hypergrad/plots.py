@@ -9,6 +9,7 @@ import numpy as np
 COLORS = {
     "baseline": "#7f7f7f",
     "random search": "#8c564b",
+    "random search, total": "#c49c94",
     "implicit": "#1f77b4",
     "neumann": "#2ca02c",
     "unrolled": "#ff7f0e",
@@ -267,7 +268,7 @@ def few_shot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def smoothed(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
     """A row whose curve is averaged over so many steps; random search's is left."""
-    if "curve_value" not in row or row["method"] == "random search":
+    if "curve_value" not in row or row["method"].startswith("random search"):
         return row
     part = {}
     for column in ("curve_value", "curve_cost"):

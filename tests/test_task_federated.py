@@ -11,6 +11,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import data as datasets
+from hypergrad.studies import federated as study
 from hypergrad.tasks import federated
 from hypergrad.tasks.federated import FedAvg, LocalImplicit
 
@@ -69,19 +71,42 @@ def test_clients_that_are_alike_are_one_machine(key):
 
 
 def test_only_the_global_hypergradient_is_right_where_clients_differ(key):
-    """It equals central differences of the whole pipeline; the local one does not."""
-    problem, w, alpha = few(key)
-    problem = hg.Bilevel(
-        penalised, federated.val_loss, problem.inner_data, problem.outer_data
+    """It equals central differences of training to convergence; the local does not.
+
+    On the problem that `make` builds, of every sixth pixel and fewer examples. Rounds
+    of FedAvg stay where Newton's method ended.
+    """
+    digits = datasets.load("digits")
+    data = {"x": digits["x"][:, 2::6].astype(float), "y": digits["y"]}
+    sizes = {"num_clients": 4, "most": 8, "ratio": 2, "val_per_class": 4}
+    task = federated.make(key=key, data=data, **sizes)
+    _, _, alpha = few(key)
+    oracle = hg.CentralDifference(hg.Newton(tolerance=1e-13))
+    at_newton = hg.hypergradient(task.problem, oracle)(task.w, alpha)
+    expected = at_newton.hypergradient
+    estimate = lambda estimator: hg.hypergradient(task.problem, estimator)(
+        at_newton.w, alpha
     )
-    solver = FedAvg(0.4, num_steps=60, local_steps=4)
-    estimate = lambda estimator: hg.hypergradient(problem, estimator)(w, alpha)
-    expected = estimate(hg.CentralDifference(solver)).hypergradient
-    close(estimate(hg.Implicit(solver, CG)).hypergradient, expected, 1e-5)
-    local = estimate(LocalImplicit(solver, CG))
+    close(estimate(hg.Implicit(task.solver, CG)).hypergradient, expected, 1e-6)
+    local = estimate(LocalImplicit(task.solver, CG))
     assert not local.stats["trusted"]
     error = optax.tree.norm(optax.tree.sub(local.hypergradient, expected))
     assert error > 0.1 * optax.tree.norm(expected)
+
+
+def test_random_search_draws_from_the_space_about_the_neutral_alpha():
+    """Its whole width is the space of the task; less lies within."""
+    task = federated.make(key=jax.random.key(0))
+    whole = study.around_neutral(1.0)
+    assert jax.tree.structure(whole) == jax.tree.structure(task.space)
+    for found, expected in zip(
+        jax.tree.leaves(whole), jax.tree.leaves(task.space), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    narrow = study.around_neutral(0.1)
+    assert narrow["omega"].low * narrow["omega"].high == pytest.approx(1)
+    assert narrow["omega"].high == pytest.approx(10**0.1)
+    assert narrow["iota"].high == pytest.approx(0.3)
 
 
 @pytest.mark.slow

@@ -152,17 +152,37 @@ def test_tasks_are_what_they_say():
     assert jnp.any(other["x"] != support["x"])
 
 
-def test_no_character_is_in_two_parts():
-    """60, 20 and 20%, each in four rotations."""
+@pytest.mark.parametrize(("num_turns", "sizes"), [(4, (24, 8, 8)), (2, (8, 6, 6))])
+def test_no_character_is_in_two_parts(num_turns, sizes):
+    """Characters are parted, each part with every turn of its own."""
     images = np.zeros((10, 20, 2, 2))
     images[:, :, 0, 0] = np.arange(1, 11)[:, None]  # a corner marks the character
-    parts = few_shot.split(jnp.asarray(images), jax.random.key(0))
-    sizes = {name: len(part) for name, part in parts.items()}
-    assert sizes == {"train": 24, "val": 8, "test": 8}
+    parts = few_shot.split(jnp.asarray(images), jax.random.key(0), num_turns)
+    assert tuple(map(len, parts.values())) == sizes
     marks = [set(np.ravel(part.max(axis=(1, 2, 3)))) for part in parts.values()]
     assert sum(map(len, marks)) == len(set.union(*marks)) == 10
-    corners = np.argmax(np.asarray(parts["test"])[:, 0].reshape(8, 4), axis=1)
-    assert sorted(corners) == sorted(2 * [0, 1, 2, 3])
+    corners = np.argmax(np.asarray(parts["test"])[:, 0].reshape(-1, 4), axis=1)
+    assert len(set(corners)) == num_turns
+    assert np.all(np.unique(corners, return_counts=True)[1] == len(marks[2]))
+
+
+def test_no_class_is_a_turned_class_of_another_part():
+    """Of digits, where a 9 is a 6 upside down and others are their own half turn."""
+    name, _, num_turns = few_shot.characters("small", "")
+    assert "digits" in name
+    images = np.random.default_rng(0).uniform(size=(10, 1, 3, 3))
+    half = lambda x: np.rot90(x, 2, (-2, -1))
+    images[9] = half(images[6])
+    for k in (0, 1, 8):
+        images[k] = images[k] + half(images[k])
+    for seed in range(5):
+        parts = few_shot.split(jnp.asarray(images), jax.random.key(seed), num_turns)
+        seen = [
+            {np.asarray(image).round(6).tobytes() for image in part}
+            for part in parts.values()
+        ]
+        assert tuple(map(len, seen)) == (8, 6, 6)
+        assert len(set.union(*seen)) == 20
 
 
 def test_the_paper_scale_builds_and_convolves_as_lax_does(key):
@@ -187,10 +207,11 @@ def test_the_paper_scale_builds_and_convolves_as_lax_does(key):
 @pytest.mark.data
 def test_omniglot_is_what_its_source_says():
     """1,623 characters of 20 drawings; smaller images keep the share of ink."""
-    name, images = few_shot.characters("small")
+    name, images, num_turns = few_shot.characters("small")
     if not name.startswith("Omniglot"):
         pytest.skip(f"{datasets.VARIABLE} names no folder with omniglot/")
     assert images.shape == (1623, 20, 14, 14)
+    assert num_turns == 4
     assert images.min() == 0
     assert images.max() == 1
     folder = Path(os.environ[datasets.VARIABLE]) / "omniglot"
@@ -208,9 +229,11 @@ def test_an_area_mean_keeps_the_ink():
     assert (shrink > 0).sum(axis=1).max() <= 5
 
 
-def test_another_scale_or_variant_is_refused():
+def test_another_scale_variant_or_number_of_turns_is_refused():
     """With what there is."""
     with pytest.raises(ValueError, match="'small' or 'paper'"):
         few_shot.make(key=jax.random.key(0), scale="large")
     with pytest.raises(ValueError, match="'maml', 'imaml' or 'ridge'"):
         few_shot.make(key=jax.random.key(0), variant="reptile")
+    with pytest.raises(ValueError, match="2 or 4"):
+        few_shot.make(key=jax.random.key(0), num_turns=3)

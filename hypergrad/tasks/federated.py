@@ -1,6 +1,6 @@
 """Federated learning: a loss per class, tuned across clients that share no data.
 
-Tarzanagh et al. 2022, FedNest (arXiv 2205.02215), section 4. Classes are rare to
+Tarzanagh et al. 2022, FedNest (arXiv 2205.02215). Classes are rare to
 different degrees, and clients hold few classes each. The inner problem is a softmax
 regression with the vector-scaling loss (Kini et al. 2021, arXiv 2103.01550)
 
@@ -110,7 +110,7 @@ class FedAvg(eqx.Module):
       num_steps: rounds, static.
       local_steps: of each client in a round, static.
       corrected: add ``mean_c g_c - g_c``, at the round's start, to a client's gradients
-        (FedSVRG, algorithm 2): the rounds then end at the argmin of the mean loss, from
+        (FedSVRG): the rounds then end at the argmin of the mean loss, from
         which clients that differ drift away otherwise.
 
     For a loss that is a mean over clients, the leading axis of all inner data; they run
@@ -119,7 +119,8 @@ class FedAvg(eqx.Module):
     Cost: ``local_steps`` gradients a round, one more if corrected. Bias: none where
     corrected and converged.
 
-    Source: McMahan et al. 2017 (arXiv 1602.05629), algorithm 1.
+    Source: McMahan et al. 2017 (arXiv 1602.05629); the correction, Tarzanagh et al.
+    2022 (arXiv 2205.02215).
 
     >>> import jax, jax.numpy as jnp
     >>> loss = lambda w, alpha, batch: jnp.mean(batch["h"] * (w - batch["t"]) ** 2) / 2
@@ -365,7 +366,7 @@ def make(
     return Task(
         name="federated",
         paradigm="federated",
-        source="Tarzanagh et al. 2022 (arXiv 2205.02215), section 4",
+        source="Tarzanagh et al. 2022 (arXiv 2205.02215)",
         problem=Bilevel(train_loss, val_loss, parts["train"], parts["val"]),
         solver=FedAvg(
             chosen["rate"], chosen["num_rounds"], chosen["local_steps"], corrected

@@ -4,17 +4,17 @@ A task is N classes with K drawings each to learn from (the support, S) and furt
 drawings to be judged on (the query, Q). ``w`` holds the adapted parameters of a batch
 of tasks, one leading axis; ``alpha`` is what they share. ``M = mean_t CE(w_t; Q_t)``.
 
-``maml`` (Finn et al. 2017, arXiv 1703.03400, equation 1): steps from a shared start,
+``maml`` (Finn et al. 2017, arXiv 1703.03400): steps from a shared start,
 
     L(w) = sum_t CE(w_t; S_t),   w_t(0) = alpha.
 
-``imaml`` (Rajeswaran et al. 2019, arXiv 1909.04630, equations 3 to 6): a minimum near
-the shared start, whose derivative is ``(I + H_t / penalty)^-1``, and needs no steps,
+``imaml`` (Rajeswaran et al. 2019, arXiv 1909.04630): a minimum near the shared start,
+whose derivative is ``(I + H_t / penalty)^-1``, and needs no steps,
 
     L(w, alpha) = sum_t [CE(w_t; S_t) + penalty |w_t - alpha|² / 2].
 
-``ridge`` (Bertinetto et al. 2019, arXiv 1805.08136, equations 2 to 4): a linear head on
-shared features ``f``, in closed form,
+``ridge`` (Bertinetto et al. 2019, arXiv 1805.08136): a linear head on shared features
+``f``, in closed form,
 
     L(w, alpha) = sum_t [|f(x_t) w_t - y_t|² + penalty |w_t|²] / 2.
 
@@ -41,6 +41,9 @@ from ..problem import Bilevel
 from .task import Task
 
 NUM_TEST_DRAWS = 25  # batches of tasks in a test accuracy
+# Tenths of the characters where training and validation end, by the number of turns.
+# Two turns of ten digits make eight, six and six classes.
+ENDS = {4: (6, 8), 2: (4, 7)}
 PENALTY = 2.0
 SOLVERS = {
     "maml": Descent(optax.sgd(0.4), 5),
@@ -227,11 +230,12 @@ def network(
 
 def characters(
     scale: str, data_dir: str | os.PathLike[str] | None = None
-) -> tuple[str, np.ndarray]:
-    """``[characters, drawings, height, width]`` and its name: Omniglot, or digits.
+) -> tuple[str, np.ndarray, int]:
+    """Name, ``[characters, drawings, height, width]``, and the turns that make classes.
 
     Omniglot where its file is found, at 28 by 28 pixels for the paper's scale and at 14
-    by 14 for the small one; else scikit-learn's digits, 170 drawings of each.
+    by 14 for the small one, in four turns; else scikit-learn's digits, 170 drawings of
+    each, in two, since a 6 turned by 180 degrees is a 9, and a 0, 1 or 8 itself.
     """
     try:
         x = datasets.load("omniglot", data_dir)["x"]
@@ -239,21 +243,24 @@ def characters(
         digits = datasets.load("digits")
         each = [digits["x"][digits["y"] == label][:170] for label in range(10)]
         x = np.stack(each).reshape(10, 170, 8, 8)
-        return "rotated scikit-learn digits (10 digits, 4 rotations)", x
+        return "rotated scikit-learn digits (10 digits, 2 rotations)", x, 2
     if scale == "small":
         x = x.reshape(*x.shape[:2], 14, 2, 14, 2).mean(axis=(3, 5))
-    return "Omniglot (1,623 characters, 4 rotations)", x
+    return "Omniglot (1,623 characters, 4 rotations)", x, 4
 
 
-def split(images: Array, key: Array) -> dict[str, Array]:
+def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
     """Train, validation and test classes: no character, however turned, in two parts.
 
-    A seeded permutation of the characters, 60%, 20% and 20% of them, each then a class
-    in each of four rotations.
+    A seeded permutation of the characters, each then a class in each of ``num_turns``
+    turns of 90 degrees: in four, 60%, 20% and 20% of them; in two, 40%, 30% and 30%.
     """
     images = images[jax.random.permutation(key, len(images))]
-    first, second = 6 * len(images) // 10, 8 * len(images) // 10
-    turned = lambda x: jnp.concatenate([jnp.rot90(x, k, (2, 3)) for k in range(4)])
+    first, second = (end * len(images) // 10 for end in ENDS[num_turns])
+
+    def turned(x):
+        return jnp.concatenate([jnp.rot90(x, k, (2, 3)) for k in range(num_turns)])
+
     parts = {
         "train": images[:first],
         "val": images[first:second],
@@ -274,6 +281,7 @@ def make(
     penalty: float | Array = PENALTY,
     hidden: tuple[int, ...] = (64,),
     images: Array | None = None,
+    num_turns: int = 4,
 ) -> Task:
     """Five-way one-shot tasks, of Omniglot where its file is found, else of digits.
 
@@ -287,21 +295,25 @@ def make(
         tasks of one estimate: 4, or 32 at the paper's scale.
       penalty: of the distance from the shared start, for 'imaml'.
       hidden: sizes of the tanh layers at the small scale; () is a linear model.
-      images: ``[characters, drawings, height, width]`` in place of these data.
+      images, num_turns: ``[characters, drawings, height, width]`` in place of these
+        data, and how many turns of 90 degrees make classes of each, two or four.
 
     Raises:
-      ValueError: another scale or variant.
+      ValueError: another scale, variant or number of turns.
     """
     if scale not in ("small", "paper"):
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
     if variant not in ("maml", "imaml", "ridge"):
         raise ValueError(f"variant must be 'maml', 'imaml' or 'ridge'; got {variant!r}")
+    if num_turns not in ENDS:
+        raise ValueError(f"num_turns must be 2 or 4; got {num_turns!r}")
     if images is None:
-        images = jnp.asarray(characters(scale, data_dir)[1])
+        _, found, num_turns = characters(scale, data_dir)
+        images = jnp.asarray(found)
     images = jnp.asarray(images, float)
     num_tasks = num_tasks or {"small": 4, "paper": 32}[scale]
     split_key, body_key, head_key = jax.random.split(key, 3)
-    parts = split(images, split_key)
+    parts = split(images, split_key, num_turns)
     convolutions, hidden = (0, hidden) if scale == "small" else (4, ())
     body, width = network(body_key, images.shape, convolutions, hidden)
     pool = lambda part: Pool(
