@@ -1,0 +1,216 @@
+"""The tables of the single-loop family: what they measure, and how they judge."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks import corruption, logistic, quadratics, single_loop
+from benchmarks.single_loop import Drawn
+from hypergrad.tasks import cleaning
+
+
+def test_the_closed_form_of_quadratics_is_the_value_function():
+    """By exact hypergradients in float64: zero at a*, and values off it."""
+    inner, outer = quadratics.samples(0)
+    best, Q = quadratics.closed_form(inner, outer)
+    problem = hg.Bilevel(quadratics.inner_loss, quadratics.outer_loss, inner, outer)
+    look = hg.hypergradient(problem, hg.Implicit(hg.Newton(), hg.CG()))
+    w = jnp.zeros(quadratics.NUM_W)
+    at_best = look(w, jnp.asarray(best))
+    off = np.random.default_rng(0).normal(size=best.size)
+    there = look(w, jnp.asarray(best + off))
+    scale = np.linalg.norm(there.hypergradient)
+    assert np.linalg.norm(at_best.hypergradient) < 1e-8 * scale
+    found = quadratics.suboptimality(best, Q, None, best + off, None)
+    np.testing.assert_allclose(found, there.value - at_best.value, rtol=1e-8)
+
+
+def small() -> logistic.Samples:
+    """Two features, so that a brute grid of penalties can be trained."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2)).astype(np.float32)
+    y = (rng.random(300) < 1 / (1 + np.exp(-x[:, 0]))).astype(np.int32)
+    return logistic.Samples("300 of 2", x, y, 150)
+
+
+def trained(x: np.ndarray, y: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Newton's method, dense."""
+    w = np.zeros(2)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-x @ w))
+        gradient = x.T @ (p - y) / len(y) + np.exp(alpha) * w
+        H = (x.T * (p * (1 - p))) @ x / len(y) + np.diag(np.exp(alpha))
+        w = w - np.linalg.solve(H, gradient)
+    return w
+
+
+def test_the_best_penalties_are_those_of_a_brute_grid():
+    """And the metric is the distance of the value function to them."""
+    parts = logistic.split(small(), 0)
+    x, y = (np.asarray(parts["inner"][name], float) for name in "xy")
+    far = {name: np.asarray(each, float) for name, each in parts["outer"].items()}
+
+    def h(alpha):
+        scores = far["x"] @ trained(x, y, alpha)
+        return np.mean(np.logaddexp(0, scores) - far["y"] * scores)
+
+    ticks = np.linspace(logistic.LOW, logistic.HIGH, 29)
+    least = min(h(np.array([a, b])) for a in ticks for b in ticks)
+    start = np.zeros(2, np.float32), np.full(2, logistic.START, np.float32)
+    found = logistic.best(logistic.binary_loss, parts, *start)
+    assert least - 1e-3 < found < least + 1e-9
+    alpha = np.array([-1.0, 0.5])
+    wide = jax.tree.map(lambda x: jnp.asarray(x, float), parts)
+    key = jax.random.key(0)
+    metric = logistic.suboptimality(
+        *(logistic.binary_loss, wide, found, jnp.zeros(2), jnp.asarray(alpha), key)
+    )
+    np.testing.assert_allclose(metric, h(alpha) - found, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "points"), [(1, 20), (7, 20), (50, 10), (53, 20)])
+def test_the_evaluated_steps_are_those_of_minimize(steps: int, points: int):
+    """Numbers there, NaN elsewhere."""
+    square = lambda w, alpha, batch: (w - alpha) ** 2
+    trace = hg.minimize(
+        hg.Bilevel(square, square),
+        hg.SOBA(optax.sgd(0.1)),
+        optax.sgd(0.1),
+        *(0.0, 1.0),
+        num_steps=steps,
+        metrics={"alpha": lambda w, alpha, key: alpha},
+        eval_every=single_loop.spacing(steps, points),
+    )
+    there = np.flatnonzero(np.isfinite(trace.metrics["alpha"]))
+    np.testing.assert_array_equal(there, single_loop.evaluated(steps, points))
+
+
+def tiny() -> single_loop.System:
+    """Quadratics of 200 samples and few rates."""
+
+    def draw(arrays):
+        drawn = quadratics.draw(arrays)
+        few = lambda data: hg.Batches(jax.tree.map(lambda x: x[:200], data.data), 20)
+        problem = drawn.problem
+        problem = hg.Bilevel(
+            *(problem.inner_loss, problem.outer_loss),
+            *map(few, (problem.inner_data, problem.outer_data)),
+        )
+        return Drawn(problem, *drawn[1:])
+
+    return quadratics.SYSTEM._replace(
+        name="tiny", draw=draw, budget=30, batches=10, rates=(0.1, 0.01), ratios=(0.1,)
+    )
+
+
+def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch):
+    """The lower of the ends; no more than the budget; the same seed, the same run."""
+    monkeypatch.setattr(single_loop, "RESULTS", tmp_path)
+    system = tiny()
+    with pytest.raises(ValueError, match="tiny-grid"):
+        single_loop.measure(system, {"method": "SOBA", "seed": 0})
+    row = single_loop.try_all(system, {"method": "SOBA"})
+    best = int(np.argmin(row["ends"]))
+    assert (row["rate"], row["ratio"]) == (row["rates"][best], row["ratios"][best])
+    assert single_loop.at_edge(row)
+    line = single_loop.record.line({"method": "SOBA", "seed": 0} | row)
+    (tmp_path / "tiny-grid.jsonl").write_text(line)
+    found = single_loop.measure(system, {"method": "SOBA", "seed": 3})
+    assert (found["rate"], found["num_steps"]) == (row["rate"], row["num_steps"])
+    assert 0.9 * system.budget < found["gradient_equivalents"] <= system.budget
+    assert found["end"] == single_loop.end(found["curve"])
+    again = single_loop.measure(system, {"method": "SOBA", "seed": 3})
+    assert again["curve"] == found["curve"]
+    other = system._replace(about=lambda: "other data")
+    with pytest.raises(ValueError, match="other data"):
+        single_loop.measure(other, {"method": "SOBA", "seed": 3})
+
+
+def test_random_search_keeps_the_best_so_far():
+    """By the outer value, never better by looking at the metric."""
+    system = tiny()._replace(budget=3000)
+    arrays = jax.tree.map(jnp.asarray, system.prepare(0))
+    row = single_loop.by_random_search(system, arrays, jax.random.key(0))
+    assert len(row["curve"]) == row["num_steps"] > 2
+    assert row["end"] == pytest.approx(row["curve"][-1])
+    assert row["gradient_equivalents"] <= 3000
+
+
+def rows_of(method: str, ends: list[float], **columns) -> list[dict]:
+    return [
+        {"method": method, "seed": seed, "end": end, **columns}
+        for seed, end in enumerate(ends)
+    ]
+
+
+def test_how_much_lower_is_a_ratio_paired_by_seed():
+    """Reproduced where its interval is above what is claimed; a broken run is said."""
+    spread = np.exp(np.linspace(-1, 1, 5))
+    rows = rows_of("A", list(0.01 * spread)) + rows_of("B", list(1.0 * spread))
+    verdict = single_loop.lower_end(rows, "A", "B", 10)
+    assert "100 [100, 100] times lower" in verdict.text
+    assert verdict.text.endswith(": reproduced")
+    assert not verdict.failed
+    assert "not reproduced" in single_loop.lower_end(rows, "A", "B", 200).text
+    broken = [*rows[:-1], rows[-1] | {"end": None}]
+    assert single_loop.lower_end(broken, "A", "B", 10).failed
+    assert single_loop.lower_end(rows[:4] + rows[5:9], "A", "B", 10).failed
+
+
+def test_who_is_first_at_a_plateau():
+    """Cost of the first evaluation within twice of the end."""
+    early = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    late = {"curve": [9.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    rows = rows_of("SOBA", [1.0] * 5, **early) + rows_of("SABA", [1.0] * 5, **late)
+    assert single_loop.first_there(rows, "SOBA").text.endswith(": reproduced")
+    assert "not reproduced" in single_loop.first_there(rows, "SABA").text
+
+
+def test_the_gap_is_closed_by_parts():
+    """Baseline 80, oracle 90, a method at 86 on average: 60%."""
+    cells = [("baseline", 0.80), ("oracle", 0.90), ("SOBA", 0.86), ("SABA", 0.85)]
+    rows = [
+        {"method": method, "share": 0.5, "seed": seed, "accuracy": x + 0.01 * seed}
+        for method, x in cells
+        for seed in range(5)
+    ]
+    for method, part in (("SOBA", 0.6), ("SABA", 0.5)):
+        np.testing.assert_allclose(corruption.closed(rows, method, 0.5), part)
+    first, *rest = corruption.judge(rows)
+    assert "1 methods of the family close at least 60%" in first.text
+    assert first.text.endswith("not reproduced")
+    assert len(rest) == 2
+
+
+def test_batches_of_cleaning_are_its_losses_on_average():
+    """Value and both gradients over all batches of one, held-out examples and all."""
+    data = jax.tree.map(jnp.asarray, hg.data.load("digits"))
+    make = functools.partial(
+        cleaning.make, key=jax.random.key(0), hold_out=True, corruption=0.7, data=data
+    )
+    all_of, batched = make().problem, make(batch_size=1).problem
+    keys = jax.random.split(jax.random.key(1), 3)
+    w = {"W": jax.random.normal(keys[0], (64, 10)), "b": jnp.ones(10)}
+    alpha = jax.random.uniform(keys[1], (1000,))
+    for side in ("inner", "outer"):
+        loss, batch_loss = (
+            getattr(problem, f"{side}_loss") for problem in (all_of, batched)
+        )
+        batches = getattr(batched, f"{side}_data")
+        mean = lambda w, alpha, loss=batch_loss, batches=batches: jnp.mean(
+            jax.vmap(lambda i: loss(w, alpha, batches.take(i[None])))(
+                jnp.arange(batches.size)
+            )
+        )
+        both = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        expected = both(loss)(w, alpha, getattr(all_of, f"{side}_data"))
+        found = both(mean)(w, alpha)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    wrong = cleaning.split(data, jax.random.key(0), True, 0.7)["train"]["wrong"]
+    assert 0.65 < np.mean(wrong) < 0.75
