@@ -129,7 +129,8 @@ def try_all(cell: Row) -> Row:
     method, data = cell["method"], digits()
     lanes = [lane_of(seed, SHARES[0], PENALTIES[1], True) for seed in TUNING_SEEDS]
     probe = lambda steps: functools.partial(weights, method, steps)
-    steps = steps_for(BUDGET, probe, data, lanes[0])
+    slow = min(RATES), min(OUTER_RATES)
+    steps = steps_for(BUDGET, probe, (data, lanes[0]), slow)
     learn = learning(method, steps)
     pairs = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
     ends, cost = [], 0.0

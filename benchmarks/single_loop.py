@@ -192,12 +192,17 @@ def seed_key(seed: int) -> Array:
 
 
 def steps_for(
-    budget: float, run: Callable[[int], Callable[..., hg.Trace]], *given: Any
+    budget: float,
+    run: Callable[[int], Callable[..., hg.Trace]],
+    given: tuple,
+    slow: tuple[float, float],
 ) -> int:
-    """As many as the budget pays for, by the cost of the first ones, at rate 0."""
+    """As many as the budget pays for, by the cost of the first ones at slow rates.
+
+    The first ones are the dearest where a solver stops when it is close enough.
+    """
     cost = jax.jit(lambda *given: run(PROBE)(*given).cost[-1])
-    still = jnp.zeros(()), jnp.zeros(())
-    return max(1, int(PROBE * budget / float(cost(*given, *still))))
+    return max(1, int(PROBE * budget / float(cost(*given, *map(jnp.float32, slow)))))
 
 
 def try_all(system: System, cell: Row) -> Row:
@@ -207,7 +212,8 @@ def try_all(system: System, cell: Row) -> Row:
     probe = lambda steps: functools.partial(
         run, system, method, steps, 1, key=jax.random.key(0)
     )
-    steps = steps_for(system.budget, probe, arrays[0])
+    slow = min(system.rates), min(system.ratios)
+    steps = steps_for(system.budget, probe, (arrays[0],), slow)
     pairs = [(rate, ratio) for rate in system.rates for ratio in system.ratios]
     one = functools.partial(curve, system, method, steps, GRID_POINTS)
     tries = Program(
