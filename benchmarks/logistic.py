@@ -143,8 +143,8 @@ def system(
         about=lambda: load().about,
         prepare=prepare,
         draw=draw,
-        rates=(3.0, 1.0, 0.3, 0.1, 0.03),
-        ratios=(1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0),
+        rates=(1.0, 0.3, 0.1, 0.03),
+        ratios=(1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0),
         low=LOW,
         high=HIGH,
         source="Dagréou et al. 2022 (arXiv 2201.13409)",
@@ -183,7 +183,7 @@ def mnist() -> Samples:
     try:
         data = hg.data.load("mnist")
         images = data["x"].reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, 49)
-        size, of = 2048, "MNIST's 70,000 images, 7x7 means of their pixels"
+        size, of = 1024, "MNIST's 70,000 images, 7x7 means of their pixels"
     except FileNotFoundError:
         data = hg.data.load("digits")
         images, size, of = data["x"], 896, "scikit-learn's 1,797 digits, not MNIST"
@@ -209,7 +209,7 @@ LOGISTIC = system(
 )  # fmt: skip
 MULTINOMIAL = system(
     mnist, class_loss, (10,),
-    name="multinomial", minutes=6, budget=100, batches=2048 // BATCH,
+    name="multinomial", minutes=6, budget=200, batches=1024 // BATCH,
 )  # fmt: skip
 
 LOGISTIC_GRID, MULTINOMIAL_GRID = map(single_loop.grid, (LOGISTIC, MULTINOMIAL))

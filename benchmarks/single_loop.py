@@ -29,7 +29,7 @@ from . import plots
 from .__main__ import RESULTS
 
 TUNING_SEEDS = (100, 101)
-NUM_POINTS, GRID_POINTS = 20, 10  # evaluations of a run that is reported, or tried
+NUM_POINTS, GRID_POINTS = 20, 5  # evaluations of a run that is reported, or tried
 TAIL = 3  # the last of them, whose geometric mean is where a run ends
 PROBE = 128  # steps that tell what one costs: whole periods of SRBA and VRBO
 DOUBLE_LOOP, SEARCH = "implicit", "random search"
