@@ -30,10 +30,13 @@ from . import plots, single_loop
 from .single_loop import (
     DOUBLE_LOOP,
     SEARCH,
+    TOTAL,
     TUNING_SEEDS,
+    chosen,
     family,
     read_grid,
     steps_for,
+    within_budget,
 )
 
 BATCH, BUDGET = 100, 1000
@@ -42,7 +45,14 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03)
 FIXED = ("baseline", "validation-only", "oracle")
-METHODS = (*FIXED, SEARCH, *single_loop.METHODS)
+METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
+PAIRS = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
+# Of random search: a run's, or that with a part of the grid's, which serves all runs of
+# a row: one a penalty, and the last.
+BUDGETS = {
+    SEARCH: BUDGET,
+    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(PAIRS) // (len(PENALTIES) + 1),
+}
 GAP, ENOUGH = 0.6, 4  # of the way from baseline to oracle, by so many methods
 
 Lane = tuple[Array, Array, Array, Array]  # key, share, penalty, hold_out
@@ -130,26 +140,20 @@ def try_all(cell: Row) -> Row:
     lanes = [lane_of(seed, SHARES[0], PENALTIES[1], True) for seed in TUNING_SEEDS]
     probe = lambda steps: functools.partial(weights, method, steps)
     slow = min(RATES), min(OUTER_RATES)
-    steps = steps_for(BUDGET, probe, (data, lanes[0]), slow)
+    steps = steps_for(BUDGET, method, probe, (data, lanes[0]), slow)
     learn = learning(method, steps)
-    pairs = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
     ends, cost = [], 0.0
-    for pair in pairs:
+    for pair in PAIRS:
         losses = []
         for lane in lanes:
             trace = learn(data, lane, *map(jnp.float32, pair))
             losses.append(worth(method, data, lane, trace.alpha)["held_loss"])
             cost += float(np.nanmax(trace.cost))
-        ends.append(float(np.mean(losses)) if np.isfinite(losses).all() else np.inf)
-    best = int(np.argmin(ends))
-    return {
-        "rate": pairs[best][0],
-        "ratio": pairs[best][1],
+        ends.append(losses)
+    return chosen(PAIRS, ends, method) | {
         "num_steps": steps,
+        "budget": BUDGET,
         "tuning_cost": cost,
-        "rates": [rate for rate, _ in pairs],
-        "ratios": [outer for _, outer in pairs],
-        "ends": ends,
         "data": DIGITS,
         "run_seconds": learn.run_seconds,
     }
@@ -163,7 +167,8 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
         f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, half of the labels "
         f"wrong, penalty {PENALTIES[1]:g}. Of every pair of a rate of w in "
         f"{list(RATES)} and a rate of Adam on the weights in {list(OUTER_RATES)} the "
-        f"one with the least mean loss of held-out validation examples, after at most "
+        "one whose worse seed has the least loss of held-out validation examples, "
+        "after at most "
         f"{BUDGET:,} gradient-equivalents (grad-eq) a run. Command: `{command}`",
         "",
         "| method | rate | rate of weights | loss | steps | tuning grad-eq |",
@@ -190,19 +195,20 @@ def learner(method: str) -> tuple[Learn, Row]:
     """``(data, lane) -> (weights, trace, seconds)``, and its settings."""
     if method in FIXED:
         return lambda data, lane: (jnp.ones(NUM_TRAIN), None, 0.0), {}
-    if method == SEARCH:
-        return by_random_search, {}
-    chosen = read_grid(GRID.name, method, DIGITS)
-    program = learning(method, chosen["num_steps"])
-    rates = [jnp.float32(chosen[name]) for name in ("rate", "ratio")]
+    if method in (SEARCH, TOTAL):
+        return functools.partial(by_random_search, BUDGETS[method]), {}
+    settings = read_grid(GRID.name, method, DIGITS, BUDGET, PAIRS)
+    program = learning(method, settings["num_steps"])
+    rates = [jnp.float32(settings[name]) for name in ("rate", "ratio")]
 
     def learn(data: PyTree, lane: Lane) -> tuple[Array, hg.Trace, float]:
         before = program.run_seconds
         trace = program(data, lane, *rates)
+        within_budget(method, float(np.nanmax(trace.cost)), BUDGET)
         return trace.alpha, trace, program.run_seconds - before
 
-    settings = {name: chosen[name] for name in ("rate", "ratio", "num_steps")}
-    return learn, settings | {"grid_cost": chosen["tuning_cost"]}
+    kept = {name: settings[name] for name in ("rate", "ratio", "num_steps")}
+    return learn, kept | {"grid_cost": settings["tuning_cost"]}
 
 
 def measure(cell: Row) -> Row:
@@ -231,12 +237,14 @@ def measure(cell: Row) -> Row:
     return tuned(one, PENALTIES) | settings | about
 
 
-def by_random_search(data: PyTree, lane: Lane) -> tuple[Array, hg.Trace, float]:
+def by_random_search(
+    budget: float, data: PyTree, lane: Lane
+) -> tuple[Array, hg.Trace, float]:
     """Weights drawn uniformly; each draw trained by Newton's method."""
     task, started = task_of(data, lane), time.perf_counter()
     trace = hg.search(
         task.problem, hg.Newton(tolerance=1e-2), hg.searchers.Random(), task.w,
-        space=task.space, budget=BUDGET, key=jax.random.fold_in(lane[0], 1),
+        space=task.space, budget=budget, key=jax.random.fold_in(lane[0], 1),
     )  # fmt: skip
     return trace.best_alpha, trace, time.perf_counter() - started
 
@@ -297,8 +305,8 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
     lines = [
         f"# {table.name}",
         "",
-        f"{DIGITS}; {len({row['seed'] for row in rows})} seeds, mean ± standard "
-        "deviation. Test accuracy where 50%, 70% and 90% of the 1,000 training labels "
+        f"{DIGITS}; {len({row['seed'] for row in rows})} seeds, median "
+        "[quartiles]. Test accuracy where 50%, 70% and 90% of 1,000 training labels "
         "are wrong; gap: the part of the way from baseline to oracle at 50%; F1 of "
         f"finding wrong labels there. At most {BUDGET:,} gradient-equivalents "
         "(grad-eq) a run; tuning: of the penalty, a row; grid: of the rates, once, "
@@ -321,7 +329,9 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             ]  # fmt: skip
             return form.format(np.mean(values)) if values else "-"
 
-        spread = lambda x: f"{x.mean():.1f} ± {x.std(ddof=min(1, x.size - 1)):.1f}"
+        spread = lambda x: "{1:.1f} [{0:.1f}, {2:.1f}]".format(
+            *np.quantile(x, single_loop.QUARTILES)
+        )
         part = f"{closed(rows, method, SHARES[0])[0]:.0%}" if method in METHODS else "-"
         cells = [
             *map(spread, of_share),

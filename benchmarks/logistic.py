@@ -204,12 +204,12 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
 LOGISTIC = system(
     ijcnn1, binary_loss, (),
-    name="logistic", minutes=4, budget=100, batches=8192 // BATCH,
+    name="logistic", minutes=4, budget=100, points=40, batches=8192 // BATCH,
     rates=(3.0, 1.0, 0.3, 0.1, 0.03),
 )  # fmt: skip
 MULTINOMIAL = system(
     mnist, class_loss, (10,),
-    name="multinomial", minutes=6, budget=200, batches=1024 // BATCH,
+    name="multinomial", minutes=6, budget=200, points=40, batches=1024 // BATCH,
     rates=(1.0, 0.3, 0.1, 0.03, 0.01),
 )  # fmt: skip
 

@@ -213,11 +213,14 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     colors = matplotlib.colormaps["tab20"](range(20))
     for i, (method, rows) in enumerate(lanes.items()):
         values = np.array([row["curve"] for row in rows], float)
-        low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
+        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
         cost = np.median([row["curve_cost"] for row in rows], axis=0)
-        seconds = np.median([row["run_seconds"] for row in rows]) * cost / cost[-1]
+        seconds = [row["run_seconds"] for row in rows if "run_seconds" in row]
         style = {"color": colors[i % 20], "ls": "-" if i < 10 else "--"}
-        for axis, at in zip(panels, (cost, seconds), strict=True):
+        for axis, whole in zip(
+            panels, (cost[-1], np.median(seconds or [np.nan])), strict=True
+        ):
+            at = whole * cost / cost[-1]
             axis.plot(at, middle, lw=1.5, label=method, **style)
             axis.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
     for axis, label in zip(panels, ("gradient-equivalents", "seconds"), strict=True):
@@ -283,7 +286,7 @@ def strips(
     label: str,
     lines: tuple[str, ...],
 ) -> None:
-    """A dot a seed and a bar at the mean, a row a method; lines at some means."""
+    """A dot a seed and a bar at the median, a row a method; lines at some medians."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -298,9 +301,9 @@ def strips(
         for row, (name, values) in enumerate(of_method.items()):
             height = row + np.linspace(-0.25, 0.25, len(values))
             axis.plot(values, height, ".", ms=5, color="C0", alpha=0.5)
-            axis.plot([np.mean(values)] * 2, [row - 0.38, row + 0.38], "C3", lw=2)
+            axis.plot([np.median(values)] * 2, [row - 0.38, row + 0.38], "C3", lw=2)
             if name in lines:
-                axis.axvline(np.mean(values), color="0.6", lw=1, ls="--", zorder=0)
+                axis.axvline(np.median(values), color="0.6", lw=1, ls="--", zorder=0)
         axis.set_title(title)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, axis="x")

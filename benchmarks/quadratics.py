@@ -91,12 +91,13 @@ def draw(arrays: PyTree) -> Drawn:
 
 SYSTEM = System(
     name="quadratics",
-    source="Dagréou et al. 2022 (arXiv 2201.13409), its benchmark's quadratics",
+    source="after the quadratics of Dagréou et al. 2022 (arXiv 2201.13409)",
     minutes=4,
     about=lambda: f"simulated, {NUM_INNER:,} and {NUM_OUTER:,} samples of 100 numbers",
     prepare=prepare,
     draw=draw,
     budget=400,
+    points=100,
     batches=NUM_INNER // BATCH,
     rates=(1.0, 0.3, 0.1, 0.03, 0.01),
     ratios=(3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003),

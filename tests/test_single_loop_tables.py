@@ -1,6 +1,7 @@
 """The tables of the single-loop family: what they measure, and how they judge."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +116,7 @@ def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="tiny-grid"):
         single_loop.measure(system, {"method": "SOBA", "seed": 0})
     row = single_loop.try_all(system, {"method": "SOBA"})
-    best = int(np.argmin(row["ends"]))
-    assert (row["rate"], row["ratio"]) == (row["rates"][best], row["ratios"][best])
+    assert (row["rate"], row["ratio"]) in system.pairs
     assert single_loop.at_edge(row)
     line = single_loop.record.line({"method": "SOBA", "seed": 0} | row)
     (tmp_path / "tiny-grid.jsonl").write_text(line)
@@ -124,21 +124,58 @@ def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch
     assert (found["rate"], found["num_steps"]) == (row["rate"], row["num_steps"])
     assert 0.9 * system.budget < found["gradient_equivalents"] <= system.budget
     assert found["end"] == single_loop.end(found["curve"])
+    assert len(found["curve"]) == len(found["curve_cost"]) > 10
     again = single_loop.measure(system, {"method": "SOBA", "seed": 3})
     assert again["curve"] == found["curve"]
-    other = system._replace(about=lambda: "other data")
-    with pytest.raises(ValueError, match="other data"):
-        single_loop.measure(other, {"method": "SOBA", "seed": 3})
+    for other, named in (
+        ({"about": lambda: "other data"}, "other data"),
+        ({"budget": 31}, "budget 30"),
+        ({"rates": (0.1, 0.02)}, "pairs of rates"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            single_loop.measure(system._replace(**other), {"method": "SOBA", "seed": 3})
+
+
+def test_the_pair_is_chosen_whose_worse_run_is_lowest():
+    """A run that broke off is as bad as can be; where all did, nothing is chosen."""
+    pairs = [(1.0, 0.1), (0.1, 0.1), (0.01, 0.1)]
+    ends = [[1e-9, np.nan], [1e-3, 1e-2], [1e-4, 1e-1]]
+    row = single_loop.chosen(pairs, ends, "SOBA")
+    assert (row["rate"], row["ratio"]) == (0.1, 0.1)
+    assert row["ends"] == [np.inf, 1e-2, 1e-1]
+    with pytest.raises(ValueError, match="SOBA"):
+        single_loop.chosen(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+
+
+def test_no_method_spends_more_than_its_budget():
+    """The double loop by its dearest step, where the mean one would be too cheap."""
+
+    def run(steps):
+        dear = jnp.where(jnp.arange(steps) == 3, 129.0, 1.0)
+        return lambda rate, ratio: types.SimpleNamespace(cost=jnp.cumsum(dear))
+
+    slow = 0.1, 0.1
+    steps = lambda method: single_loop.steps_for(100.0, method, run, (), slow)
+    assert steps("SOBA") == 50
+    assert steps(single_loop.DOUBLE_LOOP) == 1
+    single_loop.within_budget("SOBA", 104.0, 100.0)
+    with pytest.raises(ValueError, match="SOBA cost 106"):
+        single_loop.within_budget("SOBA", 106.0, 100.0)
 
 
 def test_random_search_keeps_the_best_so_far():
     """By the outer value, never better by looking at the metric."""
-    system = tiny()._replace(budget=3000)
+    system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
-    row = single_loop.by_random_search(system, arrays, jax.random.key(0))
-    assert len(row["curve"]) == row["num_steps"] > 2
-    assert row["end"] == pytest.approx(row["curve"][-1])
-    assert row["gradient_equivalents"] <= 3000
+    key = jax.random.key(0)
+    row = single_loop.by_random_search(system, 3000, arrays, key)
+    assert len(row["curve"]) == len(row["curve_cost"]) == system.points
+    assert row["num_steps"] > 2
+    assert row["end"] == row["curve"][-1]
+    assert row["gradient_equivalents"] <= row["curve_cost"][-1] == 3000
+    shorter = single_loop.by_random_search(system, 1500, arrays, key)
+    assert shorter["end"] == row["curve"][system.points // 2 - 1]
+    assert np.isnan(single_loop.by_random_search(system, 1, arrays, key)["curve"][0])
 
 
 def rows_of(method: str, ends: list[float], **columns) -> list[dict]:
@@ -156,7 +193,10 @@ def test_how_much_lower_is_a_ratio_paired_by_seed():
     assert "100 [100, 100] times lower" in verdict.text
     assert verdict.text.endswith(": reproduced")
     assert not verdict.failed
-    assert "not reproduced" in single_loop.lower_end(rows, "A", "B", 200).text
+    verdict = single_loop.lower_end(rows, "A", "B", 200)
+    assert "not reproduced" in verdict.text
+    assert verdict.failed
+    assert not single_loop.lower_end(rows, "A", "B", 200, "(o) ").failed
     broken = [*rows[:-1], rows[-1] | {"end": None}]
     assert single_loop.lower_end(broken, "A", "B", 10).failed
     assert single_loop.lower_end(rows[:4] + rows[5:9], "A", "B", 10).failed
@@ -164,11 +204,20 @@ def test_how_much_lower_is_a_ratio_paired_by_seed():
 
 def test_who_is_first_at_a_plateau():
     """Cost of the first evaluation within twice of the end."""
-    early = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
-    late = {"curve": [9.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    early = {"curve": [99.0, 1.9, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    late = {"curve": [99.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     rows = rows_of("SOBA", [1.0] * 5, **early) + rows_of("SABA", [1.0] * 5, **late)
     assert single_loop.first_there(rows, "SOBA").text.endswith(": reproduced")
     assert "not reproduced" in single_loop.first_there(rows, "SABA").text
+
+
+def test_who_hardly_moved_is_at_no_plateau():
+    """An end less than ten times below the start."""
+    still = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 1.0, 20.0]}
+    fell = {"curve": [11.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    rows = rows_of("SOBA", [1.0] * 5, **fell) + rows_of("DARTS", [1.0] * 5, **still)
+    assert single_loop.first_there(rows, "SOBA").text.endswith(": reproduced")
+    assert "not reproduced" in single_loop.first_there(rows[5:], "DARTS").text
 
 
 def test_the_gap_is_closed_by_parts():
