@@ -143,7 +143,6 @@ def system(
         about=lambda: load().about,
         prepare=prepare,
         draw=draw,
-        ratios=(1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0),
         low=LOW,
         high=HIGH,
         source="Dagréou et al. 2022 (arXiv 2201.13409)",
@@ -206,11 +205,13 @@ LOGISTIC = system(
     ijcnn1, binary_loss, (),
     name="logistic", minutes=4, budget=100, points=40, batches=8192 // BATCH,
     rates=(3.0, 1.0, 0.3, 0.1, 0.03),
+    ratios=(1e5, 3e4, 1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0),
 )  # fmt: skip
 MULTINOMIAL = system(
     mnist, class_loss, (10,),
     name="multinomial", minutes=6, budget=200, points=40, batches=1024 // BATCH,
     rates=(1.0, 0.3, 0.1, 0.03, 0.01),
+    ratios=(1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0),
 )  # fmt: skip
 
 LOGISTIC_GRID, MULTINOMIAL_GRID = map(single_loop.grid, (LOGISTIC, MULTINOMIAL))
