@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from . import spaces
 from .checks import (
     as_inputs,
     as_key,
@@ -22,7 +23,7 @@ from .estimators.protocol import make_stats
 from .inner.protocol import InnerSolver
 from .metrics import Metric, check_metrics, check_progress
 from .problem import Bilevel, whole
-from .searchers import Searcher
+from .searchers import Searcher, populations
 from .settings import number
 from .trace import Trace
 from .trees import all_finite
@@ -31,7 +32,7 @@ from .trees import all_finite
 def search(
     problem: Bilevel,
     solver: InnerSolver,
-    searcher: Searcher,
+    searcher: Searcher | populations.Populations,
     w: PyTree,
     *,
     space: PyTree,
@@ -74,7 +75,9 @@ def search(
     True
     """
     check_problem_is(problem)
-    if isinstance(searcher, type) or not hasattr(searcher, "ask"):
+    if isinstance(searcher, type) or not (
+        hasattr(searcher, "ask") or hasattr(searcher, "rounds")
+    ):
         raise TypeError(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
             f"{searcher!r}"
@@ -95,6 +98,9 @@ def search(
             "search runs on the host, trial by trial, so it does not work within "
             "jax.jit or jax.vmap; call it in a loop"
         )
+    if not isinstance(searcher, Searcher):
+        setting = _setting(problem, solver, w, space, metrics)
+        return populations.run(searcher, setting, budget, key, progress)
     init_key, run_key = jax.random.split(key)
     state = searcher.init(space, init_key)
     problem = traced(problem)
@@ -122,6 +128,16 @@ def search(
     columns = jax.tree.map(lambda *cells: jnp.stack(cells), *rows)
     _, alpha, found = best
     return Trace(alpha, found, alpha, status_code=jnp.asarray(0), **columns)
+
+
+def _setting(problem, solver, w, space, metrics) -> populations.Setting:
+    """What a population shares, checked as a first trial is."""
+    populations.check_solver_steps(solver)
+    alpha = spaces.sample(space, jax.random.key(0))
+    w, alpha = as_inputs(w, alpha, differentiable=False)
+    check_problem(problem, w, alpha, solver)
+    metrics = check_metrics(metrics, w, alpha)
+    return populations.Setting(traced(problem), solver, metrics, w, space)
 
 
 @eqx.filter_jit

@@ -1,6 +1,13 @@
 """How ``alpha`` is proposed without gradients."""
 
+from .populations import Hyperband, PopulationBased, SuccessiveHalving
 from .protocol import Searcher
 from .random import Random
 
-__all__ = ["Random", "Searcher"]
+__all__ = [
+    "Hyperband",
+    "PopulationBased",
+    "Random",
+    "Searcher",
+    "SuccessiveHalving",
+]

@@ -1,10 +1,11 @@
 """What a searcher is."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, PyTree
 
 
+@runtime_checkable
 class Searcher(Protocol):
     """Proposes ``alpha`` without gradients; what it has seen is its state."""
 

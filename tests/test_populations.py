@@ -1,0 +1,216 @@
+"""Searchers that train populations: against runs written out here, step by step."""
+
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.searchers import populations
+
+SPACE = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
+A = jnp.array([[3.0, 1.0], [1.0, 2.0]]) / 4
+
+
+def inner(w, alpha, batch):
+    """Its minimum is at ``alpha``."""
+    off = w - alpha["center"]
+    return 0.5 * off @ A @ off
+
+
+def outer(w, alpha, batch):
+    """Least at ``w = (1, -1)``."""
+    return jnp.sum((w - jnp.array([1.0, -1.0])) ** 2)
+
+
+PROBLEM = hg.Bilevel(inner, outer)
+MOMENTUM = optax.sgd(0.3, momentum=0.5)
+
+
+def setting(num_steps):
+    return populations.Setting(
+        PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE
+    )
+
+
+def written_out(alpha, num_steps):
+    """Heavy ball by hand."""
+    w, v = np.zeros(2), np.zeros(2)
+    for _ in range(num_steps):
+        v = 0.5 * v + np.asarray(A) @ (w - np.asarray(alpha["center"]))
+        w = w - 0.3 * v
+    return w
+
+
+@pytest.mark.parametrize(
+    ("searcher", "num_steps", "budget"),
+    [
+        (hg.searchers.PopulationBased(16), 5, 6000),
+        (hg.searchers.SuccessiveHalving(81), 27, 9000),
+        (hg.searchers.Hyperband(), 27, 9000),
+    ],
+    ids=["pbt", "halving", "hyperband"],
+)
+def test_each_finds_the_optimum_within_its_budget(searcher, num_steps, budget):
+    """Of a quadratic whose best centre is (1, -1), among draws in a square."""
+    trace = hg.search(
+        PROBLEM, hg.Descent(MOMENTUM, num_steps), searcher, jnp.zeros(2),
+        space=SPACE, budget=budget, key=jax.random.key(0),
+    )  # fmt: skip
+    assert trace.cost[-1] <= budget
+    assert np.linalg.norm(trace.best_alpha["center"] - np.array([1.0, -1.0])) < 0.2
+    assert trace.metrics["steps"].max() >= num_steps
+
+
+def all_of(rounds, given, count):
+    """The first so many, trained."""
+    due, found = next(rounds), []
+    for _ in range(count):
+        found.append((due, given.train(*due[:3])))
+        due = rounds.send(found[-1][1])
+    return found
+
+
+def one_of(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def test_those_who_are_kept_train_on_as_if_unbroken():
+    """Momentum goes on too: a survivor's w is that of so many steps by hand."""
+    given = setting(27)
+    rounds = hg.searchers.SuccessiveHalving(9).rounds(given, jax.random.key(0))
+    found = all_of(rounds, given, 3)
+    assert [len(rung.value) for _, rung in found] == [9, 3, 1]
+    assert [rung.stats["inner_steps"][0] for _, rung in found] == [3, 6, 18]
+    for (_, rung), made in zip(found, (3, 9, 27), strict=True):
+        for i in range(len(rung.value)):
+            alpha, w = one_of((rung.members.alpha, rung.members.carry[0]), i)
+            np.testing.assert_allclose(w, written_out(alpha, made), rtol=1e-12)
+    first, second = (rung for _, rung in found[:2])
+    best = np.argsort(first.value)[:3]
+    np.testing.assert_array_equal(
+        second.members.alpha["center"], first.members.alpha["center"][best]
+    )
+
+
+def test_the_best_is_one_that_was_trained_in_full():
+    """An early stop may look better: w there is halfway to an alpha that is too far."""
+    trace = hg.search(
+        PROBLEM, hg.Descent(optax.sgd(0.3), 27), hg.searchers.Hyperband(),
+        jnp.zeros(2), space=SPACE, budget=2000,
+    )  # fmt: skip
+    full = trace.metrics["steps"] == 27
+    assert trace.value.min() < trace.value[full].min()
+    value = outer(trace.w, trace.best_alpha, None)
+    np.testing.assert_allclose(value, trace.value[full].min(), rtol=1e-12)
+
+
+def test_brackets_of_hyperband_are_those_of_its_table():
+    """R = 81, eta = 3: 81, 34, 15, 8 and 5 draws of 1, 3, 9, 27 and 81 steps."""
+    given = setting(81)
+    rounds = hg.searchers.Hyperband().rounds(given, jax.random.key(0))
+    found = [(len(rung.value), due.made) for due, rung in all_of(rounds, given, 15)]
+    assert found == [
+        *((81, 1), (27, 3), (9, 9), (3, 27), (1, 81)),
+        *((34, 3), (11, 9), (3, 27), (1, 81)),
+        *((15, 9), (5, 27), (1, 81)),
+        *((8, 27), (2, 81)),
+        (5, 81),
+    ]
+
+
+def test_a_population_inherits_every_bit_and_moves_alpha_by_a_factor():
+    """Carries are copied; alpha moves by 0.2 of u; the best stay as they are."""
+    searcher, given = hg.searchers.PopulationBased(8), setting(3)
+    start = given.start(8, jax.random.key(0))
+    found = given.train(start, 3, jax.random.key(1))
+    value = found.value.at[2].set(jnp.nan)
+    members, parents = searcher.replaced(SPACE, found.members, value, jax.random.key(2))
+    order = np.argsort(np.where(np.isnan(value), np.inf, value))
+    assert order[-1] == 2
+    assert set(np.asarray(parents)[order[-2:]]) <= set(order[:2].tolist())
+    for i, parent in enumerate(np.asarray(parents)):
+        for mine, theirs in zip(
+            *(jax.tree.leaves(m.carry) for m in (members, found.members)), strict=True
+        ):
+            assert np.array_equal(mine[i], theirs[parent])
+        moved = hg.spaces.inverse(SPACE, one_of(members.alpha, i))
+        old = one_of(found.members.alpha, parent)
+        change = moved["center"] - hg.spaces.inverse(SPACE, old)["center"]
+        expected = 0.2 if i in order[-2:] else 0.0
+        np.testing.assert_allclose(np.abs(change), expected, rtol=1e-9)
+        if not expected:
+            assert parent == i
+
+
+def test_rates_of_a_population_may_be_its_hyperparameters():
+    """The solver reads alpha; the ledger counts a gradient a step and member."""
+    loss = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+    solver = hg.Descent(lambda alpha: optax.sgd(alpha), 4)
+    trace = hg.search(
+        hg.Bilevel(loss, loss), solver, hg.searchers.PopulationBased(4), jnp.ones(2),
+        space=hg.spaces.Interval(1e-3, 1.0, log=True), budget=100,
+        metrics={"rate": lambda w, alpha, key: alpha},
+    )  # fmt: skip
+    each = 4 + 1 / 3
+    np.testing.assert_allclose(trace.cost[-1], len(trace.value) * each)
+    assert len(trace.value) == 4 * int(100 / (4 * each))
+    parent = np.asarray(trace.metrics["parent"]).reshape(-1, 4)
+    np.testing.assert_array_equal(parent[0], np.arange(4))
+    first = trace.metrics["rate"][:4]
+    np.testing.assert_allclose(trace.value[:4], (1 - first) ** 8, rtol=1e-9)
+
+
+def test_what_no_population_can_train_is_refused():
+    """A solver without steps; settings out of range."""
+    with pytest.raises(TypeError, match="Descent"):
+        hg.search(
+            PROBLEM, hg.Newton(), hg.searchers.PopulationBased(4), jnp.zeros(2),
+            space=SPACE, budget=10,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="share"):
+        hg.searchers.PopulationBased(4, share=0.7)
+    with pytest.raises(ValueError, match="size"):
+        hg.searchers.PopulationBased(1)
+    with pytest.raises(ValueError, match="eta"):
+        hg.searchers.SuccessiveHalving(8, eta=1)
+    assert populations.whole_log(243, 3) == round(math.log(243, 3)) == 5
+
+
+SPREAD = """
+import jax, jax.numpy as jnp, optax, hypergrad as hg
+jax.config.update("jax_enable_x64", True)
+space = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
+trace = hg.search(
+    hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha["center"]) ** 2),
+        lambda w, alpha, batch: jnp.sum((w - 1) ** 2),
+    ),
+    hg.Descent(optax.sgd(0.1), 3), hg.searchers.PopulationBased(8), jnp.zeros(2),
+    space=space, budget=100, key=jax.random.key(0),
+)
+print(jax.device_count(), *map(float, trace.value))
+"""
+
+
+@pytest.mark.heavy
+def test_eight_devices_train_what_one_does():
+    """Members over forced host devices."""
+
+    def values(count):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        found = subprocess.run(
+            [sys.executable, "-c", SPREAD], capture_output=True, text=True, check=True,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        number, *values = found.stdout.split()
+        assert int(number) == count
+        return np.array(values, float)
+
+    np.testing.assert_allclose(values(8), values(1), rtol=1e-12)
