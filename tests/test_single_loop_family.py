@@ -13,6 +13,8 @@ import pytest
 import hypergrad as hg
 from benchmarks import soba_step
 from benchmarks.known import error, quadratic, ridge
+from hypergrad.estimators.single_loop import pzobo
+from hypergrad.trees import normal
 
 RHO, GAMMA, ETA = 0.05, 0.02, 0.1
 KNOWN = quadratic("30", seed=3)
@@ -213,6 +215,61 @@ def test_each_step_is_that_of_the_dense_matrices(name: str):
         np.testing.assert_allclose(found, [a[i] for a in alphas], rtol=1e-10)
     np.testing.assert_allclose(trace.alpha, dense.alpha, rtol=1e-10)
     assert not trace.stats["trusted"].any()
+
+
+# Precision: 64-bit numbers are enabled, and leaves are of less.
+
+SLOWER = lambda step: 1 - 1 / (step + 2.0)
+TYPED = METHODS | {
+    "SOBA": (hg.SOBA(SGD), saba),
+    "PZOBO": (hg.PZOBO(SGD, 3, 2), None),
+    "MRBO, a schedule": (hg.MRBO(SGD, 4, step_size=ETA, momentum=SLOWER), None),
+    "FSLA, a schedule": (hg.FSLA(SGD, momentum=SLOWER), None),
+}
+
+
+def inner_typed(w, alpha, x):
+    shift = jnp.mean((w["p"][None] - alpha["p"][None] * x) ** 2)
+    return 0.5 * shift + 0.5 * w["p"] @ w["p"] + 0.5 * (w["q"] - alpha["q"]) ** 2
+
+
+def outer_typed(w, alpha, x):
+    far = jnp.mean((w["p"][None] - x) ** 2) + (w["q"] - 1) ** 2
+    return 0.5 * far + 0.1 * alpha["q"] ** 2
+
+
+def typed_run(estimator, of_p, of_q):
+    """Three steps on batches; leaves ``p`` and ``q`` of these dtypes."""
+    leaves = lambda p, q: {"p": jnp.asarray(p, of_p), "q": jnp.asarray(q, of_q)}
+    x = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
+    batches = [hg.Batches(jnp.asarray(each, of_p), 2) for each in x]
+    w, alpha = leaves([0.0, 1.0], 0.25), leaves([0.5, -0.5], 0.75)
+    problem = hg.Bilevel(inner_typed, outer_typed, *batches)
+    trace = hg.minimize(problem, estimator, optax.sgd(GAMMA), w, alpha, num_steps=3)
+    for found, given in ((trace.w, w), (trace.alpha, alpha)):
+        assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(
+            lambda x: x.dtype, given
+        )
+    return trace
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_each_leaf_keeps_its_dtype(name: str, monkeypatch):
+    """Under x64, of 32 or fewer bits, or mixed; with 32 the numbers are those of 64."""
+    in_single = lambda key, like: jax.tree.map(
+        lambda u, x: u.astype(x.dtype),
+        normal(key, jax.tree.map(lambda x: x.astype(jnp.float32), like)),
+        like,
+    )  # PZOBO's directions: 64 bits would draw others
+    monkeypatch.setattr(pzobo, "normal", in_single)
+    estimator, _ = TYPED[name]
+    exact = typed_run(estimator, jnp.float64, jnp.float64)
+    for of_p in (jnp.float32, jnp.float64):
+        found = typed_run(estimator, of_p, jnp.float32)
+        assert error((found.w, found.alpha), (exact.w, exact.alpha)) < 1e-6
+        np.testing.assert_allclose(found.value, exact.value, rtol=1e-6)
+    short = typed_run(estimator, jnp.bfloat16, jnp.float16)
+    assert np.isfinite(short.value).all()
 
 
 # Batches: n = 8, one example a batch; each outcome once is the exact expectation.

@@ -10,7 +10,7 @@ from ...drawn import drawn
 from ...guide import Guide
 from ...problem import Bilevel, draw
 from ...settings import check_steps
-from ...trees import add_scaled, dot, norm, normal
+from ...trees import add_scaled, dot, norm, normal, scale
 from ..protocol import Estimate
 from ..spread import standard_error
 from .reduction import fractions
@@ -114,7 +114,7 @@ class PZOBO(eqx.Module):
             u = normal(key, alpha)
             moved = run(add_scaled(alpha, self.sigma, u))[0]
             slope = dot(optax.tree.sub(moved, w), b) / self.sigma
-            return optax.tree.scale(slope, u)
+            return scale(slope, u)
 
         keys = jax.random.split(data.inner_key, self.num_directions)
         responses = jax.vmap(response)(keys)

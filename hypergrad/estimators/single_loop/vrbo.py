@@ -139,7 +139,7 @@ class VRBO(eqx.Module):
                     (new.gradient, new.hypergradient),
                     (old.gradient, old.hypergradient),
                     state.directions,
-                    jnp.ones(()),
+                    1.0,
                 )
                 w, w_optimizer = move(
                     self.optimizer, directions[0], state.w_optimizer, state.w
