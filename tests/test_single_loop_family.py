@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,7 +14,8 @@ import pytest
 import hypergrad as hg
 from benchmarks import soba_step
 from benchmarks.known import error, quadratic, ridge
-from hypergrad.estimators.single_loop import pzobo
+from hypergrad.drawn import drawn
+from hypergrad.estimators import single_loop
 from hypergrad.trees import normal
 
 RHO, GAMMA, ETA = 0.05, 0.02, 0.1
@@ -28,6 +30,7 @@ class Dense:
         self.H, self.C, self.t, self.k = (data[name] for name in ("H", "C", "t", "k"))
         self.w, self.alpha = np.zeros(len(self.t)), np.asarray(KNOWN.alpha)
         self.v = np.zeros(len(self.t))
+        self.draws: Any = None
 
     def g(self, w, alpha):
         return self.H @ w - self.C @ alpha
@@ -42,29 +45,42 @@ class Dense:
     def direction(self, v, alpha):
         return self.k * alpha + self.C.T @ v
 
-    def series(self, w, num_terms):
-        p = total = self.b(w)
-        for _ in range(num_terms - 1):
+    def contracted(self, w, times):
+        """``(I - eta H)^times b``."""
+        p = self.b(w)
+        for _ in range(times):
             p = p - ETA * self.H @ p
-            total = total + p
-        return ETA * total
+        return p
+
+    def series(self, w, num_terms):
+        return ETA * sum(self.contracted(w, k) for k in range(num_terms))
 
     def looking(self, w, alpha, num_terms):
         return self.g(w, alpha), self.direction(self.series(w, num_terms), alpha)
 
+    def length(self):
+        """This step's draw of 0, 1 or 2, by the keys that the estimator splits."""
+        _, series_key = jax.random.split(self.draws.inner_key)
+        _, length_key = jax.random.split(series_key)
+        return int(jax.random.randint(length_key, (), 0, 3))
 
-# Each yields, step by step, the direction for alpha; it is sent the new alpha.
+    def looking_at_random(self, w, alpha):
+        v = 3 * ETA * self.contracted(w, self.length())
+        return self.g(w, alpha), self.direction(v, alpha)
 
 
-def saba(d):
-    """Full batches: SOBA."""
+# Each yields, step by step, the direction for alpha, while ``d.w`` is the ``w`` that is
+# reported; before the next step ``d.alpha`` has moved and ``d.draws`` has new keys.
+
+
+def soba(d):
     while True:
         dw, dv = d.g(d.w, d.alpha), d.H @ d.v - d.b(d.w)
         yield d.direction(d.v, d.alpha)
         d.w, d.v = d.w - RHO * dw, d.v - RHO * dv
 
 
-srba = saba
+saba = srba = soba  # on full batches
 
 
 def stocbio(d):
@@ -84,20 +100,20 @@ def amigo(d):
 
 
 def ttsa(d):
-    """One term: the length is not random."""
+    """A series of three terms, of random length."""
     while True:
         d.w = d.w - RHO * d.g(d.w, d.alpha)
-        yield d.direction(d.series(d.w, 1), d.alpha)
+        yield d.looking_at_random(d.w, d.alpha)[1]
 
 
-def mrbo(d, num_terms=4):
+def mrbo(d, look=lambda d, w, alpha: d.looking(w, alpha, 4)):
     last = directions = None
     while True:
-        new = d.looking(d.w, d.alpha, num_terms)
+        new = look(d, d.w, d.alpha)
         if last is None:
             directions = new
         else:
-            old = d.looking(*last, num_terms)
+            old = look(d, *last)
             directions = [
                 x + 0.9 * (m - y) for x, y, m in zip(new, old, directions, strict=True)
             ]
@@ -107,7 +123,8 @@ def mrbo(d, num_terms=4):
 
 
 def sustain(d):
-    return mrbo(d, num_terms=1)
+    """Of one random length at both places."""
+    return mrbo(d, Dense.looking_at_random)
 
 
 def vrbo(d):
@@ -178,41 +195,70 @@ def darts_first(d):
         yield d.k * d.alpha
 
 
+def pzobo(d):
+    def steps(alpha):
+        w = start
+        for _ in range(3):
+            w = w - RHO * d.g(w, alpha)
+        return w
+
+    while True:
+        start = d.w
+        d.w = steps(d.alpha)
+        indirect = []
+        for key in jax.random.split(d.draws.inner_key, 2):
+            u = np.asarray(normal(key, KNOWN.alpha))
+            response = (steps(d.alpha + 0.01 * u) - d.w) / 0.01
+            indirect.append(response @ d.b(d.w) * u)
+        yield d.k * d.alpha + np.mean(indirect, axis=0)
+
+
 SGD = optax.sgd(RHO)
 METHODS = {
+    "SOBA": (hg.SOBA(SGD), soba),
     "SABA": (hg.SABA(SGD), saba),
     "SRBA": (hg.SRBA(SGD, period=3), srba),
     "StocBiO": (hg.StocBiO(SGD, 3, 4, step_size=ETA), stocbio),
     "AmIGO": (hg.AmIGO(SGD, 3, 2), amigo),
-    "TTSA": (hg.TTSA(SGD, 1, step_size=ETA), ttsa),
+    "TTSA": (hg.TTSA(SGD, 3, step_size=ETA), ttsa),
     "MRBO": (hg.MRBO(SGD, 4, step_size=ETA), mrbo),
-    "SUSTAIN": (hg.SUSTAIN(SGD, 1, step_size=ETA), sustain),
+    "SUSTAIN": (hg.SUSTAIN(SGD, 3, step_size=ETA), sustain),
     "VRBO": (hg.VRBO(SGD, 3, 4, period=2, step_size=ETA), vrbo),
     "FSLA": (hg.FSLA(SGD), fsla),
     "F2SA": (hg.F2SA(SGD, 3, penalty=lambda k: 10.0 * (1 + k)), f2sa),
     "BOME": (hg.BOME(SGD, 3, step_size=ETA), bome),
     "DARTS": (hg.DARTS(SGD, step_size=ETA), darts),
     "DARTS, first order": (hg.DARTS(SGD), darts_first),
+    "PZOBO": (hg.PZOBO(SGD, 3, 2), pzobo),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_step_is_that_of_the_dense_matrices(name: str):
-    """Directions, alphas and ``w`` of 30 full-batch steps, to 1e-10."""
+    """``alpha`` and ``w`` of each of 30 full-batch steps, to 1e-10."""
     estimator, method = METHODS[name]
+    num_w, num_alpha = KNOWN.w.size, KNOWN.alpha.size
+    metrics = {f"w{i}": lambda w, alpha, key, i=i: w[i] for i in range(num_w)}
+    metrics |= {f"a{i}": lambda w, alpha, key, i=i: alpha[i] for i in range(num_alpha)}
     trace = hg.minimize(
         KNOWN.problem, estimator, optax.sgd(GAMMA), KNOWN.w, KNOWN.alpha, num_steps=30,
-        metrics={f"alpha{i}": lambda w, a, key, i=i: a[i] for i in (0, 3)},
+        metrics=metrics,
     )  # fmt: skip
     dense = Dense()
-    steps, alphas = method(dense), []
+    steps, ws, alphas = method(dense), [], []
+    _, key = jax.random.split(jax.random.key(0))  # minimize's own
     for _ in range(30):
+        key, estimate_key, _ = jax.random.split(key, 3)
+        dense.draws = drawn(KNOWN.problem, estimate_key)
         direction = next(steps)
+        ws.append(dense.w)
         alphas.append(dense.alpha)
         dense.alpha = dense.alpha - GAMMA * direction
-    for i in (0, 3):
-        found = trace.metrics[f"alpha{i}"]
-        np.testing.assert_allclose(found, [a[i] for a in alphas], rtol=1e-10)
+    for letter, expected in (("w", ws), ("a", alphas)):
+        for i, column in enumerate(np.transpose(expected)):
+            found = trace.metrics[f"{letter}{i}"]
+            np.testing.assert_allclose(found, column, rtol=1e-10)
+    np.testing.assert_allclose(trace.w, ws[-1], rtol=1e-10)
     np.testing.assert_allclose(trace.alpha, dense.alpha, rtol=1e-10)
     assert not trace.stats["trusted"].any()
 
@@ -221,8 +267,6 @@ def test_each_step_is_that_of_the_dense_matrices(name: str):
 
 SLOWER = lambda step: 1 - 1 / (step + 2.0)
 TYPED = METHODS | {
-    "SOBA": (hg.SOBA(SGD), saba),
-    "PZOBO": (hg.PZOBO(SGD, 3, 2), None),
     "MRBO, a schedule": (hg.MRBO(SGD, 4, step_size=ETA, momentum=SLOWER), None),
     "FSLA, a schedule": (hg.FSLA(SGD, momentum=SLOWER), None),
 }
@@ -261,7 +305,7 @@ def test_each_leaf_keeps_its_dtype(name: str, monkeypatch):
         normal(key, jax.tree.map(lambda x: x.astype(jnp.float32), like)),
         like,
     )  # PZOBO's directions: 64 bits would draw others
-    monkeypatch.setattr(pzobo, "normal", in_single)
+    monkeypatch.setattr(single_loop.pzobo, "normal", in_single)
     estimator, _ = TYPED[name]
     exact = typed_run(estimator, jnp.float64, jnp.float64)
     for of_p in (jnp.float32, jnp.float64):
