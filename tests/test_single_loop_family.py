@@ -380,13 +380,15 @@ def at(estimator, w=W, v=None, alpha=ALPHA):
     return state
 
 
-def outcomes(estimator, state, num_keys, look=lambda estimate, after: ()):
+def outcomes(
+    estimator, state, num_keys, look=lambda estimate, after: (), problem=BATCHED
+):
     """Every distinct outcome of a step: direction, products, what ``look`` looks at."""
 
     @jax.jit
     @jax.vmap
     def step(key):
-        estimate, after = estimator.estimate(BATCHED, state, ALPHA, key)
+        estimate, after = estimator.estimate(problem, state, ALPHA, key)
         seen = look(estimate, after)
         return estimate.hypergradient, estimate.stats["num_hvps"][None], *seen
 
@@ -520,6 +522,214 @@ def test_pzobo_has_the_mean_of_the_derivative_of_its_steps():
     indirect = exact - full_parts()[4]
     spread = 2 * jnp.linalg.norm(indirect) / 4000**0.5
     assert jnp.linalg.norm(found.hypergradient - exact) < 4 * spread
+
+
+# The same of losses that are curved, and of steps that move: what is averaged is no
+# longer linear in the batches, and each method has an expectation of its own. Below,
+# each method's step on given batches, by dense matrices; all batches once are the
+# expectation, and how far it is from the step on all data is the bias.
+
+RATE = 0.5
+MOVE = optax.sgd(RATE)
+
+
+def bent(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"] - batch["z"] @ alpha
+    return jnp.mean(jnp.logaddexp(residual, -residual)) + 0.1 * jnp.sum(w**2)
+
+
+def bent_outer(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"] + 0.5 * batch["z"] @ alpha
+    return jnp.mean(jnp.logaddexp(residual, -residual))
+
+
+def g(w, batch, alpha=ALPHA, argnum=0):
+    return jax.grad(bent, argnum)(w, alpha, batch)
+
+
+def H(w, batch, alpha=ALPHA):
+    return jax.hessian(bent)(w, alpha, batch)
+
+
+def indirect(w, batch, v, alpha=ALPHA):
+    """``-J' v``."""
+    return -jax.jacfwd(jax.grad(bent), 1)(w, alpha, batch).T @ v
+
+
+def outer_parts(w, batch, alpha=ALPHA):
+    return jax.grad(bent_outer, (0, 1))(w, alpha, batch)
+
+
+def two_terms(w, b, batch, alpha=ALPHA):
+    return TERM * (2 * b - TERM * H(w, batch, alpha) @ b)
+
+
+def one_of_two(w, b, batch, p, alpha=ALPHA):
+    return 2 * TERM * jnp.where(p == 1, b - TERM * H(w, batch, alpha) @ b, b)
+
+
+def stocbio_once(step, outer, product, cross):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, two_terms(w, b, product)), w
+
+
+def amigo_once(step, outer, product, cross):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, V - RATE * (H(w, product) @ V - b)), w
+
+
+def ttsa_once(step, outer, product, cross, p):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, one_of_two(w, b, product, p)), w
+
+
+HERE, THERE, BEFORE = (W, ALPHA), (W_ELSEWHERE, ELSEWHERE), (V, V_ELSEWHERE)
+
+
+def recursive(here, there, before, batch, outer, adjoint, momentum):
+    """Both directions, from those before and where these were taken."""
+
+    def look(w, alpha):
+        b, direct = outer_parts(w, outer, alpha)
+        hypergradient = direct + indirect(w, batch, adjoint(w, b, alpha), alpha)
+        return g(w, batch, alpha), hypergradient
+
+    parts = zip(look(*here), look(*there), before, strict=True)
+    return tuple(new + momentum * (last - old) for new, old, last in parts)
+
+
+def mrbo_once(batch, outer, product):
+    adjoint = lambda w, b, alpha: two_terms(w, b, product, alpha)
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 0.9)
+    return d[1], W - RATE * d[0]
+
+
+def sustain_once(batch, outer, product, p):
+    adjoint = lambda w, b, alpha: one_of_two(w, b, product, p, alpha)
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 0.9)
+    return d[1], W - RATE * d[0]
+
+
+def vrbo_once(batch, outer, next_batch, next_outer):
+    """Two steps of one term."""
+    adjoint = lambda w, b, alpha: TERM * b
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 1.0)
+    w = W - RATE * d[0]
+    d = recursive((w, ALPHA), HERE, d, next_batch, next_outer, adjoint, 1.0)
+    return d[1], w - RATE * d[0]
+
+
+def f2sa_once(of_y, of_z, end_y, end_z):
+    b, _ = outer_parts(W, VAL)
+    y = W - RATE * (g(W, of_y) + b / 5.0)
+    z = W_ELSEWHERE - RATE * g(W_ELSEWHERE, of_z)
+    difference = g(y, end_y, argnum=1) - g(z, end_z, argnum=1)
+    return outer_parts(y, VAL)[1] + 5.0 * difference, y
+
+
+def bome_once(batch, outer):
+    lower = W - TERM * g(W, batch)
+    lower = lower - TERM * g(lower, batch)
+    below = g(W, batch, argnum=1) - g(lower, batch, argnum=1)
+    q, M = (jnp.concatenate(x) for x in ((g(W, batch), below), outer_parts(W, outer)))
+    both = M + jnp.maximum(0.5 - M @ q / (q @ q), 0) * q
+    return both[3:], W - RATE * both[:3]
+
+
+def darts_once(step, outer, batch):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w - TERM * g(w, batch), outer)
+    shift = 0.01 * b / jnp.linalg.norm(b)
+    rise = g(w + shift, batch, argnum=1) - g(w - shift, batch, argnum=1)
+    return direct - TERM * jnp.linalg.norm(b) * rise / 0.02, w
+
+
+def darts_first_once(step, outer):
+    w = W - RATE * g(W, step)
+    return outer_parts(w, outer)[1], w
+
+
+def pzobo_once(step, outer, u):
+    """Along corners of a cube, in place of normal directions, 1/2 away."""
+    w, moved = (W - RATE * g(W, step, alpha) for alpha in (ALPHA, ALPHA + 0.5 * u))
+    b, direct = outer_parts(w, outer)
+    return direct + (moved - w) @ b / 0.5 * u, w
+
+
+TRAIN, VAL = FULL.inner_data, FULL.outer_data
+CORNERS = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+#: What is drawn: an inner or outer example, a corner, a number of products.
+POOLS = {"i": TRAIN, "o": VAL, "u": CORNERS, "p": jnp.arange(2)}
+ONCE = {
+    "StocBiO": (hg.StocBiO(MOVE, 1, 2, step_size=TERM), stocbio_once, "ioii"),
+    "AmIGO": (hg.AmIGO(MOVE, 1, 1), amigo_once, "ioii"),
+    "TTSA": (hg.TTSA(MOVE, 2, step_size=TERM), ttsa_once, "ioiip"),
+    "MRBO": (hg.MRBO(MOVE, 2, step_size=TERM), mrbo_once, "ioi"),
+    "SUSTAIN": (hg.SUSTAIN(MOVE, 2, step_size=TERM), sustain_once, "ioip"),
+    "VRBO": (hg.VRBO(MOVE, 2, 1, period=5, step_size=TERM), vrbo_once, "ioio"),
+    "F2SA": (hg.F2SA(MOVE, 1, penalty=5.0), f2sa_once, "iiii"),
+    "BOME": (hg.BOME(MOVE, 2, step_size=TERM), bome_once, "io"),
+    "DARTS": (hg.DARTS(MOVE, step_size=TERM), darts_once, "ioi"),
+    "DARTS, first order": (hg.DARTS(MOVE), darts_first_once, "io"),
+    "PZOBO": (hg.PZOBO(MOVE, 1, 1, sigma=0.5), pzobo_once, "iou"),
+}
+
+
+def expected(once, kinds, all_data=False):
+    """Mean over all that is drawn; of examples, or at once on all of them."""
+    fixed = lambda kind: all_data and kind in "io"
+    sizes = [
+        1 if fixed(kind) else len(jax.tree.leaves(POOLS[kind])[0]) for kind in kinds
+    ]
+
+    def one(indices):
+        take = lambda kind, i: jax.tree.map(
+            lambda x: x[i][None] if kind in "io" else x[i], POOLS[kind]
+        )
+        pairs = zip(kinds, indices, strict=True)
+        parts = [POOLS[kind] if fixed(kind) else take(kind, i) for kind, i in pairs]
+        return jnp.concatenate(once(*parts))
+
+    rows = jnp.array(list(itertools.product(*map(range, sizes))))
+    return jnp.mean(jax.vmap(one)(rows), axis=0)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_step_has_its_own_expectation(name: str, monkeypatch):
+    """Of direction and next ``w``, to 1e-12; prints how far that is from all data's."""
+    corner = lambda key, like: 2.0 * jax.random.bernoulli(key, shape=like.shape) - 1
+    monkeypatch.setattr(single_loop.pzobo, "normal", corner)
+    estimator, once, kinds = ONCE[name]
+    batches = lambda data, kind: hg.Batches(data, 1) if kind in kinds else data
+    problem = hg.Bilevel(bent, bent_outer, batches(TRAIN, "i"), batches(VAL, "o"))
+    state = at(estimator, v=V if name == "AmIGO" else None)
+    if name in ("MRBO", "SUSTAIN", "VRBO"):
+        memory = lambda s: (s.last, s.directions, s.step)
+        state = eqx.tree_at(memory, state, (THERE, BEFORE, jnp.asarray(1)))
+    if name == "F2SA":
+        state = eqx.tree_at(lambda s: s.z, state, W_ELSEWHERE)
+    if "DARTS" in name:
+        state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(1))
+    several = N ** len(kinds.replace("p", ""))
+    sizes = [several // N, several] if "p" in kinds else [several]
+    look = lambda estimate, after: (
+        after.y if name == "F2SA" else after.w,
+        estimate.stats["inner_residual"][None],  # BOME's batch, where it has no barrier
+    )
+    num_keys = int(sum(sizes) * (np.log(several) + 12))
+    found = outcomes(estimator, state, num_keys, look, problem)
+    groups = [found[found[:, 3] == n] for n in np.unique(found[:, 3])]
+    assert [len(group) for group in groups] == sizes  # each outcome once
+    mean = np.mean([group.mean(axis=0) for group in groups], axis=0)
+    stated, on_all = expected(once, kinds), expected(once, kinds, all_data=True)
+    assert error(mean[:3], stated[:3]) < 1e-12
+    assert error(mean[4:7], stated[3:]) < 1e-12
+    bias = error(stated[:3], on_all[:3])
+    print(f"{name}: the mean direction is {bias:.1e} off that of all data")  # noqa: T201 - for the reader
+    assert (bias < 1e-12) == (name in ("MRBO", "SUSTAIN"))
 
 
 # Rates.
