@@ -853,7 +853,7 @@ def test_conformance(estimator):
 
 
 def test_what_each_refuses():
-    """One shot, several losses, no optimizer; SABA also examples that change."""
+    """One shot, several losses, no optimizer."""
     problem = hg.Bilevel(shifted, (validated, validated), examples(1), examples(2))
     for estimator, _ in METHODS.values():
         with pytest.raises(TypeError, match="run it by"):
@@ -863,10 +863,58 @@ def test_what_each_refuses():
         settings = {field: getattr(estimator, field) for field in estimator.__dict__}
         with pytest.raises(TypeError, match="optimizer must be an optax"):
             type(estimator)(**settings | {"optimizer": 0.1})
-    keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
-    data = hg.Batches(examples(1), 2, keyed=True)
-    with pytest.raises(ValueError, match="keyed inner_data"):
-        hg.SABA(SGD).init(hg.Bilevel(keyed, validated, data, examples(2)), W, ALPHA)
+
+
+#: By setting: what is refused, and why.
+WRONG: dict[str, list] = {
+    "step_size": [(-0.1, "at least 0"), ("small", "a number"), (True, "a number")],
+    "momentum": [(-0.1, "in .0, 1."), (1.1, "in .0, 1."), (np.nan, "in"), ("0", "a n")],
+    "penalty": [(0.0, "above 0"), (-1, "above 0"), ("grows", "a number")],
+    "sigma": [(0.0, "above 0"), (jnp.array(-1.0), "above 0"), (None, "a number")],
+    "eta": [(-0.5, "at least 0"), ("half", "a number")],
+}
+COUNTS = "num_steps", "num_terms", "num_directions", "adjoint_steps", "period"
+WRONG |= {name: [(x, "an integer") for x in (0, 2.0, True, None)] for name in COUNTS}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_numbers_that_are_refused(setting: str):
+    """By every method that has the setting; the message names it and the value."""
+    found = 0
+    for estimator, _ in METHODS.values():
+        settings = {field: getattr(estimator, field) for field in estimator.__dict__}
+        for value, expected in WRONG[setting] if setting in settings else ():
+            said = rf"^{setting}.* must be {expected}.*; got .*{re.escape(repr(value))}"
+            with pytest.raises((TypeError, ValueError), match=said):
+                type(estimator)(**settings | {setting: value})
+            found += 1
+    assert found
+    assert hg.DARTS(SGD, step_size=None).step_size is None
+    assert hg.MRBO(SGD, 1, step_size=0, momentum=1).momentum == 1.0
+    rates = jnp.array([0.1, -0.1])  # traced numbers are not judged
+    steps = jax.vmap(lambda x: hg.TTSA(SGD, 1, step_size=x).step_size)(rates)
+    np.testing.assert_array_equal(steps, rates)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "instead"),
+    [
+        (hg.SABA(SGD), "hg.SOBA"),
+        (hg.SRBA(SGD, period=2), "hg.SOBA"),
+        (hg.VRBO(SGD, 1, 1, period=2, step_size=ETA), "hg.MRBO"),
+    ],
+)
+def test_data_that_change_have_no_full_pass(estimator, instead: str):
+    """By the run, before it is traced: what is seen once is not there again."""
     drawn = hg.Bilevel(shifted, validated, draw=lambda key: (examples(1), examples(2)))
-    with pytest.raises(ValueError, match="a problem with draw"):
-        hg.SABA(SGD).init(drawn, W, ALPHA)
+    keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
+    keys = lambda w, alpha, key: jnp.sum(jax.random.normal(key, (3,)) * w * alpha)
+    augmented = hg.Batches(examples(1), 2, keyed=True)
+    rollouts = hg.Batches(None, keyed=True)
+    for problem, said in (
+        (hg.Bilevel(keyed, validated, augmented, examples(2)), "keyed inner_data"),
+        (hg.Bilevel(shifted, keys, examples(1), rollouts), "keyed outer_data"),
+        (drawn, "a problem with draw"),
+    ):
+        with pytest.raises(ValueError, match=f"{said} .* pass arrays.* use {instead}"):
+            hg.minimize(problem, estimator, SGD, W, ALPHA, num_steps=1)

@@ -12,7 +12,7 @@ from ...problem import Bilevel, draw
 from ...trees import add_scaled, norm, scale
 from ..protocol import Estimate
 from .reduction import fractions
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, move, not_negative, report, start
 
 
 class DARTSState(eqx.Module):
@@ -62,7 +62,9 @@ class DARTS(eqx.Module):
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
-    step_size: Array | float | None = None
+    step_size: Array | float | None = eqx.field(
+        default=None, converter=not_negative("step_size", optional=True)
+    )
 
     target = "argmin"
     single_loop = True

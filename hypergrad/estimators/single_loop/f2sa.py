@@ -15,7 +15,7 @@ from ...settings import check_steps
 from ...trees import add_scaled, scale
 from ..protocol import Estimate
 from .reduction import at_step, fractions
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, move, positive, report, scheduled, start
 
 
 class F2SAState(eqx.Module):
@@ -66,7 +66,9 @@ class F2SA(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    penalty: Array | float | Callable = eqx.field(kw_only=True)
+    penalty: Array | float | Callable = eqx.field(
+        kw_only=True, converter=scheduled(positive("penalty"))
+    )
 
     target = "argmin"
     single_loop = True

@@ -16,7 +16,7 @@ from ..protocol import Estimate
 from .directions import Point
 from .joint import JointState, begin
 from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, move, report
+from .shared import check_optimizer, momentum, move, report
 from .steps import total_direction
 
 
@@ -38,7 +38,7 @@ class FSLA(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``w``.
       adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
-      momentum: a number in [0, 1), or a schedule of the step.
+      momentum: a number in [0, 1], or a schedule of the step.
 
     Cost: a gradient, three Hessian-vector products (two for cross terms) and three
     outer gradients, on a batch each. Memory: SOBA's, and what it was a step before.
@@ -66,7 +66,9 @@ class FSLA(eqx.Module):
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True

@@ -15,7 +15,7 @@ from ...problem import Bilevel, draw
 from ...settings import check_steps
 from ..protocol import Estimate
 from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, momentum, move, not_negative, report, start
 from .steps import Series, total_direction
 
 
@@ -108,7 +108,7 @@ class MRBO(eqx.Module):
       optimizer: optax transformation that moves ``w``.
       num_terms: K of the series, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
-      momentum: a number in [0, 1), or a schedule of the step; the paper's is
+      momentum: a number in [0, 1], or a schedule of the step; the paper's is
         ``1 - c (k + m)^(-2/3)``.
 
     Cost: two gradients, ``2 K`` Hessian-vector products (the cross term counts as one)
@@ -136,8 +136,12 @@ class MRBO(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True
@@ -190,7 +194,7 @@ class SUSTAIN(eqx.Module):
       optimizer: optax transformation that moves ``w``.
       num_terms: K of the series, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
-      momentum: a number in [0, 1), or a schedule of the step; the paper's is
+      momentum: a number in [0, 1], or a schedule of the step; the paper's is
         ``1 - c (k + m)^(-2/3)``.
 
     Cost: two gradients, ``K + 1`` Hessian-vector products on average (the cross term
@@ -219,8 +223,12 @@ class SUSTAIN(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True

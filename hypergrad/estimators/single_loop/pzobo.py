@@ -14,7 +14,7 @@ from ...trees import add_scaled, dot, norm, normal, scale
 from ..protocol import Estimate
 from ..spread import standard_error
 from .reduction import fractions
-from .shared import check_optimizer, report, start
+from .shared import check_optimizer, positive, report, start
 from .steps import descend
 from .stocbio import WState
 
@@ -58,7 +58,9 @@ class PZOBO(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_directions: int = eqx.field(static=True)
-    sigma: Array | float = eqx.field(default=0.01, kw_only=True)
+    sigma: Array | float = eqx.field(
+        default=0.01, kw_only=True, converter=positive("sigma")
+    )
 
     target = "argmin"
     single_loop = True

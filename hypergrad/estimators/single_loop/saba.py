@@ -7,12 +7,12 @@ from jaxtyping import Array, PyTree
 
 from ...drawn import drawn
 from ...guide import Guide
-from ...problem import Bilevel, is_keyed
+from ...problem import Bilevel
 from ..protocol import Estimate
 from .directions import inner, outer
 from .joint import JointState, advance, begin, point
 from .reduction import empty, fractions, saga
-from .shared import check_optimizer
+from .shared import check_lasting, check_optimizer
 
 
 class SABA(eqx.Module):
@@ -37,7 +37,7 @@ class SABA(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
-      ValueError: keyed batches, whose examples are other ones at each draw.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
     the directions of SABA.
@@ -94,17 +94,8 @@ class SABA(eqx.Module):
     ) -> JointState:
         """From ``w``, or the start made of it, a zero adjoint and empty tables."""
         del key
-        for name in ("inner_data", "outer_data"):
-            if is_keyed(getattr(problem, name)):
-                raise ValueError(
-                    f"SABA keeps what it saw of every example, and keyed {name} are "
-                    "other examples at each draw; use hg.SOBA"
-                )
-        if problem.draw is not None:
-            raise ValueError(
-                "SABA keeps what it saw of every example, and a problem with draw has "
-                "other ones at each estimate; use hg.SOBA"
-            )
+        why = "keeps what it saw of every example"
+        check_lasting("SABA", why, "hg.SOBA", problem)
         state = begin("SABA", self._optimizers, problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(

@@ -13,7 +13,7 @@ from ...settings import check_steps
 from ..protocol import Estimate
 from .joint import JointState, advance, begin, point
 from .reduction import Recursion, fractions, plain, spider
-from .shared import check_optimizer
+from .shared import check_lasting, check_optimizer
 
 
 class SRBA(eqx.Module):
@@ -36,6 +36,7 @@ class SRBA(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
     Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766), algorithm 1.
 
@@ -91,6 +92,8 @@ class SRBA(eqx.Module):
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
+        why = "sees all data every period steps"
+        check_lasting("SRBA", why, "hg.SOBA", problem)
         state = begin("SRBA", self._optimizers, problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(

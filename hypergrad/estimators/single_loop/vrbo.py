@@ -13,7 +13,7 @@ from ...settings import check_steps
 from ..protocol import Estimate
 from .momentum import look
 from .reduction import fractions, storm
-from .shared import check_optimizer, move, report, start
+from .shared import check_lasting, check_optimizer, move, not_negative, report, start
 from .steps import Series
 
 
@@ -51,6 +51,7 @@ class VRBO(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
     Source: Yang, Ji & Liang 2021 (arXiv 2106.04692), algorithm 2.
 
@@ -69,7 +70,9 @@ class VRBO(eqx.Module):
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     period: int = eqx.field(static=True, kw_only=True)
-    step_size: Array | float = eqx.field(kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
 
     target = "argmin"
     single_loop = True
@@ -103,6 +106,8 @@ class VRBO(eqx.Module):
     ) -> VRBOState:
         """From ``w``, or the start made of it, with no directions yet."""
         del key
+        why = "sees all data every period steps"
+        check_lasting("VRBO", why, "hg.MRBO", problem)
         w = start("VRBO", problem, w, alpha)
         zero = optax.tree.zeros_like((w, alpha))
         return VRBOState(w, self.optimizer.init(w), (w, alpha), zero, jnp.asarray(0))
