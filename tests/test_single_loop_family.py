@@ -918,3 +918,12 @@ def test_data_that_change_have_no_full_pass(estimator, instead: str):
     ):
         with pytest.raises(ValueError, match=f"{said} .* pass arrays.* use {instead}"):
             hg.minimize(problem, estimator, SGD, W, ALPHA, num_steps=1)
+
+
+def test_vrbo_makes_no_inner_steps_before_alpha_has_moved():
+    """Nor counts them; every step sees an outer value of all data."""
+    vrbo, _ = METHODS["VRBO"]
+    trace = hg.minimize(FULL, vrbo, SGD, W, ALPHA, num_steps=3)
+    assert trace.stats["inner_steps"].tolist() == [0, 3, 3]
+    assert trace.stats["num_grads"].tolist() == [1, 6, 7]
+    assert trace.stats["num_outer_values"].tolist() == [1, 1, 1]

@@ -37,7 +37,7 @@ class AmIGO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Arbel & Mairal 2022 (arXiv 2111.14580), algorithms 1 to 3.
+    Source: Arbel & Mairal 2022 (arXiv 2111.14580).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

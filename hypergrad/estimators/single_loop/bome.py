@@ -43,7 +43,7 @@ class BOME(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709), algorithm 1.
+    Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

@@ -48,7 +48,7 @@ class DARTS(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055), algorithm 1, equations 7, 8.
+    Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

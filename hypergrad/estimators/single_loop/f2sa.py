@@ -38,8 +38,8 @@ class F2SA(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``y`` and ``z``.
       num_steps: m, static.
-      penalty: lambda, a number or a schedule of the step; the paper's grows as
-        ``k^(1/7)``.
+      penalty: lambda > 0, a number or a schedule of the step; it has no default. The
+        paper's grows as ``k^(1/7)``: ``lambda k: 10 * (1 + k) ** (1 / 7)``, say.
 
     Cost: ``2 m + 2`` gradients and ``m + 1`` outer ones, on a batch each; no product.
     Memory: two vectors like ``w``, and the optimizers' states.
@@ -50,7 +50,7 @@ class F2SA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945), algorithm 1; there ``y``
+    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945); there ``y``
     moves by ``M + penalty L`` at a rate that falls as the penalty grows.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg

@@ -49,7 +49,7 @@ class FSLA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Li, Gu & Huang 2022 (arXiv 2112.04660), algorithm 1.
+    Source: Li, Gu & Huang 2022 (arXiv 2112.04660).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

@@ -121,7 +121,7 @@ class MRBO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692), algorithm 1.
+    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -208,7 +208,7 @@ class SUSTAIN(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Khanduri et al. 2021 (arXiv 2102.07367), algorithm 1.
+    Source: Khanduri et al. 2021 (arXiv 2102.07367).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

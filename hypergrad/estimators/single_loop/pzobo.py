@@ -42,7 +42,7 @@ class PZOBO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Sow, Ji & Liang 2022 (arXiv 2110.07004), algorithms 1 and 2.
+    Source: Sow, Ji & Liang 2022 (arXiv 2110.07004).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

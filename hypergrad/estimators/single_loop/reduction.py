@@ -31,7 +31,7 @@ def plain_batches(data: Drawn) -> tuple[PyTree, PyTree]:
     return batch, draw(data.outer_data, data.outer_key)
 
 
-# SAGA (Defazio, Bach & Lacoste-Julien 2014, equation 1), for each loss.
+# SAGA (Defazio, Bach & Lacoste-Julien 2014), for each loss.
 
 
 class Table(eqx.Module):
@@ -124,7 +124,7 @@ def fractions(data: Drawn) -> tuple[float, float]:
     return fraction(data.inner_data), fraction(data.outer_data)
 
 
-# STORM (Cutkosky & Orabona 2019, equation 2).
+# STORM (Cutkosky & Orabona 2019).
 
 
 def storm(new: PyTree, old: PyTree, memory: PyTree, momentum: Array | float) -> PyTree:

@@ -29,6 +29,10 @@ class SABA(eqx.Module):
     The loss of a batch must be the mean of the losses of its examples, penalties
     included in each. Plain data, and `Batches` of all, are one example.
 
+    The tables begin empty: an example counts as zeros until it is first drawn, so that
+    the first step is SOBA's, and the noise falls as examples are seen for the first
+    time. No pass over the data is made.
+
     Cost: SOBA's. Memory: beside SOBA's, ``n_inner`` times two vectors like ``w`` and
     one like ``alpha``, ``n_outer`` times one of each.
 
@@ -39,8 +43,7 @@ class SABA(eqx.Module):
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
       ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
-    the directions of SABA.
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, x: 0.5 * jnp.mean((w - alpha - x) ** 2)

@@ -108,7 +108,7 @@ def report(
     gradient: PyTree,
     residual: PyTree = None,
     b: PyTree = None,
-    inner_steps: int = 1,
+    inner_steps: Array | int = 1,
     standard_error: Array | float = jnp.nan,
     **counts: Any,
 ) -> Estimate:

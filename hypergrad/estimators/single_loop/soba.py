@@ -41,8 +41,7 @@ class SOBA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
-    the directions of SOBA.
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

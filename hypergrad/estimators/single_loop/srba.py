@@ -38,7 +38,7 @@ class SRBA(eqx.Module):
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
       ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766), algorithm 1.
+    Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

@@ -44,7 +44,7 @@ class StocBiO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Ji, Yang & Liang 2021 (arXiv 2010.07962), algorithms 2 and 3.
+    Source: Ji, Yang & Liang 2021 (arXiv 2010.07962).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)

@@ -39,7 +39,7 @@ class TTSA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170), algorithm 1; its series is
+    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170); its series is
     Ghadimi & Wang 2018's.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg

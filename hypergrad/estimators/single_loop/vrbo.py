@@ -31,19 +31,24 @@ class VRBO(eqx.Module):
     """``num_steps`` of ``w`` along SARAH estimates, which also move ``alpha``'s.
 
     After ``alpha`` has moved, each inner step adds ``D(here) - D(there)`` on one batch
-    to both directions, from where they were last taken, and moves ``w`` by the first;
-    every ``period`` steps of ``alpha`` the directions are those of all data.
+    to both directions and moves ``w`` by the first. ``there`` is where the directions
+    were last taken: before the last move of ``w`` and, in the first inner step, of
+    ``alpha`` too. The authors' code (github.com/JunjieYang97/MRVRBO) takes the first
+    difference between the two ``alpha`` at one ``w``, and so leaves that move out.
+    Every ``period`` steps of ``alpha`` the directions are those of all data, where the
+    inner steps end.
 
     Args:
       optimizer: optax transformation that moves ``w``.
-      num_steps: m, inner steps of an outer one, static.
+      num_steps: m, inner steps of an outer one, static. The first outer step makes
+        none (``stats["inner_steps"]`` is 0): there ``alpha`` moves first.
       num_terms: K of the series, static.
       period: q, steps from one full pass to the next, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
 
     Cost: ``2 m`` gradients, ``2 m K`` Hessian-vector products (the cross term counts as
     one) and ``2 m`` outer gradients, on a batch each; 1, K and 1 of all data every
-    ``period`` steps. Memory: five vectors like ``w``.
+    ``period`` steps; an outer value of all data. Memory: five vectors like ``w``.
 
     Target: argmin. Bias: what ``w`` lags behind, and of the adjoint
     ``(1 - step_size lambda)^K``. Never trusted of itself: `minimize`'s
@@ -53,7 +58,7 @@ class VRBO(eqx.Module):
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
       ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692), algorithm 2.
+    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -163,7 +168,8 @@ class VRBO(eqx.Module):
         many = jnp.where(begun, 2.0 * self.num_steps, 0.0)
         estimate = report(
             data, value, state.directions[1], state.w,
-            gradient=state.directions[0], inner_steps=self.num_steps,
+            gradient=state.directions[0],
+            inner_steps=jnp.where(begun, self.num_steps, 0),
             num_grads=many * inner + due,
             num_hvps=self.num_terms * (many * inner + due),
             num_outer_grads=many * outer + due,
