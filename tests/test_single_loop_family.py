@@ -753,6 +753,16 @@ def test_the_bias_of_f2sa_falls_as_its_penalty_grows():
     np.testing.assert_allclose(slopes, -1, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["StocBiO", "MRBO", "VRBO", "DARTS"])
+def test_what_a_series_leaves_of_the_adjoint(name: str):
+    """``q^K`` along the worst eigenvector: 4 terms of 1/10, or one step ahead."""
+    num_terms = 1 if name == "DARTS" else 4
+    for spectrum in ((0.5, 1.5), (1.0, 25.0)):
+        left = [(1 - ETA * x) ** num_terms for x in spectrum]
+        found = METHODS[name][0].error_factor(*spectrum)
+        np.testing.assert_allclose(found, np.max(np.abs(left)), rtol=1e-12)
+
+
 def test_saba_converges_linearly_below_the_plateau_of_soba():
     """Batches of 4 of 32: log suboptimality falls on a line, and ends 10 times lower.
 

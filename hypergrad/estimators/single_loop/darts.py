@@ -13,6 +13,7 @@ from ...trees import add_scaled, norm, scale
 from ..protocol import Estimate
 from .reduction import fractions
 from .shared import check_optimizer, move, not_negative, report, start
+from .steps import Series
 
 
 class DARTSState(eqx.Module):
@@ -88,8 +89,7 @@ class DARTS(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``|1 - step_size lambda|``: what a step leaves of the adjoint."""
-        rate = 0.0 if self.step_size is None else float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest))
+        return Series(self.step_size or 0.0, 1).error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None

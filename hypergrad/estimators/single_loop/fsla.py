@@ -14,7 +14,7 @@ from ...problem import Bilevel, draw
 from ...products import hvp
 from ..protocol import Estimate
 from .directions import Point
-from .joint import JointState, begin
+from .joint import JointState, begin, optimizers
 from .reduction import at_step, fractions, storm
 from .shared import check_optimizer, momentum, move, report
 from .steps import total_direction
@@ -95,16 +95,12 @@ class FSLA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        state = begin("FSLA", self._optimizers, problem, w, alpha)
+        state = begin("FSLA", optimizers(self), problem, w, alpha)
         at = Point(state.w, state.v, alpha)
         memory = Memory(optax.tree.zeros_like(alpha), at, jnp.asarray(0))
         return eqx.tree_at(
@@ -116,7 +112,7 @@ class FSLA(eqx.Module):
     ) -> tuple[Estimate, JointState]:
         """Three steps, one after the other."""
         data = drawn(problem, key)
-        of_w, of_v = self._optimizers
+        of_w, of_v = optimizers(self)
         keys = jax.random.split(data.inner_key, 3)
         batches = [draw(data.inner_data, key) for key in keys]
         keys = jax.random.split(data.outer_key)

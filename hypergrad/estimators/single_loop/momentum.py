@@ -166,8 +166,8 @@ class MRBO(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
-        rate = float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest)) ** self.num_terms
+        series = Series(self.step_size, self.num_terms)
+        return series.error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None

@@ -10,7 +10,7 @@ from ...guide import Guide
 from ...problem import Bilevel
 from ..protocol import Estimate
 from .directions import inner, outer
-from .joint import JointState, advance, begin, point
+from .joint import JointState, advance, begin, optimizers, point
 from .reduction import empty, fractions, saga
 from .shared import check_lasting, check_optimizer
 
@@ -88,10 +88,6 @@ class SABA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
@@ -99,7 +95,7 @@ class SABA(eqx.Module):
         del key
         why = "keeps what it saw of every example"
         check_lasting("SABA", why, "hg.SOBA", problem)
-        state = begin("SABA", self._optimizers, problem, w, alpha)
+        state = begin("SABA", optimizers(self), problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(
             lambda key: (
@@ -126,7 +122,7 @@ class SABA(eqx.Module):
         outer_parts, of_outer = saga(look, of_outer, data.outer_data, data.outer_key)
         fraction, outer_fraction = fractions(data)
         return advance(
-            self._optimizers,
+            optimizers(self),
             state,
             (of_inner, of_outer),
             data,

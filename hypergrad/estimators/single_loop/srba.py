@@ -11,7 +11,7 @@ from ...guide import Guide
 from ...problem import Bilevel
 from ...settings import check_steps
 from ..protocol import Estimate
-from .joint import JointState, advance, begin, point
+from .joint import JointState, advance, begin, optimizers, point
 from .reduction import Recursion, fractions, plain, spider
 from .shared import check_lasting, check_optimizer
 
@@ -83,10 +83,6 @@ class SRBA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
@@ -94,7 +90,7 @@ class SRBA(eqx.Module):
         del key
         why = "sees all data every period steps"
         check_lasting("SRBA", why, "hg.SOBA", problem)
-        state = begin("SRBA", self._optimizers, problem, w, alpha)
+        state = begin("SRBA", optimizers(self), problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(
             lambda key: plain(problem, at, drawn(problem, key)), jax.random.key(0)
@@ -113,7 +109,7 @@ class SRBA(eqx.Module):
         parts, memory, full = spider(problem, at, state.memory, data, self.period)
         inner, outer = fractions(data)
         return advance(
-            self._optimizers,
+            optimizers(self),
             state,
             memory,
             data,
