@@ -72,7 +72,7 @@ class FSLA(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("li2022",)
+    citations = ("li2022", "cutkosky2019")
     guide = (
         Guide(
             "FSLA(optimizer)",

@@ -145,7 +145,7 @@ class MRBO(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("yang2021",)
+    citations = ("yang2021", "cutkosky2019")
     guide = (
         Guide(
             "MRBO(optimizer, K)",
@@ -232,7 +232,7 @@ class SUSTAIN(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("khanduri2021",)
+    citations = ("khanduri2021", "cutkosky2019")
     guide = (
         Guide(
             "SUSTAIN(optimizer, K)",

@@ -65,7 +65,7 @@ class SABA(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("dagreou2022",)
+    citations = ("dagreou2022", "defazio2014")
     guide = (
         Guide(
             "SABA(optimizer)",

@@ -59,7 +59,7 @@ class SRBA(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("dagreou2024",)
+    citations = ("dagreou2024", "nguyen2017", "fang2018")
     guide = (
         Guide(
             "SRBA(optimizer, period)",

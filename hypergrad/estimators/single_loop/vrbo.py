@@ -81,7 +81,7 @@ class VRBO(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("yang2021",)
+    citations = ("yang2021", "nguyen2017", "fang2018")
     guide = (
         Guide(
             "VRBO(optimizer, m, K, period)",
