@@ -425,6 +425,17 @@ def test_saga_is_unbiased_whatever_its_table_holds():
     assert error(mean[7:], state.v - RHO * (H @ state.v - b)) < 1e-12
 
 
+def test_with_empty_tables_a_step_is_that_of_soba():
+    """Of the same key, whose batch both draw; the next one is not."""
+    saba, soba = (
+        [hg.minimize(BATCHED, method, SGD, W, ALPHA, num_steps=n) for n in (1, 2)]
+        for method in (hg.SABA(SGD), hg.SOBA(SGD))
+    )
+    assert error(saba[0].alpha, soba[0].alpha) < 1e-12
+    assert error(saba[1].w, soba[1].w) < 1e-12  # before the second step
+    assert error(saba[1].alpha, soba[1].alpha) > 1e-6
+
+
 def test_momentum_has_the_conditional_mean_of_its_paper():
     """``D(t) + momentum (d_{t-1} - D(t-1))``, both directions; K = 1."""
     mrbo = hg.MRBO(optax.sgd(RHO), 1, step_size=TERM)

@@ -29,9 +29,8 @@ class SABA(eqx.Module):
     The loss of a batch must be the mean of the losses of its examples, penalties
     included in each. Plain data, and `Batches` of all, are one example.
 
-    The tables begin empty: an example counts as zeros until it is first drawn, so that
-    the first step is SOBA's, and the noise falls as examples are seen for the first
-    time. No pass over the data is made.
+    The tables begin empty, without a pass over the data: what was last seen of an
+    example is zero until it is first drawn, so that the first step is SOBA's.
 
     Cost: SOBA's. Memory: beside SOBA's, ``n_inner`` times two vectors like ``w`` and
     one like ``alpha``, ``n_outer`` times one of each.
