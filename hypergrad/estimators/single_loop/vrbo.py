@@ -31,12 +31,14 @@ class VRBO(eqx.Module):
     """``num_steps`` of ``w`` along SARAH estimates, which also move ``alpha``'s.
 
     After ``alpha`` has moved, each inner step adds ``D(here) - D(there)`` on one batch
-    to both directions and moves ``w`` by the first. ``there`` is where the directions
-    were last taken: before the last move of ``w`` and, in the first inner step, of
-    ``alpha`` too. The authors' code (github.com/JunjieYang97/MRVRBO) takes the first
-    difference between the two ``alpha`` at one ``w``, and so leaves that move out.
-    Every ``period`` steps of ``alpha`` the directions are those of all data, where the
-    inner steps end.
+    to both directions and moves ``w`` by the first. Every ``period`` steps of ``alpha``
+    the directions are those of all data, where the inner steps end.
+
+    ``there`` is where the directions were last taken: before the last move of ``w``,
+    unless a full pass came after it, and, in the first inner step, before that of
+    ``alpha``. The authors' code (github.com/JunjieYang97/MRVRBO) takes the first
+    difference between the two ``alpha`` at one ``w``, and so leaves that move of ``w``
+    out.
 
     Args:
       optimizer: optax transformation that moves ``w``.
