@@ -188,6 +188,38 @@ BIBTEX: dict[str, str] = dict(
             "2302.08766",
         ),
         _paper(
+            "defazio2014",
+            "Defazio, Aaron and Bach, Francis and Lacoste-Julien, Simon",
+            "{SAGA}: A Fast Incremental Gradient Method With Support for Non-Strongly "
+            "Convex Composite Objectives",
+            _NEURIPS,
+            "1407.0202",
+        ),
+        _paper(
+            "nguyen2017",
+            "Nguyen, Lam M. and Liu, Jie and Scheinberg, Katya and Tak{\\'a}{\\v{c}}, "
+            "Martin",
+            "{SARAH}: A Novel Method for Machine Learning Problems Using Stochastic "
+            "Recursive Gradient",
+            _ICML,
+            "1703.00102",
+        ),
+        _paper(
+            "fang2018",
+            "Fang, Cong and Li, Chris Junchi and Lin, Zhouchen and Zhang, Tong",
+            "{SPIDER}: Near-Optimal Non-Convex Optimization via Stochastic "
+            "Path-Integrated Differential Estimator",
+            _NEURIPS,
+            "1807.01695",
+        ),
+        _paper(
+            "cutkosky2019",
+            "Cutkosky, Ashok and Orabona, Francesco",
+            "Momentum-Based Variance Reduction in Non-Convex {SGD}",
+            _NEURIPS,
+            "1905.10018",
+        ),
+        _paper(
             "ji2021",
             "Ji, Kaiyi and Yang, Junjie and Liang, Yingbin",
             "Bilevel Optimization: Convergence Analysis and Enhanced Design",

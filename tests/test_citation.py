@@ -12,6 +12,7 @@ import optax
 import optimistix as optx
 import pytest
 
+import hypergrad as hg
 from hypergrad.citation import BIBTEX, citation
 
 FIELD = re.compile(r"^  (\w+) = \{(.*)\},$")
@@ -35,6 +36,10 @@ ARXIV = {
     "blondel2022": "2105.15183",
     "lineax2023": "2311.17283",
     "optimistix2024": "2402.09983",
+    "defazio2014": "1407.0202",
+    "nguyen2017": "1703.00102",
+    "fang2018": "1807.01695",
+    "cutkosky2019": "1905.10018",
 }
 
 
@@ -191,6 +196,25 @@ def test_entries_are_well_formed(key):
     assert fields.keys() >= REQUIRED[kind]
     if key != "hypergrad":
         assert fields["year"] in key
+
+
+@pytest.mark.parametrize(
+    ("estimator", "memory"),
+    [
+        (hg.SOBA, []),
+        (hg.SABA, ["defazio2014"]),
+        (hg.SRBA, ["nguyen2017", "fang2018"]),
+        (hg.VRBO, ["nguyen2017", "fang2018"]),
+        (hg.MRBO, ["cutkosky2019"]),
+        (hg.SUSTAIN, ["cutkosky2019"]),
+        (hg.FSLA, ["cutkosky2019"]),
+    ],
+)
+def test_a_method_cites_its_variance_reduction(estimator, memory):
+    """After the paper that made a bilevel method of it."""
+    first, second, *rest = keys(citation(estimator))
+    assert (first, rest) == ("hypergrad", memory)
+    assert second not in memory
 
 
 def test_the_table_holds_what_the_library_rests_on():

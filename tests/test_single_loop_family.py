@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,6 +14,9 @@ import pytest
 import hypergrad as hg
 from benchmarks import soba_step
 from benchmarks.known import error, quadratic, ridge
+from hypergrad.drawn import drawn
+from hypergrad.estimators import single_loop
+from hypergrad.trees import normal
 
 RHO, GAMMA, ETA = 0.05, 0.02, 0.1
 KNOWN = quadratic("30", seed=3)
@@ -26,6 +30,7 @@ class Dense:
         self.H, self.C, self.t, self.k = (data[name] for name in ("H", "C", "t", "k"))
         self.w, self.alpha = np.zeros(len(self.t)), np.asarray(KNOWN.alpha)
         self.v = np.zeros(len(self.t))
+        self.draws: Any = None
 
     def g(self, w, alpha):
         return self.H @ w - self.C @ alpha
@@ -40,29 +45,42 @@ class Dense:
     def direction(self, v, alpha):
         return self.k * alpha + self.C.T @ v
 
-    def series(self, w, num_terms):
-        p = total = self.b(w)
-        for _ in range(num_terms - 1):
+    def contracted(self, w, times):
+        """``(I - eta H)^times b``."""
+        p = self.b(w)
+        for _ in range(times):
             p = p - ETA * self.H @ p
-            total = total + p
-        return ETA * total
+        return p
+
+    def series(self, w, num_terms):
+        return ETA * sum(self.contracted(w, k) for k in range(num_terms))
 
     def looking(self, w, alpha, num_terms):
         return self.g(w, alpha), self.direction(self.series(w, num_terms), alpha)
 
+    def length(self):
+        """This step's draw of 0, 1 or 2, by the keys that the estimator splits."""
+        _, series_key = jax.random.split(self.draws.inner_key)
+        _, length_key = jax.random.split(series_key)
+        return int(jax.random.randint(length_key, (), 0, 3))
 
-# Each yields, step by step, the direction for alpha; it is sent the new alpha.
+    def looking_at_random(self, w, alpha):
+        v = 3 * ETA * self.contracted(w, self.length())
+        return self.g(w, alpha), self.direction(v, alpha)
 
 
-def saba(d):
-    """Full batches: SOBA."""
+# Each yields, step by step, the direction for alpha, while ``d.w`` is the ``w`` that is
+# reported; before the next step ``d.alpha`` has moved and ``d.draws`` has new keys.
+
+
+def soba(d):
     while True:
         dw, dv = d.g(d.w, d.alpha), d.H @ d.v - d.b(d.w)
         yield d.direction(d.v, d.alpha)
         d.w, d.v = d.w - RHO * dw, d.v - RHO * dv
 
 
-srba = saba
+saba = srba = soba  # on full batches
 
 
 def stocbio(d):
@@ -82,20 +100,20 @@ def amigo(d):
 
 
 def ttsa(d):
-    """One term: the length is not random."""
+    """A series of three terms, of random length."""
     while True:
         d.w = d.w - RHO * d.g(d.w, d.alpha)
-        yield d.direction(d.series(d.w, 1), d.alpha)
+        yield d.looking_at_random(d.w, d.alpha)[1]
 
 
-def mrbo(d, num_terms=4):
+def mrbo(d, look=lambda d, w, alpha: d.looking(w, alpha, 4)):
     last = directions = None
     while True:
-        new = d.looking(d.w, d.alpha, num_terms)
+        new = look(d, d.w, d.alpha)
         if last is None:
             directions = new
         else:
-            old = d.looking(*last, num_terms)
+            old = look(d, *last)
             directions = [
                 x + 0.9 * (m - y) for x, y, m in zip(new, old, directions, strict=True)
             ]
@@ -105,7 +123,8 @@ def mrbo(d, num_terms=4):
 
 
 def sustain(d):
-    return mrbo(d, num_terms=1)
+    """Of one random length at both places."""
+    return mrbo(d, Dense.looking_at_random)
 
 
 def vrbo(d):
@@ -176,43 +195,125 @@ def darts_first(d):
         yield d.k * d.alpha
 
 
+def pzobo(d):
+    def steps(alpha):
+        w = start
+        for _ in range(3):
+            w = w - RHO * d.g(w, alpha)
+        return w
+
+    while True:
+        start = d.w
+        d.w = steps(d.alpha)
+        indirect = []
+        for key in jax.random.split(d.draws.inner_key, 2):
+            u = np.asarray(normal(key, KNOWN.alpha))
+            response = (steps(d.alpha + 0.01 * u) - d.w) / 0.01
+            indirect.append(response @ d.b(d.w) * u)
+        yield d.k * d.alpha + np.mean(indirect, axis=0)
+
+
 SGD = optax.sgd(RHO)
 METHODS = {
+    "SOBA": (hg.SOBA(SGD), soba),
     "SABA": (hg.SABA(SGD), saba),
     "SRBA": (hg.SRBA(SGD, period=3), srba),
     "StocBiO": (hg.StocBiO(SGD, 3, 4, step_size=ETA), stocbio),
     "AmIGO": (hg.AmIGO(SGD, 3, 2), amigo),
-    "TTSA": (hg.TTSA(SGD, 1, step_size=ETA), ttsa),
+    "TTSA": (hg.TTSA(SGD, 3, step_size=ETA), ttsa),
     "MRBO": (hg.MRBO(SGD, 4, step_size=ETA), mrbo),
-    "SUSTAIN": (hg.SUSTAIN(SGD, 1, step_size=ETA), sustain),
+    "SUSTAIN": (hg.SUSTAIN(SGD, 3, step_size=ETA), sustain),
     "VRBO": (hg.VRBO(SGD, 3, 4, period=2, step_size=ETA), vrbo),
     "FSLA": (hg.FSLA(SGD), fsla),
     "F2SA": (hg.F2SA(SGD, 3, penalty=lambda k: 10.0 * (1 + k)), f2sa),
     "BOME": (hg.BOME(SGD, 3, step_size=ETA), bome),
     "DARTS": (hg.DARTS(SGD, step_size=ETA), darts),
     "DARTS, first order": (hg.DARTS(SGD), darts_first),
+    "PZOBO": (hg.PZOBO(SGD, 3, 2), pzobo),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_step_is_that_of_the_dense_matrices(name: str):
-    """Directions, alphas and ``w`` of 30 full-batch steps, to 1e-10."""
+    """``alpha`` and ``w`` of each of 30 full-batch steps, to 1e-10."""
     estimator, method = METHODS[name]
+    num_w, num_alpha = KNOWN.w.size, KNOWN.alpha.size
+    metrics = {f"w{i}": lambda w, alpha, key, i=i: w[i] for i in range(num_w)}
+    metrics |= {f"a{i}": lambda w, alpha, key, i=i: alpha[i] for i in range(num_alpha)}
     trace = hg.minimize(
         KNOWN.problem, estimator, optax.sgd(GAMMA), KNOWN.w, KNOWN.alpha, num_steps=30,
-        metrics={f"alpha{i}": lambda w, a, key, i=i: a[i] for i in (0, 3)},
+        metrics=metrics,
     )  # fmt: skip
     dense = Dense()
-    steps, alphas = method(dense), []
+    steps, ws, alphas = method(dense), [], []
+    _, key = jax.random.split(jax.random.key(0))  # minimize's own
     for _ in range(30):
+        key, estimate_key, _ = jax.random.split(key, 3)
+        dense.draws = drawn(KNOWN.problem, estimate_key)
         direction = next(steps)
+        ws.append(dense.w)
         alphas.append(dense.alpha)
         dense.alpha = dense.alpha - GAMMA * direction
-    for i in (0, 3):
-        found = trace.metrics[f"alpha{i}"]
-        np.testing.assert_allclose(found, [a[i] for a in alphas], rtol=1e-10)
+    for letter, expected in (("w", ws), ("a", alphas)):
+        for i, column in enumerate(np.transpose(expected)):
+            found = trace.metrics[f"{letter}{i}"]
+            np.testing.assert_allclose(found, column, rtol=1e-10)
+    np.testing.assert_allclose(trace.w, ws[-1], rtol=1e-10)
     np.testing.assert_allclose(trace.alpha, dense.alpha, rtol=1e-10)
     assert not trace.stats["trusted"].any()
+
+
+# Precision: 64-bit numbers are enabled, and leaves are of less.
+
+SLOWER = lambda step: 1 - 1 / (step + 2.0)
+TYPED = METHODS | {
+    "MRBO, a schedule": (hg.MRBO(SGD, 4, step_size=ETA, momentum=SLOWER), None),
+    "FSLA, a schedule": (hg.FSLA(SGD, momentum=SLOWER), None),
+}
+
+
+def inner_typed(w, alpha, x):
+    shift = jnp.mean((w["p"][None] - alpha["p"][None] * x) ** 2)
+    return 0.5 * shift + 0.5 * w["p"] @ w["p"] + 0.5 * (w["q"] - alpha["q"]) ** 2
+
+
+def outer_typed(w, alpha, x):
+    far = jnp.mean((w["p"][None] - x) ** 2) + (w["q"] - 1) ** 2
+    return 0.5 * far + 0.1 * alpha["q"] ** 2
+
+
+def typed_run(estimator, of_p, of_q):
+    """Three steps on batches; leaves ``p`` and ``q`` of these dtypes."""
+    leaves = lambda p, q: {"p": jnp.asarray(p, of_p), "q": jnp.asarray(q, of_q)}
+    x = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
+    batches = [hg.Batches(jnp.asarray(each, of_p), 2) for each in x]
+    w, alpha = leaves([0.0, 1.0], 0.25), leaves([0.5, -0.5], 0.75)
+    problem = hg.Bilevel(inner_typed, outer_typed, *batches)
+    trace = hg.minimize(problem, estimator, optax.sgd(GAMMA), w, alpha, num_steps=3)
+    for found, given in ((trace.w, w), (trace.alpha, alpha)):
+        assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(
+            lambda x: x.dtype, given
+        )
+    return trace
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_each_leaf_keeps_its_dtype(name: str, monkeypatch):
+    """Under x64, of 32 or fewer bits, or mixed; with 32 the numbers are those of 64."""
+    in_single = lambda key, like: jax.tree.map(
+        lambda u, x: u.astype(x.dtype),
+        normal(key, jax.tree.map(lambda x: x.astype(jnp.float32), like)),
+        like,
+    )  # PZOBO's directions: 64 bits would draw others
+    monkeypatch.setattr(single_loop.pzobo, "normal", in_single)
+    estimator, _ = TYPED[name]
+    exact = typed_run(estimator, jnp.float64, jnp.float64)
+    for of_p in (jnp.float32, jnp.float64):
+        found = typed_run(estimator, of_p, jnp.float32)
+        assert error((found.w, found.alpha), (exact.w, exact.alpha)) < 1e-6
+        np.testing.assert_allclose(found.value, exact.value, rtol=1e-6)
+    short = typed_run(estimator, jnp.bfloat16, jnp.float16)
+    assert np.isfinite(short.value).all()
 
 
 # Batches: n = 8, one example a batch; each outcome once is the exact expectation.
@@ -279,13 +380,15 @@ def at(estimator, w=W, v=None, alpha=ALPHA):
     return state
 
 
-def outcomes(estimator, state, num_keys, look=lambda estimate, after: ()):
+def outcomes(
+    estimator, state, num_keys, look=lambda estimate, after: (), problem=BATCHED
+):
     """Every distinct outcome of a step: direction, products, what ``look`` looks at."""
 
     @jax.jit
     @jax.vmap
     def step(key):
-        estimate, after = estimator.estimate(BATCHED, state, ALPHA, key)
+        estimate, after = estimator.estimate(problem, state, ALPHA, key)
         seen = look(estimate, after)
         return estimate.hypergradient, estimate.stats["num_hvps"][None], *seen
 
@@ -320,6 +423,17 @@ def test_saga_is_unbiased_whatever_its_table_holds():
     assert error(mean[:3], along(state.v, state.w)) < 1e-12
     assert error(mean[4:7], state.w - RHO * g) < 1e-12
     assert error(mean[7:], state.v - RHO * (H @ state.v - b)) < 1e-12
+
+
+def test_with_empty_tables_a_step_is_that_of_soba():
+    """Of the same key, whose batch both draw; the next one is not."""
+    saba, soba = (
+        [hg.minimize(BATCHED, method, SGD, W, ALPHA, num_steps=n) for n in (1, 2)]
+        for method in (hg.SABA(SGD), hg.SOBA(SGD))
+    )
+    assert error(saba[0].alpha, soba[0].alpha) < 1e-12
+    assert error(saba[1].w, soba[1].w) < 1e-12  # before the second step
+    assert error(saba[1].alpha, soba[1].alpha) > 1e-6
 
 
 def test_momentum_has_the_conditional_mean_of_its_paper():
@@ -421,6 +535,214 @@ def test_pzobo_has_the_mean_of_the_derivative_of_its_steps():
     assert jnp.linalg.norm(found.hypergradient - exact) < 4 * spread
 
 
+# The same of losses that are curved, and of steps that move: what is averaged is no
+# longer linear in the batches, and each method has an expectation of its own. Below,
+# each method's step on given batches, by dense matrices; all batches once are the
+# expectation, and how far it is from the step on all data is the bias.
+
+RATE = 0.5
+MOVE = optax.sgd(RATE)
+
+
+def bent(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"] - batch["z"] @ alpha
+    return jnp.mean(jnp.logaddexp(residual, -residual)) + 0.1 * jnp.sum(w**2)
+
+
+def bent_outer(w, alpha, batch):
+    residual = batch["x"] @ w - batch["y"] + 0.5 * batch["z"] @ alpha
+    return jnp.mean(jnp.logaddexp(residual, -residual))
+
+
+def g(w, batch, alpha=ALPHA, argnum=0):
+    return jax.grad(bent, argnum)(w, alpha, batch)
+
+
+def H(w, batch, alpha=ALPHA):
+    return jax.hessian(bent)(w, alpha, batch)
+
+
+def indirect(w, batch, v, alpha=ALPHA):
+    """``-J' v``."""
+    return -jax.jacfwd(jax.grad(bent), 1)(w, alpha, batch).T @ v
+
+
+def outer_parts(w, batch, alpha=ALPHA):
+    return jax.grad(bent_outer, (0, 1))(w, alpha, batch)
+
+
+def two_terms(w, b, batch, alpha=ALPHA):
+    return TERM * (2 * b - TERM * H(w, batch, alpha) @ b)
+
+
+def one_of_two(w, b, batch, p, alpha=ALPHA):
+    return 2 * TERM * jnp.where(p == 1, b - TERM * H(w, batch, alpha) @ b, b)
+
+
+def stocbio_once(step, outer, product, cross):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, two_terms(w, b, product)), w
+
+
+def amigo_once(step, outer, product, cross):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, V - RATE * (H(w, product) @ V - b)), w
+
+
+def ttsa_once(step, outer, product, cross, p):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w, outer)
+    return direct + indirect(w, cross, one_of_two(w, b, product, p)), w
+
+
+HERE, THERE, BEFORE = (W, ALPHA), (W_ELSEWHERE, ELSEWHERE), (V, V_ELSEWHERE)
+
+
+def recursive(here, there, before, batch, outer, adjoint, momentum):
+    """Both directions, from those before and where these were taken."""
+
+    def look(w, alpha):
+        b, direct = outer_parts(w, outer, alpha)
+        hypergradient = direct + indirect(w, batch, adjoint(w, b, alpha), alpha)
+        return g(w, batch, alpha), hypergradient
+
+    parts = zip(look(*here), look(*there), before, strict=True)
+    return tuple(new + momentum * (last - old) for new, old, last in parts)
+
+
+def mrbo_once(batch, outer, product):
+    adjoint = lambda w, b, alpha: two_terms(w, b, product, alpha)
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 0.9)
+    return d[1], W - RATE * d[0]
+
+
+def sustain_once(batch, outer, product, p):
+    adjoint = lambda w, b, alpha: one_of_two(w, b, product, p, alpha)
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 0.9)
+    return d[1], W - RATE * d[0]
+
+
+def vrbo_once(batch, outer, next_batch, next_outer):
+    """Two steps of one term."""
+    adjoint = lambda w, b, alpha: TERM * b
+    d = recursive(HERE, THERE, BEFORE, batch, outer, adjoint, 1.0)
+    w = W - RATE * d[0]
+    d = recursive((w, ALPHA), HERE, d, next_batch, next_outer, adjoint, 1.0)
+    return d[1], w - RATE * d[0]
+
+
+def f2sa_once(of_y, of_z, end_y, end_z):
+    b, _ = outer_parts(W, VAL)
+    y = W - RATE * (g(W, of_y) + b / 5.0)
+    z = W_ELSEWHERE - RATE * g(W_ELSEWHERE, of_z)
+    difference = g(y, end_y, argnum=1) - g(z, end_z, argnum=1)
+    return outer_parts(y, VAL)[1] + 5.0 * difference, y
+
+
+def bome_once(batch, outer):
+    lower = W - TERM * g(W, batch)
+    lower = lower - TERM * g(lower, batch)
+    below = g(W, batch, argnum=1) - g(lower, batch, argnum=1)
+    q, M = (jnp.concatenate(x) for x in ((g(W, batch), below), outer_parts(W, outer)))
+    both = M + jnp.maximum(0.5 - M @ q / (q @ q), 0) * q
+    return both[3:], W - RATE * both[:3]
+
+
+def darts_once(step, outer, batch):
+    w = W - RATE * g(W, step)
+    b, direct = outer_parts(w - TERM * g(w, batch), outer)
+    shift = 0.01 * b / jnp.linalg.norm(b)
+    rise = g(w + shift, batch, argnum=1) - g(w - shift, batch, argnum=1)
+    return direct - TERM * jnp.linalg.norm(b) * rise / 0.02, w
+
+
+def darts_first_once(step, outer):
+    w = W - RATE * g(W, step)
+    return outer_parts(w, outer)[1], w
+
+
+def pzobo_once(step, outer, u):
+    """Along corners of a cube, in place of normal directions, 1/2 away."""
+    w, moved = (W - RATE * g(W, step, alpha) for alpha in (ALPHA, ALPHA + 0.5 * u))
+    b, direct = outer_parts(w, outer)
+    return direct + (moved - w) @ b / 0.5 * u, w
+
+
+TRAIN, VAL = FULL.inner_data, FULL.outer_data
+CORNERS = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+#: What is drawn: an inner or outer example, a corner, a number of products.
+POOLS = {"i": TRAIN, "o": VAL, "u": CORNERS, "p": jnp.arange(2)}
+ONCE = {
+    "StocBiO": (hg.StocBiO(MOVE, 1, 2, step_size=TERM), stocbio_once, "ioii"),
+    "AmIGO": (hg.AmIGO(MOVE, 1, 1), amigo_once, "ioii"),
+    "TTSA": (hg.TTSA(MOVE, 2, step_size=TERM), ttsa_once, "ioiip"),
+    "MRBO": (hg.MRBO(MOVE, 2, step_size=TERM), mrbo_once, "ioi"),
+    "SUSTAIN": (hg.SUSTAIN(MOVE, 2, step_size=TERM), sustain_once, "ioip"),
+    "VRBO": (hg.VRBO(MOVE, 2, 1, period=5, step_size=TERM), vrbo_once, "ioio"),
+    "F2SA": (hg.F2SA(MOVE, 1, penalty=5.0), f2sa_once, "iiii"),
+    "BOME": (hg.BOME(MOVE, 2, step_size=TERM), bome_once, "io"),
+    "DARTS": (hg.DARTS(MOVE, step_size=TERM), darts_once, "ioi"),
+    "DARTS, first order": (hg.DARTS(MOVE), darts_first_once, "io"),
+    "PZOBO": (hg.PZOBO(MOVE, 1, 1, sigma=0.5), pzobo_once, "iou"),
+}
+
+
+def expected(once, kinds, all_data=False):
+    """Mean over all that is drawn; of examples, or at once on all of them."""
+    fixed = lambda kind: all_data and kind in "io"
+    sizes = [
+        1 if fixed(kind) else len(jax.tree.leaves(POOLS[kind])[0]) for kind in kinds
+    ]
+
+    def one(indices):
+        take = lambda kind, i: jax.tree.map(
+            lambda x: x[i][None] if kind in "io" else x[i], POOLS[kind]
+        )
+        pairs = zip(kinds, indices, strict=True)
+        parts = [POOLS[kind] if fixed(kind) else take(kind, i) for kind, i in pairs]
+        return jnp.concatenate(once(*parts))
+
+    rows = jnp.array(list(itertools.product(*map(range, sizes))))
+    return jnp.mean(jax.vmap(one)(rows), axis=0)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_step_has_its_own_expectation(name: str, monkeypatch):
+    """Of direction and next ``w``, to 1e-12; prints how far that is from all data's."""
+    corner = lambda key, like: 2.0 * jax.random.bernoulli(key, shape=like.shape) - 1
+    monkeypatch.setattr(single_loop.pzobo, "normal", corner)
+    estimator, once, kinds = ONCE[name]
+    batches = lambda data, kind: hg.Batches(data, 1) if kind in kinds else data
+    problem = hg.Bilevel(bent, bent_outer, batches(TRAIN, "i"), batches(VAL, "o"))
+    state = at(estimator, v=V if name == "AmIGO" else None)
+    if name in ("MRBO", "SUSTAIN", "VRBO"):
+        memory = lambda s: (s.last, s.directions, s.step)
+        state = eqx.tree_at(memory, state, (THERE, BEFORE, jnp.asarray(1)))
+    if name == "F2SA":
+        state = eqx.tree_at(lambda s: s.z, state, W_ELSEWHERE)
+    if "DARTS" in name:
+        state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(1))
+    several = N ** len(kinds.replace("p", ""))
+    sizes = [several // N, several] if "p" in kinds else [several]
+    look = lambda estimate, after: (
+        after.y if name == "F2SA" else after.w,
+        estimate.stats["inner_residual"][None],  # BOME's batch, where it has no barrier
+    )
+    num_keys = int(sum(sizes) * (np.log(several) + 12))
+    found = outcomes(estimator, state, num_keys, look, problem)
+    groups = [found[found[:, 3] == n] for n in np.unique(found[:, 3])]
+    assert [len(group) for group in groups] == sizes  # each outcome once
+    mean = np.mean([group.mean(axis=0) for group in groups], axis=0)
+    stated, on_all = expected(once, kinds), expected(once, kinds, all_data=True)
+    assert error(mean[:3], stated[:3]) < 1e-12
+    assert error(mean[4:7], stated[3:]) < 1e-12
+    bias = error(stated[:3], on_all[:3])
+    print(f"{name}: the mean direction is {bias:.1e} off that of all data")  # noqa: T201 - for the reader
+    assert (bias < 1e-12) == (name in ("MRBO", "SUSTAIN"))
+
+
 # Rates.
 
 
@@ -440,6 +762,16 @@ def test_the_bias_of_f2sa_falls_as_its_penalty_grows():
         errors.append(float(error(found.hypergradient, exact)))
     slopes = np.diff(np.log(errors)) / np.diff(np.log(penalties))
     np.testing.assert_allclose(slopes, -1, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["StocBiO", "MRBO", "VRBO", "DARTS"])
+def test_what_a_series_leaves_of_the_adjoint(name: str):
+    """``q^K`` along the worst eigenvector: 4 terms of 1/10, or one step ahead."""
+    num_terms = 1 if name == "DARTS" else 4
+    for spectrum in ((0.5, 1.5), (1.0, 25.0)):
+        left = [(1 - ETA * x) ** num_terms for x in spectrum]
+        found = METHODS[name][0].error_factor(*spectrum)
+        np.testing.assert_allclose(found, np.max(np.abs(left)), rtol=1e-12)
 
 
 def test_saba_converges_linearly_below_the_plateau_of_soba():
@@ -542,7 +874,7 @@ def test_conformance(estimator):
 
 
 def test_what_each_refuses():
-    """One shot, several losses, no optimizer; SABA also examples that change."""
+    """One shot, several losses, no optimizer."""
     problem = hg.Bilevel(shifted, (validated, validated), examples(1), examples(2))
     for estimator, _ in METHODS.values():
         with pytest.raises(TypeError, match="run it by"):
@@ -552,10 +884,67 @@ def test_what_each_refuses():
         settings = {field: getattr(estimator, field) for field in estimator.__dict__}
         with pytest.raises(TypeError, match="optimizer must be an optax"):
             type(estimator)(**settings | {"optimizer": 0.1})
-    keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
-    data = hg.Batches(examples(1), 2, keyed=True)
-    with pytest.raises(ValueError, match="keyed inner_data"):
-        hg.SABA(SGD).init(hg.Bilevel(keyed, validated, data, examples(2)), W, ALPHA)
+
+
+#: By setting: what is refused, and why.
+WRONG: dict[str, list] = {
+    "step_size": [(-0.1, "at least 0"), ("small", "a number"), (True, "a number")],
+    "momentum": [(-0.1, "in .0, 1."), (1.1, "in .0, 1."), (np.nan, "in"), ("0", "a n")],
+    "penalty": [(0.0, "above 0"), (-1, "above 0"), ("grows", "a number")],
+    "sigma": [(0.0, "above 0"), (jnp.array(-1.0), "above 0"), (None, "a number")],
+    "eta": [(-0.5, "at least 0"), ("half", "a number")],
+}
+COUNTS = "num_steps", "num_terms", "num_directions", "adjoint_steps", "period"
+WRONG |= {name: [(x, "an integer") for x in (0, 2.0, True, None)] for name in COUNTS}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_numbers_that_are_refused(setting: str):
+    """By every method that has the setting; the message names it and the value."""
+    found = 0
+    for estimator, _ in METHODS.values():
+        settings = {field: getattr(estimator, field) for field in estimator.__dict__}
+        for value, expected in WRONG[setting] if setting in settings else ():
+            said = rf"^{setting}.* must be {expected}.*; got .*{re.escape(repr(value))}"
+            with pytest.raises((TypeError, ValueError), match=said):
+                type(estimator)(**settings | {setting: value})
+            found += 1
+    assert found
+    assert hg.DARTS(SGD, step_size=None).step_size is None
+    assert hg.MRBO(SGD, 1, step_size=0, momentum=1).momentum == 1.0
+    rates = jnp.array([0.1, -0.1])  # traced numbers are not judged
+    steps = jax.vmap(lambda x: hg.TTSA(SGD, 1, step_size=x).step_size)(rates)
+    np.testing.assert_array_equal(steps, rates)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "instead"),
+    [
+        (hg.SABA(SGD), "hg.SOBA"),
+        (hg.SRBA(SGD, period=2), "hg.SOBA"),
+        (hg.VRBO(SGD, 1, 1, period=2, step_size=ETA), "hg.MRBO"),
+    ],
+)
+def test_data_that_change_have_no_full_pass(estimator, instead: str):
+    """By the run, before it is traced: what is seen once is not there again."""
     drawn = hg.Bilevel(shifted, validated, draw=lambda key: (examples(1), examples(2)))
-    with pytest.raises(ValueError, match="a problem with draw"):
-        hg.SABA(SGD).init(drawn, W, ALPHA)
+    keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
+    keys = lambda w, alpha, key: jnp.sum(jax.random.normal(key, (3,)) * w * alpha)
+    augmented = hg.Batches(examples(1), 2, keyed=True)
+    rollouts = hg.Batches(None, keyed=True)
+    for problem, said in (
+        (hg.Bilevel(keyed, validated, augmented, examples(2)), "keyed inner_data"),
+        (hg.Bilevel(shifted, keys, examples(1), rollouts), "keyed outer_data"),
+        (drawn, "a problem with draw"),
+    ):
+        with pytest.raises(ValueError, match=f"{said} .* pass arrays.* use {instead}"):
+            hg.minimize(problem, estimator, SGD, W, ALPHA, num_steps=1)
+
+
+def test_vrbo_makes_no_inner_steps_before_alpha_has_moved():
+    """Nor counts them; every step sees an outer value of all data."""
+    vrbo, _ = METHODS["VRBO"]
+    trace = hg.minimize(FULL, vrbo, SGD, W, ALPHA, num_steps=3)
+    assert trace.stats["inner_steps"].tolist() == [0, 3, 3]
+    assert trace.stats["num_grads"].tolist() == [1, 6, 7]
+    assert trace.stats["num_outer_values"].tolist() == [1, 1, 1]

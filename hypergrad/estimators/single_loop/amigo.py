@@ -10,7 +10,7 @@ from ...guide import Guide
 from ...problem import Bilevel, draw
 from ...settings import check_steps
 from ..protocol import Estimate
-from .joint import JointState, begin
+from .joint import JointState, begin, optimizers
 from .reduction import fractions
 from .shared import check_optimizer, report
 from .steps import descend, follow, total_direction
@@ -37,7 +37,7 @@ class AmIGO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Arbel & Mairal 2022 (arXiv 2111.14580), algorithms 1 to 3.
+    Source: Arbel & Mairal 2022 (arXiv 2111.14580).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -84,23 +84,19 @@ class AmIGO(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        return begin("AmIGO", self._optimizers, problem, w, alpha)
+        return begin("AmIGO", optimizers(self), problem, w, alpha)
 
     def estimate(
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """Both loops, then the direction at their end."""
         data = drawn(problem, key)
-        of_w, of_v = self._optimizers
+        of_w, of_v = optimizers(self)
         w, w_optimizer, gradient = descend(
             problem, of_w, state.w, state.w_optimizer, alpha,
             data.inner_data, data.solver_key, self.num_steps,

@@ -13,7 +13,7 @@ from ...settings import check_steps
 from ...trees import add_scaled, dot
 from ..protocol import Estimate
 from .reduction import fractions, plain_batches
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, move, not_negative, report, start
 from .stocbio import WState
 
 
@@ -43,7 +43,7 @@ class BOME(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709), algorithm 1.
+    Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -58,8 +58,12 @@ class BOME(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
-    eta: Array | float = eqx.field(default=0.5, kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
+    eta: Array | float = eqx.field(
+        default=0.5, kw_only=True, converter=not_negative("eta")
+    )
 
     target = "argmin"
     single_loop = True

@@ -12,7 +12,8 @@ from ...problem import Bilevel, draw
 from ...trees import add_scaled, norm, scale
 from ..protocol import Estimate
 from .reduction import fractions
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, move, not_negative, report, start
+from .steps import Series
 
 
 class DARTSState(eqx.Module):
@@ -48,7 +49,7 @@ class DARTS(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055), algorithm 1, equations 7, 8.
+    Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -62,7 +63,9 @@ class DARTS(eqx.Module):
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
-    step_size: Array | float | None = None
+    step_size: Array | float | None = eqx.field(
+        default=None, converter=not_negative("step_size", optional=True)
+    )
 
     target = "argmin"
     single_loop = True
@@ -86,8 +89,7 @@ class DARTS(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``|1 - step_size lambda|``: what a step leaves of the adjoint."""
-        rate = 0.0 if self.step_size is None else float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest))
+        return Series(self.step_size or 0.0, 1).error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None

@@ -15,7 +15,7 @@ from ...settings import check_steps
 from ...trees import add_scaled, scale
 from ..protocol import Estimate
 from .reduction import at_step, fractions
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, move, positive, report, scheduled, start
 
 
 class F2SAState(eqx.Module):
@@ -38,8 +38,8 @@ class F2SA(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``y`` and ``z``.
       num_steps: m, static.
-      penalty: lambda, a number or a schedule of the step; the paper's grows as
-        ``k^(1/7)``.
+      penalty: lambda > 0, a number or a schedule of the step; it has no default. The
+        paper's grows as ``k^(1/7)``: ``lambda k: 10 * (1 + k) ** (1 / 7)``, say.
 
     Cost: ``2 m + 2`` gradients and ``m + 1`` outer ones, on a batch each; no product.
     Memory: two vectors like ``w``, and the optimizers' states.
@@ -50,7 +50,7 @@ class F2SA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945), algorithm 1; there ``y``
+    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945); there ``y``
     moves by ``M + penalty L`` at a rate that falls as the penalty grows.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
@@ -66,7 +66,9 @@ class F2SA(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    penalty: Array | float | Callable = eqx.field(kw_only=True)
+    penalty: Array | float | Callable = eqx.field(
+        kw_only=True, converter=scheduled(positive("penalty"))
+    )
 
     target = "argmin"
     single_loop = True

@@ -14,9 +14,9 @@ from ...problem import Bilevel, draw
 from ...products import hvp
 from ..protocol import Estimate
 from .directions import Point
-from .joint import JointState, begin
+from .joint import JointState, begin, optimizers
 from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, move, report
+from .shared import check_optimizer, momentum, move, report
 from .steps import total_direction
 
 
@@ -38,7 +38,7 @@ class FSLA(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``w``.
       adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
-      momentum: a number in [0, 1), or a schedule of the step.
+      momentum: a number in [0, 1], or a schedule of the step.
 
     Cost: a gradient, three Hessian-vector products (two for cross terms) and three
     outer gradients, on a batch each. Memory: SOBA's, and what it was a step before.
@@ -49,7 +49,7 @@ class FSLA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Li, Gu & Huang 2022 (arXiv 2112.04660), algorithm 1.
+    Source: Li, Gu & Huang 2022 (arXiv 2112.04660).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -66,11 +66,13 @@ class FSLA(eqx.Module):
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True
-    citations = ("li2022",)
+    citations = ("li2022", "cutkosky2019")
     guide = (
         Guide(
             "FSLA(optimizer)",
@@ -93,16 +95,12 @@ class FSLA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        state = begin("FSLA", self._optimizers, problem, w, alpha)
+        state = begin("FSLA", optimizers(self), problem, w, alpha)
         at = Point(state.w, state.v, alpha)
         memory = Memory(optax.tree.zeros_like(alpha), at, jnp.asarray(0))
         return eqx.tree_at(
@@ -114,7 +112,7 @@ class FSLA(eqx.Module):
     ) -> tuple[Estimate, JointState]:
         """Three steps, one after the other."""
         data = drawn(problem, key)
-        of_w, of_v = self._optimizers
+        of_w, of_v = optimizers(self)
         keys = jax.random.split(data.inner_key, 3)
         batches = [draw(data.inner_data, key) for key in keys]
         keys = jax.random.split(data.outer_key)

@@ -15,6 +15,11 @@ from .shared import move, report, start
 Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
 
 
+def optimizers(estimator: Any) -> Optimizers:
+    """Of ``w`` and of ``v``, which is of the same kind where it is None."""
+    return estimator.optimizer, estimator.adjoint_optimizer or estimator.optimizer
+
+
 class JointState(eqx.Module):
     """``w``, the adjoint ``v`` like it, their optimizers' states, a method's memory."""
 

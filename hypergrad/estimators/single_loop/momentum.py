@@ -15,7 +15,7 @@ from ...problem import Bilevel, draw
 from ...settings import check_steps
 from ..protocol import Estimate
 from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, move, report, start
+from .shared import check_optimizer, momentum, move, not_negative, report, start
 from .steps import Series, total_direction
 
 
@@ -108,7 +108,7 @@ class MRBO(eqx.Module):
       optimizer: optax transformation that moves ``w``.
       num_terms: K of the series, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
-      momentum: a number in [0, 1), or a schedule of the step; the paper's is
+      momentum: a number in [0, 1], or a schedule of the step; the paper's is
         ``1 - c (k + m)^(-2/3)``.
 
     Cost: two gradients, ``2 K`` Hessian-vector products (the cross term counts as one)
@@ -121,7 +121,7 @@ class MRBO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692), algorithm 1.
+    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -136,12 +136,16 @@ class MRBO(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True
-    citations = ("yang2021",)
+    citations = ("yang2021", "cutkosky2019")
     guide = (
         Guide(
             "MRBO(optimizer, K)",
@@ -162,8 +166,8 @@ class MRBO(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
-        rate = float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest)) ** self.num_terms
+        series = Series(self.step_size, self.num_terms)
+        return series.error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -190,7 +194,7 @@ class SUSTAIN(eqx.Module):
       optimizer: optax transformation that moves ``w``.
       num_terms: K of the series, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
-      momentum: a number in [0, 1), or a schedule of the step; the paper's is
+      momentum: a number in [0, 1], or a schedule of the step; the paper's is
         ``1 - c (k + m)^(-2/3)``.
 
     Cost: two gradients, ``K + 1`` Hessian-vector products on average (the cross term
@@ -204,7 +208,7 @@ class SUSTAIN(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Khanduri et al. 2021 (arXiv 2102.07367), algorithm 1.
+    Source: Khanduri et al. 2021 (arXiv 2102.07367).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -219,12 +223,16 @@ class SUSTAIN(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
-    momentum: Array | float | Callable = eqx.field(default=0.9, kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=momentum
+    )
 
     target = "argmin"
     single_loop = True
-    citations = ("khanduri2021",)
+    citations = ("khanduri2021", "cutkosky2019")
     guide = (
         Guide(
             "SUSTAIN(optimizer, K)",

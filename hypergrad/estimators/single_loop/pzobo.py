@@ -10,11 +10,11 @@ from ...drawn import drawn
 from ...guide import Guide
 from ...problem import Bilevel, draw
 from ...settings import check_steps
-from ...trees import add_scaled, dot, norm, normal
+from ...trees import add_scaled, dot, norm, normal, scale
 from ..protocol import Estimate
 from ..spread import standard_error
 from .reduction import fractions
-from .shared import check_optimizer, report, start
+from .shared import check_optimizer, positive, report, start
 from .steps import descend
 from .stocbio import WState
 
@@ -42,7 +42,7 @@ class PZOBO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Sow, Ji & Liang 2022 (arXiv 2110.07004), algorithms 1 and 2.
+    Source: Sow, Ji & Liang 2022 (arXiv 2110.07004).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -58,7 +58,9 @@ class PZOBO(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_directions: int = eqx.field(static=True)
-    sigma: Array | float = eqx.field(default=0.01, kw_only=True)
+    sigma: Array | float = eqx.field(
+        default=0.01, kw_only=True, converter=positive("sigma")
+    )
 
     target = "argmin"
     single_loop = True
@@ -114,7 +116,7 @@ class PZOBO(eqx.Module):
             u = normal(key, alpha)
             moved = run(add_scaled(alpha, self.sigma, u))[0]
             slope = dot(optax.tree.sub(moved, w), b) / self.sigma
-            return optax.tree.scale(slope, u)
+            return scale(slope, u)
 
         keys = jax.random.split(data.inner_key, self.num_directions)
         responses = jax.vmap(response)(keys)

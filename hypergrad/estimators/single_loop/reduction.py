@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from ...drawn import Drawn
 from ...problem import Bilevel, Data, draw, fraction, is_sampled, whole
+from ...trees import add_scaled
 from .directions import Inner, Outer, Point, inner, outer
 
 
@@ -30,7 +31,7 @@ def plain_batches(data: Drawn) -> tuple[PyTree, PyTree]:
     return batch, draw(data.outer_data, data.outer_key)
 
 
-# SAGA (Defazio, Bach & Lacoste-Julien 2014, equation 1), for each loss.
+# SAGA (Defazio, Bach & Lacoste-Julien 2014), for each loss.
 
 
 class Table(eqx.Module):
@@ -123,16 +124,16 @@ def fractions(data: Drawn) -> tuple[float, float]:
     return fraction(data.inner_data), fraction(data.outer_data)
 
 
-# STORM (Cutkosky & Orabona 2019, equation 2).
+# STORM (Cutkosky & Orabona 2019).
 
 
-def storm(new: PyTree, old: PyTree, memory: PyTree, momentum: Array) -> PyTree:
+def storm(new: PyTree, old: PyTree, memory: PyTree, momentum: Array | float) -> PyTree:
     """``new + momentum (memory - old)``: the last estimate, moved to here.
 
     ``new`` and ``old`` are the direction here and where the last estimate was taken, on
     one batch. With momentum 0 it is plain, with 1 it is SARAH's.
     """
-    return jax.tree.map(lambda x, y, m: x + momentum * (m - y), new, old, memory)
+    return add_scaled(new, momentum, optax.tree.sub(memory, old))
 
 
 def at_step(setting: Any, step: Array) -> Array:

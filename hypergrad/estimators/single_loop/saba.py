@@ -7,12 +7,12 @@ from jaxtyping import Array, PyTree
 
 from ...drawn import drawn
 from ...guide import Guide
-from ...problem import Bilevel, is_keyed
+from ...problem import Bilevel
 from ..protocol import Estimate
 from .directions import inner, outer
-from .joint import JointState, advance, begin, point
+from .joint import JointState, advance, begin, optimizers, point
 from .reduction import empty, fractions, saga
-from .shared import check_optimizer
+from .shared import check_lasting, check_optimizer
 
 
 class SABA(eqx.Module):
@@ -29,6 +29,9 @@ class SABA(eqx.Module):
     The loss of a batch must be the mean of the losses of its examples, penalties
     included in each. Plain data, and `Batches` of all, are one example.
 
+    The tables begin empty, without a pass over the data: what was last seen of an
+    example is zero until it is first drawn, so that the first step is SOBA's.
+
     Cost: SOBA's. Memory: beside SOBA's, ``n_inner`` times two vectors like ``w`` and
     one like ``alpha``, ``n_outer`` times one of each.
 
@@ -37,10 +40,9 @@ class SABA(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
-      ValueError: keyed batches, whose examples are other ones at each draw.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
-    the directions of SABA.
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, x: 0.5 * jnp.mean((w - alpha - x) ** 2)
@@ -62,7 +64,7 @@ class SABA(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("dagreou2022",)
+    citations = ("dagreou2022", "defazio2014")
     guide = (
         Guide(
             "SABA(optimizer)",
@@ -85,27 +87,14 @@ class SABA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, a zero adjoint and empty tables."""
         del key
-        for name in ("inner_data", "outer_data"):
-            if is_keyed(getattr(problem, name)):
-                raise ValueError(
-                    f"SABA keeps what it saw of every example, and keyed {name} are "
-                    "other examples at each draw; use hg.SOBA"
-                )
-        if problem.draw is not None:
-            raise ValueError(
-                "SABA keeps what it saw of every example, and a problem with draw has "
-                "other ones at each estimate; use hg.SOBA"
-            )
-        state = begin("SABA", self._optimizers, problem, w, alpha)
+        why = "keeps what it saw of every example"
+        check_lasting("SABA", why, "hg.SOBA", problem)
+        state = begin("SABA", optimizers(self), problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(
             lambda key: (
@@ -132,7 +121,7 @@ class SABA(eqx.Module):
         outer_parts, of_outer = saga(look, of_outer, data.outer_data, data.outer_key)
         fraction, outer_fraction = fractions(data)
         return advance(
-            self._optimizers,
+            optimizers(self),
             state,
             (of_inner, of_outer),
             data,

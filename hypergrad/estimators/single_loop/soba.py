@@ -8,7 +8,7 @@ from ...drawn import drawn
 from ...guide import Guide
 from ...problem import Bilevel
 from ..protocol import Estimate
-from .joint import JointState, advance, begin, point
+from .joint import JointState, advance, begin, optimizers, point
 from .reduction import fractions, plain
 from .shared import check_optimizer
 
@@ -41,8 +41,7 @@ class SOBA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), algorithm 1 with
-    the directions of SOBA.
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -85,16 +84,12 @@ class SOBA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        return begin("SOBA", self._optimizers, problem, w, alpha)
+        return begin("SOBA", optimizers(self), problem, w, alpha)
 
     def estimate(
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
@@ -104,4 +99,4 @@ class SOBA(eqx.Module):
         parts = plain(problem, point(state, alpha), data)
         inner, outer = fractions(data)
         counts = {"num_hvps": inner, "num_outer_grads": outer}
-        return advance(self._optimizers, state, None, data, parts, **counts)
+        return advance(optimizers(self), state, None, data, parts, **counts)

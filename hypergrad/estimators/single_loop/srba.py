@@ -11,9 +11,9 @@ from ...guide import Guide
 from ...problem import Bilevel
 from ...settings import check_steps
 from ..protocol import Estimate
-from .joint import JointState, advance, begin, point
+from .joint import JointState, advance, begin, optimizers, point
 from .reduction import Recursion, fractions, plain, spider
-from .shared import check_optimizer
+from .shared import check_lasting, check_optimizer
 
 
 class SRBA(eqx.Module):
@@ -36,8 +36,9 @@ class SRBA(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766), algorithm 1.
+    Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -58,7 +59,7 @@ class SRBA(eqx.Module):
 
     target = "argmin"
     single_loop = True
-    citations = ("dagreou2024",)
+    citations = ("dagreou2024", "nguyen2017", "fang2018")
     guide = (
         Guide(
             "SRBA(optimizer, period)",
@@ -82,16 +83,14 @@ class SRBA(eqx.Module):
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
-    @property
-    def _optimizers(self):
-        return self.optimizer, self.adjoint_optimizer or self.optimizer
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> JointState:
         """From ``w``, or the start made of it, and a zero adjoint."""
         del key
-        state = begin("SRBA", self._optimizers, problem, w, alpha)
+        why = "sees all data every period steps"
+        check_lasting("SRBA", why, "hg.SOBA", problem)
+        state = begin("SRBA", optimizers(self), problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(
             lambda key: plain(problem, at, drawn(problem, key)), jax.random.key(0)
@@ -110,7 +109,7 @@ class SRBA(eqx.Module):
         parts, memory, full = spider(problem, at, state.memory, data, self.period)
         inner, outer = fractions(data)
         return advance(
-            self._optimizers,
+            optimizers(self),
             state,
             memory,
             data,

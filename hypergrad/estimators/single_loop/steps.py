@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ...linear.neumann import Neumann
 from ...problem import Bilevel, Data, draw
 from ...products import cross_vjp, hvp
 from ...trees import add_scaled, scale
@@ -45,6 +46,11 @@ class Series(eqx.Module):
     step_size: Array | float
     num_terms: int = eqx.field(static=True)
     random: bool = eqx.field(static=True, default=False)
+
+    def error_factor(self, smallest: float, largest: float) -> float:
+        """``q^K``, ``q = max |1 - step_size lambda|``: what K terms leave of ``v``."""
+        series = Neumann(self.num_terms, float(self.step_size))
+        return series.error_factor(smallest, largest)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from ...problem import Bilevel, draw
 from ...settings import check_steps
 from ..protocol import Estimate
 from .reduction import fractions
-from .shared import check_optimizer, report, start
+from .shared import check_optimizer, not_negative, report, start
 from .steps import Series, descend, total_direction
 
 
@@ -44,7 +44,7 @@ class StocBiO(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Ji, Yang & Liang 2021 (arXiv 2010.07962), algorithms 2 and 3.
+    Source: Ji, Yang & Liang 2021 (arXiv 2010.07962).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -60,7 +60,9 @@ class StocBiO(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
 
     target = "argmin"
     single_loop = True
@@ -86,8 +88,8 @@ class StocBiO(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
-        rate = float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest)) ** self.num_terms
+        series = Series(self.step_size, self.num_terms)
+        return series.error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None

@@ -11,7 +11,7 @@ from ...problem import Bilevel, draw
 from ...settings import check_steps
 from ..protocol import Estimate
 from .reduction import fractions
-from .shared import check_optimizer, report, start
+from .shared import check_optimizer, not_negative, report, start
 from .steps import Series, descend, total_direction
 from .stocbio import WState
 
@@ -39,7 +39,7 @@ class TTSA(eqx.Module):
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
 
-    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170), algorithm 1; its series is
+    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170); its series is
     Ghadimi & Wang 2018's.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
@@ -55,7 +55,9 @@ class TTSA(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
 
     target = "argmin"
     single_loop = True

@@ -13,7 +13,7 @@ from ...settings import check_steps
 from ..protocol import Estimate
 from .momentum import look
 from .reduction import fractions, storm
-from .shared import check_optimizer, move, report, start
+from .shared import check_lasting, check_optimizer, move, not_negative, report, start
 from .steps import Series
 
 
@@ -31,19 +31,26 @@ class VRBO(eqx.Module):
     """``num_steps`` of ``w`` along SARAH estimates, which also move ``alpha``'s.
 
     After ``alpha`` has moved, each inner step adds ``D(here) - D(there)`` on one batch
-    to both directions, from where they were last taken, and moves ``w`` by the first;
-    every ``period`` steps of ``alpha`` the directions are those of all data.
+    to both directions and moves ``w`` by the first. Every ``period`` steps of ``alpha``
+    the directions are those of all data, where the inner steps end.
+
+    ``there`` is where the directions were last taken: before the last move of ``w``,
+    unless a full pass came after it, and, in the first inner step, before that of
+    ``alpha``. The authors' code (github.com/JunjieYang97/MRVRBO) takes the first
+    difference between the two ``alpha`` at one ``w``, and so leaves that move of ``w``
+    out.
 
     Args:
       optimizer: optax transformation that moves ``w``.
-      num_steps: m, inner steps of an outer one, static.
+      num_steps: m, inner steps of an outer one, static. The first outer step makes
+        none (``stats["inner_steps"]`` is 0): there ``alpha`` moves first.
       num_terms: K of the series, static.
       period: q, steps from one full pass to the next, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
 
     Cost: ``2 m`` gradients, ``2 m K`` Hessian-vector products (the cross term counts as
     one) and ``2 m`` outer gradients, on a batch each; 1, K and 1 of all data every
-    ``period`` steps. Memory: five vectors like ``w``.
+    ``period`` steps; an outer value of all data. Memory: five vectors like ``w``.
 
     Target: argmin. Bias: what ``w`` lags behind, and of the adjoint
     ``(1 - step_size lambda)^K``. Never trusted of itself: `minimize`'s
@@ -51,8 +58,9 @@ class VRBO(eqx.Module):
 
     Raises:
       TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
 
-    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692), algorithm 2.
+    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -69,11 +77,13 @@ class VRBO(eqx.Module):
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     period: int = eqx.field(static=True, kw_only=True)
-    step_size: Array | float = eqx.field(kw_only=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=not_negative("step_size")
+    )
 
     target = "argmin"
     single_loop = True
-    citations = ("yang2021",)
+    citations = ("yang2021", "nguyen2017", "fang2018")
     guide = (
         Guide(
             "VRBO(optimizer, m, K, period)",
@@ -95,14 +105,16 @@ class VRBO(eqx.Module):
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
-        rate = float(self.step_size)
-        return max(abs(1 - rate * smallest), abs(1 - rate * largest)) ** self.num_terms
+        series = Series(self.step_size, self.num_terms)
+        return series.error_factor(smallest, largest)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> VRBOState:
         """From ``w``, or the start made of it, with no directions yet."""
         del key
+        why = "sees all data every period steps"
+        check_lasting("VRBO", why, "hg.MRBO", problem)
         w = start("VRBO", problem, w, alpha)
         zero = optax.tree.zeros_like((w, alpha))
         return VRBOState(w, self.optimizer.init(w), (w, alpha), zero, jnp.asarray(0))
@@ -139,7 +151,7 @@ class VRBO(eqx.Module):
                     (new.gradient, new.hypergradient),
                     (old.gradient, old.hypergradient),
                     state.directions,
-                    jnp.ones(()),
+                    1.0,
                 )
                 w, w_optimizer = move(
                     self.optimizer, directions[0], state.w_optimizer, state.w
@@ -158,7 +170,8 @@ class VRBO(eqx.Module):
         many = jnp.where(begun, 2.0 * self.num_steps, 0.0)
         estimate = report(
             data, value, state.directions[1], state.w,
-            gradient=state.directions[0], inner_steps=self.num_steps,
+            gradient=state.directions[0],
+            inner_steps=jnp.where(begun, self.num_steps, 0),
             num_grads=many * inner + due,
             num_hvps=self.num_terms * (many * inner + due),
             num_outer_grads=many * outer + due,
