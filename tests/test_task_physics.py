@@ -132,6 +132,28 @@ def test_descent_from_one_and_one_ends_at_the_best_control():
     assert not certificate.trusted
 
 
+SOLUTIONS = {
+    "poisson": physics.poisson_solution,
+    "burgers": lambda x: physics.cole_hopf(*np.asarray(x).T),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "counts"),
+    [("poisson", (64, 2, 20, 40)), ("burgers", (256, 100, 50, 40))],
+)
+def test_the_small_scale_is_the_protocols(variant, counts, key):
+    """Points of each kind, layers, and noise of 0.01 about the solution."""
+    task = physics.make(key=key, variant=variant)
+    train, held_out = task.problem.inner_data, task.problem.outer_data
+    parts = (train["boundary"], train["data"], held_out)
+    assert (len(train["inside"]), *(len(part["u"]) for part in parts)) == counts
+    assert [layer["W"].shape[1] for layer in task.w] == [20, 20, 1]
+    x, u = (np.concatenate([part[name] for part in parts[1:]]) for name in ("x", "u"))
+    noise = np.sqrt(np.mean((u - SOLUTIONS[variant](x)) ** 2))
+    assert 0.006 < noise < 0.014  # four standard errors of 60 readings
+
+
 def test_held_out_sensors_are_no_training_data_and_no_test_points():
     """M_val reads other places than the loss, the test grid others again."""
     task = physics.make(key=jax.random.key(1), variant="burgers")
@@ -139,8 +161,8 @@ def test_held_out_sensors_are_no_training_data_and_no_test_points():
     train = places(task.problem.inner_data["data"]["x"])
     held_out = places(task.problem.outer_data["x"])
     test = places(task.metrics["relative_error"].args[0]["x"])
-    assert (len(train), len(held_out), len(test)) == (50, 50, 64 * 25)
-    assert len(train | held_out | test) == 50 + 50 + 64 * 25
+    assert (len(train), len(held_out), len(test)) == (50, 40, 64 * 25)
+    assert len(train | held_out | test) == 50 + 40 + 64 * 25
     assert "Burgers" in physics.data_name("burgers")
 
 
@@ -148,7 +170,7 @@ def test_sensors_put_aside_to_choose_by_are_out_of_the_outer_loss(key):
     """A third of them, the same ones each time; the outer loss is the others' mean."""
     parts = {}
     for hold_out in (False, True):
-        task = physics.make(key=key, hold_out=hold_out)
+        task = physics.make(key=key, hold_out=hold_out, held_out=20)
         parts[hold_out] = task.problem.outer_data
         np.testing.assert_array_equal(parts[hold_out]["x"], parts[False]["x"])
     assert jnp.sum(parts[False]["use"]) == 20

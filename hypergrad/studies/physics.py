@@ -24,17 +24,13 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
-from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program
 from .record import Row
 from .study import Column, Study, tuned
 from .verdict import Claim
 
-SYSTEMS: dict[str, dict[str, Any]] = {
-    "poisson": {"held_out": 40, "noise": 0.01},
-    "burgers": {"inside": 256, "held_out": 40, "noise": 0.01},
-}
+SYSTEMS = ("poisson", "burgers")
 BUDGET = 6000
 LEARNING = BUDGET // 2  # for the weights; the rest for the training that follows
 RATES = (0.05, 0.15)  # of Adam, on the weights
@@ -63,14 +59,9 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 }  # fmt: skip
 
 
-def task_of(system: str, key: Array, hold_out: Any) -> Task:
-    """The task at the study's size."""
-    return make(key=key, variant=system, hold_out=hold_out, **SYSTEMS[system])
-
-
 def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) -> Trace:
     """As many outer steps as the budget surely pays for."""
-    task = task_of(system, key, hold_out)
+    task = make(key=key, variant=system, hold_out=hold_out)
     estimator, cost = ESTIMATORS[method]
     return minimize(
         task.problem,
@@ -91,7 +82,7 @@ def finish(
 
     ``selection`` is minus the error at the sensors that are held out to choose by.
     """
-    task = task_of(system, key, hold_out)
+    task = make(key=key, variant=system, hold_out=hold_out)
     problem, val = task.problem, task.problem.outer_data
     solver = trainer(num_steps)
     w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
@@ -116,7 +107,7 @@ def row(system: str, method: str, seed: int) -> Row:
     num_steps = LEARNING if learned or method == "random search" else BUDGET
 
     def one(setting: float, hold_out: bool) -> Row:
-        task = task_of(system, key, hold_out)
+        task = make(key=key, variant=system, hold_out=hold_out)
         w, alpha = task.w, task.alpha
         found: Row = {"gradient_equivalents": 0.0}
         started = time.perf_counter()
@@ -159,7 +150,7 @@ def of_trace(trace: Trace) -> Row:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Errors seed by seed, and the weights that were learned, by system."""
-    plots.physics(rows, tuple(SYSTEMS), path)
+    plots.physics(rows, SYSTEMS, path)
 
 
 METHODS = ("equal weights", "one weight", "random search", *ESTIMATORS)
