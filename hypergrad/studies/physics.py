@@ -6,13 +6,10 @@ weights spend on nothing but training steps.
 
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -25,9 +22,9 @@ from ..search import search
 from ..searchers import Random
 from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, of_trace, tuned
 from .verdict import Claim
 
 SYSTEMS = ("poisson", "burgers")
@@ -94,12 +91,6 @@ def finish(
     }
 
 
-@functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
-
-
 def row(system: str, method: str, seed: int) -> Row:
     """One method and seed, tuned by the rule of `tuned`."""
     key = jax.random.key(seed)
@@ -136,16 +127,6 @@ def row(system: str, method: str, seed: int) -> Row:
         seconds = program(learn, system, method).compile_seconds
         found |= {"compile_seconds": seconds}
     return found
-
-
-def of_trace(trace: Trace) -> Row:
-    """What learning cost, and how the outer value fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
-    }
 
 
 def picture(rows: list[Row], path: Path) -> None:

@@ -34,7 +34,7 @@ from ..tasks.reinforcement import (
     make,
 )
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
 from .study import Column, Study, tuned
 from .verdict import Claim
@@ -116,12 +116,6 @@ def fixed(
 def judged(key: Array, w: PyTree) -> Array:
     """Mean return of fresh episodes."""
     return TEST.mean_return(w, None, key)
-
-
-@functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
 
 
 def on_cartpole(method: str, seed: int) -> Row:
