@@ -1,5 +1,7 @@
 """Discounts and entropy weight: closed forms, Gymnasium, and central differences."""
 
+import dataclasses
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from hypergrad.drawn import drawn
 from hypergrad.tasks import reinforcement
 
 MRP = reinforcement.make(key=jax.random.key(0), variant="mrp")
+LONG = dataclasses.replace(reinforcement.TD, num_steps=2000)
 TINY = {"num_episodes": 4, "horizon": 25, "num_steps": 3, "rate": 0.3}
 
 
@@ -20,8 +23,8 @@ TINY = {"num_episodes": 4, "horizon": 25, "num_steps": 3, "rate": 0.3}
     "estimator",
     [
         hg.Implicit(hg.Newton(), lineax.LU()),
-        hg.Unrolled(reinforcement.TD),
-        hg.FixedPoint(reinforcement.TD, num_terms=1000),
+        hg.Unrolled(LONG),
+        hg.FixedPoint(LONG, num_terms=1000),
     ],
 )
 def test_the_hypergradient_of_a_discount_is_the_closed_form(estimator, shape, key):

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
 from .. import plots, spaces
 from ..estimators import Implicit
 from ..inner import Newton
@@ -22,10 +21,10 @@ from ..searchers import Random
 from ..tasks import federated
 from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
-from .verdict import Claim
+from .study import DIGITS, Column, Study, digits, of_trace, tuned
+from .verdict import Claim, Verdict, paired
 
 BUDGET = 3000
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of Adam, on alpha
@@ -51,12 +50,6 @@ ESTIMATORS = {
 IID = ", iid clients"
 
 
-@functools.cache
-def digits() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load("digits")
-
-
 def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Trace:
     """``alpha`` by one estimator, as many steps as the budget surely pays for."""
     estimator, cost = ESTIMATORS[name]
@@ -73,13 +66,6 @@ def train(w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
     return Newton().solve(
         federated.train_loss, w, alpha, batch, jax.random.key(0)
     )[0]  # fmt: skip
-
-
-@functools.cache
-def program(name: str) -> Program:
-    """Compiled once a method."""
-    function = train if name == "train" else functools.partial(learn, name)
-    return Program(function)
 
 
 def by_frequency(batch: PyTree, power: float) -> PyTree:
@@ -125,10 +111,10 @@ def row(method: str, seed: int) -> Row:
         else:
             data = problem.inner_data, problem.outer_data
             start = task.w, task.alpha, task.space
-            trace = program(name)(data, start, jnp.float32(setting), key)
+            trace = program(learn, name)(data, start, jnp.float32(setting), key)
             alpha = trace.best_alpha
         seconds = time.perf_counter() - started
-        solve = train if name == "validation-only" else program("train")
+        solve = train if name == "validation-only" else program(train)
         w = solve(task.w, alpha, batch)
         measured = {
             "selection": -float(task.metrics["held_loss"](w, alpha, key)),
@@ -142,18 +128,8 @@ def row(method: str, seed: int) -> Row:
     settings |= dict.fromkeys(SEARCHES, WIDTHS)
     found = tuned(one, settings.get(name, RATES))
     if name in ESTIMATORS:
-        found |= {"compile_seconds": program(name).compile_seconds}
+        found |= {"compile_seconds": program(learn, name).compile_seconds}
     return found
-
-
-def of_trace(trace: Trace) -> Row:
-    """What learning cost, and how the outer value fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
-    }
 
 
 METHODS = (
@@ -166,10 +142,8 @@ METHODS = (
 )
 
 
-def gap(rows: list[Row]) -> list[Any]:
+def gap(rows: list[Row]) -> list[Verdict]:
     """Global less local, where clients differ against where they are alike."""
-    from .verdict import Verdict, paired
-
     column = lambda method: np.array(
         [r["accuracy"] for r in sorted(rows, key=lambda r: r["seed"])
          if r["method"] == method]
@@ -196,7 +170,7 @@ STUDY = Study(
         "Accuracy: the mean over classes on the untouched test split. Clients hold two "
         "or so classes, unless they are iid."
     ),
-    data=lambda: ("scikit-learn digits (1,797 real 8x8 images)", digits()),
+    data=lambda: (DIGITS, digits()),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "accuracy", scale=100),

@@ -24,9 +24,9 @@ from ..search import search
 from ..searchers import Random
 from ..tasks.few_shot import SOLVERS, characters, make
 from ..trace import Trace
-from .program import Program
+from .program import Program, program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, of_trace, tuned
 from .verdict import Claim
 
 BUDGET = 4_000
@@ -148,12 +148,6 @@ def measure(
 # Rows.
 
 
-@functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
-
-
 def row(method: str, seed: int) -> Row:
     """One method and seed, its setting chosen on the validation characters."""
     variant, learn, settings = METHODS[method]
@@ -172,12 +166,7 @@ def row(method: str, seed: int) -> Row:
         if choosing:
             found["selection"] = float(score)
         if trace is not None:
-            found |= {
-                "gradient_equivalents": float(trace.cost[-1]),
-                "num_hvps": float(jnp.sum(trace.stats["num_hvps"])),
-                "curve_value": np.asarray(trace.value, float).tolist(),
-                "curve_cost": np.asarray(trace.cost, float).tolist(),
-            }
+            found |= of_trace(trace)
         return found
 
     found = tuned(one, settings)

@@ -6,13 +6,10 @@ weights spend on nothing but training steps.
 
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -24,17 +21,13 @@ from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
 from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
-from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, of_trace, tuned
 from .verdict import Claim
 
-SYSTEMS: dict[str, dict[str, Any]] = {
-    "poisson": {"held_out": 40, "noise": 0.01},
-    "burgers": {"inside": 256, "held_out": 40, "noise": 0.01},
-}
+SYSTEMS = ("poisson", "burgers")
 BUDGET = 6000
 LEARNING = BUDGET // 2  # for the weights; the rest for the training that follows
 RATES = (0.05, 0.15)  # of Adam, on the weights
@@ -63,14 +56,9 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 }  # fmt: skip
 
 
-def task_of(system: str, key: Array, hold_out: Any) -> Task:
-    """The task at the study's size."""
-    return make(key=key, variant=system, hold_out=hold_out, **SYSTEMS[system])
-
-
 def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) -> Trace:
     """As many outer steps as the budget surely pays for."""
-    task = task_of(system, key, hold_out)
+    task = make(key=key, variant=system, hold_out=hold_out)
     estimator, cost = ESTIMATORS[method]
     return minimize(
         task.problem,
@@ -91,7 +79,7 @@ def finish(
 
     ``selection`` is minus the error at the sensors that are held out to choose by.
     """
-    task = task_of(system, key, hold_out)
+    task = make(key=key, variant=system, hold_out=hold_out)
     problem, val = task.problem, task.problem.outer_data
     solver = trainer(num_steps)
     w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
@@ -103,12 +91,6 @@ def finish(
     }
 
 
-@functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
-
-
 def row(system: str, method: str, seed: int) -> Row:
     """One method and seed, tuned by the rule of `tuned`."""
     key = jax.random.key(seed)
@@ -116,7 +98,7 @@ def row(system: str, method: str, seed: int) -> Row:
     num_steps = LEARNING if learned or method == "random search" else BUDGET
 
     def one(setting: float, hold_out: bool) -> Row:
-        task = task_of(system, key, hold_out)
+        task = make(key=key, variant=system, hold_out=hold_out)
         w, alpha = task.w, task.alpha
         found: Row = {"gradient_equivalents": 0.0}
         started = time.perf_counter()
@@ -147,19 +129,9 @@ def row(system: str, method: str, seed: int) -> Row:
     return found
 
 
-def of_trace(trace: Trace) -> Row:
-    """What learning cost, and how the outer value fell."""
-    return {
-        "gradient_equivalents": float(trace.cost[-1]),
-        "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-        "curve_value": np.asarray(trace.value, float).tolist(),
-        "curve_cost": np.asarray(trace.cost, float).tolist(),
-    }
-
-
 def picture(rows: list[Row], path: Path) -> None:
     """Errors seed by seed, and the weights that were learned, by system."""
-    plots.physics(rows, tuple(SYSTEMS), path)
+    plots.physics(rows, SYSTEMS, path)
 
 
 METHODS = ("equal weights", "one weight", "random search", *ESTIMATORS)

@@ -27,22 +27,21 @@ from ..searchers import Random
 from ..tasks.reinforcement import (
     DATA_NAME,
     SCALES,
+    TD,
     Losses,
     SemiGradient,
+    cartpole_parts,
     make,
-    td_loss,
 )
-from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program
+from .program import program
 from .record import Row
 from .study import Column, Study, tuned
 from .verdict import Claim
 
 # CartPole.
 
-SIZES: dict[str, Any] = {"horizon": 500}
-SMALL: dict[str, Any] = SCALES["cartpole"]["small"] | SIZES
+SMALL: dict[str, Any] = SCALES["cartpole"]["small"]
 BUDGET = 600
 STEPS = SMALL["num_steps"]  # updates between two steps of alpha
 RATES = (0.1, 0.3)  # of Adam, on alpha
@@ -51,11 +50,9 @@ TRIAL = BUDGET // 8  # updates of a draw of random search
 TEST = Losses(num_episodes=256, horizon=SMALL["horizon"])
 
 
-@functools.cache
 def cartpole_solver(num_steps: int) -> SemiGradient:
     """The task's updates, so many."""
-    losses = Losses(SMALL["num_episodes"], SMALL["horizon"])
-    return SemiGradient(losses.update, optax.sgd(SMALL["rate"]), num_steps)
+    return cartpole_parts(**SMALL | {"num_steps": num_steps})[1]
 
 
 # A step of alpha costs T updates and two outer gradients (each 1), one of them for the
@@ -73,14 +70,9 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 }
 
 
-def cartpole(key: Array) -> Task:
-    """The task at the study's size."""
-    return make(key=key, variant="cartpole", **SIZES)
-
-
 def meta(method: str, key: Array, run_key: Array, rate: Array) -> tuple[PyTree, PyTree]:
     """The policy and its settings after every step, as many as the budget pays for."""
-    task, (estimator, cost) = cartpole(key), ESTIMATORS[method]
+    task, (estimator, cost) = make(key=key, variant="cartpole"), ESTIMATORS[method]
     trace = minimize(
         task.problem,
         estimator,
@@ -107,7 +99,8 @@ def fixed(
     num_updates: int, key: Array, run_key: Array, w: PyTree, alpha: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Updates on from ``w``; what the curve shows is outside the ledger."""
-    problem, solver = cartpole(key).problem, cartpole_solver(STEPS)
+    task = make(key=key, variant="cartpole")
+    problem, solver = task.problem, task.solver
 
     def step(w: PyTree, key: Array) -> tuple[PyTree, Array]:
         w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
@@ -125,19 +118,13 @@ def judged(key: Array, w: PyTree) -> Array:
     return TEST.mean_return(w, None, key)
 
 
-@functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """Compiled once a process."""
-    return Program(functools.partial(function, *settings))
-
-
 def on_cartpole(method: str, seed: int) -> Row:
     """One method and seed; settings are chosen in runs of other experience."""
     key = jax.random.key(seed)
     grid = list(itertools.product(DISCOUNTS, ENTROPIES))
 
     def one(setting: Any, choosing: bool) -> Row:
-        task = cartpole(key)
+        task = make(key=key, variant="cartpole")
         run_key, end_key = jax.random.split(jax.random.fold_in(key, 1 + choosing))
         w, alpha, spent, before, num_updates = task.w, task.alpha, 0.0, 0, BUDGET
         started = time.perf_counter()
@@ -187,22 +174,16 @@ def on_cartpole(method: str, seed: int) -> Row:
 MRP_BUDGET = 10_000
 MRP_RATE = 0.2  # of Adam
 ONE_DISCOUNT = np.linspace(0.5, 1.0, 51)
-TD = SemiGradient(td_loss, optax.sgd(1.0), num_steps=100)
 # Implicit: what Newton's method and the adjoint take at most, by seeds 100 and 101.
 MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (Implicit(Newton(), CG(rtol=1e-3, max_steps=20)), 160),
-    "unrolled": (Unrolled(TD, checkpoint=False, warm_start=True), 3 * 100 + 2),
+    "unrolled": (Unrolled(TD, checkpoint=False, warm_start=True), 3 * TD.num_steps + 2),
 }
-
-
-def mrp(key: Array) -> Task:
-    """The task as it is."""
-    return make(key=key, variant="mrp")
 
 
 def learn_discounts(method: str, key: Array) -> Trace:
     """One a state, as many steps as the budget pays for."""
-    task, (estimator, cost) = mrp(key), MRP_ESTIMATORS[method]
+    task, (estimator, cost) = make(key=key, variant="mrp"), MRP_ESTIMATORS[method]
     return minimize(
         task.problem,
         estimator,
@@ -217,7 +198,7 @@ def learn_discounts(method: str, key: Array) -> Trace:
 
 def values(key: Array, alpha: Array) -> dict[str, Array]:
     """Fits the values to convergence, and measures them."""
-    task = mrp(key)
+    task = make(key=key, variant="mrp")
     problem = task.problem
     w, spent = task.solver.solve(
         problem.inner_loss, task.w, alpha, problem.inner_data, key
@@ -248,7 +229,7 @@ def on_mrp(method: str, seed: int) -> Row:
         found["discounts"] = [float(ONE_DISCOUNT[best])]
     else:
         if method == "random search":
-            task = mrp(key)
+            task = make(key=key, variant="mrp")
             trace = search(
                 task.problem, task.solver, Random(), task.w, space=task.space,
                 budget=MRP_BUDGET, key=key,
@@ -287,11 +268,7 @@ STUDY = Study(
         "mean square of the values."
     ),
     data=lambda: (
-        DATA_NAME,
-        {
-            name: np.asarray(x)
-            for name, x in mrp(jax.random.key(0)).problem.inner_data.items()
-        },
+        DATA_NAME, make(key=jax.random.key(0), variant="mrp").problem.inner_data
     ),
     methods=METHODS,
     columns=(

@@ -295,7 +295,7 @@ def metric_cost(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
 SCALES = {
     "poisson": {
         "small": {
-            **{"inside": 64, "sensors": 20, "held_out": 20, "noise": 0.1},
+            **{"inside": 64, "sensors": 20, "held_out": 40, "noise": 0.01},
             "hidden": (20, 20),
         },
         "paper": {
@@ -305,8 +305,8 @@ SCALES = {
     },
     "burgers": {
         "small": {
-            **{"inside": 500, "boundary": 50, "sensors": 50, "held_out": 50},
-            **{"noise": 0.1, "hidden": (20, 20)},
+            **{"inside": 256, "boundary": 50, "sensors": 50, "held_out": 40},
+            **{"noise": 0.01, "hidden": (20, 20)},
         },
         "paper": {
             **{"inside": 10_000, "boundary": 100, "sensors": 100, "held_out": 100},
@@ -333,7 +333,7 @@ def make(
 
     Args:
       key: of the network, the sensors, their noise and random collocation points.
-      scale: 'small' or 'paper'.
+      scale: 'small', at which `hypergrad run physics` makes its table, or 'paper'.
       data_dir: where Burgers' reference lies; see `hypergrad.data.load`. Without the
         file it is made by quadrature.
       variant: 'poisson', 'burgers' or 'control'.

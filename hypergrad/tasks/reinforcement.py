@@ -109,7 +109,6 @@ class SemiGradient(eqx.Module):
 
 NUM_STATES = 19
 NOISE = 0.3
-TD_STEPS = 2000
 
 
 def td_loss(w: Array, frozen: Array, alpha: Array, batch: PyTree) -> Array:
@@ -122,7 +121,7 @@ def bellman_error(w: Array, alpha: Array, batch: PyTree) -> Array:
     return td_loss(w, w, alpha, batch)
 
 
-TD = SemiGradient(td_loss, optax.sgd(1.0), TD_STEPS)
+TD = SemiGradient(td_loss, optax.sgd(1.0), num_steps=100)
 
 
 def return_error(w: Array, alpha: Array, batch: PyTree) -> Array:
@@ -406,7 +405,7 @@ SCALES = {
         "paper": {"num_train": 200, "num_val": 200, "horizon": 1000},
     },
     "cartpole": {
-        "small": {"num_episodes": 16, "horizon": 200, "num_steps": 5, "rate": 0.5},
+        "small": {"num_episodes": 16, "horizon": 500, "num_steps": 5, "rate": 0.5},
         "paper": {"num_episodes": 256, "horizon": 500, "num_steps": 5, "rate": 0.5},
     },
 }
@@ -424,7 +423,8 @@ def make(
 
     Args:
       key: of the episodes (``mrp``), or of the networks (``cartpole``).
-      scale: 'small' or 'paper'.
+      scale: 'small', at which `hypergrad run reinforcement` makes its table, or
+        'paper'.
       data_dir: not read.
       variant: 'mrp' or 'cartpole'.
       sizes: in place of the scale's, as `SCALES` names them.
