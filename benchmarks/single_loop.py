@@ -33,7 +33,8 @@ TUNING_SEEDS = (100, 101)
 TAIL = 3  # the last evaluations, whose geometric mean is where a run ends
 FALL = 10.0  # times below its first evaluation: less is no plateau to arrive at
 PROBE = 128  # steps that tell what one costs: whole periods of SRBA and VRBO
-SLACK = 1.05  # of the budget, where a step's cost is drawn
+DRAWN, LONG_PROBE = ("TTSA", "SUSTAIN"), 4096  # of those that draw how long a series is
+SLACK = 1.05  # of the budget, for those
 DOUBLE_LOOP, SEARCH, TOTAL = "implicit", "random search", "random search, total"
 
 
@@ -214,7 +215,8 @@ def steps_for(
     By their mean, since a period has dear steps and cheap ones; by the dearest of the
     double loop, which solves until it is close enough.
     """
-    probe = jax.jit(lambda *given: run(PROBE)(*given).cost)
+    length = LONG_PROBE if method in DRAWN else PROBE
+    probe = jax.jit(lambda *given: run(length)(*given).cost)
     cost = np.asarray(probe(*given, *map(jnp.float32, slow)), float)
     steps = np.diff(cost, prepend=0)
     return max(
