@@ -13,7 +13,7 @@ from .estimators.protocol import STATS
 Metric = Callable[[PyTree, PyTree, Array], Array]
 Progress = Callable[[int, float], None]
 
-TAKEN = {"step", "value", "cost", "trusted", *STATS}  # by a trace's rows
+TAKEN = {"step", "value", "cost", "trusted", "weights", *STATS}  # by a trace's rows
 
 
 def check_metrics(
