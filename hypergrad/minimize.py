@@ -84,7 +84,8 @@ def minimize(
         ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
         target is the argmin, and ``distance_to_implicit`` of one of the procedure;
         beside them its own stay.
-      progress: ``(steps_done, value)``, called on the host at most twenty times a run.
+      progress: ``(steps_done, value)``, called on the host at most twenty times a run;
+        the value is a float, or an array ``[K]``.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and

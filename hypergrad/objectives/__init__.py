@@ -7,6 +7,9 @@ one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
 on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
 costs, as a differentiable function: `num_parameters`, `num_flops`, `activation_bytes`,
 `expected_cost`, `num_labelled`.
+
+The weights of a sum may be hyperparameters themselves, of a third level:
+`hypergrad.argmin` nests.
 """
 
 from .common_descent import MGDA, UPGrad
