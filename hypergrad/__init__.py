@@ -31,7 +31,7 @@ changes.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import data, searchers, spaces, surrogates, testing
+from . import data, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
@@ -138,6 +138,7 @@ __all__ = [  # in reading order
     "from_optimistix",
     "hypergradient",
     "minimize",
+    "objectives",
     "search",
     "searchers",
     "spaces",

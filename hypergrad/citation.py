@@ -667,5 +667,74 @@ BIBTEX: dict[str, str] = dict(
             "European Conference on Computer Vision",
             "1405.0312",
         ),
+        _article(
+            "zadeh1963",
+            "Zadeh, Lotfi A.",
+            "Optimality and non-scalar-valued performance criteria",
+            "IEEE Transactions on Automatic Control",
+            volume="8",
+            number="1",
+            year="1963",
+        ),
+        _paper(
+            "lin2024",
+            "Lin, Xi and Zhang, Xiaoyuan and Yang, Zhiyuan and Liu, Fei and Wang, "
+            "Zhenkun and Zhang, Qingfu",
+            "Smooth {Tchebycheff} Scalarization for Multi-Objective Optimization",
+            _ICML,
+            "2402.19078",
+        ),
+        _article(
+            "desideri2012",
+            r"D{\'e}sid{\'e}ri, Jean-Antoine",
+            "Multiple-gradient descent algorithm ({MGDA}) for multiobjective "
+            "optimization",
+            r"Comptes Rendus Math{\'e}matique",
+            volume="350",
+            year="2012",
+        ),
+        _paper(
+            "sener2018",
+            "Sener, Ozan and Koltun, Vladlen",
+            "Multi-Task Learning as Multi-Objective Optimization",
+            _NEURIPS,
+            "1810.04650",
+        ),
+        _article(
+            "quinton2024",
+            r"Quinton, Pierre and Rey, Val{\'e}rian",
+            "Jacobian Descent for Multi-Objective Optimization",
+            "arXiv:2406.16232",
+            year="2024",
+            eprint="2406.16232",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "hestenes1969",
+            "Hestenes, Magnus R.",
+            "Multiplier and gradient methods",
+            "Journal of Optimization Theory and Applications",
+            volume="4",
+            year="1969",
+        ),
+        _article(
+            "rockafellar1973",
+            "Rockafellar, R. Tyrrell",
+            "The multiplier method of {Hestenes} and {Powell} applied to convex "
+            "programming",
+            "Journal of Optimization Theory and Applications",
+            volume="12",
+            year="1973",
+        ),
+        _article(
+            "zitzler1999",
+            "Zitzler, Eckart and Thiele, Lothar",
+            "Multiobjective evolutionary algorithms: a comparative case study and the "
+            "strength {Pareto} approach",
+            "IEEE Transactions on Evolutionary Computation",
+            volume="3",
+            number="4",
+            year="1999",
+        ),
     ]
 )

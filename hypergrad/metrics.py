@@ -11,9 +11,9 @@ from .checks import KEY
 from .estimators.protocol import STATS
 
 Metric = Callable[[PyTree, PyTree, Array], Array]
-Progress = Callable[[int, float], None]
+Progress = Callable[[int, Any], None]
 
-TAKEN = {"step", "value", "cost", "trusted", *STATS}  # by a trace's rows
+TAKEN = {"step", "value", "cost", "trusted", "weights", *STATS}  # by a trace's rows
 
 
 def check_metrics(

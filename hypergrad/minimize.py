@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -28,7 +29,7 @@ from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel
 from .settings import check_steps
 from .trace import Trace
-from .trees import all_finite
+from .trees import all_finite, dot
 
 LEDGER = ("gradient_equivalents", "num_")
 
@@ -42,6 +43,7 @@ def minimize(
     *,
     num_steps: int,
     key: Array | None = None,
+    combine: Any = None,
     space: PyTree = None,
     project: Callable[[PyTree], PyTree] | None = None,
     anneal: Callable[[Array, PyTree], PyTree] | None = None,
@@ -53,13 +55,18 @@ def minimize(
     """``num_steps`` steps of ``optimizer`` on ``alpha`` along the hypergradient.
 
     Args:
-      problem: the two losses and their data; one outer loss.
+      problem: the two losses and their data.
       estimator: of the hypergradient; its state carries the warm starts.
       optimizer: any optax transformation but a line search, for ``alpha``; it is given
         the outer value too.
       w, alpha: where to begin.
       num_steps: outer steps, static.
       key: PRNG key; None means ``jax.random.key(0)``.
+      combine: for K outer losses, what makes one direction of their hypergradients,
+        from `hypergrad.objectives`. ``trace.value`` is then ``[steps, K]``, and
+        ``trace.stats["weights"]`` holds the weight of each. The combiner's score tells
+        the best ``alpha``; where it has none, ``best_alpha`` is the last good one, and
+        the optimizer is given the weighted sum.
       space: what ``alpha`` may be, from `hypergrad.spaces`: the optimizer then moves
         the unconstrained variable, and every ``alpha`` lies in the space.
       project: applied to ``alpha`` after each step, instead of a space.
@@ -77,7 +84,8 @@ def minimize(
         ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
         target is the argmin, and ``distance_to_implicit`` of one of the procedure;
         beside them its own stay.
-      progress: ``(steps_done, value)``, called on the host at most twenty times a run.
+      progress: ``(steps_done, value)``, called on the host at most twenty times a run;
+        the value is a float, or an array ``[K]``.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and
@@ -119,16 +127,12 @@ def minimize(
             "other alphas; use one that needs only the hypergradient, such as "
             "optax.adam(0.1)"
         )
-    if problem.num_objectives is not None:
-        raise ValueError(
-            f"minimize needs one outer loss, the problem has {problem.num_objectives}; "
-            "combine them into one function, such as a weighted sum"
-        )
+    _check_combine(combine, problem)
     if space is not None and project is not None:
         raise ValueError("pass either space or project, not both")
     w, alpha = as_inputs(w, alpha)
     spaces.check(space, alpha)
-    estimator, problem, space = traced((estimator, problem, space))
+    estimator, problem, space, combine = traced((estimator, problem, space, combine))
     rehearse(estimator, problem, w, alpha)
     if certify_every is not None:
         if problem.draw is not None and hasattr(estimator, "num_draws"):
@@ -151,6 +155,7 @@ def minimize(
         problem,
         estimator,
         optimizer,
+        combine,
         space,
         project,
         anneal,
@@ -166,8 +171,34 @@ def minimize(
     for done in range(0, num_steps, chunk):
         until = min(done + chunk, num_steps)
         carry = _run(loop, carry, jnp.asarray(until))
-        progress(until, float(carry.rows.value[until - 1]))
+        value = np.asarray(carry.rows.value[until - 1])
+        progress(until, value if value.ndim else value.item())
     return _finish(loop, carry)
+
+
+def _check_combine(combine: Any, problem: Bilevel) -> None:
+    count = problem.num_objectives
+    if count is None:
+        if combine is not None:
+            raise ValueError(
+                "combine is for several outer losses; the problem has one, as it is no "
+                "tuple: leave combine out"
+            )
+        return
+    if combine is None:
+        raise ValueError(
+            f"the problem has {count} outer losses; say what direction to make of "
+            "them, such as combine=hg.objectives.UPGrad()"
+        )
+    if isinstance(combine, type):
+        name = combine.__name__
+        raise TypeError(f"combine is the class {name}; write {name}(...)")
+    if not (hasattr(combine, "init") and hasattr(combine, "weigh")):
+        raise TypeError(
+            "combine must have init and weigh, such as hg.objectives.UPGrad(); got "
+            f"{type(combine).__name__}"
+        )
+    combine.init(count)
 
 
 def _check_project(project: Any, alpha: PyTree) -> None:
@@ -206,6 +237,7 @@ class _Loop(eqx.Module):
     problem: Bilevel
     estimator: Any
     optimizer: optax.GradientTransformation
+    combine: Any
     space: PyTree
     project: Callable | None
     anneal: Callable | None
@@ -213,6 +245,15 @@ class _Loop(eqx.Module):
     eval_every: int
     certify_every: int | None
     num_steps: int
+
+    @property
+    def compares(self) -> bool:
+        """Whether a lower score is a better ``alpha``.
+
+        Not where annealed, as then the values are of different losses.
+        """
+        scored = self.combine is None or hasattr(self.combine, "score")
+        return scored and self.anneal is None
 
     def problem_at(self, index: Array) -> Bilevel:
         """The problem as the outer loss sees it at a step."""
@@ -245,6 +286,7 @@ class _Carry(eqx.Module):
     w: PyTree
     best_value: Array
     best_alpha: PyTree
+    combine_state: PyTree
     optimizer_state: PyTree
     estimator_state: PyTree
     key: Array
@@ -265,6 +307,9 @@ def _begin(loop: _Loop, w: PyTree, alpha: PyTree, key: Array) -> _Carry:
         w=w,
         best_value=jnp.asarray(jnp.inf, dtype=rows.value.dtype),
         best_alpha=alpha,
+        combine_state=None
+        if loop.combine is None
+        else loop.combine.init(loop.problem.num_objectives),
         optimizer_state=loop.optimizer.init(u),
         estimator_state=state,
         key=key,
@@ -281,9 +326,12 @@ def _blank(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> _Rows:
         fill = 0 if name.startswith(LEDGER) or row.dtype == bool else jnp.nan
         return jnp.full((loop.num_steps, *row.shape), fill, row.dtype)
 
+    stats = {name: column(name, row) for name, row in seen.stats.items()}
+    if loop.combine is not None:
+        stats["weights"] = jnp.full((loop.num_steps, *seen.value.shape), jnp.nan, float)
     return _Rows(
         column("value", seen.value),
-        {name: column(name, row) for name, row in seen.stats.items()},
+        stats,
         {name: jnp.full(loop.num_steps, jnp.nan, float) for name in loop.metrics},
     )
 
@@ -321,6 +369,18 @@ def _certified(
     return Estimate(estimate.value, estimate.hypergradient, estimate.w, stats)
 
 
+def _combined(
+    combine: Any, value: Array, gradients: PyTree, state: PyTree
+) -> tuple[PyTree, Array, Array, PyTree]:
+    """``(sum_k weights_k g_k, weights, score, next state)`` of K gradients."""
+    row = lambda x: jax.vmap(lambda y: dot(x, y))(gradients)
+    weights, state = combine.weigh(value, jax.vmap(row)(gradients), state)
+    total = lambda g: jnp.tensordot(jnp.asarray(weights, g.dtype), g, 1)
+    score = getattr(combine, "score", lambda value: weights @ value)(value)
+    gradient = jax.tree.map(total, gradients)
+    return gradient, jnp.asarray(weights, float), score.astype(value.dtype), state
+
+
 def _step(loop: _Loop, carry: _Carry) -> _Carry:
     key, estimate_key, metric_key = jax.random.split(carry.key, 3)
     to_alpha = lambda u: spaces.forward(loop.space, u)
@@ -332,10 +392,18 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     if loop.certify_every is not None:
         due = carry.index % loop.certify_every == 0
         estimate = _certified(loop, problem, due, estimate, alpha, estimate_key)
-    (gradient,) = pullback(estimate.hypergradient)
+    stats, score, combine_state = estimate.stats, estimate.value, carry.combine_state
+    if loop.combine is None:
+        (gradient,) = pullback(estimate.hypergradient)
+    else:
+        (gradients,) = jax.vmap(pullback)(estimate.hypergradient)
+        gradient, weights, score, combine_state = _combined(
+            loop.combine, estimate.value, gradients, combine_state
+        )
+        stats = stats | {"weights": weights}
     optimizer = optax.with_extra_args_support(loop.optimizer)
     updates, optimizer_state = optimizer.update(
-        gradient, carry.optimizer_state, carry.u, value=estimate.value
+        gradient, carry.optimizer_state, carry.u, value=score
     )
     u = spaces.project(loop.space, optax.apply_updates(carry.u, updates))
     if loop.project is not None:
@@ -361,10 +429,9 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     rows = jax.tree.map(
         lambda rows, row: rows.at[index].set(row),
         carry.rows,
-        _Rows(estimate.value, estimate.stats, metrics),
+        _Rows(estimate.value, stats, metrics),
     )
-    # Values of an annealed loss are of different losses: the last one is kept.
-    better = (estimate.value < carry.best_value) | (loop.anneal is not None)
+    better = (score < carry.best_value) | (not loop.compares)  # else the last is kept
     # A run whose estimate failed goes back to the last alpha that had a good one. It
     # ends there, so that what only a next step would read need not go back: a copy of
     # the estimator's state at every step would cost more than a step of SABA.
@@ -379,8 +446,9 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
         u=kept(u, back),
         good_u=carry.u,
         w=kept(estimate.w, carry.w),
-        best_value=jnp.where(better & ~failed, estimate.value, carry.best_value),
+        best_value=jnp.where(better & ~failed, score, carry.best_value),
         best_alpha=optax.tree.where(better & ~failed, alpha, carry.best_alpha),
+        combine_state=combine_state,
         optimizer_state=optimizer_state,
         estimator_state=state,
         key=key,

@@ -22,11 +22,14 @@ class Trace(Shown):
     Attributes:
       alpha, w: where the run ended: the last good ``alpha``, and the inner solution of
         the last good estimate.
-      best_alpha: the ``alpha`` with the lowest recorded value; of an annealed run the
-        last one with a good value. Where outer batches are drawn the lowest value is
-        the luckiest batch's: take ``alpha``.
-      value: ``[steps]``, the outer value at each step's ``alpha``, before the step.
-      stats: ``{name: [steps]}``, the estimates' stats.
+      best_alpha: the ``alpha`` with the lowest recorded value; of an annealed run, or
+        one of several losses without a score, the last one with a good value. Where
+        outer batches are drawn the lowest value is the luckiest batch's: take
+        ``alpha``.
+      value: ``[steps]``, the outer value at each step's ``alpha``, before the step;
+        ``[steps, K]`` of K outer losses.
+      stats: ``{name: [steps]}``, the estimates' stats; of K outer losses also
+        ``weights``, ``[steps, K]``.
       metrics: ``{name: [steps]}``, NaN where not evaluated.
       status_code: 0 if all steps were made; see ``status``.
 
@@ -74,7 +77,7 @@ class Trace(Shown):
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict a step: step, value, cost so far, stats, metrics where evaluated."""
-        if self.value.ndim != 1:
+        if jnp.ndim(self.status_code):
             raise ValueError(
                 f"rows() is for one run; this trace holds a batch {self.value.shape}: "
                 "index it first, jax.tree.map(lambda x: x[i], trace)"
@@ -85,7 +88,7 @@ class Trace(Shown):
         rows = []
         for step in range(len(self.value)):
             row = {"step": step}
-            row |= {name: column[step].item() for name, column in columns.items()}
+            row |= {name: column[step].tolist() for name, column in columns.items()}
             row |= {
                 name: column[step].item()
                 for name, column in metrics.items()

@@ -26,7 +26,7 @@ CONTRACT = {
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
     "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
     "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
-    "surrogates",
+    "surrogates", "objectives",
 }  # fmt: skip
 
 
@@ -246,7 +246,7 @@ LAYERS = [
     {"estimators", "argmin"},
     {"gradient", "trace"},
     {"minimize", "searchers"},
-    {"search", "testing", "choose"},
+    {"search", "testing", "choose", "objectives"},
 ]
 
 

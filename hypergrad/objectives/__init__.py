@@ -1,0 +1,42 @@
+"""Several outer losses at once.
+
+``hg.Bilevel(inner_loss, (M_1, ..., M_K), ...)`` has K values and K hypergradients, from
+one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
+`WeightedSum` and `SmoothTchebycheff` minimise a function of the values, `MGDA` and
+`UPGrad` lower all values together, `AugmentedLagrangian` lowers the first within limits
+on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
+costs, as a differentiable function: `num_parameters`, `num_flops`, `activation_bytes`,
+`expected_cost`, `num_labelled`.
+
+The weights of a sum may be hyperparameters themselves, of a third level:
+`hypergrad.argmin` nests.
+"""
+
+from .common_descent import MGDA, UPGrad
+from .constraints import AugmentedLagrangian
+from .efficiency import (
+    activation_bytes,
+    expected_cost,
+    num_flops,
+    num_labelled,
+    num_parameters,
+)
+from .front import front, hypervolume
+from .protocol import Combiner
+from .scalarization import SmoothTchebycheff, WeightedSum
+
+__all__ = [
+    "MGDA",
+    "AugmentedLagrangian",
+    "Combiner",
+    "SmoothTchebycheff",
+    "UPGrad",
+    "WeightedSum",
+    "activation_bytes",
+    "expected_cost",
+    "front",
+    "hypervolume",
+    "num_flops",
+    "num_labelled",
+    "num_parameters",
+]

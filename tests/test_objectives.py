@@ -1,0 +1,738 @@
+"""Several outer losses against closed forms, KKT points and analytic Pareto fronts."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from scipy.optimize import minimize_scalar, nnls
+from scipy.special import logsumexp
+
+import hypergrad as hg
+from hypergrad import objectives
+
+BEST = hg.ClosedForm(lambda alpha, batch: alpha)
+IMPLICIT = hg.Implicit(BEST)
+QUARTER, TENTH = optax.sgd(0.25), optax.sgd(0.1)
+CENTRES = jnp.array([[1.0, 0.0, -1.0], [-1.0, 2.0, 0.5]])
+START = jnp.array([2.0, 3.0, 1.0])
+
+
+def inner_loss(w, alpha, batch):
+    """w* = alpha, with curvatures that differ."""
+    return 0.5 * jnp.sum(batch["h"] * (w - alpha) ** 2)
+
+
+def distance_to(k):
+    return lambda w, alpha, batch: jnp.sum((w - batch["centres"][k]) ** 2)
+
+
+DISTANCES = tuple(map(distance_to, range(2)))
+
+
+def biquadratic(outer=DISTANCES, dtype=float):
+    data = {"h": jnp.array([1.0, 2.0, 4.0], dtype), "centres": CENTRES.astype(dtype)}
+    return hg.Bilevel(inner_loss, outer, data, data)
+
+
+def minimize(combine, *, problem=None, optimizer=QUARTER, alpha=START, **options):
+    problem = biquadratic() if problem is None else problem
+    options = {"num_steps": 100} | options
+    w = jnp.zeros_like(alpha)
+    return hg.minimize(
+        problem, IMPLICIT, optimizer, w, alpha, combine=combine, **options
+    )
+
+
+def directions(combine, gradients):
+    """As vectors ``[cases, n]``, from ``[cases, K, n]``."""
+    cases, num, _ = gradients.shape
+    value, state = jnp.zeros(num, gradients.dtype), combine.init(num)
+    gram = jnp.einsum("ckn,cln->ckl", gradients, gradients)
+    weights = jax.vmap(lambda gram: combine.weigh(value, gram, state)[0])(gram)
+    assert weights.dtype == gradients.dtype
+    assert weights.shape == (cases, num)
+    return np.asarray(jnp.einsum("ck,ckn->cn", weights, gradients))
+
+
+# Directions.
+
+
+def pairs(key):
+    """Pairs of gradients, half of them conflicting, of lengths 1e-3 to 1e3."""
+    keys = jax.random.split(key, 2)
+    pair = jax.random.normal(keys[0], (50, 2, 3))
+    return pair * 10 ** jax.random.uniform(keys[1], (50, 2, 1), minval=-3, maxval=3)
+
+
+def close(found, exact, dtype, scale):
+    tolerance = {"float64": 1e-8, "float32": 1e-4}[dtype]
+    assert np.all(np.abs(found - exact) <= tolerance * scale)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_mgda_is_the_closed_form_for_two(dtype: str, key: jax.Array):
+    """a = clip((g2 - g1)'g2 / |g1 - g2|², 0, 1), the direction a g1 + (1 - a) g2."""
+    pair = pairs(key)
+    g1, g2 = np.moveaxis(np.asarray(pair), 1, 0)
+    a = np.sum((g2 - g1) * g2, 1) / np.sum((g1 - g2) ** 2, 1)
+    a = np.clip(a, 0, 1)[:, None]
+    assert 5 < np.sum((a > 0) & (a < 1)) < 50
+    found = directions(objectives.MGDA(), pair.astype(dtype))
+    scale = np.min(np.linalg.norm(pair, axis=-1), 1)[:, None]
+    close(found, a * g1 + (1 - a) * g2, dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_upgrad_is_the_closed_form_for_two(dtype: str, key: jax.Array):
+    """The mean of both, each without its part along the other where they conflict."""
+    pair = pairs(key)
+    g1, g2 = np.moveaxis(np.asarray(pair), 1, 0)
+    dot, of = np.minimum(np.sum(g1 * g2, 1), 0), lambda g: np.sum(g**2, 1)
+    assert 5 < np.sum(dot < 0) < 45
+    part = lambda g: (dot / of(g))[:, None] * g
+    found = directions(objectives.UPGrad(), pair.astype(dtype))
+    scale = np.max(np.linalg.norm(pair, axis=-1), 1)[:, None]
+    close(found, (g1 - part(g2) + g2 - part(g1)) / 2, dtype, scale)
+
+
+def shortest(gradients):
+    """The shortest of the hull, by the nearest point of every face's plane."""
+    best = None
+    for size in range(1, len(gradients) + 1):
+        for face in itertools.combinations(range(len(gradients)), size):
+            g = gradients[list(face)]
+            kkt = np.block([[g @ g.T, np.ones((size, 1))], [np.ones((1, size)), 0]])
+            a = np.linalg.lstsq(kkt, np.eye(size + 1)[-1], rcond=None)[0][:-1]
+            if np.all(a >= -1e-12):
+                found = a @ g
+                if best is None or np.linalg.norm(found) < np.linalg.norm(best):
+                    best = found
+    return best
+
+
+def projected(gradients):
+    """The mean of the projections onto the dual cone: g + J'x, x >= 0, nearest to 0."""
+    return np.mean([g + gradients.T @ nnls(gradients.T, -g)[0] for g in gradients], 0)
+
+
+def awkward(key, num, size):
+    """Random gradients, then with a copy, an opposite and a zero among them."""
+    gradients = jax.random.normal(key, (10, num, size))
+    cases = [gradients] + [
+        gradients.at[:, -1].set(factor * gradients[:, 0]) for factor in (1, -0.5, 0)
+    ]
+    return jnp.concatenate(cases)
+
+
+@pytest.mark.parametrize(
+    ("combine", "exact"),
+    [(objectives.MGDA(), shortest), (objectives.UPGrad(), projected)],
+)
+@pytest.mark.parametrize(("num", "size"), [(3, 2), (3, 5), (4, 3), (5, 8)])
+def test_more_than_two_gradients(combine, exact, num, size, key: jax.Array):
+    """MGDA against every face, UPGrad against SciPy's projections."""
+    gradients = awkward(key, num, size)
+    found = directions(combine, gradients)
+    expected = np.array(list(map(exact, np.asarray(gradients))))
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("combine", [objectives.MGDA(), objectives.UPGrad()])
+def test_directions_conflict_with_no_gradient(combine, key: jax.Array):
+    """In float32 to rounding, of gradients of very different lengths."""
+    gradients = pairs(key).astype(jnp.float32)
+    found = directions(combine, gradients)
+    inner = np.einsum("ckn,cn->ck", gradients, found)
+    lengths = (
+        np.linalg.norm(gradients, axis=-1) * np.linalg.norm(found, axis=-1)[:, None]
+    )
+    assert np.all(inner >= -1e-4 * lengths)
+
+
+@pytest.mark.parametrize("combine", [objectives.MGDA(), objectives.UPGrad()])
+def test_a_gradient_that_is_not_finite_shows(combine):
+    """As NaN, at once: no endless loop, no zero."""
+    gradients = jnp.array([[[1.0, jnp.nan], [1.0, 2.0]]])
+    assert np.isnan(directions(combine, gradients)).any()
+
+
+# Scalarizations.
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        objectives.WeightedSum(jnp.array([0.2, 3.0, 0.0])),
+        objectives.SmoothTchebycheff(jnp.array([0.2, 3.0, 1.0]), 0.3, -1.0),
+        objectives.SmoothTchebycheff(jnp.ones(3), 0.3, jnp.array([0.0, -1.0, 0.5])),
+    ],
+)
+def test_the_weights_are_the_gradient_of_the_score(combine):
+    value = jnp.array([1.0, 0.3, 0.7])
+    weights, _ = combine.weigh(value, jnp.eye(3), combine.init(3))
+    np.testing.assert_allclose(weights, jax.grad(combine.score)(value), rtol=1e-12)
+
+
+def test_smooth_tchebycheff_is_within_t_log_k_of_the_maximum():
+    weights, value = jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 0.4, 1.5])
+    largest = float(jnp.max(weights * value))
+    for temperature in (1.0, 0.1, 0.001):
+        score = objectives.SmoothTchebycheff(weights, temperature).score(value)
+        assert largest <= score <= largest + temperature * np.log(3) + 1e-12
+
+
+# In minimize.
+
+
+def on_segment(point):
+    """Distance to the segment between the centres, and where along it."""
+    along = CENTRES[1] - CENTRES[0]
+    t = jnp.clip((point - CENTRES[0]) @ along / (along @ along), 0, 1)
+    return float(jnp.linalg.norm(point - CENTRES[0] - t * along)), float(t)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_mgda_ends_at_the_projection_of_its_start(dtype: str):
+    """Its direction is 2 (alpha - the nearest point of the segment)."""
+    along = CENTRES[1] - CENTRES[0]
+    t = (START - CENTRES[0]) @ along / (along @ along)
+    assert 0.1 < t < 0.9
+    alpha = START.astype(dtype)
+    trace = minimize(objectives.MGDA(), problem=biquadratic(dtype=dtype), alpha=alpha)
+    assert trace.alpha.dtype == trace.value.dtype == dtype
+    exact = CENTRES[0] + t * along
+    close(trace.alpha, exact, dtype, 1.0)
+    assert trace.status == "completed"
+    assert trace.value.shape == trace.stats["weights"].shape == (100, 2)
+    np.testing.assert_allclose(trace.stats["weights"][-1], [1 - t, t], atol=1e-3)
+
+
+@pytest.mark.parametrize("combine", [objectives.MGDA(), objectives.UPGrad()])
+def test_points_of_the_segment_are_fixed(combine):
+    """Pareto stationary: to rounding, they stay where they are."""
+    for t in (0.3, 0.7):
+        alpha = CENTRES[0] + t * (CENTRES[1] - CENTRES[0])
+        trace = minimize(combine, alpha=alpha, num_steps=20)
+        np.testing.assert_allclose(trace.alpha, alpha, atol=1e-8)
+
+
+def test_upgrad_lowers_both_to_a_point_of_the_segment():
+    trace = minimize(objectives.UPGrad(), optimizer=TENTH, num_steps=300)
+    away, t = on_segment(trace.alpha)
+    assert away < 1e-6
+    assert 0.05 < t < 0.95
+    assert np.all(np.diff(trace.value, axis=0) <= 1e-12)
+
+
+def test_upgrad_from_equal_distances_ends_in_the_middle():
+    """By symmetry."""
+    middle, along = jnp.mean(CENTRES, 0), CENTRES[1] - CENTRES[0]
+    across = jnp.cross(along, jnp.array([0.0, 0.0, 1.0]))
+    trace = minimize(objectives.UPGrad(), alpha=middle + across)
+    np.testing.assert_allclose(trace.alpha, middle, atol=1e-8)
+
+
+@pytest.mark.parametrize("space", [None, hg.spaces.Positive()])
+def test_a_weighted_sum_is_the_run_of_one_loss(space):
+    """Step for step, in a space too; also the best alpha, and what the cost is not."""
+    weights = jnp.array([0.7, 0.2])
+    total = lambda w, alpha, batch: (
+        0.7 * DISTANCES[0](w, alpha, batch) + 0.2 * DISTANCES[1](w, alpha, batch)
+    )
+    options = {"optimizer": optax.adam(0.1), "space": space, "num_steps": 60}
+    several = minimize(objectives.WeightedSum(weights), **options)
+    one = minimize(None, problem=biquadratic(total), **options)
+    np.testing.assert_allclose(several.alpha, one.alpha, rtol=1e-9)
+    np.testing.assert_allclose(several.best_alpha, one.best_alpha, rtol=1e-9)
+    np.testing.assert_allclose(several.value @ weights, one.value, rtol=1e-9)
+    for name in ("num_grads", "inner_steps"):  # one inner solve for both
+        assert jnp.array_equal(several.stats[name], one.stats[name])
+
+
+@pytest.mark.parametrize(
+    "combine", [objectives.SmoothTchebycheff(jnp.ones(2)), objectives.MGDA()]
+)
+def test_the_gradients_are_those_in_the_space(combine):
+    """As a run of losses that map alpha themselves, on the unconstrained variable."""
+    space = hg.spaces.Positive()
+    through = lambda loss: lambda w, u, batch: loss(w, space.forward(u), batch)
+    data = biquadratic().inner_data
+    by_hand = hg.Bilevel(
+        through(inner_loss), tuple(map(through, DISTANCES)), data, data
+    )
+    estimator = hg.Implicit(hg.ClosedForm(lambda u, batch: space.forward(u)))
+    inside = minimize(combine, space=space, optimizer=TENTH, num_steps=20)
+    outside = hg.minimize(
+        by_hand, estimator, TENTH, START, space.inverse(START), num_steps=20,
+        combine=combine,
+    )  # fmt: skip
+    np.testing.assert_allclose(inside.alpha, space.forward(outside.alpha), rtol=1e-8)
+
+
+def test_the_best_alpha_is_the_last_without_a_score():
+    """Of each step's own alpha: the one before the last step."""
+    seen = {"alpha": lambda w, alpha, key: alpha[0]}
+    trace = minimize(objectives.MGDA(), optimizer=TENTH, num_steps=7, metrics=seen)
+    assert float(trace.best_alpha[0]) == float(trace.metrics["alpha"][-1])
+    scored = minimize(
+        objectives.WeightedSum(jnp.ones(2)), optimizer=optax.sgd(0.4), num_steps=7
+    )
+    best = int(jnp.argmin(jnp.sum(scored.value, 1)))
+    again = minimize(
+        objectives.WeightedSum(jnp.ones(2)), optimizer=optax.sgd(0.4),
+        num_steps=best + 1,
+    )  # fmt: skip
+    np.testing.assert_array_equal(scored.best_alpha, again.best_alpha)
+
+
+def test_the_optimizer_is_given_the_score():
+    """Else the weighted sum of the values, with the weights of the step."""
+
+    def update(updates, state, params=None, *, value, **extra):
+        del updates, state, extra
+        return jnp.full_like(params, value), optax.EmptyState()
+
+    told = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    for combine in (
+        objectives.SmoothTchebycheff(jnp.ones(2)),
+        objectives.AugmentedLagrangian(1.0),
+    ):
+        trace = minimize(combine, optimizer=told, num_steps=1)
+        score = getattr(combine, "score", lambda v, t=trace: t.stats["weights"][0] @ v)
+        expected = START + score(trace.value[0])
+        np.testing.assert_allclose(trace.alpha, expected, rtol=1e-12)
+
+
+def test_rows_progress_and_certificates_of_several_losses():
+    """A row's value is a list; progress is told all values."""
+    calls = []
+    trace = minimize(
+        objectives.UPGrad(), num_steps=3, certify_every=2,
+        progress=lambda done, value: calls.append((done, value.tolist())),
+    )  # fmt: skip
+    rows = trace.rows()
+    assert [row["value"] for row in rows] == trace.value.tolist()
+    assert rows[0]["weights"] == trace.stats["weights"][0].tolist()
+    assert calls == [(i + 1, row["value"]) for i, row in enumerate(rows)]
+    assert float(trace.stats["error_estimate"][0]) < 1e-6
+    assert np.isnan(trace.stats["error_estimate"][1])
+
+
+def test_a_loss_that_is_not_finite_freezes_the_run():
+    """Even one of weight 0."""
+    bad = lambda w, alpha, batch: jnp.log(alpha[0] - 1.9)
+    problem = biquadratic((DISTANCES[0], bad))
+    combine = objectives.WeightedSum(jnp.array([1.0, 0.0]))
+    trace = minimize(combine, problem=problem, num_steps=5)
+    assert "outer value" in trace.status
+    assert np.isnan(trace.stats["weights"][-1]).all()
+    np.testing.assert_array_equal(trace.alpha, START)
+
+
+def test_an_estimator_of_one_loss_still_refuses():
+    with pytest.raises(ValueError, match="takes one outer loss"):
+        hg.minimize(
+            biquadratic(), hg.SOBA(TENTH), TENTH, START, START, num_steps=2,
+            combine=objectives.UPGrad(),
+        )  # fmt: skip
+
+
+def test_an_unrolled_estimator_gives_the_same_run():
+    unrolled = hg.Unrolled(hg.Descent(optax.sgd(0.3), 60))
+    run = lambda estimator: hg.minimize(
+        biquadratic(), estimator, TENTH, START, START, num_steps=10,
+        combine=objectives.UPGrad(),
+    )  # fmt: skip
+    np.testing.assert_allclose(run(unrolled).alpha, run(IMPLICIT).alpha, atol=1e-6)
+
+
+# Constraints.
+
+
+def lagrangian(limits, problem=None, **options):
+    combine = objectives.AugmentedLagrangian(limits, **options)
+    optimizer = optax.sgd(0.02)
+    return minimize(combine, problem=problem, optimizer=optimizer, num_steps=2000)
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": 0.3}, {"period": 10}])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_limit_holds_and_the_multiplier_is_that_of_the_kkt_point(options, dtype):
+    """|w - c1|² subject to |w - c2|² <= r²: on the segment, r from c2.
+
+    (w - c1) + m (w - c2) = 0 there, so that m = |c1 - c2| / r - 1.
+    """
+    apart = float(jnp.linalg.norm(CENTRES[0] - CENTRES[1]))
+    radius = 0.4 * apart
+    trace = lagrangian(radius**2, biquadratic(dtype=dtype), **options)
+    exact = CENTRES[1] + 0.4 * (CENTRES[0] - CENTRES[1])
+    close(trace.alpha, exact, dtype, 100)
+    assert float(trace.value[-1, 1]) <= 1.01 * radius**2
+    np.testing.assert_allclose(trace.stats["weights"][-1], [1, 1.5], rtol=1e-4)
+
+
+def test_a_slack_limit_changes_nothing_and_has_no_multiplier():
+    trace = lagrangian(100.0)
+    np.testing.assert_allclose(trace.alpha, CENTRES[0], atol=1e-8)
+    assert float(trace.stats["weights"][-1, 1]) == 0
+
+
+def test_two_limits_of_which_one_binds():
+    """w_0 <= -1/2 binds, w_1 <= 5 does not; the multiplier is 2 (c_0 + 1/2)."""
+    outer = (
+        DISTANCES[0],
+        lambda w, alpha, batch: w[0],
+        lambda w, alpha, batch: w[1],
+    )
+    trace = lagrangian(jnp.array([-0.5, 5.0]), biquadratic(outer))
+    np.testing.assert_allclose(trace.alpha, CENTRES[0].at[0].set(-0.5), atol=1e-6)
+    np.testing.assert_allclose(trace.stats["weights"][-1], [1, 3, 0], atol=1e-5)
+
+
+def test_at_most_two_million_flops():
+    """A hidden layer as wide as they allow, where the loss asks for a wider one."""
+    wide = lambda w, alpha, batch: jnp.sum((w - 10.0) ** 2)
+    flops = lambda w, alpha, batch: (
+        objectives.num_flops([784.0, jnp.exp(alpha[0]), 10.0]) / 2e6
+    )
+    inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    trace = hg.minimize(
+        hg.Bilevel(inner, (wide, flops)), IMPLICIT, optax.sgd(0.03), jnp.zeros(1),
+        jnp.array([3.0]), num_steps=600,
+        combine=objectives.AugmentedLagrangian(1.0, penalty=5.0),
+    )  # fmt: skip
+    width = 2e6 / (2 * 794)
+    np.testing.assert_allclose(jnp.exp(trace.alpha[0]), width, rtol=1e-3)
+    np.testing.assert_allclose(trace.value[-1, 1], 1.0, rtol=1e-3)
+
+
+# Fronts.
+
+FIRST = jnp.linspace(0.1, 0.9, 5)
+PREFERENCES = jnp.stack([FIRST, 1 - FIRST], 1)
+SMOOTH = lambda p: objectives.SmoothTchebycheff(p, 0.05)
+
+
+def front(problem, preferences, combine, optimizer=QUARTER, **options):
+    return objectives.front(
+        problem, IMPLICIT, optimizer, jnp.zeros(3), START, preferences,
+        combine=combine, **options,
+    )  # fmt: skip
+
+
+def weighted_share(p):
+    """Where p_1 t² + p_2 (1 - t)² is least: how far along the segment, as a part."""
+    return p[1] / (p[0] + p[1])
+
+
+def smooth_share(p):
+    """Where the smooth maximum of both is least, by SciPy."""
+    apart = np.sum((CENTRES[0] - CENTRES[1]) ** 2)
+    score = lambda t: logsumexp(apart * p * np.array([t**2, (1 - t) ** 2]) / 0.05)
+    return minimize_scalar(score, bounds=(0, 1), method="bounded",
+                           options={"xatol": 1e-10}).x  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("combine", "share", "optimizer", "num_steps"),
+    [
+        (objectives.WeightedSum, weighted_share, QUARTER, 100),
+        (SMOOTH, smooth_share, optax.sgd(0.02), 1000),
+    ],
+)
+def test_the_front_of_two_quadratics(combine, share, optimizer, num_steps):
+    """sqrt(M_1) + sqrt(M_2) = |c_1 - c_2|, and each point where it should be."""
+    problem = biquadratic()
+    trace = front(problem, PREFERENCES, combine, optimizer, num_steps=num_steps)
+    apart = float(jnp.linalg.norm(CENTRES[0] - CENTRES[1]))
+    found = np.sqrt(trace.value[:, -1])
+    np.testing.assert_allclose(found.sum(1), apart, rtol=0.01)
+    t = np.array(list(map(share, np.asarray(PREFERENCES))))
+    np.testing.assert_allclose(found, apart * np.stack([t, 1 - t], 1), rtol=1e-3)
+    np.testing.assert_allclose(
+        trace.alpha,
+        CENTRES[:1] + t[:, None] * (CENTRES[1] - CENTRES[0])[None],
+        atol=1e-3,
+    )
+
+
+def concave(k):
+    """Fonseca and Fleming's: 1 - exp(-|w - c_k|²), two unit vectors' halves apart."""
+    sign = (-1) ** k
+    return lambda w, alpha, batch: 1 - jnp.exp(-jnp.sum((w - sign / 3**0.5) ** 2))
+
+
+def test_only_tchebycheff_reaches_a_concave_front():
+    """On the analytic front within 1%, where weighted sums end at its ends."""
+    problem = biquadratic((concave(0), concave(1)))
+    start = jnp.array([0.2, -0.1, 0.1])
+    run = lambda combine: objectives.front(
+        problem, IMPLICIT, optax.sgd(0.05), start, start, PREFERENCES,
+        combine=combine, num_steps=1000,
+    ).value[:, -1]  # fmt: skip
+    smooth, summed = run(SMOOTH), run(objectives.WeightedSum)
+    # At t from -1 to 1 along the diagonal: 1 - exp(-(t -+ 1)²).
+    t = 1 - jnp.sqrt(-jnp.log1p(-smooth[:, 0]))
+    np.testing.assert_allclose(smooth[:, 1], 1 - jnp.exp(-((t + 1) ** 2)), rtol=0.01)
+    middle = smooth[2]
+    np.testing.assert_allclose(middle, jnp.full(2, 1 - jnp.exp(-1.0)), rtol=1e-3)
+    assert np.all(np.min(summed, 1) < 0.1)
+
+
+def test_a_front_is_a_loop_of_runs_in_one_program():
+    """And twice as many preferences trace the losses no more often."""
+    traces = []
+
+    def counted(w, alpha, batch):
+        traces.append(1)
+        return DISTANCES[0](w, alpha, batch)
+
+    problem = biquadratic((counted, DISTANCES[1]))
+    together = front(problem, PREFERENCES, objectives.WeightedSum, num_steps=20)
+    count = len(traces)
+    traces.clear()
+    fresh = biquadratic((lambda *a: counted(*a), DISTANCES[1]))
+    front(fresh, jnp.tile(PREFERENCES, (2, 1)), objectives.WeightedSum, num_steps=20)
+    assert len(traces) == count
+    for i, preference in enumerate(PREFERENCES):
+        alone = minimize(objectives.WeightedSum(preference), num_steps=20)
+        one = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-9), one, alone)
+
+
+def test_all_losses_share_one_inner_and_one_adjoint_solve():
+    """With a dense solver the products are those of one loss."""
+    estimator = hg.Implicit(BEST, lx.LU())
+    spent = {}
+    for outer, combine in ((DISTANCES, objectives.UPGrad()), (DISTANCES[0], None)):
+        trace = hg.minimize(
+            biquadratic(outer), estimator, TENTH, START, START, num_steps=3,
+            combine=combine,
+        )  # fmt: skip
+        spent[combine is None] = trace.stats
+    assert jnp.array_equal(spent[True]["num_grads"], spent[False]["num_grads"])
+    more = spent[False]["num_hvps"] - spent[True]["num_hvps"]
+    assert jnp.array_equal(more, jnp.ones(3))  # each residual is a product of its own
+
+
+# Hypervolume.
+
+AREAS = {
+    "one": ([[1, 1]], [3, 4], 6),
+    "staircase": ([[1, 3], [2, 2], [3, 1]], [4, 4], 6),
+    "dominated": ([[1, 3], [2, 2], [3, 1], [3, 3], [2, 2]], [4, 4], 6),
+    "outside": ([[1, 3], [2, 2], [3, 1], [0, 5], [5, 0]], [4, 4], 6),
+    "ties": ([[1, 2], [1, 3]], [2, 4], 2),
+    "nothing": ([[5, 5], [4, 1]], [4, 4], 0),
+    "a box": ([[1, 2, 3]], [2, 4, 6], 6),
+    "two boxes": ([[0, 0, 1], [1, 1, 0]], [2, 2, 2], 5),
+    "one number": ([[3], [1]], [4], 3),
+}
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_hypervolumes_by_hand(name: str):
+    points, reference, exact = AREAS[name]
+    points, reference = jnp.array(points, float), jnp.array(reference, float)
+    for order in itertools.islice(itertools.permutations(range(len(points))), 24):
+        found = jax.jit(objectives.hypervolume)(points[jnp.array(order)], reference)
+        assert float(found) == exact
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_hypervolume_is_the_part_of_a_box_that_is_dominated(num: int, key: jax.Array):
+    """By 200,000 random points of the unit box, within four standard errors."""
+    keys = jax.random.split(key)
+    points = jax.random.uniform(keys[0], (12, num), maxval=1.2)
+    samples = jax.random.uniform(keys[1], (200_000, num))
+    dominated = jnp.any(jnp.all(points[:, None] <= samples[None], -1), 0)
+    share = float(jnp.mean(dominated))
+    exact = float(objectives.hypervolume(points, jnp.ones(num)))
+    assert 0.1 < share < 0.99
+    assert abs(exact - share) < 4 * (share * (1 - share) / 200_000) ** 0.5
+
+
+# Efficiency.
+
+WIDTHS = [7, 5, 3, 2]
+
+
+def dense(parameters, x):
+    for weights, bias in parameters:
+        x = x @ weights + bias[None]
+    return x
+
+
+def layers(widths):
+    ones = functools.partial(jnp.ones, dtype=jnp.float32)
+    return [(ones((n, m)), ones(m)) for n, m in itertools.pairwise(widths)]
+
+
+def test_costs_of_dense_layers_are_those_of_a_network():
+    """Its leaves, XLA's count of its operations, the bytes of each layer's input."""
+    parameters = layers(WIDTHS)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert float(objectives.num_parameters(WIDTHS)) == count
+    x = jnp.ones((8, WIDTHS[0]), jnp.float32)
+    compiled = jax.jit(dense).lower(parameters, x).compile()
+    # XLA counts n additions a sum of n terms, and those of the bias apart.
+    flops = compiled.cost_analysis()["flops"] - 8 * sum(WIDTHS[1:])
+    assert 8 * float(objectives.num_flops(WIDTHS)) == flops
+    kept, inputs = x, 0
+    for weights, bias in parameters:
+        inputs += kept.nbytes
+        kept = kept @ weights + bias[None]
+    assert float(objectives.activation_bytes(WIDTHS, batch_size=8)) == inputs
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [objectives.num_parameters, objectives.num_flops, objectives.activation_bytes],
+)
+def test_costs_are_differentiable_in_widths(cost):
+    """They are linear in each, so a difference of one is the derivative."""
+    widths = jnp.array(WIDTHS, jnp.float32)
+    gradient = jax.grad(cost)(widths)
+    assert gradient.dtype == jnp.float32
+    for i in range(len(WIDTHS)):
+        step = cost(widths.at[i].add(1)) - cost(widths)
+        np.testing.assert_allclose(gradient[i], step, rtol=1e-6)
+
+
+def test_an_expected_cost_is_the_mean_over_all_networks(key: jax.Array):
+    """Two edges, three operations: each of nine networks with its probability."""
+    keys = jax.random.split(key)
+    logits = jax.random.normal(keys[0], (2, 3))
+    costs = jax.random.uniform(keys[1], (2, 3))
+    p = np.asarray(jax.nn.softmax(logits))
+    mean = sum(p[0, i] * p[1, j] * (costs[0, i] + costs[1, j])
+               for i in range(3) for j in range(3))  # fmt: skip
+    np.testing.assert_allclose(objectives.expected_cost(logits, costs), mean)
+    same = objectives.expected_cost(logits, costs[0])
+    np.testing.assert_allclose(same, np.sum(p @ np.asarray(costs[0])), rtol=1e-12)
+
+
+def test_labels_bought_are_the_sum_of_their_weights():
+    weights = jnp.array([0.0, 1.0, 0.25])
+    assert float(objectives.num_labelled(weights)) == 1.25
+    assert jnp.array_equal(jax.grad(objectives.num_labelled)(weights), jnp.ones(3))
+
+
+# The weights as a third level.
+
+
+def test_weights_of_objectives_by_nested_argmin():
+    """T = |alpha* - t|², alpha* = sum_k p_k c_k / sum_k p_k for M_k = |w - c_k|²."""
+    data = biquadratic().inner_data
+    target = jnp.array([0.3, 0.7, 0.1])
+    best_w = hg.argmin(inner_loss, hg.Newton())
+
+    def middle(alpha, weights, batch):
+        w = best_w(jnp.zeros(3), alpha, batch)
+        values = jnp.stack([loss(w, alpha, batch) for loss in DISTANCES])
+        return objectives.WeightedSum(weights).score(values)
+
+    best_alpha = hg.argmin(middle, hg.Newton())
+
+    def third(weights):
+        return jnp.sum((best_alpha(jnp.zeros(3), weights, data) - target) ** 2)
+
+    weights = jnp.array([0.7, 0.6])
+    alpha = weights @ CENTRES / jnp.sum(weights)
+    exact = (CENTRES - alpha[None]) @ (2 * (alpha - target)) / jnp.sum(weights)
+    np.testing.assert_allclose(jax.grad(third)(weights), exact, rtol=1e-8)
+
+
+# Bad input.
+
+BAD = {
+    "none": (None, ValueError, "2 outer losses"),
+    "class": (objectives.MGDA, TypeError, "write MGDA(...)"),
+    "function": (jnp.mean, TypeError, "init and weigh"),
+    "three weights": (objectives.WeightedSum(jnp.ones(3)), ValueError, "shape (2,)"),
+    "three smooth": (
+        objectives.SmoothTchebycheff(jnp.ones(3)),
+        ValueError,
+        "weights must have shape (2,)",
+    ),
+    "three ideals": (
+        objectives.SmoothTchebycheff(jnp.ones(2), ideal=jnp.zeros(3)),
+        ValueError,
+        "ideal must have shape (2,)",
+    ),
+    "two limits": (
+        objectives.AugmentedLagrangian(jnp.ones(2)),
+        ValueError,
+        "limits must have shape (1,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_combiner_that_does_not_fit_is_refused(name: str):
+    combine, error, message = BAD[name]
+    with pytest.raises(error, match=re.escape(message)):
+        minimize(combine)
+
+
+def test_a_combiner_of_one_loss_is_refused():
+    with pytest.raises(ValueError, match="several outer losses"):
+        minimize(objectives.MGDA(), problem=biquadratic(DISTANCES[0]))
+    with pytest.raises(ValueError, match="at least one more"):
+        minimize(
+            objectives.AugmentedLagrangian(1.0), problem=biquadratic(DISTANCES[:1])
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: objectives.WeightedSum([1.0, 2.0]), "write jnp.array"),
+        (lambda: objectives.WeightedSum(jnp.ones((2, 2))), "must be [K]"),
+        (lambda: objectives.WeightedSum(jnp.array([1.0, -1.0])), "at least 0"),
+        (lambda: objectives.WeightedSum(jnp.zeros(2)), "one above"),
+        (lambda: objectives.WeightedSum(jnp.array([1.0, jnp.nan])), "at least 0"),
+        (lambda: objectives.SmoothTchebycheff(jnp.ones(2), 0.0), "temperature"),
+        (lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0), "penalty"),
+        (lambda: objectives.AugmentedLagrangian(1.0, period=0), "period"),
+        (lambda: objectives.hypervolume(jnp.ones((2, 3)), jnp.ones(2)), "[P, K]"),
+        (lambda: objectives.num_flops([3.0]), "at least two numbers"),
+        (
+            lambda: front(biquadratic(), 1.0, objectives.WeightedSum, num_steps=1),
+            "a row a run",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("combine", "keys"),
+    [
+        (objectives.WeightedSum(jnp.ones(2)), ["zadeh1963"]),
+        (objectives.SmoothTchebycheff(jnp.ones(2)), ["lin2024"]),
+        (objectives.MGDA(), ["desideri2012", "sener2018"]),
+        (objectives.UPGrad(), ["quinton2024"]),
+        (objectives.AugmentedLagrangian(1.0), ["hestenes1969", "rockafellar1973"]),
+        (objectives.hypervolume, ["zitzler1999"]),
+    ],
+)
+def test_combiners_carry_their_citations(combine, keys):
+    text = hg.citation(combine)
+    assert all(f"{{{key}," in text for key in keys)
+
+
+@pytest.mark.parametrize("name", objectives.__all__)
+def test_every_name_has_a_docstring(name: str):
+    """With a doctest, but for the protocol."""
+    text = getattr(objectives, name).__doc__
+    assert text
+    assert ">>> " in text or name == "Combiner"
