@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .problem import Data, size
+from ..problem import Data, size
 
 HVP = 2.0
 VALUE = 1.0 / 3.0
