@@ -24,9 +24,9 @@ CONTRACT = {
     "Bilevel", "Batches", "Descent", "LBFGS", "Newton", "ClosedForm", "from_jaxopt",
     "from_optimistix", "Estimate", "Implicit", "Unrolled", "CG", "Neumann", "Nystrom",
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
-    "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
-    "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
-    "surrogates",
+    "citation", "cost", "testing", "spaces", "tasks", "certify", "Certificate",
+    "Forward", "FixedPoint", "FiniteDifference", "Penalty", "Evolution",
+    "PersistentEvolution", "surrogates",
 }  # fmt: skip
 
 
