@@ -31,7 +31,7 @@ changes.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import data, objectives, searchers, spaces, surrogates, testing
+from . import cost, data, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .citation import citation
@@ -133,6 +133,7 @@ __all__ = [  # in reading order
     "argmin",
     "certify",
     "citation",
+    "cost",
     "data",
     "from_jaxopt",
     "from_optimistix",

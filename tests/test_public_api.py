@@ -24,9 +24,9 @@ CONTRACT = {
     "Bilevel", "Batches", "Descent", "LBFGS", "Newton", "ClosedForm", "from_jaxopt",
     "from_optimistix", "Estimate", "Implicit", "Unrolled", "CG", "Neumann", "Nystrom",
     "NystromCG", "Identity", "hypergradient", "minimize", "search", "Trace", "argmin",
-    "citation", "testing", "spaces", "tasks", "certify", "Certificate", "Forward",
-    "FixedPoint", "FiniteDifference", "Penalty", "Evolution", "PersistentEvolution",
-    "surrogates", "objectives",
+    "citation", "cost", "testing", "spaces", "tasks", "certify", "Certificate",
+    "Forward", "FixedPoint", "FiniteDifference", "Penalty", "Evolution",
+    "PersistentEvolution", "surrogates", "objectives",
 }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def test_importing_loads_no_optional_package():
     """In a fresh process; warnings are errors, so jaxopt's would be seen too."""
     code = (
         "import sys, hypergrad; heavy = {'jaxopt', 'optimistix', 'matplotlib', "
-        "'sklearn', 'flax', 'chex', 'rich', 'tyro'}; "
+        "'sklearn', 'flax', 'chex', 'rich', 'tyro', 'codecarbon'}; "
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(

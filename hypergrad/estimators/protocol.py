@@ -22,6 +22,7 @@ STATS = (
     "num_values",
     "num_outer_grads",
     "num_outer_values",
+    "num_examples",
     "gradient_equivalents",
 )
 
@@ -40,7 +41,7 @@ class Estimate(Shown):
         ``error_estimate`` is the relative error of the hypergradient, and
         ``standard_error`` its relative spread where it was sampled;
         ``distance_to_implicit``; the ledger ``num_grads``, ``num_hvps``,
-        ``num_values``, ``num_outer_grads``, ``num_outer_values``,
+        ``num_values``, ``num_outer_grads``, ``num_outer_values``, ``num_examples``,
         ``gradient_equivalents``; and the bool ``trusted``.
 
     >>> import hypergrad as hg

@@ -6,12 +6,13 @@ four-layer MLP), an outer gradient ``n_outer / n_inner``, a value a third of its
 gradient; mini-batches count in proportion.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .problem import Data, size
+from ..problem import Data, size
 
 HVP = 2.0
 VALUE = 1.0 / 3.0
@@ -33,7 +34,11 @@ def ledger(
     num_outer_grads: Any = 0.0,
     num_outer_values: Any = 0.0,
 ) -> dict[str, Array]:
-    """Counts of full-data calls and their sum in gradient-equivalents, as scalars."""
+    """Counts of full-data calls and their sum in gradient-equivalents, as scalars.
+
+    ``num_examples`` is how many examples all of these calls saw, each time anew; a
+    Hessian-vector product sees those of its batch once. NaN where the data has no size.
+    """
     weight = outer_weight(inner_data, outer_data)
     counts = {
         "num_grads": num_grads,
@@ -43,7 +48,18 @@ def ledger(
         "num_outer_values": num_outer_values,
     }
     counts = {name: jnp.asarray(n, dtype=float) for name, n in counts.items()}
-    outer_calls = counts["num_outer_grads"] + VALUE * counts["num_outer_values"]
+    inner_calls = counts["num_grads"] + counts["num_hvps"] + counts["num_values"]
+    inner_seen = _examples(inner_data) * inner_calls
+    outer_calls = counts["num_outer_grads"] + counts["num_outer_values"]
+    outer_seen = _examples(outer_data) * outer_calls
+    # Batches are fractions of the data, so that their sum is whole but for rounding.
+    counts["num_examples"] = jnp.round(inner_seen + outer_seen)
+    outer_cost = counts["num_outer_grads"] + VALUE * counts["num_outer_values"]
     total = counts["num_grads"] + HVP * counts["num_hvps"]
-    total = total + VALUE * counts["num_values"] + weight * outer_calls
+    total = total + VALUE * counts["num_values"] + weight * outer_cost
     return counts | {"gradient_equivalents": total}
+
+
+def _examples(data: Data) -> float:
+    n = size(data)
+    return math.nan if n is None else n
