@@ -7,11 +7,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
+import hypergrad as hg
 from hypergrad import spaces
-from hypergrad.spaces import Box, Interval, Positive, Real, Simplex, Unit
+from hypergrad.spaces import (
+    Box,
+    Choice,
+    Integer,
+    Interval,
+    Positive,
+    Real,
+    Simplex,
+    Unit,
+)
 
 BIJECTIONS = {
     "real": Real(),
@@ -278,6 +289,67 @@ def test_unbounded_spaces_do_not_sample(space):
         space.sample(jax.random.key(0), (2,))
 
 
+DISCRETE = {
+    "integer": (Integer(-2, 5), range(-2, 6)),
+    "choice": (Choice((0.1, 7, -3.5)), (0.1, 7, -3.5)),
+    "index": (Choice(4), range(4)),
+}
+discrete = pytest.mark.parametrize(
+    ("space", "values"), DISCRETE.values(), ids=DISCRETE.keys()
+)
+
+
+@discrete
+def test_discrete_samples_are_uniform(space, values):
+    """chi-square of 4000 draws, at p = 1e-4; integers stay integers."""
+    alpha = np.asarray(space.sample(jax.random.key(0), (40, 100)))
+    kind = np.floating if 0.1 in values else np.integer
+    assert np.issubdtype(alpha.dtype, kind)
+    assert space.contains(alpha).all()
+    counts = np.array([np.sum(alpha == value) for value in values])
+    assert counts.sum() == 4000
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_discrete_contains_by_hand():
+    alpha = jnp.array([-2.0, 0.1, 5.0, 6.0, jnp.nan, jnp.inf])
+    for space, expected in [
+        (Integer(-2, 5), [True, False, True, False, False, False]),
+        (Choice((0.1, 6)), [False, True, False, True, False, False]),
+        (Choice(6), [False, False, True, False, False, False]),
+    ]:
+        for leaf in (alpha, alpha.astype(jnp.float32)):
+            np.testing.assert_array_equal(space.contains(leaf), expected)
+            np.testing.assert_array_equal(jax.jit(space.contains)(leaf), expected)
+    assert Integer(0, 2**31 - 2).contains(jnp.int32(2**31 - 2))
+
+
+def test_discrete_spaces_in_a_tree():
+    space = {"depth": Integer(1, 9), "op": Choice(3, shape=(5,)), "rate": Unit()}
+    drawn = spaces.sample(space, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, drawn) == {"depth": (), "op": (5,), "rate": ()}
+    assert all(x.all() for x in jax.tree.leaves(spaces.contains(space, drawn)))
+    assert spaces.check(space, drawn) is None
+    with pytest.raises(ValueError, match=r"alpha\['op'\]\[4\] is 3, .*its values"):
+        spaces.check(space, drawn | {"op": jnp.array([0, 1, 2, 0, 3])})
+    with pytest.raises(ValueError, match=r"alpha\['depth'\] is 2.5.*from low to high"):
+        spaces.check(space, drawn | {"depth": 2.5})
+
+
+@discrete
+def test_discrete_spaces_have_no_unconstrained_variable(space, values):
+    alpha = float(values[1])
+    for call in (spaces.forward, spaces.inverse, spaces.project):
+        with pytest.raises(ValueError, match=r"hg\.search.*Simplex.*straight-through"):
+            call(space, alpha)
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    with pytest.raises(ValueError, match=r"hg\.search.*Simplex.*straight-through"):
+        hg.minimize(
+            hg.Bilevel(loss, loss), hg.Implicit(hg.Newton()), optax.sgd(0.1),
+            0.0, alpha, num_steps=1, space=space,
+        )  # fmt: skip
+
+
 ALPHA = {
     "rate": jnp.array(0.1),
     "layers": [jnp.array([1.0, 2.0]), jnp.array([[3.0]])],
@@ -422,6 +494,8 @@ def test_check_passes_what_is_inside_and_skips_tracers():
 
 
 LISTED: Any = ([0.0], 1.0)
+HALF: Any = (0.5, 2)
+WORDS: Any = ["adam", "sgd"]
 NAMED: Any = ("a", 1.0)
 OPEN: Any = (0.0, None)
 
@@ -440,6 +514,12 @@ OPEN: Any = (0.0, None)
         (lambda: Interval(*OPEN), TypeError, r"high .*number.*None"),
         (lambda: Box(2.0, 1.0), ValueError, r"low.*above high"),
         (lambda: Box(np.zeros(2), np.zeros(3)), ValueError, r"\(2,\).*\(3,\)"),
+        (lambda: Integer(*HALF), TypeError, r"low .*integer.*0\.5"),
+        (lambda: Integer(3, 3), ValueError, "below high"),
+        (lambda: Choice(WORDS), TypeError, r"'adam'.*Choice\(n\).*switch"),
+        (lambda: Choice([1.0, np.inf]), TypeError, "finite"),
+        (lambda: Choice(1), ValueError, r"at least two.*\[0\]"),
+        (lambda: Choice([1, 2, 1]), ValueError, "all different"),
     ],
 )
 def test_bad_bounds_are_refused(make, error, match):

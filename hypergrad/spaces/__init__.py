@@ -2,13 +2,17 @@
 
 A space maps an unconstrained ``u``, on which the optimizer steps, to ``alpha``. A
 pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()``.
+``Integer`` and ``Choice`` have no ``u``: they are for ``search`` alone.
 """
 
+from .discrete import Choice, Integer
 from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
 from .trees import check, contains, forward, inverse, project, sample
 
 __all__ = [
     "Box",
+    "Choice",
+    "Integer",
     "Interval",
     "Positive",
     "Real",
