@@ -5,11 +5,13 @@ pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()
 ``Integer`` and ``Choice`` have no ``u``: they are for ``search`` alone.
 """
 
+from .cube import Axis, axes, from_unit, to_unit
 from .discrete import Choice, Integer
 from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
 from .trees import check, contains, forward, inverse, project, sample
 
 __all__ = [
+    "Axis",
     "Box",
     "Choice",
     "Integer",
@@ -19,10 +21,13 @@ __all__ = [
     "Simplex",
     "Space",
     "Unit",
+    "axes",
     "check",
     "contains",
     "forward",
+    "from_unit",
     "inverse",
     "project",
     "sample",
+    "to_unit",
 ]

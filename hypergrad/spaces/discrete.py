@@ -41,6 +41,7 @@ class Integer(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
 
     allowed = "integers from low to high"
+    ordered = True
     forward = inverse = project = _no_derivative
 
     def __check_init__(self):
@@ -63,6 +64,24 @@ class Integer(eqx.Module):
         shape = self.shape if shape is None else shape
         dtype = dtype or jnp.result_type(int)
         return jax.random.randint(key, shape, self.low, self.high + 1, dtype)
+
+    @property
+    def unit_shape(self):
+        """As the leaf's."""
+        return self.shape
+
+    @property
+    def num_values(self):
+        """``high - low + 1``."""
+        return self.high - self.low + 1
+
+    def from_unit(self, t):
+        """``low + floor(t n)``: n cells of equal size."""
+        return self.low + _cell(t, self.num_values)
+
+    def to_unit(self, alpha):
+        """The middle of the cell."""
+        return (alpha - self.low + 0.5) / self.num_values
 
 
 class Choice(eqx.Module):
@@ -89,6 +108,7 @@ class Choice(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
 
     allowed = "its values"
+    ordered = False
     forward = inverse = project = _no_derivative
 
     def __init__(
@@ -122,3 +142,28 @@ class Choice(eqx.Module):
         """Uniform."""
         shape = self.shape if shape is None else shape
         return jax.random.choice(key, jnp.asarray(self.values, dtype), shape)
+
+    @property
+    def unit_shape(self):
+        """As the leaf's."""
+        return self.shape
+
+    @property
+    def num_values(self):
+        """How many there are."""
+        return len(self.values)
+
+    def from_unit(self, t):
+        """The value number ``floor(t n)``: n cells of equal size."""
+        return jnp.asarray(self.values)[_cell(t, self.num_values)]
+
+    def to_unit(self, alpha):
+        """The middle of the cell."""
+        distance = [jnp.abs(alpha - value) for value in self.values]
+        return (jnp.argmin(jnp.stack(distance), axis=0) + 0.5) / self.num_values
+
+
+def _cell(t, num_values):
+    """Which of ``num_values`` equal parts of [0, 1] holds ``t``."""
+    cell = jnp.floor(jnp.asarray(t) * num_values).astype(jnp.result_type(int))
+    return jnp.clip(cell, 0, num_values - 1)
