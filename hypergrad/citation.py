@@ -352,6 +352,24 @@ BIBTEX: dict[str, str] = dict(
             "2112.13835",
         ),
         _article(
+            "bergstra2012",
+            "Bergstra, James and Bengio, Yoshua",
+            "Random Search for Hyper-Parameter Optimization",
+            "Journal of Machine Learning Research",
+            volume="13",
+            year="2012",
+        ),
+        _article(
+            "sobol1967",
+            "Sobol', Ilya M.",
+            "On the Distribution of Points in a Cube and the Approximate Evaluation of "
+            "Integrals",
+            "USSR Computational Mathematics and Mathematical Physics",
+            volume="7",
+            number="4",
+            year="1967",
+        ),
+        _article(
             "hestenes1952",
             "Hestenes, Magnus R. and Stiefel, Eduard",
             "Methods of Conjugate Gradients for Solving Linear Systems",

@@ -42,6 +42,8 @@ def search(
 ) -> Trace:
     """Trials ``alpha -> M(w*(alpha), alpha)`` until ``budget`` is spent.
 
+    Or until the searcher has no more to propose, as at the end of a grid.
+
     Args:
       problem: the two losses and their data; one outer loss.
       solver: trains each trial, from ``w``.
@@ -103,7 +105,10 @@ def search(
     rows, best, spent, last = [], (math.inf, None, w), 0.0, 0.0
     while not rows or spent + last <= budget:
         run_key, ask_key, trial_key = jax.random.split(run_key, 3)
-        alpha, state = searcher.ask(state, ask_key)
+        try:
+            alpha, state = searcher.ask(state, ask_key)
+        except StopIteration:
+            break
         w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
             check_problem(problem, w, alpha, solver)
@@ -119,6 +124,8 @@ def search(
         if progress is not None:
             progress(len(rows), best[0])
 
+    if not rows:
+        raise ValueError(f"searcher proposed nothing: {searcher!r}")
     columns = jax.tree.map(lambda *cells: jnp.stack(cells), *rows)
     _, alpha, found = best
     return Trace(alpha, found, alpha, status_code=jnp.asarray(0), **columns)
