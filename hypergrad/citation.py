@@ -359,6 +359,66 @@ BIBTEX: dict[str, str] = dict(
             volume="13",
             year="2012",
         ),
+        _entry(
+            "inproceedings",
+            "bergstra2011",
+            author=r"Bergstra, James and Bardenet, R{\'e}mi and Bengio, Yoshua and "
+            r"K{\'e}gl, Bal{\'a}zs",
+            title="Algorithms for Hyper-Parameter Optimization",
+            booktitle=_NEURIPS,
+            year="2011",
+        ),
+        _paper(
+            "akiba2019",
+            "Akiba, Takuya and Sano, Shotaro and Yanase, Toshihiko and Ohta, Takeru "
+            "and Koyama, Masanori",
+            "{Optuna}: A Next-generation Hyperparameter Optimization Framework",
+            "ACM SIGKDD International Conference on Knowledge Discovery and Data "
+            "Mining",
+            "1907.10902",
+        ),
+        _article(
+            "hansen2001",
+            "Hansen, Nikolaus and Ostermeier, Andreas",
+            "Completely Derandomized Self-Adaptation in Evolution Strategies",
+            "Evolutionary Computation",
+            volume="9",
+            number="2",
+            year="2001",
+        ),
+        _article(
+            "nomura2024",
+            "Nomura, Masahiro and Shibata, Masashi",
+            "{cmaes}: A Simple yet Practical {Python} Library for {CMA-ES}",
+            "arXiv preprint arXiv:2402.01373",
+            year="2024",
+            eprint="2402.01373",
+            archiveprefix="arXiv",
+        ),
+        _article(
+            "jones1998",
+            "Jones, Donald R. and Schonlau, Matthias and Welch, William J.",
+            "Efficient Global Optimization of Expensive Black-Box Functions",
+            "Journal of Global Optimization",
+            volume="13",
+            year="1998",
+        ),
+        _paper(
+            "snoek2012",
+            "Snoek, Jasper and Larochelle, Hugo and Adams, Ryan P.",
+            "Practical {Bayesian} Optimization of Machine Learning Algorithms",
+            _NEURIPS,
+            "1206.2944",
+        ),
+        _article(
+            "scikit2011",
+            'Pedregosa, Fabian and Varoquaux, Ga{\\"e}l and Gramfort, Alexandre and '
+            "Michel, Vincent and others",
+            "Scikit-learn: Machine Learning in {Python}",
+            "Journal of Machine Learning Research",
+            volume="12",
+            year="2011",
+        ),
         _article(
             "sobol1967",
             "Sobol', Ilya M.",

@@ -3,16 +3,24 @@
 import io
 import itertools
 import json
+import sys
+import warnings
 
+import cmaes
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optuna
 import pytest
 import scipy.stats
 from scipy.stats import qmc
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 import hypergrad as hg
-from hypergrad.searchers import Grid, Random, Sobol
+from hypergrad.searchers import CMAES, TPE, GaussianProcess, Grid, Random, Sobol
+from hypergrad.searchers.gaussian_process import _expected_improvement, _features
 from hypergrad.searchers.trials import seed_of
 from hypergrad.spaces import Choice, Integer, Interval, Simplex, Unit
 
@@ -71,6 +79,11 @@ EVERY = {
     "grid": (Grid(5), SPACE, 125, 3**0.5 / 8),
     "grid-mixed": (Grid(3), MIXED, 27 * 24, 3**0.5 / 4),
     "sobol": (Sobol(), SPACE, 128, 0.2),
+    "tpe": (TPE(), SPACE, 100, 0.1),
+    "tpe-mixed": (TPE(40), MIXED, 150, 0.1),
+    "cmaes": (CMAES(), SPACE, 200, 1e-2),
+    "gp": (GaussianProcess(num_candidates=500), SPACE, 30, 1e-2),
+    "gp-mixed": (GaussianProcess(num_candidates=500), MIXED, 40, 0.1),
 }
 every = pytest.mark.parametrize("name", EVERY)
 
@@ -91,8 +104,8 @@ def test_the_optimum_is_found_within_its_tolerance(name):
 def test_a_stored_state_asks_on_as_if_nothing_had_happened(name):
     """Stored after any number of trials as plain arrays: nothing repeated nor lost."""
     searcher, space, *_ = EVERY[name]
-    whole, _ = run(searcher, space, 30)
-    for k in (0, 1, 17):
+    whole, _ = run(searcher, space, 20)
+    for k in (1, 13):
         first, state = run(searcher, space, k)
         file = io.BytesIO()
         np.savez(file, *jax.tree.leaves(state))
@@ -101,7 +114,7 @@ def test_a_stored_state_asks_on_as_if_nothing_had_happened(name):
             leaves = [saved[f"arr_{i}"] for i in range(len(saved.files))]
         fresh = searcher.init(space, jax.random.key(0))
         state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
-        then, _ = run(searcher, space, 30, state, k)
+        then, _ = run(searcher, space, 20, state, k)
         for one, same in zip(whole, first + then, strict=True):
             jax.tree.map(np.testing.assert_array_equal, one, same)
 
@@ -201,3 +214,181 @@ def test_a_searcher_that_proposes_nothing():
 
     with pytest.raises(ValueError, match="proposed nothing"):
         search(Nothing(), 3)
+
+
+# The libraries, run by hand with the same seeds.
+
+
+def keys_of(trials):
+    return [jax.random.fold_in(jax.random.key(0), i) for i in range(trials)]
+
+
+def test_tpe_proposes_what_optuna_does():
+    """One study that goes on, on ranges of its own, reseeded at every ask."""
+    asked, _ = run(TPE(5), MIXED, 40)
+    kinds = optuna.distributions
+    distributions = {
+        # The order of the names is that in which optuna's random numbers are used.
+        "0 depth": kinds.IntDistribution(1, 8),
+        "1 op": kinds.CategoricalDistribution((0, 5, 9)),
+        "2 rate": kinds.FloatDistribution(1e-4, 1.0, log=True),
+        "3 a": kinds.FloatDistribution(-1.0, 3.0),
+        "4 b": kinds.FloatDistribution(-1.0, 3.0),
+    }
+    study = optuna.create_study()
+    for alpha, key in zip(asked, keys_of(40), strict=True):
+        sampler = optuna.samplers.TPESampler(n_startup_trials=5, seed=seed_of(key))
+        study.sampler = sampler
+        trial = study.ask(distributions)
+        hand = {name[2:]: value for name, value in trial.params.items()}
+        assert (alpha["depth"], alpha["op"]) == (hand["depth"], hand["op"])
+        np.testing.assert_allclose(alpha["rate"], hand["rate"], rtol=1e-6)
+        weights = np.array([hand["a"], hand["b"]])
+        np.testing.assert_allclose(alpha["weights"], weights, rtol=1e-6)
+        names = ("depth", "op", "rate")
+        told = {name: hand[name] for name in names} | {"weights": weights}
+        study.tell(trial, float(distance(told)))
+
+
+@pytest.mark.parametrize("population", [None, 4])
+def test_cmaes_proposes_what_cmaes_does(population):
+    """One optimizer that goes on through its generations, reseeded at every ask."""
+    asked, _ = run(CMAES(0.3, population), SPACE, 60)
+    bounds = np.array([[0.0, 1.0]] * 3)
+    size = 7 if population is None else population
+    gaussian = cmaes.CMA(np.full(3, 0.5), 0.3, bounds, population_size=size)
+    generation = []
+    for alpha, key in zip(asked, keys_of(60), strict=True):
+        gaussian.reseed_rng(seed_of(key))
+        t = gaussian.ask()
+        hand = {"rate": 1e-4 ** (1 - t[0]), "weights": 4 * t[1:] - 1}
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), alpha, hand
+        )
+        generation.append((t, float(distance(hand))))
+        if len(generation) == size:
+            gaussian.tell(generation)
+            generation = []
+
+
+def test_the_gaussian_process_has_the_likelihood_of_scikit_learn():
+    """Fitted by its own call instead, the process expects as much of the proposal."""
+    searcher = GaussianProcess(num_initial=8, num_candidates=500)
+    asked, state = run(searcher, SPACE, 20)
+    t = cubes(SPACE, asked)
+    np.testing.assert_allclose(state.t, t, rtol=1e-12)
+    alpha, _ = searcher.ask(state, KEY)
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
+        np.full(3, 0.5), (1e-2, 1e2), 2.5
+    )
+    process = GaussianProcessRegressor(kernel, alpha=1e-6, normalize_y=True)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        process.fit(t, state.values)
+    best = state.values.min()
+
+    def expected(t):
+        """The integral of max(best - y, 0) p(y)."""
+        mean, deviation = process.predict(t, return_std=True)
+        y = mean[:, None] + deviation[:, None] * np.linspace(-12, 12, 20_001)
+        density = scipy.stats.norm.pdf(y, mean[:, None], deviation[:, None])
+        return np.trapezoid(np.maximum(best - y, 0) * density, y, axis=1)
+
+    others = np.random.default_rng(1).uniform(size=(500, 3))
+    chosen = expected(cubes(SPACE, [alpha]))
+    assert chosen > 0
+    assert chosen >= expected(others).max()
+
+
+def test_the_expected_improvement_is_its_integral():
+    mean, deviation = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 0.1])
+    y = mean[:, None] + deviation[:, None] * np.linspace(-15, 15, 200_001)
+    density = scipy.stats.norm.pdf(y, mean[:, None], deviation[:, None])
+    integral = np.trapezoid(np.maximum(0.3 - y, 0) * density, y, axis=1)
+    np.testing.assert_allclose(
+        _expected_improvement(0.3, mean, deviation), integral, rtol=1e-7
+    )
+    sure = _expected_improvement(0.3, np.array([0.1, 0.5]), np.zeros(2))
+    np.testing.assert_allclose(sure, [0.2, 0.0], atol=1e-300)
+
+
+def test_features_of_a_choice_are_its_indicators():
+    axes = hg.spaces.axes([Choice(3), Unit(), Integer(1, 4)])
+    t = np.array([[0.5, 0.2, 0.125], [5 / 6, 0.7, 0.875]])
+    expected = [[0, 1, 0, 0.2, 0.125], [0, 0, 1, 0.7, 0.875]]
+    np.testing.assert_array_equal(_features(axes, t), expected)
+
+
+# Trials, their failures, and what is refused.
+
+LEARNING = {"tpe": TPE(5), "cmaes": CMAES(), "gp": GaussianProcess(5, 100)}
+learning = pytest.mark.parametrize("name", LEARNING)
+
+
+@learning
+def test_failed_trials_repel(name):
+    """NaN where the first weight is above 1: its half is left for the other."""
+    searcher = LEARNING[name]
+    space = Unit(shape=(2,))
+    state, key, asked = searcher.init(space, KEY), KEY, []
+    for _ in range(40):
+        key, ask_key = jax.random.split(key)
+        alpha, state = searcher.ask(state, ask_key)
+        value = jnp.where(alpha[0] > 0.5, jnp.nan, jnp.sum(alpha))
+        state = searcher.tell(state, alpha, value)
+        asked.append(np.asarray(alpha))
+    failed = np.array(asked)[:, 0] > 0.5
+    np.testing.assert_array_equal(np.isinf(state.values), failed)
+    assert failed[:10].any()
+    assert failed[20:].mean() < 0.25
+    # Nor do failures alone bring a searcher down.
+    state = searcher.init(space, KEY)
+    for i in range(10):
+        alpha, state = searcher.ask(state, jax.random.fold_in(KEY, i))
+        state = searcher.tell(state, alpha, jnp.nan)
+    assert hg.spaces.contains(space, searcher.ask(state, KEY)[0]).all()
+
+
+@learning
+def test_trials_from_elsewhere_may_be_told(name):
+    """An alpha that was never asked for counts like any other."""
+    searcher = LEARNING[name]
+    state = searcher.init(SPACE, KEY)
+    told = {"rate": 0.1, "weights": jnp.array([0.0, 1.0])}
+    state = searcher.tell(state, told, 0.5)
+    np.testing.assert_allclose(state.t, [[0.75, 0.25, 0.5]])
+    assert state.values.tolist() == [0.5]
+    assert jax.tree.structure(searcher.ask(state, KEY)[0]) == jax.tree.structure(told)
+
+
+def test_optuna_is_left_as_loud_as_it_was():
+    before = optuna.logging.get_verbosity()
+    run(TPE(), SPACE, 3)
+    assert optuna.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize(
+    ("searcher", "package"), [(TPE(), "optuna"), (CMAES(), "cmaes")], ids=repr
+)
+def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*hypergrad-jax\[search\]"):
+        searcher.init(SPACE, KEY)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: TPE(0), "num_initial"),
+        (lambda: CMAES(0.2, 1), "population"),
+        (lambda: GaussianProcess(1), "num_initial"),
+        (lambda: GaussianProcess(5, 1), "num_candidates"),
+        (lambda: CMAES().init(MIXED, KEY), r"Integer and Choice.*TPE"),
+        (lambda: CMAES().init(Unit(), KEY), r"two axes.*TPE"),
+        (lambda: TPE().init({"a": None}, KEY), "Interval"),
+        (lambda: Sobol().init({"a": None}, KEY), "Interval"),
+        (lambda: GaussianProcess().init({"a": None}, KEY), "Interval"),
+    ],
+)
+def test_settings_and_spaces_that_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

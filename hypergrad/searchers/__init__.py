@@ -1,8 +1,11 @@
 """How ``alpha`` is proposed without gradients."""
 
+from .cmaes import CMAES
+from .gaussian_process import GaussianProcess
 from .grid import Grid
 from .protocol import Searcher
 from .random import Random
 from .sobol import Sobol
+from .tpe import TPE
 
-__all__ = ["Grid", "Random", "Searcher", "Sobol"]
+__all__ = ["CMAES", "TPE", "GaussianProcess", "Grid", "Random", "Searcher", "Sobol"]
