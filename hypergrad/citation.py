@@ -420,6 +420,22 @@ BIBTEX: dict[str, str] = dict(
             year="2011",
         ),
         _article(
+            "williams1992",
+            "Williams, Ronald J.",
+            "Simple Statistical Gradient-Following Algorithms for Connectionist "
+            "Reinforcement Learning",
+            "Machine Learning",
+            volume="8",
+            year="1992",
+        ),
+        _paper(
+            "zoph2017",
+            "Zoph, Barret and Le, Quoc V.",
+            "Neural Architecture Search with Reinforcement Learning",
+            "International Conference on Learning Representations",
+            "1611.01578",
+        ),
+        _article(
             "sobol1967",
             "Sobol', Ilya M.",
             "On the Distribution of Points in a Cube and the Approximate Evaluation of "

@@ -19,7 +19,15 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 import hypergrad as hg
-from hypergrad.searchers import CMAES, TPE, GaussianProcess, Grid, Random, Sobol
+from hypergrad.searchers import (
+    CMAES,
+    TPE,
+    GaussianProcess,
+    Grid,
+    Random,
+    Reinforce,
+    Sobol,
+)
 from hypergrad.searchers.gaussian_process import _expected_improvement, _features
 from hypergrad.searchers.trials import seed_of
 from hypergrad.spaces import Choice, Integer, Interval, Simplex, Unit
@@ -30,15 +38,16 @@ SPACE = {
     "weights": Interval(-1.0, 3.0, shape=(2,)),
 }
 MIXED = SPACE | {"depth": Integer(1, 8), "op": Choice((0, 5, 9))}
+CHOICES = {"depth": Integer(4, 7), "op": Choice((0, 5, 9))}
 BEST = {"rate": 0.01, "weights": np.array([0.5, 2.0]), "depth": 6, "op": 5}
 
 
 def distance(alpha):
     """Squared, each axis in units of its range; a wrong choice is half a range off."""
-    parts = [
-        (jnp.log10(alpha["rate"] / BEST["rate"]) / 4) ** 2,
-        jnp.sum((alpha["weights"] - BEST["weights"]) ** 2) / 16,
-    ]
+    parts = []
+    if "rate" in alpha:
+        parts.append((jnp.log10(alpha["rate"] / BEST["rate"]) / 4) ** 2)
+        parts.append(jnp.sum((alpha["weights"] - BEST["weights"]) ** 2) / 16)
     if "depth" in alpha:
         parts.append(((alpha["depth"] - BEST["depth"]) / 7) ** 2)
         parts.append(0.25 * (alpha["op"] != BEST["op"]))
@@ -83,9 +92,11 @@ EVERY = {
     "tpe-mixed": (TPE(40), MIXED, 150, 0.1),
     "cmaes": (CMAES(), SPACE, 200, 1e-2),
     "gp": (GaussianProcess(num_candidates=500), SPACE, 30, 1e-2),
+    "reinforce": (Reinforce(3.0), CHOICES, 200, 0.0),
     "gp-mixed": (GaussianProcess(num_candidates=500), MIXED, 40, 0.1),
 }
 every = pytest.mark.parametrize("name", EVERY)
+DISCRETE = {"depth": Integer(1, 8), "op": Choice((0, 5, 9), shape=(2,))}
 
 
 @every
@@ -392,3 +403,66 @@ def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatc
 def test_settings_and_spaces_that_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+# Reinforce.
+
+
+def test_the_expected_step_of_reinforce_is_the_gradient_of_the_expected_value():
+    """Over all 72 alphas, weighted by the policy; the baseline changes nothing."""
+    searcher = Reinforce(step_size=0.3)
+    rng = np.random.default_rng(0)
+    state = searcher.init(DISCRETE, KEY)
+    logits = [jnp.asarray(rng.normal(size=x.shape)) for x in state["logits"]]
+    every = list(itertools.product(range(8), range(3), range(3)))
+    values = rng.normal(size=len(every))
+
+    def probabilities(logits):
+        depth, first, second = map(jax.nn.softmax, logits)
+        return jnp.stack([depth[i] * first[j] * second[k] for i, j, k in every])
+
+    slope = jax.grad(lambda logits: probabilities(logits) @ values)(logits)
+    for baseline in (0.0, 2.0):
+        given = state | {"logits": logits, "baseline": jnp.array(baseline)}
+        step = [jnp.zeros_like(x) for x in logits]
+        for (i, j, k), p, value in zip(
+            every, probabilities(logits), values, strict=True
+        ):
+            ops = jnp.array([0, 5, 9])
+            alpha = {"depth": jnp.array(1 + i), "op": jnp.stack([ops[j], ops[k]])}
+            moved = searcher.tell(given, alpha, value)["logits"]
+            triples = zip(step, moved, logits, strict=True)
+            step = [mean + p * (new - old) for mean, new, old in triples]
+        for one, gradient in zip(step, slope, strict=True):
+            np.testing.assert_allclose(one, -0.3 * gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_reinforce_draws_from_its_policy():
+    searcher = Reinforce()
+    state = searcher.init({"op": Choice((4, 7, 9))}, KEY)
+    state = state | {"logits": [jnp.log(jnp.array([0.5, 0.3, 0.2]))]}
+    drawn = [searcher.ask(state, jax.random.fold_in(KEY, i))[0] for i in range(500)]
+    counts = [sum(int(a["op"]) == op for a in drawn) for op in (4, 7, 9)]
+    assert scipy.stats.chisquare(counts, [250, 150, 100]).pvalue > 1e-4
+
+
+def test_reinforce_by_hand():
+    """Two trials and two failures of a fair coin, step 1, decay 1/2."""
+    searcher = Reinforce(1.0, 0.5)
+    state = searcher.init(Choice(2), KEY)
+    state = searcher.tell(state, jnp.array(0), jnp.nan)
+    np.testing.assert_array_equal(state["logits"][0], [0.0, 0.0])
+    state = searcher.tell(state, jnp.array(0), 3.0)  # its own baseline
+    np.testing.assert_array_equal(state["logits"][0], [0.0, 0.0])
+    state = searcher.tell(state, jnp.array(1), 1.0)  # 2 below 3
+    np.testing.assert_allclose(state["logits"][0], [-1.0, 1.0])
+    np.testing.assert_allclose(state["baseline"], 2.0)
+    state = searcher.tell(state, jnp.array(1), jnp.inf)  # the worst, 1 above 2
+    p = 1 / (1 + np.exp(-2))
+    np.testing.assert_allclose(state["logits"][0], [-1 + (1 - p), 1 - (1 - p)])
+    np.testing.assert_allclose(state["baseline"], 2.5)
+
+
+def test_reinforce_needs_choices():
+    with pytest.raises(ValueError, match=r"Choice or Integer.*TPE"):
+        Reinforce().init(MIXED, KEY)

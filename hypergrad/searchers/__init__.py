@@ -5,7 +5,17 @@ from .gaussian_process import GaussianProcess
 from .grid import Grid
 from .protocol import Searcher
 from .random import Random
+from .reinforce import Reinforce
 from .sobol import Sobol
 from .tpe import TPE
 
-__all__ = ["CMAES", "TPE", "GaussianProcess", "Grid", "Random", "Searcher", "Sobol"]
+__all__ = [
+    "CMAES",
+    "TPE",
+    "GaussianProcess",
+    "Grid",
+    "Random",
+    "Reinforce",
+    "Searcher",
+    "Sobol",
+]
