@@ -8,6 +8,7 @@ pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()
 from .cube import Axis, axes, from_unit, to_unit
 from .discrete import Choice, Integer
 from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
+from .relax import gumbel_softmax, score_function, straight_through
 from .trees import check, contains, forward, inverse, project, sample
 
 __all__ = [
@@ -26,8 +27,11 @@ __all__ = [
     "contains",
     "forward",
     "from_unit",
+    "gumbel_softmax",
     "inverse",
     "project",
     "sample",
+    "score_function",
+    "straight_through",
     "to_unit",
 ]

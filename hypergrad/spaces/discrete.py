@@ -16,8 +16,8 @@ def _no_derivative(self, x):
     """Raises ValueError: there is no unconstrained variable to step on."""
     raise ValueError(
         f"{self} has no derivative and no unconstrained variable: use hg.search, or "
-        "relax it for hg.minimize: mix the values by weights over Simplex() (softmax), "
-        "or differentiate by a straight-through or a score-function estimator"
+        "relax it for hg.minimize: mix the values by weights over Simplex(), or sample "
+        "them by logits, with hg.spaces.straight_through or hg.spaces.score_function"
     )
 
 
