@@ -1,7 +1,7 @@
 """The outer loop without gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -40,8 +40,12 @@ def search(
     key: Array | None = None,
     metrics: dict[str, Metric] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    record: Callable[[dict], None] | None = None,
+    trials: Sequence[dict] = (),
 ) -> Trace:
     """Trials ``alpha -> M(w*(alpha), alpha)`` until ``budget`` is spent.
+
+    Or until the searcher has no more to propose, as at the end of a grid.
 
     Args:
       problem: the two losses and their data; one outer loss.
@@ -55,14 +59,21 @@ def search(
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
         outside the ledger.
       progress: ``(trials_done, best_value)``, called after each trial.
+      record: called after each trial with all there is to know of it, a dict of plain
+        numbers and lists: ``json.dumps`` makes it a line of a file.
+      trials: those of an earlier search with the same arguments, as recorded, in order.
+        They are told to the searcher, not run again, and count against the budget: a
+        search that was killed goes on as if it had not been, to the same trace.
 
     Returns:
       A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial.
 
-    Cost: one inner solve and one outer value a trial.
+    Cost: one inner solve and one outer value a trial; if a recorded trial stays the
+    best, one more, outside the ledger, for its ``w``.
 
     Raises:
-      TypeError, ValueError: bad input, before anything is traced.
+      TypeError, ValueError: bad input, before anything is traced; ``trials`` that this
+        searcher would not have asked for.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -84,6 +95,8 @@ def search(
         )
     number("budget", optional=False)(budget)
     check_progress(progress)
+    if record is not None and not callable(record):
+        raise TypeError(f"record must be a function of one row; got {record!r}")
     if not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
@@ -99,6 +112,11 @@ def search(
             "jax.jit or jax.vmap; call it in a loop"
         )
     if not isinstance(searcher, Searcher):
+        if record is not None or len(trials):
+            raise ValueError(
+                "record and trials are for searchers whose trials stand alone; the "
+                f"members of {type(searcher).__name__} go on from each other's w"
+            )
         setting = _setting(problem, solver, w, space, metrics)
         return populations.run(searcher, setting, budget, key, progress)
     init_key, run_key = jax.random.split(key)
@@ -106,27 +124,42 @@ def search(
     problem = traced(problem)
     metrics = check_metrics(metrics)
 
-    rows, best, spent, last = [], (math.inf, None, w), 0.0, 0.0
+    run = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
+    rows, best, spent, last = [], (math.inf, None, None, None), 0.0, 0.0
     while not rows or spent + last <= budget:
         run_key, ask_key, trial_key = jax.random.split(run_key, 3)
-        alpha, state = searcher.ask(state, ask_key)
+        try:
+            alpha, state = searcher.ask(state, ask_key)
+        except StopIteration:
+            break
         w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
             check_problem(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
-        found, row = _trial(problem, solver, w, alpha, metrics, trial_key)
+        known, found = len(rows) < len(trials), None
+        if known:
+            _, form = eqx.filter_eval_shape(run, alpha, trial_key)
+            alpha, row = _restored(trials[len(rows)], len(rows), alpha, form)
+        else:
+            found, row = run(alpha, trial_key)
         value = row["value"]
         state = searcher.tell(state, alpha, value)
         if not rows or float(value) < best[0] or math.isnan(best[0]):
-            best = (float(value), alpha, found)
+            best = (float(value), alpha, found, trial_key)
         rows.append(jax.tree.map(np.asarray, row))
         last = float(row["stats"]["gradient_equivalents"])
         spent += last
-        if progress is not None:
+        if record is not None and not known:
+            record(_plain(alpha, rows[-1]))
+        if progress is not None and not known:
             progress(len(rows), best[0])
 
+    if not rows:
+        raise ValueError(f"searcher proposed nothing: {searcher!r}")
     columns = jax.tree.map(lambda *cells: jnp.stack(cells), *rows)
-    _, alpha, found = best
+    _, alpha, found, trial_key = best
+    if found is None:
+        found, _ = run(alpha, trial_key)
     return Trace(alpha, found, alpha, status_code=jnp.asarray(0), **columns)
 
 
@@ -138,6 +171,34 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     check_problem(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
     return populations.Setting(traced(problem), solver, metrics, w, space)
+
+
+def _plain(alpha, row):
+    """A trial as numbers, lists and dicts."""
+    leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(alpha)]
+    return {"alpha": leaves, **jax.tree.map(lambda x: x.item(), row)}
+
+
+def _restored(recorded, index, alpha, form):
+    """``alpha`` and the row of a recorded trial, in the dtypes of a new one."""
+    cast = lambda like, x: jnp.asarray(x, like.dtype)
+    asked, structure = jax.tree.flatten(alpha)
+    try:
+        known = jax.tree.map(cast, asked, recorded["alpha"])
+        row = jax.tree.map(cast, form, {name: recorded[name] for name in form})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"trials[{index}] is no trial of this search, pass what record was given: "
+            f"{error}"
+        ) from error
+    near = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
+    if not all(map(near, known, asked)):
+        raise ValueError(
+            f"trials[{index}] was recorded at alpha {recorded['alpha']}, but this "
+            f"search asks for {_plain(alpha, {})['alpha']}; pass the searcher, space "
+            "and key that it was recorded with, and all trials in order"
+        )
+    return structure.unflatten(known), row
 
 
 @eqx.filter_jit

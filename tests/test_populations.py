@@ -174,6 +174,11 @@ def test_what_no_population_can_train_is_refused():
             PROBLEM, hg.Newton(), hg.searchers.PopulationBased(4), jnp.zeros(2),
             space=SPACE, budget=10,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="go on from each other"):
+        hg.search(
+            PROBLEM, hg.Descent(MOMENTUM, 3), hg.searchers.PopulationBased(4),
+            jnp.zeros(2), space=SPACE, budget=10, trials=[{}],
+        )  # fmt: skip
     with pytest.raises(ValueError, match="share"):
         hg.searchers.PopulationBased(4, share=0.7)
     with pytest.raises(ValueError, match="size"):

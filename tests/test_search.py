@@ -1,5 +1,7 @@
 """Search without gradients against known optima, a known budget and a plain loop."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +203,66 @@ def test_a_draw_is_made_anew_for_each_trial():
     read = lambda w, alpha, batch: batch + 0 * w[0] + 0 * alpha[0]
     trace = search(hg.Bilevel(inner, read, draw=coin), budget=27)
     assert set(trace.value.tolist()) == {0.0, 1.0}
+
+
+METRICS = {"norm": lambda w, alpha, key: w[0], "coin": lambda w, alpha, key: jnp.nan}
+SEARCHERS = [hg.searchers.Random(), hg.searchers.Sobol(), hg.searchers.Grid(6)]
+SEARCHERS += [hg.searchers.TPE(5), hg.searchers.CMAES()]
+
+
+def recorded(**changes):
+    """Trials as they come back from a file of lines, and the trace."""
+    lines = []
+    trace = search(record=lambda row: lines.append(json.dumps(row)), **changes)
+    return [json.loads(line) for line in lines], trace
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS, ids=lambda s: type(s).__name__)
+def test_a_killed_search_goes_on_to_the_same_trace(searcher):
+    """To the bit, the ledger included, wherever it was broken off; none run twice."""
+    settings = {
+        "problem": hg.Bilevel(inner, outer), "searcher": searcher, "metrics": METRICS,
+        "budget": 34.0,
+    }  # fmt: skip
+    whole, trace = recorded(**settings)
+    assert len(whole) == len(trace.value) == 25
+    best = int(np.argmin(trace.value))
+    for k in (1, best, best + 1, 25):
+        rest, resumed = recorded(**settings, trials=whole[:k])
+        assert json.dumps(rest) == json.dumps(whole[k:])
+        jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+        same = lambda x, y: x.dtype == y.dtype
+        assert jax.tree.all(jax.tree.map(same, trace, resumed))
+
+
+def test_a_search_may_go_on_with_a_larger_budget():
+    short, _ = recorded(budget=8.0)
+    _, long = recorded(budget=20.0, trials=short)
+    jax.tree.map(np.testing.assert_array_equal, long, search(budget=20.0))
+
+
+def test_recorded_trials_are_not_run():
+    """Values that no run would give are kept, told, and found to be the best."""
+    known, _ = recorded(budget=8.0)
+    known[2]["value"] = -1.0
+    searcher = Recorder()
+    trace = search(budget=20.0, trials=known, searcher=searcher)
+    assert trace.value[2] == -1.0
+    assert [float(value) for _, value in searcher.told] == trace.value.tolist()
+    np.testing.assert_allclose(trace.best_alpha, known[2]["alpha"][0])
+    np.testing.assert_allclose(trace.w, 2 * trace.best_alpha)
+
+
+def test_trials_of_another_search_are_refused():
+    known, _ = recorded(budget=8.0)
+    with pytest.raises(ValueError, match=r"trials\[0\] was recorded at alpha .* key"):
+        search(trials=known, key=jax.random.key(1))
+    with pytest.raises(ValueError, match=r"trials\[1\] was recorded at alpha"):
+        search(trials=[known[0], *known[2:]])
+    for broken in ({"alpha": [0.1]}, known[0] | {"alpha": 0.1}, {}, {"value": 1.0}):
+        with pytest.raises(ValueError, match=r"trials\[0\]"):
+            search(trials=[broken])
+    with pytest.raises(ValueError, match=r"trials\[0\] is no trial"):
+        search(trials=known, metrics=METRICS)
+    with pytest.raises(TypeError, match="record"):
+        search(record="trials.jsonl")

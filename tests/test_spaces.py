@@ -7,11 +7,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
+import hypergrad as hg
 from hypergrad import spaces
-from hypergrad.spaces import Box, Interval, Positive, Real, Simplex, Unit
+from hypergrad.spaces import (
+    Box,
+    Choice,
+    Integer,
+    Interval,
+    Positive,
+    Real,
+    Simplex,
+    Unit,
+)
 
 BIJECTIONS = {
     "real": Real(),
@@ -278,6 +289,153 @@ def test_unbounded_spaces_do_not_sample(space):
         space.sample(jax.random.key(0), (2,))
 
 
+DISCRETE = {
+    "integer": (Integer(-2, 5), range(-2, 6)),
+    "choice": (Choice((0.1, 7, -3.5)), (0.1, 7, -3.5)),
+    "index": (Choice(4), range(4)),
+}
+discrete = pytest.mark.parametrize(
+    ("space", "values"), DISCRETE.values(), ids=DISCRETE.keys()
+)
+
+
+@discrete
+def test_discrete_samples_are_uniform(space, values):
+    """chi-square of 4000 draws, at p = 1e-4; integers stay integers."""
+    alpha = np.asarray(space.sample(jax.random.key(0), (40, 100)))
+    kind = np.floating if 0.1 in values else np.integer
+    assert np.issubdtype(alpha.dtype, kind)
+    assert space.contains(alpha).all()
+    counts = np.array([np.sum(alpha == value) for value in values])
+    assert counts.sum() == 4000
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_discrete_contains_by_hand():
+    alpha = jnp.array([-2.0, 0.1, 5.0, 6.0, jnp.nan, jnp.inf])
+    for space, expected in [
+        (Integer(-2, 5), [True, False, True, False, False, False]),
+        (Choice((0.1, 6)), [False, True, False, True, False, False]),
+        (Choice(6), [False, False, True, False, False, False]),
+    ]:
+        for leaf in (alpha, alpha.astype(jnp.float32)):
+            np.testing.assert_array_equal(space.contains(leaf), expected)
+            np.testing.assert_array_equal(jax.jit(space.contains)(leaf), expected)
+    assert Integer(0, 2**31 - 2).contains(jnp.int32(2**31 - 2))
+
+
+def test_discrete_spaces_in_a_tree():
+    space = {"depth": Integer(1, 9), "op": Choice(3, shape=(5,)), "rate": Unit()}
+    drawn = spaces.sample(space, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, drawn) == {"depth": (), "op": (5,), "rate": ()}
+    assert all(x.all() for x in jax.tree.leaves(spaces.contains(space, drawn)))
+    assert spaces.check(space, drawn) is None
+    with pytest.raises(ValueError, match=r"alpha\['op'\]\[4\] is 3, .*its values"):
+        spaces.check(space, drawn | {"op": jnp.array([0, 1, 2, 0, 3])})
+    with pytest.raises(ValueError, match=r"alpha\['depth'\] is 2.5.*from low to high"):
+        spaces.check(space, drawn | {"depth": 2.5})
+
+
+@discrete
+def test_discrete_spaces_have_no_unconstrained_variable(space, values):
+    alpha = float(values[1])
+    for call in (spaces.forward, spaces.inverse, spaces.project):
+        with pytest.raises(ValueError, match=r"hg\.search.*Simplex.*score_function"):
+            call(space, alpha)
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    with pytest.raises(ValueError, match=r"hg\.search.*Simplex.*score_function"):
+        hg.minimize(
+            hg.Bilevel(loss, loss), hg.Implicit(hg.Newton()), optax.sgd(0.1),
+            0.0, alpha, num_steps=1, space=space,
+        )  # fmt: skip
+
+
+CUBE = {
+    "interval": (Interval(-2.0, 5.0), scipy.stats.uniform(-2.0, 7.0).ppf),
+    "log": (Interval(1e-5, 10.0, log=True), scipy.stats.loguniform(1e-5, 10.0).ppf),
+    "box": (Box(-2.0, 5.0), scipy.stats.uniform(-2.0, 7.0).ppf),
+    "integer": (Integer(-2, 5), scipy.stats.randint(-2, 6).ppf),
+    "index": (Choice(4), scipy.stats.randint(0, 4).ppf),
+    "choice": (Choice((7, 1)), lambda t: np.where(t < 0.5, 7, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CUBE)
+def test_from_unit_is_the_quantile_of_the_distribution_sampled(name):
+    """Of scipy's distributions, which the samples above follow."""
+    space, quantile = CUBE[name]
+    t = np.random.default_rng(0).uniform(size=1000)
+    np.testing.assert_allclose(space.from_unit(t), quantile(t), rtol=1e-12, atol=1e-12)
+    ends = space.from_unit(np.array([0.0, 1.0]))
+    assert space.contains(ends).all()
+    np.testing.assert_allclose(ends, quantile(np.array([1e-12, 1 - 1e-12])), rtol=1e-9)
+
+
+def test_from_unit_of_a_simplex_has_the_marginals_of_a_dirichlet():
+    """Beta(1, n - 1) each, in every order of the weights; rows sum to 1."""
+    t = np.random.default_rng(0).uniform(size=(5000, 3))
+    alpha = np.asarray(Simplex().from_unit(t))
+    assert alpha.shape == (5000, 4)
+    np.testing.assert_allclose(alpha.sum(-1), 1.0, rtol=1e-14)
+    for column in alpha.T:
+        assert scipy.stats.kstest(column, scipy.stats.beta(1, 3).cdf).pvalue > 1e-4
+    # A pair of weights together: the sum of two is Beta(2, 2).
+    for pair in ([0, 1], [1, 3], [2, 3]):
+        total = alpha[:, pair].sum(-1)
+        assert scipy.stats.kstest(total, scipy.stats.beta(2, 2).cdf).pvalue > 1e-4
+
+
+@dtypes
+def test_to_unit_undoes_from_unit(dtype):
+    tolerance = 200 * float(jnp.finfo(dtype).eps)
+    t = jnp.asarray(np.random.default_rng(0).uniform(size=(50, 3)), dtype)
+    for space in (Unit(), Interval(1e-5, 10.0, log=True), Box(-2.0, 5.0), Simplex()):
+        alpha = space.from_unit(t)
+        assert alpha.dtype == dtype
+        np.testing.assert_allclose(space.to_unit(alpha), t, atol=tolerance)
+    for space, _ in DISCRETE.values():
+        alpha, n = space.from_unit(t), space.num_values
+        np.testing.assert_allclose(space.to_unit(alpha), (np.floor(t * n) + 0.5) / n)
+    corners = jnp.eye(3, dtype=dtype)
+    back = Simplex().from_unit(Simplex().to_unit(corners))
+    np.testing.assert_allclose(back, corners, atol=tolerance)
+    assert Box(1.0, 1.0).to_unit(1.0) == 0
+
+
+def test_the_cube_of_a_tree():
+    space = {
+        "a": Interval(np.array([0.0, 10.0]), np.array([1.0, 20.0]), shape=(2,)),
+        "b": [Choice((5, 6, 7)), Simplex(shape=(2, 3))],
+        "c": Integer(1, 4),
+    }
+    expected = [(None, True)] * 2 + [(3, False)] + [(None, True)] * 4 + [(4, True)]
+    assert spaces.axes(space) == expected
+    t = np.array([0.5, 0.25, 0.9, 0.0, 0.5, 1.0, 0.3, 0.6])
+    alpha = spaces.from_unit(space, t)
+    np.testing.assert_allclose(alpha["a"], [0.5, 12.5])
+    assert (alpha["b"][0], alpha["c"]) == (7, 3)
+    np.testing.assert_allclose(alpha["b"][1], [[0, 0.5, 0.5], [1, 0, 0]])
+    back = spaces.to_unit(space, alpha)
+    # Of a row that is broken off at once, the second coordinate is lost.
+    lost = np.array([0.5, 0.25, 2.5 / 3, 0.0, 0.5, 1.0, 0.0, 2.5 / 4])
+    np.testing.assert_allclose(back, lost, atol=1e-15)
+    for wrong in (t[:-1], t[None], 0.5):
+        with pytest.raises(ValueError, match=r"shape \(8,\)"):
+            spaces.from_unit(space, wrong)
+
+
+def test_spaces_without_a_cube():
+    for space in (None, Positive(), Box(0.0, np.inf)):
+        with pytest.raises(ValueError, match="Interval"):
+            spaces.axes({"a": space})
+    with pytest.raises(TypeError, match="unit_shape"):
+        spaces.axes(types.SimpleNamespace(**dict.fromkeys(METHODS, abs)))
+
+
+METHODS = (
+    "allowed", "forward", "inverse", "project", "contains", "interior", "sample",
+)  # fmt: skip
+
 ALPHA = {
     "rate": jnp.array(0.1),
     "layers": [jnp.array([1.0, 2.0]), jnp.array([[3.0]])],
@@ -422,6 +580,8 @@ def test_check_passes_what_is_inside_and_skips_tracers():
 
 
 LISTED: Any = ([0.0], 1.0)
+HALF: Any = (0.5, 2)
+WORDS: Any = ["adam", "sgd"]
 NAMED: Any = ("a", 1.0)
 OPEN: Any = (0.0, None)
 
@@ -440,6 +600,12 @@ OPEN: Any = (0.0, None)
         (lambda: Interval(*OPEN), TypeError, r"high .*number.*None"),
         (lambda: Box(2.0, 1.0), ValueError, r"low.*above high"),
         (lambda: Box(np.zeros(2), np.zeros(3)), ValueError, r"\(2,\).*\(3,\)"),
+        (lambda: Integer(*HALF), TypeError, r"low .*integer.*0\.5"),
+        (lambda: Integer(3, 3), ValueError, "below high"),
+        (lambda: Choice(WORDS), TypeError, r"'adam'.*Choice\(n\).*switch"),
+        (lambda: Choice([1.0, np.inf]), TypeError, "finite"),
+        (lambda: Choice(1), ValueError, r"at least two.*\[0\]"),
+        (lambda: Choice([1, 2, 1]), ValueError, "all different"),
     ],
 )
 def test_bad_bounds_are_refused(make, error, match):

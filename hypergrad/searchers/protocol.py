@@ -14,7 +14,7 @@ class Searcher(Protocol):
         ...
 
     def ask(self, state: Any, key: Array) -> tuple[PyTree, Any]:
-        """The next ``alpha`` to try."""
+        """The next ``alpha`` to try; StopIteration where none is left, as of a grid."""
         ...
 
     def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:

@@ -19,6 +19,8 @@ class Random(eqx.Module):
     True
     """
 
+    citations = ("bergstra2012",)
+
     def init(self, space: PyTree, key: Array) -> PyTree:
         """The space is all there is to remember."""
         del key

@@ -2,23 +2,36 @@
 
 A space maps an unconstrained ``u``, on which the optimizer steps, to ``alpha``. A
 pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()``.
+``Integer`` and ``Choice`` have no ``u``: they are for ``search`` alone.
 """
 
+from .cube import Axis, axes, from_unit, to_unit
+from .discrete import Choice, Integer
 from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
+from .relax import gumbel_softmax, score_function, straight_through
 from .trees import check, contains, forward, inverse, project, sample
 
 __all__ = [
+    "Axis",
     "Box",
+    "Choice",
+    "Integer",
     "Interval",
     "Positive",
     "Real",
     "Simplex",
     "Space",
     "Unit",
+    "axes",
     "check",
     "contains",
     "forward",
+    "from_unit",
+    "gumbel_softmax",
     "inverse",
     "project",
     "sample",
+    "score_function",
+    "straight_through",
+    "to_unit",
 ]

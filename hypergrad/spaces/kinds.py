@@ -65,6 +65,11 @@ def _unbounded(self, key, shape=None, dtype=None):
     )
 
 
+def _no_cube(self):
+    """Raises ValueError: an unbounded space is no image of the unit cube."""
+    _unbounded(self, None)
+
+
 class Real(eqx.Module):
     """``alpha = u``.
 
@@ -76,6 +81,7 @@ class Real(eqx.Module):
     forward = inverse = project = _identity
     contains = interior = _finite
     sample = _unbounded
+    unit_shape = property(_no_cube)
 
 
 class Positive(eqx.Module):
@@ -88,6 +94,7 @@ class Positive(eqx.Module):
     allowed = "finite values above 0"
     project = _identity
     sample = _unbounded
+    unit_shape = property(_no_cube)
 
     def forward(self, u):
         """``exp(u)``."""
@@ -176,10 +183,26 @@ class Interval(eqx.Module):
     def sample(self, key, shape=None, dtype=None):
         """Uniform, or log-uniform."""
         shape = self.shape if shape is None else shape
-        t = jax.random.uniform(key, shape, dtype or jnp.result_type(float))
+        dtype = dtype or jnp.result_type(float)
+        return self.from_unit(jax.random.uniform(key, shape, dtype))
+
+    @property
+    def unit_shape(self):
+        """As the leaf's."""
+        return self.shape
+
+    def from_unit(self, t):
+        """``low + t (high - low)``, or the same for ``log(alpha)``."""
+        t = _float(t)
         low, high, width = self._bounds(t)
         alpha = low * jnp.exp(t * width) if self.log else low + t * width
         return jnp.clip(alpha, low, high)
+
+    def to_unit(self, alpha):
+        """``(alpha - low) / (high - low)``, or the same of logarithms."""
+        alpha = _float(alpha)
+        low, _, width = self._bounds(alpha)
+        return (jnp.log(alpha / low) if self.log else alpha - low) / width
 
     def _bounds(self, x):
         low, high = _fit(self, x)
@@ -249,6 +272,34 @@ class Simplex(eqx.Module):
         ones = _rows(jnp.ones(shape, dtype))
         return jax.random.dirichlet(key, ones, dtype=ones.dtype)
 
+    @property
+    def unit_shape(self):
+        """[..., n - 1]: the last weight is what the others leave."""
+        *rows, n = _rows(np.ones(self.shape)).shape
+        return (*rows, n - 1)
+
+    def from_unit(self, t):
+        """Stick-breaking, ``alpha_k = v_k prod_{j<k} (1 - v_j)``.
+
+        ``v_k = 1 - (1 - t_k)^{1/(n-k)}``, the quantiles of Beta(1, n - k).
+        """
+        t = _rows(t)
+        *rows, m = t.shape
+        powers = jnp.arange(m, 0, -1, dtype=t.dtype).reshape((1,) * len(rows) + (m,))
+        left = jnp.cumprod((1 - t) ** (1 / powers), axis=-1)
+        ends = jnp.ones((*rows, 1), t.dtype), jnp.zeros((*rows, 1), t.dtype)
+        return -jnp.diff(jnp.concatenate([ends[0], left, ends[1]], -1), axis=-1)
+
+    def to_unit(self, alpha):
+        """``t_k = 1 - (1 - v_k)^{n-k}``; 0 where nothing is left to break."""
+        alpha = _rows(alpha)
+        *rows, n = alpha.shape
+        left = jnp.flip(jnp.cumsum(jnp.flip(alpha, -1), axis=-1), -1)
+        before, after = left[..., :-1], left[..., 1:]
+        kept = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
+        powers = jnp.arange(n - 1, 0, -1, dtype=alpha.dtype)
+        return 1 - kept ** powers.reshape((1,) * len(rows) + (n - 1,))
+
     def _normal(self, alpha):
         error = jnp.abs(jnp.sum(alpha, axis=-1, keepdims=True) - 1)
         normal = error <= float(jnp.finfo(alpha.dtype).eps) ** 0.5
@@ -297,12 +348,29 @@ class Box(eqx.Module):
     def sample(self, key, shape=None, dtype=None):
         """Uniform; ValueError if a bound is infinite."""
         shape = self.shape if shape is None else shape
+        dtype = dtype or jnp.result_type(float)
+        return self.from_unit(jax.random.uniform(key, shape, dtype))
+
+    @property
+    def unit_shape(self):
+        """As the leaf's; ValueError if a bound is infinite."""
         concrete = [x for x in (self.low, self.high) if not isinstance(x, Tracer)]
         if not all(np.isfinite(x).all() for x in concrete):
-            _unbounded(self, key)
-        t = jax.random.uniform(key, shape, dtype or jnp.result_type(float))
+            _unbounded(self, None)
+        return self.shape
+
+    def from_unit(self, t):
+        """``low + t (high - low)``; ValueError if a bound is infinite."""
+        _ = self.unit_shape
+        t = _float(t)
         low, high = _fit(self, t)
         return jnp.clip(low + t * (high - low), low, high)
+
+    def to_unit(self, alpha):
+        """``(alpha - low) / (high - low)``; 0 where the bounds are equal."""
+        alpha = _float(alpha)
+        low, high = _fit(self, alpha)
+        return (alpha - low) / jnp.where(high > low, high - low, 1)
 
 
 def _float(x):

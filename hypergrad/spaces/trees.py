@@ -70,12 +70,22 @@ def sample(space: PyTree, key: Array) -> PyTree:
     >>> sample({"weights": Unit(shape=(2, 3))}, jax.random.key(0))["weights"].shape
     (2, 3)
     """
+    kinds, structure = spaces_of(space)
+    keys = jax.random.split(key, max(len(kinds), 1))
+    drawn = [kind.sample(key) for kind, key in zip(kinds, keys, strict=True)]
+    return structure.unflatten(drawn)
+
+
+def spaces_of(space: PyTree) -> tuple[list[Any], Any]:
+    """The spaces of the leaves, and the structure of ``alpha``; None is ``Real()``.
+
+    >>> from hypergrad.spaces import Unit
+    >>> spaces_of({"a": Unit()})[0] == [Unit()]
+    True
+    """
     kinds, structure = jax.tree.flatten(space, is_leaf=_is_space)
     _refuse_others(space)
-    keys = jax.random.split(key, max(len(kinds), 1))
-    spread = [Real() if kind is None else kind for kind in kinds]
-    drawn = [kind.sample(key) for kind, key in zip(spread, keys, strict=True)]
-    return structure.unflatten(drawn)
+    return [Real() if kind is None else kind for kind in kinds], structure
 
 
 def check(space: PyTree, alpha: PyTree) -> None:

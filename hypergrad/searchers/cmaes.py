@@ -1,0 +1,101 @@
+"""The covariance matrix adaptation evolution strategy, of the package cmaes."""
+
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, ArrayLike, PyTree
+
+from .. import spaces
+from ..settings import check_steps, number
+from .trials import Trials, seed_of
+
+
+class CMAES(eqx.Module):
+    """A Gaussian that moves and stretches towards the better half of each generation.
+
+    For continuous spaces of moderate dimension, whose axes may depend on each other.
+    The Gaussian lives in the unit cube of the space (log-scaled axes included), begins
+    in its middle, and what falls outside is drawn again. Everything is the package
+    ``cmaes``, with its defaults, and seeded by the key of each ask.
+
+    Args:
+      step_size: the first standard deviation, in units of an axis.
+      population: trials a generation; None for ``4 + floor(3 log(axes))``. Static.
+
+    Raises:
+      ImportError: cmaes is not installed (``pip install hypergrad-jax[search]``).
+      ValueError: ``population`` below 2; at `init`, integers or choices (use `TPE`), a
+        single axis, or an unbounded space.
+
+    Cost: an ask replays all generations, O(axes^3) each. Source: Hansen & Ostermeier
+    2001; Nomura & Shibata 2024, arXiv:2402.01373 (cmaes).
+
+    >>> import jax, hypergrad as hg
+    >>> searcher = hg.searchers.CMAES()
+    >>> state = searcher.init(hg.spaces.Unit(shape=(2,)), jax.random.key(0))
+    >>> alpha, state = searcher.ask(state, jax.random.key(1))
+    >>> alpha.shape
+    (2,)
+    """
+
+    step_size: ArrayLike = eqx.field(default=0.25, converter=number("step_size"))
+    population: int | None = eqx.field(static=True, default=None)
+
+    citations = ("hansen2001", "nomura2024")
+
+    def __check_init__(self):
+        check_steps("population", self.population, 2, optional=True)
+
+    def init(self, space: PyTree, key: Array) -> Trials:
+        """No trial yet."""
+        del key
+        _cmaes()
+        axes = spaces.axes(space)
+        if any(axis.num_values is not None for axis in axes):
+            raise ValueError(
+                "CMAES moves a Gaussian, which has no place for Integer and Choice; "
+                "use hg.searchers.TPE()"
+            )
+        if len(axes) < 2:
+            raise ValueError(
+                "CMAES needs at least two axes, the space has one; use "
+                "hg.searchers.TPE()"
+            )
+        return Trials.none(space)
+
+    def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
+        """A draw from the Gaussian after all full generations; the state is as it was.
+
+        Told the same trials, cmaes arrives at the same Gaussian: its random numbers
+        move only its draws.
+        """
+        axes = state.t.shape[1]
+        gaussian = _cmaes().CMA(
+            mean=np.full(axes, 0.5),
+            sigma=np.asarray(self.step_size).item(),
+            bounds=np.tile([0.0, 1.0], (axes, 1)),
+            population_size=self.population,
+        )
+        size = gaussian.population_size
+        for i in range(0, len(state.t) - size + 1, size):
+            generation = zip(
+                state.t[i : i + size], state.values[i : i + size], strict=True
+            )
+            gaussian.tell(list(generation))
+        gaussian.reseed_rng(seed_of(key))
+        return spaces.from_unit(state.space, gaussian.ask()), state
+
+    def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
+        """Remembers the trial."""
+        return state.told(alpha, value)
+
+
+def _cmaes() -> Any:
+    try:
+        import cmaes
+    except ImportError as error:
+        raise ImportError(
+            "CMAES needs cmaes: pip install 'hypergrad-jax[search]'"
+        ) from error
+    return cmaes

@@ -1,0 +1,52 @@
+"""What searchers that learn remember: the trials, as coordinates and values."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .. import spaces
+
+
+class Trials(eqx.Module):
+    """The state of a searcher that learns from all that it was told.
+
+    A pytree of plain numbers: ``jax.tree.leaves`` of it can be stored, and put back by
+    ``jax.tree.unflatten`` into the structure of a fresh ``init``.
+
+    Attributes:
+      space: what is searched.
+      t: [trials, axes], coordinates in the unit cube.
+      values: [trials]; a NaN, a trial that failed, is kept as infinity.
+
+    >>> from hypergrad.spaces import Unit
+    >>> Trials.none(Unit()).told(0.25, 3.0).t.tolist()
+    [[0.25]]
+    """
+
+    space: PyTree
+    t: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def none(cls, space: PyTree) -> "Trials":
+        """Before any trial; errors as `hypergrad.spaces.axes`."""
+        return cls(space, np.zeros((0, len(spaces.axes(space)))), np.zeros(0))
+
+    def told(self, alpha: PyTree, value: Array) -> "Trials":
+        """With one more trial."""
+        t = np.asarray(spaces.to_unit(self.space, alpha), np.float64)
+        told = math.inf if np.isnan(value) else float(value)
+        return Trials(self.space, np.vstack([self.t, t]), np.append(self.values, told))
+
+
+def seed_of(key: Array) -> int:
+    """A seed for libraries with random numbers of their own.
+
+    >>> 0 <= seed_of(jax.random.key(0)) < 2**32
+    True
+    """
+    return int(jax.random.bits(key, (), jnp.uint32))

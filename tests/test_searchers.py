@@ -1,0 +1,468 @@
+"""Searchers against known optima, their own libraries run by hand, and themselves."""
+
+import io
+import itertools
+import json
+import sys
+import warnings
+
+import cmaes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optuna
+import pytest
+import scipy.stats
+from scipy.stats import qmc
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+import hypergrad as hg
+from hypergrad.searchers import (
+    CMAES,
+    TPE,
+    GaussianProcess,
+    Grid,
+    Random,
+    Reinforce,
+    Sobol,
+)
+from hypergrad.searchers.gaussian_process import _expected_improvement, _features
+from hypergrad.searchers.trials import seed_of
+from hypergrad.spaces import Choice, Integer, Interval, Simplex, Unit
+
+KEY = jax.random.key(0)
+SPACE = {
+    "rate": Interval(1e-4, 1.0, log=True),
+    "weights": Interval(-1.0, 3.0, shape=(2,)),
+}
+MIXED = SPACE | {"depth": Integer(1, 8), "op": Choice((0, 5, 9))}
+CHOICES = {"depth": Integer(4, 7), "op": Choice((0, 5, 9))}
+BEST = {"rate": 0.01, "weights": np.array([0.5, 2.0]), "depth": 6, "op": 5}
+
+
+def distance(alpha):
+    """Squared, each axis in units of its range; a wrong choice is half a range off."""
+    parts = []
+    if "rate" in alpha:
+        parts.append((jnp.log10(alpha["rate"] / BEST["rate"]) / 4) ** 2)
+        parts.append(jnp.sum((alpha["weights"] - BEST["weights"]) ** 2) / 16)
+    if "depth" in alpha:
+        parts.append(((alpha["depth"] - BEST["depth"]) / 7) ** 2)
+        parts.append(0.25 * (alpha["op"] != BEST["op"]))
+    return sum(parts)
+
+
+def search(searcher, trials, space=SPACE, **changes):
+    """On a problem whose value at its best response is the squared distance."""
+    inner = lambda w, alpha, batch: (w - distance(alpha)) ** 2
+    outer = lambda w, alpha, batch: w
+    solver = hg.ClosedForm(lambda alpha, batch: distance(alpha))
+    settings = {"space": space, "key": KEY, "budget": (trials + 0.5) * 4 / 3}
+    problem = hg.Bilevel(inner, outer)
+    return hg.search(problem, solver, searcher, 0.0, **{**settings, **changes})
+
+
+def run(searcher, space, trials, state=None, begin=0, seed=0):
+    """Asks and tells by hand; proposals ``begin``, ..., and the state after them."""
+    key = jax.random.key(seed)
+    state = searcher.init(space, key) if state is None else state
+    asked = []
+    for i in range(begin, trials):
+        alpha, state = searcher.ask(state, jax.random.fold_in(key, i))
+        state = searcher.tell(state, alpha, distance(alpha))
+        asked.append(alpha)
+    return asked, state
+
+
+def cubes(space, asked):
+    return np.stack([hg.spaces.to_unit(space, alpha) for alpha in asked])
+
+
+# Every searcher: name -> (searcher, space, trials, distance of the best within).
+# Of 200 uniform points one is within 1/4, a ball of volume 0.065, but for exp(-13); as
+# many of Sobol's are spread no worse. A grid comes within half a spacing an axis.
+EVERY = {
+    "random": (Random(), SPACE, 200, 0.25),
+    "grid": (Grid(5), SPACE, 125, 3**0.5 / 8),
+    "grid-mixed": (Grid(3), MIXED, 27 * 24, 3**0.5 / 4),
+    "sobol": (Sobol(), SPACE, 128, 0.2),
+    "tpe": (TPE(), SPACE, 100, 0.1),
+    "tpe-mixed": (TPE(40), MIXED, 150, 0.1),
+    "cmaes": (CMAES(), SPACE, 200, 1e-2),
+    "gp": (GaussianProcess(num_candidates=500), SPACE, 30, 1e-2),
+    "reinforce": (Reinforce(3.0), CHOICES, 200, 0.0),
+    "gp-mixed": (GaussianProcess(num_candidates=500), MIXED, 40, 0.1),
+}
+every = pytest.mark.parametrize("name", EVERY)
+DISCRETE = {"depth": Integer(1, 8), "op": Choice((0, 5, 9), shape=(2,))}
+
+
+@every
+def test_the_optimum_is_found_within_its_tolerance(name):
+    searcher, space, trials, within = EVERY[name]
+    trace = search(searcher, trials, space)
+    assert len(trace.value) == trials
+    assert float(jnp.sqrt(jnp.min(trace.value))) <= within
+    np.testing.assert_allclose(distance(trace.best_alpha), trace.value.min())
+    if "depth" in space:
+        assert trace.best_alpha["depth"] == 6
+        assert trace.best_alpha["op"] == 5
+
+
+@every
+def test_a_stored_state_asks_on_as_if_nothing_had_happened(name):
+    """Stored after any number of trials as plain arrays: nothing repeated nor lost."""
+    searcher, space, *_ = EVERY[name]
+    whole, _ = run(searcher, space, 20)
+    for k in (1, 13):
+        first, state = run(searcher, space, k)
+        file = io.BytesIO()
+        np.savez(file, *jax.tree.leaves(state))
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as saved:
+            leaves = [saved[f"arr_{i}"] for i in range(len(saved.files))]
+        fresh = searcher.init(space, jax.random.key(0))
+        state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+        then, _ = run(searcher, space, 20, state, k)
+        for one, same in zip(whole, first + then, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, same)
+
+
+@every
+def test_proposals_lie_in_the_space_and_asking_changes_nothing(name):
+    searcher, space, *_ = EVERY[name]
+    asked, state = run(searcher, space, 25)
+    for alpha in asked:
+        assert jax.tree.structure(alpha) == jax.tree.structure(asked[0])
+        assert all(x.all() for x in jax.tree.leaves(hg.spaces.contains(space, alpha)))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+    one, _ = searcher.ask(state, KEY)
+    two, _ = searcher.ask(state, KEY)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.leaves(state))
+
+
+@every
+def test_what_each_searcher_rests_on_is_cited(name):
+    searcher = EVERY[name][0]
+    text = hg.citation(searcher)
+    assert all(f"{{{key}," in text for key in getattr(searcher, "citations", ()))
+    assert hasattr(searcher, "citations") or isinstance(searcher, Grid)
+
+
+# Grid and Sobol.
+
+
+def test_a_grid_is_the_product_of_its_axes():
+    asked, state = run(Grid(3), MIXED, 27 * 24)
+    points = [
+        (a["depth"].item(), a["op"].item(), a["rate"].item(), *a["weights"].tolist())
+        for a in asked
+    ]
+    axes = range(1, 9), (0, 5, 9), (1e-4, 1e-2, 1.0), (-1.0, 1.0, 3.0), (-1.0, 1.0, 3.0)
+    np.testing.assert_allclose(points, list(itertools.product(*axes)), rtol=1e-12)
+    with pytest.raises(StopIteration):
+        Grid(3).ask(state, KEY)
+
+
+def test_a_search_ends_with_its_grid_or_its_budget():
+    assert len(search(Grid(2), 1000).value) == 8
+    assert len(search(Grid(2), 5).value) == 5
+    assert search(Grid(1), 1000).best_alpha["weights"].tolist() == [1.0, 1.0]
+
+
+def test_grids_that_are_refused():
+    with pytest.raises(ValueError, match=r"1000000 points \(6 axes\).*Sobol"):
+        Grid(10).init(Unit(shape=(6,)), KEY)
+    with pytest.raises(ValueError, match=r"Simplex.*Sobol"):
+        Grid(10).init({"a": Simplex(shape=(3,))}, KEY)
+    with pytest.raises(ValueError, match="Interval"):
+        Grid(10).init({"a": None}, KEY)
+    with pytest.raises(ValueError, match="num must be an integer"):
+        Grid(0)
+
+
+def test_sobol_is_the_sequence_of_scipy():
+    """Through scipy's own quantiles, with the scramble of the state's seed."""
+    asked, state = run(Sobol(), MIXED, 16)
+    sequence = qmc.Sobol(5, seed=seed_of(jax.random.key(0))).random(16)
+    quantiles = [
+        scipy.stats.randint(1, 9).ppf,
+        lambda t: np.array([0, 5, 9])[(3 * t).astype(int)],
+        scipy.stats.loguniform(1e-4, 1.0).ppf,
+        scipy.stats.uniform(-1.0, 4.0).ppf,
+        scipy.stats.uniform(-1.0, 4.0).ppf,
+    ]
+    for i, (name, quantile) in enumerate(
+        zip(["depth", "op", "rate", 0, 1], quantiles, strict=True)
+    ):
+        got = [a["weights"][name] if name in (0, 1) else a[name] for a in asked]
+        np.testing.assert_allclose(got, quantile(sequence[:, i]), rtol=1e-10)
+    assert json.loads(json.dumps([state["seed"], state["index"]]))[1] == 16
+    other, _ = run(Sobol(), MIXED, 1, seed=1)
+    assert other[0]["rate"] != asked[0]["rate"]
+
+
+def test_sobol_fills_the_space_more_evenly_than_draws():
+    """One point in each of 64 cells of an eighth by an eighth; draws leave a third."""
+    space = Unit(shape=(2,))
+    cells = lambda asked: {tuple(np.floor(8 * np.asarray(a)).tolist()) for a in asked}
+    state, asked = Sobol().init(space, KEY), []
+    for _ in range(64):
+        alpha, state = Sobol().ask(state, KEY)
+        asked.append(alpha)
+    assert len(cells(asked)) == 64
+    drawn = [Random().ask(space, jax.random.fold_in(KEY, i))[0] for i in range(64)]
+    assert len(cells(drawn)) < 56
+
+
+def test_a_searcher_that_proposes_nothing():
+    class Nothing(Random):
+        def ask(self, state, key):
+            raise StopIteration
+
+    with pytest.raises(ValueError, match="proposed nothing"):
+        search(Nothing(), 3)
+
+
+# The libraries, run by hand with the same seeds.
+
+
+def keys_of(trials):
+    return [jax.random.fold_in(jax.random.key(0), i) for i in range(trials)]
+
+
+def test_tpe_proposes_what_optuna_does():
+    """One study that goes on, on ranges of its own, reseeded at every ask."""
+    asked, _ = run(TPE(5), MIXED, 40)
+    kinds = optuna.distributions
+    distributions = {
+        # The order of the names is that in which optuna's random numbers are used.
+        "0 depth": kinds.IntDistribution(1, 8),
+        "1 op": kinds.CategoricalDistribution((0, 5, 9)),
+        "2 rate": kinds.FloatDistribution(1e-4, 1.0, log=True),
+        "3 a": kinds.FloatDistribution(-1.0, 3.0),
+        "4 b": kinds.FloatDistribution(-1.0, 3.0),
+    }
+    study = optuna.create_study()
+    for alpha, key in zip(asked, keys_of(40), strict=True):
+        sampler = optuna.samplers.TPESampler(n_startup_trials=5, seed=seed_of(key))
+        study.sampler = sampler
+        trial = study.ask(distributions)
+        hand = {name[2:]: value for name, value in trial.params.items()}
+        assert (alpha["depth"], alpha["op"]) == (hand["depth"], hand["op"])
+        np.testing.assert_allclose(alpha["rate"], hand["rate"], rtol=1e-6)
+        weights = np.array([hand["a"], hand["b"]])
+        np.testing.assert_allclose(alpha["weights"], weights, rtol=1e-6)
+        names = ("depth", "op", "rate")
+        told = {name: hand[name] for name in names} | {"weights": weights}
+        study.tell(trial, float(distance(told)))
+
+
+@pytest.mark.parametrize("population", [None, 4])
+def test_cmaes_proposes_what_cmaes_does(population):
+    """One optimizer that goes on through its generations, reseeded at every ask."""
+    asked, _ = run(CMAES(0.3, population), SPACE, 60)
+    bounds = np.array([[0.0, 1.0]] * 3)
+    size = 7 if population is None else population
+    gaussian = cmaes.CMA(np.full(3, 0.5), 0.3, bounds, population_size=size)
+    generation = []
+    for alpha, key in zip(asked, keys_of(60), strict=True):
+        gaussian.reseed_rng(seed_of(key))
+        t = gaussian.ask()
+        hand = {"rate": 1e-4 ** (1 - t[0]), "weights": 4 * t[1:] - 1}
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), alpha, hand
+        )
+        generation.append((t, float(distance(hand))))
+        if len(generation) == size:
+            gaussian.tell(generation)
+            generation = []
+
+
+def test_the_gaussian_process_has_the_likelihood_of_scikit_learn():
+    """Fitted by its own call instead, the process expects as much of the proposal."""
+    searcher = GaussianProcess(num_initial=8, num_candidates=500)
+    asked, state = run(searcher, SPACE, 20)
+    t = cubes(SPACE, asked)
+    np.testing.assert_allclose(state.t, t, rtol=1e-12)
+    alpha, _ = searcher.ask(state, KEY)
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
+        np.full(3, 0.5), (1e-2, 1e2), 2.5
+    )
+    process = GaussianProcessRegressor(kernel, alpha=1e-6, normalize_y=True)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        process.fit(t, state.values)
+    best = state.values.min()
+
+    def expected(t):
+        """The integral of max(best - y, 0) p(y)."""
+        mean, deviation = process.predict(t, return_std=True)
+        y = mean[:, None] + deviation[:, None] * np.linspace(-12, 12, 20_001)
+        density = scipy.stats.norm.pdf(y, mean[:, None], deviation[:, None])
+        return np.trapezoid(np.maximum(best - y, 0) * density, y, axis=1)
+
+    others = np.random.default_rng(1).uniform(size=(500, 3))
+    chosen = expected(cubes(SPACE, [alpha]))
+    assert chosen > 0
+    assert chosen >= expected(others).max()
+
+
+def test_the_expected_improvement_is_its_integral():
+    mean, deviation = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 0.1])
+    y = mean[:, None] + deviation[:, None] * np.linspace(-15, 15, 200_001)
+    density = scipy.stats.norm.pdf(y, mean[:, None], deviation[:, None])
+    integral = np.trapezoid(np.maximum(0.3 - y, 0) * density, y, axis=1)
+    np.testing.assert_allclose(
+        _expected_improvement(0.3, mean, deviation), integral, rtol=1e-7
+    )
+    sure = _expected_improvement(0.3, np.array([0.1, 0.5]), np.zeros(2))
+    np.testing.assert_allclose(sure, [0.2, 0.0], atol=1e-300)
+
+
+def test_features_of_a_choice_are_its_indicators():
+    axes = hg.spaces.axes([Choice(3), Unit(), Integer(1, 4)])
+    t = np.array([[0.5, 0.2, 0.125], [5 / 6, 0.7, 0.875]])
+    expected = [[0, 1, 0, 0.2, 0.125], [0, 0, 1, 0.7, 0.875]]
+    np.testing.assert_array_equal(_features(axes, t), expected)
+
+
+# Trials, their failures, and what is refused.
+
+LEARNING = {"tpe": TPE(5), "cmaes": CMAES(), "gp": GaussianProcess(5, 100)}
+learning = pytest.mark.parametrize("name", LEARNING)
+
+
+@learning
+def test_failed_trials_repel(name):
+    """NaN where the first weight is above 1: its half is left for the other."""
+    searcher = LEARNING[name]
+    space = Unit(shape=(2,))
+    state, key, asked = searcher.init(space, KEY), KEY, []
+    for _ in range(40):
+        key, ask_key = jax.random.split(key)
+        alpha, state = searcher.ask(state, ask_key)
+        value = jnp.where(alpha[0] > 0.5, jnp.nan, jnp.sum(alpha))
+        state = searcher.tell(state, alpha, value)
+        asked.append(np.asarray(alpha))
+    failed = np.array(asked)[:, 0] > 0.5
+    np.testing.assert_array_equal(np.isinf(state.values), failed)
+    assert failed[:10].any()
+    assert failed[20:].mean() < 0.25
+    # Nor do failures alone bring a searcher down.
+    state = searcher.init(space, KEY)
+    for i in range(10):
+        alpha, state = searcher.ask(state, jax.random.fold_in(KEY, i))
+        state = searcher.tell(state, alpha, jnp.nan)
+    assert hg.spaces.contains(space, searcher.ask(state, KEY)[0]).all()
+
+
+@learning
+def test_trials_from_elsewhere_may_be_told(name):
+    """An alpha that was never asked for counts like any other."""
+    searcher = LEARNING[name]
+    state = searcher.init(SPACE, KEY)
+    told = {"rate": 0.1, "weights": jnp.array([0.0, 1.0])}
+    state = searcher.tell(state, told, 0.5)
+    np.testing.assert_allclose(state.t, [[0.75, 0.25, 0.5]])
+    assert state.values.tolist() == [0.5]
+    assert jax.tree.structure(searcher.ask(state, KEY)[0]) == jax.tree.structure(told)
+
+
+def test_optuna_is_left_as_loud_as_it_was():
+    before = optuna.logging.get_verbosity()
+    run(TPE(), SPACE, 3)
+    assert optuna.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize(
+    ("searcher", "package"), [(TPE(), "optuna"), (CMAES(), "cmaes")], ids=repr
+)
+def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*hypergrad-jax\[search\]"):
+        searcher.init(SPACE, KEY)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: TPE(0), "num_initial"),
+        (lambda: CMAES(0.2, 1), "population"),
+        (lambda: GaussianProcess(1), "num_initial"),
+        (lambda: GaussianProcess(5, 1), "num_candidates"),
+        (lambda: CMAES().init(MIXED, KEY), r"Integer and Choice.*TPE"),
+        (lambda: CMAES().init(Unit(), KEY), r"two axes.*TPE"),
+        (lambda: TPE().init({"a": None}, KEY), "Interval"),
+        (lambda: Sobol().init({"a": None}, KEY), "Interval"),
+        (lambda: GaussianProcess().init({"a": None}, KEY), "Interval"),
+    ],
+)
+def test_settings_and_spaces_that_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+# Reinforce.
+
+
+def test_the_expected_step_of_reinforce_is_the_gradient_of_the_expected_value():
+    """Over all 72 alphas, weighted by the policy; the baseline changes nothing."""
+    searcher = Reinforce(step_size=0.3)
+    rng = np.random.default_rng(0)
+    state = searcher.init(DISCRETE, KEY)
+    logits = [jnp.asarray(rng.normal(size=x.shape)) for x in state["logits"]]
+    every = list(itertools.product(range(8), range(3), range(3)))
+    values = rng.normal(size=len(every))
+
+    def probabilities(logits):
+        depth, first, second = map(jax.nn.softmax, logits)
+        return jnp.stack([depth[i] * first[j] * second[k] for i, j, k in every])
+
+    slope = jax.grad(lambda logits: probabilities(logits) @ values)(logits)
+    for baseline in (0.0, 2.0):
+        given = state | {"logits": logits, "baseline": jnp.array(baseline)}
+        step = [jnp.zeros_like(x) for x in logits]
+        for (i, j, k), p, value in zip(
+            every, probabilities(logits), values, strict=True
+        ):
+            ops = jnp.array([0, 5, 9])
+            alpha = {"depth": jnp.array(1 + i), "op": jnp.stack([ops[j], ops[k]])}
+            moved = searcher.tell(given, alpha, value)["logits"]
+            triples = zip(step, moved, logits, strict=True)
+            step = [mean + p * (new - old) for mean, new, old in triples]
+        for one, gradient in zip(step, slope, strict=True):
+            np.testing.assert_allclose(one, -0.3 * gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_reinforce_draws_from_its_policy():
+    searcher = Reinforce()
+    state = searcher.init({"op": Choice((4, 7, 9))}, KEY)
+    state = state | {"logits": [jnp.log(jnp.array([0.5, 0.3, 0.2]))]}
+    drawn = [searcher.ask(state, jax.random.fold_in(KEY, i))[0] for i in range(500)]
+    counts = [sum(int(a["op"]) == op for a in drawn) for op in (4, 7, 9)]
+    assert scipy.stats.chisquare(counts, [250, 150, 100]).pvalue > 1e-4
+
+
+def test_reinforce_by_hand():
+    """Two trials and two failures of a fair coin, step 1, decay 1/2."""
+    searcher = Reinforce(1.0, 0.5)
+    state = searcher.init(Choice(2), KEY)
+    state = searcher.tell(state, jnp.array(0), jnp.nan)
+    np.testing.assert_array_equal(state["logits"][0], [0.0, 0.0])
+    state = searcher.tell(state, jnp.array(0), 3.0)  # its own baseline
+    np.testing.assert_array_equal(state["logits"][0], [0.0, 0.0])
+    state = searcher.tell(state, jnp.array(1), 1.0)  # 2 below 3
+    np.testing.assert_allclose(state["logits"][0], [-1.0, 1.0])
+    np.testing.assert_allclose(state["baseline"], 2.0)
+    state = searcher.tell(state, jnp.array(1), jnp.inf)  # the worst, 1 above 2
+    p = 1 / (1 + np.exp(-2))
+    np.testing.assert_allclose(state["logits"][0], [-1 + (1 - p), 1 - (1 - p)])
+    np.testing.assert_allclose(state["baseline"], 2.5)
+
+
+def test_reinforce_needs_choices():
+    with pytest.raises(ValueError, match=r"Choice or Integer.*TPE"):
+        Reinforce().init(MIXED, KEY)
