@@ -64,6 +64,14 @@ def test_the_quadrature_is_the_reference_that_others_publish():
     np.testing.assert_allclose(u, found["u"].ravel()[::11], atol=1e-9)
 
 
+def test_the_reference_is_looked_for_each_time(monkeypatch):
+    """A file that is there now counts, whatever was found before."""
+    assert "quadrature" in physics.burgers_reference("/nowhere")[0]
+    there = {"x": np.zeros(1)}
+    monkeypatch.setattr(physics.datasets, "load", lambda name, data_dir: there)
+    assert physics.burgers_reference("/nowhere")[1] is there
+
+
 ALPHA = {"residual": 0.5, "boundary": 3.0, "data": 2.0}
 slow = pytest.mark.slow
 

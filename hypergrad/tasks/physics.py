@@ -154,17 +154,21 @@ def cole_hopf(x: np.ndarray, t: np.ndarray, num_nodes: int = 500) -> np.ndarray:
 
 
 @functools.cache
+def quadrature() -> dict[str, np.ndarray]:
+    """``{"x", "t", "u"}`` by `cole_hopf`, at the places and times of the file."""
+    x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
+    places, times = np.meshgrid(x, t, indexing="ij")
+    u = cole_hopf(places.ravel(), times.ravel()).reshape(256, 100)
+    return {"x": x, "t": t, "u": u}
+
+
 def burgers_reference(data_dir: str | None) -> tuple[str, dict[str, np.ndarray]]:
     """``(where from, {"x", "t", "u"})``: the file where it is kept, else quadrature."""
     try:
         found = datasets.load("burgers", data_dir)
         return "Burgers' equation, the file of Raissi et al. 2019", found
     except FileNotFoundError:
-        x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
-        places, times = np.meshgrid(x, t, indexing="ij")
-        u = cole_hopf(places.ravel(), times.ravel()).reshape(256, 100)
-        found = {"x": x, "t": t, "u": u}
-        return "Burgers' equation, by the quadrature of Cole and Hopf", found
+        return "Burgers' equation, by the quadrature of Cole and Hopf", quadrature()
 
 
 def data_name(variant: str = "poisson", data_dir: str | None = None) -> str:
