@@ -38,8 +38,8 @@ class Reinforce(eqx.Module):
     >>> for key in jax.random.split(key, 100):
     ...     alpha, state = searcher.ask(state, key)
     ...     state = searcher.tell(state, alpha, abs(alpha["op"] - 1.0))
-    >>> [int(logits.argmax()) for logits in state["logits"]]
-    [1]
+    >>> int(state["logits"][0].argmax())
+    1
     """
 
     step_size: ArrayLike = eqx.field(default=1.0, converter=number("step_size"))

@@ -35,8 +35,8 @@ def axes(space: PyTree) -> list[Axis]:
         ``to_unit``.
 
     >>> from hypergrad.spaces import Integer, Simplex
-    >>> [axis.num_values for axis in axes([Integer(1, 3), Simplex(shape=(3,))])]
-    [3, None, None]
+    >>> tuple(axis.num_values for axis in axes((Integer(1, 3), Simplex(shape=(3,)))))
+    (3, None, None)
     """
     return [
         Axis(getattr(kind, "num_values", None), getattr(kind, "ordered", True))
