@@ -282,7 +282,7 @@ def test_inputs(name, entry):
 ONE = {"problem": DEFAULTS["problem"], "w": 0.0, "alpha": 0.5}
 LOOPS = {
     "tuple of losses": (
-        minimize, ValueError, ["one outer loss", "has 2"],
+        minimize, ValueError, ["has 2 outer losses", "combine="],
         {"problem": hg.Bilevel(inner, (outer, outer))},
     ),
     "optimizer function": (
