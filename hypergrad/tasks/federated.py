@@ -351,10 +351,16 @@ def make(
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
+      TypeError: a size that `SCALES` does not name.
       ValueError: another scale.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+    if unknown := set(sizes) - set(SCALES[scale]):
+        raise TypeError(
+            f"federated.make has no argument {', '.join(sorted(unknown))}; its sizes "
+            f"are {', '.join(SCALES[scale])}"
+        )
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     chosen = SCALES[scale] | sizes
