@@ -233,20 +233,35 @@ def characters(
 ) -> tuple[str, np.ndarray, int]:
     """Name, ``[characters, drawings, height, width]``, and the turns that make classes.
 
-    Omniglot where its file is found, at 28 by 28 pixels for the paper's scale and at 14
-    by 14 for the small one, in four turns; else scikit-learn's digits, 170 drawings of
-    each, in two, since a 6 turned by 180 degrees is a 9, and a 0, 1 or 8 itself.
+    Omniglot, at 28 by 28 pixels for the paper's scale and at 14 by 14 for the small
+    one, in four turns. The small scale does without where no folder is named and no
+    file is found: it takes scikit-learn's digits, 170 drawings of each, in two turns,
+    since a 6 turned by 180 degrees is a 9, and a 0, 1 or 8 itself. With an empty
+    ``data_dir`` it always does.
+
+    Raises:
+      FileNotFoundError: no file in ``data_dir``, or none for the paper's scale.
     """
+    small = scale == "small"
+    if small and data_dir == "":
+        return turned_digits()
     try:
         x = datasets.load("omniglot", data_dir)["x"]
     except FileNotFoundError:
-        digits = datasets.load("digits")
-        each = [digits["x"][digits["y"] == label][:170] for label in range(10)]
-        x = np.stack(each).reshape(10, 170, 8, 8)
-        return "rotated scikit-learn digits (10 digits, 2 rotations)", x, 2
-    if scale == "small":
+        if small and data_dir is None:
+            return turned_digits()
+        raise
+    if small:
         x = x.reshape(*x.shape[:2], 14, 2, 14, 2).mean(axis=(3, 5))
     return "Omniglot (1,623 characters, 4 rotations)", x, 4
+
+
+def turned_digits() -> tuple[str, np.ndarray, int]:
+    """`characters` of scikit-learn's digits."""
+    digits = datasets.load("digits")
+    each = [digits["x"][digits["y"] == label][:170] for label in range(10)]
+    x = np.stack(each).reshape(10, 170, 8, 8)
+    return "rotated scikit-learn digits (10 digits, 2 rotations)", x, 2
 
 
 def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
@@ -283,13 +298,14 @@ def make(
     images: Array | None = None,
     num_turns: int = 4,
 ) -> Task:
-    """Five-way one-shot tasks, of Omniglot where its file is found, else of digits.
+    """Five-way one-shot tasks of Omniglot's characters, or of digits.
 
     Args:
       key: of the split, and of the network to begin with.
       scale: 'small' is a tanh network on small images; 'paper' Finn et al.'s four
         convolutions of 64 filters.
-      data_dir: the folder with Omniglot's; None means what HYPERGRAD_DATA_DIR holds.
+      data_dir: the folder with Omniglot's; None means what HYPERGRAD_DATA_DIR holds,
+        and at the small scale scikit-learn's digits where no file is found.
       variant: 'maml', 'imaml' or 'ridge'.
       way, shots, num_tasks: classes of a task, drawings of each to learn from, and
         tasks of one estimate: 4, or 32 at the paper's scale.
@@ -299,6 +315,7 @@ def make(
         data, and how many turns of 90 degrees make classes of each, two or four.
 
     Raises:
+      FileNotFoundError: no Omniglot in ``data_dir``, or none for the paper's scale.
       ValueError: another scale, variant or number of turns.
     """
     if scale not in ("small", "paper"):
