@@ -67,6 +67,18 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
     assert measured == [3]
 
 
+def test_a_table_is_of_the_rows_that_were_asked_for(tmp_path):
+    """Though its file holds more, of an earlier run; that stays as it is."""
+    measured = []
+    table = small(measured)
+    table.run(table, ask(tmp_path))
+    measured.clear()
+    table.run(table, ask(tmp_path, seeds=1))
+    assert measured == []
+    assert (tmp_path / "squares.md").read_text() == "1 rows by the command\n"
+    assert len(record.read(tmp_path / "squares.jsonl")) == 3
+
+
 def test_rows_made_otherwise_are_not_mixed(tmp_path):
     """Another version of a package: refused when resuming, failed when checked."""
     table = small([])

@@ -82,7 +82,9 @@ def cell_by_cell(
                     file.write(record.line(cell | measure(cell) | made))
                     file.flush()
                 tick(str(cell.get("method", "")))
-        rows = record.read(path)
+        # A file that is resumed may hold more than was asked for.
+        asked = {name_of(cell, cell) for cell in cells}
+        rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
         text = markdown(table, rows, request.command)
         table.file(request.folder, "md").write_text(text + "\n")
         draw(rows, table.file(request.folder, "png"))
