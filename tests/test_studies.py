@@ -221,6 +221,7 @@ def test_the_command_writes_rows_table_and_figure(tmp_path):
     [
         (("--seeds", "0"), "at least 1"),
         (("--methods", "magic"), "has no method magic; it has baseline"),
+        (("--out", __file__), "is no folder and cannot be made one"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_run(arguments, says: str):

@@ -62,11 +62,11 @@ def cell_by_cell(
     """A `Table.run` that measures one cell after the other, and resumes.
 
     measure: cell -> its other columns.
-    markdown, draw: the table and the figure, from all rows.
+    markdown, draw: the table and the figure, from the rows that were asked for.
     """
 
     def run(table: Table, request: Request) -> None:
-        request.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(request.folder)
         path = table.file(request.folder, "jsonl")
         made = {"table": table.name, "scale": request.scale} | record.versions()
         made["command"] = request.command
@@ -90,6 +90,17 @@ def cell_by_cell(
         draw(rows, table.file(request.folder, "png"))
 
     return run
+
+
+def make_folder(folder: Path) -> None:
+    """ValueError where there can be none, such as in place of a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} is no folder and cannot be made one ({error.strerror}); give "
+            "another --out"
+        ) from error
 
 
 def resume(path: Path, made: Row) -> list[Row]:
