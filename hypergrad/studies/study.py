@@ -15,7 +15,7 @@ from ..trace import Trace
 from . import record
 from .record import Row
 from .table import Table, cell_by_cell
-from .verdict import Claim, Verdict
+from .verdict import Claim, Verdict, number_of_seeds
 
 
 class Column(NamedTuple):
@@ -125,11 +125,12 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
     lanes = {method: lane for method, lane in lanes.items() if lane}
     known = lambda column: any(row.get(column.name) is not None for row in rows)
     columns = [c for c in (*study.columns, *COSTS) if known(c)]
+    seeds = number_of_seeds(len({row["seed"] for row in rows}))
     lines = [
         f"# {study.name}",
         "",
-        f"{rows[0]['data']}; {len({row['seed'] for row in rows})} seeds, mean ± "
-        f"standard deviation. {study.about} Source: {study.source}. "
+        f"{rows[0]['data']}; {seeds}, mean ± standard deviation. {study.about} "
+        f"Source: {study.source}. "
         f"Command: `{command}`",
         "",
         "| " + " | ".join(["method", *(column.title for column in columns)]) + " |",
