@@ -39,6 +39,7 @@ from ..problem import Bilevel, Data, whole
 from ..products import Loss
 from ..settings import check_steps
 from ..trees import norm
+from .classifier import check_data
 from .task import Task
 
 NUM_CLASSES = 10
@@ -293,6 +294,11 @@ def split(
     def dealt(groups: list[np.ndarray], key: Array) -> dict[str, Array]:
         chosen = np.concatenate(groups)
         whole = len(chosen) - len(chosen) % (2 * clients)
+        if not whole:
+            raise ValueError(
+                f"{len(chosen)} examples do not make two shards for each of {clients} "
+                "clients: pass smaller num_clients, or larger most and val_per_class"
+            )
         if iid:
             chosen = np.asarray(jax.random.permutation(key, chosen))
         else:  # what is left over goes from all classes alike
@@ -347,12 +353,14 @@ def make(
       iid: deal the examples at random, so that clients are alike but for chance.
       corrected: whether `FedAvg` corrects for the clients' drift.
       hold_out: keep a quarter of validation out of the outer loss, to choose by.
-      data: ``{"x", "y"}`` in place of the digits.
+      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, all of classes 0
+        to 9 among them.
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
-      TypeError: a size that `SCALES` does not name.
-      ValueError: another scale.
+      TypeError: a size that `SCALES` does not name, data of another kind.
+      ValueError: another scale, data of another shape, with other labels, or too few
+        for the sizes.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
@@ -364,6 +372,14 @@ def make(
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     chosen = SCALES[scale] | sizes
+    check_data(data, 1, NUM_CLASSES)
+    least = chosen["val_per_class"] + chosen["most"] + 1
+    rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())
+    if rarest < least:
+        raise ValueError(
+            f"data must have {least} examples of each of {NUM_CLASSES} classes, one to "
+            f"test by; of the rarest it has {rarest}: pass more data or smaller sizes"
+        )
     parts = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
     each = lambda low, high, log=False: spaces.Interval(

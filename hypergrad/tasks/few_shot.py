@@ -40,6 +40,7 @@ from ..inner.protocol import InnerSolver
 from ..problem import Bilevel
 from .task import Task
 
+NUM_QUERIES = 15  # of each class
 NUM_TEST_DRAWS = 25  # batches of tasks in a test accuracy
 # Tenths of the characters where training and validation end, by the number of turns.
 # Two turns of ten digits make eight, six and six classes.
@@ -284,6 +285,25 @@ def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
     return {name: turned(x) for name, x in parts.items()}
 
 
+def check_images(images: Array, way: int, drawings: int, num_turns: int) -> None:
+    """Refuses images that are not square, and too few to make tasks of."""
+    wanted = "images must be [characters, drawings, side, side]"
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"{wanted}; got {list(images.shape)}")
+    if images.shape[1] < drawings:
+        raise ValueError(
+            f"{wanted}, {drawings} drawings of each to learn from and to be judged by; "
+            f"got {images.shape[1]}"
+        )
+    first, second = (end * len(images) // 10 for end in ENDS[num_turns])
+    fewest = num_turns * min(first, second - first, len(images) - second)
+    if fewest < way:
+        raise ValueError(
+            f"way is {way}, but the smallest of the three parts has {fewest} classes: "
+            "pass more characters or a smaller way"
+        )
+
+
 def make(
     *,
     key: Array,
@@ -311,12 +331,13 @@ def make(
         tasks of one estimate: 4, or 32 at the paper's scale.
       penalty: of the distance from the shared start, for 'imaml'.
       hidden: sizes of the tanh layers at the small scale; () is a linear model.
-      images, num_turns: ``[characters, drawings, height, width]`` in place of these
-        data, and how many turns of 90 degrees make classes of each, two or four.
+      images, num_turns: ``[characters, drawings, side, side]`` in place of these data,
+        and how many turns of 90 degrees make classes of each, two or four.
 
     Raises:
       FileNotFoundError: no Omniglot in ``data_dir``, or none for the paper's scale.
-      ValueError: another scale, variant or number of turns.
+      ValueError: another scale, variant or number of turns; images of another shape,
+        or too few for the tasks.
     """
     if scale not in ("small", "paper"):
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
@@ -328,13 +349,14 @@ def make(
         _, found, num_turns = characters(scale, data_dir)
         images = jnp.asarray(found)
     images = jnp.asarray(images, float)
+    check_images(images, way, shots + NUM_QUERIES, num_turns)
     num_tasks = num_tasks or {"small": 4, "paper": 32}[scale]
     split_key, body_key, head_key = jax.random.split(key, 3)
     parts = split(images, split_key, num_turns)
     convolutions, hidden = (0, hidden) if scale == "small" else (4, ())
     body, width = network(body_key, images.shape, convolutions, hidden)
     pool = lambda part: Pool(
-        parts[part], jnp.asarray(penalty, float), way, shots, 15, num_tasks
+        parts[part], jnp.asarray(penalty, float), way, shots, NUM_QUERIES, num_tasks
     )
     draw = lambda part: jax.tree_util.Partial(episodes, pool(part))
     many = lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape))
