@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import conformance, known, setting
 from benchmarks.tables import TABLES
-from hypergrad.studies import record
+from hypergrad.studies import STUDIES, record
 from hypergrad.studies.table import Request, Table, cell_by_cell, check
 from hypergrad.studies.verdict import Verdict, within
 
@@ -327,6 +327,16 @@ def test_the_committed_rows_pass_their_check(name: str, capsys):
     report = (command.RESULTS / f"{name}.md").read_text()
     for verdict in check(TABLES[name], command.RESULTS):
         assert f"- {verdict.text}\n" in report
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_minutes_of_a_study_are_those_of_its_rows(name: str):
+    """Tuning, of which rows hold no seconds, and idle machines have some room."""
+    rows = record.read(command.RESULTS / f"{name}.jsonl")
+    compiled = {row["method"]: row.get("compile_seconds") or 0 for row in rows}
+    seconds = sum(row.get("run_seconds") or 0 for row in rows) + sum(compiled.values())
+    own = seconds / 60
+    assert own / 3 <= STUDIES[name].minutes <= 2 * own + 1.5
 
 
 def test_a_check_of_nothing_fails(tmp_path, capsys):

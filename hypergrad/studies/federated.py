@@ -223,5 +223,5 @@ STUDY = Study(
     ),
     draw=functools.partial(plots.methods, column="accuracy", label="test accuracy"),
     judge=gap,
-    minutes=4,
+    minutes=3,
 )

@@ -215,5 +215,5 @@ STUDY = Study(
         ),
     ),
     draw=plots.few_shot,
-    minutes=6,
+    minutes=7,
 )

@@ -67,8 +67,9 @@ class Study:
       columns: beside `COSTS`.
       claims: lines under the table, judged over seeds.
       draw: ``(rows, path)`` draws the figure.
+      minutes: expected on two cores with tuning, rounded up.
       judge: further lines: rows -> verdicts.
-      minutes, seeds: expected on two cores; how many, unless told.
+      seeds: how many, unless told.
     """
 
     name: str
@@ -80,8 +81,8 @@ class Study:
     columns: tuple[Column, ...]
     claims: tuple[Claim, ...]
     draw: Callable[[list[Row], Path], None]
+    minutes: float
     judge: Callable[[list[Row]], list[Verdict]] = lambda rows: []
-    minutes: float = 3
     seeds: int = 5
 
 
