@@ -131,10 +131,15 @@ def make(
 
     Raises:
       TypeError: data of another kind.
-      ValueError: another scale, data of another shape, too few, or with other labels.
+      ValueError: another scale, more windows than steps, data of another shape, too
+        few, or with other labels.
     """
     if scale not in ("small", "paper"):
         raise ValueError(f"schedules has scale 'small' and 'paper'; got {scale!r}")
+    if not 1 <= num_windows <= num_steps:
+        raise ValueError(
+            f"num_windows must be in 1..num_steps, {num_steps}; got {num_windows}"
+        )
     small = scale == "small"
     if data is None:
         data = datasets.load("digits" if small else "mnist", data_dir)
