@@ -51,6 +51,13 @@ def test_data_is_a_dict_of_arrays(name: str):
             make(name, wrong, **settings)
 
 
+@pytest.mark.parametrize("name", [*LEAST, "federated", "few_shot", "unsupervised"])
+def test_a_number_is_no_key(name: str):
+    """With what to write in its place."""
+    with pytest.raises(TypeError, match=r"write jax\.random\.key\(3\)"):
+        TASKS[name].make(key=3)
+
+
 @pytest.mark.parametrize("name", LEAST)
 def test_every_part_has_an_example(name: str):
     """One fewer than the least is refused; with the least, one is there to test by."""

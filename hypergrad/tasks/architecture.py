@@ -27,9 +27,10 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
-from .classifier import check_data, check_square, held_out, losses, mean
+from .classifier import check_data, check_scale, check_square, held_out, losses, mean
 from .networks import patches
 from .task import Task
 
@@ -242,12 +243,9 @@ def make(
     >>> task.alpha.shape
     (3, 5)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 50,001 images; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
     num_train, num_val, channels = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
     check_data(data, num_train + num_val + 1, NUM_CLASSES)

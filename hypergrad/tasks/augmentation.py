@@ -25,10 +25,11 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from . import classifier
-from .classifier import check_data, check_square, held_out, losses, others
+from .classifier import check_data, check_scale, check_square, held_out, losses, others
 from .task import Task
 
 NUM_CLASSES = 10
@@ -205,12 +206,9 @@ def make(
     >>> task.alpha["magnitude"].shape
     (7,)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 5,001 images; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
     num_train, num_val, num_hidden = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
     check_data(data, num_train + num_val + 1, NUM_CLASSES)

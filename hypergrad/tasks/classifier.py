@@ -17,7 +17,18 @@ from ..checks import is_traced
 Score = Callable[[PyTree, Array], Array]
 
 
-# Data, refused before anything is computed with it.
+# Arguments, refused before anything is computed with them.
+
+
+def check_scale(scale: str, data: Any, least: int) -> None:
+    """Refuses another scale than 'small', or 'paper' with data, ``least`` examples."""
+    if scale not in ("small", "paper"):
+        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+    if scale == "paper" and data is None:
+        raise ValueError(
+            f"scale 'paper' needs data=, {{'x': ..., 'y': ...}} of at least {least:,} "
+            "examples: none comes with the package"
+        )
 
 
 def check_data(

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
-from ..checks import is_traced
+from ..checks import as_key, is_traced
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from . import classifier
@@ -119,6 +119,7 @@ def make(
       ValueError: another scale, a corruption that is no share, data of another shape,
         too few, or with other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"cleaning has scale 'small' only; got {scale!r}")

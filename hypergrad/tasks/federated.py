@@ -28,6 +28,7 @@ from jaxtyping import Array, PyTree
 from .. import data as datasets
 from .. import spaces
 from ..adjoint import differentiate
+from ..checks import as_key
 from ..cost import ledger
 from ..drawn import drawn
 from ..estimators import Estimate, Implicit
@@ -362,6 +363,7 @@ def make(
       ValueError: another scale, data of another shape, with other labels, or too few
         for the sizes.
     """
+    key = as_key(key)
     if scale not in SCALES:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
     if unknown := set(sizes) - set(SCALES[scale]):

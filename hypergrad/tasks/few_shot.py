@@ -35,6 +35,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import ClosedForm, Descent
 from ..inner.protocol import InnerSolver
 from ..problem import Bilevel
@@ -339,6 +340,7 @@ def make(
       ValueError: another scale, variant or number of turns; images of another shape,
         or too few for the tasks.
     """
+    key = as_key(key)
     if scale not in ("small", "paper"):
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
     if variant not in ("maml", "imaml", "ridge"):

@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Bilevel
 from .classifier import (
@@ -164,6 +165,7 @@ def make(
       ValueError: an unknown scale, variant or ``per``; data of another shape, too few,
         or with other labels.
     """
+    key = as_key(key)
     for name, got, known in (
         ("scale", scale, ("small", "paper")),
         ("variant", variant, tuple(VARIANTS)),

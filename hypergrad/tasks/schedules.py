@@ -23,6 +23,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..estimators import Reversible
 from ..inner import Descent, windows
 from ..problem import Batches, Bilevel
@@ -134,6 +135,7 @@ def make(
       ValueError: another scale, more windows than steps, data of another shape, too
         few, or with other labels.
     """
+    key = as_key(key)
     if scale not in ("small", "paper"):
         raise ValueError(f"schedules has scale 'small' and 'paper'; got {scale!r}")
     if not 1 <= num_windows <= num_steps:

@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from .classifier import check_data
@@ -184,6 +185,7 @@ def make(
       TypeError: data of another kind.
       ValueError: another scale, data of another shape, too few, or with other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"self_supervised has scale 'small' only; got {scale!r}")

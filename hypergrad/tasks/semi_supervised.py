@@ -18,11 +18,12 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent, Newton
 from ..problem import Bilevel
 from ..surrogates import AUC
 from . import classifier
-from .classifier import check_data, held_out, losses, others
+from .classifier import check_data, check_scale, held_out, losses, others
 from .networks import softmax_regression
 from .task import Task
 
@@ -123,12 +124,9 @@ def make(
     >>> task.alpha.shape
     (1000,)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 50,001 examples; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"]) + 1)
     sizes = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
     check_data(data, sum(sizes) + 1, NUM_CLASSES)

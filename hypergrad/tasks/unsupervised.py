@@ -30,6 +30,7 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
 from .classifier import check_data
@@ -191,6 +192,7 @@ def make(
       TypeError: data of another kind.
       ValueError: another scale or variant, data of another shape, or other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"unsupervised has scale 'small' only; got {scale!r}")
