@@ -1,10 +1,12 @@
-"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``."""
+"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``, --version."""
 
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+
+from . import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,6 +120,9 @@ def draw(
 
 def main() -> None:
     """Entry point of the ``hypergrad`` command."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"hypergrad {__version__}")
+        return
     try:
         import tyro
     except ImportError:

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import f1_score
 
+import hypergrad as hg
 from hypergrad import data as datasets
 from hypergrad.studies import cleaning as study
 from hypergrad.studies.program import program
@@ -226,6 +227,11 @@ def test_the_command_writes_rows_table_and_figure(tmp_path):
     both = (out / "cleaning.jsonl").read_text()
     assert both.startswith(first)
     assert len(both.splitlines()) == 3
+
+
+def test_the_command_tells_its_version():
+    """That of the package."""
+    assert run_command("--version").stdout == f"hypergrad {hg.__version__}\n"
 
 
 @pytest.mark.parametrize(
