@@ -191,6 +191,7 @@ def test_clients_hold_few_classes_unless_dealt_at_random():
         assert np.all(balance == 20)
         kinds = [len(np.unique(client)) for client in np.asarray(train["y"])]
         assert (np.mean(kinds) > 6) == iid
+        assert set(task.metrics) == {"accuracy"}  # nothing is held out
     held = federated.make(key=jax.random.key(0), hold_out=True)
     out = held.metrics["held_loss"].args[0]["use"]
     np.testing.assert_array_equal(out + held.problem.outer_data["use"], 1)
