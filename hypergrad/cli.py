@@ -1,8 +1,15 @@
-"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``."""
+"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``, --version."""
 
+import itertools
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
@@ -24,10 +31,10 @@ def run(
       out: folder for NAME.jsonl, NAME.md and NAME.png.
     """
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from . import studies
     from .studies.table import Request
+    from .studies.verdict import number_of_seeds
 
     study = studies.STUDIES[task]
     unknown = set(methods) - set(study.methods)
@@ -39,8 +46,8 @@ def run(
     seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
         sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")
-    console = Console(soft_wrap=True, width=max(Console().width, 110))
-    console.print(f"{task}: {study.data()[0]}, {seeds} seeds", highlight=False)
+    console = Console()
+    show(f"{task}: {study.data()[0]}, {number_of_seeds(seeds)}", console)
     command = f"hypergrad run {task} --seeds {seeds} --out {out}"
     if methods:
         command += f" --methods {' '.join(map(repr, methods))}"
@@ -49,45 +56,73 @@ def run(
         table.run(table, Request("small", seeds, out, command, methods))
     except ValueError as error:
         sys.exit(f"hypergrad: {error}")
-    console.print(Markdown(table.file(out, "md").read_text()))
+    show(table.file(out, "md").read_text(), console)
     for ending in ("jsonl", "md", "png"):
-        console.print(f"wrote {table.file(out, ending)}", highlight=False)
+        print(f"wrote {table.file(out, ending)}")  # a path in one piece
 
 
 def tasks() -> None:
     """List the tasks: paradigm, source, and how long a table takes on two cores."""
     from rich.console import Console
-    from rich.table import Table
 
     from .studies import STUDIES
 
-    table = Table("task", "paradigm", "source", "minutes")
-    for study in STUDIES.values():
-        table.add_row(study.name, study.paradigm, study.source, f"{study.minutes:g}")
-    Console().print(table)
+    rows = [(s.name, s.paradigm, s.source, f"{s.minutes:g}") for s in STUDIES.values()]
+    draw(("task", "paradigm", "source", "minutes"), rows, Console())
 
 
 def estimators() -> None:
     """List the estimators: what each is for, what it costs, what it sees."""
     from rich.console import Console
-    from rich.table import Table
 
     from . import choose
 
-    console = Console()
-    console = Console(width=max(console.width, 110))
+    console = Console(width=max(Console().width, 110))
     for name in ("advice", "costs"):
         columns = choose.TABLES[name]
-        table = Table()
-        for i, column in enumerate(columns):
-            table.add_column(column, no_wrap=i == 0)
-        for row in choose.rows():
-            table.add_row(*(row[column] for column in columns))
-        console.print(table)
+        rows = [[row[column] for column in columns] for row in choose.rows()]
+        draw(columns, rows, console)
+
+
+def show(text: str, console: "Console") -> None:
+    """A study's Markdown: its table drawn, and other lines as they are, wrapped."""
+    from rich.text import Text
+
+    is_row = lambda line: line.startswith("|")
+    for drawn, lines in itertools.groupby(text.splitlines(), is_row):
+        if drawn:
+            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
+            draw(head, rows, console)
+        else:
+            for line in lines:
+                console.print(Text(line))
+
+
+def draw(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], console: "Console"
+) -> None:
+    """A table in which no word and no name of a row is broken, if it is too wide."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, table, least = list(rows), Table(), 1
+    for i, column in enumerate(columns):
+        cells = [column, *(row[i] for row in rows)]
+        width = max(map(len, cells if i == 0 else " ".join(cells).split()))
+        table.add_column(Text(column), min_width=width)
+        least += width + 3  # with a blank on either side and the border
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 def main() -> None:
     """Entry point of the ``hypergrad`` command."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"hypergrad {__version__}")
+        return
     try:
         import tyro
     except ImportError:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import conformance, known, setting
 from benchmarks.tables import TABLES
-from hypergrad.studies import record
+from hypergrad.studies import STUDIES, record
 from hypergrad.studies.table import Request, Table, cell_by_cell, check
 from hypergrad.studies.verdict import Verdict, within
 
@@ -65,6 +65,18 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
     measured.clear()
     table.run(table, ask(tmp_path, seeds=4))
     assert measured == [3]
+
+
+def test_a_table_is_of_the_rows_that_were_asked_for(tmp_path):
+    """Though its file holds more, of an earlier run; that stays as it is."""
+    measured = []
+    table = small(measured)
+    table.run(table, ask(tmp_path))
+    measured.clear()
+    table.run(table, ask(tmp_path, seeds=1))
+    assert measured == []
+    assert (tmp_path / "squares.md").read_text() == "1 rows by the command\n"
+    assert len(record.read(tmp_path / "squares.jsonl")) == 3
 
 
 def test_rows_made_otherwise_are_not_mixed(tmp_path):
@@ -315,6 +327,16 @@ def test_the_committed_rows_pass_their_check(name: str, capsys):
     report = (command.RESULTS / f"{name}.md").read_text()
     for verdict in check(TABLES[name], command.RESULTS):
         assert f"- {verdict.text}\n" in report
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_minutes_of_a_study_are_those_of_its_rows(name: str):
+    """Tuning, of which rows hold no seconds, and idle machines have some room."""
+    rows = record.read(command.RESULTS / f"{name}.jsonl")
+    compiled = {row["method"]: row.get("compile_seconds") or 0 for row in rows}
+    seconds = sum(row.get("run_seconds") or 0 for row in rows) + sum(compiled.values())
+    own = seconds / 60
+    assert own / 3 <= STUDIES[name].minutes <= 2 * own + 1.5
 
 
 def test_a_check_of_nothing_fails(tmp_path, capsys):

@@ -1,10 +1,13 @@
 """`hypergrad run NAME`, for every study there is: rows, table and figure."""
 
+import io
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from rich.console import Console
 
 from hypergrad import cli
 from hypergrad.studies import STUDIES, record
@@ -57,6 +60,30 @@ def test_the_command_writes_rows_table_and_figure(name: str, tmp_path, capsys):
     data = rows[0]["data"]
     text = (tmp_path / f"{name}.md").read_text()
     assert f"| {method} |" in text
-    assert text.splitlines()[2].startswith(f"{data}; 1 seeds")
-    assert f"{name}: {data}, 1 seeds" in capsys.readouterr().out
+    assert text.splitlines()[2].startswith(f"{data}; 1 seed,")
+    assert f"{name}: {data}, 1 seed\n" in capsys.readouterr().out
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_terminal_cuts_off_nothing(name: str, width: int):
+    """Every verdict and paragraph is there but for line breaks; so is every cell."""
+    text = (RESULTS / f"{name}.md").read_text()
+    file = io.StringIO()
+    cli.show(text, Console(file=file, width=width))
+    shown = file.getvalue()
+    together = "".join(shown.split())
+    drawn = [line for line in text.splitlines() if line.startswith("|")]
+    for line in text.splitlines():
+        if line not in drawn:
+            assert "".join(line.split()) in together
+    for line in drawn[2:]:
+        method, *cells = (cell.strip() for cell in line[1:-1].split("|"))
+        assert f"│ {method} " in shown
+        assert all(word in shown for cell in cells for word in cell.split())
+    prose = [line for line in shown.splitlines() if line[:1] not in "┏┃┡│└"]
+    assert max(map(len, prose)) <= width

@@ -378,6 +378,13 @@ def test_the_blocks_of_the_readme_run_in_order(capsys: pytest.CaptureFixture):
     assert abs(gap[-1]) < abs(gap[0]) < 0.1
 
 
+def test_the_api_page_lists_every_task():
+    """How each is made."""
+    page = (ROOT.parent / "docs/api.md").read_text()
+    for name in hg.tasks.TASKS:
+        assert f"\n::: hypergrad.tasks.{name}.make\n" in page
+
+
 @pytest.mark.slow
 def test_the_blocks_of_the_architecture_page_run_as_printed():
     """It promises that; each is a program of its own."""

@@ -12,11 +12,12 @@ import pytest
 import scipy.stats
 from sklearn.metrics import f1_score
 
+import hypergrad as hg
 from hypergrad import data as datasets
 from hypergrad.studies import cleaning as study
 from hypergrad.studies.program import program
 from hypergrad.studies.study import Column, markdown, tuned
-from hypergrad.studies.verdict import Claim, paired
+from hypergrad.studies.verdict import Claim, paired, within
 from hypergrad.tasks import cleaning
 
 DIGITS = jax.tree.map(jnp.asarray, datasets.load("digits"))
@@ -111,6 +112,18 @@ def test_a_claim_is_judged_pair_by_pair(claim, gains, says: str, fails: bool):
     verdict = claim.judge(rows)
     assert says in verdict.text
     assert verdict.failed == fails
+
+
+@pytest.mark.parametrize("least", [None, 2.0])
+def test_one_seed_tells_the_difference_alone(least):
+    """No interval, no winner."""
+    claim = TWO_POINTS._replace(least=least)
+    text = claim.judge(rows_of(base=[0.5], new=[0.53])).text
+    assert text.startswith("new against base: +3.0 points")
+    assert "inf" not in text
+    assert "one seed" in text or "too few seeds" in text
+    text = within("x", [0.5], 0.5, 0.1).text
+    assert text.startswith("x: 0.5 over 1 seed, 0.5 ± 0.1 claimed: too few seeds")
 
 
 @pytest.mark.parametrize(
@@ -216,11 +229,17 @@ def test_the_command_writes_rows_table_and_figure(tmp_path):
     assert len(both.splitlines()) == 3
 
 
+def test_the_command_tells_its_version():
+    """That of the package."""
+    assert run_command("--version").stdout == f"hypergrad {hg.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--seeds", "0"), "at least 1"),
         (("--methods", "magic"), "has no method magic; it has baseline"),
+        (("--out", __file__), "is no folder and cannot be made one"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_run(arguments, says: str):

@@ -210,7 +210,9 @@ def test_the_paper_scale_builds():
 
 def test_bad_sizes_and_scales_are_refused():
     """With what to do."""
-    with pytest.raises(ValueError, match="scale must be 'small'"):
+    with pytest.raises(ValueError, match=r"'paper' needs data=.*50,001"):
         task_file.make(key=jax.random.key(0), scale="paper")
+    with pytest.raises(ValueError, match="'small' or 'paper'; got 'large'"):
+        task_file.make(key=jax.random.key(0), scale="large")
     with pytest.raises(ValueError, match="pass more data or smaller sizes"):
         task_file.make(key=jax.random.key(0), sizes=(1000, 797, 3))

@@ -191,12 +191,19 @@ def test_clients_hold_few_classes_unless_dealt_at_random():
         assert np.all(balance == 20)
         kinds = [len(np.unique(client)) for client in np.asarray(train["y"])]
         assert (np.mean(kinds) > 6) == iid
+        assert set(task.metrics) == {"accuracy"}  # nothing is held out
     held = federated.make(key=jax.random.key(0), hold_out=True)
     out = held.metrics["held_loss"].args[0]["use"]
     np.testing.assert_array_equal(out + held.problem.outer_data["use"], 1)
     np.testing.assert_array_equal(jnp.sum(out, axis=1), 5)
     with pytest.raises(ValueError, match="scale must be"):
         federated.make(key=jax.random.key(0), scale="huge")
+
+
+def test_a_misspelt_size_is_refused():
+    """With the names that there are."""
+    with pytest.raises(TypeError, match=r"no argument num_client;.*num_clients"):
+        federated.make(key=jax.random.key(0), num_client=4)
 
 
 def test_the_papers_scale_builds():

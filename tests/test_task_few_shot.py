@@ -229,6 +229,19 @@ def test_an_area_mean_keeps_the_ink():
     assert (shrink > 0).sum(axis=1).max() <= 5
 
 
+def test_digits_stand_in_at_the_small_scale_alone(monkeypatch, tmp_path):
+    """Where no folder is named; an empty name is no folder, whatever is set."""
+    monkeypatch.delenv(datasets.VARIABLE, raising=False)
+    assert "digits" in few_shot.characters("small")[0]
+    with pytest.raises(FileNotFoundError, match=datasets.VARIABLE):
+        few_shot.make(key=jax.random.key(0), scale="paper")
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        few_shot.make(key=jax.random.key(0), data_dir=str(tmp_path))
+    monkeypatch.setenv(datasets.VARIABLE, "a folder")
+    monkeypatch.setattr(datasets, "load", {"digits": datasets.load("digits")}.get)
+    assert "digits" in few_shot.characters("small", "")[0]
+
+
 def test_another_scale_variant_or_number_of_turns_is_refused():
     """With what there is."""
     with pytest.raises(ValueError, match="'small' or 'paper'"):

@@ -142,6 +142,13 @@ def test_the_papers_size_builds():
     assert task.problem.inner_data.size == 10_000
 
 
+@pytest.mark.parametrize("num_windows", [0, 51])
+def test_windows_are_at_most_as_many_as_steps(num_windows, key):
+    """A window without a step would learn nothing."""
+    with pytest.raises(ValueError, match=r"1\.\.num_steps, 50"):
+        schedules.make(key=key, num_steps=50, num_windows=num_windows)
+
+
 def test_another_scale_is_refused(key):
     """With those that are known."""
     with pytest.raises(ValueError, match="paper"):

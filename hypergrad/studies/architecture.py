@@ -300,5 +300,5 @@ STUDY = Study(
     ),
     draw=draw,
     judge=judge,
-    minutes=7,
+    minutes=9,
 )

@@ -231,4 +231,5 @@ STUDY = Study(
         beats("true pose", "implicit", None),
     ),
     draw=functools.partial(plots.augmentation, OPERATIONS, (POSE / LARGEST).tolist()),
+    minutes=2,
 )

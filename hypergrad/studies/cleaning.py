@@ -247,6 +247,6 @@ STUDY = Study(
         ),
     ),
     draw=plots.cleaning,
-    minutes=2,
+    minutes=7,
     seeds=10,
 )

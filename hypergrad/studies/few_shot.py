@@ -204,5 +204,5 @@ STUDY = Study(
         ),
     ),
     draw=plots.few_shot,
-    minutes=6,
+    minutes=7,
 )

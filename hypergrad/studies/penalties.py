@@ -302,5 +302,5 @@ STUDY = Study(
     ),
     draw=plots.penalties,
     judge=judge,
-    minutes=3,
+    minutes=6,
 )

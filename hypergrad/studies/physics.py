@@ -168,6 +168,6 @@ STUDY = Study(
         for method in ESTIMATORS
     ),
     draw=picture,
-    minutes=7,
+    minutes=12,
     seeds=10,
 )  # fmt: skip

@@ -331,5 +331,5 @@ STUDY = Study(
     ),
     draw=plots.schedules,
     judge=judge,
-    minutes=6,
+    minutes=7,
 )

@@ -206,6 +206,6 @@ STUDY = Study(
     ),
     draw=picture,
     judge=quartile,
-    minutes=4,
+    minutes=12,
     seeds=10,
 )

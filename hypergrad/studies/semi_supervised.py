@@ -256,5 +256,6 @@ STUDY = Study(
     ),
     draw=plots.cleaning,
     judge=judge,
+    minutes=2,
     seeds=10,
 )

@@ -15,7 +15,7 @@ from ..trace import Trace
 from . import record
 from .record import Row
 from .table import Table, cell_by_cell
-from .verdict import Claim, Verdict
+from .verdict import Claim, Verdict, number_of_seeds
 
 
 class Column(NamedTuple):
@@ -67,8 +67,9 @@ class Study:
       columns: beside `COSTS`.
       claims: lines under the table, judged over seeds.
       draw: ``(rows, path)`` draws the figure.
+      minutes: expected on two cores with tuning, rounded up.
       judge: further lines: rows -> verdicts.
-      minutes, seeds: expected on two cores; how many, unless told.
+      seeds: how many, unless told.
     """
 
     name: str
@@ -80,8 +81,8 @@ class Study:
     columns: tuple[Column, ...]
     claims: tuple[Claim, ...]
     draw: Callable[[list[Row], Path], None]
+    minutes: float
     judge: Callable[[list[Row]], list[Verdict]] = lambda rows: []
-    minutes: float = 3
     seeds: int = 5
 
 
@@ -125,11 +126,12 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
     lanes = {method: lane for method, lane in lanes.items() if lane}
     known = lambda column: any(row.get(column.name) is not None for row in rows)
     columns = [c for c in (*study.columns, *COSTS) if known(c)]
+    seeds = number_of_seeds(len({row["seed"] for row in rows}))
     lines = [
         f"# {study.name}",
         "",
-        f"{rows[0]['data']}; {len({row['seed'] for row in rows})} seeds, mean ± "
-        f"standard deviation. {study.about} Source: {study.source}. "
+        f"{rows[0]['data']}; {seeds}, mean ± standard deviation. {study.about} "
+        f"Source: {study.source}. "
         f"Command: `{command}`",
         "",
         "| " + " | ".join(["method", *(column.title for column in columns)]) + " |",

@@ -62,11 +62,11 @@ def cell_by_cell(
     """A `Table.run` that measures one cell after the other, and resumes.
 
     measure: cell -> its other columns.
-    markdown, draw: the table and the figure, from all rows.
+    markdown, draw: the table and the figure, from the rows that were asked for.
     """
 
     def run(table: Table, request: Request) -> None:
-        request.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(request.folder)
         path = table.file(request.folder, "jsonl")
         made = {"table": table.name, "scale": request.scale} | record.versions()
         made["command"] = request.command
@@ -82,12 +82,25 @@ def cell_by_cell(
                     file.write(record.line(cell | measure(cell) | made))
                     file.flush()
                 tick(str(cell.get("method", "")))
-        rows = record.read(path)
+        # A file that is resumed may hold more than was asked for.
+        asked = {name_of(cell, cell) for cell in cells}
+        rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
         text = markdown(table, rows, request.command)
         table.file(request.folder, "md").write_text(text + "\n")
         draw(rows, table.file(request.folder, "png"))
 
     return run
+
+
+def make_folder(folder: Path) -> None:
+    """ValueError where there can be none, such as in place of a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} is no folder and cannot be made one ({error.strerror}); give "
+            "another --out"
+        ) from error
 
 
 def resume(path: Path, made: Row) -> list[Row]:

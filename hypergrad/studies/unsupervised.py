@@ -217,5 +217,5 @@ STUDY = Study(
         ),
     ),
     draw=picture,
-    minutes=2,
+    minutes=4,
 )

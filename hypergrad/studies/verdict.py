@@ -29,6 +29,11 @@ def paired(first: Any, second: Any) -> tuple[float, float, float]:
     return mean, mean - float(half) / count**0.5, mean + float(half) / count**0.5
 
 
+def number_of_seeds(number: int) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} seed{'s' * (number != 1)}"
+
+
 def within(
     what: str, values: Sequence[float], expected: float, tolerance: float
 ) -> Verdict:
@@ -39,8 +44,9 @@ def within(
     """
     mean, low, high = paired(values, 0.0)
     met = expected - tolerance <= low and high <= expected + tolerance
+    around = f" [{low:.3g}, {high:.3g}]" if len(values) > 1 else ""
     text = (
-        f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] over {len(values)} seeds, "
+        f"{what}: {mean:.3g}{around} over {number_of_seeds(len(values))}, "
         f"{expected:.3g} ± {tolerance:.2g} claimed"
     )
     return conclude(text, met, len(values), (high - low) / 2, tolerance)
@@ -70,7 +76,7 @@ class Claim(NamedTuple):
       first, second: the methods.
       column: of the rows.
       least: the advantage claimed, as it is shown; zero claims any. None claims
-        nothing: the line says who beats whom.
+        nothing: the line says who beats whom, from two seeds on.
       lower: less is better.
       ratio: the advantage is a factor; means are geometric.
       scale, unit: of what is shown.
@@ -100,9 +106,13 @@ class Claim(NamedTuple):
         else:
             mean, low, high = self.scale * np.array(paired(first, second))
             none, form = 0.0, "{:+.3g}" if self.scale == 1 else "{:+.1f}"
-        mean_, low_, high_ = (form.format(x) for x in (mean, low, high))
         unit = " times" if self.ratio else f" {self.unit}" if self.unit else ""
-        effect = f"{mean_}{unit} [{low_}, {high_}]"
+        effect = f"{form.format(mean)}{unit}"
+        if len(first) > 1:
+            effect += f" [{form.format(low)}, {form.format(high)}]"
+        if self.least is None and len(first) < 2:
+            lone = "; one seed cannot tell a difference from chance"
+            return Verdict(f"{self.first} against {self.second}: {effect}{lone}")
         if self.least is None:
             how = "beats" if low > none else "loses to" if high < none else "ties with"
             return Verdict(f"{self.first} {how} {self.second}: {effect}")

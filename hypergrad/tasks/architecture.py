@@ -27,9 +27,10 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
-from .classifier import held_out, losses, mean
+from .classifier import check_data, check_scale, check_square, held_out, losses, mean
 from .networks import patches
 from .task import Task
 
@@ -233,27 +234,23 @@ def make(
       sizes: training and validation images, channels, in place of the scale's.
 
     Raises:
-      ValueError: another scale, 'paper' without data, fewer examples than sizes.
+      TypeError: data of another kind.
+      ValueError: another scale, 'paper' without data, fewer examples than sizes, images
+        that are not square, other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.architecture.make(key=jax.random.key(0))
     >>> task.alpha.shape
     (3, 5)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 50,001 images; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
     num_train, num_val, channels = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
+    check_data(data, num_train + num_val + 1, NUM_CLASSES)
+    check_square(data["x"], even=True)
     data = jax.tree.map(jnp.asarray, data)
-    if len(data["y"]) <= num_train + num_val:
-        raise ValueError(
-            f"data has {len(data['y'])} images; {num_train + num_val} are to learn "
-            "from, and testing needs one at least: pass more data or smaller sizes"
-        )
     split_key = jax.random.key(0) if split_key is None else split_key
     parts = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))

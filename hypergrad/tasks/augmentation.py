@@ -25,10 +25,11 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from . import classifier
-from .classifier import held_out, losses, others
+from .classifier import check_data, check_scale, check_square, held_out, losses, others
 from .task import Task
 
 NUM_CLASSES = 10
@@ -196,27 +197,23 @@ def make(
       sizes: training and validation images, hidden units, in place of the scale's.
 
     Raises:
-      ValueError: another scale, 'paper' without data, fewer examples than sizes.
+      TypeError: data of another kind.
+      ValueError: another scale, 'paper' without data, fewer examples than sizes, images
+        that are not square, other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.augmentation.make(key=jax.random.key(0))
     >>> task.alpha["magnitude"].shape
     (7,)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 5,001 images; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
     num_train, num_val, num_hidden = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
+    check_data(data, num_train + num_val + 1, NUM_CLASSES)
+    check_square(data["x"])
     data = jax.tree.map(jnp.asarray, data)
-    if len(data["y"]) <= num_train + num_val:
-        raise ValueError(
-            f"data has {len(data['y'])} images; {num_train + num_val} are to learn "
-            "from, and testing needs one at least: pass more data or smaller sizes"
-        )
     split_key, network_key = jax.random.split(key)
     parts = split(data, split_key, (num_train, num_val), hold_out)
     dtype = data["x"].dtype

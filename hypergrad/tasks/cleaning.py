@@ -11,15 +11,17 @@ and the outer loss is the cross-entropy on a small clean validation set.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key, is_traced
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from . import classifier
-from .classifier import held_out, losses, others
+from .classifier import check_data, held_out, losses, others
 from .networks import softmax_regression
 from .task import Task
 
@@ -109,15 +111,22 @@ def make(
       hold_out: keep 50 validation examples out of the outer loss, to choose by.
       corruption: share of training labels that are wrong.
       batch_size: of both losses; None means all examples.
-      data: ``{"x", "y"}`` in place of the digits.
+      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, classes 0 to 9,
+        more than 1,150 examples.
 
     Raises:
-      ValueError: another scale.
+      TypeError: data of another kind.
+      ValueError: another scale, a corruption that is no share, data of another shape,
+        too few, or with other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"cleaning has scale 'small' only; got {scale!r}")
+    if not is_traced(corruption) and not 0 <= np.asarray(corruption) <= 1:
+        raise ValueError(f"corruption must be a share in [0, 1]; got {corruption}")
     data = datasets.load("digits") if data is None else data
+    check_data(data, NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)
     parts = split(data, key, hold_out, corruption)
     train = {"x": parts["train"]["x"], "y": parts["train"]["y"]}

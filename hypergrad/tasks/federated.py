@@ -28,6 +28,7 @@ from jaxtyping import Array, PyTree
 from .. import data as datasets
 from .. import spaces
 from ..adjoint import differentiate
+from ..checks import as_key
 from ..cost import ledger
 from ..drawn import drawn
 from ..estimators import Estimate, Implicit
@@ -39,6 +40,7 @@ from ..problem import Bilevel, Data, whole
 from ..products import Loss
 from ..settings import check_steps
 from ..trees import norm
+from .classifier import check_data
 from .task import Task
 
 NUM_CLASSES = 10
@@ -89,7 +91,7 @@ def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
 
 
 def held_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Cross-entropy on the held-out examples, NaN where there are none."""
+    """Cross-entropy on the held-out examples."""
     del key
     return val_loss(w, alpha, batch)
 
@@ -293,6 +295,11 @@ def split(
     def dealt(groups: list[np.ndarray], key: Array) -> dict[str, Array]:
         chosen = np.concatenate(groups)
         whole = len(chosen) - len(chosen) % (2 * clients)
+        if not whole:
+            raise ValueError(
+                f"{len(chosen)} examples do not make two shards for each of {clients} "
+                "clients: pass smaller num_clients, or larger most and val_per_class"
+            )
         if iid:
             chosen = np.asarray(jax.random.permutation(key, chosen))
         else:  # what is left over goes from all classes alike
@@ -346,23 +353,44 @@ def make(
       data_dir: where MNIST lies; see `hypergrad.data.load`.
       iid: deal the examples at random, so that clients are alike but for chance.
       corrected: whether `FedAvg` corrects for the clients' drift.
-      hold_out: keep a quarter of validation out of the outer loss, to choose by.
-      data: ``{"x", "y"}`` in place of the digits.
+      hold_out: keep a quarter of validation out of the outer loss, to choose by: the
+        metric ``held_loss``.
+      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, all of classes 0
+        to 9 among them.
       sizes: in place of the scale's, as `SCALES` names them.
 
     Raises:
-      ValueError: another scale.
+      TypeError: a size that `SCALES` does not name, data of another kind.
+      ValueError: another scale, data of another shape, with other labels, or too few
+        for the sizes.
     """
+    key = as_key(key)
     if scale not in SCALES:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+    if unknown := set(sizes) - set(SCALES[scale]):
+        raise TypeError(
+            f"federated.make has no argument {', '.join(sorted(unknown))}; its sizes "
+            f"are {', '.join(SCALES[scale])}"
+        )
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     chosen = SCALES[scale] | sizes
+    check_data(data, 1, NUM_CLASSES)
+    least = chosen["val_per_class"] + chosen["most"] + 1
+    rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())
+    if rarest < least:
+        raise ValueError(
+            f"data must have {least} examples of each of {NUM_CLASSES} classes, one to "
+            f"test by; of the rarest it has {rarest}: pass more data or smaller sizes"
+        )
     parts = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
     each = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
     )
+    metrics = {"accuracy": jax.tree_util.Partial(accuracy, parts["test"])}
+    if hold_out:
+        metrics["held_loss"] = jax.tree_util.Partial(held_loss, parts["held"])
     return Task(
         name="federated",
         paradigm="federated",
@@ -382,8 +410,5 @@ def make(
             "delta": each(0.1, 10.0, log=True),
             "iota": each(-3.0, 3.0),
         },
-        metrics={
-            "accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
-            "held_loss": jax.tree_util.Partial(held_loss, parts["held"]),
-        },
+        metrics=metrics,
     )

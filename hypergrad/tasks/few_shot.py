@@ -35,11 +35,13 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import ClosedForm, Descent
 from ..inner.protocol import InnerSolver
 from ..problem import Bilevel
 from .task import Task
 
+NUM_QUERIES = 15  # of each class
 NUM_TEST_DRAWS = 25  # batches of tasks in a test accuracy
 # Tenths of the characters where training and validation end, by the number of turns.
 # Two turns of ten digits make eight, six and six classes.
@@ -233,20 +235,35 @@ def characters(
 ) -> tuple[str, np.ndarray, int]:
     """Name, ``[characters, drawings, height, width]``, and the turns that make classes.
 
-    Omniglot where its file is found, at 28 by 28 pixels for the paper's scale and at 14
-    by 14 for the small one, in four turns; else scikit-learn's digits, 170 drawings of
-    each, in two, since a 6 turned by 180 degrees is a 9, and a 0, 1 or 8 itself.
+    Omniglot, at 28 by 28 pixels for the paper's scale and at 14 by 14 for the small
+    one, in four turns. The small scale does without where no folder is named and no
+    file is found: it takes scikit-learn's digits, 170 drawings of each, in two turns,
+    since a 6 turned by 180 degrees is a 9, and a 0, 1 or 8 itself. With an empty
+    ``data_dir`` it always does.
+
+    Raises:
+      FileNotFoundError: no file in ``data_dir``, or none for the paper's scale.
     """
+    small = scale == "small"
+    if small and data_dir == "":
+        return turned_digits()
     try:
         x = datasets.load("omniglot", data_dir)["x"]
     except FileNotFoundError:
-        digits = datasets.load("digits")
-        each = [digits["x"][digits["y"] == label][:170] for label in range(10)]
-        x = np.stack(each).reshape(10, 170, 8, 8)
-        return "rotated scikit-learn digits (10 digits, 2 rotations)", x, 2
-    if scale == "small":
+        if small and data_dir is None:
+            return turned_digits()
+        raise
+    if small:
         x = x.reshape(*x.shape[:2], 14, 2, 14, 2).mean(axis=(3, 5))
     return "Omniglot (1,623 characters, 4 rotations)", x, 4
+
+
+def turned_digits() -> tuple[str, np.ndarray, int]:
+    """`characters` of scikit-learn's digits."""
+    digits = datasets.load("digits")
+    each = [digits["x"][digits["y"] == label][:170] for label in range(10)]
+    x = np.stack(each).reshape(10, 170, 8, 8)
+    return "rotated scikit-learn digits (10 digits, 2 rotations)", x, 2
 
 
 def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
@@ -269,6 +286,25 @@ def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
     return {name: turned(x) for name, x in parts.items()}
 
 
+def check_images(images: Array, way: int, drawings: int, num_turns: int) -> None:
+    """Refuses images that are not square, and too few to make tasks of."""
+    wanted = "images must be [characters, drawings, side, side]"
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"{wanted}; got {list(images.shape)}")
+    if images.shape[1] < drawings:
+        raise ValueError(
+            f"{wanted}, {drawings} drawings of each to learn from and to be judged by; "
+            f"got {images.shape[1]}"
+        )
+    first, second = (end * len(images) // 10 for end in ENDS[num_turns])
+    fewest = num_turns * min(first, second - first, len(images) - second)
+    if fewest < way:
+        raise ValueError(
+            f"way is {way}, but the smallest of the three parts has {fewest} classes: "
+            "pass more characters or a smaller way"
+        )
+
+
 def make(
     *,
     key: Array,
@@ -283,24 +319,28 @@ def make(
     images: Array | None = None,
     num_turns: int = 4,
 ) -> Task:
-    """Five-way one-shot tasks, of Omniglot where its file is found, else of digits.
+    """Five-way one-shot tasks of Omniglot's characters, or of digits.
 
     Args:
       key: of the split, and of the network to begin with.
       scale: 'small' is a tanh network on small images; 'paper' Finn et al.'s four
         convolutions of 64 filters.
-      data_dir: the folder with Omniglot's; None means what HYPERGRAD_DATA_DIR holds.
+      data_dir: the folder with Omniglot's; None means what HYPERGRAD_DATA_DIR holds,
+        and at the small scale scikit-learn's digits where no file is found.
       variant: 'maml', 'imaml' or 'ridge'.
       way, shots, num_tasks: classes of a task, drawings of each to learn from, and
         tasks of one estimate: 4, or 32 at the paper's scale.
       penalty: of the distance from the shared start, for 'imaml'.
       hidden: sizes of the tanh layers at the small scale; () is a linear model.
-      images, num_turns: ``[characters, drawings, height, width]`` in place of these
-        data, and how many turns of 90 degrees make classes of each, two or four.
+      images, num_turns: ``[characters, drawings, side, side]`` in place of these data,
+        and how many turns of 90 degrees make classes of each, two or four.
 
     Raises:
-      ValueError: another scale, variant or number of turns.
+      FileNotFoundError: no Omniglot in ``data_dir``, or none for the paper's scale.
+      ValueError: another scale, variant or number of turns; images of another shape,
+        or too few for the tasks.
     """
+    key = as_key(key)
     if scale not in ("small", "paper"):
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
     if variant not in ("maml", "imaml", "ridge"):
@@ -311,13 +351,14 @@ def make(
         _, found, num_turns = characters(scale, data_dir)
         images = jnp.asarray(found)
     images = jnp.asarray(images, float)
+    check_images(images, way, shots + NUM_QUERIES, num_turns)
     num_tasks = num_tasks or {"small": 4, "paper": 32}[scale]
     split_key, body_key, head_key = jax.random.split(key, 3)
     parts = split(images, split_key, num_turns)
     convolutions, hidden = (0, hidden) if scale == "small" else (4, ())
     body, width = network(body_key, images.shape, convolutions, hidden)
     pool = lambda part: Pool(
-        parts[part], jnp.asarray(penalty, float), way, shots, 15, num_tasks
+        parts[part], jnp.asarray(penalty, float), way, shots, NUM_QUERIES, num_tasks
     )
     draw = lambda part: jax.tree_util.Partial(episodes, pool(part))
     many = lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape))

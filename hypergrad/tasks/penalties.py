@@ -20,12 +20,15 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Bilevel
 from .classifier import (
     Score,
     accuracy,
     bound,
+    check_data,
+    check_square,
     cross_entropy,
     held_out,
     loss_on,
@@ -103,6 +106,7 @@ def standardized(parts: PyTree) -> PyTree:
     """Features with the mean and standard deviation of the training examples' out."""
     x = parts["train"]["x"]
     mean, spread = jnp.mean(x, axis=0), jnp.std(x, axis=0)
+    spread = jnp.where(spread > 0, spread, 1)  # of a constant feature
     scaled = lambda x: (x - mean[None]) / spread[None]
     return {name: part | {"x": scaled(part["x"])} for name, part in parts.items()}
 
@@ -153,11 +157,15 @@ def make(
       per: 'model', 'feature' or 'parameter', in place of the variant's own.
       start: every log-penalty, to begin with.
       hold_out: keep a third of validation out of the outer loss, to choose by.
-      data: ``{"x", "y"}`` in place of the variant's.
+      data: ``{"x": [n, features], "y": [n]}`` in place of the variant's: two classes
+        for 'hoag' and 'logistic', else ten, and square images for 'cnn'.
 
     Raises:
-      ValueError: an unknown scale, variant or ``per``.
+      TypeError: data of another kind.
+      ValueError: an unknown scale, variant or ``per``; data of another shape, too few,
+        or with other labels.
     """
+    key = as_key(key)
     for name, got, known in (
         ("scale", scale, ("small", "paper")),
         ("variant", variant, tuple(VARIANTS)),
@@ -167,12 +175,16 @@ def make(
             raise ValueError(f"penalties has {name} {known}; got {got!r}")
     chosen, data_name = VARIANTS[variant], data_of(variant, scale)
     data = datasets.load(data_name, data_dir) if data is None else data
+    sizes = chosen.small if scale == "small" else chosen.paper
+    num_outputs = 1 if data_name == "breast_cancer" else 10
+    check_data(data, sizes[0] + sizes[1] + 1, max(num_outputs, 2))
+    if variant == "cnn":
+        check_square(data["x"])
     data = jax.tree.map(jnp.asarray, data)
     split_key, start_key = jax.random.split(key)
-    parts = split(data, split_key, chosen.small if scale == "small" else chosen.paper)
+    parts = split(data, split_key, sizes)
     if data_name == "breast_cancer":
         parts = standardized(parts)
-    num_outputs = 1 if data_name == "breast_cancer" else 10
     rngs = nnx.Rngs(start_key)
     graph, w = parameters(chosen.network(data["x"].shape[1], num_outputs, rngs))
     score = scorer(graph)

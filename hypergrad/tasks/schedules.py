@@ -23,10 +23,20 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..estimators import Reversible
 from ..inner import Descent, windows
 from ..problem import Batches, Bilevel
-from .classifier import accuracy, bound, held_out, loss_on, scorer, split, val_loss
+from .classifier import (
+    accuracy,
+    bound,
+    check_data,
+    held_out,
+    loss_on,
+    scorer,
+    split,
+    val_loss,
+)
 from .networks import MLP, parameters
 from .task import Task
 
@@ -118,19 +128,28 @@ def make(
       num_steps: T of the run, static.
       num_windows: W; W of ``num_steps`` is one rate and one momentum a step.
       hold_out: keep a third of validation out of the outer loss, to choose by.
-      data: ``{"x", "y"}`` in place of the digits.
+      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, classes 0 to 9.
 
     Raises:
-      ValueError: another scale.
+      TypeError: data of another kind.
+      ValueError: another scale, more windows than steps, data of another shape, too
+        few, or with other labels.
     """
+    key = as_key(key)
     if scale not in ("small", "paper"):
         raise ValueError(f"schedules has scale 'small' and 'paper'; got {scale!r}")
+    if not 1 <= num_windows <= num_steps:
+        raise ValueError(
+            f"num_windows must be in 1..num_steps, {num_steps}; got {num_windows}"
+        )
     small = scale == "small"
     if data is None:
         data = datasets.load("digits" if small else "mnist", data_dir)
+    sizes = SMALL if small else PAPER
+    check_data(data, sizes[0] + sizes[1] + 1)
     data = jax.tree.map(jnp.asarray, data)
     split_key, start_key = jax.random.split(key)
-    parts = split(data, split_key, SMALL if small else PAPER)
+    parts = split(data, split_key, sizes)
     hidden = (32,) if small else (50, 50, 50)
     module = MLP((data["x"].shape[1], *hidden, 10), nnx.Rngs(start_key))
     graph, w = parameters(module)

@@ -25,8 +25,10 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from .classifier import check_data
 from .task import Task
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
@@ -176,15 +178,24 @@ def make(
       data_dir: not read: the digits come with scikit-learn.
       penalty: of the probe.
       width, dimension: of the features, and of what is contrasted.
-      data: ``{"x", "y"}`` in place of the digits.
+      data: ``{"x": [n, 64], "y": [n]}`` in place of the digits, classes 0 to 9, more
+        than 1,200 examples.
 
     Raises:
-      ValueError: another scale.
+      TypeError: data of another kind.
+      ValueError: another scale, data of another shape, too few, or with other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"self_supervised has scale 'small' only; got {scale!r}")
     data = datasets.load("digits") if data is None else data
+    check_data(data, NUM_TRAIN + NUM_FIT + NUM_VAL + 1, NUM_CLASSES)
+    if data["x"].shape[1] != SIZE**2:
+        raise ValueError(
+            f"data['x'] must be flat images of {SIZE} by {SIZE} pixels, [n, {SIZE**2}]"
+            f"; got {data['x'].shape[1]} features"
+        )
     split_key, first_key, second_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
     parts = split(jax.tree.map(jnp.asarray, data), split_key, penalty)

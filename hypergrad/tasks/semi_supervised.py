@@ -18,11 +18,12 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import Descent, Newton
 from ..problem import Bilevel
 from ..surrogates import AUC
 from . import classifier
-from .classifier import held_out, losses, others
+from .classifier import check_data, check_scale, held_out, losses, others
 from .networks import softmax_regression
 from .task import Task
 
@@ -114,27 +115,22 @@ def make(
       sizes: labelled, validation and unlabelled examples, in place of the scale's.
 
     Raises:
-      ValueError: another scale, 'paper' without data, fewer examples than sizes.
+      TypeError: data of another kind.
+      ValueError: another scale, 'paper' without data, fewer examples than sizes, other
+        labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.semi_supervised.make(key=jax.random.key(0))
     >>> task.alpha.shape
     (1000,)
     """
+    key = as_key(key)
     del data_dir
-    if scale not in SIZES or (scale == "paper" and data is None):
-        raise ValueError(
-            "scale must be 'small', or 'paper' with data= of at least 50,001 examples; "
-            f"got {scale!r}"
-        )
+    check_scale(scale, data, sum(SIZES["paper"]) + 1)
     sizes = SIZES[scale] if sizes is None else sizes
     data = datasets.load("digits") if data is None else data
+    check_data(data, sum(sizes) + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)
-    if len(data["y"]) <= sum(sizes):
-        raise ValueError(
-            f"data has {len(data['y'])} examples; {sum(sizes)} are to learn from, and "
-            "testing needs one at least: pass more data or smaller sizes"
-        )
     parts = split(data, key, sizes, hold_out)
     penalty = jnp.asarray(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}

@@ -19,7 +19,7 @@ variance ``alpha``; L is the mean of ``-log p`` over the training examples,
 Gaussians around centroids ``w`` with precision ``alpha_j`` in feature j; L as before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,10 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
+from .classifier import check_data
 from .task import Task
 
 NUM_COMPONENTS = 3  # of wine; of its correlations three eigenvalues are above 1
@@ -153,15 +155,18 @@ def split(data: PyTree, key: Array) -> dict[str, PyTree]:
 
     Features are standardised by the mean and the deviation of the training examples.
     """
-    n = len(data["y"])
+    n = len(data["x"])
     order = jax.random.permutation(key, n)
-    x, y = jnp.asarray(data["x"], float)[order], data["y"][order]
+    shuffled = {name: leaf[order] for name, leaf in data.items()}
+    x = jnp.asarray(shuffled["x"], float)
     train = x[: n // 2]
-    x = (x - jnp.mean(train, axis=0)[None, :]) / jnp.std(train, axis=0)[None, :]
+    spread = jnp.std(train, axis=0)
+    spread = jnp.where(spread > 0, spread, 1)  # of a constant feature
+    shuffled["x"] = (x - jnp.mean(train, axis=0)[None, :]) / spread[None, :]
     ends = {"train": (0, n // 2), "val": (n // 2, 3 * n // 4), "test": (3 * n // 4, n)}
     return {
-        name: {"x": x[begin:end], "y": y[begin:end]}
-        for name, (begin, end) in ends.items()
+        name: jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], shuffled)
+        for name, (a, b) in ends.items()
     }
 
 
@@ -180,18 +185,28 @@ def make(
       scale: 'small' is the only one: no paper sets another.
       data_dir: not read: wine comes with scikit-learn.
       variant: 'kde' or 'ppca', whose hypergradients are known, or 'kmeans'.
-      data: ``{"x", "y"}`` in place of wine, such as iris.
+      data: ``{"x": [n, features]}`` in place of wine, such as iris; with ``"y"``,
+        [n] in three classes, 'kmeans' measures how its clusters agree with them.
 
     Raises:
-      ValueError: another scale or variant.
+      TypeError: data of another kind.
+      ValueError: another scale or variant, data of another shape, or other labels.
     """
+    key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"unsupervised has scale 'small' only; got {scale!r}")
     if variant not in ("kde", "ppca", "kmeans"):
         raise ValueError(f"variant must be 'kde', 'ppca' or 'kmeans'; got {variant!r}")
     data = datasets.load("wine") if data is None else data
-    parts = split(jax.tree.map(jnp.asarray, data), key)
+    labelled = variant == "kmeans" and isinstance(data, Mapping) and "y" in data
+    names = ("x", "y") if labelled else ("x",)
+    check_data(data, 8, NUM_CLUSTERS, names)
+    if variant == "ppca" and data["x"].shape[1] <= NUM_COMPONENTS:
+        raise ValueError(
+            f"ppca needs more than {NUM_COMPONENTS} features; got {data['x'].shape[1]}"
+        )
+    parts = split({name: jnp.asarray(data[name]) for name in names}, key)
     train, val = ({"x": parts[name]["x"]} for name in ("train", "val"))
     d = train["x"].shape[1]
     shape = (d,)
@@ -219,7 +234,7 @@ def make(
             partial(nll_of, losses[1]), {"x": parts["test"]["x"]}
         )
     }
-    if variant == "kmeans":
+    if labelled:
         metrics["agreement"] = jax.tree_util.Partial(agreement, parts["test"])
     return Task(
         name="unsupervised",
