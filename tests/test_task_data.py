@@ -51,11 +51,26 @@ def test_data_is_a_dict_of_arrays(name: str):
             make(name, wrong, **settings)
 
 
-@pytest.mark.parametrize("name", [*LEAST, "federated", "few_shot", "unsupervised"])
+@pytest.mark.parametrize("name", TASKS)
 def test_a_number_is_no_key(name: str):
     """With what to write in its place."""
     with pytest.raises(TypeError, match=r"write jax\.random\.key\(3\)"):
         TASKS[name].make(key=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("federated", {"num_client": 4}, "no argument num_client;.*num_clients"),
+        ("physics", {"senors": 5, "Noise": 0.5}, "no argument Noise, senors;.*sensors"),
+        ("reinforcement", {"num_episode": 2}, "no argument num_episode;.*num_episodes"),
+    ],
+    ids=["federated", "physics", "reinforcement"],
+)
+def test_a_misspelt_size_is_refused(name: str, wrong, says: str):
+    """With the names that there are."""
+    with pytest.raises(TypeError, match=says):
+        TASKS[name].make(key=jax.random.key(0), **wrong)
 
 
 @pytest.mark.parametrize("name", LEAST)

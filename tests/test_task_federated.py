@@ -200,12 +200,6 @@ def test_clients_hold_few_classes_unless_dealt_at_random():
         federated.make(key=jax.random.key(0), scale="huge")
 
 
-def test_a_misspelt_size_is_refused():
-    """With the names that there are."""
-    with pytest.raises(TypeError, match=r"no argument num_client;.*num_clients"):
-        federated.make(key=jax.random.key(0), num_client=4)
-
-
 def test_the_papers_scale_builds():
     """On synthetic examples in MNIST's shape, fewer of them."""
     data = {"x": np.zeros((2000, 784), np.float32), "y": np.arange(2000) % 10}

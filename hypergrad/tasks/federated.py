@@ -41,7 +41,7 @@ from ..products import Loss
 from ..settings import check_steps
 from ..trees import norm
 from .classifier import check_data
-from .task import Task
+from .task import Task, sizes_of
 
 NUM_CLASSES = 10
 PENALTY = 1e-3
@@ -367,14 +367,9 @@ def make(
     key = as_key(key)
     if scale not in SCALES:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
-    if unknown := set(sizes) - set(SCALES[scale]):
-        raise TypeError(
-            f"federated.make has no argument {', '.join(sorted(unknown))}; its sizes "
-            f"are {', '.join(SCALES[scale])}"
-        )
+    chosen = sizes_of("federated", SCALES[scale], sizes)
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
-    chosen = SCALES[scale] | sizes
     check_data(data, 1, NUM_CLASSES)
     least = chosen["val_per_class"] + chosen["most"] + 1
     rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())

@@ -30,10 +30,11 @@ from jaxtyping import Array, PyTree
 
 from .. import data as datasets
 from .. import spaces
+from ..checks import as_key
 from ..inner import LBFGS, Descent
 from ..problem import Bilevel
 from . import mlp
-from .task import Task
+from .task import Task, sizes_of
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
@@ -347,12 +348,13 @@ def make(
 
     Raises:
       ValueError: another scale or variant.
+      TypeError: a size that `SCALES` does not name.
     """
     if variant not in SCALES:
         raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}")
     if scale not in SCALES[variant]:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
-    chosen = SCALES[variant][scale] | sizes
+    key, chosen = as_key(key), sizes_of("physics", SCALES[variant][scale], sizes)
     if variant == "control":
         return make_control(key, chosen)
     return make_weights(key, variant, chosen, data_dir, hold_out)

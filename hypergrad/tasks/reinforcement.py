@@ -30,6 +30,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..checks import as_key
 from ..inner import Newton, inner_stats
 from ..inner.descent import iterate
 from ..inner.protocol import InnerStats
@@ -37,7 +38,7 @@ from ..problem import Batches, Bilevel, Data, draw, fraction
 from ..products import Loss
 from ..settings import check_steps
 from . import mlp
-from .task import Task
+from .task import Task, sizes_of
 
 SOURCE = "Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)"
 DATA_NAME = "simulated"
@@ -431,6 +432,7 @@ def make(
 
     Raises:
       ValueError: another scale or variant.
+      TypeError: a size that `SCALES` does not name.
     """
     del data_dir
     if variant not in SCALES:
@@ -438,4 +440,5 @@ def make(
     if scale not in SCALES[variant]:
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
     build = {"mrp": make_mrp, "cartpole": make_cartpole}[variant]
-    return build(key, **SCALES[variant][scale] | sizes)
+    chosen = sizes_of("reinforcement", SCALES[variant][scale], sizes)
+    return build(as_key(key), **chosen)

@@ -1,6 +1,7 @@
 """What a task is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, PyTree
@@ -36,3 +37,13 @@ class Task(eqx.Module):
     def metric_values(self, w: PyTree, alpha: PyTree, key: Array) -> dict[str, Array]:
         """Every metric at one point."""
         return {name: metric(w, alpha, key) for name, metric in self.metrics.items()}
+
+
+def sizes_of(name: str, standard: dict[str, Any], given: dict[str, Any]) -> dict:
+    """The standard sizes, and those given in their place; refuses others."""
+    if unknown := set(given) - set(standard):
+        raise TypeError(
+            f"{name}.make has no argument {', '.join(sorted(unknown))}; its sizes are "
+            f"{', '.join(standard)}"
+        )
+    return standard | given
