@@ -44,7 +44,8 @@ SHARES = (0.5, 0.7, 0.9)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03)
-FIXED = ("baseline", "validation-only", "oracle")
+RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's ideal
+FIXED = ("baseline", "validation-only", RIGHT, "oracle")
 METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
 PAIRS = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
 # Of random search: a run's, or that with a part of the grid's, which serves all runs of
@@ -91,6 +92,8 @@ def retrained(
     key, share, _, hold_out = lane
     task, parts = task_of(data, lane), split(data, key, hold_out, share)
     batch, alpha = dict(task.problem.inner_data), jnp.asarray(alpha)
+    if method == RIGHT:
+        alpha = 1.0 - parts["train"]["wrong"]
     if method == "oracle":
         batch["y"] = parts["train"]["clean"]
     if method == "validation-only":
@@ -116,7 +119,7 @@ def judging(method: str) -> Program:
 
 
 def worth(method: str, data: PyTree, lane: Lane, alpha: Array) -> dict[str, float]:
-    same = method if method in ("oracle", "validation-only") else "baseline"
+    same = method if method in FIXED else "baseline"
     return {k: float(x) for k, x in judging(same)(data, lane, alpha).items()}
 
 
