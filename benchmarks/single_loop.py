@@ -212,16 +212,22 @@ def steps_for(
 ) -> int:
     """As many as the budget pays for, by what some cost at the slowest rates.
 
-    By their mean, since a period has dear steps and cheap ones; by the dearest of the
-    double loop, which solves until it is close enough.
+    By the dearest of the double loop, which solves until it is close enough; else by
+    their mean, and no more than the budget is then found to pay for: a period has dear
+    steps and cheap ones.
     """
-    length = LONG_PROBE if method in DRAWN else PROBE
-    probe = jax.jit(lambda *given: run(length)(*given).cost)
-    cost = np.asarray(probe(*given, *map(jnp.float32, slow)), float)
-    steps = np.diff(cost, prepend=0)
-    return max(
-        1, int(budget / (steps.max() if method == DOUBLE_LOOP else steps.mean()))
-    )
+
+    def costs(length: int) -> np.ndarray:
+        probe = jax.jit(lambda *given: run(length)(*given).cost)
+        return np.asarray(probe(*given, *map(jnp.float32, slow)), float)
+
+    steps = np.diff(costs(LONG_PROBE if method in DRAWN else PROBE), prepend=0)
+    if method == DOUBLE_LOOP:
+        return max(1, int(budget / steps.max()))
+    most = max(1, int(budget / steps.mean()))
+    if method in DRAWN:
+        return most
+    return max(1, int(np.sum(costs(most) <= budget * (1 + 1e-5))))  # float32 adds up
 
 
 def within_budget(name: str, cost: float, budget: float) -> None:
