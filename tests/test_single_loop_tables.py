@@ -264,3 +264,19 @@ def test_batches_of_cleaning_are_its_losses_on_average():
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
     wrong = cleaning.split(data, jax.random.key(0), True, 0.7)["train"]["wrong"]
     assert 0.65 < np.mean(wrong) < 0.75
+
+
+def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch):
+    """Evaluations that cost more are NaN, and the end is of those before."""
+    monkeypatch.setattr(single_loop, "RESULTS", tmp_path)
+    system = tiny()
+    row = single_loop.try_all(system, {"method": "SUSTAIN"}) | {"num_steps": 200}
+    line = single_loop.record.line({"method": "SUSTAIN", "seed": 0} | row)
+    (tmp_path / "tiny-grid.jsonl").write_text(line)
+    found = single_loop.measure(system, {"method": "SUSTAIN", "seed": 3})
+    cost, curve = (np.array(found[name]) for name in ("curve_cost", "curve"))
+    assert cost[-1] > system.budget
+    np.testing.assert_array_equal(np.isnan(curve), cost > system.budget)
+    kept = curve[cost <= system.budget]
+    assert found["end"] == single_loop.end(kept)
+    assert found["gradient_equivalents"] == cost[len(kept) - 1]
