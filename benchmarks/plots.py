@@ -213,7 +213,9 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     colors = matplotlib.colormaps["tab20"](range(20))
     for i, (method, rows) in enumerate(lanes.items()):
         values = np.array([row["curve"] for row in rows], float)
-        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+        values[np.isnan(values)] = np.inf  # a run that broke off is as bad as can be
+        quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0, method="higher")
+        low, middle, high = np.where(np.isfinite(quartiles), quartiles, np.nan)
         cost = np.median([row["curve_cost"] for row in rows], axis=0)
         seconds = [row["run_seconds"] for row in rows if "run_seconds" in row]
         style = {"color": colors[i % 20], "ls": "-" if i < 10 else "--"}
