@@ -33,6 +33,7 @@ from .single_loop import (
     TOTAL,
     TUNING_SEEDS,
     chosen,
+    falling,
     family,
     read_grid,
     steps_for,
@@ -45,7 +46,8 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03)
 RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's ideal
-FIXED = ("baseline", "validation-only", RIGHT, "oracle")
+BOTH = "baseline, validation too"  # trains on all labels there are
+FIXED = ("baseline", BOTH, "validation-only", RIGHT, "oracle")
 METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
 PAIRS = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
 # Of random search: a run's, or that with a part of the grid's, which serves all runs of
@@ -73,6 +75,8 @@ def weights(
 ) -> hg.Trace:
     """Weights by one method of the family: gradient descent on w, Adam on alpha."""
     task = task_of(data, lane, None if method == DOUBLE_LOOP else BATCH)
+    if method.endswith("falling"):
+        outer_rate = falling(outer_rate)
     return hg.minimize(
         task.problem,
         family(rate, NUM_TRAIN // BATCH)[method](),
@@ -96,6 +100,10 @@ def retrained(
         alpha = 1.0 - parts["train"]["wrong"]
     if method == "oracle":
         batch["y"] = parts["train"]["clean"]
+    if method == BOTH:
+        val = parts["val"]
+        batch |= {name: jnp.concatenate([batch[name], val[name]]) for name in "xy"}
+        alpha = jnp.concatenate([alpha, val["use"]])
     if method == "validation-only":
         val = parts["val"]
         batch |= {"x": val["x"], "y": val["y"]}
@@ -335,7 +343,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         spread = lambda x: "{1:.1f} [{0:.1f}, {2:.1f}]".format(
             *np.quantile(x, single_loop.QUARTILES)
         )
-        part = f"{closed(rows, method, SHARES[0])[0]:.0%}" if method in METHODS else "-"
+        part = f"{closed(rows, method, SHARES[0])[0]:.0%}".replace("-0%", "0%")
         cells = [
             *map(spread, of_share),
             part,

@@ -110,10 +110,16 @@ def best(loss: Callable, parts: PyTree, w: np.ndarray, alpha: np.ndarray) -> flo
 def suboptimality(
     loss: Callable, parts: PyTree, least: Array, w: Array, alpha: Array, key: Array
 ) -> Array:
-    """``M(w*(alpha)) - h*``, trained from ``w``; no smaller than float32 can tell."""
-    problem = bilevel(loss)(parts["inner"], parts["outer"])
-    w, _ = hg.Newton().solve(problem.inner_loss, w, alpha, parts["inner"], key)
-    return jnp.maximum(loss(w, parts["outer"]) - least, FLOOR)
+    """``M(w*(alpha)) - h*``, no smaller than float32 can tell.
+
+    Trained from zero, whatever the run's ``w``; NaN where that does not converge.
+    """
+    problem, start = bilevel(loss)(parts["inner"], parts["outer"]), jnp.zeros_like(w)
+    w, _ = hg.Newton().solve(problem.inner_loss, start, alpha, parts["inner"], key)
+    slope = jax.grad(problem.inner_loss)
+    size = lambda w: jnp.linalg.norm(slope(w, alpha, parts["inner"]))
+    value = jnp.maximum(loss(w, parts["outer"]) - least, FLOOR)
+    return jnp.where(size(w) < 1e-3 * size(start), value, jnp.nan)
 
 
 def system(

@@ -213,9 +213,9 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     colors = matplotlib.colormaps["tab20"](range(20))
     for i, (method, rows) in enumerate(lanes.items()):
         values = np.array([row["curve"] for row in rows], float)
-        values[np.isnan(values)] = np.inf  # a run that broke off is as bad as can be
-        quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0, method="higher")
-        low, middle, high = np.where(np.isfinite(quartiles), quartiles, np.nan)
+        values[np.isnan(values)] = 1e300  # a run that broke off is as bad as can be
+        quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+        low, middle, high = np.where(quartiles < 1e200, quartiles, np.nan)
         cost = np.median([row["curve_cost"] for row in rows], axis=0)
         seconds = [row["run_seconds"] for row in rows if "run_seconds" in row]
         style = {"color": colors[i % 20], "ls": "-" if i < 10 else "--"}
@@ -225,13 +225,14 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
             at = whole * cost / cost[-1]
             axis.plot(at, middle, lw=1.5, label=method, **style)
             axis.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
-    for axis, label in zip(panels, ("gradient-equivalents", "seconds"), strict=True):
+    labels = "gradient-equivalents", "seconds, in proportion to cost"
+    for axis, label in zip(panels, labels, strict=True):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("suboptimality")
+    panels[0].set_ylabel("h(alpha) - h*, median and quartiles")
     panels[1].legend(
         fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
@@ -268,7 +269,8 @@ def heatmaps(rows: list[dict], path: Path, title: str, across: str) -> None:
         best = ratios.index(row["ratio"]), rates.index(row["rate"])
         axis.plot(*best, "o", mfc="none", mec="crimson", ms=12, mew=2)
         axis.set_title(row["method"], fontsize=9)
-        axis.set_xticks(range(len(ratios)), [f"{x:g}" for x in ratios], fontsize=6)
+        ticks = [f"{x:g}" for x in ratios]
+        axis.set_xticks(range(len(ratios)), ticks, fontsize=6, rotation=60)
         axis.set_yticks(range(len(rates)), [f"{x:g}" for x in rates], fontsize=7)
         axis.set_facecolor("0.9")
     for axis in list(panels.flat)[len(rows) :]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +31,12 @@ from . import plots
 from .__main__ import RESULTS
 
 TUNING_SEEDS = (100, 101)
-TAIL = 3  # the last evaluations, whose geometric mean is where a run ends
+TAIL = 0.1  # of its cost: the geometric mean over it is where a run ends
 FALL = 10.0  # times below its first evaluation: less is no plateau to arrive at
 PROBE = 128  # steps that tell what one costs: whole periods of SRBA and VRBO
 DRAWN, LONG_PROBE = ("TTSA", "SUSTAIN"), 4096  # of those that draw how long a series is
 SLACK = 1.05  # of the budget, for those
+REPEATS = 5  # calls of which the seconds are the median
 DOUBLE_LOOP, SEARCH, TOTAL = "implicit", "random search", "random search, total"
 
 
@@ -86,6 +88,11 @@ class System(NamedTuple):
         return [(rate, ratio) for rate in self.rates for ratio in self.ratios]
 
 
+def falling(rate: Array) -> Callable[[Array], Array]:
+    """A schedule."""
+    return lambda step: rate / jnp.sqrt(1 + step / 100)
+
+
 def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
     """Every method with its inner rate; inner loops have ten steps.
 
@@ -95,11 +102,10 @@ def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
     from where the last ended.
     """
     sgd = optax.sgd(rate)
-    falling = optax.sgd(lambda step: rate / jnp.sqrt(1 + step / 100))
     grow = lambda step: 10 * (1 + step) ** (1 / 7)
     return {
         "SOBA": lambda: hg.SOBA(sgd),
-        "SOBA, falling": lambda: hg.SOBA(falling),
+        "SOBA, falling": lambda: hg.SOBA(optax.sgd(falling(rate))),
         "SABA": lambda: hg.SABA(sgd),
         "SRBA": lambda: hg.SRBA(sgd, period=batches),
         "FSLA": lambda: hg.FSLA(sgd),
@@ -147,7 +153,7 @@ def run(
         problem = whole(problem)
     outer_rate = rate * ratio
     if method.endswith("falling"):
-        outer_rate = lambda step: rate * ratio / jnp.sqrt(1 + step / 100)
+        outer_rate = falling(rate * ratio)
     return hg.minimize(
         problem,
         family(rate, system.batches)[method](),
@@ -174,25 +180,37 @@ def evaluated(steps: int, points: int) -> np.ndarray:
     return np.unique([*range(0, steps, spacing(steps, points)), steps - 1])
 
 
-def curve(system: System, method: str, steps: int, points: int, *given: Any) -> Row:
-    """Where a run was at each evaluation, what it had cost, and what it counted."""
-    trace = run(system, method, steps, points, *given)
-    at = evaluated(steps, points)
+def curve(
+    system: System, method: str, steps: int, points: int,
+    arrays: PyTree, rate: Array, ratio: Array, key: Array,
+) -> Row:  # fmt: skip
+    """Where a run was at each evaluation and at its end, and what that had cost.
+
+    An evaluation is of the ``alpha`` before a step, and costs what led there.
+    """
+    trace = run(system, method, steps, points, arrays, rate, ratio, key)
+    at, of_step = evaluated(steps, points), trace.stats["gradient_equivalents"]
+    last = system.draw(arrays).suboptimality(trace.w, trace.alpha, key)
+    last = jnp.where(trace.status_code == 0, last, jnp.nan)
     total = lambda name: jnp.sum(jnp.nan_to_num(trace.stats[name]))
     return {
-        "curve": trace.metrics["suboptimality"][at],
-        "curve_cost": trace.cost[at],
-        "gradient_equivalents": jnp.max(jnp.nan_to_num(trace.cost)),
+        "curve": jnp.append(trace.metrics["suboptimality"][at], last),
+        "curve_cost": jnp.append((trace.cost - of_step)[at], trace.cost[-1]),
+        "gradient_equivalents": trace.cost[-1],
         "num_grads": total("num_grads"),
         "num_hvps": total("num_hvps"),
     }
 
 
-def end(values: Any) -> float:
-    """Geometric mean of the last evaluations; infinite where a run broke off."""
-    last = np.asarray(values, float)[-TAIL:]
-    if not np.isfinite(last).all():
+def end(values: Any, cost: Any) -> float:
+    """Geometric mean of the evaluations in the last tenth of what was spent.
+
+    Infinite where a run broke off, or nothing was paid for.
+    """
+    values, cost = np.asarray(values, float), np.asarray(cost, float)
+    if not values.size or not np.isfinite(values[-1]):
         return np.inf
+    last = values[cost >= (1 - TAIL) * cost[-1]]
     return float(np.exp(np.mean(np.log(np.maximum(last, 1e-30)))))
 
 
@@ -407,36 +425,39 @@ def measure(system: System, cell: Row) -> Row:
     if method not in DRAWN:
         within_budget(method, float(found["gradient_equivalents"]), system.budget)
     # A series of random length may cost more than its mean: what is beyond is left out.
-    paid = found["curve_cost"] <= system.budget * (1 + 1e-5)
-    found["curve"] = np.where(paid, found["curve"], np.nan)
+    paid = np.cumsum(found["curve_cost"] <= system.budget * (1 + 1e-5)) - 1
+    found |= {name: found[name][paid] for name in ("curve", "curve_cost")}
     timed = bare(system, method, steps)
     if timed.compiled is None:
         timed(*given)  # so that seconds are those of a warm program
-    before = timed.run_seconds
-    timed(*given)
+    seconds = []
+    for _ in range(REPEATS):
+        before = timed.run_seconds
+        timed(*given)
+        seconds.append(timed.run_seconds - before)
     return {
-        "end": end(found["curve"][paid]),
-        "run_seconds": timed.run_seconds - before,
+        "end": end(found["curve"], found["curve_cost"]),
+        "run_seconds": float(np.median(seconds)),
         "compile_seconds": timed.compile_seconds,
         **{name: settings[name] for name in ("rate", "ratio", "num_steps")},
         "tuning_cost": settings["tuning_cost"],
         **{name: x.tolist() for name, x in found.items()},
-        "gradient_equivalents": float(found["curve_cost"][paid][-1]),
+        "gradient_equivalents": float(found["curve_cost"][-1]),
         **about,
     }
 
 
 def by_random_search(system: System, budget: float, arrays: PyTree, key: Array) -> Row:
-    """Uniform in the box; each draw trained by Newton's method.
+    """The start, then uniform in the box; each is trained by Newton's method.
 
-    Its curve is that of the best draw so far, by the outer value, at the same costs for
-    every seed; NaN before the first draw is paid for.
+    Its curve is that of the best so far, by the outer value, at the same costs for
+    every seed; NaN before the start is paid for.
     """
     problem, w, alpha, suboptimality = system.draw(arrays)
     trace = hg.search(
         whole(problem),
         hg.Newton(tolerance=1e-2),
-        hg.searchers.Random(),
+        FromStart(alpha),
         w,
         space=hg.spaces.Interval(system.low, system.high, shape=alpha.shape),
         budget=budget,
@@ -449,15 +470,38 @@ def by_random_search(system: System, budget: float, arrays: PyTree, key: Array) 
     ticks = budget * np.arange(1, system.points + 1) / system.points
     paid = np.searchsorted(cost, ticks, side="right")
     total = lambda name: float(np.sum(trace.stats[name]))
+    curve = np.where(paid > 0, best[np.maximum(paid, 1) - 1], np.nan)
     return {
-        "end": float(best[-1]),
-        "curve": np.where(paid > 0, best[np.maximum(paid, 1) - 1], np.nan).tolist(),
+        "end": float(curve[-1]) if paid[-1] else np.inf,
+        "curve": curve.tolist(),
         "curve_cost": ticks.tolist(),
         "gradient_equivalents": float(cost[-1]),
         "num_grads": total("num_grads"),
         "num_hvps": total("num_hvps"),
         "num_steps": len(values),
     }
+
+
+class FromStart(eqx.Module):
+    """Random search that tries the start first."""
+
+    alpha: PyTree
+
+    def init(self, space: PyTree, key: Array) -> PyTree:
+        """The space, and that nothing was tried."""
+        del key
+        return space, True
+
+    def ask(self, state: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+        """The start, then a draw."""
+        space, first = state
+        alpha = self.alpha if first else hg.spaces.sample(space, key)
+        return alpha, (space, False)
+
+    def tell(self, state: PyTree, alpha: PyTree, value: Array) -> PyTree:
+        """Learns nothing."""
+        del alpha, value
+        return state
 
 
 def named(arrays: PyTree) -> dict[str, Any]:
@@ -511,7 +555,8 @@ def to_plateau(row: Row) -> float:
     Infinite for a run that broke off, or did not fall: it is at no plateau.
     """
     values = np.array([np.inf if x is None else x for x in row["curve"]])
-    if row["end"] is None or not row["end"] * FALL <= values[0]:
+    first = values[0]
+    if row["end"] is None or not row["end"] * FALL <= first < np.inf:
         return np.inf
     return row["curve_cost"][int(np.argmax(values <= 2 * row["end"]))]
 
@@ -549,13 +594,14 @@ def markdown(
         f"[quartiles] of h(alpha) - h* at the end of at most {system.budget:,.0f} "
         "gradient-equivalents (grad-eq); plateau: median cost to come within twice of "
         f"it, where it is {FALL:g} times below the start. A product (HVP) yields the "
-        "inner gradient too, which is not counted again. Seconds are of a warm program "
-        "that evaluates nothing. Rates of w, and of alpha over that of w, are from "
+        "inner gradient too, which is not counted again. A run that broke off is "
+        "infinite. Milliseconds are of a warm program that evaluates nothing. Rates of "
+        "w, and of alpha over that of w, are from "
         f"[{grid_name(system)}]({grid_name(system)}.md). Source: {table.source}. "
         f"Command: `{command}`",
         "",
         "| method | end | plateau | grad-eq | gradients | HVPs | steps | rate | ratio "
-        "| tuning grad-eq | compile s | run s |",
+        "| tuning grad-eq | compile s | run ms |",
         "|" + "---|" * 12,
     ]
     for method in (*METHODS, SEARCH, TOTAL):
@@ -570,16 +616,20 @@ def markdown(
 def cells_of(method: str, mine: list[Row]) -> list[str]:
     """A line of the table."""
     ends = lane(mine, method)
-    low, middle, high = np.quantile(np.where(np.isfinite(ends), ends, 1e300), QUARTILES)
+    finite = np.where(np.isfinite(ends), ends, 1e300)
+    quartiles = np.quantile(finite, QUARTILES)
+    low, middle, high = ("-" if x > 1e200 else f"{x:.1e}" for x in quartiles)
+    broken = int(np.sum(~np.isfinite(ends)))
+    mark = f", {broken} broke off" if broken else ""
     plateau = median_to_plateau(mine, method)
 
-    def mean(name: str, form: str) -> str:
+    def mean(name: str, form: str, scale: float = 1.0) -> str:
         values = [row[name] for row in mine if row.get(name) is not None]
-        return form.format(np.mean(values)) if values else "-"
+        return form.format(scale * np.mean(values)) if values else "-"
 
     return [
         method,
-        f"{middle:.1e} [{low:.1e}, {high:.1e}]" if high < 1e300 else "broke off",
+        f"{middle} [{low}, {high}]{mark}",
         f"{plateau:.0f}" if np.isfinite(plateau) else "-",
         mean("gradient_equivalents", "{:.0f}"),
         mean("num_grads", "{:.0f}"),
@@ -589,7 +639,7 @@ def cells_of(method: str, mine: list[Row]) -> list[str]:
         mean("ratio", "{:g}"),
         mean("tuning_cost", "{:,.0f}"),
         mean("compile_seconds", "{:.1f}"),
-        mean("run_seconds", "{:.2f}"),
+        mean("run_seconds", "{:.1f}", 1e3),
     ]
 
 

@@ -170,8 +170,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
     ratios = [row["soba"] for row in rows]
     mean, low, high = (float(np.exp(x)) for x in paired(np.log(ratios), 0.0))
     text = (
-        f"a step of SOBA in gradients: {mean:.2f} [{low:.2f}, {high:.2f}], at most "
-        f"{MOST_GRADIENTS:g} claimed"
+        "a step of SOBA in gradients, geometric mean: "
+        f"{mean:.2f} [{low:.2f}, {high:.2f}], at most {MOST_GRADIENTS:g} claimed"
     )
     held = max(row["copies"] for row in rows)
     return [
@@ -179,7 +179,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
             text, high <= MOST_GRADIENTS, len(rows), (high - low) / 2, MOST_GRADIENTS
         ),
         Verdict(
-            f"it holds {held:.1f} copies of w, at most {MOST_COPIES:g} claimed",
+            f"it holds {held:.1f} copies of w, at most {MOST_COPIES:g} claimed: "
+            + ("reproduced" if held <= MOST_COPIES else "not reproduced"),
             failed=held > MOST_COPIES,
         ),
     ]

@@ -123,7 +123,7 @@ def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch
     found = single_loop.measure(system, {"method": "SOBA", "seed": 3})
     assert (found["rate"], found["num_steps"]) == (row["rate"], row["num_steps"])
     assert 0.9 * system.budget < found["gradient_equivalents"] <= system.budget
-    assert found["end"] == single_loop.end(found["curve"])
+    assert found["end"] == single_loop.end(found["curve"], found["curve_cost"])
     assert len(found["curve"]) == len(found["curve_cost"]) > 10
     again = single_loop.measure(system, {"method": "SOBA", "seed": 3})
     assert again["curve"] == found["curve"]
@@ -170,13 +170,19 @@ def test_random_search_keeps_the_best_so_far():
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     key = jax.random.key(0)
     row = single_loop.by_random_search(system, 3000, arrays, key)
+    start = quadratics.suboptimality(
+        arrays["best"], arrays["Q"], None, jnp.zeros(10), None
+    )
+    assert row["curve"][-1] <= start * (1 + 1e-6)
     assert len(row["curve"]) == len(row["curve_cost"]) == system.points
     assert row["num_steps"] > 2
     assert row["end"] == row["curve"][-1]
     assert row["gradient_equivalents"] <= row["curve_cost"][-1] == 3000
     shorter = single_loop.by_random_search(system, 1500, arrays, key)
     assert shorter["end"] == row["curve"][system.points // 2 - 1]
-    assert np.isnan(single_loop.by_random_search(system, 1, arrays, key)["curve"][0])
+    poor = single_loop.by_random_search(system, 1, arrays, key)
+    assert np.isnan(poor["curve"]).all()
+    assert poor["end"] == np.inf
 
 
 def rows_of(method: str, ends: list[float], **columns) -> list[dict]:
@@ -267,7 +273,7 @@ def test_batches_of_cleaning_are_its_losses_on_average():
 
 
 def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch):
-    """Evaluations that cost more are NaN, and the end is of those before."""
+    """It stays where its last evaluation was that the budget pays for."""
     monkeypatch.setattr(single_loop, "RESULTS", tmp_path)
     system = tiny()
     row = single_loop.try_all(system, {"method": "SUSTAIN"}) | {"num_steps": 200}
@@ -275,8 +281,27 @@ def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch)
     (tmp_path / "tiny-grid.jsonl").write_text(line)
     found = single_loop.measure(system, {"method": "SUSTAIN", "seed": 3})
     cost, curve = (np.array(found[name]) for name in ("curve_cost", "curve"))
-    assert cost[-1] > system.budget
-    np.testing.assert_array_equal(np.isnan(curve), cost > system.budget)
-    kept = curve[cost <= system.budget]
-    assert found["end"] == single_loop.end(kept)
-    assert found["gradient_equivalents"] == cost[len(kept) - 1]
+    assert 0.8 * system.budget < cost[-1] <= system.budget
+    kept = np.unique(cost)
+    assert len(kept) < len(cost)
+    assert np.all(curve[cost == kept[-1]] == curve[-1])
+    assert found["end"] == single_loop.end(curve, cost)
+    assert found["gradient_equivalents"] == cost[-1]
+
+
+def test_a_run_ends_where_its_last_step_leads():
+    """The last tenth of the cost alone counts, the alpha after the last step too."""
+    cost = np.array([0.0, 50.0, 90.0, 100.0])
+    assert single_loop.end([9.0, 9.0, 4.0, 1.0], cost) == pytest.approx(2.0)
+    assert single_loop.end([9.0, 9.0, 4.0, np.nan], cost) == np.inf
+    assert single_loop.end([9.0, 1.0], np.array([0.0, 50.0])) == pytest.approx(1.0)
+    system = tiny()
+    arrays = jax.tree.map(jnp.asarray, system.prepare(0))
+    given = arrays, jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0)
+    found = single_loop.curve(system, "SOBA", 7, 20, *given)
+    trace = single_loop.run(system, "SOBA", 7, 20, *given)
+    of = functools.partial(quadratics.suboptimality, arrays["best"], arrays["Q"], None)
+    np.testing.assert_allclose(found["curve"][0], of(jnp.zeros(10), None), rtol=1e-5)
+    np.testing.assert_allclose(found["curve"][-1], of(trace.alpha, None), rtol=1e-5)
+    np.testing.assert_allclose(found["curve_cost"][0], 0, atol=1e-6)
+    np.testing.assert_allclose(found["curve_cost"][1:], trace.cost, rtol=1e-5)
