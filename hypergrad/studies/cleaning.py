@@ -247,6 +247,6 @@ STUDY = Study(
         ),
     ),
     draw=plots.cleaning,
-    minutes=7,
+    minutes=2,
     seeds=10,
 )
