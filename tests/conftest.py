@@ -152,6 +152,16 @@ REPRESENTATIVES = {
         "test_rows_of_a_batch_need_an_index": set(),
         "test_w_is_carried_from_step_to_step": {"implicit"},
     },
+    "test_objectives": {
+        "test_a_front_is_a_loop_of_runs_in_one_program": set(),
+        "test_only_tchebycheff_reaches_a_concave_front": set(),
+        "test_rows_progress_and_certificates_of_several_losses": set(),
+    },
+    "test_populations": {
+        "test_brackets_of_hyperband_are_those_of_its_table": set(),
+        "test_each_finds_the_optimum_within_its_budget": {"pbt"},
+        "test_eight_devices_train_what_one_does": set(),
+    },
     "test_references": {
         "test_jaxopt_lbfgs_with_implicit_diff": set(),
         "test_second_derivatives_against_jaxopt": set(),
@@ -162,10 +172,29 @@ REPRESENTATIVES = {
     "test_single_loop": {
         "test_conformance": set(),
     },
+    "test_searchers": {
+        "test_a_grid_is_the_product_of_its_axes": set(),
+        "test_the_optimum_is_found_within_its_tolerance": {
+            *("cmaes", "gp", "grid", "random", "reinforce", "sobol", "tpe"),
+        },
+    },
     "test_single_loop_family": {
+        "test_a_step_has_its_own_expectation": {"BOME", "F2SA"},
+        "test_each_leaf_keeps_its_dtype": {"MRBO", "PZOBO"},
+        "test_the_step_that_is_timed_is_the_one_written_out": set(),
         "test_a_series_has_the_mean_of_its_terms": {"SUSTAIN", "StocBiO"},
         "test_each_step_is_that_of_the_dense_matrices": {
             *("BOME", "DARTS", "F2SA", "FSLA", "MRBO", "SABA", "SRBA", "StocBiO"),
+        },
+    },
+    "test_single_loop_tables": {
+        "test_a_series_of_random_length_ends_within_the_budget": set(),
+        "test_batches_of_cleaning_are_its_losses_on_average": set(),
+    },
+    "test_spaces_relax": {
+        "test_minimize_learns_a_choice_by_any_of_them": set(),
+        "test_the_score_function_has_every_derivative_of_the_expectation": {
+            *("interacting-1.5",),
         },
     },
     "test_studies": {
@@ -174,6 +203,9 @@ REPRESENTATIVES = {
     },
     "test_task_architecture": {
         "test_first_order_darts_is_the_direct_term": set(),
+    },
+    "test_task_data": {
+        "test_every_part_has_an_example": {"cleaning", "penalties"},
     },
     "test_task_federated": {
         "test_clients_on_four_devices_give_the_same_numbers": set(),
