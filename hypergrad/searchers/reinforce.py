@@ -38,7 +38,8 @@ class Reinforce(eqx.Module):
     >>> for key in jax.random.split(key, 100):
     ...     alpha, state = searcher.ask(state, key)
     ...     state = searcher.tell(state, alpha, abs(alpha["op"] - 1.0))
-    >>> int(state["logits"][0].argmax())
+    >>> (logits,) = state["logits"]
+    >>> int(logits.argmax())
     1
     """
 
