@@ -35,6 +35,7 @@ from .single_loop import (
     chosen,
     falling,
     family,
+    rates_chosen,
     read_grid,
     steps_for,
     within_budget,
@@ -182,18 +183,9 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
         "after at most "
         f"{BUDGET:,} gradient-equivalents (grad-eq) a run. Command: `{command}`",
         "",
-        "| method | rate | rate of weights | loss | steps | tuning grad-eq |",
-        "|---|---|---|---|---|---|",
+        *rates_chosen(rows, ("rate", "rate of weights", "loss"), "{:.3f}"),
     ]
-    for row in rows:
-        best = min(x for x in row["ends"] if x is not None)
-        lines.append(
-            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best:.3f} | "
-            f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
-        )
-    return "\n".join(
-        [*lines, "", *(f"- {v.text}" for v in single_loop.judge_grid(rows))]
-    )
+    return "\n".join(lines)
 
 
 # The table.

@@ -35,7 +35,7 @@ TAIL = 0.1  # of its cost: the geometric mean over it is where a run ends
 FALL = 10.0  # times below its first evaluation: less is no plateau to arrive at
 PROBE = 128  # steps that tell what one costs: whole periods of SRBA and VRBO
 DRAWN, LONG_PROBE = ("TTSA", "SUSTAIN"), 4096  # of those that draw how long a series is
-SLACK = 1.05  # of the budget, for those
+SLACK = 1.05  # of the budget: a run that costs more is refused
 REPEATS = 5  # calls of which the seconds are the median
 DOUBLE_LOOP, SEARCH, TOTAL = "implicit", "random search", "random search, total"
 
@@ -360,16 +360,22 @@ def markdown_of_grid(system: System, table: Table, rows: list[Row], command) -> 
         f"at its last step, after {system.budget:,.0f} gradient-equivalents (grad-eq) "
         f"a run. Command: `{command}`",
         "",
-        "| method | rate | ratio | end | steps | tuning grad-eq |",
-        "|---|---|---|---|---|---|",
+        *rates_chosen(rows, ("rate", "ratio", "end"), "{:.1e}"),
     ]
+    return "\n".join(lines)
+
+
+def rates_chosen(rows: list[Row], titles: tuple[str, str, str], form: str) -> list[str]:
+    """Lines of a grid's table: what each method goes on with, and what that cost."""
+    titles = "method", *titles, "steps", "tuning grad-eq"
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
-        best = min(x for x in row["ends"] if x is not None)
+        best = form.format(min(x for x in row["ends"] if x is not None))
         lines.append(
-            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best:.1e} | "
+            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best} | "
             f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
         )
-    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
+    return [*lines, "", *(f"- {v.text}" for v in judge_grid(rows))]
 
 
 def grid(system: System) -> Table:
