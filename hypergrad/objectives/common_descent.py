@@ -20,7 +20,7 @@ class MGDA(eqx.Module):
 
     Cost: K² inner products and a quadratic program of K variables, solved to rounding.
 
-    Source: Désidéri 2012; Sener & Koltun 2018 (arXiv 1810.04650), equation 3.
+    Source: Désidéri 2012; Sener & Koltun 2018 (arXiv 1810.04650).
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> gram = jnp.array([[1.0, 0.0], [0.0, 4.0]])

@@ -17,7 +17,7 @@ def nonnegative(A: Array, b: Array) -> Array:
 
     Cost: about as many K by K solves as variables are not 0; at most 10 K.
 
-    Source: Lawson & Hanson 1974, chapter 23, on the normal equations.
+    Source: Lawson & Hanson 1974, on the normal equations.
 
     >>> nonnegative(jnp.eye(2), jnp.array([3.0, -1.0])).tolist()
     [3.0, 0.0]

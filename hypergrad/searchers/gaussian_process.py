@@ -36,7 +36,7 @@ class GaussianProcess(eqx.Module):
         unbounded space.
 
     Cost: an ask is O(trials^3), and slow beyond some hundreds. Source: Jones, Schonlau
-    & Welch 1998, equation 15; Snoek, Larochelle & Adams 2012, arXiv:1206.2944.
+    & Welch 1998; Snoek, Larochelle & Adams 2012, arXiv:1206.2944.
 
     >>> import jax, hypergrad as hg
     >>> searcher, key = hg.searchers.GaussianProcess(num_initial=3), jax.random.key(0)
@@ -142,7 +142,7 @@ def _fitted(x: np.ndarray, values: np.ndarray, noise: Any) -> Any:
 def _expected_improvement(
     best: float, mean: np.ndarray, deviation: np.ndarray
 ) -> np.ndarray:
-    """Jones et al. 1998, equation 15, for a minimum."""
+    """Jones et al. 1998, for a minimum."""
     from scipy.stats import norm
 
     z = (best - mean) / np.maximum(deviation, np.finfo(float).tiny)

@@ -341,7 +341,7 @@ class Hyperband(eqx.Module):
     Cost, memory and rows: those of `SuccessiveHalving`; all brackets once are about
     ``(s_max + 1)² R`` gradients.
 
-    Source: Li et al. 2018 (arXiv 1603.06560), algorithm 1.
+    Source: Li et al. 2018 (arXiv 1603.06560).
 
     >>> import jax, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2

@@ -29,8 +29,8 @@ class Reinforce(eqx.Module):
       ValueError: at `init`, a continuous space, or an unbounded one.
 
     Cost: a draw. Bias: none in the gradient; the policy may settle on a choice that is
-    not the best. Source: Williams 1992, section 4; Zoph & Le 2017, arXiv:1611.01578,
-    section 3.2, for architectures.
+    not the best. Source: Williams 1992; Zoph & Le 2017, arXiv:1611.01578, for
+    architectures.
 
     >>> import jax, hypergrad as hg
     >>> searcher, key = hg.searchers.Reinforce(step_size=1.0), jax.random.key(0)

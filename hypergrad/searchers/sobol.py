@@ -14,7 +14,7 @@ class Sobol(eqx.Module):
     more evenly, best at powers of two. The sequence is SciPy's, scrambled by the key of
     `init`.
 
-    Cost: a point. Source: Sobol 1967; Bergstra & Bengio 2012, section 5, for search.
+    Cost: a point. Source: Sobol 1967; Bergstra & Bengio 2012, for search.
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.Sobol()

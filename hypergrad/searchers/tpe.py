@@ -30,8 +30,8 @@ class TPE(eqx.Module):
       ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
       ValueError: ``num_initial`` below 1; an unbounded space.
 
-    Cost: an ask reads all trials. Source: Bergstra, Bardenet, Bengio & Kegl 2011,
-    section 4; Akiba, Sano, Yanase, Ohta & Koyama 2019, arXiv:1907.10902 (optuna).
+    Cost: an ask reads all trials. Source: Bergstra, Bardenet, Bengio & Kegl 2011;
+    Akiba, Sano, Yanase, Ohta & Koyama 2019, arXiv:1907.10902 (optuna).
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.TPE()

@@ -25,8 +25,8 @@ def gumbel_softmax(logits: Array, key: Array, temperature: ArrayLike) -> Array:
       [..., n], rows that sum to 1; the largest weight is a sample of p.
 
     Bias: of the value and its gradient, falling with the temperature, while the
-    gradient's variance grows. Source: Jang, Gu & Poole 2017, arXiv:1611.01144,
-    equation 2; Maddison, Mnih & Teh 2017, arXiv:1611.00712.
+    gradient's variance grows. Source: Jang, Gu & Poole 2017, arXiv:1611.01144;
+    Maddison, Mnih & Teh 2017, arXiv:1611.00712.
 
     >>> weights = gumbel_softmax(jnp.zeros(3), jax.random.key(0), 0.5)
     >>> round(float(weights.sum()), 5)
@@ -48,7 +48,7 @@ def straight_through(logits: Array, key: Array) -> Array:
 
     Bias: none in the value; in the gradient none for a loss that is linear in the
     sample, and unknown otherwise. Source: Bengio, Leonard & Courville 2013,
-    arXiv:1308.3432, section 4.
+    arXiv:1308.3432.
 
     >>> sample = straight_through(jnp.zeros(3), jax.random.key(0))
     >>> sorted(sample.tolist())
@@ -81,7 +81,7 @@ def score_function(
 
     Bias: none, of the value or of any derivative in ``logits`` or in what ``loss``
     reads; the variance falls with a good baseline. Source: Williams 1992; Foerster et
-    al. 2018, arXiv:1802.05098, equation 5.
+    al. 2018, arXiv:1802.05098.
 
     >>> values = jnp.array([1.0, 3.0])
     >>> loss = lambda logits, key: score_function(lambda x: x @ values, logits, key)
