@@ -121,10 +121,10 @@ def flops(function: Callable, *args: Any) -> Flops:
     >>> hg.cost.flops(power, jnp.ones((3, 3)), jnp.ones(3)).total()
     180
     """
-    return _of(jax.make_jaxpr(function)(*args))
+    return of_jaxpr(jax.make_jaxpr(function)(*args))
 
 
-def _of(jaxpr: Any) -> Flops:
+def of_jaxpr(jaxpr: Any) -> Flops:
     """Of what the outputs need; a loop's body is cleared here, not from outside."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     outputs = [True] * len(jaxpr.outvars)
@@ -151,25 +151,25 @@ def _of_equation(equation: Any) -> Flops:
     name, params = equation.primitive.name, equation.params
     match name:
         case "scan":
-            return _times(params["length"], _of(params["jaxpr"]))
+            return _times(params["length"], of_jaxpr(params["jaxpr"]))
         case "while":
             return _of_while(equation)
         case "cond":
-            return _dearest([_of(branch) for branch in params["branches"]])
+            return _dearest([of_jaxpr(branch) for branch in params["branches"]])
         case "custom_linear_solve":
-            return _of(params["jaxprs"].solve)
+            return of_jaxpr(params["jaxprs"].solve)
         case "shard_map":
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
-            return _times(devices, _of(params["jaxpr"]))
+            return _times(devices, of_jaxpr(params["jaxpr"]))
     called = _called(equation)
-    return _of_primitive(equation) if called is None else _of(called)
+    return _of_primitive(equation) if called is None else of_jaxpr(called)
 
 
 def _of_while(equation: Any) -> Flops:
     """The condition is tested once more than the body runs."""
-    test = _of(equation.params["cond_jaxpr"])
-    once = _plus(test, _of(equation.params["body_jaxpr"]))
+    test = of_jaxpr(equation.params["cond_jaxpr"])
+    once = _plus(test, of_jaxpr(equation.params["body_jaxpr"]))
     where = summarize(equation.source_info) or "inside jax"
     loop = Loop(where, once.fixed, once.transcendentals)
     return test._replace(

@@ -45,7 +45,12 @@ def memory(function: Callable, *args: Any) -> Memory:
     400
     """
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
-    found = jitted.lower(*args).compile().memory_analysis()
+    return of_compiled(jitted.lower(*args).compile())
+
+
+def of_compiled(program: Any) -> Memory:
+    """Bytes of a compiled program."""
+    found = program.memory_analysis()
     if found is None:
         raise RuntimeError(
             f"XLA tells no memory of programs for {jax.default_backend()}"
