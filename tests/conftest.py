@@ -8,13 +8,10 @@ from fnmatch import fnmatch
 import jax
 import pytest
 
-# Read when JAX makes its first array. On two cores jaxlib has two threads for the parts
-# of a program; two batched decompositions in one program (eigh and a solve under vmap)
-# may take one each, and both wait for the other's to do their own parts, for ever. With
-# no such threads all parts run where the program does; workers are in parallel anyway.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-)
+# The threads for the parts of a program, read when JAX makes its first array. With two,
+# as on two cores, two batched decompositions in one program (a solve and eigh under
+# vmap) may take one each, and both wait for the other's to do their own parts, for ever.
+os.environ.setdefault("NPROC", "8")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
