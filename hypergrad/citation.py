@@ -803,6 +803,16 @@ BIBTEX: dict[str, str] = dict(
             eprint="2406.16232",
             archiveprefix="arXiv",
         ),
+        _entry(
+            "inproceedings",
+            "mahapatra2020",
+            author="Mahapatra, Debabrata and Rajan, Vaibhav",
+            title="Multi-Task Learning with User Preferences: Gradient Descent with "
+            "Controlled Ascent in {Pareto} Optimization",
+            booktitle=_ICML,
+            pages="6597--6607",
+            year="2020",
+        ),
         _article(
             "hestenes1969",
             "Hestenes, Magnus R.",

@@ -153,6 +153,8 @@ REPRESENTATIVES = {
         "test_w_is_carried_from_step_to_step": {"implicit"},
     },
     "test_objectives": {
+        "test_epo_of_three_ends_at_the_point_of_equal_distances": set(),
+        "test_epo_solves_the_linear_programs_of_its_authors": {"2", "4"},
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
         "test_only_tchebycheff_reaches_a_concave_front": set(),
         "test_rows_progress_and_certificates_of_several_losses": set(),

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from scipy.optimize import minimize_scalar, nnls
+from scipy.optimize import linprog, minimize_scalar, nnls
 from scipy.special import logsumexp
 
 import hypergrad as hg
@@ -162,6 +162,86 @@ def test_a_gradient_that_is_not_finite_shows(combine):
     assert np.isnan(directions(combine, gradients)).any()
 
 
+# Exact preference.
+
+
+def anchored(value, weights):
+    """``mu`` and ``a`` of EPO, by the definition."""
+    r = weights / weights.sum()
+    share = r * value / (r @ value)
+    mu = share @ np.log(value.size * share)
+    return mu, r * (np.log(value.size * share) - mu)
+
+
+def by_linprog(value, gram, weights):
+    """The weights of EPO by SciPy's HiGHS, programs as their authors publish them."""
+    mu, a = anchored(value, weights)
+    along, size = gram @ a, value.size
+    least, objective = np.zeros(size), gram.sum(0)
+    if mu > 1e-6:
+        objective = along
+        if np.any(along > 0):
+            least = np.where(along > 0, -np.inf, along)
+            least[np.argmax(weights * value)] = 0
+    rows = np.isfinite(least)
+    # HiGHS keeps constraints to 1e-7: let the gradients be of order one.
+    found = linprog(
+        -objective, -gram[rows], -least[rows], np.ones((1, size)), [1.0], (0, 1)
+    )
+    assert found.success
+    return found.x
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 6])
+def test_epo_solves_the_linear_programs_of_its_authors(num: int, key: jax.Array):
+    """As SciPy does: half the cases off the ray, half on it, where they lower all."""
+    keys = jax.random.split(key, 3)
+    weights = jax.random.uniform(keys[0], (num,), minval=0.2)
+    gradients = jax.random.normal(keys[1], (20, num, num + 1))
+    values = jax.random.uniform(keys[2], (20, num), minval=0.1)
+    values = values.at[::2].set(1 / weights[None])
+    gram = jnp.einsum("ckn,cln->ckl", gradients, gradients)
+    combine = objectives.EPO(weights)
+    found = jax.vmap(lambda v, g: combine.weigh(v, g, None)[0])(values, gram)
+    exact = [by_linprog(*map(np.asarray, (*case, weights)))
+             for case in zip(values, gram, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(found, np.array(exact), atol=1e-6)
+    assert np.all(np.einsum("ck,ckl->cl", found, gram)[::2] >= -1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_epo_is_the_closed_form_for_two_that_conflict(dtype: str, key: jax.Array):
+    """Off the ray all of the value above it, as far as the other may rise.
+
+    With 1 above and g_1 . g_2 < 0, (G a)_1 > 0 > (G a)_2: the largest share t of g_1 at
+    which t g_1 . g_2 + (1 - t) |g_2|² >= (G a)_2.
+    """
+    pair = pairs(key)
+    value, weights = np.array([3.0, 1.0]), np.array([2.0, 1.0])
+    gram = np.einsum("ckn,cln->ckl", pair, pair)
+    gram = gram[gram[:, 0, 1] < 0]
+    mu, a = anchored(value, weights)
+    assert mu > 0.1
+    rise = gram[:, 1] @ a
+    c, d = gram[:, 0, 1], gram[:, 1, 1]
+    t = np.clip((d - rise) / (d - c), 0, 1)
+    assert 5 < np.sum(t < 1) < len(t)
+    combine = objectives.EPO(jnp.array(weights, dtype))
+    of = lambda gram: combine.weigh(jnp.array(value, dtype), gram, None)[0]
+    found = jax.vmap(of)(jnp.array(gram, dtype))
+    assert found.dtype == dtype
+    close(found, np.stack([t, 1 - t], 1), dtype, 1.0)
+
+
+def test_epo_shows_values_that_are_on_no_ray():
+    """Not above the ideal, or not finite: NaN, at once."""
+    for value in ([-1.0, 1.0], [0.0, 1.0], [jnp.nan, 1.0], [jnp.inf, 1.0]):
+        weights, _ = objectives.EPO(jnp.ones(2)).weigh(
+            jnp.array(value), jnp.eye(2), None
+        )
+        assert np.isnan(weights).all()
+
+
 # Scalarizations.
 
 
@@ -236,6 +316,47 @@ def test_upgrad_from_equal_distances_ends_in_the_middle():
     across = jnp.cross(along, jnp.array([0.0, 0.0, 1.0]))
     trace = minimize(objectives.UPGrad(), alpha=middle + across)
     np.testing.assert_allclose(trace.alpha, middle, atol=1e-8)
+
+
+NEAR = {"first": 0.02, "second": 0.98}
+
+
+@pytest.mark.parametrize("start", ["first", "second", "aside"])
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 9.0])
+def test_epo_ends_where_the_ray_meets_the_front(start: str, ratio: float):
+    """r_1 t² = r_2 (1 - t)² on the segment, from either end of it and from aside.
+
+    From an end it climbs along the front, one of the two values rises all the way.
+    """
+    along = CENTRES[1] - CENTRES[0]
+    alpha = CENTRES[0] + NEAR[start] * along if start in NEAR else START
+    weights = jnp.array([ratio, 1.0])
+    trace = minimize(
+        objectives.EPO(weights), alpha=alpha, optimizer=TENTH, num_steps=400
+    )
+    t = 1 / (1 + ratio**0.5)
+    exact = float(along @ along) * np.array([t**2, (1 - t) ** 2])
+    np.testing.assert_allclose(trace.value[-1], exact, rtol=0.01)
+    np.testing.assert_allclose(ratio * trace.value[-1, 0], trace.value[-1, 1], 0.01)
+    if start in NEAR:
+        rising = 0 if start == "first" else 1
+        assert float(trace.value[-1, rising]) > 10 * float(trace.value[0, rising])
+
+
+def test_epo_of_three_ends_at_the_point_of_equal_distances():
+    """The circumcentre, where it lies within the triangle; with ideals taken off."""
+    corners = jnp.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.6, 1.8, 0.0]])
+    outer = tuple(
+        lambda w, alpha, batch, c=c, k=k: jnp.sum((w - c) ** 2) - k
+        for k, c in enumerate(corners)
+    )
+    trace = minimize(
+        objectives.EPO(jnp.ones(3), ideal=-jnp.arange(3.0)),
+        problem=biquadratic(outer), optimizer=optax.sgd(0.05), num_steps=400,
+        alpha=jnp.array([1.5, 0.3, 0.7]),
+    )  # fmt: skip
+    y = (0.6**2 + 1.8**2 - 2 * 0.6) / (2 * 1.8)  # equal distances to all three
+    np.testing.assert_allclose(trace.value[-1] + jnp.arange(3), 1 + y**2, rtol=0.01)
 
 
 @pytest.mark.parametrize("space", [None, hg.spaces.Positive()])
@@ -662,6 +783,7 @@ BAD = {
         ValueError,
         "ideal must have shape (2,)",
     ),
+    "three rays": (objectives.EPO(jnp.ones(3)), ValueError, "shape (2,)"),
     "two limits": (
         objectives.AugmentedLagrangian(jnp.ones(2)),
         ValueError,
@@ -695,6 +817,9 @@ def test_a_combiner_of_one_loss_is_refused():
         (lambda: objectives.WeightedSum(jnp.zeros(2)), "one above"),
         (lambda: objectives.WeightedSum(jnp.array([1.0, jnp.nan])), "at least 0"),
         (lambda: objectives.SmoothTchebycheff(jnp.ones(2), 0.0), "temperature"),
+        (lambda: objectives.EPO(jnp.array([1.0, 0.0])), "each of them"),
+        (lambda: objectives.EPO(jnp.ones(2), 0.0), "tolerance"),
+        (lambda: objectives.EPO(jnp.ones(7)).init(7), "SmoothTchebycheff"),
         (lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0), "penalty"),
         (lambda: objectives.AugmentedLagrangian(1.0, period=0), "period"),
         (lambda: objectives.hypervolume(jnp.ones((2, 3)), jnp.ones(2)), "[P, K]"),
@@ -717,6 +842,7 @@ def test_bad_settings_are_refused(make, message):
         (objectives.SmoothTchebycheff(jnp.ones(2)), ["lin2024"]),
         (objectives.MGDA(), ["desideri2012", "sener2018"]),
         (objectives.UPGrad(), ["quinton2024"]),
+        (objectives.EPO(jnp.ones(2)), ["mahapatra2020"]),
         (objectives.AugmentedLagrangian(1.0), ["hestenes1969", "rockafellar1973"]),
         (objectives.hypervolume, ["zitzler1999"]),
     ],

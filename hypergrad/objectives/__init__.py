@@ -3,8 +3,8 @@
 ``hg.Bilevel(inner_loss, (M_1, ..., M_K), ...)`` has K values and K hypergradients, from
 one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
 `WeightedSum` and `SmoothTchebycheff` minimise a function of the values, `MGDA` and
-`UPGrad` lower all values together, `AugmentedLagrangian` lowers the first within limits
-on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
+`UPGrad` lower all values together, `EPO` seeks the Pareto optimum on a given ray,
+`AugmentedLagrangian` lowers the first within limits on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
 costs, as a differentiable function: `num_parameters`, `num_flops`, `activation_bytes`,
 `expected_cost`, `num_labelled`.
 
@@ -22,10 +22,12 @@ from .efficiency import (
     num_parameters,
 )
 from .front import front, hypervolume
+from .preference import EPO
 from .protocol import Combiner
 from .scalarization import SmoothTchebycheff, WeightedSum
 
 __all__ = [
+    "EPO",
     "MGDA",
     "AugmentedLagrangian",
     "Combiner",
