@@ -410,6 +410,15 @@ BIBTEX: dict[str, str] = dict(
             "1907.10902",
         ),
         _article(
+            "deb2002",
+            "Deb, Kalyanmoy and Pratap, Amrit and Agarwal, Sameer and Meyarivan, T.",
+            "A fast and elitist multiobjective genetic algorithm: {NSGA-II}",
+            "IEEE Transactions on Evolutionary Computation",
+            volume="6",
+            number="2",
+            year="2002",
+        ),
+        _article(
             "hansen2001",
             "Hansen, Nikolaus and Ostermeier, Andreas",
             "Completely Derandomized Self-Adaptation in Evolution Strategies",

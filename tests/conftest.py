@@ -180,6 +180,9 @@ REPRESENTATIVES = {
             *("cmaes", "gp", "grid", "random", "reinforce", "sobol", "tpe"),
         },
     },
+    "test_search": {
+        "test_nsga2_finds_the_front_and_more_of_it_than_random_search": set(),
+    },
     "test_single_loop_family": {
         "test_a_step_has_its_own_expectation": {"BOME", "F2SA"},
         "test_each_leaf_keeps_its_dtype": {"MRBO", "PZOBO"},

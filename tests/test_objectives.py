@@ -675,6 +675,22 @@ def test_hypervolume_is_the_part_of_a_box_that_is_dominated(num: int, key: jax.A
     assert abs(exact - share) < 4 * (share * (1 - share) / 200_000) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("points", "on_front"),
+    [
+        ([[1, 3], [2, 2], [3, 1], [3, 3], [2, 3]], [1, 1, 1, 0, 0]),
+        ([[1, 1], [1, 1], [1, 2]], [1, 1, 0]),
+        ([[jnp.nan, 0], [1, 1], [0, jnp.nan]], [0, 1, 0]),
+        ([[jnp.inf, 0], [1, 1], [jnp.inf, 1]], [1, 1, 0]),
+        ([[1, 2, 3], [1, 2, 4], [3, 2, 1]], [1, 0, 1]),
+        ([[3], [1], [2]], [0, 1, 0]),
+    ],
+)
+def test_which_points_no_other_dominates(points, on_front):
+    found = jax.jit(objectives.non_dominated)(jnp.array(points, float))
+    assert found.tolist() == [bool(x) for x in on_front]
+
+
 # Efficiency.
 
 WIDTHS = [7, 5, 3, 2]
@@ -823,6 +839,7 @@ def test_a_combiner_of_one_loss_is_refused():
         (lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0), "penalty"),
         (lambda: objectives.AugmentedLagrangian(1.0, period=0), "period"),
         (lambda: objectives.hypervolume(jnp.ones((2, 3)), jnp.ones(2)), "[P, K]"),
+        (lambda: objectives.non_dominated(jnp.ones(2)), "[P, K]"),
         (lambda: objectives.num_flops([3.0]), "at least two numbers"),
         (
             lambda: front(biquadratic(), 1.0, objectives.WeightedSum, num_steps=1),

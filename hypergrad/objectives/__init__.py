@@ -4,9 +4,10 @@
 one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
 `WeightedSum` and `SmoothTchebycheff` minimise a function of the values, `MGDA` and
 `UPGrad` lower all values together, `EPO` seeks the Pareto optimum on a given ray,
-`AugmentedLagrangian` lowers the first within limits on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
-costs, as a differentiable function: `num_parameters`, `num_flops`, `activation_bytes`,
-`expected_cost`, `num_labelled`.
+`AugmentedLagrangian` lowers the first within limits on the others. `front` traces a
+Pareto front, `non_dominated` finds it among points, `hypervolume` measures it. What a
+model costs, as a differentiable function: `num_parameters`, `num_flops`,
+`activation_bytes`, `expected_cost`, `num_labelled`.
 
 The weights of a sum may be hyperparameters themselves, of a third level:
 `hypergrad.argmin` nests.
@@ -21,7 +22,7 @@ from .efficiency import (
     num_labelled,
     num_parameters,
 )
-from .front import front, hypervolume
+from .front import front, hypervolume, non_dominated
 from .preference import EPO
 from .protocol import Combiner
 from .scalarization import SmoothTchebycheff, WeightedSum
@@ -38,6 +39,7 @@ __all__ = [
     "expected_cost",
     "front",
     "hypervolume",
+    "non_dominated",
     "num_flops",
     "num_labelled",
     "num_parameters",

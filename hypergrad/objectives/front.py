@@ -77,6 +77,28 @@ def front(
     return jax.vmap(run)(jnp.asarray(preferences))
 
 
+def non_dominated(points: Array) -> Array:
+    """``[P]``: whether no other point is as low in every value and lower in one.
+
+    Args:
+      points: ``[P, K]``, values to be minimised; one with a NaN is dominated and
+        dominates none. Equal points do not dominate each other.
+
+    Cost: P² comparisons.
+
+    >>> import jax.numpy as jnp, hypergrad as hg
+    >>> points = jnp.array([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
+    >>> hg.objectives.non_dominated(points).tolist() == [True, True, False]
+    True
+    """
+    points = jnp.asarray(points)
+    if points.ndim != 2:
+        raise ValueError(f"points must be [P, K]; got shape {points.shape}")
+    one, other = points[:, None], points[None]
+    below = jnp.all(other <= one, axis=-1) & jnp.any(other < one, axis=-1)
+    return ~jnp.any(below, axis=1) & ~jnp.any(jnp.isnan(points), axis=1)
+
+
 def hypervolume(points: Array, reference: Array) -> Array:
     """Volume that the points dominate, bounded by ``reference``; exact.
 
