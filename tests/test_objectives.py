@@ -757,6 +757,88 @@ def test_labels_bought_are_the_sum_of_their_weights():
     assert jnp.array_equal(jax.grad(objectives.num_labelled)(weights), jnp.ones(3))
 
 
+# Latency.
+
+WIDE, DEEP = np.array([4.0, 8.0, 20.0]), np.array([1.0, 3.0])
+SECONDS = np.array([[1.0, 3.0], [2.0, 7.0], [5.0, 9.0]])
+
+
+def stub(seconds):
+    """A clock that a run moves on, and what makes runs of ``seconds(*widths)``."""
+    now, calls = [0.0], []
+
+    def make(*widths):
+        def run():
+            calls.append(widths)
+            now[0] += seconds(*widths)
+            return jnp.zeros(2)
+
+        return run
+
+    return make, lambda: now[0], calls
+
+
+def test_a_table_is_exact_at_its_knots_and_has_the_slopes_between():
+    """In one width: NumPy's interpolation; also its differences, outside too."""
+    table = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 0]))
+    assert [float(table(x)) for x in WIDE] == SECONDS[:, 0].tolist()
+    x = np.linspace(4, 20, 33)
+    np.testing.assert_allclose(jax.vmap(table)(x), np.interp(x, WIDE, SECONDS[:, 0]))
+    slope = jax.vmap(jax.grad(table))
+    inside = jnp.array([1.0, 4.0, 6.0, 8.0, 19.0, 20.0, 50.0])
+    np.testing.assert_allclose(slope(inside), [0.25, 0.25, 0.25, *[0.25] * 4])
+    np.testing.assert_allclose(table(24.0), 6.0)  # the last piece goes on
+    other = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 1]))
+    slopes = [1.0, 1.0, 1.0, 1 / 6, 1 / 6, 1 / 6, 1 / 6]
+    np.testing.assert_allclose(jax.vmap(jax.grad(other))(inside), slopes)
+    assert table(jnp.float32(6.0)).dtype == jnp.float32
+
+
+def test_a_table_of_two_widths_is_bilinear():
+    """Exact at the knots; within a cell the four corners by their areas."""
+    table = objectives.LatencyTable((jnp.array(WIDE), jnp.array(DEEP)), SECONDS)
+    for i, j in np.ndindex(3, 2):
+        assert float(table(WIDE[i], DEEP[j])) == SECONDS[i, j]
+    u, v = 0.25, 0.5  # at (5, 2), of the cell from (4, 1) to (8, 3)
+    corners = np.array([(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v])
+    np.testing.assert_allclose(table(5.0, 2.0), corners @ SECONDS[:2].ravel())
+    slope = jax.grad(table, argnums=(0, 1))(5.0, 2.0)
+    across = (SECONDS[1] - SECONDS[0]).mean() / 4
+    along = (1 - u) * (3 - 1) / 2 + u * (7 - 2) / 2
+    np.testing.assert_allclose(slope, [across, along])
+
+
+def test_a_measured_table_is_what_the_clock_says():
+    """The median of the runs after the first, at every pair of widths."""
+    slow = iter([9.0, *[0.1, 0.1, 5.0]] * 6)  # the first compiles, one is held up
+    make, clock, calls = stub(lambda n, m: next(slow) + n * m)
+    table = objectives.LatencyTable.measure(
+        make, [2, 4, 8], [1, 3], num_repeats=3, clock=clock
+    )
+    pairs = [(n, m) for n in (2, 4, 8) for m in (1, 3)]
+    assert calls == [pair for pair in pairs for _ in range(4)]
+    exact = 0.1 + np.outer([2, 4, 8], [1, 3])
+    np.testing.assert_allclose(table.seconds, exact, rtol=1e-12)
+    np.testing.assert_allclose(table(3.0, 2.0), 0.1 + 6.0)  # a product is bilinear
+
+
+def test_a_table_of_rising_seconds_rises_everywhere():
+    make, clock, _ = stub(lambda n: n**1.5)
+    table = objectives.LatencyTable.measure(make, range(1, 9), clock=clock)
+    x = jnp.linspace(0, 12, 200)
+    assert np.all(np.diff(jax.vmap(table)(x)) > 0)
+    assert np.all(jax.vmap(jax.grad(table))(x) > 0)
+
+
+def test_a_latency_may_be_an_outer_loss():
+    """Its hypergradient is the slope, of widths within one piece."""
+    table = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 1]))
+    latency = lambda w, alpha, batch: table(jnp.sum(w**2))
+    problem = hg.Bilevel(inner_loss, latency, biquadratic().inner_data)
+    estimate = hg.hypergradient(problem, IMPLICIT)(jnp.zeros(3), jnp.array([2.0, 1, 1]))
+    np.testing.assert_allclose(estimate.hypergradient, [4.0, 2.0, 2.0])
+
+
 # The weights as a third level.
 
 
@@ -840,6 +922,12 @@ def test_a_combiner_of_one_loss_is_refused():
         (lambda: objectives.AugmentedLagrangian(1.0, period=0), "period"),
         (lambda: objectives.hypervolume(jnp.ones((2, 3)), jnp.ones(2)), "[P, K]"),
         (lambda: objectives.non_dominated(jnp.ones(2)), "[P, K]"),
+        (lambda: objectives.LatencyTable(WIDE, WIDE), "a tuple"),
+        (lambda: objectives.LatencyTable((WIDE[:1],), WIDE[:1]), "at least two"),
+        (lambda: objectives.LatencyTable((WIDE[::-1],), WIDE), "must rise"),
+        (lambda: objectives.LatencyTable((WIDE, DEEP), WIDE), "shape (3, 2)"),
+        (lambda: objectives.LatencyTable((WIDE,), WIDE)(1.0, 2.0), "2 widths"),
+        (lambda: objectives.LatencyTable.measure(lambda n: n), "0 axes"),
         (lambda: objectives.num_flops([3.0]), "at least two numbers"),
         (
             lambda: front(biquadratic(), 1.0, objectives.WeightedSum, num_steps=1),

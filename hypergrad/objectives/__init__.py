@@ -7,7 +7,8 @@ one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
 `AugmentedLagrangian` lowers the first within limits on the others. `front` traces a
 Pareto front, `non_dominated` finds it among points, `hypervolume` measures it. What a
 model costs, as a differentiable function: `num_parameters`, `num_flops`,
-`activation_bytes`, `expected_cost`, `num_labelled`.
+`activation_bytes`, `expected_cost`, `num_labelled`, and what was measured, a
+`LatencyTable`.
 
 The weights of a sum may be hyperparameters themselves, of a third level:
 `hypergrad.argmin` nests.
@@ -23,6 +24,7 @@ from .efficiency import (
     num_parameters,
 )
 from .front import front, hypervolume, non_dominated
+from .latency import LatencyTable
 from .preference import EPO
 from .protocol import Combiner
 from .scalarization import SmoothTchebycheff, WeightedSum
@@ -32,6 +34,7 @@ __all__ = [
     "MGDA",
     "AugmentedLagrangian",
     "Combiner",
+    "LatencyTable",
     "SmoothTchebycheff",
     "UPGrad",
     "WeightedSum",
