@@ -157,6 +157,8 @@ REPRESENTATIVES = {
         "test_epo_solves_the_linear_programs_of_its_authors": {"2", "4"},
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
         "test_only_tchebycheff_reaches_a_concave_front": set(),
+        "test_the_adjoints_of_all_losses_are_columns_of_one_loop": set(),
+        "test_weights_of_objectives_are_learned_at_a_third_level": set(),
         "test_rows_progress_and_certificates_of_several_losses": set(),
     },
     "test_populations": {

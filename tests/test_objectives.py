@@ -638,6 +638,48 @@ def test_all_losses_share_one_inner_and_one_adjoint_solve():
     assert jnp.array_equal(more, jnp.ones(3))  # each residual is a product of its own
 
 
+def adjoint_loops(of, *args):
+    """The loops of conjugate gradients in a program, each product with its columns."""
+    return [
+        loop for loop in hg.cost.flops(of, *args).loops if "linear/cg" in loop.where
+    ]
+
+
+def test_the_adjoints_of_all_losses_are_columns_of_one_loop():
+    """However many, they share the primal pass: as many tanh as one loss has.
+
+    So a product of eight columns costs less than eight; the ledger counts eight.
+    """
+    x = jax.random.normal(jax.random.key(0), (20, 4))
+    w = {"a": jnp.full((4, 5), 0.1), "b": jnp.full(5, 0.2)}
+    out = lambda w: jnp.tanh(x @ w["a"]) @ w["b"]
+    inner = lambda w, alpha, batch: (
+        jnp.mean((out(w) - 1) ** 2) + jnp.exp(alpha) * jnp.sum(w["a"] ** 2)
+        + jnp.sum(w["b"] ** 2)
+    )  # fmt: skip
+    estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: w))
+    loops, spent = {}, {}
+    for num in (1, 8):
+        outer = tuple(
+            lambda w, alpha, batch, k=k: jnp.mean((out(w) - k) ** 2) for k in range(num)
+        )
+        of = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+        (loops[num],) = adjoint_loops(lambda alpha, of=of: of(w, alpha), 0.0)
+        spent[num] = of(w, 0.0).stats["num_hvps"]
+    assert loops[8].transcendentals == loops[1].transcendentals >= 100
+    assert loops[8].flops < 8 * loops[1].flops
+    assert spent[8] >= 8 * 2  # at least one step and the residual of each
+
+
+def test_a_front_has_one_adjoint_loop_for_all_preferences():
+    """P runs of K losses are P K columns of the loop of one run of one loss."""
+    run = lambda preferences: (
+        front(biquadratic(), preferences, objectives.WeightedSum, num_steps=3).value
+    )
+    for preferences in (PREFERENCES[:1], PREFERENCES):
+        assert len(adjoint_loops(run, preferences)) == 1
+
+
 # Hypervolume.
 
 AREAS = {
@@ -862,6 +904,36 @@ def test_weights_of_objectives_by_nested_argmin():
     alpha = weights @ CENTRES / jnp.sum(weights)
     exact = (CENTRES - alpha[None]) @ (2 * (alpha - target)) / jnp.sum(weights)
     np.testing.assert_allclose(jax.grad(third)(weights), exact, rtol=1e-8)
+
+
+def test_weights_of_objectives_are_learned_at_a_third_level():
+    """To those whose optimum is the target, 0.7 along the segment: (0.3, 0.7).
+
+    The middle level's own inner solution is an argmin, its loss a weighted sum; the
+    derivative of the value at the start is also the central difference of trainings.
+    """
+    data = biquadratic().inner_data
+    target = CENTRES[0] + 0.7 * (CENTRES[1] - CENTRES[0])
+    best_w = hg.argmin(inner_loss, hg.Newton())
+
+    def middle(alpha, logit, batch):
+        w = best_w(jnp.zeros(3), alpha, batch)
+        values = jnp.stack([loss(w, alpha, batch) for loss in DISTANCES])
+        share = jax.nn.sigmoid(logit)
+        return objectives.WeightedSum(jnp.stack([1 - share, share])).score(values)
+
+    third = lambda alpha, logit, batch: jnp.sum((alpha - target) ** 2)
+    problem = hg.Bilevel(middle, third, data, data)
+    estimator = hg.Implicit(hg.Newton())
+    step, start = 1e-5, jnp.zeros(3)
+    at = lambda logit: hg.hypergradient(problem, estimator)(start, jnp.array(logit))
+    difference = (at(step).value - at(-step).value) / (2 * step)
+    np.testing.assert_allclose(at(0.0).hypergradient, difference, rtol=1e-6)
+    trace = hg.minimize(
+        problem, estimator, QUARTER, start, jnp.array(0.0), num_steps=60
+    )
+    np.testing.assert_allclose(jax.nn.sigmoid(trace.alpha), 0.7, atol=1e-6)
+    np.testing.assert_allclose(trace.w, target, atol=1e-5)
 
 
 # Bad input.

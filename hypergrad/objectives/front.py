@@ -45,7 +45,8 @@ def front(
       step.
 
     Cost: P runs; each step has one inner solve, and one adjoint solve for all K losses
-    together.
+    together: they are columns of one loop, which linearises the inner gradient once.
+    The ledger counts a product for each column.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
