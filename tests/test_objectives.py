@@ -548,6 +548,11 @@ def weighted_share(p):
     return p[1] / (p[0] + p[1])
 
 
+def exact_share(p):
+    """Where p_1 t² = p_2 (1 - t)²."""
+    return 1 / (1 + (p[0] / p[1]) ** 0.5)
+
+
 def smooth_share(p):
     """Where the smooth maximum of both is least, by SciPy."""
     apart = np.sum((CENTRES[0] - CENTRES[1]) ** 2)
@@ -561,6 +566,7 @@ def smooth_share(p):
     [
         (objectives.WeightedSum, weighted_share, QUARTER, 100),
         (SMOOTH, smooth_share, optax.sgd(0.02), 1000),
+        (lambda p: objectives.EPO(p, 1e-8), exact_share, TENTH, 200),
     ],
 )
 def test_the_front_of_two_quadratics(combine, share, optimizer, num_steps):
