@@ -645,7 +645,7 @@ def test_all_losses_share_one_inner_and_one_adjoint_solve():
 
 
 def adjoint_loops(of, *args):
-    """The loops of conjugate gradients in a program, each product with its columns."""
+    """The loops of conjugate gradients in a program; equal ones count once."""
     return [
         loop for loop in hg.cost.flops(of, *args).loops if "linear/cg" in loop.where
     ]
@@ -673,7 +673,7 @@ def test_the_adjoints_of_all_losses_are_columns_of_one_loop():
         (loops[num],) = adjoint_loops(lambda alpha, of=of: of(w, alpha), 0.0)
         spent[num] = of(w, 0.0).stats["num_hvps"]
     assert loops[8].transcendentals == loops[1].transcendentals >= 100
-    assert loops[8].flops < 8 * loops[1].flops
+    assert loops[1].flops < loops[8].flops < 8 * loops[1].flops
     assert spent[8] >= 8 * 2  # at least one step and the residual of each
 
 
@@ -682,8 +682,9 @@ def test_a_front_has_one_adjoint_loop_for_all_preferences():
     run = lambda preferences: (
         front(biquadratic(), preferences, objectives.WeightedSum, num_steps=3).value
     )
-    for preferences in (PREFERENCES[:1], PREFERENCES):
-        assert len(adjoint_loops(run, preferences)) == 1
+    (alone,) = adjoint_loops(run, PREFERENCES[:1])
+    (together,) = adjoint_loops(run, PREFERENCES)
+    assert alone.flops < together.flops <= len(PREFERENCES) * alone.flops
 
 
 # Hypervolume.
