@@ -410,6 +410,15 @@ BIBTEX: dict[str, str] = dict(
             "1907.10902",
         ),
         _article(
+            "deb2002",
+            "Deb, Kalyanmoy and Pratap, Amrit and Agarwal, Sameer and Meyarivan, T.",
+            "A fast and elitist multiobjective genetic algorithm: {NSGA-II}",
+            "IEEE Transactions on Evolutionary Computation",
+            volume="6",
+            number="2",
+            year="2002",
+        ),
+        _article(
             "hansen2001",
             "Hansen, Nikolaus and Ostermeier, Andreas",
             "Completely Derandomized Self-Adaptation in Evolution Strategies",
@@ -802,6 +811,16 @@ BIBTEX: dict[str, str] = dict(
             year="2024",
             eprint="2406.16232",
             archiveprefix="arXiv",
+        ),
+        _entry(
+            "inproceedings",
+            "mahapatra2020",
+            author="Mahapatra, Debabrata and Rajan, Vaibhav",
+            title="Multi-Task Learning with User Preferences: Gradient Descent with "
+            "Controlled Ascent in {Pareto} Optimization",
+            booktitle=_ICML,
+            pages="6597--6607",
+            year="2020",
         ),
         _article(
             "hestenes1969",

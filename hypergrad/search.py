@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,7 +22,7 @@ from .checks import (
 from .cost import ledger
 from .estimators.protocol import make_stats
 from .inner.protocol import InnerSolver
-from .metrics import Metric, check_metrics, check_progress
+from .metrics import Metric, Progress, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher, populations
 from .settings import number
@@ -39,7 +40,7 @@ def search(
     budget: float,
     key: Array | None = None,
     metrics: dict[str, Metric] | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
     record: Callable[[dict], None] | None = None,
     trials: Sequence[dict] = (),
 ) -> Trace:
@@ -48,7 +49,8 @@ def search(
     Or until the searcher has no more to propose, as at the end of a grid.
 
     Args:
-      problem: the two losses and their data; one outer loss.
+      problem: the two losses and their data; several outer losses where the searcher
+        takes them, as `NSGA2`, `Random`, `Sobol` and `Grid` do.
       solver: trains each trial, from ``w``.
       searcher: proposes.
       w: the inner starting point of every trial.
@@ -58,7 +60,8 @@ def search(
       key: PRNG key; None means ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
         outside the ledger.
-      progress: ``(trials_done, best_value)``, called after each trial.
+      progress: ``(trials_done, best_value)``, called after each trial; the value is a
+        float, or an array ``[K]``.
       record: called after each trial with all there is to know of it, a dict of plain
         numbers and lists: ``json.dumps`` makes it a line of a file.
       trials: those of an earlier search with the same arguments, as recorded, in order.
@@ -66,9 +69,13 @@ def search(
         search that was killed goes on as if it had not been, to the same trace.
 
     Returns:
-      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial.
+      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. Of
+      K outer losses, ``trace.value`` is ``[trials, K]`` and the best has the lowest
+      first value, of equal ones the lowest second, and so on, so that no other
+      dominates it. `hypergrad.objectives.non_dominated` tells all such trials;
+      ``record`` is given their ``alpha``.
 
-    Cost: one inner solve and one outer value a trial; if a recorded trial stays the
+    Cost: one inner solve and K outer values a trial; if a recorded trial stays the
     best, one more, outside the ledger, for its ``w``.
 
     Raises:
@@ -101,9 +108,12 @@ def search(
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
         )
-    if problem.num_objectives is not None:
+    several = problem.num_objectives is not None
+    if several and not getattr(searcher, "takes_several", False):
         raise ValueError(
-            f"search needs one outer loss, the problem has {problem.num_objectives}"
+            f"the problem has {problem.num_objectives} outer losses, "
+            f"{type(searcher).__name__} takes one; search by hg.searchers.NSGA2(), "
+            "Random(), Sobol() or Grid(num), or make one loss of them"
         )
     key = as_key(key)
     if is_traced(problem, w, space, key):
@@ -125,7 +135,8 @@ def search(
     metrics = check_metrics(metrics)
 
     run = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
-    rows, best, spent, last = [], (math.inf, None, None, None), 0.0, 0.0
+    rows, spent, last = [], 0.0, 0.0
+    best: tuple[Any, ...] = (None, None, None, None)
     while not rows or spent + last <= budget:
         run_key, ask_key, trial_key = jax.random.split(run_key, 3)
         try:
@@ -144,15 +155,15 @@ def search(
             found, row = run(alpha, trial_key)
         value = row["value"]
         state = searcher.tell(state, alpha, value)
-        if not rows or float(value) < best[0] or math.isnan(best[0]):
-            best = (float(value), alpha, found, trial_key)
+        if not rows or _before(value, best[0]):
+            best = (np.asarray(value), alpha, found, trial_key)
         rows.append(jax.tree.map(np.asarray, row))
         last = float(row["stats"]["gradient_equivalents"])
         spent += last
         if record is not None and not known:
             record(_plain(alpha, rows[-1]))
         if progress is not None and not known:
-            progress(len(rows), best[0])
+            progress(len(rows), best[0] if several else best[0].item())
 
     if not rows:
         raise ValueError(f"searcher proposed nothing: {searcher!r}")
@@ -173,10 +184,18 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     return populations.Setting(traced(problem), solver, metrics, w, space)
 
 
+def _before(value, best):
+    """Whether a trial is better; of several values by the first that differ."""
+    if np.isnan(best).any():
+        return True
+    lower = np.ravel(value).tolist() < np.ravel(best).tolist()
+    return lower and not np.isnan(value).any()
+
+
 def _plain(alpha, row):
     """A trial as numbers, lists and dicts."""
     leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(alpha)]
-    return {"alpha": leaves, **jax.tree.map(lambda x: x.item(), row)}
+    return {"alpha": leaves, **jax.tree.map(lambda x: x.tolist(), row)}
 
 
 def _restored(recorded, index, alpha, form):
@@ -185,7 +204,8 @@ def _restored(recorded, index, alpha, form):
     asked, structure = jax.tree.flatten(alpha)
     try:
         known = jax.tree.map(cast, asked, recorded["alpha"])
-        row = jax.tree.map(cast, form, {name: recorded[name] for name in form})
+        row = {name: recorded[name] for name in form}
+        row = jax.tree.map(lambda x, y: cast(x, y).reshape(x.shape), form, row)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"trials[{index}] is no trial of this search, pass what record was given: "
@@ -214,7 +234,7 @@ def _trial(problem, solver, w, alpha, metrics, key):
         num_grads=spent["num_grads"],
         num_hvps=spent["num_hvps"],
         num_values=spent["num_values"],
-        num_outer_values=1.0,
+        num_outer_values=value.size,
     )
     stats = make_stats(all_finite(value, w), inner_steps=spent["num_steps"], **costs)
     measured = {

@@ -23,9 +23,9 @@ class Trace(Shown):
       alpha, w: where the run ended: the last good ``alpha``, and the inner solution of
         the last good estimate.
       best_alpha: the ``alpha`` with the lowest recorded value; of an annealed run, or
-        one of several losses without a score, the last one with a good value. Where
-        outer batches are drawn the lowest value is the luckiest batch's: take
-        ``alpha``.
+        one of several losses without a score, the last one with a good value; of a
+        search of several, see `hypergrad.search`. Where outer batches are drawn
+        the lowest value is the luckiest batch's: take ``alpha``.
       value: ``[steps]``, the outer value at each step's ``alpha``, before the step;
         ``[steps, K]`` of K outer losses.
       stats: ``{name: [steps]}``, the estimates' stats; of K outer losses also

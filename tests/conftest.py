@@ -158,8 +158,12 @@ REPRESENTATIVES = {
         "test_w_is_carried_from_step_to_step": {"implicit"},
     },
     "test_objectives": {
+        "test_epo_of_three_ends_at_the_point_of_equal_distances": set(),
+        "test_epo_solves_the_linear_programs_of_its_authors": {"2", "4"},
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
         "test_only_tchebycheff_reaches_a_concave_front": set(),
+        "test_the_adjoints_of_all_losses_are_columns_of_one_loop": set(),
+        "test_weights_of_objectives_are_learned_at_a_third_level": set(),
         "test_rows_progress_and_certificates_of_several_losses": set(),
     },
     "test_populations": {
@@ -182,6 +186,9 @@ REPRESENTATIVES = {
         "test_the_optimum_is_found_within_its_tolerance": {
             *("cmaes", "gp", "grid", "random", "reinforce", "sobol", "tpe"),
         },
+    },
+    "test_search": {
+        "test_nsga2_finds_the_front_and_more_of_it_than_random_search": set(),
     },
     "test_single_loop_family": {
         "test_a_step_has_its_own_expectation": {"BOME", "F2SA"},

@@ -10,7 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from scipy.optimize import minimize_scalar, nnls
+from scipy.optimize import linprog, minimize_scalar, nnls
 from scipy.special import logsumexp
 
 import hypergrad as hg
@@ -162,6 +162,86 @@ def test_a_gradient_that_is_not_finite_shows(combine):
     assert np.isnan(directions(combine, gradients)).any()
 
 
+# Exact preference.
+
+
+def anchored(value, weights):
+    """``mu`` and ``a`` of EPO, by the definition."""
+    r = weights / weights.sum()
+    share = r * value / (r @ value)
+    mu = share @ np.log(value.size * share)
+    return mu, r * (np.log(value.size * share) - mu)
+
+
+def by_linprog(value, gram, weights):
+    """The weights of EPO by SciPy's HiGHS, programs as their authors publish them."""
+    mu, a = anchored(value, weights)
+    along, size = gram @ a, value.size
+    least, objective = np.zeros(size), gram.sum(0)
+    if mu > 1e-6:
+        objective = along
+        if np.any(along > 0):
+            least = np.where(along > 0, -np.inf, along)
+            least[np.argmax(weights * value)] = 0
+    rows = np.isfinite(least)
+    # HiGHS keeps constraints to 1e-7: let the gradients be of order one.
+    found = linprog(
+        -objective, -gram[rows], -least[rows], np.ones((1, size)), [1.0], (0, 1)
+    )
+    assert found.success
+    return found.x
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 6])
+def test_epo_solves_the_linear_programs_of_its_authors(num: int, key: jax.Array):
+    """As SciPy does: half the cases off the ray, half on it, where they lower all."""
+    keys = jax.random.split(key, 3)
+    weights = jax.random.uniform(keys[0], (num,), minval=0.2)
+    gradients = jax.random.normal(keys[1], (20, num, num + 1))
+    values = jax.random.uniform(keys[2], (20, num), minval=0.1)
+    values = values.at[::2].set(1 / weights[None])
+    gram = jnp.einsum("ckn,cln->ckl", gradients, gradients)
+    combine = objectives.EPO(weights)
+    found = jax.vmap(lambda v, g: combine.weigh(v, g, None)[0])(values, gram)
+    exact = [by_linprog(*map(np.asarray, (*case, weights)))
+             for case in zip(values, gram, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(found, np.array(exact), atol=1e-6)
+    assert np.all(np.einsum("ck,ckl->cl", found, gram)[::2] >= -1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_epo_is_the_closed_form_for_two_that_conflict(dtype: str, key: jax.Array):
+    """Off the ray all of the value above it, as far as the other may rise.
+
+    With 1 above and g_1 . g_2 < 0, (G a)_1 > 0 > (G a)_2: the largest share t of g_1 at
+    which t g_1 . g_2 + (1 - t) |g_2|² >= (G a)_2.
+    """
+    pair = pairs(key)
+    value, weights = np.array([3.0, 1.0]), np.array([2.0, 1.0])
+    gram = np.einsum("ckn,cln->ckl", pair, pair)
+    gram = gram[gram[:, 0, 1] < 0]
+    mu, a = anchored(value, weights)
+    assert mu > 0.1
+    rise = gram[:, 1] @ a
+    c, d = gram[:, 0, 1], gram[:, 1, 1]
+    t = np.clip((d - rise) / (d - c), 0, 1)
+    assert 5 < np.sum(t < 1) < len(t)
+    combine = objectives.EPO(jnp.array(weights, dtype))
+    of = lambda gram: combine.weigh(jnp.array(value, dtype), gram, None)[0]
+    found = jax.vmap(of)(jnp.array(gram, dtype))
+    assert found.dtype == dtype
+    close(found, np.stack([t, 1 - t], 1), dtype, 1.0)
+
+
+def test_epo_shows_values_that_are_on_no_ray():
+    """Not above the ideal, or not finite: NaN, at once."""
+    for value in ([-1.0, 1.0], [0.0, 1.0], [jnp.nan, 1.0], [jnp.inf, 1.0]):
+        weights, _ = objectives.EPO(jnp.ones(2)).weigh(
+            jnp.array(value), jnp.eye(2), None
+        )
+        assert np.isnan(weights).all()
+
+
 # Scalarizations.
 
 
@@ -236,6 +316,47 @@ def test_upgrad_from_equal_distances_ends_in_the_middle():
     across = jnp.cross(along, jnp.array([0.0, 0.0, 1.0]))
     trace = minimize(objectives.UPGrad(), alpha=middle + across)
     np.testing.assert_allclose(trace.alpha, middle, atol=1e-8)
+
+
+NEAR = {"first": 0.02, "second": 0.98}
+
+
+@pytest.mark.parametrize("start", ["first", "second", "aside"])
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 9.0])
+def test_epo_ends_where_the_ray_meets_the_front(start: str, ratio: float):
+    """r_1 t² = r_2 (1 - t)² on the segment, from either end of it and from aside.
+
+    From an end it climbs along the front, one of the two values rises all the way.
+    """
+    along = CENTRES[1] - CENTRES[0]
+    alpha = CENTRES[0] + NEAR[start] * along if start in NEAR else START
+    weights = jnp.array([ratio, 1.0])
+    trace = minimize(
+        objectives.EPO(weights), alpha=alpha, optimizer=TENTH, num_steps=400
+    )
+    t = 1 / (1 + ratio**0.5)
+    exact = float(along @ along) * np.array([t**2, (1 - t) ** 2])
+    np.testing.assert_allclose(trace.value[-1], exact, rtol=0.01)
+    np.testing.assert_allclose(ratio * trace.value[-1, 0], trace.value[-1, 1], 0.01)
+    if start in NEAR:
+        rising = 0 if start == "first" else 1
+        assert float(trace.value[-1, rising]) > 10 * float(trace.value[0, rising])
+
+
+def test_epo_of_three_ends_at_the_point_of_equal_distances():
+    """The circumcentre, where it lies within the triangle; with ideals taken off."""
+    corners = jnp.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.6, 1.8, 0.0]])
+    outer = tuple(
+        lambda w, alpha, batch, c=c, k=k: jnp.sum((w - c) ** 2) - k
+        for k, c in enumerate(corners)
+    )
+    trace = minimize(
+        objectives.EPO(jnp.ones(3), ideal=-jnp.arange(3.0)),
+        problem=biquadratic(outer), optimizer=optax.sgd(0.05), num_steps=400,
+        alpha=jnp.array([1.5, 0.3, 0.7]),
+    )  # fmt: skip
+    y = (0.6**2 + 1.8**2 - 2 * 0.6) / (2 * 1.8)  # equal distances to all three
+    np.testing.assert_allclose(trace.value[-1] + jnp.arange(3), 1 + y**2, rtol=0.01)
 
 
 @pytest.mark.parametrize("space", [None, hg.spaces.Positive()])
@@ -427,6 +548,11 @@ def weighted_share(p):
     return p[1] / (p[0] + p[1])
 
 
+def exact_share(p):
+    """Where p_1 t² = p_2 (1 - t)²."""
+    return 1 / (1 + (p[0] / p[1]) ** 0.5)
+
+
 def smooth_share(p):
     """Where the smooth maximum of both is least, by SciPy."""
     apart = np.sum((CENTRES[0] - CENTRES[1]) ** 2)
@@ -440,6 +566,7 @@ def smooth_share(p):
     [
         (objectives.WeightedSum, weighted_share, QUARTER, 100),
         (SMOOTH, smooth_share, optax.sgd(0.02), 1000),
+        (lambda p: objectives.EPO(p, 1e-8), exact_share, TENTH, 200),
     ],
 )
 def test_the_front_of_two_quadratics(combine, share, optimizer, num_steps):
@@ -517,6 +644,49 @@ def test_all_losses_share_one_inner_and_one_adjoint_solve():
     assert jnp.array_equal(more, jnp.ones(3))  # each residual is a product of its own
 
 
+def adjoint_loops(of, *args):
+    """The loops of conjugate gradients in a program; equal ones count once."""
+    return [
+        loop for loop in hg.cost.flops(of, *args).loops if "linear/cg" in loop.where
+    ]
+
+
+def test_the_adjoints_of_all_losses_are_columns_of_one_loop():
+    """However many, they share the primal pass: as many tanh as one loss has.
+
+    So a product of eight columns costs less than eight; the ledger counts eight.
+    """
+    x = jax.random.normal(jax.random.key(0), (20, 4))
+    w = {"a": jnp.full((4, 5), 0.1), "b": jnp.full(5, 0.2)}
+    out = lambda w: jnp.tanh(x @ w["a"]) @ w["b"]
+    inner = lambda w, alpha, batch: (
+        jnp.mean((out(w) - 1) ** 2) + jnp.exp(alpha) * jnp.sum(w["a"] ** 2)
+        + jnp.sum(w["b"] ** 2)
+    )  # fmt: skip
+    estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: w))
+    loops, spent = {}, {}
+    for num in (1, 8):
+        outer = tuple(
+            lambda w, alpha, batch, k=k: jnp.mean((out(w) - k) ** 2) for k in range(num)
+        )
+        of = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+        (loops[num],) = adjoint_loops(lambda alpha, of=of: of(w, alpha), 0.0)
+        spent[num] = of(w, 0.0).stats["num_hvps"]
+    assert loops[8].transcendentals == loops[1].transcendentals >= 100
+    assert loops[1].flops < loops[8].flops < 8 * loops[1].flops
+    assert spent[8] >= 8 * 2  # at least one step and the residual of each
+
+
+def test_a_front_has_one_adjoint_loop_for_all_preferences():
+    """P runs of K losses are P K columns of the loop of one run of one loss."""
+    run = lambda preferences: (
+        front(biquadratic(), preferences, objectives.WeightedSum, num_steps=3).value
+    )
+    (alone,) = adjoint_loops(run, PREFERENCES[:1])
+    (together,) = adjoint_loops(run, PREFERENCES)
+    assert alone.flops < together.flops <= len(PREFERENCES) * alone.flops
+
+
 # Hypervolume.
 
 AREAS = {
@@ -552,6 +722,22 @@ def test_hypervolume_is_the_part_of_a_box_that_is_dominated(num: int, key: jax.A
     exact = float(objectives.hypervolume(points, jnp.ones(num)))
     assert 0.1 < share < 0.99
     assert abs(exact - share) < 4 * (share * (1 - share) / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("points", "on_front"),
+    [
+        ([[1, 3], [2, 2], [3, 1], [3, 3], [2, 3]], [1, 1, 1, 0, 0]),
+        ([[1, 1], [1, 1], [1, 2]], [1, 1, 0]),
+        ([[jnp.nan, 0], [1, 1], [0, jnp.nan]], [0, 1, 0]),
+        ([[jnp.inf, 0], [1, 1], [jnp.inf, 1]], [1, 1, 0]),
+        ([[1, 2, 3], [1, 2, 4], [3, 2, 1]], [1, 0, 1]),
+        ([[3], [1], [2]], [0, 1, 0]),
+    ],
+)
+def test_which_points_no_other_dominates(points, on_front):
+    found = jax.jit(objectives.non_dominated)(jnp.array(points, float))
+    assert found.tolist() == [bool(x) for x in on_front]
 
 
 # Efficiency.
@@ -620,6 +806,88 @@ def test_labels_bought_are_the_sum_of_their_weights():
     assert jnp.array_equal(jax.grad(objectives.num_labelled)(weights), jnp.ones(3))
 
 
+# Latency.
+
+WIDE, DEEP = np.array([4.0, 8.0, 20.0]), np.array([1.0, 3.0])
+SECONDS = np.array([[1.0, 3.0], [2.0, 7.0], [5.0, 9.0]])
+
+
+def stub(seconds):
+    """A clock that a run moves on, and what makes runs of ``seconds(*widths)``."""
+    now, calls = [0.0], []
+
+    def make(*widths):
+        def run():
+            calls.append(widths)
+            now[0] += seconds(*widths)
+            return jnp.zeros(2)
+
+        return run
+
+    return make, lambda: now[0], calls
+
+
+def test_a_table_is_exact_at_its_knots_and_has_the_slopes_between():
+    """In one width: NumPy's interpolation; also its differences, outside too."""
+    table = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 0]))
+    assert [float(table(x)) for x in WIDE] == SECONDS[:, 0].tolist()
+    x = np.linspace(4, 20, 33)
+    np.testing.assert_allclose(jax.vmap(table)(x), np.interp(x, WIDE, SECONDS[:, 0]))
+    slope = jax.vmap(jax.grad(table))
+    inside = jnp.array([1.0, 4.0, 6.0, 8.0, 19.0, 20.0, 50.0])
+    np.testing.assert_allclose(slope(inside), [0.25, 0.25, 0.25, *[0.25] * 4])
+    np.testing.assert_allclose(table(24.0), 6.0)  # the last piece goes on
+    other = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 1]))
+    slopes = [1.0, 1.0, 1.0, 1 / 6, 1 / 6, 1 / 6, 1 / 6]
+    np.testing.assert_allclose(jax.vmap(jax.grad(other))(inside), slopes)
+    assert table(jnp.float32(6.0)).dtype == jnp.float32
+
+
+def test_a_table_of_two_widths_is_bilinear():
+    """Exact at the knots; within a cell the four corners by their areas."""
+    table = objectives.LatencyTable((jnp.array(WIDE), jnp.array(DEEP)), SECONDS)
+    for i, j in np.ndindex(3, 2):
+        assert float(table(WIDE[i], DEEP[j])) == SECONDS[i, j]
+    u, v = 0.25, 0.5  # at (5, 2), of the cell from (4, 1) to (8, 3)
+    corners = np.array([(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v])
+    np.testing.assert_allclose(table(5.0, 2.0), corners @ SECONDS[:2].ravel())
+    slope = jax.grad(table, argnums=(0, 1))(5.0, 2.0)
+    across = (SECONDS[1] - SECONDS[0]).mean() / 4
+    along = (1 - u) * (3 - 1) / 2 + u * (7 - 2) / 2
+    np.testing.assert_allclose(slope, [across, along])
+
+
+def test_a_measured_table_is_what_the_clock_says():
+    """The median of the runs after the first, at every pair of widths."""
+    slow = iter([9.0, *[0.1, 0.1, 5.0]] * 6)  # the first compiles, one is held up
+    make, clock, calls = stub(lambda n, m: next(slow) + n * m)
+    table = objectives.LatencyTable.measure(
+        make, [2, 4, 8], [1, 3], num_repeats=3, clock=clock
+    )
+    pairs = [(n, m) for n in (2, 4, 8) for m in (1, 3)]
+    assert calls == [pair for pair in pairs for _ in range(4)]
+    exact = 0.1 + np.outer([2, 4, 8], [1, 3])
+    np.testing.assert_allclose(table.seconds, exact, rtol=1e-12)
+    np.testing.assert_allclose(table(3.0, 2.0), 0.1 + 6.0)  # a product is bilinear
+
+
+def test_a_table_of_rising_seconds_rises_everywhere():
+    make, clock, _ = stub(lambda n: n**1.5)
+    table = objectives.LatencyTable.measure(make, range(1, 9), clock=clock)
+    x = jnp.linspace(0, 12, 200)
+    assert np.all(np.diff(jax.vmap(table)(x)) > 0)
+    assert np.all(jax.vmap(jax.grad(table))(x) > 0)
+
+
+def test_a_latency_may_be_an_outer_loss():
+    """Its hypergradient is the slope, of widths within one piece."""
+    table = objectives.LatencyTable((jnp.array(WIDE),), jnp.array(SECONDS[:, 1]))
+    latency = lambda w, alpha, batch: table(jnp.sum(w**2))
+    problem = hg.Bilevel(inner_loss, latency, biquadratic().inner_data)
+    estimate = hg.hypergradient(problem, IMPLICIT)(jnp.zeros(3), jnp.array([2.0, 1, 1]))
+    np.testing.assert_allclose(estimate.hypergradient, [4.0, 2.0, 2.0])
+
+
 # The weights as a third level.
 
 
@@ -645,6 +913,36 @@ def test_weights_of_objectives_by_nested_argmin():
     np.testing.assert_allclose(jax.grad(third)(weights), exact, rtol=1e-8)
 
 
+def test_weights_of_objectives_are_learned_at_a_third_level():
+    """To those whose optimum is the target, 0.7 along the segment: (0.3, 0.7).
+
+    The middle level's own inner solution is an argmin, its loss a weighted sum; the
+    derivative of the value at the start is also the central difference of trainings.
+    """
+    data = biquadratic().inner_data
+    target = CENTRES[0] + 0.7 * (CENTRES[1] - CENTRES[0])
+    best_w = hg.argmin(inner_loss, hg.Newton())
+
+    def middle(alpha, logit, batch):
+        w = best_w(jnp.zeros(3), alpha, batch)
+        values = jnp.stack([loss(w, alpha, batch) for loss in DISTANCES])
+        share = jax.nn.sigmoid(logit)
+        return objectives.WeightedSum(jnp.stack([1 - share, share])).score(values)
+
+    third = lambda alpha, logit, batch: jnp.sum((alpha - target) ** 2)
+    problem = hg.Bilevel(middle, third, data, data)
+    estimator = hg.Implicit(hg.Newton())
+    step, start = 1e-5, jnp.zeros(3)
+    at = lambda logit: hg.hypergradient(problem, estimator)(start, jnp.array(logit))
+    difference = (at(step).value - at(-step).value) / (2 * step)
+    np.testing.assert_allclose(at(0.0).hypergradient, difference, rtol=1e-6)
+    trace = hg.minimize(
+        problem, estimator, QUARTER, start, jnp.array(0.0), num_steps=60
+    )
+    np.testing.assert_allclose(jax.nn.sigmoid(trace.alpha), 0.7, atol=1e-6)
+    np.testing.assert_allclose(trace.w, target, atol=1e-5)
+
+
 # Bad input.
 
 BAD = {
@@ -662,6 +960,7 @@ BAD = {
         ValueError,
         "ideal must have shape (2,)",
     ),
+    "three rays": (objectives.EPO(jnp.ones(3)), ValueError, "shape (2,)"),
     "two limits": (
         objectives.AugmentedLagrangian(jnp.ones(2)),
         ValueError,
@@ -695,9 +994,19 @@ def test_a_combiner_of_one_loss_is_refused():
         (lambda: objectives.WeightedSum(jnp.zeros(2)), "one above"),
         (lambda: objectives.WeightedSum(jnp.array([1.0, jnp.nan])), "at least 0"),
         (lambda: objectives.SmoothTchebycheff(jnp.ones(2), 0.0), "temperature"),
+        (lambda: objectives.EPO(jnp.array([1.0, 0.0])), "each of them"),
+        (lambda: objectives.EPO(jnp.ones(2), 0.0), "tolerance"),
+        (lambda: objectives.EPO(jnp.ones(7)).init(7), "SmoothTchebycheff"),
         (lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0), "penalty"),
         (lambda: objectives.AugmentedLagrangian(1.0, period=0), "period"),
         (lambda: objectives.hypervolume(jnp.ones((2, 3)), jnp.ones(2)), "[P, K]"),
+        (lambda: objectives.non_dominated(jnp.ones(2)), "[P, K]"),
+        (lambda: objectives.LatencyTable(WIDE, WIDE), "a tuple"),
+        (lambda: objectives.LatencyTable((WIDE[:1],), WIDE[:1]), "at least two"),
+        (lambda: objectives.LatencyTable((WIDE[::-1],), WIDE), "must rise"),
+        (lambda: objectives.LatencyTable((WIDE, DEEP), WIDE), "shape (3, 2)"),
+        (lambda: objectives.LatencyTable((WIDE,), WIDE)(1.0, 2.0), "2 widths"),
+        (lambda: objectives.LatencyTable.measure(lambda n: n), "0 axes"),
         (lambda: objectives.num_flops([3.0]), "at least two numbers"),
         (
             lambda: front(biquadratic(), 1.0, objectives.WeightedSum, num_steps=1),
@@ -717,6 +1026,7 @@ def test_bad_settings_are_refused(make, message):
         (objectives.SmoothTchebycheff(jnp.ones(2)), ["lin2024"]),
         (objectives.MGDA(), ["desideri2012", "sener2018"]),
         (objectives.UPGrad(), ["quinton2024"]),
+        (objectives.EPO(jnp.ones(2)), ["mahapatra2020"]),
         (objectives.AugmentedLagrangian(1.0), ["hestenes1969", "rockafellar1973"]),
         (objectives.hypervolume, ["zitzler1999"]),
     ],

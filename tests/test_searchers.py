@@ -21,6 +21,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 import hypergrad as hg
 from hypergrad.searchers import (
     CMAES,
+    NSGA2,
     TPE,
     GaussianProcess,
     Grid,
@@ -90,6 +91,8 @@ EVERY = {
     "sobol": (Sobol(), SPACE, 128, 0.2),
     "tpe": (TPE(), SPACE, 100, 0.1),
     "tpe-mixed": (TPE(40), MIXED, 150, 0.1),
+    "nsga2": (NSGA2(20), SPACE, 200, 0.25),
+    "nsga2-mixed": (NSGA2(20), MIXED, 400, 0.25),
     "cmaes": (CMAES(), SPACE, 200, 1e-2),
     "gp": (GaussianProcess(num_candidates=500), SPACE, 30, 1e-2),
     "reinforce": (Reinforce(3.0), CHOICES, 200, 0.0),
@@ -261,6 +264,38 @@ def test_tpe_proposes_what_optuna_does():
         study.tell(trial, float(distance(told)))
 
 
+@pytest.mark.parametrize("num_values", [1, 2])
+def test_nsga2_proposes_what_optuna_does(num_values):
+    """One study that goes on through its generations, reseeded at every ask."""
+    searcher, kinds = NSGA2(6), optuna.distributions
+    distributions = {
+        "0 depth": kinds.IntDistribution(1, 8),
+        "1 op": kinds.CategoricalDistribution((0, 5, 9)),
+        "2 rate": kinds.FloatDistribution(1e-4, 1.0, log=True),
+        "3 a": kinds.FloatDistribution(-1.0, 3.0),
+        "4 b": kinds.FloatDistribution(-1.0, 3.0),
+    }
+    values = lambda alpha: [float(distance(alpha)), float(alpha["rate"])][:num_values]
+    study = optuna.create_study(directions=["minimize"] * num_values)
+    state, parents = searcher.init(MIXED, KEY), set()
+    for key in keys_of(40):
+        alpha, state = searcher.ask(state, key)
+        study.sampler = optuna.samplers.NSGAIISampler(
+            population_size=6, seed=seed_of(key)
+        )
+        trial = study.ask(distributions)
+        hand = {name[2:]: value for name, value in trial.params.items()}
+        assert (alpha["depth"], alpha["op"]) == (hand["depth"], hand["op"])
+        np.testing.assert_allclose(alpha["rate"], hand["rate"], rtol=1e-6)
+        weights = np.array([hand["a"], hand["b"]])
+        np.testing.assert_allclose(alpha["weights"], weights, rtol=1e-6)
+        told = values(alpha)
+        state = searcher.tell(state, alpha, jnp.array(told))
+        study.tell(trial, told)
+        parents.add(float(alpha["weights"][0]))
+    assert len(parents) < 40  # coordinates are inherited
+
+
 @pytest.mark.parametrize("population", [None, 4])
 def test_cmaes_proposes_what_cmaes_does(population):
     """One optimizer that goes on through its generations, reseeded at every ask."""
@@ -371,14 +406,37 @@ def test_trials_from_elsewhere_may_be_told(name):
     assert jax.tree.structure(searcher.ask(state, KEY)[0]) == jax.tree.structure(told)
 
 
+def test_a_trial_fails_if_any_of_its_values_does():
+    """Of several it is the worst in all; a parent did not, once enough others did not.
+
+    So the coordinate at which a child fails is drawn, not inherited.
+    """
+    space, searcher = Unit(shape=(2,)), NSGA2(5)
+    state = searcher.init(space, KEY)
+    for i in range(40):
+        alpha, state = searcher.ask(state, jax.random.fold_in(KEY, i))
+        second = jnp.where(alpha[0] > 0.5, jnp.nan, alpha[1])
+        state = searcher.tell(state, alpha, jnp.stack([alpha[0], second]))
+    failed = state.t[:, 0] > 0.5
+    assert state.values.shape == (40, 2)
+    assert np.array_equal(np.isinf(state.values), np.stack([failed, failed], 1))
+    assert np.sum(~failed[:20]) >= 5
+    drawn = [x not in state.t[:i, 0] for i, x in enumerate(state.t[:, 0])]
+    assert np.array(drawn)[20:][failed[20:]].all()
+    assert not np.all(drawn)
+
+
 def test_optuna_is_left_as_loud_as_it_was():
     before = optuna.logging.get_verbosity()
     run(TPE(), SPACE, 3)
+    run(NSGA2(), SPACE, 3)
     assert optuna.logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize(
-    ("searcher", "package"), [(TPE(), "optuna"), (CMAES(), "cmaes")], ids=repr
+    ("searcher", "package"),
+    [(TPE(), "optuna"), (NSGA2(), "optuna"), (CMAES(), "cmaes")],
+    ids=repr,
 )
 def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
@@ -391,6 +449,8 @@ def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatc
     [
         (lambda: TPE(0), "num_initial"),
         (lambda: CMAES(0.2, 1), "population"),
+        (lambda: NSGA2(1), "population_size"),
+        (lambda: NSGA2().init({"a": None}, KEY), "Interval"),
         (lambda: GaussianProcess(1), "num_initial"),
         (lambda: GaussianProcess(5, 1), "num_candidates"),
         (lambda: CMAES().init(MIXED, KEY), r"Integer and Choice.*TPE"),

@@ -3,10 +3,12 @@
 ``hg.Bilevel(inner_loss, (M_1, ..., M_K), ...)`` has K values and K hypergradients, from
 one inner solve; ``hg.minimize(..., combine=...)`` makes one direction of them.
 `WeightedSum` and `SmoothTchebycheff` minimise a function of the values, `MGDA` and
-`UPGrad` lower all values together, `AugmentedLagrangian` lowers the first within limits
-on the others. `front` traces a Pareto front, `hypervolume` measures it. What a model
-costs, as a differentiable function: `num_parameters`, `num_flops`, `activation_bytes`,
-`expected_cost`, `num_labelled`.
+`UPGrad` lower all values together, `EPO` seeks the Pareto optimum on a given ray,
+`AugmentedLagrangian` lowers the first within limits on the others. `front` traces a
+Pareto front, `non_dominated` finds it among points, `hypervolume` measures it. What a
+model costs, as a differentiable function: `num_parameters`, `num_flops`,
+`activation_bytes`, `expected_cost`, `num_labelled`, and what was measured, a
+`LatencyTable`.
 
 The weights of a sum may be hyperparameters themselves, of a third level:
 `hypergrad.argmin` nests.
@@ -21,14 +23,18 @@ from .efficiency import (
     num_labelled,
     num_parameters,
 )
-from .front import front, hypervolume
+from .front import front, hypervolume, non_dominated
+from .latency import LatencyTable
+from .preference import EPO
 from .protocol import Combiner
 from .scalarization import SmoothTchebycheff, WeightedSum
 
 __all__ = [
+    "EPO",
     "MGDA",
     "AugmentedLagrangian",
     "Combiner",
+    "LatencyTable",
     "SmoothTchebycheff",
     "UPGrad",
     "WeightedSum",
@@ -36,6 +42,7 @@ __all__ = [
     "expected_cost",
     "front",
     "hypervolume",
+    "non_dominated",
     "num_flops",
     "num_labelled",
     "num_parameters",

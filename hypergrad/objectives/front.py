@@ -45,7 +45,8 @@ def front(
       step.
 
     Cost: P runs; each step has one inner solve, and one adjoint solve for all K losses
-    together.
+    together: they are columns of one loop, which linearises the inner gradient once.
+    The ledger counts a product for each column.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -75,6 +76,28 @@ def front(
         )
 
     return jax.vmap(run)(jnp.asarray(preferences))
+
+
+def non_dominated(points: Array) -> Array:
+    """``[P]``: whether no other point is as low in every value and lower in one.
+
+    Args:
+      points: ``[P, K]``, values to be minimised; one with a NaN is dominated and
+        dominates none. Equal points do not dominate each other.
+
+    Cost: P² comparisons.
+
+    >>> import jax.numpy as jnp, hypergrad as hg
+    >>> points = jnp.array([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
+    >>> hg.objectives.non_dominated(points).tolist() == [True, True, False]
+    True
+    """
+    points = jnp.asarray(points)
+    if points.ndim != 2:
+        raise ValueError(f"points must be [P, K]; got shape {points.shape}")
+    one, other = points[:, None], points[None]
+    below = jnp.all(other <= one, axis=-1) & jnp.any(other < one, axis=-1)
+    return ~jnp.any(below, axis=1) & ~jnp.any(jnp.isnan(points), axis=1)
 
 
 def hypervolume(points: Array, reference: Array) -> Array:

@@ -30,15 +30,18 @@ class Combiner(Protocol):
         ...
 
 
-def check_weights(weights: Any) -> None:
-    """Numbers in a row, none negative, not all zero."""
+def check_weights(weights: Any, *, positive: bool = False) -> None:
+    """Numbers in a row, none negative, not all zero; or each above 0."""
     if jnp.ndim(weights) != 1:
         raise ValueError(
             "weights must be [K], one number an outer loss; got shape "
             f"{jnp.shape(weights)}; for several settings use hg.objectives.front"
         )
-    known = not is_traced(weights)
-    if known and not bool(jnp.all(weights >= 0) & jnp.any(weights > 0)):
+    if is_traced(weights):
+        return
+    if positive and not bool(jnp.all(weights > 0)):
+        raise ValueError(f"weights must be above 0, each of them; got {weights}")
+    if not bool(jnp.all(weights >= 0) & jnp.any(weights > 0)):
         raise ValueError(f"weights must be at least 0, and one above; got {weights}")
 
 

@@ -3,6 +3,7 @@
 from .cmaes import CMAES
 from .gaussian_process import GaussianProcess
 from .grid import Grid
+from .nsga2 import NSGA2
 from .populations import Hyperband, PopulationBased, SuccessiveHalving
 from .protocol import Searcher
 from .random import Random
@@ -12,6 +13,7 @@ from .tpe import TPE
 
 __all__ = [
     "CMAES",
+    "NSGA2",
     "TPE",
     "GaussianProcess",
     "Grid",

@@ -43,6 +43,8 @@ class Grid(eqx.Module):
 
     num: int = eqx.field(static=True)
 
+    takes_several = True
+
     def __check_init__(self):
         check_steps("num", self.num)
 

@@ -7,7 +7,11 @@ from jaxtyping import Array, PyTree
 
 @runtime_checkable
 class Searcher(Protocol):
-    """Proposes ``alpha`` without gradients; what it has seen is its state."""
+    """Proposes ``alpha`` without gradients; what it has seen is its state.
+
+    One that can be told K values, of K outer losses, says so by an attribute
+    ``takes_several = True``.
+    """
 
     def init(self, space: PyTree, key: Array) -> Any:
         """The state before any trial."""
@@ -18,5 +22,5 @@ class Searcher(Protocol):
         ...
 
     def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
-        """Takes the value of a tried ``alpha``; lower is better."""
+        """Takes the value of a tried ``alpha``, or ``[K]``; lower is better."""
         ...

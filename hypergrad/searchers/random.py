@@ -20,6 +20,7 @@ class Random(eqx.Module):
     """
 
     citations = ("bergstra2012",)
+    takes_several = True
 
     def init(self, space: PyTree, key: Array) -> PyTree:
         """The space is all there is to remember."""

@@ -28,6 +28,7 @@ class Sobol(eqx.Module):
     """
 
     citations = ("sobol1967", "bergstra2012")
+    takes_several = True
 
     def init(self, space: PyTree, key: Array) -> dict:
         """The space, the seed of the scramble, and how many points were asked for."""

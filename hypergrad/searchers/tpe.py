@@ -1,15 +1,11 @@
 """The tree-structured Parzen estimator, of optuna."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import equinox as eqx
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..settings import check_steps
+from . import optuna_study
 from .trials import Trials, seed_of
 
 
@@ -52,68 +48,30 @@ class TPE(eqx.Module):
     def init(self, space: PyTree, key: Array) -> Trials:
         """No trial yet."""
         del key
-        _optuna()
+        optuna_study.load("TPE")
         return Trials.none(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
         """The next proposal; the state is as it was."""
-        optuna = _optuna()
+        optuna = optuna_study.load("TPE")
         axes = spaces.axes(state.space)
-        sizes = [axis.num_values for axis in axes]
-        distributions = {f"{i:06d}": _distribution(x) for i, x in enumerate(axes)}
+        kinds = optuna_study.distributions(optuna, axes)
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=self.num_initial, seed=seed_of(key)
         )
-        with _quiet(optuna):
+        with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)
             for t, value in zip(state.t, state.values, strict=True):
-                cells = [
-                    float(x) if n is None else int(x * n)
-                    for x, n in zip(t, sizes, strict=True)
-                ]
-                params = dict(zip(distributions, cells, strict=True))
+                params = optuna_study.to_params(axes, t)
                 study.add_trial(
                     optuna.trial.create_trial(
-                        params=params, distributions=distributions, value=value
+                        params=params, distributions=kinds, value=value
                     )
                 )
-            asked = study.ask(distributions).params
-        t = [
-            asked[name] if n is None else (asked[name] + 0.5) / n
-            for name, n in zip(distributions, sizes, strict=True)
-        ]
-        return spaces.from_unit(state.space, np.array(t)), state
+            asked = study.ask(kinds).params
+        t = optuna_study.from_params(axes, asked)
+        return spaces.from_unit(state.space, t), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         """Remembers the trial."""
         return state.told(alpha, value)
-
-
-def _distribution(axis: spaces.Axis) -> Any:
-    kinds = _optuna().distributions
-    if axis.num_values is None:
-        return kinds.FloatDistribution(0.0, 1.0)
-    if axis.ordered:
-        return kinds.IntDistribution(0, axis.num_values - 1)
-    return kinds.CategoricalDistribution(range(axis.num_values))
-
-
-@contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Without optuna's line about each new study; its warnings are left."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(verbosity, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            "TPE needs optuna: pip install 'hypergrad-jax[search]'"
-        ) from error
-    return optuna

@@ -1,7 +1,5 @@
 """What searchers that learn remember: the trials, as coordinates and values."""
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,8 @@ class Trials(eqx.Module):
     Attributes:
       space: what is searched.
       t: [trials, axes], coordinates in the unit cube.
-      values: [trials]; a NaN, a trial that failed, is kept as infinity.
+      values: [trials], or [trials, K] of K outer losses; a trial with a NaN failed and
+        is kept as infinity.
 
     >>> from hypergrad.spaces import Unit
     >>> Trials.none(Unit()).told(0.25, 3.0).t.tolist()
@@ -39,8 +38,10 @@ class Trials(eqx.Module):
     def told(self, alpha: PyTree, value: Array) -> "Trials":
         """With one more trial."""
         t = np.asarray(spaces.to_unit(self.space, alpha), np.float64)
-        told = math.inf if np.isnan(value) else float(value)
-        return Trials(self.space, np.vstack([self.t, t]), np.append(self.values, told))
+        told = np.asarray(value, np.float64)
+        told = np.where(np.isnan(told).any(), np.inf, told)
+        values = np.concatenate([self.values.reshape(-1, *told.shape), told[None]])
+        return Trials(self.space, np.vstack([self.t, t]), values)
 
 
 def seed_of(key: Array) -> int:
