@@ -60,7 +60,8 @@ def search(
         outside the ledger.
       progress: ``(trials_done, best_value)``, called after each trial.
       record: called after each trial with all there is to know of it, a dict of plain
-        numbers and lists: ``json.dumps`` makes it a line of a file.
+        numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
+        is None, and an infinity its name.
       trials: those of an earlier search with the same arguments, as recorded, in order.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace.
@@ -176,12 +177,22 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
 def _plain(alpha, row):
     """A trial as numbers, lists and dicts."""
     leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(alpha)]
-    return {"alpha": leaves, **jax.tree.map(lambda x: x.item(), row)}
+    return {"alpha": leaves, **jax.tree.map(lambda x: _strict(x.item()), row)}
+
+
+def _strict(x):
+    """A number as JSON may hold it."""
+    return x if math.isfinite(x) else None if math.isnan(x) else str(x)
+
+
+def _number(x):
+    """What `_strict` was given."""
+    return math.nan if x is None else float(x) if isinstance(x, str) else x
 
 
 def _restored(recorded, index, alpha, form):
     """``alpha`` and the row of a recorded trial, in the dtypes of a new one."""
-    cast = lambda like, x: jnp.asarray(x, like.dtype)
+    cast = lambda like, x: jnp.asarray(_number(x), like.dtype)
     asked, structure = jax.tree.flatten(alpha)
     try:
         known = jax.tree.map(cast, asked, recorded["alpha"])
