@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.inner import inner_stats
+from hypergrad.inner.descent import iterate
 from hypergrad.searchers import populations
 
 SPACE = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
@@ -35,8 +38,9 @@ MOMENTUM = optax.sgd(0.3, momentum=0.5)
 
 def setting(num_steps):
     return populations.Setting(
-        PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE
-    )
+        PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE,
+        {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0},
+    )  # fmt: skip
 
 
 def written_out(alpha, num_steps):
@@ -68,12 +72,12 @@ def test_each_finds_the_optimum_within_its_budget(searcher, num_steps, budget):
     assert trace.metrics["steps"].max() >= num_steps
 
 
-def all_of(rounds, given, count):
-    """The first so many, trained."""
-    due, found = next(rounds), []
-    for _ in range(count):
-        found.append((due, given.train(*due[:3])))
-        due = rounds.send(found[-1][1])
+def all_of(searcher, given, count):
+    """What the first so many rounds leave."""
+    found = []
+    for index in range(count):
+        before = found[-1] if found else None
+        found.append(searcher.round(given, index, before, jax.random.key(0)))
     return found
 
 
@@ -84,16 +88,15 @@ def one_of(tree, i):
 def test_those_who_are_kept_train_on_as_if_unbroken():
     """Momentum goes on too: a survivor's w is that of so many steps by hand."""
     given = setting(27)
-    rounds = hg.searchers.SuccessiveHalving(9).rounds(given, jax.random.key(0))
-    found = all_of(rounds, given, 3)
-    assert [len(rung.value) for _, rung in found] == [9, 3, 1]
-    assert [rung.stats["inner_steps"][0] for _, rung in found] == [3, 6, 18]
-    for (_, rung), made in zip(found, (3, 9, 27), strict=True):
-        for i in range(len(rung.value)):
+    found = all_of(hg.searchers.SuccessiveHalving(9), given, 3)
+    assert [len(rung.rows.value) for rung in found] == [9, 3, 1]
+    assert [rung.rows.stats["inner_steps"][0] for rung in found] == [3, 6, 18]
+    for rung, made in zip(found, (3, 9, 27), strict=True):
+        for i in range(len(rung.rows.value)):
             alpha, w = one_of((rung.members.alpha, rung.members.carry[0]), i)
             np.testing.assert_allclose(w, written_out(alpha, made), rtol=1e-12)
-    first, second = (rung for _, rung in found[:2])
-    best = np.argsort(first.value)[:3]
+    first, second = found[:2]
+    best = np.argsort(first.rows.value)[:3]
     np.testing.assert_array_equal(
         second.members.alpha["center"], first.members.alpha["center"][best]
     )
@@ -114,8 +117,8 @@ def test_the_best_is_one_that_was_trained_in_full():
 def test_brackets_of_hyperband_are_those_of_its_table():
     """R = 81, eta = 3: 81, 34, 15, 8 and 5 draws of 1, 3, 9, 27 and 81 steps."""
     given = setting(81)
-    rounds = hg.searchers.Hyperband().rounds(given, jax.random.key(0))
-    found = [(len(rung.value), due.made) for due, rung in all_of(rounds, given, 15)]
+    rungs = [rung.rows for rung in all_of(hg.searchers.Hyperband(), given, 15)]
+    found = [(len(rows.value), rows.metrics["steps"][0]) for rows in rungs]
     assert found == [
         *((81, 1), (27, 3), (9, 9), (3, 27), (1, 81)),
         *((34, 3), (11, 9), (3, 27), (1, 81)),
@@ -129,19 +132,19 @@ def test_a_population_inherits_every_bit_and_moves_alpha_by_a_factor():
     """Carries are copied; alpha moves by 0.2 of u; the best stay as they are."""
     searcher, given = hg.searchers.PopulationBased(8), setting(3)
     start = given.start(8, jax.random.key(0))
-    found = given.train(start, 3, jax.random.key(1))
-    value = found.value.at[2].set(jnp.nan)
-    members, parents = searcher.replaced(SPACE, found.members, value, jax.random.key(2))
+    trained, rows = given.train(start, 3, jax.random.key(1))
+    value = rows.value.at[2].set(jnp.nan)
+    members, parents = searcher.replaced(SPACE, trained, value, jax.random.key(2))
     order = np.argsort(np.where(np.isnan(value), np.inf, value))
     assert order[-1] == 2
     assert set(np.asarray(parents)[order[-2:]]) <= set(order[:2].tolist())
     for i, parent in enumerate(np.asarray(parents)):
         for mine, theirs in zip(
-            *(jax.tree.leaves(m.carry) for m in (members, found.members)), strict=True
+            *(jax.tree.leaves(m.carry) for m in (members, trained)), strict=True
         ):
             assert np.array_equal(mine[i], theirs[parent])
         moved = hg.spaces.inverse(SPACE, one_of(members.alpha, i))
-        old = one_of(found.members.alpha, parent)
+        old = one_of(trained.alpha, parent)
         change = moved["center"] - hg.spaces.inverse(SPACE, old)["center"]
         expected = 0.2 if i in order[-2:] else 0.0
         np.testing.assert_allclose(np.abs(change), expected, rtol=1e-9)
@@ -167,17 +170,170 @@ def test_rates_of_a_population_may_be_its_hyperparameters():
     np.testing.assert_allclose(trace.value[:4], (1 - first) ** 8, rtol=1e-9)
 
 
+class HeavyBall(eqx.Module):
+    """A user's own solver: no optimizer of optax, and two gradients a step."""
+
+    rate: float
+    num_steps: int = eqx.field(static=True)
+    differentiable = True
+
+    def init(self, inner_loss, w, alpha, data, key):
+        return w, jnp.zeros_like(w)
+
+    def step(self, inner_loss, carry, alpha, data, key):
+        w, v = carry
+        v = 0.5 * v + jax.grad(inner_loss)(w, alpha, None)
+        return w - self.rate * v, v
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        return w, inner_stats(self.num_steps, num_grads=2 * self.num_steps)
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [hg.searchers.PopulationBased(8), hg.searchers.SuccessiveHalving(9)],
+    ids=["pbt", "halving"],
+)
+def test_a_solver_of_ones_own_is_trained_step_by_step(searcher):
+    """Like optax's with the same step; its cost is what its solve reports."""
+    run = lambda solver: hg.search(
+        PROBLEM, solver, searcher, jnp.zeros(2), space=SPACE, budget=700,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    own, optaxs = run(HeavyBall(0.3, 9)), run(hg.Descent(MOMENTUM, 9))
+    trials = len(own.value)
+    assert 0 < trials < len(optaxs.value)
+    np.testing.assert_allclose(own.value, optaxs.value[:trials], rtol=1e-9)
+    steps = own.stats["inner_steps"]
+    np.testing.assert_array_equal(own.stats["num_grads"], 2 * steps)
+    np.testing.assert_allclose(own.cost, np.cumsum(2 * steps + 1 / 3), rtol=1e-12)
+
+
+RESUMED = {
+    "pbt": (hg.searchers.PopulationBased(4), 3, 70.0, 5),
+    "halving": (hg.searchers.SuccessiveHalving(9), 9, 45.0, 5),
+    "hyperband": (hg.searchers.Hyperband(), 9, 90.0, 7),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_search_killed_after_any_round_goes_on_to_the_same_trace(name, tmp_path):
+    """To the bit, ledger and dtypes included; no round is trained twice or lost."""
+    searcher, num_steps, budget, rounds = RESUMED[name]
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), MOMENTUM)
+    solver = hg.Descent(noisy, num_steps)  # its state holds a key
+
+    def search(**changes):
+        saved, done = [], []
+
+        def record(known):
+            file = tmp_path / f"{len(saved)}.npz"
+            np.savez(file, **known)
+            saved.append(file)
+
+        trace = hg.search(
+            problem, solver, searcher, {"w": jnp.zeros(2)}, space=SPACE,
+            key=jax.random.key(0), record=record,
+            progress=lambda *seen: done.append(seen),
+            metrics={"a": lambda w, alpha, key: w["w"][0], "no": lambda *_: jnp.nan},
+            **{"budget": budget} | changes,
+        )  # fmt: skip
+        known = []
+        for file in saved:
+            with np.load(file, allow_pickle=False) as arrays:
+                known.append(dict(arrays))
+        return trace, known, done
+
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: inner(w["w"], alpha, batch),
+        lambda w, alpha, batch: outer(w["w"], alpha, batch),
+    )
+    trace, known, done = search()
+    assert len(known) == rounds
+    for k in range(1, rounds + 1):
+        resumed, later, seen = search(trials=known[k - 1 : k])
+        jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+        assert jax.tree.all(
+            jax.tree.map(lambda x, y: x.dtype == y.dtype, trace, resumed)
+        )
+        assert seen == done[k:]
+        jax.tree.map(np.testing.assert_array_equal, later, known[k:])
+    # A search that ended goes on with a larger budget.
+    longer, *_ = search(budget=2 * budget)
+    resumed, *_ = search(budget=2 * budget, trials=known)
+    assert len(longer.value) > len(trace.value)
+    jax.tree.map(np.testing.assert_array_equal, longer, resumed)
+
+
+def test_half_precision_goes_on_as_well(tmp_path):
+    """NumPy stores a bfloat16 as two bytes of no name."""
+    known = []
+    search = lambda **changes: hg.search(
+        PROBLEM, hg.Descent(MOMENTUM, 3), hg.searchers.PopulationBased(4),
+        jnp.zeros(2, jnp.bfloat16), space=SPACE, budget=60, record=known.append,
+        **changes,
+    )  # fmt: skip
+    trace = search()
+    np.savez(tmp_path / "known.npz", **known[0])
+    with np.load(tmp_path / "known.npz", allow_pickle=False) as arrays:
+        resumed = search(trials=[dict(arrays)])
+    assert resumed.w.dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+
+
+def test_rounds_of_another_search_are_refused():
+    known = []
+
+    def search(searcher=None, num_steps=3, w=None, **changes):
+        searcher = hg.searchers.PopulationBased(4) if searcher is None else searcher
+        settings = {"space": SPACE, "budget": 40} | changes
+        w = jnp.zeros(2) if w is None else w
+        hg.search(PROBLEM, hg.Descent(MOMENTUM, num_steps), searcher, w, **settings)
+
+    search(record=known.append)
+    for changes in (
+        {"searcher": hg.searchers.PopulationBased(8)},
+        {"searcher": hg.searchers.SuccessiveHalving(9)},
+        {"num_steps": 4},
+        {"key": jax.random.key(1)},
+    ):
+        with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by Pop.*key"):
+            search(trials=known, **changes)
+    with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by None"):
+        search(trials=[{}])
+    with pytest.raises(ValueError, match=r"no round .* rows\.metrics\.more"):
+        search(trials=known, metrics={"more": lambda w, alpha, key: 0.0})
+    cut = known[-1] | {"last.members.carry.0": np.zeros((4, 3))}
+    with pytest.raises(ValueError, match=r"carry\.0 of shape \(4, 3\)"):
+        search(trials=[cut])
+
+
+def test_what_each_population_rests_on_is_cited():
+    for searcher, key in (
+        (hg.searchers.PopulationBased(4), "jaderberg2017"),
+        (hg.searchers.SuccessiveHalving(9), "jamieson2016"),
+        (hg.searchers.Hyperband(), "li2018"),
+    ):
+        assert f"{{{key}," in hg.citation(searcher)
+
+
 def test_what_no_population_can_train_is_refused():
     """A solver without steps; settings out of range."""
-    with pytest.raises(TypeError, match="Descent"):
+    for solver, match in (
+        (hg.Newton(), "Newton lacks init, step"),
+        (hg.LBFGS(), r"hg\.Descent.* lacks"),
+        (hg.Descent, r"write Descent\(...\)"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            hg.search(
+                PROBLEM, solver, hg.searchers.PopulationBased(4), jnp.zeros(2),
+                space=SPACE, budget=10,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="num_steps"):
         hg.search(
-            PROBLEM, hg.Newton(), hg.searchers.PopulationBased(4), jnp.zeros(2),
-            space=SPACE, budget=10,
-        )  # fmt: skip
-    with pytest.raises(ValueError, match="go on from each other"):
-        hg.search(
-            PROBLEM, hg.Descent(MOMENTUM, 3), hg.searchers.PopulationBased(4),
-            jnp.zeros(2), space=SPACE, budget=10, trials=[{}],
+            PROBLEM, hg.Descent(MOMENTUM, 0), hg.searchers.PopulationBased(4),
+            jnp.zeros(2), space=SPACE, budget=10,
         )  # fmt: skip
     with pytest.raises(ValueError, match="share"):
         hg.searchers.PopulationBased(4, share=0.7)

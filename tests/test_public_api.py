@@ -308,11 +308,14 @@ def test_the_core_neither_prints_nor_calls_back_to_the_host(path: Path):
     assert not any("callback" in name or name.startswith("jax.debug") for name in names)
 
 
+LOOPS = ("estimators", "minimize.py", "searchers", "search.py")
+
+
 def test_estimators_and_solvers_are_not_told_apart_by_class():
     """No isinstance on our own classes in the estimators and outer loops."""
     ours = {name for name in PUBLIC if inspect.isclass(getattr(hg, name))}
     for path in CORE:
-        if path.relative_to(ROOT).parts[0] not in ("estimators", "minimize.py"):
+        if path.relative_to(ROOT).parts[0] not in LOOPS:
             continue
         for node in ast.walk(tree_of(path)):
             called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
