@@ -16,6 +16,7 @@ _PACKAGES = {
     "lineax": "lineax2023",
     "optimistix": "optimistix2024",
     "jaxopt": "blondel2022",
+    "evosax": "lange2022",
 }
 
 
@@ -436,6 +437,15 @@ BIBTEX: dict[str, str] = dict(
             volume="9",
             number="2",
             year="2001",
+        ),
+        _article(
+            "lange2022",
+            "Lange, Robert Tjarko",
+            "{evosax}: {JAX}-based Evolution Strategies",
+            "arXiv preprint arXiv:2212.04180",
+            year="2022",
+            eprint="2212.04180",
+            archiveprefix="arXiv",
         ),
         _article(
             "nomura2024",

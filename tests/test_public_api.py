@@ -200,7 +200,8 @@ def test_importing_loads_no_optional_package():
     """In a fresh process; warnings are errors, so jaxopt's would be seen too."""
     code = (
         "import sys, hypergrad; heavy = {'jaxopt', 'optimistix', 'matplotlib', "
-        "'sklearn', 'flax', 'chex', 'rich', 'tyro', 'optuna', 'cmaes', 'codecarbon'}; "
+        "'sklearn', 'flax', 'chex', 'rich', 'tyro', 'optuna', 'cmaes', 'evosax', "
+        "'codecarbon'}; "
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
