@@ -550,6 +550,23 @@ BIBTEX: dict[str, str] = dict(
             eprint="1603.06560",
             archiveprefix="arXiv",
         ),
+        _entry(
+            "inproceedings",
+            "bender2018",
+            author="Bender, Gabriel and Kindermans, Pieter-Jan and Zoph, Barret and "
+            "Vasudevan, Vijay and Le, Quoc",
+            title="Understanding and Simplifying One-Shot Architecture Search",
+            booktitle=_ICML,
+            year="2018",
+        ),
+        _paper(
+            "guo2020",
+            "Guo, Zichao and Zhang, Xiangyu and Mu, Haoyuan and Heng, Wen and Liu, "
+            "Zechun and Wei, Yichen and Sun, Jian",
+            "Single Path One-Shot Neural Architecture Search with Uniform Sampling",
+            "European Conference on Computer Vision",
+            "1904.00420",
+        ),
         _paper(
             "zoph2017",
             "Zoph, Barret and Le, Quoc V.",

@@ -158,6 +158,9 @@ REPRESENTATIVES = {
         "test_rows_progress_and_certificates_of_several_losses": set(),
     },
     "test_populations": {
+        "test_a_search_killed_after_any_round_goes_on_to_the_same_trace": {
+            *("one shot", "pbt"),
+        },
         "test_brackets_of_hyperband_are_those_of_its_table": set(),
         "test_each_finds_the_optimum_within_its_budget": {"pbt"},
         "test_eight_devices_train_what_one_does": set(),

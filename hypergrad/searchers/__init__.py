@@ -10,6 +10,7 @@ from .cmaes import CMAES
 from .evolution import Evolution
 from .gaussian_process import GaussianProcess
 from .grid import Grid
+from .one_shot import OneShot
 from .populations import Hyperband, PopulationBased, SuccessiveHalving
 from .protocol import Searcher
 from .random import Random
@@ -24,6 +25,7 @@ __all__ = [
     "GaussianProcess",
     "Grid",
     "Hyperband",
+    "OneShot",
     "PopulationBased",
     "Random",
     "Reinforce",
