@@ -416,6 +416,26 @@ def test_evolution_learns_from_trials_from_elsewhere():
     assert np.isfinite(edge.state.mean).all()
 
 
+def test_a_killed_evolution_goes_on_to_the_same_trace():
+    """To the bit, from lines of a file, within a generation and between two."""
+    lines = []
+    run = lambda **changes: hg.search(
+        PROBLEM,
+        FIT,
+        Evolution(SNES, 5),
+        0.0,
+        space=SPACE,
+        key=KEY,
+        budget=19,
+        **changes,
+    )
+    trace = run(record=lambda row: lines.append(json.dumps(row)))
+    assert len(lines) == 14
+    for k in (1, 5, 7, 14):
+        resumed = run(trials=[json.loads(line) for line in lines[:k]])
+        jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+
+
 def test_evolution_takes_no_name_and_no_instance():
     made = SNES(population_size=4, solution=jnp.zeros(3))
     for strategy in ("SNES", made):
