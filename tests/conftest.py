@@ -164,6 +164,7 @@ REPRESENTATIVES = {
         "test_brackets_of_hyperband_are_those_of_its_table": set(),
         "test_each_finds_the_optimum_within_its_budget": {"pbt"},
         "test_eight_devices_train_what_one_does": set(),
+        "test_the_table_times_three_ways_to_the_same_trainings": set(),
     },
     "test_references": {
         "test_jaxopt_lbfgs_with_implicit_diff": set(),

@@ -1,5 +1,6 @@
 """Searchers that train populations: against runs written out here, step by step."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from benchmarks import population
 from hypergrad.inner import inner_stats
 from hypergrad.inner.descent import iterate
 from hypergrad.searchers import populations
@@ -477,3 +479,45 @@ def test_eight_devices_train_what_one_does():
         return np.array(values, float)
 
     np.testing.assert_allclose(values(8), values(1), rtol=1e-12)
+
+
+# The table of what a population costs.
+
+
+def test_the_table_times_three_ways_to_the_same_trainings(monkeypatch, tmp_path):
+    """At a tiny size: all cells, ratios of what was timed, and their agreement."""
+    monkeypatch.setattr(population, "SIZES", {"tiny": ((3, 2, 2), 3)})
+    monkeypatch.setattr(population, "TURNS", 1)
+    cells = population.plan("small", 2)
+    rows = [cell | population.measure(cell) for cell in cells]
+    for row in rows:
+        assert row["parameters"] == 3 * 2 + 2 * 2
+        assert min(row[name] for name in row if name.endswith(("_compile", "map"))) > 0
+        assert row["difference"] < 1e-12  # float64
+    assert not any(verdict.failed for verdict in population.judge(rows))
+    text = population.markdown(population.TABLE, rows, "the command")
+    assert "| 10 | 3 |" in text
+    population.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size
+    rows[0]["difference"] = 1e-3
+    assert any(verdict.failed for verdict in population.judge(rows))
+    # Each way leaves what the solver does with the member's own start and key.
+    w, alpha, data, keys = population.members((3, 2, 2), 0)
+    solver = hg.Descent(population.OPTIMIZER, 3)
+    for way in (population.side_by_side, population.in_a_loop, population.one_by_one):
+        found, _ = way(3, w, alpha, data, keys)
+        for i in (0, 15):
+            alone, _ = solver.solve(
+                population.inner_loss, one_of(w, i), alpha[i],
+                hg.Batches(data, population.BATCH), keys[i],
+            )  # fmt: skip
+            for mine, theirs in zip(found, alone, strict=True):
+                np.testing.assert_allclose(mine[i], theirs, rtol=1e-12)
+
+
+def test_the_sizes_of_the_table_are_those_of_its_protocol():
+    counts = [
+        sum(a * b for a, b in itertools.pairwise(sizes))
+        for sizes, _ in population.SIZES.values()
+    ]
+    assert counts == [1_036, 101_504, 988_880]
