@@ -7,6 +7,7 @@ from . import (
     conformance,
     corruption,
     logistic,
+    population,
     quadratics,
     soba_step,
     surrogates,
@@ -28,5 +29,6 @@ TABLES = {
         corruption.GRID,
         corruption.TABLE,
         soba_step.TABLE,
+        population.TABLE,
     )
 }

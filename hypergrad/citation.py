@@ -5,8 +5,10 @@ keys of ``BIBTEX`` (in a dataclass without annotation, so that it is no field).
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable)
 
 #: What to cite where an object of another library is passed, by its top package.
 _PACKAGES = {
@@ -14,6 +16,7 @@ _PACKAGES = {
     "lineax": "lineax2023",
     "optimistix": "optimistix2024",
     "jaxopt": "blondel2022",
+    "evosax": "lange2022",
 }
 
 
@@ -41,6 +44,23 @@ def citation(*objects: Any) -> str:
     """
     found = dict.fromkeys(["hypergrad", *_keys(objects, set())])
     return "\n\n".join(BIBTEX[key] for key in found)
+
+
+def cites(*keys: str) -> Callable[[Function], Function]:
+    """Gives a function its ``citations``.
+
+    >>> @cites("liu1989")
+    ... def method(): ...
+    >>> method.citations
+    ('liu1989',)
+    """
+
+    def given(function: Function) -> Function:
+        # pyright knows no attributes of a function, hence not by a dot.
+        setattr(function, "citations", keys)  # noqa: B010 - see above
+        return function
+
+    return given
 
 
 def _keys(thing: Any, seen: set[int]) -> Iterator[str]:
@@ -428,6 +448,15 @@ BIBTEX: dict[str, str] = dict(
             year="2001",
         ),
         _article(
+            "lange2022",
+            "Lange, Robert Tjarko",
+            "{evosax}: {JAX}-based Evolution Strategies",
+            "arXiv preprint arXiv:2212.04180",
+            year="2022",
+            eprint="2212.04180",
+            archiveprefix="arXiv",
+        ),
+        _article(
             "nomura2024",
             "Nomura, Masahiro and Shibata, Masashi",
             "{cmaes}: A Simple yet Practical {Python} Library for {CMA-ES}",
@@ -468,6 +497,84 @@ BIBTEX: dict[str, str] = dict(
             "Machine Learning",
             volume="8",
             year="1992",
+        ),
+        _paper(
+            "jang2017",
+            "Jang, Eric and Gu, Shixiang and Poole, Ben",
+            "Categorical Reparameterization with {Gumbel-Softmax}",
+            "International Conference on Learning Representations",
+            "1611.01144",
+        ),
+        _paper(
+            "maddison2017",
+            "Maddison, Chris J. and Mnih, Andriy and Teh, Yee Whye",
+            "The {Concrete} Distribution: A Continuous Relaxation of Discrete Random "
+            "Variables",
+            "International Conference on Learning Representations",
+            "1611.00712",
+        ),
+        _article(
+            "bengio2013",
+            r"Bengio, Yoshua and L{\'e}onard, Nicholas and Courville, Aaron",
+            "Estimating or Propagating Gradients Through Stochastic Neurons for "
+            "Conditional Computation",
+            "arXiv preprint arXiv:1308.3432",
+            year="2013",
+            eprint="1308.3432",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "foerster2018",
+            "Foerster, Jakob and Farquhar, Gregory and Al-Shedivat, Maruan and "
+            r"Rockt{\"a}schel, Tim and Xing, Eric and Whiteson, Shimon",
+            "{DiCE}: The Infinitely Differentiable {Monte Carlo} Estimator",
+            _ICML,
+            "1802.05098",
+        ),
+        _article(
+            "jaderberg2017",
+            "Jaderberg, Max and Dalibard, Valentin and Osindero, Simon and Czarnecki, "
+            "Wojciech M. and others",
+            "Population Based Training of Neural Networks",
+            "arXiv preprint arXiv:1711.09846",
+            year="2017",
+            eprint="1711.09846",
+            archiveprefix="arXiv",
+        ),
+        _paper(
+            "jamieson2016",
+            "Jamieson, Kevin and Talwalkar, Ameet",
+            "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
+            _AISTATS,
+            "1502.07943",
+        ),
+        _article(
+            "li2018",
+            "Li, Lisha and Jamieson, Kevin and DeSalvo, Giulia and Rostamizadeh, "
+            "Afshin and Talwalkar, Ameet",
+            "{Hyperband}: A Novel Bandit-Based Approach to Hyperparameter Optimization",
+            "Journal of Machine Learning Research",
+            volume="18",
+            year="2018",
+            eprint="1603.06560",
+            archiveprefix="arXiv",
+        ),
+        _entry(
+            "inproceedings",
+            "bender2018",
+            author="Bender, Gabriel and Kindermans, Pieter-Jan and Zoph, Barret and "
+            "Vasudevan, Vijay and Le, Quoc",
+            title="Understanding and Simplifying One-Shot Architecture Search",
+            booktitle=_ICML,
+            year="2018",
+        ),
+        _paper(
+            "guo2020",
+            "Guo, Zichao and Zhang, Xiangyu and Mu, Haoyuan and Heng, Wen and Liu, "
+            "Zechun and Wei, Yichen and Sun, Jian",
+            "Single Path One-Shot Neural Architecture Search with Uniform Sampling",
+            "European Conference on Computer Vision",
+            "1904.00420",
         ),
         _paper(
             "zoph2017",

@@ -63,10 +63,15 @@ def search(
       progress: ``(trials_done, best_value)``, called after each trial; the value is a
         float, or an array ``[K]``.
       record: called after each trial with all there is to know of it, a dict of plain
-        numbers and lists: ``json.dumps`` makes it a line of a file.
+        numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
+        is None, and an infinity its name.
+        A searcher of a population calls it after each round, with a dict of arrays, all
+        that there is to know of the search so far: keep the latest,
+        ``np.savez(file, **it)``.
       trials: those of an earlier search with the same arguments, as recorded, in order.
         They are told to the searcher, not run again, and count against the budget: a
-        search that was killed goes on as if it had not been, to the same trace.
+        search that was killed goes on as if it had not been, to the same trace. Of a
+        population the latest is enough, ``[dict(np.load(file))]``.
 
     Returns:
       A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. Of
@@ -94,7 +99,7 @@ def search(
     """
     check_problem_is(problem)
     if isinstance(searcher, type) or not (
-        hasattr(searcher, "ask") or hasattr(searcher, "rounds")
+        hasattr(searcher, "ask") or hasattr(searcher, "round")
     ):
         raise TypeError(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
@@ -122,13 +127,8 @@ def search(
             "jax.jit or jax.vmap; call it in a loop"
         )
     if not isinstance(searcher, Searcher):
-        if record is not None or len(trials):
-            raise ValueError(
-                "record and trials are for searchers whose trials stand alone; the "
-                f"members of {type(searcher).__name__} go on from each other's w"
-            )
         setting = _setting(problem, solver, w, space, metrics)
-        return populations.run(searcher, setting, budget, key, progress)
+        return populations.run(searcher, setting, budget, key, progress, record, trials)
     init_key, run_key = jax.random.split(key)
     state = searcher.init(space, init_key)
     problem = traced(problem)
@@ -181,7 +181,8 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     w, alpha = as_inputs(w, alpha, differentiable=False)
     check_problem(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
-    return populations.Setting(traced(problem), solver, metrics, w, space)
+    step_cost = populations.step_cost(problem, solver, w, alpha)
+    return populations.Setting(traced(problem), solver, metrics, w, space, step_cost)
 
 
 def _before(value, best):
@@ -195,12 +196,25 @@ def _before(value, best):
 def _plain(alpha, row):
     """A trial as numbers, lists and dicts."""
     leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(alpha)]
-    return {"alpha": leaves, **jax.tree.map(lambda x: x.tolist(), row)}
+    strict = lambda x: jax.tree.map(_strict, x.tolist())
+    return {"alpha": leaves, **jax.tree.map(strict, row)}
+
+
+def _strict(x):
+    """A number as JSON may hold it."""
+    return x if math.isfinite(x) else None if math.isnan(x) else str(x)
+
+
+def _number(x):
+    """What `_strict` was given."""
+    return math.nan if x is None else float(x) if isinstance(x, str) else x
 
 
 def _restored(recorded, index, alpha, form):
     """``alpha`` and the row of a recorded trial, in the dtypes of a new one."""
-    cast = lambda like, x: jnp.asarray(x, like.dtype)
+    missing = lambda x: x is None
+    plain = lambda x: jax.tree.map(_number, x, is_leaf=missing)
+    cast = lambda like, x: jnp.asarray(plain(x), like.dtype)
     asked, structure = jax.tree.flatten(alpha)
     try:
         known = jax.tree.map(cast, asked, recorded["alpha"])

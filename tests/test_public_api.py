@@ -200,7 +200,8 @@ def test_importing_loads_no_optional_package():
     """In a fresh process; warnings are errors, so jaxopt's would be seen too."""
     code = (
         "import sys, hypergrad; heavy = {'jaxopt', 'optimistix', 'matplotlib', "
-        "'sklearn', 'flax', 'chex', 'rich', 'tyro', 'optuna', 'cmaes', 'codecarbon'}; "
+        "'sklearn', 'flax', 'chex', 'rich', 'tyro', 'optuna', 'cmaes', 'evosax', "
+        "'codecarbon'}; "
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
@@ -308,11 +309,14 @@ def test_the_core_neither_prints_nor_calls_back_to_the_host(path: Path):
     assert not any("callback" in name or name.startswith("jax.debug") for name in names)
 
 
+LOOPS = ("estimators", "minimize.py", "searchers", "search.py")
+
+
 def test_estimators_and_solvers_are_not_told_apart_by_class():
     """No isinstance on our own classes in the estimators and outer loops."""
     ours = {name for name in PUBLIC if inspect.isclass(getattr(hg, name))}
     for path in CORE:
-        if path.relative_to(ROOT).parts[0] not in ("estimators", "minimize.py"):
+        if path.relative_to(ROOT).parts[0] not in LOOPS:
             continue
         for node in ast.walk(tree_of(path)):
             called = isinstance(node, ast.Call) and getattr(node.func, "id", "")

@@ -211,9 +211,10 @@ SEARCHERS += [hg.searchers.TPE(5), hg.searchers.CMAES()]
 
 
 def recorded(**changes):
-    """Trials as they come back from a file of lines, and the trace."""
+    """Trials as they come back from a file of lines of strict JSON, and the trace."""
     lines = []
-    trace = search(record=lambda row: lines.append(json.dumps(row)), **changes)
+    write = lambda row: lines.append(json.dumps(row, allow_nan=False))
+    trace = search(record=write, **changes)
     return [json.loads(line) for line in lines], trace
 
 
@@ -233,6 +234,25 @@ def test_a_killed_search_goes_on_to_the_same_trace(searcher):
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
         same = lambda x, y: x.dtype == y.dtype
         assert jax.tree.all(jax.tree.map(same, trace, resumed))
+
+
+def test_what_is_no_number_is_recorded_as_strict_json():
+    """NaN, both infinities and a number, by quarters of the unit interval."""
+    kinds = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.5])
+    read = lambda w, alpha, batch: kinds[(4 * alpha).astype(int)]
+    settings = {
+        "problem": hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, read),
+        "solver": hg.ClosedForm(lambda alpha, batch: alpha),
+        "searcher": hg.searchers.Grid(8), "w": 0.0, "space": Unit(),
+        "metrics": {"again": lambda w, alpha, key: read(w, alpha, None)},
+    }  # fmt: skip
+    whole, trace = recorded(**settings)
+    values = [row["value"] for row in whole]
+    assert values == [row["metrics"]["again"] for row in whole]
+    assert values == [None, None, "inf", "inf", "-inf", "-inf", 0.5, 0.5]
+    assert whole[0]["stats"]["adjoint_residual"] is None
+    _, resumed = recorded(**settings, trials=whole[:7])
+    jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
 def test_a_search_may_go_on_with_a_larger_budget():

@@ -1,6 +1,7 @@
 """Relaxations of choices against exact expectations by enumeration."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +116,19 @@ def test_minimize_learns_a_choice_by_any_of_them():
         )  # fmt: skip
         assert int(jnp.argmax(trace.alpha)) == 1
         assert jax.nn.softmax(trace.alpha)[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "keys"),
+    [
+        (gumbel_softmax, {"jang2017", "maddison2017"}),
+        (straight_through, {"bengio2013"}),
+        (score_function, {"williams1992", "foerster2018"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_each_relaxation_rests_on_is_cited(relaxation, keys):
+    """Named or held by something else, as a loss that samples would hold it."""
+    for holder in (relaxation, [relaxation]):
+        text = hg.citation(holder)
+        assert set(re.findall(r"@\w+{(\w+),", text)) == {"hypergrad"} | keys

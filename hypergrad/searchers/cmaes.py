@@ -28,6 +28,8 @@ class CMAES(eqx.Module):
       ValueError: ``population`` below 2; at `init`, integers or choices (use `TPE`), a
         single axis, or an unbounded space.
 
+    Budget: 110 trials, for a value within 1e-4 (see `hypergrad.searchers`).
+
     Cost: an ask replays all generations, O(axes^3) each. Source: Hansen & Ostermeier
     2001; Nomura & Shibata 2024, arXiv:2402.01373 (cmaes).
 

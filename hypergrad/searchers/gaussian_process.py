@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
 from ..settings import check_steps, number
-from .trials import Trials, seed_of
+from .trials import Trials, finite, seed_of
 
 
 class GaussianProcess(eqx.Module):
@@ -34,6 +34,9 @@ class GaussianProcess(eqx.Module):
     Raises:
       ValueError: ``num_initial`` below 2, ``num_candidates`` below 2; at `init`, an
         unbounded space.
+
+    Budget: 30 trials, for a value within 1e-4 (see `hypergrad.searchers`); 40 for one
+    within 0.01 with an integer of 8 and a choice of 3 values beside.
 
     Cost: an ask is O(trials^3), and slow beyond some hundreds. Source: Jones, Schonlau
     & Welch 1998; Snoek, Larochelle & Adams 2012, arXiv:1206.2944.
@@ -69,7 +72,7 @@ class GaussianProcess(eqx.Module):
         if len(state.values) < self.num_initial:
             return spaces.sample(state.space, draw_key), state
         axes = spaces.axes(state.space)
-        values = _finite(state.values)
+        values = finite(state.values)
         best = state.t[np.argmin(values)]
         t = _candidates(axes, best, self.num_candidates, seed_of(seed_key))
         process = _fitted(_features(axes, state.t), values, self.noise)
@@ -80,12 +83,6 @@ class GaussianProcess(eqx.Module):
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         """Remembers the trial."""
         return state.told(alpha, value)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    """With the worst finite value for what is not finite; 0 if none is."""
-    finite = np.isfinite(values)
-    return np.where(finite, values, values[finite].max() if finite.any() else 0.0)
 
 
 def _candidates(

@@ -28,6 +28,9 @@ class Grid(eqx.Module):
       ValueError: ``num`` below 1; at `init`, a grid of more than 100000 points, a
         `Simplex`, whose weights are no axes, or an unbounded space.
 
+    Budget: 81 trials, nine an axis, for a value within 0.01 (see
+    `hypergrad.searchers`).
+
     Cost: none beside the trials. Bias: up to half a spacing an axis.
 
     >>> import jax, hypergrad as hg

@@ -1,12 +1,12 @@
 """Searchers that train many ``w`` side by side: who is poor is replaced, or dropped.
 
 `search` hands them the problem, since what a trial costs depends on where it goes on
-from. They take `Descent` solvers, step by step.
+from. Their solver is one that goes step by step, such as `Descent`.
 """
 
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..checks import check_solver
 from ..cost import ledger
 from ..estimators.protocol import make_stats
-from ..inner.descent import Descent
+from ..inner.protocol import IterativeSolver
 from ..metrics import Metric, Progress
-from ..problem import Bilevel, Data, fraction, whole
+from ..problem import Bilevel, Data, whole
 from ..settings import check_steps, number
 from ..trace import Trace
 from ..trees import all_finite
@@ -39,39 +40,36 @@ class Members(eqx.Module):
         return jax.tree.map(lambda x: x[index], self)
 
 
-class Round(NamedTuple):
-    """What is to be trained next.
+class Rows(NamedTuple):
+    """What the trace holds of each member of a round, a leading axis."""
 
-    Attributes:
-      members, num_steps, key: for `Setting.train`.
-      made: steps that these members will have made in all.
-      labels: further metrics of theirs.
-    """
-
-    members: Members
-    num_steps: int
-    key: Array
-    made: int
-    labels: dict[str, Array]
-
-
-class Trained(NamedTuple):
-    """Members after a round, and a row of the trace for each of them."""
-
-    members: Members
     value: Array
     stats: dict[str, Array]
     metrics: dict[str, Array]
 
 
+class Trained(NamedTuple):
+    """What a round leaves: its members, with ``take``, and a row for each of them.
+
+    The metric ``steps`` says how many steps were made for a member in all.
+    """
+
+    members: Any
+    rows: Rows
+
+
 class Setting(eqx.Module):
-    """What all members share."""
+    """What all members share.
+
+    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps.
+    """
 
     problem: Bilevel
-    solver: Descent
+    solver: IterativeSolver
     metrics: dict[str, Metric] = eqx.field(static=True)
     w: PyTree
     space: PyTree
+    step_cost: dict[str, float] = eqx.field(static=True)
 
     @eqx.filter_jit
     def start(self, size: int, key: Array) -> Members:
@@ -87,89 +85,239 @@ class Setting(eqx.Module):
 
         return jax.vmap(one)(jax.random.split(key, size))
 
-    @eqx.filter_jit
-    def train(self, members: Members, num_steps: int, key: Array) -> Trained:
-        """So many steps of every member, and its outer value then."""
-        size = len(jax.tree.leaves(members)[0])
-        keys = jax.random.split(key, size)
-        return jax.vmap(functools.partial(self._train, num_steps))(members, keys)
+    def trained(
+        self, members: Members, num_steps: int, key: Array, made: int, **labels: Array
+    ) -> Trained:
+        """So many steps of every member, which will have made ``made`` in all."""
+        members, rows = self.train(spread(members), num_steps, key)
+        labels = {"steps": jnp.full(rows.value.shape, float(made)), **labels}
+        return Trained(members, rows._replace(metrics=rows.metrics | labels))
 
-    def _train(self, num_steps: int, member: Members, key: Array) -> Trained:
-        data_key, steps_key, outer_key, metric_key = jax.random.split(key, 4)
-        data, outer_data = self.problem.data(data_key)
-        alpha, loss = member.alpha, self.problem.inner_loss
-        step = lambda carry, key: (
-            self.solver.step(loss, carry, alpha, data, key),
-            None,
-        )
-        keys = jax.random.split(steps_key, num_steps)
-        carry, _ = jax.lax.scan(step, member.carry, keys)
-        value = self.problem.outer(carry[0], alpha, whole(outer_data, outer_key))
-        costs = _costs(data, outer_data, num_steps)
-        stats = make_stats(all_finite(value, carry[0]), inner_steps=num_steps, **costs)
+    @eqx.filter_jit
+    def train(
+        self, members: Members, num_steps: int, key: Array
+    ) -> tuple[Members, Rows]:
+        """So many steps of every member, and its outer value then."""
+
+        def one(member: Members, key: Array) -> tuple[Members, Rows]:
+            data_key, steps_key, judge_key = jax.random.split(key, 3)
+            data, outer_data = self.problem.data(data_key)
+            alpha, loss = member.alpha, self.problem.inner_loss
+            step = lambda carry, key: (
+                self.solver.step(loss, carry, alpha, data, key),
+                None,
+            )
+            keys = jax.random.split(steps_key, num_steps)
+            carry, _ = jax.lax.scan(step, member.carry, keys)
+            rows = self.judged(carry[0], alpha, num_steps, data, outer_data, judge_key)
+            return Members(carry, alpha), rows
+
+        size = len(jax.tree.leaves(members)[0])
+        return jax.vmap(one)(members, jax.random.split(key, size))
+
+    def judged(
+        self,
+        w: PyTree,
+        alpha: PyTree,
+        num_steps: int,
+        data: Data,
+        outer_data: Data,
+        key: Array,
+    ) -> Rows:
+        """The row of one member that has just made so many steps."""
+        outer_key, metric_key = jax.random.split(key)
+        value = self.problem.outer(w, alpha, whole(outer_data, outer_key))
+        costs = self._costs(data, outer_data, num_steps)
+        stats = make_stats(all_finite(value, w), inner_steps=num_steps, **costs)
         metrics = {
-            name: jnp.asarray(metric(carry[0], alpha, metric_key), dtype=float)
+            name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
             for name, metric in self.metrics.items()
         }
-        return Trained(Members(carry, alpha), value, stats, metrics)
+        return Rows(value, stats, metrics)
 
     def cost(self, size: int, num_steps: int) -> float:
         """Gradient-equivalents of training so many members."""
-        costs = _costs(*self.problem.data(jax.random.key(0)), num_steps)
+        costs = self._costs(*self.problem.data(jax.random.key(0)), num_steps)
         return size * float(costs["gradient_equivalents"])
 
+    def _costs(self, data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
+        """The steps, and one outer value."""
+        calls = {name: num_steps * each for name, each in self.step_cost.items()}
+        return ledger(data, outer_data, num_outer_values=1.0, **calls)
 
-def _costs(data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
-    """A gradient a step, and one outer value."""
-    num_grads = num_steps * fraction(data)
-    return ledger(data, outer_data, num_grads=num_grads, num_outer_values=1.0)
+
+def step_cost(
+    problem: Bilevel, solver: IterativeSolver, w: PyTree, alpha: PyTree
+) -> dict[str, float]:
+    """Calls a step, in passes over all inner data."""
+    calls = _solve_cost(problem, solver, w, alpha, jax.random.key(0))
+    names = ("num_grads", "num_hvps", "num_values")
+    return {name: float(calls[name]) / solver.num_steps for name in names}
+
+
+@eqx.filter_jit
+def _solve_cost(problem, solver, w, alpha, key):
+    """Stats of a solve; where they are constants, nothing is solved."""
+    data, _ = problem.data(key)
+    start = problem.initial(w, alpha)
+    return solver.solve(problem.inner_loss, start, alpha, data, key)[1]
+
+
+def check_solver_steps(solver: Any) -> None:
+    """Refuses a solver that cannot go on from a carry, step by step."""
+    check_solver(solver)
+    parts = ("init", "step", "num_steps")
+    lacking = [name for name in parts if not hasattr(solver, name)]
+    if lacking:
+        raise TypeError(
+            "searchers that train a population go on step by step, so that their "
+            "solver needs init, step and num_steps, as hg.Descent(optimizer, "
+            f"num_steps) has; {type(solver).__name__} lacks {', '.join(lacking)}"
+        )
+    check_steps("num_steps", solver.num_steps)
+
+
+class Populations(Protocol):
+    """Rounds of members trained side by side, each a function of the one before it."""
+
+    def cost(self, setting: Setting, index: int) -> float:
+        """Gradient-equivalents of round number ``index``."""
+        ...
+
+    def round(
+        self, setting: Setting, index: int, before: Trained | None, key: Array
+    ) -> Trained:
+        """Round number ``index``; the first one has none before it.
+
+        The key is that of the search: the same one in all of its rounds.
+        """
+        ...
+
+
+class Best(NamedTuple):
+    """A member that was trained longest, and of those has the lowest value."""
+
+    steps: Array
+    value: Array
+    w: PyTree
+    alpha: PyTree
+
+
+class Course(NamedTuple):
+    """A search so far: all that it leaves, and all that it takes to go on."""
+
+    rounds: int
+    spent: float
+    best: Best
+    last: Trained
+    rows: Rows
+
+    @classmethod
+    def begun(cls, found: Trained, cost: float) -> "Course":
+        """After the first round."""
+        return cls(1, cost, best_of(found), found, found.rows)
+
+    def after(self, found: Trained, cost: float) -> "Course":
+        """After one more round."""
+        new = best_of(found)
+        better = (new.steps, -new.value) > (self.best.steps, -self.best.value)
+        rows = jax.tree.map(lambda *x: np.concatenate(x), self.rows, found.rows)
+        best = new if better else self.best
+        return Course(self.rounds + 1, self.spent + cost, best, found, rows)
+
+
+def best_of(found: Trained) -> Best:
+    """Of one round; a NaN counts as infinite."""
+    first = ranked(found.rows.value)[0]
+    value, member = found.rows.value[first], found.members.take(first)
+    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    steps = found.rows.metrics["steps"][first]
+    return Best(steps, value, member.carry[0], member.alpha)
 
 
 def run(
-    searcher: "Populations",
+    searcher: Populations,
     setting: Setting,
     budget: float,
     key: Array,
     progress: Progress | None,
+    record: Callable[[dict], None] | None,
+    trials: Sequence[dict],
 ) -> Trace:
-    """Rounds while the budget pays for them; at least one.
-
-    ``alpha``, ``best_alpha`` and ``w`` of the trace are those of the lowest value among
-    the members that were trained longest.
-    """
-    rounds = searcher.rounds(setting, key)
-    due, rows, spent = next(rounds), [], 0.0
-    longest, lowest, best = 0, math.inf, due.members
+    """Rounds while the budget pays for them; at least one."""
+    name = f"{searcher} of {setting.solver.num_steps} steps, key {_plain(key).tolist()}"
+    course = None
+    if len(trials):
+        first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
+        form = eqx.filter_eval_shape(first)
+        course = restored(trials[-1], form, name)
     while True:
-        found = setting.train(due.members, due.num_steps, due.key)
-        labels = {"steps": jnp.full(found.value.shape, float(due.made))} | due.labels
-        first = ranked(found.value)[0]
-        value = float(jnp.nan_to_num(found.value[first], nan=math.inf))
-        if (due.made, -value) > (longest, -lowest):
-            longest, lowest, best = due.made, value, found.members.take(first)
-        rows.append(found._replace(members=None, metrics=found.metrics | labels))
-        spent += setting.cost(len(found.value), due.num_steps)
-        if progress is not None:
-            progress(len(rows), lowest)
-        due = rounds.send(found)
-        size = len(jax.tree.leaves(due.members)[0])
-        if spent + setting.cost(size, due.num_steps) > budget:
+        index, spent = (course.rounds, course.spent) if course else (0, 0.0)
+        cost = searcher.cost(setting, index)
+        if course and spent + cost > budget:
             break
-    columns = jax.tree.map(lambda *cells: jnp.concatenate(cells), *rows)
-    return Trace(
-        best.alpha, best.carry[0], best.alpha,
-        value=columns.value, stats=columns.stats, metrics=columns.metrics,
-        status_code=jnp.asarray(0),
-    )  # fmt: skip
+        found = searcher.round(setting, index, course.last if course else None, key)
+        course = course.after(found, cost) if course else Course.begun(found, cost)
+        if record is not None:
+            record(recorded(course, name))
+        if progress is not None:
+            progress(course.rounds, float(course.best.value))
+    best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
+    return Trace(best.alpha, best.w, best.alpha, *rows, status_code=jnp.asarray(0))
 
 
-def check_solver_steps(solver: Any) -> None:
-    """They go on from an optimizer's state, and count a gradient a step."""
-    if not isinstance(solver, Descent):
-        raise TypeError(
-            "searchers that train a population take hg.Descent(optimizer, num_steps); "
-            f"got {type(solver).__name__}"
+def recorded(course: Course, name: str) -> dict:
+    """A course as a dict of arrays, ``name`` saying whose it is."""
+    leaves = jax.tree.leaves_with_path(course)
+    return {"search": np.asarray(name)} | {_name(path): _plain(x) for path, x in leaves}
+
+
+def restored(known: dict, form: Course, name: str) -> Course:
+    """The course from its dict, in the dtypes of a new one."""
+    if str(known.get("search")) != name:
+        raise ValueError(
+            f"trials[-1] was recorded by {known.get('search')}, but this search is "
+            f"{name}; pass what record was given by the same search"
         )
+    leaves, structure = jax.tree.flatten_with_path(form)
+    lacking = {_name(path) for path, _ in leaves} ^ (known.keys() - {"search"})
+    if lacking:
+        raise ValueError(
+            "trials[-1] is no round of this search, which differs from it in "
+            f"{', '.join(sorted(lacking))}; pass the same problem, solver and metrics"
+        )
+    found = [_like(x, known[_name(path)], _name(path)) for path, x in leaves]
+    return structure.unflatten(found)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+
+
+def _plain(x: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+
+
+def _like(form: Any, known: Any, name: str) -> Any:
+    """What was recorded of a leaf; how many members there were may differ."""
+    if isinstance(form, int | float):
+        return type(form)(known)
+    known = np.asarray(known)
+    if _is_key(form):
+        implementation = jax.random.key_impl(jnp.empty((), form.dtype))
+        return jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
+    if known.ndim != form.ndim or known.shape[1:] != form.shape[1:]:
+        raise ValueError(
+            f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
+            f"search is {form.shape}; pass the same problem, solver and space"
+        )
+    # np.load knows no bfloat16, and gives the bytes of one.
+    known = known.view(form.dtype) if known.dtype.kind == "V" else known
+    return jnp.asarray(known, form.dtype)
 
 
 def ranked(value: Array) -> Array:
@@ -177,24 +325,13 @@ def ranked(value: Array) -> Array:
     return jnp.argsort(jnp.where(jnp.isnan(value), jnp.inf, value))
 
 
-def spread(members: Members) -> Members:
+def spread(members: PyTree) -> PyTree:
     """Over the devices, where they divide the members; one program all the same."""
     size, devices = len(jax.tree.leaves(members)[0]), jax.devices()
     if len(devices) == 1 or size % len(devices):
         return members
     mesh = Mesh(np.array(devices), ("members",))
     return jax.device_put(members, NamedSharding(mesh, PartitionSpec("members")))
-
-
-Rounds = Generator[Round, Trained, None]
-
-
-class Populations(Protocol):
-    """Rounds of members trained side by side."""
-
-    def rounds(self, setting: Setting, key: Array) -> Rounds:
-        """What to train next, from what was trained; without end."""
-        ...
 
 
 class PopulationBased(eqx.Module):
@@ -215,6 +352,9 @@ class PopulationBased(eqx.Module):
     member of the round before it went on, ``steps`` how many were made by then.
     ``best_alpha`` is the best of the last round. ``alpha`` changes along a run, so that
     ``w`` belongs to all of its course: trained anew at ``best_alpha`` it may be worse.
+
+    Budget: 200 gradient-equivalents for a value within 0.01, of 16 members and rounds
+    of 5 steps (see `hypergrad.searchers`).
 
     Cost: ``size`` times the steps and an outer value a round. Memory: ``size`` carries;
     one program under ``vmap``, spread over the devices where they divide ``size``.
@@ -239,23 +379,33 @@ class PopulationBased(eqx.Module):
         default=0.2, converter=number("perturbation", optional=False)
     )
 
+    citations = ("jaderberg2017",)
+
     def __check_init__(self):
         check_steps("size", self.size, least=2)
         if not 0 < self.share <= 0.5:
             raise ValueError(f"share must be in (0, 1/2]; got {self.share!r}")
 
-    def rounds(self, setting: Setting, key: Array) -> Rounds:
-        """One after the other, without end."""
-        start_key, key = jax.random.split(key)
-        members = spread(setting.start(self.size, start_key))
-        parents, num_steps, made = jnp.arange(self.size), setting.solver.num_steps, 0
-        while True:
-            key, train_key, next_key = jax.random.split(key, 3)
-            labels, made = {"parent": parents}, made + num_steps
-            found = yield Round(members, num_steps, train_key, made, labels)
+    def cost(self, setting: Setting, index: int) -> float:
+        """That of any other."""
+        del index
+        return setting.cost(self.size, setting.solver.num_steps)
+
+    def round(
+        self, setting: Setting, index: int, before: Trained | None, key: Array
+    ) -> Trained:
+        """All members, the poor of the round before replaced."""
+        begin_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        if before is None:
+            members = setting.start(self.size, begin_key)
+            parents = jnp.arange(self.size)
+        else:
             members, parents = self.replaced(
-                setting.space, found.members, found.value, next_key
+                setting.space, before.members, before.rows.value, begin_key
             )
+        num_steps = setting.solver.num_steps
+        made = (index + 1) * num_steps
+        return setting.trained(members, num_steps, train_key, made, parent=parents)
 
     @eqx.filter_jit
     def replaced(
@@ -296,6 +446,9 @@ class SuccessiveHalving(eqx.Module):
     the metric ``steps`` those it had made by then. ``best_alpha`` is the best of those
     that were trained longest.
 
+    Budget: 600 gradient-equivalents for a value within 0.01, of 27 draws and at most 27
+    steps (see `hypergrad.searchers`).
+
     Cost: about ``num_steps * size / eta^k`` gradients a rung, the first of ``k + 1``
     rungs included. Memory: ``size`` carries; one program a rung under ``vmap``.
 
@@ -316,16 +469,27 @@ class SuccessiveHalving(eqx.Module):
     size: int = eqx.field(static=True)
     eta: int = eqx.field(default=3, static=True)
 
+    citations = ("jamieson2016",)
+
     def __check_init__(self):
         check_steps("size", self.size)
         check_steps("eta", self.eta, least=2)
 
-    def rounds(self, setting: Setting, key: Array) -> Rounds:
-        """Rung by rung, bracket by bracket, without end."""
-        while True:
-            key, bracket_key = jax.random.split(key)
-            last = whole_log(self.size, self.eta)
-            yield from bracket(setting, self.size, self.eta, last, bracket_key)
+    def rungs(self, num_steps: int) -> list["Rung"]:
+        """Those of a bracket."""
+        last = whole_log(self.size, self.eta)
+        return bracket(self.size, last, self.eta, num_steps)
+
+    def cost(self, setting: Setting, index: int) -> float:
+        """That of a rung."""
+        return rung_cost(self.rungs(setting.solver.num_steps), setting, index)
+
+    def round(
+        self, setting: Setting, index: int, before: Trained | None, key: Array
+    ) -> Trained:
+        """A rung, bracket by bracket."""
+        rungs = self.rungs(setting.solver.num_steps)
+        return climb(rungs, setting, index, before, key)
 
 
 class Hyperband(eqx.Module):
@@ -337,6 +501,9 @@ class Hyperband(eqx.Module):
 
     Args:
       eta: static, at least 2.
+
+    Budget: 1000 gradient-equivalents for a value within 0.01, of at most 27 steps (see
+    `hypergrad.searchers`).
 
     Cost, memory and rows: those of `SuccessiveHalving`; all brackets once are about
     ``(s_max + 1)² R`` gradients.
@@ -357,17 +524,34 @@ class Hyperband(eqx.Module):
 
     eta: int = eqx.field(default=3, static=True)
 
+    citations = ("li2018",)
+
     def __check_init__(self):
         check_steps("eta", self.eta, least=2)
 
-    def rounds(self, setting: Setting, key: Array) -> Rounds:
-        """Rung by rung, bracket by bracket, without end."""
-        most = whole_log(setting.solver.num_steps, self.eta)
-        while True:
-            for last in range(most, -1, -1):
-                key, bracket_key = jax.random.split(key)
-                size = math.ceil((most + 1) * self.eta**last / (last + 1))
-                yield from bracket(setting, size, self.eta, last, bracket_key)
+    def rungs(self, num_steps: int) -> list["Rung"]:
+        """Those of all brackets, one after the other."""
+        most = whole_log(num_steps, self.eta)
+        sizes = {
+            last: math.ceil((most + 1) * self.eta**last / (last + 1))
+            for last in range(most, -1, -1)
+        }
+        return [
+            rung
+            for last, size in sizes.items()
+            for rung in bracket(size, last, self.eta, num_steps)
+        ]
+
+    def cost(self, setting: Setting, index: int) -> float:
+        """That of a rung."""
+        return rung_cost(self.rungs(setting.solver.num_steps), setting, index)
+
+    def round(
+        self, setting: Setting, index: int, before: Trained | None, key: Array
+    ) -> Trained:
+        """A rung, bracket by bracket."""
+        rungs = self.rungs(setting.solver.num_steps)
+        return climb(rungs, setting, index, before, key)
 
 
 def whole_log(number: int, base: int) -> int:
@@ -378,12 +562,43 @@ def whole_log(number: int, base: int) -> int:
     return power
 
 
-def bracket(setting: Setting, size: int, eta: int, last: int, key: Array) -> Rounds:
-    """Rungs 0 to ``last``; a member of rung ``i`` has made ``R / eta^(last - i)``."""
-    start_key, *keys = jax.random.split(key, last + 2)
-    members, made = setting.start(size, start_key), 0
-    for rung, key in enumerate(keys):
-        steps = max(1, setting.solver.num_steps // eta ** (last - rung))
-        found = yield Round(spread(members), steps - made, key, steps, {})
-        made, size = steps, max(1, size // eta)
-        members = found.members.take(ranked(found.value)[:size])
+class Rung(NamedTuple):
+    """``size`` members go on from ``begin`` steps to ``end``."""
+
+    size: int
+    begin: int
+    end: int
+
+
+def bracket(size: int, last: int, eta: int, num_steps: int) -> list[Rung]:
+    """Rungs 0 to ``last``; a member of rung ``i`` has made ``R / eta^(last - i)``.
+
+    >>> [tuple(rung) for rung in bracket(9, 2, 3, 27)]
+    [(9, 0, 3), (3, 3, 9), (1, 9, 27)]
+    """
+    ends = [max(1, num_steps // eta ** (last - i)) for i in range(last + 1)]
+    sizes = [max(1, size // eta**i) for i in range(last + 1)]
+    return list(map(Rung, sizes, [0, *ends], ends))
+
+
+def rung_cost(rungs: list[Rung], setting: Setting, index: int) -> float:
+    """Of round number ``index``; after the last rung comes the first."""
+    rung = rungs[index % len(rungs)]
+    return setting.cost(rung.size, rung.end - rung.begin)
+
+
+def climb(
+    rungs: list[Rung],
+    setting: Setting,
+    index: int,
+    before: Trained | None,
+    key: Array,
+) -> Trained:
+    """Trains fresh draws, or the best of the rung before, to the end of their rung."""
+    rung = rungs[index % len(rungs)]
+    start_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+    if before is None or not rung.begin:
+        members = setting.start(rung.size, start_key)
+    else:
+        members = before.members.take(ranked(before.rows.value)[: rung.size])
+    return setting.trained(members, rung.end - rung.begin, train_key, rung.end)

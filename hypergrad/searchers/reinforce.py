@@ -28,6 +28,9 @@ class Reinforce(eqx.Module):
     Raises:
       ValueError: at `init`, a continuous space, or an unbounded one.
 
+    Budget: 20 trials with step size 3, until the best of 12 choices has been tried (see
+    `hypergrad.searchers`); the policy takes longer to prefer it.
+
     Cost: a draw. Bias: none in the gradient; the policy may settle on a choice that is
     not the best. Source: Williams 1992; Zoph & Le 2017, arXiv:1611.01578, for
     architectures.

@@ -26,6 +26,9 @@ class TPE(eqx.Module):
       ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
       ValueError: ``num_initial`` below 1; an unbounded space.
 
+    Budget: 40 trials, for a value within 0.01 (see `hypergrad.searchers`); 70 with an
+    integer of 8 and a choice of 3 values beside.
+
     Cost: an ask reads all trials. Source: Bergstra, Bardenet, Bengio & Kegl 2011;
     Akiba, Sano, Yanase, Ohta & Koyama 2019, arXiv:1907.10902 (optuna).
 

@@ -44,6 +44,16 @@ class Trials(eqx.Module):
         return Trials(self.space, np.vstack([self.t, t]), values)
 
 
+def finite(values: np.ndarray) -> np.ndarray:
+    """With the worst finite value for what is not finite; 0 if none is.
+
+    >>> finite(np.array([1.0, np.inf, 2.0])).tolist()
+    [1.0, 2.0, 2.0]
+    """
+    known = np.isfinite(values)
+    return np.where(known, values, values[known].max() if known.any() else 0.0)
+
+
 def seed_of(key: Array) -> int:
     """A seed for libraries with random numbers of their own.
 

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..citation import cites
 
+
+@cites("jang2017", "maddison2017")
 def gumbel_softmax(logits: Array, key: Array, temperature: ArrayLike) -> Array:
     """Weights near a vertex: ``softmax((logits + g) / temperature)``, g Gumbel noise.
 
@@ -36,6 +39,7 @@ def gumbel_softmax(logits: Array, key: Array, temperature: ArrayLike) -> Array:
     return jax.nn.softmax((logits + noise) / temperature, axis=-1)
 
 
+@cites("bengio2013")
 def straight_through(logits: Array, key: Array) -> Array:
     """A one-hot sample of p that is differentiated as if it were p.
 
@@ -58,6 +62,7 @@ def straight_through(logits: Array, key: Array) -> Array:
     return _sample(logits, key) + (p - jax.lax.stop_gradient(p))
 
 
+@cites("williams1992", "foerster2018")
 def score_function(
     loss: Callable[[Array], Array],
     logits: Array,
