@@ -245,7 +245,12 @@ def steps_for(
     most = max(1, int(budget / steps.mean()))
     if method in DRAWN:
         return most
-    return max(1, int(np.sum(costs(most) <= budget * (1 + 1e-5))))  # float32 adds up
+    return max(1, int(np.sum(paid_for(costs(most), budget))))
+
+
+def paid_for(cost: Any, budget: float) -> np.ndarray:
+    """Which steps the budget pays for; in float32 what adds up is rounded."""
+    return np.asarray(cost) <= budget * (1 + 1e-5)
 
 
 def within_budget(name: str, cost: float, budget: float) -> None:
@@ -431,7 +436,7 @@ def measure(system: System, cell: Row) -> Row:
     if method not in DRAWN:
         within_budget(method, float(found["gradient_equivalents"]), system.budget)
     # A series of random length may cost more than its mean: what is beyond is left out.
-    paid = np.cumsum(found["curve_cost"] <= system.budget * (1 + 1e-5)) - 1
+    paid = np.cumsum(paid_for(found["curve_cost"], system.budget)) - 1
     found |= {name: found[name][paid] for name in ("curve", "curve_cost")}
     timed = bare(system, method, steps)
     if timed.compiled is None:

@@ -289,6 +289,43 @@ def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch)
     assert found["gradient_equivalents"] == cost[-1]
 
 
+def test_weights_rest_where_the_budget_ends(monkeypatch):
+    """As in a run of fewer steps, which costs as much: six of 0.3 each."""
+    monkeypatch.setattr(corruption, "BUDGET", 2)
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    alpha, cost, _ = corruption.learn("SOBA", 12, (0.3, 0.1), data, lane)
+    run = functools.partial(corruption.weights, "SOBA", 6, paid=6)
+    shorter = jax.jit(run)(data, lane, 0.3, 0.1)
+    np.testing.assert_allclose(alpha, shorter.alpha, rtol=1e-5)
+    assert cost["gradient_equivalents"] == pytest.approx(1.8)
+    assert cost["num_hvps"] == pytest.approx(0.6)
+
+
+def test_random_search_takes_the_best_that_was_paid_for(monkeypatch):
+    """Not a trial that ended beyond the budget, though it was begun within."""
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    trials = [
+        {"alpha": [[x]], "value": x, "cost": cost}
+        for x, cost in ((0.3, 40.0), (0.2, 90.0), (0.1, 101.0))
+    ]
+
+    def search(*given, record, **settings):
+        for trial in trials:
+            record(trial)
+        cost = jnp.array([trial["cost"] for trial in trials])
+        return types.SimpleNamespace(
+            value=jnp.array([trial["value"] for trial in trials]),
+            cost=cost,
+            stats={"num_grads": jnp.ones(3), "num_hvps": jnp.ones(3)},
+            status="completed",
+        )
+
+    monkeypatch.setattr(hg, "search", search)
+    alpha, cost, _ = corruption.by_random_search(100, data, lane)
+    assert alpha.tolist() == [0.2]
+    assert (cost["gradient_equivalents"], cost["num_grads"]) == (90.0, 2.0)
+
+
 def test_a_run_ends_where_its_last_step_leads():
     """The last tenth of the cost alone counts, the alpha after the last step too."""
     cost = np.array([0.0, 50.0, 90.0, 100.0])
