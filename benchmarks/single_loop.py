@@ -342,9 +342,17 @@ def grid_of(system: System, method: str) -> Row:
 
 
 def at_edge(row: Row) -> bool:
-    """Whether a chosen rate or ratio is the smallest or largest that was tried."""
-    ends = lambda values: (min(values), max(values))
-    return row["rate"] in ends(row["rates"]) or row["ratio"] in ends(row["ratios"])
+    """Whether the best rate or ratio is an outermost one, and none within as good."""
+    within = lambda x, tried: min(tried) < x < max(tried)
+    pairs = zip(row["rates"], row["ratios"], row["ends"], strict=True)
+    inner = [
+        end
+        for rate, ratio, end in pairs
+        if end is not None
+        and within(rate, row["rates"])
+        and within(ratio, row["ratios"])
+    ]
+    return min(inner, default=math.inf) > min(x for x in row["ends"] if x is not None)
 
 
 def judge_grid(rows: list[Row]) -> list[Verdict]:

@@ -147,6 +147,16 @@ def test_the_pair_is_chosen_whose_worse_run_is_lowest():
         single_loop.chosen(pairs, [[np.nan, 1.0]] * 3, "SOBA")
 
 
+def test_an_edge_is_where_nothing_within_is_as_good():
+    """Of nine pairs the middle one alone is within; among equals nothing is chosen."""
+    pairs = [(rate, ratio) for rate in (1.0, 0.1, 0.01) for ratio in (0.3, 0.1, 0.03)]
+    row = lambda ends: single_loop.chosen(pairs, [[end] for end in ends], "SOBA")
+    assert single_loop.at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
+    assert single_loop.at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
+    assert not single_loop.at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
+    assert not single_loop.at_edge(row([1.0] * 9))
+
+
 def test_no_method_spends_more_than_its_budget():
     """A period of 64 steps that begins with 65: the first 36 cost 100."""
 
