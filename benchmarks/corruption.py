@@ -6,6 +6,7 @@ and oracle too, is then chosen anew at each seed and share. See README.md.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from .single_loop import (
     SEARCH,
     TOTAL,
     TUNING_SEEDS,
+    at_edge,
     chosen,
     falling,
     family,
@@ -44,18 +46,20 @@ from .single_loop import (
 BATCH, BUDGET = 100, 1000
 SHARES = (0.5, 0.7, 0.9)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
-OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03)
+RATES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+FIRST_RATES, FIRST_OUTER_RATES = RATES[2:], OUTER_RATES[:5]
+FIRST = list(itertools.product(FIRST_RATES, FIRST_OUTER_RATES))
+WIDE = list(itertools.product(RATES, OUTER_RATES))  # where the first ends at an edge
 RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's ideal
 BOTH = "baseline, validation too"  # trains on all labels there are
 FIXED = ("baseline", BOTH, "validation-only", RIGHT, "oracle")
 METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
-PAIRS = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
-# Of random search: a run's, or that with a part of the grid's, which serves all runs of
-# a row: one a penalty, and the last.
+# Of random search: a run's, or that with a part of the wide grid's, which serves all
+# runs of a row: one a penalty, and the last.
 BUDGETS = {
     SEARCH: BUDGET,
-    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(PAIRS) // (len(PENALTIES) + 1),
+    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(WIDE) // (len(PENALTIES) + 1),
 }
 GAP, ENOUGH = 0.6, 4  # of the way from baseline to oracle, by so many methods
 
@@ -183,22 +187,31 @@ def lane_of(seed: int, share: float, penalty: float, hold_out: bool) -> Lane:
 
 
 def try_all(cell: Row) -> Row:
-    """A method at every pair of rates and both seeds, half of the labels wrong."""
+    """A method at every pair of rates and both seeds, half of the labels wrong.
+
+    The pairs of the first grid; where the best of them is at its edge, all.
+    """
     method, data = cell["method"], digits()
     lanes = [lane_of(seed, SHARES[0], PENALTIES[1], True) for seed in TUNING_SEEDS]
     probe = lambda steps: functools.partial(weights, method, steps, paid=steps)
     slow = min(RATES), min(OUTER_RATES)
     steps = steps_for(BUDGET, method, probe, (data, lanes[0]), slow)
-    ends, cost, seconds = [], 0.0, 0.0
-    for pair in PAIRS:
-        losses = []
+    cost, seconds = 0.0, 0.0
+
+    @functools.cache
+    def losses(pair: tuple[float, float]) -> list[float]:
+        nonlocal cost, seconds
+        found = []
         for lane in lanes:
-            alpha, found, took = learn(method, steps, pair, data, lane)
-            losses.append(worth(method, data, lane, alpha)["held_loss"])
-            cost += found["gradient_equivalents"]
-            seconds += took
-        ends.append(losses)
-    return chosen(PAIRS, ends, method) | {
+            alpha, paid, took = learn(method, steps, pair, data, lane)
+            found.append(worth(method, data, lane, alpha)["held_loss"])
+            cost, seconds = cost + paid["gradient_equivalents"], seconds + took
+        return found
+
+    row = chosen(FIRST, list(map(losses, FIRST)), method)
+    if at_edge(row):
+        row = chosen(WIDE, list(map(losses, WIDE)), method)
+    return row | {
         "num_steps": steps,
         "budget": BUDGET,
         "tuning_cost": cost,
@@ -214,10 +227,12 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
         "",
         f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, half of the labels "
         f"wrong, penalty {PENALTIES[1]:g}. Of every pair of a rate of w in "
-        f"{list(RATES)} and a rate of Adam on the weights in {list(OUTER_RATES)} the "
-        "one whose worse seed has the least loss of held-out validation examples, "
-        "after at most "
-        f"{BUDGET:,} gradient-equivalents (grad-eq) a run. Command: `{command}`",
+        f"{list(FIRST_RATES)} and a rate of Adam on the weights in "
+        f"{list(FIRST_OUTER_RATES)} the one whose worse seed has the least loss of "
+        "held-out validation examples, after at most "
+        f"{BUDGET:,} gradient-equivalents (grad-eq) a run; where that is at an edge, "
+        f"of every pair in {list(RATES)} and {list(OUTER_RATES)}. "
+        f"Command: `{command}`",
         "",
         *rates_chosen(rows, ("rate", "rate of weights", "loss"), "{:.3f}"),
     ]
@@ -236,7 +251,7 @@ def learner(method: str) -> tuple[Learn, Row]:
         return lambda data, lane: (jnp.ones(NUM_TRAIN), {}, 0.0), {}
     if method in (SEARCH, TOTAL):
         return functools.partial(by_random_search, BUDGETS[method]), {}
-    settings = read_grid(GRID.name, method, DIGITS, BUDGET, PAIRS)
+    settings = read_grid(GRID.name, method, DIGITS, BUDGET, FIRST, WIDE)
     pair = settings["rate"], settings["ratio"]
     kept = {name: settings[name] for name in ("rate", "ratio", "num_steps")}
     run = functools.partial(learn, method, settings["num_steps"], pair)
@@ -398,7 +413,7 @@ SOURCE = "Franceschi et al. 2017 (arXiv 1703.01785); Dagréou et al. 2022 (2201.
 GRID = Table(
     name="corruption-grid",
     source=SOURCE,
-    minutes=8,
+    minutes=11,
     seeds=1,
     plan=lambda scale, seeds: [
         {"method": method, "seed": 0} for method in single_loop.METHODS
@@ -415,7 +430,7 @@ GRID = Table(
 TABLE = Table(
     name="corruption",
     source=SOURCE,
-    minutes=10,
+    minutes=12,
     seeds=10,
     plan=lambda scale, seeds: [
         {"method": method, "share": share, "seed": seed}

@@ -252,9 +252,9 @@ def heatmaps(rows: list[dict], path: Path, title: str, across: str) -> None:
     figure, panels = pyplot.subplots(
         -(-len(rows) // columns), columns, figsize=(14, 7.5), layout="constrained"
     )
-    ends = np.array([row["ends"] for row in rows], float)
-    low = np.log10(np.nanquantile(np.nanmin(ends, axis=1), 0.2))
-    high = np.log10(np.nanquantile(ends, 0.8))
+    ends = [np.array(row["ends"], float) for row in rows]
+    low = np.log10(np.nanquantile([np.nanmin(each) for each in ends], 0.2))
+    high = np.log10(np.nanquantile(np.concatenate(ends), 0.8))
     norm = colors.Normalize(low, high)
     for axis, row in zip(panels.flat, rows, strict=False):
         rates = sorted(set(row["rates"]), reverse=True)

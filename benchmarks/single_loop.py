@@ -309,9 +309,9 @@ def grid_name(system: System) -> str:
 
 
 def read_grid(
-    name: str, method: str, about: str, budget: float, pairs: list[tuple[float, float]]
+    name: str, method: str, about: str, budget: float, *grids: list[tuple[float, float]]
 ) -> Row:
-    """What the committed grid says of a method, if it is the one asked for."""
+    """What the committed grid says of a method, if it is one of those asked for."""
     path = RESULTS / f"{name}.jsonl"
     again = f"run python -m benchmarks {name}"
     if not path.exists():
@@ -322,14 +322,14 @@ def read_grid(
     row = rows[method]
     tried = list(zip(row["rates"], row["ratios"], strict=True))
     for what, there, asked in (
-        ("data", row["data"], about),
-        ("budget", row["budget"], budget),
-        ("pairs of rates", tried, pairs),
+        ("data", row["data"], [about]),
+        ("budget", row["budget"], [budget]),
+        ("pairs of rates", tried, grids),
     ):
-        if there != asked:
+        if there not in asked:
             raise ValueError(
-                f"{path} was made with the {what} {there}, not with {asked}: move it "
-                f"away and {again}"
+                f"{path} was made with the {what} {there}, not with {asked[0]}: move "
+                f"it away and {again}"
             )
     return row
 
