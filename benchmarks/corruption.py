@@ -27,21 +27,19 @@ from hypergrad.tasks import cleaning
 from hypergrad.tasks.cleaning import NUM_TRAIN, f1_of_wrong_labels, make, split
 from hypergrad.tasks.task import Task
 
-from . import plots, single_loop
-from .single_loop import (
-    DOUBLE_LOOP,
-    SEARCH,
-    TOTAL,
+from . import plots
+from .single_loop import DOUBLE_LOOP, SEARCH, TOTAL, falling, family, paid_for
+from .single_loop import METHODS as FAMILY
+from .single_loop_grid import (
     TUNING_SEEDS,
     at_edge,
     chosen,
-    falling,
-    family,
-    paid_for,
+    judge_grid,
     rates_chosen,
     read_grid,
     steps_for,
 )
+from .single_loop_table import QUARTILES
 
 BATCH, BUDGET = 100, 1000
 SHARES = (0.5, 0.7, 0.9)
@@ -54,7 +52,7 @@ WIDE = list(itertools.product(RATES, OUTER_RATES))  # where the first ends at an
 RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's ideal
 BOTH = "baseline, validation too"  # trains on all labels there are
 FIXED = ("baseline", BOTH, "validation-only", RIGHT, "oracle")
-METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
+METHODS = (*FIXED, SEARCH, TOTAL, *FAMILY)
 # Of random search: a run's, or that with a part of the wide grid's, which serves all
 # runs of a row: one a penalty, and the last.
 BUDGETS = {
@@ -323,7 +321,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     there = {row["method"] for row in rows}
     if not {"baseline", "oracle"} <= there:
         return []
-    learners = [method for method in single_loop.METHODS if method in there]
+    learners = [method for method in FAMILY if method in there]
     for method in learners:
         part, below, above = closed(rows, method, share)
         if part >= GAP and below > 0:
@@ -376,7 +374,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             return form.format(np.mean(values)) if values else "-"
 
         spread = lambda x: "{1:.1f} [{0:.1f}, {2:.1f}]".format(
-            *np.quantile(x, single_loop.QUARTILES)
+            *np.quantile(x, QUARTILES)
         )
         part = f"{closed(rows, method, SHARES[0])[0]:.0%}".replace("-0%", "0%")
         cells = [
@@ -415,9 +413,7 @@ GRID = Table(
     source=SOURCE,
     minutes=11,
     seeds=1,
-    plan=lambda scale, seeds: [
-        {"method": method, "seed": 0} for method in single_loop.METHODS
-    ],
+    plan=lambda scale, seeds: [{"method": method, "seed": 0} for method in FAMILY],
     run=cell_by_cell(
         try_all,
         markdown_of_grid,
@@ -425,7 +421,7 @@ GRID = Table(
             rows, path, "corruption-grid: loss of held-out examples", "rate of weights"
         ),
     ),
-    judge=single_loop.judge_grid,
+    judge=judge_grid,
 )
 TABLE = Table(
     name="corruption",
