@@ -53,11 +53,11 @@ RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's 
 BOTH = "baseline, validation too"  # trains on all labels there are
 FIXED = ("baseline", BOTH, "validation-only", RIGHT, "oracle")
 METHODS = (*FIXED, SEARCH, TOTAL, *FAMILY)
-# Of random search: a run's, or that with a part of the wide grid's, which serves all
+# Of random search: a run's, or that with a part of the first grid's, which serves all
 # runs of a row: one a penalty, and the last.
 BUDGETS = {
     SEARCH: BUDGET,
-    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(WIDE) // (len(PENALTIES) + 1),
+    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(FIRST) // (len(PENALTIES) + 1),
 }
 GAP, ENOUGH = 0.6, 4  # of the way from baseline to oracle, by so many methods
 
