@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib import pyplot
 
 import hypergrad as hg
 from benchmarks import (
@@ -17,6 +18,7 @@ from benchmarks import (
     single_loop,
     single_loop_grid,
     single_loop_table,
+    soba_step,
 )
 from benchmarks.single_loop import Drawn
 from hypergrad.studies import record
@@ -245,6 +247,15 @@ def test_who_hardly_moved_is_at_no_plateau():
     rows = rows_of("SOBA", [1.0] * 5, **fell) + rows_of("DARTS", [1.0] * 5, **still)
     assert single_loop_table.first_there(rows, "SOBA").text.endswith(": reproduced")
     assert "not reproduced" in single_loop_table.first_there(rows[5:], "DARTS").text
+
+
+def test_the_figure_of_a_step_shows_what_is_claimed(tmp_path, monkeypatch):
+    """A vertical line at five gradients."""
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    soba_step.draw([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
+    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    assert {soba_step.MOST_GRADIENTS} in drawn
+    assert (tmp_path / "step.png").exists()
 
 
 def test_the_gap_is_closed_by_parts():
