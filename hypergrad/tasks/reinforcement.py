@@ -422,6 +422,10 @@ def make(
 ) -> Task:
     """A Markov reward process or CartPole; both make their own experience.
 
+    CartPole asks for `Unrolled` or `Forward`: its update is the gradient of no loss,
+    and what `Implicit` takes for the Hessian is indefinite. Its hypergradients are not
+    trusted, and zero where `CG` stops at once, as at the start: ``adjoint_residual`` 1.
+
     Args:
       key: of the episodes (``mrp``), or of the networks (``cartpole``).
       scale: 'small', at which `hypergrad run reinforcement` makes its table, or
