@@ -785,6 +785,7 @@ BIBTEX: dict[str, str] = dict(
             "optimization",
             r"Comptes Rendus Math{\'e}matique",
             volume="350",
+            number="5-6",
             year="2012",
         ),
         _paper(
@@ -809,6 +810,7 @@ BIBTEX: dict[str, str] = dict(
             "Multiplier and gradient methods",
             "Journal of Optimization Theory and Applications",
             volume="4",
+            number="5",
             year="1969",
         ),
         _article(
@@ -818,6 +820,7 @@ BIBTEX: dict[str, str] = dict(
             "programming",
             "Journal of Optimization Theory and Applications",
             volume="12",
+            number="6",
             year="1973",
         ),
         _article(
