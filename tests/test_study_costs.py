@@ -8,6 +8,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.studies import physics, reinforcement
+from hypergrad.tasks import cartpole, semi_gradient
 from hypergrad.tasks import physics as equations
 from hypergrad.tasks import reinforcement as policies
 
@@ -28,8 +29,8 @@ def test_a_meta_gradient_costs_what_is_planned(method: str, key):
     """On episodes of three steps."""
     task = policies.make(key=key, num_episodes=2, horizon=3)
     estimator, planned = reinforcement.ESTIMATORS[method]
-    solver = policies.SemiGradient(
-        policies.Losses(2, 3).update, task.solver.optimizer, reinforcement.STEPS
+    solver = semi_gradient.SemiGradient(
+        cartpole.Losses(2, 3).update, task.solver.optimizer, reinforcement.STEPS
     )
     estimator = dataclasses.replace(estimator, solver=solver)
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)

@@ -24,15 +24,10 @@ from ..linear import CG
 from ..minimize import minimize
 from ..search import search
 from ..searchers import Random
-from ..tasks.reinforcement import (
-    DATA_NAME,
-    SCALES,
-    TD,
-    Losses,
-    SemiGradient,
-    cartpole_parts,
-    make,
-)
+from ..tasks.cartpole import Losses, cartpole_parts
+from ..tasks.random_walk import TD
+from ..tasks.reinforcement import DATA_NAME, SCALES, make
+from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
 from .program import program
 from .record import Row
