@@ -6,6 +6,7 @@ and oracle too, is then chosen anew at each seed and share. See README.md.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,36 +27,37 @@ from hypergrad.tasks import cleaning
 from hypergrad.tasks.cleaning import NUM_TRAIN, f1_of_wrong_labels, make, split
 from hypergrad.tasks.task import Task
 
-from . import plots, single_loop
-from .single_loop import (
-    DOUBLE_LOOP,
-    SEARCH,
-    TOTAL,
+from . import plots
+from .single_loop import DOUBLE_LOOP, SEARCH, TOTAL, falling, family, paid_for
+from .single_loop import METHODS as FAMILY
+from .single_loop_grid import (
     TUNING_SEEDS,
+    at_edge,
     chosen,
-    falling,
-    family,
+    judge_grid,
     rates_chosen,
     read_grid,
     steps_for,
-    within_budget,
 )
+from .single_loop_table import QUARTILES
 
 BATCH, BUDGET = 100, 1000
 SHARES = (0.5, 0.7, 0.9)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
-OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03)
+RATES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+OUTER_RATES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+FIRST_RATES, FIRST_OUTER_RATES = RATES[2:], OUTER_RATES[:5]
+FIRST = list(itertools.product(FIRST_RATES, FIRST_OUTER_RATES))
+WIDE = list(itertools.product(RATES, OUTER_RATES))  # where the first ends at an edge
 RIGHT = "right labels only"  # weights of 0 and 1, by who is right: a learner's ideal
 BOTH = "baseline, validation too"  # trains on all labels there are
 FIXED = ("baseline", BOTH, "validation-only", RIGHT, "oracle")
-METHODS = (*FIXED, SEARCH, TOTAL, *single_loop.METHODS)
-PAIRS = [(rate, outer) for rate in RATES for outer in OUTER_RATES]
-# Of random search: a run's, or that with a part of the grid's, which serves all runs of
-# a row: one a penalty, and the last.
+METHODS = (*FIXED, SEARCH, TOTAL, *FAMILY)
+# Of random search: a run's, or that with a part of the first grid's, which serves all
+# runs of a row: one a penalty, and the last.
 BUDGETS = {
     SEARCH: BUDGET,
-    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(PAIRS) // (len(PENALTIES) + 1),
+    TOTAL: BUDGET + BUDGET * len(TUNING_SEEDS) * len(FIRST) // (len(PENALTIES) + 1),
 }
 GAP, ENOUGH = 0.6, 4  # of the way from baseline to oracle, by so many methods
 
@@ -72,16 +74,22 @@ def task_of(data: PyTree, lane: Lane, batch_size: int | None = None) -> Task:
 
 
 def weights(
-    method: str, steps: int, data: PyTree, lane: Lane, rate: Array, outer_rate: Array
-) -> hg.Trace:
-    """Weights by one method of the family: gradient descent on w, Adam on alpha."""
+    method: str, steps: int, data: PyTree, lane: Lane,
+    rate: Array, outer_rate: Array, paid: Array | int,
+) -> hg.Trace:  # fmt: skip
+    """Weights by one method of the family: gradient descent on w, Adam on alpha.
+
+    ``alpha`` rests where ``paid`` of the steps have led.
+    """
     task = task_of(data, lane, None if method == DOUBLE_LOOP else BATCH)
     if method.endswith("falling"):
         outer_rate = falling(outer_rate)
     return hg.minimize(
         task.problem,
         family(rate, NUM_TRAIN // BATCH)[method](),
-        optax.adam(outer_rate),
+        optax.chain(
+            optax.adam(outer_rate), optax.scale_by_schedule(lambda step: step < paid)
+        ),
         task.w,
         task.alpha,
         num_steps=steps,
@@ -138,6 +146,36 @@ def learning(method: str, steps: int) -> Program:
     return Program(functools.partial(weights, method, steps))
 
 
+def learn(
+    method: str, steps: int, pair: tuple[float, float], data: PyTree, lane: Lane
+) -> tuple[Array, Row, float]:
+    """Weights, what they cost, and seconds: of the steps that the budget pays for.
+
+    A series of random length may cost more than its mean. Its draws are those of the
+    key, whatever alpha does, so that a second run may rest where the first should have.
+    """
+    program = learning(method, steps)
+    before = program.run_seconds
+    run = functools.partial(program, data, lane, *map(jnp.float32, pair))
+    trace = run(jnp.int32(steps))
+    paid = int(np.sum(paid_for(trace.cost, BUDGET)))
+    if paid < steps:
+        trace = run(jnp.int32(paid))
+    return trace.alpha, spent(trace, BUDGET), program.run_seconds - before
+
+
+def spent(trace: hg.Trace, budget: float) -> Row:
+    """What the steps or trials cost that the budget pays for."""
+    paid = paid_for(trace.cost, budget)
+    total = lambda name: float(np.nansum(np.asarray(trace.stats[name])[paid]))
+    return {
+        "gradient_equivalents": float(np.max(np.asarray(trace.cost)[paid])),
+        "num_grads": total("num_grads"),
+        "num_hvps": total("num_hvps"),
+        "status": trace.status,
+    }
+
+
 def lane_of(seed: int, share: float, penalty: float, hold_out: bool) -> Lane:
     key = jax.random.key(seed)
     return key, jnp.float32(share), jnp.float32(penalty), jnp.asarray(hold_out)
@@ -147,27 +185,36 @@ def lane_of(seed: int, share: float, penalty: float, hold_out: bool) -> Lane:
 
 
 def try_all(cell: Row) -> Row:
-    """A method at every pair of rates and both seeds, half of the labels wrong."""
+    """A method at every pair of rates and both seeds, half of the labels wrong.
+
+    The pairs of the first grid; where the best of them is at its edge, all.
+    """
     method, data = cell["method"], digits()
     lanes = [lane_of(seed, SHARES[0], PENALTIES[1], True) for seed in TUNING_SEEDS]
-    probe = lambda steps: functools.partial(weights, method, steps)
+    probe = lambda steps: functools.partial(weights, method, steps, paid=steps)
     slow = min(RATES), min(OUTER_RATES)
     steps = steps_for(BUDGET, method, probe, (data, lanes[0]), slow)
-    learn = learning(method, steps)
-    ends, cost = [], 0.0
-    for pair in PAIRS:
-        losses = []
+    cost, seconds = 0.0, 0.0
+
+    @functools.cache
+    def losses(pair: tuple[float, float]) -> list[float]:
+        nonlocal cost, seconds
+        found = []
         for lane in lanes:
-            trace = learn(data, lane, *map(jnp.float32, pair))
-            losses.append(worth(method, data, lane, trace.alpha)["held_loss"])
-            cost += float(np.nanmax(trace.cost))
-        ends.append(losses)
-    return chosen(PAIRS, ends, method) | {
+            alpha, paid, took = learn(method, steps, pair, data, lane)
+            found.append(worth(method, data, lane, alpha)["held_loss"])
+            cost, seconds = cost + paid["gradient_equivalents"], seconds + took
+        return found
+
+    row = chosen(FIRST, list(map(losses, FIRST)), method)
+    if at_edge(row):
+        row = chosen(WIDE, list(map(losses, WIDE)), method)
+    return row | {
         "num_steps": steps,
         "budget": BUDGET,
         "tuning_cost": cost,
         "data": DIGITS,
-        "run_seconds": learn.run_seconds,
+        "run_seconds": seconds,
     }
 
 
@@ -178,10 +225,12 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
         "",
         f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, half of the labels "
         f"wrong, penalty {PENALTIES[1]:g}. Of every pair of a rate of w in "
-        f"{list(RATES)} and a rate of Adam on the weights in {list(OUTER_RATES)} the "
-        "one whose worse seed has the least loss of held-out validation examples, "
-        "after at most "
-        f"{BUDGET:,} gradient-equivalents (grad-eq) a run. Command: `{command}`",
+        f"{list(FIRST_RATES)} and a rate of Adam on the weights in "
+        f"{list(FIRST_OUTER_RATES)} the one whose worse seed has the least loss of "
+        "held-out validation examples, after at most "
+        f"{BUDGET:,} gradient-equivalents (grad-eq) a run; where that is at an edge, "
+        f"of every pair in {list(RATES)} and {list(OUTER_RATES)}. "
+        f"Command: `{command}`",
         "",
         *rates_chosen(rows, ("rate", "rate of weights", "loss"), "{:.3f}"),
     ]
@@ -191,50 +240,34 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
 # The table.
 
 
-Learn = Callable[[PyTree, Lane], tuple[Array, hg.Trace | None, float]]
+Learn = Callable[[PyTree, Lane], tuple[Array, Row, float]]
 
 
 def learner(method: str) -> tuple[Learn, Row]:
-    """``(data, lane) -> (weights, trace, seconds)``, and its settings."""
+    """``(data, lane) -> (weights, what they cost, seconds)``, and its settings."""
     if method in FIXED:
-        return lambda data, lane: (jnp.ones(NUM_TRAIN), None, 0.0), {}
+        return lambda data, lane: (jnp.ones(NUM_TRAIN), {}, 0.0), {}
     if method in (SEARCH, TOTAL):
         return functools.partial(by_random_search, BUDGETS[method]), {}
-    settings = read_grid(GRID.name, method, DIGITS, BUDGET, PAIRS)
-    program = learning(method, settings["num_steps"])
-    rates = [jnp.float32(settings[name]) for name in ("rate", "ratio")]
-
-    def learn(data: PyTree, lane: Lane) -> tuple[Array, hg.Trace, float]:
-        before = program.run_seconds
-        trace = program(data, lane, *rates)
-        within_budget(method, float(np.nanmax(trace.cost)), BUDGET)
-        return trace.alpha, trace, program.run_seconds - before
-
+    settings = read_grid(GRID.name, method, DIGITS, BUDGET, FIRST, WIDE)
+    pair = settings["rate"], settings["ratio"]
     kept = {name: settings[name] for name in ("rate", "ratio", "num_steps")}
-    return learn, kept | {"grid_cost": settings["tuning_cost"]}
+    run = functools.partial(learn, method, settings["num_steps"], pair)
+    return run, kept | {"grid_cost": settings["tuning_cost"]}
 
 
 def measure(cell: Row) -> Row:
     """One method, seed and share, its penalty chosen on held-out examples."""
     method, seed, share = cell["method"], cell["seed"], cell["share"]
-    data, (learn, settings) = digits(), learner(method)
+    data, (run, settings) = digits(), learner(method)
 
     def one(penalty: float, hold_out: bool) -> Row:
         lane = lane_of(seed, share, penalty, hold_out)
-        alpha, trace, seconds = learn(data, lane)
+        alpha, cost, seconds = run(data, lane)
         found = worth(method, data, lane, alpha)
         row: Row = {"accuracy": found["accuracy"], "run_seconds": seconds}
         row["selection"] = found["held_accuracy"], -found["held_loss"]
-        if trace is not None:
-            total = lambda name: float(np.nansum(trace.stats[name]))
-            row |= {
-                "f1": found["f1"],
-                "gradient_equivalents": float(np.nanmax(trace.cost)),
-                "num_grads": total("num_grads"),
-                "num_hvps": total("num_hvps"),
-                "status": trace.status,
-            }
-        return row
+        return row | ({"f1": found["f1"]} | cost if cost else {})
 
     about = {"data": DIGITS, "data_sha256": fingerprint(data)}
     return tuned(one, PENALTIES) | settings | about
@@ -242,14 +275,22 @@ def measure(cell: Row) -> Row:
 
 def by_random_search(
     budget: float, data: PyTree, lane: Lane
-) -> tuple[Array, hg.Trace, float]:
-    """Weights drawn uniformly; each draw trained by Newton's method."""
+) -> tuple[Array, Row, float]:
+    """The best of the weights drawn uniformly that the budget pays for.
+
+    Each draw is trained by Newton's method.
+    """
     task, started = task_of(data, lane), time.perf_counter()
+    trials: list[Row] = []
     trace = hg.search(
         task.problem, hg.Newton(tolerance=1e-2), hg.searchers.Random(), task.w,
         space=task.space, budget=budget, key=jax.random.fold_in(lane[0], 1),
+        record=trials.append,
     )  # fmt: skip
-    return trace.best_alpha, trace, time.perf_counter() - started
+    paid = paid_for(trace.cost, budget)
+    best = int(np.argmin(np.where(paid, trace.value, np.inf)))
+    (alpha,) = trials[best]["alpha"]
+    return jnp.asarray(alpha), spent(trace, budget), time.perf_counter() - started
 
 
 # Judging and showing.
@@ -280,7 +321,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
     there = {row["method"] for row in rows}
     if not {"baseline", "oracle"} <= there:
         return []
-    learners = [method for method in single_loop.METHODS if method in there]
+    learners = [method for method in FAMILY if method in there]
     for method in learners:
         part, below, above = closed(rows, method, share)
         if part >= GAP and below > 0:
@@ -333,7 +374,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             return form.format(np.mean(values)) if values else "-"
 
         spread = lambda x: "{1:.1f} [{0:.1f}, {2:.1f}]".format(
-            *np.quantile(x, single_loop.QUARTILES)
+            *np.quantile(x, QUARTILES)
         )
         part = f"{closed(rows, method, SHARES[0])[0]:.0%}".replace("-0%", "0%")
         cells = [
@@ -370,11 +411,9 @@ SOURCE = "Franceschi et al. 2017 (arXiv 1703.01785); Dagréou et al. 2022 (2201.
 GRID = Table(
     name="corruption-grid",
     source=SOURCE,
-    minutes=8,
+    minutes=11,
     seeds=1,
-    plan=lambda scale, seeds: [
-        {"method": method, "seed": 0} for method in single_loop.METHODS
-    ],
+    plan=lambda scale, seeds: [{"method": method, "seed": 0} for method in FAMILY],
     run=cell_by_cell(
         try_all,
         markdown_of_grid,
@@ -382,12 +421,12 @@ GRID = Table(
             rows, path, "corruption-grid: loss of held-out examples", "rate of weights"
         ),
     ),
-    judge=single_loop.judge_grid,
+    judge=judge_grid,
 )
 TABLE = Table(
     name="corruption",
     source=SOURCE,
-    minutes=10,
+    minutes=12,
     seeds=10,
     plan=lambda scale, seeds: [
         {"method": method, "share": share, "seed": seed}

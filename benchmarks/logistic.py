@@ -22,8 +22,9 @@ import hypergrad as hg
 from hypergrad.studies.record import Row
 from hypergrad.studies.verdict import Verdict
 
-from . import single_loop
-from .single_loop import Drawn, System, first_there, lower_end
+from . import single_loop_grid, single_loop_table
+from .single_loop import Drawn, System
+from .single_loop_table import first_there, lower_end
 
 BATCH = 64
 LOW, HIGH = -12.0, 2.0
@@ -220,7 +221,7 @@ MULTINOMIAL = system(
     ratios=(1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0),
 )  # fmt: skip
 
-LOGISTIC_GRID, MULTINOMIAL_GRID = map(single_loop.grid, (LOGISTIC, MULTINOMIAL))
+LOGISTIC_GRID, MULTINOMIAL_GRID = map(single_loop_grid.grid, (LOGISTIC, MULTINOMIAL))
 LOGISTIC_TABLE, MULTINOMIAL_TABLE = (
-    single_loop.table(each, judge) for each in (LOGISTIC, MULTINOMIAL)
+    single_loop_table.table(each, judge) for each in (LOGISTIC, MULTINOMIAL)
 )

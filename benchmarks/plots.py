@@ -252,9 +252,9 @@ def heatmaps(rows: list[dict], path: Path, title: str, across: str) -> None:
     figure, panels = pyplot.subplots(
         -(-len(rows) // columns), columns, figsize=(14, 7.5), layout="constrained"
     )
-    ends = np.array([row["ends"] for row in rows], float)
-    low = np.log10(np.nanquantile(np.nanmin(ends, axis=1), 0.2))
-    high = np.log10(np.nanquantile(ends, 0.8))
+    ends = [np.array(row["ends"], float) for row in rows]
+    low = np.log10(np.nanquantile([np.nanmin(each) for each in ends], 0.2))
+    high = np.log10(np.nanquantile(np.concatenate(ends), 0.8))
     norm = colors.Normalize(low, high)
     for axis, row in zip(panels.flat, rows, strict=False):
         rates = sorted(set(row["rates"]), reverse=True)
@@ -289,8 +289,12 @@ def strips(
     path: Path,
     label: str,
     lines: tuple[str, ...],
+    most: float | None = None,
 ) -> None:
-    """A dot a seed and a bar at the median, a row a method; lines at some medians."""
+    """A dot a seed and a bar at the median, a row a method; lines at some medians.
+
+    most: what is claimed not to be exceeded, another line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,6 +312,11 @@ def strips(
             axis.plot([np.median(values)] * 2, [row - 0.38, row + 0.38], "C3", lw=2)
             if name in lines:
                 axis.axvline(np.median(values), color="0.6", lw=1, ls="--", zorder=0)
+        if most is not None:
+            axis.axvline(
+                most, color="k", lw=1, ls=":", label=f"at most {most:g} claimed"
+            )
+            axis.legend(frameon=False, fontsize=8)
         axis.set_title(title)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, axis="x")

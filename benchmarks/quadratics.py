@@ -19,8 +19,9 @@ import hypergrad as hg
 from hypergrad.studies.record import Row
 from hypergrad.studies.verdict import Verdict
 
-from . import single_loop
-from .single_loop import Drawn, System, first_there, lower_end
+from . import single_loop_grid, single_loop_table
+from .single_loop import Drawn, System
+from .single_loop_table import first_there, lower_end
 
 NUM_INNER, NUM_OUTER, NUM_W, NUM_ALPHA = 4096, 1024, 100, 10
 MU, DELTA, BATCH = 0.1, 0.1, 64
@@ -116,5 +117,5 @@ def judge(rows: list[Row]) -> list[Verdict]:
     ]
 
 
-GRID = single_loop.grid(SYSTEM)
-TABLE = single_loop.table(SYSTEM, judge)
+GRID = single_loop_grid.grid(SYSTEM)
+TABLE = single_loop_table.table(SYSTEM, judge)

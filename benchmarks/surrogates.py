@@ -12,7 +12,7 @@ import numpy as np
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, paired
+from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, number_of_seeds, paired
 
 from . import joint, plots
 from .metric_learning import (
@@ -254,11 +254,12 @@ def beside(rows: list[Row], task: str, metric: str) -> Verdict:
 def markdown(table: Table, rows: list[Row], command: str) -> str:
     """A table a system, and one of the joint part."""
     skipped = {row["task"]: row["reason"] for row in rows if row["reason"]}
-    seeds = len({row["seed"] for row in rows})
+    count = len({row["seed"] for row in rows})
+    seeds = number_of_seeds(count) + ", mean ± standard deviation" * (count > 1)
     lines = [
         f"# {table.name}",
         "",
-        f"{seeds} seeds, mean ± standard deviation, in percent, on the untouched test "
+        f"{seeds}, in percent, on the untouched test "
         "split; bold is the row of a metric's own surrogate. Gap: surrogate less exact "
         "metric on validation, of the model at the end. Costs are of tuning and "
         "learning together: gradient-equivalents (grad-eq), Hessian-vector products, "
@@ -299,8 +300,10 @@ def spread(values: np.ndarray, scale: float = 100, digits: int = 1) -> str:
     values = scale * values[np.isfinite(values)]
     if not values.size:
         return "-"
-    deviation = values.std(ddof=1) if values.size > 1 else 0.0
-    return f"{values.mean():.{digits}f} ± {deviation:.{digits}f}"
+    mean = f"{values.mean():.{digits}f}"
+    if values.size == 1:
+        return mean
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
 def metric_cell(rows: list[Row], task: str, method: str, metric: str, own: bool) -> str:

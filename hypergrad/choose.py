@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from .citation import BIBTEX
+from .bibliography import BIBTEX
 from .estimators import (
     BOME,
     DARTS,

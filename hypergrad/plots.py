@@ -190,7 +190,7 @@ def augmentation(
             places + (i - (len(names) - 1) / 2) * 0.8 / len(names),
             np.mean(strength, axis=0),
             0.8 / len(names),
-            yerr=np.std(strength, axis=0),
+            yerr=np.std(strength, axis=0) if len(strength) > 1 else None,
             label=name,
             color=COLORS.get(name),
             error_kw={"linewidth": 0.8},

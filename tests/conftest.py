@@ -208,6 +208,7 @@ REPRESENTATIVES = {
     "test_single_loop_tables": {
         "test_a_series_of_random_length_ends_within_the_budget": set(),
         "test_batches_of_cleaning_are_its_losses_on_average": set(),
+        "test_weights_rest_where_the_budget_ends": set(),
     },
     "test_spaces_relax": {
         "test_minimize_learns_a_choice_by_any_of_them": set(),

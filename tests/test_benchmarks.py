@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import conformance, known, setting
+from benchmarks import conformance, conformance_cases, known, setting
 from benchmarks.tables import TABLES
 from hypergrad.studies import STUDIES, record
 from hypergrad.studies.table import Request, Table, cell_by_cell, check
@@ -144,7 +144,7 @@ def test_a_claim_over_seeds(values, says: str, fails: bool):
 def perfect() -> list[dict]:
     """Rows as they would be if every estimator kept its promise to the letter."""
     rows = []
-    for cell in conformance.plan("small", 5):
+    for cell in conformance_cases.plan("small", 5):
         method, value = cell["method"], cell["setting"]
         law = {
             "Penalty": lambda x: 1 / x,
@@ -152,11 +152,11 @@ def perfect() -> list[dict]:
             "CentralDifference": lambda x: x**2,
             "Implicit, Nystrom": lambda x: x,
             "Implicit, correct=1": lambda x: 1e-3 * x,
-            conformance.EARLY: lambda x: x,
+            conformance_cases.EARLY: lambda x: x,
             "Evolution": lambda x: x**-0.5,
             "PersistentEvolution": lambda x: x**-0.5,
         }.get(method, lambda x: 0.5 ** setting.count_to(0.5, math.exp(-x)))
-        refused = (method, cell["problem"]) in conformance.REFUSED
+        refused = (method, cell["problem"]) in conformance_cases.REFUSED
         row = cell | {
             "value": 1e-12 if value is None else law(value),
             "reason": "one loss only" if refused else None,
@@ -167,7 +167,7 @@ def perfect() -> list[dict]:
             "cosine": 1.0,
             "to_formula": 1e-12,
             "standard_error": 0.1,
-            "trusted": method not in conformance.NEVER_TRUSTED,
+            "trusted": method not in conformance_cases.NEVER_TRUSTED,
             "gradient_equivalents": 10.0,
             "num_hvps": 1.0,
         }
@@ -226,17 +226,20 @@ def test_against_the_truth_is_no_descent():
 
 
 @pytest.mark.parametrize(
-    "method", sorted({method for method, *_ in conformance.RATES} - {conformance.EARLY})
+    "method",
+    sorted(
+        {method for method, *_ in conformance_cases.RATES} - {conformance_cases.EARLY}
+    ),
 )
 def test_a_wrong_rate_fails(method: str):
     """The last setting's error a hundredfold; for random ones it is not reproduced."""
     rows = perfect()
     for row in rows:
-        values = {m: v for m, _, v in conformance.RATES}[method]
+        values = {m: v for m, _, v in conformance_cases.RATES}[method]
         if row["method"] == method and row["setting"] == values[-1]:
             row["value"] *= 100
     verdicts = conformance.judge(rows)
-    random = conformance.METHODS[method].random
+    random = conformance_cases.METHODS[method].random
     honest = any(": not reproduced" in verdict.text for verdict in verdicts)
     assert failed(verdicts) != random
     assert honest == random
@@ -254,12 +257,12 @@ def test_the_report_marks_what_failed():
     assert "- **FAILED** Implicit, CG, float64" in text
 
 
-@pytest.mark.parametrize("dtype", conformance.DTYPES)
+@pytest.mark.parametrize("dtype", conformance_cases.DTYPES)
 def test_a_cell_is_measured_in_its_precision(dtype: str):
     """Identity on scalar ridge: its own closed-form bias, and not the truth."""
     at = ("ridge", "scalar")
     row = conformance.measure(
-        conformance.cell("error", "Implicit, Identity", at, dtype)
+        conformance_cases.cell("error", "Implicit, Identity", at, dtype)
     )
     known_ = known.any_known("ridge scalar")
     data, alpha = known_.problem.outer_data, known_.alpha

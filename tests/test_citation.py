@@ -13,7 +13,8 @@ import optimistix as optx
 import pytest
 
 import hypergrad as hg
-from hypergrad.citation import BIBTEX, citation
+from hypergrad.bibliography import BIBTEX
+from hypergrad.citation import citation
 
 FIELD = re.compile(r"^  (\w+) = \{(.*)\},$")
 REQUIRED = {

@@ -60,7 +60,8 @@ def test_the_command_writes_rows_table_and_figure(name: str, tmp_path, capsys):
     data = rows[0]["data"]
     text = (tmp_path / f"{name}.md").read_text()
     assert f"| {method} |" in text
-    assert text.splitlines()[2].startswith(f"{data}; 1 seed,")
+    assert text.splitlines()[2].startswith(f"{data}; 1 seed. ")
+    assert "±" not in text  # one seed has no spread
     shown = " ".join(capsys.readouterr().out.split())  # however wide the terminal
     assert f"{name}: {data}, 1 seed # {name}" in shown
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -127,6 +127,13 @@ def test_the_first_evaluation_as_good_counts():
     assert joint.cost_to_reach(curve, cost, 0.7) is None
 
 
+def test_one_seed_shows_no_spread():
+    """In percent; a dash where there is no number."""
+    assert surrogates.spread(np.array([0.5, 0.7])) == "60.0 ± 14.1"
+    assert surrogates.spread(np.array([0.5, np.nan])) == "50.0"
+    assert surrogates.spread(np.array([np.nan])) == "-"
+
+
 # Verdicts.
 
 

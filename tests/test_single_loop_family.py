@@ -948,3 +948,14 @@ def test_vrbo_makes_no_inner_steps_before_alpha_has_moved():
     assert trace.stats["inner_steps"].tolist() == [0, 3, 3]
     assert trace.stats["num_grads"].tolist() == [1, 6, 7]
     assert trace.stats["num_outer_values"].tolist() == [1, 1, 1]
+
+
+def test_darts_makes_no_step_of_w_before_alpha_has_moved():
+    """The look ahead is none; the trace says so."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    outer = lambda w, alpha, batch: 0.5 * (w - 1.0) ** 2
+    trace = hg.minimize(
+        hg.Bilevel(inner, outer), hg.DARTS(SGD, ETA), SGD, 0.0, 3.0, num_steps=3
+    )
+    assert trace.stats["inner_steps"].tolist() == [0, 1, 1]
+    assert trace.value[0] == pytest.approx(0.5 * (3.0 * ETA - 1.0) ** 2)

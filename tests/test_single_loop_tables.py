@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib import pyplot
 
 import hypergrad as hg
-from benchmarks import corruption, logistic, quadratics, single_loop
+from benchmarks import (
+    corruption,
+    logistic,
+    quadratics,
+    single_loop,
+    single_loop_grid,
+    single_loop_table,
+    soba_step,
+)
 from benchmarks.single_loop import Drawn
+from hypergrad.studies import record
 from hypergrad.tasks import cleaning
 
 
@@ -111,21 +121,21 @@ def tiny() -> single_loop.System:
 
 def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch):
     """The lower of the ends; no more than the budget; the same seed, the same run."""
-    monkeypatch.setattr(single_loop, "RESULTS", tmp_path)
+    monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
     system = tiny()
     with pytest.raises(ValueError, match="tiny-grid"):
-        single_loop.measure(system, {"method": "SOBA", "seed": 0})
-    row = single_loop.try_all(system, {"method": "SOBA"})
+        single_loop_table.measure(system, {"method": "SOBA", "seed": 0})
+    row = single_loop_grid.try_all(system, {"method": "SOBA"})
     assert (row["rate"], row["ratio"]) in system.pairs
-    assert single_loop.at_edge(row)
-    line = single_loop.record.line({"method": "SOBA", "seed": 0} | row)
+    assert single_loop_grid.at_edge(row)
+    line = record.line({"method": "SOBA", "seed": 0} | row)
     (tmp_path / "tiny-grid.jsonl").write_text(line)
-    found = single_loop.measure(system, {"method": "SOBA", "seed": 3})
+    found = single_loop_table.measure(system, {"method": "SOBA", "seed": 3})
     assert (found["rate"], found["num_steps"]) == (row["rate"], row["num_steps"])
     assert 0.9 * system.budget < found["gradient_equivalents"] <= system.budget
-    assert found["end"] == single_loop.end(found["curve"], found["curve_cost"])
+    assert found["end"] == single_loop_table.end(found["curve"], found["curve_cost"])
     assert len(found["curve"]) == len(found["curve_cost"]) > 10
-    again = single_loop.measure(system, {"method": "SOBA", "seed": 3})
+    again = single_loop_table.measure(system, {"method": "SOBA", "seed": 3})
     assert again["curve"] == found["curve"]
     for other, named in (
         ({"about": lambda: "other data"}, "other data"),
@@ -133,18 +143,30 @@ def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch
         ({"rates": (0.1, 0.02)}, "pairs of rates"),
     ):
         with pytest.raises(ValueError, match=named):
-            single_loop.measure(system._replace(**other), {"method": "SOBA", "seed": 3})
+            single_loop_table.measure(
+                system._replace(**other), {"method": "SOBA", "seed": 3}
+            )
 
 
 def test_the_pair_is_chosen_whose_worse_run_is_lowest():
     """A run that broke off is as bad as can be; where all did, nothing is chosen."""
     pairs = [(1.0, 0.1), (0.1, 0.1), (0.01, 0.1)]
     ends = [[1e-9, np.nan], [1e-3, 1e-2], [1e-4, 1e-1]]
-    row = single_loop.chosen(pairs, ends, "SOBA")
+    row = single_loop_grid.chosen(pairs, ends, "SOBA")
     assert (row["rate"], row["ratio"]) == (0.1, 0.1)
     assert row["ends"] == [np.inf, 1e-2, 1e-1]
     with pytest.raises(ValueError, match="SOBA"):
-        single_loop.chosen(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+        single_loop_grid.chosen(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+
+
+def test_an_edge_is_where_nothing_within_is_as_good():
+    """Of nine pairs the middle one alone is within; among equals nothing is chosen."""
+    pairs = [(rate, ratio) for rate in (1.0, 0.1, 0.01) for ratio in (0.3, 0.1, 0.03)]
+    row = lambda ends: single_loop_grid.chosen(pairs, [[end] for end in ends], "SOBA")
+    assert single_loop_grid.at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
+    assert single_loop_grid.at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
+    assert not single_loop_grid.at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
+    assert not single_loop_grid.at_edge(row([1.0] * 9))
 
 
 def test_no_method_spends_more_than_its_budget():
@@ -155,13 +177,13 @@ def test_no_method_spends_more_than_its_budget():
         return lambda rate, ratio: types.SimpleNamespace(cost=jnp.cumsum(dear))
 
     slow = 0.1, 0.1
-    steps = lambda method: single_loop.steps_for(100.0, method, run, (), slow)
+    steps = lambda method: single_loop_grid.steps_for(100.0, method, run, (), slow)
     assert steps("SRBA") == 36
     assert steps("TTSA") == 50
     assert steps(single_loop.DOUBLE_LOOP) == 1
-    single_loop.within_budget("SOBA", 104.0, 100.0)
+    single_loop_table.within_budget("SOBA", 104.0, 100.0)
     with pytest.raises(ValueError, match="SOBA cost 106"):
-        single_loop.within_budget("SOBA", 106.0, 100.0)
+        single_loop_table.within_budget("SOBA", 106.0, 100.0)
 
 
 def test_random_search_keeps_the_best_so_far():
@@ -169,7 +191,7 @@ def test_random_search_keeps_the_best_so_far():
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     key = jax.random.key(0)
-    row = single_loop.by_random_search(system, 3000, arrays, key)
+    row = single_loop_table.by_random_search(system, 3000, arrays, key)
     start = quadratics.suboptimality(
         arrays["best"], arrays["Q"], None, jnp.zeros(10), None
     )
@@ -178,9 +200,9 @@ def test_random_search_keeps_the_best_so_far():
     assert row["num_steps"] > 2
     assert row["end"] == row["curve"][-1]
     assert row["gradient_equivalents"] <= row["curve_cost"][-1] == 3000
-    shorter = single_loop.by_random_search(system, 1500, arrays, key)
+    shorter = single_loop_table.by_random_search(system, 1500, arrays, key)
     assert shorter["end"] == row["curve"][system.points // 2 - 1]
-    poor = single_loop.by_random_search(system, 1, arrays, key)
+    poor = single_loop_table.by_random_search(system, 1, arrays, key)
     assert np.isnan(poor["curve"]).all()
     assert poor["end"] == np.inf
 
@@ -196,17 +218,17 @@ def test_how_much_lower_is_a_ratio_paired_by_seed():
     """Reproduced where its interval is above what is claimed; a broken run is said."""
     spread = np.exp(np.linspace(-1, 1, 5))
     rows = rows_of("A", list(0.01 * spread)) + rows_of("B", list(1.0 * spread))
-    verdict = single_loop.lower_end(rows, "A", "B", 10)
+    verdict = single_loop_table.lower_end(rows, "A", "B", 10)
     assert "100 [100, 100] times lower" in verdict.text
     assert verdict.text.endswith(": reproduced")
     assert not verdict.failed
-    verdict = single_loop.lower_end(rows, "A", "B", 200)
+    verdict = single_loop_table.lower_end(rows, "A", "B", 200)
     assert "not reproduced" in verdict.text
     assert verdict.failed
-    assert not single_loop.lower_end(rows, "A", "B", 200, "(o) ").failed
+    assert not single_loop_table.lower_end(rows, "A", "B", 200, "(o) ").failed
     broken = [*rows[:-1], rows[-1] | {"end": None}]
-    assert single_loop.lower_end(broken, "A", "B", 10).failed
-    assert single_loop.lower_end(rows[:4] + rows[5:9], "A", "B", 10).failed
+    assert single_loop_table.lower_end(broken, "A", "B", 10).failed
+    assert single_loop_table.lower_end(rows[:4] + rows[5:9], "A", "B", 10).failed
 
 
 def test_who_is_first_at_a_plateau():
@@ -214,8 +236,8 @@ def test_who_is_first_at_a_plateau():
     early = {"curve": [99.0, 1.9, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     late = {"curve": [99.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     rows = rows_of("SOBA", [1.0] * 5, **early) + rows_of("SABA", [1.0] * 5, **late)
-    assert single_loop.first_there(rows, "SOBA").text.endswith(": reproduced")
-    assert "not reproduced" in single_loop.first_there(rows, "SABA").text
+    assert single_loop_table.first_there(rows, "SOBA").text.endswith(": reproduced")
+    assert "not reproduced" in single_loop_table.first_there(rows, "SABA").text
 
 
 def test_who_hardly_moved_is_at_no_plateau():
@@ -223,8 +245,17 @@ def test_who_hardly_moved_is_at_no_plateau():
     still = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 1.0, 20.0]}
     fell = {"curve": [11.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     rows = rows_of("SOBA", [1.0] * 5, **fell) + rows_of("DARTS", [1.0] * 5, **still)
-    assert single_loop.first_there(rows, "SOBA").text.endswith(": reproduced")
-    assert "not reproduced" in single_loop.first_there(rows[5:], "DARTS").text
+    assert single_loop_table.first_there(rows, "SOBA").text.endswith(": reproduced")
+    assert "not reproduced" in single_loop_table.first_there(rows[5:], "DARTS").text
+
+
+def test_the_figure_of_a_step_shows_what_is_claimed(tmp_path, monkeypatch):
+    """A vertical line at five gradients."""
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    soba_step.draw([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
+    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    assert {soba_step.MOST_GRADIENTS} in drawn
+    assert (tmp_path / "step.png").exists()
 
 
 def test_the_gap_is_closed_by_parts():
@@ -274,27 +305,66 @@ def test_batches_of_cleaning_are_its_losses_on_average():
 
 def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch):
     """It stays where its last evaluation was that the budget pays for."""
-    monkeypatch.setattr(single_loop, "RESULTS", tmp_path)
+    monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
     system = tiny()
-    row = single_loop.try_all(system, {"method": "SUSTAIN"}) | {"num_steps": 200}
-    line = single_loop.record.line({"method": "SUSTAIN", "seed": 0} | row)
+    row = single_loop_grid.try_all(system, {"method": "SUSTAIN"}) | {"num_steps": 200}
+    line = record.line({"method": "SUSTAIN", "seed": 0} | row)
     (tmp_path / "tiny-grid.jsonl").write_text(line)
-    found = single_loop.measure(system, {"method": "SUSTAIN", "seed": 3})
+    found = single_loop_table.measure(system, {"method": "SUSTAIN", "seed": 3})
     cost, curve = (np.array(found[name]) for name in ("curve_cost", "curve"))
     assert 0.8 * system.budget < cost[-1] <= system.budget
     kept = np.unique(cost)
     assert len(kept) < len(cost)
     assert np.all(curve[cost == kept[-1]] == curve[-1])
-    assert found["end"] == single_loop.end(curve, cost)
+    assert found["end"] == single_loop_table.end(curve, cost)
     assert found["gradient_equivalents"] == cost[-1]
+
+
+def test_weights_rest_where_the_budget_ends(monkeypatch):
+    """As in a run of fewer steps, which costs as much: six of 0.3 each."""
+    monkeypatch.setattr(corruption, "BUDGET", 2)
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    alpha, cost, _ = corruption.learn("SOBA", 12, (0.3, 0.1), data, lane)
+    run = functools.partial(corruption.weights, "SOBA", 6, paid=6)
+    shorter = jax.jit(run)(data, lane, 0.3, 0.1)
+    np.testing.assert_allclose(alpha, shorter.alpha, rtol=1e-5)
+    assert cost["gradient_equivalents"] == pytest.approx(1.8)
+    assert cost["num_hvps"] == pytest.approx(0.6)
+
+
+def test_random_search_takes_the_best_that_was_paid_for(monkeypatch):
+    """Not a trial that ended beyond the budget, though it was begun within."""
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    trials = [
+        {"alpha": [[x]], "value": x, "cost": cost}
+        for x, cost in ((0.3, 40.0), (0.2, 90.0), (0.1, 101.0))
+    ]
+
+    def search(*given, record, **settings):
+        for trial in trials:
+            record(trial)
+        cost = jnp.array([trial["cost"] for trial in trials])
+        return types.SimpleNamespace(
+            value=jnp.array([trial["value"] for trial in trials]),
+            cost=cost,
+            stats={"num_grads": jnp.ones(3), "num_hvps": jnp.ones(3)},
+            status="completed",
+        )
+
+    monkeypatch.setattr(hg, "search", search)
+    alpha, cost, _ = corruption.by_random_search(100, data, lane)
+    assert alpha.tolist() == [0.2]
+    assert (cost["gradient_equivalents"], cost["num_grads"]) == (90.0, 2.0)
 
 
 def test_a_run_ends_where_its_last_step_leads():
     """The last tenth of the cost alone counts, the alpha after the last step too."""
     cost = np.array([0.0, 50.0, 90.0, 100.0])
-    assert single_loop.end([9.0, 9.0, 4.0, 1.0], cost) == pytest.approx(2.0)
-    assert single_loop.end([9.0, 9.0, 4.0, np.nan], cost) == np.inf
-    assert single_loop.end([9.0, 1.0], np.array([0.0, 50.0])) == pytest.approx(1.0)
+    assert single_loop_table.end([9.0, 9.0, 4.0, 1.0], cost) == pytest.approx(2.0)
+    assert single_loop_table.end([9.0, 9.0, 4.0, np.nan], cost) == np.inf
+    assert single_loop_table.end([9.0, 1.0], np.array([0.0, 50.0])) == pytest.approx(
+        1.0
+    )
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     given = arrays, jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0)

@@ -11,10 +11,10 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.drawn import drawn
-from hypergrad.tasks import reinforcement
+from hypergrad.tasks import cartpole, random_walk, reinforcement
 
 MRP = reinforcement.make(key=jax.random.key(0), variant="mrp")
-LONG = dataclasses.replace(reinforcement.TD, num_steps=2000)
+LONG = dataclasses.replace(random_walk.TD, num_steps=2000)
 TINY = {"num_episodes": 4, "horizon": 25, "num_steps": 3, "rate": 0.3}
 
 
@@ -50,7 +50,7 @@ def test_the_closed_form_is_the_central_difference_of_the_whole_pipeline(key):
 def test_what_episodes_show_are_frequencies_and_means():
     """Against loops over the same walks."""
     walks = jax.tree.map(
-        np.asarray, reinforcement.walks(jax.random.key(3), num_episodes=5, horizon=60)
+        np.asarray, random_walk.walks(jax.random.key(3), num_episodes=5, horizon=60)
     )
     counts, rewards, returns = np.zeros((19, 19)), np.zeros(19), np.zeros(19)
     visits = np.zeros(19)
@@ -65,7 +65,7 @@ def test_what_episodes_show_are_frequencies_and_means():
             if 0 <= after < 19:
                 counts[state, after] += 1
     share = 1 / np.maximum(visits, 1)
-    found = reinforcement.counted(walks)
+    found = random_walk.counted(walks)
     np.testing.assert_allclose(found["P"], share[:, None] * counts, rtol=1e-12)
     np.testing.assert_allclose(found["r"], share * rewards, atol=1e-12)
     np.testing.assert_allclose(found["G"], share * returns, atol=1e-12)
@@ -77,7 +77,7 @@ def test_cartpole_is_gymnasiums_step_by_step():
     """Every state and every end of 20 episodes, to 1e-6."""
     env = gymnasium.make("CartPole-v1").unwrapped
     rng = np.random.default_rng(0)
-    step = jax.jit(reinforcement.dynamics)
+    step = jax.jit(cartpole.dynamics)
     ends = 0
     for episode in range(20):
         state, _ = env.reset(seed=episode)
@@ -88,7 +88,7 @@ def test_cartpole_is_gymnasiums_step_by_step():
             state = step(state, action)
             np.testing.assert_allclose(state, env.state, rtol=0, atol=1e-6)
             assert reward == 1
-            assert bool(reinforcement.fallen(state)) == ended
+            assert bool(cartpole.fallen(state)) == ended
             ends += ended
             if ended:
                 break
@@ -104,7 +104,7 @@ def test_the_meta_gradient_is_the_central_difference_on_fixed_keys(key):
     data = drawn(problem, key)
     state = estimator.init(problem, w, alpha, key)
     estimate, _ = jax.jit(estimator.estimate)(problem, state, alpha, key)
-    losses = reinforcement.Losses(TINY["num_episodes"], TINY["horizon"])
+    losses = cartpole.Losses(TINY["num_episodes"], TINY["horizon"])
 
     @jax.jit
     def value(alpha):
@@ -127,7 +127,7 @@ def test_the_expected_return_is_that_of_a_policy_that_was_not_followed():
     w = jax.tree.map(lambda leaf: leaf, w)
     behaviour = w | {"actor": jax.tree.map(jnp.zeros_like, w["actor"])}
     w["actor"][-1]["b"] = jnp.array([0.0, 0.5])
-    losses = reinforcement.Losses(256, 20)
+    losses = cartpole.Losses(256, 20)
     keys = jax.random.split(jax.random.key(1), 64)
     found = jax.jit(jax.vmap(lambda key: losses.expected_return(w, behaviour, key)))
     truth = jax.jit(jax.vmap(lambda key: losses.mean_return(w, None, key) / 20))
@@ -141,13 +141,13 @@ def test_the_expected_return_is_that_of_a_policy_that_was_not_followed():
 def test_the_outer_derivative_is_the_policy_gradient():
     """``sum_t dlog pi(a_t) (return after t, less the others' mean)``, by loops."""
     n, horizon, key = 4, 40, jax.random.key(2)
-    losses = reinforcement.Losses(n, horizon)
+    losses = cartpole.Losses(n, horizon)
     w = reinforcement.make(key=jax.random.key(0), **TINY).w
-    episodes = reinforcement.rollout(w, key, n, horizon)
+    episodes = cartpole.rollout(w, key, n, horizon)
     alive = np.asarray(episodes["alive"][:-1])
     assert alive[-1].sum() < n
     after = np.cumsum(alive[::-1], axis=0)[::-1] - alive
-    slopes = jax.jacrev(lambda w: reinforcement.log_taken(w, episodes)[0])(w)
+    slopes = jax.jacrev(lambda w: cartpole.log_taken(w, episodes)[0])(w)
     expected = jax.tree.map(jnp.zeros_like, w)
     for t in range(horizon):
         for i in range(n):

@@ -91,6 +91,17 @@ def test_the_penalty_of_several_losses():
     assert not found.stats["trusted"]
 
 
+def test_one_sided_penalties_of_several_losses():
+    """A closed form: ``l (alpha - t) / (l + 1)`` where ``M = ||w - t||² / 2``."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    outer = [lambda w, alpha, batch, t=t: 0.5 * jnp.sum((w - t) ** 2) for t in (1, 2)]
+    estimator = hg.Penalty(hg.Descent(sgd(0.5), 60), 10.0)
+    alpha = jnp.array([0.1, -0.4, 3.0])
+    look = hg.hypergradient(hg.Bilevel(inner, tuple(outer)), estimator)
+    expected = 10 / 11 * np.stack([alpha - 1, alpha - 2])
+    np.testing.assert_allclose(look(jnp.zeros(3), alpha).hypergradient, expected, 1e-9)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_the_penalty_counts_its_outer_gradients(symmetric: bool, batch_size):

@@ -144,6 +144,8 @@ class Penalty(eqx.Module):
             factor, num_slopes = self.strength / 2, 2 * value.size
         else:
             down, slope_down = None, slope(w)
+            if several:  # one for all
+                slope_down = jax.tree.map(lambda x: x[None], slope_down)
             factor, num_slopes = self.strength, value.size + 1
         difference = jax.tree.map(lambda x, y: factor * (x - y), slope_up, slope_down)
         hypergradient = add_scaled(difference, 1, direct)

@@ -15,7 +15,7 @@ def num_parameters(widths: Sequence[float | Array] | Array) -> Array:
     """Weights and biases of dense layers: ``sum_i (n_i + 1) n_(i+1)``.
 
     Args:
-      widths: n_0, ..., n_L: of the input and of each layer's output.
+      widths: n_0, ..., n_L, of the input and of each layer's output.
 
     >>> from hypergrad.objectives import num_parameters
     >>> float(num_parameters([64.0, 32.0, 10.0]))
@@ -32,7 +32,7 @@ def num_flops(widths: Sequence[float | Array] | Array) -> Array:
     that a sum of n terms saves. Activation functions are not counted.
 
     Args:
-      widths: n_0, ..., n_L: of the input and of each layer's output.
+      widths: as of `num_parameters`.
 
     >>> from hypergrad.objectives import num_flops
     >>> float(num_flops([64.0, 32.0, 10.0]))
@@ -52,7 +52,7 @@ def activation_bytes(
     ``batch_size * bytes_per_number * sum_(i<L) n_i``.
 
     Args:
-      widths: n_0, ..., n_L: of the input and of each layer's output.
+      widths: as of `num_parameters`.
       batch_size: examples in a batch.
       bytes_per_number: 4 for float32.
 

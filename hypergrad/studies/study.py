@@ -23,7 +23,7 @@ class Column(NamedTuple):
 
     Attributes:
       title, name: in the table, and in the rows.
-      form: of mean and deviation; a form of one place shows the mean alone.
+      form: of mean and deviation, or of the mean alone, as of one seed.
       scale: what the number is multiplied by.
       largest: over the seeds, in place of the mean.
     """
@@ -40,7 +40,9 @@ class Column(NamedTuple):
         if np.all(np.isnan(values)):
             return "-"
         center = np.max(values) if self.largest else np.mean(values)
-        return self.form.format(center, np.std(values, ddof=min(1, values.size - 1)))
+        if values.size == 1:
+            return self.form.partition(" ±")[0].format(center)
+        return self.form.format(center, np.std(values, ddof=1))
 
 
 COSTS = (
@@ -126,11 +128,12 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
     lanes = {method: lane for method, lane in lanes.items() if lane}
     known = lambda column: any(row.get(column.name) is not None for row in rows)
     columns = [c for c in (*study.columns, *COSTS) if known(c)]
-    seeds = number_of_seeds(len({row["seed"] for row in rows}))
+    count = len({row["seed"] for row in rows})
+    seeds = number_of_seeds(count) + ", mean ± standard deviation" * (count > 1)
     lines = [
         f"# {study.name}",
         "",
-        f"{rows[0]['data']}; {seeds}, mean ± standard deviation. {study.about} "
+        f"{rows[0]['data']}; {seeds}. {study.about} "
         f"Source: {study.source}. "
         f"Command: `{command}`",
         "",

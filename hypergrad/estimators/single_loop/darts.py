@@ -33,7 +33,8 @@ class DARTS(eqx.Module):
         dM/dalpha - step_size (dL/dalpha(w+) - dL/dalpha(w-)) / (2 epsilon),
 
     ``w± = w ± epsilon b``, ``epsilon = 0.01 / |b|``. With step size 0 it is of first
-    order: ``dM/dalpha`` at ``w``, without the indirect term.
+    order: ``dM/dalpha`` at ``w``, without the indirect term. At the first step ``w``
+    rests (``stats["inner_steps"]`` is 0): there ``alpha`` moves first.
 
     Args:
       optimizer: optax transformation that moves ``w``.
@@ -130,6 +131,7 @@ class DARTS(eqx.Module):
         inner, outer = fractions(data)
         estimate = report(
             data, value, direction, w,
-            gradient=of_w, num_grads=inner * num_grads, num_outer_grads=outer,
+            gradient=of_w, inner_steps=jnp.where(begun, 1, 0),
+            num_grads=inner * num_grads, num_outer_grads=outer,
         )  # fmt: skip
         return estimate, DARTSState(w, w_optimizer, state.step + 1)
