@@ -235,7 +235,8 @@ def test_epo_is_the_closed_form_for_two_that_conflict(dtype: str, key: jax.Array
 
 def test_epo_shows_values_that_are_on_no_ray():
     """Not above the ideal, or not finite: NaN, at once."""
-    for value in ([-1.0, 1.0], [0.0, 1.0], [jnp.nan, 1.0], [jnp.inf, 1.0]):
+    below = [-1.0, 1.0], [0.0, 1.0], [-1.0, -3.0]
+    for value in (*below, [jnp.nan, 1.0], [jnp.inf, 1.0]):
         weights, _ = objectives.EPO(jnp.ones(2)).weigh(
             jnp.array(value), jnp.eye(2), None
         )
@@ -841,6 +842,9 @@ def test_a_table_is_exact_at_its_knots_and_has_the_slopes_between():
     slopes = [1.0, 1.0, 1.0, 1 / 6, 1 / 6, 1 / 6, 1 / 6]
     np.testing.assert_allclose(jax.vmap(jax.grad(other))(inside), slopes)
     assert table(jnp.float32(6.0)).dtype == jnp.float32
+    knots = jnp.array([256.0, 257.0])  # one number in bfloat16
+    near = objectives.LatencyTable((knots,), knots)(jnp.bfloat16(256.0))
+    assert (near, near.dtype) == (256.0, jnp.bfloat16)
 
 
 def test_a_table_of_two_widths_is_bilinear():
@@ -1005,6 +1009,7 @@ def test_a_combiner_of_one_loss_is_refused():
         (lambda: objectives.LatencyTable((WIDE[:1],), WIDE[:1]), "at least two"),
         (lambda: objectives.LatencyTable((WIDE[::-1],), WIDE), "must rise"),
         (lambda: objectives.LatencyTable((WIDE, DEEP), WIDE), "shape (3, 2)"),
+        (lambda: objectives.LatencyTable((WIDE,), WIDE * np.nan), "finite"),
         (lambda: objectives.LatencyTable((WIDE,), WIDE)(1.0, 2.0), "2 widths"),
         (lambda: objectives.LatencyTable.measure(lambda n: n), "0 axes"),
         (lambda: objectives.num_flops([3.0]), "at least two numbers"),

@@ -19,13 +19,13 @@ class LatencyTable(eqx.Module):
     """Seconds at the knots of a grid, linear in one width, bilinear in two, between.
 
     Called with as many widths as there are axes. Exact at the knots; beyond the first
-    and the last the outermost pieces go on, so that no slope vanishes. At a knot the
-    slope is that of the piece above it.
+    and the last the outermost pieces go on, which may lead below zero: keep the widths
+    within them, by a space. At a knot the slope is that of the piece above it.
 
     Args:
       knots: one rising array ``[n_i]`` of widths an axis, at least two each; one axis
         or several.
-      seconds: ``[n_1, ...]``.
+      seconds: ``[n_1, ...]``, finite.
 
     A pytree of numbers: it can be stored, and other measurements trace nothing.
 
@@ -60,6 +60,8 @@ class LatencyTable(eqx.Module):
                 f"seconds must have shape {shape}, one number a knot; got "
                 f"{jnp.shape(self.seconds)}"
             )
+        if not is_traced(self.seconds) and not np.all(np.isfinite(self.seconds)):
+            raise ValueError(f"seconds must be finite; got {self.seconds}")
 
     @classmethod
     def measure(
@@ -73,7 +75,8 @@ class LatencyTable(eqx.Module):
 
         Args:
           make: one width an axis to a function of no arguments, jitted if it is to be;
-            its results are waited for.
+            its results are waited for. What ``make`` itself does, such as to make the
+            inputs, is not timed.
           *widths: the knots of each axis.
           num_repeats: calls at each knot, after a first one that may compile; their
             median is taken.
@@ -81,8 +84,8 @@ class LatencyTable(eqx.Module):
 
         >>> import jax, jax.numpy as jnp, hypergrad as hg
         >>> def make(width):
-        ...     layer = jax.jit(lambda x: x @ x.T)
-        ...     return lambda: layer(jnp.ones((4, width)))
+        ...     layer, x = jax.jit(lambda x: x @ x.T), jnp.ones((4, width))
+        ...     return lambda: layer(x)
         >>> table = hg.objectives.LatencyTable.measure(make, [8, 64], num_repeats=3)
         >>> bool(table(20.0) > 0)
         True
@@ -116,11 +119,10 @@ class LatencyTable(eqx.Module):
             )
         value = jnp.asarray(self.seconds)
         for x, knots in zip(widths, self.knots, strict=True):
-            x = 1.0 * jnp.asarray(x)
-            knots = jnp.asarray(knots, x.dtype)
+            x, knots = jnp.asarray(x), jnp.asarray(knots)
+            x = x.astype(jnp.promote_types(x.dtype, knots.dtype))
             above = jnp.searchsorted(knots, x, side="right")
             i = jnp.clip(above - 1, 0, len(knots) - 2)
             t = (x - knots[i]) / (knots[i + 1] - knots[i])
-            value = (1 - t) * value[i].astype(x.dtype) + t * value[i + 1]
-            value = value.astype(x.dtype)
-        return value
+            value = (1 - t) * value[i] + t * value[i + 1]
+        return value.astype(jnp.result_type(1.0, *widths))

@@ -20,8 +20,9 @@ class EPO(eqx.Module):
     towards it. Let ``G = [g_i . g_j]``. The weights x of a step are on the simplex; off
     the ray they make the step agree most with that direction, largest ``x'G a``, where
     no value rises faster than along it: ``(G x)_k >= (G a)_k`` where ``(G a)_k <= 0``,
-    and the value farthest above the ray not at all: ``(G x)_k >= 0``. On the ray they
-    lower all values: largest ``sum_k (G x)_k`` with ``G x >= 0``.
+    and the value farthest above the ray not at all: ``(G x)_k >= 0``; none rises where
+    no ``(G a)_k`` is above 0. On the ray they lower all values: largest ``sum_k (G
+    x)_k`` with ``G x >= 0``.
 
     So it climbs where it must, along the front too, which neither a weighted sum nor
     MGDA does. A front that the ray does not meet is left on the way to it.
@@ -97,4 +98,5 @@ class EPO(eqx.Module):
         # The shortest vector satisfies both, also where rounding leaves no vertex.
         shortest, _ = MGDA().weigh(value, gram, None)
         x = jnp.where(found, x, shortest)
-        return jnp.where(jnp.isfinite(imbalance), x, jnp.nan), state
+        on_a_ray = jnp.all(value > self.ideal) & jnp.isfinite(imbalance)
+        return jnp.where(on_a_ray, x, jnp.nan), state
