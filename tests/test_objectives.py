@@ -1017,6 +1017,16 @@ def test_a_combiner_of_one_loss_is_refused():
             lambda: front(biquadratic(), 1.0, objectives.WeightedSum, num_steps=1),
             "a row a run",
         ),
+        (
+            lambda: front(biquadratic(), jnp.eye(2), objectives.EPO, num_steps=1),
+            "above 0, each of them",
+        ),
+        (
+            lambda: front(
+                biquadratic(), PREFERENCES, objectives.EPO(jnp.ones(2)), num_steps=1
+            ),
+            "a function of a preference",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..checks import is_traced
 from ..estimators.protocol import Estimator
 from ..minimize import minimize
 from ..problem import Bilevel
@@ -61,6 +62,14 @@ def front(
     """
     if jnp.ndim(preferences) == 0:
         raise ValueError("preferences must be [P, ...], a row a run; got one number")
+    if not callable(combine):
+        raise TypeError(
+            "combine must be a function of a preference that returns a combiner, such "
+            f"as hg.objectives.EPO without arguments; got {combine!r}"
+        )
+    if not is_traced(preferences):
+        for preference in jnp.asarray(preferences):
+            combine(preference)  # refuses what it cannot take, by its value
 
     def run(preference: Array) -> Trace:
         return minimize(
