@@ -76,6 +76,11 @@ def compiled(function: Callable, *args: Any) -> Program:
     Raises:
       RuntimeError: the backend does not analyse memory.
 
+    A loop that may end early is of unknown length, that of `minimize` over its outer
+    steps and those of tolerance-driven solvers among them: ``program.flops.total``
+    takes the iterations that each makes in all, in the order of ``program.flops.loops``
+    (``len(trace.value)``, and the sums of counts in ``trace.stats``).
+
     Cost: one trace and one compilation. Bias: those of `flops` and `memory`.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg

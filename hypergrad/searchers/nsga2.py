@@ -24,7 +24,8 @@ class NSGA2(eqx.Module):
     `hypergrad.spaces.axes`, and seeded by the key of each ask.
 
     Args:
-      population_size: trials of a generation, at least 2. Static.
+      population_size: trials of a generation, at least 2; a search of fewer trials is
+        a random one. Static.
 
     Raises:
       ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
