@@ -8,8 +8,10 @@ from . import (
     corruption,
     logistic,
     quadratics,
+    searching,
     soba_step,
     surrogates,
+    warm_start,
 )
 
 TABLES = {
@@ -28,5 +30,8 @@ TABLES = {
         corruption.GRID,
         corruption.TABLE,
         soba_step.TABLE,
+        searching.GRID,
+        searching.TABLE,
+        warm_start.TABLE,
     )
 }
