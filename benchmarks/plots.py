@@ -395,7 +395,6 @@ def trade_off(
             label = name if i == 0 else None
             axis.plot(cost, kilobytes, "o", mec=color, mfc=face, ms=7, label=label)
     axis.set_xscale("log")
-    axis.set_yscale("log")
     axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
     axis.set_ylabel("peak of an outer step, kB")
     axis.grid(alpha=0.3, which="both")

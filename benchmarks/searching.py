@@ -223,7 +223,7 @@ class Gaussian:
     """`hypergrad.searchers.CMAES` that goes on from the last generation.
 
     The searcher replays all of them at each ask, which at 500 axes takes too long.
-    Draws outside the box are repeated a hundred times, not 10 times the axes, and then
+    Draws outside the box are repeated a few times, not 10 times the axes, and then
     clipped.
     """
 
@@ -236,7 +236,7 @@ class Gaussian:
         axes = trials.t.shape[1]
         self.cma = cmaes.CMA(
             mean=np.full(axes, 0.5), sigma=self.step_size,
-            bounds=np.tile([0.0, 1.0], (axes, 1)), n_max_resampling=100,
+            bounds=np.tile([0.0, 1.0], (axes, 1)), n_max_resampling=min(100, 2000 // axes),
         )  # fmt: skip
         return trials
 
