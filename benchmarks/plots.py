@@ -325,3 +325,81 @@ def strips(
     np.ravel(axes)[0].invert_yaxis()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def remaining(
+    panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]],
+    dashed: tuple[str, ...],
+    near: float,
+    path: Path,
+) -> None:
+    """What is left of the way at each cost: the median of the runs, a line a method.
+
+    panels: title -> method -> for each seed (cost, left).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(14, 4.6), sharey=True, layout="constrained"
+    )
+    names = [name for methods in panels.values() for name in methods]
+    names = list(dict.fromkeys(names))
+    colors = dict(zip(names, matplotlib.colormaps["tab10"](range(10)), strict=False))
+    for axis, (title, methods) in zip(axes, panels.items(), strict=True):
+        for name, runs in methods.items():
+            low = max(cost[0] for cost, _ in runs)
+            at = np.geomspace(low, max(cost[-1] for cost, _ in runs), 200)
+            held = [
+                np.array(left)[np.searchsorted(cost, at, side="right") - 1]
+                for cost, left in runs
+            ]
+            middle = np.maximum(np.median(held, axis=0), near / 30)
+            style = "--" if name in dashed else "-"
+            axis.plot(at, middle, style, color=colors[name], lw=1.8, label=name)
+        axis.axhline(near, color="black", lw=0.8, ls=":")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_xlabel("gradient-equivalents")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("left of the way to L-BFGS, median of seeds")
+    handles = {}
+    for axis in axes:
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", frameon=False
+    )
+    figure.suptitle("Solid: with hypergradients; dashed: without; dotted: there")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def trade_off(
+    points: dict[str, list[tuple[float, float, bool]]], path: Path, title: str
+) -> None:
+    """Bytes against gradient-equivalents; a dot a seed, hollow where never there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    colors = matplotlib.colormaps["tab10"](range(10))
+    for color, (name, runs) in zip(colors, points.items(), strict=False):
+        for i, (cost, kilobytes, there) in enumerate(runs):
+            face = color if there else "none"
+            label = name if i == 0 else None
+            axis.plot(cost, kilobytes, "o", mec=color, mfc=face, ms=7, label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
+    axis.set_ylabel("peak of an outer step, kB")
+    axis.grid(alpha=0.3, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

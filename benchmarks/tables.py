@@ -9,8 +9,10 @@ from . import (
     logistic,
     population,
     quadratics,
+    searching,
     soba_step,
     surrogates,
+    warm_start,
 )
 
 TABLES = {
@@ -30,5 +32,8 @@ TABLES = {
         corruption.TABLE,
         soba_step.TABLE,
         population.TABLE,
+        searching.GRID,
+        searching.TABLE,
+        warm_start.TABLE,
     )
 }

@@ -1,0 +1,707 @@
+"""What hypergradients must beat: 2, 20 and 500 penalties, with and without gradients.
+
+Softmax regression on 50 pixels of the digits, no bias, a fifth of the training labels
+wrong,
+
+    L(w, a) = mean CE(w) + 1/2 sum_jc exp(a_jc) w_jc²,   M(w) = mean CE on other digits
+
+with one log-penalty a weight, or one a group of weights. Every method begins at the
+same penalties and is charged until it comes within 1% of the best there are, which
+L-BFGS finds on the exact hypergradient in float64. See README.md.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cmaes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.searchers.trials import Trials, seed_of
+from hypergrad.studies import record
+from hypergrad.studies.program import Program
+from hypergrad.studies.record import Row, fingerprint
+from hypergrad.studies.study import DIGITS, digits
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict, conclude, paired
+
+from . import plots
+from .__main__ import RESULTS
+
+SIZES = (2, 20, 500)
+NUM_TRAIN, NUM_VAL = 200, 800
+WRONG = 0.4  # of the training labels
+PIXELS, CLASSES = 50, 10
+LOW, HIGH, START = -6.0, 0.0, -3.0  # of a log-penalty
+NEAR = 0.01  # of the way from the target back to the start
+
+
+def penalties(alpha: Array) -> Array:
+    """[pixels, classes], of one log-penalty a weight, a half and class, or a half.
+
+    The halves are the pixels that vary most on the training digits, and the rest.
+    """
+    rows = {2: (2, 1), 20: (2, CLASSES), 500: (PIXELS, CLASSES)}[alpha.size]
+    alpha = jnp.repeat(alpha.reshape(rows), PIXELS // rows[0], axis=0)
+    return jnp.exp(jnp.broadcast_to(alpha, (PIXELS, CLASSES)))
+
+
+def cross_entropy(w: Array, batch: PyTree) -> Array:
+    """Mean over the batch; ``w`` [pixels, classes]."""
+    scores = batch["x"] @ w
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"]))
+
+
+def inner_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    return cross_entropy(w, batch) + 0.5 * jnp.sum(penalties(alpha) * w**2)
+
+
+def outer_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """Does not read the penalties."""
+    del alpha
+    return cross_entropy(w, batch)
+
+
+def split(seed: int) -> dict[str, PyTree]:
+    """Training, validation and test digits by a permutation drawn from the seed."""
+    data, rng = digits(), np.random.default_rng(seed)
+    order = rng.permutation(len(data["y"]))
+    train, val, test = np.split(order, [NUM_TRAIN, NUM_TRAIN + NUM_VAL])
+    x = np.asarray(data["x"], np.float32)
+    most = np.argsort(-x[train].var(axis=0), kind="stable")[:PIXELS]
+    x = x[:, most] - x[train][:, most].mean(axis=0)
+    part = lambda rows: {"x": x[rows], "y": np.asarray(data["y"], np.int32)[rows]}
+    parts = {"train": part(train), "val": part(val), "test": part(test)}
+    wrong, other = rng.random(NUM_TRAIN) < WRONG, rng.integers(1, CLASSES, NUM_TRAIN)
+    parts["train"]["y"] = (parts["train"]["y"] + wrong * other) % CLASSES
+    return parts
+
+
+def in_double(tree: PyTree) -> PyTree:
+    """Under `jax.enable_x64`."""
+    wide = lambda x: x.astype(np.float64) if x.dtype == np.float32 else x
+    return jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), tree)
+
+
+class Known(NamedTuple):
+    """What is known of a seed: h at the start, the target, its ``alpha``."""
+
+    start: float
+    target: float
+    alpha: np.ndarray
+
+    @property
+    def bound(self) -> float:
+        """Where the target counts as reached."""
+        return self.target + NEAR * (self.start - self.target)
+
+
+@functools.cache
+def known(seed: int, size: int) -> Known:
+    """``min h`` over the box by L-BFGS from the start, in float64."""
+    parts = split(seed)
+    with jax.enable_x64(True):
+        train, val = in_double(parts["train"]), in_double(parts["val"])
+        problem = hg.Bilevel(inner_loss, outer_loss, train, val)
+        exact = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-6))
+        look = jax.jit(hg.hypergradient(problem, exact))
+        w = [jnp.zeros((PIXELS, CLASSES))]
+
+        def h(alpha: np.ndarray) -> tuple[float, np.ndarray]:
+            found = look(w[0], jnp.asarray(alpha))
+            w[0] = found.w  # the next one is near
+            return float(found.value), np.asarray(found.hypergradient)
+
+        first = np.full(size, START)
+        start, _ = h(first)
+        end = scipy.optimize.minimize(
+            h, first, jac=True, bounds=[(LOW, HIGH)] * size,
+            options={"maxiter": 100, "ftol": 1e-8},
+        )  # fmt: skip
+    return Known(start, float(end.fun), np.asarray(end.x))
+
+
+# With hypergradients.
+
+BUDGET = 8000  # gradient-equivalents of such a run, and of every run that tunes
+POINTS = 125  # at which it is evaluated, about
+STEP = optax.sgd(0.5, momentum=0.9)
+ADAM, SLOW = (0.1, 0.3, 1.0), (0.01, 0.03, 0.1)
+
+
+class Descending(NamedTuple):
+    """A method with hypergradients; the rates of Adam on the penalties are tuned."""
+
+    estimator: Any
+    settings: tuple[float, ...]
+    num_steps: int
+
+
+DESCENDING = {
+    "implicit": Descending(
+        hg.Implicit(hg.Newton(tolerance=1e-3), hg.CG(rtol=0.1)), ADAM, 250
+    ),
+    "implicit, 10 steps": Descending(
+        hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5)), ADAM, 250
+    ),
+    "unrolled": Descending(
+        hg.Unrolled(hg.Descent(STEP, 20), warm_start=True), ADAM, 95
+    ),
+    "SOBA": Descending(hg.SOBA(optax.sgd(0.5)), SLOW, 1330),
+}
+
+
+def exact_value(
+    train: PyTree, val: PyTree, w: Array, alpha: Array, key: Array
+) -> Array:
+    """``h(alpha)``, trained from zero; NaN where that does not converge."""
+    return scored(train, val, jnp.zeros_like(w), alpha, key)[0]
+
+
+def scored(train: PyTree, other: PyTree, w: Array, alpha: Array, key: Array) -> Any:
+    """Cross-entropy and share of errors on other digits, of the trained model."""
+    size = lambda w: jnp.linalg.norm(jax.grad(inner_loss)(w, alpha, train))
+    first = size(w)
+    w, _ = hg.Newton(tolerance=1e-5).solve(inner_loss, w, alpha, train, key)
+    wrong = jnp.mean(jnp.argmax(other["x"] @ w, axis=1) != other["y"])
+    loss = jnp.where(size(w) < 1e-3 * first, cross_entropy(w, other), jnp.nan)
+    return loss, wrong
+
+
+SCORED = jax.jit(scored)
+
+
+def first_w(train: PyTree, alpha: Array) -> tuple[Array, Array]:
+    """Where every method begins, and the gradient-equivalents that this costs."""
+    w = jnp.zeros((PIXELS, CLASSES))
+    w, spent = hg.Newton(tolerance=1e-3).solve(
+        inner_loss, w, alpha, train, jax.random.key(0)
+    )
+    counts = {name: spent[name] for name in ("num_grads", "num_hvps", "num_values")}
+    return w, hg.cost.ledger(train, train, **counts)["gradient_equivalents"]
+
+
+def descend(method: str, train: PyTree, val: PyTree, alpha: Array, rate: Array) -> dict:
+    """A run of Adam along the hypergradient of a method, evaluated as it goes."""
+    own = DESCENDING[method]
+    w, first = first_w(train, alpha)
+    trace = hg.minimize(
+        hg.Bilevel(inner_loss, outer_loss, train, val),
+        own.estimator, optax.adam(rate), w, alpha,
+        num_steps=own.num_steps,
+        space=hg.spaces.Interval(LOW, HIGH),
+        metrics={"h": jax.tree_util.Partial(exact_value, train, val)},
+        eval_every=max(1, own.num_steps // POINTS),
+    )  # fmt: skip
+    return {"h": trace.metrics["h"], "cost": first + trace.cost, "alpha": trace.alpha}
+
+
+# Without.
+
+
+class Searching(NamedTuple):
+    """A searcher for a setting; ``most`` trials at each size, None for the budget's.
+
+    widths: settings are half-widths of its box about the start, else of its own.
+    """
+
+    make: Callable[[float], Any]
+    settings: tuple[float, ...]
+    most: dict[int, float]
+    widths: bool = True
+
+
+class Gaussian:
+    """`hypergrad.searchers.CMAES` that goes on from the last generation.
+
+    The searcher replays all of them at each ask, which at 500 axes takes too long.
+    Draws outside the box are repeated a few times, not 10 times the axes, and then
+    clipped.
+    """
+
+    def __init__(self, step_size: float):
+        self.step_size = step_size
+
+    def init(self, space: PyTree, key: Array) -> Trials:
+        del key
+        trials = Trials.none(space)
+        axes = trials.t.shape[1]
+        self.cma = cmaes.CMA(
+            mean=np.full(axes, 0.5), sigma=self.step_size,
+            bounds=np.tile([0.0, 1.0], (axes, 1)), n_max_resampling=min(100, 2000 // axes),
+        )  # fmt: skip
+        return trials
+
+    def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
+        self.cma.reseed_rng(seed_of(key))
+        return hg.spaces.from_unit(state.space, self.cma.ask()), state
+
+    def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
+        state = state.told(alpha, value)
+        size = self.cma.population_size
+        if len(state.values) % size == 0:
+            last = zip(state.t[-size:], state.values[-size:], strict=True)
+            self.cma.tell(list(last))
+        return state
+
+
+class Until:
+    """A searcher that proposes nothing more once a value is at the bound."""
+
+    def __init__(self, searcher: Any, bound: float, most: float):
+        self.searcher, self.bound, self.left, self.there = searcher, bound, most, False
+
+    def init(self, space: PyTree, key: Array) -> Any:
+        return self.searcher.init(space, key)
+
+    def ask(self, state: Any, key: Array) -> tuple[PyTree, Any]:
+        if self.there or self.left < 1:
+            raise StopIteration
+        self.left -= 1
+        return self.searcher.ask(state, key)
+
+    def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
+        self.there = self.there or bool(value <= self.bound)
+        return self.searcher.tell(state, alpha, value)
+
+
+WIDTHS = (1.0, 2.0, 3.0)
+ALL, SMALL = (dict.fromkeys(sizes, math.inf) for sizes in (SIZES, (2, 20)))
+SEARCHING = {
+    "Grid": Searching(
+        lambda num: hg.searchers.Grid(int(num)), (5, 9, 13), {2: math.inf}, False
+    ),
+    "Random": Searching(lambda _: hg.searchers.Random(), WIDTHS, ALL),
+    "Sobol": Searching(lambda _: hg.searchers.Sobol(), WIDTHS, SMALL),
+    "TPE": Searching(lambda _: hg.searchers.TPE(), WIDTHS, {2: 100, 20: 100}),
+    "GaussianProcess": Searching(
+        lambda _: hg.searchers.GaussianProcess(), WIDTHS, {2: 40}
+    ),
+    "CMAES": Searching(Gaussian, (0.02, 0.05, 0.1), ALL, False),
+}
+TRAINING = hg.Newton(tolerance=1e-4)  # of a trial
+
+
+def seek(
+    method: str, parts: PyTree, setting: float, size: int, bound: float,
+    budget: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Trials from the ``w`` at the start, until there or the budget is spent."""
+    own = SEARCHING[method]
+    train, val = parts["train"], parts["val"]
+    w, first = beginning(size)(train)
+    half = setting if own.widths else (HIGH - LOW) / 2
+    trace = hg.search(
+        hg.Bilevel(inner_loss, outer_loss, train, val),
+        TRAINING,
+        Until(own.make(setting), bound, own.most[size]),
+        w,
+        space=hg.spaces.Interval(START - half, START + half, shape=(size,)),
+        budget=budget - float(first),
+        key=jax.random.key(seed),
+    )
+    return {
+        "h": np.asarray(trace.value),
+        "cost": float(first) + np.asarray(trace.cost),
+        "alpha": trace.best_alpha,
+    }
+
+
+@functools.cache
+def descent_of(method: str, size: int) -> Program:
+    """`descend`, compiled once a size."""
+    del size  # a program is of one shape
+    return Program(functools.partial(descend, method))
+
+
+@functools.cache
+def beginning(size: int) -> Callable:
+    """`first_w` at the start, compiled."""
+    return jax.jit(lambda train: first_w(train, jnp.full(size, START)))
+
+
+# A run, and how good it was.
+
+
+METHODS = (*DESCENDING, *SEARCHING)
+ENDS = ("start", "L-BFGS")  # what there is to gain: rows that cost nothing
+
+
+def settings_of(method: str) -> tuple[float, ...]:
+    """What is tuned."""
+    return (DESCENDING | SEARCHING)[method].settings
+
+
+@functools.cache
+def arrays(seed: int) -> PyTree:
+    return jax.tree.map(jnp.asarray, split(seed))
+
+
+@functools.lru_cache(maxsize=256)
+def run(method: str, seed: int, size: int, setting: float, budget: float) -> Row:
+    """Where a run was, what it had cost, and what its last ``alpha`` is worth.
+
+    cost: until there; None for a run that never was, whose ``spent`` is a lower bound.
+    left: of the way from the target to the start, at the best evaluation.
+    """
+    parts, of = arrays(seed), known(seed, size)
+    if method in DESCENDING:
+        descent = descent_of(method, size)
+        given = (
+            parts["train"],
+            parts["val"],
+            jnp.full(size, START),
+            jnp.float32(setting),
+        )
+        found = jax.tree.map(np.asarray, descent(*given))
+    else:
+        found = seek(method, parts, setting, size, of.bound, budget, seed)
+    return judged(found["h"], found["cost"], of, budget) | {
+        "alpha": np.asarray(found["alpha"], float).tolist()
+    }
+
+
+def judged(h: Any, cost: Any, of: Known, budget: float) -> Row:
+    """What of a run is within the budget."""
+    h, cost = np.asarray(h, float), np.asarray(cost, float)
+    paid = np.isfinite(h) & (cost <= budget)
+    h, cost = h[paid], cost[paid]
+    there = np.flatnonzero(h <= of.bound)
+    best = np.minimum.accumulate(h) if h.size else np.array([of.start])
+    keep = np.unique(np.geomspace(1, best.size, 60).astype(int)) - 1
+    return {
+        "cost": float(cost[there[0]]) if there.size else None,
+        "spent": float(cost[-1]) if h.size else 0.0,
+        "left": float(best[-1] - of.target) / (of.start - of.target),
+        "curve": ((best[keep] - of.target) / (of.start - of.target)).tolist(),
+        "curve_cost": cost[keep].tolist() if h.size else [0.0],
+        "evaluations": int(h.size),
+    }
+
+
+def score(row: Row) -> float:
+    """What tuning makes small: log cost, beyond the budget by what is left."""
+    if row["cost"] is not None:
+        return math.log(row["cost"])
+    return math.log(BUDGET) + math.log(max(row["left"], NEAR) / NEAR)
+
+
+# The grid.
+
+GRID_NAME = "search-grid"
+TUNING_SEEDS = (100, 101)
+
+
+def cells(seeds: Sequence[int], ends: bool = False) -> list[Row]:
+    """Every method at the sizes that it can do."""
+    extra = ENDS if ends else ()
+    return [
+        {"method": method, "size": size, "seed": seed}
+        for size in SIZES
+        for method in (*extra, *METHODS)
+        for seed in seeds
+        if method not in SEARCHING or size in SEARCHING[method].most
+    ]
+
+
+def try_all(cell: Row) -> Row:
+    """A method at each of its settings, on both seeds."""
+    method, size = cell["method"], cell["size"]
+    settings = settings_of(method)
+    runs = [
+        [run(method, seed, size, setting, BUDGET) for seed in TUNING_SEEDS]
+        for setting in settings
+    ]
+    scores = [float(np.mean([score(row) for row in of])) for of in runs]
+    return {
+        "settings": list(settings),
+        "scores": scores,
+        "setting": settings[int(np.argmin(scores))],
+        "tuning_cost": sum(row["spent"] for of in runs for row in of),
+        "budget": BUDGET,
+        "data": DIGITS,
+    }
+
+
+def read_grid(method: str, size: int) -> Row:
+    """What the committed grid says of a method, if it was made with these settings."""
+    path = RESULTS / f"{GRID_NAME}.jsonl"
+    again = f"run python -m benchmarks {GRID_NAME}"
+    rows = record.read(path) if path.exists() else []
+    mine = [r for r in rows if (r["method"], r["size"]) == (method, size)]
+    if not mine:
+        raise ValueError(f"{path} has no row of {method} at {size}: {again}")
+    asked = list(settings_of(method)), BUDGET
+    if (mine[0]["settings"], mine[0]["budget"]) != asked:
+        raise ValueError(f"{path} was made with other settings or budget: {again}")
+    return mine[0]
+
+
+def best_descending(size: int) -> str:
+    """Of the methods with hypergradients the one that tuned best."""
+    return min(DESCENDING, key=lambda method: min(read_grid(method, size)["scores"]))
+
+
+def judge_grid(rows: list[Row]) -> list[Verdict]:
+    """What a reader of the other table should know."""
+    edge = [
+        f"{row['method']} ({row['size']})"
+        for row in rows
+        if row["setting"] in (row["settings"][0], row["settings"][-1])
+    ]
+    text = f"{len(edge)} of {len(rows)} chose a setting at an edge of their three"
+    return [Verdict(text + (f": {', '.join(edge)}" if edge else ""))]
+
+
+def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, at most {BUDGET:,} "
+        "gradient-equivalents (grad-eq) a run. In brackets the mean of log cost until "
+        "within 1%, beyond the budget by what is left; the least is chosen. Command: "
+        f"`{command}`",
+        "",
+        "| hyperparameters | method | settings | chosen | tuning grad-eq |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        pairs = zip(row["settings"], row["scores"], strict=True)
+        tried = ", ".join(f"{x:g} ({y:.2f})" for x, y in pairs)
+        lines.append(
+            f"| {row['size']} | {row['method']} | {tried} | {row['setting']:g} | "
+            f"{row['tuning_cost']:,.0f} |"
+        )
+    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
+
+
+def draw_grid(rows: list[Row], path: Path) -> None:
+    """A panel a size: how well each setting does."""
+    scores = {(row["size"], row["method"]): row["scores"] for row in rows}
+    panels = {
+        f"{size} hyperparameters": {
+            method: scores.get((size, method), [np.nan]) for method in METHODS
+        }
+        for size in SIZES
+    }
+    plots.strips(panels, path, "score, a dot a setting: less is better", ())
+
+
+# The table.
+
+TIMES = {2: 20, 20: 20, 500: 60}  # of the best row with hypergradients: a black box's
+ENOUGH, LARGE = 50.0, 500
+
+
+def budget_of(method: str, seed: int, size: int) -> tuple[float, float | None]:
+    """A run's budget, and what the best with hypergradients needed; None if never."""
+    best = best_descending(size)
+    setting = read_grid(best, size)["setting"]
+    need = run(best, seed, size, setting, BUDGET)["cost"]
+    if method in DESCENDING:
+        return BUDGET, need
+    return TIMES[size] * (BUDGET if need is None else need), need
+
+
+def measure(cell: Row) -> Row:
+    """One run at its chosen setting, and the test digits by its last ``alpha``."""
+    method, seed, size = cell["method"], cell["seed"], cell["size"]
+    of = known(seed, size)
+    if method in ENDS:
+        alpha = of.alpha if method == ENDS[1] else np.full(size, START)
+        row: Row = {"cost": None, "left": 0.0 if method == ENDS[1] else 1.0}
+    else:
+        setting = read_grid(method, size)["setting"]
+        budget, need = budget_of(method, seed, size)
+        row = run(method, seed, size, setting, budget) | {
+            "setting": setting, "budget": budget, "best_cost": need,
+            "best": best_descending(size),
+            "tuning_cost": read_grid(method, size)["tuning_cost"],
+        }  # fmt: skip
+        alpha = np.array(row.pop("alpha"))
+    parts = arrays(seed)
+    zero, key = jnp.zeros((PIXELS, CLASSES)), jax.random.key(0)
+    given = zero, jnp.asarray(alpha, jnp.float32), key
+    test_loss, test_error = SCORED(parts["train"], parts["test"], *given)
+    exact, _ = SCORED(parts["train"], parts["val"], *given)
+    return row | {
+        "start": of.start, "target": of.target, "end": float(exact),
+        "test_loss": float(test_loss), "test_error": float(test_error),
+        "data": DIGITS, "data_sha256": fingerprint(digits()),
+    }  # fmt: skip
+
+
+# Judging.
+
+
+def lane(rows: list[Row], method: str, size: int, name: str) -> np.ndarray:
+    """A column by seed; NaN where a row has no number."""
+    mine = [r for r in rows if (r["method"], r["size"]) == (method, size)]
+    mine.sort(key=lambda row: row["seed"])
+    return np.array([row.get(name) for row in mine], float)
+
+
+def needed(rows: list[Row], method: str, size: int) -> tuple[np.ndarray, int]:
+    """Costs by seed, a bound where a run was never there, and how many were not."""
+    cost, spent = (lane(rows, method, size, name) for name in ("cost", "spent"))
+    return np.where(np.isnan(cost), spent, cost), int(np.sum(np.isnan(cost)))
+
+
+def never(count: int, seeds: int) -> str:
+    """What is to be said of runs that count with their bounds."""
+    return f" at least, never there on {count} of {seeds} seeds" if count else ""
+
+
+def against(rows: list[Row], method: str, best: str, size: int) -> Verdict:
+    """How many times the cost of the best with hypergradients a black box needs."""
+    (theirs, censored), (ours, lost) = (needed(rows, m, size) for m in (method, best))
+    claimed = size == LARGE and SEARCHING[method].most[size] == math.inf
+    mark = "(o) " if claimed else ""
+    what = f"{mark}{size} hyperparameters, {method} against {best}"
+    if lost:
+        text = f"{what}: {best} is never there on {lost} of {ours.size} seeds"
+        return Verdict(f"{text}: not reproduced" if claimed else text)
+    logs = paired(np.log(theirs), np.log(ours))
+    mean, low, high = np.exp(logs)
+    text = (
+        f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] times as many "
+        f"gradient-equivalents{never(censored, ours.size)}"
+    )
+    if not claimed:
+        return Verdict(text)
+    text += f", at least {ENOUGH:g} claimed"
+    half = (logs[2] - logs[1]) / 2
+    return conclude(text, bool(low >= ENOUGH), ours.size, half, math.log(ENOUGH))
+
+
+def winner(rows: list[Row], size: int) -> Verdict:
+    """Who is first by the geometric mean, of those who are there on every seed."""
+    there, unknown = {}, []
+    for method in (m for m in METHODS if lane(rows, m, size, "left").size):
+        cost, censored = needed(rows, method, size)
+        mean = float(np.exp(np.mean(np.log(cost))))
+        if censored:
+            unknown.append((method, mean))
+        else:
+            there[method] = mean
+    if not there:
+        return Verdict(f"{size} hyperparameters: no method is there on every seed")
+    order = sorted(there, key=lambda method: there[method])
+    text = f"{size} hyperparameters: first is {order[0]}, {there[order[0]]:.0f}"
+    if order[1:]:
+        text += f", then {order[1]}, {there[order[1]]:.0f}"
+    open_ = [method for method, bound in unknown if bound < there[order[0]]]
+    if open_:
+        text += f"; not told, as they ended below that: {', '.join(open_)}"
+    return Verdict(f"{text} gradient-equivalents")
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """Who wins at each size, and what black boxes need against the best."""
+    verdicts = []
+    for size in SIZES:
+        best = next(r["best"] for r in rows if r["size"] == size and r.get("best"))
+        verdicts.append(winner(rows, size))
+        verdicts += [
+            against(rows, method, best, size)
+            for method in SEARCHING
+            if lane(rows, method, size, "left").size
+        ]
+    return verdicts
+
+
+# Showing.
+
+
+def markdown(table: Table, rows: list[Row], command: str) -> str:
+    seeds = len({row["seed"] for row in rows})
+    lines = [
+        f"# {table.name}",
+        "",
+        f"{DIGITS}: {NUM_TRAIN} to train, {WRONG:.0%} of the labels wrong, {NUM_VAL} "
+        f"to validate; {seeds} seeds. Gradient-equivalents (grad-eq) until within "
+        f"{NEAR:.0%} of L-BFGS, geometric mean and range; > where a run was never "
+        "there and counts with what it spent. Left: of the way to L-BFGS at the best "
+        "evaluation, median. Test loss and error of a run's last alpha, means. "
+        f"Settings are from [{GRID_NAME}]({GRID_NAME}.md). Command: `{command}`",
+    ]
+    titles = (
+        "method", "there", "grad-eq", "range", "left", "test loss", "test error",
+        "evaluations", "setting", "tuning grad-eq",
+    )  # fmt: skip
+    for size in SIZES:
+        lines += ["", f"**{size} hyperparameters**", ""]
+        lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        for method in (*ENDS, *METHODS):
+            if lane(rows, method, size, "left").size:
+                lines.append("| " + " | ".join(cells_of(rows, method, size)) + " |")
+    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
+    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+
+
+def cells_of(rows: list[Row], method: str, size: int) -> list[str]:
+    """A line of the table."""
+    column = lambda name: lane(rows, method, size, name)
+    cost, censored = needed(rows, method, size)
+    more = "> " if censored else ""
+    tests = [f"{column('test_loss').mean():.3f}", f"{column('test_error').mean():.1%}"]
+    left = f"{np.median(column('left')):.1%}"
+    if method in ENDS:
+        return [method, "-", "-", "-", left, *tests, "-", "-", "-"]
+    return [
+        method,
+        f"{cost.size - censored} of {cost.size}",
+        f"{more}{np.exp(np.mean(np.log(cost))):,.0f}",
+        f"{cost.min():,.0f} to {cost.max():,.0f}",
+        left,
+        *tests,
+        f"{column('evaluations').mean():.0f}",
+        f"{column('setting')[0]:g}",
+        f"{column('tuning_cost')[0]:,.0f}",
+    ]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """What is left of the way against what was spent: a panel a size."""
+    panels = {
+        f"{size} hyperparameters": {
+            method: [
+                (row["curve_cost"], row["curve"])
+                for row in rows
+                if (row["method"], row["size"]) == (method, size)
+            ]
+            for method in METHODS
+            if lane(rows, method, size, "left").size
+        }
+        for size in SIZES
+    }
+    plots.remaining(panels, tuple(SEARCHING), NEAR, path)
+
+
+SOURCE = "Bergstra & Bengio 2012; Lorraine et al. 2020 (arXiv 1911.02590)"
+GRID = Table(
+    name=GRID_NAME,
+    source=SOURCE,
+    minutes=5,
+    seeds=1,
+    plan=lambda scale, seeds: cells([0]),
+    run=cell_by_cell(try_all, markdown_of_grid, draw_grid),
+    judge=judge_grid,
+)
+TABLE = Table(
+    name="search",
+    source=SOURCE,
+    minutes=15,
+    seeds=5,
+    plan=lambda scale, seeds: cells(range(seeds), ends=True),
+    run=cell_by_cell(measure, markdown, draw),
+    judge=judge,
+)
