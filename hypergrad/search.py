@@ -71,7 +71,8 @@ def search(
       trials: those of an earlier search with the same arguments, as recorded, in order.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace. Of a
-        population the latest is enough, ``[dict(np.load(file))]``.
+        population the latest is enough, ``[dict(np.load(file))]``; it is kept whole,
+        also where the budget is less than what it spent.
 
     Returns:
       A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. Of

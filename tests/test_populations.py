@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -399,6 +400,11 @@ def test_rounds_of_another_search_are_refused():
         {"searcher": hg.searchers.SuccessiveHalving(9)},
         {"num_steps": 4},
         {"key": jax.random.key(1)},
+        {"searcher": hg.searchers.PopulationBased(4, perturbation=0.3)},
+        {"searcher": hg.searchers.PopulationBased(4, perturbation=jnp.array(0.3))},
+        {"space": {"center": hg.spaces.Interval(-2.0, 3.0, shape=(2,))}},
+        {"space": {"center": hg.spaces.Interval(jnp.full(2, -1.0), 2.0, shape=(2,))}},
+        {"w": jnp.ones(2)},
     ):
         with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by Pop.*key"):
             search(trials=known, **changes)
@@ -406,9 +412,29 @@ def test_rounds_of_another_search_are_refused():
         search(trials=[{}])
     with pytest.raises(ValueError, match=r"no round .* rows\.metrics\.more"):
         search(trials=known, metrics={"more": lambda w, alpha, key: 0.0})
-    cut = known[-1] | {"last.members.carry.0": np.zeros((4, 3))}
-    with pytest.raises(ValueError, match=r"carry\.0 of shape \(4, 3\)"):
-        search(trials=[cut])
+    for name, shape in (
+        ("last.members.carry.0", (4, 3)), ("last.members.carry.0", ()),
+        ("best.w", (3,)), ("rows.value", (4, 2)),
+    ):  # fmt: skip
+        cut = known[-1] | {name: np.zeros(shape)}
+        with pytest.raises(ValueError, match=rf"{name} of shape {re.escape(str(shape))}"):
+            search(trials=[cut])
+
+
+def test_the_shared_weights_of_another_supernet_are_refused():
+    """Their first axis is no axis of members."""
+    known = []
+    shoot(SHOT, 60.0, record=known.append)
+    cut = known[-1] | {"last.members.shared.0.0": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"shared\.0\.0 of shape \(2,\)"):
+        shoot(SHOT, 60.0, trials=[cut])
+
+
+def test_a_recorded_round_is_kept_whole_under_a_smaller_budget():
+    known = []
+    whole = shoot(SHOT, 90.0, record=known.append)
+    again = shoot(SHOT, 10.0, trials=known)
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
 def test_what_each_population_rests_on_is_cited():

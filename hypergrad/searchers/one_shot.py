@@ -13,12 +13,12 @@ from .populations import Members, Rows, Setting, Trained, spread
 class Shared(eqx.Module):
     """One carry of the solver for many ``alpha``, which have a leading axis."""
 
-    carry: tuple[PyTree, PyTree]
+    shared: tuple[PyTree, PyTree]
     alpha: PyTree
 
     def take(self, index: Array) -> Members:
         """Some of them, each with that carry."""
-        return Members(self.carry, jax.tree.map(lambda x: x[index], self.alpha))
+        return Members(self.shared, jax.tree.map(lambda x: x[index], self.alpha))
 
 
 class OneShot(eqx.Module):
@@ -84,7 +84,7 @@ class OneShot(eqx.Module):
         if before is None:
             carry = _supernet(setting, train_key)
             return _compared(setting, carry, 1, setting.solver.num_steps, key)
-        return _compared(setting, before.members.carry, self.size, 0, key)
+        return _compared(setting, before.members.shared, self.size, 0, key)
 
 
 @eqx.filter_jit

@@ -5,6 +5,7 @@ from. Their solver is one that goes step by step, such as `Descent`.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -245,8 +246,7 @@ def run(
     trials: Sequence[dict],
 ) -> Trace:
     """Rounds while the budget pays for them; at least one."""
-    name = f"{searcher} of {setting.solver.num_steps} steps, key {_plain(key).tolist()}"
-    course = None
+    name, course = described(searcher, setting, key), None
     if len(trials):
         first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
         form = eqx.filter_eval_shape(first)
@@ -264,6 +264,22 @@ def run(
             progress(course.rounds, float(course.best.value))
     best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
     return Trace(best.alpha, best.w, best.alpha, *rows, status_code=jnp.asarray(0))
+
+
+def described(searcher: Populations, setting: Setting, key: Array) -> str:
+    """Whose rounds they are; of its numbers and those of space and ``w`` a digest."""
+    digest = hashlib.sha256()
+    for x in map(_plain, jax.tree.leaves((searcher, setting.space, setting.w))):
+        digest.update(f"{x.dtype} {x.shape} ".encode() + x.tobytes())
+    space = eqx.tree_pformat(setting.space, width=10**6)
+    return (
+        f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
+        f"{_plain(key).tolist()}, numbers and w {digest.hexdigest()[:16]}"
+    )
+
+
+# What of a `Course` has a leading axis of as many as there were.
+ROW_A_MEMBER = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
 
 
 def recorded(course: Course, name: str) -> dict:
@@ -303,18 +319,21 @@ def _plain(x: Any) -> np.ndarray:
 
 
 def _like(form: Any, known: Any, name: str) -> Any:
-    """What was recorded of a leaf; how many members there were may differ."""
+    """What was recorded of a leaf; where it has a row a member, how many may differ."""
     if isinstance(form, int | float):
         return type(form)(known)
     known = np.asarray(known)
     if _is_key(form):
         implementation = jax.random.key_impl(jnp.empty((), form.dtype))
-        return jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
-    if known.ndim != form.ndim or known.shape[1:] != form.shape[1:]:
+        known = jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
+    free = known.ndim > 0 and name.startswith(ROW_A_MEMBER)
+    if known.shape != (known.shape[:1] + form.shape[1:] if free else form.shape):
         raise ValueError(
             f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
             f"search is {form.shape}; pass the same problem, solver and space"
         )
+    if _is_key(form):
+        return known
     # np.load knows no bfloat16, and gives the bytes of one.
     known = known.view(form.dtype) if known.dtype.kind == "V" else known
     return jnp.asarray(known, form.dtype)
