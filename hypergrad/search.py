@@ -75,8 +75,9 @@ def search(
         also where the budget is less than what it spent.
 
     Returns:
-      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. Of
-      K outer losses, ``trace.value`` is ``[trials, K]`` and the best has the lowest
+      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. One
+      whose value is not finite failed, ``-inf`` too, and is worse than any other. Of K
+      outer losses, ``trace.value`` is ``[trials, K]`` and the best has the lowest
       first value, of equal ones the lowest second, and so on, so that no other
       dominates it. `hypergrad.objectives.non_dominated` tells all such trials;
       ``record`` is given their ``alpha``.
@@ -187,11 +188,14 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
 
 
 def _before(value, best):
-    """Whether a trial is better; of several values by the first that differ."""
-    if np.isnan(best).any():
-        return True
+    """Whether a trial is better; of several values by the first that differ.
+
+    One with a value that is not finite failed.
+    """
+    if not np.isfinite(value).all():
+        return False
     lower = np.ravel(value).tolist() < np.ravel(best).tolist()
-    return lower and not np.isnan(value).any()
+    return lower or not np.isfinite(best).all()
 
 
 def _plain(alpha, row):

@@ -127,6 +127,30 @@ def test_the_best_is_one_that_was_trained_in_full():
     np.testing.assert_allclose(value, trace.value[full].min(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize(
+    ("searcher", "num_steps"),
+    [
+        (hg.searchers.PopulationBased(4), 2),
+        (hg.searchers.SuccessiveHalving(4, eta=2), 4),
+    ],
+    ids=["pbt", "halving"],
+)
+def test_a_member_that_failed_is_never_the_best(searcher, num_steps, failed):
+    """A step adds one to ``w``; beyond two of them there is no value."""
+    count = lambda w, alpha, batch: -w
+    late = lambda w, alpha, batch: jnp.where(w > 2, failed, alpha)
+    trace = hg.search(
+        hg.Bilevel(count, late), hg.Descent(optax.sgd(1.0), num_steps), searcher, 0.0,
+        space=hg.spaces.Unit(), budget=20,
+    )  # fmt: skip
+    steps = trace.metrics["steps"]
+    assert steps.max() == 4
+    np.testing.assert_array_equal(jnp.isfinite(trace.value), steps <= 2)
+    assert trace.w == 2
+    assert trace.best_alpha == trace.value[steps == 2].min()
+
+
 def test_brackets_of_hyperband_are_those_of_its_table():
     """R = 81, eta = 3: 81, 34, 15, 8 and 5 draws of 1, 3, 9, 27 and 81 steps."""
     given = setting(81)

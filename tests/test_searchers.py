@@ -587,6 +587,21 @@ def test_a_trial_fails_if_any_of_its_values_does():
     assert not np.all(drawn)
 
 
+@pytest.mark.parametrize("failed", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_infinite_to_evolution_and_all(failed):
+    """No searcher takes minus infinity for the best that there is."""
+    for searcher in (TPE(), NSGA2(), CMAES(), GaussianProcess()):
+        state = searcher.init(SPACE, KEY)
+        alpha, state = searcher.ask(state, KEY)
+        assert searcher.tell(state, alpha, failed).values.tolist() == [np.inf]
+        if isinstance(searcher, NSGA2):
+            told = searcher.tell(state, alpha, np.array([1.0, failed]))
+            assert told.values.tolist() == [[np.inf, np.inf]]
+    searcher = Evolution(SNES, 4)
+    alpha, state = searcher.ask(searcher.init(SPACE, KEY), KEY)
+    assert searcher.tell(state, alpha, failed).values.tolist() == [np.inf]
+
+
 def test_optuna_is_left_as_loud_as_it_was():
     before = optuna.logging.get_verbosity()
     run(TPE(), SPACE, 3)

@@ -97,7 +97,7 @@ class Evolution(eqx.Module):
 
         An ``alpha`` that was not asked for takes the place of the one that was.
         """
-        return state.told(alpha, np.inf if np.isnan(value) else float(value))
+        return state.told(alpha, float(value) if np.isfinite(value) else np.inf)
 
 
 class Generation(eqx.Module):

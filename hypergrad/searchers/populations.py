@@ -196,12 +196,17 @@ class Populations(Protocol):
 
 
 class Best(NamedTuple):
-    """A member that was trained longest, and of those has the lowest value."""
+    """Of the members whose value is finite one that was trained longest, then lowest."""
 
     steps: Array
     value: Array
     w: PyTree
     alpha: PyTree
+
+    def merit(self) -> tuple[bool, float, float]:
+        """A failed one comes last, however long it was trained."""
+        value = float(self.value)
+        return math.isfinite(value), float(self.steps), -value
 
 
 class Course(NamedTuple):
@@ -221,17 +226,17 @@ class Course(NamedTuple):
     def after(self, found: Trained, cost: float) -> "Course":
         """After one more round."""
         new = best_of(found)
-        better = (new.steps, -new.value) > (self.best.steps, -self.best.value)
+        better = new.merit() > self.best.merit()
         rows = jax.tree.map(lambda *x: np.concatenate(x), self.rows, found.rows)
         best = new if better else self.best
         return Course(self.rounds + 1, self.spent + cost, best, found, rows)
 
 
 def best_of(found: Trained) -> Best:
-    """Of one round; a NaN counts as infinite."""
+    """Of one round; a value that is not finite counts as infinite."""
     first = ranked(found.rows.value)[0]
     value, member = found.rows.value[first], found.members.take(first)
-    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    value = jnp.where(jnp.isfinite(value), value, jnp.inf)
     steps = found.rows.metrics["steps"][first]
     return Best(steps, value, member.carry[0], member.alpha)
 
@@ -340,8 +345,8 @@ def _like(form: Any, known: Any, name: str) -> Any:
 
 
 def ranked(value: Array) -> Array:
-    """Indices from the lowest value to the highest; NaN last."""
-    return jnp.argsort(jnp.where(jnp.isnan(value), jnp.inf, value))
+    """Indices from the lowest value to the highest; last what is not finite."""
+    return jnp.argsort(jnp.where(jnp.isfinite(value), value, jnp.inf))
 
 
 def spread(members: PyTree) -> PyTree:
@@ -369,8 +374,9 @@ class PopulationBased(eqx.Module):
 
     A row of the trace is a member of a round; the metric ``parent`` says from which
     member of the round before it went on, ``steps`` how many were made by then.
-    ``best_alpha`` is the best of the last round. ``alpha`` changes along a run, so that
-    ``w`` belongs to all of its course: trained anew at ``best_alpha`` it may be worse.
+    ``best_alpha`` is the best of the last round in which a value is finite. ``alpha``
+    changes along a run, so that ``w`` belongs to all of its course: trained anew at
+    ``best_alpha`` it may be worse.
 
     Budget: 200 gradient-equivalents for a value within 0.01, of 16 members and rounds
     of 5 steps (see `hypergrad.searchers`).
@@ -463,7 +469,7 @@ class SuccessiveHalving(eqx.Module):
 
     A row of the trace is a member of a rung; ``inner_steps`` are those it made there,
     the metric ``steps`` those it had made by then. ``best_alpha`` is the best of those
-    that were trained longest.
+    that were trained longest, of all whose value is finite.
 
     Budget: 600 gradient-equivalents for a value within 0.01, of 27 draws and at most 27
     steps (see `hypergrad.searchers`).
