@@ -165,7 +165,7 @@ def test_brackets_of_hyperband_are_those_of_its_table():
     ]
 
 
-def test_a_population_inherits_every_bit_and_moves_alpha_by_a_factor():
+def test_a_population_inherits_every_bit_and_moves_alpha_by_a_step_of_u():
     """Carries are copied; alpha moves by 0.2 of u; the best stay as they are."""
     searcher, given = hg.searchers.PopulationBased(8), setting(3)
     start = given.start(8, jax.random.key(0))
@@ -496,6 +496,30 @@ def test_what_no_population_can_train_is_refused():
     with pytest.raises(ValueError, match="eta"):
         hg.searchers.SuccessiveHalving(8, eta=1)
     assert populations.whole_log(243, 3) == round(math.log(243, 3)) == 5
+
+
+@pytest.mark.parametrize("kind", [hg.spaces.Integer(1, 4), hg.spaces.Choice(3)])
+def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
+    seen = []
+    with pytest.raises(ValueError, match="SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
+        hg.search(
+            PROBLEM, hg.Descent(MOMENTUM, 2), hg.searchers.PopulationBased(4),
+            jnp.zeros(2), space=SPACE | {"kind": kind}, budget=100,
+            progress=lambda *now: seen.append(now),
+        )  # fmt: skip
+    assert not seen
+
+
+@pytest.mark.parametrize("u", [-3.0, 0.0, 3.0])
+def test_a_step_of_u_is_a_part_of_the_interval_that_shrinks_at_its_bounds(u):
+    """To first order; of logarithms from 1e-4 to 1."""
+    space, eps = hg.spaces.Interval(1e-4, 1.0, log=True), 1e-3
+    searcher = hg.searchers.PopulationBased(2, perturbation=eps)
+    old = space.forward(u)
+    new = searcher._moved(space, old, jax.random.key(0))
+    t = 1 / (1 + np.exp(-u))
+    moved = np.abs(np.log(new / old)) / np.log(1e4)
+    np.testing.assert_allclose(moved, eps * t * (1 - t), rtol=eps)
 
 
 SPREAD = """
