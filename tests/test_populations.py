@@ -526,21 +526,37 @@ SPREAD = """
 import jax, jax.numpy as jnp, optax, hypergrad as hg
 jax.config.update("jax_enable_x64", True)
 space = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
-trace = hg.search(
-    hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha["center"]) ** 2),
-        lambda w, alpha, batch: jnp.sum((w - 1) ** 2),
-    ),
-    hg.Descent(optax.sgd(0.1), 3), hg.searchers.PopulationBased(8), jnp.zeros(2),
-    space=space, budget=100, key=jax.random.key(0),
-)
-print(jax.device_count(), *map(float, trace.value))
+held = lambda x: jax.device_put(x, jax.devices()[0])
+
+
+class Watched(hg.searchers.PopulationBased):
+    def round(self, setting, index, before, key):
+        found = super().round(setting, index, before, key)
+        assert len(found.members.carry[0].devices()) == jax.device_count()
+        return found
+
+
+values = []
+for searcher in (
+    Watched(8), hg.searchers.SuccessiveHalving(8, eta=2), hg.searchers.OneShot(8)
+):
+    trace = hg.search(
+        hg.Bilevel(
+            lambda w, alpha, batch: jnp.sum((w - alpha["center"]) ** 2) + batch.sum(),
+            lambda w, alpha, batch: jnp.sum((w - 1) ** 2) * batch.sum(),
+            held(jnp.ones((3, 1))), held(jnp.ones((2, 1))),
+        ),
+        hg.Descent(optax.sgd(0.1), 4), searcher, held(jnp.zeros(2)),
+        space=space, budget=100, key=held(jax.random.key(0)),
+    )
+    values += map(float, trace.value)
+print(jax.device_count(), *values)
 """
 
 
 @pytest.mark.heavy
 def test_eight_devices_train_what_one_does():
-    """Members over forced host devices."""
+    """Members over forced host devices; data that is committed to the first one."""
 
     def values(count):
         flags = f"--xla_force_host_platform_device_count={count}"

@@ -252,6 +252,7 @@ def run(
 ) -> Trace:
     """Rounds while the budget pays for them; at least one."""
     name, course = described(searcher, setting, key), None
+    searcher, setting, key = replicated((searcher, setting, key))
     if len(trials):
         first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
         form = eqx.filter_eval_shape(first)
@@ -356,6 +357,20 @@ def spread(members: PyTree) -> PyTree:
         return members
     mesh = Mesh(np.array(devices), ("members",))
     return jax.device_put(members, NamedSharding(mesh, PartitionSpec("members")))
+
+
+def replicated(shared: PyTree) -> PyTree:
+    """On all devices, as what members share; what lies on all already stays there."""
+    devices = jax.devices()
+    if len(devices) == 1:
+        return shared
+    everywhere = NamedSharding(Mesh(np.array(devices), ("members",)), PartitionSpec())
+
+    def place(x: Any) -> Any:
+        whole = not eqx.is_array(x) or len(x.devices()) == len(devices)
+        return x if whole else jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, shared)
 
 
 class PopulationBased(eqx.Module):
