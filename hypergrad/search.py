@@ -183,6 +183,11 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     w, alpha = as_inputs(w, alpha, differentiable=False)
     check_problem(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
+    if taken := sorted({"steps", "parent"} & metrics.keys()):
+        raise ValueError(
+            f"metrics cannot be called {taken[0]!r} where a population is trained, "
+            "whose trace has metrics steps and parent of its own; choose another name"
+        )
     step_cost = populations.step_cost(problem, solver, w, alpha)
     return populations.Setting(traced(problem), solver, metrics, w, space, step_cost)
 

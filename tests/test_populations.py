@@ -522,6 +522,16 @@ def test_a_step_of_u_is_a_part_of_the_interval_that_shrinks_at_its_bounds(u):
     np.testing.assert_allclose(moved, eps * t * (1 - t), rtol=eps)
 
 
+@pytest.mark.parametrize("name", ["steps", "parent"])
+def test_metrics_of_a_populations_own_are_not_taken_from_it(name):
+    for searcher in (hg.searchers.PopulationBased(2), hg.searchers.OneShot(2)):
+        with pytest.raises(ValueError, match=f"called '{name}'.*steps and parent"):
+            hg.search(
+                PROBLEM, hg.Descent(MOMENTUM, 2), searcher, jnp.zeros(2), space=SPACE,
+                budget=10, metrics={name: lambda w, alpha, key: 7.0},
+            )  # fmt: skip
+
+
 SPREAD = """
 import jax, jax.numpy as jnp, optax, hypergrad as hg
 jax.config.update("jax_enable_x64", True)
