@@ -100,9 +100,8 @@ def search(
     True
     """
     check_problem_is(problem)
-    if isinstance(searcher, type) or not (
-        hasattr(searcher, "ask") or hasattr(searcher, "round")
-    ):
+    trains = hasattr(searcher, "round") and hasattr(searcher, "cost")
+    if isinstance(searcher, type) or not (trains or isinstance(searcher, Searcher)):
         raise TypeError(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
             f"{searcher!r}"

@@ -272,6 +272,17 @@ def test_what_is_no_number_is_recorded_as_strict_json():
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
+def test_what_is_no_searcher_is_refused():
+    """One that cannot be told, a number that can be rounded, a class."""
+
+    class Deaf:
+        init, ask = Recorder.init, Recorder.ask
+
+    for searcher in (Deaf(), np.float64(1.0), jnp.zeros(2), "random", Recorder):
+        with pytest.raises(TypeError, match="searcher must have init, ask and tell"):
+            search(searcher=searcher)
+
+
 def test_a_search_may_go_on_with_a_larger_budget():
     short, _ = recorded(budget=8.0)
     _, long = recorded(budget=20.0, trials=short)
