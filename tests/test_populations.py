@@ -127,6 +127,17 @@ def test_the_best_is_one_that_was_trained_in_full():
     np.testing.assert_allclose(value, trace.value[full].min(), rtol=1e-12)
 
 
+def test_every_rung_makes_a_step():
+    """Of 1, 1, 1, 1 and 5 steps only the first and the last are rungs."""
+    rungs = hg.searchers.SuccessiveHalving(81).rungs(5)
+    assert [tuple(rung) for rung in rungs] == [(81, 0, 1), (1, 1, 5)]
+    for searcher in (hg.searchers.SuccessiveHalving(27, 2), hg.searchers.Hyperband(2)):
+        for steps in range(1, 30):
+            rungs = searcher.rungs(steps)
+            assert all(rung.begin < rung.end for rung in rungs)
+            assert rungs[-1].end == steps
+
+
 @pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize(
     ("searcher", "num_steps"),

@@ -496,7 +496,8 @@ class SuccessiveHalving(eqx.Module):
     included. Another ``size`` draws follow while the budget lasts.
 
     Args:
-      size: of the first rung, static; ``1 + floor(log_eta(size))`` rungs.
+      size: of the first rung, static; ``1 + floor(log_eta(size))`` rungs,
+        but for those that would make no step.
       eta: static, at least 2.
 
     A row of the trace is a member of a rung; ``inner_steps`` are those it made there,
@@ -630,12 +631,17 @@ class Rung(NamedTuple):
 def bracket(size: int, last: int, eta: int, num_steps: int) -> list[Rung]:
     """Rungs 0 to ``last``; a member of rung ``i`` has made ``R / eta^(last - i)``.
 
+    At least one, and none is a rung that would make no step.
+
     >>> [tuple(rung) for rung in bracket(9, 2, 3, 27)]
     [(9, 0, 3), (3, 3, 9), (1, 9, 27)]
+    >>> [tuple(rung) for rung in bracket(81, 4, 3, 5)]
+    [(81, 0, 1), (1, 1, 5)]
     """
     ends = [max(1, num_steps // eta ** (last - i)) for i in range(last + 1)]
     sizes = [max(1, size // eta**i) for i in range(last + 1)]
-    return list(map(Rung, sizes, [0, *ends], ends))
+    rungs = map(Rung, sizes, [0, *ends], ends)
+    return [rung for rung in rungs if rung.end > rung.begin]
 
 
 def rung_cost(rungs: list[Rung], setting: Setting, index: int) -> float:
