@@ -471,6 +471,13 @@ def test_a_killed_evolution_goes_on_to_the_same_trace():
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
+def test_evolution_of_one_kind_is_compiled_once():
+    """Its methods are compiled by instance; another size or space has its own."""
+    made = lambda size, space: Evolution(SNES, size).init(space, KEY).strategy
+    assert made(4, SPACE) is made(4, {"three": Unit(shape=(3,))})
+    assert len({id(made(4, SPACE)), id(made(5, SPACE)), id(made(4, PLANE))}) == 3
+
+
 def test_evolution_takes_no_name_and_no_instance():
     made = SNES(population_size=4, solution=jnp.zeros(3))
     for strategy in ("SNES", made):
