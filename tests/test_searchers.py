@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import sys
 import warnings
 
@@ -162,10 +163,13 @@ def test_the_best_of_a_trace_is_its_best_trial():
 
 
 def test_every_budget_is_stated():
-    """In each docstring the number of trials that is tested here."""
-    for searcher, _, trials, _ in EVERY.values():
-        stated = " ".join(type(searcher).__doc__.split("Budget: ")[1].split())
-        assert f"{trials} " in stated.split(" Source: ")[0]
+    """In each docstring the number of trials that is tested here, and how near."""
+    words = {1e-2: "within 0.01", 1e-4: "within 1e-4", 0.0: "best of 12 choices"}
+    for searcher, _, trials, within in EVERY.values():
+        text = type(searcher).__doc__.split("Budget: ")[1].split("\n\n")[0]
+        stated = " ".join(text.split())
+        assert re.search(rf"(?<![\w.-]){trials}(?![\w.])", stated), stated
+        assert re.search(rf"{words[within]}(?!\d)", stated), stated
 
 
 @every
