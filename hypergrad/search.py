@@ -188,7 +188,8 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
             "whose trace has metrics steps and parent of its own; choose another name"
         )
     step_cost = populations.step_cost(problem, solver, w, alpha)
-    return populations.Setting(traced(problem), solver, metrics, w, space, step_cost)
+    costs = step_cost, populations.equivalents(problem, step_cost)
+    return populations.Setting(traced(problem), solver, metrics, w, space, *costs)
 
 
 def _before(value, best):

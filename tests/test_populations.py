@@ -42,7 +42,7 @@ MOMENTUM = optax.sgd(0.3, momentum=0.5)
 def setting(num_steps):
     return populations.Setting(
         PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE,
-        {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0},
+        {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0}, (1.0, 1 / 3),
     )  # fmt: skip
 
 
@@ -216,6 +216,31 @@ def test_rates_of_a_population_may_be_its_hyperparameters():
     np.testing.assert_array_equal(parent[0], np.arange(4))
     first = trace.metrics["rate"][:4]
     np.testing.assert_allclose(trace.value[:4], (1 - first) ** 8, rtol=1e-9)
+
+
+def test_a_users_draw_is_not_run_by_the_host_every_round():
+    """More rounds call it no more often; costs are those of its sizes."""
+
+    def calls(budget):
+        seen = []
+
+        def draw(key):
+            seen.append(None)
+            batch = hg.Batches(jax.random.normal(key, (6, 1)), 2)
+            return batch, jnp.ones((3, 1))
+
+        mean = lambda w, alpha, batch: jnp.mean((w - alpha - batch) ** 2)
+        trace = hg.search(
+            hg.Bilevel(mean, mean, draw=draw), hg.Descent(MOMENTUM, 6),
+            hg.searchers.PopulationBased(4), 0.0, space=hg.spaces.Unit(), budget=budget,
+        )  # fmt: skip
+        each = 6 * 2 / 6 + 0.5 / 3
+        np.testing.assert_allclose(trace.cost[-1], len(trace.value) * each)
+        assert len(trace.value) == 4 * int(budget / (4 * each))
+        return len(seen)
+
+    # Both budgets pay for a second round, which has a program of its own.
+    assert calls(20.0) == calls(60.0)
 
 
 class HeavyBall(eqx.Module):

@@ -62,7 +62,8 @@ class Trained(NamedTuple):
 class Setting(eqx.Module):
     """What all members share.
 
-    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps.
+    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps;
+    ``equivalents`` those of a step and of an outer value in gradients.
     """
 
     problem: Bilevel
@@ -71,6 +72,7 @@ class Setting(eqx.Module):
     w: PyTree
     space: PyTree
     step_cost: dict[str, float] = eqx.field(static=True)
+    equivalents: tuple[float, float] = eqx.field(static=True)
 
     @eqx.filter_jit
     def start(self, size: int, key: Array) -> Members:
@@ -138,8 +140,8 @@ class Setting(eqx.Module):
 
     def cost(self, size: int, num_steps: int) -> float:
         """Gradient-equivalents of training so many members."""
-        costs = self._costs(*self.problem.data(jax.random.key(0)), num_steps)
-        return size * float(costs["gradient_equivalents"])
+        step, value = self.equivalents
+        return size * (num_steps * step + value)
 
     def _costs(self, data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
         """The steps, and one outer value."""
@@ -154,6 +156,13 @@ def step_cost(
     calls = _solve_cost(problem, solver, w, alpha, jax.random.key(0))
     names = ("num_grads", "num_hvps", "num_values")
     return {name: float(calls[name]) / solver.num_steps for name in names}
+
+
+def equivalents(problem: Bilevel, step_cost: dict[str, float]) -> tuple[float, float]:
+    """Gradient-equivalents of a step and of an outer value; shapes are read alone."""
+    shapes = eqx.filter_eval_shape(lambda key: problem.data(key), jax.random.key(0))
+    of = lambda **calls: float(ledger(*shapes, **calls)["gradient_equivalents"])
+    return of(**step_cost), of(num_outer_values=1.0)
 
 
 @eqx.filter_jit
