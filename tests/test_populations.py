@@ -349,6 +349,21 @@ def test_one_shot_costs_one_training_and_a_value_a_draw(steps, budget, rounds):
     assert trace.cost[-1] <= budget < trace.cost[-1] + 16 / 3
 
 
+def test_one_shot_compares_all_choices_on_the_same_data():
+    """Of a draw that is the value but for alpha: equal choices are equal, all rounds."""
+    noise = lambda key: (None, jax.random.normal(key, (1,)))
+    read = lambda w, alpha, batch: jnp.sum(batch) + alpha
+    trace = hg.search(
+        hg.Bilevel(lambda w, alpha, batch: w**2, read, draw=noise),
+        hg.Descent(optax.sgd(0.5), 2), hg.searchers.OneShot(4), 0.0,
+        space=hg.spaces.Choice(3), budget=10, key=jax.random.key(0),
+        metrics={"choice": lambda w, alpha, key: alpha},
+    )  # fmt: skip
+    assert len(set(trace.metrics["choice"].tolist())) == 3
+    off = trace.value - trace.metrics["choice"]
+    np.testing.assert_allclose(off, off[0], atol=1e-14)
+
+
 def test_one_shot_draws_a_choice_a_step_uniformly():
     """A counter a choice, moved by one where it is drawn: chi-square of 600 steps."""
     counts = lambda w, alpha, batch: -w[alpha]
