@@ -350,7 +350,7 @@ def test_one_shot_costs_one_training_and_a_value_a_draw(steps, budget, rounds):
 
 
 def test_one_shot_compares_all_choices_on_the_same_data():
-    """Of a draw that is the value but for alpha: equal choices are equal, all rounds."""
+    """Of a draw that is the value but for alpha: equal choices are equal."""
     noise = lambda key: (None, jax.random.normal(key, (1,)))
     read = lambda w, alpha, batch: jnp.sum(batch) + alpha
     trace = hg.search(
@@ -492,7 +492,9 @@ def test_rounds_of_another_search_are_refused():
         ("best.w", (3,)), ("rows.value", (4, 2)),
     ):  # fmt: skip
         cut = known[-1] | {name: np.zeros(shape)}
-        with pytest.raises(ValueError, match=rf"{name} of shape {re.escape(str(shape))}"):
+        with pytest.raises(
+            ValueError, match=rf"{name} of shape {re.escape(str(shape))}"
+        ):
             search(trials=[cut])
 
 
@@ -552,7 +554,7 @@ def test_what_no_population_can_train_is_refused():
 @pytest.mark.parametrize("kind", [hg.spaces.Integer(1, 4), hg.spaces.Choice(3)])
 def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
     seen = []
-    with pytest.raises(ValueError, match="SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
+    with pytest.raises(ValueError, match=r"SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
         hg.search(
             PROBLEM, hg.Descent(MOMENTUM, 2), hg.searchers.PopulationBased(4),
             jnp.zeros(2), space=SPACE | {"kind": kind}, budget=100,

@@ -4,7 +4,7 @@ Each states a *budget*: what it takes, on the median of seeds 0 to 9, to come so
 the optimum's value. The value is the squared distance from the optimum, in units of the
 axes' lengths: within 0.01 is a tenth of an axis. There are two axes, one of them
 logarithmic; of populations both are linear. Where a budget says so, an integer and a
-choice stand beside them; those of `OneShot` and `Reinforce` are of twelve choices alone.
+choice stand beside them; `OneShot` and `Reinforce` have twelve choices alone.
 Tested by ``pytest tests/test_searchers.py tests/test_populations.py -k budget``.
 """
 

@@ -138,4 +138,6 @@ def _judged(
     """On the same data, with the same key: only ``alpha`` tells one from another."""
     data_key, key = jax.random.split(key)
     data = setting.problem.data(data_key)
-    return jax.vmap(lambda alpha: setting.judged(w, alpha, num_steps, *data, key))(alpha)
+    return jax.vmap(lambda alpha: setting.judged(w, alpha, num_steps, *data, key))(
+        alpha
+    )

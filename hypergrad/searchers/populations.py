@@ -205,7 +205,7 @@ class Populations(Protocol):
 
 
 class Best(NamedTuple):
-    """Of the members whose value is finite one that was trained longest, then lowest."""
+    """Of members with a finite value one that was trained longest, then the lowest."""
 
     steps: Array
     value: Array
@@ -389,10 +389,10 @@ class PopulationBased(eqx.Module):
     the optimizer's state included. Each of the worst ``share`` then takes ``w``, that
     state and ``alpha`` of one of the best ``share``, drawn at random, and every number
     of its ``alpha`` moves by ``perturbation``, up or down, in the space's unconstrained
-    ``u``. Where ``u`` is the logit of the place ``t`` in an `Interval`, of logarithms if
-    ``log``, that is about ``perturbation t (1 - t)`` of its length: a twentieth in the
-    middle, less towards the bounds, which are never passed. The paper's is a factor of
-    1.2 or 0.8, the same anywhere.
+    ``u``. In an `Interval`, of logarithms if ``log``, ``u`` is the logit of the place
+    ``t``, which moves by about ``perturbation t (1 - t)`` of the length: a twentieth in
+    the middle, less towards the bounds, which are never passed. The paper's is a factor
+    of 1.2 or 0.8, the same anywhere.
 
     Args:
       size: of the population, static.
