@@ -71,11 +71,13 @@ def search(
       trials: those of an earlier search with the same arguments, as recorded, in order.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace. Of a
-        population the latest is enough, ``[dict(np.load(file))]``.
+        population the latest is enough, ``[dict(np.load(file))]``; it is kept whole,
+        also where the budget is less than what it spent.
 
     Returns:
-      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. Of
-      K outer losses, ``trace.value`` is ``[trials, K]`` and the best has the lowest
+      A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. One
+      whose value is not finite failed, ``-inf`` too, and is worse than any other. Of K
+      outer losses, ``trace.value`` is ``[trials, K]`` and the best has the lowest
       first value, of equal ones the lowest second, and so on, so that no other
       dominates it. `hypergrad.objectives.non_dominated` tells all such trials;
       ``record`` is given their ``alpha``.
@@ -98,9 +100,8 @@ def search(
     True
     """
     check_problem_is(problem)
-    if isinstance(searcher, type) or not (
-        hasattr(searcher, "ask") or hasattr(searcher, "round")
-    ):
+    trains = hasattr(searcher, "round") and hasattr(searcher, "cost")
+    if isinstance(searcher, type) or not (trains or isinstance(searcher, Searcher)):
         raise TypeError(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
             f"{searcher!r}"
@@ -181,16 +182,25 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     w, alpha = as_inputs(w, alpha, differentiable=False)
     check_problem(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
+    if taken := sorted({"steps", "parent"} & metrics.keys()):
+        raise ValueError(
+            f"metrics cannot be called {taken[0]!r} where a population is trained, "
+            "whose trace has metrics steps and parent of its own; choose another name"
+        )
     step_cost = populations.step_cost(problem, solver, w, alpha)
-    return populations.Setting(traced(problem), solver, metrics, w, space, step_cost)
+    costs = step_cost, populations.equivalents(problem, step_cost)
+    return populations.Setting(traced(problem), solver, metrics, w, space, *costs)
 
 
 def _before(value, best):
-    """Whether a trial is better; of several values by the first that differ."""
-    if np.isnan(best).any():
-        return True
+    """Whether a trial is better; of several values by the first that differ.
+
+    One with a value that is not finite failed.
+    """
+    if not np.isfinite(value).all():
+        return False
     lower = np.ravel(value).tolist() < np.ravel(best).tolist()
-    return lower and not np.isnan(value).any()
+    return lower or not np.isfinite(best).all()
 
 
 def _plain(alpha, row):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ MOMENTUM = optax.sgd(0.3, momentum=0.5)
 def setting(num_steps):
     return populations.Setting(
         PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE,
-        {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0},
+        {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0}, (1.0, 1 / 3),
     )  # fmt: skip
 
 
@@ -126,6 +127,41 @@ def test_the_best_is_one_that_was_trained_in_full():
     np.testing.assert_allclose(value, trace.value[full].min(), rtol=1e-12)
 
 
+def test_every_rung_makes_a_step():
+    """Of 1, 1, 1, 1 and 5 steps only the first and the last are rungs."""
+    rungs = hg.searchers.SuccessiveHalving(81).rungs(5)
+    assert [tuple(rung) for rung in rungs] == [(81, 0, 1), (1, 1, 5)]
+    for searcher in (hg.searchers.SuccessiveHalving(27, 2), hg.searchers.Hyperband(2)):
+        for steps in range(1, 30):
+            rungs = searcher.rungs(steps)
+            assert all(rung.begin < rung.end for rung in rungs)
+            assert rungs[-1].end == steps
+
+
+@pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize(
+    ("searcher", "num_steps"),
+    [
+        (hg.searchers.PopulationBased(4), 2),
+        (hg.searchers.SuccessiveHalving(4, eta=2), 4),
+    ],
+    ids=["pbt", "halving"],
+)
+def test_a_member_that_failed_is_never_the_best(searcher, num_steps, failed):
+    """A step adds one to ``w``; beyond two of them there is no value."""
+    count = lambda w, alpha, batch: -w
+    late = lambda w, alpha, batch: jnp.where(w > 2, failed, alpha)
+    trace = hg.search(
+        hg.Bilevel(count, late), hg.Descent(optax.sgd(1.0), num_steps), searcher, 0.0,
+        space=hg.spaces.Unit(), budget=20,
+    )  # fmt: skip
+    steps = trace.metrics["steps"]
+    assert steps.max() == 4
+    np.testing.assert_array_equal(jnp.isfinite(trace.value), steps <= 2)
+    assert trace.w == 2
+    assert trace.best_alpha == trace.value[steps == 2].min()
+
+
 def test_brackets_of_hyperband_are_those_of_its_table():
     """R = 81, eta = 3: 81, 34, 15, 8 and 5 draws of 1, 3, 9, 27 and 81 steps."""
     given = setting(81)
@@ -140,7 +176,7 @@ def test_brackets_of_hyperband_are_those_of_its_table():
     ]
 
 
-def test_a_population_inherits_every_bit_and_moves_alpha_by_a_factor():
+def test_a_population_inherits_every_bit_and_moves_alpha_by_a_step_of_u():
     """Carries are copied; alpha moves by 0.2 of u; the best stay as they are."""
     searcher, given = hg.searchers.PopulationBased(8), setting(3)
     start = given.start(8, jax.random.key(0))
@@ -180,6 +216,31 @@ def test_rates_of_a_population_may_be_its_hyperparameters():
     np.testing.assert_array_equal(parent[0], np.arange(4))
     first = trace.metrics["rate"][:4]
     np.testing.assert_allclose(trace.value[:4], (1 - first) ** 8, rtol=1e-9)
+
+
+def test_a_users_draw_is_not_run_by_the_host_every_round():
+    """More rounds call it no more often; costs are those of its sizes."""
+
+    def calls(budget):
+        seen = []
+
+        def draw(key):
+            seen.append(None)
+            batch = hg.Batches(jax.random.normal(key, (6, 1)), 2)
+            return batch, jnp.ones((3, 1))
+
+        mean = lambda w, alpha, batch: jnp.mean((w - alpha - batch) ** 2)
+        trace = hg.search(
+            hg.Bilevel(mean, mean, draw=draw), hg.Descent(MOMENTUM, 6),
+            hg.searchers.PopulationBased(4), 0.0, space=hg.spaces.Unit(), budget=budget,
+        )  # fmt: skip
+        each = 6 * 2 / 6 + 0.5 / 3
+        np.testing.assert_allclose(trace.cost[-1], len(trace.value) * each)
+        assert len(trace.value) == 4 * int(budget / (4 * each))
+        return len(seen)
+
+    # Both budgets pay for a second round, which has a program of its own.
+    assert calls(20.0) == calls(60.0)
 
 
 class HeavyBall(eqx.Module):
@@ -286,6 +347,21 @@ def test_one_shot_costs_one_training_and_a_value_a_draw(steps, budget, rounds):
     cost = steps + np.arange(1, 1 + len(trace.value)) / 3
     np.testing.assert_allclose(trace.cost, cost, rtol=1e-12)
     assert trace.cost[-1] <= budget < trace.cost[-1] + 16 / 3
+
+
+def test_one_shot_compares_all_choices_on_the_same_data():
+    """Of a draw that is the value but for alpha: equal choices are equal."""
+    noise = lambda key: (None, jax.random.normal(key, (1,)))
+    read = lambda w, alpha, batch: jnp.sum(batch) + alpha
+    trace = hg.search(
+        hg.Bilevel(lambda w, alpha, batch: w**2, read, draw=noise),
+        hg.Descent(optax.sgd(0.5), 2), hg.searchers.OneShot(4), 0.0,
+        space=hg.spaces.Choice(3), budget=10, key=jax.random.key(0),
+        metrics={"choice": lambda w, alpha, key: alpha},
+    )  # fmt: skip
+    assert len(set(trace.metrics["choice"].tolist())) == 3
+    off = trace.value - trace.metrics["choice"]
+    np.testing.assert_allclose(off, off[0], atol=1e-14)
 
 
 def test_one_shot_draws_a_choice_a_step_uniformly():
@@ -399,6 +475,11 @@ def test_rounds_of_another_search_are_refused():
         {"searcher": hg.searchers.SuccessiveHalving(9)},
         {"num_steps": 4},
         {"key": jax.random.key(1)},
+        {"searcher": hg.searchers.PopulationBased(4, perturbation=0.3)},
+        {"searcher": hg.searchers.PopulationBased(4, perturbation=jnp.array(0.3))},
+        {"space": {"center": hg.spaces.Interval(-2.0, 3.0, shape=(2,))}},
+        {"space": {"center": hg.spaces.Interval(jnp.full(2, -1.0), 2.0, shape=(2,))}},
+        {"w": jnp.ones(2)},
     ):
         with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by Pop.*key"):
             search(trials=known, **changes)
@@ -406,9 +487,31 @@ def test_rounds_of_another_search_are_refused():
         search(trials=[{}])
     with pytest.raises(ValueError, match=r"no round .* rows\.metrics\.more"):
         search(trials=known, metrics={"more": lambda w, alpha, key: 0.0})
-    cut = known[-1] | {"last.members.carry.0": np.zeros((4, 3))}
-    with pytest.raises(ValueError, match=r"carry\.0 of shape \(4, 3\)"):
-        search(trials=[cut])
+    for name, shape in (
+        ("last.members.carry.0", (4, 3)), ("last.members.carry.0", ()),
+        ("best.w", (3,)), ("rows.value", (4, 2)),
+    ):  # fmt: skip
+        cut = known[-1] | {name: np.zeros(shape)}
+        with pytest.raises(
+            ValueError, match=rf"{name} of shape {re.escape(str(shape))}"
+        ):
+            search(trials=[cut])
+
+
+def test_the_shared_weights_of_another_supernet_are_refused():
+    """Their first axis is no axis of members."""
+    known = []
+    shoot(SHOT, 60.0, record=known.append)
+    cut = known[-1] | {"last.members.shared.0.0": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"shared\.0\.0 of shape \(2,\)"):
+        shoot(SHOT, 60.0, trials=[cut])
+
+
+def test_a_recorded_round_is_kept_whole_under_a_smaller_budget():
+    known = []
+    whole = shoot(SHOT, 90.0, record=known.append)
+    again = shoot(SHOT, 10.0, trials=known)
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
 def test_what_each_population_rests_on_is_cited():
@@ -448,25 +551,75 @@ def test_what_no_population_can_train_is_refused():
     assert populations.whole_log(243, 3) == round(math.log(243, 3)) == 5
 
 
+@pytest.mark.parametrize("kind", [hg.spaces.Integer(1, 4), hg.spaces.Choice(3)])
+def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
+    seen = []
+    with pytest.raises(ValueError, match=r"SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
+        hg.search(
+            PROBLEM, hg.Descent(MOMENTUM, 2), hg.searchers.PopulationBased(4),
+            jnp.zeros(2), space=SPACE | {"kind": kind}, budget=100,
+            progress=lambda *now: seen.append(now),
+        )  # fmt: skip
+    assert not seen
+
+
+@pytest.mark.parametrize("u", [-3.0, 0.0, 3.0])
+def test_a_step_of_u_is_a_part_of_the_interval_that_shrinks_at_its_bounds(u):
+    """To first order; of logarithms from 1e-4 to 1."""
+    space, eps = hg.spaces.Interval(1e-4, 1.0, log=True), 1e-3
+    searcher = hg.searchers.PopulationBased(2, perturbation=eps)
+    old = space.forward(u)
+    new = searcher._moved(space, old, jax.random.key(0))
+    t = 1 / (1 + np.exp(-u))
+    moved = np.abs(np.log(new / old)) / np.log(1e4)
+    np.testing.assert_allclose(moved, eps * t * (1 - t), rtol=eps)
+
+
+@pytest.mark.parametrize("name", ["steps", "parent"])
+def test_metrics_of_a_populations_own_are_not_taken_from_it(name):
+    for searcher in (hg.searchers.PopulationBased(2), hg.searchers.OneShot(2)):
+        with pytest.raises(ValueError, match=f"called '{name}'.*steps and parent"):
+            hg.search(
+                PROBLEM, hg.Descent(MOMENTUM, 2), searcher, jnp.zeros(2), space=SPACE,
+                budget=10, metrics={name: lambda w, alpha, key: 7.0},
+            )  # fmt: skip
+
+
 SPREAD = """
 import jax, jax.numpy as jnp, optax, hypergrad as hg
 jax.config.update("jax_enable_x64", True)
 space = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
-trace = hg.search(
-    hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha["center"]) ** 2),
-        lambda w, alpha, batch: jnp.sum((w - 1) ** 2),
-    ),
-    hg.Descent(optax.sgd(0.1), 3), hg.searchers.PopulationBased(8), jnp.zeros(2),
-    space=space, budget=100, key=jax.random.key(0),
-)
-print(jax.device_count(), *map(float, trace.value))
+held = lambda x: jax.device_put(x, jax.devices()[0])
+
+
+class Watched(hg.searchers.PopulationBased):
+    def round(self, setting, index, before, key):
+        found = super().round(setting, index, before, key)
+        assert len(found.members.carry[0].devices()) == jax.device_count()
+        return found
+
+
+values = []
+for searcher in (
+    Watched(8), hg.searchers.SuccessiveHalving(8, eta=2), hg.searchers.OneShot(8)
+):
+    trace = hg.search(
+        hg.Bilevel(
+            lambda w, alpha, batch: jnp.sum((w - alpha["center"]) ** 2) + batch.sum(),
+            lambda w, alpha, batch: jnp.sum((w - 1) ** 2) * batch.sum(),
+            held(jnp.ones((3, 1))), held(jnp.ones((2, 1))),
+        ),
+        hg.Descent(optax.sgd(0.1), 4), searcher, held(jnp.zeros(2)),
+        space=space, budget=100, key=held(jax.random.key(0)),
+    )
+    values += map(float, trace.value)
+print(jax.device_count(), *values)
 """
 
 
 @pytest.mark.heavy
 def test_eight_devices_train_what_one_does():
-    """Members over forced host devices."""
+    """Members over forced host devices; data that is committed to the first one."""
 
     def values(count):
         flags = f"--xla_force_host_platform_device_count={count}"

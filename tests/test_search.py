@@ -139,6 +139,23 @@ def test_trials_that_fail_are_passed_over():
     assert begun_with == {True, False}
 
 
+@pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_value_that_is_not_finite_is_a_failed_trial(failed):
+    """Below 1/2; of two losses it may be the second."""
+    read = lambda w, alpha, batch: jnp.where(alpha < 0.5, failed, alpha) + 0 * w
+    quick = hg.ClosedForm(lambda alpha, batch: alpha)
+    loss = lambda w, alpha, batch: (w - alpha) ** 2
+    one = lambda w, alpha, batch: 1.0 + 0 * w
+    for outer in (read, (one, read)):
+        trace = search(
+            hg.Bilevel(loss, outer), quick, w=0.0, space=Unit(), budget=40,
+            searcher=hg.searchers.Grid(8),
+        )  # fmt: skip
+        points = np.linspace(0, 1, 8)
+        assert len(trace.value) == 8
+        assert trace.best_alpha == trace.w == points[points >= 0.5].min()
+
+
 def test_spaces_are_searched_in_their_own_scale():
     """Log-uniform: as many trials in each decade; ``alpha`` is built like the space."""
     space = {"l2": Interval(1e-6, 1.0, log=True), "rest": [Unit()]}
@@ -253,6 +270,17 @@ def test_what_is_no_number_is_recorded_as_strict_json():
     assert whole[0]["stats"]["adjoint_residual"] is None
     _, resumed = recorded(**settings, trials=whole[:7])
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+
+
+def test_what_is_no_searcher_is_refused():
+    """One that cannot be told, a number that can be rounded, a class."""
+
+    class Deaf:
+        init, ask = Recorder.init, Recorder.ask
+
+    for searcher in (Deaf(), np.float64(1.0), jnp.zeros(2), "random", Recorder):
+        with pytest.raises(TypeError, match="searcher must have init, ask and tell"):
+            search(searcher=searcher)
 
 
 def test_a_search_may_go_on_with_a_larger_budget():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import sys
 import warnings
 
@@ -162,10 +163,13 @@ def test_the_best_of_a_trace_is_its_best_trial():
 
 
 def test_every_budget_is_stated():
-    """In each docstring the number of trials that is tested here."""
-    for searcher, _, trials, _ in EVERY.values():
-        stated = " ".join(type(searcher).__doc__.split("Budget: ")[1].split())
-        assert f"{trials} " in stated.split(" Source: ")[0]
+    """In each docstring the number of trials that is tested here, and how near."""
+    words = {1e-2: "within 0.01", 1e-4: "within 1e-4", 0.0: "best of 12 choices"}
+    for searcher, _, trials, within in EVERY.values():
+        text = type(searcher).__doc__.split("Budget: ")[1].split("\n\n")[0]
+        stated = " ".join(text.split())
+        assert re.search(rf"(?<![\w.-]){trials}(?![\w.])", stated), stated
+        assert re.search(rf"{words[within]}(?!\d)", stated), stated
 
 
 @every
@@ -471,6 +475,13 @@ def test_a_killed_evolution_goes_on_to_the_same_trace():
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
+def test_evolution_of_one_kind_is_compiled_once():
+    """Its methods are compiled by instance; another size or space has its own."""
+    made = lambda size, space: Evolution(SNES, size).init(space, KEY).strategy
+    assert made(4, SPACE) is made(4, {"three": Unit(shape=(3,))})
+    assert len({id(made(4, SPACE)), id(made(5, SPACE)), id(made(4, PLANE))}) == 3
+
+
 def test_evolution_takes_no_name_and_no_instance():
     made = SNES(population_size=4, solution=jnp.zeros(3))
     for strategy in ("SNES", made):
@@ -585,6 +596,21 @@ def test_a_trial_fails_if_any_of_its_values_does():
     drawn = [x not in state.t[:i, 0] for i, x in enumerate(state.t[:, 0])]
     assert np.array(drawn)[20:][failed[20:]].all()
     assert not np.all(drawn)
+
+
+@pytest.mark.parametrize("failed", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_infinite_to_evolution_and_all(failed):
+    """No searcher takes minus infinity for the best that there is."""
+    for searcher in (TPE(), NSGA2(), CMAES(), GaussianProcess()):
+        state = searcher.init(SPACE, KEY)
+        alpha, state = searcher.ask(state, KEY)
+        assert searcher.tell(state, alpha, failed).values.tolist() == [np.inf]
+        if isinstance(searcher, NSGA2):
+            told = searcher.tell(state, alpha, np.array([1.0, failed]))
+            assert told.values.tolist() == [[np.inf, np.inf]]
+    searcher = Evolution(SNES, 4)
+    alpha, state = searcher.ask(searcher.init(SPACE, KEY), KEY)
+    assert searcher.tell(state, alpha, failed).values.tolist() == [np.inf]
 
 
 def test_optuna_is_left_as_loud_as_it_was():

@@ -1,8 +1,10 @@
 """How ``alpha`` is proposed without gradients.
 
 Each states a *budget*: what it takes, on the median of seeds 0 to 9, to come so near to
-the optimum's value. The value is the squared distance from the optimum, of two axes,
-one of them logarithmic, each in units of its length: within 0.01 is a tenth of an axis.
+the optimum's value. The value is the squared distance from the optimum, in units of the
+axes' lengths: within 0.01 is a tenth of an axis. There are two axes, one of them
+logarithmic; of populations both are linear. Where a budget says so, an integer and a
+choice stand beside them; `OneShot` and `Reinforce` have twelve choices alone.
 Tested by ``pytest tests/test_searchers.py tests/test_populations.py -k budget``.
 """
 

@@ -1,5 +1,6 @@
 """Evolution strategies of the package evosax, and any that ask and tell as they do."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,7 +74,7 @@ class Evolution(eqx.Module):
     def init(self, space: PyTree, key: Array) -> "Generation":
         """Before the first generation."""
         nothing = jnp.zeros(len(spaces.axes(space)))
-        strategy = self.strategy(population_size=self.size, solution=nothing)
+        strategy = _made(self.strategy, self.size, len(nothing), nothing.dtype.name)
         params = strategy.default_params
         if _keeps_a_population(strategy):
             population = jnp.zeros((self.size, len(nothing)))
@@ -97,7 +98,13 @@ class Evolution(eqx.Module):
 
         An ``alpha`` that was not asked for takes the place of the one that was.
         """
-        return state.told(alpha, np.inf if np.isnan(value) else float(value))
+        return state.told(alpha, float(value) if np.isfinite(value) else np.inf)
+
+
+@functools.lru_cache(maxsize=64)
+def _made(strategy: Callable[..., Any], size: int, num_axes: int, dtype: str) -> Any:
+    """The one of its kind: an instance holds no state, but compiles its own methods."""
+    return strategy(population_size=size, solution=jnp.zeros(num_axes, dtype))
 
 
 class Generation(eqx.Module):

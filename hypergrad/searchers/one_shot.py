@@ -13,12 +13,12 @@ from .populations import Members, Rows, Setting, Trained, spread
 class Shared(eqx.Module):
     """One carry of the solver for many ``alpha``, which have a leading axis."""
 
-    carry: tuple[PyTree, PyTree]
+    shared: tuple[PyTree, PyTree]
     alpha: PyTree
 
     def take(self, index: Array) -> Members:
         """Some of them, each with that carry."""
-        return Members(self.carry, jax.tree.map(lambda x: x[index], self.alpha))
+        return Members(self.shared, jax.tree.map(lambda x: x[index], self.alpha))
 
 
 class OneShot(eqx.Module):
@@ -27,7 +27,9 @@ class OneShot(eqx.Module):
     ``w`` holds the weights of all choices, such as a table with a row for each, of
     which the losses read those of ``alpha``. It makes the solver's ``num_steps`` steps,
     each at an ``alpha`` drawn uniformly from the space. Then draws from the space are
-    evaluated with that ``w``, as many as the budget pays for.
+    evaluated with that ``w``, as many as the budget pays for, and all of them on the
+    same data: that of one key, where the problem draws. Of a ``start(w, alpha)`` only
+    the value at one draw is used, since there is one ``w``.
 
     Args:
       size: draws that are evaluated side by side, static.
@@ -35,7 +37,8 @@ class OneShot(eqx.Module):
     The first row of the trace is the training and one draw, the others a draw each. The
     lowest value is the best; ``w`` of the trace is the shared one: train anew at
     ``best_alpha``, or let another searcher compare, with ``hg.ClosedForm(lambda alpha,
-    batch: trace.w)`` for a solver.
+    batch: trace.w)`` for a solver; each of its trials is charged as a training, by a
+    gradient.
 
     Bias: a value by shared weights is not that of a training of its own, and need not
     rank as it does, unless each choice has weights of its own that no other choice
@@ -80,11 +83,13 @@ class OneShot(eqx.Module):
         self, setting: Setting, index: int, before: Trained | None, key: Array
     ) -> Trained:
         """The training and its first draw; then draws alone."""
-        key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        key, judge_key = jax.random.split(key)
+        draw_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        keys = draw_key, judge_key
         if before is None:
             carry = _supernet(setting, train_key)
-            return _compared(setting, carry, 1, setting.solver.num_steps, key)
-        return _compared(setting, before.members.carry, self.size, 0, key)
+            return _compared(setting, carry, 1, setting.solver.num_steps, *keys)
+        return _compared(setting, before.members.shared, self.size, 0, *keys)
 
 
 @eqx.filter_jit
@@ -109,12 +114,12 @@ def _compared(
     carry: tuple[PyTree, PyTree],
     size: int,
     num_steps: int,
-    key: Array,
+    draw_key: Array,
+    judge_key: Array,
 ) -> Trained:
     """So many draws with the shared weights; the steps are charged to each."""
-    draw_key, key = jax.random.split(key)
     alpha = _draws(setting.space, size, draw_key)
-    rows = _judged(setting, carry[0], spread(alpha), num_steps, key)
+    rows = _judged(setting, carry[0], spread(alpha), num_steps, judge_key)
     made = jnp.full(rows.value.shape, float(setting.solver.num_steps))
     rows = rows._replace(metrics=rows.metrics | {"steps": made})
     return Trained(Shared(carry, alpha), rows)
@@ -130,10 +135,9 @@ def _draws(space: PyTree, size: int, key: Array) -> PyTree:
 def _judged(
     setting: Setting, w: PyTree, alpha: PyTree, num_steps: int, key: Array
 ) -> Rows:
-    def one(alpha: PyTree, key: Array) -> Rows:
-        data_key, judge_key = jax.random.split(key)
-        data = setting.problem.data(data_key)
-        return setting.judged(w, alpha, num_steps, *data, judge_key)
-
-    size = len(jax.tree.leaves(alpha)[0])
-    return jax.vmap(one)(alpha, jax.random.split(key, size))
+    """On the same data, with the same key: only ``alpha`` tells one from another."""
+    data_key, key = jax.random.split(key)
+    data = setting.problem.data(data_key)
+    return jax.vmap(lambda alpha: setting.judged(w, alpha, num_steps, *data, key))(
+        alpha
+    )

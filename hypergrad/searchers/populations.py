@@ -5,6 +5,7 @@ from. Their solver is one that goes step by step, such as `Descent`.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -61,7 +62,8 @@ class Trained(NamedTuple):
 class Setting(eqx.Module):
     """What all members share.
 
-    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps.
+    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps;
+    ``equivalents`` those of a step and of an outer value in gradients.
     """
 
     problem: Bilevel
@@ -70,6 +72,7 @@ class Setting(eqx.Module):
     w: PyTree
     space: PyTree
     step_cost: dict[str, float] = eqx.field(static=True)
+    equivalents: tuple[float, float] = eqx.field(static=True)
 
     @eqx.filter_jit
     def start(self, size: int, key: Array) -> Members:
@@ -137,8 +140,8 @@ class Setting(eqx.Module):
 
     def cost(self, size: int, num_steps: int) -> float:
         """Gradient-equivalents of training so many members."""
-        costs = self._costs(*self.problem.data(jax.random.key(0)), num_steps)
-        return size * float(costs["gradient_equivalents"])
+        step, value = self.equivalents
+        return size * (num_steps * step + value)
 
     def _costs(self, data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
         """The steps, and one outer value."""
@@ -153,6 +156,13 @@ def step_cost(
     calls = _solve_cost(problem, solver, w, alpha, jax.random.key(0))
     names = ("num_grads", "num_hvps", "num_values")
     return {name: float(calls[name]) / solver.num_steps for name in names}
+
+
+def equivalents(problem: Bilevel, step_cost: dict[str, float]) -> tuple[float, float]:
+    """Gradient-equivalents of a step and of an outer value; shapes are read alone."""
+    shapes = eqx.filter_eval_shape(lambda key: problem.data(key), jax.random.key(0))
+    of = lambda **calls: float(ledger(*shapes, **calls)["gradient_equivalents"])
+    return of(**step_cost), of(num_outer_values=1.0)
 
 
 @eqx.filter_jit
@@ -195,12 +205,17 @@ class Populations(Protocol):
 
 
 class Best(NamedTuple):
-    """A member that was trained longest, and of those has the lowest value."""
+    """Of members with a finite value one that was trained longest, then the lowest."""
 
     steps: Array
     value: Array
     w: PyTree
     alpha: PyTree
+
+    def merit(self) -> tuple[bool, float, float]:
+        """A failed one comes last, however long it was trained."""
+        value = float(self.value)
+        return math.isfinite(value), float(self.steps), -value
 
 
 class Course(NamedTuple):
@@ -220,17 +235,17 @@ class Course(NamedTuple):
     def after(self, found: Trained, cost: float) -> "Course":
         """After one more round."""
         new = best_of(found)
-        better = (new.steps, -new.value) > (self.best.steps, -self.best.value)
+        better = new.merit() > self.best.merit()
         rows = jax.tree.map(lambda *x: np.concatenate(x), self.rows, found.rows)
         best = new if better else self.best
         return Course(self.rounds + 1, self.spent + cost, best, found, rows)
 
 
 def best_of(found: Trained) -> Best:
-    """Of one round; a NaN counts as infinite."""
+    """Of one round; a value that is not finite counts as infinite."""
     first = ranked(found.rows.value)[0]
     value, member = found.rows.value[first], found.members.take(first)
-    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    value = jnp.where(jnp.isfinite(value), value, jnp.inf)
     steps = found.rows.metrics["steps"][first]
     return Best(steps, value, member.carry[0], member.alpha)
 
@@ -245,8 +260,8 @@ def run(
     trials: Sequence[dict],
 ) -> Trace:
     """Rounds while the budget pays for them; at least one."""
-    name = f"{searcher} of {setting.solver.num_steps} steps, key {_plain(key).tolist()}"
-    course = None
+    name, course = described(searcher, setting, key), None
+    searcher, setting, key = replicated((searcher, setting, key))
     if len(trials):
         first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
         form = eqx.filter_eval_shape(first)
@@ -264,6 +279,22 @@ def run(
             progress(course.rounds, float(course.best.value))
     best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
     return Trace(best.alpha, best.w, best.alpha, *rows, status_code=jnp.asarray(0))
+
+
+def described(searcher: Populations, setting: Setting, key: Array) -> str:
+    """Whose rounds they are; of its numbers and those of space and ``w`` a digest."""
+    digest = hashlib.sha256()
+    for x in map(_plain, jax.tree.leaves((searcher, setting.space, setting.w))):
+        digest.update(f"{x.dtype} {x.shape} ".encode() + x.tobytes())
+    space = eqx.tree_pformat(setting.space, width=10**6)
+    return (
+        f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
+        f"{_plain(key).tolist()}, numbers and w {digest.hexdigest()[:16]}"
+    )
+
+
+# What of a `Course` has a leading axis of as many as there were.
+ROW_A_MEMBER = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
 
 
 def recorded(course: Course, name: str) -> dict:
@@ -303,26 +334,29 @@ def _plain(x: Any) -> np.ndarray:
 
 
 def _like(form: Any, known: Any, name: str) -> Any:
-    """What was recorded of a leaf; how many members there were may differ."""
+    """What was recorded of a leaf; where it has a row a member, how many may differ."""
     if isinstance(form, int | float):
         return type(form)(known)
     known = np.asarray(known)
     if _is_key(form):
         implementation = jax.random.key_impl(jnp.empty((), form.dtype))
-        return jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
-    if known.ndim != form.ndim or known.shape[1:] != form.shape[1:]:
+        known = jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
+    free = known.ndim > 0 and name.startswith(ROW_A_MEMBER)
+    if known.shape != (known.shape[:1] + form.shape[1:] if free else form.shape):
         raise ValueError(
             f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
             f"search is {form.shape}; pass the same problem, solver and space"
         )
+    if _is_key(form):
+        return known
     # np.load knows no bfloat16, and gives the bytes of one.
     known = known.view(form.dtype) if known.dtype.kind == "V" else known
     return jnp.asarray(known, form.dtype)
 
 
 def ranked(value: Array) -> Array:
-    """Indices from the lowest value to the highest; NaN last."""
-    return jnp.argsort(jnp.where(jnp.isnan(value), jnp.inf, value))
+    """Indices from the lowest value to the highest; last what is not finite."""
+    return jnp.argsort(jnp.where(jnp.isfinite(value), value, jnp.inf))
 
 
 def spread(members: PyTree) -> PyTree:
@@ -334,6 +368,20 @@ def spread(members: PyTree) -> PyTree:
     return jax.device_put(members, NamedSharding(mesh, PartitionSpec("members")))
 
 
+def replicated(shared: PyTree) -> PyTree:
+    """On all devices, as what members share; what lies on all already stays there."""
+    devices = jax.devices()
+    if len(devices) == 1:
+        return shared
+    everywhere = NamedSharding(Mesh(np.array(devices), ("members",)), PartitionSpec())
+
+    def place(x: Any) -> Any:
+        whole = not eqx.is_array(x) or len(x.devices()) == len(devices)
+        return x if whole else jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, shared)
+
+
 class PopulationBased(eqx.Module):
     """Population-based training: the worst go on from the best, and vary ``alpha``.
 
@@ -341,17 +389,24 @@ class PopulationBased(eqx.Module):
     the optimizer's state included. Each of the worst ``share`` then takes ``w``, that
     state and ``alpha`` of one of the best ``share``, drawn at random, and every number
     of its ``alpha`` moves by ``perturbation``, up or down, in the space's unconstrained
-    ``u``: by a factor where it is positive.
+    ``u``. In an `Interval`, of logarithms if ``log``, ``u`` is the logit of the place
+    ``t``, which moves by about ``perturbation t (1 - t)`` of the length: a twentieth in
+    the middle, less towards the bounds, which are never passed. The paper's is a factor
+    of 1.2 or 0.8, the same anywhere.
 
     Args:
       size: of the population, static.
       share: of it that is replaced, in (0, 1/2], static.
-      perturbation: of ``u``; the factors 1.2 and 0.8 of the paper are about 0.2.
+      perturbation: of ``u``.
+
+    Raises:
+      ValueError: `Integer` or `Choice` in the space, before the first round.
 
     A row of the trace is a member of a round; the metric ``parent`` says from which
     member of the round before it went on, ``steps`` how many were made by then.
-    ``best_alpha`` is the best of the last round. ``alpha`` changes along a run, so that
-    ``w`` belongs to all of its course: trained anew at ``best_alpha`` it may be worse.
+    ``best_alpha`` is the best of the last round in which a value is finite. ``alpha``
+    changes along a run, so that ``w`` belongs to all of its course: trained anew at
+    ``best_alpha`` it may be worse.
 
     Budget: 200 gradient-equivalents for a value within 0.01, of 16 members and rounds
     of 5 steps (see `hypergrad.searchers`).
@@ -397,6 +452,7 @@ class PopulationBased(eqx.Module):
         """All members, the poor of the round before replaced."""
         begin_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         if before is None:
+            _refuse_cells(setting.space)
             members = setting.start(self.size, begin_key)
             parents = jnp.arange(self.size)
         else:
@@ -431,6 +487,16 @@ class PopulationBased(eqx.Module):
         return spaces.forward(space, spaces.project(space, u))
 
 
+def _refuse_cells(space: PyTree) -> None:
+    """An integer or a choice does not move by a little."""
+    if any(axis.num_values is not None for axis in spaces.axes(space)):
+        raise ValueError(
+            "PopulationBased moves alpha by a little, which Integer and Choice cannot; "
+            "use hg.searchers.SuccessiveHalving(size), Hyperband(), OneShot(size) or "
+            "TPE()"
+        )
+
+
 class SuccessiveHalving(eqx.Module):
     """Train ``size`` draws a little, keep the best ``1 / eta``, train those further.
 
@@ -439,12 +505,13 @@ class SuccessiveHalving(eqx.Module):
     included. Another ``size`` draws follow while the budget lasts.
 
     Args:
-      size: of the first rung, static; ``1 + floor(log_eta(size))`` rungs.
+      size: of the first rung, static; ``1 + floor(log_eta(size))`` rungs,
+        but for those that would make no step.
       eta: static, at least 2.
 
     A row of the trace is a member of a rung; ``inner_steps`` are those it made there,
     the metric ``steps`` those it had made by then. ``best_alpha`` is the best of those
-    that were trained longest.
+    that were trained longest, of all whose value is finite.
 
     Budget: 600 gradient-equivalents for a value within 0.01, of 27 draws and at most 27
     steps (see `hypergrad.searchers`).
@@ -573,12 +640,17 @@ class Rung(NamedTuple):
 def bracket(size: int, last: int, eta: int, num_steps: int) -> list[Rung]:
     """Rungs 0 to ``last``; a member of rung ``i`` has made ``R / eta^(last - i)``.
 
+    At least one, and none is a rung that would make no step.
+
     >>> [tuple(rung) for rung in bracket(9, 2, 3, 27)]
     [(9, 0, 3), (3, 3, 9), (1, 9, 27)]
+    >>> [tuple(rung) for rung in bracket(81, 4, 3, 5)]
+    [(81, 0, 1), (1, 1, 5)]
     """
     ends = [max(1, num_steps // eta ** (last - i)) for i in range(last + 1)]
     sizes = [max(1, size // eta**i) for i in range(last + 1)]
-    return list(map(Rung, sizes, [0, *ends], ends))
+    rungs = map(Rung, sizes, [0, *ends], ends)
+    return [rung for rung in rungs if rung.end > rung.begin]
 
 
 def rung_cost(rungs: list[Rung], setting: Setting, index: int) -> float:

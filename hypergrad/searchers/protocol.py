@@ -22,5 +22,8 @@ class Searcher(Protocol):
         ...
 
     def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
-        """Takes the value of a tried ``alpha``, or ``[K]``; lower is better."""
+        """Takes the value of a tried ``alpha``, or ``[K]``; lower is better.
+
+        A trial with a value that is not finite failed.
+        """
         ...

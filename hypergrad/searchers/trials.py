@@ -18,8 +18,8 @@ class Trials(eqx.Module):
     Attributes:
       space: what is searched.
       t: [trials, axes], coordinates in the unit cube.
-      values: [trials], or [trials, K] of K outer losses; a trial with a NaN failed and
-        is kept as infinity.
+      values: [trials], or [trials, K] of K outer losses; a trial with one that is
+        not finite failed and is kept as infinity.
 
     >>> from hypergrad.spaces import Unit
     >>> Trials.none(Unit()).told(0.25, 3.0).t.tolist()
@@ -39,7 +39,7 @@ class Trials(eqx.Module):
         """With one more trial."""
         t = np.asarray(spaces.to_unit(self.space, alpha), np.float64)
         told = np.asarray(value, np.float64)
-        told = np.where(np.isnan(told).any(), np.inf, told)
+        told = np.where(np.isfinite(told).all(), told, np.inf)
         values = np.concatenate([self.values.reshape(-1, *told.shape), told[None]])
         return Trials(self.space, np.vstack([self.t, t]), values)
 
