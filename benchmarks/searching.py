@@ -236,7 +236,8 @@ class Gaussian:
         axes = trials.t.shape[1]
         self.cma = cmaes.CMA(
             mean=np.full(axes, 0.5), sigma=self.step_size,
-            bounds=np.tile([0.0, 1.0], (axes, 1)), n_max_resampling=min(100, 2000 // axes),
+            bounds=np.tile([0.0, 1.0], (axes, 1)),
+            n_max_resampling=min(100, 2000 // axes),
         )  # fmt: skip
         return trials
 
