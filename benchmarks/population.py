@@ -213,7 +213,7 @@ def plan(scale: str, seeds: int) -> list[Row]:
 TABLE = Table(
     name="population",
     source="Jaderberg et al. 2017 (arXiv 1711.09846)",
-    minutes=10,
+    minutes=3,
     seeds=5,
     plan=plan,
     run=cell_by_cell(measure, markdown, draw),
