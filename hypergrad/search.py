@@ -26,7 +26,7 @@ from .metrics import Metric, Progress, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher, populations
 from .settings import number
-from .trace import Trace
+from .trace import FAILED, Trace
 from .trees import all_finite
 
 
@@ -56,18 +56,21 @@ def search(
       w: the inner starting point of every trial.
       space: pytree of `hypergrad.spaces` shaped like ``alpha``.
       budget: gradient-equivalents; a trial that would exceed it, judged by the cost of
-        the one before, is not begun. At least one is made.
+        the one before, is not begun. At least one is made; of a population a round, all
+        members' steps.
       key: PRNG key; None means ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
         outside the ledger.
       progress: ``(trials_done, best_value)``, called after each trial; the value is a
-        float, or an array ``[K]``.
+        float, or an array ``[K]``. Of a population after each round, of which it counts
+        rounds; the value is that of the best of the members that were trained longest.
       record: called after each trial with all there is to know of it, a dict of plain
         numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
-        is None, and an infinity its name.
+        is None, and an infinity its name. Under ``alpha`` are its leaves, in the order
+        of ``jax.tree.leaves``: of a dict by sorted keys.
         A searcher of a population calls it after each round, with a dict of arrays, all
         that there is to know of the search so far: keep the latest,
-        ``np.savez(file, **it)``.
+        ``np.savez(file, **it)``, and replace the file before only once it is written.
       trials: those of an earlier search with the same arguments, as recorded, in order.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace. Of a
@@ -172,7 +175,8 @@ def search(
     _, alpha, found, trial_key = best
     if found is None:
         found, _ = run(alpha, trial_key)
-    return Trace(alpha, found, alpha, status_code=jnp.asarray(0), **columns)
+    status = 0 if np.isfinite(best[0]).all() else FAILED
+    return Trace(alpha, found, alpha, status_code=jnp.asarray(status), **columns)
 
 
 def _setting(problem, solver, w, space, metrics) -> populations.Setting:

@@ -13,7 +13,9 @@ STATUS = (
     "stopped: the outer value is not finite",
     "stopped: the hypergradient is not finite",
     "stopped: the step left alpha not finite",
+    "failed: no trial has a finite value",
 )
+FAILED = len(STATUS) - 1
 
 
 class Trace(Shown):
@@ -31,7 +33,8 @@ class Trace(Shown):
       stats: ``{name: [steps]}``, the estimates' stats; of K outer losses also
         ``weights``, ``[steps, K]``.
       metrics: ``{name: [steps]}``, NaN where not evaluated.
-      status_code: 0 if all steps were made; see ``status``.
+      status_code: 0 if all steps were made, and of a search one has a finite value; see
+        ``status``.
 
     With a warm-started estimator ``value`` also falls because ``w`` is trained further,
     and a later one is better than an earlier one by that too.

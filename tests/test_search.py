@@ -139,6 +139,21 @@ def test_trials_that_fail_are_passed_over():
     assert begun_with == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("searcher", "budget"),
+    [(hg.searchers.Random(), 20.0), (hg.searchers.PopulationBased(4), 40.0)],
+)
+def test_a_search_without_a_finite_value_says_so(searcher, budget):
+    """Of trials that all fail the status is not 'completed'."""
+    broken = hg.Bilevel(inner, lambda w, alpha, batch: jnp.nan * jnp.sum(w))
+    descent = hg.Descent(optax.sgd(0.1), 2)
+    found = [
+        search(problem, descent, searcher=searcher, budget=budget).status
+        for problem in (broken, hg.Bilevel(inner, outer))
+    ]
+    assert found == ["failed: no trial has a finite value", "completed"]
+
+
 @pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_value_that_is_not_finite_is_a_failed_trial(failed):
     """Below 1/2; of two losses it may be the second."""

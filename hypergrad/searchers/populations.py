@@ -26,7 +26,7 @@ from ..inner.protocol import IterativeSolver
 from ..metrics import Metric, Progress
 from ..problem import Bilevel, Data, whole
 from ..settings import check_steps, number
-from ..trace import Trace
+from ..trace import FAILED, Trace
 from ..trees import all_finite
 
 
@@ -278,7 +278,8 @@ def run(
         if progress is not None:
             progress(course.rounds, float(course.best.value))
     best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
-    return Trace(best.alpha, best.w, best.alpha, *rows, status_code=jnp.asarray(0))
+    status = jnp.where(jnp.isfinite(best.value), 0, FAILED)
+    return Trace(best.alpha, best.w, best.alpha, *rows, status_code=status)
 
 
 def described(searcher: Populations, setting: Setting, key: Array) -> str:
