@@ -327,8 +327,11 @@ LOOPS = {
     ),
     "progress is no function": (minimize, TypeError, ["progress"], {"progress": 3}),
     "tuple of losses in search": (
-        search, ValueError, ["one outer loss"],
-        {"problem": hg.Bilevel(inner, (outer, outer))},
+        search, ValueError, ["2 outer losses", "takes one", "NSGA2"],
+        {
+            "problem": hg.Bilevel(inner, (outer, outer)),
+            "searcher": hg.searchers.CMAES(),
+        },
     ),
     "no budget": (search, ValueError, ["budget must be positive"], {"budget": 0}),
     "negative budget": (search, ValueError, ["budget"], {"budget": -1.0}),
