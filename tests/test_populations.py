@@ -18,7 +18,7 @@ import hypergrad as hg
 from benchmarks import population
 from hypergrad.inner import inner_stats
 from hypergrad.inner.descent import iterate
-from hypergrad.searchers import populations
+from hypergrad.searchers import halving, populations
 
 SPACE = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
 A = jnp.array([[3.0, 1.0], [1.0, 2.0]]) / 4
@@ -548,7 +548,7 @@ def test_what_no_population_can_train_is_refused():
         hg.searchers.PopulationBased(1)
     with pytest.raises(ValueError, match="eta"):
         hg.searchers.SuccessiveHalving(8, eta=1)
-    assert populations.whole_log(243, 3) == round(math.log(243, 3)) == 5
+    assert halving.whole_log(243, 3) == round(math.log(243, 3)) == 5
 
 
 @pytest.mark.parametrize("kind", [hg.spaces.Integer(1, 4), hg.spaces.Choice(3)])

@@ -12,9 +12,10 @@ from .cmaes import CMAES
 from .evolution import Evolution
 from .gaussian_process import GaussianProcess
 from .grid import Grid
+from .halving import Hyperband, SuccessiveHalving
 from .nsga2 import NSGA2
 from .one_shot import OneShot
-from .populations import Hyperband, PopulationBased, SuccessiveHalving
+from .population_based import PopulationBased
 from .protocol import Searcher
 from .random import Random
 from .reinforce import Reinforce
