@@ -23,7 +23,7 @@ import hypergrad as hg
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
 from . import plots
 
@@ -195,7 +195,7 @@ def column(rows: list[Row], form: str, name: str) -> list[float]:
 def claim(rows: list[Row], form: str, name: str, what: str, most: float) -> Verdict:
     """Whether the interval of the ratio, by its logarithm, is below ``most``."""
     ratios = column(rows, form, name)
-    mean, low, high = (float(np.exp(x)) for x in paired(np.log(ratios), 0.0))
+    mean, low, high = paired_ratio(ratios, 1.0)
     text = (
         f"{form}, {SIZE:,} scores against n x n of {REFERENCE_SIZE:,}, ratio of "
         f"{what}: {mean:.2g} [{low:.2g}, {high:.2g}], at most {most:g} claimed"

@@ -21,7 +21,7 @@ import hypergrad as hg
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, paired
+from hypergrad.studies.verdict import Verdict, paired_ratio
 
 from . import plots
 
@@ -150,8 +150,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
     for size in SIZES:
         mine = [row for row in rows if row["method"] == size]
         for name in WAYS:
-            logs = np.log(np.array([row[name] for row in mine], float))
-            mean, low, high = (float(np.exp(x)) for x in paired(logs, 0.0))
+            ratios = np.array([row[name] for row in mine], float)
+            mean, low, high = paired_ratio(ratios, 1.0)
             text = f"{size}, {name}: {mean:.2f} [{low:.2f}, {high:.2f}] of one by one"
             lines.append(Verdict(text))
         off = max((row["difference"] for row in mine), default=np.nan)

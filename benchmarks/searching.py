@@ -31,7 +31,7 @@ from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
 from . import plots
 from .__main__ import RESULTS
@@ -570,8 +570,7 @@ def against(rows: list[Row], method: str, best: str, size: int) -> Verdict:
     if lost:
         text = f"{what}: {best} is never there on {lost} of {ours.size} seeds"
         return Verdict(f"{text}: not reproduced" if claimed else text)
-    logs = paired(np.log(theirs), np.log(ours))
-    mean, low, high = np.exp(logs)
+    mean, low, high = paired_ratio(theirs, ours)
     text = (
         f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] times as many "
         f"gradient-equivalents{never(censored, ours.size)}"
@@ -579,7 +578,7 @@ def against(rows: list[Row], method: str, best: str, size: int) -> Verdict:
     if not claimed:
         return Verdict(text)
     text += f", at least {ENOUGH:g} claimed"
-    half = (logs[2] - logs[1]) / 2
+    half = math.log(high / mean)
     return conclude(text, bool(low >= ENOUGH), ours.size, half, math.log(ENOUGH))
 
 

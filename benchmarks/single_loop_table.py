@@ -20,7 +20,7 @@ import hypergrad as hg
 from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
 from . import plots
 from .single_loop import (
@@ -203,8 +203,7 @@ def lower_end(
         if least is None:
             return Verdict(text)
         return Verdict(f"{text}: not reproduced", failed=not mark)
-    logs = paired(np.log(theirs), np.log(ours))
-    mean, low, high = np.exp(logs)
+    mean, low, high = paired_ratio(theirs, ours)
     text = (
         f"{mark}{first} ends {mean:.3g} [{low:.3g}, {high:.3g}] times lower than "
         f"{second}, at equal cost"
@@ -215,7 +214,7 @@ def lower_end(
     told = math.log(least) if least > 1 else math.inf
     verdict = conclude(
         *(f"{text}, at least {least:g} claimed", met, ours.size),
-        *((logs[2] - logs[1]) / 2, told),
+        *(math.log(high / mean), told),
     )
     return verdict._replace(failed=verdict.failed or not (met or mark))
 

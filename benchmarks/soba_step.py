@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
 from . import plots
 
@@ -168,7 +168,7 @@ def timed(call: Any, *arguments: Any) -> tuple[Any, float]:
 def judge(rows: list[Row]) -> list[Verdict]:
     """At most five gradients, at most eight copies."""
     ratios = [row["soba"] for row in rows]
-    mean, low, high = (float(np.exp(x)) for x in paired(np.log(ratios), 0.0))
+    mean, low, high = paired_ratio(ratios, 1.0)
     text = (
         "a step of SOBA in gradients, geometric mean: "
         f"{mean:.2f} [{low:.2f}, {high:.2f}], at most {MOST_GRADIENTS:g} claimed"

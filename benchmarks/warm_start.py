@@ -5,6 +5,7 @@ estimate, or carried on. See README.md.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
 from . import plots
 from .searching import (
@@ -193,8 +194,7 @@ def fewer(rows: list[Row], first: str, second: str, claimed: bool = False) -> Ve
     if lost:
         text = f"{what}: never there on every seed: {', '.join(lost)}"
         return Verdict(f"{text}: not reproduced" if claimed else text)
-    logs = paired(np.log(theirs), np.log(ours))
-    mean, low, high = np.exp(logs)
+    mean, low, high = paired_ratio(theirs, ours)
     text = (
         f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] times fewer gradient-equivalents, "
         f"{bytes_:.3g} times the bytes"
@@ -203,8 +203,8 @@ def fewer(rows: list[Row], first: str, second: str, claimed: bool = False) -> Ve
         return Verdict(text)
     text += f", at least {LESS:g} and at most {MORE:g} claimed"
     met = bool(mean >= LESS and low > 1 and bytes_ <= MORE)
-    half = (logs[2] - logs[1]) / 2
-    return conclude(text, met, ours.size, half, float(np.log(LESS)))
+    half = math.log(high / mean)
+    return conclude(text, met, ours.size, half, math.log(LESS))
 
 
 def judge(rows: list[Row]) -> list[Verdict]:

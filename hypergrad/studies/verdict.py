@@ -29,6 +29,15 @@ def paired(first: Any, second: Any) -> tuple[float, float, float]:
     return mean, mean - float(half) / count**0.5, mean + float(half) / count**0.5
 
 
+def paired_ratio(first: Any, second: Any) -> tuple[float, float, float]:
+    """Geometric mean of ``first / second`` and its 95% interval over seeds.
+
+    That of `paired` by logarithms, of which half the width is ``log(high / mean)``.
+    """
+    mean, low, high = np.exp(paired(np.log(first), np.log(second)))
+    return float(mean), float(low), float(high)
+
+
 def number_of_seeds(number: int) -> str:
     """``1 seed``, ``2 seeds``."""
     return f"{number} seed{'s' * (number != 1)}"
@@ -101,7 +110,7 @@ class Claim(NamedTuple):
         if self.lower:
             first, second = second, first
         if self.ratio:
-            mean, low, high = np.exp(paired(np.log(first), np.log(second)))
+            mean, low, high = paired_ratio(first, second)
             none, form = 1.0, "{:.3g}"
         else:
             mean, low, high = self.scale * np.array(paired(first, second))
