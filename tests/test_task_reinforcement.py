@@ -129,10 +129,10 @@ def test_the_expected_return_is_that_of_a_policy_that_was_not_followed():
     w["actor"][-1]["b"] = jnp.array([0.0, 0.5])
     losses = cartpole.Losses(256, 20)
     keys = jax.random.split(jax.random.key(1), 64)
-    found = jax.jit(jax.vmap(lambda key: losses.expected_return(w, behaviour, key)))
-    truth = jax.jit(jax.vmap(lambda key: losses.mean_return(w, None, key) / 20))
-    other = jax.jit(jax.vmap(lambda key: losses.mean_return(behaviour, None, key) / 20))
-    found, truth, other = found(keys), truth(keys), other(keys)
+    over_keys = lambda f: jax.jit(jax.vmap(f, in_axes=(None, None, 0)))
+    found = over_keys(losses.expected_return)(w, behaviour, keys)
+    returns = over_keys(losses.mean_return)
+    truth, other = returns(w, None, keys) / 20, returns(behaviour, None, keys) / 20
     error = jnp.sqrt((jnp.var(found) + jnp.var(truth)) / 64)
     assert abs(jnp.mean(found) - jnp.mean(truth)) < 4 * error
     assert abs(jnp.mean(other) - jnp.mean(truth)) > 8 * error
