@@ -1,15 +1,11 @@
-"""The command line: ``hypergrad run NAME``, ``tasks``, ``estimators``, --version."""
+"""The command line: ``hypergrad run``, ``runs``, ``tasks``, ``estimators``."""
 
-import itertools
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from . import __version__
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .terminal import draw, errors_in_words, show
 
 HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
@@ -28,11 +24,13 @@ def run(
       task: name of the task, see `hypergrad tasks`.
       methods: rows of the table; none stands for all.
       seeds: number of seeds, from 0; the table's own number, unless told.
-      out: folder for NAME.jsonl, NAME.md and NAME.png.
+      out: folder for NAME.jsonl, NAME.md, NAME.png, and NAME.run.json of what the
+        run was made of.
     """
     from rich.console import Console
 
     from . import studies
+    from .runs import start
     from .studies.table import Request
     from .studies.verdict import number_of_seeds
 
@@ -51,14 +49,15 @@ def run(
     command = f"hypergrad run {task} --seeds {seeds} --out {out}"
     if methods:
         command += f" --methods {' '.join(map(repr, methods))}"
-    table = studies.table(study)
-    try:
-        table.run(table, Request("small", seeds, out, command, methods))
-    except ValueError as error:
-        sys.exit(f"hypergrad: {error}")
-    show(table.file(out, "md").read_text(), console)
-    for ending in ("jsonl", "md", "png"):
-        print(f"wrote {table.file(out, ending)}")  # a path in one piece
+    with errors_in_words():
+        run = start(study, Request("small", seeds, out, command, methods))
+    show(run.file(".md").read_text(), console)
+    for ending in (".jsonl", ".md", ".png", ".run.json"):
+        print(f"wrote {run.file(ending)}")  # a path in one piece
+
+
+def runs() -> None:
+    """List, show, compare, rerun or report runs: see hypergrad runs --help."""
 
 
 def tasks() -> None:
@@ -84,40 +83,6 @@ def estimators() -> None:
         draw(columns, rows, console)
 
 
-def show(text: str, console: "Console") -> None:
-    """A study's Markdown: its table drawn, and other lines as they are, wrapped."""
-    from rich.text import Text
-
-    is_row = lambda line: line.startswith("|")
-    for drawn, lines in itertools.groupby(text.splitlines(), is_row):
-        if drawn:
-            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
-            draw(head, rows, console)
-        else:
-            for line in lines:
-                console.print(Text(line))
-
-
-def draw(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], console: "Console"
-) -> None:
-    """A table in which no word and no name of a row is broken, if it is too wide."""
-    from rich.table import Table
-    from rich.text import Text
-
-    rows, table, least = list(rows), Table(), 1
-    for i, column in enumerate(columns):
-        cells = [column, *(row[i] for row in rows)]
-        width = max(map(len, cells if i == 0 else " ".join(cells).split()))
-        table.add_column(Text(column), min_width=width)
-        least += width + 3  # with a blank on either side and the border
-    for row in rows:
-        table.add_row(*map(Text, row))
-    if least > console.width:
-        table.width = least
-    console.print(table, crop=False)
-
-
 def main() -> None:
     """Entry point of the ``hypergrad`` command."""
     if sys.argv[1:] == ["--version"]:
@@ -127,12 +92,23 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {HELP}")
+    if sys.argv[1:2] == ["runs"]:
+        from .runs.commands import COMMANDS
+
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="hypergrad runs",
+            description="Runs that were kept.",
+            args=sys.argv[2:],
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+        return
     from .studies import STUDIES
 
     names = Literal[tuple(STUDIES)]  # pyright: ignore[reportInvalidTypeForm]
     run.__annotations__["task"] = Annotated[names, tyro.conf.Positional]
     tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "tasks": tasks, "estimators": estimators},
+        {"run": run, "runs": runs, "tasks": tasks, "estimators": estimators},
         prog="hypergrad",
         description="Hypergradients for JAX: run a task's table, list what there is.",
     )

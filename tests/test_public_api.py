@@ -216,14 +216,17 @@ def test_importing_loads_no_optional_package():
     assert not loaded, f"loaded without need: {loaded}"
 
 
-OUTSIDE = ("tasks", "studies", "cli.py", "plots.py", "__init__.py", "__main__.py")
+OUTSIDE = (
+    *("tasks", "studies", "runs", "terminal.py", "cli.py", "plots.py"),
+    *("__init__.py", "__main__.py"),
+)
 CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] not in OUTSIDE]
 
 
 @pytest.mark.parametrize("path", CORE, ids=name_of)
 def test_the_core_imports_no_task_and_no_command_line(path: Path):
     """Arrows run one way."""
-    for outside in ("tasks", "studies", "cli", "plots"):
+    for outside in ("tasks", "studies", "runs", "terminal", "cli", "plots"):
         name = f"hypergrad.{outside}"
         assert not any(
             found == name or found.startswith(f"{name}.") for found in imported(path)

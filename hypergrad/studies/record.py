@@ -42,12 +42,17 @@ def _clean(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file; ValueError for a line that is no strict JSON object."""
-    rows = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+def read(path: Path, *, whole: bool = True) -> list[Row]:
+    """The rows of a file; ValueError for a line that is no strict JSON object.
+
+    Where it need not be ``whole``, a last line that was cut off is left out.
+    """
+    rows, text = [], path.read_text()
+    if not whole:
+        text = text[: text.rfind("\n") + 1]
+    for number, one in enumerate(text.splitlines(), start=1):
         try:
-            row = json.loads(text, parse_constant=_refuse)
+            row = json.loads(one, parse_constant=_refuse)
             rows.append(dict(row))
         except (TypeError, ValueError) as error:
             raise ValueError(

@@ -1,0 +1,109 @@
+"""``hypergrad runs``: list, show, compare, rerun, report."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ..studies import STUDIES
+from ..terminal import draw, errors_in_words, show
+from .compare import compare, same_numbers
+from .manifest import again, find, load
+from .report import report as write_report
+
+
+def list_runs(root: Path = Path("runs")) -> None:
+    """List the runs in a folder and those below it.
+
+    Args:
+      root: the folder.
+    """
+    with errors_in_words():
+        found = find(root)
+    if not found:
+        sys.exit(f"hypergrad: no run in {root}; hypergrad run NAME makes one")
+    rows = [
+        (
+            str(run.path),
+            run.manifest["started"],
+            run.manifest["ended"] or "not ended",
+            str(run.manifest["configuration"]["seeds"]),
+            f"{len(run.rows)}",
+        )
+        for run in found
+    ]
+    draw(("run", "started", "ended", "seeds", "rows"), rows, Console())
+
+
+def show_run(path: Path) -> None:
+    """Show what a run was made of, and its table.
+
+    Args:
+      path: of the run: its files without their endings, such as runs/cleaning.
+    """
+    with errors_in_words():
+        run = load(path)
+    draw(("", ""), list(run.facts.items()), Console())
+    if run.file(".md").exists():
+        show(run.file(".md").read_text(), Console())
+
+
+def compare_runs(
+    first: Path, second: Path
+) -> None:
+    """Line two runs up: what differs in configuration, data, versions and numbers.
+
+    Args:
+      first: path of a run.
+      second: path of another.
+    """
+    with errors_in_words():
+        found = compare(load(first), load(second))
+    for about, text in found:
+        print(f"{about}: {text}")
+    if all(about != "numbers" for about, _ in found):
+        print("the numbers are the same to the bit")
+
+
+def repeat_run(
+    path: Path,
+    out: Path | None = None,
+) -> None:
+    """Repeat a run, and say whether its numbers came back to the bit.
+
+    Other data than the run's are refused. The exit code is 1 where numbers differ.
+
+    Args:
+      path: of the run.
+      out: folder of the repetition; "rerun" beside the run, unless told.
+    """
+    with errors_in_words():
+        first = load(path)
+        folder = first.path.parent / "rerun" if out is None else out
+        second = again(first, STUDIES[first.manifest["task"]], folder)
+    compare_runs(first.path, second.path)
+    if not same_numbers(first, second):
+        sys.exit(1)
+
+
+def report_run(path: Path, out: Path | None = None) -> None:
+    """Write a run as one page of HTML that needs nothing beside it.
+
+    Args:
+      path: of the run.
+      out: the page; NAME.html beside the run, unless told.
+    """
+    with errors_in_words():
+        run = load(path)
+        out = run.file(".html") if out is None else out
+        write_report(run, out)
+    print(f"wrote {out}")
+
+
+COMMANDS = {
+    "list": list_runs,
+    "show": show_run,
+    "compare": compare_runs,
+    "rerun": repeat_run,
+    "report": report_run,
+}

@@ -1,0 +1,98 @@
+"""Two runs lined up: what differs in what they were made of, and in their numbers."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..studies.record import Row
+from ..studies.table import VERSIONS
+from .manifest import Run, differing
+
+# Of a row, beside seconds, what tells of the machine and the call, not of the result.
+MADE = {*VERSIONS, "command"}
+
+
+class Difference(NamedTuple):
+    """One thing that is not the same in two runs, in words.
+
+    ``about`` is configuration, data, versions or numbers.
+    """
+
+    about: str
+    text: str
+
+
+def compare(a: Run, b: Run) -> list[Difference]:
+    """What differs, in the order in which to look for a cause; seconds are left out."""
+    found = [Difference("configuration", x) for x in _fields(a, b, "configuration")]
+    if a.manifest["data"] != b.manifest["data"]:
+        texts = _fields(a, b, "data") + differing(a.digests, b.digests)
+        found += [Difference("data", text) for text in texts]
+    found += [Difference("versions", x) for x in _fields(a, b, "versions")]
+    return found + [Difference("numbers", text) for text in _numbers(a, b)]
+
+
+def same_numbers(a: Run, b: Run) -> bool:
+    """Whether both hold the same cells with the same numbers, to the bit."""
+    return not _numbers(a, b)
+
+
+def _fields(a: Run, b: Run, name: str) -> list[str]:
+    one, two = dict(_flat(a.manifest[name])), dict(_flat(b.manifest[name]))
+    show = lambda value: "none" if value is None else str(value)
+    return [
+        f"{field}: {show(one.get(field))} | {show(two.get(field))}"
+        for field in dict.fromkeys([*one, *two])
+        if one.get(field) != two.get(field)
+    ]
+
+
+def _flat(tree: Row, above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name} ")
+        else:
+            yield above + name, value
+
+
+def _numbers(a: Run, b: Run) -> list[str]:
+    one, two = ({(r["method"], r["seed"]): r for r in run.rows} for run in (a, b))
+    texts = []
+    for cells, others, which in ((one, two, "first"), (two, one, "second")):
+        alone = [f"{method}, seed {seed}" for method, seed in cells.keys() - others]
+        if alone:
+            texts.append(f"in the {which} only: {'; '.join(sorted(alone))}")
+    both = [cell for cell in one if cell in two]
+    names = dict.fromkeys(n for cell in both for n in [*one[cell], *two[cell]])
+    for name in names:
+        if name in MADE or name.endswith("seconds"):
+            continue
+        apart = [c for c in both if one[c].get(name) != two[c].get(name)]
+        if apart:
+            texts.append(_largest(name, apart, one, two))
+    return texts
+
+
+def _largest(name: str, apart: list, one: dict, two: dict) -> str:
+    """How far apart a column is at most, and where."""
+
+    def distance(cell: tuple) -> float:
+        x, y = one[cell].get(name), two[cell].get(name)
+        try:
+            return max(abs(p - q) for p, q in zip(_list(x), _list(y), strict=True))
+        except (TypeError, ValueError):
+            return math.inf  # no number in one of them, or lists of other lengths
+
+    worst = max(apart, key=distance)
+    method, seed = worst
+    x, y = one[worst].get(name), two[worst].get(name)
+    count = f"{len(apart)} cell{'s' * (len(apart) > 1)}"
+    if isinstance(x, list) or isinstance(y, list):
+        what = f"by {distance(worst):.3g} at most"
+    else:
+        what = f"most in {x} | {y}"
+    return f"{name} in {count}, {what} ({method}, seed {seed})"
+
+
+def _list(x: Any) -> list:
+    return x if isinstance(x, list) else [x]

@@ -1,0 +1,244 @@
+"""Runs that are kept: what they are made of, lined up, repeated, as a page."""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from hypergrad import runs, studies
+from hypergrad.runs import commands
+from hypergrad.studies.study import Column, Study
+from hypergrad.studies.table import Request
+
+
+def study(x=None, shift: float = 0.0, stop=None) -> Study:
+    """Two methods whose numbers are known, on ten rows of data."""
+    x = np.arange(20.0).reshape(10, 2) if x is None else x
+
+    def row(number: float, seed: int) -> dict:
+        if (number, seed) == stop:
+            raise KeyboardInterrupt
+        return {
+            "score": number + seed + shift,
+            "curve": [number, number + shift],
+            "run_seconds": np.random.default_rng().random(),
+        }
+
+    def draw(rows, path):
+        plt.figure(figsize=(2, 1))
+        plt.plot([row["score"] for row in rows])
+        plt.savefig(path)
+        plt.close()
+
+    return Study(
+        name="toy",
+        paradigm="none",
+        source="a <test> & its author",
+        about="Nothing is learned.",
+        data=lambda: ("ten rows", {"x": x, "y": np.arange(10)}),
+        methods={
+            "one": lambda seed: row(1.0, seed),
+            "two": lambda seed: row(2.0, seed),
+        },
+        columns=(Column("score", "score"),),
+        claims=(),
+        draw=draw,
+        minutes=0.1,
+    )
+
+
+def start(folder: Path, seeds: int = 2, **changes) -> runs.Run:
+    request = Request("small", seeds, folder, "hypergrad run toy")
+    return runs.start(study(**changes), request)
+
+
+def test_a_run_says_what_it_was_made_of(tmp_path):
+    run = start(tmp_path)
+    made = runs.load(tmp_path / "toy").manifest
+    assert made == run.manifest
+    assert made["configuration"] == {
+        **{"scale": "small", "seeds": 2, "methods": ["one", "two"]}
+    }
+    assert made["command"] == "hypergrad run toy"
+    assert made["started"] <= made["ended"]
+    arrays = np.arange(10), np.arange(20.0).reshape(10, 2)
+    digest = hashlib.sha256(b"x" + arrays[1].tobytes() + b"y" + arrays[0].tobytes())
+    assert made["data"]["sha256"] == digest.hexdigest()
+    assert made["data"]["arrays"] == {"x": ["float64", 10, 2], "y": ["int64", 10]}
+    versions = made["versions"]
+    assert versions["packages"]["jax"] == jax.__version__
+    assert versions["packages"]["numpy"] == importlib.metadata.version("numpy")
+    assert versions["float"] == "float64"
+    assert [row["score"] for row in run.rows] == [1.0, 2.0, 2.0, 3.0]
+    assert run.facts["methods"] == "one, two"
+
+
+def test_the_commit_of_the_source_is_kept():
+    """Of this checkout, where it is one, with a plus where files differ from it."""
+    from hypergrad.runs import manifest
+
+    folder = Path(manifest.__file__).parent
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+    )
+    head = git("rev-parse", "HEAD")
+    if head.returncode or git("ls-files", "--error-unmatch", "manifest.py").returncode:
+        pytest.skip("not in a checkout")
+    changed = "+" if git("status", "--porcelain", "--", ".").stdout else ""
+    assert manifest._git(folder) == head.stdout.strip() + changed
+    assert manifest._git(Path("/")) is None
+
+
+def test_an_interrupted_run_is_kept_and_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, stop=(2.0, 1))
+    before = runs.load(tmp_path / "toy")
+    assert before.manifest["ended"] is None
+    assert len(before.rows) == 3
+    with before.file(".jsonl").open("a") as file:
+        file.write('{"method": "tw')  # what a kill leaves
+    assert len(before.rows) == 3
+    with pytest.raises(ValueError, match="interrupted before its table"):
+        runs.report(before, tmp_path / "page.html")
+    after = start(tmp_path)
+    assert after.manifest["started"] == before.manifest["started"]
+    assert after.manifest["ended"] is not None
+    whole = start(tmp_path / "whole")
+    assert runs.same_numbers(after, whole)
+
+
+def changed(row: int) -> np.ndarray:
+    x = np.arange(20.0).reshape(10, 2)
+    x[row] += 1e-12
+    return x
+
+
+def test_other_data_are_refused_by_row(tmp_path):
+    """In going on and in repeating; nothing of the run is lost."""
+    first = start(tmp_path, seeds=1)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="x differs in 1 rows: 3"):
+        start(tmp_path, x=changed(3))
+    with pytest.raises(ValueError, match="x has 10 rows, and 4"):
+        runs.again(first, study(x=np.arange(8.0).reshape(4, 2)), tmp_path / "again")
+    with pytest.raises(ValueError, match="holds the run itself"):
+        runs.again(first, study(), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_what_differs_is_named(tmp_path):
+    first = start(tmp_path / "a")
+    assert runs.compare(first, start(tmp_path / "b")) == []
+    longer = start(tmp_path / "c", seeds=3)
+    assert runs.compare(first, longer) == [
+        ("configuration", "seeds: 2 | 3"),
+        ("numbers", "in the second only: one, seed 2; two, seed 2"),
+    ]
+    other = start(tmp_path / "d", x=changed(7), shift=0.5)
+    about = [about for about, _ in runs.compare(first, other)]
+    texts = [text for _, text in runs.compare(first, other)]
+    assert about == ["data", "data", "numbers", "numbers", "numbers"]
+    assert texts[0].startswith("sha256: ")
+    assert texts[1] == "x differs in 1 rows: 7"
+    assert texts[2] == "score in 4 cells, most in 1.0 | 1.5 (one, seed 0)"
+    assert texts[3] == "curve in 4 cells, by 0.5 at most (one, seed 0)"
+    assert texts[4].startswith("data_sha256 in 4 cells")
+    made = json.loads(first.file(".run.json").read_text())
+    made["versions"]["packages"]["jax"] = "0.0.1"
+    first.file(".run.json").write_text(json.dumps(made))
+    found = runs.compare(runs.load(first.path), longer)
+    assert ("versions", f"packages jax: 0.0.1 | {jax.__version__}") in found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read"),
+        ('{"format": 1, ', "cannot be read"),
+        ("[]", "no manifest of format 1"),
+        ('{"format": 2}', "no manifest of format 1"),
+        ('{"format": 1, "task": "toy"}', "is damaged: it lacks command"),
+    ],
+)
+def test_a_damaged_manifest_is_no_traceback(content, message, tmp_path):
+    run = start(tmp_path, seeds=1)
+    run.file(".run.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        runs.load(run.path)
+    with pytest.raises(SystemExit, match=message):
+        commands.list_runs(tmp_path)
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="hypergrad run NAME makes one"):
+        runs.load(tmp_path / "none" / "toy")
+    run = start(tmp_path, seeds=1)
+    with pytest.raises(ValueError, match=f"there are {run.path}"):
+        runs.load(tmp_path / "tow")
+    assert runs.load(run.file(".run.json")).path == run.path
+    assert runs.load(run.file(".jsonl")).path == run.path
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    """List, show, compare, rerun and report; a rerun that differs exits with 1."""
+    monkeypatch.setitem(studies.STUDIES, "toy", study())
+    run = start(tmp_path)
+    commands.repeat_run(run.path)
+    assert "the numbers are the same to the bit" in capsys.readouterr().out
+    commands.list_runs(tmp_path)
+    assert "toy" in capsys.readouterr().out
+    commands.show_run(run.path)
+    assert run.manifest["data"]["sha256"] in "".join(capsys.readouterr().out.split())
+    commands.report_run(run.path)
+    assert run.file(".html").exists()
+    monkeypatch.setitem(studies.STUDIES, "toy", study(shift=1e-16 + 2.0**-40))
+    with pytest.raises(SystemExit) as stop:
+        commands.repeat_run(run.path, tmp_path / "other")
+    assert stop.value.code == 1
+    assert "numbers: score in 4 cells" in capsys.readouterr().out
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path):
+    run = start(tmp_path)
+    page = tmp_path / "elsewhere" / "page.html"
+    page.parent.mkdir()
+    runs.report(run, page)
+    text = page.read_text()
+    assert "a &lt;test&gt; &amp; its author" in text
+    for row in run.file(".md").read_text().splitlines():
+        if row.startswith("| one"):
+            cells = [cell.strip() for cell in row[1:-1].split("|")]
+            assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert base64.b64encode(run.file(".png").read_bytes()).decode() in text
+    assert "href=" not in text
+    assert text.count("src=") == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_page(tmp_path):
+    """Its own count of tables, rows, pictures that it could draw, and errors."""
+    run = start(tmp_path)
+    page = tmp_path / "page.html"
+    runs.report(run, page)
+    ask = """<script>onload = () => { document.title = [
+        document.querySelectorAll('table').length,
+        document.querySelectorAll('tbody')[0].rows.length,
+        [...document.images].map(x => x.complete && x.naturalWidth),
+        getComputedStyle(document.body).maxWidth].join(' ') }</script></body>"""
+    page.write_text(page.read_text().replace("</body>", ask))
+    found = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "<title>1 2 200 992px</title>" in found.stdout
