@@ -379,7 +379,7 @@ def remaining(
 
 
 def trade_off(
-    points: dict[str, list[tuple[float, float, bool]]], path: Path, title: str
+    panels: dict[str, dict[str, list[tuple[float, float, bool]]]], path: Path
 ) -> None:
     """Bytes against gradient-equivalents; a dot a seed, hollow where never there."""
     import matplotlib
@@ -387,19 +387,21 @@ def trade_off(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6 * len(panels), 6), layout="constrained"
+    )
     colors = matplotlib.colormaps["tab10"](range(10))
-    for color, (name, runs) in zip(colors, points.items(), strict=False):
-        for i, (cost, kilobytes, there) in enumerate(runs):
-            face = color if there else "none"
-            label = name if i == 0 else None
-            axis.plot(cost, kilobytes, "o", mec=color, mfc=face, ms=7, label=label)
-    axis.set_xscale("log")
-    axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
-    axis.set_ylabel("peak of an outer step, kB")
-    axis.grid(alpha=0.3, which="both")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
-    figure.suptitle(title)
+    for axis, (title, points) in zip(np.ravel(axes), panels.items(), strict=True):
+        for color, (name, runs) in zip(colors, points.items(), strict=False):
+            for i, (cost, kilobytes, there) in enumerate(runs):
+                face = color if there else "none"
+                label = name if i == 0 else None
+                axis.plot(cost, kilobytes, "o", mec=color, mfc=face, ms=7, label=label)
+        axis.set(xscale="log", yscale="log", title=title)
+        axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
+        axis.set_ylabel("peak, kB")
+        axis.grid(alpha=0.3, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

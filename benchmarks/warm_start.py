@@ -1,7 +1,8 @@
 """What is saved by going on from the last `w` and adjoint, and what that holds.
 
 The 500 penalties of `search`: the same descent to the same target, begun anew in every
-estimate, or carried on. See README.md.
+estimate, or carried on. What candidates save that share one `w` is in sharing.py, and
+in the same table. See README.md.
 """
 
 import functools
@@ -24,7 +25,7 @@ from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
-from . import plots
+from . import plots, sharing
 from .searching import (
     CLASSES,
     HIGH,
@@ -150,6 +151,8 @@ def descent_of(method: str) -> Program:
 def measure(cell: Row) -> Row:
     """One run of one way."""
     method, seed = cell["method"], cell["seed"]
+    if method in sharing.WAYS:
+        return sharing.measure(cell)
     parts, of = arrays(seed), known(seed, SIZE)
     found = descent_of(method)(parts["train"], parts["val"])
     h, cost = (np.asarray(found[name], float) for name in ("h", "cost"))
@@ -208,12 +211,13 @@ def fewer(rows: list[Row], first: str, second: str, claimed: bool = False) -> Ve
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Both against cold, w against cold, what the adjoint adds."""
+    """Both against cold, w against cold, what the adjoint adds; what sharing does."""
     cold, warm, both = STARTS
     return [
         fewer(rows, both, cold, claimed=True),
         fewer(rows, warm, cold),
         fewer(rows, both, warm),
+        *sharing.judge(rows),
     ]
 
 
@@ -247,6 +251,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             f"{lane(rows, method, 'carried_bytes').mean() / 1e3:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *sharing.markdown(rows)]
     mark = lambda verdict: "**FAILED** " if verdict.failed else ""
     return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
 
@@ -262,16 +267,22 @@ def draw(rows: list[Row], path: Path) -> None:
         ]
         for method in WAYS
     }  # fmt: skip
-    plots.trade_off(points, path, f"{SIZE} penalties, until within {NEAR:.0%}")
+    panels = {
+        f"{SIZE} penalties, until within {NEAR:.0%}": points,
+        "cells of an architecture, by method: regret": sharing.points(rows),
+    }
+    plots.trade_off(panels, path)
 
 
 TABLE = Table(
     name="warmstart",
-    source=SOURCE,
-    minutes=3,
+    source=f"{SOURCE}; Bender et al. 2018",
+    minutes=5,
     seeds=5,
     plan=lambda scale, seeds: [
-        {"method": method, "seed": seed} for method in WAYS for seed in range(seeds)
+        {"method": method, "seed": seed}
+        for method in (*WAYS, *sharing.WAYS)
+        for seed in range(seeds)
     ],
     run=cell_by_cell(measure, markdown, draw),
     judge=judge,

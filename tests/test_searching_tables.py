@@ -11,10 +11,11 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
-from benchmarks import searching, warm_start
+from benchmarks import searching, sharing, warm_start
 from benchmarks.searching import Gaussian, Known, Until
 from hypergrad.studies import record
 from hypergrad.studies.table import check
+from hypergrad.tasks import architecture
 
 # The problem.
 
@@ -289,8 +290,8 @@ def ways(cost: dict, size: dict) -> list[dict]:
     """Five seeds of every way; cost 1000 and 100 bytes but where told."""
     return [
         {"method": method, "seed": seed, "cost": cost.get(method, 1000.0),
-         "spent": 9e3, "bytes": size.get(method, 100)}
-        for method in warm_start.WAYS
+         "spent": 9e3, "bytes": size.get(method, 100), "regret": 0.01 * seed}
+        for method in (*warm_start.WAYS, *sharing.WAYS)
         for seed in range(5)
     ]  # fmt: skip
 
@@ -311,7 +312,7 @@ def test_a_warm_start_must_save_and_may_not_hold_much(cost, size, end):
     assert first.text.startswith(f"(o) {both} against cold")
     assert first.text.endswith(end)
     assert not any(verdict.failed for verdict in (first, *others))
-    assert len(others) == 2
+    assert len(others) == 2 + 4
 
 
 def test_a_target_is_reached_at_a_step():
@@ -319,3 +320,69 @@ def test_a_target_is_reached_at_a_step():
     h, cost = np.array([3.0, np.nan, 1.0, 0.5]), np.array([1.0, 2.0, 3.0, 4.0])
     assert warm_start.reached(h, cost, 1.0) == {"cost": 3.0, "steps": 3, "spent": 4.0}
     assert warm_start.reached(h, cost, 0.1)["cost"] is None
+
+
+# What candidates share.
+
+
+def test_cells_are_numbered_as_they_are_ranked():
+    found = [int(sharing.number(None, jnp.array(x), None)) for x in architecture.CELLS]
+    assert found == list(range(125))
+
+
+@pytest.mark.parametrize(("at_once", "trainings"), [(0, 5), (2, 1)])
+def test_a_search_costs_its_trainings_and_a_value_a_draw(
+    monkeypatch, at_once, trainings
+):
+    """Steps on 50 of 600 images, values on 400; one training where it is shared."""
+    way = sharing.Way(2, 0.05, draws=5, at_once=at_once)
+    monkeypatch.setitem(sharing.WAYS, "way", way)
+    trace = sharing.seek("way", 0)
+    assert len(trace.value) == 5
+    cost = trainings * 2 * 50 / 600 + 5 * 400 / 600 / 3
+    assert trace.cost[-1] == pytest.approx(cost, rel=1e-6)
+    problem = architecture.make(key=jax.random.key(0)).problem
+    cells = jnp.array(architecture.CELLS)[trace.metrics["cell"].astype(int)]
+    if at_once:
+        found = sharing.value(problem, trace.w, cells)
+        np.testing.assert_allclose(trace.value, found, rtol=1e-5)
+    best = jnp.argmin(trace.value)
+    found = sharing.value(problem, trace.w, cells[best])
+    np.testing.assert_allclose(trace.value[best], found, rtol=1e-5)
+
+
+def test_what_is_found_is_judged_by_its_own_trainings():
+    """Values that rank as the truth does, and the other way round."""
+    error = -architecture.ranking()["test_accuracy"].mean(axis=1)
+    tried = np.array([3, 70, 124, 9, 70])
+    best = tried[np.argmin(error[tried])]
+    row = sharing.judged(error[tried], tried)
+    assert row["regret"] == pytest.approx(error[best] - error.min())
+    assert row["rank"] == 1 + np.sum(error < error[best])
+    assert row["rank_correlation"] == pytest.approx(1)
+    assert row["cell"].split() == [
+        architecture.OPERATIONS[o] for o in architecture.CELLS[best]
+    ]
+    assert sharing.judged(-error[tried], tried)["rank_correlation"] == pytest.approx(-1)
+    every = sharing.judged(error, np.arange(125))
+    assert (every["regret"], every["rank"]) == (0, 1)
+
+
+def test_the_line_of_sharing_holds_its_ratios_and_the_regret_it_adds():
+    """Four times cheaper, three times the bytes, two points worse on every seed."""
+    rows = ways({sharing.SHORT: 250.0}, {sharing.SHORT: 300})
+    for row in rows:
+        row["regret"] += 0.02 * (row["method"] == sharing.SHORT)
+    text = sharing.judge(rows)[0].text
+    assert text == (
+        f"{sharing.SHORT} against {sharing.EACH}: 4 times fewer gradient-equivalents, "
+        "3 times the bytes, +2.0 [+2.0, +2.0] points of regret"
+    )
+
+
+def test_values_at_once_hold_more():
+    """The same training; sixteen candidates' values beside one another."""
+    (one, held), (many, also) = map(sharing.bytes_of, (sharing.SHARED, sharing.BESIDE))
+    alone, nothing = sharing.bytes_of(sharing.EACH)
+    assert alone < one < many < 17 * one
+    assert held == also > nothing == 0
