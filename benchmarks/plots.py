@@ -397,7 +397,9 @@ def trade_off(
                 face = color if there else "none"
                 label = name if i == 0 else None
                 axis.plot(cost, kilobytes, "o", mec=color, mfc=face, ms=7, label=label)
-        axis.set(xscale="log", yscale="log", title=title)
+        heights = [kilobytes for runs in points.values() for _, kilobytes, _ in runs]
+        scale = "log" if max(heights) > 10 * min(heights) else "linear"
+        axis.set(xscale="log", yscale=scale, title=title)
         axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
         axis.set_ylabel("peak, kB")
         axis.grid(alpha=0.3, which="both")

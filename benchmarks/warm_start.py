@@ -269,7 +269,7 @@ def draw(rows: list[Row], path: Path) -> None:
     }  # fmt: skip
     panels = {
         f"{SIZE} penalties, until within {NEAR:.0%}": points,
-        "cells of an architecture, by method: regret": sharing.points(rows),
+        "cells of an architecture; in the key, points of regret": sharing.points(rows),
     }
     plots.trade_off(panels, path)
 
