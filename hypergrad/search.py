@@ -27,7 +27,7 @@ from .problem import Bilevel, whole
 from .searchers import Searcher, populations
 from .settings import number
 from .trace import FAILED, Trace
-from .trees import all_finite
+from .trees import all_finite, fingerprint
 
 
 def search(
@@ -67,7 +67,9 @@ def search(
       record: called after each trial with all there is to know of it, a dict of plain
         numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
         is None, and an infinity its name. Under ``alpha`` are its leaves, in the order
-        of ``jax.tree.leaves``: of a dict by sorted keys.
+        of ``jax.tree.leaves``: of a dict by sorted keys; under ``search`` a fingerprint
+        of problem, solver and ``w``, by which trials of others are refused: of their
+        numbers, data included, and the names of their functions.
         A searcher of a population calls it after each round, with a dict of arrays, all
         that there is to know of the search so far: keep the latest,
         ``np.savez(file, **it)``, and replace the file before only once it is written.
@@ -139,6 +141,7 @@ def search(
     metrics = check_metrics(metrics)
 
     run = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
+    name = fingerprint((problem, solver, w)) if record or len(trials) else ""
     rows, spent, last = [], 0.0, 0.0
     best: tuple[Any, ...] = (None, None, None, None)
     while not rows or spent + last <= budget:
@@ -154,7 +157,7 @@ def search(
         known, found = len(rows) < len(trials), None
         if known:
             _, form = eqx.filter_eval_shape(run, alpha, trial_key)
-            alpha, row = _restored(trials[len(rows)], len(rows), alpha, form)
+            alpha, row = _restored(trials[len(rows)], len(rows), name, alpha, form)
         else:
             found, row = run(alpha, trial_key)
         value = row["value"]
@@ -165,7 +168,7 @@ def search(
         last = float(row["stats"]["gradient_equivalents"])
         spent += last
         if record is not None and not known:
-            record(_plain(alpha, rows[-1]))
+            record({"search": name, **_plain(alpha, rows[-1])})
         if progress is not None and not known:
             progress(len(rows), best[0] if several else best[0].item())
 
@@ -224,7 +227,7 @@ def _number(x):
     return math.nan if x is None else float(x) if isinstance(x, str) else x
 
 
-def _restored(recorded, index, alpha, form):
+def _restored(recorded, index, name, alpha, form):
     """``alpha`` and the row of a recorded trial, in the dtypes of a new one."""
     missing = lambda x: x is None
     plain = lambda x: jax.tree.map(_number, x, is_leaf=missing)
@@ -239,6 +242,12 @@ def _restored(recorded, index, alpha, form):
             f"trials[{index}] is no trial of this search, pass what record was given: "
             f"{error}"
         ) from error
+    if recorded.get("search") != name:
+        raise ValueError(
+            f"trials[{index}] was recorded with another problem, solver or w, data "
+            f"included: it says {recorded.get('search')}, and this search is {name}; "
+            "pass those that it was recorded with"
+        )
     near = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
     if not all(map(near, known, asked)):
         raise ValueError(

@@ -463,11 +463,11 @@ def test_half_precision_goes_on_as_well(tmp_path):
 def test_rounds_of_another_search_are_refused():
     known = []
 
-    def search(searcher=None, num_steps=3, w=None, **changes):
+    def search(searcher=None, num_steps=3, w=None, problem=PROBLEM, **changes):
         searcher = hg.searchers.PopulationBased(4) if searcher is None else searcher
         settings = {"space": SPACE, "budget": 40} | changes
         w = jnp.zeros(2) if w is None else w
-        hg.search(PROBLEM, hg.Descent(MOMENTUM, num_steps), searcher, w, **settings)
+        hg.search(problem, hg.Descent(MOMENTUM, num_steps), searcher, w, **settings)
 
     search(record=known.append)
     for changes in (
@@ -480,6 +480,7 @@ def test_rounds_of_another_search_are_refused():
         {"space": {"center": hg.spaces.Interval(-2.0, 3.0, shape=(2,))}},
         {"space": {"center": hg.spaces.Interval(jnp.full(2, -1.0), 2.0, shape=(2,))}},
         {"w": jnp.ones(2)},
+        {"problem": hg.Bilevel(inner, outer, None, jnp.ones(3))},
     ):
         with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by Pop.*key"):
             search(trials=known, **changes)

@@ -331,6 +331,24 @@ def test_trials_of_another_search_are_refused():
         search(record="trials.jsonl")
 
 
+def test_trials_of_another_problem_solver_or_w_are_refused():
+    """Their alphas are those asked for; data, numbers of the solver or w are not."""
+    of = lambda target: hg.Bilevel(inner, outer, None, jnp.array(target))
+    settings = {"problem": of(0.5), "solver": hg.Newton(tolerance=0.1), "budget": 8.0}
+    known, trace = recorded(**settings)
+    resumed = search(**settings, trials=known)
+    np.testing.assert_array_equal(resumed.value, trace.value)
+    for changes in (
+        {"problem": of(0.6)},
+        {"problem": hg.Bilevel(inner, outer, jnp.array(0.5), None)},
+        {"solver": hg.Newton(tolerance=0.2)},
+        {"solver": hg.Descent(optax.sgd(0.1), 3)},
+        {"w": jnp.ones(2)},
+    ):
+        with pytest.raises(ValueError, match=r"trials\[0\] was recorded with another"):
+            search(**settings | changes, trials=known)
+
+
 # Several outer losses.
 
 ENDS = np.array([[0.2, 0.3], [0.8, 0.7]])

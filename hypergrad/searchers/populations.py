@@ -4,7 +4,6 @@
 from. Their solver is one that goes step by step, such as `Descent`.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +24,7 @@ from ..metrics import Metric, Progress
 from ..problem import Bilevel, Data, whole
 from ..settings import check_steps
 from ..trace import FAILED, Trace
-from ..trees import all_finite
+from ..trees import all_finite, fingerprint, is_key, plain
 
 
 class Members(eqx.Module):
@@ -281,14 +280,12 @@ def run(
 
 
 def described(searcher: Populations, setting: Setting, key: Array) -> str:
-    """Whose rounds they are; of its numbers and those of space and ``w`` a digest."""
-    digest = hashlib.sha256()
-    for x in map(_plain, jax.tree.leaves((searcher, setting.space, setting.w))):
-        digest.update(f"{x.dtype} {x.shape} ".encode() + x.tobytes())
+    """Whose rounds they are; of its numbers, ``w`` and the data included, a digest."""
+    numbers = searcher, setting.problem, setting.solver, setting.w, setting.space
     space = eqx.tree_pformat(setting.space, width=10**6)
     return (
         f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
-        f"{_plain(key).tolist()}, numbers and w {digest.hexdigest()[:16]}"
+        f"{plain(key).tolist()}, numbers, w and data {fingerprint(numbers)}"
     )
 
 
@@ -299,7 +296,7 @@ ROW_A_MEMBER = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
 def recorded(course: Course, name: str) -> dict:
     """A course as a dict of arrays, ``name`` saying whose it is."""
     leaves = jax.tree.leaves_with_path(course)
-    return {"search": np.asarray(name)} | {_name(path): _plain(x) for path, x in leaves}
+    return {"search": np.asarray(name)} | {_name(path): plain(x) for path, x in leaves}
 
 
 def restored(known: dict, form: Course, name: str) -> Course:
@@ -324,20 +321,12 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
-
-
-def _plain(x: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
-
-
 def _like(form: Any, known: Any, name: str) -> Any:
     """What was recorded of a leaf; where it has a row a member, how many may differ."""
     if isinstance(form, int | float):
         return type(form)(known)
     known = np.asarray(known)
-    if _is_key(form):
+    if is_key(form):
         implementation = jax.random.key_impl(jnp.empty((), form.dtype))
         known = jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
     free = known.ndim > 0 and name.startswith(ROW_A_MEMBER)
@@ -346,7 +335,7 @@ def _like(form: Any, known: Any, name: str) -> Any:
             f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
             f"search is {form.shape}; pass the same problem, solver and space"
         )
-    if _is_key(form):
+    if is_key(form):
         return known
     # np.load knows no bfloat16, and gives the bytes of one.
     known = known.view(form.dtype) if known.dtype.kind == "V" else known
