@@ -1,7 +1,7 @@
 """The outer loop without gradients."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -115,6 +115,7 @@ def search(
     check_progress(progress)
     if record is not None and not callable(record):
         raise TypeError(f"record must be a function of one row; got {record!r}")
+    _check_trials(trials)
     if not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
@@ -180,6 +181,20 @@ def search(
         found, _ = run(alpha, trial_key)
     status = 0 if np.isfinite(best[0]).all() else FAILED
     return Trace(alpha, found, alpha, status_code=jnp.asarray(status), **columns)
+
+
+def _check_trials(trials):
+    """Refuses what is no list of what ``record`` was given."""
+    if not isinstance(trials, Sequence) or isinstance(trials, str):
+        raise TypeError(
+            "trials must be a list of dicts, as record was given them; got "
+            f"{type(trials).__name__}"
+        )
+    for index, trial in enumerate(trials):
+        if not isinstance(trial, Mapping):
+            raise TypeError(
+                f"trials[{index}] must be a dict, as record was given it; got {trial!r}"
+            )
 
 
 def _setting(problem, solver, w, space, metrics) -> populations.Setting:

@@ -497,6 +497,19 @@ def test_rounds_of_another_search_are_refused():
             ValueError, match=rf"{name} of shape {re.escape(str(shape))}"
         ):
             search(trials=[cut])
+    for name in ("rounds", "rows.value"):
+        with pytest.raises(ValueError, match=f"{name} that is no number"):
+            search(trials=[known[-1] | {name: np.asarray("many")}])
+    for name in ("rows.value", "last.rows.value", "last.members.alpha.center"):
+        cut = known[-1] | {name: known[-1][name][:1]}
+        with pytest.raises(ValueError, match=f"cut short.*{name}': 1"):
+            search(trials=[cut])
+    for broken in (None, 5, "rounds.npz", known[-1]):
+        with pytest.raises(TypeError, match="trials must be a list of dicts"):
+            search(trials=broken)
+    for broken in (None, 5, "rounds.npz"):
+        with pytest.raises(TypeError, match="must be a dict"):
+            search(trials=[broken])
 
 
 def test_the_shared_weights_of_another_supernet_are_refused():

@@ -329,6 +329,11 @@ def test_trials_of_another_search_are_refused():
         search(trials=known, metrics=METRICS)
     with pytest.raises(TypeError, match="record"):
         search(record="trials.jsonl")
+    for broken in (None, 5, "trials.jsonl", known[0]):
+        with pytest.raises(TypeError, match="trials must be a list of dicts"):
+            search(trials=broken)
+    with pytest.raises(TypeError, match=r"trials\[1\] must be a dict.*got None"):
+        search(trials=[known[0], None])
 
 
 def test_trials_of_another_problem_solver_or_w_are_refused():

@@ -313,28 +313,47 @@ def restored(known: dict, form: Course, name: str) -> Course:
             "trials[-1] is no round of this search, which differs from it in "
             f"{', '.join(sorted(lacking))}; pass the same problem, solver and metrics"
         )
-    found = [_like(x, known[_name(path)], _name(path)) for path, x in leaves]
-    return structure.unflatten(found)
+    found = {
+        _name(path): _like(x, known[_name(path)], _name(path)) for path, x in leaves
+    }
+    for part in ("rows.", "last."):
+        of = {n: len(x) for n, x in found.items() if n.startswith(part) and _free(n, x)}
+        if len(set(of.values())) > 1:
+            raise ValueError(
+                f"trials[-1] is cut short: its arrays hold {of} members; pass what "
+                "record was given"
+            )
+    return structure.unflatten(found.values())
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def _free(name: str, known: Any) -> bool:
+    """Whether a recorded leaf has a row a member."""
+    return np.ndim(known) > 0 and name.startswith(ROW_A_MEMBER)
+
+
 def _like(form: Any, known: Any, name: str) -> Any:
     """What was recorded of a leaf; where it has a row a member, how many may differ."""
-    if isinstance(form, int | float):
-        return type(form)(known)
     known = np.asarray(known)
+    if known.dtype.kind not in "biufV":
+        raise ValueError(
+            f"trials[-1] holds a {name} that is no number but {known.dtype}; pass what "
+            "record was given"
+        )
     if is_key(form):
         implementation = jax.random.key_impl(jnp.empty((), form.dtype))
         known = jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
-    free = known.ndim > 0 and name.startswith(ROW_A_MEMBER)
-    if known.shape != (known.shape[:1] + form.shape[1:] if free else form.shape):
+    shape = np.shape(form)
+    if known.shape != (known.shape[:1] + shape[1:] if _free(name, known) else shape):
         raise ValueError(
             f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
-            f"search is {form.shape}; pass the same problem, solver and space"
+            f"search is {shape}; pass the same problem, solver and space"
         )
+    if isinstance(form, int | float):
+        return type(form)(known)
     if is_key(form):
         return known
     # np.load knows no bfloat16, and gives the bytes of one.
