@@ -269,6 +269,24 @@ def start_reads_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bo
     return reads(lambda alpha: problem.initial(w, alpha), alpha)
 
 
+def check_searched(value: Any, alpha: PyTree) -> None:
+    """Refuses a leaf of ``alpha`` that ``value(alpha)`` does not read."""
+    read = reads(value, alpha)
+    unread = [
+        f"alpha{jax.tree_util.keystr(path)}"
+        for (path, _), is_read in zip(
+            jax.tree.leaves_with_path(alpha), read, strict=True
+        )
+        if not is_read
+    ]
+    if unread:
+        raise ValueError(
+            f"nothing reads {', '.join(unread)}: neither losses nor solver nor start, "
+            "so that all its values would be worth the same; take it out of the space, "
+            "or read it"
+        )
+
+
 def reads(f: Any, *arguments: PyTree) -> Sequence[bool]:
     """Which leaves of its arguments a function reads, by its jaxpr."""
     closed = jax.make_jaxpr(f)(*arguments)
@@ -284,7 +302,13 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
         shapes = jax.tree.map(
             lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", (w, alpha, batch)
         )
-        error.add_note(f"while evaluating {name}(w, alpha, batch) on shapes {shapes}")
+        where = f"while evaluating {name}(w, alpha, batch) on shapes {shapes}"
+        if isinstance(error, KeyError):
+            raise ValueError(
+                f"{name} reads {error}, which is not there, {where}; give it to the w, "
+                "alpha, space or data that has none, or read what there is"
+            ) from error
+        error.add_note(where)
         raise
     if not (hasattr(out, "shape") and out.shape == ()):
         got = jax.tree.map(lambda x: tuple(x.shape), out)

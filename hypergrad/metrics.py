@@ -1,5 +1,6 @@
 """What is measured along a run, and who is told: functions of the user's."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,13 +35,15 @@ def check_metrics(
             )
         if not callable(metric):
             raise TypeError(f"metrics[{name!r}] must be a function; got {metric!r}")
+        _check_arguments(name, metric)
         if w is not None:
             try:
                 shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
             except Exception as error:
                 error.add_note(
                     f"while tracing metrics[{name!r}], which is called as "
-                    "fn(w, alpha, key) -> scalar"
+                    "fn(w, alpha, key) -> scalar, with a PRNG key and no batch; arrays "
+                    "that it reads are passed by jax.tree_util.Partial(fn, arrays)"
                 )
                 raise
             if shape != ():
@@ -48,6 +51,20 @@ def check_metrics(
                     f"metrics[{name!r}] must return a scalar, got shape {shape}"
                 )
     return dict(metrics)
+
+
+def _check_arguments(name: str, metric: Metric) -> None:
+    """Refuses a function of other than three arguments, where it says so."""
+    try:
+        signature = inspect.signature(metric)
+    except ValueError:  # of a builtin, which has none
+        return
+    try:
+        signature.bind("w", "alpha", "key")
+    except TypeError:
+        raise TypeError(
+            f"metrics[{name!r}] is called as fn(w, alpha, key), but takes {signature}"
+        ) from None
 
 
 def at_step(metric: Metric, step: Array) -> Metric:

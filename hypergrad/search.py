@@ -16,6 +16,7 @@ from .checks import (
     as_key,
     check_problem,
     check_problem_is,
+    check_searched,
     is_traced,
     traced,
 )
@@ -91,8 +92,9 @@ def search(
     best, one more, outside the ledger, for its ``w``.
 
     Raises:
-      TypeError, ValueError: bad input, before anything is traced; ``trials`` that this
-        searcher would not have asked for.
+      TypeError, ValueError: bad input, before anything is traced, such as a leaf of
+        ``alpha`` that nothing reads; ``trials`` that this searcher would not have asked
+        for.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -153,7 +155,7 @@ def search(
             break
         w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
-            check_problem(problem, w, alpha, solver)
+            _check(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
         known, found = len(rows) < len(trials), None
         if known:
@@ -197,12 +199,20 @@ def _check_trials(trials):
             )
 
 
+def _check(problem, w, alpha, solver):
+    """As of any problem, and that every leaf of ``alpha`` makes a difference."""
+    check_problem(problem, w, alpha, solver)
+    key = jax.random.key(0)
+    trial = lambda alpha: _trial(problem, solver, w, alpha, {}, key)[1]["value"]
+    check_searched(trial, alpha)
+
+
 def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     """What a population shares, checked as a first trial is."""
     populations.check_solver_steps(solver)
     alpha = spaces.sample(space, jax.random.key(0))
     w, alpha = as_inputs(w, alpha, differentiable=False)
-    check_problem(problem, w, alpha, solver)
+    _check(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
     if taken := sorted({"steps", "parent"} & metrics.keys()):
         raise ValueError(

@@ -322,6 +322,21 @@ LOOPS = {
         minimize, (TypeError, ValueError), ["accuracy", "scalar"],
         {"metrics": {"accuracy": lambda w, alpha, key: w}},
     ),
+    "metric of two arguments": (
+        minimize, TypeError, ["metrics", "accuracy", r"called as fn\(w, alpha, key\)"],
+        {"metrics": {"accuracy": lambda w, alpha: w}},
+    ),
+    "metric of two arguments in search": (
+        search, TypeError, ["metrics", "accuracy", r"but takes \(w, alpha\)"],
+        {"metrics": {"accuracy": lambda w, alpha: w}},
+    ),
+    "a leaf that the space lacks": (
+        search, ValueError, ["inner_loss reads 'rate'", "space", "penalty"],
+        {
+            "problem": hg.Bilevel(lambda w, alpha, batch: w * alpha["rate"], outer),
+            "space": {"penalty": Unit()},
+        },
+    ),
     "metrics are no dict": (
         minimize, TypeError, ["metrics"], {"metrics": lambda w, alpha, key: 0.0},
     ),
@@ -761,7 +776,7 @@ def test_a_metric_that_fails_is_named():
     with pytest.raises(TypeError) as raised:
         hg.minimize(
             problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.0, num_steps=2,
-            metrics={"mine": lambda w: w},
+            metrics={"mine": lambda w, alpha, key: w + "text"},
         )  # fmt: skip
     assert any("metrics['mine']" in note for note in raised.value.__notes__)
 

@@ -568,9 +568,11 @@ def test_what_no_population_can_train_is_refused():
 @pytest.mark.parametrize("kind", [hg.spaces.Integer(1, 4), hg.spaces.Choice(3)])
 def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
     seen = []
+    reads = lambda w, alpha, batch: outer(w, alpha, batch) + 0 * alpha["kind"]
     with pytest.raises(ValueError, match=r"SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
         hg.search(
-            PROBLEM, hg.Descent(MOMENTUM, 2), hg.searchers.PopulationBased(4),
+            hg.Bilevel(inner, reads), hg.Descent(MOMENTUM, 2),
+            hg.searchers.PopulationBased(4),
             jnp.zeros(2), space=SPACE | {"kind": kind}, budget=100,
             progress=lambda *now: seen.append(now),
         )  # fmt: skip

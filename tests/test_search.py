@@ -287,6 +287,30 @@ def test_what_is_no_number_is_recorded_as_strict_json():
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
+UNREAD = {"read": Unit(), "not": Unit(shape=(2,))}
+READ = hg.Bilevel(
+    lambda w, alpha, batch: (w - alpha["read"]) ** 2, lambda w, alpha, batch: w**2
+)
+
+
+@pytest.mark.parametrize(
+    "searcher", [hg.searchers.Random(), hg.searchers.SuccessiveHalving(4)]
+)
+def test_a_leaf_that_nothing_reads_is_refused(searcher):
+    """By the jaxpr; one that the solver, the start or the outer loss reads is not."""
+    run = lambda problem, rate: hg.search(
+        problem, hg.Descent(rate, 4), searcher, 0.0, space=UNREAD, budget=17
+    )
+    sgd = lambda rate: optax.sgd(0.1 * rate)
+    with pytest.raises(ValueError, match=r"nothing reads alpha\['not'\].*out of the"):
+        run(READ, optax.sgd(0.1))
+    run(READ, lambda alpha: sgd(jnp.sum(alpha["not"])))
+    start = lambda w, alpha: w + alpha["not"][0]
+    run(hg.Bilevel(READ.inner_loss, READ.outer_loss, start=start), optax.sgd(0.1))
+    outer = lambda w, alpha, batch: w**2 + 0 * alpha["not"][1]
+    run(hg.Bilevel(READ.inner_loss, outer), optax.sgd(0.1))
+
+
 def test_what_is_no_searcher_is_refused():
     """One that cannot be told, a number that can be rounded, a class."""
 
