@@ -1,5 +1,6 @@
 """Searchers against known optima, their own libraries run by hand, and themselves."""
 
+import functools
 import io
 import itertools
 import json
@@ -11,10 +12,11 @@ import cmaes
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optuna
 import pytest
 import scipy.stats
-from evosax.algorithms import CMA_ES, SNES, DifferentialEvolution
+from evosax.algorithms import CMA_ES, PGPE, SNES, DifferentialEvolution, Sep_CMA_ES
 from scipy.stats import qmc
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -377,8 +379,14 @@ def test_cmaes_proposes_what_cmaes_does(population):
             generation = []
 
 
+# PGPE's own optimizer calls what optax has deprecated.
+ASCENT = functools.partial(PGPE, optimizer=optax.adam(0.05))
+
+
 @pytest.mark.parametrize(
-    "strategy", [CMA_ES, SNES, DifferentialEvolution], ids=lambda x: x.__name__
+    "strategy",
+    [CMA_ES, Sep_CMA_ES, SNES, ASCENT, DifferentialEvolution],
+    ids=["CMA_ES", "Sep_CMA_ES", "SNES", "PGPE", "DifferentialEvolution"],
 )
 def test_evolution_proposes_what_evosax_does(strategy):
     """Ten generations of six, by the library's own ask and tell."""
@@ -422,7 +430,7 @@ def generation(strategy, values, elsewhere=None):
     return state
 
 
-@pytest.mark.parametrize("strategy", [SNES, DifferentialEvolution])
+@pytest.mark.parametrize("strategy", [SNES, ASCENT, DifferentialEvolution])
 def test_a_generation_of_evolution_with_failures(strategy):
     """They count as its worst; of nothing but failures all are alike."""
     same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
