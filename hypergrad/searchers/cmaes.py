@@ -30,8 +30,13 @@ class CMAES(eqx.Module):
 
     Budget: 110 trials, for a value within 1e-4 (see `hypergrad.searchers`).
 
-    Cost: an ask replays all generations, O(axes^3) each. Source: Hansen & Ostermeier
-    2001; Nomura & Shibata 2024, arXiv:2402.01373 (cmaes).
+    Cost: an ask replays all generations, O(axes^3) each, and draws until all axes are
+    within the box, at most 100 times, by cmaes at O(axes^3) a draw. With hundreds of
+    axes hardly a draw is, so that an ask takes seconds: there take
+    ``Evolution(evosax.algorithms.Sep_CMA_ES, size)``, which has a deviation an axis in
+    place of the covariance, O(axes) a trial, and no box to fall out of.
+
+    Source: Hansen & Ostermeier 2001; Nomura & Shibata 2024, arXiv:2402.01373 (cmaes).
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.CMAES()
