@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hypergrad import choose, cli
+from hypergrad import choose, cli, searchers
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,3 +40,28 @@ def test_the_example_on_the_page_runs_as_printed(capsys: pytest.CaptureFixture):
     assert trusted == "True"
     assert float(error_estimate) < 1e-2
     assert float(difference) < 1e-2
+
+
+def test_every_searcher_has_its_line_in_the_guide():
+    """`Searcher` is the protocol."""
+    page = (ROOT / "docs/choose.md").read_text().split("## Which searcher?")[1]
+    first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name.strip(" `") for cell in first for name in cell.split(",")]
+    assert sorted(named) == sorted(set(searchers.__all__) - {"Searcher"})
+
+
+def test_the_guide_to_searchers_says_what_the_tables_do():
+    """Costs and evaluations as printed in the committed tables."""
+    page = (ROOT / "docs/choose.md").read_text().split("## Which searcher?")[1]
+    table = (ROOT / "benchmarks/results/search.md").read_text()
+    two, twenty, _ = table.split(" hyperparameters**")[1:]
+    cells = lambda part, name: part.split(f"| {name} | ")[1].split(" | ")
+    costs = [cells(two, name)[1] for name in ("GaussianProcess", "TPE", "Grid")]
+    costs += [cells(two, "implicit")[1]]
+    assert all(f"{cost}" in page.split("| searcher")[0] for cost in costs)
+    for name in ("Grid", "Sobol", "TPE", "GaussianProcess"):
+        assert f"2: there after {cells(two, name)[6]} trials" in page
+    assert (
+        f"{float(cells(twenty, 'CMAES')[3][:-1]):.0f}% of the way left, after " in page
+    )
+    assert f"after {cells(twenty, 'CMAES')[6]} trials" in page
