@@ -407,3 +407,43 @@ def trade_off(
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def growth(
+    panels: dict[tuple[str, str], dict[str, tuple[list, list]]], path: Path
+) -> None:
+    """Counts against sizes, a line a method, both logarithmic.
+
+    panels: (what is counted, what grows) -> method -> (sizes, counts).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counted = list(dict.fromkeys(column for column, _ in panels))
+    grows = list(dict.fromkeys(axis for _, axis in panels))
+    figure, axes = pyplot.subplots(
+        len(counted),
+        len(grows),
+        figsize=(3.6 * len(grows) + 2.4, 3.2 * len(counted)),
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    colors = matplotlib.colormaps["tab20"](range(20))
+    for (column, axis), lines in panels.items():
+        panel = axes[counted.index(column), grows.index(axis)]
+        for color, (name, (sizes, counts)) in zip(colors, lines.items(), strict=False):
+            panel.plot(sizes, counts, "o-", color=color, ms=3, lw=1.4, label=name)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_title(f"{column} against {axis}", fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel, name in zip(axes[-1], grows, strict=True):
+        panel.set_xlabel(name)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

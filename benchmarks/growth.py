@@ -1,0 +1,310 @@
+"""How operations and bytes of a hypergradient grow, beside what theory says.
+
+Programs are compiled and not run, so that every number is the same on every run. See
+README.md for the protocol.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.studies.record import Row
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict
+
+from . import plots
+
+PRODUCTS = 4  # of a linear solve
+RATE, MOMENTUM = 0.1, 0.9
+OPTIMIZER = optax.sgd(RATE, momentum=MOMENTUM)
+DECADES = 100  # by which the sizes of a fit differ at the most
+TOLERANCE, SAME_SCRATCH, SAME_OPERATIONS = 0.1, 1.1, 1.5
+
+
+class Sizes(NamedTuple):
+    """Of a problem and its inner run."""
+
+    steps: int = 10
+    parameters: int = 10**4
+    hyperparameters: int = 10
+    examples: int = 8
+
+
+def decades(low: int, high: int) -> list[int]:
+    """Powers of ten."""
+    return [10**i for i in range(low, high + 1)]
+
+
+#: What varies -> its sizes, and what else is not as in `Sizes`.
+AXES: dict[str, tuple[list[int], dict[str, int]]] = {
+    "steps": (decades(1, 6), {"parameters": 10**5}),
+    "parameters": (decades(3, 7), {}),
+    "hyperparameters": (decades(0, 7), {"parameters": 10**7}),
+    "examples": (decades(2, 6), {"parameters": 100}),
+}
+COLUMNS = ("operations", "scratch")
+
+
+def outer_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """Mean cross-entropy of a logistic regression."""
+    del alpha
+    scores = batch["x"] @ w
+    return jnp.mean(jax.nn.softplus(scores) - batch["y"] * scores)
+
+
+def inner_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """With a log-penalty for as many weights as each of them has."""
+    squares = jnp.sum(w.reshape(alpha.size, -1) ** 2, axis=1)
+    return outer_loss(w, alpha, batch) + jnp.vdot(jnp.exp(alpha), squares)
+
+
+def descent(steps: int) -> hg.Descent:
+    """The inner solver of all."""
+    return hg.Descent(OPTIMIZER, steps)
+
+
+def once(
+    make: Callable[[int], Any],
+    steps: int,
+    problem: hg.Bilevel,
+    w: Array,
+    alpha: Array,
+    key: Array,
+) -> PyTree:
+    """One estimate."""
+    found = hg.hypergradient(problem, make(steps))(w, alpha, key)
+    return found.value, found.hypergradient, found.w
+
+
+def jointly(
+    make: Callable[[int], Any],
+    steps: int,
+    problem: hg.Bilevel,
+    w: Array,
+    alpha: Array,
+    key: Array,
+) -> PyTree:
+    """As many joint steps as others make inner ones."""
+    estimator = make(steps)
+
+    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+        state, alpha = carry
+        found, state = estimator.estimate(problem, state, alpha, key)
+        return (state, alpha - RATE * found.hypergradient), None
+
+    carry = estimator.init(problem, w, alpha, key), alpha
+    return jax.lax.scan(step, carry, jax.random.split(key, steps))[0]
+
+
+class Method(NamedTuple):
+    """An estimator, and how it grows where not as most do.
+
+    Attributes:
+      make: number of steps -> estimator.
+      grows: (column, axis) -> exponent, 0 or 1 as in `theory` unless given.
+      most: hyperparameters.
+      run: of the estimator.
+    """
+
+    make: Callable[[int], Any]
+    grows: dict[tuple[str, str], float] = {}
+    most: int = 10**7
+    run: Callable = once
+
+
+EVERY = {(column, "hyperparameters"): 1.0 for column in COLUMNS}
+METHODS = {
+    "Implicit, CG": Method(
+        lambda T: hg.Implicit(descent(T), hg.CG(rtol=0.0, max_steps=PRODUCTS))
+    ),
+    "Implicit, Neumann": Method(
+        lambda T: hg.Implicit(descent(T), hg.Neumann(PRODUCTS, step_size=RATE))
+    ),
+    "Unrolled": Method(lambda T: hg.Unrolled(descent(T)), {("scratch", "steps"): 0.5}),
+    "Unrolled, stored": Method(
+        lambda T: hg.Unrolled(descent(T), checkpoint=False), {("scratch", "steps"): 1.0}
+    ),
+    "Unrolled, last 10": Method(lambda T: hg.Unrolled(descent(T), last=10)),
+    "Forward": Method(lambda T: hg.Forward(descent(T)), EVERY, 10**3),
+    "Reversible": Method(
+        lambda T: hg.Reversible(RATE, MOMENTUM, T), {("scratch", "steps"): 1.0}
+    ),
+    "FixedPoint": Method(lambda T: hg.FixedPoint(descent(T), PRODUCTS)),
+    "FiniteDifference": Method(lambda T: hg.FiniteDifference(descent(T))),
+    "Penalty": Method(lambda T: hg.Penalty(descent(T), 10.0)),
+    "CentralDifference": Method(
+        lambda T: hg.CentralDifference(descent(T)),
+        {("operations", "hyperparameters"): 1.0},
+        10**3,
+    ),
+    "Evolution": Method(lambda T: hg.Evolution(descent(T), num_pairs=2)),
+    "SOBA": Method(lambda T: hg.SOBA(OPTIMIZER), run=jointly),
+}
+
+
+def theory(method: str, column: str, axis: str) -> float:
+    """The exponent: 1, but 0 of either with hyperparameters and of scratch with steps."""
+    flat = axis == "hyperparameters" or (column, axis) == ("scratch", "steps")
+    return METHODS[method].grows.get((column, axis), 0.0 if flat else 1.0)
+
+
+def sizes_of(cell: Row) -> Sizes:
+    """The axis at the size of the cell, the rest at what goes with the axis."""
+    axis = cell["axis"]
+    return Sizes(**AXES[axis][1] | {axis: cell["size"]})
+
+
+def shapes(sizes: Sizes) -> tuple[PyTree, Array, Array, Array]:
+    """``(data, w, alpha, key)``."""
+    data = {
+        "x": jnp.zeros((sizes.examples, sizes.parameters)),
+        "y": jnp.zeros(sizes.examples),
+    }
+    w, alpha = jnp.zeros(sizes.parameters), jnp.zeros(sizes.hyperparameters)
+    return data, w, alpha, jax.random.key(0)
+
+
+def run(
+    method: str,
+    steps: int,
+    train: PyTree,
+    val: PyTree,
+    w: Array,
+    alpha: Array,
+    key: Array,
+) -> PyTree:
+    """The program that is counted."""
+    found = METHODS[method]
+    problem = hg.Bilevel(inner_loss, outer_loss, train, val)
+    return found.run(found.make, steps, problem, w, alpha, key)
+
+
+def measure(cell: Row) -> Row:
+    """Of the compiled program."""
+    sizes = sizes_of(cell)
+    data, w, alpha, key = jax.eval_shape(functools.partial(shapes, sizes))
+    counted = functools.partial(run, cell["method"], sizes.steps)
+    program = hg.cost.compiled(counted, data, data, w, alpha, key)
+    loops = [PRODUCTS] * len(program.flops.loops)
+    return {
+        **sizes._asdict(),
+        "operations": program.flops.total(*loops),
+        "scratch": program.memory.temporaries,
+        "unknown": list(program.flops.unknown),
+    }
+
+
+def exponent(sizes: Any, values: Any) -> float:
+    """Slope of log values over the sizes within two decades of the largest."""
+    sizes, values = np.asarray(sizes, float), np.asarray(values, float)
+    last = sizes * DECADES >= sizes.max()
+    return float(np.polyfit(np.log(sizes[last]), np.log(values[last]), 1)[0])
+
+
+def line(rows: list[Row], method: str, axis: str, column: str) -> tuple[list, list]:
+    """Sizes and values, ascending."""
+    mine = [row for row in rows if (row["method"], row["axis"]) == (method, axis)]
+    mine.sort(key=lambda row: row["size"])
+    return [row["size"] for row in mine], [row[column] for row in mine]
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """Exponents within 0.1, and the two that are to be flat."""
+    verdicts = []
+    for column, axis, method in itertools.product(COLUMNS, AXES, METHODS):
+        found = exponent(*line(rows, method, axis, column))
+        expected = theory(method, column, axis)
+        met = abs(found - expected) <= TOLERANCE
+        what = f"{column} against {axis}, {method}: exponent {found:.2f}"
+        verdicts.append(said(f"{what}, {expected:g} ± {TOLERANCE:g} claimed", met))
+    for method in METHODS:
+        if method.startswith("Implicit"):
+            most = spread(rows, method, "steps", "scratch")
+            what = f"scratch over all steps, {method}: {most:.2f} times the least"
+            met = most <= SAME_SCRATCH
+            verdicts.append(said(f"{what}, {SAME_SCRATCH:g} claimed", met))
+    for method in METHODS:
+        if theory(method, "operations", "hyperparameters") == 0:
+            most = spread(rows, method, "hyperparameters", "operations")
+            what = f"operations over all hyperparameters, {method}: {most:.2f} times"
+            met = most <= SAME_OPERATIONS
+            verdicts.append(said(f"{what}, {SAME_OPERATIONS:g} claimed", met))
+    return verdicts
+
+
+def said(text: str, met: bool) -> Verdict:
+    """A number without noise: reproduced or not."""
+    return Verdict(f"{text}: {'reproduced' if met else 'not reproduced'}")
+
+
+def spread(rows: list[Row], method: str, axis: str, column: str) -> float:
+    """The largest over the least."""
+    _, values = line(rows, method, axis, column)
+    return max(values) / min(values)
+
+
+def markdown(table: Table, rows: list[Row], command: str) -> str:
+    """Fitted exponents, theory's in brackets."""
+    lines = [
+        f"# {table.name}",
+        "",
+        "Fitted exponents of operations and of scratch bytes of one hypergradient, "
+        "compiled and not run; theory's in brackets. Of scratch with steps, `Implicit` "
+        f"is flat. Command: `{command}`",
+        "",
+        "| estimator | "
+        + " | ".join(f"{c}, {a}" for c in COLUMNS for a in AXES)
+        + " |",
+        "|---" * (1 + len(COLUMNS) * len(AXES)) + "|",
+    ]
+    for method in METHODS:
+        cells = [
+            f"{exponent(*line(rows, method, axis, column)):.2f} "
+            f"[{theory(method, column, axis):g}]"
+            for column in COLUMNS
+            for axis in AXES
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A panel a column and an axis, a line a method."""
+    panels = {
+        (column, axis): {method: line(rows, method, axis, column) for method in METHODS}
+        for column in COLUMNS
+        for axis in AXES
+    }
+    plots.growth(panels, path)
+
+
+def plan(scale: str, seeds: int) -> list[Row]:
+    """Axis by axis; what is counted is the same for every seed."""
+    del scale, seeds
+    return [
+        {"method": name, "axis": axis, "size": size, "seed": 0}
+        for axis, (sizes, _) in AXES.items()
+        for name, method in METHODS.items()
+        for size in sizes
+        if axis != "hyperparameters" or size <= method.most
+    ]
+
+
+TABLE = Table(
+    name="growth",
+    source="counted; costs as each estimator's docstring states them",
+    minutes=15,
+    seeds=1,
+    plan=plan,
+    run=cell_by_cell(measure, markdown, draw),
+    judge=judge,
+)

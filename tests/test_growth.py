@@ -1,0 +1,72 @@
+"""How costs grow: the fit on rows whose exponents are known, and counts by hand."""
+
+import numpy as np
+import pytest
+
+from benchmarks import growth
+
+
+def synthetic(off: float = 0.0) -> list[dict]:
+    """Rows of exact powers, those of theory, and ``off`` more or less."""
+    rows = []
+    for cell in growth.plan("small", 1):
+        power = lambda column, cell=cell: (
+            7.0
+            * cell["size"]
+            ** (growth.theory(cell["method"], column, cell["axis"]) + off)
+        )
+        rows.append(cell | {column: power(column) for column in growth.COLUMNS})
+    return rows
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_the_fit_finds_a_power_exactly(power):
+    sizes = growth.decades(1, 5)
+    found = growth.exponent(sizes, [3.0 * size**power for size in sizes])
+    assert found == pytest.approx(power, abs=1e-12)
+
+
+def test_the_fit_is_of_the_last_two_decades():
+    """What stands still below them does not count, and order does not matter."""
+    sizes = np.array(growth.decades(0, 5))
+    values = np.where(sizes < 1000, 1000.0, sizes)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    found = growth.exponent(sizes[order], values[order])
+    assert found == pytest.approx(1.0, abs=1e-12)
+
+
+def test_rows_of_theory_are_reproduced_and_others_are_not():
+    """By more than the tolerance, each of the claims fails to be reproduced."""
+    assert all("not" not in verdict.text for verdict in growth.judge(synthetic()))
+    near, exponents = (
+        [v for v in growth.judge(synthetic(off)) if "exponent" in v.text]
+        for off in (0.09, 0.11)
+    )
+    assert all("not" not in verdict.text for verdict in near)
+    assert all(verdict.text.endswith("not reproduced") for verdict in exponents)
+    assert len(exponents) == len(growth.COLUMNS) * len(growth.AXES) * len(
+        growth.METHODS
+    )
+
+
+def test_what_is_to_be_flat_is_told_by_its_spread():
+    """Off by 0.11 a decade: far beyond 1.1 and 1.5 times over all."""
+    flat = [v for v in growth.judge(synthetic(0.11)) if "over all" in v.text]
+    assert len(flat) == 2 + len(growth.METHODS) - 2
+    assert all(verdict.text.endswith("not reproduced") for verdict in flat)
+
+
+def test_operations_are_those_counted_by_hand():
+    """A step makes ``X w`` and ``X' r``, ``2 n d`` operations each, and stores nothing.
+
+    The difference of two lengths leaves out what is made once. The rest is elementwise:
+    penalty, momentum and update, at most a dozen operations a weight.
+    """
+    cell = {"method": "FiniteDifference", "axis": "steps", "seed": 0}
+    short, long = (growth.measure(cell | {"size": size}) for size in (10, 100))
+    a_step = (long["operations"] - short["operations"]) / 90
+    sizes = growth.sizes_of(cell | {"size": 10})
+    products = 2 * 2 * sizes.examples * sizes.parameters
+    assert products <= a_step <= products + 12 * sizes.parameters
+    assert long["scratch"] == short["scratch"]
+    assert long["unknown"] == []
