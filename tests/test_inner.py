@@ -452,6 +452,15 @@ def test_the_ledger_of_a_solve_is_what_was_evaluated(name, solver):
     assert stats["num_values"] == calls["values"]
 
 
+def test_a_newton_step_that_is_taken_whole_costs_one_gradient():
+    """Convex, from a start where no step is too long: no value beside the gradient."""
+    loss, start, alpha, _ = PROBLEMS["logistic"]
+    stats = solve(hg.Newton(), loss, jax.tree.map(jnp.asarray, start), alpha)[1]
+    assert stats["num_steps"] >= 3
+    assert stats["num_grads"] == stats["num_steps"] + 1
+    assert stats["num_values"] == 0
+
+
 # Formulas and batches.
 
 
