@@ -3,6 +3,7 @@
 from hypergrad.studies import STUDIES, table
 
 from . import (
+    adjoint,
     average_precision,
     conformance,
     corruption,
@@ -34,6 +35,7 @@ TABLES = {
         soba_step.TABLE,
         population.TABLE,
         growth.TABLE,
+        adjoint.TABLE,
         searching.GRID,
         searching.TABLE,
         warm_start.TABLE,
