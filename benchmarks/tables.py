@@ -8,7 +8,9 @@ from . import (
     conformance,
     corruption,
     growth,
+    gates,
     logistic,
+    pareto,
     population,
     quadratics,
     searching,
@@ -39,5 +41,8 @@ TABLES = {
         searching.GRID,
         searching.TABLE,
         warm_start.TABLE,
+        gates.TABLE,
+        pareto.GRID,
+        pareto.TABLE,
     )
 }

@@ -1,0 +1,255 @@
+"""The tables `pareto` and `pareto-latency`: what they measure, and how they judge."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from benchmarks import gates, pareto
+from benchmarks.gates import Gates
+from hypergrad.studies import record
+from hypergrad.studies.table import check
+
+KNOTS = tuple(np.array(axis, float) for axis in gates.KNOTS)
+LATENCY = hg.objectives.LatencyTable(KNOTS, 1 + np.outer(*KNOTS) ** 0.5)
+
+
+@pytest.fixture
+def mask(key):
+    """Some of the pixels and units."""
+    first, second = jax.random.split(key)
+    drawn = Gates(
+        jax.random.bernoulli(first, 0.4, (gates.PIXELS,)),
+        jax.random.bernoulli(second, 0.4, (gates.HIDDEN,)),
+    )
+    return jax.tree.map(lambda x: x.astype(float), drawn)
+
+
+def sliced(w, mask):
+    """The network that is left."""
+    n, m = (np.flatnonzero(x) for x in mask)
+    return {"first": w["first"][n][:, m], "second": w["second"][m]}
+
+
+def smaller(w, x):
+    return jnp.tanh(x @ w["first"]) @ w["second"]
+
+
+# The network.
+
+
+def test_gates_of_zero_and_one_are_the_smaller_network(key, mask):
+    """Its scores, to rounding."""
+    w, x = gates.start(0), jax.random.normal(key, (5, gates.PIXELS))
+    left = sliced(w, mask)
+    expected = smaller(left, x[:, np.flatnonzero(mask.pixels)])
+    np.testing.assert_allclose(gates.scores(w, mask, x), expected, rtol=1e-12)
+
+
+def test_costs_are_those_of_the_smaller_network(mask):
+    """Operations as counted in its program, tanh apart; bytes of its arrays."""
+    left = sliced(gates.start(0), mask)
+    n, m = left["first"].shape
+    flops, seconds, held = gates.costs(*gates.widths(mask), LATENCY)
+    counted = hg.cost.flops(smaller, left, jnp.ones((1, n)))
+    assert flops == counted.total() - counted.transcendentals
+    assert counted.transcendentals == m
+    single = lambda *shape: np.zeros(shape, np.float32).nbytes
+    arrays = [(n, m), (m, 10), (gates.BATCH, n), (gates.BATCH, m)]
+    assert held == sum(single(*shape) for shape in arrays)
+    np.testing.assert_allclose(seconds, LATENCY(float(n), float(m)), rtol=1e-12)
+
+
+def test_between_zero_and_one_operations_are_products_of_gates(key):
+    """Summed over all pairs; shares are 0 and 1 at the ends."""
+    soft = Gates(*(jax.random.uniform(key, x.shape) for x in gates.ALL))
+    pairs = sum(2 * g * h for g in soft.pixels for h in soft.hidden)
+    flops = gates.costs(*gates.widths(soft), LATENCY)[0]
+    np.testing.assert_allclose(flops, pairs + 20 * sum(soft.hidden), rtol=1e-12)
+    whole = jax.tree.map(jnp.ones_like, soft)
+    np.testing.assert_allclose(gates.shares(whole, LATENCY), 1, rtol=1e-12)
+    one = jax.tree.map(lambda x: jnp.zeros_like(x).at[3].set(1.0), whole)
+    np.testing.assert_allclose(gates.shares(one, LATENCY), 0, atol=1e-12)
+
+
+def test_as_many_are_kept_as_the_gates_sum_to():
+    """The largest; and one where they sum to none."""
+    found = gates.rounded(Gates(jnp.array([0.9, 0.2, 0.6, 0.4]), jnp.full(3, 0.1)))
+    assert found.pixels.tolist() == [1, 0, 1, 0]
+    assert found.hidden.sum() == 1
+
+
+def test_networks_are_trained_as_if_the_rest_had_never_been(mask):
+    """From the rest of the start, by the same steps."""
+    parts, w = gates.split(0), gates.start(0)
+    n = np.flatnonzero(mask.pixels)
+    few = {name: {"x": part["x"][:, n], "y": part["y"]} for name, part in parts.items()}
+    ones = Gates(jnp.ones(n.size), jnp.ones(int(mask.hidden.sum())))
+    end, _ = pareto.TRAINING.solve(
+        gates.inner_loss, sliced(w, mask), ones, few["train"], jax.random.key(0)
+    )
+    ours = pareto.train(w, jax.tree.map(lambda x: x[None], mask), parts)
+    for name, found in zip(("val", "test"), ours, strict=True):
+        wrong = np.argmax(smaller(end, few[name]["x"]), axis=1) != few[name]["y"]
+        # A digit may change sides by rounding; a training that differs moves dozens.
+        assert abs(float(found[0]) * wrong.size - wrong.sum()) <= 1
+    alone = error_of(w, mask, parts)
+    assert alone == pytest.approx(float(ours[0][0]), abs=1.01 / gates.NUM_VAL)
+
+
+def error_of(w, mask, parts):
+    end, _ = pareto.TRAINING.solve(
+        gates.inner_loss, w, mask, parts["train"], jax.random.key(0)
+    )
+    return float(gates.error(end, mask, parts["val"]))
+
+
+def test_parts_are_apart():
+    """Every digit is in one of them."""
+    parts = gates.split(1)
+    assert [len(part["y"]) for part in parts.values()] == [400, 400, 997]
+    every = np.concatenate([part["x"] for part in parts.values()]).sum(axis=0)
+    other = np.concatenate([part["x"] for part in gates.split(2).values()]).sum(axis=0)
+    np.testing.assert_allclose(every, other, rtol=1e-5)
+
+
+# Searchers and pruning.
+
+
+def test_the_genetic_searcher_that_keeps_its_study_proposes_what_nsga2_does(key):
+    """Five generations of four in six axes."""
+    space = {"a": hg.spaces.Unit((5,)), "b": hg.spaces.Interval(0.1, 1.0, log=True)}
+    ours, theirs = pareto.Genetic(4), hg.searchers.NSGA2(4)
+    mine, other = ours.init(space, key), theirs.init(space, key)
+    for i in range(20):
+        each = jax.random.fold_in(key, i)
+        (here, mine), (there, other) = ours.ask(mine, each), theirs.ask(other, each)
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+        value = jnp.stack([jnp.sum(here["a"]), jnp.sum((here["a"] - here["b"]) ** 2)])
+        mine, other = ours.tell(mine, here, value), theirs.tell(other, there, value)
+
+
+def test_a_proposal_keeps_what_its_order_says():
+    """Of all at keep 1; those below it otherwise."""
+    order = {"pixels": jnp.array([0.1, 0.4, 0.9]), "hidden": jnp.array([0.5, 0.99])}
+    found = pareto.kept(order | {"keep": jnp.array([0.4, 1.0])})
+    assert found.pixels.tolist() == [1, 0, 0]
+    assert found.hidden.tolist() == [1, 1]
+
+
+def test_pruning_keeps_so_many_of_the_largest():
+    """And a pixel that is always dark passes nothing."""
+    found = pareto.largest(jnp.array([3.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]))
+    assert found.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 1]]
+    parts = gates.split(0)
+    passes = pareto.passing(gates.start(0), parts["train"])
+    dark = np.asarray(parts["train"]["x"]).max(axis=0) == 0
+    assert dark.any()
+    assert np.all(np.asarray(passes.pixels)[dark] == 0)
+
+
+# A front.
+
+
+def found_of(*networks):
+    """Of (pixels, hidden, val, test)."""
+    open_ = lambda size, n: jnp.arange(size) < n
+    pixels = jnp.stack([open_(gates.PIXELS, row[0]) for row in networks])
+    hidden = jnp.stack([open_(gates.HIDDEN, row[1]) for row in networks])
+    val, test = (jnp.array([row[i] for row in networks]) for i in (2, 3))
+    return pareto.Found(Gates(pixels * 1.0, hidden * 1.0), val, test, 100.0)
+
+
+def test_a_front_is_picked_on_validation_and_measured_by_hand():
+    """The third is dominated on validation alone, the last is beyond the reference."""
+    found = found_of(
+        (8, 4, 0.3, 0.35), (16, 8, 0.1, 0.2), (16, 9, 0.2, 0.01), (64, 32, 0.05, 0.06)
+    )
+    row = pareto.front_of(found, "flops", LATENCY)
+    assert row["val"] == pytest.approx([0.3, 0.1, 0.05])
+    assert row["test"] == pytest.approx([0.35, 0.2, 0.06])
+    count = lambda n, m: 2 * n * m + 20 * m
+    share = lambda n, m: (count(n, m) - count(1, 1)) / (count(64, 32) - count(1, 1))
+    first, second = share(8, 4), share(16, 8)
+    assert row["share"] == pytest.approx([first, second, 1.0])
+    by_hand = (second - first) * 0.2 + (0.5 - second) * 0.4
+    assert row["val_volume"] == pytest.approx(by_hand)
+    by_hand = (second - first) * 0.15 + (0.5 - second) * 0.3
+    assert row["test_volume"] == pytest.approx(by_hand)
+    assert row["small_error"] == pytest.approx(0.2 if second <= 0.1 else 0.35)
+    assert (row["pixels"], row["hidden"]) == ([8, 16, 64], [4, 8, 32])
+
+
+# Latencies.
+
+
+def test_the_median_pass_counts_at_each_knot():
+    """And the table says how far the others are."""
+    first, second, third = np.ones((3, 5, 5))
+    second[2, 3], third[2, 3], third[0, 0] = 1.5, 2.0, 1.25
+    rows = [{"seconds": each.tolist()} for each in (third, first, second)]
+    expected = np.ones((5, 5))
+    expected[2, 3] = 1.5
+    np.testing.assert_array_equal(gates.table_of(rows).seconds, expected)
+    assert gates.judge(rows)[0].text.endswith("33% at most")
+
+
+# Judging.
+
+
+def rows_of(volume: dict) -> list[dict]:
+    """All planned rows; ``volume`` of a method, 0.1 else, or a function of the seed."""
+    each = lambda cell: volume.get(cell["method"], lambda seed: 0.1)(cell["seed"])
+    return [
+        cell
+        | {
+            "test_volume": each(cell), "val_volume": 0.1, "best": "EPO",
+            "small_error": 0.2, "share": [0.1], "test": [0.2], "spent": 9.0,
+            "networks": 3, "setting": 0.1, "tuning_cost": 1.0,
+        }
+        for cell in pareto.TABLE.plan("small", 5)
+    ]  # fmt: skip
+
+
+def claim(rows: list[dict]) -> str:
+    """The first of the three."""
+    return next(v.text for v in pareto.judge(rows) if v.text.startswith("(o) flops"))
+
+
+def test_the_claim_is_against_the_better_search_on_each_seed():
+    """Ahead of either in the mean is not enough."""
+    ahead = rows_of({"EPO": lambda seed: 0.12 + 0.001 * seed})
+    assert claim(ahead).endswith("any gain claimed: reproduced")
+    turns = {
+        "EPO": lambda seed: 0.12 + 0.001 * seed,
+        "NSGA-II": lambda seed: 0.2 if seed % 2 else 0.05,
+        "random": lambda seed: 0.05 if seed % 2 else 0.2,
+    }
+    assert claim(rows_of(turns)).endswith("not reproduced")
+    assert not any(v.failed for v in pareto.judge(ahead))
+
+
+def test_few_seeds_missing_rows_and_a_broken_budget_fail(tmp_path):
+    """By `--check`."""
+    made = dict.fromkeys(("device", "python", *record.PACKAGES), "x")
+    rows = [row | made for row in rows_of({"EPO": lambda seed: 0.12 + 0.001 * seed})]
+    path = tmp_path / "pareto.jsonl"
+    write = lambda rows: path.write_text("".join(map(record.line, rows)))
+    write(rows)
+    assert not any(v.failed for v in check(pareto.TABLE, tmp_path))
+    write(rows[:-1])
+    assert any("missing" in v.text for v in check(pareto.TABLE, tmp_path))
+    write([row for row in rows if row["seed"] < 4])
+    assert any("too few seeds" in v.text for v in check(pareto.TABLE, tmp_path))
+    write([row | {"spent": pareto.BUDGET + 1.0} for row in rows])
+    assert any(v.failed for v in check(pareto.TABLE, tmp_path))
+
+
+def test_the_table_and_its_figure_are_made(tmp_path):
+    """Of rows that were made up."""
+    rows = rows_of({})
+    text = pareto.markdown(pareto.TABLE, rows, "the command")
+    assert text.count("| EPO |") == 3
+    pareto.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
