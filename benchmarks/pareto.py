@@ -536,7 +536,7 @@ SOURCE = "Deb et al. 2002; Mahapatra & Rajan 2020"
 GRID = Table(
     name=GRID_NAME,
     source=SOURCE,
-    minutes=4,
+    minutes=6,
     seeds=1,
     plan=lambda scale, seeds: [{"method": method, "seed": 0} for method in METHODS],
     run=cell_by_cell(try_all, markdown_of_grid, draw_grid),
@@ -545,7 +545,7 @@ GRID = Table(
 TABLE = Table(
     name="pareto",
     source=SOURCE,
-    minutes=8,
+    minutes=5,
     seeds=5,
     plan=lambda scale, seeds: [
         {"method": method, "cost": cost, "seed": seed}

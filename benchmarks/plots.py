@@ -491,8 +491,13 @@ def fronts(
         top.set_title(f"error against {cost}")
         top.set_xlabel(f"share of the {cost}")
         top.set_yticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
+        top.set_xlim(at[0], end)
+        top.set_xticks(
+            [0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["1%", "2%", "5%", "10%", "20%", "50%"]
+        )
         top.minorticks_off()
         bottom.set_yticks(range(len(methods)), methods if bottom is axes[1, 0] else [])
+        bottom.locator_params(axis="x", nbins=5)
         bottom.invert_yaxis()
         bottom.set_xlabel("hypervolume on test, a dot a seed")
         for axis in (top, bottom):

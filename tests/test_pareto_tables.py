@@ -140,8 +140,8 @@ def test_a_proposal_keeps_what_its_order_says():
 
 def test_pruning_keeps_so_many_of_the_largest():
     """And a pixel that is always dark passes nothing."""
-    found = pareto.largest(jnp.array([3.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0]))
-    assert found.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 1]]
+    found = pareto.largest(jnp.array([1.0, 3.0, 2.0]), np.array([1.0, 2.0, 3.0]))
+    assert found.tolist() == [[0, 1, 0], [0, 1, 1], [1, 1, 1]]
     parts = gates.split(0)
     passes = pareto.passing(gates.start(0), parts["train"])
     dark = np.asarray(parts["train"]["x"]).max(axis=0) == 0
