@@ -59,8 +59,12 @@ def differentiate(
     outer_batch: PyTree,
     start: PyTree,
     damping: Array | float = 0.0,
+    prepared: PyTree = None,
 ) -> At:
-    """``dM/dalpha - Jᵀ v`` with ``(H + damping I) v = dM/dw``, begun at ``start``."""
+    """``dM/dalpha - Jᵀ v`` with ``(H + damping I) v = dM/dw``, begun at ``start``.
+
+    ``prepared`` is what the linear solver may have made of an ``H`` like this one.
+    """
     loss = problem.inner_loss
     value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
 
@@ -68,7 +72,7 @@ def differentiate(
         def damped(v):
             return add_scaled(hvp(loss, w, alpha, batch, v), damping, v)
 
-        v, solved = solve(linear_solver, damped, b, v)
+        v, solved = solve(linear_solver, damped, b, v, prepared)
         gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
         solved["num_products"] += 1
         solved["negative_curvature"] |= dot(v, Hv) < 0

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 from jaxtyping import Array, PyTree
 
 from ..adjoint import (
@@ -24,8 +25,9 @@ from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
 from ..problem import Bilevel, held_fraction
+from ..products import hvp
 from ..settings import check_steps, number
-from ..trees import all_finite, norm, scale
+from ..trees import add_scaled, all_finite, norm, scale
 from .accuracy import Rounds, more, stepwise
 from .protocol import Estimate, make_stats
 from .trust import drift
@@ -35,13 +37,15 @@ class ImplicitState(eqx.Module):
     """The warm starts: ``w`` and the adjoint, like ``w`` (leaves lead with K).
 
     ``num_estimates`` so far; ``goal`` is the gradient norm at which the inner steps may
-    stop, NaN where that is not known yet.
+    stop, NaN where that is not known yet; ``prepared`` is what the linear solver goes
+    on using, None where it begins anew.
     """
 
     w: PyTree
     adjoint: PyTree
     num_estimates: Array
     goal: Array
+    prepared: PyTree = None
 
 
 class Implicit(eqx.Module):
@@ -167,6 +171,11 @@ class Implicit(eqx.Module):
     def _check_pursuit(self, rel_err: Array) -> None:
         """Refuses what could not be made more accurate."""
         check_solver(self.solver)
+        if self._refresh > 1:
+            raise ValueError(
+                f"refresh={self._refresh} does not go with rel_err, whose rounds solve "
+                "at several points; leave one of them out"
+            )
         tells = getattr(self.linear_solver, "exact", False)
         if not (tells and hasattr(self.linear_solver, "rtol")):
             raise ValueError(
@@ -186,6 +195,11 @@ class Implicit(eqx.Module):
             )
         if not (is_traced(rel_err) or bool(jnp.all((rel_err > 0) & (rel_err < 1)))):
             raise ValueError(f"rel_err must lie between 0 and 1; got {rel_err}")
+
+    @property
+    def _refresh(self) -> int:
+        """In how many estimates the linear solver's preparation serves."""
+        return getattr(self.linear_solver, "refresh", 1)
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """Relative error of the adjoint for a spectrum in [smallest, largest].
@@ -210,8 +224,13 @@ class Implicit(eqx.Module):
         data = drawn(problem, jax.random.key(0))
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
+        prepared = None
+        if self._refresh > 1:
+            prepare = lambda w: self.linear_solver.prepare(lambda v: v, w)
+            prepared = optax.tree.zeros_like(jax.eval_shape(prepare, w))
+        goal = jnp.asarray(jnp.nan, float)
         return ImplicitState(
-            w, zero_adjoint(problem, w), jnp.asarray(0), jnp.asarray(jnp.nan, float)
+            w, zero_adjoint(problem, w), jnp.asarray(0), goal, prepared
         )
 
     def estimate(
@@ -220,7 +239,7 @@ class Implicit(eqx.Module):
         """One inner solve, one adjoint solve, one cross term; or rounds of them."""
         data = drawn(problem, key)
         find = self._once if self.rel_err is None else self._until_accurate
-        w, at, seen, spent, judged, goal = find(problem, state, alpha, data)
+        w, at, seen, spent, judged, goal, prepared = find(problem, state, alpha, data)
         trusted, error_estimate = judged
         part = held_fraction(data.inner_data, self.adjoint_batch_size)
         outer_part = held_fraction(data.outer_data, self.outer_batch_size)
@@ -262,6 +281,7 @@ class Implicit(eqx.Module):
             at.adjoint if self.warm_start else state.adjoint,
             state.num_estimates + 1,
             goal,
+            prepared,
         )
         return estimate, state
 
@@ -279,6 +299,7 @@ class Implicit(eqx.Module):
             rtols = [NEWTON] * self.correct
             w, seen = newton_steps(loss, w, alpha, batch, gradient, rtols, seen)
             spent = more(spent, num_grads=self.correct + 1)
+        prepared, num_products = self._prepared(problem, state, w, alpha, batch)
         at = differentiate(
             problem,
             self.linear_solver,
@@ -288,6 +309,7 @@ class Implicit(eqx.Module):
             outer_batch,
             usable(state.adjoint),
             self.damping,
+            prepared,
         )
         trusted, num_outer_grads = jnp.asarray(False), 1
         if not self.certify:
@@ -295,7 +317,21 @@ class Implicit(eqx.Module):
             num_outer_grads = 2
         spent = spent | {"num_outer_grads": num_outer_grads}
         seen = together(seen, at.solved)
-        return w, at, seen, spent, (trusted, jnp.nan), state.goal
+        seen["num_products"] += num_products
+        return w, at, seen, spent, (trusted, jnp.nan), state.goal, prepared
+
+    def _prepared(self, problem, state, w, alpha, batch):
+        """What the linear solver goes on using, made anew if due, and its products."""
+        if self._refresh == 1:
+            return None, 0
+        due = state.num_estimates % self._refresh == 0
+        due |= ~all_finite(state.prepared)
+        damped = lambda v: add_scaled(
+            hvp(problem.inner_loss, w, alpha, batch, v), self.damping, v
+        )
+        make = lambda: self.linear_solver.prepare(damped, w)
+        _, s = prepared = jax.lax.cond(due, make, lambda: state.prepared)
+        return prepared, jnp.where(due, s.size, 0)
 
     def _due(self, state: ImplicitState) -> Array:
         """The ``rel_err`` of the next estimate."""
@@ -315,7 +351,8 @@ class Implicit(eqx.Module):
             & ~seen["negative_curvature"]
         )
         judged = trusted, found.error
-        return found.carry[0], at, seen, found.spent, judged, found.first_goal
+        w, goal = found.carry[0], found.first_goal
+        return w, at, seen, found.spent, judged, goal, None
 
     def _judge(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, at: At, outer_batch: PyTree

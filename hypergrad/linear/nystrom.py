@@ -124,9 +124,12 @@ class NystromCG(SymmetricSolver):
       damping: added to the sketched spectrum in the preconditioner; the solution does
         not depend on it.
       key: of the random sketch; None means ``jax.random.key(0)``.
+      refresh: in how many estimates of `Implicit` one sketch serves; 1 makes each anew.
 
     Cost: ``rank`` products in one batch, then one a step. Memory: ``2 rank + 5``
-    vectors. Bias: none at convergence.
+    vectors; with ``refresh`` a sketch is carried from estimate to estimate, ``rank``
+    more. Bias: none at convergence, however old the sketch: only the steps grow as
+    ``H`` moves away from it.
 
     Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), equation 1.3.
 
@@ -142,6 +145,7 @@ class NystromCG(SymmetricSolver):
         default=0.0, converter=number("damping", optional=False)
     )
     key: Array | None = None
+    refresh: int = eqx.field(static=True, default=1, kw_only=True)
 
     citations = ("frangella2023", "hestenes1952")
     exact = True
@@ -161,21 +165,30 @@ class NystromCG(SymmetricSolver):
 
     def __check_init__(self):
         check_steps("rank", self.rank)
+        check_steps("refresh", self.refresh)
         check_steps("max_steps", self.max_steps, optional=True)
 
     def error_factor(self, smallest: float, largest: float) -> float:
         """Exact up to its tolerance, on any spectrum."""
         return 0.0
 
+    def prepare(self, matvec: MatVec, like: PyTree) -> PyTree:
+        """What `compute` takes as ``options["prepared"]``, for ``rank`` products."""
+        return sketch(matvec, like, self.rank, self.key)
+
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """``(v, result, stats)``; Ritz values of the preconditioned operator.
 
+        Options: ``y0``, a starting point; ``prepared``, a sketch of ``H`` or of one
+        like it.
+
         ``P >= I`` but for the damping, so that its smallest eigenvalue is at most that
         of ``H``; ``ritz_max`` is the sketch's largest.
         """
-        u, s = sketch(state.mv, vector, self.rank, self.key)
+        prepared = options.get("prepared")
+        u, s = self.prepare(state.mv, vector) if prepared is None else prepared
         # A singular H has s[-1] = 0 up to rounding, which is no level to flatten to.
         spectrum = s + jnp.asarray(self.damping, s.dtype)
         floor = jnp.maximum(spectrum[-1], jnp.finfo(s.dtype).eps ** 0.5 * s[0])
@@ -190,7 +203,7 @@ class NystromCG(SymmetricSolver):
         v, result, stats = conjugate_gradients(
             state.mv, vector, self.rtol, self.max_steps, options, preconditioner
         )
-        stats["num_products"] = stats["num_products"] + s.size
-        stats["num_shared"] = s.size
+        stats["num_shared"] = s.size if prepared is None else 0
+        stats["num_products"] = stats["num_products"] + stats["num_shared"]
         stats["ritz_max"] = s[0]
         return v, result, stats

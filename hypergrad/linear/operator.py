@@ -27,7 +27,11 @@ def hessian_operator(matvec: MatVec, like: PyTree) -> lx.AbstractLinearOperator:
 
 
 def solve(
-    solver: lx.AbstractLinearSolver, matvec: MatVec, b: PyTree, start: PyTree
+    solver: lx.AbstractLinearSolver,
+    matvec: MatVec,
+    b: PyTree,
+    start: PyTree,
+    prepared: PyTree = None,
 ) -> tuple[PyTree, Stats]:
     """``v`` with ``H v = b``, from ``start`` where the solver is iterative.
 
@@ -35,6 +39,7 @@ def solve(
       solver: any lineax solver, ours included.
       matvec: ``v -> H v``, symmetric.
       b, start: right-hand side and starting point, same structure.
+      prepared: by the solver's ``prepare``, for those that have one.
 
     Returns:
       ``v`` and stats, NaN where the solver has none: ``num_products``, and how many of
@@ -43,7 +48,7 @@ def solve(
       a use for that last product.
     """
     operator = hessian_operator(matvec, b)
-    options = {"y0": start, "true_residual": False}
+    options = {"y0": start, "true_residual": False, "prepared": prepared}
     state = solver.init(operator, options)
     v, _, stats = solver.compute(state, b, options)
     number = lambda x: jnp.asarray(x, dtype=float)
