@@ -15,6 +15,7 @@ def run(
     methods: tuple[str, ...] = (),
     seeds: int | None = None,
     out: Path = Path("runs"),
+    dry_run: bool = False,
 ) -> None:
     """Run a task's table and write its rows, its Markdown and its figure.
 
@@ -26,11 +27,14 @@ def run(
       seeds: number of seeds, from 0; the table's own number, unless told.
       out: folder for NAME.jsonl, NAME.md, NAME.png, and NAME.run.json of what the
         run was made of.
+      dry_run: run nothing; print FLOPs, bytes and expected gradient-equivalents of the
+        compiled programs. Where a tolerance ends a loop, the cost of an iteration.
     """
     from rich.console import Console
 
     from . import studies
     from .runs import start
+    from .studies import rehearsal
     from .studies.table import Request
     from .studies.verdict import number_of_seeds
 
@@ -41,6 +45,10 @@ def run(
             f"hypergrad: {task} has no method {', '.join(sorted(unknown))}; it has "
             f"{', '.join(study.methods)}"
         )
+    if dry_run:
+        chosen = [m for m in study.methods if not methods or m in methods]
+        show(rehearsal.report(study, chosen), Console())
+        return
     seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
         sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")

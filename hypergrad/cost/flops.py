@@ -162,8 +162,8 @@ def _of_equation(equation: Any) -> Flops:
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
             return _times(devices, of_jaxpr(params["jaxpr"]))
-    called = _called(equation)
-    return _of_primitive(equation) if called is None else of_jaxpr(called)
+    inner = called(equation)
+    return _of_primitive(equation) if inner is None else of_jaxpr(inner)
 
 
 def _of_while(equation: Any) -> Flops:
@@ -184,7 +184,7 @@ def _dearest(branches: list[Flops]) -> Flops:
     return dearest._replace(loops=all_of_them.loops, unknown=all_of_them.unknown)
 
 
-def _called(equation: Any) -> Any:
+def called(equation: Any) -> Any:
     """The jaxpr that a call runs once: it takes and returns what the equation does.
 
     By structure, since names (jit, remat2, custom_vjp_call, ...) differ by version.

@@ -23,7 +23,6 @@ from ..estimators import Estimator, FiniteDifference, Implicit, Unrolled
 from ..inner import Descent
 from ..linear import Neumann
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.augmentation import (
     LARGEST,
@@ -38,7 +37,7 @@ from ..tasks.augmentation import (
     val_loss,
 )
 from ..tasks.task import Task
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, of_trace, tuned
 from .verdict import Claim

@@ -22,7 +22,6 @@ from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.cleaning import (
     NUM_TRAIN,
@@ -37,7 +36,7 @@ from ..tasks.cleaning import (
 )
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, of_trace, tuned
 from .verdict import Claim

@@ -16,12 +16,11 @@ from ..inner import Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
 from ..problem import Bilevel
-from ..search import search
 from ..searchers import Random
 from ..tasks import federated
 from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
-from .program import program
+from .program import program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, of_trace, tuned
 from .verdict import Claim, Verdict, paired

@@ -20,11 +20,10 @@ from .. import plots, spaces
 from ..estimators import Estimator, Implicit, Unrolled
 from ..linear import CG
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.few_shot import SOLVERS, characters, make
 from ..trace import Trace
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import Column, Study, of_trace, tuned
 from .verdict import Claim

@@ -22,12 +22,11 @@ from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Descent, Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.classifier import others
 from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
-from .program import program
+from .program import program, search
 from .record import Row
 from .study import Column, Study, of_trace, tuned
 from .verdict import Claim, Verdict

@@ -18,11 +18,10 @@ from ..estimators import Estimator, FiniteDifference, Implicit, Unrolled
 from ..inner import Descent
 from ..linear import CG
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
-from .program import program
+from .program import program, search
 from .record import Row
 from .study import Column, Study, of_trace, tuned
 from .verdict import Claim

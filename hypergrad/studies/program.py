@@ -1,4 +1,4 @@
-"""A compiled function that knows its seconds."""
+"""A compiled function that knows its seconds; what is planned instead of run."""
 
 import functools
 import time
@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ..search import search as search_by_trials
+from ..trace import Trace
+from . import rehearsal
 
 
 class Program:
@@ -19,6 +23,8 @@ class Program:
     def __call__(self, *arguments: Any) -> Any:
         """Runs to the end; the first call compiles for shapes that then stay."""
         arguments = jax.tree.map(jnp.asarray, arguments)
+        if rehearsal.is_rehearsed():
+            return rehearsal.planned(self, self.function, arguments)
         if self.compiled is None:
             started = time.perf_counter()
             self.compiled = jax.jit(self.function).lower(*arguments).compile()
@@ -33,3 +39,14 @@ class Program:
 def program(function: Callable, *settings: Any) -> Program:
     """``function`` with its first arguments set, compiled once a process."""
     return Program(functools.partial(function, *settings))
+
+
+def search(*arguments: Any, **settings: Any) -> Trace:
+    """`hypergrad.search`, which a rehearsal ends at.
+
+    Raises:
+      OnHostError: in a rehearsal.
+    """
+    if rehearsal.is_rehearsed():
+        raise rehearsal.OnHostError
+    return search_by_trials(*arguments, **settings)

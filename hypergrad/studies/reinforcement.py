@@ -22,14 +22,13 @@ from ..estimators import Estimator, Forward, Implicit, Unrolled
 from ..inner import Newton
 from ..linear import CG
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.cartpole import Losses, cartpole_parts
 from ..tasks.random_walk import TD
 from ..tasks.reinforcement import DATA_NAME, SCALES, make
 from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
-from .program import program
+from .program import program, search
 from .record import Row
 from .study import Column, Study, tuned
 from .verdict import Claim, Verdict

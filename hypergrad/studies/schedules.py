@@ -21,13 +21,12 @@ from .. import plots, spaces
 from ..estimators import Estimator, Forward, Unrolled
 from ..inner import Descent
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks import schedules
 from ..tasks.classifier import others
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
-from .program import program
+from .program import program, search
 from .record import Row
 from .study import Column, Study, digits, of_trace, tuned
 from .verdict import Claim, Verdict

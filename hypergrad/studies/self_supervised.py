@@ -22,12 +22,11 @@ from .. import plots
 from ..estimators import Estimator, Unrolled
 from ..minimize import minimize
 from ..problem import draw
-from ..search import search
 from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, of_trace
 from .verdict import Claim, Verdict, conclude, paired

@@ -23,7 +23,6 @@ from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.semi_supervised import (
     SIZES,
@@ -37,7 +36,7 @@ from ..tasks.semi_supervised import (
 )
 from ..tasks.task import Task
 from .cleaning import of_weights
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, tuned
 from .verdict import Claim, Verdict, conclude, paired

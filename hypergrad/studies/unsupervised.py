@@ -23,12 +23,11 @@ from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Descent
 from ..linear import CG
 from ..minimize import minimize
-from ..search import search
 from ..searchers import Random
 from ..tasks.task import Task
 from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
-from .program import Program, program
+from .program import Program, program, search
 from .record import Row
 from .study import Column, Study, of_trace
 from .verdict import Claim

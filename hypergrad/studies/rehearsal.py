@@ -1,0 +1,229 @@
+"""What a row would cost: its programs compiled and counted, and none of them run.
+
+In place of a program's outputs the row goes on with zeros, but for the ledger: what an
+outer step costs is worked out from the program where no number decides it.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import partial_eval
+from jaxtyping import Array, PyTree
+
+from ..cost.flops import Flops, called, of_jaxpr
+from ..cost.memory import Memory, of_compiled
+from ..trace import Trace
+from .study import Study
+
+OUTER_LOOP = "minimize.py"
+LEDGER = ("gradient_equivalents", "num_")
+
+
+class Plan(NamedTuple):
+    """A program and how often it is called.
+
+    Attributes:
+      calls: in one row.
+      flops, memory: of one call.
+      steps: outer steps of the `Trace` that it returns; None where it returns none.
+      outputs: what takes the place of its outputs.
+    """
+
+    calls: int
+    flops: Flops
+    memory: Memory
+    steps: int | None
+    outputs: PyTree
+
+    @property
+    def total(self) -> float | None:
+        """Operations of one call; None where a tolerance ends one of its loops."""
+        outer = [OUTER_LOOP in loop.where for loop in self.flops.loops]
+        if not outer:
+            return self.flops.total()
+        if outer == [True] and self.steps is not None:
+            return self.flops.total(self.steps)
+        return None
+
+    @property
+    def by_iteration(self) -> str:
+        """What to say where a tolerance ends a loop: an iteration of each."""
+        steps = lambda loop: OUTER_LOOP in loop.where and self.steps
+        loops = "; ".join(
+            f"{loop.flops:.3g} in {loop.where.rpartition('/')[2]}"
+            + (f", {self.steps} times" if steps(loop) else "")
+            for loop in self.flops.loops
+        )
+        return (
+            "a tolerance decides how many FLOPs; an iteration of each of its loops has "
+            f"{loops}; all else {self.flops.fixed:.3g}"
+        )
+
+
+class OnHostError(Exception):
+    """A search that runs trial by trial is no program."""
+
+
+Plans = dict[Any, Plan]
+_plans: ContextVar[Plans | None] = ContextVar("plans", default=None)
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[Plans]:
+    """Within it a `Program` is planned, not run; yields the plans as they grow."""
+    plans: Plans = {}
+    token = _plans.set(plans)
+    try:
+        yield plans
+    finally:
+        _plans.reset(token)
+
+
+def is_rehearsed() -> bool:
+    """Whether programs are planned and not run."""
+    return _plans.get() is not None
+
+
+def planned(program: Any, function: Callable, arguments: PyTree) -> PyTree:
+    """One more call in the plans, and what stands for its outputs."""
+    plans = _plans.get()
+    assert plans is not None
+    known = plans.get(program) or plan(function, arguments)
+    plans[program] = known._replace(calls=known.calls + 1)
+    return known.outputs
+
+
+def plan(function: Callable, arguments: PyTree) -> Plan:
+    """Of a function that is traced and compiled."""
+    traced = jax.jit(function).trace(*arguments)
+    shapes, structure = jax.tree.flatten(traced.out_info)
+    places = jax.tree.unflatten(structure, range(len(shapes)))
+    is_trace = lambda x: isinstance(x, Trace)
+    traces = [x for x in jax.tree.leaves(places, is_leaf=is_trace) if is_trace(x)]
+    outputs, steps = [jnp.zeros(x.shape, x.dtype) for x in shapes], None
+    for trace in traces:
+        for name, i in trace.stats.items():
+            if name.startswith(LEDGER):
+                outputs[i] = ledger(traced.jaxpr.jaxpr, i)
+        steps = shapes[trace.stats["trusted"]].shape[-1]
+    return Plan(
+        0,
+        of_jaxpr(traced.jaxpr),
+        of_compiled(traced.lower().compile()),
+        steps if len(traces) == 1 else None,
+        jax.tree.unflatten(structure, outputs),
+    )
+
+
+def ledger(jaxpr: Any, output: int) -> Array:
+    """A column of a trace, where its entries depend on the number of the step alone.
+
+    NaN where they depend on more, such as on the iterations that a solve made.
+    """
+    aval = jaxpr.outvars[output].aval
+    unknown = jnp.full(aval.shape, jnp.nan, aval.dtype)
+    found = origin(jaxpr, jaxpr.outvars[output])
+    if isinstance(found, int) or found[0].primitive.name != "while":
+        return unknown
+    loop, place = found
+    body, skipped = loop.params["body_jaxpr"], loop.params["body_nconsts"]
+    wanted = [i == place for i in range(len(body.jaxpr.outvars))]
+    needed, used = partial_eval.dce_jaxpr(body.jaxpr, wanted)
+    counts = lambda variable: jnp.issubdtype(variable.aval.dtype, jnp.integer)
+    own = body.jaxpr.invars[skipped + place]
+    inputs = [x for x, is_used in zip(body.jaxpr.invars, used, strict=True) if is_used]
+    if not all(variable is own or counts(variable) for variable in inputs):
+        return unknown
+    once = jaxpr_as_fun(body.replace(jaxpr=needed))
+
+    def step(i: Array, column: Array) -> Array:
+        values = [
+            column if x is own else jnp.full(x.aval.shape, i, x.aval.dtype)
+            for x in inputs
+        ]
+        return once(*values)[0]
+
+    return jax.lax.fori_loop(0, aval.shape[-1], step, jnp.zeros(aval.shape, aval.dtype))
+
+
+def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
+    """The equation that makes a variable, within calls, and as which of its outputs.
+
+    An integer is the place of an input that it is.
+    """
+    for equation in jaxpr.eqns:
+        if variable in equation.outvars:
+            place, inner = equation.outvars.index(variable), called(equation)
+            if inner is None or equation.primitive.name == "while":
+                return equation, place
+            found = origin(inner, inner.outvars[place])
+            if isinstance(found, int):
+                return origin(jaxpr, equation.invars[found])
+            return found
+    return jaxpr.invars.index(variable)
+
+
+# What the command shows of it.
+
+HEAD = ("method", "program", "calls", "FLOPs", "temporary bytes", "peak bytes")
+COSTS = {"gradient_equivalents": "grad-eq", "tuning_cost": "tuning grad-eq"}
+TOLERANCE, UNKNOWN = "by tolerance", "-"
+ON_HOST = "trials run one by one on the host and are no program, so not in the table"
+NO_PROGRAM = "no program of its own"
+
+
+def report(study: Study, methods: Sequence[str]) -> str:
+    """Markdown: the programs of one row of each method, and what they would cost."""
+    columns, rows = (*HEAD, *COSTS.values()), []
+    notes: dict[str, list[str]] = {}  # each note, and the methods that it is about
+    for method in methods:
+        found, plans = rehearsed(study, method)
+        if found is None:
+            notes.setdefault(ON_HOST, []).append(method)
+        elif not plans:
+            notes.setdefault(NO_PROGRAM, []).append(method)
+        costs = [cost(found or {}, name) for name in COSTS]
+        for program, one in plans.items():
+            name, total = program.function.func.__name__, one.total
+            if total is None:
+                notes.setdefault(f"{name}: {one.by_iteration}", []).append(method)
+            rows.append(
+                (
+                    *(method, name, str(one.calls)),
+                    TOLERANCE if total is None else f"{total:.3g}",
+                    *(f"{n:,}" for n in (one.memory.temporaries, one.memory.peak)),
+                    *costs,
+                )
+            )
+            costs = [""] * len(costs)
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    table = [line(columns), "|" + "---|" * len(columns), *map(line, rows)]
+    about = (
+        f"{study.name}: one row of each method, seed 0, compiled and not run. FLOPs "
+        "and bytes are those of one call; grad-eq is what the run's ledger will say."
+    )
+    below = [f"- {', '.join(several)}: {note}" for note, several in notes.items()]
+    return "\n".join([about, "", *table, "", *below])
+
+
+def rehearsed(study: Study, method: str) -> tuple[dict[str, Any] | None, Plans]:
+    """The row, of zeros and its ledger; None where it ends at a search."""
+    with rehearsal() as plans:
+        try:
+            return study.methods[method](0), plans
+        except OnHostError:
+            return None, plans
+
+
+def cost(found: dict[str, Any], name: str) -> str:
+    """NaN is what a tolerance decides; a row that learns nothing has no cost."""
+    value = found.get(name)
+    if value is None:
+        return UNKNOWN
+    return TOLERANCE if math.isnan(value) else f"{value:.0f}"
