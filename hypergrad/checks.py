@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
+from .devices import is_apart
 from .problem import Bilevel, draw, whole
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -30,7 +31,7 @@ def as_inputs(w: PyTree, alpha: PyTree, *, differentiable: bool = True) -> tuple
         for path, leaf in jax.tree.leaves_with_path(tree):
             concrete = not isinstance(leaf, Tracer)
             concrete = concrete and jnp.issubdtype(leaf.dtype, jnp.floating)
-            if concrete and np.isnan(np.asarray(leaf)).any():
+            if concrete and _has_nan(leaf):
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} contains NaN; give it finite "
                     "starting values"
@@ -54,6 +55,11 @@ def as_key(key: Any) -> Array:
             "runs use jax.vmap over the key"
         )
     return one
+
+
+def _has_nan(leaf: Array) -> bool:
+    found = jnp.isnan(leaf) if is_apart(leaf) else np.isnan(np.asarray(leaf))
+    return bool(found.any())
 
 
 def _arrays(name: str, tree: PyTree) -> PyTree:

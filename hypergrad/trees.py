@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .devices import readable
+
 
 def scalar_dtype(*trees: PyTree) -> jnp.dtype:
     """In which inner products are accumulated: the widest leaf's, float32 at least."""
@@ -64,7 +66,7 @@ def normal(key: Array, like: PyTree) -> PyTree:
 
 def plain(x: Any) -> np.ndarray:
     """A leaf as numbers, a PRNG key by its data."""
-    return np.asarray(jax.random.key_data(x) if is_key(x) else x)
+    return np.asarray(readable(jax.random.key_data(x) if is_key(x) else x))
 
 
 def is_key(x: Any) -> bool:

@@ -12,12 +12,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..checks import check_solver
 from ..cost import ledger
+from ..devices import placed, readable
 from ..estimators.protocol import make_stats
 from ..inner.protocol import IterativeSolver
 from ..metrics import Metric, Progress
@@ -269,6 +269,7 @@ def run(
         if course and spent + cost > budget:
             break
         found = searcher.round(setting, index, course.last if course else None, key)
+        found = found._replace(rows=readable(found.rows))
         course = course.after(found, cost) if course else Course.begun(found, cost)
         if record is not None:
             record(recorded(course, name))
@@ -368,22 +369,12 @@ def ranked(value: Array) -> Array:
 
 def spread(members: PyTree) -> PyTree:
     """Over the devices, where they divide the members; one program all the same."""
-    size, devices = len(jax.tree.leaves(members)[0]), jax.devices()
-    if len(devices) == 1 or size % len(devices):
-        return members
-    mesh = Mesh(np.array(devices), ("members",))
-    return jax.device_put(members, NamedSharding(mesh, PartitionSpec("members")))
+    size, count = len(jax.tree.leaves(members)[0]), jax.device_count()
+    return members if count == 1 or size % count else placed(members, "members")
 
 
 def replicated(shared: PyTree) -> PyTree:
     """On all devices, as what members share; what lies on all already stays there."""
-    devices = jax.devices()
-    if len(devices) == 1:
-        return shared
-    everywhere = NamedSharding(Mesh(np.array(devices), ("members",)), PartitionSpec())
-
-    def place(x: Any) -> Any:
-        whole = not eqx.is_array(x) or len(x.devices()) == len(devices)
-        return x if whole else jax.device_put(x, everywhere)
-
-    return jax.tree.map(place, shared)
+    count = jax.device_count()
+    whole = lambda x: not eqx.is_array(x) or len(x.devices()) == count
+    return jax.tree.map(lambda x: x if whole(x) else placed(x), shared)

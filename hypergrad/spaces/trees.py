@@ -7,6 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from ..devices import readable
 from .kinds import Real, Space
 
 
@@ -106,8 +107,10 @@ def check(space: PyTree, alpha: PyTree) -> None:
             inside = kind.interior(leaf)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        inside = readable(inside)
         if isinstance(inside, Tracer) or np.all(inside):
             continue
+        leaf = readable(leaf)
         index = tuple(np.argwhere(~np.asarray(inside))[0].tolist())
         raise ValueError(
             f"{name}{list(index) or ''} is {np.asarray(leaf)[index]}, but {kind} "

@@ -1,0 +1,71 @@
+"""Several devices, and several processes, give the numbers of one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.scale_cases import TOLERANCE
+
+DEMANDED = {"float32": 1e-5, "float64": 1e-12}  # relative to the largest number
+QUICK = ("implicit", "unrolled", "single loop", "federated", "few-shot")
+SLOW = (
+    *("neumann", "unrolled, batches", "single loop, batches", "tolerance"),
+    *("divided batches", "from outside"),
+)
+
+
+def started(num_devices: int, *arguments: str) -> subprocess.Popen:
+    """`tests.scale_cases` on so many devices of its own."""
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.scale_cases", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def answers(process: subprocess.Popen) -> dict[str, list[list[float]]]:
+    """What it printed last."""
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return json.loads(out.splitlines()[-1])
+
+
+def agree(name: str, found: list[float], expected: list[float]) -> None:
+    """To the issue's bounds; where tolerances stop the solves, to ten times those."""
+    case, dtype = name.rsplit(", ", 1)
+    bound = 10 * TOLERANCE if case == "tolerance" else DEMANDED[dtype]
+    scale = np.abs(expected).max()
+    assert scale > 1e-3, name
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=bound * scale, err_msg=name
+    )
+
+
+def test_eight_devices_give_the_hypergradients_of_one():
+    """Data apart on eight, summed up over them: `answer` sees to that; so the docs."""
+    names = ";".join((*QUICK, "page"))
+    for name, both in answers(started(8, "float64", names)).items():
+        agree(name, *both)
+
+
+@pytest.mark.slow
+def test_eight_devices_and_two_processes_give_all_numbers_of_one():
+    """In both precisions, every case; the processes have two devices each."""
+    names = ("float32;float64", ";".join(QUICK + SLOW))
+    eight = answers(started(8, *names))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    second = started(2, *names, "1", "2", port)
+    two = answers(started(2, *names, "0", "2", port))
+    second.communicate(timeout=600)
+    assert two.keys() == eight.keys()
+    for name, (spread, alone) in eight.items():
+        agree(name, spread, alone)
+        agree(name, two[name][0], alone)
