@@ -251,10 +251,15 @@ def divided_batches(spread: bool) -> list[float]:
     return flat(program(problem, w, alpha, key))
 
 
-def page(spread: bool) -> list[float]:
-    """The blocks of docs/scale.md, but for the one that starts a second process."""
+def blocks_of_the_page() -> list[str]:
+    """Those of docs/scale.md, but for the one that begins a script."""
     text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def page(spread: bool) -> list[float]:
+    """The first blocks of docs/scale.md, which need no second process."""
+    blocks = blocks_of_the_page()[:2]
     if not spread:
         blocks = [block.replace("(jax.device_count(),)", "(1,)") for block in blocks]
     known, found = {}, []

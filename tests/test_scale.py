@@ -6,10 +6,13 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.scale_cases import TOLERANCE
+import hypergrad as hg
+from tests.scale_cases import TOLERANCE, blocks_of_the_page
 
 DEMANDED = {"float32": 1e-5, "float64": 1e-12}  # relative to the largest number
 QUICK = ("implicit", "unrolled", "single loop", "federated", "few-shot")
@@ -69,3 +72,37 @@ def test_eight_devices_and_two_processes_give_all_numbers_of_one():
     for name, (spread, alone) in eight.items():
         agree(name, spread, alone)
         agree(name, two[name][0], alone)
+
+
+@pytest.mark.slow
+def test_the_certificate_sees_what_bfloat16_leaves():
+    """The error of a rounded inner loop to a factor of 2; one correction removes it."""
+    first, _, rounded = blocks_of_the_page()
+    known = {}
+    exec(compile(first, "docs/scale.md", "exec"), known)
+    exec(compile(rounded, "docs/scale.md", "exec"), known)
+    problem, w, alpha = (known[name] for name in ("problem", "w", "alpha"))
+    solve = lambda problem, estimator: hg.hypergradient(problem, estimator)(w, alpha)
+    exact = solve(problem, hg.Implicit(hg.Newton())).hypergradient
+    size = jnp.linalg.norm(exact)
+    error = lambda found: jnp.linalg.norm(found.hypergradient - exact) / size
+    found = known["found"]
+    assert error(found) > 1e-5  # float64 leaves 1e-12
+    assert 0.5 < found.stats["error_estimate"] / error(found) < 2
+    assert found.stats["trusted"]
+    inner = known["InBfloat16"](known["descent"])
+    corrected = solve(problem, hg.Implicit(inner, correct=1))
+    assert error(corrected) < 0.01 * error(found)
+
+    def throughout(loss):
+        half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+        return lambda *arguments: loss(*half(arguments)).astype(float)
+
+    rough = hg.Bilevel(
+        throughout(problem.inner_loss), throughout(problem.outer_loss),
+        problem.inner_data, problem.outer_data,
+    )  # fmt: skip
+    estimator = hg.Implicit(known["descent"], certify=True)
+    everywhere = solve(rough, estimator)
+    assert error(everywhere) > error(found)
+    assert not everywhere.stats["trusted"]
