@@ -156,7 +156,7 @@ class Claim(eqx.Module):
 
     def init(self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array) -> None:
         """Refuses what has no certificate."""
-        check_problem(problem, w, alpha, None)
+        check_problem(problem, w, alpha)
         check_seen(problem, w, alpha, None, UNSEEN)
 
 

@@ -68,7 +68,7 @@ def _arrays(name: str, tree: PyTree) -> PyTree:
     strong = lambda leaf: jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
     try:
         return jax.tree.map(strong, tree)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a pytree of arrays: {error}") from error
 
 
@@ -147,12 +147,12 @@ def _rehearse(structure, shapes, static_structure, static_leaves) -> None:
     jax.eval_shape(init, shapes, KEY)
 
 
-def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any) -> None:
-    """Losses are scalar, the solver keeps ``w``'s structure.
+def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> None:
+    """Losses are scalar, solvers keep ``w``'s structure.
 
     Args:
       problem, w, alpha: as given to an estimator; only shapes are read.
-      solver: the inner solver, or None where there is none.
+      solvers: the inner solver, if there is one.
     """
     key = jax.random.key(0)
     inner_data, outer_data = problem.data(key)
@@ -165,7 +165,7 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, solver: Any) -> No
     losses = problem.outer_loss
     for loss in losses if isinstance(losses, tuple) else (losses,):
         check_scalar("outer_loss", loss, w, alpha, outer_batch)
-    if solver is not None:
+    for solver in solvers:
         _check_solve(problem, start, w, alpha, solver, inner_data, key)
 
 

@@ -29,6 +29,8 @@ def check_metrics(
             f"{type(metrics).__name__}"
         )
     for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"metrics must have names that are text; got {name!r}")
         if name in TAKEN:
             raise ValueError(
                 f"metrics cannot be called {name!r}: a trace's rows have that already"

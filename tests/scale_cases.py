@@ -1,8 +1,9 @@
 """What `test_scale.py` runs in processes of its own: hypergradients of sharded data.
 
 ``python -m tests.scale_cases DTYPES NAMES`` compares the devices of one process with
-one of them; with ``INDEX COUNT PORT`` behind it is one of several processes. Either
-prints what it found as JSON: ``{"name, dtype": [spread, on one device]}``.
+one of them; with ``alone`` behind it takes one only, with ``INDEX COUNT PORT`` it is one
+of several processes. Each prints what it found as JSON, a list for each name and dtype:
+spread, then on one device.
 """
 
 import contextlib
@@ -219,12 +220,11 @@ def from_outside(spread: bool) -> list[float]:
     for searcher in (
         hg.searchers.Random(),
         hg.searchers.PopulationBased(8),
-        hg.searchers.SuccessiveHalving(8, eta=2),
         hg.searchers.OneShot(8),
     ):
         rows = []
         run = lambda trials, searcher=searcher, rows=rows: hg.search(
-            problem, SGD, searcher, w, space=space, budget=60, key=jax.random.key(2),
+            problem, SGD, searcher, w, space=space, budget=40, key=jax.random.key(2),
             record=rows.append, trials=trials,
         )  # fmt: skip
         trace = run(())
@@ -281,8 +281,8 @@ OTHERS = {
 
 
 def main(dtypes: str, names: str, *where: str) -> None:
-    alone = not where
-    if where:
+    ways = (True, False) if not where else (False,) if where == ("alone",) else (True,)
+    if len(where) == 3:
         index, count, port = map(int, where)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", count, index)
@@ -293,8 +293,7 @@ def main(dtypes: str, names: str, *where: str) -> None:
         with jax.enable_x64(dtype == "float64"):
             for name in names.split(";"):
                 run = OTHERS.get(name, functools.partial(answer, name))
-                each = [run(True), run(False)] if alone else [run(True)]
-                found[f"{name}, {dtype}"] = each
+                found[f"{name}, {dtype}"] = [run(way) for way in ways]
     if jax.process_index() == 0:
         sys.stdout.write(json.dumps(found))
 

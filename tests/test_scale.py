@@ -58,20 +58,28 @@ def test_eight_devices_give_the_hypergradients_of_one():
 
 
 @pytest.mark.slow
-def test_eight_devices_and_two_processes_give_all_numbers_of_one():
-    """In both precisions, every case; the processes have two devices each."""
-    names = ("float32;float64", ";".join(QUICK + SLOW))
-    eight = answers(started(8, *names))
+@pytest.mark.parametrize("dtype", DEMANDED)
+def test_eight_devices_give_all_numbers_of_one(dtype: str):
+    """The same with mini-batches, tolerances, and the functions that a user calls."""
+    for name, both in answers(started(8, dtype, ";".join(QUICK + SLOW))).items():
+        agree(name, *both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DEMANDED)
+def test_two_processes_give_the_numbers_of_one(dtype: str):
+    """With two devices each; the functions that a user calls in double precision."""
+    names = ";".join((*QUICK, "tolerance", *["from outside"] * (dtype == "float64")))
+    one = answers(started(1, dtype, names, "alone"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    second = started(2, *names, "1", "2", port)
-    two = answers(started(2, *names, "0", "2", port))
+    second = started(2, dtype, names, "1", "2", port)
+    two = answers(started(2, dtype, names, "0", "2", port))
     second.communicate(timeout=600)
-    assert two.keys() == eight.keys()
-    for name, (spread, alone) in eight.items():
-        agree(name, spread, alone)
-        agree(name, two[name][0], alone)
+    assert two.keys() == one.keys()
+    for name, (alone,) in one.items():
+        agree(name, *two[name], alone)
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ class Reversible(eqx.Module):
                 "w mixes float64 with shorter leaves, which have other integers; cast "
                 "w to one dtype, or use hg.Unrolled"
             )
-        check_problem(problem, w, alpha, None)
+        check_problem(problem, w, alpha)
         start = start_reads_alpha(problem, w, alpha)
         beside = list(map(operator.or_, self._reads_alpha(alpha), start))
         advice = "nor do the rate, the momentum or the start; take it out of alpha"

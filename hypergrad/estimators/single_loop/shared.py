@@ -86,7 +86,7 @@ def start(name: str, problem: Bilevel, w: PyTree, alpha: PyTree) -> PyTree:
             f"{name} takes one outer loss, the problem has {problem.num_objectives}; "
             "combine them into one function, such as a weighted sum"
         )
-    check_problem(problem, w, alpha, None)
+    check_problem(problem, w, alpha)
     check_seen(problem, w, alpha, None, UNSEEN)
     return problem.initial(w, alpha)
 

@@ -1,0 +1,298 @@
+"""Wrong input, by argument and kind: each ends in an error that names the argument.
+
+`WRONG` holds the arguments, `KINDS` what is wrong for each; hypothesis draws further
+values of the same kinds. Nothing here is compiled.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hypergrad as hg
+from hypergrad import objectives, searchers, spaces, surrogates
+
+SGD = optax.sgd(0.1)
+SOLVER = hg.Descent(SGD, 3)
+ESTIMATOR = hg.Implicit(SOLVER)
+PROBLEM = hg.Bilevel(
+    lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+    lambda w, alpha, batch: jnp.sum(w**2),
+)
+UNIT = spaces.Unit()
+
+KINDS: dict[str, dict[str, Any]] = {
+    "count": {
+        "zero": 0, "negative": -3, "fraction": 1.5, "whole float": 2.0, "bool": True,
+        "text": "3", "list": [3], "NaN": float("nan"), "array": np.array(2),
+    },
+    "count or zero": {"negative": -3, "fraction": 1.5, "bool": True, "text": "3"},
+    "number": {
+        "text": "0.1", "list": [0.1], "tuple": (0.1,), "dict": {"a": 0.1},
+        "object": object(), "bytes": b"1", "array of text": np.array("a"), "bool": True,
+    },
+    "optimizer": {
+        "number": 0.1, "text": "sgd", "not called": optax.sgd, "none": None, "list": [],
+        "state": SGD.init(1.0), "solver": hg.Newton(),
+    },
+    "solver": {
+        "class": hg.Newton, "text": "newton", "none": None, "number": 3,
+        "optax": SGD, "function": abs, "estimator": hg.Implicit(hg.Newton()),
+    },
+    "linear solver": {
+        "class": hg.CG, "text": "cg", "number": 3, "solver": hg.Newton(),
+        "function": abs,
+    },
+    "estimator": {
+        "class": hg.Implicit, "text": "implicit", "none": None, "number": 1,
+        "solver": hg.Newton(), "function": abs,
+    },
+    "problem": {
+        "class": hg.Bilevel, "none": None, "text": "problem", "function": abs,
+        "tuple": (abs, abs), "solver": hg.Newton(),
+    },
+    "function": {"number": 1.0, "text": "loss", "list": [], "array": np.ones(2)},
+    "array": {
+        "text": "w", "none": None, "empty": {}, "object": object(),
+        "integers": np.arange(3), "bool": True, "text in a tree": {"a": "b"},
+        "NaN": np.array([1.0, np.nan]), "function": abs, "complex": np.array(1j),
+    },
+    "key": {
+        "number": 0, "text": "key", "float": 0.5, "several": jax.random.split(jax.random.key(0)),
+        "list": [0, 1], "function": abs,
+    },
+    "data": {
+        "text": "data", "object": object(), "empty": np.zeros((0, 3)),
+        "text in a tree": {"x": np.array(["a", "b"])}, "function": abs,
+    },
+    "space": {
+        "text": "unit", "number": 1.0, "class": spaces.Positive, "function": abs,
+        "another structure": {"a": UNIT}, "list": [UNIT, UNIT],
+    },
+    "searcher": {
+        "class": searchers.Random, "none": None, "text": "random",
+        "estimator": ESTIMATOR, "number": 3,
+    },
+    "budget": {
+        "zero": 0.0, "negative": -1.0, "infinite": float("inf"), "NaN": float("nan"),
+        "text": "10", "none": None, "list": [10.0],
+    },
+    "metrics": {
+        "list": [abs], "function": abs, "not a function": {"a": 1.0},
+        "text": "accuracy", "name that is no text": {1: abs},
+    },
+}  # fmt: skip
+
+
+def minimized(**changed: Any) -> hg.Trace:
+    told = {
+        "problem": PROBLEM, "estimator": ESTIMATOR, "optimizer": SGD, "w": 0.0,
+        "alpha": 0.5, "num_steps": 2,
+    }  # fmt: skip
+    told |= changed
+    first = (told.pop(name) for name in ("problem", "estimator", "optimizer", "w"))
+    return hg.minimize(*first, told.pop("alpha"), **told)
+
+
+def searched(**changed: Any) -> hg.Trace:
+    told = {
+        "problem": PROBLEM, "solver": SOLVER, "searcher": searchers.Random(), "w": 0.0,
+        "space": UNIT, "budget": 10.0,
+    }  # fmt: skip
+    told |= changed
+    first = (told.pop(name) for name in ("problem", "solver", "searcher"))
+    return hg.search(*first, told.pop("w"), **told)
+
+
+def estimated(
+    estimator: Any = ESTIMATOR, problem: Any = PROBLEM, w=0.0, alpha=0.5, **k
+):
+    return hg.hypergradient(problem, estimator)(w, alpha, **k)
+
+
+def certified(**changed: Any) -> hg.Certificate:
+    told = {"problem": PROBLEM, "w": 0.0, "alpha": 0.5} | changed
+    return hg.certify(told.pop("problem"), told.pop("w"), told.pop("alpha"), **told)
+
+
+# (argument, kind of it, where, what is called with the value)
+Call = Callable[[Any], Any]
+WRONG: list[tuple[str, str, str, Call]] = [
+    # Counts.
+    ("num_steps", "count or zero", "Descent", lambda x: hg.Descent(SGD, x)),
+    ("max_steps", "count", "Newton", lambda x: hg.Newton(x)),
+    ("max_steps", "count", "LBFGS", lambda x: hg.LBFGS(x)),
+    ("memory_size", "count", "LBFGS", lambda x: hg.LBFGS(memory_size=x)),
+    ("max_steps", "count", "CG", lambda x: hg.CG(max_steps=x)),
+    ("num_terms", "count", "Neumann", lambda x: hg.Neumann(x)),
+    ("rank", "count", "Nystrom", lambda x: hg.Nystrom(x)),
+    ("rank", "count", "NystromCG", lambda x: hg.NystromCG(x)),
+    ("last", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
+    ("num_draws", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
+    ("num_terms", "count", "FixedPoint", lambda x: hg.FixedPoint(SOLVER, x)),
+    ("num_pairs", "count", "Evolution", lambda x: hg.Evolution(SOLVER, 0.1, x)),
+    ("window", "count", "PersistentEvolution", lambda x: hg.PersistentEvolution(SOLVER, window=x)),
+    ("num_steps", "count", "Reversible", lambda x: hg.Reversible(0.1, 0.9, x)),
+    ("num_steps", "count", "F2SA", lambda x: hg.F2SA(SGD, x, penalty=1.0)),
+    ("num_steps", "count", "BOME", lambda x: hg.BOME(SGD, x, step_size=0.1)),
+    ("num_directions", "count", "PZOBO", lambda x: hg.PZOBO(SGD, 2, x)),
+    ("period", "count", "SRBA", lambda x: hg.SRBA(SGD, x)),
+    ("num_terms", "count", "TTSA", lambda x: hg.TTSA(SGD, x, step_size=0.1)),
+    ("adjoint_steps", "count", "AmIGO", lambda x: hg.AmIGO(SGD, 2, x)),
+    ("adjoint_batch_size", "count", "Implicit", lambda x: hg.Implicit(SOLVER, adjoint_batch_size=x)),
+    ("outer_batch_size", "count", "Implicit", lambda x: hg.Implicit(SOLVER, outer_batch_size=x)),
+    ("outer_batch_size", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, outer_batch_size=x)),
+    ("batch_size", "count", "Batches", lambda x: hg.Batches(np.ones((4, 2)), x)),
+    ("num_steps", "count", "minimize", lambda x: minimized(num_steps=x)),
+    ("eval_every", "count", "minimize", lambda x: minimized(eval_every=x)),
+    ("certify_every", "count", "minimize", lambda x: minimized(certify_every=x)),
+    ("num", "count", "Grid", lambda x: searchers.Grid(x)),
+    ("size", "count", "PopulationBased", lambda x: searchers.PopulationBased(x)),
+    ("size", "count", "SuccessiveHalving", lambda x: searchers.SuccessiveHalving(x)),
+    ("eta", "count", "Hyperband", lambda x: searchers.Hyperband(x)),
+    ("size", "count", "OneShot", lambda x: searchers.OneShot(x)),
+    ("period", "count", "AugmentedLagrangian", lambda x: objectives.AugmentedLagrangian(1.0, period=x)),
+    ("k", "count", "NDCG", lambda x: surrogates.NDCG(x)),
+    ("k", "count", "TopKAccuracy", lambda x: surrogates.TopKAccuracy(x)),
+    ("num_bins", "count", "CalibrationError", lambda x: surrogates.CalibrationError(x)),
+    # Numbers.
+    ("rtol", "number", "CG", lambda x: hg.CG(x)),
+    ("step_size", "number", "Neumann", lambda x: hg.Neumann(3, x)),
+    ("tolerance", "number", "Newton", lambda x: hg.Newton(tolerance=x)),
+    ("damping", "number", "Nystrom", lambda x: hg.Nystrom(2, x)),
+    ("damping", "number", "Implicit", lambda x: hg.Implicit(SOLVER, damping=x)),
+    ("rel_err", "number", "Implicit", lambda x: hg.Implicit(SOLVER, rel_err=x)),
+    ("sigma", "number", "Evolution", lambda x: hg.Evolution(SOLVER, x)),
+    ("epsilon", "number", "CentralDifference", lambda x: hg.CentralDifference(SOLVER, x)),
+    ("strength", "number", "Penalty", lambda x: hg.Penalty(SOLVER, x)),
+    ("step_size", "number", "StocBiO", lambda x: hg.StocBiO(SGD, 2, 2, step_size=x)),
+    ("momentum", "number", "FSLA", lambda x: hg.FSLA(SGD, momentum=x)),
+    ("penalty", "number", "F2SA", lambda x: hg.F2SA(SGD, 2, penalty=x)),
+    ("perturbation", "number", "PopulationBased", lambda x: searchers.PopulationBased(4, perturbation=x)),
+    ("step_size", "number", "Reinforce", lambda x: searchers.Reinforce(x)),
+    ("rel_err", "number", "certify", lambda x: certified(rel_err=x)),
+    ("strong_convexity", "number", "certify", lambda x: certified(strong_convexity=x)),
+    # What is combined.
+    ("optimizer", "optimizer", "Descent", lambda x: hg.Descent(x, 3)),
+    ("optimizer", "optimizer", "SOBA", lambda x: hg.SOBA(x)),
+    ("optimizer", "optimizer", "StocBiO", lambda x: hg.StocBiO(x, 2, 2, step_size=0.1)),
+    ("optimizer", "optimizer", "minimize", lambda x: minimized(optimizer=x)),
+    ("solver", "solver", "Implicit", lambda x: estimated(hg.Implicit(x))),
+    ("solver", "solver", "Penalty", lambda x: estimated(hg.Penalty(x, 1.0))),
+    ("solver", "solver", "Unrolled", lambda x: hg.Unrolled(x)),
+    ("solver", "solver", "Forward", lambda x: hg.Forward(x)),
+    ("solver", "solver", "FixedPoint", lambda x: hg.FixedPoint(x, 3)),
+    ("solver", "solver", "search", lambda x: searched(solver=x)),
+    ("solver", "solver", "argmin", lambda x: hg.argmin(PROBLEM.inner_loss, x)),
+    ("linear_solver", "linear solver", "Implicit", lambda x: estimated(hg.Implicit(SOLVER, x))),
+    ("linear_solver", "linear solver", "argmin", lambda x: hg.argmin(PROBLEM.inner_loss, SOLVER, x)),
+    ("estimator", "estimator", "hypergradient", lambda x: estimated(x)),
+    ("estimator", "estimator", "minimize", lambda x: minimized(estimator=x)),
+    ("estimator", "estimator", "Average", lambda x: hg.Average(x)),
+    ("searcher", "searcher", "search", lambda x: searched(searcher=x)),
+    # Problems and their data.
+    ("problem", "problem", "hypergradient", lambda x: estimated(problem=x)),
+    ("problem", "problem", "minimize", lambda x: minimized(problem=x)),
+    ("problem", "problem", "search", lambda x: searched(problem=x)),
+    ("problem", "problem", "certify", lambda x: certified(problem=x)),
+    ("inner_loss", "function", "Bilevel", lambda x: hg.Bilevel(x, abs)),
+    ("outer_loss", "function", "Bilevel", lambda x: hg.Bilevel(abs, x)),
+    ("start", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, start=x)),
+    ("draw", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, draw=x)),
+    ("inner_loss", "function", "argmin", lambda x: hg.argmin(x, SOLVER)),
+    ("fn", "function", "ClosedForm", lambda x: hg.ClosedForm(x)),
+    ("data", "data", "Batches", lambda x: hg.Batches(x)),
+    ("data", "data", "Bilevel, inner", lambda x: hg.Bilevel(abs, abs, x)),
+    ("data", "data", "Bilevel, outer", lambda x: hg.Bilevel(abs, abs, None, x)),
+    # Points, spaces and keys.
+    ("w", "array", "hypergradient", lambda x: estimated(w=x)),
+    ("alpha", "array", "hypergradient", lambda x: estimated(alpha=x)),
+    ("w", "array", "minimize", lambda x: minimized(w=x)),
+    ("alpha", "array", "minimize", lambda x: minimized(alpha=x)),
+    ("w", "array", "search", lambda x: searched(w=x)),
+    ("w", "array", "certify", lambda x: certified(w=x)),
+    ("key", "key", "hypergradient", lambda x: estimated(key=x)),
+    ("key", "key", "minimize", lambda x: minimized(key=x)),
+    ("key", "key", "search", lambda x: searched(key=x)),
+    ("key", "key", "certify", lambda x: certified(key=x)),
+    ("space", "space", "minimize", lambda x: minimized(space=x)),
+    ("space", "space", "sample", lambda x: spaces.forward(x, 0.5)),
+    ("budget", "budget", "search", lambda x: searched(budget=x)),
+    # What is called along a run.
+    ("project", "function", "minimize", lambda x: minimized(project=x)),
+    ("anneal", "function", "minimize", lambda x: minimized(anneal=x)),
+    ("progress", "function", "minimize", lambda x: minimized(progress=x)),
+    ("progress", "function", "search", lambda x: searched(progress=x)),
+    ("record", "function", "search", lambda x: searched(record=x)),
+    ("metrics", "metrics", "minimize", lambda x: minimized(metrics=x)),
+    ("metrics", "metrics", "search", lambda x: searched(metrics=x)),
+]  # fmt: skip
+CASES = [
+    pytest.param(argument, call, value, id=f"{where}-{argument}-{kind}")
+    for argument, group, where, call in WRONG
+    for kind, value in KINDS[group].items()
+]
+
+
+def refused(argument: str, call: Call, value: Any) -> None:
+    """By an error of either promised type, which names the argument."""
+    with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+        call(value)
+
+
+def test_there_are_as_many_cases_as_promised():
+    assert len(CASES) >= 300
+    assert len({case.id for case in CASES}) == len(CASES)
+
+
+# Equinox warns of an array in the place of a setting before it is refused.
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize(("argument", "call", "value"), CASES)
+def test_wrong_input_is_refused_by_name(argument: str, call: Call, value: Any):
+    refused(argument, call, value)
+
+
+# Further values of the same kinds, and none of them right.
+DRAWN = {
+    "count": st.one_of(
+        st.integers(max_value=0),
+        st.floats(),
+        st.text(),
+        st.lists(st.integers(), max_size=2),
+        st.booleans(),
+    ),
+    "count or zero": st.one_of(st.integers(max_value=-1), st.floats(), st.text()),
+    "number": st.one_of(
+        st.text(), st.binary(), st.lists(st.floats(), max_size=2), st.booleans()
+    ),
+    "optimizer": st.one_of(st.text(), st.floats(), st.lists(st.integers(), max_size=2)),
+    "estimator": st.one_of(st.text(), st.integers(), st.none()),
+    "problem": st.one_of(st.text(), st.integers(), st.none()),
+    "function": st.one_of(st.text(), st.floats(), st.integers(), st.binary()),
+    "key": st.one_of(st.integers(), st.floats(), st.text()),
+    "space": st.one_of(st.text(), st.floats()),
+    "searcher": st.one_of(st.text(), st.integers(), st.none()),
+    "budget": st.one_of(
+        st.floats(max_value=0), st.text(), st.just(np.inf), st.just(np.nan)
+    ),
+}
+
+
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+@pytest.mark.parametrize(
+    ("argument", "kind", "call"),
+    [
+        pytest.param(argument, kind, call, id=f"{where}-{argument}")
+        for argument, kind, where, call in WRONG
+        if kind in DRAWN
+    ],
+)
+def test_drawn_input_is_refused_by_name(argument: str, kind: str, call: Call, data):
+    refused(argument, call, data.draw(DRAWN[kind]))
