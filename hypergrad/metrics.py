@@ -55,7 +55,7 @@ def check_metrics(
     return dict(metrics)
 
 
-def _check_arguments(name: str, metric: Metric) -> None:
+def _check_arguments(name: str, metric: Callable) -> None:
     """Refuses a function of other than three arguments, where it says so."""
     try:
         signature = inspect.signature(metric)

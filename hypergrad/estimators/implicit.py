@@ -1,5 +1,7 @@
 """Implicit differentiation: the implicit function theorem and a linear solve."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -226,7 +228,7 @@ class Implicit(eqx.Module):
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
         prepared = None
         if self._refresh > 1:
-            prepare = lambda w: self.linear_solver.prepare(lambda v: v, w)
+            prepare = lambda w: self._prepare(lambda v: v, w)
             prepared = optax.tree.zeros_like(jax.eval_shape(prepare, w))
         goal = jnp.asarray(jnp.nan, float)
         return ImplicitState(
@@ -320,6 +322,10 @@ class Implicit(eqx.Module):
         seen["num_products"] += num_products
         return w, at, seen, spent, (trusted, jnp.nan), state.goal, prepared
 
+    def _prepare(self, matvec, like):
+        solver: Any = self.linear_solver  # one with a `refresh` has a `prepare`
+        return solver.prepare(matvec, like)
+
     def _prepared(self, problem, state, w, alpha, batch):
         """What the linear solver goes on using, made anew if due, and its products."""
         if self._refresh == 1:
@@ -329,7 +335,7 @@ class Implicit(eqx.Module):
         damped = lambda v: add_scaled(
             hvp(problem.inner_loss, w, alpha, batch, v), self.damping, v
         )
-        make = lambda: self.linear_solver.prepare(damped, w)
+        make = lambda: self._prepare(damped, w)
         _, s = prepared = jax.lax.cond(due, make, lambda: state.prepared)
         return prepared, jnp.where(due, s.size, 0)
 

@@ -48,9 +48,7 @@ def show_run(path: Path) -> None:
         show(run.file(".md").read_text(), Console())
 
 
-def compare_runs(
-    first: Path, second: Path
-) -> None:
+def compare_runs(first: Path, second: Path) -> None:
     """Line two runs up: what differs in configuration, data, versions and numbers.
 
     Args:

@@ -229,7 +229,7 @@ def _git(folder: Path) -> str | None:
         ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        git("ls-files", "--error-unmatch", __file__)  # no repository around site-packages
+        git("ls-files", "--error-unmatch", __file__)  # not one around site-packages
         changed = "+" if git("status", "--porcelain", "--", ".") else ""
         return git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
