@@ -375,6 +375,8 @@ def test_a_weighted_sum_is_the_run_of_one_loss(space):
     np.testing.assert_allclose(several.value @ weights, one.value, rtol=1e-9)
     for name in ("num_grads", "inner_steps"):  # one inner solve for both
         assert jnp.array_equal(several.stats[name], one.stats[name])
+    assert jnp.all(one.stats["num_hvps"] < several.stats["num_hvps"])
+    assert jnp.all(one.cost < several.cost)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,10 @@ class WeightedSum(eqx.Module):
     Its minimisers are Pareto optimal where no weight is 0; the concave parts of a front
     it does not reach (`SmoothTchebycheff` does).
 
+    Cost: an adjoint solve for each loss, as for every combiner, since the trace tells
+    their values apart. One loss that sums them, ``lambda w, alpha, batch: weights[0] *
+    M_0(w, alpha, batch) + ...``, takes the same steps with one adjoint solve.
+
     Source: Zadeh 1963.
 
     >>> import jax.numpy as jnp, hypergrad as hg
