@@ -1,19 +1,19 @@
 """What hypergradients must beat: 2, 20 and 500 penalties, with and without gradients.
 
-Softmax regression on 50 pixels of the digits, no bias, a fifth of the training labels
-wrong,
+Softmax regression on 50 pixels of the digits, no bias, two fifths of the
+training labels wrong,
 
     L(w, a) = mean CE(w) + 1/2 sum_jc exp(a_jc) w_jc²,   M(w) = mean CE on other digits
 
 with one log-penalty a weight, or one a group of weights. Every method begins at the
 same penalties and is charged until it comes within 1% of the best there are, which
-L-BFGS finds on the exact hypergradient in float64. See README.md.
+L-BFGS finds on the exact hypergradient in float64. What is tuned is in searching_grid,
+what came of it in searching_table. See README.md.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cmaes
@@ -26,15 +26,9 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.searchers.trials import Trials, seed_of
-from hypergrad.studies import record
 from hypergrad.studies.program import Program
-from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.study import DIGITS, digits
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
-
-from . import plots
-from .__main__ import RESULTS
+from hypergrad.studies.record import Row
+from hypergrad.studies.study import digits
 
 SIZES = (2, 20, 500)
 NUM_TRAIN, NUM_VAL = 200, 800
@@ -42,6 +36,7 @@ WRONG = 0.4  # of the training labels
 PIXELS, CLASSES = 50, 10
 LOW, HIGH, START = -6.0, 0.0, -3.0  # of a log-penalty
 NEAR = 0.01  # of the way from the target back to the start
+SOURCE = "Bergstra & Bengio 2012; Lorraine et al. 2020 (arXiv 1911.02590)"
 
 
 def penalties(alpha: Array) -> Array:
@@ -220,11 +215,9 @@ class Searching(NamedTuple):
 
 
 class Gaussian:
-    """`hypergrad.searchers.CMAES` that goes on from the last generation.
+    """`hypergrad.searchers.CMAES`, but with 500 axes hardly a draw is within the box.
 
-    The searcher replays all of them at each ask, which at 500 axes takes too long.
-    Draws outside the box are repeated a few times, not 10 times the axes, and then
-    clipped.
+    Draws outside are repeated a few times there, and then clipped.
     """
 
     def __init__(self, step_size: float):
@@ -395,12 +388,6 @@ def score(row: Row) -> float:
     return math.log(BUDGET) + math.log(max(row["left"], NEAR) / NEAR)
 
 
-# The grid.
-
-GRID_NAME = "search-grid"
-TUNING_SEEDS = (100, 101)
-
-
 def cells(seeds: Sequence[int], ends: bool = False) -> list[Row]:
     """Every method at the sizes that it can do."""
     extra = ENDS if ends else ()
@@ -411,297 +398,3 @@ def cells(seeds: Sequence[int], ends: bool = False) -> list[Row]:
         for seed in seeds
         if method not in SEARCHING or size in SEARCHING[method].most
     ]
-
-
-def try_all(cell: Row) -> Row:
-    """A method at each of its settings, on both seeds."""
-    method, size = cell["method"], cell["size"]
-    settings = settings_of(method)
-    runs = [
-        [run(method, seed, size, setting, BUDGET) for seed in TUNING_SEEDS]
-        for setting in settings
-    ]
-    scores = [float(np.mean([score(row) for row in of])) for of in runs]
-    return {
-        "settings": list(settings),
-        "scores": scores,
-        "setting": settings[int(np.argmin(scores))],
-        "tuning_cost": sum(row["spent"] for of in runs for row in of),
-        "budget": BUDGET,
-        "data": DIGITS,
-    }
-
-
-def read_grid(method: str, size: int) -> Row:
-    """What the committed grid says of a method, if it was made with these settings."""
-    path = RESULTS / f"{GRID_NAME}.jsonl"
-    again = f"run python -m benchmarks {GRID_NAME}"
-    rows = record.read(path) if path.exists() else []
-    mine = [r for r in rows if (r["method"], r["size"]) == (method, size)]
-    if not mine:
-        raise ValueError(f"{path} has no row of {method} at {size}: {again}")
-    asked = list(settings_of(method)), BUDGET
-    if (mine[0]["settings"], mine[0]["budget"]) != asked:
-        raise ValueError(f"{path} was made with other settings or budget: {again}")
-    return mine[0]
-
-
-def best_descending(size: int) -> str:
-    """Of the methods with hypergradients the one that tuned best."""
-    return min(DESCENDING, key=lambda method: min(read_grid(method, size)["scores"]))
-
-
-def judge_grid(rows: list[Row]) -> list[Verdict]:
-    """What a reader of the other table should know."""
-    edge = [
-        f"{row['method']} ({row['size']})"
-        for row in rows
-        if row["setting"] in (row["settings"][0], row["settings"][-1])
-    ]
-    text = f"{len(edge)} of {len(rows)} chose a setting at an edge of their three"
-    return [Verdict(text + (f": {', '.join(edge)}" if edge else ""))]
-
-
-def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
-    lines = [
-        f"# {table.name}",
-        "",
-        f"{DIGITS}; seeds {' and '.join(map(str, TUNING_SEEDS))}, at most {BUDGET:,} "
-        "gradient-equivalents (grad-eq) a run. In brackets the mean of log cost until "
-        "within 1%, beyond the budget by what is left; the least is chosen. Command: "
-        f"`{command}`",
-        "",
-        "| hyperparameters | method | settings | chosen | tuning grad-eq |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        pairs = zip(row["settings"], row["scores"], strict=True)
-        tried = ", ".join(f"{x:g} ({y:.2f})" for x, y in pairs)
-        lines.append(
-            f"| {row['size']} | {row['method']} | {tried} | {row['setting']:g} | "
-            f"{row['tuning_cost']:,.0f} |"
-        )
-    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
-
-
-def draw_grid(rows: list[Row], path: Path) -> None:
-    """A panel a size: how well each setting does."""
-    scores = {(row["size"], row["method"]): row["scores"] for row in rows}
-    panels = {
-        f"{size} hyperparameters": {
-            method: scores.get((size, method), [np.nan]) for method in METHODS
-        }
-        for size in SIZES
-    }
-    plots.strips(panels, path, "score, a dot a setting: less is better", ())
-
-
-# The table.
-
-TIMES = {2: 20, 20: 20, 500: 60}  # of the best row with hypergradients: a black box's
-ENOUGH, LARGE = 50.0, 500
-
-
-def budget_of(method: str, seed: int, size: int) -> tuple[float, float | None]:
-    """A run's budget, and what the best with hypergradients needed; None if never."""
-    best = best_descending(size)
-    setting = read_grid(best, size)["setting"]
-    need = run(best, seed, size, setting, BUDGET)["cost"]
-    if method in DESCENDING:
-        return BUDGET, need
-    return TIMES[size] * (BUDGET if need is None else need), need
-
-
-def measure(cell: Row) -> Row:
-    """One run at its chosen setting, and the test digits by its last ``alpha``."""
-    method, seed, size = cell["method"], cell["seed"], cell["size"]
-    of = known(seed, size)
-    if method in ENDS:
-        alpha = of.alpha if method == ENDS[1] else np.full(size, START)
-        row: Row = {"cost": None, "left": 0.0 if method == ENDS[1] else 1.0}
-    else:
-        setting = read_grid(method, size)["setting"]
-        budget, need = budget_of(method, seed, size)
-        row = run(method, seed, size, setting, budget) | {
-            "setting": setting, "budget": budget, "best_cost": need,
-            "best": best_descending(size),
-            "tuning_cost": read_grid(method, size)["tuning_cost"],
-        }  # fmt: skip
-        alpha = np.array(row.pop("alpha"))
-    parts = arrays(seed)
-    zero, key = jnp.zeros((PIXELS, CLASSES)), jax.random.key(0)
-    given = zero, jnp.asarray(alpha, jnp.float32), key
-    test_loss, test_error = SCORED(parts["train"], parts["test"], *given)
-    exact, _ = SCORED(parts["train"], parts["val"], *given)
-    return row | {
-        "start": of.start, "target": of.target, "end": float(exact),
-        "test_loss": float(test_loss), "test_error": float(test_error),
-        "data": DIGITS, "data_sha256": fingerprint(digits()),
-    }  # fmt: skip
-
-
-# Judging.
-
-
-def lane(rows: list[Row], method: str, size: int, name: str) -> np.ndarray:
-    """A column by seed; NaN where a row has no number."""
-    mine = [r for r in rows if (r["method"], r["size"]) == (method, size)]
-    mine.sort(key=lambda row: row["seed"])
-    return np.array([row.get(name) for row in mine], float)
-
-
-def needed(rows: list[Row], method: str, size: int) -> tuple[np.ndarray, int]:
-    """Costs by seed, a bound where a run was never there, and how many were not."""
-    cost, spent = (lane(rows, method, size, name) for name in ("cost", "spent"))
-    return np.where(np.isnan(cost), spent, cost), int(np.sum(np.isnan(cost)))
-
-
-def never(count: int, seeds: int) -> str:
-    """What is to be said of runs that count with their bounds."""
-    return f" at least, never there on {count} of {seeds} seeds" if count else ""
-
-
-def against(rows: list[Row], method: str, best: str, size: int) -> Verdict:
-    """How many times the cost of the best with hypergradients a black box needs."""
-    (theirs, censored), (ours, lost) = (needed(rows, m, size) for m in (method, best))
-    claimed = size == LARGE and SEARCHING[method].most[size] == math.inf
-    mark = "(o) " if claimed else ""
-    what = f"{mark}{size} hyperparameters, {method} against {best}"
-    if lost:
-        text = f"{what}: {best} is never there on {lost} of {ours.size} seeds"
-        return Verdict(f"{text}: not reproduced" if claimed else text)
-    mean, low, high = paired_ratio(theirs, ours)
-    text = (
-        f"{what}: {mean:.3g} [{low:.3g}, {high:.3g}] times as many "
-        f"gradient-equivalents{never(censored, ours.size)}"
-    )
-    if not claimed:
-        return Verdict(text)
-    text += f", at least {ENOUGH:g} claimed"
-    half = math.log(high / mean)
-    return conclude(text, bool(low >= ENOUGH), ours.size, half, math.log(ENOUGH))
-
-
-def winner(rows: list[Row], size: int) -> Verdict:
-    """Who is first by the geometric mean, of those who are there on every seed."""
-    there, unknown = {}, []
-    for method in (m for m in METHODS if lane(rows, m, size, "left").size):
-        cost, censored = needed(rows, method, size)
-        mean = float(np.exp(np.mean(np.log(cost))))
-        if censored:
-            unknown.append((method, mean))
-        else:
-            there[method] = mean
-    if not there:
-        return Verdict(f"{size} hyperparameters: no method is there on every seed")
-    order = sorted(there, key=lambda method: there[method])
-    text = f"{size} hyperparameters: first is {order[0]}, {there[order[0]]:.0f}"
-    if order[1:]:
-        text += f", then {order[1]}, {there[order[1]]:.0f}"
-    open_ = [method for method, bound in unknown if bound < there[order[0]]]
-    if open_:
-        text += f"; not told, as they ended below that: {', '.join(open_)}"
-    return Verdict(f"{text} gradient-equivalents")
-
-
-def judge(rows: list[Row]) -> list[Verdict]:
-    """Who wins at each size, and what black boxes need against the best."""
-    verdicts = []
-    for size in SIZES:
-        best = next(r["best"] for r in rows if r["size"] == size and r.get("best"))
-        verdicts.append(winner(rows, size))
-        verdicts += [
-            against(rows, method, best, size)
-            for method in SEARCHING
-            if lane(rows, method, size, "left").size
-        ]
-    return verdicts
-
-
-# Showing.
-
-
-def markdown(table: Table, rows: list[Row], command: str) -> str:
-    seeds = len({row["seed"] for row in rows})
-    lines = [
-        f"# {table.name}",
-        "",
-        f"{DIGITS}: {NUM_TRAIN} to train, {WRONG:.0%} of the labels wrong, {NUM_VAL} "
-        f"to validate; {seeds} seeds. Gradient-equivalents (grad-eq) until within "
-        f"{NEAR:.0%} of L-BFGS, geometric mean and range; > where a run was never "
-        "there and counts with what it spent. Left: of the way to L-BFGS at the best "
-        "evaluation, median. Test loss and error of a run's last alpha, means. "
-        f"Settings are from [{GRID_NAME}]({GRID_NAME}.md). Command: `{command}`",
-    ]
-    titles = (
-        "method", "there", "grad-eq", "range", "left", "test loss", "test error",
-        "evaluations", "setting", "tuning grad-eq",
-    )  # fmt: skip
-    for size in SIZES:
-        lines += ["", f"**{size} hyperparameters**", ""]
-        lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        for method in (*ENDS, *METHODS):
-            if lane(rows, method, size, "left").size:
-                lines.append("| " + " | ".join(cells_of(rows, method, size)) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
-
-
-def cells_of(rows: list[Row], method: str, size: int) -> list[str]:
-    """A line of the table."""
-    column = lambda name: lane(rows, method, size, name)
-    cost, censored = needed(rows, method, size)
-    more = "> " if censored else ""
-    tests = [f"{column('test_loss').mean():.3f}", f"{column('test_error').mean():.1%}"]
-    left = f"{np.median(column('left')):.1%}"
-    if method in ENDS:
-        return [method, "-", "-", "-", left, *tests, "-", "-", "-"]
-    return [
-        method,
-        f"{cost.size - censored} of {cost.size}",
-        f"{more}{np.exp(np.mean(np.log(cost))):,.0f}",
-        f"{cost.min():,.0f} to {cost.max():,.0f}",
-        left,
-        *tests,
-        f"{column('evaluations').mean():.0f}",
-        f"{column('setting')[0]:g}",
-        f"{column('tuning_cost')[0]:,.0f}",
-    ]
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """What is left of the way against what was spent: a panel a size."""
-    panels = {
-        f"{size} hyperparameters": {
-            method: [
-                (row["curve_cost"], row["curve"])
-                for row in rows
-                if (row["method"], row["size"]) == (method, size)
-            ]
-            for method in METHODS
-            if lane(rows, method, size, "left").size
-        }
-        for size in SIZES
-    }
-    plots.remaining(panels, tuple(SEARCHING), NEAR, path)
-
-
-SOURCE = "Bergstra & Bengio 2012; Lorraine et al. 2020 (arXiv 1911.02590)"
-GRID = Table(
-    name=GRID_NAME,
-    source=SOURCE,
-    minutes=5,
-    seeds=1,
-    plan=lambda scale, seeds: cells([0]),
-    run=cell_by_cell(try_all, markdown_of_grid, draw_grid),
-    judge=judge_grid,
-)
-TABLE = Table(
-    name="search",
-    source=SOURCE,
-    minutes=15,
-    seeds=5,
-    plan=lambda scale, seeds: cells(range(seeds), ends=True),
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
-)

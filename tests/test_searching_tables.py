@@ -11,7 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
-from benchmarks import searching, sharing, warm_start
+from benchmarks import searching, searching_table, sharing, warm_start
 from benchmarks.searching import Gaussian, Known, Until
 from hypergrad.studies import record
 from hypergrad.studies.table import check
@@ -165,7 +165,9 @@ def rows_of(cost: dict, spent: float = 1e6) -> list[dict]:
 
 def said(rows: list[dict], *words: str) -> str:
     """The one line with all of the words."""
-    lines = [v for v in searching.judge(rows) if all(word in v.text for word in words)]
+    lines = [
+        v for v in searching_table.judge(rows) if all(word in v.text for word in words)
+    ]
     assert len(lines) == 1
     assert not lines[0].failed
     return lines[0].text
@@ -215,12 +217,14 @@ def test_a_missing_row_and_few_seeds_fail(tmp_path):
     rows = [row | made for row in rows_of(dict.fromkeys(LARGE))]
     path = tmp_path / "search.jsonl"
     path.write_text("".join(map(record.line, rows)))
-    assert not any(v.failed for v in check(searching.TABLE, tmp_path))
+    assert not any(v.failed for v in check(searching_table.TABLE, tmp_path))
     path.write_text("".join(map(record.line, rows[:-1])))
-    assert any("missing" in v.text for v in check(searching.TABLE, tmp_path))
+    assert any("missing" in v.text for v in check(searching_table.TABLE, tmp_path))
     few = [row for row in rows if row["seed"] < 4]
     path.write_text("".join(map(record.line, few)))
-    assert any("too few seeds" in v.text for v in check(searching.TABLE, tmp_path))
+    assert any(
+        "too few seeds" in v.text for v in check(searching_table.TABLE, tmp_path)
+    )
 
 
 # `warmstart`.
