@@ -34,6 +34,7 @@ from hypergrad.searchers import (
     Reinforce,
     Sobol,
 )
+from hypergrad.searchers import cmaes as cmaes_searcher
 from hypergrad.searchers.gaussian_process import _expected_improvement, _features
 from hypergrad.searchers.trials import seed_of
 from hypergrad.spaces import Choice, Integer, Interval, Simplex, Unit
@@ -377,6 +378,27 @@ def test_cmaes_proposes_what_cmaes_does(population):
         if len(generation) == size:
             gaussian.tell(generation)
             generation = []
+
+
+def test_cmaes_tells_its_library_each_generation_once(monkeypatch):
+    """Not all of them at every ask; a state alone asks for the same, however long."""
+    count, tell = [], cmaes.CMA.tell
+    monkeypatch.setattr(
+        cmaes.CMA, "tell", lambda *given: count.append(1) or tell(*given)
+    )
+    _, state = run(CMAES(0.31, 4), SPACE, 60)
+    assert len(count) == 14  # the last one's is not asked for
+    alpha, _ = CMAES(0.31, 4).ask(state, KEY)
+    assert len(count) == 15
+    cmaes_searcher._gaussian.cache_clear()
+    again, _ = CMAES(0.31, 4).ask(state, KEY)
+    jax.tree.map(np.testing.assert_array_equal, again, alpha)
+    assert len(count) == 30
+    monkeypatch.setattr(cmaes_searcher, "DEPTH", 2)
+    cmaes_searcher._gaussian.cache_clear()
+    again, _ = CMAES(0.31, 4).ask(state, KEY)
+    jax.tree.map(np.testing.assert_array_equal, again, alpha)
+    assert len(count) == 45
 
 
 # PGPE's own optimizer calls what optax has deprecated.

@@ -1,5 +1,7 @@
 """The covariance matrix adaptation evolution strategy, of the package cmaes."""
 
+import copy
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +11,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 from .. import spaces
 from ..settings import check_steps, number
 from .trials import Trials, seed_of
+
+DEPTH = 300  # generations, of Python's 1000 calls
 
 
 class CMAES(eqx.Module):
@@ -30,9 +34,10 @@ class CMAES(eqx.Module):
 
     Budget: 110 trials, for a value within 1e-4 (see `hypergrad.searchers`).
 
-    Cost: an ask replays all generations, O(axes^3) each, and draws until all axes are
-    within the box, at most 100 times, by cmaes at O(axes^3) a draw. With hundreds of
-    axes hardly a draw is, so that an ask takes seconds: there take
+    Cost: a generation is O(axes^3), once: asks of other searches in between, or of a
+    state that was stored, replay them. An ask draws until all axes are within the box,
+    at most 100 times, by cmaes at O(axes^3) a draw. With hundreds of axes hardly a draw
+    is, so that an ask takes long: there take
     ``Evolution(evosax.algorithms.Sep_CMA_ES, size)``, which has a deviation an axis in
     place of the covariance, O(axes) a trial, and no box to fall out of.
 
@@ -77,25 +82,40 @@ class CMAES(eqx.Module):
         Told the same trials, cmaes arrives at the same Gaussian: its random numbers
         move only its draws.
         """
-        axes = state.t.shape[1]
-        gaussian = _cmaes().CMA(
-            mean=np.full(axes, 0.5),
-            sigma=np.asarray(self.step_size).item(),
-            bounds=np.tile([0.0, 1.0], (axes, 1)),
-            population_size=self.population,
-        )
-        size = gaussian.population_size
-        for i in range(0, len(state.t) - size + 1, size):
-            generation = zip(
-                state.t[i : i + size], state.values[i : i + size], strict=True
-            )
-            gaussian.tell(list(generation))
+        rows = np.column_stack([state.t, state.values])
+        axes, step_size = state.t.shape[1], np.asarray(self.step_size).item()
+        after = functools.partial(_gaussian, axes, step_size, self.population)
+        size = after(b"").population_size
+        full = len(rows) // size * size
+        for end in range(0, full, DEPTH * size):  # so that the last is not too deep
+            after(rows[:end].tobytes())
+        gaussian = after(rows[:full].tobytes())
         gaussian.reseed_rng(seed_of(key))
         return spaces.from_unit(state.space, gaussian.ask()), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         """Remembers the trial."""
         return state.told(alpha, value)
+
+
+@functools.lru_cache(maxsize=8)
+def _gaussian(axes: int, step_size: float, population: int | None, told: bytes) -> Any:
+    """After generations, of whose trials ``told`` holds coordinates and value.
+
+    Of the last few that were asked for, so that each goes on from the one before.
+    """
+    if not told:
+        return _cmaes().CMA(
+            mean=np.full(axes, 0.5),
+            sigma=step_size,
+            bounds=np.tile([0.0, 1.0], (axes, 1)),
+            population_size=population,
+        )
+    before = functools.partial(_gaussian, axes, step_size, population)
+    rows, size = np.frombuffer(told).reshape(-1, axes + 1), before(b"").population_size
+    gaussian = copy.deepcopy(before(rows[:-size].tobytes()))
+    gaussian.tell([(row[:-1], row[-1]) for row in rows[-size:]])
+    return gaussian
 
 
 def _cmaes() -> Any:
