@@ -1,9 +1,9 @@
 """What `test_scale.py` runs in processes of its own: hypergradients of sharded data.
 
 ``python -m tests.scale_cases DTYPES NAMES`` compares the devices of one process with
-one of them; with ``alone`` behind it takes one only, with ``INDEX COUNT PORT`` it is one
-of several processes. Each prints what it found as JSON, a list for each name and dtype:
-spread, then on one device.
+one of them; with ``alone`` behind it takes one only, with ``INDEX COUNT PORT`` it is
+one of several processes. Each prints what it found as JSON, a list for each name and
+dtype: spread, then on one device.
 """
 
 import contextlib
