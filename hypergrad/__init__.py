@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 from . import cost, data, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
+from .checkpoint import Checkpoints
 from .citation import citation
 from .estimators import (
     BOME,
@@ -108,6 +109,7 @@ __all__ = [  # in reading order
     "Bilevel",
     "CentralDifference",
     "Certificate",
+    "Checkpoints",
     "ClosedForm",
     "Descent",
     "Estimate",

@@ -122,7 +122,17 @@ def check_estimator_is(estimator: Any) -> None:
 
 def rehearse(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
     """Runs ``estimator.init`` on shapes, once for each structure of its inputs."""
-    arrays, static = eqx.partition((estimator, problem, w, alpha), eqx.is_array)
+    _on_shapes(_rehearse, estimator, problem, w, alpha)
+
+
+def ever_trusted(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> bool:
+    """Whether ``trusted`` depends on anything, by the jaxpr of an estimate."""
+    return _on_shapes(_ever_trusted, estimator, problem, w, alpha)
+
+
+def _on_shapes(ask: Any, *inputs: PyTree) -> Any:
+    """What a cached function says of inputs by their structure and shapes."""
+    arrays, static = eqx.partition(inputs, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     static_leaves, static_structure = jax.tree.flatten(static)
@@ -130,9 +140,8 @@ def rehearse(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None
     try:
         hash(arguments)
     except TypeError:
-        _rehearse.__wrapped__(*arguments)
-    else:
-        _rehearse(*arguments)
+        return ask.__wrapped__(*arguments)
+    return ask(*arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,6 +154,19 @@ def _rehearse(structure, shapes, static_structure, static_leaves) -> None:
         estimator.init(problem, w, alpha, key)
 
     jax.eval_shape(init, shapes, KEY)
+
+
+@functools.lru_cache(maxsize=256)
+def _ever_trusted(structure, shapes, static_structure, static_leaves) -> bool:
+    static = jax.tree.unflatten(static_structure, static_leaves)
+
+    def trusted(leaves, key):
+        arrays = jax.tree.unflatten(structure, leaves)
+        estimator, problem, w, alpha = eqx.combine(arrays, static)
+        state = estimator.init(problem, w, alpha, key)
+        return estimator.estimate(problem, state, alpha, key)[0].stats["trusted"]
+
+    return any(reads(trusted, shapes, KEY))
 
 
 def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> None:

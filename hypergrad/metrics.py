@@ -14,7 +14,15 @@ from .estimators.protocol import STATS
 Metric = Callable[[PyTree, PyTree, Array], Array]
 Progress = Callable[[int, Any], None]
 
-TAKEN = {"step", "value", "cost", "trusted", "weights", *STATS}  # by a trace's rows
+TAKEN = {
+    "step",
+    "value",
+    "cost",
+    "trusted",
+    "refined",
+    "weights",
+    *STATS,
+}  # by a trace's rows
 
 
 def check_metrics(

@@ -1,7 +1,9 @@
 """The outer loop: one compiled program."""
 
+import contextlib
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -12,12 +14,23 @@ from jaxtyping import Array, PyTree
 
 from . import spaces
 from .certificate import Claim, certificate
+from .checkpoint import (
+    Checkpoints,
+    Folder,
+    Identity,
+    check_checkpoints,
+    digest,
+    digest_program,
+    opened,
+    place,
+)
 from .checks import (
     as_inputs,
     as_key,
     check_estimator_is,
     check_problem_is,
     check_same_structure,
+    ever_trusted,
     is_traced,
     rehearse,
     traced,
@@ -26,12 +39,13 @@ from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
 from .inner.descent import searches_a_line
 from .metrics import Metric, Progress, at_step, check_metrics, check_progress
-from .problem import Bilevel
+from .problem import Bilevel, draw, whole
 from .settings import check_steps
-from .trace import Trace
+from .trace import OUT_OF_TIME, UNTRUSTED, Trace
 from .trees import all_finite, dot
 
 LEDGER = ("gradient_equivalents", "num_")
+OnUntrusted = Literal["record", "skip", "refine", "stop"]
 
 
 def minimize(
@@ -50,7 +64,10 @@ def minimize(
     metrics: dict[str, Metric] | None = None,
     eval_every: int = 1,
     certify_every: int | None = None,
+    on_untrusted: OnUntrusted = "record",
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
+    time_limit: float | None = None,
 ) -> Trace:
     """``num_steps`` steps of ``optimizer`` on ``alpha`` along the hypergradient.
 
@@ -84,22 +101,35 @@ def minimize(
         ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
         target is the argmin, and ``distance_to_implicit`` of one of the procedure;
         beside them its own stay.
+      on_untrusted: what becomes of an estimate that is not ``trusted``. "record": it
+        makes its step, and its row says so. "skip": it makes none, ``alpha`` and the
+        optimizer stay; what the estimator carries goes on. "refine": it is made again,
+        from where it ended and with more work, by an estimator that offers it
+        (``refine``, as `Implicit` does); both costs are in the row, ``refined`` in its
+        stats says where, and the second makes its step, trusted or not. "stop": the run
+        ends before its step.
       progress: ``(steps_done, value)``, called on the host at most twenty times a run;
         the value is a float, or an array ``[K]``.
+      checkpoints: where to keep what moves, `Checkpoints`; a run that was killed goes
+        on from there, to the same bits.
+      time_limit: seconds after which no further chunk of steps is begun, a chunk being
+        the steps between checkpoints, else a twentieth of the run. With ``checkpoints``
+        the same call goes on later.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and
     ``trace.status`` says why.
 
-    Without ``progress`` the function is pure: it can be jitted and vmapped. Losses are
-    traced a constant number of times, and a second run with the same objects and shapes
-    traces nothing.
+    Without ``progress``, ``checkpoints`` and ``time_limit`` the function is pure: it
+    can be jitted and vmapped. Losses are traced a constant number of times, and a
+    second run with the same objects and shapes traces nothing.
 
     Cost: ``num_steps`` estimates, in ``trace.cost``. Memory: one estimate's, and a row
     of scalars a step.
 
     Raises:
       TypeError, ValueError: bad input, before anything is traced.
+      ValueError, RuntimeError: checkpoints of another run, or of one that is running.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -141,15 +171,22 @@ def minimize(
                 "over several; certify within each, by the estimator that is averaged"
             )
         rehearse(Claim(), problem, w, alpha)
+    _check_untrusted(on_untrusted, estimator, problem, w, alpha, certify_every)
     metrics = check_metrics(metrics, w, alpha)
     _check_project(project, alpha)
     _check_anneal(anneal, problem)
     check_progress(progress)
+    check_checkpoints(checkpoints)
+    _check_time_limit(time_limit)
     key = as_key(key)
-    if progress is not None and is_traced(problem, w, alpha, key):
+    on_host = {
+        "progress": progress, "checkpoints": checkpoints, "time_limit": time_limit
+    }  # fmt: skip
+    on_host = [name for name, given in on_host.items() if given is not None]
+    if on_host and is_traced(problem, w, alpha, key):
         raise TypeError(
-            "progress is called on the host, so it does not work within jax.jit or "
-            "jax.vmap; leave it out there"
+            f"{on_host[0]} is seen to on the host, so it does not work within jax.jit "
+            "or jax.vmap; leave it out there"
         )
     loop = _Loop(
         problem,
@@ -162,18 +199,134 @@ def minimize(
         metrics,
         eval_every,
         certify_every,
+        on_untrusted,
         num_steps,
     )
+    began = time.monotonic()
     carry = _begin(loop, w, alpha, key)
-    if progress is None:
+    if not on_host:
         return _finish(loop, _run(loop, carry, jnp.asarray(num_steps)))
-    chunk = -(-num_steps // 20)
-    for done in range(0, num_steps, chunk):
-        until = min(done + chunk, num_steps)
-        carry = _run(loop, carry, jnp.asarray(until))
-        value = np.asarray(carry.rows.value[until - 1])
-        progress(until, value if value.ndim else value.item())
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if checkpoints is not None:
+            run = _identity(loop, carry, w, alpha, key)
+            folder = stack.enter_context(opened(checkpoints, run))
+            carry = folder.load(carry)
+        every = None if checkpoints is None else checkpoints.every
+        carry = _in_chunks(loop, carry, began, progress, folder, every, time_limit)
     return _finish(loop, carry)
+
+
+def _in_chunks(
+    loop: "_Loop",
+    carry: "_Carry",
+    began: float,
+    progress: Progress | None,
+    folder: Folder | None,
+    every: int | None,
+    time_limit: float | None,
+) -> "_Carry":
+    """The run with the host looking in; how it is cut changes no bit of it."""
+    last, twentieth = loop.num_steps, -(-loop.num_steps // 20)
+    tell = {*range(twentieth, last, twentieth), last}
+    keep = {last} if every is None else {*range(every, last, every), last}
+    looks = (tell if progress or every is None else set()) | keep
+    for until in sorted(step for step in looks if step > int(carry.index)):
+        if int(carry.status):
+            break
+        carry = _run(loop, carry, jnp.asarray(until))
+        stopped = int(carry.status) > 0
+        late = time_limit is not None and time.monotonic() - began > time_limit
+        if folder is not None and (until in keep or stopped or late):
+            folder.save(int(carry.index), carry)
+        if progress is not None and until in tell:
+            value = np.asarray(carry.rows.value[until - 1])
+            progress(until, value if value.ndim else value.item())
+        if late and until < last and not stopped:
+            return eqx.tree_at(lambda c: c.status, carry, jnp.asarray(OUT_OF_TIME))
+    return carry
+
+
+def _identity(
+    loop: "_Loop", carry: "_Carry", w: PyTree, alpha: PyTree, key: Array
+) -> Identity:
+    """What makes a run this one, by name; see `Checkpoints`."""
+    problem, optimizer = loop.problem, optax.with_extra_args_support(loop.optimizer)
+    inner, outer = (
+        jax.eval_shape(look, key)
+        for look in (
+            lambda key: draw(problem.data(key)[0], key),
+            lambda key: whole(problem.data(key)[1], key),
+        )
+    )
+    code = lambda f, *inputs: digest_program(jax.jit(f).lower(*inputs))
+    step = lambda g, state, u: optimizer.update(g, state, u, value=jnp.zeros(()))
+    program = _run.lower(loop, carry, jnp.asarray(0))  # pyright: ignore[reportFunctionMemberAccess]
+    settings = ("num_steps", "eval_every", "certify_every", "on_untrusted")
+    trees = ("estimator", "combine", "space", "project", "anneal", "metrics")
+    return (
+        {name: str(getattr(loop, name)) for name in settings}
+        | {name: digest(getattr(loop, name)) for name in trees}
+        | {
+            "w": digest(w),
+            "alpha": digest(alpha),
+            "key": digest(key),
+            "inner_data": digest(problem.inner_data),
+            "outer_data": digest(problem.outer_data),
+            "inner_loss": code(problem.inner_loss, w, alpha, inner),
+            "outer_loss": code(lambda *inputs: problem.outer(*inputs), w, alpha, outer),
+            "optimizer": code(step, carry.u, carry.optimizer_state, carry.u),
+            "program": digest_program(program),
+            "beginning": digest(carry),
+        }
+        | place()
+    )
+
+
+def _check_time_limit(time_limit: Any) -> None:
+    if time_limit is None:
+        return
+    number = isinstance(time_limit, int | float) and not isinstance(time_limit, bool)
+    if not (number and time_limit > 0):
+        raise ValueError(
+            f"time_limit must be a positive number of seconds; got {time_limit!r}"
+        )
+
+
+def _check_untrusted(
+    on_untrusted: Any,
+    estimator: Any,
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    certify_every: int | None,
+) -> None:
+    """Refuses what is no choice, and a guard that could never let a step through."""
+    if on_untrusted not in get_args(OnUntrusted):
+        raise ValueError(
+            f"on_untrusted must be one of {', '.join(get_args(OnUntrusted))}; got "
+            f"{on_untrusted!r}"
+        )
+    if on_untrusted == "record":
+        return
+    name = type(estimator).__name__
+    if on_untrusted == "refine" and not hasattr(estimator, "refine"):
+        raise ValueError(
+            f'on_untrusted="refine" needs an estimator that can, such as hg.Implicit; '
+            f'{name} has no method refine: choose "skip" or "stop"'
+        )
+    if estimator.target == "argmin" and certify_every == 1:
+        return
+    if not ever_trusted(estimator, problem, w, alpha):
+        advice = (
+            "; certify_every=1 judges each of them"
+            if estimator.target == "argmin"
+            else ""
+        )
+        raise ValueError(
+            f"{name} never says of an estimate that it is trusted, so "
+            f'on_untrusted="{on_untrusted}" would let no step through{advice}'
+        )
 
 
 def _check_combine(combine: Any, problem: Bilevel) -> None:
@@ -244,6 +397,7 @@ class _Loop(eqx.Module):
     metrics: dict[str, Metric]
     eval_every: int
     certify_every: int | None
+    on_untrusted: OnUntrusted
     num_steps: int
 
     @property
@@ -329,6 +483,8 @@ def _blank(loop: _Loop, state: PyTree, alpha: PyTree, key: Array) -> _Rows:
     stats = {name: column(name, row) for name, row in seen.stats.items()}
     if loop.combine is not None:
         stats["weights"] = jnp.full((loop.num_steps, *seen.value.shape), jnp.nan, float)
+    if loop.on_untrusted == "refine":
+        stats["refined"] = jnp.zeros(loop.num_steps, bool)
     return _Rows(
         column("value", seen.value),
         stats,
@@ -344,6 +500,41 @@ def _run(loop: _Loop, carry: _Carry, until: Array) -> _Carry:
     """
     going = lambda carry: (carry.index < until) & (carry.status == 0)
     return jax.lax.while_loop(going, lambda carry: _step(loop, carry), carry)
+
+
+def _estimated(
+    loop: _Loop, problem: Bilevel, carry: _Carry, alpha: PyTree, key: Array
+) -> tuple[Estimate, PyTree]:
+    """The step's estimate, certified where due and refined where not trusted."""
+
+    def judged(found):
+        estimate, state = found
+        if loop.certify_every is not None:
+            due = carry.index % loop.certify_every == 0
+            estimate = _certified(loop, problem, due, estimate, alpha, key)
+        return estimate, state
+
+    inputs = problem, carry.estimator_state, alpha, key
+    estimate, state = judged(loop.estimator.estimate(*inputs))
+    if loop.on_untrusted != "refine":
+        return estimate, state
+
+    def again():
+        finer, then = judged(loop.estimator.refine(problem, state, alpha, key))
+        spent = {
+            name: estimate.stats[name] + finer.stats[name]
+            for name in finer.stats
+            if name.startswith(LEDGER) or name == "inner_steps"
+        }
+        return _with_stats(finer, spent | {"refined": jnp.asarray(True)}), then
+
+    as_it_is = lambda: (_with_stats(estimate, {"refined": jnp.asarray(False)}), state)
+    return jax.lax.cond(estimate.stats["trusted"], as_it_is, again)
+
+
+def _with_stats(estimate: Estimate, more: dict[str, Array]) -> Estimate:
+    stats = estimate.stats | more
+    return Estimate(estimate.value, estimate.hypergradient, estimate.w, stats)
 
 
 def _certified(
@@ -365,8 +556,7 @@ def _certified(
             said = {"error_estimate": found.error_estimate, "trusted": found.trusted}
         return estimate.stats | spent | said
 
-    stats = jax.lax.cond(due, look, lambda: estimate.stats)
-    return Estimate(estimate.value, estimate.hypergradient, estimate.w, stats)
+    return _with_stats(estimate, jax.lax.cond(due, look, lambda: estimate.stats))
 
 
 def _combined(
@@ -386,12 +576,7 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     to_alpha = lambda u: spaces.forward(loop.space, u)
     alpha, pullback = jax.vjp(to_alpha, carry.u)
     problem = loop.problem_at(carry.index)
-    estimate, state = loop.estimator.estimate(
-        problem, carry.estimator_state, alpha, estimate_key
-    )
-    if loop.certify_every is not None:
-        due = carry.index % loop.certify_every == 0
-        estimate = _certified(loop, problem, due, estimate, alpha, estimate_key)
+    estimate, state = _estimated(loop, problem, carry, alpha, estimate_key)
     stats, score, combine_state = estimate.stats, estimate.value, carry.combine_state
     if loop.combine is None:
         (gradient,) = pullback(estimate.hypergradient)
@@ -409,11 +594,23 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     if loop.project is not None:
         u = loop.project(u)
 
-    status = jnp.where(
-        ~all_finite(estimate.value),
-        1,
-        jnp.where(~all_finite(gradient), 2, jnp.where(~all_finite(u), 3, 0)),
+    untrusted = ~estimate.stats["trusted"]
+    status = jnp.select(
+        [
+            ~all_finite(estimate.value),
+            ~all_finite(gradient),
+            untrusted & (loop.on_untrusted == "stop"),
+            ~all_finite(u),
+        ],
+        [1, 2, UNTRUSTED, 3],
+        0,
     ).astype(carry.status.dtype)
+    if loop.on_untrusted == "skip":
+        u, optimizer_state, combine_state = optax.tree.where(
+            untrusted,
+            (carry.u, carry.optimizer_state, carry.combine_state),
+            (u, optimizer_state, combine_state),
+        )
     index = carry.index
     due = (index % loop.eval_every == 0) | (index == loop.num_steps - 1)
     metrics = {

@@ -14,8 +14,10 @@ STATUS = (
     "stopped: the hypergradient is not finite",
     "stopped: the step left alpha not finite",
     "failed: no trial has a finite value",
+    "stopped: the hypergradient is not trusted",
+    "stopped: time limit",
 )
-FAILED = len(STATUS) - 1
+FAILED, UNTRUSTED, OUT_OF_TIME = 4, 5, 6
 
 
 class Trace(Shown):

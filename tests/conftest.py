@@ -92,6 +92,13 @@ REPRESENTATIVES = {
         "test_several_losses_and_trees_are_certified": set(),
         "test_the_certificate_on_a_hundred_problems": set(),
     },
+    "test_checkpoint": {
+        "test_killed_after_any_step_it_ends_with_the_same_bits": {"implicit"},
+        "test_the_folder_of_another_run_is_refused": {
+            *("code of a metric", "constant in a loss", "dtype of w", "inner data"),
+            *("key", "num_steps", "rate"),
+        },
+    },
     "test_compilation": {
         "test_a_run_traces_each_loss_a_constant_number_of_times": {"CG", "Unrolled"},
         "test_equal_with_and_without_jit": {"CG", "Unrolled"},
@@ -131,6 +138,10 @@ REPRESENTATIVES = {
             *("3-None-True-0",),
         },
         "test_the_logistic_problem_of_grazzi_2020": {"CG-5", "Neumann-25", "last-25"},
+    },
+    "test_guards": {
+        "test_implicit_refined_is_the_closed_form": {"ridge per-weight-*"},
+        "test_under_jit_and_vmap_it_is_a_loop": {"refine"},
     },
     "test_identities": {
         "test_a_series_is_the_truncated_unroll": {

@@ -18,7 +18,7 @@ from ..adjoint import (
     usable,
     zero_adjoint,
 )
-from ..certificate import NEWTON, TRUST, UNSEEN, certificate
+from ..certificate import CORRECTIONS, NEWTON, TRUST, UNSEEN, certificate
 from ..checks import check_problem, check_seen, check_solver, is_traced
 from ..cost import ledger
 from ..drawn import drawn
@@ -286,6 +286,37 @@ class Implicit(eqx.Module):
             prepared,
         )
         return estimate, state
+
+    def refine(
+        self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, ImplicitState]:
+        """The estimate that left ``state``, made again with more work.
+
+        On the same data, from where it ended if ``warm_start``: the inner solve, two
+        Newton steps beside ``correct`` and an adjoint of ``H`` itself on all inner
+        data, by `CG` to its tolerance; with ``rel_err`` its rounds, with a Newton step
+        in each. Not sure to be trusted: where ``H`` is singular or indefinite nothing
+        is. Cost: as any estimate's.
+        """
+        if self.rel_err is None:
+            linear_solver, damping, correct = CG(), 0.0, self.correct + CORRECTIONS
+        else:
+            linear_solver, damping = self.linear_solver, self.damping
+            correct = max(self.correct, 1)
+        thorough = Implicit(
+            self.solver,
+            linear_solver,
+            damping,
+            correct=correct,
+            certify=self.certify,
+            warm_start=self.warm_start,
+            outer_batch_size=self.outer_batch_size,
+        )
+        thorough = eqx.tree_at(
+            lambda i: i.rel_err, thorough, self.rel_err, is_leaf=lambda x: x is None
+        )
+        state = eqx.tree_at(lambda s: s.num_estimates, state, state.num_estimates - 1)
+        return thorough.estimate(problem, state, alpha, key)
 
     def _once(self, problem, state, alpha, data):
         """The inner solver as it is, ``correct`` Newton steps, the adjoint."""

@@ -212,7 +212,7 @@ def report(
         distance = found.error_estimate
         costs = jax.tree.map(jnp.add, costs, found.stats)
     stats = make_stats(
-        all_finite(value, hypergradient, w) & trusted,
+        trusted is not False and all_finite(value, hypergradient, w) & trusted,
         inner_residual=inner_residual(problem, data, w, alpha),
         inner_steps=num_steps,
         error_estimate=error_estimate,

@@ -87,7 +87,7 @@ class Estimator(Protocol):
         ...
 
 
-def make_stats(trusted: Array, **known: Any) -> dict[str, Array]:
+def make_stats(trusted: Array | bool, **known: Any) -> dict[str, Array]:
     """All of `STATS` and ``trusted``, NaN where not known."""
     unknown = set(known) - set(STATS)
     if unknown:

@@ -1,0 +1,362 @@
+"""Checkpoints: a run that was killed goes on, to the same bits."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .settings import check_steps
+
+Tree = TypeVar("Tree")
+Identity = dict[str, str]
+
+KEPT = 2  # the newest, and the one before should that be damaged
+HASH = "sha256 "
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# What differs whenever anything does is named where nothing else is.
+TOGETHER = ("program", "beginning")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where `minimize` keeps what moves, and how often.
+
+    All of it: ``alpha``, ``w``, the states of optimizer and estimator (adjoints,
+    tables of variance reduction), keys, rows and ledger. The same call with the same
+    folder goes on from the last checkpoint and ends with the bits of a run that was
+    never interrupted, whenever it was killed; that of a finished run returns its trace.
+
+    Args:
+      folder: of this run alone; it is made where there is none.
+      every: outer steps between checkpoints; where a run ends or stops there is one.
+
+    A checkpoint is written beside the last two and counts once it is complete; its
+    files are checked by SHA-256 before they are read. One that is damaged is passed
+    over with a warning, and the one before is used.
+
+    A folder that cannot be written to, or a full disk, brings a warning; the run goes
+    on, and what was kept before stays. The same bits are promised on one kind of device
+    and with one version of jax.
+
+    One process writes: not for runs that span several (`jax.distributed`).
+
+    Cost: a copy of the carry to the host and to the disk, some 0.1 s for a small one.
+
+    Raises:
+      ValueError: the folder holds another run, which is told by what differs: data,
+        starting point, key, settings, losses, the program; or no whole checkpoint.
+      RuntimeError: another process that is alive runs in the folder.
+
+    >>> import tempfile, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: (w - 1.0) ** 2
+    >>> problem, estimator = hg.Bilevel(inner, outer), hg.Implicit(hg.Newton())
+    >>> optimizer, folder = optax.sgd(0.25), tempfile.TemporaryDirectory()
+    >>> run = lambda **changes: hg.minimize(
+    ...     problem, estimator, optimizer, 0.0, 3.0, num_steps=4,
+    ...     checkpoints=hg.Checkpoints(folder.name, every=2), **changes,
+    ... )
+    >>> run(time_limit=1e-9).status
+    'stopped: time limit'
+    >>> run().status  # goes on
+    'completed'
+    >>> folder.cleanup()
+    """
+
+    folder: str | os.PathLike
+    every: int = 1
+
+    def __post_init__(self):
+        """Refuses what is no path, and no number of steps."""
+        if not isinstance(self.folder, str | os.PathLike):
+            raise TypeError(
+                f"folder must be a path, such as 'runs/first'; got {self.folder!r}"
+            )
+        check_steps("every", self.every)
+
+
+def check_checkpoints(checkpoints: Any) -> None:
+    """Refuses what is none, before anything is traced."""
+    if checkpoints is None:
+        return
+    if not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            "checkpoints must be hg.Checkpoints(folder, every); got "
+            f"{type(checkpoints).__name__}"
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            "checkpoints are written by one process, and this run spans "
+            f"{jax.process_count()}; leave them out"
+        )
+
+
+# Whose checkpoints they are.
+
+
+def digest(tree: PyTree) -> str:
+    """SHA-256 over structure, shapes, dtypes and bytes; functions count by name."""
+    leaves, structure = jax.tree.flatten(tree)
+    found = hashlib.sha256(ADDRESS.sub("", str(structure)).encode())
+    for leaf in leaves:
+        if not eqx.is_array_like(leaf):
+            found.update(ADDRESS.sub("", repr(leaf)).encode())
+            continue
+        array = _plain(leaf)
+        found.update(f"{jnp.result_type(leaf)}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return HASH + found.hexdigest()
+
+
+def digest_program(lowered: Any) -> str:
+    """SHA-256 of a program, its constants included."""
+    return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+
+def place() -> Identity:
+    """What the bits depend on beside the program."""
+    from jaxlib.version import __version__ as jaxlib
+
+    device = jax.devices()[0]
+    return {
+        "jax": f"{jax.__version__} on jaxlib {jaxlib}",
+        "device": f"{device.platform} {device.device_kind}",
+    }
+
+
+def _compare(folder: Path, there: Identity, here: Identity) -> None:
+    """Refuses a folder of another run, naming what differs."""
+    names = [name for name in here if there.get(name) != here[name]]
+    names = [name for name in names if name not in TOGETHER] or names
+    if not names:
+        return
+
+    def told(name: str) -> str:
+        old, new = there.get(name, "unknown"), here[name]
+        if HASH in old + new:
+            return f"{name} differs"
+        return f"{name} is {old} there and {new} here"
+
+    raise ValueError(
+        f"{folder} holds the checkpoints of another run: "
+        f"{', '.join(map(told, names))}; go on with what began it, or give another "
+        "folder"
+    )
+
+
+# The folder.
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+class Folder:
+    """The checkpoints of one run: ``step-N/`` by orbax, ``step-N.json`` to check it."""
+
+    def __init__(self, path: Path, run: Identity, writable: bool):
+        self.path, self.run, self.writable = path, run, writable
+
+    def load(self, blank: Tree) -> Tree:
+        """The newest whole checkpoint written over ``blank``, or that as it is."""
+        flaws = []
+        for step in self._steps():
+            try:
+                self._check(step)
+            except Damaged as flaw:
+                flaws.append((step, str(flaw)))
+                continue
+            for damaged, flaw in flaws:
+                warnings.warn(
+                    f"the checkpoint of step {damaged} in {self.path} is damaged "
+                    f"({flaw}); the run goes on from that of step {step}",
+                    stacklevel=4,
+                )
+                if self.writable:
+                    self._remove(damaged)
+            return self._read(step, blank)
+        if flaws:
+            said = "; ".join(f"step {step}: {flaw}" for step, flaw in flaws)
+            raise ValueError(
+                f"no checkpoint in {self.path} is whole ({said}); delete the folder to "
+                "begin anew"
+            )
+        return blank
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Keeps a checkpoint, or warns that it could not be."""
+        if not self.writable:
+            return
+        try:
+            self._write(step, tree)
+        except Exception as error:  # a full disk has many types, by who meets it
+            with contextlib.suppress(OSError):
+                self.clear()
+            kept = max(self._steps(), default=None)
+            have = (
+                "there is none yet" if kept is None else f"the last is of step {kept}"
+            )
+            warnings.warn(
+                f"the checkpoint of step {step} could not be written to {self.path} "
+                f"({type(error).__name__}: {error}); the run goes on, {have}",
+                stacklevel=4,
+            )
+
+    def _file(self, step: int) -> Path:
+        return self.path / f"step-{step:09d}.json"
+
+    def _arrays(self, step: int) -> Path:
+        return self.path / f"step-{step:09d}"
+
+    def _steps(self) -> list[int]:
+        """Those that were completed, the newest first."""
+        files = self.path.glob("step-*.json")
+        named = [re.fullmatch(r"step-(\d{9})", file.stem) for file in files]
+        return sorted((int(match[1]) for match in named if match), reverse=True)
+
+    def _check(self, step: int) -> None:
+        """Raises where anything is not as written, or of another run."""
+        try:
+            said = json.loads(self._file(step).read_text())
+            seal = said.pop("sha256")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Damaged(f"{self._file(step).name} cannot be read") from error
+        if seal != _seal(said):
+            raise Damaged(f"{self._file(step).name} is not as it was written")
+        _compare(self.path, said["run"], self.run)
+        found = _hashes(self._arrays(step))
+        if found != said["files"]:
+            names = sorted(found.keys() | said["files"].keys())
+            wrong = [
+                name for name in names if found.get(name) != said["files"].get(name)
+            ]
+            raise Damaged(f"{self._arrays(step).name}/{wrong[0]} is not as written")
+
+    def _read(self, step: int, blank: Tree) -> Tree:
+        import orbax.checkpoint as ocp
+
+        arrays, static = eqx.partition(blank, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        like = {name: np.empty(x.shape, x.dtype) for name, x in _named(leaves)}
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(self._arrays(step).absolute(), like)
+
+        def written_over(leaf, array):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+            return leaf.at[...].set(array)  # keeps its place and its weak type
+
+        leaves = [
+            written_over(leaf, found[_name(i)]) if leaf.size else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return eqx.combine(jax.tree.unflatten(structure, leaves), static)
+
+    def _write(self, step: int, tree: PyTree) -> None:
+        import orbax.checkpoint as ocp
+
+        self._remove(step)
+        leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self._arrays(step).absolute(), dict(_named(leaves)))
+        said = {"step": step, "run": self.run, "files": _hashes(self._arrays(step))}
+        text = json.dumps(said | {"sha256": _seal(said)}, indent=1)
+        part = self._file(step).with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(self._file(step))
+        for old in self._steps()[KEPT:]:
+            self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        """First what says that it is complete."""
+        self._file(step).unlink(missing_ok=True)
+        shutil.rmtree(self._arrays(step), ignore_errors=True)
+
+    def clear(self) -> None:
+        """Removes what was begun and not completed."""
+        complete = {self._arrays(step).name for step in self._steps()}
+        for begun in self.path.glob("step-*"):
+            if begun.is_dir() and begun.name not in complete:
+                shutil.rmtree(begun, ignore_errors=True)
+            elif begun.suffix == ".part":
+                begun.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
+    """The folder, held by this process until the run ends or the process dies."""
+    path = Path(checkpoints.folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder; give another one for checkpoints")
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _hold(stack.enter_context((path / "lock").open("a")), path)
+            writable = True
+        except OSError as error:
+            writable = False
+            warnings.warn(
+                f"no checkpoint can be written to {path} ({error}); the run goes on "
+                "without, from what is there",
+                stacklevel=5,
+            )
+        folder = Folder(path, run, writable)
+        if writable:
+            folder.clear()
+        yield folder
+
+
+def _hold(lock: Any, path: Path) -> None:
+    """Locks a file by the operating system, which lets go when the process dies."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(
+            f"another process is running in {path}; wait for it, or give another folder"
+        ) from error
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """A leaf's numbers; those of a key are its data."""
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}"
+
+
+def _named(leaves: list) -> list[tuple[str, np.ndarray]]:
+    """Leaves by their place; orbax keeps no array without numbers, nor need it."""
+    return [(_name(i), _plain(leaf)) for i, leaf in enumerate(leaves) if leaf.size]
+
+
+def _seal(said: dict) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file."""
+
+    def of(file: Path) -> str:
+        with file.open("rb") as bytes_of:
+            return hashlib.file_digest(bytes_of, "sha256").hexdigest()
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): of(file) for file in files}
