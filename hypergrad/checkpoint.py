@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -57,8 +57,8 @@ class Checkpoints:
 
     Raises:
       ValueError: the folder holds another run, which is told by what differs: data,
-        starting point, key, settings, losses, the program; or no whole checkpoint.
-      RuntimeError: another process that is alive runs in the folder.
+        starting point, key, settings, losses, the program; or no whole checkpoint; or
+        another process that is alive runs in it.
 
     >>> import tempfile, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -304,7 +304,7 @@ def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _hold(stack.enter_context((path / "lock").open("a")), path)
+            hold(stack.enter_context((path / "lock").open("a")), path)
             writable = True
         except OSError as error:
             writable = False
@@ -319,15 +319,19 @@ def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
         yield folder
 
 
-def _hold(lock: Any, path: Path) -> None:
-    """Locks a file by the operating system, which lets go when the process dies."""
+def hold(file: IO, name: Path) -> None:
+    """Locks a file by the operating system, which lets go when the process dies.
+
+    Raises:
+      ValueError: another process holds it; ``name`` says what.
+    """
     import fcntl
 
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RuntimeError(
-            f"another process is running in {path}; wait for it, or give another folder"
+        raise ValueError(
+            f"another process is running in {name}; wait for it, or give another folder"
         ) from error
 
 

@@ -129,7 +129,7 @@ def minimize(
 
     Raises:
       TypeError, ValueError: bad input, before anything is traced.
-      ValueError, RuntimeError: checkpoints of another run, or of one that is running.
+      ValueError: checkpoints of another run, or of one that is running.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)

@@ -35,6 +35,7 @@ HEAVY = {
     "test_argmin",
     "test_compilation",
     "test_estimators",
+    "test_kills",
     "test_testing",
 }
 

@@ -67,6 +67,27 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
     assert measured == [3]
 
 
+def test_two_runs_of_one_table_are_refused(tmp_path):
+    """The second would measure, and write, what the first is at."""
+    measured = []
+    table = small(measured)
+
+    class Watched(list):
+        def append(self, seed):
+            with pytest.raises(ValueError, match="another process"):
+                table.run(table, ask(tmp_path))
+            super().append(seed)
+
+    watched = small(Watched())
+    watched.run(watched, ask(tmp_path))
+    assert not measured
+    assert [row["value"] for row in record.read(tmp_path / "squares.jsonl")] == [
+        0,
+        1,
+        4,
+    ]
+
+
 def test_a_table_is_of_the_rows_that_were_asked_for(tmp_path):
     """Though its file holds more, of an earlier run; that stays as it is."""
     measured = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint import hold
 from . import record
 from .progress import progress
 from .record import Row
@@ -75,8 +76,9 @@ def cell_by_cell(
             for cell in table.plan(request.scale, request.seeds)
             if not request.methods or cell["method"] in request.methods
         ]
-        there = {name_of(row, cells[0]) for row in resume(path, made)}
-        with progress(len(cells)) as tick, path.open("a") as file:
+        with path.open("a") as file, progress(len(cells)) as tick:
+            hold(file, path)
+            there = {name_of(row, cells[0]) for row in resume(path, made)}
             for cell in cells:
                 if name_of(cell, cell) not in there:
                     file.write(record.line(cell | measure(cell) | made))
@@ -105,10 +107,8 @@ def make_folder(folder: Path) -> None:
 
 def resume(path: Path, made: Row) -> list[Row]:
     """The rows of an interrupted run; a last line that was cut off is dropped."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    path.write_text(text[: text.rfind("\n") + 1])
+    with path.open("rb+") as file:  # cut in place: a kill loses no row
+        file.truncate(file.read().rfind(b"\n") + 1)
     rows = record.read(path)
     for name in (*VERSIONS, "scale"):
         for row in rows:
