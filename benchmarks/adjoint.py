@@ -36,10 +36,13 @@ def with_adjoint(loss: Loss) -> Loss:
         return jax.grad(loss)(w, alpha, batch)
 
     def back(given, v):
-        _, Hv, JTv = hvp_and_cross(loss, *given, v)
+        w, alpha, batch = given
+        _, Hv, JTv = hvp_and_cross(loss, w, alpha, batch, v)
         return Hv, JTv, None
 
-    keep = lambda f: lambda *given: (f(*given), given)
+    def keep(f: Callable) -> Callable:
+        return lambda *given: (f(*given), given)
+
     gradient.defvjp(keep(gradient), back)
     value = jax.custom_vjp(lambda w, alpha, batch: loss(w, alpha, batch))
     scaled = lambda given, y: (optax.tree.scale(y, gradient(*given)), None, None)
