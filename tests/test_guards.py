@@ -183,6 +183,7 @@ def test_under_jit_and_vmap_it_is_a_loop(guard: str):
         ("quadratic 30", {}),
         ("quadratic 30", {"linear_solver": hg.Neumann(1, step_size=0.1)}),
         ("ridge per-weight", {"linear_solver": hg.Identity(), "damping": 0.5}),
+        ("ridge per-weight", {"linear_solver": hg.NystromCG(2, refresh=3)}),
         ("logistic per-weight", {}),
         ("quadratic nested", {"warm_start": False}),
         ("logistic per-weight", {"adjoint_batch_size": 4}),

@@ -315,8 +315,12 @@ class Implicit(eqx.Module):
         thorough = eqx.tree_at(
             lambda i: i.rel_err, thorough, self.rel_err, is_leaf=lambda x: x is None
         )
-        state = eqx.tree_at(lambda s: s.num_estimates, state, state.num_estimates - 1)
-        return thorough.estimate(problem, state, alpha, key)
+        before = eqx.tree_at(lambda s: s.num_estimates, state, state.num_estimates - 1)
+        estimate, then = thorough.estimate(problem, before, alpha, key)
+        # CG uses nothing prepared; what is there serves the next estimate.
+        return estimate, ImplicitState(
+            then.w, then.adjoint, then.num_estimates, then.goal, state.prepared
+        )
 
     def _once(self, problem, state, alpha, data):
         """The inner solver as it is, ``correct`` Newton steps, the adjoint."""
