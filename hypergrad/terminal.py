@@ -51,3 +51,8 @@ def errors_in_words() -> Iterator[None]:
         yield
     except ValueError as error:
         sys.exit(f"hypergrad: {error}")
+    except OSError as error:  # a full disk, a read-only folder
+        sys.exit(
+            f"hypergrad: {error}; what was written is kept, and the same command goes "
+            "on from there"
+        )

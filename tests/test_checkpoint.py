@@ -210,6 +210,43 @@ def test_every_kind_of_leaf_comes_back(tmp_path, key):
         assert np.asarray(plain(x)).tobytes() == np.asarray(plain(y)).tobytes(), name
 
 
+SHARDED = """
+    import os, sys
+
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    import hypergrad as hg
+
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    spread = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    x, w = spread(jax.random.normal(jax.random.key(0), (40, 8))), spread(jnp.zeros(8))
+    loss = lambda w, alpha, batch: jnp.mean((batch @ w - 1) ** 2)
+    inner = lambda w, alpha, batch: loss(w, alpha, batch) + alpha @ w**2
+    problem, estimator = hg.Bilevel(inner, loss, x, x[:20]), hg.SOBA(optax.sgd(0.05))
+    optimizer = optax.adam(0.1)
+    run = lambda **changes: hg.minimize(
+        problem, estimator, optimizer, w, jnp.ones(8), num_steps=6, **changes
+    )
+    keep = hg.Checkpoints(sys.argv[1], every=3)
+    plain, stopped = run(), run(checkpoints=keep, time_limit=1e-9)
+    found = run(checkpoints=keep)
+    assert stopped.status == "stopped: time limit"
+    assert found.w.sharding == plain.w.sharding == w.sharding
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_spread_over_devices_comes_back_spread(tmp_path):
+    """Four devices of one process: the same bits, each part where it was."""
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
 # Damage.
 
 

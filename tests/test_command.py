@@ -89,3 +89,21 @@ def test_the_terminal_cuts_off_nothing(name: str, width: int):
         assert all(word in shown for cell in cells for word in cell.split())
     prose = [line for line in shown.splitlines() if line[:1] not in "┏┃┡│└"]
     assert max(map(len, prose)) <= width
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_what_cannot_be_written_is_said_in_words(tmp_path, monkeypatch):
+    """The rows stay; no traceback."""
+    cli.run("cleaning", ("baseline",), seeds=1, out=tmp_path)
+    rows = (tmp_path / "cleaning.jsonl").read_text()
+    opens = Path.open
+
+    def full(path, mode="r", *rest, **more):
+        if set(mode) & set("wa+"):
+            raise OSError(28, "No space left on device", str(path))
+        return opens(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(SystemExit, match=r"No space left .* what was written is kept"):
+        cli.run("cleaning", ("baseline",), seeds=1, out=tmp_path)
+    assert (tmp_path / "cleaning.jsonl").read_text() == rows
