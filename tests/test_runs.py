@@ -1,6 +1,7 @@
 """Runs that are kept: what they are made of, lined up, repeated, as a page."""
 
 import base64
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import pytest
 
 from hypergrad import runs, studies
 from hypergrad.runs import commands
+from hypergrad.runs.manifest import commit
 from hypergrad.studies.study import Column, Study
 from hypergrad.studies.table import Request
 
@@ -64,44 +66,83 @@ def test_a_run_says_what_it_was_made_of(tmp_path):
     run = start(tmp_path)
     made = runs.load(tmp_path / "toy").manifest
     assert made == run.manifest
-    assert made["configuration"] == {
-        **{"scale": "small", "seeds": 2, "methods": ["one", "two"]}
-    }
-    assert made["command"] == "hypergrad run toy"
-    assert made["started"] <= made["ended"]
     arrays = np.arange(10), np.arange(20.0).reshape(10, 2)
     digest = hashlib.sha256(b"x" + arrays[1].tobytes() + b"y" + arrays[0].tobytes())
     assert made["data"]["sha256"] == digest.hexdigest()
     assert made["data"]["arrays"] == {"x": ["float64", 10, 2], "y": ["int64", 10]}
-    versions = made["versions"]
-    assert versions["packages"]["jax"] == jax.__version__
-    assert versions["packages"]["numpy"] == importlib.metadata.version("numpy")
-    assert versions["float"] == "float64"
+    (session,) = made["sessions"]
+    assert session["configuration"] == {
+        **{"scale": "small", "seeds": 2, "methods": ["one", "two"]}
+    }
+    assert session["command"] == "hypergrad run toy"
+    assert session["started"] <= session["ended"]
+    assert run.packages["jax"] == jax.__version__
+    assert run.packages["numpy"] == importlib.metadata.version("numpy")
+    assert run.versions["float"] == "float64"
     assert [row["score"] for row in run.rows] == [1.0, 2.0, 2.0, 3.0]
     assert run.facts["methods"] == "one, two"
 
 
-def test_the_commit_of_the_source_is_kept():
-    """Of this checkout, where it is one, with a plus where files differ from it."""
-    from hypergrad.runs import manifest
-
-    folder = Path(manifest.__file__).parent
+def test_the_commit_of_the_source_is_kept(tmp_path):
+    """With a plus where any file of the package differs; none outside a checkout."""
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "newton.py").write_text("steps = 1")
+    assert commit(package) is None
     git = lambda *words: subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+        ["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True
     )
-    head = git("rev-parse", "HEAD")
-    if head.returncode or git("ls-files", "--error-unmatch", "manifest.py").returncode:
-        pytest.skip("not in a checkout")
-    changed = "+" if git("status", "--porcelain", "--", ".").stdout else ""
-    assert manifest._git(folder) == head.stdout.strip() + changed
-    assert manifest._git(Path("/")) is None
+    git("init")
+    assert commit(package) is None  # a checkout around it, as around site-packages
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "Begin")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    (tmp_path / "notes.txt").write_text("")
+    assert commit(package) == head
+    (package / "inner" / "newton.py").write_text("steps = 2")
+    assert commit(package) == head + "+"
+
+
+def test_rows_of_several_sessions_are_told_apart(tmp_path):
+    """Whatever differs between them is named; what measures nothing is none."""
+    first = start(tmp_path, seeds=1)
+    made = json.loads(first.file(".run.json").read_text())
+    made["sessions"][0]["versions"]["git"] = "before"
+    made["sessions"][0]["versions"]["packages"]["numpy"] = "0.1"
+    first.file(".run.json").write_text(json.dumps(made))
+    for _ in range(2):  # the second time all rows are there
+        run = start(tmp_path, seeds=2)
+        assert len(run.sessions) == 2
+        assert (
+            run.versions["git"] == f"before, then {run.sessions[1]['versions']['git']}"
+        )
+        assert run.packages["numpy"] == f"0.1, then {np.__version__}"
+    request = Request("small", 1, tmp_path, "hypergrad run toy", ("one",))
+    run = runs.start(study(), request)
+    assert run.configuration == {
+        **{"scale": "small", "seeds": 2, "methods": ["one", "two"]}
+    }
+    assert run.facts["ended"].endswith("in 2 sessions")
+    assert runs.load(run.path).manifest == run.manifest
+
+
+def test_a_second_process_is_refused(tmp_path):
+    """And the manifest of the first is left alone."""
+    run = start(tmp_path, seeds=1)
+    before = run.file(".run.json").read_bytes()
+    with run.file(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is running in"):
+            start(tmp_path)
+    assert run.file(".run.json").read_bytes() == before
 
 
 def test_an_interrupted_run_is_kept_and_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path, stop=(2.0, 1))
     before = runs.load(tmp_path / "toy")
-    assert before.manifest["ended"] is None
+    assert before.sessions[0]["ended"] is None
     assert len(before.rows) == 3
     with before.file(".jsonl").open("a") as file:
         file.write('{"method": "tw')  # what a kill leaves
@@ -109,8 +150,8 @@ def test_an_interrupted_run_is_kept_and_goes_on(tmp_path):
     with pytest.raises(ValueError, match="interrupted before its table"):
         runs.report(before, tmp_path / "page.html")
     after = start(tmp_path)
-    assert after.manifest["started"] == before.manifest["started"]
-    assert after.manifest["ended"] is not None
+    assert after.sessions[0] == before.sessions[0]
+    assert after.sessions[1]["ended"] is not None
     whole = start(tmp_path / "whole")
     assert runs.same_numbers(after, whole)
 
@@ -129,7 +170,7 @@ def test_other_data_are_refused_by_row(tmp_path):
         start(tmp_path, x=changed(3))
     with pytest.raises(ValueError, match="x has 10 rows, and 4"):
         runs.again(first, study(x=np.arange(8.0).reshape(4, 2)), tmp_path / "again")
-    with pytest.raises(ValueError, match="holds the run itself"):
+    with pytest.raises(ValueError, match="holds a run already"):
         runs.again(first, study(), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
@@ -152,10 +193,10 @@ def test_what_differs_is_named(tmp_path):
     assert texts[3] == "curve in 4 cells, by 0.5 at most (one, seed 0)"
     assert texts[4].startswith("data_sha256 in 4 cells")
     made = json.loads(first.file(".run.json").read_text())
-    made["versions"]["packages"]["jax"] = "0.0.1"
+    made["sessions"][0]["versions"]["packages"]["jax"] = "0.0.1"
     first.file(".run.json").write_text(json.dumps(made))
     found = runs.compare(runs.load(first.path), longer)
-    assert ("versions", f"packages jax: 0.0.1 | {jax.__version__}") in found
+    assert ("versions", f"jax: 0.0.1 | {jax.__version__}") in found
 
 
 @pytest.mark.parametrize(
@@ -165,23 +206,30 @@ def test_what_differs_is_named(tmp_path):
         ('{"format": 1, ', "cannot be read"),
         ("[]", "no manifest of format 1"),
         ('{"format": 2}', "no manifest of format 1"),
-        ('{"format": 1, "task": "toy"}', "is damaged: it lacks command"),
+        ('{"format": 1, "task": "toy"}', "is damaged"),
+        ('{"format": 1, "data": {}, "sessions": []}', "is damaged"),
+        ('{"format": 1, "data": [], "sessions": [{"command": 0}]}', "is damaged"),
     ],
 )
-def test_a_damaged_manifest_is_no_traceback(content, message, tmp_path):
+def test_a_damaged_manifest_is_no_traceback(content, message, tmp_path, capsys):
     run = start(tmp_path, seeds=1)
     run.file(".run.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         runs.load(run.path)
+    start(tmp_path / "other", seeds=1)
     with pytest.raises(SystemExit, match=message):
         commands.list_runs(tmp_path)
+    assert "other" in "".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="hypergrad run NAME makes one"):
         runs.load(tmp_path / "none" / "toy")
     run = start(tmp_path, seeds=1)
-    with pytest.raises(ValueError, match=f"there are {run.path}"):
+    for path in (tmp_path / "tow", tmp_path, Path()):
+        with pytest.raises(ValueError, match=f"no run {path}"):
+            runs.load(path)
+    with pytest.raises(ValueError, match=f"there is {run.path}"):
         runs.load(tmp_path / "tow")
     assert runs.load(run.file(".run.json")).path == run.path
     assert runs.load(run.file(".jsonl")).path == run.path
@@ -199,11 +247,18 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert run.manifest["data"]["sha256"] in "".join(capsys.readouterr().out.split())
     commands.report_run(run.path)
     assert run.file(".html").exists()
-    monkeypatch.setitem(studies.STUDIES, "toy", study(shift=1e-16 + 2.0**-40))
+    monkeypatch.setitem(studies.STUDIES, "toy", study(shift=2.0**-40))
+    with pytest.raises(SystemExit, match="holds a run already"):  # of what was before
+        commands.repeat_run(run.path)
     with pytest.raises(SystemExit) as stop:
         commands.repeat_run(run.path, tmp_path / "other")
     assert stop.value.code == 1
     assert "numbers: score in 4 cells" in capsys.readouterr().out
+    monkeypatch.delitem(studies.STUDIES, "toy")
+    with pytest.raises(SystemExit, match="there is no task 'toy'"):
+        commands.repeat_run(run.path, tmp_path / "third")
+    with pytest.raises(SystemExit, match="No such file"):
+        commands.report_run(run.path, tmp_path / "no" / "page.html")
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path):

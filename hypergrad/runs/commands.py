@@ -18,21 +18,18 @@ def list_runs(root: Path = Path("runs")) -> None:
     Args:
       root: the folder.
     """
-    with errors_in_words():
-        found = find(root)
-    if not found:
+    found, flaws = find(root)
+    if not found and not flaws:
         sys.exit(f"hypergrad: no run in {root}; hypergrad run NAME makes one")
+    fact = lambda run, *names: [run.facts[name] for name in names]
     rows = [
-        (
-            str(run.path),
-            run.manifest["started"],
-            run.manifest["ended"] or "not ended",
-            str(run.manifest["configuration"]["seeds"]),
-            f"{len(run.rows)}",
-        )
+        [str(run.path), *fact(run, "started", "ended", "seeds"), str(len(run.rows))]
         for run in found
     ]
-    draw(("run", "started", "ended", "seeds", "rows"), rows, Console())
+    if rows:
+        draw(("run", "started", "ended", "seeds", "rows"), rows, Console())
+    if flaws:
+        sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
 
 
 def show_run(path: Path) -> None:
@@ -78,7 +75,10 @@ def repeat_run(
     with errors_in_words():
         first = load(path)
         folder = first.path.parent / "rerun" if out is None else out
-        second = again(first, STUDIES[first.manifest["task"]], folder)
+        task = first.manifest["task"]
+        if task not in STUDIES:
+            raise ValueError(f"there is no task {task!r}, see hypergrad tasks")
+        second = again(first, STUDIES[task], folder)
     compare_runs(first.path, second.path)
     if not same_numbers(first, second):
         sys.exit(1)

@@ -1,7 +1,6 @@
 """Two runs lined up: what differs in what they were made of, and in their numbers."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..studies.record import Row
@@ -24,11 +23,14 @@ class Difference(NamedTuple):
 
 def compare(a: Run, b: Run) -> list[Difference]:
     """What differs, in the order in which to look for a cause; seconds are left out."""
-    found = [Difference("configuration", x) for x in _fields(a, b, "configuration")]
+    texts = _fields(a.configuration, b.configuration)
+    found = [Difference("configuration", text) for text in texts]
     if a.manifest["data"] != b.manifest["data"]:
-        texts = _fields(a, b, "data") + differing(a.digests, b.digests)
+        texts = _fields(a.manifest["data"], b.manifest["data"])
+        texts += differing(a.digests, b.digests)
         found += [Difference("data", text) for text in texts]
-    found += [Difference("versions", x) for x in _fields(a, b, "versions")]
+    texts = _fields(a.versions, b.versions) + _fields(a.packages, b.packages)
+    found += [Difference("versions", text) for text in texts]
     return found + [Difference("numbers", text) for text in _numbers(a, b)]
 
 
@@ -37,22 +39,13 @@ def same_numbers(a: Run, b: Run) -> bool:
     return not _numbers(a, b)
 
 
-def _fields(a: Run, b: Run, name: str) -> list[str]:
-    one, two = dict(_flat(a.manifest[name])), dict(_flat(b.manifest[name]))
+def _fields(one: Row, two: Row) -> list[str]:
     show = lambda value: "none" if value is None else str(value)
     return [
         f"{field}: {show(one.get(field))} | {show(two.get(field))}"
         for field in dict.fromkeys([*one, *two])
         if one.get(field) != two.get(field)
     ]
-
-
-def _flat(tree: Row, above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name} ")
-        else:
-            yield above + name, value
 
 
 def _numbers(a: Run, b: Run) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..checkpoint import hold
 from ..studies import record
 from ..studies.record import Row
 from ..studies.study import Study, table
@@ -26,9 +28,6 @@ from ..studies.table import Request, make_folder
 
 MANIFEST, DIGESTS = ".run.json", ".data.json"
 FORMAT = 1
-MADE_OF = {
-    *("task", "configuration", "command", "started", "ended", "data", "versions"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Run:
 
     Attributes:
       path: of its files, without their endings.
-      manifest: configuration, command, times, versions, device, git, data.
+      manifest: format, task, data, and a session for each time that rows were measured.
     """
 
     path: Path
@@ -50,19 +49,55 @@ class Run:
     @property
     def rows(self) -> list[Row]:
         """One a measured cell; a last line that was cut off is left out."""
-        return record.read(self.file(".jsonl"), whole=False)
+        file = self.file(".jsonl")
+        return record.read(file, whole=False) if file.exists() else []
+
+    @property
+    def sessions(self) -> list[Row]:
+        """Command, configuration, times and versions of each."""
+        return self.manifest["sessions"]
+
+    @property
+    def configuration(self) -> Row:
+        """Of all sessions together."""
+        all_of = lambda name: [one["configuration"][name] for one in self.sessions]
+        methods = dict.fromkeys(m for several in all_of("methods") for m in several)
+        scale, seeds = all_of("scale")[-1], max(all_of("seeds"))
+        return {"scale": scale, "seeds": seeds, "methods": list(methods)}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the machine and the source, not the packages, over the sessions."""
+        return self._over_sessions(
+            {k: v for k, v in one["versions"].items() if k != "packages"}
+            for one in self.sessions
+        )
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Names and versions, over the sessions."""
+        return self._over_sessions(one["versions"]["packages"] for one in self.sessions)
+
+    @staticmethod
+    def _over_sessions(fields: Iterable[Row]) -> dict[str, str]:
+        """One text a field; where sessions differ, each value in turn."""
+        fields = list(fields)
+        names = dict.fromkeys(name for one in fields for name in one)
+        values = lambda name: dict.fromkeys(str(one.get(name)) for one in fields)
+        return {name: ", then ".join(values(name)) for name in names}
 
     @property
     def facts(self) -> dict[str, str]:
         """What it was made of, but for the packages, in words."""
-        made, data = self.manifest, self.manifest["data"]
+        data, last = self.manifest["data"], self.sessions[-1]
+        times = f", in {len(self.sessions)} sessions" * (len(self.sessions) > 1)
         facts = {
-            "command": f"`{made['command']}`",
-            "started": made["started"],
-            "ended": made["ended"] or "not yet",
-            **made["configuration"],
+            "command": f"`{last['command']}`",
+            "started": self.sessions[0]["started"],
+            "ended": (last["ended"] or "not yet") + times,
+            **self.configuration,
             "data": f"{data['name']}, SHA-256 {data['sha256']}",
-            **{k: v for k, v in made["versions"].items() if k != "packages"},
+            **self.versions,
         }
         text = lambda x: ", ".join(x) if isinstance(x, list) else str(x)
         return {name: text(value) for name, value in facts.items()}
@@ -73,10 +108,15 @@ class Run:
         return _read(self.file(DIGESTS))
 
 
-def find(root: Path) -> list[Run]:
-    """All runs under a folder, the one that started first in front."""
-    runs = [load(path) for path in sorted(root.rglob(f"*{MANIFEST}"))]
-    return sorted(runs, key=lambda run: run.manifest["started"])
+def find(root: Path) -> tuple[list[Run], list[str]]:
+    """All runs under a folder, the oldest in front, and what cannot be read."""
+    runs, flaws = [], []
+    for path in sorted(root.rglob(f"*{MANIFEST}")):
+        try:
+            runs.append(load(path))
+        except ValueError as error:
+            flaws.append(str(error))
+    return sorted(runs, key=lambda run: run.sessions[0]["started"]), flaws
 
 
 def load(path: Path) -> Run:
@@ -85,36 +125,50 @@ def load(path: Path) -> Run:
     Raises:
       ValueError: there is none, or what it was made of cannot be read.
     """
-    name = path.name.removesuffix(MANIFEST)
-    stem = path.with_name(name)
-    for candidate in (stem, stem.with_suffix("")):
-        file = candidate.with_name(candidate.name + MANIFEST)
-        if file.exists():
-            return Run(candidate, _checked(file, _read(file)))
-    there = [str(run.path) for run in find(path.parent)] if path.parent.exists() else []
-    hint = f"there are {', '.join(there)}" if there else "hypergrad run NAME makes one"
+    if path.name:
+        stem = path.with_name(path.name.removesuffix(MANIFEST))
+        for candidate in (stem, stem.with_suffix("")):
+            file = candidate.with_name(candidate.name + MANIFEST)
+            if file.exists():
+                return _checked(file, Run(candidate, _read(file)))
+    folder = path if path.is_dir() else path.parent
+    there = sorted(x.name.removesuffix(MANIFEST) for x in folder.glob(f"*{MANIFEST}"))
+    names = ", ".join(str(folder / name) for name in there)
+    hint = f"there is {names}" if there else "hypergrad run NAME makes one"
     raise ValueError(f"no run {path}; {hint}")
 
 
 def start(study: Study, request: Request) -> Run:
     """Runs a study, or goes on with it, and keeps what it is made of beside the rows.
 
+    What measures no row leaves the manifest as it was.
+
     Raises:
-      ValueError: a run is there already, of other data; or the study refuses.
+      ValueError: a run is there already, of other data, or is running; or the study
+        refuses.
     """
     make_folder(request.folder)
     name, arrays = study.data()
-    run = Run(request.folder / study.name, _made_of(study, request, name, arrays))
-    if run.file(MANIFEST).exists():
-        before = load(run.path)
-        _check_data(before, arrays)
-        run.manifest["started"] = before.manifest["started"]
-    _write(run.file(DIGESTS), digests(arrays))
-    _write(run.file(MANIFEST), run.manifest)
-    steps = table(study)
-    steps.run(steps, request)
-    run.manifest["ended"] = _now()
-    _write(run.file(MANIFEST), run.manifest)
+    run = Run(request.folder / study.name, {"format": FORMAT, "task": study.name})
+    with run.file(".lock").open("a") as lock:
+        hold(lock, run.path)
+        run.manifest.update(data=_of_data(name, arrays), sessions=[])
+        if run.file(MANIFEST).exists():
+            before = load(run.path)
+            _check_data(before, arrays)
+            run.sessions.extend(before.sessions)
+        known = len(run.rows)
+        run.sessions.append(_session(study, request))
+        _write(run.file(DIGESTS), digests(arrays))
+        _write(run.file(MANIFEST), run.manifest)
+        steps = table(study)
+        try:
+            steps.run(steps, request)
+            run.sessions[-1]["ended"] = _now()
+        finally:
+            if len(run.rows) == known and len(run.sessions) > 1:
+                run.sessions.pop()
+            _write(run.file(MANIFEST), run.manifest)
     return run
 
 
@@ -122,19 +176,22 @@ def again(run: Run, study: Study, folder: Path) -> Run:
     """The run once more, into a folder.
 
     Raises:
-      ValueError: the data are no longer those of the run, or the folder is the run's.
+      ValueError: the data are no longer those of the run, or a run is in the folder.
     """
-    if folder.resolve() == run.path.parent.resolve():
-        raise ValueError(f"{folder} holds the run itself; give another --out")
+    if (folder / (run.path.name + MANIFEST)).exists():
+        raise ValueError(
+            f"{folder} holds a run already, whose rows would be taken for the "
+            "repetition's; give another --out"
+        )
     _check_data(run, study.data()[1])
-    asked = run.manifest["configuration"]
-    methods = tuple(m for m in asked["methods"] if m in study.methods)
-    unknown = set(asked["methods"]) - set(methods)
+    asked = run.configuration
+    unknown = set(asked["methods"]) - set(study.methods)
     if unknown:
         raise ValueError(
             f"{run.path} has methods that {study.name} no longer has: "
             f"{', '.join(sorted(unknown))}"
         )
+    methods = tuple(m for m in study.methods if m in asked["methods"])
     command = f"hypergrad runs rerun {run.path} --out {folder}"
     request = Request(asked["scale"], asked["seeds"], folder, command, methods)
     return start(study, request)
@@ -178,43 +235,47 @@ def digests(arrays: dict[str, Any]) -> dict[str, list[str]]:
     return {name: rows(array) for name, array in arrays.items()}
 
 
-def _made_of(study: Study, request: Request, data: str, arrays: Row) -> Row:
+def _of_data(name: str, arrays: Row) -> Row:
     shape = lambda array: [str(np.asarray(array).dtype), *np.shape(array)]
     return {
-        "format": FORMAT,
-        "task": study.name,
+        "name": name,
+        "sha256": record.fingerprint(arrays),
+        "arrays": {name: shape(array) for name, array in sorted(arrays.items())},
+    }
+
+
+def _session(study: Study, request: Request) -> Row:
+    return {
+        "command": request.command,
         "configuration": {
             "scale": request.scale,
             "seeds": request.seeds,
             "methods": list(request.methods or study.methods),
         },
-        "command": request.command,
         "started": _now(),
         "ended": None,
-        "data": {
-            "name": data,
-            "sha256": record.fingerprint(arrays),
-            "arrays": {name: shape(array) for name, array in sorted(arrays.items())},
-        },
         "versions": {
             "python": platform.python_version(),
             "platform": platform.platform(),
             "device": jax.devices()[0].device_kind,
             "devices": len(jax.devices()),
             "float": str(np.dtype(jax.dtypes.canonicalize_dtype(float))),
-            "git": _git(Path(__file__).parent),
+            "git": commit(Path(__file__).parents[1]),
             "packages": _packages(),
         },
     }
 
 
-def _checked(file: Path, manifest: Any) -> Row:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+def _checked(file: Path, run: Run) -> Run:
+    """Refuses a manifest in which anything is not there that is asked of a run."""
+    if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is no manifest of format {FORMAT}")
-    missing = MADE_OF - manifest.keys()
-    if missing:
-        raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
-    return manifest
+    try:
+        ask = run.facts, run.packages, run.manifest["data"]["arrays"].items()
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error!r})") from error
+    del ask
+    return run
 
 
 def _packages() -> dict[str, str]:
@@ -223,13 +284,15 @@ def _packages() -> dict[str, str]:
     return dict(sorted((one.name.lower(), one.version) for one in there))
 
 
-def _git(folder: Path) -> str | None:
-    """The commit of the package's source, "+" where files differ from it."""
+def commit(package: Path) -> str | None:
+    """Of a package's source, "+" where a file of it differs; None in no checkout."""
     git = lambda *words: subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        git("ls-files", "--error-unmatch", __file__)  # not one around site-packages
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # not one around site-packages
         changed = "+" if git("status", "--porcelain", "--", ".") else ""
         return git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):

@@ -34,7 +34,7 @@ def report(run: Run, path: Path) -> None:
     if not table.exists():
         raise ValueError(
             f"{run.path} was interrupted before its table; go on with it first: "
-            f"{run.manifest['command']}"
+            f"{run.sessions[-1]['command']}"
         )
     name = html.escape(run.manifest["task"])
     picture = base64.b64encode(run.file(".png").read_bytes()).decode()
@@ -83,7 +83,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _made_of(run: Run) -> str:
     """Its facts, and all packages under a fold."""
-    packages = run.manifest["versions"]["packages"]
+    packages = run.packages
     listed = ", ".join(f"{name} {version}" for name, version in packages.items())
     facts = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{_line(fact)}</dd>"
