@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
+from hypergrad.devices import readable
 from hypergrad.tasks import few_shot
 from hypergrad.tasks.federated import FedAvg
 
@@ -187,7 +188,7 @@ def answer(name: str, spread: bool) -> list[float]:
 def flat(tree) -> list[float]:
     """All numbers, also those that other processes hold."""
     found = jax.jit(lambda tree: ravel_pytree(tree)[0])(tree)
-    return np.asarray(found, float).tolist()
+    return np.asarray(readable(found), float).tolist()
 
 
 def from_outside(spread: bool) -> list[float]:

@@ -75,8 +75,11 @@ def test_two_processes_give_the_numbers_of_one(dtype: str):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     second = started(2, dtype, names, "1", "2", port)
-    two = answers(started(2, dtype, names, "0", "2", port))
-    second.communicate(timeout=600)
+    try:
+        two = answers(started(2, dtype, names, "0", "2", port))
+    finally:
+        second.kill()  # where it does not wait for the first one, it waits for ever
+        second.communicate()
     assert two.keys() == one.keys()
     for name, (alone,) in one.items():
         agree(name, *two[name], alone)
