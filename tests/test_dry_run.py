@@ -181,6 +181,7 @@ print(plan.memory.temporaries, now("VmHWM") - before)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_temporary_bytes_are_what_a_run_takes():
     """The rise of the peak in a process of its own, of some hundreds of megabytes."""
