@@ -60,7 +60,7 @@ def run(
     with errors_in_words():
         run = start(study, Request("small", seeds, out, command, methods))
     show(run.file(".md").read_text(), console)
-    for ending in (".jsonl", ".md", ".png", ".run.json"):
+    for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
         print(f"wrote {run.file(ending)}")  # a path in one piece
 
 

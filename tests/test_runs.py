@@ -199,6 +199,29 @@ def test_what_differs_is_named(tmp_path):
     assert ("versions", f"jax: 0.0.1 | {jax.__version__}") in found
 
 
+def test_rows_without_a_manifest_are_lined_up(tmp_path, monkeypatch):
+    """Such as committed ones: numbers, data and versions, as each row says."""
+    whole, rows = start(tmp_path / "a"), start(tmp_path / "b")
+    rows.file(".run.json").unlink()
+    rows.file(".data.json").unlink()
+    alone = runs.load(rows.path)
+    assert alone.configuration == whole.configuration
+    assert alone.packages["jax"] == jax.__version__
+    assert runs.compare(whole, alone) == runs.compare(alone, whole) == []
+    other = start(tmp_path / "c", x=changed(7), shift=0.5)
+    assert [about for about, _ in runs.compare(alone, other)] == [
+        *("data", "data", "numbers", "numbers", "numbers")
+    ]
+    again = runs.again(alone, study(), tmp_path / "d")
+    assert runs.same_numbers(alone, again)
+    with pytest.raises(ValueError, match="another SHA-256"):
+        runs.again(alone, study(x=changed(7)), tmp_path / "e")
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    committed = runs.load(Path("benchmarks/results/cleaning"))
+    assert committed.manifest["task"] == "cleaning"
+    assert committed.configuration["seeds"] == 10
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

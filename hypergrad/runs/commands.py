@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 
 from ..studies import STUDIES
@@ -12,7 +13,7 @@ from .manifest import again, find, load
 from .report import report as write_report
 
 
-def list_runs(root: Path = Path("runs")) -> None:
+def list_runs(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
     """List the runs in a folder and those below it.
 
     Args:

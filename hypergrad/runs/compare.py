@@ -23,20 +23,27 @@ class Difference(NamedTuple):
 
 def compare(a: Run, b: Run) -> list[Difference]:
     """What differs, in the order in which to look for a cause; seconds are left out."""
-    texts = _fields(a.configuration, b.configuration)
-    found = [Difference("configuration", text) for text in texts]
-    if a.manifest["data"] != b.manifest["data"]:
-        texts = _fields(a.manifest["data"], b.manifest["data"])
-        texts += differing(a.digests, b.digests)
-        found += [Difference("data", text) for text in texts]
-    texts = _fields(a.versions, b.versions) + _fields(a.packages, b.packages)
-    found += [Difference("versions", text) for text in texts]
+    parts = [("configuration", _fields(a.configuration, b.configuration))]
+    one, two = a.manifest["data"], b.manifest["data"]
+    if one["sha256"] != two["sha256"]:
+        parts += [("data", _fields(one, two) + differing(a.digests, b.digests))]
+    both = [(a.versions, b.versions), (a.packages, b.packages)]
+    if not ("format" in a.manifest and "format" in b.manifest):
+        both = [_common(*pair) for pair in both]  # rows alone say little
+    parts += [("versions", _fields(*pair)) for pair in both]
+    found = [Difference(about, text) for about, texts in parts for text in texts]
     return found + [Difference("numbers", text) for text in _numbers(a, b)]
 
 
 def same_numbers(a: Run, b: Run) -> bool:
     """Whether both hold the same cells with the same numbers, to the bit."""
     return not _numbers(a, b)
+
+
+def _common(one: Row, two: Row) -> tuple[Row, Row]:
+    names = one.keys() & two.keys()
+    only = lambda fields: {k: v for k, v in fields.items() if k in names}
+    return only(one), only(two)
 
 
 def _fields(one: Row, two: Row) -> list[str]:

@@ -36,7 +36,8 @@ class Run:
 
     Attributes:
       path: of its files, without their endings.
-      manifest: format, task, data, and a session for each time that rows were measured.
+      manifest: format, task, data, and a session for each time that rows were measured;
+        of rows alone there is no format.
     """
 
     path: Path
@@ -104,8 +105,8 @@ class Run:
 
     @property
     def digests(self) -> dict[str, list[str]]:
-        """Of each array of its data, one a row."""
-        return _read(self.file(DIGESTS))
+        """Of each array of its data, one a row; none of rows without a manifest."""
+        return _read(self.file(DIGESTS)) if "format" in self.manifest else {}
 
 
 def find(root: Path) -> tuple[list[Run], list[str]]:
@@ -122,15 +123,19 @@ def find(root: Path) -> tuple[list[Run], list[str]]:
 def load(path: Path) -> Run:
     """The run ``runs/cleaning``, also by the name of one of its files.
 
+    Of rows without a manifest it holds what each row says.
+
     Raises:
       ValueError: there is none, or what it was made of cannot be read.
     """
     if path.name:
         stem = path.with_name(path.name.removesuffix(MANIFEST))
         for candidate in (stem, stem.with_suffix("")):
-            file = candidate.with_name(candidate.name + MANIFEST)
-            if file.exists():
+            run = Run(candidate, {})
+            if (file := run.file(MANIFEST)).exists():
                 return _checked(file, Run(candidate, _read(file)))
+            if run.rows:
+                return Run(candidate, _of_rows(run.rows))
     folder = path if path.is_dir() else path.parent
     there = sorted(x.name.removesuffix(MANIFEST) for x in folder.glob(f"*{MANIFEST}"))
     names = ", ".join(str(folder / name) for name in there)
@@ -203,13 +208,15 @@ def _check_data(run: Run, arrays: dict[str, Any]) -> None:
         return
     raise ValueError(
         f"the data are not those of {run.path}: "
-        + "; ".join(differing(run.digests, digests(arrays)))
+        + ("; ".join(differing(run.digests, digests(arrays))) or "another SHA-256")
     )
 
 
 def differing(a: dict[str, list[str]], b: dict[str, list[str]]) -> list[str]:
-    """In words, which rows of which arrays are not the same."""
+    """In words, which rows of which arrays are not the same, where both are known."""
     found = []
+    if not (a and b):
+        return found
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b:
             found.append(f"{name} is in the {'first' if name in a else 'second'} only")
@@ -242,6 +249,27 @@ def _of_data(name: str, arrays: Row) -> Row:
         "sha256": record.fingerprint(arrays),
         "arrays": {name: shape(array) for name, array in sorted(arrays.items())},
     }
+
+
+def _of_rows(rows: list[Row]) -> Row:
+    """What rows say of themselves."""
+    last = rows[-1]
+    configuration = {
+        "scale": last.get("scale"),
+        "seeds": 1 + max(row["seed"] for row in rows),
+        "methods": list(dict.fromkeys(row["method"] for row in rows)),
+    }
+    versions = {name: last.get(name) for name in ("python", "device")}
+    packages = {name: last.get(name) for name in record.PACKAGES}
+    session = {
+        "command": last.get("command"),
+        "configuration": configuration,
+        "started": "not kept",
+        "ended": "not kept",
+        "versions": versions | {"packages": packages},
+    }
+    data = {"name": last.get("data"), "sha256": last.get("data_sha256"), "arrays": {}}
+    return {"task": last.get("table"), "data": data, "sessions": [session]}
 
 
 def _session(study: Study, request: Request) -> Row:
