@@ -94,7 +94,7 @@ def search(
     Raises:
       TypeError, ValueError: bad input, before anything is traced, such as a leaf of
         ``alpha`` that nothing reads; ``trials`` that this searcher would not have asked
-        for.
+        for, more of them than it makes within the budget, or with other metrics.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -177,6 +177,12 @@ def search(
 
     if not rows:
         raise ValueError(f"searcher proposed nothing: {searcher!r}")
+    if len(rows) < len(trials):
+        raise ValueError(
+            f"trials holds {len(trials)}, of which this search makes {len(rows)}: its "
+            f"budget is {budget}, and these spent {spent:g}; pass the searcher and "
+            f"budget that they were recorded with, or trials[:{len(rows)}]"
+        )
     columns = jax.tree.map(lambda *cells: jnp.stack(cells), *rows)
     _, alpha, found, trial_key = best
     if found is None:
@@ -258,6 +264,12 @@ def _restored(recorded, index, name, alpha, form):
     plain = lambda x: jax.tree.map(_number, x, is_leaf=missing)
     cast = lambda like, x: jnp.asarray(plain(x), like.dtype)
     asked, structure = jax.tree.flatten(alpha)
+    measured = recorded.get("metrics")
+    if isinstance(measured, Mapping) and set(measured) != set(form["metrics"]):
+        raise ValueError(
+            f"trials[{index}] was recorded with metrics {sorted(measured)}, this "
+            f"search has {sorted(form['metrics'])}; pass those that it was recorded with"
+        )
     try:
         known = jax.tree.map(cast, asked, recorded["alpha"])
         row = {name: recorded[name] for name in form}

@@ -1,6 +1,7 @@
 """Search without gradients against known optima, a known budget and a plain loop."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -349,8 +350,6 @@ def test_trials_of_another_search_are_refused():
     for broken in ({"alpha": [0.1]}, known[0] | {"alpha": 0.1}, {}, {"value": 1.0}):
         with pytest.raises(ValueError, match=r"trials\[0\]"):
             search(trials=[broken])
-    with pytest.raises(ValueError, match=r"trials\[0\] is no trial"):
-        search(trials=known, metrics=METRICS)
     with pytest.raises(TypeError, match="record"):
         search(record="trials.jsonl")
     for broken in (None, 5, "trials.jsonl", known[0]):
@@ -358,6 +357,40 @@ def test_trials_of_another_search_are_refused():
             search(trials=broken)
     with pytest.raises(TypeError, match=r"trials\[1\] must be a dict.*got None"):
         search(trials=[known[0], None])
+
+
+def test_trials_with_other_metrics_are_refused():
+    """Left out, renamed, added: both lists of names are in the message."""
+    with_metrics, _ = recorded(budget=8.0, metrics=METRICS)
+    without, _ = recorded(budget=8.0)
+    named = {"norm": METRICS["norm"], "toss": METRICS["coin"]}
+    for known, metrics, was, now in (
+        (with_metrics, None, "['coin', 'norm']", "[]"),
+        (with_metrics, named, "['coin', 'norm']", "['norm', 'toss']"),
+        (without, METRICS, "[]", "['coin', 'norm']"),
+    ):
+        words = f"trials[0] was recorded with metrics {was}, this search has {now}"
+        with pytest.raises(ValueError, match=re.escape(words)):
+            search(trials=known, metrics=metrics)
+
+
+def test_trials_that_the_search_would_not_make_are_refused():
+    """A trial is 4/3: a budget of 4.1 pays for three of six; a grid of 4 has no more.
+
+    As many as it pays for are taken; nothing runs before the refusal.
+    """
+    known, _ = recorded(budget=8.5)
+    assert len(known) == 6
+    ran = []
+    with pytest.raises(ValueError, match=r"holds 6, .* makes 3.*or trials\[:3\]"):
+        search(trials=known, budget=4.1, record=ran.append)
+    assert not ran
+    trace = search(trials=known[:3], budget=4.1)
+    assert len(trace.value) == 3
+    grid = {"searcher": hg.searchers.Grid(2)}
+    whole, _ = recorded(**grid)
+    with pytest.raises(ValueError, match="holds 5, of which this search makes 4"):
+        search(trials=[*whole, whole[0]], **grid)
 
 
 def test_trials_of_another_problem_solver_or_w_are_refused():
