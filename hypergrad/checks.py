@@ -7,7 +7,7 @@ concrete, at the public entry points.
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -336,8 +336,7 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
                 f"{name} reads {error}, which is not there, {where}; give it to the w, "
                 "alpha, space or data that has none, or read what there is"
             ) from error
-        error.add_note(where)
-        raise
+        raise_with(error, f"{where}, whose shapes must fit the data's and each other")
     if not (hasattr(out, "shape") and out.shape == ()):
         got = jax.tree.map(lambda x: tuple(x.shape), out)
         hint = "; for several outer losses pass a tuple of functions"
@@ -350,6 +349,17 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
             f"{name} returned {out.dtype}, which has no derivative; return a float "
             "(an accuracy counted with == is flat: use a smooth surrogate)"
         )
+
+
+def raise_with(error: Exception, words: str) -> NoReturn:
+    """The error of a user's function again, after words that say which one it was.
+
+    One of a kind that takes other arguments than a text is left, with a note.
+    """
+    if type(error) in (TypeError, ValueError, IndexError):
+        raise type(error)(f"{words}: {error}") from error
+    error.add_note(words)
+    raise error
 
 
 def check_same_structure(

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .checks import KEY
+from .checks import KEY, raise_with
 from .estimators.protocol import STATS
 
 Metric = Callable[[PyTree, PyTree, Array], Array]
@@ -50,12 +50,12 @@ def check_metrics(
             try:
                 shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY))
             except Exception as error:
-                error.add_note(
-                    f"while tracing metrics[{name!r}], which is called as "
-                    "fn(w, alpha, key) -> scalar, with a PRNG key and no batch; arrays "
-                    "that it reads are passed by jax.tree_util.Partial(fn, arrays)"
+                raise_with(
+                    error,
+                    f"metrics[{name!r}] failed; it is called as fn(w, alpha, key) -> "
+                    "scalar, with a PRNG key and no batch; arrays that it reads are "
+                    "passed by jax.tree_util.Partial(fn, arrays)",
                 )
-                raise
             if shape != ():
                 raise ValueError(
                     f"metrics[{name!r}] must return a scalar, got shape {shape}"

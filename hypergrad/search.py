@@ -268,7 +268,7 @@ def _restored(recorded, index, name, alpha, form):
     if isinstance(measured, Mapping) and set(measured) != set(form["metrics"]):
         raise ValueError(
             f"trials[{index}] was recorded with metrics {sorted(measured)}, this "
-            f"search has {sorted(form['metrics'])}; pass those that it was recorded with"
+            f"search has {sorted(form['metrics'])}; pass those it was recorded with"
         )
     try:
         known = jax.tree.map(cast, asked, recorded["alpha"])

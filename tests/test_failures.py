@@ -768,17 +768,43 @@ def test_the_status_of_a_batch_needs_an_index():
         _ = jax.vmap(run)(jnp.ones(2)).status
 
 
-def test_a_metric_that_fails_is_named():
-    """The note says which."""
+@pytest.mark.parametrize(
+    ("metric", "error"),
+    [
+        (lambda w, alpha, key: w + "text", TypeError),
+        (lambda w, alpha, batch: (w - batch[1]) ** 2, IndexError),  # a loss
+        (lambda w, alpha, batch: sum(w - row for row in batch), TypeError),
+    ],
+)
+def test_a_metric_that_fails_is_named(metric, error):
+    """In the message itself, which is what tools show, with how it is called."""
     problem = hg.Bilevel(
         lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
     )
-    with pytest.raises(TypeError) as raised:
+    with pytest.raises(error, match=r"metrics\['m'\] failed.* fn\(w, alpha, key\)"):
         hg.minimize(
             problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.0, num_steps=2,
-            metrics={"mine": lambda w, alpha, key: w + "text"},
+            metrics={"m": metric},
         )  # fmt: skip
-    assert any("metrics['mine']" in note for note in raised.value.__notes__)
+
+
+def test_a_w_that_does_not_fit_the_data_is_named():
+    """w has 4 numbers, the data 3 columns; both are in the message, with the loss."""
+    fit = lambda w, alpha, x: jnp.sum((x @ w - alpha) ** 2)
+    problem = hg.Bilevel(fit, fit, jnp.ones((5, 3)), jnp.ones((5, 3)))
+    words = r"inner_loss\(w, alpha, batch\) .*float64\[4\].*float64\[5, 3\]"
+    with pytest.raises(TypeError, match=words):
+        search(problem=problem, w=jnp.zeros(4))
+    with pytest.raises(TypeError, match=words):
+        hg.hypergradient(problem, hg.Implicit(GD))(jnp.zeros(4), 0.5)
+
+
+def test_a_failure_of_another_kind_keeps_its_own_words():
+    """Such as an error of jax, which takes other arguments; a note says where."""
+    branch = lambda w, alpha, batch: w * alpha if w > 0 else w
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        search(problem=hg.Bilevel(branch, branch))
+    assert any("inner_loss(w, alpha, batch)" in x for x in raised.value.__notes__)
 
 
 def test_drawn_data_are_checked_like_given_ones():
