@@ -995,7 +995,7 @@ def test_a_combiner_of_one_loss_is_refused():
     ("make", "message"),
     [
         (lambda: objectives.WeightedSum([1.0, 2.0]), "write jnp.array"),
-        (lambda: objectives.WeightedSum(jnp.ones((2, 2))), "must be [K]"),
+        (lambda: objectives.WeightedSum(jnp.ones((2, 2))), "use hg.objectives.front"),
         (lambda: objectives.WeightedSum(jnp.array([1.0, -1.0])), "at least 0"),
         (lambda: objectives.WeightedSum(jnp.zeros(2)), "one above"),
         (lambda: objectives.WeightedSum(jnp.array([1.0, jnp.nan])), "at least 0"),
@@ -1020,6 +1020,11 @@ def test_a_combiner_of_one_loss_is_refused():
             "a row a run",
         ),
         (
+            lambda: front(biquadratic(), jnp.ones(2), objectives.EPO, num_steps=1),
+            "for weights they must be [P, K], a row a run: weights must be [K], one "
+            "number an outer loss; got shape ()",
+        ),
+        (
             lambda: front(biquadratic(), jnp.eye(2), objectives.EPO, num_steps=1),
             "above 0, each of them",
         ),
@@ -1034,6 +1039,12 @@ def test_a_combiner_of_one_loss_is_refused():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         make()
+
+
+def test_a_front_of_weights_is_not_sent_back_to_front():
+    with pytest.raises(ValueError, match="each of preferences") as raised:
+        front(biquadratic(), jnp.ones(2), objectives.EPO, num_steps=1)
+    assert "hg.objectives.front" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def front(
     Args:
       problem, estimator, optimizer, w, alpha, num_steps, key: as for
         `hypergrad.minimize`; every run starts from the same ``w``, ``alpha``, ``key``.
-      preferences: ``[P, ...]``; each row makes a combiner.
+      preferences: ``[P, ...]``; each row makes a combiner: ``[P, K]`` of weights.
       combine: ``preference -> combiner``, such as `WeightedSum` or
         ``lambda p: hg.objectives.SmoothTchebycheff(p, 0.01)``.
       **options: others of `hypergrad.minimize`, but for ``progress``.
@@ -69,7 +69,7 @@ def front(
         )
     if not is_traced(preferences):
         for preference in jnp.asarray(preferences):
-            combine(preference)  # refuses what it cannot take, by its value
+            _check_taken(preference, combine)
 
     def run(preference: Array) -> Trace:
         return minimize(
@@ -85,6 +85,19 @@ def front(
         )
 
     return jax.vmap(run)(jnp.asarray(preferences))
+
+
+def _check_taken(preference: Array, combine: Callable[[Array], Combiner]) -> None:
+    """The combiner refuses what it cannot take, by its value."""
+    try:
+        combine(preference)
+    except ValueError as error:
+        if preference.ndim:
+            raise
+        raise ValueError(
+            "each of preferences is one number here; for weights they must be [P, K], "
+            f"a row a run: {error}"
+        ) from error
 
 
 def non_dominated(points: Array) -> Array:

@@ -33,9 +33,10 @@ class Combiner(Protocol):
 def check_weights(weights: Any, *, positive: bool = False) -> None:
     """Numbers in a row, none negative, not all zero; or each above 0."""
     if jnp.ndim(weights) != 1:
+        several = "; for several settings use hg.objectives.front"
         raise ValueError(
             "weights must be [K], one number an outer loss; got shape "
-            f"{jnp.shape(weights)}; for several settings use hg.objectives.front"
+            f"{jnp.shape(weights)}{several if jnp.ndim(weights) else ''}"
         )
     if is_traced(weights):
         return
