@@ -41,7 +41,7 @@ from .inner.descent import searches_a_line
 from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel, draw, whole
 from .settings import check_steps
-from .trace import OUT_OF_TIME, UNTRUSTED, Trace
+from .trace import OUT_OF_TIME, UNTRUSTED, UNWEIGHED, Trace
 from .trees import all_finite, dot
 
 LEDGER = ("gradient_equivalents", "num_")
@@ -578,6 +578,7 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     problem = loop.problem_at(carry.index)
     estimate, state = _estimated(loop, problem, carry, alpha, estimate_key)
     stats, score, combine_state = estimate.stats, estimate.value, carry.combine_state
+    weighed = jnp.asarray(True)
     if loop.combine is None:
         (gradient,) = pullback(estimate.hypergradient)
     else:
@@ -586,6 +587,7 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
             loop.combine, estimate.value, gradients, combine_state
         )
         stats = stats | {"weights": weights}
+        weighed = ~all_finite(gradients) | all_finite(weights)
     optimizer = optax.with_extra_args_support(loop.optimizer)
     updates, optimizer_state = optimizer.update(
         gradient, carry.optimizer_state, carry.u, value=score
@@ -598,11 +600,12 @@ def _step(loop: _Loop, carry: _Carry) -> _Carry:
     status = jnp.select(
         [
             ~all_finite(estimate.value),
+            ~weighed,
             ~all_finite(gradient),
             untrusted & (loop.on_untrusted == "stop"),
             ~all_finite(u),
         ],
-        [1, 2, UNTRUSTED, 3],
+        [1, UNWEIGHED, 2, UNTRUSTED, 3],
         0,
     ).astype(carry.status.dtype)
     if loop.on_untrusted == "skip":

@@ -16,8 +16,9 @@ STATUS = (
     "failed: no trial has a finite value",
     "stopped: the hypergradient is not trusted",
     "stopped: time limit",
+    "stopped: combine's weights of the losses are not finite",
 )
-FAILED, UNTRUSTED, OUT_OF_TIME = 4, 5, 6
+FAILED, UNTRUSTED, OUT_OF_TIME, UNWEIGHED = 4, 5, 6, 7
 
 
 class Trace(Shown):

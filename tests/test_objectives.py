@@ -243,6 +243,23 @@ def test_epo_shows_values_that_are_on_no_ray():
         assert np.isnan(weights).all()
 
 
+def test_a_run_of_epo_below_the_ideal_ends_and_says_why():
+    """The second loss is a square less its first value, and less 1: -1 at the start.
+
+    With an ideal below the least that it can be the same run goes on.
+    """
+    square = lambda w, batch: DISTANCES[1](w, None, batch)
+    shifted = lambda w, alpha, batch: square(w, batch) - square(START, batch) - 1
+    problem = biquadratic((DISTANCES[0], shifted))
+    trace = minimize(objectives.EPO(jnp.ones(2)), problem=problem, num_steps=3)
+    assert trace.status == "stopped: combine's weights of the losses are not finite"
+    np.testing.assert_allclose(trace.value[0, 1], -1, atol=1e-6)
+    np.testing.assert_array_equal(trace.alpha, START)
+    least = -float(square(START, problem.outer_data)) - 1
+    above = objectives.EPO(jnp.ones(2), ideal=least - 0.1)
+    assert minimize(above, problem=problem, num_steps=3).status == "completed"
+
+
 # Scalarizations.
 
 

@@ -33,7 +33,9 @@ class EPO(eqx.Module):
       tolerance: the imbalance up to which the values count as on the ray; about half
         the mean of the squared relative differences of ``weights_k M_k``.
       ideal: ``[K]`` or a number, taken from the values, which must stay above it; one
-        that does not makes the weights NaN.
+        that does not makes the weights NaN, which ends the run, and ``trace.status``
+        says so. A loss that may fall below 0, such as the seconds of a `LatencyTable`
+        beyond its knots, needs an ``ideal`` below all that it can be, or a space.
 
     Cost: K² inner products and a linear program of K variables, solved to rounding by
     trying its vertices, ``(2K choose K - 1)`` of them.
