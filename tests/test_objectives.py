@@ -1012,7 +1012,11 @@ def test_a_combiner_of_one_loss_is_refused():
     ("make", "message"),
     [
         (lambda: objectives.WeightedSum([1.0, 2.0]), "write jnp.array"),
-        (lambda: objectives.WeightedSum(jnp.ones((2, 2))), "use hg.objectives.front"),
+        (
+            lambda: objectives.WeightedSum(jnp.ones((2, 2))),
+            "must be [K], one number an outer loss; got shape (2, 2); for several "
+            "settings use hg.objectives.front",
+        ),
         (lambda: objectives.WeightedSum(jnp.array([1.0, -1.0])), "at least 0"),
         (lambda: objectives.WeightedSum(jnp.zeros(2)), "one above"),
         (lambda: objectives.WeightedSum(jnp.array([1.0, jnp.nan])), "at least 0"),
