@@ -1,4 +1,4 @@
-"""The tables of *How to choose an estimator*, from what the methods declare.
+"""The tables of *How to choose*, from what the methods declare.
 
 ``python -m hypergrad.choose docs/choose.md README.md`` writes each table anew between
 the comments that name it.

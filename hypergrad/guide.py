@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Guide(NamedTuple):
-    """A row of the page *How to choose an estimator*.
+    """A row of the page *How to choose*.
 
     A class carries its rows as a tuple ``guide`` (without annotation, so that it is no
     field), and `hypergrad.choose` makes the tables. Tests hold ``gradients``, ``hvps``
