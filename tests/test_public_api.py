@@ -383,6 +383,9 @@ def test_the_blocks_of_the_readme_run_in_order(capsys: pytest.CaptureFixture):
     f1, gap = (names["trace"].metrics[name][::10] for name in ("F1", "F1_gap"))
     assert 0.5 < f1[0] < f1[-1] <= 1
     assert abs(gap[-1]) < abs(gap[0]) < 0.1
+    error, flops = names["front"].value[:, -1].T
+    assert error[0] < error[1]
+    assert flops[1] < flops[0]
 
 
 def test_the_api_page_lists_every_task():
