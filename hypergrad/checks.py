@@ -333,8 +333,8 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
         where = f"while evaluating {name}(w, alpha, batch) on shapes {shapes}"
         if isinstance(error, KeyError):
             raise ValueError(
-                f"{name} reads {error}, which is not there, {where}; give it to the w, "
-                "alpha, space or data that has none, or read what there is"
+                f"a dict that {name} reads has no {error}, {where}; put it there, or "
+                "read what there is"
             ) from error
         raise_with(error, f"{where}, whose shapes must fit the data's and each other")
     if not (hasattr(out, "shape") and out.shape == ()):

@@ -331,10 +331,19 @@ LOOPS = {
         {"metrics": {"accuracy": lambda w, alpha: w}},
     ),
     "a leaf that the space lacks": (
-        search, ValueError, ["inner_loss reads 'rate'", "space", "penalty"],
+        search, ValueError, ["a dict that inner_loss reads has no 'rate'", "penalty"],
         {
             "problem": hg.Bilevel(lambda w, alpha, batch: w * alpha["rate"], outer),
             "space": {"penalty": Unit()},
+        },
+    ),
+    "an entry that a dict of the user's own lacks": (
+        minimize, ValueError,
+        [r"a dict that outer_loss reads has no 'temp', while[^;]*; put it there, or"],
+        {
+            "problem": hg.Bilevel(
+                inner, lambda w, alpha, batch: w * {"temperature": 2.0}["temp"]
+            ),
         },
     ),
     "metrics are no dict": (
