@@ -150,6 +150,25 @@ def judged(value: np.ndarray, tried: np.ndarray) -> Row:
     }
 
 
+@functools.cache
+def drawn(draws: int, seed: int) -> frozenset[int]:
+    """The cells among so many draws of a search from scratch, by its key alone.
+
+    As in the rows, without x64, in which integers are drawn by other bits.
+    """
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: w**2, lambda w, alpha, batch: w + jnp.sum(alpha)
+    )
+    solver = hg.ClosedForm(lambda alpha, batch: jnp.zeros(()))
+    with jax.enable_x64(False):
+        trace = hg.search(
+            problem, solver, hg.searchers.Random(), 0.0,
+            space=SPACE, budget=2.0 * draws, key=jax.random.key(seed),
+            metrics={"cell": number},
+        )  # fmt: skip
+    return frozenset(np.asarray(trace.metrics["cell"], int)[:draws].tolist())
+
+
 # Judging and showing.
 
 
@@ -165,12 +184,26 @@ def against(rows: list[Row], first: str, second: str) -> Verdict:
         lane(rows, second, name).mean() / lane(rows, first, name).mean()
         for name in ("cost", "bytes")
     )
+    once = "" if WAYS[second].at_once else trained_once(rows, first, second)
     regrets = (100 * lane(rows, method, "regret") for method in (first, second))
     more, low, high = paired(*regrets)
     return Verdict(
-        f"{first} against {second}: {cost:.3g} times fewer gradient-equivalents, "
+        f"{first} against {second}: {cost:.3g} times fewer gradient-equivalents{once}, "
         f"{1 / bytes_:.3g} times the bytes, {more:+.1f} [{low:+.1f}, {high:+.1f}] "
         "points of regret"
+    )
+
+
+def trained_once(rows: list[Row], first: str, second: str) -> str:
+    """Times the cost were no cell trained twice; nothing where none was."""
+    draws = WAYS[second].draws
+    cells = np.array([len(drawn(draws, seed)) for seed in lane(rows, second, "seed")])
+    cost = np.mean(lane(rows, second, "cost") * cells / draws)
+    if cells.min() == draws:
+        return ""
+    return (
+        f" ({cost / lane(rows, first, 'cost').mean():.3g} were each of the "
+        f"{cells.min()} to {cells.max()} cells among its {draws} draws trained once)"
     )
 
 
