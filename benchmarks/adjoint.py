@@ -184,16 +184,12 @@ def ratios(row: Row) -> tuple[float, float]:
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Fewer operations and less scratch: either, neither, or both."""
+    """What it takes of both, without a claim: a forward pass is made twice."""
     verdicts = []
     for row in rows:
         operations, scratch = ratios(row)
-        met = operations < 1 and scratch < 1
-        text = (
-            f"{row['method']}, {row['stores']}: {operations:.2f} of autodiff's "
-            f"operations and {scratch:.2f} of its scratch, less of both claimed"
-        )
-        verdicts.append(Verdict(f"{text}: {'' if met else 'not '}reproduced"))
+        text = f"{row['method']}, {row['stores']}: {operations:.2f} of autodiff's "
+        verdicts.append(Verdict(f"{text}operations, {scratch:.2f} of its scratch"))
     return verdicts
 
 
