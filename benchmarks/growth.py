@@ -218,7 +218,7 @@ def line(rows: list[Row], method: str, axis: str, column: str) -> tuple[list, li
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Exponents within 0.1, and the two that are to be flat."""
+    """Exponents within 0.1, the two that are to be flat, and what is not counted."""
     verdicts = []
     for column, axis in itertools.product(COLUMNS, AXES):
         off = []
@@ -236,7 +236,16 @@ def judge(rows: list[Row]) -> list[Verdict]:
         *verdicts,
         flat(rows, "scratch", "steps", implicit, SAME_SCRATCH),
         flat(rows, "operations", "hyperparameters", blind, SAME_OPERATIONS),
+        without_price(rows),
     ]
+
+
+def without_price(rows: list[Row]) -> Verdict:
+    """Fails where a program does what `hypergrad.cost.flops` cannot count."""
+    names = sorted({name for row in rows for name in row["unknown"]})
+    number = sum(bool(row["unknown"]) for row in rows)
+    text = f"{number} of {len(rows)} programs have operations that are not counted"
+    return Verdict(text + (f": {', '.join(names)}" if names else ""), bool(names))
 
 
 def flat(

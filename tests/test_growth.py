@@ -15,7 +15,8 @@ def synthetic(off: float = 0.0) -> list[dict]:
             * cell["size"]
             ** (growth.theory(cell["method"], column, cell["axis"]) + off)
         )
-        rows.append(cell | {column: power(column) for column in growth.COLUMNS})
+        counts = {column: power(column) for column in growth.COLUMNS}
+        rows.append(cell | counts | {"unknown": []})
     return rows
 
 
@@ -43,7 +44,7 @@ def judged(off: float, what: str) -> list[str]:
 
 def test_rows_of_theory_are_reproduced_and_others_are_not():
     """By more than the tolerance, no exponent is, and each is named."""
-    assert all("not" not in text for text in judged(0.0, ""))
+    assert all("not reproduced" not in text for text in judged(0.0, ""))
     assert all("not" not in text for text in judged(0.09, "exponents"))
     off = judged(0.11, "exponents")
     assert len(off) == len(growth.COLUMNS) * len(growth.AXES)
@@ -58,6 +59,16 @@ def test_what_is_to_be_flat_is_told_by_its_spread():
     assert "scratch over all steps: 3.55 times" in steps
     assert "operations over all hyperparameters: 5.89 times" in hyperparameters
     assert all(text.endswith("not reproduced") for text in (steps, hyperparameters))
+
+
+def test_an_operation_that_is_not_counted_fails():
+    """By its name."""
+    rows = synthetic()
+    assert not any(verdict.failed for verdict in growth.judge(rows))
+    rows[3]["unknown"] = ["fft"]
+    (failed,) = [verdict for verdict in growth.judge(rows) if verdict.failed]
+    assert failed.text.startswith("1 of ")
+    assert failed.text.endswith("fft")
 
 
 def test_operations_are_those_counted_by_hand():
