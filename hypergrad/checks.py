@@ -336,7 +336,7 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
                 f"a dict that {name} reads has no {error}, {where}; put it there, or "
                 "read what there is"
             ) from error
-        raise_with(error, f"{where}, whose shapes must fit the data's and each other")
+        raise_with(error, f"{where}, which must fit each other")
     if not (hasattr(out, "shape") and out.shape == ()):
         got = jax.tree.map(lambda x: tuple(x.shape), out)
         hint = "; for several outer losses pass a tuple of functions"
