@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .identity import HASH
 from .settings import check_steps
+from .trees import plain
 
 Tree = TypeVar("Tree")
 Identity = dict[str, str]
 
 KEPT = 2  # the newest, and the one before should that be damaged
-HASH = "sha256 "
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # What differs whenever anything does is named where nothing else is.
 TOGETHER = ("program", "beginning")
 
@@ -105,25 +105,6 @@ def check_checkpoints(checkpoints: Any) -> None:
 
 
 # Whose checkpoints they are.
-
-
-def digest(tree: PyTree) -> str:
-    """SHA-256 over structure, shapes, dtypes and bytes; functions count by name."""
-    leaves, structure = jax.tree.flatten(tree)
-    found = hashlib.sha256(ADDRESS.sub("", str(structure)).encode())
-    for leaf in leaves:
-        if not eqx.is_array_like(leaf):
-            found.update(ADDRESS.sub("", repr(leaf)).encode())
-            continue
-        array = _plain(leaf)
-        found.update(f"{jnp.result_type(leaf)}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return HASH + found.hexdigest()
-
-
-def digest_program(lowered: Any) -> str:
-    """SHA-256 of a program, its constants included."""
-    return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def place() -> Identity:
@@ -335,20 +316,13 @@ def hold(file: IO, name: Path) -> None:
         ) from error
 
 
-def _plain(leaf: Any) -> np.ndarray:
-    """A leaf's numbers; those of a key are its data."""
-    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
 def _name(index: int) -> str:
     return f"{index:05d}"
 
 
 def _named(leaves: list) -> list[tuple[str, np.ndarray]]:
     """Leaves by their place; orbax keeps no array without numbers, nor need it."""
-    return [(_name(i), _plain(leaf)) for i, leaf in enumerate(leaves) if leaf.size]
+    return [(_name(i), plain(leaf)) for i, leaf in enumerate(leaves) if leaf.size]
 
 
 def _seal(said: dict) -> str:

@@ -19,8 +19,6 @@ from .checkpoint import (
     Folder,
     Identity,
     check_checkpoints,
-    digest,
-    digest_program,
     opened,
     place,
 )
@@ -37,6 +35,7 @@ from .checks import (
 )
 from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
+from .identity import digest, digest_program
 from .inner.descent import searches_a_line
 from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel, draw, whole

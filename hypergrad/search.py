@@ -22,13 +22,14 @@ from .checks import (
 )
 from .cost import ledger
 from .estimators.protocol import make_stats
+from .identity import digest, digest_function, fingerprint
 from .inner.protocol import InnerSolver
 from .metrics import Metric, Progress, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher, populations
 from .settings import number
 from .trace import FAILED, Trace
-from .trees import all_finite, fingerprint
+from .trees import all_finite
 
 
 def search(
@@ -69,8 +70,10 @@ def search(
         numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
         is None, and an infinity its name. Under ``alpha`` are its leaves, in the order
         of ``jax.tree.leaves``: of a dict by sorted keys; under ``search`` a fingerprint
-        of problem, solver and ``w``, by which trials of others are refused: of their
-        numbers, data included, and the names of their functions.
+        by which trials of another problem, solver, ``w`` or metric are refused: of
+        their numbers, data included, and of the program of a trial with its constants,
+        such as rates of optax and what losses close over. So are those of another
+        version of jax or kind of device, which may compile it to other numbers.
         A searcher of a population calls it after each round, with a dict of arrays, all
         that there is to know of the search so far: keep the latest,
         ``np.savez(file, **it)``, and replace the file before only once it is written.
@@ -144,8 +147,7 @@ def search(
     metrics = check_metrics(metrics)
 
     run = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
-    name = fingerprint((problem, solver, w)) if record or len(trials) else ""
-    rows, spent, last = [], 0.0, 0.0
+    name, rows, spent, last = "", [], 0.0, 0.0
     best: tuple[Any, ...] = (None, None, None, None)
     while not rows or spent + last <= budget:
         run_key, ask_key, trial_key = jax.random.split(run_key, 3)
@@ -157,6 +159,8 @@ def search(
         if not rows:
             _check(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
+            if record is not None or len(trials):
+                name = _name(problem, solver, w, alpha, metrics, trial_key)
         known, found = len(rows) < len(trials), None
         if known:
             _, form = eqx.filter_eval_shape(run, alpha, trial_key)
@@ -230,6 +234,12 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
     return populations.Setting(traced(problem), solver, metrics, w, space, *costs)
 
 
+def _name(problem, solver, w, alpha, metrics, key):
+    """Whose trials they are: of its numbers and its program, not of alpha or key."""
+    program = digest_function(_trial, problem, solver, w, alpha, metrics, key)
+    return fingerprint(digest((problem, solver, w)), program)
+
+
 def _before(value, best):
     """Whether a trial is better; of several values by the first that differ.
 
@@ -281,9 +291,10 @@ def _restored(recorded, index, name, alpha, form):
         ) from error
     if recorded.get("search") != name:
         raise ValueError(
-            f"trials[{index}] was recorded with another problem, solver or w, data "
-            f"included: it says {recorded.get('search')}, and this search is {name}; "
-            "pass those that it was recorded with"
+            f"trials[{index}] was recorded with another problem, solver, w or metric, "
+            "data and numbers that functions close over included, or by another "
+            f"version of jax: it says {recorded.get('search')}, and this search is "
+            f"{name}; pass those that it was recorded with"
         )
     near = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
     if not all(map(near, known, asked)):

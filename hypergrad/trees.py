@@ -4,11 +4,8 @@ Scalars are accumulated in float32 at least; optax's functions of these names pr
 the leaves of a bfloat16 or mixed-precision tree instead.
 """
 
-import hashlib
-import re
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,20 +69,3 @@ def plain(x: Any) -> np.ndarray:
 def is_key(x: Any) -> bool:
     """Whether it is a typed PRNG key, or several."""
     return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
-
-
-def fingerprint(tree: PyTree) -> str:
-    """Of all numbers in it, and of the names of what is static; the same in any run.
-
-    Two functions of one name are not told apart.
-
-    >>> fingerprint((1.0, jnp.sin)) == fingerprint((1.0, jnp.sin))
-    True
-    >>> fingerprint((1.0, jnp.sin)) == fingerprint((2.0, jnp.sin))
-    False
-    """
-    static = re.sub(r" at 0x\w+", "", eqx.tree_pformat(tree, width=10**6))
-    digest = hashlib.sha256(static.encode())
-    for x in map(plain, jax.tree.leaves(eqx.filter(tree, eqx.is_array_like))):
-        digest.update(f"{x.dtype} {x.shape} ".encode() + x.tobytes())
-    return digest.hexdigest()[:16]

@@ -486,8 +486,12 @@ def test_rounds_of_another_search_are_refused():
             search(trials=known, **changes)
     with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by None"):
         search(trials=[{}])
-    with pytest.raises(ValueError, match=r"no round .* rows\.metrics\.more"):
+    with pytest.raises(
+        ValueError, match=r"by Pop.* metrics \[\],.* search is .* metrics \['more'\]"
+    ):
         search(trials=known, metrics={"more": lambda w, alpha, key: 0.0})
+    with pytest.raises(ValueError, match=r"no round .* best\.value"):
+        search(trials=[{"search": known[-1]["search"]}])
     for name, shape in (
         ("last.members.carry.0", (4, 3)), ("last.members.carry.0", ()),
         ("best.w", (3,)), ("rows.value", (4, 2)),
@@ -510,6 +514,31 @@ def test_rounds_of_another_search_are_refused():
     for broken in (None, 5, "rounds.npz"):
         with pytest.raises(TypeError, match="must be a dict"):
             search(trials=[broken])
+
+
+@pytest.mark.parametrize("name", ["inner", "outer", "metric", "rate"])
+def test_rounds_by_other_closed_over_numbers_are_refused(name):
+    """Two rates of optax, two factors in a loss or a metric; not the same anew."""
+
+    def search(inner=1.0, outer=1.0, metric=1.0, rate=0.1, **changes):
+        close = lambda f, factor: lambda *inputs: factor * f(*inputs)
+        problem = hg.Bilevel(close(LOSSES[0], inner), close(LOSSES[1], outer))
+        searcher = hg.searchers.PopulationBased(4)
+        return hg.search(
+            problem, hg.Descent(optax.sgd(rate), 3), searcher, jnp.zeros(2),
+            space=SPACE, budget=40, **changes,
+            metrics={"sum": lambda w, alpha, key: jnp.sum(metric * w)},
+        )  # fmt: skip
+
+    known = []
+    trace = search(record=known.append)
+    resumed = search(trials=known)
+    jax.tree.map(np.testing.assert_array_equal, trace, resumed)
+    with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by .* program"):
+        search(trials=known, **{name: 0.4})
+
+
+LOSSES = inner, outer
 
 
 def test_the_shared_weights_of_another_supernet_are_refused():

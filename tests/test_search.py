@@ -213,8 +213,9 @@ def test_metrics_progress_and_rows():
     )
 
 
-def test_a_search_compiles_its_trial_once():
-    """Fifteen trials trace the loss no more often than one does."""
+@pytest.mark.parametrize("record", [None, lambda row: None])
+def test_a_search_compiles_its_trial_once(record):
+    """Fifteen trials trace the loss no more often than one does, recorded or not."""
     traces = []
 
     def counted(w, alpha, batch):
@@ -225,7 +226,7 @@ def test_a_search_compiles_its_trial_once():
     solver = hg.Descent(optax.sgd(0.1), 2)
     search(problem, solver, budget=1)
     once = len(traces)
-    assert len(search(problem, solver, budget=30).value) > 10
+    assert len(search(problem, solver, budget=30, record=record).value) > 10
     # Checks look at shapes again; nothing is traced a trial.
     assert len(traces) <= 2 * once
 
@@ -409,6 +410,32 @@ def test_trials_of_another_problem_solver_or_w_are_refused():
     ):
         with pytest.raises(ValueError, match=r"trials\[0\] was recorded with another"):
             search(**settings | changes, trials=known)
+
+
+BOTH = inner, outer
+
+
+@pytest.mark.parametrize("searcher", [hg.searchers.Random(), hg.searchers.CMAES()])
+@pytest.mark.parametrize("kind", [float, jnp.array, lambda x: np.array([1.0, x])])
+def test_trials_by_other_closed_over_numbers_are_refused(searcher, kind):
+    """Two rates of optax, two factors in either loss or a metric; not the same anew."""
+
+    def settings(inner=2.0, outer=2.0, metric=2.0, rate=0.1):
+        inner, outer, metric = map(kind, (inner, outer, metric))
+        close = lambda f, factor: lambda *inputs: jnp.sum(factor * f(*inputs))
+        return {
+            "problem": hg.Bilevel(close(BOTH[0], inner), close(BOTH[1], outer)),
+            "solver": hg.Descent(optax.sgd(rate), 3),
+            "metrics": {"sum": lambda w, alpha, key: jnp.sum(metric * w)},
+            "searcher": searcher, "budget": 20.0,
+        }  # fmt: skip
+
+    known, trace = recorded(**settings())
+    resumed = search(**settings(), trials=known)
+    np.testing.assert_array_equal(resumed.value, trace.value)
+    for name in ("inner", "outer", "metric", "rate"):
+        with pytest.raises(ValueError, match=r"trials\[0\] was recorded with another"):
+            search(**settings(**{name: 0.4}), trials=known)
 
 
 # Several outer losses.

@@ -19,12 +19,13 @@ from ..checks import check_solver
 from ..cost import ledger
 from ..devices import placed, readable
 from ..estimators.protocol import make_stats
+from ..identity import digest, digest_function, fingerprint
 from ..inner.protocol import IterativeSolver
 from ..metrics import Metric, Progress
 from ..problem import Bilevel, Data, whole
 from ..settings import check_steps
 from ..trace import FAILED, Trace
-from ..trees import all_finite, fingerprint, is_key, plain
+from ..trees import all_finite, is_key, plain
 
 
 class Members(eqx.Module):
@@ -257,7 +258,9 @@ def run(
     trials: Sequence[dict],
 ) -> Trace:
     """Rounds while the budget pays for them; at least one."""
-    name, course = described(searcher, setting, key), None
+    name, course = "", None
+    if record is not None or len(trials):
+        name = described(searcher, setting, key)
     searcher, setting, key = replicated((searcher, setting, key))
     if len(trials):
         first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
@@ -281,12 +284,15 @@ def run(
 
 
 def described(searcher: Populations, setting: Setting, key: Array) -> str:
-    """Whose rounds they are; of its numbers, ``w`` and the data included, a digest."""
+    """Whose rounds they are: of the numbers and of a member's program fingerprints."""
+    first = lambda setting, key: setting.train(setting.start(1, key), 1, key)
+    program = digest_function(first, setting, key)
     numbers = searcher, setting.problem, setting.solver, setting.w, setting.space
     space = eqx.tree_pformat(setting.space, width=10**6)
     return (
         f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
-        f"{plain(key).tolist()}, numbers, w and data {fingerprint(numbers)}"
+        f"{plain(key).tolist()}, metrics {sorted(setting.metrics)}, numbers, w and "
+        f"data {fingerprint(digest(numbers))}, program {fingerprint(program)}"
     )
 
 
