@@ -373,7 +373,7 @@ REPRESENTATIVES = {
         "test_equals_reverse_mode": {"logistic per-weight-1000", "quadratic nested-2"},
     },
     "test_search": {
-        "test_nsga2_finds_the_front_and_more_of_it_than_random_search": set(),
+        "test_nsga2_finds_the_front": set(),
     },
     "test_searchers": {
         "test_a_generation_of_evolution_with_failures": {"SNES"},

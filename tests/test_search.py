@@ -505,25 +505,21 @@ def test_the_best_of_several_is_lowest_in_the_first_and_not_dominated():
     assert len(begun_with) > 1  # the first of the ties is not always the best
 
 
-def test_nsga2_finds_the_front_and_more_of_it_than_random_search():
+def test_nsga2_finds_the_front():
     """The area below the reference (D, D) is 5/6 D² by the analytic front.
 
     No set has more. A population of 50 that lay evenly on the front would lack about
-    a fiftieth; nine tenths are asked for, and more than of random draws, on each seed.
+    a fiftieth; nine tenths are asked for on each seed. Of two numbers, random draws
+    find as much: where they do not is in the table pareto.
     """
-    areas = {}
     for seed in range(3):
-        for searcher in (hg.searchers.NSGA2(), hg.searchers.Random()):
-            trace = search(
-                biquadratic(), searcher=searcher, budget=400 * 5 / 3 + 0.1,
-                key=jax.random.key(seed),
-            )  # fmt: skip
-            assert len(trace.value) == 400
-            reference = jnp.full(2, APART)
-            area = hg.objectives.hypervolume(trace.value, reference)
-            areas[seed, type(searcher).__name__] = float(area) / (5 / 6 * APART**2)
-        assert areas[seed, "Random"] < areas[seed, "NSGA2"] <= 1
-        assert areas[seed, "NSGA2"] > 0.9
+        trace = search(
+            biquadratic(), searcher=hg.searchers.NSGA2(), budget=400 * 5 / 3 + 0.1,
+            key=jax.random.key(seed),
+        )  # fmt: skip
+        assert len(trace.value) == 400
+        area = hg.objectives.hypervolume(trace.value, jnp.full(2, APART))
+        assert 0.9 < float(area) / (5 / 6 * APART**2) <= 1
 
 
 def test_searchers_of_one_value_refuse_several():
