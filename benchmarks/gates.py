@@ -122,8 +122,15 @@ def costs(
 
 def shares(gates: Gates, latency: hg.objectives.LatencyTable) -> Array:
     """[3]: 0 for one pixel and one unit, 1 for all of them."""
+    return shares_of(*widths(gates), latency)
+
+
+def shares_of(
+    n: float | Array, m: float | Array, latency: hg.objectives.LatencyTable
+) -> Array:
+    """[3]: those of a network of n pixels and m units."""
     one, whole = (costs(*of, latency) for of in ((1.0, 1.0), (1.0 * PIXELS, HIDDEN)))
-    return (costs(*widths(gates), latency) - one) / (whole - one)
+    return (costs(n, m, latency) - one) / (whole - one)
 
 
 # The table of latencies.
@@ -164,6 +171,12 @@ def committed() -> hg.objectives.LatencyTable:
     return table_of(record.read(path))
 
 
+@functools.cache
+def passes() -> tuple[hg.objectives.LatencyTable, ...]:
+    """Each of the committed ones by itself."""
+    return tuple(table_of([row]) for row in record.read(RESULTS / f"{NAME}.jsonl"))
+
+
 def table_of(rows: list[Row]) -> hg.objectives.LatencyTable:
     """The median pass at each knot."""
     knots = tuple(jnp.array(axis, float) for axis in KNOTS)
@@ -171,10 +184,18 @@ def table_of(rows: list[Row]) -> hg.objectives.LatencyTable:
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """How far passes are from the median one, without a claim."""
-    off = np.abs(passes_of(rows) / np.median(passes_of(rows), axis=0) - 1)
+    """How far passes are from the median one, and where that falls; no claim."""
+    middle = np.median(passes_of(rows), axis=0)
+    off = np.abs(passes_of(rows) / middle - 1)
     text = f"a pass is {np.median(off):.0%} off the median one at a knot in the median"
-    return [Verdict(f"{text}, {off.max():.0%} at most")]
+    steps = np.concatenate([np.diff(middle, axis=axis).ravel() for axis in (0, 1)])
+    falls = f"more pixels or units take less at {np.sum(steps < 0)} of {steps.size}"
+    return [
+        Verdict(f"{text}, {off.max():.0%} at most"),
+        Verdict(f"{falls} steps from a knot to the next: the table is not monotone")
+        if np.any(steps < 0)
+        else Verdict("the table is monotone"),
+    ]
 
 
 def markdown(table: Table, rows: list[Row], command: str) -> str:
