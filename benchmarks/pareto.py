@@ -42,8 +42,10 @@ from .gates import (
     cross_entropy,
     error,
     inner_loss,
+    passes,
     rounded,
     shares,
+    shares_of,
     split,
     start,
     widths,
@@ -56,6 +58,7 @@ STEP = optax.sgd(0.5, momentum=0.9, nesterov=True)
 TRAINING = hg.Descent(STEP, STEPS)
 TRIAL = STEPS + 2 * hg.cost.VALUE  # gradient-equivalents: two values at its end
 REFERENCE = 0.5, 0.5  # of the hypervolume: error, share of the cost
+OTHERS = (1.0, 1.0), (0.5, 1.0)  # of which lines without a claim tell
 SMALL = 0.1  # a share at which the table tells an error
 
 
@@ -311,10 +314,10 @@ def networks(method: str, seed: int, cost: str, setting: Any) -> Found:
     return run(method, seed, cost, setting)
 
 
-def volume(error: np.ndarray, share: np.ndarray) -> float:
+def volume(error: Any, share: Any, reference: tuple = REFERENCE) -> float:
     """What the points dominate below the reference."""
     points = jnp.stack([jnp.asarray(error), jnp.asarray(share)], axis=1)
-    return float(hg.objectives.hypervolume(points, jnp.array(REFERENCE)))
+    return float(hg.objectives.hypervolume(points, jnp.array(reference)))
 
 
 def front_of(found: Found, cost: str, latency: Any) -> Row:
@@ -441,11 +444,49 @@ def measure(cell: Row) -> Row:
 # Judging.
 
 
+def seeds_of(rows: list[Row], method: str, cost: str) -> list[Row]:
+    """A row a seed."""
+    mine = [r for r in rows if (r["method"], r["cost"]) == (method, cost)]
+    return sorted(mine, key=lambda row: row["seed"])
+
+
 def lane(rows: list[Row], method: str, cost: str, name: str) -> np.ndarray:
     """A column by seed; NaN where a row has no number."""
-    mine = [r for r in rows if (r["method"], r["cost"]) == (method, cost)]
-    mine.sort(key=lambda row: row["seed"])
-    return np.array([row[name] for row in mine], float)
+    return np.array([row[name] for row in seeds_of(rows, method, cost)], float)
+
+
+def pair(of_method: Callable[[str], Any], best: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a method has by seed: the best row's, the better search's on each seed."""
+    better = np.max([of_method(method) for method in SEARCHING], axis=0)
+    return np.asarray(of_method(best)), better
+
+
+def below(rows: list[Row], cost: str, reference: tuple) -> Callable[[str], list[float]]:
+    """Hypervolumes of a method on test at another reference."""
+    return lambda method: [
+        volume(row["test"], row["share"], reference)
+        for row in seeds_of(rows, method, cost)
+    ]
+
+
+def timed_by(rows: list[Row], latency: Any) -> Callable[[str], list[float]]:
+    """Those of the same networks where another table says how long they take."""
+    shares = jax.vmap(lambda n, m: shares_of(n, m, latency))
+    at = lambda row: shares(jnp.array(row["pixels"]), jnp.array(row["hidden"]))
+    return lambda method: [
+        volume(row["test"], at(row)[:, COSTS.index("latency")])
+        for row in seeds_of(rows, method, "latency")
+    ]
+
+
+def over_passes(rows: list[Row], best: str) -> Verdict:
+    """The claimed ratio where one pass stands in place of the median one."""
+    ratios = [paired_ratio(*pair(timed_by(rows, each), best)) for each in passes()]
+    mean, low, _ = np.transpose(ratios)
+    return Verdict(
+        f"the same, latencies of one of {len(ratios)} passes: {mean.min():.3f} to "
+        f"{mean.max():.3f} times, intervals from {low.min():.3f} on"
+    )
 
 
 def compare(what: str, ours: np.ndarray, theirs: np.ndarray, claimed: bool) -> Verdict:
@@ -460,16 +501,20 @@ def compare(what: str, ours: np.ndarray, theirs: np.ndarray, claimed: bool) -> V
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """The budget; of each cost the claim, then the best against each other method."""
+    """The budget; by cost the claim, lines about it, the best against each other."""
     best, most = rows[0]["best"], max(row["spent"] for row in rows)
     text = f"the dearest front took {most:,.0f} of {BUDGET:,} gradient-equivalents"
     verdicts = [Verdict(text, failed=most > BUDGET)]
     for cost in COSTS:
         volumes = {m: lane(rows, m, cost, "test_volume") for m in METHODS}
-        better = np.max([volumes[m] for m in SEARCHING], axis=0)
         what = f"{cost}, {best} against"
         claim = f"(o) {what} the better of {' and '.join(SEARCHING)} on each seed"
-        verdicts.append(compare(claim, volumes[best], better, True))
+        verdicts.append(compare(claim, *pair(volumes.__getitem__, best), True))
+        for other in OTHERS:
+            text = f"the same below error {other[0]:g} and share {other[1]:g}"
+            verdicts.append(compare(text, *pair(below(rows, cost, other), best), False))
+        if cost == "latency":
+            verdicts.append(over_passes(rows, best))
         verdicts += [
             compare(f"{what} {method}", volumes[best], volumes[method], False)
             for method in METHODS
@@ -514,7 +559,7 @@ def cells_of(rows: list[Row], method: str, cost: str) -> list[str]:
     spread = lambda x, form: (
         f"{x.mean():{form}} ± {x.std(ddof=min(1, x.size - 1)):{form}}"
     )
-    mine = [r for r in rows if (r["method"], r["cost"]) == (method, cost)]
+    mine = seeds_of(rows, method, cost)
     return [
         method,
         spread(column("test_volume"), ".4f"),

@@ -103,3 +103,17 @@ def test_what_sharing_saves_is_told_as_if_no_cell_were_trained_twice():
         text = (ROOT / page).read_text()
         assert f"{float(once):.0f} times" in text
         assert cells in text
+
+
+def test_the_line_on_nsga2_is_that_of_the_fronts():
+    """Its place beside random search, and the three ratios of the committed table."""
+    page = (ROOT / "docs/choose.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| `NSGA2`"))
+    fronts = (ROOT / "benchmarks/results/pareto.md").read_text()
+    ratios = [part.split(" ")[0] for part in fronts.split("EPO against NSGA-II: ")[1:]]
+    said = f"`EPO` has {ratios[0]}, {ratios[1]} and {ratios[2]} times its hypervolume"
+    assert said in line
+    volume = lambda part, name: float(part.split(f"| {name} | ")[1].split(" ")[0])
+    tables = fronts.split("**Error against")[1:]
+    ahead = all(volume(part, "NSGA-II") > volume(part, "random") for part in tables)
+    assert ahead == ("ahead of `Random`" in line)

@@ -153,6 +153,15 @@ def test_a_search_trains_the_networks_that_it_proposes(monkeypatch):
     np.testing.assert_allclose(found.test, ours[1], atol=1.01 / 997)
 
 
+def test_pruning_counts_all_that_it_spends(monkeypatch):
+    """A training and a pass forward say what is kept; each network is a trial."""
+    monkeypatch.setattr(pareto, "train", lambda w, gates, parts: (jnp.zeros(4),) * 2)
+    found = pareto.prune(0, 0.1, 2)
+    assert found.gates.pixels.shape == (4, gates.PIXELS)
+    by_hand = (60 + 1 / 3) + 4 * (60 + 2 / 3)
+    assert found.spent == pytest.approx(by_hand, rel=1e-12)
+
+
 # A front.
 
 
@@ -199,6 +208,15 @@ def test_the_median_pass_counts_at_each_knot():
     assert gates.judge(rows)[0].text.endswith("33% at most")
 
 
+def test_the_table_says_where_latencies_fall():
+    """By hand: one knot of 25 above all around it, three of them before others."""
+    rising = np.add.outer(np.arange(5.0), np.arange(5.0)) + 1
+    said = lambda seconds: gates.judge([{"seconds": seconds.tolist()}])[1].text
+    assert said(rising) == "the table is monotone"
+    rising[1, 1] = 10.0  # above the next pixels and the next units
+    assert said(rising).startswith("more pixels or units take less at 2 of 40 steps")
+
+
 # Judging.
 
 
@@ -209,7 +227,8 @@ def rows_of(volume: dict) -> list[dict]:
         cell
         | {
             "test_volume": each(cell), "val_volume": 0.1, "best": "EPO",
-            "small_error": 0.2, "share": [0.1], "test": [0.2], "spent": 9.0,
+            "small_error": 0.2, "share": [0.1], "test": [0.5 - each(cell)],
+            "pixels": [8], "hidden": [4], "spent": 9.0,
             "networks": 3, "setting": 0.1, "tuning_cost": 1.0,
         }
         for cell in pareto.TABLE.plan("small", 5)
@@ -232,6 +251,45 @@ def test_the_claim_is_against_the_better_search_on_each_seed():
     }
     assert claim(rows_of(turns)).endswith("not reproduced")
     assert not any(v.failed for v in pareto.judge(ahead))
+
+
+def test_the_ratio_is_told_at_other_references():
+    """By hand, of one network each: 0.9 of the share times what the error leaves."""
+    rows = rows_of({"EPO": lambda seed: 0.2})
+    told = [v.text for v in pareto.judge(rows) if v.text.startswith("the same below")]
+    assert len(told) == 2 * len(pareto.COSTS)
+    corner, wide = told[:2]
+    assert "error 1 and share 1: 1.167 [1.167, 1.167]" in corner  # 0.7 over 0.6
+    assert "error 0.5 and share 1: 2.000 [2.000, 2.000]" in wide  # 0.2 over 0.1
+    assert not any("claimed" in text or "reproduced" in text for text in told)
+
+
+def test_the_ratio_is_told_by_each_pass_of_the_latencies(monkeypatch):
+    """By hand: one network each, that of the searches slower in the second pass."""
+    one = np.outer(*KNOTS) ** 0.5
+    slow = one.copy()
+    slow[2:, :] += one.max() / 5  # from 16 pixels on
+    tables = [hg.objectives.LatencyTable(KNOTS, 1 + each) for each in (one, slow)]
+    monkeypatch.setattr(pareto, "passes", lambda: tuple(tables))
+    rows = rows_of({})
+    for row in rows:
+        row["pixels"] = [8] if row["method"] == "EPO" else [16]
+    at = lambda n, table: float(gates.shares_of(n, 4.0, table)[1])
+    ratios = [(0.5 - at(8.0, t)) / (0.5 - at(16.0, t)) for t in tables]
+    text = pareto.over_passes(rows, "EPO").text
+    assert f"2 passes: {min(ratios):.3f} to {max(ratios):.3f} times" in text
+    assert text.endswith(f"intervals from {min(ratios):.3f} on")
+    assert max(ratios) > 1.1 * min(ratios)
+
+
+def test_a_setting_of_two_numbers_is_at_an_edge_by_either():
+    """And one of a single number as before."""
+    sizes = pareto.SEARCHING["NSGA-II"].settings
+    assert not pareto.at_edge([20, 0.1], sizes)
+    assert pareto.at_edge([20, 0.05], sizes)
+    assert pareto.at_edge([40, 0.1], sizes)
+    assert pareto.at_edge(0.2, [0.05, 0.1, 0.2])
+    assert not pareto.at_edge(0.1, [0.05, 0.1, 0.2])
 
 
 def test_few_seeds_missing_rows_and_a_broken_budget_fail(tmp_path):
