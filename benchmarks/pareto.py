@@ -553,12 +553,18 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
     return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
 
 
+def spread(values: np.ndarray, form: str) -> str:
+    """Mean and deviation over the seeds that have a number, and of how many."""
+    x = values[~np.isnan(values)]
+    if not x.size:
+        return "-"
+    text = f"{x.mean():{form}} ± {x.std(ddof=min(1, x.size - 1)):{form}}"
+    return text + f" ({x.size} of {values.size})" * (x.size < values.size)
+
+
 def cells_of(rows: list[Row], method: str, cost: str) -> list[str]:
     """A line of the table."""
     column = lambda name: lane(rows, method, cost, name)
-    spread = lambda x, form: (
-        f"{x.mean():{form}} ± {x.std(ddof=min(1, x.size - 1)):{form}}"
-    )
     mine = seeds_of(rows, method, cost)
     return [
         method,

@@ -315,3 +315,11 @@ def test_the_table_and_its_figure_are_made(tmp_path):
     assert text.count("| EPO |") == 3
     pareto.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_a_number_that_a_seed_lacks_is_left_out_and_said():
+    assert pareto.spread(np.array([0.25, 0.75]), ".2f") == "0.50 ± 0.35"
+    assert (
+        pareto.spread(np.array([0.25, np.nan, 0.75]), ".2f") == "0.50 ± 0.35 (2 of 3)"
+    )
+    assert pareto.spread(np.array([np.nan]), ".2f") == "-"
