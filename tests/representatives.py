@@ -8,11 +8,13 @@ REPRESENTATIVES = {
         "test_a_relative_error_costs_less_than_steps_alone": {
             *("logistic_of_hypertorch*",),
         },
+        "test_a_second_call_traces_nothing": set(),
         "test_a_warm_chain_of_adam_is_right_where_trusted": set(),
         "test_an_exact_landing_leaves_a_goal_to_go_on_with": set(),
         "test_an_ill_conditioned_adjoint_is_not_overlooked": {"linear_solver0"},
         "test_an_outer_loss_that_reads_no_w_is_trusted": set(),
         "test_hoags_schedules_spend_less": set(),
+        "test_parts_that_lag_behind_are_not_overlooked": {"0.01"},
         "test_several_losses_trees_and_solvers_that_run_once": set(),
         "test_steps_are_those_of_a_whole_run": set(),
         "test_the_certificate_is_asked_for_the_same_error": set(),
@@ -21,13 +23,7 @@ REPRESENTATIVES = {
     "test_adapters": {
         "test_a_loop_is_jaxopt_run_without_tolerance": {"float32-optax", "float64-gd"},
         "test_argmin_differentiates_around_the_solver": {"optx-bfgs"},
-        "test_finds_the_minimiser": {
-            *(
-                "logistic-jaxopt-gd-search",
-                "logistic-jaxopt-lbfgs",
-            ),
-            *("logistic-optx-lbfgs",),
-        },
+        "test_finds_the_minimiser": {"logistic-optx-lbfgs"},
         "test_float32_stays_float32": {"jaxopt-polyak", "optx-gd"},
         "test_implicit_hypergradient": {"optx-bfgs"},
         "test_jit_and_vmap_equal_a_loop": {"jaxopt-polyak", "optx-gd"},
@@ -69,6 +65,7 @@ REPRESENTATIVES = {
     "test_average": {
         "test_equal_draws_are_one_estimate": set(),
         "test_more_draws_scatter_less": set(),
+        "test_the_mean_and_its_standard_error_are_those_of_its_draws": set(),
         "test_the_standard_error_is_what_means_scatter_by": set(),
     },
     "test_benchmarks": {
@@ -77,7 +74,7 @@ REPRESENTATIVES = {
     "test_certificate": {
         "test_certify_sees_a_saddle_that_the_solver_does_not": {"linear0"},
         "test_minimize_certifies_every_so_many_steps": set(),
-        "test_sabotage_is_not_trusted": {"CG"},
+        "test_sabotage_is_not_trusted": set(),
         "test_several_losses_and_trees_are_certified": set(),
         "test_the_certificate_on_a_hundred_problems": set(),
     },
@@ -85,28 +82,10 @@ REPRESENTATIVES = {
         "test_a_full_disk_is_reported_and_nothing_is_lost": set(),
         "test_a_time_limit_alone": set(),
         "test_killed_after_any_step_it_ends_with_the_same_bits": {"implicit"},
-        "test_the_folder_of_another_run_is_refused": {
-            *(
-                "code of a metric",
-                "constant in a loss",
-                "dtype of w",
-            ),
-            *(
-                "inner data",
-                "key",
-                "num_steps",
-                "rate",
-            ),
-        },
+        "test_the_folder_of_another_run_is_refused": {"num_steps"},
     },
     "test_command": {
-        "test_the_command_writes_rows_table_and_figure": {
-            *(
-                "cleaning",
-                "few_shot",
-                "unsupervised",
-            ),
-        },
+        "test_the_command_writes_rows_table_and_figure": {"few_shot", "unsupervised"},
     },
     "test_compilation": {
         "test_a_run_traces_each_loss_a_constant_number_of_times": {"Unrolled"},
@@ -129,11 +108,12 @@ REPRESENTATIVES = {
     },
     "test_dry_run": {
         "test_a_tolerance_is_said_with_the_cost_of_an_iteration": set(),
+        "test_nothing_is_run_and_nothing_written": set(),
         "test_temporary_bytes_are_what_a_run_takes": set(),
     },
     "test_estimators": {
         "test_a_formula_leaves_only_the_adjoint_to_solve": {"0-d", "30", "cI"},
-        "test_a_tuple_of_losses_is_that_many_runs": {"implicit"},
+        "test_a_tuple_of_losses_is_that_many_runs": set(),
         "test_a_tuple_of_losses_on_a_tree": set(),
         "test_an_error_along_a_flat_direction_is_seen": {
             *(
@@ -162,7 +142,7 @@ REPRESENTATIVES = {
                 "Unrolled",
             ),
         },
-        "test_damping_is_added_to_the_hessian": {"CG", "Neumann", "NystromCG"},
+        "test_damping_is_added_to_the_hessian": {"CG"},
         "test_equals_the_closed_form": {
             *(
                 "quadratic 30-CG",
@@ -215,7 +195,7 @@ REPRESENTATIVES = {
                 "NystromCG-nan",
             ),
         },
-        "test_same_key_same_estimate_to_the_bit": {"True"},
+        "test_same_key_same_estimate_to_the_bit": set(),
         "test_settings_of_double_precision_serve_a_problem_of_single": {
             *(
                 "NystromCG",
@@ -273,8 +253,8 @@ REPRESENTATIVES = {
     "test_identities": {
         "test_a_series_is_the_truncated_unroll": {"quadratic 30-5"},
         "test_a_warm_start_of_w_continues_the_inner_run": set(),
-        "test_a_warm_start_takes_fewer_products_than_a_cold_one": {"CG"},
-        "test_all_roads_lead_to_the_closed_form": {"ridge per-weight"},
+        "test_a_warm_start_takes_fewer_products_than_a_cold_one": set(),
+        "test_all_roads_lead_to_the_closed_form": set(),
         "test_checkpoints_change_nothing": {"7-3", "None-50"},
         "test_conjugate_gradients_keep_their_bound": {"6"},
         "test_float32_and_float64_agree": set(),
@@ -326,6 +306,7 @@ REPRESENTATIVES = {
         "test_progress_changes_nothing": {"41"},
         "test_projections_of_optax": {"simplex"},
         "test_rows_of_a_batch_need_an_index": set(),
+        "test_spaces_leaf_by_leaf": set(),
         "test_w_is_carried_from_step_to_step": {"implicit"},
     },
     "test_objectives": {
@@ -337,6 +318,7 @@ REPRESENTATIVES = {
             ),
         },
         "test_a_weighted_sum_is_the_run_of_one_loss": {"space1"},
+        "test_epo_is_the_closed_form_for_two_that_conflict": {"float64"},
         "test_epo_of_three_ends_at_the_point_of_equal_distances": set(),
         "test_epo_solves_the_linear_programs_of_its_authors": {"2"},
         "test_more_than_two_gradients": {"3-2-combine1*", "5-8-combine0*"},
@@ -346,6 +328,7 @@ REPRESENTATIVES = {
         "test_the_front_of_two_quadratics": {"<lambda>-exact*"},
         "test_the_gradients_are_those_in_the_space": {"combine1"},
         "test_weights_of_objectives_are_learned_at_a_third_level": set(),
+        "test_weights_of_objectives_by_nested_argmin": set(),
     },
     "test_populations": {
         "test_a_search_killed_after_any_round_goes_on_to_the_same_trace": {
@@ -357,7 +340,11 @@ REPRESENTATIVES = {
         "test_brackets_of_hyperband_are_those_of_its_table": set(),
         "test_each_finds_the_optimum_within_its_budget": {"pbt"},
         "test_eight_devices_train_what_one_does": set(),
+        "test_the_best_is_one_that_was_trained_in_full": set(),
         "test_the_table_times_three_ways_to_the_same_trainings": set(),
+    },
+    "test_problem": {
+        "test_several_outer_losses": {"Unrolled"},
     },
     "test_references": {
         "test_jaxopt_lbfgs_with_implicit_diff": set(),
@@ -408,7 +395,7 @@ REPRESENTATIVES = {
     "test_searching_tables": {
         "test_a_search_costs_its_trainings_and_a_value_a_draw": set(),
         "test_values_at_once_hold_more": set(),
-        "test_what_is_carried_is_what_implicit_carries": {"names0-False"},
+        "test_what_is_carried_is_what_implicit_carries": set(),
     },
     "test_single_loop": {
         "test_conformance": set(),
@@ -417,15 +404,7 @@ REPRESENTATIVES = {
         "test_a_series_has_the_mean_of_its_terms": {"SUSTAIN", "StocBiO"},
         "test_a_step_has_its_own_expectation": {"BOME"},
         "test_each_leaf_keeps_its_dtype": set(),
-        "test_each_step_is_that_of_the_dense_matrices": {
-            *(
-                "BOME",
-                "F2SA",
-                "SABA",
-                "SRBA",
-                "StocBiO",
-            ),
-        },
+        "test_each_step_is_that_of_the_dense_matrices": {"BOME", "F2SA", "SABA"},
         "test_the_step_that_is_timed_is_the_one_written_out": set(),
     },
     "test_single_loop_tables": {
@@ -450,7 +429,7 @@ REPRESENTATIVES = {
     },
     "test_studies": {
         "test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen": set(),
-        "test_the_command_refuses_what_it_cannot_run": {"arguments0*"},
+        "test_the_command_refuses_what_it_cannot_run": set(),
         "test_the_planned_cost_of_a_step_is_an_upper_bound": set(),
     },
     "test_study_costs": {
@@ -470,6 +449,7 @@ REPRESENTATIVES = {
                 "top-2",
             ),
         },
+        "test_the_gap_is_reported_along_a_run": set(),
     },
     "test_surrogates_ranking": {
         "test_a_mask_is_dropping": {"blackbox", "ndcg", "smooth"},
@@ -494,6 +474,7 @@ REPRESENTATIVES = {
     },
     "test_task_architecture": {
         "test_first_order_darts_is_the_direct_term": set(),
+        "test_the_unrolled_hypergradient_is_that_of_the_whole_pipeline": set(),
     },
     "test_task_data": {
         "test_every_part_has_an_example": {"cleaning", "penalties"},
@@ -504,7 +485,7 @@ REPRESENTATIVES = {
         "test_only_the_global_hypergradient_is_right_where_clients_differ": set(),
     },
     "test_task_few_shot": {
-        "test_hypergradients_equal_central_differences": {"ridge"},
+        "test_hypergradients_equal_central_differences": set(),
     },
     "test_task_penalties": {
         "test_the_hypergradient_is_that_of_the_whole_pipeline": {"logistic-argmin"},
@@ -514,6 +495,12 @@ REPRESENTATIVES = {
         "test_held_out_sensors_are_no_training_data_and_no_test_points": set(),
     },
     "test_task_reinforcement": {
+        "test_the_hypergradient_of_a_discount_is_the_closed_form": {
+            *(
+                "estimator0-shape1",
+                "estimator1-shape0",
+            ),
+        },
         "test_the_meta_gradient_is_the_central_difference_on_fixed_keys": set(),
     },
     "test_task_schedules": {
@@ -523,9 +510,12 @@ REPRESENTATIVES = {
     "test_task_self_supervised": {
         "test_hypergradients_equal_central_differences": set(),
     },
+    "test_task_semi_supervised": {
+        "test_the_implicit_hypergradient_is_that_of_the_whole_pipeline": set(),
+    },
     "test_testing": {
         "test_an_untouched_wrapper_passes": set(),
-        "test_honest_estimators_pass": {"Identity"},
+        "test_honest_estimators_pass": set(),
         "test_its_problems_have_the_hypergradient_they_state": {"vector"},
         "test_sabotaged_estimators_fail": {"SumOfPartials"},
     },

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import inspect
 import subprocess
 import sys
@@ -34,10 +35,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Absolute names of all modules and names that a file imports, at any depth."""
     package = ["hypergrad", *path.relative_to(ROOT).with_suffix("").parts][:-1]
@@ -53,6 +56,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@functools.cache
 def attributes(path: Path) -> set[str]:
     """Dotted names such as ``jax.config`` that a file uses, imports resolved."""
     found, aliases = set(), {}
