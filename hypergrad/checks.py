@@ -299,20 +299,19 @@ def start_reads_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bo
 
 def check_searched(value: Any, alpha: PyTree) -> None:
     """Refuses a leaf of ``alpha`` that ``value(alpha)`` does not read."""
-    read = reads(value, alpha)
-    unread = [
-        f"alpha{jax.tree_util.keystr(path)}"
-        for (path, _), is_read in zip(
-            jax.tree.leaves_with_path(alpha), read, strict=True
-        )
-        if not is_read
-    ]
-    if unread:
+    if names := unread(value, alpha):
         raise ValueError(
-            f"nothing reads {', '.join(unread)}: neither losses nor solver nor start, "
+            f"nothing reads {', '.join(names)}: neither losses nor solver nor start, "
             "so that all its values would be worth the same; take it out of the space, "
             "or read it"
         )
+
+
+def unread(f: Any, alpha: PyTree) -> list[str]:
+    """Names of the leaves of ``alpha`` that ``f(alpha)`` does not read."""
+    pairs = zip(jax.tree.leaves_with_path(alpha), reads(f, alpha), strict=True)
+    key_of = jax.tree_util.keystr
+    return [f"alpha{key_of(path)}" for (path, _), is_read in pairs if not is_read]
 
 
 def reads(f: Any, *arguments: PyTree) -> Sequence[bool]:

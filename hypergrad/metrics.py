@@ -14,15 +14,8 @@ from .estimators.protocol import STATS
 Metric = Callable[[PyTree, PyTree, Array], Array]
 Progress = Callable[[int, Any], None]
 
-TAKEN = {
-    "step",
-    "value",
-    "cost",
-    "trusted",
-    "refined",
-    "weights",
-    *STATS,
-}  # by a trace's rows
+# By a trace's rows.
+TAKEN = {"step", "value", "cost", "trusted", "refined", "weights", *STATS}
 
 
 def check_metrics(

@@ -1,5 +1,6 @@
 """Implicit differentiation: the implicit function theorem and a linear solve."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -303,24 +304,17 @@ class Implicit(eqx.Module):
         else:
             linear_solver, damping = self.linear_solver, self.damping
             correct = max(self.correct, 1)
-        thorough = Implicit(
-            self.solver,
-            linear_solver,
-            damping,
+        thorough = dataclasses.replace(
+            self,
+            linear_solver=linear_solver,
+            damping=damping,
             correct=correct,
-            certify=self.certify,
-            warm_start=self.warm_start,
-            outer_batch_size=self.outer_batch_size,
-        )
-        thorough = eqx.tree_at(
-            lambda i: i.rel_err, thorough, self.rel_err, is_leaf=lambda x: x is None
+            adjoint_batch_size=None,
         )
         before = eqx.tree_at(lambda s: s.num_estimates, state, state.num_estimates - 1)
         estimate, then = thorough.estimate(problem, before, alpha, key)
         # CG uses nothing prepared; what is there serves the next estimate.
-        return estimate, ImplicitState(
-            then.w, then.adjoint, then.num_estimates, then.goal, state.prepared
-        )
+        return estimate, dataclasses.replace(then, prepared=state.prepared)
 
     def _once(self, problem, state, alpha, data):
         """The inner solver as it is, ``correct`` Newton steps, the adjoint."""

@@ -15,9 +15,9 @@ from ..checks import (
     check_problem,
     check_seen,
     check_solver,
-    reads,
     solver_reads_alpha,
     start_reads_alpha,
+    unread,
 )
 from ..cost import ledger
 from ..drawn import Drawn, drawn
@@ -104,18 +104,10 @@ def check_read(solver: InnerSolver, problem: Bilevel, w: PyTree, alpha: PyTree) 
     """
     data = drawn(problem, jax.random.key(0))
     run = whole_run(solver, problem, data, w, data.outer_batch())
-    read = reads(lambda alpha: run(alpha)[0], alpha)
-    unread = [
-        f"alpha{jax.tree_util.keystr(path)}"
-        for (path, _), is_read in zip(
-            jax.tree.leaves_with_path(alpha), read, strict=True
-        )
-        if not is_read
-    ]
-    if unread:
+    if names := unread(lambda alpha: run(alpha)[0], alpha):
         raise ValueError(
             f"neither the losses nor the solver nor the start reads "
-            f"{', '.join(unread)}; take it out of alpha"
+            f"{', '.join(names)}; take it out of alpha"
         )
 
 

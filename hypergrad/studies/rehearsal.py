@@ -18,11 +18,11 @@ from jaxtyping import Array, PyTree
 
 from ..cost.flops import Flops, called, of_jaxpr
 from ..cost.memory import Memory, of_compiled
+from ..minimize import LEDGER
 from ..trace import Trace
 from .study import Study
 
 OUTER_LOOP = "minimize.py"
-LEDGER = ("gradient_equivalents", "num_")
 
 
 class Plan(NamedTuple):
