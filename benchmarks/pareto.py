@@ -469,10 +469,14 @@ def below(rows: list[Row], cost: str, reference: tuple) -> Callable[[str], list[
     ]
 
 
+shares_at = jax.jit(jax.vmap(shares_of, in_axes=(0, 0, None)))
+
+
 def timed_by(rows: list[Row], latency: Any) -> Callable[[str], list[float]]:
     """Those of the same networks where another table says how long they take."""
-    shares = jax.vmap(lambda n, m: shares_of(n, m, latency))
-    at = lambda row: shares(jnp.array(row["pixels"]), jnp.array(row["hidden"]))
+    at = lambda row: shares_at(
+        jnp.array(row["pixels"]), jnp.array(row["hidden"]), latency
+    )
     return lambda method: [
         volume(row["test"], at(row)[:, COSTS.index("latency")])
         for row in seeds_of(rows, method, "latency")
