@@ -12,6 +12,9 @@ PY := $(VENV)/bin/python
 test full: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 test full: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 test full: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+# Most of the time of a test is compilation; `full`, and CI on the newest versions,
+# compile as users do.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 
 PYTEST   := $(PY) -m pytest
 DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hypergrad README.md
