@@ -36,6 +36,7 @@ from .argmin import argmin
 from .certificate import Certificate, certify
 from .checkpoint import Checkpoints
 from .citation import citation
+from .composition import Composition
 from .estimators import (
     BOME,
     DARTS,
@@ -111,6 +112,7 @@ __all__ = [  # in reading order
     "Certificate",
     "Checkpoints",
     "ClosedForm",
+    "Composition",
     "Descent",
     "Estimate",
     "Estimator",

@@ -1,6 +1,6 @@
 """Implicit differentiation at one point, and Newton's correction of that point."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +15,9 @@ from .linear.operator import Stats, relative_residual, solve
 from .problem import Bilevel
 from .products import Loss, hvp, hvp_and_cross
 from .trees import add_scaled, all_finite, distance, dot, norm
+
+#: ``(w, alpha, batch, v) -> product``: another curvature than the inner loss's.
+Curvature = Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
 
 NOTHING_SEEN: dict[str, Any] = {
     "num_products": 0.0,
@@ -60,19 +63,19 @@ def differentiate(
     start: PyTree,
     damping: Array | float = 0.0,
     prepared: PyTree = None,
+    curvature: Curvature | None = None,
 ) -> At:
     """``dM/dalpha - Jᵀ v`` with ``(H + damping I) v = dM/dw``, begun at ``start``.
 
-    ``prepared`` is what the linear solver may have made of an ``H`` like this one.
+    ``prepared`` is what the linear solver may have made of an ``H`` like this one, and
+    ``curvature`` may stand for ``H`` in the solve, but not in what is reported.
     """
     loss = problem.inner_loss
+    product = damped_product(problem, w, alpha, batch, damping, curvature)
     value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
 
     def adjoint(b, v):
-        def damped(v):
-            return add_scaled(hvp(loss, w, alpha, batch, v), damping, v)
-
-        v, solved = solve(linear_solver, damped, b, v, prepared)
+        v, solved = solve(linear_solver, product, b, v, prepared)
         gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
         solved["num_products"] += 1
         solved["negative_curvature"] |= dot(v, Hv) < 0
@@ -84,6 +87,20 @@ def differentiate(
     gradient, v, cross, residual, mean, solved = adjoint(b, start)
     hypergradient = optax.tree.sub(direct, cross)
     return At(value, hypergradient, b, v, cross, gradient, residual, mean, solved)
+
+
+def damped_product(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    damping: Array | float,
+    curvature: Curvature | None,
+) -> Callable[[PyTree], PyTree]:
+    """``v -> (H + damping I) v``, with ``curvature`` for ``H`` where there is one."""
+    of_loss = lambda *at: hvp(problem.inner_loss, *at)
+    product = of_loss if curvature is None else curvature
+    return lambda v: add_scaled(product(w, alpha, batch, v), damping, v)
 
 
 def total_products(solved: Stats) -> Array:

@@ -523,6 +523,15 @@ BIBTEX: dict[str, str] = dict(
             year="1982",
         ),
         _article(
+            "schraudolph2002",
+            "Schraudolph, Nicol N.",
+            "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent",
+            "Neural Computation",
+            volume="14",
+            number="7",
+            year="2002",
+        ),
+        _article(
             "griewank2000",
             "Griewank, Andreas and Walther, Andrea",
             "Algorithm 799: revolve: an implementation of checkpointing for the "

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .bibliography import BIBTEX
+from .composition import Composition
 from .estimators import (
     BOME,
     DARTS,
@@ -39,7 +40,7 @@ from .guide import Guide
 from .linear import CG, Identity, Neumann, Nystrom, NystromCG
 
 # In reading order.
-LINEAR_SOLVERS = (CG, Neumann, Nystrom, NystromCG, Identity)
+OF_IMPLICIT = (CG, Neumann, Nystrom, NystromCG, Identity, Composition)
 ESTIMATORS = (
     Implicit,
     Unrolled,
@@ -78,9 +79,9 @@ TABLES = {
 def methods() -> list[tuple[Guide, str, tuple[str, ...]]]:
     """Guide, target and citations of each row."""
     found: list[tuple[Guide, str, tuple[str, ...]]] = []
-    for solver in LINEAR_SOLVERS:
-        citations = (*Implicit.citations, *solver.citations)
-        found += [(guide, Implicit.target, citations) for guide in solver.guide]
+    for part in OF_IMPLICIT:
+        citations = (*Implicit.citations, *part.citations)
+        found += [(guide, Implicit.target, citations) for guide in part.guide]
     for estimator in ESTIMATORS:
         target, citations = estimator.target, estimator.citations
         found += [(guide, target, citations) for guide in estimator.guide]

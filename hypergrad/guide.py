@@ -11,7 +11,7 @@ class Guide(NamedTuple):
     and ``sees`` against what the method does.
 
     Attributes:
-      call: how it is written; a linear solver describes the `Implicit` that it makes.
+      call: how it is written; a part describes the `Implicit` that it makes.
       gradients, hvps: inner gradients and Hessian-vector products of one estimate, the
         T inner steps included: formulas in T, N (numbers in ``alpha``), d (numbers in
         ``w``), k (steps of conjugate gradients) and what ``call`` names.

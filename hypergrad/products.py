@@ -55,6 +55,20 @@ def hvp_and_cross(
     return g, Hv, JTv
 
 
+def gauss_newton_product(
+    outputs: Callable[..., PyTree], cost: Callable[..., Any], w: PyTree, v: PyTree
+) -> PyTree:
+    """``Zᵀ C Z v`` of ``cost(outputs(w))``; same structure as ``w``.
+
+    ``Z = d outputs / dw`` and ``C`` is the Hessian of ``cost`` in the outputs, so the
+    product is that of ``H`` without the curvature of ``outputs``. Costs two gradients.
+    """
+    z, forward = jax.linearize(outputs, w)
+    backward = jax.linear_transpose(forward, w)
+    (product,) = backward(jax.jvp(jax.grad(cost), (z,), (forward(v),))[1])
+    return product
+
+
 def pushforward(
     f: Callable[[Array], PyTree], x: Array, directions: Array
 ) -> tuple[PyTree, PyTree]:

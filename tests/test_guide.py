@@ -116,6 +116,15 @@ CASES = {
         hg.Identity(), hg.Identity().error_factor(SMALLEST, LARGEST)
     ),
     "Implicit(solver, lineax.LU())": implicit(lx.LU()),
+    "Implicit(solver, curvature=loss.gauss_newton)": Case(
+        hg.Implicit(
+            hg.Descent(optimizer, LONG),
+            curvature=hg.Composition(  # of outputs that are linear in w
+                lambda w, alpha, batch: w, inner
+            ).gauss_newton,
+        ),
+        {"T": LONG, "k": 2},
+    ),
     "Unrolled(solver)": Case(hg.Unrolled(short), {"T": SHORT}),
     "Unrolled(solver, last=K)": Case(
         hg.Unrolled(long, last=150), {"T": LONG, "K": 150}
@@ -192,16 +201,16 @@ def test_every_row_is_tested_below():
 
 
 def test_every_method_has_a_row():
-    """All that is public and estimates, or solves a linear system; no `Average`."""
+    """All that estimates, solves or stands for a linear system; no `Average`."""
     named = {name: getattr(hg, name) for name in hg.__all__}
     methods = {
         kind
         for kind in named.values()
         if inspect.isclass(kind)
         and Protocol not in kind.__mro__[1:]
-        and (hasattr(kind, "estimate") or hasattr(kind, "compute"))
+        and any(hasattr(kind, does) for does in ("estimate", "compute", "gauss_newton"))
     }
-    assert methods - {hg.Average} == {*choose.ESTIMATORS, *choose.LINEAR_SOLVERS}
+    assert methods - {hg.Average} == {*choose.ESTIMATORS, *choose.OF_IMPLICIT}
 
 
 @functools.cache

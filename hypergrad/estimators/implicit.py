@@ -13,6 +13,8 @@ from jaxtyping import Array, PyTree
 from ..adjoint import (
     NOTHING_SEEN,
     At,
+    Curvature,
+    damped_product,
     differentiate,
     newton_steps,
     together,
@@ -28,9 +30,8 @@ from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
 from ..problem import Bilevel, held_fraction
-from ..products import hvp
 from ..settings import check_steps, number
-from ..trees import add_scaled, all_finite, norm, scale
+from ..trees import all_finite, norm, scale
 from .accuracy import Rounds, more, stepwise
 from .protocol import Estimate, make_stats
 from .trust import drift
@@ -63,6 +64,9 @@ class Implicit(eqx.Module):
         `NystromCG`, `Identity`.
       damping: added to ``H`` in the solve. ``adjoint_residual`` is that of ``H``
         itself, so it shows the bias that damping brings.
+      curvature: ``(w, alpha, batch, v) -> product`` that stands for ``H v`` in the
+        solve, such as `Composition.gauss_newton`, which stays positive semi-definite
+        where ``H`` does not; the bias shows like damping's.
       correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
         that does not make ``dL/dw`` smaller, or meets negative curvature, is not taken.
         On all data; keyed batches have one key an estimate, so the minimum for that.
@@ -116,6 +120,7 @@ class Implicit(eqx.Module):
     damping: float | Array
     rel_err: float | Array | None
     correct: int = eqx.field(static=True)
+    curvature: Curvature | None = eqx.field(static=True)
     certify: bool = eqx.field(static=True)
     warm_start: bool = eqx.field(static=True)
     adjoint_batch_size: int | None = eqx.field(static=True)
@@ -143,6 +148,7 @@ class Implicit(eqx.Module):
         linear_solver: lx.AbstractLinearSolver | None = None,
         damping: float | Array = 0.0,
         *,
+        curvature: Curvature | None = None,
         correct: int = 0,
         rel_err: float | Array | None = None,
         certify: bool = False,
@@ -156,6 +162,12 @@ class Implicit(eqx.Module):
         check_steps("adjoint_batch_size", adjoint_batch_size, optional=True)
         check_steps("outer_batch_size", outer_batch_size, optional=True)
         self.damping = number("damping", optional=False)(damping)
+        if not (curvature is None or callable(curvature)):
+            raise TypeError(
+                "curvature must be a function (w, alpha, batch, v) -> product, such as "
+                f"Composition(...).gauss_newton; got {curvature!r}"
+            )
+        self.curvature = curvature
         check_steps("correct", correct, least=0)
         self.correct = correct
         self.rel_err = number("rel_err")(rel_err)
@@ -174,6 +186,11 @@ class Implicit(eqx.Module):
     def _check_pursuit(self, rel_err: Array) -> None:
         """Refuses what could not be made more accurate."""
         check_solver(self.solver)
+        if self.curvature is not None:
+            raise ValueError(
+                "curvature does not go with rel_err: the adjoint of another curvature "
+                "does not become more accurate; leave one of them out"
+            )
         if self._refresh > 1:
             raise ValueError(
                 f"refresh={self._refresh} does not go with rel_err, whose rounds solve "
@@ -308,6 +325,7 @@ class Implicit(eqx.Module):
             self,
             linear_solver=linear_solver,
             damping=damping,
+            curvature=None,
             correct=correct,
             adjoint_batch_size=None,
         )
@@ -341,6 +359,7 @@ class Implicit(eqx.Module):
             usable(state.adjoint),
             self.damping,
             prepared,
+            self.curvature,
         )
         trusted, num_outer_grads = jnp.asarray(False), 1
         if not self.certify:
@@ -361,10 +380,8 @@ class Implicit(eqx.Module):
             return None, 0
         due = state.num_estimates % self._refresh == 0
         due |= ~all_finite(state.prepared)
-        damped = lambda v: add_scaled(
-            hvp(problem.inner_loss, w, alpha, batch, v), self.damping, v
-        )
-        make = lambda: self._prepare(damped, w)
+        product = damped_product(problem, w, alpha, batch, self.damping, self.curvature)
+        make = lambda: self._prepare(product, w)
         _, s = prepared = jax.lax.cond(due, make, lambda: state.prepared)
         return prepared, jnp.where(due, s.size, 0)
 
