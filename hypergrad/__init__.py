@@ -65,6 +65,7 @@ from .estimators import (
     Reversible,
     StocBiO,
     Unrolled,
+    through,
 )
 from .gradient import hypergradient
 from .inner import (
@@ -150,6 +151,7 @@ __all__ = [  # in reading order
     "surrogates",
     "tasks",
     "testing",
+    "through",
     "windows",
 ]
 

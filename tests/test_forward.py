@@ -171,3 +171,12 @@ def test_the_distance_to_implicit(kind):
         w, alpha
     )
     assert np.isnan(found.stats["distance_to_implicit"])
+
+
+@pytest.mark.parametrize(("leaves", "kind"), [(3, hg.Forward), (4, hg.Unrolled)])
+def test_through_takes_the_mode_that_costs_less(leaves: int, kind):
+    """Forward mode for three numbers, reverse mode for four; settings go along."""
+    alpha = {"rate": jnp.asarray(-2.0), "rest": jnp.zeros(leaves - 1)}
+    solver = hg.Descent(lambda alpha: optax.sgd(jnp.exp(alpha["rate"])), 7)
+    found = hg.through(solver, alpha, warm_start=False, outer_batch_size=2)
+    assert found == kind(solver, warm_start=False, outer_batch_size=2)

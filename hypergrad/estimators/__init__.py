@@ -25,6 +25,7 @@ from .single_loop import (
     AmIGO,
     StocBiO,
 )
+from .through import through
 from .unrolled import Unrolled
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "Reversible",
     "StocBiO",
     "Unrolled",
+    "through",
 ]
