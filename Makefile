@@ -21,7 +21,7 @@ DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hype
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs notebooks full clean
+.PHONY: help demo test lint types docs notebooks peers full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	        || { echo "$$name: .py and .ipynb differ; CONTRIBUTING.md says what to run"; exit 1; }; \
 	done
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+
+peers: | $(VENV)/pyvenv.cfg ## install the libraries that `benchmarks peers` runs beside us
+	$(PY) -m benchmarks.peers.environments
 
 clean: ## remove caches and built files; environments and results stay
 	rm -rf .cache .hypothesis .pytest_cache .ruff_cache build dist site

@@ -1,0 +1,66 @@
+"""Where each peer is installed: `python -m benchmarks.peers.environments` does it.
+
+One environment a library, since some of them exclude each other (two are distributed
+under one name). What does not install is named and the rest goes on: a contender that
+cannot import its library says so in its row.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+INTERPRETER = "python3.11"  # the newest that all of them run on
+
+TORCH = ["numpy", "torch==2.13.0"]
+REQUIREMENTS = {
+    "torch": TORCH,
+    "higher": [*TORCH, "higher==0.2.1"],
+    "torchopt": [*TORCH, "torchopt==0.7.3"],
+    "betty": [*TORCH, "betty-ml==0.1.1"],
+    "boat": [*TORCH, "boat-torch==1.1.1"],
+    "moskomule": [*TORCH, "hypergrad==0.0.1"],
+    "hypertorch": [
+        *TORCH,
+        "git+https://github.com/prolearner/hypertorch"
+        "@6241dfafcf37ddaf14e152ba5e5a3aa7165396d3",
+    ],
+    "learn2learn": [*TORCH, "learn2learn==0.2.0"],
+}
+SHARED = {"torch_by_hand": "torch", "torch_func": "torch"}
+
+
+def python(contender: str) -> Path:
+    """That runs `contender`: its library's, or this one where it needs none."""
+    name = SHARED.get(contender, contender)
+    if name not in REQUIREMENTS:
+        return Path(sys.executable)
+    return ROOT / ".venv-peers" / name / "bin" / "python"
+
+
+def install(name: str) -> str:
+    """The last that was said where it failed, nothing where it is there now."""
+    place = python(name).parents[1]
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    for command in (
+        [INTERPRETER, "-m", "venv", str(place)],
+        [str(python(name)), "-m", "pip", "install", *quiet, *REQUIREMENTS[name]],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            return done.stderr.strip().rpartition("\n")[2]
+    return ""
+
+
+def main() -> None:
+    """Installs all and says which are there."""
+    if shutil.which(INTERPRETER) is None:
+        sys.exit(f"peers: no {INTERPRETER} was found; their releases need it")
+    for name in REQUIREMENTS:
+        reason = install(name)
+        print(f"{name:12} {'failed: ' + reason if reason else 'installed'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
