@@ -83,7 +83,7 @@ def answer(library: str, work: str, folder: Path) -> np.ndarray:
     done = subprocess.run(
         [python, "-m", "benchmarks.peers.worker", library, work, folder / "data.npz"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         input="",
         capture_output=True,
         text=True,

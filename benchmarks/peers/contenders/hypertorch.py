@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -18,8 +19,8 @@ from .torch_losses import (
     solved,
 )
 
-# Ours has that name too and lies where this runs: what is installed comes first.
-sys.path.sort(key=lambda place: "site-packages" not in place)
+# Ours has that name too and lies where this runs: look there last.
+sys.path.sort(key=lambda place: Path(place).resolve() == Path.cwd())
 import hypergrad
 
 

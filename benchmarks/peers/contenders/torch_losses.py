@@ -4,6 +4,7 @@ Losses take `scores`, a function from inputs to the network's outputs, so that t
 serve libraries that carry parameters in a module and those that carry them in a list.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 Parts = list[Tensor] | tuple[Tensor, ...]
 Scores = Callable[[Tensor], Tensor]
