@@ -10,7 +10,7 @@ from betty.engine import Engine
 from betty.problems import ImplicitProblem
 from torch import Tensor
 
-from .torch_losses import Alpha, Problem, cleaning, flat, solved
+from .torch_losses import Alpha, Problem, cleaning, flat, logistic
 
 logging.disable(logging.INFO)  # it writes where answers are read
 
@@ -62,7 +62,7 @@ def implicit(problem: Problem) -> Callable[[], np.ndarray]:
 
 
 WORKS = {
-    "w1-solve": lambda data: implicit(solved(data)),
+    "w1-solve": lambda data: implicit(logistic(data, solved=True)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
-    "overhead-solve": lambda data: implicit(solved(data)),
+    "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
 }

@@ -56,10 +56,10 @@ class Problem(NamedTuple):
         return self.inner(module, list(module.parameters()), alpha, step)
 
 
-def logistic(data: dict[str, Any]) -> Problem:
-    """Logistic regression from 0."""
+def logistic(data: dict[str, Any], solved: bool = False) -> Problem:
+    """Logistic regression from 0, or at its minimiser."""
     given = tensors(data)
-    start = [torch.zeros_like(given.w)]
+    start = [given.w if solved else torch.zeros_like(given.w)]
 
     def inner(scores: Scores, parts: Parts, alpha: Tensor, _: int) -> Tensor:
         penalty = 0.5 * (alpha.exp() * parts[0].square()).sum()
@@ -77,11 +77,6 @@ def logistic(data: dict[str, Any]) -> Problem:
         given.steps,
         given.products,
     )
-
-
-def solved(data: dict[str, Any]) -> Problem:
-    """Logistic regression at its minimiser."""
-    return logistic(data)._replace(start=[tensors(data).w])
 
 
 def cleaning(data: dict[str, Any]) -> Problem:
@@ -270,7 +265,10 @@ def leaves(parts: Iterable[Tensor]) -> list[Tensor]:
 
 
 def minimise(problem: Problem) -> list[Tensor]:
-    """The inner minimiser by L-BFGS, PyTorch's fastest at a smooth full batch."""
+    """The inner minimiser by L-BFGS, PyTorch's fastest at a smooth full batch.
+
+    Without a line search: in float32 losses are equal long before gradients are small.
+    """
     alpha = problem.alpha.detach()
     parts = leaves(part.clone() for part in problem.start)
     solver = torch.optim.LBFGS(
@@ -278,7 +276,6 @@ def minimise(problem: Problem) -> list[Tensor]:
         max_iter=100,
         tolerance_grad=1e-7,
         tolerance_change=0,
-        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:
