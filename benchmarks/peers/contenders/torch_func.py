@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
 from .torch_losses import (
@@ -44,13 +44,14 @@ def trained(problem: Problem) -> Callable[[Tensor], Tensor]:
 def along_ones(problem: Problem) -> Callable[[], np.ndarray]:
     """One derivative."""
     value, alpha = trained(problem), problem.alpha.detach()
-    return lambda: flat([jvp(value, (alpha,), (torch.ones_like(alpha),))[1]])
+    return lambda: flat([jvp(value, (alpha,), (torch.ones_like(alpha),))[1].reshape(1)])
 
 
 def forward(problem: Problem) -> Callable[[], np.ndarray]:
-    """All derivatives, side by side."""
-    derivatives, alpha = jacfwd(trained(problem)), problem.alpha.detach()
-    return lambda: flat([derivatives(alpha)])
+    """One derivative after another: `jacfwd` mixes up its types here (2.13.0)."""
+    value, alpha = trained(problem), problem.alpha.detach()
+    basis = torch.eye(len(alpha))
+    return lambda: flat(jvp(value, (alpha,), (e,))[1].reshape(1) for e in basis)
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
