@@ -327,6 +327,37 @@ def strips(
     pyplot.close(figure)
 
 
+def contenders(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A panel a work, a row a contender: a dot a repetition, a bar at the median."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(13, 2.4 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, of_method) in zip(axes.flat, panels.items(), strict=False):
+        for row, (name, values) in enumerate(of_method.items()):
+            color = "C3" if name == "ours" else "C0"
+            axis.plot(values, [row] * len(values), ".", ms=5, color=color, alpha=0.5)
+            median = [np.median(values)] * 2
+            axis.plot(median, [row - 0.38, row + 0.38], color, lw=2)
+        axis.set_title(title)
+        axis.set_xlabel("seconds")
+        axis.set_xscale("log")
+        axis.grid(alpha=0.25, axis="x")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_yticks(range(len(of_method)), list(of_method), fontsize=8)
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def remaining(
     panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]],
     dashed: tuple[str, ...],

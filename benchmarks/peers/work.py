@@ -4,6 +4,7 @@ Imported in every peer's environment, so NumPy alone is imported here.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,8 +72,8 @@ def cleaning(examples: int = 5_000, hidden: int = 300) -> Data:
     ends (`converged`), by `products` of conjugate gradients from 0 on the Hessian.
 
     Returns:
-      ``x, x_val, y, y_val`` (40% of ``y`` drawn anew), ``alpha``: (examples,), ``init``:
-      ``[W1 (784, hidden), b1, W2 (hidden, 10), b2]``, numbers.
+      ``x, x_val, y, y_val`` (40% of ``y`` drawn anew), ``alpha``: (examples,),
+      ``init``: ``[W1 (784, hidden), b1, W2 (hidden, 10), b2]``, numbers.
     """
     rng = np.random.default_rng(0)
     centres = rng.random((10, 784)) * (rng.random((10, 784)) < 0.2)
@@ -101,7 +102,7 @@ def cleaning(examples: int = 5_000, hidden: int = 300) -> Data:
 def layers(rng: np.random.Generator, sizes: list[int]) -> list[np.ndarray]:
     """Weights of scale sqrt(2 / inputs), biases of 0, in turns."""
     found = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         weights = rng.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
         found += [weights.astype(np.float32), np.zeros(outputs, np.float32)]
     return found
@@ -143,9 +144,10 @@ def few_shot(tasks: int = 16, channels: int = CHANNELS) -> Data:
     of gradient descent by `rate` on its support examples from the initialisation.
 
     Returns:
-      ``x``: (tasks, 25, 28, 28, 1), ``y``, ``x_val``: (tasks, 75, 28, 28, 1), ``y_val``,
-      ``init``: four times ``kernel (3, 3, in, out), scale (out,), shift (out,)``, then
-      ``weights (channels, 5), biases (5,)``; the answer is in this order. Numbers.
+      ``x``: (tasks, 25, 28, 28, 1), ``y``, ``x_val``: (tasks, 75, 28, 28, 1),
+      ``y_val``, ``init``: four times ``kernel (3, 3, in, out), scale (out,), shift
+      (out,)``, then ``weights (channels, 5), biases (5,)``; the answer is in this
+      order. Numbers.
     """
     rng = np.random.default_rng(0)
     image = lambda number: rng.random((tasks, number, 28, 28, 1)).astype(np.float32)
@@ -171,8 +173,8 @@ def few_shot(tasks: int = 16, channels: int = CHANNELS) -> Data:
     }
 
 
-def converged(given: Data) -> Data:
-    """With ``w``: where the inner run of `cleaning` ends, in float64."""
+def descended(given: Data) -> list[np.ndarray]:
+    """Where the inner run of `cleaning` ends, in float64."""
     x = given["x"].astype(float)
     kind = np.eye(10)[given["y"]]
     share = 1 / (1 + np.exp(-given["alpha"].astype(float)))[:, None] / len(x)
@@ -189,7 +191,12 @@ def converged(given: Data) -> Data:
             v *= given["momentum"]
             v += slope + given["penalty"] * part
             part -= given["rate"] * v
-    return given | {"w": [part.astype(np.float32) for part in w]}
+    return w
+
+
+def converged(given: Data) -> Data:
+    """With ``w``, where it ends."""
+    return given | {"w": [part.astype(np.float32) for part in descended(given)]}
 
 
 class Work(NamedTuple):
@@ -214,6 +221,7 @@ def of(make: Callable[..., Data], small: dict[str, int], **full: int) -> tuple:
 
 
 LOGISTIC = of(logistic, {"examples": 40, "features": 6})
+EIGHT = of(logistic, {"examples": 40, "features": 6, "losses": 8}, losses=8)
 TINY = of(logistic, {"examples": 40, "features": 6}, examples=32, features=8)
 IMAGES = {"examples": 30, "hidden": 8}
 CLEANING = of(cleaning, IMAGES)
@@ -228,11 +236,16 @@ WORKS = {
     "w1-solve": Work("implicit at the given w, 20 CG products", *LOGISTIC, 1e-3),
     "w1-whole": Work("implicit from 0; error to the exact one", *LOGISTIC, 1e-4),
     "w2-unrolled": Work("reverse through 100 steps", *CLEANING, 1e-2),
+    "w2-lowmem": Work("the same in little memory", *CLEANING, 1e-2),
     "w2-implicit": Work("implicit at the given w, 10 CG products", *STEADY, 1e-2),
+    "w2-indefinite": Work("w2-implicit at the initialisation", *CLEANING, np.inf),
     "w3-1000": Work("reverse through 1,000 steps", *SCHEDULE, 1e-3),
     "w3-10000": Work("reverse through 10,000 steps", *LONG, 1e-3),
     "w3-forward": Work("forward through 1,000 steps", *SCHEDULE, 1e-3),
     "w4": Work("MAML, dM/dinit", *TASKS, 5e-2),
     "overhead": Work("w1-unrolled, 32 examples, 8 features", *TINY, 1e-4),
     "overhead-solve": Work("w1-solve, 32 examples, 8 features", *TINY, 1e-3),
+    "dispatch": Work("overhead-solve by a ready hypergradient", *TINY, 1e-3),
+    "eight": Work("w1-solve for 8 validation losses", *EIGHT, 1e-3),
+    "compile": Work("overhead, compiled anew at every call", *TINY, 1e-4),
 }

@@ -6,16 +6,25 @@ in on a line, how long these took and how busy other processes were meanwhile.
 """
 
 import importlib
+import importlib.metadata
 import json
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+
+# Of what is imported, these tell their versions.
+TOLD = (
+    "betty", "boat_torch", "higher", "hypergrad", "jax", "jaxlib", "jaxopt",
+    "learn2learn", "lineax", "numpy", "optax", "optimistix", "torch", "torchopt",
+)  # fmt: skip
+SHARE = 0.75  # of the machine's memory that one contender may take
 
 
 def busy() -> float:
@@ -38,8 +47,26 @@ def timed(call: Callable[[], Any], number: int) -> dict[str, float]:
 
 
 def peak() -> int:
-    """Bytes resident at the most so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes resident at the most so far, of this program alone.
+
+    What `getrusage` tells includes the process that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
+
+
+def limit() -> None:
+    """A contender that asks for too much fails, and no other with it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most = int(SHARE * memory)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def versions() -> dict[str, str]:
+    """By distribution, of what is imported and `TOLD`."""
+    provides = importlib.metadata.packages_distributions()
+    names = {d for name in TOLD if name in sys.modules for d in provides.get(name, ())}
+    return {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
 def load(path: str) -> dict[str, Any]:
@@ -67,25 +94,39 @@ def save(path: Path, data: dict[str, Any]) -> None:
     np.savez(path, **arrays)
 
 
-def say(**line: Any) -> None:
-    """To the process that asked."""
-    print(json.dumps(line), flush=True)
+def own_voice() -> TextIO:
+    """What was standard output, to which a library may print no longer."""
+    voice = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return voice
 
 
 def main(contender: str, work: str, path: str) -> None:
     """Until the input ends."""
+    voice = own_voice()
+    say = lambda **line: print(json.dumps(line), file=voice, flush=True)
+    limit()
     try:
         module = importlib.import_module(f"benchmarks.peers.contenders.{contender}")
-        call = module.WORKS[work](load(path))
         start = time.perf_counter()
+        call = module.WORKS[work](load(path))
+        prepared = time.perf_counter()
         answer = np.asarray(call(), float).ravel()
-        first = time.perf_counter() - start
+        first = time.perf_counter()
+        most = peak()
+        told = {
+            "prepared": prepared - start,
+            "first": first - prepared,
+            "peak": most,
+            "notes": call.notes() if hasattr(call, "notes") else {},
+            "versions": versions(),
+        }
     except Exception as error:  # of a peer's, which is its row
         say(failed=f"{type(error).__name__}: {error}"[:300])
         return
-    say(first=first, peak=peak(), answer=answer.tolist())
+    say(**told, answer=answer.tolist())
     for line in sys.stdin:
-        say(**timed(call, int(line)), peak=peak())
+        say(**timed(call, int(line)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""What is claimed of ours beside others, and what rows say of it: met or not."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hypergrad.studies.record import Row
+from hypergrad.studies.verdict import Verdict
+
+from .harness import CLEAN
+from .work import STEPS
+
+DESCENTS = ("jaxopt", "optimistix")
+JAX = (*DESCENTS, "jaxopt_lbfgs", "optimistix_lbfgs")
+TORCH = (
+    "torch_by_hand",
+    "torch_func",
+    "higher",
+    "torchopt",
+    "hypertorch",
+    "betty",
+    "boat",
+    "moskomule",
+    "learn2learn",
+)
+Rows = Mapping[str, Row]  # of one work, by contender
+
+
+class Missing(Exception):
+    """There is no number, and why."""
+
+
+def seconds(row: Row) -> float:
+    """The median of a call's."""
+    return float(np.median(row["seconds"]))
+
+
+def usable(rows: Rows, name: str) -> Row:
+    """Of a contender that is right and was clean often enough."""
+    row = rows.get(name)
+    if row is None:
+        raise Missing(f"{name} is missing")
+    if row["reason"]:
+        raise Missing(f"{name}: {row['reason']}")
+    if len(row["seconds"]) < CLEAN:
+        raise Missing(f"{name} has {len(row['seconds'])} clean repetitions of {CLEAN}")
+    return row
+
+
+def fastest(rows: Rows, names: Sequence[str]) -> Row:
+    """Of those that are right."""
+    found = []
+    for name in names:
+        try:
+            found.append(usable(rows, name))
+        except Missing as missing:
+            reason = str(missing)
+    if not found:
+        why = reason if len(names) == 1 else f"none of {', '.join(names)} is right"
+        raise Missing(why)
+    return min(found, key=seconds)
+
+
+# What is measured: rows of a work -> a number and what it is made of.
+
+Measured = tuple[float, str]
+
+
+def time_over(*names: str) -> Callable[[Rows], Measured]:
+    """Ours over the fastest of them."""
+
+    def find(rows: Rows) -> Measured:
+        ours, other = usable(rows, "ours"), fastest(rows, names)
+        a, b = seconds(ours), seconds(other)
+        return a / b, f"{a:.3g} s, {other['method']} {b:.3g} s"
+
+    return find
+
+
+def memory_over(*names: str) -> Callable[[Rows], Measured]:
+    """Peaks of ours over that of the fastest of them."""
+
+    def find(rows: Rows) -> Measured:
+        ours, other = usable(rows, "ours"), fastest(rows, names)
+        a, b = ours["peak"], other["peak"]
+        return a / b, f"{a / 1e6:.0f} MB, {other['method']} {b / 1e6:.0f} MB"
+
+    return find
+
+
+def megabytes(column: str) -> Callable[[Rows], Measured]:
+    """``peak`` or ``scratch`` of ours."""
+    return lambda rows: (usable(rows, "ours")[column] / 1e6, "")
+
+
+def a_step(rows: Rows) -> Measured:
+    """Microseconds of ours, a step of the inner run."""
+    return 1e6 * seconds(usable(rows, "ours")) / STEPS, ""
+
+
+def above_base(rows: Rows) -> Measured:
+    """Microseconds of ours beyond those of the base."""
+    a, b = (1e6 * seconds(usable(rows, name)) for name in ("ours", "base"))
+    return a - b, f"{a:.3g} µs, {b:.3g} µs"
+
+
+def growth(rows: Rows) -> Measured:
+    """The base, of more steps, over ours."""
+    a, b = (seconds(usable(rows, name)) for name in ("base", "ours"))
+    return a / b, f"{a:.3g} s, {b:.3g} s"
+
+
+def longer_scratch(rows: Rows) -> Measured:
+    """That of ten times the steps over that of the steps."""
+    row = usable(rows, "ours")
+    a, b = row["notes"]["longer"], row["scratch"]
+    return a / b, f"{a / 1e6:.3g} MB, {b / 1e6:.3g} MB"
+
+
+def unflagged(rows: Rows) -> Measured:
+    """How many of two faults: a number that is none, and trust in it."""
+    notes = usable(rows, "ours")["notes"]
+    finite, trusted = bool(notes["finite"]), bool(notes["trusted"])
+    text = f"{'finite' if finite else 'not finite'}, "
+    return (not finite) + trusted, text + ("trusted" if trusted else "not trusted")
+
+
+class Claim(NamedTuple):
+    """One number, what it may be at most, and what is reached for.
+
+    Attributes:
+      work: whose rows it is of.
+      what: is measured.
+      find: the number and what it is made of, from the rows; or `Missing`.
+      most, reach: None where nothing is asked.
+    """
+
+    work: str
+    what: str
+    find: Callable[[Rows], Measured]
+    most: float | None
+    reach: float | None = None
+
+    def words(self, value: float) -> tuple[str, str]:
+        """Whether it is met, and reached; empty where nothing is asked."""
+        met = "" if self.most is None else "met" if value <= self.most else "not met"
+        far = self.reach is not None and value <= self.reach
+        return met, "" if self.reach is None else "reached" if far else "not reached"
+
+    def judge(self, rows: Rows) -> Verdict:
+        """Fails where there is no number; *not met* does not."""
+        text = f"{self.work}, {self.what}"
+        try:
+            value, parts = self.find(rows)
+        except Missing as missing:
+            return Verdict(f"{text}: {missing}", failed=True)
+        text += f": {value:.3g}" + (f" ({parts})" if parts else "")
+        met, reached = self.words(value)
+        if met:
+            text += f", at most {self.most:.3g} claimed: {met}"
+        if reached:
+            text += f"; {self.reach:.3g} {reached}"
+        return Verdict(text)
+
+
+INNER, PEER = "time over inner", "time over the fastest PyTorch peer"
+CLAIMS = (
+    Claim("w1-unrolled", INNER, time_over("inner"), 2.1, 1.95),
+    Claim("w1-unrolled", PEER, time_over(*TORCH), 0.5, 0.35),
+    Claim("w1-unrolled", "time over JAXopt", time_over("jaxopt"), 0.12),
+    Claim("w1-unrolled", "memory over JAXopt", memory_over("jaxopt"), 1 / 20),
+    Claim("w1-forward", INNER, time_over("inner"), 2.1),
+    Claim("w1-forward", "time over torch.func", time_over("torch_func"), 0.2, 0.12),
+    Claim("w1-solve", INNER, time_over("inner"), 0.06, 0.047),
+    Claim("w1-solve", PEER, time_over(*TORCH), 0.5, 0.3),
+    Claim(
+        "w1-whole",
+        "time over descent by JAXopt or Optimistix",
+        time_over(*DESCENTS),
+        0.3,
+        0.13,
+    ),
+    Claim(
+        "w1-whole",
+        "time over the best solver of JAXopt or Optimistix",
+        time_over(*JAX),
+        0.3,
+        0.13,
+    ),
+    Claim("w1-whole", PEER, time_over(*TORCH), 0.1, 0.05),
+    Claim("w2-unrolled", INNER, time_over("inner"), 2.25, 2.1),
+    Claim("w2-unrolled", PEER, time_over(*TORCH), 0.85, 0.78),
+    Claim("w2-unrolled", "memory over that peer", memory_over(*TORCH), 1.0),
+    Claim("w2-unrolled", "peak, MB", megabytes("peak"), None, 750),
+    Claim("w2-lowmem", INNER, time_over("inner"), 3.0, 2.6),
+    Claim("w2-lowmem", "peak, MB", megabytes("peak"), 520),
+    Claim("w2-implicit", "time over plain JAX", time_over("plain"), 1.05),
+    Claim("w2-implicit", PEER, time_over(*TORCH), 0.65, 0.57),
+    Claim("w2-indefinite", "faults: not finite, trusted", unflagged, 0),
+    Claim("w3-1000", INNER, time_over("inner"), 4.0, 3.5),
+    Claim("w3-1000", "scratch, MB", megabytes("scratch"), 80, 60),
+    Claim("w3-1000", PEER, time_over(*TORCH), 0.8, 0.65),
+    Claim("w3-10000", INNER, time_over("inner"), 4.3, 3.5),
+    Claim("w3-10000", "peak, MB", megabytes("peak"), 800, 600),
+    Claim("w3-forward", INNER, time_over("inner"), 4.2),
+    Claim("w3-forward", "scratch of ten times the steps over", longer_scratch, 1.01),
+    Claim("w4", PEER, time_over(*TORCH), 1.0, 0.6),
+    Claim("w4", "peak, MB", megabytes("peak"), 1300),
+    Claim("overhead", "microseconds a step", a_step, 2.0, 0.75),
+    Claim("overhead", PEER, time_over(*TORCH), 1 / 100, 1 / 300),
+    Claim("dispatch", "microseconds above the jitted core", above_base, 30, 10),
+    Claim("compile", "time over plain JAX", time_over("plain"), 1.3, 1.1),
+    Claim("compile", "time of a hundred times the steps over", growth, 1.1),
+    Claim("eight", "time over one loss", time_over("base"), 3.0, 2.5),
+)
+
+
+def by_work(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by work and contender."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["work"], {})[row["method"]] = row
+    return found
+
+
+def judge(rows: Sequence[Row]) -> list[Verdict]:
+    """Every claim; a fault of a peer is no failure of the table."""
+    found = by_work(rows)
+    return [claim.judge(found.get(claim.work, {})) for claim in CLAIMS]

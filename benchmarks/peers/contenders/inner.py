@@ -1,0 +1,42 @@
+"""The inner run alone in plain JAX, the floor; its answer is w, and is not compared."""
+
+import functools
+
+from .. import problems
+from ..problems import Program
+from ..work import Data
+from .plain import descended, in_turn
+
+
+def logistic(data: Data) -> Program:
+    problem = problems.logistic(data)
+    train, _, w, alpha = problem.arrays
+    return Program(functools.partial(descended, problem), train, w, alpha)
+
+
+def cleaning(data: Data) -> Program:
+    problem = problems.cleaning(data)
+    train, _, w, alpha = problem.arrays
+    return Program(functools.partial(descended, problem), train, w, alpha)
+
+
+def schedule(data: Data) -> Program:
+    problem = problems.schedule(data)
+    train, _, w, alpha = problem.arrays
+    return Program(functools.partial(in_turn, problem), train, w, alpha)
+
+
+WORKS = {
+    "w1-unrolled": logistic,
+    "w1-forward": logistic,
+    "w1-solve": logistic,
+    "w1-whole": logistic,
+    "w2-unrolled": cleaning,
+    "w2-lowmem": cleaning,
+    "w2-implicit": cleaning,
+    "w3-1000": schedule,
+    "w3-10000": schedule,
+    "w3-forward": schedule,
+    "overhead": logistic,
+    "overhead-solve": logistic,
+}

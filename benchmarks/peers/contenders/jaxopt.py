@@ -1,0 +1,73 @@
+"""JAXopt: `unroll=True`, and implicit differentiation by `custom_root`."""
+
+import functools
+
+import jax
+import jaxopt
+import optax
+from jaxopt import implicit_diff, linear_solve
+
+from .. import problems
+from ..problems import Problem, Program
+from ..work import Data
+
+TOLERANCE, ADJOINT = 1e-5, 1e-4  # of w1-whole
+
+
+def hypergradient(problem: Problem, run) -> Program:
+    """Of the outer loss at ``run(w, alpha, train)``."""
+
+    def value(alpha, train, val, w):
+        return problem.outer(run(w, alpha, train), alpha, val)
+
+    f = lambda train, val, w, alpha: jax.grad(value)(alpha, train, val, w)
+    return Program(f, *problem.arrays)
+
+
+def descent(problem: Problem, **options) -> jaxopt.OptaxSolver:
+    given = problem.given
+    optimizer = optax.sgd(given["rate"], given["momentum"])
+    steps = given["steps"]
+    return jaxopt.OptaxSolver(problem.inner, optimizer, maxiter=steps, **options)
+
+
+def unrolled(problem: Problem) -> Program:
+    solver = descent(problem, tol=0.0, implicit_diff=False, unroll=True)
+    return hypergradient(problem, lambda *given: solver.run(*given).params)
+
+
+def at_w(problem: Problem) -> Program:
+    """A solver that leaves the given w as it is."""
+    solve = functools.partial(
+        linear_solve.solve_cg, maxiter=problem.given["products"], tol=0.0
+    )
+    root = implicit_diff.custom_root(jax.grad(problem.inner), solve=solve)
+    return hypergradient(problem, root(lambda w, alpha, train: w))
+
+
+def whole(data: Data) -> Program:
+    problem = problems.logistic(data)
+    solve = functools.partial(linear_solve.solve_cg, tol=ADJOINT)
+    solver = descent(
+        problem, tol=TOLERANCE, implicit_diff=True, implicit_diff_solve=solve
+    )
+    return hypergradient(problem, lambda *given: solver.run(*given).params)
+
+
+def logistic_unrolled(data: Data) -> Program:
+    return unrolled(problems.logistic(data))
+
+
+def logistic_solve(data: Data) -> Program:
+    return at_w(problems.logistic(data, solved=True))
+
+
+WORKS = {
+    "w1-unrolled": logistic_unrolled,
+    "w1-solve": logistic_solve,
+    "w1-whole": whole,
+    "w2-unrolled": lambda data: unrolled(problems.cleaning(data)),
+    "w2-implicit": lambda data: at_w(problems.cleaning(data, solved=True)),
+    "overhead": logistic_unrolled,
+    "overhead-solve": logistic_solve,
+}

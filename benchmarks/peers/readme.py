@@ -1,0 +1,55 @@
+"""README's section on performance, from the committed rows.
+
+`python -m benchmarks.peers.readme README.md` writes it anew between its comments.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from hypergrad.studies import record
+from hypergrad.studies.record import Row
+
+from .claims import CLAIMS, Missing, by_work
+from .table import made_on
+
+ROWS = Path(__file__).parents[1] / "results" / "peers.jsonl"
+COMMAND = "python -m benchmarks peers"
+
+
+def section(rows: list[Row]) -> str:
+    """A line a claim, then how it was measured."""
+    if not rows:
+        return f"Not measured yet: `{COMMAND}`.\n"
+    found, asked = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
+    lines = ["| work | of ours | is | at most | | reach for | |", "|---" * 7 + "|"]
+    for claim in CLAIMS:
+        met = reached = ""
+        try:
+            value, parts = claim.find(found.get(claim.work, {}))
+            told = f"**{value:.3g}**" + (f" ({parts})" if parts else "")
+            met, reached = claim.words(value)
+        except Missing as missing:
+            told = f"not measured: {missing}"
+        columns = [claim.work, claim.what, told, asked(claim.most), met]
+        columns += [asked(claim.reach), reached]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join([*lines, "", f"{made_on(rows)} By `{COMMAND}`.", ""])
+
+
+def rewrite(text: str, rows: list[Row]) -> str:
+    """The page with the section anew."""
+    between = re.compile(
+        r"(<!-- results: peers -->\n).*?(<!-- end of results -->)", re.S
+    )
+    return between.sub(lambda found: found[1] + section(rows) + found[2], text)
+
+
+def committed() -> list[Row]:
+    """None where nothing was measured."""
+    return record.read(ROWS) if ROWS.exists() else []
+
+
+if __name__ == "__main__":
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(rewrite(page.read_text(), committed()))
