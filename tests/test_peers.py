@@ -81,12 +81,14 @@ def cleaning_value(data, alpha: np.ndarray) -> float:
     return float(np.mean(total - score[np.arange(len(score)), data["y_val"]]))
 
 
+@pytest.mark.slow
 def test_the_reference_of_w2_is_the_difference_of_runs_in_numpy():
     data = small("w2-unrolled")
     value = functools.partial(cleaning_value, data)
     along("w2-unrolled", value, data["alpha"].astype(float))
 
 
+@pytest.mark.slow
 def test_the_reference_of_w3_is_the_difference_of_runs_step_by_step():
     """Reverse and forward are the same derivative."""
     data = reference.wide(small("w3-1000"))
@@ -170,11 +172,17 @@ def solved(problem: problems.Problem, products: int) -> np.ndarray:
     return -x @ J
 
 
-def test_the_references_of_solves_are_those_of_dense_matrices():
-    """As many products as numbers solve exactly; fewer are those of the method."""
+def test_the_reference_of_a_solve_is_that_of_a_dense_matrix():
+    """As many products as numbers solve exactly."""
     data = reference.wide(small("w1-solve"))
     found = solved(problems.logistic(data, solved=True), len(data["w"]))
     np.testing.assert_allclose(truth("w1-solve"), found, rtol=1e-8)
+
+
+@pytest.mark.slow
+def test_the_references_of_other_solves_are_those_of_dense_matrices():
+    """Of one of eight losses; fewer products than numbers are those of the method."""
+    data = reference.wide(small("w1-solve"))
     one = data | {"y_val": reference.wide(small("eight"))["y_val"][3]}
     found = solved(problems.logistic(one, solved=True), len(data["w"]))
     several = truth("eight").reshape(8, -1)
@@ -200,11 +208,8 @@ def test_the_exact_answer_is_where_long_runs_go():
 CASES = [(name, work) for name in JAX for work in WORKS if work in harness.offers(name)]
 QUICK = {
     ("plain", "w1-solve"),
-    ("plain", "w3-1000"),
     ("ours", "w1-unrolled"),
     ("ours", "w1-whole"),
-    ("ours", "w3-1000"),
-    ("ours", "eight"),
     ("jaxopt", "w1-solve"),
 }
 
@@ -238,6 +243,7 @@ def test_every_contender_has_its_turn():
     assert set(reference.WORKS) == {w for w in WORKS if np.isfinite(WORKS[w].error)}
 
 
+@pytest.mark.slow
 def test_an_indefinite_hessian_is_flagged():
     """By more than a threshold: its curvature along the answer is negative."""
     call = ours.WORKS["w2-indefinite"](small("w2-indefinite"))
@@ -318,6 +324,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     path, log = tmp_path / "python", tmp_path / "log"
     path.write_text(FAKE.format(python=sys.executable, log=str(log)))
     path.chmod(0o755)
+    monkeypatch.setattr(harness, "PAUSE", 0.0)
     monkeypatch.setattr(harness, "truth_of", lambda work, data: [1.0, 2.0])
     return path
 
@@ -467,8 +474,9 @@ def test_the_fastest_that_is_right_is_the_peer():
     for row in rows:
         if row["method"] in claims.TORCH:
             row["reason"] = "wrong"
-    failed = [v.text for v in claims.judge(rows) if v.failed]
-    assert any(text.startswith("w4") and "is right" in text for text in failed)
+    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
+    assert "nothing to compare to (torch_by_hand: wrong; " in first.text
+    assert not first.failed
 
 
 def test_the_table_and_the_section_tell_rows_and_reasons(tmp_path):

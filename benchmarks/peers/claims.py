@@ -31,6 +31,10 @@ class Missing(Exception):
     """There is no number, and why."""
 
 
+class Alone(Missing):
+    """No contender beside ours is right."""
+
+
 def seconds(row: Row) -> float:
     """The median of a call's."""
     return float(np.median(row["seconds"]))
@@ -50,16 +54,15 @@ def usable(rows: Rows, name: str) -> Row:
 
 def fastest(rows: Rows, names: Sequence[str]) -> Row:
     """Of those that are right."""
-    found = []
-    for name in names:
-        try:
-            found.append(usable(rows, name))
-        except Missing as missing:
-            reason = str(missing)
-    if not found:
-        why = reason if len(names) == 1 else f"none of {', '.join(names)} is right"
-        raise Missing(why)
-    return min(found, key=seconds)
+    there = [name for name in names if name in rows]
+    if not there:
+        raise Missing(f"{', '.join(names)} is missing")
+    right = [name for name in there if not rows[name]["reason"]]
+    if not right:
+        reasons = [f"{name}: {rows[name]['reason']}" for name in there]
+        raise Alone(f"nothing to compare to ({'; '.join(reasons)})")
+    clean = [rows[name] for name in right if len(rows[name]["seconds"]) >= CLEAN]
+    return min(clean, key=seconds) if clean else usable(rows, right[0])
 
 
 # What is measured: rows of a work -> a number and what it is made of.
@@ -149,12 +152,13 @@ class Claim(NamedTuple):
         return met, "" if self.reach is None else "reached" if far else "not reached"
 
     def judge(self, rows: Rows) -> Verdict:
-        """Fails where there is no number; *not met* does not."""
+        """Fails where there is no number; *not met*, and wrong peers, do not."""
         text = f"{self.work}, {self.what}"
         try:
             value, parts = self.find(rows)
         except Missing as missing:
-            return Verdict(f"{text}: {missing}", failed=True)
+            failed = not isinstance(missing, Alone)
+            return Verdict(f"{text}: {missing}", failed)
         text += f": {value:.3g}" + (f" ({parts})" if parts else "")
         met, reached = self.words(value)
         if met:

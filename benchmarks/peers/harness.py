@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ FREE = ("inner", "base")  # whose answers are not compared
 OTHERS = 0.08  # of a core, above which a repetition is thrown away
 CLEAN, ROUNDS = 5, 20  # repetitions needed, and rounds at the most
 SECONDS = 0.5  # of a repetition, or one call
+PAUSE = 0.4  # seconds before a repetition: the last one's threads may still spin
 TUNING = ("JAX_", "XLA_")  # variables that a contender is not to be tuned by
 LIMIT = 1800.0  # seconds until an answer is given up
 
@@ -121,6 +123,7 @@ class Running:
 
     def repeat(self) -> None:
         """One repetition, clean or not."""
+        time.sleep(PAUSE)
         try:
             took = self._ask(self.number)
         except Silent as silence:

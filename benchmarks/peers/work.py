@@ -14,10 +14,13 @@ Data = dict[str, Any]  # arrays of float32 and int32, numbers, lists of arrays
 
 STEPS, RATE, MOMENTUM, PENALTY = 500, 0.5, 0.9, 1e-2  # of logistic regression
 PRODUCTS = 20
+GRADIENT, ADJOINT = 1e-6, 1e-4  # tolerances of w1-whole
 WAYS, SHOTS, QUERIES, CHANNELS = 5, 5, 15, 64  # of a few-shot task
 
 
-def logistic(examples: int = 10_000, features: int = 500, losses: int = 1) -> Data:
+def logistic(
+    examples: int = 10_000, features: int = 500, losses: int = 1, seed: int = 0
+) -> Data:
     """Logistic regression with one log-penalty a feature.
 
     inner = mean(softplus(-y x.w)) + 0.5 sum(exp(alpha) w^2), outer = the mean over the
@@ -29,7 +32,7 @@ def logistic(examples: int = 10_000, features: int = 500, losses: int = 1) -> Da
       ``w``: the minimiser of inner, for solves alone; numbers. With more `losses`
       ``y_val`` has one row each.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     x, x_val = rng.standard_normal((2, examples, features)).astype(np.float32)
     true = rng.standard_normal(features) * (rng.random(features) < 0.3)
     label = lambda x: np.where(

@@ -9,9 +9,7 @@ from jaxopt import implicit_diff, linear_solve
 
 from .. import problems
 from ..problems import Problem, Program
-from ..work import Data
-
-TOLERANCE, ADJOINT = 1e-5, 1e-4  # of w1-whole
+from ..work import ADJOINT, GRADIENT, Data
 
 
 def hypergradient(problem: Problem, run) -> Program:
@@ -49,7 +47,7 @@ def whole(data: Data) -> Program:
     problem = problems.logistic(data)
     solve = functools.partial(linear_solve.solve_cg, tol=ADJOINT)
     solver = descent(
-        problem, tol=TOLERANCE, implicit_diff=True, implicit_diff_solve=solve
+        problem, tol=GRADIENT, implicit_diff=True, implicit_diff_solve=solve
     )
     return hypergradient(problem, lambda *given: solver.run(*given).params)
 

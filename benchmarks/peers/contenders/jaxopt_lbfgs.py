@@ -7,17 +7,15 @@ from jaxopt import linear_solve
 
 from .. import problems
 from ..problems import Program
-from ..work import Data
-from .jaxopt import ADJOINT, hypergradient
-
-TOLERANCE = 1e-4
+from ..work import ADJOINT, GRADIENT, Data
+from .jaxopt import hypergradient
 
 
 def whole(data: Data) -> Program:
     problem = problems.logistic(data)
     solver = jaxopt.LBFGS(
         problem.inner,
-        tol=TOLERANCE,
+        tol=GRADIENT,
         implicit_diff_solve=functools.partial(linear_solve.solve_cg, tol=ADJOINT),
     )
     return hypergradient(problem, lambda *given: solver.run(*given).params)

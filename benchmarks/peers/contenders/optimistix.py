@@ -8,10 +8,9 @@ import optimistix as optx
 
 from .. import problems
 from ..problems import Problem, Program
-from ..work import Data
+from ..work import ADJOINT, GRADIENT, Data
 from .jaxopt import hypergradient
 
-TOLERANCE, ADJOINT = 1e-6, 1e-4  # of w1-whole
 POSITIVE = frozenset({lx.positive_semidefinite_tag})
 
 
@@ -51,7 +50,7 @@ def implicit() -> optx.ImplicitAdjoint:
 
 def whole(data: Data) -> Program:
     problem = problems.logistic(data)
-    return solved(problem, descent(problem, TOLERANCE), implicit())
+    return solved(problem, descent(problem, GRADIENT), implicit())
 
 
 def logistic_unrolled(data: Data) -> Program:

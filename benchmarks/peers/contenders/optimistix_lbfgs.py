@@ -4,14 +4,12 @@ import optimistix as optx
 
 from .. import problems
 from ..problems import Program
-from ..work import Data
+from ..work import GRADIENT, Data
 from .optimistix import implicit, solved
-
-TOLERANCE = 1e-4
 
 
 def whole(data: Data) -> Program:
-    solver = optx.LBFGS(rtol=TOLERANCE, atol=TOLERANCE)
+    solver = optx.LBFGS(rtol=GRADIENT, atol=GRADIENT)
     return solved(problems.logistic(data), solver, implicit())
 
 

@@ -20,9 +20,7 @@ from hypergrad.inner import inner_stats
 
 from .. import problems
 from ..problems import Problem, Program, flat
-from ..work import Data
-
-NEWTON, ADJOINT = 1e-3, 1e-4  # tolerances of w1-whole
+from ..work import ADJOINT, GRADIENT, Data
 
 
 class InTurn(eqx.Module):
@@ -99,7 +97,7 @@ def logistic_solve(data: Data) -> Program:
 
 
 def logistic_whole(data: Data) -> Program:
-    estimator = hg.Implicit(hg.Newton(tolerance=NEWTON), hg.CG(rtol=ADJOINT))
+    estimator = hg.Implicit(hg.Newton(tolerance=GRADIENT), hg.CG(rtol=ADJOINT))
     return hypergradient(problems.logistic(data), estimator)
 
 
