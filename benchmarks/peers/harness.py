@@ -77,6 +77,7 @@ class Running:
             self.reason = "not installed"
             return
         place = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        place["OMP_NUM_THREADS"] = str(os.cpu_count())
         kept = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
@@ -85,7 +86,7 @@ class Running:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=kept | place | environment,
-                cwd=data.parent,
+                cwd=ROOT,
             )
         try:
             self.told = self._hear()

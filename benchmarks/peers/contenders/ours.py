@@ -137,10 +137,13 @@ class Steady(Program):
 
 
 def schedule_forward(data: Data) -> Program:
-    """Ten times the steps are compiled as well, when the first call is over."""
+    """`hg.through` takes the forward mode by itself for so few hyperparameters.
+
+    Ten times the steps are compiled as well, when the first call is over.
+    """
     problem = problems.schedule(data)
     once, longer = (
-        hypergradient(problem, hg.Forward(scheduled(problem, times)))
+        hypergradient(problem, hg.through(scheduled(problem, times), problem.alpha))
         for times in (1, 10)
     )
     steady = Steady(once.f, *once.arrays)
