@@ -126,7 +126,8 @@ def unflagged(rows: Rows) -> Measured:
     notes = usable(rows, "ours")["notes"]
     finite, trusted = bool(notes["finite"]), bool(notes["trusted"])
     text = f"{'finite' if finite else 'not finite'}, "
-    return (not finite) + trusted, text + ("trusted" if trusted else "not trusted")
+    text += f"{'trusted' if trusted else 'not trusted'}, least curvature seen "
+    return (not finite) + trusted, text + f"{notes['lowest']:.2g}"
 
 
 class Claim(NamedTuple):

@@ -215,22 +215,21 @@ def anew(data: Data) -> Program:
 
 
 class Flagged(Program):
-    """A program of a hypergradient and whether it is trusted; the answer is the first.
+    """A program of a hypergradient, whether it is trusted, and the least Ritz value.
 
-    Notes tell whether it is finite, and what is trusted.
+    The answer is the first; notes tell the others, and whether it is finite.
     """
 
     def __call__(self) -> np.ndarray:
         whole = super().__call__()
-        self.told = {
-            "finite": float(np.isfinite(whole).all()),
-            "trusted": float(whole[-1]),
-        }
-        return whole[:-1]
+        answer, (self.trusted, self.lowest) = whole[:-2], whole[-2:]
+        self.finite = np.isfinite(answer).all()
+        return answer
 
     def notes(self) -> dict[str, float]:
         """And scratch."""
-        return super().notes() | self.told
+        names = "finite", "trusted", "lowest"
+        return super().notes() | {name: float(getattr(self, name)) for name in names}
 
 
 def indefinite(data: Data) -> Program:
@@ -240,7 +239,8 @@ def indefinite(data: Data) -> Program:
 
     def f(*arrays):
         found = whole(*arrays)
-        return found.hypergradient, found.stats["trusted"].astype(float)
+        told = [found.stats[name].astype(float) for name in ("trusted", "ritz_min")]
+        return found.hypergradient, *told
 
     return Flagged(f, *problem.arrays)
 
