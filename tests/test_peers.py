@@ -210,7 +210,6 @@ QUICK = {
     ("plain", "w1-solve"),
     ("ours", "w1-unrolled"),
     ("ours", "w1-whole"),
-    ("jaxopt", "w1-solve"),
 }
 
 
