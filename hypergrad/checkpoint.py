@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from . import durable
 from .identity import HASH
 from .settings import check_steps
 from .trees import plain
@@ -43,9 +44,10 @@ class Checkpoints:
       folder: of this run alone; it is made where there is none.
       every: outer steps between checkpoints; where a run ends or stops there is one.
 
-    A checkpoint is written beside the last two and counts once it is complete; its
-    files are checked by SHA-256 before they are read. One that is damaged is passed
-    over with a warning, and the one before is used.
+    A checkpoint is written beside the last two and counts once it is complete and on
+    the disk, where a loss of power leaves it; its files are checked by SHA-256 before
+    they are read. One that is damaged is passed over with a warning, and the one before
+    is used.
 
     A folder that cannot be written to, or a full disk, brings a warning; the run goes
     on, and what was kept before stays. The same bits are promised on one kind of device
@@ -253,11 +255,10 @@ class Folder:
         leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self._arrays(step).absolute(), dict(_named(leaves)))
+        durable.settle_all(self._arrays(step))
         said = {"step": step, "run": self.run, "files": _hashes(self._arrays(step))}
         text = json.dumps(said | {"sha256": _seal(said)}, indent=1)
-        part = self._file(step).with_suffix(".part")
-        part.write_text(text + "\n")
-        part.replace(self._file(step))
+        durable.write(self._file(step), text + "\n")
         for old in self._steps()[KEPT:]:
             self._remove(old)
 
@@ -284,7 +285,7 @@ def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
         raise ValueError(f"{path} is no folder; give another one for checkpoints")
     with contextlib.ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(path)
             hold(stack.enter_context((path / "lock").open("a")), path)
             writable = True
         except OSError as error:

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import durable
 from ..checkpoint import hold
 from ..studies import record
 from ..studies.record import Row
@@ -340,6 +340,4 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, content: Any) -> None:
     """Whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    durable.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

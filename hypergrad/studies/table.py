@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import durable
 from ..checkpoint import hold
 from . import record
 from .progress import progress
@@ -78,17 +79,18 @@ def cell_by_cell(
         ]
         with path.open("a") as file, progress(len(cells)) as tick:
             hold(file, path)
+            durable.settle(request.folder)
             there = {name_of(row, cells[0]) for row in resume(path, made)}
             for cell in cells:
                 if name_of(cell, cell) not in there:
-                    file.write(record.line(cell | measure(cell) | made))
-                    file.flush()
+                    row = cell | measure(cell) | made
+                    durable.append(file, record.line(row))
                 tick(str(cell.get("method", "")))
         # A file that is resumed may hold more than was asked for.
         asked = {name_of(cell, cell) for cell in cells}
         rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
         text = markdown(table, rows, request.command)
-        table.file(request.folder, "md").write_text(text + "\n")
+        durable.write(table.file(request.folder, "md"), text + "\n")
         draw(rows, table.file(request.folder, "png"))
 
     return run
@@ -97,7 +99,7 @@ def cell_by_cell(
 def make_folder(folder: Path) -> None:
     """ValueError where there can be none, such as in place of a file."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
     except OSError as error:
         raise ValueError(
             f"{folder} is no folder and cannot be made one ({error.strerror}); give "
