@@ -33,6 +33,7 @@ from .checks import (
     rehearse,
     traced,
 )
+from .cost.memory import resident
 from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
 from .identity import digest, digest_program
@@ -40,7 +41,7 @@ from .inner.descent import searches_a_line
 from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel, draw, whole
 from .settings import check_steps
-from .trace import OUT_OF_TIME, UNTRUSTED, UNWEIGHED, Trace
+from .trace import OUT_OF_MEMORY, OUT_OF_TIME, UNTRUSTED, UNWEIGHED, Trace
 from .trees import all_finite, dot
 
 LEDGER = ("gradient_equivalents", "num_")
@@ -67,6 +68,7 @@ def minimize(
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     time_limit: float | None = None,
+    memory_limit: float | None = None,
 ) -> Trace:
     """``num_steps`` steps of ``optimizer`` on ``alpha`` along the hypergradient.
 
@@ -114,14 +116,18 @@ def minimize(
       time_limit: seconds after which no further chunk of steps is begun, a chunk being
         the steps between checkpoints, else a twentieth of the run. With ``checkpoints``
         the same call goes on later.
+      memory_limit: bytes; no further chunk of steps is begun while this process has
+        more than that in the host's memory. It is looked at between chunks alone, so
+        that what one of them needs has to fit beside it, and on Linux alone; memory of
+        accelerators does not count.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and
     ``trace.status`` says why.
 
-    Without ``progress``, ``checkpoints`` and ``time_limit`` the function is pure: it
-    can be jitted and vmapped. Losses are traced a constant number of times, and a
-    second run with the same objects and shapes traces nothing.
+    Without ``progress``, ``checkpoints``, ``time_limit`` and ``memory_limit`` the
+    function is pure: it can be jitted and vmapped. Losses are traced a constant number
+    of times, and a second run with the same objects and shapes traces nothing.
 
     Cost: ``num_steps`` estimates, in ``trace.cost``. Memory: one estimate's, and a row
     of scalars a step.
@@ -176,10 +182,17 @@ def minimize(
     _check_anneal(anneal, problem)
     check_progress(progress)
     check_checkpoints(checkpoints)
-    _check_time_limit(time_limit)
+    _check_limit("time_limit", time_limit, "seconds")
+    _check_limit("memory_limit", memory_limit, "bytes")
+    if memory_limit is not None and resident() is None:
+        raise ValueError(
+            "memory_limit needs a system that tells how much memory this process has "
+            "now, as Linux does in /proc/self/statm; leave it out here"
+        )
     key = as_key(key)
     on_host = {
-        "progress": progress, "checkpoints": checkpoints, "time_limit": time_limit
+        "progress": progress, "checkpoints": checkpoints, "time_limit": time_limit,
+        "memory_limit": memory_limit,
     }  # fmt: skip
     on_host = [name for name, given in on_host.items() if given is not None]
     if on_host and is_traced(problem, w, alpha, key):
@@ -212,20 +225,30 @@ def minimize(
             folder = stack.enter_context(opened(checkpoints, run))
             carry = folder.load(carry)
         every = None if checkpoints is None else checkpoints.every
-        carry = _in_chunks(loop, carry, began, progress, folder, every, time_limit)
+
+        def beyond() -> int:
+            if time_limit is not None and time.monotonic() - began > time_limit:
+                return OUT_OF_TIME
+            if memory_limit is not None and (resident() or 0) > memory_limit:
+                return OUT_OF_MEMORY
+            return 0
+
+        carry = _in_chunks(loop, carry, progress, folder, every, beyond)
     return _finish(loop, carry)
 
 
 def _in_chunks(
     loop: "_Loop",
     carry: "_Carry",
-    began: float,
     progress: Progress | None,
     folder: Folder | None,
     every: int | None,
-    time_limit: float | None,
+    beyond: Callable[[], int],
 ) -> "_Carry":
-    """The run with the host looking in; how it is cut changes no bit of it."""
+    """The run with the host looking in; how it is cut changes no bit of it.
+
+    ``beyond`` tells the status of a limit that was passed, 0 for none.
+    """
     last, twentieth = loop.num_steps, -(-loop.num_steps // 20)
     tell = {*range(twentieth, last, twentieth), last}
     keep = {last} if every is None else {*range(every, last, every), last}
@@ -235,14 +258,14 @@ def _in_chunks(
             break
         carry = _run(loop, carry, jnp.asarray(until))
         stopped = int(carry.status) > 0
-        late = time_limit is not None and time.monotonic() - began > time_limit
-        if folder is not None and (until in keep or stopped or late):
+        limit = beyond()
+        if folder is not None and (until in keep or stopped or limit):
             folder.save(int(carry.index), carry)
         if progress is not None and until in tell:
             value = np.asarray(carry.rows.value[until - 1])
             progress(until, value if value.ndim else value.item())
-        if late and until < last and not stopped:
-            return eqx.tree_at(lambda c: c.status, carry, jnp.asarray(OUT_OF_TIME))
+        if limit and until < last and not stopped:
+            return eqx.tree_at(lambda c: c.status, carry, jnp.asarray(limit))
     return carry
 
 
@@ -282,14 +305,12 @@ def _identity(
     )
 
 
-def _check_time_limit(time_limit: Any) -> None:
-    if time_limit is None:
+def _check_limit(name: str, limit: Any, unit: str) -> None:
+    if limit is None:
         return
-    number = isinstance(time_limit, int | float) and not isinstance(time_limit, bool)
-    if not (number and time_limit > 0):
-        raise ValueError(
-            f"time_limit must be a positive number of seconds; got {time_limit!r}"
-        )
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not (number and limit > 0):
+        raise ValueError(f"{name} must be a positive number of {unit}; got {limit!r}")
 
 
 def _check_untrusted(

@@ -17,8 +17,9 @@ STATUS = (
     "stopped: the hypergradient is not trusted",
     "stopped: time limit",
     "stopped: combine's weights of the losses are not finite",
+    "stopped: memory limit",
 )
-FAILED, UNTRUSTED, OUT_OF_TIME, UNWEIGHED = 4, 5, 6, 7
+FAILED, UNTRUSTED, OUT_OF_TIME, UNWEIGHED, OUT_OF_MEMORY = 4, 5, 6, 7, 8
 
 
 class Trace(Shown):

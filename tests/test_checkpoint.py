@@ -19,6 +19,7 @@ import pytest
 import hypergrad as hg
 from hypergrad import checkpoint
 from hypergrad.checkpoint import Folder
+from hypergrad.cost.memory import resident
 
 STEPS = 6
 
@@ -546,6 +547,41 @@ def test_a_time_limit_alone():
     assert bits(run(time_limit=3600)) == unbroken()
 
 
+# A memory limit.
+
+
+def test_a_run_that_takes_too_much_memory_stops_and_goes_on(tmp_path, monkeypatch):
+    """At the last good state, which is kept; at the limit it goes on."""
+
+    def held(*bytes_then):
+        left = iter(bytes_then)  # before the run, and after each step
+        monkeypatch.setattr(
+            sys.modules["hypergrad.minimize"], "resident", lambda: next(left)
+        )
+
+    keep = hg.Checkpoints(tmp_path, every=1)
+    held(0, 100, 100, 101)
+    trace = run(checkpoints=keep, memory_limit=100)
+    assert trace.status == "stopped: memory limit"
+    same = run(num_steps=3)
+    assert bits((trace.alpha, trace.w)) == bits((same.alpha, same.w))
+    assert steps_in(tmp_path)[-1] == 3
+    held(0, 100, 100, 101)  # at its end no limit stops it
+    assert bits(run(checkpoints=keep, memory_limit=100)) == unbroken()
+    held(None)
+    with pytest.raises(ValueError, match="memory_limit needs a system"):
+        run(memory_limit=100)
+
+
+@pytest.mark.skipif(resident() is None, reason="a system that cannot tell")
+def test_a_memory_limit_by_what_the_system_tells():
+    """No process of Python fits into a byte; this one fits into all that there is."""
+    trace = run(memory_limit=1)
+    assert trace.status == "stopped: memory limit"
+    assert np.isfinite(trace.value).sum() == 1  # a twentieth of six steps, rounded up
+    assert bits(run(memory_limit=2**60)) == unbroken()
+
+
 # Bad input.
 
 
@@ -559,15 +595,16 @@ def test_bad_settings_are_refused():
             hg.Checkpoints("a", every)
     with pytest.raises(TypeError, match=r"checkpoints must be hg\.Checkpoints"):
         run(checkpoints="a")
-    for limit in (0, -1.0, float("nan"), True, "1"):
-        with pytest.raises(ValueError, match="time_limit must be a positive"):
-            run(time_limit=limit)
+    for name in ("time_limit", "memory_limit"):
+        for limit in (0, -1.0, float("nan"), True, "1"):
+            with pytest.raises(ValueError, match=f"{name} must be a positive"):
+                run(**{name: limit})
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "time_limit"])
+@pytest.mark.parametrize("name", ["checkpoints", "time_limit", "memory_limit"])
 def test_neither_works_within_a_compiled_program(name: str, tmp_path):
     """They are the host's business."""
-    given = {"checkpoints": hg.Checkpoints(tmp_path), "time_limit": 1.0}[name]
+    given = hg.Checkpoints(tmp_path) if name == "checkpoints" else 1.0
     with pytest.raises(TypeError, match=f"{name} is seen to on the host"):
         jax.jit(lambda alpha: run(alpha=alpha, **{name: given}).alpha)(ALPHA)
     assert not os.listdir(tmp_path)

@@ -8,10 +8,12 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.cost.memory import resident
 
 # Memory.
 
@@ -73,6 +75,17 @@ def test_a_backend_that_tells_no_memory_is_an_error():
 
 
 # Energy.
+
+
+@pytest.mark.skipif(resident() is None, reason="a system that cannot tell")
+def test_resident_memory_rises_by_what_is_filled_and_falls_again():
+    """Linux adds up to 64 pages a thread late, a megabyte or two: 5% of 256 MB."""
+    before = resident()
+    block = np.ones(2**25)
+    assert resident() - before == pytest.approx(block.nbytes, rel=0.05)
+    size = block.nbytes
+    del block
+    assert resident() - before < 0.05 * size
 
 
 def test_energy_is_power_times_time():

@@ -1,6 +1,8 @@
-"""Bytes, as XLA planned them."""
+"""Bytes, as XLA planned them and as a process holds them."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -61,3 +63,16 @@ def of_compiled(program: Any) -> Memory:
         found.temp_size_in_bytes,
         found.alias_size_in_bytes,
     )
+
+
+def resident() -> int | None:
+    """Bytes of this process in the machine's memory; None where no one can tell.
+
+    By Linux's ``/proc``. The one number that all of POSIX has is a peak, which a
+    process that has let go of its arrays does not come down from.
+    """
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
