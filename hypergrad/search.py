@@ -1,8 +1,8 @@
 """The outer loop without gradients."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -22,12 +22,13 @@ from .checks import (
 )
 from .cost import ledger
 from .estimators.protocol import make_stats
+from .executors import Executor, LostError, Remote
 from .identity import digest, digest_function, fingerprint
 from .inner.protocol import InnerSolver
 from .metrics import Metric, Progress, check_metrics, check_progress
 from .problem import Bilevel, whole
 from .searchers import Searcher, populations
-from .settings import number
+from .settings import check_steps, number
 from .trace import FAILED, Trace
 from .trees import all_finite
 
@@ -45,6 +46,8 @@ def search(
     progress: Progress | None = None,
     record: Callable[[dict], None] | None = None,
     trials: Sequence[dict] = (),
+    batch_size: int = 1,
+    executor: Executor | Literal["vmap"] | None = None,
 ) -> Trace:
     """Trials ``alpha -> M(w*(alpha), alpha)`` until ``budget`` is spent.
 
@@ -58,8 +61,8 @@ def search(
       w: the inner starting point of every trial.
       space: pytree of `hypergrad.spaces` shaped like ``alpha``.
       budget: gradient-equivalents; a trial that would exceed it, judged by the cost of
-        the one before, is not begun. At least one is made; of a population a round, all
-        members' steps.
+        the one before, is not begun. At least one is made, or the first batch; of a
+        population a round, all members' steps.
       key: PRNG key; None means ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated for every trial
         outside the ledger.
@@ -68,7 +71,8 @@ def search(
         rounds; the value is that of the best of the members that were trained longest.
       record: called after each trial with all there is to know of it, a dict of plain
         numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
-        is None, and an infinity its name. Under ``alpha`` are its leaves, in the order
+        is None, and an infinity its name. Under ``trial`` is its number; of a batch
+        they come as they are done. Under ``alpha`` are its leaves, in the order
         of ``jax.tree.leaves``: of a dict by sorted keys; under ``search`` a fingerprint
         by which trials of another problem, solver, ``w`` or metric are refused: of
         their numbers, data included, and of the program of a trial with its constants,
@@ -77,11 +81,25 @@ def search(
         A searcher of a population calls it after each round, with a dict of arrays, all
         that there is to know of the search so far: keep the latest,
         ``np.savez(file, **it)``, and replace the file before only once it is written.
-      trials: those of an earlier search with the same arguments, as recorded, in order.
+      trials: those of an earlier search with the same arguments, all that it recorded.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace. Of a
         population the latest is enough, ``[dict(np.load(file))]``; it is kept whole,
         also where the budget is less than what it spent.
+      batch_size: trials that the searcher is asked for before it is told of any of
+        them; it is told in the order asked. `Random`, `Sobol` and `Grid` make the same
+        trials whatever it is. Those that learn know less of each: of `CMAES` and
+        `NSGA2` let it divide a generation, with which a batch of `Evolution` ends; a
+        batch of `GaussianProcess` lies close together.
+      executor: who runs the trials of a batch. None: this process, one after the other.
+        "vmap": this process, side by side in one program, of as many steps as its
+        longest trial; values differ by rounding. Anything with ``submit(fn, *args)``
+        that returns what has ``done()`` and ``result()``: a `ProcessPoolExecutor` of
+        `concurrent.futures` whose ``mp_context`` is
+        ``multiprocessing.get_context("spawn")``, an executor of submitit. Its workers
+        are sent the program of a trial and its numbers, data included, but no code, so
+        that losses may be lambdas; they need this package, the same jax and the same
+        kind of device, and the trace is that of one process to the bit.
 
     Returns:
       A `Trace` with a row a trial; ``alpha`` and ``w`` are those of the best trial. One
@@ -98,6 +116,8 @@ def search(
       TypeError, ValueError: bad input, before anything is traced, such as a leaf of
         ``alpha`` that nothing reads; ``trials`` that this searcher would not have asked
         for, more of them than it makes within the budget, or with other metrics.
+      RuntimeError: trials came to nothing, as their workers died or could not begin.
+        They are named; all others of the batch were recorded, to be gone on with.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -121,6 +141,8 @@ def search(
     if record is not None and not callable(record):
         raise TypeError(f"record must be a function of one row; got {record!r}")
     _check_trials(trials)
+    check_steps("batch_size", batch_size)
+    _check_executor(executor)
     if not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
@@ -139,6 +161,11 @@ def search(
             "jax.jit or jax.vmap; call it in a loop"
         )
     if not isinstance(searcher, Searcher):
+        if executor is not None or batch_size > 1:
+            raise ValueError(
+                f"{type(searcher).__name__} trains its members side by side in one "
+                "program; leave executor and batch_size out, its own size says how many"
+            )
         setting = _setting(problem, solver, w, space, metrics)
         return populations.run(searcher, setting, budget, key, progress, record, trials)
     init_key, run_key = jax.random.split(key)
@@ -146,38 +173,60 @@ def search(
     problem = traced(problem)
     metrics = check_metrics(metrics)
 
-    run = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
+    inputs = lambda alpha, key: (problem, solver, w, alpha, metrics, key)
+    run = lambda alpha, key: _trial(*inputs(alpha, key))
+    run_batch = _batches(executor, inputs)
+    known = _numbered(trials)
     name, rows, spent, last = "", [], 0.0, 0.0
     best: tuple[Any, ...] = (None, None, None, None)
     while not rows or spent + last <= budget:
-        run_key, ask_key, trial_key = jax.random.split(run_key, 3)
-        try:
-            alpha, state = searcher.ask(state, ask_key)
-        except StopIteration:
+        batch, ahead = [], spent
+        while len(batch) < batch_size and (not rows or ahead + last <= budget):
+            next_key, ask_key, trial_key = jax.random.split(run_key, 3)
+            try:
+                alpha, state = searcher.ask(state, ask_key)
+            except StopIteration:
+                break
+            w, alpha = as_inputs(w, alpha, differentiable=False)
+            batch.append((alpha, trial_key))
+            run_key, ahead = next_key, ahead + last
+        if not batch:
             break
-        w, alpha = as_inputs(w, alpha, differentiable=False)
         if not rows:
+            alpha, trial_key = batch[0]
             _check(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
             if record is not None or len(trials):
                 name = _name(problem, solver, w, alpha, metrics, trial_key)
-        known, found = len(rows) < len(trials), None
-        if known:
-            _, form = eqx.filter_eval_shape(run, alpha, trial_key)
-            alpha, row = _restored(trials[len(rows)], len(rows), name, alpha, form)
-        else:
-            found, row = run(alpha, trial_key)
-        value = row["value"]
-        state = searcher.tell(state, alpha, value)
-        if not rows or _before(value, best[0]):
-            best = (np.asarray(value), alpha, found, trial_key)
-        rows.append(jax.tree.map(np.asarray, row))
-        last = float(row["stats"]["gradient_equivalents"])
-        spent += last
-        if record is not None and not known:
-            record({"search": name, **_plain(alpha, rows[-1])})
-        if progress is not None and not known:
-            progress(len(rows), best[0] if several else best[0].item())
+        numbers = range(len(rows), len(rows) + len(batch))
+        results: dict[int, tuple[Any, Any]] = {}
+        for i, (alpha, trial_key) in enumerate(batch):
+            if (place := known.get(numbers[i])) is not None:
+                _, form = eqx.filter_eval_shape(run, alpha, trial_key)
+                alpha, row = _restored(trials[place], place, name, alpha, form)
+                batch[i], results[i] = (alpha, trial_key), (None, row)
+        new = [i for i in range(len(batch)) if i not in results]
+        if new:
+            _check_none_beyond(numbers, known, trials)
+            try:
+                for i, found in run_batch(batch, new):
+                    results[i] = found
+                    if record is not None:
+                        row = _plain(batch[i][0], found[1])
+                        record({"search": name, "trial": numbers[i], **row})
+            except LostError as lost:
+                raise _named(lost, batch, numbers, record) from lost
+        for i, (alpha, trial_key) in enumerate(batch):
+            found, row = results[i]
+            value = row["value"]
+            state = searcher.tell(state, alpha, value)
+            if not rows or _before(value, best[0]):
+                best = (np.asarray(value), alpha, found, trial_key)
+            rows.append(jax.tree.map(np.asarray, row))
+            last = float(row["stats"]["gradient_equivalents"])
+            spent += last
+            if progress is not None and i in new:
+                progress(len(rows), best[0] if several else best[0].item())
 
     if not rows:
         raise ValueError(f"searcher proposed nothing: {searcher!r}")
@@ -195,6 +244,61 @@ def search(
     return Trace(alpha, found, alpha, status_code=jnp.asarray(status), **columns)
 
 
+def _batches(executor, inputs) -> Callable[..., Iterator[tuple[int, Any]]]:
+    """How trials of a batch are run: which one and what it returned, as it is done.
+
+    Of ``(batch, new)`` those in ``new`` are; but by "vmap" it is the whole batch, since
+    in a program of another size their bits might be others.
+    """
+    if executor is None:
+        return lambda batch, new: ((i, _trial(*inputs(*batch[i]))) for i in new)
+    if executor == "vmap":
+
+        def side_by_side(batch, new):
+            found = _trials(*inputs(*jax.tree.map(lambda *x: jnp.stack(x), *batch)))
+            return ((i, jax.tree.map(lambda x, i=i: x[i], found)) for i in new)
+
+        return side_by_side
+    remote = Remote(executor, _trial)
+    return lambda batch, new: remote({i: inputs(*batch[i]) for i in new})
+
+
+def _named(lost: LostError, batch, numbers, record) -> RuntimeError:
+    """Which trials came to nothing, and what to do."""
+    named = "; ".join(
+        f"number {numbers[i]} at alpha {_plain(batch[i][0], {})['alpha']} by "
+        f"{type(error).__name__}: {error}"
+        for i, error in sorted(lost.errors.items())
+    )
+    advice = (
+        "give record= to keep those that end well"
+        if record is None
+        else "all others are recorded, and by trials= the same search goes on from them"
+    )
+    return RuntimeError(f"trials came to nothing, {named}; {advice}")
+
+
+def _check_executor(executor):
+    """Refuses what can run no trial, and a search that several processes make."""
+    if executor is None:
+        return
+    submits = callable(getattr(executor, "submit", None))
+    if not (executor == "vmap" if isinstance(executor, str) else submits):
+        raise TypeError(
+            'executor must be "vmap", or have a method submit, such as '
+            "concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing."
+            f'get_context("spawn")); got {executor!r}'
+        )
+    if isinstance(executor, type):
+        name = executor.__name__
+        raise TypeError(f"executor is the class {name}; write {name}(...)")
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"executor is for a search by one process, this one is by "
+            f"{jax.process_count()}, each of which would run all trials; leave it out"
+        )
+
+
 def _check_trials(trials):
     """Refuses what is no list of what ``record`` was given."""
     if not isinstance(trials, Sequence) or isinstance(trials, str):
@@ -207,6 +311,38 @@ def _check_trials(trials):
             raise TypeError(
                 f"trials[{index}] must be a dict, as record was given it; got {trial!r}"
             )
+
+
+def _numbered(trials) -> dict[int, int]:
+    """Where each trial is, by its number; one without has that of its place."""
+    known = {}
+    for place, trial in enumerate(trials):
+        index = trial.get("trial", place)
+        if not isinstance(index, int) or index < 0:
+            raise ValueError(
+                f"trials[{place}] is no trial of this search: its number is {index!r}"
+            )
+        if index in known:
+            raise ValueError(
+                f"trials[{place}] was recorded at alpha {trial.get('alpha')} as number "
+                f"{index}, as was trials[{known[index]}]; pass each of them once"
+            )
+        known[index] = place
+    return known
+
+
+def _check_none_beyond(numbers, known, trials):
+    """Refuses trials of batches after one that is not whole, which never began."""
+    beyond = sorted(index for index in known if index >= numbers.stop)
+    if beyond:
+        place = known[beyond[0]]
+        lacking = next(index for index in numbers if index not in known)
+        raise ValueError(
+            f"trials[{place}] was recorded at alpha {trials[place].get('alpha')} as "
+            f"number {beyond[0]}, but number {lacking} of a batch before is not there; "
+            "pass the searcher, batch_size and key that they were recorded with, and "
+            "all trials"
+        )
 
 
 def _check(problem, w, alpha, solver):
@@ -327,3 +463,10 @@ def _trial(problem, solver, w, alpha, metrics, key):
         for name, metric in metrics.items()
     }
     return w, {"value": value, "stats": stats, "metrics": measured}
+
+
+@eqx.filter_jit
+def _trials(problem, solver, w, alphas, metrics, keys):
+    """Those of a batch, side by side; outputs have a leading axis."""
+    one = lambda alpha, key: _trial(problem, solver, w, alpha, metrics, key)
+    return jax.vmap(one)(alphas, keys)

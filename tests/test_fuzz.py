@@ -83,6 +83,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero": 0.0, "negative": -1.0, "infinite": float("inf"), "NaN": float("nan"),
         "text": "10", "none": None, "list": [10.0],
     },
+    "limit": {
+        "zero": 0, "negative": -1.0, "NaN": float("nan"), "text": "1", "bool": True,
+        "list": [1.0],
+    },
     "metrics": {
         "list": [abs], "function": abs, "not a function": {"a": 1.0},
         "text": "accuracy", "name that is no text": {1: abs},
@@ -154,6 +158,7 @@ WRONG: list[tuple[str, str, str, Call]] = [
      lambda x: hg.Unrolled(SOLVER, outer_batch_size=x)),
     ("batch_size", "count", "Batches", lambda x: hg.Batches(np.ones((4, 2)), x)),
     ("num_steps", "count", "minimize", lambda x: minimized(num_steps=x)),
+    ("batch_size", "count", "search", lambda x: searched(batch_size=x)),
     ("eval_every", "count", "minimize", lambda x: minimized(eval_every=x)),
     ("certify_every", "count", "minimize", lambda x: minimized(certify_every=x)),
     ("num", "count", "Grid", lambda x: searchers.Grid(x)),
@@ -239,6 +244,9 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("progress", "function", "minimize", lambda x: minimized(progress=x)),
     ("progress", "function", "search", lambda x: searched(progress=x)),
     ("record", "function", "search", lambda x: searched(record=x)),
+    ("executor", "function", "search", lambda x: searched(executor=x)),
+    ("time_limit", "limit", "minimize", lambda x: minimized(time_limit=x)),
+    ("memory_limit", "limit", "minimize", lambda x: minimized(memory_limit=x)),
     ("metrics", "metrics", "minimize", lambda x: minimized(metrics=x)),
     ("metrics", "metrics", "search", lambda x: searched(metrics=x)),
 ]  # fmt: skip

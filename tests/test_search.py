@@ -391,7 +391,7 @@ def test_trials_that_the_search_would_not_make_are_refused():
     grid = {"searcher": hg.searchers.Grid(2)}
     whole, _ = recorded(**grid)
     with pytest.raises(ValueError, match="holds 5, of which this search makes 4"):
-        search(trials=[*whole, whole[0]], **grid)
+        search(trials=[*whole, whole[0] | {"trial": 4}], **grid)
 
 
 def test_trials_of_another_problem_solver_or_w_are_refused():

@@ -84,14 +84,19 @@ class Evolution(eqx.Module):
             state = strategy.init(key, nothing, params)
         none = np.zeros((0, len(nothing)))
         return Generation(
-            space, strategy, state, 0, seed_of(key), none, none, none[:, 0]
+            space, strategy, state, 0, seed_of(key), none, 0, none, none[:, 0]
         )
 
     def ask(self, state: "Generation", key: Array) -> tuple[PyTree, "Generation"]:
-        """The next of its generation, which is drawn with the key of its first ask."""
+        """The next of its generation, which is drawn with the key of its first ask.
+
+        StopIteration after its last, until all of it are told.
+        """
         if not len(state.asked):
             state = state.drawn(seed_of(key))
-        return state.alpha(), state
+        if (index := int(state.num_asked)) == self.size:
+            raise StopIteration
+        return state.alpha(index), replace(state, num_asked=index + 1)
 
     def tell(self, state: "Generation", alpha: PyTree, value: Array) -> "Generation":
         """The last of a generation moves the strategy on.
@@ -117,6 +122,7 @@ class Generation(eqx.Module):
       index: generations before this one.
       seed: of its random numbers.
       asked: [size, axes], its ``x``; empty before it is drawn.
+      num_asked: how many of them were given out.
       x, values: [trials, axes] and [trials], those told.
     """
 
@@ -126,6 +132,7 @@ class Generation(eqx.Module):
     index: int
     seed: int
     asked: np.ndarray
+    num_asked: int
     x: np.ndarray
     values: np.ndarray
 
@@ -140,9 +147,9 @@ class Generation(eqx.Module):
             x, state = strategy.ask(ask_key, state, strategy.default_params)
         return replace(self, state=state, seed=seed, asked=np.asarray(x))
 
-    def alpha(self) -> PyTree:
-        """What is asked next."""
-        t = jax.nn.sigmoid(self.asked[len(self.values)])
+    def alpha(self, index: int) -> PyTree:
+        """One of those asked."""
+        t = jax.nn.sigmoid(self.asked[index])
         return spaces.from_unit(self.space, t)
 
     def told(self, alpha: PyTree, value: float) -> "Generation":
@@ -160,14 +167,17 @@ class Generation(eqx.Module):
             state, _ = strategy.tell(key, population, fitness, self.state, params)
         return replace(
             self, state=state, index=int(self.index) + 1,
-            asked=self.asked[:0], x=self.x[:0], values=self.values[:0],
+            asked=self.asked[:0], num_asked=0, x=self.x[:0], values=self.values[:0],
         )  # fmt: skip
 
     def _x_of(self, alpha: PyTree) -> np.ndarray:
         """To the bit that of an ``alpha`` that was asked for."""
         same = lambda x, y: np.array_equal(np.asarray(x), np.asarray(y))
-        if len(self.asked) and jax.tree.all(jax.tree.map(same, alpha, self.alpha())):
-            return self.asked[len(self.values)]
+        index = len(self.values)
+        if len(self.asked) and jax.tree.all(
+            jax.tree.map(same, alpha, self.alpha(index))
+        ):
+            return self.asked[index]
         t = np.asarray(spaces.to_unit(self.space, alpha))
         least = np.finfo(t.dtype).eps
         t = np.clip(t, least, 1 - least)

@@ -18,7 +18,11 @@ class Searcher(Protocol):
         ...
 
     def ask(self, state: Any, key: Array) -> tuple[PyTree, Any]:
-        """The next ``alpha`` to try; StopIteration where none is left, as of a grid."""
+        """The next ``alpha`` to try, also before those asked for earlier are told.
+
+        StopIteration where none is left, as of a grid, or none until those that were
+        asked for are told, as of a generation.
+        """
         ...
 
     def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
