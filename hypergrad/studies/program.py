@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..cost.memory import Memory, of_compiled
 from ..search import search as search_by_trials
 from ..trace import Trace
 from . import rehearsal
@@ -16,9 +17,21 @@ from . import rehearsal
 class Program:
     """A function, compiled at its first call; counts its seconds."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: functools.partial):
         self.function, self.compiled = function, None
         self.compile_seconds = self.run_seconds = 0.0
+
+    @property
+    def name(self) -> str:
+        """That of the function, without its settings."""
+        return self.function.func.__name__
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes, once it was called."""
+        if rehearsal.is_rehearsed():
+            return rehearsal.plan_of(self).memory
+        return of_compiled(self.compiled)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs to the end; the first call compiles for shapes that then stay."""
@@ -42,11 +55,6 @@ def program(function: Callable, *settings: Any) -> Program:
 
 
 def search(*arguments: Any, **settings: Any) -> Trace:
-    """`hypergrad.search`, which a rehearsal ends at.
-
-    Raises:
-      OnHostError: in a rehearsal.
-    """
-    if rehearsal.is_rehearsed():
-        raise rehearsal.OnHostError
-    return search_by_trials(*arguments, **settings)
+    """`hypergrad.search`, or what one is planned as."""
+    run = rehearsal.searched if rehearsal.is_rehearsed() else search_by_trials
+    return run(*arguments, **settings)

@@ -1,7 +1,7 @@
 """What a row would cost: its programs compiled and counted, and none of them run.
 
 In place of a program's outputs the row goes on with zeros, but for the ledger: what an
-outer step costs is worked out from the program where no number decides it.
+outer step or a trial costs is worked out from the program where no number decides it.
 """
 
 import contextlib
@@ -10,15 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
+from .. import spaces
+from ..checks import traced as settings_traced
 from ..cost.flops import Flops, called, of_jaxpr
 from ..cost.memory import Memory, of_compiled
+from ..identity import digest_function
+from ..metrics import Metric
 from ..minimize import LEDGER
+from ..problem import Bilevel
+from ..search import _trial as trial
 from ..trace import Trace
 from .study import Study
 
@@ -29,13 +36,13 @@ class Plan(NamedTuple):
     """A program and how often it is called.
 
     Attributes:
-      calls: in one row.
+      calls: in one row; NaN where a tolerance decides how many trials a budget buys.
       flops, memory: of one call.
       steps: outer steps of the `Trace` that it returns; None where it returns none.
       outputs: what takes the place of its outputs.
     """
 
-    calls: int
+    calls: float
     flops: Flops
     memory: Memory
     steps: int | None
@@ -66,10 +73,6 @@ class Plan(NamedTuple):
         )
 
 
-class OnHostError(Exception):
-    """A search that runs trial by trial is no program."""
-
-
 Plans = dict[Any, Plan]
 _plans: ContextVar[Plans | None] = ContextVar("plans", default=None)
 
@@ -92,11 +95,59 @@ def is_rehearsed() -> bool:
 
 def planned(program: Any, function: Callable, arguments: PyTree) -> PyTree:
     """One more call in the plans, and what stands for its outputs."""
+    known = plan_of(program) or plan(function, arguments)
+    _noted(program, known, 1)
+    return known.outputs
+
+
+def plan_of(program: Any) -> Any:
+    """The `Plan` of a program that was called in this rehearsal, else None."""
     plans = _plans.get()
     assert plans is not None
-    known = plans.get(program) or plan(function, arguments)
-    plans[program] = known._replace(calls=known.calls + 1)
-    return known.outputs
+    return plans.get(program)
+
+
+def _noted(program: Any, known: Plan, calls: float) -> None:
+    plans = _plans.get()
+    assert plans is not None
+    plans[program] = known._replace(calls=known.calls + calls)
+
+
+class Trials(NamedTuple):
+    """In place of a `Program`: a trial, by a digest of what is compiled."""
+
+    digest: str
+    name = "trial"
+
+
+def searched(
+    problem: Bilevel,
+    solver: Any,
+    searcher: Any,
+    w: PyTree,
+    *,
+    space: PyTree,
+    budget: float,
+    key: Array | None = None,
+    metrics: dict[str, Metric] | None = None,
+) -> Trace:
+    """In place of a search: as many trials as the budget buys, of equal cost."""
+    del searcher
+    alpha, key = spaces.sample(space, jax.random.key(0)), jax.random.key(0)
+    w, metrics = jax.tree.map(jnp.asarray, w), metrics or {}
+    inputs = settings_traced(problem), solver, w, alpha, metrics, key
+    arrays, static = eqx.partition(inputs, eqx.is_array)
+    run = lambda arrays: trial(*eqx.combine(arrays, static))
+    program = Trials(digest_function(run, arrays))
+    known = plan_of(program) or plan(run, (arrays,))
+    w, row = known.outputs
+    cost, spent, count = float(row["stats"]["gradient_equivalents"]), 0.0, 0
+    while not count or spent + cost <= budget:  # once where it is not known
+        spent, count = spent + cost, count + 1
+    _noted(program, known, count if math.isfinite(cost) else math.nan)
+    columns = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), row)
+    alpha = jax.tree.map(jnp.zeros_like, alpha)
+    return Trace(alpha, w, alpha, status_code=jnp.asarray(0), **columns)
 
 
 def plan(function: Callable, arguments: PyTree) -> Plan:
@@ -107,10 +158,10 @@ def plan(function: Callable, arguments: PyTree) -> Plan:
     is_trace = lambda x: isinstance(x, Trace)
     traces = [x for x in jax.tree.leaves(places, is_leaf=is_trace) if is_trace(x)]
     outputs, steps = [jnp.zeros(x.shape, x.dtype) for x in shapes], None
+    for path, i in jax.tree.leaves_with_path(places):
+        if str(getattr(path[-1] if path else None, "key", "")).startswith(LEDGER):
+            outputs[i] = ledger(traced.jaxpr, i)
     for trace in traces:
-        for name, i in trace.stats.items():
-            if name.startswith(LEDGER):
-                outputs[i] = ledger(traced.jaxpr.jaxpr, i)
         steps = shapes[trace.stats["trusted"]].shape[-1]
     return Plan(
         0,
@@ -121,13 +172,18 @@ def plan(function: Callable, arguments: PyTree) -> Plan:
     )
 
 
-def ledger(jaxpr: Any, output: int) -> Array:
-    """A column of a trace, where its entries depend on the number of the step alone.
+def ledger(closed: Any, output: int) -> Array:
+    """A cost that no input moves, or a column of a trace, by the step's number alone.
 
     NaN where they depend on more, such as on the iterations that a solve made.
     """
+    jaxpr = closed.jaxpr
     aval = jaxpr.outvars[output].aval
-    unknown = jnp.full(aval.shape, jnp.nan, aval.dtype)
+    unknown = jnp.full(aval.shape, jnp.nan, float)
+    is_wanted = [i == output for i in range(len(jaxpr.outvars))]
+    needed, used = partial_eval.dce_jaxpr(jaxpr, is_wanted)
+    if not any(used):
+        return jaxpr_as_fun(closed.replace(jaxpr=needed))()[0]
     found = origin(jaxpr, jaxpr.outvars[output])
     if isinstance(found, int) or found[0].primitive.name != "while":
         return unknown
@@ -155,7 +211,7 @@ def ledger(jaxpr: Any, output: int) -> Array:
 def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
     """The equation that makes a variable, within calls, and as which of its outputs.
 
-    An integer is the place of an input that it is.
+    An integer is the place of an input that it is, -1 if it is a constant.
     """
     for equation in jaxpr.eqns:
         if variable in equation.outvars:
@@ -166,7 +222,7 @@ def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
             if isinstance(found, int):
                 return origin(jaxpr, equation.invars[found])
             return found
-    return jaxpr.invars.index(variable)
+    return jaxpr.invars.index(variable) if variable in jaxpr.invars else -1
 
 
 # What the command shows of it.
@@ -174,7 +230,6 @@ def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
 HEAD = ("method", "program", "calls", "FLOPs", "temporary bytes", "peak bytes")
 COSTS = {"gradient_equivalents": "grad-eq", "tuning_cost": "tuning grad-eq"}
 TOLERANCE, UNKNOWN = "by tolerance", "-"
-ON_HOST = "trials run one by one on the host and are no program, so not in the table"
 NO_PROGRAM = "no program of its own"
 
 
@@ -184,18 +239,17 @@ def report(study: Study, methods: Sequence[str]) -> str:
     notes: dict[str, list[str]] = {}  # each note, and the methods that it is about
     for method in methods:
         found, plans = rehearsed(study, method)
-        if found is None:
-            notes.setdefault(ON_HOST, []).append(method)
-        elif not plans:
+        if not plans:
             notes.setdefault(NO_PROGRAM, []).append(method)
-        costs = [cost(found or {}, name) for name in COSTS]
+        costs = [cost(found, name) for name in COSTS]
         for program, one in plans.items():
-            name, total = program.function.func.__name__, one.total
+            name, total = program.name, one.total
             if total is None:
                 notes.setdefault(f"{name}: {one.by_iteration}", []).append(method)
             rows.append(
                 (
-                    *(method, name, str(one.calls)),
+                    *(method, name),
+                    TOLERANCE if math.isnan(one.calls) else f"{one.calls:.0f}",
                     TOLERANCE if total is None else f"{total:.3g}",
                     *(f"{n:,}" for n in (one.memory.temporaries, one.memory.peak)),
                     *costs,
@@ -212,13 +266,10 @@ def report(study: Study, methods: Sequence[str]) -> str:
     return "\n".join([about, "", *table, "", *below])
 
 
-def rehearsed(study: Study, method: str) -> tuple[dict[str, Any] | None, Plans]:
-    """The row, of zeros and its ledger; None where it ends at a search."""
+def rehearsed(study: Study, method: str) -> tuple[dict[str, Any], Plans]:
+    """The row, of zeros and its ledger."""
     with rehearsal() as plans:
-        try:
-            return study.methods[method](0), plans
-        except OnHostError:
-            return None, plans
+        return study.methods[method](0), plans
 
 
 def cost(found: dict[str, Any], name: str) -> str:

@@ -216,10 +216,9 @@ def by_gradient(system: str, method: str, seed: int) -> Row:
         return found | of_trace(trace)
 
     found = tuned(one, settings_of(system, ADAM))
-    plan: Any = run.compiled
     return with_tuning(found, first) | {
         "compile_seconds": run.compile_seconds,
-        "memory": plan.memory_analysis().temp_size_in_bytes,
+        "memory": run.memory.temporaries,
     }
 
 
