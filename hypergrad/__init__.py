@@ -31,7 +31,7 @@ changes.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import cost, data, objectives, searchers, spaces, surrogates, testing
+from . import cost, data, models, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .checkpoint import Checkpoints
@@ -144,6 +144,7 @@ __all__ = [  # in reading order
     "from_optimistix",
     "hypergradient",
     "minimize",
+    "models",
     "objectives",
     "search",
     "searchers",

@@ -1,4 +1,4 @@
-"""The command line: ``hypergrad run``, ``runs``, ``tasks``, ``estimators``."""
+"""The command line: ``hypergrad`` run, runs, models, tasks, estimators."""
 
 import sys
 from pathlib import Path
@@ -68,6 +68,10 @@ def runs() -> None:
     """List, show, compare, rerun or report runs: see hypergrad runs --help."""
 
 
+def models() -> None:
+    """List, show or load models that were kept: see hypergrad models --help."""
+
+
 def tasks() -> None:
     """List the tasks: paradigm, source, and how long a table takes on two cores."""
     from rich.console import Console
@@ -100,13 +104,15 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {HELP}")
-    if sys.argv[1:2] == ["runs"]:
-        from .runs.commands import COMMANDS
+    if sys.argv[1:2] in (["runs"], ["models"]):
+        from .runs import commands, model_commands
 
+        kept = sys.argv[1]
+        of_kept = {"runs": commands.COMMANDS, "models": model_commands.COMMANDS}
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="hypergrad runs",
-            description="Runs that were kept.",
+            of_kept[kept],
+            prog=f"hypergrad {kept}",
+            description=f"{kept.capitalize()} that were kept.",
             args=sys.argv[2:],
             config=(tyro.conf.PositionalRequiredArgs,),
         )
@@ -116,7 +122,13 @@ def main() -> None:
     names = Literal[tuple(STUDIES)]  # pyright: ignore[reportInvalidTypeForm]
     run.__annotations__["task"] = Annotated[names, tyro.conf.Positional]
     tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "runs": runs, "tasks": tasks, "estimators": estimators},
+        {
+            "run": run,
+            "runs": runs,
+            "models": models,
+            "tasks": tasks,
+            "estimators": estimators,
+        },
         prog="hypergrad",
         description="Hypergradients for JAX: run a task's table, list what there is.",
     )

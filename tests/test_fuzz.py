@@ -91,6 +91,27 @@ KINDS: dict[str, dict[str, Any]] = {
         "list": [abs], "function": abs, "not a function": {"a": 1.0},
         "text": "accuracy", "name that is no text": {1: abs},
     },
+    "model's name": {
+        "empty": "", "folder above": "../m", "path": "m/n", "hidden": ".m",
+        "blank": "m n", "version": "m@1", "none": None, "number": 3, "bytes": b"m",
+    },
+    "leaf": {
+        "text": "w", "none": None, "empty": {}, "object": object(), "function": abs,
+        "text in a tree": {"a": "b"}, "array of text": np.array("a"), "class": dict,
+        "dates": np.array(["2026-01-01"], "M8[D]"), "objects": np.array([None]),
+    },
+    "model's metrics": {
+        "list": [1.0], "number": 1.0, "text in it": {"a": "b"}, "array in it":
+        {"a": np.ones(2)}, "none in it": {"a": None}, "name that is no text": {1: 1.0},
+    },
+    "json": {
+        "list": [1], "text": "seed", "number": 1, "zero": 0, "NaN in it": {"a": np.nan},
+        "array in it": {"a": np.ones(2)}, "function in it": {"a": abs},
+    },
+    "problem kept": {
+        "class": hg.Bilevel, "text": "problem", "function": abs, "solver": hg.Newton(),
+    },
+    "folder": {"none": None, "number": 1, "bytes": b"runs", "list": ["runs"]},
 }  # fmt: skip
 
 
@@ -123,6 +144,11 @@ def estimated(
 def certified(**changed: Any) -> hg.Certificate:
     told = {"problem": PROBLEM, "w": 0.0, "alpha": 0.5} | changed
     return hg.certify(told.pop("problem"), told.pop("w"), told.pop("alpha"), **told)
+
+
+def saved(**changed: Any) -> hg.models.Model:
+    told = {"name": "m", "w": 0.0, "alpha": 0.5, "folder": "/proc/hypergrad"} | changed
+    return hg.models.save(told.pop("name"), told.pop("w"), told.pop("alpha"), **told)
 
 
 # (argument, kind of it, where, what is called with the value)
@@ -249,6 +275,16 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("memory_limit", "limit", "minimize", lambda x: minimized(memory_limit=x)),
     ("metrics", "metrics", "minimize", lambda x: minimized(metrics=x)),
     ("metrics", "metrics", "search", lambda x: searched(metrics=x)),
+    # What is kept.
+    ("name", "model's name", "save", lambda x: saved(name=x)),
+    ("w", "leaf", "save", lambda x: saved(w=x)),
+    ("alpha", "leaf", "save", lambda x: saved(alpha=x)),
+    ("metrics", "model's metrics", "save", lambda x: saved(metrics=x)),
+    ("run", "json", "save", lambda x: saved(run=x)),
+    ("problem", "problem kept", "save", lambda x: saved(problem=x)),
+    ("folder", "folder", "save", lambda x: saved(folder=x)),
+    ("folder", "folder", "load", lambda x: hg.models.load("m", folder=x)),
+    ("folder", "folder", "find", lambda x: hg.models.find(x)),
 ]  # fmt: skip
 CASES = [
     pytest.param(argument, call, value, id=f"{where}-{argument}-{kind}")

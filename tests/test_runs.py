@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from hypergrad import runs, studies
+from hypergrad.provenance import commit
 from hypergrad.runs import commands
-from hypergrad.runs.manifest import commit
 from hypergrad.studies.study import Column, Study
 from hypergrad.studies.table import Request
 

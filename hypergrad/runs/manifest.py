@@ -4,23 +4,18 @@ A run is named by the path of its files without their endings: ``runs/cleaning``
 ``runs/cleaning.run.json``, ``runs/cleaning.jsonl`` and so on.
 """
 
-import datetime
 import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from .. import durable
 from ..checkpoint import hold
+from ..provenance import now, versions
 from ..studies import record
 from ..studies.record import Row
 from ..studies.study import Study, table
@@ -169,7 +164,7 @@ def start(study: Study, request: Request) -> Run:
         steps = table(study)
         try:
             steps.run(steps, request)
-            run.sessions[-1]["ended"] = _now()
+            run.sessions[-1]["ended"] = now()
         finally:
             if len(run.rows) == known and len(run.sessions) > 1:
                 run.sessions.pop()
@@ -280,17 +275,9 @@ def _session(study: Study, request: Request) -> Row:
             "seeds": request.seeds,
             "methods": list(request.methods or study.methods),
         },
-        "started": _now(),
+        "started": now(),
         "ended": None,
-        "versions": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": jax.devices()[0].device_kind,
-            "devices": len(jax.devices()),
-            "float": str(np.dtype(jax.dtypes.canonicalize_dtype(float))),
-            "git": commit(Path(__file__).parents[1]),
-            "packages": _packages(),
-        },
+        "versions": versions(),
     }
 
 
@@ -304,31 +291,6 @@ def _checked(file: Path, run: Run) -> Run:
         raise ValueError(f"{file} is damaged ({error!r})") from error
     del ask
     return run
-
-
-def _packages() -> dict[str, str]:
-    """All that is installed."""
-    there = importlib.metadata.distributions(path=sys.path)
-    return dict(sorted((one.name.lower(), one.version) for one in there))
-
-
-def commit(package: Path) -> str | None:
-    """Of a package's source, "+" where a file of it differs; None in no checkout."""
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # not one around site-packages
-        changed = "+" if git("status", "--porcelain", "--", ".") else ""
-        return git("rev-parse", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _read(path: Path) -> Any:
