@@ -65,7 +65,7 @@ def run(
 
 
 def runs() -> None:
-    """List, show, compare, rerun or report runs: see hypergrad runs --help."""
+    """List, show, compare, rerun, report or export runs: see hypergrad runs --help."""
 
 
 def models() -> None:

@@ -1,7 +1,8 @@
-"""``hypergrad runs``: list, show, compare, rerun, report."""
+"""``hypergrad runs``: list, show, compare, rerun, report, export."""
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from ..studies import STUDIES
 from ..terminal import draw, errors_in_words, show
 from .compare import compare, same_numbers
+from .export import of_run, to_mlflow, to_tensorboard
 from .manifest import again, find, load
 from .report import report as write_report
 
@@ -99,10 +101,41 @@ def report_run(path: Path, out: Path | None = None) -> None:
     print(f"wrote {out}")
 
 
+def export_run(
+    path: Path, to: Literal["mlflow", "tensorboard"], out: Path | None = None
+) -> None:
+    """Write a run, each row with its curves, for the viewer of MLflow or TensorBoard.
+
+    Rows that are there already are left as they are, so that a run that grew may be
+    exported again.
+
+    Args:
+      path: of the run.
+      to: whose viewer; the extra of that name has to be installed.
+      out: an SQLite file for mlflow, mlflow.db, unless told; a folder for tensorboard,
+        tensorboard, unless told.
+    """
+    with errors_in_words():
+        shown = of_run(load(path))
+        if to == "mlflow":
+            out = Path("mlflow.db") if out is None else out
+            written, view = (
+                to_mlflow(shown, out),
+                f"--backend-store-uri sqlite:///{out}",
+            )
+        else:
+            out = Path("tensorboard") if out is None else out
+            written, view = to_tensorboard(shown, out), f"--logdir {out}"
+    there = len(shown) - written
+    print(f"wrote {written} rows" + f", {there} were there" * (there > 0))
+    print(f"{to} {'ui ' * (to == 'mlflow')}{view}")
+
+
 COMMANDS = {
     "list": list_runs,
     "show": show_run,
     "compare": compare_runs,
     "rerun": repeat_run,
     "report": report_run,
+    "export": export_run,
 }
