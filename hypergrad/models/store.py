@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .. import durable
 from ..checks import check_problem_is
 from ..identity import HASH, digest
 from ..problem import Bilevel
@@ -144,7 +145,7 @@ def save(
     }
     content = arrays.written(leaves)
     with _errors_in_words(name, home.parent):
-        home.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(home)
         with (home / ".lock").open("a") as lock:
             _wait_for(lock)
             for begun in home.glob(".part-*"):  # by one that was killed
@@ -161,13 +162,10 @@ def _written(home: Path, record: dict[str, Any], content: bytes) -> Model:
     try:
         draft.mkdir()
         for file, bytes_of in ((RECORD, said), (ARRAYS, content), (SUMS, sums)):
-            with (draft / file).open("wb") as open_file:
-                open_file.write(bytes_of)
-                open_file.flush()
-                os.fsync(open_file.fileno())
-        _sync(draft)
+            (draft / file).write_bytes(bytes_of)
+        durable.settle_all(draft)
         draft.rename(path)  # onto a folder with files it fails
-        _sync(home)
+        durable.settle(home)
     except BaseException:
         _clear(draft)
         raise
@@ -397,15 +395,6 @@ def _wait_for(lock: Any) -> None:
 
 def _clear(draft: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Forces to the disk which files are in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(content: bytes) -> str:
