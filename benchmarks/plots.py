@@ -539,3 +539,34 @@ def fronts(
     figure.suptitle("Networks picked on validation; dashed: searches without gradients")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def parts(
+    panels: dict[str, dict[str, list[float]]], names: tuple[str, ...], path: Path
+) -> None:
+    """Stacked bars, a panel a task and a bar a method: what of a cost each part is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, -(-len(panels) // 2), figsize=(16, 6.5), layout="constrained"
+    )
+    for axis, (title, methods) in zip(axes.flat, panels.items(), strict=False):
+        left = np.zeros(len(methods))
+        for index, name in enumerate(names):
+            width = np.array([of[index] for of in methods.values()])
+            axis.barh(range(len(methods)), width, left=left, label=name)
+            left = left + width
+        axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(title)
+        axis.set_xlabel("gradient-equivalents")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Until as good as the grid, by parts; >: not on every seed, a bound"
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

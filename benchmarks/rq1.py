@@ -1,0 +1,309 @@
+"""The table `rq1`: what the inner loop costs in every paradigm, and what remedies it.
+
+Each method on each system of rq1_tasks, run by rq1_running, until it is as good as a
+grid. See README.md.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from hypergrad.studies.record import Row, fingerprint
+from hypergrad.studies.table import Table, cell_by_cell
+from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
+
+from . import plots
+from .rq1_running import (
+    GRAMS,
+    GRID,
+    METHODS,
+    NEAR,
+    OPERATIONS,
+    PARTS,
+    TRAININGS,
+    WATTS,
+    WAYS,
+    flops_of,
+    run,
+    tuned,
+)
+from .rq1_tasks import (
+    IMPLICIT,
+    SHARING,
+    SYSTEMS,
+    UNROLLED,
+    WARM_IMPLICIT,
+    WARM_UNROLLED,
+    fingerprinted,
+    problem_of,
+)
+
+SOURCE = "Bergstra & Bengio 2012; Pedregosa 2016; Franceschi et al. 2017; Dagréou 2022"
+BLACK_BOXES = ("grid", "random", "TPE")
+HALF = "few_shot"  # where the share is a half, by its sizes
+SHARE, WARMER, FEWER = 0.8, 1.5, 2.0  # claimed
+
+
+def measure(cell: Row) -> Row:
+    """One run at its chosen setting; of what cannot be, the reason."""
+    task, method, seed = cell["task"], cell["method"], cell["seed"]
+    system = SYSTEMS[task]
+    data = {
+        "data": system.data,
+        "data_sha256": fingerprint(fingerprinted(problem_of(task, seed))),
+    }
+    if method in system.absent:
+        return {"reason": system.absent[method]} | data
+    chosen = tuned(task, method)
+    row = run(task, method, seed, chosen["setting"])
+    return row | chosen | flops_of(task, method, row) | data
+
+
+# Judging.
+
+
+def lane(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
+    """A column by seed, NaN where a row has no number; empty where it cannot be."""
+    mine = [
+        r for r in rows
+        if (r["task"], r["method"]) == (task, method) and not r.get("reason")
+    ]  # fmt: skip
+    mine.sort(key=lambda row: row["seed"])
+    return np.array([row.get(name) for row in mine], float)
+
+
+def needed(rows: list[Row], task: str, method: str) -> tuple[np.ndarray, int]:
+    """Costs by seed, a bound where a run was never there, and how many were not."""
+    cost, spent = (lane(rows, task, method, name) for name in ("cost", "spent"))
+    return np.where(np.isnan(cost), spent, cost), int(np.sum(np.isnan(cost)))
+
+
+def share(rows: list[Row], task: str, method: str, part: str = "inner") -> float:
+    """Of a part in the total until there, or of all that was spent; mean over seeds."""
+    of = {name: lane(rows, task, method, name) for name in PARTS}
+    return float(np.mean(of[part] / sum(of.values())))
+
+
+def best_of(rows: list[Row], task: str) -> str:
+    """The row with hypergradients that tuned best."""
+    scores = {method: lane(rows, task, method, "score") for method in WAYS}
+    return min((m for m in scores if scores[m].size), key=lambda m: scores[m][0])
+
+
+def bottleneck(rows: list[Row]) -> list[Verdict]:
+    """Whether inner training is most of what black boxes spend."""
+    least = {
+        task: min(share(rows, task, method) for method in BLACK_BOXES)
+        for task in SYSTEMS
+    }
+    half = least.pop(HALF)
+    task = min(least, key=lambda task: least[task])
+    text = (
+        f"(o) inner training is {least[task]:.0%} of what grid, random and TPE spend "
+        f"where it is least, on {task}, at least {SHARE:.0%} claimed on each task but "
+        f"{HALF}"
+    )
+    word = "reproduced" if least[task] >= SHARE else "not reproduced"
+    return [Verdict(f"{text}: {word}"), Verdict(f"on {HALF} it is {half:.0%}")]
+
+
+def over_tasks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """By seed the geometric mean over tasks of the first over the second."""
+    return np.exp(np.mean([np.log(first / second) for first, second in pairs], axis=0))
+
+
+def ratio(what: str, by_seed: np.ndarray, least: float, lost: list[str]) -> Verdict:
+    """Whether so many times fewer, on the mean over seeds; lost are never there."""
+    text, claim = f"(o) {what}", f"at least {least:g} claimed"
+    if lost:
+        return Verdict(f"{text}: never there: {', '.join(lost)}: not reproduced")
+    mean, low, high = paired_ratio(by_seed, np.ones_like(by_seed))
+    text += f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer, {claim}"
+    met = bool(mean >= least and low > 1)
+    return conclude(text, met, by_seed.size, math.log(high / mean), math.log(least))
+
+
+def seeds_of(lost: dict[str, int]) -> list[str]:
+    """Where runs were never there."""
+    return [f"{name} on {n} seed{'s' * (n > 1)}" for name, n in lost.items() if n]
+
+
+def warmer(rows: list[Row], warm: str, cold: str) -> Verdict:
+    """What a warm start saves where the cold one is there on every seed."""
+    tasks = [
+        task
+        for task in SYSTEMS
+        if lane(rows, task, warm, "spent").size and not needed(rows, task, cold)[1]
+    ]
+    what = f"{warm} against {cold}, on {', '.join(tasks)}"
+    if not tasks:
+        return Verdict(f"(o) {warm}: {cold} is on no task there on every seed")
+    lost = seeds_of({task: needed(rows, task, warm)[1] for task in tasks})
+    by_seed = over_tasks(
+        [(needed(rows, task, cold)[0], needed(rows, task, warm)[0]) for task in tasks]
+    )
+    return ratio(what, by_seed, WARMER, lost)
+
+
+def against_random(rows: list[Row]) -> Verdict:
+    """What the best row with hypergradients saves, over all tasks."""
+    best = {task: best_of(rows, task) for task in SYSTEMS}
+    lost = {f"{best[t]} ({t})": needed(rows, t, best[t])[1] for t in SYSTEMS}
+    by_seed = over_tasks(
+        [(needed(rows, t, "random")[0], needed(rows, t, best[t])[0]) for t in SYSTEMS]
+    )
+    bounds = [task for task in SYSTEMS if needed(rows, task, "random")[1]]
+    what = "best with hypergradients against random, over all tasks"
+    if bounds:
+        what += f" (random is not always there: {', '.join(bounds)})"
+    return ratio(what, by_seed, FEWER, seeds_of(lost))
+
+
+def winner(rows: list[Row], task: str) -> Verdict:
+    """Who is first by the geometric mean, of those who are there on every seed."""
+    there, unknown = {}, {}
+    for method in METHODS:
+        cost, censored = needed(rows, task, method)
+        if cost.size:
+            (unknown if censored else there)[method] = np.exp(np.mean(np.log(cost)))
+    best = best_of(rows, task)
+    told = (
+        f"{best} tuned best with hypergradients, {share(rows, task, best):.0%} of its "
+        "total inner"
+    )
+    if not there:
+        return Verdict(f"{task}: no method is there on every seed; {told}")
+    order = sorted(there, key=lambda method: there[method])
+    text = f"{task}: first is {order[0]}, {there[order[0]]:,.0f}"
+    if order[1:]:
+        text += f", then {order[1]}, {there[order[1]]:,.0f}"
+    below = [method for method in unknown if unknown[method] < there[order[0]]]
+    if below:
+        text += f"; not told, as they ended below that: {', '.join(below)}"
+    return Verdict(f"{text}; {told}")
+
+
+def shared(rows: list[Row]) -> Verdict:
+    """What one `w` for all candidates makes of random search."""
+    tasks = [task for task in SYSTEMS if lane(rows, task, SHARING, "spent").size]
+    never = [task for task in tasks if needed(rows, task, SHARING)[1]]
+    both = [task for task in tasks if task not in never]
+    text = f"{SHARING} against random"
+    if both:
+        pairs = [
+            (needed(rows, t, "random")[0], needed(rows, t, SHARING)[0]) for t in both
+        ]
+        by_seed = over_tasks(pairs)
+        mean, low, high = paired_ratio(by_seed, np.ones_like(by_seed))
+        text += (
+            f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer gradient-equivalents on "
+            f"{', '.join(both)}"
+        )
+    if never:
+        text += f"; not there on every seed: {', '.join(never)}"
+    return Verdict(text)
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """The claims, who is first where, and whether all operations have a price."""
+    unknown = sorted({name for row in rows for name in row.get("unknown") or ()})
+    flaws = [Verdict(f"no price for {', '.join(unknown)}", True)] if unknown else []
+    return [
+        *flaws,
+        *bottleneck(rows),
+        warmer(rows, WARM_IMPLICIT, IMPLICIT),
+        warmer(rows, WARM_UNROLLED, UNROLLED),
+        against_random(rows),
+        *(winner(rows, task) for task in SYSTEMS),
+        shared(rows),
+    ]
+
+
+# Showing.
+
+
+def markdown(table: Table, rows: list[Row], command: str) -> str:
+    lines = [
+        f"# {table.name}",
+        "",
+        "scikit-learn digits (1,797 real 8x8 images) and wine (178 wines), and two "
+        f"simulated systems; {len({row['seed'] for row in rows})} seeds, two "
+        f"hyperparameters each, at most {TRAININGS} trainings a run. "
+        f"Gradient-equivalents (grad-eq) until within {NEAR:.0%} of the way from the "
+        f"start to the best of a grid of {GRID} by {GRID}, geometric mean and range; > "
+        "where a run was never there and counts with what it spent. Inner, "
+        "hypergradient and outer: parts of that. Left: of the way to the grid's best "
+        "at the best evaluation, median, below zero where that is better than the "
+        "grid's. MFLOPs by the traced programs. CO2 is by assumption, not measured: "
+        f"{OPERATIONS:.0e} operations a second, {WATTS:g} W, {GRAMS:g} g a "
+        f"kilowatt-hour. Command: `{command}`",
+    ]  # fmt: skip
+    titles = (
+        "method", "there", "grad-eq", "range", "inner", "hypergradient", "outer",
+        "MFLOPs", "CO2 mg", "left", "evaluations", "rate", "tuning grad-eq",
+    )  # fmt: skip
+    for task, system in SYSTEMS.items():
+        lines += ["", f"**{task}** ({system.paradigm}; {system.data})", ""]
+        lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        for method in METHODS:
+            if method in system.absent:
+                blank = ["-"] * (len(titles) - 1)
+                lines.append("| " + " | ".join([f"{method} (1)", *blank]) + " |")
+            else:
+                lines.append("| " + " | ".join(cells_of(rows, task, method)) + " |")
+        if system.absent:
+            told = "; ".join(f"{name}: {why}" for name, why in system.absent.items())
+            lines += ["", f"(1) cannot be: {told}."]
+    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
+    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+
+
+def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
+    """A line of the table."""
+    column = lambda name: lane(rows, task, method, name)
+    cost, censored = needed(rows, task, method)
+    more = "> " if censored else ""
+    return [
+        method,
+        f"{cost.size - censored} of {cost.size}",
+        f"{more}{np.exp(np.mean(np.log(cost))):,.0f}",
+        f"{cost.min():,.0f} to {cost.max():,.0f}",
+        *(f"{share(rows, task, method, part):.0%}" for part in PARTS),
+        f"{more}{column('flops').mean() / 1e6:,.0f}",
+        f"{more}{column('grams').mean() * 1e3:,.3g}",
+        f"{np.median(column('left')):.1%}",
+        f"{column('evaluations').mean():.0f}",
+        f"{column('setting')[0]:g}" if method in WAYS else "-",
+        f"{column('tuning_cost')[0]:,.0f}",
+    ]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Until there, by parts: a panel a task."""
+    panels = {}
+    for task in SYSTEMS:
+        panels[task] = {}
+        for method in METHODS:
+            cost, censored = needed(rows, task, method)
+            if cost.size:
+                mean = float(np.exp(np.mean(np.log(cost))))
+                parts = [mean * share(rows, task, method, part) for part in PARTS]
+                panels[task][method + " >" * (censored > 0)] = parts
+    plots.parts(panels, PARTS, path)
+
+
+TABLE = Table(
+    name="rq1",
+    source=SOURCE,
+    minutes=30,
+    seeds=5,
+    plan=lambda scale, seeds: [
+        {"task": task, "method": method, "seed": seed}
+        for task in SYSTEMS
+        for method in METHODS
+        for seed in range(seeds)
+    ],
+    run=cell_by_cell(measure, markdown, draw),
+    judge=judge,
+)

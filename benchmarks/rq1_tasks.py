@@ -1,0 +1,365 @@
+"""A system of every paradigm with two hyperparameters, for the table `rq1`.
+
+Each takes its data, its losses and its inner solver from `hypergrad.tasks`. Whatever
+these draw is drawn once, so that what a training leads to is a function of ``alpha``.
+See README.md.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.inner import inner_stats
+from hypergrad.inner.descent import iterate
+from hypergrad.problem import fraction
+from hypergrad.tasks import (
+    federated,
+    few_shot,
+    penalties,
+    physics,
+    random_walk,
+    self_supervised,
+    semi_supervised,
+    unsupervised,
+)
+from hypergrad.tasks.semi_gradient import SemiGradient
+
+Problem = tuple[hg.Bilevel, PyTree]  # with the start of every training
+
+IMPLICIT, UNROLLED, JOINT = "implicit", "unrolled", "single loop"
+WARM_IMPLICIT, WARM_UNROLLED = (f"{name}, warm start" for name in (IMPLICIT, UNROLLED))
+SHARING = "sharing"
+
+
+class System(NamedTuple):
+    """Two hyperparameters of a task.
+
+    Attributes:
+      paradigm, data: for the table.
+      make: seed -> the problem and where every training starts.
+      solver: number of steps -> the inner solver, the same object each time.
+      num_steps: of a training.
+      alpha, space: where descents begin, and the box.
+      joint: how `w` moves in a single loop.
+      gradients: that a step of the solver makes.
+      absent: methods that cannot be, with the reason.
+    """
+
+    paradigm: str
+    data: str
+    make: Callable[[int], Problem]
+    solver: Callable[[int], Any]
+    num_steps: int
+    alpha: PyTree
+    space: PyTree
+    joint: optax.GradientTransformation
+    gradients: float = 1.0
+    absent: dict[str, str] = {}  # noqa: RUF012 - of a NamedTuple, never changed
+
+
+def descent(optimizer: Any) -> Callable[[int], hg.Descent]:
+    """By the number of steps."""
+    return functools.cache(lambda num_steps: hg.Descent(optimizer, num_steps))
+
+
+def box(low: float, high: float) -> hg.spaces.Interval:
+    """Of a scale."""
+    return hg.spaces.Interval(low, high, log=True)
+
+
+# Supervised: a penalty a layer.
+
+WRONG = 0.4  # of the training labels
+
+
+def supervised(seed: int) -> Problem:
+    """The network of `penalties`, on labels of which two fifths are wrong."""
+    task = penalties.make(key=jax.random.key(seed), variant="mlp")
+    problem, rng = task.problem, np.random.default_rng(seed)
+    y = problem.inner_data["y"]
+    wrong = (rng.random(len(y)) < WRONG) * rng.integers(1, 10, len(y))
+    train = problem.inner_data | {"y": (y + jnp.asarray(wrong, y.dtype)) % 10}
+    losses = problem.inner_loss, problem.outer_loss
+    return hg.Bilevel(*losses, train, problem.outer_data), task.w
+
+
+LAYER = hg.spaces.Interval(-8.0, 0.0)
+layers = lambda leaf: {"layers": {0: leaf, 1: leaf}}
+
+
+# Semi-supervised: what all pseudo-labels weigh, and the penalty.
+
+
+def pseudo_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """One weight for all in the task's loss, and a penalty that is learned."""
+    batch = batch | {"penalty": alpha["penalty"]}
+    return semi_supervised.train_loss(w, alpha["weight"], batch)
+
+
+def semi(seed: int) -> Problem:
+    task = semi_supervised.make(key=jax.random.key(seed), sizes=(50, 100, 400))
+    train, val = task.problem.inner_data, task.problem.outer_data
+    train = {name: train[name] for name in ("labelled", "unlabelled")}
+    return hg.Bilevel(pseudo_loss, semi_supervised.val_loss, train, val), task.w
+
+
+# Self-supervised: temperature and noise.
+
+NUM_IMAGES = 64
+REST = {name: self_supervised.DEFAULT[name] for name in ("crop", "shift")}
+
+
+class SameDraws(eqx.Module):
+    """A solver whose steps draw the same in every run, whatever the key.
+
+    ``key`` decides what; its step k draws with ``fold_in(key, k)``.
+    """
+
+    solver: hg.Descent
+    differentiable = True
+
+    @property
+    def num_steps(self) -> int:
+        return self.solver.num_steps
+
+    def init(
+        self, inner_loss: Any, w: PyTree, alpha: PyTree, data: Any, key: Array
+    ) -> tuple[PyTree, PyTree]:
+        w, state = self.solver.init(inner_loss, w, alpha, data, key)
+        return w, (state, jnp.zeros((), jnp.int32))
+
+    def step(
+        self, inner_loss: Any, carry: PyTree, alpha: PyTree, data: Any, key: Array
+    ) -> tuple[PyTree, PyTree]:
+        w, (state, count) = carry
+        key = jax.random.fold_in(jax.random.key(0), count)
+        w, state = self.solver.step(inner_loss, (w, state), alpha, data, key)
+        return w, (state, count + 1)
+
+    def solve(
+        self, inner_loss: Any, w: PyTree, alpha: PyTree, data: Any, key: Array
+    ) -> tuple[PyTree, Any]:
+        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        return w, inner_stats(self.num_steps, self.num_steps * fraction(data))
+
+
+def contrast_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """The task's, at its default crop and shift."""
+    return self_supervised.contrastive_loss(w, alpha | REST, batch)
+
+
+def contrast(seed: int) -> Problem:
+    task = self_supervised.make(key=jax.random.key(seed))
+    images = {"x": task.problem.inner_data.data["x"][:NUM_IMAGES]}
+    views = hg.Batches(images, keyed=True)
+    probe = task.problem.outer_data
+    return hg.Bilevel(contrast_loss, self_supervised.probe_error, views, probe), task.w
+
+
+CONTRAST = descent(optax.sgd(0.5, momentum=0.9))
+
+
+# Unsupervised: two precisions.
+
+
+def metric(alpha: PyTree) -> Array:
+    """A precision a measurement, [13]."""
+    parts = jnp.stack([alpha["first"], alpha["rest"]])
+    return jnp.repeat(parts, np.array([7, 6]), total_repeat_length=13)
+
+
+def mixture_loss(w: Array, alpha: PyTree, batch: PyTree) -> Array:
+    """``-log p`` of soft k-means, of training and of held-out wines."""
+    return unsupervised.kmeans_nll(w, metric(alpha), batch)
+
+
+def mixture(seed: int) -> Problem:
+    task = unsupervised.make(key=jax.random.key(seed), variant="kmeans")
+    train, val = task.problem.inner_data, task.problem.outer_data
+    return hg.Bilevel(mixture_loss, mixture_loss, train, val), task.w
+
+
+# Few-shot: how fast a shared start is adapted.
+
+NUM_TASKS = 16
+
+
+def adaptation(alpha: PyTree) -> optax.GradientTransformation:
+    """Gradient descent by one rate for the body and one for the head."""
+    return optax.partition(
+        {name: optax.sgd(alpha[name]) for name in ("body", "head")},
+        {"body": "body", "head": "head"},
+    )
+
+
+def characters(seed: int) -> Problem:
+    """Sixteen tasks of the training digits, from the network as it is at random."""
+    _, images, num_turns = few_shot.characters("small", "")
+    task = few_shot.make(
+        key=jax.random.key(seed), images=jnp.asarray(images), num_turns=num_turns,
+        num_tasks=NUM_TASKS,
+    )  # fmt: skip
+    support, query = task.problem.data(jax.random.key(seed))
+    support = {name: support[name] for name in ("x", "y")}
+    w = few_shot.shared_start(task.w, task.alpha)
+    return hg.Bilevel(few_shot.adaptation_loss, few_shot.query_loss, support, query), w
+
+
+IN_OPTIMIZER = "its rates stand in the optimizer, which {} does not see"
+ADAPTED = "a task is adapted to from the shared start by definition: no w is {}"
+
+
+# Federated: what a class's frequency makes of its loss.
+
+
+def scaled_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Vector scaling with ``omega = f^-weight`` and ``iota = shift log f``.
+
+    ``f`` is a class's frequency over the mean one, [clients, classes], all rows alike.
+    """
+    log_f = jnp.log(batch["frequency"][0])
+    scaling = {
+        "omega": jnp.exp(-alpha["weight"] * log_f),
+        "delta": jnp.ones_like(log_f),
+        "iota": alpha["shift"] * log_f,
+    }
+    return federated.train_loss(w, scaling, batch)
+
+
+def clients(seed: int) -> Problem:
+    task = federated.make(key=jax.random.key(seed))
+    train, val = task.problem.inner_data, task.problem.outer_data
+    count = np.bincount(np.ravel(train["y"]), minlength=federated.NUM_CLASSES)
+    frequency = jnp.asarray(np.maximum(count, 1) / np.mean(count), float)
+    rows = jnp.broadcast_to(frequency, (len(train["y"]), frequency.size))
+    train = train | {"frequency": rows}
+    return hg.Bilevel(scaled_loss, federated.val_loss, train, val), task.w
+
+
+LOCAL_STEPS = 5
+ROUNDS = functools.cache(
+    lambda num_rounds: federated.FedAvg(0.2, num_rounds, LOCAL_STEPS)
+)
+
+
+# Reinforcement: a discount for noisy states, and one for the others.
+
+
+def by_state(alpha: PyTree) -> Array:
+    """A discount a state, [19], by how far it is from 1."""
+    even = jnp.arange(random_walk.NUM_STATES) % 2 == 0
+    return 1 - jnp.where(even, alpha["even"], alpha["odd"])
+
+
+def backup_loss(w: Array, frozen: Array, alpha: PyTree, batch: PyTree) -> Array:
+    """Whose step of 1 is a Bellman backup."""
+    return random_walk.td_loss(w, frozen, by_state(alpha), batch)
+
+
+def bellman_error(w: Array, alpha: PyTree, batch: PyTree) -> Array:
+    """A loss with the same argmin."""
+    return backup_loss(w, w, alpha, batch)
+
+
+def walk(seed: int) -> Problem:
+    task = random_walk.make_mrp(jax.random.key(seed), 5, 20, 400)
+    train, val = task.problem.inner_data, task.problem.outer_data
+    return hg.Bilevel(bellman_error, random_walk.return_error, train, val), task.w
+
+
+BACKUP = optax.sgd(1.0)
+BACKUPS = functools.cache(lambda num: SemiGradient(backup_loss, BACKUP, num))
+
+
+# Physics: weights of boundary and sensors.
+
+
+def poisson_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """The residual weighs 1."""
+    weights = alpha | {"residual": jnp.ones(())}
+    return physics.poisson_loss(w, weights, batch)
+
+
+def log_misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Of the held-out sensors; the misfit itself spans four orders of magnitude."""
+    return jnp.log(physics.misfit(w, alpha, batch))
+
+
+def poisson(seed: int) -> Problem:
+    task = physics.make(key=jax.random.key(seed), variant="poisson")
+    train, val = task.problem.inner_data, task.problem.outer_data
+    return hg.Bilevel(poisson_loss, log_misfit, train, val), task.w
+
+
+DIGITS, SGD = "digits", optax.sgd
+SYSTEMS = {
+    "supervised": System(
+        "supervised", DIGITS, supervised, descent(SGD(0.3, momentum=0.9)), 50,
+        layers(-2.0), layers(LAYER), SGD(0.3),
+    ),
+    "semi_supervised": System(
+        "semi-supervised", DIGITS, semi, descent(SGD(0.5, momentum=0.9)), 50,
+        {"weight": 1.0, "penalty": 1e-2},
+        {"weight": box(0.01, 10.0), "penalty": box(1e-4, 1.0)}, SGD(0.5),
+    ),
+    "self_supervised": System(
+        "self-supervised", DIGITS, contrast,
+        functools.cache(lambda num_steps: SameDraws(CONTRAST(num_steps))), 20,
+        {"temperature": 0.1, "noise": 0.1},
+        {"temperature": box(0.05, 20.0), "noise": box(0.01, 1.0)}, SGD(0.5),
+    ),
+    "unsupervised": System(
+        "unsupervised", "wine", mixture, descent(SGD(1.0, momentum=0.5)), 10,
+        {"first": 0.5, "rest": 0.5},
+        {"first": box(0.1, 5.0), "rest": box(0.1, 5.0)}, SGD(1.0),
+    ),
+    "few_shot": System(
+        "few-shot", DIGITS, characters, descent(adaptation), 5,
+        {"body": 0.05, "head": 0.05},
+        {"body": box(0.02, 20.0), "head": box(0.01, 2.0)}, SGD(0.4),
+        absent={
+            IMPLICIT: IN_OPTIMIZER.format("Implicit"),
+            JOINT: IN_OPTIMIZER.format("SOBA"),
+            WARM_IMPLICIT: IN_OPTIMIZER.format("Implicit"),
+            WARM_UNROLLED: ADAPTED.format("carried"),
+            SHARING: ADAPTED.format("shared"),
+        },
+    ),
+    "federated": System(
+        "federated", DIGITS, clients, ROUNDS, 20,
+        {"weight": 0.0, "shift": 0.0},
+        {"weight": hg.spaces.Interval(-0.5, 3.0),
+         "shift": hg.spaces.Interval(-1.5, 1.0)},
+        SGD(0.2), gradients=LOCAL_STEPS + 1.0,
+    ),
+    "reinforcement": System(
+        "reinforcement", "simulated", walk, BACKUPS, 100,
+        {"even": 0.1, "odd": 0.1},
+        {"even": box(1e-3, 0.5), "odd": box(1e-3, 0.5)}, SGD(0.25),
+    ),
+    "physics": System(
+        "physics-informed", "simulated", poisson, descent(optax.adam(1e-2)), 200,
+        {"boundary": 1.0, "data": 1.0},
+        {"boundary": box(0.01, 1000.0), "data": box(0.01, 1000.0)}, optax.adam(1e-2),
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def problem_of(task: str, seed: int) -> Problem:
+    """Made once a process."""
+    return SYSTEMS[task].make(seed)
+
+
+def fingerprinted(problem: Problem) -> dict[str, np.ndarray]:
+    """The arrays of a problem and of its start by name, for `record.fingerprint`."""
+    leaves, _ = jax.tree.flatten_with_path(problem)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
