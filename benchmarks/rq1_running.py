@@ -133,7 +133,7 @@ def value(
 
 def start_of(task: str) -> PyTree:
     """The ``alpha`` at which descents begin."""
-    return jax.tree.map(jnp.float32, SYSTEMS[task].alpha)
+    return jax.tree.map(lambda x: jnp.asarray(x, float), SYSTEMS[task].alpha)
 
 
 def trained(task: str, seed: int, alpha: PyTree) -> tuple[float, PyTree]:
@@ -263,7 +263,7 @@ def seek(task: str, method: str, seed: int, bound: float = -math.inf) -> dict:
 
 def at(task: str, seed: int, alpha: np.ndarray) -> float:
     """``h`` at the two numbers."""
-    leaves = list(map(jnp.float32, alpha))
+    leaves = [jnp.asarray(x, float) for x in alpha]
     structure = jax.tree.structure(SYSTEMS[task].alpha)
     return trained(task, seed, structure.unflatten(leaves))[0]
 
@@ -283,7 +283,9 @@ def run(task: str, method: str, seed: int, setting: float) -> Row:
     problem, w = problem_of(task, seed)
     of = known(task, seed)
     if method in WAYS:
-        columns = program(descend, task, method)(problem, w, jnp.float32(setting))
+        columns = program(descend, task, method)(
+            problem, w, jnp.asarray(setting, float)
+        )
         columns = {name: np.asarray(x, float) for name, x in columns.items()}
     elif method == "grid":
         columns = whole_grid(task, seed)
