@@ -64,6 +64,15 @@ def test_exponentials_and_roots_are_told_apart():
     assert (found.fixed, found.transcendentals) == (20, 10)
 
 
+@pytest.mark.parametrize("name", ["tanh", "arcsin", "arccos", "arctanh"])
+def test_derivatives_of_elementary_functions_have_prices(name: str):
+    """Some by an operation of their own, ``1 - x^2``."""
+    function = lambda x: jnp.sum(getattr(jnp, name)(x))
+    found = hg.cost.flops(jax.grad(function), jnp.full(5, 0.5))
+    assert found.unknown == ()
+    assert 2 * 5 <= found.total() <= 8 * 5
+
+
 def test_what_no_output_needs_is_not_counted():
     """The value of a loss under its gradient, say; nor in the body of a loop."""
     loss = lambda w: 0.5 * jnp.vdot(w, w)

@@ -19,8 +19,8 @@ from jax.interpreters import partial_eval
 ELEMENTWISE = {
     *("abs", "add", "add_any", "ceil", "clamp", "div", "eq", "eq_to", "floor", "ge"),
     *("gt", "integer_pow", "is_finite", "le", "le_to", "lt", "lt_to", "max", "min"),
-    *("mul", "ne", "neg", "nextafter", "pmax", "pmin", "psum", "psum_invariant"),
-    *("rem", "round", "sign", "square", "sub"),
+    *("mul", "ne", "neg", "nextafter", "one_minus_square", "pmax", "pmin", "psum"),
+    *("psum_invariant", "rem", "round", "sign", "square", "sub"),
 }
 TRANSCENDENTAL = {
     *("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e"),
