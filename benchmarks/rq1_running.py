@@ -270,12 +270,10 @@ def at(task: str, seed: int, alpha: np.ndarray) -> float:
 
 def of_incumbents(values: np.ndarray, truth: Callable[[int], float]) -> np.ndarray:
     """``truth`` of the index of the lowest value so far, at every trial."""
-    found, best = np.empty_like(values), np.inf
-    for index, one in enumerate(values):
-        if index == 0 or one < best:
-            best, held = one, truth(index)
-        found[index] = held
-    return found
+    best = np.minimum.accumulate(values)
+    first = np.searchsorted(-best, -best)  # where the best so far was found
+    told = {index: truth(int(index)) for index in np.unique(first)}
+    return np.array([told[index] for index in first])
 
 
 def run(task: str, method: str, seed: int, setting: float) -> Row:
@@ -304,7 +302,7 @@ def judged(columns: dict[str, np.ndarray], first: float, of: Known, most: float)
     """
     spent = {name: np.cumsum(columns[name]) for name in (*PARTS, "products")}
     spent["inner"] = spent["inner"] + first
-    total, h = sum(spent[name] for name in PARTS), columns["h"]
+    total, h = np.sum([spent[name] for name in PARTS], axis=0), columns["h"]
     paid = np.flatnonzero(np.isfinite(h) & (total <= most))
     if not paid.size:
         nothing = dict.fromkeys((*PARTS, "products", "steps"), 0.0)
