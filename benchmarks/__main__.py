@@ -21,10 +21,12 @@ def main(arguments: list[str]) -> int:
 
     from hypergrad.studies.table import Request, check
 
-    from .tables import TABLES
+    from .tables import ALIASES, TABLES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["list", *TABLES], help="of the table")
+    parser.add_argument(
+        "name", choices=["list", *TABLES, *ALIASES], help="of the table"
+    )
     parser.add_argument("--seeds", type=int, help="how many, from 0")
     parser.add_argument("--scale", choices=["small", "paper"], default="small")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
@@ -40,8 +42,10 @@ def main(arguments: list[str]) -> int:
     if given.name == "list":
         for table in TABLES.values():
             print(f"{table.name:12}  {table.minutes:3} min  {table.source}")
+        for alias, name in ALIASES.items():
+            print(f"{alias:12}  is {name}")
         return 0
-    table = TABLES[given.name]
+    table = TABLES[ALIASES.get(given.name, given.name)]
     if given.check is not None:
         verdicts = check(table, given.check)
         for verdict in verdicts:

@@ -570,3 +570,28 @@ def parts(
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def claims(counts: dict[str, dict[str, int]], path: Path) -> None:
+    """Bars of claims that came out one way or the other, a line a problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(
+        figsize=(9, 0.4 * len(counts) + 1), layout="constrained"
+    )
+    left = np.zeros(len(counts))
+    names = list(next(iter(counts.values())))
+    for name, color in zip(names, ("#3b7a57", "#c9c9c9"), strict=True):
+        widths = np.array([of[name] for of in counts.values()])
+        bars = axis.barh(list(counts), widths, left=left, color=color, label=name)
+        axis.bar_label(bars, [str(n) if n else "" for n in widths], label_type="center")
+        left = left + widths
+    axis.invert_yaxis()
+    axis.set_xlabel("claims, as committed rows have them")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

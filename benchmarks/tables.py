@@ -13,6 +13,7 @@ from . import (
     pareto,
     population,
     quadratics,
+    questions,
     searching_grid,
     searching_table,
     soba_step,
@@ -20,6 +21,8 @@ from . import (
     warm_start,
 )
 
+#: Research questions that one table answers.
+ALIASES = {"rq3": "pareto"}
 TABLES = {
     table.name: table
     for table in (
@@ -45,5 +48,6 @@ TABLES = {
         gates.TABLE,
         pareto.GRID,
         pareto.TABLE,
+        questions.TABLE,
     )
 }

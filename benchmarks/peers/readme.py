@@ -20,7 +20,7 @@ COMMAND = "python -m benchmarks peers"
 def section(rows: list[Row]) -> str:
     """A line a claim, then how it was measured."""
     if not rows:
-        return f"Not measured yet: `{COMMAND}`.\n"
+        return "Not measured yet.\n"
     found, asked = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
     lines = ["| work | of ours | is | at most | | reach for | |", "|---" * 7 + "|"]
     for claim in CLAIMS:
