@@ -68,7 +68,8 @@ def differentiate(
     """``dM/dalpha - Jᵀ v`` with ``(H + damping I) v = dM/dw``, begun at ``start``.
 
     ``prepared`` is what the linear solver may have made of an ``H`` like this one, and
-    ``curvature`` may stand for ``H`` in the solve, but not in what is reported.
+    ``curvature`` may stand for ``H`` in the solve; the residual and the sign of
+    ``v'Hv`` are those of ``H``, of whose spectrum nothing else is seen then.
     """
     loss = problem.inner_loss
     product = damped_product(problem, w, alpha, batch, damping, curvature)
@@ -78,8 +79,12 @@ def differentiate(
         v, solved = solve(linear_solver, product, b, v, prepared)
         gradient, Hv, cross = hvp_and_cross(loss, w, alpha, batch, v)
         solved["num_products"] += 1
-        solved["negative_curvature"] |= dot(v, Hv) < 0
         mean = norm(b) / norm(v)  # NaN for b = 0, which says nothing
+        if curvature is not None:  # it was not H that the solve saw
+            unseen = jnp.full_like(mean, jnp.nan)
+            solved |= {"ritz_min": unseen, "ritz_max": unseen}
+            solved["negative_curvature"] = jnp.asarray(False)
+        solved["negative_curvature"] |= dot(v, Hv) < 0
         return gradient, v, cross, relative_residual(b, Hv), mean, solved
 
     if problem.num_objectives is not None:

@@ -53,7 +53,7 @@ class Composition:
             sees=("losses",),
             use="a network whose H is indefinite where its training ends",
             avoid="a loss whose H is positive definite",
-            why="the products stay positive semi-definite; the loss is a Composition",
+            why="convex costs and penalties have products that are never negative",
         ),
     )
 

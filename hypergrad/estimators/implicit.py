@@ -65,8 +65,8 @@ class Implicit(eqx.Module):
       damping: added to ``H`` in the solve. ``adjoint_residual`` is that of ``H``
         itself, so it shows the bias that damping brings.
       curvature: ``(w, alpha, batch, v) -> product`` that stands for ``H v`` in the
-        solve, such as `Composition.gauss_newton`, which stays positive semi-definite
-        where ``H`` does not; the bias shows like damping's.
+        solve, such as `Composition.gauss_newton`. The bias shows like damping's; as
+        nothing is seen of the spectrum of ``H``, only ``certify`` can trust it.
       correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
         that does not make ``dL/dw`` smaller, or meets negative curvature, is not taken.
         On all data; keyed batches have one key an estimate, so the minimum for that.
@@ -362,7 +362,7 @@ class Implicit(eqx.Module):
             self.curvature,
         )
         trusted, num_outer_grads = jnp.asarray(False), 1
-        if not self.certify:
+        if not (self.certify or self.curvature is not None):
             trusted = self._judge(problem, w, alpha, at, outer_batch)
             num_outer_grads = 2
         spent = spent | {"num_outer_grads": num_outer_grads}
