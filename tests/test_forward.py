@@ -174,7 +174,7 @@ def test_the_distance_to_implicit(kind):
 
 
 @pytest.mark.parametrize(("leaves", "kind"), [(3, hg.Forward), (4, hg.Unrolled)])
-def test_through_takes_the_mode_that_costs_less(leaves: int, kind):
+def test_through_takes_the_mode_by_the_numbers_in_alpha(leaves: int, kind):
     """Forward mode for three numbers, reverse mode for four; settings go along."""
     alpha = {"rate": jnp.asarray(-2.0), "rest": jnp.zeros(leaves - 1)}
     solver = hg.Descent(lambda alpha: optax.sgd(jnp.exp(alpha["rate"])), 7)

@@ -1,6 +1,4 @@
-"""Which way through the inner loop is cheaper."""
-
-from typing import Any
+"""Which way through the inner loop to take."""
 
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
@@ -13,18 +11,24 @@ FEW = 3
 
 
 def through(
-    solver: IterativeSolver, alpha: PyTree, **settings: Any
+    solver: IterativeSolver,
+    alpha: PyTree,
+    *,
+    warm_start: bool | None = None,
+    certify: bool = False,
+    outer_batch_size: int | None = None,
 ) -> Forward | Unrolled:
-    """The derivative through all of the solver's steps, by the mode that costs less.
+    """The derivative through all of the solver's steps, by the mode that suits alpha.
 
     Args:
       solver: an inner solver whose iterations may be differentiated.
       alpha: hyperparameters like those to come; N numbers in all.
-      **settings: ``warm_start``, ``certify``, ``outer_batch_size``, as in `Unrolled`.
+      warm_start, certify, outer_batch_size: as in `Unrolled`.
 
     Returns:
-      `Forward`, about 1 + N inner runs in memory flat in the steps, for N up to three;
-      else `Unrolled`, about four inner runs whatever N. Both are exact.
+      `Forward` for N up to three: T gradients and N T products, batched, in memory
+      that is flat in the steps. Else `Unrolled`: 2 T gradients and T products, whatever
+      N. Both are exact.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.1), 1000)
@@ -33,6 +37,10 @@ def through(
     >>> type(hg.through(solver, jnp.zeros(50))).__name__
     'Unrolled'
     """
-    size = ravel_pytree(alpha)[0].size
-    estimator = Forward if size <= FEW else Unrolled
-    return estimator(solver, **settings)
+    estimator = Forward if ravel_pytree(alpha)[0].size <= FEW else Unrolled
+    return estimator(
+        solver,
+        warm_start=warm_start,
+        certify=certify,
+        outer_batch_size=outer_batch_size,
+    )
