@@ -220,7 +220,10 @@ class Folder:
         if seal != _seal(said):
             raise Damaged(f"{self._file(step).name} is not as it was written")
         _compare(self.path, said["run"], self.run)
-        found = _hashes(self._arrays(step))
+        try:
+            found = _hashes(self._arrays(step))
+        except OSError as error:
+            raise Damaged(f"{self._arrays(step).name} cannot be read") from error
         if found != said["files"]:
             names = sorted(found.keys() | said["files"].keys())
             wrong = [

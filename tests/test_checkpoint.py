@@ -1,5 +1,6 @@
 """Checkpoints: whatever interrupts a run, it ends with the bits of an unbroken one."""
 
+import errno
 import functools
 import os
 import shutil
@@ -303,6 +304,25 @@ def test_a_damaged_file_never_leads_to_a_wrong_result(seeds, finished, tmp_path)
         assert all("is damaged" in str(each.message) for each in said), what
         warned += len(said)
     assert warned  # the newest was hit at least once
+
+
+def test_a_file_that_cannot_be_read_is_as_a_damaged_one(
+    finished, tmp_path, monkeypatch
+):
+    """An error of the disk at the newest arrays: the checkpoint before is used."""
+    folder, read, once = tmp_path / "unread", Path.open, [True]
+
+    def faulty(self, mode="r", *args, **kwargs):
+        if "step-000000004/" in self.as_posix() and mode == "rb" and once:
+            once.clear()
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, mode, *args, **kwargs)
+
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(Path, "open", faulty)
+    with pytest.warns(UserWarning, match=r"is damaged.*cannot be read"):
+        found = run(checkpoints=hg.Checkpoints(folder))
+    assert bits(found) == unbroken()
 
 
 def test_two_damaged_checkpoints_are_an_error(finished, tmp_path):
