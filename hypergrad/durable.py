@@ -4,6 +4,7 @@ A rename is seen whole or not at all; but unless the disk was waited for, what w
 renamed may be empty after a power cut, and a folder may lack its name.
 """
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -20,9 +21,12 @@ def write(path: Path, content: str | bytes) -> None:
     ['table.md']
     """
     draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    settle(draft)
-    draft.replace(path)
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        settle(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     settle(path.parent)
 
 
@@ -30,7 +34,7 @@ def append(file: IO[str], text: str) -> None:
     """Adds to an open file; for good once this returns."""
     file.write(text)
     file.flush()
-    os.fsync(file.fileno())
+    _sync(file.fileno())
 
 
 def make_folder(path: Path) -> None:
@@ -38,22 +42,25 @@ def make_folder(path: Path) -> None:
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in made:
-        settle(folder.parent)
+        with contextlib.suppress(PermissionError):  # one that may not be read
+            settle(folder.parent)
 
 
 def settle(path: Path) -> None:
-    """Waits until a file's bytes, or the names in a folder, are on the disk.
-
-    Cost: some milliseconds.
-    """
+    """Waits until a file's bytes, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that cannot be asked to
             raise
-    finally:
-        os.close(descriptor)
 
 
 def settle_all(folder: Path) -> None:

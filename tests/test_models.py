@@ -1,6 +1,7 @@
 """Models that are kept: what was saved comes back to the bit, or an error says why."""
 
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -445,7 +446,15 @@ def test_without_locks_a_version_is_still_not_overwritten(tmp_path, monkeypatch)
     """As on a disk of a network that has none."""
     hg.models.save("m", W, ALPHA, folder=tmp_path)
     before = files(tmp_path)
-    monkeypatch.setattr(store, "_wait_for", lambda lock: None)
+
+    def none(lock, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / "m" / ".part-of-another").mkdir()  # who may be at work
+    assert hg.models.save("m", 1, ALPHA, folder=tmp_path).version == 2
+    assert (tmp_path / "m" / ".part-of-another").exists()
+    before = files(tmp_path)
     monkeypatch.setattr(store, "_versions", lambda home: [])
     with pytest.raises(OSError, match="m could not be saved"):
         hg.models.save("m", 0, ALPHA, folder=tmp_path)

@@ -5,6 +5,7 @@ by a rename; it is never written again. ``sha256sum -c SHA256SUMS`` checks it to
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +149,9 @@ def save(
     with _errors_in_words(name, home.parent):
         durable.make_folder(home)
         with (home / ".lock").open("a") as lock:
-            _wait_for(lock)
-            for begun in home.glob(".part-*"):  # by one that was killed
-                shutil.rmtree(begun)
+            if _wait_for(lock):
+                for begun in home.glob(".part-*"):  # by one that was killed
+                    shutil.rmtree(begun)
             record["version"] = 1 + max(_versions(home), default=0)
             return _written(home, record, content)
 
@@ -158,7 +160,7 @@ def _written(home: Path, record: dict[str, Any], content: bytes) -> Model:
     """All files of a version, and only then its folder by its name."""
     said = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
     sums = f"{_sha256(said)}  {RECORD}\n{_sha256(content)}  {ARRAYS}\n".encode()
-    draft, path = home / f".part-{record['version']}", home / str(record["version"])
+    draft, path = home / f".part-{uuid.uuid4().hex}", home / str(record["version"])
     try:
         draft.mkdir()
         for file, bytes_of in ((RECORD, said), (ARRAYS, content), (SUMS, sums)):
@@ -233,14 +235,9 @@ def export(
     found = arrays.read(content, model.leaves)
     found = {name: arrays.widened(array) for name, array in found.items()}
     path = Path(path)
-    draft = path.with_name(path.name + ".part")
     if path.exists():
         raise ValueError(f"{path} is there already; give another file")
-    try:
-        draft.write_bytes(arrays.written(found))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    durable.write(path, arrays.written(found))
     return model
 
 
@@ -386,11 +383,17 @@ def _errors_in_words(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _wait_for(lock: Any) -> None:
-    """Until no other process or thread saves this name."""
+def _wait_for(lock: Any) -> bool:
+    """Until no one else saves this name; False where that cannot be told."""
     import fcntl
 
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return False
+    return True
 
 
 def _clear(draft: Path) -> None:
