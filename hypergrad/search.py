@@ -198,6 +198,8 @@ def search(
             check_metrics(metrics, w, alpha)
             if record is not None or len(trials):
                 name = _name(problem, solver, w, alpha, metrics, trial_key)
+                if executor == "vmap":  # whose bits are others
+                    name = fingerprint(name, f"vmap of {batch_size}")
         numbers = range(len(rows), len(rows) + len(batch))
         results: dict[int, tuple[Any, Any]] = {}
         for i, (alpha, trial_key) in enumerate(batch):

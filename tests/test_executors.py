@@ -236,6 +236,9 @@ def test_side_by_side_in_one_program():
         rest, resumed = recorded(**settings, executor="vmap", trials=rows[:k])
         assert rest == rows[k:]
         same_bits(resumed, together)
+    for other in ({}, {"executor": "vmap", "batch_size": 4}):  # their bits are others
+        with pytest.raises(ValueError, match="was recorded with another"):
+            search(**settings | other, trials=rows[:3])
 
 
 class Fails:
