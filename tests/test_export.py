@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import hypergrad as hg
 from hypergrad import runs
 from hypergrad.runs import commands, export
+from hypergrad.studies import STUDIES, record
 from tests.test_runs import start
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -48,9 +50,22 @@ def test_a_row_is_a_run_with_its_curves():
         assert one.numbers["test_accuracy"] == row["test_accuracy"]
         assert [step["value"] for step in one.steps] == row.get("curve_value", [])
         assert [step["cost"] for step in one.steps] == row.get("curve_cost", [])
-        numbers = [x for x in row.values() if isinstance(x, int | float)]
-        numbers = len(numbers) - 2  # seed and setting
-        assert len(one.numbers) == numbers
+
+
+STUDIES_WITH_ROWS = sorted(
+    path.stem for path in RESULTS.glob("*.jsonl") if path.stem in STUDIES
+)
+
+
+@pytest.mark.parametrize("name", STUDIES_WITH_ROWS)
+def test_no_number_of_a_row_is_lost(name: str):
+    """Learned hyperparameters, which are lists, and curves of whatever length too."""
+    for row in record.read(RESULTS / f"{name}.jsonl"):
+        one = export._of_row(name, {}, row, 0.0)
+        told = [*one.numbers.values(), *(x for s in one.steps for x in s.values())]
+        own = {k: x for k, x in row.items() if k not in export.OF_ONE}
+        leaves = [x for x in jax.tree.leaves(own) if not isinstance(x, str)]
+        assert sorted(told) == sorted(map(float, leaves))
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -125,7 +140,7 @@ def test_tensorboard_reads_what_was_written(trace, tmp_path, capsys):
     commands.export_run(run.path, "tensorboard", out)
     assert f"wrote 2 rows\ntensorboard --logdir {out}" in capsys.readouterr().out
     for shown, row in zip(runs.of_run(run), run.rows, strict=True):
-        folder = out / "toy" / row["method"] / "seed-0"
+        folder = out / "toy" / row["method"] / "seed-0" / shown.digest
         assert scalars(folder) == in_single(expected(shown))
         found = EventAccumulator(str(folder)).Reload()
         assert found.FirstEventTimestamp() == shown.started
@@ -137,9 +152,12 @@ def test_tensorboard_reads_what_was_written(trace, tmp_path, capsys):
     assert "wrote 2 rows, 2 were there" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in files} == files
     assert len([path for path in out.rglob("*") if path.is_file()]) == 4
-    shown = shown_trace(trace)
-    assert runs.to_tensorboard([shown._replace(name="../x y")], out) == 1
-    assert scalars(out / "-" / "x-y") == in_single(expected(shown))
+    shown = shown_trace(trace)._replace(name="../x y")
+    again = shown._replace(numbers=shown.numbers | {"extra": 1.0})
+    assert runs.to_tensorboard([shown, again], out) == 2
+    for one in (shown, again):
+        folder = out / "-" / "x-y" / one.digest
+        assert scalars(folder) == in_single(expected(one))
     assert not list(tmp_path.rglob("*.part"))
 
 

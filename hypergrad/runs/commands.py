@@ -129,6 +129,8 @@ def export_run(
     there = len(shown) - written
     print(f"wrote {written} rows" + f", {there} were there" * (there > 0))
     print(f"{to} {'ui ' * (to == 'mlflow')}{view}")
+    if to == "mlflow":
+        print("(the viewer is in mlflow itself: pip install mlflow)")
 
 
 COMMANDS = {

@@ -6,6 +6,7 @@ step by step. What is there already, by a digest of all of it, is not written ag
 
 import datetime
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -57,10 +58,10 @@ def of_run(run: Run) -> list[Shown]:
 
 def _of_row(task: str, facts: dict[str, str], row: record.Row, started: float) -> Shown:
     words = {k: str(x) for k, x in row.items() if isinstance(x, str) or k in OF_ONE}
-    numbers = {k: x for k, x in row.items() if k not in words and not _is_list(x)}
     curves = {name: x for name, x in row.items() if CURVE.match(name)}
+    numbers = {k: x for k, x in row.items() if k not in words and k not in curves}
     names = [CURVE.sub("", name) or name for name in curves]
-    steps = zip(*curves.values(), strict=False)
+    steps = itertools.zip_longest(*curves.values())
     return Shown(
         f"{task}/{row['method']}/seed {row['seed']}",
         facts | words,
@@ -89,19 +90,14 @@ def of_trace(
 
 
 def _finite(row: Mapping[str, Any]) -> Numbers:
-    """Its numbers, truth as 0 and 1; of several losses one a loss."""
-    spread = {}
+    """Its numbers, truth as 0 and 1; of a list each, as ``name/0`` and so on."""
+    found: Numbers = {}
     for name, x in row.items():
-        if _is_list(x):
-            spread |= {f"{name}/{i}": each for i, each in enumerate(x)}
-        else:
-            spread[name] = x
-    known = lambda x: isinstance(x, bool | int | float) and math.isfinite(x)
-    return {name: float(x) for name, x in spread.items() if known(x)}
-
-
-def _is_list(x: Any) -> bool:
-    return isinstance(x, list)
+        if isinstance(x, list):
+            found |= _finite({f"{name}/{i}": each for i, each in enumerate(x)})
+        elif isinstance(x, bool | int | float) and math.isfinite(x):
+            found[name] = float(x)
+    return found
 
 
 def _seconds(started: str) -> float:
@@ -145,7 +141,7 @@ def to_tensorboard(shown: Iterable[Shown], folder: Path) -> int:
 
     written = 0
     for one in shown:
-        path = folder / _path(one.name) / f"events.out.tfevents.{one.digest}"
+        path = folder / _path(one.name) / one.digest / "events.out.tfevents.rows"
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
