@@ -341,7 +341,7 @@ def test_repetitions_go_in_turns(fake):
     assert turns == ["a1", "b1", "a3", "b3", "a3", "b3"]
     assert [row["seconds"] for row in rows] == [pytest.approx([0.2, 0.3])] * 2
     (row, _) = rows
-    assert row["work"], row["method"] == ("w1-unrolled", "a")
+    assert (row["work"], row["method"]) == ("w1-unrolled", "a")
     assert (row["first"], row["peak"], row["scratch"]) == (1.5, 7, 3)
     assert row["notes"] == {"more": 1}
     assert row["versions"] == {"a": "1"}
@@ -522,6 +522,9 @@ def test_a_run_keeps_whole_works_and_goes_on(tmp_path, monkeypatch):
         rows = [r for r in made_up() if r["work"] == work]
         return [row | {"seed": 0} for row in rows if row["method"] in contenders]
 
+    def interrupted(work, contenders):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(table, "measure", measure)
     peers = table.of(lambda name: Path(sys.executable))
     request = table.Request("small", 1, tmp_path, "the command")
@@ -530,8 +533,14 @@ def test_a_run_keeps_whole_works_and_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "peers.jsonl"
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
-    path.write_text("".join(lines[:2] + lines[3:]))
+    some = "".join(lines[:2] + lines[3:])
+    path.write_text(some)
     asked.clear()
+    monkeypatch.setattr(table, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        peers.run(peers, request)
+    assert path.read_text() == some
+    monkeypatch.setattr(table, "measure", measure)
     peers.run(peers, request)
     assert asked == ["w1-unrolled"]
     assert path.read_text() == whole

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from hypergrad import durable
 from hypergrad.checkpoint import hold
 from hypergrad.studies import record
 from hypergrad.studies.progress import progress
@@ -47,15 +48,15 @@ def running(python: Callable[[str], Path]) -> Callable[[Table, Request], None]:
         with path.open("a") as file, progress(len(WORKS)) as tick:
             hold(file, path)
             there = by_work(resume(path, made))
-            file.truncate(0)
             for work in WORKS:
                 names = contenders(work)
                 rows = list(there.get(work, {}).values())
                 if [row["method"] for row in rows] != names:
                     found = measure(work, {name: python(name) for name in names})
-                    rows = [row | made for row in found]
-                file.write("".join(map(record.line, rows)))
-                file.flush()
+                    there[work] = {row["method"]: row | made for row in found}
+                    kept = [r for w in WORKS for r in there.get(w, {}).values()]
+                    file.truncate(0)
+                    durable.append(file, "".join(map(record.line, kept)))
                 tick(work)
         rows = record.read(path)
         text = markdown(table, rows, request.command)
