@@ -73,7 +73,9 @@ def test_an_answer_is_right_or_known_to_be_wrong(
 
 
 def test_every_work_is_done_by_a_user_of_pytorch_alone() -> None:
-    assert {*works("torch_by_hand"), *works("torch_func")} == set(WORKS)
+    """But what is asked of ours alone."""
+    alone = {"w2-lowmem", "w2-indefinite", "dispatch", "eight", "compile"}
+    assert {*works("torch_by_hand"), *works("torch_func")} == set(WORKS) - alone
 
 
 def test_a_contender_without_an_environment_runs_where_we_do() -> None:
@@ -250,9 +252,11 @@ def few_shot(given: Tree) -> np.ndarray:
             )
             spread = lambda part: part[None, None, None]
             x = (x - mean) / jnp.sqrt(variance + 1e-5) * spread(scale) + spread(shift)
-            number, height, width, channels = x.shape
-            x = jax.nn.relu(x)[:, : height // 2 * 2, : width // 2 * 2]
-            x = x.reshape(number, height // 2, 2, width // 2, 2, channels).max((2, 4))
+            # A maximum by `max` may be no entry of what is compared to it: 0 / 0.
+            size = (1, 2, 2, 1)
+            x = jax.lax.reduce_window(
+                jax.nn.relu(x), -jnp.inf, jax.lax.max, size, size, "VALID"
+            )
         return x.reshape(len(x), -1) @ w[-2] + w[-1][None]
 
     def loss(init: Tree, x: Tree, y: Tree, x_val: Tree, y_val: Tree) -> jax.Array:
