@@ -116,7 +116,7 @@ def minimize(
       time_limit: seconds after which no further chunk of steps is begun, a chunk being
         the steps between checkpoints, else a twentieth of the run. With ``checkpoints``
         the same call goes on later.
-      memory_limit: bytes; no further chunk of steps is begun while this process has
+      memory_limit: bytes; after a chunk of steps the run stops where this process has
         more than that in the host's memory. It is looked at between chunks alone, so
         that what one of them needs has to fit beside it, and on Linux alone; memory of
         accelerators does not count.

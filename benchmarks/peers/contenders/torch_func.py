@@ -55,7 +55,7 @@ def forward(problem: Problem) -> Callable[[], np.ndarray]:
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
-    """Four tasks at a time: all at once are slower here, and take 14 GB."""
+    """Four tasks at a time: all at once take many times the memory."""
     given = tasks(data)
     slopes_of = grad(
         lambda parts, x, y: F.cross_entropy(convolutions(parts, x), y),
