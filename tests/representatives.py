@@ -208,6 +208,10 @@ REPRESENTATIVES = {
         "test_the_logistic_problem_of_grazzi_2020": {"CG-5"},
         "test_what_several_losses_share_counts_once": {"linear0-25"},
     },
+    "test_executors": {
+        "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
+        "test_an_executor_makes_the_trace_of_one_process": {"descent", "metrics"},
+    },
     "test_fixed_point": {
         "test_equals_the_closed_form": {
             *(

@@ -221,9 +221,12 @@ def test_a_search_killed_within_a_batch_repeats_no_trial():
     same_bits(search(batch_size=4, trials=old), trace)
 
 
+BATCHES = {"problem": descends, "budget": 17.0, "batch_size": 3}
+
+
 def test_side_by_side_in_one_program():
     """The trials of one by one, but for rounding; each batch is one call."""
-    settings = {"problem": descends, "budget": 17.0, "batch_size": 3}
+    settings = BATCHES
     whole, trace = recorded(**settings)
     rows, together = recorded(**settings, executor="vmap")
     assert len(rows) == len(whole) == 8  # of 7/4 + 1/3 each; the last batch has two
@@ -232,13 +235,20 @@ def test_side_by_side_in_one_program():
     for x, y in zip(*map(jax.tree.leaves, (together, trace)), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, rtol=1e-12, equal_nan=True)
-    for k in (1, 3, 5, 8):  # also within a batch, to the same bits
-        rest, resumed = recorded(**settings, executor="vmap", trials=rows[:k])
-        assert rest == rows[k:]
-        same_bits(resumed, together)
     for other in ({}, {"executor": "vmap", "batch_size": 4}):  # their bits are others
         with pytest.raises(ValueError, match="was recorded with another"):
             search(**settings | other, trials=rows[:3])
+
+
+@pytest.mark.parametrize(
+    "k", [5, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3, 8))]
+)
+def test_side_by_side_goes_on_to_the_same_bits(k: int):
+    """After a batch, and within one."""
+    rows, together = recorded(**BATCHES, executor="vmap")
+    rest, resumed = recorded(**BATCHES, executor="vmap", trials=rows[:k])
+    assert rest == rows[k:]
+    same_bits(resumed, together)
 
 
 class Fails:

@@ -667,7 +667,8 @@ def test_eight_devices_train_what_one_does():
     """Members over forced host devices; data that is committed to the first one."""
 
     def values(count):
-        flags = f"--xla_force_host_platform_device_count={count}"
+        flags = os.environ.get("XLA_FLAGS", "")
+        flags += f" --xla_force_host_platform_device_count={count}"
         found = subprocess.run(
             [sys.executable, "-c", SPREAD], capture_output=True, text=True, check=True,
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

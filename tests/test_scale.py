@@ -26,7 +26,8 @@ DOUBLE = {"float32": (), "float64": ("from outside",)}
 
 def started(num_devices: int, *arguments: str) -> subprocess.Popen:
     """`tests.scale_cases` on so many devices of its own."""
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={num_devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.scale_cases", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
