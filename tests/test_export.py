@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import runs
+from hypergrad import cli, runs
 from hypergrad.runs import commands, export
 from hypergrad.studies import STUDIES, record
 from tests.test_runs import start
@@ -93,11 +94,13 @@ def test_a_trace_is_a_run(trace):
 
 @pytest.mark.parametrize("to", ["mlflow", "tensorboard"])
 def test_what_is_not_installed_is_named(to: str, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, to, None)
+    """Through the command, as README writes it."""
+    monkeypatch.setitem(sys.modules, to, None)
     monkeypatch.chdir(tmp_path)
     run = start(tmp_path, seeds=1)
+    monkeypatch.setattr(sys, "argv", ["hypergrad", "runs", "export", str(run.path), to])
     with pytest.raises(SystemExit, match=rf"pip install 'hypergrad-jax\[{to}\]'"):
-        commands.export_run(run.path, to)
+        cli.main()
     assert not (tmp_path / "mlflow.db").exists()
 
 
