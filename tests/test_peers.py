@@ -467,15 +467,18 @@ def test_rows_that_break_a_claim(claim):
 
 
 def test_the_fastest_that_is_right_is_the_peer():
-    """One that is wrong, or was rarely clean, is none, however fast."""
+    """One that is wrong is none, however fast; one that was rarely clean stays it."""
     rows = made_up()
     of(rows, "w4", "higher")["seconds"] = [2e-7] * 5
     of(rows, "w4", "torchopt").update(seconds=[1e-7] * 5, reason="wrong: by far")
-    of(rows, "w4", "boat")["seconds"] = [1e-7] * 4
     (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
     assert ": 0.5 (1e-07 s, higher 2e-07 s), at most 1 claimed: met; 0.6 reached" in (
         first.text
     )
+    of(rows, "w4", "higher")["seconds"] = [2e-7] * 4
+    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
+    assert first.failed
+    assert "higher has 4 clean repetitions of 5" in first.text
     for row in rows:
         if row["method"] in claims.TORCH:
             row["reason"] = "wrong"
