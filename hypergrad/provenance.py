@@ -28,7 +28,8 @@ def versions() -> dict[str, Any]:
 def packages() -> dict[str, str]:
     """All that is installed."""
     there = importlib.metadata.distributions(path=sys.path)
-    return dict(sorted((one.name.lower(), one.version) for one in there))
+    named = (one for one in there if one.name)  # a broken one has none
+    return dict(sorted((one.name.lower(), one.version) for one in named))
 
 
 def commit(package: Path) -> str | None:
@@ -37,9 +38,8 @@ def commit(package: Path) -> str | None:
         ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # not one around site-packages
+        # A checkout around site-packages is not the source's.
+        git("ls-files", "--error-unmatch", "__init__.py")
         changed = "+" if git("status", "--porcelain", "--", ".") else ""
         return git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
