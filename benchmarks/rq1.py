@@ -271,13 +271,14 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         "what choosing the rate cost, once. Inner, "
         "hypergradient and outer: parts of that. Left: of the way to the grid's best "
         "at the best evaluation, median, below zero where that is better than the "
-        "grid's. MFLOPs by the traced programs. CO2 is by assumption, not measured: "
+        "grid's. Trusted: estimates that say so themselves. MFLOPs by the traced "
+        "programs. CO2 is by assumption, not measured: "
         f"{OPERATIONS:.0e} operations a second, {WATTS:g} W, {GRAMS:g} g a "
         f"kilowatt-hour. Command: `{command}`",
     ]  # fmt: skip
     titles = (
         "method", "there", "grad-eq", "range", "with tuning", "inner", "hypergradient",
-        "outer", "MFLOPs", "CO2 mg", "left", "evaluations", "rate",
+        "outer", "MFLOPs", "CO2 mg", "left", "evaluations", "rate", "trusted",
     )  # fmt: skip
     for task, system in SYSTEMS.items():
         lines += ["", f"**{task}** ({system.paradigm}; {system.data})", ""]
@@ -300,6 +301,7 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
     column = lambda name: lane(rows, task, method, name)
     cost, censored = needed(rows, task, method)
     more, mean = "> " if censored else "", np.exp(np.mean(np.log(cost)))
+    trusted = column("trusted").sum() / column("steps").sum()
     return [
         method,
         f"{cost.size - censored} of {cost.size}",
@@ -307,11 +309,15 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
         f"{cost.min():,.0f} to {cost.max():,.0f}",
         f"{more}{mean + tuning(rows, task, method):,.0f}",
         *(f"{share(rows, task, method, part):.0%}" for part in PARTS),
-        f"{more}{column('flops').mean() / 1e6:,.0f}",
+        f"{more}{column('flops').mean() / 1e6:,.3g}",
         f"{more}{column('grams').mean() * 1e3:,.3g}",
         f"{np.median(column('left')):.1%}",
         f"{column('evaluations').mean():.0f}",
-        f"{column('setting')[0]:g}" if method in WAYS else "-",
+        *(
+            (f"{column('setting')[0]:g}", f"{trusted:.0%}")
+            if method in WAYS
+            else ("-", "-")
+        ),
     ]
 
 

@@ -42,6 +42,7 @@ TUNING_SEEDS = (100, 101)
 ADAM, SLOW = (0.1, 0.3, 1.0), (0.01, 0.03, 0.1)
 OPERATIONS, WATTS, GRAMS = 5e9, 20.0, 400.0  # a second; drawn; a kilowatt-hour
 PARTS = ("inner", "hypergradient", "outer")
+COUNTED = (*PARTS, "products", "trusted")  # of a run, until there
 
 SEARCHERS = {
     "grid": hg.searchers.Grid(GRID),
@@ -178,8 +179,8 @@ def whole_grid(task: str, seed: int) -> dict:
     return seek(task, "grid", seed)
 
 
-# Runs, as columns: ``h`` of what would be returned, the parts of a step's cost, and its
-# products.
+# Runs, as columns: ``h`` of what would be returned, the parts of a step's cost, its
+# products, and whether its estimate is trusted.
 
 
 def first_cost(task: str, method: str) -> float:
@@ -215,6 +216,7 @@ def descend(task: str, method: str, problem: Any, w: Any, rate: Array) -> dict:
         "hypergradient": total - inner - outer * calls,
         "outer": outer * calls,
         "products": stats["num_hvps"],
+        "trusted": jnp.asarray(stats["trusted"], float),
     }
 
 
@@ -251,14 +253,16 @@ def seek(task: str, method: str, seed: int, bound: float = -math.inf) -> dict:
     stats = {name: np.asarray(x, float) for name, x in trace.stats.items()}
     outer = VALUE * outer_weight(problem) * stats["num_outer_values"]
     inner = stats["gradient_equivalents"] - outer
-    columns = {"inner": inner, "hypergradient": 0 * inner, "outer": outer}
+    none = 0 * inner
+    columns = {"inner": inner, "hypergradient": none, "outer": outer}
     h = np.nan_to_num(np.asarray(trace.value, float), nan=np.inf)
     if method == "grid":  # all its trials cost the same
         h = np.random.default_rng(seed).permutation(h)
     alpha = np.stack([np.asarray(trace.metrics[name]) for name in COORDINATES], axis=1)
     if method == SHARING:
         h = of_incumbents(h, lambda index: at(task, seed, alpha[index]))
-    return {"h": np.minimum.accumulate(h)} | columns | {"products": 0 * inner}
+    columns |= {"products": none, "trusted": none}
+    return {"h": np.minimum.accumulate(h)} | columns
 
 
 def at(task: str, seed: int, alpha: np.ndarray) -> float:
@@ -297,15 +301,16 @@ def judged(columns: dict[str, np.ndarray], first: float, of: Known, most: float)
     """What of a run is within the budget.
 
     cost: until there; None for a run that never was, whose ``spent`` is a lower bound.
-    The parts, steps and products are those until there, or of all that was spent; left
-    of the way from the target to the start is what the best evaluation leaves.
+    The parts, steps, products and trusted estimates are those until there, or of all
+    that was spent; left of the way from the target to the start is what the best
+    evaluation leaves.
     """
-    spent = {name: np.cumsum(columns[name]) for name in (*PARTS, "products")}
+    spent = {name: np.cumsum(columns[name]) for name in COUNTED}
     spent["inner"] = spent["inner"] + first
     total, h = np.sum([spent[name] for name in PARTS], axis=0), columns["h"]
     paid = np.flatnonzero(np.isfinite(h) & (total <= most))
     if not paid.size:
-        nothing = dict.fromkeys((*PARTS, "products", "steps"), 0.0)
+        nothing = dict.fromkeys((*COUNTED, "steps"), 0.0)
         nothing |= {"inner": first}
         return {"cost": None, "spent": first, "left": None, "evaluations": 0} | nothing
     there = paid[h[paid] <= of.bound]
@@ -317,7 +322,7 @@ def judged(columns: dict[str, np.ndarray], first: float, of: Known, most: float)
         "left": float(left),
         "evaluations": int(paid.size),
         "steps": int(last) + 1,
-    } | {name: float(spent[name][last]) for name in (*PARTS, "products")}
+    } | {name: float(spent[name][last]) for name in COUNTED}
 
 
 def score(row: Row, most: float) -> float:

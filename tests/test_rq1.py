@@ -184,6 +184,7 @@ OF = Known(start=2.0, target=1.0)
 def columns(h):
     """Two of inner, one of each other part, and three products a step."""
     cost = {"inner": 2.0, "hypergradient": 1.0, "outer": 1.0, "products": 3.0}
+    cost |= {"trusted": 0.5}
     return {"h": np.array(h)} | {name: np.full(len(h), x) for name, x in cost.items()}
 
 
@@ -193,7 +194,7 @@ def test_a_run_is_there_at_its_first_value_within_a_tenth():
     row = judged(columns(h), 10.0, OF, 100)
     assert (row["cost"], row["spent"], row["steps"]) == (26, 30, 4)
     assert (row["inner"], row["hypergradient"], row["outer"]) == (18, 4, 4)
-    assert row["products"] == 12
+    assert (row["products"], row["trusted"]) == (12, 2)
     assert row["left"] == pytest.approx(-0.1)
     row = judged(columns(h), 10.0, OF, 25)
     assert (row["cost"], row["spent"], row["steps"]) == (None, 22, 3)
@@ -264,7 +265,8 @@ def rows_of(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dict]
             cell | {
                 "cost": here, "spent": spent, "left": 0.0, "evaluations": 9,
                 "inner": 100 * inner, "hypergradient": 0.0, "outer": 100 * (1 - inner),
-                "flops": 1e6, "grams": 1e-3, "unknown": [], "setting": 0.1,
+                "steps": 4, "trusted": 1.0, "flops": 1e6, "grams": 1e-3, "unknown": [],
+                "setting": 0.1,
                 "score": {"unrolled": 1.0}.get(method, 2.0) if method in WAYS else None,
                 "tuning_cost": 7.0 * (method in WAYS),
             }
@@ -390,6 +392,7 @@ def test_who_is_first_is_told_with_tuning_too():
         if line.startswith("| implicit |")
     )
     assert line.startswith("| implicit | 5 of 5 | 90 | 90 to 90 | 97 |")
+    assert line.endswith("| 0.1 | 25% |")  # its rate; one of four estimates
 
 
 def test_sharing_is_told_where_it_is_there():
