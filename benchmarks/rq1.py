@@ -239,6 +239,23 @@ def shared(rows: list[Row]) -> Verdict:
     return Verdict(text)
 
 
+def edges(rows: list[Row]) -> Verdict:
+    """Where the best rate may lie beyond those that were tried."""
+    chosen = [
+        (task, method, float(lane(rows, task, method, "setting")[0]))
+        for task in SYSTEMS
+        for method in WAYS
+        if method not in SYSTEMS[task].absent
+    ]
+    top = [(t, m) for t, m, rate in chosen if rate == max(WAYS[m].rates)]
+    low = [(t, m) for t, m, rate in chosen if rate == min(WAYS[m].rates)]
+    told = lambda pairs: ", ".join(f"{m} ({t})" for t, m in pairs) or "none"
+    return Verdict(
+        f"of {len(chosen)} rates, at the upper end of those tried {len(top)}: "
+        f"{told(top)}; at the lower end {len(low)}: {told(low)}"
+    )
+
+
 def judge(rows: list[Row]) -> list[Verdict]:
     """The claims, who is first where, and whether all operations have a price."""
     unknown = sorted({name for row in rows for name in row.get("unknown") or ()})
@@ -252,6 +269,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
         *against_random(rows),
         *(winner(rows, task) for task in SYSTEMS),
         shared(rows),
+        edges(rows),
     ]
 
 
@@ -309,8 +327,8 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
         f"{cost.min():,.0f} to {cost.max():,.0f}",
         f"{more}{mean + tuning(rows, task, method):,.0f}",
         *(f"{share(rows, task, method, part):.0%}" for part in PARTS),
-        f"{more}{column('flops').mean() / 1e6:,.3g}",
-        f"{more}{column('grams').mean() * 1e3:,.3g}",
+        more + figures(column("flops").mean() / 1e6),
+        more + figures(column("grams").mean() * 1e3),
         f"{np.median(column('left')):.1%}",
         f"{column('evaluations').mean():.0f}",
         *(
@@ -319,6 +337,11 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
             else ("-", "-")
         ),
     ]
+
+
+def figures(x: float) -> str:
+    """Two at least."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def draw(rows: list[Row], path: Path) -> None:

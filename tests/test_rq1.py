@@ -266,7 +266,7 @@ def rows_of(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dict]
                 "cost": here, "spent": spent, "left": 0.0, "evaluations": 9,
                 "inner": 100 * inner, "hypergradient": 0.0, "outer": 100 * (1 - inner),
                 "steps": 4, "trusted": 1.0, "flops": 1e6, "grams": 1e-3, "unknown": [],
-                "setting": 0.1,
+                "setting": 0.3,
                 "score": {"unrolled": 1.0}.get(method, 2.0) if method in WAYS else None,
                 "tuning_cost": 7.0 * (method in WAYS),
             }
@@ -392,7 +392,20 @@ def test_who_is_first_is_told_with_tuning_too():
         if line.startswith("| implicit |")
     )
     assert line.startswith("| implicit | 5 of 5 | 90 | 90 to 90 | 97 |")
-    assert line.endswith("| 0.1 | 25% |")  # its rate; one of four estimates
+    assert line.endswith("| 0.3 | 25% |")  # its rate; one of four estimates
+
+
+def test_rates_at_an_end_are_told():
+    """Of 36, as few_shot has one row of five; 0.3 is in the middle for Adam."""
+    rows = rows_of({})
+    for row in rows:
+        if row["method"] == "single loop":
+            row["setting"] = 0.1 if row["task"] == "physics" else 0.03
+        if (row["task"], row["method"]) == ("federated", "unrolled"):
+            row["setting"] = 0.1
+    text = said(rows, "of 36 rates")
+    assert "upper end of those tried 1: single loop (physics);" in text
+    assert text.endswith("lower end 1: unrolled (federated)")
 
 
 def test_sharing_is_told_where_it_is_there():
