@@ -228,14 +228,14 @@ def test_tuning_prefers_to_be_there_sooner_then_nearer():
 
 def test_tuning_costs_what_its_runs_need_until_there(monkeypatch):
     """Of a run that never is, all that it spent; two seeds a rate."""
-    cost = {0.1: 40.0, 0.3: None, 1.0: 20.0}
+    cost = {0.1: 40.0, 0.3: None, 1.0: 20.0, 3.0: 30.0, 10.0: None}
     monkeypatch.setattr(
         rq1_running, "run",
         lambda task, method, seed, x: {"cost": cost[x], "spent": 90.0, "left": 1.0},
     )  # fmt: skip
     found = rq1_running.tuned.__wrapped__("unsupervised", "implicit")
     assert found["setting"] == 1.0
-    assert found["tuning_cost"] == 2 * (40 + 90 + 20)
+    assert found["tuning_cost"] == 2 * (40 + 90 + 20 + 30 + 90)
     assert rq1_running.tuned("unsupervised", "random")["tuning_cost"] == 0
 
 
@@ -400,7 +400,7 @@ def test_rates_at_an_end_are_told():
     rows = rows_of({})
     for row in rows:
         if row["method"] == "single loop":
-            row["setting"] = 0.1 if row["task"] == "physics" else 0.03
+            row["setting"] = 1.0 if row["task"] == "physics" else 0.03
         if (row["task"], row["method"]) == ("federated", "unrolled"):
             row["setting"] = 0.1
     text = said(rows, "of 36 rates")
