@@ -361,7 +361,7 @@ def draw(rows: list[Row], path: Path) -> None:
 TABLE = Table(
     name="rq1",
     source=SOURCE,
-    minutes=30,
+    minutes=12,
     seeds=5,
     plan=lambda scale, seeds: [
         {"task": task, "method": method, "seed": seed}

@@ -14,6 +14,7 @@ from . import (
     population,
     quadratics,
     questions,
+    rq1,
     searching_grid,
     searching_table,
     soba_step,
@@ -48,6 +49,7 @@ TABLES = {
         gates.TABLE,
         pareto.GRID,
         pareto.TABLE,
+        rq1.TABLE,
         questions.TABLE,
     )
 }
