@@ -47,9 +47,9 @@ PROBLEMS = {
     "Inner training is the bottleneck": Problem(
         "warm starts of `w` and of the adjoint, Newton's method on the products of the "
         "adjoint, one supernet for all candidates, populations in one program",
-        ("search", "warmstart", "population"),
-        "with two hyperparameters a Gaussian process needs no more; with 500 no method "
-        "was there on every seed",
+        ("rq1", "search", "warmstart", "population"),
+        "with two hyperparameters a search, or one with shared weights, needs least in "
+        "each of eight paradigms; with 500 no method was there on every seed",
     ),
     "One loop instead of two": Problem(
         "the stochastic single-loop family, with and without variance reduction",

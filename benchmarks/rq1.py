@@ -138,7 +138,7 @@ def ratio(what: str, by_seed: np.ndarray, least: float, lost: list[str]) -> Verd
     text, claim = f"(o) {what}", f"at least {least:g} claimed"
     if lost:
         return Verdict(f"{text}: never there: {', '.join(lost)}: not reproduced")
-    mean, low, high = paired_ratio(by_seed, np.ones_like(by_seed))
+    mean, low, high = paired_ratio(by_seed, 1.0)
     text += f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer, {claim}"
     met = bool(mean >= least and low > 1)
     return conclude(text, met, by_seed.size, math.log(high / mean), math.log(least))
@@ -184,14 +184,13 @@ def against_random(rows: list[Row]) -> list[Verdict]:
     claim = ratio(what, by_seed, FEWER, seeds_of(lost))
     paid = {task: sum(tuning(rows, task, way) for way in WAYS) for task in SYSTEMS}
     more = over_tasks([(cost[task] + paid[task], random[task]) for task in SYSTEMS])
-    mean, low, high = paired_ratio(more, np.ones_like(more))
-    return [
-        claim,
-        Verdict(
-            f"best with all the tuning that chose it needs {mean:.3g} [{low:.3g}, "
-            f"{high:.3g}] times what random needs, which has nothing to tune"
-        ),
-    ]
+    mean, low, high = paired_ratio(more, 1.0)
+    over = "> " if any(lost.values()) else ""
+    text = (
+        f"best with all the tuning that chose it needs {over}{mean:.3g} [{low:.3g}, "
+        f"{high:.3g}] times what random needs, which has nothing to tune"
+    )
+    return [claim, Verdict(text)]
 
 
 def winner(rows: list[Row], task: str) -> Verdict:
@@ -229,7 +228,7 @@ def shared(rows: list[Row]) -> Verdict:
             (needed(rows, t, "random")[0], needed(rows, t, SHARING)[0]) for t in both
         ]
         by_seed = over_tasks(pairs)
-        mean, low, high = paired_ratio(by_seed, np.ones_like(by_seed))
+        mean, low, high = paired_ratio(by_seed, 1.0)
         text += (
             f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer gradient-equivalents on "
             f"{', '.join(both)}"
@@ -241,18 +240,18 @@ def shared(rows: list[Row]) -> Verdict:
 
 def edges(rows: list[Row]) -> Verdict:
     """Where the best rate may lie beyond those that were tried."""
-    chosen = [
-        (task, method, float(lane(rows, task, method, "setting")[0]))
-        for task in SYSTEMS
-        for method in WAYS
-        if method not in SYSTEMS[task].absent
-    ]
-    top = [(t, m) for t, m, rate in chosen if rate == max(WAYS[m].rates)]
-    low = [(t, m) for t, m, rate in chosen if rate == min(WAYS[m].rates)]
-    told = lambda pairs: ", ".join(f"{m} ({t})" for t, m in pairs) or "none"
+    chosen = {
+        f"{method} ({task})": (lane(rows, task, method, "setting")[0], way.rates)
+        for task, system in SYSTEMS.items()
+        for method, way in WAYS.items()
+        if method not in system.absent
+    }
+    top = [name for name, (rate, rates) in chosen.items() if rate == max(rates)]
+    low = [name for name, (rate, rates) in chosen.items() if rate == min(rates)]
+    told = lambda names: f"{len(names)}: {', '.join(names) or 'none'}"
     return Verdict(
-        f"of {len(chosen)} rates, at the upper end of those tried {len(top)}: "
-        f"{told(top)}; at the lower end {len(low)}: {told(low)}"
+        f"of {len(chosen)} rates, at the upper end of those tried {told(top)}; at the "
+        f"lower end {told(low)}"
     )
 
 
@@ -320,6 +319,7 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
     cost, censored = needed(rows, task, method)
     more, mean = "> " if censored else "", np.exp(np.mean(np.log(cost)))
     trusted = column("trusted").sum() / column("steps").sum()
+    own = [f"{column('setting')[0]:g}", f"{trusted:.0%}"]
     return [
         method,
         f"{cost.size - censored} of {cost.size}",
@@ -331,11 +331,7 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
         more + figures(column("grams").mean() * 1e3),
         f"{np.median(column('left')):.1%}",
         f"{column('evaluations').mean():.0f}",
-        *(
-            (f"{column('setting')[0]:g}", f"{trusted:.0%}")
-            if method in WAYS
-            else ("-", "-")
-        ),
+        *(own if method in WAYS else ["-", "-"]),
     ]
 
 

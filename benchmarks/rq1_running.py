@@ -333,7 +333,7 @@ def score(row: Row, most: float) -> float:
     return math.log(most) + min(math.log(max(left, NEAR) / NEAR), 10.0)
 
 
-def needed(row: Row) -> float:
+def paid_for(row: Row) -> float:
     """Its cost, of a run that was never there all it spent."""
     return row["spent"] if row["cost"] is None else row["cost"]
 
@@ -354,7 +354,7 @@ def tuned(task: str, method: str) -> Row:
     return {
         "setting": settings[best],
         "score": scores[best],
-        "tuning_cost": sum(needed(row) for of in runs for row in of),
+        "tuning_cost": sum(paid_for(row) for of in runs for row in of),
     }
 
 

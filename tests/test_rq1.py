@@ -344,6 +344,7 @@ def test_random_counts_with_its_bound_and_the_best_must_be_there():
     rows = rows_of(EVERY | {("physics", "unrolled"): None})
     text = said(rows, "(o) best with")
     assert text.endswith("never there: unrolled (physics) on 5 seeds: not reproduced")
+    assert "needs > " in said(rows, "best with all the tuning")
 
 
 WARM = "unrolled, warm start"
