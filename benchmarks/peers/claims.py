@@ -25,6 +25,8 @@ TORCH = (
     "learn2learn",
 )
 Rows = Mapping[str, Row]  # of one work, by contender
+Measured = tuple[float, str]
+Finder = Callable[[Rows, str], Measured]  # of a contender among them
 
 
 class Missing(Exception):
@@ -65,69 +67,75 @@ def fastest(rows: Rows, names: Sequence[str]) -> Row:
     return usable(rows, min(timed, key=lambda name: seconds(rows[name])))
 
 
-# What is measured: rows of a work -> a number and what it is made of.
-
-Measured = tuple[float, str]
+# What is measured: a number and what it is made of.
 
 
-def time_over(*names: str) -> Callable[[Rows], Measured]:
-    """Ours over the fastest of them."""
+def time_over(*names: str) -> Finder:
+    """Over that of the fastest of them."""
 
-    def find(rows: Rows) -> Measured:
-        ours, other = usable(rows, "ours"), fastest(rows, names)
-        a, b = seconds(ours), seconds(other)
+    def find(rows: Rows, name: str) -> Measured:
+        one, other = usable(rows, name), fastest(rows, names)
+        a, b = seconds(one), seconds(other)
         return a / b, f"{a:.3g} s, {other['method']} {b:.3g} s"
 
     return find
 
 
-def memory_over(*names: str) -> Callable[[Rows], Measured]:
-    """Peaks of ours over that of the fastest of them."""
+def memory_over(*names: str) -> Finder:
+    """Peaks over that of the fastest of them."""
 
-    def find(rows: Rows) -> Measured:
-        ours, other = usable(rows, "ours"), fastest(rows, names)
-        a, b = ours["peak"], other["peak"]
+    def find(rows: Rows, name: str) -> Measured:
+        one, other = usable(rows, name), fastest(rows, names)
+        a, b = one["peak"], other["peak"]
         return a / b, f"{a / 1e6:.0f} MB, {other['method']} {b / 1e6:.0f} MB"
 
     return find
 
 
-def megabytes(column: str) -> Callable[[Rows], Measured]:
-    """``peak`` or ``scratch`` of ours."""
-    return lambda rows: (usable(rows, "ours")[column] / 1e6, "")
+def megabytes(column: str) -> Finder:
+    """``peak`` or ``scratch``."""
+    return lambda rows, name: (usable(rows, name)[column] / 1e6, "")
 
 
-def a_step(rows: Rows) -> Measured:
-    """Microseconds of ours, a step of the inner run."""
-    return 1e6 * seconds(usable(rows, "ours")) / STEPS, ""
+def a_step(rows: Rows, name: str) -> Measured:
+    """Microseconds a step of the inner run."""
+    return 1e6 * seconds(usable(rows, name)) / STEPS, ""
 
 
-def above_base(rows: Rows) -> Measured:
-    """Microseconds of ours beyond those of the base."""
-    a, b = (1e6 * seconds(usable(rows, name)) for name in ("ours", "base"))
+def above_base(rows: Rows, name: str) -> Measured:
+    """Microseconds beyond those of the base."""
+    a, b = (1e6 * seconds(usable(rows, one)) for one in (name, "base"))
     return a - b, f"{a:.3g} µs, {b:.3g} µs"
 
 
-def growth(rows: Rows) -> Measured:
-    """The base, of more steps, over ours."""
-    a, b = (seconds(usable(rows, name)) for name in ("base", "ours"))
+def growth(rows: Rows, name: str) -> Measured:
+    """Of more steps, over ours."""
+    a, b = (seconds(usable(rows, one)) for one in (name, "ours"))
     return a / b, f"{a:.3g} s, {b:.3g} s"
 
 
-def longer_scratch(rows: Rows) -> Measured:
+def longer_scratch(rows: Rows, name: str) -> Measured:
     """That of ten times the steps over that of the steps."""
-    row = usable(rows, "ours")
+    row = usable(rows, name)
     a, b = row["notes"]["longer"], row["scratch"]
     return a / b, f"{a / 1e6:.3g} MB, {b / 1e6:.3g} MB"
 
 
-def unflagged(rows: Rows) -> Measured:
+def unflagged(rows: Rows, name: str) -> Measured:
     """How many of two faults: a number that is none, and trust in it."""
-    notes = usable(rows, "ours")["notes"]
+    notes = usable(rows, name)["notes"]
     finite, trusted = bool(notes["finite"]), bool(notes["trusted"])
     text = f"{'finite' if finite else 'not finite'}, "
-    text += f"{'trusted' if trusted else 'not trusted'}, least curvature seen "
-    return (not finite) + trusted, text + f"{notes['lowest']:.2g}"
+    text += f"{'trusted' if trusted else 'not trusted'}, residual "
+    return (not finite) + trusted, text + f"{notes['adjoint_residual']:.2g}"
+
+
+def least_curvature(rows: Rows, name: str) -> Measured:
+    """That its solve saw."""
+    notes = usable(rows, name)["notes"]
+    if "ritz_min" not in notes:
+        raise Missing(f"{name} saw no curvature")
+    return notes["ritz_min"], ""
 
 
 class Claim(NamedTuple):
@@ -138,13 +146,19 @@ class Claim(NamedTuple):
       what: is measured.
       find: the number and what it is made of, from the rows; or `Missing`.
       most, reach: None where nothing is asked.
+      of: whose number it is.
     """
 
     work: str
     what: str
-    find: Callable[[Rows], Measured]
-    most: float | None
+    find: Finder
+    most: float | None = None
     reach: float | None = None
+    of: str = "ours"
+
+    def measured(self, rows: Rows) -> Measured:
+        """The number, or `Missing`."""
+        return self.find(rows, self.of)
 
     def words(self, value: float) -> tuple[str, str]:
         """Whether it is met, and reached; empty where nothing is asked."""
@@ -156,7 +170,7 @@ class Claim(NamedTuple):
         """Fails where there is no number; *not met*, and wrong peers, do not."""
         text = f"{self.work}, {self.what}"
         try:
-            value, parts = self.find(rows)
+            value, parts = self.measured(rows)
         except Missing as missing:
             failed = not isinstance(missing, Alone)
             return Verdict(f"{text}: {missing}", failed)
@@ -170,6 +184,7 @@ class Claim(NamedTuple):
 
 
 INNER, PEER = "time over inner", "time over the fastest PyTorch peer"
+FAULTS = "faults: not finite, trusted"
 CLAIMS = (
     Claim("w1-unrolled", INNER, time_over("inner"), 2.1, 1.95),
     Claim("w1-unrolled", PEER, time_over(*TORCH), 0.5, 0.35),
@@ -202,7 +217,9 @@ CLAIMS = (
     Claim("w2-lowmem", "peak, MB", megabytes("peak"), 520),
     Claim("w2-implicit", "time over plain JAX", time_over("plain"), 1.05),
     Claim("w2-implicit", PEER, time_over(*TORCH), 0.65, 0.57),
-    Claim("w2-indefinite", "faults: not finite, trusted", unflagged, 0),
+    Claim("w2-indefinite", FAULTS, unflagged, 0),
+    Claim("w2-indefinite", "least curvature seen", least_curvature, 0),
+    Claim("w2-indefinite", f"Gauss-Newton, {FAULTS}", unflagged, 0, of="gauss_newton"),
     Claim("w3-1000", INNER, time_over("inner"), 4.0, 3.5),
     Claim("w3-1000", "scratch, MB", megabytes("scratch"), 80, 60),
     Claim("w3-1000", PEER, time_over(*TORCH), 0.8, 0.65),
@@ -216,8 +233,13 @@ CLAIMS = (
     Claim("overhead", PEER, time_over(*TORCH), 1 / 100, 1 / 300),
     Claim("dispatch", "microseconds above the jitted core", above_base, 30, 10),
     Claim("compile", "time over plain JAX", time_over("plain"), 1.3, 1.1),
-    Claim("compile", "time of a hundred times the steps over", growth, 1.1),
+    Claim("compile", "time of a hundred times the steps over", growth, 1.1, of="base"),
     Claim("eight", "time over one loss", time_over("base"), 3.0, 2.5),
+    Claim("w6", "a hypergradient over a training", time_over("inner"), 1.15),
+    *(
+        Claim(work, f"by defaults, {INNER}", time_over("inner"), of="defaults")
+        for work in ("w1-unrolled", "w1-solve", "w1-whole", "w2-unrolled", "w3-1000")
+    ),
 )
 
 

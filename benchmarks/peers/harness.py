@@ -28,6 +28,7 @@ from .worker import save
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = Path(__file__).parent / "contenders"
+SETTINGS = Path(__file__).parent / "settings.json"
 FREE = ("inner", "base")  # whose answers are not compared
 OTHERS = 0.08  # of a core, above which a repetition is thrown away
 CLEAN, ROUNDS = 5, 20  # repetitions needed, and rounds at the most
@@ -64,9 +65,16 @@ class Running:
     """
 
     def __init__(
-        self, contender: str, work: str, data: Path, python: Path, **environment: str
+        self,
+        contender: str,
+        work: str,
+        data: Path,
+        python: Path,
+        setting: Row | None = None,
+        **environment: str,
     ):
         self.contender = contender
+        self.setting = setting or {}
         self.told: dict[str, Any] = {}
         self.reason: str | None = None
         self.seconds: list[float] = []
@@ -76,16 +84,14 @@ class Running:
         if not python.exists():
             self.reason = "not installed"
             return
-        place = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        place["OMP_NUM_THREADS"] = str(os.cpu_count())
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
+        worker = [python, "-m", "benchmarks.peers.worker"]
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.peers.worker", contender, work, data],
+                [*worker, contender, work, data, json.dumps(self.setting)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=kept | place | environment,
+                env=surroundings() | environment,
                 cwd=ROOT,
             )
         try:
@@ -150,6 +156,7 @@ class Running:
         notes = dict(self.told.get("notes", {}))
         return {
             "method": self.contender,
+            "setting": self.setting,
             "seconds": self.seconds,
             "discarded": self.discarded,
             "calls": self.number,
@@ -170,6 +177,18 @@ def distance(answer: Sequence[float], truth: Sequence[float]) -> float:
     if a.shape != b.shape:
         return math.nan
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def surroundings() -> dict[str, str]:
+    """Variables of every contender's process."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
+    place = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return kept | place | {"OMP_NUM_THREADS": str(cores())}
+
+
+def setting_of(work: str, contender: str) -> Row:
+    """What `tuning` chose of what the work leaves open to the contender."""
+    return json.loads(SETTINGS.read_text()).get(work, {}).get(contender, {})
 
 
 def judged(running: Running, truth: Sequence[float] | None, most: float):
@@ -222,7 +241,8 @@ def measure(
         try:
             errors = []
             for contender, python in contenders.items():
-                all_of_them.append(Running(contender, work, data, python))
+                chosen = setting_of(work, contender)
+                all_of_them.append(Running(contender, work, data, python, chosen))
                 errors.append(judged(all_of_them[-1], truth, stated.error))
             in_rounds(all_of_them, clean, rounds)
         finally:
@@ -242,9 +262,14 @@ def in_rounds(contenders: Sequence[Running], clean: int, rounds: int) -> None:
             one.repeat()
 
 
+def cores() -> int:
+    """That this process and those it starts may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def hardware() -> Row:
     """Model and number of cores, and bytes of memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": names[0], "cores": os.cpu_count(), "memory": memory}
+    return {"cpu": names[0], "cores": cores(), "memory": memory}

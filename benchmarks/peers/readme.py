@@ -26,7 +26,7 @@ def section(rows: list[Row]) -> str:
     for claim in CLAIMS:
         met = reached = ""
         try:
-            value, parts = claim.find(found.get(claim.work, {}))
+            value, parts = claim.measured(found.get(claim.work, {}))
             told = f"**{value:.3g}**" + (f" ({parts})" if parts else "")
             met, reached = claim.words(value)
         except Missing as missing:

@@ -15,7 +15,8 @@ from .claims import JAX, TORCH, by_work, judge, seconds
 from .harness import OTHERS, measure, offers
 from .work import WORKS
 
-ORDER = ("inner", "plain", "ours", "base", *JAX, *TORCH)
+OURS = ("ours", "defaults", "base", "gauss_newton")
+ORDER = ("inner", "plain", *OURS, *JAX, *TORCH)
 
 
 def contenders(work: str) -> list[str]:
@@ -117,7 +118,11 @@ def made_on(rows: list[Row]) -> str:
 def draw(rows: list[Row], path: Path) -> None:
     """A panel a work, the seconds of each contender that was right."""
     panels = {
-        work: {n: r["seconds"] for n, r in found.items() if r["seconds"]}
+        work: {
+            name: row["seconds"]
+            for name, row in found.items()
+            if row["seconds"] and not row["reason"]
+        }
         for work, found in by_work(rows).items()
     }
     plots.contenders({work: of for work, of in panels.items() if of}, path)

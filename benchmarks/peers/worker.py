@@ -1,4 +1,6 @@
-"""One contender at one work: `python -m benchmarks.peers.worker CONTENDER WORK DATA`.
+"""One contender at one work, with its setting of what it leaves open, as JSON:
+
+    python -m benchmarks.peers.worker CONTENDER WORK DATA SETTING
 
 Speaks JSON lines. First what preparing and the first call took, the peak of resident
 memory and the answer, or why there is none; then, for each number of calls that comes
@@ -9,6 +11,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import resource
 import sys
@@ -66,7 +69,8 @@ def versions() -> dict[str, str]:
     """By distribution, of what is imported and `TOLD`."""
     provides = importlib.metadata.packages_distributions()
     names = {d for name in TOLD if name in sys.modules for d in provides.get(name, ())}
-    return {name: importlib.metadata.version(name) for name in sorted(names)}
+    found = {name: importlib.metadata.version(name) for name in sorted(names)}
+    return found | {"Python": platform.python_version()}
 
 
 def load(path: str) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def own_voice() -> TextIO:
     return voice
 
 
-def main(contender: str, work: str, path: str) -> None:
+def main(contender: str, work: str, path: str, setting: str = "{}") -> None:
     """Until the input ends."""
     voice = own_voice()
     say = lambda **line: print(json.dumps(line), file=voice, flush=True)
@@ -109,7 +113,7 @@ def main(contender: str, work: str, path: str) -> None:
     try:
         module = importlib.import_module(f"benchmarks.peers.contenders.{contender}")
         start = time.perf_counter()
-        call = module.WORKS[work](load(path))
+        call = module.WORKS[work](load(path), **json.loads(setting))
         prepared = time.perf_counter()
         answer = np.asarray(call(), float).ravel()
         first = time.perf_counter()

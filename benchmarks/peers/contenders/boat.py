@@ -73,16 +73,19 @@ def hypergradient(problem: Problem, operation: str) -> Callable[[], np.ndarray]:
     return call
 
 
-def whole(problem: Problem) -> Callable[[], np.ndarray]:
-    """From 0: the heavy ball for curvatures of 0.01 to 0.6, as long as it needs."""
-    return hypergradient(
-        problem._replace(rate=lambda alpha: 5.0, momentum=0.6, steps=60), "CG"
+def whole(
+    data: dict[str, Any], *, rate: float, momentum: float, steps: int, products: int
+) -> Callable[[], np.ndarray]:
+    """From 0: the heavy ball, as it has no other."""
+    problem = logistic(data)._replace(
+        rate=lambda alpha: rate, momentum=momentum, steps=steps, products=products
     )
+    return hypergradient(problem, "CG")
 
 
 WORKS = {
     "w1-unrolled": lambda data: hypergradient(logistic(data), "RAD"),
-    "w1-whole": lambda data: whole(logistic(data)),
+    "w1-whole": whole,
     "w2-unrolled": lambda data: hypergradient(cleaning(data), "RAD"),
     "overhead": lambda data: hypergradient(logistic(data), "RAD"),
 }

@@ -37,6 +37,7 @@ WORKS = {
     "w3-1000": schedule,
     "w3-10000": schedule,
     "w3-forward": schedule,
+    "w6": logistic,
     "overhead": logistic,
     "overhead-solve": logistic,
 }

@@ -9,7 +9,7 @@ from jaxopt import implicit_diff, linear_solve
 
 from .. import problems
 from ..problems import Problem, Program
-from ..work import ADJOINT, GRADIENT, Data
+from ..work import Data
 
 
 def hypergradient(problem: Problem, run) -> Program:
@@ -23,6 +23,7 @@ def hypergradient(problem: Problem, run) -> Program:
 
 
 def descent(problem: Problem, **options) -> jaxopt.OptaxSolver:
+    """Of the work's rate, momentum and steps."""
     given = problem.given
     optimizer = optax.sgd(given["rate"], given["momentum"])
     steps = given["steps"]
@@ -44,11 +45,13 @@ def at_w(problem: Problem) -> Program:
     return hypergradient(problem, root(lambda w, alpha, train: w))
 
 
-def whole(data: Data) -> Program:
-    problem = problems.logistic(data)
-    solve = functools.partial(linear_solve.solve_cg, tol=ADJOINT)
+def whole(
+    data: Data, *, rate: float, momentum: float, gradient: float, adjoint: float
+) -> Program:
+    problem = problems.logistic(data | {"rate": rate, "momentum": momentum})
+    solve = functools.partial(linear_solve.solve_cg, tol=adjoint)
     solver = descent(
-        problem, tol=GRADIENT, implicit_diff=True, implicit_diff_solve=solve
+        problem, tol=gradient, implicit_diff=True, implicit_diff_solve=solve
     )
     return hypergradient(problem, lambda *given: solver.run(*given).params)
 

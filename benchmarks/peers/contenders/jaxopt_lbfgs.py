@@ -7,16 +7,16 @@ from jaxopt import linear_solve
 
 from .. import problems
 from ..problems import Program
-from ..work import ADJOINT, GRADIENT, Data
+from ..work import Data
 from .jaxopt import hypergradient
 
 
-def whole(data: Data) -> Program:
+def whole(data: Data, *, gradient: float, adjoint: float) -> Program:
     problem = problems.logistic(data)
     solver = jaxopt.LBFGS(
         problem.inner,
-        tol=GRADIENT,
-        implicit_diff_solve=functools.partial(linear_solve.solve_cg, tol=ADJOINT),
+        tol=gradient,
+        implicit_diff_solve=functools.partial(linear_solve.solve_cg, tol=adjoint),
     )
     return hypergradient(problem, lambda *given: solver.run(*given).params)
 

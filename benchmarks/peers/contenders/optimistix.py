@@ -8,7 +8,7 @@ import optimistix as optx
 
 from .. import problems
 from ..problems import Problem, Program
-from ..work import ADJOINT, GRADIENT, Data
+from ..work import Data
 from .jaxopt import hypergradient
 
 POSITIVE = frozenset({lx.positive_semidefinite_tag})
@@ -44,13 +44,15 @@ def unrolled(problem: Problem) -> Program:
     return solved(problem, descent(problem, 0.0), adjoint)
 
 
-def implicit() -> optx.ImplicitAdjoint:
-    return optx.ImplicitAdjoint(lx.CG(rtol=ADJOINT, atol=0.0))
+def implicit(tolerance: float) -> optx.ImplicitAdjoint:
+    return optx.ImplicitAdjoint(lx.CG(rtol=tolerance, atol=0.0))
 
 
-def whole(data: Data) -> Program:
-    problem = problems.logistic(data)
-    return solved(problem, descent(problem, GRADIENT), implicit())
+def whole(
+    data: Data, *, rate: float, momentum: float, gradient: float, adjoint: float
+) -> Program:
+    problem = problems.logistic(data | {"rate": rate, "momentum": momentum})
+    return solved(problem, descent(problem, gradient), implicit(adjoint))
 
 
 def logistic_unrolled(data: Data) -> Program:

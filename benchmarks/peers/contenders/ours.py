@@ -20,7 +20,7 @@ from hypergrad.inner import inner_stats
 
 from .. import problems
 from ..problems import Problem, Program, flat
-from ..work import ADJOINT, GRADIENT, Data
+from ..work import Data
 
 
 class InTurn(eqx.Module):
@@ -57,10 +57,11 @@ def momentum(problem: Problem) -> hg.Descent:
     return hg.Descent(optimizer, given["steps"])
 
 
-def at_w(problem: Problem) -> hg.Implicit:
+def at_w(problem: Problem, **options: Any) -> hg.Implicit:
     """No inner step: the derivative at the w that is given."""
     stay = hg.Descent(optax.sgd(0.0), 0)
-    return hg.Implicit(stay, hg.CG(rtol=0.0, max_steps=problem.given["products"]))
+    solver = hg.CG(rtol=0.0, max_steps=problem.given["products"])
+    return hg.Implicit(stay, solver, **options)
 
 
 def estimate(problem: Problem, estimator: Any) -> Callable[..., hg.Estimate]:
@@ -96,9 +97,19 @@ def logistic_solve(data: Data) -> Program:
     return hypergradient(problem, at_w(problem))
 
 
-def logistic_whole(data: Data) -> Program:
-    estimator = hg.Implicit(hg.Newton(tolerance=GRADIENT), hg.CG(rtol=ADJOINT))
+def logistic_whole(
+    data: Data, *, solver: str, gradient: float, adjoint: float
+) -> Program:
+    """``solver`` is `Newton` or `LBFGS`."""
+    inner = getattr(hg, solver)(tolerance=gradient)
+    estimator = hg.Implicit(inner, hg.CG(rtol=adjoint))
     return hypergradient(problems.logistic(data), estimator)
+
+
+def logistic_trained(data: Data) -> Program:
+    problem = problems.logistic(data)
+    solver = hg.CG(rtol=0.0, max_steps=problem.given["products"])
+    return hypergradient(problem, hg.Implicit(momentum(problem), solver))
 
 
 def cleaning_unrolled(data: Data, *, checkpoint: bool) -> Program:
@@ -215,34 +226,42 @@ def anew(data: Data) -> Program:
 
 
 class Flagged(Program):
-    """A program of a hypergradient, whether it is trusted, and the least Ritz value.
+    """A program of a hypergradient and of what is told of it.
 
     The answer is the first; notes tell the others, and whether it is finite.
     """
 
+    TOLD = "trusted", "ritz_min", "adjoint_residual"
+
     def __call__(self) -> np.ndarray:
         whole = super().__call__()
-        answer, (self.trusted, self.lowest) = whole[:-2], whole[-2:]
-        self.finite = np.isfinite(answer).all()
+        answer, told = whole[: -len(self.TOLD)], whole[-len(self.TOLD) :]
+        self.told = dict(zip(self.TOLD, map(float, told), strict=True))
+        self.told["finite"] = float(np.isfinite(answer).all())
         return answer
 
     def notes(self) -> dict[str, float]:
-        """And scratch."""
-        names = "finite", "trusted", "lowest"
-        return super().notes() | {name: float(getattr(self, name)) for name in names}
+        """And scratch; what nothing was seen of is left out."""
+        seen = {name: told for name, told in self.told.items() if np.isfinite(told)}
+        return super().notes() | seen
 
 
-def indefinite(data: Data) -> Program:
-    """At the initialisation, where H has negative eigenvalues."""
-    problem = problems.cleaning(data)
-    whole = estimate(problem, at_w(problem))
+def flagged(problem: Problem, estimator: Any) -> Flagged:
+    """With `Flagged.TOLD` of its estimate."""
+    whole = estimate(problem, estimator)
 
     def f(*arrays):
         found = whole(*arrays)
-        told = [found.stats[name].astype(float) for name in ("trusted", "ritz_min")]
+        told = [found.stats[name].astype(float) for name in Flagged.TOLD]
         return found.hypergradient, *told
 
     return Flagged(f, *problem.arrays)
+
+
+def indefinite(data: Data) -> Flagged:
+    """At the initialisation, where H has negative eigenvalues."""
+    problem = problems.cleaning(data)
+    return flagged(problem, at_w(problem))
 
 
 WORKS = {
@@ -258,6 +277,7 @@ WORKS = {
     "w3-10000": schedule_reverse,
     "w3-forward": schedule_forward,
     "w4": few_shot,
+    "w6": logistic_trained,
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
     "dispatch": ready,

@@ -14,8 +14,6 @@ from .. import problems
 from ..problems import Problem, Program
 from ..work import Data
 
-NEWTON = 5, 10  # steps, and products of conjugate gradients in each
-
 
 def heavy_ball(gradient: Callable, rate: Array, momentum: float) -> Callable:
     """A step of ``(w, v)``, by ``gradient(w, t)``."""
@@ -109,9 +107,15 @@ def implicit(
     return optax.tree.scale(-1, jax.jvp(by_alpha, (w,), (v,))[1])
 
 
-def newton(problem: Problem, train: PyTree, w: PyTree, alpha: PyTree) -> PyTree:
-    """The minimiser, near enough, of a convex loss."""
-    steps, products = NEWTON
+def newton(
+    problem: Problem,
+    train: PyTree,
+    w: PyTree,
+    alpha: PyTree,
+    steps: int,
+    products: int,
+) -> PyTree:
+    """The minimiser, near enough, of a convex loss; so many products a step."""
 
     def step(_, w):
         gradient = jax.grad(problem.inner)(w, alpha, train)
@@ -155,11 +159,23 @@ def logistic_solve(data: Data) -> Program:
     return Program(functools.partial(implicit, problem), *problem.arrays)
 
 
-def logistic_whole(data: Data) -> Program:
+def logistic_whole(data: Data, *, steps: int, products: int, adjoint: int) -> Program:
+    """``adjoint`` products for the adjoint."""
+    problem = problems.logistic(data | {"products": adjoint})
+
+    def f(train, val, w, alpha):
+        w = newton(problem, train, w, alpha, steps, products)
+        return implicit(problem, train, val, w, alpha)
+
+    return Program(f, *problem.arrays)
+
+
+def logistic_trained(data: Data) -> Program:
+    """Implicit where the inner run ends."""
     problem = problems.logistic(data)
 
     def f(train, val, w, alpha):
-        w = newton(problem, train, w, alpha)
+        w = descended(problem, train, w, alpha)
         return implicit(problem, train, val, w, alpha)
 
     return Program(f, *problem.arrays)
@@ -247,6 +263,7 @@ WORKS = {
     "w3-10000": schedule_reverse,
     "w3-forward": schedule_forward,
     "w4": few_shot,
+    "w6": logistic_trained,
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
     "compile": anew,

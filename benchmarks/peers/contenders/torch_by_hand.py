@@ -145,9 +145,18 @@ def along(start: Parts, length: float, direction: Parts) -> Parts:
     return [x.add(d, alpha=length) for x, d in zip(start, direction, strict=True)]
 
 
-def whole(problem: Problem) -> Callable[[], np.ndarray]:
+def whole(
+    data: dict[str, Any], *, gradient: float, products: int
+) -> Callable[[], np.ndarray]:
     """From 0: L-BFGS, then conjugate gradients."""
-    return implicit(problem, lambda: minimise(problem))
+    problem = logistic(data)._replace(products=products)
+    return implicit(problem, lambda: minimise(problem, gradient))
+
+
+def trained(problem: Problem) -> Callable[[], np.ndarray]:
+    """Implicit where the inner run ends."""
+    run = lambda: descend(problem, *begin(problem), range(problem.steps), graph=False)
+    return implicit(problem, lambda: run()[0])
 
 
 def forward(data: dict[str, Any]) -> Callable[[], np.ndarray]:
@@ -199,12 +208,13 @@ WORKS = {
     "w1-unrolled": lambda data: unrolled(logistic(data)),
     "w1-forward": forward,
     "w1-solve": lambda data: implicit(logistic(data, solved=True)),
-    "w1-whole": lambda data: whole(logistic(data)),
+    "w1-whole": whole,
     "w2-unrolled": lambda data: unrolled(cleaning(data)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
     "w3-1000": lambda data: unrolled(schedule(data)),
     "w3-10000": lambda data: checkpointed(schedule(data)),
     "w4": maml,
+    "w6": lambda data: trained(logistic(data)),
     "overhead": lambda data: unrolled(logistic(data)),
     "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
 }

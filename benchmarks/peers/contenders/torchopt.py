@@ -63,9 +63,12 @@ def implicit(
     return call
 
 
-def whole(problem: Problem) -> Callable[[], np.ndarray]:
+def whole(
+    data: dict[str, Any], *, gradient: float, products: int
+) -> Callable[[], np.ndarray]:
     """From 0: L-BFGS, then conjugate gradients."""
-    return implicit(problem, lambda: minimise(problem))
+    problem = logistic(data)._replace(products=products)
+    return implicit(problem, lambda: minimise(problem, gradient))
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
@@ -93,7 +96,7 @@ def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
 WORKS = {
     "w1-unrolled": lambda data: unrolled(logistic(data)),
     "w1-solve": lambda data: implicit(logistic(data, solved=True)),
-    "w1-whole": lambda data: whole(logistic(data)),
+    "w1-whole": whole,
     "w2-unrolled": lambda data: unrolled(cleaning(data)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
     "w3-1000": lambda data: unrolled(schedule(data)),

@@ -1,0 +1,32 @@
+"""Ours with Gauss-Newton products, which are never negative."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import hypergrad as hg
+
+from .. import problems
+from ..work import Data
+from .ours import Flagged, at_w, flagged
+
+
+def indefinite(data: Data) -> Flagged:
+    """The loss of `problems.cleaning` as a composition."""
+
+    def cost(scores, alpha, batch):
+        each = problems.cross_entropy(scores, batch["y"])
+        return jnp.mean(jax.nn.sigmoid(alpha) * each)
+
+    loss = hg.Composition(
+        outputs=lambda w, alpha, batch: problems.layered(jax.nn.relu, w, batch["x"]),
+        cost=cost,
+        penalty=lambda w, alpha: (
+            0.5 * data["penalty"] * optax.tree.norm(w, squared=True)
+        ),
+    )
+    problem = problems.cleaning(data)._replace(inner=loss)
+    return flagged(problem, at_w(problem, curvature=loss.gauss_newton))
+
+
+WORKS = {"w2-indefinite": indefinite}
