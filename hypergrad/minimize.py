@@ -37,7 +37,7 @@ from .cost.memory import resident
 from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
 from .identity import digest, digest_program
-from .inner.descent import searches_a_line
+from .inner.descent import LINE_SEARCHES, holds
 from .metrics import Metric, Progress, at_step, check_metrics, check_progress
 from .problem import Bilevel, draw, whole
 from .settings import check_steps
@@ -156,7 +156,7 @@ def minimize(
             "optimizer must be an optax.GradientTransformation such as "
             f"optax.adam(0.1); got {type(optimizer).__name__}"
         )
-    if searches_a_line(eqx.filter_eval_shape(optimizer.init, alpha)):
+    if holds(eqx.filter_eval_shape(optimizer.init, alpha), LINE_SEARCHES):
         raise ValueError(
             "optimizer searches along a line, which would ask for the outer value at "
             "other alphas; use one that needs only the hypergradient, such as "

@@ -547,6 +547,25 @@ def test_an_optimizer_that_searches_a_line_is_refused():
         )  # fmt: skip
 
 
+def test_l_bfgs_without_a_line_search_is_newtons_method_in_few_axes():
+    """On a quadratic it is there in a few steps, where gradients crawl."""
+    stiffness = jnp.array([1.0, 10.0, 100.0])
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: 0.5 * jnp.sum(stiffness * (w - 1.0) ** 2),
+    )
+    ends = [
+        hg.minimize(
+            problem, hg.Implicit(hg.Newton()), optimizer, jnp.zeros(3), jnp.zeros(3),
+            num_steps=30,
+        ).alpha
+        for optimizer in (optax.lbfgs(1.0, linesearch=None), optax.sgd(0.01))
+    ]  # fmt: skip
+    quick, slow = (float(jnp.max(jnp.abs(alpha - 1.0))) for alpha in ends)
+    assert quick < 1e-6
+    assert slow > 0.5
+
+
 def test_metrics_draw_from_a_key_of_their_own():
     """A metric's randomness is not that of the estimate it looks at."""
     seen = []

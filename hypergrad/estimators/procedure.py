@@ -21,7 +21,7 @@ from ..checks import (
 )
 from ..cost import ledger
 from ..drawn import Drawn, drawn
-from ..inner.descent import iterate, searches_a_line
+from ..inner.descent import NOT_DIFFERENTIATED, holds, iterate
 from ..inner.protocol import InnerSolver, InnerStats, IterativeSolver
 from ..problem import Bilevel, fraction, held_fraction
 from ..trees import all_finite, norm
@@ -63,7 +63,7 @@ def check_procedure(
     first = lambda w, alpha, key: solver.init(
         problem.inner_loss, w, alpha, inner_data, key
     )
-    if searches_a_line(jax.eval_shape(first, w, alpha, KEY)):
+    if holds(jax.eval_shape(first, w, alpha, KEY), NOT_DIFFERENTIATED):
         raise _not_differentiable(solver)
     check_problem(problem, w, alpha, solver)
     beside = solver_reads_alpha(solver, problem, w, alpha, inner_data)

@@ -67,7 +67,7 @@ class Descent(eqx.Module):
             state = jax.eval_shape(self.optimizer.init, jnp.zeros(()))
         except Exception:  # a mask or labels that fit the user's w only
             return True
-        return not searches_a_line(state)
+        return not holds(state, NOT_DIFFERENTIATED)
 
     def _transformation(self, alpha: PyTree) -> optax.GradientTransformationExtraArgs:
         optimizer = self.optimizer
@@ -114,13 +114,15 @@ class Descent(eqx.Module):
         return w, inner_stats(steps, num_grads=steps * fraction(data))
 
 
-def searches_a_line(state: PyTree) -> bool:
-    """Whether an optax state is that of a line search or of L-BFGS."""
-    kinds = (
-        optax.ScaleByLBFGSState,
-        optax.ScaleByZoomLinesearchState,
-        optax.ScaleByBacktrackingLinesearchState,
-    )
+LINE_SEARCHES = (
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+)
+NOT_DIFFERENTIATED = (*LINE_SEARCHES, optax.ScaleByLBFGSState)
+
+
+def holds(state: PyTree, kinds: tuple[type, ...]) -> bool:
+    """Whether an optax state is one of these, or has one within."""
     found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return any(isinstance(node, kinds) for node in found)
 
