@@ -363,6 +363,7 @@ def remaining(
     dashed: tuple[str, ...],
     near: float,
     path: Path,
+    unit: str = "gradient-equivalents",
 ) -> None:
     """What is left of the way at each cost: the median of the runs, a line a method.
 
@@ -394,7 +395,7 @@ def remaining(
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(title)
-        axis.set_xlabel("gradient-equivalents")
+        axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("left of the way to L-BFGS, median of seeds")
