@@ -19,8 +19,11 @@ from . import (
     searching_table,
     soba_step,
     surrogates,
+    trainings,
     warm_start,
 )
+from .peers import environments
+from .peers import table as peers
 
 #: Research questions that one table answers.
 ALIASES = {"rq3": "pareto"}
@@ -50,6 +53,8 @@ TABLES = {
         pareto.GRID,
         pareto.TABLE,
         rq1.TABLE,
+        peers.of(environments.python),
+        trainings.TABLE,
         questions.TABLE,
     )
 }

@@ -7,6 +7,8 @@ memory and the answer, or why there is none; then, for each number of calls that
 in on a line, how long these took and how busy other processes were meanwhile.
 """
 
+import ctypes
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -37,6 +39,12 @@ def busy() -> float:
     )
     ticks = user + nice + system + irq + softirq + steal
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def give_back() -> None:
+    """Memory that is no longer needed, to others that are measured beside this."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def timed(call: Callable[[], Any], number: int) -> dict[str, float]:
@@ -118,6 +126,7 @@ def main(contender: str, work: str, path: str, setting: str = "{}") -> None:
         answer = np.asarray(call(), float).ravel()
         first = time.perf_counter()
         most = peak()
+        give_back()
         told = {
             "prepared": prepared - start,
             "first": first - prepared,
@@ -130,7 +139,9 @@ def main(contender: str, work: str, path: str, setting: str = "{}") -> None:
         return
     say(**told, answer=answer.tolist())
     for line in sys.stdin:
-        say(**timed(call, int(line)))
+        took = timed(call, int(line))
+        give_back()
+        say(**took)
 
 
 if __name__ == "__main__":

@@ -204,9 +204,9 @@ class LBFGS(eqx.Module):
                 gradient, state, w, value=value, grad=gradient, value_fn=loss
             )
             next_w = optax.apply_updates(w, updates)
-            next_value, next_gradient = jax.value_and_grad(loss)(next_w)
-            search = next_state[-1].info  # of the zoom line search
-            evaluations = evaluations + search.num_linesearch_steps + 1
+            search = next_state[-1]  # the zoom line search's, which ended at next_w
+            next_value, next_gradient = search.value, search.grad
+            evaluations = evaluations + search.info.num_linesearch_steps
             moving = _moves((value, gradient), (next_value, next_gradient))
             keep = lambda new, old: optax.tree.where(moving, new, old)
             return (
