@@ -65,7 +65,12 @@ def _has_nan(leaf: Array) -> bool:
 def _arrays(name: str, tree: PyTree) -> PyTree:
     if not jax.tree.leaves(tree):
         raise ValueError(f"{name} has no leaves; pass at least one array")
-    strong = lambda leaf: jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+
+    def strong(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.weak_type:
+            return leaf
+        return jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+
     try:
         return jax.tree.map(strong, tree)
     except (TypeError, ValueError) as error:

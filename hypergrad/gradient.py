@@ -1,6 +1,8 @@
 """One hypergradient, with no state to carry."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -48,17 +50,53 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
             "estimator, optimizer, w, alpha, num_steps=...)"
         )
     estimator, problem = traced((estimator, problem))
+    # What every call has in common, once: a ready function costs what its program does.
+    arrays, rest = eqx.partition((estimator, problem), eqx.is_array)
+    arrays, structure = jax.tree.flatten(arrays)
+    setting, rehearsed = _Setting(structure, rest), set()
 
     def one_shot(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:
         w, alpha = as_inputs(w, alpha)
-        rehearse(estimator, problem, w, alpha)
-        return _one_shot(problem, estimator, w, alpha, as_key(key))
+        leaves, structure = jax.tree.flatten((w, alpha))
+        shapes = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if shapes not in rehearsed:
+            rehearse(estimator, problem, w, alpha)
+            rehearsed.add(shapes)
+        key = None if key is None else as_key(key)
+        return _one_shot(setting, arrays, w, alpha, key)
 
     return one_shot
 
 
-@eqx.filter_jit
-def _one_shot(problem, estimator, w, alpha, key):
-    init_key, estimate_key = jax.random.split(key)
+class _Setting:
+    """What is no array of an estimator and a problem, hashed once.
+
+    Args:
+      structure: of their arrays.
+      rest: what is not one.
+    """
+
+    def __init__(self, structure: Any, rest: PyTree):
+        self.structure, self.rest = structure, rest
+        leaves, of_rest = jax.tree.flatten(rest)
+        self.parts = structure, of_rest, *leaves
+        self.hash = hash(self.parts)
+
+    def combined(self, arrays: list[Array]) -> Any:
+        """``(estimator, problem)``."""
+        return eqx.combine(jax.tree.unflatten(self.structure, arrays), self.rest)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        same = self is other
+        return same or (isinstance(other, _Setting) and self.parts == other.parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_shot(setting, arrays, w, alpha, key):
+    estimator, problem = setting.combined(arrays)
+    init_key, estimate_key = jax.random.split(as_key(key))
     state = estimator.init(problem, w, alpha, init_key)
     return estimator.estimate(problem, state, alpha, estimate_key)[0]
