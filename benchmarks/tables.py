@@ -22,8 +22,6 @@ from . import (
     trainings,
     warm_start,
 )
-from .peers import environments
-from .peers import table as peers
 
 #: Research questions that one table answers.
 ALIASES = {"rq3": "pareto"}
@@ -53,7 +51,6 @@ TABLES = {
         pareto.GRID,
         pareto.TABLE,
         rq1.TABLE,
-        peers.of(environments.python),
         trainings.TABLE,
         questions.TABLE,
     )
