@@ -173,6 +173,11 @@ def theory(method: str, column: str, axis: str) -> float:
     return own.get((column, axis), 0.0 if (column, axis) in FLAT else 1.0)
 
 
+IMPLICIT = [name for name in METHODS if name.startswith("Implicit")]
+#: Whose operations are not to grow with hyperparameters.
+BLIND = [m for m in METHODS if theory(m, "operations", "hyperparameters") == 0]
+
+
 def sizes_of(cell: Row) -> Sizes:
     """The axis at the size of the cell, the rest at what goes with the axis."""
     axis = cell["axis"]
@@ -185,12 +190,10 @@ def shapes(sizes: Sizes) -> tuple[PyTree, Array, Array, Array]:
         "x": jnp.zeros((sizes.examples, sizes.parameters)),
         "y": jnp.zeros(sizes.examples),
     }
-    w, alpha = jnp.zeros(sizes.parameters), jnp.zeros(sizes.hyperparameters)
-    one = w, alpha, jax.random.key(0)
-    if sizes.population == 1:
-        return data, *one
-    each = lambda leaf: jnp.broadcast_to(leaf, (sizes.population, *leaf.shape))
-    return data, *map(each, one)
+    each = () if sizes.population == 1 else (sizes.population,)
+    w = jnp.zeros((*each, sizes.parameters))
+    alpha = jnp.zeros((*each, sizes.hyperparameters))
+    return data, w, alpha, jnp.broadcast_to(jax.random.key(0), each)
 
 
 def run(method: str, sizes: Sizes, train: PyTree, val: PyTree, *each: Any) -> PyTree:
@@ -269,7 +272,12 @@ def exponent(sizes: Any, values: Any) -> float:
     """Slope of log values over the sizes within two decades of the largest."""
     sizes, values = np.asarray(sizes, float), np.asarray(values, float)
     last = sizes * DECADES >= sizes.max()
-    return float(np.polyfit(np.log(sizes[last]), np.log(values[last]), 1)[0])
+    return slope(sizes[last], values[last])
+
+
+def slope(sizes: Any, values: Any) -> float:
+    """Of least squares in logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def line(rows: list[Row], method: str, axis: str, column: str) -> tuple[list, list]:
@@ -281,25 +289,37 @@ def line(rows: list[Row], method: str, axis: str, column: str) -> tuple[list, li
 
 def judge(rows: list[Row]) -> list[Verdict]:
     """Exponents within 0.1, the two that are to be flat, and what is not counted."""
+    values = lambda column, axis, methods: {
+        method: line(rows, method, axis, column) for method in methods
+    }
     verdicts = []
     for column, axis in itertools.product(COLUMNS, AXES):
-        off = []
-        for method in METHODS:
-            found = exponent(*line(rows, method, axis, column))
-            expected = theory(method, column, axis)
-            if not abs(found - expected) <= TOLERANCE:
-                off.append(f"{method} {found:.2f} for {expected:g}")
-        text = f"{column} against {axis}: {len(METHODS) - len(off)} of {len(METHODS)} "
-        text += f"exponents within {TOLERANCE:g} of theory"
-        verdicts.append(said("; ".join([text, *off]), not off))
-    implicit = [name for name in METHODS if name.startswith("Implicit")]
-    blind = [m for m in METHODS if theory(m, "operations", "hyperparameters") == 0]
+        lines = values(column, axis, METHODS)
+        found = {method: exponent(*pair) for method, pair in lines.items()}
+        expected = {method: theory(method, column, axis) for method in METHODS}
+        verdicts.append(as_expected(f"{column} against {axis}", found, expected))
+    scratch = values("scratch", "steps", IMPLICIT)
+    operations = values("operations", "hyperparameters", BLIND)
     return [
         *verdicts,
-        flat(rows, "scratch", "steps", implicit, SAME_SCRATCH),
-        flat(rows, "operations", "hyperparameters", blind, SAME_OPERATIONS),
+        flat("scratch over all steps", scratch, SAME_SCRATCH),
+        flat("operations over all hyperparameters", operations, SAME_OPERATIONS),
         without_price(rows),
     ]
+
+
+def as_expected(
+    what: str, found: dict[str, float], expected: dict[str, float]
+) -> Verdict:
+    """Whether the exponent of every method is within 0.1; the others by name."""
+    off = [
+        f"{method} {power:.2f} for {expected[method]:g}"
+        for method, power in found.items()
+        if not abs(power - expected[method]) <= TOLERANCE
+    ]
+    text = f"{what}: {len(found) - len(off)} of {len(found)} exponents "
+    text += f"within {TOLERANCE:g} of theory"
+    return said("; ".join([text, *off]), not off)
 
 
 def without_price(rows: list[Row]) -> Verdict:
@@ -310,17 +330,12 @@ def without_price(rows: list[Row]) -> Verdict:
     return Verdict(text + (f": {', '.join(names)}" if names else ""), bool(names))
 
 
-def flat(
-    rows: list[Row], column: str, axis: str, methods: list[str], most: float
-) -> Verdict:
+def flat(what: str, lines: dict[str, tuple[list, list]], most: float) -> Verdict:
     """The largest over the least of a line, of the method where that is most."""
-    spread = lambda values: max(values) / min(values)
-    found = {name: spread(line(rows, name, axis, column)[1]) for name in methods}
+    found = {name: max(values) / min(values) for name, (_, values) in lines.items()}
     worst = max(found, key=lambda name: found[name])
-    text = f"{column} over all {axis}: {found[worst]:.2f} times the least, {worst}, "
-    return said(
-        f"{text}the most of {len(methods)}; {most:g} claimed", found[worst] <= most
-    )
+    text = f"{what}: {found[worst]:.2f} times the least, {worst}, the most of "
+    return said(f"{text}{len(found)}; {most:g} claimed", found[worst] <= most)
 
 
 def said(text: str, met: bool) -> Verdict:
