@@ -1,11 +1,16 @@
 """How operations and bytes of a hypergradient grow, beside what theory says.
 
 Programs are compiled and not run, so that every number is the same on every run. See
-README.md for the protocol.
+README.md for the protocol. `python -m benchmarks.growth METHOD` counts what one device
+of several does, in a process that is told that it has so many.
 """
 
 import functools
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
@@ -28,16 +34,19 @@ RATE, MOMENTUM = 0.1, 0.9
 OPTIMIZER = optax.sgd(RATE, momentum=MOMENTUM)
 DECADES = 100  # by which the sizes of a fit differ at the most
 TOLERANCE, SAME_SCRATCH, SAME_OPERATIONS = 0.1, 1.1, 1.5
+DEVICES = [2, 4, 8, 16]
+FORCED = "--xla_force_host_platform_device_count"
 
 
 class Sizes(NamedTuple):
-    """Of a problem and its inner run, and of how many at once."""
+    """Of a problem and its inner run, of how many at once, on how many devices."""
 
     steps: int = 10
     parameters: int = 10**4
     hyperparameters: int = 10
     examples: int = 8
     population: int = 1
+    devices: int = 1
 
 
 def decades(low: int, high: int) -> list[int]:
@@ -51,10 +60,15 @@ AXES: dict[str, tuple[list[int], dict[str, int]]] = {
     "parameters": (decades(3, 7), {}),
     "hyperparameters": (decades(0, 7), {"parameters": 10**7}),
     "examples": (decades(2, 6), {"parameters": 100}),
+    "population": (decades(0, 3), {}),
+    "devices": (DEVICES, {"parameters": 100, "examples": 1000}),  # on each
 }
 COLUMNS = ("operations", "scratch")
 #: What grows with what, by theory, in no estimator but those that say so.
-FLAT = {("scratch", "steps"), *((column, "hyperparameters") for column in COLUMNS)}
+FLAT = {
+    ("scratch", "steps"),
+    *itertools.product(COLUMNS, ("hyperparameters", "devices")),
+}
 
 
 def outer_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
@@ -196,6 +210,8 @@ def run(method: str, sizes: Sizes, train: PyTree, val: PyTree, *each: Any) -> Py
 def measure(cell: Row) -> Row:
     """Of the compiled program."""
     sizes = sizes_of(cell)
+    if cell["axis"] == "devices":
+        return sizes._asdict() | on_devices(cell["method"])[sizes.devices]
     data, *each = jax.eval_shape(functools.partial(shapes, sizes))
     counted = functools.partial(run, cell["method"], sizes)
     program = hg.cost.compiled(counted, data, data, *each)
@@ -205,6 +221,50 @@ def measure(cell: Row) -> Row:
         "operations": program.flops.total(*loops),
         "scratch": program.memory.temporaries,
         "unknown": list(program.flops.unknown),
+    }
+
+
+# One device of several, each of which has as many examples.
+
+
+@functools.cache
+def on_devices(method: str) -> dict[int, Row]:
+    """`of_one_device` by how many there are, from a process that has them."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}={max(DEVICES)}"
+    command = [sys.executable, "-m", "benchmarks.growth", method]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return dict(zip(DEVICES, json.loads(done.stdout), strict=True))
+
+
+def of_one_device(method: str, devices: int) -> Row:
+    """Of its part of the program, by the compiler: bodies of loops count once."""
+    sizes = sizes_of({"axis": "devices", "size": devices})
+    sizes = sizes._replace(examples=sizes.examples * devices)
+    mesh = jax.make_mesh(
+        (devices,),
+        ("data",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+    parts = NamedSharding(mesh, PartitionSpec("data"))
+    data, *each = jax.eval_shape(functools.partial(shapes, sizes))
+    data = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parts), data
+    )
+    program = jax.jit(functools.partial(run, method, sizes))
+    compiled: Any = program.lower(data, data, *each).compile()
+    return {
+        "operations": compiled.cost_analysis()["flops"],
+        "scratch": compiled.memory_analysis().temp_size_in_bytes,
+        "unknown": [],
     }
 
 
@@ -332,9 +392,13 @@ def plan(scale: str, seeds: int) -> list[Row]:
 TABLE = Table(
     name="growth",
     source="counted; costs as each estimator's docstring states them",
-    minutes=15,
+    minutes=20,
     seeds=1,
     plan=plan,
     run=cell_by_cell(measure, markdown, draw),
     judge=judge,
 )
+
+
+if __name__ == "__main__":
+    print(json.dumps([of_one_device(sys.argv[1], devices) for devices in DEVICES]))

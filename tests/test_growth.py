@@ -85,3 +85,27 @@ def test_operations_are_those_counted_by_hand():
     assert products <= a_step <= products + 12 * sizes.parameters
     assert long["scratch"] == short["scratch"]
     assert long["unknown"] == []
+
+
+def test_a_population_is_so_many_of_one():
+    """Operations of an estimator without a branch, and what each holds of its own."""
+    cell = {"method": "Unrolled, stored", "axis": "population", "seed": 0}
+    one, ten = (growth.measure(cell | {"size": size}) for size in (1, 10))
+    assert ten["operations"] == pytest.approx(10 * one["operations"], rel=1e-3)
+    assert 8 < ten["scratch"] / one["scratch"] < 10.1
+
+
+@pytest.mark.slow  # two processes of their own
+def test_a_device_does_what_its_own_examples_ask_for():
+    """By hand: a gradient of n examples is two products of ``2 n d`` operations.
+
+    `FiniteDifference` makes two: of the step, and of the outer loss. The derivative in
+    ``alpha`` at its two points needs no product.
+    """
+    cell = {"method": "FiniteDifference", "axis": "devices", "seed": 0}
+    two, four = (growth.measure(cell | {"size": size}) for size in (2, 4))
+    assert two["examples"] == four["examples"] == 1000
+    assert four["operations"] == pytest.approx(two["operations"], rel=1e-2)
+    assert four["scratch"] == pytest.approx(two["scratch"], rel=1e-2)
+    products = 2 * two["examples"] * two["parameters"]
+    assert 4 * products < two["operations"] < 5 * products
