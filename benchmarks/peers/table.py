@@ -106,8 +106,8 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
 def made_on(rows: list[Row]) -> str:
     """Hardware and versions, in one sentence each."""
     row = rows[0]
-    versions = {name: v for row in rows for name, v in row["versions"].items()}
-    told = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
+    versions = {pair for row in rows for pair in row["versions"].items()}
+    told = ", ".join(f"{name} {version}" for name, version in sorted(versions))
     return (
         f"{row['cpu']}, {row['cores']} cores, {row['memory'] / 2**30:.0f} GiB, float32;"
         f" repetitions in turns, discarded while others took over {OTHERS:.0%} of a "
