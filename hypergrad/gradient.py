@@ -54,6 +54,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     arrays, rest = eqx.partition((estimator, problem), eqx.is_array)
     arrays, structure = jax.tree.flatten(arrays)
     setting, rehearsed = _Setting(structure, rest), set()
+    with jax.ensure_compile_time_eval():  # a key of an enclosing trace may not stay
+        default_key = as_key(None)
 
     def one_shot(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:
         w, alpha = as_inputs(w, alpha)
@@ -62,7 +64,7 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
         if shapes not in rehearsed:
             rehearse(estimator, problem, w, alpha)
             rehearsed.add(shapes)
-        key = None if key is None else as_key(key)
+        key = default_key if key is None else as_key(key)
         return _one_shot(setting, arrays, w, alpha, key)
 
     return one_shot
@@ -97,6 +99,6 @@ class _Setting:
 @functools.partial(jax.jit, static_argnums=0)
 def _one_shot(setting, arrays, w, alpha, key):
     estimator, problem = setting.combined(arrays)
-    init_key, estimate_key = jax.random.split(as_key(key))
+    init_key, estimate_key = jax.random.split(key)
     state = estimator.init(problem, w, alpha, init_key)
     return estimator.estimate(problem, state, alpha, estimate_key)[0]
