@@ -75,8 +75,9 @@ def minimize(
     Args:
       problem: the two losses and their data.
       estimator: of the hypergradient; its state carries the warm starts.
-      optimizer: any optax transformation but a line search, for ``alpha``; it is given
-        the outer value too.
+      optimizer: any optax transformation but a line search, for ``alpha``, such as
+        ``optax.adam(0.1)`` or ``optax.lbfgs(1.0, linesearch=None)``; it is given the
+        outer value too.
       w, alpha: where to begin.
       num_steps: outer steps, static.
       key: PRNG key; None means ``jax.random.key(0)``.
