@@ -137,14 +137,20 @@ def views_of_labels(w: PyTree, batch: PyTree) -> dict[str, View]:
 
 
 def linear(
-    name: str, load: Callable, draw: Callable, shape: tuple[int, int], labels: bool
+    name: str,
+    load: Callable,
+    draw: Callable,
+    shape: tuple[int, int],
+    labels: bool,
+    num_penalties: int | None = None,
 ) -> System:
+    """A penalty a feature, or one for all where there is to be one."""
     features, outputs = shape
     w = {"W": jnp.zeros(shape), "b": jnp.zeros(outputs)}
     alpha = {
         "weights": jnp.zeros(outputs),
         "margins": jnp.zeros(outputs),
-        "penalties": jnp.full(features, FIRST_PENALTY),
+        "penalties": jnp.full(num_penalties or features, FIRST_PENALTY),
     }
     return System(
         name=name,
@@ -195,6 +201,24 @@ def thinned(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
     }
 
 
+WRONG = 0.4  # of the training labels
+
+
+def noisy(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
+    """Of each class drawn by its share; some are trained on under another's name."""
+    rng = np.random.default_rng(seed)
+    odds = (THINNEST ** rng.uniform(size=10))[data["y"]]
+    order = rng.choice(len(odds), 650, replace=False, p=odds / odds.sum())
+    parts = {}
+    for part, rows in split(rng.permutation(order), 200, 150).items():
+        y = data["y"][rows]
+        parts[part] = {"x": data["x"][rows], "y": y, "use": np.ones(len(y), bool)}
+    y = parts["train"]["y"]
+    wrong = (rng.uniform(size=len(y)) < WRONG) * rng.integers(1, 10, len(y))
+    parts["train"]["y"] = ((y + wrong) % 10).astype(y.dtype)
+    return parts
+
+
 # Digits with six attributes each.
 
 ATTRIBUTES = {
@@ -223,7 +247,7 @@ def attributes(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
 
 # Reuters: is a story about money-fx?
 
-NUM_STORIES, NUM_WORDS = 1000, 1000
+NUM_STORIES, NUM_WORDS, FEW_WORDS = 1000, 1000, 300
 SCALE = 4.0  # rows have norm 1 at most; with it one range of penalties fits all systems
 
 
@@ -236,14 +260,14 @@ def reuters() -> Any:
     return scipy.sparse.csr_array(rows), data["y"], data["test"]
 
 
-def stories(data: Any, seed: int) -> dict[str, PyTree]:
+def stories(data: Any, seed: int, num_words: int = NUM_WORDS) -> dict[str, PyTree]:
     """The words that most of the training stories have; the test split is Reuters'."""
     x, y, is_test = data
     order = np.random.default_rng(seed).permutation(np.flatnonzero(~is_test))
     parts = split(order, NUM_STORIES, NUM_STORIES)
     parts["test"] = np.flatnonzero(is_test)
     in_stories = np.bincount(x[parts["train"]].indices, minlength=x.shape[1])
-    words = np.sort(np.argsort(-in_stories, kind="stable")[:NUM_WORDS])
+    words = np.sort(np.argsort(-in_stories, kind="stable")[:num_words])
     return {
         part: {
             "x": SCALE * x[rows][:, words].toarray(),
@@ -355,5 +379,14 @@ SYSTEMS = {
         linear("reuters", reuters, stories, (NUM_WORDS, 1), labels=True),
         linear("attributes", digits, attributes, (64, len(ATTRIBUTES)), labels=True),
         retrieval(),
+        linear("noisy digits", digits, noisy, (64, 10), labels=False, num_penalties=1),
+        linear(
+            "few words",
+            reuters,
+            functools.partial(stories, num_words=FEW_WORDS),
+            (FEW_WORDS, 1),
+            labels=True,
+            num_penalties=1,
+        ),
     )
 }

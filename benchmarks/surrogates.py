@@ -24,7 +24,6 @@ from .metric_learning import (
     judge,
     parts_of,
 )
-from .metric_tasks import SYSTEMS
 
 PENALTY_ALONE = {
     "baseline": "train",
@@ -41,6 +40,7 @@ METHODS = {
     "retrieval": ("baseline", *JUDGED, *SEARCHES),  # other classes in each part
     "joint": tuple(joint.LOOPS),
 }
+TASKS = tuple(task for task in METHODS if task != "joint")
 SINGLE = ("SOBA", "SOBA, full batch", "truncated")
 ORDER = ("digits", "reuters", "joint", "attributes", "retrieval")
 
@@ -113,10 +113,10 @@ def judge_rows(rows: list[Row]) -> list[Verdict]:
         name = lambda row: [row[field] for field in ("task", "method", "seed")]
         return [Verdict(f"no number: {name(row)}", failed=True) for row in lost]
     verdicts = [Verdict(f"{task} skipped: {why}") for task, why in skipped.items()]
-    for task in SYSTEMS:
+    for task in TASKS:
         if task not in skipped:
             verdicts += [own_is_best(rows, task, metric) for metric in METRICS]
-    there = [task for task in SYSTEMS if task not in skipped]
+    there = [task for task in TASKS if task not in skipped]
     verdicts.append(won(rows, there))
     verdicts += [reaches(rows, method) for method in SINGLE]
     verdicts += [at_equal_cost(rows, method) for method in SINGLE]
@@ -269,7 +269,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         f"says. Source: "
         f"{table.source}. Command: `{command}`",
     ]
-    for task in SYSTEMS:
+    for task in TASKS:
         lines += ["", f"## {task}", ""]
         if task in skipped:
             lines.append(f"Skipped: {skipped[task]}")
@@ -365,7 +365,7 @@ def draw(rows: list[Row], path: Path) -> None:
             for method in METHODS[task]
             if method != "baseline"
         }
-        for task in SYSTEMS
+        for task in TASKS
         if task not in skipped
     }
     curves = {
