@@ -1,0 +1,390 @@
+"""Table `rq2`: runs whose metrics and costs are known, and the judging of rows."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sklearn.metrics as skm
+
+import hypergrad as hg
+from benchmarks import metric_learning as learning
+from benchmarks import metric_tasks as tasks
+from benchmarks import rq2, rq2_plot
+from benchmarks import rq2_running as running
+from benchmarks.metric_learning import METRICS
+from benchmarks.rq2_running import EXACT, LEARNED, METHODS, judged
+from hypergrad.studies import record
+from hypergrad.studies.table import check
+
+# The systems.
+
+
+def test_noisy_digits_are_disjoint_and_of_fixed_sizes():
+    """Two fifths of the training labels are wrong, and no other; one seed, one draw."""
+    data = tasks.digits()
+    true = {row.tobytes(): y for row, y in zip(data["x"], data["y"], strict=True)}
+    parts, again, other = (tasks.noisy(data, seed) for seed in (0, 0, 1))
+    assert {part: len(x["y"]) for part, x in parts.items()} == {
+        "train": 200, "val": 150, "test": 300,
+    }  # fmt: skip
+    rows = [row.tobytes() for part in parts.values() for row in part["x"]]
+    assert len(set(rows)) == len(rows)
+    wrong = {
+        part: np.mean([true[row.tobytes()] for row in x["x"]] != x["y"])
+        for part, x in parts.items()
+    }
+    # A binomial of 200 at 0.4 is within 0.12, 3.5 standard deviations.
+    assert abs(wrong["train"] - tasks.WRONG) < 0.12
+    assert wrong["val"] == wrong["test"] == 0
+    np.testing.assert_array_equal(parts["train"]["y"], again["train"]["y"])
+    assert not np.array_equal(parts["val"]["x"], other["val"]["x"])
+
+
+@pytest.mark.parametrize("task", running.TASKS)
+def test_a_system_has_one_penalty_for_all_features(task):
+    """The loss of the same penalty for each."""
+    system = tasks.SYSTEMS[task]
+    w = jax.tree.map(
+        lambda x: jnp.arange(x.size).reshape(x.shape) / x.size, system.start(0)
+    )
+    assert system.alpha["penalties"].shape == (1,)
+    alone = tasks.penalty(w, system.alpha)
+    features = jnp.full(w["W"].shape[0], system.alpha["penalties"][0])
+    np.testing.assert_allclose(
+        alone, tasks.penalty(w, {"penalties": features}), rtol=1e-12
+    )
+    hg.spaces.check(system.space, system.alpha)
+
+
+def test_exact_metrics_of_labels_are_scikit_learns():
+    """With one label, as in few words."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, (60, 1))
+    w = {"W": jnp.asarray(rng.normal(size=(4, 1))), "b": jnp.array([0.3])}
+    batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "use": jnp.ones(60, bool)}
+    s = x @ np.asarray(w["W"]) + 0.3
+    exact = {
+        "accuracy": skm.accuracy_score(y, s > 0),
+        "F1": skm.f1_score(y, s > 0),
+        "mAP": skm.average_precision_score(y, s),
+    }
+    for metric in METRICS:
+        found = running.exact_at("few words", metric)(batch, w, None, None)
+        assert found == pytest.approx(exact[metric], rel=1e-9)
+
+
+def test_exact_metrics_of_classes_are_scikit_learns():
+    """As in noisy digits."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(80, 5)), rng.integers(0, 4, 80)
+    w = {"W": jnp.asarray(rng.normal(size=(5, 4))), "b": jnp.zeros(4)}
+    batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "use": jnp.ones(80, bool)}
+    s = x @ np.asarray(w["W"])
+    exact = {
+        "accuracy": skm.accuracy_score(y, s.argmax(1)),
+        "F1": skm.f1_score(y, s.argmax(1), average="macro"),
+        "mAP": skm.average_precision_score(np.eye(4)[y], s, average="macro"),
+    }
+    for metric in METRICS:
+        found = running.exact_at("noisy digits", metric)(batch, w, None, None)
+        assert found == pytest.approx(exact[metric], rel=1e-9)
+
+
+def test_a_box_is_about_the_start_and_within_that_of_the_task():
+    """Half a width on either side, cut."""
+    system = tasks.SYSTEMS["few words"]
+    alpha = system.alpha | {"penalties": jnp.array([-11.5])}
+    box = running.about("few words", alpha, 1.0)
+    np.testing.assert_allclose(box["penalties"].low, -12.0)
+    np.testing.assert_allclose(box["penalties"].high, -10.5)
+    np.testing.assert_allclose([box["margins"].low, box["margins"].high], [[-1], [1]])
+    assert box["weights"].shape == alpha["weights"].shape
+
+
+# One run.
+
+
+def columns(val, cost):
+    """F1 on validation; the other metrics, on test too, are told apart by a shift."""
+    val = np.array(val)
+    shifts = dict(zip(EXACT, (0.1, 0.0, 0.2, 0.3, 0.4, 0.5), strict=True))
+    found = {name: val + shift for name, shift in shifts.items()}
+    return found | {"0": 10 * val, "1": -val, "cost": np.array(cost, float)}
+
+
+START = {name: float(x[0]) for name, x in columns([0.3], [50.0]).items()}
+VAL = [0.2, 0.6, math.nan, 0.5, 0.6, 0.9]
+COST = [100, 200, 300, 400, 500, 600]
+
+
+def test_a_descent_returns_its_last_model_within_the_budget():
+    """The fifth, at 500 and the 50 before; what was not evaluated is not looked at."""
+    row = judged(columns(VAL, COST), START, 550.0, None)
+    assert row["spent"] == 550
+    assert row["evaluations"] == 4
+    assert row["curve_cost"] == [50, 150, 250, 450, 550]
+    np.testing.assert_allclose(row["curve"]["F1"], [0.3, 0.2, 0.6, 0.5, 0.6])
+    np.testing.assert_allclose(row["curve"]["mAP"], [0.5, 0.4, 0.8, 0.7, 0.8])
+    np.testing.assert_allclose(row["test accuracy"], 0.9)
+    np.testing.assert_allclose(row["alpha"], [6.0, -0.6])
+    last = judged(columns(VAL, COST), START, 549.0, None)
+    np.testing.assert_allclose(last["val F1"], 0.5)
+
+
+def test_a_search_returns_the_first_of_its_best():
+    """At what it had spent by then; all that it spent is told too."""
+    row = judged(columns(VAL, COST), START, 550.0, "F1")
+    assert (row["spent"], row["evaluations"]) == (550, 4)
+    assert row["curve_cost"] == [50, 250]
+    np.testing.assert_allclose(row["curve"]["F1"], [0.3, 0.6])
+    np.testing.assert_allclose(row["test mAP"], 1.1)
+
+
+def test_where_no_trial_is_better_the_start_is_returned():
+    """Also where none was paid for."""
+    for most in (150.0, 60.0):
+        row = judged(columns(VAL, COST), START, most, "F1")
+        assert row["curve_cost"] == [50]
+        np.testing.assert_allclose(row["val F1"], 0.3)
+        np.testing.assert_allclose(row["alpha"], [3.0, -0.3])
+
+
+def test_tuning_takes_the_own_metric_and_for_cross_entropy_their_mean():
+    """On the test part of the seeds for tuning."""
+    row = {"test accuracy": 0.9, "test F1": 0.6, "test mAP": 0.3, "val F1": 1.0}
+    assert running.score(row, "F1") == 0.6
+    assert running.score(row, "cross-entropy") == pytest.approx(0.6)
+
+
+def test_the_setting_with_the_best_mean_is_taken(monkeypatch):
+    """And what all runs cost is told."""
+    value = {0.01: (0.5, 0.5), 0.03: (0.9, 0.3), 0.1: (0.4, 0.9), 0.3: (0.1, 0.1)}
+
+    def run(task, name, seed, setting):
+        return {"test F1": value[setting][seed - 100], "spent": 10.0}
+
+    monkeypatch.setattr(running, "run", run)
+    found = running.tuned.__wrapped__("few words", "sigmoid F1, converged")
+    assert found == {
+        "setting": 0.1, "score": pytest.approx(0.65), "tuning_cost": 80.0,
+    }  # fmt: skip
+
+
+# Runs of one hyperparameter, whose metrics and costs are known: w is alpha where it
+# is trained, and accuracy is 1 where it is positive, else 0.
+
+NUM = 4
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """``w = alpha`` on the line; scores are ``w x``, and accuracy says its sign."""
+    batch = {
+        "x": jnp.array([1.0, 2.0, 3.0, -1.0]), "y": jnp.array([1, 1, 1, 0]),
+        "use": jnp.ones(NUM, bool),
+    }  # fmt: skip
+    parts = dict.fromkeys(("train", "val", "test"), batch)
+    of = lambda w, batch: tasks.View((w["W"] * batch["x"]), batch["y"], batch["use"])
+    wide = lambda view: tasks.View(*(x[:, None] for x in view))
+    alpha = {"penalties": jnp.array([-0.5])}
+    system = tasks.System(
+        name="line", load=lambda: None, draw=lambda data, seed: parts,
+        start=lambda seed: {"W": jnp.zeros(())}, alpha=alpha,
+        space={"penalties": hg.spaces.Interval(-1.0, 1.0, shape=(1,))},
+        train_loss=lambda w, alpha, batch: 0.5
+        * jnp.mean((w["W"] - alpha["penalties"][0]) ** 2 + 0.0 * batch["x"]),
+        cross_entropy=lambda w, alpha, batch: (w["W"] - 0.5) ** 2
+        + 0.0 * jnp.sum(batch["x"]),
+        views=lambda w, batch: {
+            "accuracy": of(w, batch), "F1": of(w, batch), "mAP": wide(of(w, batch)),
+        },
+        axis=0, threshold=0.0,
+    )  # fmt: skip
+    first = {"W": jnp.array(-0.5)}
+    monkeypatch.setitem(tasks.SYSTEMS, "line", system)
+    monkeypatch.setitem(running.BUDGETS, "line", 100.0)
+    for way in running.WAYS.values():
+        monkeypatch.setitem(way.least, "line", 100 / 12)
+    monkeypatch.setattr(running, "parts_of", lambda task, seed: parts)
+    monkeypatch.setattr(running, "beginning", lambda task, seed: (alpha, first, 5.0))
+    monkeypatch.setattr(
+        running,
+        "judge",
+        lambda task, w, batch: dict.fromkeys(METRICS, float(w["W"] > 0)),
+    )
+    learning.valued.cache_clear()
+    return "line"
+
+
+def test_a_joint_run_is_soba_by_hand(line):
+    """12 steps of a product and an outer gradient, 3 each, after the 5 at first.
+
+    ``L = (w - alpha)^2 / 2`` and ``M = (w - 1/2)^2``, so that H is 1 and the cross
+    term -1; Adam in the coordinate of the box.
+    """
+    columns = running.by_hypergradient(line, LEARNED["cross-entropy, joint"], 0, 0.3)
+    w, v, u, optimizer = -0.5, 0.0, jnp.log(0.25 / 0.75), optax.adam(0.3)
+    state, alphas, ws = optimizer.init(u), [], []
+    for _ in range(12):
+        alpha, slope = -1 + 2 * jax.nn.sigmoid(u), jax.grad(jax.nn.sigmoid)(u)
+        alphas.append(float(alpha))
+        ws.append(float(w))
+        update, state = optimizer.update(v * 2 * slope, state)
+        w, v = w - 0.1 * (w - alpha), v - 0.1 * (v - 2 * (w - 0.5))
+        u = u + update
+    np.testing.assert_allclose(columns["0"], alphas, rtol=1e-9)
+    np.testing.assert_array_equal(
+        columns["test accuracy"], np.where(np.array(ws) > 0, 1, 0)
+    )
+    np.testing.assert_allclose(columns["cost"], 3.0 * np.arange(1, 13))
+    row = running.run.__wrapped__(line, "cross-entropy, joint", 0, 0.3)
+    assert row["spent"] == 5 + 36
+    assert row["alpha"] == [columns["0"][-1]]
+
+
+def test_a_search_of_known_cost_finds_a_positive_w(line):
+    """All of the box above zero is right; half of that below is not."""
+    row = running.run.__wrapped__(line, "random, accuracy", 0, 1.0)
+    assert row["val accuracy"] == 1.0
+    assert row["alpha"][0] > 0
+    assert row["curve"]["accuracy"] == [0.0, 1.0]
+    assert row["curve_cost"][0] == 5
+    assert row["curve_cost"][-1] <= row["spent"] <= 100
+
+
+# Judging.
+
+
+def rows_of(own=0.9, box=0.8, reached=100.0, ended=400.0, noise=0.001) -> list[dict]:
+    """All planned rows: own surrogates end at ``own``, searches at ``box`` on test.
+
+    On validation a search ends at 0.8 at the cost ``ended``, an own surrogate is that
+    good at ``reached``. Of the ways joint tuned best, of the searches TPE.
+    """
+    rows = []
+    for cell in rq2.TABLE.plan("small", 5):
+        row = cell | {"reason": None, "data_sha256": "x"}
+        row |= dict.fromkeys(EXACT, 0.7)
+        if cell["method"] not in LEARNED:
+            rows.append(row)
+            continue
+        of, by = LEARNED[cell["method"]]
+        search = by in running.SEARCHERS
+        wobble = noise * np.random.default_rng(cell["seed"]).normal()
+        curve = [0.7, 0.8] if of in METRICS else [0.7, 0.7]
+        row |= {
+            "curve": dict.fromkeys(METRICS, curve),
+            "curve_cost": [50.0, ended if search else reached],
+            "spent": 500.0, "evaluations": 9, "setting": 0.1, "tuning_cost": 7.0,
+            "score": {"joint": 0.9, "TPE": 0.9}.get(by, 0.8), "alpha": [0.0],
+        } | {f"retrained {metric}": 0.6 for metric in METRICS}  # fmt: skip
+        if of in METRICS:
+            row[f"test {of}"] = (box if search else own) + wobble * (not search)
+            row[f"val {of}"] = curve[-1]
+        rows.append(row)
+    return rows
+
+
+def lines(rows: list[dict], *words: str) -> list[str]:
+    verdicts = rq2.judge(rows)
+    assert not any(verdict.failed for verdict in verdicts)
+    return [v.text for v in verdicts if all(word in v.text for word in words)]
+
+
+@pytest.mark.parametrize(
+    ("own", "end"), [(0.9, ": reproduced"), (0.8, "not reproduced")]
+)
+def test_an_own_surrogate_must_surely_be_above_the_best_search(own, end):
+    """By the rows that tuned best, on each system and metric."""
+    found = lines(rows_of(own=own, noise=0.01), "(o)", "against", "TPE")
+    assert len(found) == 6
+    assert all(text.endswith(end) for text in found)
+    assert found[0].startswith(
+        "(o) noisy digits, test accuracy: smooth accuracy, joint against TPE, accuracy"
+    )
+
+
+@pytest.mark.parametrize(("ended", "end"), [(400.0, ": reproduced"), (250.0, " not")])
+def test_it_must_be_there_three_times_sooner(ended, end):
+    """On each system, over its metrics, paired by seed."""
+    found = lines(rows_of(ended=ended), "(o)", "own surrogates")
+    assert len(found) == 2
+    for text in found:
+        assert f"{ended / 100:.3g} [" in text
+        assert (" not " in text) == (end == " not")
+    found = lines(rows_of(ended=ended), "times fewer than")
+    assert len(found) == 6
+    assert f"smooth accuracy, joint needs {ended / 100:.3g} [" in found[0]
+
+
+def test_one_that_is_never_there_loses_and_counts_with_its_bound():
+    """On one seed of one metric; the other system does not mind."""
+    rows, own = rows_of(), "sigmoid F1, joint"
+    for row in rows:
+        if (row["task"], row["method"], row["seed"]) == ("few words", own, 3):
+            row["curve"] = row["curve"] | {"F1": [0.7, 0.75]}
+    digits, words = lines(rows, "(o)", "own surrogates")
+    assert digits.endswith(": reproduced")
+    assert words.endswith(f"never there: {own} on 1 seed: not reproduced")
+    cost, never = rq2.needed(rows, "few words", own, "F1")
+    assert (cost.tolist(), never) == ([100, 100, 100, 500, 100], 1)
+    (text,) = lines(rows, f"few words, F1: {own} needs")
+    assert text.endswith(", at most, never there on 1 of 5 seeds")
+
+
+def test_the_first_evaluation_as_good_counts():
+    """Also where the curve falls again."""
+    row = {"curve": {"F1": [0.1, 0.5, 0.4, 0.6]}, "curve_cost": [1.0, 2.0, 3.0, 4.0]}
+    assert rq2.cost_to_reach(row, "F1", 0.5) == 2.0
+    assert math.isnan(rq2.cost_to_reach(row, "F1", 0.7))
+
+
+def test_other_rows_and_training_anew_are_told():
+    """Cross-entropy by its best way, the other ways, rows that learn nothing."""
+    rows = rows_of()
+    found = lines(rows, "noisy digits, test mAP: Smooth-AP, joint")
+    assert len(found) == 7
+    assert sum("beats" in text for text in found) == 4
+    assert sum("cross-entropy, joint: +20.0 points" in text for text in found) == 1
+    anew = lines(rows, "noisy digits, test mAP, trained anew")
+    assert "converged -30.0, truncated -30.0, joint -30.0 points" in anew[0]
+
+
+def test_missing_data_is_a_reason_and_missing_rows_fail(tmp_path):
+    """By `--check`; the other system is judged, and shown."""
+    made = dict.fromkeys(("device", "python", *record.PACKAGES), "x")
+    rows = [row | made for row in rows_of()]
+    for row in rows:
+        if row["task"] == "few words":
+            for name in set(row) - {"task", "method", "seed", *made}:
+                del row[name]
+            row["reason"] = "not there"
+    path = tmp_path / "rq2.jsonl"
+
+    def verdicts(rows):
+        path.write_text("".join(map(record.line, rows)))
+        return check(rq2.TABLE, tmp_path)
+
+    found = verdicts(rows)
+    assert found[0].text == "few words skipped: not there"
+    assert not any(verdict.failed for verdict in found)
+    assert len([v for v in found if v.text.startswith("(o)")]) == 4
+    assert any("missing" in v.text for v in verdicts(rows[:-1]))
+    few = verdicts([row for row in rows if row["seed"] < 4])
+    assert any(v.failed and "too few seeds" in v.text for v in few)
+    text = rq2.markdown(rq2.TABLE, rows, "the command")
+    assert "Skipped: not there" in text
+    assert "FAILED" not in text
+    assert "| untuned | 70.0 ± 0.0 |" in text
+    assert text.count("\n| ") == len(METHODS) + 1
+    rq2.draw(rows, tmp_path / "rq2.png")
+    assert (tmp_path / "rq2.png").stat().st_size > 10_000
+
+
+def test_a_curve_holds_until_the_next_evaluation():
+    """And is nothing before the first."""
+    found = rq2_plot.at([2.0, 5.0], [0.1, 0.4], np.array([1.0, 2.0, 4.9, 5.0, 9.0]))
+    np.testing.assert_allclose(found, [np.nan, 0.1, 0.1, 0.4, 0.4])
