@@ -23,6 +23,7 @@ from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Claim, Verdict, paired
+from hypergrad.tasks.augmentation import OPERATIONS, POSE
 
 from .rq4_tasks import (
     ARCHITECTURES,
@@ -36,7 +37,9 @@ from .rq4_tasks import (
     start,
 )
 
-SOURCE = "Li et al. 2020; Chen et al. 2020; Vincent et al. 2008; Franceschi et al. 2017"
+SOURCE = (
+    "Li et al. 2020; Dosovitskiy et al. 2021; Chen et al. 2020; Vincent et al. 2008"
+)
 NONE, HAND, LEARNED, RANDOM, VALIDATION = AUGMENTATIONS = (
     "none", "fixed", "learned", "random search", "validation-only"
 )  # fmt: skip
@@ -248,6 +251,20 @@ def compared(rows: list[Row], objective: str) -> list[Verdict]:
     return lines
 
 
+def magnitudes(rows: list[Row], objective: str) -> Verdict:
+    """What was learned, beside how far validation and test images were moved."""
+    mine = of(rows, objective=objective, augmentation=LEARNED)
+    mean = np.mean([row["alpha"] for row in mine], axis=0)
+    told = [
+        f"{name} {learned:.2f} ({true:.2g})"
+        for name, learned, true in zip(OPERATIONS, mean, POSE, strict=True)
+    ]
+    return Verdict(
+        f"{objective}, learned on average (and what the images to test have): "
+        f"{', '.join(told)}"
+    )
+
+
 def certificates(rows: list[Row], objective: str) -> Verdict:
     """Where the last hypergradient has a certificate, and its error there."""
     told = []
@@ -280,10 +297,11 @@ def flaws(rows: list[Row]) -> list[Verdict]:
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """The claims and the certificates, objective by objective."""
+    """The claims, what was learned, and the certificates, by objective."""
     lines = flaws(rows)
     for objective in OBJECTIVES:
-        lines += [*compared(rows, objective), certificates(rows, objective)]
+        lines += compared(rows, objective)
+        lines += [magnitudes(rows, objective), certificates(rows, objective)]
     return lines
 
 
@@ -297,7 +315,8 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         "",
         f"{DIGITS}; {seeds} seeds. Test accuracy of the head, or of a linear probe, "
         "in %, mean ± standard deviation; cross-entropy on validation, of a probe half "
-        "its squared error. Outer steps, or trials, that were made, and the number of "
+        "its squared error (of validation-only, where it was trained). Outer steps, or "
+        "trials, that were made, and the number of "
         "that with the lowest validation loss; gradient-equivalents (grad-eq) they "
         f"cost, {BUDGET:,.0f} at the most. Certified: on how many seeds the last "
         "hypergradient has a certificate, its relative error as the derivative at the "

@@ -273,6 +273,7 @@ def rows_of(accuracy=None, **changed):
             "accuracy": mean + NOISE[cell["seed"]] * (augmentation == LEARNED),
             "val_loss": 1.0, "cost": 2952.0 * chose, "steps": 36 * chose,
             "best": 30 * chose,
+            "alpha": [0.9 if cell["architecture"] == "ViT" else 0.5] * 7,
         }  # fmt: skip
         if augmentation == LEARNED:
             seed = cell["seed"]
@@ -319,6 +320,12 @@ def test_training_on_validation_is_told_without_a_claim():
     rows = rows_of({("supervised", VALIDATION): 0.6})
     text = said(rows, "loses to validation-only")
     assert text.startswith("supervised: learned loses to validation-only: -9.9")
+
+
+def test_what_was_learned_stands_beside_what_the_images_have():
+    """Means over networks and seeds."""
+    text = said(rows_of(), "autoencoder, learned on average")
+    assert "translate_y 0.60 (1), rotate 0.60 (0.79), scale 0.60 (0)" in text
 
 
 def test_certificates_are_counted_with_their_errors_and_reasons():
