@@ -403,7 +403,7 @@ def draw(rows: list[Row], path: Path) -> None:
 TABLE = Table(
     name="trainings",
     source=SOURCE,
-    minutes=15,
+    minutes=30,
     seeds=5,
     plan=cells,
     run=cell_by_cell(measure, markdown, draw),
