@@ -59,8 +59,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
 
     def one_shot(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:
         w, alpha = as_inputs(w, alpha)
-        leaves, structure = jax.tree.flatten((w, alpha))
-        shapes = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        leaves, of_inputs = jax.tree.flatten((w, alpha))
+        shapes = of_inputs, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if shapes not in rehearsed:
             rehearse(estimator, problem, w, alpha)
             rehearsed.add(shapes)

@@ -122,6 +122,20 @@ def test_kinds_of_numbers_trace_nothing_more():
     assert inner.count == count
 
 
+def test_a_ready_hypergradient_is_rehearsed_once_a_shape(monkeypatch):
+    """Later calls do no more in Python than look at their numbers."""
+    known, seen = quadratic("0-d"), []
+    monkeypatch.setattr(
+        "hypergrad.gradient.rehearse", lambda *given: seen.append(given)
+    )
+    gradient = hg.hypergradient(known.problem, SETTINGS["CG"](1))
+    for w in (0.0, 1.0, 2.0):
+        gradient(w, known.alpha)
+    assert len(seen) == 1
+    with pytest.raises(ValueError, match="NaN"):
+        gradient(jnp.nan, known.alpha)
+
+
 def test_spaces_and_batches_trace_nothing_more():
     """New bounds, new examples in Batches, a new metric's array."""
     inner, outer = counted(logistic("per-weight"))
