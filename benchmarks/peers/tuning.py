@@ -36,17 +36,21 @@ def grid(**values: Any) -> list[dict[str, Any]]:
     ]
 
 
+def paced(**values: Any) -> list[dict[str, Any]]:
+    """The same at each of `PACES`."""
+    return [
+        {"rate": rate, "momentum": momentum} | rest
+        for rate, momentum in PACES
+        for rest in grid(**values)
+    ]
+
+
 TIGHT = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SOLVE = (1e-2, 1e-3, 1e-4)
 PRODUCTS = (5, 10, 15, 20)
 # The run's own, and those for curvatures from 0.01 to 0.4 without and with momentum.
 PACES = [(0.5, 0.9), (2.0, 0.9), (5.0, 0.0), (5.0, 0.3), (5.0, 0.6)]
-DESCENT = [
-    {"rate": rate, "momentum": momentum} | rest
-    for (rate, momentum), rest in itertools.product(
-        PACES, grid(gradient=TIGHT[1:], adjoint=SOLVE)
-    )
-]
+DESCENT = paced(gradient=TIGHT[1:], adjoint=SOLVE)
 LBFGS = grid(gradient=TIGHT, adjoint=SOLVE)
 TORCH = grid(gradient=(1e-4, 1e-5, 1e-6, 1e-7), products=PRODUCTS)
 GRIDS = {
@@ -60,12 +64,7 @@ GRIDS = {
     "torch_by_hand": TORCH,
     "torchopt": TORCH,
     "hypertorch": TORCH,
-    "boat": [
-        {"rate": rate, "momentum": momentum} | rest
-        for (rate, momentum), rest in itertools.product(
-            PACES, grid(steps=(20, 40, 80), products=PRODUCTS)
-        )
-    ],
+    "boat": paced(steps=(20, 40, 80), products=PRODUCTS),
 }
 
 

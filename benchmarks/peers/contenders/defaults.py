@@ -5,24 +5,15 @@ asks for the hypergradient alone.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 import hypergrad as hg
 
 from .. import problems
-from ..problems import Problem, flat
+from ..problems import Problem
 from ..work import Data
-from .ours import at_w, momentum, scheduled
-
-
-def ready(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
-    """Made once and called."""
-    train, val, w, alpha = problem.arrays
-    bilevel = hg.Bilevel(problem.inner, problem.outer, train, val)
-    gradient = hg.hypergradient(bilevel, estimator)
-    return lambda: flat(gradient(w, alpha).hypergradient)
+from .ours import at_w, dispatch, momentum, ready, scheduled
 
 
 def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
@@ -33,11 +24,6 @@ def logistic_forward(data: Data) -> Callable[[], np.ndarray]:
     problem = problems.logistic(data)
     problem = problem._replace(alpha=problem.alpha[0])
     return ready(problem, hg.Forward(momentum(problem)))
-
-
-def logistic_solve(data: Data) -> Callable[[], np.ndarray]:
-    problem = problems.logistic(data, solved=True)
-    return ready(problem, at_w(problem))
 
 
 def logistic_whole(
@@ -60,11 +46,11 @@ def schedule(data: Data) -> Callable[[], np.ndarray]:
 WORKS = {
     "w1-unrolled": lambda data: unrolled(problems.logistic(data)),
     "w1-forward": logistic_forward,
-    "w1-solve": logistic_solve,
+    "w1-solve": dispatch,
     "w1-whole": logistic_whole,
     "w2-unrolled": lambda data: unrolled(problems.cleaning(data)),
     "w2-implicit": cleaning_implicit,
     "w3-1000": schedule,
     "overhead": lambda data: unrolled(problems.logistic(data)),
-    "overhead-solve": logistic_solve,
+    "overhead-solve": dispatch,
 }
