@@ -25,7 +25,7 @@ import hypergrad as hg
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, paired
+from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, number_of_seeds, paired
 
 from . import plots
 from .searching import Gaussian, Searching, Until, in_double
@@ -36,10 +36,9 @@ LOW, HIGH, START = -8.0, 1.5, -3.0  # of a log-penalty
 RIDGES = 25  # equal penalties that the way begins at the best of
 WAYS = (0.5, 0.8, 0.95)  # of the way from there to the target
 BUDGET, MOST = 60.0, 1_000.0  # trainings: with hypergradients, and without
-POINTS = 200  # evaluations of a descent, at most
 TUNING_SEEDS = (100, 101)
 CLAIMED = {10: (26, 10), 500: (36, 15)}  # trainings at most, and reached for
-SOURCE = "the protocol of hypergrad; Bergstra & Bengio 2012"
+SOURCE = "Bergstra & Bengio 2012; Liu & Nocedal 1989"
 
 DESCENT = optax.sgd(0.5, momentum=0.9)
 TRAINING = hg.Descent(DESCENT, STEPS)
@@ -170,7 +169,6 @@ def descend(
         num_steps=way.num_steps,
         space=hg.spaces.Interval(LOW, HIGH),
         metrics={"h": jax.tree_util.Partial(h, train, val)},
-        eval_every=max(1, way.num_steps // POINTS),
     )  # fmt: skip
     last = STEPS if way.estimator is WARM else 0
     return {"h": trace.metrics["h"], "cost": trace.cost + last}
@@ -308,7 +306,7 @@ def claimed(rows: list[Row], size: int) -> Verdict:
     if len(mine) < LEAST_SEEDS:
         return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
     if never:
-        return Verdict(f"{text}: never on {never} seeds: not reproduced")
+        return Verdict(f"{text}: never on {number_of_seeds(never)}: not reproduced")
     logs = [math.log(row["trainings"][-1]) for row in mine]
     mean, low, high = np.exp(paired(logs, np.zeros(len(logs))))
     word = "reproduced" if high <= most else "not reproduced"

@@ -126,7 +126,7 @@ def test_what_is_slow_or_never_there_is_not_reproduced():
     assert "at most 26 claimed: not reproduced" in texts(made_up(27.0))[0]
     rows = made_up(12.0)
     next(r for r in rows if r["method"] == "L-BFGS")["trainings"][-1] = None
-    assert "never on 1 seeds: not reproduced" in texts(rows)[0]
+    assert "never on 1 seed: not reproduced" in texts(rows)[0]
     assert trainings.judge(made_up(12.0, seeds=4))[0].failed
 
 
