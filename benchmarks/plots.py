@@ -7,6 +7,18 @@ import numpy as np
 LEAST = 1e-16  # an error of 0 is drawn as this
 
 
+def plain_ticks(axis) -> None:
+    """A logarithmic axis of less than two decades in plain numbers, and few."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        subs = (1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        axis.set_major_locator(ticker.LogLocator(subs=subs))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def errors(
     panels: dict[str, list[list[float | None]]],
     rows: list[str],
@@ -350,6 +362,8 @@ def contenders(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("seconds")
         axis.set_xscale("log")
+        plain_ticks(axis.xaxis)
+        axis.tick_params(axis="x", labelsize=7)
         axis.grid(alpha=0.25, axis="x")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_yticks(range(len(of_method)), list(of_method), fontsize=8)
@@ -470,6 +484,8 @@ def growth(
             panel.plot(sizes, counts, "o-", color=color, ms=3, lw=1.4, label=name)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        plain_ticks(panel.xaxis)
+        plain_ticks(panel.yaxis)
         panel.set_title(f"{column} against {axis}", fontsize=10)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
