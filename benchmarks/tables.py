@@ -22,6 +22,8 @@ from . import (
     trainings,
     warm_start,
 )
+from .peers import environments
+from .peers import table as peers
 
 #: Research questions that one table answers.
 ALIASES = {"rq3": "pareto"}
@@ -50,6 +52,7 @@ TABLES = {
         gates.TABLE,
         pareto.GRID,
         pareto.TABLE,
+        peers.of(environments.python),
         rq1.TABLE,
         trainings.TABLE,
         questions.TABLE,

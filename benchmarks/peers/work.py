@@ -181,7 +181,7 @@ def few_shot(tasks: int = 16, channels: int = CHANNELS) -> Data:
         "y_val": labels(QUERIES),
         "init": init + layers(rng, [channels, WAYS]),
         "steps": 5,
-        "rate": 0.1,
+        "rate": 0.01,
     }
 
 
