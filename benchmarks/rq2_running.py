@@ -31,6 +31,7 @@ from .metric_learning import (
     minus_exact,
     parts_of,
     temperature,
+    thirds,
     train,
 )
 from .metric_tasks import SYSTEMS
@@ -106,6 +107,20 @@ METHODS = (UNTUNED, *PENALTY_ALONE, *LEARNED)
 
 
 # What all runs share.
+
+
+def held_out(parts: dict[str, PyTree]) -> dict[str, PyTree]:
+    """With a third of validation in the place of test, at the length of test."""
+    some, held = thirds(parts["val"])
+    missing = len(parts["test"]["use"]) - len(held["use"])
+    pad = lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return parts | {"val": some, "test": jax.tree.map(pad, held)}
+
+
+def parts_for(task: str, seed: int) -> dict[str, PyTree]:
+    """Those of the seed; a seed for tuning does not see its test part."""
+    parts = parts_of(task, seed)
+    return held_out(parts) if seed in TUNING_SEEDS else parts
 
 
 def training(task: str, w: PyTree, alpha: PyTree, train: PyTree) -> Any:
@@ -185,7 +200,7 @@ def descend(
 
 def by_hypergradient(task: str, method: Method, seed: int, rate: float) -> dict:
     alpha, w, _ = beginning(task, seed)
-    parts = dict(parts_of(task, seed))
+    parts = dict(parts_for(task, seed))
     t = temperature(task, OBJECTIVES[LOSSES[method.of]])(w, parts["val"])
     parts["val"] = at_temperature(parts["val"], t)
     run = program(descend, task, *method)
@@ -213,7 +228,7 @@ def about(task: str, alpha: PyTree, half: float) -> PyTree:
 def trials(task: str, of: str, by: str, seed: int, half: float) -> dict:
     """On the exact metric of validation, from the ``w`` at the start."""
     alpha, w, first = beginning(task, seed)
-    parts = parts_of(task, seed)
+    parts = parts_for(task, seed)
     losses = SYSTEMS[task].train_loss, minus_exact(task, of)
     trace = hg.search(
         hg.Bilevel(*losses, parts["train"], parts["val"]), TRAINING, SEARCHERS[by], w,
@@ -279,7 +294,7 @@ def start_of(task: str, seed: int) -> dict[str, float]:
     alpha, w, cost = beginning(task, seed)
     flat = np.asarray(ravel_pytree(alpha)[0], float)
     axes = {str(i): float(x) for i, x in enumerate(flat)}
-    return values_of(task, w, parts_of(task, seed)) | axes | {"cost": cost}
+    return values_of(task, w, parts_for(task, seed)) | axes | {"cost": cost}
 
 
 @functools.lru_cache(maxsize=64)
@@ -296,7 +311,7 @@ def retrained(task: str, seed: int, flat: list[float]) -> dict[str, float]:
     """Exact metrics on test of the model that ``alpha`` alone makes, converged."""
     alpha, _, _ = beginning(task, seed)
     as_leaves, as_alpha = ravel_pytree(alpha)
-    parts = parts_of(task, seed)
+    parts = parts_for(task, seed)
     alpha = as_alpha(jnp.asarray(flat, as_leaves.dtype))
     found = judge(task, train(task, seed, alpha, parts["train"]), parts["test"])
     return {f"retrained {metric}": found[metric] for metric in METRICS}
@@ -304,7 +319,7 @@ def retrained(task: str, seed: int, flat: list[float]) -> dict[str, float]:
 
 def alone(task: str, name: str, seed: int) -> Row:
     """A row that learns no hyperparameters, but for one penalty by validation."""
-    parts = parts_of(task, seed)
+    parts = parts_for(task, seed)
     if name == UNTUNED:
         w = train(task, seed, SYSTEMS[task].alpha, parts["train"])
     else:
@@ -316,7 +331,10 @@ def alone(task: str, name: str, seed: int) -> Row:
 
 
 def score(row: Row, of: str) -> float:
-    """What tuning makes large: the row's own metric, for cross-entropy the mean."""
+    """What tuning makes large: the row's own metric, for cross-entropy the mean.
+
+    On what was held out, which tuning has in the place of test.
+    """
     metrics = METRICS if of == "cross-entropy" else (of,)
     return float(np.mean([row[f"test {metric}"] for metric in metrics]))
 

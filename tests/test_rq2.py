@@ -14,7 +14,7 @@ from benchmarks import metric_learning as learning
 from benchmarks import metric_tasks as tasks
 from benchmarks import rq2, rq2_plot
 from benchmarks import rq2_running as running
-from benchmarks.metric_learning import METRICS
+from benchmarks.metric_learning import METRICS, parts_of
 from benchmarks.rq2_running import EXACT, LEARNED, METHODS, judged
 from hypergrad.studies import record
 from hypergrad.studies.table import check
@@ -153,10 +153,25 @@ def test_where_no_trial_is_better_the_start_is_returned():
 
 
 def test_tuning_takes_the_own_metric_and_for_cross_entropy_their_mean():
-    """On the test part of the seeds for tuning."""
+    """On what stands in the place of the test part."""
     row = {"test accuracy": 0.9, "test F1": 0.6, "test mAP": 0.3, "val F1": 1.0}
     assert running.score(row, "F1") == 0.6
     assert running.score(row, "cross-entropy") == pytest.approx(0.6)
+
+
+def test_tuning_sees_no_test_example():
+    """A third of validation stands there, what is learned from has the rest."""
+    seed = running.TUNING_SEEDS[0]
+    whole, parts = (of("noisy digits", seed) for of in (parts_of, running.parts_for))
+    num = len(whole["val"]["use"])
+    used = {part: np.asarray(batch["use"]) for part, batch in parts.items()}
+    np.testing.assert_array_equal(used["val"], np.arange(num) % 3 != 0)
+    np.testing.assert_array_equal(used["test"][:num], ~used["val"])
+    assert not used["test"][num:].any()
+    assert len(used["test"]) == len(whole["test"]["use"])
+    for name in ("x", "y"):
+        np.testing.assert_array_equal(parts["test"][name][:num], whole["val"][name])
+    assert running.parts_for("noisy digits", 0) is parts_of("noisy digits", 0)
 
 
 def test_the_setting_with_the_best_mean_is_taken(monkeypatch):
