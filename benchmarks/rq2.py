@@ -270,7 +270,7 @@ def draw(rows: list[Row], path: Path) -> None:
 TABLE = Table(
     name="rq2",
     source=SOURCE,
-    minutes=12,
+    minutes=15,
     seeds=5,
     plan=lambda scale, seeds: [
         {"task": task, "method": method, "seed": seed}

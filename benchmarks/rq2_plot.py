@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .plots import plain_ticks
+
 COLORS = ("crimson", "darkorange", "goldenrod", "grey", "black", "steelblue")
 
 
@@ -42,16 +44,18 @@ def curves(
             color, style = COLORS[i], "--" if name.startswith("cross") else "-"
             seen = [at(cost, value, when) for cost, value, _ in runs]
             mean = 100 * np.mean(seen, axis=0)
-            above.plot(when, mean, style, color=color, label=name)
+            above.plot(when, mean, style, color=color)
             test = 100 * np.array([test for _, _, test in runs])
             below.plot(test, np.full(test.size, i), ".", color=color, alpha=0.4)
             below.plot(test.mean(), i, "D", color=color, ms=6)
         above.set_xscale("log")
+        plain_ticks(above.xaxis)
         above.set_title(f"{task}: {metric}", fontsize=10)
         above.set_xlabel("gradient-equivalents", fontsize=8)
         above.set_ylabel("validation, %", fontsize=8)
-        above.legend(fontsize=7, frameon=False)
         below.set_yticks(range(len(methods)), methods, fontsize=7)
+        for label, color in zip(below.get_yticklabels(), COLORS, strict=False):
+            label.set_color(color)
         below.set_ylim(len(methods) - 0.5, -0.5)
         below.set_xlabel("test at the end, %: seeds, and their mean", fontsize=8)
         for axis in (above, below):

@@ -16,6 +16,7 @@ from . import (
     quadratics,
     questions,
     rq1,
+    rq2,
     searching_grid,
     searching_table,
     soba_step,
@@ -56,6 +57,7 @@ TABLES = {
         pareto.TABLE,
         peers.of(environments.python),
         rq1.TABLE,
+        rq2.TABLE,
         trainings.TABLE,
         questions.TABLE,
     )
