@@ -40,16 +40,19 @@ PROBLEMS = {
     ),
     "The metric has no derivative": Problem(
         "smooth surrogates of accuracy, F1 and mean average precision as outer losses",
-        ("surrogates", "average-precision"),
-        "on small data a metric's own surrogate is no better than cross-entropy; "
-        "whether it is on large or very unbalanced data is not known from here",
+        ("surrogates", "average-precision", "rq2"),
+        "where labels are noisy a metric's surrogate beats cross-entropy and search, "
+        "and training on the clean validation examples alone beats it; elsewhere on "
+        "small data it is no better than cross-entropy; whether it is on large or very "
+        "unbalanced data is not known from here",
     ),
     "Inner training is the bottleneck": Problem(
         "warm starts of `w` and of the adjoint, Newton's method on the products of the "
         "adjoint, one supernet for all candidates, populations in one program",
-        ("rq1", "search", "warmstart", "population"),
+        ("rq1", "search", "trainings", "warmstart", "population"),
         "with two hyperparameters a search, or one with shared weights, needs least in "
-        "each of eight paradigms; with 500 no method was there on every seed",
+        "each of eight paradigms; with 500 no method was there on every seed of one "
+        "table, and hypergradients alone on those of another",
     ),
     "One loop instead of two": Problem(
         "the stochastic single-loop family, with and without variance reduction",
@@ -60,7 +63,7 @@ PROBLEMS = {
     "Long training does not fit into memory": Problem(
         "two static levels of checkpoints, forward and reversible modes, an adjoint by "
         "products",
-        ("growth", "adjoint", "schedules"),
+        ("growth", "growth-seconds", "adjoint", "schedules"),
         "an adjoint by products saves memory and costs operations; schedules learned "
         "for long runs gain nothing over a constant rate that was tuned",
     ),
