@@ -461,3 +461,14 @@ def test_a_tiny_outer_loss_hides_no_error():
     right = hg.certify(problem, one, one, jnp.float32(1e-22))
     assert right.hypergradient == pytest.approx(1e-22)
     assert right.trusted
+
+
+def test_a_number_is_certified_as_an_array_is():
+    """``w = alpha``, ``M = w²/2``: 1 at alpha = 1, of which 1.5 is off by a half."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2,
+        lambda w, alpha, batch: 0.5 * w**2,
+    )
+    for number in (1.5, np.float64(1.5), jnp.asarray(1.5)):
+        found = hg.certify(problem, 1.0, 1.0, number)
+        assert found.error_estimate == pytest.approx(0.5)
