@@ -48,14 +48,17 @@ def all_finite(*trees: PyTree) -> Array:
 
 
 def magnitude(x: PyTree) -> Array:
-    """``max |x|``, a unit in which squares stay in range; 1 where it is 0 or no number.
+    """The power of two below ``max |x|``; 1 where that is 0 or no number.
 
-    In float32 the square of 1e-23 is zero, and that of 1e20 infinite.
+    A unit in which squares stay in range: in float32 that of 1e-23 is zero, and that of
+    1e20 infinite. By a power of two nothing is rounded.
     """
     dtype = scalar_dtype(x)
     most = lambda leaf: jnp.max(jnp.abs(leaf.astype(dtype)), initial=0)
     largest = jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(most, x))))
-    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1.0)
+    _, exponent = jnp.frexp(largest)
+    within = (largest >= jnp.finfo(dtype).tiny) & (largest < jnp.inf)
+    return jnp.where(within, jnp.ldexp(jnp.ones((), dtype), exponent - 1), 1)
 
 
 def divide(x: PyTree, a: Array) -> PyTree:
