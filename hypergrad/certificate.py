@@ -139,7 +139,9 @@ def certify(
     check_steps("corrections", corrections)
     rel_err = number("rel_err", optional=False)(rel_err)
     strong_convexity = number("strong_convexity")(strong_convexity)
-    problem, rel_err, mu = traced((problem, rel_err, strong_convexity))
+    problem, rel_err, mu, hypergradient = traced(
+        (problem, rel_err, strong_convexity, hypergradient)
+    )
     rehearse(Claim(), problem, w, alpha)
     if hypergradient is not None:
         count = problem.num_objectives

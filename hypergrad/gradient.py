@@ -1,7 +1,8 @@
 """One hypergradient, with no state to carry."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -82,7 +83,7 @@ class _Setting:
         self.structure, self.rest = structure, rest
         leaves, of_rest = jax.tree.flatten(rest)
         self.parts = structure, of_rest, *leaves
-        self.hash = hash(self.parts)
+        self.hash = hash((*self.parts, *_hashes(of_rest)))
 
     def combined(self, arrays: list[Array]) -> Any:
         """``(estimator, problem)``."""
@@ -94,6 +95,16 @@ class _Setting:
     def __eq__(self, other: object) -> bool:
         same = self is other
         return same or (isinstance(other, _Setting) and self.parts == other.parts)
+
+
+def _hashes(structure: Any) -> Iterator[int]:
+    """Of static fields, losses among them, which that of a `PyTreeDef` leaves out."""
+    _, fields = structure.node_data() or (None, None)
+    for field in fields if isinstance(fields, tuple) else (fields,):
+        with contextlib.suppress(TypeError):
+            yield hash(field)
+    for child in structure.children():
+        yield from _hashes(child)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -210,7 +210,7 @@ class Bilevel(eqx.Module):
     A registered pytree: losses are static (compared by identity), data is traced.
 
     Raises:
-      TypeError: a loss, ``start`` or ``draw`` that cannot be called.
+      TypeError: a loss, ``start`` or ``draw`` that cannot be called, or has no hash.
       ValueError: empty data, data together with ``draw``, or a ``draw`` that closes
         over arrays above 1 kB.
 
@@ -249,6 +249,12 @@ class Bilevel(eqx.Module):
             optional = name in ("start", "draw") and function is None
             if not (optional or callable(function)):
                 raise TypeError(f"{name} must be a function; got {function!r}")
+            if type(function).__hash__ is None:
+                raise TypeError(
+                    f"{name} is a {type(function).__name__}, which may change, is "
+                    "compared by value and has no hash: a program compiled for what it "
+                    "was would be run for what it is; make it a frozen dataclass"
+                )
         if draw is not None:
             if inner_data is not None or outer_data is not None:
                 raise ValueError(

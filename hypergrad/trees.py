@@ -47,8 +47,29 @@ def all_finite(*trees: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
+def magnitude(x: PyTree) -> Array:
+    """The power of two below ``max |x|``; 1 where that is 0 or no number.
+
+    A unit in which squares stay in range: in float32 that of 1e-23 is zero, and that of
+    1e20 infinite. By a power of two nothing is rounded.
+    """
+    dtype = scalar_dtype(x)
+    most = lambda leaf: jnp.max(jnp.abs(leaf.astype(dtype)), initial=0)
+    largest = jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(most, x))))
+    _, exponent = jnp.frexp(largest)
+    within = (largest >= jnp.finfo(dtype).tiny) & (largest < jnp.inf)
+    return jnp.where(within, jnp.ldexp(jnp.ones((), dtype), exponent - 1), 1)
+
+
+def divide(x: PyTree, a: Array) -> PyTree:
+    """``x / a``, in the dtypes of ``x``."""
+    return jax.tree.map(lambda u: jnp.asarray(u / a, u.dtype), x)
+
+
 def distance(x: PyTree, y: PyTree) -> Array:
     """``||x - y|| / ||y||``; 0 where they are equal."""
+    unit = magnitude(y)
+    x, y = divide(x, unit), divide(y, unit)
     far = norm(add_scaled(x, -1, y))
     return jnp.where(far == 0, 0.0, far / norm(y))
 

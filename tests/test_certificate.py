@@ -444,3 +444,31 @@ def test_a_hypergradient_of_another_structure_is_refused():
     known = any_known("ridge per-weight")
     with pytest.raises(ValueError, match="must keep alpha's structure"):
         hg.certify(known.problem, known.w, known.alpha, jnp.ones(2))
+
+
+def test_a_tiny_outer_loss_hides_no_error():
+    """``dM/dalpha = 1e-22 alpha``: its square is zero in float32, and so is 0's."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2,
+        lambda w, alpha, batch: 0.5 * batch * w**2,
+        None,
+        jnp.float32(1e-22),
+    )
+    one = jnp.float32(1.0)
+    found = hg.certify(problem, one, one, jnp.float32(0.0))
+    assert found.error_estimate == pytest.approx(1.0)
+    assert not found.trusted
+    right = hg.certify(problem, one, one, jnp.float32(1e-22))
+    assert right.hypergradient == pytest.approx(1e-22)
+    assert right.trusted
+
+
+def test_a_number_is_certified_as_an_array_is():
+    """``w = alpha``, ``M = w²/2``: 1 at alpha = 1, of which 1.5 is off by a half."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2,
+        lambda w, alpha, batch: 0.5 * w**2,
+    )
+    for number in (1.5, np.float64(1.5), jnp.asarray(1.5)):
+        found = hg.certify(problem, 1.0, 1.0, number)
+        assert found.error_estimate == pytest.approx(0.5)

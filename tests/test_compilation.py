@@ -1,5 +1,6 @@
 """One compiled program: trace counts, jit and vmap, constants, memory."""
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -24,6 +25,7 @@ from benchmarks.known import (
     quadratic,
     ridge,
 )
+from hypergrad.gradient import _Setting
 
 
 class Counted:
@@ -134,6 +136,41 @@ def test_a_ready_hypergradient_is_rehearsed_once_a_shape(monkeypatch):
     assert len(seen) == 1
     with pytest.raises(ValueError, match="NaN"):
         gradient(jnp.nan, known.alpha)
+
+
+def test_settings_of_other_losses_have_other_hashes():
+    """Else a call would be compared to all that were ever made; equal ones share."""
+
+    def hashed(loss, num_steps=5):
+        estimator = hg.Unrolled(hg.Descent(sgd(0.3), num_steps))
+        settings = estimator, hg.Bilevel(loss, wide_outer)
+        return hash(_Setting(None, settings))
+
+    losses = [lambda w, alpha, batch, i=i: i * (w - alpha) ** 2 for i in range(20)]
+    assert len({hashed(loss) for loss in losses}) == 20
+    assert hashed(losses[0]) == hashed(losses[0]) != hashed(losses[0], 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A loss that is compared by value."""
+
+    scale: float
+
+    def __call__(self, w, alpha, batch):
+        return 0.5 * (w - self.scale * alpha) ** 2
+
+
+def test_losses_compared_by_value_run_their_own_program():
+    """``w* = scale alpha``, ``M = w²/2``: scale², and no trace for an equal one."""
+    estimator = hg.Implicit(hg.Newton())
+    outer = Counted(lambda w, alpha, batch: 0.5 * w**2)
+    for scale in (1.0, 3.0, 1.0):
+        before = outer.count
+        gradient = hg.hypergradient(hg.Bilevel(Scaled(scale), outer), estimator)
+        found = gradient(0.0, 1.0).hypergradient
+        assert found == pytest.approx(scale**2)
+    assert outer.count == before
 
 
 def test_spaces_and_batches_trace_nothing_more():

@@ -651,6 +651,32 @@ def test_settings_of_double_precision_serve_a_problem_of_single(estimator):
     assert error(found, plain(w, alpha).hypergradient) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        hg.Unrolled,
+        hg.Forward,
+        hg.CentralDifference,
+        lambda solver: hg.Evolution(solver, 0.1, 64),
+    ],
+    ids=["Unrolled", "Forward", "CentralDifference", "Evolution"],
+)
+def test_a_loss_of_double_precision_keeps_alpha_single(kind):
+    """``w* = 3 alpha``, ``M = w²/2``: 9 alpha, in the dtype that alpha has."""
+    wide = lambda loss: lambda *inputs: loss(*inputs).astype(jnp.float64)
+    problem = hg.Bilevel(
+        wide(lambda w, alpha, batch: 0.5 * (w - 3 * alpha["a"]) ** 2),
+        wide(lambda w, alpha, batch: 0.5 * w**2),
+    )
+    w, alpha = jnp.float32(0.0), {"a": jnp.float32(1.0)}
+    estimator = kind(hg.Descent(optax.sgd(0.5), 30))
+    found = hg.hypergradient(problem, estimator)(w, alpha).hypergradient["a"]
+    assert found.dtype == jnp.float32
+    # Four standard errors of the mean of 64 squares of normal numbers.
+    assert found == pytest.approx(9.0, rel=4 * (2 / 64) ** 0.5)
+    hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=2)
+
+
 # Where the inner loop begins, and what the optimizer reads.
 
 

@@ -1,5 +1,6 @@
 """Bad input: refused by type and in words, before any compiled program runs."""
 
+import dataclasses
 import functools
 import re
 
@@ -452,6 +453,16 @@ def test_no_step_is_a_step_count():
     assert hg.Descent(SGD, 0).num_steps == 0
 
 
+@dataclasses.dataclass
+class Changing:
+    """A loss compared by value: changed, it is another one in the same place."""
+
+    scale: float
+
+    def __call__(self, w, alpha, batch):
+        return self.scale * jnp.sum((w - alpha) ** 2)
+
+
 CONSTRUCTORS = {
     "unequal rows": (
         ValueError, ["common leading axis", r"\(3, 2\)", r"\(4,\)"],
@@ -481,6 +492,14 @@ CONSTRUCTORS = {
     ),
     "inner loss is no function": (
         TypeError, ["inner_loss must be a function"], lambda: hg.Bilevel(3, outer),
+    ),
+    "inner loss may change": (
+        TypeError, ["inner_loss", "Changing", "frozen dataclass"],
+        lambda: hg.Bilevel(Changing(1.0), outer),
+    ),
+    "one of the outer losses may change": (
+        TypeError, ["outer_loss", "Changing", "frozen dataclass"],
+        lambda: hg.Bilevel(inner, (outer, Changing(1.0))),
     ),
     "outer loss is no function": (
         TypeError, ["outer_loss must be a function"],

@@ -178,5 +178,6 @@ def test_through_takes_the_mode_by_the_numbers_in_alpha(leaves: int, kind):
     """Forward mode for three numbers, reverse mode for four; settings go along."""
     alpha = {"rate": jnp.asarray(-2.0), "rest": jnp.zeros(leaves - 1)}
     solver = hg.Descent(lambda alpha: optax.sgd(jnp.exp(alpha["rate"])), 7)
-    found = hg.through(solver, alpha, warm_start=False, outer_batch_size=2)
-    assert found == kind(solver, warm_start=False, outer_batch_size=2)
+    for like in (alpha, jax.eval_shape(lambda: alpha)):
+        found = hg.through(solver, like, warm_start=False, outer_batch_size=2)
+        assert found == kind(solver, warm_start=False, outer_batch_size=2)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
+from hypergrad.linear.operator import relative_residual
 from hypergrad.linear.operator import solve as solve_by_products
 
 N = 12
@@ -151,6 +152,27 @@ def test_float32(name):
     assert v.dtype == jnp.float32
     assert relative(v, np.linalg.solve(SPD, B)) < 2e-4
     assert not stats["negative_curvature"]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-17, 1e25])
+@pytest.mark.parametrize("name", OURS)
+def test_a_right_hand_side_whose_square_is_out_of_range(name, size):
+    """``H^-1 (size b) = size H^-1 b`` in float32, to the 2e-4 above."""
+    solver = {**OURS, "Neumann": hg.Neumann(num_terms=200)}[name]
+    b = B.astype(np.float32) * np.float32(size)
+    H = SPD.astype(np.float32)
+    for start in (np.zeros(N, np.float32), ONES.astype(np.float32)):
+        v, stats = run_by_products(solver, H, b, start)
+        assert relative(v / np.float32(size), np.linalg.solve(SPD, B)) < 2e-4
+        assert not stats["negative_curvature"]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_residuals_whose_squares_are_out_of_range(size):
+    """``||b - b / 2|| / ||b|| = 1/2``, whatever the size of ``b``."""
+    b = {"a": jnp.float32(size), "b": jnp.full(3, size, jnp.float32)}
+    half = jax.tree.map(lambda x: x / 2, b)
+    assert relative_residual(b, half) == pytest.approx(0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,7 @@ def _average(problem, perturbations, differences, sigma, unravel):
     differences = differences if several else differences[:, None]
     weights = differences / (2 * sigma**2)
     each = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
+    each = each.astype(perturbations.dtype)  # of a loss that may be in another
     mean = jnp.mean(each, axis=0)
     relative = standard_error(each, mean, several=True)
     return (jax.vmap(unravel)(mean) if several else unravel(mean[0])), relative

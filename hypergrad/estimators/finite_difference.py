@@ -242,6 +242,7 @@ class CentralDifference(eqx.Module):
 
         value, w, spent = run(flat)
         slopes, costs = jax.lax.map(slope, jnp.arange(flat.size))
+        slopes = slopes.astype(flat.dtype)  # of a loss that may be in another
         several = problem.num_objectives is not None
         hypergradient = (
             jax.vmap(unravel, in_axes=1)(slopes) if several else unravel(slopes)

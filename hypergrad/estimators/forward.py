@@ -104,6 +104,7 @@ class Forward(eqx.Module):
         run = response(self.solver, problem, data, state.w, outer_batch)
         basis = jnp.eye(flat.size, dtype=flat.dtype)
         (value, w), (slopes, _) = pushforward(lambda x: run(unravel(x)), flat, basis)
+        slopes = slopes.astype(flat.dtype)  # of a loss that may be in another
         if problem.num_objectives is None:
             hypergradient = unravel(slopes)
         else:

@@ -1,6 +1,7 @@
 """Which way through the inner loop to take."""
 
-from jax.flatten_util import ravel_pytree
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from ..inner.protocol import IterativeSolver
@@ -22,7 +23,7 @@ def through(
 
     Args:
       solver: an inner solver whose iterations may be differentiated.
-      alpha: hyperparameters like those to come; N numbers in all.
+      alpha: hyperparameters like those to come, or their shapes; N numbers in all.
       warm_start, certify, outer_batch_size: as in `Unrolled`.
 
     Returns:
@@ -37,7 +38,8 @@ def through(
     >>> type(hg.through(solver, jnp.zeros(50))).__name__
     'Unrolled'
     """
-    estimator = Forward if ravel_pytree(alpha)[0].size <= FEW else Unrolled
+    count = sum(map(np.size, jax.tree.leaves(alpha)))
+    estimator = Forward if count <= FEW else Unrolled
     return estimator(
         solver,
         warm_start=warm_start,

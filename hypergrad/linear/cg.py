@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from ..guide import Guide
 from ..settings import check_steps, number
-from ..trees import add_scaled, dot, norm, scalar_dtype
+from ..trees import add_scaled, divide, dot, magnitude, norm, scalar_dtype, scale
 from .operator import MatVec, relative_residual
 from .symmetric import SymmetricSolver
 
@@ -98,9 +98,10 @@ def conjugate_gradients(
     kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
     # Below rounding a residual has no direction, and its curvature no sign.
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps
+    unit = magnitude(b)
+    b, x = divide(b, unit), divide(options.get("y0"), unit)
     goal = (jnp.maximum(jnp.asarray(rtol), 4 * float(eps)) * norm(b)) ** 2
 
-    x = options.get("y0")
     if x is None:
         x, r, num_products = optax.tree.zeros_like(b), b, 0
     else:  # a warm start pays for its residual, a start at zero does not
@@ -162,7 +163,7 @@ def conjugate_gradients(
         "ritz_max": ritz_max,
         "negative_curvature": negative,
     }
-    return x, result, stats
+    return scale(unit, x), result, stats
 
 
 def extreme_ritz_values(

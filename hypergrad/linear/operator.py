@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from ..trees import add_scaled, norm
+from ..trees import add_scaled, divide, magnitude, norm
 
 MatVec = Callable[[PyTree], PyTree]
 Stats = dict[str, Array]
@@ -89,6 +89,8 @@ def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> An
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
     """``||b - H v|| / ||b||``; 0 for ``b = 0 = H v``."""
+    unit = magnitude(b)
+    b, Hv = divide(b, unit), divide(Hv, unit)
     residual, scale = norm(add_scaled(b, -1, Hv)), norm(b)
     return jnp.where(residual == 0, 0.0, residual / jnp.where(scale == 0, 1.0, scale))
 
