@@ -24,6 +24,7 @@ TORCH = (
     "moskomule",
     "learn2learn",
 )
+PEERS = (*JAX, *TORCH)
 Rows = Mapping[str, Row]  # of one work, by contender
 Measured = tuple[float, str]
 Finder = Callable[[Rows, str], Measured]  # of a contender among them
@@ -55,16 +56,15 @@ def usable(rows: Rows, name: str) -> Row:
 
 
 def fastest(rows: Rows, names: Sequence[str]) -> Row:
-    """Of those that are right; it has to have been clean often enough."""
+    """Of those that are right, all of which have to have been clean often enough."""
     there = [name for name in names if name in rows]
     if not there:
         raise Missing(f"{', '.join(names)} is missing")
-    right = [name for name in there if not rows[name]["reason"]]
+    right = [usable(rows, name) for name in there if not rows[name]["reason"]]
     if not right:
         reasons = [f"{name}: {rows[name]['reason']}" for name in there]
         raise Alone(f"nothing to compare to ({'; '.join(reasons)})")
-    timed = [name for name in right if rows[name]["seconds"]] or right[:1]
-    return usable(rows, min(timed, key=lambda name: seconds(rows[name])))
+    return min(right, key=seconds)
 
 
 # What is measured: a number and what it is made of.
