@@ -391,6 +391,7 @@ def remaining(
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(14, 4.6), sharey=True, layout="constrained"
     )
+    least = near / 30
     names = [name for methods in panels.values() for name in methods]
     names = list(dict.fromkeys(names))
     colors = dict(zip(names, matplotlib.colormaps["tab10"](range(10)), strict=False))
@@ -402,7 +403,7 @@ def remaining(
                 np.array(left)[np.searchsorted(cost, at, side="right") - 1]
                 for cost, left in runs
             ]
-            middle = np.maximum(np.median(held, axis=0), near / 30)
+            middle = np.maximum(np.median(held, axis=0), least)
             style = "--" if name in dashed else "-"
             axis.plot(at, middle, style, color=colors[name], lw=1.8, label=name)
         axis.axhline(near, color="black", lw=0.8, ls=":")
@@ -412,14 +413,14 @@ def remaining(
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("left of the way to L-BFGS, median of seeds")
+    axes[0].set_ylabel(f"left of the way to L-BFGS, median, {least:.2%} at the least")
     handles = {}
     for axis in axes:
         handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
         handles.values(), handles.keys(), loc="outside right center", frameon=False
     )
-    figure.suptitle("Solid: with hypergradients; dashed: without; dotted: there")
+    figure.suptitle("Solid: with hypergradients; dashed: without, until there (dotted)")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -480,8 +481,9 @@ def growth(
     colors = matplotlib.colormaps["tab20"](range(20))
     for (column, axis), lines in panels.items():
         panel = axes[counted.index(column), grows.index(axis)]
-        for color, (name, (sizes, counts)) in zip(colors, lines.items(), strict=False):
-            panel.plot(sizes, counts, "o-", color=color, ms=3, lw=1.4, label=name)
+        for i, (name, (sizes, counts)) in enumerate(lines.items()):
+            width = 5 - 0.3 * i  # what lies under others is seen beside them
+            panel.plot(sizes, counts, "o-", color=colors[i], ms=3, lw=width, label=name)
         panel.set_xscale("log")
         panel.set_yscale("log")
         plain_ticks(panel.xaxis)
@@ -604,8 +606,9 @@ def claims(counts: dict[str, dict[str, int]], path: Path) -> None:
     for name, color in zip(names, ("#3b7a57", "#c9c9c9"), strict=True):
         widths = np.array([of[name] for of in counts.values()])
         bars = axis.barh(list(counts), widths, left=left, color=color, label=name)
-        axis.bar_label(bars, [str(n) if n else "" for n in widths], label_type="center")
         left = left + widths
+    told = [", ".join(map(str, of.values())) for of in counts.values()]
+    axis.bar_label(bars, told, padding=4)  # within narrow bars they would run together
     axis.invert_yaxis()
     axis.set_xlabel("claims, as committed rows have them")
     axis.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,14 @@ import numpy as np
 
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired, paired_ratio
+from hypergrad.studies.verdict import (
+    Verdict,
+    conclude,
+    geometric_mean,
+    number_of_seeds,
+    paired,
+    paired_ratio,
+)
 
 from . import plots
 from .rq1_running import (
@@ -146,7 +153,7 @@ def ratio(what: str, by_seed: np.ndarray, least: float, lost: list[str]) -> Verd
 
 def seeds_of(lost: dict[str, int]) -> list[str]:
     """Where runs were never there."""
-    return [f"{name} on {n} seed{'s' * (n > 1)}" for name, n in lost.items() if n]
+    return [f"{name} on {number_of_seeds(n)}" for name, n in lost.items() if n]
 
 
 def warmer(rows: list[Row], warm: str, cold: str) -> Verdict:
@@ -199,7 +206,7 @@ def winner(rows: list[Row], task: str) -> Verdict:
     for method in METHODS:
         cost, censored = needed(rows, task, method)
         if cost.size:
-            (unknown if censored else there)[method] = np.exp(np.mean(np.log(cost)))
+            (unknown if censored else there)[method] = geometric_mean(cost)
     told = f"{best_of(rows, task)} tuned best with hypergradients"
     if not there:
         return Verdict(f"{task}: no method is there on every seed; {told}")
@@ -317,7 +324,7 @@ def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
     """A line of the table."""
     column = lambda name: lane(rows, task, method, name)
     cost, censored = needed(rows, task, method)
-    more, mean = "> " if censored else "", np.exp(np.mean(np.log(cost)))
+    more, mean = "> " if censored else "", geometric_mean(cost)
     trusted = column("trusted").sum() / column("steps").sum()
     own = [f"{column('setting')[0]:g}", f"{trusted:.0%}"]
     return [
@@ -348,7 +355,7 @@ def draw(rows: list[Row], path: Path) -> None:
         for method in METHODS:
             cost, censored = needed(rows, task, method)
             if cost.size:
-                mean = float(np.exp(np.mean(np.log(cost))))
+                mean = geometric_mean(cost)
                 parts = [mean * share(rows, task, method, part) for part in PARTS]
                 panels[task][method + " >" * (censored > 0)] = parts
     plots.parts(panels, PARTS, path)

@@ -99,6 +99,18 @@ class Known(NamedTuple):
         return self.target + NEAR * (self.start - self.target)
 
 
+def lowest(
+    h: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    first: np.ndarray,
+    ends: tuple[float, float],
+    **options: float,
+) -> tuple[float, np.ndarray]:
+    """The least of ``h``, a value and its gradient, in a box by L-BFGS, and where."""
+    bounds = [ends] * first.size
+    end = scipy.optimize.minimize(h, first, jac=True, bounds=bounds, options=options)
+    return float(end.fun), np.asarray(end.x)
+
+
 @functools.cache
 def known(seed: int, size: int) -> Known:
     """``min h`` over the box by L-BFGS from the start, in float64."""
@@ -117,11 +129,8 @@ def known(seed: int, size: int) -> Known:
 
         first = np.full(size, START)
         start, _ = h(first)
-        end = scipy.optimize.minimize(
-            h, first, jac=True, bounds=[(LOW, HIGH)] * size,
-            options={"maxiter": 100, "ftol": 1e-8},
-        )  # fmt: skip
-    return Known(start, float(end.fun), np.asarray(end.x))
+        target, alpha = lowest(h, first, (LOW, HIGH), maxiter=100, ftol=1e-8)
+    return Known(start, target, alpha)
 
 
 # With hypergradients.
@@ -363,22 +372,31 @@ def run(method: str, seed: int, size: int, setting: float, budget: float) -> Row
     }
 
 
+def course(left: np.ndarray, cost: np.ndarray) -> Row:
+    """What the best so far leaves of the way: at the end, and 60 times at the most."""
+    best = np.minimum.accumulate(left)
+    keep = np.unique(np.geomspace(1, best.size, 60).astype(int)) - 1
+    return {
+        "spent": float(cost[-1]),
+        "left": float(best[-1]),
+        "curve": best[keep].tolist(),
+        "curve_cost": cost[keep].tolist(),
+    }
+
+
 def judged(h: Any, cost: Any, of: Known, budget: float) -> Row:
     """What of a run is within the budget."""
     h, cost = np.asarray(h, float), np.asarray(cost, float)
     paid = np.isfinite(h) & (cost <= budget)
     h, cost = h[paid], cost[paid]
     there = np.flatnonzero(h <= of.bound)
-    best = np.minimum.accumulate(h) if h.size else np.array([of.start])
-    keep = np.unique(np.geomspace(1, best.size, 60).astype(int)) - 1
-    return {
+    row = {
         "cost": float(cost[there[0]]) if there.size else None,
-        "spent": float(cost[-1]) if h.size else 0.0,
-        "left": float(best[-1] - of.target) / (of.start - of.target),
-        "curve": ((best[keep] - of.target) / (of.start - of.target)).tolist(),
-        "curve_cost": cost[keep].tolist() if h.size else [0.0],
         "evaluations": int(h.size),
     }
+    if not h.size:  # it is where it began
+        h, cost = np.array([of.start]), np.zeros(1)
+    return row | course((h - of.target) / (of.start - of.target), cost)
 
 
 def score(row: Row) -> float:

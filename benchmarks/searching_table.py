@@ -10,7 +10,7 @@ import numpy as np
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
+from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
 
 from . import plots
 from .searching import (
@@ -125,7 +125,7 @@ def winner(rows: list[Row], size: int) -> Verdict:
     there, unknown = {}, []
     for method in (m for m in METHODS if lane(rows, m, size, "left").size):
         cost, censored = needed(rows, method, size)
-        mean = float(np.exp(np.mean(np.log(cost))))
+        mean = geometric_mean(cost)
         if censored:
             unknown.append((method, mean))
         else:
@@ -197,7 +197,7 @@ def cells_of(rows: list[Row], method: str, size: int) -> list[str]:
     return [
         method,
         f"{cost.size - censored} of {cost.size}",
-        f"{more}{np.exp(np.mean(np.log(cost))):,.0f}",
+        f"{more}{geometric_mean(cost):,.0f}",
         f"{cost.min():,.0f} to {cost.max():,.0f}",
         left,
         *tests,

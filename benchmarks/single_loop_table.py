@@ -20,7 +20,7 @@ import hypergrad as hg
 from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
+from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
 
 from . import plots
 from .single_loop import (
@@ -56,7 +56,7 @@ def end(values: Any, cost: Any) -> float:
     if not values.size or not np.isfinite(values[-1]):
         return np.inf
     last = values[cost >= (1 - TAIL) * cost[-1]]
-    return float(np.exp(np.mean(np.log(np.maximum(last, 1e-30)))))
+    return geometric_mean(np.maximum(last, 1e-30))
 
 
 def within_budget(name: str, cost: float, budget: float) -> None:

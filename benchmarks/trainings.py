@@ -18,17 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, number_of_seeds, paired
+from hypergrad.studies.verdict import (
+    LEAST_SEEDS,
+    Verdict,
+    geometric_mean,
+    number_of_seeds,
+    paired_ratio,
+)
 
 from . import plots
-from .searching import Gaussian, Searching, Until, in_double
+from .searching import Gaussian, Searching, Until, course, in_double, lowest
 
 SIZES = (10, 500)
 FEATURES, TRAIN, VALIDATION, STEPS = 500, 600, 2_000, 300
@@ -145,11 +150,9 @@ def known(seed: int, size: int) -> Known:
         ridges = [np.full(size, a) for a in np.linspace(LOW, HIGH, RIDGES)]
         values = [value(alpha)[0] for alpha in ridges]
         best = int(np.argmin(values))
-        end = scipy.optimize.minimize(
-            value, ridges[best], jac=True, bounds=[(LOW, HIGH)] * size,
-            options={"maxiter": 200, "ftol": 1e-9},
-        )  # fmt: skip
-    return Known(values[best], float(end.fun))
+        ends = LOW, HIGH
+        target, _ = lowest(value, ridges[best], ends, maxiter=200, ftol=1e-9)
+    return Known(values[best], target)
 
 
 # Runs.
@@ -211,17 +214,11 @@ def judged(values: Any, cost: Any, of: Known, most: float) -> Row:
     """What of a run is within its budget, `most` trainings."""
     values, cost = np.asarray(values, float), np.asarray(cost, float) / STEPS
     paid = np.isfinite(values) & (cost <= most)
-    best, cost = np.minimum.accumulate(values[paid]), cost[paid]
-    there = [np.flatnonzero(best <= bound) for bound in of.bounds]
-    left = (best - of.target) / (of.ridge - of.target)
-    keep = np.unique(np.geomspace(1, best.size, 60).astype(int)) - 1
-    return {
-        "trainings": [float(cost[at[0]]) if at.size else None for at in there],
-        "spent": float(cost[-1]),
-        "left": float(left[-1]),
-        "curve": left[keep].tolist(),
-        "curve_cost": cost[keep].tolist(),
-    }
+    values, cost = values[paid], cost[paid]
+    there = [np.flatnonzero(values <= bound) for bound in of.bounds]
+    trainings = [float(cost[at[0]]) if at.size else None for at in there]
+    left = (values - of.target) / (of.ridge - of.target)
+    return {"trainings": trainings} | course(left, cost)
 
 
 def settings_of(method: str) -> tuple[float, ...]:
@@ -282,12 +279,13 @@ def lane(rows: list[Row], method: str, size: int) -> list[Row]:
     return sorted(mine, key=lambda row: row["seed"])
 
 
-def needed(rows: list[Row], method: str, size: int, way: int) -> tuple[float, int]:
-    """Trainings, the geometric mean with bounds, and on how many seeds never."""
+def needed(
+    rows: list[Row], method: str, size: int, way: int = -1
+) -> tuple[np.ndarray, int]:
+    """Trainings by seed, a bound where it never was, and on how many it never was."""
     mine = lane(rows, method, size)
     never = sum(row["trainings"][way] is None for row in mine)
-    cost = [row["trainings"][way] or row["spent"] for row in mine]
-    return float(np.exp(np.mean(np.log(cost)))), never
+    return np.array([row["trainings"][way] or row["spent"] for row in mine]), never
 
 
 def best_of(rows: list[Row], methods: tuple[str, ...], size: int) -> str:
@@ -300,49 +298,53 @@ def claimed(rows: list[Row], size: int) -> Verdict:
     """Whether the best with hypergradients is near within so many trainings."""
     most, reach = CLAIMED[size]
     best = best_of(rows, tuple(WITH), size)
-    mine = lane(rows, best, size)
     text = f"(o) {size} hyperparameters, {best}: {WAYS[-1]:.0%} of the way"
-    never = needed(rows, best, size, -1)[1]
-    if len(mine) < LEAST_SEEDS:
+    cost, never = needed(rows, best, size)
+    if cost.size < LEAST_SEEDS:
         return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
     if never:
         return Verdict(f"{text}: never on {number_of_seeds(never)}: not reproduced")
-    logs = [math.log(row["trainings"][-1]) for row in mine]
-    mean, low, high = np.exp(paired(logs, np.zeros(len(logs))))
+    mean, low, high = paired_ratio(cost, 1.0)
     word = "reproduced" if high <= most else "not reproduced"
     far = "reached" if high <= reach else "not reached"
     return Verdict(
-        f"{text} in {mean:.3g} [{low:.3g}, {high:.3g}] trainings, at most {most} "
-        f"claimed: {word}; {reach} {far}"
+        f"{text} in {mean:.3g} [{low:.3g}, {high:.3g}] trainings, {reach} {far}; at "
+        f"most {most} claimed: {word}"
     )
 
 
 def against(rows: list[Row], method: str, size: int) -> Verdict:
-    """What a black box needs of that."""
-    cost, never = needed(rows, method, size, -1)
-    seeds = len(lane(rows, method, size))
-    more = f" at least, never there on {never} of {seeds} seeds" if never else ""
-    ours = needed(rows, best_of(rows, tuple(WITH), size), size, -1)[0]
-    return Verdict(
-        f"{size} hyperparameters, {method}: {cost:.3g} trainings{more}, "
-        f"{cost / ours:.3g} times as many"
-    )
+    """What a black box needs, and how many times as much as the best that does not."""
+    best = best_of(rows, tuple(WITH), size)
+    (theirs, never), (ours, lost) = (needed(rows, m, size) for m in (method, best))
+    text = f"{size} hyperparameters, {method}: {geometric_mean(theirs):.3g} trainings"
+    text += f" at least, never there on {never} of {theirs.size} seeds" if never else ""
+    if lost:
+        return Verdict(f"{text}; {best} is never there on {number_of_seeds(lost)}")
+    mean, low, high = paired_ratio(theirs, ours)
+    return Verdict(f"{text}, {mean:.3g} [{low:.3g}, {high:.3g}] times as many")
+
+
+def at_ends(rows: list[Row]) -> Verdict:
+    """Where the best setting may lie beyond those that were tried."""
+    ends = [
+        f"{method} ({size})"
+        for size in SIZES
+        for method in METHODS
+        for row in lane(rows, method, size)[:1]
+        if row["setting"] in (min(settings_of(method)), max(settings_of(method)))
+    ]
+    return Verdict(f"at an end of the settings tried: {', '.join(ends) or 'none'}")
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """What is claimed at each size, then what black boxes need."""
-    return [
-        verdict
-        for size in SIZES
-        for verdict in (
-            claimed(rows, size),
-            *(
-                against(rows, method, size)
-                for method in WITHOUT
-                if lane(rows, method, size)
-            ),
-        )
-    ]
+    """What is claimed at each size, what black boxes need, and what may be tuned."""
+    verdicts = []
+    for size in SIZES:
+        boxes = [method for method in WITHOUT if lane(rows, method, size)]
+        verdicts.append(claimed(rows, size))
+        verdicts += [against(rows, method, size) for method in boxes]
+    return [*verdicts, at_ends(rows)]
 
 
 # Showing.
@@ -358,7 +360,9 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         f"{FEATURES} features; {seeds} seeds. Trainings of {STEPS} steps, in "
         "gradient-equivalents, until so much of the way from the best equal penalties "
         "to the best there are is gone: geometric mean, > where on some seed it never "
-        f"was and counts with what was spent. Command: `{command}`",
+        "was and counts with what was spent. Left: of the way at the best evaluation; "
+        f"without hypergradients a run ends once {WAYS[-1]:.0%} is gone. Command: "
+        f"`{command}`",
     ]
     for size in SIZES:
         lines += ["", f"**{size} hyperparameters**", ""]
@@ -375,9 +379,10 @@ def cells_of(rows: list[Row], method: str, size: int) -> list[str]:
     mine = lane(rows, method, size)
     costs = [needed(rows, method, size, way) for way in range(len(WAYS))]
     there = len(mine) - costs[-1][1]
+    more = lambda never: "> " if never else ""
     return [
         method,
-        *(f"{'> ' if never else ''}{cost:.3g}" for cost, never in costs),
+        *(f"{more(never)}{geometric_mean(cost):.3g}" for cost, never in costs),
         f"{there} of {len(mine)}",
         f"{np.median([row['left'] for row in mine]):.1%}",
         f"{mine[0]['setting']:g}",

@@ -23,7 +23,7 @@ from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
+from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
 
 from . import plots, sharing
 from .searching import (
@@ -244,7 +244,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         cells = [
             method,
             f"{np.sum(~lost)} of {lost.size}",
-            f"{'> ' if lost.any() else ''}{np.exp(np.mean(np.log(cost))):,.0f}",
+            f"{'> ' if lost.any() else ''}{geometric_mean(cost):,.0f}",
             f"{cost.min():,.0f} to {cost.max():,.0f}",
             "-" if lost.all() else f"{np.nanmean(steps):.0f}",
             f"{lane(rows, method, 'bytes').mean() / 1e3:.1f}",

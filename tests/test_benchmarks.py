@@ -13,7 +13,7 @@ from benchmarks import conformance, conformance_cases, known, setting
 from benchmarks.tables import TABLES
 from hypergrad.studies import STUDIES, record
 from hypergrad.studies.table import Request, Table, cell_by_cell, check
-from hypergrad.studies.verdict import Verdict, within
+from hypergrad.studies.verdict import Verdict, geometric_mean, within
 
 # A table of squares, measured cell by cell.
 
@@ -157,6 +157,10 @@ def test_a_claim_over_seeds(values, says: str, fails: bool):
     verdict = within("slope", values, 1.0, 0.2)
     assert says in verdict.text
     assert verdict.failed == fails
+
+
+def test_the_geometric_mean_is_that_of_logarithms():
+    assert geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
 
 
 # Conformance.

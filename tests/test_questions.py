@@ -42,6 +42,15 @@ def test_claims_are_counted_and_lines_without_one_are_not(one_table):
     assert "| What is open? | this | `fake`: 2, 1 | that |" in text
 
 
+def test_an_outcome_that_is_not_at_the_end_of_its_line_is_refused():
+    """It would not be counted."""
+    assert questions.outcome("a: kept") == questions.outcome("b: reproduced")
+    assert questions.outcome("a: not reproduced") == "not reproduced"
+    assert questions.outcome("a ties with b") is None
+    with pytest.raises(ValueError, match="does not end with its outcome"):
+        questions.outcome("a: reproduced; and more")
+
+
 def test_rows_that_were_made_anew_fail_it(one_table):
     rows = rows_of()
     path = one_table / "fake.jsonl"

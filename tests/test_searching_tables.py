@@ -120,6 +120,17 @@ def test_a_run_is_there_at_its_first_value_within_one_per_cent():
     assert (none["cost"], none["spent"], none["left"]) == (None, 0, 1)
 
 
+def test_of_a_long_run_few_points_are_kept():
+    """Of the best so far, the first and the last among them."""
+    left = np.tile([1.0, 2.0], 500) * np.linspace(1.0, 0.5, 1000)
+    row = searching.course(left, np.arange(1000.0))
+    assert 40 < len(row["curve"]) == len(row["curve_cost"]) <= 60
+    assert row["curve"] == sorted(row["curve"], reverse=True)
+    assert (row["curve"][0], row["curve_cost"][0]) == (1.0, 0.0)
+    assert (row["curve_cost"][-1], row["spent"]) == (999.0, 999.0)
+    assert row["left"] == row["curve"][-1] == left[998]
+
+
 def test_tuning_prefers_to_be_there_sooner_then_nearer():
     """Any run that is there to any that is not."""
     rows = [

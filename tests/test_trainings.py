@@ -111,14 +111,16 @@ def test_what_is_claimed_is_judged():
     found = texts(made_up(12.0))
     (ten, many) = [text for text in found if text.startswith("(o)")]
     assert ten == (
-        "(o) 10 hyperparameters, L-BFGS: 95% of the way in 12 [12, 12] trainings, at "
-        "most 26 claimed: reproduced; 10 not reached"
+        "(o) 10 hyperparameters, L-BFGS: 95% of the way in 12 [12, 12] trainings, 10 "
+        "not reached; at most 26 claimed: reproduced"
     )
-    assert many.endswith("at most 36 claimed: reproduced; 15 reached")
-    assert "10 hyperparameters, CMAES: 100 trainings, 8.33 times as many" in found
+    assert many.endswith("15 reached; at most 36 claimed: reproduced")
+    assert (
+        "10 hyperparameters, CMAES: 100 trainings, 8.33 [8.33, 8.33] times as many"
+    ) in found
     assert (
         "500 hyperparameters, Random: 1e+03 trainings at least, never there on 5 of 5 "
-        "seeds, 83.3 times as many"
+        "seeds, 83.3 [83.3, 83.3] times as many"
     ) in found
 
 
@@ -126,8 +128,21 @@ def test_what_is_slow_or_never_there_is_not_reproduced():
     assert "at most 26 claimed: not reproduced" in texts(made_up(27.0))[0]
     rows = made_up(12.0)
     next(r for r in rows if r["method"] == "L-BFGS")["trainings"][-1] = None
-    assert "never on 1 seed: not reproduced" in texts(rows)[0]
+    first, second, *_ = texts(rows)
+    assert "never on 1 seed: not reproduced" in first
+    assert second.endswith("; L-BFGS is never there on 1 seed")  # a ratio of bounds
     assert trainings.judge(made_up(12.0, seeds=4))[0].failed
+
+
+def test_settings_at_an_end_of_those_tried_are_named():
+    """1 is the last of the rates and no other; 0.05 the first step of CMAES."""
+    rows = made_up(12.0)
+    for row in rows:
+        row["setting"] = {"Adam": 1.0, "CMAES": 0.05}.get(row["method"], 0.6)
+        if (row["method"], row["size"]) == ("CMAES", 500):
+            row["setting"] = 0.1
+    last = texts(rows)[-1]
+    assert last == "at an end of the settings tried: Adam (10), CMAES (10), Adam (500)"
 
 
 def test_the_table_shows_every_method(tmp_path):

@@ -104,9 +104,16 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
 
 
 def made_on(rows: list[Row]) -> str:
-    """Hardware and versions, in one sentence each."""
+    """Hardware and versions, in one sentence each.
+
+    Two peers are distributed as `hypergrad`: they go by their contenders' names.
+    """
     row = rows[0]
-    versions = {pair for row in rows for pair in row["versions"].items()}
+    versions = {
+        (each["method"] if name == "hypergrad" else name, version)
+        for each in rows
+        for name, version in each["versions"].items()
+    } | {("hypergrad-jax", each["hypergrad-jax"]) for each in rows}
     told = ", ".join(f"{name} {version}" for name, version in sorted(versions))
     return (
         f"{row['cpu']}, {row['cores']} cores, {row['memory'] / 2**30:.0f} GiB, float32;"

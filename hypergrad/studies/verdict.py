@@ -38,6 +38,11 @@ def paired_ratio(first: Any, second: Any) -> tuple[float, float, float]:
     return float(mean), float(low), float(high)
 
 
+def geometric_mean(values: Any) -> float:
+    """``exp(mean(log(values)))``."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
 def number_of_seeds(number: int) -> str:
     """``1 seed``, ``2 seeds``."""
     return f"{number} seed{'s' * (number != 1)}"

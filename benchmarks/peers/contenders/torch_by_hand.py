@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .torch_losses import (
     Parts,
     Problem,
+    by_columns,
     cleaning,
     convolutions,
     flat,
@@ -22,7 +23,6 @@ from .torch_losses import (
     schedule,
     stated,
     tasks,
-    tensors,
 )
 
 
@@ -161,7 +161,7 @@ def trained(problem: Problem) -> Callable[[], np.ndarray]:
 
 def forward(data: dict[str, Any]) -> Callable[[], np.ndarray]:
     """Logistic regression with its tangent along ones, both gradients written out."""
-    given = tensors(data)
+    given = by_columns(data)
     penalty, n = given.alpha.exp(), len(given.x)
 
     def call() -> np.ndarray:

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
 def logistic(data: dict[str, Any], solved: bool = False) -> Problem:
     """Logistic regression from 0, or at its minimiser."""
-    given = tensors(data)
+    given = by_columns(data)
     start = [given.w if solved else torch.zeros_like(given.w)]
 
     def inner(scores: Scores, parts: Parts, alpha: Tensor, _: int) -> Tensor:
@@ -253,6 +253,16 @@ def tensors(data: dict[str, Any]) -> SimpleNamespace:
         )
 
     return SimpleNamespace(**{name: tensor(value) for name, value in data.items()})
+
+
+def by_columns(data: dict[str, Any]) -> SimpleNamespace:
+    """`tensors` of a linear model, a feature in one piece, as JAX's contenders have it.
+
+    Its products by a vector take less than half of the time that they take by rows.
+    """
+    given = tensors(data)
+    given.x, given.x_val = (x.t().contiguous().t() for x in (given.x, given.x_val))
+    return given
 
 
 def flat(parts: Iterable[Tensor]) -> np.ndarray:
