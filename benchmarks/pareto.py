@@ -314,10 +314,15 @@ def networks(method: str, seed: int, cost: str, setting: Any) -> Found:
     return run(method, seed, cost, setting)
 
 
+FEW_SHAPES = 64  # fronts are filled up to a multiple of it, to be few programs
+hypervolume = jax.jit(hg.objectives.hypervolume)
+
+
 def volume(error: Any, share: Any, reference: tuple = REFERENCE) -> float:
-    """What the points dominate below the reference."""
-    points = jnp.stack([jnp.asarray(error), jnp.asarray(share)], axis=1)
-    return float(hg.objectives.hypervolume(points, jnp.array(reference)))
+    """What the points dominate below the reference; more points there add nothing."""
+    points = np.column_stack([error, share])
+    rest = np.tile(reference, (-len(points) % FEW_SHAPES, 1))
+    return float(hypervolume(np.concatenate([points, rest]), np.array(reference)))
 
 
 def front_of(found: Found, cost: str, latency: Any) -> Row:
@@ -474,12 +479,15 @@ shares_at = jax.jit(jax.vmap(shares_of, in_axes=(0, 0, None)))
 
 def timed_by(rows: list[Row], latency: Any) -> Callable[[str], list[float]]:
     """Those of the same networks where another table says how long they take."""
-    at = lambda row: shares_at(
-        jnp.array(row["pixels"]), jnp.array(row["hidden"]), latency
-    )
+
+    def at(row: Row) -> np.ndarray:
+        size = len(row["pixels"])
+        fill = lambda name: np.pad(row[name], (0, -size % FEW_SHAPES), mode="edge")
+        cut = shares_at(fill("pixels"), fill("hidden"), latency)
+        return np.asarray(cut)[:size, COSTS.index("latency")]
+
     return lambda method: [
-        volume(row["test"], at(row)[:, COSTS.index("latency")])
-        for row in seeds_of(rows, method, "latency")
+        volume(row["test"], at(row)) for row in seeds_of(rows, method, "latency")
     ]
 
 
