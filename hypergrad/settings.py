@@ -29,18 +29,22 @@ def refuse_optax(name: str, value: Any) -> None:
         )
 
 
-def number(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
+def number(
+    name: str, *, optional: bool = True, least: float | None = None
+) -> Callable[[Any], Any]:
     """A converter for a setting that is data: a float, an array or, if optional, None.
 
-    Integers become floats, so that 1 and 2.0 run the same program.
+    Integers become floats, so that 1 and 2.0 run the same program. What is below
+    ``least``, or NaN, is refused, but for arrays, which may be traced.
     """
 
     def convert(value: Any) -> Any:
         if optional and value is None:
             return value
-        if isinstance(value, float):  # NumPy's float64 is one, of another type to jax
-            return float(value)
-        if isinstance(value, int) and not isinstance(value, bool):
+        # NumPy's float64 is a float, of another type to jax.
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            if least is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least:g}; got {value!r}")
             return float(value)
         dtype, is_list = getattr(value, "dtype", None), isinstance(value, list | tuple)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):

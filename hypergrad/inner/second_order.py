@@ -77,7 +77,7 @@ class Newton(eqx.Module):
 
     max_steps: int = eqx.field(static=True, default=100)
     tolerance: float | Array | None = eqx.field(
-        default=None, converter=number("tolerance")
+        default=None, converter=number("tolerance", least=0)
     )
 
     citations = ("dembo1982",)
@@ -172,7 +172,7 @@ class LBFGS(eqx.Module):
 
     max_steps: int = eqx.field(static=True, default=1000)
     tolerance: float | Array | None = eqx.field(
-        default=None, converter=number("tolerance")
+        default=None, converter=number("tolerance", least=0)
     )
     memory_size: int = eqx.field(static=True, default=10)
 

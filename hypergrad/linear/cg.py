@@ -45,7 +45,9 @@ class CG(SymmetricSolver):
     True
     """
 
-    rtol: float | Array | None = eqx.field(default=None, converter=number("rtol"))
+    rtol: float | Array | None = eqx.field(
+        default=None, converter=number("rtol", least=0)
+    )
     max_steps: int | None = eqx.field(static=True, default=None)
 
     citations = ("hestenes1952",)

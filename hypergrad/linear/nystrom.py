@@ -67,7 +67,7 @@ class Nystrom(SymmetricSolver):
 
     rank: int = eqx.field(static=True)
     damping: float | Array = eqx.field(
-        default=1e-2, converter=number("damping", optional=False)
+        default=1e-2, converter=number("damping", optional=False, least=0)
     )
     key: Array | None = None
 
@@ -139,10 +139,12 @@ class NystromCG(SymmetricSolver):
     """
 
     rank: int = eqx.field(static=True)
-    rtol: float | Array | None = eqx.field(default=None, converter=number("rtol"))
+    rtol: float | Array | None = eqx.field(
+        default=None, converter=number("rtol", least=0)
+    )
     max_steps: int | None = eqx.field(static=True, default=None)
     damping: float | Array = eqx.field(
-        default=0.0, converter=number("damping", optional=False)
+        default=0.0, converter=number("damping", optional=False, least=0)
     )
     key: Array | None = None
     refresh: int = eqx.field(static=True, default=1, kw_only=True)
