@@ -199,7 +199,7 @@ def test_what_differs_is_named(tmp_path):
     assert ("versions", f"jax: 0.0.1 | {jax.__version__}") in found
 
 
-def test_rows_without_a_manifest_are_lined_up(tmp_path, monkeypatch):
+def test_rows_without_a_manifest_are_lined_up(tmp_path, monkeypatch, capsys):
     """Such as committed ones: numbers, data and versions, as each row says."""
     whole, rows = start(tmp_path / "a"), start(tmp_path / "b")
     rows.file(".run.json").unlink()
@@ -208,6 +208,10 @@ def test_rows_without_a_manifest_are_lined_up(tmp_path, monkeypatch):
     assert alone.configuration == whole.configuration
     assert alone.packages["jax"] == jax.__version__
     assert runs.compare(whole, alone) == runs.compare(alone, whole) == []
+    commands.compare_runs(whole.path, alone.path)
+    assert f"{alone.path} is rows alone" in capsys.readouterr().out
+    commands.compare_runs(whole.path, whole.path)
+    assert "rows alone" not in capsys.readouterr().out
     other = start(tmp_path / "c", x=changed(7), shift=0.5)
     assert [about for about, _ in runs.compare(alone, other)] == [
         *("data", "data", "numbers", "numbers", "numbers")

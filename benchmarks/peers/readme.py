@@ -22,7 +22,8 @@ def section(rows: list[Row]) -> str:
     if not rows:
         return "Not measured yet.\n"
     found, asked = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
-    lines = ["| work | of ours | is | at most | | reach for | |", "|---" * 7 + "|"]
+    titles = "work", "of ours", "measured", "claimed, at most", "", "aimed at", ""
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for claim in CLAIMS:
         met = reached = ""
         try:

@@ -56,7 +56,11 @@ def compare_runs(first: Path, second: Path) -> None:
       second: path of another.
     """
     with errors_in_words():
-        found = compare(load(first), load(second))
+        both = load(first), load(second)
+        found = compare(*both)
+    for run in both:
+        if "format" not in run.manifest:
+            print(f"{run.path} is rows alone: only what they tell is compared")
     for about, text in found:
         print(f"{about}: {text}")
     if all(about != "numbers" for about, _ in found):
