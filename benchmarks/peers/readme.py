@@ -18,9 +18,10 @@ COMMAND = "python -m benchmarks peers"
 
 
 def section(rows: list[Row]) -> str:
-    """A line a claim, then how it was measured."""
+    """A line a claim, how many are met, then how it was measured."""
     if not rows:
         return "Not measured yet.\n"
+    words = []
     found, asked = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
     titles = "work", "of ours", "measured", "claimed, at most", "", "aimed at", ""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -32,10 +33,13 @@ def section(rows: list[Row]) -> str:
             met, reached = claim.words(value)
         except Missing as missing:
             told = f"not measured: {missing}"
+        words.append(met)
         columns = [claim.work, claim.what, told, asked(claim.most), met]
         columns += [asked(claim.reach), reached]
         lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join([*lines, "", f"{made_on(rows)} By `{COMMAND}`.", ""])
+    met, bounded = words.count("met"), sum(map(bool, words))
+    count = f"Of {bounded} lines that claim a bound {met} are met."
+    return "\n".join([*lines, "", f"{count} {made_on(rows)} By `{COMMAND}`.", ""])
 
 
 def rewrite(text: str, rows: list[Row]) -> str:
