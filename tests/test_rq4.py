@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 
 import hypergrad as hg
 from benchmarks import rq4, rq4_grid, rq4_tasks
-from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION
+from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION, of
 from benchmarks.rq4_tasks import ARCHITECTURES, FIXED, HEADS, OBJECTIVES, WIDTH
 from hypergrad.studies import record
 from hypergrad.studies.table import check
@@ -369,6 +369,17 @@ def test_one_network_moves_the_mean_by_a_quarter():
         if (row["architecture"], row["augmentation"]) == ("CNN", HAND):
             row["accuracy"] -= 0.04
     assert "+1.1 points" in said(rows, "(o) supervised: learned against fixed")
+
+
+def test_a_training_that_diverges_is_told():
+    """Where, and how often."""
+    rows = rows_of()
+    assert not any("diverges" in verdict.text for verdict in rq4.judge(rows))
+    for row in of(rows, objective="autoencoder", augmentation=NONE):
+        if row["architecture"] == "linear" and row["seed"] < 2:
+            row["val_loss"] = np.nan
+    text = said(rows, "diverges")
+    assert text == "autoencoder: training linear diverges, none, on 2 of 5 seeds"
 
 
 def test_training_on_validation_is_told_without_a_claim():
