@@ -91,8 +91,10 @@ PROBLEMS = {
     ),
     "Augmentation by gradients": Problem(
         "magnitudes and probabilities learned through differentiable transformations",
-        ("augmentation", "self_supervised"),
-        "one magnitude for all, tuned, is level",
+        ("augmentation", "self_supervised", "rq4"),
+        "one magnitude for all, tuned, is level, and so are magnitudes set by hand but "
+        "in contrastive learning; where networks are trained to the end of their "
+        "budget, and not to a minimum, no certificate says how right it is",
     ),
     "Few labels, few shots": Problem(
         "per-example weights of unlabelled data, learned initialisations and heads",

@@ -24,7 +24,7 @@ from hypergrad.tasks.self_supervised import info_nce, probe, with_one
 NUM_TRAIN, NUM_VAL, NUM_DRAWS = 200, 200, 2
 WIDTH, HIDDEN, NUM_CLASSES, SIDE = 16, 32, 10, 8
 FILTERS, HEADS, PATCH = 4, 2, 4
-PENALTY = {"supervised": 3e-3, "self-supervised": 3e-3, "autoencoder": 1e-2}
+PENALTY = {"supervised": 1e-2, "self-supervised": 3e-3, "autoencoder": 1e-3}
 RIDGE = 1.0  # of the probe
 TEMPERATURE = 0.2  # of the contrastive loss
 SPACE = hg.spaces.Interval(0.0, LARGEST, shape=(len(OPERATIONS),))

@@ -17,6 +17,8 @@ from . import (
     questions,
     rq1,
     rq2,
+    rq4,
+    rq4_grid,
     searching_grid,
     searching_table,
     soba_step,
@@ -58,6 +60,8 @@ TABLES = {
         peers.of(environments.python),
         rq1.TABLE,
         rq2.TABLE,
+        rq4_grid.TABLE,
+        rq4.TABLE,
         trainings.TABLE,
         questions.TABLE,
     )

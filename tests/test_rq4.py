@@ -10,8 +10,8 @@ import pytest
 from sklearn.linear_model import Ridge
 
 import hypergrad as hg
-from benchmarks import rq4, rq4_tasks
-from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION
+from benchmarks import rq4, rq4_grid, rq4_tasks
+from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION, of
 from benchmarks.rq4_tasks import ARCHITECTURES, FIXED, HEADS, OBJECTIVES, WIDTH
 from hypergrad.studies import record
 from hypergrad.studies.table import check
@@ -257,6 +257,62 @@ def test_validation_only_trains_on_the_validation_images():
     assert float(jnp.sum(usual[2]["judge"])) == len(parts["test"]["y"]) == 1397
 
 
+# The grid.
+
+
+def test_a_training_of_the_grid_is_that_of_a_row(monkeypatch):
+    """At the row's rate and penalty; five steps."""
+    for module in (rq4, rq4_grid):
+        monkeypatch.setattr(module, "TRAINING", 5)
+    names = "linear", "supervised"
+    data, w = tiny("supervised"), rq4_tasks.start("linear", "supervised", 0)
+    data = data[0] | {"penalty": jnp.asarray(rq4_tasks.PENALTY["supervised"])}, data[1]
+    pair = jnp.asarray([rq4.INNER_RATE["supervised"], rq4_tasks.PENALTY["supervised"]])
+    row = rq4.finish(*names, data, data[1], w, jnp.asarray(FIXED))
+    found = rq4_grid.end(*names, data, w, pair)
+    np.testing.assert_allclose(found, row["val_loss"], rtol=1e-12)
+    other = rq4_grid.end(*names, data, w, pair * jnp.array([1.0, 3.0]))
+    assert abs(float(other - found)) > 1e-6
+
+
+def tried(monkeypatch):
+    """A bowl about rate 0.03 and penalty 0.01; rate 0.3 diverges."""
+
+    def end(architecture, objective, data, w, pair):
+        far = jnp.sum((jnp.log(pair) - jnp.log(jnp.array([0.03, 0.01]))) ** 2)
+        return jnp.where(pair[0] > 0.2, jnp.nan, far)
+
+    monkeypatch.setattr(rq4_grid, "end", end)
+    monkeypatch.setattr(rq4_grid, "TUNING_SEEDS", (0,))
+    cells = rq4_grid.TABLE.plan("small", 1)
+    return [cell | rq4_grid.try_all(cell) for cell in cells]
+
+
+def test_the_grid_takes_the_least_and_rq4_must_have_it(monkeypatch, tmp_path):
+    """What diverges is told as such; where rq4 trains otherwise the check fails."""
+    rows = tried(monkeypatch)
+    assert [(row["rate"], row["penalty"]) for row in rows] == [(0.03, 0.01)] * 3
+    assert rows[0]["ends"][-4:] == [None] * 4
+    monkeypatch.setattr(rq4_grid, "INNER_RATE", dict.fromkeys(OBJECTIVES, 0.03))
+    monkeypatch.setattr(rq4_grid, "PENALTY", dict.fromkeys(OBJECTIVES, 0.01))
+    verdicts = rq4_grid.judge(rows)
+    assert len(verdicts) == len(OBJECTIVES)
+    assert not any(verdict.failed for verdict in verdicts)
+    text = rq4_grid.markdown(rq4_grid.TABLE, rows, "the command")
+    assert text.count("**0.0000**") == len(OBJECTIVES)
+    assert "| supervised | 0.001 |" in text
+    rq4_grid.draw(rows, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+    monkeypatch.setitem(rq4_grid.PENALTY, "autoencoder", 0.001)
+    assert [verdict.failed for verdict in rq4_grid.judge(rows)] == [False, False, True]
+
+
+def test_an_edge_of_the_grid_is_told():
+    """Of the rate here."""
+    row = {"method": "supervised", "rate": 0.01, "penalty": 0.01}
+    assert any("rate is at an edge" in v.text for v in rq4_grid.judge([row]))
+
+
 # Judging.
 
 NOISE = (0.004, -0.002, 0.001, 0.003, -0.001)
@@ -313,6 +369,17 @@ def test_one_network_moves_the_mean_by_a_quarter():
         if (row["architecture"], row["augmentation"]) == ("CNN", HAND):
             row["accuracy"] -= 0.04
     assert "+1.1 points" in said(rows, "(o) supervised: learned against fixed")
+
+
+def test_a_training_that_diverges_is_told():
+    """Where, and how often."""
+    rows = rows_of()
+    assert not any("diverges" in verdict.text for verdict in rq4.judge(rows))
+    for row in of(rows, objective="autoencoder", augmentation=NONE):
+        if row["architecture"] == "linear" and row["seed"] < 2:
+            row["val_loss"] = np.nan
+    text = said(rows, "diverges")
+    assert text == "autoencoder: training linear diverges, none, on 2 of 5 seeds"
 
 
 def test_training_on_validation_is_told_without_a_claim():
