@@ -263,8 +263,8 @@ def diverged(rows: list[Row], objective: str) -> list[Verdict]:
                 architecture=architecture,
                 augmentation=augmentation,
             )
-            lost = sum(not np.isfinite(row["val_loss"]) for row in mine)
-            if lost:
+            losses = np.array([row["val_loss"] for row in mine], float)
+            if lost := int(np.sum(~np.isfinite(losses))):
                 text = f"{objective}: training {architecture} diverges, {augmentation}"
                 lines.append(Verdict(f"{text}, on {lost} of {len(mine)} seeds"))
     return lines
