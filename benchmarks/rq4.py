@@ -253,7 +253,7 @@ def compared(rows: list[Row], objective: str) -> list[Verdict]:
 
 
 def diverged(rows: list[Row], objective: str) -> list[Verdict]:
-    """Last trainings that end in no number, which count by their accuracy all the same."""
+    """Last trainings that end in no number; they count by their accuracy."""
     lines = []
     for architecture in ARCHITECTURES:
         for augmentation in AUGMENTATIONS:
