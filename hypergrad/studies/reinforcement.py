@@ -30,7 +30,7 @@ from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, parts_of, tuned
 from .verdict import Claim, Verdict
 
 # CartPole.
@@ -297,6 +297,7 @@ STUDY = Study(
     data=lambda: (
         DATA_NAME, make(key=jax.random.key(0), variant="mrp").problem.inner_data
     ),
+    split=lambda key: parts_of(make(key=key, variant="mrp")),
     methods=METHODS,
     columns=(
         Column("return", "return", "{:.0f} ± {:.0f}"),
