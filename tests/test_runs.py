@@ -14,14 +14,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from hypergrad import runs, studies
+from hypergrad import identity, runs, studies
 from hypergrad.provenance import commit
-from hypergrad.runs import commands
+from hypergrad.runs import commands, manifest
 from hypergrad.studies.study import Column, Study
 from hypergrad.studies.table import Request
 
 
-def study(x=None, shift: float = 0.0, stop=None) -> Study:
+def study(x=None, shift: float = 0.0, stop=None, parts=lambda key: ()) -> Study:
     """Two methods whose numbers are known, on ten rows of data."""
     x = np.arange(20.0).reshape(10, 2) if x is None else x
 
@@ -54,6 +54,7 @@ def study(x=None, shift: float = 0.0, stop=None) -> Study:
         claims=(),
         draw=draw,
         minutes=0.1,
+        split=parts,
     )
 
 
@@ -173,6 +174,53 @@ def test_other_data_are_refused_by_row(tmp_path):
     with pytest.raises(ValueError, match="holds a run already"):
         runs.again(first, study(), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def by_key(key: jax.Array) -> list:
+    """Two parts of ten rows; beside them what is no array."""
+    order = jax.random.permutation(key, 10)
+    return [order[:6], order[6:], len]
+
+
+def by_order(key: jax.Array) -> list:
+    """The same for every key but the last."""
+    return by_key(key) if jax.random.key_data(key)[1] == 1 else [np.arange(10)]
+
+
+def test_the_split_of_each_seed_is_kept(tmp_path):
+    """As SHA-256; the same data in other parts are refused, by seed, and compared."""
+    first = start(tmp_path / "a", parts=by_key)
+    splits = first.manifest["data"]["splits"]
+    parts = [np.asarray(part) for part in by_key(jax.random.key(1))[:2]]
+    assert splits["1"] == identity.digest(parts).removeprefix(identity.HASH)
+    assert len(set(splits.values())) == len(splits) == 2
+    assert "by seed, SHA-256" in first.facts["split"]
+    other = start(tmp_path / "b", parts=by_order)
+    assert runs.compare(first, other) == [("data", "other parts for seed 0")]
+    assert runs.compare(first, start(tmp_path / "c")) == []  # of before it was kept
+    longer = start(tmp_path / "a", seeds=3, parts=by_key)
+    assert longer.manifest["data"]["splits"].items() > splits.items()
+    again = start(tmp_path / "a", seeds=1, parts=by_key)
+    assert again.manifest["data"]["splits"] == longer.manifest["data"]["splits"]
+    with pytest.raises(ValueError, match=r"not split as those of .*: other .* seed 0$"):
+        start(tmp_path / "a", parts=by_order)
+    with pytest.raises(ValueError, match=r"not split as those of .* for seed 0, 2"):
+        runs.again(longer, study(parts=by_order), tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "cleaning" else pytest.param(name, marks=pytest.mark.slow)
+        for name in studies.STUDIES
+    ],
+)
+def test_every_study_says_how_its_data_are_split(name: str):
+    """Another seed, another split; the same seed, the same."""
+    task = studies.STUDIES[name]
+    made = [manifest._of_split(task, seed) for seed in (0, 0, 1)]
+    assert made[0] == made[1]
+    assert (made[0] == made[2]) == (name == "architecture")  # whose ranking is of one
 
 
 def test_what_differs_is_named(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..studies.record import Row
 from ..studies.table import VERSIONS
-from .manifest import Run, differing
+from .manifest import Run, differing, split_otherwise
 
 # Of a row, beside seconds, what tells of the machine and the call, not of the result.
 MADE = {*VERSIONS, "command"}
@@ -26,7 +26,12 @@ def compare(a: Run, b: Run) -> list[Difference]:
     parts = [("configuration", _fields(a.configuration, b.configuration))]
     one, two = a.manifest["data"], b.manifest["data"]
     if one["sha256"] != two["sha256"]:
-        parts += [("data", _fields(one, two) + differing(a.digests, b.digests))]
+        whole = [
+            {k: x for k, x in each.items() if k != "splits"} for each in (one, two)
+        ]
+        parts += [("data", _fields(*whole) + differing(a.digests, b.digests))]
+    elif found := split_otherwise(one, two):
+        parts += [("data", [found])]
     both = [(a.versions, b.versions), (a.packages, b.packages)]
     if not ("format" in a.manifest and "format" in b.manifest):
         both = [_common(*pair) for pair in both]  # rows alone say little

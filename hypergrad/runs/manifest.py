@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import numpy as np
 
 from .. import durable
 from ..checkpoint import hold
+from ..identity import HASH, digest, fingerprint
 from ..provenance import now, versions
 from ..studies import record
 from ..studies.record import Row
@@ -93,6 +96,7 @@ class Run:
             "ended": (last["ended"] or "not yet") + times,
             **self.configuration,
             "data": f"{data['name']}, SHA-256 {data['sha256']}",
+            **_splits_in_words(data.get("splits")),
             **self.versions,
         }
         text = lambda x: ", ".join(x) if isinstance(x, list) else str(x)
@@ -148,14 +152,16 @@ def start(study: Study, request: Request) -> Run:
         refuses.
     """
     make_folder(request.folder)
-    name, arrays = study.data()
+    _, arrays = study.data()
     run = Run(request.folder / study.name, {"format": FORMAT, "task": study.name})
     with run.file(".lock").open("a") as lock:
         hold(lock, run.path)
-        run.manifest.update(data=_of_data(name, arrays), sessions=[])
+        run.manifest.update(data=_of_data(study, request.seeds), sessions=[])
         if run.file(MANIFEST).exists():
             before = load(run.path)
-            _check_data(before, arrays)
+            _check_data(before, run.manifest["data"], arrays)
+            known = before.manifest["data"].get("splits", {})
+            run.manifest["data"]["splits"] |= known
             run.sessions.extend(before.sessions)
         known = len(run.rows)
         run.sessions.append(_session(study, request))
@@ -183,8 +189,8 @@ def again(run: Run, study: Study, folder: Path) -> Run:
             f"{folder} holds a run already, whose rows would be taken for the "
             "repetition's; give another --out"
         )
-    _check_data(run, study.data()[1])
     asked = run.configuration
+    _check_data(run, _of_data(study, asked["seeds"]), study.data()[1])
     unknown = set(asked["methods"]) - set(study.methods)
     if unknown:
         raise ValueError(
@@ -197,14 +203,28 @@ def again(run: Run, study: Study, folder: Path) -> Run:
     return start(study, request)
 
 
-def _check_data(run: Run, arrays: dict[str, Any]) -> None:
+def _check_data(run: Run, data: Row, arrays: dict[str, Any]) -> None:
     """ValueError that names arrays and rows, where data are not those of the run."""
-    if record.fingerprint(arrays) == run.manifest["data"]["sha256"]:
-        return
-    raise ValueError(
-        f"the data are not those of {run.path}: "
-        + ("; ".join(differing(run.digests, digests(arrays))) or "another SHA-256")
-    )
+    if data["sha256"] != run.manifest["data"]["sha256"]:
+        raise ValueError(
+            f"the data are not those of {run.path}: "
+            + ("; ".join(differing(run.digests, digests(arrays))) or "another SHA-256")
+        )
+    if found := split_otherwise(run.manifest["data"], data):
+        raise ValueError(f"the data are not split as those of {run.path}: {found}")
+
+
+def _splits_in_words(splits: Row | None) -> dict[str, str]:
+    if not splits:
+        return {}
+    return {"split": f"by seed, SHA-256 {fingerprint(*splits.values())} of all"}
+
+
+def split_otherwise(a: Row, b: Row) -> str:
+    """In words, for which seeds the same data are split otherwise, of those in both."""
+    one, two = a.get("splits", {}), b.get("splits", {})
+    seeds = [seed for seed in one if two.get(seed, one[seed]) != one[seed]]
+    return f"other parts for seed {', '.join(seeds)}" if seeds else ""
 
 
 def differing(a: dict[str, list[str]], b: dict[str, list[str]]) -> list[str]:
@@ -237,13 +257,24 @@ def digests(arrays: dict[str, Any]) -> dict[str, list[str]]:
     return {name: rows(array) for name, array in arrays.items()}
 
 
-def _of_data(name: str, arrays: Row) -> Row:
+def _of_data(study: Study, seeds: int) -> Row:
+    """Of all data, and of each seed's parts of them."""
+    name, arrays = study.data()
     shape = lambda array: [str(np.asarray(array).dtype), *np.shape(array)]
+    splits = {str(seed): _of_split(study, seed) for seed in range(seeds)}
     return {
         "name": name,
         "sha256": record.fingerprint(arrays),
         "arrays": {name: shape(array) for name, array in sorted(arrays.items())},
+        "splits": {seed: sha256 for seed, sha256 in splits.items() if sha256},
     }
+
+
+def _of_split(study: Study, seed: int) -> str:
+    """SHA-256 over shapes, dtypes and bytes; nothing where there are none."""
+    leaves = jax.tree.leaves(study.split(jax.random.key(seed)))
+    parts = [leaf for leaf in leaves if eqx.is_array(leaf)]
+    return digest(parts).removeprefix(HASH) if parts else ""
 
 
 def _of_rows(rows: list[Row]) -> Row:

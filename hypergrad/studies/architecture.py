@@ -42,7 +42,7 @@ from ..tasks.classifier import held_out, others
 from ..trace import Trace
 from .program import program
 from .record import Row
-from .study import DIGITS, Column, Study, digits, tuned
+from .study import DIGITS, Column, Study, digits, parts_of, tuned
 from .verdict import Claim, Verdict
 
 BUDGET = 300
@@ -270,6 +270,7 @@ STUDY = Study(
         "test loss and price."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("accuracy %", "accuracy", scale=100),

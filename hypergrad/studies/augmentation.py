@@ -39,7 +39,7 @@ from ..tasks.augmentation import (
 from ..tasks.task import Task
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, tuned
+from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -218,6 +218,7 @@ STUDY = Study(
         "training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, tuned
+from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
@@ -219,6 +219,7 @@ STUDY = Study(
         "which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -22,7 +22,7 @@ from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, tuned
+from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict, paired
 
 BUDGET = 3000
@@ -170,6 +170,9 @@ STUDY = Study(
         "or so classes, unless they are iid."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(
+        *(federated.make(key=key, iid=iid, data=digits()) for iid in (False, True))
+    ),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "accuracy", scale=100),

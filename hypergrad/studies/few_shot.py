@@ -25,7 +25,7 @@ from ..tasks.few_shot import SOLVERS, characters, make
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import Column, Study, of_trace, tuned
+from .study import Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim
 
 BUDGET = 4_000
@@ -184,6 +184,9 @@ STUDY = Study(
         "Accuracy on a hundred tasks of characters that no row has seen."
     ),
     data=lambda: (drawings()[0], {"x": drawings()[1]}),
+    split=lambda key: parts_of(
+        make(key=key, images=jnp.asarray(drawings()[1]), num_turns=drawings()[2])
+    ),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(Column("accuracy %", "test_accuracy", scale=100),),
     claims=(

@@ -28,7 +28,7 @@ from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, of_trace, tuned
+from .study import Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -285,6 +285,9 @@ STUDY = Study(
     data=lambda: (
         "scikit-learn breast cancer (569 tumours) and digits (1,797 8x8 images)",
         {f"{s}_{name}": x for s in SYSTEMS[:2] for name, x in arrays(s).items()},
+    ),
+    split=lambda key: parts_of(
+        *(make(key=key, variant=s, data=arrays(s)) for s in VARIANTS)
     ),
     methods=METHODS,
     columns=(

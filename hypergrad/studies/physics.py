@@ -23,7 +23,7 @@ from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, of_trace, tuned
+from .study import Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim
 
 SYSTEMS = ("poisson", "burgers")
@@ -147,6 +147,7 @@ STUDY = Study(
         f"Poisson's equation, and {data_name('burgers')}; noisy sensors",
         burgers_reference(None)[1],
     ),
+    split=lambda key: parts_of(*(make(key=key, variant=s) for s in SYSTEMS)),
     methods={
         f"{system}, {method}": functools.partial(row, system, method)
         for system in SYSTEMS

@@ -30,7 +30,7 @@ from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, tuned
+from .study import Column, Study, parts_of, tuned
 from .verdict import Claim, Verdict
 
 # CartPole.
@@ -69,10 +69,10 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 }
 
 
-def meta(method: str, key: Array, run_key: Array, rate: Array) -> tuple[PyTree, PyTree]:
-    """The policy and its settings after every step, as many as the budget pays for."""
+def meta(method: str, key: Array, run_key: Array, rate: Array) -> Trace:
+    """As many steps as the budget pays for, with the settings after each."""
     task, (estimator, cost) = make(key=key, variant="cartpole"), ESTIMATORS[method]
-    trace = minimize(
+    return minimize(
         task.problem,
         estimator,
         optax.adam(rate),
@@ -86,7 +86,11 @@ def meta(method: str, key: Array, run_key: Array, rate: Array) -> tuple[PyTree, 
             "entropy": lambda w, alpha, key: alpha["entropy"],
         },
     )
-    return trace.w, {
+
+
+def course(trace: Trace) -> dict[str, Array]:
+    """What a row says of it."""
+    return {
         "value": trace.value,
         "cost": trace.cost,
         "num_hvps": jnp.sum(trace.stats["num_hvps"]),
@@ -111,9 +115,8 @@ def fixed(
 
     keys = jax.random.split(run_key, num_updates // STEPS)
     w, value = jax.lax.scan(step, w, keys)
-    cost = STEPS * (1.0 + jnp.arange(len(keys)))
     same = {name: jnp.broadcast_to(alpha[name], value.shape) for name in alpha}
-    return w, {"value": value, "cost": cost, "num_hvps": jnp.zeros(()), **same}
+    return w, {"value": value, **same}
 
 
 def judged(key: Array, w: PyTree) -> Array:
@@ -133,7 +136,8 @@ def on_cartpole(method: str, seed: int) -> Row:
         started = time.perf_counter()
         if method in ESTIMATORS:
             rate = jnp.float32(setting)
-            w, curve = program(meta, method)(key, run_key, rate)
+            trace = program(meta, method)(key, run_key, rate)
+            w, curve = trace.w, course(trace)
         else:
             if method == "grid":
                 discount, entropy = grid[setting]
@@ -147,6 +151,8 @@ def on_cartpole(method: str, seed: int) -> Row:
                 spent, before = float(trace.cost[-1]), TRIAL
             alpha = jax.tree.map(jnp.float32, alpha)
             w, curve = program(fixed, num_updates)(key, run_key, w, alpha)
+            cost = STEPS * (1.0 + np.arange(num_updates // STEPS))
+            curve = curve | {"cost": cost, "num_hvps": 0.0}
         seconds = time.perf_counter() - started
         end = float(program(judged)(end_key, w))
         curve = {name: np.asarray(x, float) for name, x in curve.items()}
@@ -297,6 +303,7 @@ STUDY = Study(
     data=lambda: (
         DATA_NAME, make(key=jax.random.key(0), variant="mrp").problem.inner_data
     ),
+    split=lambda key: parts_of(make(key=key, variant="mrp")),
     methods=METHODS,
     columns=(
         Column("return", "return", "{:.0f} ± {:.0f}"),

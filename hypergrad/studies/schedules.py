@@ -28,7 +28,7 @@ from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, digits, of_trace, tuned
+from .study import Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict
 
 STEPS = {"100 steps": 100, "1000 steps": 1000, "10000 steps": 10_000}
@@ -309,6 +309,7 @@ STUDY = Study(
         "batches. Memory: what the compiled program sets aside."
     ),
     data=lambda: ("scikit-learn digits (1,797 8x8 images)", digits()),
+    split=lambda key: parts_of(schedules.make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("test loss", "test_loss", "{:.3f} ± {:.3f}"),

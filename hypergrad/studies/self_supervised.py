@@ -28,7 +28,7 @@ from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace
+from .study import DIGITS, Column, Study, digits, of_trace, parts_of
 from .verdict import Claim, Verdict, conclude, paired
 
 BUDGET = 1500
@@ -186,6 +186,7 @@ STUDY = Study(
         "nothing; beaten by is the share of the twelve temperatures that do better."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from .cleaning import of_weights
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, tuned
+from .study import DIGITS, Column, Study, digits, parts_of, tuned
 from .verdict import Claim, Verdict, conclude, paired
 
 NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
@@ -241,6 +241,7 @@ STUDY = Study(
         "without the final training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
+    split=lambda key: parts_of(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from .. import data as datasets
+from ..tasks.task import Task
 from ..trace import Trace
 from . import record
 from .record import Row
@@ -72,6 +74,7 @@ class Study:
       minutes: expected on two cores with tuning, rounded up.
       judge: further lines: rows -> verdicts.
       seeds: how many, unless told.
+      split: ``key -> what is trained, chosen and tested on``, of the key of a seed.
     """
 
     name: str
@@ -86,6 +89,12 @@ class Study:
     minutes: float
     judge: Callable[[list[Row]], list[Verdict]] = lambda rows: []
     seeds: int = 5
+    split: Callable[[Array], PyTree] = lambda key: ()
+
+
+def parts_of(*tasks: Task) -> PyTree:
+    """What tasks are trained, chosen and tested on."""
+    return [(task.problem, task.metrics) for task in tasks]
 
 
 def table(study: Study) -> Table:

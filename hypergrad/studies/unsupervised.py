@@ -29,7 +29,7 @@ from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import Column, Study, of_trace
+from .study import Column, Study, of_trace, parts_of
 from .verdict import Claim
 
 BUDGET = 1000
@@ -188,6 +188,7 @@ STUDY = Study(
         "Rand index of the clusters with the growers."
     ),
     data=lambda: ("scikit-learn wine (178 wines, 13 measurements)", wine()),
+    split=lambda key: parts_of(make(key=key, variant="kmeans", data=wine())),
     methods={
         f"{variant}, {method}": functools.partial(row, variant, method)
         for variant in VARIANTS
