@@ -21,6 +21,7 @@ from .linear.operator import check as check_linear_solver
 from .linear.operator import solve
 from .problem import Batches
 from .products import Loss, cross_jvp, hvp
+from .settings import refuse_changing
 from .trees import scale
 
 
@@ -58,6 +59,7 @@ def argmin(
     """
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be a function; got {inner_loss!r}")
+    refuse_changing("inner_loss", inner_loss)
     check_solver(solver)
     linear_solver = CG() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from .guide import Guide
 from .products import gauss_newton_product, hvp
+from .settings import refuse_changing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Composition:
             value = getattr(self, name)
             if not (callable(value) or (name == "penalty" and value is None)):
                 raise TypeError(f"{name} must be a function; got {value!r}")
+            refuse_changing(name, value)
 
     def __call__(self, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
         """The loss."""

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .products import Loss
+from .settings import refuse_changing
 
 
 def _as_arrays(data: PyTree) -> PyTree:
@@ -249,12 +250,7 @@ class Bilevel(eqx.Module):
             optional = name in ("start", "draw") and function is None
             if not (optional or callable(function)):
                 raise TypeError(f"{name} must be a function; got {function!r}")
-            if type(function).__hash__ is None:
-                raise TypeError(
-                    f"{name} is a {type(function).__name__}, which may change, is "
-                    "compared by value and has no hash: a program compiled for what it "
-                    "was would be run for what it is; make it a frozen dataclass"
-                )
+            refuse_changing(name, function)
         if draw is not None:
             if inner_data is not None or outer_data is not None:
                 raise ValueError(

@@ -19,6 +19,16 @@ def check_steps(
         )
 
 
+def refuse_changing(name: str, function: Any) -> None:
+    """A function that is compared by value and may change, as no program can know."""
+    if type(function).__hash__ is None:
+        raise TypeError(
+            f"{name} is a {type(function).__name__}, which may change, is compared by "
+            "value and has no hash: a program compiled for what it was would be run "
+            "for what it is; make it a frozen dataclass"
+        )
+
+
 def refuse_optax(name: str, value: Any) -> None:
     """A function of optax's own where one of ``alpha`` belongs: not called yet."""
     if callable(value) and getattr(value, "__module__", "").startswith("optax"):

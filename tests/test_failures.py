@@ -501,6 +501,26 @@ CONSTRUCTORS = {
         TypeError, ["outer_loss", "Changing", "frozen dataclass"],
         lambda: hg.Bilevel(inner, (outer, Changing(1.0))),
     ),
+    "a formula may change": (
+        TypeError, ["fn", "Changing", "frozen dataclass"],
+        lambda: hg.ClosedForm(Changing(1.0)),
+    ),
+    "an optimizer of alpha may change": (
+        TypeError, ["optimizer", "Changing", "frozen dataclass"],
+        lambda: hg.Descent(Changing(1.0), 3),
+    ),
+    "products may change": (
+        TypeError, ["curvature", "Changing", "frozen dataclass"],
+        lambda: hg.Implicit(hg.Newton(), curvature=Changing(1.0)),
+    ),
+    "a part of a composition may change": (
+        TypeError, ["cost", "Changing", "frozen dataclass"],
+        lambda: hg.Composition(inner, Changing(1.0)),
+    ),
+    "the inner loss of argmin may change": (
+        TypeError, ["inner_loss", "Changing", "frozen dataclass"],
+        lambda: hg.argmin(Changing(1.0), hg.Newton()),
+    ),
     "outer loss is no function": (
         TypeError, ["outer_loss must be a function"],
         lambda: hg.Bilevel(inner, (outer, None)),

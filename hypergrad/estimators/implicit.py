@@ -30,7 +30,7 @@ from ..inner.protocol import InnerSolver
 from ..linear import CG
 from ..linear.operator import check as check_linear_solver
 from ..problem import Bilevel, held_fraction
-from ..settings import check_steps, number
+from ..settings import check_steps, number, refuse_changing
 from ..trees import all_finite, norm, scale
 from .accuracy import Rounds, more, stepwise
 from .protocol import Estimate, make_stats
@@ -167,6 +167,7 @@ class Implicit(eqx.Module):
                 "curvature must be a function (w, alpha, batch, v) -> product, such as "
                 f"Composition(...).gauss_newton; got {curvature!r}"
             )
+        refuse_changing("curvature", curvature)
         self.curvature = curvature
         check_steps("correct", correct, least=0)
         self.correct = correct

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ..problem import Data, draw, fraction
 from ..products import Loss
-from ..settings import check_steps, refuse_optax
+from ..settings import check_steps, refuse_changing, refuse_optax
 from .protocol import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]
@@ -57,6 +57,7 @@ class Descent(eqx.Module):
                 "optax.sgd(0.1), or a function alpha -> one; got "
                 f"{type(self.optimizer).__name__}"
             )
+        refuse_changing("optimizer", self.optimizer)
 
     @property
     def differentiable(self) -> bool:

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from ..linear.cg import conjugate_gradients
 from ..problem import Data, whole
 from ..products import Loss, hvp
-from ..settings import check_steps, number
+from ..settings import check_steps, number, refuse_changing
 from ..trees import add_scaled, dot, norm, scale
 from .protocol import InnerStats, inner_stats
 
@@ -249,6 +249,7 @@ class ClosedForm(eqx.Module):
     def __check_init__(self):
         if not callable(self.fn):
             raise TypeError(f"fn must be a function; got {self.fn!r}")
+        refuse_changing("fn", self.fn)
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
