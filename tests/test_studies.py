@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 import hypergrad as hg
 from hypergrad import data as datasets
 from hypergrad.studies import cleaning as study
+from hypergrad.studies.progress import progress
 from hypergrad.studies.program import program
 from hypergrad.studies.study import Column, markdown, tuned
 from hypergrad.studies.verdict import Claim, paired, within
@@ -230,6 +231,17 @@ def test_the_command_writes_rows_table_and_figure(tmp_path):
     both = (out / "cleaning.jsonl").read_text()
     assert both.startswith(first)
     assert len(both.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("total", "said"), [(25, 10), (10, 10), (3, 3), (1, 1)])
+def test_a_log_has_a_line_at_each_tenth(total, said, capsys):
+    """Where no terminal draws a bar; the last says that all is done."""
+    with progress(total) as tick:
+        for i in range(total):
+            tick(f"row {i}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == said
+    assert lines[-1] == f"{total} of {total}: row {total - 1}"
 
 
 def test_the_command_tells_its_version():
