@@ -15,8 +15,8 @@ from sklearn.metrics import f1_score
 import hypergrad as hg
 from hypergrad import data as datasets
 from hypergrad.studies import cleaning as study
-from hypergrad.studies.progress import progress
 from hypergrad.studies.program import program
+from hypergrad.studies.progress import progress
 from hypergrad.studies.study import Column, markdown, tuned
 from hypergrad.studies.verdict import Claim, paired, within
 from hypergrad.tasks import cleaning

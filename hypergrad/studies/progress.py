@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 
 Tick = Callable[[str], None]
@@ -25,7 +24,7 @@ def progress(total: int) -> Iterator[Tick]:
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield lines(total)
+        yield lines(total, console.print)
         return
     bar = Progress(
         TextColumn("{task.description:16}"),
@@ -39,13 +38,13 @@ def progress(total: int) -> Iterator[Tick]:
         yield lambda what: bar.update(job, advance=1, description=what)
 
 
-def lines(total: int) -> Tick:
-    """Prints one at each tenth of ``total`` ticks."""
+def lines(total: int, show: Callable[[str], None]) -> Tick:
+    """Shows one at each tenth of ``total`` ticks."""
     count = itertools.count(1)
 
     def tick(what: str) -> None:
         done = next(count)
         if 10 * done // total > 10 * (done - 1) // total:
-            print(f"{done} of {total}: {what}", file=sys.stderr, flush=True)
+            show(f"{done} of {total}: {what}")
 
     return tick
