@@ -220,6 +220,7 @@ def test_a_certified_error_is_the_true_one():
     assert row["implicit_error"] == pytest.approx(error, abs=0.01 * (1 + error))
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_trained_has_no_certificate():
     """Its Hessian is indefinite, and the row says so."""
     names = "linear", "autoencoder"
