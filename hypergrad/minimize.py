@@ -99,8 +99,9 @@ def minimize(
         differ from step to step: an object with a method ``at_step(step)`` is asked for
         the function of each.
       eval_every: steps between evaluations; the last step is always evaluated.
-      certify_every: steps between certificates (`hypergrad.certify`), counted in the
-        ledger. They overwrite ``trusted`` and ``error_estimate`` of an estimator whose
+      certify_every: steps between certificates (`hypergrad.certify`), from the first
+        step on, counted in the ledger; the last step has one if it is its turn. They
+        overwrite ``trusted`` and ``error_estimate`` of an estimator whose
         target is the argmin, and ``distance_to_implicit`` of one of the procedure;
         beside them its own stay.
       on_untrusted: what becomes of an estimate that is not ``trusted``. "record": it

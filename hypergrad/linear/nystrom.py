@@ -129,7 +129,8 @@ class NystromCG(SymmetricSolver):
     Cost: ``rank`` products in one batch, then one a step. Memory: ``2 rank + 5``
     vectors; with ``refresh`` a sketch is carried from estimate to estimate, ``rank``
     more. Bias: none at convergence, however old the sketch: only the steps grow as
-    ``H`` moves away from it.
+    ``H`` moves away from it. For a positive definite H: of another the answer may be
+    NaN, and is not trusted.
 
     Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), equation 1.3.
 
