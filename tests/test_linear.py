@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from hypergrad.linear.operator import relative_residual
 from hypergrad.linear.operator import solve as solve_by_products
+from hypergrad.trees import divide, magnitude
 
 N = 12
 RNG = np.random.default_rng(5)
@@ -582,3 +583,20 @@ def test_a_sketch_of_half_precision(solver, dtype):
     assert found.dtype == dtype
     exact = np.linalg.solve(SPD, B)
     assert np.linalg.norm(found.astype(float) - exact) < 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [3e-30, 0.7, 5e30])
+def test_the_unit_of_a_right_hand_side_rounds_nothing(size, dtype):
+    """Divided by it and scaled back it has the same bits; its largest is in [1, 2)."""
+    x = jnp.asarray(size * np.random.default_rng(0).normal(size=50), dtype)
+    unit = magnitude(x)
+    inside = divide(x, unit)
+    np.testing.assert_array_equal(inside * unit, x)
+    assert 1 <= float(jnp.max(jnp.abs(inside))) < 2
+
+
+@pytest.mark.parametrize("x", [0.0, np.inf, np.nan])
+def test_what_has_no_size_has_the_unit_one(x):
+    """So that nothing is divided by it."""
+    assert magnitude(jnp.array([x, 0.0])) == 1.0
