@@ -1,22 +1,21 @@
 """`python -m benchmarks list`, `python -m benchmarks NAME`, `... NAME --check`."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-HELP = "benchmarks need their extra: pip install 'hypergrad-jax[benchmarks]'"
+#: Of the extra, so that what is missing is named with it.
+NEEDED = ("cmaes", "evosax", "matplotlib", "optuna", "rich", "scipy")
+HELP = "benchmarks need their extra: pip install '.[benchmarks]'"
 
 
 def main(arguments: list[str]) -> int:
     """Runs or checks a table; the exit status."""
-    try:
-        # Asked for here, so that a missing one is named with its extra.
-        import matplotlib  # noqa: F401 - only whether it is there
-        import rich  # noqa: F401 - likewise
-        import scipy  # noqa: F401 - likewise
-    except ImportError as error:
-        print(f"benchmarks: {error}; {HELP}", file=sys.stderr)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"benchmarks: no {', '.join(missing)}; {HELP}", file=sys.stderr)
         return 1
 
     from hypergrad.studies.table import Request, check

@@ -408,8 +408,11 @@ def test_bad_arguments_are_refused(capsys):
     assert "has no scale 'paper'" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["rich", "cmaes"])
+def test_a_missing_extra_is_named(name, monkeypatch, capsys):
     """With the command that installs it."""
-    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, name, None)
     assert command.main(["list"]) == 1
-    assert "pip install 'hypergrad-jax[benchmarks]'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"no {name}; " in said
+    assert "pip install '.[benchmarks]'" in said
