@@ -238,10 +238,10 @@ def test_a_log_has_a_line_at_each_tenth(total, said, capsys):
     """Where no terminal draws a bar; the last says that all is done."""
     with progress(total) as tick:
         for i in range(total):
-            tick(f"row {i}")
+            tick(f"row [{i}]")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == said
-    assert lines[-1] == f"{total} of {total}: row {total - 1}"
+    assert lines[-1] == f"{total} of {total}: row [{total - 1}]"
 
 
 def test_the_command_tells_its_version():

@@ -1,6 +1,7 @@
 """A progress bar on the standard error; rich is imported when one is shown."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -24,7 +25,7 @@ def progress(total: int) -> Iterator[Tick]:
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield lines(total, console.print)
+        yield lines(total, functools.partial(console.print, markup=False))
         return
     bar = Progress(
         TextColumn("{task.description:16}"),
