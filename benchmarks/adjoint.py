@@ -212,7 +212,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             f"| {row['autodiff_gradients']:.2f}, {row['adjoint_gradients']:.2f}, "
             f"{operations:.2f} | {first:.3g}, {second:.3g}, {scratch:.2f} |"
         )
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

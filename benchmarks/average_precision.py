@@ -232,8 +232,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             f"{error:+.1e}",
         ]
         lines.append("| " + " | ".join([form, *cells]) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    lines += ["", *(f"- {mark(v)}{v.text}" for v in judge(rows))]
+    lines += ["", *(v.line for v in judge(rows))]
     return "\n".join(lines)
 
 

@@ -185,8 +185,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         (cost,) = of(rows, method=method, dtype="float64", **at)
         cells += [f"{cost['gradient_equivalents']:.0f}", f"{cost['num_hvps']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    lines += ["", *(f"- {mark(v)}{v.text}" for v in judge(rows))]
+    lines += ["", *(v.line for v in judge(rows))]
     return "\n".join(lines)
 
 

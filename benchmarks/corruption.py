@@ -389,8 +389,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             mean("grid_cost", "{:,.0f}"),
         ]
         lines.append("| " + " | ".join([method, *cells]) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -213,7 +213,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
     for n, *of_row in zip(KNOTS[0], low, middle, high, strict=True):
         cells = [f"{y:.0f} ({x:.0f}-{z:.0f})" for x, y, z in zip(*of_row, strict=True)]
         lines.append("| " + " | ".join([str(n), *cells]) + " |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -368,7 +368,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             for axis in AXES
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -209,7 +209,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         ]
         fixed = statistics.median(seconds for row in mine for seconds in row["fixed"])
         lines.append(f"| {method} | {' | '.join(cells)} | {1e6 * fixed:.0f} |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

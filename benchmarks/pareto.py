@@ -422,7 +422,7 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
             f"| {row['method']} | {tried} | {shown(row['setting'])} | "
             f"{row['tuning_cost']:,.0f} |"
         )
-    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge_grid(rows))])
 
 
 def draw_grid(rows: list[Row], path: Path) -> None:
@@ -561,8 +561,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         lines += [
             "| " + " | ".join(cells_of(rows, method, cost)) + " |" for method in METHODS
         ]
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def spread(values: np.ndarray, form: str) -> str:

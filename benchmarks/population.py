@@ -184,7 +184,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         cells = [f"{mine[0]['parameters']:,}", f"{num_steps}"]
         cells += [column(name) for name in (*seconds, *compiles)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def _quartiles(values: list[float]) -> str:

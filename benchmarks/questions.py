@@ -187,7 +187,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
             if row["problem"] == name
         )
         lines.append(f"| {name} | {problem.tried} | {of} | {problem.stays} |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -316,8 +316,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         if system.absent:
             told = "; ".join(f"{name}: {why}" for name, why in system.absent.items())
             lines += ["", f"(1) cannot be: {told}."]
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def cells_of(rows: list[Row], task: str, method: str) -> list[str]:

@@ -217,8 +217,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
         for method in METHODS:
             lines.append("| " + " | ".join(cells_of(rows, task, method)) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def cells_of(rows: list[Row], task: str, method: str) -> list[str]:

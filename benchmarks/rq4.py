@@ -24,6 +24,7 @@ from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Claim, Verdict, paired
 from hypergrad.tasks.augmentation import OPERATIONS, POSE
+from hypergrad.trees import distance
 
 from .rq4_tasks import (
     ARCHITECTURES,
@@ -135,11 +136,6 @@ def estimate(
     return found.w, found.hypergradient
 
 
-def distance(found: Array, truth: Array) -> float:
-    """Relative."""
-    return float(jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth))
-
-
 def certified(
     problem: hg.Bilevel, w: PyTree, alpha: Array, hypergradient: Array
 ) -> Row:
@@ -156,7 +152,7 @@ def certified(
     return {
         "certified": True,
         "reason": None,
-        "error": distance(hypergradient, second.hypergradient),
+        "error": float(distance(hypergradient, second.hypergradient)),
         "implicit_error": float(first.error_estimate),
     }
 
@@ -357,8 +353,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
                 )
                 names = architecture, augmentation
                 lines.append("| " + " | ".join([*names, *cells_of(mine)]) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def cells_of(rows: list[Row]) -> list[str]:

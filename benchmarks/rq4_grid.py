@@ -117,8 +117,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
                 cells.append(f"**{cell}**" if best else cell)
             names = row["method"], f"{penalty:g}"
             lines.append("| " + " | ".join([*names, *cells]) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

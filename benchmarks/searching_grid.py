@@ -96,7 +96,7 @@ def markdown_of_grid(table: Table, rows: list[Row], command: str) -> str:
             f"| {row['size']} | {row['method']} | {tried} | {row['setting']:g} | "
             f"{row['tuning_cost']:,.0f} |"
         )
-    return "\n".join([*lines, "", *(f"- {v.text}" for v in judge_grid(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge_grid(rows))])
 
 
 def draw_grid(rows: list[Row], path: Path) -> None:

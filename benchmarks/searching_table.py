@@ -181,8 +181,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         for method in (*ENDS, *METHODS):
             if lane(rows, method, size, "left").size:
                 lines.append("| " + " | ".join(cells_of(rows, method, size)) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def cells_of(rows: list[Row], method: str, size: int) -> list[str]:

@@ -193,7 +193,7 @@ def rates_chosen(rows: list[Row], titles: tuple[str, str, str], form: str) -> li
             f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best} | "
             f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
         )
-    return [*lines, "", *(f"- {v.text}" for v in judge_grid(rows))]
+    return [*lines, "", *(v.line for v in judge_grid(rows))]
 
 
 def grid(system: System) -> Table:

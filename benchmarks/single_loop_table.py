@@ -278,8 +278,7 @@ def markdown(
         mine = [row for row in rows if row["method"] == method]
         if mine:
             lines.append("| " + " | ".join(cells_of(method, mine)) + " |")
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    lines += ["", *(f"- {mark(v)}{v.text}" for v in judge(rows))]
+    lines += ["", *(v.line for v in judge(rows))]
     return "\n".join(lines)
 
 

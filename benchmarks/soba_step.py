@@ -202,7 +202,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         f"| SOBA | {mean('soba'):.2f} | {mean('copies'):.1f} |",
         f"| plain JAX | {mean('plain'):.2f} | {mean('plain_copies'):.1f} |",
         "",
-        *(f"- {verdict.text}" for verdict in judge(rows)),
+        *(v.line for v in judge(rows)),
     ]
     return "\n".join(lines)
 

@@ -287,8 +287,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
     names = ["test mAP", "val mAP at the end", "reached", "grad-eq to reach"]
     lines += header(["loop", *names, "grad-eq in all", "compile s", "run s"])
     lines += [joint_line(rows, method) for method in joint.LOOPS]
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    lines += ["", *(f"- {mark(v)}{v.text}" for v in judge_rows(rows))]
+    lines += ["", *(v.line for v in judge_rows(rows))]
     return "\n".join(lines)
 
 

@@ -371,7 +371,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         for method in METHODS:
             if lane(rows, method, size):
                 lines.append(f"| {' | '.join(cells_of(rows, method, size))} |")
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def cells_of(rows: list[Row], method: str, size: int) -> list[str]:

@@ -252,8 +252,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *sharing.markdown(rows)]
-    mark = lambda verdict: "**FAILED** " if verdict.failed else ""
-    return "\n".join([*lines, "", *(f"- {mark(v)}{v.text}" for v in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -100,7 +100,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         lines += ["", f"**{work}**: {WORKS[work].text}", "", line(heads)]
         lines.append("|---" * len(heads) + "|")
         lines += [line(cells(row, found.get("inner"))) for row in found.values()]
-    return "\n".join([*lines, "", *(f"- {verdict.text}" for verdict in judge(rows))])
+    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
 
 
 def made_on(rows: list[Row]) -> str:

@@ -153,7 +153,7 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
         cells = [column.cell(lane) for column in columns]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     lines.append("")
-    lines += [f"- {verdict.text}" for verdict in judge(study, rows)]
+    lines += [verdict.line for verdict in judge(study, rows)]
     return "\n".join(lines)
 
 

@@ -18,6 +18,11 @@ class Verdict(NamedTuple):
     text: str
     failed: bool = False
 
+    @property
+    def line(self) -> str:
+        """Of a list in Markdown."""
+        return f"- {'**FAILED** ' * self.failed}{self.text}"
+
 
 def paired(first: Any, second: Any) -> tuple[float, float, float]:
     """Mean of ``first - second`` and its 95% interval by Student's t over seeds."""
