@@ -19,12 +19,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from . import durable
+from .devices import by_first
 from .identity import HASH
 from .settings import check_steps
 from .trees import plain
 
 Tree = TypeVar("Tree")
 Identity = dict[str, str]
+Arrays = dict[str, np.ndarray]
 
 KEPT = 2  # the newest, and the one before should that be damaged
 # What differs whenever anything does is named where nothing else is.
@@ -53,7 +55,9 @@ class Checkpoints:
     on, and what was kept before stays. The same bits are promised on one kind of device
     and with one version of jax.
 
-    One process writes: not for runs that span several (`jax.distributed`).
+    Of several processes (`jax.distributed`) the first writes and reads, and sends the
+    others what it read; no other has to see the folder, and the same number of
+    processes and devices goes on.
 
     Cost: a copy of the carry to the host and to the disk, some 0.1 s for a small one.
 
@@ -99,11 +103,6 @@ def check_checkpoints(checkpoints: Any) -> None:
             "checkpoints must be hg.Checkpoints(folder, every); got "
             f"{type(checkpoints).__name__}"
         )
-    if jax.process_count() > 1:
-        raise ValueError(
-            "checkpoints are written by one process, and this run spans "
-            f"{jax.process_count()}; leave them out"
-        )
 
 
 # Whose checkpoints they are.
@@ -117,6 +116,7 @@ def place() -> Identity:
     return {
         "jax": f"{jax.__version__} on jaxlib {jaxlib}",
         "device": f"{device.platform} {device.device_kind}",
+        "number of processes": str(jax.process_count()),
     }
 
 
@@ -150,11 +150,50 @@ class Damaged(Exception):
 class Folder:
     """The checkpoints of one run: ``step-N/`` by orbax, ``step-N.json`` to check it."""
 
-    def __init__(self, path: Path, run: Identity, writable: bool):
-        self.path, self.run, self.writable = path, run, writable
+    def __init__(self, path: Path, run: Identity):
+        self.path, self.run, self.writable = path, run, False
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Holds it until ``stack`` ends; warns where nothing can be written to it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(
+                f"{self.path} is no folder; give another one for checkpoints"
+            )
+        try:
+            durable.make_folder(self.path)
+            hold(stack.enter_context((self.path / "lock").open("a")), self.path)
+        except OSError as error:
+            warnings.warn(
+                f"no checkpoint can be written to {self.path} ({error}); the run goes "
+                "on without, from what is there",
+                stacklevel=8,
+            )
+        else:
+            self.writable = True
+            self.clear()
 
     def load(self, blank: Tree) -> Tree:
         """The newest whole checkpoint written over ``blank``, or that as it is."""
+        arrays, static = eqx.partition(blank, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        like = jax.tree.map(np.empty_like, _named(leaves))
+        found = by_first(lambda: self._newest(like), like)
+        if found is None:
+            return blank
+
+        def written_over(leaf, array):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+            return leaf.at[...].set(array)  # keeps its place and its weak type
+
+        leaves = [
+            written_over(leaf, found[_name(i)]) if leaf.size else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return eqx.combine(jax.tree.unflatten(structure, leaves), static)
+
+    def _newest(self, like: Arrays) -> Arrays | None:
+        """The arrays of the newest whole checkpoint; None where there is none."""
         flaws = []
         for step in self._steps():
             try:
@@ -166,25 +205,26 @@ class Folder:
                 warnings.warn(
                     f"the checkpoint of step {damaged} in {self.path} is damaged "
                     f"({flaw}); the run goes on from that of step {step}",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
                 if self.writable:
                     self._remove(damaged)
-            return self._read(step, blank)
+            return self._read(step, like)
         if flaws:
             said = "; ".join(f"step {step}: {flaw}" for step, flaw in flaws)
             raise ValueError(
                 f"no checkpoint in {self.path} is whole ({said}); delete the folder to "
                 "begin anew"
             )
-        return blank
+        return None
 
     def save(self, step: int, tree: PyTree) -> None:
         """Keeps a checkpoint, or warns that it could not be."""
+        arrays = _named(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
         if not self.writable:
             return
         try:
-            self._write(step, tree)
+            self._write(step, arrays)
         except Exception as error:  # a full disk has many types, by who meets it
             with contextlib.suppress(OSError):
                 self.clear()
@@ -231,33 +271,14 @@ class Folder:
             ]
             raise Damaged(f"{self._arrays(step).name}/{wrong[0]} is not as written")
 
-    def _read(self, step: int, blank: Tree) -> Tree:
-        import orbax.checkpoint as ocp
+    def _read(self, step: int, like: Arrays) -> Arrays:
+        with _orbax() as checkpointer:
+            return checkpointer.restore(self._arrays(step).absolute(), like)
 
-        arrays, static = eqx.partition(blank, eqx.is_array)
-        leaves, structure = jax.tree.flatten(arrays)
-        like = {name: np.empty(x.shape, x.dtype) for name, x in _named(leaves)}
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.restore(self._arrays(step).absolute(), like)
-
-        def written_over(leaf, array):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-            return leaf.at[...].set(array)  # keeps its place and its weak type
-
-        leaves = [
-            written_over(leaf, found[_name(i)]) if leaf.size else leaf
-            for i, leaf in enumerate(leaves)
-        ]
-        return eqx.combine(jax.tree.unflatten(structure, leaves), static)
-
-    def _write(self, step: int, tree: PyTree) -> None:
-        import orbax.checkpoint as ocp
-
+    def _write(self, step: int, arrays: Arrays) -> None:
         self._remove(step)
-        leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(self._arrays(step).absolute(), dict(_named(leaves)))
+        with _orbax() as checkpointer:
+            checkpointer.save(self._arrays(step).absolute(), arrays)
         durable.settle_all(self._arrays(step))
         said = {"step": step, "run": self.run, "files": _hashes(self._arrays(step))}
         text = json.dumps(said | {"sha256": _seal(said)}, indent=1)
@@ -282,25 +303,10 @@ class Folder:
 
 @contextlib.contextmanager
 def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
-    """The folder, held by this process until the run ends or the process dies."""
-    path = Path(checkpoints.folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is no folder; give another one for checkpoints")
+    """The folder, held by the first process until the run ends or the process dies."""
+    folder = Folder(Path(checkpoints.folder), run)
     with contextlib.ExitStack() as stack:
-        try:
-            durable.make_folder(path)
-            hold(stack.enter_context((path / "lock").open("a")), path)
-            writable = True
-        except OSError as error:
-            writable = False
-            warnings.warn(
-                f"no checkpoint can be written to {path} ({error}); the run goes on "
-                "without, from what is there",
-                stacklevel=5,
-            )
-        folder = Folder(path, run, writable)
-        if writable:
-            folder.clear()
+        by_first(lambda: folder.open(stack))
         yield folder
 
 
@@ -324,9 +330,21 @@ def _name(index: int) -> str:
     return f"{index:05d}"
 
 
-def _named(leaves: list) -> list[tuple[str, np.ndarray]]:
+def _named(leaves: list) -> Arrays:
     """Leaves by their place; orbax keeps no array without numbers, nor need it."""
-    return [(_name(i), plain(leaf)) for i, leaf in enumerate(leaves) if leaf.size]
+    return {_name(i): plain(leaf) for i, leaf in enumerate(leaves) if leaf.size}
+
+
+def _orbax() -> Any:
+    """What writes and reads arrays, waiting for no other process."""
+    import orbax.checkpoint as ocp
+
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="hypergrad",
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def _seal(said: dict) -> str:

@@ -1,4 +1,6 @@
-"""Arrays on several devices, also those of other processes."""
+"""Arrays on several devices, also those of other processes; what those agree on."""
+
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -30,3 +32,45 @@ def is_apart(x: object) -> bool:
 def readable(tree: PyTree) -> PyTree:
     """For the host to read: whole on every device where it `is_apart`."""
     return jax.tree.map(lambda x: placed(x) if is_apart(x) else x, tree)
+
+
+def largest(number: int) -> int:
+    """Of the numbers that all processes bring, each its own."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def by_first(act: Callable[[], PyTree], like: PyTree = None) -> PyTree:
+    """What the first process alone does; its arrays, where it returns any, in all.
+
+    Args:
+      act: returns NumPy arrays like ``like``, or None.
+
+    Raises:
+      RuntimeError: in the others, where ``act`` raised in the first.
+    """
+    if jax.process_count() == 1:
+        return act()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    made, error = None, None
+    if jax.process_index() == 0:
+        try:
+            made = act()
+        except Exception as raised:
+            error = raised
+    state = np.array([error is not None, made is not None], np.uint8)
+    failed, is_made = broadcast_one_to_all(state)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("the first process could not go on; its message says why")
+    if not is_made:
+        return None
+    bits = lambda x: np.frombuffer(x.tobytes(), np.uint8)  # a sum of -0 and 0 is 0
+    sent = broadcast_one_to_all(jax.tree.map(bits, like if made is None else made))
+    numbers = lambda x, b: np.frombuffer(np.asarray(b), x.dtype).reshape(x.shape)
+    return jax.tree.map(numbers, like, sent)

@@ -34,6 +34,7 @@ from .checks import (
     traced,
 )
 from .cost.memory import resident
+from .devices import largest
 from .drawn import drawn
 from .estimators.protocol import Estimate, Estimator
 from .identity import digest, digest_program
@@ -121,7 +122,8 @@ def minimize(
       memory_limit: bytes; after a chunk of steps the run stops where this process has
         more than that in the host's memory. It is looked at between chunks alone, so
         that what one of them needs has to fit beside it, and on Linux alone; memory of
-        accelerators does not count.
+        accelerators does not count. Of several processes all stop where one passes a
+        limit.
 
     A value, hypergradient or step that is not finite freezes the run: ``alpha`` and
     ``w`` stay at the last good ones, later rows are NaN at no cost, and
@@ -260,7 +262,7 @@ def _in_chunks(
             break
         carry = _run(loop, carry, jnp.asarray(until))
         stopped = int(carry.status) > 0
-        limit = beyond()
+        limit = largest(beyond())  # no process goes on without the others
         if folder is not None and (until in keep or stopped or limit):
             folder.save(int(carry.index), carry)
         if progress is not None and until in tell:

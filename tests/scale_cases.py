@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,6 +237,50 @@ def from_outside(spread: bool) -> list[float]:
     return flat(found)
 
 
+def interrupted(spread: bool) -> list[float]:
+    """A run with checkpoints that dies in all processes, and goes on in all.
+
+    Each process has a folder of its own, so that only the first one's can be read.
+    """
+    _, problem, w, alpha, _ = cases(spread)["single loop, batches"]
+    first = jax.process_index() == 0
+    run = lambda key=1, **changes: hg.minimize(
+        problem, hg.SABA(optax.sgd(0.05)), optax.adam(0.1), w, alpha,
+        num_steps=6, key=jax.random.key(key), **changes,
+    )  # fmt: skip
+    bits = lambda trace: [
+        np.asarray(readable(x)).tobytes() for x in jax.tree.leaves(trace)
+    ]
+    unbroken = run()
+
+    def die(done, value):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as folder:
+        keep = hg.Checkpoints(folder, every=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoints=keep, progress=die)
+        steps = sorted(file.name for file in Path(folder).glob("step-*.json"))
+        expected = ["step-000000003.json", "step-000000004.json"] if first else []
+        assert steps == expected
+        error, said = (
+            (ValueError, "checkpoints of another run: key differs")
+            if first
+            else (RuntimeError, "the first process could not go on")
+        )
+        with pytest.raises(error, match=said):
+            run(key=2, checkpoints=keep)
+        later = []
+        again = run(checkpoints=keep, progress=lambda *news: later.append(news))
+        assert [done for done, _ in later] == [5, 6]
+        assert bits(again) == bits(unbroken)
+    # One process alone is out of time: all stop, and none waits for another for ever.
+    stopped = run(time_limit=1e-9 if first else 1e9)
+    assert stopped.status == "stopped: time limit"
+    return flat([unbroken.alpha, unbroken.value, stopped.alpha])
+
+
 def divided_batches(spread: bool) -> list[float]:
     """A batch that the loss puts apart: every device computes its share."""
     _, problem, w, alpha, _ = cases(spread)["unrolled, batches"]
@@ -276,6 +321,7 @@ def page(spread: bool) -> list[float]:
 
 OTHERS = {
     "from outside": from_outside,
+    "interrupted": interrupted,
     "divided batches": divided_batches,
     "page": page,
 }

@@ -628,10 +628,3 @@ def test_neither_works_within_a_compiled_program(name: str, tmp_path):
     with pytest.raises(TypeError, match=f"{name} is seen to on the host"):
         jax.jit(lambda alpha: run(alpha=alpha, **{name: given}).alpha)(ALPHA)
     assert not os.listdir(tmp_path)
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    """Each would write its own."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="one process"):
-        run(checkpoints=hg.Checkpoints(tmp_path))

@@ -97,7 +97,7 @@ def test_a_checkpoint_that_was_saved_is_there_after_a_power_cut(disk, tmp_path):
             for i, kept in enumerate(cuts):
                 place = tmp_path / f"{step}-{i}"
                 disk.restore(kept, place)
-                there = Folder(place / "runs" / "first", {}, writable=True)
+                there = Folder(place / "runs" / "first", {})
                 if not there.path.exists():
                     continue
                 found = there.load(of(0))

@@ -21,7 +21,7 @@ SLOW = (
     "divided batches",
 )
 # In single precision a search may rank two trials the other way round.
-DOUBLE = {"float32": (), "float64": ("from outside",)}
+DOUBLE = {"float32": (), "float64": ("from outside", "interrupted")}
 
 
 def started(num_devices: int, *arguments: str) -> subprocess.Popen:
