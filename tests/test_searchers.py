@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import subprocess
 import sys
 import warnings
 
@@ -325,6 +326,74 @@ def test_tpe_proposes_what_optuna_does():
         names = ("depth", "op", "rate")
         told = {name: hand[name] for name in names} | {"weights": weights}
         study.tell(trial, float(distance(told)))
+
+
+def test_searches_that_share_a_journal_ask_as_one(tmp_path):
+    """What each asks is what one searcher would, told the trials of both in turn."""
+    file = tmp_path / "tpe.log"
+    both, one = [TPE(5, file), TPE(5, str(file))], TPE(5)
+    states = [searcher.init(MIXED, KEY) for searcher in both]
+    state = one.init(MIXED, KEY)
+    for i, key in enumerate(keys_of(24)):
+        who = (i // 3) % 2
+        alpha, states[who] = both[who].ask(states[who], key)
+        expected, state = one.ask(state, key)
+        assert jax.tree.all(jax.tree.map(np.array_equal, alpha, expected))
+        value = np.nan if i == 7 else distance(alpha)
+        states[who] = both[who].tell(states[who], alpha, value)
+        state = one.tell(state, expected, value)
+    assert [len(own.values) for own in states] == [12, 12]
+    # Trials in another space, which has the same axes, are not taken for these.
+    wider = MIXED | {"rate": Interval(1e-5, 1.0, log=True)}
+    state, key = both[0].init(wider, KEY), keys_of(1)[0]
+    alpha, state = both[0].ask(state, key)
+    both[0].tell(state, alpha, distance(alpha))
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    storage = optuna.storages.JournalStorage(backend)
+    studies = optuna.get_all_study_summaries(storage)
+    assert sorted(study.n_trials for study in studies) == [1, 24]
+
+
+@pytest.mark.slow
+def test_a_journal_loses_no_trial_of_processes_side_by_side(tmp_path):
+    """Three that begin at once, of which one is killed under way and begun again."""
+    file = tmp_path / "tpe.log"
+    code = """if True:
+        import sys, jax, hypergrad as hg
+        inner = lambda w, alpha, batch: (w - alpha) ** 2
+        problem = hg.Bilevel(inner, lambda w, alpha, batch: (w - 0.3) ** 2)
+        trace = hg.search(
+            problem, hg.Newton(), hg.searchers.TPE(3, sys.argv[1]), 0.0,
+            space=hg.spaces.Unit(), budget=float(sys.argv[3]),
+            key=jax.random.key(int(sys.argv[2])),
+            progress=lambda done, best: print(done, flush=True),
+        )
+        print(*trace.value.tolist())
+    """
+
+    def start(seed, budget):
+        command = [sys.executable, "-c", code, str(file), str(seed), str(budget)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    processes = [start(0, 60), start(1, 60), start(2, 1e9)]
+    for _ in range(4):
+        processes[2].stdout.readline()
+    processes[2].kill()
+    processes[2].communicate()
+    processes[2] = start(3, 60)
+    values = []
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        values += map(float, out.splitlines()[-1].split())
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    storage = optuna.storages.JournalStorage(backend)
+    (study,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=study.study_name, storage=storage)
+    kept = [trial.value for trial in study.trials]
+    assert len(values) > 30
+    assert set(values) <= set(kept)
+    assert len(kept) >= len(values) + 4  # and those of the one that was killed
 
 
 @pytest.mark.parametrize("num_values", [1, 2])
@@ -686,6 +755,11 @@ def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatc
 def test_settings_and_spaces_that_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_journal_is_a_path():
+    with pytest.raises(TypeError, match="journal must be a path"):
+        TPE(5, 3)
 
 
 # Reinforce.

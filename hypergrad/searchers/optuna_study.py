@@ -1,12 +1,17 @@
 """What searchers by optuna share: its studies, in coordinates of the unit cube."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
+from .. import spaces
+from ..identity import digest, fingerprint
 from ..spaces import Axis
+from .trials import Trials
 
 
 def load(name: str) -> Any:
@@ -50,6 +55,31 @@ def from_params(axes: list[Axis], params: dict[str, Any]) -> np.ndarray:
         for axis, x in ((axis, params[f"{i:06d}"]) for i, axis in enumerate(axes))
     ]
     return np.array(t)
+
+
+def trials(optuna: Any, state: Trials) -> list[Any]:
+    """Each with its value, as optuna has them."""
+    axes = spaces.axes(state.space)
+    kinds = distributions(optuna, axes)
+    return [
+        optuna.trial.create_trial(
+            params=to_params(axes, t), distributions=kinds, value=value
+        )
+        for t, value in zip(state.t, state.values, strict=True)
+    ]
+
+
+def shared(optuna: Any, journal: str | os.PathLike, space: PyTree) -> Any:
+    """The study of a space in a file that several processes read and add to."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    with quiet(optuna):
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(os.fspath(journal))),
+            study_name=f"space {fingerprint(digest(space))}",
+            load_if_exists=True,
+        )
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """The tree-structured Parzen estimator, of optuna."""
 
+import os
+from typing import Any
+
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
@@ -21,9 +24,16 @@ class TPE(eqx.Module):
 
     Args:
       num_initial: random trials at first. Static.
+      journal: a file that several searches share, begun side by side on one problem,
+        also on several machines with one file system: each is told of the trials of
+        all in its space. It is optuna's journal, which optuna-dashboard shows. What is
+        asked then depends on when the others were done: no search is repeated to the
+        bit, ``trials`` of `hypergrad.search` do not fit, and one that was killed is
+        begun anew with what is left of its budget, knowing all that was told. Static.
 
     Raises:
       ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
+      TypeError: ``journal`` is no path.
       ValueError: ``num_initial`` below 1; an unbounded space.
 
     Budget: 40 trials, for a value within 0.01 (see `hypergrad.searchers`); 70 with an
@@ -42,14 +52,19 @@ class TPE(eqx.Module):
     """
 
     num_initial: int = eqx.field(static=True, default=10)
+    journal: str | os.PathLike | None = eqx.field(static=True, default=None)
 
     citations = ("bergstra2011", "akiba2019")
 
     def __check_init__(self):
         check_steps("num_initial", self.num_initial)
+        if not isinstance(self.journal, str | os.PathLike | None):
+            raise TypeError(
+                f"journal must be a path, such as 'tpe.log'; got {self.journal!r}"
+            )
 
     def init(self, space: PyTree, key: Array) -> Trials:
-        """No trial yet."""
+        """No trial of its own yet."""
         del key
         optuna_study.load("TPE")
         return Trials.none(space)
@@ -57,24 +72,29 @@ class TPE(eqx.Module):
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
         """The next proposal; the state is as it was."""
         optuna = optuna_study.load("TPE")
-        axes = spaces.axes(state.space)
-        kinds = optuna_study.distributions(optuna, axes)
+        kinds = optuna_study.distributions(optuna, spaces.axes(state.space))
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=self.num_initial, seed=seed_of(key)
         )
         with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)
-            for t, value in zip(state.t, state.values, strict=True):
-                params = optuna_study.to_params(axes, t)
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params=params, distributions=kinds, value=value
-                    )
-                )
+            study.add_trials(self._known(state))
             asked = study.ask(kinds).params
-        t = optuna_study.from_params(axes, asked)
+        t = optuna_study.from_params(spaces.axes(state.space), asked)
         return spaces.from_unit(state.space, t), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         """Remembers the trial."""
-        return state.told(alpha, value)
+        state = state.told(alpha, value)
+        if self.journal is not None:
+            optuna = optuna_study.load("TPE")
+            *_, last = optuna_study.trials(optuna, state)
+            optuna_study.shared(optuna, self.journal, state.space).add_trial(last)
+        return state
+
+    def _known(self, state: Trials) -> list[Any]:
+        """All trials that count, as optuna has them."""
+        optuna = optuna_study.load("TPE")
+        if self.journal is None:
+            return optuna_study.trials(optuna, state)
+        return optuna_study.shared(optuna, self.journal, state.space).trials
