@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from hypergrad import checkpoint, durable
+from hypergrad import checkpoint, durable, models
 from hypergrad.checkpoint import Folder
 from hypergrad.studies import record
 from hypergrad.studies.table import Request, Table, cell_by_cell
@@ -104,6 +104,28 @@ def test_a_checkpoint_that_was_saved_is_there_after_a_power_cut(disk, tmp_path):
                 last = i == len(cuts) - 1
                 assert int(found["y"]) in ({step} if last else {step - 1, step})
                 assert jnp.array_equal(found["x"], of(int(found["y"]))["x"])
+
+
+def test_a_model_that_was_saved_is_there_after_a_power_cut(disk, tmp_path):
+    """Cut while a version is saved, it is whole or none; those before it stay."""
+    folder = disk.root / "runs" / "models"
+    for version in (1, 2):
+        before = len(disk.cuts)
+        models.save("ridge", jnp.full(3, version), 0.1, folder=folder)
+        cuts = disk.cuts[before:]
+        for i, kept in enumerate(cuts):
+            place = tmp_path / f"{version}-{i}"
+            disk.restore(kept, place)
+            there = place / "runs" / "models"
+            found, flaws = models.find(there)
+            versions = [model.version for model in found]
+            last = i == len(cuts) - 1
+            whole = list(range(1, version + 1))
+            assert versions == whole if last else versions in (whole[:-1], whole)
+            assert not flaws
+            for number in versions:
+                w, _ = models.load(f"ridge@{number}", folder=there)
+                assert jnp.array_equal(w, jnp.full(3, number))
 
 
 def test_rows_that_were_measured_are_there_after_a_power_cut(disk, tmp_path):
