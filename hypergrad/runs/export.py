@@ -158,7 +158,8 @@ def to_tensorboard(shown: Iterable[Shown], folder: Path) -> int:
 def to_mlflow(shown: Iterable[Shown], store: Path) -> int:
     """Runs in a local MLflow store, a file of SQLite, in experiments by task.
 
-    For ``mlflow ui --backend-store-uri sqlite:///STORE``.
+    For ``mlflow ui --backend-store-uri sqlite:///STORE``. MLflow tells its makers,
+    without names, what of it is used, but where ``MLFLOW_DISABLE_TELEMETRY=true``.
 
     Returns:
       How many were written; one that is there already is not, and one that was begun
