@@ -299,10 +299,15 @@ class Bilevel(eqx.Module):
         self, w: PyTree, alpha: PyTree, batch: PyTree
     ) -> tuple[Array, PyTree, PyTree]:
         """Value, ``dM/dw`` and the direct term ``dM/dalpha``; leaves lead with K."""
-        value, pullback = jax.vjp(lambda w, a: self.outer(w, a, batch), w, alpha)
-        if self.num_objectives is None:
+
+        def gradients(loss):
+            value, pullback = jax.vjp(lambda w, a: loss(w, a, batch), w, alpha)
             return value, *pullback(jnp.ones_like(value))
-        return value, *jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
+
+        if not isinstance(self.outer_loss, tuple):
+            return gradients(self.outer_loss)
+        found = [gradients(loss) for loss in self.outer_loss]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 def _refuse_large_constants(sample: jax.tree_util.Partial) -> None:
