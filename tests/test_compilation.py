@@ -359,6 +359,52 @@ def test_data_is_no_constant_of_the_program(method: str):
     assert max(literals(text)) > 5_000  # the detector sees one where there is one
 
 
+def copies_of_data(run, count: int, *args) -> list[str]:
+    """Arrays of a program that are as large as so many copies of the data."""
+    text = str(jax.make_jaxpr(run)(*args))
+    shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", text)}
+    assert (17, 23) in shapes
+    return sorted(str(x) for x in shapes if np.prod(x) >= count * 17 * 23)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.Implicit(SOLVER, hg.CG(rtol=1e-6)),
+        hg.Implicit(hg.Newton(), hg.CG(rtol=1e-6)),
+        hg.Implicit(SOLVER, hg.Neumann(5)),
+        hg.Unrolled(SOLVER),
+    ],
+    ids=["CG", "Newton", "Neumann", "Unrolled"],
+)
+def test_neither_several_losses_nor_alphas_side_by_side_copy_data(estimator):
+    """What `jax.lax.cond` does under vmap where its branches read data."""
+    x = np.linspace(-1.0, 1.0, 17 * 23).reshape(17, 23) ** 3
+    y = np.sign(x[:, 0])
+
+    def outer(w, alpha, batch, power=2):
+        return jnp.mean(jnp.abs(batch[0] @ w - batch[1]) ** power)
+
+    def inner(w, alpha, batch):
+        return jnp.mean(jnp.logaddexp(0.0, -batch[1] * (batch[0] @ w))) + alpha @ w**2
+
+    losses = tuple(functools.partial(outer, power=power) for power in (2, 4, 6))
+    several = hg.Bilevel(inner, losses, (x, y), (x, y))
+    one = hg.Bilevel(inner, outer, (x, y), (x, y))
+    w, alpha = jnp.zeros(23), jnp.ones(23)
+    run = lambda problem, alpha: (
+        hg.hypergradient(problem, estimator)(w, alpha).hypergradient
+    )
+    assert not copies_of_data(lambda alpha: run(several, alpha), 3, alpha)
+    alphas = jnp.stack([alpha, 2 * alpha, 3 * alpha])
+    side_by_side = jax.vmap(lambda alpha: run(one, alpha))
+    assert not copies_of_data(side_by_side, 3, alphas)
+    found = run(several, alpha)
+    for i, loss in enumerate(losses):
+        alone = run(hg.Bilevel(inner, loss, (x, y), (x, y)), alpha)
+        np.testing.assert_allclose(found[i], alone, rtol=1e-10, atol=1e-14)
+
+
 def test_a_sampler_over_arrays_is_refused():
     """draw=lambda key: big[...] would bake 8 kB into the program."""
     big = jnp.zeros(1000)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..control import unless
 from ..linear.cg import conjugate_gradients
 from ..problem import Data, whole
 from ..products import Loss, hvp
@@ -110,12 +111,12 @@ class Newton(eqx.Module):
             )
             blocked = dot(d, gradient) >= 0
 
-            def scaled_descent():  # as long as a step over that much curvature
+            def scaled_descent(_):  # as long as a step over that much curvature
                 curvature = jnp.abs(dot(minus, matvec(minus)))
                 length = jnp.where(curvature > 0, dot(minus, minus) / curvature, 1.0)
                 return scale(length, minus)
 
-            d = jax.lax.cond(blocked, scaled_descent, lambda: d)
+            d = unless(~blocked, scaled_descent, d)
             slope = dot(d, gradient)
 
             # The whole step is mostly taken, so that a trial's gradient is the next.

@@ -11,6 +11,7 @@ import optax
 from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, PyTree
 
+from ..control import unless
 from ..guide import Guide
 from ..settings import check_steps, number
 from ..trees import add_scaled, divide, dot, magnitude, norm, scalar_dtype, scale
@@ -108,7 +109,7 @@ def conjugate_gradients(
         x, r, num_products = optax.tree.zeros_like(b), b, 0
     else:  # a warm start pays for its residual, a start at zero does not
         cold = norm(x) == 0
-        r = jax.lax.cond(cold, lambda: b, lambda: optax.tree.sub(b, matvec(x)))
+        r = unless(cold, lambda b: optax.tree.sub(b, matvec(x)), b)
         num_products = jnp.where(cold, 0, 1)
         worse = ~(norm(r) <= norm(b))  # than a start at zero
         x = optax.tree.where(worse, optax.tree.zeros_like(x), x)
