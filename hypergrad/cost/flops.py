@@ -162,6 +162,9 @@ def _of_equation(equation: Any) -> Flops:
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
             return _times(devices, of_jaxpr(params["jaxpr"]))
+        case "call_hi_primitive":  # one that says by others what it is, such as frexp
+            inputs = [v.aval for v in equation.invars]
+            return of_jaxpr(jax.make_jaxpr(params["_prim"].expand)(*inputs))
     inner = called(equation)
     return _of_primitive(equation) if inner is None else of_jaxpr(inner)
 
