@@ -40,7 +40,7 @@ from ..tasks.architecture import (
 )
 from ..tasks.classifier import held_out, others
 from ..trace import Trace
-from .program import program
+from .program import Once, program
 from .record import Row
 from .study import DIGITS, Column, Study, digits, parts_of, tuned
 from .verdict import Claim, Verdict
@@ -112,7 +112,7 @@ def learn(
     )
 
 
-@functools.cache
+@Once
 def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
     """What one training of a cell says of it, and the seconds that it took."""
     run = program(train)

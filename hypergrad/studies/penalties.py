@@ -26,7 +26,7 @@ from ..searchers import Random
 from ..tasks.classifier import others
 from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
-from .program import program, search
+from .program import Once, program, search
 from .record import Row
 from .study import Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict
@@ -102,7 +102,7 @@ def measured(system: str, key: Array, hold_out: bool, alpha: PyTree) -> Row:
     return {name: float(x) for name, x in found.items()}
 
 
-@functools.cache
+@Once
 def baseline(system: str, seed: int) -> Row:
     """One penalty for all weights, from the grid."""
     key = jax.random.key(seed)

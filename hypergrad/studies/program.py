@@ -18,7 +18,7 @@ class Program:
     """A function, compiled at its first call; counts its seconds."""
 
     def __init__(self, function: functools.partial):
-        self.function, self.compiled = function, None
+        self.function, self.compiled, self.plan = function, None, None
         self.compile_seconds = self.run_seconds = 0.0
 
     @property
@@ -30,14 +30,16 @@ class Program:
     def memory(self) -> Memory:
         """Bytes, once it was called."""
         if rehearsal.is_rehearsed():
-            return rehearsal.plan_of(self).memory
+            assert self.plan is not None
+            return self.plan.memory
         return of_compiled(self.compiled)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs to the end; the first call compiles for shapes that then stay."""
         arguments = jax.tree.map(jnp.asarray, arguments)
         if rehearsal.is_rehearsed():
-            return rehearsal.planned(self, self.function, arguments)
+            self.plan = self.plan or rehearsal.plan(self.function, arguments)
+            return rehearsal.planned(self, self.plan)
         if self.compiled is None:
             started = time.perf_counter()
             self.compiled = jax.jit(self.function).lower(*arguments).compile()
@@ -52,6 +54,23 @@ class Program:
 def program(function: Callable, *settings: Any) -> Program:
     """``function`` with its first arguments set, compiled once a process."""
     return Program(functools.partial(function, *settings))
+
+
+class Once:
+    """A function whose results are kept, as by `functools.cache`.
+
+    Those of a rehearsal are kept until it ends: they are zeros, and no run's.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = functools.cache(function)
+        self.cache_clear = self.function.cache_clear
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The result of the first call with these arguments."""
+        if rehearsal.is_rehearsed():
+            return rehearsal.kept(self.function.__wrapped__, arguments)
+        return self.function(*arguments)
 
 
 def search(*arguments: Any, **settings: Any) -> Trace:

@@ -74,43 +74,55 @@ class Plan(NamedTuple):
 
 
 Plans = dict[Any, Plan]
-_plans: ContextVar[Plans | None] = ContextVar("plans", default=None)
+
+
+class Rehearsal(NamedTuple):
+    """What was planned so far, and results that are made once."""
+
+    plans: Plans
+    results: dict[Any, Any]
+
+
+_current: ContextVar[Rehearsal | None] = ContextVar("rehearsal", default=None)
 
 
 @contextlib.contextmanager
 def rehearsal() -> Iterator[Plans]:
     """Within it a `Program` is planned, not run; yields the plans as they grow."""
     plans: Plans = {}
-    token = _plans.set(plans)
+    token = _current.set(Rehearsal(plans, {}))
     try:
         yield plans
     finally:
-        _plans.reset(token)
+        _current.reset(token)
 
 
 def is_rehearsed() -> bool:
     """Whether programs are planned and not run."""
-    return _plans.get() is not None
+    return _current.get() is not None
 
 
-def planned(program: Any, function: Callable, arguments: PyTree) -> PyTree:
-    """One more call in the plans, and what stands for its outputs."""
-    known = plan_of(program) or plan(function, arguments)
-    _noted(program, known, 1)
+def current() -> Rehearsal:
+    """The rehearsal within which this is called."""
+    found = _current.get()
+    assert found is not None
+    return found
+
+
+def planned(program: Any, known: Plan, calls: float = 1) -> PyTree:
+    """So many more calls in the plans, and what stands for the program's outputs."""
+    plans = current().plans
+    before = plans[program].calls if program in plans else 0
+    plans[program] = known._replace(calls=before + calls)
     return known.outputs
 
 
-def plan_of(program: Any) -> Any:
-    """The `Plan` of a program that was called in this rehearsal, else None."""
-    plans = _plans.get()
-    assert plans is not None
-    return plans.get(program)
-
-
-def _noted(program: Any, known: Plan, calls: float) -> None:
-    plans = _plans.get()
-    assert plans is not None
-    plans[program] = known._replace(calls=known.calls + calls)
+def kept(function: Callable, arguments: tuple[Any, ...]) -> Any:
+    """What a function returned to its first such call in this rehearsal."""
+    results, call = current().results, (function, arguments)
+    if call not in results:
+        results[call] = function(*arguments)
+    return results[call]
 
 
 class Trials(NamedTuple):
@@ -139,12 +151,12 @@ def searched(
     arrays, static = eqx.partition(inputs, eqx.is_array)
     run = lambda arrays: trial(*eqx.combine(arrays, static))
     program = Trials(digest_function(run, arrays))
-    known = plan_of(program) or plan(run, (arrays,))
+    known = current().plans.get(program) or plan(run, (arrays,))
     w, row = known.outputs
     cost, spent, count = float(row["stats"]["gradient_equivalents"]), 0.0, 0
     while not count or spent + cost <= budget:  # once where it is not known
         spent, count = spent + cost, count + 1
-    _noted(program, known, count if math.isfinite(cost) else math.nan)
+    planned(program, known, count if math.isfinite(cost) else math.nan)
     columns = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), row)
     alpha = jax.tree.map(jnp.zeros_like, alpha)
     return Trace(alpha, w, alpha, status_code=jnp.asarray(0), **columns)

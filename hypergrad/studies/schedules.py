@@ -26,7 +26,7 @@ from ..tasks import schedules
 from ..tasks.classifier import others
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
-from .program import program, search
+from .program import Once, program, search
 from .record import Row
 from .study import Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict
@@ -152,7 +152,7 @@ def measured(
     return {name: float(x) for name, x in found.items()} | schedule
 
 
-@functools.cache
+@Once
 def baseline(system: str, seed: int) -> Row:
     """One rate and one momentum, from the grid."""
     key = jax.random.key(seed)

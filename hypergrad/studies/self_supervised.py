@@ -26,7 +26,7 @@ from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Program, program, search
+from .program import Once, Program, program, search
 from .record import Row
 from .study import DIGITS, Column, Study, digits, of_trace, parts_of
 from .verdict import Claim, Verdict, conclude, paired
@@ -120,7 +120,7 @@ def measured(seed: int, alpha: PyTree, purpose: int) -> dict[str, float]:
     return {name: float(x) for name, x in found.items()}
 
 
-@functools.cache
+@Once
 def grid(seed: int, purpose: int) -> list[dict[str, float]]:
     """What each temperature leads to with the default strengths."""
     return [
