@@ -62,8 +62,9 @@ class Plan(NamedTuple):
     def by_iteration(self) -> str:
         """What to say where a tolerance ends a loop: an iteration of each."""
         steps = lambda loop: OUTER_LOOP in loop.where and self.steps
+        place = lambda where: where.rpartition("/")[2].removeprefix("inside ")
         loops = "; ".join(
-            f"{loop.flops:.3g} in {loop.where.rpartition('/')[2]}"
+            f"{loop.flops:.3g} in {place(loop.where)}"
             + (f", {self.steps} times" if steps(loop) else "")
             for loop in self.flops.loops
         )
@@ -258,6 +259,10 @@ def report(study: Study, methods: Sequence[str]) -> str:
             name, total = program.name, one.total
             if total is None:
                 notes.setdefault(f"{name}: {one.by_iteration}", []).append(method)
+            if one.flops.unknown:
+                unpriced = ", ".join(one.flops.unknown)
+                note = f"{name}: not among the FLOPs: {unpriced}"
+                notes.setdefault(note, []).append(method)
             rows.append(
                 (
                     *(method, name),
@@ -272,9 +277,10 @@ def report(study: Study, methods: Sequence[str]) -> str:
     table = [line(columns), "|" + "---|" * len(columns), *map(line, rows)]
     about = (
         f"{study.name}: one row of each method, seed 0, compiled and not run. FLOPs "
-        "and bytes are those of one call; grad-eq is what the run's ledger will say."
+        "and bytes are those of one call; grad-eq are the gradient-equivalents that a "
+        "run's ledger counts, of what chose its settings under 'tuning'."
     )
-    below = [f"- {', '.join(several)}: {note}" for note, several in notes.items()]
+    below = [f"- {'; '.join(several)}: {note}" for note, several in notes.items()]
     return "\n".join([about, "", *table, "", *below])
 
 
