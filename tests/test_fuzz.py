@@ -109,6 +109,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "list": [1], "text": "seed", "number": 1, "zero": 0, "NaN in it": {"a": np.nan},
         "array in it": {"a": np.ones(2)}, "function in it": {"a": abs},
     },
+    "keys of run": {
+        "text": "seed", "number": 1, "none": None, "key of none": ("seed",),
+        "list in it": (["command"],),
+    },
     "problem kept": {
         "class": hg.Bilevel, "text": "problem", "function": abs, "solver": hg.Newton(),
     },
@@ -289,6 +293,7 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("metrics", "model's metrics", "save", lambda x: saved(metrics=x)),
     ("run", "json", "save", lambda x: saved(run=x)),
     ("problem", "problem kept", "save", lambda x: saved(problem=x)),
+    ("once", "keys of run", "save", lambda x: saved(once=x)),
     ("folder", "folder", "save", lambda x: saved(folder=x)),
     ("folder", "folder", "load", lambda x: hg.models.load("m", folder=x)),
     ("folder", "folder", "find", lambda x: hg.models.find(x)),

@@ -278,6 +278,31 @@ def test_versions_count_up_and_stay(tmp_path):
     assert hg.models.save("m", 12, ALPHA, folder=tmp_path).version == 12
 
 
+@pytest.mark.usefixtures("quick")
+def test_once_takes_what_is_there_of_the_same_bits_and_run(tmp_path):
+    """And nothing else; not one that is damaged."""
+
+    def save(w=W, once=("cell", "started"), **run):
+        run = {"cell": ["m", 0], "started": "noon", "command": "a", **run}
+        return hg.models.save("m", w, ALPHA, folder=tmp_path, run=run, once=once)
+
+    assert [save().version, save(command="b").version] == [1, 1]
+    assert save(once=()).version == 2
+    assert save(once=()).version == 3
+    assert save().version == 3  # the newest of several
+    assert save(started="midnight").version == 4
+    assert save(W | {"bias": jnp.float64(0.5 + 2.0**-50)}).version == 5
+    assert save({**W, "layers": tuple(W["layers"])}).version == 6
+    assert save().version == 3
+    for version in ("1", "2", "3"):
+        file = tmp_path / "m" / version / "arrays.npz"
+        file.write_bytes(file.read_bytes()[:-1])
+    assert save().version == 7
+    for once in (("seed",), "cell", 3):
+        with pytest.raises(ValueError, match=r"once must be keys of run, .*, started"):
+            save(once=once)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no model m in .*; there is none yet"):
         hg.models.load("m", folder=tmp_path / "nowhere")

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     problem: Bilevel | None = None,
+    once: Sequence[str] = (),
 ) -> Model:
     """Keeps a chosen ``(w, alpha)`` as the next version of a name.
 
@@ -105,6 +106,9 @@ def save(
       run: what made it, in JSON: its configuration, its seed, a number of the trace. It
         goes over what is known anyway, the command, the time and all versions.
       problem: whose data's SHA-256 is kept.
+      once: keys of ``run`` that say whose model it is, such as ("seed",). A version
+        that says the same under all of them and holds the same bits is then taken in
+        place of a new one, so that what was killed after it saved may save again.
 
     Returns:
       What was kept; ``hg.models.load(model.reference)`` is ``(w, alpha)`` to the bit.
@@ -136,13 +140,16 @@ def save(
     for root, tree in zip(PARTS, (w, alpha), strict=True):
         described[root], named = arrays.take_apart(root, tree)
         leaves |= named
+    made = _run(run, problem)
+    if not isinstance(once, tuple | list) or any(x not in list(made) for x in once):
+        raise ValueError(f"once must be keys of run, {', '.join(made)}; got {once!r}")
     record = {
         "format": FORMAT,
         "name": name,
         "version": None,
         "saved": now(),
         "metrics": _metrics(metrics),
-        "run": _run(run, problem),
+        "run": made,
         **described,
     }
     content = arrays.written(leaves)
@@ -152,8 +159,24 @@ def save(
             if _wait_for(lock):
                 for begun in home.glob(".part-*"):  # by one that was killed
                     shutil.rmtree(begun)
+            if once and (kept := _same(home, record, _sha256(content), once)):
+                durable.settle(home)  # it may have been killed before it did
+                return kept
             record["version"] = 1 + max(_versions(home), default=0)
             return _written(home, record, content)
+
+
+def _same(
+    home: Path, record: dict[str, Any], sha256: str, once: Sequence[str]
+) -> Model | None:
+    """The newest version of these trees whose run says the same under ``once``."""
+    known = lambda of: [*(of[x] for x in PARTS), *(of["run"].get(x) for x in once)]
+    for version in reversed(_versions(home)):
+        with contextlib.suppress(ValueError):  # a damaged one stands for none
+            model, _ = _checked(home / str(version), (RECORD, ARRAYS))
+            if model.sha256 == sha256 and known(model.record) == known(record):
+                return model
+    return None
 
 
 def _written(home: Path, record: dict[str, Any], content: bytes) -> Model:
