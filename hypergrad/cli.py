@@ -26,7 +26,8 @@ def run(
       methods: rows of the table; none stands for all.
       seeds: number of seeds, from 0; the table's own number, unless told.
       out: folder for NAME.jsonl, NAME.md, NAME.png, and NAME.run.json of what the
-        run was made of.
+        run was made of. Of the first seed its folder models gets the chosen models,
+        where the task has them.
       dry_run: run nothing; print FLOPs, bytes and expected gradient-equivalents of the
         compiled programs. Where a tolerance ends a loop, the cost of an iteration.
     """
@@ -62,6 +63,8 @@ def run(
     show(run.file(".md").read_text(), console)
     for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
         print(f"wrote {run.file(ending)}")  # a path in one piece
+    if run.models:
+        print(f"models: hypergrad models list {run.folder}")
 
 
 def runs() -> None:

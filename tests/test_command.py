@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
+import hypergrad as hg
 from hypergrad import cli
 from hypergrad.studies import STUDIES, record
 from hypergrad.studies import program as programs
@@ -24,6 +26,16 @@ CHEAPEST = {
     "unsupervised": "kde, baseline",
 }
 LONG = ("physics", "self_supervised")
+# Studies that keep what was measured: a column, and how the task of the method is made.
+KEPT = {
+    "augmentation": ("test_accuracy", {}),
+    "cleaning": ("test_accuracy", {}),
+    "federated": ("accuracy", {}),
+    "penalties": ("test_loss", {"variant": "logistic"}),
+    "physics": ("relative_error", {"variant": "poisson"}),
+    "semi_supervised": ("test_accuracy", {}),
+    "unsupervised": ("test_nll", {"variant": "kde"}),
+}
 
 
 @pytest.fixture
@@ -65,6 +77,19 @@ def test_the_command_writes_rows_table_and_figure(name: str, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())  # however wide the terminal
     assert f"{name}: {data}, 1 seed # {name}" in shown
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    found, flaws = hg.models.find(tmp_path / "models")
+    assert not flaws
+    assert len(found) == (name in KEPT)
+    if found:
+        assert f"models list {tmp_path / 'models'}" in shown
+        (model,), (column, variant) = found, KEPT[name]
+        assert model.metrics[column] == rows[0][column]
+        w, alpha = hg.models.load(model.reference, folder=tmp_path / "models")
+        key = jax.random.key(0)
+        task = getattr(hg.tasks, name).make(key=key, **variant)
+        measured = task.metrics[column](w, alpha, key)
+        # By another program, in float32: 1,000 roundings of 6e-8.
+        np.testing.assert_allclose(measured, rows[0][column], rtol=6e-5)
 
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

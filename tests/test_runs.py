@@ -1,34 +1,48 @@
 """Runs that are kept: what they are made of, lined up, repeated, as a page."""
 
 import base64
+import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import resource
 import shutil
 import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from hypergrad import identity, runs, studies
+from hypergrad import cli, durable, identity, models, runs, studies
+from hypergrad.models import store
 from hypergrad.provenance import commit
-from hypergrad.runs import commands, manifest
-from hypergrad.studies.study import Column, Study
+from hypergrad.runs import commands, manifest, model_commands
+from hypergrad.studies.study import MODEL, Column, Study
 from hypergrad.studies.table import Request
 
 
-def study(x=None, shift: float = 0.0, stop=None, parts=lambda key: ()) -> Study:
+def no_model(number: float, seed: int) -> None:
+    """What most tests keep."""
+
+
+def study(
+    x=None, shift: float = 0.0, stop=None, parts=lambda key: (), model=no_model
+) -> Study:
     """Two methods whose numbers are known, on ten rows of data."""
     x = np.arange(20.0).reshape(10, 2) if x is None else x
 
+    @functools.cache
     def row(number: float, seed: int) -> dict:
         if (number, seed) == stop:
             raise KeyboardInterrupt
         return {
+            MODEL: model(number, seed),
             "score": number + seed + shift,
             "curve": [number, number + shift],
             "run_seconds": np.random.default_rng().random(),
@@ -194,7 +208,8 @@ def test_the_split_of_each_seed_is_kept(tmp_path):
     parts = [np.asarray(part) for part in by_key(jax.random.key(1))[:2]]
     assert splits["1"] == identity.digest(parts).removeprefix(identity.HASH)
     assert len(set(splits.values())) == len(splits) == 2
-    assert "by seed, SHA-256" in first.facts["split"]
+    said = [f"seed {seed}: SHA-256 {sha256}" for seed, sha256 in splits.items()]
+    assert first.facts["split"] == "; ".join(said)
     other = start(tmp_path / "b", parts=by_order)
     assert runs.compare(first, other) == [("data", "other parts for seed 0")]
     assert runs.compare(first, start(tmp_path / "c")) == []  # of before it was kept
@@ -334,6 +349,165 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         commands.repeat_run(run.path, tmp_path / "third")
     with pytest.raises(SystemExit, match="No such file"):
         commands.report_run(run.path, tmp_path / "no" / "page.html")
+
+
+class Killed(BaseException):
+    """No error that anything catches."""
+
+
+def trained(number: float, seed: int) -> tuple:
+    """A pair of known bits, 160 kB of them where the number is 2."""
+    w = {"W": jnp.arange(20_000.0 if number == 2.0 else 3.0) * number, "b": [seed]}
+    return w, jnp.asarray(number + seed)
+
+
+def kept(folder: Path) -> list[tuple[str, str]]:
+    """Versions and their arrays' SHA-256."""
+    found, flaws = models.find(folder / "models")
+    assert not flaws
+    return [(model.reference, model.sha256) for model in found]
+
+
+def test_the_models_of_the_first_seed_are_kept(tmp_path, capsys):
+    """To the bit, with the numbers of their rows and all of their run; in no row."""
+    toy = study(model=trained, parts=by_key)
+    for name in ("a", "b"):  # whose rows are cached
+        request = Request("small", 2, tmp_path / name, "hypergrad run toy")
+        run = runs.start(toy, request)
+        assert not any(MODEL in row for row in run.rows)
+        folder = tmp_path / name / "models"
+        found, flaws = models.find(folder)
+        assert [model.reference for model in found] == ["toy-one@1", "toy-two@1"]
+        assert not flaws
+        for model, number in zip(found, (1.0, 2.0), strict=True):
+            pair = models.load(model.reference, folder=folder)
+            assert identity.digest(pair) == identity.digest(trained(number, 0))
+            assert model.metrics == {"score": number}
+            assert model.run["versions"] == run.sessions[0]["versions"]
+            data = model.run["data"]
+            assert data["sha256"] == run.rows[0]["data_sha256"]
+            assert data["split"] == run.manifest["data"]["splits"]["0"]
+        assert list(run.models) == [("one", 0), ("two", 0)]
+    runs.start(toy, request)  # measures nothing
+    assert kept(tmp_path / "b") == kept(tmp_path / "a")
+    model_commands.list_models(folder)
+    assert "toy-two@1" in (shown := "".join(capsys.readouterr().out.split()))
+    assert str(run.path) in shown
+    commands.show_run(run.path)
+    model_commands.show_model("toy-one", folder)
+    whole = lambda text: "".join(text.replace("│", " ").split())
+    shown = whole(capsys.readouterr().out)
+    assert whole(f"toy-one@1, toy-two@1 in {folder}") in shown
+    for said in (run.facts["data"], run.facts["split"].split("; ")[0]):
+        assert shown.count(whole(said)) == 2  # the run and the model say the same
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [(durable, "append", 0), (durable, "append", 1), (models, "save", 1)],
+)
+def test_a_model_is_kept_once_however_often_it_is_killed(
+    owner, name: str, at: int, tmp_path, monkeypatch
+):
+    """Between model and row, and before the model: no row is ever without its own."""
+    whole = start(tmp_path / "whole", model=trained)
+    for _ in range(2):
+        calls, real = itertools.count(), getattr(owner, name)
+
+        def dies(*given, calls=calls, real=real, **named):
+            if next(calls) == at:
+                raise Killed
+            return real(*given, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with contextlib.suppress(Killed):
+                start(tmp_path / "killed", model=trained)
+        run = runs.load(tmp_path / "killed" / "toy")
+        first = {row["method"] for row in run.rows if row["seed"] == 0}
+        assert {(method, 0) for method in first} <= run.models.keys()
+    after = start(tmp_path / "killed", model=trained)
+    assert runs.same_numbers(after, whole)
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+    assert after.models.keys() == whole.models.keys() == {("one", 0), ("two", 0)}
+
+
+def test_a_model_of_other_bits_or_of_another_run_is_a_new_version(
+    tmp_path, monkeypatch
+):
+    """So that of a row the newest is its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "append", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            start(tmp_path, seeds=1, model=trained)
+    shifted = lambda number, seed: trained(number + 2.0**-40, seed)
+    run = start(tmp_path, seeds=1, model=shifted)
+    assert [name for name, _ in kept(tmp_path)] == [
+        "toy-one@1",
+        "toy-one@2",
+        "toy-two@1",
+    ]
+    assert run.models["one", 0].version == 2
+    for path in tmp_path.glob("toy.*"):
+        path.unlink()
+    monkeypatch.setattr(manifest, "now", lambda: "2000-01-01T00:00:00+00:00")
+    other = start(tmp_path, seeds=1, model=shifted)  # its bits are those of the first
+    assert other.models["one", 0].version == 3
+    assert other.models["two", 0].version == 2
+
+
+def test_a_model_that_cannot_be_saved_stops_the_run_in_words(tmp_path, monkeypatch):
+    """On a disk that is full, and where no folder can be; it goes on from there."""
+    monkeypatch.setitem(studies.STUDIES, "toy", study(model=trained))
+    whole = start(tmp_path / "whole", model=trained)
+    run = lambda folder: cli.run("toy", seeds=2, out=tmp_path / folder)
+    size = resource.RLIMIT_FSIZE
+    limits = resource.getrlimit(size)
+    try:
+        resource.setrlimit(size, (100_000, limits[1]))
+        with pytest.raises(
+            SystemExit,
+            match=r"toy-two could not be saved in \S*models \(File too large\).*"
+            "what was written is kept, and the same command goes on",
+        ):
+            run("full")
+    finally:
+        resource.setrlimit(size, limits)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "models").write_text("")
+    with pytest.raises(SystemExit, match=r"hypergrad: .*toy-one could not be saved in"):
+        run("none")
+    (tmp_path / "none" / "models").unlink()
+    for folder, rows in (("full", 2), ("none", 0)):
+        assert len(runs.load(tmp_path / folder / "toy").rows) == rows
+        run(folder)
+        assert runs.same_numbers(runs.load(tmp_path / folder / "toy"), whole)
+        assert kept(tmp_path / folder) == kept(tmp_path / "whole")
+
+
+def test_models_of_two_runs_are_lined_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(studies.STUDIES, "toy", study(model=trained))
+    run = start(tmp_path / "a", model=trained)
+    commands.repeat_run(run.path)
+    shown = capsys.readouterr().out
+    assert "the numbers are the same to the bit" in shown
+    assert "the models that both kept are the same to the bit" in shown
+    shifted = lambda number, seed: trained(number + 2.0**-40 * (number == 1.0), seed)
+    other = start(tmp_path / "b", model=shifted)
+    said = ("models", "toy-one@1 | toy-one@1: other arrays")
+    assert runs.compare(run, other) == [said]
+    commands.compare_runs(run.path, other.path)
+    assert "both kept are" not in capsys.readouterr().out
+
+
+def test_every_method_names_a_model_of_its_own():
+    names = [
+        manifest.model_name(task, method)
+        for task in studies.STUDIES.values()
+        for method in task.methods
+    ]
+    assert len(set(names)) == len(names)
+    assert all(store.NAME.fullmatch(name) for name in names)
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path):

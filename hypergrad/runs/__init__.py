@@ -2,10 +2,11 @@
 
 from .compare import Difference, compare, same_numbers
 from .export import Shown, of_run, of_trace, to_mlflow, to_tensorboard
-from .manifest import Run, again, find, load, start
+from .manifest import MODELS, Run, again, find, load, start
 from .report import report
 
 __all__ = [
+    "MODELS",
     "Difference",
     "Run",
     "Shown",

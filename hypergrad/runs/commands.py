@@ -43,13 +43,16 @@ def show_run(path: Path) -> None:
     """
     with errors_in_words():
         run = load(path)
-    draw(("", ""), list(run.facts.items()), Console())
+    facts, kept = run.facts, [model.reference for model in run.models.values()]
+    if kept:
+        facts |= {"models": f"{', '.join(kept)} in {run.folder}"}
+    draw(("", ""), list(facts.items()), Console())
     if run.file(".md").exists():
         show(run.file(".md").read_text(), Console())
 
 
 def compare_runs(first: Path, second: Path) -> None:
-    """Line two runs up: what differs in configuration, data, versions and numbers.
+    """Line two runs up: what differs in configuration, data, versions, models, numbers.
 
     Args:
       first: path of a run.
@@ -63,8 +66,12 @@ def compare_runs(first: Path, second: Path) -> None:
             print(f"{run.path} is rows alone: only what they tell is compared")
     for about, text in found:
         print(f"{about}: {text}")
-    if all(about != "numbers" for about, _ in found):
+    differs = {about for about, _ in found}
+    if "numbers" not in differs:
         print("the numbers are the same to the bit")
+    kept = both[0].models.keys() & both[1].models.keys()
+    if kept and "models" not in differs:
+        print("the models that both kept are the same to the bit")
 
 
 def repeat_run(

@@ -14,7 +14,7 @@ MADE = {*VERSIONS, "command"}
 class Difference(NamedTuple):
     """One thing that is not the same in two runs, in words.
 
-    ``about`` is configuration, data, versions or numbers.
+    ``about`` is configuration, data, versions, models or numbers.
     """
 
     about: str
@@ -37,6 +37,7 @@ def compare(a: Run, b: Run) -> list[Difference]:
         both = [_common(*pair) for pair in both]  # rows alone say little
     parts += [("versions", _fields(*pair)) for pair in both]
     found = [Difference(about, text) for about, texts in parts for text in texts]
+    found += [Difference("models", text) for text in _models(a, b)]
     return found + [Difference("numbers", text) for text in _numbers(a, b)]
 
 
@@ -57,6 +58,17 @@ def _fields(one: Row, two: Row) -> list[str]:
         f"{field}: {show(one.get(field))} | {show(two.get(field))}"
         for field in dict.fromkeys([*one, *two])
         if one.get(field) != two.get(field)
+    ]
+
+
+def _models(a: Run, b: Run) -> list[str]:
+    """Which models of cells that both kept are not the same to the bit."""
+    one, two = a.models, b.models
+    both = [cell for cell in one if cell in two]
+    return [
+        f"{one[cell].reference} | {two[cell].reference}: other arrays"
+        for cell in both
+        if one[cell].sha256 != two[cell].sha256
     ]
 
 

@@ -4,8 +4,10 @@ A run is named by the path of its files without their endings: ``runs/cleaning``
 ``runs/cleaning.run.json``, ``runs/cleaning.jsonl`` and so on.
 """
 
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +17,17 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .. import durable
+from .. import durable, models
 from ..checkpoint import hold
-from ..identity import HASH, digest, fingerprint
+from ..identity import HASH, digest
+from ..models import Model
 from ..provenance import now, versions
 from ..studies import record
 from ..studies.record import Row
 from ..studies.study import Study, table
 from ..studies.table import Request, make_folder
 
-MANIFEST, DIGESTS = ".run.json", ".data.json"
+MANIFEST, DIGESTS, MODELS = ".run.json", ".data.json", "models"
 FORMAT = 1
 
 
@@ -95,12 +98,27 @@ class Run:
             "started": self.sessions[0]["started"],
             "ended": (last["ended"] or "not yet") + times,
             **self.configuration,
-            "data": f"{data['name']}, SHA-256 {data['sha256']}",
+            "data": data_in_words(data),
             **_splits_in_words(data.get("splits")),
             **self.versions,
         }
         text = lambda x: ", ".join(x) if isinstance(x, list) else str(x)
         return {name: text(value) for name, value in facts.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Of the models of all runs beside it."""
+        return self.path.parent / MODELS
+
+    @property
+    def models(self) -> dict[tuple[str, int], Model]:
+        """Those that were kept of it, by method and seed; of several the newest."""
+        mine = {"task": self.manifest["task"], "started": self.sessions[0]["started"]}
+        return {
+            (model.run["method"], model.run["seed"]): model
+            for model in models.find(self.folder)[0]
+            if mine.items() <= model.run.items()
+        }
 
     @property
     def digests(self) -> dict[str, list[str]]:
@@ -145,11 +163,15 @@ def load(path: Path) -> Run:
 def start(study: Study, request: Request) -> Run:
     """Runs a study, or goes on with it, and keeps what it is made of beside the rows.
 
-    What measures no row leaves the manifest as it was.
+    What measures no row leaves the manifest as it was. Of each method's first seed the
+    model that its row was measured on is kept in the folder ``models``, where the study
+    has one: before the row, and once, however often the run is killed.
 
     Raises:
       ValueError: a run is there already, of other data, or is running; or the study
         refuses.
+      OSError: the disk is full, or the folder read-only. No row is there without its
+        model; what was written is kept, and the run goes on from there.
     """
     make_folder(request.folder)
     _, arrays = study.data()
@@ -167,7 +189,7 @@ def start(study: Study, request: Request) -> Run:
         run.sessions.append(_session(study, request))
         _write(run.file(DIGESTS), digests(arrays))
         _write(run.file(MANIFEST), run.manifest)
-        steps = table(study)
+        steps = table(study, functools.partial(_keep, run, study))
         try:
             steps.run(steps, request)
             run.sessions[-1]["ended"] = now()
@@ -176,6 +198,44 @@ def start(study: Study, request: Request) -> Run:
                 run.sessions.pop()
             _write(run.file(MANIFEST), run.manifest)
     return run
+
+
+def model_name(study: Study, method: str) -> str:
+    """What the model of a method is called."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{study.name}-{method}")
+
+
+CELL = ("task", "started", "method", "seed")  # by which a model is known again
+
+
+def _keep(run: Run, study: Study, cell: Row, row: Row, model: tuple) -> None:
+    """The first seed's, unless it is there: killed after this, a run measures anew."""
+    if cell["seed"] != 0:
+        return
+    session, data = run.sessions[-1], run.manifest["data"]
+    split = data["splits"].get(str(cell["seed"]))
+    models.save(
+        model_name(study, cell["method"]),
+        *model,
+        folder=run.folder,
+        metrics={
+            column.name: row[column.name]
+            for column in study.columns
+            if row.get(column.name) is not None
+        },
+        run={
+            "command": session["command"],
+            "run": str(run.path),
+            "task": study.name,
+            "started": run.sessions[0]["started"],
+            **cell,
+            "setting": row.get("setting"),
+            "configuration": session["configuration"],
+            "data": {"name": data["name"], "sha256": data["sha256"], "split": split},
+            "versions": session["versions"],
+        },
+        once=CELL,
+    )
 
 
 def again(run: Run, study: Study, folder: Path) -> Run:
@@ -214,10 +274,21 @@ def _check_data(run: Run, data: Row, arrays: dict[str, Any]) -> None:
         raise ValueError(f"the data are not split as those of {run.path}: {found}")
 
 
+def data_in_words(data: Row) -> str:
+    """The same of a run and of its models."""
+    name = data.get("name")  # none where a problem's own data are meant
+    return f"{name}, " * bool(name) + f"SHA-256 {data['sha256']}"
+
+
+def split_in_words(seed: Any, sha256: str) -> str:
+    """The same of a run and of its models."""
+    return f"seed {seed}: SHA-256 {sha256}"
+
+
 def _splits_in_words(splits: Row | None) -> dict[str, str]:
     if not splits:
         return {}
-    return {"split": f"by seed, SHA-256 {fingerprint(*splits.values())} of all"}
+    return {"split": "; ".join(split_in_words(*of_seed) for of_seed in splits.items())}
 
 
 def split_otherwise(a: Row, b: Row) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from .. import models
 from ..models.store import FOLDER, Model
 from ..terminal import draw, errors_in_words
+from .manifest import data_in_words, split_in_words
 
 
 def list_models(folder: tyro.conf.Positional[Path] = Path(FOLDER)) -> None:
@@ -21,13 +22,19 @@ def list_models(folder: tyro.conf.Positional[Path] = Path(FOLDER)) -> None:
     """
     found, flaws = models.find(folder)
     if not found and not flaws:
-        sys.exit(f"hypergrad: no model in {folder}; hg.models.save keeps one")
+        sys.exit(
+            f"hypergrad: no model in {folder}; hg.models.save keeps one, hypergrad run "
+            "NAME those of its first seed"
+        )
     rows = [
-        [model.reference, model.record["saved"], _metrics(model), _command(model)]
+        [
+            *(model.reference, model.record["saved"], _metrics(model)),
+            *(_command(model), str(model.run.get("run", "-"))),
+        ]
         for model in found
     ]
     if rows:
-        draw(("model", "saved", "metrics", "made by"), rows, Console())
+        draw(("model", "saved", "metrics", "made by", "run"), rows, Console())
     if flaws:
         sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
 
@@ -42,6 +49,7 @@ def show_model(model: str, folder: Path = Path(FOLDER)) -> None:
     with errors_in_words():
         found = models.get(model, folder=folder)
     run = {name: _text(x) for name, x in found.run.items() if name != "versions"}
+    run |= _data(found)
     known = dict(found.run["versions"])
     packages = known.pop("packages", {})
     facts = {
@@ -89,6 +97,17 @@ def _metrics(model: Model) -> str:
 def _command(model: Model) -> str:
     seed = model.run.get("seed")
     return str(model.run.get("command")) + f", seed {seed}" * (seed is not None)
+
+
+def _data(model: Model) -> dict[str, str]:
+    """In the words of `hypergrad runs show`, where they are known by their SHA-256."""
+    data = model.run.get("data")
+    if not isinstance(data, dict) or "sha256" not in data:
+        return {}
+    facts = {"data": data_in_words(data)}
+    if data.get("split"):
+        facts["split"] = split_in_words(model.run.get("seed"), data["split"])
+    return facts
 
 
 def _array(about: dict) -> str:

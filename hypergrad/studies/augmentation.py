@@ -39,7 +39,7 @@ from ..tasks.augmentation import (
 from ..tasks.task import Task
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -147,7 +147,7 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
     return {"alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Array]:
+def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Any]:
     """Trains from scratch with the policy, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out images.
@@ -158,6 +158,7 @@ def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Array]:
         train_loss, task.w, alpha, task.problem.inner_data, jax.random.fold_in(key, 2)
     )
     return task.metric_values(w, alpha, key) | {
+        "w": w,
         "selection": jnp.stack(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
         ),
@@ -178,9 +179,9 @@ def row(method: str, seed: int) -> Row:
         learned = run(data, lane)
         seconds = time.perf_counter() - started
         alpha, trace = learned["alpha"], learned["trace"]
-        found = jax.tree.map(np.asarray, measure(data, lane, alpha))
+        found = measure(data, lane, alpha)
         row = {
-            "selection": found["selection"],
+            "selection": np.asarray(found["selection"]),
             "test_accuracy": float(found["test_accuracy"]),
             "upright_accuracy": float(found["upright_accuracy"]),
             "val_loss": float(found["val_loss"]),
@@ -189,6 +190,7 @@ def row(method: str, seed: int) -> Row:
             "probability": np.asarray(alpha["probability"], float).tolist(),
             "gradient_equivalents": float(FINAL.num_steps),
             "run_seconds": seconds,
+            MODEL: (found["w"], alpha),
         }
         if trace is not None:
             row |= of_trace(trace)

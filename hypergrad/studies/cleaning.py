@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
@@ -146,7 +146,7 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
 
 def evaluate(
     method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out examples.
@@ -156,6 +156,7 @@ def evaluate(
     key, held = lane[0], parts["held"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
     return {
+        "w": w,
         "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
         "selection": jnp.stack(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
@@ -185,6 +186,7 @@ def row(method: str, seed: int) -> Row:
             "test_accuracy": float(found["test_accuracy"]),
             "val_loss": float(found["val_loss"]),
             "run_seconds": seconds,
+            MODEL: (found["w"], learned["alpha"]),
         }
         if learned["trace"] is not None:
             alpha, wrong = learned["alpha"], found["wrong"]

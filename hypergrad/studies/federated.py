@@ -22,7 +22,7 @@ from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict, paired
 
 BUDGET = 3000
@@ -121,6 +121,7 @@ def row(method: str, seed: int) -> Row:
             "accuracy": float(task.metrics["accuracy"](w, alpha, key)),
             "val_loss": float(problem.outer(w, alpha, problem.outer_data)),
             "run_seconds": seconds,
+            MODEL: (w, alpha),
         }
         return measured if trace is None else measured | of_trace(trace)
 

@@ -28,7 +28,7 @@ from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
 from ..trace import Trace
 from .program import Once, program, search
 from .record import Row
-from .study import Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim, Verdict
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -81,7 +81,7 @@ def learn(
 
 def evaluate(
     system: str, data: PyTree, key: Array, hold_out: Any, alpha: PyTree
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Trains from the start with these penalties, long, and measures.
 
     ``selection`` is minus the loss on the examples that are held out.
@@ -90,6 +90,7 @@ def evaluate(
     problem, val = task.problem, task.problem.outer_data
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
     return {
+        "w": w,
         "selection": -problem.outer(w, alpha, others(val)),
         "val_loss": problem.outer(w, alpha, val),
         **task.metric_values(w, alpha, key),
@@ -97,9 +98,10 @@ def evaluate(
 
 
 def measured(system: str, key: Array, hold_out: bool, alpha: PyTree) -> Row:
-    """The numbers of `evaluate`."""
+    """The numbers of `evaluate`, and the model."""
     found = program(evaluate, system)(arrays(system), key, hold_out, alpha)
-    return {name: float(x) for name, x in found.items()}
+    numbers = {name: float(x) for name, x in found.items() if name != "w"}
+    return numbers | {MODEL: (found["w"], alpha)}
 
 
 @Once

@@ -7,6 +7,7 @@ weights spend on nothing but training steps.
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, of_trace, parts_of, tuned
 from .verdict import Claim
 
 SYSTEMS = ("poisson", "burgers")
@@ -73,7 +74,7 @@ def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) ->
 
 def finish(
     system: str, num_steps: int, key: Array, hold_out: Array, w: PyTree, alpha: PyTree
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Trains on from ``w`` with these weights, and measures.
 
     ``selection`` is minus the error at the sensors that are held out to choose by.
@@ -84,6 +85,7 @@ def finish(
     w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
     held = val | {"use": 1 - val["use"]}
     return {
+        "w": w,
         "selection": -problem.outer(w, alpha, held),
         "val_loss": problem.outer(w, alpha, val),
         **task.metric_values(w, alpha, key),
@@ -115,7 +117,8 @@ def row(system: str, method: str, seed: int) -> Row:
         elif method == "one weight":
             alpha = alpha | {"boundary": setting, "data": setting}
         done = program(finish, system, num_steps)(key, hold_out, w, alpha)
-        found |= {name: float(x) for name, x in done.items()}
+        found |= {name: float(x) for name, x in done.items() if name != "w"}
+        found[MODEL] = done["w"], alpha
         found |= {f"alpha_{name}": float(alpha[name]) for name in TERMS}
         found["gradient_equivalents"] += num_steps
         return found | {"run_seconds": time.perf_counter() - started}

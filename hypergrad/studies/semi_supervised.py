@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from .cleaning import of_weights
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, parts_of, tuned
 from .verdict import Claim, Verdict, conclude, paired
 
 NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
@@ -154,7 +154,7 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
 
 def evaluate(
     method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out examples.
@@ -165,6 +165,7 @@ def evaluate(
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
     pseudo = task.problem.inner_data["unlabelled"]["y"]
     return {
+        "w": w,
         "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
         "selection": jnp.stack(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
@@ -195,6 +196,7 @@ def row(method: str, seed: int) -> Row:
             "wrong_share": float(np.mean(wrong)),
             "penalty": setting[0],
             "run_seconds": seconds,
+            MODEL: (found["w"], learned["alpha"]),
         }
         if learned["trace"] is not None:
             alpha, key = learned["alpha"], lane[0]

@@ -56,6 +56,9 @@ COSTS = (
 )
 
 
+MODEL = "model"  # of what a row of a study returns, what goes into no file of rows
+
+
 @dataclass(frozen=True)
 class Study:
     """A table to run.
@@ -67,7 +70,9 @@ class Study:
       methods: the rows, in order, ``{name: seed -> row}``: a row is a dict of
         numbers, and of lists where the figure wants them. The costs are
         gradient_equivalents and num_hvps of the run, tuning_cost of what chose its
-        settings, compile_seconds, run_seconds.
+        settings, compile_seconds, run_seconds. Under `MODEL` it may have the
+        ``(w, alpha)`` that was measured, which is kept beside the rows; there is none
+        where numbers are means over several ``w``, or of none that was trained.
       columns: beside `COSTS`.
       claims: lines under the table, judged over seeds.
       draw: ``(rows, path)`` draws the figure.
@@ -97,13 +102,26 @@ def parts_of(*tasks: Task) -> PyTree:
     return [(task.problem, task.metrics) for task in tasks]
 
 
-def table(study: Study) -> Table:
-    """The study as a table to run and check."""
+Keep = Callable[[Row, Row, tuple[PyTree, PyTree]], object]
+
+
+def table(study: Study, keep: Keep = lambda cell, row, model: None) -> Table:
+    """The study as a table to run and check.
+
+    ``keep(cell, row, (w, alpha))`` is told each model before its row is written.
+    """
 
     @functools.cache
     def data() -> Row:
         name, arrays = study.data()
         return {"data": name, "data_sha256": record.fingerprint(arrays)}
+
+    def measure(cell: Row) -> Row:
+        row = dict(study.methods[cell["method"]](cell["seed"]))  # it may be cached
+        model = row.pop(MODEL, None)
+        if model is not None:
+            keep(cell, row, model)
+        return row | data()
 
     return Table(
         name=study.name,
@@ -116,7 +134,7 @@ def table(study: Study) -> Table:
             for seed in range(seeds)
         ],
         run=cell_by_cell(
-            lambda cell: study.methods[cell["method"]](cell["seed"]) | data(),
+            measure,
             lambda table, rows, command: markdown(study, rows, command),
             study.draw,
         ),

@@ -29,7 +29,7 @@ from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import Column, Study, of_trace, parts_of
+from .study import MODEL, Column, Study, of_trace, parts_of
 from .verdict import Claim
 
 BUDGET = 1000
@@ -139,12 +139,12 @@ def one_for_all(variant: str, data: PyTree, key: Array) -> PyTree:
     return grid[jnp.nanargmin(jax.lax.map(value, grid))] * like
 
 
-def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str, Array]:
+def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str, Any]:
     """Of the model as fitted with ``alpha``."""
     task = make(key=key, variant=variant, data=data)
     w = fitted(task, alpha)
     val = task.problem.outer(w, alpha, task.problem.outer_data)
-    return {"val_nll": val} | task.metric_values(w, alpha, key)
+    return {"w": w, "val_nll": val} | task.metric_values(w, alpha, key)
 
 
 # Rows.
@@ -169,7 +169,8 @@ def row(variant: str, method: str, seed: int) -> Row:
         if isinstance(run, Program):
             found |= {"compile_seconds": run.compile_seconds}
     measured = program(evaluate, variant)(wine(), key, alpha)
-    found |= {name: float(x) for name, x in measured.items()}
+    found |= {name: float(x) for name, x in measured.items() if name != "w"}
+    found[MODEL] = measured["w"], alpha
     return found | {"alpha": np.ravel(alpha).tolist()}
 
 
