@@ -205,10 +205,6 @@ def descend(task: str, method: str, problem: Any, w: Any, rate: Array) -> dict:
     )  # fmt: skip
     stats = trace.stats
     total = stats["gradient_equivalents"]
-    if method in (UNROLLED, WARM_UNROLLED):
-        # `Unrolled` counts steps, of which each is so many gradients here.
-        run = stats["num_grads"] - 1 + HVP * stats["num_hvps"]
-        total = total + (system.gradients - 1) * run
     calls = stats["num_outer_grads"] + VALUE * jnp.nan_to_num(stats["num_outer_values"])
     return {
         "h": trace.metrics["h"],

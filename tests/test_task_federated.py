@@ -211,3 +211,25 @@ def test_the_papers_scale_builds():
         problem.outer_loss(task.w, task.alpha, problem.outer_data),
     )
     assert [value.shape for value in jax.eval_shape(losses)] == [(), ()]
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_ledger_counts_the_gradients_of_each_round(corrected: bool):
+    """By each estimator that differentiates rounds, as many as `solve` says."""
+    problem, w, alpha = few(jax.random.key(0))
+    solver = FedAvg(0.4, num_steps=3, local_steps=4, corrected=corrected)
+    _, spent = solver.solve(
+        problem.inner_loss, w, alpha, problem.inner_data, jax.random.key(0)
+    )
+    a_round = 5 if corrected else 4
+    assert float(spent["num_grads"]) == 3 * a_round
+    size = sum(leaf.size for leaf in jax.tree.leaves(alpha))
+    for estimator, grads, products in (
+        (hg.Unrolled(solver, checkpoint=False), 3 * a_round, 3 * a_round),
+        (hg.Unrolled(solver, last=2, checkpoint=False), 3 * a_round, 2 * a_round),
+        (hg.Forward(solver), 3 * a_round, size * 3 * a_round),
+        (hg.FixedPoint(solver, num_terms=7), 4 * a_round, 8 * a_round),
+    ):
+        stats = hg.hypergradient(problem, estimator)(w, alpha).stats
+        assert float(stats["num_grads"]) == grads + 1  # and one for the residual
+        assert float(stats["num_hvps"]) == products

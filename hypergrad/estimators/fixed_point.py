@@ -13,7 +13,7 @@ from ..cost import ledger
 from ..drawn import drawn
 from ..guide import Guide
 from ..inner.descent import iterate
-from ..inner.protocol import IterativeSolver
+from ..inner.protocol import IterativeSolver, step_grads
 from ..linear.operator import relative_residual
 from ..problem import Bilevel, fraction, held_fraction, undrawn
 from ..settings import check_steps
@@ -147,12 +147,13 @@ class FixedPoint(eqx.Module):
         off = drift(
             problem, w, alpha, outer_batch, b_w, cross, hypergradient, move, mean
         )
+        of_step, steps = step_grads(self.solver), self.solver.num_steps
         outer_part = held_fraction(data.outer_data, self.outer_batch_size)
         costs = ledger(
             data.inner_data,
             data.outer_data,
-            num_grads=self.solver.num_steps * fraction(data.inner_data) + 2,
-            num_hvps=(self.num_terms + 1) * value.size,
+            num_grads=of_step * (steps * fraction(data.inner_data) + 1) + 1,
+            num_hvps=of_step * (self.num_terms + 1) * value.size,
             num_outer_grads=2 * value.size * outer_part,
         )
         stats = make_stats(
@@ -160,7 +161,7 @@ class FixedPoint(eqx.Module):
             & jnp.all(adjoint_residual <= TRUST)
             & (off <= TRUST),
             inner_residual=inner_residual(problem, data, w, alpha),
-            inner_steps=self.solver.num_steps,
+            inner_steps=steps,
             adjoint_residual=jnp.max(adjoint_residual),
             **costs,
         )

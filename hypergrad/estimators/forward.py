@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from ..checks import solver_reads_alpha
 from ..drawn import drawn
 from ..guide import Guide
-from ..inner.protocol import IterativeSolver
+from ..inner.protocol import IterativeSolver, step_grads
 from ..problem import Bilevel
 from ..products import pushforward
 from ..settings import check_steps
@@ -110,6 +110,7 @@ class Forward(eqx.Module):
         else:
             hypergradient = jax.vmap(unravel, in_axes=1)(slopes)
         steps = self.solver.num_steps
+        num_grads = step_grads(self.solver) * steps
         reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
         return report(
             problem,
@@ -120,8 +121,8 @@ class Forward(eqx.Module):
             hypergradient,
             w,
             num_steps=steps,
-            num_grads=steps,
-            num_hvps=flat.size * steps,
+            num_grads=num_grads,
+            num_hvps=flat.size * num_grads,
             reads_alpha=any(reads),
             error_estimate=0.0,
             trusted=True,

@@ -12,7 +12,7 @@ from ..checks import solver_reads_alpha
 from ..drawn import drawn
 from ..guide import Guide
 from ..inner.descent import is_segmented, thirds
-from ..inner.protocol import IterativeSolver
+from ..inner.protocol import IterativeSolver, step_grads
 from ..problem import Bilevel
 from ..settings import check_steps
 from ..trees import norm
@@ -155,6 +155,7 @@ class Unrolled(eqx.Module):
 
         runs = (backward,) if self._is_full else thirds(backward)
         again = sum(n for n in runs if self.checkpoint and is_segmented(n))
+        of_step = step_grads(self.solver)
         reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
         return report(
             problem,
@@ -165,8 +166,8 @@ class Unrolled(eqx.Module):
             hypergradient,
             w,
             num_steps=forward,
-            num_grads=forward + again,
-            num_hvps=backward * value.size,
+            num_grads=of_step * (forward + again),
+            num_hvps=of_step * backward * value.size,
             reads_alpha=any(reads),
             error_estimate=error_estimate,
             trusted=self._is_full,

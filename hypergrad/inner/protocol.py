@@ -32,7 +32,10 @@ class InnerSolver(Protocol):
 
 
 class IterativeSolver(InnerSolver, Protocol):
-    """An inner solver whose iterations may be differentiated."""
+    """An inner solver whose iterations may be differentiated.
+
+    A step that makes more gradients than one says how many in ``step_grads``.
+    """
 
     @property
     def num_steps(self) -> int:
@@ -55,6 +58,11 @@ class IterativeSolver(InnerSolver, Protocol):
     ) -> tuple[PyTree, PyTree]:
         """The next carry."""
         ...
+
+
+def step_grads(solver: IterativeSolver) -> int:
+    """Gradients that a step makes: 1 unless the solver has ``step_grads``."""
+    return getattr(solver, "step_grads", 1)
 
 
 def inner_stats(

@@ -146,6 +146,11 @@ class FedAvg(eqx.Module):
         check_steps("num_steps", self.num_steps)
         check_steps("local_steps", self.local_steps)
 
+    @property
+    def step_grads(self) -> int:
+        """Gradients of a round."""
+        return self.local_steps + self.corrected
+
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
@@ -185,8 +190,7 @@ class FedAvg(eqx.Module):
     ) -> tuple[PyTree, InnerStats]:
         """``(w, stats)``; same structure as ``w``."""
         w, _ = iterate(self, inner_loss, w, alpha, data, key)
-        steps = self.num_steps
-        return w, inner_stats(steps, steps * (self.local_steps + self.corrected))
+        return w, inner_stats(self.num_steps, self.num_steps * self.step_grads)
 
 
 class LocalImplicit(eqx.Module):
