@@ -354,6 +354,60 @@ def test_searches_that_share_a_journal_ask_as_one(tmp_path):
     assert sorted(study.n_trials for study in studies) == [1, 24]
 
 
+def told_once(file, seed: int) -> None:
+    """A search of one trial."""
+    searcher, key = TPE(5, file), jax.random.key(seed)
+    alpha, state = searcher.ask(searcher.init(MIXED, key), key)
+    searcher.tell(state, alpha, distance(alpha))
+
+
+def told_values(file) -> list[float]:
+    """Of all trials in a journal with one study."""
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    storage = optuna.storages.JournalStorage(backend)
+    (study,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=study.study_name, storage=storage)
+    return [trial.value for trial in study.trials]
+
+
+def test_a_search_that_dies_with_the_journal_in_hand_stops_no_other(tmp_path):
+    """It is killed halfway through a line; others go on at once, and lose no trial."""
+    file = tmp_path / "tpe.log"
+    told_once(file, 0)
+    code = """if True:
+        import os, signal, sys
+        from hypergrad.searchers.optuna_study import JournalLock
+        JournalLock(sys.argv[1]).acquire()
+        with open(sys.argv[1], "ab") as file:
+            file.write(b'{"op_code":4,"worker')
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert killed.returncode == -9
+    before = told_values(file)
+    for seed in (1, 2):
+        told_once(file, seed)
+    after = told_values(file)
+    assert after[:1] == before
+    assert len(after) == 3
+
+
+def test_a_journal_that_is_none_is_named(tmp_path):
+    """Where there is no folder, a line was damaged, or a file is another's."""
+    nowhere, file = tmp_path / "no" / "tpe.log", tmp_path / "tpe.log"
+    said = r"the journal \S* cannot be read or written .*give another file"
+    with pytest.raises(ValueError, match=said):
+        told_once(nowhere, 1)
+    assert not nowhere.parent.exists()
+    told_once(file, 0)
+    damaged = file.read_bytes().replace(b"{", b"[", 1)
+    for content in (damaged, b"PK\xff\x00\n\x00", b'{"rate": 0.1}', b'{"rate": 1}\n{"'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            told_once(file, 1)
+        assert file.read_bytes() == content
+
+
 @pytest.mark.slow
 def test_a_journal_loses_no_trial_of_processes_side_by_side(tmp_path):
     """Three that begin at once, of which one is killed under way and begun again."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,64 @@ def trials(optuna: Any, state: Trials) -> list[Any]:
     ]
 
 
-def shared(optuna: Any, journal: str | os.PathLike, space: PyTree) -> Any:
-    """The study of a space in a file that several processes read and add to."""
+@contextmanager
+def shared(optuna: Any, journal: str | os.PathLike, space: PyTree) -> Iterator[Any]:
+    """The study of a space in a file that several processes read and add to.
+
+    Raises:
+      ValueError: the file cannot be read or written.
+    """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    with quiet(optuna):
-        return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(os.fspath(journal))),
-            study_name=f"space {fingerprint(digest(space))}",
-            load_if_exists=True,
-        )
+    path = os.fspath(journal)
+    lock: Any = JournalLock(path)  # of optuna's class but by name
+    try:
+        with quiet(optuna):
+            study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(path, lock)),
+                study_name=f"space {fingerprint(digest(space))}",
+                load_if_exists=True,
+            )
+        yield study
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the journal {path} cannot be read or written ({error!r}); make room, or "
+            "give another file, in a folder that is there"
+        ) from error
+
+
+class JournalLock:
+    """One process at a time adds to a journal; the others wait.
+
+    optuna's own lock is a file beside it, which one that was killed leaves behind for
+    the others to wait for, for ever in some versions. This one is of the operating
+    system, which lets go when the process dies.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def acquire(self) -> bool:
+        """Waits, and drops a last line that was cut off: no one is writing it now."""
+        import fcntl
+
+        self.file = self.path.open("rb+")  # until it is released
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            content = self.file.read()
+            whole = content.rfind(b"\n") + 1
+            if content and not whole:
+                raise ValueError("it has no whole line")
+            self.file.truncate(whole)
+        except BaseException:
+            self.file.close()
+            raise
+        return True
+
+    def release(self) -> None:
+        """Lets the next one write."""
+        self.file.close()
 
 
 @contextmanager

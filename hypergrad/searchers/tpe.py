@@ -25,16 +25,18 @@ class TPE(eqx.Module):
     Args:
       num_initial: random trials at first. Static.
       journal: a file that several searches share, begun side by side on one problem,
-        also on several machines with one file system: each is told of the trials of
-        all in its space. It is optuna's journal, which optuna-dashboard shows. What is
-        asked then depends on when the others were done: no search is repeated to the
-        bit, ``trials`` of `hypergrad.search` do not fit, and one that was killed is
-        begun anew with what is left of its budget, knowing all that was told. Static.
+        also on several machines with one file system that has locks: each is told of
+        the trials of all in its space, and one that is killed holds up no other. It is
+        optuna's journal, which optuna-dashboard shows. What is asked then depends on
+        when the others were done: no search is repeated to the bit, ``trials`` of
+        `hypergrad.search` do not fit, and one that was killed is begun anew with what
+        is left of its budget, knowing all that was told. Static.
 
     Raises:
       ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
       TypeError: ``journal`` is no path.
-      ValueError: ``num_initial`` below 1; an unbounded space.
+      ValueError: ``num_initial`` below 1; an unbounded space; the journal cannot be
+        read or written.
 
     Budget: 40 trials, for a value within 0.01 (see `hypergrad.searchers`); 70 with an
     integer of 8 and a choice of 3 values beside.
@@ -89,7 +91,8 @@ class TPE(eqx.Module):
         if self.journal is not None:
             optuna = optuna_study.load("TPE")
             *_, last = optuna_study.trials(optuna, state)
-            optuna_study.shared(optuna, self.journal, state.space).add_trial(last)
+            with optuna_study.shared(optuna, self.journal, state.space) as study:
+                study.add_trial(last)
         return state
 
     def _known(self, state: Trials) -> list[Any]:
@@ -97,4 +100,5 @@ class TPE(eqx.Module):
         optuna = optuna_study.load("TPE")
         if self.journal is None:
             return optuna_study.trials(optuna, state)
-        return optuna_study.shared(optuna, self.journal, state.space).trials
+        with optuna_study.shared(optuna, self.journal, state.space) as study:
+            return study.trials
