@@ -498,6 +498,12 @@ def test_models_of_two_runs_are_lined_up(tmp_path, monkeypatch, capsys):
     assert runs.compare(run, other) == [said]
     commands.compare_runs(run.path, other.path)
     assert "both kept are" not in capsys.readouterr().out
+    file = tmp_path / "a" / "rerun" / "models" / "toy-two" / "1" / "arrays.npz"
+    file.write_bytes(file.read_bytes()[:-1])  # its SHA-256 is still written beside it
+    commands.compare_runs(run.path, tmp_path / "a" / "rerun" / "toy")
+    shown = capsys.readouterr().out
+    assert f"models: the model {file.parent} is damaged" in shown
+    assert "both kept are" not in shown
 
 
 def test_every_method_names_a_model_of_its_own():

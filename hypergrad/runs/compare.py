@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from .. import models
 from ..studies.record import Row
 from ..studies.table import VERSIONS
 from .manifest import Run, differing, split_otherwise
@@ -62,14 +63,20 @@ def _fields(one: Row, two: Row) -> list[str]:
 
 
 def _models(a: Run, b: Run) -> list[str]:
-    """Which models of cells that both kept are not the same to the bit."""
-    one, two = a.models, b.models
-    both = [cell for cell in one if cell in two]
-    return [
-        f"{one[cell].reference} | {two[cell].reference}: other arrays"
-        for cell in both
-        if one[cell].sha256 != two[cell].sha256
+    """Which models of cells that both kept are not the same to the bit, or damaged."""
+    kept, others = a.models, b.models
+    pairs = [(kept[cell], others[cell]) for cell in kept if cell in others]
+    found = [
+        f"{one.reference} | {two.reference}: other arrays"
+        for one, two in pairs
+        if one.sha256 != two.sha256
     ]
+    for model in (model for pair in pairs for model in pair):
+        try:
+            models.get(model.reference, folder=model.path.parent.parent)
+        except ValueError as flaw:
+            found.append(str(flaw))
+    return found
 
 
 def _numbers(a: Run, b: Run) -> list[str]:
