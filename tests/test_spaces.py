@@ -647,3 +647,12 @@ def test_half_precision():
         assert alpha.dtype == jnp.bfloat16
         assert space.contains(alpha).all()
         assert np.isfinite(space.inverse(alpha).astype(float)).all()
+
+
+def test_a_space_of_another_shape_than_alpha_is_refused():
+    """One without a shape stands for any."""
+    spaces.check(Interval(-1.0, 1.0), jnp.zeros(20))
+    spaces.check({"a": Interval(-1.0, 1.0, shape=(20,))}, {"a": jnp.zeros(20)})
+    said = r"alpha\['a'\] has shape \(20,\), and its space .* is of shape \(3,\)"
+    with pytest.raises(ValueError, match=said):
+        spaces.check({"a": Interval(-1.0, 1.0, shape=(3,))}, {"a": jnp.zeros(20)})

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
@@ -90,7 +91,7 @@ def spaces_of(space: PyTree) -> tuple[list[Any], Any]:
 
 
 def check(space: PyTree, alpha: PyTree) -> None:
-    """Refuses a starting ``alpha`` outside its space, or where ``u`` is infinite.
+    """Refuses an ``alpha`` of another shape or outside its space, or an infinite ``u``.
 
     Tracers are passed over; errors as ``forward``, naming the leaf.
 
@@ -103,6 +104,12 @@ def check(space: PyTree, alpha: PyTree) -> None:
     paths = [path for path, _ in jax.tree.leaves_with_path(alpha)]
     for kind, leaf, path in zip(kinds, leaves, paths, strict=True):
         name = f"alpha{jax.tree_util.keystr(path)}"
+        shape = getattr(kind, "shape", ())
+        if shape and shape != jnp.shape(leaf):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(leaf)}, and its space {kind} is of shape "
+                f"{shape}; give both one shape, or the space none"
+            )
         try:
             inside = kind.interior(leaf)
         except ValueError as error:
