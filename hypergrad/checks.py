@@ -340,6 +340,8 @@ def check_scalar(name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree) 
                 f"a dict that {name} reads has no {error}, {where}; put it there, or "
                 "read what there is"
             ) from error
+        if batch is None:
+            where += "; it was given no data, which hg.Bilevel takes after the losses"
         raise_with(error, f"{where}, which must fit each other")
     if not (hasattr(out, "shape") and out.shape == ()):
         got = jax.tree.map(lambda x: tuple(x.shape), out)

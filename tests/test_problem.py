@@ -300,3 +300,10 @@ def test_other_data_in_a_draw_traces_nothing_more():
     before = len(traces)
     np.testing.assert_allclose(value(draws[1]), 2.5**2)
     assert len(traces) == before
+
+
+def test_losses_that_read_data_say_so_where_there_are_none():
+    reads = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2) + jnp.sum(batch["x"])
+    problem = hg.Bilevel(reads, outer)
+    with pytest.raises(TypeError, match=r"given no data, which hg\.Bilevel takes"):
+        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(jnp.zeros(2), jnp.ones(2))
