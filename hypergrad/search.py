@@ -141,6 +141,11 @@ def search(
     if record is not None and not callable(record):
         raise TypeError(f"record must be a function of one row; got {record!r}")
     _check_trials(trials)
+    if len(trials) and getattr(searcher, "journal", None) is not None:
+        raise ValueError(
+            "trials are told by the searcher's journal, which would be told of them "
+            "once more; leave out one of the two"
+        )
     check_steps("batch_size", batch_size)
     _check_executor(executor)
     if not 0 < budget < math.inf:

@@ -816,6 +816,17 @@ def test_a_journal_is_a_path():
         TPE(5, 3)
 
 
+def test_recorded_trials_are_not_told_to_a_journal_again(tmp_path):
+    searcher, rows = TPE(5, tmp_path / "tpe.log"), []
+    search(searcher, 2, record=rows.append)
+    before = (tmp_path / "tpe.log").read_text()
+    with pytest.raises(ValueError, match="trials are told by the searcher's journal"):
+        hg.search(
+            PROBLEM, FIT, searcher, 0.0, space=SPACE, budget=4, key=KEY, trials=rows
+        )
+    assert (tmp_path / "tpe.log").read_text() == before
+
+
 # Reinforce.
 
 

@@ -29,7 +29,7 @@ class TPE(eqx.Module):
         the trials of all in its space, and one that is killed holds up no other. It is
         optuna's journal, which optuna-dashboard shows. What is asked then depends on
         when the others were done: no search is repeated to the bit, ``trials`` of
-        `hypergrad.search` do not fit, and one that was killed is begun anew with what
+        `hypergrad.search` are refused, and one that was killed is begun anew with what
         is left of its budget, knowing all that was told. Static.
 
     Raises:
