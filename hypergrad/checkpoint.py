@@ -162,6 +162,7 @@ class Folder:
         try:
             durable.make_folder(self.path)
             hold(stack.enter_context((self.path / "lock").open("a")), self.path)
+            self.clear()
         except OSError as error:
             warnings.warn(
                 f"no checkpoint can be written to {self.path} ({error}); the run goes "
@@ -170,7 +171,6 @@ class Folder:
             )
         else:
             self.writable = True
-            self.clear()
 
     def load(self, blank: Tree) -> Tree:
         """The newest whole checkpoint written over ``blank``, or that as it is."""

@@ -60,7 +60,7 @@ def by_first(act: Callable[[], PyTree], like: PyTree = None) -> PyTree:
     if jax.process_index() == 0:
         try:
             made = act()
-        except Exception as raised:
+        except BaseException as raised:  # the others wait to be told
             error = raised
     state = np.array([error is not None, made is not None], np.uint8)
     failed, is_made = broadcast_one_to_all(state)

@@ -231,11 +231,12 @@ def minimize(
         every = None if checkpoints is None else checkpoints.every
 
         def beyond() -> int:
-            if time_limit is not None and time.monotonic() - began > time_limit:
-                return OUT_OF_TIME
-            if memory_limit is not None and (resident() or 0) > memory_limit:
-                return OUT_OF_MEMORY
-            return 0
+            if time_limit is None and memory_limit is None:
+                return 0
+            late = time_limit is not None and time.monotonic() - began > time_limit
+            large = memory_limit is not None and (resident() or 0) > memory_limit
+            found = OUT_OF_TIME if late else OUT_OF_MEMORY if large else 0
+            return largest(found)  # no process goes on without the others
 
         carry = _in_chunks(loop, carry, progress, folder, every, beyond)
     return _finish(loop, carry)
@@ -262,7 +263,7 @@ def _in_chunks(
             break
         carry = _run(loop, carry, jnp.asarray(until))
         stopped = int(carry.status) > 0
-        limit = largest(beyond())  # no process goes on without the others
+        limit = beyond()
         if folder is not None and (until in keep or stopped or limit):
             folder.save(int(carry.index), carry)
         if progress is not None and until in tell:
