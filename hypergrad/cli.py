@@ -1,5 +1,6 @@
 """The command line: ``hypergrad`` run, runs, models, tasks, estimators."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,7 +65,8 @@ def run(
     for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
         print(f"wrote {run.file(ending)}")  # a path in one piece
     if run.models:
-        print(f"models: hypergrad models list {run.folder}")
+        folder = shlex.quote(str(run.folder))
+        print(f"models: hypergrad models list {folder}; show NAME --folder {folder}")
 
 
 def runs() -> None:

@@ -112,7 +112,10 @@ class Run:
 
     @property
     def models(self) -> dict[tuple[str, int], Model]:
-        """Those that were kept of it, by method and seed; of several the newest."""
+        """Those that were kept of it, by method and seed; of several the newest.
+
+        One that cannot be read is left out; ``hypergrad models list`` names it.
+        """
         mine = {"task": self.manifest["task"], "started": self.sessions[0]["started"]}
         return {
             (model.run["method"], model.run["seed"]): model
