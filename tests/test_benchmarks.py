@@ -48,7 +48,7 @@ def failed(verdicts) -> bool:
     return any(verdict.failed for verdict in verdicts)
 
 
-def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
+def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path, capsys):
     """A last line cut in the middle is measured again; the others are not."""
     measured = []
     table = small(measured)
@@ -57,8 +57,11 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(tmp_path):
     whole = path.read_text()
     path.write_text(whole[: whole.rfind('"seed": 2') + 5])
     measured.clear()
+    capsys.readouterr()
     table.run(table, ask(tmp_path))
     assert measured == [2]
+    lines = ["1 of 3: square, kept", "2 of 3: square, kept", "3 of 3: square"]
+    assert capsys.readouterr().err.splitlines() == lines
     assert [row["value"] for row in record.read(path)] == [0, 1, 4]
     assert (tmp_path / "squares.md").read_text() == "3 rows by the command\n"
     assert not failed(check(table, tmp_path))

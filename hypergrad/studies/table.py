@@ -82,10 +82,11 @@ def cell_by_cell(
             durable.settle(request.folder)
             there = {name_of(row, cells[0]) for row in resume(path, made)}
             for cell in cells:
-                if name_of(cell, cell) not in there:
+                kept = name_of(cell, cell) in there
+                if not kept:
                     row = cell | measure(cell) | made
                     durable.append(file, record.line(row))
-                tick(str(cell.get("method", "")))
+                tick(str(cell.get("method", "")) + ", kept" * kept)
         # A file that is resumed may hold more than was asked for.
         asked = {name_of(cell, cell) for cell in cells}
         rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
