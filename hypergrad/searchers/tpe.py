@@ -90,9 +90,10 @@ class TPE(eqx.Module):
         state = state.told(alpha, value)
         if self.journal is not None:
             optuna = optuna_study.load("TPE")
-            *_, last = optuna_study.trials(optuna, state)
+            last = Trials(state.space, state.t[-1:], state.values[-1:])
+            (told,) = optuna_study.trials(optuna, last)
             with optuna_study.shared(optuna, self.journal, state.space) as study:
-                study.add_trial(last)
+                study.add_trial(told)
         return state
 
     def _known(self, state: Trials) -> list[Any]:
