@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
-from hypergrad.devices import readable
+from hypergrad.devices import by_first, readable
 from hypergrad.tasks import few_shot
 from hypergrad.tasks.federated import FedAvg
 
@@ -275,6 +275,9 @@ def interrupted(spread: bool) -> list[float]:
         again = run(checkpoints=keep, progress=lambda *news: later.append(news))
         assert [done for done, _ in later] == [5, 6]
         assert bits(again) == bits(unbroken)
+    given = {"x": np.array([-0.0, np.nan, -np.inf])}  # a sum with 0 loses the first
+    sent = by_first(lambda: given, {"x": np.empty(3)})
+    assert sent["x"].tobytes() == given["x"].tobytes()
     # One process alone is out of time: all stop, and none waits for another for ever.
     stopped = run(time_limit=1e-9 if first else 1e9)
     assert stopped.status == "stopped: time limit"

@@ -420,7 +420,7 @@ def test_the_folder_of_another_run_is_refused(name: str, tmp_path):
     assert bits(run(checkpoints=keep, **settings)) == bits(trace)
 
 
-@pytest.mark.parametrize("name", ["jax", "device"])
+@pytest.mark.parametrize("name", ["jax", "device", "number of processes"])
 def test_another_place_is_refused(name: str, tmp_path, monkeypatch):
     """Its bits would be others."""
     run(checkpoints=hg.Checkpoints(tmp_path, 6))

@@ -440,11 +440,7 @@ def test_a_journal_loses_no_trial_of_processes_side_by_side(tmp_path):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         values += map(float, out.splitlines()[-1].split())
-    backend = optuna.storages.journal.JournalFileBackend(str(file))
-    storage = optuna.storages.JournalStorage(backend)
-    (study,) = optuna.get_all_study_summaries(storage)
-    study = optuna.load_study(study_name=study.study_name, storage=storage)
-    kept = [trial.value for trial in study.trials]
+    kept = told_values(file)
     assert len(values) > 30
     assert set(values) <= set(kept)
     assert len(kept) >= len(values) + 4  # and those of the one that was killed
