@@ -1,0 +1,1 @@
+"""Golden cases: numbers of the library that must stay the same to the bit."""
