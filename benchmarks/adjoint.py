@@ -18,8 +18,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.estimators.procedure import ProcedureState
-from hypergrad.products import Loss, hvp_and_cross
+from hypergrad.estimators.inner_run import InnerRunState
+from hypergrad.products import Loss, hvp_and_cross_vjp
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
@@ -37,7 +37,7 @@ def with_adjoint(loss: Loss) -> Loss:
 
     def back(given, v):
         w, alpha, batch = given
-        _, Hv, JTv = hvp_and_cross(loss, w, alpha, batch, v)
+        _, Hv, JTv = hvp_and_cross_vjp(loss, w, alpha, batch, v)
         return Hv, JTv, None
 
     def keep(f: Callable) -> Callable:
@@ -151,7 +151,7 @@ def hypergradient(
     outer = lambda w, alpha, batch: work.loss(w, without, batch)
     inner = WAYS[way](work.loss)
     problem = hg.Bilevel(inner, outer, hg.Batches(data, work.batch), data)
-    state = ProcedureState(w)  # `init` asks the loss for derivatives that it lacks here
+    state = InnerRunState(w)  # `init` asks the loss for derivatives that it lacks here
     solver = hg.Descent(work.optimizer, work.steps)
     estimator = hg.Unrolled(solver, checkpoint=checkpoint)
     found, _ = estimator.estimate(problem, state, alpha, key)
@@ -168,7 +168,7 @@ def measure(cell: Row) -> Row:
     gradient = hg.cost.flops(jax.grad(work.loss), w, alpha, batch).total()
     for way in WAYS:
         run = functools.partial(hypergradient, work, way, STORES[cell["stores"]])
-        program = hg.cost.compiled(run, data, w, alpha, key)
+        program = hg.cost.compile_program(run, data, w, alpha, key)
         operations: Any = program.flops.total()
         row[f"{way}_gradients"] = operations / gradient / work.steps
         row[f"{way}_scratch"] = program.memory.temporaries

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.estimators.protocol import STATS
+from hypergrad.estimators.base import STATS
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
@@ -115,11 +115,11 @@ def value_of(asked: Row, at: Setting) -> Any:
 
 
 def declared(asked: Row, estimator: Any, at: Setting) -> float:
-    """The adjoint's relative error by ``error_factor``, or by a docstring's ``q^K``."""
+    """The adjoint's relative error by ``error_bound``, or by a docstring's ``q^K``."""
     if asked["method"] in SERIES[1:]:
         value = value_of(asked, at)
         return at.contraction ** terms(value)
-    return float(estimator.error_factor(at.smallest, at.largest))
+    return float(estimator.error_bound(at.smallest, at.largest))
 
 
 def distance(found: np.ndarray, exact: np.ndarray) -> float:
@@ -169,7 +169,7 @@ def markdown(table: Table, rows: list[Row], command: str) -> str:
         "error, q being the contraction of gradient descent. Cost on the network with "
         "a penalty a layer, float64: gradient-equivalents (grad-eq) and "
         "Hessian-vector products, of an inner solve by Newton's method, or by descent "
-        "down to rounding for correct=1, those that differentiate steps and "
+        "down to rounding for num_newton_steps=1, those that differentiate steps and "
         f"PersistentEvolution. Source: {table.source}. Command: `{command}`",
         "",
         "| " + " | ".join(header) + " |",

@@ -90,11 +90,11 @@ def gmres(at: Setting, dtype: str, x: Any) -> lx.GMRES:
     return lx.GMRES(rtol=tolerance(dtype), atol=tolerance(dtype))
 
 
-def early(correct: int) -> Callable:
+def early(num_newton_steps: int) -> Callable:
     """From an inner loop that stopped with ``x`` of its distance left."""
     return lambda at, dtype, x: hg.Implicit(
         at.descent if x is None else hg.Descent(sgd(at.step), at.steps_to(x)),
-        correct=correct,
+        num_newton_steps=num_newton_steps,
     )
 
 
@@ -138,7 +138,7 @@ METHODS = {
     "Implicit, correct=1": Method("exact", early(1)),
     "Implicit, rel_err": Method(
         "1e-4 asked",
-        lambda at, dtype, x: hg.Implicit(at.descent, correct=1, rel_err=ASKED),
+        lambda at, dtype, x: hg.Implicit(at.descent, num_newton_steps=1, rtol=ASKED),
     ),
     "Average": Method(
         "exact", lambda at, dtype, x: hg.Average(hg.Implicit(hg.Newton()), 2)
@@ -159,7 +159,7 @@ METHODS = {
         "q^50", implicit(lambda at, dtype, x: hg.Neumann(terms(x), at.step))
     ),
     "Unrolled, last": Method(
-        "q^50", lambda at, dtype, x: hg.Unrolled(at.descent, last=terms(x))
+        "q^50", lambda at, dtype, x: hg.Unrolled(at.descent, truncation_length=terms(x))
     ),
     "FixedPoint": Method(
         "q^50", lambda at, dtype, x: hg.FixedPoint(at.descent, terms(x))
@@ -187,13 +187,13 @@ METHODS = {
     "PersistentEvolution": Method(
         "64 pairs",
         lambda at, dtype, x: hg.PersistentEvolution(
-            at.descent, SIGMA, pairs(x), window=at.steps
+            at.descent, SIGMA, pairs(x), unroll_length=at.steps
         ),
         random=True,
     ),
     "Implicit, stopped early": Method("", early(0)),
 }
-EARLY = "Implicit, stopped early"  # what correct=1 is measured against; a rate only
+EARLY = "Implicit, stopped early"  # what num_newton_steps=1 is measured against; a rate only
 SHOWN = [method for method in METHODS if method != EARLY]
 # What takes one outer loss; every other refusal ends the run.
 REFUSED = {("Reversible", "two losses"), ("SOBA", "two losses")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hypergrad.certificate import NEWTON
+from hypergrad.certificate import NEWTON_RTOL
 from hypergrad.studies.record import Row
 from hypergrad.studies.verdict import Verdict, within
 
@@ -199,7 +199,7 @@ def near(what: str, found: float, expected: float, tolerance: float) -> Verdict:
 
 def correction(what: str, after: list, before: list, q: float) -> Verdict:
     """A Newton step solved to 1e-3 leaves at most ``1e-3 kappa`` of the distance."""
-    most = NEWTON * (1 + q) / (1 - q)
+    most = NEWTON_RTOL * (1 + q) / (1 - q)
     ratio = max(a / b for a, b in zip(after, before, strict=True))
     return Verdict(
         f"{what}, error after over before: {ratio:.1e}, allowed {most:.1e}: "

@@ -285,7 +285,7 @@ def by_random_search(
     trace = hg.search(
         task.problem, hg.Newton(tolerance=1e-2), hg.searchers.Random(), task.w,
         space=task.space, budget=budget, key=jax.random.fold_in(lane[0], 1),
-        record=trials.append,
+        trial_callback=trials.append,
     )  # fmt: skip
     paid = paid_for(trace.cost, budget)
     best = int(np.argmin(np.where(paid, trace.value, np.inf)))

@@ -151,7 +151,9 @@ METHODS = {
     "Unrolled, stored": Method(
         lambda T: hg.Unrolled(descent(T), checkpoint=False), ALL
     ),
-    "Unrolled, last 10": Method(lambda T: hg.Unrolled(descent(T), last=10)),
+    "Unrolled, last 10": Method(
+        lambda T: hg.Unrolled(descent(T), truncation_length=10)
+    ),
     "Forward": Method(lambda T: hg.Forward(descent(T)), EVERY, 10**3),
     "Reversible": Method(lambda T: hg.Reversible(RATE, MOMENTUM, T), ALL),
     "FixedPoint": Method(lambda T: hg.FixedPoint(descent(T), PRODUCTS)),
@@ -214,7 +216,7 @@ def measure(cell: Row) -> Row:
         return sizes._asdict() | on_devices(cell["method"])[sizes.devices]
     data, *each = jax.eval_shape(functools.partial(shapes, sizes))
     counted = functools.partial(run, cell["method"], sizes)
-    program = hg.cost.compiled(counted, data, data, *each)
+    program = hg.cost.compile_program(counted, data, data, *each)
     loops = [PRODUCTS] * len(program.flops.loops)
     return {
         **sizes._asdict(),

@@ -51,7 +51,10 @@ class Loop(NamedTuple):
 LOOPS = {
     "double loop": Loop(IMPLICIT, 20, 1, (0.01, 0.03, 0.1)),
     "truncated": Loop(
-        hg.Unrolled(DESCENT, last=LAST, warm_start=True), 20, 1, (0.01, 0.03, 0.1)
+        hg.Unrolled(DESCENT, truncation_length=LAST, warm_start=True),
+        20,
+        1,
+        (0.01, 0.03, 0.1),
     ),
     "SOBA": Loop(hg.SOBA(optax.sgd(0.1)), 9000, 450, (0.003, 0.01, 0.03), batches=True),
     "SOBA, full batch": Loop(hg.SOBA(optax.sgd(0.1)), 1300, 65, (0.01, 0.03, 0.1)),

@@ -162,7 +162,7 @@ def ijcnn1() -> Samples:
     """Every feature divided by its standard deviation; ten of them sum to one."""
     size = 8192
     try:
-        data = hg.data.load("ijcnn1")
+        data = hg.datasets.load("ijcnn1")
     except FileNotFoundError:
         return synthetic(size)
     x, y = data["x"], data["y"]
@@ -186,11 +186,11 @@ def synthetic(size: int) -> Samples:
 def mnist() -> Samples:
     """Means of 4x4 pixels and a constant; the digits of scikit-learn stand in."""
     try:
-        data = hg.data.load("mnist")
+        data = hg.datasets.load("mnist")
         images = data["x"].reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, 49)
         size, of = 1024, "MNIST's 70,000 images, 7x7 means of their pixels"
     except FileNotFoundError:
-        data = hg.data.load("digits")
+        data = hg.datasets.load("digits")
         images, size, of = data["x"], 896, "scikit-learn's 1,797 digits, not MNIST"
     ones = np.ones((len(images), 1))
     x = np.concatenate([images / images.std(), ones], axis=1).astype(np.float32)

@@ -59,12 +59,12 @@ class Objective(NamedTuple):
             return jnp.ones(())
         scores, targets, where = system.views(w, batch)[self.metric]
         if self.metric != "mAP":
-            return hg.surrogates.temperature_of(
+            return hg.surrogates.temperature_from_scores(
                 scores, targets, threshold=system.threshold, gap=GAP, where=where
             )
         share = jnp.sum(targets * where) / jnp.sum(where)
         gap = GAP * jnp.minimum(2 * share, 1)
-        temperature = hg.surrogates.temperature_of(
+        temperature = hg.surrogates.temperature_from_scores(
             scores.ravel(), targets.ravel(), gap=gap, where=where.ravel()
         )
         if self.form == "soft rank":

@@ -186,7 +186,7 @@ THINNEST = 0.1
 
 @functools.cache
 def digits() -> dict[str, np.ndarray]:
-    return hg.data.load("digits")
+    return hg.datasets.load("digits")
 
 
 def thinned(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
@@ -255,7 +255,7 @@ SCALE = 4.0  # rows have norm 1 at most; with it one range of penalties fits all
 def reuters() -> Any:
     import scipy.sparse
 
-    data = hg.data.load("reuters")
+    data = hg.datasets.load("reuters")
     rows = data["values"], data["columns"], data["starts"]
     return scipy.sparse.csr_array(rows), data["y"], data["test"]
 

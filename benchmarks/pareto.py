@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.searchers import optuna_study
-from hypergrad.searchers.trials import Trials, seed_of
+from hypergrad.searchers.base import Trials, seed_from_key
 from hypergrad.studies import record
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row, fingerprint
@@ -56,7 +56,7 @@ BUDGET = 16_000  # gradient-equivalents of a front
 STEPS = 60  # of a training that counts
 STEP = optax.sgd(0.5, momentum=0.9, nesterov=True)
 TRAINING = hg.Descent(STEP, STEPS)
-TRIAL = STEPS + 2 * hg.cost.VALUE  # gradient-equivalents: two values at its end
+TRIAL = STEPS + 2 * hg.cost.VALUE_COST  # gradient-equivalents: two values at its end
 REFERENCE = 0.5, 0.5  # of the hypervolume: error, share of the cost
 OTHERS = (1.0, 1.0), (0.5, 1.0)  # of which lines without a claim tell
 SMALL = 0.1  # a share at which the table tells an error
@@ -125,11 +125,11 @@ TRACING = {
 def trace(method: str, w: PyTree, data: PyTree, outer: PyTree, rate: Array) -> Any:
     """A run a preference: the gates where it ends, and what it spent."""
     own = TRACING[method]
-    found = hg.objectives.front(
+    found = hg.objectives.pareto_front(
         hg.Bilevel(inner_loss, (cross_entropy, share), data, outer),
         ESTIMATOR, optax.adam(rate), w, jax.tree.map(lambda x: OPEN * x, ALL),
         jnp.asarray(own.preferences),
-        combine=own.combine,
+        aggregator=own.combine,
         num_steps=20,
         space=hg.spaces.Unit(),
     )  # fmt: skip
@@ -172,7 +172,7 @@ class Genetic:
     hundreds of trials of a hundred axes.
     """
 
-    takes_several = True
+    is_multi_objective = True
 
     def __init__(self, population_size: int):
         self.population_size = population_size
@@ -187,7 +187,7 @@ class Genetic:
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
         with optuna_study.quiet(self.optuna):
             sampler = self.optuna.samplers.NSGAIISampler(
-                population_size=self.population_size, seed=seed_of(key)
+                population_size=self.population_size, seed=seed_from_key(key)
             )
             if self.study is None:
                 self.study = self.optuna.create_study(directions=["minimize"] * 2)
@@ -247,7 +247,7 @@ def seek(method: str, seed: int, cost: str, setting: Any) -> Found:
         budget=BUDGET,
         key=jax.random.key(seed),
         metrics={"test": jax.tree_util.Partial(error_on, parts["test"])},
-        record=trials.append,
+        trial_callback=trials.append,
     )  # fmt: skip
     columns = zip(*(trial["alpha"] for trial in trials), strict=True)
     leaves = (jnp.array(column, jnp.float32) for column in columns)
@@ -273,7 +273,7 @@ def prune(seed: int, least: float, side: int) -> Found:
     pairs = np.stack([x.ravel() for x in np.meshgrid(*counts)])
     gates = Gates(*map(largest, passing(w, parts["train"]), pairs))
     val, test = train(w, gates, parts)
-    first = STEPS + hg.cost.VALUE  # `passing`: a training, and one pass forward
+    first = STEPS + hg.cost.VALUE_COST  # `passing`: a training, and one pass forward
     return Found(gates, val, test, first + side**2 * TRIAL)
 
 

@@ -17,8 +17,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.cost import HVP, VALUE
-from hypergrad.problem import whole
+from hypergrad.cost import HVP_COST, VALUE_COST
+from hypergrad.problem import full_batch
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row
 
@@ -73,8 +73,8 @@ class Way(NamedTuple):
 # An implicit estimate: at most 10 steps of CG, a product where it begins and one for
 # the cross term, and two outer gradients. An unrolled one: its steps twice, a product
 # each, the gradient whose norm it reports.
-OF_IMPLICIT = lambda inner, outer: inner + HVP * 12 + 2 * outer
-OF_UNROLLED = lambda inner, outer: (2 + HVP) * inner + 1 + outer
+OF_IMPLICIT = lambda inner, outer: inner + HVP_COST * 12 + 2 * outer
+OF_UNROLLED = lambda inner, outer: (2 + HVP_COST) * inner + 1 + outer
 WAYS = {
     IMPLICIT: Way(
         lambda solver, _: hg.Implicit(solver, SOLVE, warm_start=False),
@@ -84,7 +84,7 @@ WAYS = {
         lambda solver, _: hg.Unrolled(solver, warm_start=False), OF_UNROLLED
     ),
     JOINT: Way(
-        lambda _, joint: hg.SOBA(joint), lambda _, outer: HVP + outer, SLOW
+        lambda _, joint: hg.SOBA(joint), lambda _, outer: HVP_COST + outer, SLOW
     ),
     WARM_IMPLICIT: Way(
         lambda solver, _: hg.Implicit(solver, SOLVE), OF_IMPLICIT, beyond=2
@@ -120,8 +120,8 @@ def train(task: str, method: str | None, problem: Any, w: Any, alpha: Any) -> Py
 def trial(task: str, method: str | None, problem: Any, w: Any, alpha: Any) -> Any:
     """The outer loss there, and ``w``; of a training it is ``h(alpha)``."""
     w = train(task, method, problem, w, alpha)
-    batch = whole(problem.outer_data, jax.random.key(KEY))
-    return problem.outer(w, alpha, batch), w
+    batch = full_batch(problem.outer_data, jax.random.key(KEY))
+    return problem.outer_value(w, alpha, batch), w
 
 
 def value(
@@ -145,13 +145,13 @@ def trained(task: str, seed: int, alpha: PyTree) -> tuple[float, PyTree]:
 
 def outer_weight(problem: hg.Bilevel) -> float:
     """Of an outer gradient."""
-    return hg.cost.outer_weight(problem.inner_data, problem.outer_data)
+    return hg.cost.outer_grad_cost(problem.inner_data, problem.outer_data)
 
 
 def budget_of(task: str, problem: hg.Bilevel) -> float:
     """Gradient-equivalents of so many trainings and their values."""
     training = SYSTEMS[task].gradients * steps_of(task)
-    return TRAININGS * (training + VALUE * outer_weight(problem))
+    return TRAININGS * (training + VALUE_COST * outer_weight(problem))
 
 
 class Known(NamedTuple):
@@ -205,7 +205,9 @@ def descend(task: str, method: str, problem: Any, w: Any, rate: Array) -> dict:
     )  # fmt: skip
     stats = trace.stats
     total = stats["gradient_equivalents"]
-    calls = stats["num_outer_grads"] + VALUE * jnp.nan_to_num(stats["num_outer_values"])
+    calls = stats["num_outer_grads"] + VALUE_COST * jnp.nan_to_num(
+        stats["num_outer_values"]
+    )
     return {
         "h": trace.metrics["h"],
         "inner": jnp.full(num_steps, inner),
@@ -247,7 +249,7 @@ def seek(task: str, method: str, seed: int, bound: float = -math.inf) -> dict:
         metrics=COORDINATES,
     )  # fmt: skip
     stats = {name: np.asarray(x, float) for name, x in trace.stats.items()}
-    outer = VALUE * outer_weight(problem) * stats["num_outer_values"]
+    outer = VALUE_COST * outer_weight(problem) * stats["num_outer_values"]
     inner = stats["gradient_equivalents"] - outer
     none = 0 * inner
     columns = {"inner": inner, "hypergradient": none, "outer": outer}

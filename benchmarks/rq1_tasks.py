@@ -18,8 +18,8 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.inner import inner_stats
-from hypergrad.inner.descent import iterate
-from hypergrad.problem import fraction
+from hypergrad.inner.descent import run_inner_steps
+from hypergrad.problem import batch_fraction
 from hypergrad.tasks import (
     federated,
     few_shot,
@@ -147,8 +147,8 @@ class SameDraws(eqx.Module):
     def solve(
         self, inner_loss: Any, w: PyTree, alpha: PyTree, data: Any, key: Array
     ) -> tuple[PyTree, Any]:
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
-        return w, inner_stats(self.num_steps, self.num_steps * fraction(data))
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
+        return w, inner_stats(self.num_steps, self.num_steps * batch_fraction(data))
 
 
 def contrast_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
@@ -159,7 +159,7 @@ def contrast_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
 def contrast(seed: int) -> Problem:
     task = self_supervised.make(key=jax.random.key(seed))
     images = {"x": task.problem.inner_data.data["x"][:NUM_IMAGES]}
-    views = hg.Batches(images, keyed=True)
+    views = hg.Batches(images, with_key=True)
     probe = task.problem.outer_data
     return hg.Bilevel(contrast_loss, self_supervised.probe_error, views, probe), task.w
 
@@ -207,7 +207,7 @@ def characters(seed: int) -> Problem:
         key=jax.random.key(seed), images=jnp.asarray(images), num_turns=num_turns,
         num_tasks=NUM_TASKS,
     )  # fmt: skip
-    support, query = task.problem.data(jax.random.key(seed))
+    support, query = task.problem.sample_data(jax.random.key(seed))
     support = {name: support[name] for name in ("x", "y")}
     w = few_shot.shared_start(task.w, task.alpha)
     return hg.Bilevel(few_shot.adaptation_loss, few_shot.query_loss, support, query), w

@@ -128,7 +128,7 @@ def training(task: str, w: PyTree, alpha: PyTree, train: PyTree) -> Any:
     loss, key = SYSTEMS[task].train_loss, jax.random.key(KEY)
     w, spent = TRAINING.solve(loss, w, alpha, train, key)
     counts = {name: spent[name] for name in ("num_grads", "num_hvps", "num_values")}
-    return w, hg.cost.ledger(train, train, **counts)["gradient_equivalents"]
+    return w, hg.cost.cost_stats(train, train, **counts)["gradient_equivalents"]
 
 
 @functools.lru_cache(maxsize=16)

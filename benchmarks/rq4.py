@@ -16,15 +16,15 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.certificate import TRUST
-from hypergrad.cost import outer_weight
+from hypergrad.certificate import TRUST_RTOL
+from hypergrad.cost import outer_grad_cost
 from hypergrad.studies.program import program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Claim, Verdict, paired
 from hypergrad.tasks.augmentation import OPERATIONS, POSE
-from hypergrad.trees import distance
+from hypergrad.trees import relative_error
 
 from .rq4_tasks import (
     ARCHITECTURES,
@@ -72,7 +72,7 @@ def outer_steps(problem: hg.Bilevel) -> int:
 
     The gradient is that whose norm an estimate reports.
     """
-    weight = outer_weight(problem.inner_data, problem.outer_data)
+    weight = outer_grad_cost(problem.inner_data, problem.outer_data)
     return int(BUDGET / (4 * STEPS + 1 + weight))
 
 
@@ -122,7 +122,7 @@ def finish(
     return {
         "w": w,
         "train_loss": problem.inner_loss(w, alpha, train),
-        "val_loss": problem.outer(w, alpha, problem.outer_data),
+        "val_loss": problem.outer_value(w, alpha, problem.outer_data),
         "accuracy": accuracy(architecture, objective, w, test),
     }
 
@@ -152,7 +152,7 @@ def certified(
     return {
         "certified": True,
         "reason": None,
-        "error": float(distance(hypergradient, second.hypergradient)),
+        "error": float(relative_error(hypergradient, second.hypergradient)),
         "implicit_error": float(first.error_estimate),
     }
 
@@ -163,7 +163,7 @@ def reason(certificate: hg.Certificate) -> str:
         return "corrections diverge"
     if bool(certificate.negative_curvature):
         return "negative curvature"
-    if not float(certificate.adjoint_residual) <= TRUST / 10:
+    if not float(certificate.adjoint_residual) <= TRUST_RTOL / 10:
         return "adjoint not solved"
     return "corrections do not settle"
 

@@ -49,7 +49,7 @@ def end(
     w, _ = solver.solve(
         problem.inner_loss, w, alpha, problem.inner_data, jax.random.key(0)
     )
-    return problem.outer(w, alpha, problem.outer_data)
+    return problem.outer_value(w, alpha, problem.outer_data)
 
 
 def try_all(cell: Row) -> Row:

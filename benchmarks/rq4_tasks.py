@@ -245,7 +245,7 @@ def to_judge(fit: PyTree, part: PyTree) -> PyTree:
 @functools.cache
 def parts_of(seed: int) -> dict[str, PyTree]:
     """Upright images to train on; posed ones to validate, and to test."""
-    data = hg.data.load("digits")
+    data = hg.datasets.load("digits")
     return split(data, jax.random.key(seed), (NUM_TRAIN, NUM_VAL), False)
 
 

@@ -25,7 +25,7 @@ import scipy.optimize
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.searchers.trials import Trials, seed_of
+from hypergrad.searchers.base import Trials, seed_from_key
 from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row
 from hypergrad.studies.study import digits
@@ -190,7 +190,7 @@ def first_w(train: PyTree, alpha: Array) -> tuple[Array, Array]:
         inner_loss, w, alpha, train, jax.random.key(0)
     )
     counts = {name: spent[name] for name in ("num_grads", "num_hvps", "num_values")}
-    return w, hg.cost.ledger(train, train, **counts)["gradient_equivalents"]
+    return w, hg.cost.cost_stats(train, train, **counts)["gradient_equivalents"]
 
 
 def descend(method: str, train: PyTree, val: PyTree, alpha: Array, rate: Array) -> dict:
@@ -244,7 +244,7 @@ class Gaussian:
         return trials
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        self.cma.reseed_rng(seed_of(key))
+        self.cma.reseed_rng(seed_from_key(key))
         return hg.spaces.from_unit(state.space, self.cma.ask()), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:

@@ -96,7 +96,7 @@ def step(
 
 def value(problem: hg.Bilevel, w: PyTree, alpha: Array) -> Array:
     """Of one candidate, or of some that share ``w``: ``alpha`` [..., 3]."""
-    outer = lambda alpha: problem.outer_loss(w, alpha, problem.outer_data.all)
+    outer = lambda alpha: problem.outer_loss(w, alpha, problem.outer_data.full_batch())
     return jax.vmap(outer)(alpha) if alpha.ndim > 1 else outer(alpha)
 
 

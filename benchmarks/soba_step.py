@@ -85,7 +85,7 @@ def plain_step(
 
 def gradient(w: PyTree, alpha: Array, data: PyTree, key: Array) -> PyTree:
     """Of the inner loss, on one batch."""
-    return jax.grad(inner_loss)(w, alpha, hg.Batches(data, BATCH).draw(key))
+    return jax.grad(inner_loss)(w, alpha, hg.Batches(data, BATCH).sample(key))
 
 
 def shapes() -> tuple[PyTree, Array, PyTree, Array]:

@@ -31,12 +31,12 @@ changes.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import cost, data, models, objectives, searchers, spaces, surrogates, testing
+from . import cost, datasets, models, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
 from .certificate import Certificate, certify
 from .checkpoint import Checkpoints
 from .citation import citation
-from .composition import Composition
+from .composite_loss import CompositeLoss
 from .estimators import (
     BOME,
     DARTS,
@@ -65,9 +65,9 @@ from .estimators import (
     Reversible,
     StocBiO,
     Unrolled,
-    through,
+    unrolled_estimator,
 )
-from .gradient import hypergradient
+from .hypergradient import hypergradient
 from .inner import (
     LBFGS,
     ClosedForm,
@@ -77,10 +77,10 @@ from .inner import (
     Newton,
     from_jaxopt,
     from_optimistix,
-    windows,
+    piecewise_constant_schedule,
 )
 from .linear import CG, Identity, Neumann, Nystrom, NystromCG
-from .minimize import minimize
+from .minimize import OuterLoop, minimize
 from .problem import Batches, Bilevel
 from .search import search
 from .trace import Trace
@@ -113,7 +113,7 @@ __all__ = [  # in reading order
     "Certificate",
     "Checkpoints",
     "ClosedForm",
-    "Composition",
+    "CompositeLoss",
     "Descent",
     "Estimate",
     "Estimator",
@@ -129,6 +129,7 @@ __all__ = [  # in reading order
     "Newton",
     "Nystrom",
     "NystromCG",
+    "OuterLoop",
     "Penalty",
     "PersistentEvolution",
     "Reversible",
@@ -139,7 +140,7 @@ __all__ = [  # in reading order
     "certify",
     "citation",
     "cost",
-    "data",
+    "datasets",
     "from_jaxopt",
     "from_optimistix",
     "hypergradient",
@@ -152,8 +153,8 @@ __all__ = [  # in reading order
     "surrogates",
     "tasks",
     "testing",
-    "through",
-    "windows",
+    "unrolled_estimator",
+    "piecewise_constant_schedule",
 ]
 
 

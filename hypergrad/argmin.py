@@ -8,21 +8,21 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from .checks import (
-    as_inputs,
+from .inner.base import InnerSolver
+from .linear import CG
+from .linear.base import check_linear_solver as check_linear_solver
+from .linear.base import solve_linear
+from .problem import Batches
+from .problem_checks import check_scalar_loss
+from .products import Loss, cross_jvp, hvp
+from .trees import scale
+from .validation import (
+    as_input_arrays,
     as_key,
+    check_hashable,
     check_same_structure,
-    check_scalar,
     check_solver,
 )
-from .inner.protocol import InnerSolver
-from .linear import CG
-from .linear.operator import check as check_linear_solver
-from .linear.operator import solve
-from .problem import Batches
-from .products import Loss, cross_jvp, hvp
-from .settings import refuse_changing
-from .trees import scale
 
 
 def argmin(
@@ -59,7 +59,7 @@ def argmin(
     """
     if not callable(inner_loss):
         raise TypeError(f"inner_loss must be a function; got {inner_loss!r}")
-    refuse_changing("inner_loss", inner_loss)
+    check_hashable("inner_loss", inner_loss)
     check_solver(solver)
     linear_solver = CG() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)
@@ -67,14 +67,14 @@ def argmin(
     def solution(
         w0: PyTree, alpha: PyTree, batch: PyTree = None, key: Array | None = None
     ) -> PyTree:
-        w0, _ = as_inputs(w0, alpha, differentiable=False)
+        w0, _ = as_input_arrays(w0, alpha, differentiable=False)
         key = as_key(key)
         if isinstance(batch, Batches):
             raise TypeError(
                 "batch must be a pytree of arrays, which argmin uses whole; got "
                 "Batches: pass its .all"
             )
-        check_scalar("inner_loss", inner_loss, w0, alpha, batch)
+        check_scalar_loss("inner_loss", inner_loss, w0, alpha, batch)
         solve_for = lambda w0: solver.solve(inner_loss, w0, alpha, batch, key)[0]
         found = jax.eval_shape(solve_for, w0)
         check_same_structure(f"{type(solver).__name__}.solve", found, w0)
@@ -103,7 +103,7 @@ def _argmin(loss, solver, linear_solver, key):
         product = lambda v: hvp(inner_loss, w, args, None, v)
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
         zero = jnp.zeros_like(b)
-        inverse = lambda matvec, b: solve(linear_solver, matvec, b, zero)[0]
+        inverse = lambda matvec, b: solve_linear(linear_solver, matvec, b, zero)[0]
         solved = jax.lax.custom_linear_solve(matvec, b, inverse, symmetric=True)
         return w, scale(-1, unravel(solved))
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -18,19 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from . import durable
-from .devices import by_first
-from .identity import HASH
-from .settings import check_steps
-from .trees import plain
+from .runtime import atomic_io
+from .runtime.devices import run_on_first_process
+from .runtime.fingerprint import HASH
+from .trees import to_numpy
+from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
-Identity = dict[str, str]
+RunFingerprint = dict[str, str]
 Arrays = dict[str, np.ndarray]
 
-KEPT = 2  # the newest, and the one before should that be damaged
+NO_STEP = -1
+NUM_KEPT = 2  # the newest, and the one before should that be damaged
 # What differs whenever anything does is named where nothing else is.
-TOGETHER = ("program", "beginning")
+TOGETHER = ("program", "initial state")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class Checkpoints:
     >>> outer = lambda w, alpha, batch: (w - 1.0) ** 2
     >>> problem, estimator = hg.Bilevel(inner, outer), hg.Implicit(hg.Newton())
     >>> optimizer, folder = optax.sgd(0.25), tempfile.TemporaryDirectory()
-    >>> run = lambda **changes: hg.minimize(
-    ...     problem, estimator, optimizer, 0.0, 3.0, num_steps=4,
-    ...     checkpoints=hg.Checkpoints(folder.name, every=2), **changes,
+    >>> loop = hg.OuterLoop(problem, estimator, optimizer)
+    >>> run = lambda **limits: loop.run(
+    ...     loop.init(0.0, 3.0), num_steps=4,
+    ...     checkpoints=hg.Checkpoints(folder.name, every=2), **limits,
     ... )
     >>> run(time_limit=1e-9).status
     'stopped: time limit'
@@ -91,7 +93,7 @@ class Checkpoints:
             raise TypeError(
                 f"folder must be a path, such as 'runs/first'; got {self.folder!r}"
             )
-        check_steps("every", self.every)
+        check_positive_int("every", self.every)
 
 
 def check_checkpoints(checkpoints: Any) -> None:
@@ -108,7 +110,7 @@ def check_checkpoints(checkpoints: Any) -> None:
 # Whose checkpoints they are.
 
 
-def place() -> Identity:
+def runtime_environment() -> RunFingerprint:
     """What the bits depend on beside the program."""
     from jaxlib.version import __version__ as jaxlib
 
@@ -120,7 +122,7 @@ def place() -> Identity:
     }
 
 
-def _compare(folder: Path, there: Identity, here: Identity) -> None:
+def _compare(folder: Path, there: RunFingerprint, here: RunFingerprint) -> None:
     """Refuses a folder of another run, naming what differs."""
     names = [name for name in here if there.get(name) != here[name]]
     names = [name for name in names if name not in TOGETHER] or names
@@ -143,14 +145,14 @@ def _compare(folder: Path, there: Identity, here: Identity) -> None:
 # The folder.
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that is not what was written."""
 
 
-class Folder:
+class CheckpointFolder:
     """The checkpoints of one run: ``step-N/`` by orbax, ``step-N.json`` to check it."""
 
-    def __init__(self, path: Path, run: Identity):
+    def __init__(self, path: Path, run: RunFingerprint):
         self.path, self.run, self.writable = path, run, False
 
     def open(self, stack: contextlib.ExitStack) -> None:
@@ -160,8 +162,8 @@ class Folder:
                 f"{self.path} is no folder; give another one for checkpoints"
             )
         try:
-            durable.make_folder(self.path)
-            hold(stack.enter_context((self.path / "lock").open("a")), self.path)
+            atomic_io.make_directory(self.path)
+            lock_file(stack.enter_context((self.path / "lock").open("a")), self.path)
             self.clear()
         except OSError as error:
             warnings.warn(
@@ -172,19 +174,32 @@ class Folder:
         else:
             self.writable = True
 
-    def load(self, blank: Tree) -> Tree:
-        """The newest whole checkpoint written over ``blank``, or that as it is."""
-        arrays, static = eqx.partition(blank, eqx.is_array)
+    def load(self, blank_fn: Callable[[int], Tree]) -> Tree | None:
+        """Returns the newest intact checkpoint, or None if the folder has none.
+
+        Args:
+          blank_fn: ``step -> tree`` of the structure, shapes and types that the
+            checkpoint of that step has.
+        """
+        step = int(
+            run_on_first_process(
+                lambda: np.asarray(self._newest_step(), np.int32),
+                np.zeros((), np.int32),
+            )
+        )
+        if step == NO_STEP:
+            return None
+        arrays, static = eqx.partition(blank_fn(step), eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
         like = jax.tree.map(np.empty_like, _named(leaves))
-        found = by_first(lambda: self._newest(like), like)
-        if found is None:
-            return blank
+        found = run_on_first_process(lambda: self._read(step, like), like)
 
         def written_over(leaf, array):
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-            return leaf.at[...].set(array)  # keeps its place and its weak type
+            if isinstance(leaf, np.ndarray):
+                return np.asarray(array)
+            return leaf.at[...].set(array)  # keeps its sharding
 
         leaves = [
             written_over(leaf, found[_name(i)]) if leaf.size else leaf
@@ -192,13 +207,13 @@ class Folder:
         ]
         return eqx.combine(jax.tree.unflatten(structure, leaves), static)
 
-    def _newest(self, like: Arrays) -> Arrays | None:
-        """The arrays of the newest whole checkpoint; None where there is none."""
+    def _newest_step(self) -> int:
+        """Returns the step of the newest intact checkpoint, or `NO_STEP`."""
         flaws = []
         for step in self._steps():
             try:
                 self._check(step)
-            except Damaged as flaw:
+            except CorruptCheckpointError as flaw:
                 flaws.append((step, str(flaw)))
                 continue
             for damaged, flaw in flaws:
@@ -209,14 +224,14 @@ class Folder:
                 )
                 if self.writable:
                     self._remove(damaged)
-            return self._read(step, like)
+            return step
         if flaws:
             said = "; ".join(f"step {step}: {flaw}" for step, flaw in flaws)
             raise ValueError(
                 f"no checkpoint in {self.path} is whole ({said}); delete the folder to "
                 "begin anew"
             )
-        return None
+        return NO_STEP
 
     def save(self, step: int, tree: PyTree) -> None:
         """Keeps a checkpoint, or warns that it could not be."""
@@ -256,20 +271,28 @@ class Folder:
             said = json.loads(self._file(step).read_text())
             seal = said.pop("sha256")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Damaged(f"{self._file(step).name} cannot be read") from error
+            raise CorruptCheckpointError(
+                f"{self._file(step).name} cannot be read"
+            ) from error
         if seal != _seal(said):
-            raise Damaged(f"{self._file(step).name} is not as it was written")
+            raise CorruptCheckpointError(
+                f"{self._file(step).name} is not as it was written"
+            )
         _compare(self.path, said["run"], self.run)
         try:
             found = _hashes(self._arrays(step))
         except OSError as error:
-            raise Damaged(f"{self._arrays(step).name} cannot be read") from error
+            raise CorruptCheckpointError(
+                f"{self._arrays(step).name} cannot be read"
+            ) from error
         if found != said["files"]:
             names = sorted(found.keys() | said["files"].keys())
             wrong = [
                 name for name in names if found.get(name) != said["files"].get(name)
             ]
-            raise Damaged(f"{self._arrays(step).name}/{wrong[0]} is not as written")
+            raise CorruptCheckpointError(
+                f"{self._arrays(step).name}/{wrong[0]} is not as written"
+            )
 
     def _read(self, step: int, like: Arrays) -> Arrays:
         with _orbax() as checkpointer:
@@ -279,11 +302,11 @@ class Folder:
         self._remove(step)
         with _orbax() as checkpointer:
             checkpointer.save(self._arrays(step).absolute(), arrays)
-        durable.settle_all(self._arrays(step))
+        atomic_io.fsync_tree(self._arrays(step))
         said = {"step": step, "run": self.run, "files": _hashes(self._arrays(step))}
         text = json.dumps(said | {"sha256": _seal(said)}, indent=1)
-        durable.write(self._file(step), text + "\n")
-        for old in self._steps()[KEPT:]:
+        atomic_io.atomic_write(self._file(step), text + "\n")
+        for old in self._steps()[NUM_KEPT:]:
             self._remove(old)
 
     def _remove(self, step: int) -> None:
@@ -302,15 +325,17 @@ class Folder:
 
 
 @contextlib.contextmanager
-def opened(checkpoints: Checkpoints, run: Identity) -> Iterator[Folder]:
+def open_checkpoints(
+    checkpoints: Checkpoints, run: RunFingerprint
+) -> Iterator[CheckpointFolder]:
     """The folder, held by the first process until the run ends or the process dies."""
-    folder = Folder(Path(checkpoints.folder), run)
+    folder = CheckpointFolder(Path(checkpoints.folder), run)
     with contextlib.ExitStack() as stack:
-        by_first(lambda: folder.open(stack))
+        run_on_first_process(lambda: folder.open(stack))
         yield folder
 
 
-def hold(file: IO, name: Path) -> None:
+def lock_file(file: IO, name: Path) -> None:
     """Locks a file by the operating system, which lets go when the process dies.
 
     Raises:
@@ -332,7 +357,7 @@ def _name(index: int) -> str:
 
 def _named(leaves: list) -> Arrays:
     """Leaves by their place; orbax keeps no array without numbers, nor need it."""
-    return {_name(i): plain(leaf) for i, leaf in enumerate(leaves) if leaf.size}
+    return {_name(i): to_numpy(leaf) for i, leaf in enumerate(leaves) if leaf.size}
 
 
 def _orbax() -> Any:

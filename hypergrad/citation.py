@@ -1,20 +1,20 @@
 """BibTeX of exactly what was combined.
 
-A class, or a function, says what it rests on by an attribute ``citations``: a tuple of
-keys of ``bibliography.BIBTEX`` (in a dataclass without annotation, so that it is no
-field).
+A class or function lists its sources in an attribute ``citations``, a tuple of keys of
+``references.bib``. In a dataclass it is written without annotation, so that it is not a
+field.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
+from importlib import resources
 from typing import Any, TypeVar
-
-from .bibliography import BIBTEX
 
 Function = TypeVar("Function", bound=Callable)
 
-#: What to cite where an object of another library is passed, by its top package.
-_PACKAGES = {
+#: Entry to cite for an object of another library, by its top-level package.
+PACKAGES = {
     "optax": "deepmind2020jax",
     "lineax": "lineax2023",
     "optimistix": "optimistix2024",
@@ -23,19 +23,29 @@ _PACKAGES = {
 }
 
 
+def _read_references() -> dict[str, str]:
+    """Returns the entries of ``references.bib`` by key."""
+    text = resources.files("hypergrad").joinpath("references.bib").read_text("utf-8")
+    keys = re.findall(r"^@\w+\{([^,]+),", text, re.MULTILINE)
+    return dict(zip(keys, text.strip().split("\n\n"), strict=True))
+
+
+REFERENCES = _read_references()
+
+
 def citation(*objects: Any) -> str:
-    """The BibTeX of ``hypergrad`` and of whatever the objects are made of.
+    """Returns the BibTeX of ``hypergrad`` and of everything the objects are made of.
 
     Args:
-      *objects: estimators, solvers, optimizers...: instances, with all that their
-        fields and containers hold, classes or functions.
+      *objects: Estimators, solvers, optimizers and so on: instances, with all that
+        their fields and containers hold, classes or functions.
 
     Returns:
-      Entries separated by blank lines: hypergrad's own, then the others in the order in
-      which they are first met, each once.
+      Entries separated by blank lines: that of hypergrad, then the others in the order
+      in which they are first met, each once.
 
     Raises:
-      KeyError: a class carries a key that ``BIBTEX`` lacks.
+      KeyError: A class lists a key that ``references.bib`` lacks.
       TypeError: ``citations`` is not a tuple of keys.
 
     >>> print(citation())
@@ -45,12 +55,12 @@ def citation(*objects: Any) -> str:
       note = {Python package hypergrad-jax},
     }
     """
-    found = dict.fromkeys(["hypergrad", *_keys(objects, set())])
-    return "\n\n".join(BIBTEX[key] for key in found)
+    keys = dict.fromkeys(["hypergrad", *_citation_keys(objects, set())])
+    return "\n\n".join(REFERENCES[key] for key in keys)
 
 
 def cites(*keys: str) -> Callable[[Function], Function]:
-    """Gives a function its ``citations``.
+    """Returns a decorator that sets the ``citations`` of a function.
 
     >>> @cites("liu1989")
     ... def method(): ...
@@ -58,45 +68,45 @@ def cites(*keys: str) -> Callable[[Function], Function]:
     ('liu1989',)
     """
 
-    def given(function: Function) -> Function:
-        # pyright knows no attributes of a function, hence not by a dot.
+    def decorate(function: Function) -> Function:
+        # A function has no declared attributes, so pyright rejects an assignment.
         setattr(function, "citations", keys)  # noqa: B010 - see above
         return function
 
-    return given
+    return decorate
 
 
-def _keys(thing: Any, seen: set[int]) -> Iterator[str]:
-    """Keys in depth-first order; an object's own before those of its fields."""
-    if id(thing) in seen:
+def _citation_keys(value: Any, visited: set[int]) -> Iterator[str]:
+    """Yields keys in depth-first order: an object's own before those of its parts."""
+    if id(value) in visited:
         return
-    seen.add(id(thing))
-    owner = thing if isinstance(thing, type) else type(thing)
-    own = getattr(thing, "citations", ())
-    if not isinstance(own, tuple):
+    visited.add(id(value))
+    owner = value if isinstance(value, type) else type(value)
+    keys = getattr(value, "citations", ())
+    if not isinstance(keys, tuple):
         raise TypeError(
-            f"{owner.__qualname__}.citations must be a tuple of keys, got {own!r}"
+            f"{owner.__qualname__}.citations must be a tuple of keys; got {keys!r}."
         )
-    for key in own:
-        if key not in BIBTEX:
+    for key in keys:
+        if key not in REFERENCES:
             raise KeyError(
-                f"{key!r}, carried by {owner.__qualname__}, is not in "
-                "hypergrad.bibliography.BIBTEX; add its entry there"
+                f"{owner.__qualname__}.citations must hold keys of references.bib; got "
+                f"{key!r}. Add its entry there."
             )
         yield key
-    package = str(getattr(thing, "__module__", "")).partition(".")[0]
-    if package in _PACKAGES:
-        yield _PACKAGES[package]
-    for part in _parts(thing):
-        yield from _keys(part, seen)
+    package = str(getattr(value, "__module__", "")).partition(".")[0]
+    if package in PACKAGES:
+        yield PACKAGES[package]
+    for part in _parts(value):
+        yield from _citation_keys(part, visited)
 
 
-def _parts(thing: Any) -> list:
-    if isinstance(thing, dict):
-        return list(thing.values())
-    if isinstance(thing, tuple | list):
-        return list(thing)
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        names = [field.name for field in dataclasses.fields(thing)]
-        return [getattr(thing, name) for name in names if hasattr(thing, name)]
+def _parts(value: Any) -> list:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, tuple | list):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return [getattr(value, name) for name in names if hasattr(value, name)]
     return []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from . import __version__
-from .terminal import draw, errors_in_words, show
+from .runtime.console import exit_with_message, print_markdown, print_table
 
 HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
@@ -49,19 +49,19 @@ def run(
         )
     if dry_run:
         chosen = [m for m in study.methods if not methods or m in methods]
-        show(rehearsal.report(study, chosen), Console())
+        print_markdown(rehearsal.report(study, chosen), Console())
         return
     seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
         sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")
     console = Console()
-    show(f"{task}: {study.data()[0]}, {number_of_seeds(seeds)}", console)
+    print_markdown(f"{task}: {study.data()[0]}, {number_of_seeds(seeds)}", console)
     command = f"hypergrad run {task} --seeds {seeds} --out {out}"
     if methods:
         command += f" --methods {' '.join(map(repr, methods))}"
-    with errors_in_words():
+    with exit_with_message():
         run = start(study, Request("small", seeds, out, command, methods))
-    show(run.file(".md").read_text(), console)
+    print_markdown(run.file(".md").read_text(), console)
     for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
         print(f"wrote {run.file(ending)}")  # a path in one piece
     if run.models:
@@ -84,20 +84,20 @@ def tasks() -> None:
     from .studies import STUDIES
 
     rows = [(s.name, s.paradigm, s.source, f"{s.minutes:g}") for s in STUDIES.values()]
-    draw(("task", "paradigm", "source", "minutes"), rows, Console())
+    print_table(("task", "paradigm", "source", "minutes"), rows, Console())
 
 
 def estimators() -> None:
     """List the estimators: what each is for, what it costs, what it sees."""
     from rich.console import Console
 
-    from . import choose
+    from . import method_tables
 
     console = Console(width=max(Console().width, 110))
     for name in ("advice", "costs"):
-        columns = choose.TABLES[name]
-        rows = [[row[column] for column in columns] for row in choose.rows()]
-        draw(columns, rows, console)
+        columns = method_tables.TABLES[name]
+        rows = [[row[column] for column in columns] for row in method_tables.rows()]
+        print_table(columns, rows, console)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The problem: two losses with one signature, and their data.
+"""The bilevel problem, its data, and the batches that losses are evaluated on.
 
-min_alpha  M_val(w*(alpha), alpha)   subject to   w*(alpha) = argmin_w L(w, alpha)
+min_alpha  M(w*(alpha), alpha)   subject to   w*(alpha) = argmin_w L(w, alpha)
 """
 
 from collections.abc import Callable, Iterator
@@ -13,207 +13,131 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .products import Loss
-from .settings import refuse_changing
+from .validation import check_hashable
 
-
-def _as_arrays(data: PyTree) -> PyTree:
-    def convert(path, leaf):
-        name = jax.tree_util.keystr(path) or "the data"
-        try:
-            array = jnp.asarray(leaf)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"data leaf {name} is a {type(leaf).__name__} of "
-                f"{getattr(leaf, 'dtype', 'no numbers')}, which is no numeric array; "
-                "pass numeric arrays (encode text and categories as integers)"
-            ) from error
-        if array.size == 0:
-            raise ValueError(
-                f"data leaf {name} is empty (shape {array.shape}); a loss over no "
-                "examples has no gradient: pass at least one example"
-            )
-        return array
-
-    return jax.tree.map_with_path(convert, data)
+MAX_CONSTANT_BYTES = 1024  # a `data_fn` may close over this much, and no more
 
 
 class Batches(eqx.Module):
-    """Examples, and how many of them a loss sees at once.
+    """A data set from which a loss sees mini-batches.
 
     Args:
-      data: pytree of arrays that share their leading axis ``[size, ...]``; scalars
-        beside them, such as a temperature, are in every batch as they are. None with
-        ``keyed=True``, when each batch is just a key (rollouts, collocation points).
-      batch_size: examples a draw, i.i.d. with replacement; None means all of them.
-      keyed: each batch becomes ``(batch, key)`` with a fresh PRNG key (augmentation,
-        dropout); with ``data=None`` it is the key alone.
+      data: Pytree of arrays with a common leading axis ``[num_examples, ...]``. A
+        scalar leaf, such as a temperature, is passed unchanged with every batch.
+        ``None`` together with ``with_key=True`` makes batches that are only a key
+        (rollouts, collocation points).
+      batch_size: Number of examples per batch, sampled i.i.d. with replacement.
+        Defaults to None, which means that every batch is the full data set.
+      with_key: Whether a batch is a pair ``(batch, key)`` with a fresh PRNG key, as
+        augmentation and dropout need. With ``data=None`` a batch is the key alone.
 
     Raises:
-      ValueError: leaves of different length, no data, ``batch_size`` outside
-        ``1..size``.
+      TypeError: A leaf is not a numeric array.
+      ValueError: Leaves differ in their leading axis, there is no data, or
+        ``batch_size`` is not in ``1..num_examples``.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> batches = hg.Batches({"x": jnp.ones((6, 2)), "y": jnp.arange(6)}, batch_size=4)
-    >>> batches.size
+    >>> batches.num_examples
     6
-    >>> batches.draw(jax.random.key(0))["x"].shape
+    >>> batches.sample(jax.random.key(0))["x"].shape
     (4, 2)
     """
 
     data: PyTree
     batch_size: int | None = eqx.field(static=True, default=None)
-    keyed: bool = eqx.field(static=True, default=False, kw_only=True)
+    with_key: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def __init__(
-        self, data: PyTree, batch_size: int | None = None, *, keyed: bool = False
+        self, data: PyTree, batch_size: int | None = None, *, with_key: bool = False
     ):
-        self.data = _as_arrays(data)
+        self.data = _to_arrays(data)
         self.batch_size = batch_size
-        self.keyed = keyed
+        self.with_key = with_key
         leaves = jax.tree.leaves(self.data)
         if not leaves:
-            if keyed and batch_size is None:
+            if with_key and batch_size is None:
                 return
             raise ValueError(
-                "Batches has no data; pass a pytree of arrays, or "
-                "Batches(None, keyed=True) for batches that are just a key"
+                "Batches has no data. Pass a pytree of arrays, or "
+                "Batches(None, with_key=True) for batches that are only a key."
             )
         shapes = [leaf.shape for leaf in leaves]
         if len({shape[0] for shape in shapes if shape}) != 1:
             raise ValueError(
-                "the leaves of Batches need one common leading axis, the examples, "
-                f"or be scalars beside them; got shapes {shapes}"
+                "data must have leaves with one common leading axis, the examples; "
+                f"got shapes {shapes}. Only scalars may lack it."
             )
         if batch_size is not None and not (
             isinstance(batch_size, int)
             and not isinstance(batch_size, bool)
-            and 1 <= batch_size <= self.size
+            and 1 <= batch_size <= self.num_examples
         ):
             raise ValueError(
-                f"batch_size must be an integer in 1..{self.size} (the number of "
-                f"examples) or None for all of them; got {batch_size!r}"
+                f"batch_size must be an integer in 1..{self.num_examples} (the number "
+                f"of examples), or None for all of them; got {batch_size!r}."
             )
 
     @property
-    def size(self) -> int:
-        """Number of examples (1 where a batch is just a key)."""
+    def num_examples(self) -> int:
+        """Number of examples; 1 if a batch is only a key."""
         lengths = [leaf.shape[0] for leaf in jax.tree.leaves(self.data) if leaf.ndim]
         return lengths[0] if lengths else 1
 
-    @property
-    def all(self) -> PyTree:
-        """Every example as one batch; a keyed one gets ``jax.random.key(0)``."""
-        return self.whole(jax.random.key(0))
+    def full_batch(self, key: Array | None = None) -> PyTree:
+        """Returns all examples as one batch.
 
-    def whole(self, key: Array) -> PyTree:
-        """Every example as one batch, with ``key`` where keyed."""
-        if not self.keyed:
+        Args:
+          key: PRNG key of the batch if ``with_key``. Defaults to
+            ``jax.random.key(0)``.
+        """
+        if not self.with_key:
             return self.data
+        key = jax.random.key(0) if key is None else key
         return key if self.data is None else (self.data, key)
 
     def take(self, indices: Array) -> PyTree:
-        """The examples at ``indices`` (an integer array); without a key."""
+        """Returns the examples at ``indices`` (integers), without a key."""
         rows = lambda leaf: leaf[indices] if leaf.ndim else leaf
         return jax.tree.map(rows, self.data)
 
-    def draw(self, key: Array) -> PyTree:
-        """A batch drawn i.i.d. with replacement; same key, same batch to the bit."""
+    def sample(self, key: Array) -> PyTree:
+        """Returns a batch; the same key gives the same batch to the bit."""
         if self.batch_size is None:
-            return self.whole(key)
-        index_key, batch_key = jax.random.split(key) if self.keyed else (key, None)
-        indices = jax.random.randint(index_key, (self.batch_size,), 0, self.size)
+            return self.full_batch(key)
+        index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
+        shape = (self.batch_size,)
+        indices = jax.random.randint(index_key, shape, 0, self.num_examples)
         batch = self.take(indices)
-        return (batch, batch_key) if self.keyed else batch
+        return (batch, batch_key) if self.with_key else batch
 
 
-Data = PyTree  # a pytree of arrays, `Batches`, or None
-
-
-def _as_data(data: Any) -> Data:
-    return data if isinstance(data, Batches) else _as_arrays(data)
-
-
-def draw(data: Data, key: Array) -> PyTree:
-    """The batch that one inner step sees."""
-    return data.draw(key) if isinstance(data, Batches) else data
-
-
-def whole(data: Data, key: Array) -> PyTree:
-    """All of the data as one batch."""
-    return data.whole(key) if isinstance(data, Batches) else data
-
-
-def is_sampled(data: Data) -> bool:
-    """Whether a batch is some of the examples, not all."""
-    return isinstance(data, Batches) and data.batch_size is not None
-
-
-def is_keyed(data: Data) -> bool:
-    """Whether each batch comes with a key."""
-    return isinstance(data, Batches) and data.keyed
-
-
-def undrawn(data: Data) -> Data:
-    """The same data, of which every batch is all."""
-    return Batches(data.data, keyed=data.keyed) if isinstance(data, Batches) else data
-
-
-def held(data: Data, batch_size: int | None, key: Array) -> PyTree:
-    """The batch that a whole estimate sees: all, or ``batch_size`` examples."""
-    if batch_size is None:
-        return whole(data, key)
-    if not isinstance(data, Batches):
-        raise ValueError(
-            f"a batch size of {batch_size} needs the data as hg.Batches; a plain "
-            "pytree is used whole"
-        )
-    return Batches(data.data, batch_size, keyed=data.keyed).draw(key)
-
-
-def size(data: Data) -> int | None:
-    """Number of examples: the common leading axis, or None where there is none.
-
-    Scalars beside the examples, such as a penalty, count for nothing.
-    """
-    data = data.data if isinstance(data, Batches) else data
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.ndim}
-    return lengths.pop() if len(lengths) == 1 else None
-
-
-def fraction(data: Data, batch_size: int | None = None) -> float:
-    """The part of the data that one batch is, the unit in which costs count.
-
-    ``batch_size=None`` asks for the data's own, the batch of an inner step.
-    """
-    if not isinstance(data, Batches):
-        return 1.0
-    return (batch_size or data.batch_size or data.size) / data.size
-
-
-def held_fraction(data: Data, batch_size: int | None) -> float:
-    """The part of the data that a `held` batch is."""
-    return fraction(data, batch_size or size(data))
+Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
 
 
 class Bilevel(eqx.Module):
-    """``min_alpha outer_loss(w*(alpha), alpha)``, ``w*(alpha) = argmin_w inner_loss``.
+    """The problem ``min_alpha M(w*(alpha), alpha)`` with ``w*(alpha) = argmin_w L``.
+
+    A registered pytree: the functions are static and compared by identity, the data is
+    traced.
 
     Args:
-      inner_loss: ``(w, alpha, batch) -> scalar``, the training loss.
-      outer_loss: ``(w, alpha, batch) -> scalar``, the validation loss; or a tuple of
-        K such losses: then values are ``[K]`` and hypergradient leaves ``[K, ...]``.
-      inner_data, outer_data: None, a pytree of arrays used whole, or `Batches`.
-      start: ``(w, alpha) -> w0``, an inner starting point that depends on ``alpha``.
-      draw: ``key -> (inner_data, outer_data)``, called once per estimate and held
-        fixed for it (episodes, rollouts, federated rounds). Large arrays that it
-        reads are data: ``draw=jax.tree_util.Partial(sample, arrays)``.
-
-    A registered pytree: losses are static (compared by identity), data is traced.
+      inner_loss: The training loss ``L``, ``(w, alpha, batch) -> scalar``.
+      outer_loss: The validation loss ``M``, ``(w, alpha, batch) -> scalar``, or a tuple
+        of K losses. With a tuple, values have shape ``[K]`` and each leaf of a
+        hypergradient has a leading axis of size K.
+      inner_data, outer_data: None, a pytree of arrays that is used whole, or `Batches`.
+      init_fn: ``(w, alpha) -> w0``, an inner starting point that depends on ``alpha``,
+        as in MAML. Defaults to starting from ``w``.
+      data_fn: ``key -> (inner_data, outer_data)`` for problems whose data is random
+        (episodes, rollouts, federated rounds). It is called once per estimate and its
+        result is held fixed for that estimate. Pass the large arrays that it reads as
+        data: ``data_fn=jax.tree_util.Partial(sample, arrays)``.
 
     Raises:
-      TypeError: a loss, ``start`` or ``draw`` that cannot be called, or has no hash.
-      ValueError: empty data, data together with ``draw``, or a ``draw`` that closes
-        over arrays above 1 kB.
+      TypeError: A function cannot be called or is not hashable.
+      ValueError: The data is empty, ``data_fn`` is given together with data, or
+        ``data_fn`` closes over more than 1 kB of arrays.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -226,8 +150,8 @@ class Bilevel(eqx.Module):
     outer_loss: Loss | tuple[Loss, ...] = eqx.field(static=True)
     inner_data: Data
     outer_data: Data
-    start: Callable[[PyTree, PyTree], PyTree] | None = eqx.field(static=True)
-    draw: Callable[[Array], tuple[Data, Data]] | None
+    init_fn: Callable[[PyTree, PyTree], PyTree] | None = eqx.field(static=True)
+    data_fn: Callable[[Array], tuple[Data, Data]] | None
 
     def __init__(
         self,
@@ -236,104 +160,232 @@ class Bilevel(eqx.Module):
         inner_data: Data = None,
         outer_data: Data = None,
         *,
-        start: Callable[[PyTree, PyTree], PyTree] | None = None,
-        draw: Callable[[Array], tuple[Data, Data]] | None = None,
+        init_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
+        data_fn: Callable[[Array], tuple[Data, Data]] | None = None,
     ):
         if isinstance(outer_loss, list):
             outer_loss = tuple(outer_loss)
         losses = outer_loss if isinstance(outer_loss, tuple) else (outer_loss,)
         if not losses:
-            raise ValueError("outer_loss is an empty tuple; pass at least one loss")
-        named = [("inner_loss", inner_loss), ("start", start), ("draw", draw)]
-        named += [("outer_loss", loss) for loss in losses]
-        for name, function in named:
-            optional = name in ("start", "draw") and function is None
-            if not (optional or callable(function)):
-                raise TypeError(f"{name} must be a function; got {function!r}")
-            refuse_changing(name, function)
-        if draw is not None:
+            raise ValueError("outer_loss must hold at least one loss; got ().")
+        for function in (inner_loss, *losses):
+            name = "inner_loss" if function is inner_loss else "outer_loss"
+            _check_function(name, function)
+        if init_fn is not None:
+            _check_function("init_fn", init_fn)
+        if data_fn is not None:
+            _check_function("data_fn", data_fn)
             if inner_data is not None or outer_data is not None:
                 raise ValueError(
-                    "pass either data or draw, not both: draw returns the data of "
-                    "each estimate"
+                    "data_fn must not be given together with inner_data or "
+                    "outer_data, because it returns the data of each estimate."
                 )
-            if not isinstance(draw, jax.tree_util.Partial):
-                draw = jax.tree_util.Partial(draw)
-            _refuse_large_constants(draw)
+            if not isinstance(data_fn, jax.tree_util.Partial):
+                data_fn = jax.tree_util.Partial(data_fn)
+            _check_closed_over_arrays(data_fn)
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
-        self.inner_data = _as_data(inner_data)
-        self.outer_data = _as_data(outer_data)
-        self.start = start
-        self.draw = draw
+        self.inner_data = _to_data(inner_data)
+        self.outer_data = _to_data(outer_data)
+        self.init_fn = init_fn
+        self.data_fn = data_fn
 
     @property
     def num_objectives(self) -> int | None:
-        """K where ``outer_loss`` is a tuple of K losses, else None."""
+        """K if ``outer_loss`` is a tuple of K losses, else None."""
         return len(self.outer_loss) if isinstance(self.outer_loss, tuple) else None
 
-    def data(self, key: Array) -> tuple[Data, Data]:
-        """``(inner_data, outer_data)`` of one estimate."""
-        if self.draw is None:
+    def sample_data(self, key: Array) -> tuple[Data, Data]:
+        """Returns ``(inner_data, outer_data)`` of one estimate."""
+        if self.data_fn is None:
             return self.inner_data, self.outer_data
-        drawn = self.draw(key)
-        if not (isinstance(drawn, tuple) and len(drawn) == 2):
+        data = self.data_fn(key)
+        if not (isinstance(data, tuple) and len(data) == 2):
             raise TypeError(
-                "draw must return the pair (inner_data, outer_data); got "
-                f"{type(drawn).__name__}"
+                "data_fn must return the pair (inner_data, outer_data); got "
+                f"{type(data).__name__}."
             )
-        inner_data, outer_data = map(_as_data, drawn)
+        inner_data, outer_data = map(_to_data, data)
         return inner_data, outer_data
 
-    def initial(self, w: PyTree, alpha: PyTree) -> PyTree:
-        """Where the inner solver begins."""
-        return w if self.start is None else self.start(w, alpha)
+    def init_inner(self, w: PyTree, alpha: PyTree) -> PyTree:
+        """Returns the point from which the inner solver starts."""
+        return w if self.init_fn is None else self.init_fn(w, alpha)
 
-    def outer(self, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-        """The outer value: a scalar, or ``[K]`` for K outer losses."""
+    def outer_value(self, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+        """Returns ``M(w, alpha)``: a scalar, or ``[K]`` for K outer losses."""
         if not isinstance(self.outer_loss, tuple):
             return self.outer_loss(w, alpha, batch)
         return jnp.stack([loss(w, alpha, batch) for loss in self.outer_loss])
 
-    def outer_gradients(
+    def outer_value_and_grads(
         self, w: PyTree, alpha: PyTree, batch: PyTree
     ) -> tuple[Array, PyTree, PyTree]:
-        """Value, ``dM/dw`` and the direct term ``dM/dalpha``; leaves lead with K."""
+        """Returns ``M``, ``dM/dw`` and the direct term ``dM/dalpha``.
 
-        def gradients(loss):
+        With K outer losses each leaf of the three has a leading axis of size K.
+        """
+
+        def value_and_grads(loss):
             value, pullback = jax.vjp(lambda w, a: loss(w, a, batch), w, alpha)
             return value, *pullback(jnp.ones_like(value))
 
         if not isinstance(self.outer_loss, tuple):
-            return gradients(self.outer_loss)
-        found = [gradients(loss) for loss in self.outer_loss]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+            return value_and_grads(self.outer_loss)
+        per_loss = [value_and_grads(loss) for loss in self.outer_loss]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_loss)
 
 
-def _refuse_large_constants(sample: jax.tree_util.Partial) -> None:
-    """A sampler's closed-over arrays would be baked into the program."""
-    closed = jax.make_jaxpr(sample.func)(
-        *sample.args, jax.random.key(0), **sample.keywords
+class EstimateData(eqx.Module):
+    """The data of one estimate, and the keys of its parts.
+
+    Solver, adjoint, cross term and certificate of one estimate share it, so that all
+    of them see the same sample.
+    """
+
+    inner_data: Data
+    outer_data: Data
+    solver_key: Array
+    inner_key: Array
+    outer_key: Array
+
+    @classmethod
+    def sample(cls, problem: Bilevel, key: Array) -> "EstimateData":
+        """Samples the data of an estimate; the same key gives the same data."""
+        data_key, solver_key, inner_key, outer_key = jax.random.split(key, 4)
+        return cls(*problem.sample_data(data_key), solver_key, inner_key, outer_key)
+
+    def inner_batch(self, batch_size: int | None = None) -> PyTree:
+        """Returns the batch for everything that follows the inner solver."""
+        return sample_fixed_batch(self.inner_data, batch_size, self.inner_key)
+
+    def outer_batch(self, batch_size: int | None = None) -> PyTree:
+        """Returns the batch of the outer loss."""
+        return sample_fixed_batch(self.outer_data, batch_size, self.outer_key)
+
+
+def sample_batch(data: Data, key: Array) -> PyTree:
+    """Returns the batch that one inner step sees."""
+    return data.sample(key) if isinstance(data, Batches) else data
+
+
+def full_batch(data: Data, key: Array) -> PyTree:
+    """Returns all of the data as one batch."""
+    return data.full_batch(key) if isinstance(data, Batches) else data
+
+
+def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree:
+    """Returns the batch used throughout one estimate; all examples if size is None."""
+    if batch_size is None:
+        return full_batch(data, key)
+    if not isinstance(data, Batches):
+        raise ValueError(
+            f"a batch size of {batch_size} needs the data as hg.Batches, because a "
+            "plain pytree is used whole."
+        )
+    return Batches(data.data, batch_size, with_key=data.with_key).sample(key)
+
+
+def without_sampling(data: Data) -> Data:
+    """Returns the data with ``batch_size=None``: every batch is the full data set."""
+    if not isinstance(data, Batches):
+        return data
+    return Batches(data.data, with_key=data.with_key)
+
+
+def is_sampled(data: Data) -> bool:
+    """Returns True if a batch holds only some of the examples."""
+    return isinstance(data, Batches) and data.batch_size is not None
+
+
+def is_keyed(data: Data) -> bool:
+    """Returns True if each batch comes with a PRNG key."""
+    return isinstance(data, Batches) and data.with_key
+
+
+def num_examples(data: Data) -> int | None:
+    """Returns the length of the common leading axis, or None if there is none.
+
+    Scalar leaves, such as a penalty, are ignored.
+    """
+    data = data.data if isinstance(data, Batches) else data
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.ndim}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def batch_fraction(data: Data, batch_size: int | None = None) -> float:
+    """Returns the size of a batch as a fraction of the data, the unit of cost.
+
+    Args:
+      data: The data.
+      batch_size: Defaults to the batch size of ``data``, which is that of an inner step.
+    """
+    if not isinstance(data, Batches):
+        return 1.0
+    return (batch_size or data.batch_size or data.num_examples) / data.num_examples
+
+
+def fixed_batch_fraction(data: Data, batch_size: int | None) -> float:
+    """Returns the size of a `sample_fixed_batch` as a fraction of the data."""
+    return batch_fraction(data, batch_size or num_examples(data))
+
+
+def _to_arrays(data: PyTree) -> PyTree:
+    """Converts each leaf to an array; raises for a leaf that is not numeric or empty."""
+
+    def convert(path, leaf):
+        name = jax.tree_util.keystr(path) or "the data"
+        try:
+            array = jnp.asarray(leaf)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"data leaf {name} must be a numeric array; got {type(leaf).__name__} "
+                f"of {getattr(leaf, 'dtype', 'no numbers')}. Encode text and "
+                "categories as integers."
+            ) from error
+        if array.size == 0:
+            raise ValueError(
+                f"data leaf {name} must hold at least one example; got shape "
+                f"{array.shape}. A loss over no examples has no gradient."
+            )
+        return array
+
+    return jax.tree.map_with_path(convert, data)
+
+
+def _to_data(data: Any) -> Data:
+    return data if isinstance(data, Batches) else _to_arrays(data)
+
+
+def _check_function(name: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{name} must be a function; got {function!r}.")
+    check_hashable(name, function)
+
+
+def _check_closed_over_arrays(data_fn: jax.tree_util.Partial) -> None:
+    """Raises ValueError if arrays would be compiled into the program as constants."""
+    closed_jaxpr = jax.make_jaxpr(data_fn.func)(
+        *data_fn.args, jax.random.key(0), **data_fn.keywords
     )
     num_bytes = sum(
         np.size(constant) * constant.dtype.itemsize
-        for constant in _constants(closed)
+        for constant in _constants(closed_jaxpr)
         if hasattr(constant, "dtype")
     )
-    if num_bytes > 1024:
+    if num_bytes > MAX_CONSTANT_BYTES:
         raise ValueError(
-            f"draw closes over {num_bytes:,} bytes of arrays, which would be compiled "
-            "into the program as constants; pass it as data: "
-            "draw=jax.tree_util.Partial(sample, arrays) with sample(arrays, key)"
+            f"data_fn closes over {num_bytes:,} bytes of arrays, which would be "
+            "compiled into the program as constants. Pass them as data: "
+            "data_fn=jax.tree_util.Partial(sample, arrays) with sample(arrays, key)."
         )
 
 
-def _constants(closed: Any) -> Iterator[Any]:
-    """Constants of a closed jaxpr and of those within it."""
-    yield from closed.consts
-    for equation in closed.jaxpr.eqns:
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "consts")
-        ):
-            if hasattr(inner, "consts"):
-                yield from _constants(inner)
+def _constants(closed_jaxpr: Any) -> Iterator[Any]:
+    """Yields the constants of a closed jaxpr and of the jaxprs within it."""
+    has_constants = lambda x: hasattr(x, "consts")
+    yield from closed_jaxpr.consts
+    for equation in closed_jaxpr.jaxpr.eqns:
+        for param in jax.tree.leaves(equation.params, is_leaf=has_constants):
+            if has_constants(param):
+                yield from _constants(param)

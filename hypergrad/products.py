@@ -1,12 +1,12 @@
 """The package's only second derivatives, as products with vectors.
 
-Everything here is matrix-free and takes pytrees. ``loss(w, alpha, batch)`` is
-twice differentiable, ``H = d²L/dw²`` is its Hessian in ``w`` and
-``J = d²L/dw dalpha`` the cross derivative. All products are forward over reverse:
-one forward-mode derivative of one gradient, about two gradients of work.
+All functions are matrix-free and take pytrees. ``loss(w, alpha, batch)`` is twice
+differentiable, ``H = d2L/dw2`` is its Hessian in ``w`` and ``J = d2L/dw dalpha`` its
+cross derivative. Every product is forward over reverse: one forward-mode derivative of
+one gradient, for about the work of two gradients.
 
-For several right-hand sides, ``jax.vmap`` over the vector: the gradient at the
-point is evaluated once and the columns share one matrix product.
+For several right-hand sides, apply `jax.vmap` over the vector: the gradient at the point
+is evaluated once and the columns share one matrix product.
 """
 
 from collections.abc import Callable
@@ -19,63 +19,84 @@ Loss = Callable[[PyTree, PyTree, PyTree], Any]
 
 
 def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTree:
-    """Hessian-vector product ``H v``; same structure as ``w``. Costs two gradients."""
-    gradient = lambda w: jax.grad(loss)(w, alpha, batch)
-    return jax.jvp(gradient, (w,), (v,))[1]
+    """Returns the Hessian-vector product ``H v``, structured like ``w``.
+
+    Cost: two gradients.
+    """
+    grad_fn = lambda w: jax.grad(loss)(w, alpha, batch)
+    return jax.jvp(grad_fn, (w,), (v,))[1]
 
 
 def cross_vjp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTree:
-    """Cross product ``Jᵀ v``; same structure as ``alpha``. Costs two gradients.
+    """Returns the cross product ``J' v``, structured like ``alpha``.
 
-    Second derivatives commute, so ``Jᵀ v`` is the derivative of ``dL/dalpha`` along
-    ``v``: no reverse pass over a reverse pass.
+    Second derivatives commute, so ``J' v`` is the derivative of ``dL/dalpha`` along
+    ``v``; no reverse pass over a reverse pass is needed.
+
+    Cost: two gradients.
     """
-    gradient = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
-    return jax.jvp(gradient, (w,), (v,))[1]
+    alpha_grad_fn = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
+    return jax.jvp(alpha_grad_fn, (w,), (v,))[1]
 
 
 def cross_jvp(
     loss: Loss, w: PyTree, args: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> PyTree:
-    """Derivative of ``dL/dw`` along ``tangents`` of ``args``; like ``w``.
+    """Returns the derivative of ``dL/dw`` along ``tangents``, structured like ``w``.
 
-    ``args`` are all arguments of the loss after ``w``; integer leaves have ``float0``
-    tangents. Costs two gradients.
+    Args:
+      loss: ``(w, *args) -> scalar``.
+      w: Point of evaluation.
+      args: All arguments of the loss after ``w``.
+      tangents: Tangents of ``args``; integer leaves have ``float0`` tangents.
+
+    Cost: two gradients.
     """
-    gradient = lambda *args: jax.grad(loss)(w, *args)
-    return jax.jvp(gradient, args, tangents)[1]
+    grad_fn = lambda *args: jax.grad(loss)(w, *args)
+    return jax.jvp(grad_fn, args, tangents)[1]
 
 
-def hvp_and_cross(
+def hvp_and_cross_vjp(
     loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """``dL/dw``, ``H v`` and ``Jᵀ v`` from one derivative of one gradient."""
-    gradient = lambda w: jax.grad(loss, argnums=(0, 1))(w, alpha, batch)
-    (g, _), (Hv, JTv) = jax.jvp(gradient, (w,), (v,))
-    return g, Hv, JTv
+    """Returns ``dL/dw``, ``H v`` and ``J' v`` from one derivative of one gradient.
+
+    Cost: two gradients.
+    """
+    grads_fn = lambda w: jax.grad(loss, argnums=(0, 1))(w, alpha, batch)
+    (inner_grad, _), (Hv, cross) = jax.jvp(grads_fn, (w,), (v,))
+    return inner_grad, Hv, cross
 
 
 def gauss_newton_product(
-    outputs: Callable[..., PyTree], cost: Callable[..., Any], w: PyTree, v: PyTree
+    model_fn: Callable[..., PyTree], loss_fn: Callable[..., Any], w: PyTree, v: PyTree
 ) -> PyTree:
-    """``Zᵀ C Z v`` of ``cost(outputs(w))``; same structure as ``w``.
+    """Returns ``Z' C Z v`` for the loss ``loss_fn(model_fn(w))``, structured like ``w``.
 
-    ``Z = d outputs / dw`` and ``C`` is the Hessian of ``cost`` in the outputs, so the
-    product is that of ``H`` without the curvature of ``outputs``. Costs two gradients.
+    ``Z = d model_fn / dw`` and ``C`` is the Hessian of ``loss_fn`` in the outputs of the
+    model, so that the product is ``H v`` without the curvature of ``model_fn``.
+
+    Cost: two gradients.
     """
-    z, forward = jax.linearize(outputs, w)
+    outputs, forward = jax.linearize(model_fn, w)
     backward = jax.linear_transpose(forward, w)
-    (product,) = backward(jax.jvp(jax.grad(cost), (z,), (forward(v),))[1])
+    (product,) = backward(jax.jvp(jax.grad(loss_fn), (outputs,), (forward(v),))[1])
     return product
 
 
 def pushforward(
     f: Callable[[Array], PyTree], x: Array, directions: Array
 ) -> tuple[PyTree, PyTree]:
-    """``f(x)`` and its derivatives along ``directions`` ``[n, ...]``, leading with n.
+    """Returns ``f(x)`` and its derivatives along ``directions``.
 
-    ``f`` may take gradients: its derivative then goes forward over reverse. Costs ``f``
-    once and n tangents of it, batched.
+    Args:
+      f: Function to differentiate. It may contain gradients; its derivative is then
+        forward over reverse.
+      x: Point of evaluation.
+      directions: Tangents of ``x`` with a leading axis, ``[n, ...]``. The derivatives
+        have the same leading axis.
+
+    Cost: ``f`` once, and n of its tangents in one batch.
     """
     along = lambda direction: jax.jvp(f, (x,), (direction,))
     return jax.vmap(along, out_axes=(None, 0))(directions)

@@ -11,32 +11,31 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .checks import (
-    as_inputs,
-    as_key,
-    check_problem,
-    check_problem_is,
-    check_searched,
-    is_traced,
-    traced,
-)
-from .cost import ledger
-from .estimators.protocol import make_stats
-from .executors import Executor, LostError, Remote
-from .identity import digest, digest_function, fingerprint
-from .inner.protocol import InnerSolver
-from .metrics import Metric, Progress, check_metrics, check_progress
-from .problem import Bilevel, whole
+from .cost import cost_stats
+from .estimators.base import make_stats
+from .inner.base import InnerSolver
+from .problem import Bilevel, full_batch
+from .problem_checks import check_alpha_is_used, check_problem, check_problem_type
+from .recording import Metric, Progress, check_metrics, check_progress
+from .runtime.executors import Executor, LostError, Remote
+from .runtime.fingerprint import digest, digest_function, fingerprint
 from .searchers import Searcher, populations
-from .settings import check_steps, number
 from .trace import FAILED, Trace
 from .trees import all_finite
+from .validation import (
+    as_input_arrays,
+    as_key,
+    check_positive_int,
+    float_converter,
+    floats_to_arrays,
+    is_traced,
+)
 
 
 def search(
     problem: Bilevel,
     solver: InnerSolver,
-    searcher: Searcher | populations.Populations,
+    searcher: Searcher | populations.PopulationSearcher,
     w: PyTree,
     *,
     space: PyTree,
@@ -129,14 +128,14 @@ def search(
     >>> bool(abs(trace.best_alpha - 0.5) < 0.1)
     True
     """
-    check_problem_is(problem)
+    check_problem_type(problem)
     trains = hasattr(searcher, "round") and hasattr(searcher, "cost")
     if isinstance(searcher, type) or not (trains or isinstance(searcher, Searcher)):
         raise TypeError(
             "searcher must have init, ask and tell, such as hg.searchers.Random(); got "
             f"{searcher!r}"
         )
-    number("budget", optional=False)(budget)
+    float_converter("budget", optional=False)(budget)
     check_progress(progress)
     if record is not None and not callable(record):
         raise TypeError(f"record must be a function of one row; got {record!r}")
@@ -146,14 +145,14 @@ def search(
             "trials are told by the searcher's journal, which would be told of them "
             "once more; leave out one of the two"
         )
-    check_steps("batch_size", batch_size)
+    check_positive_int("batch_size", batch_size)
     _check_executor(executor)
     if not 0 < budget < math.inf:
         raise ValueError(
             f"budget must be positive gradient-equivalents, and finite; got {budget!r}"
         )
     several = problem.num_objectives is not None
-    if several and not getattr(searcher, "takes_several", False):
+    if several and not getattr(searcher, "is_multi_objective", False):
         raise ValueError(
             f"the problem has {problem.num_objectives} outer losses, "
             f"{type(searcher).__name__} takes one; search by hg.searchers.NSGA2(), "
@@ -172,10 +171,12 @@ def search(
                 "program; leave executor and batch_size out, its own size says how many"
             )
         setting = _setting(problem, solver, w, space, metrics)
-        return populations.run(searcher, setting, budget, key, progress, record, trials)
+        return populations.run_rounds(
+            searcher, setting, budget, key, progress, record, trials
+        )
     init_key, run_key = jax.random.split(key)
     state = searcher.init(space, init_key)
-    problem = traced(problem)
+    problem = floats_to_arrays(problem)
     metrics = check_metrics(metrics)
 
     inputs = lambda alpha, key: (problem, solver, w, alpha, metrics, key)
@@ -192,7 +193,7 @@ def search(
                 alpha, state = searcher.ask(state, ask_key)
             except StopIteration:
                 break
-            w, alpha = as_inputs(w, alpha, differentiable=False)
+            w, alpha = as_input_arrays(w, alpha, differentiable=False)
             batch.append((alpha, trial_key))
             run_key, ahead = next_key, ahead + last
         if not batch:
@@ -278,9 +279,9 @@ def _named(lost: LostError, batch, numbers, record) -> RuntimeError:
         for i, error in sorted(lost.errors.items())
     )
     advice = (
-        "give record= to keep those that end well"
+        "give trial_callback= to keep those that end well"
         if record is None
-        else "all others are recorded, and by trials= the same search goes on from them"
+        else "all others are recorded, and by previous_trials= the same search goes on from them"
     )
     return RuntimeError(f"trials came to nothing, {named}; {advice}")
 
@@ -357,14 +358,14 @@ def _check(problem, w, alpha, solver):
     check_problem(problem, w, alpha, solver)
     key = jax.random.key(0)
     trial = lambda alpha: _trial(problem, solver, w, alpha, {}, key)[1]["value"]
-    check_searched(trial, alpha)
+    check_alpha_is_used(trial, alpha)
 
 
-def _setting(problem, solver, w, space, metrics) -> populations.Setting:
+def _setting(problem, solver, w, space, metrics) -> populations.PopulationConfig:
     """What a population shares, checked as a first trial is."""
     populations.check_solver_steps(solver)
     alpha = spaces.sample(space, jax.random.key(0))
-    w, alpha = as_inputs(w, alpha, differentiable=False)
+    w, alpha = as_input_arrays(w, alpha, differentiable=False)
     _check(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
     if taken := sorted({"steps", "parent"} & metrics.keys()):
@@ -374,7 +375,9 @@ def _setting(problem, solver, w, space, metrics) -> populations.Setting:
         )
     step_cost = populations.step_cost(problem, solver, w, alpha)
     costs = step_cost, populations.equivalents(problem, step_cost)
-    return populations.Setting(traced(problem), solver, metrics, w, space, *costs)
+    return populations.PopulationConfig(
+        floats_to_arrays(problem), solver, metrics, w, space, *costs
+    )
 
 
 def _name(problem, solver, w, alpha, metrics, key):
@@ -452,11 +455,11 @@ def _restored(recorded, index, name, alpha, form):
 @eqx.filter_jit
 def _trial(problem, solver, w, alpha, metrics, key):
     data_key, solver_key, outer_key, metric_key = jax.random.split(key, 4)
-    inner_data, outer_data = problem.data(data_key)
-    start = problem.initial(w, alpha)
+    inner_data, outer_data = problem.sample_data(data_key)
+    start = problem.init_inner(w, alpha)
     w, spent = solver.solve(problem.inner_loss, start, alpha, inner_data, solver_key)
-    value = problem.outer(w, alpha, whole(outer_data, outer_key))
-    costs = ledger(
+    value = problem.outer_value(w, alpha, full_batch(outer_data, outer_key))
+    costs = cost_stats(
         inner_data,
         outer_data,
         num_grads=spent["num_grads"],
@@ -464,7 +467,9 @@ def _trial(problem, solver, w, alpha, metrics, key):
         num_values=spent["num_values"],
         num_outer_values=value.size,
     )
-    stats = make_stats(all_finite(value, w), inner_steps=spent["num_steps"], **costs)
+    stats = make_stats(
+        all_finite(value, w), num_inner_steps=spent["num_steps"], **costs
+    )
     measured = {
         name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
         for name, metric in metrics.items()

@@ -10,8 +10,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from .estimators.protocol import STATS, Estimate, Estimator
-from .gradient import hypergradient
+from .estimators.base import STATS, Estimate, Estimator, get_target
+from .hypergradient import hypergradient
 from .minimize import minimize
 from .problem import Bilevel
 
@@ -86,9 +86,9 @@ class Settled(eqx.Module):
         """The estimator's."""
         return self.estimator.target
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """The estimator's."""
-        return self.estimator.error_factor(smallest, largest)
+        return self.estimator.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -113,7 +113,7 @@ def check_estimator(estimator: Estimator) -> None:
     converge) and ``w`` a scalar, a vector and a nested tree, it checks:
 
     - structure, shapes and dtypes of value, hypergradient and ``w``; all stats there;
-    - the error against a dense solve: within rounding where ``error_factor`` says 0,
+    - the error against a dense solve: within rounding where ``error_bound`` says 0,
       within the declared factor of the indirect term where it declares one, and at
       least a descent direction where it declares NaN;
     - an exact estimate is trusted, a NaN in the data is not, and is seen in the value;
@@ -126,18 +126,17 @@ def check_estimator(estimator: Estimator) -> None:
 
     Args:
       estimator: with ``init``, ``estimate``, ``target`` and
-        ``error_factor(smallest, largest)``, the relative error that it admits in the
+        ``error_bound(smallest, largest)``, the relative error that it admits in the
         adjoint for that spectrum.
 
     >>> import optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.5), 200)
     >>> hg.testing.check_estimator(hg.Implicit(solver))
     """
-    for name in ("init", "estimate", "target", "error_factor"):
+    for name in ("init", "estimate", "error_bound"):
         _require(hasattr(estimator, name), f"an estimator needs {name}")
-    _require(
-        estimator.target in ("argmin", "solver"), f"target is {estimator.target!r}"
-    )
+    target = get_target(estimator)
+    _require(target in ("argmin", "solver"), f"target is {target!r}")
     alone = Settled(estimator, STEPS) if _single_loop(estimator) else estimator
     for structure in ("scalar", "vector", "tree"):
         _check_on(alone, structure)
@@ -146,7 +145,7 @@ def check_estimator(estimator: Estimator) -> None:
 
 
 def _single_loop(estimator: Any) -> bool:
-    return getattr(estimator, "single_loop", False)
+    return getattr(estimator, "is_single_loop", False)
 
 
 def _require(kept: Any, what: str) -> None:
@@ -210,7 +209,7 @@ def _check_on(estimator: Any, structure: str) -> None:
 def _check_error(
     estimator: Any, estimate: Estimate, alpha: PyTree, exact: PyTree, structure: str
 ) -> None:
-    factor = estimator.error_factor(SMALLEST, LARGEST)
+    factor = estimator.error_bound(SMALLEST, LARGEST)
     rounding = _rounding(alpha)
     if factor == 0:
         what = f"hypergradient on {structure}, declared exact"

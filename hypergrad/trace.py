@@ -1,14 +1,17 @@
-"""What a run leaves: one type for `minimize` and `search`."""
+"""The result of a run, of one type for `minimize` and `search`."""
 
+import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .shown import Shown
+from .estimators.base import REASONS
+from .trees import PrettyModule
 
-STATUS = (
+STATUS_MESSAGES = (
     "completed",
     "stopped: the outer value is not finite",
     "stopped: the hypergradient is not finite",
@@ -16,37 +19,41 @@ STATUS = (
     "failed: no trial has a finite value",
     "stopped: the hypergradient is not trusted",
     "stopped: time limit",
-    "stopped: combine's weights of the losses are not finite",
+    "stopped: the weights of the outer losses are not finite",
     "stopped: memory limit",
+    "stopped: the cost of a step is not positive, so that the budget cannot be spent",
 )
-FAILED, UNTRUSTED, OUT_OF_TIME, UNWEIGHED, OUT_OF_MEMORY = 4, 5, 6, 7, 8
+BAD_VALUE, BAD_HYPERGRADIENT, BAD_STEP, FAILED, UNTRUSTED = 1, 2, 3, 4, 5
+OUT_OF_TIME, NONFINITE_WEIGHTS, OUT_OF_MEMORY, BAD_COST = 6, 7, 8, 9
 
 
-class Trace(Shown):
-    """The course of a run.
+class Trace(PrettyModule):
+    """The record of a run.
+
+    Under `jax.vmap` every leaf has the batch axes in front.
 
     Attributes:
-      alpha, w: where the run ended: the last good ``alpha``, and the inner solution of
-        the last good estimate.
-      best_alpha: the ``alpha`` with the lowest recorded value; of an annealed run, or
-        one of several losses without a score, the last one with a good value; of a
-        search of several, see `hypergrad.search`. Where outer batches are drawn
-        the lowest value is the luckiest batch's: take ``alpha``.
-      value: ``[steps]``, the outer value at each step's ``alpha``, before the step;
-        ``[steps, K]`` of K outer losses.
-      stats: ``{name: [steps]}``, the estimates' stats; of K outer losses also
-        ``weights``, ``[steps, K]``.
-      metrics: ``{name: [steps]}``, NaN where not evaluated.
-      status_code: 0 if all steps were made, and of a search one has a finite value; see
-        ``status``.
-
-    With a warm-started estimator ``value`` also falls because ``w`` is trained further,
-    and a later one is better than an earlier one by that too.
-
-    After a completed run ``w`` belongs to the ``alpha`` before the last step; train
-    once more at ``alpha`` for the pair.
-
-    Under ``vmap`` every leaf has the batch axes in front.
+      alpha: The last good ``alpha``.
+      w: The inner solution of the last good estimate. After a completed run it belongs
+        to the ``alpha`` before the last step; train once more at ``alpha`` for a pair.
+      best_alpha: The ``alpha`` with the lowest recorded value. It is the last one with
+        a good value if values cannot be compared: with ``outer_data_fn``, or with an
+        aggregator that has no score. With several outer losses in a search, see
+        `hypergrad.search`. If outer batches are sampled, the lowest value is that of
+        the luckiest batch; take ``alpha``.
+      value: ``[steps]``, the outer value at the ``alpha`` of each step, before the
+        step; ``[steps, K]`` for K outer losses. A warm-started estimator also lowers it
+        by training ``w`` further.
+      stats: ``{name: [steps]}``, the statistics of the estimates. With K outer losses
+        also ``objective_weights``, ``[steps, K]``.
+      metrics: ``{name: [steps]}``, NaN where a metric was not evaluated.
+      status_code: 0 if all steps were made, and in a search if a trial has a finite
+        value; see `status`.
+      flags: ``{name: [steps]}`` of booleans, the failed checks of the estimates.
+      alphas: The ``alpha`` of each step with a leading axis ``[steps]`` if
+        ``record_alphas`` was set, else None.
+      first_step: Number of steps made before this run, if it continued another.
+      state: State from which `minimize` continues, or None after a search.
 
     >>> import optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -55,8 +62,8 @@ class Trace(Shown):
     ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
     ...     0.0, 3.0, num_steps=2,
     ... )
-    >>> len(trace.rows()), trace.status
-    (2, 'completed')
+    >>> len(trace.rows()), trace.status, trace.reasons()
+    (2, 'completed', {})
     """
 
     alpha: PyTree
@@ -66,40 +73,63 @@ class Trace(Shown):
     stats: dict[str, Array]
     metrics: dict[str, Array]
     status_code: Array
+    flags: dict[str, Array] = eqx.field(default_factory=dict)
+    alphas: PyTree = None
+    first_step: Array | int = 0
+    state: Any = None
+
+    def __repr__(self) -> str:
+        """Returns the fields without the state, and the status in words."""
+        text = PrettyModule.__repr__(dataclasses.replace(self, state=None))
+        if jnp.ndim(self.status_code):
+            return text
+        return f"{text}\n{self.status}"
 
     @property
     def status(self) -> str:
-        """Why the run ended, in words; for one run, not a batch of them."""
-        if jnp.ndim(self.status_code):
-            raise ValueError(
-                f"status is for one run; this trace holds a batch {self.value.shape}: "
-                "index it first, jax.tree.map(lambda x: x[i], trace)"
-            )
-        return STATUS[int(self.status_code)]
+        """Why the run ended, in words; for a single run, not a batch."""
+        self._check_single("status")
+        return STATUS_MESSAGES[int(self.status_code)]
 
     @property
     def cost(self) -> Array:
         """``[steps]``: gradient-equivalents spent up to and including each step."""
         return jnp.cumsum(self.stats["gradient_equivalents"], axis=-1)
 
+    def reasons(self) -> dict[str, list[int]]:
+        """Returns why estimates are not trusted: ``{sentence: steps}``."""
+        self._check_single("reasons()")
+        flags = {name: np.flatnonzero(flag) for name, flag in self.flags.items()}
+        return {
+            REASONS.get(name, name): (steps + int(self.first_step)).tolist()
+            for name, steps in flags.items()
+            if steps.size
+        }
+
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a step: step, value, cost so far, stats, metrics where evaluated."""
-        if jnp.ndim(self.status_code):
-            raise ValueError(
-                f"rows() is for one run; this trace holds a batch {self.value.shape}: "
-                "index it first, jax.tree.map(lambda x: x[i], trace)"
-            )
+        """Returns a dictionary per step: step, value, cost so far, stats, metrics.
+
+        A metric is left out of the rows of steps at which it was not evaluated.
+        """
+        self._check_single("rows()")
         columns = {"value": self.value, "cost": self.cost} | self.stats
         columns = {name: np.asarray(column) for name, column in columns.items()}
         metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
         rows = []
-        for step in range(len(self.value)):
-            row = {"step": step}
-            row |= {name: column[step].tolist() for name, column in columns.items()}
+        for i in range(len(self.value)):
+            row = {"step": i + int(self.first_step)}
+            row |= {name: column[i].tolist() for name, column in columns.items()}
             row |= {
-                name: column[step].item()
+                name: column[i].item()
                 for name, column in metrics.items()
-                if not np.isnan(column[step])
+                if not np.isnan(column[i])
             }
             rows.append(row)
         return rows
+
+    def _check_single(self, name: str) -> None:
+        if jnp.ndim(self.status_code):
+            raise ValueError(
+                f"{name} needs a single run; got a batch {self.value.shape}. Index it "
+                "first: jax.tree.map(lambda x: x[i], trace)."
+            )

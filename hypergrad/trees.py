@@ -1,92 +1,127 @@
-"""Vector arithmetic on pytrees that keeps each leaf's dtype.
+"""Vector arithmetic on pytrees that keeps the dtype of each leaf.
 
-Scalars are accumulated in float32 at least; optax's functions of these names promote
-the leaves of a bfloat16 or mixed-precision tree instead.
+Scalars are accumulated in float32 at least. The functions of `optax.tree` with these
+names promote the leaves of a bfloat16 or mixed-precision tree instead.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .devices import readable
+from .runtime.devices import replicate
+
+Tree = TypeVar("Tree")
 
 
 def scalar_dtype(*trees: PyTree) -> jnp.dtype:
-    """In which inner products are accumulated: the widest leaf's, float32 at least."""
+    """Returns the dtype of inner products: the widest leaf's, float32 at least."""
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(trees)), jnp.float32)
 
 
-def dot(x: PyTree, y: PyTree) -> Array:
-    """Inner product ``<x, y>``."""
+def vdot(x: PyTree, y: PyTree) -> Array:
+    """Returns the inner product ``<x, y>``."""
     dtype = scalar_dtype(x, y)
     product = lambda a, b: jnp.vdot(a.astype(dtype), b.astype(dtype))
     return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(product, x, y))))
 
 
 def norm(x: PyTree) -> Array:
-    """Euclidean norm ``||x||``."""
-    return jnp.sqrt(dot(x, x))
+    """Returns the Euclidean norm ``||x||``."""
+    return jnp.sqrt(vdot(x, x))
 
 
-def add_scaled(x: PyTree, a: Array | float, y: PyTree) -> PyTree:
-    """``x + a y``, in the dtypes of ``x``."""
+def add_scale(x: PyTree, a: Array | float, y: PyTree) -> PyTree:
+    """Returns ``x + a y`` in the dtypes of ``x``."""
     return jax.tree.map(lambda u, v: u + jnp.asarray(a * v, u.dtype), x, y)
 
 
 def scale(a: Array | float, x: PyTree) -> PyTree:
-    """``a x``, in the dtypes of ``x``."""
+    """Returns ``a x`` in the dtypes of ``x``."""
     return jax.tree.map(lambda u: jnp.asarray(a * u, u.dtype), x)
 
 
+def divide(x: PyTree, a: Array) -> PyTree:
+    """Returns ``x / a`` in the dtypes of ``x``."""
+    return jax.tree.map(lambda u: jnp.asarray(u / a, u.dtype), x)
+
+
 def all_finite(*trees: PyTree) -> Array:
-    """Whether no leaf holds a NaN or an infinity."""
+    """Returns True if no leaf holds a NaN or an infinity."""
     leaves = jax.tree.leaves(trees)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-def magnitude(x: PyTree) -> Array:
-    """The power of two below ``max |x|``; 1 where that is 0 or no number.
+def power_of_two_scale(x: PyTree) -> Array:
+    """Returns the power of two below ``max |x|``, or 1 if that is 0 or not finite.
 
-    A unit in which squares stay in range: in float32 that of 1e-23 is zero, and that of
-    1e20 infinite. By a power of two nothing is rounded.
+    Divided by it, the squares of ``x`` neither underflow nor overflow: in float32 the
+    square of 1e-23 is 0 and that of 1e20 is infinite. A division by a power of two
+    rounds nothing.
     """
     dtype = scalar_dtype(x)
-    most = lambda leaf: jnp.max(jnp.abs(leaf.astype(dtype)), initial=0)
-    largest = jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(most, x))))
-    _, exponent = jnp.frexp(largest)
-    within = (largest >= jnp.finfo(dtype).tiny) & (largest < jnp.inf)
-    return jnp.where(within, jnp.ldexp(jnp.ones((), dtype), exponent - 1), 1)
+    leaf_max = lambda leaf: jnp.max(jnp.abs(leaf.astype(dtype)), initial=0)
+    max_abs = jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(leaf_max, x))))
+    _, exponent = jnp.frexp(max_abs)
+    is_normal = (max_abs >= jnp.finfo(dtype).tiny) & (max_abs < jnp.inf)
+    return jnp.where(is_normal, jnp.ldexp(jnp.ones((), dtype), exponent - 1), 1)
 
 
-def divide(x: PyTree, a: Array) -> PyTree:
-    """``x / a``, in the dtypes of ``x``."""
-    return jax.tree.map(lambda u: jnp.asarray(u / a, u.dtype), x)
+def relative_error(actual: PyTree, expected: PyTree) -> Array:
+    """Returns ``||actual - expected|| / ||expected||``; 0 if they are equal."""
+    unit = power_of_two_scale(expected)
+    actual, expected = divide(actual, unit), divide(expected, unit)
+    error = norm(add_scale(actual, -1, expected))
+    return jnp.where(error == 0, 0.0, error / norm(expected))
 
 
-def distance(x: PyTree, y: PyTree) -> Array:
-    """``||x - y|| / ||y||``; 0 where they are equal."""
-    unit = magnitude(y)
-    x, y = divide(x, unit), divide(y, unit)
-    far = norm(add_scaled(x, -1, y))
-    return jnp.where(far == 0, 0.0, far / norm(y))
-
-
-def normal(key: Array, like: PyTree) -> PyTree:
-    """A standard normal vector like ``like``."""
+def random_like(key: Array, like: PyTree) -> PyTree:
+    """Returns a standard normal vector with the structure of ``like``."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    draw = lambda k, x: jax.random.normal(k, x.shape, x.dtype)
-    return jax.tree.unflatten(structure, list(map(draw, keys, leaves)))
+    sample = lambda k, x: jax.random.normal(k, x.shape, x.dtype)
+    return jax.tree.unflatten(structure, list(map(sample, keys, leaves)))
 
 
-def plain(x: Any) -> np.ndarray:
-    """A leaf as numbers, a PRNG key by its data."""
-    return np.asarray(readable(jax.random.key_data(x) if is_key(x) else x))
+def apply_unless(skip: Array, fn: Callable[[Tree], Tree], x: Tree) -> Tree:
+    """Returns ``x`` if ``skip``, else ``fn(x)``, which has the same shapes and dtypes.
+
+    If the condition is batched, `jax.lax.cond` copies everything that its branches
+    close over, data included, once per example, and runs both. A loop of at most one
+    iteration copies nothing and runs ``fn`` only if some example needs it.
+
+    >>> apply_unless(jnp.asarray(False), lambda x: x + 1.0, jnp.asarray(1.0)).item()
+    2.0
+    """
+    body_fun = lambda carry: (jnp.ones_like(skip), fn(carry[1]))
+    return jax.lax.while_loop(lambda carry: ~carry[0], body_fun, (skip, x))[1]
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Returns a leaf as a NumPy array; a PRNG key becomes its key data."""
+    return np.asarray(replicate(jax.random.key_data(x) if is_key(x) else x))
 
 
 def is_key(x: Any) -> bool:
-    """Whether it is a typed PRNG key, or several."""
+    """Returns True for a typed PRNG key or an array of them."""
     return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+
+
+class PrettyModule(eqx.Module):
+    """A result that prints scalars as numbers and arrays by their dtype and shape."""
+
+    def __repr__(self) -> str:
+        """Returns the fields, scalars with six digits."""
+        return eqx.tree_pformat(jax.tree.map(_scalar_to_number, self))
+
+
+def _scalar_to_number(leaf: Any) -> Any:
+    is_concrete = eqx.is_array(leaf) and not isinstance(leaf, Tracer)
+    if not (is_concrete and leaf.ndim == 0 and leaf.dtype.kind in "biuf"):
+        return leaf
+    return float(f"{leaf:.6g}") if leaf.dtype.kind == "f" else leaf.item()

@@ -268,7 +268,7 @@ for num_steps, a, b in zip(counts, runs["implicit"], runs["unrolled"], strict=Tr
 # %% [markdown]
 # `Implicit` says when it was stopped too early. It cannot know $e_T$, but
 # $\lVert e_T \rVert \le \lVert \nabla_w L(w_T, \alpha) \rVert / \lambda_{\min}(H)$. The
-# gradient norm is reported as `inner_residual`; `ritz_min`, from the conjugate
+# gradient norm is reported as `inner_grad_norm`; `ritz_min`, from the conjugate
 # gradients that it runs anyway, estimates $\lambda_{\min}$ (from above, so the quotient
 # is an estimate and no bound). Where the quotient exceeds a hundredth of
 # $\lVert w_T \rVert$, `trusted` is off. Early stopping does not show in
@@ -308,7 +308,7 @@ left.legend(frameon=False)
 found = runs["implicit"]
 norms = [float(jnp.linalg.norm(estimate.w)) for estimate in found]
 estimates = [
-    float(e.stats["inner_residual"] / e.stats["ritz_min"]) / norm
+    float(e.stats["inner_grad_norm"] / e.stats["ritz_min"]) / norm
     for e, norm in zip(found, norms, strict=True)
 ]
 truth = [

@@ -35,7 +35,7 @@ import hypergrad as hg
 jax.config.update("jax_enable_x64", True)  # the second half of section 3 says why
 
 # %%
-digits = hg.data.load("digits")
+digits = hg.datasets.load("digits")
 order = jax.random.permutation(jax.random.key(0), len(digits["y"]))
 parts = {"train": order[:300], "val": order[300:600], "test": order[600:]}
 data = {
@@ -136,7 +136,7 @@ def show(estimate):
     for path, leaf in leaves:
         print(f"  {jax.tree_util.keystr(path):20} {leaf:+.4f}")
     for name in (
-        "inner_residual",
+        "inner_grad_norm",
         "adjoint_residual",
         "ritz_min",
         "gradient_equivalents",
@@ -170,7 +170,7 @@ print("Implicit after 100 steps")
 show(hg.hypergradient(problem, hg.Implicit(short))(w, seen))
 
 # %% [markdown]
-# Not trusted: `inner_residual` is the norm of the training gradient where the steps
+# Not trusted: `inner_grad_norm` is the norm of the training gradient where the steps
 # stopped. At such a point the Hessian of a network need not be positive definite;
 # conjugate gradients met negative curvature (`ritz_min` is not above 0), stopped there,
 # and left `adjoint_residual` large. A solver that does reach a minimum cures both. The

@@ -104,7 +104,7 @@ estimate = gradient(task.w, task.alpha, jax.random.key(1))
 first = hg.certify(task.problem, estimate.w, task.alpha, estimate.hypergradient)
 second = hg.certify(task.problem, first.w, task.alpha, first.hypergradient)
 for name, certificate in {"estimate": first, "corrected": second}.items():
-    error, residual = certificate.error_estimate, certificate.inner_residual
+    error, residual = certificate.error_estimate, certificate.inner_grad_norm
     print(
         f"{name:10} error {float(error):.1e}, trusted {bool(certificate.trusted)}, "
         f"where the inner gradient is {float(residual):.1e}"

@@ -250,7 +250,7 @@ REPRESENTATIVES = {
             ),
             *(
                 "SOBA(optimizer)",
-                "Unrolled(solver, last=K)",
+                "Unrolled(solver, truncation_length=K)",
             ),
         },
     },

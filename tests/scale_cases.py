@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
-from hypergrad.devices import by_first, readable
+from hypergrad.runtime.devices import replicate, run_on_first_process
 from hypergrad.tasks import few_shot
 from hypergrad.tasks.federated import FedAvg
 
@@ -141,7 +141,7 @@ def tasks(put, spread: bool) -> Case:
         key=jax.random.key(0), images=images, num_turns=2,
         way=3, num_tasks=8, hidden=(2,),
     )  # fmt: skip
-    pool = task.problem.draw.args[0]
+    pool = task.problem.data_fn.args[0]
     pool = few_shot.Pool(
         put(jax.device_get(pool.images)), pool.penalty, pool.way, pool.shots,
         pool.queries, pool.num_tasks,
@@ -158,7 +158,7 @@ def tasks(put, spread: bool) -> Case:
 
     problem = hg.Bilevel(
         task.problem.inner_loss, task.problem.outer_loss,
-        start=task.problem.start, draw=jax.tree_util.Partial(draw, pool),
+        init_fn=task.problem.init_fn, data_fn=jax.tree_util.Partial(draw, pool),
     )  # fmt: skip
     run = one_shot(hg.Unrolled(task.solver))
     return Case(run, problem, task.w, task.alpha, (8, 9, 2))  # every task's first layer
@@ -189,7 +189,7 @@ def answer(name: str, spread: bool) -> list[float]:
 def flat(tree) -> list[float]:
     """All numbers, also those that other processes hold."""
     found = jax.jit(lambda tree: ravel_pytree(tree)[0])(tree)
-    return np.asarray(readable(found), float).tolist()
+    return np.asarray(replicate(found), float).tolist()
 
 
 def from_outside(spread: bool) -> list[float]:
@@ -221,13 +221,13 @@ def from_outside(spread: bool) -> list[float]:
             )  # fmt: skip
     for searcher in (
         hg.searchers.Random(),
-        hg.searchers.PopulationBased(8),
+        hg.searchers.PopulationBasedTraining(8),
         hg.searchers.OneShot(8),
     ):
         rows = []
         run = lambda trials, searcher=searcher, rows=rows: hg.search(
             problem, SGD, searcher, w, space=space, budget=40, key=jax.random.key(2),
-            record=rows.append, trials=trials,
+            trial_callback=rows.append, previous_trials=trials,
         )  # fmt: skip
         trace = run(())
         count = len(rows)
@@ -249,7 +249,7 @@ def interrupted(spread: bool) -> list[float]:
         num_steps=6, key=jax.random.key(key), **changes,
     )  # fmt: skip
     bits = lambda trace: [
-        np.asarray(readable(x)).tobytes() for x in jax.tree.leaves(trace)
+        np.asarray(replicate(x)).tobytes() for x in jax.tree.leaves(trace)
     ]
     unbroken = run()
 
@@ -276,7 +276,7 @@ def interrupted(spread: bool) -> list[float]:
         assert [done for done, _ in later] == [5, 6]
         assert bits(again) == bits(unbroken)
     given = {"x": np.array([-0.0, np.nan, -np.inf])}  # a sum with 0 loses the first
-    sent = by_first(lambda: given, {"x": np.empty(3)})
+    sent = run_on_first_process(lambda: given, {"x": np.empty(3)})
     assert sent["x"].tobytes() == given["x"].tobytes()
     # One process alone is out of time: all stop, and none waits for another for ever.
     stopped = run(time_limit=1e-9 if first else 1e9)

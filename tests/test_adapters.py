@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from hypergrad.inner.adapters import from_jaxopt, from_optimistix
 from hypergrad.inner.adapters.jaxopt import JAXOPT
-from hypergrad.inner.descent import iterate
+from hypergrad.inner.descent import run_inner_steps
 from hypergrad.problem import Batches
 
 with warnings.catch_warnings(action="ignore"):
@@ -190,7 +190,7 @@ SOME = pytest.mark.parametrize("name", ["jaxopt-gd", "jaxopt-bfgs", "optx-bfgs"]
 @SOME
 def test_float32_parameters_on_float64_keyed_data(name, key):
     loss = lambda w, alpha, batch: ridge(w, alpha, batch[0])
-    batches = Batches(data(key), keyed=True)
+    batches = Batches(data(key), with_key=True)
     start, alpha = zeros(jnp.float32), jnp.asarray(-1.5)
     w, _ = SOLVERS[name].solve(loss, start, alpha, batches, key)
     exact = newton(ridge, zeros(), jnp.asarray(-1.5), data(key))
@@ -266,7 +266,7 @@ def test_exact_convergence_leaves_the_derivative_finite(solver):
 
     def response(alpha):  # a zero cotangent for jaxopt's norm, whose derivative is NaN
         args = (loss, jnp.zeros(2), alpha, None, KEY)
-        w, state = iterate(from_jaxopt(solver), *args)
+        w, state = run_inner_steps(from_jaxopt(solver), *args)
         return jnp.sum(w) + 0 * state.error
 
     assert jax.grad(response)(jnp.ones(2)).tolist() == [1.0, 1.0]

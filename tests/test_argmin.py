@@ -337,7 +337,7 @@ def test_implicit_is_the_gradient_through_argmin(name: str):
 
     def f(alpha):
         w = solution(known.w, alpha, problem.inner_data)
-        return problem.outer(w, alpha, problem.outer_data)
+        return problem.outer_value(w, alpha, problem.outer_data)
 
     found = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(known.w, known.alpha)
     gradient = jax.jit(jax.grad(f))(known.alpha)

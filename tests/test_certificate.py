@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from benchmarks.known import any_known, error, quadratic, two_losses
-from hypergrad.adjoint import differentiate, zero_adjoint
+from hypergrad.implicit_diff import implicit_hypergradient, zero_adjoint
+from tests.loops import run_loop
 
 NUM_TRAIN, NUM_VAL, FEATURES, CLASSES, HIDDEN = 40, 30, 6, 3, 4
 
@@ -124,7 +125,7 @@ off = lambda h, exact: jnp.linalg.norm(h - exact) / jnp.linalg.norm(exact)
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 @functools.partial(jax.vmap, in_axes=(0, None, None))
-def certified(key, kind, corrections):
+def certified(key, kind, num_newton_steps):
     """(known, true error, estimate, trusted, error of the corrected) of one problem."""
     make_key, steps_key, probe_key = jax.random.split(key, 3)
     problem, w, alpha = make(make_key, kind)
@@ -133,7 +134,7 @@ def certified(key, kind, corrections):
     known, exact = truth(problem, w, alpha)
     given = at(problem, w, alpha).hypergradient
     certificate = hg.certify(
-        problem, w, alpha, given, corrections=corrections, key=probe_key
+        problem, w, alpha, given, num_newton_steps=num_newton_steps, key=probe_key
     )
     return (
         known,
@@ -146,7 +147,7 @@ def certified(key, kind, corrections):
 
 def at(problem, w, alpha, linear_solver=None):
     """Implicit differentiation at a given ``w``."""
-    return differentiate(
+    return implicit_hypergradient(
         problem,
         linear_solver or hg.CG(),
         w,
@@ -157,10 +158,10 @@ def at(problem, w, alpha, linear_solver=None):
     )
 
 
-def check(total: int, corrections: int = 2) -> None:
+def check(total: int, num_newton_steps: int = 2) -> None:
     """The promises of the certificate, over ``total`` problems of four kinds."""
     keys = jax.random.split(jax.random.key(0), total // len(LOSSES))
-    columns = [certified(keys, kind, corrections) for kind in LOSSES]
+    columns = [certified(keys, kind, num_newton_steps) for kind in LOSSES]
     columns = [np.concatenate(column) for column in zip(*columns, strict=True)]
     known = columns[0]
     _, true, estimate, trusted, corrected = (column[known] for column in columns)
@@ -262,24 +263,26 @@ def test_everything_is_reported_at_a_known_point():
     w = known.best(known.alpha) + 0.1
     certificate = hg.certify(known.problem, w, known.alpha, strong_convexity=1.0)
     exact = known.exact(known.alpha)
-    # two corrections, each leaving at most a thousandth
+    # two num_newton_steps, each leaving at most a thousandth
     assert error(certificate.hypergradient, exact) < 1e-6
     assert error(certificate.w, known.best(known.alpha)) < 1e-6
     given = at(known.problem, w, known.alpha).hypergradient
     np.testing.assert_allclose(certificate.error_estimate, off(given, exact), rtol=1e-6)
     gradient = known.hessian @ np.full(30, 0.1)
-    np.testing.assert_allclose(certificate.inner_residual, np.linalg.norm(gradient))
-    assert certificate.corrected_residual < 1e-6 * np.linalg.norm(gradient)
+    np.testing.assert_allclose(certificate.inner_grad_norm, np.linalg.norm(gradient))
+    assert certificate.corrected_grad_norm < 1e-6 * np.linalg.norm(gradient)
     ends = np.linalg.eigvalsh(known.hessian)[[0, -1]]
     assert ends[0] * (1 - 1e-9) <= certificate.ritz_min <= 1.05 * ends[0]
     assert 0.95 * ends[1] <= certificate.ritz_max <= ends[1] * (1 + 1e-9)
     assert not certificate.negative_curvature
     np.testing.assert_allclose(
         certificate.distance_estimate,
-        certificate.inner_residual / certificate.ritz_min,
+        certificate.inner_grad_norm / certificate.ritz_min,
     )
-    np.testing.assert_allclose(certificate.distance_bound, certificate.inner_residual)
-    np.testing.assert_allclose(certificate.adjoint_bound, certificate.adjoint_residual)
+    np.testing.assert_allclose(certificate.distance_bound, certificate.inner_grad_norm)
+    np.testing.assert_allclose(
+        certificate.adjoint_error_bound, certificate.adjoint_residual
+    )
 
 
 def test_without_strong_convexity_nothing_is_called_a_bound():
@@ -287,7 +290,7 @@ def test_without_strong_convexity_nothing_is_called_a_bound():
     known = any_known("ridge scalar")
     certificate = hg.certify(known.problem, known.w, known.alpha)
     assert np.isnan(certificate.distance_bound)
-    assert np.isnan(certificate.adjoint_bound)
+    assert np.isnan(certificate.adjoint_error_bound)
 
 
 @pytest.mark.parametrize(
@@ -354,8 +357,8 @@ def test_correct_is_newton_on_the_solution():
     known = any_known("logistic per-weight")
     solver = hg.Descent(optax.sgd(known.step), 8)
     errors = []
-    for correct in (0, 1, 2):
-        estimator = hg.Implicit(solver, correct=correct)
+    for num_newton_steps in (0, 1, 2):
+        estimator = hg.Implicit(solver, num_newton_steps=num_newton_steps)
         found = hg.hypergradient(known.problem, estimator)(known.w, known.alpha)
         errors.append(error(found.hypergradient, known.exact(known.alpha)))
     assert errors[1] < 0.1 * errors[0]
@@ -367,10 +370,10 @@ def test_a_correction_that_does_not_help_is_not_taken():
     inner = lambda w, alpha, batch: jnp.log(jnp.cosh(w - alpha))
     problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
     given = hg.ClosedForm(lambda alpha, batch: alpha + 3.0)
-    found = hg.hypergradient(problem, hg.Implicit(given, correct=1))(0.0, 0.0)
+    found = hg.hypergradient(problem, hg.Implicit(given, num_newton_steps=1))(0.0, 0.0)
     assert found.w == 3.0
     near = hg.ClosedForm(lambda alpha, batch: alpha + 0.5)
-    found = hg.hypergradient(problem, hg.Implicit(near, correct=1))(0.0, 0.0)
+    found = hg.hypergradient(problem, hg.Implicit(near, num_newton_steps=1))(0.0, 0.0)
     assert abs(found.w) < 0.1
 
 
@@ -405,7 +408,7 @@ def test_minimize_certifies_every_so_many_steps():
     """A penalty method is never trusted of itself; every third step is looked at."""
     known = any_known("ridge per-weight")
     run = functools.partial(
-        hg.minimize, known.problem, hg.Penalty(hg.Newton(), 1e5), optax.sgd(0.01),
+        run_loop, known.problem, hg.Penalty(hg.Newton(), 1e5), optax.sgd(0.01),
         known.w, known.alpha, num_steps=7,
     )  # fmt: skip
     plain, seen = run(), run(certify_every=3)
@@ -430,7 +433,7 @@ def test_minimize_measures_the_distance_of_a_procedure():
     """Unrolled stays trusted for its own target."""
     known = any_known("ridge per-weight")
     estimator = hg.Unrolled(hg.Descent(optax.sgd(known.step), 5), warm_start=False)
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem, estimator, optax.sgd(0.01), known.w, known.alpha, num_steps=2,
         certify_every=1,
     )  # fmt: skip

@@ -19,8 +19,9 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import checkpoint
-from hypergrad.checkpoint import Folder
-from hypergrad.cost.memory import resident
+from hypergrad.checkpoint import CheckpointFolder
+from hypergrad.cost.memory import resident_bytes
+from tests.loops import run_loop
 
 STEPS = 6
 
@@ -47,7 +48,7 @@ ALPHA = jnp.linspace(0.5, 1.5, 3)
 SGD = optax.sgd(0.1, momentum=0.9)
 DESCENT = hg.Descent(optax.sgd(0.1, momentum=0.5), 3)
 NOISY = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.adam(0.1))
-PROBLEM = hg.Bilevel(inner, outer, hg.Batches(DATA, 2, keyed=True), DATA)
+PROBLEM = hg.Bilevel(inner, outer, hg.Batches(DATA, 2, with_key=True), DATA)
 SEEN = {"a": lambda w, alpha, key: jnp.sum(alpha) + jax.random.normal(key)}
 # What moves: an adjoint, keys in the optimizer's state, tables, a multiplier of the
 # combiner, half precision; what does not: None.
@@ -66,7 +67,7 @@ RUNS = {
         ),
     },
     "limits": {
-        "estimator": hg.Implicit(DESCENT, rel_err=0.1),
+        "estimator": hg.Implicit(DESCENT, rtol=0.1),
         "problem": hg.Bilevel(inner, (outer, outer), DATA, DATA),
         "combine": hg.objectives.AugmentedLagrangian(limits=1.0),
     },
@@ -78,7 +79,7 @@ def run(name="implicit", **changes):
         "problem": PROBLEM, "optimizer": SGD, "w": START, "alpha": ALPHA,
         "num_steps": STEPS, "key": jax.random.key(1),
     }  # fmt: skip
-    return hg.minimize(**settings | RUNS[name] | changes)
+    return run_loop(**settings | RUNS[name] | changes)
 
 
 def bits(tree) -> list[bytes]:
@@ -135,7 +136,7 @@ def test_neither_checkpoints_nor_their_distance_change_a_bit(every: int, tmp_pat
 def test_killed_while_it_writes(tmp_path, monkeypatch):
     """Before, within and after orbax; before the seal and before the old one goes."""
     moments = [
-        (Folder, "_write"), (Folder, "_remove"), (checkpoint, "_named"),
+        (CheckpointFolder, "_write"), (CheckpointFolder, "_remove"), (checkpoint, "_named"),
         (checkpoint, "_hashes"), (checkpoint, "_seal"), (Path, "replace"),
         (shutil, "rmtree"),
     ]  # fmt: skip
@@ -169,10 +170,10 @@ def test_a_run_that_froze_is_kept_as_it_ended(tmp_path):
     outer = lambda w, alpha, batch: w**2 + 0 * jnp.log(alpha - 1)
     problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer)
     settings = problem, hg.Implicit(hg.Newton()), SGD, 0.0, 1.5
-    plain = hg.minimize(*settings, num_steps=9)
+    plain = run_loop(*settings, num_steps=9)
     assert plain.status == "stopped: the outer value is not finite"
     for _ in range(2):
-        found = hg.minimize(
+        found = run_loop(
             *settings, num_steps=9, checkpoints=hg.Checkpoints(tmp_path, 2)
         )
         assert bits(found) == bits(plain)
@@ -198,7 +199,7 @@ def test_every_kind_of_leaf_comes_back(tmp_path, key):
         else jax.random.key(2, impl="rbg") if name == "rbg" else clear(x)
         for name, x in tree.items()
     }  # fmt: skip
-    with checkpoint.opened(hg.Checkpoints(tmp_path), {"a": "b"}) as folder:
+    with checkpoint.open_checkpoints(hg.Checkpoints(tmp_path), {"a": "b"}) as folder:
         folder.save(3, tree)
         found = folder.load(empty)
     plain = lambda x: jax.random.key_data(x) if "key" in str(x.dtype) else x
@@ -361,11 +362,11 @@ OTHERS = {
     "alpha": ("alpha differs", {"alpha": ALPHA.at[0].add(1e-15)}),
     "inner data": (
         "inner_data differs",
-        {"problem": hg.Bilevel(inner, outer, hg.Batches(LATER, 2, keyed=True), DATA)},
+        {"problem": hg.Bilevel(inner, outer, hg.Batches(LATER, 2, with_key=True), DATA)},
     ),
     "batch size": (
         "inner_data differs",
-        {"problem": hg.Bilevel(inner, outer, hg.Batches(DATA, 3, keyed=True), DATA)},
+        {"problem": hg.Bilevel(inner, outer, hg.Batches(DATA, 3, with_key=True), DATA)},
     ),
     "outer data": (
         "outer_data differs",
@@ -424,7 +425,7 @@ def test_the_folder_of_another_run_is_refused(name: str, tmp_path):
 def test_another_place_is_refused(name: str, tmp_path, monkeypatch):
     """Its bits would be others."""
     run(checkpoints=hg.Checkpoints(tmp_path, 6))
-    here = checkpoint.place()
+    here = checkpoint.runtime_environment()
     there = lambda: here | {name: "something else"}
     monkeypatch.setattr(sys.modules["hypergrad.minimize"], "place", there)
     with pytest.raises(ValueError, match=f"{name} is .* there and something else here"):
@@ -593,7 +594,7 @@ def test_a_run_that_takes_too_much_memory_stops_and_goes_on(tmp_path, monkeypatc
         run(memory_limit=100)
 
 
-@pytest.mark.skipif(resident() is None, reason="a system that cannot tell")
+@pytest.mark.skipif(resident_bytes() is None, reason="a system that cannot tell")
 def test_a_memory_limit_by_what_the_system_tells():
     """No process of Python fits into a byte; this one fits into all that there is."""
     trace = run(memory_limit=1)

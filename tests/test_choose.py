@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad import choose, cli, objectives, searchers
+from hypergrad import cli, method_tables, objectives, searchers
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,21 +16,21 @@ def test_tables_are_as_declared(page: str):
     """Else run python -m hypergrad.choose docs/choose.md README.md."""
     text = (ROOT / page).read_text()
     assert "<!-- table: " in text
-    assert choose.rewrite(text) == text
+    assert method_tables.rewrite(text) == text
 
 
 def test_a_stale_table_is_written_anew():
     """Between its comments, and nothing else."""
     page = "# A page\n\n<!-- table: costs -->\n{}<!-- end of table -->\n\nThe end.\n"
     stale = page.format("| estimator |\n|---|\n| `Gone(solver)` |\n")
-    assert choose.rewrite(stale) == page.format(choose.markdown("costs"))
+    assert method_tables.rewrite(stale) == page.format(method_tables.markdown("costs"))
 
 
 def test_the_command_prints_every_row(capsys: pytest.CaptureFixture):
     """By name, whatever the width of the terminal."""
     cli.estimators()
     shown = capsys.readouterr().out
-    assert all(shown.count(guide.call) == 2 for guide, _, _ in choose.methods())
+    assert all(shown.count(guide.call) == 2 for guide, _, _ in method_tables.methods())
 
 
 def test_the_blocks_of_the_page_run_in_order(capsys: pytest.CaptureFixture):
@@ -49,7 +49,10 @@ def test_the_blocks_of_the_page_run_in_order(capsys: pytest.CaptureFixture):
     assert float(difference) < 1e-2
     found = names["found"]
     assert len(found.value) == len(found.metrics["size"]) == 2000 // (100 + 1 / 3)
-    value, weights = names["limited"].value[-1], names["limited"].stats["weights"][-1]
+    value, weights = (
+        names["limited"].value[-1],
+        names["limited"].stats["objective_weights"][-1],
+    )
     assert abs(value[1] / 1.6 - 1) < 0.01
     assert weights[1] > 0
     values = [[names[of](jnp.sin(a), a, None) for of in ("outer", "latency")]
@@ -64,7 +67,7 @@ def test_every_combiner_has_its_line_in_the_guide():
     page = (ROOT / "docs/choose.md").read_text().split("## Which combiner?")[1]
     first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     takes = {name for name in objectives.__all__ if hasattr(
-        getattr(objectives, name), "weigh")}  # fmt: skip
+        getattr(objectives, name), "compute_weights")}  # fmt: skip
     assert sorted(cell.strip(" `") for cell in first) == sorted(takes - {"Combiner"})
 
 

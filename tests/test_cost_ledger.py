@@ -91,7 +91,7 @@ def test_data_without_a_size_has_no_number_of_examples():
 def test_every_call_sees_its_data():
     """By the ledger itself."""
     inner_data, outer_data = jnp.ones((N, 2)), jnp.ones((N_VAL, 2))
-    found = hg.cost.ledger(
+    found = hg.cost.cost_stats(
         inner_data, outer_data, num_grads=2, num_hvps=3, num_values=4,
         num_outer_grads=5, num_outer_values=6,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.cost.memory import resident
+from hypergrad.cost.memory import resident_bytes
 
 # Memory.
 
@@ -77,15 +77,15 @@ def test_a_backend_that_tells_no_memory_is_an_error():
 # Energy.
 
 
-@pytest.mark.skipif(resident() is None, reason="a system that cannot tell")
+@pytest.mark.skipif(resident_bytes() is None, reason="a system that cannot tell")
 def test_resident_memory_rises_by_what_is_filled_and_falls_again():
     """Linux adds up to 64 pages a thread late, a megabyte or two: 5% of 256 MB."""
-    before = resident()
+    before = resident_bytes()
     block = np.ones(2**25)
-    assert resident() - before == pytest.approx(block.nbytes, rel=0.05)
+    assert resident_bytes() - before == pytest.approx(block.nbytes, rel=0.05)
     size = block.nbytes
     del block
-    assert resident() - before < 0.05 * size
+    assert resident_bytes() - before < 0.05 * size
 
 
 def test_energy_is_power_times_time():
@@ -104,7 +104,7 @@ def spin(seconds: float) -> None:
 def test_a_block_spends_the_stated_power_over_its_seconds(monkeypatch):
     """Where there is no tracker."""
     monkeypatch.setitem(sys.modules, "codecarbon", None)
-    with hg.cost.measured(watts=100.0, grams_per_kwh=300.0) as spent:
+    with hg.cost.measure(watts=100.0, grams_per_kwh=300.0) as spent:
         assert spent.seconds != spent.seconds
         spin(0.05)
     assert 0.05 <= spent.seconds < 60
@@ -144,7 +144,7 @@ def with_tracker(monkeypatch, tracker: type) -> None:
 def test_a_tracker_that_fails_leaves_the_stated_power(monkeypatch):
     """And the source says so."""
     with_tracker(monkeypatch, Failing)
-    with hg.cost.measured(watts=3.6e6, grams_per_kwh=300.0) as spent:
+    with hg.cost.measure(watts=3.6e6, grams_per_kwh=300.0) as spent:
         pass
     assert spent.kwh == pytest.approx(spent.seconds)
     assert spent.source == "stated"
@@ -156,7 +156,7 @@ def test_a_tracker_is_asked_where_there_is_one(monkeypatch):
     kept = []
 
     def failing():
-        with hg.cost.measured(watts=100.0, grams_per_kwh=300.0) as spent:
+        with hg.cost.measure(watts=100.0, grams_per_kwh=300.0) as spent:
             kept.append(spent)
             raise KeyError
 
@@ -170,7 +170,7 @@ def test_a_tracker_is_asked_where_there_is_one(monkeypatch):
 @pytest.mark.skipif(find_spec("codecarbon") is None, reason="needs codecarbon")
 def test_codecarbon_itself_tracks_a_block():
     """A machine at work draws between 1 W and 10 kW."""
-    with hg.cost.measured(watts=0.0, grams_per_kwh=300.0) as spent:
+    with hg.cost.measure(watts=0.0, grams_per_kwh=300.0) as spent:
         spin(2.0)
     assert spent.source == "codecarbon"
     assert 1 < 3.6e6 * spent.kwh / spent.seconds < 1e4

@@ -18,7 +18,7 @@ def times(A, x):
 def test_a_program_returns_what_the_function_does():
     """And counts what `flops` and `memory` count."""
     A, x = jnp.arange(1.0 * N * N).reshape(N, N), jnp.ones(N)
-    program = hg.cost.compiled(times, A, x)
+    program = hg.cost.compile_program(times, A, x)
     np.testing.assert_array_equal(program(A, 2 * x), jax.jit(times)(A, 2 * x))
     assert program.flops == hg.cost.flops(times, A, x)
     assert program.flops.total() == 2 * N * N
@@ -30,7 +30,7 @@ def test_a_program_returns_what_the_function_does():
 def test_shapes_suffice_to_compile():
     """Nothing is run."""
     like = jax.ShapeDtypeStruct((N,), float)
-    program = hg.cost.compiled(jnp.vdot, like, like)
+    program = hg.cost.compile_program(jnp.vdot, like, like)
     assert program(jnp.ones(N), jnp.ones(N)) == N
 
 
@@ -42,7 +42,7 @@ def test_a_function_is_traced_once():
         traces.append(x)
         return jnp.sin(x)
 
-    program = hg.cost.compiled(noted, 1.0 + jnp.zeros(N))
+    program = hg.cost.compile_program(noted, 1.0 + jnp.zeros(N))
     program(jnp.ones(N))
     program(jnp.zeros(N))
     assert len(traces) == 1
@@ -66,7 +66,7 @@ def minimise(problem, w, alpha, key):
 def test_a_whole_run_has_an_account(ridge, key):
     """Data among the arguments; the loop over outer steps is of unknown length."""
     args = ridge, jnp.zeros(N), jnp.zeros(()), key
-    program = hg.cost.compiled(minimise, *args)
+    program = hg.cost.compile_program(minimise, *args)
     found, expected = program(*args), minimise(*args)
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-12)
     assert program.memory.arguments >= 8 * (2 * 50 * N + 2 * 50)
@@ -83,8 +83,8 @@ def test_a_whole_run_has_an_account(ridge, key):
 def test_other_fixed_arguments_are_refused(ridge, key):
     """They are part of the program; so are shapes."""
     args = ridge, jnp.zeros(N), jnp.zeros(()), key
-    program = hg.cost.compiled(minimise, *args)
-    other = hg.Bilevel(ridge.outer_loss, ridge.outer_loss, *ridge.data(None))
+    program = hg.cost.compile_program(minimise, *args)
+    other = hg.Bilevel(ridge.outer_loss, ridge.outer_loss, *ridge.sample_data(None))
     with pytest.raises(ValueError, match="compiled for other arguments"):
         program(other, *args[1:])
     with pytest.raises(TypeError, match="compiled"):

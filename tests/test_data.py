@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 
 
 @pytest.mark.data
@@ -15,7 +15,7 @@ def test_reuters_is_what_its_source_says():
     """Sizes and positives of the training part; sparse rows that are in order."""
     if not os.environ.get(datasets.VARIABLE):
         pytest.skip(f"{datasets.VARIABLE} is not set")
-    found = hg.data.load("reuters")
+    found = hg.datasets.load("reuters")
     starts, test = found["starts"], found["test"]
     assert (len(test), test.sum(), starts[0]) == (11_069, 3_299, 0)
     assert starts[-1] == len(found["columns"]) == len(found["values"])
@@ -30,7 +30,7 @@ def test_ijcnn1_is_what_its_source_says():
     """Sizes, and the share of positives in the training part."""
     if not os.environ.get(datasets.VARIABLE):
         pytest.skip(f"{datasets.VARIABLE} is not set")
-    found = hg.data.load("ijcnn1")
+    found = hg.datasets.load("ijcnn1")
     assert found["x"].shape == (141_691, 22)
     assert found["test"].sum() == 91_701
     assert abs(found["y"][~found["test"]].mean() - 0.0971) < 5e-5
@@ -42,7 +42,7 @@ def test_mnist_is_what_its_source_says():
     """Sizes, the mean pixel, and the classes of the first and the test images."""
     if not os.environ.get(datasets.VARIABLE):
         pytest.skip(f"{datasets.VARIABLE} is not set")
-    found = hg.data.load("mnist")
+    found = hg.datasets.load("mnist")
     assert found["x"].shape == (70_000, 784)
     assert (found["test"].sum(), found["test"][59_999]) == (10_000, False)
     assert found["y"][:5].tolist() == [5, 0, 4, 1, 9]
@@ -54,7 +54,7 @@ def test_mnist_is_what_its_source_says():
 
 def test_breast_cancer_is_scikit_learns():
     """569 by 30, of which 357 are benign."""
-    found = hg.data.load("breast_cancer")
+    found = hg.datasets.load("breast_cancer")
     assert (found["x"].shape, found["y"].sum()) == ((569, 30), 357)
 
 
@@ -74,12 +74,12 @@ def test_files_that_are_not_there_are_named(tmp_path, monkeypatch):
     """With what to put where, and what to set."""
     monkeypatch.delenv(datasets.VARIABLE, raising=False)
     with pytest.raises(FileNotFoundError, match=datasets.VARIABLE):
-        hg.data.load("reuters")
+        hg.datasets.load("reuters")
     with pytest.raises(FileNotFoundError, match=r"reuters\.trn\.bz2 is missing"):
-        hg.data.load("reuters", tmp_path)
+        hg.datasets.load("reuters", tmp_path)
     monkeypatch.setenv(datasets.VARIABLE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        hg.data.load("reuters")
+        hg.datasets.load("reuters")
 
 
 def test_another_file_is_refused_before_it_is_read(tmp_path):
@@ -89,10 +89,10 @@ def test_another_file_is_refused_before_it_is_read(tmp_path):
         (tmp_path / "reuters" / name).write_bytes(b"something else")
     found = hashlib.sha256(b"something else").hexdigest()
     with pytest.raises(ValueError, match=f"SHA-256 {found}"):
-        hg.data.load("reuters", tmp_path)
+        hg.datasets.load("reuters", tmp_path)
 
 
 def test_an_unknown_name_is_refused():
     """With those that are known."""
     with pytest.raises(ValueError, match="digits"):
-        hg.data.load("digit")
+        hg.datasets.load("digit")

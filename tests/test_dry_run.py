@@ -15,7 +15,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import cli
-from hypergrad.products import hvp, hvp_and_cross
+from hypergrad.products import hvp, hvp_and_cross_vjp
 from hypergrad.studies import STUDIES, cleaning, rehearsal
 from hypergrad.studies import program as programs
 from hypergrad.studies.program import Program
@@ -112,7 +112,9 @@ def test_operations_are_those_that_the_run_counts():
     of = lambda function, *args: hg.cost.flops(function, *args).total()
     gradient = of(jax.grad(problem.inner_loss), w, alpha, inner)
     product = of(functools.partial(hvp, problem.inner_loss), w, alpha, inner, w)
-    last = of(functools.partial(hvp_and_cross, problem.inner_loss), w, alpha, inner, w)
+    last = of(
+        functools.partial(hvp_and_cross_vjp, problem.inner_loss), w, alpha, inner, w
+    )
     outer_gradient = of(jax.grad(problem.outer_loss), w, alpha, outer)
 
     def step(w, alpha):

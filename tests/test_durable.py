@@ -6,8 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from hypergrad import checkpoint, durable, models
-from hypergrad.checkpoint import Folder
+from hypergrad import checkpoint, models
+from hypergrad.checkpoint import CheckpointFolder
+from hypergrad.runtime import atomic_io
 from hypergrad.studies import record
 from hypergrad.studies.table import Request, Table, cell_by_cell
 
@@ -64,9 +65,9 @@ def disk(tmp_path, monkeypatch):
 def test_a_file_is_there_whole_or_as_it_was(disk, tmp_path):
     """At every moment; and once written it stays, in folders made for it too."""
     folder = disk.root / "a" / "b"
-    durable.make_folder(folder)
+    atomic_io.make_directory(folder)
     for text in ("first", "second"):
-        durable.write(folder / "file", text)
+        atomic_io.atomic_write(folder / "file", text)
         disk.restore(disk.kept, tmp_path / text)
         assert (tmp_path / text / "a" / "b" / "file").read_text() == text
     seen = []
@@ -76,9 +77,9 @@ def test_a_file_is_there_whole_or_as_it_was(disk, tmp_path):
         seen.append(file.read_text() if file.exists() else None)
     assert list(dict.fromkeys(seen)) == [None, "first", "second"]
     with (folder / "rows").open("a") as file:
-        durable.settle(folder)
+        atomic_io.fsync_path(folder)
         for text in ("1\n", "2\n"):
-            durable.append(file, text)
+            atomic_io.append_durably(file, text)
             disk.restore(disk.kept, tmp_path / f"rows{text[0]}")
     found = [(tmp_path / f"rows{i}/a/b/rows").read_text() for i in (1, 2)]
     assert found == ["1\n", "1\n2\n"]
@@ -89,7 +90,7 @@ def test_a_checkpoint_that_was_saved_is_there_after_a_power_cut(disk, tmp_path):
     """Cut while a step is saved, it is that one or the one before, whole."""
     path = disk.root / "runs" / "first"
     of = lambda step: {"x": jnp.arange(3.0) * step, "y": jnp.asarray(step)}
-    with checkpoint.opened(checkpoint.Checkpoints(path), {}) as folder:
+    with checkpoint.open_checkpoints(checkpoint.Checkpoints(path), {}) as folder:
         for step in (1, 2, 3):
             before = len(disk.cuts)
             folder.save(step, of(step))
@@ -97,7 +98,7 @@ def test_a_checkpoint_that_was_saved_is_there_after_a_power_cut(disk, tmp_path):
             for i, kept in enumerate(cuts):
                 place = tmp_path / f"{step}-{i}"
                 disk.restore(kept, place)
-                there = Folder(place / "runs" / "first", {})
+                there = CheckpointFolder(place / "runs" / "first", {})
                 if not there.path.exists():
                     continue
                 found = there.load(of(0))

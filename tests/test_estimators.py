@@ -473,7 +473,7 @@ def test_an_indefinite_hessian_is_not_trusted(linear, target, certify: bool):
     problem, zeros = saddle([3.0, 1.0, -1.0], target)
     estimator = hg.Implicit(hg.Descent(sgd(0.1), 1), linear, certify=certify)
     found = hg.hypergradient(problem, estimator)(zeros, zeros)
-    assert found.stats["inner_residual"] == 0
+    assert found.stats["inner_grad_norm"] == 0
     assert not found.stats["trusted"]
 
 
@@ -554,7 +554,7 @@ def test_nan_in_the_data_is_not_trusted(method: str, where: str):
     linear = LINEAR | {"Neumann": hg.Neumann(5), "Nystrom": hg.Nystrom(rank=6)}
     estimator = {
         "Unrolled": hg.Unrolled(solver),
-        "last": hg.Unrolled(solver, last=3),
+        "last": hg.Unrolled(solver, truncation_length=3),
     }.get(method) or hg.Implicit(solver, linear[method])
     found = hg.hypergradient(problem, estimator)(known.w, known.alpha)
     assert not found.stats["trusted"]
@@ -574,7 +574,8 @@ def test_unrolled_is_trusted_for_its_own_target_only():
     known = any_known("ridge per-weight")
     solver = hg.Descent(sgd(0.1 * known.step), 5)
     full, cut = (
-        estimate(known, hg.Unrolled(solver, last=last)).stats for last in (None, 2)
+        estimate(known, hg.Unrolled(solver, truncation_length=last)).stats
+        for last in (None, 2)
     )
     assert full["trusted"]
     assert full["error_estimate"] == 0
@@ -593,7 +594,7 @@ def test_the_inner_residual_is_the_gradient_norm():
         w = found.w
         g = x.T @ (x @ w - y) / len(y) + jnp.exp(known.alpha) * w
         np.testing.assert_allclose(
-            found.stats["inner_residual"], jnp.linalg.norm(g), rtol=1e-12
+            found.stats["inner_grad_norm"], jnp.linalg.norm(g), rtol=1e-12
         )
 
 
@@ -696,7 +697,7 @@ def test_a_start_that_depends_on_alpha(checkpoint: bool):
     outer = lambda w, alpha, batch: ridge_outer(w, alpha, batch)
     data = known.problem.inner_data, known.problem.outer_data
     begin = lambda w, alpha: w + jnp.tanh(alpha["start"])
-    problem = hg.Bilevel(inner, outer, *data, start=begin)
+    problem = hg.Bilevel(inner, outer, *data, init_fn=begin)
     alpha = {"penalty": known.alpha, "start": jnp.linspace(-1, 1, 6)}
     w = jnp.full(6, 0.1)
 
@@ -713,12 +714,12 @@ def test_a_start_that_depends_on_alpha(checkpoint: bool):
 
 
 def test_truncation_cuts_the_start_and_the_early_steps():
-    """last=2 of 5: central differences of two steps from where the first three led."""
+    """truncation_length=2 of 5: central differences of two steps from where the first three led."""
     known = any_known("ridge per-weight")
     inner = lambda w, alpha, batch: ridge_penalty(w, alpha["penalty"], batch)
     data = known.problem.inner_data, known.problem.outer_data
     begin = lambda w, alpha: w + jnp.tanh(alpha["penalty"])
-    problem = hg.Bilevel(inner, ridge_outer, *data, start=begin)
+    problem = hg.Bilevel(inner, ridge_outer, *data, init_fn=begin)
     alpha = {"penalty": known.alpha}
     third = sgd_by_hand(problem, begin(known.w, alpha), alpha, [0.3] * 3)
 
@@ -728,7 +729,7 @@ def test_truncation_cuts_the_start_and_the_early_steps():
 
     for checkpoint in (True, False):
         solver = hg.Descent(sgd(0.3), 5)
-        estimator = hg.Unrolled(solver, last=2, checkpoint=checkpoint)
+        estimator = hg.Unrolled(solver, truncation_length=2, checkpoint=checkpoint)
         found = hg.hypergradient(problem, estimator)(known.w, alpha)
         np.testing.assert_allclose(found.value, value(alpha), rtol=1e-13)
         assert error(found.hypergradient, central(value, alpha)) < 1e-9
@@ -743,7 +744,7 @@ def test_a_start_is_made_anew_at_each_estimate():
         ridge_outer,
         known.problem.inner_data,
         known.problem.outer_data,
-        start=begin,
+        init_fn=begin,
     )
     key = jax.random.key(0)
     for estimator in (
@@ -837,7 +838,7 @@ def test_draw_gives_each_estimate_its_own_episode():
         lambda leaf: leaf[jax.random.randint(key, (), 0, 3)], tasks
     )
     draw = jax.tree_util.Partial(sample, stacked)
-    problem = hg.Bilevel(ridge_penalty, ridge_outer, draw=draw)
+    problem = hg.Bilevel(ridge_penalty, ridge_outer, data_fn=draw)
     alpha = tasks[0].alpha
     closed_forms = [task.exact(alpha) for task in tasks]
     solver = converged(tasks[0], 600)
@@ -965,7 +966,7 @@ def test_same_key_same_estimate_to_the_bit(keyed: bool):
     """Mini-batches, keyed or not, in the inner loop, the adjoint, the outer loss."""
     known = any_known("ridge per-weight")
     loss = noisy_inner if keyed else ridge_penalty
-    train = hg.Batches(known.problem.inner_data, 8, keyed=keyed)
+    train = hg.Batches(known.problem.inner_data, 8, with_key=keyed)
     val = hg.Batches(known.problem.outer_data)
     problem = hg.Bilevel(loss, ridge_outer, train, val)
     solver = hg.Descent(sgd(0.1), 20)
@@ -986,7 +987,7 @@ def test_same_key_same_estimate_to_the_bit(keyed: bool):
 def test_every_product_of_a_solve_sees_one_batch_and_one_key():
     """Else conjugate gradients could not reach a residual of 1e-10."""
     known = any_known("ridge per-weight")
-    train = hg.Batches(known.problem.inner_data, 8, keyed=True)
+    train = hg.Batches(known.problem.inner_data, 8, with_key=True)
     problem = hg.Bilevel(noisy_inner, ridge_outer, train, known.problem.outer_data)
     for size in (None, 20):
         estimator = hg.Implicit(hg.Descent(sgd(0.1), 5), adjoint_batch_size=size)
@@ -999,7 +1000,7 @@ def test_unrolled_differentiates_the_run_that_was_made(keyed: bool):
     """Mini-batches: central differences of the value, at the same key."""
     known = any_known("ridge scalar")
     loss = noisy_inner if keyed else ridge_penalty
-    train = hg.Batches(known.problem.inner_data, 8, keyed=keyed)
+    train = hg.Batches(known.problem.inner_data, 8, with_key=keyed)
     problem = hg.Bilevel(loss, ridge_outer, train, known.problem.outer_data)
     gradient = hg.hypergradient(problem, hg.Unrolled(hg.Descent(sgd(0.1), 20)))
     key = jax.random.key(5)
@@ -1078,7 +1079,7 @@ def test_the_ledger_of_unrolled(num_steps, last, checkpoint, again):
     marked = lambda w, alpha, batch: ridge_penalty(w, alpha, batch) + jnp.tanh(w[0])
     problem = hg.Bilevel(marked, ridge_outer, problem.inner_data, problem.outer_data)
     solver = hg.Descent(sgd(0.3), num_steps)
-    estimator = hg.Unrolled(solver, last=last, checkpoint=checkpoint)
+    estimator = hg.Unrolled(solver, truncation_length=last, checkpoint=checkpoint)
     gradient = hg.hypergradient(problem, estimator)
     program = jax.make_jaxpr(lambda w, a: gradient(w, a).hypergradient)
     in_program = count("tanh", program(known.w, known.alpha).jaxpr)
@@ -1222,7 +1223,7 @@ def test_an_outer_gradient_costs_its_examples():
     )
     assert cost(hg.Bilevel(inner, outer, train, val)) == 10 + 2 + 2 * 20 / 100
     rollout = lambda w, alpha, key: 0.5 * (w - alpha) ** 2
-    simulated = hg.Bilevel(rollout, outer, hg.Batches(None, keyed=True), val)
+    simulated = hg.Bilevel(rollout, outer, hg.Batches(None, with_key=True), val)
     assert cost(simulated) == 10 + 2 + 2
 
 
@@ -1276,7 +1277,7 @@ def test_the_logistic_problem_of_grazzi_2020(method: str, num: int):
     estimator = {
         "CG": lambda: hg.Implicit(solver, hg.CG(max_steps=num)),
         "Neumann": lambda: hg.Implicit(solver, hg.Neumann(num, 0.1)),
-        "last": lambda: hg.Unrolled(solver, last=num),
+        "last": lambda: hg.Unrolled(solver, truncation_length=num),
     }[method]()
     found = estimate(known, estimator)
     assert np.linalg.norm(exact) == pytest.approx(0.0285658, rel=1e-5)

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import executors
+from hypergrad.runtime import executors
 from hypergrad.spaces import Choice, Interval, Unit
 
 pytest.importorskip("flatbuffers")
@@ -42,7 +42,7 @@ def descends():
         fit = jnp.mean((x @ w - x @ alpha) ** 2) + noise * jnp.sum(w)
         return fit + factor * jnp.sum(w**2)
 
-    batches = hg.Batches(DATA, 3, keyed=True)
+    batches = hg.Batches(DATA, 3, with_key=True)
     return hg.Bilevel(inner, outer, batches, DATA), hg.Descent(optax.adam(0.1), 7)
 
 
@@ -64,7 +64,7 @@ def recorded(**changes):
     """Trials as they come back from lines of strict JSON, and the trace."""
     lines = []
     write = lambda row: lines.append(json.dumps(row, allow_nan=False))
-    trace = search(record=write, **changes)
+    trace = search(trial_callback=write, **changes)
     return [json.loads(line) for line in lines], trace
 
 
@@ -110,7 +110,7 @@ LEARNING = {
 def test_a_batch_is_asked_for_before_it_is_told(name: str):
     """By hand: three asks of one state, then three are told, in that order."""
     searcher = LEARNING[name]
-    rows, trace = recorded(searcher=searcher, batch_size=3)
+    rows, trace = recorded(searcher=searcher, trials_per_batch=3)
     init_key, key = jax.random.split(KEY)
     state, values = searcher.init(SPACE, init_key), []
     for batch in range(4):
@@ -136,16 +136,16 @@ def test_who_does_not_learn_makes_the_same_trials_in_batches(searcher):
     """To the bit; 4 divides neither 12 trials of the budget less 1 nor the grid's 9."""
     whole = search(searcher=searcher, budget=15.0)
     assert len(whole.value) == (9 if isinstance(searcher, hg.searchers.Grid) else 11)
-    same_bits(search(searcher=searcher, budget=15.0, batch_size=4), whole)
+    same_bits(search(searcher=searcher, budget=15.0, trials_per_batch=4), whole)
 
 
 def test_a_batch_ends_with_its_generation():
     """A generation has no trial that its searcher was not told the one before of."""
     evosax = pytest.importorskip("evosax.algorithms")
-    searcher = hg.searchers.Evolution(evosax.SNES, 5)
+    searcher = hg.searchers.EvolutionStrategy(evosax.SNES, 5)
     with jax.numpy_rank_promotion("allow"):  # evosax adds vectors to rows of them
         whole, trace = recorded(searcher=searcher)
-        rows, in_batches = recorded(searcher=searcher, batch_size=3)
+        rows, in_batches = recorded(searcher=searcher, trials_per_batch=3)
         state = searcher.init(SPACE, KEY)
         for _ in range(5):
             _, state = searcher.ask(state, KEY)
@@ -191,17 +191,19 @@ def test_an_executor_makes_the_trace_of_one_process(name: str, threads):
         same_bits(by_executor, trace)
         assert sorted(rows, key=number) == whole
     assert rows != whole  # as they were done
-    _, resumed = recorded(**settings, executor=threads, trials=rows[:6])
+    _, resumed = recorded(**settings, executor=threads, previous_trials=rows[:6])
     same_bits(resumed, trace)
 
 
 def test_a_search_killed_within_a_batch_repeats_no_trial():
     """Whichever of a batch of four are there: the others are run, and no other."""
-    whole, trace = recorded(batch_size=4)
+    whole, trace = recorded(trials_per_batch=4)
     for there in ([1], [3, 0], [0, 1, 2, 3], [2, 0, 1, 3, 6], [0, 1, 2, 3, 7, 5]):
         for kind in (None, Backwards()):
             known = [whole[i] for i in there]
-            rest, resumed = recorded(batch_size=4, trials=known, executor=kind)
+            rest, resumed = recorded(
+                trials_per_batch=4, previous_trials=known, executor=kind
+            )
             assert {row["trial"] for row in rest} == set(range(12)) - set(there)
             assert len(rest) == 12 - len(there)
             same_bits(resumed, trace)
@@ -213,12 +215,12 @@ def test_a_search_killed_within_a_batch_repeats_no_trial():
         ([0, 1, 1], r"trials\[2\] .* number 1, as was trials\[1\]; pass each"),
     ):
         with pytest.raises(ValueError, match=said):
-            search(batch_size=4, trials=[whole[i] for i in there])
+            search(trials_per_batch=4, previous_trials=[whole[i] for i in there])
     for wrong in ("2", -1, None, 1.5):
         with pytest.raises(ValueError, match=r"trials\[0\] is no trial.*its number"):
-            search(batch_size=4, trials=[whole[0] | {"trial": wrong}])
+            search(trials_per_batch=4, previous_trials=[whole[0] | {"trial": wrong}])
     old = [{k: x for k, x in row.items() if k != "trial"} for row in whole[:5]]
-    same_bits(search(batch_size=4, trials=old), trace)
+    same_bits(search(trials_per_batch=4, previous_trials=old), trace)
 
 
 BATCHES = {"problem": descends, "budget": 17.0, "batch_size": 3}
@@ -237,7 +239,7 @@ def test_side_by_side_in_one_program():
         np.testing.assert_allclose(x, y, rtol=1e-12, equal_nan=True)
     for other in ({}, {"executor": "vmap", "batch_size": 4}):  # their bits are others
         with pytest.raises(ValueError, match="was recorded with another"):
-            search(**settings | other, trials=rows[:3])
+            search(**settings | other, previous_trials=rows[:3])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_side_by_side_in_one_program():
 def test_side_by_side_goes_on_to_the_same_bits(k: int):
     """After a batch, and within one."""
     rows, together = recorded(**BATCHES, executor="vmap")
-    rest, resumed = recorded(**BATCHES, executor="vmap", trials=rows[:k])
+    rest, resumed = recorded(**BATCHES, executor="vmap", previous_trials=rows[:k])
     assert rest == rows[k:]
     same_bits(resumed, together)
 
@@ -268,10 +270,13 @@ class Fails:
 
 def test_what_comes_to_nothing_is_named_and_nothing_is_lost(threads):
     """By number, alpha and error, once the others of its batch are recorded."""
-    whole, trace = recorded(batch_size=4)
+    whole, trace = recorded(trials_per_batch=4)
     kept, executor = [], Fails(threads)
     run = lambda: search(
-        batch_size=4, executor=executor, record=kept.append, trials=list(kept)
+        trials_per_batch=4,
+        executor=executor,
+        trial_callback=kept.append,
+        previous_trials=list(kept),
     )
     for index, error in ((2, "ValueError: invalid"), (4, "OSError: no node is free")):
         with pytest.raises(RuntimeError) as found:
@@ -279,13 +284,13 @@ def test_what_comes_to_nothing_is_named_and_nothing_is_lost(threads):
         said = str(found.value)
         alpha = whole[index]["alpha"]
         assert f"number {index} at alpha {alpha} by {error}" in said
-        assert "by trials= the same search goes on" in said
+        assert "by previous_trials= the same search goes on" in said
         assert said.count("number ") == 1
     assert {row["trial"] for row in kept} == {0, 1, 2, 3, 5, 6, 7}
     same_bits(run(), trace)
     assert sorted(row["trial"] for row in kept) == list(range(12))
-    with pytest.raises(RuntimeError, match="give record= to keep"):
-        search(batch_size=4, executor=Fails(threads))
+    with pytest.raises(RuntimeError, match="give trial_callback= to keep"):
+        search(trials_per_batch=4, executor=Fails(threads))
 
 
 def test_a_worker_unlike_the_search_is_refused(threads, monkeypatch):
@@ -312,7 +317,7 @@ def test_bad_settings_are_refused(threads, monkeypatch):
         search(executor=Backwards)
     for wrong in (0, 1.5, True, None):
         with pytest.raises(ValueError, match="batch_size must be an integer"):
-            search(batch_size=wrong)
+            search(trials_per_batch=wrong)
     for given in ({"executor": threads}, {"executor": "vmap"}, {"batch_size": 2}):
         with pytest.raises(ValueError, match="SuccessiveHalving trains its members"):
             search(descends, hg.searchers.SuccessiveHalving(4), **given)
@@ -326,7 +331,7 @@ def test_without_flatbuffers_it_says_what_to_install(threads, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(ImportError, match=r"hypergrad-jax\[executors\]"):
         search(executor=threads)
-    assert len(search(executor="vmap", batch_size=4).value) == 12
+    assert len(search(executor="vmap", trials_per_batch=4).value) == 12
 
 
 # True processes.
@@ -360,12 +365,12 @@ def test_a_pool_of_processes_makes_the_same_trace_and_may_lose_a_worker():
         same_bits(by_pool, trace)
         assert sorted(rows, key=lambda row: row["trial"]) == whole
         with pytest.raises(RuntimeError) as found:
-            search(**settings, executor=Dies(pool), record=kept.append)
+            search(**settings, executor=Dies(pool), trial_callback=kept.append)
     said = str(found.value)
     assert f"number 3 at alpha {whole[3]['alpha']} by BrokenProcessPool" in said
     assert "number 4 at alpha" in said  # which waited for the same worker
     assert sorted(row["trial"] for row in kept) == [0, 1, 2]
-    same_bits(search(**settings, trials=kept), trace)
+    same_bits(search(**settings, previous_trials=kept), trace)
 
 
 KILLED = """
@@ -383,7 +388,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     with spawned() as pool:
-        search(descends, budget=17.0, batch_size=4, executor=pool, record=record)
+        search(descends, budget=17.0, trials_per_batch=4, executor=pool, trial_callback=record)
 """
 
 
@@ -403,7 +408,7 @@ def test_a_search_that_is_killed_goes_on(last: int, tmp_path):
     assert process.returncode == -signal.SIGKILL
     kept = [json.loads(line) for line in file.read_text().splitlines()]
     assert kept == whole[: last + 1]
-    rest, resumed = recorded(**settings, trials=kept)
+    rest, resumed = recorded(**settings, previous_trials=kept)
     assert rest == whole[last + 1 :]
     same_bits(resumed, trace)
 

@@ -14,6 +14,7 @@ import hypergrad as hg
 from hypergrad import cli, runs
 from hypergrad.runs import commands, export
 from hypergrad.studies import STUDIES, record
+from tests.loops import run_loop
 from tests.test_runs import start
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -28,9 +29,9 @@ def trace() -> hg.Trace:
         lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
         (lambda w, alpha, batch: jnp.sum((w - 1.0) ** 2), lambda w, a, batch: w @ w),
     )
-    return hg.minimize(
+    return run_loop(
         problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), jnp.zeros(2), jnp.ones(2),
-        num_steps=3, combine=hg.objectives.WeightedSum(jnp.ones(2) / 2),
+        num_steps=3, aggregator=hg.objectives.WeightedSum(jnp.ones(2) / 2),
         metrics={"F1@5": lambda w, alpha, key: jnp.sum(alpha)}, eval_every=2,
     )  # fmt: skip
 

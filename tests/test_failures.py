@@ -12,6 +12,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.spaces import Interval, Real, Unit
+from tests.loops import run_loop
 
 EXECUTED = []
 
@@ -62,7 +63,7 @@ def ask(problem, estimator, w, alpha, key=None):
 
 def minimize(problem, estimator, w, alpha, **changes):
     changes = {"optimizer": SGD, "num_steps": 2, **changes}
-    return hg.minimize(problem, estimator, w=w, alpha=alpha, **changes)
+    return run_loop(problem, estimator, w=w, alpha=alpha, **changes)
 
 
 def search(**changes):
@@ -173,7 +174,7 @@ INPUTS = {
     ),
     "other start": (
         ValueError, ["start returned", "w is"],
-        {"problem": bilevel(start=lambda w, alpha: jnp.zeros(3))},
+        {"problem": bilevel(init_fn=lambda w, alpha: jnp.zeros(3))},
     ),
     # alpha that is not seen
     "rate under Implicit": (
@@ -184,7 +185,7 @@ INPUTS = {
     "start under Implicit": (
         ValueError, [r"neither loss reads alpha\['rate'\]"],
         {**RATED, "problem": bilevel(
-            inner_of_rate, start=lambda w, alpha: alpha["rate"] * w)},
+            inner_of_rate, init_fn=lambda w, alpha: alpha["rate"] * w)},
     ),
     "dead code": (
         ValueError, [r"neither loss reads alpha\['rate'\]"],
@@ -209,7 +210,7 @@ INPUTS = {
     ),
     "draw of one": (
         (TypeError, ValueError), ["draw", "inner_data, outer_data"],
-        {"problem": bilevel(draw=lambda key: jax.random.normal(key, (3,)))},
+        {"problem": bilevel(data_fn=lambda key: jax.random.normal(key, (3,)))},
     ),
     # objects of another kind
     "solver class": (
@@ -283,7 +284,7 @@ def test_inputs(name, entry):
 ONE = {"problem": DEFAULTS["problem"], "w": 0.0, "alpha": 0.5}
 LOOPS = {
     "tuple of losses": (
-        minimize, ValueError, ["has 2 outer losses", "combine="],
+        minimize, ValueError, ["has 2 outer losses", "aggregator="],
         {"problem": hg.Bilevel(inner, (outer, outer))},
     ),
     "optimizer function": (
@@ -425,7 +426,7 @@ def counts(value):
         "CG.max_steps": lambda: hg.CG(max_steps=value),
         "NystromCG.max_steps": lambda: hg.NystromCG(3, max_steps=value),
         "from_optimistix.max_steps": lambda: hg.from_optimistix(bfgs, value),
-        "Unrolled.last": lambda: hg.Unrolled(GD, last=value),
+        "Unrolled.truncation_length": lambda: hg.Unrolled(GD, truncation_length=value),
         "Implicit.adjoint_batch_size": lambda: hg.Implicit(
             GD, adjoint_batch_size=value
         ),
@@ -481,10 +482,10 @@ CONSTRUCTORS = {
         ValueError, [r"\['x'\] is empty"],
         lambda: hg.Bilevel(inner, outer, {"x": jnp.ones((0, 3))}),
     ),
-    "no data": (ValueError, ["no data", "keyed=True"], lambda: hg.Batches(None)),
+    "no data": (ValueError, ["no data", "with_key=True"], lambda: hg.Batches(None)),
     "no leaves": (ValueError, ["no data"], lambda: hg.Batches({})),
     "a batch of keys": (
-        ValueError, ["no data"], lambda: hg.Batches(None, 4, keyed=True),
+        ValueError, ["no data"], lambda: hg.Batches(None, 4, with_key=True),
     ),
     "text": (
         TypeError, [r"\['x'\]", "encode text"],
@@ -511,11 +512,11 @@ CONSTRUCTORS = {
     ),
     "products may change": (
         TypeError, ["curvature", "Changing", "frozen dataclass"],
-        lambda: hg.Implicit(hg.Newton(), curvature=Changing(1.0)),
+        lambda: hg.Implicit(hg.Newton(), hvp_fn=Changing(1.0)),
     ),
     "a part of a composition may change": (
         TypeError, ["cost", "Changing", "frozen dataclass"],
-        lambda: hg.Composition(inner, Changing(1.0)),
+        lambda: hg.CompositeLoss(inner, Changing(1.0)),
     ),
     "the inner loss of argmin may change": (
         TypeError, ["inner_loss", "Changing", "frozen dataclass"],
@@ -530,11 +531,11 @@ CONSTRUCTORS = {
     ),
     "start is no function": (
         TypeError, ["start must be a function"],
-        lambda: hg.Bilevel(inner, outer, start=jnp.ones(2)),
+        lambda: hg.Bilevel(inner, outer, init_fn=jnp.ones(2)),
     ),
     "data and draw": (
         ValueError, ["either data or draw"],
-        lambda: hg.Bilevel(inner, outer, jnp.ones(3), draw=lambda key: (None, None)),
+        lambda: hg.Bilevel(inner, outer, jnp.ones(3), data_fn=lambda key: (None, None)),
     ),
     "formula is no function": (TypeError, ["fn"], lambda: hg.ClosedForm(3)),
     "optimizer is none": (
@@ -631,7 +632,7 @@ def test_unrolled_refuses_lbfgs_that_only_shows_with_w_and_alpha(optimizer):
 def test_a_draw_that_closes_over_data(draw):
     """More than 1 kB of constants in the program; the message shows the way."""
     refused(
-        lambda: hg.Bilevel(inner, outer, draw=draw),
+        lambda: hg.Bilevel(inner, outer, data_fn=draw),
         ValueError, "closes over", "pass it as data", r"jax\.tree_util\.Partial",
     )  # fmt: skip
 
@@ -641,7 +642,7 @@ def test_a_draw_with_its_data_in_a_partial():
     partial = jax.tree_util.Partial(lambda arrays, key: (arrays, None), ARRAYS)
     assert len(jax.tree.leaves(hg.Bilevel(inner, outer, draw=partial))) == 1
     small = jnp.ones(100)
-    hg.Bilevel(inner, outer, draw=lambda key: (small, None))
+    hg.Bilevel(inner, outer, data_fn=lambda key: (small, None))
 
 
 @pytest.mark.parametrize("reader", ["optimizer", "start"])
@@ -651,7 +652,7 @@ def test_unrolled_sees_what_the_losses_do_not(reader):
         (lambda alpha: optax.sgd(alpha["rate"])) if reader == "optimizer" else SGD
     )
     start = (lambda w, alpha: w + alpha["rate"]) if reader == "start" else None
-    problem = hg.Bilevel(inner_of_rate, outer, start=start)
+    problem = hg.Bilevel(inner_of_rate, outer, init_fn=start)
     estimator = hg.Unrolled(hg.Descent(optimizer, 1))
     found = ask(problem, estimator, jnp.zeros(2), RATED["alpha"]).hypergradient
     if reader == "optimizer":
@@ -735,7 +736,7 @@ def test_unrolled_refuses_alpha_that_it_cannot_see(last, forgotten: str):
         + (stopped(alpha["unseen"]) * w if forgotten == "stopped" else 0.0)
     )
     problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
-    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.5), 10), last=last)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.5), 10), truncation_length=last)
     with pytest.raises(ValueError, match=r"neither loss reads alpha\['unseen'\]"):
         hg.hypergradient(problem, estimator)(0.0, {"seen": 1.0, "unseen": 1.0})
 
@@ -744,13 +745,13 @@ def test_a_start_beyond_the_last_steps_is_refused():
     """alpha is read by the start alone: all steps see it, the last five do not."""
     inner = lambda w, alpha, batch: 0.5 * w**2
     problem = hg.Bilevel(
-        inner, lambda w, alpha, batch: w**2, start=lambda w, alpha: alpha
+        inner, lambda w, alpha, batch: w**2, init_fn=lambda w, alpha: alpha
     )
     solver = hg.Descent(optax.sgd(0.5), 10)
     found = hg.hypergradient(problem, hg.Unrolled(solver))(0.0, 1.0)
     np.testing.assert_allclose(found.hypergradient, 2 * 0.5**20, rtol=1e-9)
     with pytest.raises(ValueError, match="nor does the optimizer"):
-        hg.hypergradient(problem, hg.Unrolled(solver, last=5))(0.0, 1.0)
+        hg.hypergradient(problem, hg.Unrolled(solver, truncation_length=5))(0.0, 1.0)
 
 
 def test_an_optimizer_factory_is_not_an_optimizer():
@@ -859,10 +860,10 @@ def test_drawn_data_are_checked_like_given_ones():
     """Numbers become arrays; nothing is refused."""
     inner = lambda w, alpha, batch: 0.5 * (w - alpha * batch) ** 2
     outer = lambda w, alpha, batch: 0.5 * (w - batch) ** 2
-    problem = hg.Bilevel(inner, outer, draw=lambda key: (2.0, 1.0))
+    problem = hg.Bilevel(inner, outer, data_fn=lambda key: (2.0, 1.0))
     found = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 1.0)
     np.testing.assert_allclose(found.hypergradient, 2.0)
-    empty = hg.Bilevel(inner, outer, draw=lambda key: (jnp.zeros((0, 2)), 1.0))
+    empty = hg.Bilevel(inner, outer, data_fn=lambda key: (jnp.zeros((0, 2)), 1.0))
     with pytest.raises(ValueError, match="is empty"):
         hg.hypergradient(empty, hg.Implicit(hg.Newton()))(0.0, 1.0)
 

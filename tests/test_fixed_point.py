@@ -45,7 +45,7 @@ def test_k_terms_are_the_last_k_steps(num_terms: int):
         hg.hypergradient(known.problem, estimator)(best, known.alpha).hypergradient
     )
     found = ask(hg.FixedPoint(solver, num_terms))
-    assert error(found, ask(hg.Unrolled(solver, last=num_terms))) < 1e-12
+    assert error(found, ask(hg.Unrolled(solver, truncation_length=num_terms))) < 1e-12
     series = hg.Implicit(solver, hg.Neumann(num_terms, known.step))
     assert error(found, ask(series)) < 1e-12
 
@@ -111,7 +111,7 @@ def test_several_losses_and_keyed_batches():
     loss = known.problem.inner_loss
     keyed = lambda w, alpha, batch: loss(w, alpha, batch[0])
     losses = (known.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w))
-    problem = hg.Bilevel(keyed, losses, hg.Batches(data, keyed=True), outer_data)
+    problem = hg.Bilevel(keyed, losses, hg.Batches(data, with_key=True), outer_data)
     solver = hg.Descent(sgd(known.step), 300)
     both = hg.hypergradient(problem, hg.FixedPoint(solver, 300))(known.w, known.alpha)
     assert error(both.hypergradient[0], known.exact(known.alpha)) < 1e-9

@@ -45,7 +45,7 @@ def noisy():
         outer,
         hg.Batches(known.problem.inner_data, 8),
         known.problem.outer_data,
-        start=lambda w, alpha: w + alpha["start"],
+        init_fn=lambda w, alpha: w + alpha["start"],
     )
     alpha = {
         "l2": known.alpha,
@@ -121,7 +121,8 @@ def test_windows_share_a_rate():
     outer = lambda w, alpha, batch: known.problem.outer_loss(w, alpha, batch)
     problem = hg.Bilevel(inner, outer, *data)
     shared = hg.Descent(
-        lambda rates: optax.sgd(hg.windows(rates, num_steps)), num_steps
+        lambda rates: optax.sgd(hg.piecewise_constant_schedule(rates, num_steps)),
+        num_steps,
     )
     free = hg.Descent(lambda rates: optax.sgd(lambda count: rates[count]), num_steps)
     rates = jnp.array([0.1, 0.2, 0.05])
@@ -134,10 +135,10 @@ def test_windows_share_a_rate():
 
 def test_windows_of_unequal_length():
     """Seven steps, three windows: every value has its steps, in order."""
-    schedule = hg.windows(jnp.arange(3.0), 7)
+    schedule = hg.piecewise_constant_schedule(jnp.arange(3.0), 7)
     assert [float(schedule(count)) for count in range(9)] == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     with pytest.raises(ValueError, match="one a window"):
-        hg.windows(jnp.ones((2, 2)), 4)
+        hg.piecewise_constant_schedule(jnp.ones((2, 2)), 4)
 
 
 def test_the_ledger_is_n_tangents():
@@ -179,5 +180,7 @@ def test_through_takes_the_mode_by_the_numbers_in_alpha(leaves: int, kind):
     alpha = {"rate": jnp.asarray(-2.0), "rest": jnp.zeros(leaves - 1)}
     solver = hg.Descent(lambda alpha: optax.sgd(jnp.exp(alpha["rate"])), 7)
     for like in (alpha, jax.eval_shape(lambda: alpha)):
-        found = hg.through(solver, like, warm_start=False, outer_batch_size=2)
+        found = hg.unrolled_estimator(
+            solver, like, warm_start=False, outer_batch_size=2
+        )
         assert found == kind(solver, warm_start=False, outer_batch_size=2)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import hypergrad as hg
 from hypergrad import objectives, searchers, spaces, surrogates
+from tests.loops import run_loop
 
 SGD = optax.sgd(0.1)
 SOLVER = hg.Descent(SGD, 3)
@@ -127,7 +128,7 @@ def minimized(**changed: Any) -> hg.Trace:
     }  # fmt: skip
     told |= changed
     first = (told.pop(name) for name in ("problem", "estimator", "optimizer", "w"))
-    return hg.minimize(*first, told.pop("alpha"), **told)
+    return run_loop(*first, told.pop("alpha"), **told)
 
 
 def searched(**changed: Any) -> hg.Trace:
@@ -169,18 +170,18 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("rank", "count", "Nystrom", lambda x: hg.Nystrom(x)),
     ("rank", "count", "NystromCG", lambda x: hg.NystromCG(x)),
     ("last", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
-    ("num_draws", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
+    ("num_samples", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
     ("num_terms", "count", "FixedPoint", lambda x: hg.FixedPoint(SOLVER, x)),
     ("num_pairs", "count", "Evolution", lambda x: hg.Evolution(SOLVER, 0.1, x)),
     ("window", "count", "PersistentEvolution",
-     lambda x: hg.PersistentEvolution(SOLVER, window=x)),
+     lambda x: hg.PersistentEvolution(SOLVER, unroll_length=x)),
     ("num_steps", "count", "Reversible", lambda x: hg.Reversible(0.1, 0.9, x)),
     ("num_steps", "count", "F2SA", lambda x: hg.F2SA(SGD, x, penalty=1.0)),
     ("num_steps", "count", "BOME", lambda x: hg.BOME(SGD, x, step_size=0.1)),
     ("num_directions", "count", "PZOBO", lambda x: hg.PZOBO(SGD, 2, x)),
     ("period", "count", "SRBA", lambda x: hg.SRBA(SGD, x)),
     ("num_terms", "count", "TTSA", lambda x: hg.TTSA(SGD, x, step_size=0.1)),
-    ("adjoint_steps", "count", "AmIGO", lambda x: hg.AmIGO(SGD, 2, x)),
+    ("num_adjoint_steps", "count", "AmIGO", lambda x: hg.AmIGO(SGD, 2, x)),
     ("adjoint_batch_size", "count", "Implicit",
      lambda x: hg.Implicit(SOLVER, adjoint_batch_size=x)),
     ("outer_batch_size", "count", "Implicit",
@@ -189,11 +190,11 @@ WRONG: list[tuple[str, str, str, Call]] = [
      lambda x: hg.Unrolled(SOLVER, outer_batch_size=x)),
     ("batch_size", "count", "Batches", lambda x: hg.Batches(np.ones((4, 2)), x)),
     ("num_steps", "count", "minimize", lambda x: minimized(num_steps=x)),
-    ("batch_size", "count", "search", lambda x: searched(batch_size=x)),
+    ("batch_size", "count", "search", lambda x: searched(trials_per_batch=x)),
     ("eval_every", "count", "minimize", lambda x: minimized(eval_every=x)),
     ("certify_every", "count", "minimize", lambda x: minimized(certify_every=x)),
     ("num", "count", "Grid", lambda x: searchers.Grid(x)),
-    ("size", "count", "PopulationBased", lambda x: searchers.PopulationBased(x)),
+    ("size", "count", "PopulationBased", lambda x: searchers.PopulationBasedTraining(x)),
     ("size", "count", "SuccessiveHalving", lambda x: searchers.SuccessiveHalving(x)),
     ("eta", "count", "Hyperband", lambda x: searchers.Hyperband(x)),
     ("size", "count", "OneShot", lambda x: searchers.OneShot(x)),
@@ -214,7 +215,7 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("tolerance", "below zero", "LBFGS", lambda x: hg.LBFGS(tolerance=x)),
     ("damping", "number", "Nystrom", lambda x: hg.Nystrom(2, x)),
     ("damping", "number", "Implicit", lambda x: hg.Implicit(SOLVER, damping=x)),
-    ("rel_err", "number", "Implicit", lambda x: hg.Implicit(SOLVER, rel_err=x)),
+    ("rtol", "number", "Implicit", lambda x: hg.Implicit(SOLVER, rtol=x)),
     ("sigma", "number", "Evolution", lambda x: hg.Evolution(SOLVER, x)),
     ("epsilon", "number", "CentralDifference",
      lambda x: hg.CentralDifference(SOLVER, x)),
@@ -223,9 +224,9 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("momentum", "number", "FSLA", lambda x: hg.FSLA(SGD, momentum=x)),
     ("penalty", "number", "F2SA", lambda x: hg.F2SA(SGD, 2, penalty=x)),
     ("perturbation", "number", "PopulationBased",
-     lambda x: searchers.PopulationBased(4, perturbation=x)),
+     lambda x: searchers.PopulationBasedTraining(4, perturbation=x)),
     ("step_size", "number", "Reinforce", lambda x: searchers.Reinforce(x)),
-    ("rel_err", "number", "certify", lambda x: certified(rel_err=x)),
+    ("rtol", "number", "certify", lambda x: certified(rtol=x)),
     ("strong_convexity", "number", "certify", lambda x: certified(strong_convexity=x)),
     # What is combined.
     ("optimizer", "optimizer", "Descent", lambda x: hg.Descent(x, 3)),
@@ -254,8 +255,8 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("problem", "problem", "certify", lambda x: certified(problem=x)),
     ("inner_loss", "function", "Bilevel", lambda x: hg.Bilevel(x, abs)),
     ("outer_loss", "function", "Bilevel", lambda x: hg.Bilevel(abs, x)),
-    ("start", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, start=x)),
-    ("draw", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, draw=x)),
+    ("start", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, init_fn=x)),
+    ("draw", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, data_fn=x)),
     ("inner_loss", "function", "argmin", lambda x: hg.argmin(x, SOLVER)),
     ("fn", "function", "ClosedForm", lambda x: hg.ClosedForm(x)),
     ("data", "data", "Batches", lambda x: hg.Batches(x)),
@@ -277,10 +278,10 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("budget", "budget", "search", lambda x: searched(budget=x)),
     # What is called along a run.
     ("project", "function", "minimize", lambda x: minimized(project=x)),
-    ("anneal", "function", "minimize", lambda x: minimized(anneal=x)),
+    ("anneal", "function", "minimize", lambda x: minimized(outer_data_fn=x)),
     ("progress", "function", "minimize", lambda x: minimized(progress=x)),
     ("progress", "function", "search", lambda x: searched(progress=x)),
-    ("record", "function", "search", lambda x: searched(record=x)),
+    ("record", "function", "search", lambda x: searched(trial_callback=x)),
     ("executor", "function", "search", lambda x: searched(executor=x)),
     ("time_limit", "limit", "minimize", lambda x: minimized(time_limit=x)),
     ("memory_limit", "limit", "minimize", lambda x: minimized(memory_limit=x)),

@@ -12,6 +12,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.known import any_known, error, quadratic
+from tests.loops import run_loop
 
 NUM_STEPS = 8
 SEE = {f"alpha {i}": lambda w, alpha, key, i=i: alpha[i] for i in range(4)}
@@ -52,7 +53,7 @@ def run(on_untrusted="record", bad=BAD, **changes):
         "estimator": Sabotaged(hg.Implicit(BEST, lx.LU()), jnp.asarray(bad)),
         "metrics": SEE, "num_steps": NUM_STEPS, "on_untrusted": on_untrusted,
     }  # fmt: skip
-    return hg.minimize(**settings | changes)
+    return run_loop(**settings | changes)
 
 
 def by_hand(factors):
@@ -133,7 +134,7 @@ def test_what_is_not_finite_comes_first():
     outer = lambda w, alpha, batch: w**2 + 0 * jnp.log(alpha - 1)
     problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer)
     for guard in ("record", "skip", "refine", "stop"):
-        trace = hg.minimize(
+        trace = run_loop(
             problem, hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.5, num_steps=9,
             on_untrusted=guard,
         )  # fmt: skip
@@ -153,9 +154,9 @@ def test_a_skipped_step_leaves_the_combiner_as_it_was():
         "problem": problem, "combine": hg.objectives.AugmentedLagrangian(limits=0.5)
     }  # fmt: skip
     trace, free = run("skip", bad, **settings), run("record", bad, **settings)
-    weights = np.asarray(trace.stats["weights"])
+    weights = np.asarray(trace.stats["objective_weights"])
     assert np.ptp(weights[1:], axis=0).max() == 0
-    assert np.ptp(np.asarray(free.stats["weights"])[1:], axis=0).max() > 0
+    assert np.ptp(np.asarray(free.stats["objective_weights"])[1:], axis=0).max() > 0
     assert np.ptp(np.asarray(seen(trace))[1:], axis=0).max() == 0
 
 
@@ -183,7 +184,7 @@ def test_under_jit_and_vmap_it_is_a_loop(guard: str):
         ("quadratic 30", {}),
         ("quadratic 30", {"linear_solver": hg.Neumann(1, step_size=0.1)}),
         ("ridge per-weight", {"linear_solver": hg.Identity(), "damping": 0.5}),
-        ("ridge per-weight", {"linear_solver": hg.NystromCG(2, refresh=3)}),
+        ("ridge per-weight", {"linear_solver": hg.NystromCG(2, refresh_every=3)}),
         ("logistic per-weight", {}),
         ("quadratic nested", {"warm_start": False}),
         ("logistic per-weight", {"adjoint_batch_size": 4}),
@@ -210,14 +211,19 @@ def test_implicit_refined_is_the_closed_form(name: str, options: dict):
     assert second.stats["trusted"]
     assert error(second.hypergradient, exact) < 1e-4
     assert then.num_estimates == 1  # schedules count estimates, not tries
-    trace = hg.minimize(
+    trace = run_loop(
         problem, estimator, optax.sgd(0.0), known.w, known.alpha, num_steps=1,
         on_untrusted="refine", key=jax.random.key(3),
     )  # fmt: skip
     assert trace.stats["trusted"].all()
     assert trace.stats["refined"].all()
     if estimator.adjoint_batch_size is None:  # without batches the key tells nothing
-        for column in ("gradient_equivalents", "num_hvps", "num_grads", "inner_steps"):
+        for column in (
+            "gradient_equivalents",
+            "num_hvps",
+            "num_grads",
+            "num_inner_steps",
+        ):
             both = first.stats[column] + second.stats[column]
             np.testing.assert_allclose(trace.stats[column][0], both)
 
@@ -226,10 +232,10 @@ def test_an_error_that_steps_do_not_reach_is_refined():
     """Two steps do not meet 1e-3; with a Newton step a round they do."""
     known = any_known("ridge per-weight")
     estimator = hg.Implicit(
-        hg.Descent(optax.sgd(known.step), 2), rel_err=jnp.array([1e-3, 1e-2])
+        hg.Descent(optax.sgd(known.step), 2), rtol=jnp.array([1e-3, 1e-2])
     )
     run = functools.partial(
-        hg.minimize, known.problem, estimator, optax.sgd(0.0), known.w, known.alpha,
+        run_loop, known.problem, estimator, optax.sgd(0.0), known.w, known.alpha,
         num_steps=1,
     )  # fmt: skip
     assert not run().stats["trusted"].any()
@@ -247,7 +253,7 @@ def test_an_error_that_steps_do_not_reach_is_refined():
 def test_a_certificate_decides_for_a_single_loop():
     """SOBA moves alpha where the certificate trusts it, and only there."""
     known = quadratic("30", seed=9)
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem, hg.SOBA(optax.sgd(known.step)), optax.sgd(1e-3), known.w,
         known.alpha, num_steps=300, certify_every=1, on_untrusted="skip", metrics=SEE,
     )  # fmt: skip
@@ -281,7 +287,7 @@ def test_a_certificate_decides_for_a_single_loop():
         (
             {
                 "on_untrusted": "skip", "certify_every": 1,
-                "estimator": hg.Unrolled(hg.Descent(ADAM, 9), last=3),
+                "estimator": hg.Unrolled(hg.Descent(ADAM, 9), truncation_length=3),
             },
             "Unrolled never says .* no step through$",
         ),

@@ -14,7 +14,8 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.known import central, error
-from hypergrad import choose
+from hypergrad import method_tables
+from tests.loops import run_loop
 
 # A problem into which alpha enters by the inner loss, by the optimizer (rate, momentum,
 # weight decay) and by the start. H = I + 0.1 u u' - 0.1 diag(sin w), u of length one.
@@ -81,7 +82,7 @@ def posed(places, without=()):
     """The problem whose alpha has the leaves of these places."""
     alpha = {name: AT[name] for place in places for name in LEAVES[place]}
     alpha = {name: leaf for name, leaf in alpha.items() if name not in without}
-    return hg.Bilevel(inner, outer, start=start if "start" in alpha else None), alpha
+    return hg.Bilevel(inner, outer, init_fn=start if "start" in alpha else None), alpha
 
 
 class Case(NamedTuple):
@@ -113,21 +114,21 @@ CASES = {
     ),
     "Implicit(solver, hg.NystromCG(r))": implicit(hg.NystromCG(1), r=1, k=2),
     "Implicit(solver, hg.Identity())": implicit(
-        hg.Identity(), hg.Identity().error_factor(SMALLEST, LARGEST)
+        hg.Identity(), hg.Identity().error_bound(SMALLEST, LARGEST)
     ),
     "Implicit(solver, lineax.LU())": implicit(lx.LU()),
-    "Implicit(solver, curvature=loss.gauss_newton)": Case(
+    "Implicit(solver, hvp_fn=loss.gauss_newton)": Case(
         hg.Implicit(
             hg.Descent(optimizer, LONG),
-            curvature=hg.Composition(  # of outputs that are linear in w
+            hvp_fn=hg.CompositeLoss(  # of outputs that are linear in w
                 lambda w, alpha, batch: w, inner
             ).gauss_newton,
         ),
         {"T": LONG, "k": 2},
     ),
     "Unrolled(solver)": Case(hg.Unrolled(short), {"T": SHORT}),
-    "Unrolled(solver, last=K)": Case(
-        hg.Unrolled(long, last=150), {"T": LONG, "K": 150}
+    "Unrolled(solver, truncation_length=K)": Case(
+        hg.Unrolled(long, truncation_length=150), {"T": LONG, "K": 150}
     ),
     "Forward(solver)": Case(hg.Forward(short), {"T": SHORT}),
     "Reversible(rate, m, T)": Case(
@@ -141,7 +142,7 @@ CASES = {
     "FiniteDifference(solver)": Case(
         hg.FiniteDifference(long),
         {"T": LONG},
-        hg.FiniteDifference(long).error_factor(SMALLEST, LARGEST),
+        hg.FiniteDifference(long).error_bound(SMALLEST, LARGEST),
     ),
     "Penalty(solver, l)": Case(hg.Penalty(long, 1e4), {"T": LONG}, 10 / 1e4),
     "CentralDifference(solver)": Case(hg.CentralDifference(short), {"T": SHORT}),
@@ -191,12 +192,12 @@ CASES |= {
     ),
     "DARTS(optimizer, step_size)": settled(hg.DARTS(RHO, RATE), ONE_TERM),
 }
-GUIDES = {guide.call: guide for guide, _, _ in choose.methods()}
+GUIDES = {guide.call: guide for guide, _, _ in method_tables.methods()}
 
 
 def test_every_row_is_tested_below():
     """No guide without a case, no case without a guide."""
-    assert len(GUIDES) == len(choose.methods())
+    assert len(GUIDES) == len(method_tables.methods())
     assert set(CASES) == set(GUIDES)
 
 
@@ -210,7 +211,10 @@ def test_every_method_has_a_row():
         and Protocol not in kind.__mro__[1:]
         and any(hasattr(kind, does) for does in ("estimate", "compute", "gauss_newton"))
     }
-    assert methods - {hg.Average} == {*choose.ESTIMATORS, *choose.OF_IMPLICIT}
+    assert methods - {hg.Average} == {
+        *method_tables.ESTIMATORS,
+        *method_tables.OF_IMPLICIT,
+    }
 
 
 @functools.cache
@@ -261,7 +265,7 @@ def test_what_is_declared_as_seen_equals_central_differences(call: str):
 def check_joint(estimator):
     """Its run ends where that of exact hypergradients does."""
     problem, alpha = posed(["losses"])
-    run = functools.partial(hg.minimize, problem, w=W, alpha=alpha, num_steps=2000)
+    run = functools.partial(run_loop, problem, w=W, alpha=alpha, num_steps=2000)
     ends = [
         run(estimator=which, optimizer=optax.sgd(0.1)).alpha
         for which in (estimator, hg.Implicit(hg.Newton()))
@@ -393,7 +397,7 @@ def both(read):
     """One leaf in the inner loss, and in the rate or in the start if it is read."""
     rate = lambda alpha: 0.5 * jnp.exp(alpha["target"][0] - AT["target"][0])
     begin = lambda w, alpha: w + alpha["target"] - AT["target"]
-    problem = hg.Bilevel(inner, outer, start=begin if read == "start" else None)
+    problem = hg.Bilevel(inner, outer, init_fn=begin if read == "start" else None)
     made = lambda alpha: optax.sgd(rate(alpha) if read == "optimizer" else 0.5)
     return problem, hg.Descent(made, 2)
 
@@ -418,7 +422,7 @@ def test_a_leaf_of_the_losses_that_is_read_beside_them(name: str):
     alone = ask(None)
     difference = {read: error(ask(read), alone) for read in ("start", "optimizer")}
     assert difference["start"] < 1e-9
-    if "optimizer" in getattr(hg, name).guide[0].sees:
+    if "optimizer" in getattr(hg, name).summary[0].sees:
         assert difference["optimizer"] > 1e-2
     else:
         assert difference["optimizer"] < 1e-9

@@ -46,7 +46,7 @@ def test_all_roads_lead_to_the_closed_form(name: str):
 
     def value(alpha):
         w = solution(known.w, alpha, known.problem.inner_data)
-        return known.problem.outer(w, alpha, known.problem.outer_data)
+        return known.problem.outer_value(w, alpha, known.problem.outer_data)
 
     roads = {
         "closed form": known.exact(known.alpha),
@@ -74,7 +74,9 @@ def test_a_series_is_the_truncated_unroll(name: str, num_terms: int):
         solver = hg.Descent(sgd(step), num_terms + 3)
         series = gradient(known, hg.Implicit(solver, hg.Neumann(num_terms, step)), best)
         for checkpoint in (True, False):
-            estimator = hg.Unrolled(solver, last=num_terms, checkpoint=checkpoint)
+            estimator = hg.Unrolled(
+                solver, truncation_length=num_terms, checkpoint=checkpoint
+            )
             assert error(gradient(known, estimator, best), series) < 1e-12
         if num_terms < 5:  # and neither is the full derivative yet
             assert error(series, known.exact(known.alpha)) > 1e-6
@@ -88,7 +90,9 @@ def test_checkpoints_change_nothing(num_steps: int, last: int | None):
     solver = hg.Descent(optax.sgd(0.05, momentum=0.9), num_steps)
     w = jnp.linspace(-1, 1, 6)
     found = [
-        gradient(known, hg.Unrolled(solver, last=last, checkpoint=checkpoint), w)
+        gradient(
+            known, hg.Unrolled(solver, truncation_length=last, checkpoint=checkpoint), w
+        )
         for checkpoint in (True, False)
     ]
     assert error(*found) < 1e-12
@@ -100,7 +104,7 @@ def test_last_beyond_the_run_is_the_full_unroll(last: int):
     known = any_known("ridge scalar")
     solver = hg.Descent(sgd(0.1), 40)
     full = hg.hypergradient(known.problem, hg.Unrolled(solver))
-    cut = hg.hypergradient(known.problem, hg.Unrolled(solver, last=last))
+    cut = hg.hypergradient(known.problem, hg.Unrolled(solver, truncation_length=last))
     one, other = (f(known.w, known.alpha) for f in (full, cut))
     assert error(one.hypergradient, other.hypergradient) < 1e-14
     assert one.stats["trusted"]
@@ -151,7 +155,11 @@ def test_the_error_of_truncation_falls_as_q_to_the_k():
     terms = np.array([20, 40, 60])
     errors = [
         error(
-            gradient(known, hg.Unrolled(hg.Descent(sgd(step), 70), last=int(k)), best),
+            gradient(
+                known,
+                hg.Unrolled(hg.Descent(sgd(step), 70), truncation_length=int(k)),
+                best,
+            ),
             exact,
         )
         for k in terms
@@ -254,7 +262,7 @@ def test_the_arrangement_of_the_pytree_does_not_matter():
         hg.Implicit(solver, lx.LU()),
         hg.Implicit(solver, hg.NystromCG(2)),
         hg.Implicit(solver, hg.Neumann(4)),
-        hg.Unrolled(solver, last=5),
+        hg.Unrolled(solver, truncation_length=5),
     ):
         tree = hg.hypergradient(nested.problem, estimator)(nested.w, nested.alpha)
         line = hg.hypergradient(vector, estimator)(w, alpha)
@@ -279,11 +287,11 @@ def test_float32_and_float64_agree():
 
 
 def truncated(known, num_steps, last):
-    """(true relative error, error_estimate) of ``Unrolled(last=)``."""
+    """(true relative error, error_estimate) of ``Unrolled(truncation_length=)``."""
     solver = hg.Descent(optax.sgd(0.7 * known.step), num_steps)
-    found = hg.hypergradient(known.problem, hg.Unrolled(solver, last=last))(
-        known.w, known.alpha
-    )
+    found = hg.hypergradient(
+        known.problem, hg.Unrolled(solver, truncation_length=last)
+    )(known.w, known.alpha)
     whole = gradient(known, hg.Unrolled(solver), known.w)
     return error(found.hypergradient, whole), float(found.stats["error_estimate"])
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 
 import hypergrad as hg
-from hypergrad.inner.descent import iterate
+from hypergrad.inner.descent import run_inner_steps
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(11)
@@ -152,7 +152,7 @@ def test_checkpoints_change_nothing(num_steps):
     """The plain scan and its reverse pass, by ``alpha`` and by the start."""
 
     def final(alpha, w, checkpoint):
-        carry = iterate(
+        carry = run_inner_steps(
             Wander(num_steps), None, w, alpha, None, KEY, checkpoint=checkpoint
         )
         return jnp.sum(carry[0] ** 2), carry
@@ -182,7 +182,7 @@ def test_the_last_steps_only(last):
 
     def final(alpha, w, checkpoint):
         options = {"last": last, "checkpoint": checkpoint}
-        found = iterate(solver, quadratic, w, alpha, None, KEY, **options)[0]
+        found = run_inner_steps(solver, quadratic, w, alpha, None, KEY, **options)[0]
         return found, found
 
     @jax.jit
@@ -212,7 +212,7 @@ def test_the_reverse_pass_sees_the_batches_of_the_forward_pass():
     @jax.value_and_grad
     def final(alpha):
         start = jnp.zeros(D)
-        carry = iterate(solver, loss, start, alpha, NOISY, KEY, checkpoint=True)
+        carry = run_inner_steps(solver, loss, start, alpha, NOISY, KEY, checkpoint=True)
         return jnp.sum(carry[0] ** 2)
 
     alpha, step = jnp.array([0.4, 0.3]), 1e-5

@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 
 import hypergrad as hg
 from benchmarks.known import any_known, cast, error, flat, quadratic, ridge, ridge_outer
+from tests.loops import run_loop
 
 BEST = hg.ClosedForm(
     lambda alpha, batch: jnp.linalg.solve(batch["H"], batch["C"] @ alpha)
@@ -75,7 +76,7 @@ def by_hand(known, optimizer, alpha, num_steps, forward=None, after=lambda u: u)
         alpha, pullback = jax.vjp(forward, u)
         alphas.append(alpha)
         best = known.best(alpha)
-        values.append(known.problem.outer(best, alpha, known.problem.outer_data))
+        values.append(known.problem.outer_value(best, alpha, known.problem.outer_data))
         (gradient,) = pullback(known.exact(alpha))
         updates, state = optimizer.update(gradient, state, u)
         u = after(optax.apply_updates(u, updates))
@@ -109,7 +110,7 @@ def test_metrics_are_evaluated_when_due():
     """Steps 0, 3, 6 and the last of 8; NaN elsewhere; the values by hand."""
     known = quadratic("30", seed=9)
     run = functools.partial(
-        hg.minimize, known.problem, hg.Implicit(BEST), sgd(0.1), known.w, known.alpha,
+        run_loop, known.problem, hg.Implicit(BEST), sgd(0.1), known.w, known.alpha,
         num_steps=8, key=jax.random.key(1),
     )  # fmt: skip
     alphas, _ = by_hand(known, sgd(0.1), known.alpha, 8)
@@ -217,7 +218,7 @@ def test_spaces_leaf_by_leaf():
     optimizer = sgd(0.2)
     alphas, _ = by_hand(known, optimizer, u, 6, forward)
     run = functools.partial(
-        hg.minimize, known.problem, hg.Implicit(hg.Newton()), optimizer, known.w, alpha,
+        run_loop, known.problem, hg.Implicit(hg.Newton()), optimizer, known.w, alpha,
         num_steps=6,
     )  # fmt: skip
     assert error(run(space=space).alpha, alphas[-1]) < 1e-8
@@ -239,7 +240,7 @@ def test_projections_of_optax(project):
     """Projected gradient descent by hand."""
     known = quadratic("30", seed=8)
     alphas, values = by_hand(known, sgd(0.5), INSIDE, 10, after=project)
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem, hg.Implicit(BEST), sgd(0.5), known.w, INSIDE, num_steps=10,
         project=project,
     )  # fmt: skip
@@ -345,7 +346,7 @@ def test_a_frozen_run_under_progress_is_the_same():
     outer = lambda w, alpha, batch: jnp.sum(w**2) + 0 * jnp.log(alpha - 1)
     problem = hg.Bilevel(SQUARE, outer)
     run = functools.partial(
-        hg.minimize, problem, hg.Implicit(hg.Newton()), sgd(0.1), 0.0, 3.0, num_steps=41
+        run_loop, problem, hg.Implicit(hg.Newton()), sgd(0.1), 0.0, 3.0, num_steps=41
     )
     one, other = run(), run(progress=lambda done, value: None)
     np.testing.assert_array_equal(one.value, other.value)
@@ -368,7 +369,7 @@ def test_progress_changes_nothing(num_steps: int):
         known.problem.outer_data,
     )
     run = functools.partial(
-        hg.minimize, problem, hg.Implicit(hg.Descent(sgd(0.3), 5)), optax.adam(0.1),
+        run_loop, problem, hg.Implicit(hg.Descent(sgd(0.3), 5)), optax.adam(0.1),
         known.w, known.alpha, num_steps=num_steps, key=jax.random.key(2), metrics=SEE,
         eval_every=3,
     )  # fmt: skip
@@ -387,7 +388,7 @@ def test_progress_changes_nothing(num_steps: int):
 def test_rows_are_the_trace_step_by_step():
     """A dict a step: value, cumulated cost, stats; metrics where evaluated."""
     known = any_known("ridge scalar")
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem, hg.Implicit(hg.Newton()), sgd(0.1), known.w, known.alpha,
         num_steps=5, metrics={"m": lambda w, alpha, key: alpha}, eval_every=2,
     )  # fmt: skip
@@ -487,7 +488,7 @@ def test_the_same_key_is_the_same_run():
         known.problem.outer_data,
     )
     run = functools.partial(
-        hg.minimize, problem, hg.Implicit(hg.Descent(sgd(0.3), 5)), sgd(0.1),
+        run_loop, problem, hg.Implicit(hg.Descent(sgd(0.3), 5)), sgd(0.1),
         known.w, known.alpha, num_steps=4,
     )  # fmt: skip
     zero, again, none, other = (
@@ -628,9 +629,9 @@ def test_anneal_changes_the_outer_data_step_by_step(wrap):
         return hg.Bilevel(inner, tempered, inner_data, wrap(at))
 
     estimator, optimizer = hg.Implicit(hg.Newton()), optax.sgd(0.01)
-    trace = hg.minimize(
+    trace = run_loop(
         problem(1.0), estimator, optimizer, known.w, known.alpha, num_steps=4,
-        anneal=anneal,
+        outer_data_fn=anneal,
     )  # fmt: skip
     alpha = known.alpha
     for step in range(4):
@@ -646,20 +647,20 @@ def test_anneal_must_keep_the_data_as_it_is_shaped():
     """And needs data to change."""
     known = any_known("ridge scalar")
     run = functools.partial(
-        hg.minimize, w=known.w, alpha=known.alpha, num_steps=2,
+        run_loop, w=known.w, alpha=known.alpha, num_steps=2,
         estimator=hg.Implicit(hg.Newton()), optimizer=optax.sgd(0.1),
     )  # fmt: skip
     with pytest.raises(ValueError, match="anneal returned"):
-        run(known.problem, anneal=lambda step, data: data | {"more": step})
+        run(known.problem, outer_data_fn=lambda step, data: data | {"more": step})
     with pytest.raises(TypeError, match="anneal must be a function"):
-        run(known.problem, anneal=0.5)
+        run(known.problem, outer_data_fn=0.5)
     with pytest.raises(ValueError, match="anneal needs outer_data"):
-        hg.minimize(
+        run_loop(
             hg.Bilevel(
                 lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
                 lambda w, alpha, batch: jnp.sum(w**2),
-                draw=lambda key: (jnp.ones(1), jnp.ones(1)),
+                data_fn=lambda key: (jnp.ones(1), jnp.ones(1)),
             ),
             hg.Implicit(hg.Newton()), optax.sgd(0.1), 0.0, 1.0, num_steps=2,
-            anneal=lambda step, data: data,
+            outer_data_fn=lambda step, data: data,
         )  # fmt: skip

@@ -22,9 +22,10 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import cli, provenance
+from hypergrad import cli
 from hypergrad.models import arrays, store
 from hypergrad.runs import model_commands as commands
+from hypergrad.runtime import provenance
 
 W = {"layers": [jnp.arange(6.0).reshape(2, 3), jnp.ones(3)], "bias": jnp.float64(0.5)}
 ALPHA = jnp.linspace(-1, 1, 4)
@@ -201,7 +202,9 @@ def test_a_model_knows_what_made_it(tmp_path):
     assert found.metrics == {"loss": float(trace.value[-1]), "nan": None}
     assert settings.items() <= found.run.items()
     assert found.run["versions"]["packages"]["jax"] == jax.__version__
-    assert found.run["versions"]["git"] == provenance.commit(Path(hg.__file__).parent)
+    assert found.run["versions"]["git"] == provenance.source_commit(
+        Path(hg.__file__).parent
+    )
     assert found.leaves["w"] == {"dtype": "float64", "shape": [2], "was": "jax"}
     content = (tmp_path / "m" / "1" / "arrays.npz").read_bytes()
     assert found.sha256 == hashlib.sha256(content).hexdigest()

@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 
 import hypergrad as hg
 from hypergrad import objectives
+from tests.loops import run_loop
 
 BEST = hg.ClosedForm(lambda alpha, batch: alpha)
 IMPLICIT = hg.Implicit(BEST)
@@ -44,8 +45,8 @@ def minimize(combine, *, problem=None, optimizer=QUARTER, alpha=START, **options
     problem = biquadratic() if problem is None else problem
     options = {"num_steps": 100} | options
     w = jnp.zeros_like(alpha)
-    return hg.minimize(
-        problem, IMPLICIT, optimizer, w, alpha, combine=combine, **options
+    return run_loop(
+        problem, IMPLICIT, optimizer, w, alpha, aggregator=combine, **options
     )
 
 
@@ -54,7 +55,9 @@ def directions(combine, gradients):
     cases, num, _ = gradients.shape
     value, state = jnp.zeros(num, gradients.dtype), combine.init(num)
     gram = jnp.einsum("ckn,cln->ckl", gradients, gradients)
-    weights = jax.vmap(lambda gram: combine.weigh(value, gram, state)[0])(gram)
+    weights = jax.vmap(lambda gram: combine.compute_weights(value, gram, state)[0])(
+        gram
+    )
     assert weights.dtype == gradients.dtype
     assert weights.shape == (cases, num)
     return np.asarray(jnp.einsum("ck,ckn->cn", weights, gradients))
@@ -202,7 +205,7 @@ def test_epo_solves_the_linear_programs_of_its_authors(num: int, key: jax.Array)
     values = values.at[::2].set(1 / weights[None])
     gram = jnp.einsum("ckn,cln->ckl", gradients, gradients)
     combine = objectives.EPO(weights)
-    found = jax.vmap(lambda v, g: combine.weigh(v, g, None)[0])(values, gram)
+    found = jax.vmap(lambda v, g: combine.compute_weights(v, g, None)[0])(values, gram)
     exact = [by_linprog(*map(np.asarray, (*case, weights)))
              for case in zip(values, gram, strict=True)]  # fmt: skip
     np.testing.assert_allclose(found, np.array(exact), atol=1e-6)
@@ -227,7 +230,7 @@ def test_epo_is_the_closed_form_for_two_that_conflict(dtype: str, key: jax.Array
     t = np.clip((d - rise) / (d - c), 0, 1)
     assert 5 < np.sum(t < 1) < len(t)
     combine = objectives.EPO(jnp.array(weights, dtype))
-    of = lambda gram: combine.weigh(jnp.array(value, dtype), gram, None)[0]
+    of = lambda gram: combine.compute_weights(jnp.array(value, dtype), gram, None)[0]
     found = jax.vmap(of)(jnp.array(gram, dtype))
     assert found.dtype == dtype
     close(found, np.stack([t, 1 - t], 1), dtype, 1.0)
@@ -237,7 +240,7 @@ def test_epo_shows_values_that_are_on_no_ray():
     """Not above the ideal, or not finite: NaN, at once."""
     below = [-1.0, 1.0], [0.0, 1.0], [-1.0, -3.0]
     for value in (*below, [jnp.nan, 1.0], [jnp.inf, 1.0]):
-        weights, _ = objectives.EPO(jnp.ones(2)).weigh(
+        weights, _ = objectives.EPO(jnp.ones(2)).compute_weights(
             jnp.array(value), jnp.eye(2), None
         )
         assert np.isnan(weights).all()
@@ -273,7 +276,7 @@ def test_a_run_of_epo_below_the_ideal_ends_and_says_why():
 )
 def test_the_weights_are_the_gradient_of_the_score(combine):
     value = jnp.array([1.0, 0.3, 0.7])
-    weights, _ = combine.weigh(value, jnp.eye(3), combine.init(3))
+    weights, _ = combine.compute_weights(value, jnp.eye(3), combine.init(3))
     np.testing.assert_allclose(weights, jax.grad(combine.score)(value), rtol=1e-12)
 
 
@@ -307,8 +310,10 @@ def test_mgda_ends_at_the_projection_of_its_start(dtype: str):
     exact = CENTRES[0] + t * along
     close(trace.alpha, exact, dtype, 1.0)
     assert trace.status == "completed"
-    assert trace.value.shape == trace.stats["weights"].shape == (100, 2)
-    np.testing.assert_allclose(trace.stats["weights"][-1], [1 - t, t], atol=1e-3)
+    assert trace.value.shape == trace.stats["objective_weights"].shape == (100, 2)
+    np.testing.assert_allclose(
+        trace.stats["objective_weights"][-1], [1 - t, t], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("combine", [objectives.MGDA(), objectives.UPGrad()])
@@ -390,7 +395,7 @@ def test_a_weighted_sum_is_the_run_of_one_loss(space):
     np.testing.assert_allclose(several.alpha, one.alpha, rtol=1e-9)
     np.testing.assert_allclose(several.best_alpha, one.best_alpha, rtol=1e-9)
     np.testing.assert_allclose(several.value @ weights, one.value, rtol=1e-9)
-    for name in ("num_grads", "inner_steps"):  # one inner solve for both
+    for name in ("num_grads", "num_inner_steps"):  # one inner solve for both
         assert jnp.array_equal(several.stats[name], one.stats[name])
     assert jnp.all(one.stats["num_hvps"] < several.stats["num_hvps"])
     assert jnp.all(one.cost < several.cost)
@@ -409,9 +414,9 @@ def test_the_gradients_are_those_in_the_space(combine):
     )
     estimator = hg.Implicit(hg.ClosedForm(lambda u, batch: space.forward(u)))
     inside = minimize(combine, space=space, optimizer=TENTH, num_steps=20)
-    outside = hg.minimize(
+    outside = run_loop(
         by_hand, estimator, TENTH, START, space.inverse(START), num_steps=20,
-        combine=combine,
+        aggregator=combine,
     )  # fmt: skip
     np.testing.assert_allclose(inside.alpha, space.forward(outside.alpha), rtol=1e-8)
 
@@ -441,7 +446,9 @@ def test_the_optimizer_is_given_the_score():
         objectives.AugmentedLagrangian(1.0),
     ):
         trace = minimize(combine, optimizer=told, num_steps=1)
-        score = getattr(combine, "score", lambda v, t=trace: t.stats["weights"][0] @ v)
+        score = getattr(
+            combine, "score", lambda v, t=trace: t.stats["objective_weights"][0] @ v
+        )
         expected = START + score(trace.value[0])
         np.testing.assert_allclose(trace.alpha, expected, rtol=1e-12)
 
@@ -455,7 +462,7 @@ def test_rows_progress_and_certificates_of_several_losses():
     )  # fmt: skip
     rows = trace.rows()
     assert [row["value"] for row in rows] == trace.value.tolist()
-    assert rows[0]["weights"] == trace.stats["weights"][0].tolist()
+    assert rows[0]["weights"] == trace.stats["objective_weights"][0].tolist()
     assert calls == [(i + 1, row["value"]) for i, row in enumerate(rows)]
     assert float(trace.stats["error_estimate"][0]) < 1e-6
     assert np.isnan(trace.stats["error_estimate"][1])
@@ -468,23 +475,23 @@ def test_a_loss_that_is_not_finite_freezes_the_run():
     combine = objectives.WeightedSum(jnp.array([1.0, 0.0]))
     trace = minimize(combine, problem=problem, num_steps=5)
     assert "outer value" in trace.status
-    assert np.isnan(trace.stats["weights"][-1]).all()
+    assert np.isnan(trace.stats["objective_weights"][-1]).all()
     np.testing.assert_array_equal(trace.alpha, START)
 
 
 def test_an_estimator_of_one_loss_still_refuses():
     with pytest.raises(ValueError, match="takes one outer loss"):
-        hg.minimize(
+        run_loop(
             biquadratic(), hg.SOBA(TENTH), TENTH, START, START, num_steps=2,
-            combine=objectives.UPGrad(),
+            aggregator=objectives.UPGrad(),
         )  # fmt: skip
 
 
 def test_an_unrolled_estimator_gives_the_same_run():
     unrolled = hg.Unrolled(hg.Descent(optax.sgd(0.3), 60))
-    run = lambda estimator: hg.minimize(
+    run = lambda estimator: run_loop(
         biquadratic(), estimator, TENTH, START, START, num_steps=10,
-        combine=objectives.UPGrad(),
+        aggregator=objectives.UPGrad(),
     )  # fmt: skip
     np.testing.assert_allclose(run(unrolled).alpha, run(IMPLICIT).alpha, atol=1e-6)
 
@@ -511,13 +518,15 @@ def test_a_limit_holds_and_the_multiplier_is_that_of_the_kkt_point(options, dtyp
     exact = CENTRES[1] + 0.4 * (CENTRES[0] - CENTRES[1])
     close(trace.alpha, exact, dtype, 100)
     assert float(trace.value[-1, 1]) <= 1.01 * radius**2
-    np.testing.assert_allclose(trace.stats["weights"][-1], [1, 1.5], rtol=1e-4)
+    np.testing.assert_allclose(
+        trace.stats["objective_weights"][-1], [1, 1.5], rtol=1e-4
+    )
 
 
 def test_a_slack_limit_changes_nothing_and_has_no_multiplier():
     trace = lagrangian(100.0)
     np.testing.assert_allclose(trace.alpha, CENTRES[0], atol=1e-8)
-    assert float(trace.stats["weights"][-1, 1]) == 0
+    assert float(trace.stats["objective_weights"][-1, 1]) == 0
 
 
 def test_two_limits_of_which_one_binds():
@@ -529,7 +538,9 @@ def test_two_limits_of_which_one_binds():
     )
     trace = lagrangian(jnp.array([-0.5, 5.0]), biquadratic(outer))
     np.testing.assert_allclose(trace.alpha, CENTRES[0].at[0].set(-0.5), atol=1e-6)
-    np.testing.assert_allclose(trace.stats["weights"][-1], [1, 3, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        trace.stats["objective_weights"][-1], [1, 3, 0], atol=1e-5
+    )
 
 
 def test_at_most_two_million_flops():
@@ -539,10 +550,10 @@ def test_at_most_two_million_flops():
         objectives.num_flops([784.0, jnp.exp(alpha[0]), 10.0]) / 2e6
     )
     inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
-    trace = hg.minimize(
+    trace = run_loop(
         hg.Bilevel(inner, (wide, flops)), IMPLICIT, optax.sgd(0.03), jnp.zeros(1),
         jnp.array([3.0]), num_steps=600,
-        combine=objectives.AugmentedLagrangian(1.0, penalty=5.0),
+        aggregator=objectives.AugmentedLagrangian(1.0, penalty=5.0),
     )  # fmt: skip
     width = 2e6 / (2 * 794)
     np.testing.assert_allclose(jnp.exp(trace.alpha[0]), width, rtol=1e-3)
@@ -557,9 +568,9 @@ SMOOTH = lambda p: objectives.SmoothTchebycheff(p, 0.05)
 
 
 def front(problem, preferences, combine, optimizer=QUARTER, **options):
-    return objectives.front(
+    return objectives.pareto_front(
         problem, IMPLICIT, optimizer, jnp.zeros(3), START, preferences,
-        combine=combine, **options,
+        aggregator=combine, **options,
     )  # fmt: skip
 
 
@@ -615,9 +626,9 @@ def test_only_tchebycheff_reaches_a_concave_front():
     """On the analytic front within 1%, where weighted sums end at its ends."""
     problem = biquadratic((concave(0), concave(1)))
     start = jnp.array([0.2, -0.1, 0.1])
-    run = lambda combine: objectives.front(
+    run = lambda combine: objectives.pareto_front(
         problem, IMPLICIT, optax.sgd(0.05), start, start, PREFERENCES,
-        combine=combine, num_steps=1000,
+        aggregator=combine, num_steps=1000,
     ).value[:, -1]  # fmt: skip
     smooth, summed = run(SMOOTH), run(objectives.WeightedSum)
     # At t from -1 to 1 along the diagonal: 1 - exp(-(t -+ 1)²).
@@ -654,9 +665,9 @@ def test_all_losses_share_one_inner_and_one_adjoint_solve():
     estimator = hg.Implicit(BEST, lx.LU())
     spent = {}
     for outer, combine in ((DISTANCES, objectives.UPGrad()), (DISTANCES[0], None)):
-        trace = hg.minimize(
+        trace = run_loop(
             biquadratic(outer), estimator, TENTH, START, START, num_steps=3,
-            combine=combine,
+            aggregator=combine,
         )  # fmt: skip
         spent[combine is None] = trace.stats
     assert jnp.array_equal(spent[True]["num_grads"], spent[False]["num_grads"])

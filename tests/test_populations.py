@@ -17,7 +17,7 @@ import pytest
 import hypergrad as hg
 from benchmarks import population
 from hypergrad.inner import inner_stats
-from hypergrad.inner.descent import iterate
+from hypergrad.inner.descent import run_inner_steps
 from hypergrad.searchers import halving, populations
 
 SPACE = {"center": hg.spaces.Interval(-2.0, 2.0, shape=(2,))}
@@ -40,7 +40,7 @@ MOMENTUM = optax.sgd(0.3, momentum=0.5)
 
 
 def setting(num_steps):
-    return populations.Setting(
+    return populations.PopulationConfig(
         PROBLEM, hg.Descent(MOMENTUM, num_steps), {}, jnp.zeros(2), SPACE,
         {"num_grads": 1.0, "num_hvps": 0.0, "num_values": 0.0}, (1.0, 1 / 3),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def written_out(alpha, num_steps):
 # searcher -> (steps of its solver, budget in gradient-equivalents), as its docstring
 # states it: twice what the slower of seeds 100 and 101 needed, rounded up to hundreds.
 BUDGETS = {
-    "pbt": (hg.searchers.PopulationBased(16), 5, 200),
+    "pbt": (hg.searchers.PopulationBasedTraining(16), 5, 200),
     "halving": (hg.searchers.SuccessiveHalving(27), 27, 600),
     "hyperband": (hg.searchers.Hyperband(), 27, 1000),
 }
@@ -103,7 +103,7 @@ def test_those_who_are_kept_train_on_as_if_unbroken():
     given = setting(27)
     found = all_of(hg.searchers.SuccessiveHalving(9), given, 3)
     assert [len(rung.rows.value) for rung in found] == [9, 3, 1]
-    assert [rung.rows.stats["inner_steps"][0] for rung in found] == [3, 6, 18]
+    assert [rung.rows.stats["num_inner_steps"][0] for rung in found] == [3, 6, 18]
     for rung, made in zip(found, (3, 9, 27), strict=True):
         for i in range(len(rung.rows.value)):
             alpha, w = one_of((rung.members.alpha, rung.members.carry[0]), i)
@@ -142,7 +142,7 @@ def test_every_rung_makes_a_step():
 @pytest.mark.parametrize(
     ("searcher", "num_steps"),
     [
-        (hg.searchers.PopulationBased(4), 2),
+        (hg.searchers.PopulationBasedTraining(4), 2),
         (hg.searchers.SuccessiveHalving(4, eta=2), 4),
     ],
     ids=["pbt", "halving"],
@@ -178,7 +178,7 @@ def test_brackets_of_hyperband_are_those_of_its_table():
 
 def test_a_population_inherits_every_bit_and_moves_alpha_by_a_step_of_u():
     """Carries are copied; alpha moves by 0.2 of u; the best stay as they are."""
-    searcher, given = hg.searchers.PopulationBased(8), setting(3)
+    searcher, given = hg.searchers.PopulationBasedTraining(8), setting(3)
     start = given.start(8, jax.random.key(0))
     trained, rows = given.train(start, 3, jax.random.key(1))
     value = rows.value.at[2].set(jnp.nan)
@@ -205,7 +205,7 @@ def test_rates_of_a_population_may_be_its_hyperparameters():
     loss = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
     solver = hg.Descent(lambda alpha: optax.sgd(alpha), 4)
     trace = hg.search(
-        hg.Bilevel(loss, loss), solver, hg.searchers.PopulationBased(4), jnp.ones(2),
+        hg.Bilevel(loss, loss), solver, hg.searchers.PopulationBasedTraining(4), jnp.ones(2),
         space=hg.spaces.Interval(1e-3, 1.0, log=True), budget=100,
         metrics={"rate": lambda w, alpha, key: alpha},
     )  # fmt: skip
@@ -231,8 +231,8 @@ def test_a_users_draw_is_not_run_by_the_host_every_round():
 
         mean = lambda w, alpha, batch: jnp.mean((w - alpha - batch) ** 2)
         trace = hg.search(
-            hg.Bilevel(mean, mean, draw=draw), hg.Descent(MOMENTUM, 6),
-            hg.searchers.PopulationBased(4), 0.0, space=hg.spaces.Unit(), budget=budget,
+            hg.Bilevel(mean, mean, data_fn=draw), hg.Descent(MOMENTUM, 6),
+            hg.searchers.PopulationBasedTraining(4), 0.0, space=hg.spaces.Unit(), budget=budget,
         )  # fmt: skip
         each = 6 * 2 / 6 + 0.5 / 3
         np.testing.assert_allclose(trace.cost[-1], len(trace.value) * each)
@@ -259,13 +259,13 @@ class HeavyBall(eqx.Module):
         return w - self.rate * v, v
 
     def solve(self, inner_loss, w, alpha, data, key):
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
         return w, inner_stats(self.num_steps, num_grads=2 * self.num_steps)
 
 
 @pytest.mark.parametrize(
     "searcher",
-    [hg.searchers.PopulationBased(8), hg.searchers.SuccessiveHalving(9)],
+    [hg.searchers.PopulationBasedTraining(8), hg.searchers.SuccessiveHalving(9)],
     ids=["pbt", "halving"],
 )
 def test_a_solver_of_ones_own_is_trained_step_by_step(searcher):
@@ -278,7 +278,7 @@ def test_a_solver_of_ones_own_is_trained_step_by_step(searcher):
     trials = len(own.value)
     assert 0 < trials < len(optaxs.value)
     np.testing.assert_allclose(own.value, optaxs.value[:trials], rtol=1e-9)
-    steps = own.stats["inner_steps"]
+    steps = own.stats["num_inner_steps"]
     np.testing.assert_array_equal(own.stats["num_grads"], 2 * steps)
     np.testing.assert_allclose(own.cost, np.cumsum(2 * steps + 1 / 3), rtol=1e-12)
 
@@ -354,7 +354,7 @@ def test_one_shot_compares_all_choices_on_the_same_data():
     noise = lambda key: (None, jax.random.normal(key, (1,)))
     read = lambda w, alpha, batch: jnp.sum(batch) + alpha
     trace = hg.search(
-        hg.Bilevel(lambda w, alpha, batch: w**2, read, draw=noise),
+        hg.Bilevel(lambda w, alpha, batch: w**2, read, data_fn=noise),
         hg.Descent(optax.sgd(0.5), 2), hg.searchers.OneShot(4), 0.0,
         space=hg.spaces.Choice(3), budget=10, key=jax.random.key(0),
         metrics={"choice": lambda w, alpha, key: alpha},
@@ -388,7 +388,7 @@ def test_one_shot_finds_the_optimum_within_its_budget():
 
 
 RESUMED = {
-    "pbt": (hg.searchers.PopulationBased(4), 3, 70.0, 5),
+    "pbt": (hg.searchers.PopulationBasedTraining(4), 3, 70.0, 5),
     "halving": (hg.searchers.SuccessiveHalving(9), 9, 45.0, 5),
     "hyperband": (hg.searchers.Hyperband(), 9, 90.0, 7),
     "one shot": (hg.searchers.OneShot(4), 6, 10.0, 3),
@@ -412,7 +412,7 @@ def test_a_search_killed_after_any_round_goes_on_to_the_same_trace(name, tmp_pat
 
         trace = hg.search(
             problem, solver, searcher, {"w": jnp.zeros(2)}, space=SPACE,
-            key=jax.random.key(0), record=record,
+            key=jax.random.key(0), trial_callback=record,
             progress=lambda *seen: done.append(seen),
             metrics={"a": lambda w, alpha, key: w["w"][0], "no": lambda *_: jnp.nan},
             **{"budget": budget} | changes,
@@ -430,7 +430,7 @@ def test_a_search_killed_after_any_round_goes_on_to_the_same_trace(name, tmp_pat
     trace, known, done = search()
     assert len(known) == rounds
     for k in range(1, rounds + 1):
-        resumed, later, seen = search(trials=known[k - 1 : k])
+        resumed, later, seen = search(previous_trials=known[k - 1 : k])
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
         assert jax.tree.all(
             jax.tree.map(lambda x, y: x.dtype == y.dtype, trace, resumed)
@@ -439,7 +439,7 @@ def test_a_search_killed_after_any_round_goes_on_to_the_same_trace(name, tmp_pat
         jax.tree.map(np.testing.assert_array_equal, later, known[k:])
     # A search that ended goes on with a larger budget.
     longer, *_ = search(budget=2 * budget)
-    resumed, *_ = search(budget=2 * budget, trials=known)
+    resumed, *_ = search(budget=2 * budget, previous_trials=known)
     assert len(longer.value) > len(trace.value)
     jax.tree.map(np.testing.assert_array_equal, longer, resumed)
 
@@ -448,14 +448,14 @@ def test_half_precision_goes_on_as_well(tmp_path):
     """NumPy stores a bfloat16 as two bytes of no name."""
     known = []
     search = lambda **changes: hg.search(
-        PROBLEM, hg.Descent(MOMENTUM, 3), hg.searchers.PopulationBased(4),
-        jnp.zeros(2, jnp.bfloat16), space=SPACE, budget=60, record=known.append,
+        PROBLEM, hg.Descent(MOMENTUM, 3), hg.searchers.PopulationBasedTraining(4),
+        jnp.zeros(2, jnp.bfloat16), space=SPACE, budget=60, trial_callback=known.append,
         **changes,
     )  # fmt: skip
     trace = search()
     np.savez(tmp_path / "known.npz", **known[0])
     with np.load(tmp_path / "known.npz", allow_pickle=False) as arrays:
-        resumed = search(trials=[dict(arrays)])
+        resumed = search(previous_trials=[dict(arrays)])
     assert resumed.w.dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
@@ -464,34 +464,40 @@ def test_rounds_of_another_search_are_refused():
     known = []
 
     def search(searcher=None, num_steps=3, w=None, problem=PROBLEM, **changes):
-        searcher = hg.searchers.PopulationBased(4) if searcher is None else searcher
+        searcher = (
+            hg.searchers.PopulationBasedTraining(4) if searcher is None else searcher
+        )
         settings = {"space": SPACE, "budget": 40} | changes
         w = jnp.zeros(2) if w is None else w
         hg.search(problem, hg.Descent(MOMENTUM, num_steps), searcher, w, **settings)
 
-    search(record=known.append)
+    search(trial_callback=known.append)
     for changes in (
-        {"searcher": hg.searchers.PopulationBased(8)},
+        {"searcher": hg.searchers.PopulationBasedTraining(8)},
         {"searcher": hg.searchers.SuccessiveHalving(9)},
         {"num_steps": 4},
         {"key": jax.random.key(1)},
-        {"searcher": hg.searchers.PopulationBased(4, perturbation=0.3)},
-        {"searcher": hg.searchers.PopulationBased(4, perturbation=jnp.array(0.3))},
+        {"searcher": hg.searchers.PopulationBasedTraining(4, perturbation=0.3)},
+        {
+            "searcher": hg.searchers.PopulationBasedTraining(
+                4, perturbation=jnp.array(0.3)
+            )
+        },
         {"space": {"center": hg.spaces.Interval(-2.0, 3.0, shape=(2,))}},
         {"space": {"center": hg.spaces.Interval(jnp.full(2, -1.0), 2.0, shape=(2,))}},
         {"w": jnp.ones(2)},
         {"problem": hg.Bilevel(inner, outer, None, jnp.ones(3))},
     ):
         with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by Pop.*key"):
-            search(trials=known, **changes)
+            search(previous_trials=known, **changes)
     with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by None"):
-        search(trials=[{}])
+        search(previous_trials=[{}])
     with pytest.raises(
         ValueError, match=r"by Pop.* metrics \[\],.* search is .* metrics \['more'\]"
     ):
-        search(trials=known, metrics={"more": lambda w, alpha, key: 0.0})
+        search(previous_trials=known, metrics={"more": lambda w, alpha, key: 0.0})
     with pytest.raises(ValueError, match=r"no round .* best\.value"):
-        search(trials=[{"search": known[-1]["search"]}])
+        search(previous_trials=[{"search": known[-1]["search"]}])
     for name, shape in (
         ("last.members.carry.0", (4, 3)), ("last.members.carry.0", ()),
         ("best.w", (3,)), ("rows.value", (4, 2)),
@@ -500,20 +506,20 @@ def test_rounds_of_another_search_are_refused():
         with pytest.raises(
             ValueError, match=rf"{name} of shape {re.escape(str(shape))}"
         ):
-            search(trials=[cut])
+            search(previous_trials=[cut])
     for name in ("rounds", "rows.value"):
         with pytest.raises(ValueError, match=f"{name} that is no number"):
-            search(trials=[known[-1] | {name: np.asarray("many")}])
+            search(previous_trials=[known[-1] | {name: np.asarray("many")}])
     for name in ("rows.value", "last.rows.value", "last.members.alpha.center"):
         cut = known[-1] | {name: known[-1][name][:1]}
         with pytest.raises(ValueError, match=f"cut short.*{name}': 1"):
-            search(trials=[cut])
+            search(previous_trials=[cut])
     for broken in (None, 5, "rounds.npz", known[-1]):
         with pytest.raises(TypeError, match="trials must be a list of dicts"):
-            search(trials=broken)
+            search(previous_trials=broken)
     for broken in (None, 5, "rounds.npz"):
         with pytest.raises(TypeError, match="must be a dict"):
-            search(trials=[broken])
+            search(previous_trials=[broken])
 
 
 @pytest.mark.parametrize("name", ["inner", "outer", "metric", "rate"])
@@ -523,7 +529,7 @@ def test_rounds_by_other_closed_over_numbers_are_refused(name):
     def search(inner=1.0, outer=1.0, metric=1.0, rate=0.1, **changes):
         close = lambda f, factor: lambda *inputs: factor * f(*inputs)
         problem = hg.Bilevel(close(LOSSES[0], inner), close(LOSSES[1], outer))
-        searcher = hg.searchers.PopulationBased(4)
+        searcher = hg.searchers.PopulationBasedTraining(4)
         return hg.search(
             problem, hg.Descent(optax.sgd(rate), 3), searcher, jnp.zeros(2),
             space=SPACE, budget=40, **changes,
@@ -531,11 +537,11 @@ def test_rounds_by_other_closed_over_numbers_are_refused(name):
         )  # fmt: skip
 
     known = []
-    trace = search(record=known.append)
-    resumed = search(trials=known)
+    trace = search(trial_callback=known.append)
+    resumed = search(previous_trials=known)
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
     with pytest.raises(ValueError, match=r"trials\[-1\] was recorded by .* program"):
-        search(trials=known, **{name: 0.4})
+        search(previous_trials=known, **{name: 0.4})
 
 
 LOSSES = inner, outer
@@ -544,22 +550,22 @@ LOSSES = inner, outer
 def test_the_shared_weights_of_another_supernet_are_refused():
     """Their first axis is no axis of members."""
     known = []
-    shoot(SHOT, 60.0, record=known.append)
+    shoot(SHOT, 60.0, trial_callback=known.append)
     cut = known[-1] | {"last.members.shared.0.0": np.zeros(2)}
     with pytest.raises(ValueError, match=r"shared\.0\.0 of shape \(2,\)"):
-        shoot(SHOT, 60.0, trials=[cut])
+        shoot(SHOT, 60.0, previous_trials=[cut])
 
 
 def test_a_recorded_round_is_kept_whole_under_a_smaller_budget():
     known = []
-    whole = shoot(SHOT, 90.0, record=known.append)
-    again = shoot(SHOT, 10.0, trials=known)
+    whole = shoot(SHOT, 90.0, trial_callback=known.append)
+    again = shoot(SHOT, 10.0, previous_trials=known)
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
 def test_what_each_population_rests_on_is_cited():
     for searcher, key in (
-        (hg.searchers.PopulationBased(4), "jaderberg2017"),
+        (hg.searchers.PopulationBasedTraining(4), "jaderberg2017"),
         (hg.searchers.SuccessiveHalving(9), "jamieson2016"),
         (hg.searchers.Hyperband(), "li2018"),
         (hg.searchers.OneShot(4), "bender2018"),
@@ -577,18 +583,18 @@ def test_what_no_population_can_train_is_refused():
     ):
         with pytest.raises(TypeError, match=match):
             hg.search(
-                PROBLEM, solver, hg.searchers.PopulationBased(4), jnp.zeros(2),
+                PROBLEM, solver, hg.searchers.PopulationBasedTraining(4), jnp.zeros(2),
                 space=SPACE, budget=10,
             )  # fmt: skip
     with pytest.raises(ValueError, match="num_steps"):
         hg.search(
-            PROBLEM, hg.Descent(MOMENTUM, 0), hg.searchers.PopulationBased(4),
+            PROBLEM, hg.Descent(MOMENTUM, 0), hg.searchers.PopulationBasedTraining(4),
             jnp.zeros(2), space=SPACE, budget=10,
         )  # fmt: skip
     with pytest.raises(ValueError, match="share"):
-        hg.searchers.PopulationBased(4, share=0.7)
+        hg.searchers.PopulationBasedTraining(4, share=0.7)
     with pytest.raises(ValueError, match="size"):
-        hg.searchers.PopulationBased(1)
+        hg.searchers.PopulationBasedTraining(1)
     with pytest.raises(ValueError, match="eta"):
         hg.searchers.SuccessiveHalving(8, eta=1)
     assert halving.whole_log(243, 3) == round(math.log(243, 3)) == 5
@@ -601,7 +607,7 @@ def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
     with pytest.raises(ValueError, match=r"SuccessiveHalving.*Hyperband.*OneShot.*TPE"):
         hg.search(
             hg.Bilevel(inner, reads), hg.Descent(MOMENTUM, 2),
-            hg.searchers.PopulationBased(4),
+            hg.searchers.PopulationBasedTraining(4),
             jnp.zeros(2), space=SPACE | {"kind": kind}, budget=100,
             progress=lambda *now: seen.append(now),
         )  # fmt: skip
@@ -612,7 +618,7 @@ def test_a_population_of_integers_or_choices_is_refused_before_any_round(kind):
 def test_a_step_of_u_is_a_part_of_the_interval_that_shrinks_at_its_bounds(u):
     """To first order; of logarithms from 1e-4 to 1."""
     space, eps = hg.spaces.Interval(1e-4, 1.0, log=True), 1e-3
-    searcher = hg.searchers.PopulationBased(2, perturbation=eps)
+    searcher = hg.searchers.PopulationBasedTraining(2, perturbation=eps)
     old = space.forward(u)
     new = searcher._moved(space, old, jax.random.key(0))
     t = 1 / (1 + np.exp(-u))
@@ -622,7 +628,7 @@ def test_a_step_of_u_is_a_part_of_the_interval_that_shrinks_at_its_bounds(u):
 
 @pytest.mark.parametrize("name", ["steps", "parent"])
 def test_metrics_of_a_populations_own_are_not_taken_from_it(name):
-    for searcher in (hg.searchers.PopulationBased(2), hg.searchers.OneShot(2)):
+    for searcher in (hg.searchers.PopulationBasedTraining(2), hg.searchers.OneShot(2)):
         with pytest.raises(ValueError, match=f"called '{name}'.*steps and parent"):
             hg.search(
                 PROBLEM, hg.Descent(MOMENTUM, 2), searcher, jnp.zeros(2), space=SPACE,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.problem import fraction, held, size
+from hypergrad.problem import batch_fraction, num_examples, sample_fixed_batch
 
 KEY = jax.random.key(0)
 ROWS = {"x": np.arange(12.0).reshape(6, 2), "y": np.arange(6)}
@@ -37,34 +37,37 @@ def test_all_is_the_data_itself_whatever_the_batch_size():
     """Every row once, in order; integers stay integers."""
     batches = hg.Batches(ROWS, 2)
     assert batches.size == 6
-    assert jax.tree.map(lambda x: x.shape, batches.all) == {"x": (6, 2), "y": (6,)}
-    np.testing.assert_array_equal(batches.all["x"], ROWS["x"])
-    assert jnp.issubdtype(batches.all["y"].dtype, jnp.integer)
+    assert jax.tree.map(lambda x: x.shape, batches.full_batch()) == {
+        "x": (6, 2),
+        "y": (6,),
+    }
+    np.testing.assert_array_equal(batches.full_batch()["x"], ROWS["x"])
+    assert jnp.issubdtype(batches.full_batch()["y"].dtype, jnp.integer)
 
 
 def test_without_a_batch_size_a_draw_is_everything():
     """Full-batch descent sees each row once, not a resample."""
-    np.testing.assert_array_equal(hg.Batches(ROWS).draw(KEY)["y"], np.arange(6))
+    np.testing.assert_array_equal(hg.Batches(ROWS).sample(KEY)["y"], np.arange(6))
 
 
 def test_a_draw_is_rows_of_the_data_fixed_by_its_key():
     """Leaves agree on the rows, same key same bits, compiled or not, other key other"""
     batches = hg.Batches(ROWS, 4)
-    batch = batches.draw(KEY)
+    batch = batches.sample(KEY)
     assert batch["x"].shape == (4, 2)
     np.testing.assert_array_equal(batch["x"], ROWS["x"][np.asarray(batch["y"])])
-    again = jax.jit(lambda b, k: b.draw(k))(batches, KEY)
+    again = jax.jit(lambda b, k: b.sample(k))(batches, KEY)
     np.testing.assert_array_equal(again["x"], batch["x"])
     keys = jax.random.split(KEY, 20)
-    drawn = jax.vmap(batches.draw)(keys)["y"]
+    drawn = jax.vmap(batches.sample)(keys)["y"]
     assert len({tuple(row) for row in drawn.tolist()}) >= 15
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_frequencies_are_uniform_with_replacement(keyed):
     """chi-square over rows, and as many repeats within a batch as i.i.d. has."""
-    batches = hg.Batches(np.arange(6), 3, keyed=keyed)
-    drawn = jax.jit(jax.vmap(batches.draw))(jax.random.split(KEY, 4000))
+    batches = hg.Batches(np.arange(6), 3, with_key=keyed)
+    drawn = jax.jit(jax.vmap(batches.sample))(jax.random.split(KEY, 4000))
     drawn = np.asarray(drawn[0] if keyed else drawn)
     counts = np.bincount(drawn.ravel(), minlength=6)
     assert np.sum((counts - 2000) ** 2 / 2000) < 25.7  # chi2(5): p = 1e-4
@@ -76,7 +79,7 @@ def test_scalars_beside_the_examples_are_in_every_batch(key):
     """As a temperature of a surrogate is."""
     batches = hg.Batches({"x": jnp.arange(6.0), "T": 0.3}, 4)
     assert batches.size == 6
-    batch = batches.draw(key)
+    batch = batches.sample(key)
     assert batch["x"].shape == (4,)
     assert batch["T"] == jnp.asarray(0.3)
     assert batches.take(jnp.array([2]))["T"].shape == ()
@@ -84,15 +87,15 @@ def test_scalars_beside_the_examples_are_in_every_batch(key):
 
 def test_keyed_batches_carry_fresh_keys():
     """``(batch, key)``, a new key with each draw and one key for one draw."""
-    batches = hg.Batches(ROWS, 4, keyed=True)
-    first, key = batches.draw(KEY)
-    again, same = batches.draw(KEY)
-    _, other = batches.draw(jax.random.key(1))
+    batches = hg.Batches(ROWS, 4, with_key=True)
+    first, key = batches.sample(KEY)
+    again, same = batches.sample(KEY)
+    _, other = batches.sample(jax.random.key(1))
     bits = lambda key: jax.random.key_data(key).tolist()
     assert bits(key) == bits(same) != bits(other)
     assert bits(key) != bits(KEY)  # or the batch and its noise would be dependent
     np.testing.assert_array_equal(first["y"], again["y"])
-    everything, key = batches.all
+    everything, key = batches.full_batch()
     assert bits(key) == bits(jax.random.key(0))
     assert everything["x"].shape == (6, 2)
     np.testing.assert_array_equal(batches.take(jnp.array([1]))["y"], [1])
@@ -100,9 +103,9 @@ def test_keyed_batches_carry_fresh_keys():
 
 def test_a_batch_may_be_just_a_key():
     """Rollouts and collocation points need no data."""
-    batches = hg.Batches(None, keyed=True)
-    assert jnp.issubdtype(batches.draw(KEY).dtype, jax.dtypes.prng_key)
-    assert jnp.issubdtype(batches.all.dtype, jax.dtypes.prng_key)
+    batches = hg.Batches(None, with_key=True)
+    assert jnp.issubdtype(batches.sample(KEY).dtype, jax.dtypes.prng_key)
+    assert jnp.issubdtype(batches.full_batch().dtype, jax.dtypes.prng_key)
     assert batches.size == 1
 
 
@@ -115,7 +118,7 @@ def test_batches_are_a_pytree_of_their_arrays():
     @jax.jit
     def read(batches):
         traces.append(None)
-        return batches.draw(KEY)["x"]
+        return batches.sample(KEY)["x"]
 
     read(batches)
     read(hg.Batches({"x": -ROWS["x"], "y": ROWS["y"]}, 4))
@@ -126,23 +129,25 @@ def test_batches_are_a_pytree_of_their_arrays():
 
 def test_sizes_and_fractions():
     """What costs are counted by: rows, and the part of them that a batch is."""
-    assert size(hg.Batches(ROWS, 2)) == size({"x": jnp.ones((6, 2))}) == 6
-    assert size(None) is None
-    assert size({"x": jnp.ones((6, 2)), "scale": jnp.ones(())}) == 6
-    assert size({"x": jnp.ones((6, 2)), "y": jnp.ones(5)}) is None
-    assert size(hg.Batches(None, keyed=True)) is None
-    assert fraction(hg.Batches(ROWS, 2)) == pytest.approx(1 / 3)
-    assert fraction(hg.Batches(ROWS, 2), 3) == 0.5
-    assert fraction(hg.Batches(ROWS)) == fraction(None) == 1.0
+    assert (
+        num_examples(hg.Batches(ROWS, 2)) == num_examples({"x": jnp.ones((6, 2))}) == 6
+    )
+    assert num_examples(None) is None
+    assert num_examples({"x": jnp.ones((6, 2)), "scale": jnp.ones(())}) == 6
+    assert num_examples({"x": jnp.ones((6, 2)), "y": jnp.ones(5)}) is None
+    assert num_examples(hg.Batches(None, with_key=True)) is None
+    assert batch_fraction(hg.Batches(ROWS, 2)) == pytest.approx(1 / 3)
+    assert batch_fraction(hg.Batches(ROWS, 2), 3) == 0.5
+    assert batch_fraction(hg.Batches(ROWS)) == batch_fraction(None) == 1.0
 
 
 def test_a_held_batch():
     """One draw of the asked size; all without one; a plain pytree cannot be split."""
-    assert held(hg.Batches(ROWS, 2), 5, KEY)["x"].shape == (5, 2)
-    assert held(hg.Batches(ROWS, 2), None, KEY)["x"].shape == (6, 2)
-    assert held(ROWS, None, KEY) is ROWS
+    assert sample_fixed_batch(hg.Batches(ROWS, 2), 5, KEY)["x"].shape == (5, 2)
+    assert sample_fixed_batch(hg.Batches(ROWS, 2), None, KEY)["x"].shape == (6, 2)
+    assert sample_fixed_batch(ROWS, None, KEY) is ROWS
     with pytest.raises(ValueError, match=r"hg\.Batches"):
-        held(ROWS, 5, KEY)
+        sample_fixed_batch(ROWS, 5, KEY)
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
@@ -158,7 +163,7 @@ def test_both_passes_see_the_same_noise(batch_size):
         u = jax.random.uniform(key, (2,)) + 0.1 * jnp.mean(rows)
         return 0.5 * jnp.sum((1 + u) * w**2) - jnp.sum(alpha * w)
 
-    data = hg.Batches(np.arange(6.0), 2, keyed=True)
+    data = hg.Batches(np.arange(6.0), 2, with_key=True)
     estimator = hg.Implicit(
         hg.Descent(optax.sgd(0.2), 3), adjoint_batch_size=batch_size
     )
@@ -190,7 +195,7 @@ def test_the_arrays_are_the_leaves():
     again = jax.tree.map(lambda x: x + 1, problem)
     assert isinstance(again, hg.Bilevel)
     assert isinstance(again.inner_data, hg.Batches)
-    np.testing.assert_array_equal(again.inner_data.all["y"], np.arange(6) + 1)
+    np.testing.assert_array_equal(again.inner_data.full_batch()["y"], np.arange(6) + 1)
 
 
 def test_lists_of_numbers_become_arrays():
@@ -247,7 +252,7 @@ def test_a_list_of_losses_is_a_tuple():
 
 def test_a_start_that_depends_on_alpha():
     """One step of descent from ``3 alpha``: ``w = alpha + (1 - 2 s) 2 alpha``."""
-    problem = hg.Bilevel(inner, outer, start=lambda w, alpha: 3 * alpha + 0 * w)
+    problem = hg.Bilevel(inner, outer, init_fn=lambda w, alpha: 3 * alpha + 0 * w)
     estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 1))
     estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.array([1.0, 2.0]))
     slope = 1 + 0.8 * 2
@@ -267,7 +272,7 @@ def test_a_draw_is_made_once_an_estimate_and_held():
     rows = jnp.arange(300.0)[:, None]
     fit = lambda w, alpha, batch: jnp.sum((w - alpha - batch) ** 2)
     test = lambda w, alpha, batch: jnp.mean((w - batch[0]) ** 2)
-    problem = hg.Bilevel(fit, test, draw=jax.tree_util.Partial(sample, rows))
+    problem = hg.Bilevel(fit, test, data_fn=jax.tree_util.Partial(sample, rows))
     assert [leaf.shape for leaf in jax.tree.leaves(problem)] == [(300, 1)]
     ask = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
     seen = set()
@@ -292,7 +297,7 @@ def test_other_data_in_a_draw_traces_nothing_more():
     estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: alpha + batch))
     draws = [jax.tree_util.Partial(sample, s * jnp.ones((300, 1))) for s in (1.0, 2.0)]
     value = lambda draw: (
-        hg.hypergradient(hg.Bilevel(fit, outer, draw=draw), estimator)(
+        hg.hypergradient(hg.Bilevel(fit, outer, data_fn=draw), estimator)(
             jnp.zeros(1), jnp.ones(1)
         ).value
     )

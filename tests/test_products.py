@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.products import cross_jvp, cross_vjp, hvp, hvp_and_cross
+from hypergrad.products import cross_jvp, cross_vjp, hvp, hvp_and_cross_vjp
 
 RNG = np.random.default_rng(3)
 W = {
@@ -57,7 +57,7 @@ DENSE_H, DENSE_J = jax.jit(
 def products(v, d):
     """``H v``, ``J' v``, ``J d``, and all at once, in flat coordinates."""
     v_tree, d_tree = UNRAVEL_W(v), UNRAVEL_ALPHA(d)
-    both = hvp_and_cross(loss, W, ALPHA, BATCH, v_tree)
+    both = hvp_and_cross_vjp(loss, W, ALPHA, BATCH, v_tree)
     alone = (
         hvp(loss, W, ALPHA, BATCH, v_tree),
         cross_vjp(loss, W, ALPHA, BATCH, v_tree),
@@ -146,7 +146,7 @@ def test_arrangement_of_the_pytree_does_not_matter(name):
         return loss(UNRAVEL_W(flatten(w)), UNRAVEL_ALPHA(alpha["all"]), batch)
 
     w, tangent, alpha = arrange(U), arrange(jnp.asarray(v)), {"all": A}
-    both = jax.jit(lambda w, v: hvp_and_cross(arranged, w, alpha, BATCH, v)[1:])
+    both = jax.jit(lambda w, v: hvp_and_cross_vjp(arranged, w, alpha, BATCH, v)[1:])
     Hv, JTv = both(w, tangent)
     expected = products(v, d)
     assert jax.tree.structure(Hv) == jax.tree.structure(w)
@@ -178,7 +178,7 @@ def test_closed_form(shape, dtype):
     cubic = lambda w, a, batch: jnp.sum(jnp.exp(a) * w**3)
     draw = lambda seed: np.random.default_rng(seed).normal(size=shape).astype(dtype)
     w, a, v = draw(0), draw(1), draw(2)
-    g, Hv, JTv = jax.jit(lambda *args: hvp_and_cross(cubic, *args))(w, a, None, v)
+    g, Hv, JTv = jax.jit(lambda *args: hvp_and_cross_vjp(cubic, *args))(w, a, None, v)
     tolerance = 20 * float(jnp.finfo(dtype).eps)
     assert g.dtype == Hv.dtype == JTv.dtype == dtype
     assert Hv.shape == JTv.shape == shape
@@ -190,7 +190,7 @@ def test_closed_form(shape, dtype):
 def test_a_loss_that_ignores_alpha_has_no_cross_term():
     """Zeros shaped like ``alpha``, not an error, not None."""
     quartic = lambda w, alpha, batch: jnp.sum(w**4)
-    _, Hv, JTv = hvp_and_cross(
+    _, Hv, JTv = hvp_and_cross_vjp(
         quartic, jnp.array([1.0, 2.0]), ALPHA, None, jnp.array([1.0, -1.0])
     )
     assert jax.tree.structure(JTv) == jax.tree.structure(ALPHA)

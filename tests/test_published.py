@@ -7,6 +7,7 @@ import optax
 
 import hypergrad as hg
 from benchmarks.known import hypertorch
+from tests.loops import run_loop
 
 # Grazzi et al. 2020, hypertorch's notebook on logistic regression.
 INNER = {0: 0.693147, 10: 0.628559, 20: 0.624391, 30: 0.624111, 99: 0.624090}
@@ -26,9 +27,11 @@ def test_hypertorch_trace():
         w, _ = solver.solve(known.problem.inner_loss, known.w, known.alpha, data, key)
         value = known.problem.inner_loss(w, known.alpha, data)
         np.testing.assert_allclose(value, printed, atol=1e-5)
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem,
-        hg.Unrolled(hg.Descent(optax.sgd(0.1), 100), last=10, warm_start=False),
+        hg.Unrolled(
+            hg.Descent(optax.sgd(0.1), 100), truncation_length=10, warm_start=False
+        ),
         optax.sgd(1.0, momentum=0.9),
         known.w,
         known.alpha,

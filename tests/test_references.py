@@ -21,7 +21,7 @@ NAMES = ["ridge scalar", "ridge per-weight", "ridge per-example", "logistic per-
 
 
 def outer(known: Known, w, alpha):
-    return known.problem.outer(w, alpha, known.problem.outer_data)
+    return known.problem.outer_value(w, alpha, known.problem.outer_data)
 
 
 def inner(known: Known):

@@ -37,7 +37,7 @@ SOLVERS = {
 def run(inner, refresh, outers=outer, **settings):
     """Estimates along one path of ``alpha``, whatever they are."""
     problem = hg.Bilevel(inner, outers, jnp.asarray(SPECTRUM))
-    linear_solver = hg.NystromCG(RANK, rtol=1e-12, refresh=refresh)
+    linear_solver = hg.NystromCG(RANK, rtol=1e-12, refresh_every=refresh)
     estimator = hg.Implicit(SOLVERS[inner], linear_solver, **settings)
     alpha = jnp.zeros(D)
     state = estimator.init(problem, jnp.zeros(D), alpha)
@@ -83,7 +83,7 @@ def test_an_old_sketch_costs_less_than_new_ones():
 def test_a_sketch_that_is_not_finite_is_made_anew():
     """At the next estimate, not when it is due."""
     problem = hg.Bilevel(moving, outer, jnp.asarray(SPECTRUM))
-    estimator = hg.Implicit(SOLVERS[moving], hg.NystromCG(RANK, refresh=100))
+    estimator = hg.Implicit(SOLVERS[moving], hg.NystromCG(RANK, refresh_every=100))
     state = estimator.init(problem, jnp.zeros(D), jnp.zeros(D))
     step = jax.jit(estimator.estimate)
     for alpha, is_finite in ((jnp.full(D, jnp.nan), False), (jnp.zeros(D), True)):
@@ -97,7 +97,7 @@ def test_minimize_carries_the_sketch():
     problem = hg.Bilevel(moving, outer, jnp.asarray(SPECTRUM))
     traces = [
         hg.minimize(
-            problem, hg.Implicit(SOLVERS[moving], hg.NystromCG(RANK, refresh=refresh)),
+            problem, hg.Implicit(SOLVERS[moving], hg.NystromCG(RANK, refresh_every=refresh)),
             optax.sgd(0.1), jnp.zeros(D), jnp.zeros(D), num_steps=6,
         )
         for refresh in (6, 1)
@@ -109,7 +109,7 @@ def test_minimize_carries_the_sketch():
 
 def test_what_cannot_be():
     with pytest.raises(ValueError, match="refresh"):
-        hg.NystromCG(3, refresh=0)
+        hg.NystromCG(3, refresh_every=0)
     descent = hg.Descent(optax.sgd(0.1), 10)
-    with pytest.raises(ValueError, match="does not go with rel_err"):
-        hg.Implicit(descent, hg.NystromCG(3, refresh=2), rel_err=1e-2)
+    with pytest.raises(ValueError, match="does not go with rtol"):
+        hg.Implicit(descent, hg.NystromCG(3, refresh_every=2), rtol=1e-2)

@@ -12,7 +12,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.known import any_known, error, quadratic
-from hypergrad.estimators import reversal
+from hypergrad.estimators import reversible_arithmetic
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
 
@@ -57,7 +57,7 @@ def test_rates_momenta_and_starts_are_seen():
     rate = lambda alpha: lambda count: alpha["rates"][count]
     momentum = lambda alpha: alpha["momentum"]
     estimators = (
-        hg.Reversible(rate, momentum, 12, least_momentum=0.5),
+        hg.Reversible(rate, momentum, 12, min_momentum=0.5),
         hg.Unrolled(
             hg.Descent(
                 lambda alpha: optax.chain(
@@ -73,7 +73,7 @@ def test_rates_momenta_and_starts_are_seen():
         lambda w, alpha, batch: known.problem.outer_loss(w, alpha["l2"], batch),
         known.problem.inner_data,
         known.problem.outer_data,
-        start=lambda w, alpha: w + alpha["start"],
+        init_fn=lambda w, alpha: w + alpha["start"],
     )
     found, expected = (
         hg.hypergradient(problem, estimator)(known.w, alpha) for estimator in estimators
@@ -176,7 +176,7 @@ def test_a_run_in_float32_comes_back():
     [
         ((0.1, 0.0, 5), "momentum must lie"),
         ((0.1, 1.0, 5), "momentum must lie"),
-        ((0.1, lambda alpha: 0.9, 5), "least_momentum"),
+        ((0.1, lambda alpha: 0.9, 5), "min_momentum"),
         ((0.1, 0.9, 0), "num_steps"),
     ],
 )
@@ -253,23 +253,23 @@ def test_a_division_undoes_a_multiplication(momentum: float, dtype):
     v = jax.random.randint(jax.random.key(0), (40,), -(2**20), 2**20, dtype)
     like = jnp.zeros(40, jnp.float64 if dtype == jnp.int64 else jnp.float32)
     steps = jnp.arange(500)
-    words = reversal.num_words(500, momentum)
-    begun = reversal.empty(like, words, 500)
+    words = reversible_arithmetic.num_words(500, momentum)
+    begun = reversible_arithmetic.empty(like, words, 500)
     m = jnp.asarray(momentum)
 
     def ahead(carry, step):
-        buffer, v = reversal.multiply(*carry, m, step)
+        buffer, v = reversible_arithmetic.multiply(*carry, m, step)
         return (buffer, v + 1000), v
 
     def back(carry, step):
         buffer, v = carry
-        return reversal.divide(buffer, v - 1000, m, step), None
+        return reversible_arithmetic.divide(buffer, v - 1000, m, step), None
 
     (buffer, after), seen = jax.lax.scan(ahead, (begun, v), steps)
-    assert not reversal.is_empty(buffer)
-    n = reversal.numerator(m, jnp.dtype(dtype))
-    d = reversal.denominator(jnp.dtype(dtype))
+    assert not reversible_arithmetic.is_empty(buffer)
+    n = reversible_arithmetic.numerator(m, jnp.dtype(dtype))
+    d = reversible_arithmetic.denominator(jnp.dtype(dtype))
     np.testing.assert_allclose(seen[0], v * float(n) / d, atol=d)
     (buffer, before), _ = jax.lax.scan(back, (buffer, after), steps, reverse=True)
     assert jnp.array_equal(before, v)
-    assert reversal.is_empty(buffer)
+    assert reversible_arithmetic.is_empty(buffer)

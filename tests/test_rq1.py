@@ -79,7 +79,7 @@ def test_body_and_head_adapt_by_rates_of_their_own():
 def test_the_same_is_drawn_whatever_the_key():
     """At every step anew; a noisy loss then has one outcome."""
     noisy = lambda w, alpha, key: w * (alpha + jax.random.normal(key))
-    data = hg.Batches(None, keyed=True)
+    data = hg.Batches(None, with_key=True)
     solver = SameDraws(hg.Descent(optax.sgd(1.0), 3))
     ends = [solver.solve(noisy, 0.0, 0.0, data, jax.random.key(i))[0] for i in (1, 2)]
     assert ends[0] == ends[1]

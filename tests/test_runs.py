@@ -19,10 +19,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from hypergrad import cli, durable, identity, models, runs, studies
+from hypergrad import cli, models, runs, studies
 from hypergrad.models import store
-from hypergrad.provenance import commit
 from hypergrad.runs import commands, manifest, model_commands
+from hypergrad.runtime import atomic_io, fingerprint
+from hypergrad.runtime.provenance import source_commit
 from hypergrad.studies.study import MODEL, Column, Study
 from hypergrad.studies.table import Request
 
@@ -104,19 +105,21 @@ def test_the_commit_of_the_source_is_kept(tmp_path):
     (package / "inner").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "inner" / "newton.py").write_text("steps = 1")
-    assert commit(package) is None
+    assert source_commit(package) is None
     git = lambda *words: subprocess.run(
         ["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True
     )
     git("init")
-    assert commit(package) is None  # a checkout around it, as around site-packages
+    assert (
+        source_commit(package) is None
+    )  # a checkout around it, as around site-packages
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "Begin")
     head = git("rev-parse", "HEAD").stdout.strip()
     (tmp_path / "notes.txt").write_text("")
-    assert commit(package) == head
+    assert source_commit(package) == head
     (package / "inner" / "newton.py").write_text("steps = 2")
-    assert commit(package) == head + "+"
+    assert source_commit(package) == head + "+"
 
 
 def test_rows_of_several_sessions_are_told_apart(tmp_path):
@@ -206,7 +209,7 @@ def test_the_split_of_each_seed_is_kept(tmp_path):
     first = start(tmp_path / "a", parts=by_key)
     splits = first.manifest["data"]["splits"]
     parts = [np.asarray(part) for part in by_key(jax.random.key(1))[:2]]
-    assert splits["1"] == identity.digest(parts).removeprefix(identity.HASH)
+    assert splits["1"] == fingerprint.digest(parts).removeprefix(fingerprint.HASH)
     assert len(set(splits.values())) == len(splits) == 2
     said = [f"seed {seed}: SHA-256 {sha256}" for seed, sha256 in splits.items()]
     assert first.facts["split"] == "; ".join(said)
@@ -381,7 +384,7 @@ def test_the_models_of_the_first_seed_are_kept(tmp_path, capsys):
         assert not flaws
         for model, number in zip(found, (1.0, 2.0), strict=True):
             pair = models.load(model.reference, folder=folder)
-            assert identity.digest(pair) == identity.digest(trained(number, 0))
+            assert fingerprint.digest(pair) == fingerprint.digest(trained(number, 0))
             assert model.metrics == {"score": number}
             assert model.run["versions"] == run.sessions[0]["versions"]
             data = model.run["data"]
@@ -404,7 +407,7 @@ def test_the_models_of_the_first_seed_are_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(durable, "append", 0), (durable, "append", 1), (models, "save", 1)],
+    [(atomic_io, "append", 0), (atomic_io, "append", 1), (models, "save", 1)],
 )
 def test_a_model_is_kept_once_however_often_it_is_killed(
     owner, name: str, at: int, tmp_path, monkeypatch
@@ -437,7 +440,7 @@ def test_a_model_of_other_bits_or_of_another_run_is_a_new_version(
 ):
     """So that of a row the newest is its own."""
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "append", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(atomic_io, "append", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             start(tmp_path, seeds=1, model=trained)
     shifted = lambda number, seed: trained(number + 2.0**-40, seed)

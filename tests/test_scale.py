@@ -106,7 +106,7 @@ def test_the_certificate_sees_what_bfloat16_leaves():
     assert 0.5 < found.stats["error_estimate"] / error(found) < 2
     assert found.stats["trusted"]
     inner = known["InBfloat16"](known["descent"])
-    corrected = solve(problem, hg.Implicit(inner, correct=1))
+    corrected = solve(problem, hg.Implicit(inner, num_newton_steps=1))
     assert error(corrected) < 0.01 * error(found)
 
     def throughout(loss):

@@ -142,7 +142,7 @@ def test_trials_that_fail_are_passed_over():
 
 @pytest.mark.parametrize(
     ("searcher", "budget"),
-    [(hg.searchers.Random(), 20.0), (hg.searchers.PopulationBased(4), 40.0)],
+    [(hg.searchers.Random(), 20.0), (hg.searchers.PopulationBasedTraining(4), 40.0)],
 )
 def test_a_search_without_a_finite_value_says_so(searcher, budget):
     """Of trials that all fail the status is not 'completed'."""
@@ -226,7 +226,7 @@ def test_a_search_compiles_its_trial_once(record):
     solver = hg.Descent(optax.sgd(0.1), 2)
     search(problem, solver, budget=1)
     once = len(traces)
-    assert len(search(problem, solver, budget=30, record=record).value) > 10
+    assert len(search(problem, solver, budget=30, trial_callback=record).value) > 10
     # Checks look at shapes again; nothing is traced a trial.
     assert len(traces) <= 2 * once
 
@@ -235,7 +235,7 @@ def test_a_draw_is_made_anew_for_each_trial():
     """The batch is 0 or 1 by the trial's key: both occur among twenty values."""
     coin = lambda key: (None, jax.random.bernoulli(key).astype(float))
     read = lambda w, alpha, batch: batch + 0 * w[0] + 0 * alpha[0]
-    trace = search(hg.Bilevel(inner, read, draw=coin), budget=27)
+    trace = search(hg.Bilevel(inner, read, data_fn=coin), budget=27)
     assert set(trace.value.tolist()) == {0.0, 1.0}
 
 
@@ -248,7 +248,7 @@ def recorded(**changes):
     """Trials as they come back from a file of lines of strict JSON, and the trace."""
     lines = []
     write = lambda row: lines.append(json.dumps(row, allow_nan=False))
-    trace = search(record=write, **changes)
+    trace = search(trial_callback=write, **changes)
     return [json.loads(line) for line in lines], trace
 
 
@@ -263,7 +263,7 @@ def test_a_killed_search_goes_on_to_the_same_trace(searcher):
     assert len(whole) == len(trace.value) == 25
     best = int(np.argmin(trace.value))
     for k in (1, best, best + 1, 25):
-        rest, resumed = recorded(**settings, trials=whole[:k])
+        rest, resumed = recorded(**settings, previous_trials=whole[:k])
         assert json.dumps(rest) == json.dumps(whole[k:])
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
         same = lambda x, y: x.dtype == y.dtype
@@ -285,7 +285,7 @@ def test_what_is_no_number_is_recorded_as_strict_json():
     assert values == [row["metrics"]["again"] for row in whole]
     assert values == [None, None, "inf", "inf", "-inf", "-inf", 0.5, 0.5]
     assert whole[0]["stats"]["adjoint_residual"] is None
-    _, resumed = recorded(**settings, trials=whole[:7])
+    _, resumed = recorded(**settings, previous_trials=whole[:7])
     jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
@@ -308,7 +308,7 @@ def test_a_leaf_that_nothing_reads_is_refused(searcher):
         run(READ, optax.sgd(0.1))
     run(READ, lambda alpha: sgd(jnp.sum(alpha["not"])))
     start = lambda w, alpha: w + alpha["not"][0]
-    run(hg.Bilevel(READ.inner_loss, READ.outer_loss, start=start), optax.sgd(0.1))
+    run(hg.Bilevel(READ.inner_loss, READ.outer_loss, init_fn=start), optax.sgd(0.1))
     outer = lambda w, alpha, batch: w**2 + 0 * alpha["not"][1]
     run(hg.Bilevel(READ.inner_loss, outer), optax.sgd(0.1))
 
@@ -326,7 +326,7 @@ def test_what_is_no_searcher_is_refused():
 
 def test_a_search_may_go_on_with_a_larger_budget():
     short, _ = recorded(budget=8.0)
-    _, long = recorded(budget=20.0, trials=short)
+    _, long = recorded(budget=20.0, previous_trials=short)
     jax.tree.map(np.testing.assert_array_equal, long, search(budget=20.0))
 
 
@@ -335,7 +335,7 @@ def test_recorded_trials_are_not_run():
     known, _ = recorded(budget=8.0)
     known[2]["value"] = -1.0
     searcher = Recorder()
-    trace = search(budget=20.0, trials=known, searcher=searcher)
+    trace = search(budget=20.0, previous_trials=known, searcher=searcher)
     assert trace.value[2] == -1.0
     assert [float(value) for _, value in searcher.told] == trace.value.tolist()
     np.testing.assert_allclose(trace.best_alpha, known[2]["alpha"][0])
@@ -345,19 +345,19 @@ def test_recorded_trials_are_not_run():
 def test_trials_of_another_search_are_refused():
     known, _ = recorded(budget=8.0)
     with pytest.raises(ValueError, match=r"trials\[0\] was recorded at alpha .* key"):
-        search(trials=known, key=jax.random.key(1))
+        search(previous_trials=known, key=jax.random.key(1))
     with pytest.raises(ValueError, match=r"trials\[1\] was recorded at alpha"):
-        search(trials=[known[0], *known[2:]])
+        search(previous_trials=[known[0], *known[2:]])
     for broken in ({"alpha": [0.1]}, known[0] | {"alpha": 0.1}, {}, {"value": 1.0}):
         with pytest.raises(ValueError, match=r"trials\[0\]"):
-            search(trials=[broken])
+            search(previous_trials=[broken])
     with pytest.raises(TypeError, match="record"):
-        search(record="trials.jsonl")
+        search(trial_callback="trials.jsonl")
     for broken in (None, 5, "trials.jsonl", known[0]):
         with pytest.raises(TypeError, match="trials must be a list of dicts"):
-            search(trials=broken)
+            search(previous_trials=broken)
     with pytest.raises(TypeError, match=r"trials\[1\] must be a dict.*got None"):
-        search(trials=[known[0], None])
+        search(previous_trials=[known[0], None])
 
 
 def test_trials_with_other_metrics_are_refused():
@@ -372,7 +372,7 @@ def test_trials_with_other_metrics_are_refused():
     ):
         words = f"trials[0] was recorded with metrics {was}, this search has {now}"
         with pytest.raises(ValueError, match=re.escape(words)):
-            search(trials=known, metrics=metrics)
+            search(previous_trials=known, metrics=metrics)
 
 
 def test_trials_that_the_search_would_not_make_are_refused():
@@ -384,14 +384,14 @@ def test_trials_that_the_search_would_not_make_are_refused():
     assert len(known) == 6
     ran = []
     with pytest.raises(ValueError, match=r"holds 6, .* makes 3.*or trials\[:3\]"):
-        search(trials=known, budget=4.1, record=ran.append)
+        search(previous_trials=known, budget=4.1, trial_callback=ran.append)
     assert not ran
-    trace = search(trials=known[:3], budget=4.1)
+    trace = search(previous_trials=known[:3], budget=4.1)
     assert len(trace.value) == 3
     grid = {"searcher": hg.searchers.Grid(2)}
     whole, _ = recorded(**grid)
     with pytest.raises(ValueError, match="holds 5, of which this search makes 4"):
-        search(trials=[*whole, whole[0] | {"trial": 4}], **grid)
+        search(previous_trials=[*whole, whole[0] | {"trial": 4}], **grid)
 
 
 def test_trials_of_another_problem_solver_or_w_are_refused():
@@ -399,7 +399,7 @@ def test_trials_of_another_problem_solver_or_w_are_refused():
     of = lambda target: hg.Bilevel(inner, outer, None, jnp.array(target))
     settings = {"problem": of(0.5), "solver": hg.Newton(tolerance=0.1), "budget": 8.0}
     known, trace = recorded(**settings)
-    resumed = search(**settings, trials=known)
+    resumed = search(**settings, previous_trials=known)
     np.testing.assert_array_equal(resumed.value, trace.value)
     for changes in (
         {"problem": of(0.6)},
@@ -409,7 +409,7 @@ def test_trials_of_another_problem_solver_or_w_are_refused():
         {"w": jnp.ones(2)},
     ):
         with pytest.raises(ValueError, match=r"trials\[0\] was recorded with another"):
-            search(**settings | changes, trials=known)
+            search(**settings | changes, previous_trials=known)
 
 
 BOTH = inner, outer
@@ -431,11 +431,11 @@ def test_trials_by_other_closed_over_numbers_are_refused(searcher, kind):
         }  # fmt: skip
 
     known, trace = recorded(**settings())
-    resumed = search(**settings(), trials=known)
+    resumed = search(**settings(), previous_trials=known)
     np.testing.assert_array_equal(resumed.value, trace.value)
     for name in ("inner", "outer", "metric", "rate"):
         with pytest.raises(ValueError, match=r"trials\[0\] was recorded with another"):
-            search(**settings(**{name: 0.4}), trials=known)
+            search(**settings(**{name: 0.4}), previous_trials=known)
 
 
 # Several outer losses.
@@ -473,7 +473,7 @@ def test_several_losses_are_searched_and_a_killed_search_goes_on(searcher):
     np.testing.assert_allclose(trace.value, exact, rtol=1e-12)
     assert [row["value"] for row in trace.rows()] == trace.value.tolist()
     for k in (1, 12, 21):
-        rest, resumed = recorded(**settings, trials=whole[:k])
+        rest, resumed = recorded(**settings, previous_trials=whole[:k])
         assert json.dumps(rest) == json.dumps(whole[k:])
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
@@ -526,7 +526,7 @@ def test_searchers_of_one_value_refuse_several():
     """With what to take instead; populations too."""
     for searcher in (
         hg.searchers.TPE(),
-        hg.searchers.PopulationBased(2),
+        hg.searchers.PopulationBasedTraining(2),
         Recorder(),
     ):
         with pytest.raises(ValueError, match=r"2 outer losses.*NSGA2"):
@@ -536,4 +536,4 @@ def test_searchers_of_one_value_refuse_several():
 def test_a_recorded_trial_of_one_loss_is_none_of_several():
     known, _ = recorded(problem=biquadratic(), budget=8.0)
     with pytest.raises(ValueError, match=r"trials\[0\] is no trial"):
-        search(biquadratic(), trials=[known[0] | {"value": 1.0}])
+        search(biquadratic(), previous_trials=[known[0] | {"value": 1.0}])

@@ -28,7 +28,7 @@ from hypergrad.searchers import (
     CMAES,
     NSGA2,
     TPE,
-    Evolution,
+    EvolutionStrategy,
     GaussianProcess,
     Grid,
     Random,
@@ -36,8 +36,8 @@ from hypergrad.searchers import (
     Sobol,
 )
 from hypergrad.searchers import cmaes as cmaes_searcher
+from hypergrad.searchers.base import seed_from_key
 from hypergrad.searchers.gaussian_process import _expected_improvement, _features
-from hypergrad.searchers.trials import seed_of
 from hypergrad.spaces import Choice, Integer, Interval, Simplex, Unit
 
 KEY = jax.random.key(0)
@@ -115,9 +115,9 @@ EVERY = {
     "nsga2": (NSGA2(20), PLANE, 50, 1e-2),
     "nsga2-mixed": (NSGA2(20), PLANE | CHOICES, 370, 1e-2),
     "cmaes": (CMAES(), PLANE, 110, 1e-4),
-    "evolution-cma": (Evolution(CMA_ES, 8), PLANE, 150, 1e-4),
-    "evolution-snes": (Evolution(SNES, 8), PLANE, 160, 1e-4),
-    "evolution-de": (Evolution(DifferentialEvolution, 8), PLANE, 250, 1e-4),
+    "evolution-cma": (EvolutionStrategy(CMA_ES, 8), PLANE, 150, 1e-4),
+    "evolution-snes": (EvolutionStrategy(SNES, 8), PLANE, 160, 1e-4),
+    "evolution-de": (EvolutionStrategy(DifferentialEvolution, 8), PLANE, 250, 1e-4),
     "reinforce": (Reinforce(3.0), FEW, 20, 0.0),
 }
 every = pytest.mark.parametrize("name", EVERY)
@@ -215,7 +215,7 @@ def test_what_each_searcher_rests_on_is_cited(name):
     text = hg.citation(searcher)
     assert all(f"{{{key}," in text for key in getattr(searcher, "citations", ()))
     # What a strategy is of, its class says.
-    given = "lange2022" in text if isinstance(searcher, Evolution) else False
+    given = "lange2022" in text if isinstance(searcher, EvolutionStrategy) else False
     assert given or hasattr(searcher, "citations") or isinstance(searcher, Grid)
 
 
@@ -254,7 +254,7 @@ def test_grids_that_are_refused():
 def test_sobol_is_the_sequence_of_scipy():
     """Through scipy's own quantiles, with the scramble of the state's seed."""
     asked, state = run(Sobol(), MIXED, 16)
-    sequence = qmc.Sobol(5, seed=seed_of(jax.random.key(0))).random(16)
+    sequence = qmc.Sobol(5, seed=seed_from_key(jax.random.key(0))).random(16)
     quantiles = [
         scipy.stats.randint(1, 9).ppf,
         lambda t: np.array([0, 5, 9])[(3 * t).astype(int)],
@@ -315,7 +315,9 @@ def test_tpe_proposes_what_optuna_does():
     }
     study = optuna.create_study()
     for alpha, key in zip(asked, keys_of(40), strict=True):
-        sampler = optuna.samplers.TPESampler(n_startup_trials=5, seed=seed_of(key))
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=5, seed=seed_from_key(key)
+        )
         study.sampler = sampler
         trial = study.ask(distributions)
         hand = {name[2:]: value for name, value in trial.params.items()}
@@ -463,7 +465,7 @@ def test_nsga2_proposes_what_optuna_does(num_values):
     for key in keys_of(40):
         alpha, state = searcher.ask(state, key)
         study.sampler = optuna.samplers.NSGAIISampler(
-            population_size=6, seed=seed_of(key)
+            population_size=6, seed=seed_from_key(key)
         )
         trial = study.ask(distributions)
         hand = {name[2:]: value for name, value in trial.params.items()}
@@ -487,7 +489,7 @@ def test_cmaes_proposes_what_cmaes_does(population):
     gaussian = cmaes.CMA(np.full(3, 0.5), 0.3, bounds, population_size=size)
     generation = []
     for alpha, key in zip(asked, keys_of(60), strict=True):
-        gaussian.reseed_rng(seed_of(key))
+        gaussian.reseed_rng(seed_from_key(key))
         t = gaussian.ask()
         hand = {"rate": 1e-4 ** (1 - t[0]), "weights": 4 * t[1:] - 1}
         jax.tree.map(
@@ -535,13 +537,13 @@ ASCENT = functools.partial(PGPE, optimizer=optax.adam(0.05))
 )
 def test_evolution_proposes_what_evosax_does(strategy):
     """Ten generations of six, by the library's own ask and tell."""
-    asked, state = run(Evolution(strategy, 6), SPACE, 60)
+    asked, state = run(EvolutionStrategy(strategy, 6), SPACE, 60)
     library = strategy(population_size=6, solution=jnp.zeros(3))
     params, begun = library.default_params, None
     if strategy is not DifferentialEvolution:
         begun = library.init(jax.random.key(0), jnp.zeros(3), params)
     for i, first in enumerate(keys_of(60)[::6]):
-        ask_key, tell_key = jax.random.split(jax.random.key(seed_of(first)))
+        ask_key, tell_key = jax.random.split(jax.random.key(seed_from_key(first)))
         if begun is None:
             x = jax.random.logistic(ask_key, (6, 3))
         else:
@@ -565,7 +567,7 @@ def test_evolution_proposes_what_evosax_does(strategy):
 
 def generation(strategy, values, elsewhere=None):
     """A strategy's state after one generation of four; one alpha not as asked."""
-    searcher = Evolution(strategy, 4)
+    searcher = EvolutionStrategy(strategy, 4)
     state = searcher.init(SPACE, KEY)
     for i, value in enumerate(values):
         alpha, state = searcher.ask(state, KEY)
@@ -595,7 +597,7 @@ def test_evolution_learns_from_trials_from_elsewhere():
     assert not np.allclose(moved.state.mean, plain.state.mean)
     library = SNES(population_size=4, solution=jnp.zeros(3))
     begun = library.init(KEY, jnp.zeros(3), library.default_params)
-    ask_key, tell_key = jax.random.split(jax.random.key(seed_of(KEY)))
+    ask_key, tell_key = jax.random.split(jax.random.key(seed_from_key(KEY)))
     x, begun = library.ask(ask_key, begun, library.default_params)
     t = jnp.array([0.75, 0.25, 0.5])
     x = x.at[1].set(jnp.log(t / (1 - t)))
@@ -614,23 +616,23 @@ def test_a_killed_evolution_goes_on_to_the_same_trace():
     run = lambda **changes: hg.search(
         PROBLEM,
         FIT,
-        Evolution(SNES, 5),
+        EvolutionStrategy(SNES, 5),
         0.0,
         space=SPACE,
         key=KEY,
         budget=19,
         **changes,
     )
-    trace = run(record=lambda row: lines.append(json.dumps(row)))
+    trace = run(trial_callback=lambda row: lines.append(json.dumps(row)))
     assert len(lines) == 14
     for k in (1, 5, 7, 14):
-        resumed = run(trials=[json.loads(line) for line in lines[:k]])
+        resumed = run(previous_trials=[json.loads(line) for line in lines[:k]])
         jax.tree.map(np.testing.assert_array_equal, trace, resumed)
 
 
 def test_evolution_of_one_kind_is_compiled_once():
     """Its methods are compiled by instance; another size or space has its own."""
-    made = lambda size, space: Evolution(SNES, size).init(space, KEY).strategy
+    made = lambda size, space: EvolutionStrategy(SNES, size).init(space, KEY).strategy
     assert made(4, SPACE) is made(4, {"three": Unit(shape=(3,))})
     assert len({id(made(4, SPACE)), id(made(5, SPACE)), id(made(4, PLANE))}) == 3
 
@@ -639,7 +641,7 @@ def test_evolution_takes_no_name_and_no_instance():
     made = SNES(population_size=4, solution=jnp.zeros(3))
     for strategy in ("SNES", made):
         with pytest.raises(TypeError, match=r"evosax\.algorithms\.CMA_ES"):
-            Evolution(strategy, 4)
+            EvolutionStrategy(strategy, 4)
 
 
 def test_the_gaussian_process_has_the_likelihood_of_scikit_learn():
@@ -761,7 +763,7 @@ def test_what_is_not_finite_is_infinite_to_evolution_and_all(failed):
         if isinstance(searcher, NSGA2):
             told = searcher.tell(state, alpha, np.array([1.0, failed]))
             assert told.values.tolist() == [[np.inf, np.inf]]
-    searcher = Evolution(SNES, 4)
+    searcher = EvolutionStrategy(SNES, 4)
     alpha, state = searcher.ask(searcher.init(SPACE, KEY), KEY)
     assert searcher.tell(state, alpha, failed).values.tolist() == [np.inf]
 
@@ -795,8 +797,8 @@ def test_a_missing_library_is_named_with_its_extra(searcher, package, monkeypatc
         (lambda: GaussianProcess(5, 1), "num_candidates"),
         (lambda: CMAES().init(MIXED, KEY), r"Integer and Choice.*TPE"),
         (lambda: CMAES().init(Unit(), KEY), r"two axes.*TPE"),
-        (lambda: Evolution(SNES, 1), "size"),
-        (lambda: Evolution(SNES, 4).init({"a": None}, KEY), "Interval"),
+        (lambda: EvolutionStrategy(SNES, 1), "size"),
+        (lambda: EvolutionStrategy(SNES, 4).init({"a": None}, KEY), "Interval"),
         (lambda: TPE().init({"a": None}, KEY), "Interval"),
         (lambda: Sobol().init({"a": None}, KEY), "Interval"),
         (lambda: GaussianProcess().init({"a": None}, KEY), "Interval"),
@@ -814,11 +816,18 @@ def test_a_journal_is_a_path():
 
 def test_recorded_trials_are_not_told_to_a_journal_again(tmp_path):
     searcher, rows = TPE(5, tmp_path / "tpe.log"), []
-    search(searcher, 2, record=rows.append)
+    search(searcher, 2, trial_callback=rows.append)
     before = (tmp_path / "tpe.log").read_text()
     with pytest.raises(ValueError, match="trials are told by the searcher's journal"):
         hg.search(
-            PROBLEM, FIT, searcher, 0.0, space=SPACE, budget=4, key=KEY, trials=rows
+            PROBLEM,
+            FIT,
+            searcher,
+            0.0,
+            space=SPACE,
+            budget=4,
+            key=KEY,
+            previous_trials=rows,
         )
     assert (tmp_path / "tpe.log").read_text() == before
 

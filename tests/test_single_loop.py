@@ -8,6 +8,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.known import Known, any_known, error, quadratic, ridge, two_losses
+from tests.loops import run_loop
 
 RHO, GAMMA = 0.05, 0.02
 
@@ -115,7 +116,7 @@ def test_soba_settles_on_the_optimum_with_mini_batches():
 def test_a_certificate_judges_a_single_loop():
     """Untrusted by itself, trusted by the certificate once it has settled."""
     known = any_known("ridge per-weight")
-    trace = hg.minimize(
+    trace = run_loop(
         known.problem, hg.SOBA(optax.sgd(known.step)), optax.sgd(0.01), known.w,
         known.alpha, num_steps=201, certify_every=200,
     )  # fmt: skip

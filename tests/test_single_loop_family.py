@@ -14,9 +14,10 @@ import pytest
 import hypergrad as hg
 from benchmarks import soba_step
 from benchmarks.known import error, quadratic, ridge
-from hypergrad.drawn import drawn
 from hypergrad.estimators import single_loop
-from hypergrad.trees import normal
+from hypergrad.problem import EstimateData
+from hypergrad.trees import random_like
+from tests.loops import run_loop
 
 RHO, GAMMA, ETA = 0.05, 0.02, 0.1
 KNOWN = quadratic("30", seed=3)
@@ -207,7 +208,7 @@ def pzobo(d):
         d.w = steps(d.alpha)
         indirect = []
         for key in jax.random.split(d.draws.inner_key, 2):
-            u = np.asarray(normal(key, KNOWN.alpha))
+            u = np.asarray(random_like(key, KNOWN.alpha))
             response = (steps(d.alpha + 0.01 * u) - d.w) / 0.01
             indirect.append(response @ d.b(d.w) * u)
         yield d.k * d.alpha + np.mean(indirect, axis=0)
@@ -249,7 +250,7 @@ def test_each_step_is_that_of_the_dense_matrices(name: str):
     _, key = jax.random.split(jax.random.key(0))  # minimize's own
     for _ in range(30):
         key, estimate_key, _ = jax.random.split(key, 3)
-        dense.draws = drawn(KNOWN.problem, estimate_key)
+        dense.draws = EstimateData.sample(KNOWN.problem, estimate_key)
         direction = next(steps)
         ws.append(dense.w)
         alphas.append(dense.alpha)
@@ -302,7 +303,7 @@ def test_each_leaf_keeps_its_dtype(name: str, monkeypatch):
     """Under x64, of 32 or fewer bits, or mixed; with 32 the numbers are those of 64."""
     in_single = lambda key, like: jax.tree.map(
         lambda u, x: u.astype(x.dtype),
-        normal(key, jax.tree.map(lambda x: x.astype(jnp.float32), like)),
+        random_like(key, jax.tree.map(lambda x: x.astype(jnp.float32), like)),
         like,
     )  # PZOBO's directions: 64 bits would draw others
     monkeypatch.setattr(single_loop.pzobo, "normal", in_single)
@@ -728,7 +729,9 @@ def test_a_step_has_its_own_expectation(name: str, monkeypatch):
     sizes = [several // N, several] if "p" in kinds else [several]
     look = lambda estimate, after: (
         after.y if name == "F2SA" else after.w,
-        estimate.stats["inner_residual"][None],  # BOME's batch, where it has no barrier
+        estimate.stats["inner_grad_norm"][
+            None
+        ],  # BOME's batch, where it has no barrier
     )
     num_keys = int(sum(sizes) * (np.log(several) + 12))
     found = outcomes(estimator, state, num_keys, look, problem)
@@ -770,7 +773,7 @@ def test_what_a_series_leaves_of_the_adjoint(name: str):
     num_terms = 1 if name == "DARTS" else 4
     for spectrum in ((0.5, 1.5), (1.0, 25.0)):
         left = [(1 - ETA * x) ** num_terms for x in spectrum]
-        found = METHODS[name][0].error_factor(*spectrum)
+        found = METHODS[name][0].error_bound(*spectrum)
         np.testing.assert_allclose(found, np.max(np.abs(left)), rtol=1e-12)
 
 
@@ -793,7 +796,7 @@ def test_saba_converges_linearly_below_the_plateau_of_soba():
     best = -jnp.linalg.solve(jax.hessian(value)(zero), jax.grad(value)(zero))
 
     def course(estimator):
-        trace = hg.minimize(
+        trace = run_loop(
             problem, estimator, optax.sgd(0.05), W, ALPHA, num_steps=601,
             metrics={str(i): lambda w, alpha, key, i=i: alpha[i] for i in range(3)},
             eval_every=25,
@@ -894,7 +897,7 @@ WRONG: dict[str, list] = {
     "sigma": [(0.0, "above 0"), (jnp.array(-1.0), "above 0"), (None, "a number")],
     "eta": [(-0.5, "at least 0"), ("half", "a number")],
 }
-COUNTS = "num_steps", "num_terms", "num_directions", "adjoint_steps", "period"
+COUNTS = "num_steps", "num_terms", "num_directions", "num_adjoint_steps", "period"
 WRONG |= {name: [(x, "an integer") for x in (0, 2.0, True, None)] for name in COUNTS}
 
 
@@ -927,11 +930,13 @@ def test_numbers_that_are_refused(setting: str):
 )
 def test_data_that_change_have_no_full_pass(estimator, instead: str):
     """By the run, before it is traced: what is seen once is not there again."""
-    drawn = hg.Bilevel(shifted, validated, draw=lambda key: (examples(1), examples(2)))
+    drawn = hg.Bilevel(
+        shifted, validated, data_fn=lambda key: (examples(1), examples(2))
+    )
     keyed = lambda w, alpha, batch: shifted(w, alpha, batch[0])
     keys = lambda w, alpha, key: jnp.sum(jax.random.normal(key, (3,)) * w * alpha)
-    augmented = hg.Batches(examples(1), 2, keyed=True)
-    rollouts = hg.Batches(None, keyed=True)
+    augmented = hg.Batches(examples(1), 2, with_key=True)
+    rollouts = hg.Batches(None, with_key=True)
     for problem, said in (
         (hg.Bilevel(keyed, validated, augmented, examples(2)), "keyed inner_data"),
         (hg.Bilevel(shifted, keys, examples(1), rollouts), "keyed outer_data"),
@@ -945,7 +950,7 @@ def test_vrbo_makes_no_inner_steps_before_alpha_has_moved():
     """Nor counts them; every step sees an outer value of all data."""
     vrbo, _ = METHODS["VRBO"]
     trace = hg.minimize(FULL, vrbo, SGD, W, ALPHA, num_steps=3)
-    assert trace.stats["inner_steps"].tolist() == [0, 3, 3]
+    assert trace.stats["num_inner_steps"].tolist() == [0, 3, 3]
     assert trace.stats["num_grads"].tolist() == [1, 6, 7]
     assert trace.stats["num_outer_values"].tolist() == [1, 1, 1]
 
@@ -957,5 +962,5 @@ def test_darts_makes_no_step_of_w_before_alpha_has_moved():
     trace = hg.minimize(
         hg.Bilevel(inner, outer), hg.DARTS(SGD, ETA), SGD, 0.0, 3.0, num_steps=3
     )
-    assert trace.stats["inner_steps"].tolist() == [0, 1, 1]
+    assert trace.stats["num_inner_steps"].tolist() == [0, 1, 1]
     assert trace.value[0] == pytest.approx(0.5 * (3.0 * ETA - 1.0) ** 2)

@@ -23,6 +23,7 @@ from benchmarks import (
 from benchmarks.single_loop import Drawn
 from hypergrad.studies import record
 from hypergrad.tasks import cleaning
+from tests.loops import run_loop
 
 
 def test_the_closed_form_of_quadratics_is_the_value_function():
@@ -88,7 +89,7 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
 def test_the_evaluated_steps_are_those_of_minimize(steps: int, points: int):
     """Numbers there, NaN elsewhere."""
     square = lambda w, alpha, batch: (w - alpha) ** 2
-    trace = hg.minimize(
+    trace = run_loop(
         hg.Bilevel(square, square),
         hg.SOBA(optax.sgd(0.1)),
         optax.sgd(0.1),
@@ -276,7 +277,7 @@ def test_the_gap_is_closed_by_parts():
 
 def test_batches_of_cleaning_are_its_losses_on_average():
     """Value and both gradients over all batches of one, held-out examples and all."""
-    data = jax.tree.map(jnp.asarray, hg.data.load("digits"))
+    data = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
     make = functools.partial(
         cleaning.make, key=jax.random.key(0), hold_out=True, corruption=0.7, data=data
     )

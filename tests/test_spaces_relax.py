@@ -108,7 +108,7 @@ def test_minimize_learns_a_choice_by_any_of_them():
         problem = hg.Bilevel(
             lambda w, alpha, batch: (w - jnp.sum(alpha)) ** 2,
             lambda w, alpha, key, way=way: way(alpha, key) + 0 * w,
-            outer_data=hg.Batches(None, keyed=True),
+            outer_data=hg.Batches(None, with_key=True),
         )
         trace = hg.minimize(
             problem, hg.Implicit(hg.Newton()), optax.adam(0.1), 0.0, jnp.zeros(4),

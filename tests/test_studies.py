@@ -13,7 +13,7 @@ import scipy.stats
 from sklearn.metrics import f1_score
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 from hypergrad.studies import cleaning as study
 from hypergrad.studies.program import program
 from hypergrad.studies.progress import progress

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import hypergrad as hg
 from hypergrad import surrogates as sg
-from hypergrad.checks import traced
+from hypergrad.validation import floats_to_arrays
+from tests.loops import run_loop
 from tests.surrogate_cases import (
     N,
     check_extremes,
@@ -200,7 +201,7 @@ def all_of(name, scores, targets, temperature=0.5, where=None, weights=None):
     where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
     weights = jnp.ones(shape) if weights is None else jnp.asarray(weights)
     return read(
-        traced(case.surrogate), scores, targets,
+        floats_to_arrays(case.surrogate), scores, targets,
         jnp.asarray(temperature, scores.dtype), where, weights.astype(scores.dtype),
     )  # fmt: skip
 
@@ -608,16 +609,21 @@ def proposals(scores, targets):
     pairs = scores[:, None] - scores[None, :]
     rows = []
     for surrogate, temperature, d, mass in (
-        (sg.Accuracy(), sg.temperature_of(scores, threshold=0.0), scores, all_alike),
+        (
+            sg.Accuracy(),
+            sg.temperature_from_scores(scores, threshold=0.0),
+            scores,
+            all_alike,
+        ),
         (
             sg.AUC(),
-            sg.temperature_of(scores, targets),
+            sg.temperature_from_scores(scores, targets),
             pairs,
             opposite / opposite.sum(),
         ),
         (
             sg.FBeta(),
-            sg.temperature_of(scores, targets, threshold=0.0),
+            sg.temperature_from_scores(scores, targets, threshold=0.0),
             scores,
             all_alike / (2 * rarer),
         ),
@@ -654,8 +660,10 @@ def test_the_proposed_temperature_is_near_the_metric_and_not_flat(
 @eqx.filter_jit
 def proposed(scores, targets, gap):
     """At a threshold and for pairs."""
-    at_threshold = sg.temperature_of(scores, threshold=0.0, gap=gap)
-    return jnp.stack([at_threshold, sg.temperature_of(scores, targets, gap=gap)])
+    at_threshold = sg.temperature_from_scores(scores, threshold=0.0, gap=gap)
+    return jnp.stack(
+        [at_threshold, sg.temperature_from_scores(scores, targets, gap=gap)]
+    )
 
 
 @few
@@ -685,7 +693,7 @@ def test_proposals_scale_with_the_scores_and_bear_outliers(seed, scale):
 def test_a_proposal_is_constant_masked_and_defined_for_ties(key):
     rng = rng_of(key)
     scores, targets = drawn("classes", rng)
-    jitted = eqx.filter_jit(sg.temperature_of)
+    jitted = eqx.filter_jit(sg.temperature_from_scores)
     propose = lambda s, where=None, **kwargs: jitted(
         jnp.asarray(s), where=where, **kwargs
     )
@@ -728,15 +736,15 @@ def test_the_gap_is_reported_along_a_run():
         return -f1(batch[0] @ w, batch[1], temperature=batch[2])
 
     problem = hg.Bilevel(inner, outer, (x, y), (x, y, 0.5))
-    trace = hg.minimize(
+    trace = run_loop(
         problem, hg.Implicit(hg.Newton()), optax.sgd(0.5), jnp.zeros(2), jnp.zeros(2),
         num_steps=3,
-        anneal=lambda step, data: (*data[:2], schedule(step).astype(data[2].dtype)),
+        outer_data_fn=lambda step, data: (*data[:2], schedule(step).astype(data[2].dtype)),
         metrics=sg.gap_metrics(
             "f1", f1, predict, x, y, temperature=1.0, schedule=schedule
         )
         | sg.gap_metrics(
-            "auc", sg.AUC(), predict, x, y, temperature=sg.temperature_of
+            "auc", sg.AUC(), predict, x, y, temperature=sg.temperature_from_scores
         ),
     )  # fmt: skip
     rows = trace.rows()
@@ -756,7 +764,7 @@ def test_the_gap_is_of_what_is_not_masked(key):
     scores, targets = drawn("binary", rng_of(key))
     where, weights = np.arange(N) % 3 > 0, np.arange(N) % 4 + 0.5
     dirty = np.where(where, scores, np.nan), np.where(where, targets, -1)
-    temperature = functools.partial(sg.temperature_of, threshold=0.0)
+    temperature = functools.partial(sg.temperature_from_scores, threshold=0.0)
     predict = lambda w, alpha, batch: batch * w
     f1 = sg.FBeta()
     readings = sg.gap_metrics(
@@ -832,7 +840,7 @@ C = np.arange(12.0).reshape(4, 3)
         (lambda a: sg.TopKAccuracy(3).exact(C, Y), ValueError, r"k must be below.*3"),
         (lambda a: sg.SelectiveRisk(-1.0), ValueError, r"min_confidence"),
         (lambda a: sg.CalibrationError(0), ValueError, r"num_bins"),
-        (lambda a: sg.temperature_of(S, gap=0.5), ValueError, r"gap.*0\.1"),
+        (lambda a: sg.temperature_from_scores(S, gap=0.5), ValueError, r"gap.*0\.1"),
         (
             lambda a: sg.gap_metrics("a", sg.Accuracy(), None, S, Y, temperature=1.0),
             TypeError,

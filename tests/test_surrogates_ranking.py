@@ -26,10 +26,10 @@ from sklearn.isotonic import IsotonicRegression
 import hypergrad as hg
 from benchmarks.known import central, error
 from hypergrad import surrogates as sg
-from hypergrad.checks import traced
 from hypergrad.surrogates import pairs
 from hypergrad.surrogates.retrieval import memberships
 from hypergrad.surrogates.soft_rank import pool
+from hypergrad.validation import floats_to_arrays
 from tests.surrogate_cases import (
     N,
     check_extremes,
@@ -154,7 +154,7 @@ def all_of(name, scores, targets, temperature=0.1, where=None, weights=None):
     where = np.ones(scores.shape, bool) if where is None else where
     weights = np.ones(scores.shape) if weights is None else weights
     return read(
-        traced(CASES[name].surrogate), scores, jnp.asarray(targets, scores.dtype),
+        floats_to_arrays(CASES[name].surrogate), scores, jnp.asarray(targets, scores.dtype),
         jnp.asarray(temperature, scores.dtype), jnp.asarray(where),
         jnp.asarray(weights, scores.dtype),
     )  # fmt: skip

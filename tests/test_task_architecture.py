@@ -15,7 +15,7 @@ from hypergrad.studies import record
 from hypergrad.tasks import architecture as task_file
 from hypergrad.tasks.architecture import CELLS, OPERATIONS
 
-DIGITS = jax.tree.map(jnp.asarray, hg.data.load("digits"))
+DIGITS = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_ranking_is_of_these_cells_as_the_study_trains_them():
     names = [" ".join(OPERATIONS[o] for o in cell) for cell in CELLS]
     assert [row["cell"] for row in rows] == names
     assert {row["steps"] for row in rows} == {study.STEPS}
-    fingerprint = record.fingerprint(hg.data.load("digits"))
+    fingerprint = record.fingerprint(hg.datasets.load("digits"))
     assert {row["data_sha256"] for row in rows} == {fingerprint}
     ranking = task_file.ranking()
     assert {array.shape for array in ranking.values()} == {(125, 8)}

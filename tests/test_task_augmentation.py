@@ -11,7 +11,7 @@ import hypergrad as hg
 from hypergrad.tasks import augmentation as task_file
 from hypergrad.tasks.augmentation import LARGEST, OPERATIONS
 
-DIGITS = jax.tree.map(jnp.asarray, hg.data.load("digits"))
+DIGITS = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
 IMAGES = DIGITS["x"][:8].reshape(-1, 8, 8).astype(float)
 
 
@@ -168,7 +168,7 @@ def test_the_implicit_hypergradient_is_that_of_the_whole_pipeline(task):
 def test_each_step_of_training_sees_fresh_noise(task):
     """Two draws of the batch differ, and the same key gives the same one."""
     data = task.problem.inner_data
-    one, same, other = (data.draw(jax.random.key(i)) for i in (1, 1, 2))
+    one, same, other = (data.sample(jax.random.key(i)) for i in (1, 1, 2))
     loss = jax.jit(lambda batch: task_file.train_loss(task.w, task.alpha, batch))
     assert loss(one) == loss(same) != loss(other)
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 from hypergrad.studies import federated as study
 from hypergrad.tasks import federated
 from hypergrad.tasks.federated import FedAvg, LocalImplicit
@@ -226,7 +226,11 @@ def test_the_ledger_counts_the_gradients_of_each_round(corrected: bool):
     size = sum(leaf.size for leaf in jax.tree.leaves(alpha))
     for estimator, grads, products in (
         (hg.Unrolled(solver, checkpoint=False), 3 * a_round, 3 * a_round),
-        (hg.Unrolled(solver, last=2, checkpoint=False), 3 * a_round, 2 * a_round),
+        (
+            hg.Unrolled(solver, truncation_length=2, checkpoint=False),
+            3 * a_round,
+            2 * a_round,
+        ),
         (hg.Forward(solver), 3 * a_round, size * 3 * a_round),
         (hg.FixedPoint(solver, num_terms=7), 4 * a_round, 8 * a_round),
     ):

@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 from hypergrad.tasks import few_shot
 
 # Ten characters with twenty drawings each of 3 by 3 pixels.
@@ -73,7 +73,7 @@ def test_imaml_equals_its_closed_form(hidden, key):
     state = estimator.init(task.problem, task.w, task.alpha, key)
     # The tasks are those of the estimate's key.
     found, _ = jax.jit(estimator.estimate)(task.problem, state, task.alpha, key)
-    support, query = task.problem.data(jax.random.split(key, 4)[0])
+    support, query = task.problem.sample_data(jax.random.split(key, 4)[0])
     expected = jax.jit(functools.partial(imaml_closed_form, task.problem))(
         found.w, task.alpha, support, query
     )
@@ -97,7 +97,7 @@ def test_imaml_of_linear_regression_is_known_in_numpy(key):
         return jnp.sum((x @ w[0] - y) ** 2) / 2
 
     problem = hg.Bilevel(
-        inner, outer, (x, y[0]), (x_val, y_val[0]), start=few_shot.shared_start
+        inner, outer, (x, y[0]), (x_val, y_val[0]), init_fn=few_shot.shared_start
     )
     estimator = hg.Implicit(hg.Newton(tolerance=1e-14), hg.CG(rtol=1e-14))
     found = hg.hypergradient(problem, estimator)(jnp.zeros((1, 7)), alpha)

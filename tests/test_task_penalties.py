@@ -21,7 +21,7 @@ def value(task, solver, alpha):
     """The whole pipeline: train with ``alpha``, then the validation loss."""
     problem, key = task.problem, jax.random.key(0)
     w, _ = solver.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
-    return problem.outer(w, alpha, problem.outer_data)
+    return problem.outer_value(w, alpha, problem.outer_data)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_hoag_ends_at_the_grid_optimum():
     def both(seed):
         task = penalties.make(key=jax.random.key(seed), variant="hoag")
         best = grid[jnp.argmin(jax.vmap(lambda a: value(task, hg.Newton(), a))(grid))]
-        return best, jax.vmap(lambda rel_err: hoag(task, rel_err))(schedules).alpha
+        return best, jax.vmap(lambda rtol: hoag(task, rtol))(schedules).alpha
 
-    def hoag(task, rel_err):
-        estimator = hg.Implicit(task.solver, rel_err=rel_err)
+    def hoag(task, rtol):
+        estimator = hg.Implicit(task.solver, rtol=rtol)
         return hg.minimize(
             task.problem, estimator, optimizer, task.w, task.alpha, num_steps=60,
             space=task.space,
@@ -101,8 +101,8 @@ def test_tolerances_are_hoags():
 )
 def test_fifty_validation_images_are_overfitted(scale, seed):
     """One penalty per weight classifies all of them, which one penalty does not."""
-    if scale == "paper" and not os.environ.get(hg.data.VARIABLE):
-        pytest.skip(f"{hg.data.VARIABLE} is not set")
+    if scale == "paper" and not os.environ.get(hg.datasets.VARIABLE):
+        pytest.skip(f"{hg.datasets.VARIABLE} is not set")
 
     def run(per):
         task = penalties.make(

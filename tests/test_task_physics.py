@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad.tasks import physics
+from tests.loops import run_loop
 
 SIZES = {
     "poisson": {"inside": 12, "sensors": 4, "held_out": 4, "hidden": (4,)},
@@ -56,9 +57,9 @@ def test_cole_hopf_solves_burgers_equation():
 @pytest.mark.data
 def test_the_quadrature_is_the_reference_that_others_publish():
     """At every point of the file, the shock included."""
-    if not os.environ.get(hg.data.VARIABLE):
-        pytest.skip(f"{hg.data.VARIABLE} is not set")
-    found = hg.data.load("burgers")
+    if not os.environ.get(hg.datasets.VARIABLE):
+        pytest.skip(f"{hg.datasets.VARIABLE} is not set")
+    found = hg.datasets.load("burgers")
     at = [g.ravel()[::11] for g in np.meshgrid(found["x"], found["t"], indexing="ij")]
     u = physics.cole_hopf(*at)
     np.testing.assert_allclose(u, found["u"].ravel()[::11], atol=1e-9)
@@ -146,7 +147,7 @@ def test_descent_from_one_and_one_ends_at_the_best_control():
     """Hypergradient (2/3, 1/3) within 0.03 at first, and (0, 1) within 0.02 at last."""
     estimate = hg.hypergradient(CONTROL.problem, NEWTON)(CONTROL.w, CONTROL.alpha)
     np.testing.assert_allclose(estimate.hypergradient, [2 / 3, 1 / 3], atol=0.03)
-    trace = hg.minimize(
+    trace = run_loop(
         *(CONTROL.problem, NEWTON, optax.sgd(1.0), estimate.w, CONTROL.alpha),
         num_steps=15,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.drawn import drawn
+from hypergrad.problem import EstimateData
 from hypergrad.tasks import cartpole, random_walk, reinforcement
 
 MRP = reinforcement.make(key=jax.random.key(0), variant="mrp")
@@ -101,7 +101,7 @@ def test_the_meta_gradient_is_the_central_difference_on_fixed_keys(key):
     estimator = hg.Unrolled(task.solver, checkpoint=False)
     problem, w, alpha = task.problem, task.w, task.alpha
     alpha = {"discount": jnp.asarray(0.8), "entropy": jnp.asarray(0.1)}
-    data = drawn(problem, key)
+    data = EstimateData.sample(problem, key)
     state = estimator.init(problem, w, alpha, key)
     estimate, _ = jax.jit(estimator.estimate)(problem, state, alpha, key)
     losses = cartpole.Losses(TINY["num_episodes"], TINY["horizon"])
@@ -180,8 +180,8 @@ def test_the_papers_scale_builds(variant):
 
     def losses(key):
         task = reinforcement.make(key=key, scale="paper", variant=variant)
-        inner, outer = task.problem.data(key)
-        batch = lambda data: data.draw(key) if variant == "cartpole" else data
+        inner, outer = task.problem.sample_data(key)
+        batch = lambda data: data.sample(key) if variant == "cartpole" else data
         return (
             task.problem.inner_loss(task.w, task.alpha, batch(inner)),
             task.problem.outer_loss(task.w, task.alpha, batch(outer)),

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from sklearn.linear_model import Ridge
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 from hypergrad.studies import self_supervised as study
 from hypergrad.tasks import self_supervised as task_file
 

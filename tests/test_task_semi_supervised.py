@@ -17,7 +17,7 @@ from hypergrad.tasks import semi_supervised as task_file
 from hypergrad.tasks.classifier import losses
 from hypergrad.tasks.networks import softmax_regression
 
-DIGITS = jax.tree.map(jnp.asarray, hg.data.load("digits"))
+DIGITS = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
 SIZES = (20, 20, 6)
 
 

@@ -10,8 +10,9 @@ from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
 import hypergrad as hg
-from hypergrad import data as datasets
+from hypergrad import datasets as datasets
 from hypergrad.tasks import unsupervised
+from tests.loops import run_loop
 
 DATA = {name: datasets.load(name) for name in ("iris", "wine")}
 # What is left of a minimum is what the hypergradient is off by.
@@ -35,7 +36,7 @@ def central_differences(task, solver, alpha, epsilon=1e-5):
         w, _ = solver.solve(
             problem.inner_loss, task.w, alpha, problem.inner_data, jax.random.key(0)
         )
-        return problem.outer(w, alpha, problem.outer_data)
+        return problem.outer_value(w, alpha, problem.outer_data)
 
     steps = epsilon * jnp.eye(flat.size)
     slope = lambda step: (value(flat + step) - value(flat - step)) / (2 * epsilon)
@@ -143,7 +144,7 @@ def test_the_split_is_a_partition():
 def test_learning_lowers_the_held_out_loss(variant):
     """A few steps of the task as it is made, within its space."""
     task, solver = task_of(variant, "wine")
-    trace = hg.minimize(
+    trace = run_loop(
         task.problem, hg.Implicit(solver), optax.adam(0.1), task.w, task.alpha,
         num_steps=20, space=task.space, metrics=task.metrics, eval_every=19,
     )  # fmt: skip

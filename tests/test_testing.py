@@ -28,7 +28,7 @@ HONEST = {
     "GMRES": hg.Implicit(SOLVER, lx.GMRES(rtol=1e-12, atol=1e-12)),
     "LU": hg.Implicit(SOLVER, lx.LU()),
     "Unrolled": hg.Unrolled(SOLVER),
-    "Unrolled, last": hg.Unrolled(SOLVER, last=10),
+    "Unrolled, last": hg.Unrolled(SOLVER, truncation_length=10),
     "Forward": hg.Forward(SOLVER),
     "Reversible": hg.Reversible(0.3, 0.5, 60),
     "FixedPoint": hg.FixedPoint(SOLVER, 60),
@@ -66,7 +66,7 @@ def test_honest_estimators_pass_in_float32():
         for one in linear:
             hg.testing.check_estimator(hg.Implicit(solver, one))
         hg.testing.check_estimator(hg.Unrolled(solver))
-        hg.testing.check_estimator(hg.Unrolled(solver, last=10))
+        hg.testing.check_estimator(hg.Unrolled(solver, truncation_length=10))
         assert jax.numpy.zeros(1).dtype == "float32"
         print("all passed")
     """
@@ -87,7 +87,7 @@ class Sabotaged(eqx.Module):
     inner: Any = hg.Implicit(SOLVER)
     target = "argmin"
 
-    def error_factor(self, smallest, largest):
+    def error_bound(self, smallest, largest):
         return 0.0
 
     def init(self, problem, w, alpha, key=None):

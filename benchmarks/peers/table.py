@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from hypergrad import durable
-from hypergrad.checkpoint import hold
+from hypergrad.checkpoint import lock_file
+from hypergrad.runtime import atomic_io
 from hypergrad.studies import record
 from hypergrad.studies.progress import progress
 from hypergrad.studies.record import Row
@@ -47,7 +47,7 @@ def running(python: Callable[[str], Path]) -> Callable[[Table, Request], None]:
         made = {"table": table.name, "scale": request.scale} | record.versions()
         made["command"] = request.command
         with path.open("a") as file, progress(len(WORKS)) as tick:
-            hold(file, path)
+            lock_file(file, path)
             there = by_work(resume(path, made))
             for work in WORKS:
                 names = contenders(work)
@@ -57,7 +57,7 @@ def running(python: Callable[[str], Path]) -> Callable[[Table, Request], None]:
                     there[work] = {row["method"]: row | made for row in found}
                     kept = [r for w in WORKS for r in there.get(w, {}).values()]
                     file.truncate(0)
-                    durable.append(file, "".join(map(record.line, kept)))
+                    atomic_io.append_durably(file, "".join(map(record.line, kept)))
                 tick(work)
         rows = record.read(path)
         text = markdown(table, rows, request.command)

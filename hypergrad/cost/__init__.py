@@ -4,26 +4,27 @@ The ledger counts calls as a run goes and is in the stats of every estimate. The
 measured from outside, on a function and its arguments: `compiled` tells all of it.
 """
 
-from .energy import Energy, Spent, energy, measured
+from .counts import COST_STATS, HVP_COST, VALUE_COST, cost_stats, outer_grad_cost
+from .energy import Energy, Measurement, energy, measure
 from .flops import Flops, Loop, flops
-from .ledger import HVP, VALUE, ledger, outer_weight
 from .memory import Memory, memory
-from .program import Program, compiled
+from .program import CompiledProgram, compile_program
 
 __all__ = [
-    "HVP",
-    "VALUE",
+    "COST_STATS",
+    "HVP_COST",
+    "VALUE_COST",
     "Energy",
     "Flops",
     "Loop",
     "Memory",
-    "Program",
-    "Spent",
-    "compiled",
+    "CompiledProgram",
+    "Measurement",
+    "compile_program",
     "energy",
     "flops",
-    "ledger",
-    "measured",
+    "cost_stats",
+    "measure",
     "memory",
-    "outer_weight",
+    "outer_grad_cost",
 ]

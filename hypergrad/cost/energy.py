@@ -19,7 +19,7 @@ class Energy(NamedTuple):
 
 
 @dataclasses.dataclass
-class Spent:
+class Measurement:
     """What a block spent, filled in where it ends.
 
     Attributes:
@@ -51,7 +51,7 @@ def energy(seconds: float, *, watts: float, grams_per_kwh: float) -> Energy:
 
 
 @contextlib.contextmanager
-def measured(*, watts: float, grams_per_kwh: float) -> Iterator[Spent]:
+def measure(*, watts: float, grams_per_kwh: float) -> Iterator[Measurement]:
     """Seconds and energy of a block.
 
     The energy is that of codecarbon's offline tracker where codecarbon is installed
@@ -74,7 +74,7 @@ def measured(*, watts: float, grams_per_kwh: float) -> Iterator[Spent]:
     >>> 0 < spent.seconds < 60
     True
     """
-    spent, tracker = Spent(), _tracker(grams_per_kwh)
+    spent, tracker = Measurement(), _tracker(grams_per_kwh)
     if tracker is not None:
         tracker.start()
     started = time.perf_counter()

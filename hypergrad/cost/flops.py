@@ -121,10 +121,10 @@ def flops(function: Callable, *args: Any) -> Flops:
     >>> hg.cost.flops(power, jnp.ones((3, 3)), jnp.ones(3)).total()
     180
     """
-    return of_jaxpr(jax.make_jaxpr(function)(*args))
+    return count_jaxpr_flops(jax.make_jaxpr(function)(*args))
 
 
-def of_jaxpr(jaxpr: Any) -> Flops:
+def count_jaxpr_flops(jaxpr: Any) -> Flops:
     """Of what the outputs need; a loop's body is cleared here, not from outside."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     outputs = [True] * len(jaxpr.outvars)
@@ -151,28 +151,30 @@ def _of_equation(equation: Any) -> Flops:
     name, params = equation.primitive.name, equation.params
     match name:
         case "scan":
-            return _times(params["length"], of_jaxpr(params["jaxpr"]))
+            return _times(params["length"], count_jaxpr_flops(params["jaxpr"]))
         case "while":
             return _of_while(equation)
         case "cond":
-            return _dearest([of_jaxpr(branch) for branch in params["branches"]])
+            return _dearest(
+                [count_jaxpr_flops(branch) for branch in params["branches"]]
+            )
         case "custom_linear_solve":
-            return of_jaxpr(params["jaxprs"].solve)
+            return count_jaxpr_flops(params["jaxprs"].solve)
         case "shard_map":
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
             devices = math.prod(params["mesh"].shape[axis] for axis in axes)
-            return _times(devices, of_jaxpr(params["jaxpr"]))
+            return _times(devices, count_jaxpr_flops(params["jaxpr"]))
         case "call_hi_primitive":  # one that says by others what it is, such as frexp
             inputs = [v.aval for v in equation.invars]
-            return of_jaxpr(jax.make_jaxpr(params["_prim"].expand)(*inputs))
+            return count_jaxpr_flops(jax.make_jaxpr(params["_prim"].expand)(*inputs))
     inner = called(equation)
-    return _of_primitive(equation) if inner is None else of_jaxpr(inner)
+    return _of_primitive(equation) if inner is None else count_jaxpr_flops(inner)
 
 
 def _of_while(equation: Any) -> Flops:
     """The condition is tested once more than the body runs."""
-    test = of_jaxpr(equation.params["cond_jaxpr"])
-    once = _plus(test, of_jaxpr(equation.params["body_jaxpr"]))
+    test = count_jaxpr_flops(equation.params["cond_jaxpr"])
+    once = _plus(test, count_jaxpr_flops(equation.params["body_jaxpr"]))
     where = summarize(equation.source_info) or "inside jax"
     loop = Loop(where, once.fixed, once.transcendentals)
     return test._replace(

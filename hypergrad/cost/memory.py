@@ -47,10 +47,10 @@ def memory(function: Callable, *args: Any) -> Memory:
     400
     """
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
-    return of_compiled(jitted.lower(*args).compile())
+    return memory_from_compiled(jitted.lower(*args).compile())
 
 
-def of_compiled(program: Any) -> Memory:
+def memory_from_compiled(program: Any) -> Memory:
     """Bytes of a compiled program."""
     found = program.memory_analysis()
     if found is None:
@@ -65,7 +65,7 @@ def of_compiled(program: Any) -> Memory:
     )
 
 
-def resident() -> int | None:
+def resident_bytes() -> int | None:
     """Bytes of this process in the machine's memory; None where no one can tell.
 
     By Linux's ``/proc``. The one number that all of POSIX has is a peak, which a

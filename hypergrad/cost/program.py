@@ -7,11 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .flops import Flops, of_jaxpr
-from .memory import Memory, of_compiled
+from .flops import Flops, count_jaxpr_flops
+from .memory import Memory, memory_from_compiled
 
 
-class Program:
+class CompiledProgram:
     """A compiled function, called with arguments of the shapes it was compiled for.
 
     Attributes:
@@ -33,8 +33,8 @@ class Program:
         self._compiled = traced.lower().compile()
         self.trace_seconds = seen - began
         self.compile_seconds = time.perf_counter() - seen
-        self.flops = of_jaxpr(traced.jaxpr)
-        self.memory = of_compiled(self._compiled)
+        self.flops = count_jaxpr_flops(traced.jaxpr)
+        self.memory = memory_from_compiled(self._compiled)
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns; nothing is traced or compiled."""
@@ -63,7 +63,7 @@ def _is_data(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def compiled(function: Callable, *args: Any) -> Program:
+def compile_program(function: Callable, *args: Any) -> CompiledProgram:
     """``function(*args)``, compiled and not run, with its operations, bytes, seconds.
 
     Args:
@@ -96,4 +96,4 @@ def compiled(function: Callable, *args: Any) -> Program:
     >>> with hg.cost.measured(watts=65.0, grams_per_kwh=300.0) as spent:
     ...     estimate = jax.block_until_ready(program(problem, zeros, zeros))
     """
-    return Program(function, *args)
+    return CompiledProgram(function, *args)

@@ -1,13 +1,13 @@
 """How ``dM/dalpha`` is estimated."""
 
 from .average import Average
+from .base import Estimate, Estimator
 from .evolution import Evolution, PersistentEvolution
 from .finite_difference import CentralDifference, FiniteDifference
 from .fixed_point import FixedPoint
 from .forward import Forward
 from .implicit import Implicit
 from .penalty import Penalty
-from .protocol import Estimate, Estimator
 from .reversible import Reversible
 from .single_loop import (
     BOME,
@@ -25,8 +25,7 @@ from .single_loop import (
     AmIGO,
     StocBiO,
 )
-from .through import through
-from .unrolled import Unrolled
+from .unrolled import Unrolled, unrolled_estimator
 
 __all__ = [
     "BOME",
@@ -56,5 +55,5 @@ __all__ = [
     "Reversible",
     "StocBiO",
     "Unrolled",
-    "through",
+    "unrolled_estimator",
 ]

@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..certificate import TRUST
-from ..checks import check_estimator_is
+from ..certificate import TRUST_RTOL
 from ..problem import Bilevel
-from ..settings import check_steps
 from ..trees import all_finite
-from .protocol import Estimate
-from .spread import standard_error
+from ..validation import check_estimator_type, check_positive_int
+from .base import Estimate
+from .error_estimates import standard_error
 
 # How a statistic of the mean is made from those of its draws; all others are summed.
 REDUCED = {
-    "inner_steps": jnp.max,
-    "inner_residual": jnp.max,
+    "num_inner_steps": jnp.max,
+    "inner_grad_norm": jnp.max,
     "adjoint_residual": jnp.max,
     "ritz_min": jnp.min,
     "ritz_max": jnp.max,
@@ -36,7 +35,7 @@ class Average(eqx.Module):
     Args:
       estimator: any whose estimates depend on the key: `Implicit` with batch sizes, a
         stochastic inner loop under `Unrolled`, a problem with ``draw``, `Evolution`.
-      num_draws: n, at least 2.
+      num_samples: n, at least 2.
 
     Cost: n estimates, as one batch. Memory: n estimates'.
 
@@ -51,7 +50,7 @@ class Average(eqx.Module):
     >>> outer = lambda w, alpha, batch: (w - 1.0) ** 2
     >>> data = hg.Batches(jnp.arange(1.0, 101.0) / 50)
     >>> estimator = hg.Implicit(hg.Newton(), adjoint_batch_size=10)
-    >>> average = hg.Average(estimator, num_draws=8)
+    >>> average = hg.Average(estimator, num_samples=8)
     >>> problem = hg.Bilevel(inner, outer, data)
     >>> estimate = hg.hypergradient(problem, average)(0.0, 2.0)
     >>> bool(0.01 < estimate.stats["standard_error"] < 0.2)
@@ -59,34 +58,34 @@ class Average(eqx.Module):
     """
 
     estimator: Any
-    num_draws: int = eqx.field(static=True, default=8)
+    num_samples: int = eqx.field(static=True, default=8)
 
     citations = ()
 
     def __check_init__(self):
-        check_estimator_is(self.estimator)
-        check_steps("num_draws", self.num_draws, least=2)
+        check_estimator_type(self.estimator)
+        check_positive_int("num_samples", self.num_samples, minimum=2)
 
     @property
     def single_loop(self) -> bool:
         """The estimator's."""
-        return getattr(self.estimator, "single_loop", False)
+        return getattr(self.estimator, "is_single_loop", False)
 
     @property
     def target(self) -> str:
         """The estimator's."""
         return self.estimator.target
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """The estimator's."""
-        return self.estimator.error_factor(smallest, largest)
+        return self.estimator.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> Any:
         """A state for each draw."""
         keys = jax.random.split(
-            jax.random.key(0) if key is None else key, self.num_draws
+            jax.random.key(0) if key is None else key, self.num_samples
         )
         first = lambda key: self.estimator.init(problem, w, alpha, key)
         return jax.vmap(first)(keys)
@@ -95,7 +94,7 @@ class Average(eqx.Module):
         self, problem: Bilevel, state: Any, alpha: PyTree, key: Array
     ) -> tuple[Estimate, Any]:
         """The estimate of each draw, and their mean."""
-        keys = jax.random.split(key, self.num_draws)
+        keys = jax.random.split(key, self.num_samples)
         one = lambda state, key: self.estimator.estimate(problem, state, alpha, key)
         draws, state = jax.vmap(one)(state, keys)
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
@@ -109,7 +108,7 @@ class Average(eqx.Module):
         stats["standard_error"] = spread
         stats["trusted"] = (
             jnp.all(draws.stats["trusted"])
-            & (spread <= TRUST)
+            & (spread <= TRUST_RTOL)
             & all_finite(hypergradient)
         )
         estimate = Estimate(mean(draws.value), hypergradient, mean(draws.w), stats)

@@ -6,16 +6,26 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from ..checks import check_problem
-from ..cost import ledger
-from ..drawn import Drawn, drawn
-from ..guide import Guide
-from ..inner.protocol import InnerSolver, IterativeSolver
-from ..problem import Bilevel, fraction, held_fraction
-from ..settings import check_steps, number
-from .procedure import ProcedureState, check_read, inner_residual, next_state, whole_run
-from .protocol import Estimate, make_stats
-from .spread import standard_error
+from ..cost import cost_stats
+from ..inner.base import InnerSolver, IterativeSolver
+from ..method_summary import MethodSummary
+from ..problem import (
+    Bilevel,
+    EstimateData,
+    batch_fraction,
+    fixed_batch_fraction,
+)
+from ..problem_checks import check_problem
+from ..validation import check_positive_int, float_converter
+from .base import Estimate, make_stats
+from .error_estimates import standard_error
+from .inner_run import (
+    InnerRunState,
+    check_run_uses_alpha,
+    inner_grad_norm,
+    make_run_fn,
+    next_state,
+)
 
 
 class Evolution(eqx.Module):
@@ -51,7 +61,7 @@ class Evolution(eqx.Module):
 
     solver: InnerSolver
     sigma: float | Array = eqx.field(
-        default=0.1, converter=number("sigma", optional=False)
+        default=0.1, converter=float_converter("sigma", optional=False)
     )
     num_pairs: int = eqx.field(static=True, default=16)
     warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
@@ -59,44 +69,44 @@ class Evolution(eqx.Module):
 
     target = "solver"
     citations = ("salimans2017", "vicol2021")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Evolution(solver, s, n)",
-            gradients="(2 * n + 1) * T + 1",
-            hvps="0",
+            num_grads="(2 * n + 1) * T + 1",
+            num_hvps="0",
             memory="2 n runs",
             bias="smoothing by s, and noise",
-            sees=("losses", "optimizer", "start"),
-            use="a metric or a run that has no derivative",
-            avoid="many hyperparameters, or where a derivative exists",
-            why="the noise falls as 1/sqrt(n) and grows as sqrt(N + 1)",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="a metric or a run that has no derivative",
+            not_recommended_for="many hyperparameters, or where a derivative exists",
+            reason="the noise falls as 1/sqrt(n) and grows as sqrt(N + 1)",
         ),
     )
 
     def __check_init__(self):
-        check_steps("num_pairs", self.num_pairs)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("num_pairs", self.num_pairs)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the error is random."""
         return float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_read(self.solver, problem, w, alpha)
-        return ProcedureState(w)
+        check_run_uses_alpha(self.solver, problem, w, alpha)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """2 n + 1 inner runs."""
-        data, noise_key = drawn(problem, key), jax.random.fold_in(key, 4)
+        data, noise_key = EstimateData.sample(problem, key), jax.random.fold_in(key, 4)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        whole = whole_run(self.solver, problem, data, state.w, outer_batch)
+        whole = make_run_fn(self.solver, problem, data, state.w, outer_batch)
         flat, unravel = ravel_pytree(alpha)
         run = lambda flat: whole(unravel(flat))
         value, w, spent = run(flat)
@@ -121,8 +131,8 @@ class Evolution(eqx.Module):
             num_values=count("num_values"),
             num_outer_values=(2 * self.num_pairs + 1)
             * value.size
-            * held_fraction(data.outer_data, self.outer_batch_size),
-            inner_steps=spent["num_steps"],
+            * fixed_batch_fraction(data.outer_data, self.outer_batch_size),
+            num_inner_steps=spent["num_steps"],
         )
         estimate = Estimate(value, hypergradient, w, stats)
         return estimate, next_state(problem, state, w, self.warm_start)
@@ -168,7 +178,7 @@ class PersistentEvolution(eqx.Module):
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
     >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3.0) ** 2)
     >>> solver = hg.Descent(optax.sgd(0.5), 20)
-    >>> estimator = hg.PersistentEvolution(solver, 0.1, 100, window=5)
+    >>> estimator = hg.PersistentEvolution(solver, 0.1, 100, unroll_length=5)
     >>> trace = hg.minimize(
     ...     hg.Bilevel(inner, outer), estimator, optax.adam(0.05), 0.0, 0.0,
     ...     num_steps=200,
@@ -179,25 +189,25 @@ class PersistentEvolution(eqx.Module):
 
     solver: IterativeSolver
     sigma: float | Array = eqx.field(
-        default=0.1, converter=number("sigma", optional=False)
+        default=0.1, converter=float_converter("sigma", optional=False)
     )
     num_pairs: int = eqx.field(static=True, default=16)
-    window: int = eqx.field(static=True, default=1)
+    unroll_length: int = eqx.field(static=True, default=1)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"
     citations = ("vicol2021",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "PersistentEvolution(solver, s, n, K)",
-            gradients="2 * n * K + 1",
-            hvps="0",
+            num_grads="2 * n * K + 1",
+            num_hvps="0",
             memory="2 n carries",
             bias="smoothing by s, and noise",
-            sees=("losses", "optimizer", "start"),
-            use="moving alpha every K steps of one long run",
-            avoid="many hyperparameters, short runs",
-            why="runs remember what moved them: no bias of truncation, more noise",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="moving alpha every K steps of one long run",
+            not_recommended_for="many hyperparameters, short runs",
+            reason="runs remember what moved them: no bias of truncation, more noise",
         ),
     )
 
@@ -207,16 +217,16 @@ class PersistentEvolution(eqx.Module):
                 f"{type(self.solver).__name__} does not go step by step (init, step, "
                 "num_steps); use hg.Descent, or hg.Evolution with this solver"
             )
-        check_steps("num_pairs", self.num_pairs)
-        check_steps("window", self.window)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
-        if self.solver.num_steps % self.window:
+        check_positive_int("num_pairs", self.num_pairs)
+        check_positive_int("unroll_length", self.unroll_length)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
+        if self.solver.num_steps % self.unroll_length:
             raise ValueError(
-                f"window must divide the solver's num_steps; got {self.window} and "
+                f"window must divide the solver's num_steps; got {self.unroll_length} and "
                 f"{self.solver.num_steps}"
             )
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the error is random."""
         return float("nan")
 
@@ -226,8 +236,8 @@ class PersistentEvolution(eqx.Module):
         """All particles at ``w``."""
         key = jax.random.key(0) if key is None else key
         check_problem(problem, w, alpha, self.solver)
-        check_read(self.solver, problem, w, alpha)
-        inner_data, _ = problem.data(key)
+        check_run_uses_alpha(self.solver, problem, w, alpha)
+        inner_data, _ = problem.sample_data(key)
         flat, unravel = ravel_pytree(alpha)
         shape = (2, self.num_pairs, flat.size)
         alphas = jnp.broadcast_to(flat, shape)
@@ -238,7 +248,7 @@ class PersistentEvolution(eqx.Module):
     def _begin(self, problem, w, alphas, unravel, inner_data, key):
         def begin(flat):
             alpha = unravel(flat)
-            start = problem.initial(w, alpha)
+            start = problem.init_inner(w, alpha)
             return self.solver.init(problem.inner_loss, start, alpha, inner_data, key)
 
         return jax.vmap(jax.vmap(begin))(alphas)
@@ -247,7 +257,7 @@ class PersistentEvolution(eqx.Module):
         self, problem: Bilevel, state: PersistentState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PersistentState]:
         """A window of every particle."""
-        data, noise_key = drawn(problem, key), jax.random.fold_in(key, 4)
+        data, noise_key = EstimateData.sample(problem, key), jax.random.fold_in(key, 4)
         outer_batch = data.outer_batch(self.outer_batch_size)
         flat, unravel = ravel_pytree(alpha)
         noise = jax.random.normal(noise_key, (self.num_pairs, flat.size), flat.dtype)
@@ -260,7 +270,7 @@ class PersistentEvolution(eqx.Module):
         pick = lambda new, old: jnp.where(fresh, new, old)
         carries = jax.tree.map(pick, begun, state.carries)
         sums = jnp.where(fresh, 0.0, state.sums) + noise
-        keys = jax.random.split(data.solver_key, self.window)
+        keys = jax.random.split(data.solver_key, self.unroll_length)
 
         def run(carry, flat):
             alpha = unravel(flat)
@@ -271,7 +281,7 @@ class PersistentEvolution(eqx.Module):
                 None,
             )
             carry, _ = jax.lax.scan(step, carry, keys)
-            return carry, problem.outer(carry[0], alpha, outer_batch)
+            return carry, problem.outer_value(carry[0], alpha, outer_batch)
 
         carries, values = jax.vmap(jax.vmap(run))(carries, alphas)
         hypergradient, standard_error = _average(
@@ -285,14 +295,17 @@ class PersistentEvolution(eqx.Module):
             w,
             alpha,
             standard_error,
-            num_grads=2 * self.num_pairs * self.window * fraction(data.inner_data),
+            num_grads=2
+            * self.num_pairs
+            * self.unroll_length
+            * batch_fraction(data.inner_data),
             num_outer_values=2
             * self.num_pairs
             * value.size
-            * held_fraction(data.outer_data, self.outer_batch_size),
-            inner_steps=self.window,
+            * fixed_batch_fraction(data.outer_data, self.outer_batch_size),
+            num_inner_steps=self.unroll_length,
         )
-        index = (state.index + self.window) % self.solver.num_steps
+        index = (state.index + self.unroll_length) % self.solver.num_steps
         next_state = PersistentState(state.w, carries, sums, index)
         return Estimate(value, hypergradient, w, stats), next_state
 
@@ -309,12 +322,14 @@ def _average(problem, perturbations, differences, sigma, unravel):
     return (jax.vmap(unravel)(mean) if several else unravel(mean[0])), relative
 
 
-def _stats(problem, data: Drawn, w, alpha, standard_error, *, inner_steps, **counts):
+def _stats(
+    problem, data: EstimateData, w, alpha, standard_error, *, num_inner_steps, **counts
+):
     counts["num_grads"] += 1
     return make_stats(
         jnp.asarray(False),
-        inner_residual=inner_residual(problem, data, w, alpha),
-        inner_steps=inner_steps,
+        inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+        num_inner_steps=num_inner_steps,
         standard_error=standard_error,
-        **ledger(data.inner_data, data.outer_data, **counts),
+        **cost_stats(data.inner_data, data.outer_data, **counts),
     )

@@ -6,23 +6,22 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from ..certificate import UNSEEN
-from ..checks import check_problem, check_seen
-from ..cost import ledger
-from ..drawn import drawn
-from ..guide import Guide
-from ..inner.protocol import InnerSolver
-from ..problem import Bilevel, held_fraction
-from ..settings import check_steps, number
-from ..trees import add_scaled, norm
-from .procedure import (
-    ProcedureState,
-    check_read,
-    inner_residual,
+from ..certificate import NO_GRADIENT_ADVICE
+from ..cost import cost_stats
+from ..inner.base import InnerSolver
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem_checks import check_alpha_has_gradient, check_problem
+from ..trees import add_scale, norm
+from ..validation import check_positive_int, float_converter
+from .base import Estimate, make_stats
+from .inner_run import (
+    InnerRunState,
+    check_run_uses_alpha,
+    inner_grad_norm,
+    make_run_fn,
     next_state,
-    whole_run,
 )
-from .protocol import Estimate, make_stats
 
 
 class FiniteDifference(eqx.Module):
@@ -59,9 +58,11 @@ class FiniteDifference(eqx.Module):
     """
 
     solver: InnerSolver
-    epsilon: float | Array | None = eqx.field(default=None, converter=number("epsilon"))
+    epsilon: float | Array | None = eqx.field(
+        default=None, converter=float_converter("epsilon")
+    )
     step_size: float | Array = eqx.field(
-        default=1.0, converter=number("step_size", optional=False)
+        default=1.0, converter=float_converter("step_size", optional=False)
     )
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
     adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -69,53 +70,53 @@ class FiniteDifference(eqx.Module):
 
     target = "argmin"
     citations = ("liu2019",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "FiniteDifference(solver)",
-            gradients="T + 3",
-            hvps="0",
+            num_grads="T + 3",
+            num_hvps="0",
             memory="2 w",
             bias="takes H for I / step_size",
-            sees=("losses",),
-            use="architecture search as in DARTS, without second derivatives",
-            avoid="wherever the length of the hypergradient matters",
-            why="two gradients stand for the cross term, and nothing is solved",
+            alpha_in=("losses",),
+            recommended_for="architecture search as in DARTS, without second derivatives",
+            not_recommended_for="wherever the length of the hypergradient matters",
+            reason="two gradients stand for the cross term, and nothing is solved",
         ),
     )
 
     def __check_init__(self):
-        check_steps("adjoint_batch_size", self.adjoint_batch_size, optional=True)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("adjoint_batch_size", self.adjoint_batch_size, optional=True)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """``max |1 - s lambda|``, up to the difference's own error."""
         step_size = float(self.step_size)
         slack = 1e-3
-        return max(abs(1 - step_size * smallest), abs(1 - step_size * largest)) + slack
+        return max(abs(1 - step_size * eig_min), abs(1 - step_size * eig_max)) + slack
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_seen(problem, w, alpha, None, UNSEEN)
-        data = drawn(problem, jax.random.key(0))
+        check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+        data = EstimateData.sample(problem, jax.random.key(0))
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
-        return ProcedureState(w)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """One inner solve and a difference of two gradients."""
-        data, loss = drawn(problem, key), problem.inner_loss
-        start = problem.initial(state.w, alpha)
+        data, loss = EstimateData.sample(problem, key), problem.inner_loss
+        start = problem.init_inner(state.w, alpha)
         w, spent = self.solver.solve(
             loss, start, alpha, data.inner_data, data.solver_key
         )
         batch = data.inner_batch(self.adjoint_batch_size)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
         length = self.epsilon
         if length is None:
@@ -125,17 +126,17 @@ class FiniteDifference(eqx.Module):
         def cross(b):
             step = length / jnp.where(norm(b) == 0, 1.0, norm(b))
             ahead, behind = (
-                slope(add_scaled(w, step, b)),
-                slope(add_scaled(w, -step, b)),
+                slope(add_scale(w, step, b)),
+                slope(add_scale(w, -step, b)),
             )
             return jax.tree.map(lambda x, y: (x - y) / (2 * step), ahead, behind)
 
         if problem.num_objectives is not None:
             cross = jax.vmap(cross)
-        hypergradient = add_scaled(direct, -self.step_size, cross(b))
-        part = held_fraction(data.inner_data, self.adjoint_batch_size)
-        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
-        costs = ledger(
+        hypergradient = add_scale(direct, -self.step_size, cross(b))
+        part = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
+        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=spent["num_grads"] + part * (2 * value.size + 1),
@@ -145,8 +146,8 @@ class FiniteDifference(eqx.Module):
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=norm(jax.grad(loss)(w, alpha, batch)),
-            inner_steps=spent["num_steps"],
+            inner_grad_norm=norm(jax.grad(loss)(w, alpha, batch)),
+            num_inner_steps=spent["num_steps"],
             **costs,
         )
         estimate = Estimate(value, hypergradient, w, stats)
@@ -182,49 +183,51 @@ class CentralDifference(eqx.Module):
     """
 
     solver: InnerSolver
-    epsilon: float | Array | None = eqx.field(default=None, converter=number("epsilon"))
+    epsilon: float | Array | None = eqx.field(
+        default=None, converter=float_converter("epsilon")
+    )
     warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"
     citations = ()
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "CentralDifference(solver)",
-            gradients="(2 * N + 1) * T + 1",
-            hvps="0",
+            num_grads="(2 * N + 1) * T + 1",
+            num_hvps="0",
             memory="1 run",
             bias="epsilon^2",
-            sees=("losses", "optimizer", "start"),
-            use="checking another estimator on a small copy of the problem",
-            avoid="more than a handful of hyperparameters, float32, jumps",
-            why="whole runs are compared, whatever the solver does in them",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="checking another estimator on a small copy of the problem",
+            not_recommended_for="more than a handful of hyperparameters, float32, jumps",
+            reason="whole runs are compared, whatever the solver does in them",
         ),
     )
 
     def __check_init__(self):
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """The difference's own error: a few times the square root of eps."""
         return 1e-3
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_read(self.solver, problem, w, alpha)
-        return ProcedureState(w)
+        check_run_uses_alpha(self.solver, problem, w, alpha)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """2 N + 1 inner solves."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        whole = whole_run(self.solver, problem, data, state.w, outer_batch)
+        whole = make_run_fn(self.solver, problem, data, state.w, outer_batch)
         flat, unravel = ravel_pytree(alpha)
         eps = self.epsilon
         if eps is None:
@@ -248,8 +251,8 @@ class CentralDifference(eqx.Module):
             jax.vmap(unravel, in_axes=1)(slopes) if several else unravel(slopes)
         )
         count = lambda name: spent[name] + jnp.sum(costs[name])
-        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
-        counted = ledger(
+        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        counted = cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=count("num_grads") + 1,
@@ -259,8 +262,8 @@ class CentralDifference(eqx.Module):
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=inner_residual(problem, data, w, alpha),
-            inner_steps=spent["num_steps"],
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=spent["num_steps"],
             **counted,
         )
         estimate = Estimate(value, hypergradient, w, stats)

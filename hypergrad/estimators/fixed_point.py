@@ -6,21 +6,26 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..adjoint import usable, zero_adjoint
-from ..certificate import TRUST, UNSEEN
-from ..checks import check_problem, check_seen, solver_reads_alpha
-from ..cost import ledger
-from ..drawn import drawn
-from ..guide import Guide
-from ..inner.descent import iterate
-from ..inner.protocol import IterativeSolver, step_grads
-from ..linear.operator import relative_residual
-from ..problem import Bilevel, fraction, held_fraction, undrawn
-from ..settings import check_steps
+from ..certificate import NO_GRADIENT_ADVICE, TRUST_RTOL
+from ..cost import cost_stats
+from ..implicit_diff import finite_or_zero, zero_adjoint
+from ..inner.base import IterativeSolver, grads_per_step
+from ..inner.descent import run_inner_steps
+from ..linear.base import relative_residual
+from ..method_summary import MethodSummary
+from ..problem import (
+    Bilevel,
+    EstimateData,
+    batch_fraction,
+    fixed_batch_fraction,
+    without_sampling,
+)
+from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
 from ..trees import all_finite, norm
-from .procedure import check_differentiable, inner_residual
-from .protocol import Estimate, make_stats
-from .trust import drift
+from ..validation import check_positive_int
+from .base import Estimate, make_stats
+from .error_estimates import stationarity_error
+from .inner_run import check_differentiable, inner_grad_norm
 
 
 class FixedPointState(eqx.Module):
@@ -71,26 +76,26 @@ class FixedPoint(eqx.Module):
 
     target = "argmin"
     citations = ("grazzi2020",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "FixedPoint(solver, K)",
-            gradients="T + 2",
-            hvps="K + 1",
+            num_grads="T + 2",
+            num_hvps="K + 1",
             memory="2 carries",
             bias="q^K",
-            sees=("losses", "optimizer"),
-            use="an optimizer that moves where the loop ends, as weight decay does",
-            avoid="learning rates, starts, an inner loop that stops early",
-            why="one step is differentiated, at the point that it leads back to",
+            alpha_in=("losses", "optimizer"),
+            recommended_for="an optimizer that moves where the loop ends, as weight decay does",
+            not_recommended_for="learning rates, starts, an inner loop that stops early",
+            reason="one step is differentiated, at the point that it leads back to",
         ),
     )
 
     def __check_init__(self):
         check_differentiable(self.solver)
-        check_steps("num_terms", self.num_terms)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("num_terms", self.num_terms)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the contraction is the solver's."""
         return float("nan")
 
@@ -100,9 +105,9 @@ class FixedPoint(eqx.Module):
         """Starts from ``w`` and a zero adjoint."""
         key = jax.random.key(0) if key is None else key
         check_problem(problem, w, alpha, self.solver)
-        inner_data, _ = problem.data(jax.random.key(0))
-        beside = solver_reads_alpha(self.solver, problem, w, alpha, inner_data)
-        check_seen(problem, w, alpha, beside, UNSEEN)
+        inner_data, _ = problem.sample_data(jax.random.key(0))
+        beside = solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
+        check_alpha_has_gradient(problem, w, alpha, beside, NO_GRADIENT_ADVICE)
         carry = self.solver.init(problem.inner_loss, w, alpha, inner_data, key)
         moving, _ = eqx.partition(carry, eqx.is_inexact_array)
         return FixedPointState(w, zero_adjoint(problem, moving))
@@ -111,14 +116,14 @@ class FixedPoint(eqx.Module):
         self, problem: Bilevel, state: FixedPointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, FixedPointState]:
         """One inner run, K + 1 products with the derivative of a step."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         loss = problem.inner_loss
-        start = problem.initial(state.w, alpha)
-        carry = iterate(
+        start = problem.init_inner(state.w, alpha)
+        carry = run_inner_steps(
             self.solver, loss, start, alpha, data.inner_data, data.solver_key
         )
         w = carry[0]
-        everything = undrawn(data.inner_data)
+        everything = without_sampling(data.inner_data)
         moving, fixed = eqx.partition(carry, eqx.is_inexact_array)
 
         def phi(moving, alpha):
@@ -127,7 +132,7 @@ class FixedPoint(eqx.Module):
             return eqx.filter(carry, eqx.is_inexact_array)
 
         outer_batch = data.outer_batch(self.outer_batch_size)
-        value, b_w, direct = problem.outer_gradients(w, alpha, outer_batch)
+        value, b_w, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         after, pullback = jax.vjp(phi, moving, alpha)
 
         def adjoint(b_w, v):
@@ -140,33 +145,33 @@ class FixedPoint(eqx.Module):
 
         if problem.num_objectives is not None:
             adjoint = jax.vmap(adjoint)
-        v, cross, adjoint_residual, mean = adjoint(b_w, usable(state.adjoint))
+        v, cross, adjoint_residual, mean = adjoint(b_w, finite_or_zero(state.adjoint))
         hypergradient = optax.tree.add(direct, cross)
 
         move = optax.tree.sub(after[0], w)
-        off = drift(
+        off = stationarity_error(
             problem, w, alpha, outer_batch, b_w, cross, hypergradient, move, mean
         )
-        of_step, steps = step_grads(self.solver), self.solver.num_steps
-        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
-        costs = ledger(
+        of_step, steps = grads_per_step(self.solver), self.solver.num_steps
+        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=of_step * (steps * fraction(data.inner_data) + 1) + 1,
+            num_grads=of_step * (steps * batch_fraction(data.inner_data) + 1) + 1,
             num_hvps=of_step * (self.num_terms + 1) * value.size,
             num_outer_grads=2 * value.size * outer_part,
         )
         stats = make_stats(
             all_finite(value, hypergradient, w)
-            & jnp.all(adjoint_residual <= TRUST)
-            & (off <= TRUST),
-            inner_residual=inner_residual(problem, data, w, alpha),
-            inner_steps=steps,
+            & jnp.all(adjoint_residual <= TRUST_RTOL)
+            & (off <= TRUST_RTOL),
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=steps,
             adjoint_residual=jnp.max(adjoint_residual),
             **costs,
         )
         estimate = Estimate(value, hypergradient, w, stats)
         if self.warm_start:
-            warm = w if problem.start is None else state.w
+            warm = w if problem.init_fn is None else state.w
             state = FixedPointState(warm, v)
         return estimate, state

@@ -6,21 +6,20 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from ..checks import solver_reads_alpha
-from ..drawn import drawn
-from ..guide import Guide
-from ..inner.protocol import IterativeSolver, step_grads
-from ..problem import Bilevel
+from ..inner.base import IterativeSolver, grads_per_step
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData
+from ..problem_checks import solver_uses_alpha
 from ..products import pushforward
-from ..settings import check_steps
-from .procedure import (
-    ProcedureState,
+from ..validation import check_positive_int
+from .base import Estimate
+from .inner_run import (
+    InnerRunState,
     check_differentiable,
-    check_procedure,
-    report,
-    response,
+    check_inner_run,
+    make_response_fn,
+    make_run_estimate,
 )
-from .protocol import Estimate
 
 
 class Forward(eqx.Module):
@@ -64,44 +63,44 @@ class Forward(eqx.Module):
 
     target = "solver"
     citations = ("franceschi2017", "micaelli2021")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Forward(solver)",
-            gradients="T + 1",
-            hvps="N * T",
+            num_grads="T + 1",
+            num_hvps="N * T",
             memory="N + 1 carries",
             bias="none",
-            sees=("losses", "optimizer", "start"),
-            use="a handful of hyperparameters over very many steps",
-            avoid="more than a handful",
-            why="one tangent a hyperparameter goes along, and no step is stored",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="a handful of hyperparameters over very many steps",
+            not_recommended_for="more than a handful",
+            reason="one tangent a hyperparameter goes along, and no step is stored",
         ),
     )
 
     def __check_init__(self):
         check_differentiable(self.solver)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact for the procedure."""
         return 0.0
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
-        check_procedure(self.solver, problem, w, alpha)
-        return ProcedureState(w)
+        check_inner_run(self.solver, problem, w, alpha)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """One inner run with N tangents."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         flat, unravel = ravel_pytree(alpha)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        run = response(self.solver, problem, data, state.w, outer_batch)
+        run = make_response_fn(self.solver, problem, data, state.w, outer_batch)
         basis = jnp.eye(flat.size, dtype=flat.dtype)
         (value, w), (slopes, _) = pushforward(lambda x: run(unravel(x)), flat, basis)
         slopes = slopes.astype(flat.dtype)  # of a loss that may be in another
@@ -110,9 +109,9 @@ class Forward(eqx.Module):
         else:
             hypergradient = jax.vmap(unravel, in_axes=1)(slopes)
         steps = self.solver.num_steps
-        num_grads = step_grads(self.solver) * steps
-        reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
-        return report(
+        num_grads = grads_per_step(self.solver) * steps
+        reads = solver_uses_alpha(self.solver, problem, w, alpha, data.inner_data)
+        return make_run_estimate(
             problem,
             data,
             state,

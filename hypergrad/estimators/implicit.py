@@ -10,31 +10,42 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from ..adjoint import (
-    NOTHING_SEEN,
-    At,
-    Curvature,
-    damped_product,
-    differentiate,
+from ..certificate import (
+    NEWTON_RTOL,
+    NO_GRADIENT_ADVICE,
+    NUM_NEWTON_STEPS,
+    TRUST_RTOL,
+    compute_certificate,
+)
+from ..cost import cost_stats
+from ..implicit_diff import (
+    EMPTY_LINEAR_STATS,
+    HvpFn,
+    ImplicitResult,
+    damped_hvp_fn,
+    finite_or_zero,
+    implicit_hypergradient,
+    merge_linear_stats,
     newton_steps,
-    together,
-    usable,
     zero_adjoint,
 )
-from ..certificate import CORRECTIONS, NEWTON, TRUST, UNSEEN, certificate
-from ..checks import check_problem, check_seen, check_solver, is_traced
-from ..cost import ledger
-from ..drawn import drawn
-from ..guide import Guide
-from ..inner.protocol import InnerSolver
+from ..inner.base import InnerSolver
 from ..linear import CG
-from ..linear.operator import check as check_linear_solver
-from ..problem import Bilevel, held_fraction
-from ..settings import check_steps, number, refuse_changing
+from ..linear.base import check_linear_solver as check_linear_solver
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import all_finite, norm, scale
-from .accuracy import Rounds, more, stepwise
-from .protocol import Estimate, make_stats
-from .trust import drift
+from ..validation import (
+    check_hashable,
+    check_positive_int,
+    check_solver,
+    float_converter,
+    is_traced,
+)
+from .adaptive import AdaptiveSolve, add_counts, is_iterative
+from .base import Estimate, make_stats
+from .error_estimates import stationarity_error
 
 
 class ImplicitState(eqx.Module):
@@ -64,13 +75,13 @@ class Implicit(eqx.Module):
         `NystromCG`, `Identity`.
       damping: added to ``H`` in the solve. ``adjoint_residual`` is that of ``H``
         itself, so it shows the bias that damping brings.
-      curvature: ``(w, alpha, batch, v) -> product`` that stands for ``H v`` in the
+      hvp_fn: ``(w, alpha, batch, v) -> product`` that stands for ``H v`` in the
         solve, such as `Composition.gauss_newton`. The bias shows like damping's; as
         nothing is seen of the spectrum of ``H``, only ``certify`` can trust it.
-      correct: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
+      num_newton_steps: Newton steps on ``w`` after the inner solve, each a solve by `CG`; one
         that does not make ``dL/dw`` smaller, or meets negative curvature, is not taken.
         On all data; keyed batches have one key an estimate, so the minimum for that.
-      rel_err: work until the hypergradient's relative error is estimated to be at most
+      rtol: work until the hypergradient's relative error is estimated to be at most
         this: a number, or an array ``[n]`` of them for the first n estimates, the last
         of which stays (HOAG's schedules). Inner steps, of which the solver's
         ``num_steps`` are then the most, and adjoint products are made until the
@@ -85,7 +96,7 @@ class Implicit(eqx.Module):
       outer_batch_size: examples for the outer gradient, likewise.
 
     Cost: the inner solve, two outer gradients, the linear solver's products and one
-    more, which yields the cross term and the true residual together. With ``rel_err`` a
+    more, which yields the cross term and the true residual together. With ``rtol`` a
     look at the whole gradient for every ten that the steps cost, and in each round an
     adjoint solve from the last one and two outer gradients. Memory: the linear solver's
     vectors, flat in the number of inner steps.
@@ -93,13 +104,13 @@ class Implicit(eqx.Module):
     Target: argmin. Bias: first order in what the inner and the adjoint solve leave,
     both reported. What the optimizer or the start read of ``alpha`` is not seen: a leaf
     that neither loss reads is an error. ``trusted`` needs: all finite,
-    ``adjoint_residual`` and ``inner_residual / (curvature ||w||)`` below 1e-2, no
+    ``adjoint_residual`` and ``inner_grad_norm / (curvature ||w||)`` below 1e-2, no
     negative curvature, and a change of ``dM/dw`` over a step ``dL/dw / curvature`` that
     is worth less than 1e-2 of the hypergradient; the curvature is the smaller of
     ``ritz_min`` and ``||b|| / ||v||``. That is what the solve happened to see: warm
     solves of few steps and solvers other than `CG` may miss a flat or a negative
     direction. The noise that a batch size brings is not judged (`Average` does), and in
-    bfloat16 the residual rarely gets below 1e-2. With ``rel_err``, ``trusted`` needs an
+    bfloat16 the residual rarely gets below 1e-2. With ``rtol``, ``trusted`` needs an
     ``error_estimate`` of at most that, all finite, and no negative curvature in the
     last round.
 
@@ -118,9 +129,9 @@ class Implicit(eqx.Module):
     solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver
     damping: float | Array
-    rel_err: float | Array | None
-    correct: int = eqx.field(static=True)
-    curvature: Curvature | None = eqx.field(static=True)
+    rtol: float | Array | None
+    num_newton_steps: int = eqx.field(static=True)
+    hvp_fn: HvpFn | None = eqx.field(static=True)
     certify: bool = eqx.field(static=True)
     warm_start: bool = eqx.field(static=True)
     adjoint_batch_size: int | None = eqx.field(static=True)
@@ -128,17 +139,17 @@ class Implicit(eqx.Module):
 
     target = "argmin"
     citations = ("pedregosa2016",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver, lineax.LU())",
-            gradients="T",
-            hvps="d + 1",
+            num_grads="T",
+            num_hvps="d + 1",
             memory="d^2 numbers",
             bias="none if solved",
-            sees=("losses",),
-            use="a small w on which CG stalls; any solver of lineax may stand here",
-            avoid="a large w",
-            why="the matrix H is made, one product a column",
+            alpha_in=("losses",),
+            recommended_for="a small w on which CG stalls; any solver of lineax may stand here",
+            not_recommended_for="a large w",
+            reason="the matrix H is made, one product a column",
         ),
     )
 
@@ -148,9 +159,9 @@ class Implicit(eqx.Module):
         linear_solver: lx.AbstractLinearSolver | None = None,
         damping: float | Array = 0.0,
         *,
-        curvature: Curvature | None = None,
-        correct: int = 0,
-        rel_err: float | Array | None = None,
+        hvp_fn: HvpFn | None = None,
+        num_newton_steps: int = 0,
+        rtol: float | Array | None = None,
         certify: bool = False,
         warm_start: bool = True,
         adjoint_batch_size: int | None = None,
@@ -159,24 +170,24 @@ class Implicit(eqx.Module):
         self.solver = solver
         self.linear_solver = CG() if linear_solver is None else linear_solver
         check_linear_solver(self.linear_solver)
-        check_steps("adjoint_batch_size", adjoint_batch_size, optional=True)
-        check_steps("outer_batch_size", outer_batch_size, optional=True)
-        self.damping = number("damping", optional=False)(damping)
-        if not (curvature is None or callable(curvature)):
+        check_positive_int("adjoint_batch_size", adjoint_batch_size, optional=True)
+        check_positive_int("outer_batch_size", outer_batch_size, optional=True)
+        self.damping = float_converter("damping", optional=False)(damping)
+        if not (hvp_fn is None or callable(hvp_fn)):
             raise TypeError(
-                "curvature must be a function (w, alpha, batch, v) -> product, such as "
-                f"Composition(...).gauss_newton; got {curvature!r}"
+                "hvp_fn must be a function (w, alpha, batch, v) -> product, such as "
+                f"Composition(...).gauss_newton; got {hvp_fn!r}"
             )
-        refuse_changing("curvature", curvature)
-        self.curvature = curvature
-        check_steps("correct", correct, least=0)
-        self.correct = correct
-        self.rel_err = number("rel_err")(rel_err)
-        if rel_err is not None:
-            self._check_pursuit(jnp.asarray(rel_err))
-        if adjoint_batch_size is not None and (correct or rel_err is not None):
+        check_hashable("hvp_fn", hvp_fn)
+        self.hvp_fn = hvp_fn
+        check_positive_int("num_newton_steps", num_newton_steps, minimum=0)
+        self.num_newton_steps = num_newton_steps
+        self.rtol = float_converter("rtol")(rtol)
+        if rtol is not None:
+            self._check_pursuit(jnp.asarray(rtol))
+        if adjoint_batch_size is not None and (num_newton_steps or rtol is not None):
             raise ValueError(
-                "adjoint_batch_size goes with neither correct nor rel_err: Newton's "
+                "adjoint_batch_size goes with neither num_newton_steps nor rtol: Newton's "
                 "steps on a batch lead to the minimum of that batch; leave it out"
             )
         self.certify = certify
@@ -184,56 +195,56 @@ class Implicit(eqx.Module):
         self.adjoint_batch_size = adjoint_batch_size
         self.outer_batch_size = outer_batch_size
 
-    def _check_pursuit(self, rel_err: Array) -> None:
+    def _check_pursuit(self, rtol: Array) -> None:
         """Refuses what could not be made more accurate."""
         check_solver(self.solver)
-        if self.curvature is not None:
+        if self.hvp_fn is not None:
             raise ValueError(
-                "curvature does not go with rel_err: the adjoint of another curvature "
+                "hvp_fn does not go with rtol: the adjoint of another hvp_fn "
                 "does not become more accurate; leave one of them out"
             )
         if self._refresh > 1:
             raise ValueError(
-                f"refresh={self._refresh} does not go with rel_err, whose rounds solve "
+                f"refresh_every={self._refresh} does not go with rtol, whose rounds solve "
                 "at several points; leave one of them out"
             )
         tells = getattr(self.linear_solver, "exact", False)
         if not (tells and hasattr(self.linear_solver, "rtol")):
             raise ValueError(
-                "rel_err needs a linear solver with a tolerance that tells what it saw "
+                "rtol needs a linear solver with a tolerance that tells what it saw "
                 "of the spectrum, hg.CG() or hg.NystromCG(rank); with "
-                f"{type(self.linear_solver).__name__} leave rel_err out, use correct="
+                f"{type(self.linear_solver).__name__} leave rtol out, use num_newton_steps="
             )
-        if not (stepwise(self.solver) or self.correct):
+        if not (is_iterative(self.solver) or self.num_newton_steps):
             raise ValueError(
-                f"rel_err needs a solver that goes step by step, such as hg.Descent, "
-                f"or correct=1; {type(self.solver).__name__} runs once"
+                f"rtol needs a solver that goes step by step, such as hg.Descent, "
+                f"or num_newton_steps=1; {type(self.solver).__name__} runs once"
             )
-        if rel_err.ndim > 1 or rel_err.size == 0:
+        if rtol.ndim > 1 or rtol.size == 0:
             raise ValueError(
-                "rel_err must be a number or one number an estimate, [n]; got shape "
-                f"{rel_err.shape}"
+                "rtol must be a number or one number an estimate, [n]; got shape "
+                f"{rtol.shape}"
             )
-        if not (is_traced(rel_err) or bool(jnp.all((rel_err > 0) & (rel_err < 1)))):
-            raise ValueError(f"rel_err must lie between 0 and 1; got {rel_err}")
+        if not (is_traced(rtol) or bool(jnp.all((rtol > 0) & (rtol < 1)))):
+            raise ValueError(f"rtol must lie between 0 and 1; got {rtol}")
 
     @property
     def _refresh(self) -> int:
         """In how many estimates the linear solver's preparation serves."""
-        return getattr(self.linear_solver, "refresh", 1)
+        return getattr(self.linear_solver, "refresh_every", 1)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
-        """Relative error of the adjoint for a spectrum in [smallest, largest].
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """Relative error of the adjoint for a spectrum in [eig_min, eig_max].
 
         The solver's on the damped spectrum, and what damping itself changes, at most
-        ``damping / (smallest + damping)``; with ``rel_err`` that, at its largest.
+        ``damping / (eig_min + damping)``; with ``rtol`` that, at its eig_max.
         """
-        if self.rel_err is not None:
-            return float(jnp.max(jnp.asarray(self.rel_err)))
+        if self.rtol is not None:
+            return float(jnp.max(jnp.asarray(self.rtol)))
         damping = float(self.damping)
-        factor = getattr(self.linear_solver, "error_factor", lambda *_: 0.0)
-        solved = factor(smallest + damping, largest + damping)
-        return solved + damping / (smallest + damping)
+        factor = getattr(self.linear_solver, "error_bound", lambda *_: 0.0)
+        solved = factor(eig_min + damping, eig_max + damping)
+        return solved + damping / (eig_min + damping)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -241,8 +252,8 @@ class Implicit(eqx.Module):
         """Starts from ``w`` and a zero adjoint."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_seen(problem, w, alpha, None, UNSEEN)
-        data = drawn(problem, jax.random.key(0))
+        check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+        data = EstimateData.sample(problem, jax.random.key(0))
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
         prepared = None
@@ -258,13 +269,13 @@ class Implicit(eqx.Module):
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, ImplicitState]:
         """One inner solve, one adjoint solve, one cross term; or rounds of them."""
-        data = drawn(problem, key)
-        find = self._once if self.rel_err is None else self._until_accurate
+        data = EstimateData.sample(problem, key)
+        find = self._once if self.rtol is None else self._until_accurate
         w, at, seen, spent, judged, goal, prepared = find(problem, state, alpha, data)
         trusted, error_estimate = judged
-        part = held_fraction(data.inner_data, self.adjoint_batch_size)
-        outer_part = held_fraction(data.outer_data, self.outer_batch_size)
-        costs = ledger(
+        part = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
+        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=spent["num_grads"],
@@ -273,21 +284,21 @@ class Implicit(eqx.Module):
             num_outer_grads=spent["num_outer_grads"] * outer_part * at.value.size,
         )
         if self.certify:
-            found = certificate(
+            found = compute_certificate(
                 problem,
                 data,
                 w,
                 alpha,
                 at.hypergradient,
                 adjoint=at.adjoint,
-                rel_err=TRUST if self.rel_err is None else self._due(state),
+                rtol=TRUST_RTOL if self.rtol is None else self._due(state),
             )
             trusted, error_estimate = found.trusted, found.error_estimate
             costs = jax.tree.map(jnp.add, costs, found.stats)
         stats = make_stats(
             trusted,
-            inner_residual=norm(at.gradient),
-            inner_steps=spent["num_steps"],
+            inner_grad_norm=norm(at.gradient),
+            num_inner_steps=spent["num_steps"],
             adjoint_residual=jnp.max(at.adjoint_residual),
             ritz_min=seen["ritz_min"],
             ritz_max=seen["ritz_max"],
@@ -296,7 +307,7 @@ class Implicit(eqx.Module):
         )
         estimate = Estimate(at.value, at.hypergradient, w, stats)
         # A start that depends on alpha begins each inner solve anew.
-        warm = self.warm_start and problem.start is None
+        warm = self.warm_start and problem.init_fn is None
         state = ImplicitState(
             w if warm else state.w,
             at.adjoint if self.warm_start else state.adjoint,
@@ -312,22 +323,26 @@ class Implicit(eqx.Module):
         """The estimate that left ``state``, made again with more work.
 
         On the same data, from where it ended if ``warm_start``: the inner solve, two
-        Newton steps beside ``correct`` and an adjoint of ``H`` itself on all inner
-        data, by `CG` to its tolerance; with ``rel_err`` its rounds, with a Newton step
+        Newton steps beside ``num_newton_steps`` and an adjoint of ``H`` itself on all inner
+        data, by `CG` to its tolerance; with ``rtol`` its rounds, with a Newton step
         in each. Not sure to be trusted: where ``H`` is singular or indefinite nothing
         is. Cost: as any estimate's.
         """
-        if self.rel_err is None:
-            linear_solver, damping, correct = CG(), 0.0, self.correct + CORRECTIONS
+        if self.rtol is None:
+            linear_solver, damping, num_newton_steps = (
+                CG(),
+                0.0,
+                self.num_newton_steps + NUM_NEWTON_STEPS,
+            )
         else:
             linear_solver, damping = self.linear_solver, self.damping
-            correct = max(self.correct, 1)
+            num_newton_steps = max(self.num_newton_steps, 1)
         thorough = dataclasses.replace(
             self,
             linear_solver=linear_solver,
             damping=damping,
-            curvature=None,
-            correct=correct,
+            hvp_fn=None,
+            num_newton_steps=num_newton_steps,
             adjoint_batch_size=None,
         )
         before = eqx.tree_at(lambda s: s.num_estimates, state, state.num_estimates - 1)
@@ -336,38 +351,38 @@ class Implicit(eqx.Module):
         return estimate, dataclasses.replace(then, prepared=state.prepared)
 
     def _once(self, problem, state, alpha, data):
-        """The inner solver as it is, ``correct`` Newton steps, the adjoint."""
+        """The inner solver as it is, ``num_newton_steps`` Newton steps, the adjoint."""
         loss, batch = problem.inner_loss, data.inner_batch(self.adjoint_batch_size)
         outer_batch = data.outer_batch(self.outer_batch_size)
         w, spent = self.solver.solve(
-            loss, problem.initial(state.w, alpha), alpha, data.inner_data,
+            loss, problem.init_inner(state.w, alpha), alpha, data.inner_data,
             data.solver_key,
         )  # fmt: skip
-        seen = NOTHING_SEEN
-        if self.correct:
+        seen = EMPTY_LINEAR_STATS
+        if self.num_newton_steps:
             gradient = jax.grad(loss)(w, alpha, batch)
-            rtols = [NEWTON] * self.correct
+            rtols = [NEWTON_RTOL] * self.num_newton_steps
             w, seen = newton_steps(loss, w, alpha, batch, gradient, rtols, seen)
-            spent = more(spent, num_grads=self.correct + 1)
+            spent = add_counts(spent, num_grads=self.num_newton_steps + 1)
         prepared, num_products = self._prepared(problem, state, w, alpha, batch)
-        at = differentiate(
+        at = implicit_hypergradient(
             problem,
             self.linear_solver,
             w,
             alpha,
             batch,
             outer_batch,
-            usable(state.adjoint),
+            finite_or_zero(state.adjoint),
             self.damping,
             prepared,
-            self.curvature,
+            self.hvp_fn,
         )
         trusted, num_outer_grads = jnp.asarray(False), 1
-        if not (self.certify or self.curvature is not None):
+        if not (self.certify or self.hvp_fn is not None):
             trusted = self._judge(problem, w, alpha, at, outer_batch)
             num_outer_grads = 2
         spent = spent | {"num_outer_grads": num_outer_grads}
-        seen = together(seen, at.solved)
+        seen = merge_linear_stats(seen, at.solved)
         seen["num_products"] += num_products
         return w, at, seen, spent, (trusted, jnp.nan), state.goal, prepared
 
@@ -381,26 +396,26 @@ class Implicit(eqx.Module):
             return None, 0
         due = state.num_estimates % self._refresh == 0
         due |= ~all_finite(state.prepared)
-        product = damped_product(problem, w, alpha, batch, self.damping, self.curvature)
+        product = damped_hvp_fn(problem, w, alpha, batch, self.damping, self.hvp_fn)
         make = lambda: self._prepare(product, w)
         _, s = prepared = jax.lax.cond(due, make, lambda: state.prepared)
         return prepared, jnp.where(due, s.size, 0)
 
     def _due(self, state: ImplicitState) -> Array:
-        """The ``rel_err`` of the next estimate."""
-        rel_err = jnp.atleast_1d(jnp.asarray(self.rel_err, dtype=float))
-        return rel_err[jnp.minimum(state.num_estimates, rel_err.size - 1)]
+        """The ``rtol`` of the next estimate."""
+        rtol = jnp.atleast_1d(jnp.asarray(self.rtol, dtype=float))
+        return rtol[jnp.minimum(state.num_estimates, rtol.size - 1)]
 
     def _until_accurate(self, problem, state, alpha, data):
-        """Rounds of inner steps, Newton steps and an adjoint until ``rel_err``."""
-        rel_err = self._due(state)
-        rounds = Rounds(self, problem, data, alpha, rel_err)
-        start = problem.initial(state.w, alpha)
-        found = rounds.run(start, usable(state.adjoint), state.goal)
+        """Rounds of inner steps, Newton steps and an adjoint until ``rtol``."""
+        rtol = self._due(state)
+        rounds = AdaptiveSolve(self, problem, data, alpha, rtol)
+        start = problem.init_inner(state.w, alpha)
+        found = rounds.run(start, finite_or_zero(state.adjoint), state.goal)
         at, seen = found.at, found.seen
         trusted = (
             all_finite(at.value, at.hypergradient, at.gradient)
-            & (found.error <= rel_err)
+            & (found.error <= rtol)
             & ~seen["negative_curvature"]
         )
         judged = trusted, found.error
@@ -408,10 +423,15 @@ class Implicit(eqx.Module):
         return w, at, seen, found.spent, judged, goal, None
 
     def _judge(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, at: At, outer_batch: PyTree
+        self,
+        problem: Bilevel,
+        w: PyTree,
+        alpha: PyTree,
+        at: ImplicitResult,
+        outer_batch: PyTree,
     ) -> Array:
         """Whether what the solves saw speaks for the estimate."""
-        off = drift(
+        off = stationarity_error(
             problem,
             w,
             alpha,
@@ -424,7 +444,7 @@ class Implicit(eqx.Module):
         )
         return (
             all_finite(at.value, at.hypergradient, at.gradient, at.adjoint_residual)
-            & jnp.all(at.adjoint_residual <= TRUST)
-            & (off <= TRUST)
+            & jnp.all(at.adjoint_residual <= TRUST_RTOL)
+            & (off <= TRUST_RTOL)
             & ~jnp.any(at.solved["negative_curvature"])
         )

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..adjoint import zero_adjoint
-from ..certificate import UNSEEN
-from ..checks import check_problem, check_seen
-from ..cost import HVP, ledger
-from ..drawn import Drawn, drawn
-from ..guide import Guide
-from ..inner.protocol import InnerSolver, InnerStats
-from ..problem import Bilevel, held_fraction
-from ..settings import check_steps, number
-from ..trees import add_scaled, all_finite
-from .procedure import inner_residual, whole_run
-from .protocol import Estimate, make_stats
+from ..certificate import NO_GRADIENT_ADVICE
+from ..cost import HVP_COST, cost_stats
+from ..implicit_diff import zero_adjoint
+from ..inner.base import InnerSolver, InnerStats
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem_checks import check_alpha_has_gradient, check_problem
+from ..trees import add_scale, all_finite
+from ..validation import check_positive_int, float_converter
+from .base import Estimate, make_stats
+from .inner_run import inner_grad_norm, make_run_fn
 
 
 class PenaltyState(eqx.Module):
@@ -65,31 +64,33 @@ class Penalty(eqx.Module):
     """
 
     solver: InnerSolver
-    strength: float | Array = eqx.field(converter=number("strength", optional=False))
+    strength: float | Array = eqx.field(
+        converter=float_converter("strength", optional=False)
+    )
     symmetric: bool = eqx.field(static=True, default=False, kw_only=True)
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "argmin"
     citations = ("shen2023", "scellier2017")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Penalty(solver, l)",
-            gradients="2 * T + 3",
-            hvps="0",
+            num_grads="2 * T + 3",
+            num_hvps="0",
             memory="3 w",
             bias="1/l, or 1/l^2 if symmetric",
-            sees=("losses",),
-            use="inner losses without second derivatives",
-            avoid="inner solves that stop early",
-            why="two solutions are compared, and l multiplies what the solves leave",
+            alpha_in=("losses",),
+            recommended_for="inner losses without second derivatives",
+            not_recommended_for="inner solves that stop early",
+            reason="two solutions are compared, and l multiplies what the solves leave",
         ),
     )
 
     def __check_init__(self):
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the bias depends on third derivatives too."""
         return float("nan")
 
@@ -99,7 +100,7 @@ class Penalty(eqx.Module):
         """Starts every solve from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
-        check_seen(problem, w, alpha, None, UNSEEN)
+        check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
         many = jax.tree.map(
             lambda zero, x: jnp.broadcast_to(x, zero.shape), zero_adjoint(problem, w), w
         )
@@ -109,9 +110,9 @@ class Penalty(eqx.Module):
         self, problem: Bilevel, state: PenaltyState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PenaltyState]:
         """A solve of the inner loss, and one of it nudged."""
-        data, loss = drawn(problem, key), problem.inner_loss
+        data, loss = EstimateData.sample(problem, key), problem.inner_loss
         batch, outer_batch = data.inner_batch(), data.outer_batch(self.outer_batch_size)
-        value, w, spent = whole_run(self.solver, problem, data, state.w, outer_batch)(
+        value, w, spent = make_run_fn(self.solver, problem, data, state.w, outer_batch)(
             alpha
         )
         slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
@@ -119,12 +120,12 @@ class Penalty(eqx.Module):
         def at(start: PyTree, weights: Array, sign: float) -> tuple[Any, ...]:
             """``w_l``, ``dL/dalpha`` and ``dM/dalpha`` there, and the cost."""
             outer = lambda w, alpha: jnp.sum(
-                weights * problem.outer(w, alpha, outer_batch)
+                weights * problem.outer_value(w, alpha, outer_batch)
             )
             nudged = lambda w, alpha, batch: (
                 loss(w, alpha, batch) + sign / self.strength * outer(w, alpha)
             )
-            begin = problem.initial(start, alpha)
+            begin = problem.init_inner(start, alpha)
             w, spent = self.solver.solve(
                 nudged, begin, alpha, data.inner_data, data.solver_key
             )
@@ -148,16 +149,16 @@ class Penalty(eqx.Module):
                 slope_down = jax.tree.map(lambda x: x[None], slope_down)
             factor, num_slopes = self.strength, value.size + 1
         difference = jax.tree.map(lambda x, y: factor * (x - y), slope_up, slope_down)
-        hypergradient = add_scaled(difference, 1, direct)
+        hypergradient = add_scale(difference, 1, direct)
 
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=inner_residual(problem, data, w, alpha),
-            inner_steps=spent["num_steps"],
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=spent["num_steps"],
             **self._costs(data, spent, nudges, num_slopes + 1, value.size),
         )
         estimate = Estimate(value, hypergradient, w, stats)
-        if self.warm_start and problem.start is None:
+        if self.warm_start and problem.init_fn is None:
             # A nudged loss need not have a minimum: what it spoilt is no start.
             good = all_finite(w, up, down)
             state = optax.tree.where(good, PenaltyState(w, up, down), state)
@@ -165,7 +166,7 @@ class Penalty(eqx.Module):
 
     def _costs(
         self,
-        data: Drawn,
+        data: EstimateData,
         spent: InnerStats,
         nudges: list[InnerStats],
         num_grads: int,
@@ -178,14 +179,14 @@ class Penalty(eqx.Module):
             jnp.sum(jnp.maximum(nudge["num_grads"], nudge["num_steps"]))
             for nudge in nudges
         )
-        part = held_fraction(data.outer_data, self.outer_batch_size)
+        part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         direct = len(nudges) * num_objectives
-        return ledger(
+        return cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=spent["num_grads"] + total("num_grads") + num_grads,
             num_hvps=spent["num_hvps"] + total("num_hvps"),
             num_values=spent["num_values"] + total("num_values"),
-            num_outer_grads=part * (calls + HVP * total("num_hvps") + direct),
+            num_outer_grads=part * (calls + HVP_COST * total("num_hvps") + direct),
             num_outer_values=part * (total("num_values") + num_objectives),
         )

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..checks import check_problem, check_seen, reads, start_reads_alpha
-from ..drawn import drawn
-from ..guide import Guide
-from ..problem import Bilevel, draw
-from ..products import hvp_and_cross
-from ..settings import check_steps, number, refuse_optax
-from ..trees import add_scaled, dot, scale
-from . import reversal
-from .procedure import ProcedureState, report
-from .protocol import Estimate
+from ..jaxpr import used_inputs
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData, sample_batch
+from ..problem_checks import check_alpha_has_gradient, check_problem, init_uses_alpha
+from ..products import hvp_and_cross_vjp
+from ..trees import add_scale, scale, vdot
+from ..validation import check_not_optax_factory, check_positive_int, float_converter
+from . import reversible_arithmetic
+from .base import Estimate
+from .inner_run import InnerRunState, make_run_estimate
 
 Setting = float | Array | Callable[[PyTree], Any]
 
@@ -38,7 +38,7 @@ class Reversible(eqx.Module):
       momentum: a static number in [1/16, 1), or ``alpha -> m`` likewise; it is rounded
         to 1/4096, in float32 to 1/256.
       num_steps: T.
-      least_momentum: smallest ``m`` that a function takes, which decides the buffer's
+      min_momentum: smallest ``m`` that a function takes, which decides the buffer's
         size; not needed where ``momentum`` is a number.
       warm_start: begin each run where the last ended; None means True unless rate or
         momentum are made from ``alpha``.
@@ -70,24 +70,24 @@ class Reversible(eqx.Module):
     learning_rate: Setting
     momentum: float | Callable[[PyTree], Any] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    least_momentum: float = eqx.field(static=True)
+    min_momentum: float = eqx.field(static=True)
     warm_start: bool | None = eqx.field(static=True)
     certify: bool = eqx.field(static=True)
     outer_batch_size: int | None = eqx.field(static=True)
 
     target = "solver"
     citations = ("maclaurin2015",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Reversible(rate, m, T)",
-            gradients="2 * T + 1",
-            hvps="T",
+            num_grads="2 * T + 1",
+            num_hvps="T",
             memory="6 w, log2(1/m) bits a number and step",
             bias="rounding to 2^-34, in float64",
-            sees=("losses", "optimizer", "start"),
-            use="thousands of steps of momentum descent, all of them seen",
-            avoid="other optimizers, float32, several outer losses",
-            why="steps are undone bit by bit instead of being stored",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="thousands of steps of momentum descent, all of them seen",
+            not_recommended_for="other optimizers, float32, several outer losses",
+            reason="steps are undone bit by bit instead of being stored",
         ),
     )
 
@@ -96,46 +96,48 @@ class Reversible(eqx.Module):
         learning_rate: Setting,
         momentum: float | Callable[[PyTree], Any],
         num_steps: int,
-        least_momentum: float | None = None,
+        min_momentum: float | None = None,
         *,
         warm_start: bool | None = None,
         certify: bool = False,
         outer_batch_size: int | None = None,
     ):
-        check_steps("num_steps", num_steps)
-        check_steps("outer_batch_size", outer_batch_size, optional=True)
+        check_positive_int("num_steps", num_steps)
+        check_positive_int("outer_batch_size", outer_batch_size, optional=True)
         for name, setting in (("learning_rate", learning_rate), ("momentum", momentum)):
-            refuse_optax(name, setting)
+            check_not_optax_factory(name, setting)
         if not callable(learning_rate):
-            learning_rate = number("learning_rate", optional=False)(learning_rate)
-        if least_momentum is None:
+            learning_rate = float_converter("learning_rate", optional=False)(
+                learning_rate
+            )
+        if min_momentum is None:
             if callable(momentum):
                 raise ValueError(
-                    "momentum is a function, so least_momentum must say how small it "
-                    "gets: the buffer holds log2(1 / least_momentum) bits a step"
+                    "momentum is a function, so min_momentum must say how small it "
+                    "gets: the buffer holds log2(1 / min_momentum) bits a step"
                 )
-            least_momentum = float(momentum)
-        if not 1 / reversal.LEAST <= least_momentum < 1:
+            min_momentum = float(momentum)
+        if not 1 / reversible_arithmetic.LEAST <= min_momentum < 1:
             raise ValueError(
-                f"momentum must lie in [1/16, 1), got {least_momentum!r}: less is no "
+                f"momentum must lie in [1/16, 1), got {min_momentum!r}: less is no "
                 "momentum to reverse; use hg.Unrolled"
             )
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.num_steps = num_steps
-        self.least_momentum = least_momentum
+        self.min_momentum = min_momentum
         self.warm_start = warm_start
         self.certify = certify
         self.outer_batch_size = outer_batch_size
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """The resolution's share, far below this."""
         return 1e-3
 
     @property
     def num_words(self) -> int:
         """Bytes of buffer that each number of ``w`` needs beside its 32 bits."""
-        return reversal.num_words(self.num_steps, self.least_momentum)
+        return reversible_arithmetic.num_words(self.num_steps, self.min_momentum)
 
     def _settings(self, alpha: PyTree, step: Array) -> tuple[Array, Array]:
         """Rate and momentum of a step."""
@@ -149,39 +151,51 @@ class Reversible(eqx.Module):
 
     def _reads_alpha(self, alpha: PyTree) -> list[bool]:
         first = jnp.asarray(0)
-        return list(reads(lambda alpha: self._settings(alpha, first), alpha))
+        return list(used_inputs(lambda alpha: self._settings(alpha, first), alpha))
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
         if problem.num_objectives is not None:
             raise ValueError("Reversible needs one outer loss; combine them into one")
-        if len({reversal.integer_dtype(leaf) for leaf in jax.tree.leaves(w)}) > 1:
+        if (
+            len(
+                {
+                    reversible_arithmetic.integer_dtype(leaf)
+                    for leaf in jax.tree.leaves(w)
+                }
+            )
+            > 1
+        ):
             raise ValueError(
                 "w mixes float64 with shorter leaves, which have other integers; cast "
                 "w to one dtype, or use hg.Unrolled"
             )
         check_problem(problem, w, alpha)
-        start = start_reads_alpha(problem, w, alpha)
+        start = init_uses_alpha(problem, w, alpha)
         beside = list(map(operator.or_, self._reads_alpha(alpha), start))
         advice = "nor do the rate, the momentum or the start; take it out of alpha"
-        check_seen(problem, w, alpha, beside, advice)
-        return ProcedureState(w)
+        check_alpha_has_gradient(problem, w, alpha, beside, advice)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """T steps forward and T back."""
-        data, loss, num_steps = drawn(problem, key), problem.inner_loss, self.num_steps
+        data, loss, num_steps = (
+            EstimateData.sample(problem, key),
+            problem.inner_loss,
+            self.num_steps,
+        )
         outer_batch = data.outer_batch(self.outer_batch_size)
         keys = jax.random.split(data.solver_key, num_steps)
         begin, pull_start = jax.vjp(
-            lambda alpha: problem.initial(state.w, alpha), alpha
+            lambda alpha: problem.init_inner(state.w, alpha), alpha
         )
-        integers = reversal.integer_dtype(jax.tree.leaves(begin)[0])
-        decoded = lambda tree: jax.tree.map(reversal.decode, tree, begin)
+        integers = reversible_arithmetic.integer_dtype(jax.tree.leaves(begin)[0])
+        decoded = lambda tree: jax.tree.map(reversible_arithmetic.decode, tree, begin)
 
         def displacement(run, t):
             """What the step before ``t`` adds to ``w``; a product of two floats."""
@@ -192,7 +206,7 @@ class Reversible(eqx.Module):
         def turn(run):
             """At ``w_T``: the outer loss, and the adjoints for the way back."""
             w = decoded(run.w)
-            value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+            value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
             return eqx.tree_at(
                 lambda r: (r.value, r.w_bar, r.alpha_bar, r.reached),
                 run,
@@ -208,8 +222,8 @@ class Reversible(eqx.Module):
             """Undoes `enter`, and pulls the adjoints through it."""
             w = jax.tree.map(jnp.add, run.w, displacement(run, t))
             (rate, _), pullback = jax.vjp(lambda a: self._settings(a, t - 1), alpha)
-            v_bar = add_scaled(run.v_bar, -rate, run.w_bar)
-            rate_bar = -dot(run.w_bar, decoded(run.v)).astype(rate.dtype)
+            v_bar = add_scale(run.v_bar, -rate, run.w_bar)
+            rate_bar = -vdot(run.w_bar, decoded(run.v)).astype(rate.dtype)
             (by_rate,) = pullback((rate_bar, jnp.zeros_like(rate)))
             alpha_bar = optax.tree.add(run.alpha_bar, by_rate)
             return eqx.tree_at(
@@ -219,10 +233,10 @@ class Reversible(eqx.Module):
         def gather(run, t, g, batch):
             """``v <- m v + g``, what is lost of ``v`` into the buffer."""
             _, momentum = self._settings(alpha, t)
-            buffer, v = reversal.multiply(run.buffer, run.v, momentum, t)
-            v = jax.tree.map(lambda v, g: v + reversal.encode(g), v, g)
-            sound = reversal.fits((decoded(run.w), g))
-            sound &= reversal.is_taken(momentum, integers)
+            buffer, v = reversible_arithmetic.multiply(run.buffer, run.v, momentum, t)
+            v = jax.tree.map(lambda v, g: v + reversible_arithmetic.encode(g), v, g)
+            sound = reversible_arithmetic.fits((decoded(run.w), g))
+            sound &= reversible_arithmetic.is_taken(momentum, integers)
             return eqx.tree_at(
                 lambda r: (r.v, r.buffer, r.sound), run, (v, buffer, run.sound & sound)
             )
@@ -230,15 +244,17 @@ class Reversible(eqx.Module):
         def release(run, t, g, batch):
             """Undoes `gather`, and pulls the adjoints through it."""
             (_, momentum), pullback = jax.vjp(lambda a: self._settings(a, t), alpha)
-            v = jax.tree.map(lambda v, g: v - reversal.encode(g), run.v, g)
-            buffer, v = reversal.divide(run.buffer, v, momentum, t)
-            _, Hv, cross = hvp_and_cross(loss, decoded(run.w), alpha, batch, run.v_bar)
-            momentum_bar = dot(run.v_bar, decoded(v)).astype(momentum.dtype)
+            v = jax.tree.map(lambda v, g: v - reversible_arithmetic.encode(g), run.v, g)
+            buffer, v = reversible_arithmetic.divide(run.buffer, v, momentum, t)
+            _, Hv, cross = hvp_and_cross_vjp(
+                loss, decoded(run.w), alpha, batch, run.v_bar
+            )
+            momentum_bar = vdot(run.v_bar, decoded(v)).astype(momentum.dtype)
             (by_momentum,) = pullback((jnp.zeros_like(momentum), momentum_bar))
             direct = optax.tree.add(cross, by_momentum)
             n, d = (
-                reversal.numerator(momentum, integers),
-                reversal.denominator(integers),
+                reversible_arithmetic.numerator(momentum, integers),
+                reversible_arithmetic.denominator(integers),
             )
             return eqx.tree_at(
                 lambda r: (r.v, r.buffer, r.w_bar, r.v_bar, r.alpha_bar),
@@ -259,19 +275,21 @@ class Reversible(eqx.Module):
             last = lambda run: leave(turn(enter(run, num_steps)), num_steps)
             run = jax.lax.cond(index == num_steps, last, lambda run: run, run)
             run = jax.lax.cond(ahead, enter, lambda run, t: run, run, t)
-            batch = draw(data.inner_data, keys[t])
+            batch = sample_batch(data.inner_data, keys[t])
             # the one gradient of both directions
             g = jax.grad(loss)(decoded(run.w), alpha, batch)
             run = jax.lax.cond(ahead, gather, release, run, t, g, batch)
             return jax.lax.cond(ahead, lambda run, t: run, leave, run, t)
 
-        start = jax.tree.map(reversal.encode, begin)
+        start = jax.tree.map(reversible_arithmetic.encode, begin)
         still = optax.tree.zeros_like(start)
-        value = jax.eval_shape(lambda w: problem.outer(w, alpha, outer_batch), begin)
+        value = jax.eval_shape(
+            lambda w: problem.outer_value(w, alpha, outer_batch), begin
+        )
         run = _Run(
             w=start,
             v=still,
-            buffer=reversal.empty(begin, self.num_words, num_steps),
+            buffer=reversible_arithmetic.empty(begin, self.num_words, num_steps),
             w_bar=optax.tree.zeros_like(begin),
             v_bar=optax.tree.zeros_like(begin),
             alpha_bar=optax.tree.zeros_like(alpha),
@@ -283,7 +301,7 @@ class Reversible(eqx.Module):
         (by_start,) = pull_start(run.w_bar)
         same = jax.tree.map(jnp.array_equal, (run.w, run.v), (start, still))
         returned = jnp.all(jnp.stack(jax.tree.leaves(same)))
-        return report(
+        return make_run_estimate(
             problem,
             data,
             state,
@@ -296,7 +314,7 @@ class Reversible(eqx.Module):
             num_hvps=num_steps,
             reads_alpha=any(self._reads_alpha(alpha)),
             error_estimate=jnp.nan,
-            trusted=returned & reversal.is_empty(run.buffer) & run.sound,
+            trusted=returned & reversible_arithmetic.is_empty(run.buffer) & run.sound,
             outer_batch_size=self.outer_batch_size,
             warm_start=self.warm_start,
             certify=self.certify,
@@ -308,7 +326,7 @@ class _Run(eqx.Module):
 
     w: PyTree
     v: PyTree
-    buffer: reversal.Buffer
+    buffer: reversible_arithmetic.Buffer
     w_bar: PyTree
     v_bar: PyTree
     alpha_bar: PyTree

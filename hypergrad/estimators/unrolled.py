@@ -5,25 +5,26 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from ..checks import solver_reads_alpha
-from ..drawn import drawn
-from ..guide import Guide
-from ..inner.descent import is_segmented, thirds
-from ..inner.protocol import IterativeSolver, step_grads
-from ..problem import Bilevel
-from ..settings import check_steps
+from ..inner.base import IterativeSolver, grads_per_step
+from ..inner.descent import split_steps, uses_checkpoints
+from ..method_summary import MethodSummary
+from ..problem import Bilevel, EstimateData
+from ..problem_checks import solver_uses_alpha
 from ..trees import norm
-from .procedure import (
-    ProcedureState,
+from ..validation import check_positive_int
+from .base import Estimate
+from .forward import Forward
+from .inner_run import (
+    InnerRunState,
     check_differentiable,
-    check_procedure,
-    report,
-    response,
+    check_inner_run,
+    make_response_fn,
+    make_run_estimate,
 )
-from .protocol import Estimate
 
 
 class Unrolled(eqx.Module):
@@ -50,7 +51,7 @@ class Unrolled(eqx.Module):
     ``2 sqrt(T)`` carries and one segment's intermediates; T steps' without checkpoints.
 
     Target: solver. Bias: none for the finite procedure, which is not the stationary
-    point where the steps stop early; ``last=K`` drops what older steps contribute, a
+    point where the steps stop early; ``truncation_length=K`` drops what older steps contribute, a
     relative ``q^K`` under a contraction ``q``, and is not trusted. Its
     ``error_estimate`` continues the last K steps' contributions to the hypergradient as
     a geometric series: steps that matter only later, or grow, escape it. Everything the
@@ -69,7 +70,7 @@ class Unrolled(eqx.Module):
     """
 
     solver: IterativeSolver
-    last: int | None = eqx.field(static=True, default=None)
+    truncation_length: int | None = eqx.field(static=True, default=None)
     checkpoint: bool = eqx.field(static=True, default=True)
     warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
     certify: bool = eqx.field(static=True, default=False, kw_only=True)
@@ -77,68 +78,75 @@ class Unrolled(eqx.Module):
 
     target = "solver"
     citations = ("franceschi2017", "shaban2019", "griewank2000")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Unrolled(solver)",
-            gradients="2 * T + 1",
-            hvps="T",
+            num_grads="2 * T + 1",
+            num_hvps="T",
             memory="2 sqrt(T) carries",
             bias="none",
-            sees=("losses", "optimizer", "start"),
-            use="alpha in the optimizer or start, a loop that stops early on purpose",
-            avoid="very long runs, solvers that search along a line",
-            why="the derivative of the steps made; they run twice to save memory",
+            alpha_in=("losses", "optimizer", "start"),
+            recommended_for="alpha in the optimizer or start, a loop that stops early on purpose",
+            not_recommended_for="very long runs, solvers that search along a line",
+            reason="the derivative of the steps made; they run twice to save memory",
         ),
-        Guide(
-            "Unrolled(solver, last=K)",
-            gradients="T + K + 1",
-            hvps="K",
+        MethodSummary(
+            "Unrolled(solver, truncation_length=K)",
+            num_grads="T + K + 1",
+            num_hvps="K",
             memory="2 sqrt(K) carries",
             bias="q^K",
-            sees=("losses", "optimizer"),
-            use="long runs that end near a minimum",
-            avoid="learning rates and schedules, which early steps decide",
-            why="older steps are dropped: without contraction the sign may be wrong",
+            alpha_in=("losses", "optimizer"),
+            recommended_for="long runs that end near a minimum",
+            not_recommended_for="learning rates and schedules, which early steps decide",
+            reason="older steps are dropped: without contraction the sign may be wrong",
         ),
     )
 
     def __check_init__(self):
         check_differentiable(self.solver)
-        check_steps("last", self.last, optional=True)
-        check_steps("outer_batch_size", self.outer_batch_size, optional=True)
+        check_positive_int("truncation_length", self.truncation_length, optional=True)
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     @property
     def _is_full(self) -> bool:
-        return self.last is None or self.last >= self.solver.num_steps
+        return (
+            self.truncation_length is None
+            or self.truncation_length >= self.solver.num_steps
+        )
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0 for all steps; NaN for ``last``, whose step size only the solver knows."""
-        return 0.0 if self.last is None else float("nan")
+        return 0.0 if self.truncation_length is None else float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> ProcedureState:
+    ) -> InnerRunState:
         """Starts from ``w``."""
         del key
-        check_procedure(self.solver, problem, w, alpha, sees_start=self._is_full)
-        return ProcedureState(w)
+        check_inner_run(self.solver, problem, w, alpha, sees_start=self._is_full)
+        return InnerRunState(w)
 
     def estimate(
-        self, problem: Bilevel, state: ProcedureState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, ProcedureState]:
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
         """One inner run forward and one back."""
-        data = drawn(problem, key)
-        run = response(
+        data = EstimateData.sample(problem, key)
+        run = make_response_fn(
             self.solver,
             problem,
             data,
             state.w,
             data.outer_batch(self.outer_batch_size),
-            last=self.last,
+            truncation_length=self.truncation_length,
             checkpoint=self.checkpoint,
         )
         forward = self.solver.num_steps
-        backward = forward if self.last is None else min(self.last, forward)
+        backward = (
+            forward
+            if self.truncation_length is None
+            else min(self.truncation_length, forward)
+        )
         seen = (alpha,) if self._is_full else (alpha, alpha, alpha)
         value, pullback, w = jax.vjp(run, *seen, has_aux=True)
         if problem.num_objectives is None:
@@ -153,11 +161,11 @@ class Unrolled(eqx.Module):
             one = one if problem.num_objectives is None else jax.vmap(one)
             error_estimate = jnp.max(one(hypergradient, older, newer))
 
-        runs = (backward,) if self._is_full else thirds(backward)
-        again = sum(n for n in runs if self.checkpoint and is_segmented(n))
-        of_step = step_grads(self.solver)
-        reads = solver_reads_alpha(self.solver, problem, w, alpha, data.inner_data)
-        return report(
+        runs = (backward,) if self._is_full else split_steps(backward)
+        again = sum(n for n in runs if self.checkpoint and uses_checkpoints(n))
+        of_step = grads_per_step(self.solver)
+        reads = solver_uses_alpha(self.solver, problem, w, alpha, data.inner_data)
+        return make_run_estimate(
             problem,
             data,
             state,
@@ -186,7 +194,7 @@ def truncated(
     newer half of the last; what lies before is ``||older||`` continued by it,
     ``q^n (1 - q^(T - K)) / (1 - q^n)`` for halves of n.
     """
-    half, between, _ = thirds(last)
+    half, between, _ = split_steps(last)
     if half == 0:
         return jnp.asarray(jnp.nan)
     q = (norm(older) / norm(newer)) ** (1 / (half + between))
@@ -195,3 +203,43 @@ def truncated(
     series = jnp.where(q == 1, steps / half, series)
     tail = norm(older) * series
     return jnp.where(norm(older) == 0, 0.0, tail / norm(hypergradient))
+
+
+MAX_FORWARD_PARAMS = 3
+
+
+def unrolled_estimator(
+    solver: IterativeSolver,
+    alpha: PyTree,
+    *,
+    warm_start: bool | None = None,
+    certify: bool = False,
+    outer_batch_size: int | None = None,
+) -> Forward | Unrolled:
+    """The derivative through all of the solver's steps, by the mode that suits alpha.
+
+    Args:
+      solver: an inner solver whose iterations may be differentiated.
+      alpha: hyperparameters like those to come, or their shapes; N numbers in all.
+      warm_start, certify, outer_batch_size: as in `Unrolled`.
+
+    Returns:
+      `Forward` for N up to three: T gradients and N T products, batched, in memory
+      that is flat in the steps. Else `Unrolled`: 2 T gradients and T products, whatever
+      N. Both are exact.
+
+    >>> import jax.numpy as jnp, optax, hypergrad as hg
+    >>> solver = hg.Descent(optax.sgd(0.1), 1000)
+    >>> type(hg.through(solver, {"log_rate": 0.0})).__name__
+    'Forward'
+    >>> type(hg.through(solver, jnp.zeros(50))).__name__
+    'Unrolled'
+    """
+    count = sum(map(np.size, jax.tree.leaves(alpha)))
+    estimator = Forward if count <= MAX_FORWARD_PARAMS else Unrolled
+    return estimator(
+        solver,
+        warm_start=warm_start,
+        certify=certify,
+        outer_batch_size=outer_batch_size,
+    )

@@ -1,10 +1,11 @@
 """How ``w*(alpha)`` is found."""
 
 from .adapters import from_jaxopt, from_optimistix
-from .descent import Descent
-from .protocol import InnerSolver, IterativeSolver, inner_stats
-from .second_order import LBFGS, ClosedForm, Newton
-from .windows import windows
+from .base import InnerSolver, IterativeSolver, inner_stats
+from .closed_form import ClosedForm
+from .descent import Descent, piecewise_constant_schedule
+from .lbfgs import LBFGS
+from .newton import Newton
 
 __all__ = [
     "LBFGS",
@@ -16,5 +17,5 @@ __all__ = [
     "from_jaxopt",
     "from_optimistix",
     "inner_stats",
-    "windows",
+    "piecewise_constant_schedule",
 ]

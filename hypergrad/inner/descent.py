@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..problem import Data, draw, fraction
+from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
-from ..settings import check_steps, refuse_changing, refuse_optax
-from .protocol import InnerStats, inner_stats
+from ..validation import check_hashable, check_not_optax_factory, check_positive_int
+from .base import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]
 
@@ -47,17 +47,17 @@ class Descent(eqx.Module):
     citations = ("deepmind2020jax",)
 
     def __check_init__(self):
-        check_steps("num_steps", self.num_steps, least=0)
+        check_positive_int("num_steps", self.num_steps, minimum=0)
         if isinstance(self.optimizer, optax.GradientTransformation):
             return
-        refuse_optax("optimizer", self.optimizer)
+        check_not_optax_factory("optimizer", self.optimizer)
         if not callable(self.optimizer):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation such as "
                 "optax.sgd(0.1), or a function alpha -> one; got "
                 f"{type(self.optimizer).__name__}"
             )
-        refuse_changing("optimizer", self.optimizer)
+        check_hashable("optimizer", self.optimizer)
 
     @property
     def differentiable(self) -> bool:
@@ -68,7 +68,7 @@ class Descent(eqx.Module):
             state = jax.eval_shape(self.optimizer.init, jnp.zeros(()))
         except Exception:  # a mask or labels that fit the user's w only
             return True
-        return not holds(state, NOT_DIFFERENTIATED)
+        return not contains_state(state, NON_DIFFERENTIABLE_STATES)
 
     def _transformation(self, alpha: PyTree) -> optax.GradientTransformationExtraArgs:
         optimizer = self.optimizer
@@ -98,7 +98,7 @@ class Descent(eqx.Module):
     ) -> tuple[PyTree, PyTree]:
         """One update from the gradient on a batch drawn with ``key``."""
         w, state = carry
-        batch = draw(data, key)
+        batch = sample_batch(data, key)
         value_fn = lambda w: inner_loss(w, alpha, batch)
         value, gradient = jax.value_and_grad(value_fn)(w)
         updates, state = self._transformation(alpha).update(
@@ -110,25 +110,25 @@ class Descent(eqx.Module):
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
         """``(w_T, stats)``; same structure as ``w``."""
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
         steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * fraction(data))
+        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))
 
 
-LINE_SEARCHES = (
+LINE_SEARCH_STATES = (
     optax.ScaleByZoomLinesearchState,
     optax.ScaleByBacktrackingLinesearchState,
 )
-NOT_DIFFERENTIATED = (*LINE_SEARCHES, optax.ScaleByLBFGSState)
+NON_DIFFERENTIABLE_STATES = (*LINE_SEARCH_STATES, optax.ScaleByLBFGSState)
 
 
-def holds(state: PyTree, kinds: tuple[type, ...]) -> bool:
+def contains_state(state: PyTree, kinds: tuple[type, ...]) -> bool:
     """Whether an optax state is one of these, or has one within."""
     found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return any(isinstance(node, kinds) for node in found)
 
 
-def iterate(
+def run_inner_steps(
     solver: Any,
     inner_loss: Loss,
     w: PyTree,
@@ -136,7 +136,7 @@ def iterate(
     data: Data,
     key: Array,
     *,
-    last: int | None = None,
+    truncation_length: int | None = None,
     halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
 ) -> tuple[PyTree, PyTree]:
@@ -162,26 +162,28 @@ def iterate(
         )
         return _scan(step, carry, keys, checkpoint)
 
-    if last is None or last >= solver.num_steps:
+    if truncation_length is None or truncation_length >= solver.num_steps:
         return run(alpha, carry, keys)
-    early = solver.num_steps - last
+    early = solver.num_steps - truncation_length
     frozen = jax.lax.stop_gradient(alpha)
     carry = jax.lax.stop_gradient(run(frozen, carry, keys[:early]))
     if halves is None:
         return run(alpha, carry, keys[early:])
     older, newer = halves
-    for seen, length in zip((older, alpha, newer), thirds(last), strict=True):
+    for seen, length in zip(
+        (older, alpha, newer), split_steps(truncation_length), strict=True
+    ):
         carry = run(seen, carry, keys[early : early + length])
         early += length
     return carry
 
 
-def thirds(last: int) -> tuple[int, int, int]:
+def split_steps(last: int) -> tuple[int, int, int]:
     """Steps in the older half, between, and in the newer half."""
     return last // 2, last % 2, last // 2
 
 
-def is_segmented(num_steps: int) -> bool:
+def uses_checkpoints(num_steps: int) -> bool:
     """Whether so many steps are worth segments; fewer are all stored."""
     return num_steps >= 4
 
@@ -189,7 +191,7 @@ def is_segmented(num_steps: int) -> bool:
 def _scan(step: Callable, carry: PyTree, keys: Array, checkpoint: bool) -> PyTree:
     """``lax.scan`` over keys, for the carry only; in ``sqrt(T)`` segments if asked."""
     scan = lambda carry, keys: jax.lax.scan(step, carry, keys)[0]
-    if not (checkpoint and is_segmented(len(keys))):
+    if not (checkpoint and uses_checkpoints(len(keys))):
         return scan(carry, keys)
     length = math.isqrt(len(keys))
     whole = len(keys) - len(keys) % length
@@ -197,3 +199,35 @@ def _scan(step: Callable, carry: PyTree, keys: Array, checkpoint: bool) -> PyTre
     segments = keys[:whole].reshape(-1, length)
     carry, _ = jax.lax.scan(lambda c, k: (segment(c, k), None), carry, segments)
     return segment(carry, keys[whole:]) if whole < len(keys) else carry
+
+
+def piecewise_constant_schedule(
+    values: Array, num_steps: int
+) -> Callable[[Array], Array]:
+    """An optax schedule: ``values[count * len(values) // num_steps]``.
+
+    Args:
+      values: ``[W]``, one for each of W windows of equal length.
+      num_steps: T of the run; steps beyond it keep the last value.
+
+    One derivative a window is W numbers for `Forward` to carry, and an average over
+    the window's steps has less variance than any of its own.
+
+    Source: Micaelli & Storkey 2021 (arXiv 2007.07869).
+
+    >>> import jax.numpy as jnp, hypergrad as hg
+    >>> schedule = hg.windows(jnp.array([0.1, 0.2]), num_steps=6)
+    >>> tuple(round(float(schedule(count)), 2) for count in (0, 2, 3, 5, 9))
+    (0.1, 0.1, 0.2, 0.2, 0.2)
+    """
+    values = jnp.asarray(values)
+    if values.ndim != 1:
+        raise ValueError(f"values must be a vector, one a window; got {values.shape}")
+    check_positive_int("num_steps", num_steps)
+    count_windows = values.size
+
+    def schedule(count: Array) -> Array:
+        window = jnp.asarray(count) * count_windows // num_steps
+        return values[jnp.minimum(window, count_windows - 1)]
+
+    return schedule

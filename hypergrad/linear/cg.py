@@ -11,12 +11,19 @@ import optax
 from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, PyTree
 
-from ..control import unless
-from ..guide import Guide
-from ..settings import check_steps, number
-from ..trees import add_scaled, divide, dot, magnitude, norm, scalar_dtype, scale
-from .operator import MatVec, relative_residual
-from .symmetric import SymmetricSolver
+from ..method_summary import MethodSummary
+from ..trees import (
+    add_scale,
+    apply_unless,
+    divide,
+    norm,
+    power_of_two_scale,
+    scalar_dtype,
+    scale,
+    vdot,
+)
+from ..validation import check_positive_int, float_converter
+from .base import MatVec, SymmetricSolver, relative_residual
 
 
 class CG(SymmetricSolver):
@@ -47,30 +54,30 @@ class CG(SymmetricSolver):
     """
 
     rtol: float | Array | None = eqx.field(
-        default=None, converter=number("rtol", least=0)
+        default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
 
     citations = ("hestenes1952",)
     exact = True
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver)",
-            gradients="T",
-            hvps="k + 1",
+            num_grads="T",
+            num_hvps="k + 1",
             memory="4 w",
             bias="none if solved",
-            sees=("losses",),
-            use="the first choice: any N, an inner loop that converges",
-            avoid="an inner loop that stops early, an indefinite H",
-            why="k grows as the root of the condition number, not with N or T",
+            alpha_in=("losses",),
+            recommended_for="the first choice: any N, an inner loop that converges",
+            not_recommended_for="an inner loop that stops early, an indefinite H",
+            reason="k grows as the root of the condition number, not with N or T",
         ),
     )
 
     def __check_init__(self):
-        check_steps("max_steps", self.max_steps, optional=True)
+        check_positive_int("max_steps", self.max_steps, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Exact up to its tolerance, on any spectrum."""
         return 0.0
 
@@ -101,7 +108,7 @@ def conjugate_gradients(
     kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
     # Below rounding a residual has no direction, and its curvature no sign.
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps
-    unit = magnitude(b)
+    unit = power_of_two_scale(b)
     b, x = divide(b, unit), divide(options.get("y0"), unit)
     goal = (jnp.maximum(jnp.asarray(rtol), 4 * float(eps)) * norm(b)) ** 2
 
@@ -109,7 +116,7 @@ def conjugate_gradients(
         x, r, num_products = optax.tree.zeros_like(b), b, 0
     else:  # a warm start pays for its residual, a start at zero does not
         cold = norm(x) == 0
-        r = unless(cold, lambda b: optax.tree.sub(b, matvec(x)), b)
+        r = apply_unless(cold, lambda b: optax.tree.sub(b, matvec(x)), b)
         num_products = jnp.where(cold, 0, 1)
         worse = ~(norm(r) <= norm(b))  # than a start at zero
         x = optax.tree.where(worse, optax.tree.zeros_like(x), x)
@@ -118,33 +125,33 @@ def conjugate_gradients(
 
     def unfinished(carry):
         _, r, _, rz, k, negative, *_ = carry
-        return (k < max_steps) & ~negative & (rz > 0) & (dot(r, r) > goal)
+        return (k < max_steps) & ~negative & (rz > 0) & (vdot(r, r) > goal)
 
     def step(carry):
         x, r, p, rz, k, _, steps, ratios = carry
         Hp = matvec(p)
-        curvature = dot(p, Hp)
+        curvature = vdot(p, Hp)
         negative = curvature <= 0
         length = jnp.where(negative, 0.0, rz / jnp.where(negative, 1.0, curvature))
-        x = add_scaled(x, length, p)
-        r = add_scaled(r, -length, Hp)
+        x = add_scale(x, length, p)
+        r = add_scale(r, -length, Hp)
         z = preconditioner(r)
-        rz_next = dot(r, z)
+        rz_next = vdot(r, z)
         ratio = rz_next / rz
-        p = add_scaled(z, ratio, p)
+        p = add_scale(z, ratio, p)
         steps = steps.at[k].set(length, mode="drop")
         ratios = ratios.at[k].set(ratio, mode="drop")
         return x, r, p, rz_next, k + 1, negative, steps, ratios
 
     empty = jnp.zeros((kept,), dtype)
-    rz = dot(r, z)
+    rz = vdot(r, z)
     carry = (x, r, z, rz, jnp.asarray(0), jnp.asarray(False), empty, empty)
     x, r, _, rz, k, negative, steps, ratios = jax.lax.while_loop(
         unfinished, step, carry
     )
 
     # A NaN in b or H ends the loop at once, and must not leave its start for a result.
-    x = add_scaled(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
+    x = add_scale(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
 
     num_products = num_products + k
     if options.get("true_residual", True):
@@ -154,7 +161,7 @@ def conjugate_gradients(
         residual = relative_residual(r, optax.tree.zeros_like(r))
     ritz_min, ritz_max = extreme_ritz_values(steps, ratios, k - negative)
     result = lx.RESULTS.where(
-        ~negative & (dot(r, r) <= goal),
+        ~negative & (vdot(r, r) <= goal),
         lx.RESULTS.successful,
         lx.RESULTS.max_steps_reached,
     )

@@ -5,8 +5,8 @@ from typing import Any
 import lineax as lx
 from jaxtyping import PyTree
 
-from ..guide import Guide
-from .symmetric import SymmetricSolver
+from ..method_summary import MethodSummary
+from .base import SymmetricSolver
 
 
 class Identity(SymmetricSolver):
@@ -18,29 +18,29 @@ class Identity(SymmetricSolver):
     Source: Luketina et al. 2016 (arXiv 1511.06727), equation 4.
 
     >>> import hypergrad as hg
-    >>> hg.Identity().error_factor(0.5, 1.5)
+    >>> hg.Identity().error_bound(0.5, 1.5)
     0.5
     """
 
     citations = ("luketina2016",)
     exact = False
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver, hg.Identity())",
-            gradients="T",
-            hvps="1",
+            num_grads="T",
+            num_hvps="1",
             memory="nothing",
             bias="takes H for the identity",
-            sees=("losses",),
-            use="a first look, a baseline",
-            avoid="wherever the length of the hypergradient matters",
-            why="the adjoint is wrong by up to max abs(lambda - 1), relatively",
+            alpha_in=("losses",),
+            recommended_for="a first look, a baseline",
+            not_recommended_for="wherever the length of the hypergradient matters",
+            reason="the adjoint is wrong by up to max abs(lambda - 1), relatively",
         ),
     )
 
-    def error_factor(self, smallest: float, largest: float) -> float:
-        """Relative error of the adjoint for a spectrum in [smallest, largest]."""
-        return max(abs(smallest - 1.0), abs(largest - 1.0))
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """Relative error of the adjoint for a spectrum in [eig_min, eig_max]."""
+        return max(abs(eig_min - 1.0), abs(eig_max - 1.0))
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]

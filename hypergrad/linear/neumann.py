@@ -9,11 +9,10 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from ..guide import Guide
-from ..settings import check_steps, number
-from ..trees import add_scaled, norm, scalar_dtype, scale
-from .operator import MatVec
-from .symmetric import SymmetricSolver
+from ..method_summary import MethodSummary
+from ..trees import add_scale, norm, scalar_dtype, scale
+from ..validation import check_positive_int, float_converter
+from .base import MatVec, SymmetricSolver
 
 POWER_ITERATIONS = 10
 
@@ -37,38 +36,38 @@ class Neumann(SymmetricSolver):
     Source: Lorraine, Vicol & Duvenaud 2020 (arXiv 1911.02590), algorithm 3.
 
     >>> import hypergrad as hg
-    >>> round(hg.Neumann(num_terms=10, step_size=1.0).error_factor(0.5, 1.5), 6)
+    >>> round(hg.Neumann(num_terms=10, step_size=1.0).error_bound(0.5, 1.5), 6)
     0.000977
     """
 
     num_terms: int = eqx.field(static=True)
     step_size: float | Array | None = eqx.field(
-        default=None, converter=number("step_size")
+        default=None, converter=float_converter("step_size")
     )
 
     citations = ("lorraine2020",)
     exact = False
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver, hg.Neumann(K))",
-            gradients="T",
-            hvps="K + 10",
+            num_grads="T",
+            num_hvps="K + 10",
             memory="2 w",
             bias="q^K",
-            sees=("losses",),
-            use="the same small cost at every step",
-            avoid="an ill-conditioned H",
-            why="q = 1 - 1/condition for the step 1/lambda_max, which takes the 10",
+            alpha_in=("losses",),
+            recommended_for="the same small cost at every step",
+            not_recommended_for="an ill-conditioned H",
+            reason="q = 1 - 1/condition for the step 1/lambda_max, which takes the 10",
         ),
     )
 
     def __check_init__(self):
-        check_steps("num_terms", self.num_terms)
+        check_positive_int("num_terms", self.num_terms)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
-        """``q^K`` for a spectrum in [smallest, largest]."""
-        step_size = 1 / largest if self.step_size is None else float(self.step_size)
-        q = max(abs(1 - step_size * smallest), abs(1 - step_size * largest))
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """``q^K`` for a spectrum in [eig_min, eig_max]."""
+        step_size = 1 / eig_max if self.step_size is None else float(self.step_size)
+        q = max(abs(1 - step_size * eig_min), abs(1 - step_size * eig_max))
         return q**self.num_terms
 
     def compute(
@@ -87,7 +86,7 @@ class Neumann(SymmetricSolver):
 
         def add_term(carry, _):
             term, total = carry
-            term = add_scaled(term, -step_size, state.mv(term))
+            term = add_scale(term, -step_size, state.mv(term))
             return (term, optax.tree.add(total, term)), None
 
         (_, total), _ = jax.lax.scan(

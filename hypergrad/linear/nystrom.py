@@ -9,12 +9,11 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..guide import Guide
-from ..settings import check_steps, number
+from ..method_summary import MethodSummary
 from ..trees import scalar_dtype
+from ..validation import check_positive_int, float_converter
+from .base import MatVec, SymmetricSolver
 from .cg import conjugate_gradients
-from .operator import MatVec
-from .symmetric import SymmetricSolver
 
 
 def sketch(
@@ -67,30 +66,30 @@ class Nystrom(SymmetricSolver):
 
     rank: int = eqx.field(static=True)
     damping: float | Array = eqx.field(
-        default=1e-2, converter=number("damping", optional=False, least=0)
+        default=1e-2, converter=float_converter("damping", optional=False, minimum=0)
     )
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
     exact = False
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver, hg.Nystrom(r))",
-            gradients="T",
-            hvps="r + 1",
+            num_grads="T",
+            num_hvps="r + 1",
             memory="2 r w",
             bias="sketch and damping",
-            sees=("losses",),
-            use="an H of low rank; the r products run as one batch",
-            avoid="an indefinite H, a slowly falling spectrum",
-            why="what the sketch misses is taken for the damping",
+            alpha_in=("losses",),
+            recommended_for="an H of low rank; the r products run as one batch",
+            not_recommended_for="an indefinite H, a slowly falling spectrum",
+            reason="what the sketch misses is taken for the damping",
         ),
     )
 
     def __check_init__(self):
-        check_steps("rank", self.rank)
+        check_positive_int("rank", self.rank)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the error depends on what the sketch happens to miss."""
         return float("nan")
 
@@ -141,37 +140,37 @@ class NystromCG(SymmetricSolver):
 
     rank: int = eqx.field(static=True)
     rtol: float | Array | None = eqx.field(
-        default=None, converter=number("rtol", least=0)
+        default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
     damping: float | Array = eqx.field(
-        default=0.0, converter=number("damping", optional=False, least=0)
+        default=0.0, converter=float_converter("damping", optional=False, minimum=0)
     )
     key: Array | None = None
-    refresh: int = eqx.field(static=True, default=1, kw_only=True)
+    refresh_every: int = eqx.field(static=True, default=1, kw_only=True)
 
     citations = ("frangella2023", "hestenes1952")
     exact = True
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "Implicit(solver, hg.NystromCG(r))",
-            gradients="T",
-            hvps="r + k + 1",
+            num_grads="T",
+            num_hvps="r + k + 1",
             memory="2 r + 5 w",
             bias="none if solved",
-            sees=("losses",),
-            use="a few large eigenvalues that cost CG many steps",
-            avoid="an H that CG solves in about r steps, an indefinite H",
-            why="the sketch flattens the largest, so k depends on the others",
+            alpha_in=("losses",),
+            recommended_for="a few large eigenvalues that cost CG many steps",
+            not_recommended_for="an H that CG solves in about r steps, an indefinite H",
+            reason="the sketch flattens the largest, so k depends on the others",
         ),
     )
 
     def __check_init__(self):
-        check_steps("rank", self.rank)
-        check_steps("refresh", self.refresh)
-        check_steps("max_steps", self.max_steps, optional=True)
+        check_positive_int("rank", self.rank)
+        check_positive_int("refresh_every", self.refresh_every)
+        check_positive_int("max_steps", self.max_steps, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Exact up to its tolerance, on any spectrum."""
         return 0.0
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..checks import is_traced
-from ..devices import is_apart
-from ..trees import is_key, plain
+from ..runtime.devices import needs_gather
+from ..trees import is_key, to_numpy
+from ..validation import is_traced
 
 Arrays = Mapping[str, np.ndarray]
 Described = dict[str, Any]
@@ -54,14 +54,14 @@ def _structure(named: PyTree) -> Any:
 def _array(name: str, leaf: Any) -> np.ndarray:
     if is_traced(leaf):
         raise TypeError(f"{name} is traced; save outside of jit, vmap and grad")
-    if is_apart(leaf):
+    if needs_gather(leaf):
         raise ValueError(
             f"{name} lies in parts on several processes; make it whole, and save from "
             "one of them"
         )
     if not eqx.is_array_like(leaf):
         raise TypeError(f"{name} must be an array; got {type(leaf).__name__}")
-    array = plain(leaf)
+    array = to_numpy(leaf)
     if not isinstance(getattr(jnp, array.dtype.name, None), type(jnp.float32)):
         raise TypeError(f"{name} must hold numbers; got dtype {array.dtype}")
     return array

@@ -22,11 +22,11 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .. import durable
-from ..checks import check_problem_is
-from ..identity import HASH, digest
 from ..problem import Bilevel
-from ..provenance import now, versions
+from ..problem_checks import check_problem_type
+from ..runtime import atomic_io
+from ..runtime.fingerprint import HASH, digest
+from ..runtime.provenance import utc_now, versions
 from . import arrays
 
 FOLDER = "runs/models"
@@ -147,20 +147,20 @@ def save(
         "format": FORMAT,
         "name": name,
         "version": None,
-        "saved": now(),
+        "saved": utc_now(),
         "metrics": _metrics(metrics),
         "run": made,
         **described,
     }
     content = arrays.written(leaves)
     with _errors_in_words(name, home.parent):
-        durable.make_folder(home)
+        atomic_io.make_directory(home)
         with (home / ".lock").open("a") as lock:
             if _wait_for(lock):
                 for begun in home.glob(".part-*"):  # by one that was killed
                     shutil.rmtree(begun)
             if once and (kept := _same(home, record, _sha256(content), once)):
-                durable.settle(home)  # it may have been killed before it did
+                atomic_io.fsync_path(home)  # it may have been killed before it did
                 return kept
             record["version"] = 1 + max(_versions(home), default=0)
             return _written(home, record, content)
@@ -188,9 +188,9 @@ def _written(home: Path, record: dict[str, Any], content: bytes) -> Model:
         draft.mkdir()
         for file, bytes_of in ((RECORD, said), (ARRAYS, content), (SUMS, sums)):
             (draft / file).write_bytes(bytes_of)
-        durable.settle_all(draft)
+        atomic_io.fsync_tree(draft)
         draft.rename(path)  # onto a folder with files it fails
-        durable.settle(home)
+        atomic_io.fsync_path(home)
     except BaseException:
         _clear(draft)
         raise
@@ -260,7 +260,7 @@ def export(
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} is there already; give another file")
-    durable.write(path, arrays.written(found))
+    atomic_io.atomic_write(path, arrays.written(found))
     return model
 
 
@@ -382,7 +382,7 @@ def _metrics(metrics: Any) -> dict[str, float | None]:
 def _run(run: Any, problem: Any) -> dict[str, Any]:
     known: dict[str, Any] = {"command": shlex.join(sys.argv)}
     if problem is not None:
-        check_problem_is(problem)
+        check_problem_type(problem)
         data = digest((problem.inner_data, problem.outer_data))
         known["data"] = {"sha256": data.removeprefix(HASH)}
     if not isinstance(run, Mapping | None):

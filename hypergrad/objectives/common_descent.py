@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .quadratic import nonnegative
+from .quadratic_program import solve_nonnegative_qp
 
 
 class MGDA(eqx.Module):
@@ -24,7 +24,7 @@ class MGDA(eqx.Module):
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> gram = jnp.array([[1.0, 0.0], [0.0, 4.0]])
-    >>> hg.objectives.MGDA().weigh(jnp.zeros(2), gram, None)[0].round(6).tolist()
+    >>> hg.objectives.MGDA().compute_weights(jnp.zeros(2), gram, None)[0].round(6).tolist()
     [0.8, 0.2]
     """
 
@@ -34,7 +34,9 @@ class MGDA(eqx.Module):
         """No state; any K."""
         del num_objectives
 
-    def weigh(self, value: Array, gram: Array, state: None) -> tuple[Array, None]:
+    def compute_weights(
+        self, value: Array, gram: Array, state: None
+    ) -> tuple[Array, None]:
         """The minimum of ``weights' G weights`` on the simplex."""
         del value
         lengths = jnp.diag(gram)
@@ -43,7 +45,7 @@ class MGDA(eqx.Module):
         # Over x = s weights, x'(G + c 11')x / 2 - c 1'x is least at s = c / (weights' G
         # weights + c), where it is -c s / 2: the same weights, without the constraint.
         # With c the shortest squared length s is in [1/2, 1], and all rows keep digits.
-        x = nonnegative(gram + c, jnp.full_like(lengths, c))
+        x = solve_nonnegative_qp(gram + c, jnp.full_like(lengths, c))
         return x / jnp.sum(x), state
 
 
@@ -60,7 +62,7 @@ class UPGrad(eqx.Module):
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> gram = jnp.array([[1.0, -1.0], [-1.0, 2.0]])
-    >>> hg.objectives.UPGrad().weigh(jnp.zeros(2), gram, None)[0].round(6).tolist()
+    >>> hg.objectives.UPGrad().compute_weights(jnp.zeros(2), gram, None)[0].round(6).tolist()
     [1.0, 0.75]
     """
 
@@ -70,9 +72,11 @@ class UPGrad(eqx.Module):
         """No state; any K."""
         del num_objectives
 
-    def weigh(self, value: Array, gram: Array, state: None) -> tuple[Array, None]:
+    def compute_weights(
+        self, value: Array, gram: Array, state: None
+    ) -> tuple[Array, None]:
         """The mean of the weights of the K projections."""
         del value
         # The projection of g_k is g_k + sum_i x_i g_i, the shortest with x >= 0.
-        added = jax.vmap(lambda row: nonnegative(gram, -row))(gram)
+        added = jax.vmap(lambda row: solve_nonnegative_qp(gram, -row))(gram)
         return jnp.mean(jnp.eye(len(gram), dtype=gram.dtype) + added, axis=0), state

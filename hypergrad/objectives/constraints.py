@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..settings import check_steps, number
-from .protocol import check_positive, check_size
+from ..validation import check_positive_int, float_converter
+from .base import check_positive, check_size
 
 
 class AugmentedLagrangian(eqx.Module):
@@ -14,7 +14,7 @@ class AugmentedLagrangian(eqx.Module):
     Each step descends along the gradient of
     ``M_1 + sum_k (max(0, m_k + penalty (M_k - limit_k))² - m_k²) / (2 penalty)``; every
     ``period`` steps each multiplier ``m_k`` becomes
-    ``max(0, m_k + penalty (M_k - limit_k))``. At the end ``trace.stats["weights"]``
+    ``max(0, m_k + penalty (M_k - limit_k))``. At the end ``trace.stats["objective_weights"]``
     holds 1 and the multipliers: how much M_1 would fall for each unit that a limit
     rises.
 
@@ -30,17 +30,19 @@ class AugmentedLagrangian(eqx.Module):
     Source: Hestenes 1969; Rockafellar 1973 for inequalities.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> combine = hg.objectives.AugmentedLagrangian(1.0, penalty=2.0)
-    >>> state = combine.init(2)
+    >>> aggregator = hg.objectives.AugmentedLagrangian(1.0, penalty=2.0)
+    >>> state = aggregator.init(2)
     >>> for _ in range(2):
-    ...     weights, state = combine.weigh(jnp.array([0.0, 1.5]), jnp.eye(2), state)
+    ...     weights, state = aggregator.compute_weights(jnp.array([0.0, 1.5]), jnp.eye(2), state)
     >>> weights.tolist()
     [1.0, 2.0]
     """
 
-    limits: float | Array = eqx.field(converter=number("limits", optional=False))
+    limits: float | Array = eqx.field(
+        converter=float_converter("limits", optional=False)
+    )
     penalty: float | Array = eqx.field(
-        converter=number("penalty", optional=False), default=1.0
+        converter=float_converter("penalty", optional=False), default=1.0
     )
     period: int = eqx.field(static=True, default=1)
 
@@ -48,7 +50,7 @@ class AugmentedLagrangian(eqx.Module):
 
     def __check_init__(self):
         check_positive("penalty", self.penalty)
-        check_steps("period", self.period)
+        check_positive_int("period", self.period)
 
     def init(self, num_objectives: int) -> tuple[Array, Array]:
         """Multipliers of 0, and how many steps were made."""
@@ -60,7 +62,7 @@ class AugmentedLagrangian(eqx.Module):
         check_size("limits", self.limits, num_objectives - 1, num_objectives)
         return jnp.zeros(num_objectives - 1), jnp.asarray(0)
 
-    def weigh(
+    def compute_weights(
         self, value: Array, gram: Array, state: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """1, and the multipliers as they would be next."""

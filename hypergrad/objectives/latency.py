@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..checks import is_traced
-from ..settings import check_steps
+from ..validation import check_positive_int, is_traced
 
 
 class LatencyTable(eqx.Module):
@@ -90,7 +89,7 @@ class LatencyTable(eqx.Module):
         >>> bool(table(20.0) > 0)
         True
         """
-        check_steps("num_repeats", num_repeats)
+        check_positive_int("num_repeats", num_repeats)
         if not (callable(make) and widths):
             raise TypeError(
                 "measure needs make, which takes a width and returns a function to be "

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 
-def best_vertex(c: Array, A: Array, b: Array) -> tuple[Array, Array]:
+def solve_vertex_lp(c: Array, A: Array, b: Array) -> tuple[Array, Array]:
     """``argmax c'x`` over ``x >= 0, sum(x) = 1, A x >= b``, and whether there is one.
 
     Args:

@@ -4,10 +4,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..settings import number
+from ..validation import float_converter
+from .base import check_positive, check_size, check_weights
 from .common_descent import MGDA
-from .linear_program import best_vertex
-from .protocol import check_positive, check_size, check_weights
+from .linear_program import solve_vertex_lp
 
 LARGEST = 6
 
@@ -46,19 +46,19 @@ class EPO(eqx.Module):
     the ray the one that they call relaxed, which is always feasible.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> combine = hg.objectives.EPO(jnp.array([1.0, 1.0]))
+    >>> aggregator = hg.objectives.EPO(jnp.array([1.0, 1.0]))
     >>> opposed = jnp.array([[4.0, -4.0], [-4.0, 4.0]])  # at a point of the front
-    >>> weights, _ = combine.weigh(jnp.array([3.0, 1.0]), opposed, None)
+    >>> weights, _ = aggregator.compute_weights(jnp.array([3.0, 1.0]), opposed, None)
     >>> bool(weights[0] > weights[1])
     True
     """
 
-    weights: Array = eqx.field(converter=number("weights", optional=False))
+    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
     tolerance: float | Array = eqx.field(
-        converter=number("tolerance", optional=False), default=1e-6
+        converter=float_converter("tolerance", optional=False), default=1e-6
     )
     ideal: float | Array = eqx.field(
-        converter=number("ideal", optional=False), default=0.0
+        converter=float_converter("ideal", optional=False), default=0.0
     )
 
     citations = ("mahapatra2020",)
@@ -77,7 +77,9 @@ class EPO(eqx.Module):
                 f"losses; the problem has {num_objectives}: take SmoothTchebycheff"
             )
 
-    def weigh(self, value: Array, gram: Array, state: None) -> tuple[Array, None]:
+    def compute_weights(
+        self, value: Array, gram: Array, state: None
+    ) -> tuple[Array, None]:
         """By one of two linear programs, off the ray and on it."""
         r = (self.weights / jnp.sum(self.weights)).astype(gram.dtype)
         share = r * jnp.asarray(value - self.ideal, gram.dtype)
@@ -92,13 +94,13 @@ class EPO(eqx.Module):
         highest = (share == jnp.max(share)) | ~jnp.any(along > 0)
         least = jnp.where(highest, 0, least)
         off = imbalance > self.tolerance
-        x, found = best_vertex(
+        x, found = solve_vertex_lp(
             jnp.where(off, along, jnp.sum(gram, axis=0)),
             gram,
             jnp.where(off, least, 0),
         )
         # The shortest vector satisfies both, also where rounding leaves no vertex.
-        shortest, _ = MGDA().weigh(value, gram, None)
+        shortest, _ = MGDA().compute_weights(value, gram, None)
         x = jnp.where(found, x, shortest)
         on_a_ray = jnp.all(value > self.ideal) & jnp.isfinite(imbalance)
         return jnp.where(on_a_ray, x, jnp.nan), state

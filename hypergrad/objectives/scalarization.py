@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from ..settings import number
-from .protocol import check_positive, check_size, check_weights
+from ..validation import float_converter
+from .base import check_positive, check_size, check_weights
 
 
 class WeightedSum(eqx.Module):
@@ -24,12 +24,12 @@ class WeightedSum(eqx.Module):
     Source: Zadeh 1963.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> combine = hg.objectives.WeightedSum(jnp.array([1.0, 3.0]))
-    >>> float(combine.score(jnp.array([2.0, 0.5])))
+    >>> aggregator = hg.objectives.WeightedSum(jnp.array([1.0, 3.0]))
+    >>> float(aggregator.score(jnp.array([2.0, 0.5])))
     3.5
     """
 
-    weights: Array = eqx.field(converter=number("weights", optional=False))
+    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
 
     citations = ("zadeh1963",)
 
@@ -44,7 +44,9 @@ class WeightedSum(eqx.Module):
         """What is minimised."""
         return self.weights @ value
 
-    def weigh(self, value: Array, gram: Array, state: None) -> tuple[Array, None]:
+    def compute_weights(
+        self, value: Array, gram: Array, state: None
+    ) -> tuple[Array, None]:
         """The same weights at every step."""
         del value, gram
         return self.weights, state
@@ -66,17 +68,17 @@ class SmoothTchebycheff(eqx.Module):
     Source: Lin et al. 2024 (arXiv 2402.19078).
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> combine = hg.objectives.SmoothTchebycheff(jnp.ones(2), temperature=0.01)
-    >>> round(float(combine.score(jnp.array([2.0, 0.5]))), 6)
+    >>> aggregator = hg.objectives.SmoothTchebycheff(jnp.ones(2), temperature=0.01)
+    >>> round(float(aggregator.score(jnp.array([2.0, 0.5]))), 6)
     2.0
     """
 
-    weights: Array = eqx.field(converter=number("weights", optional=False))
+    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
     temperature: float | Array = eqx.field(
-        converter=number("temperature", optional=False), default=0.1
+        converter=float_converter("temperature", optional=False), default=0.1
     )
     ideal: float | Array = eqx.field(
-        converter=number("ideal", optional=False), default=0.0
+        converter=float_converter("ideal", optional=False), default=0.0
     )
 
     citations = ("lin2024",)
@@ -94,7 +96,9 @@ class SmoothTchebycheff(eqx.Module):
         """What is minimised."""
         return self.temperature * jax.nn.logsumexp(self._scaled(value))
 
-    def weigh(self, value: Array, gram: Array, state: None) -> tuple[Array, None]:
+    def compute_weights(
+        self, value: Array, gram: Array, state: None
+    ) -> tuple[Array, None]:
         """``weights * softmax(weights (M - ideal) / T)``, the gradient of the score."""
         del gram
         return self.weights * jax.nn.softmax(self._scaled(value)), state

@@ -7,8 +7,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from ..runtime.console import exit_with_message, print_markdown, print_table
 from ..studies import STUDIES
-from ..terminal import draw, errors_in_words, show
 from .compare import compare, same_numbers
 from .export import of_run, to_mlflow, to_tensorboard
 from .manifest import again, find, load
@@ -30,7 +30,7 @@ def list_runs(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
         for run in found
     ]
     if rows:
-        draw(("run", "started", "ended", "seeds", "rows"), rows, Console())
+        print_table(("run", "started", "ended", "seeds", "rows"), rows, Console())
     if flaws:
         sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
 
@@ -41,14 +41,14 @@ def show_run(path: Path) -> None:
     Args:
       path: of the run: its files without their endings, such as runs/cleaning.
     """
-    with errors_in_words():
+    with exit_with_message():
         run = load(path)
     facts, kept = run.facts, [model.reference for model in run.models.values()]
     if kept:
         facts |= {"models": f"{', '.join(kept)} in {run.folder}"}
-    draw(("", ""), list(facts.items()), Console())
+    print_table(("", ""), list(facts.items()), Console())
     if run.file(".md").exists():
-        show(run.file(".md").read_text(), Console())
+        print_markdown(run.file(".md").read_text(), Console())
 
 
 def compare_runs(first: Path, second: Path) -> None:
@@ -58,7 +58,7 @@ def compare_runs(first: Path, second: Path) -> None:
       first: path of a run.
       second: path of another.
     """
-    with errors_in_words():
+    with exit_with_message():
         both = load(first), load(second)
         found = compare(*both)
     for run in both:
@@ -86,7 +86,7 @@ def repeat_run(
       path: of the run.
       out: folder of the repetition; "rerun" beside the run, unless told.
     """
-    with errors_in_words():
+    with exit_with_message():
         first = load(path)
         folder = first.path.parent / "rerun" if out is None else out
         task = first.manifest["task"]
@@ -105,7 +105,7 @@ def report_run(path: Path, out: Path | None = None) -> None:
       path: of the run.
       out: the page; NAME.html beside the run, unless told.
     """
-    with errors_in_words():
+    with exit_with_message():
         run = load(path)
         out = run.file(".html") if out is None else out
         write_report(run, out)
@@ -126,7 +126,7 @@ def export_run(
       out: an SQLite file for mlflow, mlflow.db, unless told; a folder for tensorboard,
         tensorboard, unless told.
     """
-    with errors_in_words():
+    with exit_with_message():
         shown = of_run(load(path))
         if to == "mlflow":
             out = Path("mlflow.db") if out is None else out

@@ -17,11 +17,12 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .. import durable, models
-from ..checkpoint import hold
-from ..identity import HASH, digest
+from .. import models
+from ..checkpoint import lock_file
 from ..models import Model
-from ..provenance import now, versions
+from ..runtime import atomic_io
+from ..runtime.fingerprint import HASH, digest
+from ..runtime.provenance import utc_now, versions
 from ..studies import record
 from ..studies.record import Row
 from ..studies.study import Study, table
@@ -180,7 +181,7 @@ def start(study: Study, request: Request) -> Run:
     _, arrays = study.data()
     run = Run(request.folder / study.name, {"format": FORMAT, "task": study.name})
     with run.file(".lock").open("a") as lock:
-        hold(lock, run.path)
+        lock_file(lock, run.path)
         run.manifest.update(data=_of_data(study, request.seeds), sessions=[])
         if run.file(MANIFEST).exists():
             before = load(run.path)
@@ -195,7 +196,7 @@ def start(study: Study, request: Request) -> Run:
         steps = table(study, functools.partial(_keep, run, study))
         try:
             steps.run(steps, request)
-            run.sessions[-1]["ended"] = now()
+            run.sessions[-1]["ended"] = utc_now()
         finally:
             if len(run.rows) == known and len(run.sessions) > 1:
                 run.sessions.pop()
@@ -380,7 +381,7 @@ def _session(study: Study, request: Request) -> Row:
             "seeds": request.seeds,
             "methods": list(request.methods or study.methods),
         },
-        "started": now(),
+        "started": utc_now(),
         "ended": None,
         "versions": versions(),
     }
@@ -407,4 +408,4 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, content: Any) -> None:
     """Whole or not at all."""
-    durable.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    atomic_io.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .. import models
 from ..models.store import FOLDER, Model
-from ..terminal import draw, errors_in_words
+from ..runtime.console import exit_with_message, print_table
 from .manifest import data_in_words, split_in_words
 
 
@@ -34,7 +34,7 @@ def list_models(folder: tyro.conf.Positional[Path] = Path(FOLDER)) -> None:
         for model in found
     ]
     if rows:
-        draw(("model", "saved", "metrics", "made by", "run"), rows, Console())
+        print_table(("model", "saved", "metrics", "made by", "run"), rows, Console())
     if flaws:
         sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
 
@@ -46,7 +46,7 @@ def show_model(model: str, folder: Path = Path(FOLDER)) -> None:
       model: NAME@VERSION, or NAME for the newest.
       folder: of all models.
     """
-    with errors_in_words():
+    with exit_with_message():
         found = models.get(model, folder=folder)
     run = {name: _text(x) for name, x in found.run.items() if name != "versions"}
     run |= _data(found)
@@ -62,7 +62,7 @@ def show_model(model: str, folder: Path = Path(FOLDER)) -> None:
         **{name: str(x) for name, x in known.items()},
         "packages": ", ".join(f"{name} {x}" for name, x in packages.items()),
     }
-    draw(("", ""), list(facts.items()), Console())
+    print_table(("", ""), list(facts.items()), Console())
 
 
 def load_model(
@@ -77,7 +77,7 @@ def load_model(
       folder: of all models.
       out: the file; NAME-VERSION.npz, unless told. It must not be there yet.
     """
-    with errors_in_words():
+    with exit_with_message():
         found = models.get(model, folder=folder)
         out = Path(f"{found.name}-{found.version}.npz") if out is None else out
         models.export(found.reference, out, folder=folder)

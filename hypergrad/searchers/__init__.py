@@ -8,15 +8,15 @@ choice stand beside them; `OneShot` and `Reinforce` have twelve choices alone.
 Tested by ``pytest tests/test_searchers.py tests/test_populations.py -k budget``.
 """
 
+from .base import Searcher
 from .cmaes import CMAES
-from .evolution import Evolution
+from .evolution import EvolutionStrategy
 from .gaussian_process import GaussianProcess
 from .grid import Grid
 from .halving import Hyperband, SuccessiveHalving
 from .nsga2 import NSGA2
 from .one_shot import OneShot
-from .population_based import PopulationBased
-from .protocol import Searcher
+from .population_based import PopulationBasedTraining
 from .random import Random
 from .reinforce import Reinforce
 from .sobol import Sobol
@@ -26,12 +26,12 @@ __all__ = [
     "CMAES",
     "NSGA2",
     "TPE",
-    "Evolution",
+    "EvolutionStrategy",
     "GaussianProcess",
     "Grid",
     "Hyperband",
     "OneShot",
-    "PopulationBased",
+    "PopulationBasedTraining",
     "Random",
     "Reinforce",
     "Searcher",

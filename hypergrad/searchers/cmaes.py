@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..settings import check_steps, number
-from .trials import Trials, seed_of
+from ..validation import check_positive_int, float_converter
+from .base import Trials, seed_from_key
 
 DEPTH = 300  # generations, of Python's 1000 calls
 
@@ -51,13 +51,15 @@ class CMAES(eqx.Module):
     (2,)
     """
 
-    step_size: ArrayLike = eqx.field(default=0.25, converter=number("step_size"))
+    step_size: ArrayLike = eqx.field(
+        default=0.25, converter=float_converter("step_size")
+    )
     population: int | None = eqx.field(static=True, default=None)
 
     citations = ("hansen2001", "nomura2024")
 
     def __check_init__(self):
-        check_steps("population", self.population, 2, optional=True)
+        check_positive_int("population", self.population, 2, optional=True)
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """No trial yet."""
@@ -90,7 +92,7 @@ class CMAES(eqx.Module):
         for end in range(0, full, DEPTH * size):  # so that the last is not too deep
             after(rows[:end].tobytes())
         gaussian = after(rows[:full].tobytes())
-        gaussian.reseed_rng(seed_of(key))
+        gaussian.reseed_rng(seed_from_key(key))
         return spaces.from_unit(state.space, gaussian.ask()), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:

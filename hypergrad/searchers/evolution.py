@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps
-from .trials import finite, seed_of
+from ..validation import check_positive_int
+from .base import replace_nonfinite, seed_from_key
 
 
-class Evolution(eqx.Module):
+class EvolutionStrategy(eqx.Module):
     """Generations of ``size`` trials, by a strategy such as those of evosax.
 
     A strategy moves freely: its ``x`` is the logit of the coordinates ``t`` of
@@ -69,7 +69,7 @@ class Evolution(eqx.Module):
                 f"function (population_size, solution) -> strategy; got "
                 f"{self.strategy!r}"
             )
-        check_steps("size", self.size, 2)
+        check_positive_int("size", self.size, 2)
 
     def init(self, space: PyTree, key: Array) -> "Generation":
         """Before the first generation."""
@@ -84,7 +84,7 @@ class Evolution(eqx.Module):
             state = strategy.init(key, nothing, params)
         none = np.zeros((0, len(nothing)))
         return Generation(
-            space, strategy, state, 0, seed_of(key), none, 0, none, none[:, 0]
+            space, strategy, state, 0, seed_from_key(key), none, 0, none, none[:, 0]
         )
 
     def ask(self, state: "Generation", key: Array) -> tuple[PyTree, "Generation"]:
@@ -93,7 +93,7 @@ class Evolution(eqx.Module):
         StopIteration after its last, until all of it are told.
         """
         if not len(state.asked):
-            state = state.drawn(seed_of(key))
+            state = state.drawn(seed_from_key(key))
         if (index := int(state.num_asked)) == self.size:
             raise StopIteration
         return state.alpha(index), replace(state, num_asked=index + 1)
@@ -160,7 +160,7 @@ class Generation(eqx.Module):
             return replace(self, x=x, values=values)
         _, key = _keys(int(self.seed))
         strategy, params = self.strategy, self.strategy.default_params
-        population, fitness = jnp.asarray(x), jnp.asarray(finite(values))
+        population, fitness = jnp.asarray(x), jnp.asarray(replace_nonfinite(values))
         if int(self.index) == 0 and _keeps_a_population(strategy):
             state = strategy.init(key, population, fitness, params)
         else:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..settings import check_steps, number
-from .trials import Trials, finite, seed_of
+from ..validation import check_positive_int, float_converter
+from .base import Trials, replace_nonfinite, seed_from_key
 
 
 class GaussianProcess(eqx.Module):
@@ -53,13 +53,13 @@ class GaussianProcess(eqx.Module):
 
     num_initial: int = eqx.field(static=True, default=10)
     num_candidates: int = eqx.field(static=True, default=2000)
-    noise: ArrayLike = eqx.field(default=1e-6, converter=number("noise"))
+    noise: ArrayLike = eqx.field(default=1e-6, converter=float_converter("noise"))
 
     citations = ("jones1998", "snoek2012", "scikit2011")
 
     def __check_init__(self):
-        check_steps("num_initial", self.num_initial, 2)
-        check_steps("num_candidates", self.num_candidates, 2)
+        check_positive_int("num_initial", self.num_initial, 2)
+        check_positive_int("num_candidates", self.num_candidates, 2)
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """No trial yet."""
@@ -72,9 +72,9 @@ class GaussianProcess(eqx.Module):
         if len(state.values) < self.num_initial:
             return spaces.sample(state.space, draw_key), state
         axes = spaces.axes(state.space)
-        values = finite(state.values)
+        values = replace_nonfinite(state.values)
         best = state.t[np.argmin(values)]
-        t = _candidates(axes, best, self.num_candidates, seed_of(seed_key))
+        t = _candidates(axes, best, self.num_candidates, seed_from_key(seed_key))
         process = _fitted(_features(axes, state.t), values, self.noise)
         prediction = process.predict(_features(axes, t), return_std=True)
         improvement = _expected_improvement(values.min(), *prediction)

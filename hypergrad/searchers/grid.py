@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps
-from ..spaces.trees import spaces_of
+from ..spaces.pytree import spaces_of
+from ..validation import check_positive_int
 
 LIMIT = 100_000
 
@@ -46,10 +46,10 @@ class Grid(eqx.Module):
 
     num: int = eqx.field(static=True)
 
-    takes_several = True
+    is_multi_objective = True
 
     def __check_init__(self):
-        check_steps("num", self.num)
+        check_positive_int("num", self.num)
 
     def init(self, space: PyTree, key: Array) -> dict:
         """The space, and how many points were asked for."""

@@ -7,8 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from ..settings import check_steps
-from .populations import Setting, Trained, ranked
+from ..validation import check_positive_int
+from .populations import PopulationConfig, RoundResult, rank_by_value
 
 
 class SuccessiveHalving(eqx.Module):
@@ -23,7 +23,7 @@ class SuccessiveHalving(eqx.Module):
         but for those that would make no step.
       eta: static, at least 2.
 
-    A row of the trace is a member of a rung; ``inner_steps`` are those it made there,
+    A row of the trace is a member of a rung; ``num_inner_steps`` are those it made there,
     the metric ``steps`` those it had made by then. ``best_alpha`` is the best of those
     that were trained longest, of all whose value is finite.
 
@@ -53,21 +53,25 @@ class SuccessiveHalving(eqx.Module):
     citations = ("jamieson2016",)
 
     def __check_init__(self):
-        check_steps("size", self.size)
-        check_steps("eta", self.eta, least=2)
+        check_positive_int("size", self.size)
+        check_positive_int("eta", self.eta, minimum=2)
 
     def rungs(self, num_steps: int) -> list["Rung"]:
         """Those of a bracket."""
         last = whole_log(self.size, self.eta)
         return bracket(self.size, last, self.eta, num_steps)
 
-    def cost(self, setting: Setting, index: int) -> float:
+    def cost(self, setting: PopulationConfig, index: int) -> float:
         """That of a rung."""
         return rung_cost(self.rungs(setting.solver.num_steps), setting, index)
 
     def round(
-        self, setting: Setting, index: int, before: Trained | None, key: Array
-    ) -> Trained:
+        self,
+        setting: PopulationConfig,
+        index: int,
+        before: RoundResult | None,
+        key: Array,
+    ) -> RoundResult:
         """A rung, bracket by bracket."""
         rungs = self.rungs(setting.solver.num_steps)
         return climb(rungs, setting, index, before, key)
@@ -108,7 +112,7 @@ class Hyperband(eqx.Module):
     citations = ("li2018",)
 
     def __check_init__(self):
-        check_steps("eta", self.eta, least=2)
+        check_positive_int("eta", self.eta, minimum=2)
 
     def rungs(self, num_steps: int) -> list["Rung"]:
         """Those of all brackets, one after the other."""
@@ -123,13 +127,17 @@ class Hyperband(eqx.Module):
             for rung in bracket(size, last, self.eta, num_steps)
         ]
 
-    def cost(self, setting: Setting, index: int) -> float:
+    def cost(self, setting: PopulationConfig, index: int) -> float:
         """That of a rung."""
         return rung_cost(self.rungs(setting.solver.num_steps), setting, index)
 
     def round(
-        self, setting: Setting, index: int, before: Trained | None, key: Array
-    ) -> Trained:
+        self,
+        setting: PopulationConfig,
+        index: int,
+        before: RoundResult | None,
+        key: Array,
+    ) -> RoundResult:
         """A rung, bracket by bracket."""
         rungs = self.rungs(setting.solver.num_steps)
         return climb(rungs, setting, index, before, key)
@@ -167,7 +175,7 @@ def bracket(size: int, last: int, eta: int, num_steps: int) -> list[Rung]:
     return [rung for rung in rungs if rung.end > rung.begin]
 
 
-def rung_cost(rungs: list[Rung], setting: Setting, index: int) -> float:
+def rung_cost(rungs: list[Rung], setting: PopulationConfig, index: int) -> float:
     """Of round number ``index``; after the last rung comes the first."""
     rung = rungs[index % len(rungs)]
     return setting.cost(rung.size, rung.end - rung.begin)
@@ -175,16 +183,16 @@ def rung_cost(rungs: list[Rung], setting: Setting, index: int) -> float:
 
 def climb(
     rungs: list[Rung],
-    setting: Setting,
+    setting: PopulationConfig,
     index: int,
-    before: Trained | None,
+    before: RoundResult | None,
     key: Array,
-) -> Trained:
+) -> RoundResult:
     """Trains fresh draws, or the best of the rung before, to the end of their rung."""
     rung = rungs[index % len(rungs)]
     start_key, train_key = jax.random.split(jax.random.fold_in(key, index))
     if before is None or not rung.begin:
         members = setting.start(rung.size, start_key)
     else:
-        members = before.members.take(ranked(before.rows.value)[: rung.size])
+        members = before.members.take(rank_by_value(before.rows.value)[: rung.size])
     return setting.trained(members, rung.end - rung.begin, train_key, rung.end)

@@ -4,9 +4,9 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps
+from ..validation import check_positive_int
 from . import optuna_study
-from .trials import Trials, seed_of
+from .base import Trials, seed_from_key
 
 
 class NSGA2(eqx.Module):
@@ -49,10 +49,10 @@ class NSGA2(eqx.Module):
     population_size: int = eqx.field(static=True, default=50)
 
     citations = ("deb2002", "akiba2019")
-    takes_several = True
+    is_multi_objective = True
 
     def __check_init__(self):
-        check_steps("population_size", self.population_size, 2)
+        check_positive_int("population_size", self.population_size, 2)
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """No trial yet."""
@@ -91,7 +91,7 @@ class NSGA2(eqx.Module):
                 _ = trial.relative_params
                 study.tell(trial, told)
                 noted = study.get_trials(deepcopy=False)[-1].system_attrs
-            study.sampler = sampler(seed_of(key))
+            study.sampler = sampler(seed_from_key(key))
             asked = study.ask(kinds).params
         t = optuna_study.from_params(axes, asked)
         return spaces.from_unit(state.space, t), state

@@ -6,8 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps
-from .populations import Members, Rows, Setting, Trained, spread
+from ..validation import check_positive_int
+from .populations import (
+    MemberRecords,
+    Members,
+    PopulationConfig,
+    RoundResult,
+    shard_members,
+)
 
 
 class Shared(eqx.Module):
@@ -71,17 +77,21 @@ class OneShot(eqx.Module):
     citations = ("bender2018", "guo2020")
 
     def __check_init__(self):
-        check_steps("size", self.size)
+        check_positive_int("size", self.size)
 
-    def cost(self, setting: Setting, index: int) -> float:
+    def cost(self, setting: PopulationConfig, index: int) -> float:
         """The training in the first, values alone in the others."""
         if index == 0:
             return setting.cost(1, setting.solver.num_steps)
         return setting.cost(self.size, 0)
 
     def round(
-        self, setting: Setting, index: int, before: Trained | None, key: Array
-    ) -> Trained:
+        self,
+        setting: PopulationConfig,
+        index: int,
+        before: RoundResult | None,
+        key: Array,
+    ) -> RoundResult:
         """The training and its first draw; then draws alone."""
         key, judge_key = jax.random.split(key)
         draw_key, train_key = jax.random.split(jax.random.fold_in(key, index))
@@ -93,10 +103,10 @@ class OneShot(eqx.Module):
 
 
 @eqx.filter_jit
-def _supernet(setting: Setting, key: Array) -> tuple[PyTree, PyTree]:
+def _supernet(setting: PopulationConfig, key: Array) -> tuple[PyTree, PyTree]:
     """The carry after all steps, each at a draw of its own."""
     start_key, data_key, steps_key = jax.random.split(key, 3)
-    data, _ = setting.problem.data(data_key)
+    data, _ = setting.problem.sample_data(data_key)
     loss = setting.problem.inner_loss
 
     def step(carry, key):
@@ -110,19 +120,19 @@ def _supernet(setting: Setting, key: Array) -> tuple[PyTree, PyTree]:
 
 
 def _compared(
-    setting: Setting,
+    setting: PopulationConfig,
     carry: tuple[PyTree, PyTree],
     size: int,
     num_steps: int,
     draw_key: Array,
     judge_key: Array,
-) -> Trained:
+) -> RoundResult:
     """So many draws with the shared weights; the steps are charged to each."""
     alpha = _draws(setting.space, size, draw_key)
-    rows = _judged(setting, carry[0], spread(alpha), num_steps, judge_key)
+    rows = _judged(setting, carry[0], shard_members(alpha), num_steps, judge_key)
     made = jnp.full(rows.value.shape, float(setting.solver.num_steps))
     rows = rows._replace(metrics=rows.metrics | {"steps": made})
-    return Trained(Shared(carry, alpha), rows)
+    return RoundResult(Shared(carry, alpha), rows)
 
 
 @eqx.filter_jit
@@ -133,11 +143,11 @@ def _draws(space: PyTree, size: int, key: Array) -> PyTree:
 
 @eqx.filter_jit
 def _judged(
-    setting: Setting, w: PyTree, alpha: PyTree, num_steps: int, key: Array
-) -> Rows:
+    setting: PopulationConfig, w: PyTree, alpha: PyTree, num_steps: int, key: Array
+) -> MemberRecords:
     """On the same data, with the same key: only ``alpha`` tells one from another."""
     data_key, key = jax.random.split(key)
-    data = setting.problem.data(data_key)
+    data = setting.problem.sample_data(data_key)
     return jax.vmap(lambda alpha: setting.judged(w, alpha, num_steps, *data, key))(
         alpha
     )

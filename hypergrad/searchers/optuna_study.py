@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .. import spaces
-from ..identity import digest, fingerprint
+from ..runtime.fingerprint import digest, fingerprint
 from ..spaces import Axis
-from .trials import Trials
+from .base import Trials
 
 
 def load(name: str) -> Any:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps, number
-from .populations import Members, Setting, Trained, ranked
+from ..validation import check_positive_int, float_converter
+from .populations import Members, PopulationConfig, RoundResult, rank_by_value
 
 
-class PopulationBased(eqx.Module):
+class PopulationBasedTraining(eqx.Module):
     """Population-based training: the worst go on from the best, and vary ``alpha``.
 
     In a round every member makes the solver's ``num_steps`` steps from where it was,
@@ -62,24 +62,28 @@ class PopulationBased(eqx.Module):
     size: int = eqx.field(static=True)
     share: float = eqx.field(default=0.25, static=True)
     perturbation: Array | float = eqx.field(
-        default=0.2, converter=number("perturbation", optional=False)
+        default=0.2, converter=float_converter("perturbation", optional=False)
     )
 
     citations = ("jaderberg2017",)
 
     def __check_init__(self):
-        check_steps("size", self.size, least=2)
+        check_positive_int("size", self.size, minimum=2)
         if not 0 < self.share <= 0.5:
             raise ValueError(f"share must be in (0, 1/2]; got {self.share!r}")
 
-    def cost(self, setting: Setting, index: int) -> float:
+    def cost(self, setting: PopulationConfig, index: int) -> float:
         """That of any other."""
         del index
         return setting.cost(self.size, setting.solver.num_steps)
 
     def round(
-        self, setting: Setting, index: int, before: Trained | None, key: Array
-    ) -> Trained:
+        self,
+        setting: PopulationConfig,
+        index: int,
+        before: RoundResult | None,
+        key: Array,
+    ) -> RoundResult:
         """All members, the poor of the round before replaced."""
         begin_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         if before is None:
@@ -100,7 +104,7 @@ class PopulationBased(eqx.Module):
     ) -> tuple[Members, Array]:
         """Where the next round begins, and from whom each member goes on."""
         draw_key, move_key = jax.random.split(key)
-        order, count = ranked(value), max(1, int(self.share * self.size))
+        order, count = rank_by_value(value), max(1, int(self.share * self.size))
         best, worst = order[:count], order[-count:]
         parents = jnp.arange(self.size)
         parents = parents.at[worst].set(jax.random.choice(draw_key, best, (count,)))

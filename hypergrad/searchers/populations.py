@@ -15,17 +15,16 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..checks import check_solver
-from ..cost import ledger
-from ..devices import placed, readable
-from ..estimators.protocol import make_stats
-from ..identity import digest, digest_function, fingerprint
-from ..inner.protocol import IterativeSolver
-from ..metrics import Metric, Progress
-from ..problem import Bilevel, Data, whole
-from ..settings import check_steps
+from ..cost import cost_stats
+from ..estimators.base import make_stats
+from ..inner.base import IterativeSolver
+from ..problem import Bilevel, Data, full_batch
+from ..recording import Metric, Progress
+from ..runtime.devices import replicate, shard
+from ..runtime.fingerprint import digest, digest_function, fingerprint
 from ..trace import FAILED, Trace
-from ..trees import all_finite, is_key, plain
+from ..trees import all_finite, is_key, to_numpy
+from ..validation import check_positive_int, check_solver
 
 
 class Members(eqx.Module):
@@ -39,7 +38,7 @@ class Members(eqx.Module):
         return jax.tree.map(lambda x: x[index], self)
 
 
-class Rows(NamedTuple):
+class MemberRecords(NamedTuple):
     """What the trace holds of each member of a round, a leading axis."""
 
     value: Array
@@ -47,17 +46,17 @@ class Rows(NamedTuple):
     metrics: dict[str, Array]
 
 
-class Trained(NamedTuple):
+class RoundResult(NamedTuple):
     """What a round leaves: its members, with ``take``, and a row for each of them.
 
     The metric ``steps`` says how many steps were made for a member in all.
     """
 
     members: Any
-    rows: Rows
+    rows: MemberRecords
 
 
-class Setting(eqx.Module):
+class PopulationConfig(eqx.Module):
     """What all members share.
 
     ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps;
@@ -79,8 +78,8 @@ class Setting(eqx.Module):
         def one(key: Array) -> Members:
             alpha_key, data_key, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
-            data, _ = self.problem.data(data_key)
-            w = self.problem.initial(self.w, alpha)
+            data, _ = self.problem.sample_data(data_key)
+            w = self.problem.init_inner(self.w, alpha)
             loss = self.problem.inner_loss
             return Members(self.solver.init(loss, w, alpha, data, init_key), alpha)
 
@@ -88,21 +87,21 @@ class Setting(eqx.Module):
 
     def trained(
         self, members: Members, num_steps: int, key: Array, made: int, **labels: Array
-    ) -> Trained:
+    ) -> RoundResult:
         """So many steps of every member, which will have made ``made`` in all."""
-        members, rows = self.train(spread(members), num_steps, key)
+        members, rows = self.train(shard_members(members), num_steps, key)
         labels = {"steps": jnp.full(rows.value.shape, float(made)), **labels}
-        return Trained(members, rows._replace(metrics=rows.metrics | labels))
+        return RoundResult(members, rows._replace(metrics=rows.metrics | labels))
 
     @eqx.filter_jit
     def train(
         self, members: Members, num_steps: int, key: Array
-    ) -> tuple[Members, Rows]:
+    ) -> tuple[Members, MemberRecords]:
         """So many steps of every member, and its outer value then."""
 
-        def one(member: Members, key: Array) -> tuple[Members, Rows]:
+        def one(member: Members, key: Array) -> tuple[Members, MemberRecords]:
             data_key, steps_key, judge_key = jax.random.split(key, 3)
-            data, outer_data = self.problem.data(data_key)
+            data, outer_data = self.problem.sample_data(data_key)
             alpha, loss = member.alpha, self.problem.inner_loss
             step = lambda carry, key: (
                 self.solver.step(loss, carry, alpha, data, key),
@@ -124,17 +123,17 @@ class Setting(eqx.Module):
         data: Data,
         outer_data: Data,
         key: Array,
-    ) -> Rows:
+    ) -> MemberRecords:
         """The row of one member that has just made so many steps."""
         outer_key, metric_key = jax.random.split(key)
-        value = self.problem.outer(w, alpha, whole(outer_data, outer_key))
+        value = self.problem.outer_value(w, alpha, full_batch(outer_data, outer_key))
         costs = self._costs(data, outer_data, num_steps)
-        stats = make_stats(all_finite(value, w), inner_steps=num_steps, **costs)
+        stats = make_stats(all_finite(value, w), num_inner_steps=num_steps, **costs)
         metrics = {
             name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
             for name, metric in self.metrics.items()
         }
-        return Rows(value, stats, metrics)
+        return MemberRecords(value, stats, metrics)
 
     def cost(self, size: int, num_steps: int) -> float:
         """Gradient-equivalents of training so many members."""
@@ -144,7 +143,7 @@ class Setting(eqx.Module):
     def _costs(self, data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
         """The steps, and one outer value."""
         calls = {name: num_steps * each for name, each in self.step_cost.items()}
-        return ledger(data, outer_data, num_outer_values=1.0, **calls)
+        return cost_stats(data, outer_data, num_outer_values=1.0, **calls)
 
 
 def step_cost(
@@ -158,16 +157,18 @@ def step_cost(
 
 def equivalents(problem: Bilevel, step_cost: dict[str, float]) -> tuple[float, float]:
     """Gradient-equivalents of a step and of an outer value; shapes are read alone."""
-    shapes = eqx.filter_eval_shape(lambda key: problem.data(key), jax.random.key(0))
-    of = lambda **calls: float(ledger(*shapes, **calls)["gradient_equivalents"])
+    shapes = eqx.filter_eval_shape(
+        lambda key: problem.sample_data(key), jax.random.key(0)
+    )
+    of = lambda **calls: float(cost_stats(*shapes, **calls)["gradient_equivalents"])
     return of(**step_cost), of(num_outer_values=1.0)
 
 
 @eqx.filter_jit
 def _solve_cost(problem, solver, w, alpha, key):
     """Stats of a solve; where they are constants, nothing is solved."""
-    data, _ = problem.data(key)
-    start = problem.initial(w, alpha)
+    data, _ = problem.sample_data(key)
+    start = problem.init_inner(w, alpha)
     return solver.solve(problem.inner_loss, start, alpha, data, key)[1]
 
 
@@ -182,19 +183,23 @@ def check_solver_steps(solver: Any) -> None:
             "solver needs init, step and num_steps, as hg.Descent(optimizer, "
             f"num_steps) has; {type(solver).__name__} lacks {', '.join(lacking)}"
         )
-    check_steps("num_steps", solver.num_steps)
+    check_positive_int("num_steps", solver.num_steps)
 
 
-class Populations(Protocol):
+class PopulationSearcher(Protocol):
     """Rounds of members trained side by side, each a function of the one before it."""
 
-    def cost(self, setting: Setting, index: int) -> float:
+    def cost(self, setting: PopulationConfig, index: int) -> float:
         """Gradient-equivalents of round number ``index``."""
         ...
 
     def round(
-        self, setting: Setting, index: int, before: Trained | None, key: Array
-    ) -> Trained:
+        self,
+        setting: PopulationConfig,
+        index: int,
+        before: RoundResult | None,
+        key: Array,
+    ) -> RoundResult:
         """Round number ``index``; the first one has none before it.
 
         The key is that of the search: the same one in all of its rounds.
@@ -216,41 +221,41 @@ class Best(NamedTuple):
         return math.isfinite(value), float(self.steps), -value
 
 
-class Course(NamedTuple):
+class PopulationState(NamedTuple):
     """A search so far: all that it leaves, and all that it takes to go on."""
 
     rounds: int
     spent: float
     best: Best
-    last: Trained
-    rows: Rows
+    last: RoundResult
+    rows: MemberRecords
 
     @classmethod
-    def begun(cls, found: Trained, cost: float) -> "Course":
+    def begun(cls, found: RoundResult, cost: float) -> "PopulationState":
         """After the first round."""
-        return cls(1, cost, best_of(found), found, found.rows)
+        return cls(1, cost, best_member(found), found, found.rows)
 
-    def after(self, found: Trained, cost: float) -> "Course":
+    def after(self, found: RoundResult, cost: float) -> "PopulationState":
         """After one more round."""
-        new = best_of(found)
+        new = best_member(found)
         better = new.merit() > self.best.merit()
         rows = jax.tree.map(lambda *x: np.concatenate(x), self.rows, found.rows)
         best = new if better else self.best
-        return Course(self.rounds + 1, self.spent + cost, best, found, rows)
+        return PopulationState(self.rounds + 1, self.spent + cost, best, found, rows)
 
 
-def best_of(found: Trained) -> Best:
+def best_member(found: RoundResult) -> Best:
     """Of one round; a value that is not finite counts as infinite."""
-    first = ranked(found.rows.value)[0]
+    first = rank_by_value(found.rows.value)[0]
     value, member = found.rows.value[first], found.members.take(first)
     value = jnp.where(jnp.isfinite(value), value, jnp.inf)
     steps = found.rows.metrics["steps"][first]
     return Best(steps, value, member.carry[0], member.alpha)
 
 
-def run(
-    searcher: Populations,
-    setting: Setting,
+def run_rounds(
+    searcher: PopulationSearcher,
+    setting: PopulationConfig,
     budget: float,
     key: Array,
     progress: Progress | None,
@@ -260,22 +265,26 @@ def run(
     """Rounds while the budget pays for them; at least one."""
     name, course = "", None
     if record is not None or len(trials):
-        name = described(searcher, setting, key)
-    searcher, setting, key = replicated((searcher, setting, key))
+        name = describe_run(searcher, setting, key)
+    searcher, setting, key = replicate_shared((searcher, setting, key))
     if len(trials):
-        first = lambda: Course.begun(searcher.round(setting, 0, None, key), 0.0)
+        first = lambda: PopulationState.begun(
+            searcher.round(setting, 0, None, key), 0.0
+        )
         form = eqx.filter_eval_shape(first)
-        course = restored(trials[-1], form, name)
+        course = state_from_dict(trials[-1], form, name)
     while True:
         index, spent = (course.rounds, course.spent) if course else (0, 0.0)
         cost = searcher.cost(setting, index)
         if course and spent + cost > budget:
             break
         found = searcher.round(setting, index, course.last if course else None, key)
-        found = found._replace(rows=readable(found.rows))
-        course = course.after(found, cost) if course else Course.begun(found, cost)
+        found = found._replace(rows=replicate(found.rows))
+        course = (
+            course.after(found, cost) if course else PopulationState.begun(found, cost)
+        )
         if record is not None:
-            record(recorded(course, name))
+            record(state_to_dict(course, name))
         if progress is not None:
             progress(course.rounds, float(course.best.value))
     best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
@@ -283,7 +292,9 @@ def run(
     return Trace(best.alpha, best.w, best.alpha, *rows, status_code=status)
 
 
-def described(searcher: Populations, setting: Setting, key: Array) -> str:
+def describe_run(
+    searcher: PopulationSearcher, setting: PopulationConfig, key: Array
+) -> str:
     """Whose rounds they are: of the numbers and of a member's program fingerprints."""
     first = lambda setting, key: setting.train(setting.start(1, key), 1, key)
     program = digest_function(first, setting, key)
@@ -291,22 +302,24 @@ def described(searcher: Populations, setting: Setting, key: Array) -> str:
     space = eqx.tree_pformat(setting.space, width=10**6)
     return (
         f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
-        f"{plain(key).tolist()}, metrics {sorted(setting.metrics)}, numbers, w and "
+        f"{to_numpy(key).tolist()}, metrics {sorted(setting.metrics)}, numbers, w and "
         f"data {fingerprint(digest(numbers))}, program {fingerprint(program)}"
     )
 
 
 # What of a `Course` has a leading axis of as many as there were.
-ROW_A_MEMBER = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
+PER_MEMBER_FIELDS = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
 
 
-def recorded(course: Course, name: str) -> dict:
+def state_to_dict(course: PopulationState, name: str) -> dict:
     """A course as a dict of arrays, ``name`` saying whose it is."""
     leaves = jax.tree.leaves_with_path(course)
-    return {"search": np.asarray(name)} | {_name(path): plain(x) for path, x in leaves}
+    return {"search": np.asarray(name)} | {
+        _name(path): to_numpy(x) for path, x in leaves
+    }
 
 
-def restored(known: dict, form: Course, name: str) -> Course:
+def state_from_dict(known: dict, form: PopulationState, name: str) -> PopulationState:
     """The course from its dict, in the dtypes of a new one."""
     if str(known.get("search")) != name:
         raise ValueError(
@@ -339,7 +352,7 @@ def _name(path: Any) -> str:
 
 def _free(name: str, known: Any) -> bool:
     """Whether a recorded leaf has a row a member."""
-    return np.ndim(known) > 0 and name.startswith(ROW_A_MEMBER)
+    return np.ndim(known) > 0 and name.startswith(PER_MEMBER_FIELDS)
 
 
 def _like(form: Any, known: Any, name: str) -> Any:
@@ -368,19 +381,19 @@ def _like(form: Any, known: Any, name: str) -> Any:
     return jnp.asarray(known, form.dtype)
 
 
-def ranked(value: Array) -> Array:
+def rank_by_value(value: Array) -> Array:
     """Indices from the lowest value to the highest; last what is not finite."""
     return jnp.argsort(jnp.where(jnp.isfinite(value), value, jnp.inf))
 
 
-def spread(members: PyTree) -> PyTree:
+def shard_members(members: PyTree) -> PyTree:
     """Over the devices, where they divide the members; one program all the same."""
     size, count = len(jax.tree.leaves(members)[0]), jax.device_count()
-    return members if count == 1 or size % count else placed(members, "members")
+    return members if count == 1 or size % count else shard(members, "members")
 
 
-def replicated(shared: PyTree) -> PyTree:
+def replicate_shared(shared: PyTree) -> PyTree:
     """On all devices, as what members share; what lies on all already stays there."""
     count = jax.device_count()
     whole = lambda x: not eqx.is_array(x) or len(x.devices()) == count
-    return jax.tree.map(lambda x: x if whole(x) else placed(x), shared)
+    return jax.tree.map(lambda x: x if whole(x) else shard(x), shared)

@@ -22,7 +22,7 @@ class Random(eqx.Module):
     """
 
     citations = ("bergstra2012",)
-    takes_several = True
+    is_multi_objective = True
 
     def init(self, space: PyTree, key: Array) -> PyTree:
         """The space is all there is to remember."""

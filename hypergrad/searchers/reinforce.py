@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..settings import number
+from ..validation import float_converter
 
 
 class Reinforce(eqx.Module):
@@ -46,8 +46,10 @@ class Reinforce(eqx.Module):
     1
     """
 
-    step_size: ArrayLike = eqx.field(default=1.0, converter=number("step_size"))
-    decay: ArrayLike = eqx.field(default=0.9, converter=number("decay"))
+    step_size: ArrayLike = eqx.field(
+        default=1.0, converter=float_converter("step_size")
+    )
+    decay: ArrayLike = eqx.field(default=0.9, converter=float_converter("decay"))
 
     citations = ("williams1992", "zoph2017")
 

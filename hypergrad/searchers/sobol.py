@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from .trials import seed_of
+from .base import seed_from_key
 
 
 class Sobol(eqx.Module):
@@ -30,12 +30,12 @@ class Sobol(eqx.Module):
     """
 
     citations = ("sobol1967", "bergstra2012")
-    takes_several = True
+    is_multi_objective = True
 
     def init(self, space: PyTree, key: Array) -> dict:
         """The space, the seed of the scramble, and how many points were asked for."""
         spaces.axes(space)
-        return {"space": space, "seed": seed_of(key), "index": 0}
+        return {"space": space, "seed": seed_from_key(key), "index": 0}
 
     def ask(self, state: dict, key: Array) -> tuple[PyTree, dict]:
         """The next point of the sequence."""

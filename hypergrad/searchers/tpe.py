@@ -7,9 +7,9 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..settings import check_steps
+from ..validation import check_positive_int
 from . import optuna_study
-from .trials import Trials, seed_of
+from .base import Trials, seed_from_key
 
 
 class TPE(eqx.Module):
@@ -59,7 +59,7 @@ class TPE(eqx.Module):
     citations = ("bergstra2011", "akiba2019")
 
     def __check_init__(self):
-        check_steps("num_initial", self.num_initial)
+        check_positive_int("num_initial", self.num_initial)
         if not isinstance(self.journal, str | os.PathLike | None):
             raise TypeError(
                 f"journal must be a path, such as 'tpe.log'; got {self.journal!r}"
@@ -76,7 +76,7 @@ class TPE(eqx.Module):
         optuna = optuna_study.load("TPE")
         kinds = optuna_study.distributions(optuna, spaces.axes(state.space))
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=self.num_initial, seed=seed_of(key)
+            n_startup_trials=self.num_initial, seed=seed_from_key(key)
         )
         with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)

@@ -5,11 +5,11 @@ pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()
 ``Integer`` and ``Choice`` have no ``u``: they are for ``search`` alone.
 """
 
-from .cube import Axis, axes, from_unit, to_unit
+from .continuous import Box, Interval, Positive, Real, Simplex, Space, Unit
 from .discrete import Choice, Integer
-from .kinds import Box, Interval, Positive, Real, Simplex, Space, Unit
-from .relax import gumbel_softmax, score_function, straight_through
-from .trees import check, contains, forward, inverse, project, sample
+from .pytree import check, contains, forward, inverse, project, sample
+from .relaxations import gumbel_softmax, score_function, straight_through
+from .unit_cube import Axis, axes, from_unit, to_unit
 
 __all__ = [
     "Axis",

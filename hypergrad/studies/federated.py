@@ -119,7 +119,7 @@ def row(method: str, seed: int) -> Row:
         measured = {
             "selection": hold_out and -float(task.metrics["held_loss"](w, alpha, key)),
             "accuracy": float(task.metrics["accuracy"](w, alpha, key)),
-            "val_loss": float(problem.outer(w, alpha, problem.outer_data)),
+            "val_loss": float(problem.outer_value(w, alpha, problem.outer_data)),
             "run_seconds": seconds,
             MODEL: (w, alpha),
         }

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import plots, spaces
 from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Descent, Newton
@@ -91,8 +91,8 @@ def evaluate(
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
     return {
         "w": w,
-        "selection": -problem.outer(w, alpha, others(val)),
-        "val_loss": problem.outer(w, alpha, val),
+        "selection": -problem.outer_value(w, alpha, others(val)),
+        "val_loss": problem.outer_value(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }
 
@@ -166,7 +166,7 @@ def by_random_search(system: str, seed: int) -> Row:
 # HOAG, and fifty images.
 
 
-def hoag(data: PyTree, key: Array, rel_err: Array) -> tuple[Array, Trace]:
+def hoag(data: PyTree, key: Array, rtol: Array) -> tuple[Array, Trace]:
     """One penalty by decreasing tolerances, and the one that a fine grid finds best."""
     task = make(key=key, variant="hoag", data=data)
     problem = task.problem
@@ -175,11 +175,11 @@ def hoag(data: PyTree, key: Array, rel_err: Array) -> tuple[Array, Trace]:
         w, _ = Newton().solve(
             problem.inner_loss, task.w, alpha, problem.inner_data, key
         )
-        return problem.outer(w, alpha, problem.outer_data)
+        return problem.outer_value(w, alpha, problem.outer_data)
 
     trace = minimize(
         problem,
-        Implicit(SOLVER, rel_err=rel_err),
+        Implicit(SOLVER, rtol=rtol),
         optax.adam(0.3),
         task.w,
         task.alpha,
@@ -194,12 +194,12 @@ def by_hoag(schedule: str, seed: int) -> Row:
     """How far HOAG ends from the grid's best log-penalty."""
     run = program(hoag)
     before = run.run_seconds
-    rel_err = (
+    rtol = (
         jnp.full(HOAG_STEPS, 1e-4)
         if schedule == "constant"
         else tolerances(schedule, HOAG_STEPS)
     )
-    best, trace = run(arrays("hoag"), jax.random.key(seed), rel_err)
+    best, trace = run(arrays("hoag"), jax.random.key(seed), rtol)
     found = {"run_seconds": run.run_seconds - before}
     found |= {"from_grid": float(abs(trace.alpha - best))}
     return of_trace(trace) | found

@@ -86,8 +86,8 @@ def finish(
     held = val | {"use": 1 - val["use"]}
     return {
         "w": w,
-        "selection": -problem.outer(w, alpha, held),
-        "val_loss": problem.outer(w, alpha, val),
+        "selection": -problem.outer_value(w, alpha, held),
+        "val_loss": problem.outer_value(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }
 

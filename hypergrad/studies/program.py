@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..cost.memory import Memory, of_compiled
+from ..cost.memory import Memory, memory_from_compiled
 from ..search import search as search_by_trials
 from ..trace import Trace
 from . import rehearsal
@@ -32,7 +32,7 @@ class Program:
         if rehearsal.is_rehearsed():
             assert self.plan is not None
             return self.plan.memory
-        return of_compiled(self.compiled)
+        return memory_from_compiled(self.compiled)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs to the end; the first call compiles for shapes that then stay."""

@@ -18,15 +18,15 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..checks import traced as settings_traced
-from ..cost.flops import Flops, called, of_jaxpr
-from ..cost.memory import Memory, of_compiled
-from ..identity import digest_function
-from ..metrics import Metric
-from ..minimize import LEDGER
+from ..cost import COST_STATS
+from ..cost.flops import Flops, called, count_jaxpr_flops
+from ..cost.memory import Memory, memory_from_compiled
 from ..problem import Bilevel
+from ..recording import Metric
+from ..runtime.fingerprint import digest_function
 from ..search import _trial as trial
 from ..trace import Trace
+from ..validation import floats_to_arrays as settings_traced
 from .study import Study
 
 OUTER_LOOP = "minimize.py"
@@ -172,14 +172,14 @@ def plan(function: Callable, arguments: PyTree) -> Plan:
     traces = [x for x in jax.tree.leaves(places, is_leaf=is_trace) if is_trace(x)]
     outputs, steps = [jnp.zeros(x.shape, x.dtype) for x in shapes], None
     for path, i in jax.tree.leaves_with_path(places):
-        if str(getattr(path[-1] if path else None, "key", "")).startswith(LEDGER):
+        if getattr(path[-1] if path else None, "key", None) in COST_STATS:
             outputs[i] = ledger(traced.jaxpr, i)
     for trace in traces:
         steps = shapes[trace.stats["trusted"]].shape[-1]
     return Plan(
         0,
-        of_jaxpr(traced.jaxpr),
-        of_compiled(traced.lower().compile()),
+        count_jaxpr_flops(traced.jaxpr),
+        memory_from_compiled(traced.lower().compile()),
         steps if len(traces) == 1 else None,
         jax.tree.unflatten(structure, outputs),
     )

@@ -57,7 +57,12 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
         3 * STEPS + 2,
     ),
     "last update": (
-        Unrolled(cartpole_solver(STEPS), last=1, checkpoint=False, warm_start=True),
+        Unrolled(
+            cartpole_solver(STEPS),
+            truncation_length=1,
+            checkpoint=False,
+            warm_start=True,
+        ),
         STEPS + 2 + 2,
     ),
     "forward": (Forward(cartpole_solver(STEPS), warm_start=True), 5 * STEPS + 2),
@@ -111,7 +116,7 @@ def fixed(
 
     def step(w: PyTree, key: Array) -> tuple[PyTree, Array]:
         w, _ = solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)
-        return w, problem.outer(w, alpha, key)
+        return w, problem.outer_value(w, alpha, key)
 
     keys = jax.random.split(run_key, num_updates // STEPS)
     w, value = jax.lax.scan(step, w, keys)
@@ -215,7 +220,7 @@ def values(key: Array, alpha: Array) -> dict[str, Array]:
         problem.inner_loss, task.w, alpha, problem.inner_data, key
     )
     return {
-        "val_loss": problem.outer(w, alpha, problem.outer_data),
+        "val_loss": problem.outer_value(w, alpha, problem.outer_data),
         "num_hvps": spent["num_hvps"],
         "gradient_equivalents": spent["num_grads"] + 2 * spent["num_hvps"],
         **task.metric_values(w, alpha, key),

@@ -132,8 +132,8 @@ def evaluate(
             problem.inner_loss, task.w, alpha, problem.inner_data, order
         )
         return {
-            "selection": -problem.outer(w, alpha, others(val)),
-            "val_loss": problem.outer(w, alpha, val),
+            "selection": -problem.outer_value(w, alpha, others(val)),
+            "val_loss": problem.outer_value(w, alpha, val),
             **task.metric_values(w, alpha, order),
         }
 

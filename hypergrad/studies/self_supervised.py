@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 from .. import plots
 from ..estimators import Estimator, Unrolled
 from ..minimize import minimize
-from ..problem import draw
+from ..problem import sample_batch
 from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
@@ -76,7 +76,7 @@ def by_random_search(task: Task, key: Array) -> Trace:
 
 
 WHOLE = Unrolled(SOLVER, warm_start=False)
-TRUNCATED = Unrolled(SOLVER, last=LAST, warm_start=False)
+TRUNCATED = Unrolled(SOLVER, truncation_length=LAST, warm_start=False)
 METHODS: dict[str, Any] = {
     "baseline": None,
     "random search": by_random_search,
@@ -104,7 +104,7 @@ def evaluate(data: PyTree, key: Array, alpha: PyTree, purpose: int) -> dict[str,
         w, _ = task.solver.solve(
             problem.inner_loss, task.w, alpha, problem.inner_data, key
         )
-        val = problem.outer(w, alpha, draw(problem.outer_data, key))
+        val = problem.outer_value(w, alpha, sample_batch(problem.outer_data, key))
         return {"val_error": val} | task.metric_values(w, alpha, key)
 
     keys = jax.random.split(jax.random.fold_in(key, purpose), NUM_TRAININGS)

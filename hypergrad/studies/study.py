@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from ..tasks.task import Task
 from ..trace import Trace
 from . import record

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import durable
-from ..checkpoint import hold
+from ..checkpoint import lock_file
+from ..runtime import atomic_io
 from . import record
 from .progress import progress
 from .record import Row
@@ -78,20 +78,20 @@ def cell_by_cell(
             if not request.methods or cell["method"] in request.methods
         ]
         with path.open("a") as file, progress(len(cells)) as tick:
-            hold(file, path)
-            durable.settle(request.folder)
+            lock_file(file, path)
+            atomic_io.fsync_path(request.folder)
             there = {name_of(row, cells[0]) for row in resume(path, made)}
             for cell in cells:
                 kept = name_of(cell, cell) in there
                 if not kept:
                     row = cell | measure(cell) | made
-                    durable.append(file, record.line(row))
+                    atomic_io.append_durably(file, record.line(row))
                 tick(str(cell.get("method", "")) + ", kept" * kept)
         # A file that is resumed may hold more than was asked for.
         asked = {name_of(cell, cell) for cell in cells}
         rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
         text = markdown(table, rows, request.command)
-        durable.write(table.file(request.folder, "md"), text + "\n")
+        atomic_io.atomic_write(table.file(request.folder, "md"), text + "\n")
         draw(rows, table.file(request.folder, "png"))
 
     return run
@@ -100,7 +100,7 @@ def cell_by_cell(
 def make_folder(folder: Path) -> None:
     """ValueError where there can be none, such as in place of a file."""
     try:
-        durable.make_folder(folder)
+        atomic_io.make_directory(folder)
     except OSError as error:
         raise ValueError(
             f"{folder} is no folder and cannot be made one ({error.strerror}); give "

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import plots
 from ..estimators import Estimator, Implicit, Unrolled
 from ..inner import Descent
@@ -131,7 +131,7 @@ def one_for_all(variant: str, data: PyTree, key: Array) -> PyTree:
         return ppca_ml_noise(problem.inner_data) * like
 
     def value(alpha: Array) -> Array:
-        return problem.outer(fitted(task, alpha * like), alpha * like, val)
+        return problem.outer_value(fitted(task, alpha * like), alpha * like, val)
 
     val = problem.outer_data
     low, high = task.space.low, task.space.high
@@ -143,7 +143,7 @@ def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str,
     """Of the model as fitted with ``alpha``."""
     task = make(key=key, variant=variant, data=data)
     w = fitted(task, alpha)
-    val = task.problem.outer(w, alpha, task.problem.outer_data)
+    val = task.problem.outer_value(w, alpha, task.problem.outer_data)
     return {"w": w, "val_nll": val} | task.metric_values(w, alpha, key)
 
 

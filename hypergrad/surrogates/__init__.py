@@ -9,15 +9,15 @@ temperature, `gap_metrics` reports how far the two are apart along a run.
 from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
 from .auc import AUC, SquaredHingeAUC
 from .average_precision import BlackboxAP, FastAP, SmoothAP, SoftRankAP
+from .base import Surrogate
 from .calibration import CalibrationError
 from .detection import DetectionAP, match_boxes
 from .f_score import FBeta, Precision, Recall
-from .gap import gap_metrics
+from .gap_metrics import gap_metrics
 from .overlap import Dice, IoU
-from .protocol import Surrogate
 from .retrieval import MRR, NDCG, PrecisionAtK, RecallAtK
 from .soft_rank import soft_rank
-from .temperature import temperature_of
+from .temperature import temperature_from_scores
 
 __all__ = [
     "AUC",
@@ -46,5 +46,5 @@ __all__ = [
     "gap_metrics",
     "match_boxes",
     "soft_rank",
-    "temperature_of",
+    "temperature_from_scores",
 ]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .protocol import (
+from .base import (
     Examples,
     as_temperature,
     binary,

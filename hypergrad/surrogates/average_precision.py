@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
+from .base import as_temperature, divide
 from .pairs import PAIRS, kept_small, rankings_at_once, sum_of_precisions
-from .protocol import as_temperature, divide
-from .rows import at_thresholds, mean_over_rows
+from .ranking import at_thresholds, mean_over_rows
 from .soft_rank import ranks
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .accuracy import judged, own
-from .protocol import as_temperature, check_count, divide
+from .base import as_temperature, check_count, divide
 
 
 class CalibrationError(eqx.Module):

@@ -9,8 +9,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .average_precision import soft_precision
-from .protocol import as_temperature, check_not_negative, divide
-from .rows import at_thresholds, mean_over_rows
+from .base import as_temperature, check_not_negative, divide
+from .ranking import at_thresholds, mean_over_rows
 
 
 def match_boxes(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .protocol import (
+from .base import (
     as_temperature,
     binary,
     check_not_negative,

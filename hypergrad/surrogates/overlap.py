@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .protocol import as_temperature, divide, elementwise, flagged, mean, rounding
+from .base import as_temperature, divide, elementwise, flagged, mean, rounding
 
 
 def _areas(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .protocol import divide
+from .base import divide
 
 #: A block is of so many positives at most, few since the last one costs as much as a
 #: full one, by so many items: 2^20 pairs, 8 MB in float64.

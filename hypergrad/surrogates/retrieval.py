@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .protocol import as_temperature, check_count, divide
-from .rows import at_thresholds, mean_over_rows
+from .base import as_temperature, check_count, divide
+from .ranking import at_thresholds, mean_over_rows
 
 STEPS = 100  # of the search for a threshold; it ends by itself before
 

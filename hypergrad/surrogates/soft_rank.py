@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .protocol import as_temperature, elementwise, flagged
+from .base import as_temperature, elementwise, flagged
 
 
 def soft_rank(

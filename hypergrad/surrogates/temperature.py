@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from .accuracy import best_others, own
-from .protocol import (
+from .base import (
     binary,
     check_setting,
     elementwise,
@@ -20,7 +20,7 @@ QUANTILES = 128  # of either class, for pairs
 STEPS = 40  # bisections: the bracket shrinks below any dtype's rounding
 
 
-def temperature_of(
+def temperature_from_scores(
     scores: ArrayLike,
     targets: ArrayLike | None = None,
     *,

@@ -25,11 +25,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from ..validation import as_key
 from .classifier import check_data, check_scale, check_square, held_out, losses, mean
 from .networks import patches
 from .task import Task

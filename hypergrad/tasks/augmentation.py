@@ -23,11 +23,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from ..validation import as_key
 from . import classifier
 from .classifier import check_data, check_scale, check_square, held_out, losses, others
 from .task import Task
@@ -218,7 +218,7 @@ def make(
     parts = split(data, split_key, (num_train, num_val), hold_out)
     dtype = data["x"].dtype
     penalties = jnp.full(num_train, jnp.asarray(penalty, dtype))
-    train = Batches(parts["train"] | {"penalty": penalties}, keyed=True)
+    train = Batches(parts["train"] | {"penalty": penalties}, with_key=True)
     num_operations = len(OPERATIONS)
     return Task(
         name="augmentation",

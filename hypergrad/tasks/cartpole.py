@@ -178,7 +178,7 @@ def make_cartpole(
     """Networks of ``HIDDEN`` units; a key is all the data that a batch needs."""
     losses, solver = cartpole_parts(num_episodes, horizon, num_steps, rate)
     actor_key, critic_key = jax.random.split(key)
-    keys = Batches(None, keyed=True)
+    keys = Batches(None, with_key=True)
     return Task(
         name="reinforcement",
         paradigm="reinforcement",

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from ..checks import is_traced
+from ..validation import is_traced
 
 Score = Callable[[PyTree, Array], Array]
 

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key, is_traced
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from ..validation import as_key, is_traced
 from . import classifier
 from .classifier import check_data, held_out, losses, others
 from .networks import softmax_regression

@@ -25,21 +25,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..adjoint import differentiate
-from ..checks import as_key
-from ..cost import ledger
-from ..drawn import drawn
+from ..cost import cost_stats
 from ..estimators import Estimate, Implicit
-from ..estimators.protocol import make_stats
+from ..estimators.base import make_stats
+from ..implicit_diff import implicit_hypergradient
 from ..inner import inner_stats
-from ..inner.descent import iterate
-from ..inner.protocol import InnerSolver, InnerStats
-from ..problem import Bilevel, Data, whole
+from ..inner.base import InnerSolver, InnerStats
+from ..inner.descent import run_inner_steps
+from ..problem import Bilevel, Data, EstimateData, full_batch
 from ..products import Loss
-from ..settings import check_steps
 from ..trees import norm
+from ..validation import as_key, check_positive_int
 from .classifier import check_data
 from .task import Task, sizes_of
 
@@ -143,11 +141,11 @@ class FedAvg(eqx.Module):
     differentiable = True
 
     def __check_init__(self):
-        check_steps("num_steps", self.num_steps)
-        check_steps("local_steps", self.local_steps)
+        check_positive_int("num_steps", self.num_steps)
+        check_positive_int("local_steps", self.local_steps)
 
     @property
-    def step_grads(self) -> int:
+    def grads_per_step(self) -> int:
         """Gradients of a round."""
         return self.local_steps + self.corrected
 
@@ -168,7 +166,7 @@ class FedAvg(eqx.Module):
     ) -> tuple[PyTree, PyTree]:
         """One round."""
         w, _ = carry
-        clients = each_client(whole(data, key))
+        clients = each_client(full_batch(data, key))
         gradient = lambda w, client: jax.grad(inner_loss)(w, alpha, client)
         mean = lambda tree: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
         first = jax.vmap(gradient, in_axes=(None, 0))(w, clients)
@@ -189,8 +187,8 @@ class FedAvg(eqx.Module):
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
         """``(w, stats)``; same structure as ``w``."""
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
-        return w, inner_stats(self.num_steps, self.num_steps * self.step_grads)
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
+        return w, inner_stats(self.num_steps, self.num_steps * self.grads_per_step)
 
 
 class LocalImplicit(eqx.Module):
@@ -214,9 +212,9 @@ class LocalImplicit(eqx.Module):
 
     target = "argmin"
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: no promise."""
-        del smallest, largest
+        del eig_min, eig_max
         return float("nan")
 
     def init(
@@ -230,16 +228,16 @@ class LocalImplicit(eqx.Module):
         self, problem: Bilevel, state: PyTree, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PyTree]:
         """One inner solve and an adjoint for each client."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         w, spent = self.solver.solve(
             problem.inner_loss,
-            problem.initial(state, alpha),
+            problem.init_inner(state, alpha),
             alpha,
             data.inner_data,
             data.solver_key,
         )
         at = jax.vmap(
-            lambda client, outer_client: differentiate(
+            lambda client, outer_client: implicit_hypergradient(
                 problem,
                 self.linear_solver,
                 w,
@@ -250,7 +248,7 @@ class LocalImplicit(eqx.Module):
             )
         )(each_client(data.inner_batch()), each_client(data.outer_batch()))
         mean = lambda tree: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
-        costs = ledger(
+        costs = cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=spent["num_grads"],
@@ -260,8 +258,8 @@ class LocalImplicit(eqx.Module):
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_residual=norm(mean(at.gradient)),
-            inner_steps=spent["num_steps"],
+            inner_grad_norm=norm(mean(at.gradient)),
+            num_inner_steps=spent["num_steps"],
             adjoint_residual=jnp.max(at.adjoint_residual),
             **costs,
         )

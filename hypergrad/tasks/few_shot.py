@@ -33,12 +33,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import ClosedForm, Descent
-from ..inner.protocol import InnerSolver
+from ..inner.base import InnerSolver
 from ..problem import Bilevel
+from ..validation import as_key
 from .task import Task
 
 NUM_QUERIES = 15  # of each class
@@ -196,10 +196,10 @@ def accuracy(
     """Share of right answers to the queries of fresh tasks, each adapted to."""
 
     def one(key):
-        support, query = problem.data(key)
-        start = problem.initial(w, alpha)
+        support, query = problem.sample_data(key)
+        start = problem.init_inner(w, alpha)
         adapted, _ = solver.solve(problem.inner_loss, start, alpha, support, key)
-        if problem.start is None:
+        if problem.init_fn is None:
             found = ridge_scores(adapted, alpha, query["x"])
         else:
             found = jax.vmap(scores, (0, 1))(adapted, query["x"])
@@ -381,7 +381,7 @@ def make(
             "imaml": "Rajeswaran et al. 2019 (arXiv 1909.04630)",
         }[variant]
     problem, val, test = (
-        Bilevel(*losses, start=start, draw=draw(part))
+        Bilevel(*losses, init_fn=start, data_fn=draw(part))
         for part in ("train", "val", "test")
     )
     metric = lambda problem: jax.tree_util.Partial(accuracy, solver, problem)

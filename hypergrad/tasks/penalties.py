@@ -18,11 +18,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import Descent
 from ..problem import Bilevel
+from ..validation import as_key
 from .classifier import (
     Score,
     accuracy,
@@ -122,7 +122,7 @@ def log_penalties(w: PyTree, per: str, start: float | Array) -> PyTree:
 def tolerances(
     schedule: str, num_steps: int, first: float = 0.1, least: float = 1e-4
 ) -> Array:
-    """HOAG's decreasing ``rel_err``, one an outer step: ``Implicit(rel_err=...)``.
+    """HOAG's decreasing ``rtol``, one an outer step: ``Implicit(rtol=...)``.
 
     From ``first``, at step k ``1/k²`` of it ('quadratic'), ``1/k³`` ('cubic') or
     ``0.9^(k-1)`` ('exponential'), and never below ``least``.

@@ -28,11 +28,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import LBFGS, Descent
 from ..problem import Bilevel
+from ..validation import as_key
 from . import mlp
 from .task import Task, sizes_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from ..checks import as_key
+from ..validation import as_key
 from .cartpole import make_cartpole
 from .random_walk import make_mrp
 from .task import Task, sizes_of

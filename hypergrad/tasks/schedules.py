@@ -21,12 +21,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..estimators import Reversible
-from ..inner import Descent, windows
+from ..inner import Descent, piecewise_constant_schedule
 from ..problem import Batches, Bilevel
+from ..validation import as_key
 from .classifier import (
     accuracy,
     bound,
@@ -54,9 +54,9 @@ def momentum_descent(
 
     def optimizer(alpha):
         momentum = optax.inject_hyperparams(optax.trace)(
-            decay=windows(alpha["momentum"], num_steps)
+            decay=piecewise_constant_schedule(alpha["momentum"], num_steps)
         )
-        rate: Any = windows(alpha["rate"], num_steps)
+        rate: Any = piecewise_constant_schedule(alpha["rate"], num_steps)
         return optax.chain(momentum, optax.scale_by_learning_rate(rate))
 
     return optimizer
@@ -66,10 +66,10 @@ def momentum_descent(
 def reversible(num_steps: int) -> Reversible:
     """The estimator that runs the same steps back, bit for bit."""
     return Reversible(
-        lambda alpha: windows(alpha["rate"], num_steps),
-        lambda alpha: windows(alpha["momentum"], num_steps),
+        lambda alpha: piecewise_constant_schedule(alpha["rate"], num_steps),
+        lambda alpha: piecewise_constant_schedule(alpha["momentum"], num_steps),
         num_steps,
-        least_momentum=MOMENTA[0],
+        min_momentum=MOMENTA[0],
     )
 
 

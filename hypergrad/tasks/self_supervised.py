@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from ..validation import as_key
 from .classifier import check_data
 from .task import Task
 
@@ -214,7 +214,7 @@ def make(
         problem=Bilevel(
             contrastive_loss,
             probe_error,
-            Batches(parts["train"], BATCH, keyed=True),
+            Batches(parts["train"], BATCH, with_key=True),
             parts["val"],
         ),
         solver=SOLVER,

@@ -8,11 +8,11 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..inner import inner_stats
-from ..inner.descent import iterate
-from ..inner.protocol import InnerStats
-from ..problem import Data, draw, fraction
+from ..inner.base import InnerStats
+from ..inner.descent import run_inner_steps
+from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
-from ..settings import check_steps
+from ..validation import check_positive_int
 
 SOURCE = "Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)"
 
@@ -46,7 +46,7 @@ class SemiGradient(eqx.Module):
     differentiable = True
 
     def __check_init__(self):
-        check_steps("num_steps", self.num_steps)
+        check_positive_int("num_steps", self.num_steps)
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
@@ -66,7 +66,7 @@ class SemiGradient(eqx.Module):
         """One update from the batch drawn with ``key``."""
         del inner_loss
         w, state = carry
-        gradient = jax.grad(self.loss)(w, w, alpha, draw(data, key))
+        gradient = jax.grad(self.loss)(w, w, alpha, sample_batch(data, key))
         updates, state = self.optimizer.update(gradient, state, w)
         return optax.apply_updates(w, updates), state
 
@@ -74,6 +74,6 @@ class SemiGradient(eqx.Module):
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
         """``(w_T, stats)``; same structure as ``w``."""
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
         steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * fraction(data))
+        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import Descent, Newton
 from ..problem import Bilevel
 from ..surrogates import AUC
+from ..validation import as_key
 from . import classifier
 from .classifier import check_data, check_scale, held_out, losses, others
 from .networks import softmax_regression

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
-from ..inner.protocol import InnerSolver
+from ..inner.base import InnerSolver
 from ..minimize import Metric
 from ..problem import Bilevel
 

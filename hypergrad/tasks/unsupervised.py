@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
-from .. import data as datasets
+from .. import datasets as datasets
 from .. import spaces
-from ..checks import as_key
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
+from ..validation import as_key
 from .classifier import check_data
 from .task import Task
 

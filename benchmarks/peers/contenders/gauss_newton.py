@@ -18,7 +18,7 @@ def indefinite(data: Data) -> Flagged:
         each = problems.cross_entropy(scores, batch["y"])
         return jnp.mean(jax.nn.sigmoid(alpha) * each)
 
-    loss = hg.Composition(
+    loss = hg.CompositeLoss(
         outputs=lambda w, alpha, batch: problems.layered(jax.nn.relu, w, batch["x"]),
         cost=cost,
         penalty=lambda w, alpha: (
@@ -26,7 +26,7 @@ def indefinite(data: Data) -> Flagged:
         ),
     )
     problem = problems.cleaning(data)._replace(inner=loss)
-    return flagged(problem, at_w(problem, curvature=loss.gauss_newton))
+    return flagged(problem, at_w(problem, hvp_fn=loss.gauss_newton))
 
 
 WORKS = {"w2-indefinite": indefinite}

@@ -154,7 +154,9 @@ def schedule_forward(data: Data) -> Program:
     """
     problem = problems.schedule(data)
     once, longer = (
-        hypergradient(problem, hg.through(scheduled(problem, times), problem.alpha))
+        hypergradient(
+            problem, hg.unrolled_estimator(scheduled(problem, times), problem.alpha)
+        )
         for times in (1, 10)
     )
     steady = Steady(once.f, *once.arrays)
@@ -172,7 +174,7 @@ def few_shot(data: Data) -> Program:
 
     def f(train, val, w, alpha):
         def one(task):
-            bilevel = hg.Bilevel(problem.inner, problem.outer, *task, start=shared)
+            bilevel = hg.Bilevel(problem.inner, problem.outer, *task, init_fn=shared)
             return hg.hypergradient(bilevel, estimator)(w, alpha).hypergradient
 
         each = jax.lax.map(one, (train, val))

@@ -5,15 +5,14 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ..protocol import Estimate
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...validation import check_optimizer, check_positive_int
+from ..base import Estimate
+from .inner_loops import descend, follow, total_direction
 from .joint import JointState, begin, optimizers
-from .reduction import fractions
-from .shared import check_optimizer, report
-from .steps import descend, follow, total_direction
+from .shared import report
+from .variance_reduction import fractions
 
 
 class AmIGO(eqx.Module):
@@ -25,7 +24,7 @@ class AmIGO(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``w``.
       num_steps: m, of ``w``, static.
-      adjoint_steps: n, of ``v``, static.
+      num_adjoint_steps: n, of ``v``, static.
       adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
 
     Cost: m gradients, n + 1 Hessian-vector products (the last for the cross term) and
@@ -52,35 +51,35 @@ class AmIGO(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    adjoint_steps: int = eqx.field(static=True)
+    num_adjoint_steps: int = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("arbel2022",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "AmIGO(optimizer, m, n)",
-            gradients="m",
-            hvps="n + 1",
+            num_grads="m",
+            num_hvps="n + 1",
             memory="2 w and the optimizers'",
             bias="what w and v lag behind",
-            sees=("losses",),
-            use="ill-conditioned problems where one step of w and v each is too few",
-            avoid="tight budgets: m + 2 n a step",
-            why="SOBA with several steps, warm in w and in the adjoint",
+            alpha_in=("losses",),
+            recommended_for="ill-conditioned problems where one step of w and v each is too few",
+            not_recommended_for="tight budgets: m + 2 n a step",
+            reason="SOBA with several steps, warm in w and in the adjoint",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
         check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
-        check_steps("num_steps", self.num_steps)
-        check_steps("adjoint_steps", self.adjoint_steps)
+        check_positive_int("num_steps", self.num_steps)
+        check_positive_int("num_adjoint_steps", self.num_adjoint_steps)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
@@ -95,27 +94,27 @@ class AmIGO(eqx.Module):
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """Both loops, then the direction at their end."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         of_w, of_v = optimizers(self)
         w, w_optimizer, gradient = descend(
             problem, of_w, state.w, state.w_optimizer, alpha,
             data.inner_data, data.solver_key, self.num_steps,
         )  # fmt: skip
         cross_key, adjoint_key = jax.random.split(data.inner_key)
-        outer_batch = draw(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         v, v_optimizer, residual = follow(
             problem, of_v, w, state.v, state.v_optimizer, alpha, b,
-            data.inner_data, adjoint_key, self.adjoint_steps,
+            data.inner_data, adjoint_key, self.num_adjoint_steps,
         )  # fmt: skip
-        batch = draw(data.inner_data, cross_key)
+        batch = sample_batch(data.inner_data, cross_key)
         direction = total_direction(problem, w, v, alpha, direct, batch)
         inner, outer = fractions(data)
         estimate = report(
             data, value, direction, w,
-            gradient=gradient, residual=residual, b=b, inner_steps=self.num_steps,
+            gradient=gradient, residual=residual, b=b, num_inner_steps=self.num_steps,
             num_grads=inner * self.num_steps,
-            num_hvps=inner * (self.adjoint_steps + 1),
+            num_hvps=inner * (self.num_adjoint_steps + 1),
             num_outer_grads=outer,
         )  # fmt: skip
         return estimate, JointState(w, v, w_optimizer, v_optimizer, None)

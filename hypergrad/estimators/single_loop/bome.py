@@ -6,15 +6,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel
-from ...settings import check_steps
-from ...trees import add_scaled, dot
-from ..protocol import Estimate
-from .reduction import fractions, plain_batches
-from .shared import check_optimizer, move, not_negative, report, start
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...trees import add_scale, vdot
+from ...validation import check_optimizer, check_positive_int, non_negative
+from ..base import Estimate
+from .shared import move, report, start
 from .stocbio import WState
+from .variance_reduction import fractions, plain_batches
 
 
 class BOME(eqx.Module):
@@ -59,34 +58,34 @@ class BOME(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
     eta: Array | float = eqx.field(
-        default=0.5, kw_only=True, converter=not_negative("eta")
+        default=0.5, kw_only=True, converter=non_negative("eta")
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("liu2022",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "BOME(optimizer, m)",
-            gradients="m + 2",
-            hvps="0",
+            num_grads="m + 2",
+            num_hvps="0",
             memory="3 w and the optimizer's",
             bias="what w lags behind",
-            sees=("losses",),
-            use="inner problems with several minima, first derivatives only",
-            avoid="noisy batches: the barrier is a ratio of what they show",
-            why="the value function's constraint as a barrier, nothing to invert",
+            alpha_in=("losses",),
+            recommended_for="inner problems with several minima, first derivatives only",
+            not_recommended_for="noisy batches: the barrier is a ratio of what they show",
+            reason="the value function's constraint as a barrier, nothing to invert",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_steps", self.num_steps)
+        check_positive_int("num_steps", self.num_steps)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: the direction belongs to a move of ``w``."""
         return float("nan")
 
@@ -102,24 +101,24 @@ class BOME(eqx.Module):
         self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, WState]:
         """Both directions, on one batch of either loss, and a step along the first."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         batch, outer_batch = plain_batches(data)
         gradient = jax.grad(problem.inner_loss, argnums=(0, 1))
         w = state.w
 
-        descend = lambda _, y: add_scaled(
+        descend = lambda _, y: add_scale(
             y, -self.step_size, gradient(y, alpha, batch)[0]
         )
         lower = jax.lax.fori_loop(0, self.num_steps, descend, w)
         of_w, of_alpha = gradient(w, alpha, batch)
         _, below = gradient(lower, alpha, batch)
         q = of_w, optax.tree.sub(of_alpha, below)
-        value, *M = problem.outer_gradients(w, alpha, outer_batch)
+        value, *M = problem.outer_value_and_grads(w, alpha, outer_batch)
 
-        square = dot(q, q)
-        excess = self.eta * square - dot(tuple(M), q)
+        square = vdot(q, q)
+        excess = self.eta * square - vdot(tuple(M), q)
         mu = jnp.where(square > 0, excess / jnp.where(square > 0, square, 1), 0)
-        for_w, for_alpha = add_scaled(tuple(M), jnp.maximum(mu, 0), q)
+        for_w, for_alpha = add_scale(tuple(M), jnp.maximum(mu, 0), q)
         w, w_optimizer = move(self.optimizer, for_w, state.w_optimizer, w)
         inner, outer = fractions(data)
         estimate = report(

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...trees import add_scaled, norm, scale
-from ..protocol import Estimate
-from .reduction import fractions
-from .shared import check_optimizer, move, not_negative, report, start
-from .steps import Series
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...trees import add_scale, norm, scale
+from ...validation import check_optimizer, non_negative
+from ..base import Estimate
+from .inner_loops import Series
+from .shared import move, report, start
+from .variance_reduction import fractions
 
 
 class DARTSState(eqx.Module):
@@ -34,7 +34,7 @@ class DARTS(eqx.Module):
 
     ``w± = w ± epsilon b``, ``epsilon = 0.01 / |b|``. With step size 0 it is of first
     order: ``dM/dalpha`` at ``w``, without the indirect term. At the first step ``w``
-    rests (``stats["inner_steps"]`` is 0): there ``alpha`` moves first.
+    rests (``stats["num_inner_steps"]`` is 0): there ``alpha`` moves first.
 
     Args:
       optimizer: optax transformation that moves ``w``.
@@ -65,32 +65,32 @@ class DARTS(eqx.Module):
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     step_size: Array | float | None = eqx.field(
-        default=None, converter=not_negative("step_size", optional=True)
+        default=None, converter=non_negative("step_size", optional=True)
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("liu2019",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "DARTS(optimizer, step_size)",
-            gradients="4",
-            hvps="0",
+            num_grads="4",
+            num_hvps="0",
             memory="3 w and the optimizer's",
             bias="takes H for I / step_size",
-            sees=("losses",),
-            use="architecture search, as published",
-            avoid="where the indirect term counts: its size is a guess",
-            why="one step ahead is cheap and often points the right way",
+            alpha_in=("losses",),
+            recommended_for="architecture search, as published",
+            not_recommended_for="where the indirect term counts: its size is a guess",
+            reason="one step ahead is cheap and often points the right way",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """``|1 - step_size lambda|``: what a step leaves of the adjoint."""
-        return Series(self.step_size or 0.0, 1).error_factor(smallest, largest)
+        return Series(self.step_size or 0.0, 1).error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -104,34 +104,36 @@ class DARTS(eqx.Module):
         self, problem: Bilevel, state: DARTSState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, DARTSState]:
         """The step of ``w`` that follows the last of ``alpha``, and the direction."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         gradient = jax.grad(problem.inner_loss, argnums=(0, 1))
-        outer_batch = draw(data.outer_data, data.outer_key)
-        of_w, _ = gradient(state.w, alpha, draw(data.inner_data, data.solver_key))
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        of_w, _ = gradient(
+            state.w, alpha, sample_batch(data.inner_data, data.solver_key)
+        )
         moved = move(self.optimizer, of_w, state.w_optimizer, state.w)
         begun = state.step > 0  # alpha moves first
         w, w_optimizer = optax.tree.where(begun, moved, (state.w, state.w_optimizer))
 
-        batch = draw(data.inner_data, data.inner_key)
+        batch = sample_batch(data.inner_data, data.inner_key)
         if self.step_size is None:
-            value, _, direction = problem.outer_gradients(w, alpha, outer_batch)
+            value, _, direction = problem.outer_value_and_grads(w, alpha, outer_batch)
             num_grads = 1
         else:
-            ahead = add_scaled(w, -self.step_size, gradient(w, alpha, batch)[0])
-            value, b, direct = problem.outer_gradients(ahead, alpha, outer_batch)
+            ahead = add_scale(w, -self.step_size, gradient(w, alpha, batch)[0])
+            value, b, direct = problem.outer_value_and_grads(ahead, alpha, outer_batch)
             length = norm(b)
             epsilon = 0.01 / jnp.where(length > 0, length, 1)
             plus, minus = (
-                gradient(add_scaled(w, sign * epsilon, b), alpha, batch)[1]
+                gradient(add_scale(w, sign * epsilon, b), alpha, batch)[1]
                 for sign in (1, -1)
             )
             difference = scale(0.5 / epsilon, optax.tree.sub(plus, minus))
-            direction = add_scaled(direct, -self.step_size, difference)
+            direction = add_scale(direct, -self.step_size, difference)
             num_grads = 4
         inner, outer = fractions(data)
         estimate = report(
             data, value, direction, w,
-            gradient=of_w, inner_steps=jnp.where(begun, 1, 0),
+            gradient=of_w, num_inner_steps=jnp.where(begun, 1, 0),
             num_grads=inner * num_grads, num_outer_grads=outer,
         )  # fmt: skip
         return estimate, DARTSState(w, w_optimizer, state.step + 1)

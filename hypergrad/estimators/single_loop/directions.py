@@ -5,7 +5,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ...problem import Bilevel
-from ...products import Loss, hvp_and_cross
+from ...products import Loss, hvp_and_cross_vjp
 
 
 class Point(eqx.Module):
@@ -48,12 +48,12 @@ class Directions(eqx.Module):
 
 def inner(loss: Loss, at: Point, batch: PyTree) -> Inner:
     """All three, for one Hessian-vector product."""
-    return Inner(*hvp_and_cross(loss, at.w, at.alpha, batch, at.v))
+    return Inner(*hvp_and_cross_vjp(loss, at.w, at.alpha, batch, at.v))
 
 
 def outer(problem: Bilevel, at: Point, batch: PyTree) -> Outer:
     """All three, for one outer gradient."""
-    return Outer(*problem.outer_gradients(at.w, at.alpha, batch))
+    return Outer(*problem.outer_value_and_grads(at.w, at.alpha, batch))
 
 
 def combine(inner: Inner, outer: Outer) -> Directions:

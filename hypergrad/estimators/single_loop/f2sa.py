@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ...trees import add_scaled, scale
-from ..protocol import Estimate
-from .reduction import at_step, fractions
-from .shared import check_optimizer, move, positive, report, scheduled, start
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...trees import add_scale, scale
+from ...validation import check_optimizer, check_positive_int, or_schedule, positive
+from ..base import Estimate
+from .shared import move, report, start
+from .variance_reduction import at_step, fractions
 
 
 class F2SAState(eqx.Module):
@@ -67,31 +66,31 @@ class F2SA(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     penalty: Array | float | Callable = eqx.field(
-        kw_only=True, converter=scheduled(positive("penalty"))
+        kw_only=True, converter=or_schedule(positive("penalty"))
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("kwon2023",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "F2SA(optimizer, m, l)",
-            gradients="2 * m + 2",
-            hvps="0",
+            num_grads="2 * m + 2",
+            num_hvps="0",
             memory="2 w and the optimizers'",
             bias="1/l, and what y and z lag behind",
-            sees=("losses",),
-            use="networks whose second derivatives are too dear",
-            avoid="high accuracy: the difference is as noisy as the penalty is large",
-            why="a difference of two gradients in place of the adjoint",
+            alpha_in=("losses",),
+            recommended_for="networks whose second derivatives are too dear",
+            not_recommended_for="high accuracy: the difference is as noisy as the penalty is large",
+            reason="a difference of two gradients in place of the adjoint",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_steps", self.num_steps)
+        check_positive_int("num_steps", self.num_steps)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: ``O(1 / penalty)``, with a constant that the spectrum does not tell."""
         return float("nan")
 
@@ -108,19 +107,19 @@ class F2SA(eqx.Module):
         self, problem: Bilevel, state: F2SAState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, F2SAState]:
         """Both loops, and the direction at their end."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         penalty = at_step(self.penalty, state.step)
         inner_gradient = jax.grad(problem.inner_loss, argnums=(0, 1))
 
         def step(carry, key):
             y, z, of_y, of_z = carry
             for_y, for_z, for_outer = jax.random.split(key, 3)
-            _, b, _ = problem.outer_gradients(
-                y, alpha, draw(data.outer_data, for_outer)
+            _, b, _ = problem.outer_value_and_grads(
+                y, alpha, sample_batch(data.outer_data, for_outer)
             )
-            pull, _ = inner_gradient(y, alpha, draw(data.inner_data, for_y))
-            y, of_y = move(self.optimizer, add_scaled(pull, 1 / penalty, b), of_y, y)
-            gradient, _ = inner_gradient(z, alpha, draw(data.inner_data, for_z))
+            pull, _ = inner_gradient(y, alpha, sample_batch(data.inner_data, for_y))
+            y, of_y = move(self.optimizer, add_scale(pull, 1 / penalty, b), of_y, y)
+            gradient, _ = inner_gradient(z, alpha, sample_batch(data.inner_data, for_z))
             z, of_z = move(self.optimizer, gradient, of_z, z)
             return (y, z, of_y, of_z), gradient
 
@@ -129,11 +128,11 @@ class F2SA(eqx.Module):
         (y, z, of_y, of_z), gradients = jax.lax.scan(step, carry, keys)
 
         keys = jax.random.split(data.inner_key)
-        value, _, direct = problem.outer_gradients(
-            y, alpha, draw(data.outer_data, data.outer_key)
+        value, _, direct = problem.outer_value_and_grads(
+            y, alpha, sample_batch(data.outer_data, data.outer_key)
         )
         of_alpha = [
-            inner_gradient(x, alpha, draw(data.inner_data, key))[1]
+            inner_gradient(x, alpha, sample_batch(data.inner_data, key))[1]
             for x, key in zip((y, z), keys, strict=True)
         ]
         pull = scale(penalty, optax.tree.sub(*of_alpha))
@@ -141,7 +140,7 @@ class F2SA(eqx.Module):
         estimate = report(
             data, value, optax.tree.add(direct, pull), y,
             gradient=jax.tree.map(lambda g: g[0], gradients),
-            inner_steps=self.num_steps,
+            num_inner_steps=self.num_steps,
             num_grads=inner * (2 * self.num_steps + 2),
             num_outer_grads=outer * (self.num_steps + 1),
         )  # fmt: skip

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
 from ...products import hvp
-from ..protocol import Estimate
+from ...validation import check_optimizer, in_unit_interval, or_schedule
+from ..base import Estimate
 from .directions import Point
+from .inner_loops import total_direction
 from .joint import JointState, begin, optimizers
-from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, momentum, move, report
-from .steps import total_direction
+from .shared import move, report
+from .variance_reduction import at_step, fractions, storm
 
 
 class Memory(eqx.Module):
@@ -67,23 +67,23 @@ class FSLA(eqx.Module):
         static=True, default=None
     )
     momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=momentum
+        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("li2022", "cutkosky2019")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "FSLA(optimizer)",
-            gradients="1",
-            hvps="3",
+            num_grads="1",
+            num_hvps="3",
             memory="4 w and the optimizers'",
             bias="what w and v lag behind",
-            sees=("losses",),
-            use="noisy batches, where SOBA's alpha is restless",
-            avoid="tight budgets: SOBA's step costs a third",
-            why="SOBA one after the other, with momentum in alpha",
+            alpha_in=("losses",),
+            recommended_for="noisy batches, where SOBA's alpha is restless",
+            not_recommended_for="tight budgets: SOBA's step costs a third",
+            reason="SOBA one after the other, with momentum in alpha",
         ),
     )
 
@@ -91,7 +91,7 @@ class FSLA(eqx.Module):
         check_optimizer("optimizer", self.optimizer)
         check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
@@ -111,24 +111,26 @@ class FSLA(eqx.Module):
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """Three steps, one after the other."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         of_w, of_v = optimizers(self)
         keys = jax.random.split(data.inner_key, 3)
-        batches = [draw(data.inner_data, key) for key in keys]
+        batches = [sample_batch(data.inner_data, key) for key in keys]
         keys = jax.random.split(data.outer_key)
-        outer_batches = [draw(data.outer_data, key) for key in keys]
+        outer_batches = [sample_batch(data.outer_data, key) for key in keys]
         memory = state.memory
 
         gradient = jax.grad(problem.inner_loss)(state.w, alpha, batches[0])
         w, w_optimizer = move(of_w, gradient, state.w_optimizer, state.w)
 
-        _, b, _ = problem.outer_gradients(w, alpha, outer_batches[0])
+        _, b, _ = problem.outer_value_and_grads(w, alpha, outer_batches[0])
         Hv = hvp(problem.inner_loss, w, alpha, batches[1], state.v)
         residual = optax.tree.sub(Hv, b)
         v, v_optimizer = move(of_v, residual, state.v_optimizer, state.v)
 
         def direction(at):
-            value, _, direct = problem.outer_gradients(at.w, at.alpha, outer_batches[1])
+            value, _, direct = problem.outer_value_and_grads(
+                at.w, at.alpha, outer_batches[1]
+            )
             return value, total_direction(
                 problem, at.w, at.v, at.alpha, direct, batches[2]
             )

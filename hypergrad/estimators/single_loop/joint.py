@@ -6,9 +6,8 @@ import equinox as eqx
 import optax
 from jaxtyping import PyTree
 
-from ...drawn import Drawn
-from ...problem import Bilevel
-from ..protocol import Estimate
+from ...problem import Bilevel, EstimateData
+from ..base import Estimate
 from .directions import Inner, Outer, Point, combine
 from .shared import move, report, start
 
@@ -44,7 +43,7 @@ def advance(
     optimizers: Optimizers,
     state: JointState,
     memory: Any,
-    data: Drawn,
+    data: EstimateData,
     parts: tuple[Inner, Outer],
     **counts: Any,
 ) -> tuple[Estimate, JointState]:

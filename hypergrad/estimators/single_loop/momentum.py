@@ -9,14 +9,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import Drawn, drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ..protocol import Estimate
-from .reduction import at_step, fractions, storm
-from .shared import check_optimizer, momentum, move, not_negative, report, start
-from .steps import Series, total_direction
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...validation import (
+    check_optimizer,
+    check_positive_int,
+    in_unit_interval,
+    non_negative,
+    or_schedule,
+)
+from ..base import Estimate
+from .inner_loops import Series, total_direction
+from .shared import move, report, start
+from .variance_reduction import at_step, fractions, storm
 
 
 class Seen(eqx.Module):
@@ -29,14 +34,14 @@ class Seen(eqx.Module):
 
 
 def look(
-    problem: Bilevel, series: Series, w: PyTree, alpha: PyTree, data: Drawn
+    problem: Bilevel, series: Series, w: PyTree, alpha: PyTree, data: EstimateData
 ) -> Seen:
     """``dL/dw``, ``dM/dalpha - Jᵀ v`` with ``v`` by the series; a key, its batches."""
     batch_key, series_key = jax.random.split(data.inner_key)
-    batch = draw(data.inner_data, batch_key)
-    outer_batch = draw(data.outer_data, data.outer_key)
+    batch = sample_batch(data.inner_data, batch_key)
+    outer_batch = sample_batch(data.outer_data, data.outer_key)
     gradient = jax.grad(problem.inner_loss)(w, alpha, batch)
-    value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+    value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
     v, products = series(problem, w, alpha, b, data.inner_data, series_key)
     direction = total_direction(problem, w, v, alpha, direct, batch)
     return Seen(value, gradient, direction, products)
@@ -72,7 +77,7 @@ def advance(
     key: Array,
 ) -> tuple[Estimate, MomentumState]:
     """Both directions by STORM, the first one plain, and a step of ``w``."""
-    data = drawn(problem, key)
+    data = EstimateData.sample(problem, key)
     new = look(problem, series, state.w, alpha, data)
     old = look(problem, series, *state.last, data)
     momentum = at_step(estimator.momentum, state.step)
@@ -137,37 +142,37 @@ class MRBO(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
     momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=momentum
+        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("yang2021", "cutkosky2019")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "MRBO(optimizer, K)",
-            gradients="2",
-            hvps="2 * K",
+            num_grads="2",
+            num_hvps="2 * K",
             memory="5 w and the optimizer's",
             bias="what w lags behind, q^K",
-            sees=("losses",),
-            use="noisy batches of data that has no end",
-            avoid="tight budgets: everything is computed twice",
-            why="momentum whose lag is corrected on the same batch",
+            alpha_in=("losses",),
+            recommended_for="noisy batches of data that has no end",
+            not_recommended_for="tight budgets: everything is computed twice",
+            reason="momentum whose lag is corrected on the same batch",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_terms", self.num_terms)
+        check_positive_int("num_terms", self.num_terms)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
         series = Series(self.step_size, self.num_terms)
-        return series.error_factor(smallest, largest)
+        return series.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -224,34 +229,34 @@ class SUSTAIN(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
     momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=momentum
+        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("khanduri2021", "cutkosky2019")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "SUSTAIN(optimizer, K)",
-            gradients="2",
-            hvps="K + 1",
+            num_grads="2",
+            num_hvps="K + 1",
             memory="5 w and the optimizer's",
             bias="what w lags behind, q^K",
-            sees=("losses",),
-            use="noisy batches, where MRBO's series is too dear",
-            avoid="small noise: the random length adds its own",
-            why="MRBO with half the products",
+            alpha_in=("losses",),
+            recommended_for="noisy batches, where MRBO's series is too dear",
+            not_recommended_for="small noise: the random length adds its own",
+            reason="MRBO with half the products",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_terms", self.num_terms)
+        check_positive_int("num_terms", self.num_terms)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: a single estimate is as noisy as its length is random."""
         return float("nan")
 

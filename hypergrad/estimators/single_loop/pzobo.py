@@ -6,17 +6,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ...trees import add_scaled, dot, norm, normal, scale
-from ..protocol import Estimate
-from ..spread import standard_error
-from .reduction import fractions
-from .shared import check_optimizer, positive, report, start
-from .steps import descend
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...trees import add_scale, norm, random_like, scale, vdot
+from ...validation import check_optimizer, check_positive_int, positive
+from ..base import Estimate
+from ..error_estimates import standard_error
+from .inner_loops import descend
+from .shared import report, start
 from .stocbio import WState
+from .variance_reduction import fractions
 
 
 class PZOBO(eqx.Module):
@@ -63,28 +62,28 @@ class PZOBO(eqx.Module):
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("sow2022",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "PZOBO(optimizer, m, n)",
-            gradients="(n + 1) * m",
-            hvps="0",
+            num_grads="(n + 1) * m",
+            num_hvps="0",
             memory="n + 1 runs",
             bias="steps before the last m, sigma, and noise",
-            sees=("losses",),
-            use="losses without second derivatives",
-            avoid="many hyperparameters: the noise grows with them",
-            why="the outer loss is differentiated, only the response is sampled",
+            alpha_in=("losses",),
+            recommended_for="losses without second derivatives",
+            not_recommended_for="many hyperparameters: the noise grows with them",
+            reason="the outer loss is differentiated, only the response is sampled",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_steps", self.num_steps)
-        check_steps("num_directions", self.num_directions)
+        check_positive_int("num_steps", self.num_steps)
+        check_positive_int("num_directions", self.num_directions)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: a mean over random directions."""
         return float("nan")
 
@@ -100,7 +99,7 @@ class PZOBO(eqx.Module):
         self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, WState]:
         """All runs, and the direction at the end of the middle one."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
 
         def run(alpha):
             return descend(
@@ -109,13 +108,13 @@ class PZOBO(eqx.Module):
             )  # fmt: skip
 
         w, w_optimizer, gradient = run(alpha)
-        outer_batch = draw(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
 
         def response(key):
-            u = normal(key, alpha)
-            moved = run(add_scaled(alpha, self.sigma, u))[0]
-            slope = dot(optax.tree.sub(moved, w), b) / self.sigma
+            u = random_like(key, alpha)
+            moved = run(add_scale(alpha, self.sigma, u))[0]
+            slope = vdot(optax.tree.sub(moved, w), b) / self.sigma
             return scale(slope, u)
 
         keys = jax.random.split(data.inner_key, self.num_directions)
@@ -127,7 +126,7 @@ class PZOBO(eqx.Module):
         inner, outer = fractions(data)
         estimate = report(
             data, value, direction, w,
-            gradient=gradient, inner_steps=self.num_steps,
+            gradient=gradient, num_inner_steps=self.num_steps,
             num_grads=inner * self.num_steps * (self.num_directions + 1),
             num_outer_grads=outer,
             standard_error=scatter,

@@ -5,14 +5,14 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel
-from ..protocol import Estimate
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...validation import check_optimizer
+from ..base import Estimate
 from .directions import inner, outer
 from .joint import JointState, advance, begin, optimizers, point
-from .reduction import empty, fractions, saga
-from .shared import check_lasting, check_optimizer
+from .shared import check_lasting
+from .variance_reduction import empty, fractions, saga
 
 
 class SABA(eqx.Module):
@@ -63,19 +63,19 @@ class SABA(eqx.Module):
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("dagreou2022", "defazio2014")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "SABA(optimizer)",
-            gradients="0",
-            hvps="1",
+            num_grads="0",
+            num_hvps="1",
             memory="2 w, 2 n w + n N numbers",
             bias="what w and v lag behind",
-            sees=("losses",),
-            use="finite data and small models, where SOBA's noise is the limit",
-            avoid="networks: the table holds a gradient of every example",
-            why="its noise vanishes, so that rates need not fall",
+            alpha_in=("losses",),
+            recommended_for="finite data and small models, where SOBA's noise is the limit",
+            not_recommended_for="networks: the table holds a gradient of every example",
+            reason="its noise vanishes, so that rates need not fall",
         ),
     )
 
@@ -83,7 +83,7 @@ class SABA(eqx.Module):
         check_optimizer("optimizer", self.optimizer)
         check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
@@ -98,8 +98,12 @@ class SABA(eqx.Module):
         at = point(state, alpha)
         parts = jax.eval_shape(
             lambda key: (
-                inner(problem.inner_loss, at, drawn(problem, key).inner_batch()),
-                outer(problem, at, drawn(problem, key).outer_batch()),
+                inner(
+                    problem.inner_loss,
+                    at,
+                    EstimateData.sample(problem, key).inner_batch(),
+                ),
+                outer(problem, at, EstimateData.sample(problem, key).outer_batch()),
             ),
             jax.random.key(0),
         )
@@ -113,7 +117,7 @@ class SABA(eqx.Module):
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """The three directions by both tables, and a step along the first two."""
-        data, at = drawn(problem, key), point(state, alpha)
+        data, at = EstimateData.sample(problem, key), point(state, alpha)
         of_inner, of_outer = state.memory
         look = lambda batch: inner(problem.inner_loss, at, batch)
         inner_parts, of_inner = saga(look, of_inner, data.inner_data, data.inner_key)

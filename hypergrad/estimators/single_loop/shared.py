@@ -1,66 +1,17 @@
 """What single-loop estimators share: their input, their steps, what they report."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ...certificate import UNSEEN
-from ...checks import check_problem, check_seen
-from ...cost import ledger
-from ...drawn import Drawn
-from ...problem import Bilevel, is_keyed
-from ...settings import number
+from ...certificate import NO_GRADIENT_ADVICE
+from ...cost import cost_stats
+from ...problem import Bilevel, EstimateData, is_keyed
+from ...problem_checks import check_alpha_has_gradient, check_problem
 from ...trees import norm
-from ..protocol import Estimate, make_stats
-
-
-def check_optimizer(name: str, given: Any, *, optional: bool = False) -> None:
-    """Refuses what is no optax transformation."""
-    if not (
-        (optional and given is None) or isinstance(given, optax.GradientTransformation)
-    ):
-        raise TypeError(
-            f"{name} must be an optax.GradientTransformation such as "
-            f"optax.sgd(0.1); got {type(given).__name__}"
-        )
-
-
-def positive(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
-    """A converter for a number above 0."""
-    return _within(name, "above 0", lambda x: x > 0, optional=optional)
-
-
-def not_negative(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
-    """A converter for a number of at least 0."""
-    return _within(name, "at least 0", lambda x: x >= 0, optional=optional)
-
-
-def scheduled(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The converter, for a number or a schedule of the step, which is kept as it is."""
-    return lambda value: value if callable(value) else convert(value)
-
-
-def _within(
-    name: str, said: str, holds: Callable, *, optional: bool = False
-) -> Callable[[Any], Any]:
-    to_number = number(name, optional=optional)
-
-    def convert(value: Any) -> Any:
-        value = to_number(value)
-        known = value is not None and not isinstance(value, Tracer)
-        if known and not np.all(holds(np.asarray(value))):
-            raise ValueError(f"{name} must be {said}; got {value!r}")
-        return value
-
-    return convert
-
-
-momentum = scheduled(_within("momentum", "in [0, 1]", lambda x: (x >= 0) & (x <= 1)))
+from ..base import Estimate, make_stats
 
 
 def check_lasting(name: str, why: str, instead: str, problem: Bilevel) -> None:
@@ -71,7 +22,7 @@ def check_lasting(name: str, why: str, instead: str, problem: Bilevel) -> None:
                 f"{name} {why}, and keyed {data} are other examples at each draw; pass "
                 f"arrays, or hg.Batches without keyed, or use {instead}"
             )
-    if problem.draw is not None:
+    if problem.data_fn is not None:
         raise ValueError(
             f"{name} {why}, and a problem with draw has other examples at each "
             f"estimate; pass arrays or hg.Batches as inner_data and outer_data, or use "
@@ -87,8 +38,8 @@ def start(name: str, problem: Bilevel, w: PyTree, alpha: PyTree) -> PyTree:
             "combine them into one function, such as a weighted sum"
         )
     check_problem(problem, w, alpha)
-    check_seen(problem, w, alpha, None, UNSEEN)
-    return problem.initial(w, alpha)
+    check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+    return problem.init_inner(w, alpha)
 
 
 def move(
@@ -100,7 +51,7 @@ def move(
 
 
 def report(
-    data: Drawn,
+    data: EstimateData,
     value: Array,
     direction: PyTree,
     w: PyTree,
@@ -108,7 +59,7 @@ def report(
     gradient: PyTree,
     residual: PyTree = None,
     b: PyTree = None,
-    inner_steps: Array | int = 1,
+    num_inner_steps: Array | int = 1,
     standard_error: Array | float = jnp.nan,
     **counts: Any,
 ) -> Estimate:
@@ -119,18 +70,18 @@ def report(
       value, direction, w: outer value, direction for ``alpha``, inner variable.
       gradient: ``dL/dw``, whose norm is reported.
       residual, b: ``H v - b`` and ``b = dM/dw``, of a step that has a ``v``.
-      inner_steps: of ``w``.
+      num_inner_steps: of ``w``.
       standard_error: of a direction that was sampled.
       counts: of the ledger.
     """
-    costs = ledger(data.inner_data, data.outer_data, **counts)
+    costs = cost_stats(data.inner_data, data.outer_data, **counts)
     if residual is not None:
         left = norm(residual)
         costs["adjoint_residual"] = jnp.where(left == 0, 0.0, left / norm(b))
     stats = make_stats(
         jnp.asarray(False),
-        inner_residual=norm(gradient),
-        inner_steps=inner_steps,
+        inner_grad_norm=norm(gradient),
+        num_inner_steps=num_inner_steps,
         standard_error=standard_error,
         **costs,
     )

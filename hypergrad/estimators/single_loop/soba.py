@@ -4,13 +4,12 @@ import equinox as eqx
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel
-from ..protocol import Estimate
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...validation import check_optimizer
+from ..base import Estimate
 from .joint import JointState, advance, begin, optimizers, point
-from .reduction import fractions, plain
-from .shared import check_optimizer
+from .variance_reduction import fractions, plain
 
 
 class SOBA(eqx.Module):
@@ -60,19 +59,19 @@ class SOBA(eqx.Module):
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("dagreou2022",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "SOBA(optimizer)",
-            gradients="0",
-            hvps="1",
+            num_grads="0",
+            num_hvps="1",
             memory="2 w and the optimizers'",
             bias="what w and v lag behind",
-            sees=("losses",),
-            use="large problems under hg.minimize, mini-batches, w and alpha jointly",
-            avoid="one accurate hypergradient, rates that are hard to choose",
-            why="nothing is solved: w, the adjoint and alpha make one step each",
+            alpha_in=("losses",),
+            recommended_for="large problems under hg.minimize, mini-batches, w and alpha jointly",
+            not_recommended_for="one accurate hypergradient, rates that are hard to choose",
+            reason="nothing is solved: w, the adjoint and alpha make one step each",
         ),
     )
 
@@ -80,7 +79,7 @@ class SOBA(eqx.Module):
         check_optimizer("optimizer", self.optimizer)
         check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
@@ -95,7 +94,7 @@ class SOBA(eqx.Module):
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """The three directions, and a step along the first two."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         parts = plain(problem, point(state, alpha), data)
         inner, outer = fractions(data)
         counts = {"num_hvps": inner, "num_outer_grads": outer}

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel
-from ...settings import check_steps
-from ..protocol import Estimate
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...validation import check_optimizer, check_positive_int
+from ..base import Estimate
 from .joint import JointState, advance, begin, optimizers, point
-from .reduction import Recursion, fractions, plain, spider
-from .shared import check_lasting, check_optimizer
+from .shared import check_lasting
+from .variance_reduction import Recursion, fractions, plain, spider
 
 
 class SRBA(eqx.Module):
@@ -58,28 +57,28 @@ class SRBA(eqx.Module):
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("dagreou2024", "nguyen2017", "fang2018")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "SRBA(optimizer, period)",
-            gradients="0",
-            hvps="2",
+            num_grads="0",
+            num_hvps="2",
             memory="4 w and the optimizers'",
             bias="what w and v lag behind",
-            sees=("losses",),
-            use="finite data, where SABA's table is too large",
-            avoid="data of which a full pass is not affordable",
-            why="its noise stays as small as its steps",
+            alpha_in=("losses",),
+            recommended_for="finite data, where SABA's table is too large",
+            not_recommended_for="data of which a full pass is not affordable",
+            reason="its noise stays as small as its steps",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
         check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
-        check_steps("period", self.period)
+        check_positive_int("period", self.period)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """0: exact where a run at one ``alpha`` settles."""
         return 0.0
 
@@ -93,7 +92,8 @@ class SRBA(eqx.Module):
         state = begin("SRBA", optimizers(self), problem, w, alpha)
         at = point(state, alpha)
         parts = jax.eval_shape(
-            lambda key: plain(problem, at, drawn(problem, key)), jax.random.key(0)
+            lambda key: plain(problem, at, EstimateData.sample(problem, key)),
+            jax.random.key(0),
         )
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
         memory = Recursion(blank, at, jnp.asarray(0))
@@ -105,7 +105,7 @@ class SRBA(eqx.Module):
         self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, JointState]:
         """The three directions, and a step along the first two."""
-        data, at = drawn(problem, key), point(state, alpha)
+        data, at = EstimateData.sample(problem, key), point(state, alpha)
         parts, memory, full = spider(problem, at, state.memory, data, self.period)
         inner, outer = fractions(data)
         return advance(

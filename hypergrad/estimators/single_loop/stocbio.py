@@ -5,14 +5,13 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ..protocol import Estimate
-from .reduction import fractions
-from .shared import check_optimizer, not_negative, report, start
-from .steps import Series, descend, total_direction
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...validation import check_optimizer, check_positive_int, non_negative
+from ..base import Estimate
+from .inner_loops import Series, descend, total_direction
+from .shared import report, start
+from .variance_reduction import fractions
 
 
 class WState(eqx.Module):
@@ -61,35 +60,35 @@ class StocBiO(eqx.Module):
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("ji2021",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "StocBiO(optimizer, m, K)",
-            gradients="m",
-            hvps="K",
+            num_grads="m",
+            num_hvps="K",
             memory="3 w and the optimizer's",
             bias="what m steps leave, q^K",
-            sees=("losses",),
-            use="a robust start: w stays close to the argmin",
-            avoid="tight budgets: m + 2 K a step",
-            why="a series on fresh batches, forgotten after each step",
+            alpha_in=("losses",),
+            recommended_for="a robust start: w stays close to the argmin",
+            not_recommended_for="tight budgets: m + 2 K a step",
+            reason="a series on fresh batches, forgotten after each step",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_steps", self.num_steps)
-        check_steps("num_terms", self.num_terms)
+        check_positive_int("num_steps", self.num_steps)
+        check_positive_int("num_terms", self.num_terms)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
         series = Series(self.step_size, self.num_terms)
-        return series.error_factor(smallest, largest)
+        return series.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -103,22 +102,22 @@ class StocBiO(eqx.Module):
         self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, WState]:
         """Inner steps, then the direction at their end."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         w, w_optimizer, gradient = descend(
             problem, self.optimizer, state.w, state.w_optimizer, alpha,
             data.inner_data, data.solver_key, self.num_steps,
         )  # fmt: skip
         cross_key, series_key = jax.random.split(data.inner_key)
-        outer_batch = draw(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         series = Series(self.step_size, self.num_terms)
         v, products = series(problem, w, alpha, b, data.inner_data, series_key)
-        batch = draw(data.inner_data, cross_key)
+        batch = sample_batch(data.inner_data, cross_key)
         direction = total_direction(problem, w, v, alpha, direct, batch)
         inner, outer = fractions(data)
         estimate = report(
             data, value, direction, w,
-            gradient=gradient, inner_steps=self.num_steps,
+            gradient=gradient, num_inner_steps=self.num_steps,
             num_grads=inner * self.num_steps,
             num_hvps=inner * (products + 1),
             num_outer_grads=outer,

@@ -5,15 +5,14 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import drawn
-from ...guide import Guide
-from ...problem import Bilevel, draw
-from ...settings import check_steps
-from ..protocol import Estimate
-from .reduction import fractions
-from .shared import check_optimizer, not_negative, report, start
-from .steps import Series, descend, total_direction
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, sample_batch
+from ...validation import check_optimizer, check_positive_int, non_negative
+from ..base import Estimate
+from .inner_loops import Series, descend, total_direction
+from .shared import report, start
 from .stocbio import WState
+from .variance_reduction import fractions
 
 
 class TTSA(eqx.Module):
@@ -56,31 +55,31 @@ class TTSA(eqx.Module):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("hong2023",)
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "TTSA(optimizer, K)",
-            gradients="1",
-            hvps="(K + 1) / 2",
+            num_grads="1",
+            num_hvps="(K + 1) / 2",
             memory="2 w and the optimizer's",
             bias="what w lags behind, q^K",
-            sees=("losses",),
-            use="a baseline: the first single loop with a rate",
-            avoid="anything else: its series is noisy",
-            why="two timescales, nothing kept but w",
+            alpha_in=("losses",),
+            recommended_for="a baseline: the first single loop with a rate",
+            not_recommended_for="anything else: its series is noisy",
+            reason="two timescales, nothing kept but w",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
-        check_steps("num_terms", self.num_terms)
+        check_positive_int("num_terms", self.num_terms)
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """NaN: a single estimate is as noisy as its length is random."""
         return float("nan")
 
@@ -96,17 +95,17 @@ class TTSA(eqx.Module):
         self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, WState]:
         """A step, then the direction there."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         w, w_optimizer, gradient = descend(
             problem, self.optimizer, state.w, state.w_optimizer, alpha,
             data.inner_data, data.solver_key, 1,
         )  # fmt: skip
         cross_key, series_key = jax.random.split(data.inner_key)
-        outer_batch = draw(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_gradients(w, alpha, outer_batch)
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         series = Series(self.step_size, self.num_terms, random=True)
         v, products = series(problem, w, alpha, b, data.inner_data, series_key)
-        batch = draw(data.inner_data, cross_key)
+        batch = sample_batch(data.inner_data, cross_key)
         direction = total_direction(problem, w, v, alpha, direct, batch)
         inner, outer = fractions(data)
         estimate = report(

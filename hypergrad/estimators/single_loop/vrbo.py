@@ -6,15 +6,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...drawn import Drawn, drawn
-from ...guide import Guide
-from ...problem import Bilevel, undrawn
-from ...settings import check_steps
-from ..protocol import Estimate
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData, without_sampling
+from ...validation import check_optimizer, check_positive_int, non_negative
+from ..base import Estimate
+from .inner_loops import Series
 from .momentum import look
-from .reduction import fractions, storm
-from .shared import check_lasting, check_optimizer, move, not_negative, report, start
-from .steps import Series
+from .shared import check_lasting, move, report, start
+from .variance_reduction import fractions, storm
 
 
 class VRBOState(eqx.Module):
@@ -43,7 +42,7 @@ class VRBO(eqx.Module):
     Args:
       optimizer: optax transformation that moves ``w``.
       num_steps: m, inner steps of an outer one, static. The first outer step makes
-        none (``stats["inner_steps"]`` is 0): there ``alpha`` moves first.
+        none (``stats["num_inner_steps"]`` is 0): there ``alpha`` moves first.
       num_terms: K of the series, static.
       period: q, steps from one full pass to the next, static.
       step_size: of the series, at most ``1 / lambda_max``; data.
@@ -78,35 +77,35 @@ class VRBO(eqx.Module):
     num_terms: int = eqx.field(static=True)
     period: int = eqx.field(static=True, kw_only=True)
     step_size: Array | float = eqx.field(
-        kw_only=True, converter=not_negative("step_size")
+        kw_only=True, converter=non_negative("step_size")
     )
 
     target = "argmin"
-    single_loop = True
+    is_single_loop = True
     citations = ("yang2021", "nguyen2017", "fang2018")
-    guide = (
-        Guide(
+    summary = (
+        MethodSummary(
             "VRBO(optimizer, m, K, period)",
-            gradients="2 * m",
-            hvps="2 * m * K",
+            num_grads="2 * m",
+            num_hvps="2 * m * K",
             memory="5 w and the optimizer's",
             bias="what w lags behind, q^K",
-            sees=("losses",),
-            use="high accuracy on finite data",
-            avoid="tight budgets: the dearest step of its family",
-            why="SARAH's recursion in w and alpha, begun anew by full passes",
+            alpha_in=("losses",),
+            recommended_for="high accuracy on finite data",
+            not_recommended_for="tight budgets: the dearest step of its family",
+            reason="SARAH's recursion in w and alpha, begun anew by full passes",
         ),
     )
 
     def __check_init__(self):
         check_optimizer("optimizer", self.optimizer)
         for name in ("num_steps", "num_terms", "period"):
-            check_steps(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
 
-    def error_factor(self, smallest: float, largest: float) -> float:
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
         """``q^K``: what K terms leave of the adjoint."""
         series = Series(self.step_size, self.num_terms)
-        return series.error_factor(smallest, largest)
+        return series.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -123,12 +122,12 @@ class VRBO(eqx.Module):
         self, problem: Bilevel, state: VRBOState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, VRBOState]:
         """Inner steps at ``alpha``, but for the first time, and the last direction."""
-        data = drawn(problem, key)
+        data = EstimateData.sample(problem, key)
         series = Series(self.step_size, self.num_terms)
 
         def full(state: VRBOState) -> VRBOState:
-            every = Drawn(
-                undrawn(data.inner_data), undrawn(data.outer_data),
+            every = EstimateData(
+                without_sampling(data.inner_data), without_sampling(data.outer_data),
                 data.solver_key, data.inner_key, data.outer_key,
             )  # fmt: skip
             seen = look(problem, series, state.w, alpha, every)
@@ -139,7 +138,7 @@ class VRBO(eqx.Module):
                 (directions, (state.w, alpha)),
             )
 
-        def inner_steps(state: VRBOState) -> VRBOState:
+        def num_inner_steps(state: VRBOState) -> VRBOState:
             def step(state, key):
                 inner_key, outer_key = jax.random.split(key)
                 keys = lambda d: (d.inner_key, d.outer_key)
@@ -163,15 +162,15 @@ class VRBO(eqx.Module):
             return jax.lax.scan(step, state, keys)[0]
 
         begun, due = state.step > 0, state.step % self.period == 0
-        state = jax.lax.cond(begun, inner_steps, lambda state: state, state)
+        state = jax.lax.cond(begun, num_inner_steps, lambda state: state, state)
         state = jax.lax.cond(due, full, lambda state: state, state)
-        value = problem.outer(state.w, alpha, data.outer_batch())
+        value = problem.outer_value(state.w, alpha, data.outer_batch())
         inner, outer = fractions(data)
         many = jnp.where(begun, 2.0 * self.num_steps, 0.0)
         estimate = report(
             data, value, state.directions[1], state.w,
             gradient=state.directions[0],
-            inner_steps=jnp.where(begun, self.num_steps, 0),
+            num_inner_steps=jnp.where(begun, self.num_steps, 0),
             num_grads=many * inner + due,
             num_hvps=self.num_terms * (many * inner + due),
             num_outer_grads=many * outer + due,

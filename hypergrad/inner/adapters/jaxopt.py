@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ...problem import Data, draw, fraction, whole
+from ...problem import Data, batch_fraction, full_batch, sample_batch
 from ...products import Loss
-from ...settings import check_steps
-from ..descent import Descent, iterate
-from ..protocol import InnerStats, inner_stats
+from ...validation import check_positive_int
+from ..base import InnerStats, inner_stats
+from ..descent import Descent, run_inner_steps
 from .shared import BOUND, cast_like, explained
 
 _PROX = (
@@ -160,7 +160,7 @@ def _check_jaxopt(solver: Any) -> str:
                 "jaxopt.OptaxSolver does not pass the loss value that the line search "
                 "of this optax transformation needs; use hg.Descent or hg.LBFGS"
             ) from error
-    check_steps("maxiter", solver.maxiter, least=0)
+    check_positive_int("maxiter", solver.maxiter, minimum=0)
     return name
 
 
@@ -207,7 +207,7 @@ class JaxoptLoop(eqx.Module):
         """``(w, jaxopt's state)``."""
         w = _one_dtype(w)
         solver = _with_loss(self.solver, inner_loss, jit=False)
-        return w, solver.init_state(w, alpha, draw(data, key))
+        return w, solver.init_state(w, alpha, sample_batch(data, key))
 
     def step(
         self,
@@ -219,7 +219,7 @@ class JaxoptLoop(eqx.Module):
     ) -> tuple[PyTree, PyTree]:
         """One jaxopt update on a batch drawn with ``key``."""
         solver = _with_loss(self.solver, inner_loss, jit=False)
-        w, state = solver.update(*carry, alpha, draw(data, key))
+        w, state = solver.update(*carry, alpha, sample_batch(data, key))
         # jaxopt's stopping criterion is a norm, whose derivative at 0 is NaN.
         state = state._replace(error=jax.lax.stop_gradient(state.error))
         return cast_like((w, state), carry)
@@ -228,9 +228,9 @@ class JaxoptLoop(eqx.Module):
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
         """``(w after maxiter steps, stats)``; same structure and dtypes as ``w``."""
-        w, _ = iterate(self, inner_loss, w, alpha, data, key)
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
         steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * fraction(data))
+        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))
 
 
 class JaxoptRun(eqx.Module):
@@ -276,7 +276,7 @@ class JaxoptRun(eqx.Module):
         # unroll=False is the while loop; "auto" would scan over all of maxiter.
         solver = _with_loss(self.solver, inner_loss, jit=True, unroll=False)
         with explained("jaxopt", w):
-            found, state = solver.run(w, alpha, whole(data, key))
+            found, state = solver.run(w, alpha, full_batch(data, key))
         return cast_like(found, w), _spent(state)
 
 

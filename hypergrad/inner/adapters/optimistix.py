@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ...problem import Data, whole
+from ...problem import Data, full_batch
 from ...products import Loss
-from ...settings import check_steps
-from ..protocol import InnerStats, inner_stats
+from ...validation import check_positive_int
+from ..base import InnerStats, inner_stats
 from .shared import BOUND, cast_like, explained
 
 OPTIMISTIX = {
@@ -68,7 +68,7 @@ def from_optimistix(solver: Any, max_steps: int | None = 256) -> "Optimistix":
     for name, why in OPTIMISTIX.items():
         if isinstance(inmost, getattr(optimistix, name)):
             raise TypeError(f"optimistix.{name} {why}; optimistix.BFGS will do")
-    check_steps("max_steps", max_steps, optional=True)
+    check_positive_int("max_steps", max_steps, optional=True)
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic)
     arrays, rest = eqx.partition(solver, is_array)
     return Optimistix(arrays, rest, max_steps)
@@ -118,7 +118,7 @@ class Optimistix(eqx.Module):
                 _Objective(inner_loss),
                 eqx.combine(self.arrays, self.rest),
                 w,
-                (alpha, whole(data, key)),
+                (alpha, full_batch(data, key)),
                 max_steps=self.max_steps,
                 adjoint=_undifferentiated(),
                 throw=False,

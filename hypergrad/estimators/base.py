@@ -1,0 +1,229 @@
+"""What an estimator is, what it returns, and the reasons not to trust an estimate."""
+
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from ..problem import Bilevel
+from ..trees import PrettyModule, all_finite
+
+STATS = (
+    "inner_grad_norm",
+    "num_inner_steps",
+    "adjoint_residual",
+    "ritz_min",
+    "ritz_max",
+    "error_estimate",
+    "standard_error",
+    "distance_to_implicit",
+    "num_grads",
+    "num_hvps",
+    "num_values",
+    "num_outer_grads",
+    "num_outer_values",
+    "num_examples",
+    "gradient_equivalents",
+)
+
+#: The sentence for each flag of the library. A flag that is not listed here, such as one
+#: of a third party's estimator, is its own sentence.
+REASONS = {
+    "not_finite": "a value or a derivative is not finite",
+    "adjoint_residual": "the linear solve did not converge: adjoint_residual > 1e-2",
+    "inner_error": (
+        "w is too far from a stationary point of the inner loss: its distance changes "
+        "the hypergradient by more than 1e-2"
+    ),
+    "negative_curvature": (
+        "the inner Hessian has negative curvature, so w is not a minimum"
+    ),
+    "tolerance": "the error estimate is above the tolerance",
+    "certificate": "the certificate does not confirm the estimate",
+    "other_curvature": (
+        "hvp_fn stands for the Hessian, whose spectrum is therefore unknown; use "
+        "certify=True"
+    ),
+    "truncated": "only the last inner steps were differentiated",
+    "precision": "rounding may have spoilt the estimate",
+    "single_step": (
+        "one step of a single-loop method does not solve the inner problem; use "
+        "certify_every of hg.OuterLoop"
+    ),
+    "random": "the estimate is a random sample whose bias is not measured",
+    "biased": "the bias of this estimator is not measured; use certify=True",
+    "not_stated": "the estimator reports trusted=False and gives no reason",
+    "unchecked": "the estimator does not check its estimates",
+}
+
+
+class Estimate(PrettyModule):
+    """A hypergradient estimate and its diagnostics.
+
+    Attributes:
+      value: Outer value at ``w``: a scalar, or ``[K]`` for K outer losses.
+      hypergradient: Structured like ``alpha``; with K outer losses each leaf has a
+        leading axis of size K.
+      w: Inner solution at which the hypergradient was evaluated.
+      stats: Scalar diagnostics, with the same keys for every estimator of this package;
+        a statistic that does not apply is NaN.
+
+        - ``inner_grad_norm``: ``||dL/dw||`` at ``w``.
+        - ``num_inner_steps``: Number of inner steps.
+        - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses.
+        - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``.
+        - ``error_estimate``: Estimated relative error of the hypergradient.
+        - ``standard_error``: Relative standard error of a hypergradient that was
+          sampled.
+        - ``distance_to_implicit``: Relative distance to the derivative at the argmin.
+        - ``num_grads``, ``num_hvps``, ``num_values``, ``num_outer_grads``,
+          ``num_outer_values``, ``num_examples``, ``gradient_equivalents``: The cost.
+        - ``trusted``: The same as the attribute.
+      flags: ``{name: bool}``, one per check of the estimator; True if it failed.
+
+    >>> import hypergrad as hg
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: w**2
+    >>> estimator = hg.Implicit(hg.Newton())
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 3.0)
+    >>> float(estimate.value), float(estimate.hypergradient)
+    (9.0, 6.0)
+    >>> bool(estimate.trusted), estimate.reasons
+    (True, ())
+    """
+
+    value: Array
+    hypergradient: PyTree
+    w: PyTree
+    stats: dict[str, Array] = eqx.field(default_factory=dict)
+    flags: dict[str, Array] = eqx.field(default_factory=dict)
+
+    @property
+    def trusted(self) -> Array:
+        """True if every check of the estimator passed; False if it has none."""
+        if self.flags:
+            return ~jnp.any(jnp.stack(jnp.broadcast_arrays(*self.flags.values())), 0)
+        return jnp.asarray(self.stats.get("trusted", False))
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the estimate is not trusted, in words; empty if it is trusted."""
+        flags = normalize_flags(self.stats, self.flags)
+        if any(isinstance(x, Tracer) or np.ndim(x) for x in flags.values()):
+            raise ValueError(
+                "reasons needs a single concrete estimate; got one inside jit or a "
+                "batch. Use the boolean arrays in flags there."
+            )
+        return tuple(REASONS.get(name, name) for name in sorted(flags) if flags[name])
+
+
+class Estimator(Protocol):
+    """Turns a problem into hypergradients, carrying an explicit state between calls.
+
+    An estimator needs `init` and `estimate`. An `Estimate` needs ``value``,
+    ``hypergradient`` and ``w``; missing statistics become NaN, and an estimate without
+    ``flags`` or ``stats["trusted"]`` is not trusted. The library uses these further
+    attributes if they exist:
+
+    - ``target``: The derivative that is estimated: 'argmin' (default), at the
+      stationary point of the inner loss, or 'solver', of the finite procedure that the
+      inner solver is.
+    - ``is_single_loop``: True if an estimate makes one step of ``w`` and only a run of
+      them in `minimize` is meaningful. Defaults to False.
+    - ``error_bound(eig_min, eig_max) -> float``: Relative error of the adjoint that the
+      method admits on a Hessian with eigenvalues in that interval, or NaN if unknown.
+      `hypergrad.testing.check_estimator` requires it.
+    - ``refine(problem, state, alpha, key)``: Like `estimate`, but repeats the estimate
+      that left ``state`` with more work, for ``on_untrusted="refine"``.
+    - ``num_samples``: Number of samples of the problem's data in one estimate.
+    - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
+    - ``summary``: Tuple of `MethodSummary`, its rows in the guide.
+    """
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> Any:
+        """Returns the first state; raises an error for a problem it cannot handle."""
+        ...
+
+    def estimate(
+        self, problem: Bilevel, state: Any, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, Any]:
+        """Returns ``(estimate, next_state)``; pure, and usable inside ``jit``."""
+        ...
+
+
+def get_target(estimator: Any) -> str:
+    """Returns what an estimator differentiates: 'argmin' or 'solver'."""
+    return getattr(estimator, "target", "argmin")
+
+
+def make_estimate(
+    value: Array,
+    hypergradient: PyTree,
+    w: PyTree,
+    flags: dict[str, Any],
+    **stats: Any,
+) -> Estimate:
+    """Returns an estimate with all of `STATS`, NaN for those that are not given.
+
+    Args:
+      value, hypergradient, w: As in `Estimate`.
+      flags: ``{name: bool}``, True if a check failed. Write a check as
+        ``~(statistic <= tolerance)``, so that it fails for NaN.
+      stats: Some of `STATS`.
+    """
+    flags = {name: jnp.asarray(flag) for name, flag in flags.items()}
+    estimate = Estimate(value, hypergradient, w, make_stats(**stats), flags)
+    estimate.stats["trusted"] = estimate.trusted
+    return estimate
+
+
+def make_stats(trusted: Any = None, **stats: Any) -> dict[str, Array]:
+    """Returns all of `STATS` as float scalars, NaN for those that are not given."""
+    if unknown := set(stats) - set(STATS):
+        raise KeyError(f"stats must be among {STATS}; got {sorted(unknown)}.")
+    stats = {name: jnp.asarray(stats.get(name, jnp.nan), dtype=float) for name in STATS}
+    # Until every estimator states flags.
+    return stats if trusted is None else stats | {"trusted": jnp.asarray(trusted)}
+
+
+def normalize_estimate(estimate: Estimate) -> Estimate:
+    """Returns the estimate with all statistics, flags and a finite-value check.
+
+    Estimates of third parties may lack any of them. Statistics of their own are kept.
+    """
+    flags = normalize_flags(estimate.stats, estimate.flags)
+    if not estimate.flags:
+        flags["not_finite"] = ~all_finite(estimate.value, estimate.hypergradient)
+    known = {name: x for name, x in estimate.stats.items() if name in STATS}
+    own = {
+        name: jnp.asarray(x)
+        for name, x in estimate.stats.items()
+        if name not in STATS and name != "trusted"
+    }
+    flags = {name: jnp.asarray(flag, dtype=bool) for name, flag in flags.items()}
+    estimate = Estimate(
+        jnp.asarray(estimate.value),
+        jax.tree.map(jnp.asarray, estimate.hypergradient),
+        jax.tree.map(jnp.asarray, estimate.w),
+        make_stats(**known) | own,
+        flags,
+    )
+    estimate.stats["trusted"] = estimate.trusted
+    return estimate
+
+
+def normalize_flags(
+    stats: dict[str, Array], flags: dict[str, Array]
+) -> dict[str, Array]:
+    """Returns the flags, or the one that stands for an estimator that sets none."""
+    if flags:
+        return dict(flags)
+    if "trusted" in stats:
+        return {"not_stated": ~jnp.asarray(stats["trusted"], dtype=bool)}
+    return {"unchecked": jnp.asarray(True)}

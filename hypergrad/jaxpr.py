@@ -1,0 +1,51 @@
+"""Dependence of a function's results on its inputs, read from its jaxpr."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import partial_eval
+from jaxtyping import PyTree
+
+from .products import Loss
+
+
+def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:
+    """Returns, for each leaf of ``args``, whether ``f`` uses it."""
+    closed_jaxpr = jax.make_jaxpr(f)(*args)
+    all_outputs = [True] * len(closed_jaxpr.jaxpr.outvars)
+    return partial_eval.dce_jaxpr(closed_jaxpr.jaxpr, all_outputs)[1]
+
+
+def unused_leaves(f: Callable[[PyTree], Any], alpha: PyTree) -> list[str]:
+    """Returns the names of the leaves of ``alpha`` that ``f(alpha)`` does not use."""
+    paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
+    return [
+        f"alpha{jax.tree_util.keystr(path)}"
+        for path, is_used in zip(paths, used_inputs(f, alpha), strict=True)
+        if not is_used
+    ]
+
+
+def uses_w(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:
+    """Returns True if the loss uses any leaf of ``w``."""
+    return any(used_inputs(loss, w, alpha, batch)[: len(jax.tree.leaves(w))])
+
+
+def alpha_has_gradient(
+    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree
+) -> Sequence[bool]:
+    """Returns, for each leaf of ``alpha``, whether a derivative of the loss reaches it.
+
+    The derivative by a leaf that only `jax.lax.stop_gradient` or a comparison sees does
+    not depend on the cotangent of the loss.
+    """
+
+    def transposed(w, alpha, batch, cotangent):
+        return jax.vjp(lambda alpha: loss(w, alpha, batch), alpha)[1](cotangent)
+
+    cotangent = jax.eval_shape(loss, w, alpha, batch)
+    jaxpr = jax.make_jaxpr(transposed)(w, alpha, batch, cotangent).jaxpr
+    num_outputs = len(jaxpr.outvars)
+    only = lambda i: [i == j for j in range(num_outputs)]
+    return [partial_eval.dce_jaxpr(jaxpr, only(i))[1][-1] for i in range(num_outputs)]

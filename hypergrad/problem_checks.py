@@ -1,0 +1,237 @@
+"""Checks of a problem by its shapes and jaxprs, made before anything is compiled."""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .jaxpr import alpha_has_gradient, unused_leaves, used_inputs
+from .problem import Bilevel, full_batch, sample_batch
+from .validation import (
+    KEY_SHAPE,
+    check_same_structure,
+    check_solver,
+    raise_with_context,
+)
+
+SOLVER_STATS = {"num_steps", "num_grads", "num_hvps", "num_values"}
+
+
+def check_problem_type(problem: Any) -> None:
+    """Raises TypeError unless the object is a `Bilevel`."""
+    if not isinstance(problem, Bilevel):
+        raise TypeError(
+            "problem must be hg.Bilevel(inner_loss, outer_loss, inner_data, "
+            f"outer_data); got {type(problem).__name__}."
+        )
+
+
+def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> None:
+    """Checks that losses return scalars and that solvers keep the structure of ``w``.
+
+    Args:
+      problem: The problem.
+      w, alpha: Inner and outer variables as given to an estimator; only their shapes
+        are used.
+      solvers: The inner solver, if there is one.
+    """
+    key = jax.random.key(0)
+    inner_data, outer_data = problem.sample_data(key)
+    # A lambda, because JAX compares bound methods by value, data included.
+    init = jax.eval_shape(lambda w, alpha: problem.init_inner(w, alpha), w, alpha)
+    check_same_structure("init_fn", init, w)
+    inner_batch = jax.eval_shape(lambda: sample_batch(inner_data, key))
+    outer_batch = jax.eval_shape(lambda: full_batch(outer_data, key))
+    check_scalar_loss("inner_loss", problem.inner_loss, w, alpha, inner_batch)
+    losses = problem.outer_loss
+    for loss in losses if isinstance(losses, tuple) else (losses,):
+        check_scalar_loss("outer_loss", loss, w, alpha, outer_batch)
+    for solver in solvers:
+        _check_solve(problem, init, w, alpha, solver, inner_data, key)
+
+
+def check_scalar_loss(
+    name: str, loss: Any, w: PyTree, alpha: PyTree, batch: PyTree
+) -> None:
+    """Raises ValueError or TypeError unless a loss returns one float."""
+    try:
+        out = jax.eval_shape(loss, w, alpha, batch)
+    except Exception as error:
+        shapes = jax.tree.map(
+            lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", (w, alpha, batch)
+        )
+        context = f"while evaluating {name}(w, alpha, batch) on shapes {shapes}"
+        if isinstance(error, KeyError):
+            raise ValueError(
+                f"{name} reads the key {error}, which its arguments lack, {context}."
+            ) from error
+        if batch is None:
+            context += "; no data was given, which hg.Bilevel takes after the losses"
+        raise_with_context(error, f"{context}, which must fit each other")
+    if not (hasattr(out, "shape") and out.shape == ()):
+        shape = jax.tree.map(lambda x: tuple(x.shape), out)
+        remedy = "Take a mean or a sum"
+        if name == "outer_loss":
+            remedy += ", or pass a tuple of functions for several outer losses"
+        raise ValueError(f"{name} must return a scalar; got shape {shape}. {remedy}.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must return a float; got {out.dtype}, which has no derivative. "
+            "Use a smooth surrogate for an accuracy that is counted with ==."
+        )
+
+
+def _check_solve(problem, init, w, alpha, solver, inner_data, key) -> None:
+    check_solver(solver)
+    solve = lambda w, alpha, data: solver.solve(problem.inner_loss, w, alpha, data, key)
+    name = f"{type(solver).__name__}.solve"
+    result = eqx.filter_eval_shape(solve, init, alpha, inner_data)
+    remedy = (
+        "Make the statistics with hypergrad.inner.inner_stats(num_steps, num_grads, "
+        "num_hvps, num_values)."
+    )
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"{name} must return the pair (w, stats); got {result}. {remedy}"
+        )
+    new_w, stats = result
+    check_same_structure(name, new_w, w)
+    if missing := SOLVER_STATS - set(stats):
+        raise ValueError(
+            f"{name} must report the statistics {sorted(SOLVER_STATS)}; "
+            f"{sorted(missing)} are missing. {remedy}"
+        )
+
+
+# Hyperparameters on which a result cannot depend.
+
+
+def check_alpha_has_gradient(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    has_other_gradient: Sequence[bool] | None,
+    advice: str,
+) -> None:
+    """Raises ValueError for a leaf of ``alpha`` that no derivative can reach.
+
+    The hypergradient by such a leaf is unknown to the estimator; it is not zero.
+
+    Args:
+      problem: The problem.
+      w, alpha: Inner and outer variables; only their shapes are used.
+      has_other_gradient: For each leaf of ``alpha``, whether the estimator
+        differentiates it by another way than the losses. None means that it does not.
+      advice: Continues the error message.
+    """
+    key = jax.random.key(0)
+    inner_data, outer_data = problem.sample_data(key)
+    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
+    has_gradient = list(has_other_gradient or [False] * len(jax.tree.leaves(alpha)))
+    for loss, batch in (
+        (problem.inner_loss, sample_batch(inner_data, key)),
+        (outer_value, full_batch(outer_data, key)),
+    ):
+        in_loss = alpha_has_gradient(loss, w, alpha, batch)
+        has_gradient = list(map(operator.or_, has_gradient, in_loss))
+    paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
+    unreached = [
+        f"alpha{jax.tree_util.keystr(path)}"
+        for path, is_reached in zip(paths, has_gradient, strict=True)
+        if not is_reached
+    ]
+    if unreached:
+        raise ValueError(
+            f"neither loss depends on {', '.join(unreached)} (or only through "
+            f"stop_gradient), {advice}."
+        )
+
+
+def check_alpha_is_used(value_fn: Any, alpha: PyTree) -> None:
+    """Raises ValueError for a leaf of ``alpha`` that ``value_fn(alpha)`` ignores."""
+    if names := unused_leaves(value_fn, alpha):
+        raise ValueError(
+            f"neither the losses nor the solver nor init_fn depend on "
+            f"{', '.join(names)}, so that all of its values are equally good. Remove "
+            "it from the space, or use it."
+        )
+
+
+def solver_uses_alpha(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree, data: PyTree
+) -> Sequence[bool]:
+    """Returns which leaves an iterative solver uses besides the loss, such as rates."""
+    constant = jax.tree.map(jnp.zeros_like, alpha)
+    loss = lambda w, _, batch: problem.inner_loss(w, constant, batch)
+    init_key, step_key = jax.random.split(jax.random.key(0))
+
+    def step(alpha):
+        carry = solver.init(loss, w, alpha, data, init_key)
+        return solver.step(loss, carry, alpha, data, step_key)
+
+    return used_inputs(step, alpha)
+
+
+def init_uses_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
+    """Returns which leaves of ``alpha`` the problem's ``init_fn`` uses."""
+    return used_inputs(lambda alpha: problem.init_inner(w, alpha), alpha)
+
+
+# Estimators on shapes.
+
+
+def check_init(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Runs ``estimator.init`` on shapes, once per structure of its arguments."""
+    _call_on_shapes(_check_init, estimator, problem, w, alpha)
+
+
+def can_be_trusted(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> bool:
+    """Returns False if an estimator reports ``trusted=False`` whatever its inputs are.
+
+    The answer is read from the jaxpr of an estimate.
+    """
+    return _call_on_shapes(_can_be_trusted, estimator, problem, w, alpha)
+
+
+def _call_on_shapes(cached_fn: Any, *args: PyTree) -> Any:
+    """Calls a cached function with the structure and shapes of its arguments."""
+    arrays, static = eqx.partition(args, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    static_leaves, static_structure = jax.tree.flatten(static)
+    cache_key = (structure, shapes, static_structure, tuple(static_leaves))
+    try:
+        hash(cache_key)
+    except TypeError:
+        return cached_fn.__wrapped__(*cache_key)
+    return cached_fn(*cache_key)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_init(structure, shapes, static_structure, static_leaves) -> None:
+    static = jax.tree.unflatten(static_structure, static_leaves)
+
+    def init(leaves, key):
+        arrays = jax.tree.unflatten(structure, leaves)
+        estimator, problem, w, alpha = eqx.combine(arrays, static)
+        estimator.init(problem, w, alpha, key)
+
+    jax.eval_shape(init, shapes, KEY_SHAPE)
+
+
+@functools.lru_cache(maxsize=256)
+def _can_be_trusted(structure, shapes, static_structure, static_leaves) -> bool:
+    static = jax.tree.unflatten(static_structure, static_leaves)
+
+    def is_trusted(leaves, key):
+        arrays = jax.tree.unflatten(structure, leaves)
+        estimator, problem, w, alpha = eqx.combine(arrays, static)
+        state = estimator.init(problem, w, alpha, key)
+        return estimator.estimate(problem, state, alpha, key)[0].stats["trusted"]
+
+    return any(used_inputs(is_trusted, shapes, KEY_SHAPE))

@@ -1,0 +1,1 @@
+"""Devices, processes and files: how programs run and how results reach the disk."""

@@ -1,0 +1,294 @@
+"""Checks and conversions of arguments, made before anything is traced.
+
+Structure is checked by shapes. Values are checked only where they are concrete, so that
+the same entry points work inside `jax.jit` and `jax.vmap`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from .runtime.devices import needs_gather
+
+KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
+
+
+# Trees of arrays.
+
+
+def as_input_arrays(
+    w: PyTree, alpha: PyTree, *, differentiable: bool = True
+) -> tuple[PyTree, PyTree]:
+    """Returns ``w`` and ``alpha`` as arrays.
+
+    Raises:
+      TypeError: A leaf of ``w`` is not floating-point, or one of ``alpha`` if
+        ``differentiable``.
+      ValueError: A concrete leaf contains NaN, or a tree has no leaves.
+    """
+    w = _as_floats("w", w)
+    alpha = _as_floats("alpha", alpha) if differentiable else _as_arrays("alpha", alpha)
+    for name, tree in (("w", w), ("alpha", alpha)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            is_concrete = not isinstance(leaf, Tracer)
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            if is_concrete and is_float and _has_nan(leaf):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} must be finite; it contains "
+                    "NaN. Choose another starting value."
+                )
+    return w, alpha
+
+
+def as_key(key: Any) -> Array:
+    """Returns a typed PRNG key; None stands for ``jax.random.key(0)``."""
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, int | np.integer):
+        raise TypeError(
+            f"key must be a PRNG key; got {key}. Write jax.random.key({key})."
+        )
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a PRNG key; got {type(key).__name__}.")
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed_key = key if is_typed else jax.random.wrap_key_data(key)
+    if typed_key.shape != ():
+        raise ValueError(
+            f"key must be a single PRNG key; got an array of shape {typed_key.shape}. "
+            "Use jax.vmap over the key for several runs."
+        )
+    return typed_key
+
+
+def floats_to_arrays(settings: PyTree) -> PyTree:
+    """Returns the settings with numbers as arrays, so that new values trace nothing."""
+    is_number = lambda x: isinstance(x, float | np.ndarray | np.generic)
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, settings)
+
+
+def is_traced(*trees: PyTree) -> bool:
+    """Returns True if any leaf is a tracer of an enclosing ``jit`` or ``vmap``."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def check_same_structure(
+    name: str, tree: PyTree, like: PyTree, like_name: str = "w"
+) -> None:
+    """Raises ValueError unless two trees agree in structure, shapes and dtypes."""
+    describe = lambda tree: jax.tree.map(
+        lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
+    )
+    has_same_structure = jax.tree.structure(tree) == jax.tree.structure(like)
+    if not has_same_structure or describe(tree) != describe(like):
+        raise ValueError(
+            f"{name} must return the structure, shapes and dtypes of {like_name}, "
+            f"{describe(like)}; got {describe(tree)}."
+        )
+
+
+def _has_nan(leaf: Array) -> bool:
+    mask = jnp.isnan(leaf) if needs_gather(leaf) else np.isnan(np.asarray(leaf))
+    return bool(mask.any())
+
+
+def _as_arrays(name: str, tree: PyTree) -> PyTree:
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{name} must hold at least one array; it has no leaves.")
+
+    def with_strong_dtype(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.weak_type:
+            return leaf
+        return jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+
+    try:
+        return jax.tree.map(with_strong_dtype, tree)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a pytree of arrays: {error}") from error
+
+
+def _as_floats(name: str, tree: PyTree) -> PyTree:
+    tree = _as_arrays(name, tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be floating-point; got "
+                f"{leaf.dtype}, which has no derivative. Use hg.search for integers "
+                "and choices."
+            )
+    return tree
+
+
+# Objects.
+
+
+def check_estimator_type(estimator: Any) -> None:
+    """Raises TypeError unless the object is an estimator."""
+    if isinstance(estimator, type):
+        name = estimator.__name__
+        raise TypeError(
+            f"estimator must be an instance; got the class {name}. Write {name}(...)."
+        )
+    if not (hasattr(estimator, "init") and hasattr(estimator, "estimate")):
+        name = type(estimator).__name__
+        remedy = (
+            f" Write hg.Implicit({name}(...))." if hasattr(estimator, "solve") else ""
+        )
+        raise TypeError(
+            "estimator must have the methods init and estimate, as hg.Implicit(solver) "
+            f"and hg.Unrolled(solver) do; got {name}.{remedy}"
+        )
+
+
+def check_solver(solver: Any) -> None:
+    """Raises TypeError unless the object is an inner solver."""
+    if isinstance(solver, type):
+        name = solver.__name__
+        raise TypeError(
+            f"solver must be an instance; got the class {name}. Write {name}(...)."
+        )
+    if not callable(getattr(solver, "solve", None)):
+        raise TypeError(
+            "solver must be an inner solver such as hg.Descent(optax.sgd(0.1), 100), "
+            f"hg.Newton() or hg.LBFGS(); got {type(solver).__name__}."
+        )
+
+
+def check_optimizer(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises TypeError unless the value is an optax transformation."""
+    if optional and value is None:
+        return
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation such as optax.sgd(0.1); "
+            f"got {type(value).__name__}."
+        )
+
+
+def check_not_optax_factory(name: str, value: Any) -> None:
+    """Raises TypeError for ``optax.sgd`` where ``optax.sgd(0.1)`` was meant."""
+    if callable(value) and getattr(value, "__module__", "").startswith("optax"):
+        factory = getattr(value, "__name__", "it")
+        raise TypeError(
+            f"{name} must be an optax transformation or a function of alpha; got "
+            f"the factory optax.{factory}. Call it first, as in optax.{factory}(0.1), "
+            f"or write a function alpha -> {name}."
+        )
+
+
+def check_hashable(name: str, function: Any) -> None:
+    """Raises TypeError unless a function can be a static argument of `jax.jit`."""
+    if type(function).__hash__ is None:
+        raise TypeError(
+            f"{name} must be hashable, because it is a static argument of jax.jit; got "
+            f"an unhashable {type(function).__name__}. Make it a frozen dataclass."
+        )
+
+
+# Numbers.
+
+
+def check_positive_int(
+    name: str, value: int | None, minimum: int = 1, *, optional: bool = False
+) -> None:
+    """Raises ValueError unless a static count is an integer of at least ``minimum``."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"{name} must be an integer of at least {minimum}; got {value!r}."
+        )
+
+
+def float_converter(
+    name: str, *, optional: bool = True, minimum: float | None = None
+) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number as data.
+
+    Integers become floats, so that 1 and 2.0 run the same program. Arrays are passed
+    unchanged, because they may be traced.
+
+    Args:
+      name: Name of the field, for error messages.
+      optional: Whether None is accepted.
+      minimum: Smallest value that a concrete number may have.
+    """
+
+    def convert(value: Any) -> Any:
+        if optional and value is None:
+            return value
+        # NumPy's float64 is a Python float, but another type to JAX.
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            if minimum is not None and not value >= minimum:
+                raise ValueError(f"{name} must be at least {minimum:g}; got {value!r}.")
+            return float(value)
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.number):
+            remedy = " Write jnp.array(...)." if isinstance(value, list | tuple) else ""
+            raise TypeError(
+                f"{name} must be a number or an array; got {type(value).__name__} "
+                f"{value!r}.{remedy}"
+            )
+        is_integer = jnp.issubdtype(dtype, jnp.integer)
+        return float(value) if is_integer and isinstance(value, np.generic) else value
+
+    return convert
+
+
+def positive(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number above 0."""
+    return _range_converter(name, "above 0", lambda x: x > 0, optional=optional)
+
+
+def non_negative(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number of at least 0."""
+    return _range_converter(name, "at least 0", lambda x: x >= 0, optional=optional)
+
+
+def in_unit_interval(name: str) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number in [0, 1]."""
+    return _range_converter(name, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+
+
+def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns the converter extended to schedules ``step -> number``, kept unchanged."""
+    return lambda value: value if callable(value) else convert(value)
+
+
+def _range_converter(
+    name: str,
+    requirement: str,
+    is_within: Callable[[np.ndarray], Any],
+    *,
+    optional: bool = False,
+) -> Callable[[Any], Any]:
+    to_number = float_converter(name, optional=optional)
+
+    def convert(value: Any) -> Any:
+        value = to_number(value)
+        is_concrete = value is not None and not isinstance(value, Tracer)
+        if is_concrete and not np.all(is_within(np.asarray(value))):
+            raise ValueError(f"{name} must be {requirement}; got {value!r}.")
+        return value
+
+    return convert
+
+
+# Errors of a user's function.
+
+
+def raise_with_context(error: Exception, context: str) -> NoReturn:
+    """Raises the error of a user's function again, with its message after ``context``.
+
+    An error whose class takes other arguments than a message keeps its own message and
+    receives ``context`` as a note.
+    """
+    if type(error) in (TypeError, ValueError, IndexError):
+        raise type(error)(f"{context}: {error}") from error
+    error.add_note(context)
+    raise error
