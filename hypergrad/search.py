@@ -43,9 +43,9 @@ def search(
     key: Array | None = None,
     metrics: dict[str, Metric] | None = None,
     progress: Progress | None = None,
-    record: Callable[[dict], None] | None = None,
-    trials: Sequence[dict] = (),
-    batch_size: int = 1,
+    trial_callback: Callable[[dict], None] | None = None,
+    previous_trials: Sequence[dict] = (),
+    trials_per_batch: int = 1,
     executor: Executor | Literal["vmap"] | None = None,
 ) -> Trace:
     """Trials ``alpha -> M(w*(alpha), alpha)`` until ``budget`` is spent.
@@ -68,7 +68,7 @@ def search(
       progress: ``(trials_done, best_value)``, called after each trial; the value is a
         float, or an array ``[K]``. Of a population after each round, of which it counts
         rounds; the value is that of the best of the members that were trained longest.
-      record: called after each trial with all there is to know of it, a dict of plain
+      trial_callback: called after each trial with all there is to know of it, a dict of plain
         numbers and lists: ``json.dumps`` makes it a line of a file, of strict JSON: NaN
         is None, and an infinity its name. Under ``trial`` is its number; of a batch
         they come as they are done. Under ``alpha`` are its leaves, in the order
@@ -80,12 +80,12 @@ def search(
         A searcher of a population calls it after each round, with a dict of arrays, all
         that there is to know of the search so far: keep the latest,
         ``np.savez(file, **it)``, and replace the file before only once it is written.
-      trials: those of an earlier search with the same arguments, all that it recorded.
+      previous_trials: those of an earlier search with the same arguments, all that it recorded.
         They are told to the searcher, not run again, and count against the budget: a
         search that was killed goes on as if it had not been, to the same trace. Of a
         population the latest is enough, ``[dict(np.load(file))]``; it is kept whole,
         also where the budget is less than what it spent.
-      batch_size: trials that the searcher is asked for before it is told of any of
+      trials_per_batch: trials that the searcher is asked for before it is told of any of
         them; it is told in the order asked. `Random`, `Sobol` and `Grid` make the same
         trials whatever it is. Those that learn know less of each: of `CMAES` and
         `NSGA2` let it divide a generation, with which a batch of `Evolution` ends; a
@@ -137,15 +137,15 @@ def search(
         )
     float_converter("budget", optional=False)(budget)
     check_progress(progress)
-    if record is not None and not callable(record):
-        raise TypeError(f"record must be a function of one row; got {record!r}")
-    _check_trials(trials)
-    if len(trials) and getattr(searcher, "journal", None) is not None:
+    if trial_callback is not None and not callable(trial_callback):
+        raise TypeError(f"trial_callback must be a function of one row; got {trial_callback!r}")
+    _check_trials(previous_trials)
+    if len(previous_trials) and getattr(searcher, "journal", None) is not None:
         raise ValueError(
             "trials are told by the searcher's journal, which would be told of them "
             "once more; leave out one of the two"
         )
-    check_positive_int("batch_size", batch_size)
+    check_positive_int("trials_per_batch", trials_per_batch)
     _check_executor(executor)
     if not 0 < budget < math.inf:
         raise ValueError(
@@ -165,14 +165,14 @@ def search(
             "jax.jit or jax.vmap; call it in a loop"
         )
     if not isinstance(searcher, Searcher):
-        if executor is not None or batch_size > 1:
+        if executor is not None or trials_per_batch > 1:
             raise ValueError(
                 f"{type(searcher).__name__} trains its members side by side in one "
-                "program; leave executor and batch_size out, its own size says how many"
+                "program; leave executor and trials_per_batch out, its own size says how many"
             )
         setting = _setting(problem, solver, w, space, metrics)
         return populations.run_rounds(
-            searcher, setting, budget, key, progress, record, trials
+            searcher, setting, budget, key, progress, trial_callback, previous_trials
         )
     init_key, run_key = jax.random.split(key)
     state = searcher.init(space, init_key)
@@ -182,12 +182,12 @@ def search(
     inputs = lambda alpha, key: (problem, solver, w, alpha, metrics, key)
     run = lambda alpha, key: _trial(*inputs(alpha, key))
     run_batch = _batches(executor, inputs)
-    known = _numbered(trials)
+    known = _numbered(previous_trials)
     name, rows, spent, last = "", [], 0.0, 0.0
     best: tuple[Any, ...] = (None, None, None, None)
     while not rows or spent + last <= budget:
         batch, ahead = [], spent
-        while len(batch) < batch_size and (not rows or ahead + last <= budget):
+        while len(batch) < trials_per_batch and (not rows or ahead + last <= budget):
             next_key, ask_key, trial_key = jax.random.split(run_key, 3)
             try:
                 alpha, state = searcher.ask(state, ask_key)
@@ -202,28 +202,28 @@ def search(
             alpha, trial_key = batch[0]
             _check(problem, w, alpha, solver)
             check_metrics(metrics, w, alpha)
-            if record is not None or len(trials):
+            if trial_callback is not None or len(previous_trials):
                 name = _name(problem, solver, w, alpha, metrics, trial_key)
                 if executor == "vmap":  # whose bits are others
-                    name = fingerprint(name, f"vmap of {batch_size}")
+                    name = fingerprint(name, f"vmap of {trials_per_batch}")
         numbers = range(len(rows), len(rows) + len(batch))
         results: dict[int, tuple[Any, Any]] = {}
         for i, (alpha, trial_key) in enumerate(batch):
             if (place := known.get(numbers[i])) is not None:
                 _, form = eqx.filter_eval_shape(run, alpha, trial_key)
-                alpha, row = _restored(trials[place], place, name, alpha, form)
+                alpha, row = _restored(previous_trials[place], place, name, alpha, form)
                 batch[i], results[i] = (alpha, trial_key), (None, row)
         new = [i for i in range(len(batch)) if i not in results]
         if new:
-            _check_none_beyond(numbers, known, trials)
+            _check_none_beyond(numbers, known, previous_trials)
             try:
                 for i, found in run_batch(batch, new):
                     results[i] = found
-                    if record is not None:
+                    if trial_callback is not None:
                         row = _plain(batch[i][0], found[1])
-                        record({"search": name, "trial": numbers[i], **row})
+                        trial_callback({"search": name, "trial": numbers[i], **row})
             except LostError as lost:
-                raise _named(lost, batch, numbers, record) from lost
+                raise _named(lost, batch, numbers, trial_callback) from lost
         for i, (alpha, trial_key) in enumerate(batch):
             found, row = results[i]
             value = row["value"]
@@ -238,9 +238,9 @@ def search(
 
     if not rows:
         raise ValueError(f"searcher proposed nothing: {searcher!r}")
-    if len(rows) < len(trials):
+    if len(rows) < len(previous_trials):
         raise ValueError(
-            f"trials holds {len(trials)}, of which this search makes {len(rows)}: its "
+            f"trials holds {len(previous_trials)}, of which this search makes {len(rows)}: its "
             f"budget is {budget}, and these spent {spent:g}; pass the searcher and "
             f"budget that they were recorded with, or trials[:{len(rows)}]"
         )
@@ -271,7 +271,7 @@ def _batches(executor, inputs) -> Callable[..., Iterator[tuple[int, Any]]]:
     return lambda batch, new: remote({i: inputs(*batch[i]) for i in new})
 
 
-def _named(lost: LostError, batch, numbers, record) -> RuntimeError:
+def _named(lost: LostError, batch, numbers, trial_callback) -> RuntimeError:
     """Which trials came to nothing, and what to do."""
     named = "; ".join(
         f"number {numbers[i]} at alpha {_plain(batch[i][0], {})['alpha']} by "
@@ -280,7 +280,7 @@ def _named(lost: LostError, batch, numbers, record) -> RuntimeError:
     )
     advice = (
         "give trial_callback= to keep those that end well"
-        if record is None
+        if trial_callback is None
         else "all others are recorded, and by previous_trials= the same search goes on from them"
     )
     return RuntimeError(f"trials came to nothing, {named}; {advice}")
