@@ -393,29 +393,20 @@ def run_block(
         blank_record(loop, state),
     )
     zero_cost = jnp.zeros_like(jnp.asarray(budget))
-    init_carry = (state, rows, jnp.asarray(0), zero_cost)
 
-    def fill_row(i, carry):
+    def should_step(carry):
+        state, _, num_made, spent = carry
+        return (num_made < num_steps) & (state.status == 0) & (spent < budget)
+
+    def make_step(carry):
         state, rows, num_made, spent = carry
-        skip = (state.status != 0) | ~(spent < budget)
+        state, record = step(loop, state, stop, budget - spent)
+        rows = jax.tree.map(lambda column, x: column.at[num_made].set(x), rows, record)
+        cost = record.stats["gradient_equivalents"].astype(spent.dtype)
+        return state, rows, num_made + 1, spent + cost
 
-        def make_step(carry):
-            state, _, _, spent = carry
-            state, record = step(loop, state, stop, budget - spent)
-            cost = record.stats["gradient_equivalents"].astype(spent.dtype)
-            return state, record, jnp.asarray(True), spent + cost
-
-        # A loop of at most one iteration: under vmap a conditional would copy the
-        # state, in which methods with variance reduction keep large tables.
-        blank = blank_record(loop, state)
-        inner = (state, blank, jnp.asarray(False), spent)
-        state, record, was_made, spent = jax.lax.while_loop(
-            lambda c: ~(c[2] | skip), make_step, inner
-        )
-        rows = jax.tree.map(lambda column, x: column.at[i].set(x), rows, record)
-        return state, rows, num_made + was_made, spent
-
-    return jax.lax.fori_loop(0, num_steps, fill_row, init_carry)
+    init_carry = (state, rows, jnp.asarray(0), zero_cost)
+    return jax.lax.while_loop(should_step, make_step, init_carry)
 
 
 def blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:

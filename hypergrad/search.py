@@ -138,7 +138,9 @@ def search(
     float_converter("budget", optional=False)(budget)
     check_progress(progress)
     if trial_callback is not None and not callable(trial_callback):
-        raise TypeError(f"trial_callback must be a function of one row; got {trial_callback!r}")
+        raise TypeError(
+            f"trial_callback must be a function of one row; got {trial_callback!r}"
+        )
     _check_trials(previous_trials)
     if len(previous_trials) and getattr(searcher, "journal", None) is not None:
         raise ValueError(

@@ -73,7 +73,9 @@ def pareto_front(
 
     def run(preference: Array) -> Trace:
         aggregator = aggregator_fn(preference)
-        loop = OuterLoop(problem, estimator, optimizer, aggregator=aggregator, **options)
+        loop = OuterLoop(
+            problem, estimator, optimizer, aggregator=aggregator, **options
+        )
         return loop.run(loop.init(w, alpha, key), num_steps=num_steps)
 
     return jax.vmap(run)(jnp.asarray(preferences))
