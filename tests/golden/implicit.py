@@ -24,7 +24,7 @@ from tests.golden.runs import (
     run_refined,
 )
 
-COMPOSITE = hg.Composition(
+COMPOSITE = hg.CompositeLoss(
     lambda w, alpha, batch: jnp.tanh(batch["x"] @ w),
     lambda z, alpha, batch: 0.5 * jnp.mean((z - batch["y"]) ** 2),
     lambda w, alpha: 0.5 * jnp.sum(jnp.exp(alpha) * w**2),
@@ -60,25 +60,27 @@ RTOLS = jnp.array([1e-1, 1e-3, 1e-5])
 IMPLICIT = {
     "damping": (implicit(damping=0.1), RIDGE),
     "traced damping": (implicit(damping=jnp.asarray(0.1)), RIDGE),
-    "hvp_fn": (implicit(curvature=COMPOSITE.gauss_newton), composite),
+    "hvp_fn": (implicit(hvp_fn=COMPOSITE.gauss_newton), composite),
     "hvp_fn with damping": (
-        implicit(damping=0.1, curvature=COMPOSITE.gauss_newton), composite
+        implicit(damping=0.1, hvp_fn=COMPOSITE.gauss_newton), composite
     ),
     "hvp_fn, certified": (
-        implicit(curvature=COMPOSITE.gauss_newton, certify=True), composite
+        implicit(hvp_fn=COMPOSITE.gauss_newton, certify=True), composite
     ),
-    "one Newton step": (hg.Implicit(DESCENT, correct=1), problems.logistic),
-    "two Newton steps": (hg.Implicit(DESCENT, correct=2), problems.logistic),
-    "two Newton steps, two losses": (hg.Implicit(DESCENT, correct=2), TWO_LOSSES),
-    "rtol": (implicit(rel_err=1e-3), problems.logistic),
+    "one Newton step": (hg.Implicit(DESCENT, num_newton_steps=1), problems.logistic),
+    "two Newton steps": (hg.Implicit(DESCENT, num_newton_steps=2), problems.logistic),
+    "two Newton steps, two losses": (
+        hg.Implicit(DESCENT, num_newton_steps=2), TWO_LOSSES
+    ),
+    "rtol": (implicit(rtol=1e-3), problems.logistic),
     "rtol with Newton steps": (
-        hg.Implicit(DESCENT, rel_err=1e-4, correct=1), problems.logistic
+        hg.Implicit(DESCENT, rtol=1e-4, num_newton_steps=1), problems.logistic
     ),
-    "rtol with NystromCG": (implicit(hg.NystromCG(2), rel_err=1e-3), RIDGE),
-    "rtol, two losses": (implicit(rel_err=1e-3), TWO_LOSSES),
-    "rtol, certified": (implicit(rel_err=1e-2, certify=True), problems.logistic),
-    "rtol, batches": (implicit(rel_err=1e-1), BATCHES),
-    "rtol, Newton": (hg.Implicit(hg.Newton(), rel_err=1e-3, correct=1), RIDGE),
+    "rtol with NystromCG": (implicit(hg.NystromCG(2), rtol=1e-3), RIDGE),
+    "rtol, two losses": (implicit(rtol=1e-3), TWO_LOSSES),
+    "rtol, certified": (implicit(rtol=1e-2, certify=True), problems.logistic),
+    "rtol, batches": (implicit(rtol=1e-1), BATCHES),
+    "rtol, Newton": (hg.Implicit(hg.Newton(), rtol=1e-3, num_newton_steps=1), RIDGE),
     "certified": (implicit(certify=True), RIDGE),
     "certified, short": (hg.Implicit(DESCENT, certify=True), problems.logistic),
     "certified, two losses": (implicit(certify=True), TWO_LOSSES),
@@ -99,15 +101,15 @@ IMPLICIT = {
     "two losses, lineax LU": (implicit(lx.LU()), TWO_LOSSES),
 }  # fmt: skip
 THREE_ESTIMATES = {
-    "rtol schedule": (implicit(rel_err=RTOLS), problems.logistic),
-    "refreshed sketch": (implicit(hg.NystromCG(2, refresh=2)), RIDGE),
+    "rtol schedule": (implicit(rtol=RTOLS), problems.logistic),
+    "refreshed sketch": (implicit(hg.NystromCG(2, refresh_every=2)), RIDGE),
     "refreshed sketch, two losses": (
-        implicit(hg.NystromCG(2, refresh=2)), TWO_LOSSES
+        implicit(hg.NystromCG(2, refresh_every=2)), TWO_LOSSES
     ),
 }  # fmt: skip
 REFINED = {
     "short": (hg.Implicit(DESCENT, hg.Neumann(3), damping=0.1), problems.logistic),
-    "rtol": (hg.Implicit(DESCENT, rel_err=1e-6), problems.logistic),
+    "rtol": (hg.Implicit(DESCENT, rtol=1e-6), problems.logistic),
     "batches": (hg.Implicit(DESCENT, adjoint_batch_size=6), BATCHES),
 }
 

@@ -15,6 +15,7 @@ from tests.golden import problems
 from tests.golden.problems import Setup
 from tests.golden.results import batched_trace_to_dict, trace_to_dict
 from tests.golden.runs import BATCHES, DESCENT, LONG_DESCENT, TWO_LOSSES
+from tests.loops import run_loop
 
 NUM_STEPS = 12
 SGD, ADAM = optax.sgd(0.2), optax.adam(0.1)
@@ -33,7 +34,7 @@ def minimize(
     """Returns the trace of a run of 12 steps, unless ``options`` say otherwise."""
     options = {"num_steps": NUM_STEPS, "key": jax.random.key(13)} | options
     problem, w, alpha = make_setup()
-    return hg.minimize(problem, estimator, optimizer, w, alpha, **options)
+    return run_loop(problem, estimator, optimizer, w, alpha, **options)
 
 
 def run(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -126,9 +127,9 @@ def run_front(aggregator: Callable, **options: Any) -> dict[str, Any]:
     """Returns the traces of a Pareto front of three preferences."""
     problem, w, alpha = TWO_LOSSES()
     preferences = jnp.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
-    trace = objectives.front(
+    trace = objectives.pareto_front(
         problem, IMPLICIT, SGD, w, alpha, preferences,
-        combine=aggregator, num_steps=6, **options,
+        aggregator_fn=aggregator, num_steps=6, **options,
     )  # fmt: skip
     return batched_trace_to_dict(trace)
 
@@ -175,9 +176,9 @@ OPTIONS: dict[str, Callable[[], Any]] = {
         run, problems.feature_mixture, UNROLLED, space=spaces.Unit()
     ),
     "project": partial(run, project=project),
-    "anneal": partial(run, problems.smooth_error, anneal=anneal),
+    "anneal": partial(run, problems.smooth_error, outer_data_fn=anneal),
     "anneal, batches": partial(
-        run, partial(problems.smooth_error, 6), SOBA, anneal=anneal
+        run, partial(problems.smooth_error, 6), SOBA, outer_data_fn=anneal
     ),
     "metrics": lambda: run(metrics=make_metrics()),
     "metrics, eval_every": lambda: run(metrics=make_metrics(), eval_every=5),
@@ -202,7 +203,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
         on_untrusted="refine",
     ),
     "refine untrusted, rtol": partial(
-        run, estimator=hg.Implicit(DESCENT, rel_err=1e-3), on_untrusted="refine"
+        run, estimator=hg.Implicit(DESCENT, rtol=1e-3), on_untrusted="refine"
     ),
     "stop untrusted": partial(run, estimator=SHORT_IMPLICIT, on_untrusted="stop"),
     "skip untrusted, SOBA": partial(
@@ -216,7 +217,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     ),
     "NaN step": partial(run, optimizer=optax.sgd(jnp.inf)),
     "NaN weights": partial(
-        run, TWO_LOSSES, combine=objectives.EPO(jnp.ones(2), ideal=10.0)
+        run, TWO_LOSSES, aggregator=objectives.EPO(jnp.ones(2), ideal=10.0)
     ),
     "checkpoints": partial(run_resumed, SHORT_IMPLICIT, problems.logistic),
     "checkpoints, SABA": partial(run_resumed, hg.SABA(optax.sgd(0.2)), BATCHES),
@@ -233,16 +234,16 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 CASES |= {
     f"minimize/aggregator, {name}": partial(
-        run, TWO_LOSSES, optimizer=SGD, combine=aggregator
+        run, TWO_LOSSES, optimizer=SGD, aggregator=aggregator
     )
     for name, aggregator in AGGREGATORS.items()
 }
 CASES |= {
     "minimize/aggregator in a space": partial(
-        run, TWO_LOSSES, optimizer=SGD, combine=objectives.UPGrad(),
+        run, TWO_LOSSES, optimizer=SGD, aggregator=objectives.UPGrad(),
         space=spaces.Interval(-3.0, 0.0), certify_every=5,
     ),
     "minimize/aggregator, Unrolled": partial(
-        run, TWO_LOSSES, UNROLLED, SGD, combine=objectives.MGDA()
+        run, TWO_LOSSES, UNROLLED, SGD, aggregator=objectives.MGDA()
     ),
 }  # fmt: skip

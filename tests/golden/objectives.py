@@ -37,7 +37,7 @@ def run_aggregator(aggregator: Any, num_losses: int = NUM_LOSSES) -> dict[str, A
     results = {}
     for dtype in ("float32", "float64"):
         rng = np.random.default_rng(47)
-        compute_weights = eqx.filter_jit(aggregator.weigh)
+        compute_weights = eqx.filter_jit(aggregator.compute_weights)
         state, weights, scores = aggregator.init(num_losses), [], []
         for scale in (1.0, 0.1, 10.0, 1.0):
             gradients = scale * rng.normal(size=(num_losses, 4))
@@ -141,9 +141,9 @@ def run_ledger() -> dict[str, Any]:
         "arrays": (jnp.ones((6, 2)), jnp.ones(4)),
         "batches": (hg.Batches(jnp.ones((6, 2)), 3), hg.Batches(jnp.ones(9), 3)),
         "none": (None, None),
-        "keys": (hg.Batches(None, keyed=True), jnp.ones(5)),
+        "keys": (hg.Batches(None, with_key=True), jnp.ones(5)),
     }
-    return {name: hg.cost.ledger(*pair, **counts) for name, pair in data.items()}
+    return {name: hg.cost.cost_stats(*pair, **counts) for name, pair in data.items()}
 
 
 DESCENT = hg.Descent(optax.sgd(0.3, momentum=0.5), 12)

@@ -94,7 +94,7 @@ def episodes() -> Setup:
     """Least squares on data that is sampled once per estimate."""
     data = jax.tree.map(jnp.asarray, regression_data(0))
     sample_fn = jax.tree_util.Partial(sample_episode, data)
-    problem = hg.Bilevel(ridge_loss, ridge_objective, draw=sample_fn)
+    problem = hg.Bilevel(ridge_loss, ridge_objective, data_fn=sample_fn)
     return Setup(problem, *ridge()[1:])
 
 
@@ -107,7 +107,7 @@ def noisy_ridge_loss(w, alpha, batch):
 
 def keyed_batches(batch_size: int | None = 6) -> Setup:
     """Least squares whose inner batches come with a PRNG key."""
-    batches = hg.Batches(regression_data(0), batch_size, keyed=True)
+    batches = hg.Batches(regression_data(0), batch_size, with_key=True)
     problem = hg.Bilevel(noisy_ridge_loss, ridge_objective, batches, regression_data(1))
     return Setup(problem, *ridge()[1:])
 

@@ -33,12 +33,14 @@ FORMULA = hg.ClosedForm(lambda alpha, batch: jnp.exp(-alpha) * jnp.mean(batch["y
 UNROLLED = {
     "full": (hg.Unrolled(DESCENT), RIDGE),
     "without checkpoints": (hg.Unrolled(DESCENT, checkpoint=False), RIDGE),
-    "truncated": (hg.Unrolled(DESCENT, last=5), RIDGE),
-    "truncated to one step": (hg.Unrolled(DESCENT, last=1), RIDGE),
+    "truncated": (hg.Unrolled(DESCENT, truncation_length=5), RIDGE),
+    "truncated to one step": (hg.Unrolled(DESCENT, truncation_length=1), RIDGE),
     "truncated, without checkpoints": (
-        hg.Unrolled(DESCENT, last=5, checkpoint=False), RIDGE
+        hg.Unrolled(DESCENT, truncation_length=5, checkpoint=False), RIDGE
     ),
-    "truncation longer than the run": (hg.Unrolled(DESCENT, last=50), RIDGE),
+    "truncation longer than the run": (
+        hg.Unrolled(DESCENT, truncation_length=50), RIDGE
+    ),
     "long": (hg.Unrolled(LONG_DESCENT), problems.logistic),
     "certified": (hg.Unrolled(DESCENT, certify=True), RIDGE),
     "cold": (hg.Unrolled(DESCENT, warm_start=False), RIDGE),
@@ -46,11 +48,13 @@ UNROLLED = {
     "tuned optimizer, warm": (
         hg.Unrolled(TUNED_DESCENT, warm_start=True), problems.tuned
     ),
-    "tuned optimizer, truncated": (hg.Unrolled(TUNED_DESCENT, last=5), problems.tuned),
+    "tuned optimizer, truncated": (
+        hg.Unrolled(TUNED_DESCENT, truncation_length=5), problems.tuned
+    ),
     "adam": (hg.Unrolled(ADAM), RIDGE),
     "schedule": (hg.Unrolled(DECAY), RIDGE),
     "two losses": (hg.Unrolled(DESCENT), TWO_LOSSES),
-    "two losses, truncated": (hg.Unrolled(DESCENT, last=5), TWO_LOSSES),
+    "two losses, truncated": (hg.Unrolled(DESCENT, truncation_length=5), TWO_LOSSES),
     "two losses, certified": (hg.Unrolled(DESCENT, certify=True), TWO_LOSSES),
     "outer batches": (hg.Unrolled(DESCENT, outer_batch_size=6), BATCHES),
     "closed form": (hg.Unrolled(FORMULA), RIDGE),
@@ -119,10 +123,13 @@ EVOLUTION = {
 }
 persistent = partial(hg.PersistentEvolution, sigma=0.05, num_pairs=4)
 PERSISTENT_EVOLUTION = {
-    "whole unroll": (persistent(DESCENT, window=NUM_STEPS), RIDGE),
-    "tuned optimizer": (persistent(TUNED_DESCENT, window=6), problems.tuned),
-    "two losses": (persistent(DESCENT, window=6), TWO_LOSSES),
-    "outer batches": (persistent(DESCENT, window=6, outer_batch_size=6), BATCHES),
+    "whole unroll": (persistent(DESCENT, unroll_length=NUM_STEPS), RIDGE),
+    "tuned optimizer": (persistent(TUNED_DESCENT, unroll_length=6), problems.tuned),
+    "two losses": (persistent(DESCENT, unroll_length=6), TWO_LOSSES),
+    "outer batches": (
+        persistent(DESCENT, unroll_length=6, outer_batch_size=6),
+        BATCHES,
+    ),
 }
 PENALTY = {
     "one-sided": (hg.Penalty(LONG_DESCENT, 100.0), RIDGE),
@@ -144,11 +151,11 @@ AVERAGE = {
 }
 UNROLLED_OR_FORWARD = {
     "three hyperparameters": (
-        hg.through(TUNED_DESCENT, problems.tuned().alpha, warm_start=True),
+        hg.unrolled_estimator(TUNED_DESCENT, problems.tuned().alpha, warm_start=True),
         problems.tuned,
     ),
     "four hyperparameters": (
-        hg.through(DESCENT, jnp.zeros(4), certify=True, outer_batch_size=6),
+        hg.unrolled_estimator(DESCENT, jnp.zeros(4), certify=True, outer_batch_size=6),
         BATCHES,
     ),
 }
@@ -176,7 +183,7 @@ ON_ALL_PROBLEMS = {
 ON_SELECTED_PROBLEMS = {
     "CentralDifference": hg.CentralDifference(DESCENT),
     "Evolution": hg.Evolution(DESCENT, 0.05, 4),
-    "PersistentEvolution": persistent(DESCENT, window=6),
+    "PersistentEvolution": persistent(DESCENT, unroll_length=6),
 }
 SELECTED_PROBLEMS = {
     name: PROBLEMS[name]
@@ -186,7 +193,7 @@ SELECTED_PROBLEMS = {
 
 def run_unrolls() -> dict[str, Any]:
     """Returns five estimates, three per unroll, so that a second unroll begins."""
-    estimator = persistent(DESCENT, window=4)
+    estimator = persistent(DESCENT, unroll_length=4)
     return run_estimates(estimator, RIDGE, num_estimates=5)
 
 

@@ -7,7 +7,11 @@ import jax
 import hypergrad as hg
 
 #: Current name of a statistic -> recorded name, for statistics that were renamed.
-RECORDED_NAMES: dict[str, str] = {}
+RECORDED_NAMES = {
+    "inner_grad_norm": "inner_residual",
+    "num_inner_steps": "inner_steps",
+    "objective_weights": "weights",
+}
 
 
 def stats_to_dict(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -51,14 +55,14 @@ def certificate_to_dict(certificate: hg.Certificate) -> dict[str, Any]:
         "trusted": certificate.trusted,
         "corrected_w": certificate.w,
         "corrected_hypergradient": certificate.hypergradient,
-        "inner_grad_norm": certificate.inner_residual,
-        "corrected_grad_norm": certificate.corrected_residual,
+        "inner_grad_norm": certificate.inner_grad_norm,
+        "corrected_grad_norm": certificate.corrected_grad_norm,
         "adjoint_residual": certificate.adjoint_residual,
         "ritz_min": certificate.ritz_min,
         "ritz_max": certificate.ritz_max,
         "negative_curvature": certificate.negative_curvature,
         "distance_estimate": certificate.distance_estimate,
         "distance_bound": certificate.distance_bound,
-        "adjoint_error_bound": certificate.adjoint_bound,
+        "adjoint_error_bound": certificate.adjoint_error_bound,
         "stats": stats_to_dict(certificate.stats),
     }

@@ -32,7 +32,7 @@ PROBLEMS = {
     "keyed batches": problems.keyed_batches,
     "keyed full batches": partial(problems.keyed_batches, None),
     "float32": partial(problems.ridge, dtype="float32"),
-    "init_fn": partial(problems.ridge, start=problems.shifted_init),
+    "init_fn": partial(problems.ridge, init_fn=problems.shifted_init),
     "data_fn": problems.episodes,
 }
 

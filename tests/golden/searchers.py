@@ -90,14 +90,14 @@ def run(*arguments: Any, **options: Any) -> dict[str, Any]:
 def run_strategy(strategy: Any, **options: Any) -> dict[str, Any]:
     """Returns the trace of a strategy of evosax, which promotes ranks."""
     with jax.numpy_rank_promotion("allow"):
-        return run(searchers.Evolution(strategy, 6), **options)
+        return run(searchers.EvolutionStrategy(strategy, 6), **options)
 
 
 def run_resumed(searcher: Any) -> dict[str, Any]:
     """Returns a search that starts from the trials of a shorter one."""
     trials: list[dict] = []
-    search(searcher, num_trials=7, record=trials.append)
-    return run(searcher, trials=trials)
+    search(searcher, num_trials=7, trial_callback=trials.append)
+    return run(searcher, previous_trials=trials)
 
 
 def run_failing(searcher: Any) -> dict[str, Any]:
@@ -170,7 +170,8 @@ def run_tuned_population() -> dict[str, Any]:
     }
     optimizer = lambda alpha: optax.sgd(alpha["rate"], momentum=alpha["momentum"])
     trace = hg.search(
-        problem, hg.Descent(optimizer, 4), searchers.PopulationBased(8, 0.25), w,
+        problem, hg.Descent(optimizer, 4),
+        searchers.PopulationBasedTraining(8, 0.25), w,
         space=space, budget=180, key=KEY, metrics=record_alpha(space),
     )  # fmt: skip
     return trace_to_dict(trace)
@@ -207,12 +208,14 @@ SEARCHES: dict[str, Callable[[], Any]] = {
     "Random, mixed": partial(run, searchers.Random(), MIXED),
     "Random, simplex": partial(run, searchers.Random(), SIMPLEX),
     "Random, two values": partial(run, searchers.Random(), problem=TWO_VALUES),
-    "Random, vmap": partial(run, searchers.Random(), batch_size=4, executor="vmap"),
+    "Random, vmap": partial(
+        run, searchers.Random(), trials_per_batch=4, executor="vmap"
+    ),
     "Random, training": partial(run_training, searchers.Random()),
     "Grid": partial(run, searchers.Grid(2), num_trials=100),
     "Grid, discrete": partial(run, searchers.Grid(2), DISCRETE, num_trials=15),
     "Sobol": partial(run, searchers.Sobol()),
-    "Sobol, mixed": partial(run, searchers.Sobol(), MIXED, batch_size=5),
+    "Sobol, mixed": partial(run, searchers.Sobol(), MIXED, trials_per_batch=5),
     "TPE": partial(run, searchers.TPE(5)),
     "TPE, mixed": partial(run, searchers.TPE(5), MIXED),
     "TPE, resumed": partial(run_resumed, searchers.TPE(5)),
@@ -227,15 +230,16 @@ SEARCHES: dict[str, Callable[[], Any]] = {
     "NSGA2": partial(run, searchers.NSGA2(5), MIXED),
     "NSGA2, two values": partial(run, searchers.NSGA2(5), problem=TWO_VALUES),
     "Evolution, CMA_ES": partial(run_strategy, CMA_ES),
-    "Evolution, SNES": partial(run_strategy, SNES, batch_size=6),
+    "Evolution, SNES": partial(run_strategy, SNES, trials_per_batch=6),
     "Evolution, DifferentialEvolution": partial(run_strategy, DifferentialEvolution),
     "Reinforce": partial(run, searchers.Reinforce(), DISCRETE),
     "Reinforce, step_size": partial(run, searchers.Reinforce(3.0, 0.5), DISCRETE),
     "PopulationBased": partial(
-        run_population, searchers.PopulationBased(6), 3, 80.0
+        run_population, searchers.PopulationBasedTraining(6), 3, 80.0
     ),
     "PopulationBased, perturbation": partial(
-        run_population, searchers.PopulationBased(6, 0.4, perturbation=0.5), 3, 80.0
+        run_population,
+        searchers.PopulationBasedTraining(6, 0.4, perturbation=0.5), 3, 80.0
     ),
     "PopulationBased, tuned optimizer": run_tuned_population,
     "SuccessiveHalving": partial(

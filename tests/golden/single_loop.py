@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "SABA": hg.SABA,
     "SRBA": partial(hg.SRBA, period=3),
     "FSLA": hg.FSLA,
-    "AmIGO": partial(hg.AmIGO, num_steps=3, adjoint_steps=2),
+    "AmIGO": partial(hg.AmIGO, num_steps=3, num_adjoint_steps=2),
     "StocBiO": partial(hg.StocBiO, num_steps=3, num_terms=4, step_size=ETA),
     "TTSA": partial(hg.TTSA, num_terms=3, step_size=ETA),
     "MRBO": partial(hg.MRBO, num_terms=4, step_size=ETA),
@@ -70,7 +70,7 @@ OPTIONS: dict[str, Any] = {
 # Methods on problems of other kinds. Variance reduction needs fixed data.
 KINDS: dict[str, Callable[[], Setup]] = {
     "keyed batches": problems.keyed_batches,
-    "init_fn": partial(problems.ridge, batch_size=6, start=problems.shifted_init),
+    "init_fn": partial(problems.ridge, batch_size=6, init_fn=problems.shifted_init),
     "data_fn": problems.episodes,
     "float32": partial(problems.ridge, batch_size=6, dtype="float32"),
 }

@@ -65,7 +65,7 @@ def unused_loss(w, alpha, batch):
     raise NotImplementedError
 
 
-RATES = hg.windows(jnp.array([0.4, 0.2, 0.1]), NUM_STEPS)
+RATES = hg.piecewise_constant_schedule(jnp.array([0.4, 0.2, 0.1]), NUM_STEPS)
 CLIPPED_ADAMW = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))
 OPTIMIZERS: dict[str, Any] = {
     "sgd": optax.sgd(0.3),
@@ -217,6 +217,8 @@ DERIVATIVES: dict[str, Callable] = {
     "jacfwd": jax.jacfwd,
     "jacrev": jax.jacrev,
     "hessian": jax.hessian,
+    "jacrev of jacrev": lambda fn: jax.jacrev(jax.jacrev(fn)),
+    "jacfwd of jacfwd": lambda fn: jax.jacfwd(jax.jacfwd(fn)),
 }
 ARGMINS: dict[str, tuple] = {
     "Newton": (hg.Newton(),),
@@ -237,11 +239,11 @@ def run_argmin(*solvers: Any) -> dict[str, Any]:
         name: jax.jit(derivative(value))(alpha, data)
         for name, derivative in DERIVATIVES.items()
     }
-    data_grad = jax.jit(jax.grad(lambda y: value(alpha, data | {"y": y})))
+    by_data = jax.jit(jax.grad(lambda y: value(alpha, data | {"y": y})))
     jacobian = jax.jit(jax.jacrev(lambda alpha: solution(w, alpha, data)))
     return results | {
         "solution": jax.jit(solution)(w, alpha, data),
-        "data grad": data_grad(data["y"]),
+        "data grad": by_data(data["y"]),
         "jacobian": jacobian(alpha),
     }
 
@@ -262,9 +264,9 @@ two_losses = partial(problems.ridge, num_losses=2)
 CERTIFICATES: dict[str, Callable[[], Any]] = {
     "defaults": partial(run_certificate, problems.logistic),
     "unrolled": partial(run_certificate, problems.logistic, is_unrolled=True),
-    "one Newton step": partial(run_certificate, problems.logistic, corrections=1),
+    "one Newton step": partial(run_certificate, problems.logistic, num_newton_steps=1),
     "rtol": partial(
-        run_certificate, problems.ridge, num_steps=30, is_unrolled=True, rel_err=0.1
+        run_certificate, problems.ridge, num_steps=30, is_unrolled=True, rtol=0.1
     ),
     "strong convexity": partial(
         run_certificate, problems.ridge, strong_convexity=0.1, is_unrolled=True

@@ -150,7 +150,7 @@ def run_temperatures() -> dict[str, Any]:
         scores, targets, where, weights = examples("binary", dtype)
         masked = {"where": where, "weights": weights}
         classes, indices, _, _ = examples("classes", dtype)
-        propose = jax.jit(surrogates.temperature_of)
+        propose = jax.jit(surrogates.temperature_from_scores)
         results[dtype] = {
             "pairs": propose(scores),
             "opposite pairs": propose(scores, targets),
@@ -161,7 +161,7 @@ def run_temperatures() -> dict[str, Any]:
             "classes": propose(classes),
             "classes and targets": propose(classes, indices),
             "masked classes": propose(classes, indices, **masked),
-            "gap": surrogates.temperature_of(scores, targets, gap=0.02),
+            "gap": surrogates.temperature_from_scores(scores, targets, gap=0.02),
         }
     return results
 
@@ -214,7 +214,7 @@ def run_gap_metrics() -> dict[str, Any]:
         lambda w, alpha, batch: batch @ w, x, targets, where=where, weights=weights,
     )  # fmt: skip
     constant = make_metrics(temperature=0.3)
-    proposed = make_metrics(temperature=surrogates.temperature_of)
+    proposed = make_metrics(temperature=surrogates.temperature_from_scores)
     w = jnp.array([1.0, 0.3])
     compute = lambda metrics: {
         name: eqx.filter_jit(metric)(w, None, jax.random.key(0))

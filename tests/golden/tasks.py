@@ -56,12 +56,12 @@ KEY = jax.random.key(59)
 
 def full_batch(data: Any) -> Any:
     """Returns all of the data as one batch."""
-    return data.whole(KEY) if isinstance(data, hg.Batches) else data
+    return data.full_batch(KEY) if isinstance(data, hg.Batches) else data
 
 
 def sample_batch(data: Any) -> Any:
     """Returns a batch that the key determines."""
-    return data.draw(KEY) if isinstance(data, hg.Batches) else data
+    return data.sample(KEY) if isinstance(data, hg.Batches) else data
 
 
 def leaf_norms(tree: Any) -> list[jax.Array]:
@@ -73,11 +73,11 @@ def leaf_norms(tree: Any) -> list[jax.Array]:
 def evaluate(problem, w, alpha) -> dict[str, Any]:
     """Returns values and norms of the gradients of both losses where a run starts."""
     inner_data, outer_data = problem.data(KEY)
-    w = problem.initial(w, alpha)
+    w = problem.init_inner(w, alpha)
     inner_loss, batch = problem.inner_loss, full_batch(inner_data)
     value_and_grad = jax.value_and_grad(inner_loss, argnums=(0, 1))
     inner_value, (w_grad, alpha_grad) = value_and_grad(w, alpha, batch)
-    outer_value, outer_w_grad, outer_alpha_grad = problem.outer_gradients(
+    outer_value, outer_w_grad, outer_alpha_grad = problem.outer_value_and_grads(
         w, alpha, full_batch(outer_data)
     )
     return {
@@ -90,7 +90,7 @@ def evaluate(problem, w, alpha) -> dict[str, Any]:
         "outer value": outer_value,
         "outer w_grad": leaf_norms(outer_w_grad),
         "outer alpha_grad": leaf_norms(outer_alpha_grad),
-        "sampled outer value": problem.outer(w, alpha, sample_batch(outer_data)),
+        "sampled outer value": problem.outer_value(w, alpha, sample_batch(outer_data)),
     }
 
 
@@ -98,7 +98,7 @@ def evaluate(problem, w, alpha) -> dict[str, Any]:
 def solve(solver, problem, w, alpha) -> dict[str, Any]:
     """Returns norms of the inner solution and the counts of the task's own solver."""
     inner_data, _ = problem.data(KEY)
-    w = problem.initial(w, alpha)
+    w = problem.init_inner(w, alpha)
     w, stats = solver.solve(problem.inner_loss, w, alpha, inner_data, KEY)
     return {"w": leaf_norms(w), "stats": stats}
 
@@ -106,7 +106,7 @@ def solve(solver, problem, w, alpha) -> dict[str, Any]:
 def run_task(module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns losses, gradients, metrics and the exact hypergradient of a task."""
     task = module.make(key=jax.random.key(61), **arguments)
-    w = task.problem.initial(task.w, task.alpha)
+    w = task.problem.init_inner(task.w, task.alpha)
     results = {
         "start": evaluate(task.problem, task.w, task.alpha),
         "metrics": task.metric_values(w, task.alpha, KEY),
