@@ -22,6 +22,8 @@ import numpy as np
 
 MAX_VALUES = 200
 RTOL, ATOL = 1e-5, 1e-8
+SHORT_DTYPES, SHORT_RTOL, SHORT_ATOL = ("float16", "bfloat16", "float32"), 1e-2, 1e-4
+COUNTS, COUNT_RTOL = ("num_", "gradient_equivalents", "total_cost", "inner_steps"), 0.1
 
 Encoded = dict[str, dict[str, Any]]
 
@@ -79,30 +81,36 @@ def exact_differences(old: Encoded, new: Encoded) -> Iterator[Difference]:
 
 
 def approximate_differences(old: Encoded, new: Encoded) -> Iterator[Difference]:
-    """Yields leaves that differ by more than rounding on another machine can explain.
+    """Yields leaves that differ by more than another environment can explain.
 
-    Paths, dtypes and shapes must be equal, float64 values close, and integers, booleans
-    and strings equal. Values of shorter floats are not compared.
+    Paths, dtypes and shapes must be equal, integers, booleans and strings too. Floats
+    are close up to `RTOL` and `ATOL`, or up to the tolerances of float32 in a result
+    that contains such leaves. Counts of iterations that stop at a tolerance, and costs,
+    are close up to `COUNT_RTOL`.
     """
+    is_short = any(leaf["dtype"] in SHORT_DTYPES for leaf in old.values())
+    rtol, atol = (SHORT_RTOL, SHORT_ATOL) if is_short else (RTOL, ATOL)
     for path in sorted(old.keys() | new.keys()):
-        if not is_close(old.get(path), new.get(path)):
+        name = path.rpartition("/")[2]
+        leaf_rtol = max(rtol, COUNT_RTOL) if name.startswith(COUNTS) else rtol
+        if not is_close(old.get(path), new.get(path), leaf_rtol, atol):
             yield Difference(path, old.get(path), new.get(path))
 
 
-def is_close(old: dict[str, Any] | None, new: dict[str, Any] | None) -> bool:
-    """Returns True if two encoded leaves agree up to `RTOL` and `ATOL`."""
+def is_close(
+    old: dict[str, Any] | None, new: dict[str, Any] | None, rtol: float, atol: float
+) -> bool:
+    """Returns True if two encoded leaves agree up to the tolerances."""
     if old is None or new is None:
         return False
     if (old["dtype"], old["shape"]) != (new["dtype"], new["shape"]):
         return False
     if "float" not in old["dtype"]:
         return old == new
-    if old["dtype"] != "float64":
-        return True
-    pair = decode(old), decode(new)
-    if pair[0].shape != pair[1].shape:  # only one of them has become constant
+    values = decode(old), decode(new)
+    if values[0].shape != values[1].shape:  # only one of them is constant
         return False
-    return np.allclose(*pair, rtol=RTOL, atol=ATOL, equal_nan=True)
+    return np.allclose(*values, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def decode(leaf: dict[str, Any]) -> np.ndarray:

@@ -57,8 +57,8 @@ PENALTY_SPACE = {
 
 
 def project(alpha):
-    """Clips every hyperparameter to [-1.6, -0.9]."""
-    return jax.tree.map(lambda leaf: jnp.clip(leaf, -1.6, -0.9), alpha)
+    """Clips every hyperparameter to [-2.5, -0.9]."""
+    return jax.tree.map(lambda leaf: jnp.clip(leaf, -2.5, -0.9), alpha)
 
 
 # Annealed outer losses.
