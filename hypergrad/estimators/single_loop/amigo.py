@@ -1,40 +1,37 @@
-"""AmIGO: some steps of ``w``, some of the adjoint, each from where they were."""
+"""AmIGO, amortized implicit gradient optimization (Arbel & Mairal 2022)."""
 
 import equinox as eqx
 import jax
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, sample_batch
-from ...validation import check_optimizer, check_positive_int
-from ..base import Estimate
-from .inner_loops import descend, follow, total_direction
-from .joint import JointState, begin, optimizers
-from .shared import report
-from .variance_reduction import fractions
+from ...validation import check_positive_int
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import alpha_direction, run_adjoint_steps, run_inner_steps
 
 
-class AmIGO(eqx.Module):
-    """Steps of ``w``, steps of ``v``, and ``dM/dalpha - Jᵀ v`` at their end.
+class AmIGO(SingleLoop):
+    """Makes several steps of ``w``, then several of ``v``, each from its last value.
 
-    ``w <- w - rho dL/dw`` and then ``v <- v - rho (H v - b)``, each step on a fresh
-    batch but for ``b = dM/dw``, which one outer batch gives.
+    The steps are ``w <- w - rho dL/dw`` and then ``v <- v - rho (H v - b)``, each on a
+    fresh batch, except for ``b = dM/dw``, which one outer batch determines. The
+    direction for ``alpha`` is ``dM/dalpha - J' v`` after them.
 
     Args:
-      optimizer: optax transformation that moves ``w``.
-      num_steps: m, of ``w``, static.
-      num_adjoint_steps: n, of ``v``, static.
-      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
+      optimizer: Optax transformation for ``w``.
+      num_steps: Number m of steps of ``w`` per outer step.
+      num_adjoint_steps: Number n of steps of ``v`` per outer step.
+      adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
 
-    Cost: m gradients, n + 1 Hessian-vector products (the last for the cross term) and
-    an outer gradient, on a batch each. Memory: SOBA's.
-
-    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``. Never trusted of
-    itself: `minimize`'s ``certify_every`` judges.
+    Cost: m gradients, n + 1 Hessian-vector products (the last one for the cross term)
+      and one outer gradient; each on one batch.
+    Memory: that of SOBA.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Arbel & Mairal 2022 (arXiv 2111.14580).
 
@@ -49,15 +46,13 @@ class AmIGO(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_adjoint_steps: int = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
 
-    target = "argmin"
-    is_single_loop = True
+    uses_adjoint = True
     citations = ("arbel2022",)
     summary = (
         MethodSummary(
@@ -67,54 +62,43 @@ class AmIGO(eqx.Module):
             memory="2 w and the optimizers'",
             bias="what w and v lag behind",
             alpha_in=("losses",),
-            recommended_for="ill-conditioned problems where one step of w and v each is too few",
-            not_recommended_for="tight budgets: m + 2 n a step",
-            reason="SOBA with several steps, warm in w and in the adjoint",
+            recommended_for="ill-conditioned problems: several steps of w and v each",
+            not_recommended_for="tight budgets: m + 2 n gradients per step",
+            reason="SOBA with several steps; w and the adjoint are warm-started",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
-        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
         check_positive_int("num_steps", self.num_steps)
         check_positive_int("num_adjoint_steps", self.num_adjoint_steps)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact where a run at one ``alpha`` settles."""
-        return 0.0
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> JointState:
-        """From ``w``, or the start made of it, and a zero adjoint."""
-        del key
-        return begin("AmIGO", optimizers(self), problem, w, alpha)
-
-    def estimate(
-        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, JointState]:
-        """Both loops, then the direction at their end."""
-        data = EstimateData.sample(problem, key)
-        of_w, of_v = optimizers(self)
-        w, w_optimizer, gradient = descend(
-            problem, of_w, state.w, state.w_optimizer, alpha,
-            data.inner_data, data.solver_key, self.num_steps,
-        )  # fmt: skip
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Runs both loops and evaluates the direction after them."""
+        state, inner_grad = run_inner_steps(
+            self, problem, state, alpha, data, self.num_steps
+        )
         cross_key, adjoint_key = jax.random.split(data.inner_key)
         outer_batch = sample_batch(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-        v, v_optimizer, residual = follow(
-            problem, of_v, w, state.v, state.v_optimizer, alpha, b,
-            data.inner_data, adjoint_key, self.num_adjoint_steps,
+        value, b, direct = problem.outer_value_and_grads(state.w, alpha, outer_batch)
+        state, residual = run_adjoint_steps(
+            self, problem, state, alpha, b, data.inner_data, adjoint_key,
+            self.num_adjoint_steps,
         )  # fmt: skip
         batch = sample_batch(data.inner_data, cross_key)
-        direction = total_direction(problem, w, v, alpha, direct, batch)
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, direction, w,
-            gradient=gradient, residual=residual, b=b, num_inner_steps=self.num_steps,
-            num_grads=inner * self.num_steps,
-            num_hvps=inner * (self.num_adjoint_steps + 1),
-            num_outer_grads=outer,
-        )  # fmt: skip
-        return estimate, JointState(w, v, w_optimizer, v_optimizer, None)
+        direction = alpha_direction(problem, state.w, state.v, alpha, direct, batch)
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": inner_fraction * self.num_steps,
+            "num_hvps": inner_fraction * (self.num_adjoint_steps + 1),
+            "num_outer_grads": outer_fraction,
+        }
+        step = Step(
+            value, direction, state.w, inner_grad, counts, residual, b, self.num_steps
+        )
+        return step, state

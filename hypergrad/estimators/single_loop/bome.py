@@ -1,4 +1,4 @@
-"""BOME: the outer gradient, kept from spoiling the inner loss by a dynamic barrier."""
+"""BOME, first-order bilevel optimization with a dynamic barrier (Liu et al. 2022)."""
 
 import equinox as eqx
 import jax
@@ -9,38 +9,36 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, vdot
-from ...validation import check_optimizer, check_positive_int, non_negative
-from ..base import Estimate
-from .shared import move, report, start
-from .stocbio import WState
-from .variance_reduction import fractions, plain_batches
+from ...validation import check_positive_int, non_negative
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 
 
-class BOME(eqx.Module):
-    """``(w, alpha)`` along ``grad M + mu grad q``, ``q = L(w, alpha) - L(w_m, alpha)``.
+class BOME(SingleLoop):
+    """Moves ``(w, alpha)`` along the outer gradient, with a barrier on the inner loss.
 
-    ``w_m`` is ``num_steps`` of gradient descent from ``w``, held constant, and
+    The direction is ``grad M + mu grad q`` with the value-function constraint
+    ``q = L(w, alpha) - L(w_m, alpha)``, where ``w_m`` is the result of ``num_steps``
+    steps of gradient descent from ``w`` and is held constant, and
 
-        mu = max((eta |grad q|² - <grad M, grad q>) / |grad q|², 0),
+        mu = max((eta ||grad q||^2 - <grad M, grad q>) / ||grad q||^2, 0),
 
-    the least that makes ``q`` fall at the rate ``eta |grad q|²``.
+    the smallest multiplier for which ``q`` decreases at the rate ``eta ||grad q||^2``.
 
     Args:
-      optimizer: optax transformation that moves ``w``; the paper has one rate for ``w``
-        and ``alpha``, which is `minimize`'s optimizer's.
-      num_steps: m, static.
-      step_size: of the descent to ``w_m``; data.
-      eta: of the barrier, in (0, 1); data.
+      optimizer: Optax transformation for ``w``. The paper uses one rate for ``w`` and
+        ``alpha``; that of ``alpha`` is the optimizer of `minimize`.
+      num_steps: Number m of steps of gradient descent.
+      step_size: Step size of the gradient descent.
+      eta: Rate of the barrier, in (0, 1). Defaults to 0.5.
 
-    Cost: ``m + 2`` gradients and an outer one, on a batch each; no product. Memory:
-    three vectors like ``w``.
-
-    Target: argmin. Bias: what ``w`` lags behind; the direction for ``alpha`` is no
-    estimate of the hypergradient unless ``w`` moves as well. Never trusted of itself:
-    `minimize`'s ``certify_every`` judges.
+    Cost: ``m + 2`` gradients and one outer gradient on a batch each; no Hessian-vector
+      product.
+    Memory: three vectors like ``w``.
+    Bias: the lag of ``w`` behind ``alpha``. The direction for ``alpha`` estimates the
+      hypergradient only together with the direction for ``w``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709).
 
@@ -55,7 +53,6 @@ class BOME(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
         kw_only=True, converter=non_negative("step_size")
@@ -64,8 +61,6 @@ class BOME(eqx.Module):
         default=0.5, kw_only=True, converter=non_negative("eta")
     )
 
-    target = "argmin"
-    is_single_loop = True
     citations = ("liu2022",)
     summary = (
         MethodSummary(
@@ -75,55 +70,50 @@ class BOME(eqx.Module):
             memory="3 w and the optimizer's",
             bias="what w lags behind",
             alpha_in=("losses",),
-            recommended_for="inner problems with several minima, first derivatives only",
-            not_recommended_for="noisy batches: the barrier is a ratio of what they show",
-            reason="the value function's constraint as a barrier, nothing to invert",
+            recommended_for="several inner minima, first derivatives only",
+            not_recommended_for="noisy batches: the barrier is a ratio of noisy terms",
+            reason="a barrier on the inner loss in place of an inverse",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         check_positive_int("num_steps", self.num_steps)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the direction belongs to a move of ``w``."""
-        return float("nan")
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> WState:
-        """From ``w``, or the start made of it."""
-        del key
-        w = start("BOME", problem, w, alpha)
-        return WState(w, self.optimizer.init(w))
-
-    def estimate(
-        self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, WState]:
-        """Both directions, on one batch of either loss, and a step along the first."""
-        data = EstimateData.sample(problem, key)
-        batch, outer_batch = plain_batches(data)
-        gradient = jax.grad(problem.inner_loss, argnums=(0, 1))
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Evaluates both directions on one batch of each loss and moves ``w``."""
         w = state.w
+        batch, outer_batch = sample_batches(data)
+        inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
 
-        descend = lambda _, y: add_scale(
-            y, -self.step_size, gradient(y, alpha, batch)[0]
+        # w_m: m steps of gradient descent from w
+        descend = lambda _, w: add_scale(
+            w, -self.step_size, inner_grads(w, alpha, batch)[0]
         )
-        lower = jax.lax.fori_loop(0, self.num_steps, descend, w)
-        of_w, of_alpha = gradient(w, alpha, batch)
-        _, below = gradient(lower, alpha, batch)
-        q = of_w, optax.tree.sub(of_alpha, below)
-        value, *M = problem.outer_value_and_grads(w, alpha, outer_batch)
+        w_m = jax.lax.fori_loop(0, self.num_steps, descend, w)
 
-        square = vdot(q, q)
-        excess = self.eta * square - vdot(tuple(M), q)
-        mu = jnp.where(square > 0, excess / jnp.where(square > 0, square, 1), 0)
-        for_w, for_alpha = add_scale(tuple(M), jnp.maximum(mu, 0), q)
-        w, w_optimizer = move(self.optimizer, for_w, state.w_optimizer, w)
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, for_alpha, state.w,
-            gradient=of_w,
-            num_grads=inner * (self.num_steps + 2), num_outer_grads=outer,
-        )  # fmt: skip
-        return estimate, WState(w, w_optimizer)
+        # grad q = (dL/dw(w), dL/dalpha(w) - dL/dalpha(w_m))
+        w_grad, alpha_grad = inner_grads(w, alpha, batch)
+        _, alpha_grad_m = inner_grads(w_m, alpha, batch)
+        grad_q = w_grad, optax.tree.sub(alpha_grad, alpha_grad_m)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+        grad_M = b, direct
+
+        # mu = max((eta ||grad q||^2 - <grad M, grad q>) / ||grad q||^2, 0)
+        square = vdot(grad_q, grad_q)
+        numerator = self.eta * square - vdot(grad_M, grad_q)
+        mu = jnp.where(square > 0, numerator / jnp.where(square > 0, square, 1), 0)
+        w_direction, direction = add_scale(grad_M, jnp.maximum(mu, 0), grad_q)
+
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": inner_fraction * (self.num_steps + 2),
+            "num_outer_grads": outer_fraction,
+        }
+        step = Step(value, direction, w, w_grad, counts)
+        return step, self.move_w(state, w_direction)

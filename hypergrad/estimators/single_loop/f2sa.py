@@ -1,56 +1,65 @@
-"""F2SA: first derivatives only, of two inner variables and a growing penalty."""
+"""F2SA, a fully first-order method (Kwon, Kwon, Wright & Nowak 2023)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, sample_batch
 from ...trees import add_scale, scale
-from ...validation import check_optimizer, check_positive_int, or_schedule, positive
-from ..base import Estimate
-from .shared import move, report, start
-from .variance_reduction import at_step, fractions
+from ...validation import check_positive_int, or_schedule, positive
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
 
 
-class F2SAState(eqx.Module):
-    """``y`` and ``z`` like ``w``, their optimizers' states, and steps made."""
+class F2SAMemory(eqx.Module):
+    """The second inner variable of F2SA; the first, ``y``, is ``w`` of the state.
 
-    y: PyTree
-    z: PyTree
-    y_optimizer: PyTree
-    z_optimizer: PyTree
-    step: Array
+    Attributes:
+      z: State of the second inner variable, which follows the argmin of ``L``.
+      num_steps: Number of outer steps made.
+    """
+
+    z: SingleLoopState
+    num_steps: Int[Array, ""]
 
 
-class F2SA(eqx.Module):
-    """``dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))``.
+class F2SA(SingleLoop):
+    """Replaces the adjoint by the difference of two gradients, times a penalty.
 
-    ``num_steps`` of ``y <- y - rho (dL/dw + dM/dw / penalty)``, which rest where
-    ``M + penalty L`` is least, and of ``z <- z - rho dL/dw``; then the direction. Each
-    term sees a fresh batch.
+    An outer step makes ``num_steps`` steps of two inner variables,
+
+        y <- y - rho (dL/dw(y) + dM/dw(y) / penalty)
+        z <- z - rho  dL/dw(z)
+
+    of which ``y`` follows the argmin of ``M + penalty L`` and ``z`` that of ``L``. The
+    direction for ``alpha`` is then
+
+        dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z)).
+
+    Each term is evaluated on a fresh batch. In the paper, ``y`` moves along the
+    gradient of ``M + penalty L`` at a rate that falls as the penalty grows.
 
     Args:
-      optimizer: optax transformation that moves ``y`` and ``z``.
-      num_steps: m, static.
-      penalty: lambda > 0, a number or a schedule of the step; it has no default. The
-        paper's grows as ``k^(1/7)``: ``lambda k: 10 * (1 + k) ** (1 / 7)``, say.
+      optimizer: Optax transformation for ``y`` and ``z``.
+      num_steps: Number m of inner steps per outer step.
+      penalty: A number above 0, or a schedule of the step. The paper's penalty grows as
+        ``k^(1/7)``, e.g. ``lambda k: 10 * (1 + k) ** (1 / 7)``.
 
-    Cost: ``2 m + 2`` gradients and ``m + 1`` outer ones, on a batch each; no product.
-    Memory: two vectors like ``w``, and the optimizers' states.
-
-    Target: argmin. Bias: ``O(1 / penalty)``, and what ``y`` and ``z`` lag behind. Never
-    trusted of itself: `minimize`'s ``certify_every`` judges.
+    Cost: ``2 m + 2`` gradients and ``m + 1`` outer gradients on a batch each; no
+      Hessian-vector product.
+    Memory: two vectors like ``w`` and the states of the optimizers.
+    Bias: ``O(1 / penalty)``, and the lag of ``y`` and ``z`` behind ``alpha``. Target:
+      argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
-    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945); there ``y``
-    moves by ``M + penalty L`` at a rate that falls as the penalty grows.
+    Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -63,14 +72,11 @@ class F2SA(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     penalty: Array | float | Callable = eqx.field(
         kw_only=True, converter=or_schedule(positive("penalty"))
     )
 
-    target = "argmin"
-    is_single_loop = True
     citations = ("kwon2023",)
     summary = (
         MethodSummary(
@@ -80,68 +86,68 @@ class F2SA(eqx.Module):
             memory="2 w and the optimizers'",
             bias="1/l, and what y and z lag behind",
             alpha_in=("losses",),
-            recommended_for="networks whose second derivatives are too dear",
-            not_recommended_for="high accuracy: the difference is as noisy as the penalty is large",
+            recommended_for="networks whose second derivatives are too expensive",
+            not_recommended_for="high accuracy: the penalty multiplies the noise",
             reason="a difference of two gradients in place of the adjoint",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         check_positive_int("num_steps", self.num_steps)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: ``O(1 / penalty)``, with a constant that the spectrum does not tell."""
-        return float("nan")
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> F2SAMemory:
+        """Returns ``z`` at the starting point of ``y``."""
+        return F2SAMemory(SingleLoopState(state.w, state.w_opt_state), jnp.asarray(0))
 
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> F2SAState:
-        """Both from ``w``, or the start made of it."""
-        del key
-        w = start("F2SA", problem, w, alpha)
-        state = self.optimizer.init(w)
-        return F2SAState(w, w, state, state, jnp.asarray(0))
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes the steps of ``y`` and ``z`` and evaluates the direction after them."""
+        memory = state.memory
+        penalty = value_at_step(self.penalty, memory.num_steps)
+        inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
 
-    def estimate(
-        self, problem: Bilevel, state: F2SAState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, F2SAState]:
-        """Both loops, and the direction at their end."""
-        data = EstimateData.sample(problem, key)
-        penalty = at_step(self.penalty, state.step)
-        inner_gradient = jax.grad(problem.inner_loss, argnums=(0, 1))
+        def body_fun(carry, key):
+            y, z = carry
+            y_key, z_key, outer_key = jax.random.split(key, 3)
+            outer_batch = sample_batch(data.outer_data, outer_key)
+            _, b, _ = problem.outer_value_and_grads(y.w, alpha, outer_batch)
+            y_grad, _ = inner_grads(y.w, alpha, sample_batch(data.inner_data, y_key))
+            # y <- y - rho (dL/dw + dM/dw / penalty)
+            y = self.move_w(y, add_scale(y_grad, 1 / penalty, b))
+            # z <- z - rho dL/dw
+            z_grad, _ = inner_grads(z.w, alpha, sample_batch(data.inner_data, z_key))
+            return (y, self.move_w(z, z_grad)), z_grad
 
-        def step(carry, key):
-            y, z, of_y, of_z = carry
-            for_y, for_z, for_outer = jax.random.split(key, 3)
-            _, b, _ = problem.outer_value_and_grads(
-                y, alpha, sample_batch(data.outer_data, for_outer)
-            )
-            pull, _ = inner_gradient(y, alpha, sample_batch(data.inner_data, for_y))
-            y, of_y = move(self.optimizer, add_scale(pull, 1 / penalty, b), of_y, y)
-            gradient, _ = inner_gradient(z, alpha, sample_batch(data.inner_data, for_z))
-            z, of_z = move(self.optimizer, gradient, of_z, z)
-            return (y, z, of_y, of_z), gradient
-
-        carry = state.y, state.z, state.y_optimizer, state.z_optimizer
+        y = SingleLoopState(state.w, state.w_opt_state)
         keys = jax.random.split(data.solver_key, self.num_steps)
-        (y, z, of_y, of_z), gradients = jax.lax.scan(step, carry, keys)
+        (y, z), z_grads = jax.lax.scan(body_fun, (y, memory.z), keys)
 
-        keys = jax.random.split(data.inner_key)
-        value, _, direct = problem.outer_value_and_grads(
-            y, alpha, sample_batch(data.outer_data, data.outer_key)
-        )
-        of_alpha = [
-            inner_gradient(x, alpha, sample_batch(data.inner_data, key))[1]
-            for x, key in zip((y, z), keys, strict=True)
-        ]
-        pull = scale(penalty, optax.tree.sub(*of_alpha))
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, optax.tree.add(direct, pull), y,
-            gradient=jax.tree.map(lambda g: g[0], gradients),
+        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        value, _, direct = problem.outer_value_and_grads(y.w, alpha, outer_batch)
+        y_key, z_key = jax.random.split(data.inner_key)
+        _, y_cross = inner_grads(y.w, alpha, sample_batch(data.inner_data, y_key))
+        _, z_cross = inner_grads(z.w, alpha, sample_batch(data.inner_data, z_key))
+        # penalty (dL/dalpha(y) - dL/dalpha(z))
+        indirect = scale(penalty, optax.tree.sub(y_cross, z_cross))
+
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": inner_fraction * (2 * self.num_steps + 2),
+            "num_outer_grads": outer_fraction * (self.num_steps + 1),
+        }
+        step = Step(
+            value,
+            optax.tree.add(direct, indirect),
+            y.w,
+            jax.tree.map(lambda g: g[0], z_grads),
+            counts,
             num_inner_steps=self.num_steps,
-            num_grads=inner * (2 * self.num_steps + 2),
-            num_outer_grads=outer * (self.num_steps + 1),
-        )  # fmt: skip
-        return estimate, F2SAState(y, z, of_y, of_z, state.step + 1)
+        )
+        return step, replace(y, memory=F2SAMemory(z, memory.num_steps + 1))

@@ -1,53 +1,61 @@
-"""FSLA: a step of ``w``, then of the adjoint, then a direction with momentum."""
+"""FSLA, a fully single-loop algorithm (Li, Gu & Huang 2022)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, sample_batch
 from ...products import hvp
-from ...validation import check_optimizer, in_unit_interval, or_schedule
-from ..base import Estimate
-from .directions import Point
-from .inner_loops import total_direction
-from .joint import JointState, begin, optimizers
-from .shared import move, report
-from .variance_reduction import at_step, fractions, storm
+from ...validation import in_unit_interval, or_schedule
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import alpha_direction
+from .variance_reduction import Point, storm_estimate, storm_momentum
 
 
-class Memory(eqx.Module):
-    """The last direction, where it was taken, and how many there were."""
+class FSLAMemory(eqx.Module):
+    """The previous direction of ``alpha``.
+
+    Attributes:
+      direction: The direction.
+      point: Where it was evaluated.
+      num_steps: Number of steps made.
+    """
 
     direction: PyTree
-    at: Point
-    step: Array
+    point: Point
+    num_steps: Int[Array, ""]
 
 
-class FSLA(eqx.Module):
-    """``w``, then ``v``, then ``alpha`` by ``D(t) + momentum (d_{t-1} - D(t-1))``.
+class FSLA(SingleLoop):
+    """Moves ``w``, then ``v``, then ``alpha`` along a direction with momentum (STORM).
 
-    Each reads what the one before has reached, on batches of its own; ``D`` is
-    ``dM/dalpha - Jᵀ v``, and ``D(t-1)`` that of the last step's end, on ``D(t)``'s
-    batches.
+    Each update uses the result of the one before it, on batches of its own:
+
+        w <- w - rho dL/dw
+        v <- v - rho (H v - b),   b = dM/dw
+        d_t = D(t) + momentum (d_{t-1} - D(t-1)),   D = dM/dalpha - J' v
+
+    ``D(t-1)`` is evaluated at the end of the previous step on the batches of ``D(t)``.
+    `minimize` moves ``alpha`` along ``d_t``.
 
     Args:
-      optimizer: optax transformation that moves ``w``.
-      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
-      momentum: a number in [0, 1], or a schedule of the step.
+      optimizer: Optax transformation for ``w``.
+      adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
+      momentum: A number in [0, 1], or a schedule of the step. Defaults to 0.9.
 
-    Cost: a gradient, three Hessian-vector products (two for cross terms) and three
-    outer gradients, on a batch each. Memory: SOBA's, and what it was a step before.
-
-    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``. Never trusted of
-    itself: `minimize`'s ``certify_every`` judges.
+    Cost: one gradient, three Hessian-vector products (two for cross terms) and three
+      outer gradients; each on one batch.
+    Memory: that of SOBA, and its values of the previous step.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Li, Gu & Huang 2022 (arXiv 2112.04660).
 
@@ -62,7 +70,6 @@ class FSLA(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
@@ -70,8 +77,7 @@ class FSLA(eqx.Module):
         default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
     )
 
-    target = "argmin"
-    is_single_loop = True
+    uses_adjoint = True
     citations = ("li2022", "cutkosky2019")
     summary = (
         MethodSummary(
@@ -81,71 +87,67 @@ class FSLA(eqx.Module):
             memory="4 w and the optimizers'",
             bias="what w and v lag behind",
             alpha_in=("losses",),
-            recommended_for="noisy batches, where SOBA's alpha is restless",
-            not_recommended_for="tight budgets: SOBA's step costs a third",
-            reason="SOBA one after the other, with momentum in alpha",
+            recommended_for="noisy batches, if alpha of SOBA is too noisy",
+            not_recommended_for="tight budgets: a step of SOBA costs a third",
+            reason="SOBA with sequential updates and momentum in alpha",
         ),
     )
 
-    def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
-        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> FSLAMemory:
+        """Returns a zero direction, which the first step does not use."""
+        point = Point(state.w, state.v, alpha)
+        return FSLAMemory(optax.tree.zeros_like(alpha), point, jnp.asarray(0))
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact where a run at one ``alpha`` settles."""
-        return 0.0
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> JointState:
-        """From ``w``, or the start made of it, and a zero adjoint."""
-        del key
-        state = begin("FSLA", optimizers(self), problem, w, alpha)
-        at = Point(state.w, state.v, alpha)
-        memory = Memory(optax.tree.zeros_like(alpha), at, jnp.asarray(0))
-        return eqx.tree_at(
-            lambda s: s.memory, state, memory, is_leaf=lambda x: x is None
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes the three steps, one after the other."""
+        w_key, v_key, cross_key = jax.random.split(data.inner_key, 3)
+        b_key, direct_key = jax.random.split(data.outer_key)
+        w_batch, v_batch, cross_batch = (
+            sample_batch(data.inner_data, key) for key in (w_key, v_key, cross_key)
         )
-
-    def estimate(
-        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, JointState]:
-        """Three steps, one after the other."""
-        data = EstimateData.sample(problem, key)
-        of_w, of_v = optimizers(self)
-        keys = jax.random.split(data.inner_key, 3)
-        batches = [sample_batch(data.inner_data, key) for key in keys]
-        keys = jax.random.split(data.outer_key)
-        outer_batches = [sample_batch(data.outer_data, key) for key in keys]
+        b_batch, direct_batch = (
+            sample_batch(data.outer_data, key) for key in (b_key, direct_key)
+        )
         memory = state.memory
 
-        gradient = jax.grad(problem.inner_loss)(state.w, alpha, batches[0])
-        w, w_optimizer = move(of_w, gradient, state.w_optimizer, state.w)
+        # w <- w - rho dL/dw
+        inner_grad = jax.grad(problem.inner_loss)(state.w, alpha, w_batch)
+        state = self.move_w(state, inner_grad)
 
-        _, b, _ = problem.outer_value_and_grads(w, alpha, outer_batches[0])
-        Hv = hvp(problem.inner_loss, w, alpha, batches[1], state.v)
+        # v <- v - rho (H v - b)
+        _, b, _ = problem.outer_value_and_grads(state.w, alpha, b_batch)
+        Hv = hvp(problem.inner_loss, state.w, alpha, v_batch, state.v)
         residual = optax.tree.sub(Hv, b)
-        v, v_optimizer = move(of_v, residual, state.v_optimizer, state.v)
+        state = self.move_v(state, residual)
 
-        def direction(at):
-            value, _, direct = problem.outer_value_and_grads(
-                at.w, at.alpha, outer_batches[1]
+        def evaluate(p: Point) -> tuple[Array, PyTree]:
+            """Returns the outer value and ``dM/dalpha - J' v`` at a point."""
+            value, _, direct = problem.outer_value_and_grads(p.w, p.alpha, direct_batch)
+            return value, alpha_direction(
+                problem, p.w, p.v, p.alpha, direct, cross_batch
             )
-            return value, total_direction(
-                problem, at.w, at.v, at.alpha, direct, batches[2]
-            )
 
-        value, new = direction(Point(w, v, alpha))
-        _, old = direction(memory.at)
-        momentum = at_step(self.momentum, memory.step)
-        momentum = jnp.where(memory.step == 0, 0.0, momentum)
-        found = storm(new, old, memory.direction, momentum)
+        # d_t = D(t) + momentum (d_{t-1} - D(t-1))
+        point = Point(state.w, state.v, alpha)
+        value, new = evaluate(point)
+        _, old = evaluate(memory.point)
+        momentum = storm_momentum(self.momentum, memory.num_steps)
+        direction = storm_estimate(new, old, memory.direction, momentum)
 
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, found, w,
-            gradient=gradient, residual=residual, b=b,
-            num_grads=inner, num_hvps=3 * inner, num_outer_grads=3 * outer,
-        )  # fmt: skip
-        memory = Memory(found, Point(w, v, alpha), memory.step + 1)
-        return estimate, JointState(w, v, w_optimizer, v_optimizer, memory)
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": inner_fraction,
+            "num_hvps": 3 * inner_fraction,
+            "num_outer_grads": 3 * outer_fraction,
+        }
+        step = Step(value, direction, state.w, inner_grad, counts, residual, b)
+        memory = FSLAMemory(direction, point, memory.num_steps + 1)
+        return step, replace(state, memory=memory)

@@ -1,58 +1,100 @@
-"""Short loops on fresh batches: descent in ``w``, and two ways to ``H^-1 b``."""
+"""Short loops on fresh mini-batches: of ``w``, of ``v``, and the Neumann series."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ...linear.neumann import Neumann
-from ...problem import Bilevel, Data, sample_batch
+from ...problem import Bilevel, Data, EstimateData, sample_batch
 from ...products import cross_vjp, hvp
 from ...trees import add_scale, scale
-from .shared import move
+from .base import SingleLoop, SingleLoopState
 
 
-def descend(
+def run_inner_steps(
+    method: SingleLoop,
     problem: Bilevel,
-    optimizer: optax.GradientTransformation,
-    w: PyTree,
-    state: PyTree,
+    state: SingleLoopState,
     alpha: PyTree,
+    data: EstimateData,
+    num_steps: int,
+) -> tuple[SingleLoopState, PyTree]:
+    """Makes ``num_steps`` steps of ``w`` along ``dL/dw``, each on a fresh batch.
+
+    Returns:
+      The state after the steps, and the gradient of the first step.
+    """
+
+    def body_fun(state, key):
+        batch = sample_batch(data.inner_data, key)
+        inner_grad = jax.grad(problem.inner_loss)(state.w, alpha, batch)
+        return method.move_w(state, inner_grad), inner_grad
+
+    keys = jax.random.split(data.solver_key, num_steps)
+    state, inner_grads = jax.lax.scan(body_fun, state, keys)
+    return state, jax.tree.map(lambda g: g[0], inner_grads)
+
+
+def run_adjoint_steps(
+    method: SingleLoop,
+    problem: Bilevel,
+    state: SingleLoopState,
+    alpha: PyTree,
+    b: PyTree,
     data: Data,
     key: Array,
     num_steps: int,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """``num_steps`` of ``w <- w - rho dL/dw``; also the first of the gradients."""
+) -> tuple[SingleLoopState, PyTree]:
+    """Makes ``num_steps`` steps of ``v`` along ``H v - b``, each on a fresh batch.
 
-    def step(carry, key):
-        w, state = carry
-        gradient = jax.grad(problem.inner_loss)(w, alpha, sample_batch(data, key))
-        return move(optimizer, gradient, state, w), gradient
+    Returns:
+      The state after the steps, and the residual ``H v - b`` of the first step.
+    """
+
+    def body_fun(state, key):
+        batch = sample_batch(data, key)
+        Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
+        residual = optax.tree.sub(Hv, b)
+        return method.move_v(state, residual), residual
 
     keys = jax.random.split(key, num_steps)
-    (w, state), gradients = jax.lax.scan(step, (w, state), keys)
-    return w, state, jax.tree.map(lambda g: g[0], gradients)
+    state, residuals = jax.lax.scan(body_fun, state, keys)
+    return state, jax.tree.map(lambda r: r[0], residuals)
 
 
-class Series(eqx.Module):
-    """``H^-1 b`` by products with ``I - step_size H``, of a fresh batch each.
+class StochasticNeumann(eqx.Module):
+    """The truncated Neumann series for ``v = H^-1 b``, with a fresh batch per product.
 
-    ``num_terms`` is K. In full, ``step_size sum_{k < K} prod_{i <= k} (I - step_size
-    H_i) b``. Of ``random`` length, ``K step_size prod_{i <= p} (I - step_size H_i) b``
-    with p drawn from 0 to K - 1: the same in expectation, for half the products.
+    With K terms, step size ``eta`` and Hessians ``H_i`` of independent batches
+
+        v = eta sum_{k < K} prod_{i <= k} (I - eta H_i) b.
+
+    A series of random length evaluates one of its terms,
+
+        v = K eta prod_{i <= p} (I - eta H_i) b,   p uniform on {0, ..., K - 1},
+
+    which has the same mean and needs half of the products.
+
+    Args:
+      step_size: ``eta``, at most ``1 / lambda_max``.
+      num_terms: K.
+      has_random_length: Whether the series has a random length.
+
+    Source: Ghadimi & Wang 2018 for the random length.
     """
 
     step_size: Array | float
     num_terms: int = eqx.field(static=True)
-    random: bool = eqx.field(static=True, default=False)
+    has_random_length: bool = eqx.field(static=True, default=False)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """``q^K``, ``q = max |1 - step_size lambda|``: what K terms leave of ``v``."""
+        """Returns ``q^K``, ``q = max |1 - eta lambda|``: the error of the mean."""
         series = Neumann(self.num_terms, float(self.step_size))
         return series.error_bound(eig_min, eig_max)
 
-    def __call__(
+    def solve(
         self,
         problem: Bilevel,
         w: PyTree,
@@ -60,57 +102,40 @@ class Series(eqx.Module):
         b: PyTree,
         data: Data,
         key: Array,
-    ) -> tuple[PyTree, Array]:
-        """``(v, products made)``."""
-        step_key, length_key = jax.random.split(key)
-        keys = jax.random.split(step_key, self.num_terms)
+    ) -> tuple[PyTree, Int[Array, ""]]:
+        """Returns ``v`` and the number of Hessian-vector products."""
+        product_key, length_key = jax.random.split(key)
+        keys = jax.random.split(product_key, self.num_terms)
 
-        def contract(k, p):
+        def next_term(k, p):
+            # p <- (I - eta H_k) p
             Hp = hvp(problem.inner_loss, w, alpha, sample_batch(data, keys[k]), p)
             return add_scale(p, -self.step_size, Hp)
 
-        if self.random:
-            length = jax.random.randint(length_key, (), 0, self.num_terms)
-            p = jax.lax.fori_loop(0, length, contract, b)
-            return scale(self.num_terms * self.step_size, p), length
+        if self.has_random_length:
+            num_products = jax.random.randint(length_key, (), 0, self.num_terms)
+            p = jax.lax.fori_loop(0, num_products, next_term, b)
+            return scale(self.num_terms * self.step_size, p), num_products
 
-        def add(k, carry):
+        def add_term(k, carry):
             p, total = carry
-            p = contract(k, p)
+            p = next_term(k, p)
             return p, optax.tree.add(total, p)
 
-        products = self.num_terms - 1
-        _, total = jax.lax.fori_loop(0, products, add, (b, b))
-        return scale(self.step_size, total), jnp.asarray(products)
+        num_products = self.num_terms - 1
+        _, total = jax.lax.fori_loop(0, num_products, add_term, (b, b))
+        return scale(self.step_size, total), jnp.asarray(num_products)
 
 
-def follow(
-    problem: Bilevel,
-    optimizer: optax.GradientTransformation,
-    w: PyTree,
-    v: PyTree,
-    state: PyTree,
-    alpha: PyTree,
-    b: PyTree,
-    data: Data,
-    key: Array,
-    num_steps: int,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """``num_steps`` of ``v <- v - rho (H v - b)``; also the first of the residuals."""
-
-    def step(carry, key):
-        v, state = carry
-        Hv = hvp(problem.inner_loss, w, alpha, sample_batch(data, key), v)
-        residual = optax.tree.sub(Hv, b)
-        return move(optimizer, residual, state, v), residual
-
-    keys = jax.random.split(key, num_steps)
-    (v, state), residuals = jax.lax.scan(step, (v, state), keys)
-    return v, state, jax.tree.map(lambda r: r[0], residuals)
-
-
-def total_direction(
+def alpha_direction(
     problem: Bilevel, w: PyTree, v: PyTree, alpha: PyTree, direct: PyTree, batch: PyTree
 ) -> PyTree:
-    """``dM/dalpha - Jᵀ v``."""
+    """Returns ``dM/dalpha - J' v``, the hypergradient if ``w`` and ``v`` are exact.
+
+    Args:
+      problem: The bilevel problem.
+      w, v, alpha: Inner variable, adjoint and outer variable.
+      direct: The direct term ``dM/dalpha``.
+      batch: Batch of the inner loss.
+    """
     return optax.tree.sub(direct, cross_vjp(problem.inner_loss, w, alpha, batch, v))

@@ -1,4 +1,4 @@
-"""PZOBO: the response of ``w`` by random differences of a few inner steps."""
+"""PZOBO, partial zeroth-order bilevel optimization (Sow, Ji & Liang 2022)."""
 
 import equinox as eqx
 import jax
@@ -9,37 +9,40 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, sample_batch
 from ...trees import add_scale, norm, random_like, scale, vdot
-from ...validation import check_optimizer, check_positive_int, positive
-from ..base import Estimate
+from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error
-from .inner_loops import descend
-from .shared import report, start
-from .stocbio import WState
-from .variance_reduction import fractions
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import run_inner_steps
 
 
-class PZOBO(eqx.Module):
-    """``dM/dalpha + mean_j <(w_m(alpha + sigma u_j) - w_m(alpha)) / sigma, b> u_j``.
+class PZOBO(SingleLoop):
+    """Estimates the response of ``w`` to ``alpha`` by differences along random vectors.
 
-    ``w_m`` is ``num_steps`` from where ``w`` was, on the same batches for all
-    ``alpha``; ``u_j`` are standard normal, ``b = dM/dw``.
+    The direction for ``alpha`` is
+
+        dM/dalpha + mean_j <(w_m(alpha + sigma u_j) - w_m(alpha)) / sigma, b> u_j,
+
+    where ``w_m`` is the result of ``num_steps`` steps from the current ``w``, on the
+    same batches for each ``alpha``, the ``u_j`` are standard normal, and ``b = dM/dw``.
 
     Args:
-      optimizer: optax transformation that moves ``w``.
-      num_steps: m, static.
-      num_directions: n, of ``u``, static.
-      sigma: of the shift of ``alpha``; data.
+      optimizer: Optax transformation for ``w``.
+      num_steps: Number m of inner steps per outer step.
+      num_directions: Number n of random vectors.
+      sigma: Size of the differences of ``alpha``. Defaults to 0.01.
 
-    Cost: ``(n + 1) m`` gradients and an outer one, on a batch each; no product. Memory:
-    ``n + 1`` runs, side by side.
+    The statistic ``standard_error`` is the relative standard error over the random
+    vectors.
 
-    Target: argmin, by the derivative of m steps. Bias: what steps before the last m
-    would add, and ``O(sigma)``; noise of variance ``N / n``. Never trusted of itself:
-    `minimize`'s ``certify_every`` judges; ``standard_error`` is that of
-    the directions.
+    Cost: ``(n + 1) m`` gradients and one outer gradient on a batch each; no
+      Hessian-vector product.
+    Memory: ``n + 1`` inner runs at once.
+    Bias: relative to the derivative of the argmin, the contribution of steps before the
+      last m, and ``O(sigma)``. The noise has variance ``N / n`` for N numbers in
+      ``alpha``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Sow, Ji & Liang 2022 (arXiv 2110.07004).
 
@@ -54,15 +57,12 @@ class PZOBO(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_directions: int = eqx.field(static=True)
     sigma: Array | float = eqx.field(
         default=0.01, kw_only=True, converter=positive("sigma")
     )
 
-    target = "argmin"
-    is_single_loop = True
     citations = ("sow2022",)
     summary = (
         MethodSummary(
@@ -79,56 +79,52 @@ class PZOBO(eqx.Module):
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         check_positive_int("num_steps", self.num_steps)
         check_positive_int("num_directions", self.num_directions)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: a mean over random directions."""
-        return float("nan")
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> WState:
-        """From ``w``, or the start made of it."""
-        del key
-        w = start("PZOBO", problem, w, alpha)
-        return WState(w, self.optimizer.init(w))
-
-    def estimate(
-        self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, WState]:
-        """All runs, and the direction at the end of the middle one."""
-        data = EstimateData.sample(problem, key)
-
-        def run(alpha):
-            return descend(
-                problem, self.optimizer, state.w, state.w_optimizer, alpha,
-                data.inner_data, data.solver_key, self.num_steps,
-            )  # fmt: skip
-
-        w, w_optimizer, gradient = run(alpha)
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes the inner steps at each ``alpha`` and evaluates the direction."""
+        run = lambda alpha: run_inner_steps(
+            self, problem, state, alpha, data, self.num_steps
+        )
+        new_state, inner_grad = run(alpha)
+        w = new_state.w
         outer_batch = sample_batch(data.outer_data, data.outer_key)
         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
 
         def response(key):
+            # <(w_m(alpha + sigma u) - w_m(alpha)) / sigma, b> u
             u = random_like(key, alpha)
-            moved = run(add_scale(alpha, self.sigma, u))[0]
-            slope = vdot(optax.tree.sub(moved, w), b) / self.sigma
-            return scale(slope, u)
+            shifted_state, _ = run(add_scale(alpha, self.sigma, u))
+            change = optax.tree.sub(shifted_state.w, w)
+            return scale(vdot(change, b) / self.sigma, u)
 
         keys = jax.random.split(data.inner_key, self.num_directions)
         responses = jax.vmap(response)(keys)
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), responses)
         direction = optax.tree.add(direct, indirect)
-        scatter = standard_error(responses, indirect, several=False)
-        scatter = scatter * norm(indirect) / norm(direction)
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, direction, w,
-            gradient=gradient, num_inner_steps=self.num_steps,
-            num_grads=inner * self.num_steps * (self.num_directions + 1),
-            num_outer_grads=outer,
-            standard_error=scatter,
-        )  # fmt: skip
-        return estimate, WState(w, w_optimizer)
+        # From relative to the indirect term to relative to the direction.
+        relative_error = standard_error(responses, indirect, False)
+        relative_error = relative_error * norm(indirect) / norm(direction)
+
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": inner_fraction * self.num_steps * (self.num_directions + 1),
+            "num_outer_grads": outer_fraction,
+        }
+        step = Step(
+            value,
+            direction,
+            w,
+            inner_grad,
+            counts,
+            num_inner_steps=self.num_steps,
+            standard_error=relative_error,
+        )
+        return step, new_state

@@ -1,46 +1,53 @@
-"""SABA: SOBA with SAGA's memory, so that its noise vanishes."""
+"""SABA, which is SOBA with the variance reduction of SAGA (Dagréou et al. 2022)."""
 
 import equinox as eqx
-import jax
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_optimizer
-from ..base import Estimate
-from .directions import inner, outer
-from .joint import JointState, advance, begin, optimizers, point
-from .shared import check_lasting
-from .variance_reduction import empty, fractions, saga
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .soba import soba_step
+from .variance_reduction import (
+    Point,
+    SagaTable,
+    empty_table,
+    inner_parts,
+    outer_parts,
+    saga_estimate,
+    shapes_of_parts,
+)
 
 
-class SABA(eqx.Module):
-    """SOBA's three steps along SAGA estimates of its directions.
+class SABA(SingleLoop):
+    """Makes the steps of `SOBA` along SAGA estimates of its three directions.
 
-    Of every example the parts last seen of ``dL/dw``, ``H v``, ``Jᵀ v`` and of
-    ``dM/dw``, ``dM/dalpha`` are kept: ``mean_k (new_k - old_k) + mean of all old``,
-    unbiased, and without noise where the run settles, so that rates stay constant.
+    The method stores the latest ``dL/dw``, ``H v``, ``J' v`` of each inner example and
+    the latest ``dM/dw``, ``dM/dalpha`` of each outer example. The mean over a batch is
+    replaced by ``mean_k (new_k - old_k) + mean of all old``, which is unbiased and
+    whose noise vanishes as the run converges. Rates can therefore stay constant.
+
+    The tables start empty, without a pass over the data: the stored derivatives of an
+    example are zero until the example is first sampled, so that the first step is that
+    of SOBA.
 
     Args:
-      optimizer: optax transformation that moves ``w``; ``optax.sgd(rho)``, constant.
-      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
+      optimizer: Optax transformation for ``w``, such as ``optax.sgd(rho)`` with a
+        constant ``rho``.
+      adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
 
-    The loss of a batch must be the mean of the losses of its examples, penalties
-    included in each. Plain data, and `Batches` of all, are one example.
+    The loss of a batch must be the mean of the losses of its examples, each of which
+    includes the penalties. Data that is used whole counts as one example.
 
-    The tables begin empty, without a pass over the data: what was last seen of an
-    example is zero until it is first drawn, so that the first step is SOBA's.
-
-    Cost: SOBA's. Memory: beside SOBA's, ``n_inner`` times two vectors like ``w`` and
-    one like ``alpha``, ``n_outer`` times one of each.
-
-    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``. Never trusted of
-    itself: `minimize`'s ``certify_every`` judges.
+    Cost: that of SOBA.
+    Memory: in addition to SOBA, ``n_inner`` times two vectors like ``w`` and one like
+      ``alpha``, and ``n_outer`` times one of each.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
-      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
+      ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
+        change.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
@@ -57,13 +64,15 @@ class SABA(eqx.Module):
     (-0.5, 1.0)
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
 
-    target = "argmin"
-    is_single_loop = True
+    uses_adjoint = True
+    fixed_data_reason = (
+        "SABA stores the derivatives of every example. Pass arrays or hg.Batches "
+        "without with_key, or use hg.SOBA."
+    )
     citations = ("dagreou2022", "defazio2014")
     summary = (
         MethodSummary(
@@ -73,63 +82,38 @@ class SABA(eqx.Module):
             memory="2 w, 2 n w + n N numbers",
             bias="what w and v lag behind",
             alpha_in=("losses",),
-            recommended_for="finite data and small models, where SOBA's noise is the limit",
-            not_recommended_for="networks: the table holds a gradient of every example",
-            reason="its noise vanishes, so that rates need not fall",
+            recommended_for="finite data and small models, if SOBA is too noisy",
+            not_recommended_for="networks: the tables hold a gradient of every example",
+            reason="the noise vanishes, so the rates can stay constant",
         ),
     )
 
-    def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
-        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> tuple[SagaTable, SagaTable]:
+        """Returns an empty table for each loss."""
+        inner, outer = shapes_of_parts(problem, state, alpha)
+        inner_table = empty_table(inner, problem.inner_data)
+        return inner_table, empty_table(outer, problem.outer_data)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact where a run at one ``alpha`` settles."""
-        return 0.0
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> JointState:
-        """From ``w``, or the start made of it, a zero adjoint and empty tables."""
-        del key
-        why = "keeps what it saw of every example"
-        check_lasting("SABA", why, "hg.SOBA", problem)
-        state = begin("SABA", optimizers(self), problem, w, alpha)
-        at = point(state, alpha)
-        parts = jax.eval_shape(
-            lambda key: (
-                inner(
-                    problem.inner_loss,
-                    at,
-                    EstimateData.sample(problem, key).inner_batch(),
-                ),
-                outer(problem, at, EstimateData.sample(problem, key).outer_batch()),
-            ),
-            jax.random.key(0),
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes a step of SOBA, with the derivatives estimated by both tables."""
+        point = Point(state.w, state.v, alpha)
+        inner_table, outer_table = state.memory
+        inner_fn = lambda batch: inner_parts(problem.inner_loss, point, batch)
+        inner, inner_table = saga_estimate(
+            inner_fn, inner_table, data.inner_data, data.inner_key
         )
-        data = problem.inner_data, problem.outer_data
-        tables = tuple(map(empty, parts, data))
-        return eqx.tree_at(
-            lambda s: s.memory, state, tables, is_leaf=lambda x: x is None
+        outer_fn = lambda batch: outer_parts(problem, point, batch)
+        outer, outer_table = saga_estimate(
+            outer_fn, outer_table, data.outer_data, data.outer_key
         )
-
-    def estimate(
-        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, JointState]:
-        """The three directions by both tables, and a step along the first two."""
-        data, at = EstimateData.sample(problem, key), point(state, alpha)
-        of_inner, of_outer = state.memory
-        look = lambda batch: inner(problem.inner_loss, at, batch)
-        inner_parts, of_inner = saga(look, of_inner, data.inner_data, data.inner_key)
-        look = lambda batch: outer(problem, at, batch)
-        outer_parts, of_outer = saga(look, of_outer, data.outer_data, data.outer_key)
-        fraction, outer_fraction = fractions(data)
-        return advance(
-            optimizers(self),
-            state,
-            (of_inner, of_outer),
-            data,
-            (inner_parts, outer_parts),
-            num_hvps=fraction,
-            num_outer_grads=outer_fraction,
-        )
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {"num_hvps": inner_fraction, "num_outer_grads": outer_fraction}
+        return soba_step(self, state, inner, outer, counts, (inner_table, outer_table))

@@ -1,44 +1,51 @@
-"""SOBA: ``w``, the adjoint and ``alpha`` move together, a stochastic step each."""
+"""SOBA, the stochastic bilevel algorithm (Dagréou, Ablin, Vaiter & Moreau 2022)."""
+
+from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_optimizer
-from ..base import Estimate
-from .joint import JointState, advance, begin, optimizers, point
-from .variance_reduction import fractions, plain
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .variance_reduction import InnerParts, OuterParts, Point, minibatch_parts
 
 
-class SOBA(eqx.Module):
-    """``w <- w - rho dL/dw``, ``v <- v - rho (H v - dM/dw)``; ``dM/dalpha - Jᵀ v``.
+class SOBA(SingleLoop):
+    """Moves ``w``, the adjoint ``v`` and ``alpha`` by one stochastic step each.
 
-    The three directions are taken at the same ``(w, v, alpha)``, on one inner and one
-    outer batch, which the problem's `Batches` draw; `minimize`'s optimizer takes the
-    third. With plain data it is the deterministic method.
+    On one inner and one outer batch per step,
+
+        w     <- w     - rho   dL/dw
+        v     <- v     - rho   (H v - dM/dw)
+        alpha <- alpha - gamma (dM/dalpha - J' v)
+
+    with ``H = d2L/dw2`` and ``J = d2L/dw dalpha``. All three directions are evaluated
+    at the same ``(w, v, alpha)``. `minimize` applies its optimizer to the third. With
+    data that is not `Batches` the method is deterministic.
+
+    ``w`` and ``v`` follow ``alpha`` only if it is slow. Begin with ``rho`` about
+    ``1 / lambda_max`` and with a rate of ``alpha`` at which ``certify_every`` reports a
+    small ``error_estimate``; if that grows along the run, lower the rate of ``alpha``.
 
     Args:
-      optimizer: optax transformation that moves ``w``; ``optax.sgd(rho)`` is the
-        paper's, with a number or a schedule.
-      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
+      optimizer: Optax transformation for ``w``. The paper uses ``optax.sgd(rho)`` with
+        a number or a schedule.
+      adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
 
-    ``w`` and ``v`` follow ``alpha`` only where it is slow: begin with ``rho`` about
-    ``1 / lambda_max`` and a rate of ``alpha`` at which ``certify_every`` finds a small
-    ``error_estimate``; where that grows along the run, lower the rate of ``alpha``.
+    The statistic ``adjoint_residual`` is ``||H v - b|| / ||b||`` on the batches, with
+    ``b = dM/dw``. ``value`` and ``w`` are those before the step.
 
-    Cost: one Hessian-vector product, which yields the inner gradient and the cross term
-    too, and one outer gradient, on a batch each. Memory: two vectors like ``w`` and
-    the optimizers' states.
-
-    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``; it vanishes where
-    the run settles. Never trusted of itself: `minimize`'s ``certify_every`` judges.
-    ``adjoint_residual`` is ``||H v - b|| / ||b||`` on the batches. ``value`` and ``w``
-    are those before the step.
+    Cost: one Hessian-vector product, which also yields the inner gradient and the cross
+      term, and one outer gradient; each on one batch.
+    Memory: two vectors like ``w`` and the states of the optimizers.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``, which vanishes as the run
+      converges. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
 
@@ -53,13 +60,11 @@ class SOBA(eqx.Module):
     (1.0, 1.0)
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
 
-    target = "argmin"
-    is_single_loop = True
+    uses_adjoint = True
     citations = ("dagreou2022",)
     summary = (
         MethodSummary(
@@ -69,33 +74,55 @@ class SOBA(eqx.Module):
             memory="2 w and the optimizers'",
             bias="what w and v lag behind",
             alpha_in=("losses",),
-            recommended_for="large problems under hg.minimize, mini-batches, w and alpha jointly",
-            not_recommended_for="one accurate hypergradient, rates that are hard to choose",
-            reason="nothing is solved: w, the adjoint and alpha make one step each",
+            recommended_for="large problems, mini-batches, w and alpha jointly",
+            not_recommended_for="one accurate hypergradient; rates must be tuned",
+            reason="w, the adjoint and alpha make one step each",
         ),
     )
 
-    def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
-        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes one step on a batch of each loss."""
+        point = Point(state.w, state.v, alpha)
+        inner, outer = minibatch_parts(problem, point, data)
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {"num_hvps": inner_fraction, "num_outer_grads": outer_fraction}
+        return soba_step(self, state, inner, outer, counts)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact where a run at one ``alpha`` settles."""
-        return 0.0
 
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> JointState:
-        """From ``w``, or the start made of it, and a zero adjoint."""
-        del key
-        return begin("SOBA", optimizers(self), problem, w, alpha)
+def soba_step(
+    method: SingleLoop,
+    state: SingleLoopState,
+    inner: InnerParts,
+    outer: OuterParts,
+    counts: dict[str, Any],
+    memory: Any = None,
+) -> tuple[Step, SingleLoopState]:
+    """Makes the three steps of SOBA along estimates of the derivatives.
 
-    def estimate(
-        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, JointState]:
-        """The three directions, and a step along the first two."""
-        data = EstimateData.sample(problem, key)
-        parts = plain(problem, point(state, alpha), data)
-        inner, outer = fractions(data)
-        counts = {"num_hvps": inner, "num_outer_grads": outer}
-        return advance(optimizers(self), state, None, data, parts, **counts)
+    Args:
+      method: The method, which has the optimizers of ``w`` and ``v``.
+      state: State before the step, at which the derivatives were estimated.
+      inner, outer: Estimated derivatives of the two losses.
+      counts: Cost of the estimates, as in `Step`.
+      memory: Memory of the method after the step.
+    """
+    w_direction = inner.grad  # dL/dw
+    v_direction = optax.tree.sub(inner.Hv, outer.b)  # H v - dM/dw
+    alpha_direction = optax.tree.sub(outer.direct, inner.cross)  # dM/dalpha - J' v
+    step = Step(
+        outer.value,
+        alpha_direction,
+        state.w,
+        w_direction,
+        counts,
+        residual=v_direction,
+        b=outer.b,
+    )
+    state = method.move_v(method.move_w(state, w_direction), v_direction)
+    return step, replace(state, memory=memory)

@@ -1,41 +1,42 @@
-"""SRBA: SOBA along recursive estimates, begun anew by full passes."""
+"""SRBA, which is SOBA with the variance reduction of SPIDER (Dagréou et al. 2024)."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_optimizer, check_positive_int
-from ..base import Estimate
-from .joint import JointState, advance, begin, optimizers, point
-from .shared import check_lasting
-from .variance_reduction import Recursion, fractions, plain, spider
+from ...validation import check_positive_int
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .soba import soba_step
+from .variance_reduction import Point, SpiderState, shapes_of_parts, spider_estimate
 
 
-class SRBA(eqx.Module):
-    """SOBA's three steps along SARAH estimates: ``d_t = d_{t-1} + D(t) - D(t-1)``.
+class SRBA(SingleLoop):
+    """Makes the steps of `SOBA` along recursive estimates of its three directions.
 
-    Both directions of a step see the same batch; every ``period`` steps the directions
-    are those of all data.
+    The estimates are ``d_t = d_{t-1} + D(t) - D(t-1)``, where the directions ``D`` of
+    the current and of the previous point are evaluated on the same batch. Every
+    ``period`` steps, ``d_t`` is the direction on all data.
 
     Args:
-      optimizer: optax transformation that moves ``w``; ``optax.sgd(rho)``, constant.
-      period: q, steps from one full pass to the next, static.
-      adjoint_optimizer: that moves ``v``; None means the same kind as ``optimizer``.
+      optimizer: Optax transformation for ``w``, such as ``optax.sgd(rho)`` with a
+        constant ``rho``.
+      period: Number of steps from one pass over all data to the next.
+      adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
 
-    Cost: two Hessian-vector products and two outer gradients, on a batch each; on all
-    data, one each, every ``period`` steps. Memory: twice SOBA's, and the directions.
-
-    Target: argmin. Bias: what ``w`` and ``v`` lag behind ``alpha``; between full passes
-    the directions are unbiased only given the last one's error. Never trusted of
-    itself: `minimize`'s ``certify_every`` judges.
+    Cost: two Hessian-vector products and two outer gradients on a batch each; every
+      ``period`` steps, one of each on all data instead.
+    Memory: twice that of SOBA, and the directions.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``. Between passes over all data, an
+      estimate also carries the error of the previous one. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
-      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
+      ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
+        change.
 
     Source: Dagréou, Moreau, Vaiter & Ablin 2024 (arXiv 2302.08766).
 
@@ -50,14 +51,16 @@ class SRBA(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     period: int = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
         static=True, default=None
     )
 
-    target = "argmin"
-    is_single_loop = True
+    uses_adjoint = True
+    fixed_data_reason = (
+        "SRBA evaluates all examples every `period` steps. Pass arrays or hg.Batches "
+        "without with_key, or use hg.SOBA."
+    )
     citations = ("dagreou2024", "nguyen2017", "fang2018")
     summary = (
         MethodSummary(
@@ -67,53 +70,38 @@ class SRBA(eqx.Module):
             memory="4 w and the optimizers'",
             bias="what w and v lag behind",
             alpha_in=("losses",),
-            recommended_for="finite data, where SABA's table is too large",
-            not_recommended_for="data of which a full pass is not affordable",
-            reason="its noise stays as small as its steps",
+            recommended_for="finite data, if the tables of SABA are too large",
+            not_recommended_for="data for which a full pass is too expensive",
+            reason="the noise is as small as the steps",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
-        check_optimizer("adjoint_optimizer", self.adjoint_optimizer, optional=True)
         check_positive_int("period", self.period)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact where a run at one ``alpha`` settles."""
-        return 0.0
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> SpiderState:
+        """Returns zeros, which the first step replaces by a pass over all data."""
+        shapes = shapes_of_parts(problem, state, alpha)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return SpiderState(zeros, Point(state.w, state.v, alpha), jnp.asarray(0))
 
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> JointState:
-        """From ``w``, or the start made of it, and a zero adjoint."""
-        del key
-        why = "sees all data every period steps"
-        check_lasting("SRBA", why, "hg.SOBA", problem)
-        state = begin("SRBA", optimizers(self), problem, w, alpha)
-        at = point(state, alpha)
-        parts = jax.eval_shape(
-            lambda key: plain(problem, at, EstimateData.sample(problem, key)),
-            jax.random.key(0),
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes a step of SOBA along recursive estimates."""
+        point = Point(state.w, state.v, alpha)
+        (inner, outer), memory, is_full_pass = spider_estimate(
+            problem, point, state.memory, data, self.period
         )
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
-        memory = Recursion(blank, at, jnp.asarray(0))
-        return eqx.tree_at(
-            lambda s: s.memory, state, memory, is_leaf=lambda x: x is None
-        )
-
-    def estimate(
-        self, problem: Bilevel, state: JointState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, JointState]:
-        """The three directions, and a step along the first two."""
-        data, at = EstimateData.sample(problem, key), point(state, alpha)
-        parts, memory, full = spider(problem, at, state.memory, data, self.period)
-        inner, outer = fractions(data)
-        return advance(
-            optimizers(self),
-            state,
-            memory,
-            data,
-            parts,
-            num_hvps=jnp.where(full, 1.0, 2 * inner),
-            num_outer_grads=jnp.where(full, 1.0, 2 * outer),
-        )
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_hvps": jnp.where(is_full_pass, 1.0, 2 * inner_fraction),
+            "num_outer_grads": jnp.where(is_full_pass, 1.0, 2 * outer_fraction),
+        }
+        return soba_step(self, state, inner, outer, counts, memory)

@@ -1,47 +1,41 @@
-"""StocBiO: some steps of ``w``, a truncated series, and one step of ``alpha``."""
+"""stocBiO, inner steps followed by a Neumann series (Ji, Yang & Liang 2021)."""
 
 import equinox as eqx
 import jax
-import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, sample_batch
-from ...validation import check_optimizer, check_positive_int, non_negative
-from ..base import Estimate
-from .inner_loops import Series, descend, total_direction
-from .shared import report, start
-from .variance_reduction import fractions
+from ...validation import check_positive_int, non_negative
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import StochasticNeumann, alpha_direction, run_inner_steps
 
 
-class WState(eqx.Module):
-    """``w`` and its optimizer's state."""
+class StocBiO(SingleLoop):
+    """Makes ``num_steps`` steps of ``w``, then approximates the adjoint by a series.
 
-    w: PyTree
-    w_optimizer: PyTree
+    The direction for ``alpha`` is ``dM/dalpha - J' v`` after the inner steps, with
 
+        v = step_size sum_{k < K} prod_{i <= k} (I - step_size H_i) b,   b = dM/dw,
 
-class StocBiO(eqx.Module):
-    """``num_steps`` of ``w``, then ``dM/dalpha - Jᵀ v`` with ``v`` of ``num_terms``.
-
-    ``v = step_size sum_{k < K} prod_{i <= k} (I - step_size H_i) b``, every ``H_i``
-    on a fresh batch; ``w`` goes on from where it was.
+    where each ``H_i`` is the Hessian on a fresh batch. ``w`` continues from the
+    previous outer step; ``v`` does not.
 
     Args:
-      optimizer: optax transformation that moves ``w``.
-      num_steps: m, inner steps of an outer one, static.
-      num_terms: K, static.
-      step_size: eta of the series, at most ``1 / lambda_max``; data.
+      optimizer: Optax transformation for ``w``.
+      num_steps: Number m of inner steps per outer step.
+      num_terms: Number K of terms of the series.
+      step_size: Step size of the series, at most ``1 / lambda_max``.
 
-    Cost: m gradients, K Hessian-vector products with the cross term (which counts as
-    one) and an outer gradient, on a batch each. Memory: three vectors like ``w``.
-
-    Target: argmin. Bias: what m steps leave, and ``(1 - step_size lambda)^K`` of the
-    adjoint along an eigenvector of H. Never trusted of itself: `minimize`'s
-    ``certify_every`` judges.
+    Cost: m gradients, K Hessian-vector products (the cross term counts as one) and one
+      outer gradient; each on one batch.
+    Memory: three vectors like ``w``.
+    Bias: the distance to the argmin that m steps leave, and the part
+      ``(1 - step_size lambda)^K`` of the adjoint along each eigenvector of ``H``.
+      Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Ji, Yang & Liang 2021 (arXiv 2010.07962).
 
@@ -56,15 +50,12 @@ class StocBiO(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
         kw_only=True, converter=non_negative("step_size")
     )
 
-    target = "argmin"
-    is_single_loop = True
     citations = ("ji2021",)
     summary = (
         MethodSummary(
@@ -75,51 +66,67 @@ class StocBiO(eqx.Module):
             bias="what m steps leave, q^K",
             alpha_in=("losses",),
             recommended_for="a robust start: w stays close to the argmin",
-            not_recommended_for="tight budgets: m + 2 K a step",
-            reason="a series on fresh batches, forgotten after each step",
+            not_recommended_for="tight budgets: m + 2 K gradients per step",
+            reason="a series on fresh batches, recomputed at each step",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         check_positive_int("num_steps", self.num_steps)
         check_positive_int("num_terms", self.num_terms)
 
+    @property
+    def series(self) -> StochasticNeumann:
+        """The series that approximates the adjoint."""
+        return StochasticNeumann(self.step_size, self.num_terms)
+
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """``q^K``: what K terms leave of the adjoint."""
-        series = Series(self.step_size, self.num_terms)
-        return series.error_bound(eig_min, eig_max)
+        """Returns ``q^K``, ``q = max |1 - step_size lambda|``."""
+        return self.series.error_bound(eig_min, eig_max)
 
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> WState:
-        """From ``w``, or the start made of it."""
-        del key
-        w = start("StocBiO", problem, w, alpha)
-        return WState(w, self.optimizer.init(w))
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes the inner steps and evaluates the direction after them."""
+        return stocbio_step(
+            self, self.num_steps, self.series, problem, state, alpha, data
+        )
 
-    def estimate(
-        self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, WState]:
-        """Inner steps, then the direction at their end."""
-        data = EstimateData.sample(problem, key)
-        w, w_optimizer, gradient = descend(
-            problem, self.optimizer, state.w, state.w_optimizer, alpha,
-            data.inner_data, data.solver_key, self.num_steps,
-        )  # fmt: skip
-        cross_key, series_key = jax.random.split(data.inner_key)
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-        series = Series(self.step_size, self.num_terms)
-        v, products = series(problem, w, alpha, b, data.inner_data, series_key)
-        batch = sample_batch(data.inner_data, cross_key)
-        direction = total_direction(problem, w, v, alpha, direct, batch)
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, direction, w,
-            gradient=gradient, num_inner_steps=self.num_steps,
-            num_grads=inner * self.num_steps,
-            num_hvps=inner * (products + 1),
-            num_outer_grads=outer,
-        )  # fmt: skip
-        return estimate, WState(w, w_optimizer)
+
+def stocbio_step(
+    method: SingleLoop,
+    num_steps: int,
+    series: StochasticNeumann,
+    problem: Bilevel,
+    state: SingleLoopState,
+    alpha: PyTree,
+    data: EstimateData,
+) -> tuple[Step, SingleLoopState]:
+    """Makes ``num_steps`` steps of ``w``, then evaluates ``dM/dalpha - J' v`` there.
+
+    Args:
+      method: The method, which has the optimizer of ``w``.
+      num_steps: Number of steps of ``w``.
+      series: The series that approximates the adjoint ``v``.
+      problem, state, alpha, data: As in `SingleLoop.step`.
+    """
+    state, inner_grad = run_inner_steps(method, problem, state, alpha, data, num_steps)
+    w = state.w
+    cross_key, series_key = jax.random.split(data.inner_key)
+    outer_batch = sample_batch(data.outer_data, data.outer_key)
+    value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+    v, num_products = series.solve(problem, w, alpha, b, data.inner_data, series_key)
+    batch = sample_batch(data.inner_data, cross_key)
+    direction = alpha_direction(problem, w, v, alpha, direct, batch)
+    inner_fraction, outer_fraction = batch_fractions(data)
+    counts = {
+        "num_grads": inner_fraction * num_steps,
+        "num_hvps": inner_fraction * (num_products + 1),  # and the cross term
+        "num_outer_grads": outer_fraction,
+    }
+    step = Step(value, direction, w, inner_grad, counts, num_inner_steps=num_steps)
+    return step, state

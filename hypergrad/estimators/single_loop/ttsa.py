@@ -1,45 +1,44 @@
-"""TTSA: a step of ``w``, a randomly truncated series, a slower step of ``alpha``."""
+"""TTSA, two-timescale stochastic approximation (Hong, Wai, Wang & Yang 2023)."""
 
 import equinox as eqx
-import jax
-import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
-from ...validation import check_optimizer, check_positive_int, non_negative
-from ..base import Estimate
-from .inner_loops import Series, descend, total_direction
-from .shared import report, start
-from .stocbio import WState
-from .variance_reduction import fractions
+from ...problem import Bilevel, EstimateData
+from ...validation import check_positive_int, non_negative
+from .base import SingleLoop, SingleLoopState, Step
+from .inner_loops import StochasticNeumann
+from .stocbio import stocbio_step
 
 
-class TTSA(eqx.Module):
-    """One step of ``w``, then ``dM/dalpha - Jᵀ v`` there with ``v`` of random length.
+class TTSA(SingleLoop):
+    """Makes one step of ``w`` and approximates the adjoint by a random-length series.
 
-    ``v = K step_size prod_{i <= p} (I - step_size H_i) b`` with p drawn uniformly from
-    0 to K - 1, every ``H_i`` on a fresh batch: in expectation the series of K terms.
+    The direction for ``alpha`` is ``dM/dalpha - J' v`` after the step, with
+
+        v = K step_size prod_{i <= p} (I - step_size H_i) b,   b = dM/dw,
+
+    ``p`` uniform on ``{0, ..., K - 1}`` and each ``H_i`` on a fresh batch. In
+    expectation, ``v`` is the Neumann series of K terms.
 
     Args:
-      optimizer: optax transformation that moves ``w``, on the faster timescale; the
-        optimizer given to `minimize` is on the slower one.
-      num_terms: K, static.
-      step_size: of the series, at most ``1 / lambda_max``; data.
+      optimizer: Optax transformation for ``w``, on the faster timescale. The optimizer
+        of `minimize` is on the slower one.
+      num_terms: K.
+      step_size: Step size of the series, at most ``1 / lambda_max``.
 
     Cost: one gradient, ``(K + 1) / 2`` Hessian-vector products on average (the cross
-    term counts as one) and an outer gradient, on a batch each. Memory: two vectors like
-    ``w``.
-
-    Target: argmin. Bias: what ``w`` lags behind, and of the adjoint
-    ``(1 - step_size lambda)^K``; the random length adds noise. Never trusted of
-    itself: `minimize`'s ``certify_every`` judges.
+      term counts as one) and one outer gradient; each on one batch.
+    Memory: two vectors like ``w``.
+    Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
+      of the adjoint along each eigenvector of ``H``. The random length adds noise.
+      Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
-    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170); its series is
-    Ghadimi & Wang 2018's.
+    Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170), with the series of
+    Ghadimi & Wang 2018.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -52,14 +51,11 @@ class TTSA(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(
         kw_only=True, converter=non_negative("step_size")
     )
 
-    target = "argmin"
-    is_single_loop = True
     citations = ("hong2023",)
     summary = (
         MethodSummary(
@@ -69,48 +65,24 @@ class TTSA(eqx.Module):
             memory="2 w and the optimizer's",
             bias="what w lags behind, q^K",
             alpha_in=("losses",),
-            recommended_for="a baseline: the first single loop with a rate",
+            recommended_for="a baseline: the first single loop with a proven rate",
             not_recommended_for="anything else: its series is noisy",
-            reason="two timescales, nothing kept but w",
+            reason="two timescales, no state besides w",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         check_positive_int("num_terms", self.num_terms)
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: a single estimate is as noisy as its length is random."""
-        return float("nan")
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> WState:
-        """From ``w``, or the start made of it."""
-        del key
-        w = start("TTSA", problem, w, alpha)
-        return WState(w, self.optimizer.init(w))
-
-    def estimate(
-        self, problem: Bilevel, state: WState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, WState]:
-        """A step, then the direction there."""
-        data = EstimateData.sample(problem, key)
-        w, w_optimizer, gradient = descend(
-            problem, self.optimizer, state.w, state.w_optimizer, alpha,
-            data.inner_data, data.solver_key, 1,
-        )  # fmt: skip
-        cross_key, series_key = jax.random.split(data.inner_key)
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
-        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-        series = Series(self.step_size, self.num_terms, random=True)
-        v, products = series(problem, w, alpha, b, data.inner_data, series_key)
-        batch = sample_batch(data.inner_data, cross_key)
-        direction = total_direction(problem, w, v, alpha, direct, batch)
-        inner, outer = fractions(data)
-        estimate = report(
-            data, value, direction, w,
-            gradient=gradient,
-            num_grads=inner, num_hvps=inner * (products + 1), num_outer_grads=outer,
-        )  # fmt: skip
-        return estimate, WState(w, w_optimizer)
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes a step of stocBiO with one inner step and a series of random length."""
+        series = StochasticNeumann(
+            self.step_size, self.num_terms, has_random_length=True
+        )
+        return stocbio_step(self, 1, series, problem, state, alpha, data)

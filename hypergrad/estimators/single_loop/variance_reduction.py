@@ -1,148 +1,251 @@
-"""How a step comes by the two losses' parts: from batches, with or without memory.
+"""Estimates of the derivatives of both losses: on mini-batches, or with less variance.
 
-`plain` takes those of the batches. `saga` and `spider` keep what they saw, so that
-their noise vanishes where the run settles.
+`minibatch_parts` uses only the batches of a step. `saga_estimate`, `spider_estimate`
+and `storm_estimate` combine them with derivatives of earlier steps.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ...problem import (
-    Bilevel,
-    Data,
-    EstimateData,
-    batch_fraction,
-    full_batch,
-    is_sampled,
-    sample_batch,
-)
+from ...problem import Bilevel, Data, EstimateData, full_batch, is_sampled
+from ...products import Loss, hvp_and_cross_vjp
 from ...trees import add_scale
-from .directions import Inner, Outer, Point, inner, outer
+from .base import SingleLoopState, sample_batches, value_at_step
 
 
-def plain(problem: Bilevel, at: Point, data: EstimateData) -> tuple[Inner, Outer]:
-    """Both parts on a batch each."""
-    batch, outer_batch = plain_batches(data)
-    return inner(problem.inner_loss, at, batch), outer(problem, at, outer_batch)
+class Point(eqx.Module):
+    """A point at which derivatives are evaluated; ``v`` is the adjoint."""
+
+    w: PyTree
+    v: PyTree
+    alpha: PyTree
 
 
-def plain_batches(data: EstimateData) -> tuple[PyTree, PyTree]:
-    """One inner and one outer batch."""
-    batch = sample_batch(data.inner_data, data.inner_key)
-    return batch, sample_batch(data.outer_data, data.outer_key)
+class InnerParts(eqx.Module):
+    """Derivatives of the inner loss at a `Point`.
+
+    Attributes:
+      grad: ``dL/dw``, structured like ``w``.
+      Hv: Hessian-vector product ``H v``, structured like ``w``.
+      cross: Cross product ``J' v``, structured like ``alpha``.
+    """
+
+    grad: PyTree
+    Hv: PyTree
+    cross: PyTree
 
 
-# SAGA (Defazio, Bach & Lacoste-Julien 2014), for each loss.
+class OuterParts(eqx.Module):
+    """Value and derivatives of the outer loss at a `Point`.
+
+    Attributes:
+      value: ``M``, a scalar.
+      b: ``dM/dw``, structured like ``w``.
+      direct: ``dM/dalpha``, structured like ``alpha``.
+    """
+
+    value: Array
+    b: PyTree
+    direct: PyTree
 
 
-class Table(eqx.Module):
-    """The parts last seen of every example, ``[n, ...]``, and their mean.
+Parts = tuple[InnerParts, OuterParts]
 
-    What the last step saw, ``new`` of the examples ``index``, is not in ``rows`` yet:
-    `written` puts it there before the next step reads. To write after reading, in one
-    step, would copy the table.
+
+def inner_parts(loss: Loss, point: Point, batch: PyTree) -> InnerParts:
+    """Returns the derivatives of the inner loss on a batch.
+
+    Cost: one Hessian-vector product.
+    """
+    return InnerParts(*hvp_and_cross_vjp(loss, point.w, point.alpha, batch, point.v))
+
+
+def outer_parts(problem: Bilevel, point: Point, batch: PyTree) -> OuterParts:
+    """Returns value and derivatives of the outer loss on a batch.
+
+    Cost: one outer gradient.
+    """
+    return OuterParts(*problem.outer_value_and_grads(point.w, point.alpha, batch))
+
+
+def minibatch_parts(problem: Bilevel, point: Point, data: EstimateData) -> Parts:
+    """Returns the derivatives of both losses on one mini-batch each."""
+    batch, outer_batch = sample_batches(data)
+    inner = inner_parts(problem.inner_loss, point, batch)
+    return inner, outer_parts(problem, point, outer_batch)
+
+
+def shapes_of_parts(problem: Bilevel, state: SingleLoopState, alpha: PyTree) -> Parts:
+    """Returns the derivatives of both losses as shapes and dtypes, without a value."""
+    point = Point(state.w, state.v, alpha)
+    sample = lambda key: EstimateData.sample(problem, key)
+    parts = lambda key: minibatch_parts(problem, point, sample(key))
+    return jax.eval_shape(parts, jax.random.key(0))
+
+
+# SAGA (Defazio, Bach & Lacoste-Julien 2014), for either loss.
+
+
+class SagaTable(eqx.Module):
+    """The latest derivatives of each example, for SAGA.
+
+    The rows of the last step are in ``new_rows`` until the next step writes them with
+    `updated_rows`. If a step wrote to ``rows`` after reading it, XLA would copy the
+    whole table at each step.
+
+    Attributes:
+      rows: Derivatives of each example, without those of the last step; a leading axis
+        of size ``num_examples``.
+      mean: Mean of the rows, with those of the last step.
+      index: Examples of the last step.
+      new_rows: Their derivatives; a leading axis of size ``batch_size``.
     """
 
     rows: PyTree
     mean: PyTree
-    index: Array
-    new: PyTree
+    index: Int[Array, " batch_size"]
+    new_rows: PyTree
 
-    def written(self) -> PyTree:
-        """The rows with what the last step saw."""
-        return jax.tree.map(
-            lambda rows, x: rows.at[self.index].set(x), self.rows, self.new
-        )
-
-
-def empty(parts: PyTree, data: Data) -> Table:
-    """All zeros: no pass over the data is needed to begin with."""
-    size, drawn = (data.num_examples, data.batch_size) if is_sampled(data) else (1, 1)
-    zeros = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), parts)
-    index = jnp.zeros(drawn, int)
-    return Table(zeros(size), optax.tree.zeros_like(parts), index, zeros(drawn))
+    def updated_rows(self) -> PyTree:
+        """Returns the rows with those of the last step."""
+        write = lambda rows, new_rows: rows.at[self.index].set(new_rows)
+        return jax.tree.map(write, self.rows, self.new_rows)
 
 
-def saga(part: Callable, table: Table, data: Data, key: Array) -> tuple[PyTree, Table]:
-    """``mean_k (new_k - old_k) + mean``, unbiased whatever the table holds.
+def empty_table(parts: PyTree, data: Data) -> SagaTable:
+    """Returns a table of zeros, which needs no pass over the data.
 
-    ``part(batch) -> parts``; a batch's loss must be the mean of its examples' losses.
-    An example that is drawn twice counts twice in the estimate and once in the table.
-    Data that are not `Batches` are one example.
+    Args:
+      parts: Shapes and dtypes of the derivatives of one example.
+      data: Data of the loss. Data that is used whole counts as one example.
+    """
+    size, batch_size = (
+        (data.num_examples, data.batch_size) if is_sampled(data) else (1, 1)
+    )
+    zero_rows = lambda n: jax.tree.map(
+        lambda x: jnp.zeros((n, *x.shape), x.dtype), parts
+    )
+    return SagaTable(
+        rows=zero_rows(size),
+        mean=optax.tree.zeros_like(parts),
+        index=jnp.zeros(batch_size, int),
+        new_rows=zero_rows(batch_size),
+    )
+
+
+def saga_estimate(
+    parts_fn: Callable[[PyTree], PyTree], table: SagaTable, data: Data, key: Array
+) -> tuple[PyTree, SagaTable]:
+    """Returns ``mean_k (new_k - old_k) + mean of all old`` and the next table.
+
+    The estimate is unbiased whatever the table holds. An example that occurs twice in
+    the batch counts twice in the estimate and once in the table.
+
+    Args:
+      parts_fn: ``batch -> derivatives``. The loss of a batch must be the mean of the
+        losses of its examples.
+      table: The latest derivatives of each example.
+      data: Data of the loss.
+      key: PRNG key of the batch.
     """
     if not is_sampled(data):
-        new = part(full_batch(data, key))
-        row = jax.tree.map(lambda x: x[None], new)
-        return new, Table(row, new, table.index, row)
-    rows = table.written()
+        new_parts = parts_fn(full_batch(data, key))
+        row = jax.tree.map(lambda x: x[None], new_parts)
+        return new_parts, SagaTable(row, new_parts, table.index, row)
+    rows = table.updated_rows()
+    # The batch that `sample_batch` returns for this key.
     index = jax.random.randint(key, (data.batch_size,), 0, data.num_examples)
-    new = jax.vmap(lambda i: part(data.take(i[None])))(index)
-    change = jax.tree.map(lambda x, rows: x - rows[index], new, rows)
+    new_rows = jax.vmap(lambda i: parts_fn(data.take(i[None])))(index)
+    change = jax.tree.map(lambda new, rows: new - rows[index], new_rows, rows)
     estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
-    share = 1 / (data.num_examples * jnp.sum(index[:, None] == index[None, :], axis=1))
+    # Each of r occurrences of an example contributes 1/r of its change to the mean.
+    num_occurrences = jnp.sum(index[:, None] == index[None, :], axis=1)
+    weights = 1 / (data.num_examples * num_occurrences)
     mean = jax.tree.map(
-        lambda mean, c: mean + jnp.tensordot(share.astype(c.dtype), c, 1),
+        lambda mean, c: mean + jnp.tensordot(weights.astype(c.dtype), c, 1),
         table.mean,
         change,
     )
-    return estimate, Table(rows, mean, index, new)
+    return estimate, SagaTable(rows, mean, index, new_rows)
 
 
-# SPIDER (Fang et al. 2018; SARAH, Nguyen et al. 2017).
+# SPIDER (Fang et al. 2018), which restarts SARAH (Nguyen et al. 2017).
 
 
-class Recursion(eqx.Module):
-    """The last estimate, where it was taken, and how many steps ago the full one."""
+class SpiderState(eqx.Module):
+    """The previous estimate, for SPIDER.
 
-    parts: PyTree
-    at: Point
-    age: Array
-
-
-def spider(
-    problem: Bilevel, at: Point, memory: Recursion, data: EstimateData, period: int
-) -> tuple[tuple[Inner, Outer], Recursion, Array]:
-    """``parts_t = parts_{t-1} + p(at_t) - p(at_{t-1})``, every ``period`` steps anew.
-
-    Also whether this step took the full parts.
+    Attributes:
+      parts: The estimate.
+      point: Where it was made.
+      num_steps: Number of steps made.
     """
 
-    def full():
-        batches = full_batch(data.inner_data, data.inner_key), data.outer_batch()
-        return inner(problem.inner_loss, at, batches[0]), outer(problem, at, batches[1])
+    parts: Parts
+    point: Point
+    num_steps: Int[Array, ""]
 
-    def recursive():
-        new, old = (plain(problem, where, data) for where in (at, memory.at))
+
+def spider_estimate(
+    problem: Bilevel,
+    point: Point,
+    memory: SpiderState,
+    data: EstimateData,
+    period: int,
+) -> tuple[Parts, SpiderState, Array]:
+    """Returns ``p_t = p_{t-1} + p(point_t) - p(point_{t-1})``, or ``p`` on all data.
+
+    Both ``p`` of the difference are evaluated on the same batches.
+
+    Args:
+      problem: The bilevel problem.
+      point: Point of evaluation.
+      memory: The previous estimate.
+      data: Data of the step.
+      period: Number of steps from one evaluation on all data to the next.
+
+    Returns:
+      The estimate, the next memory, and whether all data was used.
+    """
+
+    def full_pass():
+        batch = full_batch(data.inner_data, data.inner_key)
+        inner = inner_parts(problem.inner_loss, point, batch)
+        return inner, outer_parts(problem, point, data.outer_batch())
+
+    def recursion():
+        new, old = (minibatch_parts(problem, p, data) for p in (point, memory.point))
         return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 
-    due = memory.age % period == 0
-    parts = jax.lax.cond(due, full, recursive)
-    return parts, Recursion(parts, at, memory.age + 1), due
-
-
-def fractions(data: EstimateData) -> tuple[float, float]:
-    """What a batch of either loss is of its data."""
-    return batch_fraction(data.inner_data), batch_fraction(data.outer_data)
+    is_full_pass = memory.num_steps % period == 0
+    parts = jax.lax.cond(is_full_pass, full_pass, recursion)
+    return parts, SpiderState(parts, point, memory.num_steps + 1), is_full_pass
 
 
 # STORM (Cutkosky & Orabona 2019).
 
 
-def storm(new: PyTree, old: PyTree, memory: PyTree, momentum: Array | float) -> PyTree:
-    """``new + momentum (memory - old)``: the last estimate, moved to here.
+def storm_estimate(
+    new: PyTree, old: PyTree, previous: PyTree, momentum: Array | float
+) -> PyTree:
+    """Returns ``d_t = D(t) + momentum (d_{t-1} - D(t-1))``.
 
-    ``new`` and ``old`` are the direction here and where the last estimate was taken, on
-    one batch. With momentum 0 it is plain, with 1 it is SARAH's.
+    Args:
+      new, old: ``D(t)`` and ``D(t-1)``: the direction at the current and at the
+        previous point, both on the batch of this step.
+      previous: ``d_{t-1}``, the previous estimate.
+      momentum: 0 for plain mini-batches, 1 for SARAH.
     """
-    return add_scale(new, momentum, optax.tree.sub(memory, old))
+    return add_scale(new, momentum, optax.tree.sub(previous, old))
 
 
-def at_step(setting: Any, step: Array) -> Array:
-    """A number, or what a schedule says."""
-    return jnp.asarray(setting(step) if callable(setting) else setting, dtype=float)
+def storm_momentum(
+    momentum: Array | float | Callable, num_steps: Int[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the momentum of a step; 0 for the first, without a previous estimate."""
+    return jnp.where(num_steps == 0, 0.0, value_at_step(momentum, num_steps))

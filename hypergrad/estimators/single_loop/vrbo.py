@@ -1,63 +1,57 @@
-"""VRBO: several recursive steps of ``w`` for each of ``alpha``."""
+"""VRBO, the variance-reduced bilevel optimizer (Yang, Ji & Liang 2021)."""
+
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData, without_sampling
-from ...validation import check_optimizer, check_positive_int, non_negative
-from ..base import Estimate
-from .inner_loops import Series
-from .momentum import look
-from .shared import check_lasting, move, report, start
-from .variance_reduction import fractions, storm
+from ...validation import check_positive_int, non_negative
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import StochasticNeumann
+from .storm import StormState, evaluate_batch, init_storm
+from .variance_reduction import storm_estimate
 
 
-class VRBOState(eqx.Module):
-    """Where it is, where the last directions were taken, and these."""
+class VRBO(SingleLoop):
+    """Makes ``num_steps`` recursive steps of ``w`` per outer step.
 
-    w: PyTree
-    w_optimizer: PyTree
-    last: tuple[PyTree, PyTree]
-    directions: tuple[PyTree, PyTree]
-    step: Array
+    After ``alpha`` has moved, each inner step updates the directions of ``w`` and of
+    ``alpha`` on one batch by
 
+        d <- d + D(w, alpha) - D(previous point)
 
-class VRBO(eqx.Module):
-    """``num_steps`` of ``w`` along SARAH estimates, which also move ``alpha``'s.
+    and moves ``w`` along the first. Every ``period`` outer steps, both directions are
+    evaluated on all data after the inner steps. ``D`` is as in `MRBO`.
 
-    After ``alpha`` has moved, each inner step adds ``D(here) - D(there)`` on one batch
-    to both directions and moves ``w`` by the first. Every ``period`` steps of ``alpha``
-    the directions are those of all data, where the inner steps end.
-
-    ``there`` is where the directions were last taken: before the last move of ``w``,
-    unless a full pass came after it, and, in the first inner step, before that of
-    ``alpha``. The authors' code (github.com/JunjieYang97/MRVRBO) takes the first
-    difference between the two ``alpha`` at one ``w``, and so leaves that move of ``w``
-    out.
+    The previous point is where the directions were last evaluated: before the last
+    step of ``w``, unless a pass over all data followed it, and in the first inner step
+    before the step of ``alpha``. The authors' code (github.com/JunjieYang97/MRVRBO)
+    takes the first difference between the two ``alpha`` at the same ``w``, and so
+    leaves out that step of ``w``.
 
     Args:
-      optimizer: optax transformation that moves ``w``.
-      num_steps: m, inner steps of an outer one, static. The first outer step makes
-        none (``stats["num_inner_steps"]`` is 0): there ``alpha`` moves first.
-      num_terms: K of the series, static.
-      period: q, steps from one full pass to the next, static.
-      step_size: of the series, at most ``1 / lambda_max``; data.
+      optimizer: Optax transformation for ``w``.
+      num_steps: Number m of inner steps per outer step. The first outer step makes none
+        (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first.
+      num_terms: Number K of terms of the Neumann series for the adjoint.
+      period: Number of outer steps from one pass over all data to the next.
+      step_size: Step size of the series, at most ``1 / lambda_max``.
 
     Cost: ``2 m`` gradients, ``2 m K`` Hessian-vector products (the cross term counts as
-    one) and ``2 m`` outer gradients, on a batch each; 1, K and 1 of all data every
-    ``period`` steps; an outer value of all data. Memory: five vectors like ``w``.
-
-    Target: argmin. Bias: what ``w`` lags behind, and of the adjoint
-    ``(1 - step_size lambda)^K``. Never trusted of itself: `minimize`'s
-    ``certify_every`` judges.
+      one) and ``2 m`` outer gradients on a batch each; 1, K and 1 on all data every
+      ``period`` steps; one outer value on all data.
+    Memory: five vectors like ``w``.
+    Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
+      of the adjoint along each eigenvector of ``H``. Target: argmin.
 
     Raises:
-      TypeError: from `hypergradient`: one step says nothing; use `minimize`.
-      ValueError: keyed batches or ``draw``, whose examples are other ones each time.
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
+      ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
+        change.
 
     Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
@@ -72,7 +66,6 @@ class VRBO(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     period: int = eqx.field(static=True, kw_only=True)
@@ -80,8 +73,10 @@ class VRBO(eqx.Module):
         kw_only=True, converter=non_negative("step_size")
     )
 
-    target = "argmin"
-    is_single_loop = True
+    fixed_data_reason = (
+        "VRBO evaluates all examples every `period` steps. Pass arrays or hg.Batches "
+        "without with_key, or use hg.MRBO."
+    )
     citations = ("yang2021", "nguyen2017", "fang2018")
     summary = (
         MethodSummary(
@@ -92,88 +87,109 @@ class VRBO(eqx.Module):
             bias="what w lags behind, q^K",
             alpha_in=("losses",),
             recommended_for="high accuracy on finite data",
-            not_recommended_for="tight budgets: the dearest step of its family",
-            reason="SARAH's recursion in w and alpha, begun anew by full passes",
+            not_recommended_for="tight budgets: the most expensive step of the family",
+            reason="recursive directions (SARAH), restarted by full passes",
         ),
     )
 
     def __check_init__(self):
-        check_optimizer("optimizer", self.optimizer)
         for name in ("num_steps", "num_terms", "period"):
             check_positive_int(name, getattr(self, name))
 
+    @property
+    def series(self) -> StochasticNeumann:
+        """The series that approximates the adjoint."""
+        return StochasticNeumann(self.step_size, self.num_terms)
+
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """``q^K``: what K terms leave of the adjoint."""
-        series = Series(self.step_size, self.num_terms)
-        return series.error_bound(eig_min, eig_max)
+        """Returns ``q^K``, ``q = max |1 - step_size lambda|``."""
+        return self.series.error_bound(eig_min, eig_max)
 
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> VRBOState:
-        """From ``w``, or the start made of it, with no directions yet."""
-        del key
-        why = "sees all data every period steps"
-        check_lasting("VRBO", why, "hg.MRBO", problem)
-        w = start("VRBO", problem, w, alpha)
-        zero = optax.tree.zeros_like((w, alpha))
-        return VRBOState(w, self.optimizer.init(w), (w, alpha), zero, jnp.asarray(0))
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> StormState:
+        """Returns zero directions, which the first step replaces."""
+        return init_storm(state.w, alpha)
 
-    def estimate(
-        self, problem: Bilevel, state: VRBOState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, VRBOState]:
-        """Inner steps at ``alpha``, but for the first time, and the last direction."""
-        data = EstimateData.sample(problem, key)
-        series = Series(self.step_size, self.num_terms)
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes the inner steps, and every ``period`` steps a pass over all data."""
+        num_outer_steps = state.memory.num_steps
+        has_alpha_moved = num_outer_steps > 0
+        is_full_pass = num_outer_steps % self.period == 0
+        keep = lambda state: state
+        inner_steps = lambda state: self._run_recursion(problem, state, alpha, data)
+        state = jax.lax.cond(has_alpha_moved, inner_steps, keep, state)
+        full_pass = lambda state: self._use_all_data(problem, state, alpha, data)
+        state = jax.lax.cond(is_full_pass, full_pass, keep, state)
 
-        def full(state: VRBOState) -> VRBOState:
-            every = EstimateData(
-                without_sampling(data.inner_data), without_sampling(data.outer_data),
-                data.solver_key, data.inner_key, data.outer_key,
-            )  # fmt: skip
-            seen = look(problem, series, state.w, alpha, every)
-            directions = seen.gradient, seen.hypergradient
-            return eqx.tree_at(
-                lambda s: (s.directions, s.last),
-                state,
-                (directions, (state.w, alpha)),
-            )
-
-        def num_inner_steps(state: VRBOState) -> VRBOState:
-            def step(state, key):
-                inner_key, outer_key = jax.random.split(key)
-                keys = lambda d: (d.inner_key, d.outer_key)
-                here = eqx.tree_at(keys, data, (inner_key, outer_key))
-                new = look(problem, series, state.w, alpha, here)
-                w_last, alpha_last = state.last
-                old = look(problem, series, w_last, alpha_last, here)
-                directions = storm(
-                    (new.gradient, new.hypergradient),
-                    (old.gradient, old.hypergradient),
-                    state.directions,
-                    1.0,
-                )
-                w, w_optimizer = move(
-                    self.optimizer, directions[0], state.w_optimizer, state.w
-                )
-                at = state.w, alpha
-                return VRBOState(w, w_optimizer, at, directions, state.step), None
-
-            keys = jax.random.split(data.solver_key, self.num_steps)
-            return jax.lax.scan(step, state, keys)[0]
-
-        begun, due = state.step > 0, state.step % self.period == 0
-        state = jax.lax.cond(begun, num_inner_steps, lambda state: state, state)
-        state = jax.lax.cond(due, full, lambda state: state, state)
+        w_direction, direction = state.memory.directions
         value = problem.outer_value(state.w, alpha, data.outer_batch())
-        inner, outer = fractions(data)
-        many = jnp.where(begun, 2.0 * self.num_steps, 0.0)
-        estimate = report(
-            data, value, state.directions[1], state.w,
-            gradient=state.directions[0],
-            num_inner_steps=jnp.where(begun, self.num_steps, 0),
-            num_grads=many * inner + due,
-            num_hvps=self.num_terms * (many * inner + due),
-            num_outer_grads=many * outer + due,
-            num_outer_values=1.0,
-        )  # fmt: skip
-        return estimate, eqx.tree_at(lambda s: s.step, state, state.step + 1)
+        inner_fraction, outer_fraction = batch_fractions(data)
+        # Each inner step evaluates the directions at two points.
+        num_evaluations = jnp.where(has_alpha_moved, 2.0 * self.num_steps, 0.0)
+        num_inner_passes = num_evaluations * inner_fraction + is_full_pass
+        counts = {
+            "num_grads": num_inner_passes,
+            "num_hvps": self.num_terms * num_inner_passes,
+            "num_outer_grads": num_evaluations * outer_fraction + is_full_pass,
+            "num_outer_values": 1.0,
+        }
+        num_inner_steps = jnp.where(has_alpha_moved, self.num_steps, 0)
+        step = Step(
+            value,
+            direction,
+            state.w,
+            w_direction,
+            counts,
+            num_inner_steps=num_inner_steps,
+        )
+        memory = replace(state.memory, num_steps=num_outer_steps + 1)
+        return step, replace(state, memory=memory)
+
+    def _run_recursion(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> SingleLoopState:
+        """Makes the inner steps along recursive estimates (SARAH)."""
+
+        def body_fun(state, key):
+            inner_key, outer_key = jax.random.split(key)
+            batch_data = replace(data, inner_key=inner_key, outer_key=outer_key)
+            memory, point = state.memory, (state.w, alpha)
+            new = evaluate_batch(problem, self.series, point, batch_data)
+            old = evaluate_batch(problem, self.series, memory.point, batch_data)
+            directions = storm_estimate(
+                new.directions, old.directions, memory.directions, 1.0
+            )
+            memory = StormState(directions, point, memory.num_steps)
+            return replace(self.move_w(state, directions[0]), memory=memory), None
+
+        keys = jax.random.split(data.solver_key, self.num_steps)
+        return jax.lax.scan(body_fun, state, keys)[0]
+
+    def _use_all_data(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> SingleLoopState:
+        """Replaces both directions by those on all data."""
+        all_data = replace(
+            data,
+            inner_data=without_sampling(data.inner_data),
+            outer_data=without_sampling(data.outer_data),
+        )
+        point = state.w, alpha
+        directions = evaluate_batch(problem, self.series, point, all_data).directions
+        memory = StormState(directions, point, state.memory.num_steps)
+        return replace(state, memory=memory)

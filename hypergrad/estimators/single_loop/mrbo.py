@@ -1,0 +1,110 @@
+"""MRBO, the momentum-based recursive bilevel optimizer (Yang, Ji & Liang 2021)."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+from jaxtyping import Array, PyTree
+
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...validation import (
+    check_positive_int,
+    in_unit_interval,
+    non_negative,
+    or_schedule,
+)
+from .base import SingleLoop, SingleLoopState, Step
+from .inner_loops import StochasticNeumann
+from .storm import StormState, init_storm, storm_step
+
+
+class MRBO(SingleLoop):
+    """Moves ``w`` and ``alpha`` along directions with corrected momentum (STORM).
+
+    For ``w`` and for ``alpha``,
+
+        d_t = D(t) + momentum (d_{t-1} - D(t-1)),
+
+    where ``D(t)`` and ``D(t-1)`` are evaluated on the same batches at the current and
+    at the previous ``(w, alpha)``. ``D`` is ``dL/dw`` for ``w``, and
+    ``dM/dalpha - J' v`` for ``alpha``, with ``v`` of a truncated Neumann series.
+
+    Args:
+      optimizer: Optax transformation for ``w``.
+      num_terms: Number K of terms of the series.
+      step_size: Step size of the series, at most ``1 / lambda_max``.
+      momentum: A number in [0, 1], or a schedule of the step. The paper uses
+        ``1 - c (k + m)^(-2/3)``. Defaults to 0.9.
+
+    Cost: two gradients, ``2 K`` Hessian-vector products (the cross term counts as one)
+      and two outer gradients; each on one batch.
+    Memory: five vectors like ``w``.
+    Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
+      of the adjoint along each eigenvector of ``H``. Target: argmin.
+
+    Raises:
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
+
+    Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
+
+    >>> import jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
+    >>> trace = hg.minimize(
+    ...     hg.Bilevel(inner, outer), hg.MRBO(optax.sgd(0.5), 10, step_size=0.5),
+    ...     optax.sgd(0.2), 0.0, 3.0, num_steps=100,
+    ... )
+    >>> round(float(trace.alpha), 3)
+    1.0
+    """
+
+    num_terms: int = eqx.field(static=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=non_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
+    )
+
+    citations = ("yang2021", "cutkosky2019")
+    summary = (
+        MethodSummary(
+            "MRBO(optimizer, K)",
+            num_grads="2",
+            num_hvps="2 * K",
+            memory="5 w and the optimizer's",
+            bias="what w lags behind, q^K",
+            alpha_in=("losses",),
+            recommended_for="noisy batches of an unlimited stream of data",
+            not_recommended_for="tight budgets: everything is computed twice",
+            reason="momentum whose lag is corrected on the same batch",
+        ),
+    )
+
+    def __check_init__(self):
+        check_positive_int("num_terms", self.num_terms)
+
+    @property
+    def series(self) -> StochasticNeumann:
+        """The series that approximates the adjoint."""
+        return StochasticNeumann(self.step_size, self.num_terms)
+
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """Returns ``q^K``, ``q = max |1 - step_size lambda|``."""
+        return self.series.error_bound(eig_min, eig_max)
+
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> StormState:
+        """Returns the state of STORM."""
+        return init_storm(state.w, alpha)
+
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes a step of STORM."""
+        return storm_step(self, self.momentum, self.series, problem, state, alpha, data)

@@ -1,0 +1,101 @@
+"""SUSTAIN, double momentum with a series of random length (Khanduri et al. 2021)."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+from jaxtyping import Array, PyTree
+
+from ...method_summary import MethodSummary
+from ...problem import Bilevel, EstimateData
+from ...validation import (
+    check_positive_int,
+    in_unit_interval,
+    non_negative,
+    or_schedule,
+)
+from .base import SingleLoop, SingleLoopState, Step
+from .inner_loops import StochasticNeumann
+from .storm import StormState, init_storm, storm_step
+
+
+class SUSTAIN(SingleLoop):
+    """Makes the steps of `MRBO` with a Neumann series of random length.
+
+    The series is ``v = K step_size prod_{i <= p} (I - step_size H_i) b`` with ``p``
+    uniform on ``{0, ..., K - 1}``. The current and the previous point use the same
+    ``p`` and the same batches.
+
+    Args:
+      optimizer: Optax transformation for ``w``.
+      num_terms: K.
+      step_size: Step size of the series, at most ``1 / lambda_max``.
+      momentum: A number in [0, 1], or a schedule of the step. The paper uses
+        ``1 - c (k + m)^(-2/3)``. Defaults to 0.9.
+
+    Cost: two gradients, ``K + 1`` Hessian-vector products on average (the cross term
+      counts as one) and two outer gradients; each on one batch.
+    Memory: five vectors like ``w``.
+    Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
+      of the adjoint along each eigenvector of ``H``. The random length adds noise.
+      Target: argmin.
+
+    Raises:
+      TypeError: `hypergradient` raises it, because one step is not an estimate.
+
+    Source: Khanduri et al. 2021 (arXiv 2102.07367).
+
+    >>> import jax.numpy as jnp, optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
+    >>> trace = hg.minimize(
+    ...     hg.Bilevel(inner, outer), hg.SUSTAIN(optax.sgd(0.5), 5, step_size=0.5),
+    ...     optax.sgd(0.05), 0.0, 3.0, num_steps=1000,
+    ... )
+    >>> abs(float(trace.alpha) - 1) < 0.05
+    True
+    """
+
+    num_terms: int = eqx.field(static=True)
+    step_size: Array | float = eqx.field(
+        kw_only=True, converter=non_negative("step_size")
+    )
+    momentum: Array | float | Callable = eqx.field(
+        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
+    )
+
+    citations = ("khanduri2021", "cutkosky2019")
+    summary = (
+        MethodSummary(
+            "SUSTAIN(optimizer, K)",
+            num_grads="2",
+            num_hvps="K + 1",
+            memory="5 w and the optimizer's",
+            bias="what w lags behind, q^K",
+            alpha_in=("losses",),
+            recommended_for="noisy batches, if the series of MRBO is too expensive",
+            not_recommended_for="small noise: the random length adds its own",
+            reason="MRBO with half of the products",
+        ),
+    )
+
+    def __check_init__(self):
+        check_positive_int("num_terms", self.num_terms)
+
+    def init_memory(
+        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
+    ) -> StormState:
+        """Returns the state of STORM."""
+        return init_storm(state.w, alpha)
+
+    def step(
+        self,
+        problem: Bilevel,
+        state: SingleLoopState,
+        alpha: PyTree,
+        data: EstimateData,
+    ) -> tuple[Step, SingleLoopState]:
+        """Makes a step of STORM with a series of random length."""
+        series = StochasticNeumann(
+            self.step_size, self.num_terms, has_random_length=True
+        )
+        return storm_step(self, self.momentum, series, problem, state, alpha, data)
