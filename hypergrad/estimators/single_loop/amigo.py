@@ -80,21 +80,26 @@ class AmIGO(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Runs both loops and evaluates the direction after them."""
+        # w <- w - rho dL/dw, num_steps times
         state, inner_grad = run_inner_steps(
             self, problem, state, alpha, data, self.num_steps
         )
         cross_key, adjoint_key = jax.random.split(data.inner_key)
+        # All steps of v share b = dM/dw, which depends on w only.
         outer_batch = sample_batch(data.outer_data, data.outer_key)
         value, b, direct = problem.outer_value_and_grads(state.w, alpha, outer_batch)
+        # v <- v - rho (H v - b), num_adjoint_steps times
         state, residual = run_adjoint_steps(
             self, problem, state, alpha, b, data.inner_data, adjoint_key,
             self.num_adjoint_steps,
         )  # fmt: skip
+        # dM/dalpha - J' v
         batch = sample_batch(data.inner_data, cross_key)
         direction = alpha_direction(problem, state.w, state.v, alpha, direct, batch)
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {
             "num_grads": inner_fraction * self.num_steps,
+            # One product more, for the cross term J' v.
             "num_hvps": inner_fraction * (self.num_adjoint_steps + 1),
             "num_outer_grads": outer_fraction,
         }

@@ -103,7 +103,8 @@ class SingleLoop(eqx.Module):
     ...             problem.inner_loss, w, alpha, batch, v
     ...         )
     ...         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-    ...         residual, direction = Hv - b, direct - cross
+    ...         residual = optax.tree.sub(Hv, b)
+    ...         direction = optax.tree.sub(direct, cross)
     ...         inner, outer = batch_fractions(data)
     ...         counts = {"num_hvps": inner, "num_outer_grads": outer}
     ...         step = Step(value, direction, w, inner_grad, counts, residual, b)
@@ -192,6 +193,7 @@ class SingleLoop(eqx.Module):
                 f"got {problem.num_objectives}. Combine them, e.g. in a weighted sum."
             )
         check_problem(problem, w, alpha)
+        # A leaf of alpha that no loss uses would get a zero, not its derivative.
         check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
         w = problem.init_inner(w, alpha)
         state = SingleLoopState(w, self.optimizer.init(w))
@@ -217,7 +219,7 @@ class SingleLoop(eqx.Module):
             step.value,
             step.direction,
             step.w,
-            {"single_step": True},
+            {"single_step": True},  # never trusted
             inner_grad_norm=norm(step.inner_grad),
             num_inner_steps=step.num_inner_steps,
             standard_error=step.standard_error,

@@ -104,10 +104,12 @@ class BOME(SingleLoop):
         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
         grad_M = b, direct
 
+        # If grad q = 0, the constraint cannot decrease further, and mu = 0.
         # mu = max((eta ||grad q||^2 - <grad M, grad q>) / ||grad q||^2, 0)
         square = vdot(grad_q, grad_q)
         numerator = self.eta * square - vdot(grad_M, grad_q)
         mu = jnp.where(square > 0, numerator / jnp.where(square > 0, square, 1), 0)
+        # grad M + mu grad q
         w_direction, direction = add_scale(grad_M, jnp.maximum(mu, 0), grad_q)
 
         inner_fraction, outer_fraction = batch_fractions(data)

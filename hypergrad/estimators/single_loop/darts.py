@@ -97,6 +97,7 @@ class DARTS(SingleLoop):
         inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
         outer_batch = sample_batch(data.outer_data, data.outer_key)
         batch = sample_batch(data.inner_data, data.solver_key)
+        # w <- w - rho dL/dw
         inner_grad, _ = inner_grads(state.w, alpha, batch)
         has_alpha_moved = state.memory > 0
         state = optax.tree.where(has_alpha_moved, self.move_w(state, inner_grad), state)
@@ -104,6 +105,7 @@ class DARTS(SingleLoop):
 
         batch = sample_batch(data.inner_data, data.inner_key)
         if self.step_size is None:
+            # dM/dalpha
             value, _, direction = problem.outer_value_and_grads(w, alpha, outer_batch)
             num_grads = 1
         else:
@@ -120,6 +122,7 @@ class DARTS(SingleLoop):
                 for sign in (1, -1)
             )
             difference = scale(0.5 / epsilon, optax.tree.sub(plus, minus))
+            # dM/dalpha - step_size J' b
             direction = add_scale(direct, -self.step_size, difference)
             num_grads = 4
 

@@ -129,12 +129,12 @@ class F2SA(SingleLoop):
         keys = jax.random.split(data.solver_key, self.num_steps)
         (y, z), z_grads = jax.lax.scan(body_fun, (y, memory.z), keys)
 
+        # dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))
         outer_batch = sample_batch(data.outer_data, data.outer_key)
         value, _, direct = problem.outer_value_and_grads(y.w, alpha, outer_batch)
         y_key, z_key = jax.random.split(data.inner_key)
         _, y_cross = inner_grads(y.w, alpha, sample_batch(data.inner_data, y_key))
         _, z_cross = inner_grads(z.w, alpha, sample_batch(data.inner_data, z_key))
-        # penalty (dL/dalpha(y) - dL/dalpha(z))
         indirect = scale(penalty, optax.tree.sub(y_cross, z_cross))
 
         inner_fraction, outer_fraction = batch_fractions(data)

@@ -30,6 +30,7 @@ def run_inner_steps(
     def body_fun(state, key):
         batch = sample_batch(data.inner_data, key)
         inner_grad = jax.grad(problem.inner_loss)(state.w, alpha, batch)
+        # w <- w - rho dL/dw
         return method.move_w(state, inner_grad), inner_grad
 
     keys = jax.random.split(data.solver_key, num_steps)
@@ -57,6 +58,7 @@ def run_adjoint_steps(
         batch = sample_batch(data, key)
         Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
         residual = optax.tree.sub(Hv, b)
+        # v <- v - rho (H v - b)
         return method.move_v(state, residual), residual
 
     keys = jax.random.split(key, num_steps)
@@ -115,6 +117,7 @@ class StochasticNeumann(eqx.Module):
         if self.has_random_length:
             num_products = jax.random.randint(length_key, (), 0, self.num_terms)
             p = jax.lax.fori_loop(0, num_products, next_term, b)
+            # v = K eta prod_{i <= p} (I - eta H_i) b
             return scale(self.num_terms * self.step_size, p), num_products
 
         def add_term(k, carry):
@@ -124,6 +127,7 @@ class StochasticNeumann(eqx.Module):
 
         num_products = self.num_terms - 1
         _, total = jax.lax.fori_loop(0, num_products, add_term, (b, b))
+        # v = eta sum_{k < K} prod_{i <= k} (I - eta H_i) b
         return scale(self.step_size, total), jnp.asarray(num_products)
 
 

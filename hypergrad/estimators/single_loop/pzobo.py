@@ -93,6 +93,7 @@ class PZOBO(SingleLoop):
         run = lambda alpha: run_inner_steps(
             self, problem, state, alpha, data, self.num_steps
         )
+        # w_m(alpha). All runs use the same batches, whose noise cancels in differences.
         new_state, inner_grad = run(alpha)
         w = new_state.w
         outer_batch = sample_batch(data.outer_data, data.outer_key)
@@ -108,8 +109,9 @@ class PZOBO(SingleLoop):
         keys = jax.random.split(data.inner_key, self.num_directions)
         responses = jax.vmap(response)(keys)
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), responses)
+        # dM/dalpha + mean_j <...> u_j
         direction = optax.tree.add(direct, indirect)
-        # From relative to the indirect term to relative to the direction.
+        # The sampled part is the indirect term; the error is relative to the direction.
         relative_error = standard_error(responses, indirect, False)
         relative_error = relative_error * norm(indirect) / norm(direction)
 

@@ -106,10 +106,12 @@ class SABA(SingleLoop):
         """Makes a step of SOBA, with the derivatives estimated by both tables."""
         point = Point(state.w, state.v, alpha)
         inner_table, outer_table = state.memory
+        # dL/dw, H v and J' v
         inner_fn = lambda batch: inner_parts(problem.inner_loss, point, batch)
         inner, inner_table = saga_estimate(
             inner_fn, inner_table, data.inner_data, data.inner_key
         )
+        # M, dM/dw and dM/dalpha
         outer_fn = lambda batch: outer_parts(problem, point, batch)
         outer, outer_table = saga_estimate(
             outer_fn, outer_table, data.outer_data, data.outer_key

@@ -47,7 +47,7 @@ class SOBA(SingleLoop):
     Raises:
       TypeError: `hypergradient` raises it, because one step is not an estimate.
 
-    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409).
+    Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), Algorithm 1.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -124,5 +124,6 @@ def soba_step(
         residual=v_direction,
         b=outer.b,
     )
+    # w <- w - rho dL/dw and v <- v - rho (H v - dM/dw); minimize moves alpha.
     state = method.move_v(method.move_w(state, w_direction), v_direction)
     return step, replace(state, memory=memory)

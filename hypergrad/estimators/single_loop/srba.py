@@ -100,6 +100,7 @@ class SRBA(SingleLoop):
             problem, point, state.memory, data, self.period
         )
         inner_fraction, outer_fraction = batch_fractions(data)
+        # A recursive estimate evaluates two points.
         counts = {
             "num_hvps": jnp.where(is_full_pass, 1.0, 2 * inner_fraction),
             "num_outer_grads": jnp.where(is_full_pass, 1.0, 2 * outer_fraction),

@@ -114,18 +114,22 @@ def stocbio_step(
       series: The series that approximates the adjoint ``v``.
       problem, state, alpha, data: As in `SingleLoop.step`.
     """
+    # w <- w - rho dL/dw, num_steps times
     state, inner_grad = run_inner_steps(method, problem, state, alpha, data, num_steps)
     w = state.w
     cross_key, series_key = jax.random.split(data.inner_key)
     outer_batch = sample_batch(data.outer_data, data.outer_key)
     value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+    # v = H^-1 b, approximately
     v, num_products = series.solve(problem, w, alpha, b, data.inner_data, series_key)
+    # dM/dalpha - J' v, with a batch that is independent of v
     batch = sample_batch(data.inner_data, cross_key)
     direction = alpha_direction(problem, w, v, alpha, direct, batch)
     inner_fraction, outer_fraction = batch_fractions(data)
     counts = {
         "num_grads": inner_fraction * num_steps,
-        "num_hvps": inner_fraction * (num_products + 1),  # and the cross term
+        # One product more, for the cross term J' v.
+        "num_hvps": inner_fraction * (num_products + 1),
         "num_outer_grads": outer_fraction,
     }
     step = Step(value, direction, w, inner_grad, counts, num_inner_steps=num_steps)

@@ -62,7 +62,9 @@ def evaluate_batch(
     outer_batch = sample_batch(data.outer_data, data.outer_key)
     inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
     value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+    # v = H^-1 b, approximately
     v, num_products = series.solve(problem, w, alpha, b, data.inner_data, series_key)
+    # dM/dalpha - J' v
     direction = alpha_direction(problem, w, v, alpha, direct, batch)
     return BatchDirections(value, (inner_grad, direction), num_products)
 
@@ -85,6 +87,7 @@ def storm_step(
       problem, state, alpha, data: As in `SingleLoop.step`.
     """
     memory, point = state.memory, (state.w, alpha)
+    # D(t) and D(t-1) on the same batches, so that their noise cancels
     new = evaluate_batch(problem, series, point, data)
     old = evaluate_batch(problem, series, memory.point, data)
     # d_t = D(t) + momentum (d_{t-1} - D(t-1))
@@ -98,9 +101,11 @@ def storm_step(
     inner_fraction, outer_fraction = batch_fractions(data)
     counts = {
         "num_grads": 2 * inner_fraction,
-        "num_hvps": 2 * inner_fraction * (new.num_products + 1),  # and the cross term
+        # One product more per point, for the cross term J' v.
+        "num_hvps": 2 * inner_fraction * (new.num_products + 1),
         "num_outer_grads": 2 * outer_fraction,
     }
     step = Step(new.value, direction, state.w, w_direction, counts)
     memory = StormState(directions, point, memory.num_steps + 1)
+    # w <- w - rho d_t
     return step, replace(method.move_w(state, w_direction), memory=memory)

@@ -154,6 +154,7 @@ def saga_estimate(
       key: PRNG key of the batch.
     """
     if not is_sampled(data):
+        # One example, whose new derivatives are the mean of all rows.
         new_parts = parts_fn(full_batch(data, key))
         row = jax.tree.map(lambda x: x[None], new_parts)
         return new_parts, SagaTable(row, new_parts, table.index, row)
@@ -162,6 +163,7 @@ def saga_estimate(
     index = jax.random.randint(key, (data.batch_size,), 0, data.num_examples)
     new_rows = jax.vmap(lambda i: parts_fn(data.take(i[None])))(index)
     change = jax.tree.map(lambda new, rows: new - rows[index], new_rows, rows)
+    # mean_k (new_k - old_k) + mean of all old
     estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
     # Each of r occurrences of an example contributes 1/r of its change to the mean.
     num_occurrences = jnp.sum(index[:, None] == index[None, :], axis=1)
@@ -220,6 +222,7 @@ def spider_estimate(
 
     def recursion():
         new, old = (minibatch_parts(problem, p, data) for p in (point, memory.point))
+        # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
         return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 
     is_full_pass = memory.num_steps % period == 0
@@ -241,6 +244,7 @@ def storm_estimate(
       previous: ``d_{t-1}``, the previous estimate.
       momentum: 0 for plain mini-batches, 1 for SARAH.
     """
+    # D(t) + momentum (d_{t-1} - D(t-1))
     return add_scale(new, momentum, optax.tree.sub(previous, old))
 
 

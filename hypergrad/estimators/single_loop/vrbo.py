@@ -124,6 +124,7 @@ class VRBO(SingleLoop):
         is_full_pass = num_outer_steps % self.period == 0
         keep = lambda state: state
         inner_steps = lambda state: self._run_recursion(problem, state, alpha, data)
+        # Without a step of alpha, the differences of the recursion would be zero.
         state = jax.lax.cond(has_alpha_moved, inner_steps, keep, state)
         full_pass = lambda state: self._use_all_data(problem, state, alpha, data)
         state = jax.lax.cond(is_full_pass, full_pass, keep, state)
@@ -136,6 +137,7 @@ class VRBO(SingleLoop):
         num_inner_passes = num_evaluations * inner_fraction + is_full_pass
         counts = {
             "num_grads": num_inner_passes,
+            # K - 1 products of the series and the cross term.
             "num_hvps": self.num_terms * num_inner_passes,
             "num_outer_grads": num_evaluations * outer_fraction + is_full_pass,
             "num_outer_values": 1.0,
@@ -165,12 +167,14 @@ class VRBO(SingleLoop):
             inner_key, outer_key = jax.random.split(key)
             batch_data = replace(data, inner_key=inner_key, outer_key=outer_key)
             memory, point = state.memory, (state.w, alpha)
+            # d <- d + D(w, alpha) - D(previous point), on the same batches
             new = evaluate_batch(problem, self.series, point, batch_data)
             old = evaluate_batch(problem, self.series, memory.point, batch_data)
             directions = storm_estimate(
                 new.directions, old.directions, memory.directions, 1.0
             )
             memory = StormState(directions, point, memory.num_steps)
+            # w <- w - rho d
             return replace(self.move_w(state, directions[0]), memory=memory), None
 
         keys = jax.random.split(data.solver_key, self.num_steps)
