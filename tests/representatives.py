@@ -401,16 +401,6 @@ REPRESENTATIVES = {
         "test_values_at_once_hold_more": set(),
         "test_what_is_carried_is_what_implicit_carries": set(),
     },
-    "test_single_loop": {
-        "test_conformance": set(),
-    },
-    "test_single_loop_family": {
-        "test_a_series_has_the_mean_of_its_terms": {"SUSTAIN", "StocBiO"},
-        "test_a_step_has_its_own_expectation": {"BOME"},
-        "test_each_leaf_keeps_its_dtype": set(),
-        "test_each_step_is_that_of_the_dense_matrices": {"BOME", "F2SA", "SABA"},
-        "test_the_step_that_is_timed_is_the_one_written_out": set(),
-    },
     "test_single_loop_tables": {
         "test_a_grid_chooses_and_its_table_goes_with_the_choice": set(),
         "test_a_series_of_random_length_ends_within_the_budget": set(),

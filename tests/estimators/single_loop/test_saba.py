@@ -1,0 +1,155 @@
+"""SABA: its tables, its rate, and the memory of its compiled step."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from tests.estimators.single_loop.problems import (
+    ALPHA,
+    FULL,
+    SGD,
+    W,
+    examples,
+    inner_loss,
+    outer_loss,
+    run_steps,
+    with_batches,
+)
+
+NUM_EXAMPLES = 4
+
+
+def quadratic_inner(w, alpha, batch):
+    """Returns squared residuals, whose targets alpha shifts, and a penalty."""
+    residual = batch["x"] @ w - batch["y"] - batch["z"] @ alpha
+    return 0.5 * jnp.mean(residual**2) + 0.1 * jnp.sum(w**2)
+
+
+def quadratic_outer(w, alpha, batch):
+    """Returns squared residuals and a penalty on alpha."""
+    residual = batch["x"] @ w - batch["y"]
+    return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.mean((batch["z"] @ alpha) ** 2)
+
+
+def state_after_three_steps(saba, problem):
+    """Returns a state whose tables hold derivatives of different points."""
+    state = saba.init(problem, W, ALPHA)
+    for key in jax.random.split(jax.random.key(1), 3):
+        _, state = jax.jit(saba.estimate)(problem, state, ALPHA, key)
+    return state
+
+
+def test_mean_of_each_table_is_the_mean_of_its_rows():
+    """Batches of 3 of 4 examples repeat examples, which count once in the table."""
+    data = [hg.Batches(examples(seed, NUM_EXAMPLES), 3) for seed in (1, 2)]
+    problem = hg.Bilevel(inner_loss, outer_loss, *data)
+    state = state_after_three_steps(hg.SABA(SGD), problem)
+    for table in state.memory:
+        mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), table.updated_rows())
+        chex.assert_trees_all_close(table.mean, mean, rtol=1e-12)
+        assert optax.tree.norm(mean) > 0.1
+
+
+def test_mean_over_all_examples_is_the_step_of_soba_on_all_data():
+    """The estimates are unbiased whatever the tables hold."""
+    saba, problem = hg.SABA(optax.sgd(0.5)), with_batches(1, 1)
+    state = state_after_three_steps(saba, problem)
+
+    @jax.jit
+    @jax.vmap
+    def outcome(key):
+        estimate, next_state = saba.estimate(problem, state, ALPHA, key)
+        return jnp.hstack([estimate.hypergradient, next_state.w, next_state.v])
+
+    outcomes = np.asarray(outcome(jax.random.split(jax.random.key(0), 200)))
+    rounded, first = np.unique(np.round(outcomes, 9), axis=0, return_index=True)
+    assert len(rounded) == 3 * 3
+    soba = hg.SOBA(optax.sgd(0.5))
+    soba_state = type(state)(state.w, state.w_opt_state, state.v, state.v_opt_state)
+    estimate, expected = soba.estimate(FULL, soba_state, ALPHA, jax.random.key(0))
+    expected = jnp.hstack([estimate.hypergradient, expected.w, expected.v])
+    np.testing.assert_allclose(outcomes[first].mean(axis=0), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("data", ["batches", "all data"])
+def test_first_step_is_that_of_soba(data: str):
+    """With empty tables both methods agree; on all data, also in later steps."""
+    problem = FULL if data == "all data" else with_batches()
+    keys = jax.random.split(jax.random.key(3), 4)
+    optimizers = optax.sgd(0.5), optax.sgd(0.4)
+    saba, soba = (
+        run_steps(method(*optimizers), problem, W, ALPHA, 0.05, keys)[1]
+        for method in (hg.SABA, hg.SOBA)
+    )
+    at_step = lambda records, k: jax.tree.map(lambda x: x[k], records)
+    for k in range(4 if data == "all data" else 2):
+        chex.assert_trees_all_close(at_step(saba, k), at_step(soba, k), rtol=1e-12)
+    is_equal = np.allclose(saba[1], soba[1], rtol=1e-6)
+    assert is_equal == (data == "all data")
+
+
+def test_saba_converges_linearly_below_the_plateau_of_soba():
+    """At equal cost, the suboptimality of SABA falls on a line and that of SOBA stalls.
+
+    Batches of 4 of 32 examples; the gap of ``alpha`` every 25 steps.
+    """
+    train, val = examples(1, 32), examples(2, 32)
+    problem = hg.Bilevel(
+        quadratic_inner, quadratic_outer, hg.Batches(train, 4), hg.Batches(val, 4)
+    )
+
+    @jax.jit
+    def value(alpha):
+        x, target = train["x"], train["y"] + train["z"] @ alpha
+        H = x.T @ x / 32 + 0.2 * jnp.eye(3)
+        return quadratic_outer(jnp.linalg.solve(H, x.T @ target / 32), alpha, val)
+
+    zero = jnp.zeros(3)
+    best = -jnp.linalg.solve(jax.hessian(value)(zero), jax.grad(value)(zero))
+    keys = jax.random.split(jax.random.key(0), 601)
+
+    def gaps_and_cost(method):
+        cost = lambda estimate: estimate.stats["gradient_equivalents"]
+        _, (_, alphas, costs) = run_steps(method, problem, W, ALPHA, 0.05, keys, cost)
+        return jax.vmap(value)(alphas[::25]) - value(best), np.sum(costs)
+
+    (saba_gaps, saba_cost), (soba_gaps, soba_cost) = map(
+        gaps_and_cost, (hg.SABA(SGD), hg.SOBA(SGD))
+    )
+    assert saba_cost == soba_cost
+    falling = np.asarray(saba_gaps)[np.asarray(saba_gaps) > 1e-13]
+    steps, logs = np.arange(len(falling)), np.log(falling)
+    slope, intercept = np.polyfit(steps, logs, 1)
+    residuals = logs - (intercept + slope * steps)
+    assert len(falling) >= 4
+    assert slope < -0.5
+    assert np.var(residuals) < 0.05 * np.var(logs)
+    assert np.median(soba_gaps[-5:]) > 10 * np.median(np.abs(saba_gaps[-5:]))
+
+
+def test_step_does_not_copy_the_tables():
+    """The compiled program of a run neither copies a table nor selects between two."""
+    x = jnp.ones((512, 37), jnp.float32)
+    inner = lambda w, alpha, x: 0.5 * jnp.mean(((w - alpha)[None] - x) ** 2)
+    outer = lambda w, alpha, x: 0.5 * jnp.mean((w[None] - x) ** 2)
+    sgd = optax.sgd(0.1)
+
+    def run(x, key):
+        data = hg.Batches(x, 4)
+        zero = jnp.zeros(37, jnp.float32)
+        return hg.minimize(
+            hg.Bilevel(inner, outer, data, data), hg.SABA(sgd), sgd, zero, zero,
+            num_steps=9, key=key,
+        ).alpha  # fmt: skip
+
+    text = jax.jit(run).lower(x, jax.random.key(0)).compile().as_text()
+    table = r"= f32\[512,37\]\S* "
+    assert re.search(table + "(fusion|scatter)", text)
+    copies = re.findall(table + r"(copy|select)\(", text)
+    assert len(copies) <= 4  # of the zeros with which five tables start

@@ -1,0 +1,325 @@
+"""The base class of single-loop methods: how to write one, and what it provides."""
+
+import itertools
+from dataclasses import fields
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.tree import sub
+
+import hypergrad as hg
+from benchmarks.known import any_known
+from hypergrad.cost import COST_STATS
+from hypergrad.estimators.single_loop import (
+    SingleLoop,
+    Step,
+    batch_fractions,
+    sample_batches,
+)
+from hypergrad.products import hvp_and_cross_vjp
+from hypergrad.testing import Settled
+from tests.estimators.single_loop.problems import (
+    ALPHA,
+    FULL,
+    METHODS,
+    NUM_EXAMPLES,
+    SGD,
+    TRAIN,
+    VAL,
+    W,
+    examples,
+    inner_loss,
+    outer_loss,
+    state_at,
+    with_batches,
+)
+from tests.loops import run_loop
+
+# A stranger's method.
+
+
+class StrangersSOBA(SingleLoop):
+    """SOBA as a stranger writes it from the docstring of `SingleLoop`."""
+
+    uses_adjoint = True
+
+    def step(self, problem, state, alpha, data):
+        w, v = state.w, state.v
+        batch, outer_batch = sample_batches(data)
+        grad, Hv, cross = hvp_and_cross_vjp(problem.inner_loss, w, alpha, batch, v)
+        value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+        residual, direction = sub(Hv, b), sub(direct, cross)
+        inner, outer = batch_fractions(data)
+        counts = {"num_hvps": inner, "num_outer_grads": outer}
+        step = Step(value, direction, w, grad, counts, residual, b)
+        return step, self.move_v(self.move_w(state, grad), residual)
+
+
+def test_method_of_ten_lines_equals_soba_to_the_bit():
+    """Twenty mini-batch steps of both methods give the same bits everywhere."""
+    run = lambda method: hg.minimize(
+        with_batches(), method, optax.adam(0.05), W, ALPHA, num_steps=20
+    )
+    trace, expected = run(StrangersSOBA(SGD)), run(hg.SOBA(SGD))
+    leaves = lambda trace: (trace.alpha, trace.w, trace.value, trace.stats, trace.flags)
+    chex.assert_trees_all_equal(leaves(trace), leaves(expected))
+
+
+def test_method_of_ten_lines_passes_the_conformance_check():
+    """The base class keeps the promises of an estimator for a stranger's method."""
+    hg.testing.check_estimator(StrangersSOBA(optax.sgd(0.5)))
+
+
+def test_class_without_a_step_cannot_be_instantiated():
+    """`SingleLoop` is abstract."""
+    with pytest.raises(TypeError, match="step"):
+        SingleLoop(SGD)
+
+
+# Estimates.
+
+
+def test_error_bound_is_zero_with_an_adjoint_and_else_unknown():
+    """The bound of a method with a series of K terms is ``q^K``."""
+    bounds = {name: m.error_bound(1.0, 25.0) for name, m in METHODS.items()}
+    for name in ("SOBA", "SABA", "SRBA", "FSLA", "AmIGO"):
+        assert bounds[name] == 0
+    for name in ("TTSA", "SUSTAIN", "F2SA", "BOME", "PZOBO"):
+        assert np.isnan(bounds[name])
+    # q = |1 - 25 / 10| = 1.5, and K = 4.
+    for name in ("StocBiO", "MRBO", "VRBO"):
+        assert bounds[name] == pytest.approx(1.5**4)
+    assert bounds["DARTS"] == pytest.approx(1.5)
+    assert bounds["DARTS, first order"] == 1
+
+
+#: Gradients, Hessian-vector products and outer gradients of a step after the first, on
+#: batches, with the cross term as one product. A series of random length has one term.
+COUNTS = {
+    "SOBA": (0, 1, 1),
+    "SABA": (0, 1, 1),
+    "SRBA": (0, 2, 2),
+    "FSLA": (1, 3, 3),
+    "StocBiO": (3, 4, 1),
+    "AmIGO": (3, 3, 1),
+    "TTSA": (1, 1, 1),
+    "MRBO": (2, 8, 2),
+    "SUSTAIN": (2, 2, 2),
+    "VRBO": (6, 24, 6),
+    "F2SA": (8, 0, 4),
+    "BOME": (5, 0, 1),
+    "PZOBO": (9, 0, 1),
+    "DARTS": (4, 0, 1),
+    "DARTS, first order": (1, 0, 1),
+}
+ONE_TERM = {
+    "TTSA": hg.TTSA(SGD, 1, step_size=0.1),
+    "SUSTAIN": hg.SUSTAIN(SGD, 1, step_size=0.1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cost_of_a_step_is_counted_in_passes_over_the_data(name: str):
+    """Inner calls count 1/3 each on one of three examples, outer calls 2/3 on two."""
+    method, problem = (METHODS | ONE_TERM)[name], with_batches(1, 2)
+
+    @jax.jit
+    def costs(key):
+        state, records = method.init(problem, W, ALPHA), []
+        for _ in range(2):
+            estimate, state = method.estimate(problem, state, ALPHA, key)
+            names = (*COST_STATS, "num_inner_steps")
+            records.append({name: estimate.stats[name] for name in names})
+        return records
+
+    first, second = costs(jax.random.key(0))
+    num_grads, num_hvps, num_outer_grads = COUNTS[name]
+    assert second["num_grads"] == pytest.approx(num_grads / NUM_EXAMPLES)
+    assert second["num_hvps"] == pytest.approx(num_hvps / NUM_EXAMPLES)
+    assert second["num_outer_grads"] == pytest.approx(2 * num_outer_grads / 3)
+    assert second["num_outer_values"] == (name == "VRBO")
+    # A pass over all data in the first step, in which w does not move.
+    full_pass = {"SRBA": (0, 1, 1), "VRBO": (1, 4, 1)}.get(name)
+    if full_pass is not None:
+        names = "num_grads", "num_hvps", "num_outer_grads"
+        assert tuple(first[x] for x in names) == full_pass
+    num_steps = {"StocBiO": 3, "AmIGO": 3, "VRBO": 3, "F2SA": 3, "PZOBO": 3}
+    assert second["num_inner_steps"] == num_steps.get(name, 1)
+    is_lazy = name in ("VRBO", "DARTS", "DARTS, first order")
+    assert first["num_inner_steps"] == (0 if is_lazy else num_steps.get(name, 1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float16"), ("float32", "float64")])
+def test_each_leaf_keeps_its_dtype(name: str, dtypes: tuple[str, str]):
+    """State, ``w`` and direction of a step have the dtypes of ``w`` and ``alpha``."""
+    method = METHODS[name]
+    tree = lambda p, q: {"p": jnp.asarray(p, dtypes[0]), "q": jnp.asarray(q, dtypes[1])}
+    w, alpha = tree([0.0, 1.0], 0.25), tree([0.5, -0.5], 0.75)
+
+    def inner(w, alpha, x):
+        shift = jnp.mean((w["p"][None] - alpha["p"][None] * x) ** 2)
+        return 0.5 * shift + 0.5 * w["p"] @ w["p"] + 0.5 * (w["q"] - alpha["q"]) ** 2
+
+    def outer(w, alpha, x):
+        shift = jnp.mean((w["p"][None] - x) ** 2)
+        return 0.5 * shift + (w["q"] - 1) ** 2 + 0.1 * alpha["q"] ** 2
+
+    data = hg.Batches(jnp.zeros((6, 2), dtypes[0]), 2)
+    problem = hg.Bilevel(inner, outer, data, data)
+    init = lambda: method.init(problem, w, alpha)
+    step = lambda state: method.estimate(problem, state, alpha, jax.random.key(0))
+    state = jax.eval_shape(init)
+    estimate, next_state = jax.eval_shape(step, state)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(next_state) == types(state)
+    assert types(estimate.w) == types(w)
+    assert types(estimate.hypergradient) == types(alpha)
+
+
+def test_adjoint_is_exact_if_the_outer_loss_does_not_depend_on_w():
+    """The relative residual is 0, not 0 / 0, where ``dM/dw = 0``."""
+    outer = lambda w, alpha, batch: jnp.sum(alpha**2) + 0.0 * jnp.sum(w)
+    problem = hg.Bilevel(inner_loss, outer, TRAIN, VAL)
+    soba = hg.SOBA(SGD)
+    state = state_at(soba, problem)
+    estimate, _ = soba.estimate(problem, state, ALPHA, jax.random.key(0))
+    assert estimate.stats["adjoint_residual"] == 0
+
+
+def test_residual_is_relative_to_the_right_side():
+    """``adjoint_residual`` is ``||H v - b|| / ||b||``, which is 1 for ``v = 0``."""
+    soba = hg.SOBA(SGD)
+    estimate, _ = soba.estimate(FULL, state_at(soba), ALPHA, jax.random.key(0))
+    assert estimate.stats["adjoint_residual"] == pytest.approx(1.0)
+
+
+def test_only_a_certificate_makes_an_estimate_trusted():
+    """Estimates state the reason; a certificate replaces it once the run converged."""
+    reference = any_known("ridge per-weight")
+    soba = hg.SOBA(optax.sgd(reference.step))
+    trace = run_loop(
+        reference.problem, soba, optax.sgd(0.01), reference.w, reference.alpha,
+        num_steps=201, certify_every=200,
+    )  # fmt: skip
+    assert trace.stats["trusted"].tolist() == [False] * 200 + [True]
+    assert trace.flags["single_step"].tolist() == [False] + [True] * 199 + [False]
+
+
+def test_starting_point_may_depend_on_alpha():
+    """``init`` starts from ``init_fn(w, alpha)``."""
+    problem = hg.Bilevel(
+        inner_loss, outer_loss, TRAIN, VAL, init_fn=lambda w, alpha: w + alpha
+    )
+    state = hg.SOBA(SGD).init(problem, W, ALPHA)
+    chex.assert_trees_all_equal(state.w, W + ALPHA)
+
+
+def test_bias_of_f2sa_is_inversely_proportional_to_its_penalty():
+    """The slope of log error against log penalty is -1 at one ``alpha``."""
+    reference = any_known("ridge per-weight")
+    problem, w, alpha = reference.problem, reference.w, reference.alpha
+
+    @jax.jit
+    @jax.vmap
+    def hypergradient(penalty):
+        f2sa = hg.F2SA(optax.sgd(reference.step), 10, penalty=penalty)
+        settled = Settled(f2sa, 100)
+        state = settled.init(problem, w, alpha)
+        return settled.estimate(problem, state, alpha, jax.random.key(0))[0]
+
+    penalties = np.array([1e2, 1e3, 1e4])
+    estimates = hypergradient(penalties).hypergradient
+    errors = np.linalg.norm(estimates - reference.exact(alpha)[None], axis=1)
+    slopes = np.diff(np.log(errors)) / np.diff(np.log(penalties))
+    np.testing.assert_allclose(slopes, -1, atol=0.05)
+
+
+# Invalid arguments.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_problem_with_several_outer_losses_is_refused(name: str):
+    """Raises ValueError before anything is traced."""
+    problem = hg.Bilevel(inner_loss, (outer_loss, outer_loss), TRAIN, VAL)
+    with pytest.raises(ValueError, match="outer_loss"):
+        METHODS[name].init(problem, W, ALPHA)
+
+
+def test_single_step_is_not_a_hypergradient():
+    """`hypergradient` raises TypeError for a single-loop method."""
+    with pytest.raises(TypeError, match="estimator"):
+        hg.hypergradient(FULL, hg.SOBA(SGD))
+
+
+FRESH_DATA = {
+    "inner_data": hg.Bilevel(
+        lambda w, alpha, batch: inner_loss(w, alpha, batch[0]),
+        outer_loss,
+        hg.Batches(TRAIN, 2, with_key=True),
+        VAL,
+    ),
+    "outer_data": hg.Bilevel(
+        inner_loss,
+        lambda w, alpha, key: jnp.sum(jax.random.normal(key, (3,)) * w * alpha),
+        TRAIN,
+        hg.Batches(None, with_key=True),
+    ),
+    "data_fn": hg.Bilevel(
+        inner_loss, outer_loss, data_fn=lambda key: (examples(1), examples(2))
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", FRESH_DATA)
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_a_memory_of_examples_need_fixed_data(name: str, argument: str):
+    """SABA, SRBA and VRBO refuse data that changes; the other methods take it."""
+    method, problem = METHODS[name], FRESH_DATA[argument]
+    init = lambda: method.init(problem, W, ALPHA)
+    if name not in ("SABA", "SRBA", "VRBO"):
+        jax.eval_shape(init)
+        return
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        init()
+
+
+#: Invalid values of each argument.
+INVALID = {
+    "optimizer": [0.1, optax.sgd],
+    "adjoint_optimizer": [0.1],
+    "step_size": [-0.1, "small", True],
+    "momentum": [-0.1, 1.1, np.nan, "0"],
+    "penalty": [0.0, -1, "large"],
+    "sigma": [0.0, jnp.array(-1.0), None],
+    "eta": [-0.5, "half"],
+}
+INT_ARGUMENTS = (
+    *("num_steps", "num_terms", "num_directions", "num_adjoint_steps", "period"),
+)
+INVALID |= {name: [0, 2.0, True, None] for name in INT_ARGUMENTS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_invalid_arguments_are_refused(name: str):
+    """Each invalid value raises an error that names the argument."""
+    method = METHODS[name]
+    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+    cases = [(x, value) for x in settings for value in INVALID[x]]
+    for argument, value in cases:
+        with pytest.raises((TypeError, ValueError), match=f"^{argument} must"):
+            type(method)(**settings | {argument: value})
+
+
+def test_numbers_may_be_traced_and_lie_on_the_boundary():
+    """Traced numbers are not checked; 0 and 1 are valid momenta."""
+    rates = jnp.array([0.1, -0.1])
+    step_sizes = jax.vmap(lambda x: hg.TTSA(SGD, 1, step_size=x).step_size)(rates)
+    chex.assert_trees_all_equal(step_sizes, rates)
+    for step_size, momentum in itertools.product((0, 0.5), (0, 1)):
+        mrbo = hg.MRBO(SGD, 1, step_size=step_size, momentum=momentum)
+        assert (mrbo.step_size, mrbo.momentum) == (step_size, momentum)
