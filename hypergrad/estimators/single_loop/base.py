@@ -20,14 +20,14 @@ from ..base import Estimate, make_estimate
 
 
 class SingleLoopState(eqx.Module):
-    """What a single-loop method carries from one outer step to the next.
+    """State of a single-loop method between two outer steps.
 
     Attributes:
       w: Inner variable.
       w_opt_state: State of the optimizer of ``w``.
       v: Adjoint, structured like ``w``; None for a method without an adjoint.
       v_opt_state: State of the optimizer of ``v``, or None.
-      memory: Whatever else the method carries, from `SingleLoop.init_memory`.
+      memory: Further state of the method, from `SingleLoop.init_memory`.
     """
 
     w: PyTree
@@ -38,7 +38,7 @@ class SingleLoopState(eqx.Module):
 
 
 class Step(eqx.Module):
-    """What one step of a single-loop method computes besides its next state.
+    """Result of one step of a single-loop method, without the next state.
 
     Attributes:
       value: Outer value; a scalar.
@@ -82,8 +82,8 @@ class SingleLoop(eqx.Module):
 
     Attributes:
       uses_adjoint: Whether the state has an adjoint ``v``. Defaults to False.
-      fixed_data_reason: Why a method needs the same examples at every step, and what to
-        use for other data; a text that ends the error message of `init`. Defaults to
+      fixed_data_reason: Reason why the method needs the same examples at every step;
+        it ends the error message of `init` and should name an alternative. Defaults to
         None, which admits keyed batches and a ``data_fn``.
 
     A complete method, which is `hypergrad.SOBA`:
@@ -160,8 +160,9 @@ class SingleLoop(eqx.Module):
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns the relative error of the adjoint after many steps at one ``alpha``.
 
-        0 for a method with an adjoint, which then has converged, and NaN for any other,
-        of which no bound is known.
+        The error of a method with an adjoint is 0, because the adjoint has converged.
+        For any other method it is NaN, because no bound is known; methods with a
+        known bound override this method.
         """
         return 0.0 if self.uses_adjoint else float("nan")
 
