@@ -121,7 +121,7 @@ class PZOBO(eqx.Module):
         responses = jax.vmap(response)(keys)
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), responses)
         direction = optax.tree.add(direct, indirect)
-        scatter = standard_error(responses, indirect, several=False)
+        scatter = standard_error(responses, indirect, is_multi_objective=False)
         scatter = scatter * norm(indirect) / norm(direction)
         inner, outer = fractions(data)
         estimate = report(
