@@ -146,13 +146,13 @@ def certified(
     and so be the truth for both.
     """
     first = hg.certify(problem, w, alpha)
-    second = hg.certify(problem, first.w, alpha)
+    second = hg.certify(problem, first.corrected_w, alpha)
     if not bool(second.trusted):
         return {"certified": False, "reason": reason(second)}
     return {
         "certified": True,
         "reason": None,
-        "error": float(relative_error(hypergradient, second.hypergradient)),
+        "error": float(relative_error(hypergradient, second.corrected_hypergradient)),
         "implicit_error": float(first.error_estimate),
     }
 

@@ -67,7 +67,7 @@ class Carried(eqx.Module):
         zero = jnp.zeros((PIXELS, CLASSES))
         first = {"w": zero, "adjoint": zero}
         whole = ImplicitState(
-            **first | state, num_estimates=jnp.asarray(0), goal=jnp.asarray(jnp.nan)
+            **first | state, num_estimates=jnp.asarray(0), grad_tol=jnp.asarray(jnp.nan)
         )
         estimate, whole = self.estimator.estimate(problem, whole, alpha, key)
         return estimate, self._kept(whole)

@@ -10,8 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .inner.base import InnerSolver
 from .linear import CG
-from .linear.base import check_linear_solver as check_linear_solver
-from .linear.base import solve_linear
+from .linear.base import check_linear_solver, solve_linear
 from .problem import Batches
 from .problem_checks import check_scalar_loss
 from .products import Loss, cross_jvp, hvp
@@ -30,23 +29,34 @@ def argmin(
     solver: InnerSolver,
     linear_solver: lx.AbstractLinearSolver | None = None,
 ) -> Callable[..., PyTree]:
-    """``f(w0, alpha, batch=None) -> w*``, differentiable in ``alpha`` and ``batch``.
+    """Returns ``f(w0, alpha, batch=None, key=None) -> w*``, a differentiable function.
 
-    ``dw* = -H^-1 d(dL/dw)`` by the implicit function theorem, as a rule for forward
-    mode whose linear solve can be transposed: `jax.grad`, `jacfwd`, `jacrev`,
-    `hessian`, `vmap` and `jit` all work, to any order, and one argmin nests in another.
-    The solver itself is never differentiated.
+    The derivative of ``w*`` by ``alpha`` and ``batch`` is that of the implicit function
+    theorem,
+
+        dw* = -H^-1 d(dL/dw)    with    H = d2L/dw2,
+
+    a rule for forward mode whose linear solve can be transposed. `jax.grad`, `jacfwd`,
+    `jacrev`, `hessian`, `vmap` and `jit` work to any order, and one argmin nests in
+    another. The solver itself is never differentiated.
 
     Args:
-      inner_loss: ``(w, alpha, batch) -> scalar``. Values it closes over are
-        differentiated too where they are being traced.
-      solver: finds the minimum from ``w0``; run it to convergence, since the rule holds
-        at the stationary point only.
-      linear_solver: as in `Implicit`; default `CG`.
+      inner_loss: ``(w, alpha, batch) -> scalar``. Traced values that it closes over are
+        differentiated too.
+      solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
+        only at a stationary point.
+      linear_solver: Solver of the linear system. Defaults to `CG`.
 
-    Derivatives by ``w0`` are zero: the minimum does not remember where it was found.
+    Returns:
+      A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
+      Its derivative by ``w0`` is zero, because the minimum does not depend on where the
+      solver starts.
 
-    Cost: one linear solve a derivative; forward and reverse alike.
+    Raises:
+      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+
+    Cost:
+      One linear solve per derivative, in forward and in reverse mode.
 
     Source: Blondel et al. 2022 (arXiv 2105.15183), equation 3.
 
@@ -58,13 +68,16 @@ def argmin(
     1.0
     """
     if not callable(inner_loss):
-        raise TypeError(f"inner_loss must be a function; got {inner_loss!r}")
+        raise TypeError(
+            "inner_loss must be a function (w, alpha, batch) -> scalar; got "
+            f"{inner_loss!r}."
+        )
     check_hashable("inner_loss", inner_loss)
     check_solver(solver)
     linear_solver = CG() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)
 
-    def solution(
+    def solution_fn(
         w0: PyTree, alpha: PyTree, batch: PyTree = None, key: Array | None = None
     ) -> PyTree:
         w0, _ = as_input_arrays(w0, alpha, differentiable=False)
@@ -72,39 +85,44 @@ def argmin(
         if isinstance(batch, Batches):
             raise TypeError(
                 "batch must be a pytree of arrays, which argmin uses whole; got "
-                "Batches: pass its .all"
+                "Batches. Pass its full_batch()."
             )
         check_scalar_loss("inner_loss", inner_loss, w0, alpha, batch)
-        solve_for = lambda w0: solver.solve(inner_loss, w0, alpha, batch, key)[0]
-        found = jax.eval_shape(solve_for, w0)
-        check_same_structure(f"{type(solver).__name__}.solve", found, w0)
+        solve = lambda w0: solver.solve(inner_loss, w0, alpha, batch, key)[0]
+        solution = jax.eval_shape(solve, w0)
+        check_same_structure(f"{type(solver).__name__}.solve", solution, w0)
         loss, closed_over = jax.closure_convert(inner_loss, w0, alpha, batch)
-        return _argmin(loss, solver, linear_solver, key)(
-            w0, (alpha, batch, *closed_over)
-        )
+        solve = _make_differentiable_solve(loss, solver, linear_solver, key)
+        return solve(w0, (alpha, batch, *closed_over))
 
-    return solution
+    return solution_fn
 
 
-def _argmin(loss, solver, linear_solver, key):
+def _make_differentiable_solve(loss, solver, linear_solver, key):
+    """Returns ``(w0, (alpha, batch, *closed_over)) -> w*`` with its derivative."""
+
     @jax.custom_jvp
-    def best(w0, args):
+    def solve(w0, args):
         alpha, batch, *closed_over = args
         inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
         return solver.solve(inner_loss, w0, alpha, batch, key)[0]
 
-    @best.defjvp
-    def rule(primals, tangents):
+    @solve.defjvp
+    def solve_jvp(primals, tangents):
         (w0, args), (_, args_dot) = primals, tangents
-        w = best(w0, args)
-        # One vector: jax cannot transpose a solve of whose leaves some are constant.
-        b, unravel = ravel_pytree(cross_jvp(loss, w, args, args_dot))
+        w = solve(w0, args)
+        # H dw* = -d(dL/dw)
+        grad_dot = cross_jvp(loss, w, args, args_dot)
+        # Ravel first: JAX cannot transpose a solve in which some leaves are constant.
+        b, unravel = ravel_pytree(grad_dot)
         inner_loss = lambda w, args, _: loss(w, *args)
         product = lambda v: hvp(inner_loss, w, args, None, v)
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
-        zero = jnp.zeros_like(b)
-        inverse = lambda matvec, b: solve_linear(linear_solver, matvec, b, zero)[0]
-        solved = jax.lax.custom_linear_solve(matvec, b, inverse, symmetric=True)
-        return w, scale(-1, unravel(solved))
+        zeros = jnp.zeros_like(b)
+        apply_inverse = lambda matvec, b: solve_linear(linear_solver, matvec, b, zeros)[
+            0
+        ]
+        x = jax.lax.custom_linear_solve(matvec, b, apply_inverse, symmetric=True)
+        return w, scale(-1, unravel(x))
 
-    return best
+    return solve

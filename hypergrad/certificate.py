@@ -1,17 +1,19 @@
-"""How far to trust a hypergradient: Newton corrections of the point it was taken at."""
+"""Certificates: how far a hypergradient is from the derivative at the argmin."""
+
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from .cost import cost_stats
 from .implicit_diff import (
+    count_products,
     implicit_hypergradient,
     max_relative_error,
     newton_step,
-    total_products,
     zero_adjoint,
 )
 from .linear import CG
@@ -19,7 +21,7 @@ from .linear.base import LinearStats, solve_linear
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
-    check_init,
+    check_on_shapes,
     check_problem,
     check_problem_type,
 )
@@ -39,54 +41,59 @@ NO_GRADIENT_ADVICE = (
     "so implicit differentiation cannot see it (it is not zero: it may enter the "
     "optimizer or the start); use hg.Unrolled, or take it out of alpha"
 )
-NEWTON_RTOL = 1e-3  # a correction leaves a thousandth of the distance to the argmin
+NEWTON_RTOL = 1e-3  # a Newton step leaves a thousandth of the distance to the argmin
 NUM_NEWTON_STEPS = 2
-NUM_PROBE_STEPS = 20  # steps of conjugate gradients that look for negative curvature
+NUM_PROBE_STEPS = 20  # CG steps that search for negative curvature
 
 
 class Certificate(PrettyModule):
-    """What is known of a hypergradient's error as the derivative at the argmin.
+    """The error of a hypergradient as the derivative at the argmin.
 
     Attributes:
-      error_estimate: ``||h - hypergradient|| / ||hypergradient||`` for the ``h`` that
-        was certified, the largest of K.
-      trusted: the estimate is at most ``rtol``, the last correction moved the
-        hypergradient by no more, its adjoint is solved to a tenth of that, all is
-        finite, and no negative curvature was met.
-      w, hypergradient: after the corrections.
-      inner_grad_norm: ``||dL/dw||`` at the ``w`` that was given; ``corrected_grad_norm``
-        is that at the corrected one.
-      adjoint_residual: ``||b - H v|| / ||b||`` at the corrected ``w``.
-      ritz_min, ritz_max: ends of the spectrum of ``H`` that the solves saw.
-      negative_curvature: whether any of them, or a random probe, met some.
+      error_estimate: ``||h - corrected_hypergradient|| / ||corrected_hypergradient||``
+        for the certified hypergradient ``h``, the maximum over K losses.
+      trusted: True if the error estimate is at most ``rtol``, the last Newton step
+        changed the hypergradient by at most ``rtol``, ``adjoint_residual`` is at most
+        ``rtol / 10``, everything is finite, and no solve met negative curvature.
+      corrected_w: ``w`` after the Newton steps.
+      corrected_hypergradient: The hypergradient at ``corrected_w``.
+      inner_grad_norm: ``||dL/dw||`` at the given ``w``.
+      corrected_grad_norm: ``||dL/dw||`` at ``corrected_w``.
+      adjoint_residual: ``||b - H v|| / ||b||`` at ``corrected_w``, the maximum over K
+        losses.
+      ritz_min, ritz_max: Extreme Ritz values of ``H`` in all solves.
+      negative_curvature: Whether a solve or a random probe met negative curvature.
       distance_estimate: ``||dL/dw|| / ritz_min``, an estimate of ``||w - w*||``.
-      distance_bound, adjoint_error_bound: NaN unless ``strong_convexity`` is given: then
-        ``||w - w*||`` is at most the one for the ``w`` given, and
-        ``||v - H^-1 b|| / ||b||`` at most the other at the corrected ``w``.
-      stats: the ledger of what the certificate cost.
+      distance_bound: With ``strong_convexity``, an upper bound on ``||w - w*||`` at the
+        given ``w``; NaN without.
+      adjoint_error_bound: With ``strong_convexity``, an upper bound on
+        ``||v - H^-1 b|| / ||b||`` at ``corrected_w``; NaN without.
+      stats: The cost of the certificate.
 
     >>> import hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
     >>> outer = lambda w, alpha, batch: 0.5 * w**2
     >>> certificate = hg.certify(hg.Bilevel(inner, outer), 1.5, 1.0)
-    >>> float(certificate.error_estimate), float(certificate.hypergradient)
-    (0.5, 1.0)
+    >>> float(certificate.error_estimate)
+    0.5
+    >>> float(certificate.corrected_hypergradient)
+    1.0
     """
 
-    error_estimate: Array
-    trusted: Array
-    w: PyTree
-    hypergradient: PyTree
-    inner_grad_norm: Array
-    corrected_grad_norm: Array
-    adjoint_residual: Array
-    ritz_min: Array
-    ritz_max: Array
-    negative_curvature: Array
-    distance_estimate: Array
-    distance_bound: Array
-    adjoint_error_bound: Array
-    stats: dict[str, Array]
+    error_estimate: Scalar
+    trusted: Scalar
+    corrected_w: PyTree
+    corrected_hypergradient: PyTree
+    inner_grad_norm: Scalar
+    corrected_grad_norm: Scalar
+    adjoint_residual: Scalar
+    ritz_min: Scalar
+    ritz_max: Scalar
+    negative_curvature: Scalar
+    distance_estimate: Scalar
+    distance_bound: Scalar
+    adjoint_error_bound: Scalar
+    stats: dict[str, Scalar]
 
 
 def certify(
@@ -100,32 +107,36 @@ def certify(
     strong_convexity: float | Array | None = None,
     key: Array | None = None,
 ) -> Certificate:
-    """How far ``hypergradient``, taken at ``w``, is from the derivative at the argmin.
+    """Estimates how far a hypergradient is from the derivative at the argmin.
 
-    ``w`` is corrected by Newton steps, ``H d = dL/dw``, ``w <- w - d``; the adjoint is
-    solved anew at the corrected point, all by `CG` on all of the data. The change of
-    the hypergradient is the estimate of its error.
+    Newton steps ``w <- w - d`` with ``H d = dL/dw`` move ``w`` towards the argmin, and
+    the adjoint is solved again after each of them, all by `CG` on all data. The change
+    of the hypergradient is the estimate of its error.
 
     Args:
-      problem: the two losses and their data.
-      w: where the hypergradient was taken, an approximate solution.
-      alpha: at which.
-      hypergradient: what to certify, from any estimator; None means implicit
-        differentiation at ``w`` with the adjoint solved.
-      num_newton_steps: Newton steps. One suffices where the inner problem is convex;
+      problem: The problem.
+      w: Inner solution at which the hypergradient was evaluated.
+      alpha: Hyperparameters at which it was evaluated.
+      hypergradient: The hypergradient to certify, of any estimator. Defaults to that of
+        implicit differentiation at ``w`` with an accurate adjoint.
+      num_newton_steps: Number of Newton steps. One suffices for a convex inner loss;
         networks need two.
-      rtol: relative error up to which to trust.
-      strong_convexity: a number below which no eigenvalue of ``H`` lies anywhere. Only
-        with it are bounds reported; everything else is an estimate.
-      key: PRNG key of ``draw``, of keyed batches, and of the probe.
-
-    Cost: for each correction a solve for ``w``, to 1e-3, and one for the adjoint, as
-    far as the dtype allows; a probe of 20 products; all counted in ``stats``. Memory:
-    that of `CG`. Bias: that of Newton's method cut short, second order in the distance
-    to the argmin.
+      rtol: Relative error up to which the hypergradient is trusted.
+      strong_convexity: Lower bound on the eigenvalues of ``H`` at every ``w``. The
+        bounds of the certificate require it; all other fields are estimates.
+      key: PRNG key of ``data_fn``, of batches with a key, and of the probe. Defaults to
+        ``jax.random.key(0)``.
 
     Raises:
-      TypeError, ValueError: bad input, before anything is traced.
+      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+
+    Cost:
+      Per Newton step one solve for ``w``, to 1e-3, and one for the adjoint, to the
+      accuracy of the dtype; a probe of 20 products. All are counted in ``stats``.
+    Memory:
+      The vectors of `CG`.
+    Bias:
+      Second order in the distance to the argmin, the error of truncated Newton steps.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
@@ -140,31 +151,37 @@ def certify(
     check_positive_int("num_newton_steps", num_newton_steps)
     rtol = float_converter("rtol", optional=False)(rtol)
     strong_convexity = float_converter("strong_convexity")(strong_convexity)
-    problem, rtol, mu, hypergradient = floats_to_arrays(
+    problem, rtol, strong_convexity, hypergradient = floats_to_arrays(
         (problem, rtol, strong_convexity, hypergradient)
     )
-    check_init(ProblemChecker(), problem, w, alpha)
+    check_on_shapes(check_certifiable, problem, w, alpha)
     if hypergradient is not None:
-        count = problem.num_objectives
-        lead = () if count is None else (count,)
+        num_objectives = problem.num_objectives
+        lead = () if num_objectives is None else (num_objectives,)
         like = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), alpha)
         check_same_structure("hypergradient", hypergradient, like, "alpha")
     return _certify(
-        problem, w, alpha, hypergradient, num_newton_steps, rtol, mu, as_key(key)
+        problem,
+        w,
+        alpha,
+        hypergradient,
+        num_newton_steps,
+        rtol,
+        strong_convexity,
+        as_key(key),
     )
 
 
-class ProblemChecker(eqx.Module):
-    """Checks a problem as an estimator would, without a solver."""
-
-    def init(self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array) -> None:
-        """Refuses what has no certificate."""
-        check_problem(problem, w, alpha)
-        check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Raises an error unless implicit differentiation applies to a problem."""
+    check_problem(problem, w, alpha)
+    check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
 
 
 @eqx.filter_jit
-def _certify(problem, w, alpha, hypergradient, num_newton_steps, rtol, mu, key):
+def _certify(
+    problem, w, alpha, hypergradient, num_newton_steps, rtol, strong_convexity, key
+):
     return compute_certificate(
         problem,
         EstimateData.sample(problem, key),
@@ -173,7 +190,7 @@ def _certify(problem, w, alpha, hypergradient, num_newton_steps, rtol, mu, key):
         hypergradient,
         num_newton_steps=num_newton_steps,
         rtol=rtol,
-        strong_convexity=mu,
+        strong_convexity=strong_convexity,
     )
 
 
@@ -186,14 +203,20 @@ def compute_certificate(
     *,
     adjoint: PyTree | None = None,
     num_newton_steps: int = NUM_NEWTON_STEPS,
-    rtol: Array | float = TRUST_RTOL,
-    strong_convexity: Array | None = None,
+    rtol: Scalar | float = TRUST_RTOL,
+    strong_convexity: Scalar | None = None,
 ) -> Certificate:
-    """`certify` within a compiled program, on ``data`` and from an ``adjoint``."""
+    """Returns the certificate of `certify`, inside a compiled program.
+
+    Args:
+      problem, w, alpha, hypergradient: As for `certify`.
+      data: The data on which the hypergradient was evaluated.
+      adjoint: Where the first adjoint solve starts. Defaults to zero.
+      num_newton_steps, rtol, strong_convexity: As for `certify`.
+    """
     batch, outer_batch = data.inner_batch(), data.outer_batch()
-    loss = problem.inner_loss
-    solve_at = lambda w, start: implicit_hypergradient(
-        problem, CG(), w, alpha, batch, outer_batch, start
+    differentiate = lambda w, adjoint: implicit_hypergradient(
+        problem, CG(), w, alpha, batch, outer_batch, adjoint
     )
     if adjoint is None:
         adjoint = zero_adjoint(problem, w)
@@ -201,58 +224,87 @@ def compute_certificate(
     solves: list[LinearStats] = []
     num_grads, num_outer_grads = 0, num_newton_steps
     if hypergradient is None:
-        at = solve_at(w, adjoint)
-        solves.append(at.solved)
+        result = differentiate(w, adjoint)
+        solves.append(result.linear_stats)
         num_outer_grads += 1
-        hypergradient, adjoint, gradient = at.hypergradient, at.adjoint, at.gradient
+        hypergradient, adjoint = result.hypergradient, result.adjoint
+        inner_grad = result.inner_grad
     else:
-        gradient, num_grads = jax.grad(loss)(w, alpha, batch), 1
-    inner_grad_norm = norm(gradient)
+        inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
+        num_grads = 1
+    inner_grad_norm = norm(inner_grad)
 
     corrected = hypergradient
-    change = residual = jnp.asarray(jnp.nan)
+    last_change = residual = jnp.asarray(jnp.nan)
     for _ in range(num_newton_steps):
-        w, solved = newton_step(loss, w, alpha, batch, gradient, CG(rtol=NEWTON_RTOL))
-        at = solve_at(w, adjoint)
-        solves += [solved, at.solved]
-        change = max_relative_error(problem, corrected, at.hypergradient)
-        residual = jnp.max(at.adjoint_residual)
-        corrected, adjoint, gradient = at.hypergradient, at.adjoint, at.gradient
+        # H d = dL/dw, w <- w - d
+        w, newton_stats = newton_step(
+            problem.inner_loss, w, alpha, batch, inner_grad, CG(rtol=NEWTON_RTOL)
+        )
+        result = differentiate(w, adjoint)
+        solves += [newton_stats, result.linear_stats]
+        last_change = max_relative_error(problem, corrected, result.hypergradient)
+        residual = jnp.max(result.adjoint_residual)
+        corrected, adjoint = result.hypergradient, result.adjoint
+        inner_grad = result.inner_grad
+    solves.append(_probe_curvature(problem, w, alpha, batch, data.solver_key))
 
-    probe = random_like(data.solver_key, w)
-    matvec = lambda v: hvp(loss, w, alpha, batch, v)
-    look = CG(rtol=0.0, max_steps=NUM_PROBE_STEPS)
-    solves.append(solve_linear(look, matvec, probe, optax.tree.zeros_like(w))[1])
-
-    over = lambda reduce, name: reduce(jnp.stack([reduce(s[name]) for s in solves]))
-    ritz_min, ritz_max = over(jnp.nanmin, "ritz_min"), over(jnp.nanmax, "ritz_max")
-    negative = over(jnp.any, "negative_curvature")
+    linear_stats = _reduce_solves(solves)
+    # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
+    is_trusted = (
+        all_finite(hypergradient, corrected, error, norm(inner_grad))
+        & (jnp.maximum(error, last_change) <= rtol)
+        & (residual <= rtol / 10)
+        & ~linear_stats["negative_curvature"]
+    )
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
-        trusted=(
-            all_finite(hypergradient, corrected, error, norm(gradient))
-            & (jnp.maximum(error, change) <= rtol)
-            & (residual <= rtol / 10)
-            & ~negative
-        ),
-        w=w,
-        hypergradient=corrected,
+        trusted=is_trusted,
+        corrected_w=w,
+        corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
-        corrected_grad_norm=norm(gradient),
+        corrected_grad_norm=norm(inner_grad),
         adjoint_residual=residual,
-        ritz_min=ritz_min,
-        ritz_max=ritz_max,
-        negative_curvature=negative,
-        distance_estimate=inner_grad_norm / ritz_min,
+        ritz_min=linear_stats["ritz_min"],
+        ritz_max=linear_stats["ritz_max"],
+        negative_curvature=linear_stats["negative_curvature"],
+        # ||w - w*|| <= ||dL/dw|| / mu and ||v - H^-1 b|| <= ||b - H v|| / mu
+        distance_estimate=inner_grad_norm / linear_stats["ritz_min"],
         distance_bound=inner_grad_norm / mu,
         adjoint_error_bound=residual / mu,
         stats=cost_stats(
             data.inner_data,
             data.outer_data,
             num_grads=num_grads,
-            num_hvps=sum(map(total_products, solves)),
+            num_hvps=linear_stats["num_products"],
             num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
         ),
     )
+
+
+def _probe_curvature(
+    problem: Bilevel, w: PyTree, alpha: PyTree, batch: PyTree, key: Array
+) -> LinearStats:
+    """Returns the statistics of a few CG steps from a random vector.
+
+    The adjoint solve meets negative curvature only along directions that ``b``
+    contains; a random vector contains all of them.
+    """
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+    probe_solver = CG(rtol=0.0, max_steps=NUM_PROBE_STEPS)
+    zeros = optax.tree.zeros_like(w)
+    _, linear_stats = solve_linear(probe_solver, matvec, random_like(key, w), zeros)
+    return linear_stats
+
+
+def _reduce_solves(solves: list[LinearStats]) -> dict[str, Any]:
+    """Returns the number of products and the spectrum of several solves."""
+    reduce = lambda fn, name: fn(jnp.stack([fn(stats[name]) for stats in solves]))
+    return {
+        "num_products": sum(map(count_products, solves)),
+        "ritz_min": reduce(jnp.nanmin, "ritz_min"),
+        "ritz_max": reduce(jnp.nanmax, "ritz_max"),
+        "negative_curvature": reduce(jnp.any, "negative_curvature"),
+    }

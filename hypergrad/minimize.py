@@ -11,14 +11,19 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import outer_step, spaces
-from .certificate import ProblemChecker
+from .certificate import check_certifiable
 from .checkpoint import Checkpoints
 from .estimators.base import Estimator, get_target
 from .inner.descent import LINE_SEARCH_STATES, contains_state
 from .outer_run import run_steps
 from .outer_step import OuterState, StepRecord
 from .problem import Bilevel
-from .problem_checks import can_be_trusted, check_init, check_problem_type
+from .problem_checks import (
+    can_be_trusted,
+    check_init,
+    check_on_shapes,
+    check_problem_type,
+)
 from .recording import Metric, Progress, check_metrics
 from .trace import Trace
 from .validation import (
@@ -334,7 +339,7 @@ class OuterLoop(eqx.Module):
         spaces.check(self.space, alpha)
         check_init(self.estimator, self.problem, w, alpha)
         if self.certify_every is not None:
-            check_init(ProblemChecker(), self.problem, w, alpha)
+            check_on_shapes(check_certifiable, self.problem, w, alpha)
         self._check_guard(w, alpha)
         check_metrics(self.metrics, w, alpha)
         if self.project is not None:

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -182,12 +182,21 @@ def init_uses_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool
     return used_inputs(lambda alpha: problem.init_inner(w, alpha), alpha)
 
 
-# Estimators on shapes.
+# Checks on shapes.
+
+
+def check_on_shapes(check: Callable[..., None], *args: PyTree) -> None:
+    """Runs ``check(*args)`` on shapes, once per structure of the arguments."""
+    _call_on_shapes(_check_on_shapes, check, *args)
 
 
 def check_init(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
     """Runs ``estimator.init`` on shapes, once per structure of its arguments."""
-    _call_on_shapes(_check_init, estimator, problem, w, alpha)
+    check_on_shapes(_init, estimator, problem, w, alpha)
+
+
+def _init(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    estimator.init(problem, w, alpha, jax.random.key(0))
 
 
 def can_be_trusted(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> bool:
@@ -213,15 +222,14 @@ def _call_on_shapes(cached_fn: Any, *args: PyTree) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _check_init(structure, shapes, static_structure, static_leaves) -> None:
+def _check_on_shapes(structure, shapes, static_structure, static_leaves) -> None:
     static = jax.tree.unflatten(static_structure, static_leaves)
 
-    def init(leaves, key):
-        arrays = jax.tree.unflatten(structure, leaves)
-        estimator, problem, w, alpha = eqx.combine(arrays, static)
-        estimator.init(problem, w, alpha, key)
+    def run(leaves):
+        check, *args = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+        check(*args)
 
-    jax.eval_shape(init, shapes, KEY_SHAPE)
+    jax.eval_shape(run, shapes)
 
 
 @functools.lru_cache(maxsize=256)

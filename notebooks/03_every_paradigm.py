@@ -102,7 +102,9 @@ task = tasks["cleaning"]
 gradient = hg.hypergradient(task.problem, SYSTEMS["cleaning"].estimator(task.solver))
 estimate = gradient(task.w, task.alpha, jax.random.key(1))
 first = hg.certify(task.problem, estimate.w, task.alpha, estimate.hypergradient)
-second = hg.certify(task.problem, first.w, task.alpha, first.hypergradient)
+second = hg.certify(
+    task.problem, first.corrected_w, task.alpha, first.corrected_hypergradient
+)
 for name, certificate in {"estimate": first, "corrected": second}.items():
     error, residual = certificate.error_estimate, certificate.inner_grad_norm
     print(

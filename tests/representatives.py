@@ -4,22 +4,6 @@ Those that are most unlike each other, by pattern, or none; `make full` runs all
 """
 
 REPRESENTATIVES = {
-    "test_accuracy": {
-        "test_a_relative_error_costs_less_than_steps_alone": {
-            *("logistic_of_hypertorch*",),
-        },
-        "test_a_second_call_traces_nothing": set(),
-        "test_a_warm_chain_of_adam_is_right_where_trusted": set(),
-        "test_an_exact_landing_leaves_a_goal_to_go_on_with": set(),
-        "test_an_ill_conditioned_adjoint_is_not_overlooked": {"linear_solver0"},
-        "test_an_outer_loss_that_reads_no_w_is_trusted": set(),
-        "test_hoags_schedules_spend_less": set(),
-        "test_parts_that_lag_behind_are_not_overlooked": {"0.01"},
-        "test_several_losses_trees_and_solvers_that_run_once": set(),
-        "test_steps_are_those_of_a_whole_run": set(),
-        "test_the_certificate_is_asked_for_the_same_error": set(),
-        "test_what_is_asked_for_is_met": set(),
-    },
     "test_adapters": {
         "test_a_loop_is_jaxopt_run_without_tolerance": {"float32-optax", "float64-gd"},
         "test_argmin_differentiates_around_the_solver": {"optx-bfgs"},
@@ -40,28 +24,6 @@ REPRESENTATIVES = {
     "test_adjoint_table": {
         "test_the_adjoint_is_autodiffs": set(),
     },
-    "test_argmin": {
-        "test_a_leaf_of_w_that_alpha_does_not_move": {"jacfwd"},
-        "test_a_random_key_in_the_batch": {"grad"},
-        "test_a_third_derivative_on_ridge": set(),
-        "test_a_third_level_has_the_derivative_of_its_formula": set(),
-        "test_a_third_level_nests": set(),
-        "test_a_value_that_the_loss_closes_over": {"bare grad"},
-        "test_closed_over_values_under_vmap": set(),
-        "test_derivatives_by_the_batch_beside_integer_labels": {"grad"},
-        "test_every_kind_of_derivative": {"grad"},
-        "test_every_solver_gives_the_derivatives_of_the_formula": {
-            *(
-                "LBFGS-grad",
-                "Newton, LU-grad",
-                "formula-grad",
-            ),
-            *("rate from alpha-grad",),
-        },
-        "test_float32": {"grad"},
-        "test_implicit_is_the_gradient_through_argmin": {"quadratic nested"},
-        "test_vmap_is_a_loop": set(),
-    },
     "test_average": {
         "test_equal_draws_are_one_estimate": set(),
         "test_more_draws_scatter_less": set(),
@@ -70,13 +32,6 @@ REPRESENTATIVES = {
     },
     "test_benchmarks": {
         "test_the_network_has_a_strict_minimum": {"scalar"},
-    },
-    "test_certificate": {
-        "test_certify_sees_a_saddle_that_the_solver_does_not": {"linear0"},
-        "test_minimize_certifies_every_so_many_steps": set(),
-        "test_sabotage_is_not_trusted": set(),
-        "test_several_losses_and_trees_are_certified": set(),
-        "test_the_certificate_on_a_hundred_problems": set(),
     },
     "test_checkpoint": {
         "test_a_full_disk_is_reported_and_nothing_is_lost": set(),
@@ -110,103 +65,6 @@ REPRESENTATIVES = {
         "test_a_tolerance_is_said_with_the_cost_of_an_iteration": set(),
         "test_nothing_is_run_and_nothing_written": set(),
         "test_temporary_bytes_are_what_a_run_takes": set(),
-    },
-    "test_estimators": {
-        "test_a_formula_leaves_only_the_adjoint_to_solve": {"0-d", "30", "cI"},
-        "test_a_tuple_of_losses_is_that_many_runs": set(),
-        "test_a_tuple_of_losses_on_a_tree": set(),
-        "test_an_error_along_a_flat_direction_is_seen": {
-            *(
-                "linear0-False",
-                "linear2-True",
-                "linear4-True",
-            ),
-        },
-        "test_an_indefinite_hessian_is_not_trusted": {
-            *(
-                "linear0*",
-                "linear3*",
-                "linear9*",
-            ),
-        },
-        "test_an_inner_loop_stopped_early_is_flagged": {
-            *(
-                "logistic scalar-NystromCG",
-                "ridge per-weight-CG",
-            ),
-            *("ridge scalar-LU",),
-        },
-        "test_an_outer_loss_that_ignores_w_has_only_the_direct_term": {
-            *(
-                "CG",
-                "Unrolled",
-            ),
-        },
-        "test_damping_is_added_to_the_hessian": {"CG"},
-        "test_equals_the_closed_form": {
-            *(
-                "quadratic 30-CG",
-                "quadratic 30-NystromCG",
-            ),
-            *(
-                "ridge per-example-GMRES",
-                "ridge per-weight-LU",
-            ),
-            *(
-                "ridge scalar-Unrolled",
-                "smd 1-CG",
-                "smd 1-Unrolled",
-            ),
-        },
-        "test_every_inner_solver_reaches_the_closed_form": {"LBFGS", "Newton"},
-        "test_every_product_of_a_solve_sees_one_batch_and_one_key": set(),
-        "test_float32_to_1e_4": {
-            *(
-                "quadratic nested-LU",
-                "quadratic nested-Unrolled",
-            ),
-            *("ridge per-weight-CG",),
-        },
-        "test_held_batches_are_unbiased_over_all_draws": {"both"},
-        "test_learning_rates_are_hyperparameters": {"adam"},
-        "test_nan_in_the_data_is_not_trusted": {
-            *(
-                "CG-inner",
-                "Neumann-inner",
-                "Unrolled-outer",
-            ),
-        },
-        "test_no_trusted_estimate_is_far_off": {
-            *(
-                "logistic scalar-CG",
-                "logistic scalar-LU",
-            ),
-            *("ridge per-weight-CG",),
-        },
-        "test_one_bad_step_is_not_held_against_the_next": {
-            *(
-                "CG--1.0",
-                "GMRES-nan",
-                "LU-0.0",
-                "Neumann-1e-09",
-            ),
-            *(
-                "Neumann-nan",
-                "NystromCG-nan",
-            ),
-        },
-        "test_same_key_same_estimate_to_the_bit": set(),
-        "test_settings_of_double_precision_serve_a_problem_of_single": {
-            *(
-                "NystromCG",
-                "step_size",
-            ),
-        },
-        "test_the_ledger_counts_what_runs": {"Identity", "Neumann step", "Newton"},
-        "test_the_ledger_of_implicit": {"5-8-10", "None-8-None", "None-None-10"},
-        "test_the_ledger_of_unrolled": {"16-5-False-0"},
-        "test_the_logistic_problem_of_grazzi_2020": {"CG-5"},
-        "test_what_several_losses_share_counts_once": {"linear0-25"},
     },
     "test_executors": {
         "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
@@ -349,12 +207,6 @@ REPRESENTATIVES = {
     },
     "test_problem": {
         "test_several_outer_losses": {"Unrolled"},
-    },
-    "test_references": {
-        "test_jaxopt_lbfgs_with_implicit_diff": set(),
-        "test_jaxopt_root_vjp": {"ridge per-example"},
-        "test_optimistix_with_its_implicit_adjoint": {"ridge per-example"},
-        "test_second_derivatives_against_jaxopt": set(),
     },
     "test_reused_sketch": {
         "test_a_sketch_that_is_not_finite_is_made_anew": set(),

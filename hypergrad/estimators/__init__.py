@@ -1,4 +1,4 @@
-"""How ``dM/dalpha`` is estimated."""
+"""Estimators of the hypergradient ``dM/dalpha``."""
 
 from .average import Average
 from .base import Estimate, Estimator

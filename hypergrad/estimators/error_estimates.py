@@ -1,9 +1,10 @@
-"""When what an estimator saw speaks for its estimate."""
+"""Error estimates of inner solutions, adjoints and random samples."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree, Scalar
 
+from ..implicit_diff import ImplicitResult
 from ..jaxpr import uses_w
 from ..linear.base import relative_residual
 from ..problem import Bilevel
@@ -18,51 +19,97 @@ def stationarity_error(
     b: PyTree,
     cross: PyTree,
     hypergradient: PyTree,
-    move: PyTree,
-    curvature: Array,
-) -> Array:
-    """How far ``w`` and ``dM/dw`` are off, relative, as ``move / curvature`` tells.
+    direction: PyTree,
+    curvature: Float[Array, "*K"],
+) -> Scalar:
+    """Estimates the relative error caused by ``w`` not being a stationary point.
+
+    The estimate of ``w*`` is ``w + direction / curvature``. Both its distance from
+    ``w`` and the change of ``dM/dw`` over this distance count: where the outer loss is
+    nearly flat, a small error of ``w`` may change the sign of the hypergradient.
 
     Args:
-      problem, w, alpha, outer_batch: of the estimate.
-      b, cross, hypergradient: ``dM/dw`` and what was made of it; K leads for K losses.
-      move: the step that the inner problem asks for at ``w``, such as ``-dL/dw``.
-      curvature: the least that was seen, for each of K.
+      problem: The bilevel problem.
+      w, alpha, outer_batch: Arguments of the outer loss.
+      b, cross, hypergradient: ``dM/dw``, ``J' v`` and the hypergradient at ``w``; with
+        K outer losses each leaf has a leading axis of size K.
+      direction: Descent direction of the inner loss at ``w``, such as ``-dL/dw``.
+      curvature: Smallest curvature found by the linear solver, per outer loss.
 
     Returns:
-      The larger of the distance to ``w*`` over ``||w||``, and the change of ``dM/dw``
-      that far away, as part of the hypergradient: where M is nearly flat, ``w`` alone
-      tells nothing. One more outer gradient. 0 where the outer loss reads no ``w``.
-    """
-    outer = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
-    if not uses_w(outer, w, alpha, outer_batch):
-        return jnp.zeros(())
-    curvature = jnp.nanmin(curvature)  # NaN for a loss of K that reads no w
-    w_error = norm(move) / (curvature * norm(w))
-    away = add_scale(w, 1 / curvature, move)
-    _, b_away, _ = problem.outer_value_and_grads(away, alpha, outer_batch)
+      The larger of ``||w* - w|| / ||w||`` and the change of the hypergradient as a
+      fraction of it, the maximum over K losses; 0 if no outer loss depends on ``w``.
 
-    def worth(b, b_away, cross, h):
-        change = relative_residual(b, b_away) * norm(cross)
-        return jnp.where(change == 0, 0.0, change / norm(h))
+    Cost: one outer gradient.
+    """
+    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
+    if not uses_w(outer_value, w, alpha, outer_batch):
+        return jnp.zeros(())
+    curvature = jnp.nanmin(curvature)  # NaN for a loss that does not depend on w
+    # ||w* - w|| / ||w||, where w* - w ~ direction / curvature
+    w_error = norm(direction) / (curvature * norm(w))
+    shifted_w = add_scale(w, 1 / curvature, direction)
+    _, shifted_b, _ = problem.outer_value_and_grads(shifted_w, alpha, outer_batch)
+
+    def relative_change(b, shifted_b, cross, hypergradient):
+        # J' v is linear in b: a relative change of b is one of J' v.
+        change = relative_residual(b, shifted_b) * norm(cross)
+        return jnp.where(change == 0, 0.0, change / norm(hypergradient))
 
     if problem.num_objectives is not None:
-        worth = jax.vmap(worth)
-    change = jnp.max(worth(b, b_away, cross, hypergradient))
-    return jnp.where(norm(move) == 0, 0.0, jnp.maximum(w_error, change))
+        relative_change = jax.vmap(relative_change)
+    change = jnp.max(relative_change(b, shifted_b, cross, hypergradient))
+    return jnp.where(norm(direction) == 0, 0.0, jnp.maximum(w_error, change))
 
 
-def standard_error(draws: PyTree, mean: PyTree, several: bool) -> Array:
-    """``sqrt(sum_i ||h_i - h||² / (n (n - 1))) / ||h||`` of draws ``[n, ...]``.
+def adjoint_residual_error(
+    problem: Bilevel, result: ImplicitResult, curvature: Scalar
+) -> Scalar:
+    """Estimates the relative error that the residual of the adjoint causes.
 
-    NaN for one draw. With ``several`` losses draws are ``[n, K, ...]``, and the largest
-    of K counts.
+    Args:
+      problem: The bilevel problem.
+      result: Implicit differentiation with an inexact adjoint.
+      curvature: An estimate ``mu`` of the smallest eigenvalue of ``H``.
+
+    Returns:
+      ``||b - H v|| / mu * ||J' v|| / (||v|| ||h||)``, the maximum over K losses.
     """
-    if several:
-        one = lambda draws, mean: standard_error(draws, mean, False)
-        return jnp.max(jax.vmap(one, in_axes=(1, 0))(draws, mean))
-    away = jax.tree.map(lambda each, m: each - m[None], draws, mean)
-    count = jax.tree.leaves(draws)[0].shape[0]
-    if count == 1:
+
+    def relative_error(residual, mean_curvature, cross, hypergradient):
+        # ||v - H^-1 b|| / ||v|| <= ||b - H v|| / (mu ||v||), and J' v is linear in v.
+        v_error = residual * mean_curvature / curvature
+        error = v_error * norm(cross) / norm(hypergradient)
+        return jnp.where((residual == 0) | (norm(cross) == 0), 0.0, error)
+
+    if problem.num_objectives is not None:
+        relative_error = jax.vmap(relative_error)
+    error = relative_error(
+        result.adjoint_residual,
+        result.mean_curvature,
+        result.cross,
+        result.hypergradient,
+    )
+    return jnp.max(error)
+
+
+def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> Scalar:
+    """Returns ``sqrt(sum_i ||h_i - h||^2 / (n (n - 1))) / ||h||``.
+
+    Args:
+      samples: Hypergradients ``h_i``; each leaf has a leading axis of size n.
+      mean: Their mean ``h``.
+      is_multi_objective: Whether leaves have the axes ``[n, K, ...]``; the maximum over
+        the K losses is returned.
+
+    Returns:
+      The relative standard error of the mean; NaN for one sample.
+    """
+    if is_multi_objective:
+        per_objective = lambda samples, mean: standard_error(samples, mean, False)
+        return jnp.max(jax.vmap(per_objective, in_axes=(1, 0))(samples, mean))
+    deviations = jax.tree.map(lambda sample, m: sample - m[None], samples, mean)
+    num_samples = jax.tree.leaves(samples)[0].shape[0]
+    if num_samples == 1:
         return jnp.asarray(jnp.nan)
-    return norm(away) / (count * (count - 1)) ** 0.5 / norm(mean)
+    return norm(deviations) / (num_samples * (num_samples - 1)) ** 0.5 / norm(mean)

@@ -318,7 +318,7 @@ def _average(problem, perturbations, differences, sigma, unravel):
     each = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
     each = each.astype(perturbations.dtype)  # of a loss that may be in another
     mean = jnp.mean(each, axis=0)
-    relative = standard_error(each, mean, several=True)
+    relative = standard_error(each, mean, is_multi_objective=True)
     return (jax.vmap(unravel)(mean) if several else unravel(mean[0])), relative
 
 

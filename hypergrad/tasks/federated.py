@@ -252,13 +252,13 @@ class LocalImplicit(eqx.Module):
             data.inner_data,
             data.outer_data,
             num_grads=spent["num_grads"],
-            num_hvps=spent["num_hvps"] + jnp.mean(at.solved["num_products"]),
+            num_hvps=spent["num_hvps"] + jnp.mean(at.linear_stats["num_products"]),
             num_values=spent["num_values"],
             num_outer_grads=1,
         )
         stats = make_stats(
             jnp.asarray(False),
-            inner_grad_norm=norm(mean(at.gradient)),
+            inner_grad_norm=norm(mean(at.inner_grad)),
             num_inner_steps=spent["num_steps"],
             adjoint_residual=jnp.max(at.adjoint_residual),
             **costs,

@@ -53,8 +53,8 @@ def certificate_to_dict(certificate: hg.Certificate) -> dict[str, Any]:
     return {
         "error_estimate": certificate.error_estimate,
         "trusted": certificate.trusted,
-        "corrected_w": certificate.w,
-        "corrected_hypergradient": certificate.hypergradient,
+        "corrected_w": certificate.corrected_w,
+        "corrected_hypergradient": certificate.corrected_hypergradient,
         "inner_grad_norm": certificate.inner_grad_norm,
         "corrected_grad_norm": certificate.corrected_grad_norm,
         "adjoint_residual": certificate.adjoint_residual,

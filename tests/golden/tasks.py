@@ -72,7 +72,7 @@ def leaf_norms(tree: Any) -> list[jax.Array]:
 @eqx.filter_jit
 def evaluate(problem, w, alpha) -> dict[str, Any]:
     """Returns values and norms of the gradients of both losses where a run starts."""
-    inner_data, outer_data = problem.data(KEY)
+    inner_data, outer_data = problem.sample_data(KEY)
     w = problem.init_inner(w, alpha)
     inner_loss, batch = problem.inner_loss, full_batch(inner_data)
     value_and_grad = jax.value_and_grad(inner_loss, argnums=(0, 1))
@@ -97,7 +97,7 @@ def evaluate(problem, w, alpha) -> dict[str, Any]:
 @eqx.filter_jit
 def solve(solver, problem, w, alpha) -> dict[str, Any]:
     """Returns norms of the inner solution and the counts of the task's own solver."""
-    inner_data, _ = problem.data(KEY)
+    inner_data, _ = problem.sample_data(KEY)
     w = problem.init_inner(w, alpha)
     w, stats = solver.solve(problem.inner_loss, w, alpha, inner_data, KEY)
     return {"w": leaf_norms(w), "stats": stats}

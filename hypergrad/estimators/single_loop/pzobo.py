@@ -112,7 +112,7 @@ class PZOBO(SingleLoop):
         # dM/dalpha + mean_j <...> u_j
         direction = optax.tree.add(direct, indirect)
         # The sampled part is the indirect term; the error is relative to the direction.
-        relative_error = standard_error(responses, indirect, False)
+        relative_error = standard_error(responses, indirect, is_multi_objective=False)
         relative_error = relative_error * norm(indirect) / norm(direction)
 
         inner_fraction, outer_fraction = batch_fractions(data)

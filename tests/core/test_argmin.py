@@ -1,0 +1,381 @@
+"""Derivatives of `hg.argmin`, of every kind and order, against formulas."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, cast, central, ridge_outer, ridge_penalty
+
+RIDGE = any_known("ridge per-weight")
+DATA, VAL, ALPHA = RIDGE.problem.inner_data, RIDGE.problem.outer_data, RIDGE.alpha
+W0 = jnp.zeros(6)
+
+
+def ridge_solution(alpha, batch=DATA):
+    """Returns the ridge solution by a formula that JAX differentiates."""
+    x, y = batch["x"], batch["y"]
+    H = x.T @ x / len(y) + jnp.diag(jnp.exp(alpha))
+    return jnp.linalg.solve(H, x.T @ y / len(y))
+
+
+def outer_value(w, val=VAL):
+    """Curved in ``w``, so that second derivatives do not come from squares only."""
+    return ridge_outer(w, None, val) + jnp.sum(jnp.sin(w))
+
+
+newton_argmin = hg.argmin(ridge_penalty, hg.Newton())
+formula_argmin = hg.argmin(ridge_penalty, hg.ClosedForm(ridge_solution), lx.LU())
+exact_value = lambda alpha: outer_value(ridge_solution(alpha))
+newton_value = lambda alpha: outer_value(newton_argmin(W0, alpha, DATA))
+
+DERIVATIVES = {
+    "grad": jax.grad,
+    "jacfwd": jax.jacfwd,
+    "jacrev": jax.jacrev,
+    "forward over reverse": jax.hessian,
+    "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(f)),
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f)),
+    "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f)),
+}
+
+
+def assert_close(actual, expected, rtol=1e-9):
+    """Compares trees whose small entries are sums of large ones."""
+    size = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol * size)
+
+
+def rate_of_alpha(alpha):
+    return optax.sgd(RIDGE.step / (1 + 1e-3 * alpha[0] ** 2))
+
+
+@pytest.mark.parametrize(
+    ("solver", "linear_solver"),
+    [
+        pytest.param(hg.Newton(), hg.NystromCG(rank=2), id="Newton, NystromCG"),
+        pytest.param(hg.LBFGS(), lx.GMRES(rtol=1e-12, atol=1e-12), id="LBFGS, GMRES"),
+        pytest.param(hg.Descent(rate_of_alpha, 400), None, id="rate of alpha, CG"),
+        pytest.param(hg.ClosedForm(ridge_solution), lx.LU(), id="formula, LU"),
+    ],
+)
+def test_gradient_is_exact_with_every_solver(solver, linear_solver):
+    """A solver that itself depends on alpha or the batch is not differentiated."""
+    solution_fn = hg.argmin(ridge_penalty, solver, linear_solver)
+    value = lambda alpha: outer_value(solution_fn(W0, alpha, DATA))
+    assert_close(jax.jit(jax.grad(value))(ALPHA), jax.grad(exact_value)(ALPHA))
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_every_mode_of_differentiation(kind):
+    """First and second derivatives of the outer value of ridge regression."""
+    derivative = DERIVATIVES[kind]
+    value = lambda alpha: outer_value(formula_argmin(W0, alpha, DATA))
+    assert_close(jax.jit(derivative(value))(ALPHA), derivative(exact_value)(ALPHA))
+
+
+def test_derivatives_of_order_up_to_four():
+    """``cosh(w) - alpha w`` has the minimum ``arcsinh(alpha)``."""
+    solver = hg.ClosedForm(lambda alpha, batch: jnp.arcsinh(alpha))
+    loss = lambda w, alpha, batch: jnp.cosh(w) - alpha * w
+    solution_fn = hg.argmin(loss, solver, lx.LU())
+    f, exact = lambda alpha: solution_fn(0.0, alpha), jnp.arcsinh
+    alpha = jnp.array(0.7)
+    for order in range(5):
+        np.testing.assert_allclose(jax.jit(f)(alpha), exact(alpha), rtol=1e-9)
+        f, exact = jax.jacfwd(f) if order % 2 else jax.grad(f), jax.grad(exact)
+
+
+def test_gradient_equals_central_differences():
+    """Differences of the solver's own solutions need no formula."""
+    gradient = jax.jit(jax.grad(newton_value))(ALPHA)
+    assert_close(gradient, central(jax.jit(newton_value), ALPHA, 1e-2), rtol=1e-7)
+
+
+def test_jit_and_vmap_change_nothing():
+    """Without ``jit``, and batched over alphas and over batches of data."""
+    value = lambda alpha, batch: outer_value(formula_argmin(W0, alpha, batch))
+    gradient = jax.jit(jax.grad(value))
+    assert_close(jax.grad(value)(ALPHA, DATA), gradient(ALPHA, DATA))
+    alphas = jnp.stack([ALPHA, 0.5 * ALPHA, ALPHA - 1])
+    batches = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, 0.9 * x]), DATA)
+    batched = jax.jit(jax.vmap(gradient))(alphas, batches)
+    for i in range(3):
+        batch = jax.tree.map(lambda x, i=i: x[i], batches)
+        assert_close(batched[i], gradient(alphas[i], batch))
+
+
+# Arguments that are, or are not, differentiated.
+
+
+def test_starting_point_has_no_derivative():
+    """The derivative by ``w0`` is exactly zero, also if ``alpha`` is the same array."""
+    f = lambda w0, alpha: outer_value(formula_argmin(w0, alpha, DATA))
+    w0 = jnp.linspace(-1, 1, 6)
+    assert not np.any(jax.jit(jax.jacfwd(f))(w0, ALPHA))
+    by_w0, by_alpha = jax.jit(jax.grad(f, argnums=(0, 1)))(w0, ALPHA)
+    assert not np.any(by_w0)
+    expected = jax.grad(exact_value)(ALPHA)
+    assert_close(by_alpha, expected)
+    assert_close(jax.jit(jax.grad(lambda x: f(x, x)))(ALPHA), expected)
+
+
+def grouped_loss(w, alpha, batch):
+    """Integer groups in the batch choose the example weight."""
+    residual = batch["x"] @ w - batch["y"]
+    weights = alpha["weights"][batch["group"]]
+    penalty = jnp.sum(jnp.exp(alpha["penalty"]) * w**2)
+    return 0.5 * jnp.mean(weights * residual**2) + 0.5 * penalty
+
+
+def grouped_solution(alpha, batch):
+    x, y = batch["x"], batch["y"]
+    weights = alpha["weights"][batch["group"]]
+    H = (x.T * weights[None]) @ x / len(y) + jnp.diag(jnp.exp(alpha["penalty"]))
+    return jnp.linalg.solve(H, x.T @ (weights * y) / len(y))
+
+
+GROUPED_DATA = DATA | {"group": jnp.arange(40) % 3}
+GROUPED_ALPHA = {"weights": jnp.array([0.5, 1.0, 2.0]), "penalty": ALPHA}
+
+
+def test_batch_is_differentiated_next_to_integer_labels():
+    """Float leaves have the derivative of the formula, integer leaves float0."""
+    solution_fn = hg.argmin(grouped_loss, hg.ClosedForm(grouped_solution))
+    value = lambda batch: outer_value(solution_fn(W0, GROUPED_ALPHA, batch))
+    exact = lambda batch: outer_value(grouped_solution(GROUPED_ALPHA, batch))
+
+    def gradient(f):
+        def by_floats(batch):
+            by_leaf = jax.grad(f, allow_int=True)(batch)
+            assert by_leaf.pop("group").dtype == jax.dtypes.float0
+            return by_leaf
+
+        return jax.jit(by_floats)(GROUPED_DATA)
+
+    assert_close(gradient(value), gradient(exact))
+
+
+def test_integer_leaf_of_alpha_is_a_constant():
+    """An index in alpha has no derivative; the table that it reads has one."""
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha["table"][alpha["index"]]) ** 2)
+    solution_fn = hg.argmin(loss, hg.Newton())
+
+    def value(table):
+        w = solution_fn(jnp.zeros(2), {"table": table, "index": jnp.array([2, 0])})
+        return w @ jnp.array([1.0, 10.0])
+
+    gradient = jax.jit(jax.grad(value))(jnp.arange(3.0))
+    np.testing.assert_allclose(gradient, [10.0, 0.0, 1.0], rtol=1e-9)
+
+
+def test_batch_with_a_random_key():
+    """The solution is that for the noise that the key determines."""
+    key = jax.random.key(7)
+
+    def keyed_loss(w, alpha, batch):
+        data, key = batch
+        noise = jax.random.normal(key, data["y"].shape)
+        return ridge_penalty(w, alpha, data | {"y": data["y"] + noise})
+
+    noisy = DATA | {"y": DATA["y"] + jax.random.normal(key, DATA["y"].shape)}
+    solution_fn = hg.argmin(keyed_loss, hg.Newton())
+    value = lambda alpha: outer_value(solution_fn(W0, alpha, (DATA, key)))
+    expected = jax.grad(lambda alpha: outer_value(ridge_solution(alpha, noisy)))(ALPHA)
+    assert_close(jax.jit(jax.grad(value))(ALPHA), expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["bare", "jit"])
+def test_values_that_the_loss_closes_over_are_differentiated(wrap):
+    """The derivative by a factor of the penalty that is no argument of the loss."""
+
+    def value(factor):
+        loss = lambda w, alpha, batch: ridge_penalty(w, alpha * factor, batch)
+        return outer_value(hg.argmin(loss, hg.Newton())(W0, ALPHA, DATA)) * factor
+
+    exact = lambda factor: exact_value(ALPHA * factor) * factor
+    factor = jnp.array(0.8)
+    assert_close(wrap(jax.grad(value))(factor), jax.grad(exact)(factor))
+
+
+def test_closed_over_values_are_batched_by_vmap():
+    """Floats and integers that the loss closes over, against the formula."""
+
+    def penalized_alpha(factor):
+        return GROUPED_ALPHA | {"penalty": ALPHA * factor}
+
+    def value(factor, group):
+        batch = DATA | {"group": group}
+        loss = lambda w, alpha, _: grouped_loss(w, penalized_alpha(factor), batch)
+        return outer_value(hg.argmin(loss, hg.Newton())(W0, ALPHA))
+
+    def exact(factor, group):
+        batch = DATA | {"group": group}
+        return outer_value(grouped_solution(penalized_alpha(factor), batch))
+
+    factors = jnp.array([0.5, 1.0, 1.5])
+    groups = jnp.stack([(jnp.arange(40) + i) % 3 for i in range(3)])
+    batched = lambda f: jax.jit(jax.vmap(jax.grad(f)))(factors, groups)
+    assert_close(batched(value), batched(exact))
+
+
+# Structures.
+
+
+@pytest.mark.parametrize("kind", ["grad", "jacfwd"])
+def test_leaf_of_w_whose_gradient_does_not_depend_on_alpha(kind):
+    """Weights with a target in alpha, coupled to a bias without.
+
+    ``d2L / dbias dalpha`` is zero, as for every bias without a penalty.
+    """
+    loss = lambda w, alpha, batch: (
+        jnp.sum((w["weights"] - jnp.exp(alpha)) ** 2)
+        + jnp.sum((w["bias"] - 3) ** 2)
+        + 0.5 * jnp.sum(w["bias"]) * jnp.sum(w["weights"])
+    )
+    w0 = {"weights": jnp.zeros(3), "bias": jnp.zeros(2)}
+
+    def exact(alpha):
+        coupling = jnp.full((3, 2), 0.5)
+        H = jnp.block([[2 * jnp.eye(3), coupling], [coupling.T, 2 * jnp.eye(2)]])
+        rhs = jnp.concatenate([2 * jnp.exp(alpha), jnp.full(2, 6.0)])
+        return jnp.sum(jnp.sin(jnp.linalg.solve(H, rhs)))
+
+    solution_fn = hg.argmin(loss, hg.Newton())
+
+    def value(alpha):
+        w = solution_fn(w0, alpha)
+        return jnp.sum(jnp.sin(w["weights"])) + jnp.sum(jnp.sin(w["bias"]))
+
+    alpha, derivative = jnp.array([0.1, -0.2, 0.3]), DERIVATIVES[kind]
+    assert_close(jax.jit(derivative(value))(alpha), derivative(exact)(alpha))
+
+
+def test_argmin_nests_in_another():
+    """``z* = A w`` inside ``w* = (I + A'A)^-1 alpha``; `hg.Implicit` agrees."""
+    A = jnp.array([[1.0, 0.5], [-0.3, 2.0]])
+    z_loss = lambda z, w, batch: 0.5 * jnp.sum((z - A @ w) ** 2)
+    z_solver = hg.ClosedForm(lambda w, batch: A @ w)
+    z_star = lambda w: hg.argmin(z_loss, z_solver)(jnp.zeros(2), w)
+    inner = lambda w, alpha, batch: (
+        0.5 * (jnp.sum((w - alpha) ** 2) + jnp.sum(z_star(w) ** 2))
+    )
+    outer = lambda w, alpha, batch: jnp.sum(jnp.sin(z_star(w)))
+    w_star = lambda alpha: jnp.linalg.solve(jnp.eye(2) + A.T @ A, alpha)
+    exact = lambda alpha: jnp.sum(jnp.sin(A @ w_star(alpha)))
+    alpha = jnp.array([0.7, -1.2])
+    expected = jax.grad(exact)(alpha)
+
+    solver = hg.ClosedForm(lambda alpha, batch: w_star(alpha))
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(solver))
+    estimate = gradient_fn(jnp.zeros(2), alpha)
+    assert_close(estimate.hypergradient, expected)
+    assert estimate.trusted
+    solution_fn = hg.argmin(inner, solver)
+    value = lambda alpha: outer(solution_fn(jnp.zeros(2), alpha), alpha, None)
+    assert_close(jax.jit(jax.grad(value))(alpha), expected)
+
+
+def test_implicit_is_the_gradient_through_argmin():
+    """Both equal the closed form, on trees of parameters."""
+    known = any_known("smd 4 tilted")
+    problem = known.problem
+    solution_fn = hg.argmin(problem.inner_loss, hg.Newton())
+
+    def value(alpha):
+        w = solution_fn(known.w, alpha, problem.inner_data)
+        return problem.outer_value(w, alpha, problem.outer_data)
+
+    gradient_fn = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
+    implicit = gradient_fn(known.w, known.alpha).hypergradient
+    gradient = jax.jit(jax.grad(value))(known.alpha)
+    assert_close(gradient, implicit)
+    assert_close(gradient, known.exact(known.alpha))
+
+
+def test_inside_scan_and_checkpoint():
+    """Ten outer steps, differentiated by their starting point."""
+
+    def run(solve, alpha):
+        def step(alpha, _):
+            w = solve(alpha)
+            return alpha - 0.3 * w * jnp.sum(w), outer_value(w)
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(step), alpha, length=10)[1])
+
+    value = lambda alpha: run(lambda a: formula_argmin(W0, a, DATA), alpha)
+    exact = lambda alpha: run(ridge_solution, alpha)
+    assert_close(jax.jit(jax.grad(value))(ALPHA), jax.grad(exact)(ALPHA))
+
+
+def test_single_precision_is_kept():
+    """Under x64, float32 arguments give float32 derivatives to 1e-4."""
+    w0, alpha, batch, val = cast((W0, ALPHA, DATA, VAL), jnp.float32)
+    value = lambda alpha: outer_value(newton_argmin(w0, alpha, batch), val)
+    gradient = jax.jit(jax.grad(value))(alpha)
+    assert gradient.dtype == jnp.float32
+    assert_close(gradient, jax.grad(exact_value)(ALPHA), rtol=1e-4)
+
+
+# Options and errors.
+
+
+def test_linear_solver_is_used():
+    """`hg.Identity` replaces ``H`` by 1, so that ``dw* = -J``."""
+    solver = hg.ClosedForm(ridge_solution)
+    solution_fn = hg.argmin(ridge_penalty, solver, hg.Identity())
+    actual = jax.jacrev(lambda alpha: solution_fn(W0, alpha, DATA))(ALPHA)
+    assert_close(actual, -jnp.diag(jnp.exp(ALPHA) * ridge_solution(ALPHA)))
+
+
+class RandomSolver:
+    """Returns a random ``w``."""
+
+    differentiable = False
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        return jax.random.normal(key, w.shape, w.dtype), {}
+
+
+def test_key_is_passed_to_the_solver():
+    """The default key is ``jax.random.key(0)``."""
+    solution_fn = hg.argmin(ridge_penalty, RandomSolver())
+    run = lambda seed: solution_fn(W0, ALPHA, DATA, jax.random.key(seed))
+    chex.assert_trees_all_equal(run(1), run(1))
+    chex.assert_trees_all_equal(run(0), solution_fn(W0, ALPHA, DATA))
+    assert not jnp.any(run(1) == run(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        pytest.param((3.0, hg.Newton()), TypeError, "inner_loss", id="loss"),
+        pytest.param((ridge_penalty, hg.CG()), TypeError, "solver", id="solver"),
+        pytest.param(
+            (ridge_penalty, hg.Newton(), hg.Newton()),
+            TypeError,
+            "linear_solver",
+            id="linear solver",
+        ),
+    ],
+)
+def test_invalid_arguments_are_errors(arguments, error, match):
+    """The message names the argument."""
+    with pytest.raises(error, match=match):
+        hg.argmin(*arguments)
+
+
+def test_invalid_calls_are_errors():
+    """Batches, a vector-valued loss, and a solution of another structure."""
+    with pytest.raises(TypeError, match="batch"):
+        newton_argmin(W0, ALPHA, hg.Batches(DATA))
+    with pytest.raises(ValueError, match="inner_loss"):
+        hg.argmin(lambda w, alpha, batch: w, hg.Newton())(W0, ALPHA)
+    solver = hg.ClosedForm(lambda alpha, batch: (alpha, 0))
+    with pytest.raises(ValueError, match="ClosedForm"):
+        hg.argmin(ridge_penalty, solver)(W0, ALPHA, DATA)

@@ -1,0 +1,227 @@
+"""Properties of the estimates of every family of estimators.
+
+All tests of an estimator on one problem share a compiled program: only numbers differ.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import dense, flat, quadratic, two_losses
+from hypergrad.estimators.base import REASONS, STATS
+from tests.estimator_cases import (
+    RIDGE,
+    RIDGE_DATA,
+    TALLY,
+    TALLY_SOLVER,
+    converging_descent,
+    failed_checks,
+    noisy_ridge,
+    problem_of_episodes,
+    ridge_outer,
+    ridge_penalty,
+    sgd,
+)
+
+QUADRATIC = quadratic("nested")
+SOLVER = converging_descent(QUADRATIC)
+
+
+def second_loss(w, alpha, batch):
+    return jnp.sum(jnp.sin(flat(w))) * alpha["a"]
+
+
+PROBLEM = two_losses(QUADRATIC, second_loss)
+#: Estimator and relative error on the quadratic, of smooth outer losses.
+ESTIMATORS = {
+    "Implicit": (hg.Implicit(SOLVER), 1e-9),
+    "Implicit, LU": (hg.Implicit(SOLVER, lx.LU()), 1e-9),
+    "Implicit, rtol": (hg.Implicit(SOLVER, num_newton_steps=1, rtol=1e-8), 1e-8),
+    "Implicit, certified": (hg.Implicit(SOLVER, certify=True), 1e-9),
+    "Unrolled": (hg.Unrolled(SOLVER), 1e-9),
+    "Forward": (hg.Forward(SOLVER), 1e-9),
+    "FixedPoint": (hg.FixedPoint(SOLVER, 300), 1e-9),
+    "Penalty": (hg.Penalty(SOLVER, 1e6, symmetric=True), 1e-5),
+    "CentralDifference": (hg.CentralDifference(SOLVER), 1e-5),
+    "Average": (hg.Average(hg.Implicit(SOLVER), num_samples=2), 1e-9),
+}
+UNTRUSTED = {"Penalty", "CentralDifference"}  # their bias is not measured
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return dense(PROBLEM, QUADRATIC.w, QUADRATIC.alpha)
+
+
+def run(name, problem=PROBLEM):
+    estimator, _ = ESTIMATORS[name]
+    return hg.hypergradient(problem, estimator)(QUADRATIC.w, QUADRATIC.alpha)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimate_of_two_losses_equals_the_dense_solution(name, exact):
+    """Values are ``[2]``, and each leaf of the hypergradient has two rows."""
+    _, rtol = ESTIMATORS[name]
+    estimate = run(name)
+    chex.assert_shape(estimate.value, (2,))
+    chex.assert_trees_all_equal_shapes(estimate.hypergradient, exact["hypergradient"])
+    scale = np.max(np.abs(flat(exact["hypergradient"])))
+    chex.assert_trees_all_close(
+        estimate.hypergradient, exact["hypergradient"], rtol=rtol, atol=rtol * scale
+    )
+    chex.assert_trees_all_close(estimate.value, exact["value"], rtol=10 * rtol)
+    assert bool(estimate.trusted) == (name not in UNTRUSTED)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_statistics_and_reasons_are_complete(name):
+    """Every estimate has all statistics, and each failed check has a sentence."""
+    estimate = run(name)
+    assert set(estimate.stats) == {*STATS, "trusted"}
+    assert bool(estimate.stats["trusted"]) == (not failed_checks(estimate))
+    assert len(estimate.reasons) == len(failed_checks(estimate))
+    assert set(estimate.flags) <= set(REASONS)
+    assert estimate.stats["gradient_equivalents"] > 0
+
+
+@pytest.mark.parametrize("where", ["inner", "outer"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_nan_in_the_data_is_not_trusted(name, where):
+    """A single NaN in the data of one of the losses turns trust off."""
+    train, val = PROBLEM.inner_data, PROBLEM.outer_data
+    if where == "inner":
+        train = train | {"C": train["C"].at[0, 0].set(jnp.nan)}
+    else:
+        val = val | {"t": val["t"].at[0].set(jnp.nan)}
+    problem = hg.Bilevel(PROBLEM.inner_loss, PROBLEM.outer_loss, train, val)
+    assert not run(name, problem).trusted
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [
+        pytest.param(hg.Implicit, id="Implicit"),
+        pytest.param(hg.Unrolled, id="Unrolled"),
+        pytest.param(hg.Forward, id="Forward"),
+        pytest.param(hg.CentralDifference, id="CentralDifference"),
+        pytest.param(lambda solver: hg.Evolution(solver, 0.1, 64), id="Evolution"),
+    ],
+)
+def test_hypergradient_has_the_dtype_of_alpha(make_estimator):
+    """``w* = 3 alpha`` and ``M = w^2/2``: 9 alpha in float32 from float64 losses."""
+    widen = lambda loss: lambda *args: loss(*args).astype(jnp.float64)
+    problem = hg.Bilevel(
+        widen(lambda w, alpha, batch: 0.5 * (w - 3 * alpha["a"]) ** 2),
+        widen(lambda w, alpha, batch: 0.5 * w**2),
+    )
+    estimator = make_estimator(hg.Descent(sgd(0.5), 30))
+    gradient_fn = hg.hypergradient(problem, estimator)
+    actual = gradient_fn(jnp.float32(0), {"a": jnp.float32(1)}).hypergradient["a"]
+    assert actual.dtype == jnp.float32
+    # Four standard errors of the mean of 64 squares of normal numbers.
+    assert actual == pytest.approx(9.0, rel=4 * (2 / 64) ** 0.5)
+
+
+# Random data.
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_each_estimate_sees_one_episode(make_estimator):
+    """With ``data_fn`` an estimate is the closed form of one of three episodes."""
+    problem, episodes = problem_of_episodes()
+    alpha = episodes[0].alpha
+    estimator = make_estimator(converging_descent(episodes[0], 600))
+    gradient_fn = hg.hypergradient(problem, estimator)
+    batched = jax.vmap(lambda key: gradient_fn(jnp.zeros(6), alpha, key).hypergradient)
+    actual = batched(jax.random.split(jax.random.key(0), 12))
+    expected = np.stack([known.exact(alpha) for known in episodes])
+    errors = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
+    assert np.all(errors.min(axis=1) < 1e-9 * np.linalg.norm(expected))
+    assert set(errors.argmin(axis=1)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_every_inner_step_samples_a_new_batch(make_estimator):
+    """90 steps sample each of five examples about 18 times, and other keys differ."""
+    gradient_fn = hg.hypergradient(TALLY, make_estimator(TALLY_SOLVER))
+    tallies = []
+    for seed in range(3):
+        estimate = gradient_fn(jnp.zeros(5), 0.0, jax.random.key(seed))
+        counts = TALLY_SOLVER.num_steps * np.asarray(estimate.w)
+        np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
+        assert np.sum(counts) == pytest.approx(90, abs=1e-3)
+        assert np.all((counts > 4) & (counts < 36))  # the standard deviation is 3.8
+        tallies.append(tuple(np.round(counts)))
+    assert len(set(tallies)) > 1
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["batches", "keyed batches"])
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_estimate_is_determined_by_its_key(make_estimator, with_key):
+    """The same key gives the same bits; another key gives another estimate."""
+    loss = noisy_ridge if with_key else ridge_penalty
+    train = hg.Batches(RIDGE_DATA[0], 8, with_key=with_key)
+    problem = hg.Bilevel(loss, ridge_outer, train, hg.Batches(RIDGE_DATA[1]))
+    estimator = make_estimator(hg.Descent(sgd(0.1), 20), outer_batch_size=7)
+    gradient_fn = hg.hypergradient(problem, estimator)
+    results = [
+        (estimate.hypergradient, estimate.w)
+        for seed in (1, 1, 2)
+        for estimate in [gradient_fn(RIDGE.w, RIDGE.alpha, jax.random.key(seed))]
+    ]
+    chex.assert_trees_all_equal(results[0], results[1])
+    for first, other in zip(results[0], results[2], strict=True):
+        assert not np.any(np.asarray(first) == np.asarray(other))
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_outer_loss_uses_all_examples_by_default(make_estimator):
+    """The batch size of the outer data applies to single-loop methods only."""
+    val = hg.Batches(RIDGE_DATA[1], 7)
+    problem = hg.Bilevel(ridge_penalty, ridge_outer, RIDGE_DATA[0], val)
+    estimator = make_estimator(converging_descent(RIDGE))
+    estimate = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
+    expected = RIDGE.exact(RIDGE.alpha)
+    chex.assert_trees_all_close(estimate.hypergradient, expected, rtol=1e-8)
+
+
+# Starting points.
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_start_that_depends_on_alpha_is_computed_for_each_estimate(make_estimator):
+    """With ``init_fn`` a second estimate starts where the first did."""
+    init_fn = lambda w, alpha: w + alpha
+    problem = hg.Bilevel(ridge_penalty, ridge_outer, *RIDGE_DATA, init_fn=init_fn)
+    estimator = make_estimator(hg.Descent(optax.sgd(0.3), 5))
+    state = estimator.init(problem, RIDGE.w, RIDGE.alpha)
+    step = jax.jit(estimator.estimate)
+    first, state = step(problem, state, RIDGE.alpha, jax.random.key(0))
+    second, _ = step(problem, state, RIDGE.alpha, jax.random.key(0))
+    chex.assert_trees_all_close(second.w, first.w, rtol=1e-14)
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_inner_grad_norm_is_the_norm_at_the_estimate(make_estimator):
+    """``||dL/dw||`` where five steps of gradient descent stopped, by NumPy."""
+    estimator = make_estimator(hg.Descent(sgd(0.1), 5))
+    estimate = hg.hypergradient(RIDGE.problem, estimator)(RIDGE.w, RIDGE.alpha)
+    x, y = RIDGE_DATA[0]["x"], RIDGE_DATA[0]["y"]
+    w = estimate.w
+    inner_grad = x.T @ (x @ w - y) / len(y) + jnp.exp(RIDGE.alpha) * w
+    np.testing.assert_allclose(
+        estimate.stats["inner_grad_norm"], jnp.linalg.norm(inner_grad), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
+def test_diverging_inner_loop_is_not_trusted(make_estimator):
+    """Gradient descent with five times the largest stable step overflows."""
+    estimator = make_estimator(hg.Descent(sgd(5 * RIDGE.step), 2000))
+    estimate = hg.hypergradient(RIDGE.problem, estimator)(RIDGE.w, RIDGE.alpha)
+    assert not estimate.trusted

@@ -1,0 +1,608 @@
+"""`Implicit` against closed forms, dense solves and central differences."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hypergrad as hg
+from benchmarks.known import (
+    any_known,
+    cast,
+    central,
+    dense,
+    error,
+    logistic_outer,
+    quadratic,
+)
+from tests.estimator_cases import (
+    GRAZZI_ERRORS,
+    LINEAR_SOLVERS,
+    RIDGE,
+    RIDGE_DATA,
+    batch_hypergradient,
+    converging_descent,
+    counting_problem,
+    failed_checks,
+    gradient_equivalents,
+    grazzi,
+    noisy_ridge,
+    quadratic_solution,
+    ridge_of_five_examples,
+    ridge_outer,
+    ridge_penalty,
+    ridge_solution,
+    ridge_with_few_outer_examples,
+    run_estimator,
+    sgd,
+    stored_w,
+)
+
+LOGISTIC = any_known("logistic per-weight")
+QUADRATIC = quadratic("30", seed=2)
+QUADRATIC_FORMULA = hg.ClosedForm(quadratic_solution)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear_solver"),
+    [
+        ("ridge per-example", "GMRES"),
+        ("ridge per-weight", "LU"),
+        ("logistic scalar", "NystromCG"),
+        ("quadratic nested", "BiCGStab"),
+        ("smd 1", "CG"),
+        ("smd 5 tilted", "CG"),
+    ],
+)
+def test_estimate_equals_the_closed_form(name, linear_solver):
+    """Closed forms, or a dense solve where Newton's method in NumPy ends."""
+    known = any_known(name)
+    solver = converging_descent(known, 3000 if name.startswith("smd") else 300)
+    estimate = run_estimator(known, hg.Implicit(solver, LINEAR_SOLVERS[linear_solver]))
+    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+    assert error(estimate.w, known.best(known.alpha)) < 1e-9
+    assert estimate.trusted
+    assert estimate.reasons == ()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [hg.Newton(), hg.LBFGS(), hg.ClosedForm(ridge_solution)],
+    ids=["Newton", "LBFGS", "ClosedForm"],
+)
+def test_every_inner_solver_reaches_the_closed_form(solver):
+    """Ridge regression with one penalty per weight."""
+    estimate = run_estimator(RIDGE, hg.Implicit(solver))
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-9
+    assert estimate.trusted
+
+
+def test_estimate_equals_central_differences():
+    """Fourth-order differences of the outer value at a Newton point of NumPy."""
+    val = LOGISTIC.problem.outer_data
+    value = lambda alpha: logistic_outer(LOGISTIC.best(alpha), alpha, val)
+    estimate = run_estimator(LOGISTIC, hg.Implicit(hg.Newton()))
+    assert error(estimate.hypergradient, central(value, LOGISTIC.alpha, 1e-2)) < 1e-7
+
+
+@pytest.mark.parametrize("structure", ["0-d", "1", "cI"])
+def test_one_eigenvalue_needs_one_product(structure):
+    """CG solves ``H = c I`` in one step; the final product makes two."""
+    known = quadratic(structure)
+    estimate = run_estimator(known, hg.Implicit(converging_descent(known)))
+    assert estimate.stats["num_hvps"] <= 2
+    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+
+
+@given(seed=st.integers(0, 10_000), condition=st.sampled_from([1.5, 5.0, 19.0]))
+@settings(max_examples=25, deadline=None)
+def test_number_of_products_is_near_the_dimension(seed, condition):
+    """CG needs at most ``dim + 3`` steps for a condition below 20."""
+    known = quadratic("30", seed, condition)
+    estimate = run_estimator(known, hg.Implicit(QUADRATIC_FORMULA))
+    assert estimate.stats["num_hvps"] <= known.w.size + 3 + 1
+    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+
+
+def test_outer_loss_without_w_has_only_the_direct_term():
+    """``M = sum(alpha^2)`` is exact and trusted wherever the inner solver stops."""
+    outer = lambda w, alpha, batch: jnp.sum(alpha**2)
+    problem = hg.Bilevel(ridge_penalty, outer, RIDGE_DATA[0])
+    estimator = hg.Implicit(hg.Descent(sgd(0.3), 3))
+    estimate = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
+    chex.assert_trees_all_close(estimate.hypergradient, 2 * RIDGE.alpha, rtol=1e-14)
+    assert estimate.trusted
+
+
+# The linear system.
+
+
+def test_damping_is_added_to_the_hessian():
+    """``dM/dalpha - J'(H + damping I)^-1 b``; the residual is that of ``H``."""
+    for damping in (0.0, 1e-3, 0.1, 30.0):
+        estimator = hg.Implicit(QUADRATIC_FORMULA, damping=damping)
+        estimate = run_estimator(QUADRATIC, estimator)
+        parts = dense(QUADRATIC.problem, QUADRATIC.w, QUADRATIC.alpha, damping)
+        assert error(estimate.hypergradient, parts["hypergradient"]) < 1e-9
+        H, b = parts["H"], parts["b"][0]
+        v = np.linalg.solve(H + damping * np.eye(30), b)
+        residual = np.linalg.norm(b - H @ v) / np.linalg.norm(b)
+        np.testing.assert_allclose(
+            estimate.stats["adjoint_residual"], residual, rtol=1e-6, atol=1e-8
+        )
+        assert bool(estimate.trusted) == (residual < 0.01)
+
+
+def double_hvp(w, alpha, batch, v):
+    return 2 * batch["H"] @ v
+
+
+def test_hvp_fn_replaces_the_hessian_in_the_solve():
+    """``2 H`` halves the adjoint, which shows in the residual; it is not trusted."""
+    parts = dense(QUADRATIC.problem, QUADRATIC.w, QUADRATIC.alpha)
+    estimate = run_estimator(
+        QUADRATIC, hg.Implicit(QUADRATIC_FORMULA, hvp_fn=double_hvp)
+    )
+    v = np.linalg.solve(2 * parts["H"], parts["b"][0])
+    exact = jnp.array(parts["direct"][0] - v @ parts["J"])
+    assert error(estimate.hypergradient, exact) < 1e-9
+    np.testing.assert_allclose(estimate.stats["adjoint_residual"], 0.5, rtol=1e-9)
+    assert np.isnan(estimate.stats["ritz_min"])
+    assert set(estimate.flags) == {"other_curvature"}
+    assert not estimate.trusted
+
+
+@pytest.mark.parametrize(
+    ("method", "number"), [key for key in GRAZZI_ERRORS if key[0] != "truncated"]
+)
+def test_published_errors_on_the_logistic_problem_of_grazzi(method, number):
+    """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
+    known, exact = grazzi()
+    linear_solvers = {"CG": hg.CG(max_steps=number), "Neumann": hg.Neumann(number, 0.1)}
+    solver = hg.Descent(sgd(0.1), 100)
+    estimate = run_estimator(known, hg.Implicit(solver, linear_solvers[method]))
+    assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
+    expected = GRAZZI_ERRORS[method, number]
+    assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
+
+
+# Newton steps.
+
+
+def test_newton_steps_reduce_the_error():
+    """After a logistic loop that stopped at 20%, each step leaves a tenth at most."""
+    solver = hg.Descent(sgd(LOGISTIC.step), 8)
+    exact, errors = LOGISTIC.exact(LOGISTIC.alpha), []
+    for num_newton_steps in (0, 1, 2):
+        estimator = hg.Implicit(solver, num_newton_steps=num_newton_steps)
+        estimate = run_estimator(LOGISTIC, estimator)
+        errors.append(error(estimate.hypergradient, exact))
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[2] < 0.1 * errors[1]
+
+
+def distance_from_alpha(alpha, batch):
+    return alpha + batch
+
+
+def test_newton_step_that_increases_the_gradient_is_rejected():
+    """Newton's method on log cosh diverges from w = 3 and converges from 0.5."""
+    inner = lambda w, alpha, batch: jnp.log(jnp.cosh(w - alpha))
+    outer = lambda w, alpha, batch: w**2
+    estimator = hg.Implicit(hg.ClosedForm(distance_from_alpha), num_newton_steps=1)
+    run = lambda distance: hg.hypergradient(
+        hg.Bilevel(inner, outer, distance), estimator
+    )(0.0, 0.0)
+    assert run(3.0).w == 3.0
+    assert abs(run(0.5).w) < 0.1
+
+
+# Trust.
+
+
+@pytest.mark.parametrize("name", ["CG", "LU", "BiCGStab"])
+def test_early_stop_of_the_inner_loop_is_not_trusted(name):
+    """Five steps leave an error of more than 10%, and the reason is the inner error."""
+    solver = hg.Descent(sgd(0.1 * RIDGE.step), 5)
+    estimate = run_estimator(RIDGE, hg.Implicit(solver, LINEAR_SOLVERS[name]))
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) > 0.1
+    assert failed_checks(estimate) == {"inner_error"}
+
+
+@pytest.mark.parametrize(
+    ("name", "linear_solver"), [("ridge per-weight", "CG"), ("logistic scalar", "LU")]
+)
+def test_no_trusted_estimate_is_far_off(name, linear_solver):
+    """Inner solutions with random errors from 1e-6 to 1 of their norm."""
+    known = any_known(name)
+    w_star, exact = known.best(known.alpha), known.exact(known.alpha)
+    linear_solver = LINEAR_SOLVERS[linear_solver]
+    estimator = hg.Implicit(hg.ClosedForm(stored_w), linear_solver)
+    losses = known.problem.inner_loss, known.problem.outer_loss
+    rng, trusted, errors = np.random.default_rng(0), [], []
+    for size in np.logspace(-6, 0, 25):
+        offset = rng.normal(size=w_star.shape)
+        offset *= size * np.linalg.norm(w_star) / np.linalg.norm(offset)
+        data = known.problem.inner_data | {"w": w_star + offset}
+        problem = hg.Bilevel(*losses, data, known.problem.outer_data)
+        estimate = hg.hypergradient(problem, estimator)(known.w, known.alpha)
+        trusted.append(bool(estimate.trusted))
+        errors.append(error(estimate.hypergradient, exact))
+    trusted, errors = np.array(trusted), np.array(errors)
+    assert np.all(errors[trusted] < 0.1)
+    assert np.all(trusted[errors < 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("linear_solver", "certify"),
+    [
+        pytest.param(hg.CG(), False, id="CG"),
+        # Other solvers do not find the curvature of directions that b lacks.
+        pytest.param(lx.LU(), True, id="LU, certified"),
+    ],
+)
+def test_error_along_a_flat_direction_is_not_trusted(linear_solver, certify):
+    """Curvatures 300 and 1; w is off along the second, where b is small."""
+    inner = lambda w, alpha, batch: (
+        0.5 * jnp.sum((batch["h"] + alpha) * w**2) - jnp.sum(w)
+    )
+    outer = lambda w, alpha, batch: w @ batch["c"]
+    w_star = jnp.array([1 / 300, 1.0])
+    data = {"h": jnp.array([300.0, 1.0]), "w": w_star + jnp.array([0.0, 1.0])}
+    problem = hg.Bilevel(inner, outer, data, {"c": jnp.array([1.0, 0.01])})
+    estimator = hg.Implicit(hg.ClosedForm(stored_w), linear_solver, certify=certify)
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.zeros(2))
+    exact = -w_star * jnp.array([1 / 300, 0.01])
+    assert error(estimate.hypergradient, exact) > 0.9
+    assert not estimate.trusted
+
+
+def test_small_error_of_w_near_the_outer_optimum_is_not_trusted():
+    """w is off by 0.4%, but ``dM/dw = w - 1`` has the wrong sign there."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    outer = lambda w, alpha, batch: 0.5 * (w - 1) ** 2
+    estimator = hg.Implicit(hg.Descent(sgd(0.5), 8))
+    estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.001)
+    assert estimate.hypergradient < 0
+    assert failed_checks(estimate) == {"inner_error"}
+
+
+def test_large_part_of_w_does_not_hide_the_error_of_a_small_one():
+    """An offset of 1e4 on which nothing depends, next to a part that is 99% off."""
+    inner = lambda w, alpha, batch: 0.5 * (w[0] - 1e4) ** 2 + 0.5 * (w[1] - alpha) ** 2
+    outer = lambda w, alpha, batch: 0.5 * w[1] ** 2
+    estimator = hg.Implicit(hg.Descent(sgd(0.01), 1))
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+    assert failed_checks(gradient_fn(jnp.array([1e4, 0.0]), 1.0)) == {"inner_error"}
+
+
+def test_zero_outer_gradient_does_not_hide_the_inner_error():
+    """``dM/dw`` vanishes at w = 1, where the solver starts and stops; ``w* = 3``."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
+    estimator = hg.Implicit(hg.Descent(sgd(0.1), 0), lx.LU())
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+    estimate = gradient_fn(jnp.ones(2), jnp.full(2, 3.0))
+    assert not np.any(estimate.hypergradient)
+    assert not estimate.trusted
+
+
+def stationary_inner(w, alpha, batch):
+    return 0.5 * w @ (batch["H"] @ w) - w @ alpha
+
+
+def stationary_outer(w, alpha, batch):
+    return 0.5 * jnp.sum((w - batch["t"]) ** 2)
+
+
+def run_at_stationary_point(spectrum, target, estimator):
+    """Returns the estimate at ``w = alpha = 0``, where ``dL/dw = 0``.
+
+    ``target`` holds the components of ``b`` along the eigenvectors.
+    """
+    rng, size = np.random.default_rng(0), len(spectrum)
+    basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    data = {"H": basis * np.array(spectrum) @ basis.T, "t": basis @ np.array(target)}
+    problem = hg.Bilevel(stationary_inner, stationary_outer, data, data)
+    return hg.hypergradient(problem, estimator)(jnp.zeros(size), jnp.zeros(size))
+
+
+ONE_STEP = hg.Descent(sgd(0.1), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "certify"),
+    [
+        # With this b the curvature along v is negative, which every solver shows.
+        ("LU", [0.3, 0.3, 2.0], False),
+        ("GMRES", [0.3, 0.3, 2.0], False),
+        # With this b it is positive: only solvers that visit other directions find it.
+        ("CG", [1.0, 1.0, 1.0], False),
+        ("NystromCG", [1.0, 1.0, 1.0], False),
+        ("BiCGStab", [1.0, 1.0, 1.0], True),
+    ],
+)
+def test_saddle_is_not_trusted(name, target, certify):
+    """Spectrum (3, 1, -1) at a stationary point."""
+    estimator = hg.Implicit(ONE_STEP, LINEAR_SOLVERS[name], certify=certify)
+    estimate = run_at_stationary_point([3.0, 1.0, -1.0], target, estimator)
+    assert estimate.stats["inner_grad_norm"] == 0
+    expected = "certificate" if certify else "negative_curvature"
+    assert expected in failed_checks(estimate)
+
+
+@pytest.mark.parametrize("name", ["CG", "LU"])
+def test_singular_hessian_is_not_trusted(name):
+    """Spectrum (3, 1, 0), and a ``b`` outside the range of ``H``."""
+    estimator = hg.Implicit(ONE_STEP, LINEAR_SOLVERS[name])
+    estimate = run_at_stationary_point([3.0, 1.0, 0.0], [1.0] * 3, estimator)
+    assert not estimate.trusted
+
+
+@pytest.mark.parametrize(
+    "linear_solver",
+    [hg.CG(max_steps=1), hg.Neumann(100, 0.3), hg.Neumann(2, 0.1), hg.Nystrom(rank=3)],
+    ids=["truncated CG", "diverging Neumann", "short Neumann", "Nystrom"],
+)
+def test_inaccurate_adjoint_is_not_trusted(linear_solver):
+    """Spectrum [1, 10]: one CG step, a step size above 2/10, two terms, a sketch."""
+    estimate = run_estimator(QUADRATIC, hg.Implicit(QUADRATIC_FORMULA, linear_solver))
+    exact = QUADRATIC.exact(QUADRATIC.alpha)
+    assert not error(estimate.hypergradient, exact) < 0.01
+    assert estimate.stats["adjoint_residual"] > 0.01
+    assert "adjoint_residual" in failed_checks(estimate)
+
+
+def test_worst_of_several_losses_decides():
+    """One right-hand side is solved, the other one is not."""
+    inner = lambda w, alpha, batch: 0.5 * w @ (batch["h"] * w) - w @ alpha
+    solver = hg.ClosedForm(lambda alpha, batch: alpha / batch["h"])
+    first = lambda w, alpha, batch: w[0]
+    both = lambda w, alpha, batch: jnp.sum(w)
+
+    def run(h, losses, linear_solver):
+        problem = hg.Bilevel(inner, losses, {"h": jnp.array(h)})
+        gradient_fn = hg.hypergradient(problem, hg.Implicit(solver, linear_solver))
+        return gradient_fn(jnp.zeros(2), jnp.ones(2))
+
+    # One CG step solves b = e_0, but not e_0 + e_1.
+    one_step = hg.CG(max_steps=1)
+    for losses in ((first, both), (both, first)):
+        estimate = run([1.0, 5.0], losses, one_step)
+        assert estimate.stats["adjoint_residual"] > 0.1
+        assert "adjoint_residual" in failed_checks(estimate)
+        # The curvature is negative along e_1.
+        estimate = run([1.0, -5.0], losses, hg.CG())
+        assert "negative_curvature" in failed_checks(estimate)
+    assert run([1.0, 5.0], (first, first), one_step).trusted
+
+
+@pytest.mark.parametrize("name", ["CG", "LU", "NystromCG", "Neumann"])
+def test_estimate_recovers_from_a_bad_one(name):
+    """After a saddle, a flat direction or a NaN the next estimates are exact."""
+    inner = lambda w, alpha, batch: (
+        1.5 * w[0] ** 2 + 0.5 * alpha * w[1] ** 2 - jnp.sum(w)
+    )
+    outer = lambda w, alpha, batch: jnp.sum((w - 2) ** 2)
+    problem = hg.Bilevel(inner, outer)
+    solver = hg.ClosedForm(lambda alpha, batch: jnp.stack([1 / 3, 1 / alpha]))
+    linear_solver = LINEAR_SOLVERS.get(name, hg.Neumann(60, 0.4))
+    estimator = hg.Implicit(solver, linear_solver)
+    step = jax.jit(functools.partial(estimator.estimate, problem))
+    for bad_alpha in (-1.0, 0.0, 1e-9, jnp.nan):
+        state = estimator.init(problem, jnp.zeros(2), jnp.array(1.0))
+        _, state = step(state, jnp.asarray(bad_alpha), jax.random.key(0))
+        for alpha in (1.0, 1.1):
+            estimate, state = step(state, jnp.array(alpha), jax.random.key(0))
+            exact = 2 * (1 / alpha - 2) * (-1 / alpha**2)
+            np.testing.assert_allclose(estimate.hypergradient, exact, rtol=1e-8)
+            assert estimate.trusted
+
+
+# Precision.
+
+
+@pytest.mark.parametrize(
+    ("solver", "linear_solver"),
+    [
+        pytest.param(hg.Newton(), hg.CG(), id="Newton, CG"),
+        pytest.param(hg.LBFGS(), lx.LU(), id="LBFGS, LU"),
+        pytest.param(hg.Descent(sgd(0.3), 300), hg.Neumann(200), id="Descent, Neumann"),
+    ],
+)
+def test_single_precision_is_kept(solver, linear_solver):
+    """Under x64, float32 problems give float32 estimates to 1e-4."""
+    problem, w, alpha = cast((RIDGE.problem, RIDGE.w, RIDGE.alpha), jnp.float32)
+    gradient_fn = hg.hypergradient(problem, hg.Implicit(solver, linear_solver))
+    estimate = gradient_fn(w, alpha)
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-4
+    assert estimate.trusted
+    leaves = jax.tree.leaves((estimate.value, estimate.hypergradient, estimate.w))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [
+        pytest.param(lambda x: hg.Implicit(hg.Newton(), damping=x), id="damping"),
+        pytest.param(
+            lambda x: hg.Implicit(hg.Newton(), hg.CG(rtol=1e-5 * x)), id="rtol"
+        ),
+        pytest.param(
+            lambda x: hg.Implicit(hg.Newton(), hg.NystromCG(3, damping=x)),
+            id="NystromCG",
+        ),
+    ],
+)
+def test_double_precision_settings_serve_single_precision(make_estimator):
+    """A setting of ``jnp.logspace`` under x64 acts like the Python float."""
+    problem, w, alpha = cast((RIDGE.problem, RIDGE.w, RIDGE.alpha), jnp.float32)
+    swept, plain = (
+        hg.hypergradient(problem, make_estimator(x))(w, alpha).hypergradient
+        for x in (jnp.asarray(0.1, jnp.float64), 0.1)
+    )
+    assert swept.dtype == jnp.float32
+    assert error(swept, plain) < 1e-5
+
+
+# Batches.
+
+
+def test_batch_estimates_are_those_of_single_examples():
+    """Batches of one: each pair of examples occurs equally often in 400 estimates.
+
+    ``H`` and ``J`` are those of one inner example, ``b`` that of one outer example, so
+    that the mean over outer examples is the full hypergradient.
+    """
+    problem, known = ridge_of_five_examples()
+    solver = hg.Descent(sgd(known.step), 400)
+    estimator = hg.Implicit(solver, adjoint_batch_size=1, outer_batch_size=1)
+    gradient_fn = hg.hypergradient(problem, estimator)
+    num_keys, num_examples = 400, known.alpha.size
+    keys = jax.random.split(jax.random.key(3), num_keys)
+    run = lambda key: gradient_fn(known.w, known.alpha, key).hypergradient
+    actual = np.asarray(jax.vmap(run)(keys))
+    pairs = [(i, j) for i in range(num_examples) for j in range(num_examples)]
+    expected = np.array([batch_hypergradient(known, *pair) for pair in pairs])
+    distance = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
+    scale = np.linalg.norm(expected, axis=-1).max()
+    assert np.all(distance.min(axis=1) < 1e-9 * scale)
+    counts = np.bincount(distance.argmin(axis=1), minlength=len(pairs))
+    probability = 1 / len(pairs)
+    standard_deviation = np.sqrt(num_keys * probability * (1 - probability))
+    assert np.all(np.abs(counts - num_keys * probability) < 4 * standard_deviation)
+    by_outer = [batch_hypergradient(known, None, j) for j in range(num_examples)]
+    full = np.asarray(known.exact(known.alpha))
+    np.testing.assert_allclose(np.mean(by_outer, axis=0), full, rtol=1e-9)
+
+
+def test_all_products_of_a_solve_see_one_batch_and_one_key():
+    """Otherwise CG could not reach a residual of 1e-10."""
+    train = hg.Batches(RIDGE_DATA[0], 8, with_key=True)
+    problem = hg.Bilevel(noisy_ridge, ridge_outer, train, RIDGE_DATA[1])
+    for adjoint_batch_size in (None, 20):
+        solver = hg.Descent(sgd(0.1), 5)
+        estimator = hg.Implicit(solver, adjoint_batch_size=adjoint_batch_size)
+        estimate = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
+        assert estimate.stats["adjoint_residual"] < 1e-10
+
+
+# Cost.
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "adjoint_batch_size", "outer_batch_size"),
+    [(None, None, None), (10, 8, 5)],
+    ids=["full", "batches"],
+)
+def test_cost_of_an_estimate(batch_size, adjoint_batch_size, outer_batch_size):
+    """T gradients, the products of a series, and two outer gradients."""
+    estimator = hg.Implicit(
+        hg.Descent(sgd(0.3), 12),
+        hg.Neumann(5, 0.3),
+        adjoint_batch_size=adjoint_batch_size,
+        outer_batch_size=outer_batch_size,
+    )
+    problem = ridge_with_few_outer_examples(batch_size)
+    stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
+    assert stats["num_grads"] == pytest.approx(12 * (batch_size or 40) / 40)
+    assert stats["num_hvps"] == pytest.approx(5 * (adjoint_batch_size or 40) / 40)
+    assert stats["num_outer_grads"] == pytest.approx(2 * (outer_batch_size or 20) / 20)
+    assert stats["num_values"] == stats["num_outer_values"] == 0
+    expected = gradient_equivalents(stats)
+    assert stats["gradient_equivalents"] == pytest.approx(expected)
+
+
+SEVERAL_LOSSES = (ridge_outer, ridge_penalty, ridge_outer)
+
+
+@pytest.mark.parametrize(
+    ("linear_solver", "num_products"),
+    [
+        pytest.param(hg.Neumann(5, 0.3), 3 * 4 + 3, id="Neumann, step_size"),
+        # Ten power iterations are shared by the three right-hand sides.
+        pytest.param(hg.Neumann(5), 10 + 3 * 4 + 3, id="Neumann"),
+        pytest.param(hg.Nystrom(4), 4 + 3, id="Nystrom"),
+        pytest.param(lx.LU(), 6 + 3, id="LU"),
+    ],
+)
+def test_products_shared_by_several_losses_count_once(linear_solver, num_products):
+    """A sketch, a step size and a dense matrix serve three right-hand sides."""
+    data = ridge_with_few_outer_examples(None)
+    problem = hg.Bilevel(
+        ridge_penalty, SEVERAL_LOSSES, data.inner_data, data.outer_data
+    )
+    estimator = hg.Implicit(hg.Descent(sgd(0.3), 12), linear_solver)
+    stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
+    assert stats["num_hvps"] == num_products
+    assert stats["num_outer_grads"] == 6
+
+
+@pytest.mark.parametrize(
+    ("solver", "linear_solver"),
+    [
+        pytest.param(hg.Newton(), hg.CG(), id="Newton, CG"),
+        pytest.param(hg.LBFGS(), hg.Neumann(7), id="LBFGS, Neumann"),
+        pytest.param(
+            hg.Descent(sgd(0.3), 9), LINEAR_SOLVERS["GMRES"], id="Descent, GMRES"
+        ),
+    ],
+)
+def test_cost_equals_the_evaluations_of_the_inner_loss(solver, linear_solver):
+    """A callback counts evaluations; a warm start's first residual is one of them."""
+    calls = []
+    problem = counting_problem(LOGISTIC, calls)
+    estimator = hg.Implicit(solver, linear_solver)
+    step = jax.jit(functools.partial(estimator.estimate, problem))
+    state = estimator.init(problem, LOGISTIC.w, LOGISTIC.alpha)
+    for shift in (0.0, 0.1):
+        jax.effects_barrier()
+        calls.clear()
+        estimate, state = step(state, LOGISTIC.alpha + shift, jax.random.key(0))
+        jax.block_until_ready(estimate)
+        jax.effects_barrier()
+        stats = estimate.stats
+        counted = stats["num_hvps"] + stats["num_grads"] + stats["num_values"]
+        if isinstance(linear_solver, lx.GMRES):  # from its steps: an upper bound
+            assert len(calls) <= counted <= 2 * len(calls)
+        else:
+            assert counted == len(calls)
+
+
+# Errors.
+
+
+def test_leaf_of_alpha_that_only_the_optimizer_uses_is_an_error():
+    """Its hypergradient is unknown to implicit differentiation; it is not zero."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha["a"]) ** 2)
+    outer = lambda w, alpha, batch: jnp.sum(w**2)
+    solver = hg.Descent(lambda alpha: optax.sgd(alpha["rate"]), 5)
+    alpha = {"a": jnp.ones(2), "rate": jnp.array(0.5)}
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(solver))
+    with pytest.raises(ValueError, match=r"alpha\['rate'\]"):
+        gradient_fn(jnp.zeros(2), alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("linear_solver", hg.Newton()),
+        ("linear_solver", hg.CG),
+        ("damping", "0.1"),
+        ("num_newton_steps", -1),
+        ("adjoint_batch_size", 0),
+        ("outer_batch_size", 1.5),
+        ("hvp_fn", 2.0),
+    ],
+)
+def test_invalid_options_are_errors(name, value):
+    """The error is raised by the constructor and names the argument."""
+    with pytest.raises((TypeError, ValueError), match=name):
+        hg.Implicit(hg.Newton(), **{name: value})

@@ -1,0 +1,304 @@
+"""`Unrolled` against closed forms and central differences of the same run."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, cast, central, error
+from tests.estimator_cases import (
+    GRAZZI_ERRORS,
+    RIDGE,
+    RIDGE_DATA,
+    batch_hypergradient,
+    converging_descent,
+    gradient_equivalents,
+    grazzi,
+    noisy_ridge,
+    ridge_of_five_examples,
+    ridge_outer,
+    ridge_penalty,
+    ridge_solution,
+    ridge_with_few_outer_examples,
+    run_estimator,
+    sgd,
+)
+
+
+@pytest.mark.parametrize("name", ["ridge per-example", "smd 1"])
+def test_converged_run_has_the_closed_form(name):
+    """After convergence the target 'solver' agrees with the target 'argmin'."""
+    known = any_known(name)
+    solver = converging_descent(known, 3000 if name.startswith("smd") else 300)
+    estimate = run_estimator(known, hg.Unrolled(solver, checkpoint=False))
+    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+    assert estimate.trusted
+
+
+def test_formula_is_differentiated():
+    """Through `ClosedForm` no second derivative of the loss is needed."""
+    estimate = run_estimator(RIDGE, hg.Unrolled(hg.ClosedForm(ridge_solution)))
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-12
+
+
+def test_only_the_full_derivative_is_trusted():
+    """Five steps are trusted for their own derivative; the last two are not."""
+    solver = hg.Descent(sgd(0.1 * RIDGE.step), 5)
+    full = run_estimator(RIDGE, hg.Unrolled(solver))
+    truncated = run_estimator(RIDGE, hg.Unrolled(solver, truncation_length=2))
+    assert full.trusted
+    assert full.stats["error_estimate"] == 0
+    assert not truncated.trusted
+    assert truncated.stats["error_estimate"] > 0
+
+
+def test_no_steps_have_a_zero_derivative():
+    """The derivative of zero steps is that of the direct term, exactly."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
+    estimator = hg.Unrolled(hg.Descent(sgd(0.1), 0))
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+    estimate = gradient_fn(jnp.zeros(2), jnp.full(2, 3.0))
+    assert not np.any(estimate.hypergradient)
+    assert estimate.trusted
+
+
+@pytest.mark.parametrize(
+    "number", [number for method, number in GRAZZI_ERRORS if method == "truncated"]
+)
+def test_published_errors_of_truncation(number):
+    """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
+    known, exact = grazzi()
+    solver = hg.Descent(sgd(0.1), 100)
+    estimate = run_estimator(known, hg.Unrolled(solver, truncation_length=number))
+    assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
+    expected = GRAZZI_ERRORS["truncated", number]
+    assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
+
+
+# Everything through which alpha enters the run.
+
+
+def gradient_descent(loss, w, alpha, num_steps, rate=0.3):
+    """Makes gradient steps in a Python loop."""
+    for _ in range(num_steps):
+        grad = jax.grad(loss)(w, alpha, RIDGE_DATA[0])
+        w = jax.tree.map(lambda w, g: w - rate * g, w, grad)
+    return w
+
+
+def penalized(w, alpha, batch):
+    return ridge_penalty(w, alpha["penalty"], batch)
+
+
+def start_of_alpha(w, alpha):
+    return w + jnp.tanh(alpha["start"])
+
+
+START_PROBLEM = hg.Bilevel(penalized, ridge_outer, *RIDGE_DATA, init_fn=start_of_alpha)
+START_ALPHA = {"penalty": RIDGE.alpha, "start": jnp.linspace(-1, 1, 6)}
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoints", "stored"])
+def test_start_that_depends_on_alpha_is_differentiated(checkpoint):
+    """MAML with five steps, against central differences of a Python loop."""
+    w = jnp.full(6, 0.1)
+
+    @jax.jit
+    def value(alpha):
+        final_w = gradient_descent(penalized, start_of_alpha(w, alpha), alpha, 5)
+        return ridge_outer(final_w, alpha, RIDGE_DATA[1])
+
+    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 5), checkpoint=checkpoint)
+    estimate = hg.hypergradient(START_PROBLEM, estimator)(w, START_ALPHA)
+    np.testing.assert_allclose(estimate.value, value(START_ALPHA), rtol=1e-13)
+    expected = central(value, START_ALPHA)
+    for leaf in expected:
+        assert error(estimate.hypergradient[leaf], expected[leaf]) < 1e-9
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoints", "stored"])
+def test_truncation_stops_at_the_early_steps(checkpoint):
+    """The last 2 of 5 steps, from where the first three ended."""
+    w = jnp.zeros(6)
+    third_w = gradient_descent(
+        penalized, start_of_alpha(w, START_ALPHA), START_ALPHA, 3
+    )
+
+    @jax.jit
+    def value(alpha):
+        final_w = gradient_descent(penalized, third_w, alpha, 2)
+        return ridge_outer(final_w, None, RIDGE_DATA[1])
+
+    solver = hg.Descent(sgd(0.3), 5)
+    estimator = hg.Unrolled(solver, truncation_length=2, checkpoint=checkpoint)
+    estimate = hg.hypergradient(START_PROBLEM, estimator)(w, START_ALPHA)
+    np.testing.assert_allclose(estimate.value, value(START_ALPHA), rtol=1e-13)
+    assert not np.any(estimate.hypergradient["start"])
+    expected = central(value, START_ALPHA)["penalty"]
+    assert error(estimate.hypergradient["penalty"], expected) < 1e-9
+
+
+OPTIMIZERS = {
+    "rate and momentum": lambda alpha: optax.sgd(alpha["rate"], momentum=alpha["mu"]),
+    "Adam": lambda alpha: optax.adam(alpha["rate"], b1=alpha["mu"]),
+    "schedule": lambda alpha: optax.sgd(
+        lambda count: alpha["rate"] / (1 + alpha["mu"] * count)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_of_the_optimizer_are_differentiated(name):
+    """Against central differences of the same optimizer in a Python loop."""
+    alpha = {
+        "rate": jnp.array(0.2),
+        "mu": jnp.array(0.5),
+        "penalty": jnp.array(-1.0),
+    }
+
+    @jax.jit
+    def value(alpha):
+        optimizer, w = OPTIMIZERS[name](alpha), RIDGE.w
+        state = optimizer.init(w)
+        for _ in range(6):
+            grad = jax.grad(penalized)(w, alpha, RIDGE_DATA[0])
+            updates, state = optimizer.update(grad, state, w)
+            w = optax.apply_updates(w, updates)
+        return ridge_outer(w, alpha, RIDGE_DATA[1])
+
+    problem = hg.Bilevel(penalized, ridge_outer, *RIDGE_DATA)
+    estimator = hg.Unrolled(hg.Descent(OPTIMIZERS[name], 6))
+    estimate = hg.hypergradient(problem, estimator)(RIDGE.w, alpha)
+    np.testing.assert_allclose(estimate.value, value(alpha), rtol=1e-12)
+    expected = central(value, alpha)
+    chex.assert_trees_all_close(estimate.hypergradient, expected, rtol=1e-6)
+
+
+def test_schedule_with_one_rate_per_step():
+    """``dw_T/d eta_t = -h w_0 prod_{s != t} (1 - eta_s h)`` on ``h w^2 / 2``."""
+    h, w0 = 0.8, 1.5
+    inner = lambda w, alpha, batch: 0.5 * h * w**2
+    outer = lambda w, alpha, batch: w
+    rates = jnp.array([0.3, 0.5, 0.1, 0.7, 0.2, 0.9, 0.4])
+    optimizer = lambda alpha: optax.sgd(lambda count: alpha[count])
+    estimator = hg.Unrolled(hg.Descent(optimizer, 7))
+    estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w0, rates)
+    factors = 1 - np.asarray(rates) * h
+    exact = [-h * w0 * np.prod(np.delete(factors, t)) for t in range(7)]
+    assert error(estimate.hypergradient, jnp.array(exact)) < 1e-13
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["batches", "keyed batches"])
+def test_run_on_batches_is_differentiated(with_key):
+    """Central differences of the value, at the same key."""
+    known = any_known("ridge scalar")
+    train, val = known.problem.inner_data, known.problem.outer_data
+    loss = noisy_ridge if with_key else ridge_penalty
+    problem = hg.Bilevel(
+        loss, ridge_outer, hg.Batches(train, 8, with_key=with_key), val
+    )
+    gradient_fn = hg.hypergradient(problem, hg.Unrolled(hg.Descent(sgd(0.1), 20)))
+    key = jax.random.key(5)
+    value = lambda alpha: gradient_fn(known.w, alpha, key).value
+    actual = gradient_fn(known.w, known.alpha, key).hypergradient
+    assert error(actual, central(value, known.alpha, 1e-2)) < 1e-8
+
+
+def test_outer_batches_are_unbiased():
+    """Each estimate is that of one outer example, and every example occurs."""
+    problem, known = ridge_of_five_examples()
+    solver = hg.Descent(sgd(known.step), 400)
+    gradient_fn = hg.hypergradient(problem, hg.Unrolled(solver, outer_batch_size=1))
+    keys = jax.random.split(jax.random.key(3), 60)
+    run = lambda key: gradient_fn(known.w, known.alpha, key).hypergradient
+    actual = np.asarray(jax.vmap(run)(keys))
+    num_examples = known.alpha.size
+    expected = np.array(
+        [batch_hypergradient(known, None, j) for j in range(num_examples)]
+    )
+    distance = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
+    assert np.all(distance.min(axis=1) < 1e-9)
+    assert set(distance.argmin(axis=1)) == set(range(num_examples))
+
+
+def test_single_precision_is_kept():
+    """Under x64, a float32 problem gives a float32 estimate to 1e-4."""
+    problem, w, alpha = cast((RIDGE.problem, RIDGE.w, RIDGE.alpha), jnp.float32)
+    estimator = hg.Unrolled(converging_descent(RIDGE))
+    estimate = hg.hypergradient(problem, estimator)(w, alpha)
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-4
+    leaves = jax.tree.leaves((estimate.value, estimate.hypergradient, estimate.w))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+# Cost.
+
+
+def count_primitive(name: str, jaxpr) -> int:
+    """Returns how often a program runs a primitive; a scan counts with its length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == name
+        length = equation.params.get("length", 1)
+        for value in equation.params.values():
+            for sub_jaxpr in value if isinstance(value, tuple | list) else (value,):
+                sub_jaxpr = getattr(sub_jaxpr, "jaxpr", sub_jaxpr)
+                if hasattr(sub_jaxpr, "eqns"):
+                    total += length * count_primitive(name, sub_jaxpr)
+    return total
+
+
+def marked_ridge(w, alpha, batch):
+    return ridge_penalty(w, alpha, batch) + jnp.tanh(w[0])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "truncation_length", "checkpoint", "num_recomputed"),
+    [
+        (16, None, False, 0),
+        (16, None, True, 16),
+        (16, 8, True, 8),  # the early steps are not run again
+        (16, 9, True, 8),  # two halves of four, and one step between them
+        (16, 5, True, 0),  # halves that are too short for a segment
+        (16, 99, True, 16),
+        (3, None, True, 0),  # too short for a segment
+    ],
+)
+def test_cost_counts_recomputed_steps(
+    num_steps, truncation_length, checkpoint, num_recomputed
+):
+    """A tanh in the loss marks each gradient of the program."""
+    data = ridge_with_few_outer_examples(10)
+    problem = hg.Bilevel(marked_ridge, ridge_outer, data.inner_data, data.outer_data)
+    solver = hg.Descent(sgd(0.3), num_steps)
+    estimator = hg.Unrolled(solver, truncation_length, checkpoint)
+    gradient_fn = hg.hypergradient(problem, estimator)
+    hypergradient = lambda w, alpha: gradient_fn(w, alpha).hypergradient
+    program = jax.make_jaxpr(hypergradient)(RIDGE.w, RIDGE.alpha)
+    num_grads = count_primitive("tanh", program.jaxpr) - 1  # one is the residual's
+    assert num_grads == num_steps + num_recomputed
+    stats = gradient_fn(RIDGE.w, RIDGE.alpha).stats
+    num_differentiated = min(truncation_length or num_steps, num_steps)
+    assert stats["num_grads"] == pytest.approx(num_grads / 4 + 1)
+    assert stats["num_hvps"] == pytest.approx(num_differentiated / 4)
+    assert stats["num_outer_grads"] == 1
+    expected = gradient_equivalents(stats)
+    assert stats["gradient_equivalents"] == pytest.approx(expected)
+
+
+def test_cost_of_several_losses():
+    """Three outer losses need three reverse passes of 12 steps."""
+    data = ridge_with_few_outer_examples(None)
+    losses = (ridge_outer, ridge_penalty, ridge_outer)
+    problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
+    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 12), checkpoint=False)
+    stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
+    assert stats["num_hvps"] == 36
+    assert stats["num_outer_grads"] == 3
