@@ -127,84 +127,14 @@ class Method(NamedTuple):
 
     Attributes:
       estimator: The estimator.
-      numbers: Values of the symbols in the formulas of the summary.
       max_error: Admitted relative error; None for a random estimate, which states a
         standard error.
-      num_estimates: Number of estimates, whose mean is tested.
-      omitted: Leaves of ``alpha`` that the method does not have.
+      numbers: Values of the symbols in the formulas of the summary.
     """
 
     estimator: Any
+    max_error: float | None
     numbers: dict[str, int]
-    max_error: float | None = EXACT
-    num_estimates: int = 1
-    omitted: tuple[str, ...] = ()
-
-
-SHORT_DESCENT, LONG_DESCENT = (hg.Descent(make_optimizer, n) for n in (SHORT, LONG))
-IDENTITY_MODEL_LOSS = hg.CompositeLoss(lambda w, alpha, batch: w, inner_loss)
-NUM_PAIRS, SIGMA = 50_000, 1e-3
-
-
-def implicit(linear_solver, max_error=EXACT, **numbers):
-    estimator = hg.Implicit(LONG_DESCENT, linear_solver)
-    return Method(estimator, {"T": LONG, **numbers}, max_error)
-
-
-METHODS = {
-    "Implicit(solver)": implicit(hg.CG(), k=2),
-    "Implicit(solver, hg.Neumann(K))": implicit(hg.Neumann(20), K=20),
-    "Implicit(solver, hg.Nystrom(r))": implicit(
-        hg.Nystrom(2), 0.01 / (EIG_MIN + 0.01), r=2
-    ),
-    "Implicit(solver, hg.NystromCG(r))": implicit(hg.NystromCG(1), r=1, k=2),
-    "Implicit(solver, hg.Identity())": implicit(
-        hg.Identity(), hg.Identity().error_bound(EIG_MIN, EIG_MAX)
-    ),
-    "Implicit(solver, lineax.LU())": implicit(lx.LU()),
-    "Implicit(solver, hvp_fn=loss.gauss_newton)": Method(
-        hg.Implicit(LONG_DESCENT, hvp_fn=IDENTITY_MODEL_LOSS.gauss_newton),
-        {"T": LONG, "k": 2},
-    ),
-    "Unrolled(solver)": Method(hg.Unrolled(SHORT_DESCENT), {"T": SHORT}),
-    "Unrolled(solver, truncation_length=K)": Method(
-        hg.Unrolled(LONG_DESCENT, truncation_length=150), {"T": LONG, "K": 150}
-    ),
-    "Forward(solver)": Method(hg.Forward(SHORT_DESCENT), {"T": SHORT}),
-    "Reversible(rate, m, T)": Method(
-        hg.Reversible(
-            lambda alpha: alpha["step_size"],
-            lambda alpha: alpha["momentum"],
-            SHORT,
-            0.2,
-        ),
-        {"T": SHORT},
-        omitted=("decay",),
-    ),
-    "FixedPoint(solver, K)": Method(
-        hg.FixedPoint(LONG_DESCENT, 150), {"T": LONG, "K": 150}
-    ),
-    "FiniteDifference(solver)": Method(
-        hg.FiniteDifference(LONG_DESCENT),
-        {"T": LONG},
-        hg.FiniteDifference(LONG_DESCENT).error_bound(EIG_MIN, EIG_MAX),
-    ),
-    "Penalty(solver, l)": Method(hg.Penalty(LONG_DESCENT, 1e4), {"T": LONG}, 10 / 1e4),
-    "CentralDifference(solver)": Method(
-        hg.CentralDifference(SHORT_DESCENT), {"T": SHORT}
-    ),
-    "Evolution(solver, s, n)": Method(
-        hg.Evolution(SHORT_DESCENT, SIGMA, NUM_PAIRS),
-        {"T": SHORT, "n": NUM_PAIRS},
-        max_error=None,
-    ),
-    "PersistentEvolution(solver, s, n, K)": Method(
-        hg.PersistentEvolution(SHORT_DESCENT, SIGMA, NUM_PAIRS, SHORT // 2),
-        {"T": SHORT, "n": NUM_PAIRS, "K": SHORT // 2},
-        max_error=None,
-        num_estimates=2,
-    ),
-}
 
 
 class LastEstimate(NamedTuple):
@@ -225,48 +155,89 @@ class LastEstimate(NamedTuple):
         return jax.tree.map(lambda x: x[-1], estimates), state
 
 
+def method(estimator, max_error=EXACT, **numbers):
+    return Method(estimator, max_error, numbers)
+
+
+def implicit(linear_solver, max_error=EXACT, **numbers):
+    return method(
+        hg.Implicit(LONG_DESCENT, linear_solver), max_error, T=LONG, **numbers
+    )
+
+
 def single_loop(estimator, max_error=EXACT, **numbers):
-    return Method(LastEstimate(estimator), numbers, max_error)
+    return method(LastEstimate(estimator), max_error, **numbers)
 
 
-OPTIMIZER = optax.sgd(0.15, momentum=0.25)
-STEP_SIZE = 0.8  # of series: one term leaves at most the following error
-ONE_TERM = 1 - STEP_SIZE * EIG_MIN
-BOME = hg.BOME(optax.sgd(0.1), 20, step_size=STEP_SIZE)
-METHODS |= {
-    "SOBA(optimizer)": single_loop(hg.SOBA(OPTIMIZER)),
-    "SABA(optimizer)": single_loop(hg.SABA(OPTIMIZER)),
-    "SRBA(optimizer, period)": single_loop(hg.SRBA(OPTIMIZER, period=LONG)),
-    "FSLA(optimizer)": single_loop(hg.FSLA(OPTIMIZER)),
+SHORT_DESCENT, LONG_DESCENT = (hg.Descent(make_optimizer, n) for n in (SHORT, LONG))
+GAUSS_NEWTON = hg.CompositeLoss(lambda w, alpha, batch: w, inner_loss).gauss_newton
+PAIRS, SIGMA = 50_000, 1e-3
+REVERSIBLE = hg.Reversible(
+    lambda alpha: alpha["step_size"], lambda alpha: alpha["momentum"], SHORT, 0.2
+)
+SGD, STEP = optax.sgd(0.15, momentum=0.25), 0.8
+ONE_TERM = 1 - STEP * EIG_MIN  # error of a series of one term
+BOME = hg.BOME(optax.sgd(0.1), 20, step_size=STEP)
+FINITE_DIFFERENCE = hg.FiniteDifference(LONG_DESCENT)
+METHODS = {
+    "Implicit(solver)": implicit(hg.CG(), k=2),
+    "Implicit(solver, hg.Neumann(K))": implicit(hg.Neumann(20), K=20),
+    "Implicit(solver, hg.Nystrom(r))": implicit(
+        hg.Nystrom(2), 0.01 / (EIG_MIN + 0.01), r=2
+    ),
+    "Implicit(solver, hg.NystromCG(r))": implicit(hg.NystromCG(1), r=1, k=2),
+    "Implicit(solver, hg.Identity())": implicit(
+        hg.Identity(), hg.Identity().error_bound(EIG_MIN, EIG_MAX)
+    ),
+    "Implicit(solver, lineax.LU())": implicit(lx.LU()),
+    "Implicit(solver, hvp_fn=loss.gauss_newton)": method(
+        hg.Implicit(LONG_DESCENT, hvp_fn=GAUSS_NEWTON), T=LONG, k=2
+    ),
+    "Unrolled(solver)": method(hg.Unrolled(SHORT_DESCENT), T=SHORT),
+    "Unrolled(solver, truncation_length=K)": method(
+        hg.Unrolled(LONG_DESCENT, truncation_length=150), T=LONG, K=150
+    ),
+    "Forward(solver)": method(hg.Forward(SHORT_DESCENT), T=SHORT),
+    "Reversible(rate, m, T)": method(REVERSIBLE, T=SHORT),
+    "FixedPoint(solver, K)": method(hg.FixedPoint(LONG_DESCENT, 150), T=LONG, K=150),
+    "FiniteDifference(solver)": method(
+        FINITE_DIFFERENCE, FINITE_DIFFERENCE.error_bound(EIG_MIN, EIG_MAX), T=LONG
+    ),
+    "Penalty(solver, l)": method(hg.Penalty(LONG_DESCENT, 1e4), 10 / 1e4, T=LONG),
+    "CentralDifference(solver)": method(hg.CentralDifference(SHORT_DESCENT), T=SHORT),
+    "Evolution(solver, s, n)": method(
+        hg.Evolution(SHORT_DESCENT, SIGMA, PAIRS), None, T=SHORT, n=PAIRS
+    ),
+    "PersistentEvolution(solver, s, n, K)": method(
+        hg.PersistentEvolution(SHORT_DESCENT, SIGMA, PAIRS, 2), None,
+        T=SHORT, n=PAIRS, K=2,
+    ),
+    "SOBA(optimizer)": single_loop(hg.SOBA(SGD)),
+    "SABA(optimizer)": single_loop(hg.SABA(SGD)),
+    "SRBA(optimizer, period)": single_loop(hg.SRBA(SGD, period=LONG)),
+    "FSLA(optimizer)": single_loop(hg.FSLA(SGD)),
     "StocBiO(optimizer, m, K)": single_loop(
-        hg.StocBiO(OPTIMIZER, 2, 15, step_size=STEP_SIZE), m=2, K=15
+        hg.StocBiO(SGD, 2, 15, step_size=STEP), m=2, K=15
     ),
-    "AmIGO(optimizer, m, n)": single_loop(hg.AmIGO(OPTIMIZER, 2, 3), m=2, n=3),
-    "TTSA(optimizer, K)": single_loop(
-        hg.TTSA(OPTIMIZER, 1, step_size=STEP_SIZE), ONE_TERM, K=1
-    ),
-    "MRBO(optimizer, K)": single_loop(
-        hg.MRBO(OPTIMIZER, 15, step_size=STEP_SIZE), K=15
-    ),
+    "AmIGO(optimizer, m, n)": single_loop(hg.AmIGO(SGD, 2, 3), m=2, n=3),
+    "TTSA(optimizer, K)": single_loop(hg.TTSA(SGD, 1, step_size=STEP), ONE_TERM, K=1),
+    "MRBO(optimizer, K)": single_loop(hg.MRBO(SGD, 15, step_size=STEP), K=15),
     "SUSTAIN(optimizer, K)": single_loop(
-        hg.SUSTAIN(OPTIMIZER, 1, step_size=STEP_SIZE), ONE_TERM, K=1
+        hg.SUSTAIN(SGD, 1, step_size=STEP), ONE_TERM, K=1
     ),
     "VRBO(optimizer, m, K, period)": single_loop(
-        hg.VRBO(OPTIMIZER, 2, 15, period=LONG, step_size=STEP_SIZE), m=2, K=15
+        hg.VRBO(SGD, 2, 15, period=LONG, step_size=STEP), m=2, K=15
     ),
-    "F2SA(optimizer, m, l)": single_loop(
-        hg.F2SA(OPTIMIZER, 3, penalty=1e4), 10 / 1e4, m=3
-    ),
+    "F2SA(optimizer, m, l)": single_loop(hg.F2SA(SGD, 3, penalty=1e4), 10 / 1e4, m=3),
     "BOME(optimizer, m)": single_loop(BOME, m=20),
-    "PZOBO(optimizer, m, n)": Method(
-        LastEstimate(hg.PZOBO(OPTIMIZER, 60, NUM_PAIRS // 100, sigma=SIGMA), 10),
-        {"m": 60, "n": NUM_PAIRS // 100},
-        max_error=None,
+    "PZOBO(optimizer, m, n)": method(
+        LastEstimate(hg.PZOBO(SGD, 60, PAIRS // 100, sigma=SIGMA), 10), None,
+        m=60, n=PAIRS // 100,
     ),
-    "DARTS(optimizer, step_size)": single_loop(
-        hg.DARTS(OPTIMIZER, STEP_SIZE), ONE_TERM
-    ),
-}
+    "DARTS(optimizer, step_size)": single_loop(hg.DARTS(SGD, STEP), ONE_TERM),
+}  # fmt: skip
+OMITTED = {"Reversible(rate, m, T)": ("decay",)}  # leaves that a method does not have
+NUM_ESTIMATES = {"PersistentEvolution(solver, s, n, K)": 2}  # whose mean is tested
 SUMMARIES = {summary.call: summary for summary in method_tables.summaries()}
 # The directions of BOME are no hypergradients at a fixed alpha.
 HYPERGRADIENT_METHODS = sorted(METHODS.keys() - {"BOME(optimizer, m)"})
@@ -293,17 +264,15 @@ def test_every_method_has_a_summary():
 @functools.cache
 def run_method(call):
     """Returns alpha, which enters wherever the method allows, and the estimates."""
-    method = METHODS[call]
-    problem, alpha = make_problem(SUMMARIES[call].alpha_in, method.omitted)
-    keys = jax.random.split(jax.random.key(1), method.num_estimates)
+    estimator = METHODS[call].estimator
+    problem, alpha = make_problem(SUMMARIES[call].alpha_in, OMITTED.get(call, ()))
+    keys = jax.random.split(jax.random.key(1), NUM_ESTIMATES.get(call, 1))
 
     @jax.jit
     def run(alpha):
-        state = method.estimator.init(problem, W, alpha, jax.random.key(0))
-        estimate = lambda state, key: method.estimator.estimate(
-            problem, state, alpha, key
-        )
-        return jax.lax.scan(lambda s, key: estimate(s, key)[::-1], state, keys)[1]
+        state = estimator.init(problem, W, alpha, jax.random.key(0))
+        step = lambda state, key: estimator.estimate(problem, state, alpha, key)[::-1]
+        return jax.lax.scan(step, state, keys)[1]
 
     return alpha, run(alpha)
 
@@ -313,7 +282,7 @@ def test_estimates_equal_central_differences(call):
     """Random estimates are within four standard errors in every leaf of alpha."""
     method = METHODS[call]
     alpha, estimates = run_method(call)
-    num_steps, num_estimates = method.numbers.get("T", LONG), method.num_estimates
+    num_steps, num_estimates = method.numbers.get("T", LONG), len(estimates.value)
     step_counts = [num_steps * (i + 1) // num_estimates for i in range(num_estimates)]
     expected = central_differences(alpha, step_counts, W)
     mean = jax.tree.map(lambda x: jnp.mean(x, 0), estimates.hypergradient)
@@ -370,7 +339,7 @@ def test_the_noise_of_evolution_is_its_formula():
     """For a small sigma the value is linear: ``sqrt((N + 1) / n)``."""
     alpha, estimates = run_method("Evolution(solver, s, n)")
     num_entries = sum(leaf.size for leaf in jax.tree.leaves(alpha))
-    expected = np.sqrt((num_entries + 1) / NUM_PAIRS)
+    expected = np.sqrt((num_entries + 1) / PAIRS)
     np.testing.assert_allclose(estimates.stats["standard_error"], expected, rtol=0.05)
 
 

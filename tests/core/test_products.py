@@ -122,40 +122,6 @@ def test_products_are_symmetric_adjoint_and_linear(first_seed, second_seed):
         assert_close(actual, 2.0 * a - 3.0 * b, 1e-10)
 
 
-ARRANGEMENTS = {
-    "vector": (lambda u: u, lambda tree: tree),
-    "list": (
-        lambda u: [u[:6].reshape(2, 3), (u[6], u[7:])],
-        lambda t: jnp.concatenate([t[0].ravel(), t[1][0][None], t[1][1]]),
-    ),
-    "dict out of order": (
-        lambda u: {"z": u[:4], "a": {"q": u[4:].reshape(5, 1)}},
-        lambda t: jnp.concatenate([t["z"], t["a"]["q"].ravel()]),
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("arrange", "to_flat"), ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys()
-)
-def test_products_do_not_depend_on_the_pytree_structure(arrange, to_flat):
-    v, d = random_vectors(1)
-
-    def arranged_loss(w, alpha, batch):
-        return loss(UNRAVEL_W(to_flat(w)), UNRAVEL_ALPHA(alpha["all"]), batch)
-
-    w, alpha = arrange(FLAT_W), {"all": FLAT_ALPHA}
-    product = jax.jit(
-        lambda w, v: hvp_and_cross_vjp(arranged_loss, w, alpha, BATCH, v)[1:]
-    )
-    Hv, JTv = product(w, arrange(jnp.asarray(v)))
-    expected_Hv, expected_JTv, *_ = products(v, d)
-    chex.assert_trees_all_equal_structs(Hv, w)
-    chex.assert_trees_all_equal_structs(JTv, alpha)
-    assert_close(to_flat(Hv), expected_Hv)
-    assert_close(JTv["all"], expected_JTv)
-
-
 def test_cross_jvp_differentiates_every_argument_and_skips_integers():
     """The tangents of labels are float0."""
     _, d = random_vectors(2)

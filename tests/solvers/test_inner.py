@@ -124,15 +124,6 @@ def test_every_step_samples_its_own_batch_uniformly():
     assert np.sum((counts - expected) ** 2 / expected) < 23.5  # chi2(4): p = 1e-4
 
 
-def test_batches_of_different_steps_are_independent():
-    """200 steps of one example see as many different ones of 1000 as i.i.d. samples."""
-    data = hg.Batches(jnp.arange(1000), batch_size=1)
-    solver = hg.Descent(optax.sgd(1.0), 200)
-    counts, _ = solve(solver, negative_sum, jnp.zeros(1000), 0.0, data)
-    num_distinct = int(np.sum(counts > 0))
-    assert abs(num_distinct - 1000 * (1 - 0.999**200)) < 20  # 181, sd 4
-
-
 def test_the_batches_depend_on_the_key_alone():
     data = hg.Batches(jnp.arange(5.0), batch_size=3)
     loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - 0.1 * batch[:, None]))

@@ -192,7 +192,7 @@ def test_counted_products_are_those_evaluated(name):
         assert 0 <= excess <= 2 if name == "GMRES" else excess == 0
 
 
-# Residuals and trust.
+# Residuals.
 
 
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
@@ -225,34 +225,25 @@ def linear_outer(w, alpha, batch):
     return batch @ w + 0.0 * jnp.sum(alpha)
 
 
-def is_trusted(eigenvalues, linear_solver):
-    """Returns whether Implicit trusts its estimate at the stationary point."""
-    H = jnp.asarray(symmetric_matrix(eigenvalues))
-    problem = hg.Bilevel(quadratic, linear_outer, H, jnp.asarray(BALANCED))
-    estimator = hg.Implicit(STANDING, linear_solver)
-    w = jnp.full(N, 1e-300)
-    estimate = hg.hypergradient(problem, estimator)(w, 1e-300 * jnp.ones(N))
-    return bool(estimate.trusted), float(estimate.stats["adjoint_residual"])
+STANDING = hg.ClosedForm(lambda alpha, batch: alpha)  # stationary for alpha near 0
+TRUST = {
+    "definite": (1.0, hg.CG(), True),
+    "singular": (0.0, hg.CG(), False),
+    "indefinite": (-1.0, hg.CG(), False),
+    "converging series": (1.0, hg.Neumann(20, step_size=0.4), True),
+    "diverging series": (1.0, hg.Neumann(20, step_size=0.8), False),
+}
 
 
-STANDING = hg.ClosedForm(lambda alpha, batch: alpha)
-DEFINITE = np.linspace(1.0, 3.0, N)
-
-
-@pytest.mark.parametrize(
-    ("eig_min", "expected"), [(1.0, True), (0.0, False), (-1.0, False)],
-    ids=["definite", "singular", "indefinite"],
-)  # fmt: skip
-def test_only_a_solve_of_a_definite_system_is_trusted(eig_min, expected):
-    eigenvalues = np.append(eig_min, DEFINITE[1:])
-    assert is_trusted(eigenvalues, hg.CG())[0] == expected
-
-
-def test_only_a_converging_series_is_trusted():
-    assert is_trusted(DEFINITE, hg.Neumann(20, step_size=0.4))[0]
-    trusted, residual = is_trusted(DEFINITE, hg.Neumann(20, step_size=0.8))
-    assert not trusted
-    assert residual > 1
+@pytest.mark.parametrize("name", TRUST)
+def test_only_a_solve_that_succeeds_is_trusted(name):
+    """The largest eigenvalue is 3."""
+    eig_min, linear_solver, expected = TRUST[name]
+    H = symmetric_matrix(np.append(eig_min, np.linspace(1.0, 3.0, N)[1:]))
+    problem = hg.Bilevel(quadratic, linear_outer, jnp.asarray(H), jnp.asarray(BALANCED))
+    estimate_fn = hg.hypergradient(problem, hg.Implicit(STANDING, linear_solver))
+    estimate = estimate_fn(jnp.zeros(N), jnp.full(N, 1e-300))
+    assert estimate.trusted == expected
 
 
 # The truncated series and the identity.
