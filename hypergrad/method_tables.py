@@ -41,7 +41,7 @@ from .linear import CG, Identity, Neumann, Nystrom, NystromCG
 from .method_summary import MethodSummary
 
 #: Classes whose summaries describe an `Implicit` that uses them, in reading order.
-IMPLICIT_PARTS = (CG, Neumann, Nystrom, NystromCG, Identity, CompositeLoss)
+IMPLICIT_COMPONENTS = (CG, Neumann, Nystrom, NystromCG, Identity, CompositeLoss)
 #: Estimators in reading order.
 ESTIMATORS = (
     Implicit,
@@ -81,7 +81,7 @@ TABLES = {
 
 def summaries() -> list[MethodSummary]:
     """Returns the summaries of all methods in reading order."""
-    classes: tuple[Any, ...] = (*IMPLICIT_PARTS, *ESTIMATORS)
+    classes: tuple[Any, ...] = (*IMPLICIT_COMPONENTS, *ESTIMATORS)
     return [summary for method in classes for summary in method.summary]
 
 
@@ -93,9 +93,9 @@ def table_rows() -> list[dict[str, str]]:
     ['N T']
     """
     rows = []
-    for part in IMPLICIT_PARTS:
-        citations = (*Implicit.citations, *part.citations)
-        rows += [_to_row(x, Implicit.target, citations) for x in part.summary]
+    for component in IMPLICIT_COMPONENTS:
+        citations = (*Implicit.citations, *component.citations)
+        rows += [_to_row(x, Implicit.target, citations) for x in component.summary]
     for estimator in ESTIMATORS:
         target, citations = estimator.target, estimator.citations
         rows += [_to_row(x, target, citations) for x in estimator.summary]

@@ -170,17 +170,17 @@ def run_inner_steps(
 
     if truncation_length is None or truncation_length >= solver.num_steps:
         return run(alpha, carry, keys)
-    start = solver.num_steps - truncation_length
+    num_done = solver.num_steps - truncation_length
     constant_alpha = jax.lax.stop_gradient(alpha)
-    carry = jax.lax.stop_gradient(run(constant_alpha, carry, keys[:start]))
+    carry = jax.lax.stop_gradient(run(constant_alpha, carry, keys[:num_done]))
     if halves is None:
-        return run(alpha, carry, keys[start:])
+        return run(alpha, carry, keys[num_done:])
     older_alpha, newer_alpha = halves
     alphas = (older_alpha, alpha, newer_alpha)
     lengths = split_steps(truncation_length)
     for part_alpha, length in zip(alphas, lengths, strict=True):
-        carry = run(part_alpha, carry, keys[start : start + length])
-        start += length
+        carry = run(part_alpha, carry, keys[num_done : num_done + length])
+        num_done += length
     return carry
 
 
@@ -204,6 +204,7 @@ def _scan(
     scan = lambda carry, keys: jax.lax.scan(step, carry, keys)[0]
     if not (checkpoint and uses_checkpoints(len(keys))):
         return scan(carry, keys)
+    # The reverse pass keeps a carry per segment, and one per step of one segment.
     length = math.isqrt(len(keys))
     num_in_segments = len(keys) - len(keys) % length
     run_segment = jax.checkpoint(scan)

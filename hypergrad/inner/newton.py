@@ -106,8 +106,8 @@ class Newton(eqx.Module):
                 num_grads + num_trials,
             )
 
-        zero, one = jnp.asarray(0), jnp.asarray(1)
-        init_carry = (w, value, grad, zero, jnp.asarray(True), zero, one)
+        zero = jnp.asarray(0)
+        init_carry = (w, value, grad, zero, jnp.asarray(True), zero, jnp.asarray(1))
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
         w, _, _, num_steps, _, num_hvps, num_grads = final_carry
         return w, inner_stats(num_steps, num_grads, num_hvps)

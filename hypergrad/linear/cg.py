@@ -120,49 +120,21 @@ def conjugate_gradients(
     Returns:
       ``(v, result, stats)``. The Ritz values are those of ``P^-1 H``.
     """
-    dtype = scalar_dtype(b)
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     if rtol is None:
         rtol = eps**0.75
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), 1)
-    num_coefficients = max(min(dimension, max_steps), 1)
     unit = power_of_two_scale(b)  # so that no square below underflows or overflows
     b, x = divide(b, unit), divide(options.get("y0"), unit)
     # The direction of a residual below rounding is noise, as is its curvature.
     squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
     x, r, num_init_products = _first_residual(matvec, b, x)
-    z = preconditioner(r)
-
-    def cond_fun(carry):
-        _, r, _, rz, k, is_negative, *_ = carry
-        has_residual = vdot(r, r) > squared_tol
-        return (k < max_steps) & ~is_negative & (rz > 0) & has_residual
-
-    def body_fun(carry):
-        x, r, p, rz, k, _, step_sizes, ratios = carry
-        Hp = matvec(p)
-        curvature = vdot(p, Hp)  # p'Hp
-        is_negative = curvature <= 0
-        safe_curvature = jnp.where(is_negative, 1.0, curvature)
-        step_size = jnp.where(is_negative, 0.0, rz / safe_curvature)
-        x = add_scale(x, step_size, p)
-        r = add_scale(r, -step_size, Hp)
-        z = preconditioner(r)
-        new_rz = vdot(r, z)
-        ratio = new_rz / rz
-        p = add_scale(z, ratio, p)
-        step_sizes = step_sizes.at[k].set(step_size, mode="drop")
-        ratios = ratios.at[k].set(ratio, mode="drop")
-        return x, r, p, new_rz, k + 1, is_negative, step_sizes, ratios
-
-    zeros = jnp.zeros((num_coefficients,), dtype)
-    rz = vdot(r, z)
-    init_carry = (x, r, z, rz, jnp.asarray(0), jnp.asarray(False), zeros, zeros)
-    final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
-    x, r, _, rz, k, is_negative, step_sizes, ratios = final_carry
-
+    num_coefficients = max(min(dimension, max_steps), 1)
+    x, r, rz, k, is_negative, step_sizes, ratios = _run_recurrence(
+        matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
+    )
     # A NaN in b or H ends the loop, and must not leave the starting point as a result.
     x = add_scale(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
     is_solved = ~is_negative & (vdot(r, r) <= squared_tol)
@@ -185,6 +157,65 @@ def conjugate_gradients(
         "negative_curvature": is_negative,
     }
     return scale(unit, x), result, stats
+
+
+def _run_recurrence(
+    matvec: MatVec,
+    preconditioner: Callable[[PyTree], PyTree],
+    x: PyTree,
+    r: PyTree,
+    squared_tol: Array,
+    max_steps: int,
+    num_coefficients: int,
+) -> tuple[PyTree, PyTree, Array, Array, Array, Array, Array]:
+    """Runs the loop of conjugate gradients from ``x`` with the residual ``r``.
+
+    Returns:
+      ``(x, r, r'z, num_steps, is_negative, step_sizes, ratios)``. ``is_negative`` is
+      True if the last step met ``p'Hp <= 0``. Of the step sizes ``a_k`` and the ratios
+      ``c_k`` the first ``num_coefficients`` are recorded.
+    """
+
+    def cond_fun(carry):
+        _, r, _, rz, k, is_negative, *_ = carry
+        has_residual = vdot(r, r) > squared_tol
+        return (k < max_steps) & ~is_negative & (rz > 0) & has_residual
+
+    def body_fun(carry):
+        x, r, p, rz, k, _, step_sizes, ratios = carry
+        # a_k = r'z / p'Hp
+        Hp = matvec(p)
+        curvature = vdot(p, Hp)
+        is_negative = curvature <= 0
+        safe_curvature = jnp.where(is_negative, 1.0, curvature)
+        step_size = jnp.where(is_negative, 0.0, rz / safe_curvature)
+        # x <- x + a_k p,  r <- r - a_k H p,  z = P^-1 r
+        x = add_scale(x, step_size, p)
+        r = add_scale(r, -step_size, Hp)
+        z = preconditioner(r)
+        # c_k = r'z (new) / r'z (old),  p <- z + c_k p
+        new_rz = vdot(r, z)
+        ratio = new_rz / rz
+        p = add_scale(z, ratio, p)
+        step_sizes = step_sizes.at[k].set(step_size, mode="drop")
+        ratios = ratios.at[k].set(ratio, mode="drop")
+        return x, r, p, new_rz, k + 1, is_negative, step_sizes, ratios
+
+    z = preconditioner(r)
+    zeros = jnp.zeros((num_coefficients,), scalar_dtype(r))
+    init_carry = (
+        x,
+        r,
+        z,
+        vdot(r, z),
+        jnp.asarray(0),
+        jnp.asarray(False),
+        zeros,
+        zeros,
+    )
+    final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
+    x, r, _, rz, k, is_negative, step_sizes, ratios = final_carry
+    return x, r, rz, k, is_negative, step_sizes, ratios
 
 
 def _first_residual(

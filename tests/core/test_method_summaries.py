@@ -257,7 +257,7 @@ def test_every_method_has_a_summary():
         and Protocol not in value.__mro__[1:]
         and {"estimate", "compute", "gauss_newton"} & set(dir(value))
     }
-    listed = {*method_tables.ESTIMATORS, *method_tables.IMPLICIT_PARTS}
+    listed = {*method_tables.ESTIMATORS, *method_tables.IMPLICIT_COMPONENTS}
     assert classes - {hg.Average} == listed
 
 

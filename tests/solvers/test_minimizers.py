@@ -9,6 +9,7 @@ import pytest
 import scipy.optimize
 
 import hypergrad as hg
+from hypergrad.inner.stopping import has_progressed
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(11)
@@ -215,6 +216,19 @@ def test_a_minimizer_can_be_batched(solver):
     run = lambda w, alpha: solver.solve(ridge, w, alpha, None, KEY)[0]
     expected = [ridge_solution(a) for a in alpha]
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(w, alpha), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("new_value", "new_grad", "expected"),
+    [(0.9, 3.0, True), (1.0, 1.0, True), (1.0, 2.0, False), (1.1, 1.0, False)],
+    ids=["lower", "flatter", "unchanged", "flatter but higher"],
+)
+def test_progress_is_a_decrease_of_the_loss_or_of_its_gradient(
+    new_value, new_grad, expected
+):
+    """The step starts at the value 1 and the gradient 2."""
+    value, grad, new_value, new_grad = map(jnp.asarray, (1.0, 2.0, new_value, new_grad))
+    assert has_progressed(value, grad, new_value, new_grad) == expected
 
 
 # The cost of a solve.
