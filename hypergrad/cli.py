@@ -96,7 +96,8 @@ def estimators() -> None:
     console = Console(width=max(Console().width, 110))
     for name in ("advice", "costs"):
         columns = method_tables.TABLES[name]
-        rows = [[row[column] for column in columns] for row in method_tables.rows()]
+        table_rows = method_tables.table_rows()
+        rows = [[row[column] for column in columns] for row in table_rows]
         print_table(columns, rows, console)
 
 

@@ -1,4 +1,4 @@
-"""An inner loss declared as a composition, for the products of Gauss and Newton."""
+"""Inner losses with Gauss-Newton products: a function of the outputs of a model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,34 +14,36 @@ from .validation import check_hashable
 
 @dataclasses.dataclass(frozen=True)
 class CompositeLoss:
-    """``cost(outputs(w, alpha, batch), alpha, batch) + penalty(w, alpha)``, a loss.
+    """``loss_fn(model_fn(w, alpha, batch), alpha, batch) + regularizer(w, alpha)``.
+
+    An object is called like any inner loss. Its method `gauss_newton` is an ``hvp_fn``
+    of ``hypergrad.Implicit``.
 
     Args:
-      outputs: ``(w, alpha, batch) -> z``, a pytree: what the model says.
-      cost: ``(z, alpha, batch) -> loss``, convex in ``z`` for products that are
-        positive semi-definite, such as a cross-entropy or a mean of squares.
-      penalty: ``(w, alpha) -> loss``, whose Hessian is taken as it is; None for none.
-
-    Called like any inner loss; `gauss_newton` goes to ``hypergrad.Implicit``.
+      model_fn: ``(w, alpha, batch) -> z``, the model outputs, a pytree.
+      loss_fn: ``(z, alpha, batch) -> scalar``. Products are positive semidefinite if it
+        is convex in ``z``, such as a cross-entropy or a mean of squares.
+      regularizer: ``(w, alpha) -> scalar``, whose Hessian is used unchanged. Defaults
+        to none.
 
     Raises:
-      TypeError: what is no function.
+      TypeError: An argument is not a hashable function.
 
     Source: Schraudolph 2002.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> loss = hg.Composition(
-    ...     outputs=lambda w, alpha, batch: jnp.sin(w),
-    ...     cost=lambda z, alpha, batch: 0.5 * (z - 2) ** 2,
+    >>> loss = hg.CompositeLoss(
+    ...     model_fn=lambda w, alpha, batch: jnp.sin(w),
+    ...     loss_fn=lambda z, alpha, batch: 0.5 * (z - 2) ** 2,
     ... )
     >>> w = jnp.asarray(0.0)
     >>> float(loss(w, None, None)), float(loss.gauss_newton(w, None, None, w + 1))
     (2.0, 1.0)
     """
 
-    outputs: Callable[[PyTree, PyTree, PyTree], PyTree]
-    cost: Callable[[PyTree, PyTree, PyTree], Any]
-    penalty: Callable[[PyTree, PyTree], Any] | None = None
+    model_fn: Callable[[PyTree, PyTree, PyTree], PyTree]
+    loss_fn: Callable[[PyTree, PyTree, PyTree], Any]
+    regularizer: Callable[[PyTree, PyTree], Any] | None = None
 
     citations = ("schraudolph2002",)
     summary = (
@@ -50,44 +52,49 @@ class CompositeLoss:
             num_grads="T",
             num_hvps="k + 1",
             memory="4 w",
-            bias="what H has beside Gauss-Newton's",
+            bias="the part of H that Gauss-Newton leaves out",
             alpha_in=("losses",),
-            recommended_for="a network whose H is indefinite where its training ends",
-            not_recommended_for="a loss whose H is positive definite",
-            reason="convex costs and penalties have products that are never negative",
+            recommended_for="a network whose H is indefinite at the end of training",
+            not_recommended_for="a loss with a positive definite H",
+            reason="the products of a convex loss and regularizer are never negative",
         ),
     )
 
     def __post_init__(self):
-        for name in ("outputs", "cost", "penalty"):
-            value = getattr(self, name)
-            if not (callable(value) or (name == "penalty" and value is None)):
-                raise TypeError(f"{name} must be a function; got {value!r}")
-            check_hashable(name, value)
+        for field in dataclasses.fields(self):
+            function = getattr(self, field.name)
+            is_omitted = field.name == "regularizer" and function is None
+            if not (callable(function) or is_omitted):
+                raise TypeError(f"{field.name} must be a function; got {function!r}.")
+            check_hashable(field.name, function)
 
     def __call__(self, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-        """The loss."""
-        loss = self.cost(self.outputs(w, alpha, batch), alpha, batch)
-        return loss if self.penalty is None else loss + self.penalty(w, alpha)
+        """Returns the loss."""
+        loss = self.loss_fn(self.model_fn(w, alpha, batch), alpha, batch)
+        if self.regularizer is None:
+            return loss
+        return loss + self.regularizer(w, alpha)
 
     def gauss_newton(
         self, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
     ) -> PyTree:
-        """``(Zᵀ C Z + P) v``; same structure as ``w``.
+        """Returns ``(Z' C Z + R) v``, structured like ``w``.
 
-        ``Z = dz/dw``, ``C`` is the cost's Hessian in ``z``, ``P`` the penalty's. The
-        Hessian's product where ``outputs`` are linear in ``w`` or the cost's slope is
-        zero, and else without the part that can be negative. Costs two gradients, and
-        two of the penalty.
+        ``Z = dz/dw``, ``C`` is the Hessian of ``loss_fn`` in ``z``, and ``R`` is the
+        Hessian of the regularizer. The matrix equals the Hessian of the loss where
+        ``model_fn`` is linear in ``w`` or the gradient of ``loss_fn`` is zero.
+        Elsewhere it lacks the part of the Hessian that can be negative.
+
+        Cost: two gradients, and two of the regularizer.
         """
         product = gauss_newton_product(
-            lambda w: self.outputs(w, alpha, batch),
-            lambda z: self.cost(z, alpha, batch),
+            lambda w: self.model_fn(w, alpha, batch),
+            lambda z: self.loss_fn(z, alpha, batch),
             w,
             v,
         )
-        if self.penalty is None:
+        if self.regularizer is None:
             return product
-        penalty: Any = self.penalty
-        of_penalty = hvp(lambda w, alpha, _: penalty(w, alpha), w, alpha, None, v)
-        return optax.tree.add(product, of_penalty)
+        regularizer = self.regularizer
+        regularizer_loss = lambda w, alpha, _: regularizer(w, alpha)
+        return optax.tree.add(product, hvp(regularizer_loss, w, alpha, None, v))

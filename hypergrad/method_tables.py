@@ -1,12 +1,13 @@
-"""The tables of *How to choose*, from what the methods declare.
+"""The tables of the page *How to choose*, made from the summaries of the methods.
 
-``python -m hypergrad.choose docs/choose.md README.md`` writes each table anew between
-the comments that name it.
+``python -m hypergrad.method_tables docs/choose.md README.md`` replaces each table
+between the comments that name it.
 """
 
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from .citation import REFERENCES
 from .composite_loss import CompositeLoss
@@ -39,8 +40,9 @@ from .estimators import (
 from .linear import CG, Identity, Neumann, Nystrom, NystromCG
 from .method_summary import MethodSummary
 
-# In reading order.
-OF_IMPLICIT = (CG, Neumann, Nystrom, NystromCG, Identity, CompositeLoss)
+#: Classes whose summaries describe an `Implicit` that uses them, in reading order.
+IMPLICIT_COMPONENTS = (CG, Neumann, Nystrom, NystromCG, Identity, CompositeLoss)
+#: Estimators in reading order.
 ESTIMATORS = (
     Implicit,
     Unrolled,
@@ -68,75 +70,80 @@ ESTIMATORS = (
     DARTS,
 )
 
-COSTS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")
+_COST_COLUMNS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")
+#: Columns of each table.
 TABLES = {
-    "advice": ("estimator", "recommended for", "not recommended for", "why"),
-    "costs": (*COSTS, "sees alpha in"),
-    "summary": (*COSTS, "source"),
+    "advice": ("estimator", "recommended for", "not recommended for", "reason"),
+    "costs": (*_COST_COLUMNS, "alpha in"),
+    "summary": (*_COST_COLUMNS, "source"),
 }
 
 
-def methods() -> list[tuple[MethodSummary, str, tuple[str, ...]]]:
-    """Guide, target and citations of each row."""
-    found: list[tuple[MethodSummary, str, tuple[str, ...]]] = []
-    for part in OF_IMPLICIT:
-        citations = (*Implicit.citations, *part.citations)
-        found += [(guide, Implicit.target, citations) for guide in part.summary]
-    for estimator in ESTIMATORS:
-        target, citations = estimator.target, estimator.citations
-        found += [(guide, target, citations) for guide in estimator.summary]
-    return found
+def summaries() -> list[MethodSummary]:
+    """Returns the summaries of all methods in reading order."""
+    classes: tuple[Any, ...] = (*IMPLICIT_COMPONENTS, *ESTIMATORS)
+    return [summary for method in classes for summary in method.summary]
 
 
-def rows() -> list[dict[str, str]]:
-    """A row for each guide, by the names of the columns.
+def table_rows() -> list[dict[str, str]]:
+    """Returns one row per summary, with all columns by name.
 
-    >>> [row["HVPs"] for row in rows() if row["estimator"] == "Forward(solver)"]
+    >>> rows = table_rows()
+    >>> [row["HVPs"] for row in rows if row["estimator"] == "Forward(solver)"]
     ['N T']
     """
-    product = lambda formula: formula.replace(" * ", " ")
-    return [
-        {
-            "estimator": guide.call,
-            "recommended for": guide.recommended_for,
-            "not recommended for": guide.not_recommended_for,
-            "why": guide.reason,
-            "gradients": product(guide.num_grads),
-            "HVPs": product(guide.num_hvps),
-            "memory": guide.memory,
-            "bias": guide.bias,
-            "target": target,
-            "sees alpha in": ", ".join(guide.alpha_in),
-            "source": ", ".join(map(_source, citations)) or "-",
-        }
-        for guide, target, citations in methods()
-    ]
+    rows = []
+    for component in IMPLICIT_COMPONENTS:
+        citations = (*Implicit.citations, *component.citations)
+        rows += [_to_row(x, Implicit.target, citations) for x in component.summary]
+    for estimator in ESTIMATORS:
+        target, citations = estimator.target, estimator.citations
+        rows += [_to_row(x, target, citations) for x in estimator.summary]
+    return rows
 
 
-def _source(key: str) -> str:
-    """``pedregosa2016`` as a link to its preprint, where there is one."""
-    name = f"{key[:-4].capitalize()} {key[-4:]}"
-    preprint = re.search(r"eprint = {(.*?)}", REFERENCES[key])
+def _to_row(
+    summary: MethodSummary, target: str, citations: tuple[str, ...]
+) -> dict[str, str]:
+    return {
+        "estimator": summary.call,
+        "recommended for": summary.recommended_for,
+        "not recommended for": summary.not_recommended_for,
+        "reason": summary.reason,
+        "gradients": summary.num_grads.replace(" * ", " "),
+        "HVPs": summary.num_hvps.replace(" * ", " "),
+        "memory": summary.memory,
+        "bias": summary.bias,
+        "target": target,
+        "alpha in": ", ".join(summary.alpha_in),
+        "source": ", ".join(map(_source_link, citations)) or "-",
+    }
+
+
+def _source_link(citation: str) -> str:
+    """Returns 'pedregosa2016' as a link to the preprint if there is one."""
+    name = f"{citation[:-4].capitalize()} {citation[-4:]}"
+    preprint = re.search(r"eprint = {(.*?)}", REFERENCES[citation])
     return f"[{name}](https://arxiv.org/abs/{preprint[1]})" if preprint else name
 
 
-def markdown(name: str) -> str:
-    """One of `TABLES`."""
+def markdown_table(name: str) -> str:
+    """Returns one of `TABLES` in Markdown."""
     columns = TABLES[name]
-    line = lambda cells: f"| {' | '.join(cells)} |\n"
-    body = [
-        line([f"`{row['estimator']}`", *(row[column] for column in columns[1:])])
-        for row in rows()
+    to_line = lambda cells: f"| {' | '.join(cells)} |\n"
+    lines = [
+        to_line([f"`{row['estimator']}`", *(row[column] for column in columns[1:])])
+        for row in table_rows()
     ]
-    return line(columns) + "|" + "---|" * len(columns) + "\n" + "".join(body)
+    return to_line(columns) + "|" + "---|" * len(columns) + "\n" + "".join(lines)
 
 
-def rewrite(text: str) -> str:
-    """The page with every table anew."""
-    between = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
-    return between.sub(lambda found: found[1] + markdown(found[2]) + found[3], text)
+def replace_tables(text: str) -> str:
+    """Returns the text of a page with all of its tables up to date."""
+    table = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
+    return table.sub(lambda match: match[1] + markdown_table(match[2]) + match[3], text)
 
 
 if __name__ == "__main__":
     for page in map(Path, sys.argv[1:]):
-        page.write_text(rewrite(page.read_text()))
+        page.write_text(replace_tables(page.read_text()))

@@ -51,16 +51,6 @@ REPRESENTATIVES = {
         "test_vmap_over_seeds_and_alphas_is_a_loop": {"Unrolled"},
         "test_vmap_over_settings_is_a_loop": set(),
     },
-    "test_cost_ledger": {
-        "test_implicit_sees_the_batch_that_it_holds": {"3-13", "None-None"},
-        "test_unrolling_sees_a_batch_a_step_each_way": {
-            *(
-                "1-float32",
-                "5-float64",
-                "None-float32",
-            ),
-        },
-    },
     "test_dry_run": {
         "test_a_tolerance_is_said_with_the_cost_of_an_iteration": set(),
         "test_nothing_is_run_and_nothing_written": set(),
@@ -88,30 +78,6 @@ REPRESENTATIVES = {
         "test_implicit_refined_is_the_closed_form": {"ridge per-weight-*"},
         "test_under_jit_and_vmap_it_is_a_loop": {"refine"},
     },
-    "test_guide": {
-        "test_a_leaf_of_the_losses_that_is_read_beside_them": {
-            *(
-                "FixedPoint",
-                "Implicit",
-            ),
-        },
-        "test_memory_grows_as_declared": {"Forward*", "NystromCG*"},
-        "test_what_is_declared_as_seen_equals_central_differences": {
-            *(
-                "DARTS*",
-                "FixedPoint(solver, K)",
-                "Forward(solver)",
-            ),
-            *(
-                "Implicit(solver)",
-                "Penalty(solver, l)",
-            ),
-            *(
-                "SOBA(optimizer)",
-                "Unrolled(solver, truncation_length=K)",
-            ),
-        },
-    },
     "test_identities": {
         "test_a_series_is_the_truncated_unroll": {"quadratic 30-5"},
         "test_a_warm_start_of_w_continues_the_inner_run": set(),
@@ -123,39 +89,9 @@ REPRESENTATIVES = {
         "test_the_arrangement_of_the_pytree_does_not_matter": set(),
         "test_the_truncation_estimate_falls_as_the_error": set(),
     },
-    "test_inner": {
-        "test_minimisers_reach_the_minimum": {
-            *(
-                "1-d-LBFGS-float64",
-                "logistic-Newton-float64",
-            ),
-            *(
-                "ridge-Newton-float64",
-                "rosenbrock-LBFGS-float64",
-            ),
-        },
-        "test_the_ledger_of_a_solve_is_what_was_evaluated": {
-            *(
-                "logistic-Descent",
-                "logistic-LBFGS",
-            ),
-            *("rosenbrock-Newton",),
-        },
-        "test_w_keeps_its_dtypes_beside_a_wider_alpha": {
-            *(
-                "*float64-LBFGS",
-                "*float64-Newton",
-            ),
-        },
-    },
     "test_kills": {
         "test_a_run_with_checkpoints": set(),
         "test_a_study_of_the_command_line": set(),
-    },
-    "test_linear": {
-        "test_a_sketch_of_half_precision": {"solver0-bfloat16"},
-        "test_linear_solve_its_batches_and_its_derivatives": {"Neumann", "NystromCG"},
-        "test_nystrom_where_the_hessian_is_singular": {"12", "3"},
     },
     "test_metric_tables": {
         "test_retrieval_ranks_all_others_by_cosine": set(),

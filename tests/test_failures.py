@@ -514,8 +514,8 @@ CONSTRUCTORS = {
         TypeError, ["curvature", "Changing", "frozen dataclass"],
         lambda: hg.Implicit(hg.Newton(), hvp_fn=Changing(1.0)),
     ),
-    "a part of a composition may change": (
-        TypeError, ["cost", "Changing", "frozen dataclass"],
+    "a part of a composite loss may change": (
+        TypeError, ["loss_fn", "Changing", "frozen dataclass"],
         lambda: hg.CompositeLoss(inner, Changing(1.0)),
     ),
     "the inner loss of argmin may change": (

@@ -678,7 +678,7 @@ def test_all_losses_share_one_inner_and_one_adjoint_solve():
 def adjoint_loops(of, *args):
     """The loops of conjugate gradients in a program; equal ones count once."""
     return [
-        loop for loop in hg.cost.flops(of, *args).loops if "linear/cg" in loop.where
+        loop for loop in hg.cost.flops(of, *args).loops if "linear/cg" in loop.location
     ]
 
 

@@ -1,12 +1,13 @@
-"""What a computation costs: calls, operations, bytes, seconds, energy.
+"""The cost of a computation: calls, operations, bytes, seconds and energy.
 
-The ledger counts calls as a run goes and is in the stats of every estimate. The rest is
-measured from outside, on a function and its arguments: `compiled` tells all of it.
+Calls are counted while a run makes them and are part of the statistics of every
+estimate. The other costs are measured from outside, for a function and its arguments;
+`compile_program` returns all of them but the energy.
 """
 
 from .counts import COST_STATS, HVP_COST, VALUE_COST, cost_stats, outer_grad_cost
 from .energy import Energy, Measurement, energy, measure
-from .flops import Flops, Loop, flops
+from .flops import Flops, WhileLoop, flops
 from .memory import Memory, memory
 from .program import CompiledProgram, compile_program
 
@@ -14,16 +15,16 @@ __all__ = [
     "COST_STATS",
     "HVP_COST",
     "VALUE_COST",
+    "CompiledProgram",
     "Energy",
     "Flops",
-    "Loop",
-    "Memory",
-    "CompiledProgram",
     "Measurement",
+    "Memory",
+    "WhileLoop",
     "compile_program",
+    "cost_stats",
     "energy",
     "flops",
-    "cost_stats",
     "measure",
     "memory",
     "outer_grad_cost",

@@ -1,9 +1,9 @@
-"""The ledger: one unit of cost for every method.
+"""Counts of calls, and their sum in one unit of cost for every method.
 
-A *gradient-equivalent* is one gradient of the inner loss over all inner data. A
+A *gradient-equivalent* is one gradient of the inner loss on all inner data. A
 Hessian-vector product with its cross term counts 2 (1.83 by operation count on a
-four-layer MLP), an outer gradient ``n_outer / n_inner``, a value a third of its
-gradient; mini-batches count in proportion.
+four-layer MLP), an outer gradient ``n_outer / n_inner``, and a value a third of its
+gradient. Mini-batches count in proportion.
 """
 
 import math
@@ -30,7 +30,10 @@ COST_STATS = (
 
 
 def outer_grad_cost(inner_data: Data, outer_data: Data) -> float:
-    """Cost of an outer gradient: ``n_outer / n_inner``, 1 where either is unknown."""
+    """Returns the cost of an outer gradient in gradient-equivalents.
+
+    It is ``n_outer / n_inner``, or 1 if the data have no number of examples.
+    """
     n_inner, n_outer = num_examples(inner_data), num_examples(outer_data)
     return 1.0 if n_inner is None or n_outer is None else n_outer / n_inner
 
@@ -45,12 +48,22 @@ def cost_stats(
     num_outer_grads: Any = 0.0,
     num_outer_values: Any = 0.0,
 ) -> dict[str, Array]:
-    """Counts of full-data calls and their sum in gradient-equivalents, as scalars.
+    """Returns `COST_STATS` as float scalars.
 
-    ``num_examples`` is how many examples all of these calls saw, each time anew; a
-    Hessian-vector product sees those of its batch once. NaN where the data has no size.
+    Args:
+      inner_data, outer_data: Data of the losses, of which only the sizes are used.
+      num_grads, num_hvps, num_values: Calls of the inner loss, in passes over all inner
+        data.
+      num_outer_grads, num_outer_values: Calls of the outer loss, in passes over all
+        outer data.
+
+    Returns:
+      The counts, ``gradient_equivalents``, their weighted sum, and ``num_examples``,
+      the number of examples that all calls use, with repetitions. A Hessian-vector
+      product uses those of its batch once. The number is NaN if the data have no
+      number of examples.
     """
-    weight = outer_grad_cost(inner_data, outer_data)
+    outer_cost = outer_grad_cost(inner_data, outer_data)
     counts = {
         "num_grads": num_grads,
         "num_hvps": num_hvps,
@@ -59,18 +72,18 @@ def cost_stats(
         "num_outer_values": num_outer_values,
     }
     counts = {name: jnp.asarray(n, dtype=float) for name, n in counts.items()}
-    inner_calls = counts["num_grads"] + counts["num_hvps"] + counts["num_values"]
-    inner_seen = _examples(inner_data) * inner_calls
-    outer_calls = counts["num_outer_grads"] + counts["num_outer_values"]
-    outer_seen = _examples(outer_data) * outer_calls
-    # Batches are fractions of the data, so that their sum is whole but for rounding.
-    counts["num_examples"] = jnp.round(inner_seen + outer_seen)
-    outer_cost = counts["num_outer_grads"] + VALUE_COST * counts["num_outer_values"]
+    inner_passes = counts["num_grads"] + counts["num_hvps"] + counts["num_values"]
+    outer_passes = counts["num_outer_grads"] + counts["num_outer_values"]
+    num_inner_examples = _num_examples_or_nan(inner_data) * inner_passes
+    num_outer_examples = _num_examples_or_nan(outer_data) * outer_passes
+    # Batches are fractions of the data, so their sum is an integer up to rounding.
+    counts["num_examples"] = jnp.round(num_inner_examples + num_outer_examples)
+    outer_calls = counts["num_outer_grads"] + VALUE_COST * counts["num_outer_values"]
     total = counts["num_grads"] + HVP_COST * counts["num_hvps"]
-    total = total + VALUE_COST * counts["num_values"] + weight * outer_cost
+    total = total + VALUE_COST * counts["num_values"] + outer_cost * outer_calls
     return counts | {"gradient_equivalents": total}
 
 
-def _examples(data: Data) -> float:
+def _num_examples_or_nan(data: Data) -> float:
     n = num_examples(data)
     return math.nan if n is None else n

@@ -1,4 +1,4 @@
-"""Energy and carbon dioxide, tracked or from a stated power."""
+"""Energy and carbon dioxide, measured by codecarbon or computed from a stated power."""
 
 import contextlib
 import dataclasses
@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-JOULES = 3.6e6  # in a kilowatt-hour
+JOULES_PER_KWH = 3.6e6
 
 
 class Energy(NamedTuple):
-    """Attributes: ``kwh``, kilowatt-hours, and ``grams`` of carbon dioxide."""
+    """An amount of energy and the carbon dioxide of its generation.
+
+    Attributes:
+      kwh: Kilowatt-hours.
+      grams: Grams of carbon dioxide.
+    """
 
     kwh: float
     grams: float
@@ -20,12 +25,13 @@ class Energy(NamedTuple):
 
 @dataclasses.dataclass
 class Measurement:
-    """What a block spent, filled in where it ends.
+    """Time and energy of a block, which are NaN until the block ends.
 
     Attributes:
-      seconds: by the clock on the wall.
-      kwh, grams: kilowatt-hours, and grams of carbon dioxide.
-      source: of the energy, 'codecarbon' or 'stated'.
+      seconds: Wall-clock time.
+      kwh: Kilowatt-hours.
+      grams: Grams of carbon dioxide.
+      source: Source of the energy, 'codecarbon' or 'stated'.
     """
 
     seconds: float = math.nan
@@ -35,65 +41,68 @@ class Measurement:
 
 
 def energy(seconds: float, *, watts: float, grams_per_kwh: float) -> Energy:
-    """``watts * seconds / 3.6e6`` kilowatt-hours, and the carbon dioxide of those.
+    """Returns the energy ``watts * seconds`` and its carbon dioxide.
 
     Args:
-      seconds: how long.
-      watts: the power drawn, of all that is to count.
-      grams_per_kwh: the grid's carbon intensity, in grams of CO2 a kilowatt-hour.
+      seconds: Duration.
+      watts: Power of everything that counts.
+      grams_per_kwh: Carbon intensity of the grid, in grams of CO2 per kilowatt-hour.
 
     >>> import hypergrad as hg
     >>> hg.cost.energy(3600, watts=500.0, grams_per_kwh=300.0)
     Energy(kwh=0.5, grams=150.0)
     """
-    kwh = watts * seconds / JOULES
+    kwh = watts * seconds / JOULES_PER_KWH
     return Energy(kwh, kwh * grams_per_kwh)
 
 
 @contextlib.contextmanager
 def measure(*, watts: float, grams_per_kwh: float) -> Iterator[Measurement]:
-    """Seconds and energy of a block.
+    """Measures the time and the energy of a block.
 
-    The energy is that of codecarbon's offline tracker where codecarbon is installed
-    (the extra ``energy``) and works, of the whole machine; else ``watts`` over the
-    seconds. ``source`` tells which. JAX returns before it is done: wait in the block,
-    with `jax.block_until_ready`.
+    If codecarbon is installed (the extra ``energy``) and works, its offline tracker
+    measures the energy of the whole machine. Otherwise the energy is ``watts`` times
+    the seconds. ``source`` states which of them it is.
+
+    JAX returns before a computation is finished: call `jax.block_until_ready` in the
+    block.
 
     Args:
-      watts: the power drawn, where there is no tracker.
-      grams_per_kwh: the grid's carbon intensity, in grams of CO2 a kilowatt-hour.
+      watts: Power that is used without a tracker.
+      grams_per_kwh: Carbon intensity of the grid, in grams of CO2 per kilowatt-hour.
 
     Yields:
-      A `Spent`, filled in at the end of the block, also where that raises.
+      A `Measurement`, which is filled in at the end of the block, even if that raises.
 
-    Bias: where a machine has no counters, codecarbon models its power by its load.
+    Bias: on a machine without counters codecarbon models the power by the load.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
-    >>> with hg.cost.measured(watts=65.0, grams_per_kwh=300.0) as spent:
+    >>> with hg.cost.measure(watts=65.0, grams_per_kwh=300.0) as measurement:
     ...     _ = jax.block_until_ready(jnp.ones(10) + 1)
-    >>> 0 < spent.seconds < 60
+    >>> 0 < measurement.seconds < 60
     True
     """
-    spent, tracker = Measurement(), _tracker(grams_per_kwh)
+    measurement, tracker = Measurement(), _make_tracker(grams_per_kwh)
     if tracker is not None:
         tracker.start()
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     try:
-        yield spent
+        yield measurement
     finally:
-        spent.seconds = time.perf_counter() - started
-        found = energy(spent.seconds, watts=watts, grams_per_kwh=grams_per_kwh)
+        measurement.seconds = time.perf_counter() - start_time
+        result = energy(measurement.seconds, watts=watts, grams_per_kwh=grams_per_kwh)
         if tracker is not None:
             tracker.stop()
-        # A tracker that fails logs why, raises nothing and leaves no data.
-        if tracked := getattr(tracker, "final_emissions_data", None):
-            kwh = tracked.energy_consumed
-            found, spent.source = Energy(kwh, kwh * grams_per_kwh), "codecarbon"
-        spent.kwh, spent.grams = found
+        # A tracker that fails logs the reason, raises nothing and leaves no data.
+        if emissions := getattr(tracker, "final_emissions_data", None):
+            kwh = emissions.energy_consumed
+            result = Energy(kwh, kwh * grams_per_kwh)
+            measurement.source = "codecarbon"
+        measurement.kwh, measurement.grams = result
 
 
-def _tracker(grams_per_kwh: float) -> Any:
-    """codecarbon's, which writes no file and asks no server; None without it."""
+def _make_tracker(grams_per_kwh: float) -> Any:
+    """Returns a tracker that writes no file and uses no network, or None."""
     if find_spec("codecarbon") is None:
         return None
     from codecarbon import OfflineEmissionsTracker  # pyright: ignore

@@ -1,12 +1,12 @@
-"""Floating-point operations, by a walk of the traced program.
+"""Floating-point operations, counted in the jaxpr of a function.
 
-XLA's own cost analysis counts the body of a loop once, whatever its length; here the
-body of a scan is multiplied by its length, and a loop of unknown length is kept apart.
+The cost analysis of XLA counts the body of a loop once, whatever its length. Here the
+body of a scan is multiplied by its length, and loops of unknown length are listed.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.source_info_util import summarize
 from jax.interpreters import partial_eval
 
-# One operation for each number that comes out.
+# Primitives that make one operation per output element.
 ELEMENTWISE = {
     *("abs", "add", "add_any", "ceil", "clamp", "div", "eq", "eq_to", "floor", "ge"),
     *("gt", "integer_pow", "is_finite", "le", "le_to", "lt", "lt_to", "max", "min"),
@@ -28,16 +28,18 @@ TRANSCENDENTAL = {
     *("exp2", "expm1", "lgamma", "log", "log1p", "log2", "logistic", "pow", "rsqrt"),
     *("sin", "sinh", "sqrt", "tan", "tanh"),
 }
-# One for each number that goes in.
+# One operation per input element.
 REDUCTIONS = {
     *("argmax", "argmin", "cummax", "cummin", "cumprod", "cumsum"),
     *("reduce_max", "reduce_min", "reduce_prod", "reduce_sum"),
 }
-# One for each number that arrives.
+# One operation per element of the updates.
 SCATTERS = {
-    f"scatter{dash}{what}" for dash in "-_" for what in ("add", "max", "min", "mul")
+    f"scatter{separator}{operation}"
+    for separator in "-_"
+    for operation in ("add", "max", "min", "mul")
 }
-# Numbers that are moved, chosen or made anew.
+# No operation: elements are moved, selected or created.
 FREE = {
     *("all_gather", "all_gather_invariant", "all_to_all", "axis_index"),
     *("bitcast_convert_type", "broadcast_in_dim", "complex", "concatenate", "conj"),
@@ -50,16 +52,16 @@ FREE = {
 }
 
 
-class Loop(NamedTuple):
-    """A loop whose length only a run tells.
+class WhileLoop(NamedTuple):
+    """A loop whose number of iterations is known only after a run.
 
     Attributes:
-      where: the file, line and function that wrote it.
-      flops: of one iteration, the test of its condition included.
-      transcendentals: how many of these are exponentials and the like.
+      location: File, line and function that contain the loop.
+      flops: Operations of one iteration, including the test of its condition.
+      transcendentals: Number of these that are exponentials, roots and the like.
     """
 
-    where: str
+    location: str
     flops: int
     transcendentals: int
 
@@ -68,52 +70,61 @@ class Flops(NamedTuple):
     """Floating-point operations of a program.
 
     Attributes:
-      fixed: those that run a number of times that the program states.
-      transcendentals: how many of these are exponentials, roots and the like, each of
-        them one operation.
-      loops: loops of unknown length, in the order of the program; one that stands in
-        another has an entry of its own and no part in the other's.
-      unknown: names of the operations on floating-point numbers that have no price
-        here, sorted; they count nothing.
+      fixed: Operations that are made a known number of times.
+      transcendentals: Number of these that are exponentials, roots and the like, each
+        of them one operation.
+      loops: Loops of unknown length, in program order. A loop inside another has its
+        own entry and is not part of the entry of the other.
+      unknown: Sorted names of the floating-point primitives that cannot be counted.
     """
 
     fixed: int
     transcendentals: int
-    loops: tuple[Loop, ...]
+    loops: tuple[WhileLoop, ...]
     unknown: tuple[str, ...]
 
     def total(self, *iterations: float) -> float:
-        """All operations, where each of ``loops`` made so many iterations in all."""
+        """Returns all operations for the total number of iterations of each loop.
+
+        Raises:
+          ValueError: The number of arguments is not that of ``loops``.
+        """
         if len(iterations) != len(self.loops):
-            places = "; ".join(loop.where for loop in self.loops) or "none"
+            locations = "; ".join(loop.location for loop in self.loops) or "none"
             raise ValueError(
-                f"total takes the iterations of each loop of unknown length, "
-                f"{len(self.loops)} numbers, got {len(iterations)}; loops: {places}"
+                "iterations must be one number per loop of unknown length, "
+                f"{len(self.loops)} numbers; got {len(iterations)}. The loops are: "
+                f"{locations}."
             )
         pairs = zip(self.loops, iterations, strict=True)
         return self.fixed + sum(loop.flops * n for loop, n in pairs)
 
 
-NOTHING = Flops(0, 0, (), ())
+NO_FLOPS = Flops(fixed=0, transcendentals=0, loops=(), unknown=())
 
 
 def flops(function: Callable, *args: Any) -> Flops:
-    """Floating-point operations of ``function(*args)``, which is traced and not run.
+    """Counts the operations of ``function(*args)``, which is traced and not run.
 
-    What no output needs is not counted. A product of an ``[m, k]`` and a ``[k, n]``
-    matrix counts ``2 m n k``; a convolution 2 for each pair of numbers that meet,
-    padding left out; Cholesky, LU and triangular solves their leading terms.
-    Elementwise operations count 1 for each number that comes out, exponentials and
-    roots too; reductions 1 for each that goes in; sorting ``n log2 n``. Moving numbers
-    counts nothing, nor does integer arithmetic. Of a conditional the dearest branch
-    counts, what `jax.checkpoint` makes again counts again, and of `jax.shard_map` all
-    devices count.
+    - Results that no output depends on are not counted.
+    - A product of an ``[m, k]`` and a ``[k, n]`` matrix counts ``2 m n k``.
+    - A convolution counts 2 per pair of input and kernel elements that are multiplied;
+      padding is left out.
+    - Cholesky, LU and triangular solves count their leading terms.
+    - Elementwise operations count 1 per output element, exponentials and roots too.
+    - Reductions count 1 per input element, and sorting counts ``n log2 n``.
+    - Moving elements and integer arithmetic count nothing.
+    - A conditional counts its most expensive branch.
+    - What `jax.checkpoint` recomputes counts again.
+    - `jax.shard_map` counts all devices.
 
     Args:
-      function: any that JAX can trace, such as a step, an estimate or a whole run.
-      args: arrays, pytrees of them, or `jax.ShapeDtypeStruct`.
+      function: Any function that JAX can trace, such as a step, an estimate or a whole
+        run.
+      args: Arrays, pytrees of arrays, or `jax.ShapeDtypeStruct`.
 
-    Cost: one trace. Bias: what the compiler merges or makes twice is not seen.
+    Cost: one trace.
+    Bias: operations that the compiler merges or repeats are not known.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> def power(A, x):
@@ -125,15 +136,16 @@ def flops(function: Callable, *args: Any) -> Flops:
 
 
 def count_jaxpr_flops(jaxpr: Any) -> Flops:
-    """Of what the outputs need; a loop's body is cleared here, not from outside."""
+    """Returns the operations of a jaxpr, without those that no output depends on."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    outputs = [True] * len(jaxpr.outvars)
-    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, outputs, instantiate=True)
-    return functools.reduce(_plus, map(_of_equation, jaxpr.eqns), NOTHING)
+    # Of a loop only the body itself can be reduced to what its outputs need.
+    all_outputs = [True] * len(jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, all_outputs, instantiate=True)
+    return functools.reduce(_add, map(_count_equation, jaxpr.eqns), NO_FLOPS)
 
 
-def _plus(a: Flops, b: Flops) -> Flops:
-    """One after the other; a loop that is in both needs one entry: iterations add."""
+def _add(a: Flops, b: Flops) -> Flops:
+    """Returns the operations of both; equal loops share an entry for all iterations."""
     return Flops(
         a.fixed + b.fixed,
         a.transcendentals + b.transcendentals,
@@ -142,61 +154,61 @@ def _plus(a: Flops, b: Flops) -> Flops:
     )
 
 
-def _times(n: int, a: Flops) -> Flops:
-    """``n`` times over; the iterations of loops are counted over all of them."""
+def _repeat(n: int, a: Flops) -> Flops:
+    """Returns ``n`` times the fixed operations; loops count their own iterations."""
     return a._replace(fixed=n * a.fixed, transcendentals=n * a.transcendentals)
 
 
-def _of_equation(equation: Any) -> Flops:
+def _count_equation(equation: Any) -> Flops:
     name, params = equation.primitive.name, equation.params
     match name:
         case "scan":
-            return _times(params["length"], count_jaxpr_flops(params["jaxpr"]))
+            return _repeat(params["length"], count_jaxpr_flops(params["jaxpr"]))
         case "while":
-            return _of_while(equation)
+            return _count_while(equation)
         case "cond":
-            return _dearest(
-                [count_jaxpr_flops(branch) for branch in params["branches"]]
-            )
+            return _most_expensive(list(map(count_jaxpr_flops, params["branches"])))
         case "custom_linear_solve":
             return count_jaxpr_flops(params["jaxprs"].solve)
         case "shard_map":
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
-            devices = math.prod(params["mesh"].shape[axis] for axis in axes)
-            return _times(devices, count_jaxpr_flops(params["jaxpr"]))
-        case "call_hi_primitive":  # one that says by others what it is, such as frexp
+            num_devices = math.prod(params["mesh"].shape[axis] for axis in axes)
+            return _repeat(num_devices, count_jaxpr_flops(params["jaxpr"]))
+        case "call_hi_primitive":  # defined by other primitives, such as frexp
             inputs = [v.aval for v in equation.invars]
             return count_jaxpr_flops(jax.make_jaxpr(params["_prim"].expand)(*inputs))
-    inner = called(equation)
-    return _of_primitive(equation) if inner is None else count_jaxpr_flops(inner)
+    jaxpr = called_jaxpr(equation)
+    return _count_primitive(equation) if jaxpr is None else count_jaxpr_flops(jaxpr)
 
 
-def _of_while(equation: Any) -> Flops:
-    """The condition is tested once more than the body runs."""
+def _count_while(equation: Any) -> Flops:
+    """Returns a loop entry, and one test of the condition, which precedes the body."""
     test = count_jaxpr_flops(equation.params["cond_jaxpr"])
-    once = _plus(test, count_jaxpr_flops(equation.params["body_jaxpr"]))
-    where = summarize(equation.source_info) or "inside jax"
-    loop = Loop(where, once.fixed, once.transcendentals)
+    iteration = _add(test, count_jaxpr_flops(equation.params["body_jaxpr"]))
+    location = summarize(equation.source_info) or "inside jax"
+    loop = WhileLoop(location, iteration.fixed, iteration.transcendentals)
     return test._replace(
-        loops=((loop,) if loop.flops else ()) + once.loops, unknown=once.unknown
+        loops=((loop,) if loop.flops else ()) + iteration.loops,
+        unknown=iteration.unknown,
     )
 
 
-def _dearest(branches: list[Flops]) -> Flops:
-    """The branch with most; the loops of all, of which those not taken make none."""
-    all_of_them = functools.reduce(_plus, branches)
-    dearest = max(branches, key=lambda branch: branch.fixed)
-    return dearest._replace(loops=all_of_them.loops, unknown=all_of_them.unknown)
+def _most_expensive(branches: list[Flops]) -> Flops:
+    """Returns the branch with most operations, and the loops of all branches."""
+    union = functools.reduce(_add, branches)
+    branch = max(branches, key=lambda branch: branch.fixed)
+    return branch._replace(loops=union.loops, unknown=union.unknown)
 
 
-def called(equation: Any) -> Any:
-    """The jaxpr that a call runs once: it takes and returns what the equation does.
+def called_jaxpr(equation: Any) -> Any:
+    """Returns the jaxpr that an equation calls once, or None if it is not a call.
 
-    By structure, since names (jit, remat2, custom_vjp_call, ...) differ by version.
+    A call is recognized by equal inputs and outputs, because the names of primitives
+    (jit, remat2, custom_vjp_call, ...) differ between versions of JAX.
     """
     shapes = lambda variables: [getattr(v.aval, "shape", None) for v in variables]
-    for value in equation.params.values():
-        jaxpr = getattr(value, "jaxpr", value)
+    for param in equation.params.values():
+        jaxpr = getattr(param, "jaxpr", param)
         if (
             hasattr(jaxpr, "eqns")
             and shapes(jaxpr.invars) == shapes(equation.invars)
@@ -206,24 +218,25 @@ def called(equation: Any) -> Any:
     return None
 
 
-def _of_primitive(equation: Any) -> Flops:
+def _count_primitive(equation: Any) -> Flops:
     name = equation.primitive.name
-    operands = [v.aval for v in (*equation.invars, *equation.outvars)]
-    is_a = lambda kind: any(
-        jnp.issubdtype(aval.dtype, kind) for aval in operands if hasattr(aval, "dtype")
+    avals = [v.aval for v in (*equation.invars, *equation.outvars)]
+    has_dtype = lambda kind: any(
+        jnp.issubdtype(aval.dtype, kind) for aval in avals if hasattr(aval, "dtype")
     )
-    if name in FREE or not is_a(jnp.inexact):
-        return NOTHING
-    n = None if is_a(jnp.complexfloating) else _price(equation)
+    if name in FREE or not has_dtype(jnp.inexact):
+        return NO_FLOPS
+    n = None if has_dtype(jnp.complexfloating) else _num_operations(equation)
     if n is None:
-        return Flops(0, 0, (), (name,))
-    return Flops(n, n if name in TRANSCENDENTAL else 0, (), ())
+        return NO_FLOPS._replace(unknown=(name,))
+    num_transcendentals = n if name in TRANSCENDENTAL else 0
+    return NO_FLOPS._replace(fixed=n, transcendentals=num_transcendentals)
 
 
-def _price(equation: Any) -> int | None:
-    """Operations of one equation on real numbers; None where not known."""
+def _num_operations(equation: Any) -> int | None:
+    """Returns the operations of a primitive on real numbers; None if unknown."""
     name, params = equation.primitive.name, equation.params
-    inputs, out = [v.aval for v in equation.invars], equation.outvars[0].aval
+    inputs, output = [v.aval for v in equation.invars], equation.outvars[0].aval
     if name in ELEMENTWISE | TRANSCENDENTAL:
         return sum(v.aval.size for v in equation.outvars)
     if name in REDUCTIONS:
@@ -233,13 +246,15 @@ def _price(equation: Any) -> int | None:
     match name:
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            if not contracted:  # an outer product adds nothing up
-                return out.size
-            return 2 * out.size * math.prod(inputs[0].shape[i] for i in contracted)
+            if not contracted:  # An outer product makes no additions.
+                return output.size
+            return 2 * output.size * math.prod(inputs[0].shape[i] for i in contracted)
         case "conv_general_dilated":
-            return _of_convolution(params, inputs[0].shape, inputs[1].shape, out.shape)
+            return _num_convolution_operations(
+                params, inputs[0].shape, inputs[1].shape, output.shape
+            )
         case "reduce_window_max" | "reduce_window_min" | "reduce_window_sum":
-            return out.size * math.prod(params["window_dimensions"])
+            return output.size * math.prod(params["window_dimensions"])
         case "select_and_scatter_add":
             return inputs[0].size * math.prod(params["window_dimensions"])
         case "sort" | "top_k":
@@ -255,28 +270,41 @@ def _price(equation: Any) -> int | None:
     return None
 
 
-def _of_convolution(params: Any, inputs: Any, kernel: Any, outputs: Any) -> int:
-    """2 for each input that meets a kernel entry, neither padding nor a hole."""
-    dims = params["dimension_numbers"]
-    along = lambda shape, spec: [shape[i] for i in spec[2:]]
-    pairs = map(
-        _meetings,
-        along(inputs, dims.lhs_spec),
-        along(kernel, dims.rhs_spec),
-        along(outputs, dims.out_spec),
+def _num_convolution_operations(
+    params: Any,
+    input_shape: Sequence[int],
+    kernel_shape: Sequence[int],
+    output_shape: Sequence[int],
+) -> int:
+    """Returns 2 per pair of an input and a kernel element that are multiplied."""
+    dimensions = params["dimension_numbers"]
+    spatial = lambda shape, spec: [shape[i] for i in spec[2:]]
+    num_pairs = map(
+        _num_axis_pairs,
+        spatial(input_shape, dimensions.lhs_spec),
+        spatial(kernel_shape, dimensions.rhs_spec),
+        spatial(output_shape, dimensions.out_spec),
         params["window_strides"],
         params["padding"],
         params["lhs_dilation"],
         params["rhs_dilation"],
     )
-    batch, features = (outputs[i] for i in dims.out_spec[:2])
-    return 2 * batch * features * kernel[dims.rhs_spec[1]] * math.prod(pairs)
+    num_channels = kernel_shape[dimensions.rhs_spec[1]]
+    batch_size, num_features = (output_shape[i] for i in dimensions.out_spec[:2])
+    return 2 * batch_size * num_features * num_channels * math.prod(num_pairs)
 
 
-def _meetings(
-    n: int, kernel: int, out: int, stride: int, padding: Any, hole: int, spread: int
+def _num_axis_pairs(
+    input_size: int,
+    kernel_size: int,
+    output_size: int,
+    stride: int,
+    padding: tuple[int, int],
+    input_dilation: int,
+    kernel_dilation: int,
 ) -> int:
-    """Along one axis: how often an output's kernel entry lies on an input."""
-    start = stride * np.arange(out)[:, None] - padding[0]
-    at = start + spread * np.arange(kernel)
-    return int(np.sum((at >= 0) & (at <= hole * (n - 1)) & (at % hole == 0)))
+    """Returns the number of pairs along one axis without padding and dilation holes."""
+    offsets = stride * np.arange(output_size)[:, None] - padding[0]
+    positions = offsets + kernel_dilation * np.arange(kernel_size)
+    is_inside = (positions >= 0) & (positions <= input_dilation * (input_size - 1))
+    return int(np.sum(is_inside & (positions % input_dilation == 0)))

@@ -1,4 +1,4 @@
-"""Bytes, as XLA planned them and as a process holds them."""
+"""Bytes that XLA plans for a program, and bytes that a process holds."""
 
 import os
 from collections.abc import Callable
@@ -12,9 +12,10 @@ class Memory(NamedTuple):
     """Bytes that a compiled program needs on each device.
 
     Attributes:
-      arguments, outputs: what goes in and what comes out.
-      temporaries: what stands in between, buffers that can share a place counted once.
-      aliased: outputs that take the place of donated arguments.
+      arguments: Bytes of the arguments.
+      outputs: Bytes of the outputs.
+      temporaries: Bytes of intermediate values; buffers that share memory count once.
+      aliased: Bytes of outputs that reuse the memory of donated arguments.
     """
 
     arguments: int
@@ -24,23 +25,25 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """All of them: arguments and outputs are held for the whole run."""
+        """Bytes of all of them, because arguments and outputs exist throughout."""
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
 
 def memory(function: Callable, *args: Any) -> Memory:
-    """Bytes of ``function(*args)``, which is compiled and not run.
+    """Returns the bytes of ``function(*args)``, which is compiled and not run.
 
     Args:
-      function: any that JAX can compile; one that is jitted keeps its settings, such as
-        the arguments that it donates.
-      args: arrays, pytrees of them, or `jax.ShapeDtypeStruct`.
+      function: Any function that JAX can compile. A jitted function keeps its settings,
+        such as the arguments that it donates.
+      args: Arrays, pytrees of arrays, or `jax.ShapeDtypeStruct`.
 
     Raises:
-      RuntimeError: the backend does not analyse memory.
+      RuntimeError: The backend does not analyze memory.
 
-    Cost: one compilation. Bias: constants of the program and the code are left out, and
-    what libraries allocate by themselves, such as a GPU's for its matrix products.
+    Cost: one compilation.
+    Bias:
+      The analysis leaves out the code, constants of the program, and memory that
+      libraries allocate themselves, such as a GPU's for matrix products.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> hg.cost.memory(lambda x: x[:2] + 1.0, jnp.ones(100, jnp.float32)).arguments
@@ -51,28 +54,29 @@ def memory(function: Callable, *args: Any) -> Memory:
 
 
 def memory_from_compiled(program: Any) -> Memory:
-    """Bytes of a compiled program."""
-    found = program.memory_analysis()
-    if found is None:
+    """Returns the bytes of a program that was compiled by ``lower(...).compile()``."""
+    analysis = program.memory_analysis()
+    if analysis is None:
         raise RuntimeError(
-            f"XLA tells no memory of programs for {jax.default_backend()}"
+            f"XLA does not report the memory of programs for {jax.default_backend()}. "
+            "Use the CPU, or measure the memory while the program runs."
         )
     return Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.alias_size_in_bytes,
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
     )
 
 
 def resident_bytes() -> int | None:
-    """Bytes of this process in the machine's memory; None where no one can tell.
+    """Returns the bytes of main memory that this process holds; None if unknown.
 
-    By Linux's ``/proc``. The one number that all of POSIX has is a peak, which a
-    process that has let go of its arrays does not come down from.
+    The number is read from ``/proc`` of Linux. All of POSIX has only the maximum so
+    far, which does not fall when a process frees its arrays.
     """
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        num_pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
         return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return int(num_pages) * os.sysconf("SC_PAGE_SIZE")

@@ -40,7 +40,7 @@ class InnerRunState(eqx.Module):
 def check_differentiable(solver: Any) -> None:
     """Refuses a solver whose iterations have no derivative."""
     check_solver(solver)
-    if not solver.differentiable:
+    if not getattr(solver, "differentiable", False):
         raise _not_differentiable(solver)
 
 

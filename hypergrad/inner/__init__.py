@@ -1,4 +1,4 @@
-"""How ``w*(alpha)`` is found."""
+"""Inner solvers, which find ``w*(alpha)``."""
 
 from .adapters import from_jaxopt, from_optimistix
 from .base import InnerSolver, IterativeSolver, inner_stats

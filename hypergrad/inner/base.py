@@ -1,4 +1,4 @@
-"""What an inner solver is."""
+"""The interface of inner solvers, and the statistics that they report."""
 
 from typing import Any, Protocol
 
@@ -7,46 +7,73 @@ from jaxtyping import Array, PyTree
 
 from ..problem import Data
 from ..products import Loss
-from ..trees import norm
 
+#: The scalars made by `inner_stats`.
 InnerStats = dict[str, Array]
 
 
 class InnerSolver(Protocol):
-    """Finds ``w*(alpha)``; knows nothing of how that is differentiated.
+    """Finds ``w*(alpha)``, the minimum of the inner loss.
 
-    ``differentiable`` says whether the iterations may be differentiated. A solver that
-    says so is a loop, ``num_steps`` times ``step`` from ``init``, with the parameters
-    first in its carry, and `Unrolled` runs that loop; `solve` runs the same one.
+    A solver is a hashable object or a pytree, such as an `equinox.Module`, and needs
+    `solve` only. It does not deal with derivatives: `Implicit` and `argmin` use the
+    stationarity of its result, and estimators that differentiate the iterations
+    themselves need an `IterativeSolver`. The library uses these further attributes if
+    they exist:
+
+    - ``differentiable``: Whether the iterations may be differentiated. Defaults to
+      False. If True, the solver must be an `IterativeSolver`.
+    - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`. Defaults to
+      none.
     """
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether the iterations may be differentiated."""
-        ...
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)`` from ``w``; pure and jit-able; stats by `inner_stats`."""
+        """Returns the solution and the cost of finding it; pure and jit-able.
+
+        Args:
+          inner_loss: ``(w, alpha, batch) -> scalar``.
+          w: Starting point.
+          alpha: Outer variable.
+          data: Inner data. `hypergrad.problem.sample_batch` and
+            `hypergrad.problem.full_batch` take batches from it.
+          key: PRNG key. The same key gives the same result to the bit.
+
+        Returns:
+          The solution, with the structure, shapes and dtypes of ``w``, and the
+          statistics made by `inner_stats`.
+        """
         ...
 
 
 class IterativeSolver(InnerSolver, Protocol):
     """An inner solver whose iterations may be differentiated.
 
-    A step that makes more gradients than one says how many in ``grads_per_step``.
+    Its ``solve`` is `run_inner_steps`: ``num_steps`` times `step`, from the carry that
+    `init` returns. The library uses these attributes in addition to those of
+    `InnerSolver`:
+
+    - ``num_steps``: T, the number of steps, a static integer. Required.
+    - ``differentiable``: Must be True.
+    - ``grads_per_step``: Number of inner gradients per step, for the cost of estimators
+      that make steps themselves. Defaults to 1.
     """
 
     @property
     def num_steps(self) -> int:
-        """T, static."""
+        """Number of steps, static."""
+        ...
+
+    @property
+    def differentiable(self) -> bool:
+        """True."""
         ...
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """``(w, the rest of the carry)``."""
+        """Returns the first carry, a pair ``(w, state)``."""
         ...
 
     def step(
@@ -57,50 +84,32 @@ class IterativeSolver(InnerSolver, Protocol):
         data: Data,
         key: Array,
     ) -> tuple[PyTree, PyTree]:
-        """The next carry."""
+        """Returns the next carry ``(w, state)``; ``key`` differs from step to step."""
         ...
 
 
 def grads_per_step(solver: IterativeSolver) -> int:
-    """Gradients that a step makes: 1 unless the solver has ``grads_per_step``."""
+    """Returns the number of gradients per step of a solver; 1 if it states none."""
     return getattr(solver, "grads_per_step", 1)
 
 
 def inner_stats(
     num_steps: Any, num_grads: Any = 0.0, num_hvps: Any = 0.0, num_values: Any = 0.0
 ) -> InnerStats:
-    """What a solve costs, in passes over all inner data: four scalars.
+    """Returns the statistics of a solve as four float scalars.
 
-    A value and gradient evaluated together count as one gradient.
+    Args:
+      num_steps: Number of steps.
+      num_grads: Number of gradients on all inner data; a gradient on a mini-batch
+        counts as the fraction of the data that it uses. A value and a gradient that are
+        evaluated together count as one gradient.
+      num_hvps: Number of Hessian-vector products, counted likewise.
+      num_values: Number of values without a gradient, counted likewise.
     """
-    number = lambda x: jnp.asarray(x, dtype=float)
-    return {
-        "num_steps": number(num_steps),
-        "num_grads": number(num_grads),
-        "num_hvps": number(num_hvps),
-        "num_values": number(num_values),
+    counts = {
+        "num_steps": num_steps,
+        "num_grads": num_grads,
+        "num_hvps": num_hvps,
+        "num_values": num_values,
     }
-
-
-def gradient_tolerance(tolerance: float | Array | None, gradient: PyTree) -> Array:
-    """The gradient norm at which to stop, relative to the first."""
-    first = norm(gradient)
-    if tolerance is None:
-        tolerance = float(jnp.finfo(first.dtype).eps) ** 0.75
-    return jnp.asarray(tolerance, first.dtype) * jnp.maximum(first, 1.0)
-
-
-def value_rounding_error(value: Array) -> Array:
-    """How far a value can be off by rounding."""
-    return 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
-
-
-def is_progressing(before: tuple[Array, PyTree], after: tuple[Array, PyTree]) -> Array:
-    """Whether a step did more than rounding: lowered the value, or the gradient.
-
-    A step that did not ends the run: nothing is left to gain in this precision.
-    """
-    (value, gradient), (next_value, next_gradient) = before, after
-    lower = next_value < value - value_rounding_error(value)
-    flatter = norm(next_gradient) < norm(gradient)
-    return lower | (flatter & (next_value <= value + value_rounding_error(value)))
+    return {name: jnp.asarray(count, dtype=float) for name, count in counts.items()}

@@ -8,19 +8,23 @@ from jaxtyping import Array, PyTree
 from ..problem import Data, full_batch
 from ..products import Loss
 from ..validation import check_hashable
-from .base import (
-    InnerStats,
-    inner_stats,
-)
+from .base import InnerStats, inner_stats
 
 
 class ClosedForm(eqx.Module):
-    """``w* = fn(alpha, batch)``, where the inner problem has a formula.
+    """The formula ``w* = fn(alpha, batch)`` of an inner problem that has one.
+
+    The formula is evaluated on all of the data.
 
     Args:
-      fn: ``(alpha, batch) -> w*``, differentiable.
+      fn: Differentiable function ``(alpha, batch) -> w*``.
 
-    Cost: counted as one gradient. Memory and bias: the formula's.
+    Cost: counted as one gradient.
+    Memory: that of the formula.
+    Bias: that of the formula.
+
+    Raises:
+      TypeError: ``fn`` is not a hashable function.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> solver = hg.ClosedForm(lambda alpha, batch: 2 * alpha)
@@ -36,13 +40,13 @@ class ClosedForm(eqx.Module):
 
     def __check_init__(self):
         if not callable(self.fn):
-            raise TypeError(f"fn must be a function; got {self.fn!r}")
+            raise TypeError(f"fn must be a function; got {self.fn!r}.")
         check_hashable("fn", self.fn)
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """``(w, ())``: a formula remembers nothing."""
+        """Returns ``(w, ())``, because a formula has no state."""
         del inner_loss, alpha, data, key
         return w, ()
 
@@ -54,13 +58,13 @@ class ClosedForm(eqx.Module):
         data: Data,
         key: Array,
     ) -> tuple[PyTree, PyTree]:
-        """``(fn(alpha, batch), ())``, on all of the data."""
+        """Returns ``(fn(alpha, batch), ())``."""
         del inner_loss, carry
         return self.fn(alpha, full_batch(data, key)), ()
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(fn(alpha, batch), stats)``; ``w`` is not read."""
+        """Returns ``fn(alpha, batch)`` and its cost; ``w`` is not used."""
         w, _ = self.step(inner_loss, (w, ()), alpha, data, key)
         return w, inner_stats(1, num_grads=1)

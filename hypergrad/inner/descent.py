@@ -1,4 +1,4 @@
-"""Gradient descent by any optax transformation, and the loop it runs in."""
+"""Descent by optax transformations, and the loop of all iterative solvers."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
@@ -17,21 +17,32 @@ from .base import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]
 
+LINE_SEARCH_STATES = (
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+)
+NON_DIFFERENTIABLE_STATES = (*LINE_SEARCH_STATES, optax.ScaleByLBFGSState)
+
 
 class Descent(eqx.Module):
     """``num_steps`` steps of an optax optimizer on the inner loss.
 
+    If the data is `Batches` with a batch size, each step samples its own batch.
+
     Args:
-      optimizer: an `optax.GradientTransformation`, or ``alpha -> one``, so that
-        learning rates and whole schedules can be hyperparameters.
+      optimizer: Optax transformation, or a function ``alpha -> transformation``, so
+        that learning rates and whole schedules can be hyperparameters.
       num_steps: T, the number of steps, a static integer.
 
-    Each step draws its own batch where the data is `Batches` with a batch size, from
-    a key split off the given one: same key, same result to the bit.
+    Cost:
+      T gradients, where mini-batches count in proportion. The evaluations of an
+      optimizer with a line search are not counted; `LBFGS` counts its own.
+    Memory: ``w`` and the state of the optimizer.
+    Bias: the error of the inner solution after T steps.
 
-    Cost: T gradients, mini-batches in proportion; what an optimizer that searches along
-    a line evaluates beside them is not counted (`LBFGS` counts). Memory: ``w`` and the
-    optimizer's state. Bias: what T steps leave of the inner problem.
+    Raises:
+      TypeError: ``optimizer`` is neither a transformation nor a hashable function.
+      ValueError: ``num_steps`` is not an integer of at least 0.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
@@ -54,19 +65,19 @@ class Descent(eqx.Module):
         if not callable(self.optimizer):
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation such as "
-                "optax.sgd(0.1), or a function alpha -> one; got "
-                f"{type(self.optimizer).__name__}"
+                "optax.sgd(0.1), or a function of alpha that returns one; got "
+                f"{type(self.optimizer).__name__}."
             )
         check_hashable("optimizer", self.optimizer)
 
     @property
     def differentiable(self) -> bool:
-        """False for optax transformations that search along a line or keep L-BFGS."""
+        """False for optax transformations with a line search, and for L-BFGS."""
         if not isinstance(self.optimizer, optax.GradientTransformation):
             return True
         try:
             state = jax.eval_shape(self.optimizer.init, jnp.zeros(()))
-        except Exception:  # a mask or labels that fit the user's w only
+        except Exception:  # The transformation has a mask that only fits the user's w.
             return True
         return not contains_state(state, NON_DIFFERENTIABLE_STATES)
 
@@ -77,14 +88,14 @@ class Descent(eqx.Module):
             if not isinstance(optimizer, optax.GradientTransformation):
                 raise TypeError(
                     "optimizer(alpha) must return an optax.GradientTransformation; got "
-                    f"{type(optimizer).__name__}"
+                    f"{type(optimizer).__name__}."
                 )
         return optax.with_extra_args_support(optimizer)
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """``(w, optimizer state)``."""
+        """Returns ``w`` and the first state of the optimizer."""
         del inner_loss, data, key
         return w, self._transformation(alpha).init(w)
 
@@ -96,36 +107,29 @@ class Descent(eqx.Module):
         data: Data,
         key: Array,
     ) -> tuple[PyTree, PyTree]:
-        """One update from the gradient on a batch drawn with ``key``."""
+        """Returns the carry after one update on a batch sampled with ``key``."""
         w, state = carry
         batch = sample_batch(data, key)
         value_fn = lambda w: inner_loss(w, alpha, batch)
-        value, gradient = jax.value_and_grad(value_fn)(w)
+        value, grad = jax.value_and_grad(value_fn)(w)
         updates, state = self._transformation(alpha).update(
-            gradient, state, w, value=value, grad=gradient, value_fn=value_fn
+            grad, state, w, value=value, grad=grad, value_fn=value_fn
         )
         return optax.apply_updates(w, updates), state
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w_T, stats)``; same structure as ``w``."""
+        """Returns ``w`` after all steps and its cost."""
         w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
-        steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))
-
-
-LINE_SEARCH_STATES = (
-    optax.ScaleByZoomLinesearchState,
-    optax.ScaleByBacktrackingLinesearchState,
-)
-NON_DIFFERENTIABLE_STATES = (*LINE_SEARCH_STATES, optax.ScaleByLBFGSState)
+        num_grads = self.num_steps * batch_fraction(data)
+        return w, inner_stats(self.num_steps, num_grads=num_grads)
 
 
 def contains_state(state: PyTree, kinds: tuple[type, ...]) -> bool:
-    """Whether an optax state is one of these, or has one within."""
-    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    return any(isinstance(node, kinds) for node in found)
+    """Returns True if an optax state, or a state within it, is one of ``kinds``."""
+    is_match = lambda node: isinstance(node, kinds)
+    return any(map(is_match, jax.tree.leaves(state, is_leaf=is_match)))
 
 
 def run_inner_steps(
@@ -140,16 +144,18 @@ def run_inner_steps(
     halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """The carry after all of an iterative solver's steps.
+    """Returns the carry after all steps of an iterative solver.
 
     Args:
-      solver: an `IterativeSolver`.
-      inner_loss, w, alpha, data, key: as for its ``solve``.
-      last: let derivatives see only the last so many steps.
-      halves: what the older and the newer half of those read in place of ``alpha``, to
-        tell apart what each contributes; of an odd number the middle one reads it.
-      checkpoint: store two levels of ``sqrt(T)`` carries for the reverse pass instead
-        of every step's intermediates, for one more run of the steps.
+      solver: An `IterativeSolver`.
+      inner_loss, w, alpha, data, key: As for its ``solve``.
+      truncation_length: K, the number of last steps that derivatives pass through.
+        Defaults to all of them.
+      halves: Two copies of ``alpha`` for the older and the newer half of the last K
+        steps, so that the derivatives by the halves can be told apart. If K is odd, the
+        step between the halves uses ``alpha``.
+      checkpoint: Whether the reverse pass stores two levels of ``sqrt(T)`` carries
+        instead of the intermediate values of every step, and repeats the steps.
     """
     init_key, steps_key = jax.random.split(key)
     keys = jax.random.split(steps_key, solver.num_steps)
@@ -164,70 +170,85 @@ def run_inner_steps(
 
     if truncation_length is None or truncation_length >= solver.num_steps:
         return run(alpha, carry, keys)
-    early = solver.num_steps - truncation_length
-    frozen = jax.lax.stop_gradient(alpha)
-    carry = jax.lax.stop_gradient(run(frozen, carry, keys[:early]))
+    num_done = solver.num_steps - truncation_length
+    constant_alpha = jax.lax.stop_gradient(alpha)
+    carry = jax.lax.stop_gradient(run(constant_alpha, carry, keys[:num_done]))
     if halves is None:
-        return run(alpha, carry, keys[early:])
-    older, newer = halves
-    for seen, length in zip(
-        (older, alpha, newer), split_steps(truncation_length), strict=True
-    ):
-        carry = run(seen, carry, keys[early : early + length])
-        early += length
+        return run(alpha, carry, keys[num_done:])
+    older_alpha, newer_alpha = halves
+    alphas = (older_alpha, alpha, newer_alpha)
+    lengths = split_steps(truncation_length)
+    for part_alpha, length in zip(alphas, lengths, strict=True):
+        carry = run(part_alpha, carry, keys[num_done : num_done + length])
+        num_done += length
     return carry
 
 
-def split_steps(last: int) -> tuple[int, int, int]:
-    """Steps in the older half, between, and in the newer half."""
-    return last // 2, last % 2, last // 2
+def split_steps(num_steps: int) -> tuple[int, int, int]:
+    """Returns the numbers of steps in the older half, between, in the newer half."""
+    return num_steps // 2, num_steps % 2, num_steps // 2
 
 
 def uses_checkpoints(num_steps: int) -> bool:
-    """Whether so many steps are worth segments; fewer are all stored."""
+    """Returns True if a run has enough steps for segments; fewer are all stored."""
     return num_steps >= 4
 
 
-def _scan(step: Callable, carry: PyTree, keys: Array, checkpoint: bool) -> PyTree:
-    """``lax.scan`` over keys, for the carry only; in ``sqrt(T)`` segments if asked."""
+def _scan(
+    step: Callable[[PyTree, Array], tuple[PyTree, None]],
+    carry: PyTree,
+    keys: Array,
+    checkpoint: bool,
+) -> PyTree:
+    """Returns the last carry of ``lax.scan`` over keys, run in segments if asked."""
     scan = lambda carry, keys: jax.lax.scan(step, carry, keys)[0]
     if not (checkpoint and uses_checkpoints(len(keys))):
         return scan(carry, keys)
+    # The reverse pass keeps a carry per segment, and one per step of one segment.
     length = math.isqrt(len(keys))
-    whole = len(keys) - len(keys) % length
-    segment = jax.checkpoint(scan)
-    segments = keys[:whole].reshape(-1, length)
-    carry, _ = jax.lax.scan(lambda c, k: (segment(c, k), None), carry, segments)
-    return segment(carry, keys[whole:]) if whole < len(keys) else carry
+    num_in_segments = len(keys) - len(keys) % length
+    run_segment = jax.checkpoint(scan)
+    segments = keys[:num_in_segments].reshape(-1, length)
+    body_fun = lambda carry, keys: (run_segment(carry, keys), None)
+    carry, _ = jax.lax.scan(body_fun, carry, segments)
+    remaining = keys[num_in_segments:]
+    return run_segment(carry, remaining) if len(remaining) else carry
 
 
 def piecewise_constant_schedule(
-    values: Array, num_steps: int
+    values: Float[Array, " windows"], num_steps: int
 ) -> Callable[[Array], Array]:
-    """An optax schedule: ``values[count * len(values) // num_steps]``.
+    """Returns the optax schedule ``values[count * len(values) // num_steps]``.
+
+    `Forward` then carries one derivative per window instead of one per step, and a
+    derivative that is summed over a window has less variance than that of one step.
 
     Args:
-      values: ``[W]``, one for each of W windows of equal length.
-      num_steps: T of the run; steps beyond it keep the last value.
+      values: One value for each of W windows of equal length, shape ``[W]``.
+      num_steps: T, the number of steps of the run; later steps use the last value.
 
-    One derivative a window is W numbers for `Forward` to carry, and an average over
-    the window's steps has less variance than any of its own.
+    Raises:
+      ValueError: ``values`` is not a vector, or ``num_steps`` not a positive integer.
 
-    Source: Micaelli & Storkey 2021 (arXiv 2007.07869).
+    Source: Micaelli & Storkey 2021, arXiv:2007.07869.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> schedule = hg.windows(jnp.array([0.1, 0.2]), num_steps=6)
+    >>> values = jnp.array([0.1, 0.2])
+    >>> schedule = hg.piecewise_constant_schedule(values, num_steps=6)
     >>> tuple(round(float(schedule(count)), 2) for count in (0, 2, 3, 5, 9))
     (0.1, 0.1, 0.2, 0.2, 0.2)
     """
     values = jnp.asarray(values)
     if values.ndim != 1:
-        raise ValueError(f"values must be a vector, one a window; got {values.shape}")
+        raise ValueError(
+            "values must be a vector with one value per window; got shape "
+            f"{values.shape}."
+        )
     check_positive_int("num_steps", num_steps)
-    count_windows = values.size
+    num_windows = values.size
 
     def schedule(count: Array) -> Array:
-        window = jnp.asarray(count) * count_windows // num_steps
-        return values[jnp.minimum(window, count_windows - 1)]
+        window = jnp.asarray(count) * num_windows // num_steps
+        return values[jnp.minimum(window, num_windows - 1)]
 
     return schedule

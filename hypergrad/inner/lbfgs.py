@@ -12,23 +12,25 @@ from ..problem import Data, full_batch
 from ..products import Loss
 from ..trees import norm
 from ..validation import check_positive_int, float_converter
-from .base import InnerStats, gradient_tolerance, inner_stats, is_progressing
+from .base import InnerStats, inner_stats
+from .stopping import absolute_grad_tol, has_progressed
 
 
 class LBFGS(eqx.Module):
     """Optax's L-BFGS with its zoom line search, run until the gradient is small.
 
+    The solver uses all of the data, never a mini-batch. Its iterations must not be
+    differentiated, because unrolled L-BFGS gives NaN: use `Implicit`.
+
     Args:
-      max_steps: steps at the most.
-      tolerance: stop at ``||dL/dw|| <= tolerance max(1, ||dL/dw at the start||)``;
-        None means ``eps^(3/4)`` of the dtype.
-      memory_size: pairs kept.
+      max_steps: Maximum number of steps.
+      tolerance: The solver stops when ``||dL/dw||`` is at most this times
+        ``max(1, ||dL/dw at the start||)``. Defaults to ``eps^(3/4)`` of the dtype.
+      memory_size: Number of pairs of steps and gradient changes that are kept.
 
-    Not differentiable step by step (unrolled L-BFGS gives NaN): use `Implicit`.
-
-    Cost: about one gradient a step, each evaluation of the line search counted.
-    Memory: ``2 memory_size`` vectors like ``w``. Bias: none at its tolerance. Uses all
-    of the data, never a mini-batch.
+    Cost: about one gradient per step; each evaluation of the line search is counted.
+    Memory: ``2 memory_size`` vectors like ``w``.
+    Bias: none at a small enough tolerance.
 
     Source: Liu & Nocedal 1989.
 
@@ -57,41 +59,52 @@ class LBFGS(eqx.Module):
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)``; same structure as ``w``."""
+        """Returns the minimum and the cost of finding it."""
         batch = full_batch(data, key)
         loss = lambda w: inner_loss(w, alpha, batch)
         optimizer = optax.lbfgs(memory_size=self.memory_size)
-        value, gradient = jax.value_and_grad(loss)(w)
-        goal = gradient_tolerance(self.tolerance, gradient)
+        value, grad = jax.value_and_grad(loss)(w)
+        grad_tol = absolute_grad_tol(self.tolerance, grad)
 
-        def unfinished(carry):
-            _, _, _, gradient, k, moving, _ = carry
-            return (k < self.max_steps) & moving & (norm(gradient) > goal)
-
-        def step(carry):
-            w, state, value, gradient, k, _, evaluations = carry
-            next_state: Any
-            updates, next_state = optimizer.update(
-                gradient, state, w, value=value, grad=gradient, value_fn=loss
-            )
-            next_w = optax.apply_updates(w, updates)
-            search = next_state[-1]  # the zoom line search's, which ended at next_w
-            next_value, next_gradient = search.value, search.grad
-            evaluations = evaluations + search.info.num_linesearch_steps
-            moving = is_progressing((value, gradient), (next_value, next_gradient))
-            keep = lambda new, old: optax.tree.where(moving, new, old)
+        def cond_fun(carry):
+            _, _, _, grad, num_steps, is_progressing, _ = carry
             return (
-                keep(next_w, w),
-                next_state,
-                keep(next_value, value),
-                keep(next_gradient, gradient),
-                k + 1,
-                moving,
-                evaluations,
+                (num_steps < self.max_steps) & is_progressing & (norm(grad) > grad_tol)
+            )
+
+        def body_fun(carry):
+            w, state, value, grad, num_steps, _, num_grads = carry
+            new_state: Any
+            updates, new_state = optimizer.update(
+                grad, state, w, value=value, grad=grad, value_fn=loss
+            )
+            new_w = optax.apply_updates(w, updates)
+            # The line search ended at new_w and keeps its value and gradient.
+            line_search = new_state[-1]
+            new_value, new_grad = line_search.value, line_search.grad
+            num_grads = num_grads + line_search.info.num_linesearch_steps
+            is_progressing = has_progressed(value, grad, new_value, new_grad)
+            select = lambda new, old: optax.tree.where(is_progressing, new, old)
+            return (
+                select(new_w, w),
+                new_state,
+                select(new_value, value),
+                select(new_grad, grad),
+                num_steps + 1,
+                is_progressing,
+                num_grads,
             )
 
         zero = jnp.asarray(0)
-        true = jnp.asarray(True)
-        carry = (w, optimizer.init(w), value, gradient, zero, true, zero)
-        w, _, _, _, k, _, evaluations = jax.lax.while_loop(unfinished, step, carry)
-        return w, inner_stats(k, num_grads=evaluations + 1)
+        init_carry = (
+            w,
+            optimizer.init(w),
+            value,
+            grad,
+            zero,
+            jnp.asarray(True),
+            zero,
+        )
+        final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
+        w, _, _, _, num_steps, _, num_grads = final_carry
+        return w, inner_stats(num_steps, num_grads=num_grads + 1)

@@ -1,47 +1,48 @@
 """Newton-CG for the inner problem."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..linear.base import MatVec
 from ..linear.cg import conjugate_gradients
 from ..problem import Data, full_batch
 from ..products import Loss, hvp
 from ..trees import add_scale, apply_unless, norm, scale, vdot
 from ..validation import check_positive_int, float_converter
-from .base import (
-    InnerStats,
-    gradient_tolerance,
-    inner_stats,
-    is_progressing,
-    value_rounding_error,
-)
+from .base import InnerStats, inner_stats
+from .stopping import absolute_grad_tol, has_progressed, value_rounding_error
 
-ARMIJO = 1e-4
-HALVINGS = 60  # a nearly flat start asks for a step of 1/curvature
-FORCING = 0.5
+ARMIJO = 1e-4  # fraction of the linear decrease that a step must reach
+MAX_TRIALS = 60  # step sizes; from a nearly flat start the first is far too large
+MAX_FORCING_TERM = 0.5
 
 
 class Newton(eqx.Module):
     """Newton-CG with a line search: ``H d = -dL/dw``, ``w <- w + t d``.
 
+    Conjugate gradients solve for each direction ``d`` to a relative residual of
+    ``min(1/2, sqrt(||g|| / ||g_0||))``, with ``g = dL/dw`` and ``g_0`` at the start. If
+    they meet a direction of curvature that is not positive, ``d`` is their iterate so
+    far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of descent. The
+    line search halves ``t`` until the loss decreases enough, up to rounding. The solver
+    uses all of the data, never a mini-batch.
+
     Args:
-      max_steps: Newton steps at the most.
-      tolerance: stop at ``||dL/dw|| <= tolerance max(1, ||dL/dw at the start||)``;
-        None means ``eps^(3/4)`` of the dtype.
+      max_steps: Maximum number of Newton steps.
+      tolerance: The solver stops when ``||dL/dw||`` is at most this times
+        ``max(1, ||dL/dw at the start||)``. Defaults to ``eps^(3/4)`` of the dtype.
 
-    Each direction is solved by conjugate gradients to a relative residual of
-    ``min(1/2, sqrt(||g|| / ||g_0||))``, on the same products as the adjoint; where
-    the curvature is not positive, the direction is the iterate so far, or else ``-g``
-    scaled by ``g'g / |g'Hg|``. The line search halves until the loss falls enough,
-    allowing for rounding.
-
-    Cost: a few Hessian-vector products a step, and a gradient for each length that the
-    line search tries, mostly one; the fastest road to an accurate hypergradient on
-    smooth problems. Memory: six vectors like ``w``. Bias: none at its tolerance. Uses
-    all of the data, never a mini-batch.
+    Cost:
+      A few Hessian-vector products per step, and a gradient per step size that the line
+      search tries, mostly one. On smooth problems this is the fastest way to an
+      accurate hypergradient.
+    Memory: six vectors like ``w``.
+    Bias: none at a small enough tolerance.
 
     Source: Dembo, Eisenstat & Steihaug 1982; Nocedal & Wright, algorithm 7.1.
 
@@ -68,56 +69,106 @@ class Newton(eqx.Module):
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)``; same structure as ``w``."""
+        """Returns the minimum and the cost of finding it."""
         batch = full_batch(data, key)
-        loss = lambda w: inner_loss(w, alpha, batch)
-        value, gradient = jax.value_and_grad(loss)(w)
-        goal = gradient_tolerance(self.tolerance, gradient)
-        first = norm(gradient)
+        value_and_grad = jax.value_and_grad(lambda w: inner_loss(w, alpha, batch))
+        value, grad = value_and_grad(w)
+        grad_tol = absolute_grad_tol(self.tolerance, grad)
+        init_norm = norm(grad)
 
-        def unfinished(carry):
-            _, _, gradient, k, moving, *_ = carry
-            return (k < self.max_steps) & moving & (norm(gradient) > goal)
-
-        def step(carry):
-            w, value, gradient, k, _, products, grads = carry
-            forcing = jnp.minimum(FORCING, jnp.sqrt(norm(gradient) / first))
-            matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
-            minus = scale(-1, gradient)
-            d, _, solved = conjugate_gradients(
-                matvec, minus, forcing, None, {"true_residual": False}, lambda r: r
+        def cond_fun(carry):
+            _, _, grad, num_steps, is_progressing, *_ = carry
+            return (
+                (num_steps < self.max_steps) & is_progressing & (norm(grad) > grad_tol)
             )
-            blocked = vdot(d, gradient) >= 0
 
-            def scaled_descent(_):  # as long as a step over that much curvature
-                curvature = jnp.abs(vdot(minus, matvec(minus)))
-                length = jnp.where(curvature > 0, vdot(minus, minus) / curvature, 1.0)
-                return scale(length, minus)
+        def body_fun(carry):
+            w, value, grad, num_steps, _, num_hvps, num_grads = carry
+            matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
+            # Inexact Newton is superlinear if the residual tolerance falls with ||g||.
+            rtol = jnp.minimum(MAX_FORCING_TERM, jnp.sqrt(norm(grad) / init_norm))
+            direction, num_products = _descent_direction(matvec, grad, rtol)
+            trial, is_accepted, num_trials = _line_search(
+                value_and_grad, w, value, grad, direction
+            )
+            select = lambda new, old: optax.tree.where(is_accepted, new, old)
+            w, (new_value, new_grad) = select(trial, (w, (value, grad)))
+            is_progressing = is_accepted & has_progressed(
+                value, grad, new_value, new_grad
+            )
+            return (
+                w,
+                new_value,
+                new_grad,
+                num_steps + 1,
+                is_progressing,
+                num_hvps + num_products,
+                num_grads + num_trials,
+            )
 
-            d = apply_unless(~blocked, scaled_descent, d)
-            slope = vdot(d, gradient)
+        zero = jnp.asarray(0)
+        init_carry = (w, value, grad, zero, jnp.asarray(True), zero, jnp.asarray(1))
+        final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
+        w, _, _, num_steps, _, num_hvps, num_grads = final_carry
+        return w, inner_stats(num_steps, num_grads, num_hvps)
 
-            # The whole step is mostly taken, so that a trial's gradient is the next.
-            def at(length):
-                there = add_scale(w, length, d)
-                return length, there, jax.value_and_grad(loss)(there)
 
-            def too_long(search):
-                (length, _, (trial, _)), tries = search
-                enough = value + ARMIJO * length * slope + value_rounding_error(value)
-                return ~(trial <= enough) & (tries < HALVINGS)
+def _descent_direction(
+    matvec: MatVec, grad: PyTree, rtol: Array
+) -> tuple[PyTree, Array]:
+    """Returns a direction ``d`` with ``g'd < 0`` and its number of products."""
+    negative_grad = scale(-1, grad)
+    # H d = -g
+    direction, _, stats = conjugate_gradients(
+        matvec, negative_grad, rtol=rtol, options={"true_residual": False}
+    )
+    is_ascent = vdot(direction, grad) >= 0
 
-            halve = lambda search: (at(search[0][0] / 2), search[1] + 1)
-            search = at(jnp.ones((), value.dtype)), jnp.asarray(1)
-            trial, tries = jax.lax.while_loop(too_long, halve, search)
-            found = ~too_long((trial, 0))
-            keep = lambda new, old: optax.tree.where(found, new, old)
-            w, after = keep(trial[1:], (w, (value, gradient)))
-            moving = found & is_progressing((value, gradient), after)
-            products = products + solved["num_products"] + jnp.where(blocked, 1, 0)
-            return w, *after, k + 1, moving, products, grads + tries
+    def scaled_negative_grad(_):
+        # d = -g g'g / |g'Hg|, the Newton step along g for the curvature |g'Hg| / g'g
+        curvature = jnp.abs(vdot(negative_grad, matvec(negative_grad)))
+        squared_norm = vdot(negative_grad, negative_grad)
+        step_size = jnp.where(curvature > 0, squared_norm / curvature, 1.0)
+        return scale(step_size, negative_grad)
 
-        zero, one = jnp.asarray(0), jnp.asarray(1)
-        carry = (w, value, gradient, zero, jnp.asarray(True), zero, one)
-        w, _, _, k, _, products, grads = jax.lax.while_loop(unfinished, step, carry)
-        return w, inner_stats(k, grads, products)
+    direction = apply_unless(~is_ascent, scaled_negative_grad, direction)
+    return direction, stats["num_products"] + jnp.where(is_ascent, 1, 0)
+
+
+def _line_search(
+    value_and_grad: Callable[[PyTree], tuple[Array, PyTree]],
+    w: PyTree,
+    value: Array,
+    grad: PyTree,
+    direction: PyTree,
+) -> tuple[tuple[PyTree, tuple[Array, PyTree]], Array, Array]:
+    """Halves the step size, starting with 1, until the loss decreases enough.
+
+    Returns:
+      ``(new_w, (value, grad))`` of the last trial, whether it decreases the loss
+      enough, and the number of trials.
+    """
+    slope = vdot(direction, grad)
+
+    def evaluate(step_size):
+        # The first trial is mostly accepted, and its gradient is that of the next step.
+        new_w = add_scale(w, step_size, direction)
+        return step_size, (new_w, value_and_grad(new_w))
+
+    def is_sufficient(trial):
+        # Armijo's condition L(w + t d) <= L(w) + c t g'd, up to rounding
+        step_size, (_, (new_value, _)) = trial
+        max_value = value + ARMIJO * step_size * slope + value_rounding_error(value)
+        return new_value <= max_value
+
+    def cond_fun(carry):
+        trial, num_trials = carry
+        return ~is_sufficient(trial) & (num_trials < MAX_TRIALS)
+
+    def body_fun(carry):
+        (step_size, _), num_trials = carry
+        return evaluate(step_size / 2), num_trials + 1
+
+    init_carry = evaluate(jnp.ones((), value.dtype)), jnp.asarray(1)
+    trial, num_trials = jax.lax.while_loop(cond_fun, body_fun, init_carry)
+    return trial[1], is_sufficient(trial), num_trials

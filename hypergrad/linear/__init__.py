@@ -1,6 +1,7 @@
-"""How ``H^-1`` is applied: linear solvers with lineax's interface.
+"""Linear solvers, which apply ``H^-1`` through the interface of lineax.
 
-lineax's own solvers work wherever these do; the ones here report what lineax's do not.
+The solvers of lineax can be used in their place. Those of this package also count their
+products and report what they observe of the spectrum of ``H``.
 """
 
 from .cg import CG

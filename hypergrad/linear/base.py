@@ -1,4 +1,4 @@
-"""One call for every linear solver: ``v = H^-1 b`` by products ``H v``."""
+"""The interface of linear solvers, and one function that calls any of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,127 +13,172 @@ from ..trees import add_scale, divide, norm, power_of_two_scale
 MatVec = Callable[[PyTree], PyTree]
 LinearStats = dict[str, Array]
 
-_HESSIAN = frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag})
+_HESSIAN_TAGS = frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag})
+
+
+class SymmetricSolver(lx.AbstractLinearSolver):
+    """Base class of solvers of ``H v = b`` with a real symmetric ``H``.
+
+    A subclass writes ``compute(state, vector, options) -> (v, result, stats)``, where
+    ``state`` is the operator ``H``, ``vector`` is ``b`` and ``result`` a member of
+    `lineax.RESULTS`. Any solver of lineax works in its place. All of the following is
+    optional, for a subclass and for any other solver.
+
+    Entries of ``options`` that `solve_linear` passes:
+
+    - ``y0``: Starting point.
+    - ``true_residual``: False, because the caller computes ``b - H v`` itself. A solver
+      that is called without it may spend a product on its statistic ``residual``.
+    - ``prepared``: The value that ``prepare`` returned for this or an earlier ``H``, or
+      None.
+
+    Entries of ``stats`` that `solve_linear` reads:
+
+    - ``num_products``: Number of Hessian-vector products. Defaults to the number that
+      solvers of lineax make in ``num_steps`` steps, and to the dimension if there is no
+      such entry, which stands for a dense solver.
+    - ``num_shared``: Number of these products that several right-hand sides share under
+      ``vmap``. Defaults to 0, and to all of them for a dense solver.
+    - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``. Default
+      to NaN.
+    - ``negative_curvature``: Whether ``p'Hp < 0`` was observed for some ``p``. Defaults
+      to False.
+
+    Attributes that the library uses if they exist:
+
+    - ``error_bound(eig_min, eig_max) -> float``: Relative error ``||v - H^-1 b|| /
+      ||H^-1 b||`` that the method admits if the eigenvalues of ``H`` lie in that
+      interval, or NaN if unknown. Defaults to 0.
+    - ``exact``: Whether the result is exact up to the tolerance ``rtol`` and the
+      statistics contain ``ritz_min``. Defaults to False.
+    - ``rtol``: Tolerance of the relative residual ``||b - H v|| / ||b||``. `Implicit`
+      with a tolerance of its own sets it, and needs a solver with ``exact``.
+    - ``refresh_every``: Number of estimates of `Implicit` that share one prepared
+      value. Defaults to 1, which prepares nothing.
+    - ``prepare(matvec, like) -> prepared``: Required if ``refresh_every`` exceeds 1.
+    - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
+    - ``summary``: Tuple of `MethodSummary`, its rows in the guide.
+    """
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
+        """Returns the operator; raises ValueError unless it is tagged symmetric."""
+        del options
+        if not lx.is_symmetric(operator):
+            raise ValueError(
+                f"operator must be symmetric for {type(self).__name__}. Tag it with "
+                "lineax.symmetric_tag or lineax.positive_semidefinite_tag."
+            )
+        return operator
+
+    def transpose(self, state: Any, options: dict[str, Any]) -> tuple[Any, dict]:
+        """Returns the arguments, because ``H' = H``."""
+        return state, options
+
+    def conj(self, state: Any, options: dict[str, Any]) -> tuple[Any, dict]:
+        """Returns the arguments, because ``H`` is real."""
+        return state, options
+
+    def assume_full_rank(self) -> bool:
+        """Returns True, because the Hessian at a strict minimum is invertible."""
+        return True
 
 
 def hessian_operator(matvec: MatVec, like: PyTree) -> lx.AbstractLinearOperator:
-    """``matvec`` as a lineax operator on vectors shaped ``like``.
+    """Returns ``matvec`` as a lineax operator on vectors structured like ``like``.
 
-    Tagged positive semidefinite, as Hessians at a minimum are; where one is not, the
-    residual and `CG`'s curvature flag tell.
+    The operator is tagged positive semidefinite, as the Hessian at a minimum is. For
+    any other ``H`` the residual is large or `CG` reports negative curvature.
     """
     structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-    return lx.FunctionLinearOperator(matvec, structure, _HESSIAN)
+    return lx.FunctionLinearOperator(matvec, structure, _HESSIAN_TAGS)
 
 
 def solve_linear(
     solver: lx.AbstractLinearSolver,
     matvec: MatVec,
     b: PyTree,
-    start: PyTree,
+    y0: PyTree,
     prepared: PyTree = None,
 ) -> tuple[PyTree, LinearStats]:
-    """``v`` with ``H v = b``, from ``start`` where the solver is iterative.
+    """Solves ``H v = b``.
+
+    The residual is not computed: the caller needs the product ``H v`` anyway.
 
     Args:
-      solver: any lineax solver, ours included.
-      matvec: ``v -> H v``, symmetric.
-      b, start: right-hand side and starting point, same structure.
-      prepared: by the solver's ``prepare``, for those that have one.
+      solver: Linear solver of lineax or of this package.
+      matvec: Function ``v -> H v`` with symmetric ``H``.
+      b: Right-hand side.
+      y0: Starting point of an iterative solver, structured like ``b``.
+      prepared: Value returned by the solver's ``prepare``, if it has one.
 
     Returns:
-      ``v`` and stats, NaN where the solver has none: ``num_products``, and how many of
-      them (``num_shared``) several right-hand sides share under ``vmap``; ``ritz_min``,
-      ``ritz_max``, ``negative_curvature``. The residual is left to the caller, who has
-      a use for that last product.
+      ``v`` and the statistics ``num_products``, ``num_shared``, ``ritz_min``,
+      ``ritz_max`` and ``negative_curvature`` of `SymmetricSolver`.
     """
     operator = hessian_operator(matvec, b)
-    options = {"y0": start, "true_residual": False, "prepared": prepared}
+    options = {"y0": y0, "true_residual": False, "prepared": prepared}
     state = solver.init(operator, options)
     v, _, stats = solver.compute(state, b, options)
-    number = lambda x: jnp.asarray(x, dtype=float)
-    num_products = _num_products(solver, b, stats)
-    dense = "num_products" not in stats and "num_steps" not in stats
+    num_products = _count_products(solver, b, stats)
+    is_dense = "num_products" not in stats and "num_steps" not in stats
+    num_shared = num_products if is_dense else stats.get("num_shared", 0)
     return v, {
-        "num_products": number(num_products),
-        "num_shared": number(num_products if dense else stats.get("num_shared", 0)),
-        "ritz_min": number(stats.get("ritz_min", jnp.nan)),
-        "ritz_max": number(stats.get("ritz_max", jnp.nan)),
+        "num_products": jnp.asarray(num_products, dtype=float),
+        "num_shared": jnp.asarray(num_shared, dtype=float),
+        "ritz_min": jnp.asarray(stats.get("ritz_min", jnp.nan), dtype=float),
+        "ritz_max": jnp.asarray(stats.get("ritz_max", jnp.nan), dtype=float),
         "negative_curvature": jnp.asarray(stats.get("negative_curvature", False)),
     }
 
 
-def _num_products(solver: lx.AbstractLinearSolver, b: PyTree, stats: dict) -> Any:
-    """Ours count their products; lineax's tell their steps, dense ones nothing."""
+def _count_products(
+    solver: lx.AbstractLinearSolver, b: PyTree, stats: dict[str, Any]
+) -> Any:
+    """Returns the number of products with ``H``; see `SymmetricSolver`."""
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     if "num_products" in stats:
         return stats["num_products"]
-    if isinstance(solver, lx.Normal):  # of H'H, two products each, and H'b
-        return 2 * _num_products(solver.inner_solver, b, stats) + 1
+    if isinstance(solver, lx.Normal):  # solves H'H v = H'b, two products each
+        return 2 * _count_products(solver.inner_solver, b, stats) + 1
     if "num_steps" not in stats:
         return dimension
-    steps = stats["num_steps"]
+    num_steps = stats["num_steps"]
     match solver:
         case lx.CG(stabilise_every=None):
-            return steps + 1
-        case lx.CG(stabilise_every=every):
-            return steps + 1 + steps // every
-        case lx.GMRES(restart=restart):  # a step after the first is a cycle, at most
-            return steps + (steps - 1) * min(restart, dimension)
+            return num_steps + 1
+        case lx.CG(stabilise_every=period):
+            return num_steps + 1 + num_steps // period
+        case lx.GMRES(restart=restart):
+            # Each step after the first is a cycle of at most `restart` products.
+            return num_steps + (num_steps - 1) * min(restart, dimension)
         case lx.BiCGStab():
-            return 2 * steps + 1
+            return 2 * num_steps + 1
         case lx.LSMR():
-            return 2 * steps + 2
-    return steps
+            return 2 * num_steps + 2
+    return num_steps
 
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
-    """``||b - H v|| / ||b||``; 0 for ``b = 0 = H v``."""
+    """Returns ``||b - H v|| / ||b||``; 0 if ``b`` and ``H v`` are both zero."""
     unit = power_of_two_scale(b)
     b, Hv = divide(b, unit), divide(Hv, unit)
-    residual, scale = norm(add_scale(b, -1, Hv)), norm(b)
-    return jnp.where(residual == 0, 0.0, residual / jnp.where(scale == 0, 1.0, scale))
+    residual_norm, b_norm = norm(add_scale(b, -1, Hv)), norm(b)
+    safe_norm = jnp.where(b_norm == 0, 1.0, b_norm)
+    return jnp.where(residual_norm == 0, 0.0, residual_norm / safe_norm)
 
 
 def check_linear_solver(solver: Any, name: str = "linear_solver") -> None:
-    """Refuses what is no linear solver, before anything is traced."""
+    """Raises TypeError unless the object is a linear solver."""
     if isinstance(solver, lx.AbstractLinearSolver):
         return
     if isinstance(solver, type) and issubclass(solver, lx.AbstractLinearSolver):
-        hint = f"got the class {solver.__name__}; write {solver.__name__}(...)"
-    else:
-        hint = f"got {type(solver).__name__}"
+        class_name = solver.__name__
+        raise TypeError(
+            f"{name} must be an instance; got the class {class_name}. Write "
+            f"{class_name}(...)."
+        )
     raise TypeError(
-        f"{name} must be a linear solver: hg.CG(), hg.Neumann(num_terms), "
-        "hg.Nystrom(rank), hg.NystromCG(rank), hg.Identity() or one of lineax's, such "
-        f"as lineax.GMRES(rtol, atol) or lineax.LU(); {hint}"
+        f"{name} must be a linear solver; got {type(solver).__name__}. Use hg.CG(), "
+        "hg.Neumann(num_terms), hg.Nystrom(rank), hg.NystromCG(rank), hg.Identity() or "
+        "a solver of lineax such as lineax.GMRES(rtol, atol) or lineax.LU()."
     )
-
-
-class SymmetricSolver(lx.AbstractLinearSolver):
-    """lineax's interface for a solver of ``H v = b`` with real symmetric ``H``.
-
-    Subclasses write ``compute``; the state is the operator, its own transpose.
-    """
-
-    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
-        """Keeps the operator; raises ValueError unless it is tagged symmetric."""
-        del options
-        if not lx.is_symmetric(operator):
-            raise ValueError(
-                f"{type(self).__name__} needs a symmetric operator; tag it with "
-                "lineax.symmetric_tag or lineax.positive_semidefinite_tag"
-            )
-        return operator
-
-    def transpose(self, state: Any, options: dict[str, Any]) -> tuple[Any, dict]:
-        """A symmetric operator is its own transpose."""
-        return state, options
-
-    def conj(self, state: Any, options: dict[str, Any]) -> tuple[Any, dict]:
-        """A real operator is its own conjugate."""
-        return state, options
-
-    def assume_full_rank(self) -> bool:
-        """A Hessian at a strict minimum is invertible."""
-        return True

@@ -1,4 +1,4 @@
-"""Conjugate gradients, with what the recurrence knows about the spectrum."""
+"""Conjugate gradients, with estimates of the extreme eigenvalues."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 import optax
 from jax.scipy.linalg import eigh_tridiagonal
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..method_summary import MethodSummary
 from ..trees import (
@@ -29,20 +29,26 @@ from .base import MatVec, SymmetricSolver, relative_residual
 class CG(SymmetricSolver):
     """``v = H^-1 b`` by conjugate gradients, to a relative residual ``rtol``.
 
-    ``error_k <= 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k error_0`` in the H-norm.
+    With the condition number ``kappa``, the error in the H-norm after k steps is
+
+        error_k <= 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k error_0.
+
+    If ``p'Hp <= 0`` for a search direction ``p``, the solver stops, returns its last
+    iterate and sets ``negative_curvature``. Its statistics are ``num_products``,
+    ``residual`` (true and relative), and ``ritz_min`` and ``ritz_max``, the extreme
+    eigenvalues of the Lanczos matrix. These lie within the spectrum of ``H`` and
+    approach its ends.
 
     Args:
-      rtol: stop at ``||r|| <= rtol ||b||``; None means ``eps^(3/4)`` of the dtype of
-        ``b`` (2e-12 in float64, 6e-6 in float32).
-      max_steps: None means ``min(10 dim, 1000)``.
+      rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
+        of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
+      max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
 
-    Cost: one Hessian-vector product a step, one more for a warm start and one for the
-    true residual. Memory: four vectors like ``w``.
-
-    Bias: none at convergence. Stops, flags ``negative_curvature`` and returns its last
-    iterate when ``p'Hp <= 0``. Stats: ``num_products``, ``residual`` (true, relative),
-    ``ritz_min`` and ``ritz_max``, the extreme eigenvalues of the Lanczos matrix, which
-    lie within the spectrum of ``H`` and approach its ends.
+    Cost:
+      One Hessian-vector product per step, one more for a warm start and one for the
+      true residual.
+    Memory: four vectors like ``w``.
+    Bias: none at convergence.
 
     Source: Hestenes & Stiefel 1952; Ritz values from Golub & Van Loan, section 11.3.
 
@@ -66,11 +72,14 @@ class CG(SymmetricSolver):
             num_grads="T",
             num_hvps="k + 1",
             memory="4 w",
-            bias="none if solved",
+            bias="none if converged",
             alpha_in=("losses",),
-            recommended_for="the first choice: any N, an inner loop that converges",
-            not_recommended_for="an inner loop that stops early, an indefinite H",
-            reason="k grows as the root of the condition number, not with N or T",
+            recommended_for="a first choice for any N, if the inner loop converges",
+            not_recommended_for="an inner loop that stops early; an indefinite H",
+            reason=(
+                "k grows as the square root of the condition number, whatever N and T "
+                "are"
+            ),
         ),
     )
 
@@ -78,124 +87,188 @@ class CG(SymmetricSolver):
         check_positive_int("max_steps", self.max_steps, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Exact up to its tolerance, on any spectrum."""
+        """Returns 0, because the solution is exact up to the tolerance."""
         return 0.0
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(v, result, stats)``; options: ``y0``, a starting point."""
+        """Returns ``(v, result, stats)``; ``options["y0"]`` is the starting point."""
         return conjugate_gradients(
-            state.mv, vector, self.rtol, self.max_steps, options, lambda r: r
+            state.mv, vector, rtol=self.rtol, max_steps=self.max_steps, options=options
         )
 
 
 def conjugate_gradients(
     matvec: MatVec,
     b: PyTree,
-    rtol: float | Array | None,
-    max_steps: int | None,
+    *,
+    rtol: float | Array | None = None,
+    max_steps: int | None = None,
     options: dict[str, Any],
-    preconditioner: Callable[[PyTree], PyTree],
+    preconditioner: Callable[[PyTree], PyTree] = lambda r: r,
 ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-    """Preconditioned CG; Ritz values are those of the preconditioned operator."""
-    dtype = scalar_dtype(b)
+    """Solves ``H v = b`` by preconditioned conjugate gradients.
+
+    Args:
+      matvec: Function ``v -> H v`` with symmetric ``H``.
+      b: Right-hand side.
+      rtol, max_steps: As in `CG`.
+      options: As for `SymmetricSolver`.
+      preconditioner: Function ``r -> P^-1 r`` with symmetric positive definite ``P``.
+
+    Returns:
+      ``(v, result, stats)``. The Ritz values are those of ``P^-1 H``.
+    """
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     if rtol is None:
-        rtol = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps) ** 0.75
+        rtol = eps**0.75
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), 1)
-    kept = max(min(dimension, max_steps), 1)  # Lanczos coefficients
-    # Below rounding a residual has no direction, and its curvature no sign.
-    eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps
-    unit = power_of_two_scale(b)
+    unit = power_of_two_scale(b)  # so that no square below underflows or overflows
     b, x = divide(b, unit), divide(options.get("y0"), unit)
-    goal = (jnp.maximum(jnp.asarray(rtol), 4 * float(eps)) * norm(b)) ** 2
-
-    if x is None:
-        x, r, num_products = optax.tree.zeros_like(b), b, 0
-    else:  # a warm start pays for its residual, a start at zero does not
-        cold = norm(x) == 0
-        r = apply_unless(cold, lambda b: optax.tree.sub(b, matvec(x)), b)
-        num_products = jnp.where(cold, 0, 1)
-        worse = ~(norm(r) <= norm(b))  # than a start at zero
-        x = optax.tree.where(worse, optax.tree.zeros_like(x), x)
-        r = optax.tree.where(worse, b, r)
-    z = preconditioner(r)
-
-    def unfinished(carry):
-        _, r, _, rz, k, negative, *_ = carry
-        return (k < max_steps) & ~negative & (rz > 0) & (vdot(r, r) > goal)
-
-    def step(carry):
-        x, r, p, rz, k, _, steps, ratios = carry
-        Hp = matvec(p)
-        curvature = vdot(p, Hp)
-        negative = curvature <= 0
-        length = jnp.where(negative, 0.0, rz / jnp.where(negative, 1.0, curvature))
-        x = add_scale(x, length, p)
-        r = add_scale(r, -length, Hp)
-        z = preconditioner(r)
-        rz_next = vdot(r, z)
-        ratio = rz_next / rz
-        p = add_scale(z, ratio, p)
-        steps = steps.at[k].set(length, mode="drop")
-        ratios = ratios.at[k].set(ratio, mode="drop")
-        return x, r, p, rz_next, k + 1, negative, steps, ratios
-
-    empty = jnp.zeros((kept,), dtype)
-    rz = vdot(r, z)
-    carry = (x, r, z, rz, jnp.asarray(0), jnp.asarray(False), empty, empty)
-    x, r, _, rz, k, negative, steps, ratios = jax.lax.while_loop(
-        unfinished, step, carry
+    # The direction of a residual below rounding is noise, as is its curvature.
+    squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
+    x, r, num_init_products = _first_residual(matvec, b, x)
+    num_coefficients = max(min(dimension, max_steps), 1)
+    x, r, rz, k, is_negative, step_sizes, ratios = _run_recurrence(
+        matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
     )
-
-    # A NaN in b or H ends the loop at once, and must not leave its start for a result.
+    # A NaN in b or H ends the loop, and must not leave the starting point as a result.
     x = add_scale(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
-
-    num_products = num_products + k
+    is_solved = ~is_negative & (vdot(r, r) <= squared_tol)
+    result = lx.RESULTS.where(
+        is_solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached
+    )
+    num_products = num_init_products + k
     if options.get("true_residual", True):
         residual = relative_residual(b, matvec(x))
         num_products = num_products + 1
     else:
         residual = relative_residual(r, optax.tree.zeros_like(r))
-    ritz_min, ritz_max = extreme_ritz_values(steps, ratios, k - negative)
-    result = lx.RESULTS.where(
-        ~negative & (vdot(r, r) <= goal),
-        lx.RESULTS.successful,
-        lx.RESULTS.max_steps_reached,
-    )
+    ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
     stats = {
         "num_steps": k,
         "num_products": num_products,
         "residual": residual,
-        "ritz_min": jnp.where(negative, jnp.fmin(ritz_min, 0.0), ritz_min),
+        "ritz_min": jnp.where(is_negative, jnp.fmin(ritz_min, 0.0), ritz_min),
         "ritz_max": ritz_max,
-        "negative_curvature": negative,
+        "negative_curvature": is_negative,
     }
     return scale(unit, x), result, stats
 
 
-def extreme_ritz_values(
-    steps: Array, ratios: Array, num_steps: Array
-) -> tuple[Array, Array]:
-    """Ends of the Lanczos spectrum from CG's step lengths and ratios; NaN if no step.
+def _run_recurrence(
+    matvec: MatVec,
+    preconditioner: Callable[[PyTree], PyTree],
+    x: PyTree,
+    r: PyTree,
+    squared_tol: Array,
+    max_steps: int,
+    num_coefficients: int,
+) -> tuple[PyTree, PyTree, Array, Array, Array, Array, Array]:
+    """Runs the loop of conjugate gradients from ``x`` with the residual ``r``.
 
-    ``T[k, k] = 1/steps[k] + ratios[k-1]/steps[k-1]`` and
-    ``T[k, k+1] = sqrt(ratios[k])/steps[k]``; rows beyond ``num_steps`` repeat
-    ``T[0, 0]``, which lies within the spectrum and so moves neither end.
+    Returns:
+      ``(x, r, r'z, num_steps, is_negative, step_sizes, ratios)``. ``is_negative`` is
+      True if the last step met ``p'Hp <= 0``. Of the step sizes ``a_k`` and the ratios
+      ``c_k`` the first ``num_coefficients`` are recorded.
     """
-    taken = jnp.arange(steps.size) < num_steps
-    inverse = 1.0 / jnp.where(taken, steps, 1.0)
+
+    def cond_fun(carry):
+        _, r, _, rz, k, is_negative, *_ = carry
+        has_residual = vdot(r, r) > squared_tol
+        return (k < max_steps) & ~is_negative & (rz > 0) & has_residual
+
+    def body_fun(carry):
+        x, r, p, rz, k, _, step_sizes, ratios = carry
+        # a_k = r'z / p'Hp
+        Hp = matvec(p)
+        curvature = vdot(p, Hp)
+        is_negative = curvature <= 0
+        safe_curvature = jnp.where(is_negative, 1.0, curvature)
+        step_size = jnp.where(is_negative, 0.0, rz / safe_curvature)
+        # x <- x + a_k p,  r <- r - a_k H p,  z = P^-1 r
+        x = add_scale(x, step_size, p)
+        r = add_scale(r, -step_size, Hp)
+        z = preconditioner(r)
+        # c_k = r'z (new) / r'z (old),  p <- z + c_k p
+        new_rz = vdot(r, z)
+        ratio = new_rz / rz
+        p = add_scale(z, ratio, p)
+        step_sizes = step_sizes.at[k].set(step_size, mode="drop")
+        ratios = ratios.at[k].set(ratio, mode="drop")
+        return x, r, p, new_rz, k + 1, is_negative, step_sizes, ratios
+
+    z = preconditioner(r)
+    zeros = jnp.zeros((num_coefficients,), scalar_dtype(r))
+    init_carry = (
+        x,
+        r,
+        z,
+        vdot(r, z),
+        jnp.asarray(0),
+        jnp.asarray(False),
+        zeros,
+        zeros,
+    )
+    final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
+    x, r, _, rz, k, is_negative, step_sizes, ratios = final_carry
+    return x, r, rz, k, is_negative, step_sizes, ratios
+
+
+def _first_residual(
+    matvec: MatVec, b: PyTree, x: PyTree | None
+) -> tuple[PyTree, PyTree, Array | int]:
+    """Returns the first iterate, its residual and the number of products.
+
+    A starting point that is zero costs no product. One with a larger residual than zero
+    is replaced by zero.
+    """
+    if x is None:
+        return optax.tree.zeros_like(b), b, 0
+    is_zero = norm(x) == 0
+    r = apply_unless(is_zero, lambda b: optax.tree.sub(b, matvec(x)), b)
+    is_worse = ~(norm(r) <= norm(b))
+    x = optax.tree.where(is_worse, optax.tree.zeros_like(x), x)
+    r = optax.tree.where(is_worse, b, r)
+    return x, r, jnp.where(is_zero, 0, 1)
+
+
+def extreme_ritz_values(
+    step_sizes: Float[Array, " n"],
+    ratios: Float[Array, " n"],
+    num_steps: Int[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the extreme eigenvalues of the Lanczos matrix; NaN if no step was made.
+
+    With the step sizes ``a`` and the ratios ``c`` of conjugate gradients, the matrix is
+
+        T[k, k] = 1 / a[k] + c[k-1] / a[k-1],    T[k, k+1] = sqrt(c[k]) / a[k].
+
+    Rows beyond ``num_steps`` repeat ``T[0, 0]``, which lies within the spectrum and so
+    changes neither of the extreme eigenvalues.
+
+    Args:
+      step_sizes, ratios: Coefficients, of which the first ``num_steps`` are used.
+      num_steps: Number of steps made.
+    """
+    is_used = jnp.arange(step_sizes.size) < num_steps
+    inverse = 1.0 / jnp.where(is_used, step_sizes, 1.0)
     diagonal = inverse.at[1:].add((ratios * inverse)[:-1])
-    diagonal = jnp.where(taken, diagonal, inverse[0])
-    beside = jnp.where(taken[1:], jnp.sqrt(ratios[:-1]) * inverse[:-1], 0.0)
-    if steps.size == 1:
-        ends = diagonal[0], diagonal[0]
+    diagonal = jnp.where(is_used, diagonal, inverse[0])
+    off_diagonal = jnp.where(is_used[1:], jnp.sqrt(ratios[:-1]) * inverse[:-1], 0.0)
+    if step_sizes.size == 1:
+        eigenvalues = diagonal[0], diagonal[0]
     else:
-        end = lambda i: eigh_tridiagonal(
-            diagonal, beside, eigvals_only=True, select="i", select_range=(i, i)
+        eigenvalue = lambda i: eigh_tridiagonal(
+            diagonal,
+            off_diagonal,
+            eigvals_only=True,
+            select="i",
+            select_range=(i, i),
         )[0]
-        ends = end(0), end(steps.size - 1)
-    low, high = (jnp.where(num_steps > 0, ritz, jnp.nan) for ritz in ends)
-    return low, high
+        eigenvalues = eigenvalue(0), eigenvalue(step_sizes.size - 1)
+    ritz_min, ritz_max = (jnp.where(num_steps > 0, x, jnp.nan) for x in eigenvalues)
+    return ritz_min, ritz_max

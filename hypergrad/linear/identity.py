@@ -1,4 +1,4 @@
-"""The cheapest inverse: none."""
+"""The identity in place of the inverse Hessian."""
 
 from typing import Any
 
@@ -10,12 +10,15 @@ from .base import SymmetricSolver
 
 
 class Identity(SymmetricSolver):
-    """``v = b``: the Hessian taken for the identity.
+    """``v = b``, which replaces the Hessian by the identity.
 
-    Cost: nothing. Memory: nothing. Bias: ``||b - H^-1 b||``, at most
-    ``max |lambda - 1|`` of the adjoint; the sign is right where ``H`` is positive.
+    Cost: none.
+    Memory: none.
+    Bias:
+      ``||b - H^-1 b||``, at most ``max |lambda - 1|`` relative to the adjoint. If ``H``
+      is positive definite, ``v`` and the adjoint enclose less than 90 degrees.
 
-    Source: Luketina et al. 2016 (arXiv 1511.06727), equation 4.
+    Source: Luketina et al. 2016, arXiv:1511.06727, equation 4.
 
     >>> import hypergrad as hg
     >>> hg.Identity().error_bound(0.5, 1.5)
@@ -29,22 +32,22 @@ class Identity(SymmetricSolver):
             "Implicit(solver, hg.Identity())",
             num_grads="T",
             num_hvps="1",
-            memory="nothing",
-            bias="takes H for the identity",
+            memory="none",
+            bias="replaces H by the identity",
             alpha_in=("losses",),
-            recommended_for="a first look, a baseline",
-            not_recommended_for="wherever the length of the hypergradient matters",
-            reason="the adjoint is wrong by up to max abs(lambda - 1), relatively",
+            recommended_for="a first experiment; a baseline",
+            not_recommended_for="uses that need the length of the hypergradient",
+            reason="the relative error of the adjoint is up to max abs(lambda - 1)",
         ),
     )
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Relative error of the adjoint for a spectrum in [eig_min, eig_max]."""
+        """Returns ``max |lambda - 1|`` over the eigenvalues in [eig_min, eig_max]."""
         return max(abs(eig_min - 1.0), abs(eig_max - 1.0))
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(b, result, stats)``."""
+        """Returns ``(b, result, stats)``."""
         del state, options
         return vector, lx.RESULTS.successful, {"num_products": 0}

@@ -14,26 +14,28 @@ from ..trees import add_scale, norm, scalar_dtype, scale
 from ..validation import check_positive_int, float_converter
 from .base import MatVec, SymmetricSolver
 
-POWER_ITERATIONS = 10
+NUM_POWER_ITERATIONS = 10
 
 
 class Neumann(SymmetricSolver):
-    """``v = step_size * sum_{k<num_terms} (I - step_size H)^k b``.
+    """``v = step_size * sum_{k < num_terms} (I - step_size H)^k b``.
 
     At a stationary point this is exactly the derivative of the last ``num_terms`` steps
     of gradient descent with that step size.
 
     Args:
-      num_terms: K, terms of the series.
-      step_size: None means ``1/lambda_max`` by ten counted power iterations.
+      num_terms: K, the number of terms of the series.
+      step_size: Step size. Defaults to ``1 / lambda_max``, estimated by ten power
+        iterations.
 
-    Cost: ``num_terms - 1`` Hessian-vector products (and ten more for a step size).
+    Cost:
+      ``num_terms - 1`` Hessian-vector products, and ten more to estimate the step size.
     Memory: two vectors like ``w``.
+    Bias:
+      The relative error falls as ``q^K`` with ``q = max |1 - step_size * lambda|``. For
+      ``q >= 1`` the series diverges and its residual is large.
 
-    Bias: the relative error falls as ``q^K``, ``q = max |1 - step_size lambda|``; for
-    ``q >= 1`` the series diverges, which its residual shows.
-
-    Source: Lorraine, Vicol & Duvenaud 2020 (arXiv 1911.02590), algorithm 3.
+    Source: Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, algorithm 3.
 
     >>> import hypergrad as hg
     >>> round(hg.Neumann(num_terms=10, step_size=1.0).error_bound(0.5, 1.5), 6)
@@ -55,9 +57,12 @@ class Neumann(SymmetricSolver):
             memory="2 w",
             bias="q^K",
             alpha_in=("losses",),
-            recommended_for="the same small cost at every step",
+            recommended_for="runs in which every estimate must cost the same",
             not_recommended_for="an ill-conditioned H",
-            reason="q = 1 - 1/condition for the step 1/lambda_max, which takes the 10",
+            reason=(
+                "q = 1 - 1/condition for the default step size 1/lambda_max, whose "
+                "estimate takes the 10 products"
+            ),
         ),
     )
 
@@ -65,7 +70,7 @@ class Neumann(SymmetricSolver):
         check_positive_int("num_terms", self.num_terms)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """``q^K`` for a spectrum in [eig_min, eig_max]."""
+        """Returns ``q^K`` for a spectrum in [eig_min, eig_max]."""
         step_size = 1 / eig_max if self.step_size is None else float(self.step_size)
         q = max(abs(1 - step_size * eig_min), abs(1 - step_size * eig_max))
         return q**self.num_terms
@@ -73,18 +78,22 @@ class Neumann(SymmetricSolver):
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(v, result, stats)``; ``ritz_max`` where the step size was estimated."""
+        """Returns ``(v, result, stats)``.
+
+        The statistic ``ritz_max`` exists if the step size was estimated.
+        """
         del options
         stats: dict[str, Any] = {"num_products": self.num_terms - 1}
         step_size = self.step_size
         if step_size is None:
-            largest = largest_eigenvalue(state.mv, vector)
-            step_size = 1.0 / largest
-            stats["num_products"] += POWER_ITERATIONS
-            stats["num_shared"] = POWER_ITERATIONS
-            stats["ritz_max"] = largest
+            eig_max = estimate_largest_eigenvalue(state.mv, vector)
+            step_size = 1.0 / eig_max
+            stats["num_products"] += NUM_POWER_ITERATIONS
+            stats["num_shared"] = NUM_POWER_ITERATIONS
+            stats["ritz_max"] = eig_max
 
         def add_term(carry, _):
+            # (I - s H)^{k+1} b = (I - s H) (I - s H)^k b
             term, total = carry
             term = add_scale(term, -step_size, state.mv(term))
             return (term, optax.tree.add(total, term)), None
@@ -95,17 +104,21 @@ class Neumann(SymmetricSolver):
         return scale(step_size, total), lx.RESULTS.successful, stats
 
 
-def largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
-    """``lambda_max`` by ten power iterations from a fixed random vector."""
-    unit = lambda v: scale(1.0 / norm(v), v)
-    v = unit(optax.tree.random_like(jax.random.key(0), like))
+def estimate_largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
+    """Returns ``lambda_max`` of a positive definite matrix, approximated from below.
+
+    The power iteration always starts at the same random vector and makes
+    `NUM_POWER_ITERATIONS` products.
+    """
+    normalize = lambda v: scale(1.0 / norm(v), v)
+    init_v = normalize(optax.tree.random_like(jax.random.key(0), like))
 
     def iterate(carry, _):
         v, _ = carry
         Hv = matvec(v)
-        length = norm(Hv)
-        return (scale(1.0 / length, Hv), length), None
+        Hv_norm = norm(Hv)
+        return (scale(1.0 / Hv_norm, Hv), Hv_norm), None
 
-    zero = jnp.zeros((), scalar_dtype(like))
-    (_, largest), _ = jax.lax.scan(iterate, (v, zero), length=POWER_ITERATIONS)
-    return largest
+    init_carry = (init_v, jnp.zeros((), scalar_dtype(like)))
+    (_, eig_max), _ = jax.lax.scan(iterate, init_carry, length=NUM_POWER_ITERATIONS)
+    return eig_max

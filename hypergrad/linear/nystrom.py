@@ -1,4 +1,4 @@
-"""Low-rank inverses from a random sketch of the Hessian."""
+"""Low-rank approximations of the Hessian from random sketches, and their inverses."""
 
 from typing import Any
 
@@ -16,46 +16,60 @@ from .base import MatVec, SymmetricSolver
 from .cg import conjugate_gradients
 
 
-def sketch(
+def nystrom_approximation(
     matvec: MatVec, like: PyTree, rank: int, key: Array | None
 ) -> tuple[Float[Array, "n r"], Float[Array, " r"]]:
-    """Eigenpairs ``(U, s)`` of a rank-``r`` Nyström approximation ``U diag(s) U'``.
+    """Returns ``(U, s)`` of the rank-r approximation ``H_r = U diag(s) U'``.
 
-    ``H_r = (H O)(O' H O)^+ (H O)'`` for an orthonormal random ``O``: ``r`` products,
-    done as one batch, and ``2 r`` vectors of memory.
+    With an orthonormal random matrix ``O`` of r columns,
 
-    Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), algorithm 2.1.
+        H_r = (H O) (O' H O)^+ (H O)'.
+
+    Args:
+      matvec: Function ``v -> H v`` with symmetric positive semidefinite ``H``.
+      like: Vector whose structure ``matvec`` takes.
+      rank: r; at most the dimension is used.
+      key: PRNG key of ``O``. Defaults to ``jax.random.key(0)``.
+
+    Cost: r products in one batch.
+    Memory: ``2 r`` vectors.
+
+    Source: Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1.
     """
     flat, unravel = ravel_pytree(like)
-    dtype = scalar_dtype(like)  # no factorisation is defined in bfloat16
+    dtype = scalar_dtype(like)  # Factorizations do not exist in bfloat16.
     rank = min(rank, flat.size)
     key = jax.random.key(0) if key is None else key
-    omega, _ = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), dtype))
-    product = lambda v: matvec(unravel(v.astype(flat.dtype)))
-    column = lambda v: ravel_pytree(product(v))[0].astype(dtype)
-    y = jax.vmap(column, in_axes=1, out_axes=1)(omega)
-    shift = jnp.sqrt(flat.size) * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(y)
-    y = y + shift * omega
-    core = omega.T @ y
-    chol = jnp.linalg.cholesky((core + core.T) / 2)
-    b = jax.scipy.linalg.solve_triangular(chol, y.T, lower=True).T
+    test_matrix, _ = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), dtype))
+    flat_matvec = lambda v: ravel_pytree(matvec(unravel(v.astype(flat.dtype))))[0]
+    column = lambda v: flat_matvec(v).astype(dtype)
+    # Y = H O + shift O; the shift makes the Cholesky factorization stable.
+    sketch = jax.vmap(column, in_axes=1, out_axes=1)(test_matrix)
+    eps = jnp.finfo(flat.dtype).eps
+    shift = jnp.sqrt(flat.size) * eps * jnp.linalg.norm(sketch)
+    sketch = sketch + shift * test_matrix
+    # B = Y C^-1 with C'C = O'Y, so that B B' = Y (O'Y)^-1 Y'
+    core = test_matrix.T @ sketch
+    factor = jnp.linalg.cholesky((core + core.T) / 2)
+    b = jax.scipy.linalg.solve_triangular(factor, sketch.T, lower=True).T
     u, s, _ = jnp.linalg.svd(b, full_matrices=False)
     return u, jnp.maximum(s**2 - shift, 0.0)
 
 
 class Nystrom(SymmetricSolver):
-    """``v = (H_r + damping I)^-1 b``, a rank-``r`` sketch inverted in closed form.
+    """``v = (H_r + damping I)^-1 b`` with a rank-r Nyström approximation ``H_r``.
+
+    ``H`` must be positive semidefinite. For an indefinite ``H`` the Cholesky factor of
+    the sketch does not exist, the result is NaN and the estimate is not trusted.
 
     Args:
-      rank: ``r``; rank = dim is exact up to the damping.
+      rank: r. At the full rank the result is exact up to the damping.
       damping: ``rho > 0``, added to the spectrum.
-      key: of the random sketch; None means ``jax.random.key(0)``.
+      key: PRNG key of the random sketch. Defaults to ``jax.random.key(0)``.
 
-    Cost: ``rank`` Hessian-vector products in one batch. Memory: ``2 rank`` vectors.
-
-    Bias: what the sketch misses and what the damping adds; no rate is promised. Needs
-    ``H`` positive semidefinite: otherwise the sketch has no Cholesky factor, the result
-    is NaN, and the estimate untrusted.
+    Cost: ``rank`` Hessian-vector products in one batch.
+    Memory: ``2 rank`` vectors like ``w``.
+    Bias: the error of the approximation and the effect of the damping; no known rate.
 
     Source: Hataya & Yamada 2023, equation 6, with the sketch of Frangella et al. 2023.
 
@@ -78,11 +92,11 @@ class Nystrom(SymmetricSolver):
             num_grads="T",
             num_hvps="r + 1",
             memory="2 r w",
-            bias="sketch and damping",
+            bias="low rank and damping",
             alpha_in=("losses",),
             recommended_for="an H of low rank; the r products run as one batch",
-            not_recommended_for="an indefinite H, a slowly falling spectrum",
-            reason="what the sketch misses is taken for the damping",
+            not_recommended_for="an indefinite H; a spectrum that decays slowly",
+            reason="outside the sketch, H is replaced by the damping",
         ),
     )
 
@@ -90,19 +104,23 @@ class Nystrom(SymmetricSolver):
         check_positive_int("rank", self.rank)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the error depends on what the sketch happens to miss."""
+        """Returns NaN, because the error depends on the random sketch."""
         return float("nan")
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(v, result, stats)``; ``ritz_max`` is the sketch's largest eigenvalue."""
+        """Returns ``(v, result, stats)``.
+
+        The statistic ``ritz_max`` is the largest eigenvalue of ``H_r``.
+        """
         del options
         flat, unravel = ravel_pytree(vector)
-        u, s = sketch(state.mv, vector, self.rank, self.key)
+        u, s = nystrom_approximation(state.mv, vector, self.rank, self.key)
         b = flat.astype(s.dtype)
-        c = u.T @ b
         damping = jnp.asarray(self.damping, s.dtype)
+        # v = U (S + rho I)^-1 U' b + (I - U U') b / rho
+        c = u.T @ b
         v = u @ (c / (s + damping))
         if s.size < b.size:
             v = v + (b - u @ c) / damping
@@ -111,27 +129,34 @@ class Nystrom(SymmetricSolver):
 
 
 class NystromCG(SymmetricSolver):
-    """``v = H^-1 b`` by conjugate gradients preconditioned with a Nyström sketch.
+    """``v = H^-1 b`` by conjugate gradients with a Nyström preconditioner.
 
-    ``P^-1 = (s_r + damping) U (S + damping)^-1 U' + (I - U U')``: the sketched top of
-    the spectrum is flattened to its smallest eigenvalue, so that the number of steps
-    depends on what is left.
+    With the rank-r approximation ``U diag(s) U'`` of ``H``, the preconditioner
+
+        P^-1 = (s_r + damping) U (S + damping I)^-1 U' + (I - U U')
+
+    maps the r largest eigenvalues of ``H`` to about the smallest of them, so that the
+    number of steps depends on the rest of the spectrum.
+
+    ``H`` must be positive definite. Otherwise the result may be NaN, and the estimate
+    is not trusted.
 
     Args:
-      rank: of the sketch.
-      rtol, max_steps: as in `CG`.
-      damping: added to the sketched spectrum in the preconditioner; the solution does
-        not depend on it.
-      key: of the random sketch; None means ``jax.random.key(0)``.
-      refresh: in how many estimates of `Implicit` one sketch serves; 1 makes each anew.
+      rank: r, the rank of the approximation.
+      rtol, max_steps: As in `CG`.
+      damping: Added to ``s`` in the preconditioner; it does not change the solution.
+      key: PRNG key of the random sketch. Defaults to ``jax.random.key(0)``.
+      refresh_every: Number of estimates of `Implicit` that use the same sketch.
 
-    Cost: ``rank`` products in one batch, then one a step. Memory: ``2 rank + 5``
-    vectors; with ``refresh`` a sketch is carried from estimate to estimate, ``rank``
-    more. Bias: none at convergence, however old the sketch: only the steps grow as
-    ``H`` moves away from it. For a positive definite H: of another the answer may be
-    NaN, and is not trusted.
+    Cost: ``rank`` Hessian-vector products in one batch, then one per step.
+    Memory:
+      ``2 rank + 5`` vectors like ``w``, and ``rank`` more with ``refresh_every`` above
+      1, because the sketch is kept from one estimate to the next.
+    Bias:
+      None at convergence, whatever the age of the sketch. The number of steps grows as
+      ``H`` moves away from the sketch.
 
-    Source: Frangella, Tropp & Udell 2023 (arXiv 2110.02820), equation 1.3.
+    Source: Frangella, Tropp & Udell 2023, arXiv:2110.02820, equation 1.3.
 
     >>> import hypergrad as hg
     >>> hg.NystromCG(rank=10).exact
@@ -157,11 +182,16 @@ class NystromCG(SymmetricSolver):
             num_grads="T",
             num_hvps="r + k + 1",
             memory="2 r + 5 w",
-            bias="none if solved",
+            bias="none if converged",
             alpha_in=("losses",),
-            recommended_for="a few large eigenvalues that cost CG many steps",
-            not_recommended_for="an H that CG solves in about r steps, an indefinite H",
-            reason="the sketch flattens the largest, so k depends on the others",
+            recommended_for="an H with a few large eigenvalues, for which CG is slow",
+            not_recommended_for=(
+                "an H for which CG converges in about r steps; an indefinite H"
+            ),
+            reason=(
+                "the preconditioner removes the largest eigenvalues, so that k depends "
+                "on the others"
+            ),
         ),
     )
 
@@ -171,39 +201,48 @@ class NystromCG(SymmetricSolver):
         check_positive_int("max_steps", self.max_steps, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Exact up to its tolerance, on any spectrum."""
+        """Returns 0, because the solution is exact up to the tolerance."""
         return 0.0
 
     def prepare(self, matvec: MatVec, like: PyTree) -> PyTree:
-        """What `compute` takes as ``options["prepared"]``, for ``rank`` products."""
-        return sketch(matvec, like, self.rank, self.key)
+        """Returns the sketch that `compute` takes as ``options["prepared"]``.
+
+        Cost: ``rank`` products in one batch.
+        """
+        return nystrom_approximation(matvec, like, self.rank, self.key)
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """``(v, result, stats)``; Ritz values of the preconditioned operator.
+        """Returns ``(v, result, stats)``.
 
-        Options: ``y0``, a starting point; ``prepared``, a sketch of ``H`` or of one
-        like it.
-
-        ``P >= I`` but for the damping, so that its smallest eigenvalue is at most that
-        of ``H``; ``ritz_max`` is the sketch's largest.
+        The option ``y0`` is a starting point, and ``prepared`` a sketch of ``H`` or of
+        a similar matrix. ``ritz_max`` is the largest eigenvalue of the sketch and
+        ``ritz_min`` that of ``P^-1 H``; because ``P >= I`` up to the damping, it is at
+        most the smallest eigenvalue of ``H``.
         """
         prepared = options.get("prepared")
         u, s = self.prepare(state.mv, vector) if prepared is None else prepared
-        # A singular H has s[-1] = 0 up to rounding, which is no level to flatten to.
         spectrum = s + jnp.asarray(self.damping, s.dtype)
-        floor = jnp.maximum(spectrum[-1], jnp.finfo(s.dtype).eps ** 0.5 * s[0])
-        scale = jnp.where(spectrum > floor, floor / spectrum, 1.0)
+        # If H is singular, s_r is 0 up to rounding and must not be the target value.
+        min_target = jnp.finfo(s.dtype).eps ** 0.5 * s[0]
+        target = jnp.maximum(spectrum[-1], min_target)
+        factors = jnp.where(spectrum > target, target / spectrum, 1.0)
 
         def preconditioner(r):
+            # P^-1 r = U diag(factors) U' r + (I - U U') r
             flat, unravel = ravel_pytree(r)
             c = u.T @ flat
-            z = u @ (scale * c) + (flat - u @ c)
+            z = u @ (factors * c) + (flat - u @ c)
             return unravel(z.astype(flat.dtype))
 
         v, result, stats = conjugate_gradients(
-            state.mv, vector, self.rtol, self.max_steps, options, preconditioner
+            state.mv,
+            vector,
+            rtol=self.rtol,
+            max_steps=self.max_steps,
+            options=options,
+            preconditioner=preconditioner,
         )
         stats["num_shared"] = s.size if prepared is None else 0
         stats["num_products"] = stats["num_products"] + stats["num_shared"]

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..cost import COST_STATS
-from ..cost.flops import Flops, called, count_jaxpr_flops
+from ..cost.flops import Flops, called_jaxpr, count_jaxpr_flops
 from ..cost.memory import Memory, memory_from_compiled
 from ..problem import Bilevel
 from ..recording import Metric
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     @property
     def total(self) -> float | None:
         """Operations of one call; None where a tolerance ends one of its loops."""
-        outer = [OUTER_LOOP in loop.where for loop in self.flops.loops]
+        outer = [OUTER_LOOP in loop.location for loop in self.flops.loops]
         if not outer:
             return self.flops.total()
         if outer == [True] and self.steps is not None:
@@ -61,10 +61,10 @@ class Plan(NamedTuple):
     @property
     def by_iteration(self) -> str:
         """What to say where a tolerance ends a loop: an iteration of each."""
-        steps = lambda loop: OUTER_LOOP in loop.where and self.steps
+        steps = lambda loop: OUTER_LOOP in loop.location and self.steps
         place = lambda where: where.rpartition("/")[2].removeprefix("inside ")
         loops = "; ".join(
-            f"{loop.flops:.3g} in {place(loop.where)}"
+            f"{loop.flops:.3g} in {place(loop.location)}"
             + (f", {self.steps} times" if steps(loop) else "")
             for loop in self.flops.loops
         )
@@ -228,7 +228,7 @@ def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
     """
     for equation in jaxpr.eqns:
         if variable in equation.outvars:
-            place, inner = equation.outvars.index(variable), called(equation)
+            place, inner = equation.outvars.index(variable), called_jaxpr(equation)
             if inner is None or equation.primitive.name == "while":
                 return equation, place
             found = origin(inner, inner.outvars[place])

@@ -12,16 +12,16 @@ from .ours import Flagged, at_w, flagged
 
 
 def indefinite(data: Data) -> Flagged:
-    """The loss of `problems.cleaning` as a composition."""
+    """The loss of `problems.cleaning` as a composite loss."""
 
-    def cost(scores, alpha, batch):
+    def loss_fn(scores, alpha, batch):
         each = problems.cross_entropy(scores, batch["y"])
         return jnp.mean(jax.nn.sigmoid(alpha) * each)
 
     loss = hg.CompositeLoss(
-        outputs=lambda w, alpha, batch: problems.layered(jax.nn.relu, w, batch["x"]),
-        cost=cost,
-        penalty=lambda w, alpha: (
+        model_fn=lambda w, alpha, batch: problems.layered(jax.nn.relu, w, batch["x"]),
+        loss_fn=loss_fn,
+        regularizer=lambda w, alpha: (
             0.5 * data["penalty"] * optax.tree.norm(w, squared=True)
         ),
     )

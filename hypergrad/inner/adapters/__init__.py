@@ -1,4 +1,4 @@
-"""Inner solvers of other libraries."""
+"""Adapters of minimizers of other libraries to the interface of inner solvers."""
 
 from .jaxopt import from_jaxopt
 from .optimistix import from_optimistix

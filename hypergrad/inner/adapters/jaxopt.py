@@ -13,78 +13,82 @@ from ...products import Loss
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
-from .shared import BOUND, cast_like, explained
+from .shared import KEEPS_W_IN_A_SET, cast_like, explain_dtype_errors
 
-_PROX = (
-    "minimises the inner loss plus a term that the loss does not contain, so dL/dw is "
-    "not 0 at its solution; put a smooth term into the inner loss instead"
+ACCEPTED = (
+    "GradientDescent",
+    "LBFGS",
+    "BFGS",
+    "NonlinearCG",
+    "OptaxSolver",
+    "PolyakSGD",
+    "ArmijoSGD",
 )
-_ROOT = "solves an equation, and a root need not be a minimiser of the inner loss"
-_SQUARES = (
-    "needs the vector of residuals, and the inner loss is a scalar; "
-    "use a minimiser on the sum of squares"
+_ADDS_A_TERM = (
+    "minimizes the inner loss plus a term that the loss does not contain, so that "
+    "dL/dw is not 0 at its solution. Add a smooth term to the inner loss instead"
 )
-_SCIPY = "runs on the host, outside jit and vmap"
-
-# By the class's name, so that nothing of jaxopt needs importing; None: accepted.
-JAXOPT: dict[str, str | None] = {
-    "GradientDescent": None,
-    "LBFGS": None,
-    "BFGS": None,
-    "NonlinearCG": None,
-    "OptaxSolver": None,
-    "PolyakSGD": None,
-    "ArmijoSGD": None,
-    "ProjectedGradient": BOUND,
-    "MirrorDescent": BOUND,
-    "LBFGSB": BOUND,
-    "ScipyBoundedMinimize": BOUND,
-    "BoxCDQP": BOUND,
-    "BoxOSQP": BOUND,
-    "OSQP": BOUND,
-    "CvxpyQP": BOUND,
-    "EqualityConstrainedQP": BOUND,
-    "ProximalGradient": _PROX,
-    "BlockCoordinateDescent": _PROX,
-    "GaussNewton": _SQUARES,
-    "LevenbergMarquardt": _SQUARES,
-    "ScipyLeastSquares": _SQUARES,
-    "ScipyBoundedLeastSquares": _SQUARES,
-    "Bisection": _ROOT,
-    "Broyden": _ROOT,
-    "ScipyRootFinding": _ROOT,
-    "FixedPointIteration": _ROOT,
-    "AndersonAcceleration": _ROOT,
-    "AndersonWrapper": "hides the solver whose fun is to be replaced; pass that one",
-    "ScipyMinimize": _SCIPY,
+_FINDS_A_ROOT = (
+    "finds a root of an equation, which need not be a minimum of the inner loss. Use "
+    "jaxopt.LBFGS or jaxopt.BFGS"
+)
+_NEEDS_RESIDUALS = (
+    "needs the vector of residuals, but the inner loss is a scalar. Use jaxopt.LBFGS "
+    "or jaxopt.BFGS on the sum of squares"
+)
+_RUNS_ON_HOST = (
+    "runs on the host, outside of jit and vmap. Use jaxopt.LBFGS or jaxopt.BFGS"
+)
+#: The reason why a solver is rejected, by the name of its class, so that jaxopt need
+#: not be imported.
+REJECTED = {
+    "ProjectedGradient": KEEPS_W_IN_A_SET,
+    "MirrorDescent": KEEPS_W_IN_A_SET,
+    "LBFGSB": KEEPS_W_IN_A_SET,
+    "ScipyBoundedMinimize": KEEPS_W_IN_A_SET,
+    "BoxCDQP": KEEPS_W_IN_A_SET,
+    "BoxOSQP": KEEPS_W_IN_A_SET,
+    "OSQP": KEEPS_W_IN_A_SET,
+    "CvxpyQP": KEEPS_W_IN_A_SET,
+    "EqualityConstrainedQP": KEEPS_W_IN_A_SET,
+    "ProximalGradient": _ADDS_A_TERM,
+    "BlockCoordinateDescent": _ADDS_A_TERM,
+    "GaussNewton": _NEEDS_RESIDUALS,
+    "LevenbergMarquardt": _NEEDS_RESIDUALS,
+    "ScipyLeastSquares": _NEEDS_RESIDUALS,
+    "ScipyBoundedLeastSquares": _NEEDS_RESIDUALS,
+    "Bisection": _FINDS_A_ROOT,
+    "Broyden": _FINDS_A_ROOT,
+    "ScipyRootFinding": _FINDS_A_ROOT,
+    "FixedPointIteration": _FINDS_A_ROOT,
+    "AndersonAcceleration": _FINDS_A_ROOT,
+    "AndersonWrapper": "hides the solver whose fun is replaced. Pass that solver",
+    "ScipyMinimize": _RUNS_ON_HOST,
 }
 
 
-def from_jaxopt(solver: Any) -> Any:
-    """An inner solver from a jaxopt one for unconstrained minimisation.
+def from_jaxopt(solver: Any) -> "JaxoptLoop | JaxoptRun":
+    """Returns an inner solver from a jaxopt solver for unconstrained minimization.
 
     Args:
-      solver: an instance of jaxopt's ``GradientDescent``, ``LBFGS``, ``BFGS``,
-        ``NonlinearCG``, ``OptaxSolver``, ``PolyakSGD`` or ``ArmijoSGD``. Its ``fun`` is
-        not called: the problem's inner loss takes its place. ``implicit_diff``,
-        ``jit`` and ``unroll`` are not read either. Compared by identity under ``jit``:
-        reuse the object.
+      solver: Instance of jaxopt's ``GradientDescent``, ``LBFGS``, ``BFGS``,
+        ``NonlinearCG``, ``OptaxSolver``, ``PolyakSGD`` or ``ArmijoSGD``. The inner loss
+        of the problem replaces its ``fun``, and its ``implicit_diff``, ``jit`` and
+        ``unroll`` have no effect. ``jit`` compares it by identity: reuse the object.
 
     Returns:
-      `JaxoptLoop`, ``differentiable``, for ``GradientDescent`` with a step size above 0
-      or a schedule and for ``OptaxSolver`` over a transformation that neither searches
-      along a line nor keeps L-BFGS; it runs ``maxiter`` steps. `JaxoptRun`, which stops
-      at ``tol``, for all else, jaxopt's default ``stepsize=0.0`` (a line search)
-      included.
+      `JaxoptLoop`, whose ``maxiter`` steps are differentiable, for ``GradientDescent``
+      with a positive step size or a schedule, and for ``OptaxSolver`` with a
+      transformation without line search and L-BFGS. `JaxoptRun`, which stops at
+      ``tol``, for all other solvers, including ``GradientDescent`` with jaxopt's
+      default ``stepsize=0.0``, a line search.
 
     Raises:
-      TypeError: a constrained or proximal solver, a ``GradientDescent`` with a ``prox``
-        or a solver with ``pre_update`` (it may project ``w``), where the condition
-        ``dL/dw = 0`` that is differentiated would not hold; a least-squares,
-        root-finding or scipy solver; ``has_aux`` or ``value_and_grad``, which the inner
-        loss does not have; an optax line search, to which jaxopt passes no value; what
-        is no jaxopt solver.
-      ValueError: ``maxiter`` is no plain integer of at least 0.
+      TypeError: The solver is not one of these instances. It has a ``prox`` or a
+        ``pre_update``, which may project ``w``, so that ``dL/dw = 0`` would not hold.
+        It has ``has_aux`` or ``value_and_grad``, which the inner loss does not have. It
+        is an ``OptaxSolver`` with a line search, to which jaxopt passes no value.
+      ValueError: ``maxiter`` is not an integer of at least 0.
 
     Cost, memory and bias: see `JaxoptLoop` and `JaxoptRun`.
 
@@ -100,84 +104,29 @@ def from_jaxopt(solver: Any) -> Any:
     True
     """
     name = _check_jaxopt(solver)
+    is_loop = False
     if name == "GradientDescent":
-        stepsize = solver.stepsize
-        loop = callable(stepsize) or stepsize > 0
+        is_loop = callable(solver.stepsize) or solver.stepsize > 0
     elif name == "OptaxSolver":
-        loop = Descent(solver.opt, 1).differentiable
-    else:
-        loop = False
-    return JaxoptLoop(solver) if loop else JaxoptRun(solver)
-
-
-def _check_jaxopt(solver: Any) -> str:
-    """The accepted jaxopt class that ``solver`` is, or the reason why it is none."""
-    if isinstance(solver, type):
-        raise TypeError(
-            f"solver is the class {solver.__name__}; pass an instance, "
-            f"jaxopt.{solver.__name__}(fun=loss)"
-        )
-    known = [
-        kind.__name__
-        for kind in type(solver).__mro__
-        if kind.__module__.startswith("jaxopt.") and kind.__name__ in JAXOPT
-    ]
-    if not known:
-        raise TypeError(
-            "solver must be one of jaxopt's minimisers "
-            f"{', '.join(name for name, why in JAXOPT.items() if why is None)}; "
-            f"got {type(solver).__name__}"
-        )
-    name = known[0]
-    refuse = lambda why: TypeError(
-        f"jaxopt.{name} {why}: hypergradients here differentiate the stationarity "
-        "condition dL/dw = 0 of an unconstrained inner problem, and would be wrong. "
-        "jaxopt.LBFGS solves such a problem"
-    )
-    why = JAXOPT[name]
-    if why in (_SQUARES, _SCIPY):
-        raise TypeError(f"jaxopt.{name} {why}; jaxopt.LBFGS or jaxopt.BFGS will do")
-    if why is not None:
-        raise refuse(why)
-    if solver.has_aux or solver.value_and_grad:
-        raise TypeError(
-            f"jaxopt.{name} has has_aux or value_and_grad set, but its fun is replaced "
-            "by the inner loss, which returns a scalar alone; leave both at False"
-        )
-    if name == "GradientDescent":
-        from jaxopt.prox import prox_none
-
-        if solver.prox is not prox_none:
-            raise refuse(f"with a prox {_PROX}")
-    if getattr(solver, "pre_update", None) is not None:
-        raise refuse("with pre_update may move w, onto a constraint for one")
-    if name == "OptaxSolver" and not Descent(solver.opt, 1).differentiable:
-        update = lambda w: solver.opt.update(w, solver.opt.init(w), w)
-        try:
-            jax.eval_shape(update, jnp.zeros(()))
-        except TypeError as error:
-            raise TypeError(
-                "jaxopt.OptaxSolver does not pass the loss value that the line search "
-                "of this optax transformation needs; use hg.Descent or hg.LBFGS"
-            ) from error
-    check_positive_int("maxiter", solver.maxiter, minimum=0)
-    return name
+        is_loop = Descent(solver.opt, 1).differentiable
+    return JaxoptLoop(solver) if is_loop else JaxoptRun(solver)
 
 
 class JaxoptLoop(eqx.Module):
     """``maxiter`` steps of a jaxopt solver without a line search; see `from_jaxopt`.
 
+    If the data is `Batches` with a batch size, each step samples its own batch.
+
     Args:
-      solver: the jaxopt solver. Its ``tol`` is not read: the steps may be
-        differentiated, so their number is fixed (jaxopt's own ``run`` stops early).
+      solver: The jaxopt solver. Its ``tol`` has no effect: the steps may be
+        differentiated, so their number is fixed. (jaxopt's own ``run`` stops early.)
 
-    Each step draws its own batch where the data is `Batches` with a batch size, from
-    a key split off the given one.
+    Raises:
+      ValueError: The leaves of ``w`` have several dtypes; raised by `solve`.
 
-    Errors: ValueError for leaves of ``w`` of several dtypes.
-
-    Cost: ``maxiter`` gradients, mini-batches in proportion. Memory: ``w`` and the
-    solver's state. Bias: what ``maxiter`` steps leave of the inner problem.
+    Cost: ``maxiter`` gradients, where mini-batches count in proportion.
+    Memory: ``w`` and the state of the solver.
+    Bias: the error of the inner solution after ``maxiter`` steps.
 
     Source: Blondel et al. 2022, arXiv:2105.15183.
 
@@ -198,15 +147,15 @@ class JaxoptLoop(eqx.Module):
 
     @property
     def num_steps(self) -> int:
-        """The ``maxiter`` of jaxopt."""
+        """The ``maxiter`` of the jaxopt solver."""
         return self.solver.maxiter
 
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """``(w, jaxopt's state)``."""
-        w = _one_dtype(w)
-        solver = _with_loss(self.solver, inner_loss, jit=False)
+        """Returns ``w`` and the first state of the jaxopt solver."""
+        w = _to_one_dtype(w)
+        solver = _replace_fun(self.solver, inner_loss, jit=False)
         return w, solver.init_state(w, alpha, sample_batch(data, key))
 
     def step(
@@ -217,39 +166,42 @@ class JaxoptLoop(eqx.Module):
         data: Data,
         key: Array,
     ) -> tuple[PyTree, PyTree]:
-        """One jaxopt update on a batch drawn with ``key``."""
-        solver = _with_loss(self.solver, inner_loss, jit=False)
+        """Returns the carry after one update on a batch sampled with ``key``."""
+        solver = _replace_fun(self.solver, inner_loss, jit=False)
         w, state = solver.update(*carry, alpha, sample_batch(data, key))
-        # jaxopt's stopping criterion is a norm, whose derivative at 0 is NaN.
+        # The stopping criterion of jaxopt is a norm, whose derivative at 0 is NaN.
         state = state._replace(error=jax.lax.stop_gradient(state.error))
         return cast_like((w, state), carry)
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w after maxiter steps, stats)``; same structure and dtypes as ``w``."""
+        """Returns ``w`` after ``maxiter`` steps, in its dtypes, and its cost."""
         w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
-        steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))
+        num_grads = self.num_steps * batch_fraction(data)
+        return w, inner_stats(self.num_steps, num_grads=num_grads)
 
 
 class JaxoptRun(eqx.Module):
-    """jaxopt's ``run`` to its ``tol`` or ``maxiter``; see `from_jaxopt`.
+    """jaxopt's ``run`` up to its ``tol`` or ``maxiter``; see `from_jaxopt`.
+
+    The iterations cannot be differentiated, because reverse mode does not work through
+    their `jax.lax.while_loop`. Stochastic solvers, too, use all of the data.
 
     Args:
-      solver: the jaxopt solver. Its ``tol`` is absolute, and jaxopt's default of 1e-3
-        is coarse for a hypergradient: set it.
+      solver: The jaxopt solver. Its ``tol`` is absolute. The default of 1e-3 is coarse
+        for a hypergradient: set a smaller one.
 
-    Not differentiable step by step: a `lax.while_loop`, so reverse mode refuses it.
-    Uses all of the data, never a mini-batch, also for jaxopt's stochastic solvers.
+    Raises:
+      ValueError: The leaves of ``w`` have several dtypes; raised by `solve`.
 
-    Errors: ValueError for leaves of ``w`` of several dtypes.
-
-    Cost: counted by jaxopt where it counts: ``num_grads`` is its ``num_grad_eval`` and
-    ``num_values`` the excess of its ``num_fun_eval`` (LBFGS, BFGS, NonlinearCG,
-    PolyakSGD). Else one gradient a step, plus one value a step where it searches along
-    a line (GradientDescent, ArmijoSGD), a lower bound. Memory: ``w`` and the solver's
-    state. Bias: none at a small enough ``tol``.
+    Cost:
+      For LBFGS, BFGS, NonlinearCG and PolyakSGD ``num_grads`` is jaxopt's
+      ``num_grad_eval``, and ``num_values`` the excess of its ``num_fun_eval``. For the
+      others it is one gradient per step, plus one value per step with a line search
+      (GradientDescent, ArmijoSGD), which is a lower bound.
+    Memory: ``w`` and the state of the solver.
+    Bias: none at a small enough ``tol``.
 
     Source: Blondel et al. 2022, arXiv:2105.15183.
 
@@ -271,41 +223,95 @@ class JaxoptRun(eqx.Module):
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)``; same structure and dtypes as ``w``."""
-        w = _one_dtype(w)
-        # unroll=False is the while loop; "auto" would scan over all of maxiter.
-        solver = _with_loss(self.solver, inner_loss, jit=True, unroll=False)
-        with explained("jaxopt", w):
-            found, state = solver.run(w, alpha, full_batch(data, key))
-        return cast_like(found, w), _spent(state)
+        """Returns the minimum, in the dtypes of ``w``, and the cost of finding it."""
+        w = _to_one_dtype(w)
+        # unroll=False runs a while loop; "auto" would scan over all of maxiter.
+        solver = _replace_fun(self.solver, inner_loss, jit=True, unroll=False)
+        with explain_dtype_errors("jaxopt", w):
+            new_w, state = solver.run(w, alpha, full_batch(data, key))
+        return cast_like(new_w, w), _run_stats(state)
 
 
-def _with_loss(solver: Any, inner_loss: Loss, **settings: Any) -> Any:
-    """The same jaxopt solver on the inner loss, without its own differentiation."""
-    # A plain function, since jaxopt inspects the signature.
+def _check_jaxopt(solver: Any) -> str:
+    """Returns the name of the jaxopt class; raises TypeError if it is not accepted."""
+    if isinstance(solver, type):
+        raise TypeError(
+            f"solver must be an instance; got the class {solver.__name__}. Write "
+            f"jaxopt.{solver.__name__}(fun=loss)."
+        )
+    names = [
+        kind.__name__
+        for kind in type(solver).__mro__
+        if kind.__module__.startswith("jaxopt.")
+        and kind.__name__ in (*ACCEPTED, *REJECTED)
+    ]
+    if not names:
+        raise TypeError(
+            f"solver must be one of jaxopt's minimizers {', '.join(ACCEPTED)}; got "
+            f"{type(solver).__name__}."
+        )
+    name = names[0]
+    if reason := REJECTED.get(name) or _reason_to_reject(solver, name):
+        raise TypeError(
+            "solver must find a minimum of the inner loss, at which dL/dw = 0; got "
+            f"jaxopt.{name}, which {reason}."
+        )
+    check_positive_int("maxiter", solver.maxiter, minimum=0)
+    return name
+
+
+def _reason_to_reject(solver: Any, name: str) -> str | None:
+    """Returns why the settings of a solver are not accepted, or None."""
+    if solver.has_aux or solver.value_and_grad:
+        return (
+            "has has_aux or value_and_grad set, but the inner loss that replaces its "
+            "fun returns only a scalar. Leave both at False"
+        )
+    if name == "GradientDescent":
+        from jaxopt.prox import prox_none
+
+        if solver.prox is not prox_none:
+            return f"has a prox and {_ADDS_A_TERM}"
+    if getattr(solver, "pre_update", None) is not None:
+        return "has a pre_update, which may move w, such as onto a constraint"
+    if name == "OptaxSolver" and not Descent(solver.opt, 1).differentiable:
+        update = lambda w: solver.opt.update(w, solver.opt.init(w), w)
+        try:
+            jax.eval_shape(update, jnp.zeros(()))
+        except TypeError:
+            return (
+                "does not pass the value of the loss to the line search of its optax "
+                "transformation. Use hg.Descent or hg.LBFGS"
+            )
+    return None
+
+
+def _replace_fun(solver: Any, inner_loss: Loss, **settings: Any) -> Any:
+    """Returns the jaxopt solver with the inner loss as ``fun``."""
+    # jaxopt inspects the signature, which only a plain function has.
     fun = lambda w, alpha, batch: inner_loss(w, alpha, batch)
     return dataclasses.replace(solver, fun=fun, implicit_diff=False, **settings)
 
 
-def _spent(state: Any) -> InnerStats:
-    """The cost of a jaxopt run, as `JaxoptRun` says it is counted."""
-    steps = state.iter_num
+def _run_stats(state: Any) -> InnerStats:
+    """Returns the cost of a run, counted as `JaxoptRun` describes."""
+    num_steps = state.iter_num
     if hasattr(state, "num_grad_eval"):
-        grads = state.num_grad_eval
-        values = jnp.maximum(state.num_fun_eval - grads, 0)
+        num_grads = state.num_grad_eval
+        num_values = jnp.maximum(state.num_fun_eval - num_grads, 0)
     else:
-        grads = steps
-        values = steps if hasattr(state, "stepsize") else 0
-    return inner_stats(steps, num_grads=grads, num_values=values)
+        num_grads = num_steps
+        num_values = num_steps if hasattr(state, "stepsize") else 0
+    return inner_stats(num_steps, num_grads=num_grads, num_values=num_values)
 
 
-def _one_dtype(w: PyTree) -> PyTree:
-    """``w`` as arrays; jaxopt wants them all of one dtype."""
+def _to_one_dtype(w: PyTree) -> PyTree:
+    """Returns ``w`` as arrays; raises ValueError unless they share one dtype."""
     w = jax.tree.map(jnp.asarray, w)
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(w)})
     if len(dtypes) > 1:
         raise ValueError(
-            f"w has leaves of dtypes {', '.join(dtypes)}, and jaxopt needs one; "
-            "cast w, or use hg.Descent, hg.Newton or hg.LBFGS"
+            "w must have leaves of a single dtype for jaxopt; got "
+            f"{', '.join(dtypes)}. Cast w, or use hg.Descent, hg.Newton or hg.LBFGS."
         )
     return w

@@ -14,29 +14,33 @@ from ...problem import Data, full_batch
 from ...products import Loss
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
-from .shared import BOUND, cast_like, explained
+from .shared import KEEPS_W_IN_A_SET, cast_like, explain_dtype_errors
 
-OPTIMISTIX = {
-    "GoldenSearch": BOUND,
-    "NelderMead": "starts from a degenerate simplex in several variables (as of "
-    "0.1.0) and stops at points that are no minimisers",
+#: The reason why a minimizer is rejected, by the name of its class.
+REJECTED = {
+    "GoldenSearch": KEEPS_W_IN_A_SET,
+    "NelderMead": (
+        "starts from a degenerate simplex in several variables (as of 0.1.0) and stops "
+        "at points that are not minima. Use optimistix.BFGS"
+    ),
 }
 
 
 def from_optimistix(solver: Any, max_steps: int | None = 256) -> "Optimistix":
-    """An inner solver from an optimistix minimiser.
+    """Returns an inner solver from an optimistix minimizer.
 
     Args:
-      solver: an `optimistix.AbstractMinimiser`, such as
+      solver: Instance of `optimistix.AbstractMinimiser`, such as
         ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``.
-      max_steps: steps at the most; None for no limit. Where they run out, or a step is
-        not finite, the last iterate is returned and no error is raised.
+      max_steps: Maximum number of steps, or None for no limit. If it is reached, or a
+        step is not finite, the last iterate is returned and no error is raised.
 
     Raises:
       ImportError: optimistix is not installed.
-      TypeError: what is no minimiser; ``GoldenSearch``, which keeps ``w`` in an
-        interval; ``NelderMead``, which misses the minimum in several variables.
-      ValueError: ``max_steps`` below 1.
+      TypeError: The solver is not a minimizer. It is ``GoldenSearch``, which keeps
+        ``w`` in an interval, or ``NelderMead``, which misses the minimum in several
+        variables.
+      ValueError: ``max_steps`` is less than 1.
 
     Cost, memory and bias: see `Optimistix`.
 
@@ -49,47 +53,54 @@ def from_optimistix(solver: Any, max_steps: int | None = 256) -> "Optimistix":
     >>> bool(jnp.allclose(w, 1.0, atol=1e-3))
     True
     """
-    optimistix = _optimistix()
+    optimistix = _import_optimistix()
     if isinstance(solver, type):
+        name = solver.__name__
         raise TypeError(
-            f"solver is the class {solver.__name__}; pass an instance, "
-            f"optimistix.{solver.__name__}(rtol=1e-8, atol=1e-8)"
+            f"solver must be an instance; got the class {name}. Write "
+            f"optimistix.{name}(rtol=1e-8, atol=1e-8)."
         )
     if not isinstance(solver, optimistix.AbstractMinimiser):
         raise TypeError(
-            "solver must be a minimiser such as optimistix.BFGS or "
-            "optimistix.NonlinearCG (a least-squares or root-finding solver needs a "
-            "vector of residuals, and the inner loss is a scalar); "
-            f"got {type(solver).__name__}"
+            "solver must be a minimizer such as optimistix.BFGS or "
+            f"optimistix.NonlinearCG; got {type(solver).__name__}. Least-squares and "
+            "root-finding solvers need a vector of residuals, but the inner loss is a "
+            "scalar."
         )
-    inmost = solver
-    while isinstance(inmost, optimistix.BestSoFarMinimiser):
-        inmost = inmost.solver
-    for name, why in OPTIMISTIX.items():
-        if isinstance(inmost, getattr(optimistix, name)):
-            raise TypeError(f"optimistix.{name} {why}; optimistix.BFGS will do")
+    innermost = solver
+    while isinstance(innermost, optimistix.BestSoFarMinimiser):
+        innermost = innermost.solver
+    for name, reason in REJECTED.items():
+        if isinstance(innermost, getattr(optimistix, name)):
+            raise TypeError(
+                "solver must find a minimum of the inner loss, at which dL/dw = 0; got "
+                f"optimistix.{name}, which {reason}."
+            )
     check_positive_int("max_steps", max_steps, optional=True)
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    arrays, rest = eqx.partition(solver, is_array)
-    return Optimistix(arrays, rest, max_steps)
+    arrays, static = eqx.partition(solver, is_array)
+    return Optimistix(arrays, static, max_steps)
 
 
 class Optimistix(eqx.Module):
-    """`optimistix.minimise`, which never differentiates here; see `from_optimistix`.
+    """`optimistix.minimise` without its own differentiation; see `from_optimistix`.
+
+    The iterations cannot be differentiated, because reverse mode does not work through
+    their `jax.lax.while_loop`. The solver uses all of the data, never a mini-batch.
+    Under ``jax_enable_x64``, ``LBFGS`` and ``BestSoFarMinimiser`` of optimistix 0.1
+    raise an error for a float32 ``w``.
 
     Args:
-      arrays: the solver's arrays (a learning rate), which are data.
-      rest: the solver without them, static and compared by value.
-      max_steps: steps at the most.
+      arrays: Arrays of the minimizer, such as a learning rate, which are data.
+      static: The minimizer without its arrays, static and compared by value.
+      max_steps: Maximum number of steps.
 
-    Not differentiable step by step: a `lax.while_loop`, so reverse mode refuses it.
-    Uses all of the data, never a mini-batch. Under ``jax_enable_x64``, optimistix 0.1
-    refuses a float32 ``w`` in ``LBFGS`` and ``BestSoFarMinimiser``.
-
-    Cost: one gradient a step, since each trial point of a line search is a step of its
-    own; a lower bound for an `OptaxMinimiser`, the evaluations of whose optax line
-    search are not visible. Memory: the solver's. Bias: none at small enough
-    tolerances.
+    Cost:
+      One gradient per step, because each trial of a line search is a step. This is a
+      lower bound for an ``OptaxMinimiser`` with a line search of optax, whose
+      evaluations are not counted.
+    Memory: that of the minimizer.
+    Bias: none at small enough tolerances.
 
     Source: Rader, Lyons & Kidger 2024, arXiv:2402.09983.
 
@@ -102,7 +113,7 @@ class Optimistix(eqx.Module):
     """
 
     arrays: PyTree
-    rest: PyTree = eqx.field(static=True)
+    static: PyTree = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
 
     citations = ("optimistix2024",)
@@ -111,24 +122,27 @@ class Optimistix(eqx.Module):
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w*, stats)``; same structure and dtypes as ``w``."""
+        """Returns the minimum, in the dtypes of ``w``, and the cost of finding it."""
         w = jax.tree.map(jnp.asarray, w)
-        with explained("optimistix", w):
-            solution = _optimistix().minimise(
+        with explain_dtype_errors("optimistix", w):
+            solution = _import_optimistix().minimise(
                 _Objective(inner_loss),
-                eqx.combine(self.arrays, self.rest),
+                eqx.combine(self.arrays, self.static),
                 w,
                 (alpha, full_batch(data, key)),
                 max_steps=self.max_steps,
-                adjoint=_undifferentiated(),
+                adjoint=_no_adjoint(),
                 throw=False,
             )
-        steps = solution.stats["num_steps"]
-        return cast_like(solution.value, w), inner_stats(steps, num_grads=steps)
+        num_steps = solution.stats["num_steps"]
+        return cast_like(solution.value, w), inner_stats(num_steps, num_grads=num_steps)
 
 
 class _Objective(eqx.Module):
-    """``fn(w, (alpha, batch))``, equal for equal losses: optimistix's cache hits."""
+    """The function ``(w, (alpha, batch)) -> loss``; equal for equal losses.
+
+    Equality lets optimistix reuse a compiled program.
+    """
 
     inner_loss: Loss = eqx.field(static=True)
 
@@ -136,24 +150,25 @@ class _Objective(eqx.Module):
         return self.inner_loss(w, *args)
 
 
-def _optimistix() -> Any:
+def _import_optimistix() -> Any:
     try:
         import optimistix
     except ImportError as error:
         raise ImportError(
-            "from_optimistix needs optimistix: pip install 'hypergrad-jax[solvers]'"
+            "from_optimistix needs optimistix. Install it with: pip install "
+            "'hypergrad-jax[solvers]'."
         ) from error
     return optimistix
 
 
 @functools.cache
-def _undifferentiated() -> Any:
-    """An optimistix adjoint that is none: the bare loop."""
+def _no_adjoint() -> Any:
+    """Returns an optimistix adjoint that runs the loop and defines no derivative."""
 
-    class Undifferentiated(_optimistix().AbstractAdjoint):
+    class NoAdjoint(_import_optimistix().AbstractAdjoint):
         def apply(self, primal_fn, rewrite_fn, inputs, tags):
             del rewrite_fn, tags
             loop = functools.partial(eqxi.while_loop, kind="lax")
             return primal_fn((*inputs, loop))
 
-    return Undifferentiated()
+    return NoAdjoint()

@@ -1,4 +1,4 @@
-"""What the adapters share: dtypes, and why a constraint is refused."""
+"""Helpers of the adapters: dtypes, and the reasons to reject constrained solvers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,21 +7,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-BOUND = (
-    "keeps w in a set, and where the set's boundary holds w, dL/dw is not 0; drop the "
-    "constraint, or write it into the inner loss by a bijection such as softplus"
+#: Reason to reject a solver that keeps ``w`` in a set; continues its name.
+KEEPS_W_IN_A_SET = (
+    "keeps w in a set, so that dL/dw is not 0 at a solution on the boundary of the "
+    "set. Remove the constraint, or write it into the inner loss by a bijection such "
+    "as softplus"
 )
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """``tree`` in the dtypes of ``like``, never weak."""
-    cast = lambda new, old: jnp.asarray(new, dtype=jnp.asarray(old).dtype)
+    """Returns ``tree`` in the dtypes of ``like``, without weak types."""
+    cast = lambda x, like: jnp.asarray(x, dtype=jnp.asarray(like).dtype)
     return jax.tree.map(cast, tree, like)
 
 
 @contextlib.contextmanager
-def explained(library: str, w: PyTree) -> Iterator[None]:
-    """Some solvers mix in the default dtype; says so where that may be the cause."""
+def explain_dtype_errors(library: str, w: PyTree) -> Iterator[None]:
+    """Adds a note to an error that mixing ``w`` with the default dtype may cause."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -29,8 +31,8 @@ def explained(library: str, w: PyTree) -> Iterator[None]:
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(w)})
         if dtypes != [str(default)]:
             error.add_note(
-                f"w is {', '.join(dtypes)} where JAX's default is {default}; some "
-                f"{library} solvers cannot mix them: cast w to {default}, set "
-                "jax_enable_x64 to match w, or take another solver"
+                f"w is {', '.join(dtypes)}, but JAX's default is {default}, and some "
+                f"solvers of {library} cannot mix them. Cast w to {default}, set "
+                "jax_enable_x64 to match w, or use another solver."
             )
         raise

@@ -1,0 +1,84 @@
+"""Tests of the tables of *How to choose*, and that the code of that page runs."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypergrad import cli, method_tables, objectives, searchers
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/choose.md"
+
+
+@pytest.mark.parametrize("page", ["docs/choose.md", "README.md"])
+def test_tables_are_up_to_date(page):
+    """If not, run ``python -m hypergrad.method_tables docs/choose.md README.md``."""
+    text = (ROOT / page).read_text()
+    assert "<!-- table: " in text
+    assert method_tables.replace_tables(text) == text
+
+
+def test_only_the_table_between_its_comments_is_replaced():
+    page = "# A page\n\n<!-- table: costs -->\n{}<!-- end of table -->\n\nThe end.\n"
+    stale = page.format("| estimator |\n|---|\n| `Removed(solver)` |\n")
+    expected = page.format(method_tables.markdown_table("costs"))
+    assert method_tables.replace_tables(stale) == expected
+
+
+def test_the_command_prints_every_row_of_both_tables(capsys):
+    cli.estimators()
+    printed = capsys.readouterr().out
+    assert all(printed.count(x.call) == 2 for x in method_tables.summaries())
+
+
+def first_column(heading):
+    """Returns the names in the first column of the table under a heading."""
+    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line[:3] == "| `"]
+    return sorted(name.strip(" `") for cell in cells for name in cell.split(","))
+
+
+def test_every_aggregator_has_a_row():
+    names = {
+        name
+        for name in objectives.__all__
+        if hasattr(getattr(objectives, name), "compute_weights")
+    }
+    assert first_column("Which aggregator?") == sorted(names - {"Aggregator"})
+
+
+def test_every_searcher_has_a_row():
+    """`Searcher` is the protocol."""
+    expected = sorted(set(searchers.__all__) - {"Searcher"})
+    assert first_column("Which searcher?") == expected
+
+
+def test_the_code_of_the_page_runs_in_order(capsys):
+    """The checks agree, a search continues, the limit is kept, the front is one.
+
+    The outer loss ``sum (sin(alpha) - 2)^2`` is smallest if each width is exp(pi/2).
+    Their latency of 1.9 exceeds the limit of 1.6, so that the limit is attained.
+    """
+    names = {}
+    for block in PAGE.read_text().split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], str(PAGE), "exec"), names)
+    error_estimate, trusted, difference = capsys.readouterr().out.split()[:3]
+    assert trusted == "True"
+    assert float(error_estimate) < 1e-2
+    assert float(difference) < 1e-2
+    num_trials = 2000 // (100 + 1 / 3)
+    continued = names["continued"]
+    assert len(continued.value) == len(continued.metrics["size"]) == num_trials
+    limited = names["limited"]
+    assert abs(limited.value[-1, 1] / 1.6 - 1) < 0.01
+    assert limited.stats["objective_weights"][-1, 1] > 0
+    outer, latency = names["outer"], names["latency"]
+    values = [
+        [outer(jnp.sin(alpha), alpha, None), latency(None, alpha, None)]
+        for alpha in names["points"]
+    ]
+    front = names["front"].value[names["is_best"]]
+    np.testing.assert_allclose(values, front, rtol=1e-5)
+    assert objectives.non_dominated(front).all()

@@ -1,0 +1,310 @@
+"""Tests of the bilevel problem and of the batches that its losses see."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.problem import batch_fraction, num_examples, sample_fixed_batch
+
+KEY = jax.random.key(0)
+DATA = {"x": np.arange(12.0).reshape(6, 2), "y": np.arange(6)}
+
+
+def inner_loss(w, alpha, batch):
+    return jnp.sum((w - alpha) ** 2)
+
+
+def outer_loss(w, alpha, batch):
+    return jnp.sum((w - 0.5) ** 2)
+
+
+# Batches.
+
+
+def test_take_returns_the_examples_at_the_indices():
+    batch = hg.Batches(DATA, 2).take(jnp.array([4, 0, 4]))
+    np.testing.assert_array_equal(batch["x"], DATA["x"][[4, 0, 4]])
+    np.testing.assert_array_equal(batch["y"], [4, 0, 4])
+
+
+def test_full_batch_is_the_data_whatever_the_batch_size():
+    """Without a batch size it is also every sample."""
+    batches = hg.Batches(DATA, 2)
+    full = batches.full_batch()
+    assert batches.num_examples == 6
+    np.testing.assert_array_equal(full["x"], DATA["x"])
+    assert jnp.issubdtype(full["y"].dtype, jnp.integer)
+    np.testing.assert_array_equal(hg.Batches(DATA).sample(KEY)["y"], np.arange(6))
+
+
+def test_a_sample_consists_of_examples_and_depends_on_the_key_alone():
+    batches = hg.Batches(DATA, 4)
+    batch = batches.sample(KEY)
+    assert batch["x"].shape == (4, 2)
+    np.testing.assert_array_equal(batch["x"], DATA["x"][np.asarray(batch["y"])])
+    jitted_batch = jax.jit(lambda batches, key: batches.sample(key))(batches, KEY)
+    np.testing.assert_array_equal(jitted_batch["x"], batch["x"])
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 20))["y"]
+    assert len({tuple(row) for row in samples.tolist()}) >= 15
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
+def test_examples_are_sampled_uniformly_with_replacement(with_key):
+    """Checks frequencies by a chi-square test, and the rate of repeated examples."""
+    batches = hg.Batches(np.arange(6), 3, with_key=with_key)
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 4000))
+    samples = np.asarray(samples[0] if with_key else samples)
+    counts = np.bincount(samples.ravel(), minlength=6)
+    assert np.sum((counts - 2000) ** 2 / 2000) < 25.7  # chi2(5): p = 1e-4
+    repeated = np.mean([len(set(row)) < 3 for row in samples.tolist()])
+    assert abs(repeated - (1 - 5 / 6 * 4 / 6)) < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_a_scalar_leaf_is_part_of_every_batch():
+    batches = hg.Batches({"x": jnp.arange(6.0), "T": 0.3}, 4)
+    assert batches.num_examples == 6
+    batch = batches.sample(KEY)
+    assert batch["x"].shape == (4,)
+    assert batch["T"] == jnp.asarray(0.3)
+    assert batches.take(jnp.array([2]))["T"].shape == ()
+
+
+def test_keyed_batches_carry_a_fresh_key():
+    """The key of a batch is independent of the indices and of other batches."""
+    batches = hg.Batches(DATA, 4, with_key=True)
+    batch, batch_key = batches.sample(KEY)
+    same_batch, same_key = batches.sample(KEY)
+    _, other_key = batches.sample(jax.random.key(1))
+    bits = lambda key: jax.random.key_data(key).tolist()
+    assert bits(batch_key) == bits(same_key)
+    assert bits(batch_key) not in (bits(other_key), bits(KEY))
+    np.testing.assert_array_equal(batch["y"], same_batch["y"])
+    full, full_key = batches.full_batch()
+    assert bits(full_key) == bits(jax.random.key(0))
+    assert full["x"].shape == (6, 2)
+    np.testing.assert_array_equal(batches.take(jnp.array([1]))["y"], [1])
+
+
+def test_a_batch_without_data_is_a_key():
+    batches = hg.Batches(None, with_key=True)
+    for batch in (batches.sample(KEY), batches.full_batch()):
+        assert jnp.issubdtype(batch.dtype, jax.dtypes.prng_key)
+    assert batches.num_examples == 1
+
+
+def test_batches_are_a_pytree_of_their_arrays():
+    """Equal settings and shapes share a compiled program."""
+    batches = hg.Batches(DATA, 4)
+    assert [leaf.shape for leaf in jax.tree.leaves(batches)] == [(6, 2), (6,)]
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def sample(batches):
+        return batches.sample(KEY)["x"]
+
+    first = sample(batches)
+    second = sample(hg.Batches({"x": -DATA["x"], "y": DATA["y"]}, 4))
+    np.testing.assert_array_equal(first, -second)
+    assert jax.tree.structure(batches) != jax.tree.structure(hg.Batches(DATA, 3))
+
+
+def test_num_examples_is_the_common_length_of_the_leaves():
+    """Scalar leaves are ignored; different lengths and keys have none."""
+    x = jnp.ones((6, 2))
+    assert num_examples(hg.Batches(DATA, 2)) == num_examples({"x": x}) == 6
+    assert num_examples({"x": x, "scale": jnp.ones(())}) == 6
+    assert num_examples({"x": x, "y": jnp.ones(5)}) is None
+    assert num_examples(None) is num_examples(hg.Batches(None, with_key=True)) is None
+
+
+def test_batch_fraction_is_relative_to_the_data():
+    assert batch_fraction(hg.Batches(DATA, 2)) == pytest.approx(1 / 3)
+    assert batch_fraction(hg.Batches(DATA, 2), 3) == 0.5
+    assert batch_fraction(hg.Batches(DATA)) == batch_fraction(None) == 1.0
+
+
+def test_a_fixed_batch_has_the_given_size():
+    assert sample_fixed_batch(hg.Batches(DATA, 2), 5, KEY)["x"].shape == (5, 2)
+    assert sample_fixed_batch(hg.Batches(DATA, 2), None, KEY)["x"].shape == (6, 2)
+    assert sample_fixed_batch(DATA, None, KEY) is DATA
+    with pytest.raises(ValueError, match=r"hg\.Batches"):
+        sample_fixed_batch(DATA, 5, KEY)
+
+
+def noisy_loss(w, alpha, batch):
+    """A loss with ``H = diag(1 + u)``, where ``u`` depends on the key of the batch."""
+    examples, key = batch
+    u = jax.random.uniform(key, (2,)) + 0.1 * jnp.mean(examples)
+    return 0.5 * jnp.sum((1 + u) * w**2) - jnp.sum(alpha * w)
+
+
+NOISY = hg.Bilevel(noisy_loss, outer_loss, hg.Batches(np.arange(6.0), 2, with_key=True))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_adjoint_and_residual_see_the_same_noise(batch_size):
+    """The residual of a dense solve vanishes only if ``H`` is the same in both."""
+    solver = hg.Descent(optax.sgd(0.2), 3)
+    estimator = hg.Implicit(solver, lx.LU(), adjoint_batch_size=batch_size)
+    estimate = hg.hypergradient(NOISY, estimator)(jnp.ones(2), jnp.ones(2), KEY)
+    assert estimate.stats["adjoint_residual"] < 1e-12
+
+
+# Bilevel.
+
+
+def test_a_problem_is_a_pytree_of_its_data():
+    """Losses are static; numbers and lists become arrays."""
+    data = hg.Batches(DATA, 2), {"a": [1.0, 2.0], "b": np.ones(3), "c": 2.5}
+    problem = hg.Bilevel(inner_loss, outer_loss, *data)
+    leaves = jax.tree.leaves(problem)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert [leaf.shape for leaf in leaves] == [(6, 2), (6,), (), (), (3,), ()]
+    assert jax.tree.leaves(hg.Bilevel(inner_loss, outer_loss)) == []
+    structure = jax.tree.structure(problem)
+    assert structure == jax.tree.structure(hg.Bilevel(inner_loss, outer_loss, *data))
+    assert structure != jax.tree.structure(hg.Bilevel(inner_loss, inner_loss, *data))
+    new_data = jax.tree.map(lambda x: x + 1, problem).inner_data
+    np.testing.assert_array_equal(new_data.full_batch()["y"], np.arange(6) + 1)
+
+
+def tree_loss(w, alpha, batch):
+    """A loss with the minimum ``a = m``, ``b = 3 s``."""
+    return jnp.sum((w["a"] - alpha["m"]) ** 2) + (w["b"] - 3 * alpha["s"]) ** 2
+
+
+OUTER_LOSSES = (
+    lambda w, alpha, batch: jnp.sum(w["a"]) + alpha["direct"],
+    lambda w, alpha, batch: w["b"] ** 2 + 0 * alpha["direct"],
+    lambda w, alpha, batch: jnp.sum(w["a"] ** 2) + w["b"],
+)
+TREE_W = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+TREE_ALPHA = {
+    "m": jnp.array([1.0, -2.0]),
+    "s": jnp.asarray(0.5),
+    "direct": jnp.asarray(4.0),
+}
+# H = 2 I, so that one term of the series is exact.
+IMPLICIT = hg.Implicit(
+    hg.ClosedForm(lambda alpha, batch: {"a": alpha["m"], "b": 3 * alpha["s"]}),
+    hg.Neumann(num_terms=1, step_size=0.5),
+)
+VALUES = jnp.array([-1 + 4, 1.5**2, 5 + 1.5])
+HYPERGRADIENTS = {
+    "m": jnp.array([[1.0, 1], [0, 0], [2, -4]]),
+    "s": jnp.array([0.0, 2 * 1.5 * 3, 3]),
+    "direct": jnp.array([1.0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [IMPLICIT, hg.Unrolled(hg.Descent(optax.sgd(0.25), 60))],
+    ids=["Implicit", "Unrolled"],
+)
+def test_hypergradients_of_several_losses_have_a_leading_axis(estimator):
+    """Checks K values and hypergradients against the formulas."""
+    problem = hg.Bilevel(tree_loss, list(OUTER_LOSSES))
+    assert problem.num_objectives == 3
+    estimate = hg.hypergradient(problem, estimator)(TREE_W, TREE_ALPHA)
+    chex.assert_trees_all_close(
+        (estimate.value, estimate.hypergradient),
+        (VALUES, HYPERGRADIENTS),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize(
+    ("outer", "index"), [(OUTER_LOSSES[:1], slice(1)), (OUTER_LOSSES[1], 1)],
+    ids=["tuple of one", "function"],
+)  # fmt: skip
+def test_only_a_tuple_of_losses_adds_an_axis(outer, index):
+    problem = hg.Bilevel(tree_loss, outer)
+    estimate = hg.hypergradient(problem, IMPLICIT)(TREE_W, TREE_ALPHA)
+    expected = jax.tree.map(lambda x: x[index], (VALUES, HYPERGRADIENTS))
+    chex.assert_trees_all_close(
+        (estimate.value, estimate.hypergradient), expected, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_init_fn_is_differentiated():
+    """One step of descent from ``3 alpha`` ends at ``alpha + (1 - 2 s) 2 alpha``."""
+    init_fn = lambda w, alpha: 3 * alpha + 0 * w
+    problem = hg.Bilevel(inner_loss, outer_loss, init_fn=init_fn)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 1))
+    alpha = np.array([1.0, 2.0])
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.asarray(alpha))
+    factor = 1 + 0.8 * 2
+    np.testing.assert_allclose(estimate.w, factor * alpha, rtol=1e-12)
+    expected = 2 * factor * (factor * alpha - 0.5)
+    np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-12)
+
+
+# Random data.
+
+
+def sample_row(rows, key):
+    """Returns one random row as the data of both losses."""
+    row = rows[jax.random.randint(key, (), 0, rows.shape[0])]
+    return row, hg.Batches(row[None], 1)
+
+
+def episode_loss(w, alpha, batch):
+    return jnp.sum((w - alpha - batch) ** 2)
+
+
+def test_data_is_sampled_once_per_estimate():
+    """With ``w* = alpha + row`` the value is ``alpha^2`` if both losses see one row."""
+    outer = lambda w, alpha, batch: jnp.mean((w - batch[0]) ** 2)
+    data_fn = jax.tree_util.Partial(sample_row, jnp.arange(300.0)[:, None])
+    problem = hg.Bilevel(episode_loss, outer, data_fn=data_fn)
+    assert [leaf.shape for leaf in jax.tree.leaves(problem)] == [(300, 1)]
+    solver = hg.ClosedForm(lambda alpha, batch: alpha + batch)
+    estimator = hg.Implicit(solver, hg.Neumann(num_terms=1, step_size=0.5))
+    estimate_fn = hg.hypergradient(problem, estimator)
+    estimates = [
+        estimate_fn(jnp.zeros(1), jnp.ones(1), jax.random.key(seed))
+        for seed in (0, 1, 2, 3, 0)
+    ]
+    for estimate in estimates:
+        np.testing.assert_allclose(estimate.value, 1.0, rtol=1e-6)
+        np.testing.assert_allclose(estimate.hypergradient, [2.0], rtol=1e-6)
+    solutions = [float(estimate.w[0]) for estimate in estimates]
+    assert solutions[0] == solutions[-1]
+    assert len(set(solutions)) > 1
+
+
+def test_new_arrays_of_data_fn_trace_nothing():
+    num_traces = 0
+
+    def inner(w, alpha, batch):
+        nonlocal num_traces
+        num_traces += 1
+        return episode_loss(w, alpha, batch)
+
+    solver = hg.ClosedForm(lambda alpha, batch: alpha + batch)
+    estimator = hg.Implicit(solver, hg.Identity())
+    counts = []
+    for scale in (1.0, 2.0):
+        data_fn = jax.tree_util.Partial(sample_row, scale * jnp.ones((300, 1)))
+        problem = hg.Bilevel(inner, outer_loss, data_fn=data_fn)
+        estimate = hg.hypergradient(problem, estimator)(jnp.zeros(1), jnp.ones(1))
+        np.testing.assert_allclose(estimate.value, (scale + 0.5) ** 2)
+        counts.append(num_traces)
+    assert counts[0] == counts[1]
+
+
+def test_a_loss_that_needs_data_names_the_missing_argument():
+    inner = lambda w, alpha, batch: inner_loss(w, alpha, None) + jnp.sum(batch["x"])
+    estimate_fn = hg.hypergradient(
+        hg.Bilevel(inner, outer_loss), hg.Implicit(hg.Newton())
+    )
+    with pytest.raises(TypeError, match="inner_loss"):
+        estimate_fn(jnp.zeros(2), jnp.ones(2))
