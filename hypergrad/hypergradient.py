@@ -48,7 +48,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
         )
     # What all calls share is flattened and hashed once, so that a repeated call costs
     # little more than its program.
-    arrays, static = eqx.partition(floats_to_arrays((estimator, problem)), eqx.is_array)
+    estimator, problem = floats_to_arrays((estimator, problem))
+    arrays, static = eqx.partition((estimator, problem), eqx.is_array)
     arrays, structure = jax.tree.flatten(arrays)
     static_part, checked_shapes = _StaticPart(structure, static), set()
     with jax.ensure_compile_time_eval():  # do not keep a tracer of an enclosing jit
