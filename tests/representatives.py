@@ -62,12 +62,6 @@ REPRESENTATIVES = {
         "test_implicit_is_the_gradient_through_argmin": {"quadratic nested"},
         "test_vmap_is_a_loop": set(),
     },
-    "test_average": {
-        "test_equal_draws_are_one_estimate": set(),
-        "test_more_draws_scatter_less": set(),
-        "test_the_mean_and_its_standard_error_are_those_of_its_draws": set(),
-        "test_the_standard_error_is_what_means_scatter_by": set(),
-    },
     "test_benchmarks": {
         "test_the_network_has_a_strict_minimum": {"scalar"},
     },
@@ -212,19 +206,6 @@ REPRESENTATIVES = {
         "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
         "test_an_executor_makes_the_trace_of_one_process": {"descent", "metrics"},
     },
-    "test_fixed_point": {
-        "test_equals_the_closed_form": {
-            *(
-                "0.3-quadratic nested",
-                "None-logistic scalar",
-            ),
-            *("None-ridge per-weight",),
-        },
-        "test_k_terms_are_the_last_k_steps": {"1", "7"},
-    },
-    "test_forward": {
-        "test_the_distance_to_implicit": {"Forward"},
-    },
     "test_guards": {
         "test_an_error_that_steps_do_not_reach_is_refined": set(),
         "test_implicit_refined_is_the_closed_form": {"ridge per-weight-*"},
@@ -253,17 +234,6 @@ REPRESENTATIVES = {
                 "Unrolled(solver, truncation_length=K)",
             ),
         },
-    },
-    "test_identities": {
-        "test_a_series_is_the_truncated_unroll": {"quadratic 30-5"},
-        "test_a_warm_start_of_w_continues_the_inner_run": set(),
-        "test_a_warm_start_takes_fewer_products_than_a_cold_one": set(),
-        "test_all_roads_lead_to_the_closed_form": set(),
-        "test_checkpoints_change_nothing": {"7-3", "None-50"},
-        "test_conjugate_gradients_keep_their_bound": {"6"},
-        "test_float32_and_float64_agree": set(),
-        "test_the_arrangement_of_the_pytree_does_not_matter": set(),
-        "test_the_truncation_estimate_falls_as_the_error": set(),
     },
     "test_inner": {
         "test_minimisers_reach_the_minimum": {
@@ -359,9 +329,6 @@ REPRESENTATIVES = {
     "test_reused_sketch": {
         "test_a_sketch_that_is_not_finite_is_made_anew": set(),
         "test_where_h_stands_still_a_sketch_is_saved_to_the_product": set(),
-    },
-    "test_reversible": {
-        "test_equals_reverse_mode": {"logistic per-weight-1000", "quadratic nested-2"},
     },
     "test_search": {
         "test_nsga2_finds_the_front": set(),
@@ -522,21 +489,5 @@ REPRESENTATIVES = {
         "test_honest_estimators_pass": set(),
         "test_its_problems_have_the_hypergradient_they_state": {"vector"},
         "test_sabotaged_estimators_fail": {"SumOfPartials"},
-    },
-    "test_zero_order": {
-        "test_central_differences_of_whole_runs": {
-            *(
-                "quadratic 0-d",
-                "ridge per-weight",
-            ),
-        },
-        "test_differences_of_several_losses": set(),
-        "test_evolution_needs_no_derivative_of_the_metric": set(),
-        "test_the_bias_of_the_penalty": {
-            *("logistic per-weight-True--2",),
-            *("ridge per-weight-False--1",),
-        },
-        "test_the_error_of_evolution_falls_as_the_root_of_the_pairs": set(),
-        "test_the_penalty_of_several_losses": set(),
     },
 }

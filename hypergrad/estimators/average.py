@@ -107,8 +107,8 @@ class Average(eqx.Module):
         samples, state = jax.vmap(sample)(state, keys)
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient = mean(samples.hypergradient)
-        has_many = problem.num_objectives is not None
-        error = standard_error(samples.hypergradient, hypergradient, has_many)
+        is_multi_objective = problem.num_objectives is not None
+        error = standard_error(samples.hypergradient, hypergradient, is_multi_objective)
         stats = {
             name: REDUCTIONS.get(name, jnp.sum)(column)
             for name, column in samples.stats.items()

@@ -384,12 +384,12 @@ def _mean_over_pairs(
       sigma: Standard deviation of the perturbations.
       unravel: Function from ``[N]`` to the structure of ``alpha``.
     """
-    has_many = problem.num_objectives is not None
-    differences = differences if has_many else differences[:, None]
+    is_multi_objective = problem.num_objectives is not None
+    differences = differences if is_multi_objective else differences[:, None]
     weights = differences / (2 * sigma**2)
     samples = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
     # The outer loss may return another dtype than that of alpha.
     samples = samples.astype(perturbations.dtype)
     mean = jnp.mean(samples, axis=0)
     error = standard_error(samples, mean, True)
-    return (jax.vmap(unravel)(mean) if has_many else unravel(mean[0])), error
+    return (jax.vmap(unravel)(mean) if is_multi_objective else unravel(mean[0])), error
