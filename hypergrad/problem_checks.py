@@ -158,7 +158,7 @@ def check_alpha_is_used(value_fn: Any, alpha: PyTree) -> None:
         raise ValueError(
             f"neither the losses nor the solver nor init_fn depend on "
             f"{', '.join(names)}, so that all of its values are equally good. Remove "
-            "it from the space, or use it."
+            "it, or use it."
         )
 
 

@@ -60,19 +60,6 @@ REPRESENTATIVES = {
         "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
         "test_an_executor_makes_the_trace_of_one_process": {"descent", "metrics"},
     },
-    "test_fixed_point": {
-        "test_equals_the_closed_form": {
-            *(
-                "0.3-quadratic nested",
-                "None-logistic scalar",
-            ),
-            *("None-ridge per-weight",),
-        },
-        "test_k_terms_are_the_last_k_steps": {"1", "7"},
-    },
-    "test_forward": {
-        "test_the_distance_to_implicit": {"Forward"},
-    },
     "test_guards": {
         "test_an_error_that_steps_do_not_reach_is_refined": set(),
         "test_implicit_refined_is_the_closed_form": {"ridge per-weight-*"},
@@ -147,9 +134,6 @@ REPRESENTATIVES = {
     "test_reused_sketch": {
         "test_a_sketch_that_is_not_finite_is_made_anew": set(),
         "test_where_h_stands_still_a_sketch_is_saved_to_the_product": set(),
-    },
-    "test_reversible": {
-        "test_equals_reverse_mode": {"logistic per-weight-1000", "quadratic nested-2"},
     },
     "test_search": {
         "test_nsga2_finds_the_front": set(),
@@ -300,21 +284,5 @@ REPRESENTATIVES = {
         "test_honest_estimators_pass": set(),
         "test_its_problems_have_the_hypergradient_they_state": {"vector"},
         "test_sabotaged_estimators_fail": {"SumOfPartials"},
-    },
-    "test_zero_order": {
-        "test_central_differences_of_whole_runs": {
-            *(
-                "quadratic 0-d",
-                "ridge per-weight",
-            ),
-        },
-        "test_differences_of_several_losses": set(),
-        "test_evolution_needs_no_derivative_of_the_metric": set(),
-        "test_the_bias_of_the_penalty": {
-            *("logistic per-weight-True--2",),
-            *("ridge per-weight-False--1",),
-        },
-        "test_the_error_of_evolution_falls_as_the_root_of_the_pairs": set(),
-        "test_the_penalty_of_several_losses": set(),
     },
 }

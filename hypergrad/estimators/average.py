@@ -1,5 +1,6 @@
-"""The mean of several draws of an estimate, and how far they scatter."""
+"""The mean of several samples of an estimate, and its standard error."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -11,11 +12,11 @@ from ..certificate import TRUST_RTOL
 from ..problem import Bilevel
 from ..trees import all_finite
 from ..validation import check_estimator_type, check_positive_int
-from .base import Estimate
+from .base import Estimate, get_target, normalize_estimate
 from .error_estimates import standard_error
 
-# How a statistic of the mean is made from those of its draws; all others are summed.
-REDUCED = {
+#: How a statistic of the mean is made from its samples; all others are summed.
+REDUCTIONS = {
     "num_inner_steps": jnp.max,
     "inner_grad_norm": jnp.max,
     "adjoint_residual": jnp.max,
@@ -27,23 +28,27 @@ REDUCED = {
 
 
 class Average(eqx.Module):
-    """``h = mean_i h_i`` over n draws of an estimate, with its standard error.
+    """The mean ``h`` over n samples ``h_i`` of an estimate, with its standard error.
 
-    Each draw has its own key, so its own batches, episodes and noise, and its own warm
-    start. ``standard_error`` is ``sqrt(sum_i ||h_i - h||² / (n (n - 1))) / ||h||``.
+        h = 1/n sum_i h_i
+        standard_error = sqrt(sum_i ||h_i - h||^2 / (n (n - 1))) / ||h||
+
+    Each sample has its own key, and thus its own batches, data and noise, and its own
+    warm start. ``value`` and ``w`` are means over the samples.
 
     Args:
-      estimator: any whose estimates depend on the key: `Implicit` with batch sizes, a
-        stochastic inner loop under `Unrolled`, a problem with ``draw``, `Evolution`.
-      num_samples: n, at least 2.
+      estimator: An estimator whose estimates depend on the key: `Implicit` with batch
+        sizes, `Unrolled` with a stochastic inner loop, `Evolution`, or any estimator of
+        a problem with ``data_fn``.
+      num_samples: Number of samples (n), at least 2.
 
-    Cost: n estimates, as one batch. Memory: n estimates'.
-
-    Target: the estimator's. Bias: the estimator's own; averaging makes the spread
-    smaller as ``1 / sqrt(n)``, not the bias: the mean of solutions on batches is not
-    the solution on all data, and no number of draws shows that. Trusted where every
-    draw is and the standard error is at most 1e-2, which judges the spread alone. Value
-    and ``w`` are means over the draws.
+    Cost: n estimates, as one batch.
+    Memory: that of n estimates.
+    Target: that of the estimator.
+    Bias: that of the estimator. The average reduces the standard error as
+      ``1 / sqrt(n)``, not the bias: the mean of solutions on batches is not the
+      solution on all data, which no number of samples reveals. An estimate is trusted
+      if every sample is and the standard error is at most 1e-2.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 2)
@@ -67,49 +72,59 @@ class Average(eqx.Module):
         check_positive_int("num_samples", self.num_samples, minimum=2)
 
     @property
-    def single_loop(self) -> bool:
-        """The estimator's."""
+    def is_single_loop(self) -> bool:
+        """True if the estimator is a single-loop method."""
         return getattr(self.estimator, "is_single_loop", False)
 
     @property
     def target(self) -> str:
-        """The estimator's."""
-        return self.estimator.target
+        """The target of the estimator."""
+        return get_target(self.estimator)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """The estimator's."""
-        return self.estimator.error_bound(eig_min, eig_max)
+        """Returns the bound of the estimator, or NaN if it has none."""
+        error_bound = getattr(self.estimator, "error_bound", lambda *_: math.nan)
+        return error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> Any:
-        """A state for each draw."""
-        keys = jax.random.split(
-            jax.random.key(0) if key is None else key, self.num_samples
-        )
-        first = lambda key: self.estimator.init(problem, w, alpha, key)
-        return jax.vmap(first)(keys)
+        """Returns a state of the estimator for each sample."""
+        key = jax.random.key(0) if key is None else key
+        init_sample = lambda key: self.estimator.init(problem, w, alpha, key)
+        return jax.vmap(init_sample)(jax.random.split(key, self.num_samples))
 
     def estimate(
         self, problem: Bilevel, state: Any, alpha: PyTree, key: Array
     ) -> tuple[Estimate, Any]:
-        """The estimate of each draw, and their mean."""
+        """Returns the mean of n estimates, and the next states."""
+
+        def sample(state, key):
+            estimate, state = self.estimator.estimate(problem, state, alpha, key)
+            return normalize_estimate(estimate), state
+
         keys = jax.random.split(key, self.num_samples)
-        one = lambda state, key: self.estimator.estimate(problem, state, alpha, key)
-        draws, state = jax.vmap(one)(state, keys)
+        samples, state = jax.vmap(sample)(state, keys)
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
-        hypergradient = mean(draws.hypergradient)
-        several = problem.num_objectives is not None
-        spread = standard_error(draws.hypergradient, hypergradient, several)
+        hypergradient = mean(samples.hypergradient)
+        is_multi_objective = problem.num_objectives is not None
+        error = standard_error(samples.hypergradient, hypergradient, is_multi_objective)
         stats = {
-            name: REDUCED.get(name, jnp.sum)(column)
-            for name, column in draws.stats.items()
+            name: REDUCTIONS.get(name, jnp.sum)(column)
+            for name, column in samples.stats.items()
+            if name != "trusted"
         }
-        stats["standard_error"] = spread
-        stats["trusted"] = (
-            jnp.all(draws.stats["trusted"])
-            & (spread <= TRUST_RTOL)
-            & all_finite(hypergradient)
+        flags = {name: jnp.any(flag) for name, flag in samples.flags.items()}
+        # A mean of finite samples may overflow.
+        flags["not_finite"] = flags.get("not_finite", False) | ~all_finite(
+            hypergradient
         )
-        estimate = Estimate(mean(draws.value), hypergradient, mean(draws.w), stats)
-        return estimate, state
+        flags["standard_error"] = ~(error <= TRUST_RTOL)
+        estimate = Estimate(
+            mean(samples.value),
+            hypergradient,
+            mean(samples.w),
+            stats | {"standard_error": error},
+            flags,
+        )
+        return normalize_estimate(estimate), state

@@ -30,8 +30,8 @@ STATS = (
     "gradient_equivalents",
 )
 
-#: The sentence for each flag of the library. A flag that is not listed here, such as one
-#: of a third party's estimator, is its own sentence.
+#: The sentence for each flag of the library. A flag that is not listed here, such as
+#: one of a third party's estimator, is its own sentence.
 REASONS = {
     "not_finite": "a value or a derivative is not finite",
     "adjoint_residual": "the linear solve did not converge: adjoint_residual > 1e-2",
@@ -49,13 +49,20 @@ REASONS = {
         "certify=True"
     ),
     "truncated": "only the last inner steps were differentiated",
-    "precision": "rounding may have spoilt the estimate",
+    "out_of_range": (
+        "a number left the range of the fixed-point integers, or the momentum its own"
+    ),
+    "not_reversed": "the reversed run did not return to its starting point",
+    "difference_error": "the errors of the differences are not measured",
     "single_step": (
         "one step of a single-loop method does not solve the inner problem; use "
         "certify_every of hg.OuterLoop"
     ),
     "random": "the estimate is a random sample whose bias is not measured",
-    "biased": "the bias of this estimator is not measured; use certify=True",
+    "standard_error": "the samples differ too much: standard_error > 1e-2",
+    "biased": (
+        "the bias of this estimator is not measured; use certify_every of hg.OuterLoop"
+    ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",
 }

@@ -1,10 +1,12 @@
-"""Zero-order hypergradients: antithetic evolution strategies of the value function."""
+"""Zero-order hypergradients by evolution strategies with antithetic pairs."""
+
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, IterativeSolver
@@ -17,7 +19,7 @@ from ..problem import (
 )
 from ..problem_checks import check_problem
 from ..validation import check_positive_int, float_converter
-from .base import Estimate, make_stats
+from .base import Estimate, make_estimate
 from .error_estimates import standard_error
 from .inner_run import (
     InnerRunState,
@@ -29,24 +31,28 @@ from .inner_run import (
 
 
 class Evolution(eqx.Module):
-    """``sum_i e_i [F(alpha + e_i) - F(alpha - e_i)] / (2 n sigma²)``, e_i normal.
+    """An evolution strategy with antithetic pairs of whole inner runs.
 
-    ``F(alpha) = M(w(alpha), alpha)`` for a whole inner run. All runs share the key, so
-    that a difference is due to ``alpha`` alone.
+    With ``F(alpha) = M(w_T(alpha), alpha)`` and ``e_i ~ N(0, sigma^2 I)``:
+
+        h = 1/n sum_i e_i [F(alpha + e_i) - F(alpha - e_i)] / (2 sigma^2)
+
+    All runs have the same key, so that they differ by ``alpha`` only.
 
     Args:
-      solver: any inner solver; nothing is differentiated, so ``M`` may be a metric.
-      sigma: standard deviation of the perturbations of ``alpha``.
-      num_pairs: ``n``.
-      warm_start: begin each set of runs where the last run at ``alpha`` ended.
-      outer_batch_size: examples of the outer loss, drawn once an estimate; None means
-        all.
+      solver: Any inner solver. Nothing is differentiated, so ``M`` may be a metric.
+      sigma: Standard deviation of the perturbations of ``alpha``.
+      num_pairs: Number of pairs (n).
+      warm_start: Whether the runs start where the previous run at ``alpha`` ended.
+      outer_batch_size: Number of examples for the outer loss, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: 2 n + 1 inner runs and outer values. Memory: 2 n runs', as one batch.
-
-    Target: solver. Bias: the derivative of ``F`` smoothed by ``sigma``,
-    ``O(sigma²)``. ``standard_error`` is the relative spread of the mean over pairs,
-    which falls as ``1 / sqrt(n)``. Never trusted.
+    Cost: 2 n + 1 inner runs and outer values.
+    Memory: that of 2 n runs, which are made as one batch.
+    Target: solver.
+    Bias: ``O(sigma^2)``, because the expectation is the derivative of ``F`` smoothed by
+      ``sigma``. ``standard_error`` is the relative standard error of the mean over
+      pairs and falls as ``1 / sqrt(n)``. The estimates are never trusted.
 
     Source: Salimans et al. 2017 (arXiv 1703.03864), with antithetic pairs.
 
@@ -88,13 +94,13 @@ class Evolution(eqx.Module):
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the error is random."""
+        """Returns NaN, because the error is random."""
         return float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
+        """Returns the state in which the first runs start from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
         check_run_uses_alpha(self.solver, problem, w, alpha)
@@ -103,74 +109,89 @@ class Evolution(eqx.Module):
     def estimate(
         self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, InnerRunState]:
-        """2 n + 1 inner runs."""
+        """Makes 2 n + 1 inner runs."""
         data, noise_key = EstimateData.sample(problem, key), jax.random.fold_in(key, 4)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        whole = make_run_fn(self.solver, problem, data, state.w, outer_batch)
-        flat, unravel = ravel_pytree(alpha)
-        run = lambda flat: whole(unravel(flat))
-        value, w, spent = run(flat)
-        noise = jax.random.normal(noise_key, (self.num_pairs, flat.size), flat.dtype)
-        noise = self.sigma * noise
-        up, _, cost_up = jax.vmap(run)(flat[None] + noise)
-        down, _, cost_down = jax.vmap(run)(flat[None] - noise)
-        hypergradient, standard_error = _average(
-            problem, noise, up - down, self.sigma, unravel
+        run_fn = make_run_fn(self.solver, problem, data, state.w, outer_batch)
+        flat_alpha, unravel = ravel_pytree(alpha)
+        flat_run_fn = lambda flat: run_fn(unravel(flat))
+        value, w, solver_stats = flat_run_fn(flat_alpha)
+        # e_i ~ N(0, sigma^2 I), and F at alpha + e_i and at alpha - e_i
+        noise = _sample_noise(noise_key, self.sigma, self.num_pairs, flat_alpha)
+        plus, _, plus_stats = jax.vmap(flat_run_fn)(flat_alpha[None] + noise)
+        minus, _, minus_stats = jax.vmap(flat_run_fn)(flat_alpha[None] - noise)
+        hypergradient, error = _mean_over_pairs(
+            problem, noise, plus - minus, self.sigma, unravel
         )
-        count = lambda name: (
-            spent[name] + jnp.sum(cost_up[name]) + jnp.sum(cost_down[name])
+        total = lambda name: (
+            solver_stats[name] + jnp.sum(plus_stats[name]) + jnp.sum(minus_stats[name])
         )
-        stats = _stats(
-            problem,
-            data,
+        num_runs = 2 * self.num_pairs + 1
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
+            data.inner_data,
+            data.outer_data,
+            num_grads=total("num_grads") + 1,  # one for inner_grad_norm
+            num_hvps=total("num_hvps"),
+            num_values=total("num_values"),
+            num_outer_values=num_runs * value.size * outer_fraction,
+        )
+        estimate = make_estimate(
+            value,
+            hypergradient,
             w,
-            alpha,
-            standard_error,
-            num_grads=count("num_grads"),
-            num_hvps=count("num_hvps"),
-            num_values=count("num_values"),
-            num_outer_values=(2 * self.num_pairs + 1)
-            * value.size
-            * fixed_batch_fraction(data.outer_data, self.outer_batch_size),
-            num_inner_steps=spent["num_steps"],
+            flags={"random": True},
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=solver_stats["num_steps"],
+            standard_error=error,
+            **costs,
         )
-        estimate = Estimate(value, hypergradient, w, stats)
         return estimate, next_state(problem, state, w, self.warm_start)
 
 
 class PersistentState(eqx.Module):
-    """Particles: carries ``[2, n, ...]``, the sums of their perturbations, the step."""
+    """The particles of `PersistentEvolution`, in n pairs.
+
+    Attributes:
+      w: Where each unroll starts.
+      carries: Carries of the solver, leaves ``[2, n, ...]``.
+      perturbation_sums: Sums of the perturbations since the start of the unroll; those
+        of the second particle of a pair have the opposite sign.
+      step: Number of inner steps made in the current unroll.
+    """
 
     w: PyTree
     carries: PyTree
-    sums: Array
-    index: Array
+    perturbation_sums: Float[Array, "n N"]
+    step: Int[Array, ""]
 
 
 class PersistentEvolution(eqx.Module):
-    """Evolution over windows of one unroll, without the bias of truncation.
+    """An evolution strategy on parts of one unroll, without truncation bias.
 
-    Each of 2 n particles keeps its own inner run from window to window and remembers
-    the sum ``x_i`` of all perturbations that its run has seen:
-    ``sum_i x_i [M(w_i+) - M(w_i-)] / (2 n sigma²)``, with ``M`` at the end of the
-    window. Averaged over the windows of a run it estimates the derivative of the
-    average of ``M`` over their ends.
+    Each of 2 n particles continues its own inner run from estimate to estimate, K steps
+    at a time, each time with a new perturbation of ``alpha``. It remembers the sum
+    ``xi_i`` of all perturbations since its run started:
+
+        h = 1/n sum_i xi_i [M(w_i+) - M(w_i-)] / (2 sigma^2)
+
+    with ``M`` at the end of the K steps. The average of ``h`` over an unroll estimates
+    the derivative of the average of these ``M``.
 
     Args:
-      solver: an inner solver that goes step by step; its T steps are one unroll, after
-        which the particles start anew.
-      sigma, num_pairs: as in `Evolution`.
-      window: K, steps an estimate; T must be a multiple of it.
-      outer_batch_size: examples of the outer loss, drawn once an estimate; None means
-        all.
+      solver: Inner solver with steps. Its T steps are one unroll, after which all
+        particles start again.
+      sigma, num_pairs: As in `Evolution`.
+      unroll_length: Number of steps per estimate (K); T must be a multiple of it.
+      outer_batch_size: Number of examples for the outer loss, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: 2 n K inner gradients and 2 n outer values. Memory: 2 n carries.
-
-    Target: solver. Bias: that of smoothing by ``sigma``; the variance grows with the
-    number of windows that a run has seen. ``standard_error`` is the relative spread of
-    the mean over pairs. Never trusted.
-
-    ``value`` and ``w`` are means over the particles.
+    Cost: 2 n K inner gradients and 2 n outer values.
+    Memory: 2 n carries.
+    Target: solver. ``value`` and ``w`` of an estimate are means over the particles.
+    Bias: that of smoothing by ``sigma``. The variance grows with the number of
+      estimates since the start of the unroll. ``standard_error`` is the relative
+      standard error of the mean over pairs. The estimates are never trusted.
 
     Source: Vicol, Metz & Sohl-Dickstein 2021 (arXiv 2112.13835).
 
@@ -207,129 +228,168 @@ class PersistentEvolution(eqx.Module):
             alpha_in=("losses", "optimizer", "start"),
             recommended_for="moving alpha every K steps of one long run",
             not_recommended_for="many hyperparameters, short runs",
-            reason="runs remember what moved them: no bias of truncation, more noise",
+            reason="runs keep their perturbations: no truncation bias, more noise",
         ),
     )
 
     def __check_init__(self):
         if not hasattr(self.solver, "step"):
             raise TypeError(
-                f"{type(self.solver).__name__} does not go step by step (init, step, "
-                "num_steps); use hg.Descent, or hg.Evolution with this solver"
+                "solver must have the methods init and step and num_steps; got "
+                f"{type(self.solver).__name__}. Use hg.Descent, or hg.Evolution with "
+                "this solver."
             )
         check_positive_int("num_pairs", self.num_pairs)
         check_positive_int("unroll_length", self.unroll_length)
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
         if self.solver.num_steps % self.unroll_length:
             raise ValueError(
-                f"window must divide the solver's num_steps; got {self.unroll_length} and "
-                f"{self.solver.num_steps}"
+                "unroll_length must divide the solver's num_steps, "
+                f"{self.solver.num_steps}; got {self.unroll_length}."
             )
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the error is random."""
+        """Returns NaN, because the error is random."""
         return float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> PersistentState:
-        """All particles at ``w``."""
+        """Returns the state with all particles at ``w``."""
         key = jax.random.key(0) if key is None else key
         check_problem(problem, w, alpha, self.solver)
         check_run_uses_alpha(self.solver, problem, w, alpha)
         inner_data, _ = problem.sample_data(key)
-        flat, unravel = ravel_pytree(alpha)
-        shape = (2, self.num_pairs, flat.size)
-        alphas = jnp.broadcast_to(flat, shape)
-        carries = self._begin(problem, w, alphas, unravel, inner_data, key)
-        sums = jnp.zeros((self.num_pairs, flat.size), flat.dtype)
+        flat_alpha, unravel = ravel_pytree(alpha)
+        alphas = jnp.broadcast_to(flat_alpha, (2, self.num_pairs, flat_alpha.size))
+        carries = self._init_carries(problem, w, alphas, unravel, inner_data, key)
+        sums = jnp.zeros((self.num_pairs, flat_alpha.size), flat_alpha.dtype)
         return PersistentState(w, carries, sums, jnp.asarray(0))
-
-    def _begin(self, problem, w, alphas, unravel, inner_data, key):
-        def begin(flat):
-            alpha = unravel(flat)
-            start = problem.init_inner(w, alpha)
-            return self.solver.init(problem.inner_loss, start, alpha, inner_data, key)
-
-        return jax.vmap(jax.vmap(begin))(alphas)
 
     def estimate(
         self, problem: Bilevel, state: PersistentState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PersistentState]:
-        """A window of every particle."""
+        """Makes K steps of every particle."""
         data, noise_key = EstimateData.sample(problem, key), jax.random.fold_in(key, 4)
-        outer_batch = data.outer_batch(self.outer_batch_size)
-        flat, unravel = ravel_pytree(alpha)
-        noise = jax.random.normal(noise_key, (self.num_pairs, flat.size), flat.dtype)
-        noise = self.sigma * noise
-        alphas = flat[None, None] + jnp.stack([noise, -noise])
-        fresh = state.index == 0
-        begun = self._begin(
+        flat_alpha, unravel = ravel_pytree(alpha)
+        noise = _sample_noise(noise_key, self.sigma, self.num_pairs, flat_alpha)
+        alphas = flat_alpha[None, None] + jnp.stack([noise, -noise])
+        is_new_unroll = state.step == 0
+        init_carries = self._init_carries(
             problem, state.w, alphas, unravel, data.inner_data, data.solver_key
         )
-        pick = lambda new, old: jnp.where(fresh, new, old)
-        carries = jax.tree.map(pick, begun, state.carries)
-        sums = jnp.where(fresh, 0.0, state.sums) + noise
-        keys = jax.random.split(data.solver_key, self.unroll_length)
-
-        def run(carry, flat):
-            alpha = unravel(flat)
-            step = lambda carry, key: (
-                self.solver.step(
-                    problem.inner_loss, carry, alpha, data.inner_data, key
-                ),
-                None,
-            )
-            carry, _ = jax.lax.scan(step, carry, keys)
-            return carry, problem.outer_value(carry[0], alpha, outer_batch)
-
-        carries, values = jax.vmap(jax.vmap(run))(carries, alphas)
-        hypergradient, standard_error = _average(
+        carries = jax.tree.map(
+            lambda new, old: jnp.where(is_new_unroll, new, old),
+            init_carries,
+            state.carries,
+        )
+        # xi_i <- xi_i + e_i, which is -xi_i for the second particle of a pair
+        sums = jnp.where(is_new_unroll, 0.0, state.perturbation_sums) + noise
+        carries, values = self._run_particles(problem, data, carries, alphas, unravel)
+        # h = 1/n sum_i xi_i [M(w_i+) - M(w_i-)] / (2 sigma^2)
+        hypergradient, error = _mean_over_pairs(
             problem, sums, values[0] - values[1], self.sigma, unravel
         )
         value = jnp.mean(values, axis=(0, 1))
         w = jax.tree.map(lambda x: jnp.mean(x, axis=(0, 1)), carries[0])
-        stats = _stats(
-            problem,
-            data,
-            w,
-            alpha,
-            standard_error,
-            num_grads=2
-            * self.num_pairs
-            * self.unroll_length
-            * batch_fraction(data.inner_data),
-            num_outer_values=2
-            * self.num_pairs
-            * value.size
-            * fixed_batch_fraction(data.outer_data, self.outer_batch_size),
-            num_inner_steps=self.unroll_length,
+        num_particles = 2 * self.num_pairs
+        num_steps = num_particles * self.unroll_length
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
+            data.inner_data,
+            data.outer_data,
+            num_grads=num_steps * batch_fraction(data.inner_data) + 1,
+            num_outer_values=num_particles * value.size * outer_fraction,
         )
-        index = (state.index + self.unroll_length) % self.solver.num_steps
-        next_state = PersistentState(state.w, carries, sums, index)
-        return Estimate(value, hypergradient, w, stats), next_state
+        estimate = make_estimate(
+            value,
+            hypergradient,
+            w,
+            flags={"random": True},
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=self.unroll_length,
+            standard_error=error,
+            **costs,
+        )
+        step = (state.step + self.unroll_length) % self.solver.num_steps
+        return estimate, PersistentState(state.w, carries, sums, step)
+
+    def _init_carries(
+        self,
+        problem: Bilevel,
+        w: PyTree,
+        alphas: Float[Array, "2 n N"],
+        unravel: Callable[[Array], PyTree],
+        inner_data: PyTree,
+        key: Array,
+    ) -> PyTree:
+        """Returns the carries of all particles before the first step."""
+
+        def init_carry(flat):
+            alpha = unravel(flat)
+            init_w = problem.init_inner(w, alpha)
+            return self.solver.init(problem.inner_loss, init_w, alpha, inner_data, key)
+
+        return jax.vmap(jax.vmap(init_carry))(alphas)
+
+    def _run_particles(
+        self,
+        problem: Bilevel,
+        data: EstimateData,
+        carries: PyTree,
+        alphas: Float[Array, "2 n N"],
+        unravel: Callable[[Array], PyTree],
+    ) -> tuple[PyTree, Array]:
+        """Returns the carries and the outer values after K steps of every particle."""
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        keys = jax.random.split(data.solver_key, self.unroll_length)
+
+        def run_particle(carry, flat):
+            alpha = unravel(flat)
+
+            def step(carry, key):
+                carry = self.solver.step(
+                    problem.inner_loss, carry, alpha, data.inner_data, key
+                )
+                return carry, None
+
+            carry, _ = jax.lax.scan(step, carry, keys)
+            return carry, problem.outer_value(carry[0], alpha, outer_batch)
+
+        return jax.vmap(jax.vmap(run_particle))(carries, alphas)
 
 
-def _average(problem, perturbations, differences, sigma, unravel):
-    """The mean over pairs, shaped like ``alpha``, and its relative standard error."""
-    several = problem.num_objectives is not None
-    differences = differences if several else differences[:, None]
+def _sample_noise(
+    key: Array, sigma: Array | float, num_pairs: int, flat_alpha: Float[Array, " N"]
+) -> Float[Array, "n N"]:
+    """Returns n perturbations with standard deviation ``sigma``."""
+    shape = (num_pairs, flat_alpha.size)
+    return sigma * jax.random.normal(key, shape, flat_alpha.dtype)
+
+
+def _mean_over_pairs(
+    problem: Bilevel,
+    perturbations: Float[Array, "n N"],
+    differences: Float[Array, "n ..."],
+    sigma: Array | float,
+    unravel: Callable[[Array], PyTree],
+) -> tuple[PyTree, Array]:
+    """Returns the mean of ``e_i difference_i / (2 sigma^2)`` and its standard error.
+
+    Args:
+      problem: The problem.
+      perturbations: The perturbations ``e_i``, or their sums.
+      differences: Outer value of the first minus that of the second particle of each
+        pair, ``[n]``, or ``[n, K]`` for K outer losses.
+      sigma: Standard deviation of the perturbations.
+      unravel: Function from ``[N]`` to the structure of ``alpha``.
+    """
+    is_multi_objective = problem.num_objectives is not None
+    differences = differences if is_multi_objective else differences[:, None]
     weights = differences / (2 * sigma**2)
-    each = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
-    each = each.astype(perturbations.dtype)  # of a loss that may be in another
-    mean = jnp.mean(each, axis=0)
-    relative = standard_error(each, mean, is_multi_objective=True)
-    return (jax.vmap(unravel)(mean) if several else unravel(mean[0])), relative
-
-
-def _stats(
-    problem, data: EstimateData, w, alpha, standard_error, *, num_inner_steps, **counts
-):
-    counts["num_grads"] += 1
-    return make_stats(
-        jnp.asarray(False),
-        inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
-        num_inner_steps=num_inner_steps,
-        standard_error=standard_error,
-        **cost_stats(data.inner_data, data.outer_data, **counts),
-    )
+    samples = weights[:, :, None] * perturbations[:, None, :]  # [n, K, N]
+    # The outer loss may return another dtype than that of alpha.
+    samples = samples.astype(perturbations.dtype)
+    mean = jnp.mean(samples, axis=0)
+    error = standard_error(samples, mean, is_multi_objective=True)
+    return (jax.vmap(unravel)(mean) if is_multi_objective else unravel(mean[0])), error

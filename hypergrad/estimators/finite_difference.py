@@ -1,4 +1,4 @@
-"""Hypergradients by differences: of gradients (DARTS), and of whole runs."""
+"""Hypergradients by differences: of gradients as in DARTS, and of whole runs."""
 
 import equinox as eqx
 import jax
@@ -14,37 +14,41 @@ from ..problem import Bilevel, EstimateData, fixed_batch_fraction
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, norm
 from ..validation import check_positive_int, float_converter
-from .base import Estimate, make_stats
+from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
     inner_grad_norm,
     make_run_fn,
     next_state,
+    unravel_derivatives,
 )
 
 
 class FiniteDifference(eqx.Module):
-    """``dM/dalpha - s [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / 2e``, ``b = dM/dw``.
+    """Implicit differentiation with ``H = I / s`` and a difference for the cross term.
 
-    The cross term by a difference of gradients, the Hessian taken for ``I / s``: with
-    one inner step of size ``s``, the second-order update of DARTS.
+    With ``b = dM/dw`` at the inner solution ``w``:
+
+        h = dM/dalpha - s [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e)
+
+    With a single inner step of size ``s`` this is the second-order update of DARTS.
 
     Args:
-      solver: the inner solver.
-      epsilon: length of the step ``e b``; DARTS takes 0.01. None means the cube root
-        of the dtype's eps times ``max(1, ||w||)``.
-      step_size: ``s``.
-      warm_start: begin each inner solve where the last ended.
-      adjoint_batch_size: examples for the two gradients and the residual, drawn once an
-        estimate; None means all.
-      outer_batch_size: examples for the outer gradient, likewise.
+      solver: The inner solver.
+      epsilon: Length of the step ``e b``; DARTS uses 0.01. Defaults to the cube root of
+        the machine epsilon times ``max(1, ||w||)``.
+      step_size: The number ``s``.
+      warm_start: Whether each inner solve starts where the previous one ended.
+      adjoint_batch_size: Number of examples for the two gradients and the residual,
+        sampled once per estimate. Defaults to all examples.
+      outer_batch_size: The same for the outer gradient.
 
-    Cost: the inner solve, three inner gradients, one outer gradient. Memory: two
-    vectors like ``w``.
-
-    Target: argmin. Bias: takes ``H`` for ``I / s``; the difference adds
-    ``O(epsilon²)``. Never trusted of itself: use ``minimize(certify_every=...)``.
+    Cost: the inner solve, three inner gradients and one outer gradient.
+    Memory: two vectors like ``w``.
+    Target: argmin.
+    Bias: that of ``H = I / s``; the difference adds ``O(epsilon^2)``. Its estimates are
+      never trusted; use ``certify_every`` of `OuterLoop`.
 
     Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055), section 2.3.
 
@@ -78,7 +82,7 @@ class FiniteDifference(eqx.Module):
             memory="2 w",
             bias="takes H for I / step_size",
             alpha_in=("losses",),
-            recommended_for="architecture search as in DARTS, without second derivatives",
+            recommended_for="architecture search as in DARTS, no second derivatives",
             not_recommended_for="wherever the length of the hypergradient matters",
             reason="two gradients stand for the cross term, and nothing is solved",
         ),
@@ -89,15 +93,16 @@ class FiniteDifference(eqx.Module):
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """``max |1 - s lambda|``, up to the difference's own error."""
+        """Returns ``max |1 - s lambda|``, plus the error of the difference."""
         step_size = float(self.step_size)
-        slack = 1e-3
-        return max(abs(1 - step_size * eig_min), abs(1 - step_size * eig_max)) + slack
+        difference_error = 1e-3
+        bias = max(abs(1 - step_size * eig_min), abs(1 - step_size * eig_max))
+        return bias + difference_error
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
+        """Returns the state in which the first solve starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
         check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
@@ -108,70 +113,76 @@ class FiniteDifference(eqx.Module):
     def estimate(
         self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, InnerRunState]:
-        """One inner solve and a difference of two gradients."""
+        """Makes one inner solve and the difference of two gradients."""
         data, loss = EstimateData.sample(problem, key), problem.inner_loss
-        start = problem.init_inner(state.w, alpha)
-        w, spent = self.solver.solve(
-            loss, start, alpha, data.inner_data, data.solver_key
+        init_w = problem.init_inner(state.w, alpha)
+        w, solver_stats = self.solver.solve(
+            loss, init_w, alpha, data.inner_data, data.solver_key
         )
         batch = data.inner_batch(self.adjoint_batch_size)
         outer_batch = data.outer_batch(self.outer_batch_size)
         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-        slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
+        alpha_grad_fn = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
         length = self.epsilon
         if length is None:
-            eps = float(jnp.finfo(norm(w).dtype).eps)
-            length = eps ** (1 / 3) * jnp.maximum(1.0, norm(w))
+            machine_eps = float(jnp.finfo(norm(w).dtype).eps)
+            length = machine_eps ** (1 / 3) * jnp.maximum(1.0, norm(w))
 
-        def cross(b):
-            step = length / jnp.where(norm(b) == 0, 1.0, norm(b))
-            ahead, behind = (
-                slope(add_scale(w, step, b)),
-                slope(add_scale(w, -step, b)),
-            )
-            return jax.tree.map(lambda x, y: (x - y) / (2 * step), ahead, behind)
+        def cross_difference(b):
+            # J' b = [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e), ||e b|| = length
+            e = length / jnp.where(norm(b) == 0, 1.0, norm(b))
+            plus = alpha_grad_fn(add_scale(w, e, b))
+            minus = alpha_grad_fn(add_scale(w, -e, b))
+            return jax.tree.map(lambda x, y: (x - y) / (2 * e), plus, minus)
 
         if problem.num_objectives is not None:
-            cross = jax.vmap(cross)
-        hypergradient = add_scale(direct, -self.step_size, cross(b))
-        part = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
-        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+            cross_difference = jax.vmap(cross_difference)
+        # h = dM/dalpha - s J' b
+        hypergradient = add_scale(direct, -self.step_size, cross_difference(b))
+        fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=spent["num_grads"] + part * (2 * value.size + 1),
-            num_hvps=spent["num_hvps"],
-            num_values=spent["num_values"],
-            num_outer_grads=outer_part * value.size,
+            num_grads=solver_stats["num_grads"] + fraction * (2 * value.size + 1),
+            num_hvps=solver_stats["num_hvps"],
+            num_values=solver_stats["num_values"],
+            num_outer_grads=outer_fraction * value.size,
         )
-        stats = make_stats(
-            jnp.asarray(False),
+        estimate = make_estimate(
+            value,
+            hypergradient,
+            w,
+            flags={"biased": True},
             inner_grad_norm=norm(jax.grad(loss)(w, alpha, batch)),
-            num_inner_steps=spent["num_steps"],
+            num_inner_steps=solver_stats["num_steps"],
             **costs,
         )
-        estimate = Estimate(value, hypergradient, w, stats)
         return estimate, next_state(problem, state, w, self.warm_start)
 
 
 class CentralDifference(eqx.Module):
-    """``[M(w(alpha + e), alpha + e) - M(w(alpha - e), alpha - e)] / 2e``, each number.
+    """Central differences of whole inner runs, in each of the N numbers of ``alpha``.
 
-    Whole inner runs, with the same key, from the same start: right for whatever the
-    solver does, and slow. The oracle of the others.
+        dF/dalpha_i = [F(alpha + e_i) - F(alpha - e_i)] / (2 |e_i|)
+
+    with ``F(alpha) = M(w_T(alpha), alpha)``. All runs have the same key and starting
+    point. The estimator is correct for any solver, and slow: a reference for the
+    others.
 
     Args:
-      solver: any inner solver.
-      epsilon: relative to ``max(1, |alpha_i|)``; None means the cube root of eps.
-      warm_start: begin each set of runs where the last run at ``alpha`` ended.
-      outer_batch_size: examples of the outer loss, drawn once an estimate; None means
-        all.
+      solver: Any inner solver.
+      epsilon: Step relative to ``max(1, |alpha_i|)``. Defaults to the cube root of the
+        machine epsilon.
+      warm_start: Whether the runs start where the previous run at ``alpha`` ended.
+      outer_batch_size: Number of examples for the outer loss, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: 2 N + 1 inner solves and outer values for N numbers in ``alpha``. Memory: one
-    run's, as they are made one after the other.
-
-    Target: solver. Bias: ``O(epsilon²)``, and rounding over ``epsilon``; float64 is
-    advised. Never trusted: it does not know its own error.
+    Cost: 2 N + 1 inner solves and outer values.
+    Memory: that of one run, as the runs are made one after the other.
+    Target: solver.
+    Bias: ``O(epsilon^2)``, and rounding errors divided by ``epsilon``; float64 is
+      advised. Its estimates are never trusted, because neither error is measured.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
@@ -200,7 +211,7 @@ class CentralDifference(eqx.Module):
             bias="epsilon^2",
             alpha_in=("losses", "optimizer", "start"),
             recommended_for="checking another estimator on a small copy of the problem",
-            not_recommended_for="more than a handful of hyperparameters, float32, jumps",
+            not_recommended_for="more than a few hyperparameters, float32, jumps",
             reason="whole runs are compared, whatever the solver does in them",
         ),
     )
@@ -209,13 +220,13 @@ class CentralDifference(eqx.Module):
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """The difference's own error: a few times the square root of eps."""
+        """Returns a bound on the error of the differences in either precision."""
         return 1e-3
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
+        """Returns the state in which the first runs start from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
         check_run_uses_alpha(self.solver, problem, w, alpha)
@@ -224,47 +235,44 @@ class CentralDifference(eqx.Module):
     def estimate(
         self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, InnerRunState]:
-        """2 N + 1 inner solves."""
+        """Makes 2 N + 1 inner solves."""
         data = EstimateData.sample(problem, key)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        whole = make_run_fn(self.solver, problem, data, state.w, outer_batch)
-        flat, unravel = ravel_pytree(alpha)
-        eps = self.epsilon
-        if eps is None:
-            eps = float(jnp.finfo(flat.dtype).eps) ** (1 / 3)
+        run_fn = make_run_fn(self.solver, problem, data, state.w, outer_batch)
+        flat_alpha, unravel = ravel_pytree(alpha)
+        epsilon = self.epsilon
+        if epsilon is None:
+            epsilon = float(jnp.finfo(flat_alpha.dtype).eps) ** (1 / 3)
 
-        run = lambda flat: whole(unravel(flat))
+        def derivative(i):
+            step = epsilon * jnp.maximum(1.0, jnp.abs(flat_alpha[i]))
+            plus, minus = flat_alpha.at[i].add(step), flat_alpha.at[i].add(-step)
+            plus_value, _, plus_stats = run_fn(unravel(plus))
+            minus_value, _, minus_stats = run_fn(unravel(minus))
+            # Divide by the step that was made after rounding.
+            slope = (plus_value - minus_value) / (plus[i] - minus[i])
+            return slope, jax.tree.map(jnp.add, plus_stats, minus_stats)
 
-        def slope(i):
-            step = eps * jnp.maximum(1.0, jnp.abs(flat[i]))
-            ahead, behind = flat.at[i].add(step), flat.at[i].add(-step)
-            up, _, cost_up = run(ahead)
-            down, _, cost_down = run(behind)
-            costs = jax.tree.map(jnp.add, cost_up, cost_down)
-            return (up - down) / (ahead[i] - behind[i]), costs
-
-        value, w, spent = run(flat)
-        slopes, costs = jax.lax.map(slope, jnp.arange(flat.size))
-        slopes = slopes.astype(flat.dtype)  # of a loss that may be in another
-        several = problem.num_objectives is not None
-        hypergradient = (
-            jax.vmap(unravel, in_axes=1)(slopes) if several else unravel(slopes)
-        )
-        count = lambda name: spent[name] + jnp.sum(costs[name])
-        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        counted = cost_stats(
+        value, w, solver_stats = run_fn(unravel(flat_alpha))
+        derivatives, pair_stats = jax.lax.map(derivative, jnp.arange(flat_alpha.size))
+        total = lambda name: solver_stats[name] + jnp.sum(pair_stats[name])
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        num_runs = 2 * flat_alpha.size + 1
+        costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=count("num_grads") + 1,
-            num_hvps=count("num_hvps"),
-            num_values=count("num_values"),
-            num_outer_values=(2 * flat.size + 1) * outer_part * value.size,
+            num_grads=total("num_grads") + 1,  # one for inner_grad_norm
+            num_hvps=total("num_hvps"),
+            num_values=total("num_values"),
+            num_outer_values=num_runs * outer_fraction * value.size,
         )
-        stats = make_stats(
-            jnp.asarray(False),
+        estimate = make_estimate(
+            value,
+            unravel_derivatives(derivatives, flat_alpha, unravel),
+            w,
+            flags={"difference_error": True},
             inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
-            num_inner_steps=spent["num_steps"],
-            **counted,
+            num_inner_steps=solver_stats["num_steps"],
+            **costs,
         )
-        estimate = Estimate(value, hypergradient, w, stats)
         return estimate, next_state(problem, state, w, self.warm_start)

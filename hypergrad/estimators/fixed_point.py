@@ -1,4 +1,4 @@
-"""Implicit differentiation of the update map instead of the gradient."""
+"""Implicit differentiation of the solver's update map instead of the gradient."""
 
 import equinox as eqx
 import jax
@@ -23,40 +23,52 @@ from ..problem import (
 from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
 from ..trees import all_finite, norm
 from ..validation import check_positive_int
-from .base import Estimate, make_stats
+from .base import Estimate, make_estimate
 from .error_estimates import stationarity_error
 from .inner_run import check_differentiable, inner_grad_norm
 
 
 class FixedPointState(eqx.Module):
-    """The warm starts: ``w``, and the adjoint like the carry (leaves lead with K)."""
+    """Warm-start state of `FixedPoint`.
+
+    Attributes:
+      w: Inner solution of the previous estimate.
+      adjoint: Previous adjoint, structured like the floating-point leaves of the
+        solver's carry; with K outer losses each leaf has a leading axis of size K.
+    """
 
     w: PyTree
     adjoint: PyTree
 
 
 class FixedPoint(eqx.Module):
-    """``dM/dalpha + (dPhi/dalpha)ᵀ v`` with ``v = b + (dPhi/dw)ᵀ v``, by iteration.
+    """The derivative at a fixed point of the inner solver's update map.
 
-    ``w <- Phi(w, alpha)`` is a step of the inner solver on all of the data, its
-    optimizer's state included; ``b`` is ``dM/dw``. K terms of ``v`` from zero are the
-    derivative of the last K steps at the fixed point.
+    ``w <- Phi(w, alpha)`` is one step of the inner solver on all inner data, with the
+    state of its optimizer as a part of ``w``. With ``b = dM/dw``:
+
+        v = b + (dPhi/dw)' v
+        h = dM/dalpha + (dPhi/dalpha)' v
+
+    The equation for ``v`` is iterated K times. K iterations from zero give the
+    derivative through the last K steps at the fixed point.
 
     Args:
-      solver: an inner solver whose iterations may be differentiated.
-      num_terms: K.
-      warm_start: begin each inner run and each adjoint where the last ended.
-      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
-        means all.
+      solver: Inner solver with differentiable iterations.
+      num_terms: Number of iterations for the adjoint (K).
+      warm_start: Whether each inner run and each adjoint starts where the previous one
+        ended.
+      outer_batch_size: Number of examples for the outer gradient, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: the inner run, a step and a gradient more, K + 1 products with that step's
-    derivative, each a Hessian-vector product, and two outer gradients. Memory: two
-    carries, flat in the number of steps.
-
-    Target: argmin. Bias: ``q^K`` under a contraction ``q``, and what the inner run
-    leaves; ``adjoint_residual`` is ``||b + (dPhi/dw)ᵀ v - v|| / ||b||``. ``trusted``
-    judges by both, as `Implicit` does. What the optimizer reads of ``alpha`` is seen,
-    and adds nothing where the gradient is zero.
+    Cost: the inner run, one more step and gradient, K + 1 products with the derivative
+      of a step, each a Hessian-vector product, and two outer gradients.
+    Memory: two carries of the solver, for any number of steps.
+    Target: argmin. The derivative includes the dependence of the optimizer on
+      ``alpha``, which adds nothing where the gradient is zero.
+    Bias: ``q^K`` if a step contracts by ``q``, and the error that the inner run leaves.
+      ``adjoint_residual`` is ``||b + (dPhi/dw)' v - v|| / ||b||``. An estimate is
+      trusted if both are small, as for `Implicit`.
 
     Source: Grazzi et al. 2020 (arXiv 2006.16218), AID by the fixed-point method.
 
@@ -84,9 +96,9 @@ class FixedPoint(eqx.Module):
             memory="2 carries",
             bias="q^K",
             alpha_in=("losses", "optimizer"),
-            recommended_for="an optimizer that moves where the loop ends, as weight decay does",
-            not_recommended_for="learning rates, starts, an inner loop that stops early",
-            reason="one step is differentiated, at the point that it leads back to",
+            recommended_for="an optimizer that moves the limit, as weight decay does",
+            not_recommended_for="learning rates, starts, inner loops that stop early",
+            reason="a single step is differentiated, at its fixed point",
         ),
     )
 
@@ -96,82 +108,104 @@ class FixedPoint(eqx.Module):
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the contraction is the solver's."""
+        """Returns NaN, because the contraction depends on the solver."""
         return float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> FixedPointState:
-        """Starts from ``w`` and a zero adjoint."""
+        """Returns the state with starting point ``w`` and a zero adjoint."""
         key = jax.random.key(0) if key is None else key
         check_problem(problem, w, alpha, self.solver)
         inner_data, _ = problem.sample_data(jax.random.key(0))
-        beside = solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
-        check_alpha_has_gradient(problem, w, alpha, beside, NO_GRADIENT_ADVICE)
+        has_gradient = solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
+        check_alpha_has_gradient(problem, w, alpha, has_gradient, NO_GRADIENT_ADVICE)
         carry = self.solver.init(problem.inner_loss, w, alpha, inner_data, key)
-        moving, _ = eqx.partition(carry, eqx.is_inexact_array)
-        return FixedPointState(w, zero_adjoint(problem, moving))
+        dynamic = eqx.filter(carry, eqx.is_inexact_array)
+        return FixedPointState(w, zero_adjoint(problem, dynamic))
 
     def estimate(
         self, problem: Bilevel, state: FixedPointState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, FixedPointState]:
-        """One inner run, K + 1 products with the derivative of a step."""
+        """Makes an inner run and K + 1 products with the derivative of a step."""
         data = EstimateData.sample(problem, key)
         loss = problem.inner_loss
-        start = problem.init_inner(state.w, alpha)
+        init_w = problem.init_inner(state.w, alpha)
         carry = run_inner_steps(
-            self.solver, loss, start, alpha, data.inner_data, data.solver_key
+            self.solver, loss, init_w, alpha, data.inner_data, data.solver_key
         )
         w = carry[0]
-        everything = without_sampling(data.inner_data)
-        moving, fixed = eqx.partition(carry, eqx.is_inexact_array)
+        inner_data = without_sampling(data.inner_data)
+        dynamic, static = eqx.partition(carry, eqx.is_inexact_array)
 
-        def phi(moving, alpha):
-            carry = eqx.combine(moving, fixed)
-            carry = self.solver.step(loss, carry, alpha, everything, data.inner_key)
+        def phi(dynamic, alpha):
+            carry = eqx.combine(dynamic, static)
+            carry = self.solver.step(loss, carry, alpha, inner_data, data.inner_key)
             return eqx.filter(carry, eqx.is_inexact_array)
 
         outer_batch = data.outer_batch(self.outer_batch_size)
-        value, b_w, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-        after, pullback = jax.vjp(phi, moving, alpha)
+        value, outer_grad, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+        next_dynamic, pullback = jax.vjp(phi, dynamic, alpha)
 
-        def adjoint(b_w, v):
-            b = eqx.tree_at(lambda c: c[0], optax.tree.zeros_like(moving), b_w)
-            step = lambda v, _: (optax.tree.add(b, pullback(v)[0]), None)
-            v, _ = jax.lax.scan(step, v, length=self.num_terms)
-            back, cross = pullback(v)
-            residual = relative_residual(b, optax.tree.sub(v, back))
+        def solve_adjoint(outer_grad, v):
+            # b is dM/dw, and zero for the state of the optimizer.
+            zero = optax.tree.zeros_like(dynamic)
+            b = eqx.tree_at(lambda carry: carry[0], zero, outer_grad)
+            # v <- b + (dPhi/dw)' v
+            iterate = lambda v, _: (optax.tree.add(b, pullback(v)[0]), None)
+            v, _ = jax.lax.scan(iterate, v, length=self.num_terms)
+            phi_v, cross = pullback(v)
+            residual = relative_residual(b, optax.tree.sub(v, phi_v))
             return v, cross, residual, norm(b) / norm(v)
 
         if problem.num_objectives is not None:
-            adjoint = jax.vmap(adjoint)
-        v, cross, adjoint_residual, mean = adjoint(b_w, finite_or_zero(state.adjoint))
+            solve_adjoint = jax.vmap(solve_adjoint)
+        v, cross, adjoint_residual, mean_curvature = solve_adjoint(
+            outer_grad, finite_or_zero(state.adjoint)
+        )
+        # h = dM/dalpha + (dPhi/dalpha)' v
         hypergradient = optax.tree.add(direct, cross)
 
-        move = optax.tree.sub(after[0], w)
-        off = stationarity_error(
-            problem, w, alpha, outer_batch, b_w, cross, hypergradient, move, mean
+        inner_error = stationarity_error(
+            problem,
+            w,
+            alpha,
+            outer_batch,
+            outer_grad,
+            cross,
+            hypergradient,
+            optax.tree.sub(next_dynamic[0], w),
+            mean_curvature,
         )
-        of_step, steps = grads_per_step(self.solver), self.solver.num_steps
-        outer_part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        costs = cost_stats(
+        estimate = make_estimate(
+            value,
+            hypergradient,
+            w,
+            flags={
+                "not_finite": ~all_finite(value, hypergradient, w),
+                "adjoint_residual": ~jnp.all(adjoint_residual <= TRUST_RTOL),
+                "inner_error": ~(inner_error <= TRUST_RTOL),
+            },
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=self.solver.num_steps,
+            adjoint_residual=jnp.max(adjoint_residual),
+            **self._costs(data, value.size),
+        )
+        if self.warm_start:
+            next_w = w if problem.init_fn is None else state.w
+            state = FixedPointState(next_w, v)
+        return estimate, state
+
+    def _costs(self, data: EstimateData, num_objectives: int) -> dict[str, Array]:
+        """Returns the cost of an estimate."""
+        num_grads = grads_per_step(self.solver)
+        # T steps on batches, one on all data, and the gradient of inner_grad_norm.
+        num_passes = self.solver.num_steps * batch_fraction(data.inner_data) + 1
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        return cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=of_step * (steps * batch_fraction(data.inner_data) + 1) + 1,
-            num_hvps=of_step * (self.num_terms + 1) * value.size,
-            num_outer_grads=2 * value.size * outer_part,
+            num_grads=num_grads * num_passes + 1,
+            num_hvps=num_grads * (self.num_terms + 1) * num_objectives,
+            num_outer_grads=2 * num_objectives * outer_fraction,
         )
-        stats = make_stats(
-            all_finite(value, hypergradient, w)
-            & jnp.all(adjoint_residual <= TRUST_RTOL)
-            & (off <= TRUST_RTOL),
-            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
-            num_inner_steps=steps,
-            adjoint_residual=jnp.max(adjoint_residual),
-            **costs,
-        )
-        estimate = Estimate(value, hypergradient, w, stats)
-        if self.warm_start:
-            warm = w if problem.init_fn is None else state.w
-            state = FixedPointState(warm, v)
-        return estimate, state

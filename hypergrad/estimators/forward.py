@@ -1,7 +1,7 @@
-"""Forward mode through the inner loop."""
+"""Forward mode through the inner run."""
 
-import equinox as eqx
-import jax
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
@@ -11,38 +11,38 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import solver_uses_alpha
 from ..products import pushforward
-from ..validation import check_positive_int
-from .base import Estimate
+from ..trees import all_finite
 from .inner_run import (
     InnerRunState,
+    RunDerivative,
+    RunEstimator,
     check_differentiable,
-    check_inner_run,
+    check_differentiable_run,
     make_response_fn,
-    make_run_estimate,
+    unravel_derivatives,
 )
 
 
-class Forward(eqx.Module):
-    """The derivative of ``M(w_T(alpha), alpha)``, carried forward with the steps.
+class Forward(RunEstimator):
+    """The derivative of ``M(w_T(alpha), alpha)`` by forward mode along the run.
 
-    ``Z_{t+1} = (dw_{t+1}/dw_t) Z_t + dw_{t+1}/dalpha``, a column for each of the N
-    numbers of ``alpha``; then ``dM/dalpha + Zᵀ dM/dw``.
+    With the N numbers of ``alpha`` the steps carry the N columns of ``Z = dw/dalpha``:
+
+        Z_{t+1} = (dw_{t+1}/dw_t) Z_t + dw_{t+1}/dalpha
+        dF/dalpha = dM/dalpha + Z_T' dM/dw
+
+    Use it for few hyperparameters over many steps, such as learning rates that are
+    shared by many steps (`hypergrad.piecewise_constant_schedule`).
 
     Args:
-      solver: an inner solver whose iterations may be differentiated.
-      warm_start: begin each run where the last ended, as in `Unrolled`.
-      certify: measure ``distance_to_implicit``, as in `Unrolled`.
-      outer_batch_size: examples for the outer loss, drawn once an estimate; None means
-        all.
+      solver: Inner solver with differentiable iterations.
+      warm_start, certify, outer_batch_size: As in `Unrolled`.
 
-    For few hyperparameters over many steps, such as rates that windows of steps share
-    (`hypergrad.windows`).
-
-    Cost: T inner gradients and N T Hessian-vector products, batched. Memory: N + 1 of
-    the solver's carries, flat in the number of steps.
-
-    Target: solver. Bias: none for the finite procedure. Everything the optimizer, the
-    losses and the start read of ``alpha`` is seen.
+    Cost: T inner gradients and N T Hessian-vector products, batched.
+    Memory: N + 1 carries of the solver, for any number of steps.
+    Target: solver. The derivative includes every dependence of the optimizer, the
+      losses and ``init_fn`` on ``alpha``.
+    Bias: none for the finite run.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 2; shared
     hyperparameters from Micaelli & Storkey 2021 (arXiv 2007.07869).
@@ -57,11 +57,7 @@ class Forward(eqx.Module):
     """
 
     solver: IterativeSolver
-    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
-    certify: bool = eqx.field(static=True, default=False, kw_only=True)
-    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
-    target = "solver"
     citations = ("franceschi2017", "micaelli2021")
     summary = (
         MethodSummary(
@@ -73,59 +69,52 @@ class Forward(eqx.Module):
             alpha_in=("losses", "optimizer", "start"),
             recommended_for="a handful of hyperparameters over very many steps",
             not_recommended_for="more than a handful",
-            reason="one tangent a hyperparameter goes along, and no step is stored",
+            reason="one tangent per hyperparameter is carried, and no step is stored",
         ),
     )
 
     def __check_init__(self):
         check_differentiable(self.solver)
-        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0: exact for the procedure."""
+        """Returns 0, because the derivative of the run is exact."""
         return 0.0
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
-        del key
-        check_inner_run(self.solver, problem, w, alpha)
-        return InnerRunState(w)
+        """Returns the state in which the first run starts from ``w``."""
+        check_differentiable_run(self.solver, problem, w, alpha)
+        return super().init(problem, w, alpha, key)
 
-    def estimate(
-        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, InnerRunState]:
-        """One inner run with N tangents."""
-        data = EstimateData.sample(problem, key)
-        flat, unravel = ravel_pytree(alpha)
+    def optimizer_uses_alpha(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
+    ) -> Sequence[bool]:
+        """Returns which leaves of ``alpha`` the solver uses besides the inner loss."""
+        return solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
+
+    def differentiate(
+        self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+    ) -> RunDerivative:
+        """Returns the derivative by one run that carries N tangents."""
+        flat_alpha, unravel = ravel_pytree(alpha)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        run = make_response_fn(self.solver, problem, data, state.w, outer_batch)
-        basis = jnp.eye(flat.size, dtype=flat.dtype)
-        (value, w), (slopes, _) = pushforward(lambda x: run(unravel(x)), flat, basis)
-        slopes = slopes.astype(flat.dtype)  # of a loss that may be in another
-        if problem.num_objectives is None:
-            hypergradient = unravel(slopes)
-        else:
-            hypergradient = jax.vmap(unravel, in_axes=1)(slopes)
-        steps = self.solver.num_steps
-        num_grads = grads_per_step(self.solver) * steps
-        reads = solver_uses_alpha(self.solver, problem, w, alpha, data.inner_data)
-        return make_run_estimate(
-            problem,
-            data,
-            state,
-            alpha,
+        response_fn = make_response_fn(self.solver, problem, data, w, outer_batch)
+        (value, final_w), (derivatives, _) = pushforward(
+            lambda flat: response_fn(unravel(flat)),
+            flat_alpha,
+            jnp.eye(flat_alpha.size, dtype=flat_alpha.dtype),
+        )
+        hypergradient = unravel_derivatives(derivatives, flat_alpha, unravel)
+        num_steps = self.solver.num_steps
+        num_grads = grads_per_step(self.solver) * num_steps
+        return RunDerivative(
             value,
             hypergradient,
-            w,
-            num_steps=steps,
+            final_w,
+            flags={"not_finite": ~all_finite(value, hypergradient, final_w)},
+            num_steps=num_steps,
             num_grads=num_grads,
-            num_hvps=flat.size * num_grads,
-            reads_alpha=any(reads),
+            num_hvps=flat_alpha.size * num_grads,
             error_estimate=0.0,
-            trusted=True,
-            outer_batch_size=self.outer_batch_size,
-            warm_start=self.warm_start,
-            certify=self.certify,
         )

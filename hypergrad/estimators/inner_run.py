@@ -1,83 +1,170 @@
-"""What estimators of the finite procedure share: T inner steps, then the outer loss."""
+"""Shared parts of the estimators of a finite inner run.
 
+An inner run is T steps of the inner solver from a given ``w``. The outer loss at the
+end of the run is the function ``F(alpha) = M(w_T(alpha), alpha)``.
+"""
+
+import abc
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..certificate import compute_certificate
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
-from ..jaxpr import unused_leaves
-from ..problem import (
-    Bilevel,
-    EstimateData,
-    batch_fraction,
-    fixed_batch_fraction,
-)
+from ..problem import Bilevel, EstimateData, batch_fraction, fixed_batch_fraction
 from ..problem_checks import (
     check_alpha_has_gradient,
+    check_alpha_is_used,
     check_problem,
     init_uses_alpha,
-    solver_uses_alpha,
 )
-from ..trees import all_finite, norm
-from ..validation import KEY_SHAPE, check_solver
-from .base import Estimate, make_stats
+from ..trees import norm
+from ..validation import KEY_SHAPE, check_positive_int, check_solver
+from .base import Estimate, make_estimate
 
 
 class InnerRunState(eqx.Module):
-    """Where the next inner run begins; same structure as ``w``."""
+    """State of an estimator that warm-starts its inner runs.
+
+    Attributes:
+      w: Where the next inner run starts.
+    """
 
     w: PyTree
 
 
-def check_differentiable(solver: Any) -> None:
-    """Refuses a solver whose iterations have no derivative."""
-    check_solver(solver)
-    if not getattr(solver, "differentiable", False):
-        raise _not_differentiable(solver)
+class RunDerivative(NamedTuple):
+    """The derivative of the outer value through one inner run.
+
+    Attributes:
+      value: Outer value at ``w``: a scalar, or ``[K]`` for K outer losses.
+      hypergradient: Structured like ``alpha``; with K outer losses each leaf has a
+        leading axis of size K.
+      w: Inner variables after the last step.
+      flags: The failed checks, as in `make_estimate`.
+      num_steps: Number of inner steps.
+      num_grads, num_hvps: Number of inner gradients and of Hessian-vector products,
+        each on the batch of one inner step.
+      error_estimate: Estimated relative error as the derivative of the run.
+    """
+
+    value: Array
+    hypergradient: PyTree
+    w: PyTree
+    flags: dict[str, Any]
+    num_steps: int
+    num_grads: int
+    num_hvps: int
+    error_estimate: Array | float
 
 
-def _not_differentiable(solver: Any) -> ValueError:
-    return ValueError(
-        f"the iterations of {solver} cannot be differentiated (line searches and "
-        "L-BFGS give NaN or wrong derivatives when unrolled); use hg.Implicit with "
-        "this solver, or hg.Descent with a plain optimizer"
-    )
+class RunEstimator(eqx.Module):
+    """An estimator that differentiates a finite inner run.
+
+    A subclass implements `differentiate` and `optimizer_uses_alpha`. If its derivative
+    does not reach the starting point, it sets ``differentiates_init`` to False.
+
+    Args:
+      warm_start, certify, outer_batch_size: As in `Unrolled`.
+    """
+
+    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
+    certify: bool = eqx.field(static=True, default=False, kw_only=True)
+    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
+
+    target = "solver"
+    differentiates_init = True
+
+    def __check_init__(self):
+        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
+
+    @abc.abstractmethod
+    def differentiate(
+        self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+    ) -> RunDerivative:
+        """Returns the derivative of a run from ``w``."""
+
+    @abc.abstractmethod
+    def optimizer_uses_alpha(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
+    ) -> Sequence[bool]:
+        """Returns which leaves of ``alpha`` the steps use besides the inner loss."""
+
+    def init(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
+    ) -> InnerRunState:
+        """Returns the state in which the first run starts from ``w``."""
+        del key
+        inner_data, _ = problem.sample_data(jax.random.key(0))
+        has_gradient = self.optimizer_uses_alpha(problem, w, alpha, inner_data)
+        advice = "and neither does the optimizer. Remove it from alpha"
+        if self.differentiates_init:
+            in_init = init_uses_alpha(problem, w, alpha)
+            has_gradient = list(map(operator.or_, has_gradient, in_init))
+            advice = "and neither do the optimizer and init_fn. Remove it from alpha"
+        check_alpha_has_gradient(problem, w, alpha, has_gradient, advice)
+        return InnerRunState(w)
+
+    def estimate(
+        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
+    ) -> tuple[Estimate, InnerRunState]:
+        """Returns the derivative of one inner run, and the next state."""
+        data = EstimateData.sample(problem, key)
+        run = self.differentiate(problem, data, state.w, alpha)
+        in_optimizer = self.optimizer_uses_alpha(problem, run.w, alpha, data.inner_data)
+        fraction = batch_fraction(data.inner_data)
+        outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        costs = cost_stats(
+            data.inner_data,
+            data.outer_data,
+            num_grads=run.num_grads * fraction + 1,  # one for inner_grad_norm
+            num_hvps=run.num_hvps * fraction,
+            num_outer_grads=run.value.size * outer_fraction,
+        )
+        distance = jnp.nan
+        if self.certify and not any(
+            [*in_optimizer, *init_uses_alpha(problem, run.w, alpha)]
+        ):
+            certificate = compute_certificate(
+                problem, data, run.w, alpha, run.hypergradient
+            )
+            distance = certificate.error_estimate
+            costs = jax.tree.map(jnp.add, costs, certificate.stats)
+        estimate = make_estimate(
+            run.value,
+            run.hypergradient,
+            run.w,
+            run.flags,
+            inner_grad_norm=inner_grad_norm(problem, data, run.w, alpha),
+            num_inner_steps=run.num_steps,
+            error_estimate=run.error_estimate,
+            distance_to_implicit=distance,
+            **costs,
+        )
+        warm_start = self.warm_start
+        if warm_start is None:
+            warm_start = not any(in_optimizer)
+        return estimate, next_state(problem, state, run.w, warm_start)
 
 
-def check_inner_run(
-    solver: IterativeSolver,
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    *,
-    sees_start: bool = True,
-) -> None:
-    """Refuses line searches, bad losses, and a leaf of ``alpha`` that is not seen."""
-    # What an optimizer made from alpha is, only its state tells.
-    inner_data, _ = problem.sample_data(jax.random.key(0))
-    first = lambda w, alpha, key: solver.init(
-        problem.inner_loss, w, alpha, inner_data, key
-    )
-    if contains_state(
-        jax.eval_shape(first, w, alpha, KEY_SHAPE), NON_DIFFERENTIABLE_STATES
-    ):
-        raise _not_differentiable(solver)
-    check_problem(problem, w, alpha, solver)
-    beside = solver_uses_alpha(solver, problem, w, alpha, inner_data)
-    advice = "nor does the optimizer; take it out of alpha"
-    if sees_start:
-        start = init_uses_alpha(problem, w, alpha)
-        beside = list(map(operator.or_, beside, start))
-        advice = "nor does the optimizer or the start; take it out of alpha"
-    check_alpha_has_gradient(problem, w, alpha, beside, advice)
+def next_state(
+    problem: Bilevel, state: InnerRunState, w: PyTree, warm_start: bool
+) -> InnerRunState:
+    """Returns the state after a run that ended at ``w``.
+
+    With ``init_fn`` every run starts from the point that ``init_fn`` returns.
+    """
+    return InnerRunState(w) if warm_start and problem.init_fn is None else state
+
+
+# Runs as functions of alpha.
 
 
 def make_run_fn(
@@ -87,35 +174,22 @@ def make_run_fn(
     w: PyTree,
     outer_batch: PyTree,
 ) -> Callable[[PyTree], tuple[Array, PyTree, InnerStats]]:
-    """``alpha -> (M(w(alpha), alpha), w(alpha), cost)``, a run from ``w``."""
+    """Returns the function ``alpha -> (M(w_T, alpha), w_T, solver_stats)``.
 
-    def run(alpha: PyTree) -> tuple[Array, PyTree, InnerStats]:
-        found, spent = solver.solve(
+    Each call makes a run from ``w`` with the same data and key.
+    """
+
+    def run_fn(alpha: PyTree) -> tuple[Array, PyTree, InnerStats]:
+        final_w, solver_stats = solver.solve(
             problem.inner_loss,
             problem.init_inner(w, alpha),
             alpha,
             data.inner_data,
             data.solver_key,
         )
-        return problem.outer_value(found, alpha, outer_batch), found, spent
+        return problem.outer_value(final_w, alpha, outer_batch), final_w, solver_stats
 
-    return run
-
-
-def check_run_uses_alpha(
-    solver: InnerSolver, problem: Bilevel, w: PyTree, alpha: PyTree
-) -> None:
-    """Refuses a leaf of ``alpha`` on which the outer value cannot depend.
-
-    For methods that need no derivative: what is read anywhere in a run counts.
-    """
-    data = EstimateData.sample(problem, jax.random.key(0))
-    run = make_run_fn(solver, problem, data, w, data.outer_batch())
-    if names := unused_leaves(lambda alpha: run(alpha)[0], alpha):
-        raise ValueError(
-            f"neither the losses nor the solver nor the start reads "
-            f"{', '.join(names)}; take it out of alpha"
-        )
+    return run_fn
 
 
 def make_response_fn(
@@ -128,14 +202,18 @@ def make_response_fn(
     truncation_length: int | None = None,
     checkpoint: bool = False,
 ) -> Callable[..., tuple[Array, PyTree]]:
-    """``alpha -> (M(w_T(alpha), alpha), w_T(alpha))``, by T differentiable steps.
+    """Returns the differentiable function ``alpha -> (M(w_T, alpha), w_T)``.
 
-    With ``last`` two more arguments are what the older and the newer half of those
-    steps read in place of ``alpha``.
+    Args:
+      solver, problem, data, w, outer_batch: As in `make_run_fn`.
+      truncation_length: Number of last steps that are differentiated. The function then
+        also accepts ``(alpha, older, newer)``: the older half of these steps uses
+        ``older`` in place of ``alpha``, the newer half ``newer``.
+      checkpoint: Whether the reverse pass recomputes steps from checkpoints.
     """
 
-    def run(alpha: PyTree, *halves: PyTree) -> tuple[Array, PyTree]:
-        found, _ = run_inner_steps(
+    def response_fn(alpha: PyTree, *halves: PyTree) -> tuple[Array, PyTree]:
+        final_w, _ = run_inner_steps(
             solver,
             problem.inner_loss,
             problem.init_inner(w, alpha),
@@ -146,81 +224,83 @@ def make_response_fn(
             halves=halves or None,
             checkpoint=checkpoint,
         )
-        return problem.outer_value(found, alpha, outer_batch), found
+        return problem.outer_value(final_w, alpha, outer_batch), final_w
 
-    return run
+    return response_fn
 
 
 def inner_grad_norm(
     problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
 ) -> Array:
-    """``||dL/dw||`` on all of the data, for one gradient."""
+    """Returns ``||dL/dw||`` on all inner data.
+
+    Cost: one gradient.
+    """
     return norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
 
 
-def next_state(
-    problem: Bilevel, state: InnerRunState, w: PyTree, warm_start: bool
-) -> InnerRunState:
-    """``w`` where runs are warm-started, unless the problem has a start of its own."""
-    return InnerRunState(w) if warm_start and problem.init_fn is None else state
-
-
-def make_run_estimate(
-    problem: Bilevel,
-    data: EstimateData,
-    state: InnerRunState,
-    alpha: PyTree,
-    value: Array,
-    hypergradient: PyTree,
-    w: PyTree,
-    *,
-    num_steps: int,
-    num_grads: Array | float,
-    num_hvps: Array | float,
-    reads_alpha: bool,
-    error_estimate: Array | float,
-    trusted: Array | bool,
-    outer_batch_size: int | None,
-    warm_start: bool | None,
-    certify: bool,
-) -> tuple[Estimate, InnerRunState]:
-    """The estimate of a procedure's derivative with its stats, and the next state.
+def unravel_derivatives(
+    derivatives: Float[Array, "N ..."],
+    flat_alpha: Float[Array, " N"],
+    unravel: Callable[[Array], PyTree],
+) -> PyTree:
+    """Returns derivatives by the N entries of ``alpha`` as a hypergradient.
 
     Args:
-      problem, data, state, alpha: of the estimate.
-      value, hypergradient, w: what was found.
-      num_steps: T.
-      num_grads, num_hvps: calls on the batches of inner steps.
-      reads_alpha: whether the steps read ``alpha`` beside the loss.
-      error_estimate: relative, of the derivative as the procedure's own.
-      trusted: what the estimator says beside all being finite.
-      outer_batch_size: as given to the estimator.
-      warm_start: None means True unless ``reads_alpha``.
-      certify: fill in ``distance_to_implicit``, which is NaN where the steps or the
-        start read ``alpha``.
+      derivatives: ``[N]``, or ``[N, K]`` for K outer losses.
+      flat_alpha, unravel: Result of `jax.flatten_util.ravel_pytree` for ``alpha``.
     """
-    part = batch_fraction(data.inner_data)
-    costs = cost_stats(
-        data.inner_data,
-        data.outer_data,
-        num_grads=num_grads * part + 1,
-        num_hvps=num_hvps * part,
-        num_outer_grads=value.size
-        * fixed_batch_fraction(data.outer_data, outer_batch_size),
+    # The outer loss may return another dtype than that of alpha.
+    derivatives = derivatives.astype(flat_alpha.dtype)
+    if derivatives.ndim == 1:
+        return unravel(derivatives)
+    return jax.vmap(unravel, in_axes=1)(derivatives)
+
+
+# Checks.
+
+
+def check_differentiable(solver: Any) -> None:
+    """Raises ValueError for a solver whose iterations have no derivative."""
+    check_solver(solver)
+    if not solver.differentiable:
+        raise _not_differentiable_error(solver)
+
+
+def check_differentiable_run(
+    solver: IterativeSolver, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> None:
+    """Checks the losses and the solver, and that its steps can be differentiated."""
+    inner_data, _ = problem.sample_data(jax.random.key(0))
+    # What an optimizer made from alpha contains is visible only in its state.
+    carry = jax.eval_shape(
+        lambda w, alpha, key: solver.init(
+            problem.inner_loss, w, alpha, inner_data, key
+        ),
+        w,
+        alpha,
+        KEY_SHAPE,
     )
-    distance = jnp.nan
-    if certify and not (reads_alpha or any(init_uses_alpha(problem, w, alpha))):
-        found = compute_certificate(problem, data, w, alpha, hypergradient)
-        distance = found.error_estimate
-        costs = jax.tree.map(jnp.add, costs, found.stats)
-    stats = make_stats(
-        trusted is not False and all_finite(value, hypergradient, w) & trusted,
-        inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
-        num_inner_steps=num_steps,
-        error_estimate=error_estimate,
-        distance_to_implicit=distance,
-        **costs,
+    if contains_state(carry, NON_DIFFERENTIABLE_STATES):
+        raise _not_differentiable_error(solver)
+    check_problem(problem, w, alpha, solver)
+
+
+def check_run_uses_alpha(
+    solver: InnerSolver, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> None:
+    """Raises ValueError for a leaf of ``alpha`` that no part of a run uses.
+
+    This is the check of estimators that need no derivative.
+    """
+    data = EstimateData.sample(problem, jax.random.key(0))
+    run_fn = make_run_fn(solver, problem, data, w, data.outer_batch())
+    check_alpha_is_used(lambda alpha: run_fn(alpha)[0], alpha)
+
+
+def _not_differentiable_error(solver: Any) -> ValueError:
+    return ValueError(
+        f"solver must have differentiable iterations; got {solver}. Line searches and "
+        "L-BFGS give NaN or wrong derivatives when unrolled. Use hg.Implicit with this "
+        "solver, or hg.Descent with an optimizer without them."
     )
-    warm = not reads_alpha if warm_start is None else warm_start
-    estimate = Estimate(value, hypergradient, w, stats)
-    return estimate, next_state(problem, state, w, warm)

@@ -1,6 +1,6 @@
-"""Hypergradients from inner gradients alone: two solutions, no linear solve."""
+"""Hypergradients from first derivatives only, by two inner solutions."""
 
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,39 +17,67 @@ from ..problem import Bilevel, EstimateData, fixed_batch_fraction
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, all_finite
 from ..validation import check_positive_int, float_converter
-from .base import Estimate, make_stats
+from .base import Estimate, make_estimate
 from .inner_run import inner_grad_norm, make_run_fn
 
 
 class PenaltyState(eqx.Module):
-    """Where the next solves begin: for ``L``, and for the nudged losses (K leads)."""
+    """Warm-start state of `Penalty`.
+
+    Attributes:
+      w: Inner solution of the previous estimate.
+      plus_w: Solution with ``+M / l``; with K outer losses each leaf has a leading axis
+        of size K.
+      minus_w: The same with ``-M / l`` if ``symmetric``, else None.
+    """
 
     w: PyTree
-    nudged: PyTree
-    opposite: PyTree | None
+    plus_w: PyTree
+    minus_w: PyTree | None
+
+
+class NudgedSolution(NamedTuple):
+    """A minimizer of ``L +- M / l``; with K outer losses each leaf leads with K.
+
+    Attributes:
+      w: The minimizer.
+      inner_alpha_grad: ``dL/dalpha`` at ``w``.
+      outer_alpha_grad: ``dM/dalpha`` at ``w``.
+      solver_stats: Statistics of the solver.
+    """
+
+    w: PyTree
+    inner_alpha_grad: PyTree
+    outer_alpha_grad: PyTree
+    solver_stats: InnerStats
 
 
 class Penalty(eqx.Module):
-    """``dM/dalpha(w_l) + l [dL/dalpha(w_l) - dL/dalpha(w*)]``, no second derivatives.
+    """The derivative of the outer problem with the inner problem as a penalty.
 
-    ``w_l`` minimises ``M + l (L - L*)``, the outer loss with the inner problem as a
-    penalty of strength ``l``; equivalently ``L`` nudged by ``M / l``.
+    ``w_l`` minimizes ``M + l (L - min L)``, or equivalently ``L`` nudged by ``M / l``:
+
+        h = dM/dalpha(w_l) + l [dL/dalpha(w_l) - dL/dalpha(w*)]
+
+    No second derivatives are needed.
 
     Args:
-      solver: the inner solver; it solves both problems.
-      strength: ``l > 0``.
-      symmetric: nudge by ``+M / l`` and ``-M / l`` (equilibrium propagation):
-        ``[dL/dalpha(w_+) - dL/dalpha(w_-)] l / 2`` and the mean direct term.
-      warm_start: begin each solve where the last ended.
-      outer_batch_size: examples of the outer loss, drawn once an estimate; None means
-        all.
+      solver: The inner solver, which solves both problems.
+      strength: The number ``l > 0``.
+      symmetric: Whether to nudge by ``+M / l`` and by ``-M / l``, as in equilibrium
+        propagation. With the two minimizers the first term of ``h`` is the mean of
+        ``dM/dalpha``, the second ``l / 2`` times the difference of ``dL/dalpha``.
+      warm_start: Whether each solve starts where its previous one ended.
+      outer_batch_size: Number of examples for the outer loss, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: two inner solves, three if symmetric, the nudged ones with an outer gradient a
-    step; three inner gradients more. Memory: three vectors like ``w`` and the solver's.
-
-    Target: argmin. Bias: falls as ``1 / l``, as ``1 / l²`` if symmetric; what the
-    solves leave is multiplied by ``l``. Never trusted of itself: use
-    ``minimize(certify_every=...)``.
+    Cost: two inner solves, three if symmetric; the nudged ones need an outer gradient
+      per step. Three more inner gradients.
+    Memory: three vectors like ``w``, and that of the solver.
+    Target: argmin.
+    Bias: falls as ``1 / l``, or as ``1 / l^2`` if symmetric. The errors of the solves
+      are multiplied by ``l``. The estimates are never trusted; use ``certify_every`` of
+      `OuterLoop`.
 
     Source: Shen & Chen 2023 (arXiv 2302.05185), V-PBGD; symmetric: Scellier & Bengio
     2017 (arXiv 1602.05179).
@@ -83,7 +111,7 @@ class Penalty(eqx.Module):
             alpha_in=("losses",),
             recommended_for="inner losses without second derivatives",
             not_recommended_for="inner solves that stop early",
-            reason="two solutions are compared, and l multiplies what the solves leave",
+            reason="two solutions are compared, and l multiplies their errors",
         ),
     )
 
@@ -91,102 +119,134 @@ class Penalty(eqx.Module):
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: the bias depends on third derivatives too."""
+        """Returns NaN, because the bias also depends on third derivatives."""
         return float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> PenaltyState:
-        """Starts every solve from ``w``."""
+        """Returns the state in which every solve starts from ``w``."""
         del key
         check_problem(problem, w, alpha, self.solver)
         check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
-        many = jax.tree.map(
+        nudged_w = jax.tree.map(
             lambda zero, x: jnp.broadcast_to(x, zero.shape), zero_adjoint(problem, w), w
         )
-        return PenaltyState(w, many, many if self.symmetric else None)
+        return PenaltyState(w, nudged_w, nudged_w if self.symmetric else None)
 
     def estimate(
         self, problem: Bilevel, state: PenaltyState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, PenaltyState]:
-        """A solve of the inner loss, and one of it nudged."""
-        data, loss = EstimateData.sample(problem, key), problem.inner_loss
-        batch, outer_batch = data.inner_batch(), data.outer_batch(self.outer_batch_size)
-        value, w, spent = make_run_fn(self.solver, problem, data, state.w, outer_batch)(
-            alpha
+        """Solves the inner problem and the nudged ones."""
+        data = EstimateData.sample(problem, key)
+        outer_batch = data.outer_batch(self.outer_batch_size)
+        run_fn = make_run_fn(self.solver, problem, data, state.w, outer_batch)
+        value, w, solver_stats = run_fn(alpha)
+        solve = lambda init_w, sign: self._solve_nudged(
+            problem, data, outer_batch, init_w, alpha, sign
         )
-        slope = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
+        plus = solve(state.plus_w, 1.0)
+        nudged_stats = [plus.solver_stats]
+        if self.symmetric:
+            minus = solve(state.minus_w, -1.0)
+            minus_w, minus_grad = minus.w, minus.inner_alpha_grad
+            nudged_stats.append(minus.solver_stats)
+            direct = jax.tree.map(
+                lambda x, y: (x + y) / 2, plus.outer_alpha_grad, minus.outer_alpha_grad
+            )
+            factor, num_alpha_grads = self.strength / 2, 2 * value.size
+        else:
+            minus_w, direct = None, plus.outer_alpha_grad
+            minus_grad = jax.grad(problem.inner_loss, argnums=1)(
+                w, alpha, data.inner_batch()
+            )
+            if problem.num_objectives is not None:  # shared by the outer losses
+                minus_grad = jax.tree.map(lambda x: x[None], minus_grad)
+            factor, num_alpha_grads = self.strength, value.size + 1
+        # h = dM/dalpha(w_l) + l [dL/dalpha(w_l) - dL/dalpha(w*)]
+        indirect = jax.tree.map(
+            lambda x, y: factor * (x - y), plus.inner_alpha_grad, minus_grad
+        )
+        hypergradient = add_scale(indirect, 1, direct)
+        num_grads = num_alpha_grads + 1  # one for inner_grad_norm
+        estimate = make_estimate(
+            value,
+            hypergradient,
+            w,
+            flags={"biased": True},
+            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            num_inner_steps=solver_stats["num_steps"],
+            **self._costs(data, solver_stats, nudged_stats, num_grads, value.size),
+        )
+        if self.warm_start and problem.init_fn is None:
+            # A nudged loss may have no minimum. Do not start from what diverged.
+            is_good = all_finite(w, plus.w, minus_w)
+            new_state = PenaltyState(w, plus.w, minus_w)
+            state = optax.tree.where(is_good, new_state, state)
+        return estimate, state
 
-        def at(start: PyTree, weights: Array, sign: float) -> tuple[Any, ...]:
-            """``w_l``, ``dL/dalpha`` and ``dM/dalpha`` there, and the cost."""
-            outer = lambda w, alpha: jnp.sum(
+    def _solve_nudged(
+        self,
+        problem: Bilevel,
+        data: EstimateData,
+        outer_batch: PyTree,
+        init_w: PyTree,
+        alpha: PyTree,
+        sign: float,
+    ) -> NudgedSolution:
+        """Minimizes ``L + sign M / l`` for each of the outer losses."""
+        loss, batch = problem.inner_loss, data.inner_batch()
+
+        def solve(init_w: PyTree, weights: Array) -> NudgedSolution:
+            outer_loss = lambda w, alpha: jnp.sum(
                 weights * problem.outer_value(w, alpha, outer_batch)
             )
-            nudged = lambda w, alpha, batch: (
-                loss(w, alpha, batch) + sign / self.strength * outer(w, alpha)
+            nudged_loss = lambda w, alpha, batch: (
+                loss(w, alpha, batch) + sign / self.strength * outer_loss(w, alpha)
             )
-            begin = problem.init_inner(start, alpha)
-            w, spent = self.solver.solve(
-                nudged, begin, alpha, data.inner_data, data.solver_key
+            w0 = problem.init_inner(init_w, alpha)
+            w, solver_stats = self.solver.solve(
+                nudged_loss, w0, alpha, data.inner_data, data.solver_key
             )
-            return w, slope(w), jax.grad(outer, argnums=1)(w, alpha), spent
+            return NudgedSolution(
+                w,
+                jax.grad(loss, argnums=1)(w, alpha, batch),
+                jax.grad(outer_loss, argnums=1)(w, alpha),
+                solver_stats,
+            )
 
-        several = problem.num_objectives is not None
-        each = lambda f: jax.vmap(f, in_axes=(0, 0, None)) if several else f
-        weights = jnp.eye(value.size) if several else jnp.ones(())
-        up, slope_up, direct, spent_up = each(at)(state.nudged, weights, 1.0)
-        nudges = [spent_up]
-        if self.symmetric:
-            down, slope_down, other, spent_down = each(at)(
-                state.opposite, weights, -1.0
-            )
-            direct = jax.tree.map(lambda x, y: (x + y) / 2, direct, other)
-            nudges.append(spent_down)
-            factor, num_slopes = self.strength / 2, 2 * value.size
-        else:
-            down, slope_down = None, slope(w)
-            if several:  # one for all
-                slope_down = jax.tree.map(lambda x: x[None], slope_down)
-            factor, num_slopes = self.strength, value.size + 1
-        difference = jax.tree.map(lambda x, y: factor * (x - y), slope_up, slope_down)
-        hypergradient = add_scale(difference, 1, direct)
-
-        stats = make_stats(
-            jnp.asarray(False),
-            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
-            num_inner_steps=spent["num_steps"],
-            **self._costs(data, spent, nudges, num_slopes + 1, value.size),
-        )
-        estimate = Estimate(value, hypergradient, w, stats)
-        if self.warm_start and problem.init_fn is None:
-            # A nudged loss need not have a minimum: what it spoilt is no start.
-            good = all_finite(w, up, down)
-            state = optax.tree.where(good, PenaltyState(w, up, down), state)
-        return estimate, state
+        if problem.num_objectives is None:
+            return solve(init_w, jnp.ones(()))
+        return jax.vmap(solve)(init_w, jnp.eye(problem.num_objectives))
 
     def _costs(
         self,
         data: EstimateData,
-        spent: InnerStats,
-        nudges: list[InnerStats],
+        solver_stats: InnerStats,
+        nudged_stats: list[InnerStats],
         num_grads: int,
         num_objectives: int,
     ) -> dict[str, Array]:
-        """A step of a nudged solve calls the outer loss as often as the inner one."""
-        total = lambda name: sum(jnp.sum(nudge[name]) for nudge in nudges)
-        # Counts are passes over the data, and a mini-batch step is less than one.
-        calls = sum(
-            jnp.sum(jnp.maximum(nudge["num_grads"], nudge["num_steps"]))
-            for nudge in nudges
+        """Returns the cost of an estimate.
+
+        Every call of the inner loss in a nudged solve also calls the outer loss.
+        """
+        total = lambda name: sum(jnp.sum(stats[name]) for stats in nudged_stats)
+        # Counts are passes over the data, but a mini-batch step needs a whole gradient
+        # of the outer loss.
+        num_outer_grads = sum(
+            jnp.sum(jnp.maximum(stats["num_grads"], stats["num_steps"]))
+            for stats in nudged_stats
         )
-        part = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        direct = len(nudges) * num_objectives
+        fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
+        num_direct = len(nudged_stats) * num_objectives
         return cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=spent["num_grads"] + total("num_grads") + num_grads,
-            num_hvps=spent["num_hvps"] + total("num_hvps"),
-            num_values=spent["num_values"] + total("num_values"),
-            num_outer_grads=part * (calls + HVP_COST * total("num_hvps") + direct),
-            num_outer_values=part * (total("num_values") + num_objectives),
+            num_grads=solver_stats["num_grads"] + total("num_grads") + num_grads,
+            num_hvps=solver_stats["num_hvps"] + total("num_hvps"),
+            num_values=solver_stats["num_values"] + total("num_values"),
+            num_outer_grads=fraction
+            * (num_outer_grads + HVP_COST * total("num_hvps") + num_direct),
+            num_outer_values=fraction * (total("num_values") + num_objectives),
         )

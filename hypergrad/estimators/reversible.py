@@ -1,60 +1,62 @@
-"""Momentum descent run backwards, bit for bit, from an information buffer."""
+"""Reverse mode through momentum descent that is run backwards, bit for bit."""
 
-import operator
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ..jaxpr import used_inputs
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, sample_batch
-from ..problem_checks import check_alpha_has_gradient, check_problem, init_uses_alpha
+from ..problem_checks import check_problem
 from ..products import hvp_and_cross_vjp
-from ..trees import add_scale, scale, vdot
+from ..trees import add_scale, all_finite, scale, vdot
 from ..validation import check_not_optax_factory, check_positive_int, float_converter
-from . import reversible_arithmetic
-from .base import Estimate
-from .inner_run import InnerRunState, make_run_estimate
+from . import reversible_arithmetic as arithmetic
+from .inner_run import InnerRunState, RunDerivative, RunEstimator
 
-Setting = float | Array | Callable[[PyTree], Any]
+MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
 
-class Reversible(eqx.Module):
-    """``dM(w_T(alpha), alpha)/dalpha`` for ``v <- m v + g``, ``w <- w - r v``.
+class Reversible(RunEstimator):
+    """The derivative of ``M(w_T(alpha), alpha)`` through reversible momentum descent.
 
-    ``w`` and ``v`` are fixed-point integers, and what a multiplication by ``m < 1``
-    loses of ``v`` goes into a buffer of ``log2(1 / m)`` bits a step, so that each step
-    can be undone exactly and no trajectory is stored. Both directions run through one
-    gradient in one loop, so that it cannot round in two ways.
+    The steps are ``v <- m v + g`` with ``g = dL/dw``, then ``w <- w - r v``. ``w`` and
+    ``v`` are fixed-point integers, and the bits of ``v`` that a multiplication by
+    ``m < 1`` discards are kept in a buffer, ``log2(1 / m)`` bits per number and step.
+    So each step can be undone exactly, and no trajectory is stored.
 
     Args:
-      learning_rate: a number, or ``alpha -> r`` where ``r`` is a number or an optax
-        schedule.
-      momentum: a static number in [1/16, 1), or ``alpha -> m`` likewise; it is rounded
-        to 1/4096, in float32 to 1/256.
-      num_steps: T.
-      min_momentum: smallest ``m`` that a function takes, which decides the buffer's
-        size; not needed where ``momentum`` is a number.
-      warm_start: begin each run where the last ended; None means True unless rate or
-        momentum are made from ``alpha``.
-      certify: measure ``distance_to_implicit``, as in `Unrolled`.
-      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
-        means all.
+      learning_rate: A number, or a function ``alpha -> r`` where ``r`` is a number or
+        an optax schedule.
+      momentum: A static number in [1/16, 1), or a function ``alpha -> m`` where ``m``
+        is a number or a schedule. It is rounded to a multiple of 1/4096, in float32 of
+        1/256.
+      num_steps: Number of inner steps (T).
+      min_momentum: Smallest ``m`` that occurs; it determines the size of the buffer.
+        Required if ``momentum`` is a function, and defaults to ``momentum`` otherwise.
+      warm_start: As in `Unrolled`; None means True unless the learning rate or the
+        momentum depends on ``alpha``.
+      certify, outer_batch_size: As in `Unrolled`.
 
-    Cost: 2 T inner gradients and T Hessian-vector products with their cross term.
-    Memory: six vectors like ``w`` and the buffer, ``log2(1 / m)`` bits a number and
-    step: 0.15 at 0.9.
+    Cost: 2 T inner gradients and T Hessian-vector products with their cross term. Under
+      ``vmap`` both directions are computed at every step, at twice the cost.
+    Memory: six vectors like ``w`` and the buffer: 0.15 bits per number and step at a
+      momentum of 0.9.
+    Target: solver.
+    Bias: a resolution. Steps are rounded to 2^-46 and velocities to 2^-34 in float64,
+      to 2^-23 and 2^-15 in float32, which is coarse. An estimate is trusted if no
+      number left the range of the integers (65,536, or 128 in float32), the momentum
+      stayed in its range, and the run came back to its starting point in every bit.
 
-    Target: solver. Bias: a resolution: steps are rounded to 2^-46 and velocities to
-    2^-34 in float64, to 2^-23 and 2^-15 in float32, which is coarse. ``trusted`` says
-    that nothing left the range of the integers (65,536, or 128 in float32), nor the
-    momentum its own, and that the run came back to its start, every bit. Under ``vmap``
-    both directions are computed at every step, at twice the cost.
+    Raises:
+      TypeError: ``learning_rate`` or ``momentum`` is an optax function.
+      ValueError: A number is out of its range, or ``min_momentum`` is missing.
 
     Source: Maclaurin, Duvenaud & Adams 2015 (arXiv 1502.03492), algorithms 2 and 3.
 
@@ -63,19 +65,15 @@ class Reversible(eqx.Module):
     >>> outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
     >>> estimator = hg.Reversible(learning_rate=0.1, momentum=0.5, num_steps=200)
     >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.0)
-    >>> round(float(estimate.hypergradient), 3), bool(estimate.stats["trusted"])
+    >>> round(float(estimate.hypergradient), 3), bool(estimate.trusted)
     (9.0, True)
     """
 
-    learning_rate: Setting
+    learning_rate: float | Array | Callable[[PyTree], Any]
     momentum: float | Callable[[PyTree], Any] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
     min_momentum: float = eqx.field(static=True)
-    warm_start: bool | None = eqx.field(static=True)
-    certify: bool = eqx.field(static=True)
-    outer_batch_size: int | None = eqx.field(static=True)
 
-    target = "solver"
     citations = ("maclaurin2015",)
     summary = (
         MethodSummary(
@@ -93,7 +91,7 @@ class Reversible(eqx.Module):
 
     def __init__(
         self,
-        learning_rate: Setting,
+        learning_rate: float | Array | Callable[[PyTree], Any],
         momentum: float | Callable[[PyTree], Any],
         num_steps: int,
         min_momentum: float | None = None,
@@ -103,24 +101,22 @@ class Reversible(eqx.Module):
         outer_batch_size: int | None = None,
     ):
         check_positive_int("num_steps", num_steps)
-        check_positive_int("outer_batch_size", outer_batch_size, optional=True)
-        for name, setting in (("learning_rate", learning_rate), ("momentum", momentum)):
-            check_not_optax_factory(name, setting)
+        check_not_optax_factory("learning_rate", learning_rate)
+        check_not_optax_factory("momentum", momentum)
         if not callable(learning_rate):
-            learning_rate = float_converter("learning_rate", optional=False)(
-                learning_rate
-            )
+            to_number = float_converter("learning_rate", optional=False)
+            learning_rate = to_number(learning_rate)
         if min_momentum is None:
             if callable(momentum):
                 raise ValueError(
-                    "momentum is a function, so min_momentum must say how small it "
-                    "gets: the buffer holds log2(1 / min_momentum) bits a step"
+                    "min_momentum must be given if momentum is a function, because the "
+                    "buffer holds log2(1 / min_momentum) bits per number and step."
                 )
             min_momentum = float(momentum)
-        if not 1 / reversible_arithmetic.LEAST <= min_momentum < 1:
+        if not MIN_MOMENTUM <= min_momentum < 1:
             raise ValueError(
-                f"momentum must lie in [1/16, 1), got {min_momentum!r}: less is no "
-                "momentum to reverse; use hg.Unrolled"
+                f"momentum must be in [1/16, 1); got {min_momentum!r}. Use hg.Unrolled "
+                "for descent with less momentum."
             )
         self.learning_rate = learning_rate
         self.momentum = momentum
@@ -131,205 +127,252 @@ class Reversible(eqx.Module):
         self.outer_batch_size = outer_batch_size
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """The resolution's share, far below this."""
+        """Returns a bound far above the error of the resolution."""
         return 1e-3
 
     @property
-    def num_words(self) -> int:
-        """Bytes of buffer that each number of ``w`` needs beside its 32 bits."""
-        return reversible_arithmetic.num_words(self.num_steps, self.min_momentum)
+    def num_buffer_bytes(self) -> int:
+        """Bytes of the buffer per number of ``w``, besides its 32 bits."""
+        return arithmetic.num_stack_bytes(self.num_steps, self.min_momentum)
 
-    def _settings(self, alpha: PyTree, step: Array) -> tuple[Array, Array]:
-        """Rate and momentum of a step."""
+    def rate_and_momentum(
+        self, alpha: PyTree, step: Array | int
+    ) -> tuple[Array, Array]:
+        """Returns ``r`` and ``m`` of a step."""
 
-        def at(setting: Any) -> Array:
+        def evaluate(setting: Any) -> Array:
             value = setting(alpha) if callable(setting) else setting
             value = value(step) if callable(value) else value
             return jnp.asarray(value, dtype=float)
 
-        return at(self.learning_rate), at(self.momentum)
+        return evaluate(self.learning_rate), evaluate(self.momentum)
 
-    def _reads_alpha(self, alpha: PyTree) -> list[bool]:
-        first = jnp.asarray(0)
-        return list(used_inputs(lambda alpha: self._settings(alpha, first), alpha))
+    def optimizer_uses_alpha(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
+    ) -> Sequence[bool]:
+        """Returns which leaves of ``alpha`` the rate or the momentum depends on."""
+        del problem, w, inner_data
+        first_step = jnp.asarray(0)
+        return used_inputs(
+            lambda alpha: self.rate_and_momentum(alpha, first_step), alpha
+        )
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
-        del key
+        """Returns the state in which the first run starts from ``w``."""
         if problem.num_objectives is not None:
-            raise ValueError("Reversible needs one outer loss; combine them into one")
-        if (
-            len(
-                {
-                    reversible_arithmetic.integer_dtype(leaf)
-                    for leaf in jax.tree.leaves(w)
-                }
-            )
-            > 1
-        ):
             raise ValueError(
-                "w mixes float64 with shorter leaves, which have other integers; cast "
-                "w to one dtype, or use hg.Unrolled"
+                "outer_loss must be a single loss for Reversible; got "
+                f"{problem.num_objectives}. Combine them into one, or use hg.Unrolled."
+            )
+        if len(set(map(arithmetic.integer_dtype, jax.tree.leaves(w)))) > 1:
+            raise ValueError(
+                "w must not mix float64 with shorter leaves, because their integers "
+                "differ. Cast w to one dtype, or use hg.Unrolled."
             )
         check_problem(problem, w, alpha)
-        start = init_uses_alpha(problem, w, alpha)
-        beside = list(map(operator.or_, self._reads_alpha(alpha), start))
-        advice = "nor do the rate, the momentum or the start; take it out of alpha"
-        check_alpha_has_gradient(problem, w, alpha, beside, advice)
-        return InnerRunState(w)
+        return super().init(problem, w, alpha, key)
 
-    def estimate(
-        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, InnerRunState]:
-        """T steps forward and T back."""
-        data, loss, num_steps = (
-            EstimateData.sample(problem, key),
-            problem.inner_loss,
-            self.num_steps,
-        )
+    def differentiate(
+        self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+    ) -> RunDerivative:
+        """Returns the derivative by T steps forward and T steps back."""
         outer_batch = data.outer_batch(self.outer_batch_size)
-        keys = jax.random.split(data.solver_key, num_steps)
-        begin, pull_start = jax.vjp(
-            lambda alpha: problem.init_inner(state.w, alpha), alpha
-        )
-        integers = reversible_arithmetic.integer_dtype(jax.tree.leaves(begin)[0])
-        decoded = lambda tree: jax.tree.map(reversible_arithmetic.decode, tree, begin)
+        keys = jax.random.split(data.solver_key, self.num_steps)
+        init_fn = lambda alpha: problem.init_inner(w, alpha)
+        init_w, init_pullback = jax.vjp(init_fn, alpha)
+        steps = _MomentumSteps(self, problem, alpha, outer_batch, init_w)
+        init_carry = steps.init_carry()
 
-        def displacement(run, t):
-            """What the step before ``t`` adds to ``w``; a product of two floats."""
-            rate, _ = self._settings(alpha, t - 1)
-            one = lambda v: jnp.round(rate * v.astype(rate.dtype)).astype(integers)
-            return jax.tree.map(one, run.v)
-
-        def turn(run):
-            """At ``w_T``: the outer loss, and the adjoints for the way back."""
-            w = decoded(run.w)
-            value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
-            return eqx.tree_at(
-                lambda r: (r.value, r.w_bar, r.alpha_bar, r.reached),
-                run,
-                (value, b, direct, w),
+        def body_fun(index, carry):
+            """Makes step t forward if index < T, else undoes step t."""
+            is_forward = index < self.num_steps
+            t = jnp.where(is_forward, index, 2 * self.num_steps - 1 - index)
+            keep = lambda carry, t: carry
+            carry = jax.lax.cond(
+                index == self.num_steps, steps.turn, lambda carry: carry, carry
             )
-
-        def enter(run, t):
-            """``w <- w - r v`` with the velocity of the step before."""
-            w = jax.tree.map(jnp.subtract, run.w, displacement(run, t))
-            return eqx.tree_at(lambda r: r.w, run, w)
-
-        def leave(run, t):
-            """Undoes `enter`, and pulls the adjoints through it."""
-            w = jax.tree.map(jnp.add, run.w, displacement(run, t))
-            (rate, _), pullback = jax.vjp(lambda a: self._settings(a, t - 1), alpha)
-            v_bar = add_scale(run.v_bar, -rate, run.w_bar)
-            rate_bar = -vdot(run.w_bar, decoded(run.v)).astype(rate.dtype)
-            (by_rate,) = pullback((rate_bar, jnp.zeros_like(rate)))
-            alpha_bar = optax.tree.add(run.alpha_bar, by_rate)
-            return eqx.tree_at(
-                lambda r: (r.w, r.v_bar, r.alpha_bar), run, (w, v_bar, alpha_bar)
-            )
-
-        def gather(run, t, g, batch):
-            """``v <- m v + g``, what is lost of ``v`` into the buffer."""
-            _, momentum = self._settings(alpha, t)
-            buffer, v = reversible_arithmetic.multiply(run.buffer, run.v, momentum, t)
-            v = jax.tree.map(lambda v, g: v + reversible_arithmetic.encode(g), v, g)
-            sound = reversible_arithmetic.fits((decoded(run.w), g))
-            sound &= reversible_arithmetic.is_taken(momentum, integers)
-            return eqx.tree_at(
-                lambda r: (r.v, r.buffer, r.sound), run, (v, buffer, run.sound & sound)
-            )
-
-        def release(run, t, g, batch):
-            """Undoes `gather`, and pulls the adjoints through it."""
-            (_, momentum), pullback = jax.vjp(lambda a: self._settings(a, t), alpha)
-            v = jax.tree.map(lambda v, g: v - reversible_arithmetic.encode(g), run.v, g)
-            buffer, v = reversible_arithmetic.divide(run.buffer, v, momentum, t)
-            _, Hv, cross = hvp_and_cross_vjp(
-                loss, decoded(run.w), alpha, batch, run.v_bar
-            )
-            momentum_bar = vdot(run.v_bar, decoded(v)).astype(momentum.dtype)
-            (by_momentum,) = pullback((jnp.zeros_like(momentum), momentum_bar))
-            direct = optax.tree.add(cross, by_momentum)
-            n, d = (
-                reversible_arithmetic.numerator(momentum, integers),
-                reversible_arithmetic.denominator(integers),
-            )
-            return eqx.tree_at(
-                lambda r: (r.v, r.buffer, r.w_bar, r.v_bar, r.alpha_bar),
-                run,
-                (
-                    v,
-                    buffer,
-                    optax.tree.add(run.w_bar, Hv),
-                    scale(n.astype(momentum.dtype) / d, run.v_bar),
-                    optax.tree.add(run.alpha_bar, direct),
-                ),
-            )
-
-        def body(index, run):
-            """Step ``t`` forward where index < T, step ``t`` back where index >= T."""
-            ahead = index < num_steps
-            t = jnp.where(ahead, index, 2 * num_steps - 1 - index)
-            last = lambda run: leave(turn(enter(run, num_steps)), num_steps)
-            run = jax.lax.cond(index == num_steps, last, lambda run: run, run)
-            run = jax.lax.cond(ahead, enter, lambda run, t: run, run, t)
+            carry = jax.lax.cond(is_forward, steps.update_w, keep, carry, t)
             batch = sample_batch(data.inner_data, keys[t])
-            # the one gradient of both directions
-            g = jax.grad(loss)(decoded(run.w), alpha, batch)
-            run = jax.lax.cond(ahead, gather, release, run, t, g, batch)
-            return jax.lax.cond(ahead, lambda run, t: run, leave, run, t)
+            # Both directions share one gradient, so that it cannot round in two ways.
+            current_w = steps.to_floats(carry.w)
+            g = jax.grad(problem.inner_loss)(current_w, alpha, batch)
+            carry = jax.lax.cond(
+                is_forward, steps.update_v, steps.undo_update_v, carry, t, g, batch
+            )
+            return jax.lax.cond(is_forward, keep, steps.undo_update_w, carry, t)
 
-        start = jax.tree.map(reversible_arithmetic.encode, begin)
-        still = optax.tree.zeros_like(start)
-        value = jax.eval_shape(
-            lambda w: problem.outer_value(w, alpha, outer_batch), begin
+        carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
+        (init_term,) = init_pullback(carry.w_bar)
+        hypergradient = optax.tree.add(carry.alpha_bar, init_term)
+        is_equal = jax.tree.map(
+            jnp.array_equal, (carry.w, carry.v), (init_carry.w, init_carry.v)
         )
-        run = _Run(
-            w=start,
-            v=still,
-            buffer=reversible_arithmetic.empty(begin, self.num_words, num_steps),
-            w_bar=optax.tree.zeros_like(begin),
-            v_bar=optax.tree.zeros_like(begin),
-            alpha_bar=optax.tree.zeros_like(alpha),
-            sound=jnp.asarray(True),
-            value=jnp.zeros(value.shape, value.dtype),
-            reached=begin,
-        )
-        run = jax.lax.fori_loop(0, 2 * num_steps, body, run)
-        (by_start,) = pull_start(run.w_bar)
-        same = jax.tree.map(jnp.array_equal, (run.w, run.v), (start, still))
-        returned = jnp.all(jnp.stack(jax.tree.leaves(same)))
-        return make_run_estimate(
-            problem,
-            data,
-            state,
-            alpha,
-            run.value,
-            optax.tree.add(run.alpha_bar, by_start),
-            run.reached,
-            num_steps=num_steps,
-            num_grads=2 * num_steps,
-            num_hvps=num_steps,
-            reads_alpha=any(self._reads_alpha(alpha)),
+        is_reversed = jnp.all(jnp.stack(jax.tree.leaves(is_equal)))
+        is_reversed &= arithmetic.is_empty(carry.buffer)
+        return RunDerivative(
+            carry.value,
+            hypergradient,
+            carry.final_w,
+            flags={
+                "not_finite": ~all_finite(carry.value, hypergradient, carry.final_w),
+                "out_of_range": ~carry.is_in_range,
+                "not_reversed": ~is_reversed,
+            },
+            num_steps=self.num_steps,
+            num_grads=2 * self.num_steps,
+            num_hvps=self.num_steps,
             error_estimate=jnp.nan,
-            trusted=returned & reversible_arithmetic.is_empty(run.buffer) & run.sound,
-            outer_batch_size=self.outer_batch_size,
-            warm_start=self.warm_start,
-            certify=self.certify,
         )
 
 
-class _Run(eqx.Module):
-    """The state of the loop: integers, buffer, adjoints, and what was found at T."""
+class _Carry(eqx.Module):
+    """A point of the run and the adjoints there.
+
+    Attributes:
+      w, v: Weights and velocities as fixed-point integers.
+      buffer: The bits that the multiplications of ``v`` have discarded.
+      w_bar, v_bar: The adjoints ``dM/dw_t`` and ``dM/dv_t``; zero on the way forward.
+      alpha_bar: ``dM/dalpha`` summed over the steps that were undone.
+      is_in_range: False once a number or the momentum has left its range.
+      value, final_w: Outer value and weights after the last step.
+    """
 
     w: PyTree
     v: PyTree
-    buffer: reversible_arithmetic.Buffer
+    buffer: arithmetic.Buffer
     w_bar: PyTree
     v_bar: PyTree
     alpha_bar: PyTree
-    sound: Array
+    is_in_range: Bool[Array, ""]
     value: Array
-    reached: PyTree
+    final_w: PyTree
+
+
+class _MomentumSteps:
+    """The halves of a step of momentum descent, and how they are undone.
+
+    Step t is ``v_{t+1} = m_t v_t + g(w_t)``, then ``w_{t+1} = w_t - r_t v_{t+1}``.
+
+    Attributes:
+      estimator, problem, alpha, outer_batch: Those of the estimate.
+      init_w: Weights before the first step.
+      dtype: Dtype of the fixed-point integers.
+    """
+
+    def __init__(
+        self,
+        estimator: Reversible,
+        problem: Bilevel,
+        alpha: PyTree,
+        outer_batch: PyTree,
+        init_w: PyTree,
+    ):
+        self.estimator, self.problem = estimator, problem
+        self.alpha, self.outer_batch, self.init_w = alpha, outer_batch, init_w
+        self.dtype = arithmetic.integer_dtype(jax.tree.leaves(init_w)[0])
+
+    def init_carry(self) -> _Carry:
+        """Returns the carry before the first step: no velocity, an empty buffer."""
+        init_w, estimator = self.init_w, self.estimator
+        w = jax.tree.map(arithmetic.to_fixed_point, init_w)
+        value = jax.eval_shape(
+            lambda w: self.problem.outer_value(w, self.alpha, self.outer_batch), init_w
+        )
+        return _Carry(
+            w=w,
+            v=optax.tree.zeros_like(w),
+            buffer=arithmetic.empty_buffer(
+                init_w, estimator.num_buffer_bytes, estimator.num_steps
+            ),
+            w_bar=optax.tree.zeros_like(init_w),
+            v_bar=optax.tree.zeros_like(init_w),
+            alpha_bar=optax.tree.zeros_like(self.alpha),
+            is_in_range=jnp.asarray(True),
+            value=jnp.zeros(value.shape, value.dtype),
+            final_w=init_w,
+        )
+
+    def to_floats(self, integers: PyTree) -> PyTree:
+        """Returns fixed-point integers as numbers in the dtypes of ``w``."""
+        return jax.tree.map(arithmetic.from_fixed_point, integers, self.init_w)
+
+    def update_w(self, carry: _Carry, t: Array | int) -> _Carry:
+        """Moves from ``w_{t-1}`` to ``w_t = w_{t-1} - r_{t-1} v_t``."""
+        w = jax.tree.map(jnp.subtract, carry.w, self._displacement(carry, t))
+        return dataclasses.replace(carry, w=w)
+
+    def undo_update_w(self, carry: _Carry, t: Array | int) -> _Carry:
+        """Undoes `update_w`, and pulls the adjoints back through it."""
+        w = jax.tree.map(jnp.add, carry.w, self._displacement(carry, t))
+        settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t - 1)
+        (rate, _), pullback = jax.vjp(settings_fn, self.alpha)
+        # v_bar <- v_bar - r w_bar,   r_bar = -<w_bar, v_t>
+        v_bar = add_scale(carry.v_bar, -rate, carry.w_bar)
+        rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v)).astype(rate.dtype)
+        (rate_term,) = pullback((rate_bar, jnp.zeros_like(rate)))
+        alpha_bar = optax.tree.add(carry.alpha_bar, rate_term)
+        return dataclasses.replace(carry, w=w, v_bar=v_bar, alpha_bar=alpha_bar)
+
+    def update_v(self, carry: _Carry, t: Array, g: PyTree, batch: PyTree) -> _Carry:
+        """Moves from ``v_t`` to ``v_{t+1} = m_t v_t + g``."""
+        del batch
+        _, momentum = self.estimator.rate_and_momentum(self.alpha, t)
+        buffer, v = arithmetic.multiply(carry.buffer, carry.v, momentum, t)
+        v = jax.tree.map(lambda v, g: v + arithmetic.to_fixed_point(g), v, g)
+        is_in_range = arithmetic.is_in_range((self.to_floats(carry.w), g))
+        is_in_range &= arithmetic.is_valid_momentum(momentum, self.dtype)
+        is_in_range = carry.is_in_range & is_in_range
+        return dataclasses.replace(carry, v=v, buffer=buffer, is_in_range=is_in_range)
+
+    def undo_update_v(
+        self, carry: _Carry, t: Array, g: PyTree, batch: PyTree
+    ) -> _Carry:
+        """Undoes `update_v`, and pulls the adjoints back through it."""
+        settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t)
+        (_, momentum), pullback = jax.vjp(settings_fn, self.alpha)
+        v = jax.tree.map(lambda v, g: v - arithmetic.to_fixed_point(g), carry.v, g)
+        buffer, v = arithmetic.divide(carry.buffer, v, momentum, t)
+        _, Hv, cross = hvp_and_cross_vjp(
+            self.problem.inner_loss,
+            self.to_floats(carry.w),
+            self.alpha,
+            batch,
+            carry.v_bar,
+        )
+        # m_bar = <v_bar, v_t>,   alpha_bar <- alpha_bar + J' v_bar + m_bar dm/dalpha
+        momentum_bar = vdot(carry.v_bar, self.to_floats(v)).astype(momentum.dtype)
+        (momentum_term,) = pullback((jnp.zeros_like(momentum), momentum_bar))
+        alpha_term = optax.tree.add(cross, momentum_term)
+        # w_bar <- w_bar + H v_bar,   v_bar <- m v_bar with the rounded m = n / d
+        n = arithmetic.numerator(momentum, self.dtype)
+        d = arithmetic.denominator(self.dtype)
+        return dataclasses.replace(
+            carry,
+            v=v,
+            buffer=buffer,
+            w_bar=optax.tree.add(carry.w_bar, Hv),
+            v_bar=scale(n.astype(momentum.dtype) / d, carry.v_bar),
+            alpha_bar=optax.tree.add(carry.alpha_bar, alpha_term),
+        )
+
+    def turn(self, carry: _Carry) -> _Carry:
+        """Moves to ``w_T``, evaluates the outer loss there, and moves back."""
+        num_steps = self.estimator.num_steps
+        carry = self.update_w(carry, num_steps)
+        final_w = self.to_floats(carry.w)
+        # w_bar = dM/dw and alpha_bar = dM/dalpha at w_T
+        value, w_bar, alpha_bar = self.problem.outer_value_and_grads(
+            final_w, self.alpha, self.outer_batch
+        )
+        carry = dataclasses.replace(
+            carry, value=value, w_bar=w_bar, alpha_bar=alpha_bar, final_w=final_w
+        )
+        return self.undo_update_w(carry, num_steps)
+
+    def _displacement(self, carry: _Carry, t: Array | int) -> PyTree:
+        """Returns ``r_{t-1} v_t``, rounded to integers."""
+        rate, _ = self.estimator.rate_and_momentum(self.alpha, t - 1)
+        to_integer = lambda v: jnp.round(rate * v.astype(rate.dtype)).astype(self.dtype)
+        return jax.tree.map(to_integer, carry.v)

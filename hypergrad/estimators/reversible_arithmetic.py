@@ -1,174 +1,202 @@
-"""Integer arithmetic that can be undone: fixed-point numbers and what scaling loses.
+"""Fixed-point arithmetic in which a multiplication by a momentum can be undone.
 
-A velocity is multiplied by ``n / d < 1`` by dividing by d and multiplying by n. The
-remainder of the division goes into a buffer, from which the last digit in base n comes
-back into the velocity: nothing is lost, and the buffer grows by ``log2(d / n)`` bits.
+Momentum descent can be run backwards: from ``v_{t+1} = m v_t + g_t`` follows
+``v_t = (v_{t+1} - g_t) / m``. In floating point this fails, because a multiplication by
+``m < 1`` discards low-order bits, and the division amplifies what was lost by ``1 / m``
+in every step. Maclaurin et al. (2015) therefore compute with integers, for which
+additions are undone exactly, and keep the discarded bits. The momentum is a fraction
+``n / d``. The velocity is divided by d, and the remainder, a digit in base d, is pushed
+into an *information buffer*; after the multiplication by n, a digit in base n is popped
+from the buffer and added to the velocity. To go back, the last digit in base n of the
+velocity is pushed and the remainder is popped. Nothing is lost, and the buffer grows by
+``log2(d / n) = log2(1 / m)`` bits per number and step.
+
+The buffer of a number is an integer, ``remainders``. When it could become too large,
+its lowest byte moves to a stack, at the same step for all numbers.
 
 Source: Maclaurin, Duvenaud & Adams 2015 (arXiv 1502.03492), algorithm 3.
 """
 
 import math
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-WORD = 256  # what is moved from a buffer to its stack at a time
-FULL = 2**19  # when: a buffer times a denominator must fit 32 bits
-LEAST = 16  # no momentum below 1/LEAST: a step may push one word
+BYTE = 256  # number of values of a byte, the unit of the stack
+MAX_BOUND = 2**19  # remainders below it, times a denominator, fit into 32 bits
+MAX_DIVISOR = 16  # 1 / momentum at most: then one byte per step keeps remainders small
+
+
+# Fixed-point numbers.
 
 
 def integer_dtype(like: Array) -> jnp.dtype:
-    """64 bits for float64, else 32."""
+    """Returns the dtype of the integers: 64 bits for float64, else 32 bits."""
     return jnp.dtype(jnp.int64 if like.dtype == jnp.float64 else jnp.int32)
 
 
-def _bits(dtype: jnp.dtype) -> int:
-    """After the point."""
+def num_fraction_bits(dtype: jnp.dtype) -> int:
+    """Returns the number of bits after the binary point."""
     return 46 if dtype == jnp.int64 else 23
 
 
+def to_fixed_point(x: Array) -> Array:
+    """Returns the nearest fixed-point number; the scaling itself rounds nothing."""
+    dtype = integer_dtype(x)
+    return jnp.round(x * 2.0 ** num_fraction_bits(dtype)).astype(dtype)
+
+
+def from_fixed_point(x: Array, like: Array) -> Array:
+    """Returns a fixed-point number in the dtype of ``like``."""
+    wide = jnp.float64 if x.dtype == jnp.int64 else jnp.float32
+    return (x.astype(wide) * 2.0 ** -num_fraction_bits(x.dtype)).astype(like.dtype)
+
+
+def is_in_range(x: PyTree) -> Array:
+    """Returns True if all numbers are at most half of the largest fixed-point one."""
+
+    def per_leaf(leaf):
+        dtype = integer_dtype(leaf)
+        limit = 2.0 ** (8 * dtype.itemsize - 2 - num_fraction_bits(dtype))
+        return jnp.all(jnp.abs(leaf) < limit)
+
+    return jnp.all(jnp.stack([per_leaf(leaf) for leaf in jax.tree.leaves(x)]))
+
+
+# The momentum as a fraction n / d.
+
+
 def denominator(dtype: jnp.dtype) -> int:
-    """Of the momentum as a fraction."""
+    """Returns d, the denominator of every momentum."""
     return 4096 if dtype == jnp.int64 else 256
 
 
-def encode(x: Array) -> Array:
-    """The nearest fixed-point number; scaling by a power of two is exact."""
-    dtype = integer_dtype(x)
-    return jnp.round(x * 2.0 ** _bits(dtype)).astype(dtype)
-
-
-def decode(x: Array, like: Array) -> Array:
-    """The number, in the dtype of ``like``."""
-    wide = jnp.float64 if x.dtype == jnp.int64 else jnp.float32
-    return (x.astype(wide) * 2.0 ** -_bits(x.dtype)).astype(like.dtype)
-
-
-def fits(x: PyTree) -> Array:
-    """Whether all numbers lie well within what the integers hold."""
-
-    def one(x):
-        dtype = integer_dtype(x)
-        limit = 2.0 ** (8 * dtype.itemsize - 2 - _bits(dtype))
-        return jnp.all(jnp.abs(x) < limit)
-
-    return jnp.all(jnp.stack([one(leaf) for leaf in jax.tree.leaves(x)]))
-
-
 def numerator(momentum: Array, dtype: jnp.dtype) -> Array:
-    """The nearest n of ``n / d`` that the buffer can take."""
+    """Returns n, the numerator nearest to a momentum that can be undone."""
     d = denominator(dtype)
-    return jnp.clip(_nearest(momentum, d), d // LEAST, d - 1)
+    return jnp.clip(_nearest_numerator(momentum, d), d // MAX_DIVISOR, d - 1)
 
 
-def is_taken(momentum: Array, dtype: jnp.dtype) -> Array:
-    """Whether the nearest ``n / d`` is one that the buffer can take."""
-    return _nearest(momentum, denominator(dtype)) == numerator(momentum, dtype)
+def is_valid_momentum(momentum: Array, dtype: jnp.dtype) -> Array:
+    """Returns True if the fraction nearest to a momentum can be undone."""
+    nearest = _nearest_numerator(momentum, denominator(dtype))
+    return nearest == numerator(momentum, dtype)
 
 
-def _nearest(momentum: Array, d: int) -> Array:
+def _nearest_numerator(momentum: Array, d: int) -> Array:
     return jnp.round(momentum * d).astype(jnp.int32)
 
 
-def num_words(num_steps: int, least: float) -> int:
-    """Bytes that a number needs for its steps, at a momentum of ``least`` or more."""
-    rounded = min(round(least * d) / d for d in (256, 4096))
-    bits = num_steps * math.log2(1 / min(rounded, least))
-    return math.ceil(1.01 * bits / math.log2(WORD)) + 2
+# The information buffer.
 
 
 class Buffer(eqx.Module):
-    """What the multiplications have lost, for each number of ``v``.
+    """The information that the multiplications of ``v`` have discarded.
 
     Attributes:
-      digits: like ``v``, uint32; all are below ``bound``.
-      words: stacks ``[num_words, ...]`` of bytes, filled up to ``top``.
-      pushed: ``[num_steps]``, at which steps.
+      remainders: Structured like ``v``, uint32: the pushed remainders of each number as
+        one mixed-radix integer, below ``bound``.
+      stack: Structured like ``v`` with a leading axis ``[num_bytes, ...]``: the bytes
+        that were moved out of ``remainders``.
+      stack_size: Number of bytes in the stack.
+      bound: Exclusive upper bound of the remainders, the same for all numbers.
+      has_pushed: ``[num_steps]``, True if the step moved a byte to the stack.
     """
 
-    digits: PyTree
-    words: PyTree
-    top: Array
-    bound: Array
-    pushed: Array
+    remainders: PyTree
+    stack: PyTree
+    stack_size: Int[Array, ""]
+    bound: Int[Array, ""]
+    has_pushed: Bool[Array, " num_steps"]
 
 
-def empty(like: PyTree, num_words: int, num_steps: int) -> Buffer:
-    """A buffer for velocities like ``like``."""
+def num_stack_bytes(num_steps: int, min_momentum: float) -> int:
+    """Returns the number of bytes per number for steps with at least this momentum."""
+    # A momentum may be rounded down to a fraction, in either precision.
+    rounded = min(round(min_momentum * d) / d for d in (256, 4096))
+    num_bits = num_steps * math.log2(1 / min(rounded, min_momentum))
+    return math.ceil(1.01 * num_bits / math.log2(BYTE)) + 2
+
+
+def empty_buffer(like: PyTree, num_bytes: int, num_steps: int) -> Buffer:
+    """Returns the buffer before the first step, for velocities shaped like ``like``."""
     zeros = lambda dtype, *lead: jax.tree.map(
         lambda x: jnp.zeros((*lead, *x.shape), dtype), like
     )
     return Buffer(
-        digits=zeros(jnp.uint32),
-        words=zeros(jnp.uint8, num_words),
-        top=jnp.asarray(0),
+        remainders=zeros(jnp.uint32),
+        stack=zeros(jnp.uint8, num_bytes),
+        stack_size=jnp.asarray(0),
         bound=jnp.ones((), jnp.uint32),
-        pushed=jnp.zeros(num_steps, bool),
+        has_pushed=jnp.zeros(num_steps, bool),
     )
 
 
 def is_empty(buffer: Buffer) -> Array:
-    """Whether everything has come back."""
-    zero = [jnp.all(leaf == 0) for leaf in jax.tree.leaves(buffer.digits)]
-    return jnp.all(jnp.stack(zero)) & (buffer.top == 0)
+    """Returns True if everything that was pushed has been popped."""
+    is_zero = [jnp.all(leaf == 0) for leaf in jax.tree.leaves(buffer.remainders)]
+    return jnp.all(jnp.stack(is_zero)) & (buffer.stack_size == 0)
 
 
 def multiply(
     buffer: Buffer, v: PyTree, momentum: Array, step: Array
 ) -> tuple[Buffer, PyTree]:
-    """``v <- v n / d``: the remainder by d goes in, the digit in base n comes out."""
+    """Returns the buffer and ``v n / d`` after a multiplication by the momentum."""
     dtype = jax.tree.leaves(v)[0].dtype
     n, d = numerator(momentum, dtype).astype(jnp.uint32), denominator(dtype)
 
-    def one(v, digits):
-        digits = digits * d + (v % d).astype(jnp.uint32)
-        v = (v // d) * n.astype(dtype) + (digits % n).astype(dtype)
-        return v, digits // n
+    def per_leaf(v, remainders):
+        # Push the remainder of v by d, and pop a digit in base n.
+        remainders = remainders * d + (v % d).astype(jnp.uint32)
+        v = (v // d) * n.astype(dtype) + (remainders % n).astype(dtype)
+        return v, remainders // n
 
-    v, digits = _pairs(one, v, buffer.digits)
+    v, remainders = _map_pairs(per_leaf, v, buffer.remainders)
     bound = (buffer.bound * d + n - 1) // n
-    full = bound > FULL
+    is_full = bound > MAX_BOUND
 
-    def push(words, digits):
-        word = (digits % WORD).astype(jnp.uint8)
-        where = jnp.where(full, buffer.top, words.shape[0])  # the end: not written
-        words = words.at[where].set(word, mode="drop")
-        return words, jnp.where(full, digits // WORD, digits)
+    def push_byte(stack, remainders):
+        byte = (remainders % BYTE).astype(jnp.uint8)
+        # An index past the end is not written.
+        index = jnp.where(is_full, buffer.stack_size, stack.shape[0])
+        stack = stack.at[index].set(byte, mode="drop")
+        return stack, jnp.where(is_full, remainders // BYTE, remainders)
 
-    words, digits = _pairs(push, buffer.words, digits)
-    bound = jnp.where(full, (bound + WORD - 1) // WORD, bound)
-    pushed = buffer.pushed.at[step].set(full)
-    return Buffer(digits, words, buffer.top + full, bound, pushed), v
+    stack, remainders = _map_pairs(push_byte, buffer.stack, remainders)
+    bound = jnp.where(is_full, (bound + BYTE - 1) // BYTE, bound)
+    has_pushed = buffer.has_pushed.at[step].set(is_full)
+    stack_size = buffer.stack_size + is_full
+    return Buffer(remainders, stack, stack_size, bound, has_pushed), v
 
 
 def divide(
     buffer: Buffer, v: PyTree, momentum: Array, step: Array
 ) -> tuple[Buffer, PyTree]:
-    """Undoes `multiply`, if its steps are undone last first."""
+    """Undoes `multiply`, if the steps are undone in reverse order."""
     dtype = jax.tree.leaves(v)[0].dtype
     n, d = numerator(momentum, dtype).astype(jnp.uint32), denominator(dtype)
-    full = buffer.pushed[step]
-    top = buffer.top - full
-    pop = lambda words, digits: jnp.where(
-        full, digits * WORD + words[top].astype(jnp.uint32), digits
+    was_full = buffer.has_pushed[step]
+    stack_size = buffer.stack_size - was_full
+    pop_byte = lambda stack, remainders: jnp.where(
+        was_full, remainders * BYTE + stack[stack_size].astype(jnp.uint32), remainders
     )
-    digits = jax.tree.map(pop, buffer.words, buffer.digits)
+    remainders = jax.tree.map(pop_byte, buffer.stack, buffer.remainders)
 
-    def one(v, digits):
-        digits = digits * n + (v % n.astype(dtype)).astype(jnp.uint32)
-        v = (v // n.astype(dtype)) * d + (digits % d).astype(dtype)
-        return v, digits // d
+    def per_leaf(v, remainders):
+        # Push the digit of v in base n, and pop the remainder by d.
+        remainders = remainders * n + (v % n.astype(dtype)).astype(jnp.uint32)
+        v = (v // n.astype(dtype)) * d + (remainders % d).astype(dtype)
+        return v, remainders // d
 
-    v, digits = _pairs(one, v, digits)
-    return Buffer(digits, buffer.words, top, buffer.bound, buffer.pushed), v
+    v, remainders = _map_pairs(per_leaf, v, remainders)
+    return Buffer(
+        remainders, buffer.stack, stack_size, buffer.bound, buffer.has_pushed
+    ), v
 
 
-def _pairs(f: Callable, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-    """``f`` on leaves, its two results as two trees."""
-    leaves, structure = jax.tree.flatten(x)
-    results = [f(a, b) for a, b in zip(leaves, jax.tree.leaves(y), strict=True)]
-    first, second = zip(*results, strict=True)
-    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, second)
+def _map_pairs(f, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+    """Maps a function with two results over the leaves; returns two trees."""
+    pairs = jax.tree.map(f, x, y)
+    return jax.tree.transpose(jax.tree.structure(x), jax.tree.structure((0, 0)), pairs)

@@ -1,6 +1,7 @@
-"""Reverse mode through the inner loop."""
+"""Reverse mode through the inner run, and the choice between both modes."""
 
 import functools
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -14,48 +15,55 @@ from ..inner.descent import split_steps, uses_checkpoints
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import solver_uses_alpha
-from ..trees import norm
+from ..trees import all_finite, norm
 from ..validation import check_positive_int
-from .base import Estimate
 from .forward import Forward
 from .inner_run import (
     InnerRunState,
+    RunDerivative,
+    RunEstimator,
     check_differentiable,
-    check_inner_run,
+    check_differentiable_run,
     make_response_fn,
-    make_run_estimate,
 )
 
+MAX_FORWARD_PARAMS = 3
 
-class Unrolled(eqx.Module):
-    """The derivative of ``M(w_T(alpha), alpha)`` through the steps that made ``w_T``.
+
+class Unrolled(RunEstimator):
+    """The derivative of ``M(w_T(alpha), alpha)`` by reverse mode through the run.
 
     Args:
-      solver: an inner solver whose iterations may be differentiated: `Descent`,
-        `ClosedForm`, a constant-step one from jaxopt, or your own.
-      last: let the derivative see only the last so many steps; None means all.
-      checkpoint: store ``2 sqrt(T)`` carries and run the steps once more in the reverse
-        pass, instead of storing every step's intermediates.
-      warm_start: begin each run where the last ended, so that the procedure is T more
-        steps from there; False asks for T steps from the same ``w`` every time. None
-        means True, unless the solver itself reads ``alpha``: rates and schedules are
-        judged by what they make of one start. The start is not differentiated, save
-        where the problem's ``start`` makes it from ``alpha``.
-      certify: let a certificate measure ``distance_to_implicit``, the distance to the
-        derivative at the argmin; NaN where the optimizer or the start reads ``alpha``.
-      outer_batch_size: examples for the outer gradient, drawn once an estimate; None
-        means all.
+      solver: Inner solver with differentiable iterations: `Descent`, `ClosedForm`, a
+        constant-step solver from jaxopt, or your own.
+      truncation_length: Number of last steps that are differentiated (K). Defaults to
+        all steps.
+      checkpoint: Whether to store only ``2 sqrt(T)`` carries and to recompute the steps
+        between them in the reverse pass, instead of storing the intermediates of every
+        step.
+      warm_start: Whether each run starts where the previous run ended, so that the
+        differentiated procedure is T more steps. Defaults to None, which means True
+        unless the solver depends on ``alpha``: learning rates and schedules are
+        compared from the same starting point. The starting point is a constant of the
+        derivative, unless the problem's ``init_fn`` computes it from ``alpha``.
+      certify: Whether a certificate measures ``distance_to_implicit``, the relative
+        distance to the derivative at the argmin. It is NaN if the optimizer or the
+        starting point depends on ``alpha``.
+      outer_batch_size: Number of examples for the outer gradient, sampled once per
+        estimate. Defaults to all examples.
 
-    Cost: T inner gradients forward, one Hessian-vector product with its cross term for
-    each differentiated step back, and with checkpoints one more gradient each. Memory:
-    ``2 sqrt(T)`` carries and one segment's intermediates; T steps' without checkpoints.
-
-    Target: solver. Bias: none for the finite procedure, which is not the stationary
-    point where the steps stop early; ``truncation_length=K`` drops what older steps contribute, a
-    relative ``q^K`` under a contraction ``q``, and is not trusted. Its
-    ``error_estimate`` continues the last K steps' contributions to the hypergradient as
-    a geometric series: steps that matter only later, or grow, escape it. Everything the
-    optimizer, the losses and the start read of ``alpha`` is seen.
+    Cost: T inner gradients forward; one Hessian-vector product with its cross term per
+      differentiated step in the reverse pass; with checkpoints one more gradient each.
+    Memory: ``2 sqrt(T)`` carries and the intermediates of one segment; without
+      checkpoints the intermediates of T steps.
+    Target: solver. The derivative includes every dependence of the optimizer, the
+      losses and ``init_fn`` on ``alpha``.
+    Bias: none for the finite run, which does not reach the stationary point if it stops
+      early. ``truncation_length=K`` drops the contributions of older steps, a relative
+      ``q^K`` if each step contracts by ``q``; such an estimate is never trusted. Its
+      ``error_estimate`` extrapolates the contributions of the last K steps as a
+      geometric series. It misses steps that contribute only earlier, and
+      contributions that grow.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
     Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000.
@@ -72,11 +80,7 @@ class Unrolled(eqx.Module):
     solver: IterativeSolver
     truncation_length: int | None = eqx.field(static=True, default=None)
     checkpoint: bool = eqx.field(static=True, default=True)
-    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
-    certify: bool = eqx.field(static=True, default=False, kw_only=True)
-    outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
-    target = "solver"
     citations = ("franceschi2017", "shaban2019", "griewank2000")
     summary = (
         MethodSummary(
@@ -86,9 +90,11 @@ class Unrolled(eqx.Module):
             memory="2 sqrt(T) carries",
             bias="none",
             alpha_in=("losses", "optimizer", "start"),
-            recommended_for="alpha in the optimizer or start, a loop that stops early on purpose",
-            not_recommended_for="very long runs, solvers that search along a line",
-            reason="the derivative of the steps made; they run twice to save memory",
+            recommended_for=(
+                "alpha in the optimizer or start, a loop that stops early on purpose"
+            ),
+            not_recommended_for="very long runs, solvers with a line search",
+            reason="the derivative of the run itself; it runs twice to save memory",
         ),
         MethodSummary(
             "Unrolled(solver, truncation_length=K)",
@@ -98,7 +104,7 @@ class Unrolled(eqx.Module):
             bias="q^K",
             alpha_in=("losses", "optimizer"),
             recommended_for="long runs that end near a minimum",
-            not_recommended_for="learning rates and schedules, which early steps decide",
+            not_recommended_for="learning rates and schedules, decided by early steps",
             reason="older steps are dropped: without contraction the sign may be wrong",
         ),
     )
@@ -106,106 +112,133 @@ class Unrolled(eqx.Module):
     def __check_init__(self):
         check_differentiable(self.solver)
         check_positive_int("truncation_length", self.truncation_length, optional=True)
-        check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     @property
-    def _is_full(self) -> bool:
-        return (
-            self.truncation_length is None
-            or self.truncation_length >= self.solver.num_steps
-        )
+    def num_backward_steps(self) -> int:
+        """Number of steps that are differentiated."""
+        num_steps = self.solver.num_steps
+        if self.truncation_length is None:
+            return num_steps
+        return min(self.truncation_length, num_steps)
+
+    @property
+    def is_truncated(self) -> bool:
+        """True if some steps are not differentiated."""
+        return self.num_backward_steps < self.solver.num_steps
+
+    @property
+    def differentiates_init(self) -> bool:
+        """True if the derivative reaches the starting point of the run."""
+        return not self.is_truncated
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """0 for all steps; NaN for ``last``, whose step size only the solver knows."""
+        """Returns 0, or NaN if truncated, as only the solver knows its step size."""
         return 0.0 if self.truncation_length is None else float("nan")
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
-        """Starts from ``w``."""
-        del key
-        check_inner_run(self.solver, problem, w, alpha, sees_start=self._is_full)
-        return InnerRunState(w)
+        """Returns the state in which the first run starts from ``w``."""
+        check_differentiable_run(self.solver, problem, w, alpha)
+        return super().init(problem, w, alpha, key)
 
-    def estimate(
-        self, problem: Bilevel, state: InnerRunState, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, InnerRunState]:
-        """One inner run forward and one back."""
-        data = EstimateData.sample(problem, key)
-        run = make_response_fn(
+    def optimizer_uses_alpha(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
+    ) -> Sequence[bool]:
+        """Returns which leaves of ``alpha`` the solver uses besides the inner loss."""
+        return solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
+
+    def differentiate(
+        self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+    ) -> RunDerivative:
+        """Returns the derivative by one run forward and one reverse pass."""
+        response_fn = make_response_fn(
             self.solver,
             problem,
             data,
-            state.w,
+            w,
             data.outer_batch(self.outer_batch_size),
             truncation_length=self.truncation_length,
             checkpoint=self.checkpoint,
         )
-        forward = self.solver.num_steps
-        backward = (
-            forward
-            if self.truncation_length is None
-            else min(self.truncation_length, forward)
-        )
-        seen = (alpha,) if self._is_full else (alpha, alpha, alpha)
-        value, pullback, w = jax.vjp(run, *seen, has_aux=True)
+        num_backward = self.num_backward_steps
+        # A truncated run takes alpha three times, so that the contributions of the
+        # older and of the newer half of its steps are known separately.
+        args = (alpha, alpha, alpha) if self.is_truncated else (alpha,)
+        value, pullback, final_w = jax.vjp(response_fn, *args, has_aux=True)
         if problem.num_objectives is None:
-            parts = pullback(jnp.ones_like(value))
+            terms = pullback(jnp.ones_like(value))
         else:
-            parts = jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
-        hypergradient = functools.reduce(optax.tree.add, parts)
+            terms = jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
+        hypergradient = functools.reduce(optax.tree.add, terms)
+        flags = {"not_finite": ~all_finite(value, hypergradient, final_w)}
         error_estimate: Array | float = 0.0
-        if not self._is_full:
-            _, older, newer = parts
-            one = functools.partial(truncated, backward, forward)
-            one = one if problem.num_objectives is None else jax.vmap(one)
-            error_estimate = jnp.max(one(hypergradient, older, newer))
-
-        runs = (backward,) if self._is_full else split_steps(backward)
-        again = sum(n for n in runs if self.checkpoint and uses_checkpoints(n))
-        of_step = grads_per_step(self.solver)
-        reads = solver_uses_alpha(self.solver, problem, w, alpha, data.inner_data)
-        return make_run_estimate(
-            problem,
-            data,
-            state,
-            alpha,
+        segments = (num_backward,)
+        if self.is_truncated:
+            flags = {"truncated": True}
+            error_estimate = self._truncation_error(problem, hypergradient, terms)
+            segments = split_steps(num_backward)
+        num_recomputed = sum(
+            n for n in segments if self.checkpoint and uses_checkpoints(n)
+        )
+        num_grads = grads_per_step(self.solver)
+        return RunDerivative(
             value,
             hypergradient,
-            w,
-            num_steps=forward,
-            num_grads=of_step * (forward + again),
-            num_hvps=of_step * backward * value.size,
-            reads_alpha=any(reads),
+            final_w,
+            flags,
+            num_steps=self.solver.num_steps,
+            num_grads=num_grads * (self.solver.num_steps + num_recomputed),
+            num_hvps=num_grads * num_backward * value.size,
             error_estimate=error_estimate,
-            trusted=self._is_full,
-            outer_batch_size=self.outer_batch_size,
-            warm_start=self.warm_start,
-            certify=self.certify,
         )
 
+    def _truncation_error(
+        self, problem: Bilevel, hypergradient: PyTree, terms: tuple[PyTree, ...]
+    ) -> Array:
+        """Returns the maximum of `truncation_error` over the outer losses."""
+        _, older, newer = terms
+        error_fn = functools.partial(
+            truncation_error, self.num_backward_steps, self.solver.num_steps
+        )
+        if problem.num_objectives is not None:
+            error_fn = jax.vmap(error_fn)
+        return jnp.max(error_fn(hypergradient, older, newer))
 
-def truncated(
-    last: int, num_steps: int, hypergradient: PyTree, older: PyTree, newer: PyTree
+
+def truncation_error(
+    truncation_length: int,
+    num_steps: int,
+    hypergradient: PyTree,
+    older: PyTree,
+    newer: PyTree,
 ) -> Array:
-    """Relative size of what all steps but the last would contribute; NaN for one step.
+    """Estimates the relative contribution of the steps that truncation drops.
 
-    ``q`` is the ratio of two steps' contributions, from those of the older and the
-    newer half of the last; what lies before is ``||older||`` continued by it,
-    ``q^n (1 - q^(T - K)) / (1 - q^n)`` for halves of n.
+    Let each step contribute ``q`` times as much as the step after it. If ``older`` is
+    the sum of n contributions, the T - K dropped steps before these contribute
+
+        ||older|| q^n (1 - q^(T - K)) / (1 - q^n).
+
+    Args:
+      truncation_length: Number of differentiated steps (K).
+      num_steps: Number of all steps (T).
+      hypergradient: Sum of the contributions of the differentiated steps.
+      older, newer: Contributions of the older and of the newer half of these steps.
+
+    Returns:
+      A scalar; NaN for a single step, which has no halves to compare.
     """
-    half, between, _ = split_steps(last)
-    if half == 0:
+    n, num_between, _ = split_steps(truncation_length)
+    if n == 0:
         return jnp.asarray(jnp.nan)
-    q = (norm(older) / norm(newer)) ** (1 / (half + between))
-    steps = num_steps - last
-    series = q**half * (1 - q**steps) / (1 - q**half)
-    series = jnp.where(q == 1, steps / half, series)
+    # ||older|| / ||newer|| = q^(n + num_between), the distance between the halves.
+    q = (norm(older) / norm(newer)) ** (1 / (n + num_between))
+    num_dropped = num_steps - truncation_length
+    series = q**n * (1 - q**num_dropped) / (1 - q**n)
+    series = jnp.where(q == 1, num_dropped / n, series)
     tail = norm(older) * series
     return jnp.where(norm(older) == 0, 0.0, tail / norm(hypergradient))
-
-
-MAX_FORWARD_PARAMS = 3
 
 
 def unrolled_estimator(
@@ -216,27 +249,28 @@ def unrolled_estimator(
     certify: bool = False,
     outer_batch_size: int | None = None,
 ) -> Forward | Unrolled:
-    """The derivative through all of the solver's steps, by the mode that suits alpha.
+    """Returns the estimator through all steps, in the mode that suits ``alpha``.
 
     Args:
-      solver: an inner solver whose iterations may be differentiated.
-      alpha: hyperparameters like those to come, or their shapes; N numbers in all.
-      warm_start, certify, outer_batch_size: as in `Unrolled`.
+      solver: Inner solver with differentiable iterations.
+      alpha: Hyperparameters of the intended structure, or their shapes; N numbers in
+        total.
+      warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Returns:
-      `Forward` for N up to three: T gradients and N T products, batched, in memory
-      that is flat in the steps. Else `Unrolled`: 2 T gradients and T products, whatever
-      N. Both are exact.
+      `Forward` if N is at most 3: T gradients and N T products, batched, in memory that
+      does not grow with T. Else `Unrolled`: 2 T gradients and T products for any N.
+      Both are exact.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.1), 1000)
-    >>> type(hg.through(solver, {"log_rate": 0.0})).__name__
+    >>> type(hg.unrolled_estimator(solver, {"log_rate": 0.0})).__name__
     'Forward'
-    >>> type(hg.through(solver, jnp.zeros(50))).__name__
+    >>> type(hg.unrolled_estimator(solver, jnp.zeros(50))).__name__
     'Unrolled'
     """
-    count = sum(map(np.size, jax.tree.leaves(alpha)))
-    estimator = Forward if count <= MAX_FORWARD_PARAMS else Unrolled
+    num_params = sum(map(np.size, jax.tree.leaves(alpha)))
+    estimator = Forward if num_params <= MAX_FORWARD_PARAMS else Unrolled
     return estimator(
         solver,
         warm_start=warm_start,

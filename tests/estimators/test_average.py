@@ -1,0 +1,155 @@
+"""Tests of `Average`: means over samples, and their standard error."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, dense, error, quadratic, ridge, two_losses
+from tests.loops import run_loop
+
+
+def with_batches(reference, batch_size=None):
+    """Returns the problem with its data in batches."""
+    problem = reference.problem
+    return hg.Bilevel(
+        problem.inner_loss,
+        problem.outer_loss,
+        hg.Batches(problem.inner_data, batch_size),
+        hg.Batches(problem.outer_data),
+    )
+
+
+def failed_flags(estimate: hg.Estimate) -> set[str]:
+    return {name for name, flag in estimate.flags.items() if flag}
+
+
+def test_an_average_equals_a_loop_over_its_samples():
+    """Each sample has its own key and warm start; costs add up, noise is flagged."""
+    reference, num_samples = any_known("ridge per-weight"), 4
+    problem, alpha = with_batches(reference, 8), reference.alpha
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 5), outer_batch_size=10)
+    average = hg.Average(estimator, num_samples)
+    state = average.init(problem, reference.w, alpha)
+    states = [estimator.init(problem, reference.w, alpha)] * num_samples
+    average_fn, sample_fn = jax.jit(average.estimate), jax.jit(estimator.estimate)
+    for key in jax.random.split(jax.random.key(5)):
+        estimate, state = average_fn(problem, state, alpha, key)
+        keys = jax.random.split(key, num_samples)
+        pairs = [
+            sample_fn(problem, state, alpha, key)
+            for state, key in zip(states, keys, strict=True)
+        ]
+        samples, states = zip(*pairs, strict=True)
+
+    h = np.stack([sample.hypergradient for sample in samples])
+    mean = h.mean(axis=0)
+    np.testing.assert_allclose(estimate.hypergradient, mean, rtol=1e-9)
+    w = np.mean([sample.w for sample in samples], axis=0)
+    np.testing.assert_allclose(estimate.w, w, rtol=1e-9)
+    standard_error = np.sqrt(h.var(axis=0, ddof=1).sum() / num_samples)
+    standard_error /= np.linalg.norm(mean)
+    np.testing.assert_allclose(estimate.stats["standard_error"], standard_error)
+    total = sum(sample.stats["gradient_equivalents"] for sample in samples)
+    np.testing.assert_allclose(estimate.stats["gradient_equivalents"], total)
+    assert estimate.stats["num_inner_steps"] == 5
+    assert all(sample.trusted for sample in samples)
+    assert failed_flags(estimate) == {"standard_error"}
+
+
+def test_the_standard_error_is_the_scatter_of_means():
+    """Over 400 keys its mean square is the mean squared deviation, up to 15%."""
+    reference = ridge("per-weight", n=200)
+    estimator = hg.Implicit(
+        hg.ClosedForm(lambda alpha, batch: reference.best(reference.alpha)),
+        adjoint_batch_size=40,
+        outer_batch_size=40,
+    )
+    average = hg.Average(estimator, num_samples=8)
+    hypergradient_fn = hg.hypergradient(with_batches(reference), average)
+    keys = jax.random.split(jax.random.key(0), 400)
+    estimates = jax.vmap(hypergradient_fn, in_axes=(None, None, 0))(
+        reference.w, reference.alpha, keys
+    )
+    h = np.asarray(estimates.hypergradient)
+    estimated = estimates.stats["standard_error"] * np.linalg.norm(h, axis=1)
+    actual = np.sum((h - h.mean(axis=0)) ** 2, axis=1)
+    np.testing.assert_allclose(np.mean(estimated**2), actual.mean(), rtol=0.15)
+
+
+def test_equal_samples_are_trusted():
+    """Without noise the average is the estimate itself, with K losses and pytrees."""
+    reference = quadratic("nested")
+    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
+    solver = hg.Descent(optax.sgd(reference.step), 200)
+    average = hg.Average(hg.Implicit(solver), num_samples=3)
+    estimate = hg.hypergradient(problem, average)(reference.w, reference.alpha)
+    expected = dense(problem, reference.w, reference.alpha)
+    assert error(estimate.hypergradient, expected["hypergradient"]) < 1e-9
+    np.testing.assert_allclose(estimate.value, expected["value"], rtol=1e-9)
+    assert estimate.stats["standard_error"] < 1e-12
+    assert estimate.trusted
+
+
+class MinimalEstimator(eqx.Module):
+    """An estimator that returns nothing but the required fields."""
+
+    def init(self, problem, w, alpha, key=None):
+        return w
+
+    def estimate(self, problem, state, alpha, key):
+        value, _, direct = problem.outer_value_and_grads(state, alpha, None)
+        return hg.Estimate(value, direct, state), state
+
+
+def test_estimators_without_statistics_can_be_averaged():
+    """An estimator that checks nothing is averaged, and not trusted."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(alpha**2),
+    )
+    average = hg.Average(MinimalEstimator(), 2)
+    assert average.target == "argmin"
+    assert np.isnan(average.error_bound(0.5, 1.5))
+    estimate = hg.hypergradient(problem, average)(jnp.ones(2), jnp.ones(2))
+    np.testing.assert_array_equal(estimate.hypergradient, [2.0, 2.0])
+    assert failed_flags(estimate) == {"unchecked"}
+
+
+@pytest.mark.parametrize("num_samples", [1, 2.5])
+def test_num_samples_must_be_at_least_two(num_samples):
+    """A single sample has no standard error."""
+    with pytest.raises(ValueError, match="num_samples"):
+        hg.Average(hg.Implicit(hg.Newton()), num_samples)
+
+
+def test_unsuitable_estimators_raise():
+    """Solvers, classes and single steps of a single-loop method are rejected."""
+    for estimator in (hg.Newton(), hg.Implicit):
+        with pytest.raises(TypeError, match="estimator"):
+            hg.Average(estimator)
+    average = hg.Average(hg.SOBA(optax.sgd(0.1)))
+    with pytest.raises(TypeError, match="single-loop"):
+        hg.hypergradient(any_known("ridge scalar").problem, average)
+
+
+def test_several_samples_of_the_data_have_no_certificate():
+    """A certificate needs one sample of the problem's data per estimate."""
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    data_fn = lambda key: (jnp.ones(1), jnp.ones(1))
+    average = hg.Average(hg.Implicit(hg.Newton()))
+    with pytest.raises(ValueError, match="certify_every"):
+        run_loop(
+            hg.Bilevel(loss, loss, data_fn=data_fn), average, optax.sgd(0.1), 0.0, 1.0,
+            num_steps=1, certify_every=1,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_averages_pass_the_conformance_checks():
+    """`check_estimator` accepts the average of an exact estimator."""
+    solver = hg.Descent(optax.sgd(0.5), 200)
+    hg.testing.check_estimator(hg.Average(hg.Implicit(solver), 2))

@@ -1,0 +1,99 @@
+"""Tests of implicit differentiation of the update map."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, dense, error, hypertorch, quadratic
+
+
+def run_estimator(reference, estimator, w=None):
+    w = reference.w if w is None else w
+    return hg.hypergradient(reference.problem, estimator)(w, reference.alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("ridge per-weight", None), ("quadratic nested", 0.3)]
+)
+def test_many_terms_equal_the_closed_form(name, momentum):
+    """The adjoint of gradient descent and of heavy ball converges to the argmin's."""
+    reference = any_known(name)
+    solver = hg.Descent(optax.sgd(reference.step, momentum), 600)
+    estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms=600))
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
+    assert estimate.stats["adjoint_residual"] < 1e-9
+    assert estimate.trusted
+
+
+@pytest.mark.parametrize(("num_terms", "momentum"), [(1, None), (7, 0.3)])
+def test_k_terms_are_the_last_k_steps(num_terms, momentum):
+    """At the fixed point, K terms equal reverse mode through the last K steps."""
+    reference = any_known("ridge per-weight")
+    solution = reference.best(reference.alpha)
+    solver = hg.Descent(optax.sgd(reference.step, momentum), 30)
+    truncated = hg.Unrolled(solver, truncation_length=num_terms)
+    actual = run_estimator(reference, hg.FixedPoint(solver, num_terms), solution)
+    expected = run_estimator(reference, truncated, solution)
+    assert error(actual.hypergradient, expected.hypergradient) < 1e-12
+
+
+def test_warm_started_terms_have_the_published_errors():
+    """Errors of AID-FP with 5, 10 and 25 terms on hypertorch's logistic problem.
+
+    Each estimate adds five terms to the adjoint of the previous one.
+    """
+    reference = hypertorch()
+    estimator = hg.FixedPoint(hg.Descent(optax.sgd(0.1), 100), num_terms=5)
+    state = estimator.init(reference.problem, reference.w, reference.alpha)
+    estimate_fn = jax.jit(estimator.estimate)
+    exact, errors = reference.exact(reference.alpha), []
+    for _ in range(5):
+        estimate, state = estimate_fn(
+            reference.problem, state, reference.alpha, jax.random.key(0)
+        )
+        errors.append(error(estimate.hypergradient, exact))
+    published = [5.16e-1, 2.67e-1, 3.72e-2]
+    assert [errors[0], errors[1], errors[4]] == pytest.approx(published, rel=5e-3)
+    assert estimate.stats["num_grads"] == 102
+    assert estimate.stats["num_hvps"] == 6
+    assert estimate.stats["num_outer_grads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_terms", "failed"),
+    [
+        pytest.param(2, 300, "inner_error", id="inner run"),
+        pytest.param(300, 2, "adjoint_residual", id="adjoint"),
+    ],
+)
+def test_an_early_stop_is_flagged(num_steps, num_terms, failed):
+    """An estimate is not trusted if the inner run or the adjoint stops early."""
+    reference = quadratic("30", seed=4)
+    solver = hg.Descent(optax.sgd(reference.step), num_steps)
+    estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms))
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) > 0.02
+    assert [name for name, flag in estimate.flags.items() if flag] == [failed]
+
+
+def test_several_losses_and_keyed_batches():
+    """K losses give a leading axis; the map uses all data of keyed batches."""
+    reference = any_known("ridge per-weight")
+    data, outer_data = reference.problem.inner_data, reference.problem.outer_data
+    inner_loss = reference.problem.inner_loss
+    losses = (reference.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w))
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: inner_loss(w, alpha, batch[0]),
+        losses,
+        hg.Batches(data, with_key=True),
+        outer_data,
+    )
+    solver = hg.Descent(optax.sgd(reference.step), 300)
+    estimate = hg.hypergradient(problem, hg.FixedPoint(solver, 300))(
+        reference.w, reference.alpha
+    )
+    unkeyed = hg.Bilevel(inner_loss, losses, data, outer_data)
+    expected = dense(unkeyed, reference.w, reference.alpha)["hypergradient"]
+    assert error(estimate.hypergradient, expected) < 1e-9
+    assert estimate.trusted

@@ -1,0 +1,188 @@
+"""Tests of forward mode against reverse mode, closed forms and central differences."""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, central, dense, error, quadratic, two_losses
+
+KINDS = {"forward": hg.Forward, "reverse": hg.Unrolled}
+TUNED_SGD = lambda alpha: optax.sgd(jnp.exp(alpha["rate"]), alpha["momentum"])
+NUM_STEPS, BATCH_SIZE = 7, 8
+
+
+class TunedRun(NamedTuple):
+    """A run on mini-batches whose optimizer and starting point depend on alpha."""
+
+    alpha: dict
+    key: jax.Array
+    hypergradient_fns: dict
+    estimates: dict
+
+
+@pytest.fixture(scope="module")
+def tuned_run() -> TunedRun:
+    """Both modes at one alpha and key."""
+    reference = any_known("ridge per-weight")
+    inner_loss, outer_loss = reference.problem.inner_loss, reference.problem.outer_loss
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: inner_loss(w, alpha["l2"], batch),
+        lambda w, alpha, batch: (
+            outer_loss(w, alpha["l2"], batch) + jnp.sum(alpha["init"] ** 2)
+        ),
+        hg.Batches(reference.problem.inner_data, BATCH_SIZE),
+        reference.problem.outer_data,
+        init_fn=lambda w, alpha: w + alpha["init"],
+    )
+    alpha = {
+        "l2": reference.alpha,
+        "init": jnp.linspace(-1, 1, 6),
+        "rate": jnp.asarray(-2.0),
+        "momentum": jnp.asarray(0.7),
+    }
+    key, solver = jax.random.key(5), hg.Descent(TUNED_SGD, NUM_STEPS)
+    hypergradient_fns = {
+        name: functools.partial(
+            hg.hypergradient(problem, kind(solver, certify=True)), reference.w
+        )
+        for name, kind in KINDS.items()
+    }
+    estimates = {name: fn(alpha, key) for name, fn in hypergradient_fns.items()}
+    return TunedRun(alpha, key, hypergradient_fns, estimates)
+
+
+@pytest.mark.parametrize("mode", KINDS)
+def test_rates_momenta_and_initial_points_equal_central_differences(tuned_run, mode):
+    """The hypergradient is the derivative of the value, leaf by leaf."""
+    value = lambda alpha: tuned_run.hypergradient_fns[mode](alpha, tuned_run.key).value
+    estimate = tuned_run.estimates[mode]
+    expected = central(value, tuned_run.alpha)
+    for name in expected:
+        actual = estimate.hypergradient[name]
+        assert error(actual, expected[name]) < 1e-8, name
+    assert estimate.trusted
+
+
+def test_both_modes_agree(tuned_run):
+    """Forward and reverse mode differentiate the same run."""
+    forward, reverse = tuned_run.estimates["forward"], tuned_run.estimates["reverse"]
+    assert error(forward.hypergradient, reverse.hypergradient) < 1e-12
+    chex.assert_trees_all_close(
+        (forward.w, forward.value), (reverse.w, reverse.value), rtol=1e-12
+    )
+
+
+def test_costs_are_in_passes_over_the_data(tuned_run):
+    """Forward mode carries N tangents; reverse mode recomputes its steps once."""
+    fraction, num_params = BATCH_SIZE / 40, 14
+    products = {"forward": num_params * NUM_STEPS, "reverse": NUM_STEPS}
+    gradients = {"forward": NUM_STEPS, "reverse": 2 * NUM_STEPS}
+    for mode, estimate in tuned_run.estimates.items():
+        stats = estimate.stats
+        assert stats["num_grads"] == pytest.approx(gradients[mode] * fraction + 1)
+        assert stats["num_hvps"] == pytest.approx(products[mode] * fraction)
+        assert stats["num_outer_grads"] == 1
+        assert stats["num_inner_steps"] == NUM_STEPS
+
+
+def test_a_tuned_optimizer_has_no_distance_to_implicit(tuned_run):
+    """A certificate is impossible if the optimizer depends on alpha."""
+    for estimate in tuned_run.estimates.values():
+        assert np.isnan(estimate.stats["distance_to_implicit"])
+
+
+def test_certify_measures_the_distance_to_the_argmin():
+    """The certificate finds the error as a derivative at the argmin; it is counted."""
+    reference = any_known("ridge per-weight")
+    solver = hg.Descent(optax.sgd(reference.step), 10)
+    estimator = hg.Forward(solver, certify=True)
+    estimate = hg.hypergradient(reference.problem, estimator)(
+        reference.w, reference.alpha
+    )
+    distance = error(estimate.hypergradient, reference.exact(reference.alpha))
+    assert estimate.stats["distance_to_implicit"] == pytest.approx(distance, rel=1e-4)
+    assert estimate.stats["num_hvps"] > 10 * reference.alpha.size + 20
+
+
+def test_converged_runs_equal_the_dense_solution():
+    """K losses give a leading axis of size K; the estimate is trusted and exact."""
+    reference = quadratic("nested", seed=3)
+    second_loss = lambda w, alpha, batch: jnp.sum(jax.tree.leaves(w)[-1])
+    problem = two_losses(reference, second_loss)
+    estimator = hg.Forward(hg.Descent(optax.sgd(reference.step), 200))
+    estimate = hg.hypergradient(problem, estimator)(reference.w, reference.alpha)
+    expected = dense(problem, reference.w, reference.alpha)
+    assert error(estimate.hypergradient, expected["hypergradient"]) < 1e-9
+    first = jax.tree.map(lambda x: x[0], estimate.hypergradient)
+    assert error(first, reference.exact(reference.alpha)) < 1e-9
+    assert estimate.trusted
+    assert estimate.stats["error_estimate"] == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_steps():
+    """10,000 steps need the temporaries of 100, apart from their keys."""
+
+    def temporary_bytes(num_steps):
+        problem = hg.Bilevel(
+            lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2),
+            lambda w, alpha, batch: jnp.sum(w**2),
+        )
+        estimator = hg.Forward(hg.Descent(optax.sgd(0.1), num_steps))
+        hypergradient_fn = hg.hypergradient(problem, estimator)
+        run = jax.jit(lambda w, alpha: hypergradient_fn(w, alpha).hypergradient)
+        compiled = run.lower(jnp.zeros(10_000), jnp.zeros(())).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(10_000) <= temporary_bytes(100) + 16 * 10_000
+
+
+def test_the_derivative_by_a_shared_rate_is_the_sum_over_its_steps():
+    """A piecewise constant schedule adds up the derivatives by its steps' rates."""
+    reference = any_known("ridge scalar")
+    num_steps, num_values = 12, 3
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: reference.problem.inner_loss(w, -1.0, batch),
+        reference.problem.outer_loss,
+        reference.problem.inner_data,
+        reference.problem.outer_data,
+    )
+    shared = lambda rates: optax.sgd(hg.piecewise_constant_schedule(rates, num_steps))
+    separate = lambda rates: optax.sgd(lambda count: rates[count])
+    rates = jnp.array([0.1, 0.2, 0.05])
+    actual = hg.hypergradient(problem, hg.Forward(hg.Descent(shared, num_steps)))(
+        reference.w, rates
+    )
+    per_step = hg.hypergradient(problem, hg.Unrolled(hg.Descent(separate, num_steps)))(
+        reference.w, jnp.repeat(rates, num_steps // num_values)
+    )
+    expected = per_step.hypergradient.reshape(num_values, -1).sum(axis=1)
+    assert error(actual.hypergradient, expected) < 1e-12
+    chex.assert_trees_all_close(actual.value, per_step.value, rtol=1e-13)
+
+
+def test_piecewise_constant_schedules_cover_unequal_lengths():
+    """Every value has its steps, in order; the last one applies to all later steps."""
+    schedule = hg.piecewise_constant_schedule(jnp.arange(3.0), 7)
+    assert [float(schedule(count)) for count in range(9)] == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    with pytest.raises(ValueError, match="values"):
+        hg.piecewise_constant_schedule(jnp.ones((2, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    ("num_params", "kind"), [(3, hg.Forward), (4, hg.Unrolled)], ids=["3", "4"]
+)
+def test_unrolled_estimator_chooses_the_mode_by_the_size_of_alpha(num_params, kind):
+    """It counts the numbers in alpha, or in its shapes, and passes its options on."""
+    alpha = {"rate": jnp.asarray(-2.0), "rest": jnp.zeros(num_params - 1)}
+    solver = hg.Descent(optax.sgd(0.1), 7)
+    options = {"warm_start": False, "certify": True, "outer_batch_size": 2}
+    for like in (alpha, jax.eval_shape(lambda: alpha)):
+        estimator = hg.unrolled_estimator(solver, like, **options)
+        assert estimator == kind(solver, **options)

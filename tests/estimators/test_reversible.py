@@ -1,0 +1,272 @@
+"""Tests of reversed momentum descent: every bit returns, and reverse mode agrees."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, central, error, quadratic
+from hypergrad.estimators import reversible_arithmetic as arithmetic
+from hypergrad.trees import random_like
+
+MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
+TRUSTED = {"not_finite": False, "out_of_range": False, "not_reversed": False}
+
+
+def flags_of(estimate: hg.Estimate) -> dict[str, bool]:
+    return {name: bool(flag) for name, flag in estimate.flags.items()}
+
+
+def run_estimator(reference, estimator):
+    hypergradient_fn = hg.hypergradient(reference.problem, estimator)
+    return hypergradient_fn(reference.w, reference.alpha)
+
+
+def test_equals_reverse_mode_up_to_the_resolution():
+    """1000 steps give the derivative of the same steps in floating point."""
+    reference, num_steps = any_known("logistic per-weight"), 1000
+    unrolled = hg.Unrolled(hg.Descent(optax.sgd(0.3, MOMENTUM), num_steps))
+    actual = run_estimator(reference, hg.Reversible(0.3, MOMENTUM, num_steps))
+    expected = run_estimator(reference, unrolled)
+    assert flags_of(actual) == TRUSTED
+    assert error(actual.hypergradient, expected.hypergradient) < 1e-8
+    assert error(actual.w, expected.w) < 1e-8
+    assert actual.stats["num_grads"] == 2 * num_steps + 1
+    assert actual.stats["num_hvps"] == num_steps
+
+
+def test_rates_momenta_and_initial_points_are_differentiated():
+    """A schedule, a momentum and a starting point may depend on alpha."""
+    reference = quadratic("nested")
+    inner_loss, outer_loss = reference.problem.inner_loss, reference.problem.outer_loss
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: inner_loss(w, alpha["x"], batch),
+        lambda w, alpha, batch: outer_loss(w, alpha["x"], batch),
+        reference.problem.inner_data,
+        reference.problem.outer_data,
+        init_fn=lambda w, alpha: jax.tree.map(jnp.add, w, alpha["init"]),
+    )
+    alpha = {
+        "x": reference.alpha,
+        "init": random_like(jax.random.key(0), reference.w),
+        "rates": jnp.linspace(0.05, 0.1, 12),
+        "momentum": jnp.asarray(0.75),
+    }
+    rate_fn = lambda alpha: lambda count: alpha["rates"][count]
+    momentum_fn = lambda alpha: alpha["momentum"]
+    make_optimizer = lambda alpha: optax.chain(
+        optax.trace(alpha["momentum"]), optax.scale_by_learning_rate(rate_fn(alpha))
+    )
+    reversible = hg.Reversible(rate_fn, momentum_fn, 12, min_momentum=0.5)
+    unrolled = hg.Unrolled(hg.Descent(make_optimizer, 12))
+    actual = hg.hypergradient(problem, reversible)(reference.w, alpha)
+    expected = hg.hypergradient(problem, unrolled)(reference.w, alpha)
+    assert flags_of(actual) == TRUSTED
+    for name in alpha:
+        leaf_error = error(actual.hypergradient[name], expected.hypergradient[name])
+        assert leaf_error < 1e-7, name
+
+
+def test_mini_batches_equal_central_differences():
+    """Both directions see the same batches."""
+    reference = any_known("ridge per-weight")
+    problem = hg.Bilevel(
+        reference.problem.inner_loss,
+        reference.problem.outer_loss,
+        hg.Batches(reference.problem.inner_data, 8),
+        reference.problem.outer_data,
+    )
+    hypergradient_fn = functools.partial(
+        hg.hypergradient(problem, hg.Reversible(0.2, 0.75, 20)),
+        reference.w,
+        key=jax.random.key(1),
+    )
+    estimate = hypergradient_fn(reference.alpha)
+    expected = central(lambda alpha: hypergradient_fn(alpha).value, reference.alpha)
+    assert error(estimate.hypergradient, expected) < 1e-5
+    assert estimate.stats["num_grads"] == pytest.approx(2 * 20 * 8 / 40 + 1)
+
+
+def test_ten_thousand_steps_return_every_bit():
+    """The buffer holds log2(1 / m) bits per number and step, and at most 10% more."""
+    reference = quadratic("30", seed=1)
+    estimator = hg.Reversible(0.05, 0.9, 10_000)
+    estimate = run_estimator(reference, estimator)
+    assert flags_of(estimate) == TRUSTED
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-7
+    bits_per_step = 8 * estimator.num_buffer_bytes / 10_000
+    assert 0.9 * np.log2(1 / 0.9) < bits_per_step < 1.1 * np.log2(1 / 0.9)
+
+
+@pytest.fixture(scope="module")
+def tuned_estimate_fn():
+    """The estimate of 100 steps at a rate and a momentum of at least 0.7."""
+    reference = quadratic("30", seed=1)
+    inner_loss = reference.problem.inner_loss
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: inner_loss(w, alpha["x"], batch),
+        lambda w, alpha, batch: jnp.sum(w**2),
+        reference.problem.inner_data,
+    )
+    estimator = hg.Reversible(
+        lambda alpha: alpha["rate"], lambda alpha: alpha["momentum"], 100, 0.7
+    )
+    hypergradient_fn = hg.hypergradient(problem, estimator)
+    return lambda rate, momentum: hypergradient_fn(
+        reference.w, {"x": reference.alpha, "rate": rate, "momentum": momentum}
+    )
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum", "failed"),
+    [
+        pytest.param(0.05, 0.75, set(), id="valid"),
+        pytest.param(0.05, 0.3, {"not_reversed"}, id="buffer too small"),
+        pytest.param(1.0, 0.9, {"out_of_range"}, id="diverging run"),
+        pytest.param(1e-3, 1.2, {"out_of_range"}, id="momentum above 1"),
+        pytest.param(1e-3, 0.05, {"out_of_range"}, id="momentum below 1/16"),
+    ],
+)
+def test_lost_bits_are_flagged(tuned_estimate_fn, rate, momentum, failed):
+    """A flag tells which promise about the integers was broken."""
+    estimate = tuned_estimate_fn(rate, momentum)
+    assert failed <= {name for name, flag in estimate.flags.items() if flag}
+    assert estimate.trusted == (not failed)
+
+
+def test_memory_grows_by_the_buffer_only():
+    """Sixteen times the steps need 0.15 bits more per number and step, and the keys."""
+
+    def temporary_bytes(num_steps):
+        problem = hg.Bilevel(
+            lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2),
+            lambda w, alpha, batch: jnp.sum(w**2),
+        )
+        hypergradient_fn = hg.hypergradient(problem, hg.Reversible(0.1, 0.9, num_steps))
+        run = jax.jit(lambda w, alpha: hypergradient_fn(w, alpha).hypergradient)
+        compiled = run.lower(jnp.zeros(10_000), jnp.zeros(())).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = temporary_bytes(1600) - temporary_bytes(100)
+    buffer_bytes = 1500 * np.log2(1 / 0.9) / 8 * 10_000
+    # The compiler may hold the stack twice while a byte is written.
+    assert growth < 2.2 * buffer_bytes + 1500 * 64
+
+
+def test_a_float32_run_returns_every_bit():
+    """Without 64-bit types the arithmetic is coarser, and still reversible."""
+    with jax.enable_x64(False):
+        problem = hg.Bilevel(
+            lambda w, alpha, batch: 0.5 * jnp.sum((w - jnp.sin(alpha)) ** 2),
+            lambda w, alpha, batch: 0.5 * jnp.sum((w - 0.5) ** 2),
+        )
+        alpha = jnp.linspace(-1, 1, 50)
+        estimator = hg.Reversible(0.1, 0.9, 3000)
+        estimate = hg.hypergradient(problem, estimator)(jnp.zeros(50), alpha)
+        assert estimate.hypergradient.dtype == jnp.float32
+        assert flags_of(estimate) == TRUSTED
+        exact = (jnp.sin(alpha) - 0.5) * jnp.cos(alpha)
+        assert jnp.linalg.norm(estimate.hypergradient - exact) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ((0.1, 0.0, 5), "momentum"),
+        ((0.1, 1.0, 5), "momentum"),
+        ((0.1, lambda alpha: 0.9, 5), "min_momentum"),
+        ((0.1, 0.9, 0), "num_steps"),
+    ],
+)
+def test_invalid_settings_raise(args, name):
+    """Invalid settings are named before anything runs."""
+    with pytest.raises(ValueError, match=name):
+        hg.Reversible(*args)
+
+
+def test_an_optax_schedule_is_not_a_function_of_alpha():
+    """A schedule would receive alpha in place of the step."""
+    with pytest.raises(TypeError, match="learning_rate"):
+        hg.Reversible(optax.constant_schedule(0.1), 0.9, 5)
+
+
+def test_unsupported_problems_raise():
+    """Unused leaves, mixed precision and several outer losses raise before tracing."""
+    inner_loss = lambda w, alpha, batch: jnp.sum((w["a"] - alpha["used"]) ** 2)
+    outer_loss = lambda w, alpha, batch: jnp.sum(w["a"] ** 2)
+    estimator = hg.Reversible(0.1, 0.9, 5)
+    problem, w, alpha = hg.Bilevel(inner_loss, outer_loss), {"a": 0.0}, {"used": 1.0}
+    with pytest.raises(ValueError, match=r"alpha\['unused'\]"):
+        hg.hypergradient(problem, estimator)(w, alpha | {"unused": 1.0})
+    mixed_w = w | {"b": jnp.zeros(2, jnp.float32)}
+    with pytest.raises(ValueError, match="one dtype"):
+        hg.hypergradient(problem, estimator)(mixed_w, alpha)
+    two_losses = hg.Bilevel(inner_loss, (outer_loss, outer_loss))
+    with pytest.raises(ValueError, match="outer_loss"):
+        hg.hypergradient(two_losses, estimator)(w, alpha)
+
+
+def test_the_learning_rate_is_data():
+    """Another rate runs the same program, and vmap over rates equals a loop."""
+    num_traces = 0
+
+    def inner_loss(w, alpha, batch):
+        nonlocal num_traces
+        num_traces += 1
+        return 0.5 * jnp.sum((w - alpha) ** 2)
+
+    problem = hg.Bilevel(inner_loss, lambda w, alpha, batch: jnp.sum(w**2))
+    run = lambda rate: hg.hypergradient(problem, hg.Reversible(rate, 0.5, 9))(
+        jnp.zeros(3), jnp.ones(3)
+    )
+    first = run(0.1)
+    num_traces_of_first = num_traces
+    second = run(0.2)
+    assert num_traces == num_traces_of_first
+    batch = jax.vmap(run)(jnp.array([0.1, 0.2]))
+    expected = jnp.stack([first.hypergradient, second.hypergradient])
+    chex.assert_trees_all_close(batch.hypergradient, expected, rtol=1e-9)
+    assert jnp.all(batch.trusted)
+
+
+NUM_BYTES = arithmetic.num_stack_bytes(500, 0.1)
+
+
+@jax.jit
+def multiply_and_divide(v, like, momentum):
+    """Returns buffers and velocities after 500 steps, and after their reversal."""
+    steps = jnp.arange(500)
+    buffer = arithmetic.empty_buffer(like, NUM_BYTES, 500)
+
+    def multiply(carry, step):
+        buffer, v = arithmetic.multiply(*carry, momentum, step)
+        return (buffer, v + 1000), v
+
+    def divide(carry, step):
+        buffer, v = carry
+        return arithmetic.divide(buffer, v - 1000, momentum, step), None
+
+    end, products = jax.lax.scan(multiply, (buffer, v), steps)
+    start, _ = jax.lax.scan(divide, end, steps, reverse=True)
+    return end[0], products[0], start
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 0.99])
+def test_a_division_undoes_a_multiplication(momentum, dtype):
+    """500 steps on integers of either sign are undone in the promised space."""
+    v = jax.random.randint(jax.random.key(0), (40,), -(2**20), 2**20, dtype)
+    like = jnp.zeros(40, jnp.float64 if dtype == "int64" else jnp.float32)
+    full, product, (empty, restored) = multiply_and_divide(v, like, momentum)
+    assert not arithmetic.is_empty(full)
+    assert full.stack_size <= arithmetic.num_stack_bytes(500, momentum)
+    n = arithmetic.numerator(jnp.asarray(momentum), v.dtype)
+    d = arithmetic.denominator(v.dtype)
+    chex.assert_trees_all_close(product, v * float(n) / d, atol=d)
+    chex.assert_trees_all_equal(restored, v)
+    assert arithmetic.is_empty(empty)

@@ -1,0 +1,389 @@
+"""Tests of penalty, difference and evolution estimators: their rates and limits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from benchmarks.known import any_known, dense, error, quadratic, two_losses
+from hypergrad.problem import EstimateData
+
+HALF_STEPS = hg.Descent(optax.sgd(0.5), 100)
+
+
+def run_estimator(reference, estimator):
+    hypergradient_fn = hg.hypergradient(reference.problem, estimator)
+    return hypergradient_fn(reference.w, reference.alpha)
+
+
+def fitted_rate(x, y):
+    """Returns the slope of log y over log x."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0]
+
+
+def failed_flags(estimate: hg.Estimate) -> list[str]:
+    return [name for name, flag in estimate.flags.items() if flag]
+
+
+@pytest.fixture(scope="module")
+def nested_two_losses():
+    """A problem with pytrees and two losses, and its dense solution."""
+    reference = quadratic("nested", seed=2)
+    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
+    expected = dense(problem, reference.w, reference.alpha)["hypergradient"]
+    return problem, reference.w, reference.alpha, expected
+
+
+# Penalty.
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric", "rate"),
+    [("ridge per-weight", False, -1), ("logistic per-weight", True, -2)],
+)
+def test_the_bias_of_the_penalty_falls_with_its_strength(name, symmetric, rate):
+    """The error falls as 1 / l, and as 1 / l^2 if symmetric."""
+    reference = any_known(name)
+    exact, strengths = reference.exact(reference.alpha), np.array([30.0, 100.0, 300.0])
+    solver = hg.Descent(optax.sgd(reference.step), 600)
+    estimators = [hg.Penalty(solver, l, symmetric=symmetric) for l in strengths]
+    errors = [
+        error(run_estimator(reference, estimator).hypergradient, exact)
+        for estimator in estimators
+    ]
+    assert fitted_rate(strengths, errors) == pytest.approx(rate, abs=0.1)
+
+
+def test_the_penalty_takes_no_second_derivative():
+    """It works with a loss whose second derivative raises, unlike Implicit."""
+
+    @jax.custom_vjp
+    def square(x):
+        return 0.5 * x**2
+
+    @jax.custom_jvp
+    def identity(x):
+        return x
+
+    @identity.defjvp
+    def raise_error(primals, tangents):
+        raise AssertionError("a second derivative was taken")
+
+    square.defvjp(lambda x: (square(x), x), lambda x, ct: (identity(x) * ct,))
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: square(w - 3 * alpha), lambda w, alpha, batch: square(w)
+    )
+    estimate = hg.hypergradient(problem, hg.Penalty(HALF_STEPS, 1e3))(0.0, 1.0)
+    assert estimate.hypergradient == pytest.approx(9.0, rel=1e-2)
+    assert failed_flags(estimate) == ["biased"]
+    with pytest.raises(AssertionError, match="second derivative"):
+        hg.hypergradient(problem, hg.Implicit(HALF_STEPS))(0.0, 1.0)
+
+
+def test_warm_started_penalties_of_several_losses_converge(nested_two_losses):
+    """Each of K losses continues its own two solves, which 15 steps do not finish."""
+    problem, w, alpha, expected = nested_two_losses
+    solver = hg.Descent(optax.sgd(2 / 11), 15)
+    estimator = hg.Penalty(solver, 1e3, symmetric=True)
+    state, errors = estimator.init(problem, w, alpha), []
+    estimate_fn = jax.jit(estimator.estimate)
+    for _ in range(4):
+        estimate, state = estimate_fn(problem, state, alpha, jax.random.key(0))
+        errors.append(error(estimate.hypergradient, expected))
+    assert errors[0] > 1e-2
+    assert errors[-1] < 1e-4
+
+
+def test_one_sided_penalties_of_several_losses_equal_the_closed_form():
+    """h = l (alpha - t) / (l + 1) for ||w - t||^2 / 2 and ||w - alpha||^2 / 2."""
+    inner_loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    losses = tuple(
+        lambda w, alpha, batch, t=t: 0.5 * jnp.sum((w - t) ** 2) for t in (1, 2)
+    )
+    problem, alpha = hg.Bilevel(inner_loss, losses), jnp.array([0.1, -0.4, 3.0])
+    estimate = hg.hypergradient(problem, hg.Penalty(HALF_STEPS, 10.0))(
+        jnp.zeros(3), alpha
+    )
+    expected = 10 / 11 * np.stack([alpha - 1, alpha - 2])
+    np.testing.assert_allclose(estimate.hypergradient, expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "batch_size"),
+    [(True, None), (False, 8)],
+    ids=["symmetric", "mini-batches"],
+)
+def test_the_penalty_counts_its_outer_evaluations(symmetric, batch_size):
+    """Every step of a nudged solve evaluates the outer loss, mini-batch steps too."""
+    reference, num_calls = any_known("ridge per-weight"), 0
+
+    def count():
+        nonlocal num_calls
+        num_calls += 1
+
+    def outer_loss(w, alpha, batch):
+        jax.debug.callback(count)
+        return reference.problem.outer_loss(w, alpha, batch)
+
+    problem = hg.Bilevel(
+        reference.problem.inner_loss,
+        outer_loss,
+        hg.Batches(reference.problem.inner_data, batch_size),
+        reference.problem.outer_data,
+    )
+    solver = hg.Descent(optax.sgd(0.1), 7)
+    estimator = hg.Penalty(solver, 10.0, symmetric=symmetric)
+    estimate = hg.hypergradient(problem, estimator)(reference.w, reference.alpha)
+    stats = jax.block_until_ready(estimate).stats
+    jax.effects_barrier()
+    assert num_calls == stats["num_outer_grads"] + stats["num_outer_values"]
+
+
+# Differences.
+
+
+def test_the_difference_of_gradients_is_the_cross_term():
+    """If H = I, FiniteDifference is exact up to epsilon^2 for each of K losses."""
+    inner_loss = lambda w, alpha, batch: (
+        0.5 * jnp.sum(w**2) - jnp.sum(w * jnp.sin(alpha))
+    )
+    losses = (
+        lambda w, alpha, batch: jnp.sum((w - 1) ** 2) + jnp.sum(alpha),
+        lambda w, alpha, batch: jnp.sum(w**3),
+    )
+    alpha, solver = jnp.array([0.3, 0.7]), hg.Descent(optax.sgd(1.0), 1)
+    estimate = hg.hypergradient(
+        hg.Bilevel(inner_loss, losses), hg.FiniteDifference(solver)
+    )(jnp.zeros(2), alpha)
+    w = jnp.sin(alpha)
+    expected = jnp.stack([1 + 2 * (w - 1) * jnp.cos(alpha), 3 * w**2 * jnp.cos(alpha)])
+    assert error(estimate.hypergradient, expected) < 1e-9
+    assert failed_flags(estimate) == ["biased"]
+
+
+def test_finite_difference_is_the_update_of_darts():
+    """The second-order update on the batch that was sampled, computed by hand."""
+    inner_loss = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 4)
+    outer_loss = lambda w, alpha, batch: jnp.mean(jnp.sin(w - batch)) + alpha**2
+    x, key = jnp.linspace(0.5, 2.0, 10), jax.random.key(3)
+    problem = hg.Bilevel(inner_loss, outer_loss, hg.Batches(x), x)
+    w, alpha, s, length = jnp.asarray(1.0), jnp.asarray(0.7), 0.1, 0.01
+    solver = hg.Descent(optax.sgd(s), 1)
+    estimator = hg.FiniteDifference(solver, length, s, adjoint_batch_size=4)
+    state = estimator.init(problem, w, alpha)
+    estimate, _ = jax.jit(estimator.estimate)(problem, state, alpha, key)
+
+    new_w = w - s * jax.grad(inner_loss)(w, alpha, x)
+    b = jax.grad(outer_loss)(new_w, alpha, x)
+    e = length / jnp.abs(b)
+    batch = EstimateData.sample(problem, key).inner_batch(4)
+    alpha_grad_fn = lambda w: jax.grad(inner_loss, 1)(w, alpha, batch)
+    difference = alpha_grad_fn(new_w + e * b) - alpha_grad_fn(new_w - e * b)
+    expected = 2 * alpha - s * difference / (2 * e)
+    assert error(estimate.hypergradient, expected) < 1e-12
+    inner_grad = jax.grad(inner_loss)(new_w, alpha, batch)
+    assert error(estimate.stats["inner_grad_norm"], jnp.abs(inner_grad)) < 1e-9
+    assert estimate.stats["num_grads"] == pytest.approx(1 + 3 * 0.4)
+
+
+def test_central_differences_of_runs_equal_the_dense_solution(nested_two_losses):
+    """Converged runs give the derivative at the argmin, with K losses and pytrees."""
+    problem, w, alpha, expected = nested_two_losses
+    estimate = hg.hypergradient(problem, hg.CentralDifference(hg.Newton()))(w, alpha)
+    assert error(estimate.hypergradient, expected) < 1e-7
+    assert failed_flags(estimate) == ["difference_error"]
+
+
+def test_the_error_of_central_differences_is_second_order():
+    """On a finite run the error against reverse mode falls as epsilon^2."""
+    reference = any_known("logistic per-weight")
+    solver = hg.Descent(optax.sgd(0.5), 10)
+    exact = run_estimator(reference, hg.Unrolled(solver)).hypergradient
+    epsilons = np.array([1e-3, 3e-3, 1e-2, 3e-2])
+    estimates = [
+        run_estimator(reference, hg.CentralDifference(solver, epsilon))
+        for epsilon in epsilons
+    ]
+    errors = [error(estimate.hypergradient, exact) for estimate in estimates]
+    assert fitted_rate(epsilons, errors) == pytest.approx(2, abs=0.05)
+    num_runs = 2 * reference.alpha.size + 1
+    assert estimates[0].stats["num_grads"] == 10 * num_runs + 1
+    assert estimates[0].stats["num_outer_values"] == num_runs
+
+
+# Evolution.
+
+
+def test_evolution_has_the_error_of_gaussian_samples():
+    """The relative error is sqrt((N + 1) / n), and the standard error estimates it."""
+    reference, num_pairs = any_known("ridge per-weight"), 8
+    exact = np.asarray(reference.exact(reference.alpha))
+    solver = hg.ClosedForm(ridge_solution)
+    estimator = hg.Evolution(solver, 1e-3, num_pairs)
+    hypergradient_fn = functools.partial(
+        hg.hypergradient(reference.problem, estimator), reference.w, reference.alpha
+    )
+    estimates = jax.vmap(hypergradient_fn)(jax.random.split(jax.random.key(1), 1000))
+    root_mean_square = lambda x: np.sqrt(np.mean(np.square(x)))
+    samples = np.asarray(estimates.hypergradient)
+    deviations = np.linalg.norm(samples - exact, axis=1)
+    norms = np.linalg.norm(samples, axis=1)
+    actual = root_mean_square(deviations) / np.linalg.norm(exact)
+    assert actual == pytest.approx(np.sqrt((exact.size + 1) / num_pairs), rel=0.08)
+    estimated = root_mean_square(estimates.stats["standard_error"] * norms)
+    assert estimated / np.linalg.norm(exact) == pytest.approx(actual, rel=0.1)
+
+
+def ridge_solution(alpha, batch):
+    hessian = batch["x"].T @ batch["x"] / len(batch["y"]) + jnp.diag(jnp.exp(alpha))
+    return jnp.linalg.solve(hessian, batch["x"].T @ batch["y"] / len(batch["y"]))
+
+
+def test_the_bias_of_evolution_is_the_smoothing():
+    """M = alpha^4 smoothed by sigma has the derivative 4 alpha^3 + 12 sigma^2 alpha."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2, lambda w, alpha, batch: w**4
+    )
+    solver = hg.ClosedForm(lambda alpha, batch: alpha)
+    estimator = hg.Evolution(solver, 0.5, 40_000)
+    estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
+    expected = 4 + 12 * 0.25
+    standard_error = float(estimate.stats["standard_error"])
+    assert standard_error < 0.02
+    assert abs(estimate.hypergradient - expected) < 4 * standard_error * expected
+    assert failed_flags(estimate) == ["random"]
+
+
+def test_evolution_climbs_a_counted_accuracy():
+    """The derivative of a metric that is constant almost everywhere is not zero."""
+    x = jnp.linspace(-1, 1, 41)
+    error_rate = lambda w, alpha, batch: jnp.mean((batch["x"] > w) != batch["y"]) * 1.0
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2,
+        error_rate,
+        outer_data={"x": x, "y": x > 0.3},
+    )
+    solver = hg.ClosedForm(lambda alpha, batch: alpha)
+    estimate = hg.hypergradient(problem, hg.Evolution(solver, 0.2, 256))(0.0, -0.2)
+    assert estimate.value == pytest.approx(0.25, abs=0.03)
+    # 41 points on [-1, 1]: the error rate changes by 1/2 per unit of w.
+    assert estimate.hypergradient == pytest.approx(-0.5, abs=0.1)
+
+
+# Influence balancing (Vicol et al. 2021): s' = A s + theta z, loss (s[0] - 1)^2 / 2.
+
+SIZE = 23
+MATRIX = 0.5 * jnp.eye(SIZE) + 0.5 * jnp.eye(SIZE, k=1)
+SIGNS = jnp.where(jnp.arange(SIZE) < 10, 1.0, -1.0)
+
+
+class LinearSystem:
+    """The linear system as an iterative solver, which ignores the inner loss."""
+
+    differentiable = True
+
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+
+    def init(self, inner_loss, w, alpha, data, key):
+        return w, ()
+
+    def step(self, inner_loss, carry, alpha, data, key):
+        return MATRIX @ carry[0] + alpha * SIGNS, ()
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        body_fun = lambda _, w: self.step(None, (w, ()), alpha, None, None)[0]
+        w = jax.lax.fori_loop(0, self.num_steps, body_fun, w)
+        return w, hg.inner.inner_stats(self.num_steps)
+
+
+FIRST_STATE = hg.Bilevel(
+    lambda w, alpha, batch: jnp.sum(w**2), lambda w, alpha, batch: w[0]
+)
+BALANCED_STATE = hg.Bilevel(
+    lambda w, alpha, batch: jnp.sum(w**2),
+    lambda w, alpha, batch: 0.5 * (w[0] - 1) ** 2,
+)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "derivative"),
+    [
+        pytest.param(hg.Unrolled(LinearSystem(500), 1), 1, id="last step"),
+        pytest.param(hg.Unrolled(LinearSystem(500), 10), 10, id="last 10"),
+        pytest.param(hg.Unrolled(LinearSystem(500), 23), 15.486953, id="last 23"),
+        pytest.param(hg.Unrolled(LinearSystem(500)), -6, id="all, reverse mode"),
+        pytest.param(hg.Forward(LinearSystem(500)), -6, id="all, forward mode"),
+    ],
+)
+def test_truncated_derivatives_of_influence_balancing(estimator, derivative):
+    """d s[0] / d theta over the last K steps has the wrong sign; in full it is -6."""
+    estimate = hg.hypergradient(FIRST_STATE, estimator)(jnp.ones(SIZE), 0.5)
+    np.testing.assert_allclose(estimate.hypergradient, derivative, rtol=1e-6)
+    is_truncated = getattr(estimator, "is_truncated", False)
+    assert failed_flags(estimate) == (["truncated"] if is_truncated else [])
+
+
+def test_persistent_evolution_has_no_truncation_bias():
+    """The mean over an unroll estimates the derivative of the mean of its losses."""
+    num_steps, unroll_length, num_unrolls = 40, 4, 8
+    num_parts = num_steps // unroll_length
+
+    def mean_loss(theta):
+        step = lambda w, _: (MATRIX @ w + theta * SIGNS,) * 2
+        _, states = jax.lax.scan(step, jnp.ones(SIZE), length=num_steps)
+        last_states = states[unroll_length - 1 :: unroll_length]
+        return jnp.mean(0.5 * (last_states[:, 0] - 1) ** 2)
+
+    exact = jax.grad(mean_loss)(0.5)
+    estimator = hg.PersistentEvolution(
+        LinearSystem(num_steps), 0.1, 2000, unroll_length=unroll_length
+    )
+    init_state = estimator.init(BALANCED_STATE, jnp.ones(SIZE), jnp.asarray(0.5))
+
+    @jax.jit
+    def run(keys):
+        def estimate_part(state, key):
+            estimate, state = estimator.estimate(
+                BALANCED_STATE, state, jnp.asarray(0.5), key
+            )
+            return state, estimate.hypergradient
+
+        return jax.lax.scan(estimate_part, init_state, keys)[1]
+
+    estimates = run(jax.random.split(jax.random.key(0), num_unrolls * num_parts))
+    per_unroll = np.mean(np.reshape(estimates, (num_unrolls, num_parts)), axis=1)
+    standard_error = np.std(per_unroll, ddof=1) / np.sqrt(num_unrolls)
+    assert standard_error < 0.1 * abs(exact)
+    assert abs(np.mean(per_unroll) - exact) < 4 * standard_error
+
+
+# Invalid input.
+
+
+def test_persistent_evolution_checks_its_solver():
+    """The solver needs steps, and the unroll length must divide their number."""
+    with pytest.raises(ValueError, match="unroll_length"):
+        hg.PersistentEvolution(hg.Descent(optax.sgd(0.1), 10), unroll_length=3)
+    with pytest.raises(TypeError, match="solver"):
+        hg.PersistentEvolution(hg.Newton())
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [hg.CentralDifference, hg.Evolution, hg.PersistentEvolution],
+    ids=lambda kind: kind.__name__,
+)
+def test_unused_hyperparameters_raise(make_estimator):
+    """A leaf that nothing uses is an error; the optimizer may use it."""
+    inner_loss = lambda w, alpha, batch: (w - alpha["target"]) ** 2
+    problem = hg.Bilevel(inner_loss, lambda w, alpha, batch: w**2)
+    estimator = make_estimator(hg.Descent(lambda alpha: optax.sgd(alpha["rate"]), 3))
+    w, alpha = jnp.zeros(()), {"target": jnp.ones(()), "rate": jnp.asarray(0.1)}
+    estimator.init(problem, w, alpha)
+    with pytest.raises(ValueError, match=r"alpha\['unused'\]"):
+        estimator.init(problem, w, alpha | {"unused": jnp.ones(())})
