@@ -1,4 +1,4 @@
-"""One compiled program: trace counts, jit and vmap, constants, memory."""
+"""One compiled program: traces, jit and vmap, constants, and planned memory."""
 
 import dataclasses
 import functools
@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -17,7 +19,6 @@ import pytest
 import hypergrad as hg
 from benchmarks.known import (
     Known,
-    any_known,
     error,
     logistic,
     logistic_inner,
@@ -25,32 +26,12 @@ from benchmarks.known import (
     quadratic,
     ridge,
 )
-from hypergrad.hypergradient import _Setting
 from tests.loops import run_loop
 
-
-class Counted:
-    """A loss that counts how often Python runs it, which is when it is traced."""
-
-    def __init__(self, loss):
-        self.loss, self.count = loss, 0
-
-    def __call__(self, w, alpha, batch):
-        self.count += 1
-        return self.loss(w, alpha, batch)
-
-
-def counted(known: Known) -> tuple[Counted, Counted]:
-    return Counted(known.problem.inner_loss), Counted(known.problem.outer_loss)
-
-
-@functools.cache
-def sgd(step: float) -> optax.GradientTransformation:
-    return optax.sgd(step)
-
-
-SOLVER = hg.Descent(sgd(0.3), 20)
+hypergradient_module = sys.modules["hypergrad.hypergradient"]
+SGD = optax.sgd(0.3)
 ADAM = optax.adam(0.1)
+SOLVER = hg.Descent(SGD, 20)
 SETTINGS = {
     "CG": lambda x: hg.Implicit(SOLVER, hg.CG(rtol=1e-6 * x), 0.1 * x),
     "LU": lambda x: hg.Implicit(SOLVER, lx.LU(), 0.1 * x),
@@ -62,98 +43,125 @@ SETTINGS = {
 }
 
 
+class TraceCounter:
+    """A loss that counts how often Python runs it, which is when it is traced."""
+
+    def __init__(self, loss):
+        self.loss, self.count = loss, 0
+
+    def __call__(self, w, alpha, batch):
+        self.count += 1
+        return self.loss(w, alpha, batch)
+
+
+def count_traces(reference: Known) -> tuple[TraceCounter, TraceCounter]:
+    problem = reference.problem
+    return TraceCounter(problem.inner_loss), TraceCounter(problem.outer_loss)
+
+
+def with_losses(losses, reference: Known) -> hg.Bilevel:
+    return hg.Bilevel(
+        *losses, reference.problem.inner_data, reference.problem.outer_data
+    )
+
+
+@functools.cache
+def reference(seed: int = 0) -> Known:
+    return logistic("per-weight", seed)
+
+
+# Traces.
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_traces_each_loss_a_constant_number_of_times(name: str):
-    """Ten steps and a hundred: the same count, which a re-trace a step would exceed."""
-    counts = []
-    for num_steps in (10, 100):
-        known = logistic("per-weight")
-        inner, outer = counted(known)
+def test_new_numbers_trace_nothing(name: str):
+    """New data, w, alpha, key and settings; the results are those of the new ones."""
+    first, second = reference(1), reference(2)
+    losses = count_traces(first)
+
+    def estimate(reference, size, seed):
+        gradient = hg.hypergradient(
+            with_losses(losses, reference), SETTINGS[name](size)
+        )
+        return gradient(reference.w + size, reference.alpha, jax.random.key(seed))
+
+    estimate(first, 1.0, 0)
+    counts = [loss.count for loss in losses]
+    assert max(counts) < 60
+    actual = estimate(second, 0.7, 1)
+    assert [loss.count for loss in losses] == counts
+    gradient = hg.hypergradient(second.problem, SETTINGS[name](0.7))
+    expected = gradient(second.w + 0.7, second.alpha, jax.random.key(1))
+    assert error(actual.hypergradient, expected.hypergradient) < 1e-12
+
+
+def test_new_numbers_of_a_run_trace_nothing():
+    """New examples, bounds, arrays of a metric, keys and numbers of steps."""
+    losses = count_traces(reference())
+    metric = lambda scale, w, alpha, key: scale * jnp.sum(w)
+
+    def run(seed, high, num_steps):
+        problem = with_losses(losses, reference(seed))
         problem = hg.Bilevel(
-            inner, outer, known.problem.inner_data, known.problem.outer_data
+            *losses, hg.Batches(problem.inner_data, 8), hg.Batches(problem.outer_data)
         )
-        estimator = SETTINGS[name](1.0)
-        hg.minimize(problem, estimator, ADAM, known.w, known.alpha, num_steps=num_steps)
-        counts.append((inner.count, outer.count))
-    assert counts[0] == counts[1]
-    assert max(counts[0]) < 60
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_other_numbers_trace_nothing(name: str):
-    """New data, w, alpha, key and settings; and the results are those of the new."""
-    first, second = logistic("per-weight", seed=1), logistic("per-weight", seed=2)
-    inner, outer = counted(first)
-
-    def problem(known):
-        return hg.Bilevel(
-            inner, outer, known.problem.inner_data, known.problem.outer_data
-        )
-
-    def run(known, size, seed):
         return hg.minimize(
-            problem(known), SETTINGS[name](size), ADAM, known.w + size, known.alpha,
-            num_steps=5, key=jax.random.key(seed),
+            problem, hg.Implicit(SOLVER), ADAM, reference(seed).w,
+            reference(seed).alpha, num_steps=num_steps, key=jax.random.key(seed),
+            space=hg.spaces.Interval(-9.0, high),
+            metrics={"m": jax.tree_util.Partial(metric, jnp.array(high))},
         )  # fmt: skip
 
-    def one(known, size, seed):
-        gradient = hg.hypergradient(problem(known), SETTINGS[name](size))
-        return gradient(known.w + size, known.alpha, jax.random.key(seed))
-
-    run(first, 1.0, 0), one(first, 1.0, 0)
-    before = inner.count, outer.count
-    trace, estimate = run(second, 0.7, 1), one(second, 0.7, 1)
-    assert (inner.count, outer.count) == before
-    gradient = hg.hypergradient(second.problem, SETTINGS[name](0.7))
-    afresh = gradient(second.w + 0.7, second.alpha, jax.random.key(1))
-    assert error(estimate.hypergradient, afresh.hypergradient) < 1e-12
-    np.testing.assert_allclose(trace.value[0], afresh.value, rtol=1e-12)
+    run(1, 1.0, 5)
+    counts = [loss.count for loss in losses]
+    trace = run(2, 2.0, 50)
+    assert [loss.count for loss in losses] == counts
+    np.testing.assert_allclose(trace.metrics["m"][-1], 2 * jnp.sum(trace.w), rtol=1e-9)
 
 
 def test_kinds_of_numbers_trace_nothing_more():
-    """w and alpha as Python floats, NumPy or jax arrays of one shape and dtype."""
-    inner, outer = counted(quadratic("0-d"))
-    known = quadratic("0-d")
-    data = known.problem.inner_data
-    gradient = hg.hypergradient(hg.Bilevel(inner, outer, data, data), SETTINGS["CG"](1))
-    alpha = np.asarray(known.alpha)
+    """w and alpha as Python floats, NumPy or JAX arrays of one shape and dtype."""
+    scalar = quadratic("0-d")
+    losses = count_traces(scalar)
+    gradient = hg.hypergradient(with_losses(losses, scalar), SETTINGS["CG"](1))
+    alpha = np.asarray(scalar.alpha)
     first = gradient(0.0, jnp.asarray(alpha))
-    count = inner.count
+    count = losses[0].count
     for w in (np.float64(0.0), jnp.zeros(()), jnp.asarray(0.0), np.zeros(())):
-        again = gradient(w, alpha, jax.random.key(3))
-        assert error(again.hypergradient, first.hypergradient) < 1e-12
-    assert inner.count == count
+        other = gradient(w, alpha, jax.random.key(3))
+        assert error(other.hypergradient, first.hypergradient) < 1e-12
+    assert losses[0].count == count
 
 
-def test_a_ready_hypergradient_is_rehearsed_once_a_shape(monkeypatch):
-    """Later calls do no more in Python than look at their numbers."""
-    known, seen = quadratic("0-d"), []
+def test_a_hypergradient_function_checks_its_problem_once_per_shape(monkeypatch):
+    """Later calls only check that their numbers are not NaN."""
+    scalar, calls = quadratic("0-d"), []
     monkeypatch.setattr(
-        "hypergrad.gradient.rehearse", lambda *given: seen.append(given)
+        hypergradient_module, "check_init", lambda *args: calls.append(args)
     )
-    gradient = hg.hypergradient(known.problem, SETTINGS["CG"](1))
+    gradient = hg.hypergradient(scalar.problem, SETTINGS["CG"](1))
     for w in (0.0, 1.0, 2.0):
-        gradient(w, known.alpha)
-    assert len(seen) == 1
-    with pytest.raises(ValueError, match="NaN"):
-        gradient(jnp.nan, known.alpha)
+        gradient(w, scalar.alpha)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="w must"):
+        gradient(jnp.nan, scalar.alpha)
 
 
-def test_settings_of_other_losses_have_other_hashes():
-    """Else a call would be compared to all that were ever made; equal ones share."""
+def test_static_parts_of_different_losses_have_different_hashes():
+    """Otherwise a call would be compared with all earlier ones; equal ones share."""
 
-    def hashed(loss, num_steps=5):
-        estimator = hg.Unrolled(hg.Descent(sgd(0.3), num_steps))
-        settings = estimator, hg.Bilevel(loss, wide_outer)
-        return hash(_Setting(None, settings))
+    def get_hash(loss, num_steps=5):
+        estimator = hg.Unrolled(hg.Descent(SGD, num_steps))
+        static = estimator, hg.Bilevel(loss, wide_outer)
+        return hash(hypergradient_module._StaticPart(None, static))
 
     losses = [lambda w, alpha, batch, i=i: i * (w - alpha) ** 2 for i in range(20)]
-    assert len({hashed(loss) for loss in losses}) == 20
-    assert hashed(losses[0]) == hashed(losses[0]) != hashed(losses[0], 6)
+    assert len({get_hash(loss) for loss in losses}) == 20
+    assert get_hash(losses[0]) == get_hash(losses[0]) != get_hash(losses[0], 6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class ScaledLoss:
     """A loss that is compared by value."""
 
     scale: float
@@ -162,214 +170,159 @@ class Scaled:
         return 0.5 * (w - self.scale * alpha) ** 2
 
 
-def test_losses_compared_by_value_run_their_own_program():
-    """``w* = scale alpha``, ``M = w²/2``: scale², and no trace for an equal one."""
-    estimator = hg.Implicit(hg.Newton())
-    outer = Counted(lambda w, alpha, batch: 0.5 * w**2)
+def test_losses_that_are_compared_by_value_run_their_own_program():
+    """w* = scale alpha and M = w^2 / 2 give scale^2; an equal loss traces nothing."""
+    outer = TraceCounter(lambda w, alpha, batch: 0.5 * w**2)
     for scale in (1.0, 3.0, 1.0):
-        before = outer.count
-        gradient = hg.hypergradient(hg.Bilevel(Scaled(scale), outer), estimator)
-        found = gradient(0.0, 1.0).hypergradient
-        assert found == pytest.approx(scale**2)
-    assert outer.count == before
+        count = outer.count
+        problem = hg.Bilevel(ScaledLoss(scale), outer)
+        gradient = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
+        assert gradient(0.0, 1.0).hypergradient == pytest.approx(scale**2)
+    assert outer.count == count
 
 
-def test_spaces_and_batches_trace_nothing_more():
-    """New bounds, new examples in Batches, a new metric's array."""
-    inner, outer = counted(logistic("per-weight"))
-    metric = lambda scale, w, alpha, key: scale * jnp.sum(w)
-
-    def run(seed, high):
-        known = logistic("per-weight", seed)
-        train = hg.Batches(known.problem.inner_data, 8)
-        val = hg.Batches(known.problem.outer_data)
-        return hg.minimize(
-            hg.Bilevel(inner, outer, train, val), hg.Implicit(SOLVER), ADAM,
-            known.w, known.alpha, num_steps=5, key=jax.random.key(seed),
-            space=hg.spaces.Interval(-9.0, high),
-            metrics={"m": jax.tree_util.Partial(metric, jnp.array(high))},
-        )  # fmt: skip
-
-    run(1, 1.0)
-    count = inner.count, outer.count
-    trace = run(2, 2.0)
-    assert (inner.count, outer.count) == count
-    assert float(trace.metrics["m"][-1]) == pytest.approx(2.0 * float(jnp.sum(trace.w)))
+# jit and vmap.
 
 
-def test_progress_traces_a_constant_number_of_times():
-    """Chunks of one length and a rest: the count does not grow with the steps."""
-    counts = []
-    for num_steps in (41, 401):
-        known = ridge("scalar")
-        inner, outer = counted(known)
-        data = known.problem.inner_data, known.problem.outer_data
-        hg.minimize(
-            hg.Bilevel(inner, outer, *data), hg.Implicit(hg.Descent(sgd(0.3), 3)),
-            ADAM, known.w, known.alpha, num_steps=num_steps,
-            progress=lambda done, value: None,
-        )  # fmt: skip
-        counts.append((inner.count, outer.count))
-    assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize("name", [*SETTINGS, "last"])
-def test_equal_with_and_without_jit(name: str):
-    """The estimate op by op, compiled, and compiled within the caller's jit."""
-    known = logistic("per-weight")
-    estimator = (
-        hg.Unrolled(SOLVER, truncation_length=6)
-        if name == "last"
-        else SETTINGS[name](1.0)
-    )
+@pytest.mark.parametrize("name", ["CG", "Unrolled", "truncated"])
+def test_jit_changes_no_estimate(name: str):
+    """Op by op, compiled, and compiled within the caller's jit."""
+    problem, w, alpha, *_ = reference()
+    if name == "truncated":
+        estimator = hg.Unrolled(SOLVER, truncation_length=6)
+    else:
+        estimator = SETTINGS[name](1.0)
     init_key, key = jax.random.split(jax.random.key(0))
-    state = estimator.init(known.problem, known.w, known.alpha, init_key)
-    estimate = functools.partial(estimator.estimate, known.problem, state)
-    bare, _ = estimate(known.alpha, key)
-    compiled, _ = jax.jit(estimate)(known.alpha, key)
-    gradient = hg.hypergradient(known.problem, estimator)
-    own = gradient(known.w, known.alpha, jax.random.key(0))
-    nested = jax.jit(gradient)(known.w, known.alpha, jax.random.key(0))
-    for other in (compiled, own, nested):
-        assert error(other.hypergradient, bare.hypergradient) < 1e-10
-        np.testing.assert_allclose(other.value, bare.value, rtol=1e-12)
-        assert set(other.stats) == set(bare.stats)
-        assert bool(other.stats["trusted"]) == bool(bare.stats["trusted"])
+    state = estimator.init(problem, w, alpha, init_key)
+    estimate = functools.partial(estimator.estimate, problem, state)
+    expected, _ = estimate(alpha, key)
+    gradient = hg.hypergradient(problem, estimator)
+    for actual in (
+        gradient(w, alpha, jax.random.key(0)),
+        jax.jit(gradient)(w, alpha, jax.random.key(0)),
+    ):
+        assert error(actual.hypergradient, expected.hypergradient) < 1e-10
+        np.testing.assert_allclose(actual.value, expected.value, rtol=1e-12)
+        assert set(actual.stats) == set(expected.stats)
+        assert bool(actual.trusted) == bool(expected.trusted)
 
 
-# vmap.
-
-
-def noisy_problem(known: Known) -> hg.Bilevel:
-    train = hg.Batches(known.problem.inner_data, 8)
+def with_batches(reference: Known) -> hg.Bilevel:
+    problem = reference.problem
     return hg.Bilevel(
-        known.problem.inner_loss,
-        known.problem.outer_loss,
-        train,
-        known.problem.outer_data,
-    )
+        problem.inner_loss, problem.outer_loss,
+        hg.Batches(problem.inner_data, 8), problem.outer_data,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["CG", "LU", "Neumann", "NystromCG", "Unrolled"])
-def test_vmap_over_seeds_and_alphas_is_a_loop(name: str):
-    """Mini-batches: three keys at once, three alphas at once, and both."""
-    known = logistic("per-weight")
-    gradient = hg.hypergradient(noisy_problem(known), SETTINGS[name](1.0))
-    one = lambda alpha, seed: gradient(known.w, alpha, jax.random.key(seed))
-    alphas = jnp.stack([known.alpha, known.alpha - 1, 0.5 * known.alpha])
-    seeds = jnp.arange(3)
-    loop = [one(alpha, seed) for alpha, seed in zip(alphas, seeds, strict=True)]
-    found = jax.vmap(one)(alphas, seeds)
-    for i, single in enumerate(loop):
-        assert error(found.hypergradient[i], single.hypergradient) < 1e-9
-        for stat in ("num_hvps", "inner_grad_norm", "trusted"):
-            np.testing.assert_allclose(
-                found.stats[stat][i], single.stats[stat], rtol=1e-6
-            )
-    found = jax.vmap(lambda seed: one(known.alpha, seed))(seeds)
-    assert error(found.hypergradient[0], loop[0].hypergradient) < 1e-9
-    assert not np.allclose(found.hypergradient[0], found.hypergradient[1])
+@pytest.mark.parametrize("name", ["LU", "NystromCG", "Unrolled"])
+def test_vmap_over_keys_and_alphas_equals_a_loop(name: str):
+    """Three keys with three alphas on mini-batches."""
+    problem, w, alpha = with_batches(reference()), reference().w, reference().alpha
+    gradient = hg.hypergradient(problem, SETTINGS[name](1.0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    alphas = jnp.stack([alpha, alpha - 1, 0.5 * alpha])
+    batch = jax.vmap(lambda alpha, key: gradient(w, alpha, key))(alphas, keys)
+    for i, (alpha, key) in enumerate(zip(alphas, keys, strict=True)):
+        expected = gradient(w, alpha, key)
+        assert error(batch.hypergradient[i], expected.hypergradient) < 1e-9
+        for name in ("num_hvps", "inner_grad_norm", "trusted"):
+            actual = batch.stats[name][i]
+            np.testing.assert_allclose(actual, expected.stats[name], rtol=1e-6)
 
 
-def test_vmap_over_settings_is_a_loop():
-    """Dampings, step sizes of a series, tolerances: numbers in estimators are data."""
-    known = logistic("per-weight")
-    builders = {
+def test_vmap_over_settings_equals_a_loop():
+    """Numbers in estimators, linear solvers and solvers are data."""
+    problem, w, alpha, *_ = reference()
+    make_estimators = {
         "damping": lambda x: hg.Implicit(SOLVER, damping=x),
         "step size": lambda x: hg.Implicit(SOLVER, hg.Neumann(7, x)),
         "rtol": lambda x: hg.Implicit(SOLVER, hg.CG(rtol=x)),
         "sketch": lambda x: hg.Implicit(SOLVER, hg.Nystrom(3, damping=x)),
         "tolerance": lambda x: hg.Implicit(hg.Newton(tolerance=1e-3 * x)),
     }
-    values = jnp.array([0.5, 0.1, 0.01])
-    for build in builders.values():
-        one = lambda x, build=build: hg.hypergradient(known.problem, build(x))(
-            known.w, known.alpha
-        )
-        found = jax.vmap(one)(values)
+    values = jnp.array([0.5, 0.01])
+    for name, make_estimator in make_estimators.items():
+        estimate = lambda x, make_estimator=make_estimator: hg.hypergradient(
+            problem, make_estimator(x)
+        )(w, alpha)
+        batch = jax.vmap(estimate)(values)
         for i, x in enumerate(values):
-            single = one(x)
-            assert error(found.hypergradient[i], single.hypergradient) < 1e-9
-            assert found.stats["num_hvps"][i] == single.stats["num_hvps"]
-        assert not np.allclose(found.hypergradient[0], found.hypergradient[2], 1e-12)
+            expected = estimate(x)
+            assert error(batch.hypergradient[i], expected.hypergradient) < 1e-9, name
+            assert batch.stats["num_hvps"][i] == expected.stats["num_hvps"], name
+        assert not np.allclose(*batch.hypergradient, rtol=1e-12), name
 
 
-def test_vmap_over_problems_is_a_loop():
+def test_vmap_over_problems_equals_a_loop():
     """Three data sets as one batch of problems."""
-    tasks = [ridge("per-weight", seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[task.problem for task in tasks])
-    alpha = tasks[0].alpha
-    estimator = hg.Implicit(hg.Descent(sgd(0.5), 300))
-    one = lambda problem: hg.hypergradient(problem, estimator)(jnp.zeros(6), alpha)
-    found = jax.vmap(one)(stacked).hypergradient
-    for i, task in enumerate(tasks):
-        assert error(found[i], task.exact(alpha)) < 1e-9
+    references = [ridge("per-weight", seed) for seed in range(3)]
+    problems = jax.tree.map(lambda *x: jnp.stack(x), *[x.problem for x in references])
+    alpha = references[0].alpha
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 300))
+    estimate = lambda problem: hg.hypergradient(problem, estimator)(jnp.zeros(6), alpha)
+    batch = jax.vmap(estimate)(problems).hypergradient
+    for actual, reference in zip(batch, references, strict=True):
+        assert error(actual, reference.exact(alpha)) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["CG", "Unrolled"])
-def test_minimize_under_jit_and_vmap_is_a_loop(name: str):
-    """Seeds and starts; final alpha and w, every value, every stat and the cost."""
-    known = logistic("per-weight")
-    problem = noisy_problem(known)
-    estimator = SETTINGS[name](1.0)
+def test_a_run_under_jit_and_vmap_equals_a_loop():
+    """Over keys and starts: alpha, w, values, statistics, metrics and costs."""
+    problem, w, alpha = with_batches(reference()), reference().w, reference().alpha
 
     def run(alpha, seed):
         return run_loop(
-            problem, estimator, ADAM, known.w, alpha,
-            num_steps=6, key=jax.random.key(seed),
-            metrics={"norm": lambda w, alpha, key: jnp.sum(w**2)}, eval_every=4,
+            problem, hg.Unrolled(SOLVER), ADAM, w, alpha, num_steps=6,
+            key=jax.random.key(seed), eval_every=4,
+            metrics={"norm": lambda w, alpha, key: jnp.sum(w**2)},
         )  # fmt: skip
 
-    alphas = jnp.stack([known.alpha, known.alpha - 1])
-    seeds = jnp.arange(2)
-    found = jax.jit(jax.vmap(run))(alphas, seeds)
-    assert found.value.shape == found.cost.shape == (2, 6)
+    alphas, seeds = jnp.stack([alpha, alpha - 1]), jnp.arange(2)
+    batch = jax.jit(jax.vmap(run))(alphas, seeds)
     for i in range(2):
-        single = run(alphas[i], i)
-        nested = jax.jit(run)(alphas[i], i)
-        for other in (jax.tree.map(lambda x, i=i: x[i], found), nested):
-            assert error(other.alpha, single.alpha) < 1e-8
-            assert error(other.w, single.w) < 1e-8
-            jax.tree.map(
-                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9),
-                (other.value, other.stats["num_hvps"], other.metrics, other.cost),
-                (single.value, single.stats["num_hvps"], single.metrics, single.cost),
-            )
-            assert other.status_code == 0
+        expected = run(alphas[i], i)
+        for trace in (
+            jax.tree.map(lambda x, i=i: x[i], batch),
+            jax.jit(run)(alphas[i], i),
+        ):
+            results = lambda t: (t.alpha, t.w, t.best_alpha, t.value, t.metrics, t.cost)
+            chex.assert_trees_all_close(results(trace), results(expected), rtol=1e-8)
+            chex.assert_trees_all_close(trace.stats, expected.stats, rtol=1e-5)
+            assert trace.status == "completed"
 
 
-# What is in the program.
+# Constants and copies in programs.
 
 
-def literals(text: str) -> list[int]:
-    """Lengths of the constants in a program's text."""
-    return [len(found) for found in re.findall(r"dense<([^>]*)>", text)]
+def constant_lengths(text: str) -> list[int]:
+    """Returns the lengths of the constants in the text of a program."""
+    return [len(constant) for constant in re.findall(r"dense<([^>]*)>", text)]
 
 
-@pytest.mark.parametrize("method", ["hypergradient", "minimize"])
-def test_data_is_no_constant_of_the_program(method: str):
+@pytest.mark.parametrize("entry_point", ["hypergradient", "minimize"])
+def test_data_is_not_a_constant_of_the_program(entry_point: str):
     """4,000 numbers of data are arguments; as a constant they would fill 64 kB."""
-    known = ridge("per-weight", n=500, d=4)
-    estimator = hg.Implicit(hg.Descent(sgd(0.3), 5))
+    large = ridge("per-weight", n=500, d=4)
+    estimator = hg.Implicit(hg.Descent(SGD, 5))
 
-    def f(problem, w, alpha):
-        if method == "hypergradient":
+    def run(problem, w, alpha):
+        if entry_point == "hypergradient":
             return hg.hypergradient(problem, estimator)(w, alpha).hypergradient
         return hg.minimize(problem, estimator, ADAM, w, alpha, num_steps=3).alpha
 
-    text = jax.jit(f).lower(known.problem, known.w, known.alpha).as_text()
-    assert max(literals(text), default=0) < 500
-    closed = lambda w, alpha: f(known.problem, w, alpha)
-    text = jax.jit(closed).lower(known.w, known.alpha).as_text()
-    assert max(literals(text)) > 5_000  # the detector sees one where there is one
+    text = jax.jit(run).lower(large.problem, large.w, large.alpha).as_text()
+    assert max(constant_lengths(text), default=0) < 500
+    closed_over = lambda w, alpha: run(large.problem, w, alpha)
+    text = jax.jit(closed_over).lower(large.w, large.alpha).as_text()
+    assert max(constant_lengths(text)) > 5_000  # so that the check detects constants
 
 
-def copies_of_data(run, count: int, *args) -> list[str]:
-    """Arrays of a program that are as large as so many copies of the data."""
+def data_copies(run, num_copies: int, *args) -> list[str]:
+    """Returns the arrays of a program that are as large as several copies of data."""
     text = str(jax.make_jaxpr(run)(*args))
     shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", text)}
     assert (17, 23) in shapes
-    return sorted(str(x) for x in shapes if np.prod(x) >= count * 17 * 23)
+    return [str(shape) for shape in shapes if np.prod(shape) >= num_copies * 17 * 23]
 
 
 @pytest.mark.parametrize(
@@ -382,10 +335,10 @@ def copies_of_data(run, count: int, *args) -> list[str]:
     ],
     ids=["CG", "Newton", "Neumann", "Unrolled"],
 )
-def test_neither_several_losses_nor_alphas_side_by_side_copy_data(estimator):
-    """What `jax.lax.cond` does under vmap where its branches read data."""
+def test_neither_several_losses_nor_a_batch_of_alphas_copies_the_data(estimator):
+    """As `jax.lax.cond` would under vmap, if its branches read data."""
     x = np.linspace(-1.0, 1.0, 17 * 23).reshape(17, 23) ** 3
-    y = np.sign(x[:, 0])
+    data = x, np.sign(x[:, 0])
 
     def outer(w, alpha, batch, power=2):
         return jnp.mean(jnp.abs(batch[0] @ w - batch[1]) ** power)
@@ -394,38 +347,33 @@ def test_neither_several_losses_nor_alphas_side_by_side_copy_data(estimator):
         return jnp.mean(jnp.logaddexp(0.0, -batch[1] * (batch[0] @ w))) + alpha @ w**2
 
     losses = tuple(functools.partial(outer, power=power) for power in (2, 4, 6))
-    several = hg.Bilevel(inner, losses, (x, y), (x, y))
-    one = hg.Bilevel(inner, outer, (x, y), (x, y))
     w, alpha = jnp.zeros(23), jnp.ones(23)
     run = lambda problem, alpha: (
         hg.hypergradient(problem, estimator)(w, alpha).hypergradient
     )
-    assert not copies_of_data(lambda alpha: run(several, alpha), 3, alpha)
+    several = hg.Bilevel(inner, losses, data, data)
+    assert not data_copies(lambda alpha: run(several, alpha), 3, alpha)
+    single = hg.Bilevel(inner, outer, data, data)
     alphas = jnp.stack([alpha, 2 * alpha, 3 * alpha])
-    side_by_side = jax.vmap(lambda alpha: run(one, alpha))
-    assert not copies_of_data(side_by_side, 3, alphas)
-    found = run(several, alpha)
-    for i, loss in enumerate(losses):
-        alone = run(hg.Bilevel(inner, loss, (x, y), (x, y)), alpha)
-        np.testing.assert_allclose(found[i], alone, rtol=1e-10, atol=1e-14)
+    assert not data_copies(jax.vmap(lambda alpha: run(single, alpha)), 3, alphas)
 
 
-def test_a_sampler_over_arrays_is_refused():
-    """data_fn=lambda key: big[...] would bake 8 kB into the program."""
-    big = jnp.zeros(1000)
-    with pytest.raises(ValueError, match="closes over 8,000 bytes"):
-        hg.Bilevel(logistic_inner, logistic_outer, data_fn=lambda key: (big, big[:10]))
+def test_a_data_function_that_closes_over_arrays_is_refused():
+    """They would be compiled into the program."""
+    large = jnp.zeros(1000)
+    with pytest.raises(ValueError, match="data_fn"):
+        hg.Bilevel(
+            logistic_inner, logistic_outer, data_fn=lambda key: (large, large[:10])
+        )
 
 
-# Memory, as the compiler plans it.
-
-
-def temporary(f, *args) -> int:
-    """Bytes of temporaries of the compiled program; nothing is run."""
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
+# Memory, as the compiler plans it; nothing is run.
 
 MILLION = 1_000_000
+
+
+def temporary_bytes(f, *args) -> int:
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def wide_inner(w, alpha, batch):
@@ -436,57 +384,58 @@ def wide_outer(w, alpha, batch):
     return jnp.sum((w - 1) ** 2)
 
 
+WIDE = hg.Bilevel(wide_inner, wide_outer)
+
+
+def hypergradient_bytes(estimator, size: int) -> int:
+    w = jax.ShapeDtypeStruct((size,), jnp.float32)
+    gradient = hg.hypergradient(WIDE, estimator)
+    return temporary_bytes(lambda w, alpha: gradient(w, alpha).hypergradient, w, w)
+
+
 @pytest.mark.parametrize(
-    "linear",
+    "linear_solver",
     [hg.CG(), hg.Neumann(20), hg.Neumann(20, 0.5), hg.Identity()],
-    ids=["CG", "Neumann", "Neumann step", "Identity"],
+    ids=["CG", "Neumann", "Neumann, step size", "Identity"],
 )
-def test_implicit_needs_a_dozen_vectors(linear):
-    """A million parameters: beyond the inner solver's, at most 12 vectors of 4 MB."""
-    problem = hg.Bilevel(wide_inner, wide_outer)
-    w = alpha = jax.ShapeDtypeStruct((MILLION,), jnp.float32)
+def test_implicit_needs_a_dozen_vectors(linear_solver):
+    """In addition to the inner solver's memory, for a million parameters of 4 bytes."""
+    w = jax.ShapeDtypeStruct((MILLION,), jnp.float32)
     solver = hg.Descent(optax.sgd(0.3, momentum=0.9), 50)
-    estimator = hg.Implicit(solver, linear)
+    estimator = hg.Implicit(solver, linear_solver)
     key = jax.random.key(0)
 
-    def whole(w, alpha):
-        state = estimator.init(problem, w, alpha)
-        found, state = estimator.estimate(problem, state, alpha, key)
-        return found, state
+    def estimate(w, alpha):
+        return estimator.estimate(WIDE, estimator.init(WIDE, w, alpha), alpha, key)
 
-    def inner(w, alpha):
+    def solve(w, alpha):
         return solver.solve(wide_inner, w, alpha, None, key)[0]
 
-    beyond = temporary(whole, w, alpha) - temporary(inner, w, alpha)
-    assert beyond <= 12 * 4 * MILLION
+    extra = temporary_bytes(estimate, w, w) - temporary_bytes(solve, w, w)
+    assert extra <= 12 * 4 * MILLION
 
 
-def test_implicit_is_flat_in_the_inner_steps():
-    """Ten steps and ten thousand: the same temporaries, up to the keys of the steps."""
-    problem = hg.Bilevel(wide_inner, wide_outer)
-    w = alpha = jax.ShapeDtypeStruct((MILLION,), jnp.float32)
-
-    def planned(num_steps):
-        estimator = hg.Implicit(hg.Descent(sgd(0.3), num_steps))
-        gradient = hg.hypergradient(problem, estimator)
-        return temporary(lambda w, alpha: gradient(w, alpha).hypergradient, w, alpha)
-
-    assert planned(10_000) <= planned(10) + 1_000_000
+def test_the_memory_of_implicit_does_not_grow_with_the_inner_steps():
+    """Except for the keys of the steps."""
+    few, many = (
+        hypergradient_bytes(hg.Implicit(hg.Descent(SGD, num_steps)), MILLION)
+        for num_steps in (10, 10_000)
+    )
+    assert many <= few + 1_000_000
 
 
 @functools.cache
-def unrolled_bytes(num_steps: int, checkpoint: bool, last: int | None = None) -> int:
-    size = 10_000
-    problem = hg.Bilevel(wide_inner, wide_outer)
-    w = alpha = jax.ShapeDtypeStruct((size,), jnp.float32)
-    solver = hg.Descent(sgd(0.1), num_steps)
-    estimator = hg.Unrolled(solver, truncation_length=last, checkpoint=checkpoint)
-    gradient = hg.hypergradient(problem, estimator)
-    return temporary(lambda w, alpha: gradient(w, alpha).hypergradient, w, alpha)
+def unrolled_bytes(num_steps: int, checkpoint: bool, truncation_length=None) -> int:
+    estimator = hg.Unrolled(
+        hg.Descent(SGD, num_steps),
+        truncation_length=truncation_length,
+        checkpoint=checkpoint,
+    )
+    return hypergradient_bytes(estimator, 10_000)
 
 
-def test_checkpoints_make_memory_grow_like_the_root():
-    """16 times the steps: 4 times the bytes with checkpoints, 16 times without."""
+def test_the_memory_of_unrolling_grows_like_the_square_root():
+    """16 times the steps need 4 times the bytes with checkpoints, 16 times without."""
     growth = {
         checkpoint: unrolled_bytes(1600, checkpoint) / unrolled_bytes(100, checkpoint)
         for checkpoint in (True, False)
@@ -496,11 +445,28 @@ def test_checkpoints_make_memory_grow_like_the_root():
     assert unrolled_bytes(1600, True) < 0.15 * unrolled_bytes(1600, False)
 
 
-def test_truncation_makes_memory_flat():
-    """truncation_length=10 stores ten steps, whether 100 or 1,600 are run."""
+def test_the_memory_of_truncated_unrolling_does_not_grow():
+    """Ten of 100 or of 1,600 steps are stored."""
     few, many = unrolled_bytes(100, False, 10), unrolled_bytes(1600, False, 10)
     assert many < 1.1 * few + 100_000
     assert many < 0.05 * unrolled_bytes(1600, False)
+
+
+def test_a_run_stores_only_scalars_per_step():
+    """A thousand outer steps instead of ten add a row of at most 40 numbers each."""
+    w = jax.ShapeDtypeStruct((10_000,), jnp.float32)
+    estimator = hg.Implicit(hg.Descent(SGD, 5))
+
+    def run_bytes(num_steps):
+        minimize = lambda w, alpha: hg.minimize(
+            WIDE, estimator, ADAM, w, alpha, num_steps=num_steps
+        )
+        return temporary_bytes(minimize, w, w)
+
+    assert run_bytes(1000) - run_bytes(10) < 990 * 8 * 40
+
+
+# A network with 784 inputs, 128 hidden units and 10 classes, and 10,000 inner steps.
 
 
 def mlp_loss(w, alpha, batch):
@@ -514,74 +480,46 @@ def mlp_inner(w, alpha, batch):
     return mlp_loss(w, alpha, batch) + jnp.exp(alpha) * penalty
 
 
-def test_ten_thousand_steps_of_a_network_unroll_in_half_a_gigabyte():
-    """784-128-10 with momentum, batch 128, float32: as planned, not run."""
-    sizes = {"W1": (784, 128), "b1": (128,), "W2": (128, 10), "b2": (10,)}
-    w = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in sizes.items()}
-    x, y = np.zeros((2000, 784), np.float32), np.zeros(2000, np.int32)
-    problem = hg.Bilevel(
-        mlp_inner, mlp_loss, hg.Batches({"x": x, "y": y}, 128), {"x": x, "y": y}
+def unroll_network(num_examples: int, batch_size: int):
+    """Returns a function ``(problem, w, alpha) -> hypergradient`` and its arguments."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    w = {
+        "W1": normal(784, 128) / 28, "b1": jnp.zeros(128, jnp.float32),
+        "W2": normal(128, 10) / 11, "b2": jnp.zeros(10, jnp.float32),
+    }  # fmt: skip
+    y = jnp.asarray(rng.integers(10, size=num_examples), jnp.int32)
+    data = {"x": normal(num_examples, 784), "y": y}
+    problem = hg.Bilevel(mlp_inner, mlp_loss, hg.Batches(data, batch_size), data)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.02, momentum=0.9), 10_000))
+    run = lambda problem, w, alpha: (
+        hg.hypergradient(problem, estimator)(w, alpha).hypergradient
     )
-    solver = hg.Descent(optax.sgd(0.1, momentum=0.9), 10_000)
-    estimator = hg.Unrolled(solver)
+    return run, (problem, w, jnp.asarray(-8.0, jnp.float32))
 
-    def f(problem, w, alpha):
-        return hg.hypergradient(problem, estimator)(w, alpha).hypergradient
 
-    alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    assert temporary(f, problem, w, alpha) < 500e6
+def test_ten_thousand_steps_of_a_network_are_planned_in_half_a_gigabyte():
+    """With momentum and batches of 128, in float32."""
+    run, arguments = unroll_network(num_examples=2000, batch_size=128)
+    assert temporary_bytes(run, *arguments) < 500e6
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ten_thousand_steps_of_a_network_stay_under_a_gibibyte():
-    """The same network, run: peak resident memory of a whole process of its own."""
-    code = """
+def test_ten_thousand_steps_of_a_network_run_in_a_gibibyte():
+    """The peak resident memory of a process of its own."""
+    script = """
         import re
-        import jax, jax.numpy as jnp, optax, hypergrad as hg
-        k = jax.random.split(jax.random.key(0), 4)
-        x = jax.random.normal(k[0], (1000, 784))
-        y = jax.random.randint(k[1], (1000,), 0, 10)
-        w = {
-            "W1": jax.random.normal(k[2], (784, 128)) / 28, "b1": jnp.zeros(128),
-            "W2": jax.random.normal(k[3], (128, 10)) / 11, "b2": jnp.zeros(10),
-        }
-        def outer(w, alpha, batch):
-            hidden = jax.nn.relu(batch[0] @ w["W1"] + w["b1"])
-            logits = hidden @ w["W2"] + w["b2"]
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-            return jnp.mean(loss)
-        def inner(w, alpha, batch):
-            penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
-            return outer(w, alpha, batch) + jnp.exp(alpha) * penalty
-        problem = hg.Bilevel(inner, outer, hg.Batches((x, y), 32), (x[:100], y[:100]))
-        solver = hg.Descent(optax.sgd(0.02, momentum=0.9), 10_000)
-        found = hg.hypergradient(problem, hg.Unrolled(solver))(w, jnp.asarray(-8.0))
-        assert jnp.isfinite(found.hypergradient)
-        # getrusage's peak would begin at the size of the process that started this one.
+        import jax, jax.numpy as jnp
+        from tests.reliability.test_compilation import unroll_network
+        run, arguments = unroll_network(num_examples=1000, batch_size=32)
+        assert jnp.isfinite(jax.jit(run)(*arguments))
+        # The peak of getrusage would include the process that started this one.
         peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
         assert int(peak[1]) < 2**20, peak
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_minimize_keeps_only_scalars_a_step():
-    """Ten outer steps and a thousand: a row of scalars more for each, no vectors."""
-    problem = hg.Bilevel(wide_inner, wide_outer)
-    w = alpha = jax.ShapeDtypeStruct((10_000,), jnp.float32)
-    estimator = hg.Implicit(hg.Descent(sgd(0.1), 5))
-
-    def planned(num_steps):
-        run = lambda w, alpha: hg.minimize(
-            problem, estimator, ADAM, w, alpha, num_steps=num_steps
-        )
-        return temporary(run, w, alpha)
-
-    assert planned(1000) - planned(10) < 990 * 8 * 40
-
-
-def test_any_known_is_cached():
-    """Shared problems are built once, so that tests share compiled programs."""
-    assert any_known("ridge scalar") is any_known("ridge scalar")
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
