@@ -209,6 +209,7 @@ class CheckpointFolder:
             return None
         arrays, static = eqx.partition(blank_fn(step), eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
+        # Leaves are stored by index, so that names of user keys need no escaping.
         like = jax.tree.map(np.empty_like, _to_named_arrays(leaves))
         saved = run_on_first_process(lambda: self._read(step, like), like)
         leaves = [
@@ -219,6 +220,7 @@ class CheckpointFolder:
 
     def save(self, step: int, tree: PyTree) -> None:
         """Writes a checkpoint, or issues a warning if that fails."""
+        # All processes gather sharded arrays; only the first one writes.
         arrays = _to_named_arrays(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
         if not self.is_writable:
             return
@@ -304,6 +306,7 @@ class CheckpointFolder:
         atomic_io.fsync_tree(self._arrays_path(step))
         files = _digest_files(self._arrays_path(step))
         metadata = {"step": step, "run": self.fingerprint, "files": files}
+        # A power failure must not leave metadata of arrays that are not on disk.
         text = json.dumps(metadata | {"sha256": _digest_json(metadata)}, indent=1)
         atomic_io.atomic_write(self._metadata_path(step), text + "\n")
         for old_step in self._steps()[NUM_KEPT:]:

@@ -318,6 +318,7 @@ class OuterLoop(eqx.Module):
 
     def _check_inputs(self, w: PyTree, alpha: PyTree) -> None:
         """Checks everything that depends on the shapes of ``w`` and ``alpha``."""
+        # Line searches are recognized by their states, since optax.chain hides them.
         optimizer_state = eqx.filter_eval_shape(self.optimizer.init, alpha)
         if contains_state(optimizer_state, LINE_SEARCH_STATES):
             raise ValueError(
@@ -336,6 +337,7 @@ class OuterLoop(eqx.Module):
 
     def _check_guard(self, w: PyTree, alpha: PyTree) -> None:
         """Raises ValueError if ``on_untrusted`` could never let a step through."""
+        # A certificate replaces the trust only of estimators that target the argmin.
         certifies_all = get_target(self.estimator) == "argmin"
         if self.on_untrusted == "record" or (certifies_all and self.certify_every == 1):
             return
@@ -356,6 +358,7 @@ def _check_state_fits(state: Any, w: PyTree, alpha: PyTree) -> None:
             f"{type(state).__name__}."
         )
     w, alpha = as_input_arrays(w, alpha)
+    # best_alpha is used because alpha itself is stored in unconstrained coordinates.
     for name, tree, like in (("w", w, state.w), ("alpha", alpha, state.best_alpha)):
         describe = lambda tree: jax.tree.map(
             lambda x: f"{x.dtype}{list(x.shape)}", tree

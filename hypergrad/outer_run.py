@@ -89,6 +89,7 @@ def run_steps(
     if num_steps is None and (budget is None or budget == math.inf):
         raise ValueError("num_steps or a finite budget must be given; got neither.")
     if num_steps is not None and not host_options:
+        # A budget alone gives no bound on the number of blocks: the host counts them.
         return _run_without_host(loop, state, num_steps, budget)
     with contextlib.ExitStack() as stack:
         folder = None
@@ -113,6 +114,7 @@ def _check_state(loop: "OuterLoop", state: Any) -> None:
             f"state must be the state of a single run; got a batch {state.step.shape}. "
             "Continue it inside jax.vmap, or index it first."
         )
+    # Nothing is computed: JAX has kept the trace of `init_state` for these types.
     w, alpha, key = state.w, state.best_alpha, state.key
     like = jax.eval_shape(lambda *args: init_state(loop, *args), w, alpha, key)
     has_same_structure = jax.tree.structure(state) == jax.tree.structure(like)
@@ -135,6 +137,7 @@ def _run_without_host(
     A tracer may also be hidden in a function, such as the optimizer. Therefore values
     are read from the device only if there is a budget, and then only concrete ones.
     """
+    # Inside jit every further block would be another loop in the caller's program.
     block_size = num_steps if is_traced(loop, state, budget) else BLOCK_SIZE
     first_step, stop = state.step, state.step + num_steps
     account, blocks = Budget.create(budget), []
@@ -196,6 +199,7 @@ class _HostRun:
         if saved is None:
             return
         self.state, budget, rows = saved
+        # What was spent continues, while the limit may be larger than before.
         self.budget = dataclasses.replace(budget, limit=self.budget.limit)
         costs = rows.stats["gradient_equivalents"]
         self.num_made, self.blocks = len(costs), [(rows, len(costs))]
@@ -219,7 +223,7 @@ class _HostRun:
             is_end = self._is_finished() or limit_code > 0
             if self.folder is not None and (is_end or self._is_due(self.folder.every)):
                 rows = _concatenate(self.blocks)
-                self.blocks = [(rows, self.num_made)]
+                self.blocks = [(rows, self.num_made)]  # do not join them again
                 self.folder.save(self.num_made, self._to_checkpoint(rows))
             if self.progress is not None and (
                 is_end or self._is_due(self._report_every())
@@ -227,7 +231,7 @@ class _HostRun:
                 value = to_numpy(self._last_value())
                 self.progress(self.num_made, value if value.ndim else value.item())
         status = int(self.state.status)
-        if not (status or self._is_finished()):
+        if not self._is_finished():  # a limit that the last step exceeds does not count
             status = limit_code
         rows = _concatenate(self.blocks)
         if math.isinf(self.budget.limit):
@@ -318,6 +322,7 @@ class _Limits:
         elapsed = time.monotonic() - self.start_time
         if self.time_limit is not None and elapsed > self.time_limit:
             code = OUT_OF_TIME
+        # Clocks and memory differ, but all processes must stop after the same step.
         return process_max(code)
 
 
@@ -363,7 +368,10 @@ def _make_trace(
 
 
 def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
-    """Returns digests of everything that determines a run, by name."""
+    """Returns digests of everything that determines a run, by name.
+
+    The number of steps and the budget are left out, so that a run can be extended.
+    """
     problem, optimizer = loop.problem, optax.with_extra_args_support(loop.optimizer)
     key = jax.random.key(0)
     inner_batch = jax.eval_shape(
@@ -372,6 +380,8 @@ def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
     outer_batch = jax.eval_shape(
         lambda key: full_batch(problem.sample_data(key)[1], key), key
     )
+    # The text of a program contains the constants that its functions close over. Parts
+    # of the program are compared as well, because their names make a better message.
     digest_code = lambda f, *args: digest_program(jax.jit(f).lower(*args))
     w, alpha = state.w, state.best_alpha
     outer_value = lambda *args: problem.outer_value(*args)

@@ -120,6 +120,7 @@ def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> Outer
     aggregator_state = None
     if loop.aggregator is not None:
         aggregator_state = loop.aggregator.init(loop.problem.num_objectives)
+    # Scalars are weakly typed here, and take the dtype of what replaces them.
     state = OuterState(
         step=jnp.asarray(0),
         status=jnp.asarray(0),
@@ -256,6 +257,7 @@ def _aggregate(
     aggregator: Any, estimate: Estimate, pullback: Callable, state: PyTree
 ) -> _Direction:
     """Pulls hypergradients back to ``u`` and combines those of K outer losses."""
+    # dM/du = (dalpha/du)' dM/dalpha
     if aggregator is None:
         (gradient,) = pullback(estimate.hypergradient)
         return _Direction(gradient, estimate.value, None, False, state)
@@ -277,6 +279,7 @@ def _update(
     loop: "OuterLoop", state: OuterState, direction: _Direction
 ) -> tuple[PyTree, PyTree]:
     """Returns ``u`` after a step of the optimizer, and the optimizer's next state."""
+    # Optimizers such as Polyak's also need the outer value.
     optimizer = optax.with_extra_args_support(loop.optimizer)
     updates, optimizer_state = optimizer.update(
         direction.gradient, state.optimizer_state, state.u, value=direction.score
@@ -292,6 +295,7 @@ def _get_status(
 ) -> Array:
     """Returns the code of the first check that a step fails, or 0."""
     should_stop = loop.on_untrusted == "stop"
+    # The first condition that holds counts: a NaN in the value spreads to the others.
     return jnp.select(
         [
             ~all_finite(estimate.value),

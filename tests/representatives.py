@@ -78,23 +78,8 @@ REPRESENTATIVES = {
         "test_several_losses_and_trees_are_certified": set(),
         "test_the_certificate_on_a_hundred_problems": set(),
     },
-    "test_checkpoint": {
-        "test_a_full_disk_is_reported_and_nothing_is_lost": set(),
-        "test_a_time_limit_alone": set(),
-        "test_killed_after_any_step_it_ends_with_the_same_bits": {"implicit"},
-        "test_the_folder_of_another_run_is_refused": {"num_steps"},
-    },
     "test_command": {
         "test_the_command_writes_rows_table_and_figure": {"few_shot", "unsupervised"},
-    },
-    "test_compilation": {
-        "test_a_run_traces_each_loss_a_constant_number_of_times": {"Unrolled"},
-        "test_equal_with_and_without_jit": {"Unrolled"},
-        "test_minimize_under_jit_and_vmap_is_a_loop": set(),
-        "test_other_numbers_trace_nothing": {"Unrolled"},
-        "test_progress_traces_a_constant_number_of_times": set(),
-        "test_vmap_over_seeds_and_alphas_is_a_loop": {"Unrolled"},
-        "test_vmap_over_settings_is_a_loop": set(),
     },
     "test_cost_ledger": {
         "test_implicit_sees_the_batch_that_it_holds": {"3-13", "None-None"},
@@ -225,11 +210,6 @@ REPRESENTATIVES = {
     "test_forward": {
         "test_the_distance_to_implicit": {"Forward"},
     },
-    "test_guards": {
-        "test_an_error_that_steps_do_not_reach_is_refined": set(),
-        "test_implicit_refined_is_the_closed_form": {"ridge per-weight-*"},
-        "test_under_jit_and_vmap_it_is_a_loop": {"refine"},
-    },
     "test_guide": {
         "test_a_leaf_of_the_losses_that_is_read_beside_them": {
             *(
@@ -290,10 +270,6 @@ REPRESENTATIVES = {
             ),
         },
     },
-    "test_kills": {
-        "test_a_run_with_checkpoints": set(),
-        "test_a_study_of_the_command_line": set(),
-    },
     "test_linear": {
         "test_a_sketch_of_half_precision": {"solver0-bfloat16"},
         "test_linear_solve_its_batches_and_its_derivatives": {"Neumann", "NystromCG"},
@@ -301,17 +277,6 @@ REPRESENTATIVES = {
     },
     "test_metric_tables": {
         "test_retrieval_ranks_all_others_by_cosine": set(),
-    },
-    "test_minimize": {
-        "test_a_box_is_projected_gradient_descent": set(),
-        "test_a_space_is_a_reparametrisation": {"log Interval"},
-        "test_equals_a_loop_by_hand": {"momentum"},
-        "test_float32_stays_float32": set(),
-        "test_progress_changes_nothing": {"41"},
-        "test_projections_of_optax": {"simplex"},
-        "test_rows_of_a_batch_need_an_index": set(),
-        "test_spaces_leaf_by_leaf": set(),
-        "test_w_is_carried_from_step_to_step": {"implicit"},
     },
     "test_objectives": {
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
