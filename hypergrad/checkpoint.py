@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was killed goes on, to the same bits."""
+"""Checkpoints, from which a run that was killed continues to the same bits."""
 
 import contextlib
 import hashlib
@@ -25,47 +25,53 @@ from .trees import to_numpy
 from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
+#: What determines the bits of a run: names, and digests or texts.
 RunFingerprint = dict[str, str]
 Arrays = dict[str, np.ndarray]
 
 NO_STEP = -1
-NUM_KEPT = 2  # the newest, and the one before should that be damaged
-# What differs whenever anything does is named where nothing else is.
-TOGETHER = ("program", "initial state")
+NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corrupt
+# These differ whenever anything else does, and are named only if nothing else differs.
+DERIVED_NAMES = ("program", "initial state")
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where `minimize` keeps what moves, and how often.
+    """The folder in which a run is saved, and the interval between checkpoints.
 
-    All of it: ``alpha``, ``w``, the states of optimizer and estimator (adjoints,
-    tables of variance reduction), keys, rows and ledger. The same call with the same
-    folder goes on from the last checkpoint and ends with the bits of a run that was
-    never interrupted, whenever it was killed; that of a finished run returns its trace.
+    A checkpoint contains everything that changes during a run: ``alpha``, ``w``, the
+    states of optimizer and estimator (adjoints, tables of variance reduction), keys and
+    the records of all steps. The same call with the same folder continues from the
+    newest checkpoint and ends with the bits of a run that was never interrupted. After
+    a finished run it returns the trace, or continues to a larger ``num_steps`` or
+    ``budget``.
 
     Args:
-      folder: of this run alone; it is made where there is none.
-      every: outer steps between checkpoints; where a run ends or stops there is one.
+      folder: Folder of this run only; it is created if it does not exist.
+      every: Number of outer steps between checkpoints. The end of a run is saved too.
 
-    A checkpoint is written beside the last two and counts once it is complete and on
-    the disk, where a loss of power leaves it; its files are checked by SHA-256 before
-    they are read. One that is damaged is passed over with a warning, and the one before
-    is used.
+    The last two checkpoints are kept. A new one counts only once it is complete and on
+    disk, so that it survives a power failure. The SHA-256 of all files is checked
+    before they are read: a corrupt checkpoint is skipped with a warning, and the
+    previous one is used.
 
-    A folder that cannot be written to, or a full disk, brings a warning; the run goes
-    on, and what was kept before stays. The same bits are promised on one kind of device
-    and with one version of jax.
+    If the folder cannot be written to, or the disk is full, a warning is issued and the
+    run continues; earlier checkpoints are kept. Equal bits require the same kind of
+    device and the same version of JAX.
 
-    Of several processes (`jax.distributed`) the first writes and reads, and sends the
-    others what it read; no other has to see the folder, and the same number of
-    processes and devices goes on.
+    With several processes (`jax.distributed`) the first one writes and reads, and sends
+    the others what it read, so that they need no access to the folder. Only the same
+    number of processes and devices can continue the run.
 
-    Cost: a copy of the carry to the host and to the disk, some 0.1 s for a small one.
+    Cost: one copy of the state to the host and to the disk per checkpoint, about 0.1 s
+    for a small state.
 
     Raises:
-      ValueError: the folder holds another run, which is told by what differs: data,
-        starting point, key, settings, losses, the program; or no whole checkpoint; or
-        another process that is alive runs in it.
+      TypeError: ``folder`` is not a path.
+      ValueError: ``every`` is not a positive integer. When the run starts: the folder
+        contains another run (the message names what differs: data, starting point, key,
+        settings, losses or the program), a longer run, or only corrupt checkpoints, or
+        another process is running in it.
 
     >>> import tempfile, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -79,7 +85,7 @@ class Checkpoints:
     ... )
     >>> run(time_limit=1e-9).status
     'stopped: time limit'
-    >>> run().status  # goes on
+    >>> run().status  # continues
     'completed'
     >>> folder.cleanup()
     """
@@ -88,57 +94,57 @@ class Checkpoints:
     every: int = 1
 
     def __post_init__(self):
-        """Refuses what is no path, and no number of steps."""
+        """Checks the types of the fields."""
         if not isinstance(self.folder, str | os.PathLike):
             raise TypeError(
-                f"folder must be a path, such as 'runs/first'; got {self.folder!r}"
+                f"folder must be a path, such as 'runs/first'; got {self.folder!r}."
             )
         check_positive_int("every", self.every)
 
 
 def check_checkpoints(checkpoints: Any) -> None:
-    """Refuses what is none, before anything is traced."""
-    if checkpoints is None:
-        return
-    if not isinstance(checkpoints, Checkpoints):
+    """Raises TypeError unless the argument is None or a `Checkpoints`."""
+    if not (checkpoints is None or isinstance(checkpoints, Checkpoints)):
         raise TypeError(
             "checkpoints must be hg.Checkpoints(folder, every); got "
-            f"{type(checkpoints).__name__}"
+            f"{type(checkpoints).__name__}."
         )
 
 
-# Whose checkpoints they are.
+# Fingerprints.
 
 
 def runtime_environment() -> RunFingerprint:
-    """What the bits depend on beside the program."""
-    from jaxlib.version import __version__ as jaxlib
+    """Returns what the bits of a run depend on in addition to its program."""
+    from jaxlib.version import __version__ as jaxlib_version
 
     device = jax.devices()[0]
     return {
-        "jax": f"{jax.__version__} on jaxlib {jaxlib}",
+        "jax": f"{jax.__version__} on jaxlib {jaxlib_version}",
         "device": f"{device.platform} {device.device_kind}",
         "number of processes": str(jax.process_count()),
     }
 
 
-def _compare(folder: Path, there: RunFingerprint, here: RunFingerprint) -> None:
-    """Refuses a folder of another run, naming what differs."""
-    names = [name for name in here if there.get(name) != here[name]]
-    names = [name for name in names if name not in TOGETHER] or names
+def _check_same_run(
+    folder: Path, saved: RunFingerprint, current: RunFingerprint
+) -> None:
+    """Raises ValueError, naming the differences, if a folder contains another run."""
+    names = [name for name in current if saved.get(name) != current[name]]
+    names = [name for name in names if name not in DERIVED_NAMES] or names
     if not names:
         return
 
-    def told(name: str) -> str:
-        old, new = there.get(name, "unknown"), here[name]
+    def describe(name: str) -> str:
+        old, new = saved.get(name, "unknown"), current[name]
         if HASH in old + new:
             return f"{name} differs"
-        return f"{name} is {old} there and {new} here"
+        return f"{name} is {old} in the folder and {new} now"
 
     raise ValueError(
-        f"{folder} holds the checkpoints of another run: "
-        f"{', '.join(map(told, names))}; go on with what began it, or give another "
-        "folder"
+        f"folder must not contain another run; in {folder} "
+        f"{', '.join(map(describe, names))}. Repeat the call that started the run, or "
+        "choose another folder."
     )
 
 
@@ -146,200 +152,202 @@ def _compare(folder: Path, there: RunFingerprint, here: RunFingerprint) -> None:
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint that is not what was written."""
+    """A file of a checkpoint cannot be read or is not as it was written."""
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: ``step-N/`` by orbax, ``step-N.json`` to check it."""
+    """The checkpoints of one run, each an Orbax folder ``step-N`` and ``step-N.json``.
 
-    def __init__(self, path: Path, run: RunFingerprint):
-        self.path, self.run, self.writable = path, run, False
+    The JSON file is written last. It contains the fingerprint of the run and the digest
+    of every file, and its own digest under "sha256".
+
+    Attributes:
+      path: The folder.
+      every: Number of steps between checkpoints.
+      fingerprint: What determines the bits of the run.
+      is_writable: False if checkpoints can only be read.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, fingerprint: RunFingerprint):
+        self.path, self.every = Path(checkpoints.folder), checkpoints.every
+        self.fingerprint, self.is_writable = fingerprint, False
 
     def open(self, stack: contextlib.ExitStack) -> None:
-        """Holds it until ``stack`` ends; warns where nothing can be written to it."""
+        """Creates and locks the folder until ``stack`` is closed.
+
+        A warning is issued if the folder cannot be written to.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(
-                f"{self.path} is no folder; give another one for checkpoints"
+                f"folder must be a folder for checkpoints; got the file {self.path}."
             )
         try:
             atomic_io.make_directory(self.path)
             lock_file(stack.enter_context((self.path / "lock").open("a")), self.path)
-            self.clear()
         except OSError as error:
             warnings.warn(
-                f"no checkpoint can be written to {self.path} ({error}); the run goes "
-                "on without, from what is there",
-                stacklevel=8,
+                f"no checkpoint can be written to {self.path} ({error}); the run "
+                "continues without new ones",
+                stacklevel=2,
             )
         else:
-            self.writable = True
+            self.is_writable = True
 
     def load(self, blank_fn: Callable[[int], Tree]) -> Tree | None:
         """Returns the newest intact checkpoint, or None if the folder has none.
 
         Args:
-          blank_fn: ``step -> tree`` of the structure, shapes and types that the
-            checkpoint of that step has.
+          blank_fn: ``step -> tree`` of the structure, shapes, dtypes and sharding that
+            the checkpoint of that step has.
+
+        Raises:
+          ValueError: The folder contains another run, or only corrupt checkpoints.
         """
-        step = int(
-            run_on_first_process(
-                lambda: np.asarray(self._newest_step(), np.int32),
-                np.zeros((), np.int32),
-            )
-        )
+        newest_step = lambda: np.asarray(self._newest_step(), np.int32)
+        step = int(run_on_first_process(newest_step, np.zeros((), np.int32)))
         if step == NO_STEP:
             return None
         arrays, static = eqx.partition(blank_fn(step), eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
-        like = jax.tree.map(np.empty_like, _named(leaves))
-        found = run_on_first_process(lambda: self._read(step, like), like)
-
-        def written_over(leaf, array):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-            if isinstance(leaf, np.ndarray):
-                return np.asarray(array)
-            return leaf.at[...].set(array)  # keeps its sharding
-
+        # Leaves are stored by index, so that names of user keys need no escaping.
+        like = jax.tree.map(np.empty_like, _to_named_arrays(leaves))
+        saved = run_on_first_process(lambda: self._read(step, like), like)
         leaves = [
-            written_over(leaf, found[_name(i)]) if leaf.size else leaf
+            _fill(leaf, saved[_array_name(i)]) if leaf.size else leaf
             for i, leaf in enumerate(leaves)
         ]
         return eqx.combine(jax.tree.unflatten(structure, leaves), static)
 
-    def _newest_step(self) -> int:
-        """Returns the step of the newest intact checkpoint, or `NO_STEP`."""
-        flaws = []
-        for step in self._steps():
-            try:
-                self._check(step)
-            except CorruptCheckpointError as flaw:
-                flaws.append((step, str(flaw)))
-                continue
-            for damaged, flaw in flaws:
-                warnings.warn(
-                    f"the checkpoint of step {damaged} in {self.path} is damaged "
-                    f"({flaw}); the run goes on from that of step {step}",
-                    stacklevel=6,
-                )
-                if self.writable:
-                    self._remove(damaged)
-            return step
-        if flaws:
-            said = "; ".join(f"step {step}: {flaw}" for step, flaw in flaws)
-            raise ValueError(
-                f"no checkpoint in {self.path} is whole ({said}); delete the folder to "
-                "begin anew"
-            )
-        return NO_STEP
-
     def save(self, step: int, tree: PyTree) -> None:
-        """Keeps a checkpoint, or warns that it could not be."""
-        arrays = _named(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
-        if not self.writable:
+        """Writes a checkpoint, or issues a warning if that fails."""
+        # All processes gather sharded arrays; only the first one writes.
+        arrays = _to_named_arrays(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+        if not self.is_writable:
             return
         try:
             self._write(step, arrays)
-        except Exception as error:  # a full disk has many types, by who meets it
+        except Exception as error:  # Orbax reports a full disk by several types
             with contextlib.suppress(OSError):
-                self.clear()
-            kept = max(self._steps(), default=None)
-            have = (
-                "there is none yet" if kept is None else f"the last is of step {kept}"
-            )
+                self._remove_incomplete()
+            newest = max(self._steps(), default="none")
             warnings.warn(
                 f"the checkpoint of step {step} could not be written to {self.path} "
-                f"({type(error).__name__}: {error}); the run goes on, {have}",
-                stacklevel=4,
+                f"({type(error).__name__}: {error}); the run continues, and its newest "
+                f"checkpoint is of step {newest}",
+                stacklevel=2,
             )
 
-    def _file(self, step: int) -> Path:
+    def _newest_step(self) -> int:
+        """Returns the step of the newest intact checkpoint, or `NO_STEP`."""
+        errors = []
+        for step in self._steps():
+            try:
+                self._check(step)
+            except CorruptCheckpointError as error:
+                errors.append(f"step {step}: {error}")
+                continue
+            if errors:
+                warnings.warn(
+                    f"a checkpoint in {self.path} is corrupt ({'; '.join(errors)}); "
+                    f"the run continues from the checkpoint of step {step}",
+                    stacklevel=2,
+                )
+            return step
+        if errors:
+            raise ValueError(
+                f"folder must contain an intact checkpoint; all in {self.path} are "
+                f"corrupt ({'; '.join(errors)}). Delete the folder to start again."
+            )
+        return NO_STEP
+
+    def _metadata_path(self, step: int) -> Path:
         return self.path / f"step-{step:09d}.json"
 
-    def _arrays(self, step: int) -> Path:
+    def _arrays_path(self, step: int) -> Path:
         return self.path / f"step-{step:09d}"
 
     def _steps(self) -> list[int]:
-        """Those that were completed, the newest first."""
-        files = self.path.glob("step-*.json")
-        named = [re.fullmatch(r"step-(\d{9})", file.stem) for file in files]
-        return sorted((int(match[1]) for match in named if match), reverse=True)
+        """Returns the steps of all complete checkpoints, the newest first."""
+        names = (file.name for file in self.path.glob("step-*.json"))
+        matches = [re.fullmatch(r"step-(\d{9})\.json", name) for name in names]
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def _check(self, step: int) -> None:
-        """Raises where anything is not as written, or of another run."""
+        """Raises an error if a checkpoint is corrupt or of another run."""
+        file, folder = self._metadata_path(step), self._arrays_path(step)
         try:
-            said = json.loads(self._file(step).read_text())
-            seal = said.pop("sha256")
+            metadata = json.loads(file.read_text())
+            sha256 = metadata.pop("sha256")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptCheckpointError(
-                f"{self._file(step).name} cannot be read"
-            ) from error
-        if seal != _seal(said):
-            raise CorruptCheckpointError(
-                f"{self._file(step).name} is not as it was written"
-            )
-        _compare(self.path, said["run"], self.run)
+            raise CorruptCheckpointError(f"{file.name} cannot be read") from error
+        if sha256 != _digest_json(metadata):
+            raise CorruptCheckpointError(f"{file.name} is not as it was written")
+        _check_same_run(self.path, metadata["run"], self.fingerprint)
+        saved = metadata["files"]
         try:
-            found = _hashes(self._arrays(step))
+            current = _digest_files(folder)
         except OSError as error:
-            raise CorruptCheckpointError(
-                f"{self._arrays(step).name} cannot be read"
-            ) from error
-        if found != said["files"]:
-            names = sorted(found.keys() | said["files"].keys())
-            wrong = [
-                name for name in names if found.get(name) != said["files"].get(name)
-            ]
-            raise CorruptCheckpointError(
-                f"{self._arrays(step).name}/{wrong[0]} is not as written"
-            )
+            raise CorruptCheckpointError(f"{folder.name} cannot be read") from error
+        for name in sorted(current.keys() | saved.keys()):
+            if current.get(name) != saved.get(name):
+                raise CorruptCheckpointError(
+                    f"{folder.name}/{name} is not as it was written"
+                )
 
     def _read(self, step: int, like: Arrays) -> Arrays:
-        with _orbax() as checkpointer:
-            return checkpointer.restore(self._arrays(step).absolute(), like)
+        with _make_checkpointer() as checkpointer:
+            return checkpointer.restore(self._arrays_path(step).absolute(), like)
 
     def _write(self, step: int, arrays: Arrays) -> None:
-        self._remove(step)
-        with _orbax() as checkpointer:
-            checkpointer.save(self._arrays(step).absolute(), arrays)
-        atomic_io.fsync_tree(self._arrays(step))
-        said = {"step": step, "run": self.run, "files": _hashes(self._arrays(step))}
-        text = json.dumps(said | {"sha256": _seal(said)}, indent=1)
-        atomic_io.atomic_write(self._file(step), text + "\n")
-        for old in self._steps()[NUM_KEPT:]:
-            self._remove(old)
+        self._remove_incomplete()
+        self._remove(step)  # it may exist and be corrupt
+        with _make_checkpointer() as checkpointer:
+            checkpointer.save(self._arrays_path(step).absolute(), arrays)
+        atomic_io.fsync_tree(self._arrays_path(step))
+        files = _digest_files(self._arrays_path(step))
+        metadata = {"step": step, "run": self.fingerprint, "files": files}
+        # A power failure must not leave metadata of arrays that are not on disk.
+        text = json.dumps(metadata | {"sha256": _digest_json(metadata)}, indent=1)
+        atomic_io.atomic_write(self._metadata_path(step), text + "\n")
+        for old_step in self._steps()[NUM_KEPT:]:
+            self._remove(old_step)
 
     def _remove(self, step: int) -> None:
-        """First what says that it is complete."""
-        self._file(step).unlink(missing_ok=True)
-        shutil.rmtree(self._arrays(step), ignore_errors=True)
+        """Removes a checkpoint, first the file that makes it count."""
+        self._metadata_path(step).unlink(missing_ok=True)
+        shutil.rmtree(self._arrays_path(step), ignore_errors=True)
 
-    def clear(self) -> None:
-        """Removes what was begun and not completed."""
-        complete = {self._arrays(step).name for step in self._steps()}
-        for begun in self.path.glob("step-*"):
-            if begun.is_dir() and begun.name not in complete:
-                shutil.rmtree(begun, ignore_errors=True)
-            elif begun.suffix == ".part":
-                begun.unlink(missing_ok=True)
+    def _remove_incomplete(self) -> None:
+        """Removes what interrupted calls of `_write` have left, and nothing else."""
+        complete = {self._arrays_path(step).name for step in self._steps()}
+        for path in self.path.glob("step-*"):
+            if re.fullmatch(r"step-\d{9}\.json\.part", path.name):
+                path.unlink(missing_ok=True)
+            is_own = re.fullmatch(r"step-\d{9}(\.orbax-checkpoint-tmp.*)?", path.name)
+            if is_own and path.is_dir() and path.name not in complete:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def open_checkpoints(
-    checkpoints: Checkpoints, run: RunFingerprint
+    checkpoints: Checkpoints, fingerprint: RunFingerprint
 ) -> Iterator[CheckpointFolder]:
-    """The folder, held by the first process until the run ends or the process dies."""
-    folder = CheckpointFolder(Path(checkpoints.folder), run)
+    """Yields the folder, which the first process locks until the run ends."""
+    folder = CheckpointFolder(checkpoints, fingerprint)
     with contextlib.ExitStack() as stack:
         run_on_first_process(lambda: folder.open(stack))
         yield folder
 
 
-def lock_file(file: IO, name: Path) -> None:
-    """Locks a file by the operating system, which lets go when the process dies.
+def lock_file(file: IO, owner: Path) -> None:
+    """Locks an open file; the operating system unlocks it when the process dies.
+
+    Args:
+      file: The file.
+      owner: Path that the error message names.
 
     Raises:
-      ValueError: another process holds it; ``name`` says what.
+      ValueError: Another process has locked the file.
     """
     import fcntl
 
@@ -347,41 +355,53 @@ def lock_file(file: IO, name: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"another process is running in {name}; wait for it, or give another folder"
+            f"folder must not be in use; another process is running in {owner}. Wait "
+            "for it, or choose another folder."
         ) from error
 
 
-def _name(index: int) -> str:
+def _array_name(index: int) -> str:
     return f"{index:05d}"
 
 
-def _named(leaves: list) -> Arrays:
-    """Leaves by their place; orbax keeps no array without numbers, nor need it."""
-    return {_name(i): to_numpy(leaf) for i, leaf in enumerate(leaves) if leaf.size}
+def _to_named_arrays(leaves: list) -> Arrays:
+    """Returns the leaves by index, without empty ones, which Orbax cannot store."""
+    return {
+        _array_name(i): to_numpy(leaf) for i, leaf in enumerate(leaves) if leaf.size
+    }
 
 
-def _orbax() -> Any:
-    """What writes and reads arrays, waiting for no other process."""
+def _fill(leaf: Any, array: Any) -> Any:
+    """Returns an array of the type and sharding of ``leaf`` with the saved values."""
+    if isinstance(leaf, np.ndarray):
+        return np.asarray(array)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    return leaf.at[...].set(array)
+
+
+def _make_checkpointer() -> Any:
+    """Returns an Orbax checkpointer that does not wait for other processes."""
     import orbax.checkpoint as ocp
 
-    alone = ocp.options.MultiprocessingOptions(
+    options = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix="hypergrad",
     )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-def _seal(said: dict) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _digest_json(metadata: dict) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file."""
+def _digest_files(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file below a folder, by relative path."""
 
-    def of(file: Path) -> str:
-        with file.open("rb") as bytes_of:
-            return hashlib.file_digest(bytes_of, "sha256").hexdigest()
+    def digest(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): of(file) for file in files}
+    return {file.relative_to(folder).as_posix(): digest(file) for file in files}

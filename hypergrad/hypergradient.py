@@ -46,9 +46,9 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
             "alpha at a time. Use hg.minimize(problem, estimator, optimizer, w, alpha, "
             "num_steps=...)."
         )
+    estimator, problem = floats_to_arrays((estimator, problem))
     # What all calls share is flattened and hashed once, so that a repeated call costs
     # little more than its program.
-    estimator, problem = floats_to_arrays((estimator, problem))
     arrays, static = eqx.partition((estimator, problem), eqx.is_array)
     arrays, structure = jax.tree.flatten(arrays)
     static_part, checked_shapes = _StaticPart(structure, static), set()

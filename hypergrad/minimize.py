@@ -56,22 +56,23 @@ def minimize(
 ) -> Trace:
     """Moves ``alpha`` along hypergradients and returns the record of the run.
 
-    Short for `OuterLoop` with these arguments, followed by `OuterLoop.run`. Several
-    outer losses, certificates, a policy for untrusted estimates, checkpoints and limits
-    are arguments of those two.
+    The function makes an `OuterLoop` of its arguments and calls `OuterLoop.run`. Use
+    these two for several outer losses, certificates, a policy for untrusted estimates,
+    checkpoints and limits.
 
-    Without ``progress`` the function is pure: it can be jitted and vmapped. Losses are
-    traced a constant number of times, and a second run with the same objects and shapes
-    traces nothing, whatever its ``num_steps``.
+    With ``num_steps`` and without ``progress`` the function can be jitted and vmapped.
+    Losses are traced a constant number of times, and a second run with the same objects
+    and shapes traces nothing, whatever its ``num_steps``.
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.
-      w, alpha: Where the run starts.
+      w, alpha: Starting point; pytrees of floating-point arrays.
       num_steps, budget, progress: As in `OuterLoop.run`.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
-      state: ``trace.state`` of an earlier run with the same arguments, which is
-        continued: both runs together make the steps of one longer run, to the bit.
-        ``w`` and ``alpha`` then only state the structure.
+      state: ``trace.state`` of an earlier run with the same arguments, which this run
+        continues: both runs together make the steps of one longer run, to the bit.
+        ``w`` and ``alpha`` must then have the structure of the earlier ones, and their
+        values are not used.
 
     Returns:
       A `Trace` with a row per step.
@@ -104,15 +105,15 @@ def minimize(
             raise ValueError(
                 "key must not be given together with state, which has one."
             )
-        loop.check_state(state, w, alpha)
+        _check_state_fits(state, w, alpha)
     return loop.run(state, num_steps=num_steps, budget=budget, progress=progress)
 
 
 class OuterLoop(eqx.Module):
     """The outer problem together with the rule that moves ``alpha``.
 
-    `minimize` repeats `step`. Use the class for a loop of your own, or for the options
-    that `minimize` does not have:
+    `minimize` repeats `step`. The class is for loops of your own and for options that
+    `minimize` does not have:
 
         loop = hg.OuterLoop(problem, estimator, optimizer, certify_every=10)
         trace = loop.run(loop.init(w, alpha), num_steps=100)
@@ -126,30 +127,31 @@ class OuterLoop(eqx.Module):
       space: Admissible values of ``alpha``, from `hypergrad.spaces`. The optimizer
         moves the unconstrained variable, so every ``alpha`` lies in the space.
       project: Function ``alpha -> alpha`` applied after each step, instead of a space.
-      aggregator: How the hypergradients of K outer losses become one direction, from
-        `hypergrad.objectives`; required for K outer losses. ``trace.value`` then has
-        shape ``[steps, K]`` and ``trace.stats["objective_weights"]`` holds the weights.
-        The score of the aggregator determines ``best_alpha``; the optimizer receives
-        the score, or the weighted sum if there is none.
+      aggregator: Rule that combines the hypergradients of K outer losses into one
+        direction, from `hypergrad.objectives`; required for K outer losses.
+        ``trace.value`` then has shape ``[steps, K]``, and
+        ``trace.stats["objective_weights"]`` contains the weights. The score of the
+        aggregator determines ``best_alpha``; the optimizer receives the score, or the
+        weighted sum of the values if the aggregator has no score.
       outer_data_fn: ``(step, outer_data) -> outer_data``, the data of the outer loss at
-        each step, such as data with a temperature that falls. Structure, shapes and
-        dtypes must not change. It receives `Batches` as they are:
+        each step, such as data with a falling temperature. Structure, shapes and dtypes
+        must not change. `Batches` are passed unchanged:
         ``hg.Batches(data.data | {"T": T}, data.batch_size)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost. Pass arrays
-        that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. A metric
-        with a method ``at_step(step)`` is asked for the function of each step.
+        that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. If a metric
+        has a method ``at_step(step)``, it must return the function of that step.
       eval_every: Number of steps between evaluations of the metrics. The last step of a
         run is always evaluated.
       certify_every: Number of steps between certificates (`hypergrad.certify`),
         starting with the first step; their cost is counted. A certificate replaces
         ``trusted`` and ``error_estimate`` of an estimator that targets the argmin, and
         ``distance_to_implicit`` of any other.
-      on_untrusted: What happens to an estimate that is not trusted. "record": it is
-        used like any other. "skip": ``alpha`` and the optimizer do not change. "refine":
-        the estimator repeats it with more work, which must have a method ``refine``, as
-        `Implicit` has; both costs are counted and the second estimate is used. "stop":
+      on_untrusted: Treatment of an estimate that is not trusted. "record": it is used
+        like any other. "skip": ``alpha`` and the optimizer do not change. "refine": the
+        estimator, which must have a method ``refine`` as `Implicit` does, repeats it
+        with more work; both costs are counted and the second estimate is used. "stop":
         the run ends before the step.
-      record_alphas: Whether ``trace.alphas`` holds the ``alpha`` of every step.
+      record_alphas: Whether ``trace.alphas`` contains the ``alpha`` of every step.
 
     Raises:
       TypeError, ValueError: An argument is invalid.
@@ -225,7 +227,7 @@ class OuterLoop(eqx.Module):
         """Returns the state before the first step.
 
         Args:
-          w, alpha: Where the run starts; pytrees of floating-point arrays.
+          w, alpha: Starting point; pytrees of floating-point arrays.
           key: PRNG key. Defaults to ``jax.random.key(0)``.
 
         Raises:
@@ -237,11 +239,12 @@ class OuterLoop(eqx.Module):
         return outer_step.init_state(self, w, alpha, as_key(key))
 
     def step(self, state: OuterState) -> tuple[OuterState, StepRecord]:
-        """Makes one step; pure, and usable inside ``jit`` and ``vmap``.
+        """Makes one step; pure, and usable inside ``jit``, ``scan`` and ``vmap``.
 
         Returns:
           The next state and the record of the step. If ``state.status`` is not 0 after
-          a step, the step failed and the state holds the last good ``alpha``.
+          a step, the step failed and the state contains the last good ``alpha`` and
+          ``w``, which later steps do not change.
         """
         return outer_step.jitted_step(self, state)
 
@@ -264,19 +267,21 @@ class OuterLoop(eqx.Module):
 
         A value, hypergradient or step that is not finite ends the run: ``alpha`` and
         ``w`` stay at the last good ones, later rows are NaN at no cost, and
-        ``trace.status`` says what failed.
+        ``trace.status`` names the failure.
 
         Args:
-          state: From `init`, or ``trace.state`` of a run to continue.
-          num_steps: Number of steps to make.
-          budget: Gradient-equivalents to spend: steps are made while less than this has
-            been spent, so the last one may exceed it by less than its own cost. At
-            least one of ``num_steps`` and ``budget`` must be given; with both, the run
-            ends at the first. Inside ``jit`` or ``vmap`` a budget needs ``num_steps``.
+          state: State from `init`, or ``trace.state`` of a run to continue.
+          num_steps: Number of steps to make, which is also the number of rows.
+          budget: Gradient-equivalents to spend. Steps are made while less than this has
+            been spent, so that the last step may exceed it by less than its own cost.
+            At least one of ``num_steps`` and ``budget`` must be given; with both, the
+            run ends at the first. The trace then has a row per step that was made.
+            Inside ``jit`` or ``vmap`` a budget needs ``num_steps``, and the rows of
+            steps that were not made are blank.
           progress: ``(steps_done, value)``, called on the host about twenty times per
             run; the value is a float, or an array ``[K]``.
-          checkpoints: Where to save the state, as `Checkpoints`. A run that was killed
-            continues from there, to the same bits.
+          checkpoints: Folder of the run and interval at which it is saved. A run that
+            was killed continues from there, to the same bits.
           time_limit: Seconds after which no further chunk of steps is started. A chunk
             is the steps between checkpoints, or a twentieth of the run. With
             ``checkpoints`` the same call continues later.
@@ -286,8 +291,8 @@ class OuterLoop(eqx.Module):
 
         Raises:
           TypeError, ValueError: An argument is invalid.
-          ValueError: The state is that of a failed run, or the checkpoints belong to
-            another run or to one that is running.
+          ValueError: The state belongs to another loop or to a failed run, or the
+            checkpoints belong to another run or to one that is running.
         """
         return run_steps(
             self,
@@ -299,18 +304,6 @@ class OuterLoop(eqx.Module):
             time_limit=time_limit,
             memory_limit=memory_limit,
         )
-
-    def check_state(self, state: OuterState, w: PyTree, alpha: PyTree) -> None:
-        """Raises ValueError unless a state is one of this loop for ``w`` and ``alpha``."""
-        if not isinstance(state, OuterState):
-            raise TypeError(
-                "state must be the state of an earlier run, trace.state; got "
-                f"{type(state).__name__}."
-            )
-        w, alpha = as_input_arrays(w, alpha)
-        init = lambda key: outer_step.init_state(self, w, alpha, key)
-        like = jax.eval_shape(init, jax.random.key(0))
-        check_same_structure("state", state, like, "the state of this loop")
 
     @property
     def has_comparable_values(self) -> bool:
@@ -330,6 +323,7 @@ class OuterLoop(eqx.Module):
 
     def _check_inputs(self, w: PyTree, alpha: PyTree) -> None:
         """Checks everything that depends on the shapes of ``w`` and ``alpha``."""
+        # Line searches are recognized by their states, since optax.chain hides them.
         optimizer_state = eqx.filter_eval_shape(self.optimizer.init, alpha)
         if contains_state(optimizer_state, LINE_SEARCH_STATES):
             raise ValueError(
@@ -348,6 +342,7 @@ class OuterLoop(eqx.Module):
 
     def _check_guard(self, w: PyTree, alpha: PyTree) -> None:
         """Raises ValueError if ``on_untrusted`` could never let a step through."""
+        # A certificate replaces the trust only of estimators that target the argmin.
         certifies_all = get_target(self.estimator) == "argmin"
         if self.on_untrusted == "record" or (certifies_all and self.certify_every == 1):
             return
@@ -357,6 +352,26 @@ class OuterLoop(eqx.Module):
             raise ValueError(
                 f'on_untrusted must be "record" for {name}, whose estimates are never '
                 f'trusted; got "{self.on_untrusted}".{remedy}'
+            )
+
+
+def _check_state_fits(state: Any, w: PyTree, alpha: PyTree) -> None:
+    """Raises an error unless ``w`` and ``alpha`` have the structure of a state."""
+    if not isinstance(state, OuterState):
+        raise TypeError(
+            "state must be the state of an earlier run, trace.state; got "
+            f"{type(state).__name__}."
+        )
+    w, alpha = as_input_arrays(w, alpha)
+    # best_alpha is used because alpha itself is stored in unconstrained coordinates.
+    for name, tree, like in (("w", w, state.w), ("alpha", alpha, state.best_alpha)):
+        describe = lambda tree: jax.tree.map(
+            lambda x: f"{x.dtype}{list(x.shape)}", tree
+        )
+        if describe(tree) != describe(like):
+            raise ValueError(
+                f"{name} must have the structure, shapes and dtypes of the run that "
+                f"state continues, {describe(like)}; got {describe(tree)}."
             )
 
 
@@ -422,10 +437,10 @@ def _check_on_untrusted(on_untrusted: Any, estimator: Any) -> None:
 def _check_one_sample(
     certify_every: int | None, problem: Bilevel, estimator: Any
 ) -> None:
-    """Raises ValueError if a certificate would see other data than the estimate."""
+    """Raises ValueError if a certificate would use other data than the estimate."""
     averages = math.isfinite(getattr(estimator, "num_samples", math.inf))
     if certify_every is not None and problem.data_fn is not None and averages:
         raise ValueError(
-            "certify_every must be None for an average over samples of data_fn, because "
-            "a certificate sees one sample. Use certify=True of the averaged estimator."
+            "certify_every must be None for an average over samples of data_fn, as a "
+            "certificate uses only one. Use certify=True of the averaged estimator."
         )

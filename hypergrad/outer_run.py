@@ -1,9 +1,11 @@
-"""Runs the outer loop in compiled blocks; progress, checkpoints and limits between them.
+"""Runs of the outer loop in compiled blocks of steps.
 
-How a run is cut into blocks changes no bit of it.
+Between blocks the host reports progress, saves checkpoints and checks limits. How a run
+is cut into blocks changes no bit of its result.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 from .checkpoint import (
     CheckpointFolder,
@@ -22,21 +25,28 @@ from .checkpoint import (
     runtime_environment,
 )
 from .cost.memory import resident_bytes
-from .outer_step import NEVER, OuterState, StepRecord, jitted_alpha, run_block
+from .outer_step import (
+    NEVER,
+    Budget,
+    OuterState,
+    StepRecord,
+    init_state,
+    jitted_alpha,
+    run_block,
+)
 from .problem import full_batch, sample_batch
 from .recording import Progress, check_progress
 from .runtime.devices import process_max
 from .runtime.fingerprint import digest, digest_program
 from .trace import OUT_OF_MEMORY, OUT_OF_TIME, Trace
 from .trees import to_numpy
-from .validation import check_positive_int, is_traced
+from .validation import check_positive_int, is_traced, positive
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
 
 BLOCK_SIZE = 256  # steps per compiled block
 NUM_CALLS = 20  # calls of `progress` per run
-UNLIMITED = 2**62  # number of steps of a run that only a budget ends
 
 
 def run_steps(
@@ -51,73 +61,113 @@ def run_steps(
     memory_limit: float | None,
 ) -> Trace:
     """Returns the trace of a run; see `hypergrad.OuterLoop.run`."""
-    if num_steps is None and budget is None:
-        raise ValueError("num_steps or budget must be given.")
     check_positive_int("num_steps", num_steps, optional=True)
-    _check_positive("budget", budget, "number of gradient-equivalents")
+    budget = positive("budget", optional=True)(budget)
     check_progress(progress)
     check_checkpoints(checkpoints)
-    _check_positive("time_limit", time_limit, "number of seconds")
-    _check_positive("memory_limit", memory_limit, "number of bytes")
-    if memory_limit is not None and resident_bytes() is None:
-        raise ValueError(
-            "memory_limit needs a system that reports the memory of a process, as "
-            "Linux does in /proc/self/statm. Leave it out on this system."
-        )
-    on_host = {
+    limits = _Limits(time_limit, memory_limit)
+    _check_state(loop, state)
+    host_options = {
         "progress": progress,
         "checkpoints": checkpoints,
         "time_limit": time_limit,
         "memory_limit": memory_limit,
         "budget without num_steps": budget if num_steps is None else None,
     }
-    on_host = [name for name, value in on_host.items() if value is not None]
-    if is_traced(loop, state):
-        if on_host:
+    host_options = [name for name, value in host_options.items() if value is not None]
+    if is_traced(loop, state, budget):
+        if host_options:
             raise TypeError(
-                f"{on_host[0]} is handled on the host, so it cannot be used inside "
-                "jax.jit or jax.vmap. Leave it out there."
+                f"{host_options[0]} is handled on the host, so it cannot be used "
+                "inside jax.jit or jax.vmap. Leave it out there."
             )
-        assert num_steps is not None  # else it is in `on_host`
-        return _run_traced(loop, state, num_steps, budget)
-    if int(state.status):
+    elif int(state.status):
         raise ValueError(
-            "state must not be that of a failed run, whose warm starts may be lost. "
-            "Start a new run from trace.alpha and trace.w."
+            "state must not be the state of a failed run, whose warm starts may be "
+            "lost. Start a new run from trace.alpha and trace.w."
         )
-    run = _HostRun(loop, state, num_steps, budget)
-    if not on_host and budget is None:
-        return run.without_interruption()
+    if num_steps is None and (budget is None or budget == math.inf):
+        raise ValueError("num_steps or a finite budget must be given; got neither.")
+    if num_steps is not None and not host_options:
+        # A budget alone gives no bound on the number of blocks: the host counts them.
+        return _run_without_host(loop, state, num_steps, budget)
     with contextlib.ExitStack() as stack:
         folder = None
         if checkpoints is not None:
             fingerprint = _fingerprint(loop, state)
             folder = stack.enter_context(open_checkpoints(checkpoints, fingerprint))
+        run = _HostRun(loop, state, num_steps, budget, progress, folder, limits)
+        if folder is not None:
             run.load(folder)
-        limits = _Limits(time_limit, memory_limit)
-        every = None if checkpoints is None else checkpoints.every
-        return run.in_chunks(progress, folder, every, limits)
+        return run.run()
 
 
-def _run_traced(
+def _check_state(loop: "OuterLoop", state: Any) -> None:
+    """Raises an error unless a state belongs to a loop with these objects."""
+    if not isinstance(state, OuterState):
+        raise TypeError(
+            "state must be an OuterState, from loop.init(w, alpha) or trace.state; got "
+            f"{type(state).__name__}."
+        )
+    if state.step.shape:
+        raise ValueError(
+            f"state must be the state of a single run; got a batch {state.step.shape}. "
+            "Continue it inside jax.vmap, or index it first."
+        )
+    # Nothing is computed: JAX has kept the trace of `init_state` for these types.
+    w, alpha, key = state.w, state.best_alpha, state.key
+    like = jax.eval_shape(lambda *args: init_state(loop, *args), w, alpha, key)
+    has_same_structure = jax.tree.structure(state) == jax.tree.structure(like)
+    if not has_same_structure or any(
+        (x.shape, x.dtype) != (y.shape, y.dtype)
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
+    ):
+        raise ValueError(
+            "state must come from a loop with the same estimator, optimizer and "
+            "aggregator, for w and alpha of the same shapes; got one of another "
+            "structure. Start a new run from trace.alpha and trace.w."
+        )
+
+
+def _run_without_host(
     loop: "OuterLoop", state: OuterState, num_steps: int, budget: float | None
 ) -> Trace:
-    """Returns the trace of a run inside ``jit`` or ``vmap``: one block of all steps."""
-    stop = state.step + num_steps
-    max_cost = jnp.asarray(jnp.inf if budget is None else budget, float)
-    end, rows, _, _ = run_block(
-        loop, state, jnp.asarray(num_steps), stop, max_cost, num_steps
-    )
-    return _make_trace(loop, end, rows, state.step, end.status)
+    """Returns the trace of a run that needs nothing of the host, possibly traced.
+
+    A tracer may also be hidden in a function, such as the optimizer. Therefore values
+    are read from the device only if there is a budget, and then only concrete ones.
+    """
+    # Inside jit every further block would be another loop in the caller's program.
+    block_size = num_steps if is_traced(loop, state, budget) else BLOCK_SIZE
+    first_step, stop = state.step, state.step + num_steps
+    account, blocks = Budget.create(budget), []
+    for num_started in range(0, num_steps, block_size):
+        size = min(block_size, num_steps - num_started)
+        state, account, rows, num_made = run_block(
+            loop, state, account, jnp.asarray(size), stop, block_size
+        )
+        if budget is None or is_traced(account):
+            blocks.append((rows, size))
+            continue
+        blocks.append((rows, int(num_made)))
+        if account.is_spent or state.status > 0:
+            break
+    rows = _concatenate(blocks)
+    return _make_trace(loop, state, rows, first_step, state.status)
 
 
 class _HostRun:
-    """A run outside of ``jit``, of which the records are collected on the host.
+    """A run that returns to the host to report, to save and to check limits.
 
     Attributes:
-      state: The state so far.
-      num_made: Number of steps made in this run.
-      spent: Their cost, accumulated in double precision.
+      loop: The loop.
+      state, budget: State and budget after the steps made so far.
+      num_steps: Number of steps to make; infinite if only a budget ends the run.
+      num_made: Number of steps made so far.
+      blocks: Their records, as pairs of rows and the number of rows that are steps.
+      progress: The user's callback, or None.
+      folder: Folder of the checkpoints, or None.
+      limits: Limits of time and memory.
     """
 
     def __init__(
@@ -126,169 +176,182 @@ class _HostRun:
         state: OuterState,
         num_steps: int | None,
         budget: float | None,
-    ):
-        self.loop, self.state = loop, state
-        self.num_steps = UNLIMITED if num_steps is None else num_steps
-        self.budget = math.inf if budget is None else float(budget)
-        self.first_step = int(state.step)
-        self.stop = NEVER if num_steps is None else self.first_step + num_steps
-        self.num_made, self.spent = 0, 0.0
-        self.blocks: list[tuple[StepRecord, int]] = []
-
-    def without_interruption(self) -> Trace:
-        """Dispatches all blocks without waiting for any of them."""
-        num_started = 0
-        while num_started < self.num_steps:
-            size = min(BLOCK_SIZE, self.num_steps - num_started)
-            self.state, rows, _, _ = self._run_block(size)
-            self.blocks.append((rows, size))
-            num_started += size
-        return self._finish(self.state.status)
-
-    def in_chunks(
-        self,
         progress: Progress | None,
         folder: CheckpointFolder | None,
-        every: int | None,
         limits: "_Limits",
-    ) -> Trace:
-        """Runs in chunks, between which the host reports, saves and checks limits."""
-        exceeded = 0
-        while not (self._is_finished() or exceeded):
-            self._run_chunk(self._chunk_size(progress, every))
-            exceeded = limits.exceeded()
-            is_end = self._is_finished() or exceeded
-            if folder is not None and (is_end or self.num_made % (every or 1) == 0):
-                folder.save(self.num_made, (self.state, self._collect()))
-            if progress is not None and self._should_report(is_end):
-                value = to_numpy(self._last_value())
-                progress(self.num_made, value if value.ndim else value.item())
-        status = int(self.state.status)
-        return self._finish(status or (0 if self._is_finished() else exceeded))
+    ):
+        self.loop, self.state, self.budget = loop, state, Budget.create(budget)
+        self.num_steps = math.inf if num_steps is None else num_steps
+        self.first_step = state.step
+        never = jnp.full_like(state.step, NEVER)
+        self.stop = never if num_steps is None else state.step + num_steps
+        self.num_made = 0
+        self.blocks: list[tuple[StepRecord, int]] = []
+        self.progress, self.folder, self.limits = progress, folder, limits
 
     def load(self, folder: CheckpointFolder) -> None:
-        """Continues from the newest checkpoint, if there is one."""
-        saved = folder.load(lambda num_rows: (self.state, self._blank_rows(num_rows)))
+        """Continues from the newest checkpoint, if the folder contains one.
+
+        Raises:
+          ValueError: The checkpoint is of a longer run than this one.
+        """
+        saved = folder.load(lambda step: self._to_checkpoint(self._blank_rows(step)))
         if saved is None:
             return
-        self.state, rows = saved
-        self.num_made = int(self.state.step) - self.first_step
-        if self.num_made > self.num_steps:
-            raise ValueError(
-                f"num_steps must be at least {self.num_made}, the number of steps in "
-                f"the checkpoints of {folder.path}; got {self.num_steps}."
-            )
-        costs = to_numpy(rows.stats["gradient_equivalents"]).astype(np.float64)
-        self.spent = float(costs.sum())
-        self.blocks = [(rows, self.num_made)]
+        self.state, budget, rows = saved
+        # What was spent continues, while the limit may be larger than before.
+        self.budget = dataclasses.replace(budget, limit=self.budget.limit)
+        costs = rows.stats["gradient_equivalents"]
+        self.num_made, self.blocks = len(costs), [(rows, len(costs))]
+        for name, limit, minimum in (
+            ("num_steps", self.num_steps, self.num_made),
+            ("budget", float(self.budget.limit), float(costs[:-1].sum())),
+        ):
+            if limit < minimum:
+                raise ValueError(
+                    f"{name} must be at least {minimum:g} to continue the checkpoints "
+                    f"of {folder.path}; got {limit:g}. Choose another folder for a "
+                    "shorter run."
+                )
 
-    def _run_block(self, size: int) -> tuple[OuterState, StepRecord, Any, Any]:
-        budget = jnp.asarray(self.budget - self.spent, float)
-        return run_block(
-            self.loop,
-            self.state,
-            jnp.asarray(size),
-            jnp.asarray(self.stop),
-            budget,
-            BLOCK_SIZE,
-        )
-
-    def _run_chunk(self, size: int) -> None:
-        """Makes up to ``size`` steps and waits for them."""
-        while size > 0 and not self._is_finished():
-            self.state, rows, num_made, cost = self._run_block(min(size, BLOCK_SIZE))
-            num_made = int(num_made)
-            self.blocks.append((rows, num_made))
-            self.num_made += num_made
-            self.spent += float(cost)
-            size -= BLOCK_SIZE
+    def run(self) -> Trace:
+        """Makes the remaining steps in chunks and returns the trace."""
+        limit_code = 0
+        while not (self._is_finished() or limit_code):
+            self._make_steps(self._steps_to_next_pause())
+            limit_code = self.limits.get_exceeded()
+            is_end = self._is_finished() or limit_code > 0
+            if self.folder is not None and (is_end or self._is_due(self.folder.every)):
+                rows = _concatenate(self.blocks)
+                self.blocks = [(rows, self.num_made)]  # do not join them again
+                self.folder.save(self.num_made, self._to_checkpoint(rows))
+            if self.progress is not None and (
+                is_end or self._is_due(self._report_every())
+            ):
+                value = to_numpy(self._last_value())
+                self.progress(self.num_made, value if value.ndim else value.item())
+        status = int(self.state.status)
+        if not self._is_finished():  # a limit that the last step exceeds does not count
+            status = limit_code
+        rows = _concatenate(self.blocks)
+        if math.isinf(self.budget.limit):
+            num_left = int(self.num_steps) - self.num_made
+            blank = self._blank_rows(num_left)
+            rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
+        return _make_trace(self.loop, self.state, rows, self.first_step, status)
 
     def _is_finished(self) -> bool:
-        is_done = self.num_made >= self.num_steps or not self.spent < self.budget
-        return is_done or int(self.state.status) > 0
+        is_over = bool(self.budget.is_spent) or int(self.state.status) > 0
+        return is_over or self.num_made >= self.num_steps
 
-    def _chunk_size(self, progress: Progress | None, every: int | None) -> int:
+    def _is_due(self, every: int) -> bool:
+        return self.num_made % every == 0
+
+    def _steps_to_next_pause(self) -> float:
         """Returns the number of steps until the host is needed again."""
-        sizes = [self.num_steps - self.num_made]
-        if every is not None:
-            sizes.append(every - self.num_made % every)
-        if progress is not None or every is None:
-            report_every = self._report_every()
-            sizes.append(report_every - self.num_made % report_every)
-        return min(sizes)
+        intervals = []
+        if self.folder is not None:
+            intervals.append(self.folder.every)
+        if self.folder is None or self.progress is not None:
+            intervals.append(self._report_every())
+        to_next_multiple = [every - self.num_made % every for every in intervals]
+        return min(self.num_steps - self.num_made, *to_next_multiple)
 
     def _report_every(self) -> int:
-        """Returns a twentieth of the run in steps, estimated if only a budget is known."""
-        if self.num_steps != UNLIMITED:
-            return -(-self.num_steps // NUM_CALLS)
-        if not self.num_made:
+        """Returns a twentieth of the run in steps, rounded up.
+
+        The length of a run that only a budget ends is estimated from the cost so far
+        and rounded to a power of two, so that it seldom changes during the run.
+        """
+        if self.num_steps < math.inf:
+            return math.ceil(self.num_steps / NUM_CALLS)
+        if self.num_made == 0:
             return 1
-        expected = self.budget / (self.spent / self.num_made)
-        return max(1, min(BLOCK_SIZE, math.ceil(expected / NUM_CALLS)))
+        cost_per_step = float(self.budget.spent) / self.num_made
+        interval = float(self.budget.limit) / cost_per_step / NUM_CALLS
+        return 2 ** max(0, math.ceil(math.log2(interval)))
 
-    def _should_report(self, is_end: bool | int) -> bool:
-        return bool(is_end) or self.num_made % self._report_every() == 0
+    def _make_steps(self, num_steps: float) -> None:
+        """Makes up to ``num_steps`` steps and waits for them."""
+        while num_steps > 0 and not self._is_finished():
+            size = int(min(num_steps, BLOCK_SIZE))
+            self.state, self.budget, rows, num_made = self._run_block(size)
+            self.blocks.append((rows, int(num_made)))
+            self.num_made += int(num_made)
+            num_steps -= size
 
-    def _last_value(self) -> Any:
-        rows, num_made = next(block for block in reversed(self.blocks) if block[1])
-        return rows.value[num_made - 1]
-
-    def _collect(self) -> StepRecord:
-        """Returns the records of all steps made so far as NumPy arrays."""
-
-        def concatenate(*columns):
-            sizes = [size for _, size in self.blocks]
-            parts = [to_numpy(x)[:n] for x, n in zip(columns, sizes, strict=True)]
-            return np.concatenate(parts)
-
-        rows = jax.tree.map(concatenate, *(rows for rows, _ in self.blocks))
-        self.blocks = [(rows, sum(size for _, size in self.blocks))]
-        return rows
+    def _run_block(self, size: int) -> tuple[OuterState, Budget, StepRecord, Array]:
+        return run_block(
+            self.loop, self.state, self.budget, jnp.asarray(size), self.stop, BLOCK_SIZE
+        )
 
     def _blank_rows(self, num_rows: int) -> StepRecord:
         """Returns the records of steps that were not made."""
-        _, rows, _, _ = self._run_block(0)
+        _, _, rows, _ = self._run_block(0)
         repeat = lambda x: np.repeat(to_numpy(x)[:1], num_rows, axis=0)
         return jax.tree.map(repeat, rows)
 
-    def _finish(self, status: Any) -> Trace:
-        rows = self._collect()
-        num_rows = len(rows.value)
-        if self.num_steps != UNLIMITED and self.spent < self.budget:
-            blank = self._blank_rows(self.num_steps - num_rows)
-            rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
-        rows = jax.tree.map(jnp.asarray, rows)
-        return _make_trace(
-            self.loop, self.state, rows, jnp.asarray(self.first_step), status
-        )
+    def _last_value(self) -> Array:
+        rows, num_made = next(block for block in reversed(self.blocks) if block[1])
+        return rows.value[num_made - 1]
+
+    def _to_checkpoint(self, rows: StepRecord) -> tuple[OuterState, Budget, StepRecord]:
+        return self.state, self.budget, rows
 
 
 class _Limits:
-    """Limits that are checked on the host between chunks of steps."""
+    """Limits of time and memory, which are checked between chunks of steps."""
 
     def __init__(self, time_limit: float | None, memory_limit: float | None):
-        self.time_limit, self.memory_limit = time_limit, memory_limit
+        self.time_limit = positive("time_limit", optional=True)(time_limit)
+        self.memory_limit = positive("memory_limit", optional=True)(memory_limit)
         self.start_time = time.monotonic()
+        if memory_limit is not None and resident_bytes() is None:
+            raise ValueError(
+                "memory_limit needs a system that reports the memory of a process, as "
+                "Linux does in /proc/self/statm. Leave it out on this system."
+            )
 
-    def exceeded(self) -> int:
-        """Returns the status code of an exceeded limit, or 0; equal on all processes."""
+    def get_exceeded(self) -> int:
+        """Returns the status of an exceeded limit, or 0; equal on all processes."""
         if self.time_limit is None and self.memory_limit is None:
             return 0
-        elapsed = time.monotonic() - self.start_time
         code = 0
-        if (
-            self.memory_limit is not None
-            and (resident_bytes() or 0) > self.memory_limit
-        ):
+        if self.memory_limit is not None and resident_bytes() > self.memory_limit:
             code = OUT_OF_MEMORY
+        elapsed = time.monotonic() - self.start_time
         if self.time_limit is not None and elapsed > self.time_limit:
             code = OUT_OF_TIME
+        # Clocks and memory differ, but all processes must stop after the same step.
         return process_max(code)
 
 
+def _concatenate(blocks: list[tuple[StepRecord, int]]) -> StepRecord:
+    """Returns the rows of the steps in all blocks.
+
+    Concrete rows become NumPy arrays, because JAX would compile a program for each
+    number of rows.
+    """
+    sizes = [size for _, size in blocks]
+
+    def concatenate(*columns):
+        if is_traced(columns):
+            parts = [x[:n] for x, n in zip(columns, sizes, strict=True)]
+            return jnp.concatenate(parts)
+        parts = [to_numpy(x)[:n] for x, n in zip(columns, sizes, strict=True)]
+        return np.concatenate(parts)
+
+    return jax.tree.map(concatenate, *(rows for rows, _ in blocks))
+
+
 def _make_trace(
-    loop: "OuterLoop", state: OuterState, rows: StepRecord, first_step: Any, status: Any
+    loop: "OuterLoop",
+    state: OuterState,
+    rows: StepRecord,
+    first_step: Array,
+    status: Array | int,
 ) -> Trace:
+    rows = jax.device_put(rows)
     return Trace(
         alpha=jitted_alpha(loop, state),
         w=state.w,
@@ -304,18 +367,11 @@ def _make_trace(
     )
 
 
-def _check_positive(name: str, value: Any, unit: str) -> None:
-    if value is None or is_traced(value):
-        return
-    is_number = isinstance(value, int | float | np.number) and not isinstance(
-        value, bool
-    )
-    if not (is_number and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive {unit}; got {value!r}.")
-
-
 def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
-    """Returns what identifies a run, by name; see `Checkpoints`."""
+    """Returns digests of everything that determines a run, by name.
+
+    The number of steps and the budget are left out, so that a run can be extended.
+    """
     problem, optimizer = loop.problem, optax.with_extra_args_support(loop.optimizer)
     key = jax.random.key(0)
     inner_batch = jax.eval_shape(
@@ -324,15 +380,16 @@ def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
     outer_batch = jax.eval_shape(
         lambda key: full_batch(problem.sample_data(key)[1], key), key
     )
+    # The text of a program contains the constants that its functions close over. Parts
+    # of the program are compared as well, because their names make a better message.
     digest_code = lambda f, *args: digest_program(jax.jit(f).lower(*args))
     w, alpha = state.w, state.best_alpha
     outer_value = lambda *args: problem.outer_value(*args)
     update = lambda g, opt_state, u: optimizer.update(
         g, opt_state, u, value=jnp.zeros(())
     )
-    zero = jnp.asarray(0)
     program = run_block.lower(  # pyright: ignore[reportFunctionMemberAccess] - filter_jit
-        loop, state, zero, zero, jnp.asarray(0.0, float), BLOCK_SIZE
+        loop, state, Budget.create(None), jnp.asarray(0), state.step, BLOCK_SIZE
     )
     settings = ("eval_every", "certify_every", "on_untrusted", "record_alphas")
     trees = ("estimator", "aggregator", "space", "project", "outer_data_fn", "metrics")

@@ -4,7 +4,7 @@ The functions take an `hypergrad.OuterLoop`, which holds all that is constant in
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,10 +13,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .certificate import compute_certificate
 from .cost import COST_STATS
-from .estimators.base import Estimate, get_target, normalize_estimate
-from .problem import Bilevel, EstimateData
+from .estimators.base import Estimate
+from .outer_estimate import estimate_step
 from .recording import metric_at_step
 from .trace import (
     BAD_COST,
@@ -39,12 +38,13 @@ class OuterState(PrettyModule):
 
     Attributes:
       step: Number of outer steps made.
-      status: 0, or the code of a numerical failure, after which no step is made.
+      status: 0, or the code of a numerical failure. A failed state stays failed: later
+        steps change neither ``alpha`` nor ``w``.
       u: ``alpha`` in the unconstrained coordinates of the space.
-      good_u: Where the last good estimate was made.
+      good_u: The ``u`` of the last good estimate.
       w: Inner solution of the last good estimate.
       best_value, best_alpha: The lowest value so far and its ``alpha``.
-      aggregator_state, optimizer_state, estimator_state: States of the parts.
+      aggregator_state, optimizer_state, estimator_state: States of these objects.
       key: PRNG key of the next step.
     """
 
@@ -62,11 +62,11 @@ class OuterState(PrettyModule):
 
 
 class StepRecord(PrettyModule):
-    """What one outer step reports; in a block each leaf has a leading axis of steps.
+    """Record of one outer step; in a block each leaf has a leading axis of steps.
 
     Attributes:
       value: Outer value at the ``alpha`` of the step, before the step.
-      stats, flags: Those of the estimate.
+      stats, flags: Statistics and flags of the estimate.
       metrics: The user's metrics, NaN where not evaluated.
       alpha: The ``alpha`` of the step if ``record_alphas`` is set, else None.
     """
@@ -78,41 +78,71 @@ class StepRecord(PrettyModule):
     alpha: PyTree
 
 
+class Budget(eqx.Module):
+    """Gradient-equivalents that a run may spend, and those that it has spent.
+
+    Attributes:
+      limit: The budget, infinite if there is none.
+      spent: Cost of the steps made so far.
+      error: Rounding error of ``spent``, which the next addition corrects (Kahan
+        summation): in float32 a plain sum of many small costs would drift, and any
+        plain sum would depend on how a run is cut into blocks.
+    """
+
+    limit: Array
+    spent: Array
+    error: Array
+
+    @classmethod
+    def create(cls, limit: Array | float | None) -> "Budget":
+        """Returns an unspent budget; None stands for no limit."""
+        zero = jnp.zeros((), float)
+        return cls(jnp.asarray(jnp.inf if limit is None else limit, float), zero, zero)
+
+    @property
+    def is_spent(self) -> Array:
+        """True if no step may be made any more."""
+        # Not `~(spent < limit)`: an unknown cost, NaN, ends no run without a limit.
+        return self.spent >= self.limit
+
+    def spend(self, cost: Array) -> "Budget":
+        """Returns the budget after a step of this cost."""
+        addend = cost.astype(self.spent.dtype) - self.error
+        spent = self.spent + addend
+        return Budget(self.limit, spent, (spent - self.spent) - addend)
+
+
 @eqx.filter_jit
 def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> OuterState:
     """Returns the state before the first step."""
     init_key, key = jax.random.split(key)
     u = spaces.inverse(loop.space, alpha)
-    estimator_state = loop.estimator.init(loop.problem, w, alpha, init_key)
     aggregator_state = None
     if loop.aggregator is not None:
         aggregator_state = loop.aggregator.init(loop.problem.num_objectives)
-    estimate = lambda: loop.estimator.estimate(
-        loop.problem, estimator_state, alpha, key
-    )
-    value = jax.eval_shape(lambda: jnp.asarray(estimate()[0].value))
+    # Scalars are weakly typed here, and take the dtype of what replaces them.
     state = OuterState(
         step=jnp.asarray(0),
         status=jnp.asarray(0),
         u=u,
         good_u=u,
         w=w,
-        best_value=jnp.asarray(jnp.inf, value.dtype),
+        best_value=jnp.asarray(jnp.inf),
         best_alpha=alpha,
         aggregator_state=aggregator_state,
         optimizer_state=loop.optimizer.init(u),
-        estimator_state=estimator_state,
+        estimator_state=loop.estimator.init(loop.problem, w, alpha, init_key),
         key=key,
     )
-    return _with_types_of_next_state(loop, state)
+    return _cast_to_next_state(loop, state)
 
 
-def _with_types_of_next_state(loop: "OuterLoop", state: OuterState) -> OuterState:
+def _cast_to_next_state(loop: "OuterLoop", state: OuterState) -> OuterState:
     """Casts the state to the types after a step, so that all blocks share a program."""
     next_state = jax.eval_shape(lambda state: step(loop, state)[0], state)
 
     def cast(leaf, like):
-        if not eqx.is_array(leaf) or jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
             return leaf
         return jax.lax.convert_element_type(leaf, like.dtype)  # drops weak types
 
@@ -123,7 +153,7 @@ def step(
     loop: "OuterLoop",
     state: OuterState,
     stop: Array | int = NEVER,
-    budget: Array | float = jnp.inf,
+    budget: Budget | None = None,
 ) -> tuple[OuterState, StepRecord]:
     """Makes one outer step.
 
@@ -131,83 +161,63 @@ def step(
       loop: The loop.
       state: The state before the step.
       stop: Number of the step at which the run ends; its last step is always evaluated.
-      budget: Gradient-equivalents left, after which the run ends as well.
+      budget: The budget before the step, which ends the run as well when it is spent.
 
     Returns:
       The state after the step and its record. After a failure the state holds the last
-      good ``alpha`` and ``w``, and ``status`` says what failed.
+      good ``alpha`` and ``w``, and ``status`` is the code of the failure.
     """
     key, estimate_key, metric_key = jax.random.split(state.key, 3)
-    to_alpha = lambda u: spaces.forward(loop.space, u)
-    alpha, pullback = jax.vjp(to_alpha, state.u)
+    alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
     problem = loop.problem_at(state.step)
-    estimate, estimator_state = _estimate(loop, problem, state, alpha, estimate_key)
-    gradient, score, weights, has_bad_weights, aggregator_state = _aggregate(
-        loop.aggregator, estimate, pullback, state.aggregator_state
-    )
-    optimizer = optax.with_extra_args_support(loop.optimizer)
-    updates, optimizer_state = optimizer.update(
-        gradient, state.optimizer_state, state.u, value=score
-    )
-    u = spaces.project(loop.space, optax.apply_updates(state.u, updates))
-    if loop.project is not None:
-        u = loop.project(u)
-
-    is_untrusted = ~estimate.stats["trusted"]
-    status = jnp.select(
-        [
-            ~all_finite(estimate.value),
-            has_bad_weights,
-            ~all_finite(gradient),
-            is_untrusted & (loop.on_untrusted == "stop"),
-            ~all_finite(u),
-        ],
-        [BAD_VALUE, NONFINITE_WEIGHTS, BAD_HYPERGRADIENT, UNTRUSTED, BAD_STEP],
-        0,
-    ).astype(state.status.dtype)
+    estimate, estimator_state = estimate_step(loop, problem, state, alpha, estimate_key)
+    direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
+    u, optimizer_state = _update(loop, state, direction)
+    status = _get_status(loop, estimate, direction, u).astype(state.status.dtype)
+    aggregator_state = direction.aggregator_state
     if loop.on_untrusted == "skip":
         u, optimizer_state, aggregator_state = optax.tree.where(
-            is_untrusted,
+            ~estimate.stats["trusted"],
             (state.u, state.optimizer_state, state.aggregator_state),
             (u, optimizer_state, aggregator_state),
         )
+    is_last = state.step + 1 == stop
+    if budget is not None:
+        cost = estimate.stats["gradient_equivalents"]
+        is_last |= budget.spend(cost).is_spent
+        # A budget that is never used up would make the run endless.
+        is_endless = jnp.isfinite(budget.limit) & ~(cost > 0)
+        status = jnp.where(is_endless & (status == 0), BAD_COST, status)
+    status = jnp.where(state.status > 0, state.status, status)
+    metrics = _evaluate_metrics(
+        loop, state.step, is_last, estimate.w, alpha, metric_key
+    )
     stats = estimate.stats
-    if weights is not None:
-        stats = stats | {"objective_weights": weights}
-    cost = stats["gradient_equivalents"]
-    # A budget that is never used up would make the run endless.
-    has_budget = jnp.isfinite(budget)
-    status = jnp.where(has_budget & ~(cost > 0) & (status == 0), BAD_COST, status)
-    is_last = (state.step + 1 == stop) | (cost >= budget)
+    if direction.weights is not None:
+        stats = stats | {"objective_weights": direction.weights}
     record = StepRecord(
         value=estimate.value,
         stats=stats,
         flags=estimate.flags,
-        metrics=_evaluate_metrics(
-            loop, state.step, is_last, estimate.w, alpha, metric_key
-        ),
+        metrics=metrics,
         alpha=alpha if loop.record_alphas else None,
     )
 
     failed = status > 0
-    is_better = (score < state.best_value) | (not loop.has_comparable_values)
+    is_better = (direction.score < state.best_value) | (not loop.has_comparable_values)
+    is_better &= ~failed
     # A failed run returns to the last alpha whose estimate was good. It ends there, so
     # the estimator's state, which only a next step would use, is not restored: a copy
     # of it at every step would cost more than a step of SABA.
-    restored_u = jax.tree.map(
-        lambda u, good: jnp.where(status == BAD_STEP, u, good), state.u, state.good_u
-    )
-    select = lambda new, old: jax.tree.map(
-        lambda x, y: jnp.where(failed, y, x), new, old
-    )
+    restored_u = optax.tree.where(status == BAD_STEP, state.u, state.good_u)
     next_state = OuterState(
         step=state.step + 1,
         status=status,
-        u=select(u, restored_u),
-        good_u=state.u,
-        w=select(estimate.w, state.w),
-        best_value=jnp.where(is_better & ~failed, score, state.best_value),
-        best_alpha=optax.tree.where(is_better & ~failed, alpha, state.best_alpha),
+        u=optax.tree.where(failed, restored_u, u),
+        good_u=optax.tree.where(failed, restored_u, state.u),
+        w=optax.tree.where(failed, state.w, estimate.w),
+        best_value=jnp.where(is_better, direction.score, state.best_value),
+        best_alpha=optax.tree.where(is_better, alpha, state.best_alpha),
         aggregator_state=aggregator_state,
         optimizer_state=optimizer_state,
         estimator_state=estimator_state,
@@ -225,106 +235,32 @@ def jitted_alpha(loop: "OuterLoop", state: OuterState) -> PyTree:
     return spaces.forward(loop.space, state.u)
 
 
-def _estimate(
-    loop: "OuterLoop", problem: Bilevel, state: OuterState, alpha: PyTree, key: Array
-) -> tuple[Estimate, PyTree]:
-    """Returns the estimate of a step, certified if due and refined if not trusted."""
+class _Direction(NamedTuple):
+    """The direction of a step and what the aggregator computed with it.
 
-    def finish(estimate: Estimate) -> Estimate:
-        estimate = normalize_estimate(estimate)
-        if loop.certify_every is None:
-            return estimate
-        should_certify = state.step % loop.certify_every == 0
-        return _attach_certificate(loop, problem, should_certify, estimate, alpha, key)
+    Attributes:
+      gradient: Gradient by ``u``, ``sum_k weights[k] g_k`` for K outer losses.
+      score: Scalar by which alphas are compared.
+      weights: Weights of K outer losses, or None for a single one.
+      has_bad_weights: Whether finite gradients led to weights that are not finite.
+      aggregator_state: Next state of the aggregator.
+    """
 
-    estimate, estimator_state = loop.estimator.estimate(
-        problem, state.estimator_state, alpha, key
-    )
-    estimate = finish(estimate)
-    if loop.on_untrusted != "refine":
-        return estimate, estimator_state
-
-    estimator: Any = loop.estimator  # one with the optional method `refine`
-
-    def refine():
-        refined, refined_state = estimator.refine(problem, estimator_state, alpha, key)
-        refined = finish(refined)
-        counts = {
-            name: estimate.stats[name] + refined.stats[name]
-            for name in (*COST_STATS, "num_inner_steps")
-        }
-        stats = refined.stats | counts | {"refined": jnp.asarray(True)}
-        return _replace(refined, stats, refined.flags), refined_state
-
-    def keep():
-        stats = estimate.stats | {"refined": jnp.asarray(False)}
-        return _replace(estimate, stats, estimate.flags), estimator_state
-
-    # The branches of a conditional must return the same flags.
-    names = {*estimate.flags, *jax.eval_shape(refine)[0].flags}
-
-    def with_all_flags(branch):
-        estimate, state = branch()
-        flags = {name: estimate.flags.get(name, jnp.asarray(False)) for name in names}
-        return _replace(estimate, estimate.stats, flags), state
-
-    return jax.lax.cond(
-        estimate.stats["trusted"],
-        lambda: with_all_flags(keep),
-        lambda: with_all_flags(refine),
-    )
-
-
-def _attach_certificate(
-    loop: "OuterLoop",
-    problem: Bilevel,
-    should_certify: Array,
-    estimate: Estimate,
-    alpha: PyTree,
-    key: Array,
-) -> Estimate:
-    """Returns the estimate with a certificate in its statistics if one is due."""
-    passed = {name: jnp.asarray(False) for name in (*estimate.flags, "certificate")}
-
-    def certify():
-        data = EstimateData.sample(problem, key)  # the data that the estimate saw
-        certificate = compute_certificate(
-            problem, data, estimate.w, alpha, estimate.hypergradient
-        )
-        stats = estimate.stats | {
-            name: estimate.stats[name] + cost
-            for name, cost in certificate.stats.items()
-        }
-        if get_target(loop.estimator) != "argmin":
-            stats["distance_to_implicit"] = certificate.error_estimate
-            return stats, passed | estimate.flags
-        stats["error_estimate"] = certificate.error_estimate
-        stats["trusted"] = certificate.trusted
-        return stats, passed | {"certificate": ~certificate.trusted}
-
-    keep = lambda: (estimate.stats, passed | estimate.flags)
-    return _replace(estimate, *jax.lax.cond(should_certify, certify, keep))
-
-
-def _replace(
-    estimate: Estimate, stats: dict[str, Array], flags: dict[str, Array]
-) -> Estimate:
-    return Estimate(estimate.value, estimate.hypergradient, estimate.w, stats, flags)
+    gradient: PyTree
+    score: Array
+    weights: Array | None
+    has_bad_weights: Array | bool
+    aggregator_state: PyTree
 
 
 def _aggregate(
     aggregator: Any, estimate: Estimate, pullback: Callable, state: PyTree
-) -> tuple[PyTree, Array, Array | None, Array | bool, PyTree]:
-    """Combines the hypergradients of K outer losses into ``sum_k weights[k] g_k``.
-
-    Returns:
-      The gradient by ``u``, a score by which alphas are compared, the weights (None for
-      a single outer loss), whether finite gradients led to weights that are not
-      finite, and the next state of the aggregator.
-    """
+) -> _Direction:
+    """Pulls hypergradients back to ``u`` and combines those of K outer losses."""
+    # dM/du = (dalpha/du)' dM/dalpha
     if aggregator is None:
         (gradient,) = pullback(estimate.hypergradient)
-        return gradient, estimate.value, None, False, state
+        return _Direction(gradient, estimate.value, None, False, state)
     (gradients,) = jax.vmap(pullback)(estimate.hypergradient)
     row = lambda x: jax.vmap(lambda y: vdot(x, y))(gradients)
     gram = jax.vmap(row)(gradients)  # <g_k, g_l>, shape [K, K]
@@ -335,7 +271,42 @@ def _aggregate(
     gradient = jax.tree.map(combine, gradients)
     weights = jnp.asarray(weights, float)
     has_bad_weights = all_finite(gradients) & ~all_finite(weights)
-    return gradient, score.astype(estimate.value.dtype), weights, has_bad_weights, state
+    score = score.astype(estimate.value.dtype)
+    return _Direction(gradient, score, weights, has_bad_weights, state)
+
+
+def _update(
+    loop: "OuterLoop", state: OuterState, direction: _Direction
+) -> tuple[PyTree, PyTree]:
+    """Returns ``u`` after a step of the optimizer, and the optimizer's next state."""
+    # Optimizers such as Polyak's also need the outer value.
+    optimizer = optax.with_extra_args_support(loop.optimizer)
+    updates, optimizer_state = optimizer.update(
+        direction.gradient, state.optimizer_state, state.u, value=direction.score
+    )
+    u = spaces.project(loop.space, optax.apply_updates(state.u, updates))
+    if loop.project is not None:
+        u = loop.project(u)
+    return u, optimizer_state
+
+
+def _get_status(
+    loop: "OuterLoop", estimate: Estimate, direction: _Direction, u: PyTree
+) -> Array:
+    """Returns the code of the first check that a step fails, or 0."""
+    should_stop = loop.on_untrusted == "stop"
+    # The first condition that holds counts: a NaN in the value spreads to the others.
+    return jnp.select(
+        [
+            ~all_finite(estimate.value),
+            direction.has_bad_weights,
+            ~all_finite(direction.gradient),
+            ~estimate.stats["trusted"] & should_stop,
+            ~all_finite(u),
+        ],
+        [BAD_VALUE, NONFINITE_WEIGHTS, BAD_HYPERGRADIENT, UNTRUSTED, BAD_STEP],
+        0,
+    )
 
 
 def _evaluate_metrics(
@@ -369,47 +340,46 @@ def _evaluate_metrics(
 def run_block(
     loop: "OuterLoop",
     state: OuterState,
+    budget: Budget,
     num_steps: Array,
     stop: Array,
-    budget: Array,
     block_size: int,
-) -> tuple[OuterState, StepRecord, Array, Array]:
+) -> tuple[OuterState, Budget, StepRecord, Array]:
     """Makes up to ``num_steps`` steps; only ``block_size`` is static.
 
     Args:
       loop: The loop.
-      state: The state before the block.
+      state, budget: State and budget before the block.
       num_steps: Number of steps to make, at most ``block_size``.
-      stop, budget: As in `step`.
+      stop: Number of the step at which the run ends.
       block_size: Number of rows of the records.
 
     Returns:
-      The state after the block, the records with a leading axis of size ``block_size``,
-      the number of steps made, and their cost. Rows of steps that were not made are
-      blank. No step is made after a failure or once the budget is spent.
+      State and budget after the block, the records with a leading axis of size
+      ``block_size``, and the number of steps made. No step is made after a failure or
+      once the budget is spent; the rows of such steps are blank.
     """
     rows = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (block_size, *x.shape)),
-        blank_record(loop, state),
+        _blank_record(loop, state),
     )
-    zero_cost = jnp.zeros_like(jnp.asarray(budget))
 
     def should_step(carry):
-        state, _, num_made, spent = carry
-        return (num_made < num_steps) & (state.status == 0) & (spent < budget)
+        state, budget, _, num_made = carry
+        return (num_made < num_steps) & (state.status == 0) & ~budget.is_spent
 
     def make_step(carry):
-        state, rows, num_made, spent = carry
-        state, record = step(loop, state, stop, budget - spent)
+        state, budget, rows, num_made = carry
+        state, record = step(loop, state, stop, budget)
         rows = jax.tree.map(lambda column, x: column.at[num_made].set(x), rows, record)
-        cost = record.stats["gradient_equivalents"].astype(spent.dtype)
-        return state, rows, num_made + 1, spent + cost
+        budget = budget.spend(record.stats["gradient_equivalents"])
+        return state, budget, rows, num_made + 1
 
-    init_carry = (state, rows, jnp.asarray(0), zero_cost)
+    init_carry = (state, budget, rows, jnp.asarray(0))
     return jax.lax.while_loop(should_step, make_step, init_carry)
 
 
-def blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:
+def _blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:
     """Returns the record of a step that was not made: NaN, at no cost."""
     record = jax.eval_shape(lambda state: step(loop, state)[1], state)
 

@@ -240,6 +240,6 @@ def _can_be_trusted(structure, shapes, static_structure, static_leaves) -> bool:
         arrays = jax.tree.unflatten(structure, leaves)
         estimator, problem, w, alpha = eqx.combine(arrays, static)
         state = estimator.init(problem, w, alpha, key)
-        return estimator.estimate(problem, state, alpha, key)[0].stats["trusted"]
+        return estimator.estimate(problem, state, alpha, key)[0].trusted
 
     return any(used_inputs(is_trusted, shapes, KEY_SHAPE))

@@ -1,4 +1,4 @@
-"""Checks of what a user records along a run: metrics and a progress callback."""
+"""Validation of user-supplied metrics and progress callbacks."""
 
 import inspect
 from collections.abc import Callable
@@ -78,6 +78,7 @@ def _check_signature(name: str, metric: Callable) -> None:
 
 
 def _check_returns_scalar(name: str, metric: Any, w: PyTree, alpha: PyTree) -> None:
+    """Raises ValueError unless the metric returns a scalar for these shapes."""
     try:
         shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY_SHAPE))
     except Exception as error:

@@ -43,7 +43,7 @@ class Trace(PrettyModule):
         the luckiest batch; take ``alpha``.
       value: ``[steps]``, the outer value at the ``alpha`` of each step, before the
         step; ``[steps, K]`` for K outer losses. A warm-started estimator also lowers it
-        by training ``w`` further.
+        by training ``w`` further. Rows after a failure are NaN.
       stats: ``{name: [steps]}``, the statistics of the estimates. With K outer losses
         also ``objective_weights``, ``[steps, K]``.
       metrics: ``{name: [steps]}``, NaN where a metric was not evaluated.
@@ -87,18 +87,19 @@ class Trace(PrettyModule):
 
     @property
     def status(self) -> str:
-        """Why the run ended, in words; for a single run, not a batch."""
+        """Reason why the run ended, in words; for a single run, not for a batch."""
         self._check_single("status")
         return STATUS_MESSAGES[int(self.status_code)]
 
     @property
     def cost(self) -> Array:
-        """``[steps]``: gradient-equivalents spent up to and including each step."""
+        """Gradient-equivalents spent up to and including each step, ``[steps]``."""
         return jnp.cumsum(self.stats["gradient_equivalents"], axis=-1)
 
     def reasons(self) -> dict[str, list[int]]:
-        """Returns why estimates are not trusted: ``{sentence: steps}``."""
+        """Returns the reasons not to trust estimates: ``{sentence: steps}``."""
         self._check_single("reasons()")
+        # Blank rows have no flags. Steps are counted from the start of the first run.
         flags = {name: np.flatnonzero(flag) for name, flag in self.flags.items()}
         return {
             REASONS.get(name, name): (steps + int(self.first_step)).tolist()
@@ -109,7 +110,7 @@ class Trace(PrettyModule):
     def rows(self) -> list[dict[str, Any]]:
         """Returns a dictionary per step: step, value, cost so far, stats, metrics.
 
-        A metric is left out of the rows of steps at which it was not evaluated.
+        The row of a step does not contain the metrics that were not evaluated.
         """
         self._check_single("rows()")
         columns = {"value": self.value, "cost": self.cost} | self.stats
@@ -122,7 +123,7 @@ class Trace(PrettyModule):
             row |= {
                 name: column[i].item()
                 for name, column in metrics.items()
-                if not np.isnan(column[i])
+                if not np.isnan(column[i])  # else it was not evaluated
             }
             rows.append(row)
         return rows

@@ -1,7 +1,14 @@
-"""The outer loop as one call, for tests that vary its options."""
+"""The outer loop as one call, and an estimator that compiles in a moment."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 import hypergrad as hg
 
@@ -13,3 +20,67 @@ def run_loop(problem, estimator, optimizer, w, alpha, *, key=None, **options: An
     run_options = {name: options.pop(name) for name in RUN_OPTIONS & options.keys()}
     loop = hg.OuterLoop(problem, estimator, optimizer, **options)
     return loop.run(loop.init(w, alpha, key), **run_options)
+
+
+class ExactEstimator(eqx.Module):
+    """Differentiates the outer loss along a closed form of the inner solution.
+
+    It is written as users write theirs: it returns only ``value``, ``hypergradient``,
+    ``w`` and the statistics that it knows, and its state is a weakly typed counter.
+
+    Args:
+      solution_fn: ``(alpha, inner_data) -> w``.
+      cost: Gradient-equivalents of each estimate; of the i-th if it is an array.
+      trusted: Whether the i-th estimate is trusted; else it points uphill.
+      noise: Scale of a random perturbation of the hypergradient.
+    """
+
+    solution_fn: Callable = eqx.field(static=True)
+    cost: Any = 3.0
+    trusted: Any = None
+    noise: float = eqx.field(static=True, default=0.0)
+
+    def init(self, problem, w, alpha, key=None):
+        return jnp.asarray(0)
+
+    def estimate(self, problem, index, alpha, key):
+        def outer_value(alpha):
+            w = self.solution_fn(alpha, problem.inner_data)
+            value = problem.outer_value(w, alpha, problem.outer_data)
+            return value, (value, w)
+
+        hypergradient, (value, w) = jax.jacrev(outer_value, has_aux=True)(alpha)
+        select = lambda x: jnp.asarray(x)[index] if jnp.ndim(x) else jnp.asarray(x)
+        stats = {"gradient_equivalents": select(self.cost)}
+        if self.trusted is not None:
+            stats["trusted"] = select(self.trusted)
+            factor = jnp.where(stats["trusted"], 1.0, -3.0)
+            hypergradient = jax.tree.map(lambda g: factor * g, hypergradient)
+        if self.noise:
+            add_noise = lambda g: g + self.noise * jax.random.normal(key, g.shape)
+            hypergradient = jax.tree.map(add_noise, hypergradient)
+        return hg.Estimate(value, hypergradient, w, stats), index + 1
+
+    def refine(self, problem, index, alpha, key):
+        exact = ExactEstimator(self.solution_fn, self.cost)
+        estimate, _ = exact.estimate(problem, index - 1, alpha, key)
+        stats = estimate.stats | {"trusted": jnp.asarray(True)}
+        return hg.Estimate(
+            estimate.value, estimate.hypergradient, estimate.w, stats
+        ), index
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Raises AssertionError unless two trees agree in structure, types and bits."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert to_bytes(x) == to_bytes(y), jax.tree_util.keystr(path)
+
+
+def to_bytes(leaf: Any) -> bytes:
+    """Returns the bytes of an array or of the data of a PRNG key."""
+    is_key = jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()

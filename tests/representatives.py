@@ -83,17 +83,6 @@ REPRESENTATIVES = {
     "test_metric_tables": {
         "test_retrieval_ranks_all_others_by_cosine": set(),
     },
-    "test_minimize": {
-        "test_a_box_is_projected_gradient_descent": set(),
-        "test_a_space_is_a_reparametrisation": {"log Interval"},
-        "test_equals_a_loop_by_hand": {"momentum"},
-        "test_float32_stays_float32": set(),
-        "test_progress_changes_nothing": {"41"},
-        "test_projections_of_optax": {"simplex"},
-        "test_rows_of_a_batch_need_an_index": set(),
-        "test_spaces_leaf_by_leaf": set(),
-        "test_w_is_carried_from_step_to_step": {"implicit"},
-    },
     "test_objectives": {
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
         "test_a_limit_holds_and_the_multiplier_is_that_of_the_kkt_point": {

@@ -1,7 +1,7 @@
-"""Files that a power cut leaves whole, as far as POSIX promises it.
+"""File operations that survive a power failure, as far as POSIX guarantees it.
 
-A rename is seen whole or not at all; but unless the disk was waited for, what was
-renamed may be empty after a power cut, and a folder may lack its name.
+A rename is atomic, but without `os.fsync` the renamed file may be empty after a power
+failure, and a folder may lack the names of new files.
 """
 
 import contextlib
@@ -12,17 +12,19 @@ from typing import IO
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Puts a file in place, whole or not at all; for good once this returns.
+    """Writes a file so that it is never incomplete, and waits until it is on disk.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write(Path(folder) / "table.md", "| 1 |")
+    ...     atomic_write(Path(folder) / "table.md", "| 1 |")
     ...     [file.name for file in Path(folder).iterdir()]
     ['table.md']
     """
     draft = path.with_name(path.name + ".part")
+    draft.unlink(missing_ok=True)  # from an interrupted call, or a link to another file
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        with draft.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         fsync_path(draft)
         draft.replace(path)
     finally:
@@ -31,39 +33,39 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 
 def append_durably(file: IO[str], text: str) -> None:
-    """Adds to an open file; for good once this returns."""
+    """Appends to an open file and waits until the text is on disk."""
     file.write(text)
     file.flush()
-    _sync(file.fileno())
+    _fsync(file.fileno())
 
 
 def make_directory(path: Path) -> None:
-    """Makes a folder, and those above it that are not there."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    """Creates a folder with its parents and waits until they are on disk."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        with contextlib.suppress(PermissionError):  # one that may not be read
+    for folder in created:
+        with contextlib.suppress(PermissionError):  # the parent may be unreadable
             fsync_path(folder.parent)
 
 
 def fsync_path(path: Path) -> None:
-    """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    """Waits until the bytes of a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _sync(descriptor)
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _sync(descriptor: int) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Waits until a folder and everything in it is on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync_path(path)
+
+
+def _fsync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot be asked to
+        if error.errno != errno.EINVAL:  # the file system does not support fsync
             raise
-
-
-def fsync_tree(folder: Path) -> None:
-    """All files and folders below one, and its own names."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync_path(path)

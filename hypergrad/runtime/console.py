@@ -1,4 +1,4 @@
-"""What the commands print: tables, lines, and errors in a line of words."""
+"""Output of the commands: Markdown, tables, and errors as one line."""
 
 import contextlib
 import itertools
@@ -11,48 +11,52 @@ if TYPE_CHECKING:
 
 
 def print_markdown(text: str, console: "Console") -> None:
-    """A study's Markdown: its table drawn, and other lines as they are, wrapped."""
+    """Prints Markdown: tables are drawn, all other lines are printed unchanged."""
     from rich.text import Text
 
-    is_row = lambda line: line.startswith("|")
-    for drawn, lines in itertools.groupby(text.splitlines(), is_row):
-        if drawn:
-            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
-            print_table(head, rows, console)
-        else:
+    is_table_row = lambda line: line.startswith("|")
+    for is_table, lines in itertools.groupby(text.splitlines(), is_table_row):
+        if not is_table:
             for line in lines:
                 console.print(Text(line))
+            continue
+        split = lambda line: [cell.strip() for cell in line[1:-1].split("|")]
+        columns, _, *rows = map(split, lines)
+        print_table(columns, rows, console)
 
 
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], console: "Console"
 ) -> None:
-    """A table in which no word and no name of a row is broken, if it is too wide."""
+    """Prints a table without breaking a word, or a name in the first column.
+
+    The table becomes wider than the console if it would not fit otherwise.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    rows, table, least = list(rows), Table(), 1
+    rows, table, min_width = list(rows), Table(), 1
     for i, column in enumerate(columns):
         cells = [column, *(row[i] for row in rows)]
         width = max(map(len, cells if i == 0 else " ".join(cells).split()))
         table.add_column(Text(column), min_width=width)
-        least += width + 3  # with a blank on either side and the border
+        min_width += width + 3  # a blank on both sides and the border
     for row in rows:
         table.add_row(*map(Text, row))
-    if least > console.width:
-        table.width = least
+    if min_width > console.width:
+        table.width = min_width
     console.print(table, crop=False)
 
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """What is wrong with the input is said in a line, not in a traceback."""
+    """Exits with one line instead of a traceback if the input is invalid."""
     try:
         yield
     except ValueError as error:
         sys.exit(f"hypergrad: {error}")
-    except OSError as error:  # a full disk, a read-only folder
+    except OSError as error:  # such as a full disk or a read-only folder
         sys.exit(
-            f"hypergrad: {error}; what was written is kept, and the same command goes "
-            "on from there"
+            f"hypergrad: {error}. Completed results are kept; the same command "
+            "continues from them."
         )

@@ -1,4 +1,4 @@
-"""Arrays on several devices, also those of other processes; what those agree on."""
+"""Arrays on several devices and processes, and agreement between processes."""
 
 from collections.abc import Callable
 
@@ -10,32 +10,37 @@ from jaxtyping import PyTree
 
 
 def shard(tree: PyTree, *axes: str) -> PyTree:
-    """Whole on every device, or its leading axis over all of them, as a named axis.
+    """Places a tree on all devices of all processes.
 
-    With several processes each has to call this, with the same numbers.
+    Every process must call this function, with the same values.
+
+    Args:
+      tree: Pytree of arrays.
+      axes: Name of the mesh axis over which the leading axis of each leaf is split.
+        Without a name every device holds the whole tree.
     """
     mesh = Mesh(np.array(jax.devices()), axes or ("all",))
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    # device_put takes no keys to the devices of other processes.
+    # device_put cannot place PRNG keys on the devices of other processes.
     return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
 
 
 def needs_gather(x: object) -> bool:
-    """Whether other processes hold parts that this one lacks."""
+    """Returns True if other processes hold parts of an array that this one lacks."""
     if isinstance(x, Tracer) or not isinstance(x, jax.Array):
         return False
     return not (x.is_fully_addressable or x.is_fully_replicated)
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """For the host to read: whole on every device where it `is_apart`."""
+    """Returns the tree with every leaf readable on this process; see `needs_gather`."""
     return jax.tree.map(lambda x: shard(x) if needs_gather(x) else x, tree)
 
 
 def process_max(number: int) -> int:
-    """Of the numbers that all processes bring, each its own."""
+    """Returns the maximum of the numbers that all processes pass."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -43,34 +48,40 @@ def process_max(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def run_on_first_process(act: Callable[[], PyTree], like: PyTree = None) -> PyTree:
-    """What the first process alone does; its arrays, where it returns any, in all.
+def run_on_first_process(fn: Callable[[], PyTree], like: PyTree = None) -> PyTree:
+    """Calls a function on the first process only and returns its result on all.
 
     Args:
-      act: returns NumPy arrays like ``like``, or None.
+      fn: Returns a pytree of NumPy arrays, or None.
+      like: Pytree with the structure, shapes and dtypes of that result.
 
     Raises:
-      RuntimeError: in the others, where ``act`` raised in the first.
+      RuntimeError: On the other processes, if ``fn`` raised an error on the first.
     """
     if jax.process_count() == 1:
-        return act()
+        return fn()
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    made, error = None, None
+    result, error = None, None
     if jax.process_index() == 0:
         try:
-            made = act()
-        except BaseException as raised:  # the others wait to be told
+            result = fn()
+        except BaseException as raised:  # the others wait for the broadcast below
             error = raised
-    state = np.array([error is not None, made is not None], np.uint8)
-    failed, is_made = broadcast_one_to_all(state)
+    outcome = np.array([error is not None, result is not None], np.uint8)
+    failed, has_result = broadcast_one_to_all(outcome)
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("the first process could not go on; its message says why")
-    if not is_made:
+        raise RuntimeError(
+            "the first process failed, and this process cannot continue without it. "
+            "See the error message of the first process."
+        )
+    if not has_result:
         return None
-    bits = lambda x: np.frombuffer(x.tobytes(), np.uint8)  # a sum of -0 and 0 is 0
-    sent = broadcast_one_to_all(jax.tree.map(bits, like if made is None else made))
-    numbers = lambda x, b: np.frombuffer(np.asarray(b), x.dtype).reshape(x.shape)
-    return jax.tree.map(numbers, like, sent)
+    # Bytes are sent, because the broadcast adds zeros, which would turn -0 into 0.
+    to_bytes = lambda x: np.frombuffer(x.tobytes(), np.uint8)
+    payload = jax.tree.map(to_bytes, like if result is None else result)
+    received = broadcast_one_to_all(payload)
+    from_bytes = lambda x, b: np.frombuffer(np.asarray(b), x.dtype).reshape(x.shape)
+    return jax.tree.map(from_bytes, like, received)

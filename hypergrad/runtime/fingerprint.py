@@ -1,4 +1,4 @@
-"""Whose numbers they are: digests of trees and of programs, the same in any process."""
+"""Digests of data and programs that are equal in every process."""
 
 import hashlib
 import re
@@ -18,7 +18,9 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def digest(tree: PyTree) -> str:
-    """SHA-256 over structure, shapes, dtypes and bytes; functions count by name.
+    """Returns the SHA-256 of structure, shapes, dtypes and bytes of a pytree.
+
+    A leaf that is not an array, such as a function, contributes its name.
 
     >>> digest((1.0, jnp.sin)) == digest((1.0, jnp.sin))
     True
@@ -26,24 +28,26 @@ def digest(tree: PyTree) -> str:
     False
     """
     leaves, structure = jax.tree.flatten(tree)
-    found = hashlib.sha256(ADDRESS.sub("", str(structure)).encode())
+    sha256 = hashlib.sha256(ADDRESS.sub("", str(structure)).encode())
     for leaf in leaves:
         if not eqx.is_array_like(leaf):
-            found.update(ADDRESS.sub("", repr(leaf)).encode())
+            sha256.update(ADDRESS.sub("", repr(leaf)).encode())
             continue
         array = to_numpy(leaf)
-        found.update(f"{jnp.result_type(leaf)}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return HASH + found.hexdigest()
+        sha256.update(f"{jnp.result_type(leaf)}{array.shape}".encode())
+        sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return HASH + sha256.hexdigest()
 
 
 def digest_program(lowered: Any) -> str:
-    """SHA-256 of a program, its constants included: what functions close over."""
+    """Returns the SHA-256 of a lowered program, with the constants that it contains."""
     return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def digest_function(function: Callable, *inputs: PyTree) -> str:
-    """That of its program for inputs of these shapes, whatever they are and lie on.
+    """Returns the digest of a function's program for inputs of these shapes.
+
+    The values of the inputs and their devices do not matter.
 
     Cost: one trace.
 
@@ -55,12 +59,15 @@ def digest_function(function: Callable, *inputs: PyTree) -> str:
     False
     """
     arrays, static = eqx.partition(inputs, eqx.is_array)
-    found = lambda arrays: function(*eqx.combine(arrays, static))
-    numbers = lambda arrays: eqx.filter(found(arrays), eqx.is_array_like)
+
+    def call(arrays):
+        result = function(*eqx.combine(arrays, static))
+        return eqx.filter(result, eqx.is_array_like)
+
     shapes = jax.eval_shape(lambda arrays: arrays, arrays)
-    return digest_program(jax.jit(numbers).lower(shapes))
+    return digest_program(jax.jit(call).lower(shapes))
 
 
 def fingerprint(*digests: str) -> str:
-    """Several digests in a short word."""
+    """Returns 16 hexadecimal digits that identify several digests."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]

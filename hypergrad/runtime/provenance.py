@@ -1,4 +1,4 @@
-"""What numbers are made with: the machine, the packages, the commit of the source."""
+"""Machine, packages and source commit with which results are made."""
 
 import datetime
 import importlib.metadata
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def versions() -> dict[str, Any]:
-    """Of the machine, the source and all packages, as they are in this process."""
+    """Returns the versions of machine, source and packages of this process."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -26,26 +26,29 @@ def versions() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """All that is installed."""
-    there = importlib.metadata.distributions(path=sys.path)
-    named = (one for one in there if one.name)  # a broken one has none
-    return dict(sorted((one.name.lower(), one.version) for one in named))
+    """Returns the version of every installed package."""
+    distributions = importlib.metadata.distributions(path=sys.path)
+    named = (package for package in distributions if package.name)  # else it is broken
+    return dict(sorted((package.name.lower(), package.version) for package in named))
 
 
 def source_commit(package: Path) -> str | None:
-    """Of a package's source, "+" where a file of it differs; None in no checkout."""
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
+    """Returns the commit of a package's source, or None if it is not in a checkout.
+
+    A "+" is appended if a file of the package differs from the commit.
+    """
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(package), *args], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        # A checkout around site-packages is not the source's.
+        # A checkout that only contains site-packages does not track the package.
         git("ls-files", "--error-unmatch", "__init__.py")
-        changed = "+" if git("status", "--porcelain", "--", ".") else ""
-        return git("rev-parse", "HEAD") + changed
+        suffix = "+" if git("status", "--porcelain", "--", ".") else ""
+        return git("rev-parse", "HEAD") + suffix
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def utc_now() -> str:
-    """In UTC, to the second."""
+    """Returns the current time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,100 @@
+"""The estimate of an outer step, with its certificate and its refinement."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .certificate import compute_certificate
+from .cost import COST_STATS
+from .estimators.base import Estimate, get_target, normalize_estimate
+from .problem import Bilevel, EstimateData
+
+if TYPE_CHECKING:
+    from .minimize import OuterLoop
+    from .outer_step import OuterState
+
+
+def estimate_step(
+    loop: "OuterLoop", problem: Bilevel, state: "OuterState", alpha: PyTree, key: Array
+) -> tuple[Estimate, PyTree]:
+    """Returns the estimate of a step, certified if due and refined if not trusted."""
+
+    def finish(estimate: Estimate) -> Estimate:
+        estimate = normalize_estimate(estimate)
+        if loop.certify_every is None:
+            return estimate
+        should_certify = state.step % loop.certify_every == 0
+        return _attach_certificate(loop, problem, should_certify, estimate, alpha, key)
+
+    estimate, estimator_state = loop.estimator.estimate(
+        problem, state.estimator_state, alpha, key
+    )
+    estimate = finish(estimate)
+    if loop.on_untrusted != "refine":
+        return estimate, estimator_state
+
+    estimator: Any = loop.estimator  # has the optional method `refine`
+
+    def refine():
+        refined, refined_state = estimator.refine(problem, estimator_state, alpha, key)
+        refined = finish(refined)
+        counts = {
+            name: estimate.stats[name] + refined.stats[name]
+            for name in (*COST_STATS, "num_inner_steps")
+        }
+        stats = refined.stats | counts | {"refined": jnp.asarray(True)}
+        return dataclasses.replace(refined, stats=stats), refined_state
+
+    def keep():
+        stats = estimate.stats | {"refined": jnp.asarray(False)}
+        return dataclasses.replace(estimate, stats=stats), estimator_state
+
+    # The branches of a conditional must return the same flags. Their order is fixed,
+    # because checkpoints compare the text of the program.
+    names = sorted({*estimate.flags, *jax.eval_shape(refine)[0].flags})
+
+    def with_all_flags(branch):
+        estimate, state = branch()
+        flags = {name: estimate.flags.get(name, jnp.asarray(False)) for name in names}
+        return dataclasses.replace(estimate, flags=flags), state
+
+    return jax.lax.cond(
+        estimate.stats["trusted"],
+        lambda: with_all_flags(keep),
+        lambda: with_all_flags(refine),
+    )
+
+
+def _attach_certificate(
+    loop: "OuterLoop",
+    problem: Bilevel,
+    should_certify: Array,
+    estimate: Estimate,
+    alpha: PyTree,
+    key: Array,
+) -> Estimate:
+    """Returns the estimate with a certificate in its statistics if one is due."""
+    passed = {name: jnp.asarray(False) for name in (*estimate.flags, "certificate")}
+
+    def certify():
+        data = EstimateData.sample(problem, key)  # the data that the estimate saw
+        certificate = compute_certificate(
+            problem, data, estimate.w, alpha, estimate.hypergradient
+        )
+        stats = estimate.stats | {
+            name: estimate.stats[name] + cost
+            for name, cost in certificate.stats.items()
+        }
+        if get_target(loop.estimator) != "argmin":
+            stats["distance_to_implicit"] = certificate.error_estimate
+            return stats, passed | estimate.flags
+        stats["error_estimate"] = certificate.error_estimate
+        stats["trusted"] = certificate.trusted
+        return stats, passed | {"certificate": ~certificate.trusted}
+
+    keep = lambda: (estimate.stats, passed | estimate.flags)
+    stats, flags = jax.lax.cond(should_certify, certify, keep)
+    return dataclasses.replace(estimate, stats=stats, flags=flags)
