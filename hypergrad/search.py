@@ -212,7 +212,7 @@ def _check_journal(searcher: Any, previous_trials: Sequence[dict]) -> None:
 def _check_parallel(parallel: Any, searcher: Any) -> None:
     if parallel is None:
         return
-    if not isinstance(parallel, Parallel):
+    if not (hasattr(parallel, "trials_per_batch") and hasattr(parallel, "executor")):
         raise TypeError(
             "parallel must be hg.Parallel(trials_per_batch, executor); got "
             f"{parallel!r}."
