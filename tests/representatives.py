@@ -208,10 +208,6 @@ REPRESENTATIVES = {
         "test_the_logistic_problem_of_grazzi_2020": {"CG-5"},
         "test_what_several_losses_share_counts_once": {"linear0-25"},
     },
-    "test_executors": {
-        "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
-        "test_an_executor_makes_the_trace_of_one_process": {"descent", "metrics"},
-    },
     "test_fixed_point": {
         "test_equals_the_closed_form": {
             *(
@@ -334,19 +330,6 @@ REPRESENTATIVES = {
         "test_weights_of_objectives_are_learned_at_a_third_level": set(),
         "test_weights_of_objectives_by_nested_argmin": set(),
     },
-    "test_populations": {
-        "test_a_search_killed_after_any_round_goes_on_to_the_same_trace": {
-            *(
-                "one shot",
-                "pbt",
-            ),
-        },
-        "test_brackets_of_hyperband_are_those_of_its_table": set(),
-        "test_each_finds_the_optimum_within_its_budget": {"pbt"},
-        "test_eight_devices_train_what_one_does": set(),
-        "test_the_best_is_one_that_was_trained_in_full": set(),
-        "test_the_table_times_three_ways_to_the_same_trainings": set(),
-    },
     "test_problem": {
         "test_several_outer_losses": {"Unrolled"},
     },
@@ -362,39 +345,6 @@ REPRESENTATIVES = {
     },
     "test_reversible": {
         "test_equals_reverse_mode": {"logistic per-weight-1000", "quadratic nested-2"},
-    },
-    "test_search": {
-        "test_nsga2_finds_the_front": set(),
-    },
-    "test_searchers": {
-        "test_a_generation_of_evolution_with_failures": {"SNES"},
-        "test_a_grid_is_the_product_of_its_axes": set(),
-        "test_a_stored_state_asks_on_as_if_nothing_had_happened": {
-            *(
-                "evolution-snes",
-                "gp",
-                "nsga2-mixed",
-                "random*",
-            ),
-            *("tpe-mixed",),
-        },
-        "test_evolution_proposes_what_evosax_does": {"SNES"},
-        "test_proposals_lie_in_the_space_and_asking_changes_nothing": {
-            *(
-                "evolution-cma",
-                "gp-mixed",
-                "nsga2-mixed",
-                "random*",
-            ),
-            *("sobol*",),
-        },
-        "test_the_optimum_is_found_within_the_stated_budget": {
-            *(
-                "grid",
-                "random",
-                "reinforce",
-            ),
-        },
     },
     "test_searching_tables": {
         "test_a_search_costs_its_trainings_and_a_value_a_draw": set(),
