@@ -80,19 +80,22 @@ def search(
         holds the whole search so far: keep only the latest, by
         ``np.savez(file, **rounds)``.
       previous_trials: Dictionaries that ``trial_callback`` of an earlier search with
-        the same arguments received, all of them. The trials are told to the searcher
+        the same arguments received, all of them. These trials are told to the searcher
         and counted against the budget, but not run again, so that a search that was
-        killed continues to the same trace. For a population the latest dictionary is
-        enough, ``[dict(np.load(file))]``; it is kept even if it exceeds the budget.
+        killed continues to the same trace. A population searcher needs only the latest
+        dictionary, ``[dict(np.load(file))]``, and keeps it even if it exceeds the
+        budget.
       parallel: How many trials run at the same time, and where. Defaults to one trial
         at a time in this process.
 
-    Returns: A `Trace` with a row per trial; ``alpha`` and ``w`` are those of the best
-      trial. A trial whose value or ``w`` is not finite is not trusted, and one whose
-      value is not finite (``-inf`` included) is worse than any other. With K outer
-      losses ``trace.value`` has shape ``[trials, K]``; the best trial has the lowest
-      first value, among equal ones the lowest second, and so on, so no other trial
-      dominates it. `hypergrad.objectives.non_dominated` selects all such trials.
+    Returns:
+      A `Trace` with a row per trial, and with ``alpha`` and ``w`` of the best trial. A
+      trial is trusted if its value and ``w`` are finite; the flag ``not_finite`` marks
+      all others. A value that is not finite (``-inf`` included) is worse than any
+      finite one. With K outer losses ``trace.value`` has shape ``[trials, K]``. The
+      best trial has the lowest first value, and among equal first values the lowest
+      second, and so on; no other trial dominates it.
+      `hypergrad.objectives.non_dominated` selects all such trials.
 
     Cost: one inner solve and K outer values per trial. If the best trial is among
       ``previous_trials``, its inner solve is repeated for ``w`` at no counted cost.
@@ -100,7 +103,7 @@ def search(
     Raises:
       TypeError, ValueError: An argument is invalid, such as a leaf of ``alpha`` on
         which nothing depends; raised before anything is compiled.
-      ValueError: ``previous_trials`` are not those that this search would make.
+      ValueError: This search would not make the trials of ``previous_trials``.
       RuntimeError: Trials failed on their executor. The message names them;
         ``trial_callback`` received all others.
 

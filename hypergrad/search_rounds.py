@@ -169,7 +169,7 @@ def restore_state(
     """Returns the state of `state_to_dict` in the dtypes of a new one.
 
     Raises:
-      ValueError: The state is incomplete, or that of another search.
+      ValueError: The state is incomplete, or belongs to another search.
     """
     if str(saved.get("search")) != name:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The interface of a searcher, and the state of those that remember all trials."""
+"""The interface of a searcher, and a state that holds all trials."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,9 +34,9 @@ class Searcher(Protocol):
 
         Further calls may follow before the value of the first ``alpha`` is told.
 
-        Raises: StopIteration: No ``alpha`` is left, as at the end of a grid, or none
-          until the values of those already proposed are told, as at the end of a
-          generation.
+        Raises:
+          StopIteration: No ``alpha`` is left, as at the end of a grid; or the values of
+            the proposals so far must be told first, as at the end of a generation.
         """
         ...
 
@@ -46,8 +46,8 @@ class Searcher(Protocol):
         Args:
           state: The state before.
           alpha: The ``alpha`` of the trial; it need not come from `ask`.
-          value: Its outer value, of which lower is better, or the values ``[K]``. The
-            trial failed if one of them is not finite.
+          value: Its outer value (lower is better), or the values ``[K]``. The trial
+            failed if any value is not finite.
         """
         ...
 
@@ -58,9 +58,11 @@ class Trials(eqx.Module):
     The leaves are arrays: ``jax.tree.leaves`` of a state can be saved and restored by
     ``jax.tree.unflatten`` with the structure of ``init``.
 
-    Attributes: space: The space that is searched. t: Coordinates of the trials in the
-      unit cube of the space. values: Values ``[trials]``, or ``[trials, K]`` for K
-      outer losses. All values of a failed trial are infinity.
+    Attributes:
+      space: The space that is searched.
+      t: Coordinates of the trials in the unit cube of the space.
+      values: Values ``[trials]``, or ``[trials, K]`` for K outer losses. All values of
+        a failed trial are infinity.
 
     >>> from hypergrad.spaces import Unit
     >>> Trials.empty(Unit()).add(0.25, 3.0).t.tolist()

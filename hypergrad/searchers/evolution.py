@@ -18,7 +18,7 @@ from .base import replace_nonfinite, seed_from_key
 
 
 class EvolutionStrategy(eqx.Module):
-    """Proposes the generations of a strategy such as those of evosax.
+    """Proposes the generations of a strategy, such as a strategy of evosax.
 
     A strategy is unconstrained: its ``x`` is the logit of the coordinates ``t`` of
     `hypergrad.spaces.axes`, so ``t = sigmoid(x)`` is uniform if ``x`` is logistic. A

@@ -16,17 +16,18 @@ MAX_POINTS = 100_000
 class Grid(eqx.Module):
     """Proposes all combinations of ``num`` points per axis.
 
-    An axis is one number of ``alpha``. A discrete axis has all of its values. The
-    points are evenly spaced from low to high inclusive, on a logarithmic scale if the
-    space has one; a single point is the middle. The last axis varies fastest, so a
-    budget that is smaller than the grid omits its end. The search ends with the grid.
+    An axis is one number of ``alpha``. The points of a continuous axis are evenly
+    spaced from low to high inclusive, on a logarithmic scale if the space has one; a
+    single point is the middle. A discrete axis has a point for each value. The last
+    axis varies fastest, so a budget that is smaller than the grid omits its end. The
+    search ends with the grid.
 
     Args:
       num: Number of points per continuous axis, static.
 
-    Raises: ValueError: ``num`` is below 1. In `init`: the grid has more than 100000
-      points, the space is unbounded, or it has a `Simplex`, whose weights are not
-      independent.
+    Raises:
+      ValueError: ``num`` is below 1. In `init`: the grid has more than 100000 points,
+        the space is unbounded, or it has a `Simplex`, whose weights are dependent.
 
     Budget: 81 trials, nine per axis, for a value within 0.01 (see
       `hypergrad.searchers`).

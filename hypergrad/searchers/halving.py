@@ -13,11 +13,12 @@ class SuccessiveHalving(PopulationSearcher):
 
     The last rung reaches the solver's ``num_steps``, and each rung before it ``1 /
     eta`` of the steps of the next. Candidates that are kept continue from their ``w``
-    and optimizer state. Further ``num_candidates`` are sampled while the budget lasts.
+    and optimizer state. New brackets of ``num_candidates`` follow while the budget
+    lasts.
 
     A row of the trace is a member of a rung. The statistic ``num_inner_steps`` counts
-    its steps in this rung, the metric ``steps`` those in all rungs. ``best_alpha`` is
-    the best of the longest trained members with a finite value.
+    its steps in this rung, and the metric ``steps`` its steps in all rungs.
+    ``best_alpha`` is the best of the longest trained members with a finite value.
 
     Args:
       num_candidates: Number of members of the first rung, static. A bracket has
@@ -127,7 +128,7 @@ def floor_log(number: int, base: int) -> int:
 def bracket_rungs(
     num_candidates: int, last: int, eta: int, num_steps: int
 ) -> list[Rung]:
-    """Returns rungs 0 to ``last`` of a bracket, without those that would make no step.
+    """Returns rungs 0 to ``last`` of a bracket, without rungs that make no step.
 
     In rung ``i`` the best ``num_candidates / eta^i`` members, at least one, reach
     ``num_steps / eta^(last - i)`` steps, at least one.

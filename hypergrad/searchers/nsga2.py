@@ -21,13 +21,14 @@ class NSGA2(eqx.Module):
     front. A child takes each coordinate from one of two parents, and sometimes a random
     one.
 
-    NSGA-II is for several outer losses, of which it only uses dominance. For a single
-    loss it is a genetic algorithm. Everything is left to optuna's ``NSGAIISampler``
-    with its default parameters, on the coordinates of `hypergrad.spaces.axes`, seeded
-    by the key of each proposal.
+    NSGA-II is for several outer losses and compares trials by dominance only. For a
+    single loss it is a genetic algorithm. Everything is left to optuna's
+    ``NSGAIISampler`` with its default parameters, on the coordinates of
+    `hypergrad.spaces.axes`, seeded by the key of each proposal.
 
-    Args: population_size: Number of trials per generation, at least 2, static. A search
-      with fewer trials is random.
+    Args:
+      population_size: Number of trials per generation, at least 2, static. A search
+        with fewer trials is random.
 
     Raises:
       ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).

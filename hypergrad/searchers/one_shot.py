@@ -41,7 +41,7 @@ class OneShot(PopulationSearcher):
 
     The first row of the trace is the training with the evaluation of one sample; each
     further row is one sample. The lowest value is the best, and ``w`` of the trace is
-    the shared one. Train anew at ``best_alpha``, or let another searcher compare with
+    the shared one. Train again at ``best_alpha``, or let another searcher compare with
     the shared ``w``: ``hg.ClosedForm(lambda alpha, batch: trace.w)`` as the solver,
     whose trials are charged one gradient each.
 

@@ -28,7 +28,7 @@ def import_optuna(searcher: str) -> Any:
 
 
 def distributions(optuna: Any, axes: list[Axis]) -> dict[str, Any]:
-    """Returns a distribution per axis; the order of the names is that of the axes."""
+    """Returns a distribution per axis, with names in the order of the axes."""
 
     def distribution(axis: Axis) -> Any:
         if axis.num_values is None:

@@ -35,9 +35,8 @@ class PopulationBasedTraining(PopulationSearcher):
     A row of the trace is a member in a round. The metric ``parent`` is the member of
     the previous round from which it continued, and ``steps`` the number of its steps in
     all rounds. ``best_alpha`` is the best of the last round that has a finite value.
-    Since
-    ``alpha`` changes during the run, ``w`` depends on its whole history: training anew
-    at ``best_alpha`` may give a worse value.
+    Since ``alpha`` changes during the run, ``w`` depends on its whole history: a new
+    training at ``best_alpha`` may give a worse value.
 
     Args:
       population_size: Number of members, static.
@@ -45,8 +44,9 @@ class PopulationBasedTraining(PopulationSearcher):
         (0, 1/2], static.
       perturbation: Change of ``u``.
 
-    Raises: ValueError: The space has an `Integer` or a `Choice`; raised before the
-      first round.
+    Raises:
+      ValueError: The space has an `Integer` or a `Choice`; raised before the first
+        round.
 
     Budget: 200 gradient-equivalents for a value within 0.01, with 16 members and rounds
       of 5 steps (see `hypergrad.searchers`).

@@ -108,7 +108,7 @@ class Trainer(eqx.Module):
 
         return jax.vmap(init_member)(jax.random.split(key, num_members))
 
-    def train_to(
+    def train_rung(
         self, members: Members, rung: Rung, key: Array, **labels: Array
     ) -> Round:
         """Trains the members to the end of a rung; labels are added to the metrics."""
@@ -258,7 +258,7 @@ class PopulationSearcher(eqx.Module):
         members_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         rung = self.rung(trainer.num_steps, index)
         members, labels = self.next_members(trainer, rung, previous, members_key)
-        return trainer.train_to(members, rung, train_key, **labels)
+        return trainer.train_rung(members, rung, train_key, **labels)
 
 
 def rank_by_value(value: Float[Array, " members"]) -> Int[Array, " members"]:

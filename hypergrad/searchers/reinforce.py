@@ -37,8 +37,10 @@ class Reinforce(eqx.Module):
     an exponential moving average of the values, which reduces the variance. A failed
     trial counts as the worst value so far.
 
-    Args: step_size: Step size of the logits per unit of the value; scale it to the
-      spread of the values. decay: Decay of the baseline, between 0 and 1.
+    Args:
+      step_size: Step size of the logits per unit of the value; scale it to the spread
+        of the values.
+      decay: Decay of the baseline, between 0 and 1.
 
     Raises:
       ValueError: In `init`: the space is continuous or unbounded.
