@@ -70,15 +70,20 @@ def test_search_continues_with_a_larger_budget(recorded):
 
 
 def test_recorded_trials_are_told_but_not_run(recorded):
-    """A value that no run would give is kept, told, and found to be the best."""
+    """A value that no run would give is kept, told, and found to be the best.
+
+    So is an alpha that differs from the proposal by rounding.
+    """
     trials = json.loads(json.dumps(recorded[0][:6]))
     trials[2]["value"] = -1.0
+    trials[2]["alpha"][0][0] *= 1 + 1e-7
     searcher, calls = RecordingSearcher(), []
     progress = lambda *call: calls.append(call)
     trace = search(searcher=searcher, previous_trials=trials, progress=progress)
     assert trace.value[2] == -1.0
     assert [value for _, value in searcher.told] == trace.value.tolist()
-    np.testing.assert_allclose(trace.best_alpha, trials[2]["alpha"][0])
+    np.testing.assert_array_equal(trace.best_alpha, trials[2]["alpha"][0])
+    np.testing.assert_array_equal(searcher.told[2][0], trials[2]["alpha"][0])
     np.testing.assert_allclose(trace.w, 2 * trace.best_alpha)
     assert calls == [(done, -1.0) for done in range(7, 13)]
 
