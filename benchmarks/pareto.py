@@ -179,10 +179,10 @@ class Genetic:
 
     def init(self, space: PyTree, key: Array) -> Trials:
         del key
-        self.optuna = optuna_study.load("NSGA2")
+        self.optuna = optuna_study.import_optuna("NSGA2")
         self.axes = hg.spaces.axes(space)
         self.study: Any = None
-        return Trials.none(space)
+        return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
         with optuna_study.quiet(self.optuna):
@@ -200,7 +200,7 @@ class Genetic:
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         with optuna_study.quiet(self.optuna):
             self.study.tell(self.trial, np.asarray(value, float).tolist())
-        return state.told(alpha, value)
+        return state.add(alpha, value)
 
 
 class Searching(NamedTuple):

@@ -234,7 +234,7 @@ class Gaussian:
 
     def init(self, space: PyTree, key: Array) -> Trials:
         del key
-        trials = Trials.none(space)
+        trials = Trials.empty(space)
         axes = trials.t.shape[1]
         self.cma = cmaes.CMA(
             mean=np.full(axes, 0.5), sigma=self.step_size,
@@ -248,7 +248,7 @@ class Gaussian:
         return hg.spaces.from_unit(state.space, self.cma.ask()), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        state = state.told(alpha, value)
+        state = state.add(alpha, value)
         size = self.cma.population_size
         if len(state.values) % size == 0:
             last = zip(state.t[-size:], state.values[-size:], strict=True)

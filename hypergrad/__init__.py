@@ -83,6 +83,7 @@ from .linear import CG, Identity, Neumann, Nystrom, NystromCG
 from .minimize import OuterLoop, minimize
 from .problem import Batches, Bilevel
 from .search import search
+from .search_trial import Parallel
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ __all__ = [  # in reading order
     "Nystrom",
     "NystromCG",
     "OuterLoop",
+    "Parallel",
     "Penalty",
     "PersistentEvolution",
     "Reversible",

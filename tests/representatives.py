@@ -104,19 +104,6 @@ REPRESENTATIVES = {
         "test_weights_of_objectives_are_learned_at_a_third_level": set(),
         "test_weights_of_objectives_by_nested_argmin": set(),
     },
-    "test_populations": {
-        "test_a_search_killed_after_any_round_goes_on_to_the_same_trace": {
-            *(
-                "one shot",
-                "pbt",
-            ),
-        },
-        "test_brackets_of_hyperband_are_those_of_its_table": set(),
-        "test_each_finds_the_optimum_within_its_budget": {"pbt"},
-        "test_eight_devices_train_what_one_does": set(),
-        "test_the_best_is_one_that_was_trained_in_full": set(),
-        "test_the_table_times_three_ways_to_the_same_trainings": set(),
-    },
     "test_problem": {
         "test_several_outer_losses": {"Unrolled"},
     },

@@ -353,13 +353,13 @@ LOOPS = {
     ),
     "progress is no function": (minimize, TypeError, ["progress"], {"progress": 3}),
     "tuple of losses in search": (
-        search, ValueError, ["2 outer losses", "takes one", "NSGA2"],
+        search, ValueError, ["searcher", "2 outer losses", "NSGA2"],
         {
             "problem": hg.Bilevel(inner, (outer, outer)),
             "searcher": hg.searchers.CMAES(),
         },
     ),
-    "no budget": (search, ValueError, ["budget must be positive"], {"budget": 0}),
+    "no budget": (search, ValueError, ["budget"], {"budget": 0}),
     "negative budget": (search, ValueError, ["budget"], {"budget": -1.0}),
     "nan as budget": (search, ValueError, ["budget"], {"budget": float("nan")}),
     "endless budget": (search, ValueError, ["budget"], {"budget": float("inf")}),
@@ -378,9 +378,9 @@ LOOPS = {
         {"searcher": hg.searchers.Random},
     ),
     "solver class in search": (
-        search, TypeError, [r"write Newton\(\.\.\.\)"], {"solver": hg.Newton},
+        search, TypeError, ["solver", r"Newton\(\.\.\.\)"], {"solver": hg.Newton},
     ),
-    "integer w in search": (search, TypeError, ["w is int"], {"w": 1}),
+    "integer w in search": (search, TypeError, ["w must be float"], {"w": 1}),
     "unbounded space": (
         search, ValueError, ["unbounded", "Interval"], {"space": Real()},
     ),

@@ -1,4 +1,4 @@
-"""Calls in other processes: what they are sent is a program and numbers, no code."""
+"""Calls in other processes, which receive a compiled program and arrays but no code."""
 
 import functools
 import time
@@ -15,149 +15,170 @@ from jaxtyping import PyTree
 from ..checkpoint import RunFingerprint, runtime_environment
 from ..trees import is_key, to_numpy
 
-PAUSES = 0.001, 0.5  # seconds between looks at what is under way, at first and at most
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.001, 0.5
 
 
 class Future(Protocol):
-    """What comes of a call."""
+    """The pending result of a call."""
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Returns True if the call has ended, with a result or with an error."""
         ...
 
     def result(self) -> Any:
-        """What it returned; raises where it did not."""
+        """Returns the result of the call, or raises its error."""
         ...
 
 
 class Executor(Protocol):
-    """Any of `concurrent.futures`, of submitit, or your own."""
+    """Runs functions, such as an executor of `concurrent.futures` or of submitit."""
 
     def submit(self, fn: Callable, /, *args: Any) -> Future:
-        """Begins ``fn(*args)``: a function of this package, bytes and NumPy arrays."""
+        """Starts ``fn(*args)``: a function of this package, bytes and NumPy arrays."""
         ...
 
 
-class LostError(Exception):
-    """Calls that did not end well, by their number.
+class FailedCallsError(Exception):
+    """Calls that ended with an error, or could not be started.
 
     Attributes:
-      errors: what each raised, or why there is nothing of it.
+      causes: The error of each failed call, by its number.
     """
 
-    def __init__(self, errors: dict[int, Exception]):
-        super().__init__(errors)
-        self.errors = errors
+    def __init__(self, causes: dict[int, Exception]):
+        super().__init__(causes)
+        self.causes = causes
 
 
-class Remote:
-    """A function whose calls an executor runs, whatever it closes over.
+class RemoteFunction:
+    """A function whose calls run on an executor.
 
-    What is sent is the program that JAX traced for the inputs of the first call, so
-    that processes that never saw its source can run it, and the arrays among the
-    inputs; what else it closes over is in the program.
+    Workers receive the program that JAX traces for the arguments of the first call,
+    with everything that the function closes over, and the arrays among the arguments.
+    They never import the function itself.
+
+    Args:
+      executor: Runs the calls.
+      function: A function that `jax.jit` could compile.
 
     Raises:
-      ImportError: at the first call, flatbuffers is not installed.
+      ImportError: flatbuffers is not installed; raised at the first call.
     """
 
     def __init__(self, executor: Executor, function: Callable):
         self.executor, self.function = executor, function
-        self.program, self.structure = b"", None
+        self.program = b""
+        self.out_structure: Any = None
 
-    def __call__(self, inputs: dict[int, tuple]) -> Iterator[tuple[int, PyTree]]:
-        """A call each, all at once; number and outputs of each as it is done.
+    def __call__(self, arguments: dict[int, tuple]) -> Iterator[tuple[int, PyTree]]:
+        """Starts all calls and yields ``(number, output)`` of each as soon as it ends.
 
         Raises:
-          LostError: in the end, where calls came to nothing.
+          FailedCallsError: Some calls failed; raised after all others have ended.
         """
         if not self.program:
-            self.program, form = exported(self.function, *next(iter(inputs.values())))
-            self.structure = jax.tree.structure(form)
-        going: dict[int, Future] = {}
-        lost: dict[int, Exception] = {}
-        for i, of_one in inputs.items():
+            example = next(iter(arguments.values()))
+            self.program = export_program(self.function, *example)
+            outputs = eqx.filter_eval_shape(self.function, *example)
+            self.out_structure = jax.tree.structure(outputs)
+        pending: dict[int, Future] = {}
+        causes: dict[int, Exception] = {}
+        for number, args in arguments.items():
             try:
-                going[i] = self._submit(of_one)
-            except Exception as error:  # of as many types as there are executors
-                lost[i] = error
-        least, most = PAUSES
-        pause = least
-        while going:
-            ended = [i for i, future in going.items() if future.done()]
-            for i in ended:
+                pending[number] = self._submit(args)
+            except Exception as error:  # each library of executors has its own types
+                causes[number] = error
+        poll_seconds = MIN_POLL_SECONDS
+        while pending:
+            done = [number for number, future in pending.items() if future.done()]
+            for number in done:
                 try:
-                    numbers = going.pop(i).result()
+                    leaves = pending.pop(number).result()
                 except Exception as error:
-                    lost[i] = error
+                    causes[number] = error
                 else:
-                    leaves = map(jnp.asarray, numbers)
-                    yield i, jax.tree.unflatten(self.structure, leaves)
-            pause = least if ended else min(2 * pause, most)
-            time.sleep(pause)
-        if lost:
-            raise LostError(lost)
+                    leaves = map(jnp.asarray, leaves)
+                    yield number, jax.tree.unflatten(self.out_structure, leaves)
+            poll_seconds = (
+                MIN_POLL_SECONDS if done else min(2 * poll_seconds, MAX_POLL_SECONDS)
+            )
+            time.sleep(poll_seconds)
+        if causes:
+            raise FailedCallsError(causes)
 
-    def _submit(self, inputs: tuple) -> Future:
-        numbers = list(map(to_numpy, jax.tree.leaves(eqx.filter(inputs, eqx.is_array))))
-        wide = jnp.result_type(float) == jnp.float64
+    def _submit(self, args: tuple) -> Future:
+        arrays = jax.tree.leaves(eqx.filter(args, eqx.is_array))
         return self.executor.submit(
-            run, self.program, numbers, runtime_environment(), wide
+            run_program,
+            self.program,
+            list(map(to_numpy, arrays)),
+            runtime_environment(),
+            jnp.result_type(float) == jnp.float64,
         )
 
 
-def exported(function: Callable, *inputs: PyTree) -> tuple[bytes, PyTree]:
-    """The program of a function for inputs of these shapes, and what it returns."""
-    export = _export()
-    arrays, static = eqx.partition(inputs, eqx.is_array)
+def export_program(function: Callable, *args: PyTree) -> bytes:
+    """Returns the serialized program of a function for arguments of these shapes.
+
+    The program maps the list of the arrays in ``args``, with the key data of PRNG keys,
+    to the list of the function's outputs.
+    """
+    export = _import_export()
+    arrays, static = eqx.partition(args, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
 
-    def on_numbers(numbers: list) -> list:
-        arrays = structure.unflatten(map(_like, leaves, numbers))
+    def flat_function(flat_args: list) -> list:
+        arrays = structure.unflatten(map(_wrap_key_data, leaves, flat_args))
         return jax.tree.leaves(function(*eqx.combine(arrays, static)))
 
-    numbers = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
-    shapes = jax.eval_shape(lambda numbers: numbers, numbers)  # on whatever devices
-    program = export.export(jax.jit(on_numbers))(shapes).serialize()
-    return bytes(program), eqx.filter_eval_shape(function, *inputs)
+    flat_args = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+    # Shapes without a sharding, so that the program fits any device of its kind.
+    shapes = jax.eval_shape(lambda flat_args: flat_args, flat_args)
+    return bytes(export.export(jax.jit(flat_function))(shapes).serialize())
 
 
-def run(
-    program: bytes, numbers: list[np.ndarray], asked: RunFingerprint, wide: bool
+def _wrap_key_data(like: Any, x: Any) -> Any:
+    """Returns ``x``, or the PRNG key with this data if ``like`` is a key."""
+    if not is_key(like):
+        return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+
+
+def run_program(
+    program: bytes,
+    arrays: list[np.ndarray],
+    expected_environment: RunFingerprint,
+    enable_x64: bool,
 ) -> list[np.ndarray]:
-    """What a worker does.
+    """Runs an exported program; this is the function that workers call.
 
     Raises:
-      RuntimeError: its bits would be others: another version of jax, another device.
+      RuntimeError: The worker has another version of jax or another kind of device, on
+        which results could differ in their last bits.
     """
-    if (here := runtime_environment()) != asked:
+    environment = runtime_environment()
+    if environment != expected_environment:
         raise RuntimeError(
-            f"this worker has jax {here['jax']} and {here['device']}, the search jax "
-            f"{asked['jax']} and {asked['device']}; give it workers like itself"
+            f"workers must have jax {expected_environment['jax']} and a device "
+            f"{expected_environment['device']}, as this search; got jax "
+            f"{environment['jax']} and {environment['device']}."
         )
-    with jax.enable_x64(wide):
-        return list(map(np.asarray, _loaded(program)(numbers)))
+    with jax.enable_x64(enable_x64):
+        return list(map(np.asarray, _load_program(program)(arrays)))
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(program: bytes) -> Callable:
-    """Compiled once a process, at its first call."""
-    return jax.jit(_export().deserialize(bytearray(program)).call)
+def _load_program(program: bytes) -> Callable:
+    """Returns an exported program as a function that is compiled once per process."""
+    return jax.jit(_import_export().deserialize(bytearray(program)).call)
 
 
-def _like(leaf: Any, number: Any) -> Any:
-    """A key again, where it was one."""
-    if not is_key(leaf):
-        return number
-    return jax.random.wrap_key_data(number, impl=jax.random.key_impl(leaf))
-
-
-def _export() -> Any:
-    """By which JAX writes programs, and reads them."""
+def _import_export() -> Any:
+    """Returns `jax.export`; raises an ImportError that names the missing package."""
     if find_spec("flatbuffers") is None:
         raise ImportError(
-            "to send trials to other processes needs flatbuffers: pip install "
-            "'hypergrad-jax[executors]'"
+            "an executor needs flatbuffers. Install it with "
+            "pip install 'hypergrad-jax[executors]'."
         )
     from jax import export
 

@@ -1,11 +1,14 @@
-"""How ``alpha`` is proposed without gradients.
+"""Searchers: rules that propose ``alpha`` without gradients.
 
-Each states a *budget*: what it takes, on the median of seeds 0 to 9, to come so near to
-the optimum's value. The value is the squared distance from the optimum, in units of the
-axes' lengths: within 0.01 is a tenth of an axis. There are two axes, one of them
-logarithmic; of populations both are linear. Where a budget says so, an integer and a
-choice stand beside them; `OneShot` and `Reinforce` have twelve choices alone.
-Tested by ``pytest tests/test_searchers.py tests/test_populations.py -k budget``.
+Each searcher states a *budget*: the number of trials (or gradient-equivalents, for a
+population) after which, in the median of seeds 0 to 9, the best value is within the
+stated distance of the optimum. The value is the squared distance from the optimum in
+units of the axes' lengths, so 0.01 is a tenth of an axis. The space has two axes, one
+of them logarithmic (both are linear for populations); "with choices" adds an `Integer`
+of 8 and a `Choice` of 3 values. `OneShot` and `Reinforce` choose one of twelve
+combinations.
+
+Tested by ``pytest tests/search -k budget``.
 """
 
 from .base import Searcher

@@ -1,4 +1,4 @@
-"""What a searcher is."""
+"""The interface of a searcher, and a state that holds all trials."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -6,88 +6,106 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
 
 
 @runtime_checkable
 class Searcher(Protocol):
-    """Proposes ``alpha`` without gradients; what it has seen is its state.
+    """Proposes ``alpha`` without gradients, carrying an explicit state between calls.
 
-    One that can be told K values, of K outer losses, says so by an attribute
-    ``is_multi_objective = True``.
+    A searcher needs `init`, `ask` and `tell`, which run on the host. The library uses
+    these further attributes if they exist:
+
+    - ``is_multi_objective``: True if `tell` accepts the values ``[K]`` of K outer
+      losses. Defaults to False.
+    - ``journal``: Path of a file from which the searcher reads earlier trials by
+      itself; `hypergrad.search` then refuses ``previous_trials``. Defaults to None.
+    - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
     """
 
     def init(self, space: PyTree, key: Array) -> Any:
-        """The state before any trial."""
+        """Returns the state before the first trial."""
         ...
 
     def ask(self, state: Any, key: Array) -> tuple[PyTree, Any]:
-        """The next ``alpha`` to try, also before those asked for earlier are told.
+        """Returns the next ``alpha`` to evaluate and the next state.
 
-        StopIteration where none is left, as of a grid, or none until those that were
-        asked for are told, as of a generation.
+        Further calls may follow before the value of the first ``alpha`` is told.
+
+        Raises:
+          StopIteration: No ``alpha`` is left, as at the end of a grid; or the values of
+            the proposals so far must be told first, as at the end of a generation.
         """
         ...
 
     def tell(self, state: Any, alpha: PyTree, value: Array) -> Any:
-        """Takes the value of a tried ``alpha``, or ``[K]``; lower is better.
+        """Returns the state after a trial.
 
-        A trial with a value that is not finite failed.
+        Args:
+          state: The state before.
+          alpha: The ``alpha`` of the trial; it need not come from `ask`.
+          value: Its outer value (lower is better), or the values ``[K]``. The trial
+            failed if any value is not finite.
         """
         ...
 
 
 class Trials(eqx.Module):
-    """The state of a searcher that learns from all that it was told.
+    """All trials so far: the state of a searcher that learns from them.
 
-    A pytree of plain numbers: ``jax.tree.leaves`` of it can be stored, and put back by
-    ``jax.tree.unflatten`` into the structure of a fresh ``init``.
+    The leaves are arrays: ``jax.tree.leaves`` of a state can be saved and restored by
+    ``jax.tree.unflatten`` with the structure of ``init``.
 
     Attributes:
-      space: what is searched.
-      t: [trials, axes], coordinates in the unit cube.
-      values: [trials], or [trials, K] of K outer losses; a trial with one that is
-        not finite failed and is kept as infinity.
+      space: The space that is searched.
+      t: Coordinates of the trials in the unit cube of the space.
+      values: Values ``[trials]``, or ``[trials, K]`` for K outer losses. All values of
+        a failed trial are infinity.
 
     >>> from hypergrad.spaces import Unit
-    >>> Trials.none(Unit()).told(0.25, 3.0).t.tolist()
+    >>> Trials.empty(Unit()).add(0.25, 3.0).t.tolist()
     [[0.25]]
     """
 
     space: PyTree
-    t: np.ndarray
-    values: np.ndarray
+    t: Float[np.ndarray, "trials axes"]
+    values: Float[np.ndarray, "trials ..."]
 
     @classmethod
-    def none(cls, space: PyTree) -> "Trials":
-        """Before any trial; errors as `hypergrad.spaces.axes`."""
+    def empty(cls, space: PyTree) -> "Trials":
+        """Returns the state before the first trial.
+
+        Raises:
+          ValueError, TypeError: As `hypergrad.spaces.axes`.
+        """
         return cls(space, np.zeros((0, len(spaces.axes(space)))), np.zeros(0))
 
-    def told(self, alpha: PyTree, value: Array) -> "Trials":
-        """With one more trial."""
+    def add(self, alpha: PyTree, value: ArrayLike) -> "Trials":
+        """Returns the state with one more trial."""
         t = np.asarray(spaces.to_unit(self.space, alpha), np.float64)
-        told = np.asarray(value, np.float64)
-        told = np.where(np.isfinite(told).all(), told, np.inf)
-        values = np.concatenate([self.values.reshape(-1, *told.shape), told[None]])
+        value = np.asarray(value, np.float64)
+        value = np.where(np.isfinite(value).all(), value, np.inf)
+        values = np.concatenate([self.values.reshape(-1, *value.shape), value[None]])
         return Trials(self.space, np.vstack([self.t, t]), values)
 
 
 def replace_nonfinite(values: np.ndarray) -> np.ndarray:
-    """With the worst finite value for what is not finite; 0 if none is.
+    """Replaces values that are not finite by the worst finite one, or by 0.
 
-    >>> finite(np.array([1.0, np.inf, 2.0])).tolist()
+    >>> replace_nonfinite(np.array([1.0, np.inf, 2.0])).tolist()
     [1.0, 2.0, 2.0]
     """
-    known = np.isfinite(values)
-    return np.where(known, values, values[known].max() if known.any() else 0.0)
+    is_finite = np.isfinite(values)
+    worst = values[is_finite].max() if is_finite.any() else 0.0
+    return np.where(is_finite, values, worst)
 
 
 def seed_from_key(key: Array) -> int:
-    """A seed for libraries with random numbers of their own.
+    """Returns a seed for libraries that have their own random numbers.
 
-    >>> 0 <= seed_of(jax.random.key(0)) < 2**32
+    >>> 0 <= seed_from_key(jax.random.key(0)) < 2**32
     True
     """
     return int(jax.random.bits(key, (), jnp.uint32))

@@ -1,4 +1,4 @@
-"""The covariance matrix adaptation evolution strategy, of the package cmaes."""
+"""The covariance matrix adaptation evolution strategy of the package cmaes."""
 
 import copy
 import functools
@@ -12,34 +12,35 @@ from .. import spaces
 from ..validation import check_positive_int, float_converter
 from .base import Trials, seed_from_key
 
-DEPTH = 300  # generations, of Python's 1000 calls
+MAX_DEPTH = 300  # generations per recursion; Python allows 1000 nested calls
 
 
 class CMAES(eqx.Module):
-    """A Gaussian that moves and stretches towards the better half of each generation.
+    """Adapts a Gaussian to the better half of each generation.
 
-    For continuous spaces of moderate dimension, whose axes may depend on each other.
-    The Gaussian lives in the unit cube of the space (log-scaled axes included), begins
-    in its middle, and what falls outside is drawn again. Everything is the package
-    ``cmaes``, with its defaults, and seeded by the key of each ask.
+    CMA-ES suits continuous spaces of moderate dimension whose axes depend on each
+    other. The Gaussian lives in the unit cube of the space (log-scaled axes included)
+    and starts in its middle; samples outside the cube are repeated. Everything is left
+    to the package ``cmaes`` with its default parameters, seeded by the key of each
+    proposal.
 
     Args:
-      step_size: the first standard deviation, in units of an axis.
-      population: trials a generation; None for ``4 + floor(3 log(axes))``. Static.
+      step_size: Initial standard deviation in units of an axis.
+      population_size: Number of trials per generation, static. Defaults to
+        ``4 + floor(3 log(axes))``.
 
     Raises:
-      ImportError: cmaes is not installed (``pip install hypergrad-jax[search]``).
-      ValueError: ``population`` below 2; at `init`, integers or choices (use `TPE`), a
-        single axis, or an unbounded space.
+      ImportError: cmaes is not installed (``pip install 'hypergrad-jax[search]'``).
+      ValueError: ``population_size`` is below 2. In `init`: the space is unbounded, has
+        an `Integer` or a `Choice`, or a single axis.
 
-    Budget: 110 trials, for a value within 1e-4 (see `hypergrad.searchers`).
-
-    Cost: a generation is O(axes^3), once: asks of other searches in between, or of a
-    state that was stored, replay them. An ask draws until all axes are within the box,
-    at most 100 times, by cmaes at O(axes^3) a draw. With hundreds of axes hardly a draw
-    is, so that an ask takes long: there take
-    ``Evolution(evosax.algorithms.Sep_CMA_ES, size)``, which has a deviation an axis in
-    place of the covariance, O(axes) a trial, and no box to fall out of.
+    Budget: 110 trials for a value within 1e-4 (see `hypergrad.searchers`).
+    Cost: O(axes^3) once per generation. Proposals of several searches in turn, or from
+      a restored state, repeat the generations. A proposal samples until all axes are
+      within the cube, at most 100 times, each O(axes^3). With hundreds of axes hardly
+      any sample is: use ``EvolutionStrategy(evosax.algorithms.Sep_CMA_ES,
+      population_size)``, which has one deviation per axis instead of a covariance and
+      no bounds.
 
     Source: Hansen & Ostermeier 2001; Nomura & Shibata 2024, arXiv:2402.01373 (cmaes).
 
@@ -54,77 +55,90 @@ class CMAES(eqx.Module):
     step_size: ArrayLike = eqx.field(
         default=0.25, converter=float_converter("step_size")
     )
-    population: int | None = eqx.field(static=True, default=None)
+    population_size: int | None = eqx.field(static=True, default=None)
 
     citations = ("hansen2001", "nomura2024")
 
     def __check_init__(self):
-        check_positive_int("population", self.population, 2, optional=True)
+        check_positive_int("population_size", self.population_size, 2, optional=True)
 
     def init(self, space: PyTree, key: Array) -> Trials:
-        """No trial yet."""
+        """Returns the state without a trial."""
         del key
-        _cmaes()
+        _import_cmaes()
         axes = spaces.axes(space)
         if any(axis.num_values is not None for axis in axes):
             raise ValueError(
-                "CMAES moves a Gaussian, which has no place for Integer and Choice; "
-                "use hg.searchers.TPE()"
+                "space must be continuous for CMAES; got an Integer or a Choice. Use "
+                "hg.searchers.TPE()."
             )
         if len(axes) < 2:
             raise ValueError(
-                "CMAES needs at least two axes, the space has one; use "
-                "hg.searchers.TPE()"
+                "space must have at least two axes for CMAES; got one. Use "
+                "hg.searchers.TPE()."
             )
-        return Trials.none(space)
+        return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """A draw from the Gaussian after all full generations; the state is as it was.
+        """Returns a sample of the Gaussian after all full generations.
 
-        Told the same trials, cmaes arrives at the same Gaussian: its random numbers
-        move only its draws.
+        The library reaches the same Gaussian whenever it is told the same trials,
+        because its random numbers affect samples only.
         """
-        rows = np.column_stack([state.t, state.values])
-        axes, step_size = state.t.shape[1], np.asarray(self.step_size).item()
-        after = functools.partial(_gaussian, axes, step_size, self.population)
-        size = after(b"").population_size
-        full = len(rows) // size * size
-        for end in range(0, full, DEPTH * size):  # so that the last is not too deep
-            after(rows[:end].tobytes())
-        gaussian = after(rows[:full].tobytes())
-        gaussian.reseed_rng(seed_from_key(key))
-        return spaces.from_unit(state.space, gaussian.ask()), state
+        trials = np.column_stack([state.t, state.values])
+        optimizer_after = functools.partial(
+            _optimizer_after,
+            state.t.shape[1],
+            np.asarray(self.step_size).item(),
+            self.population_size,
+        )
+        size = optimizer_after(b"").population_size
+        num_told = len(trials) // size * size
+        for stop in range(0, num_told, MAX_DEPTH * size):  # bounds the recursion below
+            optimizer_after(trials[:stop].tobytes())
+        optimizer = optimizer_after(trials[:num_told].tobytes())
+        optimizer.reseed_rng(seed_from_key(key))
+        return spaces.from_unit(state.space, optimizer.ask()), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        """Remembers the trial."""
-        return state.told(alpha, value)
+        """Returns the state with one more trial."""
+        return state.add(alpha, value)
 
 
 @functools.lru_cache(maxsize=8)
-def _gaussian(axes: int, step_size: float, population: int | None, told: bytes) -> Any:
-    """After generations, of whose trials ``told`` holds coordinates and value.
+def _optimizer_after(
+    num_axes: int, step_size: float, population_size: int | None, trials: bytes
+) -> Any:
+    """Returns the library's optimizer after full generations.
 
-    Of the last few that were asked for, so that each goes on from the one before.
+    The last few results are cached, so that each continues from the one before.
+
+    Args:
+      num_axes, step_size, population_size: Parameters of the optimizer.
+      trials: Bytes of an array ``[trials, num_axes + 1]`` of coordinates and value.
     """
-    if not told:
-        return _cmaes().CMA(
-            mean=np.full(axes, 0.5),
+    if not trials:
+        return _import_cmaes().CMA(
+            mean=np.full(num_axes, 0.5),
             sigma=step_size,
-            bounds=np.tile([0.0, 1.0], (axes, 1)),
-            population_size=population,
+            bounds=np.tile([0.0, 1.0], (num_axes, 1)),
+            population_size=population_size,
         )
-    before = functools.partial(_gaussian, axes, step_size, population)
-    rows, size = np.frombuffer(told).reshape(-1, axes + 1), before(b"").population_size
-    gaussian = copy.deepcopy(before(rows[:-size].tobytes()))
-    gaussian.tell([(row[:-1], row[-1]) for row in rows[-size:]])
-    return gaussian
+    optimizer_after = functools.partial(
+        _optimizer_after, num_axes, step_size, population_size
+    )
+    size = optimizer_after(b"").population_size
+    rows = np.frombuffer(trials).reshape(-1, num_axes + 1)
+    optimizer = copy.deepcopy(optimizer_after(rows[:-size].tobytes()))
+    optimizer.tell([(row[:-1], row[-1]) for row in rows[-size:]])
+    return optimizer
 
 
-def _cmaes() -> Any:
+def _import_cmaes() -> Any:
     try:
         import cmaes
     except ImportError as error:
         raise ImportError(
-            "CMAES needs cmaes: pip install 'hypergrad-jax[search]'"
+            "CMAES needs cmaes. Install it with pip install 'hypergrad-jax[search]'."
         ) from error
     return cmaes

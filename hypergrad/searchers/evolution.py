@@ -1,4 +1,4 @@
-"""Evolution strategies of the package evosax, and any that ask and tell as they do."""
+"""Evolution strategies of the package evosax, or of your own with its interface."""
 
 import functools
 import inspect
@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int
@@ -18,38 +18,39 @@ from .base import replace_nonfinite, seed_from_key
 
 
 class EvolutionStrategy(eqx.Module):
-    """Generations of ``size`` trials, by a strategy such as those of evosax.
+    """Proposes the generations of a strategy, such as a strategy of evosax.
 
-    A strategy moves freely: its ``x`` is the logit of the coordinates ``t`` of
-    `hypergrad.spaces.axes`, so that ``t = sigmoid(x)`` is uniform where ``x`` is
-    logistic. One that moves a distribution begins at ``x = 0``, the middle of the
-    space, with its own first deviation; one that keeps a population, such as
-    differential evolution, with uniform draws. Everything else is the library's, with
-    its default parameters.
+    A strategy is unconstrained: its ``x`` is the logit of the coordinates ``t`` of
+    `hypergrad.spaces.axes`, so ``t = sigmoid(x)`` is uniform if ``x`` is logistic. A
+    strategy that adapts a distribution starts at ``x = 0``, the middle of the space,
+    with its own initial deviation. A strategy that keeps a population, such as
+    differential evolution, starts with uniform samples. Everything else is left to the
+    library with its default parameters.
+
+    A failed trial counts as the worst of its generation. An integer or a choice is an
+    axis of equal cells, which a narrow distribution may no longer leave; prefer `TPE`
+    for them.
 
     Args:
-      strategy: ``(population_size, solution) -> strategy``, a class of
-        ``evosax.algorithms``, or a `functools.partial` of one. Static.
-      size: trials a generation. Static.
-
-    A trial that failed counts as the worst of its generation. An integer or a choice
-    is an axis of equal cells, which a narrow distribution may not leave any more; `TPE`
-    is at home there.
+      strategy: Function ``(population_size, solution) -> strategy``, such as a class of
+        ``evosax.algorithms`` or a `functools.partial` of one. Static.
+      population_size: Number of trials per generation, static.
 
     Raises:
-      TypeError: ``strategy`` is no class or function.
-      ValueError: ``size`` below 2; at `init`, an unbounded space.
+      TypeError: ``strategy`` is not a class or function.
+      ValueError: ``population_size`` is below 2. In `init`: the space is unbounded.
 
     Budget: 150 trials of ``CMA_ES``, 160 of ``SNES`` and 250 of
-    ``DifferentialEvolution``, eight a generation, for a value within 1e-4 (see
-    `hypergrad.searchers`).
+      ``DifferentialEvolution``, eight per generation, for a value within 1e-4 (see
+      `hypergrad.searchers`).
+    Cost: one ``ask`` and one ``tell`` of the strategy per generation.
 
-    Cost: an ask and a tell of the strategy a generation. Source: Lange 2022,
-    arXiv:2212.04180 (evosax); the strategies have sources of their own.
+    Source: Lange 2022, arXiv:2212.04180 (evosax); the strategies have their own
+      sources.
 
     >>> import jax, hypergrad as hg
     >>> from evosax.algorithms import SNES
-    >>> searcher = hg.searchers.Evolution(SNES, size=8)
+    >>> searcher = hg.searchers.EvolutionStrategy(SNES, population_size=8)
     >>> state = searcher.init(hg.spaces.Unit(), jax.random.key(0))
     >>> for key in jax.random.split(jax.random.key(0), 80):
     ...     alpha, state = searcher.ask(state, key)
@@ -60,70 +61,75 @@ class EvolutionStrategy(eqx.Module):
     """
 
     strategy: Callable[..., Any] = eqx.field(static=True)
-    size: int = eqx.field(static=True)
+    population_size: int = eqx.field(static=True)
 
     def __check_init__(self):
         if not callable(self.strategy):
             raise TypeError(
                 "strategy must be a class such as evosax.algorithms.CMA_ES, or a "
                 f"function (population_size, solution) -> strategy; got "
-                f"{self.strategy!r}"
+                f"{self.strategy!r}."
             )
-        check_positive_int("size", self.size, 2)
+        check_positive_int("population_size", self.population_size, 2)
 
     def init(self, space: PyTree, key: Array) -> "Generation":
-        """Before the first generation."""
-        nothing = jnp.zeros(len(spaces.axes(space)))
-        strategy = _made(self.strategy, self.size, len(nothing), nothing.dtype.name)
+        """Returns the state before the first generation."""
+        x0 = jnp.zeros(len(spaces.axes(space)))
+        strategy = _make_strategy(
+            self.strategy, self.population_size, len(x0), x0.dtype.name
+        )
         params = strategy.default_params
-        if _keeps_a_population(strategy):
-            population = jnp.zeros((self.size, len(nothing)))
-            fitness = jnp.zeros(self.size)
+        if _keeps_population(strategy):
+            population = jnp.zeros((self.population_size, len(x0)))
+            fitness = jnp.zeros(self.population_size)
             state = strategy.init(key, population, fitness, params)
         else:
-            state = strategy.init(key, nothing, params)
-        none = np.zeros((0, len(nothing)))
+            state = strategy.init(key, x0, params)
+        empty = np.zeros((0, len(x0)))
         return Generation(
-            space, strategy, state, 0, seed_from_key(key), none, 0, none, none[:, 0]
+            space=space,
+            strategy=strategy,
+            state=state,
+            index=0,
+            seed=seed_from_key(key),
+            proposals=empty,
+            num_proposed=0,
+            x=empty,
+            values=empty[:, 0],
         )
 
     def ask(self, state: "Generation", key: Array) -> tuple[PyTree, "Generation"]:
-        """The next of its generation, which is drawn with the key of its first ask.
+        """Returns the next ``alpha`` of the generation.
 
-        StopIteration after its last, until all of it are told.
+        The key of its first ``alpha`` samples the whole generation. Raises
+        StopIteration after the last ``alpha`` until all values are told.
         """
-        if not len(state.asked):
-            state = state.drawn(seed_from_key(key))
-        if (index := int(state.num_asked)) == self.size:
+        if not len(state.proposals):
+            state = state.sample(seed_from_key(key))
+        if (index := int(state.num_proposed)) == self.population_size:
             raise StopIteration
-        return state.alpha(index), replace(state, num_asked=index + 1)
+        return state.alpha(index), replace(state, num_proposed=index + 1)
 
     def tell(self, state: "Generation", alpha: PyTree, value: Array) -> "Generation":
-        """The last of a generation moves the strategy on.
+        """Returns the state with one more trial; the last one updates the strategy.
 
-        An ``alpha`` that was not asked for takes the place of the one that was.
+        An ``alpha`` that was not proposed takes the place of the proposal in its order.
         """
-        return state.told(alpha, float(value) if np.isfinite(value) else np.inf)
-
-
-@functools.lru_cache(maxsize=64)
-def _made(strategy: Callable[..., Any], size: int, num_axes: int, dtype: str) -> Any:
-    """The one of its kind: an instance holds no state, but compiles its own methods."""
-    return strategy(population_size=size, solution=jnp.zeros(num_axes, dtype))
+        return state.add(alpha, float(value) if np.isfinite(value) else np.inf)
 
 
 class Generation(eqx.Module):
-    """Where a strategy is, and its trials since; leaves can be stored as arrays.
+    """The state of an `EvolutionStrategy`; its leaves can be saved as arrays.
 
     Attributes:
-      space: what is searched.
-      strategy: static; it holds no state.
-      state: the strategy's.
-      index: generations before this one.
-      seed: of its random numbers.
-      asked: [size, axes], its ``x``; empty before it is drawn.
-      num_asked: how many of them were given out.
-      x, values: [trials, axes] and [trials], those told.
+      space: The space that is searched.
+      strategy: The strategy, which holds no state. Static.
+      state: The state of the strategy.
+      index: Number of generations before this one.
+      seed: Seed of the random numbers of the generation.
+      proposals: Proposed points, empty before they are sampled.
+      num_proposed: Number of proposals that `ask` has returned.
+      x, values: Points and values of the trials of the generation.
     """
 
     space: PyTree
@@ -131,65 +137,84 @@ class Generation(eqx.Module):
     state: PyTree
     index: int
     seed: int
-    asked: np.ndarray
-    num_asked: int
-    x: np.ndarray
-    values: np.ndarray
+    proposals: Float[np.ndarray, "population axes"]
+    num_proposed: int
+    x: Float[np.ndarray, "trials axes"]
+    values: Float[np.ndarray, " trials"]
 
-    def drawn(self, seed: int) -> "Generation":
-        """With its ``x``."""
-        ask_key, _ = _keys(seed)
+    @property
+    def is_initial_population(self) -> bool:
+        """True if the strategy is still to be initialized with this generation."""
+        return int(self.index) == 0 and _keeps_population(self.strategy)
+
+    def sample(self, seed: int) -> "Generation":
+        """Returns the generation with its proposals."""
+        ask_key, _ = _keys_from_seed(seed)
         strategy, state = self.strategy, self.state
-        if int(self.index) == 0 and _keeps_a_population(strategy):
+        if self.is_initial_population:
             shape = strategy.population_size, self.x.shape[1]
             x = jax.random.logistic(ask_key, shape)
         else:
             x, state = strategy.ask(ask_key, state, strategy.default_params)
-        return replace(self, state=state, seed=seed, asked=np.asarray(x))
+        return replace(self, state=state, seed=seed, proposals=np.asarray(x))
 
     def alpha(self, index: int) -> PyTree:
-        """One of those asked."""
-        t = jax.nn.sigmoid(self.asked[index])
-        return spaces.from_unit(self.space, t)
+        """Returns the ``alpha`` of a proposal."""
+        return spaces.from_unit(self.space, jax.nn.sigmoid(self.proposals[index]))
 
-    def told(self, alpha: PyTree, value: float) -> "Generation":
-        """With one more trial; a new generation after the last."""
-        x = np.vstack([self.x, self._x_of(alpha)])
+    def add(self, alpha: PyTree, value: float) -> "Generation":
+        """Returns the generation with one more trial, or the next generation."""
+        x = np.vstack([self.x, self._to_x(alpha)])
         values = np.append(self.values, value)
         if len(values) < self.strategy.population_size:
             return replace(self, x=x, values=values)
-        _, key = _keys(int(self.seed))
+        _, tell_key = _keys_from_seed(int(self.seed))
         strategy, params = self.strategy, self.strategy.default_params
         population, fitness = jnp.asarray(x), jnp.asarray(replace_nonfinite(values))
-        if int(self.index) == 0 and _keeps_a_population(strategy):
-            state = strategy.init(key, population, fitness, params)
+        if self.is_initial_population:
+            state = strategy.init(tell_key, population, fitness, params)
         else:
-            state, _ = strategy.tell(key, population, fitness, self.state, params)
+            state, _ = strategy.tell(tell_key, population, fitness, self.state, params)
         return replace(
-            self, state=state, index=int(self.index) + 1,
-            asked=self.asked[:0], num_asked=0, x=self.x[:0], values=self.values[:0],
-        )  # fmt: skip
+            self,
+            state=state,
+            index=int(self.index) + 1,
+            proposals=self.proposals[:0],
+            num_proposed=0,
+            x=self.x[:0],
+            values=self.values[:0],
+        )
 
-    def _x_of(self, alpha: PyTree) -> np.ndarray:
-        """To the bit that of an ``alpha`` that was asked for."""
-        same = lambda x, y: np.array_equal(np.asarray(x), np.asarray(y))
+    def _to_x(self, alpha: PyTree) -> np.ndarray:
+        """Returns the point of an ``alpha``; equal to the bit for a proposed one."""
         index = len(self.values)
-        if len(self.asked) and jax.tree.all(
-            jax.tree.map(same, alpha, self.alpha(index))
+        is_equal = lambda x, y: np.array_equal(np.asarray(x), np.asarray(y))
+        if len(self.proposals) and jax.tree.all(
+            jax.tree.map(is_equal, alpha, self.alpha(index))
         ):
-            return self.asked[index]
+            return self.proposals[index]
         t = np.asarray(spaces.to_unit(self.space, alpha))
-        least = np.finfo(t.dtype).eps
-        t = np.clip(t, least, 1 - least)
+        eps = np.finfo(t.dtype).eps
+        t = np.clip(t, eps, 1 - eps)
         return np.log(t / (1 - t))
 
 
-def _keeps_a_population(strategy: Any) -> bool:
-    """Rather than a distribution: it begins with one that has been evaluated."""
+@functools.lru_cache(maxsize=64)
+def _make_strategy(
+    strategy: Callable[..., Any], population_size: int, num_axes: int, dtype: str
+) -> Any:
+    """Returns a strategy, the same object each time: each compiles its own methods."""
+    return strategy(
+        population_size=population_size, solution=jnp.zeros(num_axes, dtype)
+    )
+
+
+def _keeps_population(strategy: Any) -> bool:
+    """Returns True if a strategy is initialized with an evaluated population."""
     return "population" in inspect.signature(strategy.init).parameters
 
 
-def _keys(seed: int) -> tuple[Array, Array]:
-    """To ask and to tell with."""
+def _keys_from_seed(seed: int) -> tuple[Array, Array]:
+    """Returns the keys of ``ask`` and ``tell`` of a generation."""
     ask_key, tell_key = jax.random.split(jax.random.key(seed))
     return ask_key, tell_key

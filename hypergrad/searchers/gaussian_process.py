@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int, float_converter
@@ -13,33 +13,35 @@ from .base import Trials, replace_nonfinite, seed_from_key
 
 
 class GaussianProcess(eqx.Module):
-    """Tries what is expected to improve most on the best value.
+    """Proposes the candidate with the largest expected improvement.
 
-    A Gaussian process is fitted to all trials: kernel ``c Matern_{5/2}`` with a length
-    scale an axis, ``c`` and the scales by maximum likelihood. Of ``num_candidates``
-    points, half of them drawn from the space and half near the best trial, the one
-    with the largest *expected improvement* is next,
+    A Gaussian process is fitted to all trials. Its kernel is ``c Matern_{5/2}`` with a
+    length scale per axis; ``c`` and the length scales maximize the likelihood. Of
+    ``num_candidates`` points, half of them sampled from the space and half near the
+    best trial, the one with the largest expected improvement is proposed,
 
         EI(alpha) = (best - mu) Phi(z) + sigma phi(z),     z = (best - mu) / sigma.
 
-    The coordinates are those of `hypergrad.spaces.axes`; a choice counts as one axis
-    for each value, 0 or 1. A trial that failed is given the worst finite value.
+    The coordinates are those of `hypergrad.spaces.axes`, with an indicator axis for
+    each value of a choice. A failed trial counts as the worst finite value.
 
     Args:
-      num_initial: random trials at first. Static.
-      num_candidates: points whose expected improvement is compared. Static.
-      noise: variance of a value around the process, in units of the variance of all
-        values so far: 1e-6 where a trial repeats to the bit, more where it does not.
+      num_initial: Number of initial random trials, static.
+      num_candidates: Number of candidates whose expected improvement is compared,
+        static.
+      noise: Variance of a value around the process in units of the variance of all
+        values so far. Keep 1e-6 if a trial repeats to the bit.
 
     Raises:
-      ValueError: ``num_initial`` below 2, ``num_candidates`` below 2; at `init`, an
-        unbounded space.
+      ValueError: ``num_initial`` or ``num_candidates`` is below 2. In `init`: the space
+        is unbounded.
 
-    Budget: 30 trials, for a value within 1e-4 (see `hypergrad.searchers`); 40 for one
-    within 0.01 with an integer of 8 and a choice of 3 values beside.
+    Budget: 30 trials for a value within 1e-4 (see `hypergrad.searchers`); 40 trials for
+      a value within 0.01 with choices.
+    Cost: O(trials^3) per proposal, which is slow beyond some hundreds of trials.
 
-    Cost: an ask is O(trials^3), and slow beyond some hundreds. Source: Jones, Schonlau
-    & Welch 1998; Snoek, Larochelle & Adams 2012, arXiv:1206.2944.
+    Source: Jones, Schonlau & Welch 1998; Snoek, Larochelle & Adams 2012,
+      arXiv:1206.2944.
 
     >>> import jax, hypergrad as hg
     >>> searcher, key = hg.searchers.GaussianProcess(num_initial=3), jax.random.key(0)
@@ -62,86 +64,106 @@ class GaussianProcess(eqx.Module):
         check_positive_int("num_candidates", self.num_candidates, 2)
 
     def init(self, space: PyTree, key: Array) -> Trials:
-        """No trial yet."""
+        """Returns the state without a trial."""
         del key
-        return Trials.none(space)
+        return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """The candidate of most expected improvement; the state is as it was."""
-        draw_key, seed_key = jax.random.split(key)
+        """Returns the proposal and the unchanged state."""
+        sample_key, candidates_key = jax.random.split(key)
         if len(state.values) < self.num_initial:
-            return spaces.sample(state.space, draw_key), state
+            return spaces.sample(state.space, sample_key), state
         axes = spaces.axes(state.space)
         values = replace_nonfinite(state.values)
-        best = state.t[np.argmin(values)]
-        t = _candidates(axes, best, self.num_candidates, seed_from_key(seed_key))
-        process = _fitted(_features(axes, state.t), values, self.noise)
-        prediction = process.predict(_features(axes, t), return_std=True)
-        improvement = _expected_improvement(values.min(), *prediction)
+        best_t = state.t[np.argmin(values)]
+        t = sample_candidates(
+            axes, best_t, self.num_candidates, seed_from_key(candidates_key)
+        )
+        process = fit_process(to_features(axes, state.t), values, self.noise)
+        mean, std = process.predict(to_features(axes, t), return_std=True)
+        improvement = expected_improvement(values.min(), mean, std)
         return spaces.from_unit(state.space, t[np.argmax(improvement)]), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        """Remembers the trial."""
-        return state.told(alpha, value)
+        """Returns the state with one more trial."""
+        return state.add(alpha, value)
 
 
-def _candidates(
-    axes: list[spaces.Axis], best: np.ndarray, num: int, seed: int
-) -> np.ndarray:
-    """[num, axes]: half uniform, half around ``best`` at scales from 1/1000 to 1."""
+def sample_candidates(
+    axes: list[spaces.Axis],
+    best_t: Float[np.ndarray, " axes"],
+    num_candidates: int,
+    seed: int,
+) -> Float[np.ndarray, "candidates axes"]:
+    """Samples half of the candidates uniformly, half around the best trial.
+
+    The scales around the best trial are log-uniform between 1/1000 and 1.
+    """
     rng = np.random.default_rng(seed)
-    uniform = rng.uniform(size=(num - num // 2, len(axes)))
-    scale = 10.0 ** rng.uniform(-3, 0, size=(num // 2, 1))
-    near = best[None] + scale * rng.normal(size=(num // 2, len(axes)))
+    num_near = num_candidates // 2
+    uniform = rng.uniform(size=(num_candidates - num_near, len(axes)))
+    scale = 10.0 ** rng.uniform(-3, 0, size=(num_near, 1))
+    near = best_t[None] + scale * rng.normal(size=(num_near, len(axes)))
     t = np.vstack([uniform, np.clip(near, 0, 1)])
     for i, axis in enumerate(axes):
-        if (n := axis.num_values) is not None:  # the middle of its cell
+        if (n := axis.num_values) is not None:  # move to the middle of the cell
             t[:, i] = (np.minimum(np.floor(t[:, i] * n), n - 1) + 0.5) / n
     return t
 
 
-def _features(axes: list[spaces.Axis], t: np.ndarray) -> np.ndarray:
-    """Coordinates, with a choice spread over as many columns as it has values."""
+def to_features(
+    axes: list[spaces.Axis], t: Float[np.ndarray, "points axes"]
+) -> Float[np.ndarray, "points features"]:
+    """Returns coordinates in which a choice has an indicator column for each value."""
     columns = []
     for axis, column in zip(axes, t.T, strict=True):
         if axis.ordered or axis.num_values is None:
             columns.append(column[:, None])
         else:
-            cell = (column * axis.num_values).astype(int)
-            columns.append(np.eye(axis.num_values)[cell])
+            index = (column * axis.num_values).astype(int)
+            columns.append(np.eye(axis.num_values)[index])
     return np.hstack(columns)
 
 
-def _fitted(x: np.ndarray, values: np.ndarray, noise: Any) -> Any:
-    """A process whose kernel maximizes the likelihood of the values."""
+def fit_process(
+    x: Float[np.ndarray, "points features"],
+    values: Float[np.ndarray, " points"],
+    noise: Any,
+) -> Any:
+    """Returns a process whose kernel maximizes the likelihood of the values."""
     from scipy.optimize import minimize
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
-    scales: Any = np.full(x.shape[1], 0.5)
-    kernel = ConstantKernel(1.0, (0.01, 100.0)) * Matern(scales, (0.01, 100.0), nu=2.5)
-    given = {"alpha": float(noise), "normalize_y": True, "optimizer": None}
-    first: Any = GaussianProcessRegressor(kernel, **given).fit(x, values)
+    length_scales: Any = np.full(x.shape[1], 0.5)
+    bounds = 0.01, 100.0
+    kernel = ConstantKernel(1.0, bounds) * Matern(length_scales, bounds, nu=2.5)
+    settings = {"alpha": float(noise), "normalize_y": True, "optimizer": None}
+    process: Any = GaussianProcessRegressor(kernel, **settings).fit(x, values)
 
-    def loss(theta):
-        likelihood, gradient = first.log_marginal_likelihood(theta, True)
-        return -likelihood, -gradient
+    def negative_log_likelihood(theta):
+        value, gradient = process.log_marginal_likelihood(theta, True)
+        return -value, -gradient
 
-    # Not by scikit-learn's own call, which warns of a scale at its bound: an axis that
-    # the value does not depend on.
-    found = minimize(
-        loss, kernel.theta, jac=True, method="L-BFGS-B", bounds=kernel.bounds
+    # scikit-learn's own optimization warns of a length scale at its bound, which is
+    # normal here: the value need not depend on every axis.
+    result = minimize(
+        negative_log_likelihood,
+        kernel.theta,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=kernel.bounds,
     )
-    kernel = kernel.clone_with_theta(found.x)
-    return GaussianProcessRegressor(kernel, **given).fit(x, values)
+    kernel = kernel.clone_with_theta(result.x)
+    return GaussianProcessRegressor(kernel, **settings).fit(x, values)
 
 
-def _expected_improvement(
-    best: float, mean: np.ndarray, deviation: np.ndarray
-) -> np.ndarray:
-    """Jones et al. 1998, for a minimum."""
+def expected_improvement(
+    best: float, mean: Float[np.ndarray, " points"], std: Float[np.ndarray, " points"]
+) -> Float[np.ndarray, " points"]:
+    """Returns ``E[max(best - y, 0)]`` for normal ``y`` (Jones et al. 1998)."""
     from scipy.stats import norm
 
-    z = (best - mean) / np.maximum(deviation, np.finfo(float).tiny)
-    z = np.clip(z, -40, 40)  # phi and 1 - Phi are 0 beyond, in floating point
-    return (best - mean) * norm.cdf(z) + deviation * norm.pdf(z)
+    z = (best - mean) / np.maximum(std, np.finfo(float).tiny)
+    z = np.clip(z, -40, 40)  # beyond, phi and 1 - Phi are 0 in floating point
+    return (best - mean) * norm.cdf(z) + std * norm.pdf(z)

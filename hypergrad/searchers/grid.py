@@ -10,28 +10,29 @@ from .. import spaces
 from ..spaces.pytree import spaces_of
 from ..validation import check_positive_int
 
-LIMIT = 100_000
+MAX_POINTS = 100_000
 
 
 class Grid(eqx.Module):
-    """Every combination of ``num`` points an axis; all values of a discrete one.
+    """Proposes all combinations of ``num`` points per axis.
 
-    An axis is one number of ``alpha``. Its points are evenly spaced from low to high,
-    both included, in the logarithm where the space says so; of one point, the middle.
-    The last axis moves fastest, so that a budget below the grid leaves out its end;
-    the search ends with the grid.
+    An axis is one number of ``alpha``. The points of a continuous axis are evenly
+    spaced from low to high inclusive, on a logarithmic scale if the space has one; a
+    single point is the middle. A discrete axis has a point for each value. The last
+    axis varies fastest, so a budget that is smaller than the grid omits its end. The
+    search ends with the grid.
 
     Args:
-      num: points on each continuous axis. Static.
+      num: Number of points per continuous axis, static.
 
     Raises:
-      ValueError: ``num`` below 1; at `init`, a grid of more than 100000 points, a
-        `Simplex`, whose weights are no axes, or an unbounded space.
+      ValueError: ``num`` is below 1. In `init`: the grid has more than 100000 points,
+        the space is unbounded, or it has a `Simplex`, whose weights are dependent.
 
-    Budget: 81 trials, nine an axis, for a value within 0.01 (see
-    `hypergrad.searchers`).
-
-    Cost: none beside the trials. Bias: up to half a spacing an axis.
+    Budget: 81 trials, nine per axis, for a value within 0.01 (see
+      `hypergrad.searchers`).
+    Cost: none besides the trials.
+    Bias: up to half a spacing per axis.
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.Grid(num=3)
@@ -52,44 +53,45 @@ class Grid(eqx.Module):
         check_positive_int("num", self.num)
 
     def init(self, space: PyTree, key: Array) -> dict:
-        """The space, and how many points were asked for."""
+        """Returns the space and the number of proposals."""
         del key
-        for kind in spaces_of(space)[0]:
-            if kind.unit_shape != kind.shape:
+        for leaf in spaces_of(space)[0]:
+            if leaf.unit_shape != leaf.shape:
                 raise ValueError(
-                    f"{kind} has no grid, its entries depend on each other; use "
-                    "hg.searchers.Sobol()"
+                    f"space must have independent entries for Grid; got {leaf}. Use "
+                    "hg.searchers.Sobol()."
                 )
         sizes = self._sizes(space)
-        if math.prod(sizes) > LIMIT:
+        if math.prod(sizes) > MAX_POINTS:
             raise ValueError(
-                f"the grid has {math.prod(sizes)} points ({len(sizes)} axes), at most "
-                f"{LIMIT} are searched; lower num, or use hg.searchers.Sobol()"
+                f"num must give at most {MAX_POINTS} points; got {math.prod(sizes)} "
+                f"points on {len(sizes)} axes. Lower num, or use hg.searchers.Sobol()."
             )
         return {"space": space, "index": 0}
 
     def ask(self, state: dict, key: Array) -> tuple[PyTree, dict]:
-        """The next point; StopIteration after the last."""
+        """Returns the next point; raises StopIteration after the last."""
         del key
-        index, sizes = int(state["index"]), self._sizes(state["space"])
+        space, index = state["space"], int(state["index"])
+        sizes = self._sizes(space)
         if index >= math.prod(sizes):
             raise StopIteration
-        axes = spaces.axes(state["space"])
+        positions = np.unravel_index(index, sizes)
         t = [
-            cell / (size - 1) if axis.num_values is None and size > 1
-            # The middle of a cell, or of a continuous axis with one point.
-            else (cell + 0.5) / size
-            for axis, size, cell in zip(
-                axes, sizes, np.unravel_index(index, sizes), strict=True
+            position / (size - 1)
+            if axis.num_values is None and size > 1
+            # The middle of a cell, or of a continuous axis with a single point.
+            else (position + 0.5) / size
+            for axis, size, position in zip(
+                spaces.axes(space), sizes, positions, strict=True
             )
-        ]  # fmt: skip
-        alpha = spaces.from_unit(state["space"], np.array(t))
-        return alpha, {**state, "index": index + 1}
+        ]
+        return spaces.from_unit(space, np.array(t)), {**state, "index": index + 1}
 
     def tell(self, state: dict, alpha: PyTree, value: Array) -> dict:
-        """Learns nothing."""
+        """Returns the unchanged state."""
         del alpha, value
         return state
 
-    def _sizes(self, space):
+    def _sizes(self, space: PyTree) -> list[int]:
         return [axis.num_values or self.num for axis in spaces.axes(space)]

@@ -1,4 +1,6 @@
-"""The non-dominated sorting genetic algorithm, of optuna."""
+"""The non-dominated sorting genetic algorithm of optuna."""
+
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, PyTree
@@ -10,32 +12,34 @@ from .base import Trials, seed_from_key
 
 
 class NSGA2(eqx.Module):
-    """Generations of parents that no other dominates, far apart from each other.
+    """Breeds each generation from non-dominated parents that are far apart.
 
-    The first ``population_size`` trials are random. Of each later generation the
-    parents are the best as many of all parents and children before: by how many fronts
-    are before theirs, then by how much room they have on it. A child takes each
-    coordinate from one of two parents, and now and then a random one.
+    The first ``population_size`` trials are random. The parents of each later
+    generation
+    are the best ``population_size`` of all earlier parents and children: ordered by the
+    number of fronts that dominate theirs, then by their distance to neighbours on the
+    front. A child takes each coordinate from one of two parents, and sometimes a random
+    one.
 
-    For several outer losses: a trial's values need no order but dominance. For one loss
-    it is a genetic algorithm.
-
-    Everything is optuna's ``NSGAIISampler``, with its defaults, on the coordinates of
-    `hypergrad.spaces.axes`, and seeded by the key of each ask.
+    NSGA-II is for several outer losses and compares trials by dominance only. For a
+    single loss it is a genetic algorithm. Everything is left to optuna's
+    ``NSGAIISampler`` with its default parameters, on the coordinates of
+    `hypergrad.spaces.axes`, seeded by the key of each proposal.
 
     Args:
-      population_size: trials of a generation, at least 2; a search of fewer trials is
-        a random one. Static.
+      population_size: Number of trials per generation, at least 2, static. A search
+        with fewer trials is random.
 
     Raises:
-      ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
-      ValueError: ``population_size`` below 2; an unbounded space.
+      ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).
+      ValueError: ``population_size`` is below 2. In `init`: the space is unbounded.
 
-    Budget: of one value, generations of 20, 50 trials, or 370 with choices, for a value
-    within 0.01 (see `hypergrad.searchers`).
+    Budget: for one value and generations of 20, 50 trials for a value within 0.01 (see
+      `hypergrad.searchers`), or 370 with choices.
+    Cost: a proposal reads all trials.
 
-    Cost: an ask reads all trials. Source: Deb, Pratap, Agarwal & Meyarivan 2002; Akiba,
-    Sano, Yanase, Ohta & Koyama 2019, arXiv:1907.10902 (optuna).
+    Source: Deb, Pratap, Agarwal & Meyarivan 2002; Akiba, Sano, Yanase, Ohta & Koyama
+      2019, arXiv:1907.10902 (optuna).
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> searcher = hg.searchers.NSGA2(population_size=10)
@@ -55,47 +59,58 @@ class NSGA2(eqx.Module):
         check_positive_int("population_size", self.population_size, 2)
 
     def init(self, space: PyTree, key: Array) -> Trials:
-        """No trial yet."""
+        """Returns the state without a trial."""
         del key
-        optuna_study.load("NSGA2")
-        return Trials.none(space)
+        optuna_study.import_optuna("NSGA2")
+        return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """The next proposal; the state is as it was."""
-        optuna = optuna_study.load("NSGA2")
+        """Returns the next proposal and the unchanged state."""
+        optuna = optuna_study.import_optuna("NSGA2")
         axes = spaces.axes(state.space)
-        kinds = optuna_study.distributions(optuna, axes)
-        sampler = lambda seed: optuna.samplers.NSGAIISampler(
-            population_size=self.population_size, seed=seed
-        )
-        num_values = state.values[:1].size or 1
-        values = state.values.reshape(-1, num_values)
         with optuna_study.quiet(optuna):
-            study = optuna.create_study(
-                sampler=sampler(0), directions=["minimize"] * num_values
-            )
-            noted = {}
-            for i, (t, told) in enumerate(zip(state.t, values.tolist(), strict=True)):
-                params = optuna_study.to_params(axes, t)
-                if i % self.population_size:
-                    trial = optuna.trial.create_trial(
-                        params=params, distributions=kinds, values=told,
-                        system_attrs=noted,
-                    )  # fmt: skip
-                    study.add_trial(trial)
-                    continue
-                # The first of a generation is asked for again: as its parameters are
-                # read, optuna chooses the parents and notes which generation it is.
-                study.enqueue_trial(params)
-                trial = study.ask(kinds)
-                _ = trial.relative_params
-                study.tell(trial, told)
-                noted = study.get_trials(deepcopy=False)[-1].system_attrs
-            study.sampler = sampler(seed_from_key(key))
-            asked = study.ask(kinds).params
-        t = optuna_study.from_params(axes, asked)
+            study = self._make_study(optuna, state)
+            study.sampler = self._make_sampler(optuna, seed_from_key(key))
+            params = study.ask(optuna_study.distributions(optuna, axes)).params
+        t = optuna_study.from_params(axes, params)
         return spaces.from_unit(state.space, t), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        """Remembers the trial."""
-        return state.told(alpha, value)
+        """Returns the state with one more trial."""
+        return state.add(alpha, value)
+
+    def _make_sampler(self, optuna: Any, seed: int) -> Any:
+        return optuna.samplers.NSGAIISampler(
+            population_size=self.population_size, seed=seed
+        )
+
+    def _make_study(self, optuna: Any, state: Trials) -> Any:
+        """Returns a study of all trials in which each belongs to its generation."""
+        axes = spaces.axes(state.space)
+        distributions = optuna_study.distributions(optuna, axes)
+        num_values = state.values[:1].size or 1
+        values = state.values.reshape(-1, num_values).tolist()
+        study = optuna.create_study(
+            sampler=self._make_sampler(optuna, 0), directions=["minimize"] * num_values
+        )
+        system_attrs = {}
+        for i, (t, trial_values) in enumerate(zip(state.t, values, strict=True)):
+            params = optuna_study.to_params(axes, t)
+            if i % self.population_size == 0:
+                # The first trial of a generation is proposed again: optuna selects the
+                # parents when its parameters are read, and notes the generation.
+                study.enqueue_trial(params)
+                trial = study.ask(distributions)
+                _ = trial.relative_params
+                study.tell(trial, trial_values)
+                system_attrs = study.get_trials(deepcopy=False)[-1].system_attrs
+                continue
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions=distributions,
+                    values=trial_values,
+                    system_attrs=system_attrs,
+                )
+            )
+        return study

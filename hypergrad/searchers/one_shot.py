@@ -1,4 +1,4 @@
-"""A supernet: one ``w`` for all choices, trained once, by which they are compared."""
+"""One-shot search: a supernet whose ``w`` serves all choices and is trained once."""
 
 import equinox as eqx
 import jax
@@ -6,58 +6,57 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..search_trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
-    MemberRecords,
     Members,
-    PopulationConfig,
-    RoundResult,
+    PopulationSearcher,
+    Round,
+    Rung,
+    Trainer,
     shard_members,
 )
 
 
-class Shared(eqx.Module):
-    """One carry of the solver for many ``alpha``, which have a leading axis."""
+class SharedMembers(eqx.Module):
+    """Members that share a single carry; ``alpha`` has a leading axis of members."""
 
-    shared: tuple[PyTree, PyTree]
+    shared_carry: tuple[PyTree, PyTree]
     alpha: PyTree
 
     def take(self, index: Array) -> Members:
-        """Some of them, each with that carry."""
-        return Members(self.shared, jax.tree.map(lambda x: x[index], self.alpha))
+        """Returns the member at an index, with the shared carry."""
+        return Members(self.shared_carry, jax.tree.map(lambda x: x[index], self.alpha))
 
 
-class OneShot(eqx.Module):
-    """Trains a single ``w`` under choices drawn anew at every step; then only compares.
+class OneShot(PopulationSearcher):
+    """Trains one ``w`` at random choices and then compares choices with this ``w``.
 
-    ``w`` holds the weights of all choices, such as a table with a row for each, of
-    which the losses read those of ``alpha``. It makes the solver's ``num_steps`` steps,
-    each at an ``alpha`` drawn uniformly from the space. Then draws from the space are
-    evaluated with that ``w``, as many as the budget pays for, and all of them on the
-    same data: that of one key, where the problem draws. Of a ``start(w, alpha)`` only
-    the value at one draw is used, since there is one ``w``.
+    ``w`` holds the weights of all choices, such as a table with a row for each, and the
+    losses read only the weights of ``alpha``. The training makes the solver's
+    ``num_steps`` steps, each at an ``alpha`` that is sampled uniformly from the space.
+    Afterwards samples from the space are evaluated with the trained ``w`` while the
+    budget lasts, all of them on the same data, even if the problem has a ``data_fn``.
+    An ``init_fn`` is evaluated at a single sample, because there is only one ``w``.
+
+    The first row of the trace is the training with the evaluation of one sample; each
+    further row is one sample. The lowest value is the best, and ``w`` of the trace is
+    the shared one. Train again at ``best_alpha``, or let another searcher compare with
+    the shared ``w``: ``hg.ClosedForm(lambda alpha, batch: trace.w)`` as the solver,
+    whose trials are charged one gradient each.
 
     Args:
-      size: draws that are evaluated side by side, static.
+      eval_batch_size: Number of samples that are evaluated side by side, static.
 
-    The first row of the trace is the training and one draw, the others a draw each. The
-    lowest value is the best; ``w`` of the trace is the shared one: train anew at
-    ``best_alpha``, or let another searcher compare, with ``hg.ClosedForm(lambda alpha,
-    batch: trace.w)`` for a solver; each of its trials is charged as a training, by a
-    gradient.
+    Budget: the training and four samples per choice, to find the best of 12 (see
+      `hypergrad.searchers`).
+    Cost: ``num_steps`` gradients once, an outer value per sample.
+    Memory: one carry, and the memory of ``eval_batch_size`` outer values.
+    Bias: values with shared weights need not rank choices as separate trainings do,
+      unless each choice has weights that no other choice changes.
 
-    Bias: a value by shared weights is not that of a training of its own, and need not
-    rank as it does, unless each choice has weights of its own that no other choice
-    moves.
-
-    Budget: the training and four draws a choice, to find the best of 12 (see
-    `hypergrad.searchers`).
-
-    Cost: ``num_steps`` gradients once, an outer value a draw. Memory: one carry, and
-    what ``size`` outer values need.
-
-    Source: Bender et al. 2018; steps at a single choice each, drawn uniformly, Guo et
-    al. 2020 (arXiv 1904.00420).
+    Source: Bender et al. 2018; uniform sampling of one choice per step: Guo et al. 2020
+      (arXiv:1904.00420).
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> target = jnp.array([3.0, 1.0, 2.0])
@@ -72,82 +71,70 @@ class OneShot(eqx.Module):
     (1, True)
     """
 
-    size: int = eqx.field(static=True)
+    eval_batch_size: int = eqx.field(static=True)
 
     citations = ("bender2018", "guo2020")
 
     def __check_init__(self):
-        check_positive_int("size", self.size)
+        check_positive_int("eval_batch_size", self.eval_batch_size)
 
-    def cost(self, setting: PopulationConfig, index: int) -> float:
-        """The training in the first, values alone in the others."""
+    def rung(self, num_steps: int, index: int) -> Rung:
+        """Returns the training in the first round, and evaluations in all others."""
         if index == 0:
-            return setting.cost(1, setting.solver.num_steps)
-        return setting.cost(self.size, 0)
+            return Rung(1, 0, num_steps)
+        return Rung(self.eval_batch_size, num_steps, num_steps)
 
     def round(
-        self,
-        setting: PopulationConfig,
-        index: int,
-        before: RoundResult | None,
-        key: Array,
-    ) -> RoundResult:
-        """The training and its first draw; then draws alone."""
-        key, judge_key = jax.random.split(key)
-        draw_key, train_key = jax.random.split(jax.random.fold_in(key, index))
-        keys = draw_key, judge_key
-        if before is None:
-            carry = _supernet(setting, train_key)
-            return _compared(setting, carry, 1, setting.solver.num_steps, *keys)
-        return _compared(setting, before.members.shared, self.size, 0, *keys)
+        self, trainer: Trainer, index: int, previous: Round | None, key: Array
+    ) -> Round:
+        """Trains the supernet in the first round; evaluates samples in every round."""
+        # The key of the evaluations is the same in all rounds, and so are their data.
+        key, record_key = jax.random.split(key)
+        alpha_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        rung = self.rung(trainer.num_steps, index)
+        if previous is None:
+            carry = _train_supernet(trainer, train_key)
+        else:
+            carry = previous.members.shared_carry
+        alpha = _sample(trainer.space, rung.num_members, alpha_key)
+        records = _evaluate(
+            trainer, carry[0], shard_members(alpha), rung.num_steps, record_key
+        )
+        steps = jnp.full(records.value.shape, float(rung.stop_step))
+        records = records._replace(metrics=records.metrics | {"steps": steps})
+        return Round(SharedMembers(carry, alpha), records)
 
 
 @eqx.filter_jit
-def _supernet(setting: PopulationConfig, key: Array) -> tuple[PyTree, PyTree]:
-    """The carry after all steps, each at a draw of its own."""
-    start_key, data_key, steps_key = jax.random.split(key, 3)
-    data, _ = setting.problem.sample_data(data_key)
-    loss = setting.problem.inner_loss
+def _train_supernet(trainer: Trainer, key: Array) -> tuple[PyTree, PyTree]:
+    """Returns the carry after all steps, each at a new sample of ``alpha``."""
+    init_key, data_key, steps_key = jax.random.split(key, 3)
+    problem = trainer.setup.problem
+    data, _ = problem.sample_data(data_key)
 
     def step(carry, key):
         alpha_key, step_key = jax.random.split(key)
-        alpha = spaces.sample(setting.space, alpha_key)
-        return setting.solver.step(loss, carry, alpha, data, step_key), None
+        alpha = spaces.sample(trainer.space, alpha_key)
+        args = carry, alpha, data, step_key
+        return trainer.solver.step(problem.inner_loss, *args), None
 
-    begin = jax.tree.map(lambda x: x[0], setting.start(1, start_key).carry)
-    keys = jax.random.split(steps_key, setting.solver.num_steps)
-    return jax.lax.scan(step, begin, keys)[0]
-
-
-def _compared(
-    setting: PopulationConfig,
-    carry: tuple[PyTree, PyTree],
-    size: int,
-    num_steps: int,
-    draw_key: Array,
-    judge_key: Array,
-) -> RoundResult:
-    """So many draws with the shared weights; the steps are charged to each."""
-    alpha = _draws(setting.space, size, draw_key)
-    rows = _judged(setting, carry[0], shard_members(alpha), num_steps, judge_key)
-    made = jnp.full(rows.value.shape, float(setting.solver.num_steps))
-    rows = rows._replace(metrics=rows.metrics | {"steps": made})
-    return RoundResult(Shared(carry, alpha), rows)
+    carry = jax.tree.map(lambda x: x[0], trainer.init_members(1, init_key).carry)
+    step_keys = jax.random.split(steps_key, trainer.num_steps)
+    return jax.lax.scan(step, carry, step_keys)[0]
 
 
 @eqx.filter_jit
-def _draws(space: PyTree, size: int, key: Array) -> PyTree:
-    keys = jax.random.split(key, size)
+def _sample(space: PyTree, num_samples: int, key: Array) -> PyTree:
+    keys = jax.random.split(key, num_samples)
     return jax.vmap(lambda key: spaces.sample(space, key))(keys)
 
 
 @eqx.filter_jit
-def _judged(
-    setting: PopulationConfig, w: PyTree, alpha: PyTree, num_steps: int, key: Array
-) -> MemberRecords:
-    """On the same data, with the same key: only ``alpha`` tells one from another."""
+def _evaluate(
+    trainer: Trainer, w: PyTree, alpha: PyTree, num_steps: int, key: Array
+) -> TrialRecord:
+    """Returns the record of each ``alpha`` on the same data and with the same key."""
     data_key, key = jax.random.split(key)
-    data = setting.problem.sample_data(data_key)
-    return jax.vmap(lambda alpha: setting.judged(w, alpha, num_steps, *data, key))(
-        alpha
-    )
+    data = trainer.setup.problem.sample_data(data_key)
+    record = lambda alpha: trainer.record(w, alpha, data, num_steps, key)
+    return jax.vmap(record)(alpha)

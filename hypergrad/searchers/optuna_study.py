@@ -1,4 +1,4 @@
-"""What searchers by optuna share: its studies, in coordinates of the unit cube."""
+"""Studies of optuna in the coordinates of the unit cube, for `TPE` and `NSGA2`."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from .. import spaces
 from ..runtime.fingerprint import digest, fingerprint
@@ -15,51 +15,54 @@ from ..spaces import Axis
 from .base import Trials
 
 
-def load(name: str) -> Any:
-    """optuna; an ImportError that says what to install for the searcher ``name``."""
+def import_optuna(searcher: str) -> Any:
+    """Returns the package; raises an ImportError that says how to install it."""
     try:
         import optuna
     except ImportError as error:
         raise ImportError(
-            f"{name} needs optuna: pip install 'hypergrad-jax[search]'"
+            f"{searcher} needs optuna. Install it with "
+            "pip install 'hypergrad-jax[search]'."
         ) from error
     return optuna
 
 
 def distributions(optuna: Any, axes: list[Axis]) -> dict[str, Any]:
-    """One an axis, by names in the order of the axes."""
+    """Returns a distribution per axis, with names in the order of the axes."""
 
-    def kind(axis: Axis) -> Any:
-        kinds = optuna.distributions
+    def distribution(axis: Axis) -> Any:
         if axis.num_values is None:
-            return kinds.FloatDistribution(0.0, 1.0)
+            return optuna.distributions.FloatDistribution(0.0, 1.0)
         if axis.ordered:
-            return kinds.IntDistribution(0, axis.num_values - 1)
-        return kinds.CategoricalDistribution(range(axis.num_values))
+            return optuna.distributions.IntDistribution(0, axis.num_values - 1)
+        return optuna.distributions.CategoricalDistribution(range(axis.num_values))
 
-    return {f"{i:06d}": kind(axis) for i, axis in enumerate(axes)}
+    return {_name(i): distribution(axis) for i, axis in enumerate(axes)}
 
 
-def to_params(axes: list[Axis], t: np.ndarray) -> dict[str, Any]:
-    """A point of the cube by those names; of a discrete axis the cell."""
-    sizes = [axis.num_values for axis in axes]
+def to_params(axes: list[Axis], t: Float[np.ndarray, " axes"]) -> dict[str, Any]:
+    """Returns a point as optuna's parameters; for a discrete axis the cell's index."""
     return {
-        f"{i:06d}": float(x) if n is None else int(x * n)
-        for i, (x, n) in enumerate(zip(t, sizes, strict=True))
+        _name(i): float(x) if axis.num_values is None else int(x * axis.num_values)
+        for i, (axis, x) in enumerate(zip(axes, t, strict=True))
     }
 
 
-def from_params(axes: list[Axis], params: dict[str, Any]) -> np.ndarray:
-    """Back, to the middle of a cell."""
-    t = [
-        x if axis.num_values is None else (x + 0.5) / axis.num_values
-        for axis, x in ((axis, params[f"{i:06d}"]) for i, axis in enumerate(axes))
-    ]
+def from_params(axes: list[Axis], params: dict[str, Any]) -> Float[np.ndarray, " axes"]:
+    """Returns the point of optuna's parameters, in the middle of a discrete cell."""
+    t = []
+    for i, axis in enumerate(axes):
+        x = params[_name(i)]
+        t.append(x if axis.num_values is None else (x + 0.5) / axis.num_values)
     return np.array(t)
 
 
-def trials(optuna: Any, state: Trials) -> list[Any]:
-    """Each with its value, as optuna has them."""
+def _name(index: int) -> str:
+    return f"{index:06d}"
+
+
+def to_optuna_trials(optuna: Any, state: Trials) -> list[Any]:
+    """Returns the trials with their values as trials of optuna."""
     axes = spaces.axes(state.space)
     kinds = distributions(optuna, axes)
     return [
@@ -71,17 +74,19 @@ def trials(optuna: Any, state: Trials) -> list[Any]:
 
 
 @contextmanager
-def shared(optuna: Any, journal: str | os.PathLike, space: PyTree) -> Iterator[Any]:
-    """The study of a space in a file that several processes read and add to.
+def open_journal(
+    optuna: Any, journal: str | os.PathLike, space: PyTree
+) -> Iterator[Any]:
+    """Opens the study of a space in a file that several processes share.
 
     Raises:
-      ValueError: the file cannot be read or written.
+      ValueError: The file cannot be read or written.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     path = os.fspath(journal)
-    lock: Any = JournalLock(path)  # of optuna's class but by name
+    lock: Any = JournalLock(path)  # has the interface of optuna's lock
     try:
         with quiet(optuna):
             study = optuna.create_study(
@@ -92,47 +97,48 @@ def shared(optuna: Any, journal: str | os.PathLike, space: PyTree) -> Iterator[A
         yield study
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"the journal {path} cannot be read or written ({error!r}); make room, or "
-            "give another file, in a folder that is there"
+            "journal must be a file of optuna that can be read and written; got "
+            f"{path}, which raised {error!r}. Make room, or use another file in an "
+            "existing folder."
         ) from error
 
 
 class JournalLock:
-    """One process at a time adds to a journal; the others wait.
+    """Lets one process at a time write to a journal.
 
-    optuna's own lock is a file beside it, which one that was killed leaves behind for
-    the others to wait for, for ever in some versions. This one is of the operating
-    system, which lets go when the process dies.
+    optuna's own lock is a second file, which a process that is killed leaves behind. In
+    some versions the other processes then wait forever. The operating system releases
+    this lock when its process ends.
     """
 
     def __init__(self, path: str):
         self.path = Path(path)
 
     def acquire(self) -> bool:
-        """Waits, and drops a last line that was cut off: no one is writing it now."""
+        """Waits for the lock and removes an incomplete last line of the file."""
         import fcntl
 
-        self.file = self.path.open("rb+")  # until it is released
+        self.file = self.path.open("rb+")  # closed by `release`
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX)
             content = self.file.read()
-            whole = content.rfind(b"\n") + 1
-            if content and not whole:
-                raise ValueError("it has no whole line")
-            self.file.truncate(whole)
+            num_complete_bytes = content.rfind(b"\n") + 1
+            if content and not num_complete_bytes:
+                raise ValueError("the file has no complete line")
+            self.file.truncate(num_complete_bytes)
         except BaseException:
             self.file.close()
             raise
         return True
 
     def release(self) -> None:
-        """Lets the next one write."""
+        """Releases the lock."""
         self.file.close()
 
 
 @contextmanager
 def quiet(optuna: Any) -> Iterator[None]:
-    """Without optuna's line about each new study; its warnings are left."""
+    """Silences optuna's message about each new study, but not its warnings."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(verbosity, optuna.logging.WARNING))
     try:

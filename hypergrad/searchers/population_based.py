@@ -1,4 +1,4 @@
-"""Populations whose poor members are replaced: training and search in one."""
+"""Population-based training: search and training in a single run."""
 
 import functools
 
@@ -10,57 +10,66 @@ from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int, float_converter
-from .populations import Members, PopulationConfig, RoundResult, rank_by_value
+from .populations import (
+    Members,
+    PopulationSearcher,
+    Round,
+    Rung,
+    Trainer,
+    rank_by_value,
+)
 
 
-class PopulationBasedTraining(eqx.Module):
-    """Population-based training: the worst go on from the best, and vary ``alpha``.
+class PopulationBasedTraining(PopulationSearcher):
+    """Replaces the worst members of a population by perturbed copies of the best.
 
-    In a round every member makes the solver's ``num_steps`` steps from where it was,
-    the optimizer's state included. Each of the worst ``share`` then takes ``w``, that
-    state and ``alpha`` of one of the best ``share``, drawn at random, and every number
-    of its ``alpha`` moves by ``perturbation``, up or down, in the space's unconstrained
-    ``u``. In an `Interval`, of logarithms if ``log``, ``u`` is the logit of the place
-    ``t``, which moves by about ``perturbation t (1 - t)`` of the length: a twentieth in
-    the middle, less towards the bounds, which are never passed. The paper's is a factor
-    of 1.2 or 0.8, the same anywhere.
+    In each round every member makes the solver's ``num_steps`` steps from its present
+    ``w`` and optimizer state. Then each member of the worst quantile copies ``w``, the
+    optimizer state and ``alpha`` of a random member of the best quantile, and every
+    number of its ``alpha`` moves by ``perturbation``, up or down, in the unconstrained
+    coordinates ``u`` of the space. In an `Interval` ``u`` is the logit of the position
+    ``t`` between the bounds (on a logarithmic scale if ``log``), so ``t`` moves by
+    about ``perturbation t (1 - t)``: by default a twentieth of the interval in its
+    middle, and less towards the bounds. The paper multiplies by 1.2 or 0.8 instead.
+
+    A row of the trace is a member in a round. The metric ``parent`` is the member of
+    the previous round from which it continued, and ``steps`` the number of its steps in
+    all rounds. ``best_alpha`` is the best of the last round that has a finite value.
+    Since ``alpha`` changes during the run, ``w`` depends on its whole history: a new
+    training at ``best_alpha`` may give a worse value.
 
     Args:
-      size: of the population, static.
-      share: of it that is replaced, in (0, 1/2], static.
-      perturbation: of ``u``.
+      population_size: Number of members, static.
+      quantile_fraction: Fraction of the members that is replaced in each round, in
+        (0, 1/2], static.
+      perturbation: Change of ``u``.
 
     Raises:
-      ValueError: `Integer` or `Choice` in the space, before the first round.
+      ValueError: The space has an `Integer` or a `Choice`; raised before the first
+        round.
 
-    A row of the trace is a member of a round; the metric ``parent`` says from which
-    member of the round before it went on, ``steps`` how many were made by then.
-    ``best_alpha`` is the best of the last round in which a value is finite. ``alpha``
-    changes along a run, so that ``w`` belongs to all of its course: trained anew at
-    ``best_alpha`` it may be worse.
+    Budget: 200 gradient-equivalents for a value within 0.01, with 16 members and rounds
+      of 5 steps (see `hypergrad.searchers`).
+    Cost: ``population_size`` times the steps and an outer value, per round.
+    Memory: ``population_size`` carries; one program under ``vmap``, distributed over
+      the devices if their number divides ``population_size``.
 
-    Budget: 200 gradient-equivalents for a value within 0.01, of 16 members and rounds
-    of 5 steps (see `hypergrad.searchers`).
-
-    Cost: ``size`` times the steps and an outer value a round. Memory: ``size`` carries;
-    one program under ``vmap``, spread over the devices where they divide ``size``.
-
-    Source: Jaderberg et al. 2017 (arXiv 1711.09846).
+    Source: Jaderberg et al. 2017 (arXiv:1711.09846).
 
     >>> import jax, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
     >>> outer = lambda w, alpha, batch: (w - 0.5) ** 2
     >>> trace = hg.search(
     ...     hg.Bilevel(inner, outer), hg.Descent(optax.sgd(0.5), 1),
-    ...     hg.searchers.PopulationBased(8), 0.0,
+    ...     hg.searchers.PopulationBasedTraining(8), 0.0,
     ...     space=hg.spaces.Unit(), budget=200, key=jax.random.key(0),
     ... )
     >>> bool(abs(trace.best_alpha - 0.5) < 0.1)
     True
     """
 
-    size: int = eqx.field(static=True)
-    share: float = eqx.field(default=0.25, static=True)
+    population_size: int = eqx.field(static=True)
+    quantile_fraction: float = eqx.field(default=0.25, static=True)
     perturbation: Array | float = eqx.field(
         default=0.2, converter=float_converter("perturbation", optional=False)
     )
@@ -68,65 +77,67 @@ class PopulationBasedTraining(eqx.Module):
     citations = ("jaderberg2017",)
 
     def __check_init__(self):
-        check_positive_int("size", self.size, minimum=2)
-        if not 0 < self.share <= 0.5:
-            raise ValueError(f"share must be in (0, 1/2]; got {self.share!r}")
-
-    def cost(self, setting: PopulationConfig, index: int) -> float:
-        """That of any other."""
-        del index
-        return setting.cost(self.size, setting.solver.num_steps)
-
-    def round(
-        self,
-        setting: PopulationConfig,
-        index: int,
-        before: RoundResult | None,
-        key: Array,
-    ) -> RoundResult:
-        """All members, the poor of the round before replaced."""
-        begin_key, train_key = jax.random.split(jax.random.fold_in(key, index))
-        if before is None:
-            _refuse_cells(setting.space)
-            members = setting.start(self.size, begin_key)
-            parents = jnp.arange(self.size)
-        else:
-            members, parents = self.replaced(
-                setting.space, before.members, before.rows.value, begin_key
+        check_positive_int("population_size", self.population_size, minimum=2)
+        if not 0 < self.quantile_fraction <= 0.5:
+            raise ValueError(
+                "quantile_fraction must be in (0, 1/2]; got "
+                f"{self.quantile_fraction!r}."
             )
-        num_steps = setting.solver.num_steps
-        made = (index + 1) * num_steps
-        return setting.trained(members, num_steps, train_key, made, parent=parents)
+
+    def rung(self, num_steps: int, index: int) -> Rung:
+        """Returns a round of ``num_steps`` further steps of all members."""
+        return Rung(self.population_size, index * num_steps, (index + 1) * num_steps)
+
+    def next_members(
+        self, trainer: Trainer, rung: Rung, previous: Round | None, key: Array
+    ) -> tuple[Members, dict[str, Array]]:
+        """Returns the members after the replacement, labelled with their parents."""
+        if previous is None:
+            _check_is_continuous(trainer.space)
+            members = trainer.init_members(rung.num_members, key)
+            return members, {"parent": jnp.arange(rung.num_members)}
+        members, parents = self.replace_worst(
+            trainer.space, previous.members, previous.records.value, key
+        )
+        return members, {"parent": parents}
 
     @eqx.filter_jit
-    def replaced(
+    def replace_worst(
         self, space: PyTree, members: Members, value: Array, key: Array
     ) -> tuple[Members, Array]:
-        """Where the next round begins, and from whom each member goes on."""
-        draw_key, move_key = jax.random.split(key)
-        order, count = rank_by_value(value), max(1, int(self.share * self.size))
-        best, worst = order[:count], order[-count:]
-        parents = jnp.arange(self.size)
-        parents = parents.at[worst].set(jax.random.choice(draw_key, best, (count,)))
-        members, poor = members.take(parents), members.take(parents).alpha
-        moved = jax.vmap(functools.partial(self._moved, space))(
-            jax.tree.map(lambda x: x[worst], poor), jax.random.split(move_key, count)
+        """Returns the members after the replacement, and the parent of each of them."""
+        parent_key, perturbation_key = jax.random.split(key)
+        num_members = self.population_size
+        num_replaced = max(1, int(self.quantile_fraction * num_members))
+        ranking = rank_by_value(value)
+        best, worst = ranking[:num_replaced], ranking[-num_replaced:]
+        parents = jnp.arange(num_members)
+        parents = parents.at[worst].set(
+            jax.random.choice(parent_key, best, (num_replaced,))
         )
-        alpha = jax.tree.map(lambda x, y: x.at[worst].set(y), members.alpha, moved)
+        members = members.take(parents)
+        perturbed = jax.vmap(functools.partial(self.perturb, space))(
+            members.take(worst).alpha, jax.random.split(perturbation_key, num_replaced)
+        )
+        alpha = jax.tree.map(
+            lambda x, new: x.at[worst].set(new), members.alpha, perturbed
+        )
         return Members(members.carry, alpha), parents
 
-    def _moved(self, space: PyTree, alpha: PyTree, key: Array) -> PyTree:
+    def perturb(self, space: PyTree, alpha: PyTree, key: Array) -> PyTree:
+        """Moves each number of ``u`` by ``perturbation`` in a random direction."""
         u, unravel = jax.flatten_util.ravel_pytree(spaces.inverse(space, alpha))
         sign = jax.random.rademacher(key, u.shape, u.dtype)
         u = unravel(u + jnp.asarray(self.perturbation, u.dtype) * sign)
         return spaces.forward(space, spaces.project(space, u))
 
 
-def _refuse_cells(space: PyTree) -> None:
-    """An integer or a choice does not move by a little."""
+def _check_is_continuous(space: PyTree) -> None:
+    """Raises ValueError for an integer or a choice, which has no small perturbation."""
     if any(axis.num_values is not None for axis in spaces.axes(space)):
         raise ValueError(
-            "PopulationBased moves alpha by a little, which Integer and Choice cannot; "
-            "use hg.searchers.SuccessiveHalving(size), Hyperband(), OneShot(size) or "
-            "TPE()"
+            "space must be continuous for PopulationBasedTraining, which perturbs "
+            "alpha; got an Integer or a Choice. Use "
+            "hg.searchers.SuccessiveHalving(num_candidates), Hyperband(), "
+            "OneShot(eval_batch_size) or TPE()."
         )

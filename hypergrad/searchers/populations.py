@@ -1,399 +1,274 @@
-"""Many ``w`` trained side by side, round by round: what such searchers share.
+"""Populations: many ``w`` that are trained side by side, round by round.
 
-`search` hands them the problem, since what a trial costs depends on where it goes on
-from. Their solver is one that goes step by step, such as `Descent`.
+The base class of the searchers that train populations, and the `Trainer` that `search`
+gives them. Their inner solver makes one step at a time, as `Descent` does.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .. import spaces
 from ..cost import cost_stats
-from ..estimators.base import make_stats
-from ..inner.base import IterativeSolver
-from ..problem import Bilevel, Data, full_batch
-from ..recording import Metric, Progress
-from ..runtime.devices import replicate, shard
-from ..runtime.fingerprint import digest, digest_function, fingerprint
-from ..trace import FAILED, Trace
-from ..trees import all_finite, is_key, to_numpy
+from ..problem import Data
+from ..runtime.devices import shard
+from ..search_trial import TrialRecord, TrialSetup, make_record
 from ..validation import check_positive_int, check_solver
 
 
 class Members(eqx.Module):
-    """Carries of the solver, ``w`` first, and their ``alpha``: a leading axis."""
+    """The members of a population; each leaf has a leading axis of members.
+
+    Attributes:
+      carry: Carries of the solver, which are pairs ``(w, solver state)``.
+      alpha: The ``alpha`` of each member.
+    """
 
     carry: tuple[PyTree, PyTree]
     alpha: PyTree
 
     def take(self, index: Array) -> "Members":
-        """Some of them, bit for bit."""
+        """Returns the members at an index, bit for bit."""
         return jax.tree.map(lambda x: x[index], self)
 
 
-class MemberRecords(NamedTuple):
-    """What the trace holds of each member of a round, a leading axis."""
+class Round(NamedTuple):
+    """The result of a round.
 
-    value: Array
-    stats: dict[str, Array]
-    metrics: dict[str, Array]
-
-
-class RoundResult(NamedTuple):
-    """What a round leaves: its members, with ``take``, and a row for each of them.
-
-    The metric ``steps`` says how many steps were made for a member in all.
+    Attributes:
+      members: An object with the method ``take(index)``, such as `Members`.
+      records: Record of each member. The metric ``steps`` is the number of steps that
+        led to its ``w``, in all rounds together.
     """
 
     members: Any
-    rows: MemberRecords
+    records: TrialRecord
 
 
-class PopulationConfig(eqx.Module):
-    """What all members share.
+class Rung(NamedTuple):
+    """The size of a round: ``num_members`` are trained to ``stop_step`` steps."""
 
-    ``step_cost`` holds the calls of one step: what ``solve`` reports, over its steps;
-    ``equivalents`` those of a step and of an outer value in gradients.
+    num_members: int
+    start_step: int
+    stop_step: int
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps that each member makes in the round."""
+        return self.stop_step - self.start_step
+
+
+class Trainer(eqx.Module):
+    """Trains the members of a population.
+
+    Attributes:
+      setup: Problem, solver, starting point and metrics, which all members share.
+      space: The space of ``alpha``.
+      step_counts: Numbers of inner gradients, Hessian-vector products and values per
+        step of a member.
+      step_cost, value_cost: Gradient-equivalents of a step and of an outer value.
     """
 
-    problem: Bilevel
-    solver: IterativeSolver
-    metrics: dict[str, Metric] = eqx.field(static=True)
-    w: PyTree
+    setup: TrialSetup
     space: PyTree
-    step_cost: dict[str, float] = eqx.field(static=True)
-    equivalents: tuple[float, float] = eqx.field(static=True)
+    step_counts: dict[str, float] = eqx.field(static=True)
+    step_cost: float = eqx.field(static=True)
+    value_cost: float = eqx.field(static=True)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the solver."""
+        return self.solver.num_steps
+
+    @property
+    def solver(self) -> Any:
+        """The inner solver, which has the methods of an `IterativeSolver`."""
+        return self.setup.solver
+
+    def cost(self, num_members: int, num_steps: int) -> float:
+        """Returns the gradient-equivalents of a round."""
+        return num_members * (num_steps * self.step_cost + self.value_cost)
 
     @eqx.filter_jit
-    def start(self, size: int, key: Array) -> Members:
-        """Draws from the space, each before its first step."""
+    def init_members(self, num_members: int, key: Array) -> Members:
+        """Samples members from the space, before their first step."""
+        problem = self.setup.problem
 
-        def one(key: Array) -> Members:
+        def init_member(key: Array) -> Members:
             alpha_key, data_key, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
-            data, _ = self.problem.sample_data(data_key)
-            w = self.problem.init_inner(self.w, alpha)
-            loss = self.problem.inner_loss
-            return Members(self.solver.init(loss, w, alpha, data, init_key), alpha)
+            data, _ = problem.sample_data(data_key)
+            w = problem.init_inner(self.setup.w, alpha)
+            carry = self.solver.init(problem.inner_loss, w, alpha, data, init_key)
+            return Members(carry, alpha)
 
-        return jax.vmap(one)(jax.random.split(key, size))
+        return jax.vmap(init_member)(jax.random.split(key, num_members))
 
-    def trained(
-        self, members: Members, num_steps: int, key: Array, made: int, **labels: Array
-    ) -> RoundResult:
-        """So many steps of every member, which will have made ``made`` in all."""
-        members, rows = self.train(shard_members(members), num_steps, key)
-        labels = {"steps": jnp.full(rows.value.shape, float(made)), **labels}
-        return RoundResult(members, rows._replace(metrics=rows.metrics | labels))
+    def train_rung(
+        self, members: Members, rung: Rung, key: Array, **labels: Array
+    ) -> Round:
+        """Trains the members to the end of a rung; labels are added to the metrics."""
+        members, records = self.train(shard_members(members), rung.num_steps, key)
+        steps = jnp.full(records.value.shape, float(rung.stop_step))
+        metrics = records.metrics | {"steps": steps, **labels}
+        return Round(members, records._replace(metrics=metrics))
 
     @eqx.filter_jit
     def train(
         self, members: Members, num_steps: int, key: Array
-    ) -> tuple[Members, MemberRecords]:
-        """So many steps of every member, and its outer value then."""
+    ) -> tuple[Members, TrialRecord]:
+        """Makes ``num_steps`` steps of each member and evaluates it."""
+        inner_loss = self.setup.problem.inner_loss
 
-        def one(member: Members, key: Array) -> tuple[Members, MemberRecords]:
-            data_key, steps_key, judge_key = jax.random.split(key, 3)
-            data, outer_data = self.problem.sample_data(data_key)
-            alpha, loss = member.alpha, self.problem.inner_loss
-            step = lambda carry, key: (
-                self.solver.step(loss, carry, alpha, data, key),
-                None,
-            )
-            keys = jax.random.split(steps_key, num_steps)
-            carry, _ = jax.lax.scan(step, member.carry, keys)
-            rows = self.judged(carry[0], alpha, num_steps, data, outer_data, judge_key)
-            return Members(carry, alpha), rows
+        def train_member(member: Members, key: Array) -> tuple[Members, TrialRecord]:
+            data_key, steps_key, record_key = jax.random.split(key, 3)
+            data = self.setup.problem.sample_data(data_key)
 
-        size = len(jax.tree.leaves(members)[0])
-        return jax.vmap(one)(members, jax.random.split(key, size))
+            def step(carry, key):
+                args = carry, member.alpha, data[0], key
+                return self.solver.step(inner_loss, *args), None
 
-    def judged(
+            step_keys = jax.random.split(steps_key, num_steps)
+            carry, _ = jax.lax.scan(step, member.carry, step_keys)
+            record = self.record(carry[0], member.alpha, data, num_steps, record_key)
+            return Members(carry, member.alpha), record
+
+        num_members = len(jax.tree.leaves(members)[0])
+        return jax.vmap(train_member)(members, jax.random.split(key, num_members))
+
+    def record(
         self,
         w: PyTree,
         alpha: PyTree,
+        data: tuple[Data, Data],
         num_steps: int,
-        data: Data,
-        outer_data: Data,
         key: Array,
-    ) -> MemberRecords:
-        """The row of one member that has just made so many steps."""
+    ) -> TrialRecord:
+        """Returns the record of a member that has just made ``num_steps`` steps."""
         outer_key, metric_key = jax.random.split(key)
-        value = self.problem.outer_value(w, alpha, full_batch(outer_data, outer_key))
-        costs = self._costs(data, outer_data, num_steps)
-        stats = make_stats(all_finite(value, w), num_inner_steps=num_steps, **costs)
-        metrics = {
-            name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
-            for name, metric in self.metrics.items()
-        }
-        return MemberRecords(value, stats, metrics)
-
-    def cost(self, size: int, num_steps: int) -> float:
-        """Gradient-equivalents of training so many members."""
-        step, value = self.equivalents
-        return size * (num_steps * step + value)
-
-    def _costs(self, data: Data, outer_data: Data, num_steps: int) -> dict[str, Array]:
-        """The steps, and one outer value."""
-        calls = {name: num_steps * each for name, each in self.step_cost.items()}
-        return cost_stats(data, outer_data, num_outer_values=1.0, **calls)
+        counts = {name: num_steps * count for name, count in self.step_counts.items()}
+        keys = outer_key, metric_key
+        return make_record(self.setup, w, alpha, data, keys, num_steps, counts)
 
 
-def step_cost(
-    problem: Bilevel, solver: IterativeSolver, w: PyTree, alpha: PyTree
-) -> dict[str, float]:
-    """Calls a step, in passes over all inner data."""
-    calls = _solve_cost(problem, solver, w, alpha, jax.random.key(0))
-    names = ("num_grads", "num_hvps", "num_values")
-    return {name: float(calls[name]) / solver.num_steps for name in names}
+def make_trainer(setup: TrialSetup, alpha: PyTree, space: PyTree) -> Trainer:
+    """Returns the trainer for a population.
 
+    Args:
+      setup: What all members share.
+      alpha: Any point of the space; only its shapes are used.
+      space: The space of ``alpha``.
 
-def equivalents(problem: Bilevel, step_cost: dict[str, float]) -> tuple[float, float]:
-    """Gradient-equivalents of a step and of an outer value; shapes are read alone."""
-    shapes = eqx.filter_eval_shape(
-        lambda key: problem.sample_data(key), jax.random.key(0)
+    Raises:
+      ValueError: The name of a metric is one of those that populations add.
+    """
+    if reserved := sorted({"steps", "parent"} & setup.metrics.keys()):
+        raise ValueError(
+            f"metrics must not use the name {reserved[0]!r}, which the trace of a "
+            "population has already. Choose another name."
+        )
+    # The counts of a solve are constants of its program if only its steps cause them,
+    # in which case nothing is solved here.
+    counts = _solve_counts(setup, alpha, jax.random.key(0))
+    solver: Any = setup.solver
+    step_counts = {
+        name: float(counts[name]) / solver.num_steps
+        for name in ("num_grads", "num_hvps", "num_values")
+    }
+    data = eqx.filter_eval_shape(
+        lambda key: setup.problem.sample_data(key), jax.random.key(0)
     )
-    of = lambda **calls: float(cost_stats(*shapes, **calls)["gradient_equivalents"])
-    return of(**step_cost), of(num_outer_values=1.0)
+    cost = lambda **counts: float(cost_stats(*data, **counts)["gradient_equivalents"])
+    return Trainer(
+        setup, space, step_counts, cost(**step_counts), cost(num_outer_values=1.0)
+    )
 
 
 @eqx.filter_jit
-def _solve_cost(problem, solver, w, alpha, key):
-    """Stats of a solve; where they are constants, nothing is solved."""
+def _solve_counts(setup: TrialSetup, alpha: PyTree, key: Array) -> dict[str, Array]:
+    problem = setup.problem
     data, _ = problem.sample_data(key)
-    start = problem.init_inner(w, alpha)
-    return solver.solve(problem.inner_loss, start, alpha, data, key)[1]
+    w0 = problem.init_inner(setup.w, alpha)
+    return setup.solver.solve(problem.inner_loss, w0, alpha, data, key)[1]
 
 
-def check_solver_steps(solver: Any) -> None:
-    """Refuses a solver that cannot go on from a carry, step by step."""
+def check_iterative_solver(solver: Any) -> None:
+    """Raises TypeError unless a solver can continue from a carry, step by step."""
     check_solver(solver)
-    parts = ("init", "step", "num_steps")
-    lacking = [name for name in parts if not hasattr(solver, name)]
-    if lacking:
+    missing = [
+        name for name in ("init", "step", "num_steps") if not hasattr(solver, name)
+    ]
+    if missing:
         raise TypeError(
-            "searchers that train a population go on step by step, so that their "
-            "solver needs init, step and num_steps, as hg.Descent(optimizer, "
-            f"num_steps) has; {type(solver).__name__} lacks {', '.join(lacking)}"
+            "solver must have init, step and num_steps to train a population, as "
+            f"hg.Descent(optimizer, num_steps) has; got {type(solver).__name__}, which "
+            f"lacks {', '.join(missing)}."
         )
     check_positive_int("num_steps", solver.num_steps)
 
 
-class PopulationSearcher(Protocol):
-    """Rounds of members trained side by side, each a function of the one before it."""
+class PopulationSearcher(eqx.Module):
+    """Base class of searchers that train many ``w`` side by side, round by round.
 
-    def cost(self, setting: PopulationConfig, index: int) -> float:
-        """Gradient-equivalents of round number ``index``."""
-        ...
+    A subclass states the size of each round (`rung`). Unless it overrides
+    `next_members`, a round that starts at step 0 samples new members, and any other
+    continues with the best members of the previous round.
+    """
+
+    @abstractmethod
+    def rung(self, num_steps: int, index: int) -> Rung:
+        """Returns the size of round ``index``, for a solver of ``num_steps`` steps."""
+
+    def next_members(
+        self, trainer: Trainer, rung: Rung, previous: Round | None, key: Array
+    ) -> tuple[Members, dict[str, Array]]:
+        """Returns the members that a round trains, and metrics that label them.
+
+        Args:
+          trainer: Samples members.
+          rung: The size of the round.
+          previous: The previous round; None before the first.
+          key: PRNG key.
+        """
+        if previous is None or rung.start_step == 0:
+            return trainer.init_members(rung.num_members, key), {}
+        best = rank_by_value(previous.records.value)[: rung.num_members]
+        return previous.members.take(best), {}
+
+    def cost(self, trainer: Trainer, index: int) -> float:
+        """Returns the gradient-equivalents of round ``index``."""
+        rung = self.rung(trainer.num_steps, index)
+        return trainer.cost(rung.num_members, rung.num_steps)
 
     def round(
-        self,
-        setting: PopulationConfig,
-        index: int,
-        before: RoundResult | None,
-        key: Array,
-    ) -> RoundResult:
-        """Round number ``index``; the first one has none before it.
+        self, trainer: Trainer, index: int, previous: Round | None, key: Array
+    ) -> Round:
+        """Makes round ``index``.
 
-        The key is that of the search: the same one in all of its rounds.
+        Args:
+          trainer: Trains members.
+          index: Number of the round.
+          previous: The previous round; None before the first.
+          key: PRNG key of the search, the same in all rounds.
         """
-        ...
+        members_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        rung = self.rung(trainer.num_steps, index)
+        members, labels = self.next_members(trainer, rung, previous, members_key)
+        return trainer.train_rung(members, rung, train_key, **labels)
 
 
-class Best(NamedTuple):
-    """Of members with a finite value one that was trained longest, then the lowest."""
-
-    steps: Array
-    value: Array
-    w: PyTree
-    alpha: PyTree
-
-    def merit(self) -> tuple[bool, float, float]:
-        """A failed one comes last, however long it was trained."""
-        value = float(self.value)
-        return math.isfinite(value), float(self.steps), -value
-
-
-class PopulationState(NamedTuple):
-    """A search so far: all that it leaves, and all that it takes to go on."""
-
-    rounds: int
-    spent: float
-    best: Best
-    last: RoundResult
-    rows: MemberRecords
-
-    @classmethod
-    def begun(cls, found: RoundResult, cost: float) -> "PopulationState":
-        """After the first round."""
-        return cls(1, cost, best_member(found), found, found.rows)
-
-    def after(self, found: RoundResult, cost: float) -> "PopulationState":
-        """After one more round."""
-        new = best_member(found)
-        better = new.merit() > self.best.merit()
-        rows = jax.tree.map(lambda *x: np.concatenate(x), self.rows, found.rows)
-        best = new if better else self.best
-        return PopulationState(self.rounds + 1, self.spent + cost, best, found, rows)
-
-
-def best_member(found: RoundResult) -> Best:
-    """Of one round; a value that is not finite counts as infinite."""
-    first = rank_by_value(found.rows.value)[0]
-    value, member = found.rows.value[first], found.members.take(first)
-    value = jnp.where(jnp.isfinite(value), value, jnp.inf)
-    steps = found.rows.metrics["steps"][first]
-    return Best(steps, value, member.carry[0], member.alpha)
-
-
-def run_rounds(
-    searcher: PopulationSearcher,
-    setting: PopulationConfig,
-    budget: float,
-    key: Array,
-    progress: Progress | None,
-    record: Callable[[dict], None] | None,
-    trials: Sequence[dict],
-) -> Trace:
-    """Rounds while the budget pays for them; at least one."""
-    name, course = "", None
-    if record is not None or len(trials):
-        name = describe_run(searcher, setting, key)
-    searcher, setting, key = replicate_shared((searcher, setting, key))
-    if len(trials):
-        first = lambda: PopulationState.begun(
-            searcher.round(setting, 0, None, key), 0.0
-        )
-        form = eqx.filter_eval_shape(first)
-        course = state_from_dict(trials[-1], form, name)
-    while True:
-        index, spent = (course.rounds, course.spent) if course else (0, 0.0)
-        cost = searcher.cost(setting, index)
-        if course and spent + cost > budget:
-            break
-        found = searcher.round(setting, index, course.last if course else None, key)
-        found = found._replace(rows=replicate(found.rows))
-        course = (
-            course.after(found, cost) if course else PopulationState.begun(found, cost)
-        )
-        if record is not None:
-            record(state_to_dict(course, name))
-        if progress is not None:
-            progress(course.rounds, float(course.best.value))
-    best, rows = course.best, jax.tree.map(jnp.asarray, course.rows)
-    status = jnp.where(jnp.isfinite(best.value), 0, FAILED)
-    return Trace(best.alpha, best.w, best.alpha, *rows, status_code=status)
-
-
-def describe_run(
-    searcher: PopulationSearcher, setting: PopulationConfig, key: Array
-) -> str:
-    """Whose rounds they are: of the numbers and of a member's program fingerprints."""
-    first = lambda setting, key: setting.train(setting.start(1, key), 1, key)
-    program = digest_function(first, setting, key)
-    numbers = searcher, setting.problem, setting.solver, setting.w, setting.space
-    space = eqx.tree_pformat(setting.space, width=10**6)
-    return (
-        f"{searcher} of {setting.solver.num_steps} steps in {space}, key "
-        f"{to_numpy(key).tolist()}, metrics {sorted(setting.metrics)}, numbers, w and "
-        f"data {fingerprint(digest(numbers))}, program {fingerprint(program)}"
-    )
-
-
-# What of a `Course` has a leading axis of as many as there were.
-PER_MEMBER_FIELDS = ("rows", "last.rows", "last.members.alpha", "last.members.carry")
-
-
-def state_to_dict(course: PopulationState, name: str) -> dict:
-    """A course as a dict of arrays, ``name`` saying whose it is."""
-    leaves = jax.tree.leaves_with_path(course)
-    return {"search": np.asarray(name)} | {
-        _name(path): to_numpy(x) for path, x in leaves
-    }
-
-
-def state_from_dict(known: dict, form: PopulationState, name: str) -> PopulationState:
-    """The course from its dict, in the dtypes of a new one."""
-    if str(known.get("search")) != name:
-        raise ValueError(
-            f"trials[-1] was recorded by {known.get('search')}, but this search is "
-            f"{name}; pass what record was given by the same search"
-        )
-    leaves, structure = jax.tree.flatten_with_path(form)
-    lacking = {_name(path) for path, _ in leaves} ^ (known.keys() - {"search"})
-    if lacking:
-        raise ValueError(
-            "trials[-1] is no round of this search, which differs from it in "
-            f"{', '.join(sorted(lacking))}; pass the same problem, solver and metrics"
-        )
-    found = {
-        _name(path): _like(x, known[_name(path)], _name(path)) for path, x in leaves
-    }
-    for part in ("rows.", "last."):
-        of = {n: len(x) for n, x in found.items() if n.startswith(part) and _free(n, x)}
-        if len(set(of.values())) > 1:
-            raise ValueError(
-                f"trials[-1] is cut short: its arrays hold {of} members; pass what "
-                "record was given"
-            )
-    return structure.unflatten(found.values())
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _free(name: str, known: Any) -> bool:
-    """Whether a recorded leaf has a row a member."""
-    return np.ndim(known) > 0 and name.startswith(PER_MEMBER_FIELDS)
-
-
-def _like(form: Any, known: Any, name: str) -> Any:
-    """What was recorded of a leaf; where it has a row a member, how many may differ."""
-    known = np.asarray(known)
-    if known.dtype.kind not in "biufV":
-        raise ValueError(
-            f"trials[-1] holds a {name} that is no number but {known.dtype}; pass what "
-            "record was given"
-        )
-    if is_key(form):
-        implementation = jax.random.key_impl(jnp.empty((), form.dtype))
-        known = jax.random.wrap_key_data(jnp.asarray(known), impl=implementation)
-    shape = np.shape(form)
-    if known.shape != (known.shape[:1] + shape[1:] if _free(name, known) else shape):
-        raise ValueError(
-            f"trials[-1] holds a {name} of shape {known.shape}, but that of this "
-            f"search is {shape}; pass the same problem, solver and space"
-        )
-    if isinstance(form, int | float):
-        return type(form)(known)
-    if is_key(form):
-        return known
-    # np.load knows no bfloat16, and gives the bytes of one.
-    known = known.view(form.dtype) if known.dtype.kind == "V" else known
-    return jnp.asarray(known, form.dtype)
-
-
-def rank_by_value(value: Array) -> Array:
-    """Indices from the lowest value to the highest; last what is not finite."""
+def rank_by_value(value: Float[Array, " members"]) -> Int[Array, " members"]:
+    """Returns indices in the order of the values; failed members come last."""
     return jnp.argsort(jnp.where(jnp.isfinite(value), value, jnp.inf))
 
 
 def shard_members(members: PyTree) -> PyTree:
-    """Over the devices, where they divide the members; one program all the same."""
-    size, count = len(jax.tree.leaves(members)[0]), jax.device_count()
-    return members if count == 1 or size % count else shard(members, "members")
-
-
-def replicate_shared(shared: PyTree) -> PyTree:
-    """On all devices, as what members share; what lies on all already stays there."""
-    count = jax.device_count()
-    whole = lambda x: not eqx.is_array(x) or len(x.devices()) == count
-    return jax.tree.map(lambda x: x if whole(x) else shard(x), shared)
+    """Distributes members over the devices if their number is divisible by these."""
+    num_members, num_devices = len(jax.tree.leaves(members)[0]), jax.device_count()
+    if num_devices == 1 or num_members % num_devices:
+        return members
+    return shard(members, "members")

@@ -1,4 +1,4 @@
-"""Random search, the baseline of baselines."""
+"""Random search."""
 
 import equinox as eqx
 from jaxtyping import Array, PyTree
@@ -7,11 +7,12 @@ from .. import spaces
 
 
 class Random(eqx.Module):
-    """Independent draws from the space: uniform, log-uniform where it says so.
+    """Samples from the space independently: uniformly, or log-uniformly if it says so.
 
-    Budget: 300 trials, for a value within 0.01 (see `hypergrad.searchers`).
+    Budget: 300 trials for a value within 0.01 (see `hypergrad.searchers`).
+    Cost: one sample per proposal.
 
-    Cost: a draw. Source: Bergstra & Bengio 2012.
+    Source: Bergstra & Bengio 2012.
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.Random()
@@ -25,15 +26,15 @@ class Random(eqx.Module):
     is_multi_objective = True
 
     def init(self, space: PyTree, key: Array) -> PyTree:
-        """The space is all there is to remember."""
+        """Returns the space, which is the whole state."""
         del key
         return space
 
     def ask(self, state: PyTree, key: Array) -> tuple[PyTree, PyTree]:
-        """A fresh draw."""
+        """Returns a sample and the unchanged state."""
         return spaces.sample(state, key), state
 
     def tell(self, state: PyTree, alpha: PyTree, value: Array) -> PyTree:
-        """Learns nothing."""
+        """Returns the unchanged state."""
         del alpha, value
         return state

@@ -1,6 +1,6 @@
 """A policy over choices that learns by the score function."""
 
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,28 +12,46 @@ from .. import spaces
 from ..validation import float_converter
 
 
-class Reinforce(eqx.Module):
-    """One softmax an axis, moved up where a value is below a moving average.
+class ReinforceState(NamedTuple):
+    """The state of `Reinforce`.
 
-    The value expected of the policy ``p(alpha) = prod_i softmax(logits_i)[alpha_i]``
-    has the gradient ``E[(value - baseline) grad log p(alpha)]``, whatever the baseline;
-    each trial takes one step against its term. The baseline is an exponential average
-    of the values so far, which keeps the variance low. A trial that failed counts as
-    the worst value so far.
+    Attributes:
+      space: The space that is searched.
+      logits: Logits of the policy, an array per axis.
+      baseline: Moving average of the values; NaN before the first.
+      worst: Largest value so far; NaN before the first.
+    """
+
+    space: PyTree
+    logits: list[Array]
+    baseline: ArrayLike
+    worst: Array
+
+
+class Reinforce(eqx.Module):
+    """Learns a softmax policy per axis by stochastic gradient descent.
+
+    The expected value of the policy ``p(alpha) = prod_i softmax(logits_i)[alpha_i]``
+    has the gradient ``E[(value - baseline) grad log p(alpha)]`` for any baseline, and
+    each trial makes one step along its sample of the negative gradient. The baseline is
+    an exponential moving average of the values, which reduces the variance. A failed
+    trial counts as the worst value so far.
 
     Args:
-      step_size: of the logits, per unit of the value: scale it to the values' spread.
-      decay: of the baseline, between 0 and 1.
+      step_size: Step size of the logits per unit of the value; scale it to the spread
+        of the values.
+      decay: Decay of the baseline, between 0 and 1.
 
     Raises:
-      ValueError: at `init`, a continuous space, or an unbounded one.
+      ValueError: In `init`: the space is continuous or unbounded.
 
-    Budget: 20 trials with step size 3, until the best of 12 choices has been tried (see
-    `hypergrad.searchers`); the policy takes longer to prefer it.
+    Budget: 20 trials with step size 3 to try the best of 12 choices (see
+      `hypergrad.searchers`); the policy takes longer to prefer it.
+    Cost: one sample per proposal.
+    Bias: none in the gradient. The policy may converge to a choice that is not the
+      best.
 
-    Cost: a draw. Bias: none in the gradient; the policy may settle on a choice that is
-    not the best. Source: Williams 1992; Zoph & Le 2017, arXiv:1611.01578, for
-    architectures.
+    Source: Williams 1992; Zoph & Le 2017, arXiv:1611.01578, for architectures.
 
     >>> import jax, hypergrad as hg
     >>> searcher, key = hg.searchers.Reinforce(step_size=1.0), jax.random.key(0)
@@ -41,7 +59,7 @@ class Reinforce(eqx.Module):
     >>> for key in jax.random.split(key, 100):
     ...     alpha, state = searcher.ask(state, key)
     ...     state = searcher.tell(state, alpha, abs(alpha["op"] - 1.0))
-    >>> (logits,) = state["logits"]
+    >>> (logits,) = state.logits
     >>> int(logits.argmax())
     1
     """
@@ -53,44 +71,46 @@ class Reinforce(eqx.Module):
 
     citations = ("williams1992", "zoph2017")
 
-    def init(self, space: PyTree, key: Array) -> dict[str, Any]:
-        """The uniform policy, and no baseline yet."""
+    def init(self, space: PyTree, key: Array) -> ReinforceState:
+        """Returns the uniform policy, without a baseline."""
         del key
         axes = spaces.axes(space)
         if any(axis.num_values is None for axis in axes):
             raise ValueError(
-                "Reinforce needs Choice or Integer spaces alone; use hg.searchers.TPE()"
+                "space must consist of Choice and Integer for Reinforce; got a "
+                "continuous axis. Use hg.searchers.TPE()."
             )
         logits = [jnp.zeros(axis.num_values) for axis in axes]
-        nothing = jnp.array(jnp.nan)
-        return {
-            "space": space, "logits": logits, "baseline": nothing, "worst": nothing,
-        }  # fmt: skip
+        unknown = jnp.array(jnp.nan)
+        return ReinforceState(space, logits, unknown, unknown)
 
-    def ask(self, state: dict[str, Any], key: Array) -> tuple[PyTree, dict[str, Any]]:
-        """A draw from the policy; the state is as it was."""
-        logits = state["logits"]
-        keys = jax.random.split(key, len(logits))
-        cells = [
-            (int(jax.random.categorical(key, x)) + 0.5) / len(x)
-            for key, x in zip(keys, logits, strict=True)
+    def ask(self, state: ReinforceState, key: Array) -> tuple[PyTree, ReinforceState]:
+        """Returns a sample of the policy and the unchanged state."""
+        keys = jax.random.split(key, len(state.logits))
+        t = [
+            (int(jax.random.categorical(key, logits)) + 0.5) / len(logits)
+            for key, logits in zip(keys, state.logits, strict=True)
         ]
-        return spaces.from_unit(state["space"], np.array(cells)), state
+        return spaces.from_unit(state.space, np.array(t)), state
 
-    def tell(self, state: dict[str, Any], alpha: PyTree, value: Array) -> dict:
-        """A step against the gradient's term, then the baseline."""
-        value = jnp.where(jnp.isfinite(value), value, state["worst"])
-        baseline = jnp.where(jnp.isnan(state["baseline"]), value, state["baseline"])
-        excess = jnp.nan_to_num(value - baseline)  # 0 if all so far have failed
-        t = spaces.to_unit(state["space"], alpha)
-        logits = []
-        for x, cell in zip(state["logits"], t, strict=True):
-            chosen = jax.nn.one_hot((cell * len(x)).astype(int), len(x), dtype=x.dtype)
-            score = chosen - jax.nn.softmax(x)  # grad log softmax(x)[chosen]
-            logits.append(x - self.step_size * excess * score)
-        return {
-            "space": state["space"],
-            "logits": logits,
-            "baseline": self.decay * baseline + (1 - self.decay) * value,
-            "worst": jnp.fmax(state["worst"], value),
-        }
+    def tell(
+        self, state: ReinforceState, alpha: PyTree, value: Array
+    ) -> ReinforceState:
+        """Returns the state after a gradient step and an update of the baseline."""
+        value = jnp.where(jnp.isfinite(value), value, state.worst)
+        baseline = jnp.where(jnp.isnan(state.baseline), value, state.baseline)
+        advantage = jnp.nan_to_num(value - baseline)  # 0 if all trials have failed
+        t = spaces.to_unit(state.space, alpha)
+        new_logits = []
+        for logits, position in zip(state.logits, t, strict=True):
+            n = len(logits)
+            chosen = jax.nn.one_hot((position * n).astype(int), n, dtype=logits.dtype)
+            # grad log softmax(logits)[chosen] = chosen - softmax(logits)
+            score = chosen - jax.nn.softmax(logits)
+            new_logits.append(logits - self.step_size * advantage * score)
+        return ReinforceState(
+            space=state.space,
+            logits=new_logits,
+            baseline=self.decay * baseline + (1 - self.decay) * value,
+            worst=jnp.fmax(state.worst, value),
+        )

@@ -8,24 +8,25 @@ from .base import seed_from_key
 
 
 class Sobol(eqx.Module):
-    """Draws that keep out of each other's way: a scrambled Sobol sequence.
+    """Proposes the points of a scrambled Sobol sequence.
 
-    Each trial alone is distributed as one of `Random`; together they fill the space
-    more evenly, best at powers of two. The sequence is SciPy's, scrambled by the key of
-    `init`.
+    Each proposal is distributed as in `Random`. Together they fill the space more
+    evenly, best at powers of two. The sequence is SciPy's, and the key of `init`
+    scrambles it.
 
-    Budget: 256 trials, for a value within 0.01 (see `hypergrad.searchers`).
+    Budget: 256 trials for a value within 0.01 (see `hypergrad.searchers`).
+    Cost: one point of the sequence per proposal.
 
-    Cost: a point. Source: Sobol 1967; Bergstra & Bengio 2012, for search.
+    Source: Sobol 1967; Bergstra & Bengio 2012, for search.
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.Sobol()
     >>> state = searcher.init(hg.spaces.Unit(), jax.random.key(0))
-    >>> cells = []
+    >>> quarters = []
     >>> for _ in range(4):
     ...     alpha, state = searcher.ask(state, jax.random.key(0))
-    ...     cells.append(int(4 * alpha))
-    >>> sorted(cells)
+    ...     quarters.append(int(4 * alpha))
+    >>> sorted(quarters)
     [0, 1, 2, 3]
     """
 
@@ -33,17 +34,17 @@ class Sobol(eqx.Module):
     is_multi_objective = True
 
     def init(self, space: PyTree, key: Array) -> dict:
-        """The space, the seed of the scramble, and how many points were asked for."""
+        """Returns the space, the seed of the scramble and the number of proposals."""
         spaces.axes(space)
         return {"space": space, "seed": seed_from_key(key), "index": 0}
 
     def ask(self, state: dict, key: Array) -> tuple[PyTree, dict]:
-        """The next point of the sequence."""
-        from scipy.stats import qmc  # jax brings SciPy along
+        """Returns the next point of the sequence."""
+        from scipy.stats import qmc
 
         del key
         num_axes, index = len(spaces.axes(state["space"])), int(state["index"])
-        seed = int(state["seed"])  # SciPy 1.15 calls it rng, and takes either name
+        seed = int(state["seed"])  # SciPy 1.15 renamed it to rng, and accepts both
         sequence = qmc.Sobol(num_axes, seed=seed)  # pyright: ignore[reportCallIssue]
         if index:
             sequence.fast_forward(index)
@@ -51,6 +52,6 @@ class Sobol(eqx.Module):
         return alpha, {**state, "index": index + 1}
 
     def tell(self, state: dict, alpha: PyTree, value: Array) -> dict:
-        """Learns nothing."""
+        """Returns the unchanged state."""
         del alpha, value
         return state

@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator, of optuna."""
+"""The tree-structured Parzen estimator of optuna."""
 
 import os
 from typing import Any
@@ -13,36 +13,38 @@ from .base import Trials, seed_from_key
 
 
 class TPE(eqx.Module):
-    """Samples where good trials are dense and bad ones are not.
+    """Samples where good trials are dense and bad trials are not.
 
-    A density ``l(alpha)`` is fitted to the best trials and another, ``g``, to the
-    rest; of candidates drawn from ``l`` the one with the largest ``l / g`` is tried.
-    Integers and choices are at home here.
+    A density ``l(alpha)`` is fitted to the best trials and another one, ``g``, to all
+    others. Of candidates sampled from ``l`` the one with the largest ``l / g`` is
+    proposed. TPE suits integers and choices.
 
-    Everything is optuna's ``TPESampler``, with its defaults, on the coordinates of
-    `hypergrad.spaces.axes`, and seeded by the key of each ask.
+    Everything is left to optuna's ``TPESampler`` with its default parameters, on the
+    coordinates of `hypergrad.spaces.axes`, seeded by the key of each proposal.
 
     Args:
-      num_initial: random trials at first. Static.
-      journal: a file that several searches share, begun side by side on one problem,
-        also on several machines with one file system that has locks: each is told of
-        the trials of all in its space, and one that is killed holds up no other. It is
-        optuna's journal, which optuna-dashboard shows. What is asked then depends on
-        when the others were done: no search is repeated to the bit, ``trials`` of
-        `hypergrad.search` are refused, and one that was killed is begun anew with what
-        is left of its budget, knowing all that was told. Static.
+      num_initial: Number of initial random trials, static.
+      journal: Path of a file that several searches of one problem share, possibly on
+        several machines with a common file system that supports locks. Each search
+        learns from the trials of all searches in its space, and a search that is killed
+        does not block the others. The file is optuna's journal, which optuna-dashboard
+        displays. Proposals then depend on when other trials end, so a search does not
+        repeat to the bit and `hypergrad.search` refuses ``previous_trials``: restart a
+        search that was killed with the rest of its budget, it knows all trials of the
+        journal. Static.
 
     Raises:
-      ImportError: optuna is not installed (``pip install hypergrad-jax[search]``).
-      TypeError: ``journal`` is no path.
-      ValueError: ``num_initial`` below 1; an unbounded space; the journal cannot be
-        read or written.
+      ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).
+      TypeError: ``journal`` is not a path.
+      ValueError: ``num_initial`` is below 1, the space is unbounded, or the journal
+        cannot be read or written.
 
-    Budget: 40 trials, for a value within 0.01 (see `hypergrad.searchers`); 70 with an
-    integer of 8 and a choice of 3 values beside.
+    Budget: 40 trials for a value within 0.01 (see `hypergrad.searchers`); 70 with
+      choices.
+    Cost: a proposal reads all trials.
 
-    Cost: an ask reads all trials. Source: Bergstra, Bardenet, Bengio & Kegl 2011;
-    Akiba, Sano, Yanase, Ohta & Koyama 2019, arXiv:1907.10902 (optuna).
+    Source: Bergstra, Bardenet, Bengio & Kegl 2011; Akiba, Sano, Yanase, Ohta & Koyama
+      2019, arXiv:1907.10902 (optuna).
 
     >>> import jax, hypergrad as hg
     >>> searcher = hg.searchers.TPE()
@@ -62,44 +64,43 @@ class TPE(eqx.Module):
         check_positive_int("num_initial", self.num_initial)
         if not isinstance(self.journal, str | os.PathLike | None):
             raise TypeError(
-                f"journal must be a path, such as 'tpe.log'; got {self.journal!r}"
+                f"journal must be a path, such as 'tpe.log'; got {self.journal!r}."
             )
 
     def init(self, space: PyTree, key: Array) -> Trials:
-        """No trial of its own yet."""
+        """Returns the state without a trial of this search."""
         del key
-        optuna_study.load("TPE")
-        return Trials.none(space)
+        optuna_study.import_optuna("TPE")
+        return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """The next proposal; the state is as it was."""
-        optuna = optuna_study.load("TPE")
-        kinds = optuna_study.distributions(optuna, spaces.axes(state.space))
+        """Returns the next proposal and the unchanged state."""
+        optuna = optuna_study.import_optuna("TPE")
+        axes = spaces.axes(state.space)
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=self.num_initial, seed=seed_from_key(key)
         )
         with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)
-            study.add_trials(self._known(state))
-            asked = study.ask(kinds).params
-        t = optuna_study.from_params(spaces.axes(state.space), asked)
+            study.add_trials(self._all_trials(optuna, state))
+            params = study.ask(optuna_study.distributions(optuna, axes)).params
+        t = optuna_study.from_params(axes, params)
         return spaces.from_unit(state.space, t), state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        """Remembers the trial."""
-        state = state.told(alpha, value)
+        """Returns the state with one more trial, which is also added to the journal."""
+        state = state.add(alpha, value)
         if self.journal is not None:
-            optuna = optuna_study.load("TPE")
+            optuna = optuna_study.import_optuna("TPE")
             last = Trials(state.space, state.t[-1:], state.values[-1:])
-            (told,) = optuna_study.trials(optuna, last)
-            with optuna_study.shared(optuna, self.journal, state.space) as study:
-                study.add_trial(told)
+            (trial,) = optuna_study.to_optuna_trials(optuna, last)
+            with optuna_study.open_journal(optuna, self.journal, state.space) as study:
+                study.add_trial(trial)
         return state
 
-    def _known(self, state: Trials) -> list[Any]:
-        """All trials that count, as optuna has them."""
-        optuna = optuna_study.load("TPE")
+    def _all_trials(self, optuna: Any, state: Trials) -> list[Any]:
+        """Returns the trials of this search, or of all searches with this journal."""
         if self.journal is None:
-            return optuna_study.trials(optuna, state)
-        with optuna_study.shared(optuna, self.journal, state.space) as study:
+            return optuna_study.to_optuna_trials(optuna, state)
+        with optuna_study.open_journal(optuna, self.journal, state.space) as study:
             return study.trials

@@ -24,7 +24,7 @@ from ..cost.memory import Memory, memory_from_compiled
 from ..problem import Bilevel
 from ..recording import Metric
 from ..runtime.fingerprint import digest_function
-from ..search import _trial as trial
+from ..search_trial import TrialSetup, run_trial
 from ..trace import Trace
 from ..validation import floats_to_arrays as settings_traced
 from .study import Study
@@ -148,19 +148,20 @@ def searched(
     del searcher
     alpha, key = spaces.sample(space, jax.random.key(0)), jax.random.key(0)
     w, metrics = jax.tree.map(jnp.asarray, w), metrics or {}
-    inputs = settings_traced(problem), solver, w, alpha, metrics, key
+    setup = TrialSetup(settings_traced(problem), solver, w, metrics)
+    inputs = setup, alpha, key
     arrays, static = eqx.partition(inputs, eqx.is_array)
-    run = lambda arrays: trial(*eqx.combine(arrays, static))
+    run = lambda arrays: run_trial(*eqx.combine(arrays, static))
     program = Trials(digest_function(run, arrays))
     known = current().plans.get(program) or plan(run, (arrays,))
     w, row = known.outputs
-    cost, spent, count = float(row["stats"]["gradient_equivalents"]), 0.0, 0
+    cost, spent, count = float(row.stats["gradient_equivalents"]), 0.0, 0
     while not count or spent + cost <= budget:  # once where it is not known
         spent, count = spent + cost, count + 1
     planned(program, known, count if math.isfinite(cost) else math.nan)
     columns = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), row)
     alpha = jax.tree.map(jnp.zeros_like, alpha)
-    return Trace(alpha, w, alpha, status_code=jnp.asarray(0), **columns)
+    return Trace(alpha, w, alpha, status_code=jnp.asarray(0), **columns._asdict())
 
 
 def plan(function: Callable, arguments: PyTree) -> Plan:

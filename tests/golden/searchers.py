@@ -209,13 +209,13 @@ SEARCHES: dict[str, Callable[[], Any]] = {
     "Random, simplex": partial(run, searchers.Random(), SIMPLEX),
     "Random, two values": partial(run, searchers.Random(), problem=TWO_VALUES),
     "Random, vmap": partial(
-        run, searchers.Random(), trials_per_batch=4, executor="vmap"
+        run, searchers.Random(), parallel=hg.Parallel(4, "vmap")
     ),
     "Random, training": partial(run_training, searchers.Random()),
     "Grid": partial(run, searchers.Grid(2), num_trials=100),
     "Grid, discrete": partial(run, searchers.Grid(2), DISCRETE, num_trials=15),
     "Sobol": partial(run, searchers.Sobol()),
-    "Sobol, mixed": partial(run, searchers.Sobol(), MIXED, trials_per_batch=5),
+    "Sobol, mixed": partial(run, searchers.Sobol(), MIXED, parallel=hg.Parallel(5)),
     "TPE": partial(run, searchers.TPE(5)),
     "TPE, mixed": partial(run, searchers.TPE(5), MIXED),
     "TPE, resumed": partial(run_resumed, searchers.TPE(5)),
@@ -230,7 +230,7 @@ SEARCHES: dict[str, Callable[[], Any]] = {
     "NSGA2": partial(run, searchers.NSGA2(5), MIXED),
     "NSGA2, two values": partial(run, searchers.NSGA2(5), problem=TWO_VALUES),
     "Evolution, CMA_ES": partial(run_strategy, CMA_ES),
-    "Evolution, SNES": partial(run_strategy, SNES, trials_per_batch=6),
+    "Evolution, SNES": partial(run_strategy, SNES, parallel=hg.Parallel(6)),
     "Evolution, DifferentialEvolution": partial(run_strategy, DifferentialEvolution),
     "Reinforce": partial(run, searchers.Reinforce(), DISCRETE),
     "Reinforce, step_size": partial(run, searchers.Reinforce(3.0, 0.5), DISCRETE),

@@ -1,0 +1,186 @@
+"""Trials as JSON, and the checks that a search would run the recorded trials again."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .runtime.fingerprint import digest, digest_function, fingerprint
+from .search_trial import Parallel, Trial, TrialRecord, TrialSetup, run_trial
+
+
+def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> str:
+    """Returns a digest of everything but ``alpha`` and the key that decides a trial."""
+    program = digest_function(run_trial, setup, alpha, jax.random.key(0))
+    name = fingerprint(digest(setup), program)
+    if parallel.executor == "vmap":  # rounds in another way than single trials
+        name = fingerprint(name, f"vmap of {parallel.trials_per_batch}")
+    return name
+
+
+def trial_to_dict(search: str, trial: Trial, record: TrialRecord) -> dict:
+    """Returns a trial as a dictionary of numbers and lists, which is strict JSON.
+
+    Args:
+      search: The fingerprint of the search.
+      trial, record: The trial and what it reported.
+    """
+    columns = jax.tree.map(_to_json, record._asdict())
+    alpha = alpha_to_json(trial.alpha)
+    return {"search": search, "trial": trial.number, "alpha": alpha, **columns}
+
+
+def alpha_to_json(alpha: PyTree) -> list:
+    """Returns the leaves of ``alpha`` as nested lists."""
+    return [_to_json(leaf) for leaf in jax.tree.leaves(alpha)]
+
+
+def _to_json(x: Any) -> Any:
+    """Returns an array as nested lists; NaN becomes None, and an infinity its name."""
+    to_strict = lambda x: x if math.isfinite(x) else None if math.isnan(x) else str(x)
+    return jax.tree.map(to_strict, np.asarray(x).tolist())
+
+
+def _from_json(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns the array of `_to_json` in the dtype of ``like``."""
+    to_float = lambda x: (
+        math.nan if x is None else float(x) if isinstance(x, str) else x
+    )
+    numbers = jax.tree.map(to_float, x, is_leaf=lambda x: x is None)
+    return jnp.asarray(numbers, like.dtype)
+
+
+def check_previous_trials(trials: Any) -> None:
+    """Raises TypeError unless the argument is a list of dictionaries."""
+    if not isinstance(trials, Sequence) or isinstance(trials, str):
+        raise TypeError(
+            "previous_trials must be the list of dictionaries that trial_callback "
+            f"received; got {type(trials).__name__}."
+        )
+    for i, trial in enumerate(trials):
+        if not isinstance(trial, Mapping):
+            raise TypeError(
+                f"previous_trials[{i}] must be a dictionary that trial_callback "
+                f"received; got {trial!r}."
+            )
+
+
+class RecordedTrials:
+    """The trials of an earlier search, by their number.
+
+    Args:
+      trials: Dictionaries of `trial_to_dict`. A trial without a number has the number
+        of its position.
+      search: Fingerprint of the search that continues from them.
+
+    Raises:
+      ValueError: A number is not an integer of at least 0, or occurs twice.
+    """
+
+    def __init__(self, trials: Sequence[dict], search: str):
+        self.trials, self.search = trials, search
+        self.positions: dict[int, int] = {}
+        for position, trial in enumerate(trials):
+            number = trial.get("trial", position)
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(
+                    f'previous_trials[{position}]["trial"] must be an integer of at '
+                    f"least 0; got {number!r}."
+                )
+            if number in self.positions:
+                raise ValueError(
+                    "previous_trials must hold each trial once; got trial "
+                    f"{number} at positions {self.positions[number]} and {position}."
+                )
+            self.positions[number] = position
+
+    def restore(
+        self, batch: list[Trial], setup: TrialSetup
+    ) -> tuple[list[Trial], dict[int, TrialRecord]]:
+        """Returns the batch with the recorded alphas, and its records by number.
+
+        Arrays have the dtypes of a new trial.
+
+        Raises:
+          ValueError: A recorded trial is not the one that this search would run.
+        """
+        if not any(trial.number in self.positions for trial in batch):
+            return batch, {}
+        _, alpha, key = batch[0]
+        _, like = eqx.filter_eval_shape(run_trial, setup, alpha, key)
+        restored_batch, records = [], {}
+        for trial in batch:
+            if trial.number in self.positions:
+                alpha, records[trial.number] = self._restore(trial, like)
+                trial = trial._replace(alpha=alpha)
+            restored_batch.append(trial)
+        return restored_batch, records
+
+    def _restore(self, trial: Trial, like: TrialRecord) -> tuple[PyTree, TrialRecord]:
+        position = self.positions[trial.number]
+        name, recorded = f"previous_trials[{position}]", self.trials[position]
+        metrics = recorded.get("metrics")
+        if isinstance(metrics, Mapping) and set(metrics) != set(like.metrics):
+            raise ValueError(
+                f"{name} must have the metrics {sorted(like.metrics)} of this search; "
+                f"got {sorted(metrics)}. Pass the metrics that it was recorded with."
+            )
+        proposed, structure = jax.tree.flatten(trial.alpha)
+        reshape = lambda like, x: _from_json(x, like).reshape(like.shape)
+        try:
+            alpha = [
+                _from_json(x, leaf)
+                for x, leaf in zip(recorded["alpha"], proposed, strict=True)
+            ]
+            columns = {field: recorded[field] for field in TrialRecord._fields}
+            record = TrialRecord(**jax.tree.map(reshape, like._asdict(), columns))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} must be a dictionary that trial_callback received in this "
+                f"search; it cannot be read: {error!r}."
+            ) from error
+        if recorded.get("search") != self.search:
+            raise ValueError(
+                f"{name} must be of the same problem, solver, w and metrics, including "
+                "data and numbers that functions close over, and of the same version "
+                f"of jax. This search has the fingerprint {self.search}; got "
+                f"{recorded.get('search')}."
+            )
+        is_close = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
+        if not all(map(is_close, alpha, proposed)):
+            raise ValueError(
+                f"{name} must have the alpha that this search proposes, "
+                f"{alpha_to_json(proposed)}; got {recorded['alpha']}. Pass the "
+                "searcher, space and key that it was recorded with, and all trials."
+            )
+        return structure.unflatten(alpha), record
+
+    def check_is_last_batch(self, batch: list[Trial]) -> None:
+        """Raises ValueError if a trial of a later batch is recorded.
+
+        A search starts no batch before the previous one is complete, so a batch that is
+        not must be the last one.
+        """
+        later = [number for number in self.positions if number > batch[-1].number]
+        if later:
+            missing = next(t.number for t in batch if t.number not in self.positions)
+            raise ValueError(
+                f"previous_trials must contain trial {missing}, because it contains "
+                f"trial {min(later)} of a later batch. Pass all trials, and the "
+                "searcher, parallel and key that they were recorded with."
+            )
+
+    def check_all_were_used(self, num_trials: int, budget: float, cost: float) -> None:
+        """Raises ValueError if a search ended before its recorded trials did."""
+        if num_trials < len(self.trials):
+            raise ValueError(
+                f"previous_trials must hold at most {num_trials} trials, which cost "
+                f"{cost:g} of the budget {budget:g}; got {len(self.trials)}. Pass the "
+                "searcher and budget that they were recorded with, or "
+                f"previous_trials[:{num_trials}]."
+            )

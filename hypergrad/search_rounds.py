@@ -1,0 +1,239 @@
+"""The loop of a search that trains a population, round by round."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .recording import Progress
+from .runtime.devices import replicate, shard
+from .runtime.fingerprint import digest, digest_function, fingerprint
+from .search_trial import TrialRecord
+from .searchers.populations import PopulationSearcher, Round, Trainer, rank_by_value
+from .trace import FAILED, Trace
+from .trees import is_key, to_numpy
+
+RoundCallback = Callable[[dict], None]
+
+
+class BestMember(NamedTuple):
+    """The best member so far: the lowest value among the longest trained ones."""
+
+    num_steps: Array
+    value: Array
+    w: PyTree
+    alpha: PyTree
+
+    def rank(self) -> tuple[bool, float, float]:
+        """Returns what is largest for the best member; a failed member ranks last."""
+        value = float(self.value)
+        return math.isfinite(value), float(self.num_steps), -value
+
+
+class PopulationState(NamedTuple):
+    """A search so far: everything that it returns, or needs to continue.
+
+    Attributes:
+      num_rounds: Number of rounds made.
+      total_cost: Their gradient-equivalents.
+      best: The best member of all rounds.
+      last: The last round.
+      records: Records of the members of all rounds, one after another.
+    """
+
+    num_rounds: int
+    total_cost: float
+    best: BestMember
+    last: Round
+    records: TrialRecord
+
+
+def search_rounds(
+    searcher: PopulationSearcher,
+    trainer: Trainer,
+    key: Array,
+    *,
+    budget: float,
+    progress: Progress | None,
+    round_callback: RoundCallback | None,
+    previous_rounds: Sequence[dict],
+) -> Trace:
+    """Returns the trace of a search by rounds; see `hypergrad.search`."""
+    name, state = "", None
+    if round_callback is not None or previous_rounds:
+        name = describe_search(searcher, trainer, key)
+    searcher, trainer, key = _replicate((searcher, trainer, key))
+    if previous_rounds:
+        state = restore_state(previous_rounds[-1], searcher, trainer, key, name)
+    while True:
+        index, spent, last = 0, 0.0, None
+        if state is not None:
+            index, spent, last = state.num_rounds, state.total_cost, state.last
+        cost = searcher.cost(trainer, index)
+        if state is not None and spent + cost > budget:
+            break
+        new_round = searcher.round(trainer, index, last, key)
+        new_round = new_round._replace(records=replicate(new_round.records))
+        state = _add_round(state, new_round, cost)
+        if round_callback is not None:
+            round_callback(state_to_dict(state, name))
+        if progress is not None:
+            progress(state.num_rounds, float(state.best.value))
+    best, records = state.best, jax.tree.map(jnp.asarray, state.records)
+    return Trace(
+        alpha=best.alpha,
+        w=best.w,
+        best_alpha=best.alpha,
+        status_code=jnp.where(jnp.isfinite(best.value), 0, FAILED),
+        **records._asdict(),
+    )
+
+
+def _add_round(
+    state: PopulationState | None, new_round: Round, cost: float
+) -> PopulationState:
+    """Returns the state after one more round; ``state`` is None before the first."""
+    best = _best_member(new_round)
+    if state is None:
+        return PopulationState(1, cost, best, new_round, new_round.records)
+    if not best.rank() > state.best.rank():
+        best = state.best
+    concatenate = lambda *columns: np.concatenate(columns)
+    records = jax.tree.map(concatenate, state.records, new_round.records)
+    num_rounds, total_cost = state.num_rounds + 1, state.total_cost + cost
+    return PopulationState(num_rounds, total_cost, best, new_round, records)
+
+
+def _best_member(new_round: Round) -> BestMember:
+    """Returns the best member of a round; its value is infinite if it failed."""
+    members, records = new_round
+    index = rank_by_value(records.value)[0]
+    member, value = members.take(index), records.value[index]
+    value = jnp.where(jnp.isfinite(value), value, jnp.inf)
+    num_steps = records.metrics["steps"][index]
+    return BestMember(num_steps, value, member.carry[0], member.alpha)
+
+
+def _replicate(shared: PyTree) -> PyTree:
+    """Copies arrays to all devices, except those that are on all devices already."""
+    num_devices = jax.device_count()
+    is_done = lambda x: not eqx.is_array(x) or len(x.devices()) == num_devices
+    return jax.tree.map(lambda x: x if is_done(x) else shard(x), shared)
+
+
+# The state as a dictionary of arrays.
+
+
+def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) -> str:
+    """Returns a description of a search that differs if any of its numbers would."""
+    setup = trainer.setup
+    train_one = lambda trainer, key: trainer.train(trainer.init_members(1, key), 1, key)
+    program = digest_function(train_one, trainer, key)
+    space = eqx.tree_pformat(trainer.space, width=10**6)
+    return (
+        f"{searcher} of {trainer.num_steps} steps in {space}, key "
+        f"{to_numpy(key).tolist()}, metrics {sorted(setup.metrics)}, data and numbers "
+        f"{fingerprint(digest((searcher, setup, trainer.space)))}, program "
+        f"{fingerprint(program)}"
+    )
+
+
+#: The arrays of a state whose leading axis is the number of members.
+PER_MEMBER_FIELDS = (
+    "records",
+    "last.records",
+    "last.members.alpha",
+    "last.members.carry",
+)
+
+
+def state_to_dict(state: PopulationState, name: str) -> dict:
+    """Returns a state as a dictionary of arrays, with the description of its search."""
+    leaves = jax.tree.leaves_with_path(state)
+    arrays = {_path_to_name(path): to_numpy(leaf) for path, leaf in leaves}
+    return {"search": np.asarray(name)} | arrays
+
+
+def restore_state(
+    saved: dict,
+    searcher: PopulationSearcher,
+    trainer: Trainer,
+    key: Array,
+    name: str,
+) -> PopulationState:
+    """Returns the state of `state_to_dict` in the dtypes of a new one.
+
+    Raises:
+      ValueError: The state is incomplete, or belongs to another search.
+    """
+    if str(saved.get("search")) != name:
+        raise ValueError(
+            f"previous_trials[-1] must be recorded by this search, {name}; got "
+            f"{saved.get('search')}."
+        )
+    first_state = lambda: _add_round(None, searcher.round(trainer, 0, None, key), 0.0)
+    like = eqx.filter_eval_shape(first_state)
+    leaves, structure = jax.tree.flatten_with_path(like)
+    leaves = {_path_to_name(path): leaf for path, leaf in leaves}
+    if different := leaves.keys() ^ (saved.keys() - {"search"}):
+        raise ValueError(
+            "previous_trials[-1] must have the arrays of this search; it differs in "
+            f"{', '.join(sorted(different))}. Pass the same problem, solver and "
+            "metrics."
+        )
+    restored = {
+        name: _restore_leaf(saved[name], like, name) for name, like in leaves.items()
+    }
+    for part in ("records.", "last."):
+        lengths = {
+            name: len(leaf)
+            for name, leaf in restored.items()
+            if name.startswith(part) and _is_per_member(name, leaf)
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                "previous_trials[-1] must have arrays with the same number of members; "
+                f"got {lengths}. Pass what trial_callback received."
+            )
+    return structure.unflatten(restored.values())
+
+
+def _path_to_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_per_member(name: str, leaf: Any) -> bool:
+    return np.ndim(leaf) > 0 and name.startswith(PER_MEMBER_FIELDS)
+
+
+def _restore_leaf(saved: Any, like: Any, name: str) -> Any:
+    """Returns a leaf in the dtype of ``like``; the number of members may differ."""
+    saved, label = np.asarray(saved), f"previous_trials[-1]['{name}']"
+    if saved.dtype.kind not in "biufV":
+        raise ValueError(
+            f"{label} must be numeric; got {saved.dtype}. Pass what trial_callback "
+            "received."
+        )
+    if is_key(like):
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))
+        saved = jax.random.wrap_key_data(jnp.asarray(saved), impl=impl)
+    shape = expected_shape = np.shape(like)
+    if _is_per_member(name, saved):
+        expected_shape = saved.shape[:1] + shape[1:]
+    if saved.shape != expected_shape:
+        raise ValueError(
+            f"{label} must have shape {shape}; got {saved.shape}. Pass the same "
+            "problem, solver and space."
+        )
+    if isinstance(like, int | float):
+        return type(like)(saved)
+    if is_key(like):
+        return saved
+    # np.load returns the bytes of a bfloat16 array, which NumPy does not know.
+    saved = saved.view(like.dtype) if saved.dtype.kind == "V" else saved
+    return jnp.asarray(saved, like.dtype)

@@ -1,0 +1,212 @@
+"""The loop of a search in which every trial trains ``w`` at one ``alpha``."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .recording import Progress
+from .runtime.executors import FailedCallsError
+from .search_records import (
+    RecordedTrials,
+    alpha_to_json,
+    trial_fingerprint,
+    trial_to_dict,
+)
+from .search_trial import (
+    Parallel,
+    Runner,
+    Trial,
+    TrialRecord,
+    TrialSetup,
+    make_runner,
+    run_trial,
+)
+from .searchers import Searcher
+from .trace import FAILED, Trace
+from .validation import as_input_arrays
+
+TrialCallback = Callable[[dict], None]
+
+
+def search_trials(
+    searcher: Searcher,
+    setup: TrialSetup,
+    alpha: PyTree,
+    space: PyTree,
+    key: Array,
+    *,
+    budget: float,
+    progress: Progress | None,
+    trial_callback: TrialCallback | None,
+    previous_trials: Sequence[dict],
+    parallel: Parallel,
+) -> Trace:
+    """Returns the trace of a search by trials; see `hypergrad.search`.
+
+    ``alpha`` may be any point of the space, because only its shapes are used.
+    """
+    fingerprint = ""
+    if trial_callback is not None or previous_trials:
+        fingerprint = trial_fingerprint(setup, alpha, parallel)
+    recorded = RecordedTrials(previous_trials, fingerprint)
+    runner = make_runner(setup, parallel.executor)
+    state = SearchState(searcher, setup, space, budget, key)
+    while batch := state.ask(parallel.trials_per_batch):
+        batch, old_records = recorded.restore(batch, setup)
+        new_numbers = {trial.number for trial in batch} - old_records.keys()
+        new_results = {}
+        if new_numbers:
+            recorded.check_is_last_batch(batch)
+            new_results = _run_new_trials(
+                runner, batch, new_numbers, fingerprint, trial_callback
+            )
+        for trial in batch:
+            if trial.number in old_records:
+                state.tell(trial, old_records[trial.number])
+                continue
+            w, record = new_results[trial.number]
+            state.tell(trial, record, w)
+            if progress is not None:
+                progress(len(state.records), state.best_value())
+    if not state.records:
+        raise ValueError(
+            f"searcher must propose at least one alpha; got none from {searcher!r}."
+        )
+    recorded.check_all_were_used(len(state.records), budget, state.total_cost)
+    return state.make_trace()
+
+
+class BestTrial(NamedTuple):
+    """The best trial so far; ``w`` is None if an earlier search recorded the trial."""
+
+    trial: Trial
+    value: np.ndarray
+    w: PyTree
+
+
+class SearchState:
+    """Everything that changes during a search.
+
+    Attributes:
+      searcher_state: State of the searcher.
+      key: PRNG key of the next trials.
+      records: Records of all trials, as NumPy arrays.
+      total_cost, last_cost: Gradient-equivalents of all trials, and of the last one.
+      best: The best trial, or None before the first.
+    """
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        setup: TrialSetup,
+        space: PyTree,
+        budget: float,
+        key: Array,
+    ):
+        self.searcher, self.setup, self.budget = searcher, setup, budget
+        init_key, self.key = jax.random.split(key)
+        self.searcher_state = searcher.init(space, init_key)
+        self.records: list[TrialRecord] = []
+        self.total_cost = self.last_cost = 0.0
+        self.best: BestTrial | None = None
+
+    def ask(self, max_trials: int) -> list[Trial]:
+        """Returns the trials of the next batch, or an empty list at the end.
+
+        A trial is expected to cost as much as the last one. The first batch is made
+        whatever the budget is.
+        """
+        batch: list[Trial] = []
+        expected_cost = self.total_cost
+        while len(batch) < max_trials:
+            if self.records and expected_cost + self.last_cost > self.budget:
+                break
+            next_key, ask_key, trial_key = jax.random.split(self.key, 3)
+            try:
+                alpha, state = self.searcher.ask(self.searcher_state, ask_key)
+            except StopIteration:
+                break
+            _, alpha = as_input_arrays(self.setup.w, alpha, differentiable=False)
+            batch.append(Trial(len(self.records) + len(batch), alpha, trial_key))
+            self.searcher_state, self.key = state, next_key
+            expected_cost += self.last_cost
+        return batch
+
+    def tell(self, trial: Trial, record: TrialRecord, w: PyTree = None) -> None:
+        """Adds a trial to the records and tells the searcher its value."""
+        self.searcher_state = self.searcher.tell(
+            self.searcher_state, trial.alpha, record.value
+        )
+        value = np.asarray(record.value)
+        if self.best is None or _is_better(value, self.best.value):
+            self.best = BestTrial(trial, value, w)
+        self.records.append(jax.tree.map(np.asarray, record))
+        self.last_cost = float(record.stats["gradient_equivalents"])
+        self.total_cost += self.last_cost
+
+    def best_value(self) -> float | np.ndarray:
+        """Returns the value of the best trial: a float, or an array ``[K]``."""
+        assert self.best is not None
+        return self.best.value if self.best.value.ndim else self.best.value.item()
+
+    def make_trace(self) -> Trace:
+        """Returns the trace; runs the best trial again if its ``w`` is not known."""
+        assert self.best is not None
+        (_, alpha, key), value, w = self.best
+        if w is None:
+            w, _ = run_trial(self.setup, alpha, key)
+        columns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.records)
+        status = 0 if np.isfinite(value).all() else FAILED
+        return Trace(
+            alpha=alpha,
+            w=w,
+            best_alpha=alpha,
+            status_code=jnp.asarray(status),
+            **columns._asdict(),
+        )
+
+
+def _is_better(value: np.ndarray, best_value: np.ndarray) -> bool:
+    """Compares two values, with K outer losses by the first in which they differ.
+
+    A trial with a value that is not finite has failed and is worse than any other.
+    """
+    if not np.isfinite(value).all():
+        return False
+    is_lower = np.ravel(value).tolist() < np.ravel(best_value).tolist()
+    return is_lower or not np.isfinite(best_value).all()
+
+
+def _run_new_trials(
+    runner: Runner,
+    batch: list[Trial],
+    numbers: set[int],
+    fingerprint: str,
+    trial_callback: TrialCallback | None,
+) -> dict[int, tuple[PyTree, TrialRecord]]:
+    """Runs some trials of a batch and returns ``w`` and the record of each."""
+    trials = {trial.number: trial for trial in batch}
+    results = {}
+    try:
+        for number, w, record in runner(batch, numbers):
+            results[number] = w, record
+            if trial_callback is not None:
+                trial_callback(trial_to_dict(fingerprint, trials[number], record))
+    except FailedCallsError as error:
+        causes = "; ".join(
+            f"trial {number} at alpha {alpha_to_json(trials[number].alpha)} failed "
+            f"with {type(cause).__name__}: {cause}"
+            for number, cause in sorted(error.causes.items())
+        )
+        remedy = "Pass trial_callback to keep the trials that succeed"
+        if trial_callback is not None:
+            remedy = (
+                "trial_callback received all other trials; pass them as "
+                "previous_trials to continue the search"
+            )
+        raise RuntimeError(f"{causes}. {remedy}.") from error
+    return results

@@ -1,0 +1,134 @@
+"""Searches by TPE that share the trials of a journal."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import chex
+import jax
+import numpy as np
+import optuna
+import pytest
+
+from hypergrad.searchers import TPE
+from hypergrad.spaces import Choice, Interval
+from tests.search.problems import record, search
+
+KEY = jax.random.key(0)
+SPACE = {"rate": Interval(1e-4, 1.0, log=True), "op": Choice((0, 5, 9))}
+
+
+def value_of(alpha) -> float:
+    """Returns a value that depends on both leaves."""
+    return float(np.log10(alpha["rate"]) ** 2 + (alpha["op"] != 5))
+
+
+def make_trial(file, seed: int, space=SPACE) -> None:
+    """Makes a search of one trial."""
+    searcher, key = TPE(5, file), jax.random.key(seed)
+    alpha, state = searcher.ask(searcher.init(space, key), key)
+    searcher.tell(state, alpha, value_of(alpha))
+
+
+def read_studies(file) -> list[list[float]]:
+    """Returns the values of the trials of each study in a journal."""
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    storage = optuna.storages.JournalStorage(backend)
+    studies = [
+        optuna.load_study(study_name=summary.study_name, storage=storage)
+        for summary in optuna.get_all_study_summaries(storage)
+    ]
+    return [[trial.value for trial in study.trials] for study in studies]
+
+
+def test_searches_that_share_a_journal_propose_as_one(tmp_path):
+    """Each proposes what a single searcher would that is told the trials of both."""
+    file = tmp_path / "tpe.log"
+    searchers, single = [TPE(5, file), TPE(5, str(file))], TPE(5)
+    states = [searcher.init(SPACE, KEY) for searcher in searchers]
+    single_state = single.init(SPACE, KEY)
+    for index in range(16):
+        key, turn = jax.random.fold_in(KEY, index), (index // 3) % 2
+        alpha, states[turn] = searchers[turn].ask(states[turn], key)
+        expected, single_state = single.ask(single_state, key)
+        chex.assert_trees_all_equal(alpha, expected)
+        value = np.nan if index == 7 else value_of(alpha)
+        states[turn] = searchers[turn].tell(states[turn], alpha, value)
+        single_state = single.tell(single_state, expected, value)
+    assert [len(state.values) for state in states] == [9, 7]
+
+
+def test_trials_of_another_space_are_kept_apart(tmp_path):
+    """Even if it has the same axes."""
+    file = tmp_path / "tpe.log"
+    make_trial(file, 0)
+    make_trial(file, 1, SPACE | {"rate": Interval(1e-5, 1.0, log=True)})
+    assert sorted(map(len, read_studies(file))) == [1, 1]
+
+
+def test_search_that_dies_while_it_writes_stops_no_other(tmp_path):
+    """It is killed halfway through a line; the others continue and lose no trial."""
+    file = tmp_path / "tpe.log"
+    make_trial(file, 0)
+    code = """if True:
+        import os, signal, sys
+        from hypergrad.searchers.optuna_study import JournalLock
+        JournalLock(sys.argv[1]).acquire()
+        with open(sys.argv[1], "ab") as file:
+            file.write(b'{"op_code":4,"worker')
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert killed.returncode == -9
+    (before,) = read_studies(file)
+    make_trial(file, 1)
+    make_trial(file, 2)
+    (after,) = read_studies(file)
+    assert after[:1] == before
+    assert len(after) == 3
+
+
+def test_journal_in_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="journal"):
+        make_trial(tmp_path / "missing" / "tpe.log", 1)
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"PK\xff\x00\n\x00", b'{"rate": 0.1}', b'{"rate": 1}\n{"'],
+    ids=["damaged line", "binary", "no complete line", "other JSON"],
+)
+def test_file_that_is_no_journal_is_refused_and_kept(tmp_path, content):
+    file = tmp_path / "tpe.log"
+    if content is None:
+        make_trial(file, 0)
+        content = file.read_bytes().replace(b"{", b"[", 1)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="journal"):
+        make_trial(file, 1)
+    assert file.read_bytes() == content
+
+
+def test_journal_must_be_a_path():
+    with pytest.raises(TypeError, match="journal"):
+        TPE(5, 3)
+
+
+def test_previous_trials_are_not_told_to_a_journal_again(tmp_path):
+    file = tmp_path / "tpe.log"
+    searcher = TPE(5, file)
+    trials, _ = record(searcher=searcher, budget=2.0)
+    content = file.read_bytes()
+    with pytest.raises(ValueError, match="previous_trials"):
+        search(searcher=searcher, previous_trials=trials)
+    assert file.read_bytes() == content
+
+
+def test_journal_loses_no_trial_of_simultaneous_searches(tmp_path):
+    """Each of three threads opens the file for each of its trials."""
+    file = tmp_path / "tpe.log"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda seed: make_trial(file, seed), range(12)))
+    (values,) = read_studies(file)
+    assert len(values) == 12

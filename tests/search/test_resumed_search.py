@@ -1,0 +1,211 @@
+"""Searches that continue from recorded trials: to the same bits, or refused."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.spaces import Unit
+from tests.search.problems import (
+    TRIAL_COST,
+    RecordingSearcher,
+    inner_loss,
+    outer_loss,
+    record,
+    search,
+)
+
+METRICS = {"norm": lambda w, alpha, key: w[0], "nan": lambda w, alpha, key: jnp.nan}
+FIRST = r"previous_trials\[0\]"
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[list[dict], hg.Trace]:
+    """Twelve random trials and their trace."""
+    return record()
+
+
+@pytest.mark.parametrize("name", ["Random", "Sobol", "Grid", "TPE", "CMAES"])
+def test_killed_search_continues_to_the_same_trace(name):
+    """Bits, dtypes and cost are equal wherever it was killed; no trial is repeated."""
+    searcher = getattr(hg.searchers, name)(*[4] * (name in ("Grid", "TPE")))
+    options = {"searcher": searcher, "metrics": METRICS}
+    trials, trace = record(**options)
+    best = int(np.argmin(trace.value))
+    for num_previous in (1, best, best + 1, 12):
+        new_trials, resumed = record(**options, previous_trials=trials[:num_previous])
+        assert json.dumps(new_trials) == json.dumps(trials[num_previous:])
+        chex.assert_trees_all_equal(resumed, trace, strict=True)
+
+
+def test_values_that_are_not_finite_survive_strict_json():
+    """NaN, both infinities and a number, one for each quarter of the interval."""
+    values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.5])
+    outer = lambda w, alpha, batch: values[(4 * alpha).astype(int)]
+    options = {
+        "problem": hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer),
+        "solver": hg.ClosedForm(lambda alpha, batch: alpha),
+        "searcher": hg.searchers.Grid(8), "w": 0.0, "space": Unit(),
+        "metrics": {"again": lambda w, alpha, key: outer(w, alpha, None)},
+    }  # fmt: skip
+    trials, trace = record(**options)
+    expected = [None, None, "inf", "inf", "-inf", "-inf", 0.5, 0.5]
+    assert [trial["value"] for trial in trials] == expected
+    assert [trial["metrics"]["again"] for trial in trials] == expected
+    assert [trial["flags"]["not_finite"] for trial in trials] == [True] * 6 + [
+        False
+    ] * 2
+    _, resumed = record(**options, previous_trials=trials[:7])
+    chex.assert_trees_all_equal(resumed, trace, strict=True)
+
+
+def test_search_continues_with_a_larger_budget(recorded):
+    trials, _ = record(budget=5.1 * TRIAL_COST)
+    chex.assert_trees_all_equal(search(previous_trials=trials), recorded[1])
+
+
+def test_recorded_trials_are_told_but_not_run(recorded):
+    """A value that no run would give is kept, told, and found to be the best.
+
+    So is an alpha that differs from the proposal by rounding.
+    """
+    trials = json.loads(json.dumps(recorded[0][:6]))
+    trials[2]["value"] = -1.0
+    trials[2]["alpha"][0][0] *= 1 + 1e-7
+    searcher, calls = RecordingSearcher(), []
+    progress = lambda *call: calls.append(call)
+    trace = search(searcher=searcher, previous_trials=trials, progress=progress)
+    assert trace.value[2] == -1.0
+    assert [value for _, value in searcher.told] == trace.value.tolist()
+    np.testing.assert_array_equal(trace.best_alpha, trials[2]["alpha"][0])
+    np.testing.assert_array_equal(searcher.told[2][0], trials[2]["alpha"][0])
+    np.testing.assert_allclose(trace.w, 2 * trace.best_alpha)
+    assert calls == [(done, -1.0) for done in range(7, 13)]
+
+
+def without_numbers(trials: list[dict]) -> list[dict]:
+    return [{k: x for k, x in trial.items() if k != "trial"} for trial in trials]
+
+
+def test_trials_without_a_number_have_that_of_their_position(recorded):
+    trials, trace = recorded
+    resumed = search(previous_trials=without_numbers(trials[:5]))
+    chex.assert_trees_all_equal(resumed, trace)
+
+
+# Trials of another search.
+
+NO_TRIALS = {
+    "empty": {},
+    "value only": {"value": 1.0},
+    "alpha without leaves": {"alpha": 0.1},
+    "alpha with another leaf": {"alpha": [[0.1, 0.2], [0.3]]},
+    "value of two losses": {"value": [1.0, 2.0]},
+    "no statistics": {"stats": {}},
+    "text as number": {"trial": "2"},
+    "negative number": {"trial": -1},
+}
+
+
+@pytest.mark.parametrize("name", NO_TRIALS)
+def test_dictionary_that_is_no_trial_is_refused(recorded, name):
+    trial = {} if name in ("empty", "value only") else recorded[0][0]
+    with pytest.raises(ValueError, match=FIRST):
+        search(previous_trials=[trial | NO_TRIALS[name]])
+
+
+def test_trial_that_is_left_out_or_occurs_twice_is_refused(recorded):
+    trials, _ = recorded
+    with pytest.raises(ValueError, match="trial 1"):
+        search(previous_trials=[trials[0], *trials[2:]])
+    with pytest.raises(ValueError, match=r"previous_trials\[1\].*alpha"):
+        search(previous_trials=without_numbers([trials[0], *trials[2:]]))
+    with pytest.raises(ValueError, match="previous_trials"):
+        search(previous_trials=[*trials[:3], trials[1]])
+
+
+def test_trial_at_another_alpha_is_refused(recorded):
+    with pytest.raises(ValueError, match=rf"{FIRST}.*alpha"):
+        search(previous_trials=recorded[0], key=jax.random.key(1))
+
+
+@pytest.mark.parametrize("trials", [None, 5, "trials.jsonl", {"value": 1.0}, [None]])
+def test_previous_trials_must_be_a_list_of_dictionaries(trials):
+    with pytest.raises(TypeError, match="previous_trials"):
+        search(previous_trials=trials)
+
+
+def test_trial_callback_must_be_a_function():
+    with pytest.raises(TypeError, match="trial_callback"):
+        search(trial_callback="trials.jsonl")
+
+
+def test_trials_with_other_metrics_are_refused():
+    trials, _ = record(metrics=METRICS, budget=1.0)
+    for metrics in (None, {"norm": METRICS["norm"]}, METRICS | {"a": METRICS["nan"]}):
+        with pytest.raises(ValueError, match=rf"{FIRST}.*metrics"):
+            search(previous_trials=trials, metrics=metrics)
+
+
+@pytest.mark.parametrize("limit", ["budget", "grid"])
+def test_more_trials_than_the_search_would_make_are_refused(limit):
+    """As many as it would make are taken; nothing runs before the refusal."""
+    options = {
+        "budget": {"budget": 3.1 * TRIAL_COST},
+        "grid": {"searcher": hg.searchers.Grid(2)},
+    }[limit]
+    trials, trace = record(**options)
+    extra = record()[0][3] if limit == "budget" else trials[0] | {"trial": 4}
+    new_trials = []
+    with pytest.raises(ValueError, match="previous_trials"):
+        search(
+            **options, previous_trials=[*trials, extra],
+            trial_callback=new_trials.append,
+        )  # fmt: skip
+    assert not new_trials
+    chex.assert_trees_all_equal(search(**options, previous_trials=trials), trace)
+
+
+def make_options(constant, inner=2.0, outer=2.0, metric=2.0, rate=0.1, data=0.5, w=0.0):
+    """Returns the arguments of a search, made anew, with numbers in various places."""
+    inner, outer, metric = map(constant, (inner, outer, metric))
+    times = lambda factor, fn: lambda *args: jnp.sum(factor * fn(*args))
+    losses = times(inner, inner_loss), times(outer, outer_loss)
+    return {
+        "problem": hg.Bilevel(*losses, jnp.array(data), jnp.array(data)),
+        "solver": hg.Descent(optax.sgd(rate), 3),
+        "w": jnp.full(2, w),
+        "metrics": {"sum": lambda w, alpha, key: jnp.sum(metric * w)},
+        "budget": 1.0,
+    }
+
+
+@pytest.mark.parametrize("constant", [float, jnp.array], ids=["number", "array"])
+def test_trials_with_other_numbers_are_refused(constant):
+    """Closed over by the losses, a metric or an optimizer; in the data or in ``w``."""
+    trials, trace = record(**make_options(constant))
+    resumed = search(**make_options(constant), previous_trials=trials)
+    np.testing.assert_array_equal(resumed.value, trace.value)
+    for name in ("inner", "outer", "metric", "rate", "data", "w"):
+        options = make_options(constant, **{name: 0.4})
+        with pytest.raises(ValueError, match=FIRST):
+            search(**options, previous_trials=trials)
+
+
+def test_trials_with_other_arrays_of_a_solver_or_metric_are_refused():
+    """These are arguments of the program and no part of it."""
+    make = lambda tolerance=0.1, x=1.0: {
+        "solver": hg.Newton(tolerance=tolerance),
+        "metrics": {"x": jax.tree_util.Partial(lambda x, *_: x, jnp.array(x))},
+        "budget": 1.0,
+    }
+    trials, _ = record(**make())
+    search(**make(), previous_trials=trials)
+    for changes in ({"tolerance": 0.2}, {"x": 2.0}):
+        with pytest.raises(ValueError, match=FIRST):
+            search(**make(**changes), previous_trials=trials)
