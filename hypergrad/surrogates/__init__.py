@@ -1,9 +1,10 @@
-"""Smooth metrics, each beside the exact one.
+"""Smooth metrics, each with the exact metric beside it.
 
 ``surrogate(scores, targets, *, temperature, where=None, weights=None)`` is
-differentiable, ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
-what people report; both in the metric's own orientation. `temperature_of` proposes a
-temperature, `gap_metrics` reports how far the two are apart along a run.
+differentiable, and ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
+the metric that people report. Both have the orientation of the metric. `Surrogate`
+states what they have in common and how to write one, `temperature_from_scores` proposes
+a temperature, and `gap_metrics` records along a run how far both are apart.
 """
 
 from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
