@@ -13,9 +13,11 @@ from .average_precision import BlackboxAP, FastAP, SmoothAP, SoftRankAP
 from .base import Surrogate
 from .calibration import CalibrationError
 from .detection import DetectionAP, match_boxes
-from .f_score import FBeta, Precision, Recall
+from .f_score import CountRatio, FBeta, Precision, Recall
 from .gap_metrics import gap_metrics
-from .overlap import Dice, IoU
+from .inputs import Examples
+from .overlap import AreaRatio, Dice, IoU
+from .ranking import RankingSurrogate
 from .retrieval import MRR, NDCG, PrecisionAtK, RecallAtK
 from .soft_rank import soft_rank
 from .temperature import temperature_from_scores
@@ -25,17 +27,21 @@ __all__ = [
     "MRR",
     "NDCG",
     "Accuracy",
+    "AreaRatio",
     "BlackboxAP",
     "CalibrationError",
+    "CountRatio",
     "Coverage",
     "DetectionAP",
     "Dice",
+    "Examples",
     "ExpectedAccuracy",
     "FBeta",
     "FastAP",
     "IoU",
     "Precision",
     "PrecisionAtK",
+    "RankingSurrogate",
     "Recall",
     "RecallAtK",
     "SelectiveRisk",

@@ -14,25 +14,24 @@ from .base import (
     subtract_threshold,
     weighted_mean,
 )
-from .inputs import Examples, class_examples, multiclass_examples
+from .inputs import Examples, Vector, class_examples, multiclass_examples
 
 
-def class_scores(scores: Float[Array, "n C"], classes: Array) -> Float[Array, " n"]:
+def class_scores(scores: Float[Array, "n C"], classes: Array) -> Vector:
     """Returns the score of one class for each example."""
     return jnp.take_along_axis(scores, classes[:, None], axis=1)[:, 0]
 
 
 def best_other_scores(
     scores: Float[Array, "n C"], classes: Array, k: int = 1
-) -> Float[Array, " n"]:
+) -> Vector:
     """Returns the k-th best score among the other classes for each example."""
     is_class = jnp.arange(scores.shape[1])[None, :] == classes[:, None]
+    # There are more than k classes, so -inf is never returned.
     return jax.lax.top_k(jnp.where(is_class, -jnp.inf, scores), k)[0][:, -1]
 
 
-def true_class_margins(
-    examples: Examples, threshold: ArrayLike = 0.0
-) -> Float[Array, " n"]:
+def true_class_margins(examples: Examples, threshold: ArrayLike = 0.0) -> Vector:
     """Returns by how much predictions are right, negative if they are wrong.
 
     It is the signed distance to the threshold for two classes, else the score of the
@@ -52,7 +51,7 @@ def is_correct(examples: Examples, threshold: ArrayLike = 0.0) -> Array:
     return jnp.argmax(scores, axis=1) == targets
 
 
-def confidence(examples: Examples, threshold: ArrayLike) -> Float[Array, " n"]:
+def confidence(examples: Examples, threshold: ArrayLike) -> Vector:
     """Returns the distance to the threshold, or the best score less the second."""
     if examples.scores.ndim == 1:
         return jnp.abs(subtract_threshold(examples.scores, threshold))
@@ -113,12 +112,13 @@ class Accuracy(Surrogate):
         return weighted_mean(correct, weights)
 
 
-def _balance_classes(examples: Examples) -> Float[Array, " n"]:
+def _balance_classes(examples: Examples) -> Vector:
     """Returns weights that sum to 1 in each class that occurs."""
     classes = examples.targets.astype(int)
     num_classes = 2 if examples.scores.ndim == 1 else examples.scores.shape[1]
     totals = jnp.zeros(num_classes, examples.weights.dtype)
     totals = totals.at[classes].add(examples.weights)
+    # A class whose total is 0 does not occur, and its examples keep the weight 0.
     return safe_divide(examples.weights, totals[classes])
 
 
@@ -214,6 +214,7 @@ class TopKAccuracy(Surrogate):
         """Returns the fraction of examples with fewer than k classes ranked higher."""
         scores, targets = examples.scores, examples.targets
         target_scores = class_scores(scores, targets)[:, None]
+        # As in scikit-learn, the last of equal scores ranks first.
         is_later = jnp.arange(scores.shape[1])[None, :] > targets[:, None]
         wins_tie = (scores == target_scores) & is_later
         num_higher = jnp.sum((scores > target_scores) | wins_tie, axis=1)
@@ -324,7 +325,7 @@ class Coverage(Surrogate):
 
 def _spare_confidence(
     surrogate: SelectiveRisk | Coverage, examples: Examples
-) -> Float[Array, " n"]:
+) -> Vector:
     """Returns the confidence less the confidence that an answer needs."""
     confidences = confidence(examples, surrogate.threshold)
     return subtract_threshold(confidences, surrogate.min_confidence)

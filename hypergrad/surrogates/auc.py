@@ -108,8 +108,7 @@ class SquaredHingeAUC(Surrogate):
     shape [n]. Without a pair the bound is 0.
 
     Ties: a tied pair counts 1 in the mean, half in `exact`.
-    Cost: O(n log n), the gradient included.
-    Memory: O(n).
+    Cost: O(n log n), the gradient included. Memory: O(n).
     Source: Rust & Hocking 2023 (arXiv 2302.11062). Their sums over the sorted scores
     are taken about a moving center here, so that all terms are positive and none
     cancel.

@@ -8,17 +8,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from ..validation import check_positive_int
 from .base import safe_divide, weighted_mean
-from .inputs import Examples
+from .inputs import Examples, Scalar, Vector
 from .pairs import PAIRS, rankings_per_block, remat, sum_of_precisions
 from .ranking import RankingSurrogate, map_row_batches, rowwise, totals_at_thresholds
 from .soft_rank import weighted_soft_ranks
 
 
-def average_precision(row: Examples) -> Float[Array, ""]:
+def average_precision(row: Examples) -> Scalar:
     """Returns the exact average precision of one ranking; 0 without positives."""
     positive_weights = row.positive_weights
     order, (rank_among_positives, rank_among_all) = totals_at_thresholds(
@@ -39,10 +39,8 @@ class SmoothAP(RankingSurrogate):
         T)
 
     The mean is over the positives i, the sums over the other items j: a smooth rank
-    among the positives divided by a smooth rank among all.
-
-    Args:
-      axis: As for `RankingSurrogate`, which states the shapes.
+    among the positives divided by a smooth rank among all. Shapes and ``axis`` are
+    those of `RankingSurrogate`.
 
     Ties: count half; in `exact` they share one threshold, as in scikit-learn.
     Weights: as ``sample_weight`` of scikit-learn.
@@ -131,9 +129,10 @@ class FastAP(RankingSurrogate):
 
     exact_rows = exact_average_precisions
 
-    def _binned_average_precision(self, row: Examples) -> Float[Array, ""]:
+    def _binned_average_precision(self, row: Examples) -> Scalar:
         positive_weights, weights = row.positive_weights, row.weights
         position = self._bin_positions(row.scores, weights > 0)
+        # The lowest score is at the last center, as the right end of the last bin.
         left_bin = jnp.floor(lax.stop_gradient(position)).astype(int)
         left_bin = jnp.clip(left_bin, 0, self.num_bins - 2)
         right_fraction = position - left_bin
@@ -154,7 +153,7 @@ class FastAP(RankingSurrogate):
         precisions = safe_divide(rank_among_positives, cumulative_weight(weights))
         return weighted_mean(precisions, positive_weights)
 
-    def _bin_positions(self, scores: Array, has_weight: Array) -> Float[Array, " n"]:
+    def _bin_positions(self, scores: Array, has_weight: Array) -> Vector:
         """Returns the scores in bins, from 0 for the highest to ``num_bins - 1``."""
         low = jnp.min(jnp.where(has_weight, scores, jnp.inf))
         high = jnp.max(jnp.where(has_weight, scores, -jnp.inf))
@@ -180,13 +179,10 @@ class BlackboxAP(RankingSurrogate):
     The temperature T is lambda in the papers, the range of the interpolation. ``dL/dr``
     is at most ``1 / (positives * rank)``, so ranks change if T is of the order of the
     number of positives times the spread of the scores. For a small T the gradient is 0.
-
-    Args:
-      axis: As for `RankingSurrogate`, which states the shapes.
+    Shapes and ``axis`` are those of `RankingSurrogate`.
 
     Ties: as in `exact`, which is the value. The gradient ranks them in their order.
-    Cost: three sorts.
-    Memory: O(n).
+    Cost: three sorts. Memory: O(n).
     Bias: none in the value. The gradient is that of the interpolation, and has no
     derivative.
     Source: Rolinek et al. 2020 (arXiv 1912.03500); Vlastelica et al. 2020 (arXiv
@@ -218,14 +214,10 @@ class SoftRankAP(RankingSurrogate):
         mean_i r+_i / r_i
 
     The mean is over the positives i; ``r+`` is the `soft_rank` among the positives and
-    ``r`` among all items.
-
-    Args:
-      axis: As for `RankingSurrogate`, which states the shapes.
+    ``r`` among all items. Shapes and ``axis`` are those of `RankingSurrogate`.
 
     Ties: have their mean rank.
-    Cost: two soft ranks per ranking.
-    Memory: O(n).
+    Cost: two soft ranks per ranking. Memory: O(n).
     Bias: none if the temperature is at most the smallest gap between scores, and then
     no gradient either.
     Source: Blondel et al. 2020 (arXiv 2002.08871) for the ranks.
@@ -251,11 +243,8 @@ class SoftRankAP(RankingSurrogate):
 
 
 def soft_precisions(
-    scores: Float[Array, " n"],
-    positive_weights: Float[Array, " n"],
-    weights: Float[Array, " n"],
-    temperature: Float[Array, ""],
-) -> Float[Array, " n"]:
+    scores: Vector, positive_weights: Vector, weights: Vector, temperature: Scalar
+) -> Vector:
     """Returns the soft rank among the positives over the one among all; 0 elsewhere."""
     # A precision counts the whole weight w of the item, its mean rank (1 + w) / 2.
     correction = (weights - 1) / 2
@@ -266,7 +255,7 @@ def soft_precisions(
     return jnp.where(positive_weights > 0, precisions, 0)
 
 
-def _interpolation_gradient(row: Examples, temperature: Array) -> Float[Array, " n"]:
+def _interpolation_gradient(row: Examples, temperature: Array) -> Vector:
     """Returns ``w (r(s) - r_T(s)) / T`` for items of weight w.
 
     A rank is the weight at or above the item. These ranks minimize ``sum_i w_i s_i

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from .inputs import as_temperature, binary_examples
+from .inputs import Scalar, as_temperature, binary_examples
 
 
 class Surrogate(eqx.Module):
@@ -87,7 +87,7 @@ class Surrogate(eqx.Module):
         temperature: ArrayLike,
         where: ArrayLike | None = None,
         weights: ArrayLike | None = None,
-    ) -> Float[Array, ""]:
+    ) -> Scalar:
         """Returns the smooth metric."""
         examples = self.check_inputs(scores, targets, where, weights)
         temperature = as_temperature(temperature, examples.scores.dtype)
@@ -100,7 +100,7 @@ class Surrogate(eqx.Module):
         *,
         where: ArrayLike | None = None,
         weights: ArrayLike | None = None,
-    ) -> Float[Array, ""]:
+    ) -> Scalar:
         """Returns the exact metric."""
         return self.exact_value(self.check_inputs(scores, targets, where, weights))
 
@@ -110,7 +110,7 @@ def subtract_threshold(scores: Array, threshold: ArrayLike) -> Array:
     return scores - jnp.asarray(threshold, scores.dtype)
 
 
-def weighted_mean(values: Array, weights: Array) -> Float[Array, ""]:
+def weighted_mean(values: Array, weights: Array) -> Scalar:
     """Returns the weighted mean of all values, or 0 if the weights sum to 0."""
     return safe_divide(jnp.sum(weights * values), jnp.sum(weights))
 
@@ -123,12 +123,13 @@ def safe_divide(
     A positive denominator below ``min_denominator`` is replaced by it, because it and
     the numerator then are rounding errors of 0.
     """
+    # The divisor is replaced before the division, so that no derivative is NaN.
     is_zero = denominator <= 0
     divisor = jnp.where(is_zero, 1, jnp.maximum(denominator, min_denominator))
     return jnp.where(is_zero, 0, numerator) / divisor
 
 
-def negligible_weight(weights: Array) -> Float[Array, ""]:
+def negligible_weight(weights: Array) -> Scalar:
     """Returns the rounding error of the smallest positive weight.
 
     A weighted sum of sigmoids below it consists of their tails.
@@ -146,5 +147,6 @@ def propagate_nan(values: Array, inputs: Array) -> Array:
     A sum of products is not enough, because XLA replaces NaN times a false comparison
     by 0.
     """
+    # 0, or NaN for NaN; the product has it as its derivative.
     zeros = 0 * jax.lax.stop_gradient(inputs)
     return values + jnp.sum(zeros * inputs, axis=-1)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from ..validation import check_positive_int
 from .accuracy import class_scores, is_correct, true_class_margins
 from .base import Surrogate, safe_divide
-from .inputs import class_examples
+from .inputs import Scalar, Vector, class_examples
 
 
 class CalibrationError(Surrogate):
@@ -70,10 +70,10 @@ class CalibrationError(Surrogate):
         else:
             correct = jax.nn.sigmoid(true_class_margins(examples) / temperature)
             logits = _top_class_logits(scores)
+        # r_b is a difference of sigmoids, so a bin is a difference of sums over edges.
         gaps = weights * (correct - jax.nn.sigmoid(logits))
         edges = self._inner_edges()
         edges = jnp.asarray(np.log(edges / (1 - edges)), scores.dtype)
-        # Sums over the examples above each edge; their differences are sums per bin.
         above = jax.nn.sigmoid((logits[:, None] - edges[None, :]) / temperature)
         sums = jnp.sum(gaps[:, None] * above, axis=0)
         sums = jnp.concatenate([jnp.sum(gaps)[None], sums, jnp.zeros(1, sums.dtype)])
@@ -97,7 +97,7 @@ class CalibrationError(Surrogate):
         return np.arange(1, self.num_bins) / self.num_bins
 
 
-def _top_class_logits(scores: Float[Array, "n C"]) -> Float[Array, " n"]:
+def _top_class_logits(scores: Float[Array, "n C"]) -> Vector:
     """Returns the logit of the largest probability of ``softmax(s)``."""
     top_class = jnp.argmax(scores, axis=1)
     is_top = jnp.arange(scores.shape[1])[None, :] == top_class[:, None]
@@ -105,5 +105,5 @@ def _top_class_logits(scores: Float[Array, "n C"]) -> Float[Array, " n"]:
     return class_scores(scores, top_class) - jax.nn.logsumexp(other_scores, axis=1)
 
 
-def _calibration_error(sums: Array, weights: Array) -> Float[Array, ""]:
+def _calibration_error(sums: Array, weights: Array) -> Scalar:
     return safe_divide(jnp.sum(jnp.abs(sums)), jnp.sum(weights))

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..validation import check_positive_int, non_negative
 from .average_precision import soft_precisions
 from .base import safe_divide
-from .inputs import Examples
+from .inputs import Examples, Scalar, Vector
 from .ranking import RankingSurrogate, rowwise, totals_at_thresholds
 
 
@@ -90,6 +90,7 @@ def _match_image(
     where_true: Bool[Array, " true"],
     threshold: ArrayLike,
 ) -> Bool[Array, " boxes"]:
+    # Padding comes last and takes no true box.
     order = jnp.argsort(jnp.where(where, -scores, jnp.inf))
 
     def match_box(is_free, box):
@@ -142,8 +143,7 @@ class DetectionAP(RankingSurrogate):
       axis: As for `RankingSurrogate`.
 
     Ties: share one threshold, and in the surrogate their mean rank.
-    Cost: two soft ranks and a sort per ranking.
-    Memory: O(n).
+    Cost: two soft ranks and a sort per ranking. Memory: O(n).
     Bias: none if the temperature is at most the smallest gap between scores, and then
     no gradient either.
     Source: Everingham et al. 2010 (Pascal VOC); Lin et al. 2014 (COCO, arXiv
@@ -218,9 +218,7 @@ class DetectionAP(RankingSurrogate):
         return nan_if_short * jnp.where(num_true > 0, mean_precision, 0)
 
 
-def _has_more_matches(
-    matches: Float[Array, " n"], num_true: Float[Array, ""]
-) -> Bool[Array, ""]:
+def _has_more_matches(matches: Vector, num_true: Scalar) -> Bool[Array, ""]:
     """Returns True if matches exceed true boxes by more than the rounding error."""
     slack = matches.size * jnp.finfo(matches.dtype).eps
     return jnp.sum(matches) * (1 - slack) > num_true

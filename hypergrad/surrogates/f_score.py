@@ -5,6 +5,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from ..validation import non_negative
@@ -77,9 +78,9 @@ class CountRatio(Surrogate):
 
     def check_inputs(self, scores, targets, where, weights):
         """Returns examples of two classes, of several classes, or of labels."""
-        if jnp.ndim(scores) != 2:
+        if np.ndim(scores) != 2:
             return binary_examples(scores, targets, where, weights)
-        has_labels = jnp.ndim(targets) == 2
+        has_labels = np.ndim(targets) == 2
         check = multilabel_examples if has_labels else multiclass_examples
         return check(scores, targets, where, weights)
 
@@ -106,6 +107,7 @@ class CountRatio(Surrogate):
             actual = _one_hot(actual, examples)
         elif actual.ndim == 1:
             predicted, actual = predicted[:, None], actual[:, None]
+        # Columns are classes or labels; 'micro' sums over them too.
         axis = 0 if self.average == "macro" else None
         count = lambda x: jnp.atleast_1d(jnp.sum(weights[:, None] * x, axis=axis))
         counts = Counts(count(predicted * actual), count(predicted), count(actual))
@@ -154,8 +156,7 @@ class FBeta(CountRatio):
 class Precision(CountRatio):
     """Fraction of the predicted positives that are actual positives.
 
-    Args:
-      average, threshold: As for `CountRatio`, which states the shapes.
+    Arguments and shapes are those of `CountRatio`.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
@@ -171,8 +172,7 @@ class Precision(CountRatio):
 class Recall(CountRatio):
     """Fraction of the actual positives that are predicted.
 
-    Args:
-      average, threshold: As for `CountRatio`, which states the shapes.
+    Arguments and shapes are those of `CountRatio`.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])

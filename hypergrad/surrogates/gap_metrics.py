@@ -1,5 +1,6 @@
 """The gap between a surrogate and its metric along a run."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,30 +22,27 @@ class GapMetric(eqx.Module):
     targets: Array
     temperature: Any
     schedule: Callable | None = eqx.field(static=True)
-    where: Array | None
-    weights: Array | None
+    masks: dict[str, Array | None]
 
     def at_step(self, step: Array) -> "GapMetric":
         """Returns the metric at the temperature of a step, for `minimize`."""
         if self.schedule is None:
             return self
-        get_temperature = lambda metric: metric.temperature
-        return eqx.tree_at(
-            get_temperature, self, self.schedule(step), is_leaf=lambda x: x is None
-        )
+        return dataclasses.replace(self, temperature=self.schedule(step))
 
     def __call__(self, w: PyTree, alpha: PyTree, key: Array) -> Array:
         """Returns the exact metric, the surrogate, or the surrogate less the metric."""
         del key
         scores = self.predict(w, alpha, self.batch)
-        masks = {"where": self.where, "weights": self.weights}
-        exact = self.surrogate.exact(scores, self.targets, **masks)
+        exact = self.surrogate.exact(scores, self.targets, **self.masks)
         if self.kind == "exact":
             return exact
         temperature = self.temperature
         if callable(temperature):
-            temperature = temperature(scores, self.targets, **masks)
-        smooth = self.surrogate(scores, self.targets, temperature=temperature, **masks)
+            temperature = temperature(scores, self.targets, **self.masks)
+        smooth = self.surrogate(
+            scores, self.targets, temperature=temperature, **self.masks
+        )
         return smooth if self.kind == "surrogate" else smooth - exact
 
 
@@ -98,13 +96,14 @@ def gap_metrics(
             f"predict must be a function (w, alpha, batch) -> scores; got {predict!r}."
         )
     as_array = lambda x: None if x is None else jnp.asarray(x)
-
-    def make_metric(kind):
-        metric = GapMetric(
-            kind, surrogate, predict, batch, jnp.asarray(targets), temperature,
-            schedule, as_array(where), as_array(weights),
-        )  # fmt: skip
-        return floats_to_arrays(metric)
+    targets, masks = jnp.asarray(targets), {"where": where, "weights": weights}
+    masks = {name: as_array(mask) for name, mask in masks.items()}
+    # A float is static under jit: as an array, another temperature traces nothing.
+    make_metric = lambda kind: floats_to_arrays(
+        GapMetric(
+            kind, surrogate, predict, batch, targets, temperature, schedule, masks
+        )
+    )
 
     return {
         name: make_metric("exact"),

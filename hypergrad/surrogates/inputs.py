@@ -13,6 +13,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+Scalar = Float[Array, ""]
+Vector = Float[Array, " n"]
+
 
 class Examples(eqx.Module):
     """Checked input of a surrogate, in which everything that is masked out is 0.
@@ -105,11 +108,11 @@ def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
 
 def class_examples(scores, targets, where=None, weights=None) -> Examples:
     """Returns `binary_examples` for scores [n], else `multiclass_examples`."""
-    check = binary_examples if jnp.ndim(scores) == 1 else multiclass_examples
+    check = binary_examples if np.ndim(scores) == 1 else multiclass_examples
     return check(scores, targets, where, weights)
 
 
-def as_temperature(temperature: ArrayLike, dtype: Any) -> Float[Array, ""]:
+def as_temperature(temperature: ArrayLike, dtype: Any) -> Scalar:
     """Returns a positive scalar of that dtype, NaN if it is traced and not positive."""
     array = _as_array("temperature", temperature)
     if array.shape != ():
@@ -201,10 +204,12 @@ def _make_examples(
     Raises:
       ValueError: A concrete score that counts is infinite.
     """
+    # Before any arithmetic, because 0 * NaN is NaN.
     scores = jnp.where(_expand(mask, scores), scores, 0)
     targets = jnp.where(_expand(mask, targets), targets, 0)
     has_weight = weights != 0
     _check_values("scores", scores, has_weight, lambda x: ~np.isinf(x), "finite")
+    # One invalid score makes the whole example invalid, unless its weight is 0.
     per_example = scores.reshape(*weights.shape, -1)
     is_valid = jnp.all(jnp.isfinite(per_example), axis=-1) & jnp.isfinite(weights)
     nan_if_invalid = jnp.where(has_weight & ~is_valid, jnp.nan, jnp.ones_like(weights))

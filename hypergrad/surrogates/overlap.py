@@ -66,6 +66,7 @@ class AreaRatio(Surrogate):
         pixel_weights = as_images(weights)
         ratios = safe_divide(*ratio, negligible_weight(pixel_weights))
         ratios = propagate_nan(ratios, pixel_weights)
+        # Not > 0, so that an image with an invalid pixel, of weight NaN, counts.
         has_pixel = jnp.any(pixel_weights != 0, axis=1)
         return weighted_mean(ratios, has_pixel.astype(ratios.dtype))
 
@@ -75,8 +76,7 @@ class Dice(AreaRatio):
 
         2 sum(p y) / (sum(p) + sum(y)),    p = sigmoid((s - threshold) / T)
 
-    Args:
-      threshold: As for `AreaRatio`, which states the shapes.
+    Arguments and shapes are those of `AreaRatio`.
 
     Source: Milletari et al. 2016 (arXiv 1606.04797), whose denominator has squares,
     which are the same for 0 and 1. The exact metric is ``f1_score`` of scikit-learn.
@@ -102,8 +102,7 @@ class IoU(AreaRatio):
 
         sum(p y) / (sum(p) + sum(y) - sum(p y)),    p = sigmoid((s - threshold) / T)
 
-    Args:
-      threshold: As for `AreaRatio`, which states the shapes.
+    Arguments and shapes are those of `AreaRatio`.
 
     Source: Rahman & Wang 2016. The exact metric is ``jaccard_score`` of scikit-learn.
 

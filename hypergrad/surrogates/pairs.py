@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .base import safe_divide
+from .inputs import Scalar, Vector
 
 #: Largest block: 2^20 pairs, 8 MB in float64. It has few rows, because a last block
 #: with few positives costs as much as a full one.
@@ -34,7 +35,7 @@ def sum_of_precisions(
     scores: Float[Array, "r n"],
     positive_weights: Float[Array, "r n"],
     weights: Float[Array, "r n"],
-    temperature: Float[Array, ""],
+    temperature: Scalar,
 ) -> Float[Array, " r"]:
     """Returns ``sum_i p_i P_i``, the smooth precisions at the positives, of r rankings.
 
@@ -178,12 +179,12 @@ POSITIVE, NEGATIVE, MASKED_OUT = 0, 1, 2
 
 
 def sum_of_wins(
-    u: Float[Array, " n"],
-    positive_weights: Float[Array, " n"],
-    negative_weights: Float[Array, " n"],
-    group: Float[Array, " n"],
+    u: Vector,
+    positive_weights: Vector,
+    negative_weights: Vector,
+    group: Vector,
     block_size: int,
-) -> Float[Array, ""]:
+) -> Scalar:
     """Returns ``sum_ij p_i q_j sigmoid(u_i - u_j)`` over positives i and negatives j.
 
     A square block is skipped unless its rows contain positives and its columns

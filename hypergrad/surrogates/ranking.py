@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .base import Surrogate, propagate_nan, weighted_mean
-from .inputs import Examples, elementwise_examples
+from .inputs import Examples, Scalar, Vector, elementwise_examples
 
 
 class RankingSurrogate(Surrogate):
@@ -92,6 +92,7 @@ def ranking_rows(
         )
 
     def broadcast_items(x):
+        """Returns a mask or weights [n] for every ranking."""
         if x is None or np.shape(x) != (shape[axis],):
             return x
         per_item = [1] * len(shape)
@@ -103,7 +104,7 @@ def ranking_rows(
     return jax.tree.map(as_rows, examples)
 
 
-def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Float[Array, ""]:
+def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Scalar:
     """Returns the mean over the rankings in which any item counts."""
     has_item = jnp.any(rows.mask, axis=1)
     values = propagate_nan(values, rows.scores)
@@ -126,14 +127,12 @@ def map_row_batches(
     return values.ravel()[:num_rows]
 
 
-def is_last_of_tie(sorted_scores: Float[Array, " n"]) -> Bool[Array, " n"]:
+def is_last_of_tie(sorted_scores: Vector) -> Bool[Array, " n"]:
     """Returns True for the last item of each group of equal scores."""
     return jnp.append(sorted_scores[1:] != sorted_scores[:-1], True)
 
 
-def totals_at_thresholds(
-    scores: Float[Array, " n"], *weights: Float[Array, " n"]
-) -> tuple[Array, list[Array]]:
+def totals_at_thresholds(scores: Vector, *weights: Vector) -> tuple[Array, list[Array]]:
     """Returns the order of the items from the best, and running totals in that order.
 
     A total is over all items that score as much or more, so tied items share it.
@@ -142,6 +141,7 @@ def totals_at_thresholds(
     is_last = is_last_of_tie(scores[order])
 
     def running_total(weight):
+        # The minimum from the end gives every item the total at the end of its tie.
         total = jnp.where(is_last, jnp.cumsum(weight[order]), jnp.inf)
         return lax.cummin(total, reverse=True)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ..validation import check_positive_int
 from .base import safe_divide
-from .inputs import Examples, graded_examples
+from .inputs import Examples, Scalar, Vector, graded_examples
 from .pairs import remat
 from .ranking import RankingSurrogate, ranking_rows, rowwise, totals_at_thresholds
 
@@ -75,10 +75,8 @@ class PrecisionAtK(RankingSurrogate):
 
         sum_i y_i p_i / k,    with the memberships p of `RecallAtK`
 
-    With fewer than k items, the missing items count as negatives.
-
-    Args:
-      k, axis: As for `RecallAtK`, as are ties, cost, memory, bias and source.
+    With fewer than k items, the missing items count as negatives. Arguments, shapes,
+    ties, cost, memory, bias and source are those of `RecallAtK`.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([4.0, 3.0, 2.0, 1.0]), jnp.array([1, 0, 1, 0])
@@ -170,16 +168,12 @@ class MRR(RankingSurrogate):
         1 / (1 + sum_j sigmoid((s_j - m) / T)),    m = T log sum_i exp(s_i / T)
 
     The first sum is over the negatives j, the second over the positives i: m is the
-    smooth maximum of the positives.
-
-    Args:
-      axis: As for `RankingSurrogate`, which states the shapes. An item of weight 2 is
-        two equal items.
+    smooth maximum of the positives. An item of weight 2 is two equal items. Shapes and
+    ``axis`` are those of `RankingSurrogate`.
 
     Ties: 1 over the mean rank of the first positive over the orders of the ties, in the
     surrogate too.
-    Cost: O(n).
-    Memory: O(n).
+    Cost: O(n). Memory: O(n).
     Bias: ``sigmoid(-|s_j - m| / T)`` per negative, and ``T log(positives)`` in m.
     Source: Voorhees 1999; Qin, Liu & Li 2010 for a sigmoid per pair.
 
@@ -219,7 +213,7 @@ class MRR(RankingSurrogate):
         return jnp.where(jnp.any(positive_weights > 0), 1 / rank, 0)
 
 
-def _best_positive_score(row: Examples) -> Float[Array, ""]:
+def _best_positive_score(row: Examples) -> Scalar:
     """Returns the highest score of a positive, or 0 without positives."""
     is_positive = row.positive_weights > 0
     best = jnp.max(jnp.where(is_positive, row.scores, -jnp.inf))
@@ -238,7 +232,7 @@ def exact_top_gains(row: Examples, ranks: Int[Array, " k"]) -> Float[Array, " k"
 
 
 def smooth_top_gains(
-    row: Examples, ranks: Int[Array, " k"], temperature: Float[Array, ""]
+    row: Examples, ranks: Int[Array, " k"], temperature: Scalar
 ) -> Float[Array, " k"]:
     """Returns ``sum_i w_i y_i p_i`` with the memberships p in the top r items."""
     scores, weights = row.scores, row.weights
@@ -261,9 +255,7 @@ def smooth_top_gains(
 
 
 @jax.custom_jvp
-def top_memberships(
-    u: Float[Array, " n"], weights: Float[Array, " n"], mass: Float[Array, ""]
-) -> Float[Array, " n"]:
+def top_memberships(u: Vector, weights: Vector, mass: Scalar) -> Vector:
     """Returns ``p_i = sigmoid(u_i - c)`` with c such that ``sum_i w_i p_i = mass``.
 
     All memberships are 1 if the weights sum to the mass or less.
@@ -281,6 +273,7 @@ def top_memberships(
     fraction = jnp.clip(mass / jnp.where(has_threshold, total, 1), eps, 1 - eps)
     reach = jnp.abs(jnp.log(fraction) - jnp.log1p(-fraction)) + 1
     low, high = jnp.min(u) - reach, jnp.max(u) + reach
+    # The rounding error of a sum of memberships.
     tolerance = 2 * eps * mass
 
     def cond_fun(state):
@@ -292,6 +285,7 @@ def top_memberships(
     def body_fun(state):
         """Takes a Newton step if it stays in the bracket, else a bisection."""
         step, low, high, c, (error, slope) = state
+        # The sum of the memberships decreases in c.
         low, high = jnp.where(error > 0, c, low), jnp.where(error > 0, high, c)
         middle = (low + high) / 2
         newton = c - error / jnp.where(slope < 0, slope, -1)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from .base import propagate_nan
-from .inputs import as_temperature, elementwise_examples
+from .inputs import Vector, as_temperature, elementwise_examples
 
 
 def soft_rank(
@@ -36,12 +36,11 @@ def soft_rank(
     Returns:
       Ranks of the shape and dtype of ``values``. Tied values share their mean rank.
 
+    Derivatives in both modes are exact, cost O(n), and exist unless a block of pooled
+    items is about to split or merge.
+
     Cost: a sort, and fewer than 2 n steps of a sequential loop, also on a GPU.
     Memory: O(n).
-
-    Derivatives in both modes are exact and cost O(n). They exist unless a block of
-    pooled items is about to split or merge.
-
     Source: Blondel et al. 2020 (arXiv 2002.08871), with quadratic regularization.
 
     >>> import jax.numpy as jnp, hypergrad as hg
@@ -63,9 +62,7 @@ def soft_rank(
     return lax.map(rank_row, rows).reshape(values.shape)
 
 
-def weighted_soft_ranks(
-    values: Float[Array, " n"], weights: Float[Array, " n"], temperature: Array
-) -> Float[Array, " n"]:
+def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> Vector:
     """Returns the `soft_rank` of one row, whose values are finite."""
     has_weight = weights > 0
     top = jnp.max(jnp.where(has_weight, values, -jnp.inf))
@@ -75,6 +72,7 @@ def weighted_soft_ranks(
     order = jnp.argsort(jnp.where(has_weight, -lax.stop_gradient(u), jnp.inf))
     u, w = u[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
+    # Items of weight 0 come last, in blocks of their own.
     lowest = jnp.finfo(u.dtype).min
     targets = lax.stop_gradient(jnp.where(w > 0, u + hard_ranks, lowest))
     block, _ = pool_adjacent_violators(targets, lax.stop_gradient(w))
@@ -95,7 +93,7 @@ def weighted_soft_ranks(
 
 @jax.custom_batching.sequential_vmap
 def pool_adjacent_violators(
-    values: Float[Array, " n"], weights: Float[Array, " n"]
+    values: Vector, weights: Vector
 ) -> tuple[Int[Array, " n"], Int[Array, ""]]:
     """Returns the blocks of the nearest non-increasing sequence, and the steps taken.
 

@@ -8,6 +8,8 @@ from jaxtyping import Array, ArrayLike, Float
 from .accuracy import best_other_scores, class_scores
 from .base import propagate_nan, subtract_threshold, weighted_mean
 from .inputs import (
+    Scalar,
+    Vector,
     binary_examples,
     check_in_interval,
     elementwise_examples,
@@ -27,7 +29,7 @@ def temperature_from_scores(
     gap: ArrayLike = 0.05,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
-) -> Float[Array, ""]:
+) -> Scalar:
     """Returns the temperature at which sigmoids of differences are off by ``gap``.
 
     The temperature T solves ``mean sigmoid(-|d| / T) = gap`` over the differences d
@@ -95,7 +97,7 @@ def temperature_from_scores(
             scores, targets, threshold, gap, where, weights
         )
     else:
-        is_multiclass = jnp.ndim(scores) == 2
+        is_multiclass = np.ndim(scores) == 2
         find_differences = _class_differences if is_multiclass else _pair_differences
         differences, weights = find_differences(scores, targets, where, weights)
         gap = jnp.asarray(gap, differences.dtype)
@@ -104,9 +106,10 @@ def temperature_from_scores(
 
 
 def _solve_temperature(
-    distances: Float[Array, " d"], weights: Float[Array, " d"], gap: Float[Array, ""]
-) -> Float[Array, ""]:
+    distances: Float[Array, " d"], weights: Float[Array, " d"], gap: Scalar
+) -> Scalar:
     """Solves ``mean sigmoid(-distance / T) = gap`` over positive distances."""
+    # The comparisons of a bisection would hide NaN.
     nan_if_invalid = propagate_nan(jnp.zeros_like(gap), weights)
     weights = jnp.where(distances > 0, weights, 0)
     total = jnp.sum(weights)
@@ -116,6 +119,7 @@ def _solve_temperature(
 
     def bisect(_, bracket):
         low, high = bracket
+        # The geometric mean, which does not overflow.
         middle = jnp.sqrt(low) * jnp.sqrt(high)
         is_above = jnp.sum(weights * jax.nn.sigmoid(-distances / middle)) > gap
         return jnp.where(is_above, low, middle), jnp.where(is_above, middle, high)
@@ -132,7 +136,7 @@ def _threshold_differences(
     scores, targets, threshold, gap, where, weights
 ) -> tuple[Array, Array, Array]:
     """Returns ``s - threshold`` of all scores, their weights, and the gap to reach."""
-    shape = jnp.shape(scores)
+    shape = np.shape(scores)
     is_multilabel = len(shape) == 2 and shape[:1] in map(np.shape, (where, weights))
     check = multilabel_examples if is_multilabel else elementwise_examples
     labels = jnp.zeros(shape, bool) if targets is None else targets
@@ -151,7 +155,7 @@ def _threshold_differences(
 
 def _class_differences(scores, targets, where, weights) -> tuple[Array, Array]:
     """Returns the margins of the true or predicted classes, and their weights."""
-    labels = jnp.zeros(jnp.shape(scores)[0], int) if targets is None else targets
+    labels = jnp.zeros(np.shape(scores)[0], int) if targets is None else targets
     examples = multiclass_examples(scores, labels, where, weights)
     scores, classes = examples.scores, examples.targets
     if targets is None:
@@ -162,11 +166,12 @@ def _class_differences(scores, targets, where, weights) -> tuple[Array, Array]:
 
 def _pair_differences(scores, targets, where, weights) -> tuple[Array, Array]:
     """Returns differences of quantiles of both classes or all scores, and weights."""
-    labels = jnp.zeros(jnp.shape(scores), bool) if targets is None else targets
+    labels = jnp.zeros(np.shape(scores), bool) if targets is None else targets
     examples = binary_examples(scores, labels, where, weights)
     negative_weights = examples.negative_weights
     positive_weights = examples.positive_weights
     if targets is None:
+        # All scores have the label 0: pairs are of all scores with all scores.
         positive_weights = negative_weights
     levels = jnp.arange(NUM_QUANTILES, dtype=examples.scores.dtype) + 0.5
     levels = levels / NUM_QUANTILES
@@ -181,7 +186,7 @@ def _pair_differences(scores, targets, where, weights) -> tuple[Array, Array]:
 
 
 def _quantiles(
-    values: Float[Array, " n"], weights: Float[Array, " n"], levels: Float[Array, " q"]
+    values: Vector, weights: Vector, levels: Float[Array, " q"]
 ) -> Float[Array, " q"]:
     """Returns the smallest values at which the levels of the weight are reached."""
     order = jnp.argsort(values)
