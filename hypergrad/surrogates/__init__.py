@@ -1,4 +1,4 @@
-"""Smooth metrics, each with the exact metric beside it.
+"""Smooth metrics, each together with the exact metric.
 
 ``surrogate(scores, targets, *, temperature, where=None, weights=None)`` is
 differentiable, and ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is

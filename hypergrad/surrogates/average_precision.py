@@ -29,14 +29,15 @@ def average_precision(row: Examples) -> Scalar:
     return safe_divide(total, jnp.sum(positive_weights))
 
 
+#: The method `exact_rows` of the four forms.
 exact_average_precisions = rowwise(lambda self, row: average_precision(row))
 
 
 class SmoothAP(RankingSurrogate):
     """Average precision with a sigmoid for each pair of a positive and another item.
 
-        mean_i (1 + sum_j y_j g_ij) / (1 + sum_j g_ij),   g_ij = sigmoid((s_j - s_i) /
-        T)
+        mean_i (1 + sum_j y_j g_ij) / (1 + sum_j g_ij),
+        g_ij = sigmoid((s_j - s_i) / T)
 
     The mean is over the positives i, the sums over the other items j: a smooth rank
     among the positives divided by a smooth rank among all. Shapes and ``axis`` are

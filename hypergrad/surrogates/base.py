@@ -13,7 +13,7 @@ from .inputs import Scalar, as_temperature, binary_examples
 
 
 class Surrogate(eqx.Module):
-    """A smooth stand-in for a metric, with the exact metric beside it.
+    """A smooth stand-in for a metric, together with the exact metric.
 
     A subclass writes two formulas for input that has been checked, `smooth_value` and
     `exact_value`, both in the orientation of the metric. The base class adds what all

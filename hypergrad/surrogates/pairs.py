@@ -41,8 +41,7 @@ def sum_of_precisions(
 
     With weights ``w``, positive weights ``p`` and ``g_ij = sigmoid((s_j - s_i) / T)``,
 
-        P_i = (p_i + sum_j p_j g_ij) / (w_i + sum_j w_j g_ij)    for items j other than
-        i.
+        P_i = (p_i + sum_j p_j g_ij) / (w_i + sum_j w_j g_ij)    over items j /= i.
 
     Memory: the gradient, ``3 r n`` numbers, and a few blocks.
     """
