@@ -19,6 +19,7 @@ from tests.surrogates.surrogate_cases import (
     N,
     average_precision,
     make_rng,
+    sample,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -80,6 +81,17 @@ def test_the_error_of_fast_ap_falls_as_one_over_the_number_of_bins(key):
     rate, _ = np.polyfit(np.log(num_bins), np.log(errors), 1)
     assert -1.2 < rate < -0.8
     assert max(errors * num_bins) < 2.5
+
+
+def test_fast_ap_is_exact_if_scores_are_two_bins_apart(key):
+    """So that each item counts whole in its own rank; the range is 23 gaps, 63 bins."""
+    rng = make_rng(key)
+    scores, targets = 0.1 * rng.permutation(N), sample("ranking", rng)[1]
+    fast_ap = sg.FastAP(64)
+    smooth = lambda s: fast_ap(s, targets, temperature=1.0)
+    value, gradient = jax.jit(jax.value_and_grad(smooth))(scores)
+    np.testing.assert_allclose(value, fast_ap.exact(scores, targets), rtol=1e-12)
+    np.testing.assert_allclose(gradient, 0, atol=1e-12)
 
 
 def test_fast_ap_is_the_papers_sum_for_scores_at_bin_centers(key):
