@@ -177,43 +177,6 @@ REPRESENTATIVES = {
     "test_study_costs": {
         "test_a_step_of_the_weights_costs_at_most_what_is_planned": {"implicit"},
     },
-    "test_surrogates_classification": {
-        "test_extremes_are_finite_and_float32_stays": {
-            *(
-                "auc",
-                "calibration-classes",
-                "dice",
-                "f1*",
-                "hinge",
-            ),
-            *(
-                "risk-classes",
-                "top-2",
-            ),
-        },
-        "test_the_gap_is_reported_along_a_run": set(),
-    },
-    "test_surrogates_ranking": {
-        "test_a_mask_is_dropping": {"blackbox", "ndcg", "smooth"},
-        "test_extremes_are_finite_and_float32_stays": {
-            *(
-                "101-points",
-                "ndcg",
-                "precision",
-                "soft-rank",
-            ),
-        },
-        "test_memory_is_linear_at_100_000_scores": {
-            *(
-                "NDCG-(25000, 4)",
-                "SmoothAP-(100000,)",
-            ),
-            *("SoftRankAP-(100000,)",),
-        },
-        "test_rows_are_averaged": {"smooth"},
-        "test_second_derivatives_in_both_modes": {"ndcg", "smooth", "soft-rank"},
-        "test_vmap_equals_a_loop": {"ndcg", "smooth", "soft-rank"},
-    },
     "test_task_architecture": {
         "test_first_order_darts_is_the_direct_term": set(),
         "test_the_unrolled_hypergradient_is_that_of_the_whole_pipeline": set(),

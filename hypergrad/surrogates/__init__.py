@@ -1,9 +1,10 @@
-"""Smooth metrics, each beside the exact one.
+"""Smooth metrics, each together with the exact metric.
 
 ``surrogate(scores, targets, *, temperature, where=None, weights=None)`` is
-differentiable, ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
-what people report; both in the metric's own orientation. `temperature_of` proposes a
-temperature, `gap_metrics` reports how far the two are apart along a run.
+differentiable, and ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is
+the metric that people report. Both have the orientation of the metric. `Surrogate`
+states what they have in common and how to write one, `temperature_from_scores` proposes
+a temperature, and `gap_metrics` records along a run how far both are apart.
 """
 
 from .accuracy import Accuracy, Coverage, ExpectedAccuracy, SelectiveRisk, TopKAccuracy
@@ -12,9 +13,11 @@ from .average_precision import BlackboxAP, FastAP, SmoothAP, SoftRankAP
 from .base import Surrogate
 from .calibration import CalibrationError
 from .detection import DetectionAP, match_boxes
-from .f_score import FBeta, Precision, Recall
+from .f_score import CountRatio, FBeta, Precision, Recall
 from .gap_metrics import gap_metrics
-from .overlap import Dice, IoU
+from .inputs import Examples
+from .overlap import AreaRatio, Dice, IoU
+from .ranking import RankingSurrogate
 from .retrieval import MRR, NDCG, PrecisionAtK, RecallAtK
 from .soft_rank import soft_rank
 from .temperature import temperature_from_scores
@@ -24,17 +27,21 @@ __all__ = [
     "MRR",
     "NDCG",
     "Accuracy",
+    "AreaRatio",
     "BlackboxAP",
     "CalibrationError",
+    "CountRatio",
     "Coverage",
     "DetectionAP",
     "Dice",
+    "Examples",
     "ExpectedAccuracy",
     "FBeta",
     "FastAP",
     "IoU",
     "Precision",
     "PrecisionAtK",
+    "RankingSurrogate",
     "Recall",
     "RecallAtK",
     "SelectiveRisk",

@@ -1,194 +1,188 @@
-"""Accuracy, and the error rate among the examples that are answered at all."""
+"""Accuracy, and the error rate among the examples that are answered."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
+from ..validation import check_positive_int, non_negative
 from .base import (
-    Examples,
-    as_temperature,
-    binary,
-    check_count,
-    check_not_negative,
-    divide,
-    flagged,
-    mean,
-    multiclass,
-    rounding,
+    Surrogate,
+    negligible_weight,
+    propagate_nan,
+    safe_divide,
+    subtract_threshold,
+    weighted_mean,
 )
+from .inputs import Examples, Vector, class_examples, multiclass_examples
 
 
-def judged(
-    scores: ArrayLike,
-    targets: ArrayLike,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    threshold: ArrayLike,
-) -> tuple[Examples, Array, Array, Array]:
-    """``(examples, margins, correct, confidences)``.
-
-    The margin is by how much an example is right: its side of the threshold, or its
-    class's score less the best other. The confidence is the margin of the prediction.
-    ``correct`` decides ties: at the threshold for class 0, else for the first class.
-    """
-    if jnp.ndim(scores) == 1:
-        examples = binary(scores, targets, where, weights)
-        scores, targets, *_ = examples
-        above = scores - jnp.asarray(threshold, scores.dtype)
-        correct = (above > 0) == (targets > 0)
-        return examples, (2 * targets - 1) * above, correct, jnp.abs(above)
-    examples = multiclass(scores, targets, where, weights)
-    scores, targets, *_ = examples
-    margins = own(scores, targets) - best_others(scores, targets, 1)
-    best = jax.lax.top_k(scores, 2)[0]
-    return (
-        examples,
-        margins,
-        jnp.argmax(scores, axis=1) == targets,
-        best[:, 0] - best[:, 1],
-    )
-
-
-def own(scores: Array, classes: Array) -> Array:
-    """Each example's score of its class."""
+def class_scores(scores: Float[Array, "n C"], classes: Array) -> Vector:
+    """Returns the score of one class for each example."""
     return jnp.take_along_axis(scores, classes[:, None], axis=1)[:, 0]
 
 
-def best_others(scores: Array, classes: Array, k: int) -> Array:
-    """Each example's k-th best score among the other classes."""
-    is_own = jnp.arange(scores.shape[1])[None, :] == classes[:, None]
-    return jax.lax.top_k(jnp.where(is_own, -jnp.inf, scores), k)[0][:, -1]
+def best_other_scores(
+    scores: Float[Array, "n C"], classes: Array, k: int = 1
+) -> Vector:
+    """Returns the k-th best score among the other classes for each example."""
+    is_class = jnp.arange(scores.shape[1])[None, :] == classes[:, None]
+    # There are more than k classes, so -inf is never returned.
+    return jax.lax.top_k(jnp.where(is_class, -jnp.inf, scores), k)[0][:, -1]
 
 
-def _balance(examples: Examples, num_classes: int) -> Array:
-    """Weights with which each class that occurs has a total of 1."""
-    classes = examples.targets.astype(int)
-    totals = jnp.zeros(num_classes, examples.weights.dtype)
-    totals = totals.at[classes].add(examples.weights)
-    return divide(examples.weights, totals[classes])
+def true_class_margins(examples: Examples, threshold: ArrayLike = 0.0) -> Vector:
+    """Returns by how much predictions are right, negative if they are wrong.
+
+    It is the signed distance to the threshold for two classes, else the score of the
+    true class less the best other score.
+    """
+    scores, targets = examples.scores, examples.targets
+    if scores.ndim == 1:
+        return (2 * targets - 1) * subtract_threshold(scores, threshold)
+    return class_scores(scores, targets) - best_other_scores(scores, targets)
 
 
-class Accuracy(eqx.Module):
-    """Accuracy with a sigmoid of the margin for each example.
+def is_correct(examples: Examples, threshold: ArrayLike = 0.0) -> Array:
+    """Returns True if the prediction is right; a tie is class 0 or the first class."""
+    scores, targets = examples.scores, examples.targets
+    if scores.ndim == 1:
+        return (subtract_threshold(scores, threshold) > 0) == (targets > 0)
+    return jnp.argmax(scores, axis=1) == targets
 
-    ``mean_i sigmoid(m_i / temperature)``; ``m`` is the score less the threshold, with
-    the sign of the class, or the score of the class less the best other.
+
+def confidence(examples: Examples, threshold: ArrayLike) -> Vector:
+    """Returns the distance to the threshold, or the best score less the second."""
+    if examples.scores.ndim == 1:
+        return jnp.abs(subtract_threshold(examples.scores, threshold))
+    best = jax.lax.top_k(examples.scores, 2)[0]
+    return best[:, 0] - best[:, 1]
+
+
+class Accuracy(Surrogate):
+    """Accuracy with a sigmoid of the margin of each example.
+
+        mean_i sigmoid(m_i / T)
+
+    The margin ``m`` is the score less the threshold with the sign of the class, or the
+    score of the true class less the best other score.
+
+    Call with scores [n] and targets [n] of 0 and 1, or with scores [n, C] and integer
+    targets [n]; ``where`` and ``weights`` have shape [n].
 
     Args:
-      threshold: scores [n] above it mean class 1. Data; not read for scores [n, C].
-      balanced: average over the classes that occur, not over the examples. Static.
+      threshold: Scores [n] above it mean class 1. Not used for scores [n, C]. Data.
+      balanced: Average over the classes that occur, not over the examples. Static.
 
-    Call with scores [n] and targets [n] in {0, 1}, or scores [n, C] and integer targets
-    [n]; ``where`` and ``weights`` [n].
-
-    Ties: half right; in `exact` the threshold itself means class 0, and the first of
-    equally good classes is predicted. Masked out: as good as dropped; nothing left: 0.
-    Cost: O(nC). Bias: an example is off by ``sigmoid(-|m| / temperature)``, which falls
-    with the temperature, so the surrogate falls (rises) as the temperature rises where
-    all are right (wrong). Source: Nguyen & Sanner 2013; exact:
-    scikit-learn's ``accuracy_score``, ``balanced_accuracy_score``.
+    Ties: half right. In `exact`, a score at the threshold is class 0, and the first of
+    equally good classes is predicted.
+    Cost: O(n C).
+    Bias: ``sigmoid(-|m| / T)`` per example. The surrogate falls (rises) with the
+    temperature if all predictions are right (wrong).
+    Source: Nguyen & Sanner 2013. The exact metrics are ``accuracy_score`` and
+    ``balanced_accuracy_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0]), jnp.array([1, 1, 1])
     >>> accuracy = hg.surrogates.Accuracy()
-    >>> round(float(accuracy(scores, targets, temperature=0.1)), 3)
+    >>> float(accuracy(scores, targets, temperature=0.1))
     0.667
-    >>> round(float(accuracy.exact(scores, targets)), 3)
+    >>> float(accuracy.exact(scores, targets))
     0.667
     """
 
     threshold: ArrayLike = 0.0
     balanced: bool = eqx.field(static=True, default=False, kw_only=True)
 
+    check_inputs = staticmethod(class_examples)
     citations = ("nguyen2013",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth accuracy, a scalar."""
-        examples, margins, _, _ = judged(
-            scores, targets, where, weights, self.threshold
-        )
-        temperature = as_temperature(temperature, margins.dtype)
+    def smooth_value(self, examples, temperature):
+        """Returns ``mean_i sigmoid(m_i / T)``."""
+        margins = true_class_margins(examples, self.threshold)
         return self._mean(jax.nn.sigmoid(margins / temperature), examples)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The accuracy, a scalar."""
-        examples, margins, correct, _ = judged(
-            scores, targets, where, weights, self.threshold
-        )
-        return self._mean(correct.astype(margins.dtype), examples)
+    def exact_value(self, examples):
+        """Returns the fraction of correct predictions."""
+        correct = is_correct(examples, self.threshold)
+        return self._mean(correct.astype(examples.scores.dtype), examples)
 
     def _mean(self, correct, examples):
-        if not self.balanced:
-            return mean(correct, examples.weights)
-        shape = examples.scores.shape
-        return mean(correct, _balance(examples, 2 if len(shape) == 1 else shape[1]))
+        weights = _balance_classes(examples) if self.balanced else examples.weights
+        return weighted_mean(correct, weights)
 
 
-class ExpectedAccuracy(eqx.Module):
-    """Accuracy of a class drawn from ``softmax(scores / temperature)``.
+def _balance_classes(examples: Examples) -> Vector:
+    """Returns weights that sum to 1 in each class that occurs."""
+    classes = examples.targets.astype(int)
+    num_classes = 2 if examples.scores.ndim == 1 else examples.scores.shape[1]
+    totals = jnp.zeros(num_classes, examples.weights.dtype)
+    totals = totals.at[classes].add(examples.weights)
+    # A class whose total is 0 does not occur, and its examples keep the weight 0.
+    return safe_divide(examples.weights, totals[classes])
 
-    ``mean_i softmax(s_i / temperature)[y_i]``: every class pulls at the score, not the
-    best other alone. At most `Accuracy`, and equal to it for two classes.
+
+class ExpectedAccuracy(Surrogate):
+    """Expected accuracy of a class that is sampled from the softmax of the scores.
+
+        mean_i softmax(s_i / T)[y_i]
+
+    The gradient moves all classes, not only the best other one. The surrogate is at
+    most `Accuracy`, and equal to it for two classes.
 
     Call with scores [n, C] and integer targets [n]; ``where`` and ``weights`` [n].
 
-    Ties: shared equally; in `exact` the first of equally good classes is predicted.
-    Masked out: as good as dropped; nothing left: 0. Cost: O(nC). Bias: an example is
-    off by at most ``(C - 1) exp(-c / temperature)``, c the best score less the second.
+    Ties: shared equally. In `exact`, the first of equally good classes is predicted.
+    Cost: O(n C).
+    Bias: at most ``(C - 1) exp(-c / T)`` per example with the best score c above the
+    second.
     Source: Ghosh et al. 2017 (arXiv 1712.09482), whose mean absolute error is
-    ``2 (1 - softmax(s)[y])``; exact: scikit-learn's ``accuracy_score``.
+    ``2 (1 - softmax(s)[y])``. The exact metric is ``accuracy_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
     >>> targets = jnp.array([0, 1])
-    >>> accuracy = hg.surrogates.ExpectedAccuracy()
-    >>> round(float(accuracy(scores, targets, temperature=0.1)), 3)
-    0.5
-    >>> float(accuracy.exact(scores, targets))
-    0.5
+    >>> float(hg.surrogates.ExpectedAccuracy()(scores, targets, temperature=0.1))
+    0.500
     """
 
+    check_inputs = staticmethod(multiclass_examples)
     citations = ("ghosh2017",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The expected accuracy, a scalar."""
-        scores, targets, weights, _ = multiclass(scores, targets, where, weights)
-        temperature = as_temperature(temperature, scores.dtype)
-        chances = jax.nn.softmax(scores / temperature, axis=1)
-        return mean(own(chances, targets), weights)
+    def smooth_value(self, examples, temperature):
+        """Returns ``mean_i softmax(s_i / T)[y_i]``."""
+        probabilities = jax.nn.softmax(examples.scores / temperature, axis=1)
+        true_class_probabilities = class_scores(probabilities, examples.targets)
+        return weighted_mean(true_class_probabilities, examples.weights)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The accuracy, a scalar."""
-        scores, targets, weights, _ = multiclass(scores, targets, where, weights)
-        correct = jnp.argmax(scores, axis=1) == targets
-        return mean(correct.astype(scores.dtype), weights)
+    def exact_value(self, examples):
+        """Returns the fraction of correct predictions."""
+        correct = is_correct(examples).astype(examples.scores.dtype)
+        return weighted_mean(correct, examples.weights)
 
 
-class TopKAccuracy(eqx.Module):
-    """How often the class is among the ``k`` best scores.
+class TopKAccuracy(Surrogate):
+    """Fraction of the examples whose class is among the ``k`` best scores.
 
-    ``mean_i sigmoid((s_i[y_i] - the k-th best score among the others) / temperature)``.
-
-    Args:
-      k: below the number of classes. Static.
+        mean_i sigmoid((s_i[y_i] - k-th best score among the other classes) / T)
 
     Call with scores [n, C] and integer targets [n]; ``where`` and ``weights`` [n].
 
-    Ties: half right; `exact` orders equal scores by class, the last first, as
-    scikit-learn's ``top_k_accuracy_score`` does (and unlike `Accuracy`, as
-    ``argmax`` does). Masked out: as good as dropped; nothing left: 0. Cost: O(nC).
-    Bias: as `Accuracy`, of this margin. Source: Lapin et al. 2016 (arXiv 1512.00486),
-    for the margin.
+    Args:
+      k: Number of classes that are predicted, below C. Static.
+
+    Ties: half right. `exact` orders equal scores by class, the last first, as
+    scikit-learn does; `Accuracy` predicts the first.
+    Cost: O(n C).
+    Bias: as for `Accuracy`, with this margin.
+    Source: Lapin et al. 2016 (arXiv 1512.00486) for the margin. The exact metric is
+    ``top_k_accuracy_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
     >>> targets = jnp.array([2, 0])
-    >>> top2 = hg.surrogates.TopKAccuracy(2)
-    >>> round(float(top2(scores, targets, temperature=0.1)), 3)
-    0.5
-    >>> float(top2.exact(scores, targets))
-    0.5
+    >>> float(hg.surrogates.TopKAccuracy(2)(scores, targets, temperature=0.1))
+    0.500
     """
 
     k: int = eqx.field(static=True)
@@ -196,110 +190,114 @@ class TopKAccuracy(eqx.Module):
     citations = ("lapin2016",)
 
     def __check_init__(self):
-        check_count("k", self.k)
+        check_positive_int("k", self.k)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth top-k accuracy, a scalar."""
-        scores, targets, weights, _ = self._checked(scores, targets, where, weights)
-        temperature = as_temperature(temperature, scores.dtype)
-        margins = own(scores, targets) - best_others(scores, targets, self.k)
-        return mean(jax.nn.sigmoid(margins / temperature), weights)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The top-k accuracy, a scalar."""
-        scores, targets, weights, _ = self._checked(scores, targets, where, weights)
-        reference = own(scores, targets)[:, None]
-        later = jnp.arange(scores.shape[1])[None, :] > targets[:, None]
-        ahead = (scores > reference) | ((scores == reference) & later)
-        correct = jnp.sum(ahead, axis=1) < self.k
-        return mean(correct.astype(scores.dtype), weights)
-
-    def _checked(self, scores, targets, where, weights):
-        examples = multiclass(scores, targets, where, weights)
-        if self.k >= examples.scores.shape[1]:
+    def check_inputs(self, scores, targets, where, weights):
+        """Returns scores [n, C] with targets [n]; C must be above k."""
+        examples = multiclass_examples(scores, targets, where, weights)
+        num_classes = examples.scores.shape[1]
+        if self.k >= num_classes:
             raise ValueError(
-                f"k must be below the number of classes, {examples.scores.shape[1]}, "
-                f"or every example is right; got {self.k}"
+                f"k must be below the number of classes, {num_classes}, or every "
+                f"prediction is right; got {self.k}."
             )
         return examples
 
+    def smooth_value(self, examples, temperature):
+        """Returns the mean sigmoid of the margin to the k-th best other class."""
+        scores, targets = examples.scores, examples.targets
+        best_others = best_other_scores(scores, targets, self.k)
+        margins = class_scores(scores, targets) - best_others
+        return weighted_mean(jax.nn.sigmoid(margins / temperature), examples.weights)
 
-class SelectiveRisk(eqx.Module):
-    """Error rate among the examples that are answered: lower is better.
+    def exact_value(self, examples):
+        """Returns the fraction of examples with fewer than k classes ranked higher."""
+        scores, targets = examples.scores, examples.targets
+        target_scores = class_scores(scores, targets)[:, None]
+        # As in scikit-learn, the last of equal scores ranks first.
+        is_later = jnp.arange(scores.shape[1])[None, :] > targets[:, None]
+        wins_tie = (scores == target_scores) & is_later
+        num_higher = jnp.sum((scores > target_scores) | wins_tie, axis=1)
+        correct = (num_higher < self.k).astype(scores.dtype)
+        return weighted_mean(correct, examples.weights)
 
-    ``sum_i g_i e_i / sum_i g_i``: e is the error, ``sigmoid(-m / temperature)`` with
-    the margin m of `Accuracy`, and g says whether the example is answered,
-    ``sigmoid((c - min_confidence) / temperature)``. The confidence c is the best score
-    less the second (two classes: the distance to the threshold), in the units of the
-    scores. Its other half is `Coverage`.
+
+class SelectiveRisk(Surrogate):
+    """Error rate among the examples that are answered; lower is better.
+
+        sum_i g_i e_i / sum_i g_i,   e_i = sigmoid(-m_i / T),
+        g_i = sigmoid((c_i - min_confidence) / T)
+
+    The error e uses the margin m of `Accuracy`, which states the shapes. The confidence
+    c, in the units of the scores, is the distance to the threshold for two classes,
+    else the best score less the second. If nothing is answered, the risk is 0.
+    `Coverage` is the fraction that is answered.
 
     Args:
-      min_confidence: what is below it is not answered; at least 0. Data.
-      threshold: scores [n] above it mean class 1. Data; not read for scores [n, C].
+      min_confidence: Examples with less confidence are not answered; at least 0. Data.
+      threshold: As for `Accuracy`.
 
-    Shapes as `Accuracy`.
-
-    Ties: as `Accuracy`; a confidence of exactly ``min_confidence`` is answered, and
-    half so in the surrogate. Masked out: as good as dropped; nothing answered: 0. Cost:
-    O(nC). Bias: e and g are each off by the sigmoid's tail. Source: El-Yaniv & Wiener
-    2010; Geifman & El-Yaniv 2017 (arXiv 1705.08500), of deep networks.
+    Ties: as for `Accuracy`. A confidence of ``min_confidence`` counts half, and whole
+    in `exact`.
+    Cost: O(n C).
+    Bias: the tails of the sigmoids e and g.
+    Source: El-Yaniv & Wiener 2010; Geifman & El-Yaniv 2017 (arXiv 1705.08500) for deep
+    networks.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -0.5, 3.0, -4.0]), jnp.array([1, 1, 1, 1])
     >>> risk = hg.surrogates.SelectiveRisk(1.0)
-    >>> round(float(risk(scores, targets, temperature=0.05)), 3)
+    >>> float(risk(scores, targets, temperature=0.05))
     0.333
-    >>> round(float(risk.exact(scores, targets)), 3)
+    >>> float(risk.exact(scores, targets))
     0.333
     """
 
-    min_confidence: ArrayLike
+    min_confidence: ArrayLike = eqx.field(converter=non_negative("min_confidence"))
     threshold: ArrayLike = 0.0
 
+    check_inputs = staticmethod(class_examples)
     citations = ("elyaniv2010", "geifman2017")
 
-    def __check_init__(self):
-        check_not_negative("min_confidence", self.min_confidence)
-
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth selective risk, a scalar."""
-        examples, margins, _, confidences = judged(
-            scores, targets, where, weights, self.threshold
-        )
-        temperature = as_temperature(temperature, margins.dtype)
+    def smooth_value(self, examples, temperature):
+        """Returns ``sum_i g_i e_i / sum_i g_i``."""
+        margins = true_class_margins(examples, self.threshold)
         errors = jax.nn.sigmoid(-margins / temperature)
+        is_answered = jax.nn.sigmoid(_spare_confidence(self, examples) / temperature)
+        return self._risk(errors, is_answered, examples.weights)
+
+    def exact_value(self, examples):
+        """Returns the fraction of wrong predictions among those that are answered."""
+        errors = ~is_correct(examples, self.threshold)
+        is_answered = _spare_confidence(self, examples) >= 0
+        dtype = examples.scores.dtype
         return self._risk(
-            errors, _answered(self, confidences, temperature), examples.weights
+            errors.astype(dtype), is_answered.astype(dtype), examples.weights
         )
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The selective risk, a scalar."""
-        examples, margins, correct, confidences = judged(
-            scores, targets, where, weights, self.threshold
+    def _risk(self, errors, is_answered, weights):
+        answered_weights = weights * is_answered
+        risk = safe_divide(
+            jnp.sum(answered_weights * errors),
+            jnp.sum(answered_weights),
+            negligible_weight(weights),
         )
-        errors = (~correct).astype(margins.dtype)
-        return self._risk(errors, _answered(self, confidences), examples.weights)
-
-    def _risk(self, errors, answered, weights):
-        weighed = weights * answered
-        wrong, answered = jnp.sum(weighed * errors), jnp.sum(weighed)
-        return flagged(divide(wrong, answered, rounding(weights)), weights)
+        return propagate_nan(risk, weights)
 
 
-class Coverage(eqx.Module):
-    """Share of the examples that are answered: higher is better.
+class Coverage(Surrogate):
+    """Fraction of the examples that are answered; higher is better.
 
-    ``mean_i sigmoid((c_i - min_confidence) / temperature)``, with the confidence c of
-    `SelectiveRisk`. Targets are checked and do not count.
+        mean_i sigmoid((c_i - min_confidence) / T)
+
+    The confidence c, its ties and its source are those of `SelectiveRisk`, the shapes
+    those of `Accuracy`. Targets are checked and not used.
 
     Args:
-      min_confidence: what is below it is not answered; at least 0. Data.
-      threshold: scores [n] above it mean class 1. Data; not read for scores [n, C].
+      min_confidence, threshold: As for `SelectiveRisk`.
 
-    Shapes as `Accuracy`. Ties: ``min_confidence`` itself is answered, half in the
-    surrogate. Masked out: as good as dropped; nothing left: 0. Cost: O(nC). Bias: the
-    sigmoid's tail. Source: El-Yaniv & Wiener 2010; Geifman & El-Yaniv 2017 (arXiv
-    1705.08500).
+    Cost: O(n C).
+    Bias: the tail of the sigmoid.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -0.5, 3.0, -4.0]), jnp.array([1, 1, 1, 1])
@@ -307,32 +305,27 @@ class Coverage(eqx.Module):
     0.75
     """
 
-    min_confidence: ArrayLike
+    min_confidence: ArrayLike = eqx.field(converter=non_negative("min_confidence"))
     threshold: ArrayLike = 0.0
 
+    check_inputs = staticmethod(class_examples)
     citations = ("elyaniv2010", "geifman2017")
 
-    def __check_init__(self):
-        check_not_negative("min_confidence", self.min_confidence)
+    def smooth_value(self, examples, temperature):
+        """Returns ``mean_i sigmoid((c_i - min_confidence) / T)``."""
+        is_answered = jax.nn.sigmoid(_spare_confidence(self, examples) / temperature)
+        return weighted_mean(is_answered, examples.weights)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth coverage, a scalar."""
-        examples, _, _, confidences = judged(
-            scores, targets, where, weights, self.threshold
-        )
-        temperature = as_temperature(temperature, confidences.dtype)
-        return mean(_answered(self, confidences, temperature), examples.weights)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The coverage, a scalar."""
-        examples, _, _, confidences = judged(
-            scores, targets, where, weights, self.threshold
-        )
-        return mean(_answered(self, confidences), examples.weights)
+    def exact_value(self, examples):
+        """Returns the fraction of examples with enough confidence."""
+        is_answered = _spare_confidence(self, examples) >= 0
+        dtype = examples.scores.dtype
+        return weighted_mean(is_answered.astype(dtype), examples.weights)
 
 
-def _answered(self, confidences: Array, temperature: Array | None = None) -> Array:
-    spare = confidences - jnp.asarray(self.min_confidence, confidences.dtype)
-    if temperature is None:
-        return (spare >= 0).astype(confidences.dtype)
-    return jax.nn.sigmoid(spare / temperature)
+def _spare_confidence(
+    surrogate: SelectiveRisk | Coverage, examples: Examples
+) -> Vector:
+    """Returns the confidence less the confidence that an answer needs."""
+    confidences = confidence(examples, surrogate.threshold)
+    return subtract_threshold(confidences, surrogate.min_confidence)

@@ -1,54 +1,50 @@
-"""Area under the ROC curve, over all false-positive rates or the lowest."""
-
-import functools
+"""Area under the ROC curve, over all false-positive rates or over the lowest."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .base import (
-    Examples,
-    as_temperature,
-    binary,
-    check_count,
-    check_setting,
-    divide,
-    flagged,
-)
+from ..validation import check_positive_int
+from .base import Surrogate, propagate_nan, safe_divide
+from .inputs import Examples, check_in_interval
+from .pairs import MASKED_OUT, sum_of_wins
+from .ranking import is_last_of_tie
 
 
-class AUC(eqx.Module):
-    """Area under the ROC curve, with a sigmoid for each pair of opposite classes.
+class AUC(Surrogate):
+    """Area under the ROC curve with a sigmoid for each pair of opposite classes.
 
-    ``mean_i sum_j v_j sigmoid((s_i - s_j) / temperature)`` over positives i, negatives
-    j. ``v_j`` is the negative's share of the false-positive rates 0 to ``max_fpr``:
-    1 / negatives for the highest of them, 0 for the others. Which they are is found by
-    sorting, and no derivative goes through that: none is missing, since where two
-    negatives change places their terms are equal.
+        sum_ij p_i q_j sigmoid((s_i - s_j) / T)    for positives i and negatives j
+
+    The positive weights ``p`` sum to 1. Each negative weight ``q_j`` is the share of
+    that negative in the false-positive rates from 0 to ``max_fpr``: 1 / negatives for
+    the highest negatives, 0 for the others. No derivative goes through the sorting, and
+    none is missing, because the terms of two negatives that change places are equal.
+
+    Call with scores [n] and targets [n] of 0 and 1; ``where`` and ``weights`` have
+    shape [n]. Without a pair the area is 0.
 
     Args:
-      max_fpr: in (0, 1]; the partial area, not standardised, is at most this. Data.
-      block_size: pairs are taken in square blocks of this side. Static.
+      max_fpr: Largest false-positive rate, in (0, 1]. The partial area is at most
+        ``max_fpr``: it is not standardized. Data.
+      block_size: Side of the square blocks in which pairs are taken. Static.
 
-    Call with scores [n] and targets [n] in {0, 1}; ``where`` and ``weights`` [n].
-
-    Ties: a tied pair counts half, in `exact` as well, where a group of ties that
-    ``max_fpr`` cuts counts by the straight line through it, as in scikit-learn. Masked
-    out: as good as dropped; no pair: 0. Cost: a sigmoid a pair, which the gradient
-    computes again instead of keeping it; memory O(n + block_size²). `exact`:
-    O(n log n). Bias: a pair is off by ``sigmoid(-|s_i - s_j| / temperature)``, so the
-    surrogate falls as the temperature rises where the classes are separated. Source:
-    Herschtal & Raskutti 2004; partial: Narasimhan & Agarwal 2013. Exact: scikit-learn's
-    ``roc_auc_score`` before McClish's (1989) standardisation.
+    Ties: a tied pair counts half, in `exact` as well. A group of ties that ``max_fpr``
+    cuts counts by the straight line through it, as in scikit-learn.
+    Cost: one sigmoid per pair, two with the gradient. `exact` sorts: O(n log n).
+    Memory: O(n + block_size^2).
+    Bias: ``sigmoid(-|s_i - s_j| / T)`` per pair. The surrogate falls with the
+    temperature if the classes are separated.
+    Source: Herschtal & Raskutti 2004; Narasimhan & Agarwal 2013 for the partial area.
+    The exact metric is ``roc_auc_score`` of scikit-learn before McClish's
+    standardization.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
     >>> auc = hg.surrogates.AUC()
-    >>> round(float(auc(scores, targets, temperature=0.1)), 3)
-    0.667
-    >>> round(float(auc.exact(scores, targets)), 3)
-    0.667
+    >>> float(auc(scores, targets, temperature=0.1)), float(auc.exact(scores, targets))
+    (0.667, 0.667)
     """
 
     max_fpr: ArrayLike = 1.0
@@ -57,35 +53,37 @@ class AUC(eqx.Module):
     citations = ("herschtal2004", "narasimhan2013")
 
     def __check_init__(self):
-        check_setting("max_fpr", self.max_fpr, 0, 1)
-        check_count("block_size", self.block_size)
+        check_in_interval("max_fpr", self.max_fpr, 1)
+        check_positive_int("block_size", self.block_size)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth area, a scalar."""
-        examples = binary(scores, targets, where, weights)
-        temperature = as_temperature(temperature, examples.scores.dtype)
+    def smooth_value(self, examples, temperature):
+        """Returns ``sum_ij p_i q_j sigmoid((s_i - s_j) / T)``."""
         # Positives, then negatives from the highest, then what is masked out.
-        group = jnp.where(examples.mask, 1 - examples.targets, 2)
+        is_negative = 1 - examples.targets
+        group = jnp.where(examples.mask, is_negative, MASKED_OUT)
         order = jnp.lexsort((-jax.lax.stop_gradient(examples.scores), group))
-        examples = jax.tree.map(lambda leaf: leaf[order], examples)
-        positives, negatives = _shares(examples)
-        before = jnp.cumsum(negatives) - negatives
-        max_fpr = jnp.asarray(self.max_fpr, before.dtype)
-        negatives = jnp.clip(max_fpr - before, 0, negatives)
-        side = min(self.block_size, len(order))
-        u = examples.scores / temperature
-        area = _pairs(u, positives, negatives, group[order], side)
-        return flagged(area, examples.scores)
+        examples, group = jax.tree.map(lambda leaf: leaf[order], (examples, group))
+        positive_weights, negative_weights = _normalized_weights(examples)
+        # A negative covers the false-positive rates [fpr_before, fpr_before + weight].
+        fpr_before = jnp.cumsum(negative_weights) - negative_weights
+        max_fpr = jnp.asarray(self.max_fpr, fpr_before.dtype)
+        negative_weights = jnp.clip(max_fpr - fpr_before, 0, negative_weights)
+        area = sum_of_wins(
+            examples.scores / temperature, positive_weights, negative_weights, group,
+            min(self.block_size, len(order)),
+        )  # fmt: skip
+        return propagate_nan(area, examples.scores)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The area, a scalar."""
-        examples = binary(scores, targets, where, weights)
+    def exact_value(self, examples):
+        """Returns the area by the trapezoidal rule between thresholds."""
         scores = jnp.where(examples.mask, examples.scores, -jnp.inf)
         order = jnp.argsort(-scores)
-        ends = jnp.append(scores[order][1:] != scores[order][:-1], True)
-        # Both rates at each threshold; within a group of ties, those before it.
-        rates = jnp.stack([share[order] for share in _shares(examples)])
-        rates = jax.lax.cummax(jnp.where(ends, jnp.cumsum(rates, axis=1), 0), axis=1)
+        is_last = is_last_of_tie(scores[order])
+        # True- and false-positive rates at each threshold. Within a group of ties, they
+        # are the rates of the group before.
+        rates = jnp.stack([weight[order] for weight in _normalized_weights(examples)])
+        rates = jnp.where(is_last, jnp.cumsum(rates, axis=1), 0)
+        rates = jax.lax.cummax(rates, axis=1)
         tpr, fpr = rates
         tpr_before, fpr_before = jnp.pad(rates, ((0, 0), (1, 0)))[:, :-1]
         step = fpr - fpr_before
@@ -93,96 +91,61 @@ class AUC(eqx.Module):
         width = jnp.clip(max_fpr - fpr_before, 0, step)
         slope = (tpr - tpr_before) / jnp.where(step > 0, step, 1)
         area = jnp.sum(width * (tpr_before + 0.5 * slope * width))
-        return flagged(area, examples.weights)
+        return propagate_nan(area, examples.weights)
 
 
-class SquaredHingeAUC(eqx.Module):
-    """A lower bound on the area under the ROC curve: squared hinges of pairs.
+class SquaredHingeAUC(Surrogate):
+    """A lower bound on the area under the ROC curve by squared hinges of pairs.
 
-    ``1 - mean_ij max(0, 1 - (s_i - s_j) / temperature)²`` over positives i, negatives
-    j: higher is better, and at any temperature the AUC is at least this. Concave in the
-    scores. The temperature is the margin that a pair should keep; as it falls the bound
-    loosens and does not tend to the metric: a wrong pair counts by its distance.
+        1 - mean_ij max(0, 1 - (s_i - s_j) / T)^2    for positives i and negatives j
 
-    Call with scores [n] and targets [n] in {0, 1}; ``where`` and ``weights`` [n].
+    Higher is better, and the AUC is at least this at any temperature. The bound is
+    concave in the scores. The temperature is the margin that a pair should keep. As it
+    falls the bound does not tend to the metric, because a wrong pair counts by its
+    distance.
 
-    Ties: a tied pair counts 1 in the mean, half in `exact`. Masked out: as good as
-    dropped; no pair: 0. Cost: O(n log n), memory O(n), gradient included. Source: Rust
-    & Hocking 2023 (arXiv 2302.11062): their sorted sums, here about a moving centre, so
-    that all terms are positive and none cancel.
+    Call with scores [n] and targets [n] of 0 and 1; ``where`` and ``weights`` have
+    shape [n]. Without a pair the bound is 0.
+
+    Ties: a tied pair counts 1 in the mean, half in `exact`.
+    Cost: O(n log n), the gradient included. Memory: O(n).
+    Source: Rust & Hocking 2023 (arXiv 2302.11062). Their sums over the sorted scores
+    are taken about a moving center here, so that all terms are positive and none
+    cancel.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
-    >>> bound = hg.surrogates.SquaredHingeAUC()
-    >>> round(float(bound(scores, targets, temperature=1.0)), 3)
-    -2.0
-    >>> round(float(bound.exact(scores, targets)), 3)
-    0.667
+    >>> float(hg.surrogates.SquaredHingeAUC()(scores, targets, temperature=1.0))
+    -2.000
     """
 
     citations = ("rust2023",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The lower bound, a scalar."""
-        examples = binary(scores, targets, where, weights)
-        positives, negatives = _shares(examples)
-        temperature = as_temperature(temperature, positives.dtype)
-        # The hinge of a pair is max(0, u_j - u_i): sums over the negatives above i.
+    def smooth_value(self, examples, temperature):
+        """Returns ``1 - mean_ij max(0, u_j - u_i)^2`` with ``u = s / T - y``."""
+        positive_weights, negative_weights = _normalized_weights(examples)
         u = examples.scores / temperature - examples.targets
         order = jnp.argsort(-u)
-        u, above = u[order], negatives[order]
-        # Moments 0 to 2 of the negatives from the highest, about each u in turn.
+        u, sorted_weights = u[order], negative_weights[order]
+        # m_k(i) = sum_j q_j (u_j - u_i)^k over the negatives j above i, for k = 0, 1,
+        # 2. From one u to the next lower one, a step d below: m_1 grows by d m_0, and
+        # m_2 by d (2 m_1 + d m_0).
         step = u[:-1] - u[1:]
-        grown = lambda growth: jnp.cumsum(jnp.pad(growth, (1, 0)))
-        mass = jnp.cumsum(above)[:-1]
-        first = grown(step * mass)[:-1]
-        second = grown(step * (2 * first + step * mass))
-        pairs = jnp.sum(positives) * jnp.sum(negatives)  # 1, or 0 where there is none
-        return flagged(pairs - jnp.sum(positives[order] * second), examples.scores)
+        accumulate = lambda growth: jnp.cumsum(jnp.pad(growth, (1, 0)))
+        moment_0 = jnp.cumsum(sorted_weights)[:-1]
+        moment_1 = accumulate(step * moment_0)[:-1]
+        moment_2 = accumulate(step * (2 * moment_1 + step * moment_0))
+        # 1, or 0 if a class is missing.
+        has_pair = jnp.sum(positive_weights) * jnp.sum(negative_weights)
+        bound = has_pair - jnp.sum(positive_weights[order] * moment_2)
+        return propagate_nan(bound, examples.scores)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The area, a scalar."""
-        return AUC().exact(scores, targets, where=where, weights=weights)
-
-
-def _shares(examples: Examples) -> tuple[Array, Array]:
-    """Weights of the positives and of the negatives, each with a sum of 1 (or 0)."""
-    _, targets, weights, _ = examples
-    share = lambda part: divide(part, jnp.sum(part))
-    return share(weights * targets), share(weights * (1 - targets))
+    def exact_value(self, examples):
+        """Returns the area under the ROC curve."""
+        return AUC().exact_value(examples)
 
 
-def _pairs(u: Array, rows: Array, columns: Array, group: Array, side: int) -> Array:
-    """``sum_ij rows_i columns_j sigmoid(u_i - u_j)``, block by block, O(n) memory.
-
-    A block is skipped unless its rows hold positives (group 0) and its columns
-    negatives (1).
-    """
-    blocks = -(-len(u) // side)
-
-    def padded(x, fill=0):
-        x = jnp.pad(x, (0, blocks * side - len(x)), constant_values=fill)
-        return x.reshape(blocks, side)
-
-    u, group = padded(u), padded(group, 2)
-    of_rows = u, padded(rows), jnp.any(group == 0, axis=1)
-    of_columns = u, padded(columns), jnp.any(group == 1, axis=1)
-
-    def one_block(row, column):
-        (u, mass, positive), (v, mass_, negative) = row, column
-
-        def won():
-            wins = jax.nn.sigmoid(u[:, None] - v[None, :])
-            return jnp.sum(mass[:, None] * mass_[None, :] * wins)
-
-        nothing = jnp.zeros((), u.dtype)
-        return jax.lax.cond(positive & negative, won, lambda: nothing)
-
-    kept_small = functools.partial(jax.checkpoint, prevent_cse=False)
-    one_block = kept_small(one_block)
-
-    def one_row(row):
-        add = lambda total, column: (total + one_block(row, column), None)
-        return jax.lax.scan(add, jnp.zeros((), u.dtype), of_columns)[0]
-
-    return jnp.sum(jax.lax.map(kept_small(one_row), of_rows))
+def _normalized_weights(examples: Examples) -> tuple[Array, Array]:
+    """Returns weights of the positives and of the negatives that sum to 1, or to 0."""
+    normalize = lambda weights: safe_divide(weights, jnp.sum(weights))
+    return normalize(examples.positive_weights), normalize(examples.negative_weights)

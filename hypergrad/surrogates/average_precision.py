@@ -1,314 +1,287 @@
-"""Average precision: exact, and four forms that can be differentiated.
+"""Average precision, exact and in four differentiable forms.
 
-AP is the mean, over positives, of the precision at the positive's score. A form with
-ranks that are sums of sigmoids at a temperature is no fifth one: it is `SmoothAP`.
+Average precision is the mean, over the positives, of the precision at the score of the
+positive: its rank among the positives divided by its rank among all items.
 """
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
-from .base import as_temperature, divide
-from .pairs import PAIRS, kept_small, rankings_at_once, sum_of_precisions
-from .ranking import at_thresholds, mean_over_rows
-from .soft_rank import ranks
-
-
-def average_precision(
-    scores: Float[Array, " n"], targets: Float[Array, " n"], weights: Float[Array, " n"]
-) -> Float[Array, ""]:
-    """Exact, of one row; 0 without positives."""
-    hits = weights * targets
-    order, (found, seen) = at_thresholds(scores, hits, weights)
-    return divide(jnp.sum(hits[order] * divide(found, seen)), jnp.sum(hits))
+from ..validation import check_positive_int
+from .base import safe_divide, weighted_mean
+from .inputs import Examples, Scalar, Vector
+from .pairs import PAIRS, rankings_per_block, remat, sum_of_precisions
+from .ranking import RankingSurrogate, map_row_batches, rowwise, totals_at_thresholds
+from .soft_rank import weighted_soft_ranks
 
 
-class SmoothAP(eqx.Module):
+def average_precision(row: Examples) -> Scalar:
+    """Returns the exact average precision of one ranking; 0 without positives."""
+    positive_weights = row.positive_weights
+    order, (rank_among_positives, rank_among_all) = totals_at_thresholds(
+        row.scores, positive_weights, row.weights
+    )
+    precisions = safe_divide(rank_among_positives, rank_among_all)
+    total = jnp.sum(positive_weights[order] * precisions)
+    return safe_divide(total, jnp.sum(positive_weights))
+
+
+#: The method `exact_rows` of the four forms.
+exact_average_precisions = rowwise(lambda self, row: average_precision(row))
+
+
+class SmoothAP(RankingSurrogate):
     """Average precision with a sigmoid for each pair of a positive and another item.
 
-    ``mean_i (1 + sum_j y_j g_ij) / (1 + sum_j g_ij)`` over positives i, with sums over
-    the other items j and ``g_ij = sigmoid((s_j - s_i) / temperature)``: a smooth rank
-    among the positives over a smooth rank among all.
+        mean_i (1 + sum_j y_j g_ij) / (1 + sum_j g_ij),
+        g_ij = sigmoid((s_j - s_i) / T)
 
-    Args:
-      axis: items are ranked along it; the mean is taken over the others. Static.
+    The mean is over the positives i, the sums over the other items j: a smooth rank
+    among the positives divided by a smooth rank among all. Shapes and ``axis`` are
+    those of `RankingSurrogate`.
 
-    Call with scores and targets in {0, 1} of one shape: [n], or [queries, gallery] for
-    mean AP, or [n, labels] with ``axis=0``. ``where`` and ``weights`` are of that shape
-    too, or [n] along the axis.
-
-    Ties: count half; in `exact` they share one threshold, as in scikit-learn. Weights:
-    as scikit-learn's ``sample_weight``. Rows: one without positives has AP 0 and
-    counts; one whose items are all masked out does not, so that
-    ``where=targets.any(-1, keepdims=True) & mask`` leaves rows without positives out.
-    Cost: positives times n sigmoids a row (n times n under `vmap`), twice that with the
-    gradient. Memory: linear in the number of scores whatever their shape, the pairs
-    being taken in blocks of 2^20 at most, as many rows at once as fill one. `exact`:
-    O(n log n). Bias: a pair is off by ``sigmoid(-|s_i - s_j| / temperature)``.
-
-    Source: Brown et al. 2020 (arXiv 2007.12163). Exact: scikit-learn's
-    ``average_precision_score``.
+    Ties: count half; in `exact` they share one threshold, as in scikit-learn.
+    Weights: as ``sample_weight`` of scikit-learn.
+    Cost: positives times n sigmoids per ranking (n times n under `vmap`), twice that
+    with the gradient. `exact` sorts: O(n log n).
+    Memory: linear in the number of scores, for any shape. Pairs are taken in blocks of
+    at most 2^20, and as many rankings at a time as fill a block.
+    Bias: ``sigmoid(-|s_i - s_j| / T)`` per pair.
+    Source: Brown et al. 2020 (arXiv 2007.12163). The exact metric is
+    ``average_precision_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([4.0, 3.0, 2.0, 1.0]), jnp.array([1, 0, 1, 0])
     >>> ap = hg.surrogates.SmoothAP()
-    >>> round(float(ap(scores, targets, temperature=0.01)), 4)
-    0.8333
-    >>> round(float(ap.exact(scores, targets)), 4)
-    0.8333
+    >>> float(ap(scores, targets, temperature=0.01)), float(ap.exact(scores, targets))
+    (0.8333, 0.8333)
     """
-
-    axis: int = eqx.field(static=True, default=-1, kw_only=True)
 
     citations = ("brown2020",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth average precision, a scalar."""
+    def smooth_rows(self, rows, temperature):
+        """Returns ``sum_i p_i P_i / sum_i p_i`` with the precisions of `pairs`."""
 
-        def precision(scores, targets, weights):
-            hits = weights * targets
-            t = as_temperature(temperature, scores.dtype)
-            total = sum_of_precisions(scores, hits, weights, t)
-            return divide(total, jnp.sum(hits, axis=1))
+        def average_precisions(rows):
+            positive_weights = rows.positive_weights
+            total = sum_of_precisions(
+                rows.scores, positive_weights, rows.weights, temperature
+            )
+            return safe_divide(total, jnp.sum(positive_weights, axis=1))
 
-        return mean_over_rows(
-            precision, scores, targets, where, weights, self.axis,
-            at_once=rankings_at_once,
-        )  # fmt: skip
+        batch_size = rankings_per_block(rows.scores.shape[1])
+        return map_row_batches(average_precisions, rows, batch_size)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The average precision, a scalar."""
-        return _exact(self, scores, targets, where, weights)
+    exact_rows = exact_average_precisions
 
 
-class FastAP(eqx.Module):
-    """Average precision of scores in a histogram of ``num_bins`` soft bins.
+class FastAP(RankingSurrogate):
+    """Average precision of a histogram of the scores with soft bins.
 
-    A score between two centres is split between them, so that the running totals H of
-    all items and H+ of the positives are smooth. The result is the mean of
-    ``H+(s_i) / H(s_i)`` over positives i, with totals interpolated between centres and
-    the item itself counted whole.
+        mean_i H+(s_i) / H(s_i)
 
-    The resolution is the width of a bin: ``temperature`` is checked and not used.
+    The mean is over the positives i. A score between two bin centers is split between
+    them, so that the running totals ``H`` of all items and ``H+`` of the positives are
+    smooth. They are interpolated between centers and count the item itself whole.
 
     Args:
-      num_bins: centres, at least 2, evenly from highest to lowest score. Static.
-      low, high: the range of the centres in place of the scores' own; scores outside
-        count as at its ends, where they have no gradient. Data.
-      axis: as `SmoothAP`.
+      num_bins: Number of bin centers, at least 2, spaced evenly from the highest score
+        to the lowest. Their distance is the resolution: ``temperature`` is checked and
+        not used. Static.
+      low, high: Range of the centers. Defaults to the range of the scores. Scores
+        outside are moved to its ends, where they have no gradient. Data.
+      axis: As for `RankingSurrogate`, which states the shapes.
 
-    Shapes, ties in `exact`, weights and rows as `SmoothAP`. Ties: one threshold, as in
-    `exact`. Cost: O(n + num_bins) a row, twice that with the gradient. Memory: linear
-    in the number of scores, as many rows at once as fill 2^20 numbers. Bias: falls as
-    1 / num_bins, and is 0 where no two scores are within two bins. A gradient exists
-    where no score is at a centre.
-
-    Source: Cakir et al. 2019 (Deep Metric Learning to Rank, CVPR). Their sum,
-    ``sum_b h+_b H+_b / H_b``, counts but the higher part of an item in its own rank
-    there: an error of the order of 1 / rank that no number of bins removes. With all
-    scores at centres the two are one.
+    Ties: share one threshold, as in `exact`.
+    Cost: O(n + num_bins) per ranking, twice that with the gradient.
+    Memory: linear in the number of scores, for as many rankings at a time as fill 2^20
+    numbers.
+    Bias: decreases as 1 / num_bins, and is 0 if no two scores are within two bins. The
+    gradient exists if no score is at a center.
+    Source: Cakir et al. 2019 (Deep Metric Learning to Rank, CVPR). Their sum
+    ``sum_b h+_b H+_b / H_b`` counts only the higher part of an item in its own rank,
+    an error of order 1 / rank that no number of bins removes. Both are equal if all
+    scores are at centers.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([4.0, 3.0, 2.0, 1.0]), jnp.array([1, 0, 1, 0])
-    >>> ap = hg.surrogates.FastAP(num_bins=100)
-    >>> round(float(ap(scores, targets, temperature=1.0)), 4)
+    >>> float(hg.surrogates.FastAP(num_bins=100)(scores, targets, temperature=1.0))
     0.8333
     """
 
     num_bins: int = eqx.field(static=True, default=100)
     low: ArrayLike | None = eqx.field(default=None, kw_only=True)
     high: ArrayLike | None = eqx.field(default=None, kw_only=True)
-    axis: int = eqx.field(static=True, default=-1, kw_only=True)
 
     citations = ("cakir2019",)
 
     def __check_init__(self):
-        if not isinstance(self.num_bins, int) or self.num_bins < 2:
-            raise ValueError(
-                f"num_bins must be an integer of at least 2, got {self.num_bins!r}"
-            )
+        check_positive_int("num_bins", self.num_bins, minimum=2)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The average precision of soft bins, a scalar."""
-        as_temperature(temperature, jnp.float32)
-        at_once = lambda n: max(1, PAIRS // (n + self.num_bins))
-        return mean_over_rows(
-            kept_small(jax.vmap(self._one_row)), scores, targets, where, weights,
-            self.axis, at_once=at_once,
-        )  # fmt: skip
+    def smooth_rows(self, rows, temperature):
+        """Returns ``mean_i H+(s_i) / H(s_i)`` of each ranking."""
+        del temperature
+        batch_size = max(1, PAIRS // (rows.scores.shape[1] + self.num_bins))
+        binned_average_precisions = remat(jax.vmap(self._binned_average_precision))
+        return map_row_batches(binned_average_precisions, rows, batch_size)
 
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The average precision, a scalar."""
-        return _exact(self, scores, targets, where, weights)
+    exact_rows = exact_average_precisions
 
-    def _one_row(self, scores, targets, weights):
-        hits, counted = weights * targets, weights > 0
-        given = lambda end: jnp.asarray(end, scores.dtype)
-        low = jnp.min(jnp.where(counted, scores, jnp.inf))
-        low = low if self.low is None else given(self.low)
-        high = jnp.max(jnp.where(counted, scores, -jnp.inf))
-        high = high if self.high is None else given(self.high)
-        last = self.num_bins - 1
-        place = last * divide(high - scores, high - low)
-        place = jnp.where(counted, jnp.clip(place, 0, last), 0)
-        left = jnp.clip(jnp.floor(lax.stop_gradient(place)).astype(int), 0, last - 1)
-        part = place - left  # of an item that goes to the centre on its right
+    def _binned_average_precision(self, row: Examples) -> Scalar:
+        positive_weights, weights = row.positive_weights, row.weights
+        position = self._bin_positions(row.scores, weights > 0)
+        # The lowest score is at the last center, as the right end of the last bin.
+        left_bin = jnp.floor(lax.stop_gradient(position)).astype(int)
+        left_bin = jnp.clip(left_bin, 0, self.num_bins - 2)
+        right_fraction = position - left_bin
 
-        def total_at(share):
-            bins = jnp.zeros(self.num_bins, scores.dtype)
-            bins = bins.at[left].add(share * (1 - part)).at[left + 1].add(share * part)
-            total = jnp.cumsum(bins)
-            # An item by itself would interpolate to 1 - part (1 - part).
-            own = share * part * (1 - part)
-            return own + (1 - part) * total[left] + part * total[left + 1]
+        def cumulative_weight(weight):
+            """Returns H(s_i), the weight with a score of s_i or higher."""
+            left, right = weight * (1 - right_fraction), weight * right_fraction
+            histogram = jnp.zeros(self.num_bins, row.scores.dtype)
+            histogram = histogram.at[left_bin].add(left).at[left_bin + 1].add(right)
+            total = jnp.cumsum(histogram)
+            left_total, right_total = total[left_bin], total[left_bin + 1]
+            # The interpolation counts only 1 - f (1 - f) of the item itself.
+            self_weight = weight * right_fraction * (1 - right_fraction)
+            total = self_weight + (1 - right_fraction) * left_total
+            return total + right_fraction * right_total
 
-        return divide(
-            jnp.sum(hits * divide(total_at(hits), total_at(weights))), jnp.sum(hits)
-        )
+        rank_among_positives = cumulative_weight(positive_weights)
+        precisions = safe_divide(rank_among_positives, cumulative_weight(weights))
+        return weighted_mean(precisions, positive_weights)
+
+    def _bin_positions(self, scores: Array, has_weight: Array) -> Vector:
+        """Returns the scores in bins, from 0 for the highest to ``num_bins - 1``."""
+        low = jnp.min(jnp.where(has_weight, scores, jnp.inf))
+        high = jnp.max(jnp.where(has_weight, scores, -jnp.inf))
+        low = low if self.low is None else jnp.asarray(self.low, scores.dtype)
+        high = high if self.high is None else jnp.asarray(self.high, scores.dtype)
+        last_bin = self.num_bins - 1
+        position = last_bin * safe_divide(high - scores, high - low)
+        return jnp.where(has_weight, jnp.clip(position, 0, last_bin), 0)
 
 
-class BlackboxAP(eqx.Module):
-    """Average precision as it is, with the gradient of an interpolation of it.
+class BlackboxAP(RankingSurrogate):
+    """The exact average precision, with the gradient of an interpolation of it.
 
-    With hard ranks r(s), the minimiser of ``s . r`` over all rankings, and the loss
-    ``L = 1 - AP`` linearised in the ranks of the positives, ``f(r) = L + dL/dr . (r -
-    r(s))``, the gradient is that of ``-f_t``,
+    Let ``r(s)`` be the hard ranks, the minimizer of ``s' r`` over all rankings, and
+    ``f(r) = L + dL/dr' (r - r(s))`` the loss ``L = 1 - AP`` linearized in the ranks of
+    the positives. The gradient is that of ``-f_T``,
 
-        f_t(s) = f(r_t(s)) - s . (r(s) - r_t(s)) / t,   r_t(s) = r(s + t dL/dr),
+        f_T(s) = f(r_T(s)) - s' (r(s) - r_T(s)) / T,    r_T(s) = r(s + T dL/dr),
 
-    a continuous and piecewise affine function of s: ``dAP/ds = (r(s) - r_t(s)) / t``.
-    It is at most f, and equal to it where the perturbation changes no rank.
+    a continuous and piecewise affine function: ``dAP/ds = (r(s) - r_T(s)) / T``. It is
+    at most f, and equal to it if the perturbation changes no rank.
 
-    The temperature is the paper's lambda: how far the interpolation reaches. Since
-    dL/dr is at most ``1 / (positives rank)``, a temperature of the order of the number
-    of positives times the spread of the scores moves ranks; a small one leaves them, so
-    that the gradient is 0.
+    The temperature T is lambda in the papers, the range of the interpolation. ``dL/dr``
+    is at most ``1 / (positives * rank)``, so ranks change if T is of the order of the
+    number of positives times the spread of the scores. For a small T the gradient is 0.
+    Shapes and ``axis`` are those of `RankingSurrogate`.
 
-    Args:
-      axis: as `SmoothAP`.
-
-    Shapes, ties, weights and rows as `SmoothAP`'s `exact`, which is the value; in the
-    gradient ties are ranked in their order. Cost: three sorts; memory O(n). Bias: none
-    of the value; the gradient is that of the interpolation, and has no derivative.
-
-    Source: Rolinek et al. 2020 (arXiv 1912.03500); the interpolation: Vlastelica et al.
-    2020 (arXiv 1912.02175).
+    Ties: as in `exact`, which is the value. The gradient ranks them in their order.
+    Cost: three sorts. Memory: O(n).
+    Bias: none in the value. The gradient is that of the interpolation, and has no
+    derivative.
+    Source: Rolinek et al. 2020 (arXiv 1912.03500); Vlastelica et al. 2020 (arXiv
+    1912.02175) for the interpolation.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([4.0, 3.0, 2.0, 1.0]), jnp.array([1, 0, 1, 0])
-    >>> ap = hg.surrogates.BlackboxAP()
-    >>> round(float(ap(scores, targets, temperature=10.0)), 4)
-    0.8333
-    >>> jax.grad(lambda s: ap(s, targets, temperature=10.0))(scores).round(2).tolist()
-    [0.0, -0.1, 0.1, 0.0]
+    >>> ap = lambda s: hg.surrogates.BlackboxAP()(s, targets, temperature=10.0)
+    >>> float(ap(scores)), jax.grad(ap)(scores).round(2).tolist()
+    (0.8333, [0.0, -0.1, 0.1, 0.0])
     """
-
-    axis: int = eqx.field(static=True, default=-1, kw_only=True)
 
     citations = ("rolinek2020", "vlastelica2020")
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The average precision, a scalar, with a gradient."""
+    @rowwise
+    def smooth_rows(self, row, temperature):
+        """Returns the exact average precision, with the gradient of ``-f_T``."""
+        gradient = _interpolation_gradient(row, temperature)
+        # The inner product is 0 and only adds the gradient.
+        zeros = row.scores - lax.stop_gradient(row.scores)
+        return average_precision(row) + jnp.vdot(gradient, zeros)
 
-        @jax.vmap
-        def of_rows(scores, targets, weights):
-            t = as_temperature(temperature, scores.dtype)
-            value = average_precision(scores, targets, weights)
-            gradient = _interpolated(scores, weights * targets, weights, t)
-            # Adds nothing but the gradient.
-            return value + jnp.vdot(gradient, scores - lax.stop_gradient(scores))
-
-        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The average precision, a scalar."""
-        return _exact(self, scores, targets, where, weights)
+    exact_rows = exact_average_precisions
 
 
-class SoftRankAP(eqx.Module):
-    """Average precision of soft ranks.
+class SoftRankAP(RankingSurrogate):
+    """Average precision with soft ranks.
 
-    ``mean_i r+_i / r_i`` over positives i, with `soft_rank` among the positives over
-    that among all.
+        mean_i r+_i / r_i
 
-    Args:
-      axis: as `SmoothAP`.
+    The mean is over the positives i; ``r+`` is the `soft_rank` among the positives and
+    ``r`` among all items. Shapes and ``axis`` are those of `RankingSurrogate`.
 
-    Shapes, ties in `exact`, weights and rows as `SmoothAP`. Ties: have their mean rank.
-    Cost: two soft ranks; memory O(n). Bias: none where the temperature is at most the
-    smallest gap between scores, and no gradient either.
-
-    Source: ranks by Blondel et al. 2020 (arXiv 2002.08871).
+    Ties: have their mean rank.
+    Cost: two soft ranks per ranking. Memory: O(n).
+    Bias: none if the temperature is at most the smallest gap between scores, and then
+    no gradient either.
+    Source: Blondel et al. 2020 (arXiv 2002.08871) for the ranks.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([4.0, 3.0, 2.0, 1.0]), jnp.array([1, 0, 1, 0])
-    >>> ap = hg.surrogates.SoftRankAP()
-    >>> round(float(ap(scores, targets, temperature=1.0)), 4)
+    >>> float(hg.surrogates.SoftRankAP()(scores, targets, temperature=1.0))
     0.8333
     """
 
-    axis: int = eqx.field(static=True, default=-1, kw_only=True)
-
     citations = ("blondel2020",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The average precision of soft ranks, a scalar."""
+    @rowwise
+    def smooth_rows(self, row, temperature):
+        """Returns ``mean_i r+_i / r_i``."""
+        positive_weights = row.positive_weights
+        precisions = soft_precisions(
+            row.scores, positive_weights, row.weights, temperature
+        )
+        return weighted_mean(precisions, positive_weights)
 
-        @jax.vmap
-        def of_rows(scores, targets, weights):
-            t = as_temperature(temperature, scores.dtype)
-            hits = weights * targets
-            precision = soft_precision(scores, hits, weights, t)
-            return divide(jnp.sum(hits * precision), jnp.sum(hits))
-
-        return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The average precision, a scalar."""
-        return _exact(self, scores, targets, where, weights)
+    exact_rows = exact_average_precisions
 
 
-def soft_precision(
-    scores: Array, hits: Array, weights: Array, temperature: Array
-) -> Float[Array, " n"]:
-    """At each positive: its soft rank among the positives over that among all."""
-    # The precision at an item counts all of its weight, its mean rank half of it.
-    rest = (weights - 1) / 2
-    found = ranks(scores, hits, temperature) + rest
-    seen = ranks(scores, weights, temperature) + rest
-    return jnp.where(hits > 0, divide(found, seen), 0)
+def soft_precisions(
+    scores: Vector, positive_weights: Vector, weights: Vector, temperature: Scalar
+) -> Vector:
+    """Returns the soft rank among the positives over the one among all; 0 elsewhere."""
+    # A precision counts the whole weight w of the item, its mean rank (1 + w) / 2.
+    correction = (weights - 1) / 2
+    soft_rank = lambda weights: weighted_soft_ranks(scores, weights, temperature)
+    rank_among_positives = soft_rank(positive_weights) + correction
+    rank_among_all = soft_rank(weights) + correction
+    precisions = safe_divide(rank_among_positives, rank_among_all)
+    return jnp.where(positive_weights > 0, precisions, 0)
 
 
-def _exact(self, scores, targets, where, weights) -> Array:
-    of_rows = jax.vmap(average_precision)
-    return mean_over_rows(of_rows, scores, targets, where, weights, self.axis)
+def _interpolation_gradient(row: Examples, temperature: Array) -> Vector:
+    """Returns ``w (r(s) - r_T(s)) / T`` for items of weight w.
 
-
-def _interpolated(
-    scores: Array, hits: Array, weights: Array, temperature: Array
-) -> Float[Array, " n"]:
-    """The gradient ``(r(s) - r_t(s)) / t``; of items with weights, w times that.
-
-    A rank counts the weight at or above the item. That is again the minimiser of a
-    linear function, ``sum_i w_i s_i r_i`` (Smith's rule), so a perturbation of the
-    score is one of the cost over w.
+    A rank is the weight at or above the item. These ranks minimize ``sum_i w_i s_i
+    r_i`` (Smith's rule), so that adding ``T dL/dr`` to the costs ``w s`` adds ``T dL/dr
+    / w`` to the scores.
     """
+    row = lax.stop_gradient(row)
+    scores, weights, positive_weights = row.scores, row.weights, row.positive_weights
 
-    def hard_ranks(parts, *shares):
-        order = jnp.lexsort([-part for part in reversed(parts)])
-        back = jnp.zeros_like(weights)
-        return [back.at[order].set(jnp.cumsum(share[order])) for share in shares]
+    def hard_ranks(sort_keys, *weights):
+        order = jnp.lexsort([-sort_key for sort_key in reversed(sort_keys)])
+        unsort = lambda x: jnp.zeros_like(x).at[order].set(x)
+        return [unsort(jnp.cumsum(weight[order])) for weight in weights]
 
-    scores, hits, weights = map(lax.stop_gradient, (scores, hits, weights))
-    found, seen = hard_ranks((scores,), hits, weights)
-    slope = jnp.where(hits > 0, divide(divide(found, seen), seen * jnp.sum(hits)), 0)
-    # The sum and what it rounds off (Knuth's two-sum): a perturbation far below the
-    # resolution of the scores still moves an item past one that is as good.
-    moves = temperature * slope
-    high = scores + moves
-    added = high - scores
-    low = (scores - (high - added)) + (moves - added)
-    (moved,) = hard_ranks((high, low), weights)
-    return lax.stop_gradient(weights * (seen - moved) / temperature)
+    rank_among_positives, rank = hard_ranks((scores,), positive_weights, weights)
+    # L = 1 - sum_i p_i r+_i / r_i / sum(p) with p = w at the positives, so
+    # dL/dr_i / w_i = r+_i / r_i^2 / sum(p).
+    precisions = safe_divide(rank_among_positives, rank)
+    slope = safe_divide(precisions, rank * jnp.sum(positive_weights))
+    slope = jnp.where(positive_weights > 0, slope, 0)
+    # The sum with the scores and its rounding error (Knuth's two-sum): a perturbation
+    # far below the resolution of the scores still moves an item past an equal one.
+    perturbation = temperature * slope
+    high = scores + perturbation
+    rounded = high - scores
+    low = (scores - (high - rounded)) + (perturbation - rounded)
+    (perturbed_rank,) = hard_ranks((high, low), weights)
+    return lax.stop_gradient(weights * (rank - perturbed_rank) / temperature)

@@ -1,4 +1,4 @@
-"""Detection: which boxes are right, and the average precision of their scores."""
+"""Detection: matching of boxes, and the average precision of their scores."""
 
 import equinox as eqx
 import jax
@@ -8,207 +8,217 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .average_precision import soft_precision
-from .base import as_temperature, check_not_negative, divide
-from .ranking import at_thresholds, mean_over_rows
+from ..validation import check_positive_int, non_negative
+from .average_precision import soft_precisions
+from .base import safe_divide
+from .inputs import Examples, Scalar, Vector
+from .ranking import RankingSurrogate, rowwise, totals_at_thresholds
 
 
 def match_boxes(
     boxes: Float[ArrayLike, "images boxes 4"],
     scores: Float[ArrayLike, "images boxes"],
-    truths: Float[ArrayLike, "images truths 4"],
+    true_boxes: Float[ArrayLike, "images true 4"],
     *,
     threshold: ArrayLike = 0.5,
     where: Bool[ArrayLike, "images boxes"] | None = None,
-    where_truths: Bool[ArrayLike, "images truths"] | None = None,
+    where_true: Bool[ArrayLike, "images true"] | None = None,
 ) -> Bool[Array, "images boxes"]:
-    """Which predicted boxes are right: the targets of `DetectionAP`.
+    """Returns True for predicted boxes that are right, the targets of `DetectionAP`.
 
-    In each image, from the best score down, a box takes the true box not yet taken with
+    In each image, from the best score down, a box is matched to the free true box with
     which it overlaps most, if their intersection over union is at least ``threshold``.
 
     Args:
-      boxes, truths: ``[images, most, 4]``, corners ``(x0, y0, x1, y1)``; images with
-        fewer are padded.
-      scores: of the boxes; ties go in their order.
-      threshold: of the intersection over union, above 0.
-      where, where_truths: what is no padding; None for all. For one class of several,
-        that the box (the truth) is of the class.
+      boxes, true_boxes: Corners ``(x0, y0, x1, y1)``. Images with fewer boxes are
+        padded.
+      scores: Scores of the boxes. Boxes with equal scores are matched in their order.
+      threshold: Smallest intersection over union of a match, above 0.
+      where, where_true: False for padding, or for boxes (true boxes) of another class
+        than the one that is matched. Default to True.
 
-    Cost: a step a box, each over the true boxes; memory boxes times truths an image.
-    Nothing is differentiable: a matching is constant between ties.
+    Raises:
+      ValueError: An array has the wrong shape.
 
+    Cost: one step per box, each over the true boxes of its image.
+    Memory: boxes times true boxes per image.
+    Nothing is differentiable, because a matching is constant between ties.
     Source: the protocol of COCO (Lin et al. 2014, arXiv 1405.0312).
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> boxes = jnp.array([[[0.0, 0, 2, 2], [0, 0, 2, 1.9], [5, 5, 6, 6]]])
-    >>> truths = jnp.array([[[0.0, 0, 2, 2]]])
+    >>> true_boxes = jnp.array([[[0.0, 0, 2, 2]]])
     >>> scores = jnp.array([[0.8, 0.9, 0.7]])
-    >>> hg.surrogates.match_boxes(boxes, scores, truths).tolist()
+    >>> hg.surrogates.match_boxes(boxes, scores, true_boxes).tolist()
     [[False, True, False]]
     """
-    boxes, scores, truths = map(jnp.asarray, (boxes, scores, truths))
-    shape = scores.shape
+    boxes, scores, true_boxes = map(jnp.asarray, (boxes, scores, true_boxes))
+    shape, true_shape = scores.shape, true_boxes.shape[:2]
     if len(shape) != 2 or boxes.shape != (*shape, 4):
         raise ValueError(
-            "boxes must be [images, boxes, 4] and scores [images, boxes], got shapes "
-            f"{boxes.shape} and {shape}"
+            "boxes must have shape [images, boxes, 4] and scores [images, boxes]; got "
+            f"{boxes.shape} and {shape}."
         )
-    if truths.ndim != 3 or truths.shape[::2] != (shape[0], 4):
+    if true_boxes.ndim != 3 or true_boxes.shape[::2] != (shape[0], 4):
         raise ValueError(
-            f"truths must be [images, truths, 4] for {shape[0]} images, got shape "
-            f"{truths.shape}"
+            f"true_boxes must have shape [images, true, 4] for {shape[0]} images; got "
+            f"{true_boxes.shape}."
         )
-    where = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
-    most = truths.shape[:2]
-    free = jnp.ones(most, bool) if where_truths is None else jnp.asarray(where_truths)
-    for name, mask, expected in (
-        ("where", where, shape),
-        ("where_truths", free, most),
-    ):
-        if mask.shape != expected or mask.dtype != bool:
-            raise ValueError(
-                f"{name} must be boolean of shape {expected}, got {mask.dtype} of "
-                f"shape {mask.shape}"
-            )
-    if most[1] == 0:
+    where = _boolean_mask("where", where, shape)
+    where_true = _boolean_mask("where_true", where_true, true_shape)
+    if true_shape[1] == 0:
         return jnp.zeros(shape, bool)
-
-    def one_image(boxes, scores, truths, where, free):
-        order = jnp.argsort(jnp.where(where, -scores, jnp.inf))
-
-        def take(free, box):
-            overlaps = jnp.where(free, _overlaps(boxes[box], truths), -1)
-            best = jnp.argmax(overlaps)
-            hit = where[box] & (overlaps[best] >= threshold)
-            return free.at[best].set(free[best] & ~hit), hit
-
-        _, hits = lax.scan(take, free, order)
-        return jnp.zeros_like(hits).at[order].set(hits)
-
-    return jax.vmap(one_image)(boxes, scores, truths, where, free)
+    images = boxes, scores, true_boxes, where, where_true
+    return jax.vmap(_match_image, (0, 0, 0, 0, 0, None))(*images, threshold)
 
 
-def _overlaps(box: Array, truths: Array) -> Float[Array, " truths"]:
-    """Intersection over union of one box with each of the others."""
-    low = jnp.maximum(box[None, :2], truths[:, :2])
-    high = jnp.minimum(box[None, 2:], truths[:, 2:])
+def _boolean_mask(name: str, mask: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"{name} must be boolean of shape {shape}; got {mask.dtype} of shape "
+            f"{mask.shape}."
+        )
+    return mask
+
+
+def _match_image(
+    boxes: Float[Array, "boxes 4"],
+    scores: Float[Array, " boxes"],
+    true_boxes: Float[Array, "true 4"],
+    where: Bool[Array, " boxes"],
+    where_true: Bool[Array, " true"],
+    threshold: ArrayLike,
+) -> Bool[Array, " boxes"]:
+    # Padding comes last and takes no true box.
+    order = jnp.argsort(jnp.where(where, -scores, jnp.inf))
+
+    def match_box(is_free, box):
+        overlaps = _intersection_over_union(boxes[box], true_boxes)
+        overlaps = jnp.where(is_free, overlaps, -1)
+        best = jnp.argmax(overlaps)
+        is_match = where[box] & (overlaps[best] >= threshold)
+        return is_free.at[best].set(is_free[best] & ~is_match), is_match
+
+    _, is_match = lax.scan(match_box, where_true, order)
+    return jnp.zeros_like(is_match).at[order].set(is_match)
+
+
+def _intersection_over_union(
+    box: Float[Array, "4"], others: Float[Array, "true 4"]
+) -> Float[Array, " true"]:
+    """Returns the intersection over union of one box with each of the others."""
     area = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), axis=-1)
-    both = area(low, high)
-    return divide(
-        both, area(box[:2], box[2:]) + area(truths[:, :2], truths[:, 2:]) - both
-    )
+    low = jnp.maximum(box[None, :2], others[:, :2])
+    high = jnp.minimum(box[None, 2:], others[:, 2:])
+    intersection = area(low, high)
+    areas = area(box[:2], box[2:]) + area(others[:, :2], others[:, 2:])
+    return safe_divide(intersection, areas - intersection)
 
 
-class DetectionAP(eqx.Module):
-    """Average precision of detections: recall counts true boxes, found or not.
+class Detections(Examples):
+    """Rankings of boxes together with the number of true boxes of each."""
 
-    The precision at a recall is the best at that recall or more. The mean is taken over
-    the true boxes, those never found having 0, or over evenly spaced recalls. The
-    surrogate has the matching held fixed and takes `soft_rank` for the ranks, so that
-    precision moves with the scores.
+    num_true: Float[Array, " r"]
+
+
+class DetectionAP(RankingSurrogate):
+    """Average precision of detections, whose recall counts all true boxes.
+
+    The precision at a recall is the best precision at that recall or a higher one. The
+    mean is taken over the true boxes, where those that are never found have precision
+    0, or over evenly spaced recalls. In the surrogate the matching is fixed and ranks
+    are `soft_rank`, so that the precision moves with the scores.
+
+    Call with the scores of the boxes of all images in one row, ``scores.reshape(-1)``,
+    and their targets from `match_boxes`; or with one row per class, ``[classes,
+    boxes]``, and ``where`` for padding and for boxes of other classes.
 
     Args:
-      num_truths: true boxes in all images, found or not: a number, or one for each
-        row. Fewer than the hits are refused, or where traced the result is NaN. Data.
-      num_points: recalls from 0 to 1, 11 as in Pascal VOC 2007, 101 as in COCO; None
-        for the area, as in Pascal VOC since 2010. Static.
-      axis: detections are ranked along it; the mean is taken over the others. Static.
+      num_true: Number of true boxes in all images, found or not: a number, or an array
+        with one per ranking. If it is below the number of matches, that is an error, or
+        the value is NaN if it is traced. Data.
+      num_points: Number of recalls from 0 to 1: 11 for Pascal VOC 2007, 101 for COCO.
+        Defaults to None for the area, as in Pascal VOC since 2010. Static.
+      axis: As for `RankingSurrogate`.
 
-    Call with the scores of all images' boxes in one row, ``scores.reshape(-1)``, and
-    their targets, `match_boxes`; or with a row for each class, ``[classes, boxes]``,
-    and ``where`` for padding and for boxes of other classes. ``where`` and ``weights``
-    are of the shape of the scores, or [n] along the axis.
-
-    Ties: share one threshold, and in the surrogate their mean rank. Rows: one without
-    truths has AP 0 and counts, one of which all is masked out does not. Cost: two soft
-    ranks and a sort; memory O(n). Bias: none where the temperature is at most the
-    smallest gap between scores, and no gradient either.
-
+    Ties: share one threshold, and in the surrogate their mean rank.
+    Cost: two soft ranks and a sort per ranking. Memory: O(n).
+    Bias: none if the temperature is at most the smallest gap between scores, and then
+    no gradient either.
     Source: Everingham et al. 2010 (Pascal VOC); Lin et al. 2014 (COCO, arXiv
-    1405.0312); ranks by Blondel et al. 2020 (arXiv 2002.08871).
+    1405.0312); Blondel et al. 2020 (arXiv 2002.08871) for the ranks.
 
     >>> import jax.numpy as jnp, hypergrad as hg
-    >>> scores, hits = jnp.array([0.9, 0.8, 0.7]), jnp.array([1, 0, 1])
-    >>> ap = hg.surrogates.DetectionAP(num_truths=4)
-    >>> round(float(ap(scores, hits, temperature=0.05)), 4)
-    0.4167
-    >>> round(float(ap.exact(scores, hits)), 4)
-    0.4167
+    >>> scores, is_match = jnp.array([0.9, 0.8, 0.7]), jnp.array([1, 0, 1])
+    >>> ap = hg.surrogates.DetectionAP(num_true=4)
+    >>> float(ap(scores, is_match, temperature=0.05)), float(ap.exact(scores, is_match))
+    (0.4167, 0.4167)
     """
 
-    num_truths: ArrayLike
+    num_true: ArrayLike = eqx.field(converter=non_negative("num_true"))
     num_points: int | None = eqx.field(static=True, default=None)
-    axis: int = eqx.field(static=True, default=-1, kw_only=True)
 
     citations = ("everingham2010", "lin2014", "blondel2020")
 
     def __check_init__(self):
-        check_not_negative("num_truths", self.num_truths)
-        points = self.num_points
-        if points is not None and not (isinstance(points, int) and points > 1):
+        check_positive_int("num_points", self.num_points, minimum=2, optional=True)
+
+    def check_inputs(self, scores, targets, where, weights):
+        """Returns rankings with their numbers of true boxes, if sufficient."""
+        rows = super().check_inputs(scores, targets, where, weights)
+        shape = list(np.shape(scores))
+        del shape[self.axis]
+        num_true = jnp.asarray(self.num_true, rows.scores.dtype)
+        num_true = jnp.broadcast_to(num_true, shape).reshape(-1)
+        # Scores may be traced where the matches and their weights are concrete.
+        zeros = np.zeros(np.shape(scores), rows.scores.dtype)
+        counted = super().check_inputs(zeros, targets, where, weights)
+        is_short = jax.vmap(_has_more_matches)(counted.positive_weights, num_true)
+        is_short &= jnp.any(counted.mask, axis=1)
+        if not isinstance(is_short, Tracer) and np.any(is_short):
             raise ValueError(
-                f"num_points must be an integer above 1 or None, got {points!r}"
+                "num_true must be at least the number of matches in each ranking; got "
+                f"{self.num_true}. Count the true boxes that were not found as well."
             )
+        return Detections(rows.scores, rows.targets, rows.weights, rows.mask, num_true)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth average precision, a scalar."""
+    @rowwise
+    def smooth_rows(self, row, temperature):
+        """Returns the average precision with soft ranks."""
+        matches = row.positive_weights
+        order = jnp.argsort(-lax.stop_gradient(row.scores))
+        precisions = soft_precisions(row.scores, matches, row.weights, temperature)
+        return self._average_precision(matches[order], precisions[order], row.num_true)
 
-        def precision(scores, hits, weights):
-            t = as_temperature(temperature, scores.dtype)
-            order = jnp.argsort(-lax.stop_gradient(scores))
-            return order, soft_precision(scores, hits, weights, t)[order]
-
-        return self._mean(precision, scores, targets, where, weights)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The average precision, a scalar."""
-
-        def precision(scores, hits, weights):
-            order, (found, seen) = at_thresholds(scores, hits, weights)
-            return order, divide(found, seen)
-
-        return self._mean(precision, scores, targets, where, weights)
-
-    def _mean(self, precision, scores, targets, where, weights):
-        """Over rows; ``precision`` gives the order and the precisions in that order."""
-
-        @jax.vmap
-        def of_rows(scores, targets, weights, num_truths):
-            hits = weights * targets
-            order, at = precision(scores, hits, weights)
-            hits, best = hits[order], lax.cummax(at, reverse=True)
-            sound = jnp.where(_short(hits, num_truths), jnp.nan, 1)
-            if self.num_points is None:
-                return sound * divide(jnp.sum(hits * best), num_truths)
-            # Recall i / intervals is reached where hits * intervals >= i * truths: in
-            # integers, since a quotient may round to either side.
-            intervals = self.num_points - 1
-            wanted = jnp.arange(self.num_points) * num_truths
-            first = jnp.searchsorted(jnp.cumsum(hits) * intervals, wanted)
-            reached = jnp.append(best, 0)[first]
-            return sound * jnp.where(num_truths > 0, jnp.mean(reached), 0)
-
-        self._check_truths(targets, where, weights)
-        return mean_over_rows(
-            of_rows, scores, targets, where, weights, self.axis, beside=self.num_truths
+    @rowwise
+    def exact_rows(self, row):
+        """Returns the average precision."""
+        matches = row.positive_weights
+        order, (rank_among_matches, rank_among_all) = totals_at_thresholds(
+            row.scores, matches, row.weights
         )
+        precisions = safe_divide(rank_among_matches, rank_among_all)
+        return self._average_precision(matches[order], precisions, row.num_true)
 
-    def _check_truths(self, targets, where, weights):
-        """Refuses fewer true boxes than were found, unless a number is traced."""
-        short = jax.vmap(lambda _, y, w, truths: _short(w * y, truths).astype(w.dtype))
-        rows = mean_over_rows(
-            short, jnp.zeros(np.shape(targets)), targets, where, weights, self.axis,
-            beside=self.num_truths,
-        )  # fmt: skip
-        if not isinstance(rows, Tracer) and rows > 0:
-            raise ValueError(
-                f"num_truths must be at least the number of hits in each row, got "
-                f"{self.num_truths}: count the true boxes that were not found as well"
-            )
+    def _average_precision(self, matches, precisions, num_true):
+        """Returns the mean precision of items in the order of their scores."""
+        # The best precision at this recall or a higher one.
+        precisions = lax.cummax(precisions, reverse=True)
+        nan_if_short = jnp.where(_has_more_matches(matches, num_true), jnp.nan, 1)
+        if self.num_points is None:
+            total = jnp.sum(matches * precisions)
+            return nan_if_short * safe_divide(total, num_true)
+        # Recall i / m is reached if matches * m >= i * num_true: in integers, because a
+        # quotient may round to either side.
+        num_intervals = self.num_points - 1
+        required = jnp.arange(self.num_points) * num_true
+        index = jnp.searchsorted(jnp.cumsum(matches) * num_intervals, required)
+        mean_precision = jnp.mean(jnp.append(precisions, 0)[index])
+        return nan_if_short * jnp.where(num_true > 0, mean_precision, 0)
 
 
-def _short(hits: Array, num_truths: Array) -> Array:
-    """More hits than true boxes, by more than the rounding of their sum."""
-    slack = hits.size * jnp.finfo(hits.dtype).eps
-    return jnp.sum(hits) * (1 - slack) > num_truths
+def _has_more_matches(matches: Vector, num_true: Scalar) -> Bool[Array, ""]:
+    """Returns True if matches exceed true boxes by more than the rounding error."""
+    slack = matches.size * jnp.finfo(matches.dtype).eps
+    return jnp.sum(matches) * (1 - slack) > num_true

@@ -1,195 +1,185 @@
-"""Precision, recall and their mean, from smooth counts."""
+"""Precision, recall and their harmonic mean, from smooth counts."""
 
-from typing import Any
+from abc import abstractmethod
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
+from ..validation import non_negative
 from .base import (
-    as_temperature,
-    binary,
-    check_not_negative,
-    divide,
-    flagged,
-    multiclass,
-    multilabel,
-    rounding,
+    Surrogate,
+    negligible_weight,
+    propagate_nan,
+    safe_divide,
+    subtract_threshold,
+)
+from .inputs import (
+    Examples,
+    binary_examples,
+    multiclass_examples,
+    multilabel_examples,
 )
 
 AVERAGES = ("macro", "micro")
 
 
-class _Counts(eqx.Module):
-    """Weighted counts, [L], one a class or label, or [1]: micro, or two classes."""
+class Counts(eqx.Module):
+    """Weighted counts [L], one per class or label; [1] for two classes or 'micro'."""
 
-    hits: Array  # true positives
-    predicted: Array  # true and false positives
-    actual: Array  # true positives and false negatives
-    weights: Array  # of the examples
-
-    def mean(self, numerator: Array, denominator: Array) -> Array:
-        ratios = divide(numerator, denominator, rounding(self.weights))
-        return flagged(jnp.mean(ratios), self.weights)
+    true_positives: Float[Array, " L"]
+    predicted: Float[Array, " L"]
+    actual: Float[Array, " L"]
 
 
-def _counts(
-    self: Any,
-    scores: ArrayLike,
-    targets: ArrayLike,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    temperature: ArrayLike | None = None,
-) -> _Counts:
-    """Soft counts (Benedict et al. 2022), or exact ones."""
-    several = jnp.ndim(scores) == 2
-    if several and jnp.ndim(targets) != 2:
-        scores, targets, weights, _ = multiclass(scores, targets, where, weights)
-        classes = lambda indices: jax.nn.one_hot(
-            indices, scores.shape[1], dtype=scores.dtype
-        )
-        actual = classes(targets)
-        if temperature is None:
-            predicted = classes(jnp.argmax(scores, axis=1))
-        else:
-            temperature = as_temperature(temperature, scores.dtype)
-            predicted = jax.nn.softmax(scores / temperature, axis=1)
-    else:
-        check = multilabel if several else binary
-        scores, actual, weights, _ = check(scores, targets, where, weights)
-        above = scores - jnp.asarray(self.threshold, scores.dtype)
-        if temperature is None:
-            predicted = (above > 0).astype(scores.dtype)
-        else:
-            predicted = jax.nn.sigmoid(above / as_temperature(temperature, above.dtype))
-        if not several:
-            predicted, actual = predicted[:, None], actual[:, None]
-    axes = 0 if self.average == "macro" else None
-    count = lambda x: jnp.atleast_1d(jnp.sum(weights[:, None] * x, axis=axes))
-    return _Counts(count(predicted * actual), count(predicted), count(actual), weights)
+class CountRatio(Surrogate):
+    """A ratio of counts, of which a subclass writes `ratio`.
 
+    An example is predicted to the fraction ``sigmoid((s - threshold) / T)``, or
+    ``softmax(s / T)`` of its classes. True positives sum this over the actual
+    positives.
 
-def _check_average(self: Any) -> None:
-    if self.average not in AVERAGES:
-        raise ValueError(f"average must be one of {AVERAGES}, got {self.average!r}")
-
-
-class FBeta(eqx.Module):
-    """F-beta, the weighted harmonic mean of precision and recall.
-
-    ``(1 + beta²) hits / (beta² actual + predicted)``. An example is predicted to the
-    part ``sigmoid((s - threshold) / temperature)``, or ``softmax(s / temperature)`` of
-    its classes; ``hits`` sums that over the actual ones.
+    Call with scores [n] and targets [n] of 0 and 1 for the ratio of class 1; with
+    scores and targets [n, L] for L labels of 0 and 1; or with scores [n, C] and integer
+    targets [n]. ``where`` and ``weights`` have shape [n]. 0 / 0 is 0, also in the macro
+    average, which counts all C classes (scikit-learn: ``labels=range(C),
+    zero_division=0``).
 
     Args:
-      beta: how many times as much recall counts as precision; F1 by default. Data.
-      average: 'macro', the mean over classes or labels, or 'micro', of the counts over
-        all of them; for scores [n] there is one class, and both are the same. Static.
-      threshold: scores above it are predicted. Data; not read for classes.
+      average: 'macro', the mean over classes or labels, or 'micro', of the counts of
+        all of them. Both are the same for scores [n]. Static.
+      threshold: Scores above it are predicted. Not used for classes. Data.
 
-    Call with scores [n], targets [n] in {0, 1} (F-beta of class 1); scores and targets
-    [n, L], L labels in {0, 1}; or scores [n, C], integer targets [n]. ``where`` and
-    ``weights`` [n].
+    Ties: half predicted. In `exact`, a score at the threshold is not predicted, and the
+    first of equally good classes is.
+    Cost: O(n L).
+    Bias: the tails of the negatives add up, so a rare class needs a lower temperature
+    than accuracy does; see `temperature_from_scores`. If all predictions are right, the
+    surrogate falls as the temperature rises (for classes, the micro average does).
+    """
 
-    Ties: half predicted; in `exact` the threshold itself is not predicted, and the
-    first of equally good classes is. 0 / 0 is 0, also in the macro mean, which counts
-    all C classes (scikit-learn: ``labels=range(C), zero_division=0``). Masked out: as
-    good as dropped. Cost: O(nL). Bias: tails of the negatives add up, so a rare class
-    needs a lower temperature than accuracy does; see `temperature_of`. Where all are
-    right, it falls as the temperature rises (classes: the micro average does). Source:
-    Benedict et al. 2022 (arXiv 2108.10566), with ``b = -1 / temperature`` and
-    ``c = -threshold``: as printed there, ``1 / (1 + exp(b (s + c)))``, a positive b
-    would reward low scores. Exact: scikit-learn's ``fbeta_score``.
+    average: str = eqx.field(static=True, default="macro", kw_only=True)
+    threshold: ArrayLike = eqx.field(default=0.0, kw_only=True)
+
+    citations = ("benedict2022",)
+
+    def __check_init__(self):
+        if self.average not in AVERAGES:
+            raise ValueError(
+                f"average must be one of {AVERAGES}; got {self.average!r}."
+            )
+
+    @abstractmethod
+    def ratio(self, counts: Counts, /) -> tuple[Array, Array]:
+        """Returns numerator and denominator of the metric, [L]."""
+        ...
+
+    def check_inputs(self, scores, targets, where, weights):
+        """Returns examples of two classes, of several classes, or of labels."""
+        if np.ndim(scores) != 2:
+            return binary_examples(scores, targets, where, weights)
+        has_labels = np.ndim(targets) == 2
+        check = multilabel_examples if has_labels else multiclass_examples
+        return check(scores, targets, where, weights)
+
+    def smooth_value(self, examples, temperature):
+        """Returns the mean ratio of counts of fractions."""
+        if _is_multiclass(examples):
+            predicted = jax.nn.softmax(examples.scores / temperature, axis=1)
+        else:
+            above = subtract_threshold(examples.scores, self.threshold)
+            predicted = jax.nn.sigmoid(above / temperature)
+        return self._mean_ratio(examples, predicted)
+
+    def exact_value(self, examples):
+        """Returns the mean ratio of counts of the scores above the threshold."""
+        if _is_multiclass(examples):
+            predicted = _one_hot(jnp.argmax(examples.scores, axis=1), examples)
+        else:
+            predicted = subtract_threshold(examples.scores, self.threshold) > 0
+        return self._mean_ratio(examples, predicted.astype(examples.scores.dtype))
+
+    def _mean_ratio(self, examples, predicted):
+        actual, weights = examples.targets, examples.weights
+        if _is_multiclass(examples):
+            actual = _one_hot(actual, examples)
+        elif actual.ndim == 1:
+            predicted, actual = predicted[:, None], actual[:, None]
+        # Columns are classes or labels; 'micro' sums over them too.
+        axis = 0 if self.average == "macro" else None
+        count = lambda x: jnp.atleast_1d(jnp.sum(weights[:, None] * x, axis=axis))
+        counts = Counts(count(predicted * actual), count(predicted), count(actual))
+        ratios = safe_divide(*self.ratio(counts), negligible_weight(weights))
+        return propagate_nan(jnp.mean(ratios), weights)
+
+
+def _is_multiclass(examples: Examples) -> bool:
+    return examples.targets.ndim < examples.scores.ndim
+
+
+def _one_hot(classes: Array, examples: Examples) -> Float[Array, "n C"]:
+    scores = examples.scores
+    return jax.nn.one_hot(classes, scores.shape[1], dtype=scores.dtype)
+
+
+class FBeta(CountRatio):
+    """F-beta, the weighted harmonic mean of precision and recall.
+
+        (1 + beta^2) tp / (beta^2 actual + predicted)
+
+    Args:
+      beta: Weight of recall relative to precision. Defaults to 1. Data.
+      average, threshold: As for `CountRatio`, which states the shapes.
+
+    Source: Benedict et al. 2022 (arXiv 2108.10566) with ``b = -1 / T`` and
+    ``c = -threshold``. A positive b in the printed ``1 / (1 + exp(b (s + c)))`` would
+    reward low scores. The exact metric is ``fbeta_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
     >>> f1 = hg.surrogates.FBeta()
-    >>> round(float(f1(scores, targets, temperature=0.1)), 3)
-    0.667
-    >>> round(float(f1.exact(scores, targets)), 3)
-    0.667
+    >>> float(f1(scores, targets, temperature=0.1)), float(f1.exact(scores, targets))
+    (0.667, 0.667)
     """
 
-    beta: ArrayLike = 1.0
-    average: str = eqx.field(static=True, default="macro", kw_only=True)
-    threshold: ArrayLike = eqx.field(default=0.0, kw_only=True)
+    beta: ArrayLike = eqx.field(default=1.0, converter=non_negative("beta"))
 
-    citations = ("benedict2022",)
-
-    def __check_init__(self):
-        _check_average(self)
-        check_not_negative("beta", self.beta)
-
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth F-beta, a scalar."""
-        return self._score(_counts(self, scores, targets, where, weights, temperature))
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """F-beta, a scalar."""
-        return self._score(_counts(self, scores, targets, where, weights))
-
-    def _score(self, counts):
-        square = jnp.asarray(self.beta, counts.hits.dtype) ** 2
-        denominator = square * counts.actual + counts.predicted
-        return counts.mean((1 + square) * counts.hits, denominator)
+    def ratio(self, counts):
+        """Returns ``(1 + beta^2) tp`` and ``beta^2 actual + predicted``."""
+        beta_squared = jnp.asarray(self.beta, counts.actual.dtype) ** 2
+        denominator = beta_squared * counts.actual + counts.predicted
+        return (1 + beta_squared) * counts.true_positives, denominator
 
 
-class Precision(eqx.Module):
-    """Which part of the predicted are actual: ``hits / predicted``.
+class Precision(CountRatio):
+    """Fraction of the predicted positives that are actual positives.
 
-    Arguments, shapes, ties, masks and source as `FBeta`; nothing predicted: 0.
+    Arguments and shapes are those of `CountRatio`.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
-    >>> round(float(hg.surrogates.Precision().exact(scores, targets)), 3)
+    >>> float(hg.surrogates.Precision().exact(scores, targets))
     0.667
     """
 
-    average: str = eqx.field(static=True, default="macro", kw_only=True)
-    threshold: ArrayLike = eqx.field(default=0.0, kw_only=True)
-
-    citations = ("benedict2022",)
-
-    def __check_init__(self):
-        _check_average(self)
-
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth precision, a scalar."""
-        counts = _counts(self, scores, targets, where, weights, temperature)
-        return counts.mean(counts.hits, counts.predicted)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The precision, a scalar."""
-        counts = _counts(self, scores, targets, where, weights)
-        return counts.mean(counts.hits, counts.predicted)
+    def ratio(self, counts):
+        """Returns ``tp`` and ``predicted``."""
+        return counts.true_positives, counts.predicted
 
 
-class Recall(eqx.Module):
-    """Which part of the actual are predicted: ``hits / actual``.
+class Recall(CountRatio):
+    """Fraction of the actual positives that are predicted.
 
-    Arguments, shapes, ties, masks and source as `FBeta`; nothing actual: 0.
+    Arguments and shapes are those of `CountRatio`.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
-    >>> round(float(hg.surrogates.Recall().exact(scores, targets)), 3)
+    >>> float(hg.surrogates.Recall().exact(scores, targets))
     0.667
     """
 
-    average: str = eqx.field(static=True, default="macro", kw_only=True)
-    threshold: ArrayLike = eqx.field(default=0.0, kw_only=True)
-
-    citations = ("benedict2022",)
-
-    def __check_init__(self):
-        _check_average(self)
-
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth recall, a scalar."""
-        counts = _counts(self, scores, targets, where, weights, temperature)
-        return counts.mean(counts.hits, counts.actual)
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """The recall, a scalar."""
-        counts = _counts(self, scores, targets, where, weights)
-        return counts.mean(counts.hits, counts.actual)
+    def ratio(self, counts):
+        """Returns ``tp`` and ``actual``."""
+        return counts.true_positives, counts.actual

@@ -1,7 +1,8 @@
-"""The gap between a surrogate and its metric, reported along a run."""
+"""The gap between a surrogate and its metric along a run."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,42 +12,38 @@ from ..validation import floats_to_arrays
 from .base import Surrogate
 
 
-class _Reading(eqx.Module):
+class GapMetric(eqx.Module):
     """One of three metrics; arrays are data, so that another run traces nothing."""
 
-    which: str = eqx.field(static=True)
+    kind: Literal["exact", "surrogate", "gap"] = eqx.field(static=True)
     surrogate: Any
     predict: Callable = eqx.field(static=True)
     batch: PyTree
     targets: Array
     temperature: Any
     schedule: Callable | None = eqx.field(static=True)
-    where: Array | None
-    weights: Array | None
+    masks: dict[str, Array | None]
 
-    def at_step(self, step: Array) -> "_Reading":
-        """What `minimize` measures by at a step of an annealed run."""
+    def at_step(self, step: Array) -> "GapMetric":
+        """Returns the metric at the temperature of a step, for `minimize`."""
         if self.schedule is None:
             return self
-        where = lambda reading: reading.temperature
-        return eqx.tree_at(
-            where, self, self.schedule(step), is_leaf=lambda x: x is None
-        )
+        return dataclasses.replace(self, temperature=self.schedule(step))
 
     def __call__(self, w: PyTree, alpha: PyTree, key: Array) -> Array:
+        """Returns the exact metric, the surrogate, or the surrogate less the metric."""
         del key
         scores = self.predict(w, alpha, self.batch)
-        counted = {"where": self.where, "weights": self.weights}
-        exact = self.surrogate.exact(scores, self.targets, **counted)
-        if self.which == "exact":
+        exact = self.surrogate.exact(scores, self.targets, **self.masks)
+        if self.kind == "exact":
             return exact
         temperature = self.temperature
         if callable(temperature):
-            temperature = temperature(scores, self.targets, **counted)
+            temperature = temperature(scores, self.targets, **self.masks)
         smooth = self.surrogate(
-            scores, self.targets, temperature=temperature, **counted
+            scores, self.targets, temperature=temperature, **self.masks
         )
-        return smooth if self.which == "surrogate" else smooth - exact
+        return smooth if self.kind == "surrogate" else smooth - exact
 
 
 def gap_metrics(
@@ -61,25 +58,28 @@ def gap_metrics(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> dict[str, Callable[[PyTree, PyTree, Array], Array]]:
-    """What to give `minimize` as ``metrics``, to see the gap at each evaluation.
+    """Returns metrics for `minimize` that record a surrogate, its metric and their gap.
 
     Args:
-      name: of the exact metric.
-      surrogate: such as ``Accuracy()``.
-      predict: ``(w, alpha, batch) -> scores``.
-      batch: what it reads; a pytree of arrays.
-      targets: the surrogate's, with ``where`` and ``weights``.
-      temperature: a number, or ``(scores, targets, *, where, weights) -> number`` such
-        as `temperature_of`, with its threshold set for surrogates that have one:
-        ``functools.partial(temperature_of, threshold=0.0)``.
-      schedule: ``step -> temperature``, that of an annealed run, which `minimize` asks
-        in place of ``temperature`` at each evaluation.
+      name: Name of the exact metric.
+      surrogate: The surrogate, such as ``Accuracy()``.
+      predict: Function ``(w, alpha, batch) -> scores``.
+      batch: Batch that ``predict`` receives, a pytree of arrays.
+      targets, where, weights: As for the surrogate.
+      temperature: A number, or a function ``(scores, targets, *, where, weights)`` that
+        returns one, such as `temperature_from_scores`. For a surrogate with a threshold
+        pass ``functools.partial(temperature_from_scores, threshold=0.0)``.
+      schedule: Function ``step -> temperature`` of a run whose temperature changes,
+        which replaces ``temperature`` in `minimize`.
 
     Returns:
       ``{name: exact, name_surrogate: smooth, name_gap: smooth - exact}``, each a
-      function ``(w, alpha, key) -> scalar``. Several merge by ``|``.
+      function ``(w, alpha, key) -> scalar``. Merge several by ``|``.
 
-    Cost: a prediction for each, outside the ledger.
+    Cost: one prediction per metric, not counted in ``trace.cost``.
+
+    Raises:
+      TypeError: ``predict`` is not a function.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> predict = lambda w, alpha, batch: batch @ w
@@ -87,28 +87,26 @@ def gap_metrics(
     >>> metrics = hg.surrogates.gap_metrics(
     ...     "accuracy", hg.surrogates.Accuracy(), predict, x, y, temperature=0.5
     ... )
-    >>> readings = {name: fn(jnp.ones(1), None, None) for name, fn in metrics.items()}
-    >>> {name: round(float(value), 3) for name, value in readings.items()}
+    >>> values = {name: fn(jnp.ones(1), None, None) for name, fn in metrics.items()}
+    >>> {name: round(float(value), 3) for name, value in values.items()}
     {'accuracy': 0.667, 'accuracy_surrogate': 0.632, 'accuracy_gap': -0.035}
     """
     if not callable(predict):
-        raise TypeError(f"predict must be a function; got {predict!r}")
+        raise TypeError(
+            f"predict must be a function (w, alpha, batch) -> scores; got {predict!r}."
+        )
     as_array = lambda x: None if x is None else jnp.asarray(x)
-    reading = lambda which: floats_to_arrays(
-        _Reading(
-            which,
-            surrogate,
-            predict,
-            batch,
-            jnp.asarray(targets),
-            temperature,
-            schedule,
-            as_array(where),
-            as_array(weights),
+    targets, masks = jnp.asarray(targets), {"where": where, "weights": weights}
+    masks = {name: as_array(mask) for name, mask in masks.items()}
+    # A float is static under jit: as an array, another temperature traces nothing.
+    make_metric = lambda kind: floats_to_arrays(
+        GapMetric(
+            kind, surrogate, predict, batch, targets, temperature, schedule, masks
         )
     )
+
     return {
-        name: reading("exact"),
-        f"{name}_surrogate": reading("surrogate"),
-        f"{name}_gap": reading("gap"),
+        name: make_metric("exact"),
+        f"{name}_surrogate": make_metric("surrogate"),
+        f"{name}_gap": make_metric("gap"),
     }

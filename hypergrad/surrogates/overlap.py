@@ -1,116 +1,120 @@
 """Overlap of two masks: Dice and intersection over union."""
 
-from typing import Any
+from abc import abstractmethod
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .base import as_temperature, divide, elementwise, flagged, mean, rounding
+from .base import (
+    Surrogate,
+    negligible_weight,
+    propagate_nan,
+    safe_divide,
+    subtract_threshold,
+    weighted_mean,
+)
+from .inputs import elementwise_examples
 
 
-def _areas(
-    self: Any,
-    scores: ArrayLike,
-    targets: ArrayLike,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    temperature: ArrayLike | None = None,
-) -> tuple[Array, Array, Array, Array]:
-    """``(shared, predicted, actual, weights)``; areas [images], weights of pixels."""
-    scores, actual, weights, _ = elementwise(scores, targets, where, weights)
-    above = scores - jnp.asarray(self.threshold, scores.dtype)
-    if temperature is None:
-        predicted = (above > 0).astype(scores.dtype)
-    else:
-        predicted = jax.nn.sigmoid(above / as_temperature(temperature, above.dtype))
-    images = 1 if scores.ndim == 1 else scores.shape[0]
-    area = lambda x: jnp.sum((weights * x).reshape(images, -1), axis=1)
-    pixels = weights.reshape(images, -1)
-    return area(predicted * actual), area(predicted), area(actual), pixels
+class AreaRatio(Surrogate):
+    """A ratio of areas of masks, of which a subclass writes `ratio`.
 
+    A pixel is in the predicted mask to the fraction ``sigmoid((s - threshold) / T)``.
 
-def _mean(overlaps: Array, weights: Array) -> Array:
-    """Over the images in which any pixel counts."""
-    overlaps = flagged(overlaps, weights)
-    return mean(overlaps, jnp.any(weights != 0, axis=1).astype(overlaps.dtype))
-
-
-class Dice(eqx.Module):
-    """Dice, twice the shared area over the sum of both areas: F1 of the pixels.
-
-    ``2 sum(p y) / (sum(p) + sum(y))``, ``p = sigmoid((s - threshold) / temperature)``.
+    Call with scores, targets of 0 and 1, ``where`` and ``weights`` of one shape: [n] is
+    one mask, and for [batch, ...] the mean over the batch is taken, without images
+    whose pixels are all masked out. Several classes are several masks: scores and
+    one-hot targets [batch * classes, ...]. For two empty masks the value is 0, the
+    limit of the surrogate and ``zero_division`` of scikit-learn.
 
     Args:
-      threshold: scores above it are in the predicted mask. Data.
+      threshold: Scores above it are in the predicted mask. Data.
 
-    Call with scores and targets (in {0, 1}), ``where`` and ``weights`` all of one
-    shape: [n] is one mask; of [batch, ...] the mean over the batch is taken. Several
-    classes are several masks: scores and one-hot targets [batch * classes, ...].
+    Ties: half in the mask. In `exact`, a score at the threshold is not in the mask.
+    Cost: O(pixels).
+    Bias: the tails of the background add up.
+    """
 
-    Ties: half in the mask; in `exact` the threshold itself is not. Masked out: a pixel
-    as good as dropped, an image without a pixel as well; nothing left: 0. Two empty
-    masks: 0, the limit of the surrogate and scikit-learn's ``zero_division``. Cost:
-    O(pixels). Bias: tails of the background add up. Source: Milletari et al. 2016
-    (arXiv 1606.04797), whose denominator has squares, the same for 0 and 1. Exact:
-    scikit-learn's ``f1_score`` of the pixels.
+    threshold: ArrayLike = 0.0
+
+    check_inputs = staticmethod(elementwise_examples)
+
+    @abstractmethod
+    def ratio(
+        self, intersection: Array, predicted: Array, actual: Array
+    ) -> tuple[Array, Array]:
+        """Returns numerator and denominator from the areas of each image."""
+        ...
+
+    def smooth_value(self, examples, temperature):
+        """Returns the mean ratio of areas of fractions."""
+        above = subtract_threshold(examples.scores, self.threshold)
+        return self._mean_ratio(examples, jax.nn.sigmoid(above / temperature))
+
+    def exact_value(self, examples):
+        """Returns the mean ratio of areas of the scores above the threshold."""
+        above = subtract_threshold(examples.scores, self.threshold)
+        return self._mean_ratio(examples, (above > 0).astype(above.dtype))
+
+    def _mean_ratio(self, examples, predicted):
+        actual, weights = examples.targets, examples.weights
+        num_images = 1 if weights.ndim == 1 else weights.shape[0]
+        as_images = lambda x: x.reshape(num_images, -1)
+        area = lambda x: jnp.sum(as_images(weights * x), axis=1)
+        ratio = self.ratio(area(predicted * actual), area(predicted), area(actual))
+        pixel_weights = as_images(weights)
+        ratios = safe_divide(*ratio, negligible_weight(pixel_weights))
+        ratios = propagate_nan(ratios, pixel_weights)
+        # Not > 0, so that an image with an invalid pixel, of weight NaN, counts.
+        has_pixel = jnp.any(pixel_weights != 0, axis=1)
+        return weighted_mean(ratios, has_pixel.astype(ratios.dtype))
+
+
+class Dice(AreaRatio):
+    """Dice coefficient, the F1 of the pixels.
+
+        2 sum(p y) / (sum(p) + sum(y)),    p = sigmoid((s - threshold) / T)
+
+    Arguments and shapes are those of `AreaRatio`.
+
+    Source: Milletari et al. 2016 (arXiv 1606.04797), whose denominator has squares,
+    which are the same for 0 and 1. The exact metric is ``f1_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
     >>> dice = hg.surrogates.Dice()
-    >>> round(float(dice(scores, targets, temperature=0.1)), 3)
+    >>> float(dice(scores, targets, temperature=0.1))
     0.667
-    >>> round(float(dice.exact(scores, targets)), 3)
+    >>> float(dice.exact(scores, targets))
     0.667
     """
 
-    threshold: ArrayLike = 0.0
-
     citations = ("milletari2016",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth Dice, a scalar."""
-        return self._dice(*_areas(self, scores, targets, where, weights, temperature))
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """Dice, a scalar."""
-        return self._dice(*_areas(self, scores, targets, where, weights))
-
-    def _dice(self, shared, predicted, actual, weights):
-        dice = divide(2 * shared, predicted + actual, rounding(weights))
-        return _mean(dice, weights)
+    def ratio(self, intersection, predicted, actual):
+        """Returns ``2 sum(p y)`` and ``sum(p) + sum(y)``."""
+        return 2 * intersection, predicted + actual
 
 
-class IoU(eqx.Module):
-    """Intersection over union, the Jaccard index: shared area over joint area.
+class IoU(AreaRatio):
+    """Intersection over union, the Jaccard index of the pixels.
 
-    ``sum(p y) / (sum(p) + sum(y) - sum(p y))``, p as in `Dice`.
+        sum(p y) / (sum(p) + sum(y) - sum(p y)),    p = sigmoid((s - threshold) / T)
 
-    Arguments, shapes, ties and masks as `Dice`. Source: Rahman & Wang 2016.
-    Exact: scikit-learn's ``jaccard_score`` of the pixels.
+    Arguments and shapes are those of `AreaRatio`.
+
+    Source: Rahman & Wang 2016. The exact metric is ``jaccard_score`` of scikit-learn.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> scores, targets = jnp.array([2.0, -1.0, 3.0, 1.0]), jnp.array([1, 1, 1, 0])
     >>> iou = hg.surrogates.IoU()
-    >>> round(float(iou(scores, targets, temperature=0.1)), 3)
-    0.5
-    >>> float(iou.exact(scores, targets))
-    0.5
+    >>> float(iou(scores, targets, temperature=0.1)), float(iou.exact(scores, targets))
+    (0.500, 0.500)
     """
-
-    threshold: ArrayLike = 0.0
 
     citations = ("rahman2016",)
 
-    def __call__(self, scores, targets, *, temperature, where=None, weights=None):
-        """The smooth IoU, a scalar."""
-        return self._iou(*_areas(self, scores, targets, where, weights, temperature))
-
-    def exact(self, scores, targets, *, where=None, weights=None):
-        """IoU, a scalar."""
-        return self._iou(*_areas(self, scores, targets, where, weights))
-
-    def _iou(self, shared, predicted, actual, weights):
-        iou = divide(shared, predicted + actual - shared, rounding(weights))
-        return _mean(iou, weights)
+    def ratio(self, intersection, predicted, actual):
+        """Returns ``sum(p y)`` and ``sum(p) + sum(y) - sum(p y)``."""
+        return intersection, predicted + actual - intersection

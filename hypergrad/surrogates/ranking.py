@@ -1,109 +1,148 @@
-"""What metrics of a ranking share: items along an axis, a value a row, their mean."""
+"""The base class of metrics of rankings, and what these metrics share."""
 
+import functools
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .base import elementwise, flagged, mean
-
-#: A metric of rows, a value each: scores, targets and weights (0 where masked out), all
-#: [r, n], and a number a row, [r], if there is one.
-RowMetric = Callable[..., Array]
+from .base import Surrogate, propagate_nan, weighted_mean
+from .inputs import Examples, Scalar, Vector, elementwise_examples
 
 
-def mean_over_rows(
-    metric: RowMetric,
+class RankingSurrogate(Surrogate):
+    """A surrogate that is the mean over rankings of a metric of one ranking.
+
+    Call a subclass with scores and targets of 0 and 1 of one shape: [n] for one ranking
+    of n items, [queries, gallery], or [n, labels] with ``axis=0``. ``where`` and
+    ``weights`` have the same shape, or [n] along the axis. A ranking without positives
+    has the value 0 and counts; one whose items are all masked out does not count. To
+    leave out rankings without positives, pass
+    ``where=targets.any(-1, keepdims=True) & mask``.
+
+    A subclass writes `smooth_rows` and `exact_rows`; `rowwise` maps a formula of one
+    ranking.
+
+    Args:
+      axis: Axis along which items are ranked; the mean is over the others. Static.
+    """
+
+    axis: int = eqx.field(static=True, default=-1, kw_only=True)
+
+    @abstractmethod
+    def smooth_rows(self, rows: Any, temperature: Array, /) -> Float[Array, " r"]:
+        """Returns the smooth metric of each of r rankings.
+
+        Args:
+          rows: `Examples` whose arrays have shape ``[r, n]``.
+          temperature: Scalar above 0 in the dtype of the scores.
+        """
+        ...
+
+    @abstractmethod
+    def exact_rows(self, rows: Any, /) -> Float[Array, " r"]:
+        """Returns the exact metric of each of r rankings."""
+        ...
+
+    def check_inputs(self, scores, targets, where, weights):
+        """Returns rankings with targets of 0 and 1."""
+        return ranking_rows(scores, targets, where, weights, self.axis)
+
+    def smooth_value(self, rows, temperature):
+        """Returns the mean of the smooth metric over the rankings."""
+        return mean_over_rows(self.smooth_rows(rows, temperature), rows)
+
+    def exact_value(self, rows):
+        """Returns the mean of the exact metric over the rankings."""
+        return mean_over_rows(self.exact_rows(rows), rows)
+
+
+def rowwise(method: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns a method for rankings [r, n] from a method for one ranking [n]."""
+
+    @functools.wraps(method)
+    def method_of_rows(self, rows, *args):
+        return jax.vmap(lambda row: method(self, row, *args))(rows)
+
+    return method_of_rows
+
+
+def ranking_rows(
     scores: ArrayLike,
     targets: ArrayLike,
     where: ArrayLike | None,
     weights: ArrayLike | None,
     axis: int,
-    *,
-    graded: bool = False,
-    beside: ArrayLike | None = None,
-    at_once: Callable[[int], int] | None = None,
-) -> Array:
-    """The metric along ``axis``, averaged over the other axes.
+    check: Callable[..., Examples] = elementwise_examples,
+) -> Examples:
+    """Returns checked examples [r, n]: items along an axis, the other axes flattened.
 
-    A row of which every item is masked out leaves the mean. Rows are taken all
-    together, or to bound memory as many as ``at_once`` says for their number of items.
-    ``graded`` targets may be other than 0 and 1. The number ``beside`` a row is passed
-    on to the metric; it may be the same for all.
+    ``where`` and ``weights`` have the shape of the scores, or [n] for all rankings.
     """
     shape = np.shape(scores)
     if not -len(shape) <= axis < max(len(shape), 1):
-        raise ValueError(f"axis {axis} is not among those of scores, of shape {shape}")
-    along = lambda x: x if x is None else _along(x, shape, axis)
-    if graded:
-        scores, _, weights, mask = elementwise(
-            scores, jnp.zeros(shape), along(where), along(weights)
+        raise ValueError(
+            f"axis must be an axis of scores, of shape {shape}; got {axis}."
         )
-        targets = _grades(targets, mask, scores.dtype)
-    else:
-        scores, targets, weights, mask = elementwise(
-            scores, targets, along(where), along(weights)
-        )
+
+    def broadcast_items(x):
+        """Returns a mask or weights [n] for every ranking."""
+        if x is None or np.shape(x) != (shape[axis],):
+            return x
+        per_item = [1] * len(shape)
+        per_item[axis] = shape[axis]
+        return jnp.broadcast_to(jnp.asarray(x).reshape(per_item), shape)
+
+    examples = check(scores, targets, broadcast_items(where), broadcast_items(weights))
     as_rows = lambda x: jnp.moveaxis(x, axis, -1).reshape(-1, shape[axis])
-    rows = tuple(map(as_rows, (scores, targets, weights)))
-    if beside is not None:
-        outer = shape[:axis] + shape[axis:][1:]
-        beside = jnp.broadcast_to(jnp.asarray(beside, scores.dtype), outer)
-        rows = *rows, beside.reshape(-1)
-    if at_once is None:
-        values = metric(*rows)
-    else:
-        values = _in_turn(metric, rows, at_once(shape[axis]))
-    counted = jnp.any(as_rows(mask), axis=1)
-    return mean(flagged(values, rows[0]), counted.astype(values.dtype))
+    return jax.tree.map(as_rows, examples)
 
 
-def at_thresholds(scores: Array, *shares: Array) -> tuple[Array, list[Array]]:
-    """The order of items from the best down, and for each share its running totals.
+def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Scalar:
+    """Returns the mean over the rankings in which any item counts."""
+    has_item = jnp.any(rows.mask, axis=1)
+    values = propagate_nan(values, rows.scores)
+    return weighted_mean(values, has_item.astype(values.dtype))
 
-    A total is over all items that score as much or more: ties have one.
+
+def map_row_batches(
+    metric: Callable[[Examples], Array], rows: Examples, batch_size: int
+) -> Float[Array, " r"]:
+    """Returns ``metric(rows)``, computed for ``batch_size`` rankings at a time."""
+    num_rows = len(rows.scores)
+    batch_size = min(batch_size, num_rows)
+
+    def split(x):
+        # The last batch is filled up with rankings of zeros.
+        x = jnp.pad(x, ((0, -num_rows % batch_size), (0, 0)))
+        return x.reshape(-1, batch_size, x.shape[1])
+
+    values = lax.map(metric, jax.tree.map(split, rows))
+    return values.ravel()[:num_rows]
+
+
+def is_last_of_tie(sorted_scores: Vector) -> Bool[Array, " n"]:
+    """Returns True for the last item of each group of equal scores."""
+    return jnp.append(sorted_scores[1:] != sorted_scores[:-1], True)
+
+
+def totals_at_thresholds(scores: Vector, *weights: Vector) -> tuple[Array, list[Array]]:
+    """Returns the order of the items from the best, and running totals in that order.
+
+    A total is over all items that score as much or more, so tied items share it.
     """
     order = jnp.argsort(-scores)
-    scores = scores[order]
-    ends = jnp.append(scores[1:] != scores[:-1], True)
-    total = lambda share: jnp.where(ends, jnp.cumsum(share[order]), jnp.inf)
-    return order, [lax.cummin(total(share), reverse=True) for share in shares]
+    is_last = is_last_of_tie(scores[order])
 
+    def running_total(weight):
+        # The minimum from the end gives every item the total at the end of its tie.
+        total = jnp.where(is_last, jnp.cumsum(weight[order]), jnp.inf)
+        return lax.cummin(total, reverse=True)
 
-def _in_turn(metric: RowMetric, rows: tuple[Array, ...], at_once: int) -> Array:
-    """So many rows at once, the last filled up with rows of zeros."""
-    count = len(rows[0])
-    at_once = min(at_once, count)
-
-    def blocks(x):
-        x = jnp.pad(x, ((0, -count % at_once), (0, 0)))
-        return x.reshape(-1, at_once, x.shape[1])
-
-    values = lax.map(lambda block: metric(*block), tuple(map(blocks, rows)))
-    return values.ravel()[:count]
-
-
-def _along(x: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
-    """A mask or weights ``[n]`` count for every row."""
-    x = jnp.asarray(x)
-    if x.shape != (shape[axis],):
-        return x
-    ones = [1] * len(shape)
-    ones[axis] = shape[axis]
-    return jnp.broadcast_to(x.reshape(ones), shape)
-
-
-def _grades(targets: ArrayLike, mask: Array, dtype: Any) -> Array:
-    targets = jnp.asarray(targets)
-    if targets.shape != mask.shape:
-        raise ValueError(
-            f"targets must have the shape of scores, {mask.shape}, got {targets.shape}"
-        )
-    targets = jnp.where(mask, targets, 0).astype(dtype)
-    if not isinstance(targets, Tracer) and not np.all(np.asarray(targets) >= 0):
-        raise ValueError(f"targets must be gains of at least 0, got {targets.min()}")
-    return targets
+    return order, [running_total(weight) for weight in weights]

@@ -1,23 +1,24 @@
-"""A temperature for every surrogate, from the scores alone."""
+"""A temperature for any surrogate, from the scores alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
-from .accuracy import best_others, own
-from .base import (
-    binary,
-    check_setting,
-    elementwise,
-    flagged,
-    mean,
-    multiclass,
-    multilabel,
+from .accuracy import best_other_scores, class_scores
+from .base import propagate_nan, subtract_threshold, weighted_mean
+from .inputs import (
+    Scalar,
+    Vector,
+    binary_examples,
+    check_in_interval,
+    elementwise_examples,
+    multiclass_examples,
+    multilabel_examples,
 )
 
-QUANTILES = 128  # of either class, for pairs
-STEPS = 40  # bisections: the bracket shrinks below any dtype's rounding
+NUM_QUANTILES = 128  # of each class, which stand for all pairs
+NUM_BISECTIONS = 40  # which shrink the bracket below the rounding of any dtype
 
 
 def temperature_from_scores(
@@ -28,137 +29,167 @@ def temperature_from_scores(
     gap: ArrayLike = 0.05,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
-) -> Array:
-    """The temperature at which sigmoids of score differences are off by ``gap``.
+) -> Scalar:
+    """Returns the temperature at which sigmoids of differences are off by ``gap``.
 
-    The T with ``mean sigmoid(-|d| / T) = gap``, over those differences d on which the
-    metric turns and that are not 0:
+    The temperature T solves ``mean sigmoid(-|d| / T) = gap`` over the differences d
+    that determine the metric and are not 0:
 
-    - ``threshold`` given: ``s - threshold``, for `Accuracy` of scores [n], `FBeta`,
-      `Dice`...;
-    - scores [n] without one: ``s_i - s_j`` of pairs, for `AUC`; of opposite classes
-      where targets are given;
-    - scores [n, C] without one: the best score less the second, or with targets the
-      score of the class less the best other.
+    - with a ``threshold``, ``s - threshold``, for `Accuracy` of scores [n], `FBeta` or
+      `Dice`;
+    - without one for scores [n], ``s_i - s_j`` of pairs, for `AUC`; pairs of opposite
+      classes if targets are given;
+    - without one for scores [n, C], the best score less the second, or with targets the
+      score of the true class less the best other score.
 
-    Why this mean: it is what separates `Accuracy` and `AUC` from their exact values, so
-    that their gap is at most ``gap``. And since
-    ``sigmoid(-x) / 2 <= sigmoid'(x) <= sigmoid(-x)``, the mean slope is between
-    ``gap / 2`` and ``gap``, where 1/4 is the steepest: it does not vanish, however far
-    apart the classes are. The temperature scales with the scores, an outlier adds at
-    most its share, and nothing is left to tune. For pairs all this is up to the 128
-    quantiles of either class that stand for it.
+    This mean bounds the gap of `Accuracy` and `AUC` to their exact values. The mean
+    slope is between ``gap / 2`` and ``gap``, of at most 1/4, because ``sigmoid(-x) / 2
+    <= sigmoid'(x) <= sigmoid(-x)``: it does not vanish however far apart the classes
+    are. The temperature scales with the scores, and an outlier changes it by at most
+    its share. 128 quantiles of each class stand for the pairs.
 
-    With both a threshold and targets, ``gap`` is relative to the rarer class where that
-    is less than half: precision, recall, F-beta and Dice compare the tails of many
+    With a threshold and targets, ``gap`` is relative to the rarer class if that is less
+    than half, because precision, recall, F-beta and Dice compare the tails of many
     negatives with few positives.
 
-    For labels [n, labels] or a ranking [queries, gallery] pass ``scores.ravel()`` and
-    ``targets.ravel()``: pairs of all rows stand for those of each.
-
     Args:
-      scores: [n], [n, C], or any shape with a threshold.
-      targets: as the surrogate's; optional.
-      threshold: the surrogate's, or None.
-      gap: in (0, 0.1]. Smaller is nearer to the metric and flatter.
-      where, weights: as the surrogate's.
+      scores: Scores [n], [n, C], or of any shape with a threshold. For labels or
+        several rankings pass ``scores.ravel()`` and ``targets.ravel()``: pairs of all
+        rows stand for the pairs of each row.
+      targets: Targets of the surrogate. Optional.
+      threshold: Threshold of the surrogate. Defaults to none.
+      gap: Mean error of the sigmoids, in (0, 0.1]. A smaller gap is closer to the
+        metric and has a flatter gradient. Average precision, which depends on few
+        positives, needs a smaller one.
+      where, weights: As for the surrogate.
 
     Returns:
-      A scalar above 0 in the dtype of the scores, of which no derivative is taken:
-      it is a constant. It is 1 where all differences are 0, and never below ``gap / 5``
-      times the median of ``|d|``: where so many differences are tiny that this is met,
-      they all count, and the gap is larger by theirs.
+      A scalar above 0 in the dtype of the scores, through which no derivative goes. It
+      is 1 if all differences are 0, and at least ``gap / 5`` times the median of
+      ``|d|``: if so many differences are tiny that this bound is reached, the gap is
+      larger.
 
-    Within an outer loss such a constant moves with the scores, and the slope of the
-    value is not its derivative: no estimator's trust sees that. Take it once, outside
-    the loss, keep it in the outer data, and lower it by `minimize`'s ``anneal``. For
-    average precision, which turns on few positives, take a smaller gap.
+    Compute the temperature once, outside of the outer loss, keep it in the outer data,
+    and lower it by ``outer_data_fn`` of `OuterLoop`. Within the loss it would move with
+    the scores, and no estimator can detect that its derivative is missing.
 
-    Cost: 40 means over the differences, and a sort. To anneal, use optax's schedules: a
-    temperature is data, so other values trace nothing.
+    Cost: 40 means over the differences, and a sort. Temperatures are data, so a
+    schedule of optax compiles one program.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> scores = jax.random.normal(jax.random.key(0), (1000,))
     >>> targets = scores + jax.random.normal(jax.random.key(1), (1000,)) > 0
-    >>> start = hg.surrogates.temperature_of(scores, targets)
-    >>> scaled = hg.surrogates.temperature_of(100 * scores, targets)
-    >>> bool(jnp.isclose(scaled, 100 * start))
+    >>> init = hg.surrogates.temperature_from_scores(scores, targets)
+    >>> scaled = hg.surrogates.temperature_from_scores(100 * scores, targets)
+    >>> bool(jnp.isclose(scaled, 100 * init))
     True
-    >>> auc, schedule = hg.surrogates.AUC(), optax.exponential_decay(start, 10, 0.1)
+    >>> auc, schedule = hg.surrogates.AUC(), optax.exponential_decay(init, 10, 0.1)
     >>> for step in (0, 10):
-    ...     gap = auc(scores, targets, temperature=schedule(step))
-    ...     gap = gap - auc.exact(scores, targets)
-    ...     print(bool(abs(gap) < 0.05), bool(abs(gap) < 0.005))
+    ...     smooth = auc(scores, targets, temperature=schedule(step))
+    ...     gap = abs(smooth - auc.exact(scores, targets))
+    ...     print(bool(gap < 0.05), bool(gap < 0.005))
     True False
     True True
     """
-    check_setting("gap", gap, 0, 0.1)
-    differences, weights, gap = _differences(
-        scores, targets, threshold, gap, where, weights
-    )
-    sizes, weights, gap = jax.lax.stop_gradient((jnp.abs(differences), weights, gap))
-    unsound = flagged(jnp.zeros_like(gap), weights)
-    weights = jnp.where(sizes > 0, weights, 0)
+    check_in_interval("gap", gap, 0.1)
+    if threshold is not None:
+        differences, weights, gap = _threshold_differences(
+            scores, targets, threshold, gap, where, weights
+        )
+    else:
+        is_multiclass = np.ndim(scores) == 2
+        find_differences = _class_differences if is_multiclass else _pair_differences
+        differences, weights = find_differences(scores, targets, where, weights)
+        gap = jnp.asarray(gap, differences.dtype)
+    distances = jnp.abs(differences)
+    return _solve_temperature(*jax.lax.stop_gradient((distances, weights, gap)))
+
+
+def _solve_temperature(
+    distances: Float[Array, " d"], weights: Float[Array, " d"], gap: Scalar
+) -> Scalar:
+    """Solves ``mean sigmoid(-distance / T) = gap`` over positive distances."""
+    # The comparisons of a bisection would hide NaN.
+    nan_if_invalid = propagate_nan(jnp.zeros_like(gap), weights)
+    weights = jnp.where(distances > 0, weights, 0)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total > 0, total, 1)
-    median = _quantiles(sizes, weights, jnp.full(1, 0.5, sizes.dtype))[0]
+    median = _quantiles(distances, weights, jnp.full(1, 0.5, distances.dtype))[0]
     median = jnp.where(total > 0, median, 1)
 
-    def halve(_, bracket):
+    def bisect(_, bracket):
         low, high = bracket
+        # The geometric mean, which does not overflow.
         middle = jnp.sqrt(low) * jnp.sqrt(high)
-        off = jnp.sum(weights * jax.nn.sigmoid(-sizes / middle))
-        above = off > gap
-        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+        is_above = jnp.sum(weights * jax.nn.sigmoid(-distances / middle)) > gap
+        return jnp.where(is_above, low, middle), jnp.where(is_above, middle, high)
 
-    # Were the density of |d| flat, T would be 2.9 gap medians; at the median it is
-    # too high, since half of the differences are off by sigmoid(-1) at least.
+    # If the density of the distances were flat, T would be 2.9 gap medians. The median
+    # is too high: half of the sigmoids are at least sigmoid(-1) there.
     bracket = gap * median / 5, median
-    low, high = jax.lax.fori_loop(0, STEPS, halve, bracket)
-    return jnp.where(total > 0, jnp.sqrt(low) * jnp.sqrt(high), 1) + unsound
+    low, high = jax.lax.fori_loop(0, NUM_BISECTIONS, bisect, bracket)
+    temperature = jnp.where(total > 0, jnp.sqrt(low) * jnp.sqrt(high), 1)
+    return temperature + nan_if_invalid
 
 
-def _differences(
+def _threshold_differences(
     scores, targets, threshold, gap, where, weights
 ) -> tuple[Array, Array, Array]:
-    """``(differences, weights, gap)``, flat."""
-    shape = jnp.shape(scores)
-    if threshold is not None:
-        known = jnp.zeros(shape, bool) if targets is None else targets
-        labels = len(shape) == 2 and shape[:1] in map(np.shape, (where, weights))
-        check = multilabel if labels else elementwise
-        scores, known, weights, _ = check(scores, known, where, weights)
-        if labels:
-            weights = jnp.broadcast_to(weights[:, None], scores.shape)
-        gap = jnp.asarray(gap, scores.dtype)
-        if targets is not None:
-            share = mean(known, weights)
-            rarer = jnp.minimum(share, 1 - share)
-            gap = gap * jnp.where(rarer > 0, 2 * rarer, 1)
-        differences = scores - jnp.asarray(threshold, scores.dtype)
-        return differences.ravel(), weights.ravel(), gap
-    if len(shape) == 2:
-        known = jnp.zeros(shape[0], int) if targets is None else targets
-        scores, known, weights, _ = multiclass(scores, known, where, weights)
-        classes = jnp.argmax(scores, axis=1) if targets is None else known
-        differences = own(scores, classes) - best_others(scores, classes, 1)
-        return differences, weights, jnp.asarray(gap, scores.dtype)
-    known = jnp.zeros(shape, bool) if targets is None else targets
-    scores, known, weights, _ = binary(scores, known, where, weights)
-    of_one, of_other = weights * known, weights * (1 - known)
+    """Returns ``s - threshold`` of all scores, their weights, and the gap to reach."""
+    shape = np.shape(scores)
+    is_multilabel = len(shape) == 2 and shape[:1] in map(np.shape, (where, weights))
+    check = multilabel_examples if is_multilabel else elementwise_examples
+    labels = jnp.zeros(shape, bool) if targets is None else targets
+    examples = check(scores, labels, where, weights)
+    scores, weights = examples.scores, examples.weights
+    if is_multilabel:
+        weights = jnp.broadcast_to(weights[:, None], scores.shape)
+    gap = jnp.asarray(gap, scores.dtype)
+    if targets is not None:
+        positive_fraction = weighted_mean(examples.targets, weights)
+        rarer_fraction = jnp.minimum(positive_fraction, 1 - positive_fraction)
+        gap = gap * jnp.where(rarer_fraction > 0, 2 * rarer_fraction, 1)
+    differences = subtract_threshold(scores, threshold)
+    return differences.ravel(), weights.ravel(), gap
+
+
+def _class_differences(scores, targets, where, weights) -> tuple[Array, Array]:
+    """Returns the margins of the true or predicted classes, and their weights."""
+    labels = jnp.zeros(np.shape(scores)[0], int) if targets is None else targets
+    examples = multiclass_examples(scores, labels, where, weights)
+    scores, classes = examples.scores, examples.targets
     if targets is None:
-        of_one = of_other
-    levels = (jnp.arange(QUANTILES, dtype=scores.dtype) + 0.5) / QUANTILES
-    ones, others = (_quantiles(scores, w, levels) for w in (of_one, of_other))
-    pairs = (ones[:, None] - others[None, :]).ravel()
-    exist = (jnp.sum(of_one) > 0) & (jnp.sum(of_other) > 0)
-    either = flagged(jnp.where(exist, jnp.ones_like(pairs), 0), weights)
-    return pairs, either, jnp.asarray(gap, scores.dtype)
+        classes = jnp.argmax(scores, axis=1)
+    margins = class_scores(scores, classes) - best_other_scores(scores, classes)
+    return margins, examples.weights
 
 
-def _quantiles(values: Array, weights: Array, levels: Array) -> Array:
-    """Values below or at which these shares of the weight lie; always one of them."""
+def _pair_differences(scores, targets, where, weights) -> tuple[Array, Array]:
+    """Returns differences of quantiles of both classes or all scores, and weights."""
+    labels = jnp.zeros(np.shape(scores), bool) if targets is None else targets
+    examples = binary_examples(scores, labels, where, weights)
+    negative_weights = examples.negative_weights
+    positive_weights = examples.positive_weights
+    if targets is None:
+        # All scores have the label 0: pairs are of all scores with all scores.
+        positive_weights = negative_weights
+    levels = jnp.arange(NUM_QUANTILES, dtype=examples.scores.dtype) + 0.5
+    levels = levels / NUM_QUANTILES
+    positive_scores, negative_scores = (
+        _quantiles(examples.scores, class_weights, levels)
+        for class_weights in (positive_weights, negative_weights)
+    )
+    differences = (positive_scores[:, None] - negative_scores[None, :]).ravel()
+    has_pair = (jnp.sum(positive_weights) > 0) & (jnp.sum(negative_weights) > 0)
+    pair_weights = jnp.where(has_pair, jnp.ones_like(differences), 0)
+    return differences, propagate_nan(pair_weights, examples.weights)
+
+
+def _quantiles(
+    values: Vector, weights: Vector, levels: Float[Array, " q"]
+) -> Float[Array, " q"]:
+    """Returns the smallest values at which the levels of the weight are reached."""
     order = jnp.argsort(values)
-    shares = jnp.cumsum(weights[order])
-    index = jnp.searchsorted(shares, levels * shares[-1])
+    cumulative_weight = jnp.cumsum(weights[order])
+    index = jnp.searchsorted(cumulative_weight, levels * cumulative_weight[-1])
     return values[order][jnp.clip(index, 0, len(values) - 1)]

@@ -199,9 +199,7 @@ def run_match_boxes() -> dict[str, Any]:
     return {
         "default": match(boxes, scores, true_boxes),
         "low threshold": match(boxes, scores, true_boxes, threshold=0.2),
-        "masked": match(
-            boxes, scores, true_boxes, where=where, where_truths=true_where
-        ),
+        "masked": match(boxes, scores, true_boxes, where=where, where_true=true_where),
     }
 
 

@@ -1,0 +1,241 @@
+"""Checked input of surrogates: scores, targets, masks, weights and temperatures.
+
+The functions ``*_examples(scores, targets, where, weights)`` raise a ValueError or a
+TypeError for bad shapes, and for bad values unless they are traced.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+Scalar = Float[Array, ""]
+Vector = Float[Array, " n"]
+
+
+class Examples(eqx.Module):
+    """Checked input of a surrogate, in which everything that is masked out is 0.
+
+    An example that counts and has a score that is not finite has NaN for its scores and
+    its weight, which makes every sum NaN.
+
+    Attributes:
+      scores: Floating-point scores, float32 at least.
+      targets: 0 and 1, or gains, in the dtype of the scores; or integer class indices.
+      weights: Weights of the examples, at least 0.
+      mask: True for an example that counts; same shape as ``weights``.
+    """
+
+    scores: Float[Array, "..."]
+    targets: Array
+    weights: Float[Array, "..."]
+    mask: Bool[Array, "..."]
+
+    @property
+    def positive_weights(self) -> Array:
+        """Weight times target, which need one shape."""
+        return self.weights * self.targets
+
+    @property
+    def negative_weights(self) -> Array:
+        """Weight times ``1 - target``, which need one shape."""
+        return self.weights * (1 - self.targets)
+
+
+def binary_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns scores [n] and targets [n] of 0 and 1."""
+    scores = _float_scores(scores)
+    if scores.ndim != 1:
+        raise ValueError(
+            f"scores must have shape [n] for two classes; got {scores.shape}. Pass one "
+            "score per example, such as scores[:, 0]."
+        )
+    return _binary_targets(scores, targets, where, weights, scores.shape)
+
+
+def multilabel_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns scores [n, L], targets [n, L] of 0 and 1, and mask and weights [n]."""
+    scores = _float_scores(scores)
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape [n, labels]; got {scores.shape}.")
+    return _binary_targets(scores, targets, where, weights, scores.shape[:1])
+
+
+def elementwise_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns scores, targets of 0 and 1, mask and weights, all of one shape."""
+    scores = _float_scores(scores)
+    return _binary_targets(scores, targets, where, weights, scores.shape)
+
+
+def graded_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns scores, gains of at least 0, mask and weights, all of one shape."""
+    scores = _float_scores(scores)
+    targets = _targets_like(scores, targets)
+    mask, weights = _mask_and_weights(where, weights, scores.shape, scores.dtype)
+    _check_values("targets", targets, mask, lambda x: x >= 0, "gains of at least 0")
+    return _make_examples(scores, targets.astype(scores.dtype), mask, weights)
+
+
+def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns scores [n, C], and targets [n] in 0..C-1 with mask and weights [n]."""
+    scores, targets = _float_scores(scores), _as_array("targets", targets)
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores must have shape [n, classes] with at least 2 classes; got "
+            f"{scores.shape}. For two classes pass one score per example, [n]."
+        )
+    num_examples, num_classes = scores.shape
+    if targets.shape != (num_examples,):
+        raise ValueError(
+            f"targets must have shape ({num_examples},) for scores of shape "
+            f"{scores.shape}; got {targets.shape}. Pass class indices, such as "
+            "targets.argmax(1); for labels or a ranking, flatten scores and targets."
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f"targets must be integer class indices for scores [n, classes]; got "
+            f"{targets.dtype}. Write targets.astype(int)."
+        )
+    mask, weights = _mask_and_weights(where, weights, targets.shape, scores.dtype)
+    is_class = lambda x: (x >= 0) & (x < num_classes)
+    _check_values("targets", targets, mask, is_class, f"in 0..{num_classes - 1}")
+    return _make_examples(scores, targets, mask, weights)
+
+
+def class_examples(scores, targets, where=None, weights=None) -> Examples:
+    """Returns `binary_examples` for scores [n], else `multiclass_examples`."""
+    check = binary_examples if np.ndim(scores) == 1 else multiclass_examples
+    return check(scores, targets, where, weights)
+
+
+def as_temperature(temperature: ArrayLike, dtype: Any) -> Scalar:
+    """Returns a positive scalar of that dtype, NaN if it is traced and not positive."""
+    array = _as_array("temperature", temperature)
+    if array.shape != ():
+        raise ValueError(
+            f"temperature must be a scalar; got shape {array.shape}. Use jax.vmap for "
+            "several temperatures."
+        )
+    if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) > 0):
+        raise ValueError(
+            "temperature must be above 0, in the units of the scores; got "
+            f"{temperature}."
+        )
+    return jnp.where(array > 0, array, jnp.nan).astype(dtype)
+
+
+def check_in_interval(name: str, value: Any, upper: float) -> None:
+    """Raises an error unless a concrete number is in (0, upper]."""
+    if isinstance(value, Tracer):
+        return
+    if not (isinstance(value, int | float) or np.shape(value) == ()):
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    if not 0 < value <= upper:
+        raise ValueError(f"{name} must be in (0, {upper}]; got {value}.")
+
+
+def _as_array(name: str, value: ArrayLike) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array: {error}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{name} must contain numbers; got {array.dtype}.")
+    return array
+
+
+def _float_scores(scores: ArrayLike) -> Array:
+    scores = _as_array("scores", scores)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(
+            f"scores must be floating-point; got {scores.dtype}, which has no "
+            "derivative. Pass the output of the model, not its predictions."
+        )
+    if scores.size == 0 or scores.ndim == 0:
+        raise ValueError(f"scores must not be empty; got shape {scores.shape}.")
+    # A sum of ones in half precision stops at 2,048.
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
+def _targets_like(scores: Array, targets: ArrayLike) -> Array:
+    targets = _as_array("targets", targets)
+    if targets.shape != scores.shape:
+        raise ValueError(
+            f"targets must have the shape of scores, {scores.shape}; got "
+            f"{targets.shape}. Drop a last axis of size 1 by targets[..., 0]."
+        )
+    return targets
+
+
+def _mask_and_weights(where, weights, shape: tuple, dtype: Any) -> tuple[Array, Array]:
+    """Returns the mask, and the weights with 0 for an example that is masked out."""
+    mask = jnp.ones(shape, bool) if where is None else _as_array("where", where)
+    weights = (
+        jnp.ones(shape, dtype) if weights is None else _as_array("weights", weights)
+    )
+    if mask.dtype != bool:
+        raise TypeError(f"where must be boolean; got {mask.dtype}. Write where != 0.")
+    for name, array in (("where", mask), ("weights", weights)):
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {array.shape}.")
+    _check_values("weights", weights, mask, lambda x: x >= 0, "at least 0")
+    return mask, jnp.where(mask, weights, 0).astype(dtype)
+
+
+def _binary_targets(scores: Array, targets, where, weights, shape: tuple) -> Examples:
+    """Returns examples of that shape with one target of 0 or 1 per score."""
+    targets = _targets_like(scores, targets)
+    mask, weights = _mask_and_weights(where, weights, shape, scores.dtype)
+    is_binary = lambda x: (x == 0) | (x == 1)
+    remedy = " For labels of -1 and 1 pass targets > 0."
+    _check_values("targets", targets, mask, is_binary, "0 or 1", remedy)
+    return _make_examples(scores, targets.astype(scores.dtype), mask, weights)
+
+
+def _make_examples(
+    scores: Array, targets: Array, mask: Array, weights: Array
+) -> Examples:
+    """Returns examples with 0 where masked out, NaN where they count and are invalid.
+
+    Raises:
+      ValueError: A concrete score that counts is infinite.
+    """
+    # Before any arithmetic, because 0 * NaN is NaN.
+    scores = jnp.where(_expand(mask, scores), scores, 0)
+    targets = jnp.where(_expand(mask, targets), targets, 0)
+    has_weight = weights != 0
+    _check_values("scores", scores, has_weight, lambda x: ~np.isinf(x), "finite")
+    # One invalid score makes the whole example invalid, unless its weight is 0.
+    per_example = scores.reshape(*weights.shape, -1)
+    is_valid = jnp.all(jnp.isfinite(per_example), axis=-1) & jnp.isfinite(weights)
+    nan_if_invalid = jnp.where(has_weight & ~is_valid, jnp.nan, jnp.ones_like(weights))
+    per_example = jnp.where((has_weight | is_valid)[..., None], per_example, 0)
+    scores = (per_example * nan_if_invalid[..., None]).reshape(scores.shape)
+    return Examples(scores, targets, weights * nan_if_invalid, mask)
+
+
+def _check_values(
+    name: str,
+    array: Array,
+    mask: Array,
+    is_valid: Callable[[np.ndarray], np.ndarray],
+    requirement: str,
+    remedy: str = " Mask other examples out by where.",
+) -> None:
+    """Raises ValueError for an invalid value that counts, unless values are traced."""
+    if isinstance(array, Tracer) or isinstance(mask, Tracer):
+        return
+    values = np.asarray(array)[np.asarray(_expand(mask, array))]
+    invalid = values[~is_valid(values)]
+    if invalid.size:
+        raise ValueError(f"{name} must be {requirement}; got {invalid[0]}.{remedy}")
+
+
+def _expand(mask: Array, like: Array) -> Array:
+    """Returns the mask of the examples broadcast to an array with further axes."""
+    ones = (1,) * (like.ndim - mask.ndim)
+    return jnp.broadcast_to(mask.reshape(mask.shape + ones), like.shape)
