@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..spaces.pytree import spaces_of
+from ..spaces.pytree import flatten_space
 from ..validation import check_positive_int
 
 LIMIT = 100_000
@@ -54,7 +54,7 @@ class Grid(eqx.Module):
     def init(self, space: PyTree, key: Array) -> dict:
         """The space, and how many points were asked for."""
         del key
-        for kind in spaces_of(space)[0]:
+        for kind in flatten_space(space)[0]:
             if kind.unit_shape != kind.shape:
                 raise ValueError(
                     f"{kind} has no grid, its entries depend on each other; use "
