@@ -129,7 +129,7 @@ def trace(method: str, w: PyTree, data: PyTree, outer: PyTree, rate: Array) -> A
         hg.Bilevel(inner_loss, (cross_entropy, share), data, outer),
         ESTIMATOR, optax.adam(rate), w, jax.tree.map(lambda x: OPEN * x, ALL),
         jnp.asarray(own.preferences),
-        aggregator=own.combine,
+        aggregator_fn=own.combine,
         num_steps=20,
         space=hg.spaces.Unit(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Real data by name: bundled with scikit-learn, or from files that a user keeps."""
+"""Real data sets by name: bundled with scikit-learn, or read from the user's files."""
 
 import bz2
 import hashlib
@@ -9,28 +9,120 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 Arrays = dict[str, np.ndarray]
-VARIABLE = "HYPERGRAD_DATA_DIR"
+VARIABLE = "HYPERGRAD_DATA_DIR"  # names the folder of the files
 
 
-def _digits(folder: Path | None) -> Arrays:
-    del folder
-    from sklearn.datasets import load_digits
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
+    """Returns a data set as NumPy arrays.
 
-    bunch: Any = load_digits()
-    return {
-        "x": (bunch.data / 16.0).astype(np.float32),
-        "y": bunch.target.astype(np.int32),
-    }
+    Bundled with scikit-learn, with float32 ``x`` and int32 ``y``:
+
+    - ``digits``: 1,797 handwritten digits of 8 by 8 pixels in [0, 1], ``x`` ``[1797,
+      64]``, and ``y`` in 0..9 (UCI: Alpaydin and Kaynak).
+    - ``breast_cancer``: 569 tumors with 30 measurements, ``x`` ``[569, 30]``, and ``y``
+      in {0, 1}, 1 for benign (UCI: Wolberg, Street and Mangasarian).
+    - ``iris``: 150 flowers of 3 species with 4 lengths in cm (Fisher 1936).
+    - ``wine``: 178 wines of 3 growers with 13 measurements (UCI: Forina et al.).
+
+    Read from files, where a boolean array ``test`` marks the test examples:
+
+    - ``mnist``: 70,000 handwritten digits of 28 by 28 pixels in [0, 1], ``x`` ``[70000,
+      784]``, and ``y`` in 0..9; the last 10,000 are for testing (LeCun, Cortes and
+      Burges).
+    - ``ijcnn1``: 141,691 moments of an engine's ignition with 22 numbers, ``x``
+      ``[141691, 22]``, and ``y`` in {0, 1}, of which 9.7% are 1; the last 91,701 are
+      for testing (Prokhorov 2001, as prepared for LIBSVM).
+    - ``omniglot``: 20 drawings of each of 1,623 characters, ``x`` ``[1623, 20, 28,
+      28]`` float32, the fraction of ink in [0, 1] (Lake et al. 2015, MIT license).
+    - ``reuters``: 11,069 news stories with 8,315 sparse features, and ``y`` in {0, 1},
+      1 for the topic money-fx (6.5%); 3,299 are for testing. Row i has the features
+      ``columns[starts[i] : starts[i + 1]]`` and the numbers in the same range of
+      ``values``, as in ``scipy.sparse.csr_array((values, columns, starts))``
+      (Reuters-21578, for research, as prepared for LASVM).
+    - ``burgers``: The solution ``u`` ``[256, 100]`` of ``u_t + u u_x = (0.01 / pi)
+      u_xx`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
+      t = 0 and zero at the boundary; float64 (Raissi et al. 2019).
+
+    Args:
+      name: Name of the data set.
+      data_dir: Folder that contains a folder ``name/`` with its files (``pde/`` for
+        burgers). Defaults to the environment variable HYPERGRAD_DATA_DIR. Bundled data
+        sets do not need it.
+
+    Raises:
+      ValueError: The name is unknown, or a file has another SHA-256.
+      FileNotFoundError: A file is missing; the message names its source.
+
+    >>> import hypergrad as hg
+    >>> hg.datasets.load("digits")["x"].shape
+    (1797, 64)
+    """
+    if name not in LOADERS:
+        raise ValueError(f"name must be one of {', '.join(LOADERS)}; got {name!r}.")
+    data_dir = data_dir or os.getenv(VARIABLE)
+    return LOADERS[name](None if data_dir is None else Path(data_dir))
 
 
-def _breast_cancer(folder: Path | None) -> Arrays:
-    del folder
-    from sklearn.datasets import load_breast_cancer
+# Bundled with scikit-learn.
 
-    bunch: Any = load_breast_cancer()
-    return {"x": bunch.data.astype(np.float32), "y": bunch.target.astype(np.int32)}
+
+def _bundled_loader(name: str, scale: float = 1.0) -> Callable[[Path | None], Arrays]:
+    """Returns the loader of a data set of scikit-learn, with ``x`` over ``scale``."""
+
+    def load_bundled(data_dir: Path | None) -> Arrays:
+        del data_dir
+        from sklearn import datasets
+
+        bunch: Any = getattr(datasets, f"load_{name}")()
+        return {
+            "x": (bunch.data / scale).astype(np.float32),
+            "y": bunch.target.astype(np.int32),
+        }
+
+    return load_bundled
+
+
+# Read from files.
+
+
+def _read_files(
+    folder: str, data_dir: Path | None, digests: dict[str, str], source: str
+) -> list[bytes]:
+    """Returns the contents of files whose SHA-256 is right.
+
+    Args:
+      folder: Name of the folder of the files.
+      data_dir: Folder that contains ``folder``.
+      digests: SHA-256 of each file, by file name.
+      source: Where the files come from, for error messages.
+    """
+    if data_dir is None:
+        raise FileNotFoundError(
+            f"data_dir must name a folder for {folder}, whose files do not come with "
+            f"the package; got None. Put {' and '.join(digests)} ({source}) into a "
+            f"folder {folder}/, and pass the folder above it as data_dir or set the "
+            f"environment variable {VARIABLE}."
+        )
+    contents = []
+    for file, digest in digests.items():
+        path = data_dir / folder / file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"data_dir must contain {folder}/{file}; {path} does not exist. Its "
+                f"source is {source}."
+            )
+        content = path.read_bytes()
+        actual = hashlib.sha256(content).hexdigest()
+        if actual != digest:
+            raise ValueError(
+                f"{path} must have the SHA-256 {digest}; got {actual}. The file is "
+                f"damaged or another one: get it again from {source}."
+            )
+        contents.append(content)
+    return contents
 
 
 MNIST = {
@@ -43,36 +135,16 @@ MNIST_SOURCE = (
 )
 
 
-def _mnist(folder: Path | None) -> Arrays:
-    import io
-
-    (content,) = _files("mnist", folder, MNIST, MNIST_SOURCE)
+def _load_mnist(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files("mnist", data_dir, MNIST, MNIST_SOURCE)
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         train, test = ((arrays[f"x_{n}"], arrays[f"y_{n}"]) for n in ("train", "test"))
-    x, y = (np.concatenate(pieces) for pieces in zip(train, test, strict=True))
+    x, y = (np.concatenate(pair) for pair in zip(train, test, strict=True))
     return {
         "x": (x.reshape(len(x), -1) / np.float32(255)).astype(np.float32),
         "y": y.astype(np.int32),
         "test": np.arange(len(y)) >= len(train[1]),
     }
-
-
-def _iris(folder: Path | None) -> Arrays:
-    del folder
-    from sklearn.datasets import load_iris
-
-    return _classes(load_iris())
-
-
-def _wine(folder: Path | None) -> Arrays:
-    del folder
-    from sklearn.datasets import load_wine
-
-    return _classes(load_wine())
-
-
-def _classes(bunch: Any) -> Arrays:
-    return {"x": bunch.data.astype(np.float32), "y": bunch.target.astype(np.int32)}
 
 
 OMNIGLOT = {
@@ -81,31 +153,32 @@ OMNIGLOT = {
     ),
 }
 OMNIGLOT_SOURCE = (
-    "the images of https://github.com/brendenlake/omniglot, ink as bits: `images` of "
-    "np.packbits over 105 by 105 pixels, `char_id`"
+    "the images of https://github.com/brendenlake/omniglot, with ink as bits: `images` "
+    "of np.packbits over 105 by 105 pixels, and `char_id`"
 )
 OMNIGLOT_SIZE = 28
 
 
-def _omniglot(folder: Path | None) -> Arrays:
-    (content,) = _files("omniglot", folder, OMNIGLOT, OMNIGLOT_SOURCE)
+def _load_omniglot(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files("omniglot", data_dir, OMNIGLOT, OMNIGLOT_SOURCE)
     with np.load(io.BytesIO(content)) as file:
         bits, characters = file["images"], file["char_id"]
-    shrink = _area(105, OMNIGLOT_SIZE)
-    found = np.empty((characters.max() + 1, 20, OMNIGLOT_SIZE, OMNIGLOT_SIZE), "f4")
-    for i in range(len(found)):
+    weights = _area_weights(105, OMNIGLOT_SIZE)
+    shape = (characters.max() + 1, 20, OMNIGLOT_SIZE, OMNIGLOT_SIZE)
+    images = np.empty(shape, np.float32)
+    for i in range(len(images)):
         ink = np.unpackbits(bits[characters == i], axis=1)[:, : 105 * 105]
-        found[i] = shrink @ ink.reshape(20, 105, 105) @ shrink.T
-    return {"x": np.minimum(found, 1)}  # rounding may leave a full pixel above
+        images[i] = weights @ ink.reshape(20, 105, 105) @ weights.T
+    return {"x": np.minimum(images, 1)}  # rounding may make a full pixel exceed 1
 
 
-def _area(size: int, smaller: int) -> np.ndarray:
-    """``[smaller, size]``: each row is the mean over the pixels that one covers."""
-    edges = np.arange(smaller + 1) * size / smaller
+def _area_weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
+    """Returns the matrix that averages ``size`` pixels over each of ``new_size``."""
+    edges = np.arange(new_size + 1) * size / new_size
     pixels = np.arange(size)
     low = np.maximum(edges[:-1, None], pixels)
     high = np.minimum(edges[1:, None], pixels + 1)
-    return (np.maximum(high - low, 0) * smaller / size).astype(np.float32)
+    return (np.maximum(high - low, 0) * new_size / size).astype(np.float32)
 
 
 REUTERS = {
@@ -123,18 +196,18 @@ REUTERS_SOURCE = (
 REUTERS_FEATURES = 8315
 
 
-def _reuters(folder: Path | None) -> Arrays:
+def _load_reuters(data_dir: Path | None) -> Arrays:
     train, test = (
-        _svmlight(bz2.decompress(content), REUTERS_FEATURES)
-        for content in _files("reuters", folder, REUTERS, REUTERS_SOURCE)
+        _parse_svmlight(bz2.decompress(content), REUTERS_FEATURES)
+        for content in _read_files("reuters", data_dir, REUTERS, REUTERS_SOURCE)
     )
     starts = np.concatenate([train["starts"], train["starts"][-1] + test["starts"][1:]])
-    joined = {
+    data = {
         name: np.concatenate([train[name], test[name]])
         for name in ("values", "columns", "y")
     }
-    is_test = np.arange(len(joined["y"])) >= len(train["y"])
-    return joined | {"starts": starts, "test": is_test}
+    is_test = np.arange(len(data["y"])) >= len(train["y"])
+    return data | {"starts": starts, "test": is_test}
 
 
 IJCNN1 = {
@@ -149,29 +222,21 @@ IJCNN1_SOURCE = (
     "binary/ijcnn1 of https://github.com/X-DataInitiative/tick-datasets, commit "
     "9d959b6e53e17145e93e9849ff1f9f6d2de8ae51"
 )
+IJCNN1_FEATURES = 22
 
 
-def _ijcnn1(folder: Path | None) -> Arrays:
-    parts = [
-        _svmlight(bz2.decompress(content), 22)
-        for content in _files("ijcnn1", folder, IJCNN1, IJCNN1_SOURCE)
+def _load_ijcnn1(data_dir: Path | None) -> Arrays:
+    splits = [
+        _parse_svmlight(bz2.decompress(content), IJCNN1_FEATURES)
+        for content in _read_files("ijcnn1", data_dir, IJCNN1, IJCNN1_SOURCE)
     ]
-    y = np.concatenate([part["y"] for part in parts])
-    x = np.concatenate([_dense(part, 22) for part in parts])
-    return {"x": x, "y": y, "test": np.arange(len(y)) >= len(parts[0]["y"])}
+    y = np.concatenate([split["y"] for split in splits])
+    x = np.concatenate([_to_dense(split, IJCNN1_FEATURES) for split in splits])
+    return {"x": x, "y": y, "test": np.arange(len(y)) >= len(splits[0]["y"])}
 
 
-def _dense(rows: Arrays, num_features: int) -> np.ndarray:
-    """Compressed sparse rows written out."""
-    x = np.zeros((len(rows["y"]), num_features), np.float32)
-    x[np.repeat(np.arange(len(x)), np.diff(rows["starts"])), rows["columns"]] = rows[
-        "values"
-    ]
-    return x
-
-
-def _svmlight(content: bytes, num_features: int) -> Arrays:
-    """Lines ``label index:value ...`` as compressed sparse rows."""
+def _parse_svmlight(content: bytes, num_features: int) -> Arrays:
+    """Parses lines ``label index:value ...`` into compressed sparse rows."""
     from sklearn.datasets import load_svmlight_file
 
     x, y = load_svmlight_file(io.BytesIO(content), n_features=num_features)
@@ -183,33 +248,12 @@ def _svmlight(content: bytes, num_features: int) -> Arrays:
     }
 
 
-def _files(
-    name: str, folder: Path | None, digests: dict[str, str], source: str
-) -> list[bytes]:
-    """The files' contents, once their SHA-256 is found right."""
-    if folder is None:
-        raise FileNotFoundError(
-            f"{name} needs files that do not come with the package: put "
-            f"{' and '.join(digests)} ({source}) into a folder {name}/, and name the "
-            f"folder above it by data_dir or the variable {VARIABLE}"
-        )
-    contents = []
-    for file, digest in digests.items():
-        path = folder / name / file
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing; {name} is in {source}. The folder above {name}/ "
-                f"is what data_dir or the variable {VARIABLE} names"
-            )
-        content = path.read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if found != digest:
-            raise ValueError(
-                f"{path} has SHA-256 {found}, not {digest}: it is another file, or "
-                f"damaged; take it anew from {source}"
-            )
-        contents.append(content)
-    return contents
+def _to_dense(rows: Arrays, num_features: int) -> Float[np.ndarray, "n num_features"]:
+    """Returns compressed sparse rows as a matrix."""
+    x = np.zeros((len(rows["y"]), num_features), np.float32)
+    row_of_value = np.repeat(np.arange(len(x)), np.diff(rows["starts"]))
+    x[row_of_value, rows["columns"]] = rows["values"]
+    return x
 
 
 BURGERS = {
@@ -223,78 +267,22 @@ BURGERS_SOURCE = (
 )
 
 
-def _burgers(folder: Path | None) -> Arrays:
-    import io
-
+def _load_burgers(data_dir: Path | None) -> Arrays:
     from scipy.io import loadmat
 
-    (content,) = _files("pde", folder, BURGERS, BURGERS_SOURCE)
-    found = loadmat(io.BytesIO(content))
-    return {"x": found["x"][:, 0], "t": found["t"][:, 0], "u": found["usol"]}
+    (content,) = _read_files("pde", data_dir, BURGERS, BURGERS_SOURCE)
+    arrays = loadmat(io.BytesIO(content))
+    return {"x": arrays["x"][:, 0], "t": arrays["t"][:, 0], "u": arrays["usol"]}
 
 
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
-    "breast_cancer": _breast_cancer,
-    "burgers": _burgers,
-    "digits": _digits,
-    "ijcnn1": _ijcnn1,
-    "iris": _iris,
-    "mnist": _mnist,
-    "omniglot": _omniglot,
-    "reuters": _reuters,
-    "wine": _wine,
+    "breast_cancer": _bundled_loader("breast_cancer"),
+    "burgers": _load_burgers,
+    "digits": _bundled_loader("digits", scale=16.0),
+    "ijcnn1": _load_ijcnn1,
+    "iris": _bundled_loader("iris"),
+    "mnist": _load_mnist,
+    "omniglot": _load_omniglot,
+    "reuters": _load_reuters,
+    "wine": _bundled_loader("wine"),
 }
-
-
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
-    """The named data set as NumPy arrays.
-
-    ``digits``: 1,797 handwritten digits of 8 by 8 pixels in [0, 1], ``x`` ``[1797,
-    64]`` float32 and ``y`` ``[1797]`` int32 in 0..9; bundled with scikit-learn
-    (originally UCI's, by Alpaydin and Kaynak).
-
-    ``breast_cancer``: 569 tumours by 30 measured features, ``x`` ``[569, 30]`` float32
-    as measured and ``y`` in {0, 1}, 1 for benign; bundled with scikit-learn
-    (originally UCI's, by Wolberg, Street and Mangasarian).
-
-    ``mnist``: 70,000 handwritten digits of 28 by 28 pixels in [0, 1], ``x`` ``[70000,
-    784]`` and ``y`` in 0..9; ``test``, boolean, marks the last 10,000. From files:
-    LeCun, Cortes and Burges.
-    ``ijcnn1``: 141,691 moments of an engine's ignition, 22 numbers each, ``x``
-    ``[141691, 22]`` float32 and ``y`` in {0, 1}, 9.7% of them 1; ``test``, boolean,
-    marks the last 91,701. From files: Prokhorov 2001, as LIBSVM prepared it.
-
-    ``iris``: 150 flowers of 3 species, 4 lengths in cm; ``wine``: 178 wines of 3
-    growers, 13 measurements. ``x`` float32 and ``y`` int32; bundled with scikit-learn
-    (Fisher 1936; UCI's, by Forina et al.).
-
-    ``omniglot``: 20 drawings of each of 1,623 characters, ``x`` ``[1623, 20, 28, 28]``
-    float32 in [0, 1], the share of ink. From a file: Lake et al. 2015, MIT licence.
-
-    ``reuters``: 11,069 news stories, of which 3,299 are for testing; is a story about
-    money-fx (6.5% are)? Sparse rows of 8,315 features: those of story i are
-    ``columns[starts[i] : starts[i + 1]]``, with ``values`` alike, as in
-    ``scipy.sparse.csr_array((values, columns, starts))``; ``y`` in {0, 1}, and
-    ``test``, boolean. From files: Reuters-21578, for research, as LASVM prepared it.
-
-    ``burgers``: ``u`` ``[256, 100]`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99] with
-    ``u_t + u u_x = (0.01 / pi) u_xx``, ``u = -sin(pi x)`` at first and zero at the
-    ends; float64. From the file in ``pde/`` that came with Raissi et al. 2019.
-
-    Args:
-      name: of the data set.
-      data_dir: the folder with a folder ``name/`` of its files; None means what the
-        variable HYPERGRAD_DATA_DIR holds. Not read for what is bundled.
-
-    Raises:
-      ValueError: an unknown name, or a file whose SHA-256 is another.
-      FileNotFoundError: files that are not there, with where they come from.
-
-    >>> import hypergrad as hg
-    >>> hg.data.load("digits")["x"].shape
-    (1797, 64)
-    """
-    if name not in LOADERS:
-        raise ValueError(f"no data set {name!r}; known are {sorted(LOADERS)}")
-    data_dir = data_dir or os.getenv(VARIABLE)
-    return LOADERS[name](None if data_dir is None else Path(data_dir))

@@ -1,4 +1,4 @@
-"""Conformance: what every estimator must do, checked on problems with known answers."""
+"""Conformance tests of estimators, on quadratic problems with exact solutions."""
 
 from typing import Any
 
@@ -15,67 +15,88 @@ from .hypergradient import hypergradient
 from .minimize import minimize
 from .problem import Bilevel
 
-SMALLEST, LARGEST = 0.5, 1.5
-STEPS = 300  # after which a single loop at one alpha has settled
+EIG_MIN, EIG_MAX = 0.5, 1.5
+NUM_SINGLE_LOOP_STEPS = 300
+NUM_OUTER_STEPS = 20
+STRUCTURES = ("scalar", "vector", "tree")
 
 
 def quadratic(key: Array, structure: str) -> tuple[Bilevel, PyTree, PyTree, PyTree]:
-    """A quadratic problem with spectrum in [1/2, 3/2] and its exact hypergradient.
+    """Returns a random quadratic problem with its exact hypergradient.
 
-    ``L = w'H w/2 - w'(C alpha)`` and ``M = |w - t|^2/2 + |alpha|^2/2``, so that
-    ``w* = H^-1 C alpha`` and ``dM/dalpha = alpha + C'H^-1 (w* - t)``, here by a dense
-    solve.
+    The losses are ``L = w'H w / 2 - w'C alpha`` and ``M = |w - t|² / 2 + |alpha|² / 2``
+    with eigenvalues of ``H`` in [1/2, 3/2] and an orthogonal ``C``, so that
+
+        w* = H^-1 C alpha,    dM/dalpha = alpha + C' H^-1 (w* - t).
 
     Args:
-      key: of the random problem.
-      structure: of ``w``: 'scalar' (0-d), 'vector' (8) or 'tree' (nested dicts and a
-        list, 9 numbers). ``alpha`` has as many numbers.
+      key: PRNG key of the problem.
+      structure: Structure of ``w`` and ``alpha``: 'scalar' (0-d), 'vector' (8 numbers)
+        or 'tree' (nested dictionaries and a list, 9 numbers).
 
     Returns:
       ``(problem, w, alpha, hypergradient)``.
+
+    Raises:
+      ValueError: ``structure`` is another word.
+
+    >>> import jax, hypergrad as hg
+    >>> problem, w, alpha, exact = hg.testing.quadratic(jax.random.key(0), "vector")
+    >>> estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(w, alpha)
+    >>> bool(jnp.allclose(estimate.hypergradient, exact, rtol=1e-3))
+    True
     """
-    shapes = {
+    if structure not in STRUCTURES:
+        raise ValueError(
+            f"structure must be one of {', '.join(STRUCTURES)}; got {structure!r}."
+        )
+    zeros = {
         "scalar": jnp.zeros(()),
         "vector": jnp.zeros(8),
         "tree": {"a": [jnp.zeros((2, 3)), jnp.zeros(())], "b": {"c": jnp.zeros(2)}},
     }
-    if structure not in shapes:
-        raise ValueError(
-            f"structure must be one of {sorted(shapes)}; got {structure!r}"
-        )
-    w, unravel = ravel_pytree(shapes[structure])
+    w, unravel = ravel_pytree(zeros[structure])
     size = w.size
     keys = jax.random.split(key, 4)
-    basis, _ = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))
-    spectrum = jnp.linspace(SMALLEST, LARGEST, size)
-    hessian = basis @ jnp.diag(spectrum) @ basis.T
-    coupling, _ = jnp.linalg.qr(jax.random.normal(keys[1], (size, size)))
-    target, alpha = jax.random.normal(keys[2], (2, size))
-    data = {"H": hessian, "C": coupling, "t": target}
-    flat = lambda tree: ravel_pytree(tree)[0]
+    eigenvectors, _ = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))
+    eigenvalues = jnp.linspace(EIG_MIN, EIG_MAX, size)
+    H = eigenvectors @ jnp.diag(eigenvalues) @ eigenvectors.T
+    C, _ = jnp.linalg.qr(jax.random.normal(keys[1], (size, size)))
+    t, alpha = jax.random.normal(keys[2], (2, size))
+    data = {"H": H, "C": C, "t": t}
 
     def inner_loss(w, alpha, batch):
-        w, alpha = flat(w), flat(alpha)
+        w, alpha = _ravel(w), _ravel(alpha)
         return 0.5 * w @ (batch["H"] @ w) - w @ (batch["C"] @ alpha)
 
     def outer_loss(w, alpha, batch):
-        w, alpha = flat(w), flat(alpha)
+        w, alpha = _ravel(w), _ravel(alpha)
         return 0.5 * jnp.sum((w - batch["t"]) ** 2) + 0.5 * jnp.sum(alpha**2)
 
-    best = jnp.linalg.solve(hessian, coupling @ alpha)
-    exact = alpha + coupling.T @ jnp.linalg.solve(hessian, best - target)
+    w_star = jnp.linalg.solve(H, C @ alpha)
+    exact = alpha + C.T @ jnp.linalg.solve(H, w_star - t)
     problem = Bilevel(inner_loss, outer_loss, data, data)
     return problem, unravel(w), unravel(alpha), unravel(exact)
 
 
-class Settled(eqx.Module):
-    """A single-loop estimator's last estimate of many at one ``alpha``.
+class RepeatedSteps(eqx.Module):
+    """A single-loop estimator that makes many steps per estimate, at one ``alpha``.
 
-    Makes a double-loop estimator of it, to be checked as one.
+    It can be used and checked like a double-loop estimator.
+
+    Args:
+      estimator: The single-loop estimator.
+      num_steps: Number of steps per estimate, of which the last is returned.
+
+    Cost: ``num_steps`` estimates, of which the statistics count the last.
 
     >>> import optax, hypergrad as hg
-    >>> hg.testing.Settled(hg.SOBA(optax.sgd(0.5)), num_steps=200).target
-    'argmin'
+    >>> repeated = hg.testing.RepeatedSteps(hg.SOBA(optax.sgd(0.5)), num_steps=200)
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: w**2
+    >>> estimate = hg.hypergradient(hg.Bilevel(inner, outer), repeated)(0.0, 3.0)
+    >>> round(float(estimate.hypergradient), 3)
+    6.0
     """
 
     estimator: Any
@@ -83,169 +104,241 @@ class Settled(eqx.Module):
 
     @property
     def target(self) -> str:
-        """The estimator's."""
-        return self.estimator.target
+        """Target of the single-loop estimator."""
+        return get_target(self.estimator)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """The estimator's."""
+        """Returns the error bound of the single-loop estimator."""
         return self.estimator.error_bound(eig_min, eig_max)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> Any:
-        """The estimator's."""
+        """Returns the first state of the single-loop estimator."""
         return self.estimator.init(problem, w, alpha, key)
 
     def estimate(
         self, problem: Bilevel, state: Any, alpha: PyTree, key: Array
     ) -> tuple[Estimate, Any]:
-        """All but the last estimate go into the state alone."""
-        first, *_ = keys = jax.random.split(key, self.num_steps)
+        """Returns the estimate of the last step and the state after it."""
+        final_key, *_ = keys = jax.random.split(key, self.num_steps)
         step = lambda state, key: self.estimator.estimate(problem, state, alpha, key)
         state, _ = jax.lax.scan(lambda s, key: (step(s, key)[1], None), state, keys[1:])
-        return step(state, first)
+        return step(state, final_key)
 
 
 def check_estimator(estimator: Estimator) -> None:
-    """Raises AssertionError unless ``estimator`` keeps the estimators' promises.
+    """Raises AssertionError unless an estimator keeps what the library relies on.
 
-    On quadratics with spectra in [1/2, 3/2] (where 200 steps of ``optax.sgd(0.5)``
-    converge) and ``w`` a scalar, a vector and a nested tree, it checks:
+    The checks use quadratic problems with eigenvalues in [1/2, 3/2], on which 200 steps
+    of ``optax.sgd(0.5)`` converge, and ``w`` as a scalar, a vector and a nested tree:
 
-    - structure, shapes and dtypes of value, hypergradient and ``w``; all stats there;
-    - the error against a dense solve: within rounding where ``error_bound`` says 0,
-      within the declared factor of the indirect term where it declares one, and at
-      least a descent direction where it declares NaN;
-    - an exact estimate is trusted, a NaN in the data is not, and is seen in the value;
-    - the same once more from a state that an estimate elsewhere has left;
-    - equal results with and without ``jit``, under ``vmap`` and in a loop;
+    - Value, hypergradient and ``w`` have the right structures, shapes and dtypes.
+    - The error against the exact hypergradient is at most rounding if ``error_bound``
+      is 0. If it is another number, the error of the indirect term is within it. If it
+      is NaN, the estimate is at least an ascent direction.
+    - An exact estimate is trusted. An estimate on data with a NaN is not, and its value
+      is not finite.
+    - The error is the same from a state that an estimate at another ``alpha`` returned.
+    - Results are equal with and without ``jit``, and under ``vmap``.
     - 20 steps of `minimize` lower the outer value.
 
-    A single-loop estimator is asked after 300 steps at one ``alpha``, and need not be
-    trusted.
+    A single-loop estimator is checked after 300 steps at one ``alpha``, as
+    `RepeatedSteps`, and need not be trusted.
 
     Args:
-      estimator: with ``init``, ``estimate``, ``target`` and
-        ``error_bound(smallest, largest)``, the relative error that it admits in the
-        adjoint for that spectrum.
+      estimator: The estimator. Besides ``init`` and ``estimate`` it must have
+        ``error_bound(eig_min, eig_max)``, the relative error that it admits in the
+        adjoint for that spectrum; see `hypergrad.Estimator`.
+
+    Raises:
+      AssertionError: A check failed; the message states which, and by how much.
 
     >>> import optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.5), 200)
     >>> hg.testing.check_estimator(hg.Implicit(solver))
     """
     for name in ("init", "estimate", "error_bound"):
-        _require(hasattr(estimator, name), f"an estimator needs {name}")
+        _check(hasattr(estimator, name), f"estimator must have the method {name}.")
     target = get_target(estimator)
-    _require(target in ("argmin", "solver"), f"target is {target!r}")
-    alone = Settled(estimator, STEPS) if _single_loop(estimator) else estimator
-    for structure in ("scalar", "vector", "tree"):
-        _check_on(alone, structure)
-    _check_flags(alone)
+    _check(
+        target in ("argmin", "solver"),
+        f"target must be 'argmin' or 'solver'; got {target!r}.",
+    )
+    is_single_loop = getattr(estimator, "is_single_loop", False)
+    double_loop = (
+        RepeatedSteps(estimator, NUM_SINGLE_LOOP_STEPS) if is_single_loop else estimator
+    )
+    for structure in STRUCTURES:
+        problem, w, alpha, exact = quadratic(jax.random.key(1), structure)
+        estimate = hypergradient(problem, double_loop)(w, alpha)
+        _check_structure(estimate, w, alpha, structure)
+        _check_error(double_loop, estimate, alpha, exact, structure)
+        _check_exact_is_trusted(double_loop, estimate, structure)
+        warm_estimate = _estimate_from_other_state(problem, double_loop, w, alpha)
+        _check_error(
+            double_loop, warm_estimate, alpha, exact, f"{structure} with a used state"
+        )
+        _check_transformations(problem, double_loop, estimate, w, alpha, structure)
+    _check_nan(double_loop)
     _check_descent(estimator)
 
 
-def _single_loop(estimator: Any) -> bool:
-    return getattr(estimator, "is_single_loop", False)
+def _check(condition: Any, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
 
 
-def _require(kept: Any, what: str) -> None:
-    if not kept:
-        raise AssertionError(what)
-
-
-def _close(found: PyTree, expected: PyTree, tolerance: float, what: str) -> None:
-    flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
-    found, expected = flat(found), flat(expected)
-    scale = max(np.linalg.norm(expected), 1e-30)
-    error = np.linalg.norm(found - expected) / scale
-    _require(
-        error <= tolerance,
-        f"{what}: relative error {error:.2e}, allowed {tolerance:.2e}",
+def _check_structure(
+    estimate: Estimate, w: PyTree, alpha: PyTree, structure: str
+) -> None:
+    describe = lambda tree: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
+    for name, tree, like_name, like in (
+        ("w", estimate.w, "w", w),
+        ("hypergradient", estimate.hypergradient, "alpha", alpha),
+    ):
+        _check(
+            describe(tree) == describe(like),
+            f"Estimate.{name} must have the structure, shapes and dtypes of "
+            f"{like_name} ({structure}), {describe(like)}; got {describe(tree)}.",
+        )
+    _check(
+        estimate.value.shape == (),
+        f"Estimate.value must be a scalar; got shape {estimate.value.shape}.",
     )
-
-
-def _rounding(tree: PyTree) -> float:
-    """1e-9 in float64, 1e-4 in float32."""
-    return 1e-9 if jax.tree.leaves(tree)[0].dtype == jnp.float64 else 1e-4
-
-
-def _check_on(estimator: Any, structure: str) -> None:
-    problem, w, alpha, exact = quadratic(jax.random.key(1), structure)
-    estimate = hypergradient(problem, estimator)(w, alpha)
-
-    shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    _require(shape(estimate.w) == shape(w), "Estimate.w must be structured like w")
-    _require(
-        shape(estimate.hypergradient) == shape(alpha),
-        "Estimate.hypergradient must be structured like alpha",
-    )
-    _require(estimate.value.shape == (), "Estimate.value must be a scalar")
-    _require(
-        set(STATS) | {"trusted"} <= set(estimate.stats), "Estimate.stats lacks keys"
-    )
-
-    _check_error(estimator, estimate, alpha, exact, structure)
-    # The same from where an estimate elsewhere has left the state.
-    state = estimator.init(problem, w, alpha, jax.random.key(0))
-    twice = jax.tree.map(lambda leaf: 2 * leaf, alpha)
-    _, state = estimator.estimate(problem, state, twice, jax.random.key(1))
-    warm, _ = estimator.estimate(problem, state, alpha, jax.random.key(2))
-    _check_error(estimator, warm, alpha, exact, f"{structure}, with a carried state")
-
-    rounding = _rounding(alpha)
-    eager = lambda w, alpha: _estimate(problem, estimator, w, alpha)
-    tolerance = 10 * rounding
-    expected = estimate.hypergradient
-    _close(eager(w, alpha), expected, tolerance, "without jit")
-    _close(jax.jit(eager)(w, alpha), expected, tolerance, "under jit")
-    alphas = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), alpha)
-    batched = jax.vmap(eager, in_axes=(None, 0))(w, alphas)
-    for i, scale in enumerate((1, 2)):
-        one = eager(w, jax.tree.map(lambda leaf, scale=scale: scale * leaf, alpha))
-        found = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
-        _close(found, one, tolerance, "under vmap")
+    for name in STATS:
+        shape = jnp.shape(estimate.stats[name])
+        _check(
+            shape == (),
+            f"Estimate.stats[{name!r}] must be a scalar; got shape {shape}.",
+        )
 
 
 def _check_error(
     estimator: Any, estimate: Estimate, alpha: PyTree, exact: PyTree, structure: str
 ) -> None:
-    factor = estimator.error_bound(SMALLEST, LARGEST)
-    rounding = _rounding(alpha)
-    if factor == 0:
-        what = f"hypergradient on {structure}, declared exact"
-        _close(estimate.hypergradient, exact, rounding, what)
-        if not isinstance(estimator, Settled):
-            _require(estimate.stats["trusted"], "an exact estimate must be trusted")
-    elif np.isfinite(factor):
-        indirect = jax.tree.map(jnp.subtract, exact, alpha)  # direct term is alpha
-        found = jax.tree.map(jnp.subtract, estimate.hypergradient, alpha)
-        what = f"indirect term on {structure}, declared within {factor:.2e}"
-        _close(found, indirect, factor + rounding, what)
+    """Checks the error of a hypergradient against what ``error_bound`` declares."""
+    error_bound = estimator.error_bound(EIG_MIN, EIG_MAX)
+    rounding = _rounding_tolerance(alpha)
+    actual, exact = _ravel(estimate.hypergradient), _ravel(exact)
+    direct_term = _ravel(alpha)  # dM/dalpha of the outer loss of `quadratic`
+    if error_bound == 0:
+        name = f"hypergradient ({structure}), whose error_bound is 0,"
+        _check_close(actual, exact, rounding, name)
+    elif np.isfinite(error_bound):
+        name = f"indirect term ({structure}), whose error_bound is {error_bound:.2e},"
+        tolerance = error_bound + rounding
+        _check_close(actual - direct_term, exact - direct_term, tolerance, name)
     else:
-        flat = lambda tree: ravel_pytree(tree)[0]
-        slope = float(flat(estimate.hypergradient) @ flat(exact))
-        _require(slope > 0, f"on {structure} the estimate is no ascent direction")
+        norms = np.linalg.norm(actual) * np.linalg.norm(exact)
+        cosine = float(actual @ exact) / max(norms, 1e-30)
+        _check(
+            cosine > 0,
+            f"hypergradient ({structure}) must be an ascent direction of the outer "
+            f"value; got a cosine of {cosine:.2f} to the exact one.",
+        )
 
 
-def _estimate(problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree) -> PyTree:
-    key = jax.random.split(jax.random.key(0))
-    state = estimator.init(problem, w, alpha, key[0])
-    return estimator.estimate(problem, state, alpha, key[1])[0].hypergradient
+def _check_exact_is_trusted(estimator: Any, estimate: Estimate, structure: str) -> None:
+    is_exact = estimator.error_bound(EIG_MIN, EIG_MAX) == 0
+    if is_exact and not isinstance(estimator, RepeatedSteps):
+        reasons = "; ".join(estimate.reasons)
+        _check(
+            estimate.trusted,
+            f"an estimate ({structure}) whose error_bound is 0 must be trusted; got "
+            f"trusted=False, because {reasons}.",
+        )
 
 
-def _check_flags(estimator: Any) -> None:
+def _estimate_from_other_state(
+    problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree
+) -> Estimate:
+    """Returns an estimate whose state comes from an estimate at another ``alpha``."""
+    state = estimator.init(problem, w, alpha, jax.random.key(0))
+    other_alpha = jax.tree.map(lambda leaf: 2 * leaf, alpha)
+    _, state = estimator.estimate(problem, state, other_alpha, jax.random.key(1))
+    return estimator.estimate(problem, state, alpha, jax.random.key(2))[0]
+
+
+def _check_transformations(
+    problem: Bilevel,
+    estimator: Any,
+    estimate: Estimate,
+    w: PyTree,
+    alpha: PyTree,
+    structure: str,
+) -> None:
+    """Checks that results do not depend on ``jit`` and ``vmap``."""
+    tolerance = 10 * _rounding_tolerance(alpha)
+
+    def hypergradient_fn(w, alpha):
+        init_key, estimate_key = jax.random.split(jax.random.key(0))
+        state = estimator.init(problem, w, alpha, init_key)
+        return estimator.estimate(problem, state, alpha, estimate_key)[0].hypergradient
+
+    expected = estimate.hypergradient
+    for name, fn in (
+        ("without", hypergradient_fn),
+        ("under", jax.jit(hypergradient_fn)),
+    ):
+        label = f"hypergradient ({structure}) {name} jit"
+        _check_close(fn(w, alpha), expected, tolerance, label)
+    scales = (1, 2)
+    alphas = [jax.tree.map(lambda leaf, a=a: a * leaf, alpha) for a in scales]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alphas)
+    batched = jax.vmap(hypergradient_fn, in_axes=(None, 0))(w, stacked)
+    for i, alpha in enumerate(alphas):
+        actual = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
+        expected = hypergradient_fn(w, alpha)
+        label = f"hypergradient ({structure}) under vmap"
+        _check_close(actual, expected, tolerance, label)
+
+
+def _check_nan(estimator: Any) -> None:
+    """Checks that a NaN in the data is not hidden."""
     problem, w, alpha, _ = quadratic(jax.random.key(2), "vector")
-    poisoned = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), problem)
-    estimate = hypergradient(poisoned, estimator)(w, alpha)
-    _require(not estimate.stats["trusted"], "NaN in the data must not be trusted")
-    _require(not np.isfinite(estimate.value), "NaN in the data must show in the value")
+    problem = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), problem)
+    estimate = hypergradient(problem, estimator)(w, alpha)
+    _check(
+        not estimate.trusted,
+        "an estimate on data with a NaN must not be trusted; got trusted=True.",
+    )
+    _check(
+        not np.isfinite(estimate.value),
+        f"Estimate.value on data with a NaN must not be finite; got {estimate.value}.",
+    )
 
 
 def _check_descent(estimator: Any) -> None:
+    """Checks that a short run of `minimize` lowers the outer value."""
     problem, w, alpha, _ = quadratic(jax.random.key(3), "vector")
     trace = minimize(
-        problem, estimator, optax.sgd(0.05), w, alpha, num_steps=20,
+        problem, estimator, optax.sgd(0.05), w, alpha, num_steps=NUM_OUTER_STEPS,
         key=jax.random.key(0),
     )  # fmt: skip
-    _require(trace.status == "completed", f"minimize stopped: {trace.status}")
-    _require(trace.value[-1] < trace.value[0], "20 steps did not lower the outer value")
+    _check(trace.status == "completed", f"minimize must complete; it {trace.status}.")
+    _check(
+        trace.value[-1] < trace.value[0],
+        f"{NUM_OUTER_STEPS} steps of minimize must lower the outer value; it went from "
+        f"{trace.value[0]:.4g} to {trace.value[-1]:.4g}.",
+    )
+
+
+def _check_close(actual: PyTree, expected: PyTree, tolerance: float, name: str) -> None:
+    actual, expected = _ravel(actual), _ravel(expected)
+    scale = max(np.linalg.norm(expected), 1e-30)
+    error = np.linalg.norm(actual - expected) / scale
+    _check(
+        error <= tolerance,
+        f"{name} must have a relative error of at most {tolerance:.2e}; got "
+        f"{error:.2e}.",
+    )
+
+
+def _ravel(tree: PyTree) -> Array:
+    return ravel_pytree(tree)[0]
+
+
+def _rounding_tolerance(tree: PyTree) -> float:
+    """Returns 1e-9 for float64 and 1e-4 for float32."""
+    return 1e-9 if jax.tree.leaves(tree)[0].dtype == jnp.float64 else 1e-4

@@ -223,7 +223,7 @@ def test_omniglot_is_what_its_source_says():
 
 def test_an_area_mean_keeps_the_ink():
     """Each of the smaller pixels covers 105 / 28 of the larger."""
-    shrink = datasets._area(105, 28)
+    shrink = datasets._area_weights(105, 28)
     np.testing.assert_allclose(shrink.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(shrink.sum(axis=0), 28 / 105, rtol=1e-6)
     assert (shrink > 0).sum(axis=1).max() <= 5

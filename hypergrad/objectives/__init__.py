@@ -1,17 +1,20 @@
-"""Several outer losses at once.
+"""Several outer losses: aggregators, Pareto fronts and costs of models.
 
 ``hg.Bilevel(inner_loss, (M_1, ..., M_K), ...)`` has K values and K hypergradients, from
-one inner solve; ``hg.minimize(..., aggregator=...)`` makes one direction of them.
-`WeightedSum` and `SmoothTchebycheff` minimise a function of the values, `MGDA` and
-`UPGrad` lower all values together, `EPO` seeks the Pareto optimum on a given ray,
-`AugmentedLagrangian` lowers the first within limits on the others. `front` traces a
-Pareto front, `non_dominated` finds it among points, `hypervolume` measures it. What a
-model costs, as a differentiable function: `num_parameters`, `num_flops`,
-`activation_bytes`, `expected_cost`, `num_labelled`, and what was measured, a
-`LatencyTable`.
+one inner solve, and ``hg.OuterLoop(..., aggregator=...)`` combines them into one
+direction.
 
-The weights of a sum may be hyperparameters themselves, of a third level:
-`hypergrad.argmin` nests.
+- `WeightedSum` and `SmoothTchebycheff` minimize a function of the values.
+- `MGDA` and `UPGrad` lower all values together.
+- `EPO` finds the Pareto optimum on a given ray.
+- `AugmentedLagrangian` minimizes the first loss within limits on the others.
+- `pareto_front` computes a Pareto front, `non_dominated` finds it among given points,
+  and `hypervolume` measures it.
+- `num_parameters`, `num_flops`, `activation_bytes`, `expected_cost`, `num_labelled` and
+  `LatencyTable` are costs of a model as differentiable functions.
+
+The weights of a sum may be hyperparameters of a third level, because
+`hypergrad.argmin` can be nested. Write your own aggregator as in `Aggregator`.
 """
 
 from .base import Aggregator
@@ -32,18 +35,18 @@ from .scalarization import SmoothTchebycheff, WeightedSum
 __all__ = [
     "EPO",
     "MGDA",
-    "AugmentedLagrangian",
     "Aggregator",
+    "AugmentedLagrangian",
     "LatencyTable",
     "SmoothTchebycheff",
     "UPGrad",
     "WeightedSum",
     "activation_bytes",
     "expected_cost",
-    "pareto_front",
     "hypervolume",
     "non_dominated",
     "num_flops",
     "num_labelled",
     "num_parameters",
+    "pareto_front",
 ]

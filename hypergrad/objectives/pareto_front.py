@@ -1,4 +1,4 @@
-"""A Pareto front: traced by preferences, and measured."""
+"""Pareto fronts: computed from preferences, and measured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
+from ..citation import cites
 from ..estimators.base import Estimator
 from ..minimize import OuterLoop
 from ..problem import Bilevel
@@ -23,37 +24,42 @@ def pareto_front(
     optimizer: optax.GradientTransformation,
     w: PyTree,
     alpha: PyTree,
-    preferences: Array,
+    preferences: Float[Array, "P ..."],
     *,
     aggregator_fn: Callable[[Array], Aggregator] = WeightedSum,
     num_steps: int,
     key: Array | None = None,
     **options: Any,
 ) -> Trace:
-    """One run of `hypergrad.minimize` a preference, all in one program under ``vmap``.
+    """Returns the trace of one run per preference, all in one program under ``vmap``.
 
     Args:
-      problem, estimator, optimizer, w, alpha, num_steps, key: as for
-        `hypergrad.minimize`; every run starts from the same ``w``, ``alpha``, ``key``.
-      preferences: ``[P, ...]``; each row makes a combiner: ``[P, K]`` of weights.
-      aggregator_fn: ``preference -> aggregator``, such as `WeightedSum` or
-        ``lambda p: hg.objectives.SmoothTchebycheff(p, 0.01)``.
-      **options: others of `hypergrad.minimize`, but for ``progress``.
+      problem, estimator, optimizer: As for `hypergrad.OuterLoop`.
+      w, alpha, key: Where every run starts, as for `hypergrad.minimize`.
+      preferences: One row per run, such as weights ``[P, K]``.
+      aggregator_fn: Function that makes an aggregator of a preference, such as
+        `EPO` or ``lambda p: hg.objectives.SmoothTchebycheff(p, 0.01)``. Defaults to
+        `WeightedSum`.
+      num_steps: Number of steps of each run.
+      **options: Further options of `hypergrad.OuterLoop`.
 
     Returns:
-      A trace whose leaves lead with P: ``trace.alpha`` are the Pareto set's points,
-      ``trace.value[:, -1]``, ``[P, K]``, the front's, at the ``alpha`` before the last
-      step.
+      A trace whose leaves have a leading axis of size P. ``trace.alpha`` holds the
+      points of the Pareto set. ``trace.value[:, -1]``, ``[P, K]``, holds the front, at
+      the ``alpha`` before the last step.
 
-    Cost: P runs; each step has one inner solve, and one adjoint solve for all K losses
-    together: they are columns of one loop, which linearises the inner gradient once.
-    The ledger counts a product for each column.
+    Cost: P runs. Each step makes one inner solve and one adjoint solve, in which the K
+    losses are columns of one loop, so that the inner gradient is linearized once. The
+    statistics count a product for each column.
+
+    Raises:
+      TypeError, ValueError: An argument is invalid.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
     >>> outer = (lambda w, alpha, batch: w**2, lambda w, alpha, batch: (w - 1.0) ** 2)
     >>> preferences = jnp.array([[3.0, 1.0], [1.0, 3.0]]) / 4
-    >>> trace = hg.objectives.front(
+    >>> trace = hg.objectives.pareto_front(
     ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
     ...     0.0, 3.0, preferences, num_steps=30,
     ... )
@@ -61,15 +67,15 @@ def pareto_front(
     [0.25, 0.75]
     """
     if jnp.ndim(preferences) == 0:
-        raise ValueError("preferences must be [P, ...], a row a run; got one number")
+        raise ValueError("preferences must have shape [P, ...]; got one number.")
     if not callable(aggregator_fn):
         raise TypeError(
-            "aggregator_fn must be a function of a preference that returns a combiner, such "
-            f"as hg.objectives.EPO without arguments; got {aggregator_fn!r}"
+            "aggregator_fn must be a function of a preference that returns an "
+            f"aggregator, such as hg.objectives.EPO; got {aggregator_fn!r}."
         )
     if not is_traced(preferences):
         for preference in jnp.asarray(preferences):
-            _check_taken(preference, aggregator_fn)
+            _check_preference(preference, aggregator_fn)
 
     def run(preference: Array) -> Trace:
         aggregator = aggregator_fn(preference)
@@ -81,29 +87,35 @@ def pareto_front(
     return jax.vmap(run)(jnp.asarray(preferences))
 
 
-def _check_taken(
+def _check_preference(
     preference: Array, aggregator_fn: Callable[[Array], Aggregator]
 ) -> None:
-    """The combiner refuses what it cannot take, by its value."""
+    """Raises ValueError if no aggregator can be made of a preference."""
     try:
         aggregator_fn(preference)
     except ValueError as error:
         if preference.ndim:
             raise
         raise ValueError(
-            "each of preferences is one number here; for weights they must be [P, K], "
-            f"a row a run: {error}"
+            "preferences must have shape [P, K] for an aggregator with weights; got "
+            f"one number per run: {error}"
         ) from error
 
 
-def non_dominated(points: Array) -> Array:
-    """``[P]``: whether no other point is as low in every value and lower in one.
+def non_dominated(points: Float[Array, "P K"]) -> Bool[Array, " P"]:
+    """Returns True for each point that no other point dominates.
+
+    A point dominates another if it is as low in every value and lower in one, so that
+    equal points do not dominate each other.
 
     Args:
-      points: ``[P, K]``, values to be minimised; one with a NaN is dominated and
-        dominates none. Equal points do not dominate each other.
+      points: Values to be minimized. A point with a NaN is dominated, and dominates no
+        other.
 
     Cost: P² comparisons.
+
+    Raises:
+      ValueError: ``points`` is not a matrix.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> points = jnp.array([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
@@ -112,22 +124,27 @@ def non_dominated(points: Array) -> Array:
     """
     points = jnp.asarray(points)
     if points.ndim != 2:
-        raise ValueError(f"points must be [P, K]; got shape {points.shape}")
-    one, other = points[:, None], points[None]
-    below = jnp.all(other <= one, axis=-1) & jnp.any(other < one, axis=-1)
-    return ~jnp.any(below, axis=1) & ~jnp.any(jnp.isnan(points), axis=1)
+        raise ValueError(f"points must have shape [P, K]; got {points.shape}.")
+    x, y = points[:, None], points[None]
+    dominates = jnp.all(y <= x, axis=-1) & jnp.any(y < x, axis=-1)
+    return ~jnp.any(dominates, axis=1) & ~jnp.any(jnp.isnan(points), axis=1)
 
 
-def hypervolume(points: Array, reference: Array) -> Array:
-    """Volume that the points dominate, bounded by ``reference``; exact.
+@cites("zitzler1999")
+def hypervolume(
+    points: Float[Array, "P K"], reference: Float[Array, " K"]
+) -> Float[Array, ""]:
+    """Returns the volume that the points dominate, bounded by ``reference``; exact.
 
     Args:
-      points: ``[P, K]``, values to be minimised; a dominated one adds nothing, nor does
-        one that is not below ``reference`` in every value.
-      reference: ``[K]``, a bad value of each loss.
+      points: Values to be minimized. Dominated points, and points that are not below
+        ``reference`` in every value, add nothing. The volume is NaN if a point is.
+      reference: A bad value of each loss.
 
-    Cost: ``P^(K-1)`` times ``log P``, memory alike: for few losses. NaN where a point
-    is.
+    Cost: ``P^(K-1) log P`` operations and about as much memory; for few losses.
+
+    Raises:
+      ValueError: The shapes do not match, or there is no point.
 
     Source: Zitzler & Thiele 1999.
 
@@ -139,24 +156,28 @@ def hypervolume(points: Array, reference: Array) -> Array:
     points, reference = jnp.asarray(points), jnp.asarray(reference)
     if points.ndim != 2 or points.size == 0 or reference.shape != points.shape[1:]:
         raise ValueError(
-            "points must be [P, K] and reference [K]; got shapes "
-            f"{points.shape} and {reference.shape}"
+            "points must have shape [P, K] and reference [K]; got shapes "
+            f"{points.shape} and {reference.shape}."
         )
     return _volume(jnp.minimum(points, reference[None]), reference)
 
 
-hypervolume.citations = ("zitzler1999",)  # pyright: ignore[reportFunctionMemberAccess]
-
-
 def _volume(points: Array, reference: Array) -> Array:
-    """By slices: between two points' last values it is the volume of those below."""
+    """Returns the dominated volume of points that are at most ``reference``.
+
+    The volume is a sum of slices along the last value: between the last values of two
+    consecutive points, a slice is the volume of the points below it in one dimension
+    less.
+    """
     if reference.size == 1:
         return reference[0] - jnp.min(points)
     points = points[jnp.argsort(points[:, -1])]
     heights = jnp.diff(points[:, -1], append=reference[-1])
-    rest, end = points[:, :-1], reference[:-1]
-    if reference.size == 2:
-        return heights @ (end - jax.lax.cummin(rest[:, 0]))
-    below = jnp.tri(len(points), dtype=bool)
-    slices = jax.vmap(lambda i: _volume(jnp.where(i[:, None], rest, end[None]), end))
-    return heights @ slices(below)
+    points, reference = points[:, :-1], reference[:-1]
+    if reference.size == 1:
+        return heights @ (reference - jax.lax.cummin(points[:, 0]))
+    # Slice i contains the points 0..i; the others are replaced by points of no volume.
+    slice_volume = lambda mask: _volume(
+        jnp.where(mask[:, None], points, reference[None]), reference
+    )
+    return heights @ jax.vmap(slice_volume)(jnp.tri(len(points), dtype=bool))

@@ -1,59 +1,72 @@
-"""A Pareto optimum on a given ray, from either side of it."""
+"""The Pareto optimum on a given ray, reached from either side of it."""
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..validation import float_converter
 from .base import check_positive, check_size, check_weights
 from .common_descent import MGDA
 from .linear_program import solve_vertex_lp
 
-LARGEST = 6
+MAX_OBJECTIVES = 6
 
 
 class EPO(eqx.Module):
-    """Exact preference: to the Pareto optimum where all ``weights_k M_k`` are equal.
+    """Exact preference: the Pareto optimum at which all ``weights_k M_k`` are equal.
 
-    With ``s_k = r_k M_k / sum_j r_j M_j`` the imbalance is ``mu = sum_k s_k log(K
-    s_k)``, 0 on the ray, and ``a_k = r_k (log(K s_k) - mu)`` weighs the gradients
-    towards it. Let ``G = [g_i . g_j]``. The weights x of a step are on the simplex; off
-    the ray they make the step agree most with that direction, largest ``x'G a``, where
-    no value rises faster than along it: ``(G x)_k >= (G a)_k`` where ``(G a)_k <= 0``,
-    and the value farthest above the ray not at all: ``(G x)_k >= 0``; none rises where
-    no ``(G a)_k`` is above 0. On the ray they lower all values: largest ``sum_k (G
-    x)_k`` with ``G x >= 0``.
+    Let ``r = weights / sum(weights)`` and ``s_k = r_k M_k / sum_j r_j M_j``. The
+    non-uniformity
 
-    So it climbs where it must, along the front too, which neither a weighted sum nor
-    MGDA does. A front that the ray does not meet is left on the way to it.
+        mu = sum_k s_k log(K s_k)
+
+    is 0 on the ray, and ``a_k = r_k (log(K s_k) - mu)`` weighs the hypergradients
+    towards it. With ``G = [g_i . g_j]``, the weights x of a step solve a linear program
+    on the simplex. Off the ray (``mu > tolerance``) it is
+
+        max x'G a  subject to  (G x)_k >= (G a)_k  for each k with (G a)_k <= 0,
+                               (G x)_k >= 0        for the k with the largest s_k,
+
+    so that no value rises faster than along the direction of a. If no ``(G a)_k`` is
+    above 0, the constraint is ``G x >= 0``. On the ray all values fall:
+    ``max sum_k (G x)_k`` subject to ``G x >= 0``.
+
+    A value thus rises where it must, also along the front, unlike under a weighted sum
+    or MGDA. If the ray does not meet the front, the run leaves the front to reach it.
 
     Args:
-      weights: ``[K]``, each above 0, of which the ratios matter: r is ``weights`` over
-        their sum. K is at most 6.
-      tolerance: the imbalance up to which the values count as on the ray; about half
-        the mean of the squared relative differences of ``weights_k M_k``.
-      ideal: ``[K]`` or a number, taken from the values, which must stay above it; one
-        that does not makes the weights NaN, which ends the run, and ``trace.status``
-        says so. A loss that may fall below 0, such as the seconds of a `LatencyTable`
-        beyond its knots, needs an ``ideal`` below all that it can be, or a space.
+      weights: Weights of the losses, ``[K]``, each above 0; only their ratios matter. K
+        is at most 6.
+      tolerance: Non-uniformity up to which the values count as on the ray: about half
+        the mean squared relative difference of the ``weights_k M_k``. Defaults to 1e-6.
+      ideal: Numbers subtracted from the values, ``[K]`` or one for all. Defaults to 0.
+        Each value must stay above it: otherwise the weights are NaN and the run ends
+        with a status that says so. A loss that may fall below 0, such as the seconds
+        of a `LatencyTable` beyond its knots, needs an ideal below its infimum.
 
     Cost: K² inner products and a linear program of K variables, solved to rounding by
-    trying its vertices, ``(2K choose K - 1)`` of them.
+    enumerating its ``(2K choose K - 1)`` vertices.
 
-    No score: ``trace.best_alpha`` is the last.
+    Bias: the aggregator has no score, so that ``trace.best_alpha`` is the last
+    ``alpha``.
 
-    Source: Mahapatra & Rajan 2020, the linear programs of the code they published; on
-    the ray the one that they call relaxed, which is always feasible.
+    Raises:
+      TypeError, ValueError: An argument is invalid.
+
+    Source: Mahapatra & Rajan 2020, the linear programs of their published code; on the
+    ray the relaxed one, which is always feasible.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> aggregator = hg.objectives.EPO(jnp.array([1.0, 1.0]))
-    >>> opposed = jnp.array([[4.0, -4.0], [-4.0, 4.0]])  # at a point of the front
-    >>> weights, _ = aggregator.compute_weights(jnp.array([3.0, 1.0]), opposed, None)
+    >>> gram = jnp.array([[4.0, -4.0], [-4.0, 4.0]])  # opposite, so on the front
+    >>> weights, _ = aggregator.compute_weights(jnp.array([3.0, 1.0]), gram, None)
     >>> bool(weights[0] > weights[1])
     True
     """
 
-    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
+    weights: Float[Array, " K"] = eqx.field(
+        converter=float_converter("weights", optional=False)
+    )
     tolerance: float | Array = eqx.field(
         converter=float_converter("tolerance", optional=False), default=1e-6
     )
@@ -68,39 +81,40 @@ class EPO(eqx.Module):
         check_positive("tolerance", self.tolerance)
 
     def init(self, num_objectives: int) -> None:
-        """No state; K weights."""
+        """Returns None: the aggregator has no state."""
         check_size("weights", self.weights, num_objectives, num_objectives)
         check_size("ideal", self.ideal, num_objectives, num_objectives)
-        if num_objectives > LARGEST:
+        if num_objectives > MAX_OBJECTIVES:
             raise ValueError(
-                f"EPO tries all vertices, which are too many beyond {LARGEST} outer "
-                f"losses; the problem has {num_objectives}: take SmoothTchebycheff"
+                f"outer_loss must have at most {MAX_OBJECTIVES} losses for EPO, which "
+                f"enumerates vertices; got {num_objectives}. Use SmoothTchebycheff."
             )
 
     def compute_weights(
-        self, value: Array, gram: Array, state: None
-    ) -> tuple[Array, None]:
-        """By one of two linear programs, off the ray and on it."""
+        self, value: Float[Array, " K"], gram: Float[Array, "K K"], state: None
+    ) -> tuple[Float[Array, " K"], None]:
+        """Returns the solution of the linear program off the ray or on it."""
         r = (self.weights / jnp.sum(self.weights)).astype(gram.dtype)
-        share = r * jnp.asarray(value - self.ideal, gram.dtype)
-        share = share / jnp.sum(share)
-        above = jnp.log(share.size * share)
-        imbalance = share @ above
-        a = r * (above - imbalance)
-        along = gram @ a
+        s = r * jnp.asarray(value - self.ideal, gram.dtype)
+        s = s / jnp.sum(s)
+        log_ratios = jnp.log(s.size * s)
+        non_uniformity = s @ log_ratios  # mu
+        a = r * (log_ratios - non_uniformity)
+        Ga = gram @ a
 
-        free = (along > 0) & (share < jnp.max(share))
-        least = jnp.where(free, -jnp.inf, jnp.minimum(along, 0))
-        highest = (share == jnp.max(share)) | ~jnp.any(along > 0)
-        least = jnp.where(highest, 0, least)
-        off = imbalance > self.tolerance
-        x, found = solve_vertex_lp(
-            jnp.where(off, along, jnp.sum(gram, axis=0)),
+        # Values that fall along the direction of a are free, except the largest s_k.
+        is_largest = s == jnp.max(s)
+        is_free = (Ga > 0) & (s < jnp.max(s))
+        lower_bounds = jnp.where(is_free, -jnp.inf, jnp.minimum(Ga, 0))
+        lower_bounds = jnp.where(is_largest | ~jnp.any(Ga > 0), 0, lower_bounds)
+        is_off_ray = non_uniformity > self.tolerance
+        x, is_feasible = solve_vertex_lp(
+            jnp.where(is_off_ray, Ga, jnp.sum(gram, axis=0)),
             gram,
-            jnp.where(off, least, 0),
+            jnp.where(is_off_ray, lower_bounds, 0),
         )
-        # The shortest vector satisfies both, also where rounding leaves no vertex.
+        # If rounding excludes all vertices: the shortest vector satisfies G x >= 0.
         shortest, _ = MGDA().compute_weights(value, gram, None)
-        x = jnp.where(found, x, shortest)
-        on_a_ray = jnp.all(value > self.ideal) & jnp.isfinite(imbalance)
-        return jnp.where(on_a_ray, x, jnp.nan), state
+        x = jnp.where(is_feasible, x, shortest)
+        is_defined = jnp.all(value > self.ideal) & jnp.isfinite(non_uniformity)
+        return jnp.where(is_defined, x, jnp.nan), state

@@ -1,50 +1,64 @@
-"""A quadratic program of K variables, one an objective."""
+"""A quadratic program of K variables, one for each objective."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 
-def solve_nonnegative_qp(A: Array, b: Array) -> Array:
-    """``argmin x'A x / 2 - b'x`` over ``x >= 0``, by an active-set method.
+def solve_nonnegative_qp(
+    A: Float[Array, "K K"], b: Float[Array, " K"]
+) -> Float[Array, " K"]:
+    """Returns ``argmin_x x'A x / 2 - b'x`` subject to ``x >= 0``.
+
+    An active-set method, exact to rounding: the positive entries of x solve the
+    corresponding rows of ``A x = b``.
 
     Args:
-      A: ``[K, K]``, positive semidefinite.
-      b: ``[K]``, in the range of A, so that there is a minimum.
+      A: Positive semidefinite matrix.
+      b: Vector in the range of A, so that a minimum exists.
 
-    Returns:
-      ``x``, exact to rounding: the variables that are not 0 solve ``A x = b``.
-
-    Cost: about as many K by K solves as variables are not 0; at most 10 K.
+    Cost: about one K by K solve per positive entry; at most 10 K solves.
 
     Source: Lawson & Hanson 1974, on the normal equations.
 
-    >>> nonnegative(jnp.eye(2), jnp.array([3.0, -1.0])).tolist()
+    >>> solve_nonnegative_qp(jnp.eye(2), jnp.array([3.0, -1.0])).tolist()
     [3.0, 0.0]
     """
     size, identity = b.size, jnp.eye(b.size, dtype=bool)
-    rounding = 10 * jnp.finfo(A.dtype).eps
+    rtol = 10 * jnp.finfo(A.dtype).eps
 
-    def step(carry):
-        x, free, count, _ = carry
-        among = free[:, None] & free[None, :]
-        goal = jnp.linalg.solve(
-            jnp.where(among, A, identity.astype(A.dtype)), jnp.where(free, b, 0)
+    def body_fun(carry):
+        x, is_free, num_solves, _ = carry
+        # The minimum over the free variables, with rows of the identity for the others.
+        is_free_pair = is_free[:, None] & is_free[None, :]
+        free_minimum = jnp.linalg.solve(
+            jnp.where(is_free_pair, A, identity.astype(A.dtype)),
+            jnp.where(is_free, b, 0),
         )
-        # As far towards the goal as all stay nonnegative; what gets to 0 stays there.
-        blocked = free & (goal < 0)
-        reach = jnp.where(blocked, x / jnp.where(blocked, x - goal, 1), jnp.inf)
-        length = jnp.minimum(1, jnp.min(reach))
-        x = jnp.where(free, x + length * (goal - x), 0)
-        free &= ~(blocked & (reach <= length))
-        x = jnp.where(free, x, 0)
-        # At the goal: free the variable along which the objective falls the most.
-        slope = jnp.where(free, -jnp.inf, b - A @ x)
-        noise = rounding * (jnp.abs(b) + jnp.abs(A) @ x)
-        enters = identity[jnp.argmax(slope)] & (slope > noise) & ~jnp.any(blocked)
-        going = jnp.any(blocked) | jnp.any(enters)
-        return x, free | enters, count + 1, going
+        # Move towards it until the first variable is 0, which is then fixed at 0.
+        is_blocking = is_free & (free_minimum < 0)
+        max_step = jnp.where(
+            is_blocking, x / jnp.where(is_blocking, x - free_minimum, 1), jnp.inf
+        )
+        step_size = jnp.minimum(1, jnp.min(max_step))
+        x = jnp.where(is_free, x + step_size * (free_minimum - x), 0)
+        is_free &= ~(is_blocking & (max_step <= step_size))
+        x = jnp.where(is_free, x, 0)
+        # At the minimum, free the variable along which the objective decreases fastest.
+        descent = jnp.where(is_free, -jnp.inf, b - A @ x)
+        rounding_error = rtol * (jnp.abs(b) + jnp.abs(A) @ x)
+        is_at_minimum = ~jnp.any(is_blocking)
+        is_entering = (
+            identity[jnp.argmax(descent)] & (descent > rounding_error) & is_at_minimum
+        )
+        should_continue = jnp.any(is_blocking) | jnp.any(is_entering)
+        return x, is_free | is_entering, num_solves + 1, should_continue
 
-    going = lambda carry: carry[-1] & (carry[-2] < 10 * size)
-    start = jnp.zeros_like(b), jnp.zeros(size, bool), jnp.asarray(0), jnp.asarray(True)
-    return jax.lax.while_loop(going, step, start)[0]
+    cond_fun = lambda carry: carry[-1] & (carry[-2] < 10 * size)
+    init_carry = (
+        jnp.zeros_like(b),
+        jnp.zeros(size, bool),
+        jnp.asarray(0),
+        jnp.asarray(True),
+    )
+    return jax.lax.while_loop(cond_fun, body_fun, init_carry)[0]

@@ -1,25 +1,28 @@
-"""One number made of K values: its gradient by the values weighs the hypergradients."""
+"""Functions of K values, whose gradients weigh the hypergradients."""
 
 import equinox as eqx
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..validation import float_converter
 from .base import check_positive, check_size, check_weights
 
 
 class WeightedSum(eqx.Module):
-    """``sum_k weights_k M_k``.
+    """The weighted sum of the values, ``sum_k weights_k M_k``.
+
+    Its minimizers are Pareto optimal if no weight is 0. They never lie on a concave
+    part of a Pareto front; use `SmoothTchebycheff` there.
 
     Args:
-      weights: ``[K]``, none negative.
+      weights: Weights of the losses, ``[K]``, none of them negative.
 
-    Its minimisers are Pareto optimal where no weight is 0; the concave parts of a front
-    it does not reach (`SmoothTchebycheff` does).
+    Cost: an adjoint solve for each loss, as for every aggregator, because the trace
+    holds the value of each. One outer loss that sums them, ``lambda w, alpha, batch:
+    weights[0] * M_0(w, alpha, batch) + ...``, takes the same steps with one solve.
 
-    Cost: an adjoint solve for each loss, as for every combiner, since the trace tells
-    their values apart. One loss that sums them, ``lambda w, alpha, batch: weights[0] *
-    M_0(w, alpha, batch) + ...``, takes the same steps with one adjoint solve.
+    Raises:
+      TypeError, ValueError: An argument is invalid.
 
     Source: Zadeh 1963.
 
@@ -29,7 +32,9 @@ class WeightedSum(eqx.Module):
     3.5
     """
 
-    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
+    weights: Float[Array, " K"] = eqx.field(
+        converter=float_converter("weights", optional=False)
+    )
 
     citations = ("zadeh1963",)
 
@@ -37,35 +42,39 @@ class WeightedSum(eqx.Module):
         check_weights(self.weights)
 
     def init(self, num_objectives: int) -> None:
-        """No state; K weights."""
+        """Returns None: the aggregator has no state."""
         check_size("weights", self.weights, num_objectives, num_objectives)
 
-    def score(self, value: Array) -> Array:
-        """What is minimised."""
+    def score(self, value: Float[Array, " K"]) -> Float[Array, ""]:
+        """Returns the weighted sum of the values."""
         return self.weights @ value
 
     def compute_weights(
-        self, value: Array, gram: Array, state: None
-    ) -> tuple[Array, None]:
-        """The same weights at every step."""
+        self, value: Float[Array, " K"], gram: Float[Array, "K K"], state: None
+    ) -> tuple[Float[Array, " K"], None]:
+        """Returns the weights, the same at every step."""
         del value, gram
         return self.weights, state
 
 
 class SmoothTchebycheff(eqx.Module):
-    """``T log sum_k exp(weights_k (M_k - ideal_k) / T)``, a smooth maximum.
+    """A smooth maximum, ``T log sum_k exp(weights_k (M_k - ideal_k) / T)``.
+
+    At a low temperature T every Pareto optimum is the minimum for some weights, on
+    concave parts of a front as well. The lower T is, the shorter the steps must be.
 
     Args:
-      weights: ``[K]``, none negative: at the optimum ``weights_k (M_k - ideal_k)`` are
-        about equal, so they are a preference among the losses.
-      temperature: T, in units of ``weights_k M_k``; the score lies at most ``T log K``
-        above the maximum.
-      ideal: ``[K]`` or a number, below what each loss can reach.
+      weights: Weights of the losses, ``[K]``, none of them negative. At the minimum the
+        products ``weights_k (M_k - ideal_k)`` are about equal, so that the weights
+        state a preference.
+      temperature: T, in units of ``weights_k M_k``. The score is at most ``T log K``
+        above the maximum. Defaults to 0.1.
+      ideal: Lower bounds of the losses, ``[K]`` or one number. Defaults to 0.
 
-    Reaches every Pareto optimum at a low temperature, those of a concave front
-    included; the lower it is, the shorter must the steps be.
+    Raises:
+      TypeError, ValueError: An argument is invalid.
 
-    Source: Lin et al. 2024 (arXiv 2402.19078).
+    Source: Lin et al. 2024, arXiv:2402.19078.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> aggregator = hg.objectives.SmoothTchebycheff(jnp.ones(2), temperature=0.01)
@@ -73,7 +82,9 @@ class SmoothTchebycheff(eqx.Module):
     2.0
     """
 
-    weights: Array = eqx.field(converter=float_converter("weights", optional=False))
+    weights: Float[Array, " K"] = eqx.field(
+        converter=float_converter("weights", optional=False)
+    )
     temperature: float | Array = eqx.field(
         converter=float_converter("temperature", optional=False), default=0.1
     )
@@ -88,19 +99,20 @@ class SmoothTchebycheff(eqx.Module):
         check_positive("temperature", self.temperature)
 
     def init(self, num_objectives: int) -> None:
-        """No state; K weights."""
+        """Returns None: the aggregator has no state."""
         check_size("weights", self.weights, num_objectives, num_objectives)
         check_size("ideal", self.ideal, num_objectives, num_objectives)
 
-    def score(self, value: Array) -> Array:
-        """What is minimised."""
+    def score(self, value: Float[Array, " K"]) -> Float[Array, ""]:
+        """Returns the smooth maximum of the values."""
         return self.temperature * jax.nn.logsumexp(self._scaled(value))
 
     def compute_weights(
-        self, value: Array, gram: Array, state: None
-    ) -> tuple[Array, None]:
-        """``weights * softmax(weights (M - ideal) / T)``, the gradient of the score."""
+        self, value: Float[Array, " K"], gram: Float[Array, "K K"], state: None
+    ) -> tuple[Float[Array, " K"], None]:
+        """Returns the gradient of the score by the values."""
         del gram
+        # d score / dM = weights * softmax(weights (M - ideal) / T)
         return self.weights * jax.nn.softmax(self._scaled(value)), state
 
     def _scaled(self, value: Array) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..spaces.pytree import spaces_of
+from ..spaces.pytree import flatten_space
 from ..validation import check_positive_int
 
 MAX_POINTS = 100_000
@@ -55,7 +55,7 @@ class Grid(eqx.Module):
     def init(self, space: PyTree, key: Array) -> dict:
         """Returns the space and the number of proposals."""
         del key
-        for leaf in spaces_of(space)[0]:
+        for leaf in flatten_space(space)[0]:
             if leaf.unit_shape != leaf.shape:
                 raise ValueError(
                     f"space must have independent entries for Grid; got {leaf}. Use "

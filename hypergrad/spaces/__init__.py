@@ -1,11 +1,13 @@
-"""What values ``alpha`` may take: one declaration for ``minimize`` and ``search``.
+"""Admissible values of ``alpha``, declared once for `minimize` and `search`.
 
-A space maps an unconstrained ``u``, on which the optimizer steps, to ``alpha``. A
-pytree of spaces is shaped like ``alpha`` or is a prefix of it; None is ``Real()``.
-``Integer`` and ``Choice`` have no ``u``: they are for ``search`` alone.
+A space maps an unconstrained variable ``u``, which the optimizer moves, to ``alpha``. A
+pytree of spaces is structured like ``alpha`` or is a prefix of it, and None stands for
+``Real()``. `Integer` and `Choice` have no unconstrained variable: only `search` takes
+them. Write your own as in `Space`.
 """
 
-from .continuous import Box, Interval, Positive, Real, Simplex, Space, Unit
+from .base import Space
+from .continuous import Box, Interval, Positive, Real, Simplex, Unit
 from .discrete import Choice, Integer
 from .pytree import check, contains, forward, inverse, project, sample
 from .relaxations import gumbel_softmax, score_function, straight_through

@@ -1,128 +1,95 @@
-"""The spaces of one leaf."""
+"""Spaces of real numbers, each for one leaf of ``alpha``."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
-
-@runtime_checkable
-class Space(Protocol):
-    """Pure elementwise methods that keep shape and dtype (``Simplex``: row by row).
-
-    >>> isinstance(Positive(), Space)
-    True
-    """
-
-    allowed: str  #: the interior in words, for messages
-
-    def forward(self, u: ArrayLike) -> Array:
-        """``alpha``; in the closed set for every ``u``."""
-        ...
-
-    def inverse(self, alpha: ArrayLike) -> Array:
-        """``u``; finite in the closed set, NaN outside (identities excepted)."""
-        ...
-
-    def project(self, u: ArrayLike) -> Array:
-        """The nearest admissible ``u``, after each step."""
-        ...
-
-    def contains(self, alpha: ArrayLike) -> Array:
-        """Boolean: in the closed set."""
-        ...
-
-    def interior(self, alpha: ArrayLike) -> Array:
-        """Boolean: where a run may start, since the inverse is exact there."""
-        ...
-
-    def sample(
-        self, key: Array, shape: tuple | None = None, dtype: Any = None
-    ) -> Array:
-        """A random ``alpha``, of the declared shape unless another is given."""
-        ...
-
-
-def _identity(self, x):
-    """The identity."""
-    return x
-
-
-def _finite(self, alpha):
-    """Finite values."""
-    return jnp.isfinite(_float(alpha))
-
-
-def _unbounded(self, key, shape=None, dtype=None):
-    """Raises ValueError: an unbounded space has no uniform distribution."""
-    raise ValueError(
-        f"cannot sample from {self}, which is unbounded: to search, declare "
-        "Interval(low, high), with log=True for scales"
-    )
-
-
-def _no_cube(self):
-    """Raises ValueError: an unbounded space is no image of the unit cube."""
-    _unbounded(self, None)
+from .base import BoundedSpace, as_float, identity, raise_unbounded
 
 
 class Real(eqx.Module):
-    """``alpha = u``.
+    """All real numbers: ``alpha = u``.
 
     >>> Real().forward(-3.0)
     -3.0
     """
 
-    allowed = "finite values"
-    forward = inverse = project = _identity
-    contains = interior = _finite
-    sample = _unbounded
-    unit_shape = property(_no_cube)
+    requirement = "finite"
+    forward = inverse = project = identity
+
+    def contains(self, alpha: ArrayLike) -> Array:
+        """Returns True for finite values."""
+        return jnp.isfinite(as_float(alpha))
+
+    is_interior = contains
+
+    def sample(self, key: Array, shape: Any = None, dtype: Any = None) -> NoReturn:
+        """Raises ValueError, because the space is unbounded."""
+        raise_unbounded(self)
+
+    @property
+    def unit_shape(self) -> NoReturn:
+        """Raises ValueError, because the space is unbounded."""
+        raise_unbounded(self)
 
 
 class Positive(eqx.Module):
-    """``alpha = exp(u)``, ``u = log(alpha)``.
+    """Positive numbers: ``alpha = exp(u)``.
 
     >>> float(Positive().inverse(1.0))
     0.0
     """
 
-    allowed = "finite values above 0"
-    project = _identity
-    sample = _unbounded
-    unit_shape = property(_no_cube)
+    requirement = "finite and above 0"
+    project = identity
 
-    def forward(self, u):
-        """``exp(u)``."""
-        return jnp.exp(_float(u))
+    def forward(self, u: ArrayLike) -> Array:
+        """Returns ``exp(u)``."""
+        return jnp.exp(as_float(u))
 
-    def inverse(self, alpha):
-        """``log(alpha)``."""
-        return jnp.where(self.contains(alpha), _log(_float(alpha)), jnp.nan)
+    def inverse(self, alpha: ArrayLike) -> Array:
+        """Returns ``log(alpha)``."""
+        return jnp.where(self.contains(alpha), _finite_log(as_float(alpha)), jnp.nan)
 
-    def contains(self, alpha):
-        """``0 <= alpha < inf``, since ``exp`` may round to 0."""
-        return (_float(alpha) >= 0) & _finite(self, alpha)
+    def contains(self, alpha: ArrayLike) -> Array:
+        """Returns True for ``0 <= alpha < inf``, because ``exp`` may round to 0."""
+        alpha = as_float(alpha)
+        return (alpha >= 0) & jnp.isfinite(alpha)
 
-    def interior(self, alpha):
-        """``0 < alpha < inf``."""
-        return (_float(alpha) > 0) & _finite(self, alpha)
+    def is_interior(self, alpha: ArrayLike) -> Array:
+        """Returns True for ``0 < alpha < inf``."""
+        alpha = as_float(alpha)
+        return (alpha > 0) & jnp.isfinite(alpha)
+
+    def sample(self, key: Array, shape: Any = None, dtype: Any = None) -> NoReturn:
+        """Raises ValueError, because the space is unbounded."""
+        raise_unbounded(self)
+
+    @property
+    def unit_shape(self) -> NoReturn:
+        """Raises ValueError, because the space is unbounded."""
+        raise_unbounded(self)
 
 
-class Interval(eqx.Module):
-    """``alpha = low + (high - low) sigmoid(u)``, or the same for ``log(alpha)``.
+class Interval(BoundedSpace):
+    """Numbers between two bounds: ``alpha = low + (high - low) sigmoid(u)``.
 
     Args:
-      low, high: finite, low < high; scalars or arrays that broadcast to the leaf. Data.
-      log: interpolate, and sample uniformly, ``log(alpha)``; needs low > 0. Static.
-      shape: of the leaf, for `sample`: a search has no ``alpha`` to read it from.
+      low, high: Finite bounds with ``low < high``: scalars or arrays that broadcast to
+        the leaf. They are data, so that new bounds trace nothing.
+      log: Whether ``log(alpha)`` instead of ``alpha`` is interpolated, and sampled
+        uniformly; needs ``low > 0``. Static. Defaults to False.
+      shape: Shape of the leaf, for searches. Defaults to ``()``.
 
     Raises:
-      ValueError: bounds out of order, infinite, or too fine or wide for a leaf's dtype.
+      TypeError: A bound is not a number or an array.
+      ValueError: The bounds are out of order or infinite, or the dtype of a leaf cannot
+        represent them.
 
     >>> round(float(Interval(1e-4, 1.0, log=True).forward(0.0)), 4)
     0.01
@@ -133,94 +100,90 @@ class Interval(eqx.Module):
     log: bool = eqx.field(static=True, default=False)
     shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
 
-    allowed = "values strictly between low and high"
-    project = _identity
+    requirement = "strictly between low and high"
+    project = identity
 
     def __check_init__(self):
-        if (bounds := _numbers(self)) is None:
+        if (bounds := _concrete_bounds(self)) is None:
             return
         low, high = bounds
         if not np.all(np.isfinite(low) & np.isfinite(high)):
             raise ValueError(
-                f"low and high must be finite, got {self}: use Positive(), Real(), or "
-                "Box for a one-sided bound"
+                f"low and high must be finite; got {self}. Use Positive(), Real(), or "
+                "Box for a one-sided bound."
             )
         if not np.all(low < high):
-            raise ValueError(f"low must be below high, got {self}")
+            raise ValueError(f"low must be below high; got {self}.")
         if self.log and not np.all(low > 0):
-            raise ValueError(f"log=True needs low > 0, got {self}")
+            raise ValueError(f"low must be above 0 if log=True; got {self}.")
 
-    def forward(self, u):
-        """Each half measured from its own bound, for ``1 - sigmoid(u)`` cancels."""
-        u = _float(u)
-        low, high, width = self._bounds(u)
-        up, down = width * jax.nn.sigmoid(u), width * jax.nn.sigmoid(-u)
+    def forward(self, u: ArrayLike) -> Array:
+        """Returns ``low + (high - low) sigmoid(u)``, or the same for ``log(alpha)``."""
+        u = as_float(u)
+        low, high, width = self._bounds_and_width(u)
+        # Each half is measured from its own bound, because 1 - sigmoid(u) cancels.
+        from_low, to_high = width * jax.nn.sigmoid(u), width * jax.nn.sigmoid(-u)
         if self.log:
-            return jnp.where(u < 0, low * jnp.exp(up), high * jnp.exp(-down))
-        return jnp.where(u < 0, low + up, high - down)
+            return jnp.where(u < 0, low * jnp.exp(from_low), high * jnp.exp(-to_high))
+        return jnp.where(u < 0, low + from_low, high - to_high)
 
-    def inverse(self, alpha):
-        """``log((alpha - low) / (high - alpha))``, of logarithms if ``log``."""
-        alpha = _float(alpha)
-        low, high, _ = self._bounds(alpha)
-        up, down = alpha - low, high - alpha
+    def inverse(self, alpha: ArrayLike) -> Array:
+        """Returns ``log((alpha - low) / (high - alpha))``, of logarithms if ``log``."""
+        alpha = as_float(alpha)
+        low, high, _ = self._bounds_and_width(alpha)
+        from_low, to_high = alpha - low, high - alpha
         if self.log:
-            up, down = jnp.log(alpha / low), -jnp.log(alpha / high)
-        return jnp.where(self.contains(alpha), _log(up) - _log(down), jnp.nan)
+            from_low, to_high = jnp.log(alpha / low), -jnp.log(alpha / high)
+        u = _finite_log(from_low) - _finite_log(to_high)
+        return jnp.where(self.contains(alpha), u, jnp.nan)
 
-    def contains(self, alpha):
-        """``low <= alpha <= high``, the bounds rounded to the leaf's dtype."""
-        alpha = _float(alpha)
-        low, high, _ = self._bounds(alpha)
+    def contains(self, alpha: ArrayLike) -> Array:
+        """Returns True for ``low <= alpha <= high``, bounds rounded to the dtype."""
+        alpha = as_float(alpha)
+        low, high, _ = self._bounds_and_width(alpha)
         return (low <= alpha) & (alpha <= high)
 
-    def interior(self, alpha):
-        """``low < alpha < high``."""
-        alpha = _float(alpha)
-        low, high, _ = self._bounds(alpha)
+    def is_interior(self, alpha: ArrayLike) -> Array:
+        """Returns True for ``low < alpha < high``."""
+        alpha = as_float(alpha)
+        low, high, _ = self._bounds_and_width(alpha)
         return (low < alpha) & (alpha < high)
 
-    def sample(self, key, shape=None, dtype=None):
-        """Uniform, or log-uniform."""
-        shape = self.shape if shape is None else shape
-        dtype = dtype or jnp.result_type(float)
-        return self.from_unit(jax.random.uniform(key, shape, dtype))
-
-    @property
-    def unit_shape(self):
-        """As the leaf's."""
-        return self.shape
-
-    def from_unit(self, t):
-        """``low + t (high - low)``, or the same for ``log(alpha)``."""
-        t = _float(t)
-        low, high, width = self._bounds(t)
+    def from_unit(self, t: ArrayLike) -> Array:
+        """Returns ``low + t (high - low)``, or the same for ``log(alpha)``."""
+        t = as_float(t)
+        low, high, width = self._bounds_and_width(t)
         alpha = low * jnp.exp(t * width) if self.log else low + t * width
         return jnp.clip(alpha, low, high)
 
-    def to_unit(self, alpha):
-        """``(alpha - low) / (high - low)``, or the same of logarithms."""
-        alpha = _float(alpha)
-        low, _, width = self._bounds(alpha)
+    def to_unit(self, alpha: ArrayLike) -> Array:
+        """Returns ``(alpha - low) / (high - low)``, or the same of logarithms."""
+        alpha = as_float(alpha)
+        low, _, width = self._bounds_and_width(alpha)
         return (jnp.log(alpha / low) if self.log else alpha - low) / width
 
-    def _bounds(self, x):
-        low, high = _fit(self, x)
+    def _bounds_and_width(self, x: Array) -> tuple[Any, Any, Any]:
+        """Returns the bounds in the dtype of ``x``, and ``high - low`` or of logs."""
+        low, high = _fit_bounds(self, x)
         if not (isinstance(low, Tracer) or isinstance(high, Tracer)):
             with np.errstate(all="ignore"):
-                fits = (low < high) & np.isfinite(high - low)
+                is_representable = (low < high) & np.isfinite(high - low)
                 if self.log:
-                    fits &= low / high >= jnp.finfo(x.dtype).tiny
-            if not np.all(fits):
+                    is_representable &= low / high >= jnp.finfo(x.dtype).tiny
+            if not np.all(is_representable):
                 raise ValueError(
-                    f"{self} does not fit {x.dtype}, where it is {low} to {high}: "
-                    "change the bounds, or give the leaf a wider dtype"
+                    f"low and high of {self} must be distinct and within the range of "
+                    f"{x.dtype}; got {low} and {high}. Change the bounds, or give the "
+                    "leaf a wider dtype."
                 )
         return low, high, jnp.log(high) - jnp.log(low) if self.log else high - low
 
 
 def Unit(shape: tuple[int, ...] = ()) -> Interval:
-    """``alpha = sigmoid(u)``: ``Interval(0.0, 1.0)``.
+    """Returns the space of numbers in [0, 1], ``alpha = sigmoid(u)``.
+
+    Args:
+      shape: Shape of the leaf, for searches. Defaults to ``()``.
 
     >>> float(Unit().forward(0.0))
     0.5
@@ -228,14 +191,14 @@ def Unit(shape: tuple[int, ...] = ()) -> Interval:
     return Interval(0.0, 1.0, shape=shape)
 
 
-class Simplex(eqx.Module):
-    """``alpha = softmax(u)`` over the last axis of a leaf [..., n].
+class Simplex(BoundedSpace):
+    """Positive weights that sum to 1 over the last axis: ``alpha = softmax(u)``.
 
     Args:
-      shape: of the leaf, for `sample`.
+      shape: Shape of the leaf, ``[..., n]``, for searches.
 
     Raises:
-      ValueError: the leaf is a scalar.
+      ValueError: The leaf is a scalar.
 
     >>> Simplex().forward(jnp.zeros(4)).tolist()
     [0.25, 0.25, 0.25, 0.25]
@@ -243,79 +206,83 @@ class Simplex(eqx.Module):
 
     shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
 
-    allowed = "values above 0 that sum to 1 over the last axis"
-    project = _identity
+    requirement = "above 0 with sum 1 over the last axis"
+    project = identity
 
-    def forward(self, u):
-        """``exp(u) / sum(exp(u))``."""
-        return jax.nn.softmax(_rows(u), axis=-1)
+    def forward(self, u: ArrayLike) -> Float[Array, "... n"]:
+        """Returns ``exp(u) / sum(exp(u))``."""
+        return jax.nn.softmax(_as_rows(u), axis=-1)
 
-    def inverse(self, alpha):
-        """``log(alpha) - mean(log(alpha))``: ``u`` sums to 0."""
-        u = _log(_rows(alpha))
-        centred = u - jnp.mean(u, axis=-1, keepdims=True)
-        return jnp.where(self.contains(alpha), centred, jnp.nan)
+    def inverse(self, alpha: ArrayLike) -> Float[Array, "... n"]:
+        """Returns ``log(alpha) - mean(log(alpha))``, whose rows sum to 0."""
+        log_alpha = _finite_log(_as_rows(alpha))
+        u = log_alpha - jnp.mean(log_alpha, axis=-1, keepdims=True)
+        return jnp.where(self.contains(alpha), u, jnp.nan)
 
-    def contains(self, alpha):
-        """Whether the entry's row is at least 0 and sums to 1 within ``sqrt(eps)``."""
-        alpha = _rows(alpha)
-        return jnp.all(alpha >= 0, axis=-1, keepdims=True) & self._normal(alpha)
+    def contains(self, alpha: ArrayLike) -> Array:
+        """Returns True for rows of at least 0 that sum to 1 within ``sqrt(eps)``."""
+        alpha = _as_rows(alpha)
+        return jnp.all(alpha >= 0, axis=-1, keepdims=True) & _has_unit_sum(alpha)
 
-    def interior(self, alpha):
-        """Whether the entry is above 0, in a row that sums to 1."""
-        alpha = _rows(alpha)
-        return (alpha > 0) & self._normal(alpha)
+    def is_interior(self, alpha: ArrayLike) -> Array:
+        """Returns True for weights above 0 in rows that sum to 1."""
+        alpha = _as_rows(alpha)
+        return (alpha > 0) & _has_unit_sum(alpha)
 
-    def sample(self, key, shape=None, dtype=None):
-        """Dirichlet(1, ..., 1), which is uniform."""
+    def sample(
+        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
+    ) -> Float[Array, "... n"]:
+        """Returns rows of the distribution Dirichlet(1, ..., 1), which is uniform."""
         shape = self.shape if shape is None else shape
-        ones = _rows(jnp.ones(shape, dtype))
+        ones = _as_rows(jnp.ones(shape, dtype))
         return jax.random.dirichlet(key, ones, dtype=ones.dtype)
 
     @property
-    def unit_shape(self):
-        """[..., n - 1]: the last weight is what the others leave."""
-        *rows, n = _rows(np.ones(self.shape)).shape
+    def unit_shape(self) -> tuple[int, ...]:
+        """``[..., n - 1]``: the other weights determine the last."""
+        *rows, n = _as_rows(np.ones(self.shape)).shape
         return (*rows, n - 1)
 
-    def from_unit(self, t):
-        """Stick-breaking, ``alpha_k = v_k prod_{j<k} (1 - v_j)``.
+    def from_unit(self, t: ArrayLike) -> Float[Array, "... n"]:
+        """Returns weights by stick-breaking, ``alpha_k = v_k prod_{j<k} (1 - v_j)``.
 
-        ``v_k = 1 - (1 - t_k)^{1/(n-k)}``, the quantiles of Beta(1, n - k).
+        The fraction ``v_k = 1 - (1 - t_k)^{1/(n-k)}`` is the quantile of Beta(1, n - k)
+        at ``t_k``, so that uniform coordinates give uniform weights.
         """
-        t = _rows(t)
+        t = _as_rows(t)
         *rows, m = t.shape
-        powers = jnp.arange(m, 0, -1, dtype=t.dtype).reshape((1,) * len(rows) + (m,))
-        left = jnp.cumprod((1 - t) ** (1 / powers), axis=-1)
-        ends = jnp.ones((*rows, 1), t.dtype), jnp.zeros((*rows, 1), t.dtype)
-        return -jnp.diff(jnp.concatenate([ends[0], left, ends[1]], -1), axis=-1)
+        exponents = jnp.arange(m, 0, -1, dtype=t.dtype).reshape((1,) * len(rows) + (m,))
+        # The length of the stick after the pieces 1..k, prod_{j<=k} (1 - v_j).
+        remaining = jnp.cumprod((1 - t) ** (1 / exponents), axis=-1)
+        ones, zeros = jnp.ones((*rows, 1), t.dtype), jnp.zeros((*rows, 1), t.dtype)
+        return -jnp.diff(jnp.concatenate([ones, remaining, zeros], -1), axis=-1)
 
-    def to_unit(self, alpha):
-        """``t_k = 1 - (1 - v_k)^{n-k}``; 0 where nothing is left to break."""
-        alpha = _rows(alpha)
+    def to_unit(self, alpha: ArrayLike) -> Float[Array, "... m"]:
+        """Returns ``t_k = 1 - (1 - v_k)^{n-k}``; 0 if nothing of the stick remains."""
+        alpha = _as_rows(alpha)
         *rows, n = alpha.shape
-        left = jnp.flip(jnp.cumsum(jnp.flip(alpha, -1), axis=-1), -1)
-        before, after = left[..., :-1], left[..., 1:]
-        kept = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
-        powers = jnp.arange(n - 1, 0, -1, dtype=alpha.dtype)
-        return 1 - kept ** powers.reshape((1,) * len(rows) + (n - 1,))
-
-    def _normal(self, alpha):
-        error = jnp.abs(jnp.sum(alpha, axis=-1, keepdims=True) - 1)
-        normal = error <= float(jnp.finfo(alpha.dtype).eps) ** 0.5
-        return jnp.broadcast_to(normal, alpha.shape)
+        remaining = jnp.flip(jnp.cumsum(jnp.flip(alpha, -1), axis=-1), -1)
+        length, next_length = remaining[..., :-1], remaining[..., 1:]
+        # 1 - v_k is the ratio of the lengths after and before piece k.
+        safe_length = jnp.where(length > 0, length, 1)
+        ratio = jnp.where(length > 0, next_length / safe_length, 1)
+        exponents = jnp.arange(n - 1, 0, -1, dtype=alpha.dtype)
+        return 1 - ratio ** exponents.reshape((1,) * len(rows) + (n - 1,))
 
 
-class Box(eqx.Module):
-    """``alpha = u``, clipped to [low, high] after each step.
+class Box(BoundedSpace):
+    """Numbers from one bound to another: ``alpha = u``, clipped after each step.
+
+    Unlike `Interval` a box reaches its bounds, and may be open at one side.
 
     Args:
-      low, high: low <= high, infinite where one-sided; scalars or arrays that broadcast
-        to the leaf. Data.
-      shape: of the leaf, for `sample`.
+      low, high: Bounds with ``low <= high``, infinite for an open side: scalars or
+        arrays that broadcast to the leaf. They are data.
+      shape: Shape of the leaf, for searches. Defaults to ``()``.
 
     Raises:
-      ValueError: bounds out of order.
+      TypeError: A bound is not a number or an array.
+      ValueError: The bounds are out of order.
 
     >>> float(Box(0.0, float("inf")).project(-2.0))
     0.0
@@ -325,102 +292,101 @@ class Box(eqx.Module):
     high: ArrayLike
     shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
 
-    allowed = "finite values from low to high"
-    forward = inverse = _identity
+    requirement = "finite and from low to high"
+    forward = inverse = identity
 
     def __check_init__(self):
-        bounds = _numbers(self)
+        bounds = _concrete_bounds(self)
         if bounds is not None and not np.all(bounds[0] <= bounds[1]):
-            raise ValueError(f"low must not be above high, got {self}")
+            raise ValueError(f"low must not be above high; got {self}.")
 
-    def project(self, u):
-        """``min(max(u, low), high)``."""
-        return jnp.clip(_float(u), *_fit(self, _float(u)))
+    def project(self, u: ArrayLike) -> Array:
+        """Returns ``min(max(u, low), high)``."""
+        return jnp.clip(as_float(u), *_fit_bounds(self, as_float(u)))
 
-    def contains(self, alpha):
-        """``low <= alpha <= high``, finite."""
-        alpha = _float(alpha)
-        low, high = _fit(self, alpha)
+    def contains(self, alpha: ArrayLike) -> Array:
+        """Returns True for finite values with ``low <= alpha <= high``."""
+        alpha = as_float(alpha)
+        low, high = _fit_bounds(self, alpha)
         return (low <= alpha) & (alpha <= high) & jnp.isfinite(alpha)
 
-    interior = contains
-
-    def sample(self, key, shape=None, dtype=None):
-        """Uniform; ValueError if a bound is infinite."""
-        shape = self.shape if shape is None else shape
-        dtype = dtype or jnp.result_type(float)
-        return self.from_unit(jax.random.uniform(key, shape, dtype))
+    is_interior = contains
 
     @property
-    def unit_shape(self):
-        """As the leaf's; ValueError if a bound is infinite."""
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of the leaf; raises ValueError for an infinite bound."""
         concrete = [x for x in (self.low, self.high) if not isinstance(x, Tracer)]
         if not all(np.isfinite(x).all() for x in concrete):
-            _unbounded(self, None)
+            raise_unbounded(self)
         return self.shape
 
-    def from_unit(self, t):
-        """``low + t (high - low)``; ValueError if a bound is infinite."""
+    def from_unit(self, t: ArrayLike) -> Array:
+        """Returns ``low + t (high - low)``; raises ValueError for an infinite bound."""
         _ = self.unit_shape
-        t = _float(t)
-        low, high = _fit(self, t)
+        t = as_float(t)
+        low, high = _fit_bounds(self, t)
         return jnp.clip(low + t * (high - low), low, high)
 
-    def to_unit(self, alpha):
-        """``(alpha - low) / (high - low)``; 0 where the bounds are equal."""
-        alpha = _float(alpha)
-        low, high = _fit(self, alpha)
+    def to_unit(self, alpha: ArrayLike) -> Array:
+        """Returns ``(alpha - low) / (high - low)``; 0 if the bounds are equal."""
+        alpha = as_float(alpha)
+        low, high = _fit_bounds(self, alpha)
         return (alpha - low) / jnp.where(high > low, high - low, 1)
 
 
-def _float(x):
-    return jnp.asarray(x, jnp.result_type(x, float))
-
-
-def _rows(x):
-    if np.ndim(x) == 0:
-        raise ValueError("Simplex needs a leaf with a last axis, got a scalar")
-    return _float(x)
-
-
-def _log(x):
-    """``log``, with the smallest normal number for 0."""
+def _finite_log(x: Array) -> Array:
+    """Returns ``log(x)``, with the smallest normal number in place of 0."""
     return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
 
 
-def _numbers(space):
-    """Both bounds as NumPy arrays; None while one is traced and has no value yet."""
+def _as_rows(x: ArrayLike) -> Array:
+    if np.ndim(x) == 0:
+        raise ValueError(
+            "alpha must be an array with a last axis for Simplex; got a scalar."
+        )
+    return as_float(x)
+
+
+def _has_unit_sum(alpha: Array) -> Array:
+    error = jnp.abs(jnp.sum(alpha, axis=-1, keepdims=True) - 1)
+    is_normalized = error <= float(jnp.finfo(alpha.dtype).eps) ** 0.5
+    return jnp.broadcast_to(is_normalized, alpha.shape)
+
+
+def _concrete_bounds(space: Any) -> tuple[np.ndarray, ...] | None:
+    """Returns both bounds as NumPy arrays, or None if one is traced."""
     for name, bound in (("low", space.low), ("high", space.high)):
         if not (isinstance(bound, int | float) or hasattr(bound, "dtype")):
-            raise TypeError(f"{name} must be a number or an array, got {bound!r}")
+            raise TypeError(f"{name} must be a number or an array; got {bound!r}.")
     if isinstance(space.low, Tracer) or isinstance(space.high, Tracer):
         return None
     low, high = np.asarray(space.low), np.asarray(space.high)
     try:
-        return np.broadcast_arrays(low, high)
+        return tuple(np.broadcast_arrays(low, high))
     except ValueError:
         raise ValueError(
-            f"low has shape {low.shape} and high {high.shape}; they must broadcast"
+            "low and high must broadcast to one shape; got shapes "
+            f"{low.shape} and {high.shape}."
         ) from None
 
 
-def _fit(space, x):
-    """Both bounds in the dtype and rank of ``x``; scalars stay scalars."""
-    fitted = []
+def _fit_bounds(space: Any, x: Array) -> list[Any]:
+    """Returns both bounds in the dtype and rank of ``x``; scalars stay scalars."""
+    bounds = []
     for name, bound in (("low", space.low), ("high", space.high)):
         shape = np.shape(bound)
         try:
-            fits = np.broadcast_shapes(shape, x.shape) == x.shape
+            is_broadcastable = np.broadcast_shapes(shape, x.shape) == x.shape
         except ValueError:
-            fits = False
-        if not fits:
+            is_broadcastable = False
+        if not is_broadcastable:
             raise ValueError(
-                f"{name} has shape {shape}, which does not broadcast to the leaf's "
-                f"{x.shape}"
+                f"{name} must broadcast to the shape {x.shape} of the leaf; got shape "
+                f"{shape}."
             )
         with np.errstate(over="ignore"):
-            numpy = jnp if isinstance(bound, Tracer) else np
-            bound = numpy.asarray(bound).astype(x.dtype)
+            xp = jnp if isinstance(bound, Tracer) else np
+            bound = xp.asarray(bound).astype(x.dtype)
         rank = x.ndim - len(shape) if shape else 0
-        fitted.append(bound.reshape((1,) * rank + shape))
-    return fitted
+        bounds.append(bound.reshape((1,) * rank + shape))
+    return bounds

@@ -1,4 +1,8 @@
-"""Spaces over a pytree: each leaf of ``alpha`` in its own."""
+"""Spaces over a pytree: one space for each leaf of ``alpha``.
+
+A pytree of spaces is structured like ``alpha`` or is a prefix of it: a space in the
+place of a subtree stands for each of its leaves, and None stands for ``Real()``.
+"""
 
 from typing import Any
 
@@ -9,19 +13,20 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..runtime.devices import replicate
-from .continuous import Real, Space
+from .base import Space
+from .continuous import Real
 
 
 def forward(space: PyTree, u: PyTree) -> PyTree:
-    """``alpha`` from ``u``, leaf by leaf.
+    """Returns ``alpha`` for the unconstrained ``u``.
 
     Args:
-      space: pytree of spaces, like ``u`` or a prefix of it; None is ``Real()``.
-      u: any pytree of arrays.
+      space: Pytree of spaces, structured like ``u`` or a prefix of it.
+      u: Pytree of arrays.
 
     Raises:
-      ValueError: structures or shapes do not match.
-      TypeError: a leaf of ``space`` is not a space.
+      TypeError: A leaf of ``space`` is not a space.
+      ValueError: Structures or shapes do not match, or a space has no derivative.
 
     >>> from hypergrad.spaces import Positive
     >>> float(forward({"a": Positive(), "b": None}, {"a": 0.0, "b": 3.0})["a"])
@@ -31,7 +36,14 @@ def forward(space: PyTree, u: PyTree) -> PyTree:
 
 
 def inverse(space: PyTree, alpha: PyTree) -> PyTree:
-    """``u`` from ``alpha``; arguments and errors as ``forward``.
+    """Returns the unconstrained ``u`` for ``alpha``; NaN outside the space.
+
+    Args:
+      space: Pytree of spaces, structured like ``alpha`` or a prefix of it.
+      alpha: Pytree of arrays.
+
+    Raises:
+      TypeError, ValueError: As for `forward`.
 
     >>> from hypergrad.spaces import Unit
     >>> float(inverse([Unit()], [0.5])[0])
@@ -41,7 +53,14 @@ def inverse(space: PyTree, alpha: PyTree) -> PyTree:
 
 
 def project(space: PyTree, u: PyTree) -> PyTree:
-    """The nearest admissible ``u``; arguments and errors as ``forward``.
+    """Returns the admissible ``u`` nearest to ``u``.
+
+    Args:
+      space: Pytree of spaces, structured like ``u`` or a prefix of it.
+      u: Pytree of arrays.
+
+    Raises:
+      TypeError, ValueError: As for `forward`.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad.spaces import Box
@@ -52,7 +71,14 @@ def project(space: PyTree, u: PyTree) -> PyTree:
 
 
 def contains(space: PyTree, alpha: PyTree) -> PyTree:
-    """Booleans like ``alpha``; arguments and errors as ``forward``.
+    """Returns booleans structured like ``alpha``: True for each admissible number.
+
+    Args:
+      space: Pytree of spaces, structured like ``alpha`` or a prefix of it.
+      alpha: Pytree of arrays.
+
+    Raises:
+      TypeError, ValueError: As for `forward`.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad.spaces import Unit
@@ -63,105 +89,115 @@ def contains(space: PyTree, alpha: PyTree) -> PyTree:
 
 
 def sample(space: PyTree, key: Array) -> PyTree:
-    """A random ``alpha``, each leaf of its space's ``shape``.
+    """Returns a random ``alpha``; each leaf has the ``shape`` of its space.
+
+    Args:
+      space: Pytree of bounded spaces, structured like ``alpha``.
+      key: PRNG key.
 
     Raises:
-      ValueError: a space is unbounded.
+      TypeError: A leaf of ``space`` is not a space.
+      ValueError: A space is unbounded.
 
     >>> from hypergrad.spaces import Unit
     >>> sample({"weights": Unit(shape=(2, 3))}, jax.random.key(0))["weights"].shape
     (2, 3)
     """
-    kinds, structure = spaces_of(space)
-    keys = jax.random.split(key, max(len(kinds), 1))
-    drawn = [kind.sample(key) for kind, key in zip(kinds, keys, strict=True)]
-    return structure.unflatten(drawn)
+    leaf_spaces, structure = flatten_space(space)
+    keys = jax.random.split(key, max(len(leaf_spaces), 1))
+    samples = [leaf.sample(key) for leaf, key in zip(leaf_spaces, keys, strict=True)]
+    return structure.unflatten(samples)
 
 
-def spaces_of(space: PyTree) -> tuple[list[Any], Any]:
-    """The spaces of the leaves, and the structure of ``alpha``; None is ``Real()``.
+def flatten_space(space: PyTree) -> tuple[list[Any], Any]:
+    """Returns the spaces of the leaves, and the structure of ``alpha``.
 
     >>> from hypergrad.spaces import Unit
-    >>> spaces_of({"a": Unit()})[0] == [Unit()]
+    >>> flatten_space({"a": Unit()})[0] == [Unit()]
     True
     """
-    kinds, structure = jax.tree.flatten(space, is_leaf=_is_space)
-    _refuse_others(space)
-    return [Real() if kind is None else kind for kind in kinds], structure
+    leaf_spaces, structure = jax.tree.flatten(space, is_leaf=_is_space)
+    _check_leaves(space)
+    return [Real() if leaf is None else leaf for leaf in leaf_spaces], structure
 
 
 def check(space: PyTree, alpha: PyTree) -> None:
-    """Refuses an ``alpha`` of another shape or outside its space, or an infinite ``u``.
+    """Checks that a run may start from ``alpha``; traced values are not checked.
 
-    Tracers are passed over; errors as ``forward``, naming the leaf.
+    Raises:
+      TypeError: A leaf of ``space`` is not a space.
+      ValueError: Structures or shapes do not match, or ``alpha`` is outside its space
+        or on its boundary, where ``u`` would be infinite.
 
     >>> from hypergrad.spaces import Positive
     >>> check({"rate": Positive()}, {"rate": -1.0})
     Traceback (most recent call last):
-    ValueError: alpha['rate'] is -1.0, but Positive() allows finite values above 0; ...
+    ValueError: alpha['rate'] must be finite and above 0 for Positive(); got -1.0. ...
     """
-    kinds, leaves, _ = _pair(space, alpha)
+    leaf_spaces, leaves, _ = _broadcast_prefix(space, alpha)
     paths = [path for path, _ in jax.tree.leaves_with_path(alpha)]
-    for kind, leaf, path in zip(kinds, leaves, paths, strict=True):
+    for leaf_space, leaf, path in zip(leaf_spaces, leaves, paths, strict=True):
         name = f"alpha{jax.tree_util.keystr(path)}"
-        shape = getattr(kind, "shape", ())
+        shape = getattr(leaf_space, "shape", ())
         if shape and shape != jnp.shape(leaf):
             raise ValueError(
-                f"{name} has shape {jnp.shape(leaf)}, and its space {kind} is of shape "
-                f"{shape}; give both one shape, or the space none"
+                f"{name} must have the shape {shape} of its space {leaf_space}; got "
+                f"{jnp.shape(leaf)}. Change one of them, or leave out shape."
             )
         try:
-            inside = kind.interior(leaf)
+            is_interior = leaf_space.is_interior(leaf)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        inside = replicate(inside)
-        if isinstance(inside, Tracer) or np.all(inside):
+        is_interior = replicate(is_interior)
+        if isinstance(is_interior, Tracer) or np.all(is_interior):
             continue
         leaf = replicate(leaf)
-        index = tuple(np.argwhere(~np.asarray(inside))[0].tolist())
+        index = tuple(np.argwhere(~np.asarray(is_interior))[0].tolist())
         raise ValueError(
-            f"{name}{list(index) or ''} is {np.asarray(leaf)[index]}, but {kind} "
-            f"allows {kind.allowed}; start from such a value, or declare another space"
+            f"{name}{list(index) or ''} must be {leaf_space.requirement} for "
+            f"{leaf_space}; got {np.asarray(leaf)[index]}. Start from such a value, or "
+            "use another space."
         )
 
 
-def _map(method, space, tree):
-    kinds, leaves, structure = _pair(space, tree)
-    pairs = zip(kinds, leaves, strict=True)
-    return structure.unflatten([getattr(kind, method)(x) for kind, x in pairs])
+def _map(method: str, space: PyTree, tree: PyTree) -> PyTree:
+    leaf_spaces, leaves, structure = _broadcast_prefix(space, tree)
+    pairs = zip(leaf_spaces, leaves, strict=True)
+    return structure.unflatten([getattr(leaf, method)(x) for leaf, x in pairs])
 
 
-def _pair(space, tree):
-    """One space for each leaf of ``tree``, its leaves and its structure."""
-    kinds, prefix = jax.tree.flatten(space, is_leaf=_is_space)
-    _refuse_others(space)
+def _broadcast_prefix(space: PyTree, tree: PyTree) -> tuple[list[Any], list[Any], Any]:
+    """Returns a space for each leaf of ``tree``, its leaves and its structure."""
+    leaf_spaces, prefix = jax.tree.flatten(space, is_leaf=_is_space)
+    _check_leaves(space)
     leaves, structure = jax.tree.flatten(tree)
     try:
         subtrees = prefix.flatten_up_to(tree)
     except ValueError:
         raise ValueError(
-            f"space must have the structure of alpha or be a prefix of it, got space "
-            f"{prefix} and alpha {structure}; give one space for each leaf, or one for "
-            "a whole subtree"
+            "space must have the structure of alpha or be a prefix of it; got space "
+            f"{prefix} and alpha {structure}. Give one space for each leaf, or one for "
+            "a whole subtree."
         ) from None
-    spread = [
-        Real() if kind is None else kind
-        for kind, subtree in zip(kinds, subtrees, strict=True)
+    repeated = [
+        Real() if leaf is None else leaf
+        for leaf, subtree in zip(leaf_spaces, subtrees, strict=True)
         for _ in jax.tree.leaves(subtree)
     ]
-    return spread, leaves, structure
+    return repeated, leaves, structure
 
 
 def _is_space(x: Any) -> bool:
     return x is None or (isinstance(x, Space) and not isinstance(x, type))
 
 
-def _refuse_others(space: PyTree) -> None:
-    for path, kind in jax.tree.leaves_with_path(space, is_leaf=_is_space):
-        if not _is_space(kind):
-            is_class = isinstance(kind, type)
-            hint = f"write {kind.__name__}()" if is_class else "see hg.spaces"
+def _check_leaves(space: PyTree) -> None:
+    """Raises TypeError unless every leaf is a space or None."""
+    for path, leaf in jax.tree.leaves_with_path(space, is_leaf=_is_space):
+        if not _is_space(leaf):
+            is_class = isinstance(leaf, type)
+            remedy = f"Write {leaf.__name__}()" if is_class else "See hg.spaces"
             raise TypeError(
                 f"space{jax.tree_util.keystr(path)} must be a space such as "
-                f"Positive(), got {kind!r} of type {type(kind).__name__}; {hint}"
+                f"Positive(); got {leaf!r} of type {type(leaf).__name__}. {remedy}."
             )

@@ -1,35 +1,39 @@
-"""Gradients for choices: losses that see a sample, or a mixture, of logits ``alpha``.
+"""Relaxations of discrete choices, which give `minimize` a gradient to follow.
 
-With ``p = softmax(alpha)`` over the last axis, each makes something of a discrete ``x``
-(one-hot) that `minimize` can follow. The plainest needs none of them: declare the
-weights of a mixture as `Simplex`. The others draw, by a key that comes with the batch:
-``hg.Batches(data, with_key=True)``.
+A choice is a one-hot vector x with probabilities ``p = softmax(alpha)`` over the last
+axis of the logits ``alpha``. The losses use a relaxed sample of x. The samples need a
+PRNG key, which comes with the batch: ``hg.Batches(data, with_key=True)``. A mixture of
+all choices needs no sampling: declare its weights as `Simplex`.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 from ..citation import cites
 
 
 @cites("jang2017", "maddison2017")
-def gumbel_softmax(logits: Array, key: Array, temperature: ArrayLike) -> Array:
-    """Weights near a vertex: ``softmax((logits + g) / temperature)``, g Gumbel noise.
+def gumbel_softmax(
+    logits: Float[Array, "... n"], key: Array, temperature: ArrayLike
+) -> Float[Array, "... n"]:
+    """Returns ``softmax((logits + g) / temperature)`` with Gumbel noise g.
 
     Args:
-      logits: [..., n].
+      logits: Unnormalised log-probabilities, ``[..., n]``.
       key: PRNG key.
-      temperature: above 0; one-hot samples of p as it falls to 0.
+      temperature: Positive number. As it falls to 0, the rows become one-hot samples.
 
     Returns:
-      [..., n], rows that sum to 1; the largest weight is a sample of p.
+      Rows that sum to 1, ``[..., n]``; the largest weight of a row is a sample of p.
 
-    Bias: of the value and its gradient, falling with the temperature, while the
-    gradient's variance grows. Source: Jang, Gu & Poole 2017, arXiv:1611.01144;
-    Maddison, Mnih & Teh 2017, arXiv:1611.00712.
+    Bias: of value and gradient; it falls with the temperature, while the variance of
+    the gradient grows.
+
+    Source: Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017,
+    arXiv:1611.00712.
 
     >>> weights = gumbel_softmax(jnp.zeros(3), jax.random.key(0), 0.5)
     >>> round(float(weights.sum()), 5)
@@ -40,69 +44,79 @@ def gumbel_softmax(logits: Array, key: Array, temperature: ArrayLike) -> Array:
 
 
 @cites("bengio2013")
-def straight_through(logits: Array, key: Array) -> Array:
-    """A one-hot sample of p that is differentiated as if it were p.
+def straight_through(
+    logits: Float[Array, "... n"], key: Array
+) -> Float[Array, "... n"]:
+    """Returns a one-hot sample whose derivative is the derivative of p.
 
     Args:
-      logits: [..., n].
+      logits: Unnormalised log-probabilities, ``[..., n]``.
       key: PRNG key.
 
     Returns:
-      [..., n], one-hot rows.
+      One-hot rows, ``[..., n]``.
 
-    Bias: none in the value; in the gradient none for a loss that is linear in the
-    sample, and unknown otherwise. Source: Bengio, Leonard & Courville 2013,
-    arXiv:1308.3432.
+    Bias: none of the value; none of the gradient of a loss that is linear in the
+    sample, and unknown for other losses.
+
+    Source: Bengio, Leonard & Courville 2013, arXiv:1308.3432.
 
     >>> sample = straight_through(jnp.zeros(3), jax.random.key(0))
     >>> sorted(sample.tolist())
     [0.0, 0.0, 1.0]
     """
     p = jax.nn.softmax(logits, axis=-1)
-    return _sample(logits, key) + (p - jax.lax.stop_gradient(p))
+    return _one_hot_sample(logits, key) + (p - jax.lax.stop_gradient(p))
 
 
 @cites("williams1992", "foerster2018")
 def score_function(
-    loss: Callable[[Array], Array],
-    logits: Array,
+    loss: Callable[[Float[Array, "... n"]], Array],
+    logits: Float[Array, "... n"],
     key: Array,
     baseline: ArrayLike = 0.0,
 ) -> Array:
-    """The loss of a one-hot sample, with the derivatives of its expectation.
+    """Returns the loss of a one-hot sample, with the derivatives of its expectation.
 
-    ``(loss(x) - b) exp(log p(x) - stop_gradient(log p(x))) + b``: its value is
-    ``loss(x)``, its gradient ``(loss(x) - b) grad log p(x)`` beside the loss's own, and
-    cross derivatives of higher order are as right, so that it may stand in either loss.
+    The result is
+
+        (loss(x) - b) exp(log p(x) - stop_gradient(log p(x))) + b
+
+    for a sample x and a baseline b. Its value is ``loss(x)``, and its gradient adds
+    ``(loss(x) - b) grad log p(x)`` to the gradient of the loss. Derivatives of any
+    order are unbiased, so that it may stand in either loss.
 
     Args:
-      loss: one-hot [..., n] -> scalar; need not be differentiable in it.
-      logits: [..., n]; rows are drawn independently.
+      loss: Function of one-hot rows ``[..., n]`` that returns a scalar. It need not be
+        differentiable in them.
+      logits: Unnormalised log-probabilities, ``[..., n]``; rows are independent.
       key: PRNG key.
-      baseline: b, a number near the mean loss that does not depend on the sample.
+      baseline: A number near the mean loss that does not depend on the sample. Defaults
+        to 0.
 
     Returns:
       A scalar.
 
-    Bias: none, of the value or of any derivative in ``logits`` or in what ``loss``
-    reads; the variance falls with a good baseline. Source: Williams 1992; Foerster et
-    al. 2018, arXiv:1802.05098.
+    Bias: none of the value, nor of any derivative by ``logits`` or by what ``loss``
+    closes over. The variance falls with a good baseline.
+
+    Source: Williams 1992; Foerster et al. 2018, arXiv:1802.05098.
 
     >>> values = jnp.array([1.0, 3.0])
     >>> loss = lambda logits, key: score_function(lambda x: x @ values, logits, key)
     >>> keys = jax.random.split(jax.random.key(0), 10000)
-    >>> slopes = jax.vmap(jax.grad(loss), (None, 0))(jnp.zeros(2), keys)
-    >>> bool(jnp.allclose(slopes.mean(0), jnp.array([-0.5, 0.5]), atol=0.05))
+    >>> gradients = jax.vmap(jax.grad(loss), (None, 0))(jnp.zeros(2), keys)
+    >>> bool(jnp.allclose(gradients.mean(0), jnp.array([-0.5, 0.5]), atol=0.05))
     True
     """
-    x = _sample(logits, key)
+    x = _one_hot_sample(logits, key)
     log_p = jnp.sum(x * jax.nn.log_softmax(logits, axis=-1))
-    one = jnp.exp(log_p - jax.lax.stop_gradient(log_p))
-    return (loss(x) - baseline) * one + baseline
+    # The "magic box" of Foerster et al.: 1, with the derivatives of a likelihood ratio.
+    magic_box = jnp.exp(log_p - jax.lax.stop_gradient(log_p))
+    return (loss(x) - baseline) * magic_box + baseline
 
 
-def _sample(logits: Array, key: Array) -> Array:
-    """One-hot rows."""
-    cell = jax.random.categorical(key, jax.lax.stop_gradient(logits), axis=-1)
+def _one_hot_sample(logits: Array, key: Array) -> Array:
+    index = jax.random.categorical(key, jax.lax.stop_gradient(logits), axis=-1)
     n = jnp.shape(logits)[-1]
-    return jax.nn.one_hot(cell, n, dtype=jnp.result_type(logits))
+    return jax.nn.one_hot(index, n, dtype=jnp.result_type(logits))

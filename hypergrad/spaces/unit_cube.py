@@ -1,8 +1,8 @@
-"""The unit cube behind a space, for searchers that think in coordinates.
+"""The unit cube behind a space, in which searchers propose points.
 
-Uniform coordinates give the distribution of ``sample``: an `Interval` has one a number,
-log-scaled where it says so, a row of a `Simplex` one less than it has weights, an
-`Integer` or a `Choice` one that falls into equal cells.
+Uniform coordinates give the distribution of `sample`. An `Interval` or a `Box` has one
+coordinate per number, a row of a `Simplex` one fewer than it has weights. The
+coordinate of an `Integer` or a `Choice` falls into one of several equal cells.
 """
 
 import math
@@ -10,85 +10,107 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .pytree import spaces_of
+from .pytree import flatten_space
 
 
 class Axis(NamedTuple):
-    """One coordinate of the cube.
+    """A coordinate of the unit cube.
+
+    Attributes:
+      num_values: Number of equal cells, or None for a continuum.
+      ordered: Whether neighboring cells stand for similar values.
 
     >>> Axis(num_values=3, ordered=False).num_values
     3
     """
 
-    num_values: int | None  #: equal cells; None for a continuum
-    ordered: bool  #: whether neighbouring cells are alike
+    num_values: int | None
+    ordered: bool
 
 
 def axes(space: PyTree) -> list[Axis]:
-    """The coordinates of a space, leaf by leaf, each in row-major order.
+    """Returns the coordinates of a space: leaf by leaf, each in row-major order.
+
+    Args:
+      space: Pytree of bounded spaces, structured like ``alpha``.
 
     Raises:
-      ValueError: a space is unbounded.
-      TypeError: a space of one's own without ``unit_shape``, ``from_unit`` and
-        ``to_unit``.
+      TypeError: A space lacks ``unit_shape``, ``from_unit`` and ``to_unit``.
+      ValueError: A space is unbounded.
 
     >>> from hypergrad.spaces import Integer, Simplex
     >>> tuple(axis.num_values for axis in axes((Integer(1, 3), Simplex(shape=(3,)))))
     (3, None, None)
     """
     return [
-        Axis(getattr(kind, "num_values", None), getattr(kind, "ordered", True))
-        for kind in _kinds(space)
-        for _ in range(math.prod(kind.unit_shape))
+        Axis(getattr(leaf, "num_values", None), getattr(leaf, "ordered", True))
+        for leaf in _spaces_with_cube(space)
+        for _ in range(math.prod(leaf.unit_shape))
     ]
 
 
-def from_unit(space: PyTree, t: ArrayLike) -> PyTree:
-    """``alpha`` at coordinates ``t``, [num_axes] between 0 and 1; errors as `axes`.
+def from_unit(space: PyTree, t: Float[ArrayLike, " num_axes"]) -> PyTree:
+    """Returns ``alpha`` at the coordinates ``t``.
+
+    Args:
+      space: As for `axes`.
+      t: Coordinates between 0 and 1, ``[num_axes]``.
+
+    Raises:
+      TypeError: As for `axes`.
+      ValueError: As for `axes`, or ``t`` has another shape.
 
     >>> from hypergrad.spaces import Interval
     >>> rate = Interval(1e-4, 1.0, log=True)
     >>> round(float(from_unit({"rate": rate}, [0.5])["rate"]), 4)
     0.01
     """
-    kinds, t = _kinds(space), np.asarray(t)
-    ends = np.cumsum([math.prod(kind.unit_shape) for kind in kinds])
-    if t.shape != (ends[-1],):
-        raise ValueError(f"t must have shape ({ends[-1]},), got {t.shape}")
-    parts = np.split(t, ends[:-1])
-    _, structure = spaces_of(space)
+    leaf_spaces, t = _spaces_with_cube(space), np.asarray(t)
+    offsets = np.cumsum([math.prod(leaf.unit_shape) for leaf in leaf_spaces])
+    if t.shape != (offsets[-1],):
+        raise ValueError(f"t must have shape ({offsets[-1]},); got {t.shape}.")
+    _, structure = flatten_space(space)
     leaves = [
-        kind.from_unit(part.reshape(kind.unit_shape))
-        for kind, part in zip(kinds, parts, strict=True)
+        leaf.from_unit(coordinates.reshape(leaf.unit_shape))
+        for leaf, coordinates in zip(
+            leaf_spaces, np.split(t, offsets[:-1]), strict=True
+        )
     ]
     return structure.unflatten(leaves)
 
 
-def to_unit(space: PyTree, alpha: PyTree) -> Array:
-    """Coordinates [num_axes] of ``alpha``, which ``from_unit`` undoes.
+def to_unit(space: PyTree, alpha: PyTree) -> Float[Array, " num_axes"]:
+    """Returns the coordinates of ``alpha``, the inverse of `from_unit`.
 
-    Of an integer or a choice, the middle of its cell. Errors as `axes`.
+    The coordinate of an integer or a choice is the center of its cell.
+
+    Args:
+      space: As for `axes`.
+      alpha: Pytree of arrays, structured like ``space``.
+
+    Raises:
+      TypeError, ValueError: As for `axes`.
 
     >>> from hypergrad.spaces import Choice, Unit
     >>> to_unit([Choice(2), Unit()], [1, 0.25]).tolist()
     [0.75, 0.25]
     """
-    _, structure = spaces_of(space)
+    _, structure = flatten_space(space)
     leaves = structure.flatten_up_to(alpha)
-    pairs = zip(_kinds(space), leaves, strict=True)
-    t = jnp.concatenate([jnp.ravel(kind.to_unit(leaf)) for kind, leaf in pairs])
+    pairs = zip(_spaces_with_cube(space), leaves, strict=True)
+    t = jnp.concatenate([jnp.ravel(leaf.to_unit(x)) for leaf, x in pairs])
     return jnp.clip(t, 0, 1)
 
 
-def _kinds(space: PyTree) -> list[Any]:
-    """The spaces of the leaves, each with coordinates."""
-    kinds, _ = spaces_of(space)
-    for kind in kinds:
-        if not hasattr(type(kind), "unit_shape"):
+def _spaces_with_cube(space: PyTree) -> list[Any]:
+    """Returns the spaces of the leaves; raises TypeError for one without a cube."""
+    leaf_spaces, _ = flatten_space(space)
+    for leaf in leaf_spaces:
+        if not hasattr(type(leaf), "unit_shape"):
             raise TypeError(
-                f"{kind} lacks unit_shape, from_unit and to_unit, by which searchers "
-                "other than Random see a space; write them as hg.spaces.Interval does"
+                "space must have unit_shape, from_unit and to_unit for searchers other "
+                f"than Random; got {leaf}. Write them as in hg.spaces.Interval."
             )
-    return kinds
+    return leaf_spaces

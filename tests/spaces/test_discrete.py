@@ -1,0 +1,51 @@
+"""Integers and choices, which only searches use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from hypergrad import spaces
+from hypergrad.spaces import Choice, Integer
+
+DISCRETE = {
+    "integer": (Integer(-2, 5), range(-2, 6)),
+    "choice": (Choice((0.1, 7, -3.5)), (0.1, 7, -3.5)),
+    "index": (Choice(4), range(4)),
+}
+for_each_space = pytest.mark.parametrize(
+    ("space", "values"), DISCRETE.values(), ids=DISCRETE
+)
+
+
+@for_each_space
+def test_samples_are_uniform_over_the_values(space, values):
+    """A chi-square test of 4,000 samples at p = 1e-4; integers stay integers."""
+    alpha = np.asarray(space.sample(jax.random.key(0), (40, 100)))
+    kind = np.floating if 0.1 in values else np.integer
+    assert np.issubdtype(alpha.dtype, kind)
+    assert space.contains(alpha).all()
+    counts = np.array([np.sum(alpha == value) for value in values])
+    assert counts.sum() == 4000
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_contains_by_hand():
+    alpha = jnp.array([-2.0, 0.1, 5.0, 6.0, jnp.nan, jnp.inf])
+    for space, expected in [
+        (Integer(-2, 5), [True, False, True, False, False, False]),
+        (Choice((0.1, 6)), [False, True, False, True, False, False]),
+        (Choice(6), [False, False, True, False, False, False]),
+    ]:
+        for leaf in (alpha, alpha.astype(jnp.float32)):
+            np.testing.assert_array_equal(space.contains(leaf), expected)
+            np.testing.assert_array_equal(jax.jit(space.contains)(leaf), expected)
+    assert Integer(0, 2**31 - 2).contains(jnp.int32(2**31 - 2))
+
+
+@for_each_space
+@pytest.mark.parametrize("map_name", ["forward", "inverse", "project"])
+def test_discrete_spaces_have_no_unconstrained_variable(space, values, map_name):
+    with pytest.raises(ValueError, match="space"):
+        getattr(spaces, map_name)(space, float(values[1]))

@@ -1,0 +1,99 @@
+"""The unit cube behind a space: quantile functions and their inverses."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from hypergrad import spaces
+from hypergrad.spaces import Box, Choice, Integer, Interval, Positive, Simplex, Unit
+
+QUANTILES = {
+    "interval": (Interval(-2.0, 5.0), scipy.stats.uniform(-2.0, 7.0).ppf),
+    "log interval": (
+        Interval(1e-5, 10.0, log=True), scipy.stats.loguniform(1e-5, 10.0).ppf
+    ),
+    "box": (Box(-2.0, 5.0), scipy.stats.uniform(-2.0, 7.0).ppf),
+    "integer": (Integer(-2, 5), scipy.stats.randint(-2, 6).ppf),
+    "index": (Choice(4), scipy.stats.randint(0, 4).ppf),
+    "choice": (Choice((7, 1)), lambda t: np.where(t < 0.5, 7, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("space", "quantile"), QUANTILES.values(), ids=QUANTILES)
+def test_from_unit_is_the_quantile_function_of_the_samples(space, quantile):
+    t = np.random.default_rng(0).uniform(size=1000)
+    np.testing.assert_allclose(space.from_unit(t), quantile(t), rtol=1e-12, atol=1e-12)
+    corners = space.from_unit(np.array([0.0, 1.0]))
+    assert space.contains(corners).all()
+    expected = quantile(np.array([1e-12, 1 - 1e-12]))
+    np.testing.assert_allclose(corners, expected, rtol=1e-9)
+
+
+def test_from_unit_of_a_simplex_is_uniform():
+    """Marginals are Beta(1, n - 1), sums of two weights Beta(2, n - 2)."""
+    t = np.random.default_rng(0).uniform(size=(5000, 3))
+    alpha = np.asarray(Simplex().from_unit(t))
+    assert alpha.shape == (5000, 4)
+    np.testing.assert_allclose(alpha.sum(-1), 1.0, rtol=1e-14)
+    for column in alpha.T:
+        assert scipy.stats.kstest(column, scipy.stats.beta(1, 3).cdf).pvalue > 1e-4
+    for pair in ([0, 1], [1, 3], [2, 3]):
+        total = alpha[:, pair].sum(-1)
+        assert scipy.stats.kstest(total, scipy.stats.beta(2, 2).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_to_unit_undoes_from_unit(dtype):
+    tolerance = 200 * float(jnp.finfo(dtype).eps)
+    t = jnp.asarray(np.random.default_rng(0).uniform(size=(50, 3)), dtype)
+    for space in (Unit(), Interval(1e-5, 10.0, log=True), Box(-2.0, 5.0), Simplex()):
+        alpha = space.from_unit(t)
+        assert alpha.dtype == dtype
+        np.testing.assert_allclose(space.to_unit(alpha), t, atol=tolerance)
+    for space in (Integer(-2, 5), Choice((0.1, 7, -3.5)), Choice(4)):
+        centers = (np.floor(t * space.num_values) + 0.5) / space.num_values
+        np.testing.assert_allclose(space.to_unit(space.from_unit(t)), centers)
+    corners = jnp.eye(3, dtype=dtype)
+    new_corners = Simplex().from_unit(Simplex().to_unit(corners))
+    np.testing.assert_allclose(new_corners, corners, atol=tolerance)
+    assert Box(1.0, 1.0).to_unit(1.0) == 0
+
+
+def test_axes_of_a_tree_are_in_the_order_of_its_leaves():
+    space = {
+        "a": Interval(np.array([0.0, 10.0]), np.array([1.0, 20.0]), shape=(2,)),
+        "b": [Choice((5, 6, 7)), Simplex(shape=(2, 3))],
+        "c": Integer(1, 4),
+    }
+    expected = [(None, True)] * 2 + [(3, False)] + [(None, True)] * 4 + [(4, True)]
+    assert spaces.axes(space) == expected
+    t = np.array([0.5, 0.25, 0.9, 0.0, 0.5, 1.0, 0.3, 0.6])
+    alpha = spaces.from_unit(space, t)
+    np.testing.assert_allclose(alpha["a"], [0.5, 12.5])
+    assert (alpha["b"][0], alpha["c"]) == (7, 3)
+    np.testing.assert_allclose(alpha["b"][1], [[0, 0.5, 0.5], [1, 0, 0]])
+    # The second coordinate of a row without a remainder is lost.
+    expected = np.array([0.5, 0.25, 2.5 / 3, 0.0, 0.5, 1.0, 0.0, 2.5 / 4])
+    np.testing.assert_allclose(spaces.to_unit(space, alpha), expected, atol=1e-15)
+    for t in (t[:-1], t[None], 0.5):
+        with pytest.raises(ValueError, match=r"^t .*\(8,\)"):
+            spaces.from_unit(space, t)
+
+
+@pytest.mark.parametrize("space", [None, Positive(), Box(0.0, np.inf)], ids=repr)
+def test_unbounded_spaces_have_neither_axes_nor_samples(space):
+    for call in (spaces.axes, lambda space: spaces.sample(space, None)):
+        with pytest.raises((ValueError, TypeError), match="space"):
+            call({"a": space})
+
+
+def test_a_space_without_coordinates_has_no_axes():
+    attributes = (
+        "requirement", "forward", "inverse", "project", "contains", "is_interior",
+        "sample",
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="unit_shape"):
+        spaces.axes(types.SimpleNamespace(**dict.fromkeys(attributes, abs)))
