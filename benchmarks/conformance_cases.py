@@ -145,7 +145,9 @@ METHODS = {
     ),
     "SOBA": Method(
         "exact, settled",
-        lambda at, dtype, x: hg.testing.Settled(hg.SOBA(sgd(at.step)), 2 * at.steps),
+        lambda at, dtype, x: hg.testing.RepeatedSteps(
+            hg.SOBA(sgd(at.step)), 2 * at.steps
+        ),
     ),
     "Unrolled": Method("exact", lambda at, dtype, x: hg.Unrolled(at.descent)),
     "Forward": Method("exact", lambda at, dtype, x: hg.Forward(at.descent)),
@@ -193,7 +195,8 @@ METHODS = {
     ),
     "Implicit, stopped early": Method("", early(0)),
 }
-EARLY = "Implicit, stopped early"  # what num_newton_steps=1 is measured against; a rate only
+# The method with which num_newton_steps=1 is compared; it has a rate only.
+EARLY = "Implicit, stopped early"
 SHOWN = [method for method in METHODS if method != EARLY]
 # What takes one outer loss; every other refusal ends the run.
 REFUSED = {("Reversible", "two losses"), ("SOBA", "two losses")}

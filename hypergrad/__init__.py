@@ -149,6 +149,7 @@ __all__ = [  # in reading order
     "minimize",
     "models",
     "objectives",
+    "piecewise_constant_schedule",
     "search",
     "searchers",
     "spaces",
@@ -156,7 +157,6 @@ __all__ = [  # in reading order
     "tasks",
     "testing",
     "unrolled_estimator",
-    "piecewise_constant_schedule",
 ]
 
 

@@ -318,7 +318,7 @@ def batch_fraction(data: Data, batch_size: int | None = None) -> float:
 
     Args:
       data: The data.
-      batch_size: Defaults to the batch size of ``data``, which is that of an inner step.
+      batch_size: Defaults to the batch size of ``data``, that is, of an inner step.
     """
     if not isinstance(data, Batches):
         return 1.0
@@ -331,7 +331,7 @@ def fixed_batch_fraction(data: Data, batch_size: int | None) -> float:
 
 
 def _to_arrays(data: PyTree) -> PyTree:
-    """Converts each leaf to an array; raises for a leaf that is not numeric or empty."""
+    """Converts each leaf to an array; a leaf must be numeric and not empty."""
 
     def convert(path, leaf):
         name = jax.tree_util.keystr(path) or "the data"

@@ -5,7 +5,7 @@ differentiable, ``H = d2L/dw2`` is its Hessian in ``w`` and ``J = d2L/dw dalpha`
 cross derivative. Every product is forward over reverse: one forward-mode derivative of
 one gradient, for about the work of two gradients.
 
-For several right-hand sides, apply `jax.vmap` over the vector: the gradient at the point
+For several right-hand sides, apply `jax.vmap` over the vector: the gradient at w
 is evaluated once and the columns share one matrix product.
 """
 
@@ -71,9 +71,9 @@ def hvp_and_cross_vjp(
 def gauss_newton_product(
     model_fn: Callable[..., PyTree], loss_fn: Callable[..., Any], w: PyTree, v: PyTree
 ) -> PyTree:
-    """Returns ``Z' C Z v`` for the loss ``loss_fn(model_fn(w))``, structured like ``w``.
+    """Returns ``Z' C Z v`` for ``loss_fn(model_fn(w))``, structured like ``w``.
 
-    ``Z = d model_fn / dw`` and ``C`` is the Hessian of ``loss_fn`` in the outputs of the
+    ``Z = d model_fn / dw`` and ``C`` is the Hessian of ``loss_fn`` in the outputs of
     model, so that the product is ``H v`` without the curvature of ``model_fn``.
 
     Cost: two gradients.

@@ -256,7 +256,7 @@ def in_unit_interval(name: str) -> Callable[[Any], Any]:
 
 
 def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns the converter extended to schedules ``step -> number``, kept unchanged."""
+    """Returns the converter extended to schedules ``step -> number``, left as is."""
     return lambda value: value if callable(value) else convert(value)
 
 

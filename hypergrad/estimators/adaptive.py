@@ -126,7 +126,7 @@ class AdaptiveSolve(eqx.Module):
             inner_grad = self.inner_grad(w)
             default_tol = self.pre_newton_tol * norm(inner_grad)
             grad_tol = jnp.where(jnp.isnan(grad_tol), default_tol, grad_tol)
-            # Without Newton steps the first round has to move w: leave it steps to make.
+            # Without Newton steps the first round has to move w by inner steps.
             has_newton_steps = self.estimator.num_newton_steps > 0
             init_tol = grad_tol if has_newton_steps else MAX_TOL_CHANGE * grad_tol
             counts = inner_stats(0, num_grads=1)

@@ -77,7 +77,7 @@ def test_simplex_inverse_has_rows_of_sum_zero():
 
 @for_each_space
 def test_jacobians_equal_central_differences(space):
-    """The Jacobian of ``inverse`` is the inverse matrix, on the simplex up to a shift."""
+    """The Jacobian of ``inverse`` is the inverse matrix (simplex: up to a shift)."""
     jacobian = jax.jit(jax.vmap(jax.jacrev(space.forward)))
     u = jnp.concatenate([sample_u(shape=(5, 3)), jnp.zeros((1, 3))])
     step = 1e-5 * jnp.eye(3)[:, None]
@@ -259,5 +259,5 @@ def test_spaces_keep_half_precision(space):
 def test_bounds_must_be_representable_in_the_dtype_of_the_leaf(low, high, log):
     space = Interval(low, high, log)
     chex.assert_tree_all_finite(space.forward(jnp.zeros((), jnp.float64)))
-    with pytest.raises(ValueError, match="low and high.*float32"):
+    with pytest.raises(ValueError, match=r"low and high.*float32"):
         space.forward(jnp.zeros((), jnp.float32))

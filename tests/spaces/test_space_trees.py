@@ -85,7 +85,7 @@ class Doubled:
 
 
 def test_a_space_of_a_stranger_works_in_a_run_and_in_a_search():
-    """A step of ``u`` along ``dM/du = 2 dM/dalpha`` moves ``alpha`` by four times that."""
+    """A step of ``u`` along ``dM/du = 2 dM/dalpha`` moves ``alpha`` four times more."""
     assert isinstance(Doubled(), spaces.Space)
     inner = lambda w, alpha, batch: (w - alpha["a"]) ** 2
     problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
@@ -135,7 +135,7 @@ def test_samples_have_the_shapes_of_their_spaces():
     ids=["missing leaf", "extra leaf", "list", "shorter list", "deeper leaf"],
 )
 def test_an_error_of_structure_names_both_structures(space):
-    with pytest.raises(ValueError, match="^space .* alpha") as error:
+    with pytest.raises(ValueError, match=r"^space .* alpha") as error:
         spaces.forward(space, ALPHA)
     assert str(jax.tree.structure(ALPHA)) in str(error.value)
 

@@ -78,9 +78,9 @@ def test_axes_of_a_tree_are_in_the_order_of_its_leaves():
     # The second coordinate of a row without a remainder is lost.
     expected = np.array([0.5, 0.25, 2.5 / 3, 0.0, 0.5, 1.0, 0.0, 2.5 / 4])
     np.testing.assert_allclose(spaces.to_unit(space, alpha), expected, atol=1e-15)
-    for t in (t[:-1], t[None], 0.5):
+    for wrong_t in (t[:-1], t[None], 0.5):
         with pytest.raises(ValueError, match=r"^t .*\(8,\)"):
-            spaces.from_unit(space, t)
+            spaces.from_unit(space, wrong_t)
 
 
 @pytest.mark.parametrize("space", [None, Positive(), Box(0.0, np.inf)], ids=repr)

@@ -21,7 +21,7 @@ from hypergrad.estimators.single_loop import (
     sample_batches,
 )
 from hypergrad.products import hvp_and_cross_vjp
-from hypergrad.testing import Settled
+from hypergrad.testing import RepeatedSteps
 from tests.estimators.single_loop.problems import (
     ALPHA,
     FULL,
@@ -228,7 +228,7 @@ def test_bias_of_f2sa_is_inversely_proportional_to_its_penalty():
     @jax.vmap
     def hypergradient(penalty):
         f2sa = hg.F2SA(optax.sgd(reference.step), 10, penalty=penalty)
-        settled = Settled(f2sa, 100)
+        settled = RepeatedSteps(f2sa, 100)
         state = settled.init(problem, w, alpha)
         return settled.estimate(problem, state, alpha, jax.random.key(0))[0]
 
