@@ -1,0 +1,423 @@
+"""Plants errors in the library, one at a time, and runs the tests that must find them.
+
+    python -m tests.planted_errors                  # all of them
+    python -m tests.planted_errors --only 'CG*'     # those whose name matches
+
+Each error replaces one line of a copy of the repository. An error is found if the tests
+named beside it fail. The command exits with 1 if an error survives. The copy keeps the
+fast tests only (``-m "not slow"``), so that ``make test`` would find the same errors.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("hypergrad", "tests", "benchmarks", "pyproject.toml", "docs", "README.md")
+TIMEOUT = 900  # seconds; a test that hangs has found its error
+
+#: pytest's exit status if a test failed.
+TESTS_FAILED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedError:
+    """One wrong line.
+
+    Attributes:
+      name: What is wrong.
+      path: File below ``hypergrad/``.
+      old, new: The right text, which occurs once in the file, and the wrong one.
+      tests: Tests that must find it, as arguments of pytest below ``tests/``.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: str
+
+
+IMPLICIT = "estimators/test_implicit.py"
+CONTRACT = "estimators/test_contract.py"
+UPDATES = "estimators/single_loop/test_single_loop_updates.py"
+ZERO_ORDER = "estimators/test_zero_order.py"
+
+ERRORS = (
+    # Second derivatives and implicit differentiation.
+    PlantedError(
+        "implicit: the indirect term has the wrong sign",
+        "implicit_diff.py",
+        "hypergradient=optax.tree.sub(direct, cross)",
+        "hypergradient=optax.tree.add(direct, cross)",
+        IMPLICIT,
+    ),
+    PlantedError(
+        "implicit: damping is dropped",
+        "implicit_diff.py",
+        "return lambda v: add_scale(product(w, alpha, batch, v), damping, v)",
+        "return lambda v: product(w, alpha, batch, v)",
+        IMPLICIT,
+    ),
+    PlantedError(
+        "implicit: the product of the cross term is not counted",
+        "implicit_diff.py",
+        'linear_stats["num_products"] += 1',
+        'linear_stats["num_products"] += 0',
+        IMPLICIT,
+    ),
+    PlantedError(
+        "implicit: negative curvature is not flagged",
+        "estimators/implicit_solve.py",
+        'jnp.any(result.linear_stats["negative_curvature"])',
+        "jnp.asarray(False)",
+        IMPLICIT,
+    ),
+    PlantedError(
+        "implicit: the adjoint of the previous estimate is kept for ever",
+        "estimators/implicit.py",
+        "result.adjoint if self.warm_start else state.adjoint",
+        "state.adjoint",
+        f"{IMPLICIT} estimators/test_identities.py",
+    ),
+    PlantedError(
+        "implicit: the tolerance of the next estimate is used",
+        "estimators/implicit.py",
+        "jnp.minimum(state.num_estimates, rtol.size - 1)",
+        "jnp.minimum(state.num_estimates + 1, rtol.size - 1)",
+        "estimators/test_adaptive.py",
+    ),
+    PlantedError(
+        "estimate: the adjoint sees another sample than the cross term",
+        "problem.py",
+        "return sample_fixed_batch(self.inner_data, batch_size, self.inner_key)",
+        "return sample_fixed_batch(self.inner_data, batch_size, self.outer_key)",
+        f"{IMPLICIT} {CONTRACT} core/test_problem.py",
+    ),
+    PlantedError(
+        "inner error: the shift has the wrong sign",
+        "estimators/error_estimates.py",
+        "shifted_w = add_scale(w, 1 / curvature, direction)",
+        "shifted_w = add_scale(w, -1 / curvature, direction)",
+        f"{IMPLICIT} estimators/test_fixed_point.py",
+    ),
+    PlantedError(
+        "standard error: n in place of n - 1",
+        "estimators/error_estimates.py",
+        "(num_samples * (num_samples - 1)) ** 0.5",
+        "(num_samples * num_samples) ** 0.5",
+        "estimators/test_average.py",
+    ),
+    PlantedError(
+        "certificate: the last change is not checked",
+        "certificate.py",
+        "(jnp.maximum(error, last_change) <= rtol)",
+        "(error <= rtol)",
+        "core/test_certificate.py",
+    ),
+    PlantedError(
+        "certificate: Newton steps start at the same gradient",
+        "certificate.py",
+        "        corrected, adjoint = result.hypergradient, result.adjoint\n"
+        "        inner_grad = result.inner_grad\n",
+        "        corrected, adjoint = result.hypergradient, result.adjoint\n",
+        "core/test_certificate.py",
+    ),
+    PlantedError(
+        "argmin: the derivative has the wrong sign",
+        "argmin.py",
+        "return w, scale(-1, unravel(x))",
+        "return w, unravel(x)",
+        "core/test_argmin.py",
+    ),
+    # Linear solvers.
+    PlantedError(
+        "CG: the ratio is inverted",
+        "linear/cg.py",
+        "ratio = new_rz / rz",
+        "ratio = rz / new_rz",
+        "solvers/test_cg.py",
+    ),
+    PlantedError(
+        "Neumann: one term too many",
+        "linear/neumann.py",
+        "add_term, (vector, vector), length=self.num_terms - 1",
+        "add_term, (vector, vector), length=self.num_terms",
+        "solvers/test_linear.py",
+    ),
+    PlantedError(
+        "Nystrom: the complement of the sketch is dropped",
+        "linear/nystrom.py",
+        "v = v + (b - u @ c) / damping",
+        "v = v + 0 * (b - u @ c) / damping",
+        "solvers/test_nystrom.py solvers/test_linear.py",
+    ),
+    # Inner solvers.
+    PlantedError(
+        "schedule: windows end one step late",
+        "inner/descent.py",
+        "window = jnp.asarray(count) * num_windows // num_steps",
+        "window = (jnp.asarray(count) - 1) * num_windows // num_steps",
+        "solvers",
+    ),
+    PlantedError(
+        "L-BFGS: the first gradient is not counted",
+        "inner/lbfgs.py",
+        "inner_stats(num_steps, num_grads=num_grads + 1)",
+        "inner_stats(num_steps, num_grads=num_grads)",
+        "solvers/test_minimizers.py solvers/test_inner.py",
+    ),
+    # Derivatives of runs.
+    PlantedError(
+        "unrolled: one step too few is differentiated",
+        "inner/descent.py",
+        "num_done = solver.num_steps - truncation_length",
+        "num_done = solver.num_steps - truncation_length + 1",
+        "estimators/test_unrolled.py estimators/test_identities.py",
+    ),
+    PlantedError(
+        "unrolled: a truncated estimate is trusted",
+        "estimators/unrolled.py",
+        'flags = {"truncated": True}',
+        'flags = {"truncated": False}',
+        f"estimators/test_unrolled.py {CONTRACT}",
+    ),
+    PlantedError(
+        "reversible: the adjoint of the rate has the wrong sign",
+        "estimators/reversible.py",
+        "rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v))",
+        "rate_bar = vdot(carry.w_bar, self.to_floats(carry.v))",
+        "estimators/test_reversible.py",
+    ),
+    PlantedError(
+        "fixed point: one term too few",
+        "estimators/fixed_point.py",
+        "v, _ = jax.lax.scan(iterate, v, length=self.num_terms)",
+        "v, _ = jax.lax.scan(iterate, v, length=self.num_terms - 1)",
+        "estimators/test_fixed_point.py",
+    ),
+    PlantedError(
+        "finite difference: a factor of two is missing",
+        "estimators/finite_difference.py",
+        "(x - y) / (2 * e)",
+        "(x - y) / e",
+        ZERO_ORDER,
+    ),
+    PlantedError(
+        "evolution: sigma in place of its square",
+        "estimators/evolution.py",
+        "weights = differences / (2 * sigma**2)",
+        "weights = differences / (2 * sigma)",
+        ZERO_ORDER,
+    ),
+    PlantedError(
+        "penalty: the two nudges have the same sign",
+        "estimators/penalty.py",
+        "minus = solve(state.minus_w, -1.0)",
+        "minus = solve(state.minus_w, 1.0)",
+        ZERO_ORDER,
+    ),
+    # Single-loop methods.
+    PlantedError(
+        "SOBA: the step of v has the wrong sign",
+        "estimators/single_loop/soba.py",
+        "v_direction = optax.tree.sub(inner.Hv, outer.b)",
+        "v_direction = optax.tree.sub(outer.b, inner.Hv)",
+        UPDATES,
+    ),
+    PlantedError(
+        "SAGA: rows of the last step are never written",
+        "estimators/single_loop/variance_reduction.py",
+        "rows = table.updated_rows()",
+        "rows = table.rows",
+        f"{UPDATES} estimators/single_loop/test_saba.py",
+    ),
+    PlantedError(
+        "STORM: the old direction is added",
+        "estimators/single_loop/variance_reduction.py",
+        "return add_scale(new, momentum, optax.tree.sub(previous, old))",
+        "return add_scale(new, momentum, optax.tree.add(previous, old))",
+        UPDATES,
+    ),
+    PlantedError(
+        "F2SA: the arguments of the difference are swapped",
+        "estimators/single_loop/f2sa.py",
+        "indirect = scale(penalty, optax.tree.sub(y_cross, z_cross))",
+        "indirect = scale(penalty, optax.tree.sub(z_cross, y_cross))",
+        UPDATES,
+    ),
+    PlantedError(
+        "AmIGO: the adjoint sees w before the inner steps",
+        "estimators/single_loop/amigo.py",
+        "state, inner_grad = run_inner_steps(",
+        "_, inner_grad = run_inner_steps(",
+        UPDATES,
+    ),
+    # The outer loop.
+    PlantedError(
+        "outer loop: the best alpha is the worst one",
+        "outer_step.py",
+        "direction.score < state.best_value",
+        "direction.score > state.best_value",
+        "core/test_minimize.py core/test_outer_loop.py",
+    ),
+    PlantedError(
+        "outer loop: every step has the same key",
+        "outer_step.py",
+        "        estimator_state=estimator_state,\n        key=key,\n",
+        "        estimator_state=estimator_state,\n        key=state.key,\n",
+        "core/test_minimize.py core/test_outer_loop.py",
+    ),
+    PlantedError(
+        "outer loop: the cost of a step is not spent",
+        "outer_step.py",
+        'budget = budget.spend(record.stats["gradient_equivalents"])',
+        "budget = budget.spend(jnp.zeros(()))",
+        "core/test_outer_loop.py",
+    ),
+    PlantedError(
+        "outer loop: a skipped step moves the optimizer",
+        "outer_step.py",
+        "(state.u, state.optimizer_state, state.aggregator_state)",
+        "(state.u, optimizer_state, state.aggregator_state)",
+        "core/test_untrusted.py core/test_outer_loop.py",
+    ),
+    # Costs.
+    PlantedError(
+        "cost: a product counts once",
+        "cost/counts.py",
+        "HVP_COST = 2.0",
+        "HVP_COST = 1.0",
+        "core/test_cost.py",
+    ),
+    # Spaces.
+    PlantedError(
+        "interval: to_unit forgets the logarithm",
+        "spaces/continuous.py",
+        "(jnp.log(alpha / low) if self.log else alpha - low) / width",
+        "(alpha - low) / width",
+        "spaces/test_continuous.py",
+    ),
+    PlantedError(
+        "box: projection ignores the upper bound",
+        "spaces/continuous.py",
+        "return jnp.clip(as_float(u), *_fit_bounds(self, as_float(u)))",
+        "return jnp.maximum(as_float(u), _fit_bounds(self, as_float(u))[0])",
+        "spaces/test_continuous.py",
+    ),
+    # Several objectives.
+    PlantedError(
+        "augmented Lagrangian: multipliers are never updated",
+        "objectives/constraints.py",
+        "state = jnp.where(should_update, updated, multipliers), step + 1",
+        "state = multipliers, step + 1",
+        "objectives",
+    ),
+    # Surrogates.
+    PlantedError(
+        "F score: the temperature is not used",
+        "surrogates/f_score.py",
+        "predicted = jax.nn.sigmoid(above / temperature)",
+        "predicted = jax.nn.sigmoid(above)",
+        "surrogates/test_surrogates.py surrogates/test_classification_surrogates.py",
+    ),
+    PlantedError(
+        "FastAP: the item itself counts partly",
+        "surrogates/average_precision.py",
+        "self_weight = weight * right_fraction * (1 - right_fraction)",
+        "self_weight = 0 * weight",
+        "surrogates/test_ranking_surrogates.py surrogates/test_surrogates.py",
+    ),
+    # Searches.
+    PlantedError(
+        "population: the worst members go on",
+        "searchers/populations.py",
+        "return jnp.argsort(jnp.where(jnp.isfinite(value), value, jnp.inf))",
+        "return jnp.argsort(-jnp.where(jnp.isfinite(value), value, -jnp.inf))",
+        "search/test_populations.py",
+    ),
+    PlantedError(
+        "evolution strategy: values are told in reverse",
+        "searchers/evolution.py",
+        "values = np.append(self.values, value)",
+        "values = np.append(value, self.values)",
+        "search/test_searchers.py search/test_searcher_libraries.py",
+    ),
+    PlantedError(
+        "trial: the outer batch has the key of the solver",
+        "search_trial.py",
+        "data, keys = (inner_data, outer_data), (outer_key, metric_key)",
+        "data, keys = (inner_data, outer_data), (solver_key, metric_key)",
+        "search/test_search.py",
+    ),
+)
+
+
+def occurrences(error: PlantedError, root: Path = ROOT) -> int:
+    """Returns how often the right text occurs in its file."""
+    return (root / "hypergrad" / error.path).read_text().count(error.old)
+
+
+def is_found(error: PlantedError, root: Path) -> bool:
+    """Plants an error in the copy at ``root``, runs its tests, and undoes it."""
+    path = root / "hypergrad" / error.path
+    right = path.read_text()
+    path.write_text(right.replace(error.old, error.new))
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    tests = [f"tests/{name}" for name in error.tests.split()]
+    try:
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=subprocess.DEVNULL,
+            timeout=TIMEOUT,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(right)
+    if status not in (0, TESTS_FAILED):
+        raise RuntimeError(f"{error.name}: pytest ended with status {status}")
+    return status == TESTS_FAILED
+
+
+def main() -> int:
+    """Plants all errors and returns 1 if one is not found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="pattern of the names")
+    errors = [
+        error
+        for error in ERRORS
+        if fnmatch.fnmatch(error.name, parser.parse_args().only)
+    ]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, root / name)
+        for index, error in enumerate(errors, 1):
+            start = time.monotonic()
+            found = is_found(error, root)
+            survivors += [] if found else [error.name]
+            print(
+                f"[{index}/{len(errors)}] {time.monotonic() - start:5.0f} s  "
+                f"{'found   ' if found else 'SURVIVED'}  {error.name}",
+                flush=True,
+            )
+    print(f"{len(errors) - len(survivors)} of {len(errors)} errors found")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
