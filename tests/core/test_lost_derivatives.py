@@ -1,0 +1,120 @@
+"""Tests of the search for lost derivatives, on functions with known answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+from hypergrad.lost_derivatives import find_lost_derivatives
+
+LABELS = np.array([0, 1])
+X = jax.random.normal(jax.random.key(0), (2, 3))
+
+
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.sign(x)
+
+
+straight_through.defvjp(lambda x: (jnp.sign(x), None), lambda _, g: (g,))
+
+
+def attention(x):
+    heads = x[None, :, None, :]
+    return jax.nn.dot_product_attention(heads, heads, heads).sum()
+
+
+def scan(step, x):
+    return lax.scan(lambda carry, _: (step(carry), carry), x, length=3)[1].sum()
+
+
+def repeat_while(step, x):
+    loop = lambda carry: (step(carry[0]), carry[1] + 1)
+    return lax.while_loop(lambda carry: carry[1] < 3, loop, (x, 0))[0].sum()
+
+
+COMPLETE = {
+    "cross entropy": lambda x: optax.softmax_cross_entropy_with_integer_labels(
+        x, LABELS
+    ).mean(),
+    "softmax": lambda x: jax.nn.softmax(x)[0, 0] + jax.nn.log_softmax(x)[0, 0],
+    "logsumexp": jax.nn.logsumexp,
+    "attention": attention,
+    "layer norm": lambda x: jax.nn.standardize(x)[0, 0],
+    "relu": lambda x: jax.nn.relu(x).sum(),
+    "abs and clip": lambda x: (jnp.abs(x) + jnp.clip(x, -0.5, 0.5)).sum(),
+    "max": jnp.max,
+    "where": lambda x: jnp.where(x > 0, x, 2 * x).sum(),
+    "sort": lambda x: jnp.sort(x, axis=1)[0, 0] + jnp.median(x),
+    "index by argsort": lambda x: x[0, jnp.argsort(x[0])[0]],
+    "top k": lambda x: lax.top_k(x, 2)[0].sum(),
+    "mean without NaN": jnp.nanmean,
+    "dropout": lambda x: jnp.where(
+        jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x, 0
+    ).sum(),
+    "huber": lambda x: optax.huber_loss(x).sum(),
+    "solve": lambda x: jnp.linalg.solve(x @ x.T + jnp.eye(2), x).sum(),
+    "determinant": lambda x: jnp.linalg.slogdet(x @ x.T + jnp.eye(2))[1],
+    "eigenvalues": lambda x: jnp.linalg.eigh(x @ x.T)[0].sum(),
+    "straight-through sign": lambda x: straight_through(x).sum(),
+    "unused sign": lambda x: (jnp.sign(x), x.sum())[1],
+    "scan": lambda x: scan(lambda c: 2 * c, x),
+    "while": lambda x: repeat_while(lambda c: 2 * c, x),
+    "cond": lambda x: lax.cond(x[0, 0] > 0, jnp.sum, lambda x: (x**2).sum(), x),
+}
+
+
+@pytest.mark.parametrize("f", COMPLETE.values(), ids=COMPLETE)
+def test_a_complete_derivative_is_not_reported(f):
+    assert find_lost_derivatives(f, X) == ({0}, frozenset())
+
+
+LOST = {
+    "stop_gradient": lambda x: jnp.sum((x - lax.stop_gradient(x @ x.T)[0, 0]) ** 2),
+    "sign": lambda x: jnp.sum(x * jnp.sign(x)),
+    "round": lambda x: jnp.sum(x + jnp.round(x)),
+    "gt": lambda x: jnp.sum(x * (x > 0)),
+    "floor": lambda x: repeat_while(lambda c: c + jnp.floor(c), x),
+    "ceil": lambda x: lax.cond(
+        x[0, 0] > 0, lambda x: jnp.sum(jnp.ceil(x)), lambda x: jnp.sum(x), x
+    ),
+    "convert_element_type": lambda x: jnp.sum(x) + x.astype(int).astype(float).sum(),
+}
+
+
+@pytest.mark.parametrize("operation", LOST)
+def test_a_partly_lost_derivative_names_its_operation(operation):
+    leaves, lost = find_lost_derivatives(LOST[operation], X)
+    assert leaves == {0}
+    assert {(x.leaf, x.operation) for x in lost} == {(0, operation)}
+
+
+def test_the_place_of_a_lost_derivative_is_in_the_code_of_the_user():
+    _, lost = find_lost_derivatives(lambda x: jnp.sum(x * jnp.sign(x)), X)
+    assert all(__file__ in x.location for x in lost)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: jnp.mean((jnp.argmax(x, 1) == LABELS).astype(float)),
+        lambda x: jax.checkpoint(lambda x: jnp.sum(jnp.sign(x)))(x),
+        lambda x: jax.jit(jnp.round)(x).sum(),
+        lambda x: scan(jnp.sign, jnp.sign(x)),
+    ],
+    ids=["accuracy", "checkpoint", "jit", "scan"],
+)
+def test_nothing_is_left_of_a_derivative_that_is_zero(f):
+    leaves, lost = find_lost_derivatives(f, X)
+    assert not leaves
+    assert lost
+    assert not np.any(jax.grad(f)(X))
+
+
+def test_leaves_are_told_apart():
+    f = lambda w, batch: jnp.sum(w["a"] * jnp.sign(w["b"])) + batch[0]
+    w = {"a": X, "b": X, "c": jnp.arange(3)}
+    leaves, lost = find_lost_derivatives(f, w, (1.0, 2))
+    assert (leaves, {x.leaf for x in lost}) == ({0, 3}, {1})
