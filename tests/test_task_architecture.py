@@ -77,7 +77,7 @@ def test_a_cell_sees_only_its_operations(task):
     used = lambda leaf: np.any(np.asarray(leaf) != 0, axis=(1, 2, 3)).tolist()
     assert used(found["conv3"]) == [True, False, False]
     assert used(found["conv1"]) == [False, False, True]
-    assert task_file.chosen(task_file.one_hot(cell)).tolist() == cell
+    assert task_file.most_likely_cell(task_file.one_hot(cell)).tolist() == cell
 
 
 @pytest.mark.parametrize("names", ["conv3 skip conv1", "none average conv3"])

@@ -9,7 +9,7 @@ import scipy.ndimage
 
 import hypergrad as hg
 from hypergrad.tasks import augmentation as task_file
-from hypergrad.tasks.augmentation import LARGEST, OPERATIONS
+from hypergrad.tasks.augmentation import MAX_MAGNITUDES, OPERATIONS
 
 DIGITS = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
 IMAGES = DIGITS["x"][:8].reshape(-1, 8, 8).astype(float)
@@ -79,7 +79,7 @@ def test_a_gate_is_open_with_its_probability():
     """Above 1/2 for a share p of uniform numbers."""
     uniform = (np.arange(1000) + 0.5) / 1000
     p = jnp.array([0.1, 0.25, 0.8])
-    b = task_file.gates(p, jnp.broadcast_to(uniform[:, None], (1000, 3)))
+    b = task_file.relaxed_gates(p, jnp.broadcast_to(uniform[:, None], (1000, 3)))
     np.testing.assert_allclose(jnp.mean(b > 0.5, axis=0), p, atol=1e-12)
 
 
@@ -87,7 +87,7 @@ def test_gradients_by_magnitude_and_probability_are_central_differences(key):
     """Of a random linear function of the images, each of the fourteen apart."""
     draw, direction = jax.random.split(key)
     weight = jax.random.normal(direction, IMAGES.shape)
-    alpha = {"magnitude": LARGEST / 3, "probability": np.linspace(0.2, 0.9, 7)}
+    alpha = {"magnitude": MAX_MAGNITUDES / 3, "probability": np.linspace(0.2, 0.9, 7)}
 
     @jax.jit
     def value(alpha):
@@ -182,8 +182,8 @@ def test_only_validation_and_test_images_are_posed():
     assert not any(among(x) for x in parts["val"]["x"][:5])
     assert parts["test"]["x"].shape == parts["upright"]["x"].shape == (1497, 8, 8)
     np.testing.assert_array_equal(parts["test"]["y"], parts["upright"]["y"])
-    assert jnp.sum(parts["held"]["use"]) == 50
-    np.testing.assert_array_equal(parts["held"]["use"] + parts["val"]["use"], 1)
+    assert jnp.sum(parts["held_out"]["use"]) == 50
+    np.testing.assert_array_equal(parts["held_out"]["use"] + parts["val"]["use"], 1)
 
 
 def test_the_paper_scale_takes_the_papers_counts():

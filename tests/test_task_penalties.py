@@ -86,9 +86,9 @@ def test_hoag_ends_at_the_grid_optimum():
 
 def test_tolerances_are_hoags():
     """1/k² and 1/k³ and 0.9^(k-1) of the first, floored."""
-    found = penalties.tolerances("quadratic", 4, first=0.2, least=0.03)
+    found = penalties.tolerances("quadratic", 4, init_tol=0.2, min_tol=0.03)
     np.testing.assert_allclose(found, [0.2, 0.05, 0.03, 0.03])
-    found = penalties.tolerances("cubic", 3, first=0.8)
+    found = penalties.tolerances("cubic", 3, init_tol=0.8)
     np.testing.assert_allclose(found, [0.8, 0.1, 0.8 / 27])
     found = penalties.tolerances("exponential", 3)
     np.testing.assert_allclose(found, [0.1, 0.09, 0.081])
@@ -106,7 +106,7 @@ def test_fifty_validation_images_are_overfitted(scale, seed):
 
     def run(per):
         task = penalties.make(
-            key=jax.random.key(seed), scale=scale, variant="overfit", per=per
+            key=jax.random.key(seed), scale=scale, variant="overfit", granularity=per
         )
         estimator = hg.Unrolled(task.solver, warm_start=True)
         trace = hg.minimize(
@@ -177,7 +177,7 @@ def test_tumours_are_standardized_by_the_training_part_alone(key):
     """Mean 0 and deviation 1 there, and the same map elsewhere."""
     x = jax.random.normal(key, (12, 2)) * 3 + 1
     parts = {"train": {"x": x[:8]}, "test": {"x": x[8:]}}
-    found = penalties.standardized(parts)
+    found = penalties.standardize(parts)
     np.testing.assert_allclose(found["train"]["x"].mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(found["train"]["x"].std(0), 1, rtol=1e-12)
     again = found["test"]["x"] * x[:8].std(0)[None] + x[:8].mean(0)[None]
@@ -187,7 +187,7 @@ def test_tumours_are_standardized_by_the_training_part_alone(key):
 @pytest.mark.parametrize("variant", list(penalties.VARIANTS))
 def test_the_papers_size_builds(variant):
     """On shapes alone: 70,000 images, of which 10,000 are for testing."""
-    name = penalties.data_of(variant, "paper")
+    name = penalties.dataset_name(variant, "paper")
     num, features = (569, 30) if name == "breast_cancer" else (70_000, 784)
     shape = jax.ShapeDtypeStruct
     data = {"x": shape((num, features), float), "y": shape((num,), int)}
@@ -208,5 +208,5 @@ def test_an_unknown_setting_is_refused(key):
         penalties.make(key=key, scale="large")
     with pytest.raises(ValueError, match=r"variant.*softmax"):
         penalties.make(key=key, variant="forest")
-    with pytest.raises(ValueError, match=r"per.*feature"):
-        penalties.make(key=key, per="layer")
+    with pytest.raises(ValueError, match=r"granularity.*feature"):
+        penalties.make(key=key, granularity="layer")

@@ -22,7 +22,7 @@ STEPS = 15
 def estimator_named(name, task, num_steps=STEPS):
     """One of the three modes, of the same steps."""
     if name == "reversible":
-        return schedules.reversible(num_steps)
+        return schedules.reversible_estimator(num_steps)
     return {"unrolled": hg.Unrolled, "forward": hg.Forward}[name](task.solver)
 
 
@@ -108,7 +108,7 @@ def test_ten_thousand_steps_stay_within_a_gibibyte(name):
         name, num_steps = {name!r}, 10_000
         task = schedules.make(key=jax.random.key(0), num_steps=num_steps)
         if name == "reversible":
-            estimator = schedules.reversible(num_steps)
+            estimator = schedules.reversible_estimator(num_steps)
         else:
             estimator = getattr(hg, name)(task.solver)
         find = hg.hypergradient(task.problem, estimator)

@@ -30,8 +30,15 @@ from .. import spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from ..validation import as_key
-from .classifier import check_data, check_scale, check_square, held_out, losses, mean
-from .networks import patches
+from .classifier import (
+    check_data,
+    check_scale,
+    check_square,
+    losses,
+    mask_held_out,
+    weighted_mean,
+)
+from .networks import extract_patches
 from .task import Task
 
 NUM_CLASSES = 10
@@ -45,16 +52,16 @@ RANKING = "architecture_cells.jsonl"
 SOLVER = Descent(optax.sgd(0.2), num_steps=5)
 
 
-def around(x: Array) -> Array:
+def neighborhoods(x: Array) -> Array:
     """The 3 x 3 pixels about each, ``[9, channels, side, side, n]``; zeros outside.
 
     Images come last, so that a convolution is one product with long rows.
     """
-    return patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
+    return extract_patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
 
 
 def convolve(seen: Array, kernel: Array) -> Array:
-    """A kernel ``[channels, k, c]`` on patches ``[k, c, ...]``, then tanh."""
+    """A kernel ``[channels, k, c]`` on extract_patches ``[k, c, ...]``, then tanh."""
     return jnp.tanh(jnp.tensordot(kernel, seen, 2))
 
 
@@ -73,7 +80,7 @@ def skip(x: Array, w: PyTree) -> Array:
 def average(x: Array, w: PyTree) -> Array:
     """Of the 3 x 3 pixels about each."""
     del w
-    return jnp.mean(around(x), axis=0)
+    return jnp.mean(neighborhoods(x), axis=0)
 
 
 def conv1(x: Array, w: PyTree) -> Array:
@@ -83,13 +90,13 @@ def conv1(x: Array, w: PyTree) -> Array:
 
 def conv3(x: Array, w: PyTree) -> Array:
     """Of the 3 x 3 pixels about each."""
-    return convolve(around(x), w["conv3"])
+    return convolve(neighborhoods(x), w["conv3"])
 
 
 FUNCTIONS = (none, skip, average, conv1, conv3)
 
 
-def edge(x: Array, w: PyTree, alpha: Array) -> Array:
+def mixed_operation(x: Array, w: PyTree, alpha: Array) -> Array:
     """The mixture of the five operations on one edge, or one of them.
 
     Args:
@@ -112,9 +119,11 @@ def scores(w: PyTree, alpha: Array, x: Array) -> Array:
     computed then.
     """
     kernels = [jax.tree.map(lambda leaf, e=e: leaf[e], w["edges"]) for e in range(3)]
-    first = convolve(around(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
-    second = edge(first, kernels[0], alpha[0])
-    third = edge(first, kernels[1], alpha[1]) + edge(second, kernels[2], alpha[2])
+    first = convolve(neighborhoods(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
+    second = mixed_operation(first, kernels[0], alpha[0])
+    third = mixed_operation(first, kernels[1], alpha[1]) + mixed_operation(
+        second, kernels[2], alpha[2]
+    )
     channels, side, _, n = third.shape
     quarters = third.reshape(channels, 2, side // 2, 2, side // 2, n)
     features = jnp.mean(quarters, axis=(2, 4)).reshape(-1, n)
@@ -124,7 +133,7 @@ def scores(w: PyTree, alpha: Array, x: Array) -> Array:
 def cross_entropy(w: PyTree, alpha: Array, part: PyTree) -> Array:
     """Mean over the examples, of which only those in use count."""
     found = losses(lambda w, x: scores(w, alpha, x), w, part)
-    return mean(found, part.get("use", jnp.ones_like(found)))
+    return weighted_mean(found, part.get("use", jnp.ones_like(found)))
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
@@ -168,7 +177,7 @@ def one_hot(cell: Sequence[int] | Array) -> Array:
     return jax.nn.one_hot(jnp.asarray(cell), len(OPERATIONS))
 
 
-def chosen(alpha: Array) -> Array:
+def most_likely_cell(alpha: Array) -> Array:
     """The cell that ``alpha`` stands for: the heaviest operation of each edge."""
     return jnp.argmax(alpha, axis=-1)
 
@@ -264,7 +273,7 @@ def make(
             train_loss,
             val_loss,
             Batches(parts["train"], min(BATCH_SIZE, num_train)),
-            Batches(held_out(val, hold_out)),
+            Batches(mask_held_out(val, hold_out)),
         ),
         solver=SOLVER,
         w=network(key, channels),

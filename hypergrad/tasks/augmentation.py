@@ -29,7 +29,14 @@ from ..inner import Descent
 from ..problem import Batches, Bilevel
 from ..validation import as_key
 from . import classifier
-from .classifier import check_data, check_scale, check_square, held_out, losses, others
+from .classifier import (
+    check_data,
+    check_scale,
+    check_square,
+    held_out_examples,
+    losses,
+    mask_held_out,
+)
 from .task import Task
 
 NUM_CLASSES = 10
@@ -37,9 +44,9 @@ OPERATIONS = (
     "translate_x", "translate_y", "rotate", "scale", "shear", "contrast", "noise",
 )  # fmt: skip
 # Pixels, pixels, radians, log of the factor, slope, share of the contrast, grey levels.
-LARGEST = np.array([2.0, 2.0, np.pi / 2, 0.5, 0.7, 0.9, 0.5])
-POSE = np.array([1.0, 1.0, np.pi / 4, 0.0, 0.0, 0.0, 0.0])
-TEMPERATURE = 0.5  # of the gates, as in the paper
+MAX_MAGNITUDES = np.array([2.0, 2.0, np.pi / 2, 0.5, 0.7, 0.9, 0.5])
+POSE_MAGNITUDES = np.array([1.0, 1.0, np.pi / 4, 0.0, 0.0, 0.0, 0.0])
+TEMPERATURE = 0.5  # of the relaxed_gates, as in the paper
 # Training and validation images, hidden units; the other images are for testing.
 SIZES = {"small": (100, 200, 32), "paper": (4000, 1000, 512)}
 SOLVER = Descent(optax.sgd(0.1, momentum=0.9), num_steps=10)
@@ -90,7 +97,7 @@ def transform(x: Array, strength: Array, noise: Array) -> Array:
     return x + level[:, None, None] * noise
 
 
-def gates(probability: Array, uniform: Array) -> Array:
+def relaxed_gates(probability: Array, uniform: Array) -> Array:
     """Relaxed Bernoulli variables; above 1/2 with the probability: equation 6."""
     logit = jax.scipy.special.logit
     return jax.nn.sigmoid((logit(probability)[None] + logit(uniform)) / TEMPERATURE)
@@ -102,7 +109,7 @@ def augment(alpha: PyTree, x: Array, key: Array) -> Array:
     shape = (2, len(x), len(OPERATIONS))
     tiny = jnp.finfo(x.dtype).eps  # a gate's logit is finite
     u, v = jax.random.uniform(place_key, shape, x.dtype, tiny, 1 - tiny)
-    gate = gates(alpha["probability"], u)
+    gate = relaxed_gates(alpha["probability"], u)
     strength = gate * alpha["magnitude"][None] * (2 * v - 1)
     return transform(x, strength, jax.random.normal(noise_key, x.shape, x.dtype))
 
@@ -113,8 +120,8 @@ def scores(w: PyTree, x: Array) -> Array:
     return hidden @ w["W2"] + w["b2"][None]
 
 
-val_loss = classifier.bound(classifier.val_loss, scores)
-accuracy = classifier.bound(classifier.accuracy, scores)
+val_loss = classifier.bind_score_fn(classifier.val_loss, scores)
+accuracy = classifier.bind_score_fn(classifier.accuracy, scores)
 
 
 def train_loss(w: PyTree, alpha: PyTree, batch: tuple[PyTree, Array]) -> Array:
@@ -129,7 +136,9 @@ def train_loss(w: PyTree, alpha: PyTree, batch: tuple[PyTree, Array]) -> Array:
 def pose(x: Array, key: Array) -> Array:
     """Images turned by up to 45 degrees and moved by up to a pixel."""
     place = jax.random.uniform(key, (len(x), len(OPERATIONS)), x.dtype, -1, 1)
-    return transform(x, jnp.asarray(POSE, x.dtype)[None] * place, jnp.zeros_like(x))
+    return transform(
+        x, jnp.asarray(POSE_MAGNITUDES, x.dtype)[None] * place, jnp.zeros_like(x)
+    )
 
 
 def split(
@@ -149,11 +158,11 @@ def split(
     train, val = slice(None, sizes[0]), slice(sizes[0], sum(sizes))
     test, ones = slice(sum(sizes), None), jnp.ones(len(y), x.dtype)
     part = lambda x, where: {"x": x[where], "y": y[where], "use": ones[where]}
-    val_part = held_out(part(posed, val), hold_out, slice(sizes[1] // 4))
+    val_part = mask_held_out(part(posed, val), hold_out, slice(sizes[1] // 4))
     return {
         "train": {"x": x[train], "y": y[train]},
         "val": val_part,
-        "held": others(val_part),
+        "held_out": held_out_examples(val_part),
         "test": part(posed, test),
         "upright": part(x, test),
     }
@@ -228,11 +237,11 @@ def make(
         solver=SOLVER,
         w=network(network_key, data["x"].shape[1], num_hidden),
         alpha={
-            "magnitude": jnp.asarray(LARGEST / 4, dtype),
+            "magnitude": jnp.asarray(MAX_MAGNITUDES / 4, dtype),
             "probability": jnp.full(num_operations, 0.5, dtype),
         },
         space={
-            "magnitude": spaces.Interval(0.0, LARGEST, shape=(num_operations,)),
+            "magnitude": spaces.Interval(0.0, MAX_MAGNITUDES, shape=(num_operations,)),
             "probability": spaces.Interval(0.05, 0.95, shape=(num_operations,)),
         },
         metrics={

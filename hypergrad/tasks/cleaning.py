@@ -21,7 +21,7 @@ from ..inner import Descent
 from ..problem import Batches, Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
-from .classifier import check_data, held_out, losses, others
+from .classifier import check_data, held_out_examples, losses, mask_held_out
 from .networks import softmax_regression
 from .task import Task
 
@@ -31,8 +31,8 @@ CORRUPTION = 0.5
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-val_loss = classifier.bound(classifier.val_loss, softmax_regression)
-accuracy = classifier.bound(classifier.accuracy, softmax_regression)
+val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
+accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
@@ -81,11 +81,11 @@ def split(
     part = lambda x, y: {"x": x, "y": y, "use": jnp.ones(len(y), x.dtype)}
     end = NUM_TRAIN + NUM_VAL
     val = part(x[NUM_TRAIN:end], y[NUM_TRAIN:end])
-    val = held_out(val, hold_out, slice(HELD_OUT))
+    val = mask_held_out(val, hold_out, slice(HELD_OUT))
     return {
         "train": {"x": x[:NUM_TRAIN], "y": noisy, "clean": clean, "wrong": wrong},
         "val": val,
-        "held": others(val),
+        "held_out": held_out_examples(val),
         "test": part(x[end:], y[end:]),
     }
 
