@@ -108,6 +108,7 @@ def mixed_operation(x: Float[Array, "c s s n"], w: PyTree, alpha: Array) -> Arra
     """
     if alpha.ndim == 0:
         return jax.lax.switch(alpha, OPERATION_FNS, x, w)
+    # Equation 2: sum_o alpha_o operation_o(x; w).
     return sum(
         (alpha[o] * operation(x, w) for o, operation in enumerate(OPERATION_FNS)),
         jnp.zeros_like(x),
@@ -175,6 +176,7 @@ def expected_flops(alpha: Array, x: Float[Array, "n side side"]) -> Float[Array,
     """
     operation_flops = flops(SIZES["small"][2], x.shape[1])
     max_flops = len(EDGES) * operation_flops.max()
+    # The expectation is linear: sum_e sum_o alpha_eo flops_o.
     alpha = one_hot(alpha) if alpha.ndim == 1 else alpha
     return jnp.sum(alpha @ jnp.asarray(operation_flops / max_flops, alpha.dtype))
 

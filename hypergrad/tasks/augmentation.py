@@ -73,8 +73,9 @@ def warp(
     center = (side - 1) / 2
     axis = jnp.arange(side) - center
     grid = jnp.stack(jnp.meshgrid(axis, axis, indexing="ij")).reshape(2, -1)
-    positions = matrix @ grid[None] + (center - shift)[..., None]  # [n, 2, pixels]
-    # A frame of zeros, one pixel wide, provides the values of all positions outside.
+    # Positions c + A (g - c) - t for all g, [n, 2, pixels].
+    positions = matrix @ grid[None] + (center - shift)[..., None]
+    # Positions outside the image are clipped to a frame of zeros, one pixel wide.
     framed = jnp.pad(x, ((0, 0), (1, 1), (1, 1))).reshape(num, -1)
     positions = jnp.clip(positions + 1, 0, side + 1)
     corner = jnp.minimum(jnp.floor(jax.lax.stop_gradient(positions)), side)
@@ -135,6 +136,7 @@ def augment(
     shape = (2, len(x), len(OPERATIONS))
     eps = jnp.finfo(x.dtype).eps  # keeps the logit of u finite
     u, v = jax.random.uniform(gate_key, shape, x.dtype, eps, 1 - eps)
+    # The strength is b m v; 2 v - 1 is uniform in (-1, 1).
     gates = relaxed_gates(alpha["probability"], u)
     strength = gates * alpha["magnitude"][None] * (2 * v - 1)
     return transform(x, strength, jax.random.normal(noise_key, x.shape, x.dtype))

@@ -111,6 +111,7 @@ def hypergradient_descent(
         del params
         norms = optax.tree.norm(updates) * optax.tree.norm(state.v)
         cosine = optax.tree.vdot(updates, state.v) / jnp.where(norms > 0, norms, 1)
+        # r <- r (1 + step_size g' v / (||g|| ||v||)); v = 0 before the first step.
         new_rate = state.rate * (1 + step_size * cosine)
         new_v = jax.tree.map(lambda v, g: momentum * v + g, state.v, updates)
         new_state = HypergradientDescentState(new_rate, new_v)
