@@ -176,8 +176,8 @@ def expected_flops(alpha: Array, x: Float[Array, "n side side"]) -> Float[Array,
     """
     operation_flops = flops(SIZES["small"][2], x.shape[1])
     max_flops = len(EDGES) * operation_flops.max()
-    # The expectation is linear: sum_e sum_o alpha_eo flops_o.
     alpha = one_hot(alpha) if alpha.ndim == 1 else alpha
+    # The expectation is linear: sum_e sum_o alpha_eo flops_o.
     return jnp.sum(alpha @ jnp.asarray(operation_flops / max_flops, alpha.dtype))
 
 
