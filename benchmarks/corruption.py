@@ -118,7 +118,7 @@ def retrained(
         batch |= {"x": val["x"], "y": val["y"]}
         alpha = val["use"] / jnp.mean(val["use"])
     w, _ = hg.Newton().solve(cleaning.train_loss, task.w, alpha, batch, key)
-    held, wrong = parts["held"], parts["train"]["wrong"]
+    held, wrong = parts["held_out"], parts["train"]["wrong"]
     return {
         "accuracy": task.metrics["test_accuracy"](w, alpha, key),
         "held_accuracy": cleaning.accuracy(held, w, alpha, key),

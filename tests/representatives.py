@@ -177,13 +177,6 @@ REPRESENTATIVES = {
     "test_study_costs": {
         "test_a_step_of_the_weights_costs_at_most_what_is_planned": {"implicit"},
     },
-    "test_task_architecture": {
-        "test_first_order_darts_is_the_direct_term": set(),
-        "test_the_unrolled_hypergradient_is_that_of_the_whole_pipeline": set(),
-    },
-    "test_task_data": {
-        "test_every_part_has_an_example": {"cleaning", "penalties"},
-    },
     "test_task_federated": {
         "test_clients_on_four_devices_give_the_same_numbers": set(),
         "test_clients_that_are_alike_are_one_machine": set(),
@@ -191,9 +184,6 @@ REPRESENTATIVES = {
     },
     "test_task_few_shot": {
         "test_hypergradients_equal_central_differences": set(),
-    },
-    "test_task_penalties": {
-        "test_the_hypergradient_is_that_of_the_whole_pipeline": {"logistic-argmin"},
     },
     "test_task_physics": {
         "test_descent_from_one_and_one_ends_at_the_best_control": set(),
@@ -207,10 +197,6 @@ REPRESENTATIVES = {
             ),
         },
         "test_the_meta_gradient_is_the_central_difference_on_fixed_keys": set(),
-    },
-    "test_task_schedules": {
-        "test_ten_thousand_steps_are_planned_in_a_gibibyte": {"forward"},
-        "test_the_hypergradient_is_that_of_the_whole_pipeline": {"unrolled-1e-06"},
     },
     "test_task_self_supervised": {
         "test_hypergradients_equal_central_differences": set(),

@@ -43,8 +43,8 @@ def test_held_out_examples_are_out_of_use():
     """50 of 150, and none where nothing is held out."""
     for hold_out, count in ((True, 50), (False, 0)):
         parts = cleaning.split(DIGITS, jax.random.key(0), jnp.asarray(hold_out))
-        assert jnp.sum(parts["held"]["use"]) == count
-        np.testing.assert_array_equal(parts["held"]["use"] + parts["val"]["use"], 1)
+        assert jnp.sum(parts["held_out"]["use"]) == count
+        np.testing.assert_array_equal(parts["held_out"]["use"] + parts["val"]["use"], 1)
     batch = cleaning.split(DIGITS, jax.random.key(0), True)["val"]
     w = {"W": jnp.ones((64, 10)) * jnp.arange(10.0)[None], "b": jnp.zeros(10)}
     used = {name: x[np.asarray(batch["use"]) == 1] for name, x in batch.items()}

@@ -29,16 +29,16 @@ from ..tasks.architecture import (
     OPERATIONS,
     SIZES,
     SOLVER,
-    chosen,
     cross_entropy,
     expected_flops,
     make,
+    most_likely_cell,
     one_hot,
     ranking,
     train_loss,
     val_loss,
 )
-from ..tasks.classifier import held_out, others
+from ..tasks.classifier import held_out_examples, mask_held_out
 from ..trace import Trace
 from .program import Once, program
 from .record import Row
@@ -85,7 +85,7 @@ def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
     test: Any = task.metrics["test_accuracy"]
     key = jax.random.fold_in(key, 1)
     w, _ = FINAL.solve(train_loss, task.w, cell, inner, key)
-    held = others(held_out(val, True))
+    held = held_out_examples(mask_held_out(val, True))
     return task.metric_values(w, cell, key) | {
         "test_loss": cross_entropy(w, cell, test.args[0]),
         "val_loss": cross_entropy(w, cell, val),
@@ -161,7 +161,7 @@ def by_gradient(method: str, seed: int, price: float) -> Row:
     def one(rate: float, hold_out: bool) -> Row:
         before = run.run_seconds
         trace = run(digits(), key, price, hold_out, rate)
-        cell = tuple(chosen(trace.alpha).tolist())
+        cell = tuple(most_likely_cell(trace.alpha).tolist())
         cost = float(trace.cost[-1])
         found = judged(cell, price) | {
             "gradient_equivalents": cost,

@@ -25,9 +25,9 @@ from ..linear import Neumann
 from ..minimize import minimize
 from ..searchers import Random
 from ..tasks.augmentation import (
-    LARGEST,
+    MAX_MAGNITUDES,
     OPERATIONS,
-    POSE,
+    POSE_MAGNITUDES,
     SIZES,
     SOLVER,
     accuracy,
@@ -97,13 +97,13 @@ def by_random_search(task: Task, lane: Lane) -> tuple[PyTree, Any]:
 def one_magnitude(task: Task, lane: Lane) -> tuple[PyTree, None]:
     """The same share of each largest magnitude; with share 0, nothing is changed."""
     del task
-    return policy(lane[2] * LARGEST), None
+    return policy(lane[2] * MAX_MAGNITUDES), None
 
 
 def true_pose(task: Task, lane: Lane) -> tuple[PyTree, None]:
     """What was done to the validation and test images."""
     del task, lane
-    return policy(POSE), None
+    return policy(POSE_MAGNITUDES), None
 
 
 # Costs of a step in gradient-equivalents, at most: T inner gradients, outer gradients
@@ -153,7 +153,9 @@ def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Any]:
     ``selection`` holds the accuracy and minus the loss on the held-out images.
     """
     task, key = lane_task(data, lane), lane[0]
-    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], lane[3])["held"]
+    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], lane[3])[
+        "held_out"
+    ]
     w, _ = FINAL.solve(
         train_loss, task.w, alpha, task.problem.inner_data, jax.random.fold_in(key, 2)
     )
@@ -186,7 +188,9 @@ def row(method: str, seed: int) -> Row:
             "upright_accuracy": float(found["upright_accuracy"]),
             "val_loss": float(found["val_loss"]),
             "penalty": setting[0],
-            "magnitude": np.asarray(alpha["magnitude"] / LARGEST, float).tolist(),
+            "magnitude": np.asarray(
+                alpha["magnitude"] / MAX_MAGNITUDES, float
+            ).tolist(),
             "probability": np.asarray(alpha["probability"], float).tolist(),
             "gradient_equivalents": float(FINAL.num_steps),
             "run_seconds": seconds,
@@ -232,6 +236,8 @@ STUDY = Study(
         *(beats(method, "random search", 0.0) for method in HYPERGRADIENTS),
         beats("true pose", "implicit", None),
     ),
-    draw=functools.partial(plots.augmentation, OPERATIONS, (POSE / LARGEST).tolist()),
+    draw=functools.partial(
+        plots.augmentation, OPERATIONS, (POSE_MAGNITUDES / MAX_MAGNITUDES).tolist()
+    ),
     minutes=2,
 )

@@ -153,7 +153,7 @@ def evaluate(
     """
     del method  # what it retrains on has a size of its own
     task, parts = lane_task(data, lane)
-    key, held = lane[0], parts["held"]
+    key, held = lane[0], parts["held_out"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
     return {
         "w": w,

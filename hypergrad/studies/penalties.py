@@ -23,8 +23,8 @@ from ..inner import Descent, Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
 from ..searchers import Random
-from ..tasks.classifier import others
-from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
+from ..tasks.classifier import held_out_examples
+from ..tasks.penalties import SOLVER, VARIANTS, dataset_name, make, tolerances
 from ..trace import Trace
 from .program import Once, program, search
 from .record import Row
@@ -44,7 +44,7 @@ HOAG_STEPS = 60
 @functools.cache
 def arrays(system: str) -> dict[str, np.ndarray]:
     """Loaded once a process."""
-    return datasets.load(data_of(system, "small"))
+    return datasets.load(dataset_name(system, "small"))
 
 
 # Costs of a step in gradient-equivalents: T inner gradients and 2 a product (CG at most
@@ -63,7 +63,9 @@ def learn(
     rate: Any,
 ) -> Trace:  # fmt: skip
     """As many outer steps as the budget surely pays for."""
-    task = make(key=key, variant=system, start=start, hold_out=hold_out, data=data)
+    task = make(
+        key=key, variant=system, init_log_penalty=start, hold_out=hold_out, data=data
+    )
     estimator, cost = ESTIMATORS[method]
     num_train, num_val, _ = VARIANTS[system].small
     num_steps = int(BUDGET / (cost + 2 * num_val / num_train))
@@ -91,7 +93,7 @@ def evaluate(
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
     return {
         "w": w,
-        "selection": -problem.outer_value(w, alpha, others(val)),
+        "selection": -problem.outer_value(w, alpha, held_out_examples(val)),
         "val_loss": problem.outer_value(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }
@@ -111,7 +113,9 @@ def baseline(system: str, seed: int) -> Row:
 
     def one(penalty: float, hold_out: bool) -> Row:
         started = time.perf_counter()
-        task = make(key=key, variant=system, start=penalty, data=arrays(system))
+        task = make(
+            key=key, variant=system, init_log_penalty=penalty, data=arrays(system)
+        )
         found = measured(system, key, hold_out, task.alpha)
         seconds = time.perf_counter() - started
         cost = float(FINAL.num_steps)
@@ -207,7 +211,7 @@ def by_hoag(schedule: str, seed: int) -> Row:
 
 def overfitted(per: str, data: PyTree, key: Array) -> tuple[Array, Trace]:
     """Accuracy on the fifty validation images whose loss the penalties minimise."""
-    task = make(key=key, variant="overfit", per=per, data=data)
+    task = make(key=key, variant="overfit", granularity=per, data=data)
     trace = minimize(
         task.problem,
         ESTIMATORS["unrolled"][0],

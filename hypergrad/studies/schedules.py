@@ -23,7 +23,7 @@ from ..inner import Descent
 from ..minimize import minimize
 from ..searchers import Random
 from ..tasks import schedules
-from ..tasks.classifier import others
+from ..tasks.classifier import held_out_examples
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
 from .program import Once, program, search
@@ -55,7 +55,7 @@ def estimator_of(system: str, method: str) -> Estimator:
     solver = Descent(schedules.momentum_descent(steps), steps)
     return {
         "unrolled": Unrolled(solver),
-        "reversible": schedules.reversible(steps),
+        "reversible": schedules.reversible_estimator(steps),
         "forward": Forward(solver),
     }[method]
 
@@ -132,7 +132,7 @@ def evaluate(
             problem.inner_loss, task.w, alpha, problem.inner_data, order
         )
         return {
-            "selection": -problem.outer_value(w, alpha, others(val)),
+            "selection": -problem.outer_value(w, alpha, held_out_examples(val)),
             "val_loss": problem.outer_value(w, alpha, val),
             **task.metric_values(w, alpha, order),
         }

@@ -23,7 +23,13 @@ from ..problem import Bilevel
 from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier
-from .classifier import check_data, check_scale, held_out, losses, others
+from .classifier import (
+    check_data,
+    check_scale,
+    held_out_examples,
+    losses,
+    mask_held_out,
+)
 from .networks import softmax_regression
 from .task import Task
 
@@ -33,8 +39,8 @@ SIZES = {"small": (50, 100, 1000), "paper": (250, 1000, 48750)}
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-val_loss = classifier.bound(classifier.val_loss, softmax_regression)
-accuracy = classifier.bound(classifier.accuracy, softmax_regression)
+val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
+accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
 
 
 def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
@@ -81,11 +87,11 @@ def split(
     part = lambda where: {"x": x[where], "y": y[where]}
     ones = jnp.ones(len(y), x.dtype)
     used = lambda where: part(where) | {"use": ones[where]}
-    val_part = held_out(used(slice(ends[0], ends[1])), hold_out, slice(val // 3))
+    val_part = mask_held_out(used(slice(ends[0], ends[1])), hold_out, slice(val // 3))
     return {
         "labelled": part(slice(None, ends[0])),
         "val": val_part,
-        "held": others(val_part),
+        "held": held_out_examples(val_part),
         "unlabelled": part(slice(ends[1], ends[2])),
         "test": used(slice(ends[2], None)),
     }

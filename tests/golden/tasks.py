@@ -34,7 +34,9 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "penalties, softmax": (tasks.penalties, {"variant": "softmax", "hold_out": True}),
     "penalties, mlp": (tasks.penalties, {"variant": "mlp"}),
     "penalties, cnn": (tasks.penalties, {"variant": "cnn"}),
-    "penalties, overfit": (tasks.penalties, {"variant": "overfit", "per": "feature"}),
+    "penalties, overfit": (
+        tasks.penalties, {"variant": "overfit", "granularity": "feature"}
+    ),
     "physics, poisson": (tasks.physics, {"variant": "poisson"}),
     "physics, burgers": (
         tasks.physics, {"variant": "burgers", "hold_out": True, "data_dir": ""}
