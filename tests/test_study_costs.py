@@ -30,7 +30,7 @@ def test_a_meta_gradient_costs_what_is_planned(method: str, key):
     task = policies.make(key=key, num_episodes=2, horizon=3)
     estimator, planned = reinforcement.ESTIMATORS[method]
     solver = semi_gradient.SemiGradient(
-        cartpole.Losses(2, 3).update, task.solver.optimizer, reinforcement.STEPS
+        cartpole.Losses(2, 3).update_loss, task.solver.optimizer, reinforcement.STEPS
     )
     estimator = dataclasses.replace(estimator, solver=solver)
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)
