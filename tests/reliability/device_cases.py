@@ -145,7 +145,7 @@ def make_federated(place) -> Case:
         "iota": jnp.asarray(rng.normal(size=10)),
     }
     w = {"W": jnp.zeros((3, 10)), "b": jnp.zeros(10)}
-    solver = federated_task.FedAvg(0.4, num_steps=5, local_steps=2)
+    solver = federated_task.FedAvg(0.4, num_steps=5, num_local_steps=2)
     run = make_hypergradient_fn(hg.Implicit(solver, FIVE_STEPS))
     return Case(run, problem, w, alpha, (8, 6, 3))
 
