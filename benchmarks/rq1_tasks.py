@@ -209,7 +209,7 @@ def characters(seed: int) -> Problem:
     )  # fmt: skip
     support, query = task.problem.sample_data(jax.random.key(seed))
     support = {name: support[name] for name in ("x", "y")}
-    w = few_shot.shared_start(task.w, task.alpha)
+    w = few_shot.broadcast_alpha(task.w, task.alpha)
     return hg.Bilevel(few_shot.adaptation_loss, few_shot.query_loss, support, query), w
 
 

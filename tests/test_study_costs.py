@@ -16,8 +16,8 @@ from hypergrad.tasks import reinforcement as policies
 @pytest.mark.parametrize("method", physics.ESTIMATORS)
 def test_a_step_of_the_weights_costs_at_most_what_is_planned(method: str, key):
     """On a tiny network: counts of calls do not depend on its size."""
-    sizes = {"inside": 8, "sensors": 4, "held_out": 4, "hidden": (3,)}
-    task = equations.make(key=key, **sizes)
+    sizes = {"num_collocation": 8, "num_sensors": 4, "num_held_out": 4}
+    task = equations.make(key=key, hidden=(3,), **sizes)
     estimator, planned = physics.ESTIMATORS[method]
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)
     assert 0.5 * planned < estimate.stats["gradient_equivalents"] <= planned
