@@ -234,19 +234,19 @@ def make(
             f"{NUM_CLASSES} classes; got {num_rarest} of the rarest. Pass more data or "
             "smaller sizes."
         )
-    parts = split(data, key, chosen, iid, hold_out)
+    splits = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
     interval = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
     )
-    metrics = {"accuracy": jax.tree_util.Partial(accuracy, parts["test"])}
+    metrics = {"accuracy": jax.tree_util.Partial(accuracy, splits["test"])}
     if hold_out:
-        metrics["held_loss"] = jax.tree_util.Partial(held_out_loss, parts["held_out"])
+        metrics["held_loss"] = jax.tree_util.Partial(held_out_loss, splits["held_out"])
     return Task(
         name="federated",
         paradigm="federated",
         source="Tarzanagh et al. 2022 (arXiv 2205.02215)",
-        problem=Bilevel(train_loss, val_loss, parts["train"], parts["val"]),
+        problem=Bilevel(train_loss, val_loss, splits["train"], splits["val"]),
         solver=FedAvg(
             chosen["step_size"],
             chosen["num_rounds"],

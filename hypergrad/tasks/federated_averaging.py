@@ -23,10 +23,10 @@ from ..trees import norm
 from ..validation import check_positive_int
 
 
-def client_axis_first(data: PyTree) -> PyTree:
-    """Returns ``[clients, 1, n, ...]`` of ``[clients, n, ...]``.
+def split_clients(data: PyTree) -> PyTree:
+    """Returns the data with shape ``[clients, 1, n, ...]``.
 
-    Under ``vmap`` each client is then a federation of a single client.
+    Under ``vmap`` over the first axis, each client is a federation of one client.
     """
     return jax.tree.map(lambda leaf: leaf[:, None], data)
 
@@ -105,7 +105,7 @@ class FedAvg(eqx.Module):
     ) -> tuple[PyTree, PyTree]:
         """Returns the carry after one round."""
         w, _ = carry
-        clients = client_axis_first(full_batch(data, key))
+        clients = split_clients(full_batch(data, key))
         grad_fn = lambda w, client: jax.grad(inner_loss)(w, alpha, client)
         grads = jax.vmap(grad_fn, in_axes=(None, 0))(w, clients)
         # mean_c g_c - g_c, per client.
@@ -183,7 +183,7 @@ class LocalImplicit(eqx.Module):
             )
 
         results = jax.vmap(client_hypergradient)(
-            client_axis_first(data.inner_batch()), client_axis_first(data.outer_batch())
+            split_clients(data.inner_batch()), split_clients(data.outer_batch())
         )
         num_products = jnp.mean(results.linear_stats["num_products"])
         estimate = make_estimate(

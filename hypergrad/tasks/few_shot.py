@@ -213,6 +213,13 @@ def ridge_query_loss(w: Array, alpha: PyTree, batch: PyTree) -> Array:
     return cross_entropy(ridge_scores(w, alpha, batch["x"]), batch["y"].T)
 
 
+LOSSES = {
+    "maml": (adaptation_loss, query_loss),
+    "imaml": (proximal_loss, query_loss),
+    "ridge": (ridge_loss, ridge_query_loss),
+}
+
+
 def accuracy(
     solver: InnerSolver, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array
 ) -> Array:
@@ -234,19 +241,15 @@ def accuracy(
 
 def init_body(
     key: Array,
-    image_shape: tuple[int, int],
+    image_shape: tuple[int, ...],
     num_convolutions: int,
     hidden: tuple[int, ...],
 ) -> tuple[PyTree, int]:
     """Returns random parameters of `features` and the number of features.
 
-    The weights are normal with variance 1 / fan-in.
-
-    Args:
-      key: PRNG key.
-      image_shape: Height and width of an image.
-      num_convolutions: Number of convolutions with 64 filters.
-      hidden: Sizes of the tanh layers.
+    The weights are normal with variance 1 / fan-in. ``image_shape`` is height and
+    width, each convolution has 64 filters, and ``hidden`` are the sizes of the tanh
+    layers.
     """
     keys = iter(jax.random.split(key, num_convolutions + len(hidden)))
 
@@ -271,6 +274,7 @@ def characters(
 ) -> tuple[str, np.ndarray, int]:
     """Returns the name of the data, the images, and the number of turns.
 
+    Images are ``[characters, drawings, height, width]``; each turn of one is a class.
     The data are Omniglot, with images of 28 by 28 pixels at the paper's scale and of 14
     by 14 at the small one, in four turns of 90 degrees. At the small scale they are 170
     drawings of each of scikit-learn's digits if ``data_dir`` is empty, or if it is None
@@ -280,10 +284,6 @@ def characters(
     Args:
       scale: 'small' or 'paper'.
       data_dir: Folder of Omniglot; see `hypergrad.datasets.load`.
-
-    Returns:
-      The name, images ``[characters, drawings, height, width]``, and the number of
-      turns of each character that are classes.
 
     Raises:
       FileNotFoundError: The file is not in ``data_dir``, or is needed for the paper's
@@ -411,31 +411,28 @@ def make(
     check_images(images, num_ways, num_shots + NUM_QUERIES, num_turns)
     num_tasks = num_tasks or {"small": 4, "paper": 32}[scale]
     split_key, body_key, head_key = jax.random.split(key, 3)
-    parts = split(images, split_key, num_turns)
-    num_convolutions, hidden = (0, hidden) if scale == "small" else (4, ())
-    body, num_features = init_body(body_key, images.shape[2:], num_convolutions, hidden)
+    splits = split(images, split_key, num_turns)
+    layers = (0, hidden) if scale == "small" else (4, ())
+    body, num_features = init_body(body_key, images.shape[2:], *layers)
     alpha: Any = {"body": body}
     if variant == "ridge":
         alpha |= {"log_penalty": jnp.zeros(()), "scale": jnp.ones(())}
-        losses, init_fn = (ridge_loss, ridge_query_loss), None
-        solver = ClosedForm(partial(ridge_fit, num_ways))
+        solver, init_fn = ClosedForm(partial(ridge_fit, num_ways)), None
         w = jnp.zeros((num_tasks, num_features, num_ways))
     else:
         head = jax.random.normal(head_key, (num_features, num_ways))
         head = {"W": head / jnp.sqrt(num_features), "b": jnp.zeros(num_ways)}
         alpha |= {"head": head}
-        inner_loss = {"maml": adaptation_loss, "imaml": proximal_loss}[variant]
-        losses, init_fn = (inner_loss, query_loss), broadcast_alpha
-        solver = SOLVERS[variant]
+        solver, init_fn = SOLVERS[variant], broadcast_alpha
         w = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape)), alpha)
 
-    def make_problem(part):
+    def make_problem(split_name):
         sizes = num_ways, num_shots, NUM_QUERIES, num_tasks
-        pool = ClassPool(parts[part], jnp.asarray(penalty, float), *sizes)
+        pool = ClassPool(splits[split_name], jnp.asarray(penalty, float), *sizes)
         data_fn = jax.tree_util.Partial(sample_tasks, pool)
-        return Bilevel(*losses, init_fn=init_fn, data_fn=data_fn)
+        return Bilevel(*LOSSES[variant], init_fn=init_fn, data_fn=data_fn)
 
-    metric = lambda part: jax.tree_util.Partial(accuracy, solver, make_problem(part))
+    val, test = make_problem("val"), make_problem("test")
     return Task(
         name="few_shot",
         paradigm="few-shot",
@@ -445,5 +442,8 @@ def make(
         w=w,
         alpha=alpha,
         space=jax.tree.map(lambda _: spaces.Real(), alpha),
-        metrics={"val_accuracy": metric("val"), "test_accuracy": metric("test")},
+        metrics={
+            "val_accuracy": jax.tree_util.Partial(accuracy, solver, val),
+            "test_accuracy": jax.tree_util.Partial(accuracy, solver, test),
+        },
     )

@@ -224,7 +224,7 @@ def make(
         )
     split_key, encoder_key, projection_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
-    parts = split(jax.tree.map(jnp.asarray, data), split_key, penalty)
+    splits = split(jax.tree.map(jnp.asarray, data), split_key, penalty)
     num_pixels = SIZE * SIZE
     # Normal weights with variance 1 / fan-in.
     projection = jax.random.normal(projection_key, (width, dimension))
@@ -233,7 +233,7 @@ def make(
         "b": jnp.zeros(width),
         "projection": projection / jnp.sqrt(width),
     }
-    test = parts["test"]
+    test = splits["test"]
     return Task(
         name="self_supervised",
         paradigm="self-supervised",
@@ -241,8 +241,8 @@ def make(
         problem=Bilevel(
             contrastive_loss,
             probe_error,
-            Batches(parts["train"], BATCH, with_key=True),
-            parts["val"],
+            Batches(splits["train"], BATCH, with_key=True),
+            splits["val"],
         ),
         solver=SOLVER,
         w=w,

@@ -62,11 +62,11 @@ def auroc_of_wrong_labels(
     return AUC().exact(-alpha, is_wrong)
 
 
-def pseudo_labels(w: PyTree, parts: PyTree, penalty: Array) -> Array:
+def pseudo_labels(w: PyTree, splits: PyTree, penalty: Array) -> Array:
     """Returns the classes that the supervised model predicts for unlabeled examples."""
-    batch = {"labeled": parts["labeled"], "penalty": penalty}
+    batch = {"labeled": splits["labeled"], "penalty": penalty}
     w, _ = Newton().solve(supervised_loss, w, None, batch, jax.random.key(0))
-    return jnp.argmax(softmax_regression(w, parts["unlabeled"]["x"]), axis=-1)
+    return jnp.argmax(softmax_regression(w, splits["unlabeled"]["x"]), axis=-1)
 
 
 def split(
@@ -146,28 +146,28 @@ def make(
     data = datasets.load("digits") if data is None else data
     check_data(data, sum(sizes) + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)
-    parts = split(data, key, sizes, hold_out)
+    splits = split(data, key, sizes, hold_out)
     penalty = jnp.asarray(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
-    predictions = pseudo_labels(w, parts, penalty)
+    predictions = pseudo_labels(w, splits, penalty)
     train = {
-        "labeled": parts["labeled"],
-        "unlabeled": {"x": parts["unlabeled"]["x"], "y": predictions},
+        "labeled": splits["labeled"],
+        "unlabeled": {"x": splits["unlabeled"]["x"], "y": predictions},
         "penalty": penalty,
     }
-    is_wrong = predictions != parts["unlabeled"]["y"]
+    is_wrong = predictions != splits["unlabeled"]["y"]
     num_unlabeled = sizes[2]
     return Task(
         name="semi_supervised",
         paradigm="semi-supervised",
         source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293), equation 2",
-        problem=Bilevel(train_loss, val_loss, train, parts["val"]),
+        problem=Bilevel(train_loss, val_loss, train, splits["val"]),
         solver=SOLVER,
         w=w,
         alpha=jnp.full(num_unlabeled, 0.5),
         space=spaces.Unit(shape=(num_unlabeled,)),
         metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
+            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
             "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
         },
     )

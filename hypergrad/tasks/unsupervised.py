@@ -131,10 +131,10 @@ def kmeans_nll(w: Array, alpha: Array, batch: PyTree) -> Array:
 
 
 def init_centroids(x: Array) -> Array:
-    """Returns the means of equal parts along the first principal axis."""
+    """Returns the means of equal groups along the first principal axis."""
     _, vectors = jnp.linalg.eigh(covariance({"x": x}))
-    parts = jnp.array_split(x[jnp.argsort(x @ vectors[:, -1])], NUM_CLUSTERS)
-    return jnp.stack([jnp.mean(part, axis=0) for part in parts])
+    groups = jnp.array_split(x[jnp.argsort(x @ vectors[:, -1])], NUM_CLUSTERS)
+    return jnp.stack([jnp.mean(group, axis=0) for group in groups])
 
 
 def adjusted_rand(labels: Array, clusters: Array) -> Array:
@@ -225,8 +225,8 @@ def make(
             f"data['x'] must have more than {NUM_COMPONENTS} features for 'ppca'; got "
             f"{data['x'].shape[1]}."
         )
-    parts = split({name: jnp.asarray(data[name]) for name in names}, key)
-    train, val = ({"x": parts[name]["x"]} for name in ("train", "val"))
+    splits = split({name: jnp.asarray(data[name]) for name in names}, key)
+    train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
     d = train["x"].shape[1]
     shape = (d,)
     if variant == "kde":
@@ -250,11 +250,11 @@ def make(
         exact = None
     metrics = {
         "test_nll": jax.tree_util.Partial(
-            partial(nll_on, losses[1]), {"x": parts["test"]["x"]}
+            partial(nll_on, losses[1]), {"x": splits["test"]["x"]}
         )
     }
     if has_labels:
-        metrics["agreement"] = jax.tree_util.Partial(agreement, parts["test"])
+        metrics["agreement"] = jax.tree_util.Partial(agreement, splits["test"])
     return Task(
         name="unsupervised",
         paradigm="unsupervised",
