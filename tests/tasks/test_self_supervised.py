@@ -98,14 +98,17 @@ def test_views_have_the_strengths_of_the_augmentation(key):
     assert 1 < jnp.std(noise) < 3
 
 
-def test_resampling_equals_the_linear_interpolation_of_scipy(key):
-    """A fixed crop and shift of both axes is `map_coordinates` of order 1."""
+def test_views_equal_the_linear_interpolation_of_scipy(key):
+    """Pixel i shows the position ``c + (i - c)(1 - crop u) + shift v`` of each axis."""
     x = jax.random.uniform(key, (8, 8))
-    positions = 3.5 + (np.arange(8) - 3.5) * 0.7 + 0.4
-    resample = self_supervised.resample
-    actual = resample(positions, resample(positions, x.T).T)
-    grid = np.meshgrid(positions, positions, indexing="ij")
+    alpha = {"noise": 0.0, "crop": 0.7, "shift": 1.5}
+    crop_key, shift_key, _ = jax.random.split(key, 3)
+    u = jax.random.uniform(crop_key)
+    v = jax.random.uniform(shift_key, (2, 1), minval=-1)
+    positions = 3.5 + (np.arange(8)[None] - 3.5) * (1 - 0.7 * u) + 1.5 * v
+    grid = np.meshgrid(*positions, indexing="ij")
     expected = scipy.ndimage.map_coordinates(x, grid, order=1, mode="grid-constant")
+    actual = self_supervised.augment(alpha, x, key)
     np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
