@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad.tasks.augmentation import MAX_MAGNITUDES, OPERATIONS, split, transform
 from hypergrad.tasks.networks import extract_patches, mean_pool
-from hypergrad.tasks.self_supervised import info_nce, probe, with_one
+from hypergrad.tasks.self_supervised import append_one, info_nce, probe
 
 NUM_TRAIN, NUM_VAL, NUM_DRAWS = 200, 200, 2
 WIDTH, HIDDEN, NUM_CLASSES, SIDE = 16, 32, 10, 8
@@ -191,7 +191,7 @@ def scores_of(architecture: str, objective: str, w: PyTree, batch: PyTree) -> Ar
     f = ARCHITECTURES[architecture].features(w["encoder"], batch["x"])
     if objective == "supervised":
         return affine(w, "head", f)
-    return with_one(f) @ probe(f, batch)
+    return append_one(f) @ probe(f, batch)
 
 
 def outer_loss(

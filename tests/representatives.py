@@ -177,33 +177,6 @@ REPRESENTATIVES = {
     "test_study_costs": {
         "test_a_step_of_the_weights_costs_at_most_what_is_planned": {"implicit"},
     },
-    "test_task_federated": {
-        "test_clients_on_four_devices_give_the_same_numbers": set(),
-        "test_clients_that_are_alike_are_one_machine": set(),
-        "test_only_the_global_hypergradient_is_right_where_clients_differ": set(),
-    },
-    "test_task_few_shot": {
-        "test_hypergradients_equal_central_differences": set(),
-    },
-    "test_task_physics": {
-        "test_descent_from_one_and_one_ends_at_the_best_control": set(),
-        "test_held_out_sensors_are_no_training_data_and_no_test_points": set(),
-    },
-    "test_task_reinforcement": {
-        "test_the_hypergradient_of_a_discount_is_the_closed_form": {
-            *(
-                "estimator0-shape1",
-                "estimator1-shape0",
-            ),
-        },
-        "test_the_meta_gradient_is_the_central_difference_on_fixed_keys": set(),
-    },
-    "test_task_self_supervised": {
-        "test_hypergradients_equal_central_differences": set(),
-    },
-    "test_task_semi_supervised": {
-        "test_the_implicit_hypergradient_is_that_of_the_whole_pipeline": set(),
-    },
     "test_testing": {
         "test_an_untouched_wrapper_passes": set(),
         "test_honest_estimators_pass": set(),

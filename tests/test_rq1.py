@@ -34,7 +34,7 @@ def test_a_system_has_two_hyperparameters_that_begin_in_its_box(name):
 def test_pseudo_labels_weigh_alike_and_the_penalty_is_learned():
     """By the task's own loss."""
     part = lambda n: {"x": jnp.eye(n, 12), "y": jnp.arange(n)}
-    train = {"labelled": part(5), "unlabelled": part(8)}
+    train = {"labeled": part(5), "unlabeled": part(8)}
     w = {"W": jnp.arange(120.0).reshape(12, 10) / 99, "b": jnp.ones(10)}
     told = train | {"penalty": 0.3}
     given = semi_supervised.train_loss(w, jnp.full(8, 0.7), told)

@@ -16,8 +16,8 @@ from hypergrad.tasks import reinforcement as policies
 @pytest.mark.parametrize("method", physics.ESTIMATORS)
 def test_a_step_of_the_weights_costs_at_most_what_is_planned(method: str, key):
     """On a tiny network: counts of calls do not depend on its size."""
-    sizes = {"inside": 8, "sensors": 4, "held_out": 4, "hidden": (3,)}
-    task = equations.make(key=key, **sizes)
+    sizes = {"num_collocation": 8, "num_sensors": 4, "num_held_out": 4}
+    task = equations.make(key=key, hidden=(3,), **sizes)
     estimator, planned = physics.ESTIMATORS[method]
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)
     assert 0.5 * planned < estimate.stats["gradient_equivalents"] <= planned
@@ -30,7 +30,7 @@ def test_a_meta_gradient_costs_what_is_planned(method: str, key):
     task = policies.make(key=key, num_episodes=2, horizon=3)
     estimator, planned = reinforcement.ESTIMATORS[method]
     solver = semi_gradient.SemiGradient(
-        cartpole.Losses(2, 3).update, task.solver.optimizer, reinforcement.STEPS
+        cartpole.Losses(2, 3).update_loss, task.solver.optimizer, reinforcement.STEPS
     )
     estimator = dataclasses.replace(estimator, solver=solver)
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)

@@ -32,13 +32,14 @@ WIDTHS = (0.01, 0.03, 0.1, 0.3)  # of random search, in parts of the space's
 TOTAL = BUDGET * (1 + len(RATES))  # with tuning
 SEARCHES = {"random search": BUDGET, "random search, total": TOTAL / (1 + len(WIDTHS))}
 SMALL = SCALES["small"]
-SOLVER = FedAvg(SMALL["rate"], SMALL["num_rounds"], SMALL["local_steps"])
-LONG = FedAvg(SMALL["rate"], 20, SMALL["local_steps"])  # trains a random draw from zero
+SOLVER = FedAvg(SMALL["step_size"], SMALL["num_rounds"], SMALL["num_local_steps"])
+# Trains a random draw from zero.
+LONG = FedAvg(SMALL["step_size"], 20, SMALL["num_local_steps"])
 SOLVE = CG(rtol=1e-2, max_steps=10)
 # A step costs T rounds of local steps and a correction, an outer gradient or two, and 2
 # a product: at most 10 of CG, one for where it begins, one for its residual and one;
 # Neumann 9, 10 for its step size and one.
-ROUNDS = SMALL["num_rounds"] * (SMALL["local_steps"] + 1)
+ROUNDS = SMALL["num_rounds"] * (SMALL["num_local_steps"] + 1)
 ESTIMATORS = {
     "global": (Implicit(SOLVER, SOLVE), ROUNDS + 2 + 2 * 13),
     "global, neumann": (

@@ -23,7 +23,7 @@ from ..inner import Newton
 from ..linear import CG
 from ..minimize import minimize
 from ..searchers import Random
-from ..tasks.cartpole import Losses, cartpole_parts
+from ..tasks.cartpole import Losses, cartpole_losses_and_solver
 from ..tasks.random_walk import TD
 from ..tasks.reinforcement import DATA_NAME, SCALES, make
 from ..tasks.semi_gradient import SemiGradient
@@ -46,7 +46,7 @@ TEST = Losses(num_episodes=256, horizon=SMALL["horizon"])
 
 def cartpole_solver(num_steps: int) -> SemiGradient:
     """The task's updates, so many."""
-    return cartpole_parts(**SMALL | {"num_steps": num_steps})[1]
+    return cartpole_losses_and_solver(**SMALL | {"num_steps": num_steps})[1]
 
 
 # A step of alpha costs T updates and two outer gradients (each 1), one of them for the

@@ -97,14 +97,14 @@ def more_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any
     """No pseudo-labels: the validation examples in use are labelled ones too."""
     del lane
     val = parts["val"]
-    batch = task.problem.inner_data | {"unlabelled": {"x": val["x"], "y": val["y"]}}
+    batch = task.problem.inner_data | {"unlabeled": {"x": val["x"], "y": val["y"]}}
     return batch, val["use"] * NUM_VAL / NUM_LABELLED, None
 
 
 def true_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
     """What a person would have said of the unlabelled examples."""
     del lane
-    batch = task.problem.inner_data | {"unlabelled": parts["unlabelled"]}
+    batch = task.problem.inner_data | {"unlabeled": parts["unlabeled"]}
     return batch, jnp.ones(NUM_UNLABELLED), None
 
 
@@ -161,9 +161,9 @@ def evaluate(
     """
     del method  # what it retrains on has a size of its own
     task, parts = lane_task(data, lane)
-    key, held = lane[0], parts["held"]
+    key, held = lane[0], parts["held_out"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
-    pseudo = task.problem.inner_data["unlabelled"]["y"]
+    pseudo = task.problem.inner_data["unlabeled"]["y"]
     return {
         "w": w,
         "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
@@ -171,7 +171,7 @@ def evaluate(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
         ),
         "val_loss": val_loss(w, alpha, parts["val"]),
-        "wrong": pseudo != parts["unlabelled"]["y"],
+        "wrong": pseudo != parts["unlabeled"]["y"],
     }
 
 
