@@ -152,6 +152,7 @@ def test_sabotaged_estimators_fail(case):
         hg.testing.check_estimator(Modified(SABOTAGES[case]))
 
 
+@pytest.mark.slow
 def test_the_unmodified_wrapper_passes():
     """The sabotages, not the wrapper, cause the failures."""
     hg.testing.check_estimator(Modified(lambda *args: {}))

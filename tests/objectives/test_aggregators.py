@@ -212,6 +212,23 @@ def test_smooth_tchebycheff_is_within_t_log_k_of_the_maximum():
         assert maximum <= score <= maximum + temperature * np.log(3) + 1e-12
 
 
+def test_multipliers_change_after_each_period():
+    """A violation of 1 and a penalty of 2 add 2 to the multiplier every three steps."""
+    lagrangian = objectives.AugmentedLagrangian(1.0, penalty=2.0, period=3)
+    value, state, multipliers, weights = (
+        jnp.array([5.0, 2.0]),
+        lagrangian.init(2),
+        [],
+        [],
+    )
+    for _ in range(6):
+        weight, state = lagrangian.compute_weights(value, jnp.eye(2), state)
+        multipliers.append(float(state[0][0]))
+        weights.append(weight.tolist())
+    assert multipliers == [0, 0, 2, 2, 2, 4]
+    assert weights == [[1, 2]] * 3 + [[1, 4]] * 3
+
+
 CONSTRUCTORS = {
     "list": ("weights", lambda: objectives.WeightedSum([1.0, 2.0])),
     "matrix": ("weights", lambda: objectives.WeightedSum(jnp.ones((2, 2)))),

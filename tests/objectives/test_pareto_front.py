@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,11 +121,11 @@ def test_a_front_equals_single_runs_and_is_traced_once():
     front = count_traces(PREFERENCES)
     count_traces(jnp.tile(PREFERENCES, (2, 1)))
     assert num_traces[0] == num_traces[1]
+    results = lambda trace: (trace.value, trace.alpha, trace.best_alpha, trace.stats)
     for i in (0, 3):
         single = minimize(objectives.WeightedSum(PREFERENCES[i]), num_steps=20)
-        jax.tree.map(
-            lambda x, y, i=i: np.testing.assert_allclose(x[i], y, 1e-9), front, single
-        )
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], results(front))
+        chex.assert_trees_all_close(row, results(single), rtol=1e-9)
 
 
 def adjoint_loops(function, *args):
@@ -202,7 +203,7 @@ def test_hypervolume_is_the_dominated_fraction_of_the_unit_box(num: int, key):
     is_dominated = jnp.any(jnp.all(points[:, None] <= samples[None], -1), 0)
     fraction = float(jnp.mean(is_dominated))
     exact = float(objectives.hypervolume(points, jnp.ones(num)))
-    assert 0.1 < fraction < 0.99
+    assert 0.01 < fraction < 0.99
     assert abs(exact - fraction) < 4 * (fraction * (1 - fraction) / 200_000) ** 0.5
 
 
