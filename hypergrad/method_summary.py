@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class MethodSummary(NamedTuple):
-    """One row of the page *How to choose*.
+    """A row of the page *How to choose*.
 
     A class holds its rows in a tuple ``summary``, which has no annotation so that it is
     not a field. `hypergrad.method_tables` writes the tables of the page from them, and
