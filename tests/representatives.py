@@ -21,26 +21,17 @@ REPRESENTATIVES = {
             ),
         },
     },
-    "test_adjoint_table": {
-        "test_the_adjoint_is_autodiffs": set(),
-    },
     "test_average": {
         "test_equal_draws_are_one_estimate": set(),
         "test_more_draws_scatter_less": set(),
         "test_the_mean_and_its_standard_error_are_those_of_its_draws": set(),
         "test_the_standard_error_is_what_means_scatter_by": set(),
     },
-    "test_benchmarks": {
-        "test_the_network_has_a_strict_minimum": {"scalar"},
-    },
     "test_checkpoint": {
         "test_a_full_disk_is_reported_and_nothing_is_lost": set(),
         "test_a_time_limit_alone": set(),
         "test_killed_after_any_step_it_ends_with_the_same_bits": {"implicit"},
         "test_the_folder_of_another_run_is_refused": {"num_steps"},
-    },
-    "test_command": {
-        "test_the_command_writes_rows_table_and_figure": {"few_shot", "unsupervised"},
     },
     "test_compilation": {
         "test_a_run_traces_each_loss_a_constant_number_of_times": {"Unrolled"},
@@ -50,11 +41,6 @@ REPRESENTATIVES = {
         "test_progress_traces_a_constant_number_of_times": set(),
         "test_vmap_over_seeds_and_alphas_is_a_loop": {"Unrolled"},
         "test_vmap_over_settings_is_a_loop": set(),
-    },
-    "test_dry_run": {
-        "test_a_tolerance_is_said_with_the_cost_of_an_iteration": set(),
-        "test_nothing_is_run_and_nothing_written": set(),
-        "test_temporary_bytes_are_what_a_run_takes": set(),
     },
     "test_executors": {
         "test_a_batch_is_asked_for_before_it_is_told": {"tpe"},
@@ -79,9 +65,6 @@ REPRESENTATIVES = {
     "test_kills": {
         "test_a_run_with_checkpoints": set(),
         "test_a_study_of_the_command_line": set(),
-    },
-    "test_metric_tables": {
-        "test_retrieval_ranks_all_others_by_cosine": set(),
     },
     "test_objectives": {
         "test_a_front_is_a_loop_of_runs_in_one_program": set(),
@@ -144,17 +127,6 @@ REPRESENTATIVES = {
             ),
         },
     },
-    "test_searching_tables": {
-        "test_a_search_costs_its_trainings_and_a_value_a_draw": set(),
-        "test_values_at_once_hold_more": set(),
-        "test_what_is_carried_is_what_implicit_carries": set(),
-    },
-    "test_single_loop_tables": {
-        "test_a_grid_chooses_and_its_table_goes_with_the_choice": set(),
-        "test_a_series_of_random_length_ends_within_the_budget": set(),
-        "test_batches_of_cleaning_are_its_losses_on_average": set(),
-        "test_weights_rest_where_the_budget_ends": set(),
-    },
     "test_spaces": {
         "test_far_out_stays_in_the_set_with_finite_gradients": {
             *(
@@ -168,14 +140,6 @@ REPRESENTATIVES = {
     "test_spaces_relax": {
         "test_minimize_learns_a_choice_by_any_of_them": set(),
         "test_the_score_function_has_every_derivative_of_the_expectation": set(),
-    },
-    "test_studies": {
-        "test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen": set(),
-        "test_the_command_refuses_what_it_cannot_run": set(),
-        "test_the_planned_cost_of_a_step_is_an_upper_bound": set(),
-    },
-    "test_study_costs": {
-        "test_a_step_of_the_weights_costs_at_most_what_is_planned": {"implicit"},
     },
     "test_task_architecture": {
         "test_first_order_darts_is_the_direct_term": set(),

@@ -29,7 +29,7 @@ from ..trace import Trace
 from ..validation import floats_to_arrays as settings_traced
 from .study import Study
 
-OUTER_LOOP = "minimize.py"
+OUTER_LOOP = "outer_step.py"
 
 
 class Plan(NamedTuple):
@@ -230,6 +230,8 @@ def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
     for equation in jaxpr.eqns:
         if variable in equation.outvars:
             place, inner = equation.outvars.index(variable), called_jaxpr(equation)
+            if equation.primitive.name == "device_put":
+                return origin(jaxpr, equation.invars[place])
             if inner is None or equation.primitive.name == "while":
                 return equation, place
             found = origin(inner, inner.outvars[place])

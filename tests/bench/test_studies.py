@@ -181,6 +181,7 @@ def test_a_table_of_some_methods_shows_their_lines_only():
     assert "the command" in text
 
 
+@pytest.mark.slow
 def test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen():
     """The curve of a hypergradient row ends below 3,000 but would not fit one more."""
     implicit = study.row("implicit", 0)
@@ -198,6 +199,7 @@ def test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen():
     assert chosen == max(scores, key=scores.__getitem__)
 
 
+@pytest.mark.slow
 def test_the_planned_cost_of_a_step_is_an_upper_bound():
     """What `by_gradient` takes a step to cost, against the ledger of one step."""
     lane = (jax.random.key(0), jnp.asarray(1e-3), jnp.asarray(False))
@@ -249,6 +251,7 @@ def test_the_command_tells_its_version():
     assert run_command("--version").stdout == f"hypergrad {hg.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

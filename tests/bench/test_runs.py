@@ -286,7 +286,7 @@ def test_rows_without_a_manifest_are_lined_up(tmp_path, monkeypatch, capsys):
     assert runs.same_numbers(alone, again)
     with pytest.raises(ValueError, match="another SHA-256"):
         runs.again(alone, study(x=changed(7)), tmp_path / "e")
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parents[2])
     committed = runs.load(Path("benchmarks/results/cleaning"))
     assert committed.manifest["task"] == "cleaning"
     assert committed.configuration["seeds"] == 10
@@ -407,7 +407,11 @@ def test_the_models_of_the_first_seed_are_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(atomic_io, "append", 0), (atomic_io, "append", 1), (models, "save", 1)],
+    [
+        (atomic_io, "append_durably", 0),
+        (atomic_io, "append_durably", 1),
+        (models, "save", 1),
+    ],
 )
 def test_a_model_is_kept_once_however_often_it_is_killed(
     owner, name: str, at: int, tmp_path, monkeypatch
@@ -440,7 +444,9 @@ def test_a_model_of_other_bits_or_of_another_run_is_a_new_version(
 ):
     """So that of a row the newest is its own."""
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_io, "append", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(
+            atomic_io, "append_durably", lambda *_: (_ for _ in ()).throw(Killed)
+        )
         with pytest.raises(Killed):
             start(tmp_path, seeds=1, model=trained)
     shifted = lambda number, seed: trained(number + 2.0**-40, seed)
@@ -453,7 +459,7 @@ def test_a_model_of_other_bits_or_of_another_run_is_a_new_version(
     assert run.models["one", 0].version == 2
     for path in tmp_path.glob("toy.*"):
         path.unlink()
-    monkeypatch.setattr(manifest, "now", lambda: "2000-01-01T00:00:00+00:00")
+    monkeypatch.setattr(manifest, "utc_now", lambda: "2000-01-01T00:00:00+00:00")
     other = start(tmp_path, seeds=1, model=shifted)  # its bits are those of the first
     assert other.models["one", 0].version == 3
     assert other.models["two", 0].version == 2

@@ -21,10 +21,9 @@ from hypergrad.studies import program as programs
 from hypergrad.studies.program import Program
 from hypergrad.studies.study import digits
 from hypergrad.tasks.cleaning import SOLVER
-from tests.test_command import as_a_user  # noqa: F401
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-pytestmark = pytest.mark.usefixtures("as_a_user")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def committed(name: str) -> dict[str, dict]:
@@ -146,6 +145,7 @@ def test_operations_are_those_that_the_run_counts():
         assert plan.total == pytest.approx(counted, rel=0.1), method
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_said_with_the_cost_of_an_iteration(capsys):
     """An iteration of CG is a product; the outer loop's length is known."""
     cli.run("cleaning", ("implicit",), dry_run=True)
@@ -153,10 +153,11 @@ def test_a_tolerance_is_said_with_the_cost_of_an_iteration(capsys):
     assert shown.count("tolerance") == 3 + 1 + 2  # cells of either program, and notes
     assert "a tolerance decides how many FLOPs; an iteration of each of its" in shown
     steps = len(committed("cleaning")["implicit"]["curve_value"])
-    assert re.search(rf"in minimize.py\S* \(_run\), {steps} times", shown)
+    assert re.search(rf"in outer_step.py\S* \(run_block\), {steps} times", shown)
     assert re.search(r"4e\+06 in cg.py", shown)  # 1,000 examples, 64 x 10 weights
 
 
+@pytest.mark.slow
 def test_nothing_is_run_and_nothing_written(monkeypatch, tmp_path, capsys):
     """No compiled program of a study is called, and no trial of a search."""
     refuse = lambda *_, **__: pytest.fail("a program was run")
@@ -216,6 +217,7 @@ print(plan.memory.temporaries, now("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_temporary_bytes_are_what_a_run_takes():

@@ -322,7 +322,9 @@ def test_the_sensitivity_of_the_quadratic():
     assert condition == pytest.approx(10 * amplified + moved, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["scalar", "tree"])
+@pytest.mark.parametrize(
+    "kind", ["scalar", pytest.param("tree", marks=pytest.mark.slow)]
+)
 def test_the_network_has_a_strict_minimum(kind: str):
     """Positive curvature; hypergradient against central differences of the value."""
     known_ = known.mlp(kind)

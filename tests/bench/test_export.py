@@ -14,10 +14,10 @@ import hypergrad as hg
 from hypergrad import cli, runs
 from hypergrad.runs import commands, export
 from hypergrad.studies import STUDIES, record
+from tests.bench.test_runs import start
 from tests.loops import run_loop
-from tests.test_runs import start
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # What either library warns of when it is imported or used.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
