@@ -297,7 +297,7 @@ WRONG: list[tuple[str, str, str, Call]] = [
     ("metrics", "model's metrics", "save", lambda x: saved(metrics=x)),
     ("run", "json", "save", lambda x: saved(run=x)),
     ("problem", "problem kept", "save", lambda x: saved(problem=x)),
-    ("once", "keys of run", "save", lambda x: saved(once=x)),
+    ("deduplicate_by", "keys of run", "save", lambda x: saved(deduplicate_by=x)),
     ("folder", "folder", "save", lambda x: saved(folder=x)),
     ("folder", "folder", "load", lambda x: hg.models.load("m", folder=x)),
     ("folder", "folder", "find", lambda x: hg.models.find(x)),

@@ -1,4 +1,4 @@
-"""Models that are kept: what was saved comes back to the bit, or an error says why."""
+"""Saved models are restored to the bit, or an error names the damaged file."""
 
 import errno
 import fcntl
@@ -32,29 +32,30 @@ ALPHA = jnp.linspace(-1, 1, 4)
 
 
 class Killed(BaseException):
-    """No error that anything catches."""
+    """Stands for a kill: no code catches it."""
 
 
-def bits(tree) -> list:
-    """Of every leaf: its kind, dtype, shape and bytes; of a key, those of its data."""
+def leaf_bits(tree) -> list:
+    """Returns type, dtype, shape and bytes of every leaf; keys count as their data."""
 
-    def of(leaf):
+    def per_leaf(leaf):
         is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(
             leaf.dtype, jax.dtypes.prng_key
         )
         array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         return type(leaf), str(jnp.asarray(leaf).dtype), array.shape, array.tobytes()
 
-    return [of(leaf) for leaf in jax.tree.leaves(tree)]
+    return [per_leaf(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def same(one, two) -> bool:
-    """Structure, kinds and bits."""
-    return jax.tree.structure(one) == jax.tree.structure(two) and bits(one) == bits(two)
+def are_same(actual, expected) -> bool:
+    """Returns True if structure, types and bits of two trees agree."""
+    has_same_structure = jax.tree.structure(actual) == jax.tree.structure(expected)
+    return has_same_structure and leaf_bits(actual) == leaf_bits(expected)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All that counts: what begins with a dot does not."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Returns the contents of all files, except drafts, which start with a dot."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -63,12 +64,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
-    """Versions that are not looked up, for each of many saves."""
+def without_versions(monkeypatch) -> None:
+    """Skips the look-up of package versions in each of many saves."""
     monkeypatch.setattr(store, "versions", lambda: {"packages": {}})
 
 
-# To the bit.
+# Trees.
 
 DTYPES = [
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -77,32 +78,32 @@ DTYPES = [
 ]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("without_versions")
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("kind", ["jax", "numpy"])
-def test_every_dtype_comes_back_to_the_bit(kind: str, name: str, tmp_path):
-    """Of any bits: NaNs with a payload, infinities, minus zero, subnormal numbers."""
+def test_every_dtype_is_restored_to_the_bit(kind: str, name: str, tmp_path):
+    """Arbitrary bits include NaNs with a payload, infinities, -0.0 and subnormals."""
     dtype = jnp.dtype(name)
-    drawn = np.random.default_rng(0).integers(0, 256, (6, 8, dtype.itemsize), np.uint8)
+    raw = np.random.default_rng(0).integers(0, 256, (6, 8, dtype.itemsize), np.uint8)
     if name in ("bool", "int4", "uint4"):
-        drawn &= 1 if name == "bool" else 7
-    leaf = drawn.reshape(6, -1).view(dtype)
-    w = {"a": leaf, "none": leaf[:0], "one": leaf[0, 0], "turned": leaf.T}
+        raw &= 1 if name == "bool" else 7
+    leaf = raw.reshape(6, -1).view(dtype)
+    w = {"a": leaf, "none": leaf[:0], "scalar": leaf[0, 0], "transposed": leaf.T}
     if kind == "jax":
         w = jax.tree.map(jnp.asarray, w)
         assert np.asarray(w["a"]).tobytes() == leaf.tobytes()  # JAX holds these bits
     else:
-        w["one"] = np.asarray(w["one"])
+        w["scalar"] = np.asarray(w["scalar"])
     hg.models.save("m", w, ALPHA, folder=tmp_path)
-    found, alpha = hg.models.load("m", folder=tmp_path)
-    assert same(found, w)
-    assert same(alpha, ALPHA)
-    assert all(x.dtype == dtype for x in jax.tree.leaves(found))
+    w_loaded, alpha = hg.models.load("m", folder=tmp_path)
+    assert are_same(w_loaded, w)
+    assert are_same(alpha, ALPHA)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(w_loaded))
 
 
-@pytest.mark.usefixtures("quick")
-def test_trees_of_any_kind_come_back(tmp_path):
-    """Python's containers in each other, its numbers, names with any letter, a leaf."""
+@pytest.mark.usefixtures("without_versions")
+def test_nested_containers_and_numbers_are_restored(tmp_path):
+    """Keys may contain any character, and a tree may be a single leaf."""
     alpha = {
         "a/b": (1.5, [2, True], None, {}),
         "": {3: jnp.ones(2), 1: np.float32(0.1)},
@@ -110,23 +111,23 @@ def test_trees_of_any_kind_come_back(tmp_path):
     }
     for w in (0.1, jnp.ones(()), [jnp.ones(2), None], (W,)):
         hg.models.save("m", w, alpha, folder=tmp_path)
-        found = hg.models.load("m", folder=tmp_path)
+        loaded = hg.models.load("m", folder=tmp_path)
         expected = jax.tree.map(
             lambda x: np.asarray(x) if isinstance(x, np.generic) else x, (w, alpha)
         )
-        assert same(found, expected)
+        assert are_same(loaded, expected)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_keys_come_back(impl: str, tmp_path):
-    """One and several, of every kind, and draw the same numbers."""
+def test_prng_keys_are_restored(impl: str, tmp_path):
+    """Restored keys give the same random numbers."""
     key = jax.random.key(3, impl=impl)
-    w = {"one": key, "several": jax.random.split(key, 4), "w": jnp.ones(2)}
+    w = {"key": key, "keys": jax.random.split(key, 4), "w": jnp.ones(2)}
     hg.models.save("m", w, ALPHA, folder=tmp_path)
-    found, _ = hg.models.load("m", folder=tmp_path)
-    assert same(found, w)
-    assert jax.random.key_impl(found["one"]) == jax.random.key_impl(key)
-    assert jax.random.bits(found["several"][2]) == jax.random.bits(w["several"][2])
+    w_loaded, _ = hg.models.load("m", folder=tmp_path)
+    assert are_same(w_loaded, w)
+    assert jax.random.key_impl(w_loaded["key"]) == jax.random.key_impl(key)
+    assert jax.random.bits(w_loaded["keys"][2]) == jax.random.bits(w["keys"][2])
 
 
 class Layer(eqx.Module):
@@ -137,36 +138,35 @@ class Layer(eqx.Module):
 Pair = namedtuple("Pair", "left right")
 
 
-def test_classes_come_back_by_what_they_are_like(tmp_path):
-    """None is stored: a module, a named tuple; structure and shapes of like count."""
+def test_other_classes_are_restored_with_like(tmp_path):
+    """Modules and named tuples need ``like``; its structure and shapes are checked."""
     w = {"a": Layer(jnp.ones((2, 3)), 3), "b": Pair(jnp.zeros(2), jax.random.key(1))}
     hg.models.save("m", w, ALPHA, folder=tmp_path)
     load = lambda like=None: hg.models.load("m", folder=tmp_path, like=like)
-    with pytest.raises(ValueError, match=r"w holds .*Layer, and no class .* like=\(w,"):
+    with pytest.raises(ValueError, match="like"):
         load()
     zeros = lambda tree: jax.tree.map(lambda x: x * 0 if x.ndim else x, tree)
-    assert same(load((zeros(w), zeros(ALPHA))), (w, ALPHA))
-    assert same(load((jax.eval_shape(lambda: w), ALPHA)), (w, ALPHA))
-    other = {
-        "w.'a'..weight is": w | {"a": Layer(jnp.ones((3, 2)), 2)},
-        "w.'c'. is not there in the model": w | {"c": ALPHA},
-        "w.'b'..left is float64.2. in the model and not there in like": {"a": w["a"]},
-        "w.'b'..right is key<fry>.. in the model and float64.2. in": w
-        | {"b": Pair(jnp.zeros(2), jnp.zeros(2))},
+    assert are_same(load((zeros(w), zeros(ALPHA))), (w, ALPHA))
+    assert are_same(load((jax.eval_shape(lambda: w), ALPHA)), (w, ALPHA))
+    others = {
+        "'a'": w | {"a": Layer(jnp.ones((3, 2)), 2)},
+        "'c'": w | {"c": ALPHA},
+        "'b'..left": {"a": w["a"]},
+        "'b'..right": w | {"b": Pair(jnp.zeros(2), jnp.zeros(2))},
     }
-    for message, like in other.items():
-        with pytest.raises(ValueError, match=message):
+    for leaf, like in others.items():
+        with pytest.raises(ValueError, match=leaf):
             load((like, ALPHA))
-    with pytest.raises(TypeError, match=r"like must be \(w, alpha\)"):
+    with pytest.raises(TypeError, match="like"):
         load(w)
 
 
-def test_64_bits_are_never_cut(tmp_path):
-    """JAX with 32 would; what NumPy or Python held, they hold still."""
+def test_64_bits_are_never_truncated(tmp_path):
+    """Without x64, JAX would truncate them; NumPy and Python leaves are unaffected."""
     hg.models.save("m", W, ALPHA, folder=tmp_path)
     hg.models.save("n", np.full(2, 0.1), 0.1, folder=tmp_path)
     with jax.enable_x64(False):
-        with pytest.raises(ValueError, match=r"w\['bias'\] is float64, and JAX has 32"):
+        with pytest.raises(ValueError, match=r"w\['bias'\]"):
             hg.models.load("m", folder=tmp_path)
         assert hg.models.export("m", tmp_path / "m.npz", folder=tmp_path).version == 1
         w, alpha = hg.models.load("n", folder=tmp_path)
@@ -174,11 +174,11 @@ def test_64_bits_are_never_cut(tmp_path):
     assert alpha == 0.1
 
 
-# What is known of it.
+# Metadata.
 
 
-def test_a_model_knows_what_made_it(tmp_path):
-    """Command, versions, data, what was said; shapes, and the hash of its arrays."""
+def test_metadata_contain_the_origin_of_a_model(tmp_path):
+    """They contain command, versions, data, shapes and the SHA-256 of the arrays."""
     data = jnp.arange(6.0).reshape(3, 2)
     problem = hg.Bilevel(
         lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
@@ -191,53 +191,61 @@ def test_a_model_knows_what_made_it(tmp_path):
         jnp.zeros(2), jnp.ones(2), num_steps=2,
     )  # fmt: skip
     settings = {"seed": 0, "configuration": {"rate": 0.1}, "status": trace.status}
-    kept = hg.models.save(
+    saved = hg.models.save(
         "m", trace.w, trace.alpha, folder=tmp_path, problem=problem, run=settings,
         metrics={"loss": trace.value[-1], "nan": jnp.nan},
     )  # fmt: skip
-    found = hg.models.get("m", folder=tmp_path)
-    assert found == kept
-    assert same(hg.models.load("m@1", folder=tmp_path), (trace.w, trace.alpha))
-    assert (found.name, found.version, found.reference) == ("m", 1, "m@1")
-    assert found.metrics == {"loss": float(trace.value[-1]), "nan": None}
-    assert settings.items() <= found.run.items()
-    assert found.run["versions"]["packages"]["jax"] == jax.__version__
-    assert found.run["versions"]["git"] == provenance.source_commit(
+    model = hg.models.get("m", folder=tmp_path)
+    assert model == saved
+    assert are_same(hg.models.load("m@1", folder=tmp_path), (trace.w, trace.alpha))
+    assert (model.name, model.version, model.reference) == ("m", 1, "m@1")
+    assert model.metrics == {"loss": float(trace.value[-1]), "nan": None}
+    assert settings.items() <= model.run.items()
+    assert model.run["versions"]["packages"]["jax"] == jax.__version__
+    assert model.run["versions"]["git"] == provenance.source_commit(
         Path(hg.__file__).parent
     )
-    assert found.leaves["w"] == {"dtype": "float64", "shape": [2], "was": "jax"}
+    assert model.leaves["w"] == {"dtype": "float64", "shape": [2], "was": "jax"}
     content = (tmp_path / "m" / "1" / "arrays.npz").read_bytes()
-    assert found.sha256 == hashlib.sha256(content).hexdigest()
-    moved = hg.Bilevel(problem.inner_loss, problem.outer_loss, data, data + 1)
-    other = hg.models.save("m", trace.w, trace.alpha, folder=tmp_path, problem=moved)
-    assert other.run["data"] != kept.run["data"]
-    assert other.sha256 == kept.sha256
+    assert model.sha256 == hashlib.sha256(content).hexdigest()
+    other_problem = hg.Bilevel(problem.inner_loss, problem.outer_loss, data, data + 1)
+    other = hg.models.save(
+        "m", trace.w, trace.alpha, folder=tmp_path, problem=other_problem
+    )
+    assert other.run["data"] != saved.run["data"]
+    assert other.sha256 == saved.sha256
 
 
-def test_others_can_check_and_read_it(tmp_path):
-    """coreutils by their own list of hashes; NumPy without pickle, widened."""
+def test_files_can_be_checked_and_read_without_hypergrad(tmp_path):
+    """sha256sum checks them, and NumPy reads the exported arrays without pickle."""
     w = {"W": jnp.arange(4, dtype=jnp.bfloat16) / 3, "n": jnp.array([-8, 7], jnp.int4)}
     w |= {"f": jnp.float8_e4m3fn(0.3), "key": jax.random.key(7)}
-    kept = hg.models.save("m", w, {"rate": 0.1}, folder=tmp_path)
+    model = hg.models.save("m", w, {"rate": 0.1}, folder=tmp_path)
     check = ["sha256sum", "-c", "SHA256SUMS"]
-    said = subprocess.check_output(check, cwd=kept.path, text=True)
-    assert said == "model.json: OK\narrays.npz: OK\n"
+    output = subprocess.check_output(check, cwd=model.path, text=True)
+    assert output == "model.json: OK\narrays.npz: OK\n"
     hg.models.export("m", tmp_path / "m.npz", folder=tmp_path)
-    with np.load(tmp_path / "m.npz", allow_pickle=False) as found:
-        assert set(found) == {"w['W']", "w['n']", "w['f']", "w['key']", "alpha['rate']"}
-        assert found["w['W']"].dtype == np.float32
-        np.testing.assert_array_equal(found["w['W']"], np.asarray(w["W"], float))
-        np.testing.assert_array_equal(found["w['n']"], [-8, 7])
-        assert found["w['f']"] == float(w["f"])
-        np.testing.assert_array_equal(found["w['key']"], [0, 7])
-        assert found["alpha['rate']"] == 0.1
-    with pytest.raises(ValueError, match="is there already; give another file"):
+    with np.load(tmp_path / "m.npz", allow_pickle=False) as exported:
+        assert set(exported) == {
+            "w['W']",
+            "w['n']",
+            "w['f']",
+            "w['key']",
+            "alpha['rate']",
+        }
+        assert exported["w['W']"].dtype == np.float32
+        np.testing.assert_array_equal(exported["w['W']"], np.asarray(w["W"], float))
+        np.testing.assert_array_equal(exported["w['n']"], [-8, 7])
+        assert exported["w['f']"] == float(w["f"])
+        np.testing.assert_array_equal(exported["w['key']"], [0, 7])
+        assert exported["alpha['rate']"] == 0.1
+    with pytest.raises(ValueError, match="path"):
         hg.models.export("m", tmp_path / "m.npz", folder=tmp_path)
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_every_small_float_and_integer_is_widened_exactly():
-    """All numbers of each dtype that NumPy lacks."""
+def test_dtypes_unknown_to_numpy_are_widened_exactly():
+    """Checks all numbers of each dtype."""
     for name in dir(ml_dtypes):
         dtype = getattr(ml_dtypes, name)
         if not isinstance(getattr(jnp, name, None), type(jnp.float32)):
@@ -245,53 +253,57 @@ def test_every_small_float_and_integer_is_widened_exactly():
         if "int" in name:
             info = jnp.iinfo(dtype)
             values = np.arange(int(info.min), int(info.max) + 1)
-            found = arrays.widened(values.astype(dtype))
-            np.testing.assert_array_equal(found, values)
-            assert found.dtype == np.int8
+            widened = arrays.widen_dtype(values.astype(dtype))
+            np.testing.assert_array_equal(widened, values)
+            assert widened.dtype == np.int8
         elif "float8" in name or name == "bfloat16":
-            bits_of = np.uint16 if name == "bfloat16" else np.uint8
-            every = np.arange(np.iinfo(bits_of).max + 1).astype(bits_of).view(dtype)
-            found = arrays.widened(every)
-            assert found.dtype == np.float32
+            bits_dtype = np.uint16 if name == "bfloat16" else np.uint8
+            values = (
+                np.arange(np.iinfo(bits_dtype).max + 1).astype(bits_dtype).view(dtype)
+            )
+            widened = arrays.widen_dtype(values)
+            assert widened.dtype == np.float32
             with np.errstate(invalid="ignore"):  # a NaN, and none in some dtypes
-                found = found.astype(dtype)
-                number = ~np.isnan(every.astype(np.float32))
-            assert found[number].tobytes() == every[number].tobytes()
+                widened = widened.astype(dtype)
+                is_number = ~np.isnan(values.astype(np.float32))
+            assert widened[is_number].tobytes() == values[is_number].tobytes()
 
 
 # Names and versions.
 
 
-@pytest.mark.usefixtures("quick")
-def test_versions_count_up_and_stay(tmp_path):
-    """Each with its own numbers; the newest is meant where none is named."""
+@pytest.mark.usefixtures("without_versions")
+def test_versions_increase_and_are_never_reused(tmp_path):
+    """A reference without a version is the newest one."""
     for i in range(1, 12):
         assert hg.models.save("m", i, ALPHA, folder=tmp_path).version == i
         assert hg.models.load("m", folder=tmp_path)[0] == i
     hg.models.save("a.b-c_1", 0, ALPHA, folder=tmp_path)
     (tmp_path / "m" / "notes").mkdir()
-    found, flaws = hg.models.find(tmp_path)
-    assert [x.reference for x in found] == [
+    models, errors = hg.models.find(tmp_path)
+    assert [x.reference for x in models] == [
         "a.b-c_1@1",
         *(f"m@{i}" for i in range(1, 12)),
     ]
-    assert not flaws
+    assert not errors
     assert [hg.models.load(f"m@{i}", folder=tmp_path)[0] for i in (1, 11)] == [1, 11]
     shutil.rmtree(tmp_path / "m" / "3")
     assert hg.models.save("m", 12, ALPHA, folder=tmp_path).version == 12
 
 
-@pytest.mark.usefixtures("quick")
-def test_once_takes_what_is_there_of_the_same_bits_and_run(tmp_path):
-    """And nothing else; not one that is damaged."""
+@pytest.mark.usefixtures("without_versions")
+def test_deduplicate_by_returns_the_version_with_equal_bits_and_run(tmp_path):
+    """A damaged version is not returned."""
 
-    def save(w=W, once=("cell", "started"), **run):
+    def save(w=W, deduplicate_by=("cell", "started"), **run):
         run = {"cell": ["m", 0], "started": "noon", "command": "a", **run}
-        return hg.models.save("m", w, ALPHA, folder=tmp_path, run=run, once=once)
+        return hg.models.save(
+            "m", w, ALPHA, folder=tmp_path, run=run, deduplicate_by=deduplicate_by
+        )
 
     assert [save().version, save(command="b").version] == [1, 1]
-    assert save(once=()).version == 2
-    assert save(once=()).version == 3
+    assert save(deduplicate_by=()).version == 2
+    assert save(deduplicate_by=()).version == 3
     assert save().version == 3  # the newest of several
     assert save(started="midnight").version == 4
     assert save(W | {"bias": jnp.float64(0.5 + 2.0**-50)}).version == 5
@@ -301,36 +313,36 @@ def test_once_takes_what_is_there_of_the_same_bits_and_run(tmp_path):
         file = tmp_path / "m" / version / "arrays.npz"
         file.write_bytes(file.read_bytes()[:-1])
     assert save().version == 7
-    for once in (("seed",), "cell", 3):
-        with pytest.raises(ValueError, match=r"once must be keys of run, .*, started"):
-            save(once=once)
+    for keys in (("seed",), "cell", 3):
+        with pytest.raises(ValueError, match="deduplicate_by"):
+            save(deduplicate_by=keys)
 
 
-def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no model m in .*; there is none yet"):
+def test_missing_models_and_invalid_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="reference"):
         hg.models.load("m", folder=tmp_path / "nowhere")
     hg.models.save("m", 0, ALPHA, folder=tmp_path)
     hg.models.save("m", 0, ALPHA, folder=tmp_path)
     for version in ("3", "0", "-1", "01", "1.0", "", "newest", "1@2"):
-        with pytest.raises(ValueError, match=f"no version '{version}' of m .* 1, 2"):
+        with pytest.raises(ValueError, match="reference"):
             hg.models.get(f"m@{version}", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"no model n in .*; there is m"):
+    with pytest.raises(ValueError, match="reference"):
         hg.models.export("n", tmp_path / "n.npz", folder=tmp_path)
     for name in ("", "../m", "m/1", ".m", "m n", "ü", "/m", "@1", None, 3, "m\n"):
-        with pytest.raises(ValueError, match="name must be of letters"):
+        with pytest.raises(ValueError, match="name"):
             hg.models.load(name, folder=tmp_path)
-        with pytest.raises(ValueError, match="name must be of letters"):
+        with pytest.raises(ValueError, match="name"):
             hg.models.save(name, 0, ALPHA, folder=tmp_path)
     assert hg.models.find(tmp_path / "nowhere") == ([], [])
 
 
-def test_a_folder_of_another_name_or_version_is_refused(tmp_path):
-    """As whose model it says that it is would be believed."""
+def test_moved_folders_are_refused(tmp_path):
+    """The record contains the name and version under which it was written."""
     path = hg.models.save("m", 0, ALPHA, folder=tmp_path).path
     shutil.copytree(path, tmp_path / "m" / "2")
     shutil.copytree(path, tmp_path / "n" / "1")
     for reference in ("m@2", "n@1"):
-        with pytest.raises(ValueError, match=r"says that it is m@1, .* was moved"):
+        with pytest.raises(ValueError, match="m@1"):
             hg.models.load(reference, folder=tmp_path)
     assert len(hg.models.find(tmp_path)[1]) == 2
 
@@ -339,7 +351,7 @@ def test_traced_arrays_are_refused():
     def save(w):
         hg.models.save("m", w, ALPHA, folder="/proc/hypergrad")
 
-    with pytest.raises(TypeError, match="w is traced; save outside of jit"):
+    with pytest.raises(TypeError, match="w must be concrete"):
         jax.jit(save)(1.0)
 
 
@@ -347,23 +359,23 @@ def test_traced_arrays_are_refused():
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> Path:
+def saved_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     hg.models.save("m", W, ALPHA, folder=folder, metrics={"loss": 0.5})
     return folder
 
 
 @pytest.mark.parametrize("name", ["SHA256SUMS", "model.json", "arrays.npz"])
-def test_damage_is_named_and_nothing_is_parsed(name: str, kept, monkeypatch):
-    """Each of 150 flipped bytes, 50 truncations, an added byte, and the file gone."""
-    file = kept / "m" / "1" / name
-    whole, rng = file.read_bytes(), np.random.default_rng(0)
-    damaged = [b"", whole[:-1], whole + b"\0", whole + b"\n"]
-    for place in rng.choice(len(whole), 150, replace=len(whole) < 150):
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << rng.integers(8)
+def test_damaged_files_are_named_and_not_parsed(name: str, saved_folder, monkeypatch):
+    """Checks 150 flipped bits, 50 truncations, an added byte and a missing file."""
+    file = saved_folder / "m" / "1" / name
+    original, rng = file.read_bytes(), np.random.default_rng(0)
+    damaged = [b"", original[:-1], original + b"\0", original + b"\n"]
+    for position in rng.choice(len(original), 150, replace=len(original) < 150):
+        flipped = bytearray(original)
+        flipped[position] ^= 1 << rng.integers(8)
         damaged.append(bytes(flipped))
-    damaged += [whole[:end] for end in rng.integers(1, len(whole), 50)]
+    damaged += [original[:end] for end in rng.integers(1, len(original), 50)]
 
     def parse(*_, **__):
         raise AssertionError("parsed before it was checked")
@@ -373,24 +385,31 @@ def test_damage_is_named_and_nothing_is_parsed(name: str, kept, monkeypatch):
     try:
         for content in damaged:
             file.write_bytes(content)
-            with pytest.raises(ValueError, match=r"m/1 is damaged: .* not as it was"):
-                hg.models.load("m", folder=kept)
+            with pytest.raises(ValueError, match=r"m/1 is damaged"):
+                hg.models.load("m", folder=saved_folder)
         file.unlink()
-        with pytest.raises(ValueError, match=f"m/1 is damaged: {name} cannot be read"):
-            hg.models.load("m", folder=kept)
+        with pytest.raises(ValueError, match=f"m/1 is damaged: {name}"):
+            hg.models.load("m", folder=saved_folder)
     finally:
-        file.write_bytes(whole)
+        file.write_bytes(original)
     monkeypatch.undo()
-    assert same(hg.models.load("m", folder=kept), (W, ALPHA))
+    assert are_same(hg.models.load("m", folder=saved_folder), (W, ALPHA))
 
 
-def test_what_is_no_model_is_no_traceback(kept, tmp_path):
-    """Whole by its hashes, and of another making."""
-    shutil.copytree(kept / "m", tmp_path / "m")
+def test_records_of_another_format_are_refused(saved_folder, tmp_path):
+    """Their SHA-256 is correct."""
+    shutil.copytree(saved_folder / "m", tmp_path / "m")
     path = tmp_path / "m" / "1"
     record = json.loads((path / "model.json").read_text())
-    for said in ([], {}, record | {"w": 3}, record | {"format": 2}, "m", None):
-        content = json.dumps(said).encode()
+    for record_content in (
+        [],
+        {},
+        record | {"w": 3},
+        record | {"format": 2},
+        "m",
+        None,
+    ):
+        content = json.dumps(record_content).encode()
         (path / "model.json").write_bytes(content)
         sums = (path / "SHA256SUMS").read_text()
         digest = hashlib.sha256(content).hexdigest()
@@ -407,26 +426,28 @@ MOMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("cleaned", [True, False])
-def test_killed_at_any_moment_nothing_is_lost(cleaned: bool, tmp_path, monkeypatch):
-    """At each call that touches the disk, and with or without time to clean up."""
+@pytest.mark.usefixtures("without_versions")
+@pytest.mark.parametrize("has_time_to_clean_up", [True, False])
+def test_kill_at_any_file_operation_loses_nothing(
+    has_time_to_clean_up: bool, tmp_path, monkeypatch
+):
+    """The process may or may not have time to clean up."""
     save = lambda w: hg.models.save("m", w, ALPHA, folder=tmp_path)
     save(W)
-    before, killed = files(tmp_path), 0
+    before, killed = read_files(tmp_path), 0
     for owner, name in MOMENTS:
-        for at in itertools.count():
-            calls, real = itertools.count(), getattr(owner, name)
+        for call in itertools.count():
+            calls, function = itertools.count(), getattr(owner, name)
 
-            def dies(*given, calls=calls, at=at, real=real, **named):
-                if next(calls) == at:
+            def die(*args, calls=calls, call=call, function=function, **kwargs):
+                if next(calls) == call:
                     raise Killed
-                return real(*given, **named)
+                return function(*args, **kwargs)
 
             with monkeypatch.context() as patch:
-                patch.setattr(owner, name, dies)
-                if not cleaned:
-                    patch.setattr(store, "_clear", lambda draft: None)
+                patch.setattr(owner, name, die)
+                if not has_time_to_clean_up:
+                    patch.setattr(store, "_remove_draft", lambda draft: None)
                 try:
                     save(jnp.zeros(3))
                 except Killed:
@@ -434,28 +455,28 @@ def test_killed_at_any_moment_nothing_is_lost(cleaned: bool, tmp_path, monkeypat
                 else:
                     break
             if (tmp_path / "m" / "2").exists():  # all of it was, before it was killed
-                assert same(hg.models.load("m", folder=tmp_path)[0], jnp.zeros(3))
+                assert are_same(hg.models.load("m", folder=tmp_path)[0], jnp.zeros(3))
                 shutil.rmtree(tmp_path / "m" / "2")
-            assert files(tmp_path) == before
-            assert same(hg.models.load("m", folder=tmp_path), (W, ALPHA))
+            assert read_files(tmp_path) == before
+            assert are_same(hg.models.load("m", folder=tmp_path), (W, ALPHA))
         shutil.rmtree(tmp_path / "m" / "2")
     assert killed >= 12
     assert save(W).version == 2
     assert not list((tmp_path / "m").glob(".part*"))
 
 
-@pytest.mark.usefixtures("quick")
-def test_saves_at_a_time_never_overwrite_each_other(tmp_path):
-    """Eight threads, five saves each: forty versions, each whole and its saver's."""
-    kept, errors = {}, []
+@pytest.mark.usefixtures("without_versions")
+def test_concurrent_saves_never_overwrite_each_other(tmp_path):
+    """Eight threads save five versions each."""
+    numbers, errors = {}, []
 
     def work(thread: int) -> None:
         try:
             for i in range(5):
                 number = 10 * thread + i
                 model = hg.models.save("m", number, ALPHA, folder=tmp_path)
-                kept[model.version] = number
-        except Exception as error:  # told to the test
+                numbers[model.version] = number
+        except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -464,36 +485,36 @@ def test_saves_at_a_time_never_overwrite_each_other(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors
-    assert sorted(kept) == list(range(1, 41))
-    for version, number in kept.items():
+    assert sorted(numbers) == list(range(1, 41))
+    for version, number in numbers.items():
         assert hg.models.load(f"m@{version}", folder=tmp_path)[0] == number
 
 
-@pytest.mark.usefixtures("quick")
-def test_without_locks_a_version_is_still_not_overwritten(tmp_path, monkeypatch):
-    """As on a disk of a network that has none."""
+@pytest.mark.usefixtures("without_versions")
+def test_versions_are_not_overwritten_without_file_locks(tmp_path, monkeypatch):
+    """Some network file systems do not support locks."""
     hg.models.save("m", W, ALPHA, folder=tmp_path)
-    before = files(tmp_path)
+    before = read_files(tmp_path)
 
     def none(lock, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    (tmp_path / "m" / ".part-of-another").mkdir()  # who may be at work
+    (tmp_path / "m" / ".part-of-another").mkdir()  # may be in use
     assert hg.models.save("m", 1, ALPHA, folder=tmp_path).version == 2
     assert (tmp_path / "m" / ".part-of-another").exists()
-    before = files(tmp_path)
-    monkeypatch.setattr(store, "_versions", lambda home: [])
+    before = read_files(tmp_path)
+    monkeypatch.setattr(store, "_list_versions", lambda home: [])
     with pytest.raises(OSError, match="m could not be saved"):
         hg.models.save("m", 0, ALPHA, folder=tmp_path)
-    assert files(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_full_disk_is_reported_and_nothing_is_lost(tmp_path):
-    """No file may grow beyond 10 kB, a limit of the process."""
+@pytest.mark.usefixtures("without_versions")
+def test_full_disk_is_reported_and_loses_nothing(tmp_path):
+    """A limit of the process keeps files below 10 kB."""
     hg.models.save("m", W, ALPHA, folder=tmp_path)
-    before, size = files(tmp_path), resource.RLIMIT_FSIZE
+    before, size = read_files(tmp_path), resource.RLIMIT_FSIZE
     limits = resource.getrlimit(size)
     try:
         resource.setrlimit(size, (10_000, limits[1]))
@@ -501,39 +522,39 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(tmp_path):
             hg.models.save("m", jnp.ones(2_000), ALPHA, folder=tmp_path)
     finally:
         resource.setrlimit(size, limits)
-    assert files(tmp_path) == before
+    assert read_files(tmp_path) == before
     assert not list((tmp_path / "m").glob(".part*"))
     assert hg.models.save("m", jnp.ones(2_000), ALPHA, folder=tmp_path).version == 2
 
 
-def test_a_folder_that_takes_nothing_is_reported(tmp_path, monkeypatch):
-    """One that cannot be made; a read-only one, from which all can still be read."""
+def test_read_only_folder_is_reported_and_can_be_read(tmp_path, monkeypatch):
+    """The folder cannot be created, or no file can be written in it."""
     with pytest.raises(OSError, match="m could not be saved in /proc/hypergrad"):
         hg.models.save("m", W, ALPHA, folder="/proc/hypergrad")
     hg.models.save("m", W, ALPHA, folder=tmp_path)
-    opens = Path.open
+    path_open = Path.open
 
-    def read_only(path, mode="r", *rest, **more):
+    def read_only(path, mode="r", *args, **kwargs):
         if set(mode) & set("wa+x"):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return opens(path, mode, *rest, **more)
+        return path_open(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(OSError, match=r"m could not be saved .*Read-only"):
         hg.models.save("m", W, ALPHA, folder=tmp_path)
-    assert same(hg.models.load("m", folder=tmp_path), (W, ALPHA))
+    assert are_same(hg.models.load("m", folder=tmp_path), (W, ALPHA))
     assert len(hg.models.find(tmp_path)[0]) == 1
 
 
 # The command line.
 
 
-def test_the_commands(tmp_path, monkeypatch, capsys):
-    """List, show and load; what is wrong is said in a line."""
-    with pytest.raises(SystemExit, match=r"no model in .*; hg.models.save"):
+def test_commands_list_show_and_load(tmp_path, monkeypatch, capsys):
+    """Errors exit with one line."""
+    with pytest.raises(SystemExit, match="no model in"):
         commands.list_models(tmp_path)
     for seed in (0, 1):
-        kept = hg.models.save(
+        model = hg.models.save(
             "m", W, ALPHA, folder=tmp_path, metrics={"loss": seed + 0.25},
             run={"seed": seed, "command": "a command"},
         )  # fmt: skip
@@ -541,23 +562,29 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     run = lambda *words: monkeypatch.setattr("sys.argv", ["hypergrad", *words])
     run("models", "list", str(tmp_path))
     cli.main()
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "m@1" in shown
-    assert "loss 1.25" in shown
-    assert "seed 1" in shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert "m@1" in output
+    assert "loss 1.25" in output
+    assert "seed 1" in output
     run("models", "show", "m@2", "--folder", str(tmp_path))
     cli.main()
-    shown = "".join(capsys.readouterr().out.split())
-    for fact in (kept.sha256, "float64[2,3]", "w['layers'][0]", "acommand", "loss1.25"):
-        assert fact in shown
-    assert f"jax{jax.__version__}" in shown
+    output = "".join(capsys.readouterr().out.split())
+    for text in (
+        model.sha256,
+        "float64[2,3]",
+        "w['layers'][0]",
+        "acommand",
+        "loss1.25",
+    ):
+        assert text in output
+    assert f"jax{jax.__version__}" in output
     run("models", "load", "m", "--folder", str(tmp_path))
     cli.main()
-    shown = capsys.readouterr().out
-    assert "m@2 is as it was written: 4 arrays, 14 numbers" in shown
-    assert "wrote m-2.npz" in shown
-    with np.load(tmp_path / "m-2.npz", allow_pickle=False) as found:
-        np.testing.assert_array_equal(found["alpha"], ALPHA)
+    output = capsys.readouterr().out
+    assert "4 arrays, 14 numbers" in output
+    assert "wrote m-2.npz" in output
+    with np.load(tmp_path / "m-2.npz", allow_pickle=False) as exported:
+        np.testing.assert_array_equal(exported["alpha"], ALPHA)
     for words in (("load", "m"), ("load", "n"), ("show", "m@3"), ("show", "m n")):
         run("models", *words, "--folder", str(tmp_path))
         with pytest.raises(SystemExit, match="hypergrad: "):
