@@ -1,7 +1,7 @@
 """Comparison of two runs: their configuration, data, versions, models and numbers."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .. import models
 from ..studies.record import Row
@@ -20,11 +20,11 @@ class Difference(NamedTuple):
     """A difference between two runs.
 
     Attributes:
-      category: Part of the runs that differs.
+      category: One of configuration, data, versions, models and numbers.
       text: Description of the difference.
     """
 
-    category: Literal["configuration", "data", "versions", "models", "numbers"]
+    category: str
     text: str
 
 
