@@ -40,7 +40,7 @@ def expected_costs(name: str, methods) -> int:
     """
     known, rows = 0, committed(name)
     for method in methods:
-        found, plans = rehearsal.rehearsed(STUDIES[name], method)
+        found, plans = rehearsal.plan_row(STUDIES[name], method)
         assert plans, method
         for column in rehearsal.COSTS:
             value = found.get(column)
@@ -84,7 +84,7 @@ def test_gradient_equivalents_of_other_studies(name: str, methods: dict[str, int
 def test_a_rehearsal_leaves_no_zeros_behind():
     """What a process keeps once made is made anew in a rehearsal, and after it."""
     double = programs.program(lambda x: 2 * x)
-    doubled = programs.Once(lambda x: float(double(x)))
+    doubled = programs.CachedFunction(lambda x: float(double(x)))
     for _ in range(2):
         with rehearsal.rehearsal() as plans:
             assert doubled(3.0) == doubled(3.0) == 0.0
@@ -185,10 +185,10 @@ def test_what_depends_on_numbers_has_no_expected_cost():
         return jax.lax.while_loop(lambda carry: carry[0] < 4, body, start)
 
     jaxpr = jax.make_jaxpr(jax.jit(run))(1.0)
-    assert rehearsal.ledger(jaxpr, 1).tolist() == [0.0, 3.0, 6.0, 9.0]
-    assert jnp.all(jnp.isnan(rehearsal.ledger(jaxpr, 2)))
+    assert rehearsal.predict_cost(jaxpr, 1).tolist() == [0.0, 3.0, 6.0, 9.0]
+    assert jnp.all(jnp.isnan(rehearsal.predict_cost(jaxpr, 2)))
     passed = jax.make_jaxpr(lambda x: x)(jnp.zeros(4))
-    assert jnp.all(jnp.isnan(rehearsal.ledger(passed, 0)))
+    assert jnp.all(jnp.isnan(rehearsal.predict_cost(passed, 0)))
 
 
 MEMORY = """
