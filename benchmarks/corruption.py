@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.study import DIGITS, digits, tuned
+from hypergrad.studies.study import DIGITS, digits, tune_and_run
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired
 from hypergrad.tasks import cleaning
@@ -270,7 +270,7 @@ def measure(cell: Row) -> Row:
         return row | ({"f1": found["f1"]} | cost if cost else {})
 
     about = {"data": DIGITS, "data_sha256": fingerprint(data)}
-    return tuned(one, PENALTIES) | settings | about
+    return tune_and_run(one, PENALTIES) | settings | about
 
 
 def by_random_search(

@@ -3,13 +3,10 @@
 import os
 import zlib
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
 import pytest
-
-from tests.representatives import REPRESENTATIVES
 
 TESTS = Path(__file__).parent
 
@@ -47,11 +44,7 @@ HEAVY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of heavy modules, and the cases that only `make full` runs."""
+    """Marks the tests of heavy modules."""
     for item in items:
         if item.path.relative_to(TESTS).as_posix() in HEAVY:
             item.add_marker(pytest.mark.heavy)
-        name, _, case = item.name.partition("[")
-        patterns = REPRESENTATIVES.get(item.path.stem, {}).get(name)
-        if patterns is not None and not any(fnmatch(case[:-1], p) for p in patterns):
-            item.add_marker(pytest.mark.slow)

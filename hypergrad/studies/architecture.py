@@ -40,9 +40,9 @@ from ..tasks.architecture import (
 )
 from ..tasks.classifier import held_out_examples, mask_held_out
 from ..trace import Trace
-from .program import Once, program
+from .program import CachedFunction, program
 from .record import Row
-from .study import DIGITS, Column, Study, digits, parts_of, tuned
+from .study import DIGITS, Column, Study, digits, task_data, tune_and_run
 from .verdict import Claim, Verdict
 
 BUDGET = 300
@@ -112,7 +112,7 @@ def learn(
     )
 
 
-@Once
+@CachedFunction
 def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
     """What one training of a cell says of it, and the seconds that it took."""
     run = program(train)
@@ -174,7 +174,7 @@ def by_gradient(method: str, seed: int, price: float) -> Row:
         found["gradient_equivalents"] += TRAINING
         return found | selection(cell, seed, price)
 
-    return tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
+    return tune_and_run(one, RATES) | {"compile_seconds": run.compile_seconds}
 
 
 def one_operation(seed: int, price: float) -> Row:
@@ -185,7 +185,7 @@ def one_operation(seed: int, price: float) -> Row:
         cost = {"gradient_equivalents": TRAINING if hold_out else 0.0}
         return judged(cell, price) | cost | selection(cell, seed, price)
 
-    return tuned(one, range(len(OPERATIONS)))
+    return tune_and_run(one, range(len(OPERATIONS)))
 
 
 def by_random_search(budget: float, seed: int, price: float) -> Row:
@@ -270,7 +270,7 @@ STUDY = Study(
         "test loss and price."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("accuracy %", "accuracy", scale=100),

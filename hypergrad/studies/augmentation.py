@@ -39,7 +39,16 @@ from ..tasks.augmentation import (
 from ..tasks.task import Task
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -50,7 +59,7 @@ FINAL = Descent(optax.sgd(optax.cosine_decay_schedule(0.3, 600), momentum=0.9), 
 TRIAL = Descent(optax.sgd(0.1, momentum=0.9), num_steps=200)
 ONE_STEP = Descent(optax.sgd(0.3), num_steps=1)
 
-Lane = tuple[Array, Array, Array, Array]  # key, penalty, share, hold_out
+RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, share, hold_out
 OFTEN = 0.95  # the largest probability
 
 
@@ -64,7 +73,7 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
     """As many outer steps of Adam as the budget surely pays for."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, lane: Lane) -> tuple[PyTree, Any]:
+    def learn(task: Task, lane: RunConfig) -> tuple[PyTree, Any]:
         trace = minimize(
             task.problem,
             estimator,
@@ -80,7 +89,7 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
     return learn
 
 
-def by_random_search(task: Task, lane: Lane) -> tuple[PyTree, Any]:
+def by_random_search(task: Task, lane: RunConfig) -> tuple[PyTree, Any]:
     """Policies drawn uniformly, 200 steps of training each, the best on validation."""
     trace = search(
         task.problem,
@@ -94,13 +103,13 @@ def by_random_search(task: Task, lane: Lane) -> tuple[PyTree, Any]:
     return trace.best_alpha, trace
 
 
-def one_magnitude(task: Task, lane: Lane) -> tuple[PyTree, None]:
+def one_magnitude(task: Task, lane: RunConfig) -> tuple[PyTree, None]:
     """The same share of each largest magnitude; with share 0, nothing is changed."""
     del task
     return policy(lane[2] * MAX_MAGNITUDES), None
 
 
-def true_pose(task: Task, lane: Lane) -> tuple[PyTree, None]:
+def true_pose(task: Task, lane: RunConfig) -> tuple[PyTree, None]:
     """What was done to the validation and test images."""
     del task, lane
     return policy(POSE_MAGNITUDES), None
@@ -135,19 +144,19 @@ def settings(method: str) -> list[tuple[float, float]]:
     return [(penalty, share) for penalty in PENALTIES for share in shares]
 
 
-def lane_task(data: PyTree, lane: Lane) -> Task:
+def lane_task(data: PyTree, lane: RunConfig) -> Task:
     """The task of one lane."""
     key, penalty, _, hold_out = lane
     return make(key=key, penalty=penalty, hold_out=hold_out, data=data)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
+def learn(method: str, data: PyTree, lane: RunConfig) -> dict[str, Any]:
     """A policy by one method, and the trace of learning."""
     alpha, trace = METHODS[method](lane_task(data, lane), lane)
     return {"alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Any]:
+def evaluate(data: PyTree, lane: RunConfig, alpha: PyTree) -> dict[str, Any]:
     """Trains from scratch with the policy, and measures.
 
     ``selection`` holds the accuracy and minus the loss on the held-out images.
@@ -197,10 +206,10 @@ def row(method: str, seed: int) -> Row:
             MODEL: (found["w"], alpha),
         }
         if trace is not None:
-            row |= of_trace(trace)
+            row |= trace_columns(trace)
         return row
 
-    found = tuned(one, settings(method))
+    found = tune_and_run(one, settings(method))
     if isinstance(run, Program):
         found |= {"compile_seconds": run.compile_seconds}
     return found
@@ -224,7 +233,7 @@ STUDY = Study(
         "training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

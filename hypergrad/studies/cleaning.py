@@ -38,14 +38,23 @@ from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
 BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
 
-Lane = tuple[Array, Array, Array]  # key, penalty, hold_out
+RunConfig = tuple[Array, Array, Array]  # key, penalty, hold_out
 
 
 def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
@@ -130,14 +139,14 @@ ON_HOST = "random search"
 HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
 
 
-def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
+def lane_task(data: PyTree, lane: RunConfig) -> tuple[Task, PyTree]:
     """The task of one lane and its split."""
     key, penalty, hold_out = lane
     task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
     return task, split(data, key, hold_out)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
+def learn(method: str, data: PyTree, lane: RunConfig) -> dict[str, Any]:
     """Weights by one method: what to retrain on, and the trace of learning."""
     task, parts = lane_task(data, lane)
     batch, alpha, trace = METHODS[method](task, parts, jax.random.fold_in(lane[0], 1))
@@ -145,7 +154,7 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
 
 
 def evaluate(
-    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+    method: str, data: PyTree, lane: RunConfig, batch: PyTree, alpha: Array
 ) -> dict[str, Any]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
@@ -194,7 +203,7 @@ def row(method: str, seed: int) -> Row:
             numbers |= of_weights(learned["trace"], alpha, wrong)
         return numbers
 
-    found = tuned(one, PENALTIES)
+    found = tune_and_run(one, PENALTIES)
     if isinstance(run, Program):
         found |= {"compile_seconds": run.compile_seconds}
     return found
@@ -203,7 +212,7 @@ def row(method: str, seed: int) -> Row:
 def of_weights(trace: Trace, alpha: Array, wrong: Array) -> Row:
     """Beside `of_trace`: how many weights lie in each fortieth of [0, 1]."""
     count = lambda which: np.histogram(alpha[which], 40, (0, 1))[0].tolist()
-    return of_trace(trace) | {
+    return trace_columns(trace) | {
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
         "wrong_weights": count(wrong),
         "clean_weights": count(~wrong),
@@ -221,7 +230,7 @@ STUDY = Study(
         "which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

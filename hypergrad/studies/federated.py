@@ -22,7 +22,16 @@ from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim, Verdict, paired
 
 BUDGET = 3000
@@ -124,11 +133,11 @@ def row(method: str, seed: int) -> Row:
             "run_seconds": seconds,
             MODEL: (w, alpha),
         }
-        return measured if trace is None else measured | of_trace(trace)
+        return measured if trace is None else measured | trace_columns(trace)
 
     settings: dict[str, Any] = {"baseline": POWERS, "validation-only": (0.0,)}
     settings |= dict.fromkeys(SEARCHES, WIDTHS)
-    found = tuned(one, settings.get(name, RATES))
+    found = tune_and_run(one, settings.get(name, RATES))
     if name in ESTIMATORS:
         found |= {"compile_seconds": program(learn, name).compile_seconds}
     return found
@@ -173,7 +182,7 @@ STUDY = Study(
         "or so classes, unless they are iid."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         *(federated.make(key=key, iid=iid, data=digits()) for iid in (False, True))
     ),
     methods={method: functools.partial(row, method) for method in METHODS},

@@ -25,7 +25,7 @@ from ..tasks.few_shot import SOLVERS, characters, make
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import Column, Study, of_trace, parts_of, tuned
+from .study import Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim
 
 BUDGET = 4_000
@@ -165,10 +165,10 @@ def row(method: str, seed: int) -> Row:
         if choosing:
             found["selection"] = float(score)
         if trace is not None:
-            found |= of_trace(trace)
+            found |= trace_columns(trace)
         return found
 
-    found = tuned(one, settings)
+    found = tune_and_run(one, settings)
     if isinstance(run, Program):
         found |= {"compile_seconds": run.compile_seconds}
     return found
@@ -184,7 +184,7 @@ STUDY = Study(
         "Accuracy on a hundred tasks of characters that no row has seen."
     ),
     data=lambda: (drawings()[0], {"x": drawings()[1]}),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         make(key=key, images=jnp.asarray(drawings()[1]), num_turns=drawings()[2])
     ),
     methods={method: functools.partial(row, method) for method in METHODS},

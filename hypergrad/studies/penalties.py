@@ -26,9 +26,9 @@ from ..searchers import Random
 from ..tasks.classifier import held_out_examples
 from ..tasks.penalties import SOLVER, VARIANTS, dataset_name, make, tolerances
 from ..trace import Trace
-from .program import Once, program, search
+from .program import CachedFunction, program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim, Verdict
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -106,7 +106,7 @@ def measured(system: str, key: Array, hold_out: bool, alpha: PyTree) -> Row:
     return numbers | {MODEL: (found["w"], alpha)}
 
 
-@Once
+@CachedFunction
 def baseline(system: str, seed: int) -> Row:
     """One penalty for all weights, from the grid."""
     key = jax.random.key(seed)
@@ -121,7 +121,7 @@ def baseline(system: str, seed: int) -> Row:
         cost = float(FINAL.num_steps)
         return found | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return tuned(one, GRID)
+    return tune_and_run(one, GRID)
 
 
 def by_gradient(system: str, method: str, seed: int) -> Row:
@@ -135,9 +135,9 @@ def by_gradient(system: str, method: str, seed: int) -> Row:
         trace = run(arrays(system), key, hold_out, start, jnp.asarray(rate))
         found = measured(system, key, hold_out, trace.best_alpha)
         seconds = {"run_seconds": run.run_seconds - before}
-        return found | of_trace(trace) | seconds
+        return found | trace_columns(trace) | seconds
 
-    found = tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
+    found = tune_and_run(one, RATES) | {"compile_seconds": run.compile_seconds}
     return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
 
 
@@ -161,9 +161,9 @@ def by_random_search(system: str, seed: int) -> Row:
         )
         seconds = time.perf_counter() - started
         found = measured(system, key, hold_out, trace.best_alpha)
-        return found | of_trace(trace) | {"run_seconds": seconds}
+        return found | trace_columns(trace) | {"run_seconds": seconds}
 
-    found = tuned(one, WIDTHS)
+    found = tune_and_run(one, WIDTHS)
     return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
 
 
@@ -206,7 +206,7 @@ def by_hoag(schedule: str, seed: int) -> Row:
     best, trace = run(arrays("hoag"), jax.random.key(seed), rtol)
     found = {"run_seconds": run.run_seconds - before}
     found |= {"from_grid": float(abs(trace.alpha - best))}
-    return of_trace(trace) | found
+    return trace_columns(trace) | found
 
 
 def overfitted(per: str, data: PyTree, key: Array) -> tuple[Array, Trace]:
@@ -233,7 +233,7 @@ def by_overfitting(per: str, seed: int) -> Row:
     before = run.run_seconds
     accuracy, trace = run(arrays("overfit"), jax.random.key(seed))
     found = {"run_seconds": run.run_seconds - before}
-    return of_trace(trace) | found | {"val_accuracy": float(accuracy)}
+    return trace_columns(trace) | found | {"val_accuracy": float(accuracy)}
 
 
 # The table.
@@ -292,7 +292,7 @@ STUDY = Study(
         "scikit-learn breast cancer (569 tumours) and digits (1,797 8x8 images)",
         {f"{s}_{name}": x for s in SYSTEMS[:2] for name, x in arrays(s).items()},
     ),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         *(make(key=key, variant=s, data=arrays(s)) for s in VARIANTS)
     ),
     methods=METHODS,

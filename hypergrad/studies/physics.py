@@ -24,7 +24,7 @@ from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim
 
 SYSTEMS = ("poisson", "burgers")
@@ -105,14 +105,14 @@ def row(system: str, method: str, seed: int) -> Row:
         started = time.perf_counter()
         if learned:
             run = program(learn, system, method)
-            found = of_trace(trace := run(key, hold_out, jnp.float32(setting)))
+            found = trace_columns(trace := run(key, hold_out, jnp.float32(setting)))
             w, alpha = trace.w, trace.alpha
         elif method == "random search":
             trace = search(
                 task.problem, TRIAL_SOLVER, Random(), w, space=task.space,
                 budget=LEARNING, key=key,
             )  # fmt: skip
-            found = of_trace(trace)
+            found = trace_columns(trace)
             w, alpha = trace.w, trace.alpha
         elif method == "one weight":
             alpha = alpha | {"boundary": setting, "data": setting}
@@ -124,14 +124,14 @@ def row(system: str, method: str, seed: int) -> Row:
         return found | {"run_seconds": time.perf_counter() - started}
 
     settings = {"one weight": GRID} | dict.fromkeys(ESTIMATORS, RATES)
-    found = tuned(one, settings.get(method, (1.0,)))
+    found = tune_and_run(one, settings.get(method, (1.0,)))
     if learned:
         seconds = program(learn, system, method).compile_seconds
         found |= {"compile_seconds": seconds}
     return found
 
 
-def picture(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Errors seed by seed, and the weights that were learned, by system."""
     plots.physics(rows, SYSTEMS, path)
 
@@ -150,7 +150,7 @@ STUDY = Study(
         f"Poisson's equation, and {data_name('burgers')}; noisy sensors",
         burgers_reference(None)[1],
     ),
-    split=lambda key: parts_of(*(make(key=key, variant=s) for s in SYSTEMS)),
+    split=lambda key: task_data(*(make(key=key, variant=s) for s in SYSTEMS)),
     methods={
         f"{system}, {method}": functools.partial(row, system, method)
         for system in SYSTEMS
@@ -170,7 +170,7 @@ STUDY = Study(
         for system in SYSTEMS
         for method in ESTIMATORS
     ),
-    draw=picture,
+    draw=plot,
     minutes=12,
     seeds=10,
 )  # fmt: skip

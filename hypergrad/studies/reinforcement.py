@@ -30,7 +30,7 @@ from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, parts_of, tuned
+from .study import Column, Study, task_data, tune_and_run
 from .verdict import Claim, Verdict
 
 # CartPole.
@@ -179,7 +179,7 @@ def on_cartpole(method: str, seed: int) -> Row:
         }
 
     settings = {"grid": range(len(grid))} | dict.fromkeys(ESTIMATORS, RATES)
-    found = tuned(one, settings.get(method, (0.0,)))
+    found = tune_and_run(one, settings.get(method, (0.0,)))
     if method in ESTIMATORS:
         found |= {"compile_seconds": program(meta, method).compile_seconds}
     return found
@@ -308,7 +308,7 @@ STUDY = Study(
     data=lambda: (
         DATA_NAME, make(key=jax.random.key(0), variant="mrp").problem.inner_data
     ),
-    split=lambda key: parts_of(make(key=key, variant="mrp")),
+    split=lambda key: task_data(make(key=key, variant="mrp")),
     methods=METHODS,
     columns=(
         Column("return", "return", "{:.0f} ± {:.0f}"),

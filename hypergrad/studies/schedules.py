@@ -26,9 +26,9 @@ from ..tasks import schedules
 from ..tasks.classifier import held_out_examples
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
-from .program import Once, program, search
+from .program import CachedFunction, program, search
 from .record import Row
-from .study import Column, Study, digits, of_trace, parts_of, tuned
+from .study import Column, Study, digits, task_data, trace_columns, tune_and_run
 from .verdict import Claim, Verdict
 
 STEPS = {"100 steps": 100, "1000 steps": 1000, "10000 steps": 10_000}
@@ -152,7 +152,7 @@ def measured(
     return {name: float(x) for name, x in found.items()} | schedule
 
 
-@Once
+@CachedFunction
 def baseline(system: str, seed: int) -> Row:
     """One rate and one momentum, from the grid."""
     key = jax.random.key(seed)
@@ -167,7 +167,7 @@ def baseline(system: str, seed: int) -> Row:
         cost = ORDERS * STEPS[system] * BATCH
         return found | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return tuned(one, GRID)
+    return tune_and_run(one, GRID)
 
 
 def start_of(system: str, seed: int) -> tuple[Array, float]:
@@ -193,7 +193,7 @@ def by_greedy_rule(system: str, seed: int) -> Row:
         cost = ORDERS * STEPS[system] * BATCH
         return found | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return with_tuning(tuned(one, FOLLOWS), first)
+    return with_tuning(tune_and_run(one, FOLLOWS), first)
 
 
 def settings_of(system: str, settings: tuple[float, ...]) -> tuple[float, ...]:
@@ -213,9 +213,9 @@ def by_gradient(system: str, method: str, seed: int) -> Row:
         found = measured(system, key, hold_out, trace.alpha, method)
         trusted = float(jnp.mean(trace.stats["trusted"]))
         found |= {"trusted": trusted, "run_seconds": seconds}
-        return found | of_trace(trace)
+        return found | trace_columns(trace)
 
-    found = tuned(one, settings_of(system, ADAM))
+    found = tune_and_run(one, settings_of(system, ADAM))
     return with_tuning(found, first) | {
         "compile_seconds": run.compile_seconds,
         "memory": run.memory.temporaries,
@@ -253,9 +253,9 @@ def by_random_search(system: str, seed: int) -> Row:
         )
         seconds = time.perf_counter() - started
         found = measured(system, key, hold_out, trace.best_alpha, "unrolled")
-        return found | of_trace(trace) | {"run_seconds": seconds}
+        return found | trace_columns(trace) | {"run_seconds": seconds}
 
-    return with_tuning(tuned(one, settings_of(system, FACTORS)), first)
+    return with_tuning(tune_and_run(one, settings_of(system, FACTORS)), first)
 
 
 # The table.
@@ -309,7 +309,7 @@ STUDY = Study(
         "batches. Memory: what the compiled program sets aside."
     ),
     data=lambda: ("scikit-learn digits (1,797 8x8 images)", digits()),
-    split=lambda key: parts_of(schedules.make(key=key, data=digits())),
+    split=lambda key: task_data(schedules.make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("test loss", "test_loss", "{:.3f} ± {:.3f}"),

@@ -26,9 +26,9 @@ from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Once, Program, program, search
+from .program import CachedFunction, Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, parts_of
+from .study import DIGITS, Column, Study, digits, task_data, trace_columns
 from .verdict import Claim, Verdict, conclude, paired
 
 BUDGET = 1500
@@ -120,7 +120,7 @@ def measured(seed: int, alpha: PyTree, purpose: int) -> dict[str, float]:
     return {name: float(x) for name, x in found.items()}
 
 
-@Once
+@CachedFunction
 def grid(seed: int, purpose: int) -> list[dict[str, float]]:
     """What each temperature leads to with the default strengths."""
     return [
@@ -151,7 +151,7 @@ def row(method: str, seed: int) -> Row:
         seconds = time.perf_counter() - started
         found = measured(seed, trace.alpha, JUDGED)
         found |= {name: float(x) for name, x in trace.alpha.items()}
-        found |= of_trace(trace) | {"run_seconds": seconds}
+        found |= trace_columns(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
             found |= {"compile_seconds": run.compile_seconds}
     found["beaten_by"] = float(np.mean(test_errors < found["test_error"]))
@@ -170,7 +170,7 @@ def quartile(rows: list[Row]) -> list[Verdict]:
     return [conclude(text, met, len(beaten), (high - low) / 2, 0.25)]
 
 
-def picture(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Test error against temperature; validation error against cost."""
     plots.self_supervised(rows, TEMPERATURES, path)
 
@@ -186,7 +186,7 @@ STUDY = Study(
         "nothing; beaten by is the share of the twelve temperatures that do better."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),
@@ -204,7 +204,7 @@ STUDY = Study(
             ("temperature", "baseline", None),
         )
     ),
-    draw=picture,
+    draw=plot,
     judge=quartile,
     minutes=12,
     seeds=10,

@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from .cleaning import of_weights
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, task_data, tune_and_run
 from .verdict import Claim, Verdict, conclude, paired
 
 NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
@@ -48,14 +48,14 @@ BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
 LEAST_AUROC = 0.8
 
-Lane = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
+RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
 
 
 def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
     """As many outer steps as the budget surely pays for."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+    def learn(task: Task, parts: PyTree, lane: RunConfig) -> tuple[Any, PyTree, Any]:
         del parts
         trace = minimize(
             task.problem,
@@ -72,7 +72,9 @@ def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
     return learn
 
 
-def by_random_search(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+def by_random_search(
+    task: Task, parts: PyTree, lane: RunConfig
+) -> tuple[Any, PyTree, Any]:
     """Weights drawn uniformly, the best on validation kept, at the same budget."""
     del parts
     trace = search(
@@ -87,13 +89,13 @@ def by_random_search(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree
     return task.problem.inner_data, trace.best_alpha, trace
 
 
-def one_weight(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+def one_weight(task: Task, parts: PyTree, lane: RunConfig) -> tuple[Any, PyTree, Any]:
     """Every pseudo-label counts the same; with weight 0, none does."""
     del parts
     return task.problem.inner_data, jnp.full(NUM_UNLABELLED, lane[2]), None
 
 
-def more_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+def more_labels(task: Task, parts: PyTree, lane: RunConfig) -> tuple[Any, PyTree, Any]:
     """No pseudo-labels: the validation examples in use are labelled ones too."""
     del lane
     val = parts["val"]
@@ -101,7 +103,7 @@ def more_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any
     return batch, val["use"] * NUM_VAL / NUM_LABELLED, None
 
 
-def true_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
+def true_labels(task: Task, parts: PyTree, lane: RunConfig) -> tuple[Any, PyTree, Any]:
     """What a person would have said of the unlabelled examples."""
     del lane
     batch = task.problem.inner_data | {"unlabeled": parts["unlabeled"]}
@@ -138,14 +140,14 @@ def settings(method: str) -> list[tuple[float, float]]:
     return [(penalty, weight) for penalty in PENALTIES for weight in weights]
 
 
-def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
+def lane_task(data: PyTree, lane: RunConfig) -> tuple[Task, PyTree]:
     """The task of one lane and its split."""
     key, penalty, _, hold_out = lane
     task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
     return task, split(data, key, SIZES["small"], hold_out)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
+def learn(method: str, data: PyTree, lane: RunConfig) -> dict[str, Any]:
     """Weights by one method: what to retrain on, and the trace of learning."""
     task, parts = lane_task(data, lane)
     batch, alpha, trace = METHODS[method](task, parts, lane)
@@ -153,7 +155,7 @@ def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
 
 
 def evaluate(
-    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+    method: str, data: PyTree, lane: RunConfig, batch: PyTree, alpha: Array
 ) -> dict[str, Any]:
     """Retrains from zero with the learned weights, to convergence, and measures.
 
@@ -205,7 +207,7 @@ def row(method: str, seed: int) -> Row:
             row |= of_weights(learned["trace"], alpha, found["wrong"])
         return row
 
-    found = tuned(one, settings(method))
+    found = tune_and_run(one, settings(method))
     if isinstance(run, Program):
         found |= {"compile_seconds": run.compile_seconds}
     return found
@@ -243,7 +245,7 @@ STUDY = Study(
         "without the final training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -29,7 +29,7 @@ from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of
+from .study import MODEL, Column, Study, task_data, trace_columns
 from .verdict import Claim
 
 BUDGET = 1000
@@ -165,7 +165,7 @@ def row(variant: str, method: str, seed: int) -> Row:
         trace = run(wine(), key)
         seconds = time.perf_counter() - started
         alpha = trace.best_alpha if method == "random search" else trace.alpha
-        found: Row = of_trace(trace) | {"run_seconds": seconds}
+        found: Row = trace_columns(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
             found |= {"compile_seconds": run.compile_seconds}
     measured = program(evaluate, variant)(wine(), key, alpha)
@@ -174,7 +174,7 @@ def row(variant: str, method: str, seed: int) -> Row:
     return found | {"alpha": np.ravel(alpha).tolist()}
 
 
-def picture(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Validation loss against cost, a panel a model."""
     plots.unsupervised(rows, VARIANTS, path)
 
@@ -189,7 +189,7 @@ STUDY = Study(
         "Rand index of the clusters with the growers."
     ),
     data=lambda: ("scikit-learn wine (178 wines, 13 measurements)", wine()),
-    split=lambda key: parts_of(make(key=key, variant="kmeans", data=wine())),
+    split=lambda key: task_data(make(key=key, variant="kmeans", data=wine())),
     methods={
         f"{variant}, {method}": functools.partial(row, variant, method)
         for variant in VARIANTS
@@ -217,6 +217,6 @@ STUDY = Study(
             for variant in VARIANTS
         ),
     ),
-    draw=picture,
+    draw=plot,
     minutes=4,
 )

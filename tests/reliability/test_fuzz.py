@@ -293,7 +293,7 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("metrics", "model's metrics", "save", lambda x: save(metrics=x)),
     ("run", "json", "save", lambda x: save(run=x)),
     ("problem", "saved problem", "save", lambda x: save(problem=x)),
-    ("once", "keys of run", "save", lambda x: save(once=x)),
+    ("deduplicate_by", "keys of run", "save", lambda x: save(deduplicate_by=x)),
     ("folder", "folder", "save", lambda x: save(folder=x)),
     ("folder", "folder", "load", lambda x: hg.models.load("m", folder=x)),
     ("folder", "folder", "find", lambda x: hg.models.find(x)),

@@ -13,7 +13,13 @@ from hypergrad.tasks import physics as equations
 from hypergrad.tasks import reinforcement as policies
 
 
-@pytest.mark.parametrize("method", physics.ESTIMATORS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.slow] * (method != "implicit"))
+        for method in physics.ESTIMATORS
+    ],
+)
 def test_a_step_of_the_weights_costs_at_most_what_is_planned(method: str, key):
     """On a tiny network: counts of calls do not depend on its size."""
     sizes = {"num_collocation": 8, "num_sensors": 4, "num_held_out": 4}

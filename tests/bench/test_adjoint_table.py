@@ -12,6 +12,7 @@ QUICK = "784-128-10, batches of 128", True
 CASES = itertools.product(adjoint.WORK, adjoint.STORES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpoint"),
     [pytest.param(*c, marks=() if c == QUICK else pytest.mark.slow) for c in CASES],

@@ -252,6 +252,7 @@ def bowl() -> hg.Bilevel:
 SOLVED = hg.Implicit(hg.Newton(), hg.CG())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "same"), [((), False), (("w", "adjoint"), True)])
 def test_what_is_carried_is_what_implicit_carries(names, same):
     """All or nothing, as by ``warm_start``."""
@@ -345,6 +346,7 @@ def test_cells_are_numbered_as_they_are_ranked():
     assert found == list(range(125))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_once", "trainings"), [(0, 5), (2, 1)])
 def test_a_search_costs_its_trainings_and_a_value_a_draw(
     monkeypatch, at_once, trainings
@@ -416,6 +418,7 @@ def test_the_line_of_sharing_holds_its_ratios_and_the_regret_it_adds(monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_values_at_once_hold_more():
     """The same training; sixteen candidates' values beside one another."""
     (one, held), (many, also) = map(sharing.bytes_of, (sharing.SHARED, sharing.BESIDE))

@@ -17,7 +17,7 @@ from benchmarks.peers import work as stated
 from benchmarks.peers.contenders import base, gauss_newton, ours, plain, reference
 from benchmarks.peers.work import WORKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JAX = ("plain", "ours", "defaults", *claims.JAX)
 OWN = {"inner", "base", "gauss_newton", *JAX}
 

@@ -120,6 +120,7 @@ def tiny() -> single_loop.System:
     )
 
 
+@pytest.mark.slow
 def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch):
     """The lower of the ends; no more than the budget; the same seed, the same run."""
     monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
@@ -275,6 +276,7 @@ def test_the_gap_is_closed_by_parts():
     assert len(rest) == 2
 
 
+@pytest.mark.slow
 def test_batches_of_cleaning_are_its_losses_on_average():
     """Value and both gradients over all batches of one, held-out examples and all."""
     data = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
@@ -292,7 +294,7 @@ def test_batches_of_cleaning_are_its_losses_on_average():
         batches = getattr(batched, f"{side}_data")
         mean = lambda w, alpha, loss=batch_loss, batches=batches: jnp.mean(
             jax.vmap(lambda i: loss(w, alpha, batches.take(i[None])))(
-                jnp.arange(batches.size)
+                jnp.arange(batches.num_examples)
             )
         )
         both = functools.partial(jax.value_and_grad, argnums=(0, 1))
@@ -304,6 +306,7 @@ def test_batches_of_cleaning_are_its_losses_on_average():
     assert 0.65 < np.mean(wrong) < 0.75
 
 
+@pytest.mark.slow
 def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch):
     """It stays where its last evaluation was that the budget pays for."""
     monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
@@ -321,6 +324,7 @@ def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch)
     assert found["gradient_equivalents"] == cost[-1]
 
 
+@pytest.mark.slow
 def test_weights_rest_where_the_budget_ends(monkeypatch):
     """As in a run of fewer steps, which costs as much: six of 0.3 each."""
     monkeypatch.setattr(corruption, "BUDGET", 2)
@@ -341,9 +345,9 @@ def test_random_search_takes_the_best_that_was_paid_for(monkeypatch):
         for x, cost in ((0.3, 40.0), (0.2, 90.0), (0.1, 101.0))
     ]
 
-    def search(*given, record, **settings):
+    def search(*args, trial_callback, **settings):
         for trial in trials:
-            record(trial)
+            trial_callback(trial)
         cost = jnp.array([trial["cost"] for trial in trials])
         return types.SimpleNamespace(
             value=jnp.array([trial["value"] for trial in trials]),

@@ -21,10 +21,9 @@ from hypergrad.studies import program as programs
 from hypergrad.studies.program import Program
 from hypergrad.studies.study import digits
 from hypergrad.tasks.cleaning import SOLVER
-from tests.test_command import as_a_user  # noqa: F401
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-pytestmark = pytest.mark.usefixtures("as_a_user")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+pytestmark = pytest.mark.usefixtures("single_precision")
 
 
 def committed(name: str) -> dict[str, dict]:
@@ -41,7 +40,7 @@ def expected_costs(name: str, methods) -> int:
     """
     known, rows = 0, committed(name)
     for method in methods:
-        found, plans = rehearsal.rehearsed(STUDIES[name], method)
+        found, plans = rehearsal.plan_row(STUDIES[name], method)
         assert plans, method
         for column in rehearsal.COSTS:
             value = found.get(column)
@@ -85,7 +84,7 @@ def test_gradient_equivalents_of_other_studies(name: str, methods: dict[str, int
 def test_a_rehearsal_leaves_no_zeros_behind():
     """What a process keeps once made is made anew in a rehearsal, and after it."""
     double = programs.program(lambda x: 2 * x)
-    doubled = programs.Once(lambda x: float(double(x)))
+    doubled = programs.CachedFunction(lambda x: float(double(x)))
     for _ in range(2):
         with rehearsal.rehearsal() as plans:
             assert doubled(3.0) == doubled(3.0) == 0.0
@@ -146,6 +145,7 @@ def test_operations_are_those_that_the_run_counts():
         assert plan.total == pytest.approx(counted, rel=0.1), method
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_said_with_the_cost_of_an_iteration(capsys):
     """An iteration of CG is a product; the outer loop's length is known."""
     cli.run("cleaning", ("implicit",), dry_run=True)
@@ -153,10 +153,11 @@ def test_a_tolerance_is_said_with_the_cost_of_an_iteration(capsys):
     assert shown.count("tolerance") == 3 + 1 + 2  # cells of either program, and notes
     assert "a tolerance decides how many FLOPs; an iteration of each of its" in shown
     steps = len(committed("cleaning")["implicit"]["curve_value"])
-    assert re.search(rf"in minimize.py\S* \(_run\), {steps} times", shown)
+    assert re.search(rf"in outer_step.py\S* \(run_block\), {steps} times", shown)
     assert re.search(r"4e\+06 in cg.py", shown)  # 1,000 examples, 64 x 10 weights
 
 
+@pytest.mark.slow
 def test_nothing_is_run_and_nothing_written(monkeypatch, tmp_path, capsys):
     """No compiled program of a study is called, and no trial of a search."""
     refuse = lambda *_, **__: pytest.fail("a program was run")
@@ -184,10 +185,10 @@ def test_what_depends_on_numbers_has_no_expected_cost():
         return jax.lax.while_loop(lambda carry: carry[0] < 4, body, start)
 
     jaxpr = jax.make_jaxpr(jax.jit(run))(1.0)
-    assert rehearsal.ledger(jaxpr, 1).tolist() == [0.0, 3.0, 6.0, 9.0]
-    assert jnp.all(jnp.isnan(rehearsal.ledger(jaxpr, 2)))
+    assert rehearsal.predict_cost(jaxpr, 1).tolist() == [0.0, 3.0, 6.0, 9.0]
+    assert jnp.all(jnp.isnan(rehearsal.predict_cost(jaxpr, 2)))
     passed = jax.make_jaxpr(lambda x: x)(jnp.zeros(4))
-    assert jnp.all(jnp.isnan(rehearsal.ledger(passed, 0)))
+    assert jnp.all(jnp.isnan(rehearsal.predict_cost(passed, 0)))
 
 
 MEMORY = """
@@ -216,6 +217,7 @@ print(plan.memory.temporaries, now("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_temporary_bytes_are_what_a_run_takes():

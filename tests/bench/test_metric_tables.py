@@ -67,6 +67,7 @@ def test_metrics_are_scikit_learns():
     assert np.isclose(found["mAP"], ap)
 
 
+@pytest.mark.slow
 def test_retrieval_ranks_all_others_by_cosine():
     """Every image in use is a query; mAP and the nearest neighbour by a loop."""
     parts = tasks.disjoint(tasks.digits(), 0)

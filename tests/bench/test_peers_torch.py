@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from benchmarks.peers import environments, tuning, worker
 from benchmarks.peers.work import WORKS, newton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENDERS = ROOT / "benchmarks" / "peers" / "contenders"
 LIBRARIES = [*environments.SHARED, *list(environments.REQUIREMENTS)[1:]]
 
