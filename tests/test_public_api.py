@@ -376,35 +376,8 @@ def test_results_print_their_scalars():
     assert "value=f32[]" in traced[0]
 
 
-def test_the_blocks_of_the_readme_run_in_order(capsys: pytest.CaptureFixture):
-    """Each with what those before it defined; F1 rises, and its gap narrows."""
-    page = (ROOT.parent / "README.md").read_text()
-    names: dict = {}
-    for part in page.split("```python\n")[1:]:
-        exec(compile(part.split("```")[0], "README.md", "exec"), names)
-    first, last, trusted = capsys.readouterr().out.splitlines()[0].split()
-    assert float(last) < float(first)
-    assert trusted == "True"
-    f1, gap = (names["trace"].metrics[name][::10] for name in ("F1", "F1_gap"))
-    assert 0.5 < f1[0] < f1[-1] <= 1
-    assert abs(gap[-1]) < abs(gap[0]) < 0.1
-    error, flops = names["front"].value[:, -1].T
-    assert error[0] < error[1]
-    assert flops[1] < flops[0]
-
-
 def test_the_api_page_lists_every_task():
     """How each is made."""
     page = (ROOT.parent / "docs/api.md").read_text()
     for name in hg.tasks.TASKS:
         assert f"\n::: hypergrad.tasks.{name}.make\n" in page
-
-
-@pytest.mark.slow
-def test_the_blocks_of_the_architecture_page_run_as_printed():
-    """It promises that; each is a program of its own."""
-    page = (ROOT.parent / "docs/architecture.md").read_text()
-    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
-    assert len(blocks) == 4
-    for block in blocks:
-        exec(compile(block, "docs/architecture.md", "exec"), {})
