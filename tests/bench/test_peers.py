@@ -565,9 +565,9 @@ def test_the_table_and_the_section_tell_rows_and_reasons(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_readme_says_what_the_rows_do():
-    """Else run python -m benchmarks.peers.readme README.md."""
-    text = (ROOT / "README.md").read_text()
+def test_the_page_of_results_says_what_the_rows_do():
+    """Else run python -m benchmarks.peers.readme docs/results.md."""
+    text = (ROOT / "docs/results.md").read_text()
     assert "<!-- results: peers -->" in text
     assert readme.rewrite(text, readme.committed()) == text
 
