@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from sklearn.metrics import f1_score
 
 import hypergrad as hg
 from hypergrad import datasets as datasets
@@ -19,49 +18,8 @@ from hypergrad.studies.program import program
 from hypergrad.studies.progress import progress
 from hypergrad.studies.study import Column, markdown, tune_and_run
 from hypergrad.studies.verdict import Claim, paired, within
-from hypergrad.tasks import cleaning
 
 DIGITS = jax.tree.map(jnp.asarray, datasets.load("digits"))
-
-
-def test_the_split_is_a_partition_and_labels_differ_where_it_says():
-    """1,000 + 150 + 647 distinct images; about half the labels are wrong."""
-    marked = DIGITS | {"x": jnp.arange(1797)[:, None]}
-    parts = cleaning.split(marked, jax.random.key(3), False)
-    seen = [np.ravel(parts[name]["x"]) for name in ("train", "val", "test")]
-    assert [len(x) for x in seen] == [1000, 150, 647]
-    assert sorted(np.concatenate(seen)) == list(range(1797))
-    train = parts["train"]
-    clean = DIGITS["y"][np.ravel(train["x"])]
-    np.testing.assert_array_equal(train["clean"], clean)
-    np.testing.assert_array_equal(train["y"] != clean, train["wrong"])
-    assert 0.45 < np.mean(train["wrong"]) < 0.55
-    assert set(np.unique((train["y"] - clean) % 10)) == set(range(10))
-
-
-def test_held_out_examples_are_out_of_use():
-    """50 of 150, and none where nothing is held out."""
-    for hold_out, count in ((True, 50), (False, 0)):
-        parts = cleaning.split(DIGITS, jax.random.key(0), jnp.asarray(hold_out))
-        assert jnp.sum(parts["held_out"]["use"]) == count
-        np.testing.assert_array_equal(parts["held_out"]["use"] + parts["val"]["use"], 1)
-    batch = cleaning.split(DIGITS, jax.random.key(0), True)["val"]
-    w = {"W": jnp.ones((64, 10)) * jnp.arange(10.0)[None], "b": jnp.zeros(10)}
-    used = {name: x[np.asarray(batch["use"]) == 1] for name, x in batch.items()}
-    loss = functools.partial(cleaning.val_loss, w, None)
-    np.testing.assert_allclose(loss(batch), loss(used), rtol=1e-12)
-    score = functools.partial(cleaning.accuracy, w=w, alpha=None, key=None)
-    np.testing.assert_allclose(score(batch), score(used), rtol=1e-12)
-
-
-def test_f1_is_scikit_learns():
-    """Weights below 1/2 detect wrong labels."""
-    keys = jax.random.split(jax.random.key(0))
-    alpha = jax.random.uniform(keys[0], (1000,))
-    wrong = jax.random.bernoulli(keys[1], 0.3, (1000,))
-    found = cleaning.f1_of_wrong_labels(wrong, None, alpha, None)
-    expected = f1_score(np.asarray(wrong), np.asarray(alpha) < 0.5)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_the_paired_interval_is_students():
