@@ -64,16 +64,16 @@ OFTEN = 0.95  # the largest probability
 
 
 def policy(magnitude: Any) -> PyTree:
-    """Every operation as often as can be."""
+    """Returns a policy that applies all operations with the largest probability."""
     m = jnp.asarray(magnitude, float)
     return {"magnitude": m, "probability": jnp.full_like(m, OFTEN)}
 
 
-def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Callable:
-    """As many outer steps of Adam as the budget surely pays for."""
+def gradient_method(estimator: Estimator, rate: float, cost_of_step: float) -> Callable:
+    """Returns a method that makes as many steps of Adam as fit the budget."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, lane: RunConfig) -> tuple[PyTree, Any]:
+    def learn(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
         trace = minimize(
             task.problem,
             estimator,
@@ -81,7 +81,7 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
             task.w,
             task.alpha,
             num_steps=num_steps,
-            key=jax.random.fold_in(lane[0], 1),
+            key=jax.random.fold_in(run_config[0], 1),
             space=task.space,
         )
         return trace.alpha, trace
@@ -89,8 +89,8 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
     return learn
 
 
-def by_random_search(task: Task, lane: RunConfig) -> tuple[PyTree, Any]:
-    """Policies drawn uniformly, 200 steps of training each, the best on validation."""
+def random_search(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
+    """Returns the best of random policies on the validation data."""
     trace = search(
         task.problem,
         TRIAL,
@@ -98,20 +98,20 @@ def by_random_search(task: Task, lane: RunConfig) -> tuple[PyTree, Any]:
         task.w,
         space=task.space,
         budget=BUDGET,
-        key=jax.random.fold_in(lane[0], 1),
+        key=jax.random.fold_in(run_config[0], 1),
     )
     return trace.best_alpha, trace
 
 
-def one_magnitude(task: Task, lane: RunConfig) -> tuple[PyTree, None]:
-    """The same share of each largest magnitude; with share 0, nothing is changed."""
+def one_magnitude(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
+    """Returns a policy with the same fraction of each largest magnitude."""
     del task
-    return policy(lane[2] * MAX_MAGNITUDES), None
+    return policy(run_config[2] * MAX_MAGNITUDES), None
 
 
-def true_pose(task: Task, lane: RunConfig) -> tuple[PyTree, None]:
-    """What was done to the validation and test images."""
-    del task, lane
+def true_pose(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
+    """Returns the policy of the validation and test images."""
+    del task, run_config
     return policy(POSE_MAGNITUDES), None
 
 
@@ -123,15 +123,17 @@ OUTER = NUM_VAL / NUM_TRAIN
 METHODS: dict[str, Callable] = {
     "baseline": one_magnitude,
     "one magnitude": one_magnitude,
-    "random search": by_random_search,
-    "implicit": by_gradient(
+    "random search": random_search,
+    "implicit": gradient_method(
         Implicit(SOLVER, Neumann(num_terms=10, step_size=0.1)),
         *(0.15, SOLVER.num_steps + 2 * 11 + 2 * OUTER),
     ),
-    "unrolled": by_gradient(
+    "unrolled": gradient_method(
         Unrolled(SOLVER, warm_start=True), 0.15, 4 * SOLVER.num_steps + 1 + OUTER
     ),
-    "DADA": by_gradient(FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER),
+    "DADA": gradient_method(
+        FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER
+    ),
     "true pose": true_pose,
 }
 ON_HOST = "random search"
@@ -139,30 +141,30 @@ HYPERGRADIENTS = ("implicit", "unrolled", "DADA")
 
 
 def settings(method: str) -> list[tuple[float, float]]:
-    """Penalties and shares that a row chooses from."""
+    """Returns the pairs of penalty and magnitude that a method tries."""
     shares = SHARES if method == "one magnitude" else (0.0,)
     return [(penalty, share) for penalty in PENALTIES for share in shares]
 
 
-def lane_task(data: PyTree, lane: RunConfig) -> Task:
-    """The task of one lane."""
-    key, penalty, _, hold_out = lane
+def make_task(data: PyTree, run_config: RunConfig) -> Task:
+    """Returns the task of a run."""
+    key, penalty, _, hold_out = run_config
     return make(key=key, penalty=penalty, hold_out=hold_out, data=data)
 
 
-def learn(method: str, data: PyTree, lane: RunConfig) -> dict[str, Any]:
-    """A policy by one method, and the trace of learning."""
-    alpha, trace = METHODS[method](lane_task(data, lane), lane)
+def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
+    """Returns the policy and the trace of a method."""
+    alpha, trace = METHODS[method](make_task(data, run_config), run_config)
     return {"alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: RunConfig, alpha: PyTree) -> dict[str, Any]:
-    """Trains from scratch with the policy, and measures.
+def evaluate(data: PyTree, run_config: RunConfig, alpha: PyTree) -> dict[str, Any]:
+    """Returns measurements after training from scratch with the policy.
 
-    ``selection`` holds the accuracy and minus the loss on the held-out images.
+    ``selection`` contains the accuracy and minus the loss on held-out images.
     """
-    task, key = lane_task(data, lane), lane[0]
-    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], lane[3])[
+    task, key = make_task(data, run_config), run_config[0]
+    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], run_config[3])[
         "held_out"
     ]
     w, _ = FINAL.solve(
@@ -178,24 +180,24 @@ def evaluate(data: PyTree, lane: RunConfig, alpha: PyTree) -> dict[str, Any]:
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, its setting chosen by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     data, measure = digits(), program(evaluate)
     on_host = functools.partial(learn, method)
     run = on_host if method == ON_HOST else program(learn, method)
 
-    def one(setting: tuple[float, float], hold_out: bool) -> Row:
+    def run_once(setting: tuple[float, float], hold_out: bool) -> Row:
         penalty, share = map(jnp.float32, setting)
-        lane = jax.random.key(seed), penalty, share, jnp.asarray(hold_out)
-        started = time.perf_counter()
-        learned = run(data, lane)
-        seconds = time.perf_counter() - started
+        run_config = jax.random.key(seed), penalty, share, jnp.asarray(hold_out)
+        start_time = time.perf_counter()
+        learned = run(data, run_config)
+        seconds = time.perf_counter() - start_time
         alpha, trace = learned["alpha"], learned["trace"]
-        found = measure(data, lane, alpha)
+        result = measure(data, run_config, alpha)
         row = {
-            "selection": np.asarray(found["selection"]),
-            "test_accuracy": float(found["test_accuracy"]),
-            "upright_accuracy": float(found["upright_accuracy"]),
-            "val_loss": float(found["val_loss"]),
+            "selection": np.asarray(result["selection"]),
+            "test_accuracy": float(result["test_accuracy"]),
+            "upright_accuracy": float(result["upright_accuracy"]),
+            "val_loss": float(result["val_loss"]),
             "penalty": setting[0],
             "magnitude": np.asarray(
                 alpha["magnitude"] / MAX_MAGNITUDES, float
@@ -203,20 +205,20 @@ def row(method: str, seed: int) -> Row:
             "probability": np.asarray(alpha["probability"], float).tolist(),
             "gradient_equivalents": float(FINAL.num_steps),
             "run_seconds": seconds,
-            MODEL: (found["w"], alpha),
+            MODEL: (result["w"], alpha),
         }
         if trace is not None:
             row |= trace_columns(trace)
         return row
 
-    found = tune_and_run(one, settings(method))
+    result = tune_and_run(run_once, settings(method))
     if isinstance(run, Program):
-        found |= {"compile_seconds": run.compile_seconds}
-    return found
+        result |= {"compile_seconds": run.compile_seconds}
+    return result
 
 
 def beats(first: str, second: str, least: float | None) -> Claim:
-    """In accuracy on posed test images, in points."""
+    """Returns a claim about accuracy on posed test images in percentage points."""
     return Claim(first, second, "test_accuracy", least, scale=100, unit="points")
 
 

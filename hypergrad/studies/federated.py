@@ -60,7 +60,7 @@ IID = ", iid clients"
 
 
 def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Trace:
-    """``alpha`` by one estimator, as many steps as the budget surely pays for."""
+    """Returns the trace of an estimator with as many steps as fit the budget."""
     estimator, cost = ESTIMATORS[name]
     problem = Bilevel(federated.train_loss, federated.val_loss, *data)
     w, alpha, space = start
@@ -71,7 +71,7 @@ def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Tr
 
 
 def train(split: str, w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
-    """The final training: to convergence, from zero."""
+    """Returns the model after training from zero to convergence."""
     del split  # of a size of its own
     return Newton().solve(
         federated.train_loss, w, alpha, batch, jax.random.key(0)
@@ -79,7 +79,7 @@ def train(split: str, w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
 
 
 def by_frequency(batch: PyTree, power: float) -> PyTree:
-    """Neutral but for class weights, rare classes the heavier; their mean is 1."""
+    """Returns class weights that are larger for rare classes and have mean 1."""
     count = np.bincount(np.ravel(batch["y"]), minlength=federated.NUM_CLASSES)
     weight = jnp.asarray(np.maximum(count, 1.0) ** -power, jnp.float32)
     alpha = {"delta": jnp.ones_like(weight), "iota": jnp.zeros_like(weight)}
@@ -87,7 +87,7 @@ def by_frequency(batch: PyTree, power: float) -> PyTree:
 
 
 def around_neutral(width: float) -> dict[str, spaces.Interval]:
-    """The task's space, narrowed to ``width`` of it about the neutral ``alpha``."""
+    """Returns the task's space, narrowed to ``width`` around the neutral ``alpha``."""
     shape, factor, shift = (federated.NUM_CLASSES,), 10.0**width, 3.0 * width
     weight = spaces.Interval(1 / factor, factor, log=True, shape=shape)
     iota = spaces.Interval(-shift, shift, shape=shape)
@@ -95,16 +95,16 @@ def around_neutral(width: float) -> dict[str, spaces.Interval]:
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, tuned by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     name = method.removesuffix(IID)
 
-    def one(setting: float, hold_out: bool) -> Row:
+    def run_once(setting: float, hold_out: bool) -> Row:
         task = federated.make(
             key=jax.random.key(seed), iid=method != name, hold_out=hold_out,
             data=digits(),
         )  # fmt: skip
         problem, key = task.problem, jax.random.key(seed)
-        batch, trace, started = problem.inner_data, None, time.perf_counter()
+        batch, trace, start_time = problem.inner_data, None, time.perf_counter()
         if name == "baseline":
             alpha = by_frequency(batch, setting)
         elif name == "validation-only":
@@ -123,7 +123,7 @@ def row(method: str, seed: int) -> Row:
             start = task.w, task.alpha, task.space
             trace = program(learn, name)(data, start, jnp.float32(setting), key)
             alpha = trace.best_alpha
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start_time
         split = "val" if name == "validation-only" else "train"
         w = program(train, split)(task.w, alpha, batch)
         measured = {
@@ -137,10 +137,10 @@ def row(method: str, seed: int) -> Row:
 
     settings: dict[str, Any] = {"baseline": POWERS, "validation-only": (0.0,)}
     settings |= dict.fromkeys(SEARCHES, WIDTHS)
-    found = tune_and_run(one, settings.get(name, RATES))
+    result = tune_and_run(run_once, settings.get(name, RATES))
     if name in ESTIMATORS:
-        found |= {"compile_seconds": program(learn, name).compile_seconds}
-    return found
+        result |= {"compile_seconds": program(learn, name).compile_seconds}
+    return result
 
 
 METHODS = (
@@ -154,7 +154,7 @@ METHODS = (
 
 
 def gap(rows: list[Row]) -> list[Verdict]:
-    """Global less local, where clients differ against where they are alike."""
+    """Compares the gain of global hypergradients on different and on equal clients."""
     column = lambda method: np.array(
         [r["accuracy"] for r in sorted(rows, key=lambda r: r["seed"])
          if r["method"] == method]

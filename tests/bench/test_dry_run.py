@@ -104,8 +104,8 @@ def test_what_has_no_price_is_said(capsys):
 def test_operations_are_those_that_the_run_counts():
     """Its calls times the operations of each, pieced together by hand: within 10%."""
     key = jax.random.key(0)
-    lane = key, jnp.float32(1e-3), jnp.asarray(False)
-    task, _ = cleaning.lane_task(digits(), lane)
+    run_config = key, jnp.float32(1e-3), jnp.asarray(False)
+    task, _ = cleaning.make_task_and_splits(digits(), run_config)
     problem, w, alpha = task.problem, task.w, task.alpha
     inner, outer = problem.inner_data, problem.outer_data
     of = lambda function, *args: hg.cost.flops(function, *args).total()
@@ -126,11 +126,10 @@ def test_operations_are_those_that_the_run_counts():
 
     for method in ("neumann", "unrolled"):
         plan = rehearsal.plan(
-            functools.partial(cleaning.learn, method), (digits(), lane)
+            functools.partial(cleaning.learn, method), (digits(), run_config)
         )
-        stats = Program(functools.partial(cleaning.learn, method))(digits(), lane)[
-            "trace"
-        ].stats
+        learn = Program(functools.partial(cleaning.learn, method))
+        stats = learn(digits(), run_config)["trace"].stats
         made = {
             name: float(jnp.sum(stats[name]))
             for name in ("num_grads", "num_hvps", "num_outer_grads")

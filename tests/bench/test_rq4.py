@@ -214,10 +214,10 @@ def test_a_certified_error_is_the_true_one():
         best = best - jnp.linalg.solve(hessian(best, alpha), slope(best, alpha))
     assert float(jnp.linalg.norm(slope(best, alpha))) < 1e-12
     truth = dense(best)
-    error = relative_error(found.hypergradient, truth)
+    error = float(relative_error(found.hypergradient, truth))
     assert error > 0.05
     assert row["error"] == pytest.approx(error, abs=0.01 * (1 + error))
-    error = relative_error(dense(flat), truth)
+    error = float(relative_error(dense(flat), truth))
     assert row["implicit_error"] == pytest.approx(error, abs=0.01 * (1 + error))
 
 

@@ -159,7 +159,7 @@ def test_every_row_keeps_the_budget_and_the_best_penalty_is_chosen():
 
 @pytest.mark.slow
 def test_the_planned_cost_of_a_step_is_an_upper_bound():
-    """What `by_gradient` takes a step to cost, against the ledger of one step."""
+    """Compares `gradient_method` with the counted cost of one step."""
     lane = (jax.random.key(0), jnp.asarray(1e-3), jnp.asarray(False))
     for method, most in (("neumann", 111), ("unrolled", 202)):
         cost = jax.jit(functools.partial(study.learn, method))(DIGITS, lane)[
