@@ -107,10 +107,10 @@ def transform(
       noise: Noise, which is multiplied by its strength.
     """
     shift_x, shift_y, angle, log_scale, slope, contrast, level = strength.T
-    cos, sin, zero, one = jnp.cos(angle), jnp.sin(angle), 0 * angle, 1 + 0 * angle
+    cos, sin, zeros, ones = jnp.cos(angle), jnp.sin(angle), 0 * angle, 1 + 0 * angle
     stack_rows = lambda *rows: jnp.moveaxis(jnp.array(rows), -1, 0)
     rotation = stack_rows((cos, sin), (-sin, cos))
-    shear = stack_rows((one, slope), (zero, one))
+    shear = stack_rows((ones, slope), (zeros, ones))
     factor = jnp.exp(log_scale)[:, None, None]
     shift = jnp.stack([shift_x, shift_y], axis=-1)
     x = warp(x, factor * rotation @ shear, shift)

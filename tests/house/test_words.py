@@ -42,7 +42,7 @@ REPLACEMENTS = {
     ("beside", "back"): "off_diagonal, extra_* or vjp_out",
     ("end", "ends"): "stop, spectrum_bounds, eig_min or eig_max",
     ("truth",): "expected",
-    ("root", "settled", "nearer", "stricter", "short"): "*_tol, is_* or *_factor",
+    ("settled", "nearer", "stricter", "short"): "*_tol, is_* or *_factor",
     ("stepwise", "can", "can_step", "can_solve"): "is_iterative or can_continue",
     ("LOOK", "STRIDE", "ROUNDING", "NEWTON", "TRUST"): "GRADS_PER_CHECK, *_RTOL",
     ("PROBE", "FEW", "KEPT", "TAKEN", "PAUSES"): "NUM_*, MAX_* or RESERVED_NAMES",
