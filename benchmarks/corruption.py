@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad.studies.program import Program
 from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.study import DIGITS, digits, tuned
+from hypergrad.studies.study import DIGITS, digits, tune_and_run
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired
 from hypergrad.tasks import cleaning
@@ -118,7 +118,7 @@ def retrained(
         batch |= {"x": val["x"], "y": val["y"]}
         alpha = val["use"] / jnp.mean(val["use"])
     w, _ = hg.Newton().solve(cleaning.train_loss, task.w, alpha, batch, key)
-    held, wrong = parts["held"], parts["train"]["wrong"]
+    held, wrong = parts["held_out"], parts["train"]["wrong"]
     return {
         "accuracy": task.metrics["test_accuracy"](w, alpha, key),
         "held_accuracy": cleaning.accuracy(held, w, alpha, key),
@@ -270,7 +270,7 @@ def measure(cell: Row) -> Row:
         return row | ({"f1": found["f1"]} | cost if cost else {})
 
     about = {"data": DIGITS, "data_sha256": fingerprint(data)}
-    return tuned(one, PENALTIES) | settings | about
+    return tune_and_run(one, PENALTIES) | settings | about
 
 
 def by_random_search(

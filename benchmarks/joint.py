@@ -85,18 +85,16 @@ def program(method: str) -> Program:
             w, _ = NEWTON.solve(system.train_loss, w0, alpha, train, key)
             return exact_value(system, "mAP", system.views(w, val)["mAP"])
 
-        trace = hg.minimize(
+        outer_loop = hg.OuterLoop(
             hg.Bilevel(system.train_loss, loss, *data),
             loop.estimator,
             optax.adam(rate),
-            first,
-            alpha,
-            num_steps=loop.num_steps,
-            key=key,
             space=system.space,
             metrics={"mAP": reached},
             eval_every=loop.eval_every,
         )
+        state = outer_loop.init(first, alpha, key)
+        trace = outer_loop.run(state, num_steps=loop.num_steps)
         return {
             "alpha": trace.alpha,
             "gradient_equivalents": trace.cost[-1],

@@ -196,13 +196,15 @@ def descend(task: str, method: str, problem: Any, w: Any, rate: Array) -> dict:
     h = jax.tree_util.Partial(functools.partial(value, task), problem, w)
     paid = budget_of(task, problem) - first_cost(task, method)
     num_steps = max(1, int(paid / way.most(inner, outer)))
-    trace = hg.minimize(
-        problem, estimator_of(task, method), optax.adam(rate), first, alpha,
-        num_steps=num_steps,
+    loop = hg.OuterLoop(
+        problem,
+        estimator_of(task, method),
+        optax.adam(rate),
         space=system.space,
         metrics={"h": h},
         eval_every=max(1, num_steps // POINTS),
-    )  # fmt: skip
+    )
+    trace = loop.run(loop.init(first, alpha), num_steps=num_steps)
     stats = trace.stats
     total = stats["gradient_equivalents"]
     calls = stats["num_outer_grads"] + VALUE_COST * jnp.nan_to_num(

@@ -107,7 +107,7 @@ def pseudo_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
 def semi(seed: int) -> Problem:
     task = semi_supervised.make(key=jax.random.key(seed), sizes=(50, 100, 400))
     train, val = task.problem.inner_data, task.problem.outer_data
-    train = {name: train[name] for name in ("labelled", "unlabelled")}
+    train = {name: train[name] for name in ("labeled", "unlabeled")}
     return hg.Bilevel(pseudo_loss, semi_supervised.val_loss, train, val), task.w
 
 
@@ -209,7 +209,7 @@ def characters(seed: int) -> Problem:
     )  # fmt: skip
     support, query = task.problem.sample_data(jax.random.key(seed))
     support = {name: support[name] for name in ("x", "y")}
-    w = few_shot.shared_start(task.w, task.alpha)
+    w = few_shot.broadcast_alpha(task.w, task.alpha)
     return hg.Bilevel(few_shot.adaptation_loss, few_shot.query_loss, support, query), w
 
 

@@ -187,14 +187,15 @@ def descend(
     """Adam along the hypergradient of an outer loss; columns by step."""
     system, num_steps = SYSTEMS[task], steps_of(task, by)
     losses = system.train_loss, OBJECTIVES[LOSSES[of]].loss(system)
-    trace = hg.minimize(
+    loop = hg.OuterLoop(
         hg.Bilevel(*losses, parts["train"], parts["val"]),
-        WAYS[by].estimator, optax.adam(rate), w, alpha,
-        num_steps=num_steps,
+        WAYS[by].estimator,
+        optax.adam(rate),
         space=system.space,
         metrics=measured(task, alpha, parts),
         eval_every=max(1, num_steps // POINTS),
-    )  # fmt: skip
+    )
+    trace = loop.run(loop.init(w, alpha), num_steps=num_steps)
     return trace.metrics | {"cost": trace.cost}
 
 

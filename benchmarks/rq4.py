@@ -23,7 +23,7 @@ from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Claim, Verdict, paired
-from hypergrad.tasks.augmentation import OPERATIONS, POSE
+from hypergrad.tasks.augmentation import OPERATIONS, POSE_MAGNITUDES
 from hypergrad.trees import relative_error
 
 from .rq4_tasks import (
@@ -272,7 +272,7 @@ def magnitudes(rows: list[Row], objective: str) -> Verdict:
     mean = np.mean([row["alpha"] for row in mine], axis=0)
     told = [
         f"{name} {learned:.2f} ({true:.2g})"
-        for name, learned, true in zip(OPERATIONS, mean, POSE, strict=True)
+        for name, learned, true in zip(OPERATIONS, mean, POSE_MAGNITUDES, strict=True)
     ]
     return Verdict(
         f"{objective}, learned on average (and what the images to test have): "

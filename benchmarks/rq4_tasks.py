@@ -17,9 +17,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.tasks.augmentation import LARGEST, OPERATIONS, split, transform
-from hypergrad.tasks.networks import means, patches
-from hypergrad.tasks.self_supervised import info_nce, probe, with_one
+from hypergrad.tasks.augmentation import MAX_MAGNITUDES, OPERATIONS, split, transform
+from hypergrad.tasks.networks import extract_patches, mean_pool
+from hypergrad.tasks.self_supervised import append_one, info_nce, probe
 
 NUM_TRAIN, NUM_VAL, NUM_DRAWS = 200, 200, 2
 WIDTH, HIDDEN, NUM_CLASSES, SIDE = 16, 32, 10, 8
@@ -27,7 +27,7 @@ FILTERS, HEADS, PATCH = 4, 2, 4
 PENALTY = {"supervised": 1e-2, "self-supervised": 3e-3, "autoencoder": 1e-3}
 RIDGE = 1.0  # of the probe
 TEMPERATURE = 0.2  # of the contrastive loss
-SPACE = hg.spaces.Interval(0.0, LARGEST, shape=(len(OPERATIONS),))
+SPACE = hg.spaces.Interval(0.0, MAX_MAGNITUDES, shape=(len(OPERATIONS),))
 #: By hand: a pixel, 15 degrees, a tenth of the rest; before any row was seen.
 FIXED = np.array([1.0, 1.0, np.pi / 12, 0.1, 0.1, 0.1, 0.1])
 
@@ -57,8 +57,8 @@ def mlp(w: PyTree, x: Array) -> Array:
 
 def cnn(w: PyTree, x: Array) -> Array:
     """Filters of 3 by 3, tanh, means over 2 by 2, and a layer of tanh."""
-    maps = jnp.tanh(affine(w, "filters", patches(x, -1)))
-    return jnp.tanh(affine(w, "last", flat(means(maps))))
+    maps = jnp.tanh(affine(w, "filters", extract_patches(x, -1)))
+    return jnp.tanh(affine(w, "last", flat(mean_pool(maps))))
 
 
 def attention(w: PyTree, h: Array) -> Array:
@@ -191,7 +191,7 @@ def scores_of(architecture: str, objective: str, w: PyTree, batch: PyTree) -> Ar
     f = ARCHITECTURES[architecture].features(w["encoder"], batch["x"])
     if objective == "supervised":
         return affine(w, "head", f)
-    return with_one(f) @ probe(f, batch)
+    return append_one(f) @ probe(f, batch)
 
 
 def outer_loss(

@@ -197,14 +197,15 @@ def descend(method: str, train: PyTree, val: PyTree, alpha: Array, rate: Array) 
     """A run of Adam along the hypergradient of a method, evaluated as it goes."""
     own = DESCENDING[method]
     w, first = first_w(train, alpha)
-    trace = hg.minimize(
+    loop = hg.OuterLoop(
         hg.Bilevel(inner_loss, outer_loss, train, val),
-        own.estimator, optax.adam(rate), w, alpha,
-        num_steps=own.num_steps,
+        own.estimator,
+        optax.adam(rate),
         space=hg.spaces.Interval(LOW, HIGH),
         metrics={"h": jax.tree_util.Partial(exact_value, train, val)},
         eval_every=max(1, own.num_steps // POINTS),
-    )  # fmt: skip
+    )
+    trace = loop.run(loop.init(w, alpha), num_steps=own.num_steps)
     return {"h": trace.metrics["h"], "cost": first + trace.cost, "alpha": trace.alpha}
 
 

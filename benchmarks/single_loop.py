@@ -136,20 +136,17 @@ def run(
     outer_rate = rate * ratio
     if method.endswith("falling"):
         outer_rate = falling(rate * ratio)
-    return hg.minimize(
+    loop = hg.OuterLoop(
         problem,
         family(rate, system.batches)[method](),
         optax.sgd(outer_rate),
-        w,
-        alpha,
-        num_steps=steps,
-        key=key,
         project=lambda alpha: optax.projections.projection_box(
             alpha, system.low, system.high
         ),
         metrics={"suboptimality": suboptimality} if points else {},
         eval_every=spacing(steps, points),
     )
+    return loop.run(loop.init(w, alpha, key), num_steps=steps)
 
 
 def spacing(steps: int, points: int) -> int:

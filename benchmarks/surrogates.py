@@ -12,7 +12,7 @@ import numpy as np
 from hypergrad.studies import record
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import LEAST_SEEDS, Verdict, number_of_seeds, paired
+from hypergrad.studies.verdict import MIN_SEEDS, Verdict, number_of_seeds, paired
 
 from . import joint, plots
 from .metric_learning import (
@@ -225,8 +225,8 @@ def reaches(rows: list[Row], method: str) -> Verdict:
 
 
 def concluded(text: str, met: bool, num_seeds: int) -> Verdict:
-    if num_seeds < LEAST_SEEDS:
-        return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
+    if num_seeds < MIN_SEEDS:
+        return Verdict(f"{text}: too few seeds, {MIN_SEEDS} are needed", failed=True)
     return Verdict(f"{text}: {'reproduced' if met else 'not reproduced'}")
 
 

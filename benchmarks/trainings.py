@@ -25,7 +25,7 @@ from hypergrad.studies.program import program
 from hypergrad.studies.record import Row, fingerprint
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import (
-    LEAST_SEEDS,
+    MIN_SEEDS,
     Verdict,
     geometric_mean,
     number_of_seeds,
@@ -300,8 +300,8 @@ def claimed(rows: list[Row], size: int) -> Verdict:
     best = best_of(rows, tuple(WITH), size)
     text = f"(o) {size} hyperparameters, {best}: {WAYS[-1]:.0%} of the way"
     cost, never = needed(rows, best, size)
-    if cost.size < LEAST_SEEDS:
-        return Verdict(f"{text}: too few seeds, {LEAST_SEEDS} are needed", failed=True)
+    if cost.size < MIN_SEEDS:
+        return Verdict(f"{text}: too few seeds, {MIN_SEEDS} are needed", failed=True)
     if never:
         return Verdict(f"{text}: never on {number_of_seeds(never)}: not reproduced")
     mean, low, high = paired_ratio(cost, 1.0)

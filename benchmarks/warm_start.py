@@ -104,14 +104,16 @@ def problem_of(train: PyTree, val: PyTree) -> hg.Bilevel:
 def descend(method: str, train: PyTree, val: PyTree) -> dict[str, Array]:
     """The run, evaluated as it goes."""
     way = WAYS[method]
-    trace = hg.minimize(
-        problem_of(train, val), way.estimator, optax.adam(way.rate),
-        jnp.zeros((PIXELS, CLASSES)), jnp.full(SIZE, START),
-        num_steps=way.num_steps,
+    loop = hg.OuterLoop(
+        problem_of(train, val),
+        way.estimator,
+        optax.adam(way.rate),
         space=SPACE,
         metrics={"h": jax.tree_util.Partial(exact_value, train, val)},
         eval_every=max(1, way.num_steps // 200),
-    )  # fmt: skip
+    )
+    state = loop.init(jnp.zeros((PIXELS, CLASSES)), jnp.full(SIZE, START))
+    trace = loop.run(state, num_steps=way.num_steps)
     return {"h": trace.metrics["h"], "cost": trace.cost}
 
 

@@ -1,8 +1,8 @@
-"""Hypergradients for JAX: right, with their error stated, and their cost.
+"""Hypergradients in JAX, with an estimate of their error and a count of their cost.
 
     min_alpha M_val(w*(alpha), alpha)  s.t.  w*(alpha) = argmin_w L_train(w, alpha)
 
-One L2 penalty per feature, learned so that the validation loss falls:
+The example learns one L2 penalty per feature, so that the validation loss falls:
 
 >>> import jax, jax.numpy as jnp, optax
 >>> import hypergrad as hg
@@ -16,16 +16,13 @@ One L2 penalty per feature, learned so that the validation loss falls:
 >>> w, alpha = jnp.zeros(20), jnp.full(20, -2.0)
 >>> problem = hg.Bilevel(train_loss, val_loss, train, val)
 >>> solver = hg.Descent(optax.sgd(0.1, momentum=0.9), num_steps=500)
->>> estimator = hg.Implicit(solver)  # default linear solver: hg.CG()
->>> trace = hg.minimize(
-...     problem, estimator, optax.adam(0.1), w, alpha, num_steps=50,
-...     key=jax.random.key(0),
-... )
+>>> estimator = hg.Implicit(solver)
+>>> trace = hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=50)
 >>> bool(trace.value[-1] < trace.value[0]), bool(trace.stats["trusted"].all())
 (True, True)
 
-``hg.Unrolled(solver)``, ``hg.Implicit(solver, hg.Neumann(num_terms=20))``: nothing else
-changes.
+Any other estimator can take the place of ``hg.Implicit(solver)``, such as
+``hg.Unrolled(solver)`` or ``hg.Implicit(solver, hg.Neumann(num_terms=20))``.
 """
 
 from importlib import import_module

@@ -252,16 +252,13 @@ def compute_certificate(
     linear_stats = _reduce_solves(solves)
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
-    is_trusted = (
-        all_finite(hypergradient, corrected, error, norm(inner_grad))
-        & (jnp.maximum(error, last_change) <= rtol)
-        & (residual <= rtol / 10)
-        & ~linear_stats["negative_curvature"]
-    )
+    is_finite = all_finite(hypergradient, corrected, error, norm(inner_grad))
+    is_accurate = jnp.maximum(error, last_change) <= rtol
+    is_solved = (residual <= rtol / 10) & ~linear_stats["negative_curvature"]
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
-        trusted=is_trusted,
+        trusted=is_finite & is_accurate & is_solved,
         corrected_w=w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
@@ -274,13 +271,24 @@ def compute_certificate(
         distance_estimate=inner_grad_norm / linear_stats["ritz_min"],
         distance_bound=inner_grad_norm / mu,
         adjoint_error_bound=residual / mu,
-        stats=cost_stats(
-            data.inner_data,
-            data.outer_data,
-            num_grads=num_grads,
-            num_hvps=linear_stats["num_products"],
-            num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
-        ),
+        stats=_cost_stats(problem, data, linear_stats, num_grads, num_outer_grads),
+    )
+
+
+def _cost_stats(
+    problem: Bilevel,
+    data: EstimateData,
+    linear_stats: dict[str, Any],
+    num_grads: int,
+    num_outer_grads: int,
+) -> dict[str, Array]:
+    """Returns the cost of the solves and of the gradients of each outer loss."""
+    return cost_stats(
+        data.inner_data,
+        data.outer_data,
+        num_grads=num_grads,
+        num_hvps=linear_stats["num_products"],
+        num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
     )
 
 

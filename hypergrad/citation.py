@@ -97,11 +97,11 @@ def _citation_keys(value: Any, visited: set[int]) -> Iterator[str]:
     package = str(getattr(value, "__module__", "")).partition(".")[0]
     if package in PACKAGES:
         yield PACKAGES[package]
-    for part in _parts(value):
-        yield from _citation_keys(part, visited)
+    for component in _components(value):
+        yield from _citation_keys(component, visited)
 
 
-def _parts(value: Any) -> list:
+def _components(value: Any) -> list:
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, tuple | list):

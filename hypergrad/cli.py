@@ -1,4 +1,4 @@
-"""The command line: ``hypergrad`` run, runs, models, tasks, estimators."""
+"""The command line ``hypergrad``: run, runs, models, tasks and estimators."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from . import __version__
 from .runtime.console import exit_with_message, print_markdown, print_table
 
-HELP = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
+MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
 
 def run(
@@ -18,24 +18,23 @@ def run(
     out: Path = Path("runs"),
     dry_run: bool = False,
 ) -> None:
-    """Run a task's table and write its rows, its Markdown and its figure.
+    """Run the table of a task and write its rows, its Markdown and its figure.
 
-    A run that was interrupted goes on where it stopped.
+    An interrupted run continues with the next row.
 
     Args:
-      task: name of the task, see `hypergrad tasks`.
-      methods: rows of the table; none stands for all.
-      seeds: number of seeds, from 0; the table's own number, unless told.
-      out: folder for NAME.jsonl, NAME.md, NAME.png, and NAME.run.json of what the
-        run was made of. Of the first seed its folder models gets the chosen models,
-        where the task has them.
-      dry_run: run nothing; print FLOPs, bytes and expected gradient-equivalents of the
-        compiled programs. Where a tolerance ends a loop, the cost of an iteration.
+      task: Name of the task, see `hypergrad tasks`.
+      methods: Methods to run. Defaults to all methods of the task.
+      seeds: Number of seeds, starting at 0. Defaults to the task's own number.
+      out: Folder for NAME.jsonl, NAME.md, NAME.png and the metadata NAME.run.json. Its
+        subfolder models receives the models of the first seed, if the task has any.
+      dry_run: Run nothing; print FLOPs, bytes and expected gradient-equivalents of the
+        compiled programs. If a tolerance ends a loop, print the cost of an iteration.
     """
     from rich.console import Console
 
     from . import studies
-    from .runs import start
+    from .runs import start_run
     from .studies import rehearsal
     from .studies.table import Request
     from .studies.verdict import number_of_seeds
@@ -44,28 +43,28 @@ def run(
     unknown = set(methods) - set(study.methods)
     if unknown:
         sys.exit(
-            f"hypergrad: {task} has no method {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(study.methods)}"
+            f"hypergrad: --methods must be methods of {task}, "
+            f"{', '.join(study.methods)}; got {', '.join(sorted(unknown))}"
         )
     if dry_run:
-        chosen = [m for m in study.methods if not methods or m in methods]
-        print_markdown(rehearsal.report(study, chosen), Console())
+        selected = [name for name in study.methods if not methods or name in methods]
+        print_markdown(rehearsal.report(study, selected), Console())
         return
     seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
-        sys.exit(f"hypergrad: --seeds must be at least 1, got {seeds}")
+        sys.exit(f"hypergrad: --seeds must be at least 1; got {seeds}")
     console = Console()
     print_markdown(f"{task}: {study.data()[0]}, {number_of_seeds(seeds)}", console)
     command = f"hypergrad run {task} --seeds {seeds} --out {out}"
     if methods:
         command += f" --methods {' '.join(map(repr, methods))}"
     with exit_with_message():
-        run = start(study, Request("small", seeds, out, command, methods))
-    print_markdown(run.file(".md").read_text(), console)
+        saved_run = start_run(study, Request("small", seeds, out, command, methods))
+    print_markdown(saved_run.file(".md").read_text(), console)
     for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
-        print(f"wrote {run.file(ending)}")  # a path in one piece
-    if run.models:
-        folder = shlex.quote(str(run.folder))
+        print(f"wrote {saved_run.file(ending)}")  # rich would break a long path
+    if saved_run.models:
+        folder = shlex.quote(str(saved_run.model_folder))
         print(f"models: hypergrad models list {folder}; show NAME --folder {folder}")
 
 
@@ -74,11 +73,11 @@ def runs() -> None:
 
 
 def models() -> None:
-    """List, show or load models that were kept: see hypergrad models --help."""
+    """List, show or load saved models: see hypergrad models --help."""
 
 
 def tasks() -> None:
-    """List the tasks: paradigm, source, and how long a table takes on two cores."""
+    """List the tasks: paradigm, source, and minutes of their table on two cores."""
     from rich.console import Console
 
     from .studies import STUDIES
@@ -88,37 +87,40 @@ def tasks() -> None:
 
 
 def estimators() -> None:
-    """List the estimators: what each is for, what it costs, what it sees."""
+    """List the estimators: their purpose, their cost, and the alpha they support."""
     from rich.console import Console
 
     from . import method_tables
 
     console = Console(width=max(Console().width, 110))
+    table_rows = method_tables.table_rows()
     for name in ("advice", "costs"):
         columns = method_tables.TABLES[name]
-        table_rows = method_tables.table_rows()
         rows = [[row[column] for column in columns] for row in table_rows]
         print_table(columns, rows, console)
 
 
 def main() -> None:
-    """Entry point of the ``hypergrad`` command."""
+    """Entry point of the command ``hypergrad``."""
     if sys.argv[1:] == ["--version"]:
         print(f"hypergrad {__version__}")
         return
     try:
         import tyro
     except ImportError:
-        sys.exit(f"hypergrad: {HELP}")
+        sys.exit(f"hypergrad: {MISSING_EXTRA}")
     if sys.argv[1:2] in (["runs"], ["models"]):
         from .runs import commands, model_commands
 
-        kept = sys.argv[1]
-        of_kept = {"runs": commands.COMMANDS, "models": model_commands.COMMANDS}
+        group = sys.argv[1]
+        commands_by_group = {
+            "runs": commands.COMMANDS,
+            "models": model_commands.COMMANDS,
+        }
         tyro.extras.subcommand_cli_from_dict(
-            of_kept[kept],
-            prog=f"hypergrad {kept}",
-            description=f"{kept.capitalize()} that were kept.",
+            commands_by_group[group],
+            prog=f"hypergrad {group}",
+            description=f"Commands for saved {group}.",
             args=sys.argv[2:],
             config=(tyro.conf.PositionalRequiredArgs,),
         )
@@ -136,7 +138,7 @@ def main() -> None:
             "estimators": estimators,
         },
         prog="hypergrad",
-        description="Hypergradients for JAX: run a task's table, list what there is.",
+        description="Hypergradients for JAX: run the tables of tasks, list methods.",
     )
 
 

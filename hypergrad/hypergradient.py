@@ -1,4 +1,4 @@
-"""One hypergradient, without a state to carry."""
+"""Computation of a single hypergradient, without a state to carry."""
 
 import contextlib
 import functools

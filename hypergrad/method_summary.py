@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class MethodSummary(NamedTuple):
-    """One row of the page *How to choose*.
+    """A row of the page *How to choose*.
 
     A class holds its rows in a tuple ``summary``, which has no annotation so that it is
     not a field. `hypergrad.method_tables` writes the tables of the page from them, and
@@ -28,8 +28,8 @@ class MethodSummary(NamedTuple):
       reason: Reason for the recommendation.
 
     >>> import hypergrad as hg
-    >>> [summary.num_hvps for summary in hg.Forward.summary]
-    ['N * T']
+    >>> hg.Forward.summary[0].num_hvps
+    'N * T'
     """
 
     call: str

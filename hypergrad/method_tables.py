@@ -1,7 +1,7 @@
 """The tables of the page *How to choose*, made from the summaries of the methods.
 
-``python -m hypergrad.method_tables docs/choose.md README.md`` replaces each table
-between the comments that name it.
+``python -m hypergrad.method_tables docs/choose.md`` replaces each table between the
+comments that name it.
 """
 
 import re
@@ -70,12 +70,19 @@ ESTIMATORS = (
     DARTS,
 )
 
-_COST_COLUMNS = ("estimator", "gradients", "HVPs", "memory", "bias", "target")
 #: Columns of each table.
 TABLES = {
     "advice": ("estimator", "recommended for", "not recommended for", "reason"),
-    "costs": (*_COST_COLUMNS, "alpha in"),
-    "summary": (*_COST_COLUMNS, "source"),
+    "costs": (
+        "estimator",
+        "gradients",
+        "HVPs",
+        "memory",
+        "bias",
+        "target",
+        "alpha in",
+    ),
+    "sources": ("estimator", "source"),
 }
 
 

@@ -48,7 +48,7 @@ def estimate_step(
         stats = refined.stats | counts | {"refined": jnp.asarray(True)}
         return dataclasses.replace(refined, stats=stats), refined_state
 
-    def keep():
+    def skip_refinement():
         stats = estimate.stats | {"refined": jnp.asarray(False)}
         return dataclasses.replace(estimate, stats=stats), estimator_state
 
@@ -63,7 +63,7 @@ def estimate_step(
 
     return jax.lax.cond(
         estimate.stats["trusted"],
-        lambda: with_all_flags(keep),
+        lambda: with_all_flags(skip_refinement),
         lambda: with_all_flags(refine),
     )
 
@@ -80,7 +80,7 @@ def _attach_certificate(
     passed = {name: jnp.asarray(False) for name in (*estimate.flags, "certificate")}
 
     def certify():
-        data = EstimateData.sample(problem, key)  # the data that the estimate saw
+        data = EstimateData.sample(problem, key)  # the data of the estimate
         certificate = compute_certificate(
             problem, data, estimate.w, alpha, estimate.hypergradient
         )
@@ -95,6 +95,6 @@ def _attach_certificate(
         stats["trusted"] = certificate.trusted
         return stats, passed | {"certificate": ~certificate.trusted}
 
-    keep = lambda: (estimate.stats, passed | estimate.flags)
-    stats, flags = jax.lax.cond(should_certify, certify, keep)
+    skip = lambda: (estimate.stats, passed | estimate.flags)
+    stats, flags = jax.lax.cond(should_certify, certify, skip)
     return dataclasses.replace(estimate, stats=stats, flags=flags)

@@ -267,7 +267,7 @@ class _HostRun:
             return math.ceil(self.num_steps / NUM_CALLS)
         if self.num_made == 0:
             return 1
-        cost_per_step = float(self.budget.spent) / self.num_made
+        cost_per_step = float(self.budget.total_cost) / self.num_made
         interval = float(self.budget.limit) / cost_per_step / NUM_CALLS
         return 2 ** max(0, math.ceil(math.log2(interval)))
 
@@ -336,10 +336,10 @@ def _concatenate(blocks: list[tuple[StepRecord, int]]) -> StepRecord:
 
     def concatenate(*columns):
         if is_traced(columns):
-            parts = [x[:n] for x, n in zip(columns, sizes, strict=True)]
-            return jnp.concatenate(parts)
-        parts = [to_numpy(x)[:n] for x, n in zip(columns, sizes, strict=True)]
-        return np.concatenate(parts)
+            arrays = [x[:n] for x, n in zip(columns, sizes, strict=True)]
+            return jnp.concatenate(arrays)
+        arrays = [to_numpy(x)[:n] for x, n in zip(columns, sizes, strict=True)]
+        return np.concatenate(arrays)
 
     return jax.tree.map(concatenate, *(rows for rows, _ in blocks))
 

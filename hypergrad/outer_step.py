@@ -1,4 +1,4 @@
-"""One step of the outer loop, and the compiled block of steps that `minimize` repeats.
+"""A step of the outer loop, and the compiled block of steps that `minimize` repeats.
 
 The functions take an `hypergrad.OuterLoop`, which holds all that is constant in a run.
 """
@@ -83,14 +83,14 @@ class Budget(eqx.Module):
 
     Attributes:
       limit: The budget, infinite if there is none.
-      spent: Cost of the steps made so far.
-      error: Rounding error of ``spent``, which the next addition corrects (Kahan
+      total_cost: Cost of the steps made so far.
+      error: Rounding error of ``total_cost``, which the next addition corrects (Kahan
         summation): in float32 a plain sum of many small costs would drift, and any
         plain sum would depend on how a run is cut into blocks.
     """
 
     limit: Array
-    spent: Array
+    total_cost: Array
     error: Array
 
     @classmethod
@@ -102,14 +102,15 @@ class Budget(eqx.Module):
     @property
     def is_spent(self) -> Array:
         """True if no step may be made any more."""
-        # Not `~(spent < limit)`: an unknown cost, NaN, ends no run without a limit.
-        return self.spent >= self.limit
+        # Not `~(total_cost < limit)`, because a NaN must not end a run without limit.
+        return self.total_cost >= self.limit
 
     def spend(self, cost: Array) -> "Budget":
         """Returns the budget after a step of this cost."""
-        addend = cost.astype(self.spent.dtype) - self.error
-        spent = self.spent + addend
-        return Budget(self.limit, spent, (spent - self.spent) - addend)
+        addend = cost.astype(self.total_cost.dtype) - self.error
+        total_cost = self.total_cost + addend
+        error = (total_cost - self.total_cost) - addend
+        return Budget(self.limit, total_cost, error)
 
 
 @eqx.filter_jit

@@ -1,10 +1,16 @@
-"""Figures of the tables; matplotlib is imported when a figure is made."""
+"""Figures of the tables; matplotlib is imported when a figure is made.
+
+The functions take rows of a table and the path of the PNG that they write. The name of
+a method may have a prefix, such as the system in 'system, method'.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Rows = list[dict[str, Any]]
 
 COLORS = {
     "baseline": "#7f7f7f",
@@ -35,21 +41,44 @@ def _figure(num_panels: int):
     return pyplot.subplots(1, num_panels, figsize=figsize, layout="constrained")
 
 
-def cleaning(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots the weights of clean and wrong examples, and validation loss against cost.
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
 
-    Args:
-      rows: Rows of the table with curves and histograms.
-      path: Path of the PNG.
-    """
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _group_by_method(rows: Rows, prefix: str = "") -> dict[str, Rows]:
+    """Returns the rows of each method that has the prefix, named without it."""
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        if row["method"].startswith(prefix):
+            groups.setdefault(row["method"].removeprefix(prefix), []).append(row)
+    return groups
+
+
+def _plot_seeds(
+    axes: Any, groups: dict[str, Rows], column: str, *, is_geometric: bool = False
+) -> None:
+    """Plots one line per method: a dot for each seed, and a bar for their mean."""
+    for position, group in enumerate(groups.values()):
+        x = [row[column] for row in group]
+        axes.plot(x, [position] * len(x), "o", alpha=0.5, color="#1f77b4")
+        mean = np.exp(np.mean(np.log(x))) if is_geometric else np.mean(x)
+        axes.plot(mean, position, "k|", markersize=14)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+
+
+def cleaning(rows: Rows, path: Path) -> None:
+    """Plots weights of clean and wrong examples, and validation loss against cost."""
     figure, (left, right) = _figure(2)
     learned = [row for row in rows if "curve_value" in row]
     names = list(dict.fromkeys(row["method"] for row in learned))
     selected = next((name for name in ("implicit", *names) if name in names), None)
+    selected_rows = [row for row in learned if row["method"] == selected]
     for kind, color in (("clean", "#1f77b4"), ("wrong", "#d62728")):
-        counts = [
-            row[f"{kind}_weights"] for row in learned if row["method"] == selected
-        ]
+        counts = [row[f"{kind}_weights"] for row in selected_rows]
         if counts:
             total = np.sum(counts, axis=0)
             left.stairs(
@@ -64,25 +93,27 @@ def cleaning(rows: list[dict[str, Any]], path: Path) -> None:
         title = f"Example weights, {selected}"
         left.set(xlabel="learned weight", ylabel="density", title=title)
         left.legend(frameon=False)
-    curves(right, learned, "validation loss")
+    _plot_curves(right, _group_by_method(learned), "validation loss")
     _save(figure, path)
 
 
-def penalties(rows: list[dict[str, Any]], path: Path) -> None:
+def penalties(rows: Rows, path: Path) -> None:
     """Plots validation loss against cost, one panel per system."""
     systems = ("logistic", "softmax", "mlp", "cnn")
     figure, panels = _figure(len(systems))
-    _plot_systems(panels, rows, systems)
+    for axes, system in zip(panels, systems, strict=True):
+        groups = _group_by_method(rows, f"{system}, ")
+        baseline = [row["val_loss"] for row in groups.get("baseline", [])]
+        if baseline:
+            color = COLORS["baseline"]
+            axes.axhline(np.median(baseline), color=color, label="baseline")
+        _plot_curves(axes, groups, "validation loss")
+        axes.set_title(system)
     _save(figure, path)
 
 
-def schedules(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots test loss over that of the baseline, memory, and learned schedules.
-
-    Args:
-      rows: Rows with rate and momentum; methods are named 'length, method'.
-      path: Path of the PNG.
-    """
+def schedules(rows: Rows, path: Path) -> None:
+    """Plots test loss over that of the baseline, memory, and learned schedules."""
     figure, (left, middle, right) = _figure(3)
     lengths = list(dict.fromkeys(row["method"].split(", ")[0] for row in rows))
     methods = list(dict.fromkeys(row["method"].split(", ")[1] for row in rows))
@@ -96,13 +127,11 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
     }
     column = lambda rows, name: np.array([row[name] for row in rows])
     for i, length in enumerate(lengths):
-        baseline_rows = rows_by_method[length, "baseline"]
+        baseline_loss = column(rows_by_method[length, "baseline"], "test_loss")
         for j, method in enumerate(methods[1:]):
-            method_rows = rows_by_method[length, method]
-            if len(method_rows) == len(baseline_rows):
-                ratio = column(method_rows, "test_loss") / column(
-                    baseline_rows, "test_loss"
-                )
+            test_loss = column(rows_by_method[length, method], "test_loss")
+            if len(test_loss) == len(baseline_loss):
+                ratio = test_loss / baseline_loss
                 y = np.full(len(ratio), j + 0.2 * (i - 1))
                 left.plot(ratio, y, "o", alpha=0.5, color=f"C{i}")
                 mean = np.exp(np.mean(np.log(ratio)))
@@ -110,9 +139,8 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
         for method, line in (("baseline", "--"), ("reversible", "-")):
             method_rows = rows_by_method.get((length, method))
             if method_rows:
-                effective_rate = column(method_rows, "rate") / (
-                    1 - column(method_rows, "momentum")
-                )
+                momentum = column(method_rows, "momentum")
+                effective_rate = column(method_rows, "rate") / (1 - momentum)
                 right.stairs(
                     np.median(effective_rate, axis=0),
                     np.linspace(0, 1, 1 + effective_rate.shape[1]),
@@ -127,13 +155,9 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="test loss / baseline's", title="Seeds, and their geometric mean")
     for method in methods:
         points = [
-            (
-                int(length.split()[0]),
-                rows_by_method[length, method][0]["memory"] / 2**20,
-            )
+            (int(length.split()[0]), group[0]["memory"] / 2**20)
             for length in lengths
-            if rows_by_method[length, method]
-            and "memory" in rows_by_method[length, method][0]
+            if (group := rows_by_method[length, method]) and "memory" in group[0]
         ]
         if points:
             color = COLORS.get(method)
@@ -157,31 +181,10 @@ def schedules(rows: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _plot_systems(
-    panels: Any, rows: list[dict[str, Any]], systems: Sequence[str]
-) -> None:
-    """Plots `curves` of the methods of each system, and the loss of its baseline."""
-    for axes, system in zip(panels, systems, strict=True):
-        system_rows = [
-            row | {"method": row["method"].removeprefix(f"{system}, ")}
-            for row in rows
-            if row["method"].startswith(f"{system}, ")
-        ]
-        baseline = [
-            row["val_loss"] for row in system_rows if row["method"] == "baseline"
-        ]
-        if baseline:
-            axes.axhline(
-                np.median(baseline), color=COLORS["baseline"], label="baseline"
-            )
-        curves(axes, system_rows, "validation loss")
-        axes.set_title(system)
-
-
 def augmentation(
     operations: tuple[str, ...],
     pose: list[float],
-    rows: list[dict[str, Any]],
+    rows: Rows,
     path: Path,
 ) -> None:
     """Plots learned and true strengths of operations, and validation loss against cost.
@@ -189,25 +192,19 @@ def augmentation(
     Args:
       operations: Names of the operations.
       pose: True magnitudes as fractions of the largest.
-      rows: Rows of the table with magnitude, probability and curves.
-      path: Path of the PNG.
     """
     figure, (left, right) = _figure(2)
     learned = [row for row in rows if "curve_value" in row]
-    names = list(dict.fromkeys(row["method"] for row in learned))
-    positions = np.arange(len(operations))
-    for i, name in enumerate(names):
+    groups = _group_by_method(learned)
+    positions, width = np.arange(len(operations)), 0.8 / max(len(groups), 1)
+    for i, (name, method_rows) in enumerate(groups.items()):
         strength = np.array(
-            [
-                np.multiply(row["magnitude"], row["probability"])
-                for row in learned
-                if row["method"] == name
-            ]
+            [np.multiply(row["magnitude"], row["probability"]) for row in method_rows]
         )
         left.bar(
-            positions + (i - (len(names) - 1) / 2) * 0.8 / len(names),
+            positions + (i - (len(groups) - 1) / 2) * width,
             np.mean(strength, axis=0),
-            0.8 / len(names),
+            width,
             yerr=np.std(strength, axis=0) if len(strength) > 1 else None,
             label=name,
             color=COLORS.get(name),
@@ -220,17 +217,15 @@ def augmentation(
         title="Policies: mean and deviation over seeds",
     )
     left.legend(frameon=False)
-    curves(right, learned, "validation loss")
+    _plot_curves(right, _group_by_method(learned), "validation loss")
     _save(figure, path)
 
 
-def self_supervised(rows: list[dict[str, Any]], grid: Any, path: Path) -> None:
+def self_supervised(rows: Rows, grid: Any, path: Path) -> None:
     """Plots test error against temperature, and validation error against cost.
 
     Args:
-      rows: Rows of the table.
       grid: Temperatures of the grid.
-      path: Path of the PNG.
     """
     figure, (left, right) = _figure(2)
     grid_errors = [row["grid_errors"] for row in rows if "grid_errors" in row]
@@ -244,31 +239,22 @@ def self_supervised(rows: list[dict[str, Any]], grid: Any, path: Path) -> None:
         left.plot(temperature, error, "x", color=COLORS.get(name), label=name)
     left.set(xlabel="temperature", ylabel="test error of the probe", xscale="log")
     left.legend(frameon=False)
-    curves(right, rows, "validation error of the probe")
+    _plot_curves(right, _group_by_method(rows), "validation error of the probe")
     _save(figure, path)
 
 
-def unsupervised(rows: list[dict[str, Any]], variants: Any, path: Path) -> None:
+def unsupervised(rows: Rows, variants: Any, path: Path) -> None:
     """Plots validation loss against cost, one panel per model.
 
     Args:
-      rows: Rows of the table; methods are named 'model, method'.
       variants: Names of the models.
-      path: Path of the PNG.
     """
     figure, panels = _figure(len(variants))
     for axes, variant in zip(panels, variants, strict=True):
-        prefix = f"{variant}, "
-        variant_rows = [
-            row | {"method": row["method"].removeprefix(prefix)}
-            for row in rows
-            if row["method"].startswith(prefix)
-        ]
-        curves(axes, variant_rows, "validation nats")
+        groups = _group_by_method(rows, f"{variant}, ")
+        _plot_curves(axes, groups, "validation nats")
         axes.set(title=variant, yscale="linear")
-        baseline = [
-            row["val_nll"] for row in variant_rows if row["method"] == "baseline"
-        ]
+        baseline = [row["val_nll"] for row in groups.get("baseline", [])]
         if baseline:
             median = np.median(baseline)
             axes.axhline(median, color=COLORS["baseline"], ls="--")
@@ -276,13 +262,8 @@ def unsupervised(rows: list[dict[str, Any]], variants: Any, path: Path) -> None:
     _save(figure, path)
 
 
-def few_shot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots the test accuracy of each seed, and query loss against cost.
-
-    Args:
-      rows: Rows of the table.
-      path: Path of the PNG.
-    """
+def few_shot(rows: Rows, path: Path) -> None:
+    """Plots the test accuracy of each seed, and query loss against cost."""
     smooth_rows = [_smooth_curve(row) for row in rows]
     methods(
         smooth_rows, path, column="test_accuracy", label="accuracy on unseen characters"
@@ -301,7 +282,7 @@ def _smooth_curve(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
 
 
 def methods(
-    rows: list[dict[str, Any]],
+    rows: Rows,
     path: Path,
     *,
     column: str,
@@ -311,37 +292,28 @@ def methods(
     """Plots a column for each seed and method, and outer value against cost.
 
     Args:
-      rows: Rows of the table with curves.
-      path: Path of the PNG.
       column: Name of the column.
       label: Label of the column.
       log: Whether its scale is logarithmic.
     """
     figure, (left, right) = _figure(2)
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    for i, name in enumerate(names):
-        values = [row[column] for row in rows if row["method"] == name]
-        left.plot(values, [i] * len(values), "o", alpha=0.5, color="#1f77b4")
-        left.plot(np.mean(values), i, "k|", markersize=14)
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
+    _plot_seeds(left, _group_by_method(rows), column)
     left.set(xlabel=label, title="Seeds, and their mean")
     if log:
         left.set_xscale("log")
-    curves(right, [row for row in rows if "curve_value" in row], "outer value")
+    _plot_curves(right, _group_by_method(rows), "outer value")
     _save(figure, path)
 
 
-def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:
+def _plot_curves(axes: Any, groups: dict[str, Rows], ylabel: str) -> None:
     """Plots median and quartiles over seeds of ``curve_value`` by ``curve_cost``.
 
     The curve of random search is the best value so far.
     """
-    names = list(dict.fromkeys(row["method"] for row in rows if "curve_value" in row))
-    for name in names:
-        method_rows = [
-            row for row in rows if row["method"] == name and "curve_value" in row
-        ]
+    for name, group in groups.items():
+        method_rows = [row for row in group if "curve_value" in row]
+        if not method_rows:
+            continue
         length = min(len(row["curve_value"]) for row in method_rows)
         to_array = lambda column, rows=method_rows, length=length: np.array(
             [row[column][:length] for row in rows], float
@@ -361,47 +333,29 @@ def curves(axes: Any, rows: list[dict[str, Any]], ylabel: str) -> None:
         yscale="log",
         title="Median and quartiles over seeds",
     )
-    if names:
+    if any("curve_value" in row for group in groups.values() for row in group):
         axes.legend(frameon=False)
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> None:
+def physics(rows: Rows, systems: Sequence[str], path: Path) -> None:
     """Plots errors by method and the learned weights, two panels per system.
 
     Args:
-      rows: Rows of the table; methods are named 'system, method'.
       systems: Names of the systems.
-      path: Path of the PNG.
     """
     figure, panels = _figure(2 * len(systems))
     for i, system in enumerate(systems):
         left, right = panels[2 * i : 2 * i + 2]
-        system_rows = [row for row in rows if row["method"].startswith(f"{system}, ")]
-        names = list(dict.fromkeys(row["method"] for row in system_rows))
-        for position, name in enumerate(names):
-            method_rows = [row for row in system_rows if row["method"] == name]
-            errors = np.array([row["relative_error"] for row in method_rows])
-            left.plot(errors, [position] * len(errors), "o", alpha=0.5, color="#1f77b4")
-            left.plot(np.exp(np.mean(np.log(errors))), position, "k|", markersize=14)
-            label = name.removeprefix(f"{system}, ")
-            relative = {
-                term: [
-                    row[f"alpha_{term}"] / row["alpha_residual"] for row in method_rows
-                ]
+        groups = _group_by_method(rows, f"{system}, ")
+        _plot_seeds(left, groups, "relative_error", is_geometric=True)
+        for position, (name, group) in enumerate(groups.items()):
+            boundary, data = (
+                [row[f"alpha_{term}"] / row["alpha_residual"] for row in group]
                 for term in ("boundary", "data")
-            }
-            if label != "equal weights":
-                style = {"label": label, "color": f"C{position}", "alpha": 0.7}
-                right.plot(relative["boundary"], relative["data"], "o", **style)
-        left.set_yticks(range(len(names)), [n.split(", ")[1] for n in names])
-        left.invert_yaxis()
+            )
+            if name != "equal weights":
+                style = {"label": name, "color": f"C{position}", "alpha": 0.7}
+                right.plot(boundary, data, "o", **style)
         title = f"{system}: seeds, and their geometric mean"
         left.set(xlabel="relative L2 error", xscale="log", title=title)
         right.axhline(1, color=COLORS["baseline"], linewidth=0.5)
@@ -417,13 +371,8 @@ def physics(rows: list[dict[str, Any]], systems: Sequence[str], path: Path) -> N
     _save(figure, path)
 
 
-def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots return, discount and entropy weight against cost, and errors of values.
-
-    Args:
-      rows: Rows of the table.
-      path: Path of the PNG.
-    """
+def reinforcement(rows: Rows, path: Path) -> None:
+    """Plots return, discount and entropy weight against cost, and errors of values."""
     figure, panels = _figure(4)
     runs = [row for row in rows if "curve_return" in row]
     labels = {
@@ -432,8 +381,7 @@ def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
         "entropy": "entropy weight",
     }
     for axes, (column, label) in zip(panels[:3], labels.items(), strict=True):
-        for i, name in enumerate(dict.fromkeys(row["method"] for row in runs)):
-            method_rows = [row for row in runs if row["method"] == name]
+        for i, (name, method_rows) in enumerate(_group_by_method(runs).items()):
             y = np.array([row[f"curve_{column}"] for row in method_rows])
             y = 1 - y if column == "discount" else y
             if column == "return":
@@ -447,23 +395,15 @@ def reinforcement(rows: list[dict[str, Any]], path: Path) -> None:
         title = "cartpole: median over seeds"
         axes.set(xlabel="gradient-equivalents", ylabel=label, yscale=scale, title=title)
     panels[0].legend(frameon=False, fontsize=7)
-    errors = [row for row in rows if "value_error" in row]
-    names = list(dict.fromkeys(row["method"] for row in errors))
-    for position, name in enumerate(names):
-        values = [row["value_error"] for row in errors if row["method"] == name]
-        panels[3].plot(
-            values, [position] * len(values), "o", alpha=0.5, color="#1f77b4"
-        )
-        panels[3].plot(np.exp(np.mean(np.log(values))), position, "k|", markersize=14)
-    panels[3].set_yticks(range(len(names)), [n.removeprefix("mrp, ") for n in names])
-    panels[3].invert_yaxis()
+    groups = _group_by_method([row for row in rows if "value_error" in row], "mrp, ")
+    _plot_seeds(panels[3], groups, "value_error", is_geometric=True)
     title = "mrp: seeds, and their geometric mean"
     panels[3].set(xlabel="error of the values", xscale="log", title=title)
     _save(figure, path)
 
 
 def architecture(
-    rows: list[dict[str, Any]],
+    rows: Rows,
     flops: Sequence[float],
     accuracy: Any,
     priced: str,
@@ -472,22 +412,19 @@ def architecture(
     """Plots accuracy against FLOPs of all cells, and the cells that each method chose.
 
     Args:
-      rows: Rows of the table.
       flops: FLOPs of all cells as fractions of the largest.
       accuracy: Accuracy of all cells; the figure leaves out values below 0.75.
       priced: Suffix of the names of methods that pay for operations.
-      path: Path of the PNG.
     """
     figure, panels = _figure(2)
     chosen = [row for row in rows if "cell" in row]
     names = list(dict.fromkeys(row["method"].removesuffix(priced) for row in chosen))
     order = np.argsort(flops, kind="stable")
+    sorted_flops = np.asarray(flops)[order]
     best = np.maximum.accumulate(np.asarray(accuracy)[order])
     for axes, suffix in zip(panels, ("", priced), strict=True):
         axes.plot(flops, accuracy, ".", color="#c7c7c7", label="all cells")
-        axes.plot(
-            np.asarray(flops)[order], best, color="#c7c7c7", drawstyle="steps-post"
-        )
+        axes.plot(sorted_flops, best, color="#c7c7c7", drawstyle="steps-post")
         for i, name in enumerate(names):
             method_rows = [row for row in chosen if row["method"] == name + suffix]
             points = [(row["flops"], row["accuracy"]) for row in method_rows]

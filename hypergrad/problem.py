@@ -334,18 +334,18 @@ def _to_arrays(data: PyTree) -> PyTree:
     """Converts each leaf to an array; a leaf must be numeric and not empty."""
 
     def convert(path, leaf):
-        name = jax.tree_util.keystr(path) or "the data"
+        name = f"data leaf {jax.tree_util.keystr(path)}" if path else "data"
         try:
             array = jnp.asarray(leaf)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"data leaf {name} must be a numeric array; got {type(leaf).__name__} "
+                f"{name} must be a numeric array; got {type(leaf).__name__} "
                 f"of {getattr(leaf, 'dtype', 'no numbers')}. Encode text and "
                 "categories as integers."
             ) from error
         if array.size == 0:
             raise ValueError(
-                f"data leaf {name} must hold at least one example; got shape "
+                f"{name} must hold at least one example; got shape "
                 f"{array.shape}. A loss over no examples has no gradient."
             )
         return array

@@ -42,14 +42,14 @@ class PopulationState(NamedTuple):
       num_rounds: Number of rounds made.
       total_cost: Their gradient-equivalents.
       best: The best member of all rounds.
-      last: The last round.
+      last_round: The last round.
       records: Records of the members of all rounds, one after another.
     """
 
     num_rounds: int
     total_cost: float
     best: BestMember
-    last: Round
+    last_round: Round
     records: TrialRecord
 
 
@@ -71,13 +71,14 @@ def search_rounds(
     if previous_rounds:
         state = restore_state(previous_rounds[-1], searcher, trainer, key, name)
     while True:
-        index, spent, last = 0, 0.0, None
+        index, total_cost, last_round = 0, 0.0, None
         if state is not None:
-            index, spent, last = state.num_rounds, state.total_cost, state.last
+            index, total_cost = state.num_rounds, state.total_cost
+            last_round = state.last_round
         cost = searcher.cost(trainer, index)
-        if state is not None and spent + cost > budget:
+        if state is not None and total_cost + cost > budget:
             break
-        new_round = searcher.round(trainer, index, last, key)
+        new_round = searcher.round(trainer, index, last_round, key)
         new_round = new_round._replace(records=replicate(new_round.records))
         state = _add_round(state, new_round, cost)
         if round_callback is not None:
@@ -146,9 +147,9 @@ def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) 
 #: The arrays of a state whose leading axis is the number of members.
 PER_MEMBER_FIELDS = (
     "records",
-    "last.records",
-    "last.members.alpha",
-    "last.members.carry",
+    "last_round.records",
+    "last_round.members.alpha",
+    "last_round.members.carry",
 )
 
 
@@ -189,11 +190,11 @@ def restore_state(
     restored = {
         name: _restore_leaf(saved[name], like, name) for name, like in leaves.items()
     }
-    for part in ("records.", "last."):
+    for prefix in ("records.", "last_round."):
         lengths = {
             name: len(leaf)
             for name, leaf in restored.items()
-            if name.startswith(part) and _is_per_member(name, leaf)
+            if name.startswith(prefix) and _is_per_member(name, leaf)
         }
         if len(set(lengths.values())) > 1:
             raise ValueError(

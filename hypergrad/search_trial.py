@@ -1,4 +1,4 @@
-"""One trial of a search: ``w`` is trained at one ``alpha`` and evaluated."""
+"""A trial of a search: ``w`` is trained at a fixed ``alpha`` and evaluated."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class TrialSetup(eqx.Module):
 
 
 class TrialRecord(NamedTuple):
-    """What a trial reports; with several trials each leaf has a leading axis.
+    """The record of a trial; with several trials each leaf has a leading axis.
 
     Attributes:
       value: Outer value, or ``[K]`` for K outer losses.
@@ -120,7 +120,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many trials of a search run at the same time, and where.
+    """The number of trials of a search that run at the same time, and their executor.
 
     Args:
       trials_per_batch: Number of trials that the searcher proposes before it is told

@@ -14,17 +14,17 @@
 # %% [markdown]
 # # A hypergradient from scratch
 #
-# A model with parameters $w$ is trained at hyperparameters $\alpha$ and judged on other
-# data:
+# A model with parameters $w$ is trained at hyperparameters $\alpha$ and evaluated on
+# other data:
 #
 # $$
 # f(\alpha) = M\big(w^*(\alpha)\big), \qquad w^*(\alpha) = \arg\min_w L(w, \alpha).
 # $$
 #
-# The *hypergradient* $\nabla f(\alpha)$ says how the validation loss changes when a
+# The *hypergradient* $\nabla f(\alpha)$ is the change of the validation loss when a
 # hyperparameter changes, **given that the model will be retrained**. This notebook
 # computes it in two ways with plain JAX, checks both against a closed form, and then
-# stops the training early to see what each way does.
+# stops the training early and compares the two ways again.
 #
 # Ridge regression with one log-penalty per feature has a closed form for everything:
 #
@@ -45,14 +45,14 @@ from sklearn.datasets import load_diabetes
 
 import hypergrad as hg
 
-jax.config.update("jax_enable_x64", True)  # to tell errors of method from rounding
+jax.config.update("jax_enable_x64", True)  # separates errors of a method from rounding
 
 # %% [markdown]
 # ## Data
 #
-# scikit-learn's diabetes data: ten features of each patient, and how far the disease
-# had progressed a year later. Half of the patients train, half validate; both are
-# standardised by the training half.
+# The diabetes data of scikit-learn contains ten features of each patient and the
+# progression of the disease after one year. One half of the patients is used for
+# training and the other for validation. Both are standardized by the training half.
 
 # %%
 x, y = load_diabetes(return_X_y=True)
@@ -67,8 +67,8 @@ print("training", train[0].shape, "validation", val[0].shape)
 
 
 # %% [markdown]
-# Both losses take `(w, alpha, batch)`: parameters, hyperparameters, data. `jax` does
-# not need it; the library will.
+# Both losses take `(w, alpha, batch)`: parameters, hyperparameters and data. Plain JAX
+# does not need this signature, but the library does.
 
 
 # %%
@@ -85,7 +85,7 @@ w0 = jnp.zeros(10)
 alpha = jnp.full(10, -3.0)
 
 # %% [markdown]
-# ## The answer
+# ## The exact hypergradient
 #
 # With $H = X^\top X / n + \operatorname{diag}(e^\alpha)$ the best response is
 # $w^* = H^{-1} X^\top y / n$. Differentiating $H w^* = X^\top y / n$ by $\alpha_j$
@@ -117,17 +117,17 @@ shifts = 1e-4 * jnp.eye(10)
 central = jax.vmap(lambda s: (value(alpha + s) - value(alpha - s)) / 2e-4)(shifts)
 
 
-def error(found, truth=exact):
-    return float(jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth))
+def relative_error(actual, expected=exact):
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 print(exact)
-print(f"central differences: relative error {error(central):.1e}")
+print(f"central differences: relative error {relative_error(central):.1e}")
 
 # %% [markdown]
 # ## From scratch
 #
-# **The inner solution** by $T$ steps of gradient descent,
+# **The inner solution** is the result of $T$ steps of gradient descent,
 # $w_{t+1} = w_t - \eta \, \nabla_w L(w_t, \alpha)$.
 #
 # **(i) Unrolling.** $w_T$ is a composition of differentiable steps, so reverse mode
@@ -144,9 +144,10 @@ print(f"central differences: relative error {error(central):.1e}")
 # \nabla f = - J^\top v, \quad H v = \nabla M(w^*) .
 # $$
 #
-# One linear system whatever the number of hyperparameters, solved by conjugate
-# gradients from products $Hv$, each about the price of two gradients; no matrix is ever
-# formed. The loop that found $w^*$ is not differentiated, so nothing of it is stored.
+# This is one linear system for any number of hyperparameters. Conjugate gradients solve
+# it with products $Hv$, each of which costs about two gradients, and no matrix is
+# formed. The loop that finds $w^*$ is not differentiated, so none of its steps is
+# stored.
 
 # %%
 rate = 0.2
@@ -182,33 +183,38 @@ def implicit(alpha, num_steps):
 
 
 for method in (unrolled, implicit):
-    found = jax.jit(method, static_argnums=1)(alpha, 3000)
+    hypergradient = jax.jit(method, static_argnums=1)(alpha, 3000)
     print(
-        f"{method.__name__}: relative error {error(found):.1e} to the closed form, "
-        f"{error(found, central):.1e} to central differences"
+        f"{method.__name__}: relative error {relative_error(hypergradient):.1e} to the "
+        f"closed form, {relative_error(hypergradient, central):.1e} to central "
+        "differences"
     )
 
 # %% [markdown]
-# After 3,000 steps the procedure and the minimum agree, and so do the two derivatives.
+# After 3,000 steps the result of the procedure is the minimum, and the two derivatives
+# agree.
 #
 # ## With the library
 #
-# The same losses and data, in five lines.
+# The library needs five lines for the same losses and data.
 
 # %%
 problem = hg.Bilevel(train_loss, val_loss, train, val)
 solver = hg.Descent(optax.sgd(rate), num_steps=3000)
-by_unrolling = hg.hypergradient(problem, hg.Unrolled(solver))(w0, alpha)
-by_theorem = hg.hypergradient(problem, hg.Implicit(solver))(w0, alpha)
+unrolled_estimate = hg.hypergradient(problem, hg.Unrolled(solver))(w0, alpha)
+implicit_estimate = hg.hypergradient(problem, hg.Implicit(solver))(w0, alpha)
 trace = hg.minimize(
     problem, hg.Implicit(hg.Newton()), optax.adam(0.1), w0, alpha, num_steps=100
 )
 
 # %%
-for name, estimate in (("Unrolled", by_unrolling), ("Implicit", by_theorem)):
+for name, estimate in (
+    ("Unrolled", unrolled_estimate),
+    ("Implicit", implicit_estimate),
+):
     stats = {key: float(number) for key, number in estimate.stats.items()}
     print(
-        f"{name}: relative error {error(estimate.hypergradient):.1e}, "
+        f"{name}: relative error {relative_error(estimate.hypergradient):.1e}, "
         f"trusted {bool(stats['trusted'])}, {stats['num_grads']:.0f} gradients and "
         f"{stats['num_hvps']:.0f} Hessian-vector products"
     )
@@ -219,34 +225,35 @@ print(
 print("log-penalties:", np.round(trace.alpha, 1))
 
 # %% [markdown]
-# `Unrolled` counts each gradient of the loop twice: by default it stores some
-# $2\sqrt{T}$ of the $w_t$ and runs the steps once more on the way back
+# `Unrolled` counts each gradient of the loop twice. By default it stores about
+# $2\sqrt{T}$ of the $w_t$ and repeats the steps during the reverse pass
 # (`checkpoint=True`).
 #
-# `minimize` gets another inner solver: a fixed step size $\eta < 2 / \lambda_{\max}(H)$
-# would have to hold for every $\alpha$ on the way, and $H$ grows with the penalties.
-# `hg.Newton` has no step size.
+# `minimize` uses another inner solver. A fixed step size
+# $\eta < 2 / \lambda_{\max}(H)$ would have to hold for every $\alpha$ of the run, and
+# $H$ grows with the penalties. `hg.Newton` has no step size.
 #
-# The validation loss after `minimize` is no estimate of the loss on new patients, since
-# ten numbers were fitted to it; that takes a third split, as in [the next
-# notebook](02_your_own_losses.ipynb).
+# The validation loss after `minimize` is not an estimate of the loss on new patients,
+# because ten numbers were fitted to it. Such an estimate needs a third split, as in
+# [the next notebook](02_your_own_losses.ipynb).
 #
 # ## Stopping early
 #
-# What if training is stopped after $T$ steps? The error of the inner solution is
+# If training stops after $T$ steps, the error of the inner solution is
 # $e_T = w_T - w^* = (I - \eta H)^T (w_0 - w^*)$, which falls as $q^T$ with
-# $q = 1 - \eta \lambda_{\min}(H)$. Then
+# $q = 1 - \eta \lambda_{\min}(H)$. This affects the two derivatives differently:
 #
-# - the **implicit** formula is evaluated at the wrong point: $J$ and $\nabla M$ are off
-#   by $O(\lVert e_T \rVert)$, so its error falls as $q^T$;
-# - the **unrolled** derivative is that of $w_T$, not of $w^*$:
+# - The **implicit** formula is evaluated at the wrong point. The errors of $J$ and
+#   $\nabla M$ are $O(\lVert e_T \rVert)$, so the error of the hypergradient falls as
+#   $q^T$.
+# - The **unrolled** derivative is the derivative of $w_T$ and not of $w^*$. The sum
 #   $\partial w_T / \partial \alpha = - \eta \sum_{t<T} (I - \eta H)^{T-1-t} J(w_t)$
-#   lacks the tail of a geometric series, and each of its $T$ terms reads a $w_t$ that
-#   is off by $O(q^t)$: as a derivative at the minimum, its error falls as $T q^T$.
+#   lacks the tail of a geometric series, and each of its $T$ terms uses a $w_t$ with an
+#   error of $O(q^t)$. As a derivative at the minimum, its error falls as $T q^T$.
 
 # %%
 q = 1 - rate * jnp.linalg.eigvalsh(hessian(alpha))[0]
-print(f"q = {q:.4f}: a factor e in {-1 / jnp.log(q):.0f} steps")
+print(f"q = {q:.4f}: a factor of e in {-1 / jnp.log(q):.0f} steps")
 
 counts = [1, 3, 10, 30, 100, 300, 1000]
 runs = {"implicit": [], "unrolled": []}
@@ -261,39 +268,42 @@ for num_steps in counts:
 print("steps   implicit: error  trusted   unrolled: error  trusted")
 for num_steps, a, b in zip(counts, runs["implicit"], runs["unrolled"], strict=True):
     print(
-        f"{num_steps:5d}   {error(a.hypergradient):15.1e}  {a.stats['trusted']!s:>7}   "
-        f"{error(b.hypergradient):15.1e}  {b.stats['trusted']!s:>7}"
+        f"{num_steps:5d}   {relative_error(a.hypergradient):15.1e}  {a.trusted!s:>7}   "
+        f"{relative_error(b.hypergradient):15.1e}  {b.trusted!s:>7}"
     )
 
 # %% [markdown]
-# `Implicit` says when it was stopped too early. It cannot know $e_T$, but
+# `Implicit` reports if it was stopped too early. It does not have $e_T$, but
 # $\lVert e_T \rVert \le \lVert \nabla_w L(w_T, \alpha) \rVert / \lambda_{\min}(H)$. The
-# gradient norm is reported as `inner_grad_norm`; `ritz_min`, from the conjugate
-# gradients that it runs anyway, estimates $\lambda_{\min}$ (from above, so the quotient
-# is an estimate and no bound). Where the quotient exceeds a hundredth of
-# $\lVert w_T \rVert$, `trusted` is off. Early stopping does not show in
-# `adjoint_residual`: the linear system is solved perfectly, at the wrong point.
+# gradient norm is reported as `inner_grad_norm`. The conjugate gradients estimate
+# $\lambda_{\min}$ by `ritz_min`, from above, so the quotient is an estimate and not a
+# bound. If the quotient exceeds a hundredth of $\lVert w_T \rVert$, the estimate is not
+# trusted, and `reasons` states why. Early stopping does not show in `adjoint_residual`,
+# because the linear system is solved accurately, but at the wrong point.
 #
-# `Unrolled` is always trusted here, and rightly: its target is the derivative of the
-# $T$-step procedure, and that it computes exactly.
+# `Unrolled` is always trusted here. Its target is the derivative of the $T$-step
+# procedure, which it computes exactly.
 
 # %%
-ten = runs["unrolled"][counts.index(10)]
+print(runs["implicit"][counts.index(10)].reasons)
+
+unrolled_10 = runs["unrolled"][counts.index(10)]
 value_10 = lambda alpha: val_loss(descend(alpha, 10), alpha, val)
 central_10 = jax.vmap(lambda s: (value_10(alpha + s) - value_10(alpha - s)) / 2e-4)(
     shifts
 )
 print(
     "Unrolled after 10 steps: relative error "
-    f"{error(ten.hypergradient, central_10):.1e} to central differences of the 10 "
-    f"steps, {error(ten.hypergradient):.1e} to the derivative at the minimum"
+    f"{relative_error(unrolled_10.hypergradient, central_10):.1e} to central "
+    f"differences of the 10 steps, {relative_error(unrolled_10.hypergradient):.1e} to "
+    "the derivative at the minimum"
 )
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 for name, color in (("implicit", "#1f77b4"), ("unrolled", "#ff7f0e")):
-    errors = [error(estimate.hypergradient) for estimate in runs[name]]
-    trusted = np.array([bool(estimate.stats["trusted"]) for estimate in runs[name]])
+    errors = [relative_error(estimate.hypergradient) for estimate in runs[name]]
+    trusted = np.array([bool(estimate.trusted) for estimate in runs[name]])
     left.loglog(counts, errors, color=color, label=name)
     fill = np.where(trusted, color, "white")
     left.scatter(counts, errors, c=fill, edgecolors=color, zorder=3)
@@ -301,24 +311,26 @@ left.scatter([], [], c="white", edgecolors="black", label="not trusted")
 left.set(
     xlabel="inner steps T",
     ylabel="relative error",
-    title="Hypergradient, against the one at the minimum",
+    title="Error of the hypergradient at the minimum",
 )
 left.legend(frameon=False)
 
-found = runs["implicit"]
-norms = [float(jnp.linalg.norm(estimate.w)) for estimate in found]
-estimates = [
+estimates = runs["implicit"]
+norms = [float(jnp.linalg.norm(e.w)) for e in estimates]
+estimated_errors = [
     float(e.stats["inner_grad_norm"] / e.stats["ritz_min"]) / norm
-    for e, norm in zip(found, norms, strict=True)
+    for e, norm in zip(estimates, norms, strict=True)
 ]
-truth = [
+true_errors = [
     float(jnp.linalg.norm(e.w - w_star)) / norm
-    for e, norm in zip(found, norms, strict=True)
+    for e, norm in zip(estimates, norms, strict=True)
 ]
-adjoints = [float(estimate.stats["adjoint_residual"]) for estimate in found]
-right.loglog(counts, estimates, "o-", color="#1f77b4", label="estimate from the stats")
-right.loglog(counts, truth, "s--", color="#2ca02c", label="true error")
-right.loglog(counts, adjoints, "^:", color="#7f7f7f", label="adjoint residual")
+residuals = [float(e.stats["adjoint_residual"]) for e in estimates]
+right.loglog(
+    counts, estimated_errors, "o-", color="#1f77b4", label="estimate from the stats"
+)
+right.loglog(counts, true_errors, "s--", color="#2ca02c", label="true error")
+right.loglog(counts, residuals, "^:", color="#7f7f7f", label="adjoint residual")
 right.axhline(1e-2, color="black", linewidth=0.8)
 right.text(1, 2e-3, "trusted below", fontsize=9)
 right.set(xlabel="inner steps T", title="Inner solution of Implicit: relative error")
@@ -326,13 +338,13 @@ right.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Left: the implicit hypergradient of a hardly trained model is off by more than the
-# whole hypergradient; with more steps it comes closer to the one at the minimum than
-# the unrolled one does, and its lead grows with $T$. Right: what the library knew when
-# it decided. The estimate errs on the careful side here, and `trusted` comes on where
-# it crosses the line.
+# The left panel shows that the implicit hypergradient of a barely trained model has an
+# error larger than the hypergradient itself. With more steps its error at the minimum
+# becomes smaller than that of the unrolled one, by a factor that grows with $T$. The
+# right panel shows the estimate on which `trusted` depends. It is above the true error
+# here, and the hypergradient is trusted once the estimate is below the line.
 #
-# Which of the two is wanted depends on the question. Will the model be trained to
-# convergence? Then the derivative at the minimum, by `Implicit` and a solver that gets
-# there. Will it be trained for exactly these $T$ steps? Then the derivative of those,
-# by `Unrolled`.
+# The choice depends on the use of the model. If it will be trained to convergence, the
+# derivative at the minimum is the right one: `Implicit` with a solver that converges.
+# If it will be trained for exactly these $T$ steps, the derivative of these steps is
+# the right one: `Unrolled`.

@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Your own two losses
 #
-# What you bring: a training loss and a validation loss, both
+# The library needs a training loss and a validation loss, both
 # `(w, alpha, batch) -> scalar`, and a starting point for `w` and for `alpha`, each any
-# pytree of float arrays. What you get: the derivative of the validation loss by every
-# hyperparameter, retraining included, and a word on how far to trust it.
+# pytree of float arrays. It returns the derivative of the validation loss with respect
+# to every hyperparameter, including the effect of retraining, and reports whether the
+# derivative can be trusted.
 #
 # The example is a small network on handwritten digits with four hyperparameters: a
 # label smoothing, one weight decay per layer, and the learning rate.
@@ -32,7 +33,7 @@ from flax import nnx
 
 import hypergrad as hg
 
-jax.config.update("jax_enable_x64", True)  # the second half of section 3 says why
+jax.config.update("jax_enable_x64", True)  # section 3 gives the reason
 
 # %%
 digits = hg.datasets.load("digits")
@@ -48,9 +49,9 @@ for name, part in data.items():
 # %% [markdown]
 # ## 1. A model is a pytree
 #
-# The library knows no model class. `nnx.split` parts a flax model into its structure,
-# which is static, and its parameters, which are the `w` that the losses take; equinox,
-# haiku and linen models work the same way.
+# The library has no model class. `nnx.split` splits a flax model into its structure,
+# which is static, and its parameters, which are the `w` of the losses. Models of
+# equinox, haiku and linen work in the same way.
 
 
 # %%
@@ -83,8 +84,9 @@ def scores(w, batch):
 # \varepsilon = \sigma(\mathrm{smoothing}),
 # $$
 #
-# and the validation loss is the plain cross-entropy. Positive numbers enter as
-# logarithms, $\varepsilon \in (0, 1)$ as a logit: then every real `alpha` is allowed.
+# and the validation loss is the plain cross-entropy. Positive numbers are represented
+# by logarithms and $\varepsilon \in (0, 1)$ by a logit, so that every real `alpha` is
+# valid.
 
 
 # %%
@@ -115,23 +117,23 @@ problem = hg.Bilevel(train_loss, val_loss, data["train"], data["val"])
 
 # %% [markdown]
 # The learning rate appears in neither loss. It belongs to the optimizer, so `Descent`
-# gets a function `alpha -> optimizer`:
+# receives a function `alpha -> optimizer`:
 
 # %%
 sgd = lambda alpha: optax.sgd(jnp.exp(alpha["log_rate"]), momentum=0.9)
 solver = hg.Descent(sgd, num_steps=100)
 
 # %% [markdown]
-# ## 3. Which hyperparameters an estimator sees
+# ## 3. Hyperparameters that an estimator can differentiate
 #
-# `Unrolled` differentiates the hundred steps, so it sees all four leaves.
+# `Unrolled` differentiates the hundred steps and therefore all four leaves.
 
 # %%
 unrolled = hg.Unrolled(solver, warm_start=False)
 estimate = hg.hypergradient(problem, unrolled)(w, alpha)
 
 
-def show(estimate):
+def print_estimate(estimate):
     leaves = jax.tree.leaves_with_path(estimate.hypergradient)
     for path, leaf in leaves:
         print(f"  {jax.tree_util.keystr(path):20} {leaf:+.4f}")
@@ -142,16 +144,18 @@ def show(estimate):
         "gradient_equivalents",
     ):
         print(f"  {name:20} {estimate.stats[name]:.4g}")
-    print(f"  {'trusted':20} {estimate.stats['trusted']}")
+    print(f"  {'trusted':20} {estimate.trusted}")
+    for reason in estimate.reasons:
+        print(f"  - {reason}")
 
 
 print(f"Unrolled, validation loss {estimate.value:.4f}")
-show(estimate)
+print_estimate(estimate)
 
 # %% [markdown]
 # `Implicit` differentiates the condition $\nabla_w L(w^*, \alpha) = 0$. A learning rate
-# does not move the minimum, but that zero would be an answer to another question; the
-# library refuses instead.
+# does not move the minimum, but it does change the result of a hundred steps, so a
+# derivative of zero would be misleading. The library raises an error instead.
 
 # %%
 try:
@@ -160,37 +164,39 @@ except ValueError as error:
     print("ValueError:", error)
 
 # %% [markdown]
-# So `Implicit` gets the leaves that the losses read. Its target is the derivative at
-# the *minimum*, and a hundred steps of momentum do not get there:
+# `Implicit` therefore receives the leaves that enter the losses. Its target is the
+# derivative at the *minimum*, which a hundred steps of momentum do not reach:
 
 # %%
-seen = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
+loss_alpha = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
 short = hg.Descent(optax.sgd(jnp.exp(alpha["log_rate"]), momentum=0.9), num_steps=100)
 print("Implicit after 100 steps")
-show(hg.hypergradient(problem, hg.Implicit(short))(w, seen))
+print_estimate(hg.hypergradient(problem, hg.Implicit(short))(w, loss_alpha))
 
 # %% [markdown]
-# Not trusted: `inner_grad_norm` is the norm of the training gradient where the steps
-# stopped. At such a point the Hessian of a network need not be positive definite;
-# conjugate gradients met negative curvature (`ritz_min` is not above 0), stopped there,
-# and left `adjoint_residual` large. A solver that does reach a minimum cures both. The
-# smallest curvature is tiny even there, which is why this notebook computes in float64.
+# The estimate is not trusted. `inner_grad_norm` is the norm of the training gradient at
+# the point where the steps stopped. At such a point the Hessian of a network need not
+# be positive definite. Conjugate gradients met negative curvature (`ritz_min` is not
+# above 0) and stopped, so that `adjoint_residual` is large. A solver that reaches a
+# minimum removes both problems. The smallest curvature is tiny even there, which is the
+# reason for float64 in this notebook.
 
 # %%
 implicit = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-3))
-estimate = hg.hypergradient(problem, implicit)(w, seen)
+estimate = hg.hypergradient(problem, implicit)(w, loss_alpha)
 print(f"Implicit at the minimum, validation loss {estimate.value:.4f}")
-show(estimate)
+print_estimate(estimate)
 
 # %% [markdown]
-# The two estimators differ, and both are right: one is the derivative of a hundred
-# steps of momentum, the other that of training to the end. The price differs too.
+# The two hypergradients differ, and both are correct. One is the derivative of a
+# hundred steps of momentum, the other is the derivative of training to convergence.
+# Their costs differ too.
 #
-# ## 4. Where alpha may go
+# ## 4. Admissible values of alpha
 #
-# `hg.spaces` declares what values each leaf may take, in one pytree shaped like
-# `alpha`. The optimizer then moves an unconstrained variable behind it, and no step
-# leaves the space. The same declaration tells `hg.search` where to sample.
+# `hg.spaces` declares the admissible values of each leaf, in a pytree structured like
+# `alpha`. The optimizer then moves an unconstrained variable, and no step leaves the
+# space. `hg.search` samples from the same declaration.
 
 # %%
 space = {
@@ -209,10 +215,11 @@ except ValueError as error:
 # %% [markdown]
 # ## 5. Minimise
 #
-# A metric takes `(w, alpha, key)`, need not be differentiable, and costs the ledger
-# nothing. Arrays that it reads are data, bound by `jax.tree_util.Partial`. The exact
-# accuracies on validation and test data are watched here; only the validation *loss* is
-# descended.
+# A metric takes `(w, alpha, key)`, need not be differentiable, and is not counted as
+# cost. Arrays that it uses are data, bound by `jax.tree_util.Partial`. The runs below
+# record the exact accuracies on validation and test data, and minimize the validation
+# *loss*. `hg.OuterLoop` is the form of `hg.minimize` with further options, such as
+# `eval_every`.
 
 
 # %%
@@ -224,27 +231,26 @@ metrics = {
     "accuracy": jax.tree_util.Partial(accuracy, data["val"]),
     "test_accuracy": jax.tree_util.Partial(accuracy, data["test"]),
 }
-settings = {"key": jax.random.key(0), "metrics": metrics, "eval_every": 10}
+loss_space = {"smoothing": space["smoothing"], "decay": space["decay"]}
 traces = {}
-traces["Unrolled"] = hg.minimize(
-    problem, unrolled, optax.adam(0.1), w, alpha, num_steps=41, space=space, **settings
-)
-seen_space = {"smoothing": space["smoothing"], "decay": space["decay"]}
-traces["Implicit"] = hg.minimize(
-    problem,
-    implicit,
-    optax.adam(0.1),
-    w,
-    seen,
-    num_steps=41,
-    space=seen_space,
-    **settings,
-)
+for name, estimator, start, start_space in (
+    ("Unrolled", unrolled, alpha, space),
+    ("Implicit", implicit, loss_alpha, loss_space),
+):
+    loop = hg.OuterLoop(
+        problem,
+        estimator,
+        optax.adam(0.1),
+        space=start_space,
+        metrics=metrics,
+        eval_every=10,
+    )
+    traces[name] = loop.run(loop.init(w, start, jax.random.key(0)), num_steps=41)
 
 # %% [markdown]
-# `trace.rows()` is a list of dicts, one a step, ready for a data frame or a log. A
-# metric stands in the rows where it was evaluated. `trace.w` holds the parameters of
-# the last step: `nnx.merge(graph, trace.w)` is the model.
+# `trace.rows()` is a list of dictionaries, one per step, for a data frame or a log. A
+# row contains the metrics that were evaluated at its step. `trace.w` contains the
+# parameters of the last step: `nnx.merge(graph, trace.w)` is the model.
 
 # %%
 for name, trace in traces.items():
@@ -264,8 +270,8 @@ for path, leaf in jax.tree.leaves_with_path(learned):
 # %% [markdown]
 # ## 6. Without gradients
 #
-# `hg.search` tries values of the same problem from the same space and leaves the same
-# kind of trace. Random search gets the budget that `Unrolled` spent.
+# `hg.search` evaluates the same problem at values from the same space and returns the
+# same kind of trace. Random search receives the budget that `Unrolled` spent.
 
 # %%
 traces["random search"] = hg.search(
@@ -301,17 +307,17 @@ for name, trace in traces.items():
     )
 
 # %% [markdown]
-# One unit of cost serves all three: a gradient of the training loss on all of its data
-# is 1, a Hessian-vector product 2, and every method's work is counted in it. With four
-# hyperparameters and a cheap model random search is a fair rival; its price grows with
-# the number of hyperparameters, that of a hypergradient hardly does.
+# All three are counted in one unit of cost: a gradient of the training loss on all of
+# its data counts 1, and a Hessian-vector product counts 2. With four hyperparameters
+# and a cheap model random search is competitive. Its cost grows with the number of
+# hyperparameters, while the cost of a hypergradient hardly does.
 #
 # ## 7. The solution as a function
 #
-# `hg.argmin` is for when you want to write the outer problem yourself: $w^*(\alpha)$ as
-# a function that JAX differentiates, to any order. The Hessian of the validation loss
-# by two log-penalties of a logistic regression, zero against one, one for each half of
-# the image:
+# `hg.argmin` returns $w^*(\alpha)$ as a function that JAX differentiates to any order,
+# for outer problems that you write yourself. The example computes the Hessian of the
+# validation loss with respect to two log-penalties of a logistic regression of zeros
+# against ones, one penalty for each half of the image:
 
 
 # %%
@@ -320,23 +326,27 @@ def logistic(w, batch):
     return jnp.mean(jax.nn.softplus(-signs * (batch["x"] @ w)))
 
 
-def penalised(w, alpha, batch):
+def penalized(w, alpha, batch):
     return logistic(w, batch) + 0.5 * jnp.sum(jnp.repeat(jnp.exp(alpha), 32) * w**2)
 
 
-two = {
+binary = {
     name: jax.tree.map(lambda leaf, keep=part["y"] < 2: leaf[keep], part)
     for name, part in data.items()
 }
-solution = hg.argmin(penalised, hg.Newton())
-value = lambda alpha: logistic(solution(jnp.zeros(64), alpha, two["train"]), two["val"])
-at = jnp.array([-4.0, -4.0])
+solution = hg.argmin(penalized, hg.Newton())
+value = lambda alpha: logistic(
+    solution(jnp.zeros(64), alpha, binary["train"]), binary["val"]
+)
+point = jnp.array([-4.0, -4.0])
 gradient = jax.jit(jax.grad(value))
-second = jax.jit(jax.hessian(value))(at)
+hessian = jax.jit(jax.hessian(value))(point)
 
 shifts = 1e-4 * jnp.eye(2)
-central = jnp.stack([(gradient(at + s) - gradient(at - s)) / 2e-4 for s in shifts])
-error = jnp.linalg.norm(second - central) / jnp.linalg.norm(central)
-print("gradient", gradient(at))
-print("Hessian ", second.tolist())
+central = jnp.stack(
+    [(gradient(point + s) - gradient(point - s)) / 2e-4 for s in shifts]
+)
+error = jnp.linalg.norm(hessian - central) / jnp.linalg.norm(central)
+print("gradient", gradient(point))
+print("Hessian ", hessian.tolist())
 print(f"relative error to central differences of the gradient {error:.1e}")

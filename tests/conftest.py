@@ -1,18 +1,18 @@
-"""What holds for every test: float64, no silent rank promotion, fixed keys."""
+"""Settings of all tests: float64, no silent rank promotion, fixed keys."""
 
 import os
 import zlib
 from collections.abc import Iterator
-from fnmatch import fnmatch
+from pathlib import Path
 
 import jax
 import pytest
 
-from tests.representatives import REPRESENTATIVES
+TESTS = Path(__file__).parent
 
-# The threads for the parts of a program, read when JAX makes its first array. With two,
-# as on two cores, two batched decompositions in one program (a solve and eigh, say) may
-# take one each, and both wait for the other's to do their own parts, for ever.
+# Number of threads for the parts of a program, read when JAX makes its first array. If
+# there are two, as on two cores, two batched decompositions in one program (such as a
+# solve and eigh) may occupy one each, and both wait forever for a free thread.
 os.environ.setdefault("NPROC", "8")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,35 +20,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> jax.Array:
-    """A random key fixed by the test's name, parameters included."""
+    """Returns a random key that is fixed by the test's name and parameters."""
     return jax.random.key(zlib.crc32(request.node.name.encode()) % 2**31)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_programs() -> Iterator[None]:
-    """Thousands of live programs exhaust the memory maps of one process."""
+    """Frees programs, because thousands exhaust the memory maps of one process."""
     yield
     jax.clear_caches()
 
 
-# The modules that take most of the time; the fast half of CI leaves them out.
+#: The modules that take most of the time; the fast half of CI leaves them out.
 HEAVY = {
-    "test_adapters",
-    "test_argmin",
-    "test_compilation",
-    "test_estimators",
-    "test_kills",
-    "test_testing",
+    "core/test_argmin.py",
+    "core/test_testing.py",
+    "estimators/test_contract.py",
+    "objectives/test_multi_objective_runs.py",
+    "reliability/test_compilation.py",
+    "reliability/test_kills.py",
+    "solvers/test_adapters.py",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of heavy modules, and the cases that only `make full` runs."""
+    """Marks the tests of heavy modules."""
     for item in items:
-        module = item.path.stem
-        if module in HEAVY:
+        if item.path.relative_to(TESTS).as_posix() in HEAVY:
             item.add_marker(pytest.mark.heavy)
-        name, _, case = item.name.partition("[")
-        kept = REPRESENTATIVES.get(module, {}).get(name)
-        if kept is not None and not any(fnmatch(case[:-1], one) for one in kept):
-            item.add_marker(pytest.mark.slow)

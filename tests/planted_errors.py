@@ -118,8 +118,8 @@ ERRORS = (
     PlantedError(
         "certificate: the last change is not checked",
         "certificate.py",
-        "(jnp.maximum(error, last_change) <= rtol)",
-        "(error <= rtol)",
+        "is_accurate = jnp.maximum(error, last_change) <= rtol",
+        "is_accurate = error <= rtol",
         "core/test_certificate.py",
     ),
     PlantedError(
@@ -324,8 +324,8 @@ ERRORS = (
     PlantedError(
         "F score: the temperature is not used",
         "surrogates/f_score.py",
-        "predicted = jax.nn.sigmoid(above / temperature)",
-        "predicted = jax.nn.sigmoid(above)",
+        "predicted = jax.nn.sigmoid(shifted_scores / temperature)",
+        "predicted = jax.nn.sigmoid(shifted_scores)",
         "surrogates/test_surrogates.py surrogates/test_classification_surrogates.py",
     ),
     PlantedError(

@@ -1,6 +1,6 @@
-"""README's section on performance, from the committed rows.
+"""The comparison with other libraries in docs/results.md, from the committed rows.
 
-`python -m benchmarks.peers.readme README.md` writes it anew between its comments.
+``python -m benchmarks.peers.readme docs/results.md`` replaces it between its comments.
 """
 
 import re

@@ -409,7 +409,7 @@ class AdaptiveSolve(eqx.Module):
 
     @property
     def inner_batch(self) -> PyTree:
-        """All inner data."""
+        """The inner data without sampling."""
         return self.data.inner_batch()
 
     @property

@@ -1,4 +1,4 @@
-"""What an estimator is, what it returns, and the reasons not to trust an estimate."""
+"""The estimator protocol, its estimates, and the reasons not to trust an estimate."""
 
 from typing import Any, Protocol
 
@@ -207,8 +207,8 @@ def normalize_estimate(estimate: Estimate) -> Estimate:
     flags = normalize_flags(estimate.stats, estimate.flags)
     if not estimate.flags:
         flags["not_finite"] = ~all_finite(estimate.value, estimate.hypergradient)
-    known = {name: x for name, x in estimate.stats.items() if name in STATS}
-    own = {
+    standard_stats = {name: x for name, x in estimate.stats.items() if name in STATS}
+    extra_stats = {
         name: jnp.asarray(x)
         for name, x in estimate.stats.items()
         if name not in STATS and name != "trusted"
@@ -218,7 +218,7 @@ def normalize_estimate(estimate: Estimate) -> Estimate:
         jnp.asarray(estimate.value),
         jax.tree.map(jnp.asarray, estimate.hypergradient),
         jax.tree.map(jnp.asarray, estimate.w),
-        make_stats(**known) | own,
+        make_stats(**standard_stats) | extra_stats,
         flags,
     )
     estimate.stats["trusted"] = estimate.trusted

@@ -140,8 +140,9 @@ class Reversible(RunEstimator):
     ) -> tuple[Array, Array]:
         """Returns ``r`` and ``m`` of a step."""
 
-        def evaluate(setting: Any) -> Array:
-            value = setting(alpha) if callable(setting) else setting
+        def evaluate(hyperparameter: Any) -> Array:
+            value = hyperparameter
+            value = value(alpha) if callable(value) else value
             value = value(step) if callable(value) else value
             return jnp.asarray(value, dtype=float)
 
@@ -189,11 +190,14 @@ class Reversible(RunEstimator):
             """Makes step t forward if index < T, else undoes step t."""
             is_forward = index < self.num_steps
             t = jnp.where(is_forward, index, 2 * self.num_steps - 1 - index)
-            keep = lambda carry, t: carry
+            identity = lambda carry, t: carry
             carry = jax.lax.cond(
-                index == self.num_steps, steps.turn, lambda carry: carry, carry
+                index == self.num_steps,
+                steps.evaluate_outer,
+                lambda carry: carry,
+                carry,
             )
-            carry = jax.lax.cond(is_forward, steps.update_w, keep, carry, t)
+            carry = jax.lax.cond(is_forward, steps.update_w, identity, carry, t)
             batch = sample_batch(data.inner_data, keys[t])
             # Both directions share one gradient, so that it cannot round in two ways.
             current_w = steps.to_floats(carry.w)
@@ -201,7 +205,7 @@ class Reversible(RunEstimator):
             carry = jax.lax.cond(
                 is_forward, steps.update_v, steps.undo_update_v, carry, t, g, batch
             )
-            return jax.lax.cond(is_forward, keep, steps.undo_update_w, carry, t)
+            return jax.lax.cond(is_forward, identity, steps.undo_update_w, carry, t)
 
         carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
         (init_term,) = init_pullback(carry.w_bar)
@@ -357,7 +361,7 @@ class _MomentumSteps:
             alpha_bar=optax.tree.add(carry.alpha_bar, alpha_term),
         )
 
-    def turn(self, carry: _Carry) -> _Carry:
+    def evaluate_outer(self, carry: _Carry) -> _Carry:
         """Moves to ``w_T``, evaluates the outer loss there, and moves back."""
         num_steps = self.estimator.num_steps
         carry = self.update_w(carry, num_steps)

@@ -1,4 +1,4 @@
-"""Chosen models that are kept: ``(w, alpha)`` in versions, and what made each."""
+"""Saved models: ``(w, alpha)`` in versions, with their metrics and their origin."""
 
 from .store import Model, export, find, get, load, save
 

@@ -1,4 +1,8 @@
-"""A tree as named arrays and a description in JSON: no class is stored, no pickle."""
+"""Conversion between pytrees and named arrays with a JSON description, without pickle.
+
+No class is stored: a tree of other containers than dict, list, tuple and None can be
+restored only into a tree of the same structure.
+"""
 
 import io
 from collections.abc import Mapping
@@ -15,59 +19,82 @@ from ..trees import is_key, to_numpy
 from ..validation import is_traced
 
 Arrays = Mapping[str, np.ndarray]
-Described = dict[str, Any]
-JAX, NUMPY, NUMBER = "jax", "numpy", "number"  # what a leaf was; of a key, which kind
+Description = dict[str, Any]
+
+# Origin of a leaf; for PRNG keys it is the name of their implementation.
+JAX, NUMPY, NUMBER = "jax", "numpy", "number"
 
 
-def take_apart(root: str, tree: PyTree) -> tuple[Described, dict[str, np.ndarray]]:
-    """Structure and leaves in words, and the leaves by names such as ``w['bias']``.
+def flatten_tree(root: str, tree: PyTree) -> tuple[Description, dict[str, np.ndarray]]:
+    """Returns a description of a tree and its leaves as NumPy arrays.
+
+    Args:
+      root: Name of the tree, with which the names of its leaves start.
+      tree: Pytree of arrays, numbers and PRNG keys.
+
+    Returns:
+      The description, which JSON can hold, and ``{name: array}`` with names such as
+      ``w['bias']``.
 
     Raises:
-      TypeError: a leaf is no array and no number; its name says which.
-      ValueError: there is none, or two have one name.
+      TypeError: A leaf is neither an array nor a number; the message names the leaf.
+      ValueError: The tree has no leaves, or two leaves have the same name.
     """
-    names, leaves = _named(root, tree)
+    names, leaves = _named_leaves(root, tree)
     if not names:
-        raise ValueError(f"{root} has no leaves; pass at least one array")
+        raise ValueError(f"{root} must have at least one array; got no leaves.")
     if len(set(names)) < len(names):
-        raise ValueError(f"{root} has leaves of one name: {', '.join(names)}")
-    arrays, about = {}, {}
+        raise ValueError(
+            f"{root} must have leaves of distinct names; got {', '.join(names)}."
+        )
+    arrays, descriptions = {}, {}
     for name, leaf in zip(names, leaves, strict=True):
-        arrays[name] = x = _array(name, leaf)
-        about[name] = {"dtype": x.dtype.name, "shape": [*x.shape], "was": _was(leaf)}
-    named = jax.tree.unflatten(jax.tree.structure(tree), names)
-    return {"structure": _structure(named), "leaves": about}, arrays
+        array = _to_array(name, leaf)
+        arrays[name] = array
+        descriptions[name] = {
+            "dtype": array.dtype.name,
+            "shape": [*array.shape],
+            "was": _origin(leaf),
+        }
+    tree_of_names = jax.tree.unflatten(jax.tree.structure(tree), names)
+    structure = _describe_structure(tree_of_names)
+    return {"structure": structure, "leaves": descriptions}, arrays
 
 
-def _structure(named: PyTree) -> Any:
-    """Names in Python's own containers; of any other class no more than what it is."""
-    kind = type(named)
-    if named is None or kind is str:
-        return named
-    if kind is dict and all(type(key) in (str, int) for key in named):
-        return {"dict": [[key, _structure(child)] for key, child in named.items()]}
+def _describe_structure(tree: PyTree) -> Any:
+    """Returns a tree of leaf names as JSON; of other classes only the class name."""
+    kind = type(tree)
+    if tree is None or kind is str:
+        return tree
+    if kind is dict and all(type(key) in (str, int) for key in tree):
+        items = [[key, _describe_structure(child)] for key, child in tree.items()]
+        return {"dict": items}
     if kind in (list, tuple):
-        return {kind.__name__: [_structure(child) for child in named]}
+        return {kind.__name__: [_describe_structure(child) for child in tree]}
     return {"class": f"{kind.__module__}.{kind.__qualname__}"}
 
 
-def _array(name: str, leaf: Any) -> np.ndarray:
+def _to_array(name: str, leaf: Any) -> np.ndarray:
     if is_traced(leaf):
-        raise TypeError(f"{name} is traced; save outside of jit, vmap and grad")
+        raise TypeError(
+            f"{name} must be concrete; got a tracer. Save outside of jit, vmap and "
+            "grad."
+        )
     if needs_gather(leaf):
         raise ValueError(
-            f"{name} lies in parts on several processes; make it whole, and save from "
-            "one of them"
+            f"{name} must be on one process; got an array distributed over several. "
+            "Replicate it, and save from one of them."
         )
     if not eqx.is_array_like(leaf):
-        raise TypeError(f"{name} must be an array; got {type(leaf).__name__}")
+        raise TypeError(f"{name} must be an array; got {type(leaf).__name__}.")
     array = to_numpy(leaf)
     if not isinstance(getattr(jnp, array.dtype.name, None), type(jnp.float32)):
-        raise TypeError(f"{name} must hold numbers; got dtype {array.dtype}")
+        raise TypeError(f"{name} must contain numbers; got dtype {array.dtype}.")
     return array
 
 
-def _was(leaf: Any) -> str:
+def _origin(leaf: Any) -> str:
+    """Returns the library of a leaf, or the implementation of a PRNG key."""
     if is_key(leaf):
         return str(jax.random.key_impl(leaf))
     if isinstance(leaf, np.ndarray | np.generic):
@@ -75,109 +102,120 @@ def _was(leaf: Any) -> str:
     return NUMBER if isinstance(leaf, bool | int | float | complex) else JAX
 
 
-def put_together(
-    root: str, described: Described, arrays: Arrays, like: PyTree | None
+def unflatten_tree(
+    root: str, description: Description, arrays: Arrays, like: PyTree | None
 ) -> PyTree:
-    """The tree again; with the structure of ``like`` where that is given.
+    """Returns the tree from what `flatten_tree` returned.
+
+    Args:
+      root: Name of the tree.
+      description, arrays: Results of `flatten_tree`.
+      like: Tree of arrays, or of shapes and dtypes, with the structure of the result;
+        None for the structure in the description.
 
     Raises:
-      ValueError: classes are in it and there is no ``like``, or that has other leaves;
-        or a leaf has 64 bits where JAX has 32.
+      ValueError: The tree contains classes and ``like`` is not given; ``like`` has
+        other leaves; or a leaf has 64 bits but JAX is limited to 32.
     """
-    about = described["leaves"]
-    found = {name: _leaf(name, arrays[name], about[name]["was"]) for name in about}
+    leaves = {
+        name: _restore_leaf(name, arrays[name], leaf["was"])
+        for name, leaf in description["leaves"].items()
+    }
     if like is None:
-        return _built(root, described["structure"], found)
-    names, leaves = _named(root, like)
-    wanted = dict(zip(names, map(_kind, leaves), strict=True))
-    there = {name: _kind(leaf) for name, leaf in found.items()}
-    for name in [*there, *wanted]:
-        if there.get(name) != wanted.get(name):
+        return _build_tree(root, description["structure"], leaves)
+    names, like_leaves = _named_leaves(root, like)
+    expected = dict(zip(names, map(_dtype_and_shape, like_leaves), strict=True))
+    stored = {name: _dtype_and_shape(leaf) for name, leaf in leaves.items()}
+    for name in [*stored, *expected]:
+        if stored.get(name) != expected.get(name):
             raise ValueError(
-                f"{name} is {there.get(name, 'not there')} in the model and "
-                f"{wanted.get(name, 'not there')} in like"
+                f"like must have the leaves of the model; got {name} as "
+                f"{expected.get(name, 'no leaf')}, which is "
+                f"{stored.get(name, 'no leaf')} in the model."
             )
-    return jax.tree.unflatten(jax.tree.structure(like), map(found.get, names))
+    return jax.tree.unflatten(jax.tree.structure(like), map(leaves.get, names))
 
 
-def _named(root: str, tree: PyTree) -> tuple[list[str], list[Any]]:
-    """Names of the leaves, and the leaves."""
+def _named_leaves(root: str, tree: PyTree) -> tuple[list[str], list[Any]]:
+    """Returns the names of the leaves and the leaves."""
     paths = jax.tree.leaves_with_path(tree)
-    return [root + jax.tree_util.keystr(p) for p, _ in paths], [x for _, x in paths]
+    names = [root + jax.tree_util.keystr(path) for path, _ in paths]
+    return names, [leaf for _, leaf in paths]
 
 
-def _kind(leaf: Any) -> str:
-    """Of an array, or of its shape and dtype alone."""
+def _dtype_and_shape(leaf: Any) -> str:
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
-def _built(root: str, structure: Any, leaves: Mapping[str, Any]) -> PyTree:
+def _build_tree(root: str, structure: Any, leaves: Mapping[str, Any]) -> PyTree:
+    """Returns the tree that a structure of `_describe_structure` describes."""
     if structure is None:
         return None
     if isinstance(structure, str):
         return leaves[structure]
-    ((kind, inside),) = structure.items()
+    ((kind, children),) = structure.items()
     if kind == "class":
         raise ValueError(
-            f"{root} holds {inside}, and no class is stored; give like=(w, alpha) of "
-            "the same structure"
+            f"like must be given, because {root} contains {children} and classes are "
+            "not stored. Pass like=(w, alpha) of the same structure."
         )
     if kind == "dict":
-        return {key: _built(root, child, leaves) for key, child in inside}
-    kinds = {"list": list, "tuple": tuple}
-    return kinds[kind](_built(root, child, leaves) for child in inside)
+        return {key: _build_tree(root, child, leaves) for key, child in children}
+    container = {"list": list, "tuple": tuple}[kind]
+    return container(_build_tree(root, child, leaves) for child in children)
 
 
-def _leaf(name: str, array: np.ndarray, was: str) -> Any:
-    """As it was: of JAX, of NumPy, a number of Python's, or keys."""
-    if was == NUMPY:
+def _restore_leaf(name: str, array: np.ndarray, origin: str) -> Any:
+    """Returns an array as a leaf of its origin."""
+    if origin == NUMPY:
         return array
-    if was == NUMBER:
+    if origin == NUMBER:
         return array.item()
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
-            f"{name} is {array.dtype}, and JAX has 32 bits here; first "
-            "jax.config.update('jax_enable_x64', True)"
+            f"{name} must have at most 32 bits, because JAX is limited to 32; got "
+            f"{array.dtype}. Call jax.config.update('jax_enable_x64', True) first."
         )
-    if was == JAX:
+    if origin == JAX:
         return jnp.asarray(array)
-    return jax.random.wrap_key_data(jnp.asarray(array), impl=was)
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=origin)
 
 
 # Files.
 
 
-def written(arrays: Arrays) -> bytes:
-    """As npz; of dtypes that NumPy does not know, the bits."""
+def to_npz(arrays: Arrays) -> bytes:
+    """Returns the content of an npz file; dtypes unknown to NumPy are kept as bits."""
     file = io.BytesIO()
-    bits: dict[str, Any] = {name: _bits(array) for name, array in arrays.items()}
+    bits: dict[str, Any] = {name: _to_bits(array) for name, array in arrays.items()}
     np.savez(file, **bits)
     return file.getvalue()
 
 
-def read(content: bytes, leaves: Described) -> dict[str, np.ndarray]:
-    """Those leaves of an npz, in their dtypes."""
+def from_npz(content: bytes, descriptions: Description) -> dict[str, np.ndarray]:
+    """Returns the described leaves of an npz file in their dtypes."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in leaves}
+        arrays = {name: file[name] for name in descriptions}
     for name, array in arrays.items():
-        dtype = jnp.dtype(leaves[name]["dtype"])
-        arrays[name] = array.view(dtype) if _is_foreign(dtype) else array
+        dtype = jnp.dtype(descriptions[name]["dtype"])
+        arrays[name] = array.view(dtype) if _is_extension(dtype) else array
     return arrays
 
 
-def widened(array: np.ndarray) -> np.ndarray:
-    """With the same numbers, in a dtype that NumPy knows."""
-    if not _is_foreign(array.dtype):
+def widen_dtype(array: np.ndarray) -> np.ndarray:
+    """Returns the same numbers in a dtype that NumPy has without extensions."""
+    if not _is_extension(array.dtype):
         return array
     if jnp.issubdtype(array.dtype, jnp.floating):
         with np.errstate(invalid="ignore"):  # signalling NaNs
-            return array.astype(np.float32)  # none of these has more bits
-    return array.astype(np.int8)  # nor these: they have four at most
+            return array.astype(np.float32)  # no such dtype has more bits
+    return array.astype(np.int8)  # the extensions' integers have at most four bits
 
 
-def _is_foreign(dtype: np.dtype) -> bool:
+def _is_extension(dtype: np.dtype) -> bool:
+    """Returns True for a dtype that a package adds to NumPy, such as bfloat16."""
     return dtype.isbuiltin == 2
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.itemsize}") if _is_foreign(array.dtype) else array
+def _to_bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.itemsize}") if _is_extension(array.dtype) else array

@@ -1,24 +1,30 @@
-"""Runs that are kept: what each was made of, two lined up, a page of one."""
+"""Saved runs of studies: loading, comparison, repetition, reports and export."""
 
-from .compare import Difference, compare, same_numbers
-from .export import Shown, of_run, of_trace, to_mlflow, to_tensorboard
-from .manifest import MODELS, Run, again, find, load, start
-from .report import report
+from .compare import Difference, compare, have_equal_numbers
+from .export import (
+    ExportedRun,
+    to_exported_runs,
+    to_mlflow,
+    to_tensorboard,
+    trace_to_exported_run,
+)
+from .manifest import MODELS, Run, find, load, rerun, start_run
+from .report import write_report
 
 __all__ = [
     "MODELS",
     "Difference",
+    "ExportedRun",
     "Run",
-    "Shown",
-    "again",
     "compare",
     "find",
+    "have_equal_numbers",
     "load",
-    "of_run",
-    "of_trace",
-    "report",
-    "same_numbers",
-    "start",
+    "rerun",
+    "start_run",
+    "to_exported_runs",
     "to_mlflow",
     "to_tensorboard",
+    "trace_to_exported_run",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""``hypergrad runs``: list, show, compare, rerun, report, export."""
+"""The commands ``hypergrad runs``: list, show, compare, rerun, report and export."""
 
 import sys
 from pathlib import Path
@@ -9,101 +9,101 @@ from rich.console import Console
 
 from ..runtime.console import exit_with_message, print_markdown, print_table
 from ..studies import STUDIES
-from .compare import compare, same_numbers
-from .export import of_run, to_mlflow, to_tensorboard
-from .manifest import again, find, load
-from .report import report as write_report
+from .compare import compare, have_equal_numbers
+from .export import to_exported_runs, to_mlflow, to_tensorboard
+from .manifest import find, load, rerun
+from .report import write_report
 
 
 def list_runs(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
-    """List the runs in a folder and those below it.
+    """List the runs in a folder and its subfolders.
 
     Args:
-      root: the folder.
+      root: Folder to search.
     """
-    found, flaws = find(root)
-    if not found and not flaws:
-        sys.exit(f"hypergrad: no run in {root}; hypergrad run NAME makes one")
-    fact = lambda run, *names: [run.facts[name] for name in names]
+    runs, errors = find(root)
+    if not runs and not errors:
+        sys.exit(f"hypergrad: no run in {root}; make one with hypergrad run NAME")
+    columns = ("started", "ended", "seeds")
     rows = [
-        [str(run.path), *fact(run, "started", "ended", "seeds"), str(len(run.rows))]
-        for run in found
+        [str(run.path), *(run.metadata[name] for name in columns), str(len(run.rows))]
+        for run in runs
     ]
     if rows:
-        print_table(("run", "started", "ended", "seeds", "rows"), rows, Console())
-    if flaws:
-        sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
+        print_table(("run", *columns, "rows"), rows, Console())
+    if errors:
+        sys.exit("\n".join(f"hypergrad: {error}" for error in errors))
 
 
 def show_run(path: Path) -> None:
-    """Show what a run was made of, and its table.
+    """Show the metadata and the table of a run.
 
     Args:
-      path: of the run: its files without their endings, such as runs/cleaning.
+      path: Path of the run, such as runs/cleaning.
     """
     with exit_with_message():
         run = load(path)
-    facts, kept = run.facts, [model.reference for model in run.models.values()]
-    if kept:
-        facts |= {"models": f"{', '.join(kept)} in {run.folder}"}
-    print_table(("", ""), list(facts.items()), Console())
+    metadata = run.metadata
+    references = [model.reference for model in run.models.values()]
+    if references:
+        metadata["models"] = f"{', '.join(references)} in {run.model_folder}"
+    print_table(("", ""), list(metadata.items()), Console())
     if run.file(".md").exists():
         print_markdown(run.file(".md").read_text(), Console())
 
 
 def compare_runs(first: Path, second: Path) -> None:
-    """Line two runs up: what differs in configuration, data, versions, models, numbers.
+    """Compare the configuration, data, versions, models and numbers of two runs.
 
     Args:
-      first: path of a run.
-      second: path of another.
+      first: Path of a run.
+      second: Path of another run.
     """
     with exit_with_message():
-        both = load(first), load(second)
-        found = compare(*both)
-    for run in both:
+        runs = load(first), load(second)
+        differences = compare(*runs)
+    for run in runs:
         if "format" not in run.manifest:
-            print(f"{run.path} is rows alone: only what they tell is compared")
-    for about, text in found:
-        print(f"{about}: {text}")
-    differs = {about for about, _ in found}
-    if "numbers" not in differs:
-        print("the numbers are the same to the bit")
-    kept = both[0].models.keys() & both[1].models.keys()
-    if kept and "models" not in differs:
-        print("the models that both kept are the same to the bit")
+            print(f"{run.path} has no manifest: only what its rows contain is compared")
+    for category, text in differences:
+        print(f"{category}: {text}")
+    categories = {category for category, _ in differences}
+    if "numbers" not in categories:
+        print("the numbers are equal to the bit")
+    common_models = runs[0].models.keys() & runs[1].models.keys()
+    if common_models and "models" not in categories:
+        print("the models that both runs saved are equal to the bit")
 
 
-def repeat_run(
-    path: Path,
-    out: Path | None = None,
-) -> None:
-    """Repeat a run, and say whether its numbers came back to the bit.
+def repeat_run(path: Path, out: Path | None = None) -> None:
+    """Repeat a run and compare its numbers.
 
-    Other data than the run's are refused. The exit code is 1 where numbers differ.
+    The data must be those of the run. The exit code is 1 if numbers differ.
 
     Args:
-      path: of the run.
-      out: folder of the repetition; "rerun" beside the run, unless told.
+      path: Path of the run.
+      out: Folder of the repetition. Defaults to the folder "rerun" beside the run.
     """
     with exit_with_message():
-        first = load(path)
-        folder = first.path.parent / "rerun" if out is None else out
-        task = first.manifest["task"]
+        run = load(path)
+        folder = run.path.parent / "rerun" if out is None else out
+        task = run.manifest["task"]
         if task not in STUDIES:
-            raise ValueError(f"there is no task {task!r}, see hypergrad tasks")
-        second = again(first, STUDIES[task], folder)
-    compare_runs(first.path, second.path)
-    if not same_numbers(first, second):
+            raise ValueError(
+                f"task must be a task of hypergrad tasks; got {task!r} in {run.path}"
+            )
+        repetition = rerun(run, STUDIES[task], folder)
+    compare_runs(run.path, repetition.path)
+    if not have_equal_numbers(run, repetition):
         sys.exit(1)
 
 
 def report_run(path: Path, out: Path | None = None) -> None:
-    """Write a run as one page of HTML that needs nothing beside it.
+    """Write a run as a self-contained HTML page.
 
     Args:
-      path: of the run.
-      out: the page; NAME.html beside the run, unless told.
+      path: Path of the run.
+      out: File to write. Defaults to NAME.html beside the run.
     """
     with exit_with_message():
         run = load(path)
@@ -115,33 +115,32 @@ def report_run(path: Path, out: Path | None = None) -> None:
 def export_run(
     path: Path, to: Literal["mlflow", "tensorboard"], out: Path | None = None
 ) -> None:
-    """Write a run, each row with its curves, for the viewer of MLflow or TensorBoard.
+    """Write the rows of a run, with their curves, for the viewer MLflow or TensorBoard.
 
-    Rows that are there already are left as they are, so that a run that grew may be
-    exported again.
+    Existing rows are not written again, so a run that has grown can be exported again.
 
     Args:
-      path: of the run.
-      to: whose viewer; the extra of that name has to be installed.
-      out: an SQLite file for mlflow, mlflow.db, unless told; a folder for tensorboard,
-        tensorboard, unless told.
+      path: Path of the run.
+      to: Name of the viewer; its extra must be installed.
+      out: For mlflow an SQLite file, by default mlflow.db. For tensorboard a folder, by
+        default tensorboard.
     """
     with exit_with_message():
-        shown = of_run(load(path))
+        runs = to_exported_runs(load(path))
         if to == "mlflow":
             out = Path("mlflow.db") if out is None else out
-            written, view = (
-                to_mlflow(shown, out),
-                f"--backend-store-uri sqlite:///{out}",
-            )
+            num_written = to_mlflow(runs, out)
+            view_command = f"mlflow ui --backend-store-uri sqlite:///{out}"
         else:
             out = Path("tensorboard") if out is None else out
-            written, view = to_tensorboard(shown, out), f"--logdir {out}"
-    there = len(shown) - written
-    print(f"wrote {written} rows" + f", {there} were there" * (there > 0))
-    print(f"{to} {'ui ' * (to == 'mlflow')}{view}")
+            num_written = to_tensorboard(runs, out)
+            view_command = f"tensorboard --logdir {out}"
+    num_existing = len(runs) - num_written
+    suffix = f", {num_existing} existed" if num_existing else ""
+    print(f"wrote {num_written} rows{suffix}")
+    print(view_command)
     if to == "mlflow":
-        print("(the viewer is in mlflow itself: pip install mlflow)")
+        print("(the viewer is part of the full package: pip install mlflow)")
 
 
 COMMANDS = {

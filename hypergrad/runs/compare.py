@@ -1,4 +1,4 @@
-"""Two runs lined up: what differs in what they were made of, and in their numbers."""
+"""Comparison of two runs: their configuration, data, versions, models and numbers."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,117 +6,156 @@ from typing import Any, NamedTuple
 from .. import models
 from ..studies.record import Row
 from ..studies.table import VERSIONS
-from .manifest import Run, differing, split_otherwise
+from .data import describe_row_differences, describe_split_differences
+from .manifest import Run
 
-# Of a row, beside seconds, what tells of the machine and the call, not of the result.
-MADE = {*VERSIONS, "command"}
+# Columns that depend on the machine and the call; seconds do too.
+ENVIRONMENT = {*VERSIONS, "command"}
+
+Cell = tuple[str, int]  # method and seed
+Rows = dict[Cell, Row]
 
 
 class Difference(NamedTuple):
-    """One thing that is not the same in two runs, in words.
+    """A difference between two runs.
 
-    ``about`` is configuration, data, versions, models or numbers.
+    Attributes:
+      category: One of configuration, data, versions, models and numbers.
+      text: Description of the difference.
     """
 
-    about: str
+    category: str
     text: str
 
 
-def compare(a: Run, b: Run) -> list[Difference]:
-    """What differs, in the order in which to look for a cause; seconds are left out."""
-    parts = [("configuration", _fields(a.configuration, b.configuration))]
-    one, two = a.manifest["data"], b.manifest["data"]
-    if one["sha256"] != two["sha256"]:
-        whole = [
-            {k: x for k, x in each.items() if k != "splits"} for each in (one, two)
-        ]
-        parts += [("data", _fields(*whole) + differing(a.digests, b.digests))]
-    elif found := split_otherwise(one, two):
-        parts += [("data", [found])]
-    both = [(a.versions, b.versions), (a.packages, b.packages)]
-    if not ("format" in a.manifest and "format" in b.manifest):
-        both = [_common(*pair) for pair in both]  # rows alone say little
-    parts += [("versions", _fields(*pair)) for pair in both]
-    found = [Difference(about, text) for about, texts in parts for text in texts]
-    found += [Difference("models", text) for text in _models(a, b)]
-    return found + [Difference("numbers", text) for text in _numbers(a, b)]
+def compare(first: Run, second: Run) -> list[Difference]:
+    """Returns the differences in the order in which to look for a cause.
+
+    Seconds are ignored.
+    """
+    texts = [
+        ("configuration", _compare_fields(first.configuration, second.configuration)),
+        ("data", _compare_data(first, second)),
+        ("versions", _compare_versions(first, second)),
+        ("models", _compare_models(first, second)),
+        ("numbers", _compare_numbers(first, second)),
+    ]
+    return [Difference(category, text) for category, group in texts for text in group]
 
 
-def same_numbers(a: Run, b: Run) -> bool:
-    """Whether both hold the same cells with the same numbers, to the bit."""
-    return not _numbers(a, b)
+def have_equal_numbers(first: Run, second: Run) -> bool:
+    """Returns True if both runs have the same cells with numbers equal to the bit."""
+    return not _compare_numbers(first, second)
 
 
-def _common(one: Row, two: Row) -> tuple[Row, Row]:
-    names = one.keys() & two.keys()
-    only = lambda fields: {k: v for k, v in fields.items() if k in names}
-    return only(one), only(two)
-
-
-def _fields(one: Row, two: Row) -> list[str]:
-    show = lambda value: "none" if value is None else str(value)
+def _compare_fields(first: Row, second: Row) -> list[str]:
+    to_text = lambda value: "none" if value is None else str(value)
     return [
-        f"{field}: {show(one.get(field))} | {show(two.get(field))}"
-        for field in dict.fromkeys([*one, *two])
-        if one.get(field) != two.get(field)
+        f"{field}: {to_text(first.get(field))} | {to_text(second.get(field))}"
+        for field in dict.fromkeys([*first, *second])
+        if first.get(field) != second.get(field)
     ]
 
 
-def _models(a: Run, b: Run) -> list[str]:
-    """Which models of cells that both kept are not the same to the bit, or damaged."""
-    kept, others = a.models, b.models
-    pairs = [(kept[cell], others[cell]) for cell in kept if cell in others]
-    found = [
-        f"{one.reference} | {two.reference}: other arrays"
-        for one, two in pairs
-        if one.sha256 != two.sha256
+def _compare_data(first: Run, second: Run) -> list[str]:
+    data, other_data = first.manifest["data"], second.manifest["data"]
+    if data["sha256"] != other_data["sha256"]:
+        without_splits = [
+            {name: value for name, value in fields.items() if name != "splits"}
+            for fields in (data, other_data)
+        ]
+        rows = describe_row_differences(first.digests, second.digests)
+        return _compare_fields(*without_splits) + rows
+    difference = describe_split_differences(data, other_data)
+    return [difference] if difference else []
+
+
+def _compare_versions(first: Run, second: Run) -> list[str]:
+    pairs = [(first.versions, second.versions), (first.packages, second.packages)]
+    if not ("format" in first.manifest and "format" in second.manifest):
+        # Rows without a manifest contain only some of the versions.
+        pairs = [_select_common_fields(*pair) for pair in pairs]
+    return [text for pair in pairs for text in _compare_fields(*pair)]
+
+
+def _select_common_fields(first: Row, second: Row) -> tuple[Row, Row]:
+    names = first.keys() & second.keys()
+    select = lambda fields: {k: v for k, v in fields.items() if k in names}
+    return select(first), select(second)
+
+
+def _compare_models(first: Run, second: Run) -> list[str]:
+    """Returns the models that differ, of cells with a model in both, or are damaged."""
+    saved, others = first.models, second.models
+    pairs = [(saved[cell], others[cell]) for cell in saved if cell in others]
+    texts = [
+        f"{model.reference} | {other.reference}: other arrays"
+        for model, other in pairs
+        if model.sha256 != other.sha256
     ]
     for model in (model for pair in pairs for model in pair):
         try:
             models.get(model.reference, folder=model.path.parent.parent)
-        except ValueError as flaw:
-            found.append(str(flaw))
-    return found
-
-
-def _numbers(a: Run, b: Run) -> list[str]:
-    one, two = ({(r["method"], r["seed"]): r for r in run.rows} for run in (a, b))
-    texts = []
-    for cells, others, which in ((one, two, "first"), (two, one, "second")):
-        alone = [f"{method}, seed {seed}" for method, seed in cells.keys() - others]
-        if alone:
-            texts.append(f"in the {which} only: {'; '.join(sorted(alone))}")
-    both = [cell for cell in one if cell in two]
-    names = dict.fromkeys(n for cell in both for n in [*one[cell], *two[cell]])
-    for name in names:
-        if name in MADE or name.endswith("seconds"):
-            continue
-        apart = [c for c in both if one[c].get(name) != two[c].get(name)]
-        if apart:
-            texts.append(_largest(name, apart, one, two))
+        except ValueError as error:
+            texts.append(str(error))
     return texts
 
 
-def _largest(name: str, apart: list, one: dict, two: dict) -> str:
-    """How far apart a column is at most, and where."""
+def _compare_numbers(first: Run, second: Run) -> list[str]:
+    """Returns the cells that only one run has, and the columns that differ."""
+    rows, other_rows = (
+        {(row["method"], row["seed"]): row for row in run.rows}
+        for run in (first, second)
+    )
+    texts = [
+        *_describe_extra_cells(rows, other_rows, "first"),
+        *_describe_extra_cells(other_rows, rows, "second"),
+    ]
+    common = [cell for cell in rows if cell in other_rows]
+    columns = dict.fromkeys(
+        name for cell in common for name in [*rows[cell], *other_rows[cell]]
+    )
+    for column in columns:
+        if column in ENVIRONMENT or column.endswith("seconds"):
+            continue
+        get = lambda rows, cell, column=column: rows[cell].get(column)
+        cells = [c for c in common if get(rows, c) != get(other_rows, c)]
+        if cells:
+            texts.append(_describe_column(column, cells, rows, other_rows))
+    return texts
 
-    def distance(cell: tuple) -> float:
-        x, y = one[cell].get(name), two[cell].get(name)
+
+def _describe_extra_cells(rows: Rows, other_rows: Rows, run: str) -> list[str]:
+    extra = [f"{method}, seed {seed}" for method, seed in rows.keys() - other_rows]
+    return [f"only in the {run}: {'; '.join(sorted(extra))}"] if extra else []
+
+
+def _describe_column(
+    column: str, cells: list[Cell], rows: Rows, other_rows: Rows
+) -> str:
+    """Returns the largest difference of a column among cells in which it differs."""
+
+    def distance(cell: Cell) -> float:
+        pairs = zip(
+            _as_list(rows[cell].get(column)),
+            _as_list(other_rows[cell].get(column)),
+            strict=True,
+        )
         try:
-            return max(abs(p - q) for p, q in zip(_list(x), _list(y), strict=True))
+            return max(abs(x - y) for x, y in pairs)
         except (TypeError, ValueError):
-            return math.inf  # no number in one of them, or lists of other lengths
+            return math.inf  # a value is not a number, or the lengths differ
 
-    worst = max(apart, key=distance)
+    worst = max(cells, key=distance)
     method, seed = worst
-    x, y = one[worst].get(name), two[worst].get(name)
-    count = f"{len(apart)} cell{'s' * (len(apart) > 1)}"
-    if isinstance(x, list) or isinstance(y, list):
-        what = f"by {distance(worst):.3g} at most"
+    value, other_value = rows[worst].get(column), other_rows[worst].get(column)
+    count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+    if isinstance(value, list) or isinstance(other_value, list):
+        largest = f"at most {distance(worst):.3g}"
     else:
-        what = f"most in {x} | {y}"
-    return f"{name} in {count}, {what} ({method}, seed {seed})"
+        largest = f"largest difference {value} | {other_value}"
+    return f"{column} differs in {count}, {largest} ({method}, seed {seed})"
 
 
-def _list(x: Any) -> list:
+def _as_list(x: Any) -> list:
     return x if isinstance(x, list) else [x]

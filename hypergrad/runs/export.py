@@ -1,7 +1,8 @@
-"""Runs for the viewers of others: TensorBoard's event files, a local MLflow store.
+"""Export of runs to the viewers of TensorBoard and MLflow.
 
-Each row of a kept run, or a `Trace`, is a run there, with its numbers and its curves,
-step by step. What is there already, by a digest of all of it, is not written again.
+Each row of a saved run, or a `Trace`, becomes a run of the viewer with its numbers and
+its curves, step by step. A run that the viewer already has, by a digest of its content,
+is not written again.
 """
 
 import datetime
@@ -18,22 +19,22 @@ from ..trace import Trace
 from .manifest import Run
 
 Numbers = dict[str, float]
-CURVE = re.compile(r"curve(_|$)")  # of a row, the columns with an entry a step
-OF_ALL, OF_ONE = ("ended", "seeds", "methods"), ("method", "seed", "setting")
-MOST = 1000  # metrics at a time, by MLflow's rules
+CURVE = re.compile(r"curve(_|$)")  # columns of a row with an entry per step
+RUN_FIELDS, ROW_FIELDS = ("ended", "seeds", "methods"), ("method", "seed", "setting")
+MAX_METRICS_PER_CALL = 1000  # limit of MLflow
 EXTRA = "needs its extra: pip install 'hypergrad-jax[{}]'"
 
 
-class Shown(NamedTuple):
-    """What is one run in a viewer.
+class ExportedRun(NamedTuple):
+    """A run as a viewer shows it.
 
     Attributes:
-      name: such as ``cleaning/implicit/seed 0``; before its first "/" stands what it
-        belongs to.
-      settings: what it was made with, in words.
-      numbers: of the whole run.
-      steps: numbers of each step, none that is not finite.
-      started: in seconds since 1970; 0 where it is not known.
+      name: Name such as ``cleaning/implicit/seed 0``. The part before the first "/" is
+        the experiment.
+      settings: Texts that describe how the run was made.
+      numbers: Numbers of the whole run.
+      steps: Finite numbers of each step.
+      started: Start in seconds since 1970; 0 if it is unknown.
     """
 
     name: str
@@ -44,175 +45,195 @@ class Shown(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """By which it is known again, whatever else is said of it: 16 digits."""
-        known = self.name, self.numbers, self.steps, self.started
-        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that identify the run; settings do not contribute."""
+        content = self.name, self.numbers, self.steps, self.started
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def of_run(run: Run) -> list[Shown]:
-    """One a row, with the facts of its run; the row's own go over them."""
-    started = _seconds(run.sessions[0]["started"])
-    facts = {name: x for name, x in run.facts.items() if name not in OF_ALL}
-    return [_of_row(run.manifest["task"], facts, row, started) for row in run.rows]
+def to_exported_runs(run: Run) -> list[ExportedRun]:
+    """Returns an exported run per row, with the metadata of the run as settings."""
+    started = _to_seconds(run.sessions[0]["started"])
+    metadata = {name: x for name, x in run.metadata.items() if name not in RUN_FIELDS}
+    return [
+        _row_to_exported_run(run.manifest["task"], metadata, row, started)
+        for row in run.rows
+    ]
 
 
-def _of_row(task: str, facts: dict[str, str], row: record.Row, started: float) -> Shown:
-    words = {k: str(x) for k, x in row.items() if isinstance(x, str) or k in OF_ONE}
+def _row_to_exported_run(
+    task: str, metadata: dict[str, str], row: record.Row, started: float
+) -> ExportedRun:
+    texts = {k: str(x) for k, x in row.items() if isinstance(x, str) or k in ROW_FIELDS}
     curves = {name: x for name, x in row.items() if CURVE.match(name)}
-    numbers = {k: x for k, x in row.items() if k not in words and k not in curves}
+    numbers = {k: x for k, x in row.items() if k not in texts and k not in curves}
     names = [CURVE.sub("", name) or name for name in curves]
     steps = itertools.zip_longest(*curves.values())
-    return Shown(
+    return ExportedRun(
         f"{task}/{row['method']}/seed {row['seed']}",
-        facts | words,
-        _finite(numbers),
-        [_finite(dict(zip(names, step, strict=True))) for step in steps],
+        metadata | texts,  # a row's own text replaces that of its run
+        _select_finite(numbers),
+        [_select_finite(dict(zip(names, step, strict=True))) for step in steps],
         started,
     )
 
 
-def of_trace(
+def trace_to_exported_run(
     trace: Trace, name: str, settings: Mapping[str, Any] | None = None
-) -> Shown:
-    """The rows of a trace, as the steps of one run.
+) -> ExportedRun:
+    """Returns a trace as an exported run with a step per row.
 
     Args:
-      trace: of one run, no batch.
-      name: such as ``penalties/implicit``.
-      settings: what it was made with.
+      trace: Trace of a single run.
+      name: Name such as ``penalties/implicit``.
+      settings: Values that describe how the run was made.
     """
-    words = {name: str(x) for name, x in (settings or {}).items()}
-    steps = [_finite(row) for row in trace.rows()]
+    texts = {name: str(x) for name, x in (settings or {}).items()}
+    steps = [_select_finite(row) for row in trace.rows()]
     for step in steps:
         del step["step"]
-    last = steps[-1] if steps else {}
-    return Shown(name, words | {"status": trace.status}, last, steps)
+    final_step = steps[-1] if steps else {}
+    return ExportedRun(name, texts | {"status": trace.status}, final_step, steps)
 
 
-def _finite(row: Mapping[str, Any]) -> Numbers:
-    """Its numbers, truth as 0 and 1; of a list each, as ``name/0`` and so on."""
-    found: Numbers = {}
+def _select_finite(row: Mapping[str, Any]) -> Numbers:
+    """Returns the finite numbers of a row as floats.
+
+    The entries of a list are named ``name/0``, ``name/1`` and so on.
+    """
+    numbers: Numbers = {}
     for name, x in row.items():
         if isinstance(x, list):
-            found |= _finite({f"{name}/{i}": each for i, each in enumerate(x)})
+            numbers |= _select_finite({f"{name}/{i}": item for i, item in enumerate(x)})
         elif isinstance(x, bool | int | float) and math.isfinite(x):
-            found[name] = float(x)
-    return found
+            numbers[name] = float(x)
+    return numbers
 
 
-def _seconds(started: str) -> float:
+def _to_seconds(started: str) -> float:
     try:
         return datetime.datetime.fromisoformat(started).timestamp()
     except ValueError:
-        return 0.0  # rows alone do not say
+        return 0.0  # rows without a manifest do not contain the start
 
 
-def to_tensorboard(shown: Iterable[Shown], folder: Path) -> int:
-    """Event files in a folder a run, for ``tensorboard --logdir FOLDER``.
+def _numbers_by_step(run: ExportedRun) -> list[tuple[int, Numbers]]:
+    """Returns the numbers of each step, and of the whole run with a prefix."""
+    # The prefix distinguishes a number from a curve of the same name.
+    whole_run = {f"run/{name}": x for name, x in run.numbers.items()}
+    return [*enumerate(run.steps), (0, whole_run)]
+
+
+# TensorBoard.
+
+
+def to_tensorboard(runs: Iterable[ExportedRun], folder: Path) -> int:
+    """Writes event files, a folder per run, for ``tensorboard --logdir FOLDER``.
 
     Returns:
-      How many were written; one that is there already is not.
+      The number of runs that were written; existing ones are not written again.
 
     Raises:
       ValueError: TensorBoard is not installed.
     """
     try:
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore
         from tensorboard.summary.writer.record_writer import RecordWriter  # pyright: ignore
     except ImportError as error:
         raise ValueError(f"TensorBoard {EXTRA.format('tensorboard')}") from error
-
-    def events(one: Shown) -> Iterable[Any]:
-        yield Event(wall_time=one.started, file_version="brain.Event:2")
-        yield Event(wall_time=one.started, summary=Summary(value=[words(one)]))
-        for place, numbers in [*enumerate(one.steps), (0, _named(one.numbers))]:
-            value = [Summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
-            yield Event(wall_time=one.started, step=place, summary=Summary(value=value))
-
-    def words(one: Shown) -> Any:
-        text = "\n".join(f"- {name}: {x}" for name, x in one.settings.items())
-        value = Summary.Value(tag="settings")
-        value.metadata.plugin_data.plugin_name = "text"
-        value.tensor.dtype = 7  # DT_STRING
-        value.tensor.string_val.append(text.encode())
-        value.tensor.tensor_shape.dim.add(size=1)
-        return value
-
-    written = 0
-    for one in shown:
-        path = folder / _path(one.name) / one.digest / "events.out.tfevents.rows"
+    num_written = 0
+    for run in runs:
+        path = folder / _safe_path(run.name) / run.digest / "events.out.tfevents.rows"
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{one.digest}.part")  # no name that is looked for
+        draft = path.with_name(f"{run.digest}.part")  # TensorBoard ignores this name
         with draft.open("wb") as file:
-            records = RecordWriter(file)
-            for event in events(one):
-                records.write(event.SerializeToString())
+            writer = RecordWriter(file)
+            for event in _tensorboard_events(run):
+                writer.write(event.SerializeToString())
         draft.replace(path)
-        written += 1
-    return written
+        num_written += 1
+    return num_written
 
 
-def to_mlflow(shown: Iterable[Shown], store: Path) -> int:
-    """Runs in a local MLflow store, a file of SQLite, in experiments by task.
+def _tensorboard_events(run: ExportedRun) -> Iterable[Any]:
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore
 
-    For ``mlflow ui --backend-store-uri sqlite:///STORE``. MLflow tells its makers,
-    without names, what of it is used, but where ``MLFLOW_DISABLE_TELEMETRY=true``.
+    settings = Summary.Value(tag="settings")
+    settings.metadata.plugin_data.plugin_name = "text"
+    settings.tensor.dtype = 7  # DT_STRING
+    text = "\n".join(f"- {name}: {x}" for name, x in run.settings.items())
+    settings.tensor.string_val.append(text.encode())
+    settings.tensor.tensor_shape.dim.add(size=1)
+
+    yield Event(wall_time=run.started, file_version="brain.Event:2")
+    yield Event(wall_time=run.started, summary=Summary(value=[settings]))
+    for step, numbers in _numbers_by_step(run):
+        values = [Summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
+        yield Event(wall_time=run.started, step=step, summary=Summary(value=values))
+
+
+def _safe_path(name: str) -> Path:
+    """Returns a relative path that stays below its folder for any name."""
+    replace = lambda part: re.sub(r"[^\w\-.,]+", "-", part).strip(".") or "-"
+    return Path(*map(replace, name.split("/")))
+
+
+# MLflow.
+
+
+def to_mlflow(runs: Iterable[ExportedRun], store: Path) -> int:
+    """Writes runs to a local MLflow store, an SQLite file, with an experiment per task.
+
+    View them with ``mlflow ui --backend-store-uri sqlite:///STORE``. MLflow sends
+    anonymous usage data to its makers unless ``MLFLOW_DISABLE_TELEMETRY=true`` is set.
 
     Returns:
-      How many were written; one that is there already is not, and one that was begun
-      and not ended is written anew.
+      The number of runs that were written. Existing ones are not written again, but an
+      incomplete one is replaced.
 
     Raises:
       ValueError: MLflow is not installed.
     """
     try:
         from mlflow import MlflowClient  # pyright: ignore
-        from mlflow.entities import Metric, Param  # pyright: ignore
     except ImportError as error:
         raise ValueError(f"MLflow {EXTRA.format('mlflow')}") from error
     store.parent.mkdir(parents=True, exist_ok=True)
-    client, written = MlflowClient(f"sqlite:///{store}"), 0
-    for one in shown:
-        group = one.name.partition("/")[0]
-        known = client.get_experiment_by_name(group)
-        place = (store.parent / "mlruns" / group).absolute().as_uri()
-        where = known.experiment_id if known else client.create_experiment(group, place)
-        there = client.search_runs([where], f"tags.hypergrad = '{one.digest}'")
-        if any(run.info.status == "FINISHED" for run in there):
-            continue
-        for run in there:
-            client.delete_run(run.info.run_id)
-        time = int(1000 * one.started)
-        tags = {"hypergrad": one.digest}
-        run = client.create_run(where, time, tags, one.name).info.run_id
-        steps = [*enumerate(one.steps), (0, _named(one.numbers))]
-        metrics = [
-            Metric(_legal(name), x, time, step)
-            for step, numbers in steps
-            for name, x in numbers.items()
-        ]
-        for first in range(0, len(metrics), MOST):
-            client.log_batch(run, metrics=metrics[first : first + MOST])
-        params = [Param(_legal(name), x) for name, x in one.settings.items()]
-        client.log_batch(run, params=params)
-        client.set_terminated(run, "FINISHED")
-        written += 1
-    return written
+    client = MlflowClient(f"sqlite:///{store}")
+    return sum(_write_mlflow_run(client, store, run) for run in runs)
 
 
-def _named(numbers: Numbers) -> Numbers:
-    """Apart from a curve of the same name."""
-    return {f"run/{name}": x for name, x in numbers.items()}
+def _write_mlflow_run(client: Any, store: Path, run: ExportedRun) -> bool:
+    """Returns True if the run was written, False if the store already has it."""
+    from mlflow.entities import Metric, Param  # pyright: ignore
+
+    name = run.name.partition("/")[0]
+    experiment = client.get_experiment_by_name(name)
+    artifacts = (store.parent / "mlruns" / name).absolute().as_uri()
+    if experiment is None:
+        experiment_id = client.create_experiment(name, artifacts)
+    else:
+        experiment_id = experiment.experiment_id
+    existing = client.search_runs([experiment_id], f"tags.hypergrad = '{run.digest}'")
+    if any(x.info.status == "FINISHED" for x in existing):
+        return False
+    for incomplete in existing:
+        client.delete_run(incomplete.info.run_id)
+    time, tags = int(1000 * run.started), {"hypergrad": run.digest}
+    run_id = client.create_run(experiment_id, time, tags, run.name).info.run_id
+    metrics = [
+        Metric(_safe_metric_name(name), x, time, step)
+        for step, numbers in _numbers_by_step(run)
+        for name, x in numbers.items()
+    ]
+    for i in range(0, len(metrics), MAX_METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS_PER_CALL])
+    params = [Param(_safe_metric_name(name), x) for name, x in run.settings.items()]
+    client.log_batch(run_id, params=params)
+    client.set_terminated(run_id, "FINISHED")
+    return True
 
 
-def _legal(name: str) -> str:
+def _safe_metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _path(name: str) -> Path:
-    """Below the folder, whatever the name."""
-    legal = lambda part: re.sub(r"[^\w\-.,]+", "-", part).strip(".") or "-"
-    return Path(*map(legal, name.split("/")))

@@ -1,11 +1,10 @@
-"""What a run was made of: NAME.run.json beside its rows, and a digest a data row.
+"""Runs of studies: the rows, and a manifest of everything that determined them.
 
-A run is named by the path of its files without their endings: ``runs/cleaning`` is
-``runs/cleaning.run.json``, ``runs/cleaning.jsonl`` and so on.
+A run is named by the path of its files without their endings: ``runs/cleaning`` stands
+for ``runs/cleaning.run.json``, ``runs/cleaning.jsonl`` and so on.
 """
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -13,207 +12,297 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import numpy as np
-
 from .. import models
 from ..checkpoint import lock_file
 from ..models import Model
 from ..runtime import atomic_io
-from ..runtime.fingerprint import HASH, digest
 from ..runtime.provenance import utc_now, versions
 from ..studies import record
 from ..studies.record import Row
 from ..studies.study import Study, table
 from ..studies.table import Request, make_folder
+from .data import (
+    data_text,
+    describe_data,
+    describe_row_differences,
+    describe_split_differences,
+    row_digests,
+    split_text,
+)
 
 MANIFEST, DIGESTS, MODELS = ".run.json", ".data.json", "models"
 FORMAT = 1
 
+# Entries of a saved model that identify the cell of its run.
+CELL = ("task", "started", "method", "seed")
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was kept.
+    """A run that was saved.
 
     Attributes:
-      path: of its files, without their endings.
-      manifest: format, task, data, and a session for each time that rows were measured;
-        of rows alone there is no format.
+      path: Path of its files without their endings.
+      manifest: Format, task, data, and a session for each call that measured rows. The
+        manifest of rows that were saved alone has no format.
     """
 
     path: Path
     manifest: Row
 
     def file(self, ending: str) -> Path:
-        """``run.file(".png")`` is its figure."""
+        """Returns the path of one of its files: ``run.file(".png")`` is its figure."""
         return self.path.with_name(self.path.name + ending)
 
     @property
     def rows(self) -> list[Row]:
-        """One a measured cell; a last line that was cut off is left out."""
+        """A row per measured cell; an incomplete last line is ignored."""
         file = self.file(".jsonl")
         return record.read(file, whole=False) if file.exists() else []
 
     @property
     def sessions(self) -> list[Row]:
-        """Command, configuration, times and versions of each."""
+        """Command, configuration, times and versions of each session."""
         return self.manifest["sessions"]
 
     @property
     def configuration(self) -> Row:
-        """Of all sessions together."""
-        all_of = lambda name: [one["configuration"][name] for one in self.sessions]
-        methods = dict.fromkeys(m for several in all_of("methods") for m in several)
-        scale, seeds = all_of("scale")[-1], max(all_of("seeds"))
-        return {"scale": scale, "seeds": seeds, "methods": list(methods)}
+        """Scale, number of seeds and methods of all sessions together."""
+        configurations = [session["configuration"] for session in self.sessions]
+        methods = dict.fromkeys(name for c in configurations for name in c["methods"])
+        return {
+            "scale": configurations[-1]["scale"],
+            "seeds": max(c["seeds"] for c in configurations),
+            "methods": list(methods),
+        }
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the machine and the source, not the packages, over the sessions."""
-        return self._over_sessions(
-            {k: v for k, v in one["versions"].items() if k != "packages"}
-            for one in self.sessions
+        """Versions of the machine and the source, without the packages."""
+        return self._merge_sessions(
+            {k: v for k, v in session["versions"].items() if k != "packages"}
+            for session in self.sessions
         )
 
     @property
     def packages(self) -> dict[str, str]:
-        """Names and versions, over the sessions."""
-        return self._over_sessions(one["versions"]["packages"] for one in self.sessions)
+        """Versions of the packages by name."""
+        return self._merge_sessions(
+            session["versions"]["packages"] for session in self.sessions
+        )
 
     @staticmethod
-    def _over_sessions(fields: Iterable[Row]) -> dict[str, str]:
-        """One text a field; where sessions differ, each value in turn."""
-        fields = list(fields)
-        names = dict.fromkeys(name for one in fields for name in one)
-        values = lambda name: dict.fromkeys(str(one.get(name)) for one in fields)
-        return {name: ", then ".join(values(name)) for name in names}
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What it was made of, but for the packages, in words."""
-        data, last = self.manifest["data"], self.sessions[-1]
-        times = f", in {len(self.sessions)} sessions" * (len(self.sessions) > 1)
-        facts = {
-            "command": f"`{last['command']}`",
-            "started": self.sessions[0]["started"],
-            "ended": (last["ended"] or "not yet") + times,
-            **self.configuration,
-            "data": data_in_words(data),
-            **_splits_in_words(data.get("splits")),
-            **self.versions,
+    def _merge_sessions(session_fields: Iterable[Row]) -> dict[str, str]:
+        """Returns a text per field; if sessions differ, it lists their values."""
+        session_fields = list(session_fields)
+        names = dict.fromkeys(name for fields in session_fields for name in fields)
+        return {
+            name: ", then ".join(
+                dict.fromkeys(str(fields.get(name)) for fields in session_fields)
+            )
+            for name in names
         }
-        text = lambda x: ", ".join(x) if isinstance(x, list) else str(x)
-        return {name: text(value) for name, value in facts.items()}
 
     @property
-    def folder(self) -> Path:
-        """Of the models of all runs beside it."""
+    def metadata(self) -> dict[str, str]:
+        """Everything in the manifest except the packages, as texts."""
+        data, last_session = self.manifest["data"], self.sessions[-1]
+        num_sessions = len(self.sessions)
+        suffix = f", in {num_sessions} sessions" if num_sessions > 1 else ""
+        splits = data.get("splits") or {}
+        metadata = {
+            "command": f"`{last_session['command']}`",
+            "started": self.sessions[0]["started"],
+            "ended": (last_session["ended"] or "not yet") + suffix,
+            **self.configuration,
+            "data": data_text(data),
+        }
+        if splits:
+            metadata["split"] = "; ".join(split_text(*x) for x in splits.items())
+        metadata |= self.versions
+        to_text = lambda x: ", ".join(x) if isinstance(x, list) else str(x)
+        return {name: to_text(value) for name, value in metadata.items()}
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the models of all runs in the same folder."""
         return self.path.parent / MODELS
 
     @property
     def models(self) -> dict[tuple[str, int], Model]:
-        """Those that were kept of it, by method and seed; of several the newest.
+        """The newest saved model of each cell, by method and seed.
 
-        One that cannot be read is left out; ``hypergrad models list`` names it.
+        Unreadable models are ignored; ``hypergrad models list`` reports them.
         """
-        mine = {"task": self.manifest["task"], "started": self.sessions[0]["started"]}
+        identity = {
+            "task": self.manifest["task"],
+            "started": self.sessions[0]["started"],
+        }
         return {
             (model.run["method"], model.run["seed"]): model
-            for model in models.find(self.folder)[0]
-            if mine.items() <= model.run.items()
+            for model in models.find(self.model_folder)[0]
+            if identity.items() <= model.run.items()
         }
 
     @property
     def digests(self) -> dict[str, list[str]]:
-        """Of each array of its data, one a row; none of rows without a manifest."""
-        return _read(self.file(DIGESTS)) if "format" in self.manifest else {}
+        """A digest per row of each data array; empty for rows without a manifest."""
+        return _read_json(self.file(DIGESTS)) if "format" in self.manifest else {}
+
+
+# Reading.
 
 
 def find(root: Path) -> tuple[list[Run], list[str]]:
-    """All runs under a folder, the oldest in front, and what cannot be read."""
-    runs, flaws = [], []
+    """Returns all runs below a folder, oldest first, and errors of unreadable ones."""
+    runs, errors = [], []
     for path in sorted(root.rglob(f"*{MANIFEST}")):
         try:
             runs.append(load(path))
         except ValueError as error:
-            flaws.append(str(error))
-    return sorted(runs, key=lambda run: run.sessions[0]["started"]), flaws
+            errors.append(str(error))
+    return sorted(runs, key=lambda run: run.sessions[0]["started"]), errors
 
 
 def load(path: Path) -> Run:
-    """The run ``runs/cleaning``, also by the name of one of its files.
+    """Returns the run of a path such as ``runs/cleaning`` or of one of its files.
 
-    Of rows without a manifest it holds what each row says.
+    The manifest of rows without one is composed of what each row contains.
 
     Raises:
-      ValueError: there is none, or what it was made of cannot be read.
+      ValueError: The run does not exist, or its manifest cannot be read.
     """
     if path.name:
         stem = path.with_name(path.name.removesuffix(MANIFEST))
         for candidate in (stem, stem.with_suffix("")):
             run = Run(candidate, {})
             if (file := run.file(MANIFEST)).exists():
-                return _checked(file, Run(candidate, _read(file)))
+                return _check_manifest(file, Run(candidate, _read_json(file)))
             if run.rows:
-                return Run(candidate, _of_rows(run.rows))
+                return Run(candidate, _manifest_from_rows(run.rows))
     folder = path if path.is_dir() else path.parent
-    there = sorted(x.name.removesuffix(MANIFEST) for x in folder.glob(f"*{MANIFEST}"))
-    names = ", ".join(str(folder / name) for name in there)
-    hint = f"there is {names}" if there else "hypergrad run NAME makes one"
-    raise ValueError(f"no run {path}; {hint}")
+    names = sorted(x.name.removesuffix(MANIFEST) for x in folder.glob(f"*{MANIFEST}"))
+    if names:
+        hint = f"Existing runs: {', '.join(str(folder / name) for name in names)}."
+    else:
+        hint = "Make one with hypergrad run NAME."
+    raise ValueError(f"path must be the path of a run; got {path}. {hint}")
 
 
-def start(study: Study, request: Request) -> Run:
-    """Runs a study, or goes on with it, and keeps what it is made of beside the rows.
+def _check_manifest(file: Path, run: Run) -> Run:
+    """Raises ValueError unless a manifest contains everything that a run returns."""
+    if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a manifest of format {FORMAT}.")
+    try:
+        _ = run.metadata, run.packages, run.manifest["data"]["arrays"].items()
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}).") from error
+    return run
 
-    What measures no row leaves the manifest as it was. Of each method's first seed the
-    model that its row was measured on is kept in the folder ``models``, where the study
-    has one: before the row, and once, however often the run is killed.
+
+def _manifest_from_rows(rows: list[Row]) -> Row:
+    """Returns the part of a manifest that the rows themselves contain."""
+    last = rows[-1]
+    packages = {name: last.get(name) for name in record.PACKAGES}
+    session = {
+        "command": last.get("command"),
+        "configuration": {
+            "scale": last.get("scale"),
+            "seeds": 1 + max(row["seed"] for row in rows),
+            "methods": list(dict.fromkeys(row["method"] for row in rows)),
+        },
+        "started": "not kept",
+        "ended": "not kept",
+        "versions": {
+            "python": last.get("python"),
+            "device": last.get("device"),
+            "packages": packages,
+        },
+    }
+    data = {"name": last.get("data"), "sha256": last.get("data_sha256"), "arrays": {}}
+    return {"task": last.get("table"), "data": data, "sessions": [session]}
+
+
+# Running.
+
+
+def start_run(study: Study, request: Request) -> Run:
+    """Runs a study, or continues it, and saves its manifest beside the rows.
+
+    A call that measures no row does not change the manifest. For each method the model
+    on which the row of the first seed was measured is saved in the folder ``models``,
+    if the study returns one. It is saved before the row and only once, even if the run
+    is killed.
 
     Raises:
-      ValueError: a run is there already, of other data, or is running; or the study
-        refuses.
-      OSError: the disk is full, or the folder read-only. No row is there without its
-        model; what was written is kept, and the run goes on from there.
+      ValueError: The folder contains a run on other data or one that is running, or
+        the study raises one.
+      OSError: The disk is full or the folder read-only. Completed rows are kept, each
+        with its model, and the same call continues from them.
     """
     make_folder(request.folder)
     _, arrays = study.data()
     run = Run(request.folder / study.name, {"format": FORMAT, "task": study.name})
     with run.file(".lock").open("a") as lock:
         lock_file(lock, run.path)
-        run.manifest.update(data=_of_data(study, request.seeds), sessions=[])
+        run.manifest.update(data=describe_data(study, request.seeds), sessions=[])
         if run.file(MANIFEST).exists():
-            before = load(run.path)
-            _check_data(before, run.manifest["data"], arrays)
-            known = before.manifest["data"].get("splits", {})
-            run.manifest["data"]["splits"] |= known
-            run.sessions.extend(before.sessions)
-        known = len(run.rows)
-        run.sessions.append(_session(study, request))
-        _write(run.file(DIGESTS), digests(arrays))
-        _write(run.file(MANIFEST), run.manifest)
-        steps = table(study, functools.partial(_keep, run, study))
+            saved = load(run.path)
+            _check_data(saved, run.manifest["data"], arrays)
+            saved_splits = saved.manifest["data"].get("splits", {})
+            run.manifest["data"]["splits"] |= saved_splits
+            run.sessions.extend(saved.sessions)
+        num_saved = len(run.rows)
+        run.sessions.append(_new_session(study, request))
+        _write_json(run.file(DIGESTS), row_digests(arrays))
+        _write_json(run.file(MANIFEST), run.manifest)
+        runnable = table(study, functools.partial(_save_model, run, study))
         try:
-            steps.run(steps, request)
+            runnable.run(runnable, request)
             run.sessions[-1]["ended"] = utc_now()
         finally:
-            if len(run.rows) == known and len(run.sessions) > 1:
+            if len(run.rows) == num_saved and len(run.sessions) > 1:
                 run.sessions.pop()
-            _write(run.file(MANIFEST), run.manifest)
+            _write_json(run.file(MANIFEST), run.manifest)
     return run
 
 
+def rerun(run: Run, study: Study, folder: Path) -> Run:
+    """Repeats a run in another folder.
+
+    Raises:
+      ValueError: The data differ from those of the run, or the folder contains a run.
+    """
+    if (folder / (run.path.name + MANIFEST)).exists():
+        raise ValueError(
+            f"--out must be a folder without a run of this name; got {folder}, whose "
+            "rows would be taken for those of the repetition."
+        )
+    configuration = run.configuration
+    data = describe_data(study, configuration["seeds"])
+    _check_data(run, data, study.data()[1])
+    unknown = set(configuration["methods"]) - set(study.methods)
+    if unknown:
+        raise ValueError(
+            f"{run.path} has methods that {study.name} no longer has: "
+            f"{', '.join(sorted(unknown))}."
+        )
+    methods = tuple(m for m in study.methods if m in configuration["methods"])
+    command = f"hypergrad runs rerun {run.path} --out {folder}"
+    scale, num_seeds = configuration["scale"], configuration["seeds"]
+    return start_run(study, Request(scale, num_seeds, folder, command, methods))
+
+
 def model_name(study: Study, method: str) -> str:
-    """What the model of a method is called."""
+    """Returns the name under which the models of a method are saved."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", f"{study.name}-{method}")
 
 
-CELL = ("task", "started", "method", "seed")  # by which a model is known again
+def _save_model(run: Run, study: Study, cell: Row, row: Row, model: tuple) -> None:
+    """Saves the model of a cell of the first seed, unless it is saved already.
 
-
-def _keep(run: Run, study: Study, cell: Row, row: Row, model: tuple) -> None:
-    """The first seed's, unless it is there: killed after this, a run measures anew."""
+    A run that is killed between model and row measures the row again.
+    """
     if cell["seed"] != 0:
         return
     session, data = run.sessions[-1], run.manifest["data"]
@@ -221,7 +310,7 @@ def _keep(run: Run, study: Study, cell: Row, row: Row, model: tuple) -> None:
     models.save(
         model_name(study, cell["method"]),
         *model,
-        folder=run.folder,
+        folder=run.model_folder,
         metrics={
             column.name: row[column.name]
             for column in study.columns
@@ -238,142 +327,25 @@ def _keep(run: Run, study: Study, cell: Row, row: Row, model: tuple) -> None:
             "data": {"name": data["name"], "sha256": data["sha256"], "split": split},
             "versions": session["versions"],
         },
-        once=CELL,
+        deduplicate_by=CELL,
     )
 
 
-def again(run: Run, study: Study, folder: Path) -> Run:
-    """The run once more, into a folder.
-
-    Raises:
-      ValueError: the data are no longer those of the run, or a run is in the folder.
-    """
-    if (folder / (run.path.name + MANIFEST)).exists():
-        raise ValueError(
-            f"{folder} holds a run already, whose rows would be taken for the "
-            "repetition's; give another --out"
-        )
-    asked = run.configuration
-    _check_data(run, _of_data(study, asked["seeds"]), study.data()[1])
-    unknown = set(asked["methods"]) - set(study.methods)
-    if unknown:
-        raise ValueError(
-            f"{run.path} has methods that {study.name} no longer has: "
-            f"{', '.join(sorted(unknown))}"
-        )
-    methods = tuple(m for m in study.methods if m in asked["methods"])
-    command = f"hypergrad runs rerun {run.path} --out {folder}"
-    request = Request(asked["scale"], asked["seeds"], folder, command, methods)
-    return start(study, request)
-
-
 def _check_data(run: Run, data: Row, arrays: dict[str, Any]) -> None:
-    """ValueError that names arrays and rows, where data are not those of the run."""
+    """Raises ValueError with arrays and rows if the data differ from those of a run."""
     if data["sha256"] != run.manifest["data"]["sha256"]:
+        differences = describe_row_differences(run.digests, row_digests(arrays))
         raise ValueError(
-            f"the data are not those of {run.path}: "
-            + ("; ".join(differing(run.digests, digests(arrays))) or "another SHA-256")
+            f"the data differ from those of {run.path}: "
+            f"{'; '.join(differences) or 'another SHA-256'}."
         )
-    if found := split_otherwise(run.manifest["data"], data):
-        raise ValueError(f"the data are not split as those of {run.path}: {found}")
+    if difference := describe_split_differences(run.manifest["data"], data):
+        raise ValueError(
+            f"the data are split differently from those of {run.path}: {difference}."
+        )
 
 
-def data_in_words(data: Row) -> str:
-    """The same of a run and of its models."""
-    name = data.get("name")  # none where a problem's own data are meant
-    return f"{name}, " * bool(name) + f"SHA-256 {data['sha256']}"
-
-
-def split_in_words(seed: Any, sha256: str) -> str:
-    """The same of a run and of its models."""
-    return f"seed {seed}: SHA-256 {sha256}"
-
-
-def _splits_in_words(splits: Row | None) -> dict[str, str]:
-    if not splits:
-        return {}
-    return {"split": "; ".join(split_in_words(*of_seed) for of_seed in splits.items())}
-
-
-def split_otherwise(a: Row, b: Row) -> str:
-    """In words, for which seeds the same data are split otherwise, of those in both."""
-    one, two = a.get("splits", {}), b.get("splits", {})
-    seeds = [seed for seed in one if two.get(seed, one[seed]) != one[seed]]
-    return f"other parts for seed {', '.join(seeds)}" if seeds else ""
-
-
-def differing(a: dict[str, list[str]], b: dict[str, list[str]]) -> list[str]:
-    """In words, which rows of which arrays are not the same, where both are known."""
-    found = []
-    if not (a and b):
-        return found
-    for name in sorted(a.keys() | b.keys()):
-        if name not in a or name not in b:
-            found.append(f"{name} is in the {'first' if name in a else 'second'} only")
-            continue
-        one, two = a[name], b[name]
-        if len(one) != len(two):
-            found.append(f"{name} has {len(one):,} rows, and {len(two):,}")
-        rows = [i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y]
-        if rows:
-            shown = ", ".join(map(str, rows[:5])) + ", ..." * (len(rows) > 5)
-            found.append(f"{name} differs in {len(rows):,} rows: {shown}")
-    return found
-
-
-def digests(arrays: dict[str, Any]) -> dict[str, list[str]]:
-    """Eight bytes of SHA-256 of each array's rows, shape and dtype counted."""
-
-    def digest(row: np.ndarray) -> str:
-        kind = f"{row.dtype}{row.shape}".encode()
-        return hashlib.sha256(kind + row.tobytes()).hexdigest()[:16]
-
-    rows = lambda array: [digest(row) for row in np.atleast_1d(np.asarray(array))]
-    return {name: rows(array) for name, array in arrays.items()}
-
-
-def _of_data(study: Study, seeds: int) -> Row:
-    """Of all data, and of each seed's parts of them."""
-    name, arrays = study.data()
-    shape = lambda array: [str(np.asarray(array).dtype), *np.shape(array)]
-    splits = {str(seed): _of_split(study, seed) for seed in range(seeds)}
-    return {
-        "name": name,
-        "sha256": record.fingerprint(arrays),
-        "arrays": {name: shape(array) for name, array in sorted(arrays.items())},
-        "splits": {seed: sha256 for seed, sha256 in splits.items() if sha256},
-    }
-
-
-def _of_split(study: Study, seed: int) -> str:
-    """SHA-256 over shapes, dtypes and bytes; nothing where there are none."""
-    leaves = jax.tree.leaves(study.split(jax.random.key(seed)))
-    parts = [leaf for leaf in leaves if eqx.is_array(leaf)]
-    return digest(parts).removeprefix(HASH) if parts else ""
-
-
-def _of_rows(rows: list[Row]) -> Row:
-    """What rows say of themselves."""
-    last = rows[-1]
-    configuration = {
-        "scale": last.get("scale"),
-        "seeds": 1 + max(row["seed"] for row in rows),
-        "methods": list(dict.fromkeys(row["method"] for row in rows)),
-    }
-    versions = {name: last.get(name) for name in ("python", "device")}
-    packages = {name: last.get(name) for name in record.PACKAGES}
-    session = {
-        "command": last.get("command"),
-        "configuration": configuration,
-        "started": "not kept",
-        "ended": "not kept",
-        "versions": versions | {"packages": packages},
-    }
-    data = {"name": last.get("data"), "sha256": last.get("data_sha256"), "arrays": {}}
-    return {"task": last.get("table"), "data": data, "sessions": [session]}
-
-
-def _session(study: Study, request: Request) -> Row:
+def _new_session(study: Study, request: Request) -> Row:
     return {
         "command": request.command,
         "configuration": {
@@ -387,25 +359,12 @@ def _session(study: Study, request: Request) -> Row:
     }
 
 
-def _checked(file: Path, run: Run) -> Run:
-    """Refuses a manifest in which anything is not there that is asked of a run."""
-    if not isinstance(run.manifest, dict) or run.manifest.get("format") != FORMAT:
-        raise ValueError(f"{file} is no manifest of format {FORMAT}")
-    try:
-        ask = run.facts, run.packages, run.manifest["data"]["arrays"].items()
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error!r})") from error
-    del ask
-    return run
-
-
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
-def _write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+def _write_json(path: Path, content: Any) -> None:
     atomic_io.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""``hypergrad models``: list, show, load."""
+"""The commands ``hypergrad models``: list, show and load."""
 
 import json
 import math
@@ -11,112 +11,116 @@ from rich.console import Console
 from .. import models
 from ..models.store import FOLDER, Model
 from ..runtime.console import exit_with_message, print_table
-from .manifest import data_in_words, split_in_words
+from .data import data_text, split_text
 
 
 def list_models(folder: tyro.conf.Positional[Path] = Path(FOLDER)) -> None:
-    """List the models in a folder: versions, metrics, and what made each.
+    """List the models in a folder with their versions, metrics and origins.
 
     Args:
-      folder: of all models.
+      folder: Folder of all models.
     """
-    found, flaws = models.find(folder)
-    if not found and not flaws:
+    saved_models, errors = models.find(folder)
+    if not saved_models and not errors:
         sys.exit(
-            f"hypergrad: no model in {folder}; hg.models.save keeps one, hypergrad run "
-            "NAME those of its first seed"
+            f"hypergrad: no model in {folder}; save one with hg.models.save, or with "
+            "hypergrad run NAME those of its first seed"
         )
     rows = [
         [
-            *(model.reference, model.record["saved"], _metrics(model)),
-            *(_command(model), str(model.run.get("run", "-"))),
+            model.reference,
+            model.record["saved"],
+            _metrics_text(model),
+            _command_text(model),
+            str(model.run.get("run", "-")),
         ]
-        for model in found
+        for model in saved_models
     ]
     if rows:
         print_table(("model", "saved", "metrics", "made by", "run"), rows, Console())
-    if flaws:
-        sys.exit("\n".join(f"hypergrad: {flaw}" for flaw in flaws))
+    if errors:
+        sys.exit("\n".join(f"hypergrad: {error}" for error in errors))
 
 
 def show_model(model: str, folder: Path = Path(FOLDER)) -> None:
-    """Show a model: its arrays, its metrics, and what made it. Its files are checked.
+    """Show the arrays, metrics and origin of a model after a check of its files.
 
     Args:
-      model: NAME@VERSION, or NAME for the newest.
-      folder: of all models.
+      model: NAME@VERSION, or NAME for the newest version.
+      folder: Folder of all models.
     """
     with exit_with_message():
-        found = models.get(model, folder=folder)
-    run = {name: _text(x) for name, x in found.run.items() if name != "versions"}
-    run |= _data(found)
-    known = dict(found.run["versions"])
-    packages = known.pop("packages", {})
-    facts = {
-        "model": found.reference,
-        "saved": found.record["saved"],
-        "metrics": _metrics(found),
-        **{name: _array(about) for name, about in found.leaves.items()},
-        "SHA-256": found.sha256,
-        **run,
-        **{name: str(x) for name, x in known.items()},
+        saved_model = models.get(model, folder=folder)
+    versions = dict(saved_model.run["versions"])
+    packages = versions.pop("packages", {})
+    metadata = {
+        "model": saved_model.reference,
+        "saved": saved_model.record["saved"],
+        "metrics": _metrics_text(saved_model),
+        **{name: _leaf_text(leaf) for name, leaf in saved_model.leaves.items()},
+        "SHA-256": saved_model.sha256,
+        **{
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in saved_model.run.items()
+            if name != "versions"
+        },
+        **_data_texts(saved_model),
+        **{name: str(version) for name, version in versions.items()},
         "packages": ", ".join(f"{name} {x}" for name, x in packages.items()),
     }
-    print_table(("", ""), list(facts.items()), Console())
+    print_table(("", ""), list(metadata.items()), Console())
 
 
 def load_model(
     model: str, folder: Path = Path(FOLDER), out: Path | None = None
 ) -> None:
-    """Check a model's files by SHA-256, and write its arrays as npz, for numpy.load.
+    """Check a model's files by SHA-256 and write its arrays as npz, for numpy.load.
 
-    In Python, hg.models.load gives back the trees.
+    In Python, hg.models.load returns the trees.
 
     Args:
-      model: NAME@VERSION, or NAME for the newest.
-      folder: of all models.
-      out: the file; NAME-VERSION.npz, unless told. It must not be there yet.
+      model: NAME@VERSION, or NAME for the newest version.
+      folder: Folder of all models.
+      out: File to write, which must not exist. Defaults to NAME-VERSION.npz.
     """
     with exit_with_message():
-        found = models.get(model, folder=folder)
-        out = Path(f"{found.name}-{found.version}.npz") if out is None else out
-        models.export(found.reference, out, folder=folder)
-    numbers = sum(math.prod(about["shape"]) for about in found.leaves.values())
+        saved_model = models.get(model, folder=folder)
+        default = Path(f"{saved_model.name}-{saved_model.version}.npz")
+        out = default if out is None else out
+        models.export(saved_model.reference, out, folder=folder)
+    leaves = saved_model.leaves.values()
+    num_values = sum(math.prod(leaf["shape"]) for leaf in leaves)
     print(
-        f"{found.reference} is as it was written: {len(found.leaves)} arrays, "
-        f"{numbers:,} numbers, SHA-256 {found.sha256}"
+        f"{saved_model.reference} is unchanged since it was written: {len(leaves)} "
+        f"arrays, {num_values:,} numbers, SHA-256 {saved_model.sha256}"
     )
     print(f"wrote {out}")
 
 
-def _metrics(model: Model) -> str:
-    shown = lambda x: "not finite" if x is None else f"{x:.4g}"
-    return ", ".join(f"{name} {shown(x)}" for name, x in model.metrics.items()) or "-"
+def _metrics_text(model: Model) -> str:
+    to_text = lambda x: "not finite" if x is None else f"{x:.4g}"
+    return ", ".join(f"{name} {to_text(x)}" for name, x in model.metrics.items()) or "-"
 
 
-def _command(model: Model) -> str:
+def _command_text(model: Model) -> str:
     seed = model.run.get("seed")
     return str(model.run.get("command")) + f", seed {seed}" * (seed is not None)
 
 
-def _data(model: Model) -> dict[str, str]:
-    """In the words of `hypergrad runs show`, where they are known by their SHA-256."""
+def _data_texts(model: Model) -> dict[str, str]:
+    """Returns data and split as `hypergrad runs show` prints them, if known."""
     data = model.run.get("data")
     if not isinstance(data, dict) or "sha256" not in data:
         return {}
-    facts = {"data": data_in_words(data)}
+    texts = {"data": data_text(data)}
     if data.get("split"):
-        facts["split"] = split_in_words(model.run.get("seed"), data["split"])
-    return facts
+        texts["split"] = split_text(model.run.get("seed"), data["split"])
+    return texts
 
 
-def _array(about: dict) -> str:
-    text = f"{about['dtype']}{about['shape']}"
-    return text if about["was"] == "jax" else f"{text}, {about['was']}"
-
-
-def _text(x: object) -> str:
-    return x if isinstance(x, str) else json.dumps(x)
+def _leaf_text(leaf: dict) -> str:
+    text = f"{leaf['dtype']}{leaf['shape']}"
+    return text if leaf["was"] == "jax" else f"{text}, {leaf['was']}"
 
 
 COMMANDS = {"list": list_models, "show": show_model, "load": load_model}

@@ -1,4 +1,4 @@
-"""A run as one page of HTML that needs nothing beside it."""
+"""Report of a run as a self-contained HTML page."""
 
 import base64
 import html
@@ -24,72 +24,77 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 """
 
 
-def report(run: Run, path: Path) -> None:
-    """Writes the page: table, verdicts and figure, and what the run was made of.
+def write_report(run: Run, path: Path) -> None:
+    """Writes a page with the table, the claims, the figure and the metadata of a run.
 
     Raises:
-      ValueError: the run has no table yet, as it was interrupted.
+      ValueError: The run was interrupted before its table was written.
     """
     table = run.file(".md")
     if not table.exists():
         raise ValueError(
-            f"{run.path} was interrupted before its table; go on with it first: "
-            f"{run.sessions[-1]['command']}"
+            f"run must be complete; got {run.path}, which was interrupted. Continue it "
+            f"with: {run.sessions[-1]['command']}"
         )
     name = html.escape(run.manifest["task"])
-    picture = base64.b64encode(run.file(".png").read_bytes()).decode()
+    figure = base64.b64encode(run.file(".png").read_bytes()).decode()
     path.write_text(
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f"<meta name='viewport' content='width=device-width'>"
         f"<title>{name}</title><style>{STYLE}</style></head><body>\n"
-        f"{_markdown(table.read_text())}\n"
-        f"<img alt='Figure of {name}' src='data:image/png;base64,{picture}'>\n"
-        f"<h2>What it was made of</h2>\n{_made_of(run)}</body></html>\n"
+        f"{_markdown_to_html(table.read_text())}\n"
+        f"<img alt='Figure of {name}' src='data:image/png;base64,{figure}'>\n"
+        f"<h2>Metadata</h2>\n{_metadata_to_html(run)}</body></html>\n"
     )
 
 
-def _markdown(text: str) -> str:
-    """Of the Markdown that a table is written in: headings, tables, lists, code."""
+def _markdown_to_html(text: str) -> str:
+    """Returns HTML of the Markdown of tables: headings, tables, lists and code."""
     blocks = []
-    kind = lambda line: (line[:1] in "|-#" and line[:1]) or ("" if line else " ")
-    for which, lines in itertools.groupby(text.splitlines(), kind):
-        if which == "|":
-            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
-            blocks.append(_table(head, rows))
-        elif which == "-":
-            items = "".join(f"<li>{_line(x[1:])}</li>" for x in lines)
+    markers = "|-#"
+    get_kind = lambda line: line[0] if line and line[0] in markers else bool(line)
+    for kind, lines in itertools.groupby(text.splitlines(), get_kind):
+        if kind == "|":
+            titles, _, *rows = (
+                [cell.strip() for cell in line[1:-1].split("|")] for line in lines
+            )
+            blocks.append(_table_to_html(titles, rows))
+        elif kind == "-":
+            items = "".join(f"<li>{_inline_to_html(line[1:])}</li>" for line in lines)
             blocks.append(f"<ul>{items}</ul>")
-        elif which == "#":
-            blocks += [f"<h1>{_line(x.lstrip('# '))}</h1>" for x in lines]
-        elif which == "":
-            blocks.append("<p>" + "<br>".join(map(_line, lines)) + "</p>")
+        elif kind == "#":
+            blocks += [f"<h1>{_inline_to_html(x.lstrip('# '))}</h1>" for x in lines]
+        elif kind:
+            blocks.append("<p>" + "<br>".join(map(_inline_to_html, lines)) + "</p>")
     return "\n".join(blocks)
 
 
-def _line(text: str) -> str:
-    """Every second piece between backticks is code."""
+def _inline_to_html(text: str) -> str:
+    """Returns escaped text in which the pieces between backticks are code."""
     pieces = html.escape(text.strip()).split("`")
     return "".join(f"<code>{x}</code>" if i % 2 else x for i, x in enumerate(pieces))
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    row = lambda tag, cells: "".join(f"<{tag}>{_line(c)}</{tag}>" for c in cells)
-    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
+def _table_to_html(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    to_cells = lambda tag, cells: "".join(
+        f"<{tag}>{_inline_to_html(cell)}</{tag}>" for cell in cells
+    )
+    body = "".join(f"<tr>{to_cells('td', row)}</tr>" for row in rows)
     return (
-        f"<div class='wide'><table><thead><tr>{row('th', head)}</tr></thead>"
+        f"<div class='wide'><table><thead><tr>{to_cells('th', titles)}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _made_of(run: Run) -> str:
-    """Its facts, and all packages under a fold."""
+def _metadata_to_html(run: Run) -> str:
+    """Returns the metadata as a list, with the packages in a block to unfold."""
     packages = run.packages
-    listed = ", ".join(f"{name} {version}" for name, version in packages.items())
-    facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{_line(fact)}</dd>"
-        for name, fact in run.facts.items()
+    package_list = ", ".join(f"{name} {version}" for name, version in packages.items())
+    items = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{_inline_to_html(text)}</dd>"
+        for name, text in run.metadata.items()
     )
     return (
-        f"<dl>{facts}</dl><details><summary>{len(packages)} packages</summary>"
-        f"<p>{html.escape(listed)}</p></details>"
+        f"<dl>{items}</dl><details><summary>{len(packages)} packages</summary>"
+        f"<p>{html.escape(package_list)}</p></details>"
     )

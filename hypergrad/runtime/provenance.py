@@ -20,7 +20,7 @@ def versions() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
         "float": str(np.dtype(jax.dtypes.canonicalize_dtype(float))),
-        "git": source_commit(Path(__file__).parent),
+        "git": source_commit(Path(__file__).parents[1]),
         "packages": packages(),
     }
 

@@ -53,7 +53,7 @@ class Searcher(Protocol):
 
 
 class Trials(eqx.Module):
-    """All trials so far: the state of a searcher that learns from them.
+    """The trials so far: the state of a searcher that learns from them.
 
     The leaves are arrays: ``jax.tree.leaves`` of a state can be saved and restored by
     ``jax.tree.unflatten`` with the structure of ``init``.

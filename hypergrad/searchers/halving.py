@@ -56,8 +56,8 @@ class SuccessiveHalving(PopulationSearcher):
 
     def rungs(self, num_steps: int) -> list[Rung]:
         """Returns the rungs of a bracket."""
-        last = floor_log(self.num_candidates, self.eta)
-        return bracket_rungs(self.num_candidates, last, self.eta, num_steps)
+        last_rung = floor_log(self.num_candidates, self.eta)
+        return bracket_rungs(self.num_candidates, last_rung, self.eta, num_steps)
 
     def rung(self, num_steps: int, index: int) -> Rung:
         """Returns the rung of round ``index``; the last is followed by the first."""
@@ -126,19 +126,19 @@ def floor_log(number: int, base: int) -> int:
 
 
 def bracket_rungs(
-    num_candidates: int, last: int, eta: int, num_steps: int
+    num_candidates: int, last_rung: int, eta: int, num_steps: int
 ) -> list[Rung]:
-    """Returns rungs 0 to ``last`` of a bracket, without rungs that make no step.
+    """Returns rungs 0 to ``last_rung`` of a bracket, without rungs that make no step.
 
     In rung ``i`` the best ``num_candidates / eta^i`` members, at least one, reach
-    ``num_steps / eta^(last - i)`` steps, at least one.
+    ``num_steps / eta^(last_rung - i)`` steps, at least one.
 
     >>> [tuple(rung) for rung in bracket_rungs(9, 2, 3, 27)]
     [(9, 0, 3), (3, 3, 9), (1, 9, 27)]
     >>> [tuple(rung) for rung in bracket_rungs(81, 4, 3, 5)]
     [(81, 0, 1), (1, 1, 5)]
     """
-    stops = [max(1, num_steps // eta ** (last - i)) for i in range(last + 1)]
-    sizes = [max(1, num_candidates // eta**i) for i in range(last + 1)]
+    stops = [max(1, num_steps // eta ** (last_rung - i)) for i in range(last_rung + 1)]
+    sizes = [max(1, num_candidates // eta**i) for i in range(last_rung + 1)]
     rungs = map(Rung, sizes, [0, *stops], stops)
     return [rung for rung in rungs if rung.num_steps > 0]

@@ -92,8 +92,8 @@ class TPE(eqx.Module):
         state = state.add(alpha, value)
         if self.journal is not None:
             optuna = optuna_study.import_optuna("TPE")
-            last = Trials(state.space, state.t[-1:], state.values[-1:])
-            (trial,) = optuna_study.to_optuna_trials(optuna, last)
+            last_trial = Trials(state.space, state.t[-1:], state.values[-1:])
+            (trial,) = optuna_study.to_optuna_trials(optuna, last_trial)
             with optuna_study.open_journal(optuna, self.journal, state.space) as study:
                 study.add_trial(trial)
         return state

@@ -13,7 +13,7 @@ from .base import BoundedSpace, as_float, identity, raise_unbounded
 
 
 class Real(eqx.Module):
-    """All real numbers: ``alpha = u``.
+    """The real numbers: ``alpha = u``.
 
     >>> Real().forward(-3.0)
     -3.0

@@ -87,7 +87,7 @@ class Integer(BoundedSpace):
 
 
 class Choice(BoundedSpace):
-    """One of several numbers without an order; only for `search`.
+    """A choice among several numbers without an order; only for `search`.
 
     Args:
       values: The numbers, all different, or their count: n stands for 0, ..., n - 1.

@@ -29,20 +29,20 @@ from ..tasks.architecture import (
     OPERATIONS,
     SIZES,
     SOLVER,
-    chosen,
     cross_entropy,
     expected_flops,
     make,
+    most_likely_cell,
     one_hot,
     ranking,
     train_loss,
     val_loss,
 )
-from ..tasks.classifier import held_out, others
+from ..tasks.classifier import held_out_examples, mask_held_out
 from ..trace import Trace
-from .program import Once, program
+from .program import CachedFunction, program
 from .record import Row
-from .study import DIGITS, Column, Study, digits, parts_of, tuned
+from .study import DIGITS, Column, Study, digits, task_data, tune_and_run
 from .verdict import Claim, Verdict
 
 BUDGET = 300
@@ -79,13 +79,13 @@ TOTAL = BUDGET + len(RATES) * (BUDGET + TRAINING)  # with tuning
 
 
 def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
-    """A cell alone, from a start of its own; accuracies and losses."""
+    """Trains a cell from a random start and returns accuracies and losses."""
     task = make(key=key, data=data)
     inner, val = task.problem.inner_data, task.problem.outer_data.data
     test: Any = task.metrics["test_accuracy"]
     key = jax.random.fold_in(key, 1)
     w, _ = FINAL.solve(train_loss, task.w, cell, inner, key)
-    held = others(held_out(val, True))
+    held = held_out_examples(mask_held_out(val, True))
     return task.metric_values(w, cell, key) | {
         "test_loss": cross_entropy(w, cell, test.args[0]),
         "val_loss": cross_entropy(w, cell, val),
@@ -96,7 +96,7 @@ def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
 def learn(
     method: str, data: PyTree, key: Array, price: Array, hold_out: Array, rate: Array
 ) -> Trace:
-    """As many steps as the budget surely pays for, on batches of both splits."""
+    """Returns the trace of a search whose number of steps fits the budget."""
     task = make(key=key, price=price, hold_out=hold_out, data=data)
     estimator, cost = ESTIMATORS[method]
     val = Batches(task.problem.outer_data.data, BATCH_SIZE)
@@ -112,25 +112,25 @@ def learn(
     )
 
 
-@Once
+@CachedFunction
 def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
-    """What one training of a cell says of it, and the seconds that it took."""
+    """Returns the results of one training of a cell, and its seconds."""
     run = program(train)
-    before = run.run_seconds
-    found = run(digits(), jnp.array(cell), jax.random.key(seed))
-    numbers = {name: float(x) for name, x in found.items()}
-    return numbers | {"run_seconds": run.run_seconds - before}
+    prev_seconds = run.run_seconds
+    result = run(digits(), jnp.array(cell), jax.random.key(seed))
+    numbers = {name: float(x) for name, x in result.items()}
+    return numbers | {"run_seconds": run.run_seconds - prev_seconds}
 
 
 @functools.cache
 def share(cell: tuple[int, ...]) -> float:
-    """Floating-point operations, of the largest cell's."""
+    """Returns the operations of a cell as a fraction of the largest cell's."""
     side = int(digits()["x"].shape[1] ** 0.5)
     return float(expected_flops(one_hot(cell), jnp.zeros((1, side, side))))
 
 
 def judged(cell: tuple[int, ...], price: float) -> Row:
-    """What all retrainings say of a cell, and how much better another one is."""
+    """Returns means over the retrainings of a cell, and its regret and rank."""
     means = {name: np.mean(x, axis=1) for name, x in ranking().items()}
     accuracy, at = means["test_accuracy"], CELLS.index(cell)
     flops = np.array([share(cell) for cell in CELLS])
@@ -146,7 +146,7 @@ def judged(cell: tuple[int, ...], price: float) -> Row:
 
 
 def selection(cell: tuple[int, ...], seed: int, price: float) -> Row:
-    """How good the cell is on the validation images that are held out."""
+    """Returns the score of a cell on held-out validation images."""
     loss = trained(cell, seed)["held_loss"] + price * share(cell)
     return {"selection": -loss}
 
@@ -155,56 +155,56 @@ def selection(cell: tuple[int, ...], seed: int, price: float) -> Row:
 
 
 def by_gradient(method: str, seed: int, price: float) -> Row:
-    """The heaviest operations of the learned mixture."""
+    """Returns the row of the cell with the largest weights of the learned mixture."""
     run, key = program(learn, method), jax.random.key(seed)
 
-    def one(rate: float, hold_out: bool) -> Row:
-        before = run.run_seconds
+    def run_once(rate: float, hold_out: bool) -> Row:
+        prev_seconds = run.run_seconds
         trace = run(digits(), key, price, hold_out, rate)
-        cell = tuple(chosen(trace.alpha).tolist())
+        cell = tuple(most_likely_cell(trace.alpha).tolist())
         cost = float(trace.cost[-1])
-        found = judged(cell, price) | {
+        result = judged(cell, price) | {
             "gradient_equivalents": cost,
             "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-            "run_seconds": run.run_seconds - before,
+            "run_seconds": run.run_seconds - prev_seconds,
             "alpha": np.asarray(trace.alpha, float).tolist(),
         }
         if not hold_out:
-            return found
-        found["gradient_equivalents"] += TRAINING
-        return found | selection(cell, seed, price)
+            return result
+        result["gradient_equivalents"] += TRAINING
+        return result | selection(cell, seed, price)
 
-    return tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
+    return tune_and_run(run_once, RATES) | {"compile_seconds": run.compile_seconds}
 
 
 def one_operation(seed: int, price: float) -> Row:
-    """The same operation on every edge."""
+    """Returns the row of the best cell with the same operation on every edge."""
 
-    def one(operation: int, hold_out: bool) -> Row:
+    def run_once(operation: int, hold_out: bool) -> Row:
         cell = (operation,) * len(EDGES)
         cost = {"gradient_equivalents": TRAINING if hold_out else 0.0}
         return judged(cell, price) | cost | selection(cell, seed, price)
 
-    return tuned(one, range(len(OPERATIONS)))
+    return tune_and_run(run_once, range(len(OPERATIONS)))
 
 
-def by_random_search(budget: float, seed: int, price: float) -> Row:
-    """Different cells, each trained once; the least loss on validation is chosen."""
+def random_search(budget: float, seed: int, price: float) -> Row:
+    """Returns the row of the best of random cells on the validation data."""
     rng, count = np.random.default_rng(seed), int(budget / TRAINING)
     cells = [CELLS[i] for i in rng.permutation(len(CELLS))[:count]]
-    found = [trained(cell, seed) for cell in cells]
+    result = [trained(cell, seed) for cell in cells]
     losses = [
-        one["val_loss"] + price * share(cell)
-        for one, cell in zip(found, cells, strict=True)
+        measured["val_loss"] + price * share(cell)
+        for measured, cell in zip(result, cells, strict=True)
     ]
     return judged(cells[int(np.argmin(losses))], price) | {
         "gradient_equivalents": count * TRAINING,
-        "run_seconds": sum(one["run_seconds"] for one in found),
+        "run_seconds": sum(measured["run_seconds"] for measured in result),
     }
 
 
 def random_cell(seed: int, price: float) -> Row:
-    """The mean over all cells, which is what one drawn at random is worth."""
+    """Returns the mean over all cells, the expectation of a random cell."""
     del seed
     every = [judged(cell, price) for cell in CELLS]
     columns = ("accuracy", "regret", "flops", "objective")
@@ -214,8 +214,8 @@ def random_cell(seed: int, price: float) -> Row:
 ROWS: dict[str, Callable[..., Row]] = {
     "baseline": one_operation,
     "random cell": random_cell,
-    "random search": functools.partial(by_random_search, BUDGET),
-    "random search, total": functools.partial(by_random_search, TOTAL),
+    "random search": functools.partial(random_search, BUDGET),
+    "random search, total": functools.partial(random_search, TOTAL),
 } | {method: functools.partial(by_gradient, method) for method in ESTIMATORS}
 METHODS: dict[str, Callable[[int], Row]] = {
     name + ending: functools.partial(row, price=price)
@@ -225,7 +225,7 @@ METHODS: dict[str, Callable[[int], Row]] = {
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Regret against what retraining the best cell changes, on every seed."""
+    """Compares the regret with the standard deviation of retraining the best cell."""
     accuracy = ranking()["test_accuracy"]
     best = np.argmax(np.mean(accuracy, axis=1))
     deviation = 100 * np.std(accuracy[best], ddof=1)
@@ -244,13 +244,13 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Every cell, and those that were chosen."""
+    """Draws all cells and marks the chosen ones."""
     accuracy = np.mean(ranking()["test_accuracy"], axis=1)
     plots.architecture(rows, [share(cell) for cell in CELLS], accuracy, PRICED, path)
 
 
 def beats(first: str, second: str, least: float | None) -> Claim:
-    """In accuracy, in points."""
+    """Returns a claim about accuracy in percentage points."""
     return Claim(first, second, "accuracy", least, scale=100, unit="points")
 
 
@@ -270,7 +270,7 @@ STUDY = Study(
         "test loss and price."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("accuracy %", "accuracy", scale=100),

@@ -25,9 +25,9 @@ from ..linear import Neumann
 from ..minimize import minimize
 from ..searchers import Random
 from ..tasks.augmentation import (
-    LARGEST,
+    MAX_MAGNITUDES,
     OPERATIONS,
-    POSE,
+    POSE_MAGNITUDES,
     SIZES,
     SOLVER,
     accuracy,
@@ -39,7 +39,16 @@ from ..tasks.augmentation import (
 from ..tasks.task import Task
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -50,21 +59,21 @@ FINAL = Descent(optax.sgd(optax.cosine_decay_schedule(0.3, 600), momentum=0.9), 
 TRIAL = Descent(optax.sgd(0.1, momentum=0.9), num_steps=200)
 ONE_STEP = Descent(optax.sgd(0.3), num_steps=1)
 
-Lane = tuple[Array, Array, Array, Array]  # key, penalty, share, hold_out
+RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, share, hold_out
 OFTEN = 0.95  # the largest probability
 
 
 def policy(magnitude: Any) -> PyTree:
-    """Every operation as often as can be."""
+    """Returns a policy that applies all operations with the largest probability."""
     m = jnp.asarray(magnitude, float)
     return {"magnitude": m, "probability": jnp.full_like(m, OFTEN)}
 
 
-def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Callable:
-    """As many outer steps of Adam as the budget surely pays for."""
+def gradient_method(estimator: Estimator, rate: float, cost_of_step: float) -> Callable:
+    """Returns a method that makes as many steps of Adam as fit the budget."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, lane: Lane) -> tuple[PyTree, Any]:
+    def learn(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
         trace = minimize(
             task.problem,
             estimator,
@@ -72,7 +81,7 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
             task.w,
             task.alpha,
             num_steps=num_steps,
-            key=jax.random.fold_in(lane[0], 1),
+            key=jax.random.fold_in(run_config[0], 1),
             space=task.space,
         )
         return trace.alpha, trace
@@ -80,8 +89,8 @@ def by_gradient(estimator: Estimator, rate: float, cost_of_step: float) -> Calla
     return learn
 
 
-def by_random_search(task: Task, lane: Lane) -> tuple[PyTree, Any]:
-    """Policies drawn uniformly, 200 steps of training each, the best on validation."""
+def random_search(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
+    """Returns the best of random policies on the validation data."""
     trace = search(
         task.problem,
         TRIAL,
@@ -89,21 +98,21 @@ def by_random_search(task: Task, lane: Lane) -> tuple[PyTree, Any]:
         task.w,
         space=task.space,
         budget=BUDGET,
-        key=jax.random.fold_in(lane[0], 1),
+        key=jax.random.fold_in(run_config[0], 1),
     )
     return trace.best_alpha, trace
 
 
-def one_magnitude(task: Task, lane: Lane) -> tuple[PyTree, None]:
-    """The same share of each largest magnitude; with share 0, nothing is changed."""
+def one_magnitude(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
+    """Returns a policy with the same fraction of each largest magnitude."""
     del task
-    return policy(lane[2] * LARGEST), None
+    return policy(run_config[2] * MAX_MAGNITUDES), None
 
 
-def true_pose(task: Task, lane: Lane) -> tuple[PyTree, None]:
-    """What was done to the validation and test images."""
-    del task, lane
-    return policy(POSE), None
+def true_pose(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
+    """Returns the policy of the validation and test images."""
+    del task, run_config
+    return policy(POSE_MAGNITUDES), None
 
 
 # Costs of a step in gradient-equivalents, at most: T inner gradients, outer gradients
@@ -114,15 +123,17 @@ OUTER = NUM_VAL / NUM_TRAIN
 METHODS: dict[str, Callable] = {
     "baseline": one_magnitude,
     "one magnitude": one_magnitude,
-    "random search": by_random_search,
-    "implicit": by_gradient(
+    "random search": random_search,
+    "implicit": gradient_method(
         Implicit(SOLVER, Neumann(num_terms=10, step_size=0.1)),
         *(0.15, SOLVER.num_steps + 2 * 11 + 2 * OUTER),
     ),
-    "unrolled": by_gradient(
+    "unrolled": gradient_method(
         Unrolled(SOLVER, warm_start=True), 0.15, 4 * SOLVER.num_steps + 1 + OUTER
     ),
-    "DADA": by_gradient(FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER),
+    "DADA": gradient_method(
+        FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER
+    ),
     "true pose": true_pose,
 }
 ON_HOST = "random search"
@@ -130,30 +141,32 @@ HYPERGRADIENTS = ("implicit", "unrolled", "DADA")
 
 
 def settings(method: str) -> list[tuple[float, float]]:
-    """Penalties and shares that a row chooses from."""
+    """Returns the pairs of penalty and magnitude that a method tries."""
     shares = SHARES if method == "one magnitude" else (0.0,)
     return [(penalty, share) for penalty in PENALTIES for share in shares]
 
 
-def lane_task(data: PyTree, lane: Lane) -> Task:
-    """The task of one lane."""
-    key, penalty, _, hold_out = lane
+def make_task(data: PyTree, run_config: RunConfig) -> Task:
+    """Returns the task of a run."""
+    key, penalty, _, hold_out = run_config
     return make(key=key, penalty=penalty, hold_out=hold_out, data=data)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
-    """A policy by one method, and the trace of learning."""
-    alpha, trace = METHODS[method](lane_task(data, lane), lane)
+def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
+    """Returns the policy and the trace of a method."""
+    alpha, trace = METHODS[method](make_task(data, run_config), run_config)
     return {"alpha": alpha, "trace": trace}
 
 
-def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Any]:
-    """Trains from scratch with the policy, and measures.
+def evaluate(data: PyTree, run_config: RunConfig, alpha: PyTree) -> dict[str, Any]:
+    """Returns measurements after training from scratch with the policy.
 
-    ``selection`` holds the accuracy and minus the loss on the held-out images.
+    ``selection`` contains the accuracy and minus the loss on held-out images.
     """
-    task, key = lane_task(data, lane), lane[0]
-    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], lane[3])["held"]
+    task, key = make_task(data, run_config), run_config[0]
+    held = split(data, jax.random.split(key)[0], SIZES["small"][:2], run_config[3])[
+        "held_out"
+    ]
     w, _ = FINAL.solve(
         train_loss, task.w, alpha, task.problem.inner_data, jax.random.fold_in(key, 2)
     )
@@ -167,43 +180,45 @@ def evaluate(data: PyTree, lane: Lane, alpha: PyTree) -> dict[str, Any]:
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, its setting chosen by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     data, measure = digits(), program(evaluate)
     on_host = functools.partial(learn, method)
     run = on_host if method == ON_HOST else program(learn, method)
 
-    def one(setting: tuple[float, float], hold_out: bool) -> Row:
+    def run_once(setting: tuple[float, float], hold_out: bool) -> Row:
         penalty, share = map(jnp.float32, setting)
-        lane = jax.random.key(seed), penalty, share, jnp.asarray(hold_out)
-        started = time.perf_counter()
-        learned = run(data, lane)
-        seconds = time.perf_counter() - started
+        run_config = jax.random.key(seed), penalty, share, jnp.asarray(hold_out)
+        start_time = time.perf_counter()
+        learned = run(data, run_config)
+        seconds = time.perf_counter() - start_time
         alpha, trace = learned["alpha"], learned["trace"]
-        found = measure(data, lane, alpha)
+        result = measure(data, run_config, alpha)
         row = {
-            "selection": np.asarray(found["selection"]),
-            "test_accuracy": float(found["test_accuracy"]),
-            "upright_accuracy": float(found["upright_accuracy"]),
-            "val_loss": float(found["val_loss"]),
+            "selection": np.asarray(result["selection"]),
+            "test_accuracy": float(result["test_accuracy"]),
+            "upright_accuracy": float(result["upright_accuracy"]),
+            "val_loss": float(result["val_loss"]),
             "penalty": setting[0],
-            "magnitude": np.asarray(alpha["magnitude"] / LARGEST, float).tolist(),
+            "magnitude": np.asarray(
+                alpha["magnitude"] / MAX_MAGNITUDES, float
+            ).tolist(),
             "probability": np.asarray(alpha["probability"], float).tolist(),
             "gradient_equivalents": float(FINAL.num_steps),
             "run_seconds": seconds,
-            MODEL: (found["w"], alpha),
+            MODEL: (result["w"], alpha),
         }
         if trace is not None:
-            row |= of_trace(trace)
+            row |= trace_columns(trace)
         return row
 
-    found = tuned(one, settings(method))
+    result = tune_and_run(run_once, settings(method))
     if isinstance(run, Program):
-        found |= {"compile_seconds": run.compile_seconds}
-    return found
+        result |= {"compile_seconds": run.compile_seconds}
+    return result
 
 
 def beats(first: str, second: str, least: float | None) -> Claim:
-    """In accuracy on posed test images, in points."""
+    """Returns a claim about accuracy on posed test images in percentage points."""
     return Claim(first, second, "test_accuracy", least, scale=100, unit="points")
 
 
@@ -220,7 +235,7 @@ STUDY = Study(
         "training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),
@@ -232,6 +247,8 @@ STUDY = Study(
         *(beats(method, "random search", 0.0) for method in HYPERGRADIENTS),
         beats("true pose", "implicit", None),
     ),
-    draw=functools.partial(plots.augmentation, OPERATIONS, (POSE / LARGEST).tolist()),
+    draw=functools.partial(
+        plots.augmentation, OPERATIONS, (POSE_MAGNITUDES / MAX_MAGNITUDES).tolist()
+    ),
     minutes=2,
 )

@@ -38,22 +38,31 @@ from ..tasks.task import Task
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
 BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
 
-Lane = tuple[Array, Array, Array]  # key, penalty, hold_out
+RunConfig = tuple[Array, Array, Array]  # key, penalty, hold_out
 
 
-def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
-    """As many outer steps as the budget surely pays for."""
+def gradient_method(estimator: Estimator, cost_of_step: float) -> Callable:
+    """Returns a method that makes as many outer steps as fit the budget."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
-        del parts
+    def learn(task: Task, splits: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
+        del splits
         trace = minimize(
             task.problem,
             estimator,
@@ -69,9 +78,9 @@ def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
     return learn
 
 
-def by_random_search(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
-    """Weights drawn uniformly, the best on validation kept, at the same budget."""
-    del parts
+def random_search(task: Task, splits: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
+    """Returns the best of random weights on the validation data, at the same budget."""
+    del splits
     trace = search(
         task.problem,
         task.solver,
@@ -84,25 +93,25 @@ def by_random_search(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree
     return task.problem.inner_data, trace.best_alpha, trace
 
 
-def uniform(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
-    """Every example counts in full."""
-    del parts, key
+def uniform(task: Task, splits: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
+    """Returns weights of 1."""
+    del splits, key
     return task.problem.inner_data, jnp.ones(NUM_TRAIN), None
 
 
-def validation_only(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
-    """The clean validation examples in use are the training set."""
+def validation_only(task: Task, splits: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
+    """Returns the clean validation examples as training data."""
     del key
-    val = parts["val"]
+    val = splits["val"]
     batch = {"x": val["x"], "y": val["y"]}
     batch["penalty"] = task.problem.inner_data["penalty"]
     return batch, val["use"] / jnp.mean(val["use"]), None
 
 
-def clean_labels(task: Task, parts: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
-    """The training labels before they were corrupted."""
+def clean_labels(task: Task, splits: PyTree, key: Array) -> tuple[Any, PyTree, Any]:
+    """Returns the training data with their original labels."""
     del key
-    batch = task.problem.inner_data | {"y": parts["train"]["clean"]}
+    batch = task.problem.inner_data | {"y": splits["train"]["clean"]}
     return batch, jnp.ones(NUM_TRAIN), None
 
 
@@ -113,15 +122,15 @@ OUTER = NUM_VAL / NUM_TRAIN
 METHODS: dict[str, Callable] = {
     "baseline": uniform,
     "validation-only": validation_only,
-    "random search": by_random_search,
-    "implicit": by_gradient(
+    "random search": random_search,
+    "implicit": gradient_method(
         Implicit(SOLVER, CG(rtol=1e-2, max_steps=20)),
         SOLVER.num_steps + 2 * 21 + 2 * OUTER,
     ),
-    "neumann": by_gradient(
+    "neumann": gradient_method(
         Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2 * OUTER
     ),
-    "unrolled": by_gradient(
+    "unrolled": gradient_method(
         Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 1 + OUTER
     ),
     "oracle": clean_labels,
@@ -130,30 +139,32 @@ ON_HOST = "random search"
 HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
 
 
-def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
-    """The task of one lane and its split."""
-    key, penalty, hold_out = lane
+def make_task_and_splits(data: PyTree, run_config: RunConfig) -> tuple[Task, PyTree]:
+    """Returns the task of a run and its splits."""
+    key, penalty, hold_out = run_config
     task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
     return task, split(data, key, hold_out)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
-    """Weights by one method: what to retrain on, and the trace of learning."""
-    task, parts = lane_task(data, lane)
-    batch, alpha, trace = METHODS[method](task, parts, jax.random.fold_in(lane[0], 1))
+def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
+    """Returns the data to retrain on, their weights and the trace of a method."""
+    task, splits = make_task_and_splits(data, run_config)
+    batch, alpha, trace = METHODS[method](
+        task, splits, jax.random.fold_in(run_config[0], 1)
+    )
     return {"batch": batch, "alpha": alpha, "trace": trace}
 
 
 def evaluate(
-    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+    method: str, data: PyTree, run_config: RunConfig, batch: PyTree, alpha: Array
 ) -> dict[str, Any]:
-    """Retrains from zero with the learned weights, to convergence, and measures.
+    """Returns measurements after training to convergence with the learned weights.
 
-    ``selection`` holds the accuracy and minus the loss on the held-out examples.
+    ``selection`` contains the accuracy and minus the loss on held-out examples.
     """
     del method  # what it retrains on has a size of its own
-    task, parts = lane_task(data, lane)
-    key, held = lane[0], parts["held"]
+    task, splits = make_task_and_splits(data, run_config)
+    key, held = run_config[0], splits["held_out"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
     return {
         "w": w,
@@ -161,8 +172,8 @@ def evaluate(
         "selection": jnp.stack(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
         ),
-        "val_loss": val_loss(w, alpha, parts["val"]),
-        "wrong": parts["train"]["wrong"],
+        "val_loss": val_loss(w, alpha, splits["val"]),
+        "wrong": splits["train"]["wrong"],
     }
 
 
@@ -170,40 +181,42 @@ def evaluate(
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, its penalty chosen by the rule of `tuned`."""
+    """Returns the row of a method and seed, whose penalty `tune_and_run` chooses."""
     data, measure = digits(), program(evaluate, method)
     on_host = functools.partial(learn, method)
     run = on_host if method == ON_HOST else program(learn, method)
 
-    def one(penalty: float, hold_out: bool) -> Row:
-        lane = jax.random.key(seed), jnp.float32(penalty), jnp.asarray(hold_out)
-        started = time.perf_counter()
-        learned = run(data, lane)
-        seconds = time.perf_counter() - started
-        found = measure(data, lane, learned["batch"], learned["alpha"])
+    def run_once(penalty: float, hold_out: bool) -> Row:
+        run_config = jax.random.key(seed), jnp.float32(penalty), jnp.asarray(hold_out)
+        start_time = time.perf_counter()
+        learned = run(data, run_config)
+        seconds = time.perf_counter() - start_time
+        result = measure(data, run_config, learned["batch"], learned["alpha"])
         numbers = {
-            "selection": np.asarray(found["selection"]),
-            "test_accuracy": float(found["test_accuracy"]),
-            "val_loss": float(found["val_loss"]),
+            "selection": np.asarray(result["selection"]),
+            "test_accuracy": float(result["test_accuracy"]),
+            "val_loss": float(result["val_loss"]),
             "run_seconds": seconds,
-            MODEL: (found["w"], learned["alpha"]),
+            MODEL: (result["w"], learned["alpha"]),
         }
         if learned["trace"] is not None:
-            alpha, wrong = learned["alpha"], found["wrong"]
-            numbers |= {"f1": float(f1_of_wrong_labels(wrong, None, alpha, lane[0]))}
+            alpha, wrong = learned["alpha"], result["wrong"]
+            numbers |= {
+                "f1": float(f1_of_wrong_labels(wrong, None, alpha, run_config[0]))
+            }
             numbers |= of_weights(learned["trace"], alpha, wrong)
         return numbers
 
-    found = tuned(one, PENALTIES)
+    result = tune_and_run(run_once, PENALTIES)
     if isinstance(run, Program):
-        found |= {"compile_seconds": run.compile_seconds}
-    return found
+        result |= {"compile_seconds": run.compile_seconds}
+    return result
 
 
 def of_weights(trace: Trace, alpha: Array, wrong: Array) -> Row:
-    """Beside `of_trace`: how many weights lie in each fortieth of [0, 1]."""
-    count = lambda which: np.histogram(alpha[which], 40, (0, 1))[0].tolist()
-    return of_trace(trace) | {
+    """Returns `trace_columns`, residuals and histograms of the weights."""
+    count = lambda mask: np.histogram(alpha[mask], 40, (0, 1))[0].tolist()
+    return trace_columns(trace) | {
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
         "wrong_weights": count(wrong),
         "clean_weights": count(~wrong),
@@ -221,7 +234,7 @@ STUDY = Study(
         "which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

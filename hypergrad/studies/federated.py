@@ -22,7 +22,16 @@ from ..tasks.federated import SCALES, FedAvg, LocalImplicit
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, of_trace, parts_of, tuned
+from .study import (
+    DIGITS,
+    MODEL,
+    Column,
+    Study,
+    digits,
+    task_data,
+    trace_columns,
+    tune_and_run,
+)
 from .verdict import Claim, Verdict, paired
 
 BUDGET = 3000
@@ -32,13 +41,14 @@ WIDTHS = (0.01, 0.03, 0.1, 0.3)  # of random search, in parts of the space's
 TOTAL = BUDGET * (1 + len(RATES))  # with tuning
 SEARCHES = {"random search": BUDGET, "random search, total": TOTAL / (1 + len(WIDTHS))}
 SMALL = SCALES["small"]
-SOLVER = FedAvg(SMALL["rate"], SMALL["num_rounds"], SMALL["local_steps"])
-LONG = FedAvg(SMALL["rate"], 20, SMALL["local_steps"])  # trains a random draw from zero
+SOLVER = FedAvg(SMALL["step_size"], SMALL["num_rounds"], SMALL["num_local_steps"])
+# Trains a random draw from zero.
+LONG = FedAvg(SMALL["step_size"], 20, SMALL["num_local_steps"])
 SOLVE = CG(rtol=1e-2, max_steps=10)
 # A step costs T rounds of local steps and a correction, an outer gradient or two, and 2
 # a product: at most 10 of CG, one for where it begins, one for its residual and one;
 # Neumann 9, 10 for its step size and one.
-ROUNDS = SMALL["num_rounds"] * (SMALL["local_steps"] + 1)
+ROUNDS = SMALL["num_rounds"] * (SMALL["num_local_steps"] + 1)
 ESTIMATORS = {
     "global": (Implicit(SOLVER, SOLVE), ROUNDS + 2 + 2 * 13),
     "global, neumann": (
@@ -50,7 +60,7 @@ IID = ", iid clients"
 
 
 def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Trace:
-    """``alpha`` by one estimator, as many steps as the budget surely pays for."""
+    """Returns the trace of an estimator with as many steps as fit the budget."""
     estimator, cost = ESTIMATORS[name]
     problem = Bilevel(federated.train_loss, federated.val_loss, *data)
     w, alpha, space = start
@@ -61,7 +71,7 @@ def learn(name: str, data: PyTree, start: PyTree, rate: Array, key: Array) -> Tr
 
 
 def train(split: str, w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
-    """The final training: to convergence, from zero."""
+    """Returns the model after training from zero to convergence."""
     del split  # of a size of its own
     return Newton().solve(
         federated.train_loss, w, alpha, batch, jax.random.key(0)
@@ -69,7 +79,7 @@ def train(split: str, w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
 
 
 def by_frequency(batch: PyTree, power: float) -> PyTree:
-    """Neutral but for class weights, rare classes the heavier; their mean is 1."""
+    """Returns class weights that are larger for rare classes and have mean 1."""
     count = np.bincount(np.ravel(batch["y"]), minlength=federated.NUM_CLASSES)
     weight = jnp.asarray(np.maximum(count, 1.0) ** -power, jnp.float32)
     alpha = {"delta": jnp.ones_like(weight), "iota": jnp.zeros_like(weight)}
@@ -77,7 +87,7 @@ def by_frequency(batch: PyTree, power: float) -> PyTree:
 
 
 def around_neutral(width: float) -> dict[str, spaces.Interval]:
-    """The task's space, narrowed to ``width`` of it about the neutral ``alpha``."""
+    """Returns the task's space, narrowed to ``width`` around the neutral ``alpha``."""
     shape, factor, shift = (federated.NUM_CLASSES,), 10.0**width, 3.0 * width
     weight = spaces.Interval(1 / factor, factor, log=True, shape=shape)
     iota = spaces.Interval(-shift, shift, shape=shape)
@@ -85,16 +95,16 @@ def around_neutral(width: float) -> dict[str, spaces.Interval]:
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, tuned by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     name = method.removesuffix(IID)
 
-    def one(setting: float, hold_out: bool) -> Row:
+    def run_once(setting: float, hold_out: bool) -> Row:
         task = federated.make(
             key=jax.random.key(seed), iid=method != name, hold_out=hold_out,
             data=digits(),
         )  # fmt: skip
         problem, key = task.problem, jax.random.key(seed)
-        batch, trace, started = problem.inner_data, None, time.perf_counter()
+        batch, trace, start_time = problem.inner_data, None, time.perf_counter()
         if name == "baseline":
             alpha = by_frequency(batch, setting)
         elif name == "validation-only":
@@ -113,7 +123,7 @@ def row(method: str, seed: int) -> Row:
             start = task.w, task.alpha, task.space
             trace = program(learn, name)(data, start, jnp.float32(setting), key)
             alpha = trace.best_alpha
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start_time
         split = "val" if name == "validation-only" else "train"
         w = program(train, split)(task.w, alpha, batch)
         measured = {
@@ -123,14 +133,14 @@ def row(method: str, seed: int) -> Row:
             "run_seconds": seconds,
             MODEL: (w, alpha),
         }
-        return measured if trace is None else measured | of_trace(trace)
+        return measured if trace is None else measured | trace_columns(trace)
 
     settings: dict[str, Any] = {"baseline": POWERS, "validation-only": (0.0,)}
     settings |= dict.fromkeys(SEARCHES, WIDTHS)
-    found = tuned(one, settings.get(name, RATES))
+    result = tune_and_run(run_once, settings.get(name, RATES))
     if name in ESTIMATORS:
-        found |= {"compile_seconds": program(learn, name).compile_seconds}
-    return found
+        result |= {"compile_seconds": program(learn, name).compile_seconds}
+    return result
 
 
 METHODS = (
@@ -144,7 +154,7 @@ METHODS = (
 
 
 def gap(rows: list[Row]) -> list[Verdict]:
-    """Global less local, where clients differ against where they are alike."""
+    """Compares the gain of global hypergradients on different and on equal clients."""
     column = lambda method: np.array(
         [r["accuracy"] for r in sorted(rows, key=lambda r: r["seed"])
          if r["method"] == method]
@@ -172,7 +182,7 @@ STUDY = Study(
         "or so classes, unless they are iid."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         *(federated.make(key=key, iid=iid, data=digits()) for iid in (False, True))
     ),
     methods={method: functools.partial(row, method) for method in METHODS},

@@ -25,7 +25,7 @@ from ..tasks.few_shot import SOLVERS, characters, make
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import Column, Study, of_trace, parts_of, tuned
+from .study import Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim
 
 BUDGET = 4_000
@@ -38,14 +38,14 @@ PRODUCTS = 5
 
 @functools.cache
 def drawings() -> tuple[str, np.ndarray, int]:
-    """Always the digits, so that the committed table is the one that anybody gets."""
+    """Returns the digits, which are available without a download."""
     return characters("small", "")
 
 
 def by_gradient(
     variant: str, estimator: Callable[[Any], Estimator], cost_of_step: float
 ) -> Callable:
-    """As many outer steps as the budget surely pays for."""
+    """Returns a method that makes as many outer steps as fit the budget."""
     num_steps = int(BUDGET / cost_of_step)
 
     def learn(images: Array, key: Array, rate: Array) -> tuple[PyTree, Trace]:
@@ -64,10 +64,10 @@ def by_gradient(
     return learn
 
 
-def by_random_search(
+def random_search(
     budget: float, images: Array, key: Array, rate: Array
 ) -> tuple[PyTree, Trace | None]:
-    """Networks at random, as they are to begin with, under the head in closed form."""
+    """Returns the best of random initial networks with a closed-form head."""
     del rate
     task = make(key=key, variant="ridge", images=images, num_turns=drawings()[2])
     trace = search(
@@ -87,13 +87,13 @@ def by_random_search(
 
 
 def around_zero(leaf: Array) -> spaces.Interval:
-    """Uniform, of variance 1 / fan-in; biases up to a tenth."""
+    """Returns a uniform space of variance 1 / fan-in, with biases up to 0.1."""
     bound = (3 / leaf.shape[0]) ** 0.5 if leaf.ndim == 2 else 0.1
     return spaces.Interval(-bound, bound, shape=leaf.shape)
 
 
 def of_pixels(images: Array, key: Array, penalty: Array) -> tuple[PyTree, Trace | None]:
-    """Nothing is shared: ridge regression on the pixels of each task."""
+    """Returns ridge regression on pixels, which shares nothing between tasks."""
     task = make(
         key=key, variant="ridge", hidden=(), images=images, num_turns=drawings()[2]
     )
@@ -105,10 +105,10 @@ def of_pixels(images: Array, key: Array, penalty: Array) -> tuple[PyTree, Trace 
 STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
 METHODS: dict[str, tuple[str, Callable, tuple[float, ...]]] = {
     "baseline": ("ridge", of_pixels, PENALTIES),
-    "random search": ("ridge", functools.partial(by_random_search, BUDGET), (0.0,)),
+    "random search": ("ridge", functools.partial(random_search, BUDGET), (0.0,)),
     "random search, total": (
         "ridge",
-        functools.partial(by_random_search, TOTAL),
+        functools.partial(random_search, TOTAL),
         (0.0,),
     ),
     "maml": (
@@ -137,7 +137,7 @@ def measure(
     variant: str, hidden: tuple[int, ...], metric: str, images: Array, key: Array,
     alpha: PyTree,
 ) -> Array:  # fmt: skip
-    """Accuracy on a hundred fresh tasks of the validation or the test characters."""
+    """Returns the accuracy on 100 new tasks of validation or test characters."""
     task = make(
         key=key, variant=variant, hidden=hidden, images=images, num_turns=drawings()[2]
     )
@@ -148,30 +148,30 @@ def measure(
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, its setting chosen on the validation characters."""
+    """Returns the row of a method and seed, tuned on the validation characters."""
     variant, learn, settings = METHODS[method]
     hidden = () if method == "baseline" else (64,)
     on_host = method.startswith("random search")
     run = learn if on_host else program(learn)
     images, key = jnp.asarray(drawings()[1]), jax.random.key(seed)
 
-    def one(setting: float, choosing: bool) -> Row:
-        started = time.perf_counter()
+    def run_once(setting: float, choosing: bool) -> Row:
+        start_time = time.perf_counter()
         alpha, trace = run(images, key, jnp.float32(setting))
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start_time
         metric = "val_accuracy" if choosing else "test_accuracy"
         score = program(measure, variant, hidden, metric)(images, key, alpha)
-        found: Row = {metric: float(score), "run_seconds": seconds}
+        result: Row = {metric: float(score), "run_seconds": seconds}
         if choosing:
-            found["selection"] = float(score)
+            result["selection"] = float(score)
         if trace is not None:
-            found |= of_trace(trace)
-        return found
+            result |= trace_columns(trace)
+        return result
 
-    found = tuned(one, settings)
+    result = tune_and_run(run_once, settings)
     if isinstance(run, Program):
-        found |= {"compile_seconds": run.compile_seconds}
-    return found
+        result |= {"compile_seconds": run.compile_seconds}
+    return result
 
 
 STUDY = Study(
@@ -184,7 +184,7 @@ STUDY = Study(
         "Accuracy on a hundred tasks of characters that no row has seen."
     ),
     data=lambda: (drawings()[0], {"x": drawings()[1]}),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         make(key=key, images=jnp.asarray(drawings()[1]), num_turns=drawings()[2])
     ),
     methods={method: functools.partial(row, method) for method in METHODS},

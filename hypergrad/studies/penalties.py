@@ -23,12 +23,12 @@ from ..inner import Descent, Newton
 from ..linear import CG, Neumann
 from ..minimize import minimize
 from ..searchers import Random
-from ..tasks.classifier import others
-from ..tasks.penalties import SOLVER, VARIANTS, data_of, make, tolerances
+from ..tasks.classifier import held_out_examples
+from ..tasks.penalties import SOLVER, VARIANTS, dataset_name, make, tolerances
 from ..trace import Trace
-from .program import Once, program, search
+from .program import CachedFunction, program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim, Verdict
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -43,8 +43,8 @@ HOAG_STEPS = 60
 
 @functools.cache
 def arrays(system: str) -> dict[str, np.ndarray]:
-    """Loaded once a process."""
-    return datasets.load(data_of(system, "small"))
+    """Returns the data, which are loaded once per process."""
+    return datasets.load(dataset_name(system, "small"))
 
 
 # Costs of a step in gradient-equivalents: T inner gradients and 2 a product (CG at most
@@ -62,8 +62,10 @@ def learn(
     system: str, method: str, data: PyTree, key: Array, hold_out: Any, start: Any,
     rate: Any,
 ) -> Trace:  # fmt: skip
-    """As many outer steps as the budget surely pays for."""
-    task = make(key=key, variant=system, start=start, hold_out=hold_out, data=data)
+    """Returns the trace of an estimator with as many steps as fit the budget."""
+    task = make(
+        key=key, variant=system, init_log_penalty=start, hold_out=hold_out, data=data
+    )
     estimator, cost = ESTIMATORS[method]
     num_train, num_val, _ = VARIANTS[system].small
     num_steps = int(BUDGET / (cost + 2 * num_val / num_train))
@@ -82,67 +84,69 @@ def learn(
 def evaluate(
     system: str, data: PyTree, key: Array, hold_out: Any, alpha: PyTree
 ) -> dict[str, Any]:
-    """Trains from the start with these penalties, long, and measures.
+    """Returns measurements after a long training with the penalties.
 
-    ``selection`` is minus the loss on the examples that are held out.
+    ``selection`` is minus the loss on held-out examples.
     """
     task = make(key=key, variant=system, hold_out=hold_out, data=data)
     problem, val = task.problem, task.problem.outer_data
     w, _ = FINAL.solve(problem.inner_loss, task.w, alpha, problem.inner_data, key)
     return {
         "w": w,
-        "selection": -problem.outer_value(w, alpha, others(val)),
+        "selection": -problem.outer_value(w, alpha, held_out_examples(val)),
         "val_loss": problem.outer_value(w, alpha, val),
         **task.metric_values(w, alpha, key),
     }
 
 
 def measured(system: str, key: Array, hold_out: bool, alpha: PyTree) -> Row:
-    """The numbers of `evaluate`, and the model."""
-    found = program(evaluate, system)(arrays(system), key, hold_out, alpha)
-    numbers = {name: float(x) for name, x in found.items() if name != "w"}
-    return numbers | {MODEL: (found["w"], alpha)}
+    """Returns the numbers of `evaluate` and the model."""
+    result = program(evaluate, system)(arrays(system), key, hold_out, alpha)
+    numbers = {name: float(x) for name, x in result.items() if name != "w"}
+    return numbers | {MODEL: (result["w"], alpha)}
 
 
-@Once
+@CachedFunction
 def baseline(system: str, seed: int) -> Row:
-    """One penalty for all weights, from the grid."""
+    """Returns the row of the best shared penalty of the grid."""
     key = jax.random.key(seed)
 
-    def one(penalty: float, hold_out: bool) -> Row:
-        started = time.perf_counter()
-        task = make(key=key, variant=system, start=penalty, data=arrays(system))
-        found = measured(system, key, hold_out, task.alpha)
-        seconds = time.perf_counter() - started
+    def run_once(penalty: float, hold_out: bool) -> Row:
+        start_time = time.perf_counter()
+        task = make(
+            key=key, variant=system, init_log_penalty=penalty, data=arrays(system)
+        )
+        result = measured(system, key, hold_out, task.alpha)
+        seconds = time.perf_counter() - start_time
         cost = float(FINAL.num_steps)
-        return found | {"gradient_equivalents": cost, "run_seconds": seconds}
+        return result | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return tuned(one, GRID)
+    return tune_and_run(run_once, GRID)
 
 
 def by_gradient(system: str, method: str, seed: int) -> Row:
-    """Penalties learned from the baseline's on, at the chosen rate."""
+    """Returns the row of penalties that are learned from the baseline's penalty."""
     run, key = program(learn, system, method), jax.random.key(seed)
     first = baseline(system, seed)
 
-    def one(rate: float, hold_out: bool) -> Row:
+    def run_once(rate: float, hold_out: bool) -> Row:
         start = jnp.asarray(first["setting"], float)
-        before = run.run_seconds
+        prev_seconds = run.run_seconds
         trace = run(arrays(system), key, hold_out, start, jnp.asarray(rate))
-        found = measured(system, key, hold_out, trace.best_alpha)
-        seconds = {"run_seconds": run.run_seconds - before}
-        return found | of_trace(trace) | seconds
+        result = measured(system, key, hold_out, trace.best_alpha)
+        seconds = {"run_seconds": run.run_seconds - prev_seconds}
+        return result | trace_columns(trace) | seconds
 
-    found = tuned(one, RATES) | {"compile_seconds": run.compile_seconds}
-    return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
+    result = tune_and_run(run_once, RATES) | {"compile_seconds": run.compile_seconds}
+    return result | {"tuning_cost": result["tuning_cost"] + first["tuning_cost"]}
 
 
-def by_random_search(system: str, seed: int) -> Row:
-    """Penalties drawn uniformly about the baseline's, as far as the chosen width."""
+def random_search(system: str, seed: int) -> Row:
+    """Returns the row of the best of random penalties around the baseline's."""
     key, first = jax.random.key(seed), baseline(system, seed)
 
-    def one(width: float, hold_out: bool) -> Row:
-        started = time.perf_counter()
+    def run_once(width: float, hold_out: bool) -> Row:
+        start_time = time.perf_counter()
         task = make(key=key, variant=system, hold_out=hold_out, data=arrays(system))
         low, high = first["setting"] - width, first["setting"] + width
         box = lambda leaf: spaces.Box(low, high, shape=leaf.shape)
@@ -155,19 +159,19 @@ def by_random_search(system: str, seed: int) -> Row:
             budget=BUDGET,
             key=key,
         )
-        seconds = time.perf_counter() - started
-        found = measured(system, key, hold_out, trace.best_alpha)
-        return found | of_trace(trace) | {"run_seconds": seconds}
+        seconds = time.perf_counter() - start_time
+        result = measured(system, key, hold_out, trace.best_alpha)
+        return result | trace_columns(trace) | {"run_seconds": seconds}
 
-    found = tuned(one, WIDTHS)
-    return found | {"tuning_cost": found["tuning_cost"] + first["tuning_cost"]}
+    result = tune_and_run(run_once, WIDTHS)
+    return result | {"tuning_cost": result["tuning_cost"] + first["tuning_cost"]}
 
 
 # HOAG, and fifty images.
 
 
 def hoag(data: PyTree, key: Array, rtol: Array) -> tuple[Array, Trace]:
-    """One penalty by decreasing tolerances, and the one that a fine grid finds best."""
+    """Returns the best penalty of a fine grid and the trace of HOAG."""
     task = make(key=key, variant="hoag", data=data)
     problem = task.problem
 
@@ -191,23 +195,23 @@ def hoag(data: PyTree, key: Array, rtol: Array) -> tuple[Array, Trace]:
 
 
 def by_hoag(schedule: str, seed: int) -> Row:
-    """How far HOAG ends from the grid's best log-penalty."""
+    """Returns the row with the distance of HOAG's log-penalty from the grid's best."""
     run = program(hoag)
-    before = run.run_seconds
+    prev_seconds = run.run_seconds
     rtol = (
         jnp.full(HOAG_STEPS, 1e-4)
         if schedule == "constant"
         else tolerances(schedule, HOAG_STEPS)
     )
     best, trace = run(arrays("hoag"), jax.random.key(seed), rtol)
-    found = {"run_seconds": run.run_seconds - before}
-    found |= {"from_grid": float(abs(trace.alpha - best))}
-    return of_trace(trace) | found
+    result = {"run_seconds": run.run_seconds - prev_seconds}
+    result |= {"from_grid": float(abs(trace.alpha - best))}
+    return trace_columns(trace) | result
 
 
 def overfitted(per: str, data: PyTree, key: Array) -> tuple[Array, Trace]:
-    """Accuracy on the fifty validation images whose loss the penalties minimise."""
-    task = make(key=key, variant="overfit", per=per, data=data)
+    """Returns the validation accuracy after overfitting, and its trace."""
+    task = make(key=key, variant="overfit", granularity=per, data=data)
     trace = minimize(
         task.problem,
         ESTIMATORS["unrolled"][0],
@@ -224,12 +228,12 @@ def overfitted(per: str, data: PyTree, key: Array) -> tuple[Array, Trace]:
 
 
 def by_overfitting(per: str, seed: int) -> Row:
-    """Fifty training and fifty validation images."""
+    """Returns the row of overfitting to 50 training and 50 validation images."""
     run = program(overfitted, per)
-    before = run.run_seconds
+    prev_seconds = run.run_seconds
     accuracy, trace = run(arrays("overfit"), jax.random.key(seed))
-    found = {"run_seconds": run.run_seconds - before}
-    return of_trace(trace) | found | {"val_accuracy": float(accuracy)}
+    result = {"run_seconds": run.run_seconds - prev_seconds}
+    return trace_columns(trace) | result | {"val_accuracy": float(accuracy)}
 
 
 # The table.
@@ -239,7 +243,7 @@ METHODS: dict[str, Callable[[int], Row]] = {}
 for name in SYSTEMS:
     METHODS |= {
         f"{name}, baseline": functools.partial(baseline, name),
-        f"{name}, random search": functools.partial(by_random_search, name),
+        f"{name}, random search": functools.partial(random_search, name),
     }
     METHODS |= {
         f"{name}, {method}": functools.partial(by_gradient, name, method)
@@ -254,7 +258,7 @@ METHODS |= {
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """What must hold on every seed."""
+    """Returns verdicts on claims that must hold for every seed."""
 
     def line(text: str, method: str, column: str, holds: Callable) -> Verdict:
         values = [row[column] for row in rows if row["method"] == method]
@@ -288,7 +292,7 @@ STUDY = Study(
         "scikit-learn breast cancer (569 tumours) and digits (1,797 8x8 images)",
         {f"{s}_{name}": x for s in SYSTEMS[:2] for name, x in arrays(s).items()},
     ),
-    split=lambda key: parts_of(
+    split=lambda key: task_data(
         *(make(key=key, variant=s, data=arrays(s)) for s in VARIANTS)
     ),
     methods=METHODS,

@@ -24,7 +24,7 @@ from ..tasks.physics import SOLVER, TERMS, burgers_reference, data_name, make
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of, tuned
+from .study import MODEL, Column, Study, task_data, trace_columns, tune_and_run
 from .verdict import Claim
 
 SYSTEMS = ("poisson", "burgers")
@@ -37,7 +37,7 @@ LEAST = 1.3  # times smaller than with equal weights, on burgers
 
 
 def trainer(num_steps: int) -> Descent:
-    """Adam, its rate falling from 0.01 to 0 as a half cosine."""
+    """Returns Adam with a cosine schedule from 0.01 to 0."""
     return Descent(optax.adam(optax.cosine_decay_schedule(1e-2, num_steps)), num_steps)
 
 
@@ -57,7 +57,7 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 
 
 def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) -> Trace:
-    """As many outer steps as the budget surely pays for."""
+    """Returns the trace of a method with as many outer steps as fit the budget."""
     task = make(key=key, variant=system, hold_out=hold_out)
     estimator, cost = ESTIMATORS[method]
     return minimize(
@@ -75,9 +75,9 @@ def learn(system: str, method: str, key: Array, hold_out: Array, rate: Array) ->
 def finish(
     system: str, num_steps: int, key: Array, hold_out: Array, w: PyTree, alpha: PyTree
 ) -> dict[str, Any]:
-    """Trains on from ``w`` with these weights, and measures.
+    """Returns measurements after training from ``w`` with the weights.
 
-    ``selection`` is minus the error at the sensors that are held out to choose by.
+    ``selection`` is minus the error at held-out sensors.
     """
     task = make(key=key, variant=system, hold_out=hold_out)
     problem, val = task.problem, task.problem.outer_data
@@ -93,46 +93,46 @@ def finish(
 
 
 def row(system: str, method: str, seed: int) -> Row:
-    """One method and seed, tuned by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     key = jax.random.key(seed)
     learned = method in ESTIMATORS
     num_steps = LEARNING if learned or method == "random search" else BUDGET
 
-    def one(setting: float, hold_out: bool) -> Row:
+    def run_once(setting: float, hold_out: bool) -> Row:
         task = make(key=key, variant=system, hold_out=hold_out)
         w, alpha = task.w, task.alpha
-        found: Row = {"gradient_equivalents": 0.0}
-        started = time.perf_counter()
+        result: Row = {"gradient_equivalents": 0.0}
+        start_time = time.perf_counter()
         if learned:
             run = program(learn, system, method)
-            found = of_trace(trace := run(key, hold_out, jnp.float32(setting)))
+            result = trace_columns(trace := run(key, hold_out, jnp.float32(setting)))
             w, alpha = trace.w, trace.alpha
         elif method == "random search":
             trace = search(
                 task.problem, TRIAL_SOLVER, Random(), w, space=task.space,
                 budget=LEARNING, key=key,
             )  # fmt: skip
-            found = of_trace(trace)
+            result = trace_columns(trace)
             w, alpha = trace.w, trace.alpha
         elif method == "one weight":
             alpha = alpha | {"boundary": setting, "data": setting}
         done = program(finish, system, num_steps)(key, hold_out, w, alpha)
-        found |= {name: float(x) for name, x in done.items() if name != "w"}
-        found[MODEL] = done["w"], alpha
-        found |= {f"alpha_{name}": float(alpha[name]) for name in TERMS}
-        found["gradient_equivalents"] += num_steps
-        return found | {"run_seconds": time.perf_counter() - started}
+        result |= {name: float(x) for name, x in done.items() if name != "w"}
+        result[MODEL] = done["w"], alpha
+        result |= {f"alpha_{name}": float(alpha[name]) for name in TERMS}
+        result["gradient_equivalents"] += num_steps
+        return result | {"run_seconds": time.perf_counter() - start_time}
 
     settings = {"one weight": GRID} | dict.fromkeys(ESTIMATORS, RATES)
-    found = tuned(one, settings.get(method, (1.0,)))
+    result = tune_and_run(run_once, settings.get(method, (1.0,)))
     if learned:
         seconds = program(learn, system, method).compile_seconds
-        found |= {"compile_seconds": seconds}
-    return found
+        result |= {"compile_seconds": seconds}
+    return result
 
 
-def picture(rows: list[Row], path: Path) -> None:
-    """Errors seed by seed, and the weights that were learned, by system."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws errors per seed and the learned weights of each system."""
     plots.physics(rows, SYSTEMS, path)
 
 
@@ -150,7 +150,7 @@ STUDY = Study(
         f"Poisson's equation, and {data_name('burgers')}; noisy sensors",
         burgers_reference(None)[1],
     ),
-    split=lambda key: parts_of(*(make(key=key, variant=s) for s in SYSTEMS)),
+    split=lambda key: task_data(*(make(key=key, variant=s) for s in SYSTEMS)),
     methods={
         f"{system}, {method}": functools.partial(row, system, method)
         for system in SYSTEMS
@@ -170,7 +170,7 @@ STUDY = Study(
         for system in SYSTEMS
         for method in ESTIMATORS
     ),
-    draw=picture,
+    draw=plot,
     minutes=12,
     seeds=10,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A compiled function that knows its seconds; what is planned instead of run."""
+"""Compiled functions that measure their seconds, or are planned instead of run."""
 
 import functools
 import time
@@ -15,7 +15,12 @@ from . import rehearsal
 
 
 class Program:
-    """A function, compiled at its first call; counts its seconds."""
+    """A function that is compiled at its first call and measures its seconds.
+
+    Attributes:
+      compile_seconds: Seconds of the compilation.
+      run_seconds: Seconds of all calls together, without the compilation.
+    """
 
     def __init__(self, function: functools.partial):
         self.function, self.compiled, self.plan = function, None, None
@@ -23,57 +28,60 @@ class Program:
 
     @property
     def name(self) -> str:
-        """That of the function, without its settings."""
+        """Name of the function."""
         return self.function.func.__name__
 
     @property
     def memory(self) -> Memory:
-        """Bytes, once it was called."""
+        """Memory of the compiled function, after its first call."""
         if rehearsal.is_rehearsed():
             assert self.plan is not None
             return self.plan.memory
         return memory_from_compiled(self.compiled)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Runs to the end; the first call compiles for shapes that then stay."""
-        arguments = jax.tree.map(jnp.asarray, arguments)
+    def __call__(self, *args: Any) -> Any:
+        """Returns the result, once it is computed; all calls must have equal shapes."""
+        args = jax.tree.map(jnp.asarray, args)
         if rehearsal.is_rehearsed():
-            self.plan = self.plan or rehearsal.plan(self.function, arguments)
-            return rehearsal.planned(self, self.plan)
+            self.plan = self.plan or rehearsal.plan(self.function, args)
+            return rehearsal.record_calls(self, self.plan)
         if self.compiled is None:
-            started = time.perf_counter()
-            self.compiled = jax.jit(self.function).lower(*arguments).compile()
-            self.compile_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        result = jax.block_until_ready(self.compiled(*arguments))
-        self.run_seconds += time.perf_counter() - started
+            start_time = time.perf_counter()
+            self.compiled = jax.jit(self.function).lower(*args).compile()
+            self.compile_seconds = time.perf_counter() - start_time
+        start_time = time.perf_counter()
+        result = jax.block_until_ready(self.compiled(*args))
+        self.run_seconds += time.perf_counter() - start_time
         return result
 
 
 @functools.cache
-def program(function: Callable, *settings: Any) -> Program:
-    """``function`` with its first arguments set, compiled once a process."""
-    return Program(functools.partial(function, *settings))
+def program(function: Callable, *args: Any) -> Program:
+    """Returns the program of a function with its first arguments set.
+
+    The same arguments return the same program, so that it is compiled once per process.
+    """
+    return Program(functools.partial(function, *args))
 
 
-class Once:
-    """A function whose results are kept, as by `functools.cache`.
+class CachedFunction:
+    """A function with a cache of its results, as `functools.cache`.
 
-    Those of a rehearsal are kept until it ends: they are zeros, and no run's.
+    A dry run has a cache of its own, because its results are zeros.
     """
 
     def __init__(self, function: Callable):
         self.function = functools.cache(function)
         self.cache_clear = self.function.cache_clear
 
-    def __call__(self, *arguments: Any) -> Any:
-        """The result of the first call with these arguments."""
+    def __call__(self, *args: Any) -> Any:
+        """Returns the result of the first call with these arguments."""
         if rehearsal.is_rehearsed():
-            return rehearsal.kept(self.function.__wrapped__, arguments)
-        return self.function(*arguments)
+            return rehearsal.cached_result(self.function.__wrapped__, args)
+        return self.function(*args)
 
 
-def search(*arguments: Any, **settings: Any) -> Trace:
-    """`hypergrad.search`, or what one is planned as."""
-    run = rehearsal.searched if rehearsal.is_rehearsed() else search_by_trials
-    return run(*arguments, **settings)
+def search(*args: Any, **options: Any) -> Trace:
+    """Returns the trace of `hypergrad.search`, or of its plan in a dry run."""
+    run = rehearsal.plan_search if rehearsal.is_rehearsed() else search_by_trials
+    return run(*args, **options)

@@ -1,4 +1,4 @@
-"""A progress bar on the standard error; rich is imported when one is shown."""
+"""A progress bar on the standard error; rich is imported when a bar is shown."""
 
 import contextlib
 import functools
@@ -10,9 +10,12 @@ Tick = Callable[[str], None]
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Tick]:
-    """A bar over ``total`` ticks; each says what was done: ``tick("Neumann")``.
+    """Shows a bar and yields a function that advances it: ``tick("Neumann")``.
 
-    Where no terminal shows it, as in a log, ten lines.
+    Ten lines are printed instead if the output is not a terminal.
+
+    Args:
+      total: Number of ticks.
     """
     from rich.console import Console
     from rich.progress import (
@@ -25,7 +28,7 @@ def progress(total: int) -> Iterator[Tick]:
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield lines(total, functools.partial(console.print, markup=False))
+        yield line_ticker(total, functools.partial(console.print, markup=False))
         return
     bar = Progress(
         TextColumn("{task.description:16}"),
@@ -36,16 +39,16 @@ def progress(total: int) -> Iterator[Tick]:
     )
     with bar:
         job = bar.add_task("compiling", total=total)
-        yield lambda what: bar.update(job, advance=1, description=what)
+        yield lambda label: bar.update(job, advance=1, description=label)
 
 
-def lines(total: int, show: Callable[[str], None]) -> Tick:
-    """Shows one at each tenth of ``total`` ticks."""
+def line_ticker(total: int, show: Callable[[str], None]) -> Tick:
+    """Returns a function that shows a line at each tenth of ``total`` ticks."""
     count = itertools.count(1)
 
-    def tick(what: str) -> None:
-        done = next(count)
-        if 10 * done // total > 10 * (done - 1) // total:
-            show(f"{done} of {total}: {what}")
+    def tick(label: str) -> None:
+        num_done = next(count)
+        if 10 * num_done // total > 10 * (num_done - 1) // total:
+            show(f"{num_done} of {total}: {label}")
 
     return tick

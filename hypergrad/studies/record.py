@@ -1,4 +1,4 @@
-"""What rows of every table share: strict JSON, and what they were made with."""
+"""Rows of tables as strict JSON, with the versions with which they were made."""
 
 import hashlib
 import importlib.metadata
@@ -17,14 +17,14 @@ PACKAGES = ("hypergrad-jax", "jax", "jaxlib", "optax", "lineax", "scikit-learn")
 
 
 def versions() -> Row:
-    """Packages, Python and device of this process."""
+    """Returns the device and the versions of Python and the packages."""
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0].device_kind
     return {"device": device, "python": platform.python_version()} | packages
 
 
 def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 over names and bytes."""
+    """Returns the SHA-256 of names and bytes of arrays."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -32,34 +32,39 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
 
 
 def line(row: Row) -> str:
-    """One line of strict JSON, which has no NaN and no infinity: they are null."""
-    return json.dumps({k: _clean(x) for k, x in row.items()}, allow_nan=False) + "\n"
+    """Returns a line of strict JSON, in which null stands for NaN and infinity."""
+    strict_row = {name: _replace_non_finite(x) for name, x in row.items()}
+    return json.dumps(strict_row, allow_nan=False) + "\n"
 
 
-def _clean(x: Any) -> Any:
+def _replace_non_finite(x: Any) -> Any:
     if isinstance(x, list):
-        return [_clean(each) for each in x]
+        return [_replace_non_finite(item) for item in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read(path: Path, *, whole: bool = True) -> list[Row]:
-    """The rows of a file; ValueError for a line that is no strict JSON object.
+    """Returns the rows of a file.
 
-    Where it need not be ``whole``, a last line that was cut off is left out.
+    Args:
+      path: File with a JSON object per line.
+      whole: Whether the last line must be complete; else an incomplete one is ignored.
+
+    Raises:
+      ValueError: A line is not a strict JSON object.
     """
     rows, text = [], path.read_text()
     if not whole:
         text = text[: text.rfind("\n") + 1]
-    for number, one in enumerate(text.splitlines(), start=1):
+    for number, content in enumerate(text.splitlines(), start=1):
         try:
-            row = json.loads(one, parse_constant=_refuse)
-            rows.append(dict(row))
+            rows.append(dict(json.loads(content, parse_constant=_refuse_constant)))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}, line {number}, is no strict JSON: {error}"
+                f"{path}, line {number}, is not strict JSON: {error}."
             ) from error
     return rows
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} stands for no number; write null")
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"numbers must be finite; got {constant}. Write null")

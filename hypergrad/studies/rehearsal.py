@@ -1,7 +1,7 @@
-"""What a row would cost: its programs compiled and counted, and none of them run.
+"""Dry runs: the cost of a row from its compiled programs, none of which is run.
 
-In place of a program's outputs the row goes on with zeros, but for the ledger: what an
-outer step or a trial costs is worked out from the program where no number decides it.
+The outputs of a program are replaced by zeros, except its costs: the cost of an outer
+step or a trial is computed from the program if it does not depend on data.
 """
 
 import contextlib
@@ -29,17 +29,18 @@ from ..trace import Trace
 from ..validation import floats_to_arrays as settings_traced
 from .study import Study
 
-OUTER_LOOP = "minimize.py"
+OUTER_LOOP = "outer_step.py"
 
 
 class Plan(NamedTuple):
-    """A program and how often it is called.
+    """A program and the number of its calls.
 
     Attributes:
-      calls: in one row; NaN where a tolerance decides how many trials a budget buys.
-      flops, memory: of one call.
-      steps: outer steps of the `Trace` that it returns; None where it returns none.
-      outputs: what takes the place of its outputs.
+      calls: Number of calls in one row; NaN if it depends on a tolerance.
+      flops, memory: Operations and memory of one call.
+      steps: Number of outer steps of the `Trace` that it returns; None if it returns
+        no trace.
+      outputs: Replacement of its outputs.
     """
 
     calls: float
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> float | None:
-        """Operations of one call; None where a tolerance ends one of its loops."""
+        """Operations of one call; None if a tolerance ends one of its loops."""
         outer = [OUTER_LOOP in loop.location for loop in self.flops.loops]
         if not outer:
             return self.flops.total()
@@ -60,12 +61,12 @@ class Plan(NamedTuple):
 
     @property
     def by_iteration(self) -> str:
-        """What to say where a tolerance ends a loop: an iteration of each."""
-        steps = lambda loop: OUTER_LOOP in loop.location and self.steps
-        place = lambda where: where.rpartition("/")[2].removeprefix("inside ")
+        """Text with the operations of an iteration of each loop."""
+        get_steps = lambda loop: OUTER_LOOP in loop.location and self.steps
+        shorten = lambda location: location.rpartition("/")[2].removeprefix("inside ")
         loops = "; ".join(
-            f"{loop.flops:.3g} in {place(loop.location)}"
-            + (f", {self.steps} times" if steps(loop) else "")
+            f"{loop.flops:.3g} in {shorten(loop.location)}"
+            + (f", {self.steps} times" if get_steps(loop) else "")
             for loop in self.flops.loops
         )
         return (
@@ -78,7 +79,7 @@ Plans = dict[Any, Plan]
 
 
 class Rehearsal(NamedTuple):
-    """What was planned so far, and results that are made once."""
+    """Plans so far, and cached results."""
 
     plans: Plans
     results: dict[Any, Any]
@@ -89,7 +90,7 @@ _current: ContextVar[Rehearsal | None] = ContextVar("rehearsal", default=None)
 
 @contextlib.contextmanager
 def rehearsal() -> Iterator[Plans]:
-    """Within it a `Program` is planned, not run; yields the plans as they grow."""
+    """Context in which programs are planned, not run; yields the plans so far."""
     plans: Plans = {}
     token = _current.set(Rehearsal(plans, {}))
     try:
@@ -99,41 +100,41 @@ def rehearsal() -> Iterator[Plans]:
 
 
 def is_rehearsed() -> bool:
-    """Whether programs are planned and not run."""
+    """Returns True inside of `rehearsal`."""
     return _current.get() is not None
 
 
-def current() -> Rehearsal:
-    """The rehearsal within which this is called."""
-    found = _current.get()
-    assert found is not None
-    return found
+def current_rehearsal() -> Rehearsal:
+    """Returns the current plans and cached results."""
+    result = _current.get()
+    assert result is not None
+    return result
 
 
-def planned(program: Any, known: Plan, calls: float = 1) -> PyTree:
-    """So many more calls in the plans, and what stands for the program's outputs."""
-    plans = current().plans
-    before = plans[program].calls if program in plans else 0
-    plans[program] = known._replace(calls=before + calls)
-    return known.outputs
+def record_calls(program: Any, plan: Plan, num_calls: float = 1) -> PyTree:
+    """Adds calls to the plans and returns the replacement of the program's outputs."""
+    plans = current_rehearsal().plans
+    num_recorded = plans[program].calls if program in plans else 0
+    plans[program] = plan._replace(calls=num_recorded + num_calls)
+    return plan.outputs
 
 
-def kept(function: Callable, arguments: tuple[Any, ...]) -> Any:
-    """What a function returned to its first such call in this rehearsal."""
-    results, call = current().results, (function, arguments)
+def cached_result(function: Callable, args: tuple[Any, ...]) -> Any:
+    """Returns the result of the first call with these arguments in this dry run."""
+    results, call = current_rehearsal().results, (function, args)
     if call not in results:
-        results[call] = function(*arguments)
+        results[call] = function(*args)
     return results[call]
 
 
 class Trials(NamedTuple):
-    """In place of a `Program`: a trial, by a digest of what is compiled."""
+    """Key of a trial in the plans: the digest of its program."""
 
     digest: str
     name = "trial"
 
 
-def searched(
+def plan_search(
     problem: Bilevel,
     solver: Any,
     searcher: Any,
@@ -144,7 +145,7 @@ def searched(
     key: Array | None = None,
     metrics: dict[str, Metric] | None = None,
 ) -> Trace:
-    """In place of a search: as many trials as the budget buys, of equal cost."""
+    """Returns the trace of a search that spends its budget on trials of equal cost."""
     del searcher
     alpha, key = spaces.sample(space, jax.random.key(0)), jax.random.key(0)
     w, metrics = jax.tree.map(jnp.asarray, w), metrics or {}
@@ -153,28 +154,29 @@ def searched(
     arrays, static = eqx.partition(inputs, eqx.is_array)
     run = lambda arrays: run_trial(*eqx.combine(arrays, static))
     program = Trials(digest_function(run, arrays))
-    known = current().plans.get(program) or plan(run, (arrays,))
-    w, row = known.outputs
-    cost, spent, count = float(row.stats["gradient_equivalents"]), 0.0, 0
-    while not count or spent + cost <= budget:  # once where it is not known
-        spent, count = spent + cost, count + 1
-    planned(program, known, count if math.isfinite(cost) else math.nan)
-    columns = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), row)
+    trial_plan = current_rehearsal().plans.get(program) or plan(run, (arrays,))
+    w, row = trial_plan.outputs
+    cost, total_cost, num_trials = float(row.stats["gradient_equivalents"]), 0.0, 0
+    while not num_trials or total_cost + cost <= budget:  # once if the cost is unknown
+        total_cost, num_trials = total_cost + cost, num_trials + 1
+    num_calls = num_trials if math.isfinite(cost) else math.nan
+    record_calls(program, trial_plan, num_calls)
+    columns = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_trials, *x.shape)), row)
     alpha = jax.tree.map(jnp.zeros_like, alpha)
     return Trace(alpha, w, alpha, status_code=jnp.asarray(0), **columns._asdict())
 
 
-def plan(function: Callable, arguments: PyTree) -> Plan:
-    """Of a function that is traced and compiled."""
-    traced = jax.jit(function).trace(*arguments)
+def plan(function: Callable, args: PyTree) -> Plan:
+    """Returns the plan of a function, which is traced and compiled."""
+    traced = jax.jit(function).trace(*args)
     shapes, structure = jax.tree.flatten(traced.out_info)
-    places = jax.tree.unflatten(structure, range(len(shapes)))
+    indices = jax.tree.unflatten(structure, range(len(shapes)))
     is_trace = lambda x: isinstance(x, Trace)
-    traces = [x for x in jax.tree.leaves(places, is_leaf=is_trace) if is_trace(x)]
+    traces = [x for x in jax.tree.leaves(indices, is_leaf=is_trace) if is_trace(x)]
     outputs, steps = [jnp.zeros(x.shape, x.dtype) for x in shapes], None
-    for path, i in jax.tree.leaves_with_path(places):
+    for path, i in jax.tree.leaves_with_path(indices):
         if getattr(path[-1] if path else None, "key", None) in COST_STATS:
-            outputs[i] = ledger(traced.jaxpr, i)
+            outputs[i] = predict_cost(traced.jaxpr, i)
     for trace in traces:
         steps = shapes[trace.stats["trusted"]].shape[-1]
     return Plan(
@@ -186,10 +188,11 @@ def plan(function: Callable, arguments: PyTree) -> Plan:
     )
 
 
-def ledger(closed: Any, output: int) -> Array:
-    """A cost that no input moves, or a column of a trace, by the step's number alone.
+def predict_cost(closed: Any, output: int) -> Array:
+    """Returns a cost, or a column of costs by step, without running the program.
 
-    NaN where they depend on more, such as on the iterations that a solve made.
+    The result is NaN if the cost depends on more than the number of the step, such as
+    on the iterations of a solve.
     """
     jaxpr = closed.jaxpr
     aval = jaxpr.outvars[output].aval
@@ -198,48 +201,51 @@ def ledger(closed: Any, output: int) -> Array:
     needed, used = partial_eval.dce_jaxpr(jaxpr, is_wanted)
     if not any(used):
         return jaxpr_as_fun(closed.replace(jaxpr=needed))()[0]
-    found = origin(jaxpr, jaxpr.outvars[output])
-    if isinstance(found, int) or found[0].primitive.name != "while":
+    source = find_equation(jaxpr, jaxpr.outvars[output])
+    if isinstance(source, int) or source[0].primitive.name != "while":
         return unknown
-    loop, place = found
-    body, skipped = loop.params["body_jaxpr"], loop.params["body_nconsts"]
-    wanted = [i == place for i in range(len(body.jaxpr.outvars))]
-    needed, used = partial_eval.dce_jaxpr(body.jaxpr, wanted)
-    counts = lambda variable: jnp.issubdtype(variable.aval.dtype, jnp.integer)
-    own = body.jaxpr.invars[skipped + place]
+    loop, index = source
+    body, num_consts = loop.params["body_jaxpr"], loop.params["body_nconsts"]
+    is_wanted = [i == index for i in range(len(body.jaxpr.outvars))]
+    needed, used = partial_eval.dce_jaxpr(body.jaxpr, is_wanted)
+    is_integer = lambda variable: jnp.issubdtype(variable.aval.dtype, jnp.integer)
+    column_in = body.jaxpr.invars[num_consts + index]
     inputs = [x for x, is_used in zip(body.jaxpr.invars, used, strict=True) if is_used]
-    if not all(variable is own or counts(variable) for variable in inputs):
+    if not all(x is column_in or is_integer(x) for x in inputs):
         return unknown
-    once = jaxpr_as_fun(body.replace(jaxpr=needed))
+    update_column = jaxpr_as_fun(body.replace(jaxpr=needed))
 
     def step(i: Array, column: Array) -> Array:
         values = [
-            column if x is own else jnp.full(x.aval.shape, i, x.aval.dtype)
+            column if x is column_in else jnp.full(x.aval.shape, i, x.aval.dtype)
             for x in inputs
         ]
-        return once(*values)[0]
+        return update_column(*values)[0]
 
     return jax.lax.fori_loop(0, aval.shape[-1], step, jnp.zeros(aval.shape, aval.dtype))
 
 
-def origin(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
-    """The equation that makes a variable, within calls, and as which of its outputs.
+def find_equation(jaxpr: Any, variable: Any) -> int | tuple[Any, int]:
+    """Returns the equation, inside of calls, that computes a variable, and its output.
 
-    An integer is the place of an input that it is, -1 if it is a constant.
+    The result is an integer if the variable is an input: its index, or -1 for a
+    constant.
     """
     for equation in jaxpr.eqns:
         if variable in equation.outvars:
-            place, inner = equation.outvars.index(variable), called_jaxpr(equation)
+            index, inner = equation.outvars.index(variable), called_jaxpr(equation)
+            if equation.primitive.name == "device_put":  # the rows of a trace
+                return find_equation(jaxpr, equation.invars[index])
             if inner is None or equation.primitive.name == "while":
-                return equation, place
-            found = origin(inner, inner.outvars[place])
-            if isinstance(found, int):
-                return origin(jaxpr, equation.invars[found])
-            return found
+                return equation, index
+            source = find_equation(inner, inner.outvars[index])
+            if isinstance(source, int):
+                return find_equation(jaxpr, equation.invars[source])
+            return source
     return jaxpr.invars.index(variable) if variable in jaxpr.invars else -1
 
 
-# What the command shows of it.
+# Report.
 
 HEAD = ("method", "program", "calls", "FLOPs", "temporary bytes", "peak bytes")
 COSTS = {"gradient_equivalents": "grad-eq", "tuning_cost": "tuning grad-eq"}
@@ -248,52 +254,52 @@ NO_PROGRAM = "no program of its own"
 
 
 def report(study: Study, methods: Sequence[str]) -> str:
-    """Markdown: the programs of one row of each method, and what they would cost."""
+    """Returns Markdown with the programs of one row per method and their costs."""
     columns, rows = (*HEAD, *COSTS.values()), []
-    notes: dict[str, list[str]] = {}  # each note, and the methods that it is about
+    notes: dict[str, list[str]] = {}  # the methods to which each note applies
     for method in methods:
-        found, plans = rehearsed(study, method)
+        row, plans = plan_row(study, method)
         if not plans:
             notes.setdefault(NO_PROGRAM, []).append(method)
-        costs = [cost(found, name) for name in COSTS]
-        for program, one in plans.items():
-            name, total = program.name, one.total
+        costs = [cost_text(row, name) for name in COSTS]
+        for program, plan in plans.items():
+            name, total = program.name, plan.total
             if total is None:
-                notes.setdefault(f"{name}: {one.by_iteration}", []).append(method)
-            if one.flops.unknown:
-                unpriced = ", ".join(one.flops.unknown)
+                notes.setdefault(f"{name}: {plan.by_iteration}", []).append(method)
+            if plan.flops.unknown:
+                unpriced = ", ".join(plan.flops.unknown)
                 note = f"{name}: not among the FLOPs: {unpriced}"
                 notes.setdefault(note, []).append(method)
             rows.append(
                 (
                     *(method, name),
-                    TOLERANCE if math.isnan(one.calls) else f"{one.calls:.0f}",
+                    TOLERANCE if math.isnan(plan.calls) else f"{plan.calls:.0f}",
                     TOLERANCE if total is None else f"{total:.3g}",
-                    *(f"{n:,}" for n in (one.memory.temporaries, one.memory.peak)),
+                    *(f"{n:,}" for n in (plan.memory.temporaries, plan.memory.peak)),
                     *costs,
                 )
             )
             costs = [""] * len(costs)
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    table = [line(columns), "|" + "---|" * len(columns), *map(line, rows)]
+    to_line = lambda cells: "| " + " | ".join(cells) + " |"
+    table = [to_line(columns), "|" + "---|" * len(columns), *map(to_line, rows)]
     about = (
         f"{study.name}: one row of each method, seed 0, compiled and not run. FLOPs "
         "and bytes are those of one call; grad-eq are the gradient-equivalents that a "
         "run's ledger counts, of what chose its settings under 'tuning'."
     )
-    below = [f"- {'; '.join(several)}: {note}" for note, several in notes.items()]
-    return "\n".join([about, "", *table, "", *below])
+    note_lines = [f"- {'; '.join(several)}: {note}" for note, several in notes.items()]
+    return "\n".join([about, "", *table, "", *note_lines])
 
 
-def rehearsed(study: Study, method: str) -> tuple[dict[str, Any], Plans]:
-    """The row, of zeros and its ledger."""
+def plan_row(study: Study, method: str) -> tuple[dict[str, Any], Plans]:
+    """Returns a row of zeros with its costs, and the plans of its programs."""
     with rehearsal() as plans:
         return study.methods[method](0), plans
 
 
-def cost(found: dict[str, Any], name: str) -> str:
-    """NaN is what a tolerance decides; a row that learns nothing has no cost."""
-    value = found.get(name)
+def cost_text(row: dict[str, Any], name: str) -> str:
+    """Returns a cost as text; a cost that depends on a tolerance is NaN in the row."""
+    value = row.get(name)
     if value is None:
         return UNKNOWN
     return TOLERANCE if math.isnan(value) else f"{value:.0f}"

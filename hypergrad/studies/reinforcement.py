@@ -23,14 +23,14 @@ from ..inner import Newton
 from ..linear import CG
 from ..minimize import minimize
 from ..searchers import Random
-from ..tasks.cartpole import Losses, cartpole_parts
+from ..tasks.cartpole import Losses, cartpole_losses_and_solver
 from ..tasks.random_walk import TD
 from ..tasks.reinforcement import DATA_NAME, SCALES, make
 from ..tasks.semi_gradient import SemiGradient
 from ..trace import Trace
 from .program import program, search
 from .record import Row
-from .study import Column, Study, parts_of, tuned
+from .study import Column, Study, task_data, tune_and_run
 from .verdict import Claim, Verdict
 
 # CartPole.
@@ -45,8 +45,8 @@ TEST = Losses(num_episodes=256, horizon=SMALL["horizon"])
 
 
 def cartpole_solver(num_steps: int) -> SemiGradient:
-    """The task's updates, so many."""
-    return cartpole_parts(**SMALL | {"num_steps": num_steps})[1]
+    """Returns a solver of the task with a number of updates."""
+    return cartpole_losses_and_solver(**SMALL | {"num_steps": num_steps})[1]
 
 
 # A step of alpha costs T updates and two outer gradients (each 1), one of them for the
@@ -75,7 +75,7 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 
 
 def meta(method: str, key: Array, run_key: Array, rate: Array) -> Trace:
-    """As many steps as the budget pays for, with the settings after each."""
+    """Returns the run of a meta-gradient with as many steps as fit the budget."""
     task, (estimator, cost) = make(key=key, variant="cartpole"), ESTIMATORS[method]
     return minimize(
         task.problem,
@@ -94,7 +94,7 @@ def meta(method: str, key: Array, run_key: Array, rate: Array) -> Trace:
 
 
 def course(trace: Trace) -> dict[str, Array]:
-    """What a row says of it."""
+    """Returns the columns of a run."""
     return {
         "value": trace.value,
         "cost": trace.cost,
@@ -110,7 +110,7 @@ def course(trace: Trace) -> dict[str, Array]:
 def fixed(
     num_updates: int, key: Array, run_key: Array, w: PyTree, alpha: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Updates on from ``w``; what the curve shows is outside the ledger."""
+    """Returns the result of updates from ``w``; the curve is not counted as cost."""
     task = make(key=key, variant="cartpole")
     problem, solver = task.problem, task.solver
 
@@ -125,20 +125,20 @@ def fixed(
 
 
 def judged(key: Array, w: PyTree) -> Array:
-    """Mean return of fresh episodes."""
+    """Returns the mean return of new episodes."""
     return TEST.mean_return(w, None, key)
 
 
 def on_cartpole(method: str, seed: int) -> Row:
-    """One method and seed; settings are chosen in runs of other experience."""
+    """Returns the row of a method and seed, tuned in runs with other experience."""
     key = jax.random.key(seed)
     grid = list(itertools.product(DISCOUNTS, ENTROPIES))
 
-    def one(setting: Any, choosing: bool) -> Row:
+    def run_once(setting: Any, choosing: bool) -> Row:
         task = make(key=key, variant="cartpole")
         run_key, end_key = jax.random.split(jax.random.fold_in(key, 1 + choosing))
         w, alpha, spent, before, num_updates = task.w, task.alpha, 0.0, 0, BUDGET
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         if method in ESTIMATORS:
             rate = jnp.float32(setting)
             trace = program(meta, method)(key, run_key, rate)
@@ -158,7 +158,7 @@ def on_cartpole(method: str, seed: int) -> Row:
             w, curve = program(fixed, num_updates)(key, run_key, w, alpha)
             cost = STEPS * (1.0 + np.arange(num_updates // STEPS))
             curve = curve | {"cost": cost, "num_hvps": 0.0}
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start_time
         end = float(program(judged)(end_key, w))
         curve = {name: np.asarray(x, float) for name, x in curve.items()}
         shares = ("trusted", "indefinite", "unsolved")
@@ -179,10 +179,10 @@ def on_cartpole(method: str, seed: int) -> Row:
         }
 
     settings = {"grid": range(len(grid))} | dict.fromkeys(ESTIMATORS, RATES)
-    found = tuned(one, settings.get(method, (0.0,)))
+    result = tune_and_run(run_once, settings.get(method, (0.0,)))
     if method in ESTIMATORS:
-        found |= {"compile_seconds": program(meta, method).compile_seconds}
-    return found
+        result |= {"compile_seconds": program(meta, method).compile_seconds}
+    return result
 
 
 # The Markov reward process.
@@ -198,7 +198,7 @@ MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 
 
 def learn_discounts(method: str, key: Array) -> Trace:
-    """One a state, as many steps as the budget pays for."""
+    """Returns the trace of learned discounts, one per state, within the budget."""
     task, (estimator, cost) = make(key=key, variant="mrp"), MRP_ESTIMATORS[method]
     return minimize(
         task.problem,
@@ -213,7 +213,7 @@ def learn_discounts(method: str, key: Array) -> Trace:
 
 
 def values(key: Array, alpha: Array) -> dict[str, Array]:
-    """Fits the values to convergence, and measures them."""
+    """Returns measurements of values that are fitted to convergence."""
     task = make(key=key, variant="mrp")
     problem = task.problem
     w, spent = task.solver.solve(
@@ -228,21 +228,21 @@ def values(key: Array, alpha: Array) -> dict[str, Array]:
 
 
 def along_grid(key: Array) -> tuple[Array, dict[str, Array]]:
-    """`values` of every single discount, and which has the lowest validation loss."""
-    found = jax.vmap(functools.partial(values, key))(jnp.asarray(ONE_DISCOUNT, float))
-    return jnp.argmin(found["val_loss"]), found
+    """Returns the index of the best shared discount and `values` of all of them."""
+    result = jax.vmap(functools.partial(values, key))(jnp.asarray(ONE_DISCOUNT, float))
+    return jnp.argmin(result["val_loss"]), result
 
 
 def on_mrp(method: str, seed: int) -> Row:
-    """One method and seed; the validation loss is all that chooses."""
+    """Returns the row of a method and seed, tuned by the validation loss."""
     key = jax.random.key(seed)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     if method == "one discount":
         best, tried = program(along_grid)(key)
-        found: Row = {name: float(x[best]) for name, x in tried.items()}
+        result: Row = {name: float(x[best]) for name, x in tried.items()}
         costs = ("gradient_equivalents", "num_hvps")
-        found |= {name: float(jnp.sum(tried[name])) for name in costs}
-        found["discounts"] = [float(ONE_DISCOUNT[best])]
+        result |= {name: float(jnp.sum(tried[name])) for name in costs}
+        result["discounts"] = [float(ONE_DISCOUNT[best])]
     else:
         if method == "random search":
             task = make(key=key, variant="mrp")
@@ -253,21 +253,21 @@ def on_mrp(method: str, seed: int) -> Row:
         else:
             trace = program(learn_discounts, method)(key)
         measured = program(values)(key, trace.best_alpha)
-        found = {name: float(x) for name, x in measured.items()} | {
+        result = {name: float(x) for name, x in measured.items()} | {
             "gradient_equivalents": float(trace.cost[-1]),
             "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
             "discounts": np.asarray(trace.best_alpha, float).tolist(),
         }
-    found["run_seconds"] = time.perf_counter() - started
+    result["run_seconds"] = time.perf_counter() - start_time
     if method in MRP_ESTIMATORS:
-        found["compile_seconds"] = program(learn_discounts, method).compile_seconds
-    return found
+        result["compile_seconds"] = program(learn_discounts, method).compile_seconds
+    return result
 
 
 def trust(rows: list[Row]) -> list[Verdict]:
-    """How many hypergradients of CartPole are trusted, or zero for want of a solution.
+    """Returns the fractions of trusted and of zero hypergradients of CartPole.
 
-    Where a row says so: those of `Unrolled` and `Forward` solve nothing.
+    Rows of `Unrolled` and `Forward` have no such column, because they do not solve.
     """
     lines = []
     for method in ESTIMATORS:
@@ -308,7 +308,7 @@ STUDY = Study(
     data=lambda: (
         DATA_NAME, make(key=jax.random.key(0), variant="mrp").problem.inner_data
     ),
-    split=lambda key: parts_of(make(key=key, variant="mrp")),
+    split=lambda key: task_data(make(key=key, variant="mrp")),
     methods=METHODS,
     columns=(
         Column("return", "return", "{:.0f} ± {:.0f}"),

@@ -23,12 +23,12 @@ from ..inner import Descent
 from ..minimize import minimize
 from ..searchers import Random
 from ..tasks import schedules
-from ..tasks.classifier import others
+from ..tasks.classifier import held_out_examples
 from ..tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
 from ..trace import Trace
-from .program import Once, program, search
+from .program import CachedFunction, program, search
 from .record import Row
-from .study import Column, Study, digits, of_trace, parts_of, tuned
+from .study import Column, Study, digits, task_data, trace_columns, tune_and_run
 from .verdict import Claim, Verdict
 
 STEPS = {"100 steps": 100, "1000 steps": 1000, "10000 steps": 10_000}
@@ -50,25 +50,25 @@ LEARNED = {"unrolled": (5, 4), "reversible": (5, 4), "forward": (2, 9)}
 
 
 def estimator_of(system: str, method: str) -> Estimator:
-    """One of the three modes, of the same steps."""
+    """Returns the estimator of a mode; all modes differentiate the same steps."""
     steps = STEPS[system]
     solver = Descent(schedules.momentum_descent(steps), steps)
     return {
         "unrolled": Unrolled(solver),
-        "reversible": schedules.reversible(steps),
+        "reversible": schedules.reversible_estimator(steps),
         "forward": Forward(solver),
     }[method]
 
 
 def budget(system: str) -> float:
-    """Gradient-equivalents of a row."""
+    """Returns the budget of a row in gradient-equivalents."""
     return RUNS[system] * STEPS[system] * BATCH
 
 
 def task_of(
     system: str, data: PyTree, key: Array, hold_out: Any = False, num_windows: int = 5
 ) -> Any:
-    """The task at this length of the run."""
+    """Returns the task with a number of steps."""
     return schedules.make(
         key=key,
         num_steps=STEPS[system],
@@ -79,7 +79,7 @@ def task_of(
 
 
 def constant(alpha: PyTree, start: Array) -> PyTree:
-    """One rate and one momentum in all windows."""
+    """Returns a schedule with the same rate and momentum in all windows."""
     rate, momentum = start
     return {
         "rate": jnp.full_like(alpha["rate"], rate),
@@ -91,7 +91,7 @@ def learn(
     system: str, method: str, data: PyTree, key: Array, hold_out: Any, start: Array,
     adam: Array,
 ) -> Trace:  # fmt: skip
-    """As many outer steps as the budget surely pays for."""
+    """Returns the trace of a mode with as many outer steps as fit the budget."""
     num_windows, cost = LEARNED[method]
     task = task_of(system, data, key, hold_out, num_windows)
     outer = 1 + SMALL[1] / SMALL[0]  # the last inner gradient, and the outer one
@@ -109,16 +109,16 @@ def learn(
 
 
 def greedy(alpha: PyTree) -> optax.GradientTransformation:
-    """The greedy rule with the settings of ``alpha``."""
+    """Returns the run of the greedy rule with the settings of ``alpha``."""
     return hypergradient_descent(alpha["rate"], alpha["momentum"], alpha["follow"])
 
 
 def evaluate(
     system: str, kind: str, data: PyTree, key: Array, hold_out: Any, alpha: PyTree
 ) -> dict[str, Array]:
-    """Trains in other orders of the batches, and measures; means over the orders.
+    """Returns mean measurements over trainings with other orders of the batches.
 
-    ``selection`` is minus the loss on the examples that are held out.
+    ``selection`` is minus the loss on held-out examples.
     """
     del kind  # whose ``alpha`` has a shape of its own
     task = task_of(system, data, key, hold_out)
@@ -127,103 +127,103 @@ def evaluate(
     if "follow" in alpha:
         solver = Descent(greedy, STEPS[system])
 
-    def one(order: Array) -> dict[str, Array]:
+    def per_order(order: Array) -> dict[str, Array]:
         w, _ = solver.solve(
             problem.inner_loss, task.w, alpha, problem.inner_data, order
         )
         return {
-            "selection": -problem.outer_value(w, alpha, others(val)),
+            "selection": -problem.outer_value(w, alpha, held_out_examples(val)),
             "val_loss": problem.outer_value(w, alpha, val),
             **task.metric_values(w, alpha, order),
         }
 
     orders = jax.random.split(jax.random.fold_in(key, 1), ORDERS)
-    return jax.tree.map(jnp.mean, jax.vmap(one)(orders))
+    return jax.tree.map(jnp.mean, jax.vmap(per_order)(orders))
 
 
 def measured(
     system: str, key: Array, hold_out: bool, alpha: PyTree, kind: str = "constant"
 ) -> Row:
-    """The numbers of `evaluate`, and the schedule."""
-    found = program(evaluate, system, kind)(digits(), key, hold_out, alpha)
+    """Returns the numbers of `evaluate` and the schedule."""
+    result = program(evaluate, system, kind)(digits(), key, hold_out, alpha)
     schedule = {
         name: np.atleast_1d(alpha[name]).tolist() for name in ("rate", "momentum")
     }
-    return {name: float(x) for name, x in found.items()} | schedule
+    return {name: float(x) for name, x in result.items()} | schedule
 
 
-@Once
+@CachedFunction
 def baseline(system: str, seed: int) -> Row:
-    """One rate and one momentum, from the grid."""
+    """Returns the row of the best rate and momentum of the grid."""
     key = jax.random.key(seed)
 
-    def one(start: tuple[float, float], hold_out: bool) -> Row:
-        started = time.perf_counter()
+    def run_once(start: tuple[float, float], hold_out: bool) -> Row:
+        start_time = time.perf_counter()
         alpha = dict(
             zip(("rate", "momentum"), jnp.asarray(start)[:, None], strict=True)
         )
-        found = measured(system, key, hold_out, alpha)
-        seconds = time.perf_counter() - started
+        result = measured(system, key, hold_out, alpha)
+        seconds = time.perf_counter() - start_time
         cost = ORDERS * STEPS[system] * BATCH
-        return found | {"gradient_equivalents": cost, "run_seconds": seconds}
+        return result | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return tuned(one, GRID)
+    return tune_and_run(run_once, GRID)
 
 
 def start_of(system: str, seed: int) -> tuple[Array, float]:
-    """Where the baseline stays, and what finding it cost."""
+    """Returns the schedule of the baseline and the cost of its tuning."""
     first = baseline(system, seed)
     return jnp.array([first["rate"][0], first["momentum"][0]]), first["tuning_cost"]
 
 
-def with_tuning(found: Row, first: float) -> Row:
-    """The baseline's tuning is every row's."""
-    return found | {"tuning_cost": found.get("tuning_cost", 0.0) + first}
+def with_tuning(result: Row, first: float) -> Row:
+    """Returns a row with the cost of the baseline's tuning added."""
+    return result | {"tuning_cost": result.get("tuning_cost", 0.0) + first}
 
 
 def by_greedy_rule(system: str, seed: int) -> Row:
-    """The rate follows its one-step derivative, within one run."""
+    """Returns the row of a rate that follows its one-step derivative during a run."""
     key, (start, first) = jax.random.key(seed), start_of(system, seed)
 
-    def one(follow: float, hold_out: bool) -> Row:
-        started = time.perf_counter()
+    def run_once(follow: float, hold_out: bool) -> Row:
+        start_time = time.perf_counter()
         alpha = {"rate": start[0], "momentum": start[1], "follow": jnp.asarray(follow)}
-        found = measured(system, key, hold_out, alpha, "greedy")
-        seconds = time.perf_counter() - started
+        result = measured(system, key, hold_out, alpha, "greedy")
+        seconds = time.perf_counter() - start_time
         cost = ORDERS * STEPS[system] * BATCH
-        return found | {"gradient_equivalents": cost, "run_seconds": seconds}
+        return result | {"gradient_equivalents": cost, "run_seconds": seconds}
 
-    return with_tuning(tuned(one, FOLLOWS), first)
+    return with_tuning(tune_and_run(run_once, FOLLOWS), first)
 
 
 def settings_of(system: str, settings: tuple[float, ...]) -> tuple[float, ...]:
-    """The first alone for the longest run, to keep the table short."""
+    """Returns the settings to try; only the first for the longest run."""
     return settings[:1] if system == LONGEST else settings
 
 
 def by_gradient(system: str, method: str, seed: int) -> Row:
-    """A schedule learned from the baseline's on."""
+    """Returns the row of a schedule that is learned from the baseline's."""
     run, key = program(learn, system, method), jax.random.key(seed)
     start, first = start_of(system, seed)
 
-    def one(adam: float, hold_out: bool) -> Row:
-        before = run.run_seconds
+    def run_once(adam: float, hold_out: bool) -> Row:
+        prev_seconds = run.run_seconds
         trace = run(digits(), key, hold_out, start, jnp.asarray(adam))
-        seconds = run.run_seconds - before
-        found = measured(system, key, hold_out, trace.alpha, method)
+        seconds = run.run_seconds - prev_seconds
+        result = measured(system, key, hold_out, trace.alpha, method)
         trusted = float(jnp.mean(trace.stats["trusted"]))
-        found |= {"trusted": trusted, "run_seconds": seconds}
-        return found | of_trace(trace)
+        result |= {"trusted": trusted, "run_seconds": seconds}
+        return result | trace_columns(trace)
 
-    found = tuned(one, settings_of(system, ADAM))
-    return with_tuning(found, first) | {
+    result = tune_and_run(run_once, settings_of(system, ADAM))
+    return with_tuning(result, first) | {
         "compile_seconds": run.compile_seconds,
         "memory": run.memory.temporaries,
     }
 
 
 def around(start: Array, factor: float) -> PyTree:
-    """Rates, and momenta's distances to 1, log-uniform within a factor of the start."""
+    """Returns a log-uniform space of schedules within a factor of the start."""
     rate, momentum = map(float, start)
     least, most = max(RATES[0], rate / factor), min(RATES[1], rate * factor)
     low, high = 1 - (1 - momentum) * factor, 1 - (1 - momentum) / factor
@@ -235,12 +235,12 @@ def around(start: Array, factor: float) -> PyTree:
     }
 
 
-def by_random_search(system: str, seed: int) -> Row:
-    """The best on validation of schedules drawn about the baseline's."""
+def random_search(system: str, seed: int) -> Row:
+    """Returns the row of the best of random schedules around the baseline's."""
     key, (start, first) = jax.random.key(seed), start_of(system, seed)
 
-    def one(factor: float, hold_out: bool) -> Row:
-        started = time.perf_counter()
+    def run_once(factor: float, hold_out: bool) -> Row:
+        start_time = time.perf_counter()
         task = task_of(system, digits(), key, hold_out)
         trace = search(
             task.problem,
@@ -251,18 +251,18 @@ def by_random_search(system: str, seed: int) -> Row:
             budget=budget(system),
             key=key,
         )
-        seconds = time.perf_counter() - started
-        found = measured(system, key, hold_out, trace.best_alpha, "unrolled")
-        return found | of_trace(trace) | {"run_seconds": seconds}
+        seconds = time.perf_counter() - start_time
+        result = measured(system, key, hold_out, trace.best_alpha, "unrolled")
+        return result | trace_columns(trace) | {"run_seconds": seconds}
 
-    return with_tuning(tuned(one, settings_of(system, FACTORS)), first)
+    return with_tuning(tune_and_run(run_once, settings_of(system, FACTORS)), first)
 
 
 # The table.
 
 
 def in_double(run: Callable[[int], Row]) -> Callable[[int], Row]:
-    """The row in float64."""
+    """Returns the row, measured in float64."""
 
     def row(seed: int) -> Row:
         with jax.enable_x64(True):
@@ -276,7 +276,7 @@ for name in STEPS:
     METHODS |= {
         f"{name}, baseline": in_double(functools.partial(baseline, name)),
         f"{name}, greedy": in_double(functools.partial(by_greedy_rule, name)),
-        f"{name}, random search": in_double(functools.partial(by_random_search, name)),
+        f"{name}, random search": in_double(functools.partial(random_search, name)),
     }
     METHODS |= {
         f"{name}, {method}": in_double(functools.partial(by_gradient, name, method))
@@ -285,7 +285,7 @@ for name in STEPS:
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Memory of the longest run."""
+    """Returns the verdict on the memory of the longest run."""
     lines = []
     for method in LEARNED:
         named = f"{LONGEST}, {method}"
@@ -309,7 +309,7 @@ STUDY = Study(
         "batches. Memory: what the compiled program sets aside."
     ),
     data=lambda: ("scikit-learn digits (1,797 8x8 images)", digits()),
-    split=lambda key: parts_of(schedules.make(key=key, data=digits())),
+    split=lambda key: task_data(schedules.make(key=key, data=digits())),
     methods=METHODS,
     columns=(
         Column("test loss", "test_loss", "{:.3f} ± {:.3f}"),

@@ -26,9 +26,9 @@ from ..searchers import Random
 from ..tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER, SPACE, make
 from ..tasks.task import Task
 from ..trace import Trace
-from .program import Once, Program, program, search
+from .program import CachedFunction, Program, program, search
 from .record import Row
-from .study import DIGITS, Column, Study, digits, of_trace, parts_of
+from .study import DIGITS, Column, Study, digits, task_data, trace_columns
 from .verdict import Claim, Verdict, conclude, paired
 
 BUDGET = 1500
@@ -45,7 +45,7 @@ OUTER = 0.5
 
 
 def by_gradient(estimator: Estimator, cost_of_step: float, learned: set) -> Callable:
-    """As many outer steps as the budget surely pays for; the others stay."""
+    """Returns a method that learns some of the hyperparameters within the budget."""
     num_steps = int(BUDGET / cost_of_step)
     rate = optax.cosine_decay_schedule(RATE, num_steps)  # each run is noisy
     labels = {name: "learn" if name in learned else "stay" for name in DEFAULT}
@@ -68,8 +68,8 @@ def by_gradient(estimator: Estimator, cost_of_step: float, learned: set) -> Call
     return learn
 
 
-def by_random_search(task: Task, key: Array) -> Trace:
-    """All four drawn log-uniformly, at the same budget."""
+def random_search(task: Task, key: Array) -> Trace:
+    """Returns the trace of random search over all four, at the same budget."""
     return search(
         task.problem, task.solver, Random(), task.w, space=SPACE, budget=BUDGET, key=key
     )
@@ -79,7 +79,7 @@ WHOLE = Unrolled(SOLVER, warm_start=False)
 TRUNCATED = Unrolled(SOLVER, truncation_length=LAST, warm_start=False)
 METHODS: dict[str, Any] = {
     "baseline": None,
-    "random search": by_random_search,
+    "random search": random_search,
     "temperature": by_gradient(WHOLE, 4 * TRAINING + 1 + OUTER, {"temperature"}),
     "unrolled": by_gradient(WHOLE, 4 * TRAINING + 1 + OUTER, set(DEFAULT)),
     "truncated": by_gradient(
@@ -91,16 +91,16 @@ METHODS: dict[str, Any] = {
 
 
 def learn(method: Callable, data: PyTree, key: Array) -> Trace:
-    """The run of one method."""
+    """Returns the trace of a method."""
     return method(make(key=key, data=data), jax.random.fold_in(key, 1))
 
 
 def evaluate(data: PyTree, key: Array, alpha: PyTree, purpose: int) -> dict[str, Array]:
-    """Errors and accuracy, means over encoders trained anew with their own keys."""
+    """Returns mean errors and accuracy of encoders that are trained with new keys."""
     task = make(key=key, data=data)
     problem = task.problem
 
-    def one(key: Array) -> dict[str, Array]:
+    def per_key(key: Array) -> dict[str, Array]:
         w, _ = task.solver.solve(
             problem.inner_loss, task.w, alpha, problem.inner_data, key
         )
@@ -108,21 +108,21 @@ def evaluate(data: PyTree, key: Array, alpha: PyTree, purpose: int) -> dict[str,
         return {"val_error": val} | task.metric_values(w, alpha, key)
 
     keys = jax.random.split(jax.random.fold_in(key, purpose), NUM_TRAININGS)
-    return jax.tree.map(jnp.mean, jax.lax.map(one, keys))
+    return jax.tree.map(jnp.mean, jax.lax.map(per_key, keys))
 
 
 # Rows.
 
 
 def measured(seed: int, alpha: PyTree, purpose: int) -> dict[str, float]:
-    """The numbers of `evaluate`."""
-    found = program(evaluate)(digits(), jax.random.key(seed), alpha, purpose)
-    return {name: float(x) for name, x in found.items()}
+    """Returns the numbers of `evaluate`."""
+    result = program(evaluate)(digits(), jax.random.key(seed), alpha, purpose)
+    return {name: float(x) for name, x in result.items()}
 
 
-@Once
+@CachedFunction
 def grid(seed: int, purpose: int) -> list[dict[str, float]]:
-    """What each temperature leads to with the default strengths."""
+    """Returns the measurements of each temperature with the default strengths."""
     return [
         measured(seed, DEFAULT | {"temperature": temperature}, purpose)
         for temperature in TEMPERATURES
@@ -130,14 +130,14 @@ def grid(seed: int, purpose: int) -> list[dict[str, float]]:
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed."""
+    """Returns the row of a method and seed."""
     judged = grid(seed, JUDGED)
-    test_errors = np.array([one["test_error"] for one in judged])
+    test_errors = np.array([metrics["test_error"] for metrics in judged])
     if method == "baseline":
         tried = grid(seed, CHOSEN)
-        best = int(np.argmin([one["val_error"] for one in tried]))
+        best = int(np.argmin([metrics["val_error"] for metrics in tried]))
         cost = len(tried) * NUM_TRAININGS * TRAINING
-        found: Row = judged[best] | {
+        result: Row = judged[best] | {
             "temperature": float(TEMPERATURES[best]),
             "gradient_equivalents": cost,
             "grid_errors": test_errors.tolist(),
@@ -146,20 +146,20 @@ def row(method: str, seed: int) -> Row:
         learned = METHODS[method]
         on_host = functools.partial(learn, learned)
         run = on_host if method == "random search" else program(learn, learned)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         trace = run(digits(), jax.random.key(seed))
-        seconds = time.perf_counter() - started
-        found = measured(seed, trace.alpha, JUDGED)
-        found |= {name: float(x) for name, x in trace.alpha.items()}
-        found |= of_trace(trace) | {"run_seconds": seconds}
+        seconds = time.perf_counter() - start_time
+        result = measured(seed, trace.alpha, JUDGED)
+        result |= {name: float(x) for name, x in trace.alpha.items()}
+        result |= trace_columns(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
-            found |= {"compile_seconds": run.compile_seconds}
-    found["beaten_by"] = float(np.mean(test_errors < found["test_error"]))
-    return found
+            result |= {"compile_seconds": run.compile_seconds}
+    result["beaten_by"] = float(np.mean(test_errors < result["test_error"]))
+    return result
 
 
 def quartile(rows: list[Row]) -> list[Verdict]:
-    """Whether few of the twelve temperatures beat the learned; of a random one half."""
+    """Returns the verdict on the rank of the learned temperature among twelve."""
     beaten = [row["beaten_by"] for row in rows if row["method"] == "temperature"]
     mean, low, high = paired(beaten, 0.0)
     text = (
@@ -170,8 +170,8 @@ def quartile(rows: list[Row]) -> list[Verdict]:
     return [conclude(text, met, len(beaten), (high - low) / 2, 0.25)]
 
 
-def picture(rows: list[Row], path: Path) -> None:
-    """Test error against temperature; validation error against cost."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws test error over temperature and validation error over cost."""
     plots.self_supervised(rows, TEMPERATURES, path)
 
 
@@ -186,7 +186,7 @@ STUDY = Study(
         "nothing; beaten by is the share of the twelve temperatures that do better."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),
@@ -204,7 +204,7 @@ STUDY = Study(
             ("temperature", "baseline", None),
         )
     ),
-    draw=picture,
+    draw=plot,
     judge=quartile,
     minutes=12,
     seeds=10,

@@ -38,7 +38,7 @@ from ..tasks.task import Task
 from .cleaning import of_weights
 from .program import Program, program, search
 from .record import Row
-from .study import DIGITS, MODEL, Column, Study, digits, parts_of, tuned
+from .study import DIGITS, MODEL, Column, Study, digits, task_data, tune_and_run
 from .verdict import Claim, Verdict, conclude, paired
 
 NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
@@ -48,15 +48,17 @@ BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
 LEAST_AUROC = 0.8
 
-Lane = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
+RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
 
 
-def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
-    """As many outer steps as the budget surely pays for."""
+def gradient_method(estimator: Estimator, cost_of_step: float) -> Callable:
+    """Returns a method that makes as many outer steps as fit the budget."""
     num_steps = int(BUDGET / cost_of_step)
 
-    def learn(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
-        del parts
+    def learn(
+        task: Task, splits: PyTree, run_config: RunConfig
+    ) -> tuple[Any, PyTree, Any]:
+        del splits
         trace = minimize(
             task.problem,
             estimator,
@@ -64,7 +66,7 @@ def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
             task.w,
             task.alpha,
             num_steps=num_steps,
-            key=jax.random.fold_in(lane[0], 1),
+            key=jax.random.fold_in(run_config[0], 1),
             space=task.space,
         )
         return task.problem.inner_data, trace.alpha, trace
@@ -72,9 +74,11 @@ def by_gradient(estimator: Estimator, cost_of_step: float) -> Callable:
     return learn
 
 
-def by_random_search(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
-    """Weights drawn uniformly, the best on validation kept, at the same budget."""
-    del parts
+def random_search(
+    task: Task, splits: PyTree, run_config: RunConfig
+) -> tuple[Any, PyTree, Any]:
+    """Returns the best of random weights on the validation data, at the same budget."""
+    del splits
     trace = search(
         task.problem,
         task.solver,
@@ -82,29 +86,35 @@ def by_random_search(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree
         task.w,
         space=task.space,
         budget=BUDGET,
-        key=jax.random.fold_in(lane[0], 1),
+        key=jax.random.fold_in(run_config[0], 1),
     )
     return task.problem.inner_data, trace.best_alpha, trace
 
 
-def one_weight(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
-    """Every pseudo-label counts the same; with weight 0, none does."""
-    del parts
-    return task.problem.inner_data, jnp.full(NUM_UNLABELLED, lane[2]), None
+def one_weight(
+    task: Task, splits: PyTree, run_config: RunConfig
+) -> tuple[Any, PyTree, Any]:
+    """Returns the same weight for all pseudo-labels."""
+    del splits
+    return task.problem.inner_data, jnp.full(NUM_UNLABELLED, run_config[2]), None
 
 
-def more_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
-    """No pseudo-labels: the validation examples in use are labelled ones too."""
-    del lane
-    val = parts["val"]
-    batch = task.problem.inner_data | {"unlabelled": {"x": val["x"], "y": val["y"]}}
+def more_labels(
+    task: Task, splits: PyTree, run_config: RunConfig
+) -> tuple[Any, PyTree, Any]:
+    """Returns the validation examples in place of the pseudo-labels."""
+    del run_config
+    val = splits["val"]
+    batch = task.problem.inner_data | {"unlabeled": {"x": val["x"], "y": val["y"]}}
     return batch, val["use"] * NUM_VAL / NUM_LABELLED, None
 
 
-def true_labels(task: Task, parts: PyTree, lane: Lane) -> tuple[Any, PyTree, Any]:
-    """What a person would have said of the unlabelled examples."""
-    del lane
-    batch = task.problem.inner_data | {"unlabelled": parts["unlabelled"]}
+def true_labels(
+    task: Task, splits: PyTree, run_config: RunConfig
+) -> tuple[Any, PyTree, Any]:
+    """Returns the true labels in place of the pseudo-labels."""
+    del run_config
+    batch = task.problem.inner_data | {"unlabeled": splits["unlabeled"]}
     return batch, jnp.ones(NUM_UNLABELLED), None
 
 
@@ -116,14 +126,14 @@ METHODS: dict[str, Callable] = {
     "baseline": one_weight,
     "one weight": one_weight,
     "labels of validation": more_labels,
-    "random search": by_random_search,
-    "implicit": by_gradient(
+    "random search": random_search,
+    "implicit": gradient_method(
         Implicit(SOLVER, CG(rtol=1e-2, max_steps=20)), SOLVER.num_steps + 2 * 21 + 2
     ),
-    "neumann": by_gradient(
+    "neumann": gradient_method(
         Implicit(SOLVER, Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2
     ),
-    "unrolled": by_gradient(
+    "unrolled": gradient_method(
         Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 2
     ),
     "oracle": true_labels,
@@ -133,86 +143,86 @@ HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
 
 
 def settings(method: str) -> list[tuple[float, float]]:
-    """Penalties and weights that a row chooses from."""
+    """Returns the pairs of penalty and weight that a method tries."""
     weights = {"baseline": (0.0,), "one weight": WEIGHTS}.get(method, (1.0,))
     return [(penalty, weight) for penalty in PENALTIES for weight in weights]
 
 
-def lane_task(data: PyTree, lane: Lane) -> tuple[Task, PyTree]:
-    """The task of one lane and its split."""
-    key, penalty, _, hold_out = lane
+def make_task_and_splits(data: PyTree, run_config: RunConfig) -> tuple[Task, PyTree]:
+    """Returns the task of a run and its splits."""
+    key, penalty, _, hold_out = run_config
     task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
     return task, split(data, key, SIZES["small"], hold_out)
 
 
-def learn(method: str, data: PyTree, lane: Lane) -> dict[str, Any]:
-    """Weights by one method: what to retrain on, and the trace of learning."""
-    task, parts = lane_task(data, lane)
-    batch, alpha, trace = METHODS[method](task, parts, lane)
+def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
+    """Returns the data to retrain on, their weights and the trace of a method."""
+    task, splits = make_task_and_splits(data, run_config)
+    batch, alpha, trace = METHODS[method](task, splits, run_config)
     return {"batch": batch, "alpha": alpha, "trace": trace}
 
 
 def evaluate(
-    method: str, data: PyTree, lane: Lane, batch: PyTree, alpha: Array
+    method: str, data: PyTree, run_config: RunConfig, batch: PyTree, alpha: Array
 ) -> dict[str, Any]:
-    """Retrains from zero with the learned weights, to convergence, and measures.
+    """Returns measurements after training to convergence with the learned weights.
 
-    ``selection`` holds the accuracy and minus the loss on the held-out examples.
+    ``selection`` contains the accuracy and minus the loss on held-out examples.
     """
     del method  # what it retrains on has a size of its own
-    task, parts = lane_task(data, lane)
-    key, held = lane[0], parts["held"]
+    task, splits = make_task_and_splits(data, run_config)
+    key, held = run_config[0], splits["held_out"]
     w, _ = Newton().solve(train_loss, task.w, alpha, batch, key)
-    pseudo = task.problem.inner_data["unlabelled"]["y"]
+    pseudo = task.problem.inner_data["unlabeled"]["y"]
     return {
         "w": w,
         "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
         "selection": jnp.stack(
             [accuracy(held, w, alpha, key), -val_loss(w, alpha, held)]
         ),
-        "val_loss": val_loss(w, alpha, parts["val"]),
-        "wrong": pseudo != parts["unlabelled"]["y"],
+        "val_loss": val_loss(w, alpha, splits["val"]),
+        "wrong": pseudo != splits["unlabeled"]["y"],
     }
 
 
 def row(method: str, seed: int) -> Row:
-    """One method and seed, its setting chosen by the rule of `tuned`."""
+    """Returns the row of a method and seed, tuned by `tune_and_run`."""
     data, measure = digits(), program(evaluate, method)
     on_host = functools.partial(learn, method)
     run = on_host if method == ON_HOST else program(learn, method)
 
-    def one(setting: tuple[float, float], hold_out: bool) -> Row:
+    def run_once(setting: tuple[float, float], hold_out: bool) -> Row:
         penalty, weight = map(jnp.float32, setting)
-        lane = jax.random.key(seed), penalty, weight, jnp.asarray(hold_out)
-        started = time.perf_counter()
-        learned = run(data, lane)
-        seconds = time.perf_counter() - started
-        found = measure(data, lane, learned["batch"], learned["alpha"])
-        wrong = np.asarray(found["wrong"])
+        run_config = jax.random.key(seed), penalty, weight, jnp.asarray(hold_out)
+        start_time = time.perf_counter()
+        learned = run(data, run_config)
+        seconds = time.perf_counter() - start_time
+        result = measure(data, run_config, learned["batch"], learned["alpha"])
+        wrong = np.asarray(result["wrong"])
         row = {
-            "selection": np.asarray(found["selection"]),
-            "test_accuracy": float(found["test_accuracy"]),
-            "val_loss": float(found["val_loss"]),
+            "selection": np.asarray(result["selection"]),
+            "test_accuracy": float(result["test_accuracy"]),
+            "val_loss": float(result["val_loss"]),
             "wrong_share": float(np.mean(wrong)),
             "penalty": setting[0],
             "run_seconds": seconds,
-            MODEL: (found["w"], learned["alpha"]),
+            MODEL: (result["w"], learned["alpha"]),
         }
         if learned["trace"] is not None:
-            alpha, key = learned["alpha"], lane[0]
-            auroc = auroc_of_wrong_labels(found["wrong"], None, alpha, key)
+            alpha, key = learned["alpha"], run_config[0]
+            auroc = auroc_of_wrong_labels(result["wrong"], None, alpha, key)
             row |= {"auroc": float(auroc)}
-            row |= of_weights(learned["trace"], alpha, found["wrong"])
+            row |= of_weights(learned["trace"], alpha, result["wrong"])
         return row
 
-    found = tuned(one, settings(method))
+    result = tune_and_run(run_once, settings(method))
     if isinstance(run, Program):
-        found |= {"compile_seconds": run.compile_seconds}
-    return found
+        result |= {"compile_seconds": run.compile_seconds}
+    return result
 
 
 def judge(rows: list[Row]) -> list[Verdict]:
-    """Whether low weights find wrong pseudo-labels, surely more often than said."""
+    """Returns verdicts on the AUROC of low weights as detectors of wrong labels."""
     lines = []
     for method in HYPERGRADIENTS:
         auroc = [row["auroc"] for row in rows if row["method"] == method]
@@ -227,7 +237,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
 
 
 def beats(first: str, second: str, least: float | None) -> Claim:
-    """In test accuracy, in points."""
+    """Returns a claim about test accuracy in percentage points."""
     return Claim(first, second, "test_accuracy", least, scale=100, unit="points")
 
 
@@ -243,7 +253,7 @@ STUDY = Study(
         "without the final training, which is the same for every row."
     ),
     data=lambda: (DIGITS, digits()),
-    split=lambda key: parts_of(make(key=key, data=digits())),
+    split=lambda key: task_data(make(key=key, data=digits())),
     methods={method: functools.partial(row, method) for method in METHODS},
     columns=(
         Column("accuracy %", "test_accuracy", scale=100),

@@ -1,4 +1,4 @@
-"""A study: a table of methods by seeds, and what it claims of them."""
+"""Studies: tables of methods by seeds, with claims about the methods."""
 
 import functools
 import math
@@ -21,13 +21,14 @@ from .verdict import Claim, Verdict, number_of_seeds
 
 
 class Column(NamedTuple):
-    """A column as it is shown: mean and standard deviation over seeds.
+    """A column of a table: mean and standard deviation over seeds.
 
     Attributes:
-      title, name: in the table, and in the rows.
-      form: of mean and deviation, or of the mean alone, as of one seed.
-      scale: what the number is multiplied by.
-      largest: over the seeds, in place of the mean.
+      title: Title in the table.
+      name: Name of the column in the rows.
+      form: Format of mean and deviation; for one seed the part before " ±" is used.
+      scale: Factor by which numbers are multiplied.
+      largest: Whether the maximum over the seeds replaces the mean.
     """
 
     title: str
@@ -37,7 +38,7 @@ class Column(NamedTuple):
     largest: bool = False
 
     def cell(self, rows: Sequence[Row]) -> str:
-        """A dash where no row has a number."""
+        """Returns the text of a cell; a dash if no row has a number."""
         values = np.array([row.get(self.name) for row in rows], float) * self.scale
         if np.all(np.isnan(values)):
             return "-"
@@ -56,30 +57,30 @@ COSTS = (
 )
 
 
-MODEL = "model"  # of what a row of a study returns, what goes into no file of rows
+MODEL = "model"  # entry of a row that is not written to the file of rows
 
 
 @dataclass(frozen=True)
 class Study:
-    """A table to run.
+    """The definition of a table.
 
     Attributes:
-      name, paradigm, source: of the task.
-      about: the paragraph over its table.
-      data: ``() -> (what was loaded, {name: array})``.
-      methods: the rows, in order, ``{name: seed -> row}``: a row is a dict of
-        numbers, and of lists where the figure wants them. The costs are
-        gradient_equivalents and num_hvps of the run, tuning_cost of what chose its
-        settings, compile_seconds, run_seconds. Under `MODEL` it may have the
-        ``(w, alpha)`` that was measured, which is kept beside the rows; there is none
-        where numbers are means over several ``w``, or of none that was trained.
-      columns: beside `COSTS`.
-      claims: lines under the table, judged over seeds.
-      draw: ``(rows, path)`` draws the figure.
-      minutes: expected on two cores with tuning, rounded up.
-      judge: further lines: rows -> verdicts.
-      seeds: how many, unless told.
-      split: ``key -> what is trained, chosen and tested on``, of the key of a seed.
+      name, paradigm, source: Name, paradigm and publication of the task.
+      about: Paragraph above the table.
+      data: ``() -> (name, {name: array})``.
+      methods: ``{name: seed -> row}`` in the order of the table. A row is a dict of
+        numbers and, for the figure, lists. Its costs are gradient_equivalents and
+        num_hvps of the run, tuning_cost of the tuning, compile_seconds and run_seconds.
+        The entry `MODEL` may contain the ``(w, alpha)`` that was measured, which is
+        saved beside the rows. It is missing if the numbers are means over several
+        ``w`` or no ``w`` was trained.
+      columns: Columns of the table in addition to `COSTS`.
+      claims: Claims, which are evaluated over the seeds.
+      draw: ``(rows, path)``, which draws the figure.
+      minutes: Expected minutes on two cores with tuning, rounded up.
+      judge: ``rows -> verdicts`` in addition to the claims.
+      seeds: Default number of seeds.
+      split: ``key -> data`` for training, validation and test, for the key of a seed.
     """
 
     name: str
@@ -97,18 +98,20 @@ class Study:
     split: Callable[[Array], PyTree] = lambda key: ()
 
 
-def parts_of(*tasks: Task) -> PyTree:
-    """What tasks are trained, chosen and tested on."""
+def task_data(*tasks: Task) -> PyTree:
+    """Returns the problems and metrics of tasks, which contain the split data."""
     return [(task.problem, task.metrics) for task in tasks]
 
 
-Keep = Callable[[Row, Row, tuple[PyTree, PyTree]], object]
+SaveModel = Callable[[Row, Row, tuple[PyTree, PyTree]], object]
 
 
-def table(study: Study, keep: Keep = lambda cell, row, model: None) -> Table:
-    """The study as a table to run and check.
+def table(study: Study, save_model: SaveModel = lambda cell, row, model: None) -> Table:
+    """Returns a study as a table that can be run and checked.
 
-    ``keep(cell, row, (w, alpha))`` is told each model before its row is written.
+    Args:
+      study: The study.
+      save_model: ``(cell, row, (w, alpha))``, called before the row is written.
     """
 
     @functools.cache
@@ -120,7 +123,7 @@ def table(study: Study, keep: Keep = lambda cell, row, model: None) -> Table:
         row = dict(study.methods[cell["method"]](cell["seed"]))  # it may be cached
         model = row.pop(MODEL, None)
         if model is not None:
-            keep(cell, row, model)
+            save_model(cell, row, model)
         return row | data()
 
     return Table(
@@ -143,20 +146,23 @@ def table(study: Study, keep: Keep = lambda cell, row, model: None) -> Table:
 
 
 def judge(study: Study, rows: list[Row]) -> list[Verdict]:
-    """The claims on methods that are there, and the study's further lines."""
-    there = {row["method"] for row in rows}
-    lines = [c.judge(rows) for c in study.claims if {c.first, c.second} <= there]
-    return lines + (study.judge(rows) if there == set(study.methods) else [])
+    """Returns the verdicts on claims about methods in the rows, and the study's own."""
+    methods = {row["method"] for row in rows}
+    verdicts = [c.judge(rows) for c in study.claims if {c.first, c.second} <= methods]
+    return verdicts + (study.judge(rows) if methods == set(study.methods) else [])
 
 
 def markdown(study: Study, rows: list[Row], command: str) -> str:
-    """The table with its command, and the verdicts under it."""
-    lanes = {m: [row for row in rows if row["method"] == m] for m in study.methods}
-    lanes = {method: lane for method, lane in lanes.items() if lane}
-    known = lambda column: any(row.get(column.name) is not None for row in rows)
-    columns = [c for c in (*study.columns, *COSTS) if known(c)]
-    count = len({row["seed"] for row in rows})
-    seeds = number_of_seeds(count) + ", mean ± standard deviation" * (count > 1)
+    """Returns the table with its command and the verdicts."""
+    rows_by_method = {
+        method: method_rows
+        for method in study.methods
+        if (method_rows := [row for row in rows if row["method"] == method])
+    }
+    has_values = lambda column: any(row.get(column.name) is not None for row in rows)
+    columns = [c for c in (*study.columns, *COSTS) if has_values(c)]
+    num_seeds = len({row["seed"] for row in rows})
+    seeds = number_of_seeds(num_seeds) + ", mean ± standard deviation" * (num_seeds > 1)
     lines = [
         f"# {study.name}",
         "",
@@ -167,16 +173,16 @@ def markdown(study: Study, rows: list[Row], command: str) -> str:
         "| " + " | ".join(["method", *(column.title for column in columns)]) + " |",
         "|" + "---|" * (1 + len(columns)),
     ]
-    for method, lane in lanes.items():
-        cells = [column.cell(lane) for column in columns]
+    for method, method_rows in rows_by_method.items():
+        cells = [column.cell(method_rows) for column in columns]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     lines.append("")
     lines += [verdict.line for verdict in judge(study, rows)]
     return "\n".join(lines)
 
 
-def of_trace(trace: Trace) -> Row:
-    """What learning cost, and how the outer value fell."""
+def trace_columns(trace: Trace) -> Row:
+    """Returns the cost of a run and the curve of its outer value as columns."""
     return {
         "gradient_equivalents": float(trace.cost[-1]),
         "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
@@ -190,28 +196,31 @@ DIGITS = "scikit-learn digits (1,797 real 8x8 images)"
 
 @functools.cache
 def digits() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
+    """Returns the digits, which are loaded once per process."""
     return datasets.load("digits")
 
 
-def tuned(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:
-    """The rule by which every row of a study is tuned.
+def tune_and_run(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:
+    """Returns the row of the best setting; every row of a study is tuned by this rule.
 
-    ``run(setting, True)`` learns with a part of validation held out and says in
-    "selection", a number or a tuple of them, how good that was on it: higher is
-    better. The best setting then learns once more with all: ``run(setting, False)``.
-    Where there is one setting there is nothing to choose.
+    Args:
+      run: ``(setting, hold_out) -> row``. With ``hold_out`` a part of the validation
+        data is held out, and the entry "selection" of the row, a number or a tuple of
+        numbers, is the score on that part; higher is better.
+      settings: Settings to try. The best one is run again without ``hold_out``; a
+        single setting is run only once.
     """
 
     def score(row: Row) -> tuple[float, ...]:
-        worst = lambda x: -math.inf if math.isnan(x) else float(x)
-        return tuple(worst(x) for x in np.ravel(row["selection"]))
+        replace_nan = lambda x: -math.inf if math.isnan(x) else float(x)
+        return tuple(replace_nan(x) for x in np.ravel(row["selection"]))
 
-    tries = [run(setting, True) for setting in settings] if len(settings) > 1 else []
-    best = max(range(len(tries)), key=lambda i: score(tries[i]), default=0)
-    row = run(settings[best], False)
-    row.pop("selection", None)
-    cost = sum(row.get("gradient_equivalents", 0.0) for row in tries)
+    trials = [run(setting, True) for setting in settings] if len(settings) > 1 else []
+    best = max(range(len(trials)), key=lambda i: score(trials[i]), default=0)
     setting = settings[best]
-    named = {"setting": setting} if isinstance(setting, int | float | str) else {}
-    return row | named | ({"tuning_cost": cost} if cost else {})
+    row = run(setting, False)
+    row.pop("selection", None)
+    if isinstance(setting, int | float | str):
+        row = row | {"setting": setting}
+    tuning_cost = sum(trial.get("gradient_equivalents", 0.0) for trial in trials)
+    return row | ({"tuning_cost": tuning_cost} if tuning_cost else {})

@@ -1,4 +1,4 @@
-"""What a table is: planned cells, rows written as they come, a check of the rows."""
+"""Tables: cells to measure, rows that are written one by one, and a check of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,20 @@ from .progress import progress
 from .record import Row
 from .verdict import Verdict
 
-# What names a row beside its cell's own fields: it must be made in one way throughout.
+# Columns that must have the same value in all rows of a table.
 VERSIONS = ("device", "python", *record.PACKAGES)
 
 
 class Request(NamedTuple):
-    """What was asked for on the command line; no methods stands for all."""
+    """A request of the command line.
+
+    Attributes:
+      scale: Scale of the table.
+      seeds: Number of seeds.
+      folder: Folder for the files.
+      command: Command line, which is saved with the rows.
+      methods: Methods to run; empty for all methods.
+    """
 
     scale: str
     seeds: int
@@ -30,13 +38,15 @@ class Request(NamedTuple):
 class Table:
     """A table that can be run and checked.
 
-    name, source: what it is, and where its claims are from.
-    minutes: expected for the small scale on two cores.
-    seeds: how many, unless told.
-    plan: ``(scale, seeds) -> cells``; a cell is a dict that names it, "seed" included,
-        and every row holds the names of its cell.
-    run: ``(table, request)`` writes NAME.jsonl, NAME.md and NAME.png.
-    judge: rows of all planned cells -> verdicts.
+    Attributes:
+      name, source: Name of the table, and publication of its claims.
+      minutes: Expected minutes of the small scale on two cores.
+      seeds: Default number of seeds.
+      plan: ``(scale, seeds) -> cells``. A cell is a dict with "seed" that identifies
+        it; its row contains it.
+      run: ``(table, request)``, which writes NAME.jsonl, NAME.md and NAME.png.
+      judge: ``rows -> verdicts``, for the rows of all planned cells.
+      scales: Available scales.
     """
 
     name: str
@@ -49,11 +59,11 @@ class Table:
     scales: tuple[str, ...] = ("small",)
 
     def file(self, folder: Path, ending: str) -> Path:
-        """Where it is written."""
+        """Returns the path of one of the table's files."""
         return folder / f"{self.name}.{ending}"
 
 
-# Running, cell by cell.
+# Running.
 
 
 def cell_by_cell(
@@ -61,17 +71,19 @@ def cell_by_cell(
     markdown: Callable[[Table, list[Row], str], str],
     draw: Callable[[list[Row], Path], None],
 ) -> Callable[[Table, Request], None]:
-    """A `Table.run` that measures one cell after the other, and resumes.
+    """Returns a `Table.run` that measures the cells in order and can be resumed.
 
-    measure: cell -> its other columns.
-    markdown, draw: the table and the figure, from the rows that were asked for.
+    Args:
+      measure: ``cell -> columns``, without those of the cell.
+      markdown: ``(table, rows, command) -> text``, for the requested rows.
+      draw: ``(rows, path)``, which draws the figure of the requested rows.
     """
 
     def run(table: Table, request: Request) -> None:
         make_folder(request.folder)
         path = table.file(request.folder, "jsonl")
-        made = {"table": table.name, "scale": request.scale} | record.versions()
-        made["command"] = request.command
+        metadata = {"table": table.name, "scale": request.scale} | record.versions()
+        metadata["command"] = request.command
         cells = [
             cell
             for cell in table.plan(request.scale, request.seeds)
@@ -80,16 +92,16 @@ def cell_by_cell(
         with path.open("a") as file, progress(len(cells)) as tick:
             lock_file(file, path)
             atomic_io.fsync_path(request.folder)
-            there = {name_of(row, cells[0]) for row in resume(path, made)}
+            completed = {cell_key(row, cells[0]) for row in resume(path, metadata)}
             for cell in cells:
-                kept = name_of(cell, cell) in there
-                if not kept:
-                    row = cell | measure(cell) | made
+                is_completed = cell_key(cell, cell) in completed
+                if not is_completed:
+                    row = cell | measure(cell) | metadata
                     atomic_io.append_durably(file, record.line(row))
-                tick(str(cell.get("method", "")) + ", kept" * kept)
-        # A file that is resumed may hold more than was asked for.
-        asked = {name_of(cell, cell) for cell in cells}
-        rows = [row for row in record.read(path) if name_of(row, cells[0]) in asked]
+                tick(str(cell.get("method", "")) + ", kept" * is_completed)
+        # A file that was resumed may contain more rows than were requested.
+        requested = {cell_key(cell, cell) for cell in cells}
+        rows = [r for r in record.read(path) if cell_key(r, cells[0]) in requested]
         text = markdown(table, rows, request.command)
         atomic_io.atomic_write(table.file(request.folder, "md"), text + "\n")
         draw(rows, table.file(request.folder, "png"))
@@ -98,33 +110,32 @@ def cell_by_cell(
 
 
 def make_folder(folder: Path) -> None:
-    """ValueError where there can be none, such as in place of a file."""
+    """Creates a folder, or raises ValueError, for example if it is a file."""
     try:
         atomic_io.make_directory(folder)
     except OSError as error:
         raise ValueError(
-            f"{folder} is no folder and cannot be made one ({error.strerror}); give "
-            "another --out"
+            f"--out must be a folder; {folder} cannot be made one ({error.strerror})."
         ) from error
 
 
-def resume(path: Path, made: Row) -> list[Row]:
-    """The rows of an interrupted run; a last line that was cut off is dropped."""
-    with path.open("rb+") as file:  # cut in place: a kill loses no row
+def resume(path: Path, metadata: Row) -> list[Row]:
+    """Returns the rows of an interrupted run and removes an incomplete last line."""
+    with path.open("rb+") as file:  # truncated in place: a kill loses no row
         file.truncate(file.read().rfind(b"\n") + 1)
     rows = record.read(path)
     for name in (*VERSIONS, "scale"):
         for row in rows:
-            if row.get(name) != made[name]:
+            if row.get(name) != metadata[name]:
                 raise ValueError(
-                    f"{path} holds rows made with {name} {row.get(name)}, not "
-                    f"{made[name]}; move it away, or give another --out"
+                    f"{path} contains rows with {name} {row.get(name)}, not "
+                    f"{metadata[name]}. Move it, or give another --out."
                 )
     return rows
 
 
-def name_of(row: Row, cell: Row) -> tuple[Any, ...]:
-    """What tells a row from those of other cells."""
+def cell_key(row: Row, cell: Row) -> tuple[Any, ...]:
+    """Returns the values of a row that identify its cell."""
     return tuple(row.get(field) for field in cell)
 
 
@@ -132,7 +143,7 @@ def name_of(row: Row, cell: Row) -> tuple[Any, ...]:
 
 
 def check(table: Table, folder: Path) -> list[Verdict]:
-    """Flaws of the rows; where there is none, the table's verdicts on them."""
+    """Returns errors of the rows in a folder, or the table's verdicts if none."""
     path = table.file(folder, "jsonl")
     fail = lambda text: Verdict(text, failed=True)
     if not path.exists():
@@ -143,15 +154,20 @@ def check(table: Table, folder: Path) -> list[Verdict]:
         return [fail(str(error))]
     if not rows:
         return [fail(f"{path} is empty")]
-    seeds = 1 + max(row.get("seed", 0) for row in rows)
-    cells = table.plan(rows[0].get("scale", "small"), seeds)
-    planned = [name_of(cell, cell) for cell in cells]
-    there = [name_of(row, cells[0]) for row in rows]
-    flaws = [fail(f"missing: {cell}") for cell in planned if cell not in set(there)]
-    flaws += [fail(f"not planned: {cell}") for cell in there if cell not in planned]
-    flaws += [fail(f"twice: {cell}") for cell in set(there) if there.count(cell) > 1]
+    num_seeds = 1 + max(row.get("seed", 0) for row in rows)
+    cells = table.plan(rows[0].get("scale", "small"), num_seeds)
+    planned = [cell_key(cell, cell) for cell in cells]
+    actual = [cell_key(row, cells[0]) for row in rows]
+    missing = [key for key in planned if key not in set(actual)]
+    unplanned = [key for key in actual if key not in planned]
+    repeated = [key for key in set(actual) if actual.count(key) > 1]
+    errors = [
+        *(fail(f"missing: {key}") for key in missing),
+        *(fail(f"not planned: {key}") for key in unplanned),
+        *(fail(f"twice: {key}") for key in repeated),
+    ]
     for name in VERSIONS:
-        found = sorted({str(row.get(name)) for row in rows})
-        if len(found) > 1:
-            flaws.append(fail(f"rows were made with several {name}: {found}"))
-    return flaws or table.judge(rows)
+        values = sorted({str(row.get(name)) for row in rows})
+        if len(values) > 1:
+            errors.append(fail(f"rows were made with several {name}: {values}"))
+    return errors or table.judge(rows)

@@ -29,7 +29,7 @@ from ..tasks.unsupervised import make, ppca_ml_noise
 from ..trace import Trace
 from .program import Program, program, search
 from .record import Row
-from .study import MODEL, Column, Study, of_trace, parts_of
+from .study import MODEL, Column, Study, task_data, trace_columns
 from .verdict import Claim
 
 BUDGET = 1000
@@ -41,12 +41,12 @@ PRODUCTS = 10
 
 
 def solver_of(variant: str, task: Task) -> Any:
-    """What learning fits the model by."""
+    """Returns the solver that fits the model during learning."""
     return DESCENT if variant == "kmeans" else task.solver
 
 
-def by_gradient(estimator: Callable, cost_of_step: Callable) -> Callable:
-    """As many outer steps as the budget surely pays for."""
+def gradient_method(estimator: Callable, cost_of_step: Callable) -> Callable:
+    """Returns a method that makes as many outer steps as fit the budget."""
 
     def learn(variant: str, task: Task, key: Array) -> Trace:
         solver = solver_of(variant, task)
@@ -65,8 +65,8 @@ def by_gradient(estimator: Callable, cost_of_step: Callable) -> Callable:
     return learn
 
 
-def by_random_search(variant: str, task: Task, key: Array) -> Trace:
-    """Drawn log-uniformly, at the same budget."""
+def random_search(variant: str, task: Task, key: Array) -> Trace:
+    """Returns the trace of log-uniform random search at the same budget."""
     return search(
         task.problem,
         solver_of(variant, task),
@@ -79,34 +79,34 @@ def by_random_search(variant: str, task: Task, key: Array) -> Trace:
 
 
 def implicit(solver: Any) -> Estimator:
-    """With at most 10 products."""
+    """Returns `Implicit` with at most 10 products per solve."""
     return Implicit(solver, CG(rtol=1e-3, max_steps=PRODUCTS))
 
 
 def unrolled(solver: Any) -> Estimator:
-    """Each run from where the last ended."""
+    """Returns `Unrolled` with a warm start."""
     return Unrolled(solver, warm_start=True)
 
 
 # Costs of a step: T inner gradients and two of the outer loss, half as large; then 2 a
 # product, or T gradients and products for the reverse pass.
 METHODS: dict[str, Callable] = {
-    "random search": by_random_search,
-    "implicit": by_gradient(
+    "random search": random_search,
+    "implicit": gradient_method(
         implicit, lambda solver: solver.num_steps + 2 * (PRODUCTS + 1) + 1
     ),
-    "unrolled": by_gradient(unrolled, lambda solver: 4 * solver.num_steps + 2),
+    "unrolled": gradient_method(unrolled, lambda solver: 4 * solver.num_steps + 2),
 }
 
 
 @functools.cache
 def wine() -> dict[str, np.ndarray]:
-    """Loaded once a process."""
+    """Returns the data, which are loaded once per process."""
     return datasets.load("wine")
 
 
 def fitted(task: Task, alpha: PyTree) -> PyTree:
-    """``w*(alpha)``, to convergence."""
+    """Returns ``w*(alpha)``, fitted to convergence."""
     problem = task.problem
     w, _ = task.solver.solve(
         problem.inner_loss, task.w, alpha, problem.inner_data, jax.random.key(0)
@@ -115,15 +115,15 @@ def fitted(task: Task, alpha: PyTree) -> PyTree:
 
 
 def learn(variant: str, method: str, data: PyTree, key: Array) -> Trace:
-    """The run of one method."""
+    """Returns the trace of a method."""
     task = make(key=key, variant=variant, data=data)
     return METHODS[method](variant, task, jax.random.fold_in(key, 1))
 
 
 def one_for_all(variant: str, data: PyTree, key: Array) -> PyTree:
-    """No hyperparameter a feature: one, the best of a grid by validation likelihood.
+    """Returns one hyperparameter for all features, the best on validation data.
 
-    Of PPCA the noise of highest training likelihood, which its inventors use.
+    For PPCA it is the noise of maximum training likelihood, as in its publication.
     """
     task = make(key=key, variant=variant, data=data)
     problem, like = task.problem, jnp.ones_like(task.alpha)
@@ -140,7 +140,7 @@ def one_for_all(variant: str, data: PyTree, key: Array) -> PyTree:
 
 
 def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str, Any]:
-    """Of the model as fitted with ``alpha``."""
+    """Returns measurements of the model that is fitted with ``alpha``."""
     task = make(key=key, variant=variant, data=data)
     w = fitted(task, alpha)
     val = task.problem.outer_value(w, alpha, task.problem.outer_data)
@@ -151,31 +151,31 @@ def evaluate(variant: str, data: PyTree, key: Array, alpha: PyTree) -> dict[str,
 
 
 def row(variant: str, method: str, seed: int) -> Row:
-    """One model, method and seed."""
+    """Returns the row of a model, method and seed."""
     key = jax.random.key(seed)
     if method == "baseline":
-        alpha, found = program(one_for_all, variant)(wine(), key), {}
+        alpha, result = program(one_for_all, variant)(wine(), key), {}
         if variant != "ppca":
-            found = {"gradient_equivalents": float(NUM_GRID)}
+            result = {"gradient_equivalents": float(NUM_GRID)}
     else:
         run = functools.partial(learn, variant, method)
         if method != "random search":
             run = program(learn, variant, method)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         trace = run(wine(), key)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start_time
         alpha = trace.best_alpha if method == "random search" else trace.alpha
-        found: Row = of_trace(trace) | {"run_seconds": seconds}
+        result: Row = trace_columns(trace) | {"run_seconds": seconds}
         if isinstance(run, Program):
-            found |= {"compile_seconds": run.compile_seconds}
+            result |= {"compile_seconds": run.compile_seconds}
     measured = program(evaluate, variant)(wine(), key, alpha)
-    found |= {name: float(x) for name, x in measured.items() if name != "w"}
-    found[MODEL] = measured["w"], alpha
-    return found | {"alpha": np.ravel(alpha).tolist()}
+    result |= {name: float(x) for name, x in measured.items() if name != "w"}
+    result[MODEL] = measured["w"], alpha
+    return result | {"alpha": np.ravel(alpha).tolist()}
 
 
-def picture(rows: list[Row], path: Path) -> None:
-    """Validation loss against cost, a panel a model."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws the validation loss over cost, with a panel per model."""
     plots.unsupervised(rows, VARIANTS, path)
 
 
@@ -189,7 +189,7 @@ STUDY = Study(
         "Rand index of the clusters with the growers."
     ),
     data=lambda: ("scikit-learn wine (178 wines, 13 measurements)", wine()),
-    split=lambda key: parts_of(make(key=key, variant="kmeans", data=wine())),
+    split=lambda key: task_data(make(key=key, variant="kmeans", data=wine())),
     methods={
         f"{variant}, {method}": functools.partial(row, variant, method)
         for variant in VARIANTS
@@ -217,6 +217,6 @@ STUDY = Study(
             for variant in VARIANTS
         ),
     ),
-    draw=picture,
+    draw=plot,
     minutes=4,
 )

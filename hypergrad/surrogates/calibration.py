@@ -74,8 +74,8 @@ class CalibrationError(Surrogate):
         gaps = weights * (correct - jax.nn.sigmoid(logits))
         edges = self._inner_edges()
         edges = jnp.asarray(np.log(edges / (1 - edges)), scores.dtype)
-        above = jax.nn.sigmoid((logits[:, None] - edges[None, :]) / temperature)
-        sums = jnp.sum(gaps[:, None] * above, axis=0)
+        is_above = jax.nn.sigmoid((logits[:, None] - edges[None, :]) / temperature)
+        sums = jnp.sum(gaps[:, None] * is_above, axis=0)
         sums = jnp.concatenate([jnp.sum(gaps)[None], sums, jnp.zeros(1, sums.dtype)])
         return _calibration_error(jnp.diff(sums), weights)
 

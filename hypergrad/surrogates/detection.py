@@ -105,14 +105,14 @@ def _match_image(
 
 
 def _intersection_over_union(
-    box: Float[Array, "4"], others: Float[Array, "true 4"]
+    box: Float[Array, "4"], other_boxes: Float[Array, "true 4"]
 ) -> Float[Array, " true"]:
-    """Returns the intersection over union of one box with each of the others."""
+    """Returns the intersection over union of one box with each of the other boxes."""
     area = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), axis=-1)
-    low = jnp.maximum(box[None, :2], others[:, :2])
-    high = jnp.minimum(box[None, 2:], others[:, 2:])
+    low = jnp.maximum(box[None, :2], other_boxes[:, :2])
+    high = jnp.minimum(box[None, 2:], other_boxes[:, 2:])
     intersection = area(low, high)
-    areas = area(box[:2], box[2:]) + area(others[:, :2], others[:, 2:])
+    areas = area(box[:2], box[2:]) + area(other_boxes[:, :2], other_boxes[:, 2:])
     return safe_divide(intersection, areas - intersection)
 
 

@@ -89,8 +89,8 @@ class CountRatio(Surrogate):
         if _is_multiclass(examples):
             predicted = jax.nn.softmax(examples.scores / temperature, axis=1)
         else:
-            above = subtract_threshold(examples.scores, self.threshold)
-            predicted = jax.nn.sigmoid(above / temperature)
+            shifted_scores = subtract_threshold(examples.scores, self.threshold)
+            predicted = jax.nn.sigmoid(shifted_scores / temperature)
         return self._mean_ratio(examples, predicted)
 
     def exact_value(self, examples):

@@ -13,7 +13,7 @@ from .base import Surrogate
 
 
 class GapMetric(eqx.Module):
-    """One of three metrics; arrays are data, so that another run traces nothing."""
+    """A choice among three metrics; its arrays are data, so new ones trace nothing."""
 
     kind: Literal["exact", "surrogate", "gap"] = eqx.field(static=True)
     surrogate: Any

@@ -49,13 +49,14 @@ class AreaRatio(Surrogate):
 
     def smooth_value(self, examples, temperature):
         """Returns the mean ratio of areas of fractions."""
-        above = subtract_threshold(examples.scores, self.threshold)
-        return self._mean_ratio(examples, jax.nn.sigmoid(above / temperature))
+        shifted_scores = subtract_threshold(examples.scores, self.threshold)
+        return self._mean_ratio(examples, jax.nn.sigmoid(shifted_scores / temperature))
 
     def exact_value(self, examples):
         """Returns the mean ratio of areas of the scores above the threshold."""
-        above = subtract_threshold(examples.scores, self.threshold)
-        return self._mean_ratio(examples, (above > 0).astype(above.dtype))
+        shifted_scores = subtract_threshold(examples.scores, self.threshold)
+        is_predicted = (shifted_scores > 0).astype(shifted_scores.dtype)
+        return self._mean_ratio(examples, is_predicted)
 
     def _mean_ratio(self, examples, predicted):
         actual, weights = examples.targets, examples.weights

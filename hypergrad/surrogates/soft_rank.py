@@ -109,8 +109,8 @@ def pool_adjacent_violators(
     write = functools.partial(lax.dynamic_update_index_in_dim, axis=0)
 
     def step(state):
-        item, top, block, below, stack, num_steps = state
-        (mean, weight, _), (below_mean, below_weight, below_start) = block, below
+        item, top, block, block_below, stack, num_steps = state
+        (mean, weight, _), (below_mean, below_weight, below_start) = block, block_below
         should_merge = (top > 0) & (below_mean < mean)
         total = weight + below_weight
         merged_mean = mean * weight + below_mean * below_weight
@@ -123,16 +123,16 @@ def pool_adjacent_violators(
         pairs = zip(merged, pushed, strict=True)
         block = tuple(jnp.where(should_merge, x, y) for x, y in pairs)
         top = jnp.where(should_merge, top - 1, top + 1)
-        below = tuple(read(array, top - 1) for array in stack)
+        block_below = tuple(read(array, top - 1) for array in stack)
         item = jnp.where(should_merge, item, item + 1)
-        return item, top, block, below, stack, num_steps + 1
+        return item, top, block, block_below, stack, num_steps + 1
 
     # The last block is written to the stack when item n, which does not exist, is
     # pushed.
-    first = tuple(array[0] for array in items)
-    one, zero = jnp.asarray(1), jnp.asarray(0)
+    first_block = tuple(array[0] for array in items)
+    zero = jnp.asarray(0)
     stack = [jnp.zeros_like(array) for array in items]
-    state = one, zero, first, first, stack, zero
+    state = jnp.asarray(1), zero, first_block, first_block, stack, zero
     state = lax.while_loop(lambda state: state[0] <= n, step, state)
     _, num_blocks, _, _, (_, _, starts), num_steps = state
     starts = jnp.where(jnp.arange(n) < num_blocks, starts, n)

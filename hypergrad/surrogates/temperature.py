@@ -64,17 +64,15 @@ def temperature_from_scores(
       where, weights: As for the surrogate.
 
     Returns:
-      A scalar above 0 in the dtype of the scores, through which no derivative goes. It
-      is 1 if all differences are 0, and at least ``gap / 5`` times the median of
-      ``|d|``: if so many differences are tiny that this bound is reached, the gap is
-      larger.
+      A scalar above 0 in the dtype of the scores, without a derivative. It is 1 if all
+      differences are 0, and at least ``gap / 5`` times the median of ``|d|``; the gap
+      is larger if tiny differences make this bound active.
 
     Compute the temperature once, outside of the outer loss, keep it in the outer data,
     and lower it by ``outer_data_fn`` of `OuterLoop`. Within the loss it would move with
     the scores, and no estimator can detect that its derivative is missing.
 
-    Cost: 40 means over the differences, and a sort. Temperatures are data, so a
-    schedule of optax compiles one program.
+    Cost: 40 means over the differences, and a sort; schedules compile one program.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> scores = jax.random.normal(jax.random.key(0), (1000,))

@@ -1,4 +1,4 @@
-"""Ready problems with real data, one file a system."""
+"""Bilevel problems with real data, one module per task."""
 
 from types import ModuleType
 

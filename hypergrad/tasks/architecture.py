@@ -1,16 +1,17 @@
-"""Architecture search: a cell small enough to train every one there is.
+"""Architecture search over cells small enough to train every one of them.
 
-Liu, Simonyan & Yang 2019, DARTS (arXiv 1806.09055), section 2.2, on a space in the form
-of NAS-Bench-201 (Dong & Yang 2020). A cell has three nodes and an edge from each node
-to each later one; an edge carries one of five operations, so there are 125 cells. The
-search trains one network in which edge e mixes all of them, equation 2,
+The method is DARTS (Liu, Simonyan & Yang 2019, arXiv 1806.09055), section 2.2, on a
+search space in the form of NAS-Bench-201 (Dong & Yang 2020). A cell has three nodes and
+an edge from each node to each later one. An edge carries one of five operations, so
+that 5^3 = 125 cells exist. The search trains one network in which each edge e = (i, j)
+mixes all operations (equation 2),
 
     node_j = sum over edges e = (i, j) of  sum_o alpha_eo operation_o(node_i; w),
 
-each row of alpha on the simplex, as softmax of what the optimizer moves. The inner loss
-is the training cross-entropy, the outer loss that on validation images and, at a price,
-the expected number of floating-point operations of a cell drawn by alpha. A one-hot
-alpha is a cell, and the same network trains it alone.
+where each row of ``alpha`` lies on the simplex. The inner loss is the training
+cross-entropy. The outer loss is the cross-entropy on validation images plus a price for
+the expected number of floating-point operations of a cell sampled from ``alpha``. A
+one-hot ``alpha`` is a single cell, which the same network can train.
 """
 
 import functools
@@ -23,172 +24,202 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from ..validation import as_key
-from .classifier import check_data, check_scale, check_square, held_out, losses, mean
-from .networks import patches
+from .classifier import (
+    check_data,
+    check_scale,
+    check_square,
+    losses,
+    mask_held_out,
+    weighted_mean,
+)
+from .networks import extract_patches
 from .task import Task
 
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
 OPERATIONS = ("none", "skip", "average", "conv1", "conv3")
 CELLS = tuple(itertools.product(range(len(OPERATIONS)), repeat=len(EDGES)))
-# Training and validation images, channels; the other images are for testing.
+# Numbers of training images, validation images and channels; the rest is for testing.
 SIZES = {"small": (600, 400, 4), "paper": (25000, 25000, 16)}
 BATCH_SIZE = 50
 RANKING = "architecture_cells.jsonl"
 SOLVER = Descent(optax.sgd(0.2), num_steps=5)
 
-
-def around(x: Array) -> Array:
-    """The 3 x 3 pixels about each, ``[9, channels, side, side, n]``; zeros outside.
-
-    Images come last, so that a convolution is one product with long rows.
-    """
-    return patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
+# Operations map images ``[channels, side, side, n]`` to images of the same shape. The
+# images come last, so that a convolution is one matrix product with long rows.
 
 
-def convolve(seen: Array, kernel: Array) -> Array:
-    """A kernel ``[channels, k, c]`` on patches ``[k, c, ...]``, then tanh."""
-    return jnp.tanh(jnp.tensordot(kernel, seen, 2))
+def extract_neighborhoods(x: Float[Array, "c s s n"]) -> Float[Array, "9 c s s n"]:
+    """Returns the 3 x 3 neighborhood of each pixel, with zeros outside the image."""
+    return extract_patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
+
+
+def convolve(
+    patches: Float[Array, "k c s s n"], kernel: Float[Array, "channels k c"]
+) -> Float[Array, "channels s s n"]:
+    """Returns tanh of the product of a kernel with patches of k pixels."""
+    return jnp.tanh(jnp.tensordot(kernel, patches, 2))
 
 
 def none(x: Array, w: PyTree) -> Array:
-    """No edge."""
+    """Returns zeros, as if the edge did not exist."""
     del w
     return jnp.zeros_like(x)
 
 
 def skip(x: Array, w: PyTree) -> Array:
-    """As it is."""
+    """Returns the images unchanged."""
     del w
     return x
 
 
 def average(x: Array, w: PyTree) -> Array:
-    """Of the 3 x 3 pixels about each."""
+    """Returns the mean of the 3 x 3 neighborhood of each pixel."""
     del w
-    return jnp.mean(around(x), axis=0)
+    return jnp.mean(extract_neighborhoods(x), axis=0)
 
 
 def conv1(x: Array, w: PyTree) -> Array:
-    """Pixel by pixel."""
+    """Returns a 1 x 1 convolution."""
     return convolve(x[None], w["conv1"])
 
 
 def conv3(x: Array, w: PyTree) -> Array:
-    """Of the 3 x 3 pixels about each."""
-    return convolve(around(x), w["conv3"])
+    """Returns a 3 x 3 convolution."""
+    return convolve(extract_neighborhoods(x), w["conv3"])
 
 
-FUNCTIONS = (none, skip, average, conv1, conv3)
+OPERATION_FNS = (none, skip, average, conv1, conv3)  # in the order of OPERATIONS
 
 
-def edge(x: Array, w: PyTree, alpha: Array) -> Array:
-    """The mixture of the five operations on one edge, or one of them.
+def mixed_operation(x: Float[Array, "c s s n"], w: PyTree, alpha: Array) -> Array:
+    """Returns the mixture of the operations on one edge (equation 2).
 
     Args:
-      x: ``[channels, side, side, n]``.
-      w: the edge's kernels.
-      alpha: a row of mixing weights, or an operation's number.
+      x: Images.
+      w: Kernels of the edge.
+      alpha: Mixing weights ``[5]``, or the index of a single operation.
     """
     if alpha.ndim == 0:
-        return jax.lax.switch(alpha, FUNCTIONS, x, w)
+        return jax.lax.switch(alpha, OPERATION_FNS, x, w)
+    # Equation 2: sum_o alpha_o operation_o(x; w).
     return sum(
-        (alpha[o] * function(x, w) for o, function in enumerate(FUNCTIONS)),
+        (alpha[o] * operation(x, w) for o, operation in enumerate(OPERATION_FNS)),
         jnp.zeros_like(x),
     )
 
 
-def scores(w: PyTree, alpha: Array, x: Array) -> Array:
-    """A stem, the cell, the means of the image's quarters, a linear head: [n, 10].
+def scores(
+    w: PyTree, alpha: Array, x: Float[Array, "n side side"]
+) -> Float[Array, "n classes"]:
+    """Returns the scores of a stem, the cell, 2 x 2 average pooling and a linear head.
 
-    ``alpha`` is ``[3, 5]`` or a cell, ``[3]`` numbers of operations: only these are
-    computed then.
+    Args:
+      w: Parameters, as in `init_network`.
+      alpha: Mixing weights ``[3, 5]``, or a cell ``[3]`` of indices of operations, of
+        which only these are computed.
+      x: Images.
     """
-    kernels = [jax.tree.map(lambda leaf, e=e: leaf[e], w["edges"]) for e in range(3)]
-    first = convolve(around(jnp.moveaxis(x, 0, -1)[None]), w["stem"])
-    second = edge(first, kernels[0], alpha[0])
-    third = edge(first, kernels[1], alpha[1]) + edge(second, kernels[2], alpha[2])
-    channels, side, _, n = third.shape
-    quarters = third.reshape(channels, 2, side // 2, 2, side // 2, n)
+    edges = [jax.tree.map(lambda leaf, e=e: leaf[e], w["edges"]) for e in range(3)]
+    stem_patches = extract_neighborhoods(jnp.moveaxis(x, 0, -1)[None])
+    node0 = convolve(stem_patches, w["stem"])
+    node1 = mixed_operation(node0, edges[0], alpha[0])
+    node2 = mixed_operation(node0, edges[1], alpha[1]) + mixed_operation(
+        node1, edges[2], alpha[2]
+    )
+    channels, side, _, n = node2.shape
+    quarters = node2.reshape(channels, 2, side // 2, 2, side // 2, n)
     features = jnp.mean(quarters, axis=(2, 4)).reshape(-1, n)
     return features.T @ w["W"] + w["b"][None]
 
 
-def cross_entropy(w: PyTree, alpha: Array, part: PyTree) -> Array:
-    """Mean over the examples, of which only those in use count."""
-    found = losses(lambda w, x: scores(w, alpha, x), w, part)
-    return mean(found, part.get("use", jnp.ones_like(found)))
+def cross_entropy(w: PyTree, alpha: Array, batch: PyTree) -> Array:
+    """Returns the mean cross-entropy of the examples in use, by default all."""
+    values = losses(lambda w, x: scores(w, alpha, x), w, batch)
+    return weighted_mean(values, batch.get("use", jnp.ones_like(values)))
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Cross-entropy of the mixed network, and a small L2 penalty."""
+    """Returns the cross-entropy of the mixed network plus a small L2 penalty."""
     return cross_entropy(w, alpha, batch) + 1e-4 * optax.tree.norm(w, squared=True)
 
 
 def val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Cross-entropy, and the price of the expected cost."""
-    # A price an example, all the same: batches are made of examples.
+    """Returns the cross-entropy plus the price of the expected operations."""
+    # A batch consists of examples, so the price is stored once per example.
     price = jnp.mean(batch["price"])
     return cross_entropy(w, alpha, batch) + price * expected_flops(alpha, batch["x"])
 
 
 def flops(channels: int, side: int) -> np.ndarray:
-    """Floating-point operations of the five operations on an image."""
+    """Returns the floating-point operations of the five operations on one image."""
     pixels = side * side
-    convolution = 2 * pixels * channels * channels
-    return np.array([0, 0, 9 * pixels * channels, convolution, 9 * convolution])
+    conv1_flops = 2 * pixels * channels * channels
+    return np.array([0, 0, 9 * pixels * channels, conv1_flops, 9 * conv1_flops])
 
 
-def expected_flops(alpha: Array, x: Array) -> Array:
-    """Of the edges, as a share of the largest cell's; linear in ``alpha``.
+def expected_flops(alpha: Array, x: Float[Array, "n side side"]) -> Float[Array, ""]:
+    """Returns the expected floating-point operations of a cell sampled from ``alpha``.
 
-    The share is that of four channels, whatever the network has.
+    The unit is the largest cell. The ratio is that of a network with four channels,
+    whatever the number of channels is.
+
+    Args:
+      alpha: Mixing weights ``[3, 5]``, or a cell ``[3]``.
+      x: Images, whose shape determines the number of pixels.
     """
-    each = flops(SIZES["small"][2], x.shape[1])
+    operation_flops = flops(SIZES["small"][2], x.shape[1])
+    max_flops = len(EDGES) * operation_flops.max()
     alpha = one_hot(alpha) if alpha.ndim == 1 else alpha
-    share = jnp.asarray(each / (len(EDGES) * each.max()), alpha.dtype)
-    return jnp.sum(alpha @ share)
+    # The expectation is linear: sum_e sum_o alpha_eo flops_o.
+    return jnp.sum(alpha @ jnp.asarray(operation_flops / max_flops, alpha.dtype))
 
 
-def accuracy(part: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Share of the examples whose highest score is their class."""
+def accuracy(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
+    """Returns the fraction of the examples that are classified correctly."""
     del key
-    return jnp.mean(jnp.argmax(scores(w, alpha, part["x"]), axis=-1) == part["y"])
+    predicted = jnp.argmax(scores(w, alpha, batch["x"]), axis=-1)
+    return jnp.mean(predicted == batch["y"])
 
 
-def one_hot(cell: Sequence[int] | Array) -> Array:
-    """The ``alpha`` of a cell, an operation's number an edge."""
+def one_hot(cell: Sequence[int] | Array) -> Float[Array, "3 5"]:
+    """Returns the ``alpha`` that selects the operations of a cell."""
     return jax.nn.one_hot(jnp.asarray(cell), len(OPERATIONS))
 
 
-def chosen(alpha: Array) -> Array:
-    """The cell that ``alpha`` stands for: the heaviest operation of each edge."""
+def most_likely_cell(alpha: Float[Array, "3 5"]) -> Int[Array, " 3"]:
+    """Returns the cell with the largest mixing weight on each edge."""
     return jnp.argmax(alpha, axis=-1)
 
 
 def split(data: PyTree, key: Array, sizes: tuple[int, int]) -> dict[str, PyTree]:
-    """Train, validation and test examples, by a permutation; images made square."""
+    """Returns square training, validation and test images by a random permutation.
+
+    Args:
+      data: ``{"x": [n, side * side], "y": [n]}``.
+      key: PRNG key of the permutation.
+      sizes: Numbers of training and validation images.
+    """
     order = jax.random.permutation(key, len(data["y"]))
     side = int(np.sqrt(data["x"].shape[1]))
     x, y = data["x"][order].reshape(-1, side, side), data["y"][order]
-    part = lambda where: {"x": x[where], "y": y[where]}
-    train, val = sizes
+    num_train, num_val = sizes
+    select = lambda index: {"x": x[index], "y": y[index]}
     return {
-        "train": part(slice(None, train)),
-        "val": part(slice(train, train + val)),
-        "test": part(slice(train + val, None)),
+        "train": select(slice(None, num_train)),
+        "val": select(slice(num_train, num_train + num_val)),
+        "test": select(slice(num_train + num_val, None)),
     }
 
 
-def network(key: Array, channels: int) -> PyTree:
-    """Where training begins: normal weights of variance 1 / inputs, no bias."""
+def init_network(key: Array, channels: int) -> PyTree:
+    """Returns normal weights of variance 1 / inputs, and a zero bias."""
     keys = jax.random.split(key, 4)
     normal = lambda key, *shape, inputs: jax.random.normal(key, shape) / inputs**0.5
     c, edges = channels, len(EDGES)
@@ -214,29 +245,32 @@ def make(
     data: PyTree = None,
     sizes: tuple[int, int, int] | None = None,
 ) -> Task:
-    """Digits: 600 to train on, 400 for validation, 797 for testing; 125 cells.
+    """Returns the search for a cell that classifies images.
 
-    ``alpha`` is ``[3, 5]``, a row of mixing weights for each of `EDGES` in the order of
-    `OPERATIONS`; it starts uniform.
+    On the digits 600 images are for training, 400 for validation and 797 for testing.
+    ``alpha`` has shape ``[3, 5]``, a row of mixing weights per edge of `EDGES` in the
+    order of `OPERATIONS`, and starts uniform.
 
     Args:
-      key: of where the network begins.
-      scale: 'small', or 'paper': 25,000 images each for training and validation and 16
-        channels, of the grey ``data`` that is passed (DARTS has CIFAR-10, cells of 14
-        edges, and eight operations).
-      data_dir: not read: the digits come with scikit-learn.
-      price: of the largest cell's floating-point operations, in nats.
-      hold_out: keep the last third of validation out of the outer loss, to choose by.
-      split_key: of the split; None means ``jax.random.key(0)``, for which the ranking
-        of all cells is known (`ranking`).
-      data: ``{"x": [n, side²], "y": [n]}`` in place of the digits, classes 0 to 9,
-        sides even.
-      sizes: training and validation images, channels, in place of the scale's.
+      key: PRNG key of the initial network.
+      scale: 'small', or 'paper' for 25,000 training and 25,000 validation images and 16
+        channels, which needs gray images as ``data``. DARTS itself uses CIFAR-10, cells
+        of 14 edges and eight operations.
+      data_dir: Ignored, because scikit-learn contains the digits.
+      price: Price of the operations of the largest cell, in nats.
+      hold_out: Whether the last third of the validation images is excluded from the
+        outer loss, for choosing settings.
+      split_key: PRNG key of the split. Defaults to ``jax.random.key(0)``, for which
+        `ranking` contains the accuracy of every cell.
+      data: ``{"x": [n, side * side], "y": [n]}`` with classes 0 to 9 and an even side.
+        Defaults to the digits.
+      sizes: Numbers of training images, validation images and channels. Defaults to the
+        sizes of the scale.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale, 'paper' without data, fewer examples than sizes, images
-        that are not square, other labels.
+      TypeError: An array of ``data`` has another type.
+      ValueError: ``scale`` is unknown or needs data, or ``data`` has too few examples,
+        images that are not square, or other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.architecture.make(key=jax.random.key(0))
@@ -252,9 +286,9 @@ def make(
     check_square(data["x"], even=True)
     data = jax.tree.map(jnp.asarray, data)
     split_key = jax.random.key(0) if split_key is None else split_key
-    parts = split(data, split_key, (num_train, num_val))
+    splits = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
-    val = parts["val"] | {"price": prices, "use": jnp.ones(num_val)}
+    val = splits["val"] | {"price": prices, "use": jnp.ones(num_val)}
     shape = (len(EDGES), len(OPERATIONS))
     return Task(
         name="architecture",
@@ -263,26 +297,27 @@ def make(
         problem=Bilevel(
             train_loss,
             val_loss,
-            Batches(parts["train"], min(BATCH_SIZE, num_train)),
-            Batches(held_out(val, hold_out)),
+            Batches(splits["train"], min(BATCH_SIZE, num_train)),
+            Batches(mask_held_out(val, hold_out)),
         ),
         solver=SOLVER,
-        w=network(key, channels),
+        w=init_network(key, channels),
         alpha=jnp.full(shape, 1 / len(OPERATIONS)),
         space=spaces.Simplex(shape=shape),
         metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
-            "val_accuracy": jax.tree_util.Partial(accuracy, parts["val"]),
+            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+            "val_accuracy": jax.tree_util.Partial(accuracy, splits["val"]),
         },
     )
 
 
 @functools.cache
 def ranking() -> dict[str, np.ndarray]:
-    """Of all `CELLS`, each trained alone several times on the split of ``make``.
+    """Returns the accuracy and loss of all `CELLS`.
 
-    Arrays ``[125, retrainings]``: test_accuracy, test_loss, val_accuracy, val_loss.
-    ``python -m benchmarks.architecture_cells`` made them.
+    Each cell was trained several times on the default split of `make`. The arrays
+    test_accuracy, test_loss, val_accuracy and val_loss have shape ``[125, trainings]``.
+    ``python -m benchmarks.architecture_cells`` produced them.
 
     >>> import hypergrad as hg
     >>> hg.tasks.architecture.ranking()["test_accuracy"].shape

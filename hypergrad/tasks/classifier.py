@@ -1,4 +1,9 @@
-"""What tasks that classify share: checks of data, losses, accuracy, the split."""
+"""Data checks, losses, metrics and the data split shared by the classification tasks.
+
+A task binds the losses and metrics to the scores of its own model,
+``score_fn(w, x) -> [n, classes]``. A batch is a dict of the features ``x``, the labels
+``y`` and the weights ``use``, which are 0 for examples that do not count.
+"""
 
 import functools
 import math
@@ -10,194 +15,255 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, Num, PyTree
 
 from ..validation import is_traced
+from .task import check_choice
 
-Score = Callable[[PyTree, Array], Array]
+ScoreFn = Callable[[PyTree, Array], Array]
+
+# Checks of arguments, made before anything is computed.
 
 
-# Arguments, refused before anything is computed with them.
+def check_scale(scale: str, data: Any, min_examples: int) -> None:
+    """Checks the scale of a task whose 'paper' scale needs data of the user.
 
-
-def check_scale(scale: str, data: Any, least: int) -> None:
-    """Refuses another scale than 'small', or 'paper' with data, ``least`` examples."""
-    if scale not in ("small", "paper"):
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+    Raises:
+      ValueError: The scale is neither 'small' nor 'paper', or it is 'paper' and
+        ``data`` is None.
+    """
+    check_choice("scale", scale, ("small", "paper"))
     if scale == "paper" and data is None:
         raise ValueError(
-            f"scale 'paper' needs data=, {{'x': ..., 'y': ...}} of at least {least:,} "
-            "examples: none comes with the package"
+            "data must be given for scale 'paper', because the package does not "
+            "contain it; got None. Pass {'x': ..., 'y': ...} with at least "
+            f"{min_examples:,} examples."
         )
 
 
 def check_data(
-    data: Any, least: int, num_classes: int = 10, names: tuple[str, ...] = ("x", "y")
+    data: Any,
+    min_examples: int,
+    num_classes: int = 10,
+    names: tuple[str, ...] = ("x", "y"),
 ) -> None:
-    """Refuses what is no ``{"x": [n, features], "y": [n]}`` to learn from.
+    """Checks that data is ``{"x": [n, features], "y": [n]}`` and large enough.
 
     Args:
-      data: of a user.
-      least: how many examples the parts take, one for testing included.
-      num_classes: labels are 0 to one less. Numbers are read unless traced.
-      names: ("x",) where no label is needed.
+      data: Data passed by the user.
+      min_examples: Number of examples that the splits need, including one test example.
+      num_classes: Number of classes; labels are integers from 0 to ``num_classes - 1``.
+        Values are checked unless they are traced.
+      names: Required arrays; ``("x",)`` where labels are not needed.
 
     Raises:
-      TypeError: no dict of arrays, features that are no floats, labels no integers.
-      ValueError: a missing name, other shapes, too few examples, features that are not
-        finite, other labels.
+      TypeError: ``data`` is not a dict of arrays, the features are not floating-point
+        or the labels are not integers.
+      ValueError: An array is missing or has another shape, the examples are too few, a
+        feature is not finite or a label is out of range.
     """
-    wanted = "data must be a dict {'x': array [n, features], 'y': array [n]}"
+    expected = "data must be a dict {'x': array [n, features], 'y': array [n]}"
     if not isinstance(data, Mapping):
-        raise TypeError(f"{wanted}; got {type(data).__name__}")
-    if lacking := [name for name in names if name not in data]:
-        raise ValueError(f"{wanted}; {lacking} is missing in {sorted(data)}")
+        raise TypeError(f"{expected}; got {type(data).__name__}.")
+    if missing := [name for name in names if name not in data]:
+        raise ValueError(f"{expected}; got {sorted(data)} without {missing}.")
     if any(not hasattr(leaf, "shape") for leaf in data.values()):
-        raise TypeError(f"{wanted}; not all are arrays, use np.asarray")
+        types = {name: type(leaf).__name__ for name, leaf in data.items()}
+        raise TypeError(f"{expected}; got {types}. Convert the values by np.asarray.")
     shapes = {name: tuple(data[name].shape) for name in names}
+    num_axes = {"x": 2, "y": 1}
+    num_examples = shapes["x"][0] if shapes["x"] else 0
     if any(
-        len(shape) != {"x": 2, "y": 1}[name] or shape[0] != shapes["x"][0]
+        len(shape) != num_axes[name] or shape[0] != num_examples
         for name, shape in shapes.items()
     ):
-        raise ValueError(f"{wanted}; got shapes {shapes}")
-    if shapes["x"][0] < least:
+        raise ValueError(f"{expected}; got shapes {shapes}.")
+    if num_examples < min_examples:
         raise ValueError(
-            f"data has {shapes['x'][0]} examples; {least - 1} are to learn from, and "
-            "testing needs one at least: pass more data or smaller sizes"
+            f"data must have at least {min_examples} examples, one of them for "
+            f"testing; got {num_examples}. Pass more data or smaller sizes."
         )
     check_features(data["x"])
     if "y" in names:
         check_labels(data["y"], num_classes)
 
 
-def check_features(x: Array) -> None:
-    """Refuses integers, of whose type penalties would be, and what is not finite."""
+def check_features(x: Num[Array, "n features"]) -> None:
+    """Checks that features are floating-point and, unless traced, finite.
+
+    Raises:
+      TypeError: The features have another type, which the hyperparameters would adopt.
+      ValueError: A feature is NaN or infinite.
+    """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"data['x'] must be floats, of pixels in [0, 1]; got {x.dtype}: divide, or "
-            "use astype"
+            f"data['x'] must be floating-point; got {x.dtype}. Divide pixels by their "
+            "maximum or use astype."
         )
     if not is_traced(x) and not np.isfinite(np.asarray(x)).all():
-        raise ValueError("data['x'] holds NaN or infinity; give finite features")
+        raise ValueError(
+            "data['x'] must be finite; got NaN or infinity. Remove these examples."
+        )
 
 
-def check_labels(y: Array, num_classes: int) -> None:
-    """Refuses other labels than ``0 .. num_classes - 1``, which would give NaN."""
+def check_labels(y: Num[Array, " n"], num_classes: int) -> None:
+    """Checks that labels are integers and, unless traced, in ``0..num_classes - 1``.
+
+    Raises:
+      TypeError: The labels are not integers.
+      ValueError: A label is out of range, which would make the cross-entropy NaN.
+    """
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"data['y'] must be integers, one a class; got {y.dtype}")
+        raise TypeError(
+            f"data['y'] must be integers; got {y.dtype}. Number the classes from 0."
+        )
     if is_traced(y):
         return
-    found = np.asarray(y)
-    low, high = found.min(), found.max()
-    if low < 0 or high >= num_classes:
+    labels = np.asarray(y)
+    min_label, max_label = labels.min(), labels.max()
+    if min_label < 0 or max_label >= num_classes:
         raise ValueError(
-            f"data['y'] must be in 0..{num_classes - 1}, {num_classes} classes; got "
-            f"{low}..{high}"
+            f"data['y'] must be in 0..{num_classes - 1}; got labels from {min_label} "
+            f"to {max_label}. Number the classes from 0."
         )
 
 
 def check_square(x: Array, *, even: bool = False) -> None:
-    """Refuses ``x`` ``[n, features]`` that are no images ``[n, side²]``."""
+    """Checks that ``x`` has shape ``[n, side * side]``.
+
+    Args:
+      x: Features.
+      even: Whether ``side`` must be even.
+
+    Raises:
+      ValueError: ``x`` has another number of features.
+    """
     side = math.isqrt(x.shape[1])
     if side**2 != x.shape[1] or (even and side % 2):
+        expected = f"square images of an {'even' if even else 'integer'} side"
         raise ValueError(
-            "data['x'] must be flat square images, [n, side * side]"
-            f"{', side even' * even}; got {x.shape[1]} features"
+            f"data['x'] must be flat {expected}, [n, side * side]; got {x.shape[1]} "
+            "features. Crop or pad the images."
         )
 
 
-# The network, its losses and its accuracy.
+# Losses and metrics of a model, which is given by its score function.
 
 
 @functools.cache
-def scorer(graph: Any) -> Callable[[PyTree, Array], Array]:
-    """``(w, x) -> scores``; the same function for an equal graph, so traced once."""
+def make_score_fn(graph: nnx.GraphDef) -> ScoreFn:
+    """Returns ``(w, x) -> scores`` of a module.
+
+    Equal graphs give the same function, so that JAX traces it once.
+    """
     return lambda w, x: nnx.merge(graph, w)(x)
 
 
 @functools.cache
-def bound(function: Callable, score: Score) -> Callable:
-    """The function of one network; the same object each time, so traced once."""
-    return functools.partial(function, score)
+def bind_score_fn(function: Callable, score_fn: ScoreFn) -> Callable:
+    """Returns ``functools.partial(function, score_fn)``.
+
+    Equal arguments give the same object, so that JAX traces it once.
+    """
+    return functools.partial(function, score_fn)
 
 
-def losses(score: Score, w: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy of each example; one score alone is class 1's, and class 0's 0."""
+def losses(score_fn: ScoreFn, w: PyTree, batch: PyTree) -> Float[Array, " n"]:
+    """Returns the cross-entropy of each example."""
     return optax.softmax_cross_entropy_with_integer_labels(
-        all_scores(score(w, batch["x"])), batch["y"]
+        class_scores(score_fn(w, batch["x"])), batch["y"]
     )
 
 
-def cross_entropy(score: Score, w: PyTree, batch: PyTree) -> Array:
-    """Mean over the examples in use."""
-    return mean(losses(score, w, batch), batch["use"])
+def cross_entropy(score_fn: ScoreFn, w: PyTree, batch: PyTree) -> Array:
+    """Returns the mean cross-entropy of the examples in use."""
+    return weighted_mean(losses(score_fn, w, batch), batch["use"])
 
 
-def mean(values: Array, use: Array) -> Array:
-    """Over the examples in use."""
-    return jnp.sum(use * values) / jnp.sum(use)
+def weighted_mean(values: Num[Array, " n"], weights: Float[Array, " n"]) -> Array:
+    """Returns the weighted mean of the values."""
+    return jnp.sum(weights * values) / jnp.sum(weights)
 
 
-def all_scores(scores: Array) -> Array:
-    """``[n, classes]``: two from the one of a binary classifier."""
+def class_scores(scores: Float[Array, "n k"]) -> Float[Array, "n classes"]:
+    """Returns one score per class; a single score belongs to class 1 of two."""
     return jnp.pad(scores, ((0, 0), (1, 0))) if scores.shape[1] == 1 else scores
 
 
-def val_loss(score: Score, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy alone."""
+def val_loss(score_fn: ScoreFn, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Returns the mean cross-entropy, as a loss."""
     del alpha
-    return cross_entropy(score, w, batch)
+    return cross_entropy(score_fn, w, batch)
 
 
 def accuracy(
-    score: Score, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
+    score_fn: ScoreFn, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
 ) -> Array:
-    """Share of the examples in use whose highest score is their class."""
+    """Returns the fraction of the examples in use that are classified correctly."""
     del alpha, key
-    found = jnp.argmax(all_scores(score(w, batch["x"])), axis=1)
-    return mean(found == batch["y"], batch["use"])
+    predicted = jnp.argmax(class_scores(score_fn(w, batch["x"])), axis=1)
+    return weighted_mean(predicted == batch["y"], batch["use"])
 
 
-def loss_on(score: Score, batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """`val_loss` on other data."""
+def loss_metric(
+    score_fn: ScoreFn, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
+) -> Array:
+    """Returns the mean cross-entropy, as a metric."""
     del key
-    return val_loss(score, w, alpha, batch)
+    return val_loss(score_fn, w, alpha, batch)
+
+
+# Data.
 
 
 def split(
     data: PyTree, key: Array, sizes: tuple[int, int, int]
 ) -> dict[str, dict[str, Array]]:
-    """Train, validation and test examples by a seeded permutation.
+    """Returns training, validation and test examples, chosen by a random permutation.
 
-    Examples that the data set marks as ``test`` come last.
+    Args:
+      data: ``{"x": [n, features], "y": [n]}``. A boolean array ``test`` marks examples
+        that come last, that is, in the test split.
+      key: PRNG key of the permutation.
+      sizes: Numbers of training, validation and test examples. Fewer examples are left
+        for testing if the data is small.
     """
     order = jax.random.permutation(key, len(data["y"]))
     if "test" in data:
         order = order[jnp.argsort(data["test"][order], stable=True)]
     num_train, num_val, num_test = sizes
-    places = {
+    indices = {
         "train": order[:num_train],
         "val": order[num_train : num_train + num_val],
         "test": order[max(num_train + num_val, len(order) - num_test) :],
     }
     return {
         name: {
-            "x": data["x"][where],
-            "y": data["y"][where],
-            "use": jnp.ones(where.shape),
+            "x": data["x"][index],
+            "y": data["y"][index],
+            "use": jnp.ones(index.shape),
         }
-        for name, where in places.items()
+        for name, index in indices.items()
     }
 
 
-def held_out(val: PyTree, hold_out: Array | bool, which: slice | None = None) -> PyTree:
-    """The validation part, the last third or ``which`` out of use if ``hold_out``."""
+def mask_held_out(
+    val: PyTree, hold_out: Bool[Array, ""] | bool, examples: slice | None = None
+) -> PyTree:
+    """Returns validation data without the held-out examples, whose ``use`` becomes 0.
+
+    Args:
+      val: Validation data.
+      hold_out: Whether any example is held out; a traced value keeps all shapes.
+      examples: Held-out examples. Defaults to the last third.
+    """
     num_val = len(val["y"])
-    which = slice(num_val - num_val // 3, None) if which is None else which
-    out = jnp.zeros(num_val, bool).at[which].set(True)
-    return val | {"use": jnp.where(out & jnp.asarray(hold_out), 0, val["use"])}
+    examples = slice(num_val - num_val // 3, None) if examples is None else examples
+    is_held_out = jnp.zeros(num_val, bool).at[examples].set(True)
+    use = jnp.where(is_held_out & jnp.asarray(hold_out), 0, val["use"])
+    return val | {"use": use}
 
 
-def others(val: PyTree) -> PyTree:
-    """The examples that are out of use, to choose by."""
+def held_out_examples(val: PyTree) -> PyTree:
+    """Returns the held-out examples of `mask_held_out`, for choosing settings."""
     return val | {"use": 1 - val["use"]}

@@ -1,10 +1,10 @@
-"""Data hyper-cleaning: one weight per training example, learned on clean ones.
+"""Data hyper-cleaning: learns one weight per training example from clean examples.
 
 Franceschi et al. 2017 (arXiv 1703.01785), section 5.1; Shaban et al. 2019 (arXiv
 1810.10667), section 5.2. Half of the training labels are wrong. The inner problem is a
 softmax regression on the weighted training examples,
 
-    L(w, alpha) = mean_i alpha_i CE_i(w) + penalty ||W||²,   alpha in [0, 1]^n,
+    L(w, alpha) = mean_i alpha_i CE_i(w) + penalty ||W||^2,   alpha in [0, 1]^n,
 
 and the outer loss is the cross-entropy on a small clean validation set.
 """
@@ -13,50 +13,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
-from .classifier import check_data, held_out, losses, others
+from .classifier import check_data, held_out_examples, losses, mask_held_out
 from .networks import softmax_regression
-from .task import Task
+from .task import Task, check_choice
 
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1000, 150, 10
-HELD_OUT = 50
+NUM_HELD_OUT = 50
 CORRUPTION = 0.5
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-val_loss = classifier.bound(classifier.val_loss, softmax_regression)
-accuracy = classifier.bound(classifier.accuracy, softmax_regression)
+val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
+accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
 
 
-def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Weighted cross-entropy and an L2 penalty on the matrix."""
+def train_loss(w: PyTree, alpha: Float[Array, " n"], batch: PyTree) -> Array:
+    """Returns the weighted cross-entropy plus an L2 penalty on the matrix ``W``."""
     penalty = batch["penalty"] * jnp.sum(w["W"] ** 2)
     return jnp.mean(alpha * losses(softmax_regression, w, batch)) + penalty
 
 
-def train_loss_of_batch(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """`train_loss` of some examples, which say by ``index`` which they are."""
+def minibatch_train_loss(
+    w: PyTree, alpha: Float[Array, " num_train"], batch: PyTree
+) -> Array:
+    """Returns `train_loss` on the training examples with the numbers ``index``."""
     return train_loss(w, alpha[batch["index"]], batch)
 
 
-def val_loss_of_batch(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """`val_loss` of some examples, whose ``use`` is 1 on average over all of them."""
+def minibatch_val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
+    """Returns an unbiased estimate of `val_loss`; the mean of all ``use`` must be 1."""
     del alpha
     return jnp.mean(batch["use"] * losses(softmax_regression, w, batch))
 
 
-def f1_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Array:
-    """F1 of 'weight below 1/2' as a detector of wrong labels."""
+def f1_of_wrong_labels(
+    wrong: Bool[Array, " n"], w: PyTree, alpha: Float[Array, " n"], key: Array
+) -> Array:
+    """Returns the F1 score of ``alpha < 1/2`` as a detector of wrong labels."""
     del w, key
-    flagged = alpha < 0.5
-    return 2 * jnp.sum(flagged & wrong) / (jnp.sum(flagged) + jnp.sum(wrong))
+    predicted = alpha < 0.5
+    return 2 * jnp.sum(predicted & wrong) / (jnp.sum(predicted) + jnp.sum(wrong))
 
 
 def split(
@@ -65,11 +68,14 @@ def split(
     hold_out: Array | bool,
     corruption: Array | float = CORRUPTION,
 ) -> dict[str, PyTree]:
-    """Train, validation, held-out and test examples, by a seeded permutation.
+    """Returns training, validation, held-out and test examples.
 
-    Each training label is a wrong class with probability ``corruption``. With
-    ``hold_out`` 50 of the 150 validation examples are out of use for learning and make
-    the held-out set.
+    Args:
+      data: ``{"x": [n, features], "y": [n]}``.
+      key: PRNG key of the permutation and of the wrong labels.
+      hold_out: Whether 50 of the 150 validation examples have ``use`` 0; these
+        examples are the held-out split.
+      corruption: Probability that a training label is replaced by another class.
     """
     order_key, wrong_key, class_key = jax.random.split(key, 3)
     order = jax.random.permutation(order_key, len(data["y"]))
@@ -78,15 +84,15 @@ def split(
     shift = jax.random.randint(class_key, (NUM_TRAIN,), 1, NUM_CLASSES)
     clean = y[:NUM_TRAIN]
     noisy = jnp.where(wrong, (clean + shift) % NUM_CLASSES, clean)
-    part = lambda x, y: {"x": x, "y": y, "use": jnp.ones(len(y), x.dtype)}
-    end = NUM_TRAIN + NUM_VAL
-    val = part(x[NUM_TRAIN:end], y[NUM_TRAIN:end])
-    val = held_out(val, hold_out, slice(HELD_OUT))
+    with_use = lambda x, y: {"x": x, "y": y, "use": jnp.ones(len(y), x.dtype)}
+    num_learned = NUM_TRAIN + NUM_VAL
+    val = with_use(x[NUM_TRAIN:num_learned], y[NUM_TRAIN:num_learned])
+    val = mask_held_out(val, hold_out, slice(NUM_HELD_OUT))
     return {
         "train": {"x": x[:NUM_TRAIN], "y": noisy, "clean": clean, "wrong": wrong},
         "val": val,
-        "held": others(val),
-        "test": part(x[end:], y[end:]),
+        "held_out": held_out_examples(val),
+        "test": with_use(x[num_learned:], y[num_learned:]),
     }
 
 
@@ -101,45 +107,45 @@ def make(
     batch_size: int | None = None,
     data: PyTree = None,
 ) -> Task:
-    """Hyper-cleaning on scikit-learn's digits: 1,000 train, 150 validation, 647 test.
+    """Returns hyper-cleaning of images with wrong labels.
+
+    On the digits 1,000 images are for training, 150 for validation and 647 for testing.
 
     Args:
-      key: of the split and the corruption.
-      scale: 'small' is the only one so far.
-      data_dir: not read: the digits come with scikit-learn.
-      penalty: of the inner L2 term.
-      hold_out: keep 50 validation examples out of the outer loss, to choose by.
-      corruption: share of training labels that are wrong.
-      batch_size: of both losses; None means all examples.
-      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, classes 0 to 9,
-        more than 1,150 examples.
+      key: PRNG key of the split and of the wrong labels.
+      scale: 'small', the only scale.
+      data_dir: Ignored, because scikit-learn contains the digits.
+      penalty: Factor of the inner L2 penalty.
+      hold_out: Whether 50 validation examples are excluded from the outer loss, for
+        choosing settings.
+      corruption: Probability that a training label is wrong.
+      batch_size: Batch size of both losses. Defaults to all examples.
+      data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9 and more than 1,150
+        examples. Defaults to the digits.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale, a corruption that is no share, data of another shape,
-        too few, or with other labels.
+      TypeError: An array of ``data`` has another type.
+      ValueError: ``scale`` is unknown, ``corruption`` is not a probability, or ``data``
+        has another shape, too few examples or other labels.
     """
     key = as_key(key)
     del data_dir
-    if scale != "small":
-        raise ValueError(f"cleaning has scale 'small' only; got {scale!r}")
+    check_choice("scale", scale, ("small",))
     if not is_traced(corruption) and not 0 <= np.asarray(corruption) <= 1:
-        raise ValueError(f"corruption must be a share in [0, 1]; got {corruption}")
+        raise ValueError(
+            f"corruption must be in [0, 1]; got {corruption}. Pass the probability of "
+            "a wrong label."
+        )
     data = datasets.load("digits") if data is None else data
     check_data(data, NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)
-    parts = split(data, key, hold_out, corruption)
-    train = {"x": parts["train"]["x"], "y": parts["train"]["y"]}
+    splits = split(data, key, hold_out, corruption)
+    train = {"x": splits["train"]["x"], "y": splits["train"]["y"]}
     train |= {"penalty": jnp.asarray(penalty, train["x"].dtype)}
-    problem = Bilevel(train_loss, val_loss, train, parts["val"])
+    problem = Bilevel(train_loss, val_loss, train, splits["val"])
     if batch_size is not None:
-        train |= {"index": jnp.arange(NUM_TRAIN)}
-        use = parts["val"]["use"]
-        val = parts["val"] | {"use": use / jnp.mean(use)}
-        batches = (Batches(each, batch_size) for each in (train, val))
-        problem = Bilevel(train_loss_of_batch, val_loss_of_batch, *batches)
+        problem = _minibatch_problem(train, splits["val"], batch_size)
     num_features = data["x"].shape[1]
-    wrong = parts["train"]["wrong"]
     return Task(
         name="cleaning",
         paradigm="supervised",
@@ -150,7 +156,15 @@ def make(
         alpha=jnp.full(NUM_TRAIN, 0.5),
         space=spaces.Unit(shape=(NUM_TRAIN,)),
         metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
-            "f1": jax.tree_util.Partial(f1_of_wrong_labels, wrong),
+            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+            "f1": jax.tree_util.Partial(f1_of_wrong_labels, splits["train"]["wrong"]),
         },
     )
+
+
+def _minibatch_problem(train: PyTree, val: PyTree, batch_size: int) -> Bilevel:
+    """Returns the problem with both losses on batches of examples."""
+    train = train | {"index": jnp.arange(NUM_TRAIN)}
+    val = val | {"use": val["use"] / jnp.mean(val["use"])}
+    batches = (Batches(examples, batch_size) for examples in (train, val))
+    return Bilevel(minibatch_train_loss, minibatch_val_loss, *batches)

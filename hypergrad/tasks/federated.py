@@ -1,337 +1,188 @@
-"""Federated learning: a loss per class, tuned across clients that share no data.
+"""Federated learning: class-dependent losses for clients that do not share data.
 
-Tarzanagh et al. 2022, FedNest (arXiv 2205.02215). Classes are rare to
-different degrees, and clients hold few classes each. The inner problem is a softmax
-regression with the vector-scaling loss (Kini et al. 2021, arXiv 2103.01550)
+Tarzanagh et al. 2022, FedNest (arXiv 2205.02215). The classes have different
+frequencies, and each client has few classes. The inner problem is a softmax regression
+with the vector-scaling loss (Kini et al. 2021, arXiv 2103.01550)
 
     L(w, alpha) = mean_c mean_i -omega_y log softmax(delta z_i + iota)_y + penalty |w|²
 
-over clients c and their examples i, z being the scores; ``alpha`` is one omega, delta
-and iota a class. The outer loss is the cross-entropy of balanced validation examples.
+over clients c and their examples i, where z are the class scores; ``alpha`` contains
+omega, delta and iota of each class. The outer loss is the cross-entropy of balanced
+validation examples.
 
 With H_c, J_c and b_c of client c, the *global* hypergradient is
 ``-(mean J_c)' (mean H_c)^-1 (mean b_c)``, in which every product is a round of
-communication; the *local* one, ``-mean J_c' H_c^-1 b_c``, needs a single round and is
-another number wherever clients differ (LFedNest).
+communication. The *local* hypergradient (LFedNest), ``-mean J_c' H_c^-1 b_c``, needs a
+single round and differs from the global one if the clients differ.
 """
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import datasets as datasets
 from .. import spaces
-from ..cost import cost_stats
-from ..estimators import Estimate, Implicit
-from ..estimators.base import make_stats
-from ..implicit_diff import implicit_hypergradient
-from ..inner import inner_stats
-from ..inner.base import InnerSolver, InnerStats
-from ..inner.descent import run_inner_steps
-from ..problem import Bilevel, Data, EstimateData, full_batch
-from ..products import Loss
-from ..trees import norm
-from ..validation import as_key, check_positive_int
+from ..problem import Bilevel
+from ..validation import as_key
 from .classifier import check_data
+from .federated_averaging import FedAvg, LocalImplicit
 from .task import Task, sizes_of
+
+__all__ = ["FedAvg", "LocalImplicit", "make"]
 
 NUM_CLASSES = 10
 PENALTY = 1e-3
 
 
-# The loss, on clients as a leading axis.
-
-
-def scores(w: PyTree, x: Array) -> Array:
-    """Softmax regression's class scores, ``[..., 10]``."""
+def scores(w: PyTree, x: Float[Array, "*n d"]) -> Float[Array, "*n 10"]:
+    """Returns the class scores of softmax regression."""
     return x @ w["W"] + jnp.broadcast_to(w["b"], (*x.shape[:-1], NUM_CLASSES))
 
 
-def vector_scaling(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``-omega_y log softmax(delta * z + iota)_y`` of each example."""
+def vector_scaling_losses(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Returns ``-omega_y log softmax(delta * z + iota)_y`` of each example."""
     z = scores(w, batch["x"])
-    over = lambda row: jnp.broadcast_to(row, z.shape)
-    log = jax.nn.log_softmax(over(alpha["delta"]) * z + over(alpha["iota"]))
-    taken = jnp.take_along_axis(log, batch["y"][..., None], axis=-1)[..., 0]
-    return -alpha["omega"][batch["y"]] * taken
+    per_class = lambda parameter: jnp.broadcast_to(alpha[parameter], z.shape)
+    log_probs = jax.nn.log_softmax(per_class("delta") * z + per_class("iota"))
+    label = batch["y"][..., None]
+    log_prob = jnp.take_along_axis(log_probs, label, axis=-1)[..., 0]
+    return -alpha["omega"][batch["y"]] * log_prob
 
 
 def train_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """The mean over clients of their mean losses; ``x`` is ``[clients, n, d]``.
+    """Returns the mean of the clients' losses; ``x`` is ``[clients, n, d]``.
 
-    The biases are penalised too: scores shifted by ``1 / delta`` change nothing else.
+    The penalty includes the biases. Otherwise the Hessian would be singular, because
+    adding ``1 / delta`` to all scores does not change the loss.
     """
     penalty = PENALTY * optax.tree.norm(w, squared=True)
-    return jnp.mean(vector_scaling(w, alpha, batch)) + penalty
+    return jnp.mean(vector_scaling_losses(w, alpha, batch)) + penalty
 
 
 def val_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy over the examples in use; each client has equally many."""
+    """Returns the mean cross-entropy of the examples whose ``use`` is 1.
+
+    The number of these examples is the same for each client.
+    """
     del alpha
-    each = optax.softmax_cross_entropy_with_integer_labels(
+    losses = optax.softmax_cross_entropy_with_integer_labels(
         scores(w, batch["x"]), batch["y"]
     )
-    return jnp.sum(batch["use"] * each) / jnp.sum(batch["use"])
+    return jnp.sum(batch["use"] * losses) / jnp.sum(batch["use"])
 
 
 def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Share of the examples whose highest score is their class, mean over classes."""
+    """Returns the balanced accuracy: the mean of the accuracies of the classes."""
     del alpha, key
-    hit = jnp.argmax(scores(w, batch["x"]), axis=-1) == batch["y"]
-    member = jax.nn.one_hot(batch["y"], NUM_CLASSES)
-    return jnp.mean(hit.astype(member.dtype) @ member / jnp.sum(member, axis=0))
+    is_correct = jnp.argmax(scores(w, batch["x"]), axis=-1) == batch["y"]
+    labels = jax.nn.one_hot(batch["y"], NUM_CLASSES)
+    return jnp.mean(is_correct.astype(labels.dtype) @ labels / jnp.sum(labels, axis=0))
 
 
-def held_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Cross-entropy on the held-out examples."""
+def held_out_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Returns the cross-entropy of the held-out examples."""
     del key
     return val_loss(w, alpha, batch)
-
-
-def each_client(data: PyTree) -> PyTree:
-    """``[clients, n, ...] -> [clients, 1, n, ...]``: every client alone, to vmap."""
-    return jax.tree.map(lambda leaf: leaf[:, None], data)
-
-
-# Learning in rounds.
-
-
-class FedAvg(eqx.Module):
-    """Rounds of local gradient steps on every client, and the mean of where they end.
-
-    Args:
-      rate: of the local steps.
-      num_steps: rounds, static.
-      local_steps: of each client in a round, static.
-      corrected: add ``mean_c g_c - g_c``, at the round's start, to a client's gradients
-        (FedSVRG): the rounds then end at the argmin of the mean loss, from
-        which clients that differ drift away otherwise.
-
-    For a loss that is a mean over clients, the leading axis of all inner data; they run
-    under ``vmap``, on as many devices as their data lies on.
-
-    Cost: ``local_steps`` gradients a round, one more if corrected. Bias: none where
-    corrected and converged.
-
-    Source: McMahan et al. 2017 (arXiv 1602.05629); the correction, Tarzanagh et al.
-    2022 (arXiv 2205.02215).
-
-    >>> import jax, jax.numpy as jnp
-    >>> loss = lambda w, alpha, batch: jnp.mean(batch["h"] * (w - batch["t"]) ** 2) / 2
-    >>> data = {"h": jnp.array([[1.0], [3.0]]), "t": jnp.array([[0.0], [4.0]])}
-    >>> for corrected in (True, False):
-    ...     solver = FedAvg(0.2, num_steps=200, local_steps=5, corrected=corrected)
-    ...     w, _ = solver.solve(loss, jnp.array(0.0), None, data, jax.random.key(0))
-    ...     print(round(float(w), 2))
-    3.0
-    2.38
-    """
-
-    rate: float | Array
-    num_steps: int = eqx.field(static=True)
-    local_steps: int = eqx.field(static=True)
-    corrected: bool = eqx.field(static=True, default=True)
-
-    differentiable = True
-
-    def __check_init__(self):
-        check_positive_int("num_steps", self.num_steps)
-        check_positive_int("local_steps", self.local_steps)
-
-    @property
-    def grads_per_step(self) -> int:
-        """Gradients of a round."""
-        return self.local_steps + self.corrected
-
-    def init(
-        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
-    ) -> tuple[PyTree, PyTree]:
-        """``(w, ())``: nothing is remembered between rounds."""
-        del inner_loss, alpha, data, key
-        return w, ()
-
-    def step(
-        self,
-        inner_loss: Loss,
-        carry: tuple[PyTree, PyTree],
-        alpha: PyTree,
-        data: Data,
-        key: Array,
-    ) -> tuple[PyTree, PyTree]:
-        """One round."""
-        w, _ = carry
-        clients = each_client(full_batch(data, key))
-        gradient = lambda w, client: jax.grad(inner_loss)(w, alpha, client)
-        mean = lambda tree: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
-        first = jax.vmap(gradient, in_axes=(None, 0))(w, clients)
-        shift = jax.tree.map(lambda mean, own: mean[None] - own, mean(first), first)
-        if not self.corrected:
-            shift = optax.tree.zeros_like(shift)
-
-        def local(client, shift):
-            def descend(w, _):
-                slope = optax.tree.add(gradient(w, client), shift)
-                return optax.tree.add_scale(w, -self.rate, slope), None
-
-            return jax.lax.scan(descend, w, length=self.local_steps)[0]
-
-        return mean(jax.vmap(local)(clients, shift)), ()
-
-    def solve(
-        self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
-    ) -> tuple[PyTree, InnerStats]:
-        """``(w, stats)``; same structure as ``w``."""
-        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
-        return w, inner_stats(self.num_steps, self.num_steps * self.grads_per_step)
-
-
-class LocalImplicit(eqx.Module):
-    """The mean over clients of each one's own implicit hypergradient.
-
-    ``dM/dalpha - mean_c J_c' H_c^-1 b_c``, all at the ``w`` that they found together.
-
-    Args:
-      solver: the inner solver, of all clients.
-      linear_solver: of each client's adjoint, on its own Hessian.
-
-    Cost: the inner solve, the mean of the clients' products, one outer gradient.
-    Target: argmin. Bias: none where all clients are alike; where they differ it stays,
-    so no estimate is trusted.
-
-    Source: Tarzanagh et al. 2022 (arXiv 2205.02215), LFedNest.
-    """
-
-    solver: InnerSolver
-    linear_solver: lx.AbstractLinearSolver
-
-    target = "argmin"
-
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """NaN: no promise."""
-        del eig_min, eig_max
-        return float("nan")
-
-    def init(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
-    ) -> PyTree:
-        """``w``, the warm start."""
-        Implicit(self.solver, self.linear_solver).init(problem, w, alpha, key)
-        return w
-
-    def estimate(
-        self, problem: Bilevel, state: PyTree, alpha: PyTree, key: Array
-    ) -> tuple[Estimate, PyTree]:
-        """One inner solve and an adjoint for each client."""
-        data = EstimateData.sample(problem, key)
-        w, spent = self.solver.solve(
-            problem.inner_loss,
-            problem.init_inner(state, alpha),
-            alpha,
-            data.inner_data,
-            data.solver_key,
-        )
-        at = jax.vmap(
-            lambda client, outer_client: implicit_hypergradient(
-                problem,
-                self.linear_solver,
-                w,
-                alpha,
-                client,
-                outer_client,
-                optax.tree.zeros_like(w),
-            )
-        )(each_client(data.inner_batch()), each_client(data.outer_batch()))
-        mean = lambda tree: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
-        costs = cost_stats(
-            data.inner_data,
-            data.outer_data,
-            num_grads=spent["num_grads"],
-            num_hvps=spent["num_hvps"] + jnp.mean(at.linear_stats["num_products"]),
-            num_values=spent["num_values"],
-            num_outer_grads=1,
-        )
-        stats = make_stats(
-            jnp.asarray(False),
-            inner_grad_norm=norm(mean(at.inner_grad)),
-            num_inner_steps=spent["num_steps"],
-            adjoint_residual=jnp.max(at.adjoint_residual),
-            **costs,
-        )
-        return Estimate(jnp.mean(at.value), mean(at.hypergradient), w, stats), w
-
-
-# The data.
 
 
 def split(
     data: dict[str, Any], key: Array, sizes: dict[str, Any], iid: bool, hold_out: bool
 ) -> dict[str, PyTree]:
-    """Long-tailed training, balanced validation and test examples; by clients.
+    """Returns long-tailed training, balanced validation and balanced test examples.
 
-    Class k of a random order keeps ``most / ratio^(k / 9)`` training examples. Where
-    clients differ, examples in the order of their classes are cut into two shards a
-    client, drawn at random; a client's validation shards are of the same places. With
-    ``hold_out`` every fourth validation example of a client is out of use for learning
-    and makes the held-out set.
+    Class k of a random order has ``max_per_class / imbalance^(k / 9)`` training
+    examples. The training and validation examples are divided among the clients by
+    `split_among_clients`.
+
+    Args:
+      data: ``{"x": [n, features], "y": [n]}``.
+      key: PRNG key of the split.
+      sizes: Entries of `SCALES`.
+      iid: Whether the clients have the same distribution of classes.
+      hold_out: Whether every fourth validation example of a client is removed from the
+        part "val" by its weight ``use``. These examples are then the part "held_out".
     """
     keys = jax.random.split(key, 4)
     order = np.asarray(jax.random.permutation(keys[0], len(data["y"])))
     rank = np.asarray(jax.random.permutation(keys[1], NUM_CLASSES))
-    clients, num_val = sizes["num_clients"], sizes["val_per_class"]
+    num_val, max_train = sizes["val_per_class"], sizes["max_per_class"]
     train, val, test = [], [], []
     for k in range(NUM_CLASSES):
-        mine = order[data["y"][order] == k]
-        keep = round(sizes["most"] / sizes["ratio"] ** (rank[k] / (NUM_CLASSES - 1)))
-        val.append(mine[:num_val])
-        train.append(mine[num_val : num_val + keep])
-        test.append(mine[num_val + sizes["most"] :])
+        indices = order[data["y"][order] == k]
+        decay = sizes["imbalance"] ** (rank[k] / (NUM_CLASSES - 1))
+        val.append(indices[:num_val])
+        train.append(indices[num_val : num_val + round(max_train / decay)])
+        test.append(indices[num_val + max_train :])
 
-    at = lambda places: {name: jnp.asarray(data[name][places]) for name in ("x", "y")}
+    def select(groups: list[np.ndarray], key: Array) -> dict[str, Array]:
+        indices = split_among_clients(
+            np.concatenate(groups), key, keys[3], sizes["num_clients"], iid
+        )
+        return {name: jnp.asarray(data[name][indices]) for name in ("x", "y")}
 
-    def dealt(groups: list[np.ndarray], key: Array) -> dict[str, Array]:
-        chosen = np.concatenate(groups)
-        whole = len(chosen) - len(chosen) % (2 * clients)
-        if not whole:
-            raise ValueError(
-                f"{len(chosen)} examples do not make two shards for each of {clients} "
-                "clients: pass smaller num_clients, or larger most and val_per_class"
-            )
-        if iid:
-            chosen = np.asarray(jax.random.permutation(key, chosen))
-        else:  # what is left over goes from all classes alike
-            chosen = chosen[np.linspace(0, len(chosen) - 1, whole).astype(int)]
-        shards = chosen[:whole].reshape(2 * clients, -1)
-        hands = np.asarray(jax.random.permutation(keys[3], 2 * clients))
-        places = shards[hands].reshape(clients, -1)
-        return at(places)
-
-    val_data = dealt(val, jax.random.fold_in(keys[2], 1))
-    fourth = jnp.broadcast_to(
-        jnp.arange(val_data["y"].shape[1]) % 4 == 3, val_data["y"].shape
-    )
-    used = lambda use: {"use": use.astype(val_data["x"].dtype)}
+    val_examples = select(val, jax.random.fold_in(keys[2], 1))
+    is_fourth = jnp.arange(val_examples["y"].shape[1]) % 4 == 3
+    is_held_out = jnp.broadcast_to(is_fourth, val_examples["y"].shape) & hold_out
+    with_use = lambda use: val_examples | {"use": use.astype(val_examples["x"].dtype)}
+    test_indices = np.concatenate(test)
     return {
-        "train": dealt(train, keys[2]),
-        "val": val_data | used(~(fourth & hold_out)),
-        "held": val_data | used(fourth & hold_out),
-        "test": at(np.concatenate(test)),
+        "train": select(train, keys[2]),
+        "val": with_use(~is_held_out),
+        "held_out": with_use(is_held_out),
+        "test": {name: jnp.asarray(data[name][test_indices]) for name in ("x", "y")},
     }
+
+
+def split_among_clients(
+    indices: np.ndarray, key: Array, client_key: Array, num_clients: int, iid: bool
+) -> np.ndarray:
+    """Returns the indices of the examples of each client, ``[clients, n]``.
+
+    The examples are cut into two shards per client, which are assigned at random. For
+    equal ``client_key``, a client has the same shards of training and of validation
+    examples.
+
+    Args:
+      indices: Indices of examples, sorted by class.
+      key: PRNG key of the permutation for ``iid``.
+      client_key: PRNG key of the assignment of shards to clients.
+      num_clients: Number of clients.
+      iid: Whether the examples are permuted, so that shards have all classes.
+
+    Raises:
+      ValueError: There are fewer than two examples for each client.
+    """
+    num_shards = 2 * num_clients
+    num_used = len(indices) - len(indices) % num_shards
+    if not num_used:
+        raise ValueError(
+            f"num_clients must be at most half of the {len(indices)} examples, because "
+            f"each client has two shards; got {num_clients}. Pass fewer clients, or "
+            "larger max_per_class and val_per_class."
+        )
+    if iid:
+        indices = np.asarray(jax.random.permutation(key, indices))
+    else:
+        # Drop the surplus evenly, so that all classes lose examples alike.
+        positions = np.linspace(0, len(indices) - 1, num_used).astype(int)
+        indices = indices[positions]
+    shards = indices[:num_used].reshape(num_shards, -1)
+    order = np.asarray(jax.random.permutation(client_key, num_shards))
+    return shards[order].reshape(num_clients, -1)
 
 
 SCALES: dict[str, dict[str, Any]] = {
     "small": {
-        **{"num_clients": 10, "most": 100, "ratio": 20, "val_per_class": 20},
-        **{"num_rounds": 5, "local_steps": 5, "rate": 0.2},
+        **{"num_clients": 10, "max_per_class": 100, "val_per_class": 20},
+        **{"imbalance": 20, "num_rounds": 5, "num_local_steps": 5, "step_size": 0.2},
     },
     "paper": {
-        **{"num_clients": 100, "most": 4000, "ratio": 100, "val_per_class": 500},
-        **{"num_rounds": 20, "local_steps": 5, "rate": 0.1},
+        **{"num_clients": 100, "max_per_class": 4000, "val_per_class": 500},
+        **{"imbalance": 100, "num_rounds": 20, "num_local_steps": 5, "step_size": 0.1},
     },
 }
 
@@ -342,59 +193,65 @@ def make(
     scale: str = "small",
     data_dir: str | None = None,
     iid: bool = False,
-    corrected: bool = True,
+    drift_correction: bool = True,
     hold_out: bool = False,
     data: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> Task:
-    """Vector scaling on scikit-learn's digits ('small') or MNIST ('paper').
+    """Returns the vector-scaling task on digits ('small') or MNIST ('paper').
 
     Args:
-      key: of the split and of what each client holds.
+      key: PRNG key of the split and of the clients' examples.
       scale: 'small' or 'paper'.
-      data_dir: where MNIST lies; see `hypergrad.data.load`.
-      iid: deal the examples at random, so that clients are alike but for chance.
-      corrected: whether `FedAvg` corrects for the clients' drift.
-      hold_out: keep a quarter of validation out of the outer loss, to choose by: the
-        metric ``held_loss``.
-      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, all of classes 0
-        to 9 among them.
-      sizes: in place of the scale's, as `SCALES` names them.
+      data_dir: Folder of MNIST; see `hypergrad.datasets.load`.
+      iid: Whether examples are assigned at random, so that all clients have the same
+        distribution. Defaults to False.
+      drift_correction: As in `FedAvg`.
+      hold_out: Whether a quarter of the validation examples is not in the outer loss
+        but in the metric ``held_loss``, for model selection. Defaults to False.
+      data: ``{"x": [n, features], "y": [n]}`` with all of the classes 0 to 9. Defaults
+        to the data of the scale.
+      sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      TypeError: a size that `SCALES` does not name, data of another kind.
-      ValueError: another scale, data of another shape, with other labels, or too few
-        for the sizes.
+      TypeError: A size is not in `SCALES`, or data has a wrong type.
+      ValueError: The scale is unknown, or data has a wrong shape, a wrong label, or too
+        few examples for the sizes.
     """
     key = as_key(key)
     if scale not in SCALES:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
     chosen = sizes_of("federated", SCALES[scale], sizes)
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     check_data(data, 1, NUM_CLASSES)
-    least = chosen["val_per_class"] + chosen["most"] + 1
-    rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())
-    if rarest < least:
+    # One example of each class remains for testing.
+    min_per_class = chosen["val_per_class"] + chosen["max_per_class"] + 1
+    num_rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())
+    if num_rarest < min_per_class:
         raise ValueError(
-            f"data must have {least} examples of each of {NUM_CLASSES} classes, one to "
-            f"test by; of the rarest it has {rarest}: pass more data or smaller sizes"
+            f"data must have at least {min_per_class} examples of each of the "
+            f"{NUM_CLASSES} classes; got {num_rarest} of the rarest. Pass more data or "
+            "smaller sizes."
         )
-    parts = split(data, key, chosen, iid, hold_out)
+    splits = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
-    each = lambda low, high, log=False: spaces.Interval(
+    interval = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
     )
-    metrics = {"accuracy": jax.tree_util.Partial(accuracy, parts["test"])}
+    metrics = {"accuracy": jax.tree_util.Partial(accuracy, splits["test"])}
     if hold_out:
-        metrics["held_loss"] = jax.tree_util.Partial(held_loss, parts["held"])
+        metrics["held_loss"] = jax.tree_util.Partial(held_out_loss, splits["held_out"])
     return Task(
         name="federated",
         paradigm="federated",
         source="Tarzanagh et al. 2022 (arXiv 2205.02215)",
-        problem=Bilevel(train_loss, val_loss, parts["train"], parts["val"]),
+        problem=Bilevel(train_loss, val_loss, splits["train"], splits["val"]),
         solver=FedAvg(
-            chosen["rate"], chosen["num_rounds"], chosen["local_steps"], corrected
+            chosen["step_size"],
+            chosen["num_rounds"],
+            chosen["num_local_steps"],
+            drift_correction,
         ),
         w={"W": jnp.zeros((num_features, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)},
         alpha={
@@ -403,9 +260,9 @@ def make(
             "iota": jnp.zeros(NUM_CLASSES),
         },
         space={
-            "omega": each(0.1, 10.0, log=True),
-            "delta": each(0.1, 10.0, log=True),
-            "iota": each(-3.0, 3.0),
+            "omega": interval(0.1, 10.0, log=True),
+            "delta": interval(0.1, 10.0, log=True),
+            "iota": interval(-3.0, 3.0),
         },
         metrics=metrics,
     )

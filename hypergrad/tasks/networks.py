@@ -1,75 +1,91 @@
-"""The tasks' networks: flax modules and functions of ``w``, which is a plain pytree.
+"""Networks of the tasks: flax modules, and functions of a plain pytree ``w``.
 
-Smooth throughout (tanh, means instead of maxima), so that second derivatives exist.
-Convolution is patches and one matrix product: XLA's own is slow on a CPU where it is
-differentiated twice.
+All networks are smooth (tanh, average pooling), so that second derivatives exist.
+A convolution is a matrix product with patches, because XLA's own convolution is slow on
+a CPU when it is differentiated twice.
 """
 
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 class MLP(nnx.Module):
-    """Affine layers of the given sizes with tanh between; two sizes make it linear."""
+    """A multilayer perceptron with tanh activations; two sizes make it linear.
+
+    Attributes:
+      layers: Affine layers between consecutive ``sizes``.
+    """
 
     def __init__(self, sizes: tuple[int, ...], rngs: nnx.Rngs):
         pairs = itertools.pairwise(sizes)
         self.layers = nnx.List([nnx.Linear(*pair, rngs=rngs) for pair in pairs])
 
-    def __call__(self, x: Array) -> Array:
-        """Scores ``[n, sizes[-1]]``."""
-        *hidden, last = self.layers
-        for layer in hidden:
+    def __call__(self, x: Float[Array, "n features"]) -> Float[Array, "n outputs"]:
+        """Returns the scores of flat examples."""
+        *hidden_layers, output_layer = self.layers
+        for layer in hidden_layers:
             x = jnp.tanh(layer(x))
-        return last(x)
+        return output_layer(x)
 
 
 class CNN(nnx.Module):
-    """A convolution of 3 by 3, tanh, means over 2 by 2, and an affine layer."""
+    """A 3 x 3 convolution, tanh, 2 x 2 average pooling and an affine layer.
+
+    Attributes:
+      convolution: Affine map from a 3 x 3 patch to the channels.
+      head: Affine map from the pooled channels to the scores.
+    """
 
     def __init__(self, side: int, channels: int, num_outputs: int, rngs: nnx.Rngs):
         self.convolution = nnx.Linear(9, channels, rngs=rngs)
-        pooled = (side - 2) // 2
-        self.head = nnx.Linear(pooled**2 * channels, num_outputs, rngs=rngs)
+        pooled_side = (side - 2) // 2
+        self.head = nnx.Linear(pooled_side**2 * channels, num_outputs, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """Scores ``[n, num_outputs]`` of square images ``[n, side²]``."""
+    def __call__(self, x: Float[Array, "n pixels"]) -> Float[Array, "n outputs"]:
+        """Returns the scores of flat square images."""
         side = math.isqrt(x.shape[1])
-        hidden = jnp.tanh(self.convolution(patches(x.reshape(-1, side, side), -1)))
-        return self.head(means(hidden).reshape(len(x), -1))
+        patches = extract_patches(x.reshape(-1, side, side), -1)
+        hidden = jnp.tanh(self.convolution(patches))
+        return self.head(mean_pool(hidden).reshape(len(x), -1))
 
 
-def softmax_regression(w: PyTree, x: Array) -> Array:
-    """Scores ``[n, k]`` by ``W [m, k]`` and ``b [k]``."""
+def softmax_regression(
+    w: PyTree, x: Float[Array, "n features"]
+) -> Float[Array, "n classes"]:
+    """Returns the linear scores of ``w``, a matrix ``W`` and a bias ``b``."""
     return x @ w["W"] + w["b"][None, :]
 
 
-def patches(x: Array, axis: int) -> Array:
-    """The 3 by 3 neighbours of each inner pixel, along a new axis of nine.
+def extract_patches(x: Float[Array, "n s s ..."], axis: int) -> Array:
+    """Returns the 3 x 3 neighborhood of each inner pixel along a new axis of size 9.
 
-    ``[n, s, s, ...] -> [n, s-2, s-2, ...]`` and the new one at ``axis``.
+    Args:
+      x: Images.
+      axis: Position of the new axis in the result, whose other axes have the shape
+        ``[n, s - 2, s - 2, ...]``.
     """
-    inner = x.shape[1] - 2
+    num_inner = x.shape[1] - 2
     shifts = itertools.product(range(3), repeat=2)
-    return jnp.stack([x[:, i : i + inner, j : j + inner] for i, j in shifts], axis)
+    return jnp.stack(
+        [x[:, i : i + num_inner, j : j + num_inner] for i, j in shifts], axis
+    )
 
 
-def means(maps: Array) -> Array:
-    """Means over 2 by 2 cells, ``[n, s, s, c] -> [n, s//2, s//2, c]``; odd ends go."""
+def mean_pool(maps: Float[Array, "n s s c"]) -> Float[Array, "n s//2 s//2 c"]:
+    """Returns the means of 2 x 2 cells; an odd last row or column is dropped."""
     num, side, _, channels = maps.shape
     half = side // 2
     cells = maps[:, : 2 * half, : 2 * half].reshape(num, half, 2, half, 2, channels)
     return jnp.mean(cells, axis=(2, 4))
 
 
-def parameters(module: nnx.Module) -> tuple[Any, PyTree]:
-    """``(graph, w)``: what is static, hashed by value, and the arrays."""
+def split_module(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:
+    """Returns the static graph of a module, hashed by value, and its arrays ``w``."""
     graph, state = nnx.split(module)
     w = nnx.to_pure_dict(state)
     return graph, jax.tree.map(lambda leaf: leaf.astype(float), w)

@@ -1,10 +1,10 @@
 """L2 penalties: one for all weights, one per input of a layer, or one per weight.
 
-Pedregosa 2016 (arXiv 1602.02355, HOAG) learns one; Lorraine et al. 2020 (arXiv
-1911.02590) one per weight. The inner problem is a classifier with Gaussian priors whose
-log-precisions are the hyperparameters,
+Pedregosa 2016 (arXiv 1602.02355, HOAG) learns one penalty, and Lorraine et al. 2020
+(arXiv 1911.02590) one per weight. The inner problem is a classifier with Gaussian
+priors, whose log-precisions are the hyperparameters,
 
-    L(w, alpha) = mean_i CE_i(w) + 1/2 sum_j exp(alpha_j) w_j²,
+    L(w, alpha) = mean_i CE_i(w) + 1/2 sum_j exp(alpha_j) w_j^2,
 
 and the outer loss is the cross-entropy on a validation set.
 """
@@ -16,120 +16,145 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import (
-    Score,
+    ScoreFn,
     accuracy,
-    bound,
+    bind_score_fn,
     check_data,
     check_square,
     cross_entropy,
-    held_out,
-    loss_on,
-    scorer,
+    loss_metric,
+    make_score_fn,
+    mask_held_out,
     split,
     val_loss,
 )
-from .networks import CNN, MLP, parameters
-from .task import Task
+from .networks import CNN, MLP, split_module
+from .task import Task, check_choice
 
-LOW, HIGH = -12.0, 1.0  # of a log-penalty
-START = -4.0
+LOW, HIGH = -12.0, 1.0  # bounds of a log-penalty
+INIT_LOG_PENALTY = -4.0
 SOLVER = Descent(optax.sgd(0.3, momentum=0.9), num_steps=50)
 
 
 def penalty(w: PyTree, alpha: PyTree) -> Array:
-    """``1/2 sum_j exp(alpha_j) w_j²``; a leaf of ``alpha`` may stand for several."""
-    weigh = lambda alpha, part: jax.tree.map(
-        lambda leaf: jnp.sum(jnp.exp(alpha) * leaf**2), part
+    """Returns ``1/2 sum_j exp(alpha_j) w_j^2``.
+
+    Args:
+      w: Weights.
+      alpha: Log-penalties: a prefix of ``w`` whose leaves broadcast to the weights.
+    """
+    weighted_squares = lambda alpha, weights: jax.tree.map(
+        lambda leaf: jnp.sum(jnp.exp(alpha) * leaf**2), weights
     )
-    return 0.5 * jax.tree.reduce(jnp.add, jax.tree.map(weigh, alpha, w))
+    return 0.5 * jax.tree.reduce(jnp.add, jax.tree.map(weighted_squares, alpha, w))
 
 
-def train_loss(score: Score, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy and the penalties."""
-    return cross_entropy(score, w, batch) + penalty(w, alpha)
+def train_loss(score_fn: ScoreFn, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Returns the cross-entropy plus the penalties."""
+    return cross_entropy(score_fn, w, batch) + penalty(w, alpha)
 
 
 class Variant(eqx.Module):
-    """A network, its data, and the sizes of the parts at either scale."""
+    """A network, its data, and the sizes of the splits at both scales.
+
+    Attributes:
+      network: ``(num_features, num_outputs, rngs) -> module``.
+      data: Name of the data set at scale 'small'.
+      small, paper: Numbers of training, validation and test examples.
+      granularity: Default granularity of the penalties, as in `log_penalties`.
+    """
 
     network: Callable[[int, int, nnx.Rngs], nnx.Module]
     data: str
-    small: tuple[int, int, int]  # train, validation, test
+    small: tuple[int, int, int]
     paper: tuple[int, int, int]
-    per: str = "feature"
+    granularity: str = "feature"
 
 
 def linear(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Logistic or softmax regression."""
+    """Returns a logistic or softmax regression."""
     return MLP((num_features, num_outputs), rngs)
 
 
 def mlp(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-    """One hidden layer of 16."""
+    """Returns a network with one hidden layer of 16 units."""
     return MLP((num_features, 16, num_outputs), rngs)
 
 
 def cnn(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Four 3 by 3 filters."""
+    """Returns a convolutional network with four filters."""
     return CNN(round(num_features**0.5), 4, num_outputs, rngs)
 
 
 TUMOURS = (200, 150, 219)
 DIGITS, MNIST = (200, 400, 1197), (10_000, 10_000, 10_000)
 VARIANTS = {
-    "hoag": Variant(linear, "breast_cancer", TUMOURS, TUMOURS, per="model"),
+    "hoag": Variant(linear, "breast_cancer", TUMOURS, TUMOURS, granularity="model"),
     "logistic": Variant(linear, "breast_cancer", TUMOURS, TUMOURS),
     "softmax": Variant(linear, "digits", DIGITS, MNIST),
     "mlp": Variant(mlp, "digits", DIGITS, MNIST),
     "cnn": Variant(cnn, "digits", DIGITS, MNIST),
     "overfit": Variant(
-        mlp, "digits", (50, 50, 1197), (50, 50, 10_000), per="parameter"
+        mlp, "digits", (50, 50, 1197), (50, 50, 10_000), granularity="parameter"
     ),
 }
 
 
-def data_of(variant: str, scale: str) -> str:
-    """Name of the data set: at the paper's scale digits are MNIST's."""
+def dataset_name(variant: str, scale: str) -> str:
+    """Returns the name of the data set; scale 'paper' replaces the digits by MNIST."""
     name = VARIANTS[variant].data
     return "mnist" if scale == "paper" and name == "digits" else name
 
 
-def standardized(parts: PyTree) -> PyTree:
-    """Features with the mean and standard deviation of the training examples' out."""
-    x = parts["train"]["x"]
-    mean, spread = jnp.mean(x, axis=0), jnp.std(x, axis=0)
-    spread = jnp.where(spread > 0, spread, 1)  # of a constant feature
-    scaled = lambda x: (x - mean[None]) / spread[None]
-    return {name: part | {"x": scaled(part["x"])} for name, part in parts.items()}
+def standardize(splits: PyTree) -> PyTree:
+    """Returns the splits with features of mean 0 and standard deviation 1.
+
+    The training features determine the map. A constant feature becomes 0.
+    """
+    x = splits["train"]["x"]
+    mean, std = jnp.mean(x, axis=0), jnp.std(x, axis=0)
+    std = jnp.where(std > 0, std, 1)
+    rescale = lambda x: (x - mean[None]) / std[None]
+    return {name: batch | {"x": rescale(batch["x"])} for name, batch in splits.items()}
 
 
-def log_penalties(w: PyTree, per: str, start: float | Array) -> PyTree:
-    """All at ``start``: a scalar, one a row of each leaf, or one a number."""
-    if per == "model":
-        return jnp.asarray(start, float)
-    shape = (lambda s: (*s[:-1], 1)) if per == "feature" else lambda s: s
-    return jax.tree.map(lambda leaf: jnp.full(shape(leaf.shape), start, float), w)
+def log_penalties(w: PyTree, granularity: str, value: float | Array) -> PyTree:
+    """Returns log-penalties for ``w`` that all have the same value.
+
+    Args:
+      w: Weights.
+      granularity: 'model' for a scalar, 'feature' for one log-penalty per row of each
+        leaf, that is, per input of each layer, or 'parameter' for one per weight.
+      value: The value.
+    """
+    if granularity == "model":
+        return jnp.asarray(value, float)
+    shape = (lambda s: (*s[:-1], 1)) if granularity == "feature" else lambda s: s
+    return jax.tree.map(lambda leaf: jnp.full(shape(leaf.shape), value, float), w)
 
 
 def tolerances(
-    schedule: str, num_steps: int, first: float = 0.1, least: float = 1e-4
-) -> Array:
-    """HOAG's decreasing ``rtol``, one an outer step: ``Implicit(rtol=...)``.
+    schedule: str, num_steps: int, init_tol: float = 0.1, min_tol: float = 1e-4
+) -> Float[Array, " num_steps"]:
+    """Returns the decreasing tolerances of HOAG, one per outer step.
 
-    From ``first``, at step k ``1/k²`` of it ('quadratic'), ``1/k³`` ('cubic') or
-    ``0.9^(k-1)`` ('exponential'), and never below ``least``.
+    Args:
+      schedule: 'quadratic' (``1/k^2`` at step k), 'cubic' (``1/k^3``) or 'exponential'
+        (``0.9^(k - 1)``), times ``init_tol``.
+      num_steps: Number of outer steps.
+      init_tol: Tolerance of the first step.
+      min_tol: Lower bound of all tolerances.
     """
     k = jnp.arange(1.0, num_steps + 1)
-    part = {"quadratic": k**-2, "cubic": k**-3, "exponential": 0.9 ** (k - 1)}
-    return jnp.maximum(first * part[schedule], least)
+    factors = {"quadratic": k**-2, "cubic": k**-3, "exponential": 0.9 ** (k - 1)}
+    return jnp.maximum(init_tol * factors[schedule], min_tol)
 
 
 def make(
@@ -138,76 +163,75 @@ def make(
     scale: str = "small",
     data_dir: str | None = None,
     variant: str = "softmax",
-    per: str | None = None,
-    start: float | Array = START,
+    granularity: str | None = None,
+    init_log_penalty: float | Array = INIT_LOG_PENALTY,
     hold_out: Array | bool = False,
     data: PyTree = None,
 ) -> Task:
-    """L2 penalties of a classifier.
+    """Returns a classifier whose L2 penalties are the hyperparameters.
 
     Args:
-      key: of the split and the network's start.
-      scale: 'small' for scikit-learn's breast cancer and digits, 'paper' for MNIST in
-        place of the digits.
-      data_dir: where MNIST is, see `hypergrad.data.load`.
+      key: PRNG key of the split and of the initial network.
+      scale: 'small' for scikit-learn's breast cancer and digits, or 'paper', which
+        replaces the digits by MNIST.
+      data_dir: Folder that contains MNIST, see `hypergrad.datasets.load`.
       variant: 'hoag' (logistic regression, breast cancer, one penalty), 'logistic' (the
-        same, one a feature), 'softmax', 'mlp', 'cnn' (digits, one an input of each
-        layer), or 'overfit' (50 training and 50 validation digits, an MLP, one a
-        weight).
-      per: 'model', 'feature' or 'parameter', in place of the variant's own.
-      start: every log-penalty, to begin with.
-      hold_out: keep a third of validation out of the outer loss, to choose by.
-      data: ``{"x": [n, features], "y": [n]}`` in place of the variant's: two classes
-        for 'hoag' and 'logistic', else ten, and square images for 'cnn'.
+        same with one penalty per feature), 'softmax', 'mlp' or 'cnn' (digits, one
+        penalty per input of each layer), or 'overfit' (50 training and 50 validation
+        digits, an MLP, one penalty per weight).
+      granularity: 'model', 'feature' or 'parameter'. Defaults to the granularity of the
+        variant.
+      init_log_penalty: Initial value of every log-penalty.
+      hold_out: Whether the last third of the validation examples is excluded from the
+        outer loss, for choosing settings.
+      data: ``{"x": [n, features], "y": [n]}`` with two classes for 'hoag' and
+        'logistic', otherwise ten, and with square images for 'cnn'. Defaults to the
+        data of the variant.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: an unknown scale, variant or ``per``; data of another shape, too few,
-        or with other labels.
+      TypeError: An array of ``data`` has another type.
+      ValueError: ``scale``, ``variant`` or ``granularity`` is unknown, or ``data`` has
+        another shape, too few examples or other labels.
     """
     key = as_key(key)
-    for name, got, known in (
-        ("scale", scale, ("small", "paper")),
-        ("variant", variant, tuple(VARIANTS)),
-        ("per", per, (None, "model", "feature", "parameter")),
-    ):
-        if got not in known:
-            raise ValueError(f"penalties has {name} {known}; got {got!r}")
-    chosen, data_name = VARIANTS[variant], data_of(variant, scale)
+    check_choice("scale", scale, ("small", "paper"))
+    check_choice("variant", variant, VARIANTS)
+    check_choice("granularity", granularity, (None, "model", "feature", "parameter"))
+    config, data_name = VARIANTS[variant], dataset_name(variant, scale)
     data = datasets.load(data_name, data_dir) if data is None else data
-    sizes = chosen.small if scale == "small" else chosen.paper
+    sizes = config.small if scale == "small" else config.paper
     num_outputs = 1 if data_name == "breast_cancer" else 10
     check_data(data, sizes[0] + sizes[1] + 1, max(num_outputs, 2))
     if variant == "cnn":
         check_square(data["x"])
     data = jax.tree.map(jnp.asarray, data)
-    split_key, start_key = jax.random.split(key)
-    parts = split(data, split_key, sizes)
+    split_key, init_key = jax.random.split(key)
+    splits = split(data, split_key, sizes)
     if data_name == "breast_cancer":
-        parts = standardized(parts)
-    rngs = nnx.Rngs(start_key)
-    graph, w = parameters(chosen.network(data["x"].shape[1], num_outputs, rngs))
-    score = scorer(graph)
-    alpha = log_penalties(w, per or chosen.per, start)
-    measure = lambda function: jax.tree_util.Partial(
-        bound(function, score), parts["test"]
+        splits = standardize(splits)
+    rngs = nnx.Rngs(init_key)
+    graph, w = split_module(config.network(data["x"].shape[1], num_outputs, rngs))
+    score_fn = make_score_fn(graph)
+    alpha = log_penalties(w, granularity or config.granularity, init_log_penalty)
+    make_metric = lambda function: jax.tree_util.Partial(
+        bind_score_fn(function, score_fn), splits["test"]
     )
     return Task(
         name="penalties",
         paradigm="supervised",
         source="Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (1911.02590)",
         problem=Bilevel(
-            bound(train_loss, score),
-            bound(val_loss, score),
-            parts["train"],
-            held_out(parts["val"], hold_out),
+            bind_score_fn(train_loss, score_fn),
+            bind_score_fn(val_loss, score_fn),
+            splits["train"],
+            mask_held_out(splits["val"], hold_out),
         ),
         solver=SOLVER,
         w=w,
         alpha=alpha,
         space=jax.tree.map(lambda leaf: spaces.Box(LOW, HIGH, shape=leaf.shape), alpha),
         metrics={
-            "test_accuracy": measure(accuracy),
-            "test_loss": measure(loss_on),
+            "test_accuracy": make_metric(accuracy),
+            "test_loss": make_metric(loss_metric),
         },
     )

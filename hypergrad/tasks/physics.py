@@ -1,21 +1,22 @@
-"""Physics-informed networks: weights of the loss's terms, and a control.
+"""Physics-informed networks: weights of the terms of the loss, and optimal control.
 
 A network u(x; w) solves a differential equation by least squares (Raissi et al. 2019),
 
     L(w, alpha) = alpha_r mean |residual|² + alpha_b mean |u - boundary|²
                   + alpha_d mean |u - sensor|²,
 
-where the sensors' readings are noisy. ``poisson`` and ``burgers``: the weights alpha
-are learned on the readings of other sensors (after McClenny & Braga-Neto 2023, arXiv
-2009.04544, whose weights rise on the training loss itself).
+where the sensor readings are noisy. In the variants ``poisson`` and ``burgers`` the
+weights alpha are learned on the readings of other sensors. (The weights of McClenny &
+Braga-Neto 2023, arXiv 2009.04544, increase along the gradient of the training loss.)
 
-``control``: the boundary values of y'' = 2 are alpha, and the outer loss is how far y
-is from x²; the demonstration of Hao et al. 2023 (arXiv 2209.07075), with a closed form.
+In the variant ``control``, alpha are the boundary values of y'' = 2, and the outer loss
+is the squared distance of y to x². This is the demonstration of Hao et al. 2023 (arXiv
+2209.07075), with a hypergradient in closed form.
 
-A network has more parameters than it needs, so the Hessian of L is nearly singular, and
-negative along some direction wherever a residual is left. `Implicit` is right on
-``control`` to three digits even so, but the probe of a certificate meets the negative
-curvature: it trusts none of these estimates.
+A network has more parameters than it needs. The Hessian of L is therefore nearly
+singular, and has negative eigenvalues unless all residuals are zero. `Implicit` is
+nevertheless correct to three digits on ``control``. A certificate detects the negative
+curvature and does not trust any of these estimates.
 """
 
 import functools
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import datasets as datasets
 from .. import spaces
@@ -41,193 +42,222 @@ TERMS = ("residual", "boundary", "data")
 SOLVER = Descent(optax.adam(1e-2), num_steps=50)
 
 
-def network(w: PyTree, x: Array) -> Array:
-    """``[n, d] -> [n]``."""
+def network(w: PyTree, x: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """Returns the values of the network at points."""
     return mlp.apply(w, x)[:, 0]
 
 
 def derivative(f: Callable[[Array], Array], axis: int) -> Callable[[Array], Array]:
-    """``df/dx_axis`` at every point, one tangent for all."""
+    """Returns the function ``df/dx_axis`` of points, by one tangent for all points."""
 
-    def slope(x: Array) -> Array:
-        along = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype)[axis], x.shape)
-        return jax.jvp(f, (x,), (along,))[1]
+    def derivative_fn(x: Array) -> Array:
+        unit = jnp.eye(x.shape[1], dtype=x.dtype)[axis]
+        return jax.jvp(f, (x,), (jnp.broadcast_to(unit, x.shape),))[1]
 
-    return slope
+    return derivative_fn
 
 
-def poisson_solution(x: Array) -> Array:
-    """``u(x) = sin(pi x) + sin(4 pi x) / 2`` on [0, 1]."""
+def poisson_solution(x: Float[Array, "n 1"]) -> Float[Array, " n"]:
+    """Returns ``u(x) = sin(pi x) + sin(4 pi x) / 2`` on [0, 1]."""
     return jnp.sin(jnp.pi * x[:, 0]) + 0.5 * jnp.sin(4 * jnp.pi * x[:, 0])
 
 
-def poisson_residual(w: PyTree, x: Array) -> Array:
-    """``u_xx - f`` with the f of `poisson_solution`."""
-    curvature = derivative(derivative(functools.partial(network, w), 0), 0)
-    one, four = jnp.sin(jnp.pi * x[:, 0]), jnp.sin(4 * jnp.pi * x[:, 0])
-    return curvature(x) + jnp.pi**2 * (one + 8 * four)
+def poisson_residual(w: PyTree, x: Float[Array, "n 1"]) -> Float[Array, " n"]:
+    """Returns ``u_xx - f`` with the f of `poisson_solution`."""
+    u_xx = derivative(derivative(functools.partial(network, w), 0), 0)
+    sin_pi, sin_4pi = jnp.sin(jnp.pi * x[:, 0]), jnp.sin(4 * jnp.pi * x[:, 0])
+    return u_xx(x) + jnp.pi**2 * (sin_pi + 8 * sin_4pi)
 
 
-def burgers_residual(w: PyTree, x: Array) -> Array:
-    """``u_t + u u_x - (0.01 / pi) u_xx`` at points ``(x, t)``."""
+def burgers_residual(w: PyTree, x: Float[Array, "n 2"]) -> Float[Array, " n"]:
+    """Returns ``u_t + u u_x - (0.01 / pi) u_xx`` at points ``(x, t)``."""
     u = functools.partial(network, w)
-    slope = derivative(u, 0)
-    diffusion = VISCOSITY * derivative(slope, 0)(x)
-    return derivative(u, 1)(x) + u(x) * slope(x) - diffusion
+    u_x = derivative(u, 0)
+    diffusion = VISCOSITY * derivative(u_x, 0)(x)
+    return derivative(u, 1)(x) + u(x) * u_x(x) - diffusion
 
 
-def control_residual(w: PyTree, x: Array) -> Array:
-    """``y'' - 2``."""
+def control_residual(w: PyTree, x: Float[Array, "n 1"]) -> Float[Array, " n"]:
+    """Returns ``y'' - 2``."""
     return derivative(derivative(functools.partial(network, w), 0), 0)(x) - 2.0
 
 
-def terms(
-    residual: Callable[[PyTree, Array], Array], w: PyTree, batch: PyTree
+def loss_terms(
+    residual_fn: Callable[[PyTree, Array], Array], w: PyTree, batch: PyTree
 ) -> dict[str, Array]:
-    """Mean squares of residual, boundary and data."""
+    """Returns the mean squares of the residual, the boundary and the data."""
     return {
-        "residual": jnp.mean(residual(w, batch["inside"]) ** 2),
+        "residual": jnp.mean(residual_fn(w, batch["collocation"]) ** 2),
         "boundary": misfit(w, None, batch["boundary"]),
         "data": misfit(w, None, batch["data"]),
     }
 
 
 def misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``mean |u(x) - u|²`` at the points in use; of held-out sensors the outer loss."""
+    """Returns the mean of ``|u(x) - u|²`` over the points whose ``use`` is 1."""
     del alpha
     error = network(w, batch["x"]) - batch["u"]
     return jnp.average(error**2, weights=batch.get("use"))
 
 
 def weighted_loss(
-    residual: Callable[[PyTree, Array], Array], w: PyTree, alpha: PyTree, batch: PyTree
+    residual_fn: Callable[[PyTree, Array], Array],
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
 ) -> Array:
-    """``sum_k alpha_k L_k(w)``."""
-    each = terms(residual, w, batch)
-    return sum((alpha[name] * each[name] for name in TERMS), jnp.zeros(()))
+    """Returns ``sum_k alpha_k L_k(w)``."""
+    terms = loss_terms(residual_fn, w, batch)
+    return sum((alpha[name] * terms[name] for name in TERMS), jnp.zeros(()))
 
 
 poisson_loss = functools.partial(weighted_loss, poisson_residual)
 burgers_loss = functools.partial(weighted_loss, burgers_residual)
 
 
-def control_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """``mean |y'' - 2|² + |y(0) - alpha_0|² + |y(1) - alpha_1|²``."""
-    residual = control_residual(w, batch["inside"])
-    ends = network(w, batch["ends"]) - alpha
-    return jnp.mean(residual**2) + jnp.sum(ends**2)
+def control_loss(w: PyTree, alpha: Float[Array, "2"], batch: PyTree) -> Array:
+    """Returns ``mean |y'' - 2|² + |y(0) - alpha_0|² + |y(1) - alpha_1|²``."""
+    residual = control_residual(w, batch["collocation"])
+    boundary_error = network(w, batch["boundary"]) - alpha
+    return jnp.mean(residual**2) + jnp.sum(boundary_error**2)
 
 
-def control_cost(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """``J = integral over [0, 1] of (y - x²)²``, by Gauss and Legendre."""
+def control_cost(w: PyTree, alpha: Float[Array, "2"], batch: PyTree) -> Array:
+    """Returns ``M = integral over [0, 1] of (y - x²)²``, by Gauss-Legendre."""
     del alpha
-    distance = network(w, batch["x"]) - batch["x"][:, 0] ** 2
-    return jnp.sum(batch["weight"] * distance**2)
+    error = network(w, batch["x"]) - batch["x"][:, 0] ** 2
+    return jnp.sum(batch["weight"] * error**2)
 
 
-def exact_control(alpha: Array) -> Array:
-    """``dJ/dalpha`` where ``y = x² + (t1 - t0 - 1) x + t0`` for ``alpha = (t0, t1)``.
+def control_cost_on(
+    batch: PyTree, w: PyTree, alpha: Float[Array, "2"], key: Array
+) -> Array:
+    """Returns `control_cost` as a metric."""
+    del key
+    return control_cost(w, alpha, batch)
 
-    ``J = (t0² + t1² + t0 t1 - 2 t1 - t0 + 1) / 3``, least at (0, 1).
+
+def exact_control(alpha: Float[Array, "2"]) -> Float[Array, "2"]:
+    """Returns the hypergradient in closed form for ``alpha = (t0, t1)``.
+
+    The solution is ``y = x² + (t1 - t0 - 1) x + t0``, so that
+    ``M = (t0² + t1² + t0 t1 - 2 t1 - t0 + 1) / 3``, whose minimum is at (0, 1).
     """
     t0, t1 = alpha
     return jnp.stack([2 * t0 + t1 - 1, t0 + 2 * t1 - 2]) / 3
 
 
-def relative_error(truth: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """``|u - u*| / |u*|`` over the points of a grid."""
+def relative_error(solution: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Returns ``|u - u*| / |u*|`` over the points of a grid."""
     del alpha, key
-    error = network(w, truth["x"]) - truth["u"]
-    return jnp.linalg.norm(error) / jnp.linalg.norm(truth["u"])
+    error = network(w, solution["x"]) - solution["u"]
+    return jnp.linalg.norm(error) / jnp.linalg.norm(solution["u"])
 
 
 def cole_hopf(x: np.ndarray, t: np.ndarray, num_nodes: int = 500) -> np.ndarray:
-    """Burgers' solution from ``-sin(pi x)``; ``x``, ``t`` and the result alike.
+    """Returns the solution of Burgers' equation for the initial values ``-sin(pi x)``.
 
     ``u = -E[sin(pi y) f(y)] / E[f(y)]`` with ``log f(y) = -cos(pi y) / (2 pi nu)`` and
     ``y ~ N(x, 2 nu t)`` (Basdevant et al. 1986), by the trapezoidal rule.
+
+    Args:
+      x, t: Positions and times, arrays of shape ``[n]``.
+      num_nodes: Number of nodes of the quadrature.
     """
     z = np.linspace(-14.0, 14.0, num_nodes)
     y = x[:, None] - np.sqrt(2 * VISCOSITY * t)[:, None] * z
-    log = -np.cos(np.pi * y) / (2 * np.pi * VISCOSITY) - z**2 / 2
-    weight = np.exp(log - log.max(axis=1, keepdims=True))
+    log_weight = -np.cos(np.pi * y) / (2 * np.pi * VISCOSITY) - z**2 / 2
+    weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
     return -(np.sin(np.pi * y) * weight).sum(axis=1) / weight.sum(axis=1)
 
 
 @functools.cache
-def quadrature() -> dict[str, np.ndarray]:
-    """``{"x", "t", "u"}`` by `cole_hopf`, at the places and times of the file."""
+def cole_hopf_grid() -> dict[str, np.ndarray]:
+    """Returns ``{"x", "t", "u"}`` of `cole_hopf` on the grid of the reference file."""
     x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
-    places, times = np.meshgrid(x, t, indexing="ij")
-    u = cole_hopf(places.ravel(), times.ravel()).reshape(256, 100)
+    grid_x, grid_t = np.meshgrid(x, t, indexing="ij")
+    u = cole_hopf(grid_x.ravel(), grid_t.ravel()).reshape(256, 100)
     return {"x": x, "t": t, "u": u}
 
 
 def burgers_reference(data_dir: str | None) -> tuple[str, dict[str, np.ndarray]]:
-    """``(where from, {"x", "t", "u"})``: the file where it is kept, else quadrature."""
+    """Returns the source of the solution of Burgers' equation and the solution.
+
+    The solution ``{"x", "t", "u"}`` is the file in ``data_dir``. Without this file it
+    is computed by quadrature.
+    """
     try:
-        found = datasets.load("burgers", data_dir)
-        return "Burgers' equation, the file of Raissi et al. 2019", found
+        solution = datasets.load("burgers", data_dir)
+        return "Burgers' equation, the file of Raissi et al. 2019", solution
     except FileNotFoundError:
-        return "Burgers' equation, by the quadrature of Cole and Hopf", quadrature()
+        return "Burgers' equation, by the quadrature of Cole and Hopf", cole_hopf_grid()
 
 
 def data_name(variant: str = "poisson", data_dir: str | None = None) -> str:
-    """Which data the task uses."""
+    """Returns the name of the task's data."""
     if variant == "burgers":
         return burgers_reference(data_dir)[0]
     return "simulated, with the exact solution"
 
 
+def even_points(num_points: int) -> Float[Array, "n 1"]:
+    """Returns evenly spaced points of [0, 1], both ends included."""
+    return jnp.linspace(0.0, 1.0, num_points)[:, None]
+
+
 def poisson_data(sizes: dict[str, int], key: Array) -> dict[str, PyTree]:
-    """Even collocation points, both ends, sensors at random, and a grid to test on."""
-    points = lambda n: jnp.linspace(0.0, 1.0, n)[:, None]
-    at = lambda x: {"x": x, "u": poisson_solution(x)}
-    sensors = at(jax.random.uniform(key, (sizes["sensors"] + sizes["held_out"], 1)))
+    """Returns even collocation points, the boundary, random sensors and a test grid."""
+    evaluate = lambda x: {"x": x, "u": poisson_solution(x)}
+    num_sensors = sizes["num_sensors"] + sizes["num_held_out"]
     return {
-        "inside": points(sizes["inside"]),
-        "boundary": at(points(2)),
-        "sensors": sensors,
-        "test": at(points(500)),
+        "collocation": even_points(sizes["num_collocation"]),
+        "boundary": evaluate(even_points(2)),
+        "sensors": evaluate(jax.random.uniform(key, (num_sensors, 1))),
+        "test": evaluate(even_points(500)),
     }
 
 
 def burgers_data(
     sizes: dict[str, int], key: Array, data_dir: str | None
 ) -> dict[str, PyTree]:
-    """Random collocation points, the start and both ends, sensors from the reference.
+    """Returns random collocation points, initial and boundary values, and sensors.
 
-    Every fourth place and time of the reference is for testing, sensors are elsewhere.
+    Every fourth position and time of the reference is for testing. The sensors are at
+    other points of the reference.
     """
     keys = jax.random.split(key, 4)
-    found = jax.tree.map(
+    reference = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, float), burgers_reference(data_dir)[1]
     )
-    grid = jnp.stack(jnp.meshgrid(found["x"], found["t"], indexing="ij"), axis=-1)
+    grid = jnp.stack(jnp.meshgrid(reference["x"], reference["t"], indexing="ij"), -1)
     is_test = np.zeros(grid.shape[:2], bool)
     is_test[::4, ::4] = True
-    at = lambda where: {"x": grid[where], "u": found["u"][where]}
-    rest = at(~is_test)
-    chosen = jax.random.choice(
-        keys[0], len(rest["u"]), (sizes["sensors"] + sizes["held_out"],), replace=False
+    select = lambda mask: {"x": grid[mask], "u": reference["u"][mask]}
+    candidates = select(~is_test)
+    num_sensors = sizes["num_sensors"] + sizes["num_held_out"]
+    indices = jax.random.choice(
+        keys[0], len(candidates["u"]), (num_sensors,), replace=False
     )
     low, high = jnp.array([-1.0, 0.0]), jnp.array([1.0, 1.0])
-    inside = jax.random.uniform(keys[1], (sizes["inside"], 2), minval=low, maxval=high)
-    start = jax.random.uniform(keys[2], (sizes["boundary"],), minval=-1.0)
-    times = jax.random.uniform(keys[3], (sizes["boundary"],))
-    ends = jnp.where(jnp.arange(len(times)) % 2 == 0, -1.0, 1.0)
-    edge = jnp.concatenate(
+    collocation = jax.random.uniform(
+        keys[1], (sizes["num_collocation"], 2), minval=low, maxval=high
+    )
+    num_boundary = sizes["num_boundary"]
+    init_x = jax.random.uniform(keys[2], (num_boundary,), minval=-1.0)
+    times = jax.random.uniform(keys[3], (num_boundary,))
+    boundary_x = jnp.where(jnp.arange(num_boundary) % 2 == 0, -1.0, 1.0)
+    boundary = jnp.concatenate(
         [
-            jnp.stack([start, jnp.zeros_like(start)], axis=1),
-            jnp.stack([ends, times], axis=1),
+            jnp.stack([init_x, jnp.zeros_like(init_x)], axis=1),
+            jnp.stack([boundary_x, times], axis=1),
         ]
     )
-    value = jnp.where(edge[:, 1] == 0, -jnp.sin(jnp.pi * edge[:, 0]), 0.0)
+    u = jnp.where(boundary[:, 1] == 0, -jnp.sin(jnp.pi * boundary[:, 0]), 0.0)
     return {
-        "inside": inside,
-        "boundary": {"x": edge, "u": value},
-        "sensors": jax.tree.map(lambda leaf: leaf[chosen], rest),
-        "test": at(is_test),
+        "collocation": collocation,
+        "boundary": {"x": boundary, "u": u},
+        "sensors": jax.tree.map(lambda leaf: leaf[indices], candidates),
+        "test": select(is_test),
     }
 
 
@@ -238,42 +268,47 @@ def make_weights(
     data_dir: str | None,
     hold_out: Array | bool,
 ) -> Task:
-    """One positive weight a term, all 1 at first."""
+    """Returns the task with one positive weight per term, which is 1 initially."""
     data_key, noise_key, net_key = jax.random.split(key, 3)
     if variant == "poisson":
-        parts, loss = poisson_data(sizes, data_key), poisson_loss
+        points, loss = poisson_data(sizes, data_key), poisson_loss
     else:
-        parts, loss = burgers_data(sizes, data_key, data_dir), burgers_loss
-    sensors = parts["sensors"]
+        points, loss = burgers_data(sizes, data_key, data_dir), burgers_loss
+    sensors = points["sensors"]
     noise = sizes["noise"] * jax.random.normal(noise_key, sensors["u"].shape)
     sensors = sensors | {"u": sensors["u"] + noise}
-    count = sizes["sensors"]
-    seen = jax.tree.map(lambda leaf: leaf[:count], sensors)
-    held_out = jax.tree.map(lambda leaf: leaf[count:], sensors)
-    third = jnp.arange(sizes["held_out"]) % 3 == 0
-    held_out["use"] = jnp.where(third & jnp.asarray(hold_out), 0.0, 1.0)
-    train = {"inside": parts["inside"], "boundary": parts["boundary"], "data": seen}
-    error = jax.tree_util.Partial(relative_error, parts["test"])
-    num_inputs = parts["inside"].shape[1]
+    num_sensors = sizes["num_sensors"]
+    train_sensors = jax.tree.map(lambda leaf: leaf[:num_sensors], sensors)
+    val_sensors = jax.tree.map(lambda leaf: leaf[num_sensors:], sensors)
+    is_third = jnp.arange(sizes["num_held_out"]) % 3 == 0
+    val_sensors["use"] = jnp.where(is_third & jnp.asarray(hold_out), 0.0, 1.0)
+    train = {name: points[name] for name in ("collocation", "boundary")}
+    train["data"] = train_sensors
+    num_inputs = points["collocation"].shape[1]
     return Task(
         name="physics",
         paradigm="physics-informed",
         source="McClenny & Braga-Neto 2023 (arXiv 2009.04544)",
-        problem=Bilevel(loss, misfit, train, held_out),
+        problem=Bilevel(loss, misfit, train, val_sensors),
         solver=SOLVER,
         w=mlp.init(net_key, (num_inputs, *sizes["hidden"], 1)),
         alpha={name: jnp.ones(()) for name in TERMS},
         space={name: spaces.Interval(1e-3, 1e3, log=True) for name in TERMS},
-        metrics={"relative_error": error},
+        metrics={
+            "relative_error": jax.tree_util.Partial(relative_error, points["test"])
+        },
     )
 
 
 def make_control(key: Array, sizes: dict[str, Any]) -> Task:
-    """``y'' = 2`` from the boundary values (1, 1)."""
-    points = lambda n: jnp.linspace(0.0, 1.0, n)[:, None]
+    """Returns the control of ``y'' = 2``, with (1, 1) as initial boundary values."""
     nodes, weights = np.polynomial.legendre.leggauss(10)
+    batch = {
+        "collocation": even_points(sizes["num_collocation"]),
+        "boundary": even_points(2),
+    }
+    # Nodes and weights on [0, 1].
     quadrature = {"x": (nodes[:, None] + 1) / 2, "weight": weights / 2}
-    batch = {"inside": points(sizes["inside"]), "ends": points(2)}
     quadrature = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.result_type(float)), quadrature
     )
@@ -286,41 +321,35 @@ def make_control(key: Array, sizes: dict[str, Any]) -> Task:
         w=mlp.init(key, (1, *sizes["hidden"], 1)),
         alpha=jnp.ones(2),
         space=spaces.Real(),
-        metrics={"cost": jax.tree_util.Partial(metric_cost, quadrature)},
+        metrics={"cost": jax.tree_util.Partial(control_cost_on, quadrature)},
         exact=exact_control,
     )
 
 
-def metric_cost(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """J."""
-    del key
-    return control_cost(w, alpha, batch)
-
-
-SCALES = {
+SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "poisson": {
         "small": {
-            **{"inside": 64, "sensors": 20, "held_out": 40, "noise": 0.01},
-            "hidden": (20, 20),
+            **{"num_collocation": 64, "num_sensors": 20, "num_held_out": 40},
+            **{"noise": 0.01, "hidden": (20, 20)},
         },
         "paper": {
-            **{"inside": 256, "sensors": 50, "held_out": 50, "noise": 0.1},
-            "hidden": (50,) * 4,
+            **{"num_collocation": 256, "num_sensors": 50, "num_held_out": 50},
+            **{"noise": 0.1, "hidden": (50,) * 4},
         },
     },
     "burgers": {
         "small": {
-            **{"inside": 256, "boundary": 50, "sensors": 50, "held_out": 40},
-            **{"noise": 0.01, "hidden": (20, 20)},
+            **{"num_collocation": 256, "num_boundary": 50, "num_sensors": 50},
+            **{"num_held_out": 40, "noise": 0.01, "hidden": (20, 20)},
         },
         "paper": {
-            **{"inside": 10_000, "boundary": 100, "sensors": 100, "held_out": 100},
-            **{"noise": 0.1, "hidden": (20,) * 8},
+            **{"num_collocation": 10_000, "num_boundary": 100, "num_sensors": 100},
+            **{"num_held_out": 100, "noise": 0.1, "hidden": (20,) * 8},
         },
     },
     "control": {
-        "small": {"inside": 16, "hidden": (8,)},
-        "paper": {"inside": 64, "hidden": (50,) * 4},
+        "small": {"num_collocation": 16, "hidden": (8,)},
+        "paper": {"num_collocation": 64, "hidden": (50,) * 4},
     },
 }
 
@@ -334,26 +363,26 @@ def make(
     hold_out: Array | bool = False,
     **sizes: Any,
 ) -> Task:
-    """A differential equation and a network that solves it.
+    """Returns the task of a differential equation and a network that solves it.
 
     Args:
-      key: of the network, the sensors, their noise and random collocation points.
-      scale: 'small', at which `hypergrad run physics` makes its table, or 'paper'.
-      data_dir: where Burgers' reference lies; see `hypergrad.data.load`. Without the
-        file it is made by quadrature.
+      key: PRNG key of the network, the sensors, their noise and random points.
+      scale: 'small', the scale of the table of `hypergrad run physics`, or 'paper'.
+      data_dir: Folder of the solution of Burgers' equation; see
+        `hypergrad.datasets.load`. Without the file it is computed by quadrature.
       variant: 'poisson', 'burgers' or 'control'.
-      hold_out: keep a third of the held-out sensors out of the outer loss, to choose
-        by; not read by 'control'.
-      sizes: in place of the scale's, as `SCALES` names them.
+      hold_out: Whether a third of the held-out sensors is not in the outer loss, for
+        model selection; not used by 'control'. Defaults to False.
+      sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: another scale or variant.
-      TypeError: a size that `SCALES` does not name.
+      ValueError: The scale or the variant is unknown.
+      TypeError: A size is not in `SCALES`.
     """
     if variant not in SCALES:
-        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}")
+        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}.")
     if scale not in SCALES[variant]:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
     key, chosen = as_key(key), sizes_of("physics", SCALES[variant][scale], sizes)
     if variant == "control":
         return make_control(key, chosen)

@@ -1,9 +1,9 @@
 """Reinforcement learning: discounts and an entropy weight by meta-gradients.
 
 Xu, van Hasselt & Silver 2018 (arXiv 1805.09801). An update ``w + f(w, alpha, tau)``
-(their equation 1) learns from experience tau; its settings alpha are moved along the
-derivative of how well the updated w does on experience that follows (equation 3).
-``mrp`` is the system of `random_walk`, ``cartpole`` that of `cartpole`.
+(their equation 1) learns from experience tau. Its hyperparameters alpha follow the
+derivative of the performance of the updated w on later experience (equation 3).
+The variant ``mrp`` is the problem of `random_walk`, ``cartpole`` the one of `cartpole`.
 """
 
 from typing import Any
@@ -17,14 +17,15 @@ from .task import Task, sizes_of
 
 DATA_NAME = "simulated"
 
-SCALES = {
+CARTPOLE = {"horizon": 500, "num_steps": 5, "step_size": 0.5}
+SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "mrp": {
         "small": {"num_train": 20, "num_val": 20, "horizon": 400},
         "paper": {"num_train": 200, "num_val": 200, "horizon": 1000},
     },
     "cartpole": {
-        "small": {"num_episodes": 16, "horizon": 500, "num_steps": 5, "rate": 0.5},
-        "paper": {"num_episodes": 256, "horizon": 500, "num_steps": 5, "rate": 0.5},
+        "small": {"num_episodes": 16} | CARTPOLE,
+        "paper": {"num_episodes": 256} | CARTPOLE,
     },
 }
 
@@ -37,29 +38,30 @@ def make(
     variant: str = "cartpole",
     **sizes: Any,
 ) -> Task:
-    """A Markov reward process or CartPole; both make their own experience.
+    """Returns a Markov reward process or CartPole, which simulate their own experience.
 
-    CartPole asks for `Unrolled` or `Forward`: its update is the gradient of no loss,
-    and what `Implicit` takes for the Hessian is indefinite. Its hypergradients are not
-    trusted, and zero where `CG` stops at once, as at the start: ``adjoint_residual`` 1.
+    CartPole needs `Unrolled` or `Forward`: its update is not the gradient of any loss,
+    and the matrix that `Implicit` uses as the Hessian is indefinite. The hypergradients
+    of `Implicit` are not trusted, and are zero if `CG` stops at once, as it does at
+    the starting point (``adjoint_residual`` is 1).
 
     Args:
-      key: of the episodes (``mrp``), or of the networks (``cartpole``).
-      scale: 'small', at which `hypergrad run reinforcement` makes its table, or
+      key: PRNG key of the episodes (``mrp``) or of the networks (``cartpole``).
+      scale: 'small', the scale of the table of `hypergrad run reinforcement`, or
         'paper'.
-      data_dir: not read.
+      data_dir: Not used.
       variant: 'mrp' or 'cartpole'.
-      sizes: in place of the scale's, as `SCALES` names them.
+      sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: another scale or variant.
-      TypeError: a size that `SCALES` does not name.
+      ValueError: The scale or the variant is unknown.
+      TypeError: A size is not in `SCALES`.
     """
     del data_dir
     if variant not in SCALES:
-        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}")
+        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}.")
     if scale not in SCALES[variant]:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}")
+        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
     build = {"mrp": make_mrp, "cartpole": make_cartpole}[variant]
     chosen = sizes_of("reinforcement", SCALES[variant][scale], sizes)
     return build(as_key(key), **chosen)

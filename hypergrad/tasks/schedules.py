@@ -1,14 +1,15 @@
 """Learning rates and momenta of a whole training run, shared by windows of steps.
 
-Maclaurin et al. 2015 (arXiv 1502.03492) learn a rate a step; Micaelli & Storkey 2021
-(arXiv 2007.07869) one a window of thousands. The inner problem is a run of T mini-batch
-steps of momentum descent on a network's cross-entropy,
+Maclaurin et al. 2015 (arXiv 1502.03492) learn one rate per step; Micaelli & Storkey
+2021 (arXiv 2007.07869) one rate per window of thousands of steps. The inner problem is
+a run of T mini-batch steps of momentum descent on the cross-entropy of a network,
 
     v <- m_t v + g_t,   w <- w - r_t v,
 
-with rates ``r`` and momenta ``m`` in the windows of the run, and the outer loss is the
-cross-entropy on a validation set at its end. Nothing converges: the derivative is that
-of the procedure, in reverse, forward or reversible mode.
+with piecewise constant rates ``r`` and momenta ``m``. The outer loss is the
+cross-entropy on a validation set at the end of the run. The run need not converge: the
+hypergradient is the derivative of the procedure, in reverse, forward or reversible
+mode.
 """
 
 import functools
@@ -19,52 +20,51 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..estimators import Reversible
 from ..inner import Descent, piecewise_constant_schedule
 from ..problem import Batches, Bilevel
 from ..validation import as_key
 from .classifier import (
     accuracy,
-    bound,
+    bind_score_fn,
     check_data,
-    held_out,
-    loss_on,
-    scorer,
+    loss_metric,
+    make_score_fn,
+    mask_held_out,
     split,
     val_loss,
 )
-from .networks import MLP, parameters
-from .task import Task
+from .networks import MLP, split_module
+from .task import Task, check_choice
 
 NUM_WINDOWS = 5
 SMALL, PAPER = (600, 400, 797), (10_000, 10_000, 10_000)
-RATES, MOMENTA = (1e-3, 1.0), (0.1, 0.99)
-RATE, MOMENTUM = 0.05, 0.5  # where alpha starts
+RATES, MOMENTA = (1e-3, 1.0), (0.1, 0.99)  # bounds of the hyperparameters
+INIT_RATE, INIT_MOMENTUM = 0.05, 0.5
 
 
 @functools.cache
 def momentum_descent(
     num_steps: int,
 ) -> Callable[[PyTree], optax.GradientTransformation]:
-    """``alpha -> optimizer``: the rates and momenta of ``alpha`` over the run."""
+    """Returns ``alpha -> optimizer``, momentum descent with the schedule ``alpha``."""
 
-    def optimizer(alpha):
+    def make_optimizer(alpha: PyTree) -> optax.GradientTransformation:
         momentum = optax.inject_hyperparams(optax.trace)(
             decay=piecewise_constant_schedule(alpha["momentum"], num_steps)
         )
         rate: Any = piecewise_constant_schedule(alpha["rate"], num_steps)
         return optax.chain(momentum, optax.scale_by_learning_rate(rate))
 
-    return optimizer
+    return make_optimizer
 
 
 @functools.cache
-def reversible(num_steps: int) -> Reversible:
-    """The estimator that runs the same steps back, bit for bit."""
+def reversible_estimator(num_steps: int) -> Reversible:
+    """Returns the estimator that reverses the steps of `momentum_descent` exactly."""
     return Reversible(
         lambda alpha: piecewise_constant_schedule(alpha["rate"], num_steps),
         lambda alpha: piecewise_constant_schedule(alpha["momentum"], num_steps),
@@ -73,36 +73,49 @@ def reversible(num_steps: int) -> Reversible:
     )
 
 
-class Greedy(NamedTuple):
-    """State of `hypergradient_descent`."""
+class HypergradientDescentState(NamedTuple):
+    """State of `hypergradient_descent`.
 
-    rate: Array
+    Attributes:
+      rate: Learning rate of the previous step.
+      v: Velocity, structured like the parameters.
+    """
+
+    rate: Float[Array, ""]
     v: PyTree
 
 
 def hypergradient_descent(
     rate: float | Array, momentum: float | Array, step_size: float | Array
 ) -> optax.GradientTransformation:
-    """Momentum descent whose rate follows its one-step hypergradient, the greedy one.
+    """Returns momentum descent whose rate follows its one-step hypergradient.
 
-    The loss after a step, ``f(w - r v)``, has the derivative ``-g'ᵀ v`` in the rate,
-    where ``g'`` is the next gradient; so at the next step
+    The loss after a step, ``f(w - r v)``, has the derivative ``-g' v`` with respect to
+    the rate, where ``g`` is the next gradient. The next step therefore uses
 
-        r <- r (1 + step_size  g'ᵀ v / (||g'|| ||v||)).
+        r <- r (1 + step_size g' v / (||g|| ||v||)).
+
+    Args:
+      rate: Initial learning rate.
+      momentum: Momentum of the descent.
+      step_size: Step size of the rate.
 
     Source: Baydin et al. 2018 (arXiv 1703.04782), the multiplicative rule.
     """
 
-    def init(params: PyTree) -> Greedy:
-        return Greedy(jnp.asarray(rate, float), optax.tree.zeros_like(params))
+    def init(params: PyTree) -> HypergradientDescentState:
+        zero_velocity = optax.tree.zeros_like(params)
+        return HypergradientDescentState(jnp.asarray(rate, float), zero_velocity)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> PyTree:
         del params
         norms = optax.tree.norm(updates) * optax.tree.norm(state.v)
         cosine = optax.tree.vdot(updates, state.v) / jnp.where(norms > 0, norms, 1)
-        r = state.rate * (1 + step_size * cosine)
-        v = jax.tree.map(lambda v, g: momentum * v + g, state.v, updates)
-        return jax.tree.map(lambda v: -r * v, v), Greedy(r, v)
+        # r <- r (1 + step_size g' v / (||g|| ||v||)); v = 0 before the first step.
+        new_rate = state.rate * (1 + step_size * cosine)
+        new_v = jax.tree.map(lambda v, g: momentum * v + g, state.v, updates)
+        new_state = HypergradientDescentState(new_rate, new_v)
+        return jax.tree.map(lambda v: -new_rate * v, new_v), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -117,44 +130,50 @@ def make(
     hold_out: Array | bool = False,
     data: PyTree = None,
 ) -> Task:
-    """A schedule of rates and momenta for a network on digits.
+    """Returns a network on digits whose learning rates and momenta are learned.
 
     Args:
-      key: of the split and the network's start; an estimate's key is the order of its
-        batches.
+      key: PRNG key of the split and of the initial network. The key of an estimate
+        determines the order of its batches.
       scale: 'small' for scikit-learn's digits and a network 64-32-10 in batches of 32,
-        'paper' for MNIST and 784-50-50-50-10 in batches of 200.
-      data_dir: where MNIST is, see `hypergrad.data.load`.
-      num_steps: T of the run, static.
-      num_windows: W; W of ``num_steps`` is one rate and one momentum a step.
-      hold_out: keep a third of validation out of the outer loss, to choose by.
-      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, classes 0 to 9.
+        or 'paper' for MNIST and a network 784-50-50-50-10 in batches of 200.
+      data_dir: Folder that contains MNIST, see `hypergrad.datasets.load`.
+      num_steps: Number T of inner steps, a static value.
+      num_windows: Number of windows of equal length, each with one rate and one
+        momentum. ``num_windows=num_steps`` learns a rate and a momentum per step.
+      hold_out: Whether the last third of the validation examples is excluded from the
+        outer loss, for choosing settings.
+      data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9. Defaults to the
+        digits or MNIST.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale, more windows than steps, data of another shape, too
-        few, or with other labels.
+      TypeError: An array of ``data`` has another type.
+      ValueError: ``scale`` is unknown, ``num_windows`` exceeds ``num_steps``, or
+        ``data`` has another shape, too few examples or other labels.
     """
     key = as_key(key)
-    if scale not in ("small", "paper"):
-        raise ValueError(f"schedules has scale 'small' and 'paper'; got {scale!r}")
+    check_choice("scale", scale, ("small", "paper"))
     if not 1 <= num_windows <= num_steps:
         raise ValueError(
-            f"num_windows must be in 1..num_steps, {num_steps}; got {num_windows}"
+            f"num_windows must be in 1..num_steps = {num_steps}; got {num_windows}. "
+            "Each window needs at least one step."
         )
-    small = scale == "small"
+    is_small = scale == "small"
     if data is None:
-        data = datasets.load("digits" if small else "mnist", data_dir)
-    sizes = SMALL if small else PAPER
+        data = datasets.load("digits" if is_small else "mnist", data_dir)
+    sizes = SMALL if is_small else PAPER
     check_data(data, sizes[0] + sizes[1] + 1)
     data = jax.tree.map(jnp.asarray, data)
-    split_key, start_key = jax.random.split(key)
-    parts = split(data, split_key, sizes)
-    hidden = (32,) if small else (50, 50, 50)
-    module = MLP((data["x"].shape[1], *hidden, 10), nnx.Rngs(start_key))
-    graph, w = parameters(module)
-    score = scorer(graph)
-    loss, measured = bound(val_loss, score), parts["test"]
+    split_key, init_key = jax.random.split(key)
+    splits = split(data, split_key, sizes)
+    hidden_sizes = (32,) if is_small else (50, 50, 50)
+    module = MLP((data["x"].shape[1], *hidden_sizes, 10), nnx.Rngs(init_key))
+    graph, w = split_module(module)
+    score_fn = make_score_fn(graph)
+    loss = bind_score_fn(val_loss, score_fn)
+    make_metric = lambda function: jax.tree_util.Partial(
+        bind_score_fn(function, score_fn), splits["test"]
+    )
     shape = (num_windows,)
     return Task(
         name="schedules",
@@ -163,18 +182,21 @@ def make(
         problem=Bilevel(
             loss,
             loss,
-            Batches(parts["train"], 32 if small else 200),
-            held_out(parts["val"], hold_out),
+            Batches(splits["train"], 32 if is_small else 200),
+            mask_held_out(splits["val"], hold_out),
         ),
         solver=Descent(momentum_descent(num_steps), num_steps),
         w=w,
-        alpha={"rate": jnp.full(shape, RATE), "momentum": jnp.full(shape, MOMENTUM)},
+        alpha={
+            "rate": jnp.full(shape, INIT_RATE),
+            "momentum": jnp.full(shape, INIT_MOMENTUM),
+        },
         space={
             "rate": spaces.Interval(*RATES, log=True, shape=shape),
             "momentum": spaces.Interval(*MOMENTA, shape=shape),
         },
         metrics={
-            "test_accuracy": jax.tree_util.Partial(bound(accuracy, score), measured),
-            "test_loss": jax.tree_util.Partial(bound(loss_on, score), measured),
+            "test_accuracy": make_metric(accuracy),
+            "test_loss": make_metric(loss_metric),
         },
     )

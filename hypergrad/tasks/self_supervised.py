@@ -1,19 +1,21 @@
-"""Self-supervised learning, three levels: augment and contrast, encode, probe.
+"""Self-supervised learning in three levels: augmentation, encoder and linear probe.
 
-Chen et al. 2020 (SimCLR, arXiv 2002.05709); the temperature and the strengths of the
-augmentation are usually tuned by the accuracy of a linear probe, and are learned here.
-The encoder ``w`` maps two views a, b of the same images to unit vectors z, and learns
-to tell which belong together (van den Oord et al. 2018, arXiv 1807.03748, equation 4):
+Chen et al. 2020 (SimCLR, arXiv 2002.05709). The temperature and the strengths of the
+augmentation are usually tuned by the accuracy of a linear probe; here they are
+hyperparameters. The encoder ``w`` maps two views of the same images to unit vectors a_i
+and b_i and learns which belong together (van den Oord et al. 2018, arXiv 1807.03748,
+equation 4):
 
     L(w, alpha) = -tau mean_i log [exp(a_i'b_i / tau) / sum_j exp(a_i'b_j / tau)],
 
-and the same with a and b exchanged; the factor tau (Chen et al. 2021, arXiv 2104.02057,
-algorithm 1) keeps the steps of low temperatures from growing as 1 / tau. A view is a
-crop, moved, with noise: output pixel i shows the place ``c + (i - c)(1 - crop u) +
-shift v``, u in [0, 1] and v in [-1, 1] at random, c the middle; then ``+ noise e``, e
-normal. Below the encoder's loss stands the probe, ridge regression on a few labelled
-examples' features f, in closed form; above it the outer loss, the probe's squared error
-on validation examples:
+averaged with the same term for exchanged a and b. The factor tau (Chen et al. 2021,
+arXiv 2104.02057, algorithm 1) prevents steps that grow as 1 / tau for low temperatures.
+A view is a random crop with a random shift and noise: pixel i of the output shows the
+position ``c + (i - c)(1 - crop u) + shift v``, where c is the center, u is uniform in
+[0, 1] and v in [-1, 1]; then ``noise e`` is added, with normal e.
+
+The probe is ridge regression in closed form on the features f of a few labeled
+examples. The outer loss is its squared error on validation examples:
 
     M(w) = mean_val |f'V - y|² / 2,   V = argmin sum_fit |f'V - y|² + penalty |V|².
 """
@@ -21,7 +23,7 @@ on validation examples:
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .. import datasets as datasets
 from .. import spaces
@@ -44,44 +46,54 @@ SPACE = {
 }
 
 
-def hidden(w: PyTree, x: Array) -> Array:
-    """Features ``[n, width]`` of images ``[n, 8, 8]``, what the probe reads."""
+def features(w: PyTree, x: Float[Array, "n 8 8"]) -> Float[Array, "n width"]:
+    """Returns the features of images, which are the input of the probe."""
     return jnp.tanh(x.reshape(len(x), -1) @ w["W"] + w["b"][None, :])
 
 
-def embedding(w: PyTree, x: Array) -> Array:
-    """Unit vectors ``[n, dimension]`` to contrast."""
-    z = hidden(w, x) @ w["projection"]
+def embedding(w: PyTree, x: Float[Array, "n 8 8"]) -> Float[Array, "n dimension"]:
+    """Returns the unit vectors that the contrastive loss compares."""
+    z = features(w, x) @ w["projection"]
     return z / jnp.sqrt(jnp.sum(z**2, axis=1, keepdims=True) + 1e-6)
 
 
-def resample(place: Array, x: Array) -> Array:
-    """Rows of ``x`` at real-valued places, linearly interpolated, zero outside."""
-    weight = jnp.maximum(1 - jnp.abs(place[:, None] - jnp.arange(len(x))[None, :]), 0)
-    return weight @ x
+def resample(positions: Float[Array, " m"], x: Float[Array, "n k"]) -> Array:
+    """Interpolates the rows of ``x`` linearly at ``positions``; zero outside."""
+    distances = jnp.abs(positions[:, None] - jnp.arange(len(x))[None, :])
+    return jnp.maximum(1 - distances, 0) @ x
 
 
-def augment(alpha: PyTree, x: Array, key: Array) -> Array:
-    """A random view of one image ``[8, 8]``."""
+def augment(alpha: PyTree, x: Float[Array, "8 8"], key: Array) -> Float[Array, "8 8"]:
+    """Returns a random view of one image."""
     crop_key, shift_key, noise_key = jax.random.split(key, 3)
-    middle = (SIZE - 1) / 2
+    center = (SIZE - 1) / 2
     zoom = 1 - alpha["crop"] * jax.random.uniform(crop_key)
     shift = alpha["shift"] * jax.random.uniform(shift_key, (2,), minval=-1)
-    place = middle + (jnp.arange(SIZE) - middle) * zoom
-    view = resample(place + shift[0], resample(place + shift[1], x.T).T)
+    positions = center + (jnp.arange(SIZE) - center) * zoom
+    view = resample(positions + shift[0], resample(positions + shift[1], x.T).T)
     return view + alpha["noise"] * jax.random.normal(noise_key, x.shape)
 
 
-def info_nce(a: Array, b: Array, temperature: Array) -> Array:
-    """Which view belongs to which, by cross-entropy, both ways."""
+def info_nce(
+    a: Float[Array, "n d"], b: Float[Array, "n d"], temperature: Array
+) -> Array:
+    """Returns the InfoNCE loss, the mean of both directions."""
     similarity = a @ b.T / temperature
-    own = jnp.diagonal(similarity)
-    one_way = lambda axis: jnp.mean(jax.nn.logsumexp(similarity, axis=axis) - own)
-    return (one_way(0) + one_way(1)) / 2
+    positives = jnp.diagonal(similarity)
+    loss_along = lambda axis: jnp.mean(
+        jax.nn.logsumexp(similarity, axis=axis) - positives
+    )
+    return (loss_along(0) + loss_along(1)) / 2
 
 
 def contrastive_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """``tau`` times InfoNCE between two views of each image."""
+    """Returns ``tau`` times InfoNCE of two views of each image.
+
+    Args:
+      w: Parameters of the encoder.
+      alpha: Temperature and strengths of the augmentation.
+      batch: ``({"x": images}, key)``.
+    """
     batch, key = batch
     views = [
         jax.vmap(augment, in_axes=(None, 0, 0))(
@@ -94,69 +106,81 @@ def contrastive_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
     return temperature * info_nce(a, b, temperature)
 
 
-def with_one(f: Array) -> Array:
-    """The features and a constant."""
+def append_one(f: Float[Array, "n d"]) -> Float[Array, "n d+1"]:
+    """Returns the features and the constant feature 1."""
     return jnp.concatenate([f, jnp.ones((len(f), 1), f.dtype)], axis=1)
 
 
 def probe_loss(v: Array, f: Array, batch: PyTree) -> Array:
-    """The probe's own loss, half of it: squared error where ``fit``, and a penalty."""
+    """Returns half of ``sum_fit |f'V - y|² + penalty |V|²``."""
     y = jax.nn.one_hot(batch["y"], NUM_CLASSES)
-    error = jnp.sum((with_one(f) @ v - y) ** 2, axis=1)
-    return (jnp.sum(batch["fit"] * error) + batch["penalty"] * jnp.sum(v**2)) / 2
+    errors = jnp.sum((append_one(f) @ v - y) ** 2, axis=1)
+    return (jnp.sum(batch["fit"] * errors) + batch["penalty"] * jnp.sum(v**2)) / 2
 
 
-def probe(f: Array, batch: PyTree) -> Array:
-    """``V = (F' D F + penalty I)^-1 F' D y``, D the diagonal of ``fit``."""
-    f = with_one(f)
+def probe(f: Float[Array, "n d"], batch: PyTree) -> Float[Array, "d+1 10"]:
+    """Returns the argmin of `probe_loss`.
+
+    ``V = (F' D F + penalty I)^-1 F' D y``, where D is the diagonal matrix of ``fit``.
+    """
+    f = append_one(f)
     y = jax.nn.one_hot(batch["y"], NUM_CLASSES)
-    chosen = f * batch["fit"][:, None]
-    gram = chosen.T @ f + batch["penalty"] * jnp.eye(f.shape[1])
-    return jnp.linalg.solve(gram, chosen.T @ y)
+    weighted_f = f * batch["fit"][:, None]
+    gram = weighted_f.T @ f + batch["penalty"] * jnp.eye(f.shape[1])
+    return jnp.linalg.solve(gram, weighted_f.T @ y)
 
 
-def probe_scores(w: PyTree, batch: PyTree) -> Array:
-    """Class scores ``[n, 10]`` of every example, by the probe of those to fit."""
-    f = hidden(w, batch["x"])
-    return with_one(f) @ probe(f, batch)
+def probe_scores(w: PyTree, batch: PyTree) -> Float[Array, "n 10"]:
+    """Returns the class scores of all examples by the probe of those with ``fit``."""
+    f = features(w, batch["x"])
+    return append_one(f) @ probe(f, batch)
 
 
 def probe_error(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Half the mean squared error of the probe where ``judge``."""
+    """Returns half of the mean squared error of the probe where ``evaluate`` is 1."""
     del alpha
     y = jax.nn.one_hot(batch["y"], NUM_CLASSES)
-    error = jnp.sum((probe_scores(w, batch) - y) ** 2, axis=1) / 2
-    return jnp.sum(batch["judge"] * error) / jnp.sum(batch["judge"])
+    errors = jnp.sum((probe_scores(w, batch) - y) ** 2, axis=1) / 2
+    return jnp.sum(batch["evaluate"] * errors) / jnp.sum(batch["evaluate"])
+
+
+def probe_error_on(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Returns the outer loss on other examples."""
+    del key
+    return probe_error(w, alpha, batch)
 
 
 def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Share of the examples to judge whose class the probe scores highest."""
+    """Returns the accuracy of the probe where ``evaluate`` is 1."""
     del alpha, key
-    hits = jnp.argmax(probe_scores(w, batch), axis=1) == batch["y"]
-    return jnp.sum(batch["judge"] * hits) / jnp.sum(batch["judge"])
+    is_correct = jnp.argmax(probe_scores(w, batch), axis=1) == batch["y"]
+    return jnp.sum(batch["evaluate"] * is_correct) / jnp.sum(batch["evaluate"])
 
 
 def split(data: PyTree, key: Array, penalty: Array) -> dict[str, PyTree]:
-    """Images without labels, and two sets with: the probe's own with val or test.
+    """Splits the data by a random permutation.
 
-    A seeded permutation: 800 to contrast, 100 to fit the probe, 300 to validate, the
-    rest to test.
+    Returns:
+      "train": 800 images without labels; "val" and "test": the 100 labeled examples
+      that the probe is fitted to, with ``fit`` 1, followed by 300 validation examples
+      or all remaining examples, with ``evaluate`` 1.
     """
     order = jax.random.permutation(key, len(data["y"]))
     x = jnp.asarray(data["x"], float)[order].reshape(-1, SIZE, SIZE)
     y = data["y"][order]
-    first, second = NUM_TRAIN + NUM_FIT, NUM_TRAIN + NUM_FIT + NUM_VAL
+    val_start, test_start = NUM_TRAIN + NUM_FIT, NUM_TRAIN + NUM_FIT + NUM_VAL
 
-    def labelled(part):
-        join = lambda leaf: jnp.concatenate([leaf[NUM_TRAIN:first], leaf[part]])
+    def select(indices):
+        join = lambda leaf: jnp.concatenate([leaf[NUM_TRAIN:val_start], leaf[indices]])
         joined = {"x": join(x), "y": join(y), "penalty": penalty}
-        fit = jnp.arange(len(joined["y"])) < NUM_FIT
-        return joined | {"fit": fit.astype(x.dtype), "judge": (~fit).astype(x.dtype)}
+        is_fit = jnp.arange(len(joined["y"])) < NUM_FIT
+        weights = {"fit": is_fit, "evaluate": ~is_fit}
+        return joined | jax.tree.map(lambda mask: mask.astype(x.dtype), weights)
 
     return {
         "train": {"x": x[:NUM_TRAIN]},
-        "val": labelled(slice(first, second)),
-        "test": labelled(slice(second, None)),
+        "val": select(slice(val_start, test_start)),
+        "test": select(slice(test_start, None)),
     }
 
 
@@ -170,43 +194,46 @@ def make(
     dimension: int = 32,
     data: PyTree = None,
 ) -> Task:
-    """A contrastive encoder of scikit-learn's digits and its ridge probe.
+    """Returns the task of a contrastive encoder of digits and its ridge probe.
 
     Args:
-      key: of the split, and of the encoder to begin with.
-      scale: 'small' is the only one: no paper sets another.
-      data_dir: not read: the digits come with scikit-learn.
-      penalty: of the probe.
-      width, dimension: of the features, and of what is contrasted.
-      data: ``{"x": [n, 64], "y": [n]}`` in place of the digits, classes 0 to 9, more
-        than 1,200 examples.
+      key: PRNG key of the split and of the initial encoder.
+      scale: 'small' is the only one, because no paper defines another.
+      data_dir: Not used, because the digits are part of scikit-learn.
+      penalty: Ridge penalty of the probe. Defaults to 1.
+      width: Number of features.
+      dimension: Dimension of the vectors that the contrastive loss compares.
+      data: ``{"x": [n, 64], "y": [n]}`` with classes 0 to 9 and more than 1,200
+        examples. Defaults to scikit-learn's digits.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale, data of another shape, too few, or with other labels.
+      TypeError: data has a wrong type.
+      ValueError: The scale is unknown, or data has a wrong shape, a wrong label or too
+        few examples.
     """
     key = as_key(key)
     del data_dir
     if scale != "small":
-        raise ValueError(f"self_supervised has scale 'small' only; got {scale!r}")
+        raise ValueError(f"scale must be 'small'; got {scale!r}.")
     data = datasets.load("digits") if data is None else data
     check_data(data, NUM_TRAIN + NUM_FIT + NUM_VAL + 1, NUM_CLASSES)
     if data["x"].shape[1] != SIZE**2:
         raise ValueError(
             f"data['x'] must be flat images of {SIZE} by {SIZE} pixels, [n, {SIZE**2}]"
-            f"; got {data['x'].shape[1]} features"
+            f"; got {data['x'].shape[1]} features."
         )
-    split_key, first_key, second_key = jax.random.split(key, 3)
+    split_key, encoder_key, projection_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
-    parts = split(jax.tree.map(jnp.asarray, data), split_key, penalty)
-    n = SIZE * SIZE
+    splits = split(jax.tree.map(jnp.asarray, data), split_key, penalty)
+    num_pixels = SIZE * SIZE
+    # Normal weights with variance 1 / fan-in.
+    projection = jax.random.normal(projection_key, (width, dimension))
     w = {
-        "W": jax.random.normal(first_key, (n, width)) / jnp.sqrt(n),
+        "W": jax.random.normal(encoder_key, (num_pixels, width)) / jnp.sqrt(num_pixels),
         "b": jnp.zeros(width),
-        "projection": jax.random.normal(second_key, (width, dimension))
-        / jnp.sqrt(width),
+        "projection": projection / jnp.sqrt(width),
     }
-    test = parts["test"]
+    test = splits["test"]
     return Task(
         name="self_supervised",
         paradigm="self-supervised",
@@ -214,8 +241,8 @@ def make(
         problem=Bilevel(
             contrastive_loss,
             probe_error,
-            Batches(parts["train"], BATCH, with_key=True),
-            parts["val"],
+            Batches(splits["train"], BATCH, with_key=True),
+            splits["val"],
         ),
         solver=SOLVER,
         w=w,
@@ -223,12 +250,6 @@ def make(
         space=SPACE,
         metrics={
             "test_accuracy": jax.tree_util.Partial(accuracy, test),
-            "test_error": jax.tree_util.Partial(error, test),
+            "test_error": jax.tree_util.Partial(probe_error_on, test),
         },
     )
-
-
-def error(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """The outer loss on the test examples."""
-    del key
-    return probe_error(w, alpha, batch)

@@ -1,4 +1,4 @@
-"""Updates that are the gradient of no loss, such as temporal differences."""
+"""A solver whose updates are not the gradient of any loss, such as TD learning."""
 
 from collections.abc import Callable
 
@@ -20,16 +20,22 @@ SOURCE = "Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)"
 class SemiGradient(eqx.Module):
     """Steps along ``d loss(w, frozen, alpha, batch)/dw`` at ``frozen = w``.
 
-    Args:
-      loss: ``(w, frozen, alpha, batch) -> scalar``; what it makes of ``frozen``, a
-        target or an advantage, a step takes for constant.
-      optimizer: an optax transformation.
-      num_steps: T, static.
+    Temporal-difference learning and actor-critic are such updates, which are not the
+    gradient of any loss. After each step ``frozen`` is the new ``w``, so that
+    derivatives of the run pass through it; ``jax.lax.stop_gradient`` would drop them.
+    Use `Unrolled`, `Forward` or `FixedPoint`: `Implicit` assumes that the update is a
+    gradient.
 
-    Temporal differences and actor-critic are such updates, and the gradient of no loss.
-    From step to step ``frozen`` moves with ``w`` and ``alpha``, and derivatives of the
-    steps go through it, as they would not through ``jax.lax.stop_gradient``. Use
-    `Unrolled`, `Forward` or `FixedPoint`: `Implicit` takes the update for a gradient.
+    Args:
+      loss: ``(w, frozen, alpha, batch) -> scalar``. Within one step, a target or an
+        advantage that depends on ``frozen`` is constant.
+      optimizer: Optax transformation.
+      num_steps: T, the number of steps, a static integer.
+
+    Cost: T gradients, where mini-batches count in proportion.
+
+    Raises:
+      ValueError: ``num_steps`` is not a positive integer.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> loss = lambda w, frozen, alpha, batch: 0.5 * (alpha + 0.5 * frozen - w) ** 2
@@ -51,7 +57,7 @@ class SemiGradient(eqx.Module):
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """``(w, optimizer state)``."""
+        """Returns ``w`` and the first state of the optimizer."""
         del inner_loss, alpha, data, key
         return w, self.optimizer.init(w)
 
@@ -63,17 +69,17 @@ class SemiGradient(eqx.Module):
         data: Data,
         key: Array,
     ) -> tuple[PyTree, PyTree]:
-        """One update from the batch drawn with ``key``."""
+        """Returns the carry after one update on a batch sampled with ``key``."""
         del inner_loss
         w, state = carry
-        gradient = jax.grad(self.loss)(w, w, alpha, sample_batch(data, key))
-        updates, state = self.optimizer.update(gradient, state, w)
+        semi_grad = jax.grad(self.loss)(w, w, alpha, sample_batch(data, key))
+        updates, state = self.optimizer.update(semi_grad, state, w)
         return optax.apply_updates(w, updates), state
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """``(w_T, stats)``; same structure as ``w``."""
+        """Returns ``w`` after all steps and its cost."""
         w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
-        steps = self.num_steps
-        return w, inner_stats(steps, num_grads=steps * batch_fraction(data))
+        num_grads = self.num_steps * batch_fraction(data)
+        return w, inner_stats(self.num_steps, num_grads=num_grads)

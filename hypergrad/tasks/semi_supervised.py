@@ -1,14 +1,15 @@
-"""Semi-supervised learning: one weight per unlabelled example.
+"""Semi-supervised learning: one weight per unlabeled example.
 
-Ren, Yeh & Schwing 2020 (arXiv 2007.01293), equation 2. A model trained on a few labels
-names the rest; the inner problem is a softmax regression on both,
+Ren, Yeh & Schwing 2020 (arXiv 2007.01293), equation 2. A model that was trained on a
+few labels predicts pseudo-labels of the other examples. The inner problem is a softmax
+regression on both,
 
     L(w, alpha) = mean_i CE_i(w) + mean_u alpha_u CE_u(w) + penalty ||w||²,
 
-i over labelled examples and u over unlabelled ones with their pseudo-labels, alpha in
-[0, 1]^m. The outer loss is the cross-entropy on a small labelled validation set. Where
-the paper makes pseudo-labels anew at every step (FixMatch), they are made once here, by
-the supervised model, so that it is known which are wrong.
+over labeled examples i and unlabeled examples u with their pseudo-labels; alpha is in
+[0, 1]^m. The outer loss is the cross-entropy on a small labeled validation set. The
+paper makes new pseudo-labels at every step (FixMatch). Here the supervised model makes
+them once, so that the wrong ones are known.
 """
 
 import jax
@@ -23,71 +24,86 @@ from ..problem import Bilevel
 from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier
-from .classifier import check_data, check_scale, held_out, losses, others
+from .classifier import (
+    check_data,
+    check_scale,
+    held_out_examples,
+    losses,
+    mask_held_out,
+)
 from .networks import softmax_regression
 from .task import Task
 
 NUM_CLASSES = 10
-# Labelled, validation and unlabelled examples; the rest is for testing.
+# Numbers of labeled, validation and unlabeled examples. The rest is for testing.
 SIZES = {"small": (50, 100, 1000), "paper": (250, 1000, 48750)}
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 
-val_loss = classifier.bound(classifier.val_loss, softmax_regression)
-accuracy = classifier.bound(classifier.accuracy, softmax_regression)
+val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
+accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
 
 
 def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """The labelled examples and an L2 penalty.
+    """Returns the cross-entropy of the labeled examples and an L2 penalty.
 
-    On the bias too: a class that no label names would have no finite one.
+    The penalty includes the bias, because the optimal bias of a class without labels is
+    not finite.
     """
     del alpha
     penalty = batch["penalty"] * optax.tree.norm(w, squared=True)
-    return jnp.mean(losses(softmax_regression, w, batch["labelled"])) + penalty
+    return jnp.mean(losses(softmax_regression, w, batch["labeled"])) + penalty
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Labelled examples, weighted pseudo-labelled ones, penalty: equation 2."""
-    unlabelled = alpha * losses(softmax_regression, w, batch["unlabelled"])
-    return supervised_loss(w, alpha, batch) + jnp.mean(unlabelled)
+    """Returns the loss of equation 2, with one weight ``alpha`` per pseudo-label."""
+    weighted_losses = alpha * losses(softmax_regression, w, batch["unlabeled"])
+    return supervised_loss(w, alpha, batch) + jnp.mean(weighted_losses)
 
 
-def auroc_of_wrong_labels(wrong: Array, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Area under the ROC curve of a low weight as detector of a wrong pseudo-label."""
+def auroc_of_wrong_labels(
+    is_wrong: Array, w: PyTree, alpha: Array, key: Array
+) -> Array:
+    """Returns the area under the ROC curve of low weights as detectors of errors."""
     del w, key
-    return AUC().exact(-alpha, wrong)
+    return AUC().exact(-alpha, is_wrong)
 
 
-def pseudo_labels(w: PyTree, parts: PyTree, penalty: Array) -> Array:
-    """The classes that the supervised model gives to the unlabelled examples."""
-    batch = {"labelled": parts["labelled"], "penalty": penalty}
+def pseudo_labels(w: PyTree, splits: PyTree, penalty: Array) -> Array:
+    """Returns the classes that the supervised model predicts for unlabeled examples."""
+    batch = {"labeled": splits["labeled"], "penalty": penalty}
     w, _ = Newton().solve(supervised_loss, w, None, batch, jax.random.key(0))
-    return jnp.argmax(softmax_regression(w, parts["unlabelled"]["x"]), axis=-1)
+    return jnp.argmax(softmax_regression(w, splits["unlabeled"]["x"]), axis=-1)
 
 
 def split(
     data: PyTree, key: Array, sizes: tuple[int, int, int], hold_out: Array | bool
 ) -> dict[str, PyTree]:
-    """Labelled, validation, unlabelled, held-out and test examples, by a permutation.
+    """Splits the data by a random permutation.
 
-    With ``hold_out`` a third of the validation examples are out of use for learning and
-    make the held-out set.
+    Args:
+      data: ``{"x": [n, features], "y": [n]}``.
+      key: PRNG key of the permutation.
+      sizes: Numbers of labeled, validation and unlabeled examples.
+      hold_out: Whether a third of the validation examples is removed from the part
+        "val" by its weight ``use``. These examples are then the part "held_out".
     """
     order = jax.random.permutation(key, len(data["y"]))
     x, y = data["x"][order], data["y"][order]
-    labelled, val, unlabelled = sizes
-    ends = labelled, labelled + val, labelled + val + unlabelled
-    part = lambda where: {"x": x[where], "y": y[where]}
+    num_labeled, num_val, num_unlabeled = sizes
+    unlabeled_start = num_labeled + num_val
+    test_start = unlabeled_start + num_unlabeled
     ones = jnp.ones(len(y), x.dtype)
-    used = lambda where: part(where) | {"use": ones[where]}
-    val_part = held_out(used(slice(ends[0], ends[1])), hold_out, slice(val // 3))
+    select = lambda indices: {"x": x[indices], "y": y[indices]}
+    select_with_use = lambda indices: select(indices) | {"use": ones[indices]}
+    val = select_with_use(slice(num_labeled, unlabeled_start))
+    val = mask_held_out(val, hold_out, slice(num_val // 3))
     return {
-        "labelled": part(slice(None, ends[0])),
-        "val": val_part,
-        "held": others(val_part),
-        "unlabelled": part(slice(ends[1], ends[2])),
-        "test": used(slice(ends[2], None)),
+        "labeled": select(slice(None, num_labeled)),
+        "val": val,
+        "held_out": held_out_examples(val),
+        "unlabeled": select(slice(unlabeled_start, test_start)),
+        "test": select_with_use(slice(test_start, None)),
     }
 
 
@@ -101,23 +117,29 @@ def make(
     data: PyTree = None,
     sizes: tuple[int, int, int] | None = None,
 ) -> Task:
-    """Digits with 50 labels: 100 for validation, 1,000 unlabelled, 647 for testing.
+    """Returns the task on digits, of which 50 have labels.
+
+    Of the others, 100 are for validation, 1,000 are unlabeled and 647 are for testing.
 
     Args:
-      key: of the split.
-      scale: 'small', or 'paper': 250 labels, 1,000 for validation, 48,750 unlabelled,
-        of the ``data`` that is passed (the paper's are the 50,000 training images of
-        CIFAR-10; its network is a wide ResNet, which this is not).
-      data_dir: not read: the digits come with scikit-learn.
-      penalty: of the inner L2 term, also where the pseudo-labels are made.
-      hold_out: keep a third of validation out of the outer loss, to choose by.
-      data: ``{"x": [n, features], "y": [n]}`` in place of the digits, classes 0 to 9.
-      sizes: labelled, validation and unlabelled examples, in place of the scale's.
+      key: PRNG key of the split.
+      scale: 'small', or 'paper': 250 labels, 1,000 validation and 48,750 unlabeled
+        examples of the ``data``, which must be given. The paper uses the 50,000
+        training images of CIFAR-10 and a wide ResNet, which this task does not have.
+      data_dir: Not used, because the digits are part of scikit-learn.
+      penalty: Coefficient of the inner L2 penalty, also for the supervised model that
+        makes the pseudo-labels.
+      hold_out: Whether a third of the validation examples is not in the outer loss, for
+        model selection. Defaults to False.
+      data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9. Defaults to
+        scikit-learn's digits.
+      sizes: Numbers of labeled, validation and unlabeled examples. Defaults to the
+        sizes of the scale.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale, 'paper' without data, fewer examples than sizes, other
-        labels.
+      TypeError: data has a wrong type.
+      ValueError: The scale is unknown, or data is missing or has a wrong shape, a wrong
+        label or fewer examples than the sizes.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.semi_supervised.make(key=jax.random.key(0))
@@ -131,28 +153,28 @@ def make(
     data = datasets.load("digits") if data is None else data
     check_data(data, sum(sizes) + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)
-    parts = split(data, key, sizes, hold_out)
+    splits = split(data, key, sizes, hold_out)
     penalty = jnp.asarray(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
-    pseudo = pseudo_labels(w, parts, penalty)
+    predictions = pseudo_labels(w, splits, penalty)
     train = {
-        "labelled": parts["labelled"],
-        "unlabelled": {"x": parts["unlabelled"]["x"], "y": pseudo},
+        "labeled": splits["labeled"],
+        "unlabeled": {"x": splits["unlabeled"]["x"], "y": predictions},
         "penalty": penalty,
     }
-    wrong = pseudo != parts["unlabelled"]["y"]
-    num_unlabelled = sizes[2]
+    is_wrong = predictions != splits["unlabeled"]["y"]
+    num_unlabeled = sizes[2]
     return Task(
         name="semi_supervised",
         paradigm="semi-supervised",
         source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293), equation 2",
-        problem=Bilevel(train_loss, val_loss, train, parts["val"]),
+        problem=Bilevel(train_loss, val_loss, train, splits["val"]),
         solver=SOLVER,
         w=w,
-        alpha=jnp.full(num_unlabelled, 0.5),
-        space=spaces.Unit(shape=(num_unlabelled,)),
+        alpha=jnp.full(num_unlabeled, 0.5),
+        space=spaces.Unit(shape=(num_unlabeled,)),
         metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, parts["test"]),
-            "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, wrong),
+            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+            "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
         },
     )

@@ -1,26 +1,30 @@
-"""What a task is."""
+"""The description of a task, and checks of the arguments that describe one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
-from ..minimize import Metric
 from ..problem import Bilevel
+from ..recording import Metric
 
 
 class Task(eqx.Module):
-    """A problem with real data, where to begin, and what to measure.
+    """A bilevel problem with real data, starting points and exact metrics.
 
     Attributes:
-      name, paradigm, source: what it is, and the paper it comes from.
-      problem, solver: the two losses with their data, and the inner solver.
-      w, alpha: starting points.
-      space: what ``alpha`` may be.
-      metrics: exact ones, ``{name: fn(w, alpha, key) -> scalar}``.
-      exact: ``alpha -> hypergradient`` where it is known in closed form, else None.
+      name: Name of the task, as in `hypergrad.tasks.TASKS`.
+      paradigm: Learning paradigm, such as 'supervised'.
+      source: Paper that the task follows.
+      problem: The two losses and their data.
+      solver: Inner solver.
+      w: Inner starting point.
+      alpha: Starting point of the hyperparameters.
+      space: Set of admissible values of ``alpha``.
+      metrics: Exact metrics ``{name: fn(w, alpha, key) -> scalar}``.
+      exact: ``alpha -> hypergradient`` in closed form, or None if none is known.
     """
 
     name: str = eqx.field(static=True)
@@ -35,15 +39,35 @@ class Task(eqx.Module):
     exact: Callable[[PyTree], PyTree] | None = eqx.field(static=True, default=None)
 
     def metric_values(self, w: PyTree, alpha: PyTree, key: Array) -> dict[str, Array]:
-        """Every metric at one point."""
+        """Returns the value of every metric at one point."""
         return {name: metric(w, alpha, key) for name, metric in self.metrics.items()}
 
 
-def sizes_of(name: str, standard: dict[str, Any], given: dict[str, Any]) -> dict:
-    """The standard sizes, and those given in their place; refuses others."""
-    if unknown := set(given) - set(standard):
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Checks an argument that takes one of a few values.
+
+    Raises:
+      ValueError: ``value`` is not one of ``choices``.
+    """
+    if value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+
+
+def sizes_of(name: str, defaults: dict[str, Any], sizes: dict[str, Any]) -> dict:
+    """Returns the default sizes of a task, updated with the sizes of the caller.
+
+    Args:
+      name: Name of the task.
+      defaults: Default sizes.
+      sizes: Sizes passed to ``make``.
+
+    Raises:
+      TypeError: A size has a name that is not in ``defaults``.
+    """
+    if unknown := set(sizes) - set(defaults):
         raise TypeError(
-            f"{name}.make has no argument {', '.join(sorted(unknown))}; its sizes are "
-            f"{', '.join(standard)}"
+            f"sizes of {name}.make must be among {', '.join(defaults)}; got "
+            f"{', '.join(sorted(unknown))}."
         )
-    return standard | given
+    return defaults | sizes

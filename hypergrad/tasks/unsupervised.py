@@ -1,27 +1,28 @@
-"""Unsupervised learning: density models, and what held-out likelihood makes of them.
+"""Unsupervised learning: density models with hyperparameters of held-out likelihood.
 
-Three models p(x | w, alpha); ``w`` is fitted to training examples, ``alpha`` lowers the
-mean of ``-log p`` over held-out ones. No label is read but by one metric.
+Three models p(x | w, alpha): ``w`` is fitted to training examples, and ``alpha``
+minimizes the mean of ``-log p`` over held-out examples. Labels are only used by one
+metric.
 
-``kde``, a kernel density estimate with one bandwidth per feature (Parzen 1962; chosen
-by likelihood as in Habbema et al. 1974, Duin 1976). To fit it is to keep the examples;
-here they are kept in units of the bandwidth, ``w = x / alpha``:
+``kde`` is a kernel density estimate with one bandwidth per feature (Parzen 1962; chosen
+by likelihood as in Habbema et al. 1974 and Duin 1976). Its parameters are the training
+examples in units of the bandwidth, ``w = x / alpha``:
 
     L(w, alpha) = mean_i |alpha w_i - x_i|² / 2,
     p(x) = mean_i N(x / alpha; w_i, I) / prod_j alpha_j.
 
-``ppca``, probabilistic principal components (Tipping & Bishop 1999) with the noise
-variance ``alpha``; L is the mean of ``-log p`` over the training examples,
+``ppca`` is probabilistic principal component analysis (Tipping & Bishop 1999) with the
+noise variance ``alpha``; L is the mean of ``-log p`` over the training examples,
 
     p(x) = N(x; 0, W W' + alpha I),   W* = U (Lambda - alpha I)^(1/2)   (equation 7).
 
-``kmeans``, soft k-means with a learned diagonal metric ``alpha``: the equal mixture of
-Gaussians around centroids ``w`` with precision ``alpha_j`` in feature j; L as before.
+``kmeans`` is soft k-means with a diagonal metric ``alpha``: the mixture of Gaussians
+with equal weights, means ``w`` and precision ``alpha_j`` in feature j; L is as in
+``ppca``.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,137 +37,153 @@ from ..validation import as_key
 from .classifier import check_data
 from .task import Task
 
-NUM_COMPONENTS = 3  # of wine; of its correlations three eigenvalues are above 1
+# Three eigenvalues of the correlation matrix of wine are above 1.
+NUM_COMPONENTS = 3
 NUM_CLUSTERS = 3
 LOG_2PI = 1.8378770664093453
 
 
 def kde_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
-    """Half the mean square distance of what is kept from the examples."""
-    distance = alpha[None, :] * w - batch["x"]
-    return jnp.mean(jnp.sum(distance**2, axis=1)) / 2
+    """Returns half of the mean squared error of ``alpha w`` as a copy of the data."""
+    error = alpha[None, :] * w - batch["x"]
+    return jnp.mean(jnp.sum(error**2, axis=1)) / 2
 
 
 def kde_fit(alpha: Array, batch: PyTree) -> Array:
-    """The examples in units of the bandwidth, ``[n, d]``."""
+    """Returns the examples in units of the bandwidth, the argmin of `kde_loss`."""
     return batch["x"] / alpha[None, :]
 
 
 def kde_nll(w: Array, alpha: Array, batch: PyTree) -> Array:
-    """Mean of ``-log p`` under the kernel density estimate."""
+    """Returns the mean of ``-log p`` under the kernel density estimate."""
     z = kde_fit(alpha, batch)
-    distance = jnp.sum((z[:, None, :] - w[None, :, :]) ** 2, axis=2)
-    log_p = logsumexp(-distance / 2, axis=1) - jnp.log(len(w))
+    squared_distance = jnp.sum((z[:, None, :] - w[None, :, :]) ** 2, axis=2)
+    log_p = logsumexp(-squared_distance / 2, axis=1) - jnp.log(len(w))
     return -jnp.mean(log_p) + jnp.sum(jnp.log(alpha)) + z.shape[1] * LOG_2PI / 2
 
 
 def kde_hypergradient(train: PyTree, val: PyTree, alpha: Array) -> Array:
-    """``mean_x [1 - sum_i r_i(x) (x_j - x_ij)² / alpha_j²] / alpha_j``.
+    """Returns ``mean_x [1 - sum_i r_i(x) (x_j - x_ij)² / alpha_j²] / alpha_j``.
 
-    ``r_i(x)`` is the share of training example i in the density at x.
+    ``r_i(x)`` is the fraction of the density at x that training example i contributes.
     """
-    z, kept = kde_fit(alpha, val), kde_fit(alpha, train)
-    square = (z[:, None, :] - kept[None, :, :]) ** 2
-    share = jax.nn.softmax(-jnp.sum(square, axis=2) / 2, axis=1)
-    spread = jnp.sum(share[:, :, None] * square, axis=1)
-    return jnp.mean(1 - spread, axis=0) / alpha
+    z, w = kde_fit(alpha, val), kde_fit(alpha, train)
+    squares = (z[:, None, :] - w[None, :, :]) ** 2
+    responsibility = jax.nn.softmax(-jnp.sum(squares, axis=2) / 2, axis=1)
+    mean_square = jnp.sum(responsibility[:, :, None] * squares, axis=1)
+    return jnp.mean(1 - mean_square, axis=0) / alpha
 
 
 def covariance(batch: PyTree) -> Array:
-    """``[d, d]``, around the mean of the training examples, which is zero."""
+    """Returns the covariance ``[d, d]`` around zero, the mean of training examples."""
     return batch["x"].T @ batch["x"] / len(batch["x"])
 
 
 def ppca_nll(w: Array, alpha: Array, batch: PyTree) -> Array:
-    """Mean of ``-log N(x; 0, W W' + alpha I)``."""
+    """Returns the mean of ``-log N(x; 0, W W' + alpha I)``."""
     d = len(w)
-    c = w @ w.T + alpha * jnp.eye(d)
-    _, log_determinant = jnp.linalg.slogdet(c)
-    fit = jnp.trace(jnp.linalg.solve(c, covariance(batch)))
-    return (d * LOG_2PI + log_determinant + fit) / 2
+    model_covariance = w @ w.T + alpha * jnp.eye(d)
+    _, log_determinant = jnp.linalg.slogdet(model_covariance)
+    trace = jnp.trace(jnp.linalg.solve(model_covariance, covariance(batch)))
+    return (d * LOG_2PI + log_determinant + trace) / 2
 
 
 def ppca_fit(alpha: Array, batch: PyTree) -> Array:
-    """The loadings of highest likelihood, ``[d, q]``, of all rotations the first."""
+    """Returns the loadings ``[d, q]`` of highest likelihood (equation 7).
+
+    Rotations of them have the same likelihood; the identity is used.
+    """
     values, vectors = jnp.linalg.eigh(covariance(batch))
     values, vectors = values[-NUM_COMPONENTS:], vectors[:, -NUM_COMPONENTS:]
     return vectors * jnp.sqrt(values - alpha)[None, :]
 
 
 def ppca_hypergradient(train: PyTree, val: PyTree, alpha: Array) -> Array:
-    """``(d - q) / (2 alpha) - sum_{i > q} u_i' S_val u_i / (2 alpha²)``.
+    """Returns ``(d - q) / (2 alpha) - sum_{i > q} u_i' S_val u_i / (2 alpha²)``.
 
-    ``u_i`` are the directions that the training examples leave to the noise.
+    ``u_i`` are the eigenvectors of the training covariance that are not components.
     """
     _, vectors = jnp.linalg.eigh(covariance(train))
-    noise = vectors[:, :-NUM_COMPONENTS]
-    left = jnp.trace(noise.T @ covariance(val) @ noise)
-    return (noise.shape[1] - left / alpha) / (2 * alpha)
+    noise_vectors = vectors[:, :-NUM_COMPONENTS]
+    variance = jnp.trace(noise_vectors.T @ covariance(val) @ noise_vectors)
+    return (noise_vectors.shape[1] - variance / alpha) / (2 * alpha)
 
 
 def ppca_ml_noise(train: PyTree) -> Array:
-    """The noise of highest training likelihood, the mean eigenvalue left (eq. 8)."""
+    """Returns the noise variance of highest training likelihood (equation 8).
+
+    It is the mean of the eigenvalues that are not components.
+    """
     return jnp.mean(jnp.linalg.eigvalsh(covariance(train))[:-NUM_COMPONENTS])
 
 
-def distances(w: Array, alpha: Array, x: Array) -> Array:
-    """Squared distance of each example to each centroid in the metric, ``[n, k]``."""
+def squared_distances(w: Array, alpha: Array, x: Array) -> Array:
+    """Returns the squared distances ``[n, k]`` of examples and centroids."""
     return ((x[:, None, :] - w[None, :, :]) ** 2) @ alpha
 
 
 def kmeans_nll(w: Array, alpha: Array, batch: PyTree) -> Array:
-    """Mean of ``-log p`` under the equal mixture."""
-    log_p = logsumexp(-distances(w, alpha, batch["x"]) / 2, axis=1) - jnp.log(len(w))
+    """Returns the mean of ``-log p`` under the mixture with equal weights."""
+    exponents = -squared_distances(w, alpha, batch["x"]) / 2
+    log_p = logsumexp(exponents, axis=1) - jnp.log(len(w))
     log_volume = (w.shape[1] * LOG_2PI - jnp.sum(jnp.log(alpha))) / 2
     return log_volume - jnp.mean(log_p)
 
 
-def thirds(x: Array) -> Array:
-    """Centroids to begin with: means of parts along the first principal axis."""
+def init_centroids(x: Array) -> Array:
+    """Returns the means of equal groups along the first principal axis."""
     _, vectors = jnp.linalg.eigh(covariance({"x": x}))
-    parts = jnp.array_split(x[jnp.argsort(x @ vectors[:, -1])], NUM_CLUSTERS)
-    return jnp.stack([jnp.mean(part, axis=0) for part in parts])
+    groups = jnp.array_split(x[jnp.argsort(x @ vectors[:, -1])], NUM_CLUSTERS)
+    return jnp.stack([jnp.mean(group, axis=0) for group in groups])
 
 
 def adjusted_rand(labels: Array, clusters: Array) -> Array:
-    """Agreement of two partitions, 0 as by chance, 1 if equal (Hubert 1985)."""
-    pairs = lambda n: jnp.sum(n * (n - 1)) / 2
-    one_hot = lambda which: jax.nn.one_hot(which, NUM_CLUSTERS, dtype=float)
+    """Returns the adjusted Rand index: 0 by chance, 1 if equal (Hubert 1985)."""
+    num_pairs = lambda n: jnp.sum(n * (n - 1)) / 2
+    one_hot = lambda x: jax.nn.one_hot(x, NUM_CLUSTERS, dtype=float)
     table = one_hot(labels).T @ one_hot(clusters)
-    rows, columns = pairs(jnp.sum(table, axis=1)), pairs(jnp.sum(table, axis=0))
-    by_chance = rows * columns / pairs(jnp.sum(table))
-    return (pairs(table) - by_chance) / ((rows + columns) / 2 - by_chance)
+    label_pairs = num_pairs(jnp.sum(table, axis=1))
+    cluster_pairs = num_pairs(jnp.sum(table, axis=0))
+    expected = label_pairs * cluster_pairs / num_pairs(jnp.sum(table))
+    maximum = (label_pairs + cluster_pairs) / 2
+    return (num_pairs(table) - expected) / (maximum - expected)
 
 
-def nll_of(nll: Callable, batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Any:
-    """Mean of ``-log p`` over the test examples."""
+def nll_on(
+    nll_fn: Callable, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
+) -> Array:
+    """Returns the mean of ``-log p`` over other examples."""
     del key
-    return nll(w, alpha, batch)
+    return nll_fn(w, alpha, batch)
 
 
 def agreement(batch: PyTree, w: Array, alpha: Array, key: Array) -> Array:
-    """Adjusted Rand index of the nearest centroids and the test examples' classes."""
+    """Returns the adjusted Rand index of the nearest centroids and the classes."""
     del key
-    return adjusted_rand(batch["y"], jnp.argmin(distances(w, alpha, batch["x"]), 1))
+    clusters = jnp.argmin(squared_distances(w, alpha, batch["x"]), axis=1)
+    return adjusted_rand(batch["y"], clusters)
 
 
 def split(data: PyTree, key: Array) -> dict[str, PyTree]:
-    """Half train, a quarter validation, a quarter test, by a seeded permutation.
+    """Splits the data into halves and quarters by a random permutation.
 
-    Features are standardised by the mean and the deviation of the training examples.
+    Half of the examples is for training, a quarter for validation and a quarter for
+    testing. Features are standardized by the statistics of the training examples.
     """
     n = len(data["x"])
     order = jax.random.permutation(key, n)
     shuffled = {name: leaf[order] for name, leaf in data.items()}
     x = jnp.asarray(shuffled["x"], float)
     train = x[: n // 2]
-    spread = jnp.std(train, axis=0)
-    spread = jnp.where(spread > 0, spread, 1)  # of a constant feature
-    shuffled["x"] = (x - jnp.mean(train, axis=0)[None, :]) / spread[None, :]
-    ends = {"train": (0, n // 2), "val": (n // 2, 3 * n // 4), "test": (3 * n // 4, n)}
+    deviation = jnp.std(train, axis=0)
+    # A constant feature stays zero.
+    deviation = jnp.where(deviation > 0, deviation, 1)
+    shuffled["x"] = (x - jnp.mean(train, axis=0)[None, :]) / deviation[None, :]
+    select = lambda rows: jax.tree.map(lambda leaf: leaf[rows], shuffled)
     return {
-        name: jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], shuffled)
-        for name, (a, b) in ends.items()
+        "train": select(slice(n // 2)),
+        "val": select(slice(n // 2, 3 * n // 4)),
+        "test": select(slice(3 * n // 4, None)),
     }
 
 
@@ -178,36 +195,38 @@ def make(
     variant: str = "kde",
     data: PyTree = None,
 ) -> Task:
-    """One of three density models on scikit-learn's wine: 178 wines, 13 features.
+    """Returns a density model of scikit-learn's wine: 178 wines with 13 features.
 
     Args:
-      key: of the split.
-      scale: 'small' is the only one: no paper sets another.
-      data_dir: not read: wine comes with scikit-learn.
-      variant: 'kde' or 'ppca', whose hypergradients are known, or 'kmeans'.
-      data: ``{"x": [n, features]}`` in place of wine, such as iris; with ``"y"``,
-        [n] in three classes, 'kmeans' measures how its clusters agree with them.
+      key: PRNG key of the split.
+      scale: 'small' is the only one, because no paper defines another.
+      data_dir: Not used, because wine is part of scikit-learn.
+      variant: 'kde' or 'ppca', whose hypergradients have a closed form, or 'kmeans'.
+      data: ``{"x": [n, features]}``, such as iris. With ``"y"``, [n] in three classes,
+        'kmeans' has the metric ``agreement`` of clusters and classes. Defaults to wine.
 
     Raises:
-      TypeError: data of another kind.
-      ValueError: another scale or variant, data of another shape, or other labels.
+      TypeError: data has a wrong type.
+      ValueError: The scale or the variant is unknown, or data has a wrong shape or a
+        wrong label.
     """
     key = as_key(key)
     del data_dir
     if scale != "small":
-        raise ValueError(f"unsupervised has scale 'small' only; got {scale!r}")
+        raise ValueError(f"scale must be 'small'; got {scale!r}.")
     if variant not in ("kde", "ppca", "kmeans"):
-        raise ValueError(f"variant must be 'kde', 'ppca' or 'kmeans'; got {variant!r}")
+        raise ValueError(f"variant must be 'kde', 'ppca' or 'kmeans'; got {variant!r}.")
     data = datasets.load("wine") if data is None else data
-    labelled = variant == "kmeans" and isinstance(data, Mapping) and "y" in data
-    names = ("x", "y") if labelled else ("x",)
+    has_labels = variant == "kmeans" and isinstance(data, Mapping) and "y" in data
+    names = ("x", "y") if has_labels else ("x",)
     check_data(data, 8, NUM_CLUSTERS, names)
     if variant == "ppca" and data["x"].shape[1] <= NUM_COMPONENTS:
         raise ValueError(
-            f"ppca needs more than {NUM_COMPONENTS} features; got {data['x'].shape[1]}"
+            f"data['x'] must have more than {NUM_COMPONENTS} features for 'ppca'; got "
+            f"{data['x'].shape[1]}."
         )
-    parts = split({name: jnp.asarray(data[name]) for name in names}, key)
-    train, val = ({"x": parts[name]["x"]} for name in ("train", "val"))
+    splits = split({name: jnp.asarray(data[name]) for name in names}, key)
+    train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
     d = train["x"].shape[1]
     shape = (d,)
     if variant == "kde":
@@ -219,23 +238,23 @@ def make(
     elif variant == "ppca":
         losses = ppca_nll, ppca_nll
         solver, w = ClosedForm(ppca_fit), jnp.zeros((d, NUM_COMPONENTS))
-        # Above the last eigenvalue that is kept, its loading would be zero.
+        # The noise variance must be below the eigenvalue of the last component.
         space, alpha = spaces.Interval(0.05, 1.0, log=True), jnp.asarray(0.3)
         source = "Tipping & Bishop 1999, equations 7 and 8"
         exact = partial(ppca_hypergradient, train, val)
     else:
         losses = kmeans_nll, kmeans_nll
-        solver, w, alpha = Newton(), thirds(train["x"]), jnp.full(d, 2.0)
+        solver, w, alpha = Newton(), init_centroids(train["x"]), jnp.full(d, 2.0)
         space = spaces.Interval(0.1, 10.0, log=True, shape=shape)
         source = "Bezdek 1981; MacKay 2003, chapter 22"
         exact = None
     metrics = {
         "test_nll": jax.tree_util.Partial(
-            partial(nll_of, losses[1]), {"x": parts["test"]["x"]}
+            partial(nll_on, losses[1]), {"x": splits["test"]["x"]}
         )
     }
-    if labelled:
-        metrics["agreement"] = jax.tree_util.Partial(agreement, parts["test"])
+    if has_labels:
+        metrics["agreement"] = jax.tree_util.Partial(agreement, splits["test"])
     return Task(
         name="unsupervised",
         paradigm="unsupervised",

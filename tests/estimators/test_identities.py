@@ -151,6 +151,7 @@ def test_the_truncation_estimate_is_exact_for_one_mode():
     np.testing.assert_allclose(estimated / actual, 1, atol=2 * actual.max())
 
 
+@pytest.mark.slow
 def test_the_truncation_estimate_falls_as_the_error():
     """With 30 modes it is within a factor 10 of the error; a single step has none."""
     actual, estimated = truncation_errors(

@@ -24,7 +24,7 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "cleaning, batches": (tasks.cleaning, {"batch_size": 50, "hold_out": True}),
     "federated": (tasks.federated, {}),
     "federated, iid": (
-        tasks.federated, {"iid": True, "corrected": False, "hold_out": True}
+        tasks.federated, {"iid": True, "drift_correction": False, "hold_out": True}
     ),
     "few_shot, maml": (tasks.few_shot, {"variant": "maml", "data_dir": ""}),
     "few_shot, imaml": (tasks.few_shot, {"variant": "imaml", "data_dir": ""}),
@@ -34,7 +34,9 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "penalties, softmax": (tasks.penalties, {"variant": "softmax", "hold_out": True}),
     "penalties, mlp": (tasks.penalties, {"variant": "mlp"}),
     "penalties, cnn": (tasks.penalties, {"variant": "cnn"}),
-    "penalties, overfit": (tasks.penalties, {"variant": "overfit", "per": "feature"}),
+    "penalties, overfit": (
+        tasks.penalties, {"variant": "overfit", "granularity": "feature"}
+    ),
     "physics, poisson": (tasks.physics, {"variant": "poisson"}),
     "physics, burgers": (
         tasks.physics, {"variant": "burgers", "hold_out": True, "data_dir": ""}

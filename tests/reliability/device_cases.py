@@ -145,7 +145,7 @@ def make_federated(place) -> Case:
         "iota": jnp.asarray(rng.normal(size=10)),
     }
     w = {"W": jnp.zeros((3, 10)), "b": jnp.zeros(10)}
-    solver = federated_task.FedAvg(0.4, num_steps=5, local_steps=2)
+    solver = federated_task.FedAvg(0.4, num_steps=5, num_local_steps=2)
     run = make_hypergradient_fn(hg.Implicit(solver, FIVE_STEPS))
     return Case(run, problem, w, alpha, (8, 6, 3))
 
@@ -155,16 +155,16 @@ def make_few_shot(place, is_sharded: bool) -> Case:
     images = np.random.default_rng(0).uniform(size=(10, 20, 3, 3))
     task = few_shot.make(
         key=jax.random.key(0), images=images, num_turns=2,
-        way=3, num_tasks=8, hidden=(2,),
+        num_ways=3, num_tasks=8, hidden=(2,),
     )  # fmt: skip
     pool = task.problem.data_fn.args[0]
-    pool = few_shot.Pool(
-        place(jax.device_get(pool.images)), pool.penalty, pool.way, pool.shots,
-        pool.queries, pool.num_tasks,
+    pool = few_shot.ClassPool(
+        place(jax.device_get(pool.images)), pool.penalty, pool.num_ways, pool.num_shots,
+        pool.num_queries, pool.num_tasks,
     )  # fmt: skip
 
     def sample(pool, key):
-        episodes = few_shot.episodes(pool, key)
+        episodes = few_shot.sample_tasks(pool, key)
         if not is_sharded:
             return episodes
         constrain = lambda x: jax.lax.with_sharding_constraint(

@@ -155,8 +155,8 @@ def test_rounds_with_other_closed_over_numbers_are_refused():
 @pytest.mark.parametrize(
     ("name", "array"),
     [
-        ("last.members.carry.0", np.zeros((4, 3))),
-        ("last.members.carry.0", np.zeros(())),
+        ("last_round.members.carry.0", np.zeros((4, 3))),
+        ("last_round.members.carry.0", np.zeros(())),
         ("best.w", np.zeros(3)),
         ("records.value", np.zeros((4, 2))),
         ("num_rounds", np.asarray("many")),
@@ -170,7 +170,8 @@ def test_array_of_another_shape_or_type_is_refused(rounds, name, array):
 
 
 @pytest.mark.parametrize(
-    "name", ["records.value", "last.records.value", "last.members.alpha.center"]
+    "name",
+    ["records.value", "last_round.records.value", "last_round.members.alpha.center"],
 )
 def test_arrays_with_different_numbers_of_members_are_refused(rounds, name):
     with pytest.raises(ValueError, match=rf"{re.escape(name)}': 1"):
@@ -178,7 +179,7 @@ def test_arrays_with_different_numbers_of_members_are_refused(rounds, name):
 
 
 def test_first_axis_of_shared_weights_is_no_axis_of_members():
-    recorded, name = [], "last.members.shared_carry.0.0"
+    recorded, name = [], "last_round.members.shared_carry.0.0"
     search_supernet(60.0, trial_callback=recorded.append)
     with pytest.raises(ValueError, match=re.escape(name)):
         search_supernet(60.0, previous_trials=[recorded[-1] | {name: np.zeros(2)}])

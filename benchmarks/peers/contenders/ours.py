@@ -148,7 +148,7 @@ class Steady(Program):
 
 
 def schedule_forward(data: Data) -> Program:
-    """`hg.through` takes the forward mode by itself for so few hyperparameters.
+    """Uses forward mode, which `hg.unrolled_estimator` selects for few hyperparameters.
 
     Ten times the steps are compiled as well, when the first call is over.
     """

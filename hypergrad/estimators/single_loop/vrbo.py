@@ -122,12 +122,12 @@ class VRBO(SingleLoop):
         num_outer_steps = state.memory.num_steps
         has_alpha_moved = num_outer_steps > 0
         is_full_pass = num_outer_steps % self.period == 0
-        keep = lambda state: state
+        identity = lambda state: state
         inner_steps = lambda state: self._run_recursion(problem, state, alpha, data)
         # Without a step of alpha, the differences of the recursion would be zero.
-        state = jax.lax.cond(has_alpha_moved, inner_steps, keep, state)
+        state = jax.lax.cond(has_alpha_moved, inner_steps, identity, state)
         full_pass = lambda state: self._use_all_data(problem, state, alpha, data)
-        state = jax.lax.cond(is_full_pass, full_pass, keep, state)
+        state = jax.lax.cond(is_full_pass, full_pass, identity, state)
 
         w_direction, direction = state.memory.directions
         value = problem.outer_value(state.w, alpha, data.outer_batch())

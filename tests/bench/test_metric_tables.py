@@ -1,0 +1,295 @@
+"""Tables `surrogates` and `average-precision`: their data, rules and verdicts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics as skm
+
+from benchmarks import average_precision, joint, surrogates
+from benchmarks import metric_learning as learning
+from benchmarks import metric_tasks as tasks
+
+# Data.
+
+
+@pytest.mark.parametrize("name", ["digits", "attributes", "retrieval"])
+def test_parts_are_disjoint_and_of_one_shape(name: str):
+    """No image is in two parts; seeds differ, and one seed is always the same."""
+    system = tasks.SYSTEMS[name]
+    data = system.load()
+    first, again, other = (system.draw(data, seed) for seed in (0, 0, 1))
+    where = {row.tobytes(): i for i, row in enumerate(data["x"])}
+    seen = [where[row.tobytes()] for part in first.values() for row in part["x"]]
+    assert len(set(seen)) == len(seen)
+    shapes = lambda parts: jax.tree.map(np.shape, parts)
+    assert shapes(first) == shapes(other)
+    same = lambda a, b: all(
+        np.array_equal(*xs)
+        for xs in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_retrieval_is_of_classes_not_seen():
+    """Each class of digits is in one part only."""
+    data = tasks.digits()
+    label = {row.tobytes(): y for row, y in zip(data["x"], data["y"], strict=True)}
+    parts = tasks.disjoint(data, 0)
+    classes = [{label[row.tobytes()] for row in part["x"]} for part in parts.values()]
+    assert [len(x) for x in classes] == [4, 3, 3]
+    assert len(set.union(*classes)) == 10
+
+
+def test_the_attributes_of_seven():
+    """Prime and at least five, and none of the rest."""
+    names = [name for name, has in tasks.ATTRIBUTES.items() if 7 in has]
+    assert names == ["prime", "at least five"]
+
+
+def test_metrics_are_scikit_learns():
+    """On random scores, with examples out of use that may hold anything."""
+    rng = np.random.default_rng(0)
+    use, y = rng.uniform(size=40) < 0.7, rng.integers(0, 3, 40)
+    x = rng.normal(size=(40, 5))
+    x[~use] = 1e3
+    w = {"W": jnp.asarray(rng.normal(size=(5, 3))), "b": jnp.zeros(3)}
+    batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "use": jnp.asarray(use)}
+    system = tasks.SYSTEMS["digits"]
+    views = system.views(w, batch)
+    found = {m: learning.exact_value(system, m, views[m]) for m in learning.METRICS}
+    s, true = (x @ np.asarray(w["W"]))[use], y[use]
+    best = s.argmax(1)
+    assert np.isclose(found["accuracy"], skm.accuracy_score(true, best))
+    assert np.isclose(found["F1"], skm.f1_score(true, best, average="macro"))
+    ap = skm.average_precision_score(np.eye(3)[true], s, average="macro")
+    assert np.isclose(found["mAP"], ap)
+
+
+@pytest.mark.slow
+def test_retrieval_ranks_all_others_by_cosine():
+    """Every image in use is a query; mAP and the nearest neighbour by a loop."""
+    parts = tasks.disjoint(tasks.digits(), 0)
+    system, w = tasks.SYSTEMS["retrieval"], tasks.network(0)
+    val = jax.tree.map(lambda x: jnp.asarray(x[::8]), parts["val"])
+    n = len(val["y"])
+    val["use"] = jnp.arange(n) % 4 != 0
+    views = system.views(w, val)
+    e = np.tanh(np.asarray(val["x"], float) @ np.asarray(w["V"]))
+    e /= np.linalg.norm(e, axis=1, keepdims=True)
+    y, rows = np.asarray(val["y"]), np.flatnonzero(val["use"])
+    ap, right = [], []
+    for i in rows:
+        others = rows[rows != i]
+        similar = e[others] @ e[i]
+        ap.append(skm.average_precision_score(y[others] == y[i], similar))
+        by_class = [np.exp(similar[y[others] == c] / 0.1).sum() for c in range(3)]
+        right.append(np.argmax(by_class) == y[i])
+    exact = lambda metric: learning.exact_value(system, metric, views[metric])
+    assert np.isclose(exact("mAP"), np.mean(ap), rtol=1e-6)
+    assert np.isclose(exact("accuracy"), np.mean(right))
+    loss = system.cross_entropy
+    value, gradient = jax.value_and_grad(loss)(w, system.alpha, val)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((value, gradient)))
+
+
+# Tuning.
+
+
+def test_thirds_share_nothing_and_leave_nothing():
+    """Of the examples in use."""
+    use = jnp.arange(10) != 4
+    some, held = learning.thirds({"use": use})
+    assert jnp.array_equal(some["use"] | held["use"], use)
+    assert not jnp.any(some["use"] & held["use"])
+    assert int(held["use"].sum()) == 4
+
+
+def test_the_rate_is_chosen_on_what_was_held_out():
+    """A run that fails (NaN) is not chosen; costs are of all runs."""
+    val, seen = {"use": jnp.ones(9, bool)}, []
+
+    def run(val, held, rate):
+        seen.append((int(val["use"].sum()), int(held["use"].sum()), rate))
+        selection = {0.1: 1.0, 0.2: 3.0, 0.3: np.nan}[rate]
+        return {"selection": selection, "gradient_equivalents": rate, "num_hvps": 1}
+
+    found = learning.tuned(run, val, (0.1, 0.2, 0.3))
+    assert seen == [(6, 3, 0.1), (6, 3, 0.2), (6, 3, 0.3), (9, 9, 0.2)]
+    assert (found["rate"], found["num_hvps"], found["last_cost"]) == (0.2, 4, 0.2)
+    assert np.isclose(found["gradient_equivalents"], 0.8)
+
+
+def test_the_first_evaluation_as_good_counts():
+    """Also where the curve falls again; None where there is none."""
+    curve, cost = [0.1, 0.5, 0.4, 0.6], [1.0, 2.0, 3.0, 4.0]
+    assert joint.cost_to_reach(curve, cost, 0.5) == 2.0
+    assert joint.cost_to_reach(curve, cost, 0.7) is None
+
+
+def test_one_seed_shows_no_spread():
+    """In percent; a dash where there is no number."""
+    assert surrogates.spread(np.array([0.5, 0.7])) == "60.0 ± 14.1"
+    assert surrogates.spread(np.array([0.5, np.nan])) == "50.0"
+    assert surrogates.spread(np.array([np.nan])) == "-"
+
+
+# Verdicts.
+
+
+def rows_where(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
+    """All rows alike but those of the metric's own surrogate, which are ``own`` better.
+
+    SOBA reaches at a quarter of the double loop's cost.
+    """
+    rows = surrogates.plan("small", seeds)
+    for row in rows:
+        rng = np.random.default_rng(row["seed"])
+        row["reason"] = None
+        for metric in learning.METRICS:
+            is_own = row["method"] == surrogates.OWN[metric]
+            wobble = noise * rng.normal() if is_own else 0
+            row[metric] = row[f"val_{metric}"] = 0.8 + (own + wobble if is_own else 0)
+        soba = row["method"] == "SOBA"
+        row["cost_to_reach"] = 25.0 if soba else 100.0
+        row |= {"last_cost": 200.0, "end": 0.9}
+        row |= {"curve": [0.5, 0.7, 0.8], "curve_cost": [100.0, 200.0, 300.0]}
+    return rows
+
+
+def says(rows: list[dict], start: str) -> list[str]:
+    verdicts = surrogates.judge_rows(rows)
+    return [verdict.text for verdict in verdicts if verdict.text.startswith(start)]
+
+
+def test_own_is_best_or_tied():
+    """Better by far, tied within an error, and worse by far."""
+    for own, noise, met in ((0.1, 0.01, True), (0.0, 0.0, True), (-0.1, 0.01, False)):
+        found = says(rows_where(own, noise), "o1")
+        assert len(found) == 12
+        end = ": reproduced" if met else ": not reproduced"
+        assert all(text.endswith(end) for text in found)
+
+
+def test_one_rival_is_enough():
+    """To keep a metric from being its own surrogate's."""
+    rows = rows_where(0.1)
+    for row in rows:
+        if (row["task"], row["method"]) == ("reuters", "cross-entropy"):
+            row["F1"] = 0.99
+    (lost,) = [text for text in says(rows, "o1") if "not reproduced" in text]
+    assert lost.startswith("o1, reuters, F1: sigmoid F1 less cross-entropy")
+
+
+def test_how_many_cells_are_surely_won():
+    """All, none where all tie, all but one where one rival is ahead."""
+    count = lambda rows: says(rows, "a metric's own surrogate")[0]
+    assert "in 12 of 12 cells" in count(rows_where(0.1))
+    assert "in 0 of 12 cells" in count(rows_where(0.0, 0.01))
+    rows = rows_where(0.1)
+    for row in rows:
+        if (row["task"], row["method"]) == ("digits", "Smooth-AP"):
+            row["F1"] = 0.99
+    assert "in 11 of 12 cells" in count(rows)
+    (text,) = says(rows, "digits, F1 on validation itself")
+    assert "+10." in text or "+9." in text
+
+
+def test_loops_are_compared_at_equal_cost():
+    """The double loop's last evaluation within the other's whole cost."""
+    (text,) = says(rows_where(0.1), "SOBA, its mAP")
+    assert "+20.0 points [+20.0, +20.0]" in text
+    rows = rows_where(0.1)
+    for row in rows:
+        row["last_cost"] = 299.0 if row["method"] == "SOBA" else 300.0
+    assert "+20.0" in says(rows, "SOBA, its mAP")[0]
+    assert "+10.0" in says(rows, "truncated, its mAP")[0]
+
+
+@pytest.mark.parametrize(
+    ("cost", "reached", "end"),
+    [
+        (25.0, True, ": reproduced"),
+        (60.0, True, "not reproduced"),
+        (25.0, False, "not reproduced"),
+    ],
+)
+def test_a_single_loop_reaches_all_or_nothing(cost: float, reached: bool, end: str):
+    """At most half the cost, on every seed; one that never does is enough to fail."""
+    rows = rows_where(0.1)
+    for row in rows:
+        if row["method"] == "SOBA":
+            row["cost_to_reach"] = cost if reached or row["seed"] else None
+    (text,) = says(rows, "o2")
+    assert text.endswith(end)
+    assert ("lower bound" in text) == (not reached)
+
+
+def test_missing_data_is_skipped_and_missing_numbers_fail():
+    """A reason is no failure; a hole is."""
+    rows = rows_where(0.1)
+    for row in rows:
+        if row["task"] == "reuters":
+            row |= {"reason": "not there"} | dict.fromkeys(learning.METRICS)
+    verdicts = surrogates.judge_rows(rows)
+    assert verdicts[0].text == "reuters skipped: not there"
+    assert not any(verdict.failed for verdict in verdicts)
+    rows[0]["mAP"] = None
+    assert all(verdict.failed for verdict in surrogates.judge_rows(rows))
+
+
+def test_few_seeds_say_nothing():
+    """Both claims are about means."""
+    verdicts = surrogates.judge_rows(rows_where(0.1, seeds=3))
+    claims = [v for v in verdicts if v.text.startswith(("o1", "o2"))]
+    assert len(claims) == 13
+    assert all(verdict.failed for verdict in claims)
+
+
+def test_reuters_without_its_files_is_a_reason(monkeypatch):
+    """Every column is there, empty."""
+    monkeypatch.delenv("HYPERGRAD_DATA_DIR", raising=False)
+    tasks.reuters.cache_clear()
+    learning.parts_of.cache_clear()
+    cell = {"task": "reuters", "method": "baseline", "seed": 0}
+    row = surrogates.measure(cell)
+    assert "HYPERGRAD_DATA_DIR" in row["reason"]
+    assert row["mAP"] is None
+    assert row["gap"] is None
+
+
+# Average precision.
+
+
+def test_all_pairs_and_blocks_are_one_formula():
+    """The n x n sum that blocks are timed against, and NumPy's of both."""
+    scores, targets = average_precision.data(300, 0)
+    value = average_precision.FORMS["n x n"](scores, targets)
+    blocks = average_precision.FORMS["blocks (SmoothAP)"](scores, targets)
+    formula = average_precision.formula("blocks (SmoothAP)", scores, targets, 0.0)
+    assert np.isclose(value, formula, rtol=1e-5)
+    assert np.isclose(blocks, formula, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, ": reproduced"),
+        ({"per_pair": 3.0, "ratio": 3.0}, "not reproduced"),
+        ({"value": 0.51}, "wrong value"),
+        ({"finite": False}, "wrong value"),
+    ],
+)
+def test_what_time_is_claimed(change: dict, says: str):
+    """A ratio above its bound is not reproduced; a wrong value fails."""
+    rows = [
+        cell
+        | {"ratio": 0.5 + 0.01 * cell["seed"], "per_pair": 1 + 0.01 * cell["seed"]}
+        | {"finite": True, "value": 0.5, "formula": 0.5}
+        | change
+        for cell in average_precision.plan("small", 5)
+    ]
+    verdicts = average_precision.judge(rows)
+    assert all(says in verdict.text for verdict in verdicts)
+    assert any(verdict.failed for verdict in verdicts) == (says == "wrong value")

@@ -1,0 +1,90 @@
+"""Loaders of bundled data sets and of files from outside the package."""
+
+import hashlib
+import os
+
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad import datasets
+
+needs_files = pytest.mark.skipif(
+    not os.environ.get(datasets.VARIABLE), reason=f"{datasets.VARIABLE} is not set"
+)
+
+
+@needs_files
+@pytest.mark.data
+def test_reuters_has_the_documented_sizes():
+    data = datasets.load("reuters")
+    starts, test = data["starts"], data["test"]
+    assert (len(test), test.sum(), starts[0]) == (11_069, 3_299, 0)
+    assert starts[-1] == len(data["columns"]) == len(data["values"])
+    assert data["columns"].max() < 8315
+    assert np.all(np.diff(starts) >= 0)
+    assert abs(data["y"][~test].mean() - 0.069) < 5e-4
+    assert set(data["y"]) == {0, 1}
+
+
+@needs_files
+@pytest.mark.data
+def test_ijcnn1_has_the_documented_sizes():
+    data = datasets.load("ijcnn1")
+    assert data["x"].shape == (141_691, 22)
+    assert data["test"].sum() == 91_701
+    assert abs(data["y"][~data["test"]].mean() - 0.0971) < 5e-5
+    assert set(data["y"]) == {0, 1}
+
+
+@needs_files
+@pytest.mark.data
+def test_mnist_has_the_documented_sizes_and_order():
+    """Also the mean pixel, the first labels and the counts of the test labels."""
+    data = datasets.load("mnist")
+    assert data["x"].shape == (70_000, 784)
+    assert (data["test"].sum(), data["test"][59_999]) == (10_000, False)
+    assert data["y"][:5].tolist() == [5, 0, 4, 1, 9]
+    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(data["y"][data["test"]]).tolist() == counts
+    mean = data["x"][~data["test"]].mean(dtype=float)
+    assert abs(255 * mean - 33.3184) < 1e-3
+
+
+def test_breast_cancer_is_that_of_scikit_learn():
+    """357 of 569 tumors are benign."""
+    data = datasets.load("breast_cancer")
+    assert (data["x"].shape, data["y"].sum()) == ((569, 30), 357)
+
+
+def test_sparse_text_becomes_compressed_rows():
+    """Indices count from 1 in the file and from 0 in the arrays; labels are 0 and 1."""
+    rows = datasets._parse_svmlight(b"-1 1:0.5 3:2\n+1 2:1.5\n", 3)
+    assert rows["starts"].tolist() == [0, 2, 3]
+    assert datasets._to_dense(rows, 3).tolist() == [[0.5, 0, 2], [0, 1.5, 0]]
+    assert rows["y"].tolist() == [0, 1]
+
+
+def test_missing_files_are_named(tmp_path, monkeypatch):
+    monkeypatch.delenv(datasets.VARIABLE, raising=False)
+    with pytest.raises(FileNotFoundError, match=datasets.VARIABLE):
+        hg.datasets.load("reuters")
+    with pytest.raises(FileNotFoundError, match=r"reuters\.trn\.bz2"):
+        hg.datasets.load("reuters", tmp_path)
+    monkeypatch.setenv(datasets.VARIABLE, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        hg.datasets.load("reuters")
+
+
+def test_a_file_with_another_digest_is_not_parsed(tmp_path):
+    content = b"something else"
+    (tmp_path / "reuters").mkdir()
+    for name in datasets.REUTERS:
+        (tmp_path / "reuters" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=hashlib.sha256(content).hexdigest()):
+        hg.datasets.load("reuters", tmp_path)
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match=r"name must be one of .*digits"):
+        hg.datasets.load("digit")

@@ -1,0 +1,152 @@
+"""Tests of the README and of the pages of the documentation.
+
+The pages *How to choose*, *Several devices and hosts* and *Write your own* have tests
+of their own.
+"""
+
+import doctest
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import hypergrad as hg
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FAMILIES = (
+    *("inner", "linear", "estimators", "spaces", "surrogates", "objectives"),
+    *("searchers", "cost", "runtime"),
+)
+
+
+def read_blocks(path):
+    """Returns the Python blocks of a page, except those that are scripts."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def run_blocks(path):
+    """Runs the blocks of a page in order and returns their names."""
+    names = {}
+    for block in read_blocks(path):
+        exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+def test_the_readme_is_short_and_runs(capsys):
+    """Descent is trusted and lowers the value; an early stop is untrusted, by name."""
+    path = ROOT / "README.md"
+    assert len(path.read_bytes()) <= 10_000
+    names = run_blocks(path)
+    first, last, trusted = capsys.readouterr().out.splitlines()[0].split()
+    assert float(last) < float(first)
+    assert trusted == "True"
+    assert not names["estimate"].trusted
+    assert len(names["estimate"].reasons) == 1
+    assert names["certificate"].error_estimate > 0.1
+    assert names["f1_trace"].value[-1] < names["f1_trace"].value[0]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/index.md"])
+def test_the_first_example_is_the_doctest_of_the_package(path):
+    examples = doctest.DocTestParser().get_examples(hg.__doc__)
+    lines = "".join(example.source for example in examples).splitlines()
+    statements = [line for line in lines if "trusted" not in line]
+    printed = re.sub(r"\n\n+", "\n", read_blocks(path)[0]).splitlines()
+    assert printed[: len(statements)] == statements
+
+
+@pytest.mark.slow
+def test_the_page_on_trust_runs():
+    names = run_blocks(ROOT / "docs/trust.md")
+    assert names["certificate"].error_estimate > 0.1
+    assert names["estimate"].trusted
+    assert names["estimate"].stats["error_estimate"] <= 1e-4
+    assert 0 < names["average"].stats["standard_error"] < 1
+
+
+@pytest.mark.slow
+def test_the_page_on_the_outer_loop_runs(tmp_path, monkeypatch):
+    """A continued and an interrupted run end with the bits of one run."""
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    names = run_blocks(ROOT / "docs/outer_loop.md")
+    assert names["stopped"].status == "stopped: time limit"
+    assert jnp.array_equal(names["second"].alpha, names["finished"].alpha)
+    assert names["by_budget"].cost[-2] < 100 <= names["by_budget"].cost[-1]
+    assert names["refined"].stats["trusted"].all()
+    assert jnp.array_equal(names["kept_w"], names["estimate"].w)
+
+
+def test_the_page_on_search_runs():
+    names = run_blocks(ROOT / "docs/search.md")
+    assert names["descent"].value.min() < 1e-3
+    assert len(names["continued"].value) == 2 * len(names["previous"]) + 1
+
+
+@pytest.mark.slow
+def test_the_page_on_surrogates_runs():
+    """F1 rises, and its gap stays small as the temperature falls."""
+    names = run_blocks(ROOT / "docs/surrogates.md")
+    f1, gap = (names["trace"].metrics[name][::10] for name in ("F1", "F1_gap"))
+    assert 0.5 < f1[0] < f1[-1] <= 1
+    assert (abs(gap) < 0.1).all()
+
+
+@pytest.mark.slow
+def test_the_page_on_objectives_runs():
+    """Each of two preferences has the lower value in the loss that it weighs more."""
+    names = run_blocks(ROOT / "docs/objectives.md")
+    error, flops = names["front"].value[:, -1].T
+    assert error[0] < error[1]
+    assert flops[1] < flops[0]
+    assert (names["trace"].value[-1] < names["trace"].value[0]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["results", "architecture", "index"])
+def test_the_other_pages_run(name):
+    assert run_blocks(ROOT / f"docs/{name}.md")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_public_names_on_pages_exist(path):
+    """Names such as ``hg.objectives.EPO``, in code and in text."""
+    for name in re.findall(r"\bhg((?:\.[A-Za-z]\w*)+)", path.read_text()):
+        value = hg
+        for part in name.split(".")[1:]:
+            assert hasattr(value, part), f"hg{name}"
+            value = getattr(value, part)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_links_to_pages_and_sections_exist(path):
+    """Of files by their path, of sections by the heading."""
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+        file, _, section = target.partition("#")
+        page = (path.parent / file) if file else path
+        assert page.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+            slugs = {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+            }
+            assert section in slugs, target
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text().split("theme:")[0]
+    pages = set(re.findall(r"(\w+\.md)$", nav, re.MULTILINE))
+    assert pages == {path.name for path in PAGES}
+
+
+def test_the_architecture_names_every_module():
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = page.split("```text\n")[1].split("```")[0]
+    named = set(re.findall(r"\w+\.py", tree)) - {"__init__.py"}
+    package = Path(hg.__file__).parent
+    modules = {path.name for path in package.glob("*.py")}
+    for family in FAMILIES:
+        modules |= {path.name for path in (package / family).glob("*.py")}
+    modules |= {p.name for p in (package / "estimators/single_loop").glob("*.py")}
+    assert named == modules - {"__init__.py"}

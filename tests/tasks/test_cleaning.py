@@ -1,0 +1,75 @@
+"""Tests of hyper-cleaning: the split, wrong labels, metrics and batches."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.metrics import f1_score
+
+from hypergrad.tasks import cleaning
+from tests.tasks.task_cases import DIGITS
+
+W = {"W": jnp.ones((64, 10)) * jnp.arange(10.0)[None] / 10, "b": jnp.zeros(10)}
+
+
+def test_the_split_is_a_partition_and_wrong_labels_are_marked():
+    """Half of 1,000 training labels are another class; no other label changes."""
+    numbered = DIGITS | {"x": jnp.arange(1797)[:, None]}
+    splits = cleaning.split(numbered, jax.random.key(3), False)
+    numbers = [np.ravel(splits[name]["x"]) for name in ("train", "val", "test")]
+    assert [len(x) for x in numbers] == [1000, 150, 647]
+    assert sorted(np.concatenate(numbers)) == list(range(1797))
+    train = splits["train"]
+    for name, y in (("train", train["clean"]), ("val", splits["val"]["y"])):
+        np.testing.assert_array_equal(y, DIGITS["y"][np.ravel(splits[name]["x"])])
+    np.testing.assert_array_equal(train["y"] != train["clean"], train["wrong"])
+    assert 0.45 < np.mean(train["wrong"]) < 0.55
+    assert set(np.unique((train["y"] - train["clean"]) % 10)) == set(range(10))
+
+
+def test_held_out_examples_do_not_contribute_to_loss_and_accuracy():
+    """50 of 150 validation examples are held out, or none."""
+    for hold_out, count in ((True, 50), (False, 0)):
+        splits = cleaning.split(DIGITS, jax.random.key(0), jnp.asarray(hold_out))
+        held_out, val = splits["held_out"]["use"], splits["val"]["use"]
+        assert jnp.sum(held_out) == count
+        np.testing.assert_array_equal(held_out + val, 1)
+    val = cleaning.split(DIGITS, jax.random.key(0), True)["val"]
+    used = {name: x[np.asarray(val["use"]) == 1] for name, x in val.items()}
+    loss = lambda batch: cleaning.val_loss(W, None, batch)
+    np.testing.assert_allclose(loss(val), loss(used), rtol=1e-12)
+    accuracy = lambda batch: cleaning.accuracy(batch, W, None, None)
+    np.testing.assert_allclose(accuracy(val), accuracy(used), rtol=1e-12)
+
+
+def test_f1_of_wrong_labels_equals_scikit_learn():
+    alpha_key, wrong_key = jax.random.split(jax.random.key(0))
+    alpha = jax.random.uniform(alpha_key, (1000,))
+    wrong = jax.random.bernoulli(wrong_key, 0.3, (1000,))
+    actual = cleaning.f1_of_wrong_labels(wrong, None, alpha, None)
+    expected = f1_score(np.asarray(wrong), np.asarray(alpha) < 0.5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_losses_on_a_batch_of_all_examples_equal_the_full_losses(key):
+    """Each example keeps its own weight in a batch of another order."""
+    make = lambda **arguments: (
+        cleaning.make(key=jax.random.key(0), hold_out=True, **arguments).problem
+    )
+    full, batched = make(), make(batch_size=10)
+    alpha = jax.random.uniform(key, (1000,))
+    order = jax.random.permutation(key, 1000)
+    train = batched.inner_data.data
+    permuted = {
+        name: leaf[order] if jnp.ndim(leaf) else leaf for name, leaf in train.items()
+    }
+    chex.assert_trees_all_close(
+        batched.inner_loss(W, alpha, permuted),
+        full.inner_loss(W, alpha, full.inner_data),
+        rtol=1e-6,
+    )
+    chex.assert_trees_all_close(
+        batched.outer_loss(W, alpha, batched.outer_data.data),
+        full.outer_loss(W, alpha, full.outer_data),
+        rtol=1e-6,
+    )

@@ -1,0 +1,190 @@
+"""Tests of the arguments of all tasks: wrong data, keys and sizes are errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad.tasks import TASKS
+
+DIGITS = hg.datasets.load("digits")
+IRIS = hg.datasets.load("iris")
+#: Tasks that take labelled examples, and the number of examples that they need.
+MIN_EXAMPLES = {
+    "architecture": 1001,
+    "augmentation": 301,
+    "cleaning": 1151,
+    "penalties": 601,
+    "schedules": 1001,
+    "self_supervised": 1201,
+    "semi_supervised": 1151,
+}
+
+
+def make(name: str, data, **arguments) -> hg.tasks.Task:
+    return TASKS[name].make(key=jax.random.key(0), data=data, **arguments)
+
+
+def first_digits(num: int, **arrays) -> dict:
+    return {name: leaf[:num] for name, leaf in DIGITS.items()} | arrays
+
+
+X, Y = DIGITS["x"], DIGITS["y"]
+WRONG_DATA = {
+    "a tuple": (TypeError, (X, Y)),
+    "another name": (ValueError, {"X": X, "y": Y}),
+    "a list": (TypeError, {"x": X.tolist(), "y": Y}),
+    "lengths that differ": (ValueError, {"x": X, "y": Y[:-1]}),
+    "images that are not flat": (ValueError, {"x": X.reshape(-1, 8, 8), "y": Y}),
+    "integer features": (TypeError, {"x": (16 * X).astype(int), "y": Y}),
+    "NaN": (ValueError, {"x": np.where(X == 0, np.nan, X), "y": Y}),
+    "floating-point labels": (TypeError, {"x": X, "y": Y.astype(float)}),
+    "a label above the last": (ValueError, {"x": X, "y": Y + 1}),
+    "a negative label": (ValueError, {"x": X, "y": Y - 1}),
+}
+
+
+@pytest.mark.parametrize("name", [*MIN_EXAMPLES, "federated", "unsupervised"])
+def test_data_must_be_a_dict_of_features_and_labels(name: str):
+    arguments = {"variant": "kmeans"} if name == "unsupervised" else {}
+    for error, data in WRONG_DATA.values():
+        with pytest.raises(error, match="data"):
+            make(name, data, **arguments)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_integer_is_not_a_key(name: str):
+    with pytest.raises(TypeError, match="key"):
+        TASKS[name].make(key=3)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_unknown_scale_is_an_error(name: str):
+    with pytest.raises(ValueError, match="scale"):
+        TASKS[name].make(key=jax.random.key(0), scale="large")
+
+
+@pytest.mark.parametrize("name", ["architecture", "augmentation", "semi_supervised"])
+def test_the_paper_scale_needs_data_if_none_is_bundled(name: str):
+    with pytest.raises(ValueError, match="data"):
+        TASKS[name].make(key=jax.random.key(0), scale="paper")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "argument"),
+    [
+        ("penalties", {"variant": "forest"}, "variant"),
+        ("penalties", {"granularity": "layer"}, "granularity"),
+        ("schedules", {"num_steps": 50, "num_windows": 0}, "num_windows"),
+        ("schedules", {"num_steps": 50, "num_windows": 51}, "num_windows"),
+        ("cleaning", {"corruption": 2.0}, "corruption"),
+        ("federated", {"num_clients": 500}, "num_clients"),
+        ("architecture", {"sizes": (1000, 797, 3)}, "data"),
+        ("augmentation", {"sizes": (1000, 797, 3)}, "data"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_an_error(name: str, arguments, argument: str):
+    with pytest.raises(ValueError, match=argument):
+        TASKS[name].make(key=jax.random.key(0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("federated", {"num_client": 4}),
+        ("physics", {"senors": 5, "Noise": 0.5}),
+        ("reinforcement", {"num_episode": 2}),
+    ],
+)
+def test_a_misspelt_size_is_an_error(name: str, sizes: dict):
+    with pytest.raises(TypeError, match=", ".join(sorted(sizes))):
+        TASKS[name].make(key=jax.random.key(0), **sizes)
+
+
+@pytest.mark.parametrize("name", MIN_EXAMPLES)
+def test_every_split_has_an_example(name: str):
+    """One example fewer than the minimum would leave none for testing."""
+    num = MIN_EXAMPLES[name]
+    with pytest.raises(ValueError, match=str(num - 1)):
+        make(name, first_digits(num - 1))
+    for metric in make(name, first_digits(num)).metrics.values():
+        assert all(leaf.size for leaf in jax.tree.leaves(metric.args))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "num_features"),
+    [
+        ("architecture", {}, 60),
+        ("architecture", {}, 49),
+        ("augmentation", {}, 60),
+        ("penalties", {"variant": "cnn"}, 60),
+        ("self_supervised", {}, 49),
+    ],
+)
+def test_images_need_a_number_of_pixels(name: str, arguments, num_features: int):
+    """Images must be square, and pooling needs an even side."""
+    with pytest.raises(ValueError, match="data"):
+        make(name, DIGITS | {"x": X[:, :num_features]}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "arguments"),
+    [
+        pytest.param("penalties", DIGITS, {"variant": "logistic"}, id="ten classes"),
+        pytest.param("cleaning", IRIS, {}, id="too few examples"),
+        pytest.param("federated", IRIS, {}, id="missing classes"),
+        pytest.param(
+            "unsupervised", {"x": X[:90, :3]}, {"variant": "ppca"}, id="few features"
+        ),
+    ],
+)
+def test_data_that_would_give_nan_is_an_error(name: str, data, arguments):
+    with pytest.raises(ValueError, match=r"data|features"):
+        make(name, data, **arguments)
+
+
+def test_the_test_split_of_small_data_is_the_rest():
+    rows = np.arange(700.0)[:, None] + np.zeros((1, 64))
+    task = make("penalties", first_digits(700, x=rows))
+    splits = (
+        task.problem.inner_data,
+        task.problem.outer_data,
+        task.metrics["test_loss"].args[0],
+    )
+    numbers = [np.asarray(split["x"])[:, 0] for split in splits]
+    assert [len(x) for x in numbers] == [200, 400, 100]
+    assert sorted(np.concatenate(numbers)) == list(range(700))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("penalties", "hoag"), ("unsupervised", "kde")]
+)
+def test_a_constant_feature_is_standardized_to_zero(name: str, variant: str):
+    data = hg.datasets.load("breast_cancer")
+    data = data | {"x": data["x"] * (np.arange(30) > 0)[None]}
+    task = make(name, data, variant=variant)
+    problem = task.problem
+    np.testing.assert_array_equal(problem.inner_data["x"][:, 0], 0)
+    value = problem.outer_value(task.w, task.alpha, problem.outer_data)
+    assert jnp.isfinite(value)
+
+
+def test_clusters_need_no_labels():
+    """Without labels the agreement with the classes is not a metric."""
+    task = make("unsupervised", {"x": IRIS["x"]}, variant="kmeans")
+    assert set(task.metrics) == {"test_nll"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((10, 20, 64), id="flat images"),
+        pytest.param((10, 20, 8, 6), id="images that are not square"),
+        pytest.param((10, 15, 8, 8), id="too few drawings"),
+        pytest.param((3, 20, 8, 8), id="too few classes"),
+    ],
+)
+def test_few_shot_images_need_a_shape(shape):
+    with pytest.raises(ValueError, match=r"images|classes"):
+        hg.tasks.few_shot.make(key=jax.random.key(0), images=jnp.zeros(shape))
