@@ -24,6 +24,7 @@ from .problem_checks import (
     check_on_shapes,
     check_problem,
     check_problem_type,
+    lost_derivative_flags,
 )
 from .products import hvp
 from .trees import PrettyModule, all_finite, norm, random_like
@@ -255,10 +256,11 @@ def compute_certificate(
     is_finite = all_finite(hypergradient, corrected, error, norm(inner_grad))
     is_accurate = jnp.maximum(error, last_change) <= rtol
     is_solved = (residual <= rtol / 10) & ~linear_stats["negative_curvature"]
+    is_complete = not lost_derivative_flags(problem, w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
-        trusted=is_finite & is_accurate & is_solved,
+        trusted=is_finite & is_accurate & is_solved & is_complete,
         corrected_w=w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,

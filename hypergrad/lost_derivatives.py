@@ -5,7 +5,7 @@ JAX returns a zero derivative for `jax.lax.stop_gradient`, `sign`, `round`, comp
 derivative lacks a term, and nothing in the numbers shows it. A predicate of ``where``
 or an index of ``x[i]`` loses nothing: the derivative of the selected number is complete
 almost everywhere. Functions with a derivative of their own (`jax.custom_jvp`,
-`jax.custom_vjp`) are taken at their word.
+`jax.custom_vjp`) are taken at their word, and so is `without_derivative`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,8 @@ from jax._src.source_info_util import summarize
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
+
+from .trees import without_derivative
 
 
 class LostDerivative(NamedTuple):
@@ -143,6 +145,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         lengths = params["const_lengths"]
         operands = operands[: lengths.matvec] + operands[sum(lengths) :]
         return [_merge(operands)] * len(equation.outvars)
+    if params.get("name") == without_derivative.__name__:
+        return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
         for inner in _inner_jaxprs(params):
             if len(inner.invars) == len(operands):
@@ -212,7 +216,9 @@ def _trace_operation(
             return Dependence(frozenset(), total.lost, is_shift)
         if name not in PIECEWISE_CONSTANT:
             return Dependence(total.leaves, total.lost, is_shift)
-    elif name == "is_finite" or (name in ("eq", "ne") and len({*equation.invars}) == 1):
+    elif name == "is_finite" or (
+        name in ("eq", "ne") and equation.invars[0] is equation.invars[1]
+    ):
         return NONE  # a test for NaN, which is constant where a derivative exists
     else:
         total = _merge(operands)

@@ -8,10 +8,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .jaxpr import alpha_has_gradient, unused_leaves, used_inputs
+from .lost_derivatives import LostDerivative, find_lost_derivatives
 from .problem import Bilevel, full_batch, sample_batch
+from .trees import vdot
 from .validation import (
     KEY_SHAPE,
     check_same_structure,
@@ -129,14 +131,8 @@ def check_alpha_has_gradient(
         differentiates it by another way than the losses. None means that it does not.
       advice: Continues the error message.
     """
-    key = jax.random.key(0)
-    inner_data, outer_data = problem.sample_data(key)
-    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
     has_gradient = list(has_other_gradient or [False] * len(jax.tree.leaves(alpha)))
-    for loss, batch in (
-        (problem.inner_loss, sample_batch(inner_data, key)),
-        (outer_value, full_batch(outer_data, key)),
-    ):
+    for _, loss, batch in _losses(problem):
         in_loss = alpha_has_gradient(loss, w, alpha, batch)
         has_gradient = list(map(operator.or_, has_gradient, in_loss))
     paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
@@ -150,6 +146,73 @@ def check_alpha_has_gradient(
             f"neither loss depends on {', '.join(unreached)} (or only through "
             f"stop_gradient), {advice}."
         )
+    _check_w_has_gradient(problem, w, alpha)
+
+
+def _check_w_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Raises ValueError for a loss that uses ``w`` without a derivative by it."""
+    num_leaves = len(jax.tree.leaves(w))
+    for name, loss, batch in _losses(problem):
+        leaves, lost = find_lost_derivatives(loss, w, alpha, batch)
+        lost = [x for x in lost if x.leaf < num_leaves]
+        if lost and not any(leaf < num_leaves for leaf in leaves):
+            raise ValueError(
+                f"{name} must have a derivative by w; got a loss that depends on w "
+                f"only through {_describe(lost)}, whose derivative is zero. Use a "
+                "smooth function, such as a surrogate of hg.surrogates."
+            )
+
+
+def lost_derivative_flags(
+    problem: Bilevel, w: PyTree, alpha: PyTree
+) -> dict[str, Array]:
+    """Returns a failed check if a derivative by ``w`` or ``alpha`` is lost in a loss.
+
+    The dictionary is empty otherwise, so that the check costs nothing in a program.
+    """
+    num_leaves = len(jax.tree.leaves((w, alpha)))
+    for _, loss, batch in _losses(problem):
+        _, lost = find_lost_derivatives(loss, w, alpha, batch)
+        if any(x.leaf < num_leaves for x in lost):
+            return {"lost_derivative": jnp.asarray(True)}
+    return {}
+
+
+def lost_in_step_flags(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> dict[str, Array]:
+    """Returns a failed check if a step of a solver loses a derivative.
+
+    A linear loss replaces the inner loss, so that its gradient is an input. Lion, for
+    example, uses only the sign of it.
+    """
+    inner_data, _ = problem.sample_data(jax.random.key(0))
+    init_key, step_key = jax.random.split(jax.random.key(0))
+
+    def step(w, alpha, grad):
+        loss = lambda w, alpha, batch: vdot(grad, w)
+        carry = solver.init(loss, w, alpha, inner_data, init_key)
+        carry = solver.step(loss, carry, alpha, inner_data, step_key)
+        return eqx.filter(carry, eqx.is_inexact_array)
+
+    _, lost = find_lost_derivatives(step, w, alpha, w)
+    return {"lost_derivative": jnp.asarray(True)} if lost else {}
+
+
+def _losses(problem: Bilevel) -> list[tuple[str, Callable[..., Any], PyTree]]:
+    """Returns name, function and batch of both losses."""
+    key = jax.random.key(0)
+    inner_data, outer_data = problem.sample_data(key)
+    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
+    return [
+        ("inner_loss", problem.inner_loss, sample_batch(inner_data, key)),
+        ("outer_loss", outer_value, full_batch(outer_data, key)),
+    ]
+
+
+def _describe(lost: Sequence[LostDerivative]) -> str:
+    places = {f"{x.operation} ({x.location})" for x in lost}
+    return ", ".join(sorted(places))
 
 
 def check_alpha_is_used(value_fn: Any, alpha: PyTree) -> None:

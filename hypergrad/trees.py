@@ -125,3 +125,18 @@ def _scalar_to_number(leaf: Any) -> Any:
     if not (is_concrete and leaf.ndim == 0 and leaf.dtype.kind in "biuf"):
         return leaf
     return float(f"{leaf:.6g}") if leaf.dtype.kind == "f" else leaf.item()
+
+
+@jax.jit
+def without_derivative(x: Tree) -> Tree:
+    """Returns ``x`` as a constant, because its derivative is not needed.
+
+    Unlike `jax.lax.stop_gradient` it states that the result of the program has its full
+    derivative nevertheless, as for the integer part in a linear interpolation. The
+    search for lost derivatives recognizes the function by its name.
+
+    >>> import jax
+    >>> jax.grad(lambda x: x * without_derivative(x))(3.0).item()
+    3.0
+    """
+    return jax.lax.stop_gradient(x)

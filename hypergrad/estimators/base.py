@@ -63,6 +63,10 @@ REASONS = {
     "biased": (
         "the bias of this estimator is not measured; use certify_every of hg.OuterLoop"
     ),
+    "lost_derivative": (
+        "a loss or the optimizer uses stop_gradient, sign, round, a comparison or an "
+        "integer made from w or alpha, whose derivative is taken for zero"
+    ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",
 }

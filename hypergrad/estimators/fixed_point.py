@@ -20,7 +20,13 @@ from ..problem import (
     fixed_batch_fraction,
     without_sampling,
 )
-from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
+from ..problem_checks import (
+    check_alpha_has_gradient,
+    check_problem,
+    lost_derivative_flags,
+    lost_in_step_flags,
+    solver_uses_alpha,
+)
 from ..trees import all_finite, norm
 from ..validation import check_positive_int
 from .base import Estimate, make_estimate
@@ -185,6 +191,8 @@ class FixedPoint(eqx.Module):
                 "not_finite": ~all_finite(value, hypergradient, w),
                 "adjoint_residual": ~jnp.all(adjoint_residual <= TRUST_RTOL),
                 "inner_error": ~(inner_error <= TRUST_RTOL),
+                **lost_derivative_flags(problem, w, alpha),
+                **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
             num_inner_steps=self.solver.num_steps,

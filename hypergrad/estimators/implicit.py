@@ -23,7 +23,11 @@ from ..linear import CG
 from ..linear.base import check_linear_solver
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, fixed_batch_fraction
-from ..problem_checks import check_alpha_has_gradient, check_problem
+from ..problem_checks import (
+    check_alpha_has_gradient,
+    check_problem,
+    lost_derivative_flags,
+)
 from ..trees import norm
 from ..validation import (
     check_hashable,
@@ -297,6 +301,7 @@ class Implicit(eqx.Module):
             flags = {"other_curvature": True}
         else:
             flags = result_flags(self, problem, w, alpha, data, result)
+        flags |= lost_derivative_flags(problem, w, alpha)
         estimate = make_estimate(
             result.value,
             result.hypergradient,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from ..trees import without_derivative
 from ..validation import check_positive_int
 from .base import safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
@@ -134,7 +135,7 @@ class FastAP(RankingSurrogate):
         positive_weights, weights = row.positive_weights, row.weights
         position = self._bin_positions(row.scores, weights > 0)
         # The lowest score is at the last center, as the right end of the last bin.
-        left_bin = jnp.floor(lax.stop_gradient(position)).astype(int)
+        left_bin = without_derivative(jnp.floor(position)).astype(int)
         left_bin = jnp.clip(left_bin, 0, self.num_bins - 2)
         right_fraction = position - left_bin
 
@@ -203,7 +204,7 @@ class BlackboxAP(RankingSurrogate):
         """Returns the exact average precision, with the gradient of ``-f_T``."""
         gradient = _interpolation_gradient(row, temperature)
         # The inner product is 0 and only adds the gradient.
-        zeros = row.scores - lax.stop_gradient(row.scores)
+        zeros = row.scores - without_derivative(row.scores)
         return average_precision(row) + jnp.vdot(gradient, zeros)
 
     exact_rows = exact_average_precisions

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from ..trees import without_derivative
 from .inputs import Scalar, as_temperature, binary_examples
 
 
@@ -148,5 +149,5 @@ def propagate_nan(values: Array, inputs: Array) -> Array:
     by 0.
     """
     # 0, or NaN for NaN; the product has it as its derivative.
-    zeros = 0 * jax.lax.stop_gradient(inputs)
+    zeros = 0 * without_derivative(inputs)
     return values + jnp.sum(zeros * inputs, axis=-1)

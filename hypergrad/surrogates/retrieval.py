@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ..trees import without_derivative
 from ..validation import check_positive_int
 from .base import safe_divide
 from .inputs import Examples, Scalar, Vector, graded_examples
@@ -237,7 +238,7 @@ def smooth_top_gains(
     """Returns ``sum_i w_i y_i p_i`` with the memberships p in the top r items."""
     scores, weights = row.scores, row.weights
     has_weight = weights > 0
-    order = jnp.argsort(jnp.where(has_weight, -lax.stop_gradient(scores), jnp.inf))
+    order = jnp.argsort(jnp.where(has_weight, -without_derivative(scores), jnp.inf))
     num_items = lax.stop_gradient(jnp.cumsum(weights[order]))
 
     @remat
@@ -246,7 +247,7 @@ def smooth_top_gains(
         # Scores relative to the item at this rank, which is near the threshold:
         # differences are exact where quotients are not.
         index = jnp.minimum(jnp.searchsorted(num_items, rank), scores.size - 1)
-        reference = lax.stop_gradient(scores[order[index]])
+        reference = without_derivative(scores[order[index]])
         u = jnp.where(has_weight, (scores - reference) / temperature, 0)
         return jnp.vdot(weights * row.targets, top_memberships(u, weights, rank))
 

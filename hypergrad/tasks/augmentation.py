@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import datasets, spaces
 from ..inner import Descent
 from ..problem import Batches, Bilevel
+from ..trees import without_derivative
 from ..validation import as_key
 from . import classifier
 from .classifier import (
@@ -78,7 +79,7 @@ def warp(
     # Positions outside the image are clipped to a frame of zeros, one pixel wide.
     framed = jnp.pad(x, ((0, 0), (1, 1), (1, 1))).reshape(num, -1)
     positions = jnp.clip(positions + 1, 0, side + 1)
-    corner = jnp.minimum(jnp.floor(jax.lax.stop_gradient(positions)), side)
+    corner = jnp.minimum(without_derivative(jnp.floor(positions)), side)
     row, column = jnp.moveaxis(corner.astype(int), 1, 0)
     row_weight, column_weight = jnp.moveaxis(positions - corner, 1, 0)
     pixel_values = lambda i, j: jnp.take_along_axis(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .. import spaces
 from ..problem import Batches, Bilevel
+from ..trees import without_derivative
 from . import mlp
 from .semi_gradient import SOURCE, SemiGradient
 from .task import Task
@@ -184,7 +185,7 @@ class Losses:
     def outer_loss(self, w: PyTree, alpha: PyTree, key: Array) -> Array:
         """Returns minus the undiscounted mean return of fresh episodes."""
         del alpha
-        return -self.expected_return(w, jax.lax.stop_gradient(w), key)
+        return -self.expected_return(w, without_derivative(w), key)
 
     def mean_return(self, w: PyTree, alpha: PyTree, key: Array) -> Array:
         """Returns the mean return of fresh episodes, in steps."""

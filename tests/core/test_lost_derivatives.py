@@ -7,7 +7,10 @@ import optax
 import pytest
 from jax import lax
 
+import hypergrad as hg
 from hypergrad.lost_derivatives import find_lost_derivatives
+from hypergrad.trees import without_derivative
+from tests.surrogates.surrogate_cases import CASES, sample
 
 LABELS = np.array([0, 1])
 X = jax.random.normal(jax.random.key(0), (2, 3))
@@ -59,6 +62,7 @@ COMPLETE = {
     "determinant": lambda x: jnp.linalg.slogdet(x @ x.T + jnp.eye(2))[1],
     "eigenvalues": lambda x: jnp.linalg.eigh(x @ x.T)[0].sum(),
     "straight-through sign": lambda x: straight_through(x).sum(),
+    "interpolation": lambda x: jnp.sum(x - without_derivative(jnp.floor(x))),
     "unused sign": lambda x: (jnp.sign(x), x.sum())[1],
     "scan": lambda x: scan(lambda c: 2 * c, x),
     "while": lambda x: repeat_while(lambda c: 2 * c, x),
@@ -118,3 +122,88 @@ def test_leaves_are_told_apart():
     w = {"a": X, "b": X, "c": jnp.arange(3)}
     leaves, lost = find_lost_derivatives(f, w, (1.0, 2))
     assert (leaves, {x.leaf for x in lost}) == ({0, 3}, {1})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_surrogates_have_complete_derivatives(name):
+    scores, targets = sample(CASES[name].kind, np.random.default_rng(0))[:2]
+    smooth = lambda scores: CASES[name].surrogate(scores, targets, temperature=0.5)
+    assert find_lost_derivatives(smooth, jnp.asarray(scores)) == ({0}, frozenset())
+
+
+# Estimates of problems that lose a derivative.
+
+
+def stopped_loss(w, alpha, batch):
+    """Its minimum is ``p = s = alpha``, but ``s`` has no derivative by ``p``."""
+    return 0.5 * (w["p"] - alpha) ** 2 + 0.5 * (w["s"] - lax.stop_gradient(w["p"])) ** 2
+
+
+STOPPED = hg.Bilevel(stopped_loss, lambda w, alpha, batch: 0.5 * (w["s"] - 1) ** 2)
+W = {"p": jnp.array(3.0), "s": jnp.array(3.0)}
+DESCENT = hg.Descent(optax.sgd(0.5), 60)
+ESTIMATORS = {
+    "Implicit": hg.Implicit(DESCENT),
+    "Implicit, certified": hg.Implicit(DESCENT, certify=True),
+    "Implicit, rtol": hg.Implicit(DESCENT, rtol=1e-3),
+    "Unrolled": hg.Unrolled(DESCENT),
+    "Forward": hg.Forward(DESCENT),
+    "Reversible": hg.Reversible(0.2, 0.5, 100),
+    "FixedPoint": hg.FixedPoint(DESCENT, 60),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_an_estimate_without_a_lost_derivative_is_not_trusted(estimator):
+    """The hypergradient is 2, and the estimate 0."""
+    estimate = hg.hypergradient(STOPPED, estimator)(W, 3.0)
+    assert abs(estimate.hypergradient) < 1e-6
+    assert estimate.flags["lost_derivative"]
+    assert not estimate.trusted
+
+
+def test_central_differences_see_a_lost_derivative():
+    estimate = hg.hypergradient(STOPPED, hg.CentralDifference(DESCENT))(W, 3.0)
+    np.testing.assert_allclose(estimate.hypergradient, 2, rtol=1e-6)
+
+
+def test_a_certificate_does_not_confirm_a_lost_derivative():
+    assert not hg.certify(STOPPED, W, 3.0).trusted
+
+
+ridge_loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+accuracy = lambda w, alpha, batch: jnp.mean((w > 0.5).astype(float))
+W2, ALPHA2 = jnp.zeros(2), jnp.ones(2)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_an_outer_loss_without_a_derivative_is_an_error(estimator):
+    problem = hg.Bilevel(ridge_loss, accuracy)
+    with pytest.raises(ValueError, match=r"outer_loss .* gt"):
+        hg.hypergradient(problem, estimator)(W2, ALPHA2)
+
+
+def test_estimators_without_derivatives_accept_a_count_as_the_outer_loss():
+    problem = hg.Bilevel(ridge_loss, accuracy)
+    estimate = hg.hypergradient(problem, hg.Evolution(DESCENT, 0.1, 4))(W2, ALPHA2)
+    assert jnp.isfinite(estimate.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_lost"),
+    [
+        (optax.sgd(0.1, momentum=0.9), False),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)), False),
+        (optax.rmsprop(0.1), False),
+        (optax.lion(0.1), True),
+        (optax.sign_sgd(0.1), True),
+        (optax.contrib.muon(0.1), False),
+    ],
+    ids=["sgd", "adamw", "rmsprop", "lion", "sign_sgd", "muon"],
+)
+def test_an_optimizer_that_uses_signs_is_not_trusted(optimizer, is_lost):
+    problem = hg.Bilevel(ridge_loss, lambda w, alpha, batch: jnp.sum(w**2))
+    estimator = hg.Unrolled(hg.Descent(optimizer, 5))
+    estimate = hg.hypergradient(problem, estimator)(W2, ALPHA2)
+    assert bool(estimate.flags.get("lost_derivative", False)) == is_lost
+    assert estimate.trusted == (not is_lost)
