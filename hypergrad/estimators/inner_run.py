@@ -277,7 +277,7 @@ def unravel_derivatives(
 def check_differentiable(solver: Any) -> None:
     """Raises ValueError for a solver whose iterations have no derivative."""
     check_solver(solver)
-    if not solver.differentiable:
+    if not getattr(solver, "differentiable", False):
         raise _not_differentiable_error(solver)
 
 

@@ -123,10 +123,10 @@ def test_start_that_depends_on_alpha_is_differentiated(checkpoint):
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoints", "stored"])
 def test_truncation_stops_at_the_early_steps(checkpoint):
     """The last 2 of 5 steps, from where the first three ended."""
-    w = jnp.zeros(6)
-    third_w = gradient_descent(
-        penalized, start_of_alpha(w, START_ALPHA), START_ALPHA, 3
-    )
+    w, alpha = jnp.zeros(6), {"penalty": RIDGE.alpha}
+    init_fn = lambda w, alpha: w + jnp.tanh(alpha["penalty"])
+    problem = hg.Bilevel(penalized, ridge_outer, *RIDGE_DATA, init_fn=init_fn)
+    third_w = gradient_descent(penalized, init_fn(w, alpha), alpha, 3)
 
     @jax.jit
     def value(alpha):
@@ -135,11 +135,15 @@ def test_truncation_stops_at_the_early_steps(checkpoint):
 
     solver = hg.Descent(sgd(0.3), 5)
     estimator = hg.Unrolled(solver, truncation_length=2, checkpoint=checkpoint)
-    estimate = hg.hypergradient(START_PROBLEM, estimator)(w, START_ALPHA)
-    np.testing.assert_allclose(estimate.value, value(START_ALPHA), rtol=1e-13)
-    assert not np.any(estimate.hypergradient["start"])
-    expected = central(value, START_ALPHA)["penalty"]
-    assert error(estimate.hypergradient["penalty"], expected) < 1e-9
+    estimate = hg.hypergradient(problem, estimator)(w, alpha)
+    np.testing.assert_allclose(estimate.value, value(alpha), rtol=1e-13)
+    assert error(estimate.hypergradient, central(value, alpha)) < 1e-9
+
+
+def test_truncation_does_not_reach_a_leaf_that_only_the_start_uses():
+    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 5), truncation_length=2)
+    with pytest.raises(ValueError, match="start"):
+        hg.hypergradient(START_PROBLEM, estimator)(jnp.zeros(6), START_ALPHA)
 
 
 OPTIMIZERS = {

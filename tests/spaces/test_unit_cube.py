@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_axes_of_a_tree_are_in_the_order_of_its_leaves():
 
 @pytest.mark.parametrize("space", [None, Positive(), Box(0.0, np.inf)], ids=repr)
 def test_unbounded_spaces_have_neither_axes_nor_samples(space):
-    for call in (spaces.axes, lambda space: spaces.sample(space, None)):
+    for call in (spaces.axes, lambda space: spaces.sample(space, jax.random.key(0))):
         with pytest.raises((ValueError, TypeError), match="space"):
             call({"a": space})
 
