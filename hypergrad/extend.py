@@ -66,6 +66,7 @@ from .surrogates.inputs import (
     multiclass_examples,
     multilabel_examples,
 )
+from .trees import without_derivative
 from .validation import (
     check_hashable,
     check_optimizer,
@@ -131,4 +132,5 @@ __all__ = [
     "sample_fixed_batch",
     "seed_from_key",
     "weighted_mean",
+    "without_derivative",
 ]

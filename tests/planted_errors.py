@@ -137,6 +137,13 @@ ERRORS = (
         "return w, unravel(x)",
         "core/test_argmin.py",
     ),
+    PlantedError(
+        "lost derivatives: an integer loses nothing",
+        "lost_derivatives.py",
+        "lost = {LostDerivative(leaf, name, location) for leaf in total.leaves}",
+        "lost = set()",
+        "core/test_lost_derivatives.py",
+    ),
     # Linear solvers.
     PlantedError(
         "CG: the ratio is inverted",
