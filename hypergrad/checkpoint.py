@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -159,7 +160,9 @@ class CheckpointFolder:
     """The checkpoints of one run, each an Orbax folder ``step-N`` and ``step-N.json``.
 
     The JSON file is written last. It contains the fingerprint of the run and the digest
-    of every file, and its own digest under "sha256".
+    of every file, and its own digest under "sha256". A file ``step-N.writing`` exists
+    while the others are written or removed, which marks an interrupted call. Only files
+    that this class wrote are ever removed; corrupt checkpoints are renamed.
 
     Attributes:
       path: The folder.
@@ -266,10 +269,16 @@ class CheckpointFolder:
     def _arrays_path(self, step: int) -> Path:
         return self.path / f"step-{step:09d}"
 
-    def _steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, the newest first."""
-        names = (file.name for file in self.path.glob("step-*.json"))
-        matches = [re.fullmatch(r"step-(\d{9})\.json", name) for name in names]
+    def _marker_path(self, step: int) -> Path:
+        return self.path / f"step-{step:09d}.writing"
+
+    def _steps(self, suffix: str = "json") -> list[int]:
+        """Returns the steps of all complete checkpoints, the newest first.
+
+        The suffix "writing" selects interrupted checkpoints instead.
+        """
+        names = (file.name for file in self.path.glob(f"step-*.{suffix}"))
+        matches = [re.fullmatch(rf"step-(\d{{9}})\.{suffix}", name) for name in names]
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def _check(self, step: int) -> None:
@@ -300,7 +309,8 @@ class CheckpointFolder:
 
     def _write(self, step: int, arrays: Arrays) -> None:
         self._remove_incomplete()
-        self._remove(step)  # it may exist and be corrupt
+        self._set_aside(step)
+        atomic_io.atomic_write(self._marker_path(step), "")
         with _make_checkpointer() as checkpointer:
             checkpointer.save(self._arrays_path(step).absolute(), arrays)
         atomic_io.fsync_tree(self._arrays_path(step))
@@ -309,23 +319,45 @@ class CheckpointFolder:
         # A power failure must not leave metadata of arrays that are not on disk.
         text = json.dumps(metadata | {"sha256": _digest_json(metadata)}, indent=1)
         atomic_io.atomic_write(self._metadata_path(step), text + "\n")
+        self._marker_path(step).unlink()
         for old_step in self._steps()[NUM_KEPT:]:
             self._remove(old_step)
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint, first the file that makes it count."""
-        self._metadata_path(step).unlink(missing_ok=True)
-        shutil.rmtree(self._arrays_path(step), ignore_errors=True)
+        """Removes an intact checkpoint, which becomes an interrupted one first."""
+        with contextlib.suppress(CorruptCheckpointError):
+            self._check(step)
+            self._metadata_path(step).rename(self._marker_path(step))
+            shutil.rmtree(self._arrays_path(step), ignore_errors=True)
+            self._marker_path(step).unlink()
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a corrupt checkpoint, in whose place another one is written."""
+        metadata, arrays = self._metadata_path(step), self._arrays_path(step)
+        if not metadata.exists():
+            if arrays.exists():
+                raise FileExistsError(f"{arrays.name} is not part of a checkpoint")
+            return
+        is_used = lambda n: any(self.path.glob(f"{arrays.name}*.corrupt-{n}"))
+        number = next(n for n in itertools.count(1) if not is_used(n))
+        for path in (metadata, arrays):
+            if path.exists():
+                path.rename(path.with_name(f"{path.name}.corrupt-{number}"))
 
     def _remove_incomplete(self) -> None:
         """Removes what interrupted calls of `_write` have left, and nothing else."""
-        complete = {self._arrays_path(step).name for step in self._steps()}
-        for path in self.path.glob("step-*"):
-            if re.fullmatch(r"step-\d{9}\.json\.part", path.name):
-                path.unlink(missing_ok=True)
-            is_own = re.fullmatch(r"step-\d{9}(\.orbax-checkpoint-tmp.*)?", path.name)
-            if is_own and path.is_dir() and path.name not in complete:
-                shutil.rmtree(path, ignore_errors=True)
+        complete = self._steps()
+        for step in self._steps("writing"):
+            name = self._arrays_path(step).name
+            if step not in complete:
+                for path in (
+                    self._arrays_path(step),
+                    *self.path.glob(f"{name}.orbax-checkpoint-tmp*"),
+                ):
+                    if not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                self.path.joinpath(f"{name}.json.part").unlink(missing_ok=True)
+            self._marker_path(step).unlink()
 
 
 @contextlib.contextmanager

@@ -454,11 +454,38 @@ def test_files_of_others_are_never_deleted(tmp_path):
     assert {path: after[path] for path in before} == before
     interrupted = tmp_path / "step-000000003.orbax-checkpoint-tmp-7"
     interrupted.mkdir()
+    (tmp_path / "step-000000003.writing").touch()
     with pytest.raises(ValueError, match="folder"):
         run(checkpoints=hg.Checkpoints(tmp_path), key=jax.random.key(7))
     assert interrupted.exists()  # a refused call deletes nothing at all
     run(checkpoints=hg.Checkpoints(tmp_path), num_steps=7)
     assert not interrupted.exists()
+
+
+@pytest.mark.parametrize("name", ["step-000000004", "step-000000009"])
+def test_a_folder_with_the_name_of_a_checkpoint_is_kept(tmp_path, name):
+    """A run that would have to write there warns and continues without it."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text("mine")
+    (tmp_path / "step-000000008.orbax-checkpoint-tmp").mkdir()
+    before = modification_times(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same_bits(run(checkpoints=hg.Checkpoints(tmp_path)), unbroken())
+    assert bool(caught) == (name == "step-000000004")
+    assert all(name in str(warning.message) for warning in caught)
+    after = modification_times(tmp_path)
+    assert {path: after[path] for path in before} == before
+
+
+def test_a_corrupt_checkpoint_is_renamed_where_it_is_written_again(killed, tmp_path):
+    folder = tmp_path / "corrupt"
+    shutil.copytree(killed, folder)
+    (folder / "step-000000004.json").write_text("{}")
+    with pytest.warns(UserWarning, match="corrupt"):
+        assert_same_bits(run(checkpoints=hg.Checkpoints(folder)), unbroken())
+    assert (folder / "step-000000004.json.corrupt-1").read_text() == "{}"
+    assert any((folder / "step-000000004.corrupt-1").iterdir())
 
 
 # Folders of other runs.
