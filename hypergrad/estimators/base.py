@@ -77,6 +77,7 @@ FINITE_FLAGS = {
     "single_step",
     "random",
     "biased",
+    "difference_error",
 }
 
 
