@@ -42,7 +42,7 @@ NO_GRADIENT_ADVICE = (
     "so implicit differentiation cannot see it (it is not zero: it may enter the "
     "optimizer or the start); use hg.Unrolled, or take it out of alpha"
 )
-NEWTON_RTOL = 1e-3  # a Newton step leaves a thousandth of the distance to the argmin
+NEWTON_RTOL = 1e-3  # residual of the solve of a Newton step, relative to ||dL/dw||
 NUM_NEWTON_STEPS = 2
 NUM_PROBE_STEPS = 20  # CG steps that search for negative curvature
 
@@ -133,7 +133,7 @@ def certify(
 
     Cost:
       Per Newton step one solve for ``w``, to 1e-3, and one for the adjoint, to the
-      accuracy of the dtype; a probe of 20 products. All are counted in ``stats``.
+      default tolerance of `CG`; a probe of 20 products. All are counted in ``stats``.
     Memory:
       The vectors of `CG`.
     Bias:
@@ -269,7 +269,7 @@ def compute_certificate(
         ritz_min=linear_stats["ritz_min"],
         ritz_max=linear_stats["ritz_max"],
         negative_curvature=linear_stats["negative_curvature"],
-        # ||w - w*|| <= ||dL/dw|| / mu and ||v - H^-1 b|| <= ||b - H v|| / mu
+        # ||w - w*|| <= ||dL/dw|| / mu and ||v - H^-1 b|| / ||b|| <= residual / mu
         distance_estimate=inner_grad_norm / linear_stats["ritz_min"],
         distance_bound=inner_grad_norm / mu,
         adjoint_error_bound=residual / mu,

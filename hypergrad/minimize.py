@@ -1,6 +1,5 @@
 """The outer loop: `OuterLoop`, its step and its run, and `minimize`."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -56,9 +55,8 @@ def minimize(
 ) -> Trace:
     """Moves ``alpha`` along hypergradients and returns the record of the run.
 
-    The function makes an `OuterLoop` of its arguments and calls `OuterLoop.run`. Use
-    these two for several outer losses, certificates, a policy for untrusted estimates,
-    checkpoints and limits.
+    The function makes an `OuterLoop` and calls `OuterLoop.run`. Use `OuterLoop` itself
+    for several outer losses, certificates, untrusted estimates, checkpoints and limits.
 
     With ``num_steps`` and without ``progress`` the function can be jitted and vmapped.
     Losses are traced a constant number of times, and a second run with the same objects
@@ -140,17 +138,18 @@ class OuterLoop(eqx.Module):
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost. Pass arrays
         that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. If a metric
         has a method ``at_step(step)``, it must return the function of that step.
-      eval_every: Number of steps between evaluations of the metrics. The last step of a
-        run is always evaluated.
+      eval_every: Number of steps between evaluations of the metrics, each at the
+        ``alpha`` before the step. The last step of a run is always evaluated.
       certify_every: Number of steps between certificates (`hypergrad.certify`),
         starting with the first step; their cost is counted. A certificate replaces
         ``trusted`` and ``error_estimate`` of an estimator that targets the argmin, and
         ``distance_to_implicit`` of any other.
       on_untrusted: Treatment of an estimate that is not trusted. "record": it is used
-        like any other. "skip": ``alpha`` and the optimizer do not change. "refine": the
-        estimator, which must have a method ``refine`` as `Implicit` does, repeats it
-        with more work; both costs are counted and the second estimate is used. "stop":
-        the run ends before the step.
+        like any other. "skip": ``alpha`` and the optimizer do not change, while ``w``
+        and the warm starts advance. "refine": the estimator, which must have a method
+        ``refine`` as `Implicit` does, repeats it with more work; both costs are counted
+        and the second estimate is used. "stop": the run ends before the step, at the
+        ``alpha`` of the last trusted estimate.
       record_alphas: Whether ``trace.alphas`` contains the ``alpha`` of every step.
 
     Raises:
@@ -210,6 +209,8 @@ class OuterLoop(eqx.Module):
         _check_aggregator(aggregator, problem)
         _check_outer_data_fn(outer_data_fn, problem)
         _check_on_untrusted(on_untrusted, estimator)
+        if not isinstance(record_alphas, bool):
+            raise TypeError(f"record_alphas must be a bool; got {record_alphas!r}.")
         _check_one_sample(certify_every, problem, estimator)
         self.problem, self.estimator, self.space, self.aggregator = floats_to_arrays(
             (problem, estimator, space, aggregator)
@@ -240,6 +241,8 @@ class OuterLoop(eqx.Module):
 
     def step(self, state: OuterState) -> tuple[OuterState, StepRecord]:
         """Makes one step; pure, and usable inside ``jit``, ``scan`` and ``vmap``.
+
+        The step is compiled; with other code: ``jax.jit(lambda s: loop.step(s))``.
 
         Returns:
           The next state and the record of the step. If ``state.status`` is not 0 after
@@ -275,7 +278,8 @@ class OuterLoop(eqx.Module):
           budget: Gradient-equivalents to spend. Steps are made while less than this has
             been spent, so that the last step may exceed it by less than its own cost.
             At least one of ``num_steps`` and ``budget`` must be given; with both, the
-            run ends at the first. The trace then has a row per step that was made.
+            run ends at whichever comes first. With a budget the trace has a row per
+            step that was made.
             Inside ``jit`` or ``vmap`` a budget needs ``num_steps``, and the rows of
             steps that were not made are blank.
           progress: ``(steps_done, value)``, called on the host about twenty times per
@@ -363,15 +367,15 @@ def _check_state_fits(state: Any, w: PyTree, alpha: PyTree) -> None:
             f"{type(state).__name__}."
         )
     w, alpha = as_input_arrays(w, alpha)
+    describe = lambda tree: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
     # best_alpha is used because alpha itself is stored in unconstrained coordinates.
     for name, tree, like in (("w", w, state.w), ("alpha", alpha, state.best_alpha)):
-        describe = lambda tree: jax.tree.map(
-            lambda x: f"{x.dtype}{list(x.shape)}", tree
-        )
-        if describe(tree) != describe(like):
+        tree, like = describe(tree), describe(like)
+        has_same_structure = jax.tree.structure(tree) == jax.tree.structure(like)
+        if not has_same_structure or jax.tree.leaves(tree) != jax.tree.leaves(like):
             raise ValueError(
                 f"{name} must have the structure, shapes and dtypes of the run that "
-                f"state continues, {describe(like)}; got {describe(tree)}."
+                f"state continues, {like}; got {tree}."
             )
 
 
@@ -438,8 +442,8 @@ def _check_one_sample(
     certify_every: int | None, problem: Bilevel, estimator: Any
 ) -> None:
     """Raises ValueError if a certificate would use other data than the estimate."""
-    averages = math.isfinite(getattr(estimator, "num_samples", math.inf))
-    if certify_every is not None and problem.data_fn is not None and averages:
+    is_average = (getattr(estimator, "num_samples", None) or 1) > 1
+    if certify_every is not None and problem.data_fn is not None and is_average:
         raise ValueError(
             "certify_every must be None for an average over samples of data_fn, as a "
             "certificate uses only one. Use certify=True of the averaged estimator."

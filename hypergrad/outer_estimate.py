@@ -77,7 +77,7 @@ def _attach_certificate(
     key: Array,
 ) -> Estimate:
     """Returns the estimate with a certificate in its statistics if one is due."""
-    passed = {name: jnp.asarray(False) for name in (*estimate.flags, "certificate")}
+    no_flags = {name: jnp.asarray(False) for name in (*estimate.flags, "certificate")}
 
     def certify():
         data = EstimateData.sample(problem, key)  # the data of the estimate
@@ -90,11 +90,11 @@ def _attach_certificate(
         }
         if get_target(loop.estimator) != "argmin":
             stats["distance_to_implicit"] = certificate.error_estimate
-            return stats, passed | estimate.flags
+            return stats, no_flags | estimate.flags
         stats["error_estimate"] = certificate.error_estimate
         stats["trusted"] = certificate.trusted
-        return stats, passed | {"certificate": ~certificate.trusted}
+        return stats, no_flags | {"certificate": ~certificate.trusted}
 
-    skip = lambda: (estimate.stats, passed | estimate.flags)
+    skip = lambda: (estimate.stats, no_flags | estimate.flags)
     stats, flags = jax.lax.cond(should_certify, certify, skip)
     return dataclasses.replace(estimate, stats=stats, flags=flags)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .minimize import OuterLoop
 
 BLOCK_SIZE = 256  # steps per compiled block
+MAX_ALPHA_BYTES = 2**24  # of the alphas that a block records
 NUM_CALLS = 20  # calls of `progress` per run
 
 
@@ -63,6 +64,8 @@ def run_steps(
     """Returns the trace of a run; see `hypergrad.OuterLoop.run`."""
     check_positive_int("num_steps", num_steps, optional=True)
     budget = positive("budget", optional=True)(budget)
+    if np.ndim(budget):
+        raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
     check_progress(progress)
     check_checkpoints(checkpoints)
     limits = _Limits(time_limit, memory_limit)
@@ -88,6 +91,8 @@ def run_steps(
         )
     if num_steps is None and (budget is None or budget == math.inf):
         raise ValueError("num_steps or a finite budget must be given; got neither.")
+    if not is_traced(budget) and budget == math.inf:
+        budget = None
     if num_steps is not None and not host_options:
         # A budget alone gives no bound on the number of blocks: the host counts them.
         return _run_without_host(loop, state, num_steps, budget)
@@ -100,6 +105,15 @@ def run_steps(
         if folder is not None:
             run.load(folder)
         return run.run()
+
+
+def get_block_size(loop: "OuterLoop", state: OuterState) -> int:
+    """Returns the number of rows of a block, fewer if it records large alphas."""
+    if not loop.record_alphas:
+        return BLOCK_SIZE
+    leaves = jax.tree.leaves(state.best_alpha)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return max(1, min(BLOCK_SIZE, MAX_ALPHA_BYTES // max(num_bytes, 1)))
 
 
 def _check_state(loop: "OuterLoop", state: Any) -> None:
@@ -123,7 +137,7 @@ def _check_state(loop: "OuterLoop", state: Any) -> None:
         for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
     ):
         raise ValueError(
-            "state must come from a loop with the same estimator, optimizer and "
+            "state must come from a loop with the same estimator, optimizer, space and "
             "aggregator, for w and alpha of the same shapes; got one of another "
             "structure. Start a new run from trace.alpha and trace.w."
         )
@@ -138,7 +152,8 @@ def _run_without_host(
     are read from the device only if there is a budget, and then only concrete ones.
     """
     # Inside jit every further block would be another loop in the caller's program.
-    block_size = num_steps if is_traced(loop, state, budget) else BLOCK_SIZE
+    is_inside_jit = is_traced(loop, state, budget)
+    block_size = num_steps if is_inside_jit else get_block_size(loop, state)
     first_step, stop = state.step, state.step + num_steps
     account, blocks = Budget.create(budget), []
     for num_started in range(0, num_steps, block_size):
@@ -183,6 +198,7 @@ class _HostRun:
         self.loop, self.state, self.budget = loop, state, Budget.create(budget)
         self.num_steps = math.inf if num_steps is None else num_steps
         self.first_step = state.step
+        self.block_size = get_block_size(loop, state)
         never = jnp.full_like(state.step, NEVER)
         self.stop = never if num_steps is None else state.step + num_steps
         self.num_made = 0
@@ -274,7 +290,7 @@ class _HostRun:
     def _make_steps(self, num_steps: float) -> None:
         """Makes up to ``num_steps`` steps and waits for them."""
         while num_steps > 0 and not self._is_finished():
-            size = int(min(num_steps, BLOCK_SIZE))
+            size = int(min(num_steps, self.block_size))
             self.state, self.budget, rows, num_made = self._run_block(size)
             self.blocks.append((rows, int(num_made)))
             self.num_made += int(num_made)
@@ -282,7 +298,12 @@ class _HostRun:
 
     def _run_block(self, size: int) -> tuple[OuterState, Budget, StepRecord, Array]:
         return run_block(
-            self.loop, self.state, self.budget, jnp.asarray(size), self.stop, BLOCK_SIZE
+            self.loop,
+            self.state,
+            self.budget,
+            jnp.asarray(size),
+            self.stop,
+            self.block_size,
         )
 
     def _blank_rows(self, num_rows: int) -> StepRecord:
@@ -305,6 +326,9 @@ class _Limits:
     def __init__(self, time_limit: float | None, memory_limit: float | None):
         self.time_limit = positive("time_limit", optional=True)(time_limit)
         self.memory_limit = positive("memory_limit", optional=True)(memory_limit)
+        for name in ("time_limit", "memory_limit"):
+            if shape := np.shape(getattr(self, name)):
+                raise ValueError(f"{name} must be a number; got shape {shape}.")
         self.start_time = time.monotonic()
         if memory_limit is not None and resident_bytes() is None:
             raise ValueError(
@@ -389,7 +413,12 @@ def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
         g, opt_state, u, value=jnp.zeros(())
     )
     program = run_block.lower(  # pyright: ignore[reportFunctionMemberAccess] - filter_jit
-        loop, state, Budget.create(None), jnp.asarray(0), state.step, BLOCK_SIZE
+        loop,
+        state,
+        Budget.create(None),
+        jnp.asarray(0),
+        state.step,
+        get_block_size(loop, state),
     )
     settings = ("eval_every", "certify_every", "on_untrusted", "record_alphas")
     trees = ("estimator", "aggregator", "space", "project", "outer_data_fn", "metrics")

@@ -161,7 +161,7 @@ def step(
     Args:
       loop: The loop.
       state: The state before the step.
-      stop: Number of the step at which the run ends; its last step is always evaluated.
+      stop: Value of ``state.step`` after the last step, which is always evaluated.
       budget: The budget before the step, which ends the run as well when it is spent.
 
     Returns:
@@ -174,7 +174,6 @@ def step(
     estimate, estimator_state = estimate_step(loop, problem, state, alpha, estimate_key)
     direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
     u, optimizer_state = _update(loop, state, direction)
-    status = _get_status(loop, estimate, direction, u).astype(state.status.dtype)
     aggregator_state = direction.aggregator_state
     if loop.on_untrusted == "skip":
         u, optimizer_state, aggregator_state = optax.tree.where(
@@ -182,6 +181,7 @@ def step(
             (state.u, state.optimizer_state, state.aggregator_state),
             (u, optimizer_state, aggregator_state),
         )
+    status = _get_status(loop, estimate, direction, u).astype(state.status.dtype)
     is_last = state.step + 1 == stop
     if budget is not None:
         cost = estimate.stats["gradient_equivalents"]
@@ -205,8 +205,10 @@ def step(
     )
 
     failed = status > 0
+    # A step that is not finite follows an estimate that is.
+    is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
     is_better = (direction.score < state.best_value) | (not loop.has_comparable_values)
-    is_better &= ~failed
+    is_better &= is_good
     # A failed run returns to the last alpha whose estimate was good. It ends there, so
     # the estimator's state, which only a next step would use, is not restored: a copy
     # of it at every step would cost more than a step of SABA.
@@ -216,7 +218,7 @@ def step(
         status=status,
         u=optax.tree.where(failed, restored_u, u),
         good_u=optax.tree.where(failed, restored_u, state.u),
-        w=optax.tree.where(failed, state.w, estimate.w),
+        w=optax.tree.where(is_good, estimate.w, state.w),
         best_value=jnp.where(is_better, direction.score, state.best_value),
         best_alpha=optax.tree.where(is_better, alpha, state.best_alpha),
         aggregator_state=aggregator_state,

@@ -138,7 +138,8 @@ def search(
     if isinstance(searcher, Searcher):
         return search_trials(
             searcher,
-            *_make_setup(problem, solver, w, space, metrics),
+            lambda alpha: _make_setup(problem, solver, w, alpha, metrics),
+            w,
             space,
             key,
             budget=budget,
@@ -148,9 +149,11 @@ def search(
             parallel=parallel or Parallel(1),
         )
     check_iterative_solver(solver)
+    alpha = spaces.sample(space, jax.random.key(0))
+    setup = _make_setup(problem, solver, w, alpha, metrics)
     return search_rounds(
         searcher,
-        make_trainer(*_make_setup(problem, solver, w, space, metrics), space),
+        make_trainer(setup, alpha, space),
         key,
         budget=budget,
         progress=progress,
@@ -160,17 +163,16 @@ def search(
 
 
 def _make_setup(
-    problem: Bilevel, solver: Any, w: PyTree, space: PyTree, metrics: Any
-) -> tuple[TrialSetup, PyTree]:
-    """Returns what all trials share, and the sampled ``alpha`` used to check it."""
-    alpha = spaces.sample(space, jax.random.key(0))
+    problem: Bilevel, solver: Any, w: PyTree, alpha: PyTree, metrics: Any
+) -> TrialSetup:
+    """Returns what all trials share, after checks at an ``alpha`` of the space."""
     w, alpha = as_input_arrays(w, alpha, differentiable=False)
     check_problem(problem, w, alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
     setup = TrialSetup(floats_to_arrays(problem), solver, w, metrics)
     value_fn = lambda alpha: run_trial(setup, alpha, jax.random.key(0))[1].value
     check_alpha_is_used(value_fn, alpha)
-    return setup, alpha
+    return setup
 
 
 def _check_searcher(searcher: Any, problem: Bilevel) -> None:

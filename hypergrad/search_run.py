@@ -34,8 +34,8 @@ TrialCallback = Callable[[dict], None]
 
 def search_trials(
     searcher: Searcher,
-    setup: TrialSetup,
-    alpha: PyTree,
+    setup_fn: Callable[[PyTree], TrialSetup],
+    w: PyTree,
     space: PyTree,
     key: Array,
     *,
@@ -47,15 +47,22 @@ def search_trials(
 ) -> Trace:
     """Returns the trace of a search by trials; see `hypergrad.search`.
 
-    ``alpha`` may be any point of the space, because only its shapes are used.
+    ``setup_fn`` checks the problem at the first proposed ``alpha`` and returns what all
+    trials share.
     """
-    fingerprint = ""
+    state = SearchState(searcher, w, space, budget, key)
+    batch = state.ask(parallel.trials_per_batch)
+    if not batch:
+        raise ValueError(
+            f"searcher must propose at least one alpha; got none from {searcher!r}."
+        )
+    alpha = batch[0].alpha
+    setup, fingerprint = setup_fn(alpha), ""
     if trial_callback is not None or previous_trials:
         fingerprint = trial_fingerprint(setup, alpha, parallel)
     recorded = RecordedTrials(previous_trials, fingerprint)
     runner = make_runner(setup, parallel.executor)
-    state = SearchState(searcher, setup, space, budget, key)
-    while batch := state.ask(parallel.trials_per_batch):
+    while batch:
         batch, old_records = recorded.restore(batch, setup)
         new_numbers = {trial.number for trial in batch} - old_records.keys()
         new_results = {}
@@ -72,12 +79,9 @@ def search_trials(
             state.tell(trial, record, w)
             if progress is not None:
                 progress(len(state.records), state.best_value())
-    if not state.records:
-        raise ValueError(
-            f"searcher must propose at least one alpha; got none from {searcher!r}."
-        )
+        batch = state.ask(parallel.trials_per_batch)
     recorded.check_all_were_used(len(state.records), budget, state.total_cost)
-    return state.make_trace()
+    return state.make_trace(setup)
 
 
 class BestTrial(NamedTuple):
@@ -102,12 +106,12 @@ class SearchState:
     def __init__(
         self,
         searcher: Searcher,
-        setup: TrialSetup,
+        w: PyTree,
         space: PyTree,
         budget: float,
         key: Array,
     ):
-        self.searcher, self.setup, self.budget = searcher, setup, budget
+        self.searcher, self.w, self.budget = searcher, w, budget
         init_key, self.key = jax.random.split(key)
         self.searcher_state = searcher.init(space, init_key)
         self.records: list[TrialRecord] = []
@@ -130,7 +134,7 @@ class SearchState:
                 alpha, state = self.searcher.ask(self.searcher_state, ask_key)
             except StopIteration:
                 break
-            _, alpha = as_input_arrays(self.setup.w, alpha, differentiable=False)
+            _, alpha = as_input_arrays(self.w, alpha, differentiable=False)
             batch.append(Trial(len(self.records) + len(batch), alpha, trial_key))
             self.searcher_state, self.key = state, next_key
             expected_cost += self.last_cost
@@ -153,12 +157,12 @@ class SearchState:
         assert self.best is not None
         return self.best.value if self.best.value.ndim else self.best.value.item()
 
-    def make_trace(self) -> Trace:
+    def make_trace(self, setup: TrialSetup) -> Trace:
         """Returns the trace; runs the best trial again if its ``w`` is not known."""
         assert self.best is not None
         (_, alpha, key), value, w = self.best
         if w is None:
-            w, _ = run_trial(self.setup, alpha, key)
+            w, _ = run_trial(setup, alpha, key)
         columns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.records)
         status = 0 if np.isfinite(value).all() else FAILED
         return Trace(

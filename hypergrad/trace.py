@@ -113,7 +113,8 @@ class Trace(PrettyModule):
         The row of a step does not contain the metrics that were not evaluated.
         """
         self._check_single("rows()")
-        columns = {"value": self.value, "cost": self.cost} | self.stats
+        own = {"value": self.value, "cost": self.cost}
+        columns = own | self.stats | own  # first, whatever the names of statistics
         columns = {name: np.asarray(column) for name, column in columns.items()}
         metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
         rows = []

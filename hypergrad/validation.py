@@ -85,7 +85,8 @@ def check_same_structure(
         lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
     )
     has_same_structure = jax.tree.structure(tree) == jax.tree.structure(like)
-    if not has_same_structure or describe(tree) != describe(like):
+    leaves = lambda tree: jax.tree.leaves(describe(tree))
+    if not has_same_structure or leaves(tree) != leaves(like):
         raise ValueError(
             f"{name} must return the structure, shapes and dtypes of {like_name}, "
             f"{describe(like)}; got {describe(tree)}."

@@ -41,7 +41,7 @@ from .error_estimates import adjoint_residual_error, stationarity_error
 MAX_ROUNDS = 8
 GRADS_PER_CHECK = 10  # gradients that steps cost between checks of the full gradient
 ROUNDING_ULPS = 10  # units in the last place that count as rounding
-MAX_TOL_CHANGE = 10.0  # factor by which grad_tol changes at most in a round
+MAX_TOL_CHANGE = 10.0  # largest factor between grad_tol and the gradient norm reached
 
 
 class AdaptiveState(eqx.Module):
@@ -326,7 +326,7 @@ class AdaptiveSolve(eqx.Module):
         grad_change = add_scale(result.inner_grad, -1, prev.result.inner_grad)
         step_norm = norm(step)
         has_moved = step_norm > ROUNDING_ULPS * jnp.finfo(step_norm.dtype).eps * norm(w)
-        # The true curvature may only be smaller than the observed one, so include the
+        # The smallest eigenvalue is at most any observed curvature, so include the
         # curvature along the step, <dw, dg> / ||dw||^2.
         curvature = jnp.fmin(
             jnp.nanmin(result.mean_curvature), linear_stats["ritz_min"]

@@ -36,8 +36,8 @@ REASONS = {
     "not_finite": "a value or a derivative is not finite",
     "adjoint_residual": "the linear solve did not converge: adjoint_residual > 1e-2",
     "inner_error": (
-        "w is too far from a stationary point of the inner loss: its distance changes "
-        "the hypergradient by more than 1e-2"
+        "w is too far from a stationary point of the inner loss: its relative distance "
+        "or the change of the hypergradient over it exceeds 1e-2"
     ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum"
@@ -69,6 +69,19 @@ REASONS = {
     ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",
+}
+
+
+#: Flags that check finite values themselves, or that are set for every estimate.
+FINITE_FLAGS = {
+    "not_finite",
+    "certificate",
+    "other_curvature",
+    "truncated",
+    "single_step",
+    "random",
+    "biased",
+    "difference_error",
 }
 
 
@@ -115,7 +128,7 @@ class Estimate(PrettyModule):
 
     @property
     def trusted(self) -> Array:
-        """True if every check of the estimator passed; False if it has none."""
+        """True if no flag is; without flags ``stats["trusted"]``, or else False."""
         if self.flags:
             return ~jnp.any(jnp.stack(jnp.broadcast_arrays(*self.flags.values())), 0)
         return jnp.asarray(self.stats.get("trusted", False))
@@ -194,13 +207,11 @@ def make_estimate(
     return estimate
 
 
-def make_stats(trusted: Any = None, **stats: Any) -> dict[str, Array]:
+def make_stats(**stats: Any) -> dict[str, Array]:
     """Returns all of `STATS` as float scalars, NaN for those that are not given."""
     if unknown := set(stats) - set(STATS):
         raise KeyError(f"stats must be among {STATS}; got {sorted(unknown)}.")
-    stats = {name: jnp.asarray(stats.get(name, jnp.nan), dtype=float) for name in STATS}
-    # Until every estimator states flags.
-    return stats if trusted is None else stats | {"trusted": jnp.asarray(trusted)}
+    return {name: jnp.asarray(stats.get(name, jnp.nan), dtype=float) for name in STATS}
 
 
 def normalize_estimate(estimate: Estimate) -> Estimate:
@@ -209,7 +220,7 @@ def normalize_estimate(estimate: Estimate) -> Estimate:
     Estimates of third parties may lack any of them. Statistics of their own are kept.
     """
     flags = normalize_flags(estimate.stats, estimate.flags)
-    if not estimate.flags:
+    if not flags.keys() & FINITE_FLAGS:
         flags["not_finite"] = ~all_finite(estimate.value, estimate.hypergradient)
     standard_stats = {name: x for name, x in estimate.stats.items() if name in STATS}
     extra_stats = {

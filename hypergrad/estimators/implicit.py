@@ -122,11 +122,12 @@ class Implicit(eqx.Module):
     Trust:
       ``trusted`` requires finite values, an ``adjoint_residual`` of at most 1e-2, no
       negative curvature, and an inner error of at most 1e-2: the step ``dL/dw / mu``
-      relative to ``||w||``, and the change of ``dM/dw`` over this step relative to the
-      hypergradient. ``mu`` is the smaller one of ``ritz_min`` and ``||b|| / ||v||``.
-      With ``rtol`` it requires finite values, an ``error_estimate`` of at most ``rtol``
-      and no negative curvature in the last round. Both are what the solves happened to
-      find: short warm-started solves, and linear solvers other than `CG`, may miss a
+      relative to ``||w||``, and the change of ``J' v`` that the change of ``dM/dw``
+      over this step causes, relative to the hypergradient. ``mu`` is the smaller one of
+      ``ritz_min`` and ``||b|| / ||v||``. With ``rtol`` it requires finite values, an
+      ``error_estimate`` of at most ``rtol`` and no negative curvature in the last
+      round. ``mu`` and negative curvature are known only as far as the solves found
+      them: short warm-started solves, and linear solvers other than `CG`, may miss a
       flat or a negative direction. The noise of a batch size is not included (see
       `Average`). In bfloat16 the residual rarely falls below 1e-2.
 

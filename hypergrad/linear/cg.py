@@ -223,8 +223,8 @@ def _first_residual(
 ) -> tuple[PyTree, PyTree, Array | int]:
     """Returns the first iterate, its residual and the number of products.
 
-    A starting point that is zero costs no product. One with a larger residual than zero
-    is replaced by zero.
+    A starting point that is zero costs no product. One whose residual exceeds that of
+    zero, or is NaN, is replaced by zero.
     """
     if x is None:
         return optax.tree.zeros_like(b), b, 0

@@ -40,8 +40,9 @@ class Surrogate(eqx.Module):
 
     Attributes:
       check_inputs: Function ``(scores, targets, where, weights) -> Examples`` that
-        raises an error for bad input. Defaults to `binary_examples`: scores [n] and
-        targets [n] of 0 and 1. Others are in `hypergrad.surrogates.inputs`.
+        raises an error for bad input, set in the class as a ``staticmethod``. Defaults
+        to `binary_examples`: scores [n] and targets [n] of 0 and 1. Others are in
+        `hypergrad.surrogates.inputs`.
       citations: Keys of ``references.bib``, for `hypergrad.citation`. Defaults to none.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg

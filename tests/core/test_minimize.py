@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -405,6 +406,22 @@ def test_a_step_that_is_not_finite_ends_the_run():
     check_failed(trace, 2, "the step left alpha not finite")
     np.testing.assert_allclose(trace.alpha, 3 * 0.8**2, rtol=1e-6)
     np.testing.assert_allclose(trace.value[2], (3 * 0.8**2) ** 2, rtol=1e-6)
+
+
+def test_the_estimate_before_a_step_that_is_not_finite_is_kept():
+    """Its w and its value are good, and later steps of the failed state keep them."""
+    blow_up = optax.scale_by_schedule(
+        lambda count: jnp.where(count == 2, -jnp.inf, -0.1)
+    )
+    problem = hg.Bilevel(square, lambda w, alpha, batch: jnp.sum(w**2))
+    loop = hg.OuterLoop(problem, hg.Implicit(hg.Newton()), blow_up)
+    state = loop.init(0.0, 3.0)
+    for _ in range(5):
+        state, _ = loop.step(state)
+        if int(state.step) >= 3:
+            chex.assert_trees_all_close(
+                (state.w, state.best_alpha, loop.alpha(state)), (3 * 0.8**2,) * 3
+            )
 
 
 def test_one_run_of_a_batch_fails_alone():

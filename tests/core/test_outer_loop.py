@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.outer_run import BLOCK_SIZE
+from hypergrad.outer_run import BLOCK_SIZE, MAX_ALPHA_BYTES, get_block_size
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -152,6 +152,60 @@ def test_minimize_continues_from_a_state(num_steps: int):
     assert_same_bits(ends_of(second), ends_of(long_run()))
     assert_same_bits(rows_of(first, second), rows_of(long_run()))
     assert second.rows()[0]["step"] == num_steps
+
+
+@jax.tree_util.register_pytree_node_class
+class Wrapped:
+    """A container that is compared by identity, as most classes are."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_run_of_other_containers_can_be_continued():
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w.x - alpha.x) ** 2),
+        lambda w, alpha, batch: jnp.sum(w.x**2),
+    )
+    start = Wrapped(jnp.zeros(2)), Wrapped(jnp.ones(2))
+    minimize = functools.partial(
+        hg.minimize, problem, hg.Implicit(hg.Newton()), SGD, *start
+    )
+    trace = minimize(num_steps=2, state=minimize(num_steps=3).state)
+    assert_same_bits(trace.alpha.x, minimize(num_steps=5).alpha.x)
+
+
+def test_a_block_records_a_bounded_number_of_alphas():
+    for size, expected in ((10, BLOCK_SIZE), (200_000, 10), (10**8, 1)):
+        loop = hg.OuterLoop(PROBLEM, EXACT, ADAM, record_alphas=True)
+        shapes = jax.ShapeDtypeStruct((size,), jnp.float64)
+        state = eqx.tree_at(lambda s: s.best_alpha, run(num_steps=1).state, shapes)
+        num_bytes = size * 8
+        assert get_block_size(loop, state) == expected
+        assert expected in (1, BLOCK_SIZE) or expected * num_bytes <= MAX_ALPHA_BYTES
+
+
+@pytest.mark.parametrize("name", ["budget", "time_limit", "memory_limit"])
+def test_limits_are_single_numbers(name):
+    with pytest.raises(ValueError, match=name):
+        run(num_steps=2, **{name: np.array([1.0, 2.0])})
+
+
+def test_an_infinite_budget_is_no_budget():
+    """Also for a run that fails, whose blank rows remain."""
+    outer = lambda w, alpha, batch: jnp.sum(w**2) + 0 * jnp.log(alpha - 1)
+    problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer)
+    loop = hg.OuterLoop(problem, hg.Implicit(hg.Newton()), SGD)
+    run_with = lambda budget: loop.run(loop.init(0.0, 1.2), num_steps=9, budget=budget)
+    assert run_with(None).status != "completed"
+    assert_same_bits(rows_of(run_with(np.inf)), rows_of(run_with(None)))
 
 
 def test_a_concrete_state_can_be_continued_inside_jit():

@@ -102,6 +102,20 @@ def test_failures_come_before_trust():
         assert trace.alpha > 1
 
 
+def test_a_skipped_step_that_is_not_finite_does_not_end_the_run():
+    """An estimate that is not trusted points uphill, where this optimizer fails."""
+    optimizer = optax.stateless(
+        lambda g, params: jax.tree.map(lambda g: jnp.where(g < 0, jnp.inf, -0.1 * g), g)
+    )
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=~BAD)
+    arguments = {"problem": problem, "w": 0.0, "alpha": 3.0, "estimator": estimator}
+    assert run("skip", optimizer=optimizer, **arguments).status == "completed"
+    assert run("record", optimizer=optimizer, **arguments).status != "completed"
+
+
 def test_a_skipped_step_leaves_the_aggregator_unchanged():
     """The multiplier of a violated limit grows with each step that is made."""
     outer = REFERENCE.problem.outer_loss

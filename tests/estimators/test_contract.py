@@ -4,6 +4,7 @@ All tests of an estimator on one problem share a compiled program: only numbers 
 """
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -51,6 +52,24 @@ ESTIMATORS = {
     "Average": (hg.Average(hg.Implicit(SOLVER), num_samples=2), 1e-9),
 }
 UNTRUSTED = {"Penalty", "CentralDifference"}  # their bias is not measured
+
+
+class OwnFlags(eqx.Module):
+    """An estimator with a check of its own that misses a NaN."""
+
+    def init(self, problem, w, alpha, key=None):
+        return w
+
+    def estimate(self, problem, state, alpha, key):
+        flags = {"own check": jnp.asarray(False)}
+        return hg.Estimate(jnp.ones(()), alpha * jnp.nan, state, flags=flags), state
+
+
+def test_a_hypergradient_of_nan_is_not_trusted_whatever_the_flags():
+    problem = hg.Bilevel(lambda w, a, batch: (w - a) ** 2, lambda w, a, batch: w**2)
+    estimate = hg.hypergradient(problem, OwnFlags())(0.0, 1.0)
+    assert estimate.flags["not_finite"]
+    assert not estimate.trusted
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import linprog, nnls
+from scipy.optimize import linprog, lsq_linear
 
 import hypergrad as hg
 from hypergrad import objectives
@@ -72,7 +72,10 @@ def shortest_in_hull(gradients):
 
 def mean_projection(gradients):
     """Returns the mean of the projections g + J'x, x >= 0, onto the dual cone."""
-    return np.mean([g + gradients.T @ nnls(gradients.T, -g)[0] for g in gradients], 0)
+    solve = lambda g: lsq_linear(
+        gradients.T, -g, bounds=(0, np.inf), method="bvls", tol=1e-15
+    )
+    return np.mean([g + gradients.T @ solve(g).x for g in gradients], 0)
 
 
 def awkward_gradients(key, num, size):

@@ -43,6 +43,36 @@ def test_searcher_is_told_the_value_of_each_proposal_and_the_lowest_is_the_best(
 
 
 @pytest.mark.parametrize(
+    "space",
+    [None, hg.spaces.Real(), hg.spaces.Interval(0.0, 10.0)],
+    ids=["none", "unbounded", "scalar"],
+)
+def test_a_searcher_of_your_own_decides_what_alpha_is(space):
+    """Only its proposals are checked; the space need not have samples."""
+
+    class Normal:
+        def init(self, space, key):
+            return 0
+
+        def ask(self, state, key):
+            return jax.random.normal(key, (3,)), state + 1
+
+        def tell(self, state, alpha, value):
+            return state
+
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    trace = hg.search(
+        problem, hg.Newton(), Normal(), jnp.zeros(3), space=space, budget=20
+    )
+    assert trace.best_alpha.shape == (3,)
+    with pytest.raises(TypeError, match="inner_loss"):
+        hg.search(problem, hg.Newton(), Normal(), jnp.zeros(4), space=space, budget=20)
+
+
+@pytest.mark.parametrize(
     ("budget", "num_trials"), [(1e-9, 1), (1.0, 1), (4.0, 3), (4.1, 3), (8.5, 6)]
 )
 def test_as_many_trials_are_made_as_fit_into_the_budget(budget, num_trials):

@@ -160,7 +160,8 @@ class SingleLoop(eqx.Module):
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns the relative error of the adjoint after many steps at one ``alpha``.
 
-        The error of a method with an adjoint is 0, because the adjoint has converged.
+        The error of a method with an adjoint is 0, because the adjoint has converged on
+        full batches at suitable rates.
         For any other method it is NaN, because no bound is known; methods with a
         known bound override this method.
         """

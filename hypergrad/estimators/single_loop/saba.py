@@ -23,7 +23,8 @@ class SABA(SingleLoop):
     """Makes the steps of `SOBA` along SAGA estimates of its three directions.
 
     The method stores the latest ``dL/dw``, ``H v``, ``J' v`` of each inner example and
-    the latest ``dM/dw``, ``dM/dalpha`` of each outer example. The mean over a batch is
+    the latest ``M``, ``dM/dw``, ``dM/dalpha`` of each outer example, so that ``value``
+    is estimated in the same way. The mean over a batch is
     replaced by ``mean_k (new_k - old_k) + mean of all old``, which is unbiased and
     whose noise vanishes as the run converges. Rates can therefore stay constant.
 

@@ -26,9 +26,10 @@ class SOBA(SingleLoop):
     at the same ``(w, v, alpha)``. `minimize` applies its optimizer to the third. With
     data that is not `Batches` the method is deterministic.
 
-    ``w`` and ``v`` follow ``alpha`` only if it is slow. Begin with ``rho`` about
-    ``1 / lambda_max`` and with a rate of ``alpha`` at which ``certify_every`` reports a
-    small ``error_estimate``; if that grows along the run, lower the rate of ``alpha``.
+    ``w`` and ``v`` follow ``alpha`` only if it moves slowly. Begin with a rate ``rho``
+    of about the inverse of the largest eigenvalue of ``H``, and with a rate of
+    ``alpha`` at which ``certify_every`` reports a small ``error_estimate``; if that
+    grows along the run, lower the rate of ``alpha``.
 
     Args:
       optimizer: Optax transformation for ``w``. The paper uses ``optax.sgd(rho)`` with
@@ -45,7 +46,7 @@ class SOBA(SingleLoop):
       converges. Target: argmin.
 
     Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
+      TypeError: From `hypergradient`, because one step is not an estimate.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), Algorithm 1.
 
