@@ -19,6 +19,7 @@ from .search_trial import Parallel, TrialSetup, run_trial
 from .searchers import Searcher
 from .searchers.populations import (
     PopulationSearcher,
+    Trainer,
     check_iterative_solver,
     make_trainer,
 )
@@ -149,11 +150,9 @@ def search(
             parallel=parallel or Parallel(1),
         )
     check_iterative_solver(solver)
-    alpha = spaces.sample(space, jax.random.key(0))
-    setup = _make_setup(problem, solver, w, alpha, metrics)
     return search_rounds(
         searcher,
-        make_trainer(setup, alpha, space),
+        _make_trainer(problem, solver, w, space, metrics),
         key,
         budget=budget,
         progress=progress,
@@ -173,6 +172,14 @@ def _make_setup(
     value_fn = lambda alpha: run_trial(setup, alpha, jax.random.key(0))[1].value
     check_alpha_is_used(value_fn, alpha)
     return setup
+
+
+def _make_trainer(
+    problem: Bilevel, solver: Any, w: PyTree, space: PyTree, metrics: Any
+) -> Trainer:
+    """Returns the trainer of a population, after checks at a sampled ``alpha``."""
+    alpha = spaces.sample(space, jax.random.key(0))
+    return make_trainer(_make_setup(problem, solver, w, alpha, metrics), alpha, space)
 
 
 def _check_searcher(searcher: Any, problem: Bilevel) -> None:

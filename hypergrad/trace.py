@@ -113,8 +113,9 @@ class Trace(PrettyModule):
         The row of a step does not contain the metrics that were not evaluated.
         """
         self._check_single("rows()")
-        own = {"value": self.value, "cost": self.cost}
-        columns = own | self.stats | own  # first, whatever the names of statistics
+        fixed_columns = {"value": self.value, "cost": self.cost}
+        # They come first and are kept, whatever the names of the statistics are.
+        columns = fixed_columns | self.stats | fixed_columns
         columns = {name: np.asarray(column) for name, column in columns.items()}
         metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
         rows = []
