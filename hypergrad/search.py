@@ -149,7 +149,6 @@ def search(
             previous_trials=previous_trials,
             parallel=parallel or Parallel(1),
         )
-    check_iterative_solver(solver)
     return search_rounds(
         searcher,
         _make_trainer(problem, solver, w, space, metrics),
@@ -178,6 +177,7 @@ def _make_trainer(
     problem: Bilevel, solver: Any, w: PyTree, space: PyTree, metrics: Any
 ) -> Trainer:
     """Returns the trainer of a population, after checks at a sampled ``alpha``."""
+    check_iterative_solver(solver)
     alpha = spaces.sample(space, jax.random.key(0))
     return make_trainer(_make_setup(problem, solver, w, alpha, metrics), alpha, space)
 
