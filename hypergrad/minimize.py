@@ -295,8 +295,8 @@ class OuterLoop(eqx.Module):
 
         Raises:
           TypeError, ValueError: An argument is invalid.
-          ValueError: The state belongs to another loop or to a failed run, or the
-            checkpoints belong to another run or to one that is running.
+          ValueError: The state has another structure than the states of this loop or
+            is of a failed run; checkpoints belong to another or to a running run.
         """
         return run_steps(
             self,
