@@ -2,12 +2,16 @@
 
 JAX returns a zero derivative for `jax.lax.stop_gradient`, `sign`, `round`, comparisons,
 ``argmax`` and casts to integers. Where a float is computed from such a result, its
-derivative lacks a term, and nothing in the numbers shows it. A predicate of ``where``
-or an index of ``x[i]`` loses nothing: the derivative of the selected number is complete
-almost everywhere. Functions with a derivative of their own (`jax.custom_jvp`,
-`jax.custom_vjp`) are taken at their word, and so is `without_derivative`.
+derivative lacks a term, and nothing in the numbers shows it. The predicate of ``where``
+and the index of ``x[i]`` select a number whose derivative is complete almost
+everywhere, as in ReLU and in sorting; they lose the derivative of an input only if it
+enters the result in no other way. Functions with a derivative of their own
+(`jax.custom_jvp`, `jax.custom_vjp`) are taken at their word, and so is
+`without_derivative`.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,16 +44,30 @@ class Dependence(NamedTuple):
       leaves: Input leaves from which a derivative arrives.
       lost: Derivatives that were lost on the way. The value of an integer depends on
         the inputs through these only.
+      selectors: Derivatives that predicates and indices have lost.
       is_shift: True if the value is a maximum over an axis. A stopped gradient of a
         maximum is the shift of a stable softmax, which cancels in the result.
     """
 
     leaves: frozenset[int] = frozenset()
     lost: frozenset[LostDerivative] = frozenset()
+    selectors: frozenset[LostDerivative] = frozenset()
     is_shift: bool = False
 
     def __or__(self, other: "Dependence") -> "Dependence":
-        return Dependence(self.leaves | other.leaves, self.lost | other.lost)
+        return Dependence(
+            self.leaves | other.leaves,
+            self.lost | other.lost,
+            self.selectors | other.selectors,
+        )
+
+    def selected_by(self, other: "Dependence") -> "Dependence":
+        """Returns the dependence of a value that an integer or a predicate selects."""
+        selectors = self.selectors | other.selectors | other.lost
+        return self._replace(selectors=selectors)
+
+
+NONE = Dependence()
 
 
 #: Operations on floats whose derivative is zero wherever it exists.
@@ -95,8 +113,8 @@ def find_lost_derivatives(
         for i, x in enumerate(jax.tree.leaves(args))
     ]
     inputs = [x for x, used in zip(inputs, is_used, strict=True) if used]
-    result = _merge(_trace_jaxpr(jaxpr, inputs))
-    return result.leaves, result.lost
+    leaves, lost, selectors, _ = _merge(_trace_jaxpr(jaxpr, inputs))
+    return leaves, lost | {x for x in selectors if x.leaf not in leaves}
 
 
 def _is_float(x: Any) -> bool:
@@ -104,24 +122,18 @@ def _is_float(x: Any) -> bool:
 
 
 def _merge(dependences: Sequence[Dependence]) -> Dependence:
-    total = Dependence()
-    for dependence in dependences:
-        total = total | dependence
-    return total
+    return functools.reduce(operator.or_, dependences, NONE)
 
 
 def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
     """Returns the dependence of each result of a jaxpr."""
     table = dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda x: Dependence() if isinstance(x, Literal) else table.get(x, NONE)
+    read = lambda x: NONE if isinstance(x, Literal) else table.get(x, NONE)
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
         results = _trace_equation(equation, operands)
         table.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
-
-
-NONE = Dependence()
 
 
 def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependence]:
@@ -137,7 +149,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         return _trace_loop(params["body_jaxpr"], operands, num_consts, num_carry)
     if name == "cond":
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
-        return [_merge(results) for results in zip(*branches, strict=True)]
+        results = map(_merge, zip(*branches, strict=True))
+        return [result.selected_by(operands[0]) for result in results]
     if name == "custom_linear_solve":
         # The solver's own constants, such as a factorization, are not differentiated.
         lengths = params["const_lengths"]
@@ -182,7 +195,7 @@ def _trace_loop(
         new_carry = [
             _merge(pair) for pair in zip(carry, results[:num_carry], strict=True)
         ]
-        if [x[:2] for x in new_carry] == [x[:2] for x in carry]:
+        if new_carry == [_merge([x]) for x in carry]:  # whatever is a shift
             return results
         carry = new_carry
 
@@ -192,28 +205,22 @@ def _trace_operation(
 ) -> Dependence:
     """Returns the dependence of one result of an operation without inner jaxprs."""
     name = equation.primitive.name
-    is_float = lambda x: jnp.issubdtype(x.aval.dtype, jnp.inexact)
-    floats = [
-        operand
-        for x, operand in zip(equation.invars, operands, strict=True)
-        if is_float(x)
-    ]
-    discrete = [
-        operand
-        for x, operand in zip(equation.invars, operands, strict=True)
-        if not is_float(x)
-    ]
+    floats, selectors = [], []
+    for x, operand in zip(equation.invars, operands, strict=True):
+        is_float = jnp.issubdtype(x.aval.dtype, jnp.inexact)
+        (floats if is_float else selectors).append(operand)
     if jnp.issubdtype(result.dtype, jnp.inexact):
-        # Predicates and indices choose among floats, and lose nothing.
-        total = _merge(floats) if floats else _merge(discrete)
+        total = _merge(floats).selected_by(_merge(selectors))
+        if not floats:  # a cast from integers
+            total = _merge(selectors)
         is_shift = name == "reduce_max" or (
             name in LAYOUT and all(x.is_shift for x in floats if x != NONE)
         )
         is_shift = is_shift and bool(total.leaves)
         if name == "stop_gradient" and is_shift:
-            return Dependence(frozenset(), total.lost, is_shift)
+            return total._replace(leaves=frozenset(), is_shift=True)
         if name not in PIECEWISE_CONSTANT:
-            return Dependence(total.leaves, total.lost, is_shift)
+            return total._replace(is_shift=is_shift)
     elif name == "is_finite" or (
         name in ("eq", "ne") and equation.invars[0] is equation.invars[1]
     ):
@@ -222,4 +229,4 @@ def _trace_operation(
         total = _merge(operands)
     location = summarize(equation.source_info)
     lost = {LostDerivative(leaf, name, location) for leaf in total.leaves}
-    return Dependence(frozenset(), total.lost | lost)
+    return total._replace(leaves=frozenset(), lost=total.lost | lost)

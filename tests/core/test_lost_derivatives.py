@@ -107,14 +107,23 @@ def test_the_place_of_a_lost_derivative_is_in_the_code_of_the_user():
         lambda x: jax.checkpoint(lambda x: jnp.sum(jnp.sign(x)))(x),
         lambda x: jax.jit(jnp.round)(x).sum(),
         lambda x: scan(jnp.sign, jnp.sign(x)),
+        lambda x: jnp.mean(jnp.where(x > 0, 1.0, 0.0)),
+        lambda x: jnp.sum(jnp.arange(3.0) ** 2 * jnp.arange(3.0)[jnp.argsort(x[0])]),
+        lambda x: lax.cond(x[0, 0] > 0, lambda: 1.0, lambda: 0.0),
     ],
-    ids=["accuracy", "checkpoint", "jit", "scan"],
+    ids=["accuracy", "checkpoint", "jit", "scan", "where", "index", "cond"],
 )
 def test_nothing_is_left_of_a_derivative_that_is_zero(f):
     leaves, lost = find_lost_derivatives(f, X)
     assert not leaves
     assert lost
     assert not np.any(jax.grad(f)(X))
+
+
+def test_a_leaf_that_only_selects_among_others_has_lost_its_derivative():
+    f = lambda x, y: jnp.sum(jnp.where(x > 0, y, 2 * y))
+    leaves, lost = find_lost_derivatives(f, X, X)
+    assert (leaves, {(x.leaf, x.operation) for x in lost}) == ({1}, {(0, "gt")})
 
 
 def test_leaves_are_told_apart():
