@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from ..inner.base import IterativeSolver, grads_per_step
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import solver_uses_alpha
+from ..problem_checks import lost_in_step_flags, solver_uses_alpha
 from ..products import pushforward
 from ..trees import all_finite
 from .inner_run import (
@@ -112,7 +112,10 @@ class Forward(RunEstimator):
             value,
             hypergradient,
             final_w,
-            flags={"not_finite": ~all_finite(value, hypergradient, final_w)},
+            flags={
+                "not_finite": ~all_finite(value, hypergradient, final_w),
+                **lost_in_step_flags(self.solver, problem, w, alpha),
+            },
             num_steps=num_steps,
             num_grads=num_grads,
             num_hvps=flat_alpha.size * num_grads,

@@ -25,7 +25,6 @@ from ..problem_checks import (
     check_problem,
     init_uses_alpha,
     lost_derivative_flags,
-    lost_in_step_flags,
 )
 from ..trees import norm
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
@@ -99,18 +98,6 @@ class RunEstimator(eqx.Module):
     ) -> Sequence[bool]:
         """Returns which leaves of ``alpha`` the steps use besides the inner loss."""
 
-    def lost_flags(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree
-    ) -> dict[str, Array]:
-        """Returns a failed check if a loss or a step of the solver loses a derivative.
-
-        An estimator whose steps are its own overrides it.
-        """
-        flags = lost_derivative_flags(problem, w, alpha)
-        if solver := getattr(self, "solver", None):
-            flags |= lost_in_step_flags(solver, problem, w, alpha)
-        return flags
-
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> InnerRunState:
@@ -155,7 +142,7 @@ class RunEstimator(eqx.Module):
             run.value,
             run.hypergradient,
             run.w,
-            run.flags | self.lost_flags(problem, run.w, alpha),
+            run.flags | lost_derivative_flags(problem, run.w, alpha),
             inner_grad_norm=inner_grad_norm(problem, data, run.w, alpha),
             num_inner_steps=run.num_steps,
             error_estimate=run.error_estimate,

@@ -14,7 +14,7 @@ from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import split_steps, uses_checkpoints
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import solver_uses_alpha
+from ..problem_checks import lost_in_step_flags, solver_uses_alpha
 from ..trees import all_finite, norm
 from ..validation import check_positive_int
 from .forward import Forward
@@ -171,7 +171,10 @@ class Unrolled(RunEstimator):
         else:
             terms = jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
         hypergradient = functools.reduce(optax.tree.add, terms)
-        flags = {"not_finite": ~all_finite(value, hypergradient, final_w)}
+        flags = {
+            "not_finite": ~all_finite(value, hypergradient, final_w),
+            **lost_in_step_flags(self.solver, problem, w, alpha),
+        }
         error_estimate: Array | float = 0.0
         segments = (num_backward,)
         if self.is_truncated:
