@@ -281,9 +281,9 @@ class CheckpointFolder:
         matches = [re.fullmatch(rf"step-(\d{{9}})\.{suffix}", name) for name in names]
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _check(self, step: int) -> None:
-        """Raises an error if a checkpoint is corrupt or of another run."""
-        file, folder = self._metadata_path(step), self._arrays_path(step)
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        """Returns the metadata of a checkpoint; raises an error if it is corrupt."""
+        file = self._metadata_path(step)
         try:
             metadata = json.loads(file.read_text())
             sha256 = metadata.pop("sha256")
@@ -291,6 +291,11 @@ class CheckpointFolder:
             raise CorruptCheckpointError(f"{file.name} cannot be read") from error
         if sha256 != _digest_json(metadata):
             raise CorruptCheckpointError(f"{file.name} is not as it was written")
+        return metadata
+
+    def _check(self, step: int) -> None:
+        """Raises an error if a checkpoint is corrupt or of another run."""
+        metadata, folder = self._read_metadata(step), self._arrays_path(step)
         _check_same_run(self.path, metadata["run"], self.fingerprint)
         saved = metadata["files"]
         try:
@@ -324,9 +329,10 @@ class CheckpointFolder:
             self._remove(old_step)
 
     def _remove(self, step: int) -> None:
-        """Removes an intact checkpoint, which becomes an interrupted one first."""
+        """Removes a checkpoint of this run, which becomes an interrupted one first."""
         with contextlib.suppress(CorruptCheckpointError):
-            self._check(step)
+            if self._read_metadata(step)["run"] != self.fingerprint:
+                return
             self._metadata_path(step).rename(self._marker_path(step))
             shutil.rmtree(self._arrays_path(step), ignore_errors=True)
             self._marker_path(step).unlink()
