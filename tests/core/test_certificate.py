@@ -25,7 +25,7 @@ from tests.random_problems import (
 RIDGE = any_known("ridge per-weight")
 
 
-def differentiate(problem, w, alpha, linear_solver=hg.CG()):  # noqa: B008
+def differentiate(problem, w, alpha, linear_solver=hg.CG()):  # noqa: B008 - frozen
     """Returns the hypergradient by implicit differentiation at a given ``w``."""
     result = implicit_hypergradient(
         problem,

@@ -1,5 +1,7 @@
 """Trace: rows, reasons, and the state of a run as a table of numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,3 +71,11 @@ def test_a_batch_of_traces_has_leading_axes_and_needs_an_index():
     for row, expected in zip(last.rows(), run().rows(), strict=True):
         assert row["value"] == pytest.approx(expected["value"], rel=1e-12)
         assert row["cost"] == expected["cost"]
+
+
+def test_a_statistic_does_not_replace_the_value_or_the_cost_of_a_row():
+    trace = run()
+    named_alike = {"value": trace.value + 1, "cost": trace.cost + 1}
+    disguised = dataclasses.replace(trace, stats=trace.stats | named_alike)
+    for row, expected in zip(disguised.rows(), trace.rows(), strict=True):
+        assert (row["value"], row["cost"]) == (expected["value"], expected["cost"])

@@ -334,7 +334,9 @@ def test_saddle_is_not_trusted(name, target, certify):
     estimator = hg.Implicit(ONE_STEP, LINEAR_SOLVERS[name], certify=certify)
     estimate = run_at_stationary_point([3.0, 1.0, -1.0], target, estimator)
     assert estimate.stats["inner_grad_norm"] == 0
-    expected = {"certificate"} if certify else {"negative_curvature", "not_finite"}
+    expected = {"certificate"} if certify else {"negative_curvature"}
+    if name == "NystromCG":  # an indefinite sketch may have no Cholesky factor
+        expected |= {"not_finite"}
     assert failed_checks(estimate) & expected
 
 

@@ -48,7 +48,8 @@ def test_the_hypergradient_equals_fourth_order_differences(name, rtol, key):
     assert estimate.trusted
     direction, t = jnp.array([1.0, -2.0, 0.5, 1.5, -1.0]), 2 / 4096
     for leaf in alpha:
-        value = lambda t: estimate_fn(alpha | {leaf: alpha[leaf] + t * direction}).value  # noqa: B023
+        move = lambda t, leaf=leaf: alpha | {leaf: alpha[leaf] + t * direction}
+        value = lambda t, move=move: estimate_fn(move(t)).value
         near, far = value(t) - value(-t), value(2 * t) - value(-2 * t)
         actual = estimate.hypergradient[leaf] @ direction
         np.testing.assert_allclose(actual, (8 * near - far) / (12 * t), rtol=rtol)
