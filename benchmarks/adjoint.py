@@ -24,7 +24,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 
 
 @functools.cache

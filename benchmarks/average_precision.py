@@ -25,7 +25,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
-from . import plots
+from .shared import plots
 
 SIZE, REFERENCE_SIZE = 100_000, 5_000
 POSITIVE = 0.02

@@ -21,8 +21,8 @@ from hypergrad.studies import record
 from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 
-from . import plots
-from .conformance_cases import (
+from .shared import plots
+from .shared.conformance_cases import (
     DTYPES,
     METHODS,
     NUM_KEYS,
@@ -34,8 +34,8 @@ from .conformance_cases import (
     setting,
     terms,
 )
-from .conformance_verdicts import judge, of
-from .setting import Setting, as_rows
+from .shared.conformance_verdicts import judge, of
+from .shared.setting import Setting, as_rows
 
 # Measuring.
 

@@ -27,10 +27,10 @@ from hypergrad.tasks import cleaning
 from hypergrad.tasks.cleaning import NUM_TRAIN, f1_of_wrong_labels, make, split
 from hypergrad.tasks.task import Task
 
-from . import plots
-from .single_loop import DOUBLE_LOOP, SEARCH, TOTAL, falling, family, paid_for
-from .single_loop import METHODS as FAMILY
-from .single_loop_grid import (
+from .shared import plots
+from .shared.single_loop import DOUBLE_LOOP, SEARCH, TOTAL, falling, family, paid_for
+from .shared.single_loop import METHODS as FAMILY
+from .shared.single_loop_grid import (
     TUNING_SEEDS,
     at_edge,
     chosen,
@@ -39,7 +39,7 @@ from .single_loop_grid import (
     read_grid,
     steps_for,
 )
-from .single_loop_table import QUARTILES
+from .shared.single_loop_table import QUARTILES
 
 BATCH, BUDGET = 100, 1000
 SHARES = (0.5, 0.7, 0.9)

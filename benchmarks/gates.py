@@ -26,7 +26,7 @@ from hypergrad.studies.study import digits
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 from .__main__ import RESULTS
 
 PIXELS, HIDDEN, CLASSES = 64, 32, 10

@@ -27,7 +27,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 
 PRODUCTS = 4  # of a linear solve
 RATE, MOMENTUM = 0.1, 0.9

@@ -19,7 +19,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 from .growth import BLIND, METHODS, Sizes, as_expected, flat, run, shapes, slope, theory
 from .peers.harness import CLEAN, OTHERS, ROUNDS, hardware
 from .peers.worker import timed

@@ -23,8 +23,8 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.verdict import Verdict
 
 from . import single_loop_grid, single_loop_table
-from .single_loop import Drawn, System
-from .single_loop_table import first_there, lower_end
+from .shared.single_loop import Drawn, System
+from .shared.single_loop_table import first_there, lower_end
 
 BATCH = 64
 LOW, HIGH = -12.0, 2.0

@@ -28,7 +28,7 @@ from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
-from . import plots
+from .shared import plots
 from .__main__ import RESULTS
 from .gates import (
     ALL,

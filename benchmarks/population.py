@@ -23,7 +23,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, paired_ratio
 
-from . import plots
+from .shared import plots
 
 #: Parameters, about -> sizes of the layers, and steps of a training.
 SIZES = {

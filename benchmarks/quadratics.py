@@ -20,8 +20,8 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.verdict import Verdict
 
 from . import single_loop_grid, single_loop_table
-from .single_loop import Drawn, System
-from .single_loop_table import first_there, lower_end
+from .shared.single_loop import Drawn, System
+from .shared.single_loop_table import first_there, lower_end
 
 NUM_INNER, NUM_OUTER, NUM_W, NUM_ALPHA = 4096, 1024, 100, 10
 MU, DELTA, BATCH = 0.1, 0.1, 64

@@ -12,7 +12,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell, check
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 
 RESULTS = Path(__file__).parent / "results"
 #: How lines end; a bound that is broken is no outcome, but fails its table.

@@ -20,8 +20,8 @@ from hypergrad.studies.verdict import (
     paired_ratio,
 )
 
-from . import plots
-from .rq1_running import (
+from .shared import plots
+from .shared.rq1_running import (
     GRAMS,
     GRID,
     METHODS,
@@ -35,7 +35,7 @@ from .rq1_running import (
     run,
     tuned,
 )
-from .rq1_tasks import (
+from .shared.rq1_tasks import (
     IMPLICIT,
     SHARING,
     SYSTEMS,

@@ -14,9 +14,9 @@ from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Claim, Verdict, paired_ratio
 
 from . import rq2_plot
-from .metric_learning import METRICS, parts_of
+from .shared.metric_learning import METRICS, parts_of
 from .rq1 import over_tasks, ratio, seeds_of
-from .rq2_running import (
+from .shared.rq2_running import (
     BUDGETS,
     DESCENTS,
     LEARNED,

@@ -26,7 +26,7 @@ from hypergrad.studies.verdict import Claim, Verdict, paired
 from hypergrad.tasks.augmentation import OPERATIONS, POSE_MAGNITUDES
 from hypergrad.trees import relative_error
 
-from .rq4_tasks import (
+from .shared.rq4_tasks import (
     ARCHITECTURES,
     FIXED,
     OBJECTIVES,

@@ -20,9 +20,9 @@ from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 from .rq4 import INNER_RATE, TRAINING
-from .rq4_tasks import (
+from .shared.rq4_tasks import (
     ARCHITECTURES,
     FIXED,
     OBJECTIVES,

@@ -10,9 +10,9 @@ from hypergrad.studies.study import DIGITS
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict
 
-from . import plots
+from .shared import plots
 from .__main__ import RESULTS
-from .searching import (
+from .shared.searching import (
     BUDGET,
     DESCENDING,
     METHODS,

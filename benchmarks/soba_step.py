@@ -23,7 +23,7 @@ from hypergrad.studies.record import Row
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
 
-from . import plots
+from .shared import plots
 
 SIZES = (784, 3000, 2400, 200, 10)
 NUM_EXAMPLES, BATCH = 1000, 256

@@ -15,7 +15,7 @@ from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import MIN_SEEDS, Verdict, number_of_seeds, paired
 
 from . import joint, plots
-from .metric_learning import (
+from .shared.metric_learning import (
     METRICS,
     OBJECTIVES,
     by_penalty_alone,

@@ -32,8 +32,8 @@ from hypergrad.studies.verdict import (
     paired_ratio,
 )
 
-from . import plots
-from .searching import Gaussian, Searching, Until, course, in_double, lowest
+from .shared import plots
+from .shared.searching import Gaussian, Searching, Until, course, in_double, lowest
 
 SIZES = (10, 500)
 FEATURES, TRAIN, VALIDATION, STEPS = 500, 600, 2_000, 300

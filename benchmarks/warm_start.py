@@ -26,7 +26,7 @@ from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
 
 from . import plots, sharing
-from .searching import (
+from .shared.searching import (
     CLASSES,
     HIGH,
     LOW,

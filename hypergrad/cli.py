@@ -1,6 +1,5 @@
-"""The command line ``hypergrad``: run, runs, models, tasks and estimators."""
+"""The command line ``hypergrad``: tables are listed, run, checked and reported."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,79 +10,139 @@ from .runtime.console import exit_with_message, print_markdown, print_table
 MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
 
-def run(
-    task: str,
-    methods: tuple[str, ...] = (),
-    seeds: int | None = None,
-    out: Path = Path("runs"),
-    dry_run: bool = False,
-) -> None:
-    """Run the table of a task and write its rows, its Markdown and its figure.
-
-    An interrupted run continues with the next row.
+def list_tables(folder: Path = Path("benchmarks")) -> None:
+    """List the tables of a folder: paradigm, minutes, status of the result, source.
 
     Args:
-      task: Name of the task, see `hypergrad tasks`.
-      methods: Methods to run. Defaults to all methods of the task.
-      seeds: Number of seeds, starting at 0. Defaults to the task's own number.
-      out: Folder for NAME.jsonl, NAME.md, NAME.png and the metadata NAME.run.json. Its
-        subfolder models receives the models of the first seed, if the task has any.
-      dry_run: Run nothing; print FLOPs, bytes and expected gradient-equivalents of the
-        compiled programs. If a tolerance ends a loop, print the cost of an iteration.
+      folder: Folder whose files define tables.
     """
     from rich.console import Console
 
-    from . import studies
-    from .runs import start_run
-    from .studies import rehearsal
-    from .studies.table import Request
-    from .studies.verdict import number_of_seeds
+    from .bench import commands
 
-    study = studies.STUDIES[task]
-    unknown = set(methods) - set(study.methods)
-    if unknown:
-        sys.exit(
-            f"hypergrad: --methods must be methods of {task}, "
-            f"{', '.join(study.methods)}; got {', '.join(sorted(unknown))}"
-        )
-    if dry_run:
-        selected = [name for name in study.methods if not methods or name in methods]
-        print_markdown(rehearsal.report(study, selected), Console())
-        return
-    seeds = study.seeds if seeds is None else seeds
-    if seeds < 1:
-        sys.exit(f"hypergrad: --seeds must be at least 1; got {seeds}")
-    console = Console()
-    print_markdown(f"{task}: {study.data()[0]}, {number_of_seeds(seeds)}", console)
-    command = f"hypergrad run {task} --seeds {seeds} --out {out}"
-    if methods:
-        command += f" --methods {' '.join(map(repr, methods))}"
+    columns = ("table", "paradigm", "minutes", "result", "source")
     with exit_with_message():
-        saved_run = start_run(study, Request("small", seeds, out, command, methods))
-    print_markdown(saved_run.file(".md").read_text(), console)
-    for ending in (".jsonl", ".md", ".png", ".run.json", ".data.json"):
-        print(f"wrote {saved_run.file(ending)}")  # rich would break a long path
-    if saved_run.models:
-        folder = shlex.quote(str(saved_run.model_folder))
-        print(f"models: hypergrad models list {folder}; show NAME --folder {folder}")
+        print_table(columns, commands.overview(folder), Console())
 
 
-def runs() -> None:
-    """List, show, compare, rerun, report or export runs: see hypergrad runs --help."""
+def run(
+    table: str,
+    method: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    seeds: int | None = None,
+    scale: str | None = None,
+    budget: float | None = None,
+    out: Path = Path("runs"),
+    workers: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Run a table and write its rows, its printed form and its figure.
 
+    A run that was interrupted continues with the next cell.
 
-def models() -> None:
-    """List, show or load saved models: see hypergrad models --help."""
-
-
-def tasks() -> None:
-    """List the tasks: paradigm, source, and minutes of their table on two cores."""
+    Args:
+      table: NAME for ./benchmarks/NAME.py, or a file that defines `table`.
+      method: Methods of one's own as FILE.py:FUNCTION, each one more row. They are
+        tuned over FUNCTION.grid by the rule of the table, at the same budget.
+      only: Labels of the methods to run. Defaults to all.
+      seeds: Number of seeds, starting at 0. Defaults to that of the table.
+      scale: Scale at which to run. Defaults to the first of the table.
+      budget: Gradient-equivalents of a run in place of those of the table.
+      out: Folder for NAME.jsonl, NAME.md and NAME.png.
+      workers: Number of processes in which cells run.
+      dry_run: Print which cells would run and what they may cost; run nothing.
+    """
     from rich.console import Console
 
-    from .studies import STUDIES
+    from .bench import commands
 
-    rows = [(s.name, s.paradigm, s.source, f"{s.minutes:g}") for s in STUDIES.values()]
-    print_table(("task", "paradigm", "source", "minutes"), rows, Console())
+    with exit_with_message():
+        ref, options = commands.resolve_run(
+            table, method, only, seeds, scale, budget, out, sys.argv[1:]
+        )
+        if dry_run:
+            columns, rows = commands.planned_rows(ref, options)
+            print_table(columns, rows, Console())
+            return
+        text, paths, failures = commands.run(ref, options, workers)
+    print_markdown(text, Console())
+    for path in paths:
+        print(f"wrote {path}")  # rich would break a long path
+    for label, message in failures.items():
+        print(f"hypergrad: {label} failed: {message}", file=sys.stderr)
+    sys.exit(bool(failures))
+
+
+def check(target: str) -> None:
+    """Judge rows again; exit 1 for a failed check, a missing cell or damaged rows.
+
+    Args:
+      target: NAME or FILE of a table, whose rows are in the folder `results` beside
+        its file, or a folder of rows.
+    """
+    from .bench import commands
+
+    failed = False
+    with exit_with_message():
+        for name, findings in commands.check(target):
+            failed |= any(finding.failed for finding in findings)
+            print(f"{name}")
+            for finding in findings:
+                print(f"  {finding.outcome or '-':13} {finding.text}")
+    sys.exit(failed)
+
+
+def report(folder: Path, out: Path | None = None) -> None:
+    """Write one page of HTML for each table of a folder, and a page of all.
+
+    Args:
+      folder: Folder of rows.
+      out: Folder of the pages. Defaults to `html` in the folder.
+    """
+    from .bench import commands
+
+    with exit_with_message():
+        print(
+            f"wrote {commands.report(folder, folder / 'html' if out is None else out)}"
+        )
+
+
+def compare(first: Path, second: Path) -> None:
+    """Show in what two results differ; exit 1 if a number or a cell does.
+
+    Args:
+      first: Folder of rows.
+      second: Folder of rows.
+    """
+    from .bench import commands
+
+    with exit_with_message():
+        differences = commands.compare(first, second)
+    for name, difference in differences:
+        print(f"{name}: {difference.kind}: {difference.text}")
+    if not differences:
+        print("no difference")
+    sys.exit(any(x.kind != "provenance" for _, x in differences))
+
+
+def export(
+    folder: Path,
+    to: Literal["csv", "latex", "pdf", "mlflow", "tensorboard"],
+    out: Path | None = None,
+) -> None:
+    """Write the tables of a folder in the format of another program.
+
+    Args:
+      folder: Folder of rows.
+      to: The format.
+      out: Where to write. Defaults to `export` in the folder.
+    """
+    from .bench import commands
+
+    with exit_with_message():
+        out = folder / "export" if out is None else out
+        for path in dict.fromkeys(commands.export(folder, to, out)):
+            print(f"wrote {path}")
 
 
 def estimators() -> None:
@@ -100,6 +159,22 @@ def estimators() -> None:
         print_table(columns, rows, console)
 
 
+def cite(names: tuple[str, ...] = ()) -> None:
+    """Print BibTeX of hypergrad and of estimators, solvers, searchers or surrogates.
+
+    Args:
+      names: Names of public classes or functions, such as Implicit or SOBA.
+    """
+    import hypergrad
+
+    from .citation import citation
+
+    unknown = [name for name in names if not hasattr(hypergrad, name)]
+    if unknown:
+        sys.exit(f"hypergrad: hypergrad has no {', '.join(unknown)}")
+    print(citation(*(getattr(hypergrad, name) for name in names)))
+
+
 def main() -> None:
     """Entry point of the command ``hypergrad``."""
     if sys.argv[1:] == ["--version"]:
@@ -109,37 +184,30 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {MISSING_EXTRA}")
-    if sys.argv[1:2] in (["runs"], ["models"]):
-        from .runs import commands, model_commands
-
-        group = sys.argv[1]
-        commands_by_group = {
-            "runs": commands.COMMANDS,
-            "models": model_commands.COMMANDS,
-        }
-        tyro.extras.subcommand_cli_from_dict(
-            commands_by_group[group],
-            prog=f"hypergrad {group}",
-            description=f"Commands for saved {group}.",
-            args=sys.argv[2:],
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
-        return
-    from .studies import STUDIES
-
-    names = Literal[tuple(STUDIES)]  # pyright: ignore[reportInvalidTypeForm]
-    run.__annotations__["task"] = Annotated[names, tyro.conf.Positional]
+    positional = tyro.conf.Positional
+    _make_positional(list_tables, "folder", positional)
+    _make_positional(cite, "names", positional)
     tyro.extras.subcommand_cli_from_dict(
         {
+            "list": list_tables,
             "run": run,
-            "runs": runs,
-            "models": models,
-            "tasks": tasks,
+            "check": check,
+            "report": report,
+            "compare": compare,
+            "export": export,
             "estimators": estimators,
+            "cite": cite,
         },
         prog="hypergrad",
-        description="Hypergradients for JAX: run the tables of tasks, list methods.",
+        description="Hypergradients for JAX: run, check and report tables of methods.",
+        config=(tyro.conf.PositionalRequiredArgs,),
     )
+
+
+def _make_positional(function, argument: str, marker) -> None:
+    """Marks an argument with a default as positional; tyro is imported by then."""
+    kind = function.__annotations__[argument]
+    function.__annotations__[argument] = Annotated[kind, marker]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from benchmarks.known import (
+from benchmarks.shared.known import (
     Known,
     any_known,
     flat,

@@ -317,7 +317,7 @@ def ranking() -> dict[str, np.ndarray]:
 
     Each cell was trained several times on the default split of `make`. The arrays
     test_accuracy, test_loss, val_accuracy and val_loss have shape ``[125, trainings]``.
-    ``python -m benchmarks.architecture_cells`` produced them.
+    ``python -m benchmarks.shared.architecture_cells`` produced them.
 
     >>> import hypergrad as hg
     >>> hg.tasks.architecture.ranking()["test_accuracy"].shape

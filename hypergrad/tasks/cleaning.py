@@ -53,6 +53,12 @@ def minibatch_val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
     return jnp.mean(batch["use"] * losses(softmax_regression, w, batch))
 
 
+def held_out_loss(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
+    """Returns `val_loss` of examples, as a metric."""
+    del key
+    return val_loss(w, alpha, batch)
+
+
 def f1_of_wrong_labels(
     wrong: Bool[Array, " n"], w: PyTree, alpha: Float[Array, " n"], key: Array
 ) -> Array:
@@ -158,7 +164,10 @@ def make(
         metrics={
             "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
             "f1": jax.tree_util.Partial(f1_of_wrong_labels, splits["train"]["wrong"]),
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
         },
+        splits=splits,
     )
 
 

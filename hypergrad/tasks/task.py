@@ -24,6 +24,8 @@ class Task(eqx.Module):
       alpha: Starting point of the hyperparameters.
       space: Set of admissible values of ``alpha``.
       metrics: Exact metrics ``{name: fn(w, alpha, key) -> scalar}``.
+      splits: ``{name of a split: its examples}``, for methods that train on other
+        examples and for tables; None if the task offers none.
       exact: ``alpha -> hypergradient`` in closed form, or None if none is known.
     """
 
@@ -36,6 +38,7 @@ class Task(eqx.Module):
     alpha: PyTree
     space: PyTree
     metrics: dict[str, Metric]
+    splits: PyTree = None
     exact: Callable[[PyTree], PyTree] | None = eqx.field(static=True, default=None)
 
     def metric_values(self, w: PyTree, alpha: PyTree, key: Array) -> dict[str, Array]:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from benchmarks.known import hypertorch
+from benchmarks.shared.known import hypertorch
 from tests.loops import run_loop
 
 # Grazzi et al. 2020, hypertorch's notebook on logistic regression.

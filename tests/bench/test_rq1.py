@@ -10,8 +10,8 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import rq1, rq1_running, rq1_tasks
-from benchmarks.rq1_running import METHODS, PARTS, WAYS, Known, judged
-from benchmarks.rq1_tasks import SYSTEMS, SameDraws, System
+from benchmarks.shared.rq1_running import METHODS, PARTS, WAYS, Known, judged
+from benchmarks.shared.rq1_tasks import SYSTEMS, SameDraws, System
 from hypergrad.studies import record
 from hypergrad.studies.table import check
 from hypergrad.tasks import federated, random_walk, semi_supervised

@@ -14,8 +14,8 @@ from benchmarks import metric_learning as learning
 from benchmarks import metric_tasks as tasks
 from benchmarks import rq2, rq2_plot
 from benchmarks import rq2_running as running
-from benchmarks.metric_learning import METRICS, parts_of
-from benchmarks.rq2_running import EXACT, LEARNED, METHODS, judged
+from benchmarks.shared.metric_learning import METRICS, parts_of
+from benchmarks.shared.rq2_running import EXACT, LEARNED, METHODS, judged
 from hypergrad.studies import record
 from hypergrad.studies.table import check
 

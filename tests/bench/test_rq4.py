@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 import hypergrad as hg
 from benchmarks import rq4, rq4_grid, rq4_tasks
 from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION, of
-from benchmarks.rq4_tasks import ARCHITECTURES, FIXED, HEADS, OBJECTIVES, WIDTH
+from benchmarks.shared.rq4_tasks import ARCHITECTURES, FIXED, HEADS, OBJECTIVES, WIDTH
 from hypergrad.studies import record
 from hypergrad.studies.table import check
 from hypergrad.trees import relative_error

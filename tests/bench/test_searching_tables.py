@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
 from benchmarks import searching, searching_table, sharing, warm_start
-from benchmarks.searching import Gaussian, Known, Until
+from benchmarks.shared.searching import Gaussian, Known, Until
 from hypergrad.studies import record
 from hypergrad.studies.table import check
 from hypergrad.tasks import architecture

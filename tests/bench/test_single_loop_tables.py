@@ -20,7 +20,7 @@ from benchmarks import (
     single_loop_table,
     soba_step,
 )
-from benchmarks.single_loop import Drawn
+from benchmarks.shared.single_loop import Drawn
 from hypergrad.studies import record
 from hypergrad.tasks import cleaning
 from tests.loops import run_loop

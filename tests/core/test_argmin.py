@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, cast, central, ridge_outer, ridge_penalty
+from benchmarks.shared.known import any_known, cast, central, ridge_outer, ridge_penalty
 
 RIDGE = any_known("ridge per-weight")
 DATA, VAL, ALPHA = RIDGE.problem.inner_data, RIDGE.problem.outer_data, RIDGE.alpha

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, error, quadratic, two_losses
+from benchmarks.shared.known import any_known, error, quadratic, two_losses
 from hypergrad.implicit_diff import implicit_hypergradient, zero_adjoint
 from hypergrad.trees import relative_error
 from tests.loops import run_loop

@@ -11,7 +11,7 @@ import optimistix as optx
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, error
+from benchmarks.shared.known import any_known, error
 
 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
     import jaxopt

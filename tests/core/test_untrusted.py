@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, error, flat, quadratic
+from benchmarks.shared.known import any_known, error, flat, quadratic
 from tests.loops import ExactEstimator, run_loop
 
 NUM_STEPS = 8

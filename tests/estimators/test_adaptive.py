@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import (
+from benchmarks.shared.known import (
     any_known,
     cast,
     error,

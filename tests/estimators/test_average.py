@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, dense, error, quadratic, ridge, two_losses
+from benchmarks.shared.known import any_known, dense, error, quadratic, ridge, two_losses
 from tests.loops import run_loop
 
 

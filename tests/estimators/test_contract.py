@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import dense, flat, quadratic, two_losses
+from benchmarks.shared.known import dense, flat, quadratic, two_losses
 from hypergrad.estimators.base import REASONS, STATS
 from tests.estimator_cases import (
     RIDGE,

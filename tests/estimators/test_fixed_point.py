@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, dense, error, hypertorch, quadratic
+from benchmarks.shared.known import any_known, dense, error, hypertorch, quadratic
 
 
 def run_estimator(reference, estimator, w=None):

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, central, dense, error, quadratic, two_losses
+from benchmarks.shared.known import any_known, central, dense, error, quadratic, two_losses
 
 KINDS = {"forward": hg.Forward, "reverse": hg.Unrolled}
 TUNED_SGD = lambda alpha: optax.sgd(jnp.exp(alpha["rate"]), alpha["momentum"])

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, error, quadratic, quadratic_outer
+from benchmarks.shared.known import any_known, error, quadratic, quadratic_outer
 
 
 def run_estimator(reference, estimator, w=None):

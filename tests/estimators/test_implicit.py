@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypergrad as hg
-from benchmarks.known import (
+from benchmarks.shared.known import (
     any_known,
     cast,
     central,

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, central, error, quadratic
+from benchmarks.shared.known import any_known, central, error, quadratic
 from hypergrad.estimators import reversible_arithmetic as arithmetic
 from hypergrad.trees import random_like
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, cast, central, error
+from benchmarks.shared.known import any_known, cast, central, error
 from tests.estimator_cases import (
     GRAZZI_ERRORS,
     RIDGE,

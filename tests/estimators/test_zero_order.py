@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import any_known, dense, error, quadratic, two_losses
+from benchmarks.shared.known import any_known, dense, error, quadratic, two_losses
 from hypergrad.problem import EstimateData
 
 HALF_STEPS = hg.Descent(optax.sgd(0.5), 100)

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.known import (
+from benchmarks.shared.known import (
     Known,
     error,
     logistic,

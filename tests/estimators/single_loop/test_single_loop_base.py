@@ -12,7 +12,7 @@ import pytest
 from optax.tree import sub
 
 import hypergrad as hg
-from benchmarks.known import any_known
+from benchmarks.shared.known import any_known
 from hypergrad.cost import COST_STATS
 from hypergrad.estimators.single_loop import (
     SingleLoop,

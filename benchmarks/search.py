@@ -12,8 +12,8 @@ from hypergrad.studies.study import DIGITS, digits
 from hypergrad.studies.table import Table, cell_by_cell
 from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
 
-from . import plots
-from .searching import (
+from .shared import plots
+from .shared.searching import (
     BUDGET,
     CLASSES,
     DESCENDING,

@@ -1,6 +1,6 @@
 """The true ranking of `hypergrad.tasks.architecture`: every cell, trained alone.
 
-`python -m benchmarks.architecture_cells` writes what the package reads it from.
+`python -m benchmarks.shared.architecture_cells` writes what the package reads it from.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def main() -> None:
     """Trains 125 cells from each key; a line a cell."""
     keys = jax.vmap(jax.random.key)(jnp.array(KEYS))
     made = {"steps": STEPS, "data_sha256": record.fingerprint(digits())}
-    made |= record.versions() | {"command": "python -m benchmarks.architecture_cells"}
+    made |= record.versions() | {"command": "python -m benchmarks.shared.architecture_cells"}
     lines = []
     with progress(len(task.CELLS)) as tick:
         for cell in task.CELLS:

@@ -1,0 +1,1 @@
+"""What several tables use: problems with known answers, figures, compiled programs."""

@@ -1,0 +1,101 @@
+"""Methods that every table can use as baselines.
+
+A method is measured at the ``w`` where it ends or, in a table with ``retrain``, after
+training with the ``alpha`` that it learned. A baseline that trains on other data has
+the attribute ``keeps_w``: its own ``w`` is measured.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from ..estimators import Implicit
+from ..estimators.base import make_stats
+from ..minimize import minimize
+from ..problem import full_batch
+from ..search import search
+from ..searchers import Grid, Random, Sobol
+from ..tasks.task import Task
+from ..trace import Trace
+from .methods import Method
+
+
+def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
+    """Trains at the initial ``alpha`` and learns nothing about it."""
+    del budget
+    data, _ = task.problem.sample_data(key)
+    w = task.problem.init_inner(task.w, task.alpha)
+    w, stats = task.solver.solve(task.problem.inner_loss, w, task.alpha, data, key)
+    return trace_of_point(task, w, task.alpha, key, num_grads=stats["num_grads"])
+
+
+def keeps_w(method: Method) -> Method:
+    """Marks a method whose own ``w`` is measured, without training once more."""
+    setattr(method, "keeps_w", True)  # noqa: B010 - pyright knows no attribute of it
+    return method
+
+
+def random_search(task: Task, *, budget: float, key: Array) -> Trace:
+    """Samples ``alpha`` from the space until the budget is spent."""
+    return _search(task, Random(), budget, key)
+
+
+def sobol_search(task: Task, *, budget: float, key: Array) -> Trace:
+    """Tries a low-discrepancy sequence in the space until the budget is spent."""
+    return _search(task, Sobol(), budget, key)
+
+
+def grid_search(num: int) -> Method:
+    """Returns the method that tries a grid with ``num`` values per axis."""
+    return lambda task, *, budget, key: _search(task, Grid(num), budget, key)
+
+
+def implicit(task: Task, *, budget: float, key: Array, learning_rate: float) -> Trace:
+    """Moves ``alpha`` by Adam along implicit hypergradients with the task's solver."""
+    return minimize(
+        task.problem,
+        Implicit(task.solver),
+        optax.adam(learning_rate),
+        task.w,
+        task.alpha,
+        space=task.space,
+        budget=budget,
+        key=key,
+    )
+
+
+setattr(implicit, "grid", {"learning_rate": (0.03, 0.1, 0.3)})  # noqa: B010 - pyright knows no attribute of a function
+
+
+def trace_of_point(
+    task: Task, w: PyTree, alpha: PyTree, key: Array, **counts: Any
+) -> Trace:
+    """Returns the trace of a method that ends at ``(w, alpha)`` without any step."""
+    _, outer_data = task.problem.sample_data(key)
+    value = jnp.mean(task.problem.outer_value(w, alpha, full_batch(outer_data, key)))
+    grads = jnp.asarray(counts.get("num_grads", 0.0), float)
+    stats = make_stats(num_grads=grads, gradient_equivalents=grads, num_hvps=0.0)
+    stats["trusted"] = jnp.asarray(True)
+    return Trace(
+        alpha=alpha,
+        w=w,
+        best_alpha=alpha,
+        value=value[None],
+        stats={name: x[None] for name, x in stats.items()},
+        metrics={},
+        status_code=jnp.asarray(0),
+    )
+
+
+def _search(task: Task, searcher: Any, budget: float, key: Array) -> Trace:
+    return search(
+        task.problem,
+        task.solver,
+        searcher,
+        task.w,
+        space=task.space,
+        budget=budget,
+        key=key,
+    )

@@ -1,0 +1,76 @@
+"""Judges committed rows again: damaged, missing or mixed rows, checks and claims."""
+
+from collections import Counter
+from pathlib import Path
+
+from .claims import Finding
+from .report import TableResult
+from .rows import CorruptRowError, Row, cell_key, read_rows
+from .runner import COMMON_FIELDS
+from .table import BaseTable
+
+
+def load_result(name: str, table: BaseTable, folder: Path) -> TableResult:
+    """Returns the rows of a table in a folder.
+
+    Raises:
+      ValueError: The file is missing, empty or damaged.
+    """
+    path = folder / f"{name}.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. Run `hypergrad run {name}` first.")
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
+    return TableResult(name, table, rows)
+
+
+def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
+    """Returns what is wrong with the rows, or, if nothing is, all findings.
+
+    The rows must be undamaged, of one source, of all planned cells and of no other.
+    """
+    try:
+        result = load_result(name, table, folder)
+    except (ValueError, CorruptRowError) as error:
+        return [Finding(str(error), "FAILED")]
+    problems = mixed_fields(result.rows) + cell_problems(result)
+    if problems:
+        return [Finding(text, "FAILED") for text in problems]
+    return result.findings
+
+
+def mixed_fields(rows: list[Row]) -> list[str]:
+    """Returns the common fields that have several values, in words."""
+    problems = []
+    for name in COMMON_FIELDS:
+        values = sorted({str(row.get(name)) for row in rows})
+        if len(values) > 1:
+            problems.append(f"rows were made with several values of {name}: {values}")
+    return problems
+
+
+def cell_problems(result: TableResult) -> list[str]:
+    """Returns missing, unplanned and repeated cells, in words.
+
+    Rows that were converted from an older form need no rows of earlier stages.
+    """
+    table, rows = result.table, result.rows
+    key_of = lambda row: cell_key(row, table.key_fields)
+    num_seeds = 1 + max(row.get("seed", 0) for row in result.printed_rows)
+    stages = table.stages(result.scale, num_seeds)
+    needed = stages[-1:] if "converted_from" in rows[0] else stages
+    planned = {key_of(cell) for stage in stages for cell in stage}
+    counts = Counter(map(key_of, rows))
+    added = {key_of(row) for row in rows if "method_source" in row}
+    texts = {
+        "missing": {key_of(x) for stage in needed for x in stage} - counts.keys(),
+        "not planned": counts.keys() - planned - added,
+        "repeated": {key for key, count in counts.items() if count > 1},
+    }
+    in_words = lambda key: ", ".join(str(x) for x in key if x is not None)
+    return [
+        f"{kind}: {in_words(key)}"
+        for kind, keys in texts.items()
+        for key in sorted(keys, key=str)
+    ]

@@ -1,0 +1,297 @@
+"""What the commands of ``hypergrad`` do, without printing."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..runtime import atomic_io
+from . import check as checks
+from . import compare as comparisons
+from . import export as exports
+from .claims import Finding
+from .dry_run import plan
+from .figures import draw
+from .loading import TableRef, find_table, load_table, parse_method, table_files
+from .report import IndexEntry, TableResult, to_html, to_index, to_markdown
+from .rows import read_rows
+from .runner import RunOptions, RunResult, run_table
+
+
+def results_folder(table_file: Path) -> Path:
+    """Returns the folder of the committed rows of a table: ``results`` beside it."""
+    return table_file.parent / "results"
+
+
+def overview(folder: Path) -> list[list[str]]:
+    """Returns name, paradigm, minutes, status of the result and source of each table.
+
+    Raises:
+      ValueError: The folder holds no table.
+    """
+    files = table_files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no table: no file with a line `table = ...`.")
+    rows = []
+    for file in files:
+        table = load_table(file)
+        status = status_of(file.stem, file)
+        minutes = f"{table.minutes:g}"
+        rows.append([file.stem, table.paradigm, minutes, status, table.source])
+    return rows
+
+
+def status_of(name: str, file: Path) -> str:
+    """Returns how the committed rows of a table are judged, in a few words."""
+    if not (results_folder(file) / f"{name}.jsonl").exists():
+        return "not run"
+    return summarize(checks.check_result(name, load_table(file), results_folder(file)))
+
+
+def summarize(findings: Sequence[Finding]) -> str:
+    """Returns the number of findings of each outcome, in words."""
+    outcomes = [finding.outcome for finding in findings if finding.outcome is not None]
+    counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "no claim"
+
+
+def resolve_run(
+    name: str,
+    methods: Sequence[str],
+    only: Sequence[str],
+    seeds: int | None,
+    scale: str | None,
+    budget: float | None,
+    out: Path,
+    arguments: Sequence[str],
+) -> tuple[TableRef, RunOptions]:
+    """Returns table and options of a run from the arguments of the command line."""
+    ref = TableRef(find_table(name), tuple(map(parse_method, methods)), budget)
+    table = ref.load()
+    command = shlex.join(["hypergrad", *arguments])
+    options = RunOptions(
+        scale=table.scales[0] if scale is None else scale,
+        seeds=table.seeds if seeds is None else seeds,
+        folder=out,
+        command=command,
+        only=tuple(only),
+    )
+    return ref, options
+
+
+def run(
+    ref: TableRef, options: RunOptions, workers: int = 1
+) -> tuple[str, list[Path], dict[str, str]]:
+    """Runs a table and writes its rows, printed form and figure.
+
+    Returns:
+      The printed form, the written files, and ``{label: message}`` of what failed.
+    """
+    with progress_bar() as progress, executor_of(workers) as executor:
+        result = run_table(ref, options.with_executor(executor), progress)
+    return write_result(ref, options, result)
+
+
+def write_result(
+    ref: TableRef, options: RunOptions, result: RunResult
+) -> tuple[str, list[Path], dict[str, str]]:
+    """Writes the printed form and the figure of rows; see `run`."""
+    paths = [options.folder / f"{ref.name}{end}" for end in (".jsonl", ".md", ".png")]
+    shown = TableResult(ref.name, ref.load(), result.rows)
+    if not shown.printed_rows:
+        return "No row was made.\n", paths[:1], result.failures
+    text = to_markdown(shown, result.failures)
+    atomic_io.atomic_write(paths[1], text)
+    draw(shown, paths[2])
+    return text, paths, result.failures
+
+
+def planned_rows(
+    ref: TableRef, options: RunOptions
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Returns headings and rows of the cells that a run would measure."""
+    path = results_folder(ref.path) / f"{ref.name}.jsonl"
+    committed = read_rows(path) if path.exists() else []
+    text = lambda number: "-" if number is None else f"{number:,.0f}"
+    columns = ("method", "tuning runs", "runs", "grad-eq, at most", "seconds, about")
+    rows = [
+        [
+            row.label,
+            str(row.num_tuning_runs),
+            str(row.num_runs),
+            text(row.max_cost),
+            text(row.seconds),
+        ]
+        for row in plan(ref, options, committed)
+    ]
+    return columns, rows
+
+
+def check(target: str) -> list[tuple[str, list[Finding]]]:
+    """Returns the findings of each table: of a name, a file, or a folder of rows."""
+    if Path(target).is_dir():
+        return [
+            (name, checks.check_result(name, load_table(file), Path(target)))
+            for name, file in tables_of(Path(target))
+        ]
+    file = find_table(target)
+    findings = checks.check_result(file.stem, load_table(file), results_folder(file))
+    return [(file.stem, findings)]
+
+
+def tables_of(folder: Path) -> list[tuple[str, Path]]:
+    """Returns name and file of the table of each file of rows in a folder.
+
+    Tables are looked up in the folder above, in ``benchmarks`` and in this folder.
+
+    Raises:
+      ValueError: The folder has no rows, or a table is not found.
+    """
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if not names:
+        raise ValueError(f"{folder} holds no rows (NAME.jsonl).")
+    places = (folder.resolve().parent, Path("benchmarks"), Path())
+    found = []
+    for name in names:
+        files = [place / f"{name}.py" for place in places]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise ValueError(
+                f"the table of {folder / name}.jsonl was not found; looked for "
+                f"{', '.join(map(str, files))}."
+            )
+        found.append((name, file))
+    return found
+
+
+def load_results(folder: Path) -> list[TableResult]:
+    """Returns the results of all tables of a folder."""
+    return [
+        checks.load_result(name, load_table(file), folder)
+        for name, file in tables_of(folder)
+    ]
+
+
+def report(folder: Path, out: Path) -> Path:
+    """Writes a page per table and ``index.html``; returns the path of the latter.
+
+    The printed form and the figure beside the rows are written anew.
+    """
+    atomic_io.make_directory(out)
+    entries = []
+    for name, file in tables_of(folder):
+        table = load_table(file)
+        findings = checks.check_result(name, table, folder)
+        result = checks.load_result(name, table, folder)
+        picture, markdown = folder / f"{name}.png", to_markdown(result)
+        atomic_io.atomic_write(folder / f"{name}.md", markdown)
+        draw(result, picture)
+        figure = picture.read_bytes()
+        atomic_io.atomic_write(out / f"{name}.html", to_html(result, figure, markdown))
+        first = result.rows[0]
+        entries.append(
+            IndexEntry(
+                name=name,
+                summary=table.protocol.partition("\n")[0],
+                paradigm=table.paradigm,
+                status=summarize(findings),
+                commit=first.get("commit") or first.get("converted_from") or "unknown",
+                time=max(str(row.get("time", "")) for row in result.rows),
+                figure=figure,
+                href=f"{name}.html",
+            )
+        )
+    atomic_io.atomic_write(out / "index.html", to_index(entries))
+    return out / "index.html"
+
+
+def compare(first: Path, second: Path) -> list[tuple[str, comparisons.Difference]]:
+    """Returns the differences of the tables that both folders have.
+
+    Raises:
+      ValueError: They have no table in common.
+    """
+    results = {result.name: result for result in load_results(first)}
+    pairs = [
+        (results[other.name], other)
+        for other in load_results(second)
+        if other.name in results
+    ]
+    if not pairs:
+        raise ValueError(f"{first} and {second} have no table in common.")
+    return [
+        (one.name, difference)
+        for one, other in pairs
+        for difference in comparisons.compare(one, other)
+    ]
+
+
+def export(folder: Path, kind: str, out: Path) -> list[Path]:
+    """Writes all tables of a folder in a format; returns the paths."""
+    return [exports.export(result, kind, out) for result in load_results(folder)]
+
+
+@contextlib.contextmanager
+def executor_of(workers: int) -> Iterator[concurrent.futures.Executor | None]:
+    """Yields a pool of processes, or None for one worker.
+
+    Raises:
+      ValueError: There are fewer than one worker.
+    """
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1; got {workers}.")
+    if workers == 1:
+        yield None
+        return
+    # A forked process would share the threads of JAX.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """Shows a bar with the time left; ten lines if the output is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield tenth_printer(lambda text: console.print(text, markup=False))
+        return
+    bar = Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        job = bar.add_task("", total=None)
+        yield lambda done, total, label: bar.update(
+            job, completed=done, total=total, description=label
+        )
+
+
+def tenth_printer(show: Callable[[str], object]) -> Callable[[int, int, str], None]:
+    """Returns a function that shows a line whenever another tenth is done."""
+    shown = 0
+
+    def update(done: int, total: int, label: str) -> None:
+        nonlocal shown
+        tenth = 10 * done // max(total, 1)
+        if tenth > shown:
+            shown = tenth
+            show(f"{done} of {total}: {label}")
+
+    return update

@@ -1,0 +1,87 @@
+"""Two results side by side: what differs in their provenance and in their numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .report import TableResult
+from .rows import Row, cell_key
+
+PROVENANCE = (
+    "commit", "source", "method_source", "versions", "device", "data", "scale",
+    "budget",
+)  # fmt: skip
+IGNORED = {*PROVENANCE, "command", "time", "table", "run_seconds", "compile_seconds"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which two results differ.
+
+    Attributes:
+      kind: "provenance", "cells" or "numbers".
+      text: The difference in words.
+    """
+
+    kind: str
+    text: str
+
+
+def compare(first: TableResult, second: TableResult) -> list[Difference]:
+    """Returns the differences of two results of one table; seconds are left out.
+
+    Raises:
+      ValueError: The results are of different tables.
+    """
+    if first.name != second.name:
+        raise ValueError(f"cannot compare {first.name} with {second.name}.")
+    differences = [
+        Difference("provenance", f"{name}: {old} | {new}")
+        for name in PROVENANCE
+        for old, new in [(_values(first.rows, name), _values(second.rows, name))]
+        if old != new
+    ]
+    fields = first.table.key_fields
+    rows = [{cell_key(r, fields): r for r in x.rows} for x in (first, second)]
+    for mine, other, which in ((*rows, "first"), (*reversed(rows), "second")):
+        only = sorted(str(key) for key in mine.keys() - other.keys())
+        if only:
+            differences.append(Difference("cells", f"only in the {which}: {only}"))
+    shared = [key for key in rows[0] if key in rows[1]]
+    names = dict.fromkeys(
+        name for key in shared for name in rows[0][key] | rows[1][key]
+    )
+    for name in names:
+        if name in IGNORED or name in fields:
+            continue
+        pairs = [
+            (key, rows[0][key].get(name), rows[1][key].get(name)) for key in shared
+        ]
+        changed = [pair for pair in pairs if pair[1] != pair[2]]
+        if changed:
+            differences.append(Difference("numbers", _describe(name, changed)))
+    return differences
+
+
+def _values(rows: list[Row], name: str) -> str:
+    return ", ".join(sorted({str(row.get(name)) for row in rows}))
+
+
+def _describe(name: str, changed: list[tuple[Any, Any, Any]]) -> str:
+    """Returns in how many cells a field differs, and the largest difference."""
+    distance = lambda pair: _distance(pair[1], pair[2])
+    key, old, new = max(changed, key=distance)
+    where = ", ".join(str(x) for x in key if x is not None)
+    count = f"{len(changed)} cell{'s' * (len(changed) > 1)}"
+    if isinstance(old, list) or isinstance(new, list):
+        return f"{name} in {count}, by at most {_distance(old, new):.3g} ({where})"
+    return f"{name} in {count}, most in {old} | {new} ({where})"
+
+
+def _distance(old: Any, new: Any) -> float:
+    """Returns the largest difference of two numbers or lists; infinite for others."""
+    old, new = (x if isinstance(x, list) else [x] for x in (old, new))
+    try:
+        return max(abs(x - y) for x, y in zip(old, new, strict=True))
+    except (TypeError, ValueError):
+        return math.inf

@@ -1,0 +1,67 @@
+"""What a run would do, without running or compiling anything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .loading import TableRef
+from .rows import Row
+from .runner import RunOptions
+from .table import Table
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """The cells of one method.
+
+    Attributes:
+      label: Label of the row.
+      num_tuning_runs: Number of tuning runs.
+      num_runs: Number of reported runs.
+      max_cost: Gradient-equivalents of all of them, if every run spends its budget.
+      seconds: Expected seconds by the committed rows, if they have them.
+    """
+
+    label: str
+    num_tuning_runs: int
+    num_runs: int
+    max_cost: float | None
+    seconds: float | None
+
+
+def plan(
+    ref: TableRef, options: RunOptions, committed: Sequence[Row]
+) -> list[PlannedRow]:
+    """Returns the cells that a run would measure, by label, and what they may cost.
+
+    Args:
+      ref: The table.
+      options: What would be run.
+      committed: Rows of an earlier run, from which the seconds are estimated.
+    """
+    table = ref.load()
+    stages = table.stages(options.scale, options.seeds)
+    cells = [cell for stage in stages for cell in stage]
+    budget = table.budget_of(options.scale) if isinstance(table, Table) else None
+    labels = dict.fromkeys(str(cell["method"]) for cell in cells)
+    planned = []
+    for label in labels:
+        if options.only and label not in options.only:
+            continue
+        mine = [cell for cell in cells if cell["method"] == label]
+        num_tuning = sum(cell.get("stage") == "tuning" for cell in mine)
+        seconds = [
+            row["run_seconds"]
+            for row in committed
+            if row["method"] == label and row.get("run_seconds") is not None
+        ]
+        mean = sum(seconds) / len(seconds) if seconds else None
+        planned.append(
+            PlannedRow(
+                label=label,
+                num_tuning_runs=num_tuning,
+                num_runs=len(mine) - num_tuning,
+                max_cost=None if budget is None else budget * len(mine),
+                seconds=None if mean is None else mean * len(mine),
+            )
+        )
+    return planned

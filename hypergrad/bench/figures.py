@@ -1,0 +1,68 @@
+"""Figures of tables; matplotlib is imported when a figure is drawn."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from .report import TableResult
+
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def draw(result: TableResult, path: Path) -> None:
+    """Draws the figure of a table, by its own plot or the default one."""
+    if result.table.plot is not None:
+        result.table.plot(result.printed_rows, path)
+        return
+    draw_default(result, path)
+
+
+def draw_default(result: TableResult, path: Path) -> None:
+    """Draws the first column per method and, if recorded, value over cost."""
+    pyplot = import_pyplot()
+    has_curves = any("curve_value" in row for row in result.printed_rows)
+    figure, axes = pyplot.subplots(
+        1, 1 + has_curves, figsize=(5 * (1 + has_curves), 3.8), layout="constrained"
+    )
+    axes = np.atleast_1d(axes)
+    column = result.table.columns[0]
+    for position, label in enumerate(reversed(result.labels)):
+        values = column.values(result.rows_of(label))
+        axes[0].plot(values, np.full(len(values), position), "o", color=COLORS[0], ms=4)
+        if np.any(~np.isnan(values)):
+            axes[0].plot(np.nanmean(values), position, "|", color="black", ms=18)
+    axes[0].set_yticks(range(len(result.labels)), list(reversed(result.labels)))
+    axes[0].set_xlabel(column.heading)
+    if has_curves:
+        draw_curves(axes[1], result)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_curves(axes, result: TableResult) -> None:
+    """Draws the outer value of each method over the gradient-equivalents spent."""
+    with_curves = [x for x in result.labels if "curve_value" in result.rows_of(x)[0]]
+    for label, color in zip(with_curves, itertools.cycle(COLORS), strict=False):
+        for i, row in enumerate(result.rows_of(label)):
+            values = np.array(row["curve_value"], float)
+            if values.ndim > 1:
+                values = values.mean(axis=1)
+            name = label if i == 0 else None
+            axes.plot(row["curve_cost"], values, color=color, alpha=0.6, label=name)
+    axes.set(xlabel="gradient-equivalents", ylabel="outer value")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def import_pyplot():
+    """Returns `matplotlib.pyplot` with a backend that needs no screen."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib: pip install 'hypergrad-jax[cli]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,211 @@
+"""Finding and importing tables and methods from files, without any registration."""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import hypergrad
+
+from .methods import MethodError, check_method
+from .table import BaseTable, Table
+
+FOLDER = Path("benchmarks")
+
+
+@dataclass(frozen=True)
+class TableRef:
+    """A table by its file, with further methods; a worker process loads it again.
+
+    Attributes:
+      path: The file that defines ``table``.
+      methods: Further methods as ``(file, function)``.
+      budget: Replaces the budget of the table.
+    """
+
+    path: Path
+    methods: tuple[tuple[Path, str], ...] = ()
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the table: that of its file."""
+        return self.path.stem
+
+    def load(self) -> BaseTable:
+        """Imports the table and adds the methods.
+
+        Raises:
+          ValueError: The file has no table, or methods are given for a table that does
+            not compare methods.
+        """
+        table = load_table(self.path)
+        if not self.methods and self.budget is None:
+            return table
+        if not isinstance(table, Table):
+            raise ValueError(
+                f"{self.name} measures fixed programs; it takes no --method and no "
+                "--budget."
+            )
+        if self.budget is not None:
+            table = dataclasses.replace(table, budget=self.budget)
+        return table.with_methods(
+            {function: load_method(file, function) for file, function in self.methods}
+        )
+
+    def source(self) -> dict[str, str]:
+        """Returns digests of the source files that determine the rows.
+
+        ``package`` stands for hypergrad, and ``table`` for the file of the table and
+        the modules beside it that it imports.
+        """
+        module = import_file(self.path)
+        folder = self.path.resolve().parent
+        beside = {
+            Path(file).resolve()
+            for other in list(sys.modules.values())
+            if (file := getattr(other, "__file__", None))
+        }
+        table_files = {Path(module.__file__ or self.path).resolve()}
+        table_files |= {path for path in beside if path.is_relative_to(folder)}
+        package = Path(hypergrad.__file__).parent
+        return {
+            "package": _digest_files(sorted(package.rglob("*.py")), package),
+            "table": _digest_files(sorted(table_files), folder),
+        }
+
+    def method_sources(self) -> dict[str, str]:
+        """Returns the digest of the file of each added method, by its label."""
+        return {
+            function: _digest_files([file], file.parent)
+            for file, function in self.methods
+        }
+
+
+def parse_method(text: str) -> tuple[Path, str]:
+    """Returns file and function of ``mine.py:mine``.
+
+    Raises:
+      ValueError: The text has another form, or there is no such file.
+    """
+    file, separator, function = text.rpartition(":")
+    if not (separator and file and function.isidentifier()):
+        raise ValueError(f"--method must be FILE.py:FUNCTION; got {text!r}.")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--method names the file {file}, which does not exist.")
+    return path.resolve(), function
+
+
+def find_table(name: str, folder: Path = FOLDER) -> Path:
+    """Returns the file of a table by its name or path.
+
+    Args:
+      name: ``NAME`` for ``folder/NAME.py``, or the path of a file.
+      folder: Where tables are looked up by name.
+
+    Raises:
+      ValueError: There is no such table; the message lists those there are.
+    """
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path.resolve()
+    candidate = folder / f"{name}.py"
+    if candidate.is_file():
+        return candidate.resolve()
+    names = ", ".join(path.stem for path in table_files(folder))
+    known = f"{folder} holds {names}" if names else f"{folder} holds no table"
+    raise ValueError(
+        f"no table {name!r}: {known}. Give the name of a file in {folder}, or the path "
+        "of a file that defines `table`."
+    )
+
+
+def table_files(folder: Path = FOLDER) -> list[Path]:
+    """Returns the files of a folder that define a table, by their text."""
+    return [
+        path
+        for path in sorted(folder.glob("*.py"))
+        if any(line.startswith("table = ") for line in path.read_text().splitlines())
+    ]
+
+
+def load_table(path: Path) -> BaseTable:
+    """Returns ``table`` of a file, with the file's docstring as its protocol."""
+    module = import_file(path)
+    table = getattr(module, "table", None)
+    if not isinstance(table, BaseTable):
+        raise ValueError(f"{path} must define `table = hypergrad.bench.Table(...)`.")
+    if not table.protocol:
+        protocol = (module.__doc__ or "").strip()
+        table = dataclasses.replace(table, protocol=protocol)
+    if isinstance(table, Table):
+        for label, method in table.methods.items():
+            check_method(label, method)
+    return table
+
+
+def load_method(path: Path, function: str):
+    """Returns a checked method of a user's file."""
+    module = import_file(path)
+    method = getattr(module, function, None)
+    if method is None:
+        names = [name for name, x in vars(module).items() if hasattr(x, "grid")]
+        raise MethodError(
+            f"{path.name} has no function {function!r}"
+            + (f"; it has {', '.join(names)}" if names else "")
+            + "."
+        )
+    check_method(function, method)
+    return method
+
+
+def import_file(path: Path) -> ModuleType:
+    """Imports a Python file once per process.
+
+    A file in a package, that is beside an ``__init__.py``, is imported as a member of
+    the package, so that it can import its neighbours relatively.
+    """
+    path = path.resolve()
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").is_file():
+        parts.insert(0, root.name)
+        root = root.parent
+    name = ".".join(parts)
+    loaded = sys.modules.get(name)
+    if loaded is not None and Path(loaded.__file__ or "").resolve() == path:
+        return loaded
+    if len(parts) > 1:
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+        return importlib.import_module(name)
+    # A name of its own, so that a file called like a library does not hide it.
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _digest_files(paths: Sequence[Path], root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.resolve().relative_to(root.resolve()).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""Methods of a table: their grids of settings, one run of one, and its errors."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from ..tasks.task import Task
+from ..trace import Trace
+from . import timing
+
+Method = Callable[..., Trace]
+Settings = dict[str, Any]
+
+MAX_CURVE_POINTS = 200
+
+
+class MethodError(ValueError):
+    """A method of a table cannot be used, or its run is not valid."""
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """The result of one run of a method.
+
+    Attributes:
+      trace: What the method returned.
+      costs: Gradient-equivalents, products and seconds.
+      curves: The course of the outer value over the cost, for figures.
+    """
+
+    trace: Trace
+    costs: dict[str, float]
+    curves: dict[str, list[float]]
+
+
+def settings_of(
+    method: Method, task_grid: Mapping[str, Sequence[Any]] = MappingProxyType({})
+) -> list[Settings]:
+    """Returns the combinations of a method's grid and of settings of the task.
+
+    Without any grid there is one combination, which is empty.
+    """
+    grid = {**task_grid, **getattr(method, "grid", {})}
+    return [
+        dict(zip(grid, values, strict=True))
+        for values in itertools.product(*grid.values())
+    ]
+
+
+def check_method(label: str, method: Any) -> None:
+    """Raises MethodError unless a method has the signature that a table calls.
+
+    A method is a function ``(task, *, budget, key, **settings)`` whose settings are
+    exactly the names of its ``grid``.
+    """
+    if not callable(method):
+        raise MethodError(f"{label} must be a function; got {method!r}.")
+    grid = getattr(method, "grid", None)
+    try:
+        parameters = inspect.signature(method).parameters
+    except ValueError as error:
+        raise MethodError(f"{label} has no signature: {error}.") from None
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    missing = [name for name in ("budget", "key") if name not in names]
+    if missing and not takes_any:
+        raise MethodError(
+            f"{label} must take the keyword arguments budget and key; "
+            f"{' and '.join(missing)} missing in {inspect.signature(method)}."
+        )
+    required = {
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    needed = required - {"budget", "key"} - set(names[:1])
+    if grid is None and needed:
+        example = ", ".join(f"{name!r}: (...)" for name in sorted(needed))
+        raise MethodError(
+            f"{label} needs {', '.join(sorted(needed))} but has no grid. Set "
+            f"{label}.grid = {{{example}}}."
+        )
+    if grid is None:
+        return
+    if not isinstance(grid, Mapping) or not all(len(tuple(v)) for v in grid.values()):
+        raise MethodError(
+            f"{label}.grid must map names of settings to their values; got {grid!r}."
+        )
+    if unknown := set(grid) - set(names) if not takes_any else set():
+        raise MethodError(f"{label}.grid sets {sorted(unknown)}, which {label} lacks.")
+    if missing := needed - set(grid):
+        raise MethodError(f"{label}.grid does not set {sorted(missing)}.")
+
+
+def run_method(
+    method: Method, task: Task, *, budget: float, key: Array, settings: Settings
+) -> MethodRun:
+    """Runs a method once and checks what it returns.
+
+    Raises:
+      MethodError: The result is not a `Trace`, or is not finite, or the run cost more
+        than the budget allows.
+    """
+    with timing.measure_seconds() as seconds:
+        trace = jax.block_until_ready(method(task, budget=budget, key=key, **settings))
+    if not isinstance(trace, Trace):
+        raise MethodError(
+            f"a method must return the hg.Trace of its run; got {type(trace).__name__}."
+        )
+    leaves = jax.tree.leaves((trace.w, trace.alpha))
+    if not all(np.all(np.isfinite(np.asarray(leaf, float))) for leaf in leaves):
+        raise MethodError(
+            f"the run ended with values that are not finite: {trace.status}"
+        )
+    cost = np.asarray(trace.cost, float)
+    total = float(cost[-1]) if cost.size else 0.0
+    last_step = float(np.max(np.diff(cost, prepend=0.0))) if cost.size else 0.0
+    # A run ends with the step that spends the rest of its budget.
+    if not total <= budget + last_step:
+        raise MethodError(
+            f"the run cost {total:.0f} gradient-equivalents; its budget is "
+            f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."
+        )
+    return MethodRun(
+        trace=trace,
+        costs={
+            "gradient_equivalents": total,
+            "num_hvps": float(np.nansum(np.asarray(trace.stats["num_hvps"], float))),
+            "num_untrusted": float(np.sum(~np.asarray(trace.stats["trusted"], bool))),
+            "compile_seconds": seconds.compilation,
+            "run_seconds": seconds.total - seconds.compilation,
+        },
+        curves=thin_curves(np.asarray(trace.value, float), cost),
+    )
+
+
+def thin_curves(values: np.ndarray, cost: np.ndarray) -> dict[str, list[float]]:
+    """Returns outer value and cost at up to 200 steps, evenly spaced."""
+    if not len(values):
+        return {}
+    count = min(len(values), MAX_CURVE_POINTS)
+    index = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
+    return {"curve_value": values[index].tolist(), "curve_cost": cost[index].tolist()}

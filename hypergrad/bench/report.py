@@ -1,0 +1,302 @@
+"""The printed form of a table: Markdown, a page of HTML, and a page of all tables."""
+
+import base64
+import datetime
+import html
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .claims import Finding, Published
+from .rows import Row
+from .table import BaseTable, result_rows
+
+STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
+       padding: 0 1rem; color: #1b1f24; background: #fff; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #57606a; }
+img { max-width: 100%; }
+pre { white-space: pre-wrap; background: #f6f8fa; padding: 1rem; border-radius: 6px; }
+code { font-size: .9em; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr));
+         gap: 1.2rem; padding: 0; list-style: none; }
+.cards li { border: 1px solid #d0d7de; border-radius: 8px; padding: 1rem; }
+.cards img { width: 100%; height: 11rem; object-fit: contain; }
+.bad { color: #b42318; font-weight: 600; }
+"""
+PUBLISHED_HEADINGS = ("paper", "tag", "ours", "difference", "reproduced")
+
+
+@dataclass(frozen=True)
+class TableResult:
+    """The rows of a table together with the table.
+
+    Attributes:
+      name: Name of the table.
+      table: The table, or None if its file is not at hand.
+      rows: All rows of its file.
+    """
+
+    name: str
+    table: BaseTable
+    rows: list[Row]
+
+    @property
+    def printed_rows(self) -> list[Row]:
+        """The rows without those of tuning."""
+        return result_rows(self.rows)
+
+    @property
+    def scale(self) -> str:
+        """Scale of the rows."""
+        return str(self.rows[0]["scale"])
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the printed rows, in the order of the cells."""
+        return list(dict.fromkeys(str(row["method"]) for row in self.printed_rows))
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Outcomes of the checks and claims."""
+        return self.table.evaluate(self.rows)
+
+    def rows_of(self, label: str) -> list[Row]:
+        """Returns the rows of a method, by seed."""
+        rows = [row for row in self.printed_rows if row["method"] == label]
+        return sorted(rows, key=lambda row: row["seed"])
+
+
+def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> str:
+    """Returns the table with its published numbers, findings and protocol."""
+    table, first = result.table, result.rows[0]
+    num_seeds = len({row["seed"] for row in result.printed_rows})
+    facts = [
+        f"{num_seeds} seed{'s' * (num_seeds != 1)}, mean ± standard deviation",
+        f"scale `{result.scale}`",
+        f"command `{first['command']}`",
+        f"commit `{first.get('commit') or first.get('converted_from') or 'unknown'}`",
+        f"device {first['device']}",
+    ]
+    facts = [text for text in (table.data, table.source) if text] + facts
+    lines = [f"# {result.name}", "", ". ".join(facts) + ".", ""]
+    if table.body is None:
+        lines += _markdown_table(*main_table(result))
+    else:
+        lines += table.body(result.printed_rows)
+    if table.published:
+        lines += ["", "## Published numbers", ""]
+        lines += _markdown_table(*published_table(result))
+    lines.append("")
+    lines += [finding.markdown for finding in result.findings]
+    for stage in dict.fromkeys(row.get("stage") for row in result.rows):
+        stage_rows = [row for row in result.rows if row.get("stage") == stage]
+        if stage and (body := table.stage_body(stage, stage_rows)):
+            lines += ["", f"## Stage: {stage}", "", *body]
+    if failures:
+        lines += ["", "## Rows that failed", ""]
+        lines += [f"- {label}: {message}" for label, message in failures.items()]
+    if table.protocol:
+        lines += ["", "## Protocol", "", table.protocol]
+    return "\n".join(lines) + "\n"
+
+
+def main_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and cells of the table of methods.
+
+    A method that was added with ``--method`` is marked with a star.
+    """
+    has_values = lambda column: any(
+        row.get(column.name) is not None for row in result.printed_rows
+    )
+    columns = [x for x in result.table.printed_columns if has_values(x)]
+    cells = []
+    for label in result.labels:
+        rows = result.rows_of(label)
+        star = " *" if "method_source" in rows[0] else ""
+        cells.append([label + star, *(column.text(rows) for column in columns)])
+    return ["method", *(column.heading for column in columns)], cells
+
+
+def published_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and cells of the published numbers beside ours."""
+    columns = {column.name: column for column in result.table.printed_columns}
+    cells = []
+    for (label, name), number in result.table.published.items():
+        column = columns[name]
+        values = column.values(result.rows_of(label)) if result.rows else np.array([])
+        values = values[~np.isnan(values)]
+        cells.append(
+            [
+                f"{label}, {column.heading}",
+                *_compare(number, values, column.form, result),
+            ]
+        )
+    return ["number", *PUBLISHED_HEADINGS], cells
+
+
+def _compare(
+    number: Published, values: np.ndarray, form: str, result: TableResult
+) -> list[str]:
+    paper = format(number.value, form)
+    if number.deviation is not None:
+        paper += f" ± {format(number.deviation, form)}"
+    if not values.size:
+        return [paper, number.tag, "not run", "-", "-"]
+    mean = float(np.mean(values))
+    ours = format(mean, form)
+    if values.size > 1:
+        ours += f" ± {format(np.std(values, ddof=1), form)}"
+    is_reproduced = number.is_reproduced(mean, result.scale)
+    verdict = {None: "not judged", True: "yes", False: "no"}[is_reproduced]
+    tolerance = format(number.max_difference, ".2g")
+    return [
+        paper,
+        number.tag,
+        ours,
+        format(mean - number.value, "+.3g"),
+        f"{verdict} (within {tolerance})",
+    ]
+
+
+def _markdown_table(
+    headings: Sequence[str], cells: Iterable[Sequence[str]]
+) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(row) + " |" for row in cells]
+
+
+# HTML.
+
+
+def to_html(result: TableResult, figure: bytes | None, markdown: str) -> str:
+    """Returns a page that needs no other file: table, findings, figure, provenance."""
+    first = result.rows[0]
+    facts = {
+        name: first.get(name)
+        for name in ("commit", "device", "scale", "budget", "data", "command")
+        if first.get(name) not in (None, "")
+    }
+    versions = ", ".join(f"{k} {v}" for k, v in first.get("versions", {}).items())
+    items = [f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()]
+    image = "" if figure is None else _image(figure, f"Figure of {result.name}")
+    return _page(
+        result.name,
+        f"{markdown_to_html(markdown)}\n{image}\n<h2>Provenance</h2>"
+        f"<dl>{''.join(items)}<dt>versions</dt><dd>{_text(versions)}</dd></dl>",
+    )
+
+
+def to_index(entries: Sequence["IndexEntry"]) -> str:
+    """Returns a page of all tables with picture, status and age."""
+    cards = "".join(entry.card() for entry in entries)
+    return _page("Results", f"<h1>Results</h1><ul class='cards'>{cards}</ul>")
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One table on the page of all tables.
+
+    Attributes:
+      name, summary, paradigm: What the table is about.
+      status: Outcome of ``hypergrad check``.
+      commit, time: When its rows were made.
+      figure: The picture as PNG, if there is one.
+      href: Page of the table.
+    """
+
+    name: str
+    summary: str
+    paradigm: str
+    status: str
+    commit: str
+    time: str
+    figure: bytes | None
+    href: str
+
+    def card(self) -> str:
+        """Returns the entry as an item of the page."""
+        image = "" if self.figure is None else _image(self.figure, self.name)
+        status = _text(self.status)
+        if "FAILED" in self.status:
+            status = f"<span class='bad'>{status}</span>"
+        age = _age(self.time)
+        return (
+            f"<li><a href='{html.escape(self.href, quote=True)}'>{image}"
+            f"<h2>{_text(self.name)}</h2></a><p>{_text(self.summary)}</p>"
+            f"<p>{status}<br>{_text(self.paradigm)}, commit {_text(self.commit)}, {age}"
+            "</p></li>"
+        )
+
+
+def _age(time: str) -> str:
+    try:
+        made = datetime.datetime.fromisoformat(time)
+    except ValueError:
+        return "date unknown"
+    return made.date().isoformat()
+
+
+def markdown_to_html(text: str) -> str:
+    """Returns the HTML of the Markdown that `to_markdown` writes."""
+    blocks, protocol = [], ""
+    if "\n## Protocol\n" in text:
+        text, protocol = text.split("\n## Protocol\n", 1)
+    kind = lambda line: (
+        line[:1] if line[:1] in ("|", "-", "#") else ("" if line else " ")
+    )
+    for which, lines in itertools.groupby(text.splitlines(), kind):
+        if which == "|":
+            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
+            blocks.append(_html_table(head, rows))
+        elif which == "-":
+            blocks.append("<ul>" + "".join(f"<li>{_text(x[2:])}</li>" for x in lines))
+            blocks.append("</ul>")
+        elif which == "#":
+            for line in lines:
+                level = len(line) - len(line.lstrip("#"))
+                blocks.append(f"<h{level}>{_text(line.lstrip('# '))}</h{level}>")
+        elif which == "":
+            blocks.append("<p>" + " ".join(map(_text, lines)) + "</p>")
+    if protocol:
+        blocks.append(f"<h2>Protocol</h2><pre>{html.escape(protocol.strip())}</pre>")
+    return "\n".join(blocks)
+
+
+def _html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    row = lambda tag, cells: "".join(f"<{tag}>{_text(c)}</{tag}>" for c in cells)
+    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
+    return (
+        f"<div class='wide'><table><thead><tr>{row('th', head)}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _text(value: object) -> str:
+    """Returns a value as HTML; text between backticks becomes code, ** becomes bold."""
+    parts = html.escape(str(value)).split("`")
+    text = "".join(f"<code>{x}</code>" if i % 2 else x for i, x in enumerate(parts))
+    bold = text.split("**")
+    return "".join(f"<b>{x}</b>" if i % 2 else x for i, x in enumerate(bold))
+
+
+def _image(figure: bytes, label: str) -> str:
+    data = base64.b64encode(figure).decode()
+    label = html.escape(label, quote=True)
+    return f"<img alt='{label}' src='data:image/png;base64,{data}'>"
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"{body}</body></html>\n"
+    )

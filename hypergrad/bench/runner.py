@@ -1,0 +1,247 @@
+"""Runs the cells of a table one by one, in this process or on an executor.
+
+Every finished cell is a line on the disk, so that a run that was killed continues where
+it stopped. Rows of other source code, data or settings are refused.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..checkpoint import lock_file
+from ..runtime import atomic_io
+from ..runtime.provenance import utc_now
+from . import provenance
+from .loading import TableRef
+from .methods import MethodError
+from .rows import Cell, Row, append_row, cell_key, drop_cut_line, read_rows
+from .table import BaseTable
+
+#: Fields of a row that must be equal in all rows of a file.
+COMMON_FIELDS = ("table", "scale", "budget", "data", *provenance.COMMON_FIELDS)
+
+
+class Executor(Protocol):
+    """Anything with ``submit``, such as those of `concurrent.futures`."""
+
+    def submit(self, fn: Callable, /, *args: Any) -> Any:
+        """Returns a future with ``done()`` and ``result()``."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What was requested of a run.
+
+    Args:
+      scale: Scale of the table.
+      seeds: Number of seeds.
+      folder: Where the rows, the printed table and the figure are written.
+      command: The command, as it is shown under the table.
+      only: Labels of the methods to run; empty for all.
+      executor: Where cells run. Defaults to this process, one after the other.
+      max_pending: Number of cells that are submitted to the executor at once.
+    """
+
+    scale: str
+    seeds: int
+    folder: Path
+    command: str
+    only: tuple[str, ...] = ()
+    executor: Executor | None = None
+    max_pending: int = 8
+
+    def with_executor(self, executor: Executor | None) -> "RunOptions":
+        """Returns the same options with another executor."""
+        return dataclasses.replace(self, executor=executor)
+
+
+@dataclass
+class RunResult:
+    """The rows of a run, and the cells that failed.
+
+    Attributes:
+      rows: All rows of the requested cells.
+      failures: ``{label: message}`` of methods of which a cell failed.
+    """
+
+    rows: list[Row]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def run_table(
+    ref: TableRef,
+    options: RunOptions,
+    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+) -> RunResult:
+    """Runs all cells of a table that have no row yet.
+
+    Args:
+      ref: The table.
+      options: What to run and where.
+      progress: Called with the number of finished and of all cells, and a label.
+
+    Raises:
+      ValueError: The file of rows belongs to other source, data or settings, or another
+        process is writing to it; the message says which field differs.
+    """
+    table = ref.load()
+    _check_options(table, options)
+    stages = [
+        [cell for cell in stage if not options.only or cell["method"] in options.only]
+        for stage in table.stages(options.scale, options.seeds)
+    ]
+    common, method_sources = _common_fields(ref, table, options), ref.method_sources()
+    key_of = lambda row: cell_key(row, table.key_fields)
+    atomic_io.make_directory(options.folder)
+    path = options.folder / f"{ref.name}.jsonl"
+    result = RunResult([])
+    with path.open("a", encoding="utf-8") as file:
+        lock_file(file, path)
+        drop_cut_line(path)
+        result.rows = read_rows(path)
+        for row in result.rows:
+            check_row_origin(row, common, method_sources, path)
+        num_cells, num_done = sum(map(len, stages)), 0
+        for stage in stages:
+            done = set(map(key_of, result.rows))
+            pending = [cell for cell in stage if key_of(cell) not in done]
+            num_done += len(stage) - len(pending)
+            progress(num_done, num_cells, "")
+            for cell, outcome in _measure_all(ref, pending, options, result.rows):
+                num_done += 1
+                label = str(cell["method"])
+                if isinstance(outcome, str):
+                    result.failures.setdefault(label, outcome)
+                else:
+                    row = cell | outcome | common | {"time": utc_now()}
+                    if label in method_sources:
+                        row["method_source"] = method_sources[label]
+                    append_row(path, row)
+                progress(num_done, num_cells, label)
+            result.rows = read_rows(path)
+    requested = {key_of(cell) for stage in stages for cell in stage}
+    result.rows = [row for row in result.rows if key_of(row) in requested]
+    return result
+
+
+def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row | str:
+    """Returns the row fields of a cell, or a message if it failed; runs in a worker."""
+    try:
+        return ref.load().measure(cell, scale, rows)
+    except MethodError as error:
+        message = str(error)
+    except Exception as error:  # whatever a user's method raises must not end the run
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        message = f"{type(error).__name__} in {place}: {error}"
+    if cell.get("stage") == "tuning":  # a setting that diverges is only a bad setting
+        return {"selection": None, "gradient_equivalents": None, "error": message}
+    return message
+
+
+def check_row_origin(
+    row: Row, common: Row, method_sources: dict[str, str], path: Path
+) -> None:
+    """Raises ValueError if a row was made from other source, data or settings."""
+    expected = {name: common.get(name) for name in COMMON_FIELDS}
+    expected["method_source"] = method_sources.get(str(row["method"]))
+    for name, value in expected.items():
+        if row.get(name) == value:
+            continue
+        old, new = row.get(name), value
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = [
+                k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+            ]
+            old, new = ({k: x.get(k) for k in changed} for x in (old, new))
+        raise ValueError(
+            f"{path} holds rows made with another {name} ({old}, now {new}). Continue "
+            "with what started the run, move the file away, or give another --out."
+        )
+
+
+def _measure_all(
+    ref: TableRef, cells: Sequence[Cell], options: RunOptions, rows: list[Row]
+) -> Iterator[tuple[Cell, Row | str]]:
+    """Yields each cell with its row fields or its error, as they are finished."""
+    earlier = [row for row in rows if row.get("stage") is not None]
+    if options.executor is None:
+        for cell in cells:
+            yield cell, measure_cell(ref, cell, options.scale, earlier)
+        return
+    waiting, futures = list(reversed(cells)), {}
+    while waiting or futures:
+        while waiting and len(futures) < options.max_pending:
+            cell = waiting.pop()
+            arguments = (ref, cell, options.scale, earlier)
+            futures[options.executor.submit(measure_cell, *arguments)] = cell
+        for future in _wait_for_some(list(futures)):
+            cell = futures.pop(future)
+            yield cell, _outcome(future)
+
+
+def _wait_for_some(futures: list) -> list:
+    """Returns futures that are done; waits for at least one."""
+    if all(isinstance(x, concurrent.futures.Future) for x in futures):
+        done, _ = concurrent.futures.wait(
+            futures, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        return list(done)
+    while not (done := [future for future in futures if future.done()]):
+        time.sleep(0.05)  # futures of other libraries can only be asked
+    return done
+
+
+def _outcome(future: Any) -> Row | str:
+    try:
+        return future.result()
+    except Exception as error:  # the worker died
+        return f"{type(error).__name__} of the worker: {error}"
+
+
+def data_fingerprint(table: BaseTable) -> str:
+    """Returns a digest of the data that a table reads; empty if it states none."""
+    arrays = table.arrays()
+    if not arrays:
+        return ""
+    sha256 = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        sha256.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()
+
+
+def _check_options(table: BaseTable, options: RunOptions) -> None:
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1; got {options.seeds}.")
+    if options.scale not in table.scales:
+        raise ValueError(
+            f"--scale must be one of {', '.join(table.scales)}; got {options.scale!r}."
+        )
+    labels = {
+        cell["method"] for stage in table.stages(options.scale, 1) for cell in stage
+    }
+    if unknown := set(options.only) - labels:
+        raise ValueError(
+            f"--only names {', '.join(sorted(unknown))}; the table has the rows "
+            f"{', '.join(sorted(map(str, labels)))}."
+        )
+
+
+def _common_fields(ref: TableRef, table: BaseTable, options: RunOptions) -> Row:
+    budget = getattr(table, "budget_of", lambda scale: None)(options.scale)
+    return {
+        "table": ref.name,
+        "scale": options.scale,
+        "budget": budget,
+        "data": data_fingerprint(table),
+        **provenance.collect(ref.source(), options.command),
+    }

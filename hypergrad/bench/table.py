@@ -1,0 +1,391 @@
+"""What a table is: its cells, how one cell is measured, and what is stated about it.
+
+`Table` compares methods on one task. `MeasurementTable` is the general form: any cells
+and any measurement. The runner, the report and the checks use only what `BaseTable`
+declares.
+"""
+
+import abc
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ..tasks.task import Task
+from ..trace import Trace
+from .claims import (
+    Check,
+    Claim,
+    Comparison,
+    Finding,
+    Published,
+    evaluate_claims,
+)
+from .methods import Method, MethodError, run_method, settings_of
+from .rows import Cell, Row, select
+from .statistics import Resplits
+
+Plot = Callable[[list[Row], Path], None]
+Retrain = Callable[[Task, PyTree, Array], PyTree]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the printed table: mean and standard deviation over the seeds.
+
+    Args:
+      name: Field of the rows.
+      title: Heading. Defaults to ``name`` with spaces.
+      form: Format of a number.
+      scale: Factor applied to the values, such as 100 for percentages.
+      use_max: Whether the maximum over the seeds is printed instead of the mean.
+      has_deviation: Whether the standard deviation is printed.
+    """
+
+    name: str
+    title: str | None = None
+    form: str = ".3g"
+    scale: float = 1.0
+    use_max: bool = False
+    has_deviation: bool = True
+
+    @property
+    def heading(self) -> str:
+        """The heading of the column."""
+        return self.name.replace("_", " ") if self.title is None else self.title
+
+    def values(self, rows: Sequence[Row]) -> np.ndarray:
+        """Returns the scaled values of the rows, NaN where a row has none."""
+        return np.array([row.get(self.name) for row in rows], float) * self.scale
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """Returns the cell of the printed table; "-" if no row has a number."""
+        values = self.values(rows)
+        values = values[~np.isnan(values)]
+        if not values.size:
+            return "-"
+        if self.use_max:
+            return format(np.max(values), self.form)
+        mean = format(np.mean(values), self.form)
+        if values.size == 1 or not self.has_deviation:
+            return mean
+        return f"{mean} ± {format(np.std(values, ddof=1), self.form)}"
+
+
+COST_COLUMNS = (
+    Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
+    Column("num_hvps", "HVPs", ".0f", has_deviation=False),
+    Column("tuning_cost", "tuning grad-eq", ".0f", has_deviation=False),
+    Column("compile_seconds", "compile s", ".1f", use_max=True),
+    Column("run_seconds", "run s", ".2f", has_deviation=False),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The cells of a table that are measured before those of a later stage.
+
+    Args:
+      name: Value of the field ``stage`` in the rows, such as "tuning". The rows of the
+        last stage, which are the result, have no such field.
+      cells: ``(scale, seeds) -> cells``, dictionaries that identify the rows.
+      measure: ``(cell, rows of earlier stages) -> fields of the row``.
+      body: ``rows -> lines of Markdown`` that show the stage; nothing by default.
+    """
+
+    name: str
+    cells: Callable[[str, int], list[Cell]]
+    measure: Callable[[Cell, list[Row]], Row]
+    body: Callable[[list[Row]], list[str]] = lambda rows: []
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTable(abc.ABC):
+    """What the runner and the report need from a table.
+
+    Args:
+      seeds: Number of seeds, starting at 0.
+      columns: Columns that are printed after the label of the row.
+      claims, checks: Statements about the rows; see `hypergrad.bench.claims`.
+      comparisons: Pairs of methods that are compared without a claim.
+      published: ``{(method, column): Published}``, numbers of papers.
+      findings: ``rows -> list of Finding``, further lines under the table.
+      resplits: Set if the seeds are re-splits of one data set.
+      body: ``rows -> lines of Markdown``, printed in place of the table of columns.
+      plot: ``(rows, path)`` draws the figure. Defaults to one bar per method of the
+        first column.
+      paradigm: Learning paradigm, for the overview.
+      source: The paper that the table follows.
+      data: Name of the data set.
+      arrays: ``() -> {name: array}``, the data whose fingerprint the rows carry.
+      minutes: Expected minutes on two cores at the first scale, rounded up.
+      scales: Names of the scales at which the table can be run.
+      protocol: The text of the protocol. Defaults to the docstring of the file.
+    """
+
+    seeds: int = 5
+    columns: tuple[Column, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    checks: tuple[Check, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    published: Mapping[tuple[str, str], Published] = field(default_factory=dict)
+    findings: Callable[[list[Row]], list[Finding]] = lambda rows: []
+    resplits: Resplits | None = None
+    body: Callable[[list[Row]], list[str]] | None = None
+    plot: Plot | None = None
+    paradigm: str = ""
+    source: str = ""
+    data: str = ""
+    arrays: Callable[[], Mapping[str, Any]] = dict
+    minutes: float = 1
+    scales: tuple[str, ...] = ("small",)
+    protocol: str = ""
+
+    @abc.abstractmethod
+    def stages(self, scale: str, seeds: int) -> list[list[Cell]]:
+        """Returns the cells of each stage; a stage needs the rows of earlier ones."""
+
+    @abc.abstractmethod
+    def measure(self, cell: Cell, scale: str, rows: list[Row]) -> Row:
+        """Returns the fields of a cell's row, given the rows of earlier stages."""
+
+    @property
+    def key_fields(self) -> tuple[str, ...]:
+        """Fields that identify a row: those of the cells."""
+        cells = [cell for stage in self.stages(self.scales[0], 1) for cell in stage]
+        return tuple(dict.fromkeys(name for cell in cells for name in cell))
+
+    @property
+    def printed_columns(self) -> tuple[Column, ...]:
+        """The columns, then those of the costs."""
+        named = {column.name for column in self.columns}
+        costs = (column for column in COST_COLUMNS if column.name not in named)
+        return (*self.columns, *costs)
+
+    def stage_body(self, name: str, rows: list[Row]) -> list[str]:
+        """Returns lines of Markdown that show the rows of an earlier stage."""
+        del name, rows
+        return []
+
+    def evaluate(self, rows: Sequence[Row]) -> list[Finding]:
+        """Returns the outcome of every check and claim, and the further findings."""
+        rows = result_rows(rows)
+        outcomes = [check.evaluate(rows) for check in self.checks]
+        outcomes += evaluate_claims(self.claims, rows, self.resplits)
+        for comparison in self.comparisons:
+            outcomes += comparison.evaluate(rows, self.resplits)
+        return outcomes + self.findings(rows)
+
+
+def result_rows(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows of the last stage, which are printed and judged."""
+    return [row for row in rows if row.get("stage") is None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementTable(BaseTable):
+    """A table of arbitrary measurements.
+
+    Args:
+      cells: ``(scale, seeds) -> cells``, dictionaries that identify the rows; each has
+        at least ``method``, the label of the printed row, and ``seed``.
+      measure_cell: ``(cell, rows of earlier stages) -> fields of the row``.
+      earlier_stages: Stages such as a tuning run, in order.
+    """
+
+    cells: Callable[[str, int], list[Cell]]
+    measure_cell: Callable[[Cell, list[Row]], Row]
+    earlier_stages: tuple[Stage, ...] = ()
+
+    def stages(self, scale: str, seeds: int) -> list[list[Cell]]:
+        """Returns the cells of the earlier stages, then those of the result."""
+        earlier = [
+            [{"stage": stage.name, **cell} for cell in stage.cells(scale, seeds)]
+            for stage in self.earlier_stages
+        ]
+        return [*earlier, self.cells(scale, seeds)]
+
+    def measure(self, cell: Cell, scale: str, rows: list[Row]) -> Row:
+        """Returns what the stage of the cell measures."""
+        del scale  # cells that depend on it contain it
+        for stage in self.earlier_stages:
+            if cell.get("stage") == stage.name:
+                return stage.measure(cell, rows)
+        return self.measure_cell(cell, rows)
+
+    def stage_body(self, name: str, rows: list[Row]) -> list[str]:
+        """Returns what the stage prints of its rows."""
+        bodies = {stage.name: stage.body for stage in self.earlier_stages}
+        return bodies[name](rows) if name in bodies else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(BaseTable):
+    """A comparison of methods on one task at equal budgets.
+
+    Every method is tuned by one rule: for each seed, each setting of its grid is run
+    with a part of the validation data held out, the setting that is best on that part
+    is chosen, and the method is run again with it and with all validation data. The
+    untouched test split is read only by the metrics of that last run.
+
+    Args:
+      task: ``(key, scale, **settings) -> Task`` with the settings of ``task_grid``. If
+        anything is tuned it also takes ``hold_out``: then a part of the validation data
+        is held out, on which the metrics of ``selection`` are measured.
+      methods: ``{label: method}``; a method is a function
+        ``(task, *, budget, key, **settings) -> Trace``. Optional attributes of it are
+        ``grid = {setting: values}`` and ``keeps_w``, see ``retrain``.
+      metrics: Names of the task's metrics that are measured at the end of a run.
+      budget: Gradient-equivalents of one run, or ``{scale: budget}``.
+      task_grid: ``{argument of task: values}``, settings of the task that are tuned
+        together with each method's own.
+      selection: Metrics of the task by which a setting is chosen: higher is better, or
+        lower for a name that starts with "-"; ties are broken by the next name.
+      retrain: ``(task, alpha, key) -> w``: trains the model that is measured with the
+        learned ``alpha``. Defaults to the ``w`` where the method ended, which is also
+        what is measured of a method whose attribute ``keeps_w`` is True.
+      extra: ``(task, trace, w, key) -> fields``, further fields of the row.
+      lower_is_better: Whether smaller values of the first metric are better.
+    """
+
+    task: Callable[..., Task]
+    methods: Mapping[str, Method]
+    metrics: tuple[str, ...]
+    budget: float | Mapping[str, float]
+    task_grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    selection: tuple[str, ...] = ()
+    retrain: Retrain | None = None
+    extra: Callable[[Task, Trace, PyTree, Array], Row] = lambda *_: {}
+    lower_is_better: bool = False
+
+    def __post_init__(self):
+        """Uses the metrics as columns unless columns are given."""
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(map(Column, self.metrics)))
+
+    def with_methods(self, methods: Mapping[str, Method]) -> "Table":
+        """Returns the table with further methods.
+
+        Raises:
+          ValueError: A label is taken.
+        """
+        if taken := methods.keys() & self.methods.keys():
+            raise ValueError(f"the table already has the rows {sorted(taken)}")
+        return dataclasses.replace(self, methods={**self.methods, **methods})
+
+    def evaluate(self, rows: Sequence[Row]) -> list[Finding]:
+        """Returns the outcomes, and how each added method differs from each row."""
+        findings, rows = super().evaluate(rows), result_rows(rows)
+        added = {row["method"] for row in rows if "method_source" in row}
+        labels = list(dict.fromkeys(row["method"] for row in rows))
+        for label in labels:
+            if label in added:
+                others = tuple(other for other in labels if other != label)
+                comparison = Comparison(
+                    label, others, self.metrics[0], self.lower_is_better
+                )
+                findings += comparison.evaluate(rows, self.resplits)
+        return findings
+
+    def budget_of(self, scale: str) -> float:
+        """Returns the budget of one run at a scale."""
+        return self.budget[scale] if isinstance(self.budget, Mapping) else self.budget
+
+    def stages(self, scale: str, seeds: int) -> list[list[Cell]]:
+        """Returns the tuning runs, then the reported runs."""
+        del scale
+        tuning = [
+            {"stage": "tuning", "method": label, "setting": i, "seed": seed}
+            for label, method in self.methods.items()
+            if len(settings := settings_of(method, self.task_grid)) > 1
+            for seed in range(seeds)
+            for i in range(len(settings))
+        ]
+        reported = [
+            {"method": label, "seed": seed}
+            for label in self.methods
+            for seed in range(seeds)
+        ]
+        return [tuning, reported] if tuning else [reported]
+
+    def measure(self, cell: Cell, scale: str, rows: list[Row]) -> Row:
+        """Runs a method once and returns its metrics, costs and settings."""
+        label, seed = cell["method"], cell["seed"]
+        method, is_tuning = self.methods[label], cell.get("stage") == "tuning"
+        all_settings = settings_of(method, self.task_grid)
+        index = cell["setting"] if is_tuning else self.choose_setting(label, seed, rows)
+        key = jax.random.key(seed)
+        settings = all_settings[index]
+        task = self.make_task(key, scale, settings, hold_out=is_tuning)
+        result = run_method(
+            method,
+            task,
+            budget=self.budget_of(scale),
+            key=jax.random.fold_in(key, 1),
+            settings={k: x for k, x in settings.items() if k not in self.task_grid},
+        )
+        trace, w = result.trace, result.trace.w
+        if self.retrain is not None and not getattr(method, "keeps_w", False):
+            w = self.retrain(task, trace.alpha, key)
+        row = {"settings": settings, **result.costs}
+        if is_tuning:
+            return row | {"selection": self.selection_scores(task, trace, w, key)}
+        measure = lambda name: float(task.metrics[name](w, trace.alpha, key))
+        row |= {name: measure(name) for name in self.metrics}
+        row |= result.curves | self.extra(task, trace, w, key)
+        tuning_rows = select(rows, stage="tuning", method=label, seed=seed)
+        cost = sum(x["gradient_equivalents"] or 0.0 for x in tuning_rows)
+        return row | ({"tuning_cost": cost} if cost else {})
+
+    def selection_scores(
+        self, task: Task, trace: Trace, w: PyTree, key: Array
+    ) -> list[float]:
+        """Returns the scores of a tuning run; higher is better."""
+        scores = []
+        for name in self.selection:
+            sign = -1.0 if name.startswith("-") else 1.0
+            metric = task.metrics[name.removeprefix("-")]
+            scores.append(sign * float(metric(w, trace.alpha, key)))
+        return scores or [-float(np.mean(trace.value[-1]))]
+
+    def choose_setting(self, label: str, seed: int, rows: Sequence[Row]) -> int:
+        """Returns the index of the setting with the best scores of a seed.
+
+        Raises:
+          MethodError: No setting ended with finite scores.
+        """
+        num_settings = len(settings_of(self.methods[label], self.task_grid))
+        if num_settings == 1:
+            return 0
+        failed = (-math.inf,)
+
+        def scores(index: int) -> tuple[float, ...]:
+            tried = select(rows, stage="tuning", method=label, setting=index, seed=seed)
+            values = tried[0]["selection"] if tried else None
+            if values is None or any(x is None for x in values):
+                return failed
+            return tuple(values)
+
+        all_scores = [scores(index) for index in range(num_settings)]
+        best = max(range(num_settings), key=lambda index: all_scores[index])
+        if all_scores[best] == failed:
+            raise MethodError(
+                f"{label}: no setting of its grid ended with a finite score"
+            )
+        return best
+
+    def make_task(
+        self, key: Array, scale: str, settings: Mapping[str, Any], *, hold_out: bool
+    ) -> Task:
+        """Returns the task of a seed, with the settings that are the task's own."""
+        options = {name: settings[name] for name in self.task_grid}
+        if "hold_out" in inspect.signature(self.task).parameters:
+            options["hold_out"] = hold_out
+        return self.task(key, scale, **options)
