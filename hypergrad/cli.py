@@ -92,7 +92,7 @@ def check(target: str) -> None:
     sys.exit(failed)
 
 
-def report(folder: Path, out: Path | None = None) -> None:
+def write_report(folder: Path, out: Path | None = None) -> None:
     """Write one page of HTML for each table of a folder, and a page of all.
 
     Args:
@@ -102,22 +102,21 @@ def report(folder: Path, out: Path | None = None) -> None:
     from .bench import commands
 
     with exit_with_message():
-        print(
-            f"wrote {commands.report(folder, folder / 'html' if out is None else out)}"
-        )
+        out = folder / "html" if out is None else out
+        print(f"wrote {commands.write_report(folder, out)}")
 
 
-def compare(first: Path, second: Path) -> None:
+def compare(folder: Path, reference: Path) -> None:
     """Show in what two results differ; exit 1 if a number or a cell does.
 
     Args:
-      first: Folder of rows.
-      second: Folder of rows.
+      folder: Folder of rows.
+      reference: Folder of rows with which they are compared.
     """
     from .bench import commands
 
     with exit_with_message():
-        differences = commands.compare(first, second)
+        differences = commands.compare(folder, reference)
     for name, difference in differences:
         print(f"{name}: {difference.kind}: {difference.text}")
     if not differences:
@@ -192,7 +191,7 @@ def main() -> None:
             "list": list_tables,
             "run": run,
             "check": check,
-            "report": report,
+            "report": write_report,
             "compare": compare,
             "export": export,
             "estimators": estimators,

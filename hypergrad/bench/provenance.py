@@ -1,4 +1,4 @@
-"""What a row was made with: source code, packages, device, command."""
+"""The provenance of rows: source code, packages, device, command."""
 
 import importlib.metadata
 import platform

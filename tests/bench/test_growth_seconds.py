@@ -151,5 +151,5 @@ def test_the_report_holds_every_line(tmp_path):
     rows = synthetic()
     text = growth.markdown(growth.TABLE, rows, "the command")
     assert f"| Forward {len(growth.AXES) * '| 1.00 [1] '}| 1 |" in text.splitlines()
-    growth.draw(rows, tmp_path / "figure.png")
+    growth.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

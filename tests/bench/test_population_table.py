@@ -24,7 +24,7 @@ def test_three_ways_make_the_same_trainings(monkeypatch, tmp_path):
     assert not any(verdict.failed for verdict in population.judge(rows))
     text = population.markdown(population.TABLE, rows, "the command")
     assert "| 10 | 3 |" in text
-    population.draw(rows, tmp_path / "figure.png")
+    population.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
     rows[0]["difference"] = 1e-3
     assert any(verdict.failed for verdict in population.judge(rows))

@@ -106,7 +106,7 @@ def tiny() -> single_loop.System:
     """Quadratics of 200 samples and few rates."""
 
     def draw(arrays):
-        drawn = quadratics.draw(arrays)
+        drawn = quadratics.plot(arrays)
         few = lambda data: hg.Batches(jax.tree.map(lambda x: x[:200], data.data), 20)
         problem = drawn.problem
         problem = hg.Bilevel(
@@ -254,7 +254,7 @@ def test_who_hardly_moved_is_at_no_plateau():
 def test_the_figure_of_a_step_shows_what_is_claimed(tmp_path, monkeypatch):
     """A vertical line at five gradients."""
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    soba_step.draw([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
+    soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
     drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
     assert {soba_step.MOST_GRADIENTS} in drawn
     assert (tmp_path / "step.png").exists()

@@ -150,5 +150,5 @@ def test_the_table_shows_every_method(tmp_path):
     text = trainings.markdown(trainings.TABLE, rows, "the command")
     assert "| L-BFGS | 1 | 2 | 12 | 5 of 5 | 4.0% | 1 | 60 |" in text
     assert "| Random | 1 | 2 | > 1e+03 | 0 of 5 | 4.0% | 1 | 60 |" in text
-    trainings.draw(rows, tmp_path / "figure.png")
+    trainings.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
