@@ -106,6 +106,7 @@ def run_table(
     result = RunResult([])
     with path.open("a", encoding="utf-8") as file:
         lock_file(file, path)
+        atomic_io.fsync_path(options.folder)  # the name of a new file
         drop_cut_line(path)
         result.rows = read_rows(path)
         for row in result.rows:

@@ -2,19 +2,13 @@
 
 import concurrent.futures
 import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from hypergrad.bench import loading, select
 from hypergrad.bench.methods import MethodError
-from hypergrad.bench.rows import read_rows
 from hypergrad.checkpoint import lock_file
 
 TIMES = {"run_seconds", "compile_seconds", "time"}
@@ -57,33 +51,6 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_rows(run, tmp_path)
     result = run()
     assert numbers_of(result.rows) == numbers_of(whole)
     assert path.read_bytes().splitlines()[:4] == [x.rstrip(b"\n") for x in lines[:4]]
-
-
-@pytest.mark.slow
-def test_sixty_kills_at_random_moments_change_nothing(run_own, own_file):
-    expected = run_own(out="whole").rows
-    folder, generator = own_file.parent, np.random.default_rng(0)
-    command = [sys.executable, "-m", "hypergrad.cli", "run", own_file.name]
-    command += ["--seeds", "2", "--out", "killed"]
-    environment = os.environ | {"JAX_ENABLE_X64": "1"}
-    kills = 0
-    while kills < 60:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(generator.uniform(1.0, 6.0))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    subprocess.run(command, cwd=folder, env=environment, check=True)
-    rows = read_rows(folder / "killed" / "quadratic.jsonl")
-    ignored = {"command", "versions", "source", "commit"}
-    without = lambda rows: [
-        {k: x for k, x in row.items() if k not in ignored} for row in rows
-    ]
-    assert without(numbers_of(rows)) == without(numbers_of(expected))
 
 
 def test_rows_of_other_source_are_refused(run_own, own_file):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypergrad.studies import record
+from hypergrad.studies.table import check
 from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
 from benchmarks import searching, searching_table, sharing, warm_start
 from benchmarks.shared.searching import Gaussian, Known, Until
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 from hypergrad.tasks import architecture
 
 # The problem.

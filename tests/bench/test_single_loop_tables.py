@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypergrad.studies import record
 from matplotlib import pyplot
 
 import hypergrad as hg
@@ -21,7 +22,6 @@ from benchmarks import (
     soba_step,
 )
 from benchmarks.shared.single_loop import Drawn
-from hypergrad.studies import record
 from hypergrad.tasks import cleaning
 from tests.loops import run_loop
 

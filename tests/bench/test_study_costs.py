@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from hypergrad.studies import physics, reinforcement
 
 import hypergrad as hg
-from hypergrad.studies import physics, reinforcement
 from hypergrad.tasks import cartpole, semi_gradient
 from hypergrad.tasks import physics as equations
 from hypergrad.tasks import reinforcement as policies

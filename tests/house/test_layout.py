@@ -35,11 +35,10 @@ LAYERS = (
     {"estimators", "argmin", "certificate", "implicit_diff"},
     {"minimize", "search", "searchers", "objectives"},
     {"tasks"},
-    {"studies", "bench"},
-    {"runs"},
+    {"bench"},
     {"cli", "__main__"},
 )
-OUTER_PARTS = {"tasks", "studies", "bench", "runs", "cli", "plots", "__main__"}
+OUTER_PARTS = {"tasks", "bench", "cli", "__main__"}
 
 
 def top_level_name(module: str) -> str:
