@@ -12,7 +12,15 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, cast, error, flat, quadratic, ridge, ridge_outer
+from benchmarks.shared.known import (
+    any_known,
+    cast,
+    error,
+    flat,
+    quadratic,
+    ridge,
+    ridge_outer,
+)
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 
 QUADRATIC = quadratic("30", seed=9)

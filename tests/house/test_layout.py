@@ -22,7 +22,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 80, 12
 LONG_FUNCTIONS = {
     "search.search": 125,
     "tasks.few_shot.make": 88,
-    "models.store.save": 85,
 }
 #: Classes that only the library instantiates.
 RESULTS = {"Certificate", "Estimate", "Trace"}

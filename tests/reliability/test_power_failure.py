@@ -144,7 +144,7 @@ def test_a_saved_model_stays(disk, tmp_path):
                 disk.restore(content, tmp_path / f"{version}-{i}") / "runs" / "models"
             )
             found, errors = models.find(path)
-            versions = [model.version for model in found]
+            versions = [model.record["version"] for model in found]
             expected = list(range(1, version + 1))
             is_last = i == len(moments) - 1
             assert versions in ([expected] if is_last else [expected[:-1], expected])
