@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -262,20 +263,27 @@ def _read(path: Path) -> Model:
 def _flatten(w: PyTree, alpha: PyTree) -> tuple[list, str | None]:
     """Returns the leaves, and the structure as text if it has only plain containers."""
     for argument, tree in (("w", w), ("alpha", alpha)):
-        for leaf in jax.tree.leaves(tree):
-            try:
-                jnp.result_type(leaf)
-            except TypeError as error:
-                raise TypeError(
-                    f"{argument} must have arrays, numbers and PRNG keys as leaves; "
-                    f"got {leaf!r}."
-                ) from error
+        leaves = jax.tree.leaves(tree)
+        wrong = [leaf for leaf in leaves if not _can_be_stored(leaf)]
+        if wrong or not leaves:
+            raise TypeError(
+                f"{argument} must have arrays, numbers and PRNG keys as leaves; got "
+                f"{wrong[0] if wrong else tree!r}."
+            )
     leaves, structure = jax.tree.flatten((w, alpha))
     try:
         text = base64.b64encode(structure.serialize_using_proto()).decode()
     except ValueError:  # a class of the caller's
         text = None
     return [leaf if is_key(leaf) else np.asarray(leaf) for leaf in leaves], text
+
+
+def _can_be_stored(leaf: Any) -> bool:
+    try:
+        jnp.result_type(leaf)
+    except TypeError:  # dates, objects
+        return False
+    return eqx.is_array_like(leaf)
 
 
 def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:

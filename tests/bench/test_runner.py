@@ -100,6 +100,23 @@ def test_a_pool_of_processes_measures_the_same_rows(run, monkeypatch):
     assert numbers_of(together) == numbers_of(alone)
 
 
+@pytest.mark.parametrize("library", ["distributed", "submitit"])
+def test_executors_of_other_libraries_measure_the_same_rows(
+    run, tmp_path, monkeypatch, library
+):
+    module = pytest.importorskip(library)
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    options = {"only": ("nothing",), "out": "together"}
+    if library == "distributed":
+        with module.Client(n_workers=2, threads_per_worker=1) as client:
+            together = run(executor=client, **options).rows
+    else:
+        executor = module.LocalExecutor(folder=tmp_path / "jobs")
+        together = run(executor=executor, **options).rows
+    alone = run(only=("nothing",), out="alone").rows
+    assert numbers_of(together) == numbers_of(alone)
+
+
 def test_a_copied_method_has_the_same_numbers(run):
     result = run("mine.py:copy_of_descent", seeds=5)
     mine = select(result.rows, method="copy_of_descent")
