@@ -277,6 +277,8 @@ def detection_findings(rows: list[Row]) -> list[Finding]:
     findings = []
     for method in HYPERGRADIENTS:
         auroc = [row["auroc"] for row in rows if row["method"] == method]
+        if not auroc:
+            continue
         interval = mean_interval(auroc)
         text = (
             f"{method} detects wrong pseudo-labels with an AUROC of {interval:.3f}, "
