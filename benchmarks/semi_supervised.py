@@ -44,16 +44,12 @@ interval for each of the three. Whether labels of validation beats them is repor
 without a claim. Rates, steps and budget were set on seeds 100 to 103.
 """
 
-import functools
-import time
-from collections.abc import Callable
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import (
@@ -61,114 +57,129 @@ from hypergrad.bench import (
     Column,
     Comparison,
     Finding,
-    MeasurementTable,
     Row,
+    Table,
+    baselines,
     mean_interval,
 )
-from hypergrad.estimators import Estimator
-from hypergrad.tasks.semi_supervised import (
-    SIZES,
-    SOLVER,
-    accuracy,
-    auroc_of_wrong_labels,
-    make,
-    split,
-    train_loss,
-    val_loss,
-)
-from hypergrad.tasks.task import Task
+from hypergrad.tasks import semi_supervised
 
 from .shared import task_plots
 from .shared.outcomes import conclude
-from .shared.program import Program, program
-from .shared.tuning import DIGITS, cells_of, digits, trace_columns, tune_and_run
+from .shared.tuning import DIGITS, digits
 
-NUM_LABELLED, NUM_VAL, NUM_UNLABELLED = SIZES["small"]
-PENALTIES = (1e-3, 1e-2, 1e-1)
-WEIGHTS = (0.1, 0.3, 1.0)
 BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
+SOLVER = semi_supervised.SOLVER
 MIN_AUROC = 0.8
 
-RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, weight, hold_out
 
-
-def gradient_method(estimator: Estimator, cost_of_step: float) -> Callable:
-    """Returns a method that makes as many outer steps as fit the budget."""
-    num_steps = int(BUDGET / cost_of_step)
-
-    def learn(
-        task: Task, splits: PyTree, run_config: RunConfig
-    ) -> tuple[Any, PyTree, Any]:
-        del splits
-        trace = hg.minimize(
-            task.problem,
-            estimator,
-            OPTIMIZER,
-            task.w,
-            task.alpha,
-            num_steps=num_steps,
-            key=jax.random.fold_in(run_config[0], 1),
-            space=task.space,
-        )
-        return task.problem.inner_data, trace.alpha, trace
-
-    return learn
-
-
-def random_search(
-    task: Task, splits: PyTree, run_config: RunConfig
-) -> tuple[Any, PyTree, Any]:
-    """Returns the best of random weights on the validation data, at the same budget."""
-    del splits
-    trace = hg.search(
-        task.problem,
-        task.solver,
-        hg.searchers.Random(),
-        task.w,
-        space=task.space,
-        budget=BUDGET,
-        key=jax.random.fold_in(run_config[0], 1),
+def make_task(key, scale, *, penalty, hold_out):
+    """Returns the task with its splits and with metrics on the held-out examples."""
+    task = semi_supervised.make(
+        key=key, scale=scale, penalty=penalty, hold_out=hold_out, data=digits()
     )
-    return task.problem.inner_data, trace.best_alpha, trace
+    sizes = semi_supervised.SIZES[scale]
+    data = jax.tree.map(jnp.asarray, digits())
+    splits = semi_supervised.split(data, key, sizes, hold_out)
+    held_out = splits["held_out"]
+    metrics = {
+        "held_out_accuracy": jax.tree_util.Partial(semi_supervised.accuracy, held_out),
+        "held_out_loss": jax.tree_util.Partial(loss_of_examples, held_out),
+    }
+    return dataclasses.replace(task, splits=splits, metrics=task.metrics | metrics)
 
 
-def one_weight(
-    task: Task, splits: PyTree, run_config: RunConfig
-) -> tuple[Any, PyTree, Any]:
-    """Returns the same weight for all pseudo-labels."""
-    del splits
-    return task.problem.inner_data, jnp.full(NUM_UNLABELLED, run_config[2]), None
+def loss_of_examples(examples, w, alpha, key):
+    """Returns the mean cross-entropy of examples, as a metric."""
+    del key
+    return semi_supervised.val_loss(w, alpha, examples)
 
 
-def more_labels(
-    task: Task, splits: PyTree, run_config: RunConfig
-) -> tuple[Any, PyTree, Any]:
-    """Returns the validation examples in place of the pseudo-labels."""
-    del run_config
-    val = splits["val"]
-    batch = task.problem.inner_data | {"unlabeled": {"x": val["x"], "y": val["y"]}}
-    return batch, val["use"] * NUM_VAL / NUM_LABELLED, None
+def gradient_method(estimator, step_cost):
+    """Returns a method that makes as many outer steps as surely fit the budget."""
+
+    def method(task, *, budget, key):
+        return hg.minimize(
+            task.problem, estimator, OPTIMIZER, task.w, task.alpha, space=task.space,
+            num_steps=int(budget / step_cost), key=key,
+        )  # fmt: skip
+
+    return method
 
 
-def true_labels(
-    task: Task, splits: PyTree, run_config: RunConfig
-) -> tuple[Any, PyTree, Any]:
-    """Returns the true labels in place of the pseudo-labels."""
-    del run_config
-    batch = task.problem.inner_data | {"unlabeled": splits["unlabeled"]}
-    return batch, jnp.ones(NUM_UNLABELLED), None
+def no_pseudo_labels(task, *, budget, key):
+    """Trains with weights of 0."""
+    del budget
+    return baselines.trace_of_point(task, task.w, jnp.zeros_like(task.alpha), key)
+
+
+def one_weight(task, *, budget, key, weight):
+    """Trains with the same weight for all pseudo-labels."""
+    del budget
+    alpha = jnp.full_like(task.alpha, weight)
+    return baselines.trace_of_point(task, task.w, alpha, key)
+
+
+setattr(one_weight, "grid", {"weight": (0.1, 0.3, 1.0)})  # noqa: B010 - for pyright
+
+
+@baselines.keeps_w
+def validation_labels(task, *, budget, key):
+    """Trains on the labelled and the validation examples, without pseudo-labels."""
+    del budget
+    val, num_labelled = task.splits["val"], len(task.splits["labeled"]["y"])
+    examples = {"x": val["x"], "y": val["y"]}
+    data = task.problem.inner_data | {"unlabeled": examples}
+    w = train(task.w, val["use"] * len(val["y"]) / num_labelled, data, key)
+    return baselines.trace_of_point(task, w, task.alpha, key)
+
+
+@baselines.keeps_w
+def true_labels(task, *, budget, key):
+    """Trains on the true labels in place of the pseudo-labels."""
+    del budget
+    data = task.problem.inner_data | {"unlabeled": task.splits["unlabeled"]}
+    w = train(task.w, jnp.ones_like(task.alpha), data, key)
+    return baselines.trace_of_point(task, w, task.alpha, key)
+
+
+@jax.jit
+def train(w, alpha, data, key):
+    """Returns the minimum of the weighted training loss, found by Newton's method."""
+    w, _ = hg.Newton().solve(semi_supervised.train_loss, w, alpha, data, key)
+    return w
+
+
+def retrain(task, alpha, key):
+    """Returns the model trained from zero with the learned weights."""
+    return train(task.w, alpha, task.problem.inner_data, key)
+
+
+def describe_run(task, trace, w, key) -> Row:
+    """Returns validation loss and wrong pseudo-labels, and the learned weights."""
+    pseudo_labels = task.problem.inner_data["unlabeled"]["y"]
+    is_wrong = np.asarray(pseudo_labels != task.splits["unlabeled"]["y"])
+    row = {
+        "val_loss": float(semi_supervised.val_loss(w, trace.alpha, task.splits["val"])),
+        "wrong_share": float(np.mean(is_wrong)),
+    }
+    if len(trace.value) < 2:  # nothing was learned
+        return row
+    count = lambda mask: np.histogram(trace.alpha[mask], 40, (0, 1))[0].tolist()
+    return row | {
+        "auroc": float(task.metrics["auroc"](w, trace.alpha, key)),
+        "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
+        "wrong_weights": count(is_wrong),
+        "clean_weights": count(~is_wrong),
+    }
 
 
 # Maximum costs of a step in gradient-equivalents: T inner gradients, one outer gradient
 # (two if trust is evaluated), and 2 per product (CG at most 20 and one; Neumann 19, 10
 # for its step size and one), or T more gradients and T products for the reverse pass.
 # An outer gradient counts as an inner one although the splits differ in size.
-METHODS: dict[str, Callable] = {
-    "baseline": one_weight,
-    "one weight": one_weight,
-    "labels of validation": more_labels,
-    "random search": random_search,
+HYPERGRADIENTS = {
     "implicit": gradient_method(
         hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20)),
         SOLVER.num_steps + 2 * 21 + 2,
@@ -179,97 +190,7 @@ METHODS: dict[str, Callable] = {
     "unrolled": gradient_method(
         hg.Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 2
     ),
-    "oracle": true_labels,
 }
-ON_HOST = "random search"
-HYPERGRADIENTS = ("implicit", "neumann", "unrolled")
-
-
-def settings(method: str) -> list[tuple[float, float]]:
-    """Returns the pairs of penalty and weight that a method tries."""
-    weights = {"baseline": (0.0,), "one weight": WEIGHTS}.get(method, (1.0,))
-    return [(penalty, weight) for penalty in PENALTIES for weight in weights]
-
-
-def make_task_and_splits(data: PyTree, run_config: RunConfig) -> tuple[Task, PyTree]:
-    """Returns the task of a run and its splits."""
-    key, penalty, _, hold_out = run_config
-    task = make(key=key, penalty=penalty, hold_out=hold_out, data=data)
-    return task, split(data, key, SIZES["small"], hold_out)
-
-
-def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
-    """Returns the data to retrain on, their weights and the trace of a method."""
-    task, splits = make_task_and_splits(data, run_config)
-    batch, alpha, trace = METHODS[method](task, splits, run_config)
-    return {"batch": batch, "alpha": alpha, "trace": trace}
-
-
-def evaluate(
-    method: str, data: PyTree, run_config: RunConfig, batch: PyTree, alpha: Array
-) -> dict[str, Any]:
-    """Returns measurements after training to convergence with the learned weights.
-
-    ``selection`` contains the accuracy and minus the loss on held-out examples.
-    """
-    del method  # one program per method, because the sizes of the batches differ
-    task, splits = make_task_and_splits(data, run_config)
-    key, held_out = run_config[0], splits["held_out"]
-    w, _ = hg.Newton().solve(train_loss, task.w, alpha, batch, key)
-    pseudo = task.problem.inner_data["unlabeled"]["y"]
-    return {
-        "test_accuracy": task.metrics["test_accuracy"](w, alpha, key),
-        "selection": jnp.stack(
-            [accuracy(held_out, w, alpha, key), -val_loss(w, alpha, held_out)]
-        ),
-        "val_loss": val_loss(w, alpha, splits["val"]),
-        "wrong": pseudo != splits["unlabeled"]["y"],
-    }
-
-
-def describe_weights(trace: hg.Trace, alpha: Array, wrong: np.ndarray) -> Row:
-    """Returns costs, the curve, the largest residual and histograms of the weights."""
-    count = lambda mask: np.histogram(alpha[mask], 40, (0, 1))[0].tolist()
-    return trace_columns(trace) | {
-        "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
-        "wrong_weights": count(wrong),
-        "clean_weights": count(~wrong),
-    }
-
-
-def run_method(method: str, seed: int) -> Row:
-    """Returns the row of a method and seed, tuned by `tune_and_run`."""
-    data, measure = digits(), program(evaluate, method)
-    on_host = functools.partial(learn, method)
-    run = on_host if method == ON_HOST else program(learn, method)
-
-    def run_once(setting: tuple[float, float], hold_out: bool) -> Row:
-        penalty, weight = map(jnp.float32, setting)
-        run_config = jax.random.key(seed), penalty, weight, jnp.asarray(hold_out)
-        start_time = time.perf_counter()
-        learned = run(data, run_config)
-        seconds = time.perf_counter() - start_time
-        result = measure(data, run_config, learned["batch"], learned["alpha"])
-        wrong = np.asarray(result["wrong"])
-        row = {
-            "selection": np.asarray(result["selection"]),
-            "test_accuracy": float(result["test_accuracy"]),
-            "val_loss": float(result["val_loss"]),
-            "wrong_share": float(np.mean(wrong)),
-            "penalty": setting[0],
-            "run_seconds": seconds,
-        }
-        if learned["trace"] is not None:
-            alpha, key = learned["alpha"], run_config[0]
-            auroc = auroc_of_wrong_labels(result["wrong"], None, alpha, key)
-            row |= {"auroc": float(auroc)}
-            row |= describe_weights(learned["trace"], alpha, wrong)
-        return row
-
-    result = tune_and_run(run_once, settings(method))
-    if isinstance(run, Program):
-        result |= {"compile_seconds": run.compile_seconds}
-    return result
 
 
 def detection_findings(rows: list[Row]) -> list[Finding]:
@@ -291,9 +212,22 @@ def detection_findings(rows: list[Row]) -> list[Finding]:
     return findings
 
 
-table = MeasurementTable(
-    cells=cells_of(METHODS),
-    measure_cell=lambda cell, rows: run_method(cell["method"], cell["seed"]),
+table = Table(
+    task=make_task,
+    task_grid={"penalty": (1e-3, 1e-2, 1e-1)},
+    methods={
+        "baseline": no_pseudo_labels,
+        "one weight": one_weight,
+        "labels of validation": validation_labels,
+        "random search": baselines.random_search,
+        **HYPERGRADIENTS,
+        "oracle": true_labels,
+    },
+    budget=BUDGET,
+    metrics=("test_accuracy",),
+    selection=("held_out_accuracy", "-held_out_loss"),
+    retrain=retrain,
+    extra=describe_run,
     columns=(
         Column("test_accuracy", "accuracy %", ".1f", scale=100),
         Column("auroc", "AUROC", ".3f"),
@@ -307,7 +241,9 @@ table = MeasurementTable(
         *(Claim(method, "one weight", "test_accuracy") for method in HYPERGRADIENTS),
         Claim("one weight", "baseline", "test_accuracy"),
     ),
-    comparisons=(Comparison("labels of validation", HYPERGRADIENTS, "test_accuracy"),),
+    comparisons=(
+        Comparison("labels of validation", tuple(HYPERGRADIENTS), "test_accuracy"),
+    ),
     findings=detection_findings,
     plot=task_plots.cleaning,
     seeds=10,
