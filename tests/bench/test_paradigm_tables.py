@@ -1,18 +1,12 @@
-"""Tests of the tables of the federated, self-supervised and semi-supervised tasks."""
-
-from pathlib import Path
+"""Tests of the tables of the federated and self-supervised tasks."""
 
 import jax
 import numpy as np
 import pytest
-
 from hypergrad.studies import federated as federated_table
-from hypergrad.studies import record
 from hypergrad.studies import self_supervised as self_supervised_table
-from hypergrad.studies import semi_supervised as semi_supervised_table
-from hypergrad.tasks import federated
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+from hypergrad.tasks import federated
 
 
 def test_random_search_samples_from_the_space_around_the_neutral_alpha():
@@ -42,11 +36,3 @@ def test_baseline_is_evaluated_on_other_encoders_than_it_is_selected_on(monkeypa
     assert row["temperature"] == table.TEMPERATURES[3]
     assert (row["test_error"], row["beaten_by"]) == (3 / 12, 3 / 12)
     assert table.CHOSEN != table.JUDGED
-
-
-def test_committed_semi_supervised_runs_use_at_most_their_budget():
-    """They use at least half of it, because CG may stop early."""
-    rows = record.read(RESULTS / "semi_supervised.jsonl")
-    costs = [row["gradient_equivalents"] for row in rows if "curve_cost" in row]
-    budget = semi_supervised_table.BUDGET
-    assert budget / 2 < min(costs) <= max(costs) <= budget
