@@ -42,9 +42,10 @@ def run(
 
     Args:
       table: NAME for ./benchmarks/NAME.py, or a file that defines `table`.
-      method: Methods of one's own as FILE.py:FUNCTION, each one more row. They are
-        tuned over FUNCTION.grid by the rule of the table, at the same budget.
-      only: Labels of the methods to run. Defaults to all.
+      method: A method of one's own as FILE.py:FUNCTION, which makes one more row. It is
+        tuned over FUNCTION.grid by the rule of the table, at the same budget. May be
+        given several times.
+      only: Label of a method to run. May be given several times. Defaults to all.
       seeds: Number of seeds, starting at 0. Defaults to that of the table.
       scale: Scale at which to run. Defaults to the first of the table.
       budget: Gradient-equivalents of a run in place of those of the table.
@@ -183,9 +184,10 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {MISSING_EXTRA}")
-    positional = tyro.conf.Positional
-    _make_positional(list_tables, "folder", positional)
-    _make_positional(cite, "names", positional)
+    _mark(list_tables, "folder", tyro.conf.Positional)
+    _mark(cite, "names", tyro.conf.Positional)
+    _mark(run, "method", tyro.conf.UseAppendAction)
+    _mark(run, "only", tyro.conf.UseAppendAction)
     tyro.extras.subcommand_cli_from_dict(
         {
             "list": list_tables,
@@ -203,8 +205,8 @@ def main() -> None:
     )
 
 
-def _make_positional(function, argument: str, marker) -> None:
-    """Marks an argument with a default as positional; tyro is imported by then."""
+def _mark(function, argument: str, marker) -> None:
+    """Marks how an argument is written; a decorator would import tyro too early."""
     kind = function.__annotations__[argument]
     function.__annotations__[argument] = Annotated[kind, marker]
 

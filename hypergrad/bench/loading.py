@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .methods import Method, MethodError, check_method
-from .source import digest_files, digest_sources
+from .source import digest_files
 from .table import BaseTable, Table
 
 FOLDER = Path("benchmarks")
@@ -55,10 +55,6 @@ class TableRef:
         return table.with_methods(
             {function: load_method(file, function) for file, function in self.methods}
         )
-
-    def source(self) -> dict[str, str]:
-        """Returns digests of the source files that determine the rows."""
-        return digest_sources(self.path)
 
     def method_sources(self) -> dict[str, str]:
         """Returns the digest of the file of each added method, by its label."""

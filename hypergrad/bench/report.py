@@ -79,7 +79,8 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     table, row = result.table, result.rows[0]
     num_seeds = len({row["seed"] for row in result.printed_rows})
     metadata = [
-        f"{num_seeds} seed{'s' * (num_seeds != 1)}, mean ± standard deviation",
+        f"{num_seeds} seed{'s' * (num_seeds != 1)}"
+        + ", mean ± standard deviation" * (table.body is None and num_seeds > 1),
         f"scale `{result.scale}`",
         f"command `{row['command']}`",
         f"commit `{row.get('commit') or row.get('converted_from') or 'unknown'}`",

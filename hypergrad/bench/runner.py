@@ -245,5 +245,5 @@ def _common_fields(ref: TableRef, table: BaseTable, options: RunOptions) -> Row:
         "scale": options.scale,
         "budget": budget,
         "data": data_fingerprint(table),
-        **provenance.collect(ref.source(), options.command),
+        **provenance.collect(ref.path, options.command),
     }

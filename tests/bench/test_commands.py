@@ -151,6 +151,7 @@ def test_the_figure_is_a_pdf(folder, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # in MLflow
 def test_mlflow_has_each_row_once(folder, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     for _ in range(2):
