@@ -93,18 +93,19 @@ def check(target: str) -> None:
     sys.exit(failed)
 
 
-def write_report(folder: Path, out: Path | None = None) -> None:
+def write_report(folder: Path, out: Path | None = None, update: bool = False) -> None:
     """Write one page of HTML for each table of a folder, and a page of all.
 
     Args:
       folder: Folder of rows.
       out: Folder of the pages. Defaults to `html` in the folder.
+      update: Also write the printed forms and the figures beside the rows anew.
     """
     from .bench import commands
 
     with exit_with_message():
         out = folder / "html" if out is None else out
-        print(f"wrote {commands.write_report(folder, out)}")
+        print(f"wrote {commands.write_report(folder, out, update=update)}")
 
 
 def compare(folder: Path, reference: Path) -> None:

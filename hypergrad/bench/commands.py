@@ -176,37 +176,45 @@ def load_results(folder: Path) -> list[TableResult]:
     ]
 
 
-def write_report(folder: Path, out: Path) -> Path:
+def write_report(folder: Path, out: Path, *, update: bool = False) -> Path:
     """Writes a page per table and ``index.html``; returns the path of the latter.
 
-    The printed form and the figure beside the rows are written anew.
+    Args:
+      folder: Folder of rows.
+      out: Folder of the pages.
+      update: Whether ``NAME.md`` and ``NAME.png`` beside the rows are written anew.
     """
     atomic_io.make_directory(out)
     entries = []
     for name, file in tables_of(folder):
-        table = load_table(file)
-        findings = checks.check_result(name, table, folder)
-        result = checks.load_result(name, table, folder)
-        figure_path, markdown = folder / f"{name}.png", to_markdown(result)
-        atomic_io.atomic_write(folder / f"{name}.md", markdown)
-        plot(result, figure_path)
-        figure = figure_path.read_bytes()
-        atomic_io.atomic_write(out / f"{name}.html", to_html(result, figure, markdown))
-        row = result.rows[0]
-        entries.append(
-            IndexEntry(
-                name=name,
-                summary=table.protocol.partition("\n")[0],
-                paradigm=table.paradigm,
-                status=summarize(findings),
-                commit=row.get("commit") or row.get("converted_from") or "unknown",
-                time=max(str(row.get("time", "")) for row in result.rows),
-                figure=figure,
-                href=f"{name}.html",
-            )
-        )
+        result = checks.load_result(name, load_table(file), folder)
+        findings = checks.check_result(name, result.table, folder)
+        markdown, figure = to_markdown(result), folder / f"{name}.png"
+        if update:
+            atomic_io.atomic_write(folder / f"{name}.md", markdown)
+        if update or not figure.exists():
+            plot(result, figure)
+        page = to_html(result, figure.read_bytes(), markdown)
+        atomic_io.atomic_write(out / f"{name}.html", page)
+        entries.append(_index_entry(result, findings, figure.read_bytes()))
     atomic_io.atomic_write(out / "index.html", to_index(entries))
     return out / "index.html"
+
+
+def _index_entry(
+    result: TableResult, findings: Sequence[Finding], figure: bytes
+) -> IndexEntry:
+    row = result.rows[0]
+    return IndexEntry(
+        name=result.name,
+        summary=result.table.protocol.partition("\n")[0],
+        paradigm=result.table.paradigm,
+        status=summarize(findings),
+        commit=row.get("commit") or row.get("converted_from") or "unknown",
+        time=max(str(row.get("time", "")) for row in result.rows),
+        figure=figure,
+        href=f"{result.name}.html",
+    )
 
 
 def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Difference]]:
