@@ -3,13 +3,13 @@
 *Question.* Should `Unrolled` go back through a step by one forward derivative of its
 gradient rather than by autodiff of everything that made the step?
 
-*Method.* A step is a gradient ``g`` and an elementwise update of the form
-``u(g, w, state, alpha)``, whatever the optimizer. Autodiff goes back through the update
-and yields the cotangent ``v`` of ``g``. One derivative of one gradient then yields ``H v`` and ``Jᵀ v``, and a
-step has to store only ``w`` and what the update needs, nothing of the network. This
-takes six products with the matrices of a layer, as many as autodiff; but those of the
-forward pass and of the backward signals of the gradient are computed a second time. A
-test checks in float64 that both ways agree.
+*Method.* A step is a gradient ``g`` and an elementwise update of the form ``u(g, w,
+state, alpha)``, whatever the optimizer. Autodiff goes back through the update and
+yields the cotangent ``v`` of ``g``. One derivative of one gradient then yields ``H v``
+and ``Jᵀ v``, and a step has to store only ``w`` and what the update needs, nothing of
+the network. This takes six products with the matrices of a layer, as many as autodiff;
+but those of the forward pass and of the backward signals of the gradient are computed a
+second time. A test checks in float64 that both ways agree.
 
 *Problems.* Logistic regression with 500 features and penalties, 10,000 examples and 500
 steps; a ReLU network 784-300-10 with a weight for each of 5,000 examples, 100 steps on
