@@ -263,7 +263,7 @@ def logistic(
     alpha = jnp.array(rng.uniform(-3, -2, size=() if kind == "scalar" else (d,)))
 
     def solve(a):
-        a, w = np.asarray(a), np.zeros(d)
+        a, w, g, H = np.asarray(a), np.zeros(d), np.ones(d), np.eye(d)
         for _ in range(50):
             p = 1 / (1 + np.exp(train["y"] * (train["x"] @ w)))
             g = -train["x"].T @ (train["y"] * p) / n + np.exp(a) * w
@@ -433,7 +433,7 @@ def hypertorch() -> ReferenceProblem:
 def two_losses(reference: ReferenceProblem, second: Callable) -> hg.Bilevel:
     """Returns the problem with a second outer loss besides its own."""
     problem = reference.problem
-    losses = (problem.outer_loss, second)
+    losses: Any = (problem.outer_loss, second)
     return hg.Bilevel(
         problem.inner_loss, losses, problem.inner_data, problem.outer_data
     )

@@ -98,7 +98,7 @@ def tune(system: System, cell: Cell, rows: list[Row]) -> Row:
     run_pair = functools.partial(curve, system, method, steps, 1)
     program = Program(
         lambda arrays, key, rates, ratios: jax.lax.map(
-            lambda pair: run_pair(arrays, *pair, key), (rates, ratios)
+            lambda pair: run_pair(arrays, pair[0], pair[1], key), (rates, ratios)
         )
     )
     columns = [jnp.asarray(x, jnp.float32) for x in zip(*pairs, strict=True)]
@@ -148,8 +148,8 @@ def tuning_body(system: System, rows: list[Row]) -> list[str]:
         f"{rows[0]['data_name']}; seeds {' and '.join(map(str, TUNING_SEEDS))}. Of "
         f"every pair of a rate of w in {list(system.rates)} and a ratio, of the rate "
         f"of alpha to it, in {list(system.ratios)}, the one whose worse run ends "
-        f"lowest, at its last step, after {system.budget:,.0f} gradient-equivalents (grad-eq) "
-        "per run.",
+        f"lowest, at its last step, after {system.budget:,.0f} gradient-equivalents "
+        "(grad-eq) per run.",
         "",
         *rate_lines(rows, ("rate", "ratio", "end"), "{:.1e}"),
     ]

@@ -270,8 +270,8 @@ def body(system: System, rows: list[Row]) -> list[str]:
         f"come within twice of it, where it is {MIN_FALL:g} times below the start. A "
         "product (HVP) yields the inner gradient too, which is not counted again. A "
         "run that broke off is infinite. Milliseconds are those of a warm program "
-        "without evaluations. Rates of w, and of alpha over that of w, are those chosen "
-        "by tuning.",
+        "without evaluations. Rates of w, and of alpha over that of w, are those "
+        "chosen by tuning.",
         "",
         "| method | end | plateau | grad-eq | gradients | HVPs | steps | rate | ratio "
         "| tuning grad-eq | compile s | run ms |",
