@@ -1,9 +1,29 @@
-"""Whether a reverse step by one derivative of one gradient pays, against autodiff.
+"""Cost of a reverse step by one derivative of one gradient, against autodiff.
 
-A step is a gradient ``g`` and an update ``u(g, w, state, alpha)`` of each number by
-itself, whatever the optimizer. With the cotangent ``v`` of ``g``, that autodiff finds
-through ``u``, what goes back through the gradient is ``H v`` and ``Jᵀ v``, one
-forward derivative of it: nothing of the network need be stored. See README.md.
+*Question.* Should `Unrolled` go back through a step by one forward derivative of its
+gradient rather than by autodiff of everything that made the step?
+
+*Method.* A step is a gradient ``g`` and an elementwise update of the form ``u(g, w,
+state, alpha)``, whatever the optimizer. Autodiff goes back through the update and
+yields the cotangent ``v`` of ``g``. One derivative of one gradient then yields ``H v``
+and ``Jᵀ v``, and a step has to store only ``w`` and what the update needs, nothing of
+the network. This takes six products with the matrices of a layer, as many as autodiff;
+but those of the forward pass and of the backward signals of the gradient are computed a
+second time. A test checks in float64 that both ways agree.
+
+*Problems.* Logistic regression with 500 features and penalties, 10,000 examples and 500
+steps; a ReLU network 784-300-10 with a weight for each of 5,000 examples, 100 steps on
+all examples; a tanh network 784-128-10, batches of 128, 1,000 steps of momentum or
+Adam; one 256-256-256-256-10, batches of 256, 1,000 steps. The rate and one penalty per
+layer are hyperparameters of all.
+
+*Measured.* Programs are compiled and not run, so that every number is the same on every
+run: operations, in gradients of a batch per step, and scratch memory. Both are given
+with checkpoints, the default, and with all steps stored.
+
+*Claims.* None: a forward pass is made once more, so that it cannot take fewer
+operations. The lines below the table state the exchange of operations for scratch
+memory; autodiff with checkpoints is the better known exchange, and `Unrolled` uses it.
 """
 
 import functools
@@ -18,67 +38,67 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.bench import Cell, Finding, MeasurementTable, Row
 from hypergrad.estimators.inner_run import InnerRunState
 from hypergrad.products import Loss, hvp_and_cross_vjp
-from hypergrad.studies.record import Row
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict
 
 from .shared import plots
 
 
 @functools.cache
 def with_adjoint(loss: Loss) -> Loss:
-    """``loss``, whose gradient in ``w`` has that derivative in reverse."""
+    """Returns a loss whose gradient is differentiated by one forward derivative."""
 
     @jax.custom_vjp
     def gradient(w, alpha, batch):
         return jax.grad(loss)(w, alpha, batch)
 
-    def back(given, v):
-        w, alpha, batch = given
+    def pull_back(args, v):
+        w, alpha, batch = args
         _, Hv, JTv = hvp_and_cross_vjp(loss, w, alpha, batch, v)
         return Hv, JTv, None
 
-    def keep(f: Callable) -> Callable:
-        return lambda *given: (f(*given), given)
+    def with_args(f: Callable) -> Callable:
+        return lambda *args: (f(*args), args)
 
-    gradient.defvjp(keep(gradient), back)
+    gradient.defvjp(with_args(gradient), pull_back)
     value = jax.custom_vjp(lambda w, alpha, batch: loss(w, alpha, batch))
-    scaled = lambda given, y: (optax.tree.scale(y, gradient(*given)), None, None)
-    value.defvjp(keep(loss), scaled)
+    scaled = lambda args, y: (optax.tree.scale(y, gradient(*args)), None, None)
+    value.defvjp(with_args(loss), scaled)
     return value
 
 
 def scores(act: Callable, w: PyTree, x: Array) -> Array:
-    """Of a network without biases."""
+    """Returns the outputs of a network without biases."""
     for layer in w[:-1]:
         x = act(x @ layer)
     return x @ w[-1]
 
 
 def network(act: Callable, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Cross-entropy, with a weight an example, and a log-penalty a layer."""
+    """Returns the cross-entropy with example weights and one log-penalty per layer."""
     s = scores(act, w, batch["x"])
-    each = optax.softmax_cross_entropy_with_integer_labels(s, batch["y"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(s, batch["y"])
     if "weights" in alpha:
-        each = jax.nn.sigmoid(alpha["weights"]) * each
+        losses = jax.nn.sigmoid(alpha["weights"]) * losses
     squares = jnp.stack([jnp.sum(layer**2) for layer in w])
-    return jnp.mean(each) + jnp.vdot(jnp.exp(alpha["penalties"]), squares)
+    return jnp.mean(losses) + jnp.vdot(jnp.exp(alpha["penalties"]), squares)
 
 
 def logistic(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Two classes, a log-penalty a weight."""
+    """Returns the loss of logistic regression with one log-penalty per weight."""
     s = batch["x"] @ w[0][:, 0]
     fit = jnp.mean(jax.nn.softplus(s) - batch["y"] * s)
     return fit + jnp.vdot(jnp.exp(alpha["penalties"]), w[0][:, 0] ** 2)
 
 
 def momentum(alpha: PyTree) -> optax.GradientTransformation:
+    """Returns gradient descent with momentum at a learned rate."""
     return optax.sgd(jnp.exp(alpha["rate"]), momentum=0.9)
 
 
 def adam(alpha: PyTree) -> optax.GradientTransformation:
+    """Returns Adam at a learned rate."""
     return optax.adam(jnp.exp(alpha["rate"]))
 
 
@@ -87,8 +107,19 @@ relu_network, tanh_network = (
 )
 
 
-class Work(NamedTuple):
-    """A workload; ``batch`` of None is all examples, ``weights`` one an example."""
+class Workload(NamedTuple):
+    """An inner problem with its optimizer.
+
+    Attributes:
+      loss: Inner loss; without penalties it is the outer loss.
+      layers: Widths of the network.
+      examples: Number of examples.
+      batch: Batch size, or None for all examples.
+      steps: Number of inner steps.
+      penalties: Number of penalties.
+      weights: Whether each example has a weight.
+      optimizer: ``alpha -> optimizer``.
+    """
 
     loss: Loss
     layers: tuple[int, ...]
@@ -100,27 +131,27 @@ class Work(NamedTuple):
     optimizer: Callable = momentum
 
 
-WORK = {
-    "logistic, full batch": Work(logistic, (500, 1), 10_000, None, 500, 500),
-    "784-300-10, full batch": Work(
+WORKLOADS = {
+    "logistic, full batch": Workload(logistic, (500, 1), 10_000, None, 500, 500),
+    "784-300-10, full batch": Workload(
         relu_network, (784, 300, 10), 5_000, None, 100, 2, weights=True
     ),
-    "784-128-10, batches of 128": Work(
+    "784-128-10, batches of 128": Workload(
         tanh_network, (784, 128, 10), 5_000, 128, 1_000, 2
     ),
-    "the same, Adam": Work(
+    "the same, Adam": Workload(
         tanh_network, (784, 128, 10), 5_000, 128, 1_000, 2, optimizer=adam
     ),
-    "256-256-256-256-10, batches of 256": Work(
+    "256-256-256-256-10, batches of 256": Workload(
         tanh_network, (256, 256, 256, 256, 10), 5_000, 256, 1_000, 4
     ),
 }
 STORES = {"checkpoints": True, "all steps": False}
-WAYS = {"autodiff": lambda loss: loss, "adjoint": with_adjoint}
+METHODS = {"autodiff": lambda loss: loss, "adjoint": with_adjoint}
 
 
-def drawn(work: Work, key: Array) -> tuple[PyTree, PyTree, PyTree]:
-    """``(data, w, alpha)``."""
+def sample_arrays(work: Workload, key: Array) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns random ``(data, w, alpha)``."""
     keys = jax.random.split(key, 1 + len(work.layers))
     n, classes = work.examples, max(work.layers[-1], 2)
     data = {
@@ -138,85 +169,85 @@ def drawn(work: Work, key: Array) -> tuple[PyTree, PyTree, PyTree]:
 
 
 def hypergradient(
-    work: Work,
-    way: str,
+    work: Workload,
+    method: str,
     checkpoint: bool,
     data: PyTree,
     w: PyTree,
     alpha: PyTree,
     key: Array,
 ) -> tuple[Array, PyTree]:
-    """Value and hypergradient of `Unrolled`; the outer loss has no penalty."""
-    without = {"penalties": jnp.full(work.penalties, -jnp.inf)}
-    outer = lambda w, alpha, batch: work.loss(w, without, batch)
-    inner = WAYS[way](work.loss)
+    """Returns value and hypergradient of `Unrolled`; the outer loss has no penalty."""
+    no_penalty = {"penalties": jnp.full(work.penalties, -jnp.inf)}
+    outer = lambda w, alpha, batch: work.loss(w, no_penalty, batch)
+    inner = METHODS[method](work.loss)
     problem = hg.Bilevel(inner, outer, hg.Batches(data, work.batch), data)
-    state = InnerRunState(w)  # `init` asks the loss for derivatives that it lacks here
+    state = InnerRunState(w)  # `init` needs derivatives that this loss does not have
     solver = hg.Descent(work.optimizer, work.steps)
     estimator = hg.Unrolled(solver, checkpoint=checkpoint)
-    found, _ = estimator.estimate(problem, state, alpha, key)
-    return found.value, found.hypergradient
+    estimate, _ = estimator.estimate(problem, state, alpha, key)
+    return estimate.value, estimate.hypergradient
 
 
-def measure(cell: Row) -> Row:
-    """Both ways; operations in gradients of one batch, a step."""
-    work, row = WORK[cell["method"]], {}
+def measure(cell: Cell, rows: list[Row]) -> Row:
+    """Returns operations, in gradients of one batch per step, and scratch of both."""
+    del rows
+    work, row = WORKLOADS[cell["method"]], {}
     key = jax.random.key(0)
-    data, w, alpha = jax.eval_shape(functools.partial(drawn, work), key)
-    one = work._replace(examples=work.batch or work.examples)
-    batch, _, _ = jax.eval_shape(functools.partial(drawn, one), key)
+    data, w, alpha = jax.eval_shape(functools.partial(sample_arrays, work), key)
+    one_batch = work._replace(examples=work.batch or work.examples)
+    batch, _, _ = jax.eval_shape(functools.partial(sample_arrays, one_batch), key)
     gradient = hg.cost.flops(jax.grad(work.loss), w, alpha, batch).total()
-    for way in WAYS:
-        run = functools.partial(hypergradient, work, way, STORES[cell["stores"]])
+    for method in METHODS:
+        is_checkpointed = STORES[cell["stores"]]
+        run = functools.partial(hypergradient, work, method, is_checkpointed)
         program = hg.cost.compile_program(run, data, w, alpha, key)
         operations: Any = program.flops.total()
-        row[f"{way}_gradients"] = operations / gradient / work.steps
-        row[f"{way}_scratch"] = program.memory.temporaries
+        row[f"{method}_gradients"] = operations / gradient / work.steps
+        row[f"{method}_scratch"] = program.memory.temporaries
     return row
 
 
 def ratios(row: Row) -> tuple[float, float]:
-    """Operations and scratch of the adjoint over those of autodiff."""
+    """Returns operations and scratch of the adjoint over those of autodiff."""
     return (
         row["adjoint_gradients"] / row["autodiff_gradients"],
         row["adjoint_scratch"] / row["autodiff_scratch"],
     )
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """What it takes of both, without a claim: a forward pass is made twice."""
-    verdicts = []
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns both ratios of each workload; nothing is claimed."""
+    lines = []
     for row in rows:
         operations, scratch = ratios(row)
         text = f"{row['method']}, {row['stores']}: {operations:.2f} of autodiff's "
-        verdicts.append(Verdict(f"{text}operations, {scratch:.2f} of its scratch"))
-    return verdicts
+        lines.append(Finding(f"{text}operations, {scratch:.2f} of its scratch"))
+    return lines
 
 
-def markdown(table: Table, rows: list[Row], command: str) -> str:
-    """Both ways side by side."""
+def body(rows: list[Row]) -> list[str]:
+    """Returns a line per workload with both methods side by side."""
     lines = [
-        f"# {table.name}",
+        "Operations of one hypergradient, in gradients per step, and its scratch "
+        "memory, in megabytes: autodiff, the adjoint, their ratio.",
         "",
-        "Operations of one hypergradient, in gradients a step, and its scratch, in "
-        f"megabytes: autodiff, the adjoint, their ratio. Command: `{command}`",
-        "",
-        "| inner problem | stores | gradients a step | scratch, MB |",
+        "| inner problem | stores | gradients per step | scratch, MB |",
         "|---|---|---|---|",
     ]
     for row in rows:
         operations, scratch = ratios(row)
-        first, second = (row[f"{way}_scratch"] / 1e6 for way in WAYS)
+        autodiff, adjoint = (row[f"{method}_scratch"] / 1e6 for method in METHODS)
         lines.append(
             f"| {row['method']} | {row['stores']} "
             f"| {row['autodiff_gradients']:.2f}, {row['adjoint_gradients']:.2f}, "
-            f"{operations:.2f} | {first:.3g}, {second:.3g}, {scratch:.2f} |"
+            f"{operations:.2f} | {autodiff:.3g}, {adjoint:.3g}, {scratch:.2f} |"
         )
-    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
+    return lines
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Ratios of operations and of scratch."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots the ratios of operations and of scratch."""
     panels = {
         name: {f"{row['method']}, {row['stores']}": [ratios(row)[i]] for row in rows}
         for i, name in enumerate(("operations", "scratch"))
@@ -224,22 +255,24 @@ def draw(rows: list[Row], path: Path) -> None:
     plots.strips(panels, path, "adjoint over autodiff", lines=())
 
 
-def plan(scale: str, seeds: int) -> list[Row]:
-    """What is counted is the same for every seed."""
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Returns a cell per workload and storage; counts do not depend on the seed."""
     del scale, seeds
     return [
         {"method": name, "stores": stores, "seed": 0}
-        for name in WORK
+        for name in WORKLOADS
         for stores in STORES
     ]
 
 
-TABLE = Table(
-    name="adjoint",
-    source="counted; Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1",
+table = MeasurementTable(
+    cells=cells,
+    measure_cell=measure,
+    findings=findings,
+    body=body,
+    plot=plot,
+    source="Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1",
+    data="programs are counted, not run",
     minutes=2,
     seeds=1,
-    plan=plan,
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
 )

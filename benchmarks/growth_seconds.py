@@ -1,7 +1,38 @@
-"""How the seconds of a hypergradient grow, beside what theory says.
+"""Growth of the seconds of a hypergradient, compared with theory.
 
-The sizes of a line are timed in turns; rounds during which other processes were busy
-are thrown away. See README.md for the protocol.
+*Question.* Do the seconds of one hypergradient grow as its operations do?
+
+*System and estimators.* Those of the table `growth`; the examples are sampled from a
+normal distribution and scaled so that descent converges. Where an axis does not say
+otherwise: 4 steps, 2 hyperparameters, 8 examples, 10,000 parameters.
+
+*Axes.* Steps 1, 3 and 10 thousand, with 1,000 parameters; parameters 1, 2 and 5
+million; hyperparameters 1, 10^3, 10^5 and 10^7 of 10^7 parameters, with one example
+(`Forward` and `CentralDifference` 20, 50 and 100 of 10^5 parameters); examples 1, 2 and
+5 times 10^5, with 100 parameters; a population of 200, 500 and 1,000. Parameters and
+examples begin at data of 32 and 40 MB, populations at 8 MB per vector: within a cache,
+and across its edge, seconds grow unlike operations. Devices have no seconds here,
+because forced ones share the cores of one machine.
+
+*Timing.* A line is an estimator along an axis. The programs of its sizes, and the
+estimator's *minimal* program (2 parameters, 2 hyperparameters, one example, 4 steps),
+are compiled and called twice. Then, in each round, every size makes one repetition, one
+after the other, of as many calls as took 0.15 s when it was called for the second time,
+at least one. A round during which other processes took over 8% of a core is discarded
+and counted; a line ends with five clean rounds. After 20 rounds without them the cell
+fails, and a new run continues with it. Seconds are medians over the clean rounds. The
+table must be run with no other program running and no persistent compilation cache.
+
+*Exponents.* They are slopes of least squares in logarithms over the sizes of a line at
+which a call takes at least ten times the minimal one, so that the fixed cost, the
+dispatch, is at most a tenth. A line with fewer than three such sizes, or with fewer
+than five clean rounds, fails the check. Theory is that of operations.
+
+*Claims.* Each exponent is within 0.1 of theory. Seconds of every estimator but
+`Forward` and `CentralDifference` are the same from 1 to 10^7 hyperparameters within a
+factor of 1.5. Both may fail where operations agree with theory: memory is read at other
+speeds at other sizes, and two threads may share the work of one size and not of
+another.
 """
 
 import functools
@@ -15,23 +46,31 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from hypergrad.studies.record import Row
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict
+from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
 
-from .shared import plots
-from .growth import BLIND, METHODS, Sizes, as_expected, flat, run, shapes, slope, theory
 from .peers.harness import CLEAN, OTHERS, ROUNDS, hardware
 from .peers.worker import timed
+from .shared import plots
+from .shared.growth_programs import (
+    BLIND,
+    METHODS,
+    Sizes,
+    compare_exponents,
+    compare_spread,
+    fit_power,
+    init_arrays,
+    run,
+    theory,
+)
 
-FIXED = 0.1  # of the seconds at a size that is fitted, at most
-FITTED = 3  # sizes of a line, at least
-SECONDS = 0.15  # of a size in a round, or one call
-SAME_SECONDS = 1.5
-USUAL = Sizes(steps=4, hyperparameters=2)
-LEAST = USUAL._replace(parameters=2, examples=1)  # hardly more than a dispatch
+MAX_FIXED_FRACTION = 0.1  # of the seconds at a size that is fitted
+MIN_FITTED_SIZES = 3
+ROUND_SECONDS = 0.15  # of a size in a round, or one call
+MAX_SECONDS_RATIO = 1.5
+DEFAULT_SIZES = Sizes(steps=4, hyperparameters=2)
+MINIMAL_SIZES = DEFAULT_SIZES._replace(parameters=2, examples=1)  # mostly dispatch
 
-#: What varies -> its sizes, and what else is not as in `USUAL`.
+#: Axis -> its sizes, and the other sizes where they differ from `DEFAULT_SIZES`.
 AXES: dict[str, tuple[list[int], dict[str, int]]] = {
     "steps": ([1000, 3000, 10_000], {"parameters": 1000}),
     "parameters": ([10**6, 2 * 10**6, 5 * 10**6], {}),
@@ -42,179 +81,181 @@ AXES: dict[str, tuple[list[int], dict[str, int]]] = {
     "examples": ([10**5, 2 * 10**5, 5 * 10**5], {"parameters": 100}),
     "population": ([200, 500, 1000], {}),
 }
-#: Hyperparameters of an estimator whose cost is theirs.
-FEW = [20, 50, 100], {"parameters": 10**5}
+#: Sizes of an estimator whose cost grows with the hyperparameters.
+FEW_HYPERPARAMETERS = [20, 50, 100], {"parameters": 10**5}
 
 
 def sizes_of(method: str, axis: str) -> dict[int, Sizes]:
-    """By the size of the axis."""
-    few = axis == "hyperparameters" and method not in BLIND
-    varied, rest = FEW if few else AXES[axis]
-    return {size: USUAL._replace(**rest | {axis: size}) for size in varied}
+    """Returns all sizes of a line, by the size along the axis."""
+    has_few = axis == "hyperparameters" and method not in BLIND
+    values, fixed = FEW_HYPERPARAMETERS if has_few else AXES[axis]
+    return {value: DEFAULT_SIZES._replace(**fixed | {axis: value}) for value in values}
 
 
-def arrays(sizes: Sizes) -> tuple[PyTree, Array, Array, Array]:
-    """``(data, w, alpha, key)``, of which the examples are drawn."""
-    data, w, alpha, key = shapes(sizes)
+def sample_arrays(sizes: Sizes) -> tuple[PyTree, Array, Array, Array]:
+    """Returns ``(data, w, alpha, key)`` with random examples."""
+    data, w, alpha, key = init_arrays(sizes)
     x = jax.random.normal(jax.random.key(1), data["x"].shape)
     return data | {"x": x / sizes.parameters**0.5}, w, alpha, key
 
 
-def ready(method: str, sizes: Sizes) -> Callable[[], Any]:
-    """A call of the compiled program, and its end."""
-    data, *each = arrays(sizes)
+def make_call(method: str, sizes: Sizes) -> Callable[[], Any]:
+    """Returns a function that runs the compiled program and waits for its result."""
+    data, *args = sample_arrays(sizes)
     jitted = jax.jit(functools.partial(run, method, sizes))
-    program = jitted.lower(data, data, *each).compile()
-    return lambda: jax.block_until_ready(program(data, data, *each))
+    program = jitted.lower(data, data, *args).compile()
+    return lambda: jax.block_until_ready(program(data, data, *args))
 
 
 @functools.cache
-def least(method: str) -> Callable[[], Any]:
-    """Compiled once for all lines of an estimator."""
-    return ready(method, LEAST)
+def minimal_call(method: str) -> Callable[[], Any]:
+    """Returns the call of the minimal program, compiled once per estimator."""
+    return make_call(method, MINIMAL_SIZES)
 
 
-def measure(cell: Row) -> Row:
-    """Of the least program and of those of the line; ValueError on a busy machine."""
+def measure(cell: Cell, rows: list[Row]) -> Row:
+    """Returns the seconds of the minimal program and of those of the line.
+
+    Raises:
+      ValueError: Other processes were busy in too many rounds.
+    """
+    del rows
     method, axis = cell["method"], cell["axis"]
     line = sizes_of(method, axis)
-    calls = [least(method), *(ready(method, sizes) for sizes in line.values())]
-    rounds, discarded = in_rounds(calls)
+    sized_calls = [make_call(method, sizes) for sizes in line.values()]
+    rounds, num_discarded = time_in_rounds([minimal_call(method), *sized_calls])
     if len(rounds) < CLEAN:
         raise ValueError(
-            f"other processes were busy in {discarded} of {ROUNDS} rounds of {method} "
-            f"against {axis}; run again with nothing else running: it goes on from here"
+            f"other processes were busy in {num_discarded} of {ROUNDS} rounds of "
+            f"{method} against {axis}; run again with no other program running"
         )
     fixed, *seconds = (list(column) for column in zip(*rounds, strict=True))
-    took = {"sizes": list(line), "seconds": seconds, "fixed": fixed}
-    return took | {"discarded": discarded} | hardware()
+    row = {"sizes": list(line), "seconds": seconds, "fixed": fixed}
+    return row | {"discarded": num_discarded} | hardware()
 
 
-def in_rounds(calls: Sequence[Callable[[], Any]]) -> tuple[list[list[float]], int]:
-    """Seconds of all calls, a list a clean round, and how many rounds were not."""
+def time_in_rounds(
+    calls: Sequence[Callable[[], Any]],
+) -> tuple[list[list[float]], int]:
+    """Returns the seconds of all calls per clean round, and the number of others."""
     numbers = []
     for call in calls:
         call()  # warm from here on
-        numbers.append(math.ceil(SECONDS / timed(call, 1)["seconds"]))
+        numbers.append(math.ceil(ROUND_SECONDS / timed(call, 1)["seconds"]))
     clean: list[list[float]] = []
-    discarded = 0
-    while len(clean) < CLEAN and len(clean) + discarded < ROUNDS:
-        seconds, others = one_round(calls, numbers)
-        if others > OTHERS:
-            discarded += 1
+    num_discarded = 0
+    while len(clean) < CLEAN and len(clean) + num_discarded < ROUNDS:
+        seconds, busy = time_round(calls, numbers)
+        if busy > OTHERS:
+            num_discarded += 1
         else:
             clean.append(seconds)
-    return clean, discarded
+    return clean, num_discarded
 
 
-def one_round(
+def time_round(
     calls: Sequence[Callable[[], Any]], numbers: Sequence[int]
 ) -> tuple[list[float], float]:
-    """Seconds of each call, and how much of a core others used over all of it."""
+    """Returns the seconds of each call, and the fraction of a core others used."""
     seconds: list[float] = []
 
-    def turns() -> None:
+    def run_calls() -> None:
         for call, number in zip(calls, numbers, strict=True):
             seconds.append(timed(call, number)["seconds"])
 
-    others = timed(turns, 1)["others"]
-    return seconds, others
+    busy = timed(run_calls, 1)["others"]
+    return seconds, busy
 
 
-# What came of it.
+# Findings.
 
 
-def of_line(rows: list[Row], method: str, axis: str) -> Row:
-    """Its row."""
-    (row,) = (row for row in rows if (row["method"], row["axis"]) == (method, axis))
+def line_row(rows: list[Row], method: str, axis: str) -> Row:
+    """Returns the row of a line."""
+    (row,) = select(rows, method=method, axis=axis)
     return row
 
 
 def medians(row: Row) -> tuple[list[int], list[float]]:
-    """Sizes, and the seconds of a call at each."""
+    """Returns the sizes, and the median seconds of a call at each."""
     return row["sizes"], [statistics.median(seconds) for seconds in row["seconds"]]
 
 
 def exponent(row: Row) -> float:
-    """Over sizes at which little is fixed; NaN where these are too few."""
-    most = FIXED * np.array(medians(row)[1])
-    fitted = statistics.median(row["fixed"]) <= most
-    if fitted.sum() < FITTED:
+    """Returns the exponent over sizes with little fixed cost; NaN if they are few."""
+    sizes, seconds = (np.array(values) for values in medians(row))
+    is_fitted = statistics.median(row["fixed"]) <= MAX_FIXED_FRACTION * seconds
+    if is_fitted.sum() < MIN_FITTED_SIZES:
         return math.nan
-    sizes, seconds = (np.array(values)[fitted] for values in medians(row))
-    return slope(sizes, seconds)
+    return fit_power(sizes[is_fitted], seconds[is_fitted])
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """Fails where a line tells nothing; else exponents, and what is to be flat."""
-    return [lacking(row) for row in rows if lacks(row)] or judged(rows)
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns the lines that cannot be fitted, or else outcomes for all exponents."""
+    incomplete = [row for row in rows if is_incomplete(row)]
+    if incomplete:
+        return [
+            Finding(
+                f"{row['method']} against {row['axis']}: fewer than {CLEAN} clean "
+                f"rounds, or than {MIN_FITTED_SIZES} sizes with at most a tenth of "
+                "fixed cost",
+                "FAILED",
+            )
+            for row in incomplete
+        ]
+    outcomes = []
+    for axis in AXES:
+        actual = {method: exponent(line_row(rows, method, axis)) for method in METHODS}
+        expected = {method: theory(method, "operations", axis) for method in METHODS}
+        outcomes.append(compare_exponents(f"seconds against {axis}", actual, expected))
+    lines = {m: medians(line_row(rows, m, "hyperparameters")) for m in BLIND}
+    label = "seconds over all hyperparameters"
+    return [*outcomes, compare_spread(label, lines, MAX_SECONDS_RATIO)]
 
 
-def lacks(row: Row) -> bool:
-    """Clean rounds, or sizes to be fitted."""
+def is_incomplete(row: Row) -> bool:
+    """Returns True if clean rounds, or sizes to be fitted, are too few."""
     return len(row["fixed"]) < CLEAN or math.isnan(exponent(row))
 
 
-def lacking(row: Row) -> Verdict:
-    """Fails."""
-    text = (
-        f"{row['method']} against {row['axis']}: fewer than {CLEAN} clean rounds, or "
-    )
-    text += f"than {FITTED} sizes of which a tenth at the most is fixed"
-    return Verdict(text, failed=True)
-
-
-def judged(rows: list[Row]) -> list[Verdict]:
-    """Exponents within 0.1, and what is to be flat."""
-    verdicts = []
-    for axis in AXES:
-        found = {method: exponent(of_line(rows, method, axis)) for method in METHODS}
-        expected = {method: theory(method, "operations", axis) for method in METHODS}
-        verdicts.append(as_expected(f"seconds against {axis}", found, expected))
-    blind = {m: medians(of_line(rows, m, "hyperparameters")) for m in BLIND}
-    return [*verdicts, flat("seconds over all hyperparameters", blind, SAME_SECONDS)]
-
-
-def markdown(table: Table, rows: list[Row], command: str) -> str:
-    """Fitted exponents, theory's in brackets."""
-    machine, discarded = rows[0], sum(row["discarded"] for row in rows)
+def body(rows: list[Row]) -> list[str]:
+    """Returns a line per estimator: fitted exponents, those of theory in brackets."""
+    machine, num_discarded = rows[0], sum(row["discarded"] for row in rows)
     lines = [
-        f"# {table.name}",
-        "",
         "Fitted exponents of the seconds of one hypergradient, warm; theory's in "
-        "brackets. *Least*: a call with next to nothing to do. "
+        "brackets. *Minimal*: a call with next to no work. "
         f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB, float32; sizes in turns, medians of "
-        f"{CLEAN} rounds, {discarded} discarded while others took over {OTHERS:.0%} of "
-        f"a core. Command: `{command}`",
+        f"{CLEAN} rounds, {num_discarded} discarded while other processes took over "
+        f"{OTHERS:.0%} of a core.",
         "",
-        f"| estimator | {' | '.join(AXES)} | least, µs |",
+        f"| estimator | {' | '.join(AXES)} | minimal, µs |",
         "|---" * (2 + len(AXES)) + "|",
     ]
     for method in METHODS:
-        mine = [of_line(rows, method, axis) for axis in AXES]
-        cells = [
+        method_rows = [line_row(rows, method, axis) for axis in AXES]
+        texts = [
             f"{exponent(row):.2f} [{theory(method, 'operations', row['axis']):g}]"
-            for row in mine
+            for row in method_rows
         ]
-        fixed = statistics.median(seconds for row in mine for seconds in row["fixed"])
-        lines.append(f"| {method} | {' | '.join(cells)} | {1e6 * fixed:.0f} |")
-    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
+        fixed = statistics.median(x for row in method_rows for x in row["fixed"])
+        lines.append(f"| {method} | {' | '.join(texts)} | {1e6 * fixed:.0f} |")
+    return lines
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A panel an axis, a line a method."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots a panel per axis with a line per method."""
     panels = {
         ("seconds", axis): {
-            method: medians(of_line(rows, method, axis)) for method in METHODS
+            method: medians(line_row(rows, method, axis)) for method in METHODS
         }
         for axis in AXES
     }
     plots.growth(panels, path)
 
 
-def plan(scale: str, seeds: int) -> list[Row]:
-    """A cell a line, whose sizes are timed in turns."""
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Returns a cell per line, whose sizes are timed in turns."""
     del scale, seeds
     return [
         {"method": method, "axis": axis, "seed": 0}
@@ -223,12 +264,14 @@ def plan(scale: str, seeds: int) -> list[Row]:
     ]
 
 
-TABLE = Table(
-    name="growth-seconds",
-    source="measured; costs as each estimator's docstring states them",
+table = MeasurementTable(
+    cells=cells,
+    measure_cell=measure,
+    findings=findings,
+    body=body,
+    plot=plot,
+    source="theory: the costs in the docstrings of the estimators",
+    data="random examples",
     minutes=12,
     seeds=1,
-    plan=plan,
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
 )

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from benchmarks.shared.known import (
-    Known,
-    any_known,
+from benchmarks.shared.reference_problems import (
+    ReferenceProblem,
     flat,
+    get_reference,
     hypertorch,
     ridge,
     ridge_outer,
@@ -24,7 +24,7 @@ from benchmarks.shared.known import (
     ridge_weights,
 )
 
-RIDGE = any_known("ridge per-weight")
+RIDGE = get_reference("ridge per-weight")
 RIDGE_DATA = RIDGE.problem.inner_data, RIDGE.problem.outer_data
 LINEAR_SOLVERS = {
     "CG": hg.CG(),
@@ -37,14 +37,14 @@ LINEAR_SOLVERS = {
 sgd = functools.cache(optax.sgd)
 
 
-def converging_descent(known: Known, num_steps: int = 300) -> hg.Descent:
-    return hg.Descent(sgd(known.step), num_steps)
+def converging_descent(reference: ReferenceProblem, num_steps: int = 300) -> hg.Descent:
+    return hg.Descent(sgd(reference.step), num_steps)
 
 
-def run_estimator(known: Known, estimator, key=None) -> hg.Estimate:
+def run_estimator(reference: ReferenceProblem, estimator, key=None) -> hg.Estimate:
     """Returns the estimate at the starting point of a problem."""
-    gradient_fn = hg.hypergradient(known.problem, estimator)
-    return gradient_fn(known.w, known.alpha, key)
+    gradient_fn = hg.hypergradient(reference.problem, estimator)
+    return gradient_fn(reference.w, reference.alpha, key)
 
 
 def failed_checks(estimate: hg.Estimate) -> set[str]:
@@ -79,10 +79,15 @@ def noisy_ridge(w, alpha, batch):
     return ridge_penalty(w, alpha, data | {"x": data["x"] * noise})
 
 
-def problem_of_episodes(num_episodes: int = 3) -> tuple[hg.Bilevel, list[Known]]:
+def problem_of_episodes(
+    num_episodes: int = 3,
+) -> tuple[hg.Bilevel, list[ReferenceProblem]]:
     """Returns a problem whose ``data_fn`` samples one of several ridge problems."""
     episodes = [ridge("per-weight", seed) for seed in range(num_episodes)]
-    data = [(known.problem.inner_data, known.problem.outer_data) for known in episodes]
+    data = [
+        (reference.problem.inner_data, reference.problem.outer_data)
+        for reference in episodes
+    ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
     sample = lambda data, key: jax.tree.map(
         lambda leaf: leaf[jax.random.randint(key, (), 0, num_episodes)], data
@@ -94,31 +99,34 @@ def problem_of_episodes(num_episodes: int = 3) -> tuple[hg.Bilevel, list[Known]]
 NUM_EXAMPLES = 5
 
 
-def ridge_of_five_examples() -> tuple[hg.Bilevel, Known]:
+def ridge_of_five_examples() -> tuple[hg.Bilevel, ReferenceProblem]:
     """Returns ridge regression with one weight per example, in batches.
 
     A hypergradient is nonzero exactly for the examples of its batch.
     """
-    known = ridge("per-example", seed=1, n=NUM_EXAMPLES, d=3)
-    train, val = known.problem.inner_data, known.problem.outer_data
+    reference = ridge("per-example", seed=1, n=NUM_EXAMPLES, d=3)
+    train, val = reference.problem.inner_data, reference.problem.outer_data
     data = hg.Batches(train), hg.Batches(val)
-    return hg.Bilevel(ridge_weights, ridge_outer, *data), known
+    return hg.Bilevel(ridge_weights, ridge_outer, *data), reference
 
 
 def batch_hypergradient(
-    known: Known, inner: int | None = None, outer: int | None = None
+    reference: ReferenceProblem, inner: int | None = None, outer: int | None = None
 ) -> np.ndarray:
     """Returns the exact hypergradient with ``H`` and ``J`` of one inner example.
 
     ``b`` is that of one outer example; None stands for all examples.
     """
-    alpha, w = np.asarray(known.alpha), np.asarray(known.best(known.alpha))
+    alpha, w = (
+        np.asarray(reference.alpha),
+        np.asarray(reference.solution(reference.alpha)),
+    )
     rows = np.arange(NUM_EXAMPLES)
     inner_rows = rows if inner is None else np.array([inner])
     outer_rows = rows if outer is None else np.array([outer])
-    x, y = (np.asarray(known.problem.inner_data[name])[inner_rows] for name in "xy")
+    x, y = (np.asarray(reference.problem.inner_data[name])[inner_rows] for name in "xy")
     x_val, y_val = (
-        np.asarray(known.problem.outer_data[name])[outer_rows] for name in "xy"
+        np.asarray(reference.problem.outer_data[name])[outer_rows] for name in "xy"
     )
     b = x_val.T @ (x_val @ w - y_val) / len(outer_rows)
     H = (x.T * alpha[inner_rows]) @ x / len(inner_rows) + 0.1 * np.eye(3)
@@ -154,15 +162,15 @@ def gradient_equivalents(stats, outer_fraction: float = 20 / 40) -> float:
     return float(inner + outer_fraction * outer)
 
 
-def counting_problem(known: Known, calls: list) -> hg.Bilevel:
+def counting_problem(reference: ReferenceProblem, calls: list) -> hg.Bilevel:
     """Returns the problem with an inner loss that appends to ``calls`` as it runs."""
 
     def inner(w, alpha, batch):
         jax.debug.callback(lambda: calls.append(1))
-        return known.problem.inner_loss(w, alpha, batch)
+        return reference.problem.inner_loss(w, alpha, batch)
 
-    data = known.problem.inner_data, known.problem.outer_data
-    return hg.Bilevel(inner, known.problem.outer_loss, *data)
+    data = reference.problem.inner_data, reference.problem.outer_data
+    return hg.Bilevel(inner, reference.problem.outer_loss, *data)
 
 
 # Errors published in the notebook of hypertorch (Grazzi et al. 2020), at T = 100.
@@ -180,9 +188,9 @@ GRAZZI_ERRORS = {
 
 
 @functools.cache
-def grazzi() -> tuple[Known, jax.Array]:
+def grazzi() -> tuple[ReferenceProblem, jax.Array]:
     """Returns the logistic problem of Grazzi et al. 2020 and its hypergradient."""
-    known = hypertorch()
-    exact = known.exact(known.alpha)
+    reference = hypertorch()
+    exact = reference.exact(reference.alpha)
     np.testing.assert_allclose(np.linalg.norm(exact), 0.0285658, rtol=1e-5)
-    return known, exact
+    return reference, exact

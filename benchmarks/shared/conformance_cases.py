@@ -1,4 +1,4 @@
-"""What the conformance table asks: problems, methods and their settings, rates."""
+"""Cases of the conformance table: problems, methods with hyperparameters, rates."""
 
 import functools
 from collections.abc import Callable
@@ -11,12 +11,12 @@ import lineax as lx
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.studies.record import Row
+from hypergrad.bench import Cell
 
-from .known import any_known, flat, quadratic, two_losses
-from .setting import Setting, describe, sgd
+from .problem_setup import ProblemSetup, make_setup, sgd
+from .reference_problems import flat, get_reference, quadratic, two_losses
 
-# Problems by family and structure; the names are those of `known.any_known`.
+# Problems by family and structure; the names are those of `get_reference`.
 PROBLEMS = {
     ("ridge", "scalar"): "ridge scalar",
     ("ridge", "vector"): "ridge per-weight",
@@ -32,12 +32,12 @@ PROBLEMS = {
     ("two losses", "pytree"): "",
 }
 DTYPES = ("float64", "float32")
-ASKED = 1e-4  # relative error
-TERMS = 50  # of a series, or steps that a truncated reverse pass sees
+RTOL = 1e-4  # relative error that `Implicit` is asked for
+TERMS = 50  # of a series, or steps of a truncated reverse pass
 STRENGTH = 1e3
 SIGMA, PAIRS = 1e-2, 64
-EXACT = 1e-9  # what an estimator that is declared exact reaches in float64
-TRUSTED = 0.1  # no trusted estimate is further off
+EXACT_RTOL = 1e-9  # largest error in float64 of an estimator that is declared exact
+TRUSTED_RTOL = 0.1  # largest error of a trusted estimate
 
 
 def second_loss(w, alpha, batch):
@@ -45,16 +45,16 @@ def second_loss(w, alpha, batch):
 
 
 @functools.lru_cache(maxsize=1)
-def setting(family: str, structure: str) -> Setting:
-    """The problem in float64 NumPy arrays, so that either precision can take it."""
+def setup_of(family: str, structure: str) -> ProblemSetup:
+    """Returns the problem in float64 NumPy arrays, for use in either precision."""
     jax.clear_caches()  # thousands of live programs exhaust a process
     with jax.enable_x64(True):
         if family == "two losses":
-            known = quadratic("nested")
-            known = known._replace(problem=two_losses(known, second_loss))
-            return describe(known, formula=False)
+            reference = quadratic("nested")
+            problem = two_losses(reference, second_loss)
+            return make_setup(reference._replace(problem=problem), formula=False)
         formula = family in ("ridge", "quadratic") or family.startswith("SMD")
-        return describe(any_known(PROBLEMS[family, structure]), formula)
+        return make_setup(get_reference(PROBLEMS[family, structure]), formula)
 
 
 # Methods.
@@ -64,141 +64,151 @@ def setting(family: str, structure: str) -> Setting:
 class Method:
     """A row of the table.
 
-    promise: what its docstring says of its error, in short.
-    make: ``(setting, dtype, value) -> estimator``; ``value`` is what its rate is
-        measured over, None for the table's own.
-    biased: ``setting -> hypergradient [K, N]`` that its docstring's bias predicts.
-    random: whether a key decides.
+    Attributes:
+      promise: Error that its docstring states, in short.
+      make: ``(setup, dtype, value) -> estimator``; ``value`` is the hyperparameter over
+        which its rate is measured, None for that of the table.
+      biased: ``setup -> hypergradient [K, N]`` that the bias in its docstring predicts.
+      is_random: Whether its estimate depends on the key.
     """
 
     promise: str
-    make: Callable[[Setting, str, Any], Any]
-    biased: Callable[[Setting], Any] | None = None
-    random: bool = False
+    make: Callable[[ProblemSetup, str, Any], Any]
+    biased: Callable[[ProblemSetup], Any] | None = None
+    is_random: bool = False
 
 
-def implicit(linear: Callable[[Setting, str, Any], Any]) -> Callable:
-    return lambda at, dtype, x: hg.Implicit(hg.Newton(), linear(at, dtype, x))
+def implicit(linear: Callable[[ProblemSetup, str, Any], Any]) -> Callable:
+    """Returns the function that makes `Implicit` with a linear solver."""
+    return lambda setup, dtype, x: hg.Implicit(hg.Newton(), linear(setup, dtype, x))
 
 
 def tolerance(dtype: str) -> float:
-    """The default of our own solvers, which lineax's must be told."""
+    """Returns the default tolerance of our solvers, for those of lineax."""
     return float(np.finfo(dtype).eps) ** 0.75
 
 
-def gmres(at: Setting, dtype: str, x: Any) -> lx.GMRES:
+def gmres(setup: ProblemSetup, dtype: str, x: Any) -> lx.GMRES:
+    """Returns the solver of lineax with the tolerance of ours."""
     return lx.GMRES(rtol=tolerance(dtype), atol=tolerance(dtype))
 
 
 def early(num_newton_steps: int) -> Callable:
-    """From an inner loop that stopped with ``x`` of its distance left."""
-    return lambda at, dtype, x: hg.Implicit(
-        at.descent if x is None else hg.Descent(sgd(at.step), at.steps_to(x)),
+    """Returns the maker of `Implicit` whose inner loop leaves ``x`` of its distance."""
+    return lambda setup, dtype, x: hg.Implicit(
+        setup.descent if x is None else hg.Descent(sgd(setup.step), setup.steps_to(x)),
         num_newton_steps=num_newton_steps,
     )
 
 
-def damping(at: Setting, x: Any) -> float:
-    return (1e-3 if x is None else x) * at.smallest
+def damping(setup: ProblemSetup, x: Any) -> float:
+    """Returns the damping, ``x`` times the smallest eigenvalue."""
+    return (1e-3 if x is None else x) * setup.eig_min
 
 
-def nystrom(at: Setting, dtype: str, x: Any) -> hg.Nystrom:
-    """Of full rank, which leaves only what the damping changes."""
-    return hg.Nystrom(len(at.best["H"]), damping(at, x))
+def nystrom(setup: ProblemSetup, dtype: str, x: Any) -> hg.Nystrom:
+    """Returns the solver with full rank, so that only its damping causes an error."""
+    return hg.Nystrom(len(setup.matrices["H"]), damping(setup, x))
 
 
-def instead_of_inverse(matrix: Callable[[Setting], np.ndarray]) -> Callable:
-    """``direct - J'(P b)`` with a dense ``P`` in the place of ``H^-1``."""
+def instead_of_inverse(matrix: Callable[[ProblemSetup], np.ndarray]) -> Callable:
+    """Returns ``direct - J'(P b)`` with a dense ``P`` in place of ``H^-1``."""
 
-    def biased(at: Setting) -> np.ndarray:
-        best = at.best
-        return best["direct"] - (matrix(at) @ best["b"].T).T @ best["J"]
+    def biased(setup: ProblemSetup) -> np.ndarray:
+        matrices = setup.matrices
+        return matrices["direct"] - (matrix(setup) @ matrices["b"].T).T @ matrices["J"]
 
     return biased
 
 
 def penalty(symmetric: bool) -> Callable:
-    return lambda at, dtype, x: hg.Penalty(
+    """Returns the maker of `Penalty`."""
+    return lambda setup, dtype, x: hg.Penalty(
         hg.Newton(), STRENGTH if x is None else x, symmetric=symmetric
     )
 
 
-identity = lambda at: np.eye(len(at.best["H"]))
-damped = lambda at: np.linalg.inv(at.best["H"] + damping(at, None) * identity(at))
+identity = lambda setup: np.eye(len(setup.matrices["H"]))
+damped = lambda setup: np.linalg.inv(
+    setup.matrices["H"] + damping(setup, None) * identity(setup)
+)
 terms = lambda x: TERMS if x is None else x
 pairs = lambda x: PAIRS if x is None else x
 
 METHODS = {
-    "Implicit, CG": Method("exact", implicit(lambda at, dtype, x: hg.CG())),
+    "Implicit, CG": Method("exact", implicit(lambda setup, dtype, x: hg.CG())),
     "Implicit, NystromCG": Method(
-        "exact", implicit(lambda at, dtype, x: hg.NystromCG(3))
+        "exact", implicit(lambda setup, dtype, x: hg.NystromCG(3))
     ),
     "Implicit, GMRES": Method("exact", implicit(gmres)),
-    "Implicit, LU": Method("exact", implicit(lambda at, dtype, x: lx.LU())),
+    "Implicit, LU": Method("exact", implicit(lambda setup, dtype, x: lx.LU())),
     "Implicit, correct=1": Method("exact", early(1)),
     "Implicit, rel_err": Method(
-        "1e-4 asked",
-        lambda at, dtype, x: hg.Implicit(at.descent, num_newton_steps=1, rtol=ASKED),
+        "rtol 1e-4",
+        lambda setup, dtype, x: hg.Implicit(
+            setup.descent, num_newton_steps=1, rtol=RTOL
+        ),
     ),
     "Average": Method(
-        "exact", lambda at, dtype, x: hg.Average(hg.Implicit(hg.Newton()), 2)
+        "exact", lambda setup, dtype, x: hg.Average(hg.Implicit(hg.Newton()), 2)
     ),
     "SOBA": Method(
         "exact, settled",
-        lambda at, dtype, x: hg.testing.RepeatedSteps(
-            hg.SOBA(sgd(at.step)), 2 * at.steps
+        lambda setup, dtype, x: hg.testing.RepeatedSteps(
+            hg.SOBA(sgd(setup.step)), 2 * setup.steps
         ),
     ),
-    "Unrolled": Method("exact", lambda at, dtype, x: hg.Unrolled(at.descent)),
-    "Forward": Method("exact", lambda at, dtype, x: hg.Forward(at.descent)),
+    "Unrolled": Method("exact", lambda setup, dtype, x: hg.Unrolled(setup.descent)),
+    "Forward": Method("exact", lambda setup, dtype, x: hg.Forward(setup.descent)),
     "Reversible": Method(
-        "resolution", lambda at, dtype, x: hg.Reversible(*at.momentum)
+        "resolution", lambda setup, dtype, x: hg.Reversible(*setup.momentum)
     ),
     "CentralDifference": Method(
-        "epsilon²", lambda at, dtype, x: hg.CentralDifference(hg.Newton(), x)
+        "epsilon²", lambda setup, dtype, x: hg.CentralDifference(hg.Newton(), x)
     ),
     "Implicit, Neumann": Method(
-        "q^50", implicit(lambda at, dtype, x: hg.Neumann(terms(x), at.step))
+        "q^50", implicit(lambda setup, dtype, x: hg.Neumann(terms(x), setup.step))
     ),
     "Unrolled, last": Method(
-        "q^50", lambda at, dtype, x: hg.Unrolled(at.descent, truncation_length=terms(x))
+        "q^50",
+        lambda setup, dtype, x: hg.Unrolled(setup.descent, truncation_length=terms(x)),
     ),
     "FixedPoint": Method(
-        "q^50", lambda at, dtype, x: hg.FixedPoint(at.descent, terms(x))
+        "q^50", lambda setup, dtype, x: hg.FixedPoint(setup.descent, terms(x))
     ),
     "Implicit, Nystrom": Method(
         "damping", implicit(nystrom), instead_of_inverse(damped)
     ),
     "Implicit, Identity": Method(
         "H for I",
-        implicit(lambda at, dtype, x: hg.Identity()),
+        implicit(lambda setup, dtype, x: hg.Identity()),
         instead_of_inverse(identity),
     ),
     "FiniteDifference": Method(
         "H for I / step",
-        lambda at, dtype, x: hg.FiniteDifference(hg.Newton(), step_size=at.step),
-        instead_of_inverse(lambda at: at.step * identity(at)),
+        lambda setup, dtype, x: hg.FiniteDifference(hg.Newton(), step_size=setup.step),
+        instead_of_inverse(lambda setup: setup.step * identity(setup)),
     ),
     "Penalty": Method("1 / 1000", penalty(symmetric=False)),
     "Penalty, symmetric": Method("1 / 1000²", penalty(symmetric=True)),
     "Evolution": Method(
         "64 pairs",
-        lambda at, dtype, x: hg.Evolution(hg.Newton(), SIGMA, pairs(x)),
-        random=True,
+        lambda setup, dtype, x: hg.Evolution(hg.Newton(), SIGMA, pairs(x)),
+        is_random=True,
     ),
     "PersistentEvolution": Method(
         "64 pairs",
-        lambda at, dtype, x: hg.PersistentEvolution(
-            at.descent, SIGMA, pairs(x), unroll_length=at.steps
+        lambda setup, dtype, x: hg.PersistentEvolution(
+            setup.descent, SIGMA, pairs(x), unroll_length=setup.steps
         ),
-        random=True,
+        is_random=True,
     ),
     "Implicit, stopped early": Method("", early(0)),
 }
 # The method with which num_newton_steps=1 is compared; it has a rate only.
 EARLY = "Implicit, stopped early"
-SHOWN = [method for method in METHODS if method != EARLY]
-# What takes one outer loss; every other refusal ends the run.
+TABLE_METHODS = [method for method in METHODS if method != EARLY]
+# Estimators that take one outer loss; any other refusal ends the run.
 REFUSED = {("Reversible", "two losses"), ("SOBA", "two losses")}
 SERIES = ("Implicit, Neumann", "Unrolled, last", "FixedPoint")
 NEVER_TRUSTED = (
@@ -207,48 +217,58 @@ NEVER_TRUSTED = (
 )
 
 
-# Rates: which method, on what, over which settings. A series is asked for its error
-# after so many factors of e.
+# Rates: method, problem and hyperparameters. Those of a series are errors: this many
+# factors of 1/e.
 FACTORS = (4, 6, 9, 12)
 STRENGTHS = (30.0, 100.0, 300.0, 1000.0)
 EPSILONS = (1e-3, 3e-3, 1e-2, 3e-2)
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3)
-LEFT = (1e-3, 1e-5)
+FRACTIONS = (1e-3, 1e-5)  # of the distance that an inner loop leaves
 COUNTS = (4, 16, 64, 256)
 NUM_KEYS = 16  # a random method's error is the root mean square over these
 VECTORS = (("quadratic", "vector"), ("logistic", "vector"))
 CURVED = (("logistic", "vector"), ("network", "pytree"))
 RATES = [
-    *((method, at, FACTORS) for method in SERIES for at in VECTORS),
-    *(("Penalty", at, STRENGTHS) for at in CURVED),
-    *(("Penalty, symmetric", at, STRENGTHS) for at in CURVED),
-    *(("CentralDifference", at, EPSILONS) for at in CURVED),
-    *(("Implicit, Nystrom", at, DAMPINGS) for at in VECTORS),
-    *((method, at, LEFT) for method in ("Implicit, correct=1", EARLY) for at in CURVED),
+    *((method, problem, FACTORS) for method in SERIES for problem in VECTORS),
+    *(("Penalty", problem, STRENGTHS) for problem in CURVED),
+    *(("Penalty, symmetric", problem, STRENGTHS) for problem in CURVED),
+    *(("CentralDifference", problem, EPSILONS) for problem in CURVED),
+    *(("Implicit, Nystrom", problem, DAMPINGS) for problem in VECTORS),
+    *(
+        (method, problem, FRACTIONS)
+        for method in ("Implicit, correct=1", EARLY)
+        for problem in CURVED
+    ),
     ("Evolution", ("ridge", "vector"), COUNTS),
     ("PersistentEvolution", ("ridge", "vector"), COUNTS),
 ]
 
 
-def cell(kind, method, at, dtype, value=None, seed=0) -> Row:
+def cell(kind, method, problem, dtype, value=None, seed=0) -> Cell:
+    """Returns a cell of kind "error" or "rate"; ``problem`` is family and structure."""
     names = ("kind", "method", "problem", "structure", "dtype", "setting", "seed")
-    return dict(zip(names, (kind, method, *at, dtype, value, seed), strict=True))
+    return dict(zip(names, (kind, method, *problem, dtype, value, seed), strict=True))
 
 
-def plan(scale: str, seeds: int) -> list[Row]:
-    """Problem by problem, so that each is made once. Only random methods are seeded."""
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Returns the cells by problem, so that each problem is made only once.
+
+    Random methods alone have several seeds.
+    """
     del scale
-    cells = []
-    for at in PROBLEMS:
-        cells += [
-            cell("error", method, at, dtype) for method in SHOWN for dtype in DTYPES
+    result = []
+    for problem in PROBLEMS:
+        result += [
+            cell("error", method, problem, dtype)
+            for method in TABLE_METHODS
+            for dtype in DTYPES
         ]
         # In float32 rounding leaves no room for a line.
-        cells += [
-            cell("rate", method, at, "float64", value, seed)
-            for method, where, values in RATES
-            if where == at
+        result += [
+            cell("rate", method, problem, "float64", value, seed)
+            for method, rate_problem, values in RATES
+            if rate_problem == problem
             for value in values
-            for seed in range(seeds if METHODS[method].random else 1)
+            for seed in range(seeds if METHODS[method].is_random else 1)
         ]
-    return cells
+    return result

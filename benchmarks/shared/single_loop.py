@@ -1,8 +1,7 @@
-"""The single-loop family on one system: its methods, and one run of one of them.
+"""Single-loop methods on one system, and one run of one of them.
 
-A system says what is drawn for a seed and how far an alpha is from the best. Rates are
-chosen in `single_loop_grid`; `single_loop_table` makes the table of the reported seeds.
-See README.md.
+A system states which problem a seed has and how far an alpha is from the best one.
+`single_loop_grid` chooses the rates of each method; `single_loop_table` has the table.
 """
 
 from collections.abc import Callable
@@ -15,17 +14,20 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.bench import Row
 from hypergrad.problem import Bilevel
-from hypergrad.studies.record import Row
 
-DRAWN = ("TTSA", "SUSTAIN")  # how long their series are
+RANDOM_LENGTH = ("TTSA", "SUSTAIN")  # methods that sample the lengths of their series
 DOUBLE_LOOP, SEARCH, TOTAL = "implicit", "random search", "random search, total"
 
 
-class Drawn(NamedTuple):
-    """What a seed's run begins with.
+class SeedProblem(NamedTuple):
+    """The problem of a seed.
 
-    suboptimality: ``(w, alpha, key) -> h(alpha) - h*``.
+    Attributes:
+      problem: The problem.
+      w, alpha: Initial values.
+      suboptimality: ``(w, alpha, key) -> h(alpha) - h*``.
     """
 
     problem: Bilevel
@@ -35,27 +37,25 @@ class Drawn(NamedTuple):
 
 
 class System(NamedTuple):
-    """What a table of the family runs on.
+    """The system of a table.
 
     Attributes:
-      name, source, minutes: of the table.
-      about: ``() -> what the data are``.
+      name: Name of the table.
+      data_name: ``() -> description of the data``, which may be stand-ins.
       prepare: ``seed -> arrays``, on the host.
-      draw: ``arrays -> Drawn``, under `jax.jit`.
-      budget: gradient-equivalents of a run.
-      points: at which a run is evaluated, about.
-      batches: of one pass over the inner data: the period of SRBA and VRBO.
-      rates: of ``w``, the largest near ``1 / lambda_max``.
-      ratios: of the rate of ``alpha`` to that of ``w``.
-      low, high: the box in which ``alpha`` is kept, and random search draws.
+      make_problem: ``arrays -> SeedProblem``, under `jax.jit`.
+      budget: Gradient-equivalents of a run.
+      points: Approximate number of evaluations of a run.
+      batches: Batches per pass over the inner data: the period of SRBA and VRBO.
+      rates: Rates of ``w`` in the grid, the largest near ``1 / lambda_max``.
+      ratios: Ratios in the grid, of the rate of ``alpha`` to that of ``w``.
+      low, high: The box of ``alpha``, from which random search samples.
     """
 
     name: str
-    source: str
-    minutes: float
-    about: Callable[[], str]
+    data_name: Callable[[], str]
     prepare: Callable[[int], PyTree]
-    draw: Callable[[PyTree], Drawn]
+    make_problem: Callable[[PyTree], SeedProblem]
     budget: float
     points: int
     batches: int
@@ -66,22 +66,22 @@ class System(NamedTuple):
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
-        """What the grid tries."""
+        """The pairs of a rate and a ratio that the grid tries."""
         return [(rate, ratio) for rate in self.rates for ratio in self.ratios]
 
 
-def falling(rate: Array) -> Callable[[Array], Array]:
-    """A schedule."""
+def falling(rate: Array) -> Callable[[Any], Array]:
+    """Returns a schedule that falls as ``rate / sqrt(1 + t / 100)``."""
     return lambda step: rate / jnp.sqrt(1 + step / 100)
 
 
 def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
-    """Every method with its inner rate; inner loops have ten steps.
+    """Returns every method with its inner rate; inner loops have ten steps.
 
-    The step of a Neumann series is the rate of ``w``; F2SA's penalty grows as in its
-    paper; rates fall in SOBA's second row alone, as ``rate / sqrt(1 + t / 100)``. The
-    last one solves: ten steps of all data, ten products of conjugate gradients, both
-    from where the last ended.
+    The step size of a Neumann series is the rate of ``w``; the penalty of F2SA grows as
+    in its paper; rates fall in the second row of SOBA alone. The last method solves the
+    inner problem: ten steps on all data and ten products of conjugate gradients, both
+    warm-started.
     """
     sgd = optax.sgd(rate)
     grow = lambda step: 10 * (1 + step) ** (1 / 7)
@@ -111,14 +111,14 @@ def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
 METHODS = tuple(family(jnp.ones(()), 1))
 
 
-def whole(problem: Bilevel) -> Bilevel:
-    """On all data at once."""
-    of = lambda data: data.data if isinstance(data, hg.Batches) else data
+def without_batches(problem: Bilevel) -> Bilevel:
+    """Returns the problem with all data at once."""
+    all_data = lambda data: data.data if isinstance(data, hg.Batches) else data
     return Bilevel(
         problem.inner_loss,
         problem.outer_loss,
-        of(problem.inner_data),
-        of(problem.outer_data),
+        all_data(problem.inner_data),
+        all_data(problem.outer_data),
     )
 
 
@@ -129,10 +129,13 @@ def run(
     system: System, method: str, steps: int, points: int,
     arrays: PyTree, rate: Array, ratio: Array, key: Array,
 ) -> hg.Trace:  # fmt: skip
-    """One run, evaluated at ``points`` of its steps and its last; 0: at none."""
-    problem, w, alpha, suboptimality = system.draw(arrays)
+    """Returns the trace of a run that is evaluated at about ``points`` of its steps.
+
+    With ``points=0`` it is not evaluated.
+    """
+    problem, w, alpha, suboptimality = system.make_problem(arrays)
     if method == DOUBLE_LOOP:
-        problem = whole(problem)
+        problem = without_batches(problem)
     outer_rate = rate * ratio
     if method.endswith("falling"):
         outer_rate = falling(rate * ratio)
@@ -150,12 +153,12 @@ def run(
 
 
 def spacing(steps: int, points: int) -> int:
-    """Of evaluations."""
+    """Returns the number of steps between evaluations."""
     return max(1, steps // max(1, points))
 
 
-def evaluated(steps: int, points: int) -> np.ndarray:
-    """The steps at which `minimize` evaluates."""
+def evaluated_steps(steps: int, points: int) -> np.ndarray:
+    """Returns the steps at which the outer loop evaluates its metrics."""
     return np.unique([*range(0, steps, spacing(steps, points)), steps - 1])
 
 
@@ -163,18 +166,23 @@ def curve(
     system: System, method: str, steps: int, points: int,
     arrays: PyTree, rate: Array, ratio: Array, key: Array,
 ) -> Row:  # fmt: skip
-    """Where a run was at each evaluation and at its end, and what that had cost.
+    """Returns the suboptimality at each evaluation and after the run, with its cost.
 
-    An evaluation is of the ``alpha`` before a step, and costs what led there.
+    An evaluation is that of the ``alpha`` before a step; its cost is that of all
+    earlier steps.
     """
     trace = run(system, method, steps, points, arrays, rate, ratio, key)
-    at, of_step = evaluated(steps, points), trace.stats["gradient_equivalents"]
-    last = system.draw(arrays).suboptimality(trace.w, trace.alpha, key)
-    last = jnp.where(trace.status_code == 0, last, jnp.nan)
+    index, step_cost = (
+        evaluated_steps(steps, points),
+        trace.stats["gradient_equivalents"],
+    )
+    problem = system.make_problem(arrays)
+    final = problem.suboptimality(trace.w, trace.alpha, key)
+    final = jnp.where(trace.status_code == 0, final, jnp.nan)
     total = lambda name: jnp.sum(jnp.nan_to_num(trace.stats[name]))
     return {
-        "curve": jnp.append(trace.metrics["suboptimality"][at], last),
-        "curve_cost": jnp.append((trace.cost - of_step)[at], trace.cost[-1]),
+        "curve": jnp.append(trace.metrics["suboptimality"][index], final),
+        "curve_cost": jnp.append((trace.cost - step_cost)[index], trace.cost[-1]),
         "gradient_equivalents": trace.cost[-1],
         "num_grads": total("num_grads"),
         "num_hvps": total("num_hvps"),
@@ -182,9 +190,10 @@ def curve(
 
 
 def seed_key(seed: int) -> Array:
+    """Returns the key of a seed."""
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def paid_for(cost: Any, budget: float) -> np.ndarray:
-    """Which steps the budget pays for; in float32 what adds up is rounded."""
+    """Returns which steps the budget pays for; sums are rounded in float32."""
     return np.asarray(cost) <= budget * (1 + 1e-5)

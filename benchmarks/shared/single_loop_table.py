@@ -1,32 +1,37 @@
-"""The table of the single-loop family on one system: one budget, medians.
+"""The table of the single-loop methods on one system: equal budgets, medians.
 
-Every method at the rates that `single_loop_grid` chose, on the reported seeds, and what
-is claimed of them. See README.md.
+Every method runs at the rates that `single_loop_grid` chose, on the reported seeds.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.studies.program import Program
-from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, geometric_mean, paired_ratio
+from hypergrad.bench import (
+    Cell,
+    Finding,
+    MeasurementTable,
+    Row,
+    geometric_mean,
+    ratio_interval,
+    select,
+)
 
 from . import plots
+from .outcomes import conclude
+from .program import Program
 from .single_loop import (
     DOUBLE_LOOP,
-    DRAWN,
     METHODS,
+    RANDOM_LENGTH,
     SEARCH,
     TOTAL,
     System,
@@ -34,101 +39,107 @@ from .single_loop import (
     paid_for,
     run,
     seed_key,
-    whole,
+    without_batches,
 )
-from .single_loop_grid import TUNING_SEEDS, grid_name, grid_of
+from .single_loop_grid import TUNING_SEEDS, tuning_stage
+from .tuning import cells_of
 
-TAIL = 0.1  # of its cost: the geometric mean over it is where a run ends
-FALL = 10.0  # times below its first evaluation: less is no plateau to arrive at
-SLACK = 1.05  # of the budget: a run that costs more is refused
+TAIL = 0.1  # fraction of the cost over whose geometric mean a run ends
+MIN_FALL = (
+    10.0  # times below the first evaluation; a run that falls less has no plateau
+)
+MAX_OVERRUN = 1.05  # cost of a run over its budget
 REPEATS = 5  # calls of which the seconds are the median
 QUARTILES = (0.25, 0.5, 0.75)
 
 # Measuring.
 
 
-def end(values: Any, cost: Any) -> float:
-    """Geometric mean of the evaluations in the last tenth of what was spent.
+def final_value(values: Any, cost: Any) -> float:
+    """Returns the geometric mean of the evaluations in the last tenth of the cost.
 
-    Infinite where a run broke off, or nothing was paid for.
+    It is infinite if a run broke off, or the budget paid for no evaluation.
     """
     values, cost = np.asarray(values, float), np.asarray(cost, float)
     if not values.size or not np.isfinite(values[-1]):
         return np.inf
-    last = values[cost >= (1 - TAIL) * cost[-1]]
-    return geometric_mean(np.maximum(last, 1e-30))
+    tail = values[cost >= (1 - TAIL) * cost[-1]]
+    return geometric_mean(np.maximum(tail, 1e-30))
 
 
-def within_budget(name: str, cost: float, budget: float) -> None:
-    """Refuses a run that spent more."""
-    if cost > SLACK * budget:
-        raise ValueError(f"a run of {name} cost {cost:.0f}, its budget is {budget:.0f}")
+def check_budget(method: str, cost: float, budget: float) -> None:
+    """Raises ValueError if a run cost more than its budget."""
+    if cost > MAX_OVERRUN * budget:
+        raise ValueError(
+            f"a run of {method} cost {cost:.0f}, its budget is {budget:.0f}"
+        )
 
 
 @functools.cache
-def program(system: System, method: str, steps: int) -> Program:
-    """`curve`, compiled once a method."""
+def curve_program(system: System, method: str, steps: int) -> Program:
+    """Returns `curve`, compiled once per method."""
     return Program(functools.partial(curve, system, method, steps, system.points))
 
 
 @functools.cache
-def bare(system: System, method: str, steps: int) -> Program:
-    """The same run with no evaluation: what it takes."""
-    return Program(lambda *given: run(system, method, steps, 0, *given).alpha)
+def bare_program(system: System, method: str, steps: int) -> Program:
+    """Returns the same run without evaluations, for timing."""
+    return Program(lambda *args: run(system, method, steps, 0, *args).alpha)
 
 
-def measure(system: System, cell: Row) -> Row:
-    """One seed at the chosen rates."""
+def measure(system: System, cell: Cell, rows: list[Row]) -> Row:
+    """Returns the row of one seed, at the rates that the rows of tuning contain."""
     method, seed = cell["method"], cell["seed"]
-    arrays = system.prepare(seed)
-    about = {"data": system.about(), "data_sha256": fingerprint(named(arrays))}
+    arrays, data_name = system.prepare(seed), {"data_name": system.data_name()}
     if method in (SEARCH, TOTAL):
         budget = system.budget
         if method == TOTAL:
             budget *= 1 + len(TUNING_SEEDS) * len(system.pairs)
-        return by_random_search(system, budget, arrays, seed_key(seed)) | about
-    settings = grid_of(system, method)
-    steps = settings["num_steps"]
-    rates = (jnp.float32(settings[name]) for name in ("rate", "ratio"))
-    given = arrays, *rates, seed_key(seed)
-    found = program(system, method, steps)(*given)
-    found = {name: np.asarray(x, float) for name, x in found.items()}
-    if method not in DRAWN:
-        within_budget(method, float(found["gradient_equivalents"]), system.budget)
-    # A series of random length may cost more than its mean: what is beyond is left out.
-    paid = np.cumsum(paid_for(found["curve_cost"], system.budget)) - 1
-    found |= {name: found[name][paid] for name in ("curve", "curve_cost")}
-    timed = bare(system, method, steps)
-    if timed.compiled is None:
-        timed(*given)  # so that seconds are those of a warm program
+        return random_search(system, budget, arrays, seed_key(seed)) | data_name
+    (tuning,) = select(rows, stage="tuning", method=method)
+    steps = tuning["num_steps"]
+    rates = (jnp.float32(tuning[name]) for name in ("rate", "ratio"))
+    args = arrays, *rates, seed_key(seed)
+    result = curve_program(system, method, steps)(*args)
+    result = {name: np.asarray(x, float) for name, x in result.items()}
+    if method not in RANDOM_LENGTH:
+        check_budget(method, float(result["gradient_equivalents"]), system.budget)
+    # A series of random length may cost more than its mean; steps that the budget does
+    # not pay for are left out.
+    last_paid = np.cumsum(paid_for(result["curve_cost"], system.budget)) - 1
+    result |= {name: result[name][last_paid] for name in ("curve", "curve_cost")}
+    program = bare_program(system, method, steps)
+    if program.compiled is None:
+        program(*args)  # so that seconds are those of a warm program
     seconds = []
     for _ in range(REPEATS):
-        before = timed.run_seconds
-        timed(*given)
-        seconds.append(timed.run_seconds - before)
+        previous = program.run_seconds
+        program(*args)
+        seconds.append(program.run_seconds - previous)
     return {
-        "end": end(found["curve"], found["curve_cost"]),
+        "end": final_value(result["curve"], result["curve_cost"]),
         "run_seconds": float(np.median(seconds)),
-        "compile_seconds": timed.compile_seconds,
-        **{name: settings[name] for name in ("rate", "ratio", "num_steps")},
-        "tuning_cost": settings["tuning_cost"],
-        **{name: x.tolist() for name, x in found.items()},
-        "gradient_equivalents": float(found["curve_cost"][-1]),
-        **about,
+        "compile_seconds": program.compile_seconds,
+        **{name: tuning[name] for name in ("rate", "ratio", "num_steps")},
+        "tuning_cost": tuning["tuning_cost"],
+        **{name: x.tolist() for name, x in result.items()},
+        "gradient_equivalents": float(result["curve_cost"][-1]),
+        **data_name,
     }
 
 
-def by_random_search(system: System, budget: float, arrays: PyTree, key: Array) -> Row:
-    """The start, then uniform in the box; each is trained by Newton's method.
+def random_search(system: System, budget: float, arrays: PyTree, key: Array) -> Row:
+    """Returns the row of random search, which tries the initial alpha first.
 
-    Its curve is that of the best so far, by the outer value, at the same costs for
-    every seed; NaN before the start is paid for.
+    Each alpha is trained by Newton's method. The curve is that of the best alpha so far
+    by the outer value, at the same costs for every seed; NaN until the budget pays for
+    the first alpha.
     """
-    problem, w, alpha, suboptimality = system.draw(arrays)
+    problem, w, alpha, suboptimality = system.make_problem(arrays)
     trace = hg.search(
-        whole(problem),
+        without_batches(problem),
         hg.Newton(tolerance=1e-2),
-        FromStart(alpha),
+        InitialThenRandom(alpha),
         w,
         space=hg.spaces.Interval(system.low, system.high, shape=alpha.shape),
         budget=budget,
@@ -153,147 +164,137 @@ def by_random_search(system: System, budget: float, arrays: PyTree, key: Array) 
     }
 
 
-class FromStart(eqx.Module):
-    """Random search that tries the start first."""
+class InitialThenRandom(eqx.Module):
+    """Random search that tries the initial alpha first."""
 
     alpha: PyTree
 
     def init(self, space: PyTree, key: Array) -> PyTree:
-        """The space, and that nothing was tried."""
+        """Returns the space, and that no alpha was tried yet."""
         del key
         return space, True
 
     def ask(self, state: PyTree, key: Array) -> tuple[PyTree, PyTree]:
-        """The start, then a draw."""
-        space, first = state
-        alpha = self.alpha if first else hg.spaces.sample(space, key)
+        """Returns the initial alpha, then samples."""
+        space, is_initial = state
+        alpha = self.alpha if is_initial else hg.spaces.sample(space, key)
         return alpha, (space, False)
 
     def tell(self, state: PyTree, alpha: PyTree, value: Array) -> PyTree:
-        """Learns nothing."""
+        """Returns the state unchanged."""
         del alpha, value
         return state
 
 
-def named(arrays: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+# Findings.
 
 
-# Judging.
+def final_values(rows: list[Row], method: str) -> np.ndarray:
+    """Returns where each seed ended; infinite for a run that broke off."""
+    method_rows = sorted(select(rows, method=method), key=lambda row: row["seed"])
+    values = [row["end"] for row in method_rows]
+    return np.array([np.inf if x is None else x for x in values])
 
 
-def lane(rows: list[Row], method: str) -> np.ndarray:
-    """Where each seed ended; infinite where a run broke off."""
-    mine = [row for row in rows if row["method"] == method]
-    mine.sort(key=lambda row: row["seed"])
-    return np.array([np.inf if row["end"] is None else row["end"] for row in mine])
+def compare_final_values(
+    rows: list[Row], method: str, baseline: str, min_ratio: float | None = None
+) -> Finding:
+    """Returns how many times lower a method ends: geometric mean over seeds.
 
-
-def lower_end(
-    rows: list[Row], first: str, second: str, least: float | None = None, mark: str = ""
-) -> Verdict:
-    """How many times lower the one ends than the other: geometric mean over seeds.
-
-    A claim without a mark is no hypothesis: it must be reproduced.
+    Args:
+      rows: Rows of the table.
+      method, baseline: Methods to compare.
+      min_ratio: The claim: its paired 95% interval lies above this ratio. With None
+        nothing is claimed.
     """
-    ours, theirs = lane(rows, first), lane(rows, second)
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        text = f"{mark}{first} against {second}: not every run came to its end"
-        if least is None:
-            return Verdict(text)
-        return Verdict(f"{text}: not reproduced", failed=not mark)
-    mean, low, high = paired_ratio(theirs, ours)
+    values, baseline_values = final_values(rows, method), final_values(rows, baseline)
+    if not (np.isfinite(values).all() and np.isfinite(baseline_values).all()):
+        text = f"{method} against {baseline}: not every run came to its end"
+        return Finding(text, None if min_ratio is None else "not supported")
+    mean, low, high = ratio_interval(baseline_values, values)
     text = (
-        f"{mark}{first} ends {mean:.3g} [{low:.3g}, {high:.3g}] times lower than "
-        f"{second}, at equal cost"
+        f"{method} ends {mean:.3g} [{low:.3g}, {high:.3g}] times lower than "
+        f"{baseline}, at equal cost"
     )
-    if least is None:
-        return Verdict(text)
-    met = bool(low >= least)
-    told = math.log(least) if least > 1 else math.inf
-    verdict = conclude(
-        *(f"{text}, at least {least:g} claimed", met, ours.size),
-        *(math.log(high / mean), told),
+    if min_ratio is None:
+        return Finding(text)
+    return conclude(
+        f"{text}, at least {min_ratio:g} claimed",
+        bool(low >= min_ratio),
+        values.size,
+        math.log(high / mean),
+        math.log(min_ratio) if min_ratio > 1 else math.inf,
     )
-    return verdict._replace(failed=verdict.failed or not (met or mark))
 
 
-def to_plateau(row: Row) -> float:
-    """Cost at which a run first was within twice of where it ended.
+def cost_to_plateau(row: Row) -> float:
+    """Returns the cost at which a run first was within twice of where it ended.
 
-    Infinite for a run that broke off, or did not fall: it is at no plateau.
+    It is infinite for a run that broke off or hardly fell, which has no plateau.
     """
     values = np.array([np.inf if x is None else x for x in row["curve"]])
-    first = values[0]
-    if row["end"] is None or not row["end"] * FALL <= first < np.inf:
+    initial = values[0]
+    if row["end"] is None or not row["end"] * MIN_FALL <= initial < np.inf:
         return np.inf
     return row["curve_cost"][int(np.argmax(values <= 2 * row["end"]))]
 
 
-def median_to_plateau(rows: list[Row], method: str) -> float:
-    return float(np.median([to_plateau(r) for r in rows if r["method"] == method]))
+def median_cost_to_plateau(rows: list[Row], method: str) -> float:
+    """Returns the median over seeds."""
+    return float(np.median([cost_to_plateau(x) for x in select(rows, method=method)]))
 
 
-def first_there(rows: list[Row], method: str) -> Verdict:
-    """(o) whether a method's cost to its own plateau is the least, by medians."""
-    stochastic = {r["method"] for r in rows} - {DOUBLE_LOOP, SEARCH, TOTAL}
-    cost = {name: median_to_plateau(rows, name) for name in sorted(stochastic)}
-    first = min(cost, key=lambda name: cost[name])
-    met = cost[method] <= cost[first] < np.inf
+def first_at_plateau(rows: list[Row], method: str) -> Finding:
+    """Returns whether a method's median cost to its own plateau is the smallest."""
+    stochastic = {row["method"] for row in rows} - {DOUBLE_LOOP, SEARCH, TOTAL}
+    cost = {name: median_cost_to_plateau(rows, name) for name in sorted(stochastic)}
+    cheapest = min(cost, key=lambda name: cost[name])
+    is_met = cost[method] <= cost[cheapest] < np.inf
     text = (
-        f"(o) {method} is first at its plateau (within twice of its end, "
-        f"{FALL:g} times below its start): after {cost[method]:.0f} "
-        f"gradient-equivalents; the first, {first}, after {cost[first]:.0f}"
+        f"{method} is first at its plateau (within twice of its end, "
+        f"{MIN_FALL:g} times below its start): after {cost[method]:.0f} "
+        f"gradient-equivalents; the first, {cheapest}, after {cost[cheapest]:.0f}"
     )
-    return conclude(text, met, len(lane(rows, method)), 0.0, np.inf)
+    return conclude(text, is_met, len(final_values(rows, method)), 0.0, np.inf)
 
 
-# Showing.
+# The printed table.
 
 
-def markdown(
-    system: System, judge: Callable[[list[Row]], list[Verdict]],
-    table: Table, rows: list[Row], command: str,
-) -> str:  # fmt: skip
-    """Medians and quartiles over seeds."""
+def body(system: System, rows: list[Row]) -> list[str]:
+    """Returns a line per method: medians and quartiles over seeds."""
     lines = [
-        f"# {table.name}",
-        "",
-        f"{rows[0]['data']}; {len({row['seed'] for row in rows})} seeds. End: median "
-        f"[quartiles] of h(alpha) - h* at the end of at most {system.budget:,.0f} "
-        "gradient-equivalents (grad-eq); plateau: median cost to come within twice of "
-        f"it, where it is {FALL:g} times below the start. A product (HVP) yields the "
-        "inner gradient too, which is not counted again. A run that broke off is "
-        "infinite. Milliseconds are of a warm program that evaluates nothing. Rates of "
-        "w, and of alpha over that of w, are from "
-        f"[{grid_name(system)}]({grid_name(system)}.md). Source: {table.source}. "
-        f"Command: `{command}`",
+        f"{rows[0]['data_name']}; {len({row['seed'] for row in rows})} seeds. End: "
+        "median [quartiles] of h(alpha) - h* at the end of at most "
+        f"{system.budget:,.0f} gradient-equivalents (grad-eq); plateau: median cost to "
+        f"come within twice of it, where it is {MIN_FALL:g} times below the start. A "
+        "product (HVP) yields the inner gradient too, which is not counted again. A "
+        "run that broke off is infinite. Milliseconds are those of a warm program "
+        "without evaluations. Rates of w, and of alpha over that of w, are those "
+        "chosen by tuning.",
         "",
         "| method | end | plateau | grad-eq | gradients | HVPs | steps | rate | ratio "
         "| tuning grad-eq | compile s | run ms |",
         "|" + "---|" * 12,
     ]
     for method in (*METHODS, SEARCH, TOTAL):
-        mine = [row for row in rows if row["method"] == method]
-        if mine:
-            lines.append("| " + " | ".join(cells_of(method, mine)) + " |")
-    lines += ["", *(v.line for v in judge(rows))]
-    return "\n".join(lines)
+        method_rows = select(rows, method=method)
+        if method_rows:
+            lines.append("| " + " | ".join(line_of(method, method_rows)) + " |")
+    return lines
 
 
-def cells_of(method: str, mine: list[Row]) -> list[str]:
-    """A line of the table."""
-    ends = lane(mine, method)
-    finite = np.where(np.isfinite(ends), ends, 1e300)
-    quartiles = np.quantile(finite, QUARTILES)
+def line_of(method: str, rows: list[Row]) -> list[str]:
+    """Returns the texts of a line of the table."""
+    values = final_values(rows, method)
+    quartiles = np.quantile(np.where(np.isfinite(values), values, 1e300), QUARTILES)
     low, middle, high = ("-" if x > 1e200 else f"{x:.1e}" for x in quartiles)
-    broken = int(np.sum(~np.isfinite(ends)))
-    mark = f", {broken} broke off" if broken else ""
-    plateau = median_to_plateau(mine, method)
+    num_broken = int(np.sum(~np.isfinite(values)))
+    mark = f", {num_broken} broke off" if num_broken else ""
+    plateau = median_cost_to_plateau(rows, method)
 
     def mean(name: str, form: str, scale: float = 1.0) -> str:
-        values = [row[name] for row in mine if row.get(name) is not None]
+        values = [row[name] for row in rows if row.get(name) is not None]
         return form.format(scale * np.mean(values)) if values else "-"
 
     return [
@@ -312,32 +313,35 @@ def cells_of(method: str, mine: list[Row]) -> list[str]:
     ]
 
 
-def draw(system: System, rows: list[Row], path: Path) -> None:
-    """Suboptimality against cost and against seconds: medians and quartiles."""
-    lanes = {
-        method: [row for row in rows if row["method"] == method]
-        for method in (*METHODS, SEARCH)
+def plot(system: System, rows: list[Row], path: Path) -> None:
+    """Plots suboptimality against cost and against seconds: medians and quartiles."""
+    curves = {method: select(rows, method=method) for method in (*METHODS, SEARCH)}
+    curves = {
+        method: method_rows for method, method_rows in curves.items() if method_rows
     }
-    there = {method: mine for method, mine in lanes.items() if mine}
-    plots.medians(there, path, f"{system.name}: {rows[0]['data']}")
+    plots.medians(curves, path, f"{system.name}: {rows[0]['data_name']}")
 
 
-def table(system: System, judge: Callable[[list[Row]], list[Verdict]]) -> Table:
-    """The table of a system's reported seeds."""
-    return Table(
-        name=system.name,
-        source=system.source,
-        minutes=system.minutes,
+def make_table(
+    system: System,
+    findings: Callable[[list[Row]], list[Finding]],
+    *,
+    source: str,
+    data: str,
+    minutes: float,
+    arrays: Callable[[], Mapping[str, Any]] = dict,
+) -> MeasurementTable:
+    """Returns the table of a system, whose tuning is its first stage."""
+    return MeasurementTable(
+        cells=cells_of((*METHODS, SEARCH, TOTAL)),
+        measure_cell=functools.partial(measure, system),
+        earlier_stages=(tuning_stage(system),),
+        findings=findings,
+        body=functools.partial(body, system),
+        plot=functools.partial(plot, system),
+        source=source,
+        data=data,
+        arrays=arrays,
+        minutes=minutes,
         seeds=10,
-        plan=lambda scale, seeds: [
-            {"method": method, "seed": seed}
-            for method in (*METHODS, SEARCH, TOTAL)
-            for seed in range(seeds)
-        ],
-        run=cell_by_cell(
-            functools.partial(measure, system),
-            functools.partial(markdown, system, judge),
-            functools.partial(draw, system),
-        ),
-        judge=judge,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from benchmarks.shared.known import hypertorch
+from benchmarks.shared.reference_problems import hypertorch
 from tests.loops import run_loop
 
 # Grazzi et al. 2020, hypertorch's notebook on logistic regression.
@@ -20,21 +20,23 @@ OUTER = {
 
 def test_hypertorch_trace():
     """All 16 numbers to 1e-5: T = 100, reverse mode over the last 10, 1000 steps."""
-    known = hypertorch()
-    data, key = known.problem.inner_data, jax.random.key(0)
+    reference = hypertorch()
+    data, key = reference.problem.inner_data, jax.random.key(0)
     for step, printed in INNER.items():
         solver = hg.Descent(optax.sgd(0.1), step)
-        w, _ = solver.solve(known.problem.inner_loss, known.w, known.alpha, data, key)
-        value = known.problem.inner_loss(w, known.alpha, data)
+        w, _ = solver.solve(
+            reference.problem.inner_loss, reference.w, reference.alpha, data, key
+        )
+        value = reference.problem.inner_loss(w, reference.alpha, data)
         np.testing.assert_allclose(value, printed, atol=1e-5)
     trace = run_loop(
-        known.problem,
+        reference.problem,
         hg.Unrolled(
             hg.Descent(optax.sgd(0.1), 100), truncation_length=10, warm_start=False
         ),
         optax.sgd(1.0, momentum=0.9),
-        known.w,
-        known.alpha,
+        reference.w,
+        reference.alpha,
         num_steps=1000,
         project=lambda alpha: jnp.maximum(alpha, 1e-8),
     )

@@ -1,4 +1,4 @@
-"""The tables of the single-loop family: what they measure, and how they judge."""
+"""Tests of the tables of single-loop methods: their metrics, tuning and claims."""
 
 import functools
 import types
@@ -8,46 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypergrad.studies import record
 from matplotlib import pyplot
 
 import hypergrad as hg
-from benchmarks import (
-    corruption,
-    logistic,
-    quadratics,
+from benchmarks import quadratics, soba_step
+from benchmarks.shared import (
+    logistic_systems,
     single_loop,
     single_loop_grid,
     single_loop_table,
-    soba_step,
 )
-from benchmarks.shared.single_loop import Drawn
-from hypergrad.tasks import cleaning
+from benchmarks.shared.single_loop import SeedProblem
+from hypergrad.bench import Row
 from tests.loops import run_loop
 
 
-def test_the_closed_form_of_quadratics_is_the_value_function():
-    """By exact hypergradients in float64: zero at a*, and values off it."""
+def test_closed_form_of_quadratics_is_the_value_function():
+    """Exact hypergradients in float64 vanish at a*, and values differ elsewhere."""
     inner, outer = quadratics.samples(0)
     best, Q = quadratics.closed_form(inner, outer)
     problem = hg.Bilevel(quadratics.inner_loss, quadratics.outer_loss, inner, outer)
-    look = hg.hypergradient(problem, hg.Implicit(hg.Newton(), hg.CG()))
+    gradient_fn = hg.hypergradient(problem, hg.Implicit(hg.Newton(), hg.CG()))
     w = jnp.zeros(quadratics.NUM_W)
-    at_best = look(w, jnp.asarray(best))
-    off = np.random.default_rng(0).normal(size=best.size)
-    there = look(w, jnp.asarray(best + off))
-    scale = np.linalg.norm(there.hypergradient)
+    at_best = gradient_fn(w, jnp.asarray(best))
+    shift = np.random.default_rng(0).normal(size=best.size)
+    shifted = gradient_fn(w, jnp.asarray(best + shift))
+    scale = np.linalg.norm(shifted.hypergradient)
     assert np.linalg.norm(at_best.hypergradient) < 1e-8 * scale
-    found = quadratics.suboptimality(best, Q, None, best + off, None)
-    np.testing.assert_allclose(found, there.value - at_best.value, rtol=1e-8)
+    actual = quadratics.suboptimality(best, Q, None, best + shift, None)
+    np.testing.assert_allclose(actual, shifted.value - at_best.value, rtol=1e-8)
 
 
-def small() -> logistic.Samples:
+def small() -> logistic_systems.Samples:
     """Two features, so that a brute grid of penalties can be trained."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 2)).astype(np.float32)
     y = (rng.random(300) < 1 / (1 + np.exp(-x[:, 0]))).astype(np.int32)
-    return logistic.Samples("300 of 2", x, y, 150)
+    return logistic_systems.Samples("300 of 2", x, y, 150)
 
 
 def trained(x: np.ndarray, y: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -63,7 +60,7 @@ def trained(x: np.ndarray, y: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def test_the_best_penalties_are_those_of_a_brute_grid():
     """And the metric is the distance of the value function to them."""
-    parts = logistic.split(small(), 0)
+    parts = logistic_systems.split(small(), 0)
     x, y = (np.asarray(parts["inner"][name], float) for name in "xy")
     far = {name: np.asarray(each, float) for name, each in parts["outer"].items()}
 
@@ -71,16 +68,23 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
         scores = far["x"] @ trained(x, y, alpha)
         return np.mean(np.logaddexp(0, scores) - far["y"] * scores)
 
-    ticks = np.linspace(logistic.LOW, logistic.HIGH, 29)
+    ticks = np.linspace(logistic_systems.LOW, logistic_systems.HIGH, 29)
     least = min(h(np.array([a, b])) for a in ticks for b in ticks)
-    start = np.zeros(2, np.float32), np.full(2, logistic.START, np.float32)
-    found = logistic.best(logistic.binary_loss, parts, *start)
+    start = np.zeros(2, np.float32), np.full(2, logistic_systems.INIT_ALPHA, np.float32)
+    found = logistic_systems.minimum(logistic_systems.binary_loss, parts, *start)
     assert least - 1e-3 < found < least + 1e-9
     alpha = np.array([-1.0, 0.5])
     wide = jax.tree.map(lambda x: jnp.asarray(x, float), parts)
     key = jax.random.key(0)
-    metric = logistic.suboptimality(
-        *(logistic.binary_loss, wide, found, jnp.zeros(2), jnp.asarray(alpha), key)
+    metric = logistic_systems.suboptimality(
+        *(
+            logistic_systems.binary_loss,
+            wide,
+            found,
+            jnp.zeros(2),
+            jnp.asarray(alpha),
+            key,
+        )
     )
     np.testing.assert_allclose(metric, h(alpha) - found, rtol=1e-6)
 
@@ -99,72 +103,71 @@ def test_the_evaluated_steps_are_those_of_minimize(steps: int, points: int):
         eval_every=single_loop.spacing(steps, points),
     )
     there = np.flatnonzero(np.isfinite(trace.metrics["alpha"]))
-    np.testing.assert_array_equal(there, single_loop.evaluated(steps, points))
+    np.testing.assert_array_equal(there, single_loop.evaluated_steps(steps, points))
 
 
 def tiny() -> single_loop.System:
     """Quadratics of 200 samples and few rates."""
 
-    def draw(arrays):
-        drawn = quadratics.plot(arrays)
+    def make_problem(arrays):
+        full = quadratics.make_problem(arrays)
         few = lambda data: hg.Batches(jax.tree.map(lambda x: x[:200], data.data), 20)
-        problem = drawn.problem
+        problem = full.problem
         problem = hg.Bilevel(
             *(problem.inner_loss, problem.outer_loss),
             *map(few, (problem.inner_data, problem.outer_data)),
         )
-        return Drawn(problem, *drawn[1:])
+        return SeedProblem(problem, *full[1:])
 
     return quadratics.SYSTEM._replace(
-        name="tiny", draw=draw, budget=30, batches=10, rates=(0.1, 0.01), ratios=(0.1,)
+        name="tiny",
+        make_problem=make_problem,
+        budget=30,
+        batches=10,
+        rates=(0.1, 0.01),
+        ratios=(0.1,),
     )
 
 
 @pytest.mark.slow
-def test_a_grid_chooses_and_its_table_goes_with_the_choice(tmp_path, monkeypatch):
-    """The lower of the ends; no more than the budget; the same seed, the same run."""
-    monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
-    system = tiny()
-    with pytest.raises(ValueError, match="tiny-grid"):
-        single_loop_table.measure(system, {"method": "SOBA", "seed": 0})
-    row = single_loop_grid.try_all(system, {"method": "SOBA"})
-    assert (row["rate"], row["ratio"]) in system.pairs
-    assert single_loop_grid.at_edge(row)
-    line = record.line({"method": "SOBA", "seed": 0} | row)
-    (tmp_path / "tiny-grid.jsonl").write_text(line)
-    found = single_loop_table.measure(system, {"method": "SOBA", "seed": 3})
-    assert (found["rate"], found["num_steps"]) == (row["rate"], row["num_steps"])
-    assert 0.9 * system.budget < found["gradient_equivalents"] <= system.budget
-    assert found["end"] == single_loop_table.end(found["curve"], found["curve_cost"])
-    assert len(found["curve"]) == len(found["curve_cost"]) > 10
-    again = single_loop_table.measure(system, {"method": "SOBA", "seed": 3})
-    assert again["curve"] == found["curve"]
-    for other, named in (
-        ({"about": lambda: "other data"}, "other data"),
-        ({"budget": 31}, "budget 30"),
-        ({"rates": (0.1, 0.02)}, "pairs of rates"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            single_loop_table.measure(
-                system._replace(**other), {"method": "SOBA", "seed": 3}
-            )
+def test_reported_runs_use_the_rates_that_tuning_chose():
+    """The lower final value is chosen; the budget is kept; equal seeds, equal runs."""
+    system, cell = tiny(), {"method": "SOBA", "seed": 3}
+    tuning = tuning_row(system, "SOBA")
+    assert (tuning["rate"], tuning["ratio"]) in system.pairs
+    assert single_loop_grid.at_edge(tuning)
+    row = single_loop_table.measure(system, cell, [tuning])
+    assert (row["rate"], row["num_steps"]) == (tuning["rate"], tuning["num_steps"])
+    assert 0.9 * system.budget < row["gradient_equivalents"] <= system.budget
+    assert row["end"] == single_loop_table.final_value(row["curve"], row["curve_cost"])
+    assert len(row["curve"]) == len(row["curve_cost"]) > 10
+    rerun = single_loop_table.measure(system, cell, [tuning])
+    assert rerun["curve"] == row["curve"]
+
+
+def tuning_row(system: single_loop.System, method: str) -> Row:
+    """Returns the row of the tuning stage as the runner stores it."""
+    cell = {"stage": "tuning", "method": method, "seed": 0}
+    return cell | single_loop_grid.tune(system, cell, [])
 
 
 def test_the_pair_is_chosen_whose_worse_run_is_lowest():
     """A run that broke off is as bad as can be; where all did, nothing is chosen."""
     pairs = [(1.0, 0.1), (0.1, 0.1), (0.01, 0.1)]
     ends = [[1e-9, np.nan], [1e-3, 1e-2], [1e-4, 1e-1]]
-    row = single_loop_grid.chosen(pairs, ends, "SOBA")
+    row = single_loop_grid.choose_rates(pairs, ends, "SOBA")
     assert (row["rate"], row["ratio"]) == (0.1, 0.1)
     assert row["ends"] == [np.inf, 1e-2, 1e-1]
     with pytest.raises(ValueError, match="SOBA"):
-        single_loop_grid.chosen(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+        single_loop_grid.choose_rates(pairs, [[np.nan, 1.0]] * 3, "SOBA")
 
 
 def test_an_edge_is_where_nothing_within_is_as_good():
     """Of nine pairs the middle one alone is within; among equals nothing is chosen."""
     pairs = [(rate, ratio) for rate in (1.0, 0.1, 0.01) for ratio in (0.3, 0.1, 0.03)]
-    row = lambda ends: single_loop_grid.chosen(pairs, [[end] for end in ends], "SOBA")
+    row = lambda ends: single_loop_grid.choose_rates(
+        pairs, [[end] for end in ends], "SOBA"
+    )
     assert single_loop_grid.at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
     assert single_loop_grid.at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
     assert not single_loop_grid.at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
@@ -183,9 +186,9 @@ def test_no_method_spends_more_than_its_budget():
     assert steps("SRBA") == 36
     assert steps("TTSA") == 50
     assert steps(single_loop.DOUBLE_LOOP) == 1
-    single_loop_table.within_budget("SOBA", 104.0, 100.0)
+    single_loop_table.check_budget("SOBA", 104.0, 100.0)
     with pytest.raises(ValueError, match="SOBA cost 106"):
-        single_loop_table.within_budget("SOBA", 106.0, 100.0)
+        single_loop_table.check_budget("SOBA", 106.0, 100.0)
 
 
 def test_random_search_keeps_the_best_so_far():
@@ -193,7 +196,7 @@ def test_random_search_keeps_the_best_so_far():
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     key = jax.random.key(0)
-    row = single_loop_table.by_random_search(system, 3000, arrays, key)
+    row = single_loop_table.random_search(system, 3000, arrays, key)
     start = quadratics.suboptimality(
         arrays["best"], arrays["Q"], None, jnp.zeros(10), None
     )
@@ -202,9 +205,9 @@ def test_random_search_keeps_the_best_so_far():
     assert row["num_steps"] > 2
     assert row["end"] == row["curve"][-1]
     assert row["gradient_equivalents"] <= row["curve_cost"][-1] == 3000
-    shorter = single_loop_table.by_random_search(system, 1500, arrays, key)
+    shorter = single_loop_table.random_search(system, 1500, arrays, key)
     assert shorter["end"] == row["curve"][system.points // 2 - 1]
-    poor = single_loop_table.by_random_search(system, 1, arrays, key)
+    poor = single_loop_table.random_search(system, 1, arrays, key)
     assert np.isnan(poor["curve"]).all()
     assert poor["end"] == np.inf
 
@@ -216,160 +219,65 @@ def rows_of(method: str, ends: list[float], **columns) -> list[dict]:
     ]
 
 
-def test_how_much_lower_is_a_ratio_paired_by_seed():
-    """Reproduced where its interval is above what is claimed; a broken run is said."""
+def test_final_values_are_compared_by_ratios_paired_by_seed():
+    """A claim needs its interval above the claimed ratio, and no broken run."""
     spread = np.exp(np.linspace(-1, 1, 5))
     rows = rows_of("A", list(0.01 * spread)) + rows_of("B", list(1.0 * spread))
-    verdict = single_loop_table.lower_end(rows, "A", "B", 10)
-    assert "100 [100, 100] times lower" in verdict.text
-    assert verdict.text.endswith(": reproduced")
-    assert not verdict.failed
-    verdict = single_loop_table.lower_end(rows, "A", "B", 200)
-    assert "not reproduced" in verdict.text
-    assert verdict.failed
-    assert not single_loop_table.lower_end(rows, "A", "B", 200, "(o) ").failed
+    compare = single_loop_table.compare_final_values
+    finding = compare(rows, "A", "B", 10)
+    assert "100 [100, 100] times lower" in finding.text
+    assert finding.outcome == "supported"
+    assert compare(rows, "A", "B", 200).outcome == "not supported"
+    assert compare(rows, "A", "B").outcome is None
     broken = [*rows[:-1], rows[-1] | {"end": None}]
-    assert single_loop_table.lower_end(broken, "A", "B", 10).failed
-    assert single_loop_table.lower_end(rows[:4] + rows[5:9], "A", "B", 10).failed
+    assert compare(broken, "A", "B", 10).outcome == "not supported"
+    assert compare(rows[:4] + rows[5:9], "A", "B", 10).outcome == "undecided"
 
 
-def test_who_is_first_at_a_plateau():
-    """Cost of the first evaluation within twice of the end."""
+def test_first_at_plateau_has_the_smallest_cost():
+    """The cost is that of the first evaluation within twice of the final value."""
     early = {"curve": [99.0, 1.9, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     late = {"curve": [99.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
     rows = rows_of("SOBA", [1.0] * 5, **early) + rows_of("SABA", [1.0] * 5, **late)
-    assert single_loop_table.first_there(rows, "SOBA").text.endswith(": reproduced")
-    assert "not reproduced" in single_loop_table.first_there(rows, "SABA").text
+    assert single_loop_table.first_at_plateau(rows, "SOBA").outcome == "supported"
+    assert single_loop_table.first_at_plateau(rows, "SABA").outcome == "not supported"
 
 
-def test_who_hardly_moved_is_at_no_plateau():
-    """An end less than ten times below the start."""
-    still = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 1.0, 20.0]}
-    fell = {"curve": [11.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
-    rows = rows_of("SOBA", [1.0] * 5, **fell) + rows_of("DARTS", [1.0] * 5, **still)
-    assert single_loop_table.first_there(rows, "SOBA").text.endswith(": reproduced")
-    assert "not reproduced" in single_loop_table.first_there(rows[5:], "DARTS").text
-
-
-def test_the_figure_of_a_step_shows_what_is_claimed(tmp_path, monkeypatch):
-    """A vertical line at five gradients."""
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
-    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
-    assert {soba_step.MOST_GRADIENTS} in drawn
-    assert (tmp_path / "step.png").exists()
-
-
-def test_the_gap_is_closed_by_parts():
-    """Baseline 80, oracle 90, a method at 86 on average: 60%."""
-    cells = [("baseline", 0.80), ("oracle", 0.90), ("SOBA", 0.86), ("SABA", 0.85)]
-    rows = [
-        {"method": method, "share": 0.5, "seed": seed, "accuracy": x + 0.01 * seed}
-        for method, x in cells
-        for seed in range(5)
-    ]
-    for method, part in (("SOBA", 0.6), ("SABA", 0.5)):
-        np.testing.assert_allclose(corruption.closed(rows, method, 0.5), part)
-    first, *rest = corruption.judge(rows)
-    assert "1 methods of the family close at least 60%" in first.text
-    assert first.text.endswith("not reproduced")
-    assert len(rest) == 2
+def test_runs_that_hardly_fell_have_no_plateau():
+    """Their final value is less than ten times below the first evaluation."""
+    flat = {"curve": [9.0, 1.9, 1.0], "curve_cost": [0.0, 1.0, 20.0]}
+    fallen = {"curve": [11.0, 2.1, 1.0], "curve_cost": [0.0, 10.0, 20.0]}
+    rows = rows_of("SOBA", [1.0] * 5, **fallen) + rows_of("DARTS", [1.0] * 5, **flat)
+    assert single_loop_table.first_at_plateau(rows, "SOBA").outcome == "supported"
+    finding = single_loop_table.first_at_plateau(rows[5:], "DARTS")
+    assert finding.outcome == "not supported"
 
 
 @pytest.mark.slow
-def test_batches_of_cleaning_are_its_losses_on_average():
-    """Value and both gradients over all batches of one, held-out examples and all."""
-    data = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
-    make = functools.partial(
-        cleaning.make, key=jax.random.key(0), hold_out=True, corruption=0.7, data=data
-    )
-    all_of, batched = make().problem, make(batch_size=1).problem
-    keys = jax.random.split(jax.random.key(1), 3)
-    w = {"W": jax.random.normal(keys[0], (64, 10)), "b": jnp.ones(10)}
-    alpha = jax.random.uniform(keys[1], (1000,))
-    for side in ("inner", "outer"):
-        loss, batch_loss = (
-            getattr(problem, f"{side}_loss") for problem in (all_of, batched)
-        )
-        batches = getattr(batched, f"{side}_data")
-        mean = lambda w, alpha, loss=batch_loss, batches=batches: jnp.mean(
-            jax.vmap(lambda i: loss(w, alpha, batches.take(i[None])))(
-                jnp.arange(batches.num_examples)
-            )
-        )
-        both = functools.partial(jax.value_and_grad, argnums=(0, 1))
-        expected = both(loss)(w, alpha, getattr(all_of, f"{side}_data"))
-        found = both(mean)(w, alpha)
-        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    wrong = cleaning.split(data, jax.random.key(0), True, 0.7)["train"]["wrong"]
-    assert 0.65 < np.mean(wrong) < 0.75
-
-
-@pytest.mark.slow
-def test_a_series_of_random_length_ends_within_the_budget(tmp_path, monkeypatch):
-    """It stays where its last evaluation was that the budget pays for."""
-    monkeypatch.setattr(single_loop_grid, "RESULTS", tmp_path)
+def test_series_of_random_length_end_within_the_budget():
+    """The run ends at its last evaluation that the budget pays for."""
     system = tiny()
-    row = single_loop_grid.try_all(system, {"method": "SUSTAIN"}) | {"num_steps": 200}
-    line = record.line({"method": "SUSTAIN", "seed": 0} | row)
-    (tmp_path / "tiny-grid.jsonl").write_text(line)
-    found = single_loop_table.measure(system, {"method": "SUSTAIN", "seed": 3})
-    cost, curve = (np.array(found[name]) for name in ("curve_cost", "curve"))
+    tuning = tuning_row(system, "SUSTAIN") | {"num_steps": 200}
+    row = single_loop_table.measure(system, {"method": "SUSTAIN", "seed": 3}, [tuning])
+    cost, curve = (np.array(row[name]) for name in ("curve_cost", "curve"))
     assert 0.8 * system.budget < cost[-1] <= system.budget
-    kept = np.unique(cost)
-    assert len(kept) < len(cost)
-    assert np.all(curve[cost == kept[-1]] == curve[-1])
-    assert found["end"] == single_loop_table.end(curve, cost)
-    assert found["gradient_equivalents"] == cost[-1]
-
-
-@pytest.mark.slow
-def test_weights_rest_where_the_budget_ends(monkeypatch):
-    """As in a run of fewer steps, which costs as much: six of 0.3 each."""
-    monkeypatch.setattr(corruption, "BUDGET", 2)
-    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
-    alpha, cost, _ = corruption.learn("SOBA", 12, (0.3, 0.1), data, lane)
-    run = functools.partial(corruption.weights, "SOBA", 6, paid=6)
-    shorter = jax.jit(run)(data, lane, 0.3, 0.1)
-    np.testing.assert_allclose(alpha, shorter.alpha, rtol=1e-5)
-    assert cost["gradient_equivalents"] == pytest.approx(1.8)
-    assert cost["num_hvps"] == pytest.approx(0.6)
-
-
-def test_random_search_takes_the_best_that_was_paid_for(monkeypatch):
-    """Not a trial that ended beyond the budget, though it was begun within."""
-    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
-    trials = [
-        {"alpha": [[x]], "value": x, "cost": cost}
-        for x, cost in ((0.3, 40.0), (0.2, 90.0), (0.1, 101.0))
-    ]
-
-    def search(*args, trial_callback, **settings):
-        for trial in trials:
-            trial_callback(trial)
-        cost = jnp.array([trial["cost"] for trial in trials])
-        return types.SimpleNamespace(
-            value=jnp.array([trial["value"] for trial in trials]),
-            cost=cost,
-            stats={"num_grads": jnp.ones(3), "num_hvps": jnp.ones(3)},
-            status="completed",
-        )
-
-    monkeypatch.setattr(hg, "search", search)
-    alpha, cost, _ = corruption.by_random_search(100, data, lane)
-    assert alpha.tolist() == [0.2]
-    assert (cost["gradient_equivalents"], cost["num_grads"]) == (90.0, 2.0)
+    paid = np.unique(cost)
+    assert len(paid) < len(cost)
+    assert np.all(curve[cost == paid[-1]] == curve[-1])
+    assert row["end"] == single_loop_table.final_value(curve, cost)
+    assert row["gradient_equivalents"] == cost[-1]
 
 
 def test_a_run_ends_where_its_last_step_leads():
     """The last tenth of the cost alone counts, the alpha after the last step too."""
     cost = np.array([0.0, 50.0, 90.0, 100.0])
-    assert single_loop_table.end([9.0, 9.0, 4.0, 1.0], cost) == pytest.approx(2.0)
-    assert single_loop_table.end([9.0, 9.0, 4.0, np.nan], cost) == np.inf
-    assert single_loop_table.end([9.0, 1.0], np.array([0.0, 50.0])) == pytest.approx(
-        1.0
+    assert single_loop_table.final_value([9.0, 9.0, 4.0, 1.0], cost) == pytest.approx(
+        2.0
     )
+    assert single_loop_table.final_value([9.0, 9.0, 4.0, np.nan], cost) == np.inf
+    assert single_loop_table.final_value(
+        [9.0, 1.0], np.array([0.0, 50.0])
+    ) == pytest.approx(1.0)
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     given = arrays, jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0)
@@ -380,3 +288,12 @@ def test_a_run_ends_where_its_last_step_leads():
     np.testing.assert_allclose(found["curve"][-1], of(trace.alpha, None), rtol=1e-5)
     np.testing.assert_allclose(found["curve_cost"][0], 0, atol=1e-6)
     np.testing.assert_allclose(found["curve_cost"][1:], trace.cost, rtol=1e-5)
+
+
+def test_figure_of_a_step_shows_the_claimed_maximum(tmp_path, monkeypatch):
+    """A vertical line at five gradients."""
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
+    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    assert {soba_step.MAX_GRADIENTS} in drawn
+    assert (tmp_path / "step.png").exists()

@@ -9,9 +9,15 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, cast, central, ridge_outer, ridge_penalty
+from benchmarks.shared.reference_problems import (
+    cast,
+    central,
+    get_reference,
+    ridge_outer,
+    ridge_penalty,
+)
 
-RIDGE = any_known("ridge per-weight")
+RIDGE = get_reference("ridge per-weight")
 DATA, VAL, ALPHA = RIDGE.problem.inner_data, RIDGE.problem.outer_data, RIDGE.alpha
 W0 = jnp.zeros(6)
 
@@ -283,19 +289,19 @@ def test_argmin_nests_in_another():
 
 def test_implicit_is_the_gradient_through_argmin():
     """Both equal the closed form, on trees of parameters."""
-    known = any_known("smd 4 tilted")
-    problem = known.problem
+    reference = get_reference("smd 4 tilted")
+    problem = reference.problem
     solution_fn = hg.argmin(problem.inner_loss, hg.Newton())
 
     def value(alpha):
-        w = solution_fn(known.w, alpha, problem.inner_data)
+        w = solution_fn(reference.w, alpha, problem.inner_data)
         return problem.outer_value(w, alpha, problem.outer_data)
 
     gradient_fn = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
-    implicit = gradient_fn(known.w, known.alpha).hypergradient
-    gradient = jax.jit(jax.grad(value))(known.alpha)
+    implicit = gradient_fn(reference.w, reference.alpha).hypergradient
+    gradient = jax.jit(jax.grad(value))(reference.alpha)
     assert_close(gradient, implicit)
-    assert_close(gradient, known.exact(known.alpha))
+    assert_close(gradient, reference.exact(reference.alpha))
 
 
 def test_inside_scan_and_checkpoint():

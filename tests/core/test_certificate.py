@@ -11,7 +11,12 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, error, quadratic, two_losses
+from benchmarks.shared.reference_problems import (
+    error,
+    get_reference,
+    quadratic,
+    two_losses,
+)
 from hypergrad.implicit_diff import implicit_hypergradient, zero_adjoint
 from hypergrad.trees import relative_error
 from tests.loops import run_loop
@@ -22,7 +27,7 @@ from tests.random_problems import (
     random_problem,
 )
 
-RIDGE = any_known("ridge per-weight")
+RIDGE = get_reference("ridge per-weight")
 
 
 def differentiate(problem, w, alpha, linear_solver=hg.CG()):  # noqa: B008 - frozen
@@ -196,21 +201,23 @@ def test_error_along_a_flat_direction_is_measured():
 
 def test_fields_equal_their_formulas_on_a_quadratic():
     """A quadratic with spectrum [1, 10], at a distance of 0.1 from its minimum."""
-    known = quadratic("30", seed=2)
-    w = known.best(known.alpha) + 0.1
-    certificate = hg.certify(known.problem, w, known.alpha, strong_convexity=2.0)
-    exact = known.exact(known.alpha)
+    reference = quadratic("30", seed=2)
+    w = reference.solution(reference.alpha) + 0.1
+    certificate = hg.certify(
+        reference.problem, w, reference.alpha, strong_convexity=2.0
+    )
+    exact = reference.exact(reference.alpha)
     # Each of the two Newton steps leaves at most a thousandth of the error.
     assert error(certificate.corrected_hypergradient, exact) < 1e-6
-    assert error(certificate.corrected_w, known.best(known.alpha)) < 1e-6
-    hypergradient = jitted_differentiate(known.problem, w, known.alpha)
-    inner_grad_norm = np.linalg.norm(known.hessian @ np.full(30, 0.1))
+    assert error(certificate.corrected_w, reference.solution(reference.alpha)) < 1e-6
+    hypergradient = jitted_differentiate(reference.problem, w, reference.alpha)
+    inner_grad_norm = np.linalg.norm(reference.hessian @ np.full(30, 0.1))
     np.testing.assert_allclose(
         certificate.error_estimate, relative_error(hypergradient, exact), rtol=1e-6
     )
     np.testing.assert_allclose(certificate.inner_grad_norm, inner_grad_norm)
     assert certificate.corrected_grad_norm < 1e-6 * inner_grad_norm
-    eig_min, eig_max = np.linalg.eigvalsh(known.hessian)[[0, -1]]
+    eig_min, eig_max = np.linalg.eigvalsh(reference.hessian)[[0, -1]]
     assert eig_min * (1 - 1e-9) <= certificate.ritz_min <= 1.05 * eig_min
     assert 0.95 * eig_max <= certificate.ritz_max <= eig_max * (1 + 1e-9)
     assert not certificate.negative_curvature
@@ -244,12 +251,12 @@ def test_cost_equals_the_evaluations_of_the_inner_loss():
 
 def test_largest_error_of_several_losses_decides():
     """With K = 2 and a tree of parameters, only one of which the second loss reads."""
-    known = quadratic("nested", seed=1)
-    problem = two_losses(known, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
-    w_star = known.best(known.alpha)
-    assert hg.certify(problem, w_star, known.alpha).trusted
+    reference = quadratic("nested", seed=1)
+    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
+    w_star = reference.solution(reference.alpha)
+    assert hg.certify(problem, w_star, reference.alpha).trusted
     w_star["a"][0] += 0.3
-    wrong = hg.certify(problem, w_star, known.alpha)
+    wrong = hg.certify(problem, w_star, reference.alpha)
     assert not wrong.trusted
     assert wrong.error_estimate > 1e-2
 

@@ -12,11 +12,11 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 import hypergrad as hg
-from benchmarks.shared.known import (
-    any_known,
+from benchmarks.shared.reference_problems import (
     cast,
     error,
     flat,
+    get_reference,
     quadratic,
     ridge,
     ridge_outer,
@@ -49,7 +49,7 @@ def run_by_hand(reference, optimizer, u, num_steps, forward=None, project=None):
     for _ in range(num_steps):
         alpha, pullback = jax.vjp(forward, u)
         alphas.append(alpha)
-        w = reference.best(alpha)
+        w = reference.solution(alpha)
         values.append(
             reference.problem.outer_value(w, alpha, reference.problem.outer_data)
         )
@@ -66,7 +66,7 @@ def test_the_best_ridge_penalty_is_found():
     """SciPy minimizes the closed-form validation loss over one log-penalty."""
     reference = ridge("scalar", seed=3, n=15)
     data = reference.problem.outer_data
-    value = lambda a: float(ridge_outer(reference.best(a), a, data))
+    value = lambda a: float(ridge_outer(reference.solution(a), a, data))
     options = {"xatol": 1e-10}
     best = minimize_scalar(value, bounds=(-8, 4), method="bounded", options=options)
     trace = hg.minimize(
@@ -106,7 +106,7 @@ def test_a_run_equals_a_loop_by_hand(optimizer):
     assert error(trace.alphas, jnp.stack(alphas[:-1])) < 1e-9  # before each step
     assert error(trace.alpha, alphas[-1]) < 1e-9
     assert error(trace.value, values) < 1e-9
-    assert error(trace.w, QUADRATIC.best(alphas[-2])) < 1e-9
+    assert error(trace.w, QUADRATIC.solution(alphas[-2])) < 1e-9
 
 
 def test_the_optimizer_receives_the_outer_value():
@@ -164,7 +164,7 @@ def test_metrics_are_evaluated_every_few_steps_and_at_the_end():
     assert np.flatnonzero(~np.isnan(trace.metrics["alpha"])).tolist() == steps
     for name, expected in (
         ("alpha", [jnp.sum(alphas[i]) for i in steps]),
-        ("w", [jnp.sum(QUADRATIC.best(alphas[i])) for i in steps]),
+        ("w", [jnp.sum(QUADRATIC.solution(alphas[i])) for i in steps]),
         ("key", every.metrics["key"][np.array(steps)]),
     ):
         np.testing.assert_allclose(
@@ -189,7 +189,7 @@ def test_metrics_may_read_arrays_and_depend_on_the_step():
     mse = lambda data, w, alpha, key: 2 * ridge_outer(w, alpha, data)
     metrics = {"mse": jax.tree_util.Partial(mse, data), "ten times": StepMetric()}
     trace = run_quadratic(SGD, num_steps=3, metrics=metrics)
-    w = np.asarray(QUADRATIC.best(QUADRATIC.alpha))
+    w = np.asarray(QUADRATIC.solution(QUADRATIC.alpha))
     expected = np.mean((np.ones((5, 30)) @ w - np.arange(5)) ** 2)
     np.testing.assert_allclose(trace.metrics["mse"][0], expected, rtol=1e-9)
     assert trace.metrics["ten times"].tolist() == [0.0, 10.0, 20.0]
@@ -479,13 +479,13 @@ def test_the_first_of_equal_values_is_the_best():
 @pytest.mark.parametrize("warm_start", [True, False], ids=["warm", "cold"])
 def test_w_is_carried_from_step_to_step(kind, warm_start: bool):
     """With a constant alpha, ten runs of 20 inner steps are one of 200, if warm."""
-    reference = any_known("ridge scalar")
+    reference = get_reference("ridge scalar")
     estimator = kind(hg.Descent(optax.sgd(0.02), 20), warm_start=warm_start)
     trace = hg.minimize(
         reference.problem, estimator, optax.scale(0.0), reference.w, reference.alpha,
         num_steps=10,
     )  # fmt: skip
-    solution = np.asarray(reference.best(reference.alpha))
+    solution = np.asarray(reference.solution(reference.alpha))
     contraction = np.eye(len(solution)) - 0.02 * reference.hessian
     power = np.linalg.matrix_power(contraction, 200 if warm_start else 20)
     expected = solution + power @ (np.asarray(reference.w) - solution)
@@ -510,7 +510,7 @@ def test_the_adjoint_is_carried_from_step_to_step():
 
 def test_equal_keys_give_equal_runs():
     """To the bit; no key is key 0; another key is another run; batches are fresh."""
-    reference = any_known("logistic per-weight")
+    reference = get_reference("logistic per-weight")
     problem = hg.Bilevel(
         reference.problem.inner_loss, reference.problem.outer_loss,
         hg.Batches(reference.problem.inner_data, 8), reference.problem.outer_data,

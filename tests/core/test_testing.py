@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import central, dense, error
+from benchmarks.shared.reference_problems import central, dense, error
 from hypergrad.testing import quadratic
 
 SOLVER = hg.Descent(optax.sgd(0.5), 200)

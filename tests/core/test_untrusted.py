@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, error, flat, quadratic
+from benchmarks.shared.reference_problems import error, flat, get_reference, quadratic
 from tests.loops import ExactEstimator, run_loop
 
 NUM_STEPS = 8
@@ -78,7 +78,7 @@ def test_stop_ends_the_run_before_the_step():
     alphas = run_by_hand(np.ones(3))
     assert trace.status == "stopped: the hypergradient is not trusted"
     assert error(trace.alpha, alphas[2]) < 1e-9
-    assert error(trace.w, REFERENCE.best(alphas[2])) < 1e-9
+    assert error(trace.w, REFERENCE.solution(alphas[2])) < 1e-9
     assert error(trace.best_alpha, alphas[2]) < 1e-9
     assert np.isfinite(trace.value).tolist() == [True] * 4 + [False] * 4
     assert trace.stats["trusted"].tolist() == [True] * 3 + [False] * 5
@@ -165,7 +165,7 @@ def test_a_refined_implicit_estimate_is_the_closed_form(name: str, options: dict
 
     Two Newton steps leave a millionth of the distance, times 100 for the condition.
     """
-    reference = any_known(name)
+    reference = get_reference(name)
     estimator = hg.Implicit(hg.Descent(optax.sgd(reference.step), 3), **options)
     problem = reference.problem
     if estimator.adjoint_batch_size is not None:
@@ -185,7 +185,7 @@ def test_a_refined_implicit_estimate_is_the_closed_form(name: str, options: dict
 
 def test_a_refined_step_counts_both_estimates_of_implicit():
     """The counts of a step are the sums; its other statistics are of the second."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     estimator = hg.Implicit(hg.Descent(optax.sgd(reference.step), 3))
     trace = run_loop(
         reference.problem, estimator, optax.sgd(0.0), reference.w, reference.alpha,
@@ -209,7 +209,7 @@ def test_a_refined_step_counts_both_estimates_of_implicit():
 
 def test_a_tolerance_that_inner_steps_do_not_reach_is_refined():
     """Two inner steps do not reach 1e-3; with a Newton step per round they do."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     solver = hg.Descent(optax.sgd(reference.step), 2)
     estimator = hg.Implicit(solver, rtol=jnp.array([1e-3, 1e-2]))
     run = functools.partial(

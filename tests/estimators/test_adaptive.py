@@ -12,10 +12,10 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import (
-    any_known,
+from benchmarks.shared.reference_problems import (
     cast,
     error,
+    get_reference,
     hypertorch_inner,
     quadratic,
     two_losses,
@@ -39,7 +39,7 @@ from tests.random_problems import (
     random_problem,
 )
 
-LOGISTIC = any_known("logistic per-weight")
+LOGISTIC = get_reference("logistic per-weight")
 DESCENT = hg.Descent(sgd(LOGISTIC.step), 1000)
 MAX_STEPS = 3000
 
@@ -136,23 +136,23 @@ def counted_inner(w, alpha, batch):
 
 def run_on_grazzi(rtol, state=None, alpha=None, seed=0):
     """Returns the estimate and the next state."""
-    known, _ = grazzi()
-    data = known.problem.inner_data, known.problem.outer_data
-    problem = hg.Bilevel(counted_inner, known.problem.outer_loss, *data)
+    reference, _ = grazzi()
+    data = reference.problem.inner_data, reference.problem.outer_data
+    problem = hg.Bilevel(counted_inner, reference.problem.outer_loss, *data)
     estimator = hg.Implicit(GRAZZI_SOLVER, num_newton_steps=1, rtol=rtol)
-    alpha = known.alpha if alpha is None else alpha
-    state = estimator.init(problem, known.w, alpha) if state is None else state
+    alpha = reference.alpha if alpha is None else alpha
+    state = estimator.init(problem, reference.w, alpha) if state is None else state
     return estimate(estimator, problem, state, alpha, jax.random.key(seed))
 
 
 def test_every_estimate_of_a_run_meets_its_tolerance():
     """Later estimates of a moving alpha start warm and need fewer steps."""
-    known, _ = grazzi()
-    alpha, state, num_steps = known.alpha, None, []
+    reference, _ = grazzi()
+    alpha, state, num_steps = reference.alpha, None, []
     for seed in range(5):
         result, state = run_on_grazzi(1e-3, state, alpha, seed)
         assert result.trusted
-        assert error(result.hypergradient, known.exact(alpha)) <= 1e-3
+        assert error(result.hypergradient, reference.exact(alpha)) <= 1e-3
         num_steps.append(float(result.stats["num_inner_steps"]))
         alpha = alpha - result.hypergradient
     assert max(num_steps[1:]) < num_steps[0]
@@ -172,8 +172,8 @@ def min_cost(max_error):
 
     The minimum is over the number of inner steps and the tolerance of the adjoint.
     """
-    known, exact = grazzi()
-    problem, alpha = known.problem, known.alpha
+    reference, exact = grazzi()
+    problem, alpha = reference.problem, reference.alpha
 
     @jax.jit
     def trajectory():
@@ -181,7 +181,7 @@ def min_cost(max_error):
             w = w - 0.1 * jax.grad(problem.inner_loss)(w, alpha, problem.inner_data)
             return w, w
 
-        return jax.lax.scan(step, known.w, length=MAX_STEPS)[1]
+        return jax.lax.scan(step, reference.w, length=MAX_STEPS)[1]
 
     @jax.jit
     def differentiate(w, rtol):
@@ -258,16 +258,16 @@ def test_decreasing_tolerances_of_hoag_halve_the_inner_steps():
 )
 def test_newton_steps_meet_the_tolerance(solver, rtol):
     """Two losses of a tree, the second one without w, from the starting point."""
-    known = NESTED
-    problem = two_losses(known, lambda w, alpha, batch: alpha["a"] ** 2)
+    reference = NESTED
+    problem = two_losses(reference, lambda w, alpha, batch: alpha["a"] ** 2)
     estimator = hg.Implicit(solver, num_newton_steps=1, rtol=rtol)
-    result = run_estimator(problem, estimator, known.w, known.alpha)
+    result = run_estimator(problem, estimator, reference.w, reference.alpha)
     assert result.trusted
     first, second = (
         jax.tree.map(lambda leaf, k=k: leaf[k], result.hypergradient) for k in (0, 1)
     )
-    assert error(first, known.exact(known.alpha)) <= rtol
-    assert second["a"] == 2 * known.alpha["a"]
+    assert error(first, reference.exact(reference.alpha)) <= rtol
+    assert second["a"] == 2 * reference.alpha["a"]
 
 
 def test_single_precision_is_kept():
@@ -316,15 +316,15 @@ def test_interrupted_steps_are_the_beginning_of_a_whole_run():
 @pytest.mark.slow
 def test_adam_with_warm_starts_is_right_where_trusted():
     """Ten estimates of a moving alpha, each from the previous solution."""
-    known, _ = grazzi()
+    reference, _ = grazzi()
     estimator = hg.Implicit(hg.Descent(optax.adam(0.03), 1000), rtol=1e-2)
-    state = estimator.init(known.problem, known.w, known.alpha)
-    alpha, num_trusted = known.alpha, 0
+    state = estimator.init(reference.problem, reference.w, reference.alpha)
+    alpha, num_trusted = reference.alpha, 0
     for seed in range(10):
         key = jax.random.key(seed)
-        result, state = estimate(estimator, known.problem, state, alpha, key)
+        result, state = estimate(estimator, reference.problem, state, alpha, key)
         num_trusted += bool(result.trusted)
-        assert not is_wrongly_trusted(result, known.exact(alpha), 1e-2)
+        assert not is_wrongly_trusted(result, reference.exact(alpha), 1e-2)
         alpha = alpha - 5 * result.hypergradient
     assert num_trusted > 5
 

@@ -8,7 +8,14 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, dense, error, quadratic, ridge, two_losses
+from benchmarks.shared.reference_problems import (
+    dense,
+    error,
+    get_reference,
+    quadratic,
+    ridge,
+    two_losses,
+)
 from tests.loops import run_loop
 
 
@@ -29,7 +36,7 @@ def failed_flags(estimate: hg.Estimate) -> set[str]:
 
 def test_an_average_equals_a_loop_over_its_samples():
     """Each sample has its own key and warm start; costs add up, noise is flagged."""
-    reference, num_samples = any_known("ridge per-weight"), 4
+    reference, num_samples = get_reference("ridge per-weight"), 4
     problem, alpha = with_batches(reference, 8), reference.alpha
     estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 5), outer_batch_size=10)
     average = hg.Average(estimator, num_samples)
@@ -64,7 +71,7 @@ def test_the_standard_error_is_the_scatter_of_means():
     """Over 400 keys its mean square is the mean squared deviation, up to 15%."""
     reference = ridge("per-weight", n=200)
     estimator = hg.Implicit(
-        hg.ClosedForm(lambda alpha, batch: reference.best(reference.alpha)),
+        hg.ClosedForm(lambda alpha, batch: reference.solution(reference.alpha)),
         adjoint_batch_size=40,
         outer_batch_size=40,
     )
@@ -133,7 +140,7 @@ def test_unsuitable_estimators_raise():
             hg.Average(estimator)
     average = hg.Average(hg.SOBA(optax.sgd(0.1)))
     with pytest.raises(TypeError, match="single-loop"):
-        hg.hypergradient(any_known("ridge scalar").problem, average)
+        hg.hypergradient(get_reference("ridge scalar").problem, average)
 
 
 def test_several_samples_of_the_data_have_no_certificate():

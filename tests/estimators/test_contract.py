@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import dense, flat, quadratic, two_losses
+from benchmarks.shared.reference_problems import dense, flat, quadratic, two_losses
 from hypergrad.estimators.base import REASONS, STATS
 from tests.estimator_cases import (
     RIDGE,
@@ -158,7 +158,7 @@ def test_each_estimate_sees_one_episode(make_estimator):
     gradient_fn = hg.hypergradient(problem, estimator)
     batched = jax.vmap(lambda key: gradient_fn(jnp.zeros(6), alpha, key).hypergradient)
     actual = batched(jax.random.split(jax.random.key(0), 12))
-    expected = np.stack([known.exact(alpha) for known in episodes])
+    expected = np.stack([reference.exact(alpha) for reference in episodes])
     errors = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
     assert np.all(errors.min(axis=1) < 1e-9 * np.linalg.norm(expected))
     assert set(errors.argmin(axis=1)) == {0, 1, 2}

@@ -6,7 +6,13 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, dense, error, hypertorch, quadratic
+from benchmarks.shared.reference_problems import (
+    dense,
+    error,
+    get_reference,
+    hypertorch,
+    quadratic,
+)
 
 
 def run_estimator(reference, estimator, w=None):
@@ -19,7 +25,7 @@ def run_estimator(reference, estimator, w=None):
 )
 def test_many_terms_equal_the_closed_form(name, momentum):
     """The adjoint of gradient descent and of heavy ball converges to the argmin's."""
-    reference = any_known(name)
+    reference = get_reference(name)
     solver = hg.Descent(optax.sgd(reference.step, momentum), 600)
     estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms=600))
     assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
@@ -30,8 +36,8 @@ def test_many_terms_equal_the_closed_form(name, momentum):
 @pytest.mark.parametrize(("num_terms", "momentum"), [(1, None), (7, 0.3)])
 def test_k_terms_are_the_last_k_steps(num_terms, momentum):
     """At the fixed point, K terms equal reverse mode through the last K steps."""
-    reference = any_known("ridge per-weight")
-    solution = reference.best(reference.alpha)
+    reference = get_reference("ridge per-weight")
+    solution = reference.solution(reference.alpha)
     solver = hg.Descent(optax.sgd(reference.step, momentum), 30)
     truncated = hg.Unrolled(solver, truncation_length=num_terms)
     actual = run_estimator(reference, hg.FixedPoint(solver, num_terms), solution)
@@ -79,7 +85,7 @@ def test_an_early_stop_is_flagged(num_steps, num_terms, failed):
 
 def test_several_losses_and_keyed_batches():
     """K losses give a leading axis; the map uses all data of keyed batches."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     data, outer_data = reference.problem.inner_data, reference.problem.outer_data
     inner_loss = reference.problem.inner_loss
     losses = (reference.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w))

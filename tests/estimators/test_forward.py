@@ -11,7 +11,14 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, central, dense, error, quadratic, two_losses
+from benchmarks.shared.reference_problems import (
+    central,
+    dense,
+    error,
+    get_reference,
+    quadratic,
+    two_losses,
+)
 
 KINDS = {"forward": hg.Forward, "reverse": hg.Unrolled}
 TUNED_SGD = lambda alpha: optax.sgd(jnp.exp(alpha["rate"]), alpha["momentum"])
@@ -30,7 +37,7 @@ class TunedRun(NamedTuple):
 @pytest.fixture(scope="module")
 def tuned_run() -> TunedRun:
     """Both modes at one alpha and key."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     inner_loss, outer_loss = reference.problem.inner_loss, reference.problem.outer_loss
     problem = hg.Bilevel(
         lambda w, alpha, batch: inner_loss(w, alpha["l2"], batch),
@@ -100,7 +107,7 @@ def test_a_tuned_optimizer_has_no_distance_to_implicit(tuned_run):
 
 def test_certify_measures_the_distance_to_the_argmin():
     """The certificate finds the error as a derivative at the argmin; it is counted."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     solver = hg.Descent(optax.sgd(reference.step), 10)
     estimator = hg.Forward(solver, certify=True)
     estimate = hg.hypergradient(reference.problem, estimator)(
@@ -145,7 +152,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
 def test_the_derivative_by_a_shared_rate_is_the_sum_over_its_steps():
     """A piecewise constant schedule adds up the derivatives by its steps' rates."""
-    reference = any_known("ridge scalar")
+    reference = get_reference("ridge scalar")
     num_steps, num_values = 12, 3
     problem = hg.Bilevel(
         lambda w, alpha, batch: reference.problem.inner_loss(w, -1.0, batch),

@@ -9,7 +9,12 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, error, quadratic, quadratic_outer
+from benchmarks.shared.reference_problems import (
+    error,
+    get_reference,
+    quadratic,
+    quadratic_outer,
+)
 
 
 def run_estimator(reference, estimator, w=None):
@@ -19,13 +24,13 @@ def run_estimator(reference, estimator, w=None):
 
 # Equal results.
 
-REFERENCE = any_known("logistic per-weight")
+REFERENCE = get_reference("logistic per-weight")
 
 
 def test_truncation_equals_the_neumann_series():
     """At a stationary point K terms of the series are the last K steps of descent."""
     num_terms, step_size = 5, 0.3 * REFERENCE.step
-    solution = REFERENCE.best(REFERENCE.alpha)
+    solution = REFERENCE.solution(REFERENCE.alpha)
     solver = hg.Descent(optax.sgd(step_size), num_terms + 3)
     series = hg.Implicit(solver, hg.Neumann(num_terms, step_size))
     expected = run_estimator(REFERENCE, series, solution).hypergradient
@@ -86,7 +91,7 @@ CONSTANT_SGD = optax.sgd(0.05)
 )
 def test_warm_starts_continue_the_inner_run(kind, optimizer, warm_start, is_warm):
     """Five warm estimates of 20 steps are 100 steps; cold ones repeat the first."""
-    reference = any_known("ridge scalar")
+    reference = get_reference("ridge scalar")
     estimator = kind(hg.Descent(optimizer, 20), warm_start=warm_start)
     state = estimator.init(reference.problem, reference.w, reference.alpha)
     estimate_fn = jax.jit(functools.partial(estimator.estimate, reference.problem))
@@ -100,7 +105,7 @@ def test_warm_starts_continue_the_inner_run(kind, optimizer, warm_start, is_warm
 
 @jax.jit
 def ridge_grad(w):
-    reference = any_known("ridge scalar")
+    reference = get_reference("ridge scalar")
     return jax.grad(reference.problem.inner_loss)(
         w, reference.alpha, reference.problem.inner_data
     )
@@ -111,7 +116,7 @@ def ridge_grad(w):
 
 def test_the_bias_of_an_early_stop_is_linear_in_the_inner_error():
     """The error of Implicit is first order in ||w - w*||."""
-    solution = REFERENCE.best(REFERENCE.alpha)
+    solution = REFERENCE.solution(REFERENCE.alpha)
     exact = REFERENCE.exact(REFERENCE.alpha)
     estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: batch["w"]))
     direction = np.random.default_rng(0).normal(size=solution.shape)
@@ -145,7 +150,7 @@ def truncation_errors(reference, num_steps, lengths):
 
 def test_the_truncation_estimate_is_exact_for_one_mode():
     """If every step contributes 0.3 of the next, the geometric series is exact."""
-    actual, estimated = truncation_errors(any_known("quadratic 0-d"), 12, [2, 5])
+    actual, estimated = truncation_errors(get_reference("quadratic 0-d"), 12, [2, 5])
     assert np.all(actual > 1e-5)
     # The estimate is relative to the truncated derivative, the error to the full one.
     np.testing.assert_allclose(estimated / actual, 1, atol=2 * actual.max())
@@ -155,7 +160,7 @@ def test_the_truncation_estimate_is_exact_for_one_mode():
 def test_the_truncation_estimate_falls_as_the_error():
     """With 30 modes it is within a factor 10 of the error; a single step has none."""
     actual, estimated = truncation_errors(
-        any_known("quadratic 30"), 200, [4, 16, 64, 1]
+        get_reference("quadratic 30"), 200, [4, 16, 64, 1]
     )
     ratios = estimated[:-1] / actual[:-1]
     assert np.all((ratios > 0.1) & (ratios < 10))

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypergrad as hg
-from benchmarks.shared.known import (
-    any_known,
+from benchmarks.shared.reference_problems import (
     cast,
     central,
     dense,
     error,
+    get_reference,
     logistic_outer,
     quadratic,
 )
@@ -45,7 +45,7 @@ from tests.estimator_cases import (
     stored_w,
 )
 
-LOGISTIC = any_known("logistic per-weight")
+LOGISTIC = get_reference("logistic per-weight")
 QUADRATIC = quadratic("30", seed=2)
 QUADRATIC_FORMULA = hg.ClosedForm(quadratic_solution)
 
@@ -63,11 +63,13 @@ QUADRATIC_FORMULA = hg.ClosedForm(quadratic_solution)
 )
 def test_estimate_equals_the_closed_form(name, linear_solver):
     """Closed forms, or a dense solve where Newton's method in NumPy ends."""
-    known = any_known(name)
-    solver = converging_descent(known, 3000 if name.startswith("smd") else 300)
-    estimate = run_estimator(known, hg.Implicit(solver, LINEAR_SOLVERS[linear_solver]))
-    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
-    assert error(estimate.w, known.best(known.alpha)) < 1e-9
+    reference = get_reference(name)
+    solver = converging_descent(reference, 3000 if name.startswith("smd") else 300)
+    estimate = run_estimator(
+        reference, hg.Implicit(solver, LINEAR_SOLVERS[linear_solver])
+    )
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
+    assert error(estimate.w, reference.solution(reference.alpha)) < 1e-9
     assert estimate.trusted
     assert estimate.reasons == ()
 
@@ -87,7 +89,7 @@ def test_every_inner_solver_reaches_the_closed_form(solver):
 def test_estimate_equals_central_differences():
     """Fourth-order differences of the outer value at a Newton point of NumPy."""
     val = LOGISTIC.problem.outer_data
-    value = lambda alpha: logistic_outer(LOGISTIC.best(alpha), alpha, val)
+    value = lambda alpha: logistic_outer(LOGISTIC.solution(alpha), alpha, val)
     estimate = run_estimator(LOGISTIC, hg.Implicit(hg.Newton()))
     assert error(estimate.hypergradient, central(value, LOGISTIC.alpha, 1e-2)) < 1e-7
 
@@ -95,20 +97,20 @@ def test_estimate_equals_central_differences():
 @pytest.mark.parametrize("structure", ["0-d", "1", "cI"])
 def test_one_eigenvalue_needs_one_product(structure):
     """CG solves ``H = c I`` in one step; the final product makes two."""
-    known = quadratic(structure)
-    estimate = run_estimator(known, hg.Implicit(converging_descent(known)))
+    reference = quadratic(structure)
+    estimate = run_estimator(reference, hg.Implicit(converging_descent(reference)))
     assert estimate.stats["num_hvps"] <= 2
-    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
 
 
 @given(seed=st.integers(0, 10_000), condition=st.sampled_from([1.5, 5.0, 19.0]))
 @settings(max_examples=25, deadline=None)
 def test_number_of_products_is_near_the_dimension(seed, condition):
     """CG needs at most ``dim + 3`` steps for a condition below 20."""
-    known = quadratic("30", seed, condition)
-    estimate = run_estimator(known, hg.Implicit(QUADRATIC_FORMULA))
-    assert estimate.stats["num_hvps"] <= known.w.size + 3 + 1
-    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+    reference = quadratic("30", seed, condition)
+    estimate = run_estimator(reference, hg.Implicit(QUADRATIC_FORMULA))
+    assert estimate.stats["num_hvps"] <= reference.w.size + 3 + 1
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
 
 
 def test_outer_loss_without_w_has_only_the_direct_term():
@@ -164,10 +166,10 @@ def test_hvp_fn_replaces_the_hessian_in_the_solve():
 )
 def test_published_errors_on_the_logistic_problem_of_grazzi(method, number):
     """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
-    known, exact = grazzi()
+    reference, exact = grazzi()
     linear_solvers = {"CG": hg.CG(max_steps=number), "Neumann": hg.Neumann(number, 0.1)}
     solver = hg.Descent(sgd(0.1), 100)
-    estimate = run_estimator(known, hg.Implicit(solver, linear_solvers[method]))
+    estimate = run_estimator(reference, hg.Implicit(solver, linear_solvers[method]))
     assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
     expected = GRAZZI_ERRORS[method, number]
     assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
@@ -221,18 +223,21 @@ def test_early_stop_of_the_inner_loop_is_not_trusted(name):
 )
 def test_no_trusted_estimate_is_far_off(name, linear_solver):
     """Inner solutions with random errors from 1e-6 to 1 of their norm."""
-    known = any_known(name)
-    w_star, exact = known.best(known.alpha), known.exact(known.alpha)
+    reference = get_reference(name)
+    w_star, exact = (
+        reference.solution(reference.alpha),
+        reference.exact(reference.alpha),
+    )
     linear_solver = LINEAR_SOLVERS[linear_solver]
     estimator = hg.Implicit(hg.ClosedForm(stored_w), linear_solver)
-    losses = known.problem.inner_loss, known.problem.outer_loss
+    losses = reference.problem.inner_loss, reference.problem.outer_loss
     rng, trusted, errors = np.random.default_rng(0), [], []
     for size in np.logspace(-6, 0, 25):
         offset = rng.normal(size=w_star.shape)
         offset *= size * np.linalg.norm(w_star) / np.linalg.norm(offset)
-        data = known.problem.inner_data | {"w": w_star + offset}
-        problem = hg.Bilevel(*losses, data, known.problem.outer_data)
-        estimate = hg.hypergradient(problem, estimator)(known.w, known.alpha)
+        data = reference.problem.inner_data | {"w": w_star + offset}
+        problem = hg.Bilevel(*losses, data, reference.problem.outer_data)
+        estimate = hg.hypergradient(problem, estimator)(reference.w, reference.alpha)
         trusted.append(bool(estimate.trusted))
         errors.append(error(estimate.hypergradient, exact))
     trusted, errors = np.array(trusted), np.array(errors)
@@ -463,16 +468,16 @@ def test_batch_estimates_are_those_of_single_examples():
     ``H`` and ``J`` are those of one inner example, ``b`` that of one outer example, so
     that the mean over outer examples is the full hypergradient.
     """
-    problem, known = ridge_of_five_examples()
-    solver = hg.Descent(sgd(known.step), 400)
+    problem, reference = ridge_of_five_examples()
+    solver = hg.Descent(sgd(reference.step), 400)
     estimator = hg.Implicit(solver, adjoint_batch_size=1, outer_batch_size=1)
     gradient_fn = hg.hypergradient(problem, estimator)
-    num_keys, num_examples = 400, known.alpha.size
+    num_keys, num_examples = 400, reference.alpha.size
     keys = jax.random.split(jax.random.key(3), num_keys)
-    run = lambda key: gradient_fn(known.w, known.alpha, key).hypergradient
+    run = lambda key: gradient_fn(reference.w, reference.alpha, key).hypergradient
     actual = np.asarray(jax.vmap(run)(keys))
     pairs = [(i, j) for i in range(num_examples) for j in range(num_examples)]
-    expected = np.array([batch_hypergradient(known, *pair) for pair in pairs])
+    expected = np.array([batch_hypergradient(reference, *pair) for pair in pairs])
     distance = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
     scale = np.linalg.norm(expected, axis=-1).max()
     assert np.all(distance.min(axis=1) < 1e-9 * scale)
@@ -480,8 +485,8 @@ def test_batch_estimates_are_those_of_single_examples():
     probability = 1 / len(pairs)
     standard_deviation = np.sqrt(num_keys * probability * (1 - probability))
     assert np.all(np.abs(counts - num_keys * probability) < 4 * standard_deviation)
-    by_outer = [batch_hypergradient(known, None, j) for j in range(num_examples)]
-    full = np.asarray(known.exact(known.alpha))
+    by_outer = [batch_hypergradient(reference, None, j) for j in range(num_examples)]
+    full = np.asarray(reference.exact(reference.alpha))
     np.testing.assert_allclose(np.mean(by_outer, axis=0), full, rtol=1e-9)
 
 

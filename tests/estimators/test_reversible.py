@@ -10,7 +10,12 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, central, error, quadratic
+from benchmarks.shared.reference_problems import (
+    central,
+    error,
+    get_reference,
+    quadratic,
+)
 from hypergrad.estimators import reversible_arithmetic as arithmetic
 from hypergrad.trees import random_like
 
@@ -29,7 +34,7 @@ def run_estimator(reference, estimator):
 
 def test_equals_reverse_mode_up_to_the_resolution():
     """1000 steps give the derivative of the same steps in floating point."""
-    reference, num_steps = any_known("logistic per-weight"), 1000
+    reference, num_steps = get_reference("logistic per-weight"), 1000
     unrolled = hg.Unrolled(hg.Descent(optax.sgd(0.3, MOMENTUM), num_steps))
     actual = run_estimator(reference, hg.Reversible(0.3, MOMENTUM, num_steps))
     expected = run_estimator(reference, unrolled)
@@ -74,7 +79,7 @@ def test_rates_momenta_and_initial_points_are_differentiated():
 
 def test_mini_batches_equal_central_differences():
     """Both directions see the same batches."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     problem = hg.Bilevel(
         reference.problem.inner_loss,
         reference.problem.outer_loss,

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, cast, central, error
+from benchmarks.shared.reference_problems import cast, central, error, get_reference
 from tests.estimator_cases import (
     GRAZZI_ERRORS,
     RIDGE,
@@ -31,10 +31,10 @@ from tests.estimator_cases import (
 @pytest.mark.parametrize("name", ["ridge per-example", "smd 1"])
 def test_converged_run_has_the_closed_form(name):
     """After convergence the target 'solver' agrees with the target 'argmin'."""
-    known = any_known(name)
-    solver = converging_descent(known, 3000 if name.startswith("smd") else 300)
-    estimate = run_estimator(known, hg.Unrolled(solver, checkpoint=False))
-    assert error(estimate.hypergradient, known.exact(known.alpha)) < 1e-9
+    reference = get_reference(name)
+    solver = converging_descent(reference, 3000 if name.startswith("smd") else 300)
+    estimate = run_estimator(reference, hg.Unrolled(solver, checkpoint=False))
+    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
     assert estimate.trusted
 
 
@@ -71,9 +71,9 @@ def test_no_steps_have_a_zero_derivative():
 )
 def test_published_errors_of_truncation(number):
     """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
-    known, exact = grazzi()
+    reference, exact = grazzi()
     solver = hg.Descent(sgd(0.1), 100)
-    estimate = run_estimator(known, hg.Unrolled(solver, truncation_length=number))
+    estimate = run_estimator(reference, hg.Unrolled(solver, truncation_length=number))
     assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
     expected = GRAZZI_ERRORS["truncated", number]
     assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
@@ -202,30 +202,30 @@ def test_schedule_with_one_rate_per_step():
 @pytest.mark.parametrize("with_key", [False, True], ids=["batches", "keyed batches"])
 def test_run_on_batches_is_differentiated(with_key):
     """Central differences of the value, at the same key."""
-    known = any_known("ridge scalar")
-    train, val = known.problem.inner_data, known.problem.outer_data
+    reference = get_reference("ridge scalar")
+    train, val = reference.problem.inner_data, reference.problem.outer_data
     loss = noisy_ridge if with_key else ridge_penalty
     problem = hg.Bilevel(
         loss, ridge_outer, hg.Batches(train, 8, with_key=with_key), val
     )
     gradient_fn = hg.hypergradient(problem, hg.Unrolled(hg.Descent(sgd(0.1), 20)))
     key = jax.random.key(5)
-    value = lambda alpha: gradient_fn(known.w, alpha, key).value
-    actual = gradient_fn(known.w, known.alpha, key).hypergradient
-    assert error(actual, central(value, known.alpha, 1e-2)) < 1e-8
+    value = lambda alpha: gradient_fn(reference.w, alpha, key).value
+    actual = gradient_fn(reference.w, reference.alpha, key).hypergradient
+    assert error(actual, central(value, reference.alpha, 1e-2)) < 1e-8
 
 
 def test_outer_batches_are_unbiased():
     """Each estimate is that of one outer example, and every example occurs."""
-    problem, known = ridge_of_five_examples()
-    solver = hg.Descent(sgd(known.step), 400)
+    problem, reference = ridge_of_five_examples()
+    solver = hg.Descent(sgd(reference.step), 400)
     gradient_fn = hg.hypergradient(problem, hg.Unrolled(solver, outer_batch_size=1))
     keys = jax.random.split(jax.random.key(3), 60)
-    run = lambda key: gradient_fn(known.w, known.alpha, key).hypergradient
+    run = lambda key: gradient_fn(reference.w, reference.alpha, key).hypergradient
     actual = np.asarray(jax.vmap(run)(keys))
-    num_examples = known.alpha.size
+    num_examples = reference.alpha.size
     expected = np.array(
-        [batch_hypergradient(known, None, j) for j in range(num_examples)]
+        [batch_hypergradient(reference, None, j) for j in range(num_examples)]
     )
     distance = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
     assert np.all(distance.min(axis=1) < 1e-9)

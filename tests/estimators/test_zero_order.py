@@ -9,7 +9,13 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known, dense, error, quadratic, two_losses
+from benchmarks.shared.reference_problems import (
+    dense,
+    error,
+    get_reference,
+    quadratic,
+    two_losses,
+)
 from hypergrad.problem import EstimateData
 
 HALF_STEPS = hg.Descent(optax.sgd(0.5), 100)
@@ -47,7 +53,7 @@ def nested_two_losses():
 )
 def test_the_bias_of_the_penalty_falls_with_its_strength(name, symmetric, rate):
     """The error falls as 1 / l, and as 1 / l^2 if symmetric."""
-    reference = any_known(name)
+    reference = get_reference(name)
     exact, strengths = reference.exact(reference.alpha), np.array([30.0, 100.0, 300.0])
     solver = hg.Descent(optax.sgd(reference.step), 600)
     estimators = [hg.Penalty(solver, l, symmetric=symmetric) for l in strengths]
@@ -119,7 +125,7 @@ def test_one_sided_penalties_of_several_losses_equal_the_closed_form():
 )
 def test_the_penalty_counts_its_outer_evaluations(symmetric, batch_size):
     """Every step of a nudged solve evaluates the outer loss, mini-batch steps too."""
-    reference, num_calls = any_known("ridge per-weight"), 0
+    reference, num_calls = get_reference("ridge per-weight"), 0
 
     def count():
         nonlocal num_calls
@@ -200,7 +206,7 @@ def test_central_differences_of_runs_equal_the_dense_solution(nested_two_losses)
 
 def test_the_error_of_central_differences_is_second_order():
     """On a finite run the error against reverse mode falls as epsilon^2."""
-    reference = any_known("logistic per-weight")
+    reference = get_reference("logistic per-weight")
     solver = hg.Descent(optax.sgd(0.5), 10)
     exact = run_estimator(reference, hg.Unrolled(solver)).hypergradient
     epsilons = np.array([1e-3, 3e-3, 1e-2, 3e-2])
@@ -220,7 +226,7 @@ def test_the_error_of_central_differences_is_second_order():
 
 def test_evolution_has_the_error_of_gaussian_samples():
     """The relative error is sqrt((N + 1) / n), and the standard error estimates it."""
-    reference, num_pairs = any_known("ridge per-weight"), 8
+    reference, num_pairs = get_reference("ridge per-weight"), 8
     exact = np.asarray(reference.exact(reference.alpha))
     solver = hg.ClosedForm(ridge_solution)
     estimator = hg.Evolution(solver, 1e-3, num_pairs)

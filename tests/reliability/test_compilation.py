@@ -17,8 +17,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.known import (
-    Known,
+from benchmarks.shared.reference_problems import (
+    ReferenceProblem,
     error,
     logistic,
     logistic_inner,
@@ -54,19 +54,19 @@ class TraceCounter:
         return self.loss(w, alpha, batch)
 
 
-def count_traces(reference: Known) -> tuple[TraceCounter, TraceCounter]:
+def count_traces(reference: ReferenceProblem) -> tuple[TraceCounter, TraceCounter]:
     problem = reference.problem
     return TraceCounter(problem.inner_loss), TraceCounter(problem.outer_loss)
 
 
-def with_losses(losses, reference: Known) -> hg.Bilevel:
+def with_losses(losses, reference: ReferenceProblem) -> hg.Bilevel:
     return hg.Bilevel(
         *losses, reference.problem.inner_data, reference.problem.outer_data
     )
 
 
 @functools.cache
-def reference(seed: int = 0) -> Known:
+def reference(seed: int = 0) -> ReferenceProblem:
     return logistic("per-weight", seed)
 
 
@@ -207,7 +207,7 @@ def test_jit_changes_no_estimate(name: str):
         assert bool(actual.trusted) == bool(expected.trusted)
 
 
-def with_batches(reference: Known) -> hg.Bilevel:
+def with_batches(reference: ReferenceProblem) -> hg.Bilevel:
     problem = reference.problem
     return hg.Bilevel(
         problem.inner_loss, problem.outer_loss,

@@ -11,7 +11,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.shared.known import central, error
+from benchmarks.shared.reference_problems import central, error
 from hypergrad import surrogates as sg
 from hypergrad.surrogates import pairs
 from hypergrad.surrogates.retrieval import top_memberships

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
-from benchmarks.shared.known import central
+from benchmarks.shared.reference_problems import central
 from hypergrad import surrogates as sg
 from hypergrad.surrogates.soft_rank import pool_adjacent_violators
 from tests.surrogates.surrogate_cases import make_rng, sample_smooth

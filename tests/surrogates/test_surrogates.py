@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from benchmarks.shared.known import central, error
+from benchmarks.shared.reference_problems import central, error
 from hypergrad import surrogates as sg
 from tests.surrogates.surrogate_cases import (
     CASES,

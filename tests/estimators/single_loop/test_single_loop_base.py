@@ -12,7 +12,7 @@ import pytest
 from optax.tree import sub
 
 import hypergrad as hg
-from benchmarks.shared.known import any_known
+from benchmarks.shared.reference_problems import get_reference
 from hypergrad.cost import COST_STATS
 from hypergrad.estimators.single_loop import (
     SingleLoop,
@@ -200,7 +200,7 @@ def test_residual_is_relative_to_the_right_side():
 
 def test_only_a_certificate_makes_an_estimate_trusted():
     """Estimates state the reason; a certificate replaces it once the run converged."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     soba = hg.SOBA(optax.sgd(reference.step))
     trace = run_loop(
         reference.problem, soba, optax.sgd(0.01), reference.w, reference.alpha,
@@ -221,7 +221,7 @@ def test_starting_point_may_depend_on_alpha():
 
 def test_bias_of_f2sa_is_inversely_proportional_to_its_penalty():
     """The slope of log error against log penalty is -1 at one ``alpha``."""
-    reference = any_known("ridge per-weight")
+    reference = get_reference("ridge per-weight")
     problem, w, alpha = reference.problem, reference.w, reference.alpha
 
     @jax.jit

@@ -18,8 +18,8 @@ def test_step_holds_few_copies_of_w():
 def test_timed_step_equals_the_step_in_plain_jax(monkeypatch):
     """The step of the benchmark and the plain one agree on equal examples."""
     monkeypatch.setattr(soba_step, "SIZES", (20, 30, 10))
-    w, alpha, data, key = soba_step.shapes()
-    state = soba_step.begin(w, alpha, data)
+    w, alpha, data, key = soba_step.sample_arrays()
+    state = soba_step.init_state(w, alpha, data)
     data = jax.tree.map(lambda x: jnp.tile(x[:1], (len(x), 1)), data)
     v = jax.tree.map(jnp.ones_like, w)
     state = eqx.tree_at(lambda s: s.v, state, v)

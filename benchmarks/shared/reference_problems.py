@@ -1,8 +1,7 @@
-"""Bilevel problems whose hypergradient is known from a formula or a dense solve.
+"""Bilevel problems whose hypergradient follows from a formula or a dense solve.
 
-Losses are module-level functions, so that problems of one shape share a compiled
-program. Everything exact is NumPy in float64, or `dense`, which uses nothing of
-`hypergrad` but the losses.
+Losses are module-level functions, so that problems of one shape share a program. Exact
+values come from NumPy in float64 or from `dense`, which uses only the losses.
 """
 
 import functools
@@ -20,98 +19,111 @@ import hypergrad as hg
 flat = lambda tree: ravel_pytree(tree)[0]
 
 
-class Known(NamedTuple):
-    """A problem, where to begin, and what is known of it."""
+class ReferenceProblem(NamedTuple):
+    """A problem with its exact hypergradient and inner solution.
+
+    Attributes:
+      problem: The bilevel problem.
+      w, alpha: Initial values.
+      exact: ``alpha -> hypergradient``, structured like ``alpha``.
+      solution: ``alpha -> w*``, structured like ``w``.
+      hessian: Hessian of the inner loss at ``w*(alpha)``.
+    """
 
     problem: hg.Bilevel
     w: Any
     alpha: Any
-    exact: Callable[[Any], Any]  # alpha -> hypergradient, structured like alpha
-    best: Callable[[Any], Any]  # alpha -> w*, structured like w
-    hessian: np.ndarray  # of the inner loss at w*(alpha)
+    exact: Callable[[Any], Any]
+    solution: Callable[[Any], Any]
+    hessian: np.ndarray
 
     @property
     def step(self) -> float:
-        """The step size with which gradient descent contracts fastest."""
-        ends = np.linalg.eigvalsh(self.hessian)[[0, -1]]
-        return float(2 / ends.sum())
+        """Step size with which gradient descent contracts fastest."""
+        eigenvalues = np.linalg.eigvalsh(self.hessian)[[0, -1]]
+        return float(2 / eigenvalues.sum())
 
 
-def error(found: Any, exact: Any) -> float:
-    """Relative distance of two pytrees, in the Euclidean norm."""
-    assert jax.tree.structure(found) == jax.tree.structure(exact)
-    found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
-    exact = np.concatenate([np.ravel(x) for x in jax.tree.leaves(exact)])
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def error(actual: Any, expected: Any) -> float:
+    """Returns the relative distance of two pytrees in the Euclidean norm."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual = np.concatenate([np.ravel(x) for x in jax.tree.leaves(actual)])
+    expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected)])
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def central(fn: Callable[[Any], Any], at: Any, epsilon: float = 1e-3) -> Any:
-    """Derivative of a scalar function of a pytree by fourth-order differences."""
-    x, unravel = ravel_pytree(at)
+def central(fn: Callable[[Any], Any], point: Any, epsilon: float = 1e-3) -> Any:
+    """Returns the gradient of a scalar function by fourth-order differences."""
+    x, unravel = ravel_pytree(point)
     value = lambda x: float(fn(unravel(x)))
-    slopes = []
+    derivatives = []
     for direction in np.eye(x.size):
         e = epsilon * direction
-        near, far = value(x + e) - value(x - e), value(x + 2 * e) - value(x - 2 * e)
-        slopes.append((8 * near - far) / (12 * epsilon))
-    return unravel(jnp.array(slopes))
+        narrow = value(x + e) - value(x - e)
+        wide = value(x + 2 * e) - value(x - 2 * e)
+        derivatives.append((8 * narrow - wide) / (12 * epsilon))
+    return unravel(jnp.array(derivatives))
 
 
 def dense(problem: hg.Bilevel, w: Any, alpha: Any, damping: float = 0.0) -> dict:
-    """Everything at ``w*`` by dense matrices: Newton's method, then direct solves."""
+    """Returns values and derivatives at ``w*`` by Newton's method and dense solves.
+
+    The keys are ``w``, ``value``, ``hypergradient``, the inner gradient ``g``, its
+    derivatives ``H`` and ``J`` in w and alpha, and the derivatives of the outer losses
+    ``b`` in w and ``direct`` in alpha.
+    """
     w_flat, unravel = ravel_pytree(w)
     a_flat, unravel_alpha = ravel_pytree(alpha)
     losses = problem.outer_loss
     losses = losses if isinstance(losses, tuple) else (losses,)
 
     @jax.jit
-    def parts(w, a):
+    def derivatives(w, a):
         inner = lambda w, a: problem.inner_loss(
             unravel(w), unravel_alpha(a), problem.inner_data
         )
         outer = lambda w, a: jnp.stack(
             [loss(unravel(w), unravel_alpha(a), problem.outer_data) for loss in losses]
         )
-        first = jax.grad(inner)
+        inner_grad = jax.grad(inner)
         return {
-            "g": first(w, a),
-            "H": jax.jacrev(first)(w, a),
-            "J": jax.jacrev(first, argnums=1)(w, a),
+            "g": inner_grad(w, a),
+            "H": jax.jacrev(inner_grad)(w, a),
+            "J": jax.jacrev(inner_grad, argnums=1)(w, a),
             "b": jax.jacrev(outer)(w, a),
             "direct": jax.jacrev(outer, argnums=1)(w, a),
             "value": outer(w, a),
         }
 
     for _ in range(60):
-        at = parts(w_flat, a_flat)
-        w_flat = w_flat - jnp.linalg.solve(at["H"], at["g"])
-        if float(jnp.linalg.norm(at["g"])) < 1e-14:
+        matrices = derivatives(w_flat, a_flat)
+        w_flat = w_flat - jnp.linalg.solve(matrices["H"], matrices["g"])
+        if float(jnp.linalg.norm(matrices["g"])) < 1e-14:
             break
-    at = {name: np.asarray(x) for name, x in parts(w_flat, a_flat).items()}
-    assert np.linalg.norm(at["g"]) < 1e-12
-    H = at["H"] + damping * np.eye(len(at["H"]))
-    rows = at["direct"] - np.linalg.solve(H, at["b"].T).T @ at["J"]
-    single = not isinstance(problem.outer_loss, tuple)
-    at["value"] = at["value"][0] if single else at["value"]
-    at["hypergradient"] = (
-        unravel_alpha(jnp.asarray(rows[0]))
-        if single
-        else jax.vmap(unravel_alpha)(jnp.asarray(rows))
-    )
-    at["w"] = unravel(w_flat)
-    return at
+    matrices = {name: np.asarray(x) for name, x in derivatives(w_flat, a_flat).items()}
+    assert np.linalg.norm(matrices["g"]) < 1e-12
+    H = matrices["H"] + damping * np.eye(len(matrices["H"]))
+    adjoint = np.linalg.solve(H, matrices["b"].T)
+    rows = jnp.asarray(matrices["direct"] - adjoint.T @ matrices["J"])
+    if isinstance(problem.outer_loss, tuple):
+        matrices["hypergradient"] = jax.vmap(unravel_alpha)(rows)
+    else:
+        matrices["value"] = matrices["value"][0]
+        matrices["hypergradient"] = unravel_alpha(rows[0])
+    matrices["w"] = unravel(w_flat)
+    return matrices
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating leaves in another dtype."""
-    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if floating(x) else x, tree)
+    """Returns the tree with its floating leaves in another dtype."""
+    is_floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_floating(x) else x, tree)
 
 
 # Quadratic: L = w'H w/2 - w'C alpha,  M = |w - t|^2/2 + k'alpha^2/2,
 # w* = H^-1 C alpha,  dM/dalpha = k alpha + C'H^-1 (w* - t).
 
-# NumPy, for JAX would fix their precision as this module is imported.
+# NumPy arrays, because JAX would fix their precision when this module is imported.
 SHAPES = {
     "0-d": np.zeros(()),
     "1": np.zeros(1),
@@ -133,8 +145,13 @@ def quadratic_outer(w, alpha, batch):
     return 0.5 * jnp.sum((w - batch["t"]) ** 2) + 0.5 * penalty
 
 
-def quadratic(structure: str = "30", seed: int = 0, condition: float = 10.0) -> Known:
-    """Spectrum in [1, condition], or 3 throughout for 'cI'; ``alpha`` of 4 numbers."""
+def quadratic(
+    structure: str = "30", seed: int = 0, condition: float = 10.0
+) -> ReferenceProblem:
+    """Returns a quadratic problem with an ``alpha`` of 4 numbers.
+
+    The eigenvalues of its Hessian lie in [1, condition]; all are 3 for "cI".
+    """
     rng = np.random.default_rng(seed)
     w, unravel = ravel_pytree(SHAPES[structure])
     alpha = rng.normal(size=4)
@@ -149,17 +166,16 @@ def quadratic(structure: str = "30", seed: int = 0, condition: float = 10.0) -> 
         spectrum[-1], spectrum[0] = condition, 1.0
     H = basis * spectrum @ basis.T
     C, t, k = rng.normal(size=(w.size, 4)), rng.normal(size=w.size), rng.random(4)
-    best = lambda a: np.linalg.solve(H, C @ np.asarray(flat(a)))
-    slope = lambda a: k * np.asarray(flat(a)) + C.T @ np.linalg.solve(H, best(a) - t)
-    data = {"H": H, "C": C, "t": t, "k": k}
-    return Known(
-        hg.Bilevel(quadratic_inner, quadratic_outer, data, data),
-        unravel(w),
-        alpha,
-        lambda a: unravel_alpha(jnp.array(slope(a))),
-        lambda a: unravel(jnp.array(best(a))),
-        H,
+    solution = lambda a: np.linalg.solve(H, C @ np.asarray(flat(a)))
+    gradient = lambda a: (
+        k * np.asarray(flat(a)) + C.T @ np.linalg.solve(H, solution(a) - t)
     )
+    data = {"H": H, "C": C, "t": t, "k": k}
+    return ReferenceProblem(
+        hg.Bilevel(quadratic_inner, quadratic_outer, data, data),
+        unravel(w), alpha, lambda a: unravel_alpha(jnp.array(gradient(a))),
+        lambda a: unravel(jnp.array(solution(a))), H,
+    )  # fmt: skip
 
 
 # Ridge: L = mean(s r^2)/2 + sum(e^l w^2)/2,  M = mean(r^2)/2 on other data,
@@ -182,25 +198,29 @@ def ridge_weights(w, alpha, batch):
 
 def _linear_data(seed, n, d):
     rng = np.random.default_rng(seed)
-    x, truth = rng.normal(size=(2 * n, d)), rng.normal(size=d)
-    return rng, x, x @ truth + 0.5 * rng.normal(size=2 * n)
+    x, true_w = rng.normal(size=(2 * n, d)), rng.normal(size=d)
+    return rng, x, x @ true_w + 0.5 * rng.normal(size=2 * n)
 
 
-def ridge(kind: str = "scalar", seed: int = 0, n: int = 40, d: int = 6) -> Known:
-    """``kind``: one log-penalty ('scalar'), one a weight, or example weights."""
+def ridge(
+    kind: str = "scalar", seed: int = 0, n: int = 40, d: int = 6
+) -> ReferenceProblem:
+    """Returns ridge regression with learned penalties or example weights.
+
+    ``kind`` is "scalar" for one log-penalty, "per-weight" or "per-example".
+    """
     rng, x, y = _linear_data(seed, n, d)
     train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
     if kind == "per-example":
         alpha = jnp.array(rng.uniform(0.5, 1.5, size=n))
-        problem = hg.Bilevel(
-            ridge_weights, ridge_outer, train | {"index": np.arange(n)}, val
-        )
+        data = train | {"index": np.arange(n)}
+        problem = hg.Bilevel(ridge_weights, ridge_outer, data, val)
     else:
         shape = () if kind == "scalar" else (d,)
         alpha = jnp.array(rng.uniform(-2, -1, size=shape))
         problem = hg.Bilevel(ridge_penalty, ridge_outer, train, val)
 
-    def parts(a):
+    def solve(a):
         a = np.asarray(a)
         weights = a if kind == "per-example" else np.ones(n)
         penalty = 0.1 if kind == "per-example" else np.exp(a)
@@ -210,20 +230,16 @@ def ridge(kind: str = "scalar", seed: int = 0, n: int = 40, d: int = 6) -> Known
         return H, w, np.linalg.solve(H, g)
 
     def exact(a):
-        _, w, v = parts(a)
+        _, w, v = solve(a)
         if kind == "per-example":
             return (train["y"] - train["x"] @ w) * (train["x"] @ v) / n
-        each = -np.exp(np.asarray(a)) * w * v
-        return each.sum() if kind == "scalar" else each
+        gradient = -np.exp(np.asarray(a)) * w * v
+        return gradient.sum() if kind == "scalar" else gradient
 
-    return Known(
-        problem,
-        jnp.zeros(d),
-        alpha,
-        lambda a: jnp.array(exact(a)),
-        lambda a: jnp.array(parts(a)[1]),
-        parts(alpha)[0],
-    )
+    return ReferenceProblem(
+        problem, jnp.zeros(d), alpha, lambda a: jnp.array(exact(a)),
+        lambda a: jnp.array(solve(a)[1]), solve(alpha)[0],
+    )  # fmt: skip
 
 
 # Logistic: L = mean(log(1 + exp(-y x'w))) + sum(e^l w^2)/2; the point by Newton.
@@ -237,15 +253,17 @@ def logistic_inner(w, alpha, batch):
     return logistic_outer(w, alpha, batch) + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
 
 
-def logistic(kind: str = "per-weight", seed: int = 0, n: int = 40, d: int = 6) -> Known:
-    """``kind``: one log-penalty ('scalar') or one a weight."""
+def logistic(
+    kind: str = "per-weight", seed: int = 0, n: int = 40, d: int = 6
+) -> ReferenceProblem:
+    """Returns logistic regression with one log-penalty ("scalar") or one per weight."""
     rng, x, y = _linear_data(seed, n, d)
     y = np.sign(y)
     train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
     alpha = jnp.array(rng.uniform(-3, -2, size=() if kind == "scalar" else (d,)))
 
-    def parts(a):
-        a, w = np.asarray(a), np.zeros(d)
+    def solve(a):
+        a, w, g, H = np.asarray(a), np.zeros(d), np.ones(d), np.eye(d)
         for _ in range(50):
             p = 1 / (1 + np.exp(train["y"] * (train["x"] @ w)))
             g = -train["x"].T @ (train["y"] * p) / n + np.exp(a) * w
@@ -257,18 +275,18 @@ def logistic(kind: str = "per-weight", seed: int = 0, n: int = 40, d: int = 6) -
         return H, w, np.linalg.solve(H, -val["x"].T @ (val["y"] * p) / n)
 
     def exact(a):
-        _, w, v = parts(a)
-        each = -np.exp(np.asarray(a)) * w * v
-        return each.sum() if kind == "scalar" else each
+        _, w, v = solve(a)
+        gradient = -np.exp(np.asarray(a)) * w * v
+        return gradient.sum() if kind == "scalar" else gradient
 
-    return Known(
+    return ReferenceProblem(
         hg.Bilevel(logistic_inner, logistic_outer, train, val),
         jnp.zeros(d),
         alpha,
         lambda a: jnp.array(exact(a)),
-        lambda a: jnp.array(parts(a)[1]),
-        parts(alpha)[0],
-    )
+        lambda a: jnp.array(solve(a)[1]),
+        solve(alpha)[0],
+    )  # fmt: skip
 
 
 # SMD1-5 of Sinha, Malo & Deb 2014: phi(x) = |a|^2 + |b|^2, so the hypergradient is 2x.
@@ -284,7 +302,7 @@ def _ripples(c):
 
 
 _SQUARE = lambda c: jnp.sum(c**2)
-# First term of f, first term of F, their sign in F, and what is squared last.
+# First term of f, first term of F, their sign in F, and the residual of the last term.
 _SMD = {
     1: (_SQUARE, _SQUARE, 1, lambda b, d: b - jnp.tan(d)),
     2: (_SQUARE, _SQUARE, -1, lambda b, d: b - jnp.log(d)),
@@ -293,7 +311,7 @@ _SMD = {
     5: (_rosenbrock, _rosenbrock, -1, lambda b, d: jnp.abs(b) - d**2),
 }
 # x_l2 as a function of b, and its derivative.
-_SMD_BEST = {
+_SMD_SOLUTIONS = {
     1: (np.arctan, lambda b: 1 / (1 + b**2)),
     2: (np.exp, np.exp),
     3: (lambda b: np.arctan(b**2), lambda b: 2 * b / (1 + b**4)),
@@ -302,37 +320,41 @@ _SMD_BEST = {
 }
 
 
-def smd(number: int, tilt: float = 0.0, seed: int = 0) -> Known:
-    """SMD1-5, begun near the lower optimum, away from the kinks at b = 0.
+def smd(number: int, tilt: float = 0.0, seed: int = 0) -> ReferenceProblem:
+    """Returns SMD1-5, starting near the lower optimum and off the kinks at b = 0.
 
-    Their outer loss is flat in ``w`` at the lower optimum, where the direct term is all
-    there is; ``tilt`` times the sum of ``w`` added to it makes the adjoint count.
+    Their outer loss is flat in ``w`` at the lower optimum, so that the hypergradient is
+    the direct term alone; ``tilt`` times the sum of ``w``, added to the outer loss,
+    makes the adjoint matter.
     """
     rng = np.random.default_rng(seed)
-    lower, upper, sign, rest = _SMD[number]
+    lower, upper, sign, residual = _SMD[number]
 
     def inner(w, alpha, batch):
-        terms = lower(w["c"]) + jnp.sum(rest(alpha["b"], w["d"]) ** 2)
+        terms = lower(w["c"]) + jnp.sum(residual(alpha["b"], w["d"]) ** 2)
         return jnp.sum(alpha["a"] ** 2) + terms
 
     def outer(w, alpha, batch):
-        terms = upper(w["c"]) + jnp.sum(rest(alpha["b"], w["d"]) ** 2)
+        terms = upper(w["c"]) + jnp.sum(residual(alpha["b"], w["d"]) ** 2)
         return jnp.sum(flat(alpha) ** 2) + sign * terms + tilt * jnp.sum(flat(w))
 
-    def best(alpha):
+    def solution(alpha):
         c = np.ones(3) if number == 5 else np.zeros(3)
-        return {"c": jnp.array(c), "d": jnp.array(_SMD_BEST[number][0](alpha["b"]))}
+        return {
+            "c": jnp.array(c),
+            "d": jnp.array(_SMD_SOLUTIONS[number][0](alpha["b"])),
+        }
 
     def exact(alpha):
-        slope = jnp.array(_SMD_BEST[number][1](np.asarray(alpha["b"])))
-        return {"a": 2 * alpha["a"], "b": 2 * alpha["b"] + tilt * slope}
+        derivative = jnp.array(_SMD_SOLUTIONS[number][1](np.asarray(alpha["b"])))
+        return {"a": 2 * alpha["a"], "b": 2 * alpha["b"] + tilt * derivative}
 
     b = rng.uniform(0.3, 1.2, size=2) * np.array([1, -1])
     alpha = {"a": jnp.array(rng.normal(size=2)), "b": jnp.array(b)}
-    w = jax.tree.map(lambda x: x + 0.05 * rng.random(x.shape), best(alpha))
+    w = jax.tree.map(lambda x: x + 0.05 * rng.random(x.shape), solution(alpha))
     problem = hg.Bilevel(inner, outer)
     hessian = dense(problem, w, alpha)["H"]
-    return Known(problem, w, alpha, exact, best, hessian)
+    return ReferenceProblem(problem, w, alpha, exact, solution, hessian)
 
 
 # A tanh network, 3-4-1: L = mean(r^2)/2 + sum(e^l w^2)/2, M = mean(r^2)/2 elsewhere.
@@ -350,39 +372,34 @@ def mlp_inner(w, alpha, batch):
     return mlp_outer(w, None, batch) + 0.5 * jnp.exp(alpha) * jnp.sum(flat(w) ** 2)
 
 
-def mlp(kind: str = "scalar", seed: int = 0, n: int = 40) -> Known:
-    """``kind``: one log-penalty ('scalar') or one a layer ('tree').
+def mlp(kind: str = "scalar", seed: int = 0, n: int = 40) -> ReferenceProblem:
+    """Returns a small network with one log-penalty ("scalar") or one a layer ("tree").
 
-    Begun near a minimum, which BFGS from a random start found: a network has many,
-    and the penalty makes this one strict.
+    It starts near a minimum that BFGS finds from random weights. A network has many
+    minima; the penalty makes this one strict.
     """
     rng, x, _ = _linear_data(seed, n, 3)
     y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.1 * rng.normal(size=2 * n)
     train, val = {"x": x[:n], "y": y[:n]}, {"x": x[n:], "y": y[n:]}
     problem = hg.Bilevel(mlp_inner, mlp_outer, train, val)
-    draw = lambda *shape: jnp.array(rng.normal(size=shape))
-    w = {"in": draw(3, 4), "bias": draw(4), "out": draw(4)}
+    normal = lambda *shape: jnp.array(rng.normal(size=shape))
+    w = {"in": normal(3, 4), "bias": normal(4), "out": normal(4)}
     alpha = {name: jnp.array(rng.uniform(-4, -3)) for name in w}
     if kind == "scalar":
         alpha = alpha["in"]
-
-    start, unravel = ravel_pytree(w)
-    both = jax.jit(
-        jax.value_and_grad(lambda w: mlp_inner(unravel(w), alpha, problem.inner_data))
-    )
-    found = scipy.optimize.minimize(both, start, jac=True, options={"gtol": 1e-8})
-    at = dense(problem, unravel(jnp.array(found.x)), alpha)
-    assert np.linalg.eigvalsh(at["H"])[0] > 0
-    best = at["w"]
-    w = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), best)
-    return Known(
-        problem,
-        w,
-        alpha,
-        lambda a: dense(problem, best, a)["hypergradient"],
-        lambda a: dense(problem, best, a)["w"],
-        at["H"],
-    )
+    init_w, unravel = ravel_pytree(w)
+    loss = lambda w: mlp_inner(unravel(w), alpha, problem.inner_data)
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    options = {"gtol": 1e-8}
+    result = scipy.optimize.minimize(value_and_grad, init_w, jac=True, options=options)
+    matrices = dense(problem, unravel(jnp.array(result.x)), alpha)
+    assert np.linalg.eigvalsh(matrices["H"])[0] > 0
+    solution = matrices["w"]
+    w = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), solution)
+    return ReferenceProblem(
+        problem, w, alpha, lambda a: dense(problem, solution, a)["hypergradient"],
+        lambda a: dense(problem, solution, a)["w"], matrices["H"],
+    )  # fmt: skip
 
 
 # The logistic problem of Grazzi et al. 2020 (hypertorch's notebook).
@@ -397,41 +414,37 @@ def hypertorch_inner(w, alpha, batch):
     return hypertorch_outer(w, alpha, batch) + 0.5 * jnp.sum(alpha * w**2)
 
 
-def hypertorch() -> Known:
-    """1000 points in 20 dimensions, split in halves; one penalty a weight, all 1."""
+def hypertorch() -> ReferenceProblem:
+    """Returns the problem: 1000 points in 20 dimensions, a penalty of 1 per weight."""
     rng = np.random.RandomState(1)  # as published
-    truth, x = rng.randn(20), rng.randn(1000, 20)
-    y = (x @ truth + 0.1 * rng.randn(1000) > 0).astype(float)
+    true_w, x = rng.randn(20), rng.randn(1000, 20)
+    y = (x @ true_w + 0.1 * rng.randn(1000) > 0).astype(float)
     order = rng.permutation(1000)
     val, train = ({"x": x[i], "y": y[i]} for i in (order[:500], order[500:]))
     problem = hg.Bilevel(hypertorch_inner, hypertorch_outer, train, val)
     w, alpha = jnp.zeros(20), jnp.ones(20)
-    at = dense(problem, w, alpha)
-    return Known(
-        problem,
-        w,
-        alpha,
-        lambda a: dense(problem, w, a)["hypergradient"],
-        lambda a: dense(problem, w, a)["w"],
-        at["H"],
-    )
+    matrices = dense(problem, w, alpha)
+    return ReferenceProblem(
+        problem, w, alpha, lambda a: dense(problem, w, a)["hypergradient"],
+        lambda a: dense(problem, w, a)["w"], matrices["H"],
+    )  # fmt: skip
 
 
-def two_losses(known: Known, second: Callable[..., Any]) -> hg.Bilevel:
-    """The problem with a second outer loss beside its own."""
-    problem = known.problem
-    losses = (problem.outer_loss, second)
+def two_losses(reference: ReferenceProblem, second: Callable) -> hg.Bilevel:
+    """Returns the problem with a second outer loss besides its own."""
+    problem = reference.problem
+    losses: Any = (problem.outer_loss, second)
     return hg.Bilevel(
         problem.inner_loss, losses, problem.inner_data, problem.outer_data
     )
 
 
 @functools.cache
-def any_known(name: str) -> Known:
-    """By a name: 'ridge scalar', 'quadratic 0-d', 'smd 3', 'smd 3 tilted'..."""
-    family, _, which = name.partition(" ")
+def get_reference(name: str) -> ReferenceProblem:
+    """Returns a problem by its name, such as "ridge scalar" or "smd 3 tilted"."""
+    family, _, kind = name.partition(" ")
     if family == "smd":
-        number, _, tilted = which.partition(" ")
+        number, _, tilted = kind.partition(" ")
         return smd(int(number), 1.0 if tilted else 0.0)
     families = {"ridge": ridge, "logistic": logistic, "quadratic": quadratic}
-    return (families | {"mlp": mlp})[family](which)
+    return (families | {"mlp": mlp})[family](kind)

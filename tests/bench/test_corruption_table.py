@@ -1,0 +1,97 @@
+"""The corruption table: closed gaps, budgets of its runs, and its batched task."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from benchmarks import corruption
+from hypergrad.tasks import cleaning
+
+
+def test_the_gap_is_closed_by_parts():
+    """Baseline 80, oracle 90, a method at 86 on average: 60%."""
+    cells = [("baseline", 0.80), ("oracle", 0.90), ("SOBA", 0.86), ("SABA", 0.85)]
+    rows = [
+        {"method": method, "share": 0.5, "seed": seed, "accuracy": x + 0.01 * seed}
+        for method, x in cells
+        for seed in range(5)
+    ]
+    for method, part in (("SOBA", 0.6), ("SABA", 0.5)):
+        np.testing.assert_allclose(corruption.closed(rows, method, 0.5), part)
+    first, *rest = corruption.judge(rows)
+    assert "1 methods of the family close at least 60%" in first.text
+    assert first.text.endswith("not reproduced")
+    assert len(rest) == 2
+
+
+@pytest.mark.slow
+def test_batches_of_cleaning_are_its_losses_on_average():
+    """Value and both gradients over all batches of one, held-out examples and all."""
+    data = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
+    make = functools.partial(
+        cleaning.make, key=jax.random.key(0), hold_out=True, corruption=0.7, data=data
+    )
+    all_of, batched = make().problem, make(batch_size=1).problem
+    keys = jax.random.split(jax.random.key(1), 3)
+    w = {"W": jax.random.normal(keys[0], (64, 10)), "b": jnp.ones(10)}
+    alpha = jax.random.uniform(keys[1], (1000,))
+    for side in ("inner", "outer"):
+        loss, batch_loss = (
+            getattr(problem, f"{side}_loss") for problem in (all_of, batched)
+        )
+        batches = getattr(batched, f"{side}_data")
+        mean = lambda w, alpha, loss=batch_loss, batches=batches: jnp.mean(
+            jax.vmap(lambda i: loss(w, alpha, batches.take(i[None])))(
+                jnp.arange(batches.num_examples)
+            )
+        )
+        both = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        expected = both(loss)(w, alpha, getattr(all_of, f"{side}_data"))
+        found = both(mean)(w, alpha)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    wrong = cleaning.split(data, jax.random.key(0), True, 0.7)["train"]["wrong"]
+    assert 0.65 < np.mean(wrong) < 0.75
+
+
+@pytest.mark.slow
+def test_weights_rest_where_the_budget_ends(monkeypatch):
+    """As in a run of fewer steps, which costs as much: six of 0.3 each."""
+    monkeypatch.setattr(corruption, "BUDGET", 2)
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    alpha, cost, _ = corruption.learn("SOBA", 12, (0.3, 0.1), data, lane)
+    run = functools.partial(corruption.weights, "SOBA", 6, paid=6)
+    shorter = jax.jit(run)(data, lane, 0.3, 0.1)
+    np.testing.assert_allclose(alpha, shorter.alpha, rtol=1e-5)
+    assert cost["gradient_equivalents"] == pytest.approx(1.8)
+    assert cost["num_hvps"] == pytest.approx(0.6)
+
+
+def test_random_search_takes_the_best_that_was_paid_for(monkeypatch):
+    """Not a trial that ended beyond the budget, though it was begun within."""
+    data, lane = corruption.digits(), corruption.lane_of(0, 0.5, 1e-3, False)
+    trials = [
+        {"alpha": [[x]], "value": x, "cost": cost}
+        for x, cost in ((0.3, 40.0), (0.2, 90.0), (0.1, 101.0))
+    ]
+
+    def search(*args, trial_callback, **settings):
+        for trial in trials:
+            trial_callback(trial)
+        cost = jnp.array([trial["cost"] for trial in trials])
+        return types.SimpleNamespace(
+            value=jnp.array([trial["value"] for trial in trials]),
+            cost=cost,
+            stats={"num_grads": jnp.ones(3), "num_hvps": jnp.ones(3)},
+            status="completed",
+        )
+
+    monkeypatch.setattr(hg, "search", search)
+    alpha, cost, _ = corruption.by_random_search(100, data, lane)
+    assert alpha.tolist() == [0.2]
+    assert (cost["gradient_equivalents"], cost["num_grads"]) == (90.0, 2.0)
