@@ -1,4 +1,19 @@
-"""The outer loop without gradients: `search`."""
+"""The outer loop without gradients: `search`.
+
+Recorded trials. ``trial_callback`` receives a dictionary after each trial. It is strict
+JSON (NaN is None, an infinity is its name): a line of a file by ``json.dumps``. It
+holds the number of the trial under ``trial``, the leaves of ``alpha`` in the order of
+``jax.tree.leaves``, and under ``search`` a fingerprint of everything else that decides
+the numbers of a trial: problem, data, solver, ``w``, metrics, numbers that functions
+close over, version of jax and kind of device. Trials of one batch arrive in the order
+in which they end. With all of these dictionaries as ``previous_trials``, a search that
+was killed continues to the same trace: the trials are reported to the searcher and
+counted against the budget, but not run again.
+
+A population searcher calls it after each round with a dictionary of arrays that holds
+the whole search so far. Keep only the latest, by ``np.savez(file, **rounds)``, and
+continue from ``[dict(np.load(file))]``, which is kept even if it exceeds the budget.
+"""
 
 import math
 from collections.abc import Sequence
@@ -50,92 +65,47 @@ def search(
 ) -> Trace:
     """Evaluates ``M(w*(alpha), alpha)`` at proposed ``alpha`` until a budget is spent.
 
-    The search also ends when the searcher has no further proposal, such as at the end
-    of a grid.
-
     Args:
-      problem: The problem. Several outer losses need a searcher that accepts them:
-        `NSGA2`, `Random`, `Sobol` or `Grid`.
-      solver: Trains ``w`` in each trial. Population searchers need an iterative solver
-        such as `Descent`.
-      searcher: Proposes ``alpha``; see `hypergrad.searchers`.
+      problem: The problem. Several outer losses need a searcher that accepts them.
+      solver: Trains ``w`` in each trial; iterative for population searchers.
+      searcher: Proposes ``alpha``, until the end of a grid; see `hypergrad.searchers`.
       w: Inner starting point of every trial.
       space: Pytree of `hypergrad.spaces`, structured like ``alpha``.
-      budget: Gradient-equivalents to spend. A trial is started only if its expected
-        cost, the cost of the trial before, fits into the rest of the budget. The first
-        trial (batch, round) is always made.
+      budget: Gradient-equivalents to spend. A trial after the first is started only if
+        the cost of the one before fits into the rest of the budget.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
-      metrics: ``{name: fn(w, alpha, key) -> scalar}``, evaluated in every trial and not
-        counted as cost.
-      progress: ``(trials_done, best_value)``, called after each trial; the value is a
-        float, or an array ``[K]``. A population searcher calls it after each round with
-        the number of rounds and the value of the best fully trained member.
-      trial_callback: Called with a dictionary after each trial. The dictionary is
-        strict JSON (NaN is None, an infinity is its name): a line of a file by
-        ``json.dumps``. It holds the number of the trial under ``trial``, the leaves of
-        ``alpha`` in the order of ``jax.tree.leaves``, and under ``search`` a
-        fingerprint of everything else that decides the numbers of a trial: problem,
-        data, solver, ``w``, metrics, numbers that functions close over, version of jax
-        and kind of device. Trials of one batch arrive in the order in which they end.
-        A population searcher calls it after each round with a dictionary of arrays that
-        holds the whole search so far: keep only the latest, by
-        ``np.savez(file, **rounds)``.
-      previous_trials: Dictionaries that ``trial_callback`` of an earlier search with
-        the same arguments received, all of them. These trials are told to the searcher
-        and counted against the budget, but not run again, so that a search that was
-        killed continues to the same trace. A population searcher needs only the latest
-        dictionary, ``[dict(np.load(file))]``, and keeps it even if it exceeds the
-        budget.
-      parallel: How many trials run at the same time, and where. Defaults to one trial
-        at a time in this process.
+      metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost.
+      progress: ``(trials_done, best_value)``, called after each trial or round.
+      trial_callback: Called with a dictionary after each trial or round, to record the
+        search; the page *Search* of the documentation shows how.
+      previous_trials: All such dictionaries of an earlier search with the same
+        arguments, which this search continues.
+      parallel: How many trials run at once, and where. Defaults to one, here.
 
     Returns:
-      A `Trace` with a row per trial, and with ``alpha`` and ``w`` of the best trial. A
-      trial is trusted if its value and ``w`` are finite; the flag ``not_finite`` marks
-      all others. A value that is not finite (``-inf`` included) is worse than any
-      finite one. With K outer losses ``trace.value`` has shape ``[trials, K]``. The
-      best trial has the lowest first value, and among equal first values the lowest
-      second, and so on; no other trial dominates it.
-      `hypergrad.objectives.non_dominated` selects all such trials.
+      A `Trace` with a row per trial, and ``alpha`` and ``w`` of the best one: with the
+      lowest value; of several values the lowest first, then second, and so on. A value
+      that is not finite is worse than any finite one, and flagged ``not_finite``.
 
-    Cost: one inner solve and K outer values per trial. If the best trial is among
-      ``previous_trials``, its inner solve is repeated for ``w`` at no counted cost.
+    Cost: one inner solve and K outer values per trial.
 
     Raises:
-      TypeError, ValueError: An argument is invalid, such as a leaf of ``alpha`` on
-        which nothing depends; raised before anything is compiled.
-      ValueError: This search would not make the trials of ``previous_trials``.
-      RuntimeError: Trials failed on their executor. The message names them;
-        ``trial_callback`` received all others.
+      TypeError, ValueError: An argument is invalid or belongs to another search.
+      RuntimeError: Trials failed on their executor; the message names them.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
     >>> outer = lambda w, alpha, batch: jnp.sum((w - 0.5) ** 2)
-    >>> trace = hg.search(
-    ...     hg.Bilevel(inner, outer), hg.Newton(), hg.searchers.Random(), 0.0,
-    ...     space=hg.spaces.Unit(), budget=500, key=jax.random.key(0),
-    ... )
+    >>> problem, random = hg.Bilevel(inner, outer), hg.searchers.Random()
+    >>> space = hg.spaces.Unit()
+    >>> trace = hg.search(problem, hg.Newton(), random, 0.0, space=space, budget=500)
     >>> bool(abs(trace.best_alpha - 0.5) < 0.1)
     True
     """
-    check_problem_type(problem)
-    _check_searcher(searcher, problem)
-    _check_budget(budget)
-    check_progress(progress)
-    if not (trial_callback is None or callable(trial_callback)):
-        raise TypeError(
-            "trial_callback must be a function of a dictionary; got "
-            f"{trial_callback!r}."
-        )
-    check_previous_trials(previous_trials)
-    _check_journal(searcher, previous_trials)
-    _check_parallel(parallel, searcher)
+    _check_arguments(problem, searcher, budget, progress, parallel)
+    _check_records(searcher, trial_callback, previous_trials)
     key = as_key(key)
-    if is_traced(problem, w, space, key):
-        raise TypeError(
-            "search must not be called inside jax.jit or jax.vmap, because it runs on "
-            "the host. Call it in a Python loop."
-        )
+    _check_not_traced(problem, w, space, key)
     if isinstance(searcher, Searcher):
         return search_trials(
             searcher,
@@ -180,6 +150,36 @@ def _make_trainer(
     check_iterative_solver(solver)
     alpha = spaces.sample(space, jax.random.key(0))
     return make_trainer(_make_setup(problem, solver, w, alpha, metrics), alpha, space)
+
+
+def _check_arguments(
+    problem: Any, searcher: Any, budget: Any, progress: Any, parallel: Any
+) -> None:
+    check_problem_type(problem)
+    _check_searcher(searcher, problem)
+    _check_budget(budget)
+    check_progress(progress)
+    _check_parallel(parallel, searcher)
+
+
+def _check_not_traced(*arguments: PyTree) -> None:
+    if is_traced(*arguments):
+        raise TypeError(
+            "search must not be called inside jax.jit or jax.vmap, because it runs on "
+            "the host. Call it in a Python loop."
+        )
+
+
+def _check_records(
+    searcher: Any, trial_callback: Any, previous_trials: Sequence[dict]
+) -> None:
+    if not (trial_callback is None or callable(trial_callback)):
+        raise TypeError(
+            "trial_callback must be a function of a dictionary; got "
+            f"{trial_callback!r}."
+        )
+    check_previous_trials(previous_trials)
+    _check_journal(searcher, previous_trials)
 
 
 def _check_searcher(searcher: Any, problem: Bilevel) -> None:
