@@ -1,14 +1,61 @@
-"""The table of architecture search: the chosen cell against the ranking of all 125.
+"""Architecture search: the chosen cell against the ranking of all 125 cells.
 
-Every row ends with a cell, and is measured by what `hypergrad.tasks.architecture`
-knows of it: its mean over retrainings. A hypergradient moves the mixture, and the cell
-is the heaviest operation of each edge.
+Question. Do DARTS and hypergradients choose the best cell where the accuracy of every
+cell was measured? And with a price on floating-point operations?
+
+Data. scikit-learn's digits, 8x8 pixels divided by 16: 600 training, 400 validation and
+797 test images by one permutation, that of jax.random.key(0). The seed determines the
+initial network and the batches.
+
+Model. A stem, a cell of three edges with one of five operations each (none, skip,
+average, convolution 1x1, 3x3), four channels, tanh, a linear head; L2 penalty 1e-4. The
+search mixes all operations of an edge. The outer loss is the cross-entropy on
+validation plus the price times the expected FLOPs, which are 1 for the largest cell.
+Batches of both splits have 50 images.
+
+The ranking. Each of the 125 cells was trained 8 times (keys 1000 to 1007, which are not
+seeds of the table): 300 steps of gradient descent, momentum 0.9, rate falling from 0.2
+to 0 as a half cosine. Accuracy and loss of a cell are means over the 8 trainings on the
+untouched test images. The regret is the accuracy of the best cell minus that of the
+chosen cell. One retraining standard deviation is that of the best cell's 8 accuracies.
+Rows are evaluated by this ranking, and nothing else reads it. The command
+`python -m benchmarks.shared.architecture_cells` (about five minutes on two cores)
+writes it to hypergrad/tasks/architecture_cells.jsonl.
+
+Budget. At most 300 gradient-equivalents (grad-eq; a training of a cell costs 25) per
+search, and as many outer steps as it surely pays for: 1,800 of DARTS of first order,
+720 of second order, 211 of implicit. The weights move with rate 0.2, one step per outer
+step, or five (implicit, which has five terms of Neumann's series with step size 0.2 on
+a batch). The mixture starts uniform and is moved by Adam; at the end the operation with
+the largest weight is chosen on each edge.
+
+Rows. baseline: no mixture, the same operation on every edge. random cell: the mean of
+all 125, nine of which transmit no signal and stay at chance. random search: different
+cells, trained once each, the cell with the lowest validation loss; as many cells as the
+budget pays for, or, in "random search, total", as many as budget and tuning of the
+other rows pay for. Its seconds are those of the trainings, which the rows with a price
+share. DARTS of first and second order (algorithm 1 of the paper), and implicit. All
+rows are repeated with a price of 0.2 nats for the FLOPs of the largest cell; the
+objective is the test loss plus the price.
+
+Tuning, the same for every row. A third of validation is held out, the row chooses a
+cell at each of its settings with the rest, the cell is trained once (counted as
+tuning), and the setting whose cell has the lowest loss on the third, price included, is
+chosen. The row then learns once more with all validation images. The settings are
+Adam's rate in {0.0003, 0.001, 0.003}, and for the baseline the operation. Random search
+has no settings.
+
+Claims, on seeds 0 to 4. Without a price, DARTS of both orders and implicit each have a
+regret below one retraining standard deviation on every seed, and a higher accuracy than
+the random cell. With a price, each has fewer FLOPs than without, and a lower objective
+than the baseline. Without a price the largest cell is available to the baseline, and no
+search can beat it by much: lines without a claim compare with baseline and random
+search. Training, rates, budget and price were set on seeds 100 and 101.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +63,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import plots
-from ..estimators import DARTS, Estimator, Implicit
-from ..inner import Descent
-from ..linear import Neumann
-from ..minimize import minimize
-from ..problem import Batches, Bilevel
-from ..tasks.architecture import (
+import hypergrad as hg
+from hypergrad.bench import Claim, Column, Comparison, Finding, MeasurementTable, Row
+from hypergrad.estimators import Estimator
+from hypergrad.tasks.architecture import (
     BATCH_SIZE,
     CELLS,
     EDGES,
     OPERATIONS,
     SIZES,
     SOLVER,
-    cross_entropy,
     expected_flops,
     make,
     most_likely_cell,
@@ -38,36 +81,31 @@ from ..tasks.architecture import (
     train_loss,
     val_loss,
 )
-from ..tasks.classifier import held_out_examples, mask_held_out
-from ..trace import Trace
-from .program import CachedFunction, program
-from .record import Row
-from .study import DIGITS, Column, Study, digits, task_data, tune_and_run
-from .verdict import Claim, Verdict
+
+from .shared import task_plots
+from .shared.architecture_cells import RATE, STEPS, train
+from .shared.program import program
+from .shared.tuning import DIGITS, cells_of, digits, tune_and_run
 
 BUDGET = 300
 RATES = (0.0003, 0.001, 0.003)  # of Adam, on alpha
 PRICE = 0.2
 PRICED = f", price {PRICE}"
-RATE = 0.2  # of the weights, in the search
-STEPS = 300
-FINAL = Descent(
-    optax.sgd(optax.cosine_decay_schedule(RATE, STEPS), momentum=0.9), STEPS
-)
 
-# Gradient-equivalents. A batch is a part of training, and so is one of validation. A
-# step of DARTS is one or four gradients and an outer one; of implicit five gradients, a
-# residual, an outer gradient and 2 a product of Neumann's five, the cross term
-# included. A cell: its training and its loss on validation.
+# Costs in gradient-equivalents. A batch of either split counts as its fraction of the
+# training images. A step of DARTS costs one or four gradients and an outer gradient. A
+# step of implicit costs five gradients, a residual, an outer gradient and 2 per product
+# of Neumann's five, the cross term included. A cell costs its training and its loss on
+# validation.
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
 BATCH = BATCH_SIZE / NUM_TRAIN
 ESTIMATORS: dict[str, tuple[Estimator, float]] = {
-    "DARTS, first order": (DARTS(optax.sgd(RATE)), 2 * BATCH),
-    "DARTS, second order": (DARTS(optax.sgd(RATE), step_size=RATE), 5 * BATCH),
+    "DARTS, first order": (hg.DARTS(optax.sgd(RATE)), 2 * BATCH),
+    "DARTS, second order": (hg.DARTS(optax.sgd(RATE), step_size=RATE), 5 * BATCH),
     "implicit": (
-        Implicit(
+        hg.Implicit(
             SOLVER,
-            Neumann(num_terms=5, step_size=RATE),
+            hg.Neumann(num_terms=5, step_size=RATE),
             adjoint_batch_size=BATCH_SIZE,
             outer_batch_size=BATCH_SIZE,
         ),
@@ -78,30 +116,15 @@ TRAINING = STEPS * BATCH + NUM_VAL / NUM_TRAIN / 3
 TOTAL = BUDGET + len(RATES) * (BUDGET + TRAINING)  # with tuning
 
 
-def train(data: PyTree, cell: Array, key: Array) -> dict[str, Array]:
-    """Trains a cell from a random start and returns accuracies and losses."""
-    task = make(key=key, data=data)
-    inner, val = task.problem.inner_data, task.problem.outer_data.data
-    test: Any = task.metrics["test_accuracy"]
-    key = jax.random.fold_in(key, 1)
-    w, _ = FINAL.solve(train_loss, task.w, cell, inner, key)
-    held = held_out_examples(mask_held_out(val, True))
-    return task.metric_values(w, cell, key) | {
-        "test_loss": cross_entropy(w, cell, test.args[0]),
-        "val_loss": cross_entropy(w, cell, val),
-        "held_loss": cross_entropy(w, cell, held),
-    }
-
-
 def learn(
     method: str, data: PyTree, key: Array, price: Array, hold_out: Array, rate: Array
-) -> Trace:
+) -> hg.Trace:
     """Returns the trace of a search whose number of steps fits the budget."""
     task = make(key=key, price=price, hold_out=hold_out, data=data)
     estimator, cost = ESTIMATORS[method]
-    val = Batches(task.problem.outer_data.data, BATCH_SIZE)
-    return minimize(
-        Bilevel(train_loss, val_loss, task.problem.inner_data, val),
+    val = hg.Batches(task.problem.outer_data.data, BATCH_SIZE)
+    return hg.minimize(
+        hg.Bilevel(train_loss, val_loss, task.problem.inner_data, val),
         estimator,
         optax.adam(rate),
         task.w,
@@ -112,8 +135,8 @@ def learn(
     )
 
 
-@CachedFunction
-def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
+@functools.cache
+def train_once(cell: tuple[int, ...], seed: int) -> dict[str, float]:
     """Returns the results of one training of a cell, and its seconds."""
     run = program(train)
     prev_seconds = run.run_seconds
@@ -123,38 +146,38 @@ def trained(cell: tuple[int, ...], seed: int) -> dict[str, float]:
 
 
 @functools.cache
-def share(cell: tuple[int, ...]) -> float:
+def flops_fraction(cell: tuple[int, ...]) -> float:
     """Returns the operations of a cell as a fraction of the largest cell's."""
     side = int(digits()["x"].shape[1] ** 0.5)
     return float(expected_flops(one_hot(cell), jnp.zeros((1, side, side))))
 
 
-def judged(cell: tuple[int, ...], price: float) -> Row:
+def evaluate_cell(cell: tuple[int, ...], price: float) -> Row:
     """Returns means over the retrainings of a cell, and its regret and rank."""
     means = {name: np.mean(x, axis=1) for name, x in ranking().items()}
-    accuracy, at = means["test_accuracy"], CELLS.index(cell)
-    flops = np.array([share(cell) for cell in CELLS])
+    accuracy, index = means["test_accuracy"], CELLS.index(cell)
+    flops = np.array([flops_fraction(cell) for cell in CELLS])
     objective = means["test_loss"] + price * flops
     return {
         "cell": " ".join(OPERATIONS[o] for o in cell),
-        "accuracy": float(accuracy[at]),
-        "regret": float(accuracy.max() - accuracy[at]),
-        "rank": 1 + int(np.sum(accuracy > accuracy[at])),
-        "flops": float(flops[at]),
-        "objective": float(objective[at]),
+        "accuracy": float(accuracy[index]),
+        "regret": float(accuracy.max() - accuracy[index]),
+        "rank": 1 + int(np.sum(accuracy > accuracy[index])),
+        "flops": float(flops[index]),
+        "objective": float(objective[index]),
     }
 
 
 def selection(cell: tuple[int, ...], seed: int, price: float) -> Row:
     """Returns the score of a cell on held-out validation images."""
-    loss = trained(cell, seed)["held_loss"] + price * share(cell)
+    loss = train_once(cell, seed)["held_loss"] + price * flops_fraction(cell)
     return {"selection": -loss}
 
 
 # The rows.
 
 
-def by_gradient(method: str, seed: int, price: float) -> Row:
+def learned_cell(method: str, seed: int, price: float) -> Row:
     """Returns the row of the cell with the largest weights of the learned mixture."""
     run, key = program(learn, method), jax.random.key(seed)
 
@@ -163,7 +186,7 @@ def by_gradient(method: str, seed: int, price: float) -> Row:
         trace = run(digits(), key, price, hold_out, rate)
         cell = tuple(most_likely_cell(trace.alpha).tolist())
         cost = float(trace.cost[-1])
-        result = judged(cell, price) | {
+        result = evaluate_cell(cell, price) | {
             "gradient_equivalents": cost,
             "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
             "run_seconds": run.run_seconds - prev_seconds,
@@ -183,7 +206,7 @@ def one_operation(seed: int, price: float) -> Row:
     def run_once(operation: int, hold_out: bool) -> Row:
         cell = (operation,) * len(EDGES)
         cost = {"gradient_equivalents": TRAINING if hold_out else 0.0}
-        return judged(cell, price) | cost | selection(cell, seed, price)
+        return evaluate_cell(cell, price) | cost | selection(cell, seed, price)
 
     return tune_and_run(run_once, range(len(OPERATIONS)))
 
@@ -192,23 +215,23 @@ def random_search(budget: float, seed: int, price: float) -> Row:
     """Returns the row of the best of random cells on the validation data."""
     rng, count = np.random.default_rng(seed), int(budget / TRAINING)
     cells = [CELLS[i] for i in rng.permutation(len(CELLS))[:count]]
-    result = [trained(cell, seed) for cell in cells]
+    results = [train_once(cell, seed) for cell in cells]
     losses = [
-        measured["val_loss"] + price * share(cell)
-        for measured, cell in zip(result, cells, strict=True)
+        result["val_loss"] + price * flops_fraction(cell)
+        for result, cell in zip(results, cells, strict=True)
     ]
-    return judged(cells[int(np.argmin(losses))], price) | {
+    return evaluate_cell(cells[int(np.argmin(losses))], price) | {
         "gradient_equivalents": count * TRAINING,
-        "run_seconds": sum(measured["run_seconds"] for measured in result),
+        "run_seconds": sum(result["run_seconds"] for result in results),
     }
 
 
 def random_cell(seed: int, price: float) -> Row:
     """Returns the mean over all cells, the expectation of a random cell."""
     del seed
-    every = [judged(cell, price) for cell in CELLS]
+    rows = [evaluate_cell(cell, price) for cell in CELLS]
     columns = ("accuracy", "regret", "flops", "objective")
-    return {name: float(np.mean([row[name] for row in every])) for name in columns}
+    return {name: float(np.mean([row[name] for row in rows])) for name in columns}
 
 
 ROWS: dict[str, Callable[..., Row]] = {
@@ -216,7 +239,7 @@ ROWS: dict[str, Callable[..., Row]] = {
     "random cell": random_cell,
     "random search": functools.partial(random_search, BUDGET),
     "random search, total": functools.partial(random_search, TOTAL),
-} | {method: functools.partial(by_gradient, method) for method in ESTIMATORS}
+} | {method: functools.partial(learned_cell, method) for method in ESTIMATORS}
 METHODS: dict[str, Callable[[int], Row]] = {
     name + ending: functools.partial(row, price=price)
     for ending, price in (("", 0.0), (PRICED, PRICE))
@@ -224,82 +247,75 @@ METHODS: dict[str, Callable[[int], Row]] = {
 }
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """Compares the regret with the standard deviation of retraining the best cell."""
+def regret_findings(rows: list[Row]) -> list[Finding]:
+    """Returns how the claims end that the regret is below the noise of retraining."""
     accuracy = ranking()["test_accuracy"]
     best = np.argmax(np.mean(accuracy, axis=1))
     deviation = 100 * np.std(accuracy[best], ddof=1)
-    lines = []
+    findings = []
     for method in ESTIMATORS:
         regret = [100 * row["regret"] for row in rows if row["method"] == method]
-        word = "reproduced" if max(regret) < deviation else "not reproduced"
-        lines.append(
-            Verdict(
+        if regret:
+            text = (
                 f"{method}: regret {np.mean(regret):.2f} points on average, at most "
-                f"{max(regret):.2f}, below one standard deviation of retraining the "
-                f"best cell, {deviation:.2f}, on every seed claimed: {word}"
+                f"{max(regret):.2f}; claimed on every seed below one standard "
+                f"deviation of retraining the best cell, {deviation:.2f}"
             )
-        )
-    return lines
+            is_met = max(regret) < deviation
+            findings.append(Finding(text, "supported" if is_met else "not supported"))
+    return findings
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Draws all cells and marks the chosen ones."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots all cells and marks the chosen cells."""
     accuracy = np.mean(ranking()["test_accuracy"], axis=1)
-    plots.architecture(rows, [share(cell) for cell in CELLS], accuracy, PRICED, path)
+    flops = [flops_fraction(cell) for cell in CELLS]
+    task_plots.architecture(rows, flops, accuracy, PRICED, path)
 
 
-def beats(first: str, second: str, least: float | None) -> Claim:
-    """Returns a claim about accuracy in percentage points."""
-    return Claim(first, second, "accuracy", least, scale=100, unit="points")
-
-
-STUDY = Study(
-    name="architecture",
-    paradigm="supervised",
-    source="Liu, Simonyan & Yang 2019 (arXiv 1806.09055), section 2",
-    about=(
-        f"At most {BUDGET:,} gradient-equivalents (grad-eq) a search; of "
-        "'random search, total' what the others spend with their tuning. Accuracy and "
-        "loss on the untouched test images, means over retrainings of the chosen cell; "
-        "regret: what the best of 125 cells has more; FLOPs: of the largest cell's. "
-        "'random cell' is the mean of all 125, of which nine let nothing through and "
-        "stay at chance. Seconds of random search are those of its trainings, which "
-        "the rows with a price share. "
-        f"Price {PRICE}: of the largest cell's FLOPs, in nats, and the objective is "
-        "test loss and price."
-    ),
-    data=lambda: (DIGITS, digits()),
-    split=lambda key: task_data(make(key=key, data=digits())),
-    methods=METHODS,
+table = MeasurementTable(
+    cells=cells_of(METHODS),
+    measure_cell=lambda cell, rows: METHODS[cell["method"]](cell["seed"]),
     columns=(
-        Column("accuracy %", "accuracy", scale=100),
-        Column("regret", "regret", scale=100),
-        Column("FLOPs %", "flops", "{:.0f} ± {:.0f}", scale=100),
-        Column("objective", "objective", "{:.3f} ± {:.3f}"),
+        Column("accuracy", "accuracy %", ".1f", scale=100),
+        Column("regret", form=".1f", scale=100),
+        Column("flops", "FLOPs %", ".0f", scale=100),
+        Column("objective", form=".3f"),
     ),
     claims=(
-        *(beats(method, "random cell", 0.0) for method in ESTIMATORS),
+        *(Claim(method, "random cell", "accuracy") for method in ESTIMATORS),
         *(
-            Claim(method + PRICED, method, "flops", 0.0, True, scale=100, unit="%")
+            Claim(method + PRICED, method, "flops", lower_is_better=True)
             for method in ESTIMATORS
         ),
         *(
-            Claim(method + PRICED, "baseline" + PRICED, "objective", 0.0, lower=True)
-            for method in ESTIMATORS
-        ),
-        *(
-            beats(method, other, None)
-            for other in ("baseline", "random search")
-            for method in ESTIMATORS
-        ),
-        *(
-            Claim(method + PRICED, other + PRICED, "objective", None, lower=True)
-            for other in ("random search", "random search, total")
+            Claim(
+                method + PRICED, "baseline" + PRICED, "objective", lower_is_better=True
+            )
             for method in ESTIMATORS
         ),
     ),
-    draw=draw,
-    judge=judge,
+    comparisons=(
+        *(
+            Comparison(method, ("baseline", "random search"), "accuracy")
+            for method in ESTIMATORS
+        ),
+        *(
+            Comparison(
+                method + PRICED,
+                ("random search" + PRICED, "random search, total" + PRICED),
+                "objective",
+                lower_is_better=True,
+            )
+            for method in ESTIMATORS
+        ),
+    ),
+    findings=regret_findings,
+    plot=plot,
+    seeds=5,
     minutes=9,
+    paradigm="supervised",
+    source="Liu, Simonyan & Yang 2019 (arXiv 1806.09055), section 2",
+    data=DIGITS,
+    arrays=digits,
 )

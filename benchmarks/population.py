@@ -1,8 +1,27 @@
-"""What 16 trainings cost side by side, over what they cost one after the other.
+"""The cost of 16 trainings side by side, over that of one after the other.
 
-Each cell times three ways to the same 16 trainings in turns, in one process: a call a
-member, one program under `jax.vmap`, as populations are trained, and one program under
-`jax.lax.map`. See README.md for the protocol.
+Question: what do 16 trainings side by side cost, as `PopulationBased` and
+`SuccessiveHalving` make them, over 16 trainings one after the other?
+
+Systems: networks with tanh and without biases, 64-14-10 (1,036 parameters, 1,000
+steps), 64-256-320-10 (101,504 parameters, 100 steps) and 64-920-1000-10 (988,880
+parameters, 10 steps), with squared error on 1,000 random examples and a log-penalty
+from -9 to -5 over the members; batches of 64, float32, gradient descent with rate 0.1
+and momentum 0.9; then one outer value on all examples. The seed of a row is the number
+of a repetition and decides data, starting points and batches.
+
+Programs: *one by one* is a compiled program that trains one member, called 16 times.
+*vmap* trains all members in one program under `jax.vmap`. *lax.map* trains all in one
+program, in a loop within it.
+
+Timing: the three run in turns, five turns after one for compilation and warm-up; a
+ratio is that of each turn, and a row holds the median over turns. There are five
+repetitions; the table shows medians and quartiles over them. Compilation is timed
+apart, once per process. The seconds of one by one are the sum of its 16 calls. Run the
+table with nothing else running and without a persistent compilation cache.
+
+Nothing is claimed: the ratios are printed with their 95% intervals. The three programs
+must agree: outer values within ten rounding errors per step, or the check fails.
 """
 
 import functools
@@ -18,26 +37,24 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.studies.program import program
-from hypergrad.studies.record import Row
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, paired_ratio
+from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval
 
 from .shared import plots
+from .shared.program import program
 
-#: Parameters, about -> sizes of the layers, and steps of a training.
+#: Approximate number of parameters -> sizes of the layers, and steps of a training.
 SIZES = {
     "1e3": ((64, 14, 10), 1000),
     "1e5": ((64, 256, 320, 10), 100),
     "1e6": ((64, 920, 1000, 10), 10),
 }
-MEMBERS, NUM_EXAMPLES, BATCH = 16, 1000, 64
+NUM_MEMBERS, NUM_EXAMPLES, BATCH = 16, 1000, 64
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-TURNS = 5
+NUM_TURNS = 5
 
 
 def outer_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Squared error of a network with tanh."""
+    """Returns the squared error of a network with tanh."""
     del alpha
     x = batch["x"]
     for layer in w[:-1]:
@@ -46,7 +63,7 @@ def outer_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
 
 
 def inner_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """With a log-penalty."""
+    """Returns the outer loss plus the squares of ``w`` with a log-penalty."""
     squares = sum(jnp.sum(layer**2) for layer in w)
     return outer_loss(w, alpha, batch) + jnp.exp(alpha) * squares
 
@@ -54,149 +71,151 @@ def inner_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
 def train(
     num_steps: int, w: PyTree, alpha: Array, data: PyTree, key: Array
 ) -> tuple[PyTree, Array]:
-    """``w`` of one member, and its outer value."""
+    """Returns the trained ``w`` of one member, and its outer value."""
     solver = hg.Descent(OPTIMIZER, num_steps)
     w, _ = solver.solve(inner_loss, w, alpha, hg.Batches(data, BATCH), key)
     return w, outer_loss(w, alpha, data)
 
 
-def side_by_side(
+def train_by_vmap(
     num_steps: int, w: PyTree, alpha: Array, data: PyTree, key: Array
 ) -> tuple[PyTree, Array]:
-    """All members under `jax.vmap`."""
-    one = functools.partial(train, num_steps)
-    return jax.vmap(one, (0, 0, None, 0))(w, alpha, data, key)
+    """Returns what `train` returns of all members, under `jax.vmap`."""
+    train_member = functools.partial(train, num_steps)
+    return jax.vmap(train_member, (0, 0, None, 0))(w, alpha, data, key)
 
 
-def in_a_loop(
+def train_by_map(
     num_steps: int, w: PyTree, alpha: Array, data: PyTree, key: Array
 ) -> tuple[PyTree, Array]:
-    """All members under `jax.lax.map`."""
-    one = lambda member: train(num_steps, member[0], member[1], data, member[2])
-    return jax.lax.map(one, (w, alpha, key))
+    """Returns what `train` returns of all members, under `jax.lax.map`."""
+    train_member = lambda member: train(
+        num_steps, member[0], member[1], data, member[2]
+    )
+    return jax.lax.map(train_member, (w, alpha, key))
 
 
-def members(sizes: tuple[int, ...], seed: int) -> tuple[PyTree, Array, PyTree, Array]:
-    """``(w, alpha, data, key)``; all but the data have an axis of members in front."""
-    keys = jax.random.split(jax.random.key(seed), 3 + MEMBERS)
+def train_one_by_one(
+    num_steps: int, w: PyTree, alpha: Array, data: PyTree, key: Array
+) -> tuple[PyTree, Array]:
+    """Returns what `train` returns of all members, with one call per member."""
+    train_member = program(train, num_steps)
+    results = [
+        train_member(*jax.tree.map(lambda x, i=i: x[i], (w, alpha)), data, key[i])
+        for i in range(NUM_MEMBERS)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def make_members(
+    sizes: tuple[int, ...], seed: int
+) -> tuple[PyTree, Array, PyTree, Array]:
+    """Returns ``(w, alpha, data, key)``; all but the data have an axis of members."""
+    keys = jax.random.split(jax.random.key(seed), 3 + NUM_MEMBERS)
     x_key, y_key, w_key = keys[:3]
     pairs = list(itertools.pairwise(sizes))
     w = [
-        jax.random.normal(key, (MEMBERS, *pair)) / pair[0] ** 0.5
+        jax.random.normal(key, (NUM_MEMBERS, *pair)) / pair[0] ** 0.5
         for key, pair in zip(jax.random.split(w_key, len(pairs)), pairs, strict=True)
     ]
     data = {
         "x": jax.random.normal(x_key, (NUM_EXAMPLES, sizes[0])),
         "y": jax.random.normal(y_key, (NUM_EXAMPLES, sizes[-1])),
     }
-    return w, jnp.linspace(-9.0, -5.0, MEMBERS), data, keys[3:]
+    return w, jnp.linspace(-9.0, -5.0, NUM_MEMBERS), data, keys[3:]
 
 
-def one_by_one(
-    num_steps: int, w: PyTree, alpha: Array, data: PyTree, key: Array
-) -> tuple[PyTree, Array]:
-    """A call a member."""
-    one = program(train, num_steps)
-    found = [
-        one(*jax.tree.map(lambda x, i=i: x[i], (w, alpha)), data, key[i])
-        for i in range(MEMBERS)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+PROGRAMS: dict[str, Callable] = {"vmap": train_by_vmap, "map": train_by_map}
 
 
-WAYS: dict[str, Callable] = {"vmap": side_by_side, "map": in_a_loop}
-
-
-def measure(cell: Row) -> Row:
-    """All three once to compile and to warm up, then in turns."""
+def measure_cell(cell: Cell, rows: list[Row]) -> Row:
+    """Returns the seconds of the three programs after one turn of warm-up."""
+    del rows
     sizes, num_steps = SIZES[cell["method"]]
-    given = members(sizes, cell["seed"])
+    members = make_members(sizes, cell["seed"])
     timed = {"each": program(train, num_steps)}
-    timed |= {name: program(way, num_steps) for name, way in WAYS.items()}
-    calls = {"each": functools.partial(one_by_one, num_steps)}
-    calls |= {name: timed[name] for name in WAYS}
-    turns: dict[str, list[float]] = {name: [] for name in calls}
+    timed |= {name: program(function, num_steps) for name, function in PROGRAMS.items()}
+    calls = {"each": functools.partial(train_one_by_one, num_steps)}
+    calls |= {name: timed[name] for name in PROGRAMS}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     values: dict[str, np.ndarray] = {}
-    for turn in range(1 + TURNS):
+    for turn in range(1 + NUM_TURNS):
         for name, call in calls.items():
-            before = timed[name].run_seconds
-            values[name] = np.asarray(call(*given)[1])
+            prev_seconds = timed[name].run_seconds
+            values[name] = np.asarray(call(*members)[1])
             if turn:
-                turns[name].append(timed[name].run_seconds - before)
-    middle = {name: statistics.median(seconds) for name, seconds in turns.items()}
-    off = [np.abs(values[name] / values["each"] - 1).max() for name in WAYS]
+                seconds[name].append(timed[name].run_seconds - prev_seconds)
+    differences = [np.abs(values[name] / values["each"] - 1).max() for name in PROGRAMS]
+    ratios = {
+        name: np.divide(seconds[name], seconds["each"]).tolist() for name in PROGRAMS
+    }
     return {
         "parameters": sum(a * b for a, b in itertools.pairwise(sizes)),
-        "each_seconds": middle["each"],
-        **{
-            name: statistics.median(
-                way / each for way, each in zip(turns[name], turns["each"], strict=True)
-            )
-            for name in WAYS
-        },
+        "each_seconds": statistics.median(seconds["each"]),
+        **{name: statistics.median(ratios[name]) for name in PROGRAMS},
         **{f"{name}_compile": timed[name].compile_seconds for name in timed},
-        "difference": float(max(off)),
+        "difference": float(max(differences)),
     }
 
 
-def bound(size: str) -> float:
-    """Ten rounding errors a step, relative."""
+def max_difference(size: str) -> float:
+    """Returns ten rounding errors per step, relative."""
     return 10 * SIZES[size][1] * float(jnp.finfo(jnp.float32).eps)
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """What the ratios are, without a claim; the three ways must agree."""
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns the ratios, without a claim, and whether the three programs agree."""
     lines = []
     for size in SIZES:
-        mine = [row for row in rows if row["method"] == size]
-        for name in WAYS:
-            ratios = np.array([row[name] for row in mine], float)
-            mean, low, high = paired_ratio(ratios, 1.0)
-            text = f"{size}, {name}: {mean:.2f} [{low:.2f}, {high:.2f}] of one by one"
-            lines.append(Verdict(text))
-        off = max((row["difference"] for row in mine), default=np.nan)
-        agree = bool(off <= bound(size))
-        text = f"{size}: outer values agree to {off:.1g}, {bound(size):.1g} allowed"
-        lines.append(Verdict(text, failed=not agree))
+        size_rows = [row for row in rows if row["method"] == size]
+        if not size_rows:
+            continue
+        for name in PROGRAMS:
+            ratios = np.array([row[name] for row in size_rows], float)
+            ratio = ratio_interval(ratios, 1.0)
+            lines.append(Finding(f"{size}, {name}: {ratio:.2f} of one by one"))
+        difference = np.max(np.array([row["difference"] for row in size_rows], float))
+        bound = max_difference(size)
+        text = f"{size}: outer values agree to {difference:.1g}, {bound:.1g} allowed"
+        lines.append(Finding(text, "holds" if difference <= bound else "FAILED"))
     return lines
 
 
-def markdown(table: Table, rows: list[Row], command: str) -> str:
-    """Medians and quartiles over repeats."""
+def body(rows: list[Row]) -> list[str]:
+    """Returns the table of medians and quartiles over repetitions."""
     lines = [
-        f"# {table.name}",
-        "",
-        f"{MEMBERS} trainings in one program, over the seconds of {MEMBERS} calls of "
-        "one that trains one: medians [quartiles] over repeats. Compilation is apart. "
-        f"Command: `{command}`",
+        "Seconds of one by one, ratios to them, and seconds of compilation: medians "
+        "[quartiles] over repetitions.",
         "",
         "| parameters | steps | one by one, s | vmap | lax.map | compile: one, s "
         "| vmap, s | lax.map, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    columns = (
+        *("each_seconds", "vmap", "map"),
+        *("each_compile", "vmap_compile", "map_compile"),
+    )
     for size, (_, num_steps) in SIZES.items():
-        mine = [row for row in rows if row["method"] == size]
-        if not mine:
-            continue
-        column = lambda name, mine=mine: _quartiles([row[name] for row in mine])
-        seconds = "each_seconds", "vmap", "map"
-        compiles = "each_compile", "vmap_compile", "map_compile"
-        cells = [f"{mine[0]['parameters']:,}", f"{num_steps}"]
-        cells += [column(name) for name in (*seconds, *compiles)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
+        size_rows = [row for row in rows if row["method"] == size]
+        if size_rows:
+            cells = [f"{size_rows[0]['parameters']:,}", f"{num_steps}"]
+            cells += [quartiles([row[name] for row in size_rows]) for name in columns]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _quartiles(values: list[float]) -> str:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+def quartiles(values: list[float]) -> str:
+    """Returns the text ``median [first quartile, third quartile]``."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A dot a repeat."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots the ratios with a dot per repetition."""
     panels = {
         f"{size} parameters": {
-            name: [row[name] for row in rows if row["method"] == size] for name in WAYS
+            name: [row[name] for row in rows if row["method"] == size]
+            for name in PROGRAMS
         }
         for size in SIZES
         if any(row["method"] == size for row in rows)
@@ -204,18 +223,20 @@ def draw(rows: list[Row], path: Path) -> None:
     plots.strips(panels, path, "seconds over those of one by one", lines=())
 
 
-def plan(scale: str, seeds: int) -> list[Row]:
-    """All sizes of a repeat, then the next."""
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Returns all sizes of a repetition, then those of the next."""
     del scale
     return [{"method": size, "seed": i} for i in range(seeds) for size in SIZES]
 
 
-TABLE = Table(
-    name="population",
-    source="Jaderberg et al. 2017 (arXiv 1711.09846)",
+table = MeasurementTable(
+    cells=cells,
+    measure_cell=measure_cell,
+    body=body,
+    findings=findings,
+    plot=plot,
     minutes=3,
-    seeds=5,
-    plan=plan,
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
+    paradigm="populations",
+    source="Jaderberg et al. 2017 (arXiv 1711.09846)",
+    data="random examples",
 )

@@ -1,7 +1,6 @@
 """Checkpoints, from which a run that was killed continues to the same bits."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -20,15 +19,22 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .runtime import atomic_io
+from .runtime.array_folder import (
+    Arrays,
+    array_name,
+    digest_folder,
+    digest_json,
+    read_arrays,
+    to_named_arrays,
+    write_arrays,
+)
 from .runtime.devices import run_on_first_process
 from .runtime.fingerprint import HASH
-from .trees import to_numpy
 from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
 #: What determines the bits of a run: names, and digests or texts.
 RunFingerprint = dict[str, str]
-Arrays = dict[str, np.ndarray]
 
 NO_STEP = -1
 NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corrupt
@@ -213,10 +219,10 @@ class CheckpointFolder:
         arrays, static = eqx.partition(blank_fn(step), eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
         # Leaves are stored by index, so that names of user keys need no escaping.
-        like = jax.tree.map(np.empty_like, _to_named_arrays(leaves))
+        like = jax.tree.map(np.empty_like, to_named_arrays(leaves))
         saved = run_on_first_process(lambda: self._read(step, like), like)
         leaves = [
-            _fill(leaf, saved[_array_name(i)]) if leaf.size else leaf
+            _fill(leaf, saved[array_name(i)]) if leaf.size else leaf
             for i, leaf in enumerate(leaves)
         ]
         return eqx.combine(jax.tree.unflatten(structure, leaves), static)
@@ -224,7 +230,7 @@ class CheckpointFolder:
     def save(self, step: int, tree: PyTree) -> None:
         """Writes a checkpoint, or issues a warning if that fails."""
         # All processes gather sharded arrays; only the first one writes.
-        arrays = _to_named_arrays(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+        arrays = to_named_arrays(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
         if not self.is_writable:
             return
         try:
@@ -289,7 +295,7 @@ class CheckpointFolder:
             sha256 = metadata.pop("sha256")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptCheckpointError(f"{file.name} cannot be read") from error
-        if sha256 != _digest_json(metadata):
+        if sha256 != digest_json(metadata):
             raise CorruptCheckpointError(f"{file.name} is not as it was written")
         return metadata
 
@@ -299,7 +305,7 @@ class CheckpointFolder:
         _check_same_run(self.path, metadata["run"], self.fingerprint)
         saved = metadata["files"]
         try:
-            current = _digest_files(folder)
+            current = digest_folder(folder)
         except OSError as error:
             raise CorruptCheckpointError(f"{folder.name} cannot be read") from error
         for name in sorted(current.keys() | saved.keys()):
@@ -309,20 +315,18 @@ class CheckpointFolder:
                 )
 
     def _read(self, step: int, like: Arrays) -> Arrays:
-        with _make_checkpointer() as checkpointer:
-            return checkpointer.restore(self._arrays_path(step).absolute(), like)
+        return read_arrays(self._arrays_path(step), like)
 
     def _write(self, step: int, arrays: Arrays) -> None:
         self._remove_incomplete()
         self._set_aside(step)
         atomic_io.atomic_write(self._marker_path(step), "")
-        with _make_checkpointer() as checkpointer:
-            checkpointer.save(self._arrays_path(step).absolute(), arrays)
+        write_arrays(self._arrays_path(step), arrays)
         atomic_io.fsync_tree(self._arrays_path(step))
-        files = _digest_files(self._arrays_path(step))
+        files = digest_folder(self._arrays_path(step))
         metadata = {"step": step, "run": self.fingerprint, "files": files}
         # A power failure must not leave metadata of arrays that are not on disk.
-        text = json.dumps(metadata | {"sha256": _digest_json(metadata)}, indent=1)
+        text = json.dumps(metadata | {"sha256": digest_json(metadata)}, indent=1)
         atomic_io.atomic_write(self._metadata_path(step), text + "\n")
         self._marker_path(step).unlink()
         for old_step in self._steps()[NUM_KEPT:]:
@@ -398,17 +402,6 @@ def lock_file(file: IO, owner: Path) -> None:
         ) from error
 
 
-def _array_name(index: int) -> str:
-    return f"{index:05d}"
-
-
-def _to_named_arrays(leaves: list) -> Arrays:
-    """Returns the leaves by index, without empty ones, which Orbax cannot store."""
-    return {
-        _array_name(i): to_numpy(leaf) for i, leaf in enumerate(leaves) if leaf.size
-    }
-
-
 def _fill(leaf: Any, array: Any) -> Any:
     """Returns an array of the type and sharding of ``leaf`` with the saved values."""
     if isinstance(leaf, np.ndarray):
@@ -416,30 +409,3 @@ def _fill(leaf: Any, array: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
     return leaf.at[...].set(array)
-
-
-def _make_checkpointer() -> Any:
-    """Returns an Orbax checkpointer that does not wait for other processes."""
-    import orbax.checkpoint as ocp
-
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="hypergrad",
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-def _digest_json(metadata: dict) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_files(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file below a folder, by relative path."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): digest(file) for file in files}

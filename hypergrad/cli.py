@@ -42,9 +42,10 @@ def run(
 
     Args:
       table: NAME for ./benchmarks/NAME.py, or a file that defines `table`.
-      method: Methods of one's own as FILE.py:FUNCTION, each one more row. They are
-        tuned over FUNCTION.grid by the rule of the table, at the same budget.
-      only: Labels of the methods to run. Defaults to all.
+      method: A method of one's own as FILE.py:FUNCTION, which makes one more row. It is
+        tuned over FUNCTION.grid by the rule of the table, at the same budget. May be
+        given several times.
+      only: Label of a method to run. May be given several times. Defaults to all.
       seeds: Number of seeds, starting at 0. Defaults to that of the table.
       scale: Scale at which to run. Defaults to the first of the table.
       budget: Gradient-equivalents of a run in place of those of the table.
@@ -92,7 +93,7 @@ def check(target: str) -> None:
     sys.exit(failed)
 
 
-def report(folder: Path, out: Path | None = None) -> None:
+def write_report(folder: Path, out: Path | None = None) -> None:
     """Write one page of HTML for each table of a folder, and a page of all.
 
     Args:
@@ -102,22 +103,21 @@ def report(folder: Path, out: Path | None = None) -> None:
     from .bench import commands
 
     with exit_with_message():
-        print(
-            f"wrote {commands.report(folder, folder / 'html' if out is None else out)}"
-        )
+        out = folder / "html" if out is None else out
+        print(f"wrote {commands.write_report(folder, out)}")
 
 
-def compare(first: Path, second: Path) -> None:
+def compare(folder: Path, reference: Path) -> None:
     """Show in what two results differ; exit 1 if a number or a cell does.
 
     Args:
-      first: Folder of rows.
-      second: Folder of rows.
+      folder: Folder of rows.
+      reference: Folder of rows with which they are compared.
     """
     from .bench import commands
 
     with exit_with_message():
-        differences = commands.compare(first, second)
+        differences = commands.compare(folder, reference)
     for name, difference in differences:
         print(f"{name}: {difference.kind}: {difference.text}")
     if not differences:
@@ -184,15 +184,16 @@ def main() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {MISSING_EXTRA}")
-    positional = tyro.conf.Positional
-    _make_positional(list_tables, "folder", positional)
-    _make_positional(cite, "names", positional)
+    _mark(list_tables, "folder", tyro.conf.Positional)
+    _mark(cite, "names", tyro.conf.Positional)
+    _mark(run, "method", tyro.conf.UseAppendAction)
+    _mark(run, "only", tyro.conf.UseAppendAction)
     tyro.extras.subcommand_cli_from_dict(
         {
             "list": list_tables,
             "run": run,
             "check": check,
-            "report": report,
+            "report": write_report,
             "compare": compare,
             "export": export,
             "estimators": estimators,
@@ -204,8 +205,8 @@ def main() -> None:
     )
 
 
-def _make_positional(function, argument: str, marker) -> None:
-    """Marks an argument with a default as positional; tyro is imported by then."""
+def _mark(function, argument: str, marker) -> None:
+    """Marks how an argument is written; a decorator would import tyro too early."""
     kind = function.__annotations__[argument]
     function.__annotations__[argument] = Annotated[kind, marker]
 

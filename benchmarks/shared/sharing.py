@@ -1,8 +1,7 @@
-"""What one shared `w` saves over a training of each candidate, and what it holds.
+"""Searches over cells that share one supernet's weights, or train each from scratch.
 
-The cells of `hypergrad.tasks.architecture`, of which the truth is known: every one
-trained alone, eight times. They are compared by the weights of one supernet, or each
-trained from scratch; rows of the table `warmstart`. See README.md.
+The candidates are the cells of `hypergrad.tasks.architecture`, each of which was
+trained alone eight times. The rows belong to the table `warm_start`.
 """
 
 import functools
@@ -16,145 +15,154 @@ import scipy.stats
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.studies.architecture import STEPS
-from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.study import DIGITS, digits
-from hypergrad.studies.verdict import Verdict, paired
-from hypergrad.tasks import architecture as task
+from hypergrad.bench import Finding, Row, difference_interval
+from hypergrad.tasks import architecture
 
-DRAWS = 65  # one with the supernet's training, and rounds of 1, 4 or 16
-SPACE = hg.spaces.Choice(len(task.OPERATIONS), shape=(len(task.EDGES),))
+from .architecture_cells import STEPS
+
+NUM_SAMPLES = 65  # one with the training of the supernet, and rounds of 1, 4 or 16
+SPACE = hg.spaces.Choice(len(architecture.OPERATIONS), shape=(len(architecture.EDGES),))
 
 
-class Way(NamedTuple):
-    """Steps of a training, their first rate, candidates, and how many at once.
+class SearchConfig(NamedTuple):
+    """The configuration of a search.
 
-    at_once: 0 for a training of each.
+    Attributes:
+      num_steps: Steps of a training.
+      rate: Initial rate of a training.
+      num_samples: Number of sampled cells.
+      batch_size: Cells that are evaluated at once with shared weights; 0 if each cell
+        is trained from scratch.
     """
 
     num_steps: int
     rate: float
-    draws: int = DRAWS
-    at_once: int = 0
+    num_samples: int = NUM_SAMPLES
+    batch_size: int = 0
 
     @property
     def solver(self) -> hg.Descent:
-        """As the study trains a cell: momentum 0.9, the rate falls as a cosine."""
+        """The training: momentum 0.9, the rate falls as a cosine."""
         rate = optax.cosine_decay_schedule(self.rate, self.num_steps)
         return hg.Descent(optax.sgd(rate, momentum=0.9), self.num_steps)
 
     @property
     def searcher(self) -> Any:
-        """Uniform draws, either way."""
-        shared = self.at_once
-        return hg.searchers.OneShot(shared) if shared else hg.searchers.Random()
+        """The searcher, which samples uniformly."""
+        if self.batch_size:
+            return hg.searchers.OneShot(self.batch_size)
+        return hg.searchers.Random()
 
     @property
     def budget(self) -> float:
-        """Gradient-equivalents of its trainings and of a value a draw."""
-        num_train, num_val, _ = task.SIZES["small"]
-        trainings = 1 if self.at_once else self.draws
-        steps = trainings * self.num_steps * task.BATCH_SIZE / num_train
-        return 1e-3 + steps + self.draws * num_val / num_train / 3
+        """Gradient-equivalents of the trainings and of one value per sample."""
+        num_train, num_val, _ = architecture.SIZES["small"]
+        num_trainings = 1 if self.batch_size else self.num_samples
+        steps = num_trainings * self.num_steps * architecture.BATCH_SIZE / num_train
+        return 1e-3 + steps + self.num_samples * num_val / num_train / 3
 
 
 LONG = 10 * STEPS
-EACH, FEW = f"each of {DRAWS} from scratch", "each of 10 from scratch"
+EACH, FEW = f"each of {NUM_SAMPLES} from scratch", "each of 10 from scratch"
 SHORT, SHARED = (f"supernet, {steps:,} steps" for steps in (STEPS, LONG))
-BESIDE = f"{SHARED}, 16 at once"
-WAYS = {
-    EACH: Way(STEPS, 0.2),
-    FEW: Way(STEPS, 0.2, 10),
-    SHORT: Way(STEPS, 0.05, at_once=1),
-    SHARED: Way(LONG, 0.05, at_once=1),
-    BESIDE: Way(LONG, 0.05, at_once=16),
+AT_ONCE = f"{SHARED}, 16 at once"
+CONFIGS = {
+    EACH: SearchConfig(STEPS, 0.2),
+    FEW: SearchConfig(STEPS, 0.2, 10),
+    SHORT: SearchConfig(STEPS, 0.05, batch_size=1),
+    SHARED: SearchConfig(LONG, 0.05, batch_size=1),
+    AT_ONCE: SearchConfig(LONG, 0.05, batch_size=16),
 }
 
 
-def number(w: PyTree, alpha: Array, key: Array) -> Array:
-    """Of a cell among `CELLS`."""
+def cell_index(w: PyTree, alpha: Array, key: Array) -> Array:
+    """Returns the index of a cell in `architecture.CELLS`."""
     del w, key
-    return alpha @ len(task.OPERATIONS) ** jnp.arange(len(task.EDGES))[::-1]
+    num_operations, num_edges = len(architecture.OPERATIONS), len(architecture.EDGES)
+    return alpha @ num_operations ** jnp.arange(num_edges)[::-1]
 
 
-def seek(method: str, seed: int) -> hg.Trace:
-    """The search, with the number of the cell of every trial."""
-    way, own = WAYS[method], task.make(key=jax.random.key(seed))
+def run_search(method: str, seed: int) -> hg.Trace:
+    """Returns the search, with the index of the cell of every trial."""
+    config, task = CONFIGS[method], architecture.make(key=jax.random.key(seed))
     return hg.search(
-        own.problem, way.solver, way.searcher, own.w,
-        space=SPACE, budget=way.budget, key=jax.random.key(seed),
-        metrics={"cell": number},
+        task.problem, config.solver, config.searcher, task.w,
+        space=SPACE, budget=config.budget, key=jax.random.key(seed),
+        metrics={"cell": cell_index},
     )  # fmt: skip
 
 
-def step(
+def training_step(
     solver: hg.Descent, problem: hg.Bilevel, carry: PyTree, alpha: Array, key: Array
 ) -> PyTree:
-    """One of a training, by a batch."""
+    """Makes one step of a training on a batch."""
     return solver.step(problem.inner_loss, carry, alpha, problem.inner_data, key)
 
 
-def value(problem: hg.Bilevel, w: PyTree, alpha: Array) -> Array:
-    """Of one candidate, or of some that share ``w``: ``alpha`` [..., 3]."""
-    outer = lambda alpha: problem.outer_loss(w, alpha, problem.outer_data.full_batch())
-    return jax.vmap(outer)(alpha) if alpha.ndim > 1 else outer(alpha)
+def values(problem: hg.Bilevel, w: PyTree, alpha: Array) -> Array:
+    """Returns the outer value of one cell, or of several that share ``w``, [n, 3]."""
+    data = problem.outer_data.full_batch()
+    outer_loss: Any = problem.outer_loss
+    per_cell = lambda alpha: outer_loss(w, alpha, data)
+    return jax.vmap(per_cell)(alpha) if alpha.ndim > 1 else per_cell(alpha)
 
 
 @functools.cache
-def bytes_of(method: str) -> tuple[int, int]:
-    """Peak of a step or of the values at once, and what is carried between trials."""
-    way, own = WAYS[method], task.make(key=jax.random.key(0))
-    solver, key = way.solver, jax.random.key(0)
-    cell = jnp.zeros(len(task.EDGES), int)
-    loss, data = own.problem.inner_loss, own.problem.inner_data
-    carry = solver.init(loss, own.w, cell, data, key)
-    cells = jnp.tile(cell, (way.at_once, 1)) if way.at_once else cell
-    programs = (
-        (functools.partial(step, solver), own.problem, carry, cell, key),
-        (value, own.problem, own.w, cells),
+def measure_bytes(method: str) -> tuple[int, int]:
+    """Returns the peak bytes of a step or of the values, and the carried bytes."""
+    config, task = CONFIGS[method], architecture.make(key=jax.random.key(0))
+    solver, key = config.solver, jax.random.key(0)
+    cell = jnp.zeros(len(architecture.EDGES), int)
+    loss, data = task.problem.inner_loss, task.problem.inner_data
+    carry = solver.init(loss, task.w, cell, data, key)
+    cells = jnp.tile(cell, (config.batch_size, 1)) if config.batch_size else cell
+    step = functools.partial(training_step, solver)
+    peak = max(
+        hg.cost.memory(step, task.problem, carry, cell, key).peak,
+        hg.cost.memory(values, task.problem, task.w, cells).peak,
     )
-    peak = max(hg.cost.memory(*program).peak for program in programs)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carry))
-    return peak, held if way.at_once else 0
+    carried = sum(leaf.nbytes for leaf in jax.tree.leaves(carry))
+    return peak, carried if config.batch_size else 0
 
 
-def measure(cell: Row) -> Row:
-    """One search; regret and rank of what it found by the mean over retrainings."""
-    trace = seek(cell["method"], cell["seed"])
-    peak, carried = bytes_of(cell["method"])
-    tried = np.asarray(trace.metrics["cell"], int)
-    return judged(np.asarray(trace.value, float), tried) | {
+def measure_cell(method: str, seed: int) -> Row:
+    """Returns the measurements of one search."""
+    trace = run_search(method, seed)
+    peak, carried = measure_bytes(method)
+    samples = np.asarray(trace.metrics["cell"], int)
+    return evaluate_choice(np.asarray(trace.value, float), samples) | {
         "cost": float(trace.cost[-1]),
         "bytes": peak,
         "carried_bytes": carried,
-        "data": DIGITS,
-        "data_sha256": fingerprint(digits()),
     }
 
 
-def judged(value: np.ndarray, tried: np.ndarray) -> Row:
-    """What the lowest value found, and how the values rank what was tried.
+def evaluate_choice(value: np.ndarray, samples: np.ndarray) -> Row:
+    """Returns regret and rank of the cell of the lowest value, by its retrainings.
 
-    rank_correlation: Spearman's, of the values and the true errors of the cells.
+    The field "rank_correlation" is Spearman's correlation of the values and the true
+    errors of the sampled cells.
     """
-    accuracy = task.ranking()["test_accuracy"].mean(axis=1)
-    found = tried[np.nanargmin(value)]
-    agree = scipy.stats.spearmanr(value, -accuracy[tried]).statistic
+    accuracy = architecture.ranking()["test_accuracy"].mean(axis=1)
+    choice = samples[np.nanargmin(value)]
+    spearman: Any = scipy.stats.spearmanr(value, -accuracy[samples])
+    cell = architecture.CELLS[choice]
     return {
-        "cell": " ".join(task.OPERATIONS[o] for o in task.CELLS[found]),
-        "accuracy": float(accuracy[found]),
-        "regret": float(accuracy.max() - accuracy[found]),
-        "rank": 1 + int(np.sum(accuracy > accuracy[found])),
-        "rank_correlation": float(agree),
+        "cell": " ".join(architecture.OPERATIONS[o] for o in cell),
+        "accuracy": float(accuracy[choice]),
+        "regret": float(accuracy.max() - accuracy[choice]),
+        "rank": 1 + int(np.sum(accuracy > accuracy[choice])),
+        "rank_correlation": float(spearman.statistic),
         "draws": int(value.size),
     }
 
 
 @functools.cache
-def drawn(draws: int, seed: int) -> frozenset[int]:
-    """The cells among so many draws of a search from scratch, by its key alone.
+def sampled_cells(num_samples: int, seed: int) -> frozenset[int]:
+    """Returns the different cells among the samples of a search from scratch.
 
-    As in the rows, without x64, in which integers are drawn by other bits.
+    They depend only on the seed. As in the rows they are sampled without x64, in which
+    integers are sampled from other random bits.
     """
     problem = hg.Bilevel(
         lambda w, alpha, batch: w**2, lambda w, alpha, batch: w + jnp.sum(alpha)
@@ -163,96 +171,102 @@ def drawn(draws: int, seed: int) -> frozenset[int]:
     with jax.enable_x64(False):
         trace = hg.search(
             problem, solver, hg.searchers.Random(), 0.0,
-            space=SPACE, budget=2.0 * draws, key=jax.random.key(seed),
-            metrics={"cell": number},
+            space=SPACE, budget=2.0 * num_samples, key=jax.random.key(seed),
+            metrics={"cell": cell_index},
         )  # fmt: skip
-    return frozenset(np.asarray(trace.metrics["cell"], int)[:draws].tolist())
+    indices = np.asarray(trace.metrics["cell"], int)[:num_samples]
+    return frozenset(indices.tolist())
 
 
-# Judging and showing.
+# Findings and the printed form.
 
 
-def lane(rows: list[Row], method: str, name: str) -> np.ndarray:
-    """A column by seed."""
-    mine = [row for row in rows if row["method"] == method]
-    return np.array([row[name] for row in sorted(mine, key=lambda row: row["seed"])])
+def column(rows: list[Row], method: str, name: str) -> np.ndarray:
+    """Returns a column of a method by seed; NaN where a row has no number."""
+    method_rows = [row for row in rows if row["method"] == method]
+    by_seed = sorted(method_rows, key=lambda row: row["seed"])
+    numbers = [np.nan if row[name] is None else row[name] for row in by_seed]
+    return np.array(numbers)
 
 
-def against(rows: list[Row], first: str, second: str) -> Verdict:
-    """Times the cost and the bytes; the regret that is added, in points."""
-    cost, bytes_ = (
-        lane(rows, second, name).mean() / lane(rows, first, name).mean()
+def compare(rows: list[Row], first: str, second: str) -> Finding:
+    """Returns the ratios of costs and bytes, and the added regret in points."""
+    cost_ratio, bytes_ratio = (
+        column(rows, second, name).mean() / column(rows, first, name).mean()
         for name in ("cost", "bytes")
     )
-    once = "" if WAYS[second].at_once else trained_once(rows, first, second)
-    regrets = (100 * lane(rows, method, "regret") for method in (first, second))
-    more, low, high = paired(*regrets)
-    return Verdict(
-        f"{first} against {second}: {cost:.3g} times fewer gradient-equivalents{once}, "
-        f"{1 / bytes_:.3g} times the bytes, {more:+.1f} [{low:+.1f}, {high:+.1f}] "
-        "points of regret"
+    note = "" if CONFIGS[second].batch_size else note_on_repeats(rows, first, second)
+    regrets = (100 * column(rows, method, "regret") for method in (first, second))
+    added = difference_interval(*regrets)
+    return Finding(
+        f"{first} against {second}: {cost_ratio:.3g} times fewer gradient-equivalents"
+        f"{note}, {1 / bytes_ratio:.3g} times the bytes, {added:+.1f} points of regret"
     )
 
 
-def trained_once(rows: list[Row], first: str, second: str) -> str:
-    """Times the cost were no cell trained twice; nothing where none was."""
-    draws = WAYS[second].draws
-    cells = np.array([len(drawn(draws, seed)) for seed in lane(rows, second, "seed")])
-    cost = np.mean(lane(rows, second, "cost") * cells / draws)
-    if cells.min() == draws:
+def note_on_repeats(rows: list[Row], first: str, second: str) -> str:
+    """Returns the ratio of costs if no cell were trained twice; "" if none was."""
+    num_samples = CONFIGS[second].num_samples
+    seeds = column(rows, second, "seed")
+    num_cells = np.array([len(sampled_cells(num_samples, seed)) for seed in seeds])
+    cost = np.mean(column(rows, second, "cost") * num_cells / num_samples)
+    if num_cells.min() == num_samples:
         return ""
+    ratio = cost / column(rows, first, "cost").mean()
     return (
-        f" ({cost / lane(rows, first, 'cost').mean():.3g} were each of the "
-        f"{cells.min()} to {cells.max()} cells among its {draws} draws trained once)"
+        f" ({ratio:.3g} if each of the {num_cells.min()} to {num_cells.max()} cells "
+        f"among its {num_samples} samples were trained once)"
     )
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """What sharing saves, what it loses, and whether fewer trainings do as well."""
-    pairs = (SHORT, EACH), (SHARED, EACH), (SHARED, FEW), (BESIDE, SHARED)
-    return [against(rows, *pair) for pair in pairs]
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns what shared weights save, and whether fewer trainings are as good."""
+    pairs = (SHORT, EACH), (SHARED, EACH), (SHARED, FEW), (AT_ONCE, SHARED)
+    labels = {row["method"] for row in rows}
+    return [compare(rows, *pair) for pair in pairs if {*pair} <= labels]
 
 
-def markdown(rows: list[Row]) -> list[str]:
-    """The lines of its part of the table."""
-    accuracy = task.ranking()["test_accuracy"].mean(axis=1)
-    regret = 100 * (accuracy.max() - accuracy.mean())
+def body(rows: list[Row]) -> list[str]:
+    """Returns the table of the searches."""
+    accuracy = architecture.ranking()["test_accuracy"].mean(axis=1)
+    mean_regret = 100 * (accuracy.max() - accuracy.mean())
     lines = [
-        f"**Weights that candidates share.** {DIGITS}: cells of [architecture]"
-        f"(architecture.md), {len({row['seed'] for row in rows})} seeds. The draw of "
-        "the lowest validation loss is found. Regret: points of test accuracy that the "
-        "best of 125 cells has more, means over eight trainings of their own; that of "
-        f"a cell drawn at random is {regret:.1f}. Correlation: Spearman's, of the "
-        "values and the true errors of the cells that were drawn. Means and ranges; "
-        "grad-eq is the same on every seed. Peak: bytes of a step of training or of "
-        "the values at once, the larger; carried: from one candidate to the next.",
+        "**Weights that candidates share.** The regret of a random cell is "
+        f"{mean_regret:.1f} points. Means and ranges over the seeds; grad-eq is the "
+        "same on every seed. Peak: bytes of a step of training or of the values at "
+        "once, whichever is larger. Carried: bytes from one candidate to the next.",
         "",
         "| method | grad-eq | regret | range | rank | correlation | peak kB "
         "| carried kB |",
         "|" + "---|" * 8,
     ]
-    for method in WAYS:
-        column = functools.partial(lane, rows, method)
-        regret = 100 * column("regret")
+    labels = {row["method"] for row in rows}
+    for method in CONFIGS:
+        if method not in labels:
+            continue
+        get = functools.partial(column, rows, method)
+        regret = 100 * get("regret")
         cells = [
             method,
-            f"{column('cost').mean():,.0f}",
+            f"{get('cost').mean():,.0f}",
             f"{regret.mean():.1f}",
             f"{regret.min():.1f} to {regret.max():.1f}",
-            f"{column('rank').min()} to {column('rank').max()}",
-            f"{column('rank_correlation').mean():.2f}",
-            f"{column('bytes').mean() / 1e3:,.0f}",
-            f"{column('carried_bytes').mean() / 1e3:.1f}",
+            f"{get('rank').min()} to {get('rank').max()}",
+            f"{get('rank_correlation').mean():.2f}",
+            f"{get('bytes').mean() / 1e3:,.0f}",
+            f"{get('carried_bytes').mean() / 1e3:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def points(rows: list[Row]) -> dict[str, list[tuple[float, float, bool]]]:
-    """For `plots.trade_off`, a method's mean regret beside its name."""
-    named = {
-        method: f"{method}: {100 * lane(rows, method, 'regret').mean():.1f}"
-        for method in WAYS
+    """Returns cost and kilobytes per method, labelled with its mean regret."""
+    labels = {row["method"] for row in rows}
+    names = {
+        method: f"{method}: {100 * column(rows, method, 'regret').mean():.1f}"
+        for method in CONFIGS
+        if method in labels
     }
     return {
         name: [
@@ -260,5 +274,5 @@ def points(rows: list[Row]) -> dict[str, list[tuple[float, float, bool]]]:
             for row in rows
             if row["method"] == method
         ]
-        for method, name in named.items()
+        for method, name in names.items()
     }

@@ -1,4 +1,4 @@
-"""What a table states: checks that must hold, claims, and published numbers.
+"""Statements of a table: checks that must hold, claims, and published numbers.
 
 Three words are kept apart. A *check* is a statement of correctness; a check that fails
 makes ``hypergrad check`` exit with 1. A *claim* is a hypothesis that was written down
@@ -34,7 +34,7 @@ Tag = Literal["executed", "verified", "secondary", "recalled"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line under a table.
+    """A line under a table.
 
     Attributes:
       text: What was compared, with numbers.
@@ -112,7 +112,7 @@ class Claim:
         return 1.0 if self.as_ratio else 0.0
 
     def pairs(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values of both methods, better first, for the seeds of both."""
+        """Returns the values of both methods, better values, for the seeds of both."""
         by_seed = [
             {
                 row["seed"]: row.get(self.metric)
@@ -123,17 +123,21 @@ class Claim:
             for label in (self.method, self.baseline)
         ]
         seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-        first, second = (
+        values, baseline_values = (
             np.array([values[seed] for seed in seeds], float) for values in by_seed
         )
-        return (second, first) if self.lower_is_better else (first, second)
+        return (
+            (baseline_values, values)
+            if self.lower_is_better
+            else (values, baseline_values)
+        )
 
     def p_value(self, rows: Sequence[Row], resplits: Resplits | None) -> float:
         """Returns the p-value of no effect; 1 if it cannot be computed."""
-        first, second = self.pairs(rows)
+        values, baseline_values = self.pairs(rows)
         if self.as_ratio:
-            first, second = np.log(first), np.log(second)
-        value = p_value(first - second, resplits=resplits)
+            values, baseline_values = np.log(values), np.log(baseline_values)
+        value = p_value(values - baseline_values, resplits=resplits)
         return 1.0 if math.isnan(value) else value
 
     def effect(
@@ -232,7 +236,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a method differs from others in a metric; nothing is claimed.
+    """The comparison of a method with others in a metric, without a claim.
 
     The difference is paired by seed, and its intervals are corrected for the number of
     other methods by Holm. The method is called better or worse than another one if the
@@ -240,12 +244,12 @@ class Comparison:
 
     Args:
       method: Label of a row of the table.
-      others: Labels of the rows with which it is compared.
+      baselines: Labels of the rows with which it is compared.
       metric, lower_is_better, as_ratio, where: As in `Claim`.
     """
 
     method: str
-    others: tuple[str, ...]
+    baselines: tuple[str, ...]
     metric: str
     lower_is_better: bool = False
     as_ratio: bool = False
@@ -263,7 +267,7 @@ class Comparison:
         labels = {row["method"] for row in rows}
         claims = [
             Claim(self.method, other, self.metric, **options)
-            for other in self.others
+            for other in self.baselines
             if {self.method, other} <= labels
         ]
         levels = holm_levels([claim.p_value(rows, resplits) for claim in claims])

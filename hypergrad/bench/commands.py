@@ -1,4 +1,4 @@
-"""What the commands of ``hypergrad`` do, without printing."""
+"""The work of the commands of ``hypergrad``, without printing."""
 
 import concurrent.futures
 import contextlib
@@ -13,7 +13,7 @@ from . import compare as comparisons
 from . import export as exports
 from .claims import Finding
 from .dry_run import plan
-from .figures import draw
+from .figures import plot
 from .loading import TableRef, find_table, load_table, parse_method, table_files
 from .report import IndexEntry, TableResult, to_html, to_index, to_markdown
 from .rows import read_rows
@@ -98,13 +98,15 @@ def write_result(
     ref: TableRef, options: RunOptions, result: RunResult
 ) -> tuple[str, list[Path], dict[str, str]]:
     """Writes the printed form and the figure of rows; see `run`."""
-    paths = [options.folder / f"{ref.name}{end}" for end in (".jsonl", ".md", ".png")]
-    shown = TableResult(ref.name, ref.load(), result.rows)
-    if not shown.printed_rows:
+    paths = [
+        options.folder / f"{ref.name}{ending}" for ending in (".jsonl", ".md", ".png")
+    ]
+    table_result = TableResult(ref.name, ref.load(), result.rows)
+    if not table_result.printed_rows:
         return "No row was made.\n", paths[:1], result.failures
-    text = to_markdown(shown, result.failures)
+    text = to_markdown(table_result, result.failures)
     atomic_io.atomic_write(paths[1], text)
-    draw(shown, paths[2])
+    plot(table_result, paths[2])
     return text, paths, result.failures
 
 
@@ -147,23 +149,23 @@ def tables_of(folder: Path) -> list[tuple[str, Path]]:
     Tables are looked up in the folder above, in ``benchmarks`` and in this folder.
 
     Raises:
-      ValueError: The folder has no rows, or a table is not found.
+      ValueError: The folder has no rows, or a table is not pairs.
     """
     names = sorted(path.stem for path in folder.glob("*.jsonl"))
     if not names:
         raise ValueError(f"{folder} holds no rows (NAME.jsonl).")
-    places = (folder.resolve().parent, Path("benchmarks"), Path())
-    found = []
+    folders = (folder.resolve().parent, Path("benchmarks"), Path())
+    pairs = []
     for name in names:
-        files = [place / f"{name}.py" for place in places]
+        files = [parent / f"{name}.py" for parent in folders]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise ValueError(
-                f"the table of {folder / name}.jsonl was not found; looked for "
+                f"the table of {folder / name}.jsonl was not pairs; looked for "
                 f"{', '.join(map(str, files))}."
             )
-        found.append((name, file))
-    return found
+        pairs.append((name, file))
+    return pairs
 
 
 def load_results(folder: Path) -> list[TableResult]:
@@ -174,7 +176,7 @@ def load_results(folder: Path) -> list[TableResult]:
     ]
 
 
-def report(folder: Path, out: Path) -> Path:
+def write_report(folder: Path, out: Path) -> Path:
     """Writes a page per table and ``index.html``; returns the path of the latter.
 
     The printed form and the figure beside the rows are written anew.
@@ -185,19 +187,19 @@ def report(folder: Path, out: Path) -> Path:
         table = load_table(file)
         findings = checks.check_result(name, table, folder)
         result = checks.load_result(name, table, folder)
-        picture, markdown = folder / f"{name}.png", to_markdown(result)
+        figure_path, markdown = folder / f"{name}.png", to_markdown(result)
         atomic_io.atomic_write(folder / f"{name}.md", markdown)
-        draw(result, picture)
-        figure = picture.read_bytes()
+        plot(result, figure_path)
+        figure = figure_path.read_bytes()
         atomic_io.atomic_write(out / f"{name}.html", to_html(result, figure, markdown))
-        first = result.rows[0]
+        row = result.rows[0]
         entries.append(
             IndexEntry(
                 name=name,
                 summary=table.protocol.partition("\n")[0],
                 paradigm=table.paradigm,
                 status=summarize(findings),
-                commit=first.get("commit") or first.get("converted_from") or "unknown",
+                commit=row.get("commit") or row.get("converted_from") or "unknown",
                 time=max(str(row.get("time", "")) for row in result.rows),
                 figure=figure,
                 href=f"{name}.html",
@@ -207,24 +209,24 @@ def report(folder: Path, out: Path) -> Path:
     return out / "index.html"
 
 
-def compare(first: Path, second: Path) -> list[tuple[str, comparisons.Difference]]:
+def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Difference]]:
     """Returns the differences of the tables that both folders have.
 
     Raises:
       ValueError: They have no table in common.
     """
-    results = {result.name: result for result in load_results(first)}
+    references = {result.name: result for result in load_results(reference)}
     pairs = [
-        (results[other.name], other)
-        for other in load_results(second)
-        if other.name in results
+        (result, references[result.name])
+        for result in load_results(folder)
+        if result.name in references
     ]
     if not pairs:
-        raise ValueError(f"{first} and {second} have no table in common.")
+        raise ValueError(f"{folder} and {reference} have no table in common.")
     return [
-        (one.name, difference)
-        for one, other in pairs
-        for difference in comparisons.compare(one, other)
+        (result.name, difference)
+        for result, expected in pairs
+        for difference in comparisons.compare(result, expected)
     ]
 
 
@@ -285,13 +287,13 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
 def tenth_printer(show: Callable[[str], object]) -> Callable[[int, int, str], None]:
     """Returns a function that shows a line whenever another tenth is done."""
-    shown = 0
+    num_shown = 0
 
     def update(done: int, total: int, label: str) -> None:
-        nonlocal shown
+        nonlocal num_shown
         tenth = 10 * done // max(total, 1)
-        if tenth > shown:
-            shown = tenth
+        if tenth > num_shown:
+            num_shown = tenth
             show(f"{done} of {total}: {label}")
 
     return update

@@ -1,4 +1,4 @@
-"""Two results side by side: what differs in their provenance and in their numbers."""
+"""Differences of two results, in their provenance and in their numbers."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ IGNORED = {*PROVENANCE, "command", "time", "table", "run_seconds", "compile_seco
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which two results differ.
+    """A thing in which two results differ.
 
     Attributes:
       kind: "provenance", "cells" or "numbers".
@@ -27,26 +27,26 @@ class Difference:
     text: str
 
 
-def compare(first: TableResult, second: TableResult) -> list[Difference]:
+def compare(result: TableResult, reference: TableResult) -> list[Difference]:
     """Returns the differences of two results of one table; seconds are left out.
 
     Raises:
       ValueError: The results are of different tables.
     """
-    if first.name != second.name:
-        raise ValueError(f"cannot compare {first.name} with {second.name}.")
+    if result.name != reference.name:
+        raise ValueError(f"cannot compare {result.name} with {reference.name}.")
     differences = [
         Difference("provenance", f"{name}: {old} | {new}")
         for name in PROVENANCE
-        for old, new in [(_values(first.rows, name), _values(second.rows, name))]
+        for old, new in [(_values(result.rows, name), _values(reference.rows, name))]
         if old != new
     ]
-    fields = first.table.key_fields
-    rows = [{cell_key(r, fields): r for r in x.rows} for x in (first, second)]
-    for mine, other, which in ((*rows, "first"), (*reversed(rows), "second")):
-        only = sorted(str(key) for key in mine.keys() - other.keys())
+    fields = result.table.key_fields
+    rows = [{cell_key(r, fields): r for r in x.rows} for x in (result, reference)]
+    for these, other, label in ((*rows, "result"), (*reversed(rows), "reference")):
+        only = sorted(str(key) for key in these.keys() - other.keys())
         if only:
-            differences.append(Difference("cells", f"only in the {which}: {only}"))
+            differences.append(Difference("cells", f"only in the {label}: {only}"))
     shared = [key for key in rows[0] if key in rows[1]]
     names = dict.fromkeys(
         name for key in shared for name in rows[0][key] | rows[1][key]

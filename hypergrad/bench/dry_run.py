@@ -1,4 +1,4 @@
-"""What a run would do, without running or compiling anything."""
+"""The plan of a run, without running or compiling anything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def plan(
     for label in labels:
         if options.only and label not in options.only:
             continue
-        mine = [cell for cell in cells if cell["method"] == label]
-        num_tuning = sum(cell.get("stage") == "tuning" for cell in mine)
+        method_cells = [cell for cell in cells if cell["method"] == label]
+        num_tuning = sum(cell.get("stage") == "tuning" for cell in method_cells)
         seconds = [
             row["run_seconds"]
             for row in committed
@@ -59,9 +59,9 @@ def plan(
             PlannedRow(
                 label=label,
                 num_tuning_runs=num_tuning,
-                num_runs=len(mine) - num_tuning,
-                max_cost=None if budget is None else budget * len(mine),
-                seconds=None if mean is None else mean * len(mine),
+                num_runs=len(method_cells) - num_tuning,
+                max_cost=None if budget is None else budget * len(method_cells),
+                seconds=None if mean is None else mean * len(method_cells),
             )
         )
     return planned

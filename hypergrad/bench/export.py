@@ -1,19 +1,23 @@
 """Rows and tables in the formats of other programs."""
 
 import csv
+import datetime
 import hashlib
 import io
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .figures import draw
+from ..runtime import atomic_io
+from .figures import plot
 from .report import TableResult, main_table
 from .rows import Row
 
 FORMATS = ("csv", "latex", "pdf", "mlflow", "tensorboard")
 EXTRA = "needs its extra: pip install 'hypergrad-jax[{}]'"
+MAX_METRICS_PER_CALL = 1000  # of MLflow
 
 
 def export(result: TableResult, kind: str, folder: Path) -> Path:
@@ -25,8 +29,7 @@ def export(result: TableResult, kind: str, folder: Path) -> Path:
       folder: Where the file or the store is written.
 
     Raises:
-      ValueError: The format is unknown.
-      ImportError: The package of the format is not installed.
+      ValueError: The format is unknown, or its package is not installed.
     """
     writers = {
         "csv": write_csv,
@@ -37,102 +40,139 @@ def export(result: TableResult, kind: str, folder: Path) -> Path:
     }
     if kind not in writers:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {kind!r}.")
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic_io.make_directory(folder)
     return writers[kind](result, folder)
 
 
 def write_csv(result: TableResult, folder: Path) -> Path:
     """Writes one line per row with all scalar fields."""
     rows = result.printed_rows
-    names = list(
-        dict.fromkeys(k for row in rows for k, x in row.items() if _is_scalar(x))
-    )
+    scalars = (name for row in rows for name, x in row.items() if _is_scalar(x))
+    names = list(dict.fromkeys(scalars))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: row.get(k, "") for k in names} for row in rows)
+    writer.writerows({name: row.get(name, "") for name in names} for row in rows)
     path = folder / f"{result.name}.csv"
-    path.write_text(text.getvalue(), encoding="utf-8")
+    atomic_io.atomic_write(path, text.getvalue())
     return path
 
 
 def write_latex(result: TableResult, folder: Path) -> Path:
     """Writes the printed table as a ``booktabs`` tabular."""
     headings, cells = main_table(result)
-    line = lambda row: " & ".join(map(_latex, row)) + r" \\"
-    body = "\n".join(map(line, cells))
+    line = lambda row: " & ".join(map(_to_latex, row)) + r" \\"
     columns = "l" + "r" * (len(headings) - 1)
+    lines = [
+        f"% {result.rows[0]['command']}",
+        f"\\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        line(headings),
+        r"\midrule",
+        *map(line, cells),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     path = folder / f"{result.name}.tex"
-    path.write_text(
-        f"% {result.rows[0]['command']}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
-        f"{line(headings)}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n",
-        encoding="utf-8",
-    )
+    atomic_io.atomic_write(path, "\n".join(lines) + "\n")
     return path
 
 
 def write_pdf(result: TableResult, folder: Path) -> Path:
     """Writes the figure as a PDF."""
     path = folder / f"{result.name}.pdf"
-    draw(result, path)
+    plot(result, path)
     return path
+
+
+# MLflow.
 
 
 def write_mlflow(result: TableResult, folder: Path) -> Path:
-    """Writes one MLflow run per row into the store ``folder/mlflow.db``.
+    """Writes one MLflow run per row into the store ``mlflow.db``, an SQLite file.
 
-    A row that the store has already, by a digest of its numbers, is not written again.
+    View it with ``mlflow ui --backend-store-uri sqlite:///PATH``. A row that the store
+    has already, by a digest of its content, is not written again; an incomplete run of
+    it is replaced.
     """
     try:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow import MlflowClient  # pyright: ignore
     except ImportError as error:
-        raise ImportError(f"MLflow {EXTRA.format('mlflow')}") from error
+        raise ValueError(f"MLflow {EXTRA.format('mlflow')}") from error
     path = folder.resolve() / "mlflow.db"
     client = MlflowClient(f"sqlite:///{path}")
     experiment = client.get_experiment_by_name(result.name)
-    experiment_id = (
-        client.create_experiment(result.name)
-        if experiment is None
-        else experiment.experiment_id
-    )
-    existing = {
-        run.data.tags.get("digest") for run in client.search_runs([experiment_id])
-    }
+    if experiment is None:
+        artifacts = (path.parent / "mlruns" / result.name).as_uri()
+        experiment_id = client.create_experiment(result.name, artifacts)
+    else:
+        experiment_id = experiment.experiment_id
     for row in result.printed_rows:
-        if (digest := _digest(row)) in existing:
-            continue
-        run = client.create_run(
-            experiment_id, tags={"digest": digest}, run_name=_name(row)
-        )
-        metrics = [Metric(name, x, 0, step) for name, x, step in _numbers(row)]
-        params = [Param(k, str(x)[:500]) for k, x in row.items() if isinstance(x, str)]
-        tags = [RunTag("mlflow.note.content", str(row["command"]))]
-        for start in range(0, max(len(metrics), 1), 1000):  # MLflow's limit
-            client.log_batch(run.info.run_id, metrics[start : start + 1000], [], [])
-        client.log_batch(run.info.run_id, [], params[:100], tags)
-        client.set_terminated(run.info.run_id)
+        _write_mlflow_run(client, experiment_id, row)
     return path
 
 
+def _write_mlflow_run(client: Any, experiment_id: str, row: Row) -> None:
+    from mlflow.entities import Metric, Param  # pyright: ignore
+
+    digest, milliseconds = _digest(row), round(1000 * _timestamp(row))
+    existing = client.search_runs([experiment_id], f"tags.digest = '{digest}'")
+    if any(run.info.status == "FINISHED" for run in existing):
+        return
+    for incomplete in existing:
+        client.delete_run(incomplete.info.run_id)
+    run = client.create_run(experiment_id, milliseconds, {"digest": digest}, _name(row))
+    run_id = run.info.run_id
+    metrics = [
+        Metric(_safe(name), x, milliseconds, step) for name, x, step in _numbers(row)
+    ]
+    for offset in range(0, len(metrics), MAX_METRICS_PER_CALL):
+        client.log_batch(
+            run_id, metrics=metrics[offset : offset + MAX_METRICS_PER_CALL]
+        )
+    params = [Param(_safe(k), x[:500]) for k, x in row.items() if isinstance(x, str)]
+    client.log_batch(run_id, params=params[:100])
+    client.set_terminated(run_id, "FINISHED")
+
+
+# TensorBoard.
+
+
 def write_tensorboard(result: TableResult, folder: Path) -> Path:
-    """Writes one folder of event files per row, named by method and seed."""
+    """Writes one folder of event files per row, for ``tensorboard --logdir PATH``."""
     try:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter  # pyright: ignore
     except ImportError as error:
-        raise ImportError(f"TensorBoard {EXTRA.format('tensorboard')}") from error
+        raise ValueError(f"TensorBoard {EXTRA.format('tensorboard')}") from error
     for row in result.printed_rows:
-        path = folder / "tensorboard" / result.name / _name(row) / _digest(row)
+        directory = (
+            folder / "tensorboard" / result.name / _safe(_name(row)) / _digest(row)
+        )
+        path = directory / "events.out.tfevents.rows"
         if path.exists():
             continue
-        writer = EventFileWriter(str(path))
-        for name, value, step in _numbers(row):
-            summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-            writer.add_event(Event(step=step, summary=summary))
-        writer.close()
+        atomic_io.make_directory(directory)
+        draft = path.with_name("draft")  # TensorBoard ignores this name
+        with draft.open("wb") as file:
+            writer = RecordWriter(file)
+            for event in _tensorboard_events(row):
+                writer.write(event.SerializeToString())
+        draft.replace(path)
     return folder / "tensorboard"
+
+
+def _tensorboard_events(row: Row) -> Iterator[Any]:
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore
+
+    time = _timestamp(row)
+    yield Event(wall_time=time, file_version="brain.Event:2")
+    for name, value, step in _numbers(row):
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
+        yield Event(wall_time=time, step=step, summary=summary)
+
+
+# Rows.
 
 
 def _numbers(row: Row) -> Iterator[tuple[str, float, int]]:
@@ -145,19 +185,31 @@ def _numbers(row: Row) -> Iterator[tuple[str, float, int]]:
 
 
 def _digest(row: Row) -> str:
-    numbers = repr((row.get("method"), row.get("seed"), list(_numbers(row))))
-    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(row.items())).encode()).hexdigest()[:16]
 
 
 def _name(row: Row) -> str:
-    return f"{row['method']}, seed {row['seed']}"
+    return f"{row['method']}, seed {row.get('seed', 0)}"
+
+
+def _safe(name: str) -> str:
+    """Returns a name of characters that are allowed in a path and in a metric."""
+    return re.sub(r"[^\w\-., ]", "_", name).strip(". ") or "_"
+
+
+def _timestamp(row: Row) -> float:
+    """Returns when the row was made, in seconds since 1970; 0 if it does not say."""
+    try:
+        return datetime.datetime.fromisoformat(str(row.get("time"))).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _latex(text: str) -> str:
+def _to_latex(text: str) -> str:
     for character in "&%$#_{}":
         text = text.replace(character, "\\" + character)
     return text.replace("±", r"$\pm$")

@@ -10,15 +10,15 @@ from .report import TableResult
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def draw(result: TableResult, path: Path) -> None:
+def plot(result: TableResult, path: Path) -> None:
     """Draws the figure of a table, by its own plot or the default one."""
     if result.table.plot is not None:
         result.table.plot(result.printed_rows, path)
         return
-    draw_default(result, path)
+    plot_default(result, path)
 
 
-def draw_default(result: TableResult, path: Path) -> None:
+def plot_default(result: TableResult, path: Path) -> None:
     """Draws the first column per method and, if recorded, value over cost."""
     pyplot = import_pyplot()
     has_curves = any("curve_value" in row for row in result.printed_rows)
@@ -35,12 +35,12 @@ def draw_default(result: TableResult, path: Path) -> None:
     axes[0].set_yticks(range(len(result.labels)), list(reversed(result.labels)))
     axes[0].set_xlabel(column.heading)
     if has_curves:
-        draw_curves(axes[1], result)
+        plot_curves(axes[1], result)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def draw_curves(axes, result: TableResult) -> None:
+def plot_curves(axes, result: TableResult) -> None:
     """Draws the outer value of each method over the gradient-equivalents spent."""
     with_curves = [x for x in result.labels if "curve_value" in result.rows_of(x)[0]]
     for label, color in zip(with_curves, itertools.cycle(COLORS), strict=False):

@@ -5,14 +5,12 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import hypergrad
-
-from .methods import MethodError, check_method
+from .methods import Method, MethodError, check_method
+from .source import digest_files
 from .table import BaseTable, Table
 
 FOLDER = Path("benchmarks")
@@ -58,31 +56,10 @@ class TableRef:
             {function: load_method(file, function) for file, function in self.methods}
         )
 
-    def source(self) -> dict[str, str]:
-        """Returns digests of the source files that determine the rows.
-
-        ``package`` stands for hypergrad, and ``table`` for the file of the table and
-        the modules beside it that it imports.
-        """
-        module = import_file(self.path)
-        folder = self.path.resolve().parent
-        beside = {
-            Path(file).resolve()
-            for other in list(sys.modules.values())
-            if (file := getattr(other, "__file__", None))
-        }
-        table_files = {Path(module.__file__ or self.path).resolve()}
-        table_files |= {path for path in beside if path.is_relative_to(folder)}
-        package = Path(hypergrad.__file__).parent
-        return {
-            "package": _digest_files(sorted(package.rglob("*.py")), package),
-            "table": _digest_files(sorted(table_files), folder),
-        }
-
     def method_sources(self) -> dict[str, str]:
         """Returns the digest of the file of each added method, by its label."""
         return {
-            function: _digest_files([file], file.parent)
+            function: digest_files([file], file.parent)
             for file, function in self.methods
         }
 
@@ -119,10 +96,10 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
     if candidate.is_file():
         return candidate.resolve()
     names = ", ".join(path.stem for path in table_files(folder))
-    known = f"{folder} holds {names}" if names else f"{folder} holds no table"
+    content = f"{folder} holds {names}" if names else f"{folder} holds no table"
     raise ValueError(
-        f"no table {name!r}: {known}. Give the name of a file in {folder}, or the path "
-        "of a file that defines `table`."
+        f"no table {name!r}: {content}. Give the name of a file in {folder}, or the "
+        "path of a file that defines `table`."
     )
 
 
@@ -150,7 +127,7 @@ def load_table(path: Path) -> BaseTable:
     return table
 
 
-def load_method(path: Path, function: str):
+def load_method(path: Path, function: str) -> Method:
     """Returns a checked method of a user's file."""
     module = import_file(path)
     method = getattr(module, function, None)
@@ -201,11 +178,3 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _digest_files(paths: Sequence[Path], root: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.resolve().relative_to(root.resolve()).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a row was made with: source code, packages, device, command."""
+"""The provenance of rows: source code, packages, device, command."""
 
 import importlib.metadata
 import platform
@@ -10,6 +10,7 @@ import jax
 import hypergrad
 
 from ..runtime.provenance import source_commit
+from .source import digest_sources, local_imports
 
 PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
 
@@ -17,11 +18,11 @@ PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
 COMMON_FIELDS = ("source", "versions", "device")
 
 
-def collect(source: dict[str, str], command: str) -> dict[str, Any]:
+def collect(table_file: Path, command: str) -> dict[str, Any]:
     """Returns the provenance of the rows of a run.
 
     Args:
-      source: Digests of the source files, from `TableRef.source`.
+      table_file: File of the table.
       command: The command without anything from the environment.
 
     Returns:
@@ -30,8 +31,8 @@ def collect(source: dict[str, str], command: str) -> dict[str, Any]:
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
-        "commit": source_commit(Path(hypergrad.__file__).parent),
-        "source": source,
+        "commit": _commit(table_file),
+        "source": digest_sources(table_file),
         "versions": {
             "python": platform.python_version(),
             "hypergrad": hypergrad.__version__,
@@ -40,3 +41,11 @@ def collect(source: dict[str, str], command: str) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "command": command,
     }
+
+
+def _commit(table_file: Path) -> str | None:
+    """Returns the commit, with "+" if the package or the table differs from it."""
+    package = Path(hypergrad.__file__).parent
+    files = local_imports(table_file.resolve())
+    is_inside = all(file.is_relative_to(package.parent) for file in files)
+    return source_commit(package, *(files if is_inside else ()))

@@ -20,7 +20,7 @@ body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right;
          white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:row-child, td:row-child { text-align: left; }
 th { border-bottom: 2px solid #57606a; }
 img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f8fa; padding: 1rem; border-radius: 6px; }
@@ -31,7 +31,7 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 .cards img { width: 100%; height: 11rem; object-fit: contain; }
 .bad { color: #b42318; font-weight: 600; }
 """
-PUBLISHED_HEADINGS = ("paper", "tag", "ours", "difference", "reproduced")
+PUBLISHED_HEADINGS = ("paper", "tag", "measured", "difference", "reproduced")
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,18 @@ class TableResult:
 
 def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> str:
     """Returns the table with its published numbers, findings and protocol."""
-    table, first = result.table, result.rows[0]
+    table, row = result.table, result.rows[0]
     num_seeds = len({row["seed"] for row in result.printed_rows})
-    facts = [
-        f"{num_seeds} seed{'s' * (num_seeds != 1)}, mean ± standard deviation",
+    metadata = [
+        f"{num_seeds} seed{'s' * (num_seeds != 1)}"
+        + ", mean ± standard deviation" * (table.body is None and num_seeds > 1),
         f"scale `{result.scale}`",
-        f"command `{first['command']}`",
-        f"commit `{first.get('commit') or first.get('converted_from') or 'unknown'}`",
-        f"device {first['device']}",
+        f"command `{row['command']}`",
+        f"commit `{row.get('commit') or row.get('converted_from') or 'unknown'}`",
+        f"device {row['device']}",
     ]
-    facts = [text for text in (table.data, table.source) if text] + facts
-    lines = [f"# {result.name}", "", ". ".join(facts) + ".", ""]
+    metadata = [text for text in (table.data, table.source) if text] + metadata
+    lines = [f"# {result.name}", "", ". ".join(metadata) + ".", ""]
     if table.body is None:
         lines += _markdown_table(*main_table(result))
     else:
@@ -126,7 +127,7 @@ def main_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
 
 
 def published_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and cells of the published numbers beside ours."""
+    """Returns headings and cells of the published numbers beside the measured ones."""
     columns = {column.name: column for column in result.table.printed_columns}
     cells = []
     for (label, name), number in result.table.published.items():
@@ -151,16 +152,16 @@ def _compare(
     if not values.size:
         return [paper, number.tag, "not run", "-", "-"]
     mean = float(np.mean(values))
-    ours = format(mean, form)
+    measured = format(mean, form)
     if values.size > 1:
-        ours += f" ± {format(np.std(values, ddof=1), form)}"
+        measured += f" ± {format(np.std(values, ddof=1), form)}"
     is_reproduced = number.is_reproduced(mean, result.scale)
     verdict = {None: "not judged", True: "yes", False: "no"}[is_reproduced]
     tolerance = format(number.max_difference, ".2g")
     return [
         paper,
         number.tag,
-        ours,
+        measured,
         format(mean - number.value, "+.3g"),
         f"{verdict} (within {tolerance})",
     ]
@@ -178,14 +179,14 @@ def _markdown_table(
 
 def to_html(result: TableResult, figure: bytes | None, markdown: str) -> str:
     """Returns a page that needs no other file: table, findings, figure, provenance."""
-    first = result.rows[0]
-    facts = {
-        name: first.get(name)
+    row = result.rows[0]
+    metadata = {
+        name: row.get(name)
         for name in ("commit", "device", "scale", "budget", "data", "command")
-        if first.get(name) not in (None, "")
+        if row.get(name) not in (None, "")
     }
-    versions = ", ".join(f"{k} {v}" for k, v in first.get("versions", {}).items())
-    items = [f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()]
+    versions = ", ".join(f"{k} {v}" for k, v in row.get("versions", {}).items())
+    items = [f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in metadata.items()]
     image = "" if figure is None else _image(figure, f"Figure of {result.name}")
     return _page(
         result.name,
@@ -202,7 +203,7 @@ def to_index(entries: Sequence["IndexEntry"]) -> str:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One table on the page of all tables.
+    """A table on the page of all tables.
 
     Attributes:
       name, summary, paradigm: What the table is about.
@@ -238,10 +239,10 @@ class IndexEntry:
 
 def _age(time: str) -> str:
     try:
-        made = datetime.datetime.fromisoformat(time)
+        created = datetime.datetime.fromisoformat(time)
     except ValueError:
         return "date unknown"
-    return made.date().isoformat()
+    return created.date().isoformat()
 
 
 def markdown_to_html(text: str) -> str:
@@ -252,18 +253,18 @@ def markdown_to_html(text: str) -> str:
     kind = lambda line: (
         line[:1] if line[:1] in ("|", "-", "#") else ("" if line else " ")
     )
-    for which, lines in itertools.groupby(text.splitlines(), kind):
-        if which == "|":
+    for kind_of_line, lines in itertools.groupby(text.splitlines(), kind):
+        if kind_of_line == "|":
             head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
             blocks.append(_html_table(head, rows))
-        elif which == "-":
+        elif kind_of_line == "-":
             blocks.append("<ul>" + "".join(f"<li>{_text(x[2:])}</li>" for x in lines))
             blocks.append("</ul>")
-        elif which == "#":
+        elif kind_of_line == "#":
             for line in lines:
                 level = len(line) - len(line.lstrip("#"))
                 blocks.append(f"<h{level}>{_text(line.lstrip('# '))}</h{level}>")
-        elif which == "":
+        elif kind_of_line == "":
             blocks.append("<p>" + " ".join(map(_text, lines)) + "</p>")
     if protocol:
         blocks.append(f"<h2>Protocol</h2><pre>{html.escape(protocol.strip())}</pre>")

@@ -62,8 +62,8 @@ def read_rows(path: Path, *, allow_cut: bool = False) -> list[Row]:
     # Bytes that are not UTF-8 become replacement characters, which no checksum matches.
     text = path.read_bytes().decode("utf-8", errors="replace")
     lines = text.split("\n")
-    last = lines.pop()
-    if last and not allow_cut:
+    remaining = lines.pop()
+    if remaining and not allow_cut:
         raise CorruptRowError(f"{path}, line {len(lines) + 1}, is cut off")
     return [
         parse_line(line, f"{path}, line {number}")
@@ -78,7 +78,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def drop_cut_line(path: Path) -> None:
-    """Truncates a file after its last complete line."""
+    """Truncates a file after its rest complete line."""
     with path.open("rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 

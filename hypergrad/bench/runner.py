@@ -39,7 +39,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What was requested of a run.
+    """The request of a run.
 
     Args:
       scale: Scale of the table.
@@ -106,6 +106,7 @@ def run_table(
     result = RunResult([])
     with path.open("a", encoding="utf-8") as file:
         lock_file(file, path)
+        atomic_io.fsync_path(options.folder)  # the name of a new file
         drop_cut_line(path)
         result.rows = read_rows(path)
         for row in result.rows:
@@ -141,8 +142,8 @@ def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row 
         message = str(error)
     except Exception as error:  # whatever a user's method raises must not end the run
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        message = f"{type(error).__name__} in {place}: {error}"
+        position = f"{Path(frame.filename).name}, line {frame.lineno}"
+        message = f"{type(error).__name__} in {position}: {error}"
     if cell.get("stage") == "tuning":  # a setting that diverges is only a bad setting
         return {"selection": None, "gradient_equivalents": None, "error": message}
     return message
@@ -153,7 +154,8 @@ def check_row_origin(
 ) -> None:
     """Raises ValueError if a row was made from other source, data or settings."""
     expected = {name: common.get(name) for name in COMMON_FIELDS}
-    expected["method_source"] = method_sources.get(str(row["method"]))
+    if (label := str(row["method"])) in method_sources:
+        expected["method_source"] = method_sources[label]
     for name, value in expected.items():
         if row.get(name) == value:
             continue
@@ -243,5 +245,5 @@ def _common_fields(ref: TableRef, table: BaseTable, options: RunOptions) -> Row:
         "scale": options.scale,
         "budget": budget,
         "data": data_fingerprint(table),
-        **provenance.collect(ref.source(), options.command),
+        **provenance.collect(ref.path, options.command),
     }

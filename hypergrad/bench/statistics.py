@@ -67,31 +67,31 @@ def mean_interval(
 
 
 def difference_interval(
-    first: ArrayLike,
-    second: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     level: float = LEVEL,
     resplits: Resplits | None = None,
 ) -> Interval:
-    """Returns the interval of ``first - second``, paired by seed; shapes ``[n]``."""
-    difference = np.asarray(first, float) - np.asarray(second, float)
+    """Returns the interval of ``x - y``, paired by seed; shapes ``[n]``."""
+    difference = np.asarray(x, float) - np.asarray(y, float)
     return mean_interval(difference, level=level, resplits=resplits)
 
 
 def ratio_interval(
-    first: ArrayLike,
-    second: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     level: float = LEVEL,
     resplits: Resplits | None = None,
 ) -> Interval:
-    """Returns the geometric mean of ``first / second`` and its interval.
+    """Returns the geometric mean of ``x / y`` and its interval.
 
     It is `difference_interval` of the logarithms. Values must be positive.
     """
     logs = difference_interval(
-        np.log(np.asarray(first, float)),
-        np.log(np.asarray(second, float)),
+        np.log(np.asarray(x, float)),
+        np.log(np.asarray(y, float)),
         level=level,
         resplits=resplits,
     )

@@ -1,4 +1,4 @@
-"""What a table is: its cells, how one cell is measured, and what is stated about it.
+"""Definitions of tables: their cells, how one is measured, and what they state.
 
 `Table` compares methods on one task. `MeasurementTable` is the general form: any cells
 and any measurement. The runner, the report and the checks use only what `BaseTable`
@@ -108,7 +108,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTable(abc.ABC):
-    """What the runner and the report need from a table.
+    """The interface that the runner and the report need from a table.
 
     Args:
       seeds: Number of seeds, starting at 0.
@@ -287,9 +287,9 @@ class Table(BaseTable):
         labels = list(dict.fromkeys(row["method"] for row in rows))
         for label in labels:
             if label in added:
-                others = tuple(other for other in labels if other != label)
+                baselines = tuple(other for other in labels if other != label)
                 comparison = Comparison(
-                    label, others, self.metrics[0], self.lower_is_better
+                    label, baselines, self.metrics[0], self.lower_is_better
                 )
                 findings += comparison.evaluate(rows, self.resplits)
         return findings

@@ -32,10 +32,11 @@ def packages() -> dict[str, str]:
     return dict(sorted((package.name.lower(), package.version) for package in named))
 
 
-def source_commit(package: Path) -> str | None:
+def source_commit(package: Path, *files: Path) -> str | None:
     """Returns the commit of a package's source, or None if it is not in a checkout.
 
-    A "+" is appended if a file of the package differs from the commit.
+    A "+" is appended if a file of the package, or one of the further files, differs
+    from the commit.
     """
     git = lambda *args: subprocess.run(
         ["git", "-C", str(package), *args], capture_output=True, text=True, check=True
@@ -43,7 +44,8 @@ def source_commit(package: Path) -> str | None:
     try:
         # A checkout that only contains site-packages does not track the package.
         git("ls-files", "--error-unmatch", "__init__.py")
-        suffix = "+" if git("status", "--porcelain", "--", ".") else ""
+        status = git("status", "--porcelain", "--", ".", *map(str, files))
+        suffix = "+" if status else ""
         return git("rev-parse", "HEAD") + suffix
     except (OSError, subprocess.CalledProcessError):
         return None

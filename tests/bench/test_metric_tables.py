@@ -18,7 +18,7 @@ def test_parts_are_disjoint_and_of_one_shape(name: str):
     """No image is in two parts; seeds differ, and one seed is always the same."""
     system = tasks.SYSTEMS[name]
     data = system.load()
-    first, again, other = (system.draw(data, seed) for seed in (0, 0, 1))
+    first, again, other = (system.plot(data, seed) for seed in (0, 0, 1))
     where = {row.tobytes(): i for i, row in enumerate(data["x"])}
     seen = [where[row.tobytes()] for part in first.values() for row in part["x"]]
     assert len(set(seen)) == len(seen)

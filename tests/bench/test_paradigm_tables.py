@@ -1,30 +1,24 @@
-"""Tests of the tables of the federated, self-supervised and semi-supervised tasks."""
-
-from pathlib import Path
+"""Tests of the tables of the federated and self-supervised tasks."""
 
 import jax
 import numpy as np
 import pytest
 
-from hypergrad.studies import federated as federated_table
-from hypergrad.studies import record
-from hypergrad.studies import self_supervised as self_supervised_table
-from hypergrad.studies import semi_supervised as semi_supervised_table
+from benchmarks import federated as federated_table
+from benchmarks import self_supervised as self_supervised_table
 from hypergrad.tasks import federated
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_random_search_samples_from_the_space_around_the_neutral_alpha():
     """Its full width is the space of the task, and smaller widths are inside."""
     task = federated.make(key=jax.random.key(0))
-    space = federated_table.around_neutral(1.0)
+    space = federated_table.narrow_space(1.0)
     assert jax.tree.structure(space) == jax.tree.structure(task.space)
     for actual, expected in zip(
         jax.tree.leaves(space), jax.tree.leaves(task.space), strict=True
     ):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
-    narrow = federated_table.around_neutral(0.1)
+    narrow = federated_table.narrow_space(0.1)
     assert narrow["omega"].low * narrow["omega"].high == pytest.approx(1)
     assert narrow["omega"].high == pytest.approx(10**0.1)
     assert narrow["iota"].high == pytest.approx(0.3)
@@ -36,17 +30,11 @@ def test_baseline_is_evaluated_on_other_encoders_than_it_is_selected_on(monkeypa
     make_rows = lambda best: [
         {"val_error": float(i != best), "test_error": i / 12} for i in range(12)
     ]
-    grids = {table.CHOSEN: make_rows(3), table.JUDGED: make_rows(0)}
-    monkeypatch.setattr(table, "grid", lambda seed, purpose: grids[purpose])
-    row = table.row("baseline", 0)
+    results = {table.SELECTION: make_rows(3), table.REPORTED: make_rows(0)}
+    monkeypatch.setattr(
+        table, "measure_temperatures", lambda seed, purpose: results[purpose]
+    )
+    row = table.measure_cell({"method": "baseline", "seed": 0}, [])
     assert row["temperature"] == table.TEMPERATURES[3]
     assert (row["test_error"], row["beaten_by"]) == (3 / 12, 3 / 12)
-    assert table.CHOSEN != table.JUDGED
-
-
-def test_committed_semi_supervised_runs_use_at_most_their_budget():
-    """They use at least half of it, because CG may stop early."""
-    rows = record.read(RESULTS / "semi_supervised.jsonl")
-    costs = [row["gradient_equivalents"] for row in rows if "curve_cost" in row]
-    budget = semi_supervised_table.BUDGET
-    assert budget / 2 < min(costs) <= max(costs) <= budget
+    assert table.SELECTION != table.REPORTED

@@ -313,7 +313,7 @@ def test_the_table_and_its_figure_are_made(tmp_path):
     rows = rows_of({})
     text = pareto.markdown(pareto.TABLE, rows, "the command")
     assert text.count("| EPO |") == 3
-    pareto.draw(rows, tmp_path / "figure.png")
+    pareto.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 

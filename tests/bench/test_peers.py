@@ -561,7 +561,7 @@ def test_the_table_and_the_section_tell_rows_and_reasons(tmp_path):
     assert "stale" not in readme.rewrite(page, [])
     of(rows, "w1-solve", "moskomule")["versions"] = {"hypergrad": "0.0.1"}
     assert "moskomule 0.0.1" in readme.section(rows)
-    table.draw(rows, tmp_path / "figure.png")
+    table.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 

@@ -1,4 +1,4 @@
-"""The table that times trainings side by side."""
+"""Tests of the table that times trainings side by side."""
 
 import itertools
 
@@ -11,27 +11,30 @@ from benchmarks import population
 
 
 @pytest.mark.slow
-def test_three_ways_make_the_same_trainings(monkeypatch, tmp_path):
+def test_three_programs_make_the_same_trainings(monkeypatch, tmp_path):
     """At a tiny size: all cells, their figure, and ``w`` of the solver alone."""
     monkeypatch.setattr(population, "SIZES", {"tiny": ((3, 2, 2), 3)})
-    monkeypatch.setattr(population, "TURNS", 1)
-    cells = population.plan("small", 2)
-    rows = [cell | population.measure(cell) for cell in cells]
+    monkeypatch.setattr(population, "NUM_TURNS", 1)
+    rows = [
+        cell | population.measure_cell(cell, [])
+        for cell in population.cells("small", 2)
+    ]
     for row in rows:
         assert row["parameters"] == 3 * 2 + 2 * 2
         assert min(row[name] for name in row if name.endswith(("_compile", "map"))) > 0
         assert row["difference"] < 1e-12
-    assert not any(verdict.failed for verdict in population.judge(rows))
-    text = population.markdown(population.TABLE, rows, "the command")
-    assert "| 10 | 3 |" in text
-    population.draw(rows, tmp_path / "figure.png")
+    assert not any(finding.failed for finding in population.findings(rows))
+    assert any("| 10 | 3 |" in line for line in population.body(rows))
+    population.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size
-    rows[0]["difference"] = 1e-3
-    assert any(verdict.failed for verdict in population.judge(rows))
-    w, alpha, data, keys = population.members((3, 2, 2), 0)
+    w, alpha, data, keys = population.make_members((3, 2, 2), 0)
     solver = hg.Descent(population.OPTIMIZER, 3)
-    for run in (population.side_by_side, population.in_a_loop, population.one_by_one):
-        trained, _ = run(3, w, alpha, data, keys)
+    for train in (
+        population.train_by_vmap,
+        population.train_by_map,
+        population.train_one_by_one,
+    ):
+        trained, _ = train(3, w, alpha, data, keys)
         for i in (0, 15):
             expected, _ = solver.solve(
                 population.inner_loss, jax.tree.map(lambda x, i=i: x[i], w), alpha[i],
@@ -41,7 +44,17 @@ def test_three_ways_make_the_same_trainings(monkeypatch, tmp_path):
                 np.testing.assert_allclose(layer[i], expected_layer, rtol=1e-12)
 
 
+@pytest.mark.parametrize("difference", [1e-3, None])
+def test_programs_that_disagree_fail(difference):
+    """A difference that is not a number fails as well."""
+    row = {"method": "1e6", "seed": 0, "vmap": 1.0, "map": 1.0}
+    rows = [row | {"difference": 1e-7}, row | {"difference": difference}]
+    assert [x.outcome for x in population.findings(rows[:1])] == [None, None, "holds"]
+    assert population.findings(rows)[-1].failed
+
+
 def test_sizes_are_those_of_the_protocol():
+    """The numbers of parameters are those that the protocol states."""
     counts = [
         sum(a * b for a, b in itertools.pairwise(sizes))
         for sizes, _ in population.SIZES.values()

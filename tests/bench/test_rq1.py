@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypergrad.studies import record
+from hypergrad.studies.table import check
 
 import hypergrad as hg
 from benchmarks import rq1, rq1_running, rq1_tasks
 from benchmarks.shared.rq1_running import METHODS, PARTS, WAYS, Known, judged
 from benchmarks.shared.rq1_tasks import SYSTEMS, SameDraws, System
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 from hypergrad.tasks import federated, random_walk, semi_supervised
 
 # The systems.
@@ -438,5 +438,5 @@ def test_a_missing_row_few_seeds_and_no_price_fail(tmp_path):
     assert "| implicit (1) | - |" in text
     assert "rates stand in the optimizer" in text
     assert "FAILED" not in text
-    rq1.draw(rows, tmp_path / "rq1.png")
+    rq1.plot(rows, tmp_path / "rq1.png")
     assert (tmp_path / "rq1.png").stat().st_size > 10_000

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 import sklearn.metrics as skm
+from hypergrad.studies import record
+from hypergrad.studies.table import check
 
 import hypergrad as hg
 from benchmarks import metric_learning as learning
@@ -16,8 +18,6 @@ from benchmarks import rq2, rq2_plot
 from benchmarks import rq2_running as running
 from benchmarks.shared.metric_learning import METRICS, parts_of
 from benchmarks.shared.rq2_running import EXACT, LEARNED, METHODS, judged
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 
 # The systems.
 
@@ -395,7 +395,7 @@ def test_missing_data_is_a_reason_and_missing_rows_fail(tmp_path):
     assert "FAILED" not in text
     assert "| untuned | 70.0 ± 0.0 |" in text
     assert text.count("\n| ") == len(METHODS) + 1
-    rq2.draw(rows, tmp_path / "rq2.png")
+    rq2.plot(rows, tmp_path / "rq2.png")
     assert (tmp_path / "rq2.png").stat().st_size > 10_000
 
 

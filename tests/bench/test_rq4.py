@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypergrad.studies import record
+from hypergrad.studies.table import check
 from sklearn.linear_model import Ridge
 
 import hypergrad as hg
 from benchmarks import rq4, rq4_grid, rq4_tasks
 from benchmarks.rq4 import AUGMENTATIONS, HAND, LEARNED, NONE, RANDOM, VALIDATION, of
 from benchmarks.shared.rq4_tasks import ARCHITECTURES, FIXED, HEADS, OBJECTIVES, WIDTH
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 from hypergrad.trees import relative_error
 
 # Encoders.
@@ -303,7 +303,7 @@ def test_the_grid_takes_the_least_and_rq4_must_have_it(monkeypatch, tmp_path):
     text = rq4_grid.markdown(rq4_grid.TABLE, rows, "the command")
     assert text.count("**0.0000**") == len(OBJECTIVES)
     assert "| supervised | 0.001 |" in text
-    rq4_grid.draw(rows, tmp_path / "grid.png")
+    rq4_grid.plot(rows, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 10_000
     monkeypatch.setitem(rq4_grid.PENALTY, "autoencoder", 0.001)
     assert [verdict.failed for verdict in rq4_grid.judge(rows)] == [False, False, True]
@@ -431,5 +431,5 @@ def test_a_missing_row_few_seeds_and_an_excess_fail(tmp_path):
     assert "| linear | none | 40.0 ± 0.0 | 1.000 | - | - | - | - |" in text
     assert "| CNN | learned | 50.1 ± 0.3 | 1.000 | 36 | 30 | 2,952 | 4 of 5, " in text
     assert "FAILED" not in text
-    rq4.draw(rows, tmp_path / "rq4.png")
+    rq4.plot(rows, tmp_path / "rq4.png")
     assert (tmp_path / "rq4.png").stat().st_size > 10_000

@@ -1,21 +1,18 @@
-"""The tables `search` and `warmstart`: what they measure, and how they judge."""
+"""The table `search`: what it measures, and how it judges."""
 
 import math
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from hypergrad.studies import record
+from hypergrad.studies.table import check
 from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
-from benchmarks import searching, searching_table, sharing, warm_start
+from benchmarks import searching, searching_table
 from benchmarks.shared.searching import Gaussian, Known, Until
-from hypergrad.studies import record
-from hypergrad.studies.table import check
-from hypergrad.tasks import architecture
 
 # The problem.
 
@@ -236,192 +233,3 @@ def test_a_missing_row_and_few_seeds_fail(tmp_path):
     assert any(
         "too few seeds" in v.text for v in check(searching_table.TABLE, tmp_path)
     )
-
-
-# `warmstart`.
-
-
-def bowl() -> hg.Bilevel:
-    """Curvatures from 1 to 10; the best alpha is 1."""
-    d = jnp.linspace(1.0, 10.0, 500).reshape(50, 10)
-    inner = lambda w, alpha, batch: 0.5 * jnp.sum(d * (w - alpha.reshape(50, 10)) ** 2)
-    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
-    return hg.Bilevel(inner, outer)
-
-
-SOLVED = hg.Implicit(hg.Newton(), hg.CG())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("names", "same"), [((), False), (("w", "adjoint"), True)])
-def test_what_is_carried_is_what_implicit_carries(names, same):
-    """All or nothing, as by ``warm_start``."""
-    run = lambda estimator: hg.minimize(
-        bowl(), estimator, optax.sgd(0.1), jnp.zeros((50, 10)), jnp.zeros(500),
-        num_steps=4,
-    )  # fmt: skip
-    ours = run(warm_start.Carried(SOLVED, names))
-    theirs = run(hg.Implicit(hg.Newton(), hg.CG(), warm_start=same))
-    np.testing.assert_allclose(ours.value, theirs.value, rtol=1e-12)
-    np.testing.assert_allclose(ours.cost, theirs.cost, rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["w", "adjoint"])
-def test_what_is_not_carried_begins_at_zero(name):
-    """As `Implicit` does from a state in which the other is zero."""
-    w, alpha, key = jnp.zeros((50, 10)), jnp.linspace(0.0, 1.0, 500), jax.random.key(0)
-    whole = SOLVED.init(bowl(), w, alpha, key)
-    _, whole = SOLVED.estimate(bowl(), whole, alpha, key)
-    other = {"w": "adjoint", "adjoint": "w"}[name]
-    assert jnp.any(getattr(whole, other) != 0)
-    rest = eqx.tree_at(lambda s: getattr(s, other), whole, w)
-    theirs, _ = SOLVED.estimate(bowl(), rest, 1.1 * alpha, key)
-    state = {name: getattr(whole, name)}
-    ours, after = warm_start.Carried(SOLVED, (name,)).estimate(
-        bowl(), state, 1.1 * alpha, key
-    )
-    np.testing.assert_allclose(ours.hypergradient, theirs.hypergradient, rtol=1e-12)
-    assert ours.stats["num_hvps"] == theirs.stats["num_hvps"]
-    assert list(after) == [name]
-
-
-def test_the_step_whose_bytes_count_is_that_of_minimize():
-    """SOBA on twenty digits, from the same state."""
-    few = lambda part: jax.tree.map(lambda x: jnp.asarray(x[:20]), part)
-    parts = searching.split(0)
-    train, val = few(parts["train"]), few(parts["val"])
-    way, problem = warm_start.WAYS["SOBA"], warm_start.problem_of(train, val)
-    w, alpha = jnp.zeros((50, 10)), jnp.full(500, searching.START)
-    optimizer = optax.adam(way.rate)
-    trace = hg.minimize(
-        problem, way.estimator, optimizer, w, alpha, num_steps=1, space=warm_start.SPACE
-    )
-    state = way.estimator.init(problem, w, alpha, jax.random.key(0))
-    u = warm_start.SPACE.inverse(alpha)
-    _, u, _ = warm_start.step("SOBA", train, val, state, u, optimizer.init(u))
-    np.testing.assert_allclose(warm_start.SPACE.forward(u), trace.alpha, rtol=1e-6)
-
-
-def ways(cost: dict, size: dict) -> list[dict]:
-    """Five seeds of every way; cost 1000 and 100 bytes but where told."""
-    return [
-        {"method": method, "seed": seed, "cost": cost.get(method, 1000.0),
-         "spent": 9e3, "bytes": size.get(method, 100), "regret": 0.01 * seed}
-        for method in (*warm_start.WAYS, *sharing.WAYS)
-        for seed in range(5)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("cost", "size", "end"),
-    [
-        (500.0, 105, ": reproduced"),
-        (800.0, 100, ": not reproduced"),
-        (500.0, 120, ": not reproduced"),
-        (None, 100, "never there on every seed: warm w and adjoint: not reproduced"),
-    ],
-)
-def test_a_warm_start_must_save_and_may_not_hold_much(cost, size, end):
-    """1.5 times the gradient-equivalents, within 1.1 times the bytes."""
-    both = "warm w and adjoint"
-    first, *others = warm_start.judge(ways({both: cost}, {both: size}))
-    assert first.text.startswith(f"(o) {both} against cold")
-    assert first.text.endswith(end)
-    assert not any(verdict.failed for verdict in (first, *others))
-    assert len(others) == 2 + 4
-
-
-def test_a_target_is_reached_at_a_step():
-    """The first at the bound."""
-    h, cost = np.array([3.0, np.nan, 1.0, 0.5]), np.array([1.0, 2.0, 3.0, 4.0])
-    assert warm_start.reached(h, cost, 1.0) == {"cost": 3.0, "steps": 3, "spent": 4.0}
-    assert warm_start.reached(h, cost, 0.1)["cost"] is None
-
-
-# What candidates share.
-
-
-def test_cells_are_numbered_as_they_are_ranked():
-    found = [int(sharing.number(None, jnp.array(x), None)) for x in architecture.CELLS]
-    assert found == list(range(125))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("at_once", "trainings"), [(0, 5), (2, 1)])
-def test_a_search_costs_its_trainings_and_a_value_a_draw(
-    monkeypatch, at_once, trainings
-):
-    """Steps on 50 of 600 images, values on 400; one training where it is shared."""
-    way = sharing.Way(2, 0.05, draws=5, at_once=at_once)
-    monkeypatch.setitem(sharing.WAYS, "way", way)
-    trace = sharing.seek("way", 0)
-    assert len(trace.value) == 5
-    cost = trainings * 2 * 50 / 600 + 5 * 400 / 600 / 3
-    assert trace.cost[-1] == pytest.approx(cost, rel=1e-6)
-    problem = architecture.make(key=jax.random.key(0)).problem
-    cells = jnp.array(architecture.CELLS)[trace.metrics["cell"].astype(int)]
-    if at_once:
-        found = sharing.value(problem, trace.w, cells)
-        np.testing.assert_allclose(trace.value, found, rtol=1e-5)
-    best = jnp.argmin(trace.value)
-    found = sharing.value(problem, trace.w, cells[best])
-    np.testing.assert_allclose(trace.value[best], found, rtol=1e-5)
-
-
-def test_what_is_found_is_judged_by_its_own_trainings():
-    """Values that rank as the truth does, and the other way round."""
-    error = -architecture.ranking()["test_accuracy"].mean(axis=1)
-    tried = np.array([3, 70, 124, 9, 70])
-    best = tried[np.argmin(error[tried])]
-    row = sharing.judged(error[tried], tried)
-    assert row["regret"] == pytest.approx(error[best] - error.min())
-    assert row["rank"] == 1 + np.sum(error < error[best])
-    assert row["rank_correlation"] == pytest.approx(1)
-    assert row["cell"].split() == [
-        architecture.OPERATIONS[o] for o in architecture.CELLS[best]
-    ]
-    assert sharing.judged(-error[tried], tried)["rank_correlation"] == pytest.approx(-1)
-    every = sharing.judged(error, np.arange(125))
-    assert (every["regret"], every["rank"]) == (0, 1)
-
-
-def test_what_is_drawn_follows_from_the_seed(monkeypatch):
-    """As by the search itself; 51 cells of seed 0, over many seeds what chance says."""
-    monkeypatch.setitem(sharing.WAYS, "way", sharing.Way(1, 0.1, draws=20))
-    with jax.enable_x64(False):
-        trace = sharing.seek("way", 1)
-    assert sharing.drawn(20, 1) == set(np.asarray(trace.metrics["cell"], int).tolist())
-    cells = np.array([len(sharing.drawn(65, seed)) for seed in range(10)])
-    assert cells[0] == 51
-    missed = (124 / 125) ** 65, (123 / 125) ** 65
-    mean = 125 * (1 - missed[0])
-    variance = 125 * missed[0] + 125 * 124 * missed[1] - (125 * missed[0]) ** 2
-    assert abs(cells.mean() - mean) < 3 * (variance / cells.size) ** 0.5
-
-
-def test_the_line_of_sharing_holds_its_ratios_and_the_regret_it_adds(monkeypatch):
-    """Four times cheaper, three times the bytes, two points worse on every seed.
-
-    Of 65 draws 52 and once 39 are no repetition: 0.76 of the cost.
-    """
-    monkeypatch.setattr(
-        sharing, "drawn", lambda draws, seed: range(39 if seed == 3 else 52)
-    )
-    rows = ways({sharing.SHORT: 250.0}, {sharing.SHORT: 300})
-    for row in rows:
-        row["regret"] += 0.02 * (row["method"] == sharing.SHORT)
-    text = sharing.judge(rows)[0].text
-    assert text == (
-        f"{sharing.SHORT} against {sharing.EACH}: 4 times fewer gradient-equivalents "
-        "(3.04 were each of the 39 to 52 cells among its 65 draws trained once), "
-        "3 times the bytes, +2.0 [+2.0, +2.0] points of regret"
-    )
-
-
-@pytest.mark.slow
-def test_values_at_once_hold_more():
-    """The same training; sixteen candidates' values beside one another."""
-    (one, held), (many, also) = map(sharing.bytes_of, (sharing.SHARED, sharing.BESIDE))
-    alone, nothing = sharing.bytes_of(sharing.EACH)
-    assert alone < one < many < 17 * one
-    assert held == also > nothing == 0

@@ -15,7 +15,7 @@ from benchmarks import quadratics, soba_step
 from benchmarks.shared import (
     logistic_systems,
     single_loop,
-    single_loop_grid,
+    single_loop_rates,
     single_loop_table,
 )
 from benchmarks.shared.single_loop import SeedProblem
@@ -135,7 +135,7 @@ def test_reported_runs_use_the_rates_that_tuning_chose():
     system, cell = tiny(), {"method": "SOBA", "seed": 3}
     tuning = tuning_row(system, "SOBA")
     assert (tuning["rate"], tuning["ratio"]) in system.pairs
-    assert single_loop_grid.at_edge(tuning)
+    assert single_loop_rates.is_at_edge(tuning)
     row = single_loop_table.measure(system, cell, [tuning])
     assert (row["rate"], row["num_steps"]) == (tuning["rate"], tuning["num_steps"])
     assert 0.9 * system.budget < row["gradient_equivalents"] <= system.budget
@@ -148,30 +148,30 @@ def test_reported_runs_use_the_rates_that_tuning_chose():
 def tuning_row(system: single_loop.System, method: str) -> Row:
     """Returns the row of the tuning stage as the runner stores it."""
     cell = {"stage": "tuning", "method": method, "seed": 0}
-    return cell | single_loop_grid.tune(system, cell, [])
+    return cell | single_loop_table.tune(system, cell, [])
 
 
 def test_the_pair_is_chosen_whose_worse_run_is_lowest():
     """A run that broke off is as bad as can be; where all did, nothing is chosen."""
     pairs = [(1.0, 0.1), (0.1, 0.1), (0.01, 0.1)]
     ends = [[1e-9, np.nan], [1e-3, 1e-2], [1e-4, 1e-1]]
-    row = single_loop_grid.choose_rates(pairs, ends, "SOBA")
+    row = single_loop_rates.choose_pair(pairs, ends, "SOBA")
     assert (row["rate"], row["ratio"]) == (0.1, 0.1)
     assert row["ends"] == [np.inf, 1e-2, 1e-1]
     with pytest.raises(ValueError, match="SOBA"):
-        single_loop_grid.choose_rates(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+        single_loop_rates.choose_pair(pairs, [[np.nan, 1.0]] * 3, "SOBA")
 
 
 def test_an_edge_is_where_nothing_within_is_as_good():
     """Of nine pairs the middle one alone is within; among equals nothing is chosen."""
     pairs = [(rate, ratio) for rate in (1.0, 0.1, 0.01) for ratio in (0.3, 0.1, 0.03)]
-    row = lambda ends: single_loop_grid.choose_rates(
+    row = lambda ends: single_loop_rates.choose_pair(
         pairs, [[end] for end in ends], "SOBA"
     )
-    assert single_loop_grid.at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
-    assert single_loop_grid.at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
-    assert not single_loop_grid.at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
-    assert not single_loop_grid.at_edge(row([1.0] * 9))
+    assert single_loop_rates.is_at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
+    assert single_loop_rates.is_at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
+    assert not single_loop_rates.is_at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
+    assert not single_loop_rates.is_at_edge(row([1.0] * 9))
 
 
 def test_no_method_spends_more_than_its_budget():
@@ -182,7 +182,9 @@ def test_no_method_spends_more_than_its_budget():
         return lambda rate, ratio: types.SimpleNamespace(cost=jnp.cumsum(dear))
 
     slow = 0.1, 0.1
-    steps = lambda method: single_loop_grid.steps_for(100.0, method, run, (), slow)
+    steps = lambda method: single_loop_rates.count_affordable_steps(
+        100.0, method, run, (), slow
+    )
     assert steps("SRBA") == 36
     assert steps("TTSA") == 50
     assert steps(single_loop.DOUBLE_LOOP) == 1

@@ -22,7 +22,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 450, 80, 12
 LONG_FUNCTIONS = {
     "search.search": 125,
     "tasks.few_shot.make": 88,
-    "models.store.save": 85,
 }
 #: Classes that only the library instantiates.
 RESULTS = {"Certificate", "Estimate", "Trace"}
@@ -35,11 +34,10 @@ LAYERS = (
     {"estimators", "argmin", "certificate", "implicit_diff"},
     {"minimize", "search", "searchers", "objectives"},
     {"tasks"},
-    {"studies", "bench"},
-    {"runs"},
+    {"bench"},
     {"cli", "__main__"},
 )
-OUTER_PARTS = {"tasks", "studies", "bench", "runs", "cli", "plots", "__main__"}
+OUTER_PARTS = {"tasks", "bench", "cli", "__main__"}
 
 
 def top_level_name(module: str) -> str:

@@ -111,10 +111,6 @@ INVALID: dict[str, dict[str, Any]] = {
         "list": [1], "text": "seed", "number": 1, "zero": 0, "NaN in it": {"a": np.nan},
         "array in it": {"a": np.ones(2)}, "function in it": {"a": abs},
     },
-    "keys of run": {
-        "text": "seed", "number": 1, "none": None, "key of none": ("seed",),
-        "list in it": (["command"],),
-    },
     "saved problem": {
         "class": hg.Bilevel, "text": "problem", "function": abs, "solver": hg.Newton(),
     },
@@ -293,7 +289,6 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("metrics", "model's metrics", "save", lambda x: save(metrics=x)),
     ("run", "json", "save", lambda x: save(run=x)),
     ("problem", "saved problem", "save", lambda x: save(problem=x)),
-    ("deduplicate_by", "keys of run", "save", lambda x: save(deduplicate_by=x)),
     ("folder", "folder", "save", lambda x: save(folder=x)),
     ("folder", "folder", "load", lambda x: hg.models.load("m", folder=x)),
     ("folder", "folder", "find", lambda x: hg.models.find(x)),

@@ -8,10 +8,12 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import checkpoint, models
+from hypergrad.bench import MeasurementTable
+from hypergrad.bench.loading import TableRef
+from hypergrad.bench.rows import read_rows
+from hypergrad.bench.runner import RunOptions, run_table
 from hypergrad.checkpoint import CheckpointFolder
 from hypergrad.runtime import atomic_io
-from hypergrad.studies import record
-from hypergrad.studies.table import Request, Table, cell_by_cell
 
 
 class Disk:
@@ -142,7 +144,7 @@ def test_a_saved_model_stays(disk, tmp_path):
                 disk.restore(content, tmp_path / f"{version}-{i}") / "runs" / "models"
             )
             found, errors = models.find(path)
-            versions = [model.version for model in found]
+            versions = [model.record["version"] for model in found]
             expected = list(range(1, version + 1))
             is_last = i == len(moments) - 1
             assert versions in ([expected] if is_last else [expected[:-1], expected])
@@ -152,20 +154,21 @@ def test_a_saved_model_stays(disk, tmp_path):
                 assert jnp.array_equal(w, jnp.full(3, number))
 
 
-def test_measured_rows_stay(disk, tmp_path):
+def test_measured_rows_stay(disk, tmp_path, monkeypatch):
     """When a row is measured, all earlier rows are on disk, in a new folder."""
     folder, counts = disk.root / "runs", []
 
-    def measure(cell):
+    def measure(cell, rows):
         restored = disk.restore(disk.content, tmp_path / str(cell["seed"]))
-        counts.append(len(record.read(restored / "runs" / "known.jsonl")))
-        return {"method": "one"}
+        counts.append(len(read_rows(restored / "runs" / "seeds.jsonl")))
+        return {}
 
-    run = cell_by_cell(measure, lambda *_: "| table |", lambda rows, path: None)
-    plan = lambda scale, seeds: [{"seed": seed} for seed in range(seeds)]
-    table = Table("known", "", 1, 3, plan, run, lambda rows: [])
-    table.run(table, Request("small", 3, folder, "command"))
+    cells = lambda scale, seeds: [{"method": "one", "seed": i} for i in range(seeds)]
+    table = MeasurementTable(cells=cells, measure_cell=measure)
+    (tmp_path / "seeds.py").write_text("")
+    ref = TableRef(tmp_path / "seeds.py")
+    monkeypatch.setattr(TableRef, "load", lambda self: table)
+    run_table(ref, RunOptions("small", 3, folder, "command"))
     assert counts == [0, 1, 2]
     restored = disk.restore(disk.content, tmp_path / "end")
-    assert len(record.read(restored / "runs" / "known.jsonl")) == 3
-    assert (restored / "runs" / "known.md").read_text() == "| table |\n"
+    assert len(read_rows(restored / "runs" / "seeds.jsonl")) == 3

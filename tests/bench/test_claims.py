@@ -1,0 +1,95 @@
+"""How hypotheses, checks and published numbers end."""
+
+import numpy as np
+import pytest
+
+from hypergrad.bench import Check, Claim, Comparison, Published
+from hypergrad.bench.claims import evaluate_claims
+
+NOISE = 0.01 * np.array([1.0, -1.0, 0.5, -0.5, 0.2])
+
+
+def rows_with(gain: float, noise: float = 1.0, seeds: int = 5) -> list[dict]:
+    """Returns rows in which `new` is better than `old` by ``gain`` plus noise."""
+    return [
+        {"method": method, "seed": seed, "accuracy": 0.8 + is_new * gain_of_seed}
+        for method, is_new in (("old", 0), ("new", 1))
+        for seed, gain_of_seed in enumerate(gain + noise * NOISE[:seeds])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "outcome"),
+    [
+        (0.05, 1.0, "supported"),
+        (0.025, 1.0, "supported"),
+        (0.015, 1.0, "not supported"),  # the interval holds 0.02
+        (-0.05, 1.0, "contradicted"),
+        (0.001, 1.0, "contradicted"),  # a gain, but surely below 0.02
+        (0.03, 9.0, "not supported"),  # the interval holds 0
+    ],
+)
+def test_a_claim_of_two_points_ends_by_its_interval(gain, noise, outcome):
+    claim = Claim("new", "old", "accuracy", min_effect=0.02)
+    (finding,) = evaluate_claims((claim,), rows_with(gain, noise))
+    assert finding.outcome == outcome
+    assert not finding.failed
+
+
+def test_lower_values_and_ratios():
+    rows = [row | {"seconds": 1 / row["accuracy"]} for row in rows_with(0.4)]
+    options = {"lower_is_better": True, "as_ratio": True}
+    (twice,) = evaluate_claims((Claim("new", "old", "seconds", 2.0, **options),), rows)
+    (some,) = evaluate_claims((Claim("new", "old", "seconds", 1.4, **options),), rows)
+    assert (twice.outcome, some.outcome) == ("contradicted", "supported")
+
+
+def test_too_few_seeds_and_missing_numbers_decide_nothing():
+    claim = Claim("new", "old", "accuracy")
+    (few,) = evaluate_claims((claim,), rows_with(0.05, seeds=4))
+    rows = rows_with(0.05)
+    rows[0]["accuracy"] = None
+    (missing,) = evaluate_claims((claim,), rows)
+    assert few.outcome == missing.outcome == "undecided"
+
+
+def test_pairs_are_matched_by_seed_not_by_order():
+    claim = Claim("new", "old", "accuracy")
+    rows = rows_with(0.05)
+    assert evaluate_claims((claim,), rows) == evaluate_claims((claim,), rows[::-1])
+
+
+def test_claims_about_methods_without_rows_are_left_out():
+    assert evaluate_claims((Claim("none", "old", "accuracy"),), rows_with(0.05)) == []
+
+
+def test_a_comparison_says_which_is_better_and_claims_nothing():
+    (finding,) = Comparison("old", ("new",), "accuracy").evaluate(rows_with(0.05))
+    assert finding.outcome is None
+    assert "worse" in finding.text
+    (finding,) = Comparison("new", ("old",), "accuracy").evaluate(rows_with(0.0))
+    assert "no difference" in finding.text
+
+
+def test_a_check_fails_with_its_detail():
+    check = Check("all are right", lambda rows: (False, "3 wrong"))
+    finding = check.evaluate([])
+    assert finding.failed
+    assert "3 wrong" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale", "tag", "expected"),
+    [
+        (0.93, "paper", "verified", True),
+        (0.90, "paper", "verified", False),
+        (0.93, "small", "verified", None),
+        (0.93, "paper", "recalled", None),
+        (float("nan"), "paper", "verified", None),
+    ],
+)
+def test_reproduced_is_only_said_at_the_protocol_of_the_paper(
+    mean, scale, tag, expected
+):
+    number = Published(0.94, tolerance=0.02, tag=tag)
+    assert number.is_reproduced(mean, scale) is expected

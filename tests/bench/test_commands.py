@@ -1,0 +1,201 @@
+"""The command line, used in an empty folder as a new user would."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypergrad.bench import check, commands, export, loading
+from hypergrad.bench.rows import read_rows, to_line
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs ``hypergrad`` in a folder."""
+    command = [sys.executable, "-m", "hypergrad.cli", *arguments]
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(shared_file) -> Path:
+    """Returns the folder of the table after ``hypergrad run`` with a method."""
+    folder = shared_file.parent
+    done = call(folder, "run", "quadratic.py", "--method", "mine.py:stay")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_run_writes_rows_table_and_figure(folder):
+    names = {path.name for path in (folder / "runs").iterdir()}
+    assert names == {"quadratic.jsonl", "quadratic.md", "quadratic.png"}
+    text = (folder / "runs" / "quadratic.md").read_text()
+    assert "hypergrad run quadratic.py --method mine.py:stay" in text
+    assert "| stay * |" in text  # the added row is marked
+    assert "stay against descent in distance: worse" in text
+    assert "**supported**: descent over nothing" in text
+
+
+def test_a_second_run_measures_nothing(folder):
+    before = (folder / "runs" / "quadratic.jsonl").read_bytes()
+    assert call(folder, "run", "quadratic.py").returncode == 0
+    assert (folder / "runs" / "quadratic.jsonl").read_bytes() == before
+
+
+def test_check_judges_the_rows_and_fails_for_a_flipped_bit(folder, tmp_path):
+    good = call(folder, "check", "runs")
+    assert good.returncode == 0, good.stdout
+    assert "supported" in good.stdout
+    content = bytearray((folder / "runs" / "quadratic.jsonl").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "quadratic.jsonl").write_bytes(content)
+    (tmp_path.parent / "quadratic.py").write_bytes(
+        (folder / "quadratic.py").read_bytes()
+    )
+    bad = call(tmp_path.parent, "check", str(tmp_path))
+    assert bad.returncode == 1
+    assert "damaged" in bad.stdout or "checksum" in bad.stdout
+
+
+def test_list_shows_the_tables_of_a_folder(folder):
+    shown = call(folder, "list", ".").stdout
+    assert "quadratic" in shown
+    assert "mine" not in shown
+
+
+def test_report_makes_one_page_of_all_and_one_of_each(folder):
+    assert call(folder, "report", "runs").returncode == 0
+    index = (folder / "runs" / "html" / "index.html").read_text()
+    page = (folder / "runs" / "html" / "quadratic.html").read_text()
+    assert "href='quadratic.html'" in index
+    assert "a &lt;test&gt; &amp; its author" in page  # text is escaped
+    assert "src='data:image/png" in page
+    assert not re.search(r"(src|href)='https?:", index + page)  # needs no other file
+
+
+def test_compare_finds_a_changed_number(folder, tmp_path):
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    rows[-1]["distance"] += 0.5
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    (tmp_path / "quadratic.py").write_bytes((folder / "quadratic.py").read_bytes())
+    same = call(folder, "compare", "runs", "runs")
+    changed = call(folder, "compare", "runs", str(tmp_path))
+    assert (same.returncode, changed.returncode) == (0, 1)
+    assert "distance in 1 cell" in changed.stdout
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(folder, tmp_path):
+    shown = call(folder, "run", "quadratic.py", "--dry-run", "--out", str(tmp_path))
+    (line,) = [x for x in shown.stdout.splitlines() if "descent" in x]
+    # Two rates on five seeds are ten tuning runs; with the five runs 900 grad-eq.
+    assert [x.strip() for x in line.split("│")[2:5]] == ["10", "5", "900"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "absent"), "no table 'absent'"),
+        (("run", "mine.py"), "must define `table"),
+        (("run", "quadratic.py", "--method", "mine.py"), "FILE.py:FUNCTION"),
+        (("run", "quadratic.py", "--method", "mine.py:no_grid"), "no grid"),
+        (("check", "absent"), "no table 'absent'"),
+        (("report", "absent"), "holds no rows"),
+        (("list", "absent"), "holds no table"),
+        (("cite", "Nonsense"), "has no Nonsense"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
+    done = call(folder, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cite_prints_bibtex_of_what_is_named(folder):
+    text = call(folder, "cite", "SOBA").stdout
+    assert text.count("@") >= 2
+    assert "Dagr" in text
+
+
+def load_result(folder: Path):
+    return commands.load_results(folder / "runs")[0]
+
+
+def test_csv_has_a_line_per_reported_row(folder, tmp_path):
+    path = export.export(load_result(folder), "csv", tmp_path)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = load_result(folder).printed_rows
+    assert [line["method"] for line in lines] == [row["method"] for row in rows]
+    assert [float(line["distance"]) for line in lines] == [
+        row["distance"] for row in rows
+    ]
+
+
+def test_latex_escapes_and_has_the_printed_numbers(folder, tmp_path):
+    text = export.export(load_result(folder), "latex", tmp_path).read_text()
+    assert text.count(r"\\") == 1 + 4  # the headings and four methods
+    assert r"$\pm$" in text
+    assert "±" not in text
+
+
+def test_the_figure_is_a_pdf(folder, tmp_path):
+    assert (
+        export.export(load_result(folder), "pdf", tmp_path).read_bytes()[:4] == b"%PDF"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # in MLflow
+def test_mlflow_has_each_row_once(folder, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    for _ in range(2):
+        path = export.export(load_result(folder), "mlflow", tmp_path)
+    client = mlflow.MlflowClient(f"sqlite:///{path}")
+    experiment = client.get_experiment_by_name("quadratic")
+    runs = client.search_runs([experiment.experiment_id])
+    rows = load_result(folder).printed_rows
+    assert sorted(run.data.metrics["distance"] for run in runs) == sorted(
+        row["distance"] for row in rows
+    )
+
+
+def test_tensorboard_has_each_row_once(folder, tmp_path):
+    loader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    for _ in range(2):
+        path = export.export(load_result(folder), "tensorboard", tmp_path)
+    files = list(path.rglob("events.*"))
+    rows = load_result(folder).printed_rows
+    assert len(files) == len(rows)
+    events = loader.EventAccumulator(str(files[0].parent)).Reload()
+    assert "distance" in events.Tags()["scalars"]
+
+
+def test_missing_and_repeated_cells_are_named(folder, tmp_path):
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    rows = [row for row in rows if (row["method"], row["seed"]) != ("nothing", 2)]
+    path = tmp_path / "quadratic.jsonl"
+    path.write_text("".join(map(to_line, [*rows, rows[-1]])))
+    findings = check.check_result("quadratic", table, tmp_path)
+    assert all(finding.failed for finding in findings)
+    texts = [finding.text for finding in findings]
+    assert texts[0] == "missing: nothing, 2"
+    assert texts[1].startswith("repeated: ")
+
+
+def test_rows_of_two_commits_are_not_judged(folder, tmp_path):
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    rows[0]["source"] = rows[0]["source"] | {"table": "0" * 16}
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    (finding,) = check.check_result("quadratic", table, tmp_path)
+    assert finding.failed
+    assert "several values of source" in finding.text

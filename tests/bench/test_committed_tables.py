@@ -1,0 +1,93 @@
+"""The tables of this project: their files, their committed rows, their imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from hypergrad.bench import MeasurementTable, Table, check, loading, report
+from hypergrad.bench.rows import read_rows
+from hypergrad.bench.source import local_imports
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+FILES = loading.table_files(FOLDER)
+NAMES = [file.stem for file in FILES]
+
+
+def test_every_file_of_the_folder_is_a_table():
+    assert len(FILES) >= 30
+    assert {*FILES, FOLDER / "__init__.py"} == set(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_the_committed_rows_are_whole_and_their_checks_hold(file: Path):
+    table = loading.load_table(file)
+    findings = check.check_result(file.stem, table, FOLDER / "results")
+    assert not [finding.text for finding in findings if finding.failed]
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_the_printed_form_is_that_of_the_rows(file: Path):
+    result = check.load_result(file.stem, loading.load_table(file), FOLDER / "results")
+    text = (FOLDER / "results" / f"{file.stem}.md").read_text()
+    assert report.to_markdown(result) == text
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_table_says_what_a_reader_needs(file: Path):
+    table = loading.load_table(file)
+    assert len(table.protocol.split()) >= 60
+    assert table.source
+    assert table.minutes > 0
+    assert (FOLDER / "results" / f"{file.stem}.png").stat().st_size > 5_000
+    if isinstance(table, MeasurementTable | Table):
+        assert table.stages(table.scales[0], 1)[-1]
+
+
+def test_no_table_imports_another():
+    tables = set(FILES)
+    errors = [
+        f"{file.name} imports {', '.join(sorted(x.name for x in other))}"
+        for file in FILES
+        if (other := (local_imports(file) & tables) - {file})
+    ]
+    assert not errors, "\n".join(errors)
+
+
+def test_modules_that_tables_share_have_no_circle():
+    modules = sorted((FOLDER / "shared").glob("*.py"))
+    reachable = {module: local_imports(module) - {module} for module in modules}
+    for module, others in reachable.items():
+        assert not [x for x in others if module in reachable.get(x, set())], module
+
+
+def test_files_are_few_and_short():
+    files = [*FILES, *(FOLDER / "shared").glob("*.py")]
+    lengths = {file: len(file.read_text().splitlines()) for file in files}
+    assert not {file.name: n for file, n in lengths.items() if n > 450}
+
+
+def test_rows_of_one_file_have_one_origin():
+    for name in NAMES:
+        rows = read_rows(FOLDER / "results" / f"{name}.jsonl")
+        stages = {row.get("stage") for row in rows}
+        for stage in stages:
+            origins = {
+                (row.get("commit"), row.get("converted_from"))
+                for row in rows
+                if row.get("stage") == stage
+            }
+            assert len(origins) == 1, (name, stage, origins)
+            (origin,) = origins
+            assert any(origin), name
+
+
+def test_the_word_reproduced_is_kept_for_numbers_of_papers():
+    for file in [*FILES, *(FOLDER / "shared").glob("*.py")]:
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        words = " ".join(strings).split()
+        assert "reproduced" not in words or "Published" in file.read_text(), file.name

@@ -1,0 +1,193 @@
+"""Runs of a table: tuning, resuming, refusing, and methods of a user's own."""
+
+import concurrent.futures
+import multiprocessing
+import re
+
+import numpy as np
+import pytest
+
+from hypergrad.bench import loading, select
+from hypergrad.bench.methods import MethodError
+from hypergrad.checkpoint import lock_file
+
+TIMES = {"run_seconds", "compile_seconds", "time"}
+
+
+def numbers_of(rows: list[dict]) -> list[dict]:
+    """Returns rows without what differs from run to run, in a fixed order."""
+    rows = [{k: x for k, x in row.items() if k not in TIMES} for row in rows]
+    names = ("stage", "method", "setting", "seed")
+    return sorted(rows, key=lambda row: str([row.get(name) for name in names]))
+
+
+def labels_and_seeds(rows: list[dict]) -> set:
+    return {(row.get("stage"), row["method"], row["seed"]) for row in rows}
+
+
+def test_every_method_is_tuned_on_held_out_data_and_reported_without(run):
+    result = run()
+    reported = [row for row in result.rows if "stage" not in row]
+    assert labels_and_seeds(reported) == {
+        (None, method, seed)
+        for method in ("nothing", "random", "descent")
+        for seed in range(2)
+    }
+    tuning = select(result.rows, stage="tuning")
+    assert {row["method"] for row in tuning} == {"descent"}  # others have no grid
+    for row in select(reported, method="descent"):
+        # A rate of 0.2 contracts the distance by 0.6 a step, and 0.01 by 0.98.
+        assert row["settings"] == {"learning_rate": 0.2}
+        costs = [x["gradient_equivalents"] for x in tuning if x["seed"] == row["seed"]]
+        np.testing.assert_allclose(row["tuning_cost"], sum(costs))
+        assert row["distance"] < 0.2
+
+
+def test_an_interrupted_run_continues_and_ends_with_the_same_rows(run, tmp_path):
+    whole = run().rows
+    path = tmp_path / "out" / "quadratic.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    result = run()
+    assert numbers_of(result.rows) == numbers_of(whole)
+    assert path.read_bytes().splitlines()[:4] == [x.rstrip(b"\n") for x in lines[:4]]
+
+
+def test_rows_of_other_source_are_refused(run_own, own_file):
+    run_own(only=("nothing",))
+    own_file.write_text(own_file.read_text() + "\n# another version\n")
+    with pytest.raises(ValueError, match="another source"):
+        run_own()
+
+
+def test_rows_of_another_budget_are_refused(run):
+    run(only=("nothing",))
+    with pytest.raises(ValueError, match="another budget"):
+        run(budget=30)
+
+
+def test_rows_of_other_data_are_refused(run, monkeypatch):
+    run(only=("nothing",))
+    monkeypatch.setattr("hypergrad.bench.runner.data_fingerprint", lambda table: "new")
+    with pytest.raises(ValueError, match="another data"):
+        run()
+
+
+def test_rows_of_an_edited_method_are_refused(run_own, own_file):
+    run_own("mine.py:stay", only=("stay",))
+    run_own(only=("nothing",))  # rows of a method that is not asked for stay there
+    path = own_file.with_name("mine.py")
+    path.write_text(path.read_text() + "\n# another version\n")
+    with pytest.raises(ValueError, match="another method_source"):
+        run_own("mine.py:stay")
+
+
+def test_two_runs_do_not_write_to_one_file(run, tmp_path):
+    run(only=("nothing",))
+    path = tmp_path / "out" / "quadratic.jsonl"
+    with path.open("a") as file:
+        lock_file(file, path)
+        with pytest.raises(ValueError, match="another process"):
+            run()
+
+
+def test_a_pool_of_processes_measures_the_same_rows(run, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")  # of the workers, as of this process
+    alone = run(out="alone").rows
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        together = run(out="together", executor=pool).rows
+    assert numbers_of(together) == numbers_of(alone)
+
+
+@pytest.mark.parametrize("library", ["distributed", "submitit"])
+def test_executors_of_other_libraries_measure_the_same_rows(
+    run, tmp_path, monkeypatch, library
+):
+    module = pytest.importorskip(library)
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    options = {"only": ("nothing",), "out": "together"}
+    if library == "distributed":
+        with module.Client(n_workers=2, threads_per_worker=1) as client:
+            together = run(executor=client, **options).rows
+    else:
+        executor = module.LocalExecutor(folder=tmp_path / "jobs")
+        together = run(executor=executor, **options).rows
+    alone = run(only=("nothing",), out="alone").rows
+    assert numbers_of(together) == numbers_of(alone)
+
+
+def test_a_copied_method_has_the_same_numbers(run):
+    result = run("mine.py:copy_of_descent", seeds=5)
+    mine = select(result.rows, method="copy_of_descent")
+    theirs = select(result.rows, method="descent")
+    ignored = {"method", "method_source"}
+    without = lambda rows: [
+        {k: x for k, x in row.items() if k not in ignored} for row in numbers_of(rows)
+    ]
+    assert without(mine) == without(theirs)
+    assert len(mine) == 15  # five seeds at two rates, and reported
+
+
+def test_a_worse_method_is_reported_as_worse(run, shared_file):
+    result = run("mine.py:stay", seeds=5)
+    table = loading.load_table(shared_file)
+    texts = [finding.text for finding in table.evaluate(result.rows)]
+    (text,) = [x for x in texts if x.startswith("stay against descent")]
+    assert "worse" in text
+    assert re.search(r"\[-?\d", text)  # with an interval
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "RuntimeError in mine.py, line .*: the disk is full"),
+        ("returns_nan", "not finite"),
+        ("returns_number", "must return the hg.Trace .* got float"),
+        ("over_budget", r"cost .*; its budget is 60"),
+        ("all_settings_fail", "no setting of its grid"),
+    ],
+)
+def test_a_method_that_fails_is_named_and_the_other_rows_stay(run, name, message):
+    result = run(f"mine.py:{name}", only=("nothing", name))
+    assert labels_and_seeds(select(result.rows, stage=None)) == {
+        (None, "nothing", 0),
+        (None, "nothing", 1),
+    }
+    assert list(result.failures) == [name]
+    assert re.search(message, result.failures[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong_signature", "budget and key"),
+        ("no_grid", "no grid"),
+        ("absent", "has no function 'absent'"),
+    ],
+)
+def test_a_method_that_cannot_be_called_is_refused_before_anything_runs(
+    run, tmp_path, name, message
+):
+    with pytest.raises(MethodError, match=message):
+        run(f"mine.py:{name}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "--seeds"),
+        ({"scale": "huge"}, "--scale"),
+        ({"only": ("absent",)}, "absent"),
+    ],
+)
+def test_bad_options_are_refused(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_the_claim_of_the_table_is_judged(run, shared_file):
+    table = loading.load_table(shared_file)
+    (finding,) = table.evaluate(run(seeds=5).rows)
+    assert finding.outcome == "supported"

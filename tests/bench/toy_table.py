@@ -1,0 +1,118 @@
+"""A table of a user's own and methods for it, as the text of two files."""
+
+from pathlib import Path
+
+#: A task with known answers: w* = alpha, the outer loss is (w - 1)^2, so alpha* = 1.
+#: With `hold_out`, the goal is 1 + `penalty`, so that the best penalty is 0.
+TABLE = '''
+"""Quadratics: the distance to a known optimum.
+
+All methods have 60 gradient-equivalents.
+"""
+import jax, jax.numpy as jnp, optax
+import hypergrad as hg
+from hypergrad.bench import Claim, Column, Table, baselines
+from hypergrad.tasks.task import Task
+
+def inner(w, alpha, batch):
+    return jnp.sum((w - alpha) ** 2)
+
+def outer(w, alpha, batch):
+    return jnp.sum((w - batch["goal"]) ** 2)
+
+def distance(goal, w, alpha, key):
+    return jnp.sqrt(jnp.sum((alpha - goal) ** 2))
+
+def make(key, scale, *, penalty=0.0, hold_out=False):
+    goal = 1.0 + penalty * hold_out + 0.1 * jax.random.normal(key, ())
+    partial = lambda x: jax.tree_util.Partial(distance, x)
+    return Task(
+        name="quadratic", paradigm="none", source="a <test> & its author",
+        problem=hg.Bilevel(inner, outer, None, {"goal": goal}),
+        solver=SOLVER, w=jnp.zeros(2), alpha=jnp.zeros(2),
+        space=hg.spaces.Interval(-2.0, 2.0, shape=(2,)),
+        metrics={"distance": partial(goal), "gap": partial(goal - penalty * hold_out)},
+    )
+
+SOLVER = hg.Descent(optax.sgd(0.25), 5)
+
+def descent(task, *, budget, key, learning_rate):
+    return hg.minimize(
+        task.problem, hg.Implicit(task.solver), optax.sgd(learning_rate), task.w,
+        task.alpha, budget=budget, key=key,
+    )
+
+descent.grid = {"learning_rate": (0.01, 0.2)}
+
+table = Table(
+    task=make,
+    methods={
+        "nothing": baselines.no_hyperparameters,
+        "random": baselines.random_search,
+        "descent": descent,
+    },
+    metrics=("distance",),
+    lower_is_better=True,
+    budget=60,
+    selection=("-gap",),
+    columns=(Column("distance", "distance to the optimum"),),
+    claims=(Claim("descent", "nothing", "distance", lower_is_better=True),),
+    seeds=5,
+    paradigm="none",
+    source="a <test> & its author",
+    arrays=lambda: {"x": jnp.arange(3.0)},
+)
+'''
+
+METHODS = """
+import hypergrad as hg, optax, jax, jax.numpy as jnp
+
+def copy_of_descent(task, *, budget, key, learning_rate):
+    return hg.minimize(
+        task.problem, hg.Implicit(task.solver), optax.sgd(learning_rate), task.w,
+        task.alpha, budget=budget, key=key,
+    )
+
+copy_of_descent.grid = {"learning_rate": (0.01, 0.2)}
+
+def stay(task, *, budget, key):
+    return hg.minimize(
+        task.problem, hg.Implicit(task.solver), optax.sgd(0.0), task.w,
+        1.6 * jnp.ones(2), budget=budget, key=key,
+    )
+
+def raises(task, *, budget, key):
+    raise RuntimeError("the disk is full")
+
+def returns_nan(task, *, budget, key):
+    trace = stay(task, budget=budget, key=key)
+    return hg.Trace(
+        trace.alpha * jnp.nan, trace.w, trace.best_alpha, trace.value, trace.stats, {},
+        trace.status_code,
+    )
+
+def returns_number(task, *, budget, key):
+    return 3.0
+
+def over_budget(task, *, budget, key):
+    return stay(task, budget=3 * budget, key=key)
+
+def wrong_signature(task, budget_of_mine):
+    return None
+
+def no_grid(task, *, budget, key, learning_rate):
+    return None
+
+def all_settings_fail(task, *, budget, key, size):
+    raise RuntimeError("no size works")
+
+all_settings_fail.grid = {"size": (1, 2)}
+"""
+
+
+def write_table(folder: Path) -> Path:
+    """Writes the table and the methods into a folder; returns the table's file."""
+    (folder / "mine.py").write_text(METHODS)
+    path = folder / "quadratic.py"
+    path.write_text(TABLE)
+    return path

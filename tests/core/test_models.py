@@ -1,0 +1,214 @@
+"""Saved models: every bit comes back, versions stay, and damage is found."""
+
+import concurrent.futures
+import json
+import multiprocessing
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad import models
+from hypergrad.trees import is_key
+
+W = {"W": jnp.arange(6.0).reshape(2, 3), "b": [jnp.zeros(3), (jnp.ones(()),)]}
+DTYPES = (
+    "bool", "int8", "uint16", "int64", "float16", "bfloat16", "float8_e4m3fn",
+    "float32", "float64", "complex64",
+)  # fmt: skip
+Point = namedtuple("Point", "x y")
+
+
+def to_bits(tree) -> list:
+    """Returns dtype, shape and bytes of every leaf."""
+    leaves = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    return [(x.dtype, x.shape, x.tobytes()) for x in arrays]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_comes_back_to_the_bit(name: str, tmp_path):
+    generator = np.random.default_rng(0)
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    values = generator.integers(0, 2, (3, 2)) if name == "bool" else generator.normal(
+        size=(3, 2)
+    )  # fmt: skip
+    w = values.astype(dtype)
+    models.save("m", w, w[:0], folder=tmp_path)
+    assert to_bits(models.load("m", folder=tmp_path)) == to_bits((w, w[:0]))
+
+
+def test_containers_come_back_as_they_were(tmp_path):
+    alpha = {"rate": 0.1, "none": None, "empty": {}}
+    models.save("m", W, alpha, folder=tmp_path)
+    w, read_alpha = models.load("m", folder=tmp_path)
+    assert jax.tree.structure((w, read_alpha)) == jax.tree.structure((W, alpha))
+    assert to_bits(w) == to_bits(W)
+    assert read_alpha["rate"] == 0.1
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_prng_keys_come_back_as_keys(impl: str, tmp_path):
+    key = jax.random.key(3, impl=impl)
+    models.save("m", {"key": key}, 0.0, folder=tmp_path)
+    w, _ = models.load("m", folder=tmp_path)
+    assert jax.random.key_impl(w["key"]) == jax.random.key_impl(key)
+    assert to_bits(w) == to_bits({"key": key})
+
+
+def test_other_classes_need_like(tmp_path):
+    w = Point(jnp.ones(2), jnp.zeros(1))
+    models.save("m", w, 0.5, folder=tmp_path)
+    with pytest.raises(ValueError, match="like"):
+        models.load("m", folder=tmp_path)
+    with pytest.raises(ValueError, match="like"):
+        models.load("m", like=(0.0, 0.0), folder=tmp_path)
+    read_w, _ = models.load("m", like=(w, 0.0), folder=tmp_path)
+    assert isinstance(read_w, Point)
+    assert to_bits(read_w) == to_bits(w)
+
+
+def test_64_bits_survive_a_process_of_32(tmp_path):
+    w = np.asarray([1.0 + 2.0**-40])
+    with jax.enable_x64(False):
+        models.save("m", w, np.int64(2**40), folder=tmp_path)
+        assert to_bits(models.load("m", folder=tmp_path)) == to_bits(
+            (w, np.int64(2**40))
+        )
+
+
+def test_the_metadata_say_what_made_the_model(tmp_path):
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    problem = hg.Bilevel(loss, loss, jnp.arange(3.0), None)
+    options = {"metrics": {"loss": 0.5, "worst": np.inf}, "run": {"seed": 1}}
+    model = models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem, **options)
+    assert models.get("m", folder=tmp_path) == model
+    assert model.metrics == {"loss": 0.5, "worst": None}
+    assert model.run == {"seed": 1}
+    assert "jax" in model.record["versions"]["packages"]
+    other = hg.Bilevel(loss, loss, jnp.arange(4.0), None)
+    again = models.save("m", 1.0, 2.0, folder=tmp_path, problem=other)
+    assert again.record["data"] != model.record["data"]
+
+
+def test_nothing_of_the_command_line_or_the_environment_is_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["train.py", "--token=SECRET"])
+    monkeypatch.setenv("TOKEN", "SECRET")
+    models.save("m", 1.0, 2.0, folder=tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"SECRET" in path.read_bytes() for path in files)
+
+
+def test_versions_increase_and_the_newest_is_loaded(tmp_path):
+    for number in (1, 2, 3):
+        model = models.save("m", float(number), 0.0, folder=tmp_path)
+        assert model.reference == f"m@{number}"
+    assert models.load("m", folder=tmp_path)[0] == 3.0
+    assert models.load("m@1", folder=tmp_path)[0] == 1.0
+    found, errors = models.find(tmp_path)
+    assert [model.reference for model in found] == ["m@1", "m@2", "m@3"]
+    assert not errors
+
+
+@pytest.mark.parametrize("reference", ["absent", "m@2", "m@x", "../m", "", "m@"])
+def test_missing_models_and_invalid_names_are_refused(reference, tmp_path):
+    models.save("m", 1.0, 0.0, folder=tmp_path)
+    if reference == "m@":
+        assert models.load(reference, folder=tmp_path)[0] == 1.0
+        return
+    with pytest.raises(ValueError, match=r"model|name"):
+        models.load(reference, folder=tmp_path)
+
+
+def test_traced_arrays_are_refused(tmp_path):
+    save = lambda w: models.save("m", w, 0.0, folder=tmp_path)
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(save)(1.0)
+    assert models.find(tmp_path) == ([], [])
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    model = models.save("m", W, 0.5, folder=tmp_path)
+    generator = np.random.default_rng(0)
+    for path in sorted(x for x in model.path.rglob("*") if x.is_file()):
+        content = path.read_bytes()
+        for _ in range(5):
+            damaged = bytearray(content)
+            if damaged:
+                bit = int(generator.integers(8 * len(damaged)))
+                damaged[bit // 8] ^= 1 << bit % 8
+            else:
+                damaged = bytearray(b"x")
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"damaged|read"):
+                models.load("m", folder=tmp_path)
+        path.write_bytes(content)
+    assert to_bits(models.load("m", folder=tmp_path)[0]) == to_bits(W)
+
+
+def test_a_missing_file_and_a_moved_folder_are_found(tmp_path):
+    model = models.save("m", W, 0.5, folder=tmp_path)
+    model.path.rename(tmp_path / "m" / "7")
+    with pytest.raises(ValueError, match="moved"):
+        models.load("m", folder=tmp_path)
+    (tmp_path / "m" / "7").rename(model.path)
+    next(x for x in (model.path / "arrays").rglob("*") if x.is_file()).unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        models.load("m", folder=tmp_path)
+
+
+def test_damaged_metadata_do_not_hide_other_models(tmp_path):
+    models.save("a", 1.0, 0.0, folder=tmp_path)
+    models.save("b", 1.0, 0.0, folder=tmp_path)
+    record = tmp_path / "a" / "1" / "model.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"metrics": {"loss": 0.0}}))
+    found, errors = models.find(tmp_path)
+    assert [model.reference for model in found] == ["b@1"]
+    assert len(errors) == 1
+
+
+def test_a_failed_save_leaves_earlier_versions_and_no_draft(tmp_path, monkeypatch):
+    models.save("m", 1.0, 0.0, folder=tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hypergrad.runtime.atomic_io.atomic_write", full)
+    with pytest.raises(OSError, match="No space"):
+        models.save("m", 2.0, 0.0, folder=tmp_path)
+    assert [x.name for x in (tmp_path / "m").iterdir()] == ["1"]
+    assert models.load("m", folder=tmp_path)[0] == 1.0
+
+
+def test_foreign_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    (tmp_path / "m" / "0").mkdir()
+    models.save("m", 1.0, 0.0, folder=tmp_path)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
+    assert len(models.find(tmp_path)[0]) == 1
+
+
+def save_three(folder: Path, number: float) -> list[str]:
+    """Saves three models; runs in a process of its own."""
+    return [models.save("m", number, 0.0, folder=folder).reference for _ in range(3)]
+
+
+def test_processes_that_save_at_once_get_versions_of_their_own(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        futures = [pool.submit(save_three, tmp_path, float(i)) for i in range(2)]
+        references = [future.result() for future in futures]
+    assert sorted([*references[0], *references[1]]) == [f"m@{i}" for i in range(1, 7)]
+    for number, own in enumerate(references):
+        for reference in own:
+            assert models.load(reference, folder=tmp_path)[0] == number
