@@ -71,8 +71,8 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
     ticks = np.linspace(logistic_systems.LOW, logistic_systems.HIGH, 29)
     least = min(h(np.array([a, b])) for a in ticks for b in ticks)
     start = np.zeros(2, np.float32), np.full(2, logistic_systems.INIT_ALPHA, np.float32)
-    found = logistic_systems.minimum(logistic_systems.binary_loss, parts, *start)
-    assert least - 1e-3 < found < least + 1e-9
+    actual = logistic_systems.minimum(logistic_systems.binary_loss, parts, *start)
+    assert least - 1e-3 < actual < least + 1e-9
     alpha = np.array([-1.0, 0.5])
     wide = jax.tree.map(lambda x: jnp.asarray(x, float), parts)
     key = jax.random.key(0)
@@ -80,13 +80,13 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
         *(
             logistic_systems.binary_loss,
             wide,
-            found,
+            actual,
             jnp.zeros(2),
             jnp.asarray(alpha),
             key,
         )
     )
-    np.testing.assert_allclose(metric, h(alpha) - found, rtol=1e-6)
+    np.testing.assert_allclose(metric, h(alpha) - actual, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "points"), [(1, 20), (7, 20), (50, 10), (53, 20)])
@@ -283,19 +283,19 @@ def test_a_run_ends_where_its_last_step_leads():
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     given = arrays, jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0)
-    found = single_loop.curve(system, "SOBA", 7, 20, *given)
+    actual = single_loop.curve(system, "SOBA", 7, 20, *given)
     trace = single_loop.run(system, "SOBA", 7, 20, *given)
     of = functools.partial(quadratics.suboptimality, arrays["best"], arrays["Q"], None)
-    np.testing.assert_allclose(found["curve"][0], of(jnp.zeros(10), None), rtol=1e-5)
-    np.testing.assert_allclose(found["curve"][-1], of(trace.alpha, None), rtol=1e-5)
-    np.testing.assert_allclose(found["curve_cost"][0], 0, atol=1e-6)
-    np.testing.assert_allclose(found["curve_cost"][1:], trace.cost, rtol=1e-5)
+    np.testing.assert_allclose(actual["curve"][0], of(jnp.zeros(10), None), rtol=1e-5)
+    np.testing.assert_allclose(actual["curve"][-1], of(trace.alpha, None), rtol=1e-5)
+    np.testing.assert_allclose(actual["curve_cost"][0], 0, atol=1e-6)
+    np.testing.assert_allclose(actual["curve_cost"][1:], trace.cost, rtol=1e-5)
 
 
 def test_figure_of_a_step_shows_the_claimed_maximum(tmp_path, monkeypatch):
     """A vertical line at five gradients."""
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
-    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
-    assert {soba_step.MAX_GRADIENTS} in drawn
+    x_values = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    assert {soba_step.MAX_GRADIENTS} in x_values
     assert (tmp_path / "step.png").exists()
