@@ -1,7 +1,7 @@
 """Single-loop methods on one system, and one run of one of them.
 
 A system states which problem a seed has and how far an alpha is from the best one.
-`single_loop_grid` chooses the rates of each method; `single_loop_table` has the table.
+`single_loop_rates` chooses the rates of a method; `single_loop_table` is the table.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ import numpy as np
 import hypergrad as hg
 from hypergrad.bench import Finding, Row
 
-from .single_loop import DOUBLE_LOOP, DRAWN, paid_for
+from .single_loop import DOUBLE_LOOP, RANDOM_LENGTH, paid_for
 
 TUNING_SEEDS = (100, 101)
 NUM_PROBE_STEPS = 128  # contain whole periods of SRBA and VRBO
@@ -47,12 +47,14 @@ def count_affordable_steps(
         probe = jax.jit(lambda *run_args: make_run(num_steps)(*run_args).cost)
         return np.asarray(probe(*args, *map(jnp.float32, slowest_rates)), float)
 
-    num_probe_steps = NUM_LONG_PROBE_STEPS if method in DRAWN else NUM_PROBE_STEPS
+    num_probe_steps = (
+        NUM_LONG_PROBE_STEPS if method in RANDOM_LENGTH else NUM_PROBE_STEPS
+    )
     step_costs = np.diff(costs(num_probe_steps), prepend=0)
     if method == DOUBLE_LOOP:
         return max(1, int(budget / step_costs.max()))
     num_steps = max(1, int(budget / step_costs.mean()))
-    if method in DRAWN:
+    if method in RANDOM_LENGTH:
         return num_steps
     return max(1, int(np.sum(paid_for(costs(num_steps), budget))))
 

@@ -1,6 +1,7 @@
 """The table of the single-loop methods on one system: equal budgets, medians.
 
-Every method runs at the rates that `single_loop_grid` chose, on the reported seeds.
+In the first stage the rates of each method are chosen from a grid, on two seeds that
+are not reported; then every method runs with them on the reported seeds.
 """
 
 import functools
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -20,6 +22,7 @@ from hypergrad.bench import (
     Finding,
     MeasurementTable,
     Row,
+    Stage,
     geometric_mean,
     ratio_interval,
     select,
@@ -41,7 +44,12 @@ from .single_loop import (
     seed_key,
     without_batches,
 )
-from .single_loop_grid import TUNING_SEEDS, tuning_stage
+from .single_loop_rates import (
+    TUNING_SEEDS,
+    choose_pair,
+    count_affordable_steps,
+    rate_table,
+)
 from .tuning import cells_of
 
 TAIL = 0.1  # fraction of the cost over whose geometric mean a run ends
@@ -51,6 +59,65 @@ MIN_FALL = (
 MAX_OVERRUN = 1.05  # cost of a run over its budget
 REPEATS = 5  # calls of which the seconds are the median
 QUARTILES = (0.25, 0.5, 0.75)
+
+# Tuning.
+
+
+def tune(system: System, cell: Cell, rows: list[Row]) -> Row:
+    """Returns the rates of a method, chosen from every pair on the tuning seeds."""
+    del rows
+    method, pairs = cell["method"], system.pairs
+    arrays = [system.prepare(seed) for seed in TUNING_SEEDS]
+    probe = lambda steps: functools.partial(
+        run, system, method, steps, 0, key=jax.random.key(0)
+    )
+    slow_rates = min(system.rates), min(system.ratios)
+    steps = count_affordable_steps(
+        system.budget, method, probe, (arrays[0],), slow_rates
+    )
+    run_pair = functools.partial(curve, system, method, steps, 1)
+    program = Program(
+        lambda arrays, key, rates, ratios: jax.lax.map(
+            lambda pair: run_pair(arrays, pair[0], pair[1], key), (rates, ratios)
+        )
+    )
+    columns = [jnp.asarray(x, jnp.float32) for x in zip(*pairs, strict=True)]
+    results = [
+        program(seed_arrays, seed_key(seed), *columns)
+        for seed_arrays, seed in zip(arrays, TUNING_SEEDS, strict=True)
+    ]
+    values = [[float(x["curve"][i, -1]) for x in results] for i in range(len(pairs))]
+    costs = (np.sum(x["gradient_equivalents"]) for x in results)
+    return choose_pair(pairs, values, method) | {
+        "num_steps": steps,
+        "tuning_cost": float(sum(costs)),
+        "data_name": system.data_name(),
+        "run_seconds": program.run_seconds,
+    }
+
+
+def tuning_body(system: System, rows: list[Row]) -> list[str]:
+    """Returns the table of the chosen rates."""
+    return [
+        f"{rows[0]['data_name']}; seeds {' and '.join(map(str, TUNING_SEEDS))}. Of "
+        f"every pair of a rate of w in {list(system.rates)} and a ratio, of the rate "
+        f"of alpha to it, in {list(system.ratios)}, the one whose worse run ends "
+        f"lowest, at its last step, after {system.budget:,.0f} gradient-equivalents "
+        "(grad-eq) per run.",
+        "",
+        *rate_table(rows, ("rate", "ratio", "end"), ".1e"),
+    ]
+
+
+def tuning_stage(system: System) -> Stage:
+    """Returns the stage that chooses the rates; its seeds are not those reported."""
+    return Stage(
+        "tuning",
+        lambda scale, seeds: [{"method": method, "seed": 0} for method in METHODS],
+        functools.partial(tune, system),
+        functools.partial(tuning_body, system),
+    )
+
 
 # Measuring.
 

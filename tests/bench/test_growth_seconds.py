@@ -1,53 +1,56 @@
-"""How seconds grow: rows whose exponents are known, and rounds whose clock is."""
+"""Tests of the table of seconds: fits of exact powers, and rounds of a false clock."""
 
 import pytest
 
 from benchmarks import growth_seconds as growth
-from benchmarks.growth import BLIND, METHODS, Sizes, theory
-from hypergrad.studies import record
-from hypergrad.studies.table import Request, Table, cell_by_cell, check
+from benchmarks.shared.growth_programs import BLIND, METHODS, Sizes, fit_power, theory
+from hypergrad.bench import Finding
 
 FIXED = 1e-6
 
 
-def synthetic(off: float = 0.0) -> list[dict]:
-    """Rows of exact powers, those of theory and ``off`` more; two rounds are wild."""
+def synthetic(deviation: float = 0.0) -> list[dict]:
+    """Returns rows of exact powers, those of theory plus a deviation.
+
+    Two rounds of each size are outliers.
+    """
     rows = []
-    for cell in growth.plan("small", 1):
+    for cell in growth.cells("small", 1):
         sizes = list(growth.sizes_of(cell["method"], cell["axis"]))
-        power = theory(cell["method"], "operations", cell["axis"]) + off
+        power = theory(cell["method"], "operations", cell["axis"]) + deviation
         seconds = [1e-3 * size**power for size in sizes]
-        wild = [[s, s / 3, s, 9 * s, s] for s in seconds]
-        took = {"sizes": sizes, "seconds": wild, "fixed": [FIXED] * 5}
+        rounds = [[s, s / 3, s, 9 * s, s] for s in seconds]
+        fields = {"sizes": sizes, "seconds": rounds, "fixed": [FIXED] * 5}
         machine = {"cpu": "one", "cores": 2, "memory": 2**30, "discarded": 0}
-        rows.append(cell | took | machine)
+        rows.append(cell | fields | machine)
     return rows
 
 
-def judged(rows: list[dict], what: str = "") -> list[str]:
-    """What is said of them."""
-    return [v.text for v in growth.judge(rows) if what in v.text]
+def findings(rows: list[dict], part: str = "") -> list[Finding]:
+    """Returns the findings whose text contains a part."""
+    return [x for x in growth.findings(rows) if part in x.text]
 
 
-def test_rows_of_theory_are_reproduced_and_others_are_not():
-    """By more than the tolerance no exponent is, and each is named."""
-    assert all(text.endswith(": reproduced") for text in judged(synthetic()))
-    near, off = judged(synthetic(0.09), "exponents"), judged(synthetic(0.11))
-    assert all(text.endswith(": reproduced") for text in near)
-    assert all(text.endswith(": not reproduced") for text in off)
-    assert len(near) == len(growth.AXES) == len(off) - 1
-    assert f"against steps: 0 of {len(METHODS)} exponents" in off[0]
-    assert "Forward 1.11 for 1" in off[2]
-    assert "SOBA 0.11 for 0" in off[2]
+def test_rows_of_theory_are_supported_and_others_are_not():
+    """Each exponent that differs by more than the tolerance is named."""
+    assert {x.outcome for x in findings(synthetic())} == {"supported"}
+    near = findings(synthetic(0.09), "exponents")
+    deviating = findings(synthetic(0.11))
+    assert {x.outcome for x in near} == {"supported"}
+    assert {x.outcome for x in deviating} == {"not supported"}
+    assert len(near) == len(growth.AXES) == len(deviating) - 1
+    assert f"against steps: 0 of {len(METHODS)} exponents" in deviating[0].text
+    assert "Forward 1.11 for 1" in deviating[2].text
+    assert "SOBA 0.11 for 0" in deviating[2].text
 
 
-def test_what_is_to_be_flat_is_told_by_its_spread():
-    """0.02 a decade over seven is within 1.5 times, 0.03 is not."""
-    near, far = (judged(synthetic(off), "over all") for off in (0.02, 0.03))
-    assert "1.38 times the least" in near[0]
-    assert f"of {len(BLIND)}; 1.5 claimed: reproduced" in near[0]
-    assert "1.62 times the least" in far[0]
-    assert far[0].endswith(": not reproduced")
+def test_flat_lines_are_checked_by_their_spread():
+    """0.02 per decade over seven decades is within 1.5 times, 0.03 is not."""
+    (near,), (far,) = (findings(synthetic(x), "over all") for x in (0.02, 0.03))
+    assert "1.38 times the least" in near.text
+    assert f"of {len(BLIND)}; 1.5 claimed" in near.text
+    assert "1.62 times the least" in far.text
+    assert (near.outcome, far.outcome) == ("supported", "not supported")
 
 
 def line(fixed: float, sizes: list[int]) -> dict:
@@ -59,20 +62,17 @@ def line(fixed: float, sizes: list[int]) -> dict:
 def test_sizes_at_which_much_is_fixed_are_left_out():
     """Of 100 µs that never change: half at the first size, under a tenth after it."""
     found = growth.exponent(line(1e-4, [10, 100, 1000, 9000]))
-    kept = growth.slope([100, 1000, 9000], [1.1e-3, 1.01e-2, 9.01e-2])
+    kept = fit_power([100, 1000, 9000], [1.1e-3, 1.01e-2, 9.01e-2])
     assert found == pytest.approx(kept, abs=1e-12)
-    assert found > growth.slope([10, 100, 1000, 9000], [2e-4, 1.1e-3, 1.01e-2, 9.01e-2])
+    assert found > fit_power([10, 100, 1000, 9000], [2e-4, 1.1e-3, 1.01e-2, 9.01e-2])
 
 
-def test_a_line_that_tells_nothing_fails():
-    """Too few sizes above what is fixed, or too few clean rounds; it is named."""
-    for change in (
-        line(1e-4, [10, 100, 1000]),
-        {"fixed": [FIXED] * 4},
-    ):
+def test_incomplete_line_fails():
+    """Sizes above the fixed cost, or clean rounds, are too few; the line is named."""
+    for change in (line(1e-4, [10, 100, 1000]), {"fixed": [FIXED] * 4}):
         rows = synthetic()
         rows[7] |= change
-        (failed,) = growth.judge(rows)
+        (failed,) = growth.findings(rows)
         assert failed.failed
         assert failed.text.startswith(f"{rows[7]['method']} against {rows[7]['axis']}")
 
@@ -102,34 +102,23 @@ def test_calls_are_in_turns_and_busy_rounds_are_thrown_away(monkeypatch):
     """Short ones are repeated; others count over a round, not over a call."""
     clock = Clock({"a": 0.06, "b": 0.5}, [0.0, 0.2, 0.01, 0.09, 0.08, 0.0, 0.0])
     monkeypatch.setattr(growth, "timed", clock.timed)
-    clean, discarded = growth.in_rounds(clock.calls)
+    clean, discarded = growth.time_in_rounds(clock.calls)
     assert clean == [[0.06, 0.5]] * 5
     assert discarded == 2
     assert "".join(clock.called) == "aabb" + 7 * "aaab"
 
 
-def test_a_busy_machine_keeps_what_was_measured(monkeypatch, tmp_path):
-    """The line at which it was too busy is measured by the next call."""
-    monkeypatch.setattr(growth, "ready", lambda method, sizes: lambda: None)
-    monkeypatch.setattr(growth, "least", lambda method: lambda: None)
-    others = iter([0.0] * 5 + [1.0] * 20 + [0.0] * 5)
-    one_round = lambda calls, numbers: ([0.2] * len(calls), next(others))
-    monkeypatch.setattr(growth, "one_round", one_round)
-    table = Table(
-        name="small",
-        source="here",
-        minutes=0,
-        seeds=1,
-        plan=lambda scale, seeds: growth.plan(scale, seeds)[:2],
-        run=cell_by_cell(growth.measure, lambda *_: "", lambda rows, path: None),
-        judge=lambda rows: [],
-    )
-    ask = Request("small", 1, tmp_path, "the command")
+def test_busy_machine_is_an_error(monkeypatch):
+    """The cell fails after 20 rounds; five clean rounds suffice."""
+    monkeypatch.setattr(growth, "make_call", lambda method, sizes: lambda: None)
+    monkeypatch.setattr(growth, "minimal_call", lambda method: lambda: None)
+    busy = iter([0.0] * 5 + [1.0] * 20)
+    time_round = lambda calls, numbers: ([0.2] * len(calls), next(busy))
+    monkeypatch.setattr(growth, "time_round", time_round)
+    cell, next_cell, *_ = growth.cells("small", 1)
+    assert growth.measure(cell, [])["discarded"] == 0
     with pytest.raises(ValueError, match="busy in 20 of 20 rounds of Implicit, CG"):
-        table.run(table, ask)
-    assert len(record.read(tmp_path / "small.jsonl")) == 1
-    table.run(table, ask)
-    assert check(table, tmp_path) == []
+        growth.measure(next_cell, [])
 
 
 def test_one_line_is_measured(monkeypatch):
@@ -137,8 +126,8 @@ def test_one_line_is_measured(monkeypatch):
     small = {10: Sizes(parameters=10), 20: Sizes(parameters=20)}
     monkeypatch.setattr(growth, "sizes_of", lambda method, axis: small)
     monkeypatch.setattr(growth, "OTHERS", float("inf"))
-    monkeypatch.setattr(growth, "SECONDS", 1e-3)
-    row = growth.measure({"method": "FiniteDifference", "axis": "parameters"})
+    monkeypatch.setattr(growth, "ROUND_SECONDS", 1e-3)
+    row = growth.measure({"method": "FiniteDifference", "axis": "parameters"}, [])
     assert row["sizes"] == [10, 20]
     assert [len(seconds) for seconds in row["seconds"]] == [growth.CLEAN] * 2
     assert all(s > 0 for seconds in [*row["seconds"], row["fixed"]] for s in seconds)
@@ -149,7 +138,7 @@ def test_one_line_is_measured(monkeypatch):
 def test_the_report_holds_every_line(tmp_path):
     """A row an estimator, a column an axis; and a figure."""
     rows = synthetic()
-    text = growth.markdown(growth.TABLE, rows, "the command")
-    assert f"| Forward {len(growth.AXES) * '| 1.00 [1] '}| 1 |" in text.splitlines()
+    lines = growth.body(rows)
+    assert f"| Forward {len(growth.AXES) * '| 1.00 [1] '}| 1 |" in lines
     growth.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

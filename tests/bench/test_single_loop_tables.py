@@ -15,7 +15,7 @@ from benchmarks import quadratics, soba_step
 from benchmarks.shared import (
     logistic_systems,
     single_loop,
-    single_loop_grid,
+    single_loop_rates,
     single_loop_table,
 )
 from benchmarks.shared.single_loop import SeedProblem
@@ -71,8 +71,8 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
     ticks = np.linspace(logistic_systems.LOW, logistic_systems.HIGH, 29)
     least = min(h(np.array([a, b])) for a in ticks for b in ticks)
     start = np.zeros(2, np.float32), np.full(2, logistic_systems.INIT_ALPHA, np.float32)
-    found = logistic_systems.minimum(logistic_systems.binary_loss, parts, *start)
-    assert least - 1e-3 < found < least + 1e-9
+    actual = logistic_systems.minimum(logistic_systems.binary_loss, parts, *start)
+    assert least - 1e-3 < actual < least + 1e-9
     alpha = np.array([-1.0, 0.5])
     wide = jax.tree.map(lambda x: jnp.asarray(x, float), parts)
     key = jax.random.key(0)
@@ -80,13 +80,13 @@ def test_the_best_penalties_are_those_of_a_brute_grid():
         *(
             logistic_systems.binary_loss,
             wide,
-            found,
+            actual,
             jnp.zeros(2),
             jnp.asarray(alpha),
             key,
         )
     )
-    np.testing.assert_allclose(metric, h(alpha) - found, rtol=1e-6)
+    np.testing.assert_allclose(metric, h(alpha) - actual, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "points"), [(1, 20), (7, 20), (50, 10), (53, 20)])
@@ -135,7 +135,7 @@ def test_reported_runs_use_the_rates_that_tuning_chose():
     system, cell = tiny(), {"method": "SOBA", "seed": 3}
     tuning = tuning_row(system, "SOBA")
     assert (tuning["rate"], tuning["ratio"]) in system.pairs
-    assert single_loop_grid.at_edge(tuning)
+    assert single_loop_rates.is_at_edge(tuning)
     row = single_loop_table.measure(system, cell, [tuning])
     assert (row["rate"], row["num_steps"]) == (tuning["rate"], tuning["num_steps"])
     assert 0.9 * system.budget < row["gradient_equivalents"] <= system.budget
@@ -148,30 +148,30 @@ def test_reported_runs_use_the_rates_that_tuning_chose():
 def tuning_row(system: single_loop.System, method: str) -> Row:
     """Returns the row of the tuning stage as the runner stores it."""
     cell = {"stage": "tuning", "method": method, "seed": 0}
-    return cell | single_loop_grid.tune(system, cell, [])
+    return cell | single_loop_table.tune(system, cell, [])
 
 
 def test_the_pair_is_chosen_whose_worse_run_is_lowest():
     """A run that broke off is as bad as can be; where all did, nothing is chosen."""
     pairs = [(1.0, 0.1), (0.1, 0.1), (0.01, 0.1)]
     ends = [[1e-9, np.nan], [1e-3, 1e-2], [1e-4, 1e-1]]
-    row = single_loop_grid.choose_rates(pairs, ends, "SOBA")
+    row = single_loop_rates.choose_pair(pairs, ends, "SOBA")
     assert (row["rate"], row["ratio"]) == (0.1, 0.1)
     assert row["ends"] == [np.inf, 1e-2, 1e-1]
     with pytest.raises(ValueError, match="SOBA"):
-        single_loop_grid.choose_rates(pairs, [[np.nan, 1.0]] * 3, "SOBA")
+        single_loop_rates.choose_pair(pairs, [[np.nan, 1.0]] * 3, "SOBA")
 
 
 def test_an_edge_is_where_nothing_within_is_as_good():
     """Of nine pairs the middle one alone is within; among equals nothing is chosen."""
     pairs = [(rate, ratio) for rate in (1.0, 0.1, 0.01) for ratio in (0.3, 0.1, 0.03)]
-    row = lambda ends: single_loop_grid.choose_rates(
+    row = lambda ends: single_loop_rates.choose_pair(
         pairs, [[end] for end in ends], "SOBA"
     )
-    assert single_loop_grid.at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
-    assert single_loop_grid.at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
-    assert not single_loop_grid.at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
-    assert not single_loop_grid.at_edge(row([1.0] * 9))
+    assert single_loop_rates.is_at_edge(row([1.0, 9, 9, 9, 2, 9, 9, 9, 9]))
+    assert single_loop_rates.is_at_edge(row([9.0, 9, 9, 9, np.nan, 1, 9, 9, 9]))
+    assert not single_loop_rates.is_at_edge(row([9.0, 9, 9, 9, 1, 9, 9, 9, 2]))
+    assert not single_loop_rates.is_at_edge(row([1.0] * 9))
 
 
 def test_no_method_spends_more_than_its_budget():
@@ -182,7 +182,9 @@ def test_no_method_spends_more_than_its_budget():
         return lambda rate, ratio: types.SimpleNamespace(cost=jnp.cumsum(dear))
 
     slow = 0.1, 0.1
-    steps = lambda method: single_loop_grid.steps_for(100.0, method, run, (), slow)
+    steps = lambda method: single_loop_rates.count_affordable_steps(
+        100.0, method, run, (), slow
+    )
     assert steps("SRBA") == 36
     assert steps("TTSA") == 50
     assert steps(single_loop.DOUBLE_LOOP) == 1
@@ -281,19 +283,19 @@ def test_a_run_ends_where_its_last_step_leads():
     system = tiny()
     arrays = jax.tree.map(jnp.asarray, system.prepare(0))
     given = arrays, jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0)
-    found = single_loop.curve(system, "SOBA", 7, 20, *given)
+    actual = single_loop.curve(system, "SOBA", 7, 20, *given)
     trace = single_loop.run(system, "SOBA", 7, 20, *given)
     of = functools.partial(quadratics.suboptimality, arrays["best"], arrays["Q"], None)
-    np.testing.assert_allclose(found["curve"][0], of(jnp.zeros(10), None), rtol=1e-5)
-    np.testing.assert_allclose(found["curve"][-1], of(trace.alpha, None), rtol=1e-5)
-    np.testing.assert_allclose(found["curve_cost"][0], 0, atol=1e-6)
-    np.testing.assert_allclose(found["curve_cost"][1:], trace.cost, rtol=1e-5)
+    np.testing.assert_allclose(actual["curve"][0], of(jnp.zeros(10), None), rtol=1e-5)
+    np.testing.assert_allclose(actual["curve"][-1], of(trace.alpha, None), rtol=1e-5)
+    np.testing.assert_allclose(actual["curve_cost"][0], 0, atol=1e-6)
+    np.testing.assert_allclose(actual["curve_cost"][1:], trace.cost, rtol=1e-5)
 
 
 def test_figure_of_a_step_shows_the_claimed_maximum(tmp_path, monkeypatch):
     """A vertical line at five gradients."""
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
-    drawn = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
-    assert {soba_step.MAX_GRADIENTS} in drawn
+    x_values = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    assert {soba_step.MAX_GRADIENTS} in x_values
     assert (tmp_path / "step.png").exists()
