@@ -499,67 +499,6 @@ def growth(
     pyplot.close(figure)
 
 
-def fronts(
-    fronts: dict[str, dict[str, list[tuple[list[float], list[float]]]]],
-    volumes: dict[str, dict[str, list[float]]],
-    dashed: tuple[str, ...],
-    reference: tuple[float, float],
-    path: Path,
-) -> None:
-    """Errors of what is picked at each share, the median over seeds; hypervolumes.
-
-    fronts: cost -> method -> for each seed (shares, rising, and errors).
-    volumes: cost -> method -> one a seed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        2, len(fronts), figsize=(14, 7), layout="constrained", height_ratios=(2.2, 1)
-    )
-    most, end = reference
-    at = np.geomspace(0.01, end, 200)
-    colors = matplotlib.colormaps["tab10"](range(10))
-    for (top, bottom), (cost, methods) in zip(axes.T, fronts.items(), strict=True):
-        for i, (name, runs) in enumerate(methods.items()):
-            held = [
-                np.r_[np.nan, error][np.searchsorted(share, at, side="right")]
-                for share, error in runs
-            ]
-            style = "--" if name in dashed else "-"
-            middle = np.median(np.where(np.isnan(held), 1.0, held), axis=0)
-            top.step(at, middle, style, where="post", color=colors[i], label=name)
-            here = volumes[cost][name]
-            height = i + np.linspace(-0.2, 0.2, len(here))
-            bottom.plot(here, height, "o", ms=4, color=colors[i], alpha=0.6)
-            bottom.plot([np.median(here)] * 2, [i - 0.35, i + 0.35], color="k", lw=1.5)
-        top.set_xscale("log")
-        top.set_yscale("log")
-        top.set_ylim(0.045, most)
-        top.set_title(f"error against {cost}")
-        top.set_xlabel(f"share of the {cost}")
-        top.set_yticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
-        top.set_xlim(at[0], end)
-        top.set_xticks(
-            [0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["1%", "2%", "5%", "10%", "20%", "50%"]
-        )
-        top.minorticks_off()
-        bottom.set_yticks(range(len(methods)), methods if bottom is axes[1, 0] else [])
-        bottom.locator_params(axis="x", nbins=5)
-        bottom.invert_yaxis()
-        bottom.set_xlabel("hypervolume on test, a dot a seed")
-        for axis in (top, bottom):
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("test error, median of seeds")
-    axes[0, 0].legend(frameon=False)
-    figure.suptitle("Networks picked on validation; dashed: searches without gradients")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def parts(
     panels: dict[str, dict[str, list[float]]], names: tuple[str, ...], path: Path
 ) -> None:
