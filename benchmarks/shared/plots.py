@@ -195,39 +195,6 @@ def strips(
     pyplot.close(figure)
 
 
-def contenders(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """A panel a work, a row a contender: a dot a repetition, a bar at the median."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = 3
-    rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(13, 2.4 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, of_method) in zip(axes.flat, panels.items(), strict=False):
-        for row, (name, values) in enumerate(of_method.items()):
-            color = "C3" if name == "ours" else "C0"
-            axis.plot(values, [row] * len(values), ".", ms=5, color=color, alpha=0.5)
-            median = [np.median(values)] * 2
-            axis.plot(median, [row - 0.38, row + 0.38], color, lw=2)
-        axis.set_title(title)
-        axis.set_xlabel("seconds")
-        axis.set_xscale("log")
-        plain_ticks(axis.xaxis)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.grid(alpha=0.25, axis="x")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_yticks(range(len(of_method)), list(of_method), fontsize=8)
-        axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def remaining(
     panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]],
     dashed: tuple[str, ...],
@@ -351,62 +318,5 @@ def growth(
         panel.set_xlabel(name)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def parts(
-    panels: dict[str, dict[str, list[float]]], names: tuple[str, ...], path: Path
-) -> None:
-    """Stacked bars, a panel a task and a bar a method: what of a cost each part is."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        2, -(-len(panels) // 2), figsize=(16, 6.5), layout="constrained"
-    )
-    for axis, (title, methods) in zip(axes.flat, panels.items(), strict=False):
-        left = np.zeros(len(methods))
-        for index, name in enumerate(names):
-            width = np.array([of[index] for of in methods.values()])
-            axis.barh(range(len(methods)), width, left=left, label=name)
-            left = left + width
-        axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(title)
-        axis.set_xlabel("gradient-equivalents")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        "Until as good as the grid, by parts; >: not on every seed, a bound"
-    )
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def claims(counts: dict[str, dict[str, int]], path: Path) -> None:
-    """Bars of claims that came out one way or the other, a line a problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(
-        figsize=(9, 0.4 * len(counts) + 1), layout="constrained"
-    )
-    left = np.zeros(len(counts))
-    names = list(next(iter(counts.values())))
-    for name, color in zip(names, ("#3b7a57", "#c9c9c9"), strict=True):
-        widths = np.array([of[name] for of in counts.values()])
-        bars = axis.barh(list(counts), widths, left=left, color=color, label=name)
-        left = left + widths
-    told = [", ".join(map(str, of.values())) for of in counts.values()]
-    axis.bar_label(bars, told, padding=4)  # within narrow bars they would run together
-    axis.invert_yaxis()
-    axis.set_xlabel("claims, as committed rows have them")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
