@@ -1,7 +1,23 @@
-"""Average precision of 100,000 scores with its gradient, in every form, against n x n.
+"""Average precision of 100,000 scores with its gradient, in every form.
 
-Each cell times one form and the n x n sum of 5,000 scores in turns, in one process.
-See README.md for the protocol.
+Question: What does average precision with its gradient cost at 100,000 scores, and is
+it worth doing otherwise than by all pairs at once?
+
+Data: Normal scores, 2% positives that are higher by 1.5, drawn from the seed, in
+float32.
+
+Forms: *n x n*: the formula of Smooth-AP as it is written, by an array of all pairs, at
+5,000 scores (at 100,000 it would need 40 GB an array). At 100,000: SmoothAP, by blocks
+(temperature 0.05); FastAP (100 bins); BlackboxAP (100); SoftRankAP (1e-5). Each is
+compiled and run once, then timed seven times in turns with n x n in one process; a cell
+holds the median of the ratios of turns. Memory is the temporary memory of the compiled
+program, by its own account. Each must be within 1e-3 of its formula in float64 by
+NumPy, the soft ranks by scikit-learn's isotonic regression.
+
+Criteria: Seeds 0..4; geometric means, 95% intervals of the ratio by its logarithm.
+SmoothAP costs at most twice as much a pair (positives times scores) as n x n (scores
+squared). FastAP, BlackboxAP and SoftRankAP take less time than n x n at a twentieth of
+the scores.
 """
 
 import functools
@@ -20,93 +36,94 @@ from jaxtyping import Array
 from sklearn.isotonic import isotonic_regression
 
 import hypergrad as hg
-from hypergrad.studies import record
-from hypergrad.studies.record import Row
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import Verdict, conclude, paired_ratio
+from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval, select
+from hypergrad.bench.figures import import_pyplot
 
-from .shared import plots
+from .shared.outcomes import conclude
+from .shared.stages import fingerprint, markdown_table
+from .shared.tuning import cells_of
 
 SIZE, REFERENCE_SIZE = 100_000, 5_000
-POSITIVE = 0.02
+POSITIVE_FRACTION = 0.02
 REPEATS = 7
 TEMPERATURE = 0.05
 BINS = 100
-SOFT = 1e-5  # of soft ranks: about an eighth of the mean gap between scores
-PER_PAIR = 2.0  # the most that blocks may cost a pair, in those of n x n
-CLOSE = 1e-3  # how far a value in float32 may be from its formula in float64
+SOFT_RANK = 1e-5  # temperature: about an eighth of the mean gap between scores
+MAX_PER_PAIR = 2.0  # cost of blocks per pair, relative to n x n
+RTOL = 1e-3  # of a value in float32, relative to its formula in float64
 
 
 def all_pairs(scores: Array, targets: Array, temperature: float) -> Array:
-    """Smooth AP as it is written: every pair at once, memory n²."""
+    """Returns Smooth-AP as its formula is written: all pairs at once, memory n²."""
     targets = targets.astype(scores.dtype)
-    above = jax.nn.sigmoid((scores[None, :] - scores[:, None]) / temperature)
-    above = above * (1 - jnp.eye(scores.size, dtype=scores.dtype))
-    precision = (1 + above @ targets) / (1 + jnp.sum(above, axis=1))
+    ranks_above = jax.nn.sigmoid((scores[None, :] - scores[:, None]) / temperature)
+    ranks_above = ranks_above * (1 - jnp.eye(scores.size, dtype=scores.dtype))
+    precision = (1 + ranks_above @ targets) / (1 + jnp.sum(ranks_above, axis=1))
     return jnp.sum(targets * precision) / jnp.sum(targets)
 
 
-def of(surrogate: Any, temperature: float) -> Callable:
+def at_temperature(surrogate: Any, temperature: float) -> Callable:
+    """Returns ``(scores, targets) -> value`` at a temperature."""
     return lambda scores, targets: surrogate(scores, targets, temperature=temperature)
 
 
 FORMS: dict[str, Callable] = {
     "n x n": functools.partial(all_pairs, temperature=TEMPERATURE),
-    "blocks (SmoothAP)": of(hg.surrogates.SmoothAP(), TEMPERATURE),
-    "histogram (FastAP)": of(hg.surrogates.FastAP(BINS), TEMPERATURE),
-    "sort (BlackboxAP)": of(hg.surrogates.BlackboxAP(), 100.0),
-    "soft ranks (SoftRankAP)": of(hg.surrogates.SoftRankAP(), SOFT),
+    "blocks (SmoothAP)": at_temperature(hg.surrogates.SmoothAP(), TEMPERATURE),
+    "histogram (FastAP)": at_temperature(hg.surrogates.FastAP(BINS), TEMPERATURE),
+    "sort (BlackboxAP)": at_temperature(hg.surrogates.BlackboxAP(), 100.0),
+    "soft ranks (SoftRankAP)": at_temperature(hg.surrogates.SoftRankAP(), SOFT_RANK),
 }
 FAST = ("histogram (FastAP)", "sort (BlackboxAP)", "soft ranks (SoftRankAP)")
 TIMED = [form for form in FORMS if form != "n x n"]
 
 
 def data(size: int, seed: int) -> tuple[Array, Array]:
-    """Normal scores; positives, 2% of them exactly, are higher by 1.5."""
+    """Returns normal scores; the positives, exactly 2%, are higher by 1.5."""
     rng = np.random.default_rng(seed)
-    targets = rng.permutation(size) < POSITIVE * size
+    targets = rng.permutation(size) < POSITIVE_FRACTION * size
     scores = rng.normal(size=size) + 1.5 * targets
     return jnp.asarray(scores, jnp.float32), jnp.asarray(targets)
 
 
 @functools.cache
 def program(form: str, size: int) -> Any:
-    """``(scores, targets) -> (value, gradient)``, compiled, not run."""
+    """Returns the compiled ``(scores, targets) -> (value, gradient)``."""
     function = jax.jit(jax.value_and_grad(FORMS[form]))
     return function.lower(*data(size, 0)).compile()
 
 
 def peak_bytes(form: str, size: int) -> int | None:
-    """Temporary memory by the compiler's own account."""
+    """Returns the temporary memory that the compiler states."""
     analysis = program(form, size).memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
 def seconds(call: Callable, arguments: tuple) -> float:
-    started = time.perf_counter()
+    """Returns the seconds of a call."""
+    start_time = time.perf_counter()
     jax.block_until_ready(call(*arguments))
-    return time.perf_counter() - started
+    return time.perf_counter() - start_time
 
 
-def plan(scale: str, seeds: int) -> list[Row]:
-    del scale
-    return [{"method": form, "seed": seed} for form in TIMED for seed in range(seeds)]
-
-
-def measure(cell: Row) -> Row:
-    """Both programs once to warm up, then in turns; the ratio is that of each turn."""
-    form, here = cell["method"], data(SIZE, cell["seed"])
-    there = data(REFERENCE_SIZE, cell["seed"])
+def measure(cell: Cell, rows: list[Row]) -> Row:
+    """Returns times of both programs in alternation, after one call of each."""
+    del rows
+    form, inputs = cell["method"], data(SIZE, cell["seed"])
+    small_inputs = data(REFERENCE_SIZE, cell["seed"])
     call, reference = program(form, SIZE), program("n x n", REFERENCE_SIZE)
-    value, gradient = call(*here)
-    seconds(reference, there)
-    turns = [(seconds(call, here), seconds(reference, there)) for _ in range(REPEATS)]
-    ratio = statistics.median(ours / theirs for ours, theirs in turns)
-    num_pairs = round(POSITIVE * SIZE) * SIZE
-    exact = sklearn.metrics.average_precision_score(here[1], here[0])
+    value, gradient = call(*inputs)
+    seconds(reference, small_inputs)
+    times = [
+        (seconds(call, inputs), seconds(reference, small_inputs))
+        for _ in range(REPEATS)
+    ]
+    ratio = statistics.median(x / reference for x, reference in times)
+    num_pairs = round(POSITIVE_FRACTION * SIZE) * SIZE
+    exact = sklearn.metrics.average_precision_score(inputs[1], inputs[0])
     return {
-        "seconds": statistics.median(ours for ours, _ in turns),
-        "reference_seconds": statistics.median(theirs for _, theirs in turns),
+        "seconds": statistics.median(x for x, _ in times),
+        "reference_seconds": statistics.median(x for _, x in times),
         "ratio": ratio,
         "per_pair": ratio * REFERENCE_SIZE**2 / num_pairs,
         "bytes": peak_bytes(form, SIZE),
@@ -114,149 +131,167 @@ def measure(cell: Row) -> Row:
         "value": float(value),
         "finite": bool(jnp.all(jnp.isfinite(gradient))),
         "exact": float(exact),
-        "formula": formula(form, *here, exact),
-        "data_sha256": record.fingerprint({"scores": here[0], "targets": here[1]}),
+        "formula": formula(form, *inputs, exact),
+        "data_sha256": fingerprint({"scores": inputs[0], "targets": inputs[1]}),
     }
 
 
 def formula(form: str, scores: Array, targets: Array, exact: float) -> float:
-    """The value in float64, as its paper writes it, by NumPy and scikit-learn."""
+    """Returns the value in float64 by the formula of its paper."""
     s, y = np.asarray(scores, float), np.asarray(targets)
-    of_form = {
-        "blocks (SmoothAP)": smooth,
-        "histogram (FastAP)": binned,
+    formulas = {
+        "blocks (SmoothAP)": smooth_ap,
+        "histogram (FastAP)": fast_ap,
         "sort (BlackboxAP)": lambda s, y: exact,
-        "soft ranks (SoftRankAP)": by_soft_ranks,
+        "soft ranks (SoftRankAP)": soft_rank_ap,
     }
-    return float(of_form[form](s, y))
+    return float(formulas[form](s, y))
 
 
-def smooth(s: np.ndarray, y: np.ndarray) -> float:
-    """The mean of ``(1 + sum_j y_j g_ij) / (1 + sum_j g_ij)`` over positives i."""
+def smooth_ap(s: np.ndarray, y: np.ndarray) -> float:
+    """Returns the mean over positives i of ``(1 + sum y_j g_ij) / (1 + sum g_ij)``."""
     precisions = []
     for i in np.flatnonzero(y):
-        above = scipy.special.expit((s - s[i]) / TEMPERATURE)
-        above[i] = 0
-        precisions.append((1 + above @ y) / (1 + above.sum()))
+        ranks_above = scipy.special.expit((s - s[i]) / TEMPERATURE)
+        ranks_above[i] = 0
+        precisions.append((1 + ranks_above @ y) / (1 + ranks_above.sum()))
     return np.mean(precisions)
 
 
-def binned(s: np.ndarray, y: np.ndarray) -> float:
-    """The mean of ``H+(s_i) / H(s_i)``; an item counts one in its own totals."""
+def fast_ap(s: np.ndarray, y: np.ndarray) -> float:
+    """Returns the mean of ``H+(s_i) / H(s_i)``; an item counts one in its totals."""
     centres = np.linspace(s.max(), s.min(), BINS)
-    left = np.clip(np.searchsorted(-centres, -s, "right") - 1, 0, BINS - 2)
-    part = (centres[left] - s) / (centres[0] - centres[1])
+    left_bin = np.clip(np.searchsorted(-centres, -s, "right") - 1, 0, BINS - 2)
+    right_weight = (centres[left_bin] - s) / (centres[0] - centres[1])
 
-    def totals(share):
-        bins = np.bincount(left, share * (1 - part), BINS)
-        bins += np.bincount(left + 1, share * part, BINS)
-        return np.interp(-s, -centres, np.cumsum(bins)) + share * part * (1 - part)
+    def totals(weights):
+        bins = np.bincount(left_bin, weights * (1 - right_weight), BINS)
+        bins += np.bincount(left_bin + 1, weights * right_weight, BINS)
+        own_weight = weights * right_weight * (1 - right_weight)
+        return np.interp(-s, -centres, np.cumsum(bins)) + own_weight
 
     return np.mean((totals(1.0 * y) / totals(np.ones_like(s)))[y])
 
 
-def by_soft_ranks(s: np.ndarray, y: np.ndarray) -> float:
-    """The mean of the rank among the positives over that among all."""
+def soft_rank_ap(s: np.ndarray, y: np.ndarray) -> float:
+    """Returns the mean of the rank among the positives over the rank among all."""
 
     def ranks(s):
         order = np.argsort(s)
-        sizes, numbers = -s[order] / SOFT, np.arange(s.size, 0, -1.0)
-        off = isotonic_regression(sizes - numbers, increasing=False)
-        found = np.empty_like(s)
-        found[order] = sizes - off
-        return found
+        sizes, numbers = -s[order] / SOFT_RANK, np.arange(s.size, 0, -1.0)
+        correction = isotonic_regression(sizes - numbers, increasing=False)
+        result = np.empty_like(s)
+        result[order] = sizes - correction
+        return result
 
     return np.mean(ranks(s[y]) / ranks(s)[y])
 
 
-# Judging.
+# Findings.
 
 
-def judge(rows: list[Row]) -> list[Verdict]:
-    """Values first; then the claims on time."""
-    wrong = [row for row in rows if not row["finite"] or far(row)]
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns wrong values, or the claims on time."""
+    wrong = [row for row in rows if not (row["finite"] and is_close(row))]
     if wrong:
         name = lambda row: f"{row['method']}, seed {row['seed']}"
-        return [Verdict(f"wrong value: {name(row)}", failed=True) for row in wrong]
-    verdicts = [
-        claim(rows, "blocks (SmoothAP)", "per_pair", "seconds a pair", PER_PAIR)
-    ]
-    return verdicts + [claim(rows, form, "ratio", "seconds", 1.0) for form in FAST]
+        return [Finding(f"wrong value: {name(row)}", "FAILED") for row in wrong]
+    labels = {row["method"] for row in rows}
+    claims = [("blocks (SmoothAP)", "per_pair", "seconds per pair", MAX_PER_PAIR)]
+    claims += [(form, "ratio", "seconds", 1.0) for form in FAST]
+    return [ratio_claim(rows, *claim) for claim in claims if claim[0] in labels]
 
 
-def far(row: Row) -> bool:
-    return not abs(row["value"] - row["formula"]) <= CLOSE * row["formula"]
+def is_close(row: Row) -> bool:
+    """Returns True if the value is that of its formula in float64."""
+    return abs(row["value"] - row["formula"]) <= RTOL * row["formula"]
 
 
 def column(rows: list[Row], form: str, name: str) -> list[float]:
-    return [row[name] for row in rows if row["method"] == form]
+    """Returns a column of a form."""
+    return [row[name] for row in select(rows, method=form)]
 
 
-def claim(rows: list[Row], form: str, name: str, what: str, most: float) -> Verdict:
-    """Whether the interval of the ratio, by its logarithm, is below ``most``."""
+def ratio_claim(
+    rows: list[Row], form: str, name: str, quantity: str, max_ratio: float
+) -> Finding:
+    """Returns whether the interval of a ratio lies below ``max_ratio``."""
     ratios = column(rows, form, name)
-    mean, low, high = paired_ratio(ratios, 1.0)
+    ratio = ratio_interval(ratios, np.ones(len(ratios)))
     text = (
         f"{form}, {SIZE:,} scores against n x n of {REFERENCE_SIZE:,}, ratio of "
-        f"{what}: {mean:.2g} [{low:.2g}, {high:.2g}], at most {most:g} claimed"
+        f"{quantity}: {ratio:.2g}, at most {max_ratio:g} claimed"
     )
-    return conclude(text, high <= most, len(ratios), (high - low) / 2, most)
+    half_width = (ratio.high - ratio.low) / 2
+    return conclude(text, ratio.high <= max_ratio, len(ratios), half_width, max_ratio)
 
 
-# Showing.
+# Report.
 
 
-def markdown(table: Table, rows: list[Row], command: str) -> str:
-    lines = [
-        f"# {table.name}",
-        "",
-        f"Value and gradient of average precision of {SIZE:,} scores in float32, "
-        f"{POSITIVE:.0%} positive, against the n x n sum of {REFERENCE_SIZE:,}, timed "
-        f"in turns; means over seeds of the median of {REPEATS}. Error: value less "
-        f"exact. Source: {table.source}. Command: `{command}`",
-        "",
-        "| form | MB | seconds | n x n MB | n x n seconds | ratio | per pair | error |",
-        "|" + "---|" * 8,
-    ]
-    for form in TIMED:
-        of = lambda name, form=form: np.array(column(rows, form, name), float)
-        error = np.mean(of("value") - of("exact"))
-        per_pair = f"{of('per_pair').mean():.2f}" if form not in FAST else "-"
-        cells = [
-            f"{of('bytes').mean() / 1e6:.1f}",
-            f"{of('seconds').mean():.3g}",
-            f"{of('reference_bytes').mean() / 1e6:.0f}",
-            f"{of('reference_seconds').mean():.3g}",
-            f"{of('ratio').mean():.3g}",
-            per_pair,
-            f"{error:+.1e}",
-        ]
-        lines.append("| " + " | ".join([form, *cells]) + " |")
-    lines += ["", *(v.line for v in judge(rows))]
-    return "\n".join(lines)
+def body(rows: list[Row]) -> list[str]:
+    """Returns a row per form."""
+    headings = (
+        "form", "MB", "seconds", "n x n MB", "n x n seconds", "ratio", "per pair",
+        "value - exact",
+    )  # fmt: skip
+    cells = []
+    for form in dict.fromkeys(row["method"] for row in rows):
+        mean = lambda name, form=form: np.mean(column(rows, form, name))
+        cells.append(
+            [
+                form,
+                f"{mean('bytes') / 1e6:.1f}",
+                f"{mean('seconds'):.3g}",
+                f"{mean('reference_bytes') / 1e6:.0f}",
+                f"{mean('reference_seconds'):.3g}",
+                f"{mean('ratio'):.3g}",
+                "-" if form in FAST else f"{mean('per_pair'):.2f}",
+                f"{mean('value') - mean('exact'):+.1e}",
+            ]
+        )
+    return markdown_table(headings, cells)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Seconds and memory of each form, beside those of n x n."""
-    small = f"n x n, {REFERENCE_SIZE:,}"
-    labels = [small, *(f"{form}, {SIZE:,}" for form in TIMED)]
-    first = TIMED[0]
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots seconds and memory of each form beside those of n x n."""
+    pyplot = import_pyplot()
+    forms = list(dict.fromkeys(row["method"] for row in rows))
+    labels = [f"n x n, {REFERENCE_SIZE:,}", *(f"{form}, {SIZE:,}" for form in forms)]
     panels = {
-        "seconds": [column(rows, first, "reference_seconds")]
-        + [column(rows, form, "seconds") for form in TIMED],
-        "temporary bytes": [column(rows, first, "reference_bytes")]
-        + [column(rows, form, "bytes") for form in TIMED],
+        label: [column(rows, forms[0], f"reference_{name}")]
+        + [column(rows, form, name) for form in forms]
+        for label, name in (("seconds", "seconds"), ("temporary bytes", "bytes"))
     }
-    plots.log_dots(panels, labels, "Average precision with its gradient", path)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(10, 1.4 + 0.35 * len(labels)), layout="constrained"
+    )
+    for axis, (name, values) in zip(axes, panels.items(), strict=True):
+        for position, x in enumerate(values):
+            color = "black" if position == 0 else "steelblue"
+            axis.plot(x, [position] * len(x), "o", color=color, alpha=0.6)
+        axis.axvline(np.mean(values[0]), color="black", lw=0.8, ls=":")
+        axis.set_xscale("log")
+        axis.set_xlabel(name)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Average precision with its gradient")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
-TABLE = Table(
-    name="average-precision",
+table = MeasurementTable(
+    cells=cells_of(TIMED),
+    measure_cell=measure,
+    findings=findings,
+    body=body,
+    plot=plot,
+    seeds=5,
+    minutes=5,
+    paradigm="smooth metrics",
     source="Brown et al. 2020 (arXiv 2007.12163); Cakir et al. 2019; Rolinek et al. "
     "2020 (arXiv 1912.03500); Blondel et al. 2020 (arXiv 2002.08871)",
-    minutes=5,
-    seeds=5,
-    plan=plan,
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
+    data="simulated scores",
 )

@@ -1,376 +1,282 @@
-"""The table `rq1`: what the inner loop costs in every paradigm, and what remedies it.
+"""The cost of the inner loop in every paradigm, and what remedies it.
 
-Each method on each system of rq1_tasks, run by rq1_running, until it is as good as a
-grid. See README.md.
+Question: The first finding of the source paper is that the inner loop is the bottleneck
+of bilevel optimisation. In every paradigm: what does each way of setting two
+hyperparameters cost until it is as good as a grid, and what part of that is inner
+training? Do the remedies, hypergradients, warm starts and shared weights, make it less?
+
+Tasks (`rq1_tasks.py`): The data of `hypergrad.tasks`, by the seed, and two continuous
+hyperparameters that one would tune there; a training is T steps of the task's own inner
+solver, always from the same start.
+
+- *supervised*: log-penalties of both layers of a network 64-16-10; 200 digits, two
+  fifths of the labels wrong; box, start [-8, 0], -2; T 50
+- *semi_supervised*: the weight of all of 400 pseudo-labels, and the penalty; 50 labels;
+  box, start [0.01, 10] and [1e-4, 1], 1 and 0.01; T 50
+- *self_supervised*: temperature of the contrastive loss, noise of its views; 64 images;
+  box, start [0.05, 20] and [0.01, 1], 0.1; T 20
+- *unsupervised*: soft k-means: a precision for the first seven measurements of wine,
+  one for the other six; box, start [0.1, 5], 0.5; T 10
+- *few_shot*: maml: rates of adaptation of body and head, on 16 tasks, from a random
+  start; box, start [0.02, 20] and [0.01, 2], 0.05; T 5
+- *federated*: powers of a class's frequency that make its weight and its shift of the
+  scores; box, start [-0.5, 3] and [-1.5, 1], 0; T 20 rounds
+- *reinforcement*: random walk, 5 episodes to learn from: how far below 1 the discount
+  is in even states, whose rewards are noisy, and in odd ones; box, start [0.001, 0.5],
+  0.1; T 100
+- *physics*: Poisson's equation: weights of the boundary and of the sensors, that of the
+  residual being 1; box, start [0.01, 1000], 1; T 200
+
+Boxes of weights, rates, penalties, precisions, temperatures and discounts are
+logarithmic, those of log-penalties and powers are not. The outer loss is the task's, on
+*physics* its logarithm, as it spans four orders of magnitude. Views and episodes are
+drawn once and are the same in every training, so that `h(alpha)`, the outer loss after
+a training, is a function of alpha: noise would let whoever looks most often be lucky.
+(SOBA and the adjoint of *implicit* draw views of their own.) Two hyperparameters are
+few on purpose: where a grid is possible at all, it is the fairest rival. What 20 and
+500 do is in the table `search`.
+
+Target: The least of `h` over a grid of 9 by 9 points of the box, ends included; `alpha`
+moves an eighth of its axis from one to the next. A run is *there* at the first
+evaluation at which the `alpha` that it would return has `h` at most that plus 10% of
+the way from there to the start. What a run would return: a descent its current `alpha`,
+a search the one with the lowest value it has seen.
+
+Rows: Without hypergradients: *grid* (the 81 points in an order drawn from the seed),
+*random* (uniform, logarithmic where the box is), *TPE*. With, by Adam in the
+unconstrained coordinates of the box: *implicit* (T steps from the start, CG to 1e-2 or
+10 steps), *unrolled* (all T, with checkpoints), both anew in every estimate; *single
+loop* (SOBA on all data); *implicit, warm start* and *unrolled, warm start* (T / 5 steps
+from the last `w`, and from the last adjoint). *Sharing*: random search whose candidates
+share one `w` and train T / 5 steps from it. Warm starts, single loop and sharing begin
+with the `w` of one training at the start, which is charged. A row that cannot be on a
+task is there with the reason: rates of adaptation stand in the optimizer, which
+`Implicit` and SOBA do not see, and a few-shot task is by definition adapted to from the
+shared start, so that no `w` is carried or shared.
+
+Cost: All are on one ledger, in gradient-equivalents, in three parts: *inner*, the
+gradients that train `w`; *hypergradient*, what differentiates (adjoint products, cross
+terms, the reverse pass and the steps it makes again, gradients that judge an estimate);
+*outer*, values and gradients of the outer loss. A product of SOBA counts 2, of which 1,
+the gradient by which `w` moves, is inner. A round of FedAvg counts 6, its five local
+steps and the correction, also where `Unrolled` goes back through it. Evaluations of `h`
+are outside the ledger, at some 50 steps of a descent. The inner share is that of the
+total until there. FLOPs are those that `hypergrad.cost.flops` counts in the traced
+program of one step, or one trial, times the steps made; of CG those of its body times
+the steps that the ledger counted; Adam on two numbers is left out. Proposals count
+nothing. CO2 is by assumption, not measured: 5e9 operations a second, 20 W, 400 g a
+kilowatt-hour, so that it is proportional to FLOPs.
+
+Budget: What 100 trainings and their values cost, which pays for the grid. A run that is
+never there has a lower bound, what it spent.
+
+Tuning, the same for every row: Seeds 100 and 101: of five rates of Adam, {0.1, 0.3, 1,
+3, 10}, of the single loop {0.01, 0.03, 0.1, 0.3, 1}, that with the least mean of log
+cost, where a run that is not there counts as the budget times what is left of the way
+over 10%. (The first full run had the first three of each, and 25 of 36 chosen rates
+were the third; the rows with hypergradients were then made anew with five. Nothing else
+was changed. No claim was supported in the first run.) Grid, random, TPE and sharing
+have nothing to tune. *Best* is the row with hypergradients that tuned best on the task.
+The inner solvers' rates are the tasks' own, not tuned. Boxes, starts, sizes, T and the
+10% were set on seeds 100 and 101, by grids of `h` alone: so that the best is within the
+box, the start is not near it, and 1 to 25% of the points of the grid are there.
+
+Tuning is no gift: its ten runs cost what they need until there, or all they spent, and
+each row is shown without it and with it, counted once, as if a rate were chosen for one
+run only. What *best* costs so is the tuning of all the rows among which it was chosen.
+
+Criteria (o), seeds 0..4.
+
+- Inner training is at least half of what *implicit* spends until there, mean over
+  seeds, on each task on which it can be. T gradients stand against what CG makes, at
+  most 10 steps of 2, and up to 2 outer gradients: with T of 10 and 20 the steps that
+  are made decide.
+- Warm starts: *implicit, warm start* needs at least 1.5 times fewer
+  gradient-equivalents than *implicit*, and *unrolled, warm start* than *unrolled*: the
+  geometric mean over the tasks on which the cold row is there on every seed, paired by
+  seed, the 95% interval over seeds above one. Not supported where the warm row is not
+  there on one of them, or where there is no such task.
+- *Best* needs at least 2 times fewer gradient-equivalents than random, its tuning not
+  counted: the geometric mean over all tasks, likewise; random counts with its bound
+  where it is never there; not supported where best is never there.
+
+Withdrawn before the first run: that inner training is at least 80% of what grid, random
+and TPE spend. For these rows the share is T gradients to one value, known from the
+sizes; what cannot fail is no claim. It is shown without a verdict. So are: the inner
+share of every row with hypergradients on every task; how many of its estimates are
+trusted by their own account; what *best* costs against random with its tuning; what is
+first on each task, without tuning and with; what sharing makes of random search; and
+which rates are at an end of those that were tried.
+
+What falls short: A run is judged by T steps from the start. Warm starts, the single
+loop and sharing never train so: their `w` is that of all steps so far, and where T ends
+a training early, as on *federated* and *semi_supervised*, the best `alpha` after more
+steps is another one. `Implicit` takes `w` for stationary, which after T steps it is
+not: begun anew, its estimates are not trusted by their own account on any task but
+*unsupervised*. Those of `Unrolled` always are, for its own target, the run that it
+differentiates, which for a warm row is the short one from the last `w`. Who is first is
+told by means of five seeds without an interval, and what a search needs is luck in
+part.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 
-from hypergrad.studies.record import Row, fingerprint
-from hypergrad.studies.table import Table, cell_by_cell
-from hypergrad.studies.verdict import (
-    Verdict,
-    conclude,
-    geometric_mean,
-    number_of_seeds,
-    paired,
-    paired_ratio,
-)
+from hypergrad.bench import Cell, Check, MeasurementTable, Row, geometric_mean
+from hypergrad.bench.figures import import_pyplot
 
-from .shared import plots
+from .shared.rq1_findings import column, costs_to_target, findings, share, tuning_cost
 from .shared.rq1_running import (
-    GRAMS,
-    GRID,
+    DESCENTS,
+    GRID_SIDE,
     METHODS,
     NEAR,
-    OPERATIONS,
+    NUM_TRAININGS,
     PARTS,
-    TRAININGS,
-    WATTS,
-    WAYS,
     flops_of,
     run,
-    tuned,
+    tune,
 )
-from .shared.rq1_tasks import (
-    IMPLICIT,
-    SHARING,
-    SYSTEMS,
-    UNROLLED,
-    WARM_IMPLICIT,
-    WARM_UNROLLED,
-    fingerprinted,
-    problem_of,
-)
-
-SOURCE = "Bergstra & Bengio 2012; Pedregosa 2016; Franceschi et al. 2017; Dagréou 2022"
-BLACK_BOXES = ("grid", "random", "TPE")
-SHARE, WARMER, FEWER = 0.5, 1.5, 2.0  # claimed
+from .shared.rq1_tasks import SYSTEMS, named_arrays, problem_of
+from .shared.stages import fingerprint, markdown_table
 
 
-def measure(cell: Row) -> Row:
-    """One run at its chosen setting; of what cannot be, the reason."""
+def measure(cell: Cell, rows: list[Row]) -> Row:
+    """Returns one run at its chosen setting, or the reason why there is none."""
+    del rows
     task, method, seed = cell["task"], cell["method"], cell["seed"]
     system = SYSTEMS[task]
     data = {
-        "data": system.data,
-        "data_sha256": fingerprint(fingerprinted(problem_of(task, seed))),
+        "data_name": system.data,
+        "data_sha256": fingerprint(named_arrays(problem_of(task, seed))),
     }
     if method in system.absent:
         return {"reason": system.absent[method]} | data
-    chosen = tuned(task, method)
-    row = run(task, method, seed, chosen["setting"])
-    return row | chosen | flops_of(task, method, row) | data
+    tuning = tune(task, method)
+    row = run(task, method, seed, tuning["setting"])
+    return row | tuning | flops_of(task, method, row) | data
 
 
-# Judging.
-
-
-def lane(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
-    """A column by seed, NaN where a row has no number; empty where it cannot be."""
-    mine = [
-        r for r in rows
-        if (r["task"], r["method"]) == (task, method) and not r.get("reason")
-    ]  # fmt: skip
-    mine.sort(key=lambda row: row["seed"])
-    return np.array([row.get(name) for row in mine], float)
-
-
-def needed(rows: list[Row], task: str, method: str) -> tuple[np.ndarray, int]:
-    """Costs by seed, a bound where a run was never there, and how many were not."""
-    cost, spent = (lane(rows, task, method, name) for name in ("cost", "spent"))
-    return np.where(np.isnan(cost), spent, cost), int(np.sum(np.isnan(cost)))
-
-
-def shares(rows: list[Row], task: str, method: str, part: str = "inner") -> np.ndarray:
-    """Of a part in the total until there, or of all that was spent, by seed."""
-    of = {name: lane(rows, task, method, name) for name in PARTS}
-    return of[part] / sum(of.values())
-
-
-def share(rows: list[Row], task: str, method: str, part: str = "inner") -> float:
-    """Mean over seeds."""
-    return float(np.mean(shares(rows, task, method, part)))
-
-
-def tuning(rows: list[Row], task: str, method: str) -> float:
-    """What choosing its rate cost, once; nothing where the row cannot be."""
-    return float(lane(rows, task, method, "tuning_cost")[:1].sum())
-
-
-def best_of(rows: list[Row], task: str) -> str:
-    """The row with hypergradients that tuned best."""
-    scores = {method: lane(rows, task, method, "score") for method in WAYS}
-    return min((m for m in scores if scores[m].size), key=lambda m: scores[m][0])
-
-
-def bottleneck(rows: list[Row]) -> Verdict:
-    """Whether inner training is at least half of what *implicit* spends."""
-    of = {task: shares(rows, task, IMPLICIT) for task in SYSTEMS}
-    of = {task: by_seed for task, by_seed in of.items() if by_seed.size}
-    task = min(of, key=lambda task: of[task].mean())
-    mean, low, high = paired(of[task], 0.0)
-    text = (
-        f"(o) inner training is {mean:.0%} [{low:.0%}, {high:.0%}] of what {IMPLICIT} "
-        f"spends where it is least, on {task}, at least {SHARE:.0%} claimed"
-    )
-    return conclude(text, mean >= SHARE, of[task].size, (high - low) / 2, SHARE)
-
-
-def by_task(rows: list[Row]) -> list[Verdict]:
-    """Inner training in each total: measured, of black boxes known from sizes."""
-    lines = []
-    for method in WAYS:
-        of = [task for task in SYSTEMS if lane(rows, task, method, "spent").size]
-        told = ", ".join(f"{task} {share(rows, task, method):.0%}" for task in of)
-        lines.append(Verdict(f"inner training in what {method} spends: {told}"))
-    told = ", ".join(
-        f"{task} {np.mean([share(rows, task, box) for box in BLACK_BOXES]):.0%}"
-        for task in SYSTEMS
-    )
-    known = "inner training in what grid, random and TPE spend, known from the sizes"
-    return [*lines, Verdict(f"{known}: {told}")]
-
-
-def over_tasks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """By seed the geometric mean over tasks of the first over the second."""
-    return np.exp(np.mean([np.log(first / second) for first, second in pairs], axis=0))
-
-
-def ratio(what: str, by_seed: np.ndarray, least: float, lost: list[str]) -> Verdict:
-    """Whether so many times fewer, on the mean over seeds; lost are never there."""
-    text, claim = f"(o) {what}", f"at least {least:g} claimed"
-    if lost:
-        return Verdict(f"{text}: never there: {', '.join(lost)}: not reproduced")
-    mean, low, high = paired_ratio(by_seed, 1.0)
-    text += f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer, {claim}"
-    met = bool(mean >= least and low > 1)
-    return conclude(text, met, by_seed.size, math.log(high / mean), math.log(least))
-
-
-def seeds_of(lost: dict[str, int]) -> list[str]:
-    """Where runs were never there."""
-    return [f"{name} on {number_of_seeds(n)}" for name, n in lost.items() if n]
-
-
-def warmer(rows: list[Row], warm: str, cold: str) -> Verdict:
-    """What a warm start saves where the cold one is there on every seed."""
-    tasks = [
-        task
-        for task in SYSTEMS
-        if lane(rows, task, warm, "spent").size and not needed(rows, task, cold)[1]
-    ]
-    what = f"{warm} against {cold}, on {', '.join(tasks) or 'no task'}"
-    if not tasks:
-        lost = [f"{cold} on every seed of any task"]
-        return ratio(what, np.ones(0), WARMER, lost)
-    lost = seeds_of({task: needed(rows, task, warm)[1] for task in tasks})
-    by_seed = over_tasks(
-        [(needed(rows, task, cold)[0], needed(rows, task, warm)[0]) for task in tasks]
-    )
-    return ratio(what, by_seed, WARMER, lost)
-
-
-def against_random(rows: list[Row]) -> list[Verdict]:
-    """What the best row with hypergradients saves, over all tasks.
-
-    Once more with the tuning of every row among which it was chosen.
-    """
-    best = {task: best_of(rows, task) for task in SYSTEMS}
-    lost = {f"{best[t]} ({t})": needed(rows, t, best[t])[1] for t in SYSTEMS}
-    random = {task: needed(rows, task, "random")[0] for task in SYSTEMS}
-    cost = {task: needed(rows, task, best[task])[0] for task in SYSTEMS}
-    by_seed = over_tasks([(random[task], cost[task]) for task in SYSTEMS])
-    bounds = [task for task in SYSTEMS if needed(rows, task, "random")[1]]
-    what = "best with hypergradients against random, over all tasks"
-    if bounds:
-        what += f" (random is not always there: {', '.join(bounds)})"
-    claim = ratio(what, by_seed, FEWER, seeds_of(lost))
-    paid = {task: sum(tuning(rows, task, way) for way in WAYS) for task in SYSTEMS}
-    more = over_tasks([(cost[task] + paid[task], random[task]) for task in SYSTEMS])
-    mean, low, high = paired_ratio(more, 1.0)
-    over = "> " if any(lost.values()) else ""
-    text = (
-        f"best with all the tuning that chose it needs {over}{mean:.3g} [{low:.3g}, "
-        f"{high:.3g}] times what random needs, which has nothing to tune"
-    )
-    return [claim, Verdict(text)]
-
-
-def winner(rows: list[Row], task: str) -> Verdict:
-    """Who is first by the geometric mean, of those who are there on every seed."""
-    there, unknown = {}, {}
-    for method in METHODS:
-        cost, censored = needed(rows, task, method)
-        if cost.size:
-            (unknown if censored else there)[method] = geometric_mean(cost)
-    told = f"{best_of(rows, task)} tuned best with hypergradients"
-    if not there:
-        return Verdict(f"{task}: no method is there on every seed; {told}")
-    order = sorted(there, key=lambda method: there[method])
-    text = f"{task}: first is {order[0]}, {there[order[0]]:,.0f}"
-    if order[1:]:
-        text += f", then {order[1]}, {there[order[1]]:,.0f}"
-    below = [method for method in unknown if unknown[method] < there[order[0]]]
-    if below:
-        text += f"; not told, as they ended below that: {', '.join(below)}"
-    tuned = {method: there[method] + tuning(rows, task, method) for method in there}
-    first = min(tuned, key=lambda method: tuned[method])
-    return Verdict(
-        f"{text}; with its tuning counted, {first}, {tuned[first]:,.0f}; {told}"
-    )
-
-
-def shared(rows: list[Row]) -> Verdict:
-    """What one `w` for all candidates makes of random search."""
-    tasks = [task for task in SYSTEMS if lane(rows, task, SHARING, "spent").size]
-    never = [task for task in tasks if needed(rows, task, SHARING)[1]]
-    both = [task for task in tasks if task not in never]
-    text = f"{SHARING} against random"
-    if both:
-        pairs = [
-            (needed(rows, t, "random")[0], needed(rows, t, SHARING)[0]) for t in both
-        ]
-        by_seed = over_tasks(pairs)
-        mean, low, high = paired_ratio(by_seed, 1.0)
-        text += (
-            f": {mean:.3g} [{low:.3g}, {high:.3g}] times fewer gradient-equivalents on "
-            f"{', '.join(both)}"
-        )
-    if never:
-        text += f"; not there on every seed: {', '.join(never)}"
-    return Verdict(text)
-
-
-def edges(rows: list[Row]) -> Verdict:
-    """Where the best rate may lie beyond those that were tried."""
-    chosen = {
-        f"{method} ({task})": (lane(rows, task, method, "setting")[0], way.rates)
-        for task, system in SYSTEMS.items()
-        for method, way in WAYS.items()
-        if method not in system.absent
-    }
-    top = [name for name, (rate, rates) in chosen.items() if rate == max(rates)]
-    low = [name for name, (rate, rates) in chosen.items() if rate == min(rates)]
-    told = lambda names: f"{len(names)}: {', '.join(names) or 'none'}"
-    return Verdict(
-        f"of {len(chosen)} rates, at the upper end of those tried {told(top)}; at the "
-        f"lower end {told(low)}"
-    )
-
-
-def judge(rows: list[Row]) -> list[Verdict]:
-    """The claims, who is first where, and whether all operations have a price."""
+def has_all_prices(rows) -> tuple[bool, str]:
+    """Returns whether the cost of every operation is defined."""
     unknown = sorted({name for row in rows for name in row.get("unknown") or ()})
-    flaws = [Verdict(f"no price for {', '.join(unknown)}", True)] if unknown else []
-    return [
-        *flaws,
-        bottleneck(rows),
-        *by_task(rows),
-        warmer(rows, WARM_IMPLICIT, IMPLICIT),
-        warmer(rows, WARM_UNROLLED, UNROLLED),
-        *against_random(rows),
-        *(winner(rows, task) for task in SYSTEMS),
-        shared(rows),
-        edges(rows),
-    ]
+    return not unknown, ", ".join(unknown)
 
 
-# Showing.
-
-
-def markdown(table: Table, rows: list[Row], command: str) -> str:
+def body(rows: list[Row]) -> list[str]:
+    """Returns a table per task."""
     lines = [
-        f"# {table.name}",
-        "",
-        "scikit-learn digits (1,797 real 8x8 images) and wine (178 wines), and two "
-        f"simulated systems; {len({row['seed'] for row in rows})} seeds, two "
-        f"hyperparameters each, at most {TRAININGS} trainings a run. "
+        f"Two hyperparameters per task, at most {NUM_TRAININGS} trainings per run. "
         f"Gradient-equivalents (grad-eq) until within {NEAR:.0%} of the way from the "
-        f"start to the best of a grid of {GRID} by {GRID}, geometric mean and range; > "
-        "where a run was never there and counts with what it spent. With tuning: and "
-        "what choosing the rate cost, once. Inner, "
-        "hypergradient and outer: parts of that. Left: of the way to the grid's best "
-        "at the best evaluation, median, below zero where that is better than the "
-        "grid's. Trusted: estimates that say so themselves. MFLOPs by the traced "
-        "programs. CO2 is by assumption, not measured: "
-        f"{OPERATIONS:.0e} operations a second, {WATTS:g} W, {GRAMS:g} g a "
-        f"kilowatt-hour. Command: `{command}`",
-    ]  # fmt: skip
-    titles = (
-        "method", "there", "grad-eq", "range", "with tuning", "inner", "hypergradient",
-        "outer", "MFLOPs", "CO2 mg", "left", "evaluations", "rate", "trusted",
+        f"start to the best of a grid of {GRID_SIDE} by {GRID_SIDE}, geometric mean "
+        "and range; > where a run misses that and counts with its whole cost. With "
+        "tuning: "
+        "and the cost of choosing the rate, once. Inner, hypergradient and outer: "
+        "parts of the cost. Left: of the way to the grid's best at the best "
+        "evaluation, "
+        "median, below zero where that is better than the grid's. Trusted: estimates "
+        "that are trusted. MFLOPs by the traced programs; CO2 by assumption.",
+        "",
+    ]
+    headings = (
+        "method", "reached", "grad-eq", "range", "with tuning", "inner",
+        "hypergradient", "outer", "MFLOPs", "CO2 mg", "left", "evaluations", "rate",
+        "trusted",
     )  # fmt: skip
+    labels = {row["method"] for row in rows}
     for task, system in SYSTEMS.items():
-        lines += ["", f"**{task}** ({system.paradigm}; {system.data})", ""]
-        lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        for method in METHODS:
-            if method in system.absent:
-                blank = ["-"] * (len(titles) - 1)
-                lines.append("| " + " | ".join([f"{method} (1)", *blank]) + " |")
-            else:
-                lines.append("| " + " | ".join(cells_of(rows, task, method)) + " |")
+        cells = [
+            [f"{method} (1)", *["-"] * (len(headings) - 1)]
+            if method in system.absent
+            else table_cells(rows, task, method)
+            for method in METHODS
+            if method in labels
+        ]
+        lines += [f"**{task}** ({system.paradigm}; {system.data})", ""]
+        lines += [*markdown_table(headings, cells), ""]
         if system.absent:
-            told = "; ".join(f"{name}: {why}" for name, why in system.absent.items())
-            lines += ["", f"(1) cannot be: {told}."]
-    return "\n".join([*lines, "", *(v.line for v in judge(rows))])
+            reasons = "; ".join(f"{name}: {x}" for name, x in system.absent.items())
+            lines += [f"(1) does not apply: {reasons}.", ""]
+    return lines[:-1]
 
 
-def cells_of(rows: list[Row], task: str, method: str) -> list[str]:
-    """A line of the table."""
-    column = lambda name: lane(rows, task, method, name)
-    cost, censored = needed(rows, task, method)
-    more, mean = "> " if censored else "", geometric_mean(cost)
-    trusted = column("trusted").sum() / column("steps").sum()
-    own = [f"{column('setting')[0]:g}", f"{trusted:.0%}"]
+def table_cells(rows: list[Row], task: str, method: str) -> list[str]:
+    """Returns a row of the printed table."""
+    values = lambda name: column(rows, task, method, name)
+    cost, num_misses = costs_to_target(rows, task, method)
+    bound, mean = "> " if num_misses else "", geometric_mean(cost)
+    trusted = values("trusted").sum() / values("steps").sum()
+    rate = [f"{values('setting')[0]:g}", f"{trusted:.0%}"]
     return [
         method,
-        f"{cost.size - censored} of {cost.size}",
-        f"{more}{mean:,.0f}",
+        f"{cost.size - num_misses} of {cost.size}",
+        f"{bound}{mean:,.0f}",
         f"{cost.min():,.0f} to {cost.max():,.0f}",
-        f"{more}{mean + tuning(rows, task, method):,.0f}",
+        f"{bound}{mean + tuning_cost(rows, task, method):,.0f}",
         *(f"{share(rows, task, method, part):.0%}" for part in PARTS),
-        more + figures(column("flops").mean() / 1e6),
-        more + figures(column("grams").mean() * 1e3),
-        f"{np.median(column('left')):.1%}",
-        f"{column('evaluations').mean():.0f}",
-        *(own if method in WAYS else ["-", "-"]),
+        bound + figures(values("flops").mean() / 1e6),
+        bound + figures(values("grams").mean() * 1e3),
+        f"{np.median(values('left')):.1%}",
+        f"{values('evaluations').mean():.0f}",
+        *(rate if method in DESCENTS else ["-", "-"]),
     ]
 
 
 def figures(x: float) -> str:
-    """Two at least."""
+    """Returns a number with at least two figures."""
     return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Until there, by parts: a panel a task."""
-    panels = {}
-    for task in SYSTEMS:
-        panels[task] = {}
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots the parts of the cost until the target, a panel per task."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(
+        2, -(-len(SYSTEMS) // 2), figsize=(16, 6.5), layout="constrained"
+    )
+    for axis, task in zip(axes.flat, SYSTEMS, strict=False):
+        costs = {}
         for method in METHODS:
-            cost, censored = needed(rows, task, method)
+            cost, num_misses = costs_to_target(rows, task, method)
             if cost.size:
-                mean = geometric_mean(cost)
-                parts = [mean * share(rows, task, method, part) for part in PARTS]
-                panels[task][method + " >" * (censored > 0)] = parts
-    plots.parts(panels, PARTS, path)
+                parts = [share(rows, task, method, part) for part in PARTS]
+                costs[method + " >" * (num_misses > 0)] = geometric_mean(
+                    cost
+                ) * np.array(parts)
+        left = np.zeros(len(costs))
+        for index, name in enumerate(PARTS):
+            width = np.array([parts[index] for parts in costs.values()])
+            axis.barh(range(len(costs)), width, left=left, label=name)
+            left = left + width
+        axis.set_yticks(range(len(costs)), list(costs), fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(task)
+        axis.set_xlabel("gradient-equivalents")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Until as good as the grid, by parts; >: not on every seed, a bound"
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
-TABLE = Table(
-    name="rq1",
-    source=SOURCE,
-    minutes=12,
-    seeds=5,
-    plan=lambda scale, seeds: [
+table = MeasurementTable(
+    cells=lambda scale, seeds: [
         {"task": task, "method": method, "seed": seed}
         for task in SYSTEMS
         for method in METHODS
         for seed in range(seeds)
     ],
-    run=cell_by_cell(measure, markdown, draw),
-    judge=judge,
+    measure_cell=measure,
+    checks=(Check("the cost of every operation is defined", has_all_prices),),
+    findings=findings,
+    body=body,
+    plot=plot,
+    seeds=5,
+    minutes=12,
+    paradigm="all paradigms",
+    source="Bergstra & Bengio 2012; Pedregosa 2016; Franceschi et al. 2017; Dagréou "
+    "2022",
+    data="scikit-learn digits and wine, and two simulated systems",
 )

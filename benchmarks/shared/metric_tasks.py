@@ -1,8 +1,7 @@
-"""Four real systems whose metrics disagree: what table `surrogates` trains and judges.
+"""Systems on real data whose metrics disagree, with hyperparameters that move them.
 
-Each has hyperparameters of the kind that move a metric without being parameters:
-weights and margins of classes, and penalties. Parts of all seeds have the same shapes;
-examples that a seed leaves out have ``use`` False.
+The hyperparameters are weights and margins of classes, and penalties. The splits of all
+seeds have the same shapes; examples that a seed leaves out have ``use`` False.
 """
 
 import functools
@@ -17,18 +16,20 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 
-PARTS = ("train", "val", "test")
+from .tuning import digits
+
+SPLITS = ("train", "val", "test")
 # A start, and bounds, for logarithms of weights, for margins, and for log-penalties.
 FIRST_PENALTY = -6.0
 WEIGHTS = hg.spaces.Interval(-2.0, 2.0)
 MARGINS = hg.spaces.Interval(-2.0, 2.0)
 PENALTIES = hg.spaces.Interval(-12.0, -1.0)
-LEAST = 1e-4  # penalty on what has none of its own; without it H would be singular
+MIN_PENALTY = 1e-4  # on parameters without an own one; else H would be singular
 NEIGHBOUR = 0.1  # temperature of the soft nearest neighbour
 
 
 class View(NamedTuple):
-    """What a metric is computed from."""
+    """The inputs of a metric."""
 
     scores: Array
     targets: Array
@@ -38,20 +39,22 @@ class View(NamedTuple):
 class System(NamedTuple):
     """A model, its data by seed, and its hyperparameters.
 
-    load: the data, or an error that says what is missing.
-    draw: ``(data, seed) -> {part: batch}``, batches of NumPy arrays with "use".
-    start: ``seed -> w``, where training begins.
-    alpha, space: hyperparameters at the start, and what they may be.
-    train_loss, cross_entropy: losses ``(w, alpha, batch)``, the second without alpha's
-        weights and margins.
-    views: ``(w, batch) -> {metric: View}`` for accuracy, F1 and mAP.
-    axis: along which mAP ranks.
-    threshold: of accuracy and F1; None where the best class is predicted.
+    Attributes:
+      name: Name of the system.
+      load: ``() -> data``, or FileNotFoundError with what is missing.
+      split: ``(data, seed) -> {split: batch}``, NumPy arrays with "use".
+      start: ``seed -> w``, where training starts.
+      alpha, space: Initial hyperparameters, and their space.
+      train_loss, cross_entropy: Losses ``(w, alpha, batch)``, the second without the
+        weights and margins of alpha.
+      views: ``(w, batch) -> {metric: View}`` for accuracy, F1 and mAP.
+      axis: Axis along which mAP ranks.
+      threshold: Threshold of accuracy and F1; None if the best class is predicted.
     """
 
     name: str
     load: Callable[[], Any]
-    draw: Callable[[Any, int], dict[str, PyTree]]
+    split: Callable[[Any, int], dict[str, PyTree]]
     start: Callable[[int], PyTree]
     alpha: PyTree
     space: PyTree
@@ -63,42 +66,45 @@ class System(NamedTuple):
 
 
 def mean(values: Array, batch: PyTree) -> Array:
-    """Over the examples in use."""
+    """Returns the mean over the examples in use."""
     use = batch["use"].astype(values.dtype)
     return jnp.sum(use * values) / jnp.maximum(jnp.sum(use), 1)
 
 
-# Linear models of classes, or of labels that are there or not.
+# Linear models of classes, or of binary labels.
 
 
 def scores(w: PyTree, batch: PyTree) -> Array:
+    """Returns the scores of a linear model."""
     return batch["x"] @ w["W"] + w["b"][None, :]
 
 
 def penalty(w: PyTree, alpha: PyTree) -> Array:
-    """One a feature."""
-    of_features = jnp.exp(alpha["penalties"])[:, None]
-    return jnp.sum(of_features * w["W"] ** 2) + LEAST * jnp.sum(w["b"] ** 2)
+    """Returns the L2 penalty with a factor per feature."""
+    factors = jnp.exp(alpha["penalties"])[:, None]
+    return jnp.sum(factors * w["W"] ** 2) + MIN_PENALTY * jnp.sum(w["b"] ** 2)
 
 
-def of_classes(s: Array, batch: PyTree) -> Array:
+def class_losses(s: Array, batch: PyTree) -> Array:
+    """Returns the cross-entropy of each example."""
     return optax.softmax_cross_entropy_with_integer_labels(s, batch["y"])
 
 
 def train_loss_of_classes(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """A weight for the examples of a class, a margin added to its score."""
-    losses = of_classes(scores(w, batch) + alpha["margins"][None, :], batch)
+    """Returns the loss with a weight per class and a margin added to its score."""
+    losses = class_losses(scores(w, batch) + alpha["margins"][None, :], batch)
     weights = jnp.exp(alpha["weights"])[batch["y"]]
     return mean(weights * losses, batch) + penalty(w, alpha)
 
 
 def cross_entropy_of_classes(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Returns the mean cross-entropy."""
     del alpha
-    return mean(of_classes(scores(w, batch), batch), batch)
+    return mean(class_losses(scores(w, batch), batch), batch)
 
 
 def views_of_classes(w: PyTree, batch: PyTree) -> dict[str, View]:
-    """mAP: each class ranks the examples."""
+    """Returns the views; for mAP each class ranks the examples."""
     s, use = scores(w, batch), batch["use"]
     classes = View(s, batch["y"], use)
     ranked = View(s, jax.nn.one_hot(batch["y"], s.shape[1], dtype=int), columns(use, s))
@@ -106,27 +112,30 @@ def views_of_classes(w: PyTree, batch: PyTree) -> dict[str, View]:
 
 
 def columns(use: Array, s: Array) -> Array:
+    """Returns the mask of the examples in the shape of the scores."""
     return jnp.broadcast_to(use[:, None], s.shape)
 
 
-def of_labels(s: Array, batch: PyTree) -> Array:
+def label_losses(s: Array, batch: PyTree) -> Array:
+    """Returns the binary cross-entropy of each label."""
     return optax.sigmoid_binary_cross_entropy(s, batch["y"])
 
 
 def train_loss_of_labels(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """A weight for a label's positives, a margin added to its score."""
-    losses = of_labels(scores(w, batch) + alpha["margins"][None, :], batch)
+    """Returns the loss with a weight of positives and a margin per label."""
+    losses = label_losses(scores(w, batch) + alpha["margins"][None, :], batch)
     weights = jnp.where(batch["y"] > 0, jnp.exp(alpha["weights"])[None, :], 1)
     return mean(jnp.mean(weights * losses, axis=1), batch) + penalty(w, alpha)
 
 
 def cross_entropy_of_labels(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
+    """Returns the mean binary cross-entropy."""
     del alpha
-    return mean(jnp.mean(of_labels(scores(w, batch), batch), axis=1), batch)
+    return mean(jnp.mean(label_losses(scores(w, batch), batch), axis=1), batch)
 
 
 def views_of_labels(w: PyTree, batch: PyTree) -> dict[str, View]:
-    """Accuracy over all labels; F1 and mAP are means over labels."""
+    """Returns the views; accuracy is over all labels, F1 and mAP are means."""
     s, y, use = scores(w, batch), batch["y"], batch["use"]
     wide = columns(use, s)
     return {
@@ -139,12 +148,12 @@ def views_of_labels(w: PyTree, batch: PyTree) -> dict[str, View]:
 def linear(
     name: str,
     load: Callable,
-    draw: Callable,
+    split: Callable,
     shape: tuple[int, int],
     labels: bool,
     num_penalties: int | None = None,
 ) -> System:
-    """A penalty a feature, or one for all where there is to be one."""
+    """Returns a linear system with a penalty per feature, or ``num_penalties``."""
     features, outputs = shape
     w = {"W": jnp.zeros(shape), "b": jnp.zeros(outputs)}
     alpha = {
@@ -155,7 +164,7 @@ def linear(
     return System(
         name=name,
         load=load,
-        draw=draw,
+        split=split,
         start=lambda seed: w,
         alpha=alpha,
         space=bounds(alpha),
@@ -168,55 +177,50 @@ def linear(
 
 
 def bounds(alpha: PyTree, penalties: hg.spaces.Interval = PENALTIES) -> PyTree:
-    """For `minimize` and `search` alike; shapes, since a search draws."""
-    of = {"weights": WEIGHTS, "margins": MARGINS, "penalties": penalties}
+    """Returns the space of hyperparameters, with the shapes that a search needs."""
+    spaces = {"weights": WEIGHTS, "margins": MARGINS, "penalties": penalties}
     shaped = lambda space, x: hg.spaces.Interval(space.low, space.high, shape=x.shape)
-    return {name: shaped(of[name], x) for name, x in alpha.items()}
+    return {name: shaped(spaces[name], x) for name, x in alpha.items()}
 
 
-def split(order: np.ndarray, *sizes: int) -> dict[str, np.ndarray]:
-    """The first examples for training, the next for validation, the rest to test."""
-    return dict(zip(PARTS, np.split(order, np.cumsum(sizes)), strict=True))
+def split_order(order: np.ndarray, *sizes: int) -> dict[str, np.ndarray]:
+    """Returns the indices for training, validation and test, in this order."""
+    return dict(zip(SPLITS, np.split(order, np.cumsum(sizes)), strict=True))
 
 
 # Digits with classes of different size.
 
-THINNEST = 0.1
-
-
-@functools.cache
-def digits() -> dict[str, np.ndarray]:
-    return hg.datasets.load("digits")
+MIN_KEPT = 0.1
 
 
 def thinned(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
-    """Of each class a share is kept, log-uniform from a tenth to all of it."""
+    """Returns splits with a fraction of each class, log-uniform from a tenth to one."""
     rng = np.random.default_rng(seed)
-    shares = THINNEST ** rng.uniform(size=10)
-    kept = rng.uniform(size=len(data["y"])) < shares[data["y"]]
-    parts = split(rng.permutation(len(data["y"])), 600, 500)
+    fractions = MIN_KEPT ** rng.uniform(size=10)
+    is_kept = rng.uniform(size=len(data["y"])) < fractions[data["y"]]
+    splits = split_order(rng.permutation(len(data["y"])), 600, 500)
     return {
-        part: {"x": data["x"][rows], "y": data["y"][rows], "use": kept[rows]}
-        for part, rows in parts.items()
+        part: {"x": data["x"][rows], "y": data["y"][rows], "use": is_kept[rows]}
+        for part, rows in splits.items()
     }
 
 
-WRONG = 0.4  # of the training labels
+NOISE = 0.4  # fraction of the training labels
 
 
 def noisy(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
-    """Of each class drawn by its share; some are trained on under another's name."""
+    """Returns splits with classes of different size and wrong training labels."""
     rng = np.random.default_rng(seed)
-    odds = (THINNEST ** rng.uniform(size=10))[data["y"]]
+    odds = (MIN_KEPT ** rng.uniform(size=10))[data["y"]]
     order = rng.choice(len(odds), 650, replace=False, p=odds / odds.sum())
-    parts = {}
-    for part, rows in split(rng.permutation(order), 200, 150).items():
+    splits = {}
+    for part, rows in split_order(rng.permutation(order), 200, 150).items():
         y = data["y"][rows]
-        parts[part] = {"x": data["x"][rows], "y": y, "use": np.ones(len(y), bool)}
-    y = parts["train"]["y"]
-    wrong = (rng.uniform(size=len(y)) < WRONG) * rng.integers(1, 10, len(y))
-    parts["train"]["y"] = ((y + wrong) % 10).astype(y.dtype)
-    return parts
+        splits[part] = {"x": data["x"][rows], "y": y, "use": np.ones(len(y), bool)}
+    y = splits["train"]["y"]
+    wrong = (rng.uniform(size=len(y)) < NOISE) * rng.integers(1, 10, len(y))
+    splits["train"]["y"] = ((y + wrong) % 10).astype(y.dtype)
+    return splits
 
 
 # Digits with six attributes each.
@@ -232,27 +236,29 @@ ATTRIBUTES = {
 
 
 def attributes(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
+    """Returns splits of the digits with six attributes each."""
     rng = np.random.default_rng(seed)
     y = np.stack([np.isin(data["y"], has) for has in ATTRIBUTES.values()], axis=1)
-    parts = split(rng.permutation(len(y)), 300, 300)
+    splits = split_order(rng.permutation(len(y)), 300, 300)
     return {
         part: {
             "x": data["x"][rows],
             "y": y[rows].astype(np.int32),
             "use": np.ones(len(rows), bool),
         }
-        for part, rows in parts.items()
+        for part, rows in splits.items()
     }
 
 
 # Reuters: is a story about money-fx?
 
 NUM_STORIES, NUM_WORDS, FEW_WORDS = 1000, 1000, 300
-SCALE = 4.0  # rows have norm 1 at most; with it one range of penalties fits all systems
+SCALE = 4.0  # rows have norm 1; one range of penalties then fits all systems
 
 
 @functools.cache
 def reuters() -> Any:
+    """Returns the features, labels and test mask of Reuters."""
     import scipy.sparse
 
     data = hg.datasets.load("reuters")
@@ -261,12 +267,12 @@ def reuters() -> Any:
 
 
 def stories(data: Any, seed: int, num_words: int = NUM_WORDS) -> dict[str, PyTree]:
-    """The words that most of the training stories have; the test split is Reuters'."""
+    """Returns splits of the most frequent words; the test split is that of Reuters."""
     x, y, is_test = data
     order = np.random.default_rng(seed).permutation(np.flatnonzero(~is_test))
-    parts = split(order, NUM_STORIES, NUM_STORIES)
-    parts["test"] = np.flatnonzero(is_test)
-    in_stories = np.bincount(x[parts["train"]].indices, minlength=x.shape[1])
+    splits = split_order(order, NUM_STORIES, NUM_STORIES)
+    splits["test"] = np.flatnonzero(is_test)
+    in_stories = np.bincount(x[splits["train"]].indices, minlength=x.shape[1])
     words = np.sort(np.argsort(-in_stories, kind="stable")[:num_words])
     return {
         part: {
@@ -274,34 +280,35 @@ def stories(data: Any, seed: int, num_words: int = NUM_WORDS) -> dict[str, PyTre
             "y": y[rows, None],
             "use": np.ones(len(rows), bool),
         }
-        for part, rows in parts.items()
+        for part, rows in splits.items()
     }
 
 
-# Retrieval of digits that were not among the classes trained on.
+# Retrieval of digits of other classes than those of training.
 
 HIDDEN = 16
-OF_NETWORK = hg.spaces.Interval(-8.0, -1.0)  # below, H is hardly ever definite
+NETWORK_PENALTIES = hg.spaces.Interval(-8.0, -1.0)  # below, H is often indefinite
 NUM_CLASSES = {"train": 4, "val": 3, "test": 3}
-OF_EACH = {"train": 60, "val": 40, "test": 100}
+PER_CLASS = {"train": 60, "val": 40, "test": 100}
 
 
 def disjoint(data: dict[str, np.ndarray], seed: int) -> dict[str, PyTree]:
-    """Four classes to train on, three to validate, three to test."""
+    """Returns splits with four classes for training, three for each other split."""
     rng = np.random.default_rng(seed)
-    parts, classes = {}, list(rng.permutation(10))
-    for part in PARTS:
+    splits, classes = {}, list(rng.permutation(10))
+    for part in SPLITS:
         rows, y = [], []
         for label in range(NUM_CLASSES[part]):
             of_class = np.flatnonzero(data["y"] == classes.pop())
-            rows.append(rng.permutation(of_class)[: OF_EACH[part]])
-            y.append(np.full(OF_EACH[part], label, np.int32))
+            rows.append(rng.permutation(of_class)[: PER_CLASS[part]])
+            y.append(np.full(PER_CLASS[part], label, np.int32))
         rows, y = np.concatenate(rows), np.concatenate(y)
-        parts[part] = {"x": data["x"][rows], "y": y, "use": np.ones(len(y), bool)}
-    return parts
+        splits[part] = {"x": data["x"][rows], "y": y, "use": np.ones(len(y), bool)}
+    return splits
 
 
 def network(seed: int) -> PyTree:
+    """Returns the initial weights."""
     first, last = jax.random.split(jax.random.key(seed))
     return {
         "V": jax.random.normal(first, (64, HIDDEN)) / 8,
@@ -311,47 +318,50 @@ def network(seed: int) -> PyTree:
 
 
 def hidden(w: PyTree, batch: PyTree) -> Array:
+    """Returns the hidden layer."""
     return jnp.tanh(batch["x"] @ w["V"])
 
 
 def train_loss_of_network(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """As that of classes, with a penalty a pixel and one on the second layer."""
+    """Returns the loss of classes, with penalties per pixel and of the last layer."""
     s = hidden(w, batch) @ w["W"] + w["b"][None, :] + alpha["margins"][None, :]
     weights = jnp.exp(alpha["weights"])[batch["y"]]
     penalties = jnp.exp(alpha["penalties"])
-    shrunk = jnp.sum(penalties[:-1, None] * w["V"] ** 2)
-    shrunk += penalties[-1] * jnp.sum(w["W"] ** 2) + LEAST * jnp.sum(w["b"] ** 2)
-    return mean(weights * of_classes(s, batch), batch) + shrunk
+    decay = jnp.sum(penalties[:-1, None] * w["V"] ** 2)
+    decay += penalties[-1] * jnp.sum(w["W"] ** 2) + MIN_PENALTY * jnp.sum(w["b"] ** 2)
+    return mean(weights * class_losses(s, batch), batch) + decay
 
 
 def views_of_network(w: PyTree, batch: PyTree) -> dict[str, View]:
-    """Every image is a query, all others its gallery, by the cosine of embeddings.
+    """Returns the views of retrieval: every image is a query among all others.
 
-    A class's score is that of its images' soft maximum: the most similar one's,
-    nearly, so that accuracy and F1 are those of a nearest neighbour.
+    Images are compared by the cosine of their embeddings. The score of a class is the
+    soft maximum over its images, nearly that of the most similar one, so that accuracy
+    and F1 are those of a nearest neighbour.
     """
     e = hidden(w, batch)
     e = e / jnp.sqrt(jnp.sum(e**2, axis=1, keepdims=True) + 1e-12)
     similar, y, use = e @ e.T, batch["y"], batch["use"]
     is_class = y[None, :] == jnp.arange(NUM_CLASSES["val"])[:, None]
-    # A query out of use has scores too, since 0 times infinity is no 0.
+    # A query out of use has finite scores too, because 0 times infinity is NaN.
     gallery = use[None, :] & ~jnp.eye(len(y), dtype=bool)
     counted = gallery[:, None, :] & is_class[None, :, :]
-    among = jnp.where(counted, similar[:, None, :] / NEIGHBOUR, -jnp.inf)
-    classes = View(NEIGHBOUR * jax.nn.logsumexp(among, axis=2), y, use)
+    similarity = jnp.where(counted, similar[:, None, :] / NEIGHBOUR, -jnp.inf)
+    classes = View(NEIGHBOUR * jax.nn.logsumexp(similarity, axis=2), y, use)
     others = use[:, None] & gallery
     same = (y[:, None] == y[None, :]).astype(int)
     return {"accuracy": classes, "F1": classes, "mAP": View(similar, same, others)}
 
 
 def cross_entropy_of_network(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Neighbourhood components: classes by the soft nearest neighbour."""
+    """Returns the cross-entropy of the soft nearest neighbour's classes."""
     del alpha
     s = views_of_network(w, batch)["accuracy"].scores / NEIGHBOUR
-    return mean(of_classes(s, batch), batch)
+    return mean(class_losses(s, batch), batch)
 
 
 def retrieval() -> System:
+    """Returns the system of retrieval."""
     alpha = {
         "weights": jnp.zeros(NUM_CLASSES["train"]),
         "margins": jnp.zeros(NUM_CLASSES["train"]),
@@ -360,10 +370,10 @@ def retrieval() -> System:
     return System(
         name="retrieval",
         load=digits,
-        draw=disjoint,
+        split=disjoint,
         start=network,
         alpha=alpha,
-        space=bounds(alpha, OF_NETWORK),
+        space=bounds(alpha, NETWORK_PENALTIES),
         train_loss=train_loss_of_network,
         cross_entropy=cross_entropy_of_network,
         views=views_of_network,

@@ -1,8 +1,7 @@
 """A system of every paradigm with two hyperparameters, for the table `rq1`.
 
-Each takes its data, its losses and its inner solver from `hypergrad.tasks`. Whatever
-these draw is drawn once, so that what a training leads to is a function of ``alpha``.
-See README.md.
+Data, losses and inner solver are those of `hypergrad.tasks`. Whatever is random is
+drawn once, so that the result of a training is a function of ``alpha``.
 """
 
 import functools
@@ -43,14 +42,14 @@ class System(NamedTuple):
     """Two hyperparameters of a task.
 
     Attributes:
-      paradigm, data: for the table.
-      make: seed -> the problem and where every training starts.
-      solver: number of steps -> the inner solver, the same object each time.
-      num_steps: of a training.
-      alpha, space: where descents begin, and the box.
-      joint: how `w` moves in a single loop.
-      gradients: that a step of the solver makes.
-      absent: methods that cannot be, with the reason.
+      paradigm, data: Names for the table.
+      make: ``seed -> (problem, initial w of every training)``.
+      solver: ``number of steps -> inner solver``, the same object each time.
+      num_steps: Number of steps of a training.
+      alpha, space: Initial hyperparameters, and their box.
+      joint: Optimizer of ``w`` in a single loop.
+      gradients: Number of gradients per step of the solver.
+      absent: ``{method: reason}`` of methods that do not apply.
     """
 
     paradigm: str
@@ -66,26 +65,26 @@ class System(NamedTuple):
 
 
 def descent(optimizer: Any) -> Callable[[int], hg.Descent]:
-    """By the number of steps."""
+    """Returns ``number of steps -> solver``."""
     return functools.cache(lambda num_steps: hg.Descent(optimizer, num_steps))
 
 
 def box(low: float, high: float) -> hg.spaces.Interval:
-    """Of a scale."""
+    """Returns a logarithmic interval."""
     return hg.spaces.Interval(low, high, log=True)
 
 
 # Supervised: a penalty a layer.
 
-WRONG = 0.4  # of the training labels
+NOISE = 0.4  # fraction of the training labels
 
 
 def supervised(seed: int) -> Problem:
-    """The network of `penalties`, on labels of which two fifths are wrong."""
+    """Returns the network of `penalties` with two fifths of the labels wrong."""
     task = penalties.make(key=jax.random.key(seed), variant="mlp")
     problem, rng = task.problem, np.random.default_rng(seed)
     y = problem.inner_data["y"]
-    wrong = (rng.random(len(y)) < WRONG) * rng.integers(1, 10, len(y))
+    wrong = (rng.random(len(y)) < NOISE) * rng.integers(1, 10, len(y))
     train = problem.inner_data | {"y": (y + jnp.asarray(wrong, y.dtype)) % 10}
     losses = problem.inner_loss, problem.outer_loss
     return hg.Bilevel(*losses, train, problem.outer_data), task.w
@@ -99,12 +98,13 @@ layers = lambda leaf: {"layers": {0: leaf, 1: leaf}}
 
 
 def pseudo_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """One weight for all in the task's loss, and a penalty that is learned."""
+    """Returns the task's loss with one weight for all and a learned penalty."""
     batch = batch | {"penalty": alpha["penalty"]}
     return semi_supervised.train_loss(w, alpha["weight"], batch)
 
 
 def semi(seed: int) -> Problem:
+    """Returns the problem of pseudo-labels."""
     task = semi_supervised.make(key=jax.random.key(seed), sizes=(50, 100, 400))
     train, val = task.problem.inner_data, task.problem.outer_data
     train = {name: train[name] for name in ("labeled", "unlabeled")}
@@ -114,31 +114,31 @@ def semi(seed: int) -> Problem:
 # Self-supervised: temperature and noise.
 
 NUM_IMAGES = 64
-REST = {name: self_supervised.DEFAULT[name] for name in ("crop", "shift")}
+FIXED = {name: self_supervised.DEFAULT[name] for name in ("crop", "shift")}
 
 
 class SameDraws(eqx.Module):
-    """A solver whose steps draw the same in every run, whatever the key.
-
-    ``key`` decides what; its step k draws with ``fold_in(key, k)``.
-    """
+    """A solver whose step k draws with ``fold_in(key(0), k)`` in every run."""
 
     solver: hg.Descent
     differentiable = True
 
     @property
     def num_steps(self) -> int:
+        """The number of steps of the solver."""
         return self.solver.num_steps
 
     def init(
         self, inner_loss: Any, w: PyTree, alpha: PyTree, data: Any, key: Array
     ) -> tuple[PyTree, PyTree]:
+        """Returns ``w`` and the state, with a count of the steps."""
         w, state = self.solver.init(inner_loss, w, alpha, data, key)
         return w, (state, jnp.zeros((), jnp.int32))
 
     def step(
         self, inner_loss: Any, carry: PyTree, alpha: PyTree, data: Any, key: Array
     ) -> tuple[PyTree, PyTree]:
+        """Returns the carry after one step."""
         w, (state, count) = carry
         key = jax.random.fold_in(jax.random.key(0), count)
         w, state = self.solver.step(inner_loss, (w, state), alpha, data, key)
@@ -147,16 +147,18 @@ class SameDraws(eqx.Module):
     def solve(
         self, inner_loss: Any, w: PyTree, alpha: PyTree, data: Any, key: Array
     ) -> tuple[PyTree, Any]:
+        """Returns ``w`` after all steps, and the statistics."""
         w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
         return w, inner_stats(self.num_steps, self.num_steps * batch_fraction(data))
 
 
 def contrast_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """The task's, at its default crop and shift."""
-    return self_supervised.contrastive_loss(w, alpha | REST, batch)
+    """Returns the task's loss at its default crop and shift."""
+    return self_supervised.contrastive_loss(w, alpha | FIXED, batch)
 
 
 def contrast(seed: int) -> Problem:
+    """Returns the problem of contrastive learning."""
     task = self_supervised.make(key=jax.random.key(seed))
     images = {"x": task.problem.inner_data.data["x"][:NUM_IMAGES]}
     views = hg.Batches(images, with_key=True)
@@ -171,17 +173,18 @@ CONTRAST = descent(optax.sgd(0.5, momentum=0.9))
 
 
 def metric(alpha: PyTree) -> Array:
-    """A precision a measurement, [13]."""
-    parts = jnp.stack([alpha["first"], alpha["rest"]])
-    return jnp.repeat(parts, np.array([7, 6]), total_repeat_length=13)
+    """Returns a precision per measurement, [13]."""
+    precisions = jnp.stack([alpha["first"], alpha["rest"]])
+    return jnp.repeat(precisions, np.array([7, 6]), total_repeat_length=13)
 
 
 def mixture_loss(w: Array, alpha: PyTree, batch: PyTree) -> Array:
-    """``-log p`` of soft k-means, of training and of held-out wines."""
+    """Returns ``-log p`` of soft k-means, for training and for held-out wines."""
     return unsupervised.kmeans_nll(w, metric(alpha), batch)
 
 
 def mixture(seed: int) -> Problem:
+    """Returns the problem of clustering."""
     task = unsupervised.make(key=jax.random.key(seed), variant="kmeans")
     train, val = task.problem.inner_data, task.problem.outer_data
     return hg.Bilevel(mixture_loss, mixture_loss, train, val), task.w
@@ -193,7 +196,7 @@ NUM_TASKS = 16
 
 
 def adaptation(alpha: PyTree) -> optax.GradientTransformation:
-    """Gradient descent by one rate for the body and one for the head."""
+    """Returns gradient descent with one rate for the body and one for the head."""
     return optax.partition(
         {name: optax.sgd(alpha[name]) for name in ("body", "head")},
         {"body": "body", "head": "head"},
@@ -201,7 +204,7 @@ def adaptation(alpha: PyTree) -> optax.GradientTransformation:
 
 
 def characters(seed: int) -> Problem:
-    """Sixteen tasks of the training digits, from the network as it is at random."""
+    """Returns sixteen tasks of the training digits, from a random network."""
     _, images, num_turns = few_shot.characters("small", "")
     task = few_shot.make(
         key=jax.random.key(seed), images=jnp.asarray(images), num_turns=num_turns,
@@ -214,14 +217,14 @@ def characters(seed: int) -> Problem:
 
 
 IN_OPTIMIZER = "its rates stand in the optimizer, which {} does not see"
-ADAPTED = "a task is adapted to from the shared start by definition: no w is {}"
+SHARED_START = "a task is adapted to from the shared start by definition: no w is {}"
 
 
 # Federated: what a class's frequency makes of its loss.
 
 
 def scaled_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Vector scaling with ``omega = f^-weight`` and ``iota = shift log f``.
+    """Returns the loss with ``omega = f^-weight`` and ``iota = shift log f``.
 
     ``f`` is a class's frequency over the mean one, [clients, classes], all rows alike.
     """
@@ -235,6 +238,7 @@ def scaled_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
 
 
 def clients(seed: int) -> Problem:
+    """Returns the federated problem."""
     task = federated.make(key=jax.random.key(seed))
     train, val = task.problem.inner_data, task.problem.outer_data
     count = np.bincount(np.ravel(train["y"]), minlength=federated.NUM_CLASSES)
@@ -254,22 +258,23 @@ ROUNDS = functools.cache(
 
 
 def by_state(alpha: PyTree) -> Array:
-    """A discount a state, [19], by how far it is from 1."""
-    even = jnp.arange(random_walk.NUM_STATES) % 2 == 0
-    return 1 - jnp.where(even, alpha["even"], alpha["odd"])
+    """Returns a discount per state, [19], from its distance to 1."""
+    is_even = jnp.arange(random_walk.NUM_STATES) % 2 == 0
+    return 1 - jnp.where(is_even, alpha["even"], alpha["odd"])
 
 
 def backup_loss(w: Array, frozen: Array, alpha: PyTree, batch: PyTree) -> Array:
-    """Whose step of 1 is a Bellman backup."""
+    """Returns the loss of which a step of 1 is a Bellman backup."""
     return random_walk.td_loss(w, frozen, by_state(alpha), batch)
 
 
 def bellman_error(w: Array, alpha: PyTree, batch: PyTree) -> Array:
-    """A loss with the same argmin."""
+    """Returns a loss with the same minimizer."""
     return backup_loss(w, w, alpha, batch)
 
 
 def walk(seed: int) -> Problem:
+    """Returns the problem of the random walk."""
     task = random_walk.make_mrp(jax.random.key(seed), 5, 20, 400)
     train, val = task.problem.inner_data, task.problem.outer_data
     return hg.Bilevel(bellman_error, random_walk.return_error, train, val), task.w
@@ -283,17 +288,18 @@ BACKUPS = functools.cache(lambda num: SemiGradient(backup_loss, BACKUP, num))
 
 
 def poisson_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """The residual weighs 1."""
+    """Returns the loss with weight 1 of the residual."""
     weights = alpha | {"residual": jnp.ones(())}
     return physics.poisson_loss(w, weights, batch)
 
 
 def log_misfit(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
-    """Of the held-out sensors; the misfit itself spans four orders of magnitude."""
+    """Returns the log misfit of held-out sensors, which spans orders of magnitude."""
     return jnp.log(physics.misfit(w, alpha, batch))
 
 
 def poisson(seed: int) -> Problem:
+    """Returns the problem of Poisson's equation."""
     task = physics.make(key=jax.random.key(seed), variant="poisson")
     train, val = task.problem.inner_data, task.problem.outer_data
     return hg.Bilevel(poisson_loss, log_misfit, train, val), task.w
@@ -329,8 +335,8 @@ SYSTEMS = {
             IMPLICIT: IN_OPTIMIZER.format("Implicit"),
             JOINT: IN_OPTIMIZER.format("SOBA"),
             WARM_IMPLICIT: IN_OPTIMIZER.format("Implicit"),
-            WARM_UNROLLED: ADAPTED.format("carried"),
-            SHARING: ADAPTED.format("shared"),
+            WARM_UNROLLED: SHARED_START.format("carried"),
+            SHARING: SHARED_START.format("shared"),
         },
     ),
     "federated": System(
@@ -355,11 +361,11 @@ SYSTEMS = {
 
 @functools.cache
 def problem_of(task: str, seed: int) -> Problem:
-    """Made once a process."""
+    """Returns the problem of a seed, made once per process."""
     return SYSTEMS[task].make(seed)
 
 
-def fingerprinted(problem: Problem) -> dict[str, np.ndarray]:
-    """The arrays of a problem and of its start by name, for `record.fingerprint`."""
+def named_arrays(problem: Problem) -> dict[str, np.ndarray]:
+    """Returns the arrays of a problem and of its initial ``w`` by name."""
     leaves, _ = jax.tree.flatten_with_path(problem)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

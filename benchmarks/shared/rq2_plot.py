@@ -1,17 +1,19 @@
-"""The figure of `rq2`; matplotlib is imported when it is drawn."""
+"""The figure of the table `rq2`."""
 
 from pathlib import Path
 
 import numpy as np
+
+from hypergrad.bench.figures import import_pyplot
 
 from .plots import plain_ticks
 
 COLORS = ("crimson", "darkorange", "goldenrod", "grey", "black", "steelblue")
 
 
-def at(cost: list[float], value: list[float], when: np.ndarray) -> np.ndarray:
-    """What a run has in hand at each cost; NaN before it begins."""
-    index = np.searchsorted(cost, when, side="right") - 1
+def value_at(cost: list[float], value: list[float], costs: np.ndarray) -> np.ndarray:
+    """Returns the value of a run at each cost; NaN before it starts."""
+    index = np.searchsorted(cost, costs, side="right") - 1
     return np.where(index < 0, np.nan, np.asarray(value)[np.maximum(index, 0)])
 
 
@@ -21,48 +23,49 @@ def curves(
     metrics: tuple[str, ...],
     path: Path,
 ) -> None:
-    """Means over seeds of a validation metric against cost, and dots of the test.
+    """Plots means over seeds of validation metrics against cost, and test metrics.
 
-    panels: (task, metric) -> method -> for each seed (costs, values, test value).
+    Args:
+      panels: ``{(task, metric): {method: runs}}``; a run is (costs, values,
+        test value).
+      budgets: ``{task: budget}``.
+      metrics: Metrics, a column each.
+      path: File of the figure.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     tasks = list(dict.fromkeys(task for task, _ in panels))
     figure, axes = pyplot.subplots(
         2 * len(tasks), len(metrics), figsize=(12, 5.4 * len(tasks)),
         height_ratios=[3, 1.7] * len(tasks), squeeze=False, layout="constrained",
     )  # fmt: skip
     for (task, metric), methods in panels.items():
-        row, place = 2 * tasks.index(task), metrics.index(metric)
-        above, below = axes[row, place], axes[row + 1, place]
-        first = max(run[0][0] for runs in methods.values() for run in runs)
-        when = np.geomspace(first, budgets[task], 200)
+        row, position = 2 * tasks.index(task), metrics.index(metric)
+        upper, lower = axes[row, position], axes[row + 1, position]
+        min_cost = max(run[0][0] for runs in methods.values() for run in runs)
+        grid = np.geomspace(min_cost, budgets[task], 200)
         for i, (name, runs) in enumerate(methods.items()):
             color, style = COLORS[i], "--" if name.startswith("cross") else "-"
-            seen = [at(cost, value, when) for cost, value, _ in runs]
-            mean = 100 * np.mean(seen, axis=0)
-            above.plot(when, mean, style, color=color)
+            values = [value_at(cost, value, grid) for cost, value, _ in runs]
+            mean = 100 * np.mean(values, axis=0)
+            upper.plot(grid, mean, style, color=color)
             test = 100 * np.array([test for _, _, test in runs])
-            below.plot(test, np.full(test.size, i), ".", color=color, alpha=0.4)
-            below.plot(test.mean(), i, "D", color=color, ms=6)
-        above.set_xscale("log")
-        plain_ticks(above.xaxis)
-        above.set_title(f"{task}: {metric}", fontsize=10)
-        above.set_xlabel("gradient-equivalents", fontsize=8)
-        above.set_ylabel("validation, %", fontsize=8)
-        below.set_yticks(range(len(methods)), methods, fontsize=7)
-        for label, color in zip(below.get_yticklabels(), COLORS, strict=False):
+            lower.plot(test, np.full(test.size, i), ".", color=color, alpha=0.4)
+            lower.plot(test.mean(), i, "D", color=color, ms=6)
+        upper.set_xscale("log")
+        plain_ticks(upper.xaxis)
+        upper.set_title(f"{task}: {metric}", fontsize=10)
+        upper.set_xlabel("gradient-equivalents", fontsize=8)
+        upper.set_ylabel("validation, %", fontsize=8)
+        lower.set_yticks(range(len(methods)), methods, fontsize=7)
+        for label, color in zip(lower.get_yticklabels(), COLORS, strict=False):
             label.set_color(color)
-        below.set_ylim(len(methods) - 0.5, -0.5)
-        below.set_xlabel("test at the end, %: seeds, and their mean", fontsize=8)
-        for axis in (above, below):
+        lower.set_ylim(len(methods) - 0.5, -0.5)
+        lower.set_xlabel("test at the end, %: seeds, and their mean", fontsize=8)
+        for axis in (upper, lower):
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-        below.tick_params(axis="y", labelsize=7)
+        lower.tick_params(axis="y", labelsize=7)
     figure.suptitle(
         "The exact metric of the model in hand: its own surrogate by three ways, black "
         "boxes on the metric itself, and cross-entropy",

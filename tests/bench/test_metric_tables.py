@@ -1,4 +1,4 @@
-"""Tables `surrogates` and `average-precision`: their data, rules and verdicts."""
+"""The tables `surrogates` and `average_precision`: data, rules and claims."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import sklearn.metrics as skm
 
-from benchmarks import average_precision, joint, surrogates
-from benchmarks import metric_learning as learning
-from benchmarks import metric_tasks as tasks
+from benchmarks import average_precision, surrogates
+from benchmarks.shared import joint
+from benchmarks.shared import metric_learning as learning
+from benchmarks.shared import metric_tasks as tasks
+from hypergrad.bench import Finding
 
 # Data.
 
@@ -18,10 +20,10 @@ def test_parts_are_disjoint_and_of_one_shape(name: str):
     """No image is in two parts; seeds differ, and one seed is always the same."""
     system = tasks.SYSTEMS[name]
     data = system.load()
-    first, again, other = (system.plot(data, seed) for seed in (0, 0, 1))
+    first, again, other = (system.split(data, seed) for seed in (0, 0, 1))
     where = {row.tobytes(): i for i, row in enumerate(data["x"])}
-    seen = [where[row.tobytes()] for part in first.values() for row in part["x"]]
-    assert len(set(seen)) == len(seen)
+    indices = [where[row.tobytes()] for part in first.values() for row in part["x"]]
+    assert len(set(indices)) == len(indices)
     shapes = lambda parts: jax.tree.map(np.shape, parts)
     assert shapes(first) == shapes(other)
     same = lambda a, b: all(
@@ -58,13 +60,13 @@ def test_metrics_are_scikit_learns():
     batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "use": jnp.asarray(use)}
     system = tasks.SYSTEMS["digits"]
     views = system.views(w, batch)
-    found = {m: learning.exact_value(system, m, views[m]) for m in learning.METRICS}
+    actual = {m: learning.exact_value(system, m, views[m]) for m in learning.METRICS}
     s, true = (x @ np.asarray(w["W"]))[use], y[use]
     best = s.argmax(1)
-    assert np.isclose(found["accuracy"], skm.accuracy_score(true, best))
-    assert np.isclose(found["F1"], skm.f1_score(true, best, average="macro"))
+    assert np.isclose(actual["accuracy"], skm.accuracy_score(true, best))
+    assert np.isclose(actual["F1"], skm.f1_score(true, best, average="macro"))
     ap = skm.average_precision_score(np.eye(3)[true], s, average="macro")
-    assert np.isclose(found["mAP"], ap)
+    assert np.isclose(actual["mAP"], ap)
 
 
 @pytest.mark.slow
@@ -100,25 +102,25 @@ def test_retrieval_ranks_all_others_by_cosine():
 def test_thirds_share_nothing_and_leave_nothing():
     """Of the examples in use."""
     use = jnp.arange(10) != 4
-    some, held = learning.thirds({"use": use})
-    assert jnp.array_equal(some["use"] | held["use"], use)
-    assert not jnp.any(some["use"] & held["use"])
-    assert int(held["use"].sum()) == 4
+    some, held_out = learning.hold_out_third({"use": use})
+    assert jnp.array_equal(some["use"] | held_out["use"], use)
+    assert not jnp.any(some["use"] & held_out["use"])
+    assert int(held_out["use"].sum()) == 4
 
 
 def test_the_rate_is_chosen_on_what_was_held_out():
     """A run that fails (NaN) is not chosen; costs are of all runs."""
-    val, seen = {"use": jnp.ones(9, bool)}, []
+    val, indices = {"use": jnp.ones(9, bool)}, []
 
-    def run(val, held, rate):
-        seen.append((int(val["use"].sum()), int(held["use"].sum()), rate))
+    def run(val, held_out, rate):
+        indices.append((int(val["use"].sum()), int(held_out["use"].sum()), rate))
         selection = {0.1: 1.0, 0.2: 3.0, 0.3: np.nan}[rate]
         return {"selection": selection, "gradient_equivalents": rate, "num_hvps": 1}
 
-    found = learning.tuned(run, val, (0.1, 0.2, 0.3))
-    assert seen == [(6, 3, 0.1), (6, 3, 0.2), (6, 3, 0.3), (9, 9, 0.2)]
-    assert (found["rate"], found["num_hvps"], found["last_cost"]) == (0.2, 4, 0.2)
-    assert np.isclose(found["gradient_equivalents"], 0.8)
+    actual = learning.tune_rate(run, val, (0.1, 0.2, 0.3))
+    assert indices == [(6, 3, 0.1), (6, 3, 0.2), (6, 3, 0.3), (9, 9, 0.2)]
+    assert (actual["rate"], actual["num_hvps"], actual["last_cost"]) == (0.2, 4, 0.2)
+    assert np.isclose(actual["gradient_equivalents"], 0.8)
 
 
 def test_the_first_evaluation_as_good_counts():
@@ -130,25 +132,25 @@ def test_the_first_evaluation_as_good_counts():
 
 def test_one_seed_shows_no_spread():
     """In percent; a dash where there is no number."""
-    assert surrogates.spread(np.array([0.5, 0.7])) == "60.0 ± 14.1"
-    assert surrogates.spread(np.array([0.5, np.nan])) == "50.0"
-    assert surrogates.spread(np.array([np.nan])) == "-"
+    assert surrogates.mean_text(np.array([0.5, 0.7])) == "60.0 ± 14.1"
+    assert surrogates.mean_text(np.array([0.5, np.nan])) == "50.0"
+    assert surrogates.mean_text(np.array([np.nan])) == "-"
 
 
-# Verdicts.
+# Findings.
 
 
-def rows_where(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
+def make_rows(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
     """All rows alike but those of the metric's own surrogate, which are ``own`` better.
 
     SOBA reaches at a quarter of the double loop's cost.
     """
-    rows = surrogates.plan("small", seeds)
+    rows = surrogates.cells("small", seeds)
     for row in rows:
         rng = np.random.default_rng(row["seed"])
         row["reason"] = None
         for metric in learning.METRICS:
-            is_own = row["method"] == surrogates.OWN[metric]
+            is_own = row["method"] == surrogates.OWN_SURROGATE[metric]
             wobble = noise * rng.normal() if is_own else 0
             row[metric] = row[f"val_{metric}"] = 0.8 + (own + wobble if is_own else 0)
         soba = row["method"] == "SOBA"
@@ -158,102 +160,100 @@ def rows_where(own: float, noise: float = 0.01, seeds: int = 10) -> list[dict]:
     return rows
 
 
-def says(rows: list[dict], start: str) -> list[str]:
-    verdicts = surrogates.judge_rows(rows)
-    return [verdict.text for verdict in verdicts if verdict.text.startswith(start)]
+def findings(rows: list[dict], start: str) -> list[Finding]:
+    """Returns the findings whose text starts so."""
+    return [x for x in surrogates.findings(rows) if x.text.startswith(start)]
 
 
 def test_own_is_best_or_tied():
-    """Better by far, tied within an error, and worse by far."""
+    """A claim holds for a better and an equal surrogate, not for a worse one."""
     for own, noise, met in ((0.1, 0.01, True), (0.0, 0.0, True), (-0.1, 0.01, False)):
-        found = says(rows_where(own, noise), "o1")
-        assert len(found) == 12
-        end = ": reproduced" if met else ": not reproduced"
-        assert all(text.endswith(end) for text in found)
+        lines = findings(make_rows(own, noise), "o1")
+        outcome = "supported" if met else "not supported"
+        assert [line.outcome for line in lines] == [outcome] * 12
 
 
 def test_one_rival_is_enough():
     """To keep a metric from being its own surrogate's."""
-    rows = rows_where(0.1)
+    rows = make_rows(0.1)
     for row in rows:
         if (row["task"], row["method"]) == ("reuters", "cross-entropy"):
             row["F1"] = 0.99
-    (lost,) = [text for text in says(rows, "o1") if "not reproduced" in text]
-    assert lost.startswith("o1, reuters, F1: sigmoid F1 less cross-entropy")
+    (lost,) = [x for x in findings(rows, "o1") if x.outcome == "not supported"]
+    assert lost.text.startswith("o1, reuters, F1: sigmoid F1 minus cross-entropy")
 
 
 def test_how_many_cells_are_surely_won():
     """All, none where all tie, all but one where one rival is ahead."""
-    count = lambda rows: says(rows, "a metric's own surrogate")[0]
-    assert "in 12 of 12 cells" in count(rows_where(0.1))
-    assert "in 0 of 12 cells" in count(rows_where(0.0, 0.01))
-    rows = rows_where(0.1)
+    count = lambda rows: findings(rows, "a metric's own surrogate")[0].text
+    assert "in 12 of 12 cells" in count(make_rows(0.1))
+    assert "in 0 of 12 cells" in count(make_rows(0.0, 0.01))
+    rows = make_rows(0.1)
     for row in rows:
         if (row["task"], row["method"]) == ("digits", "Smooth-AP"):
             row["F1"] = 0.99
     assert "in 11 of 12 cells" in count(rows)
-    (text,) = says(rows, "digits, F1 on validation itself")
-    assert "+10." in text or "+9." in text
+    (line,) = findings(rows, "digits, F1 on validation itself")
+    assert "+10." in line.text or "+9." in line.text
 
 
 def test_loops_are_compared_at_equal_cost():
     """The double loop's last evaluation within the other's whole cost."""
-    (text,) = says(rows_where(0.1), "SOBA, its mAP")
-    assert "+20.0 points [+20.0, +20.0]" in text
-    rows = rows_where(0.1)
+    (line,) = findings(make_rows(0.1), "SOBA, its mAP")
+    assert "+20.0 points [+20.0, +20.0]" in line.text
+    rows = make_rows(0.1)
     for row in rows:
         row["last_cost"] = 299.0 if row["method"] == "SOBA" else 300.0
-    assert "+20.0" in says(rows, "SOBA, its mAP")[0]
-    assert "+10.0" in says(rows, "truncated, its mAP")[0]
+    assert "+20.0" in findings(rows, "SOBA, its mAP")[0].text
+    assert "+10.0" in findings(rows, "truncated, its mAP")[0].text
 
 
 @pytest.mark.parametrize(
-    ("cost", "reached", "end"),
+    ("cost", "reached", "outcome"),
     [
-        (25.0, True, ": reproduced"),
-        (60.0, True, "not reproduced"),
-        (25.0, False, "not reproduced"),
+        (25.0, True, "supported"),
+        (60.0, True, "not supported"),
+        (25.0, False, "not supported"),
     ],
 )
-def test_a_single_loop_reaches_all_or_nothing(cost: float, reached: bool, end: str):
+def test_a_single_loop_reaches_all_or_nothing(cost: float, reached: bool, outcome: str):
     """At most half the cost, on every seed; one that never does is enough to fail."""
-    rows = rows_where(0.1)
+    rows = make_rows(0.1)
     for row in rows:
         if row["method"] == "SOBA":
             row["cost_to_reach"] = cost if reached or row["seed"] else None
-    (text,) = says(rows, "o2")
-    assert text.endswith(end)
-    assert ("lower bound" in text) == (not reached)
+    (line,) = findings(rows, "o2")
+    assert line.outcome == outcome
+    assert ("lower bound" in line.text) == (not reached)
 
 
 def test_missing_data_is_skipped_and_missing_numbers_fail():
     """A reason is no failure; a hole is."""
-    rows = rows_where(0.1)
+    rows = make_rows(0.1)
     for row in rows:
         if row["task"] == "reuters":
             row |= {"reason": "not there"} | dict.fromkeys(learning.METRICS)
-    verdicts = surrogates.judge_rows(rows)
-    assert verdicts[0].text == "reuters skipped: not there"
-    assert not any(verdict.failed for verdict in verdicts)
+    lines = surrogates.findings(rows)
+    assert lines[0].text == "reuters skipped: not there"
+    assert not any(line.failed for line in lines)
     rows[0]["mAP"] = None
-    assert all(verdict.failed for verdict in surrogates.judge_rows(rows))
+    assert all(line.failed for line in surrogates.findings(rows))
 
 
 def test_few_seeds_say_nothing():
     """Both claims are about means."""
-    verdicts = surrogates.judge_rows(rows_where(0.1, seeds=3))
-    claims = [v for v in verdicts if v.text.startswith(("o1", "o2"))]
-    assert len(claims) == 13
-    assert all(verdict.failed for verdict in claims)
+    rows = make_rows(0.1, seeds=3)
+    claims = findings(rows, "o1") + findings(rows, "o2")
+    assert [claim.outcome for claim in claims] == ["undecided"] * 13
 
 
 def test_reuters_without_its_files_is_a_reason(monkeypatch):
     """Every column is there, empty."""
     monkeypatch.delenv("HYPERGRAD_DATA_DIR", raising=False)
     tasks.reuters.cache_clear()
-    learning.parts_of.cache_clear()
+    learning.splits_of.cache_clear()
     cell = {"task": "reuters", "method": "baseline", "seed": 0}
-    row = surrogates.measure(cell)
+    row = surrogates.measure(cell, [])
     assert "HYPERGRAD_DATA_DIR" in row["reason"]
     assert row["mAP"] is None
     assert row["gap"] is None
@@ -273,23 +273,22 @@ def test_all_pairs_and_blocks_are_one_formula():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "outcome"),
     [
-        ({}, ": reproduced"),
-        ({"per_pair": 3.0, "ratio": 3.0}, "not reproduced"),
-        ({"value": 0.51}, "wrong value"),
-        ({"finite": False}, "wrong value"),
+        ({}, "supported"),
+        ({"per_pair": 3.0, "ratio": 3.0}, "not supported"),
+        ({"value": 0.51}, "FAILED"),
+        ({"finite": False}, "FAILED"),
     ],
 )
-def test_what_time_is_claimed(change: dict, says: str):
-    """A ratio above its bound is not reproduced; a wrong value fails."""
+def test_claims_on_time(change: dict, outcome: str):
+    """A ratio above its bound is not supported; a wrong value fails."""
     rows = [
         cell
         | {"ratio": 0.5 + 0.01 * cell["seed"], "per_pair": 1 + 0.01 * cell["seed"]}
         | {"finite": True, "value": 0.5, "formula": 0.5}
         | change
-        for cell in average_precision.plan("small", 5)
+        for cell in average_precision.table.cells("small", 5)
     ]
-    verdicts = average_precision.judge(rows)
-    assert all(says in verdict.text for verdict in verdicts)
-    assert any(verdict.failed for verdict in verdicts) == (says == "wrong value")
+    lines = average_precision.findings(rows)
+    assert {line.outcome for line in lines} == {outcome}

@@ -1,4 +1,4 @@
-"""The table `rq1`: its systems, a run whose costs are known, and how it judges."""
+"""The table `rq1`: its systems, runs whose costs are known, and its findings."""
 
 import math
 
@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 
 import hypergrad as hg
-from benchmarks import rq1, rq1_running, rq1_tasks
-from benchmarks.shared.rq1_running import METHODS, PARTS, WAYS, Known, judged
+from benchmarks import rq1
+from benchmarks.shared import rq1_running, rq1_tasks
+from benchmarks.shared.rq1_findings import BLACK_BOXES, findings
+from benchmarks.shared.rq1_running import (
+    DESCENTS,
+    METHODS,
+    PARTS,
+    Target,
+    evaluate_run,
+)
 from benchmarks.shared.rq1_tasks import SYSTEMS, SameDraws, System
 from hypergrad.tasks import federated, random_walk, semi_supervised
 
@@ -26,7 +32,7 @@ def test_a_system_has_two_hyperparameters_that_begin_in_its_box(name):
     start = jax.tree.map(lambda x: jnp.asarray(x, float), system.alpha)
     hg.spaces.check(system.space, start)
     assert len(hg.spaces.axes(system.space)) == len(jax.tree.leaves(start)) == 2
-    assert set(system.absent) <= set(METHODS) - set(rq1.BLACK_BOXES)
+    assert set(system.absent) <= set(METHODS) - set(BLACK_BOXES)
     assert all(system.absent.values())
     assert system.solver(3) == system.solver(3)
 
@@ -36,10 +42,10 @@ def test_pseudo_labels_weigh_alike_and_the_penalty_is_learned():
     part = lambda n: {"x": jnp.eye(n, 12), "y": jnp.arange(n)}
     train = {"labeled": part(5), "unlabeled": part(8)}
     w = {"W": jnp.arange(120.0).reshape(12, 10) / 99, "b": jnp.ones(10)}
-    told = train | {"penalty": 0.3}
-    given = semi_supervised.train_loss(w, jnp.full(8, 0.7), told)
-    found = rq1_tasks.pseudo_loss(w, {"weight": 0.7, "penalty": 0.3}, train)
-    np.testing.assert_allclose(found, given)
+    batch = train | {"penalty": 0.3}
+    expected = semi_supervised.train_loss(w, jnp.full(8, 0.7), batch)
+    actual = rq1_tasks.pseudo_loss(w, {"weight": 0.7, "penalty": 0.3}, train)
+    np.testing.assert_allclose(actual, expected)
 
 
 def test_powers_of_a_frequency_make_weights_and_shifts():
@@ -51,17 +57,17 @@ def test_powers_of_a_frequency_make_weights_and_shifts():
     ones = jnp.ones(10)
     for weight, shift in ((0.0, 0.0), (0.5, 1.5)):
         alpha = {"omega": f**-weight, "delta": ones, "iota": shift * jnp.log(f)}
-        found = rq1_tasks.scaled_loss(w, {"weight": weight, "shift": shift}, batch)
-        np.testing.assert_allclose(found, federated.train_loss(w, alpha, batch))
+        actual = rq1_tasks.scaled_loss(w, {"weight": weight, "shift": shift}, batch)
+        np.testing.assert_allclose(actual, federated.train_loss(w, alpha, batch))
 
 
 def test_even_states_have_one_discount_and_odd_ones_another():
     """As far below 1 as is said; the losses are the task's."""
-    found = rq1_tasks.by_state({"even": 0.25, "odd": 0.5})
-    np.testing.assert_allclose(found[:3], [0.75, 0.5, 0.75])
+    actual = rq1_tasks.by_state({"even": 0.25, "odd": 0.5})
+    np.testing.assert_allclose(actual[:3], [0.75, 0.5, 0.75])
     batch = {"P": jnp.eye(19, k=1), "r": jnp.ones(19)}
     w = jnp.arange(19.0)
-    theirs = random_walk.bellman_error(w, found, batch)
+    theirs = random_walk.bellman_error(w, actual, batch)
     ours = rq1_tasks.bellman_error(w, {"even": 0.25, "odd": 0.5}, batch)
     np.testing.assert_allclose(ours, theirs)
 
@@ -170,7 +176,7 @@ def test_a_single_loop_begins_with_a_training_and_moves_w_by_half_a_product(squa
     """Of three a step: a gradient that trains, one that differentiates, one outer."""
     problem, w = SQUARES.make(0)
     columns = rq1_running.descend(squares, "single loop", problem, w, jnp.asarray(0.03))
-    assert rq1_running.first_cost(squares, "single loop") == 4
+    assert rq1_running.init_cost(squares, "single loop") == 4
     assert len(columns["h"]) == int((100 * (4 + 1 / 3) - 4) / 3)
     for part in PARTS:
         np.testing.assert_allclose(columns[part], 1)
@@ -178,7 +184,7 @@ def test_a_single_loop_begins_with_a_training_and_moves_w_by_half_a_product(squa
 
 # One run.
 
-OF = Known(start=2.0, target=1.0)
+TARGET = Target(start=2.0, target=1.0)
 
 
 def columns(h):
@@ -191,25 +197,27 @@ def columns(h):
 def test_a_run_is_there_at_its_first_value_within_a_tenth():
     """1.1 here; what has no number or is beyond the budget is not looked at."""
     h = [2.0, math.nan, 1.2, 1.1, 0.9]
-    row = judged(columns(h), 10.0, OF, 100)
-    assert (row["cost"], row["spent"], row["steps"]) == (26, 30, 4)
+    row = evaluate_run(columns(h), 10.0, TARGET, 100)
+    assert (row["cost"], row["gradient_equivalents"], row["steps"]) == (26, 30, 4)
     assert (row["inner"], row["hypergradient"], row["outer"]) == (18, 4, 4)
     assert (row["products"], row["trusted"]) == (12, 2)
     assert row["left"] == pytest.approx(-0.1)
-    row = judged(columns(h), 10.0, OF, 25)
-    assert (row["cost"], row["spent"], row["steps"]) == (None, 22, 3)
+    row = evaluate_run(columns(h), 10.0, TARGET, 25)
+    assert (row["cost"], row["gradient_equivalents"], row["steps"]) == (None, 22, 3)
     assert row["left"] == pytest.approx(0.2)
-    none = judged(columns(h), 10.0, OF, 11)
-    assert (none["cost"], none["spent"], none["inner"]) == (None, 10, 10)
+    none = evaluate_run(columns(h), 10.0, TARGET, 11)
+    assert (none["cost"], none["gradient_equivalents"], none["inner"]) == (None, 10, 10)
 
 
 def test_of_shared_weights_the_truth_about_the_best_so_far_counts():
     """Asked for once a new best."""
-    asked = []
-    truth = lambda index: asked.append(index) or 10.0 + index
-    found = rq1_running.of_incumbents(np.array([3.0, 4.0, 2.0, 2.5, 1.0]), truth)
-    np.testing.assert_allclose(found, [10, 10, 12, 12, 14])
-    assert asked == [0, 2, 4]
+    indices = []
+    evaluate = lambda index: indices.append(index) or 10.0 + index
+    actual = rq1_running.evaluate_incumbents(
+        np.array([3.0, 4.0, 2.0, 2.5, 1.0]), evaluate
+    )
+    np.testing.assert_allclose(actual, [10, 10, 12, 12, 14])
+    assert indices == [0, 2, 4]
 
 
 def test_tuning_prefers_to_be_there_sooner_then_nearer():
@@ -231,31 +239,33 @@ def test_tuning_costs_what_its_runs_need_until_there(monkeypatch):
     cost = {0.1: 40.0, 0.3: None, 1.0: 20.0, 3.0: 30.0, 10.0: None}
     monkeypatch.setattr(
         rq1_running, "run",
-        lambda task, method, seed, x: {"cost": cost[x], "spent": 90.0, "left": 1.0},
+        lambda task, method, seed, x: {
+            "cost": cost[x], "gradient_equivalents": 90.0, "left": 1.0,
+        },
     )  # fmt: skip
-    found = rq1_running.tuned.__wrapped__("unsupervised", "implicit")
-    assert found["setting"] == 1.0
-    assert found["tuning_cost"] == 2 * (40 + 90 + 20 + 30 + 90)
-    assert rq1_running.tuned("unsupervised", "random")["tuning_cost"] == 0
+    actual = rq1_running.tune.__wrapped__("unsupervised", "implicit")
+    assert actual["setting"] == 1.0
+    assert actual["tuning_cost"] == 2 * (40 + 90 + 20 + 30 + 90)
+    assert rq1_running.tune("unsupervised", "random")["tuning_cost"] == 0
 
 
 def test_operations_are_those_of_the_steps_and_of_the_iterations(monkeypatch):
     """Twelve products of four estimates, one each beyond CG; 4 joules a 1e9."""
-    of = rq1_running.Operations(first=1e9, step=2e9, solve=5e8, unknown=())
-    monkeypatch.setattr(rq1_running, "operations", lambda task, method: of)
+    counts = rq1_running.Operations(init=1e9, step=2e9, solve=5e8, unknown=())
+    monkeypatch.setattr(rq1_running, "operations", lambda task, method: counts)
     row = {"steps": 4, "products": 12.0}
-    found = rq1_running.flops_of("physics", "implicit", row)
-    assert found["flops"] == 1e9 + 4 * 2e9 + 8 * 5e8
-    assert found["grams"] == pytest.approx(13 * 4 / 3.6e6 * 400)
+    actual = rq1_running.flops_of("physics", "implicit", row)
+    assert actual["flops"] == 1e9 + 4 * 2e9 + 8 * 5e8
+    assert actual["grams"] == pytest.approx(13 * 4 / 3.6e6 * 400)
 
 
-# Judging.
+# Findings.
 
 
-def rows_of(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dict]:
+def make_rows(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dict]:
     """All planned rows; ``cost`` of a (task, method), else 100; None: never there."""
     rows = []
-    for cell in rq1.TABLE.plan("small", 5):
+    for cell in rq1.table.cells("small", 5):
         task, method = cell["task"], cell["method"]
         if method in SYSTEMS[task].absent:
             rows.append(cell | {"reason": "it cannot be"})
@@ -263,23 +273,24 @@ def rows_of(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dict]
         here = cost.get((task, method), 100.0)
         rows.append(
             cell | {
-                "cost": here, "spent": spent, "left": 0.0, "evaluations": 9,
+                "cost": here, "gradient_equivalents": spent, "left": 0.0,
+                "evaluations": 9,
                 "inner": 100 * inner, "hypergradient": 0.0, "outer": 100 * (1 - inner),
                 "steps": 4, "trusted": 1.0, "flops": 1e6, "grams": 1e-3, "unknown": [],
                 "setting": 0.3,
-                "score": {"unrolled": 1.0}.get(method, 2.0) if method in WAYS else None,
-                "tuning_cost": 7.0 * (method in WAYS),
+                "score": {"unrolled": 1.0}.get(method, 2.0)
+                if method in DESCENTS else None,
+                "tuning_cost": 7.0 * (method in DESCENTS),
             }
         )  # fmt: skip
     return rows
 
 
-def said(rows: list[dict], *words: str) -> str:
-    """The one line with all of the words."""
-    lines = [v for v in rq1.judge(rows) if all(word in v.text for word in words)]
-    assert len(lines) == 1
-    assert not lines[0].failed
-    return lines[0].text
+def line(rows: list[dict], *words: str) -> str:
+    """Returns the one finding with all of the words, with its outcome."""
+    (finding,) = [x for x in findings(rows) if all(w in x.text for w in words)]
+    assert not finding.failed
+    return finding.markdown
 
 
 EVERY = {(task, "random"): 300.0 for task in SYSTEMS}
@@ -287,64 +298,66 @@ EVERY = {(task, "random"): 300.0 for task in SYSTEMS}
 
 def test_the_inner_loop_must_be_half_of_what_implicit_spends():
     """On every task where it can be, the least of which is named."""
-    text = said(rows_of({}), "(o) inner", "at least 50% claimed")
+    text = line(make_rows({}), "inner training is", "at least 50% claimed")
     assert "90% [90%, 90%]" in text
-    assert text.endswith(": reproduced")
-    rows = rows_of({})
+    assert "**supported**" in text
+    rows = make_rows({})
     for row in rows:
         if (row["task"], row["method"]) == ("physics", "implicit"):
             row |= {"inner": 40.0 + row["seed"], "hypergradient": 50.0, "outer": 10.0}
             row["outer"] -= row["seed"]
-    text = said(rows, "(o) inner")
+    text = line(rows, "inner training is")
     assert "is 42% [40%, 44%]" in text  # 40 to 44, t 2.776, sd 1.58 over 5 seeds
     assert "on physics" in text
-    assert text.endswith(": not reproduced")
+    assert "**not supported**" in text
 
 
 def test_inner_shares_are_told_by_method_and_task():
     """Those of black boxes without a claim, as they follow from the sizes."""
-    rows = rows_of({})
+    rows = make_rows({})
     for row in rows:
         if (row["task"], row["method"]) == ("federated", "unrolled"):
             row |= {"inner": 25.0, "hypergradient": 65.0, "outer": 10.0}
         if (row["task"], row["method"]) == ("few_shot", "TPE"):
             row |= {"inner": 60.0, "outer": 40.0}
-    text = said(rows, "inner training in what unrolled spends")
+    text = line(rows, "inner training in the cost of unrolled:")
     assert "federated 25%" in text
     assert "physics 90%" in text
-    assert "few_shot" not in said(rows, "inner training in what implicit spends")
-    text = said(rows, "known from the sizes")
+    assert "few_shot" not in line(rows, "inner training in the cost of implicit:")
+    text = line(rows, "follows from sizes")
     assert "few_shot 80%" in text  # of 90, 90 and 60
-    assert "(o)" not in text
-    assert "reproduced" not in text
+    assert "**" not in text
 
 
-@pytest.mark.parametrize(("cost", "end"), [(300.0, ": reproduced"), (150.0, "not")])
-def test_hypergradients_must_need_twice_fewer_than_random(cost, end):
-    """By the row that tuned best."""
-    text = said(rows_of(dict.fromkeys(EVERY, cost)), "best with", "against random")
+@pytest.mark.parametrize(
+    ("cost", "outcome"), [(300.0, "supported"), (150.0, "not supported")]
+)
+def test_hypergradients_must_need_twice_fewer_than_random(cost, outcome):
+    """The row that tuned best is compared."""
+    text = line(make_rows(dict.fromkeys(EVERY, cost)), "best with", "against random")
     assert f"{cost / 100:.3g} [" in text
-    assert (" not " in text) == (end == "not")
+    assert f"**{outcome}**" in text
 
 
 def test_the_tuning_of_all_rows_counts_against_the_best():
     """100, and 7 for each of five rows, where five can be, against 300."""
-    text = said(rows_of(EVERY), "best with all the tuning")
+    text = line(make_rows(EVERY), "best with all the tuning")
     few_shot = (100 + 7) / 300  # only `unrolled` can be
     by_hand = ((100 + 5 * 7) / 300) ** (7 / 8) * few_shot ** (1 / 8)
     assert f"needs {by_hand:.3g} [" in text
-    assert "reproduced" not in text
+    assert "**" not in text
 
 
 def test_random_counts_with_its_bound_and_the_best_must_be_there():
     """Whatever random did."""
-    rows = rows_of(EVERY | {("physics", "random"): None})
-    text = said(rows, "best with", "random is not always there: physics")
-    assert text.endswith(": reproduced")
-    rows = rows_of(EVERY | {("physics", "unrolled"): None})
-    text = said(rows, "(o) best with")
-    assert text.endswith("never there: unrolled (physics) on 5 seeds: not reproduced")
-    assert "needs > " in said(rows, "best with all the tuning")
+    rows = make_rows(EVERY | {("physics", "random"): None})
+    text = line(rows, "best with", "random misses some targets: physics")
+    assert "**supported**" in text
+    rows = make_rows(EVERY | {("physics", "unrolled"): None})
+    text = line(rows, "best with", "against random")
+    assert "target not reached: unrolled (physics) on 5 seeds" in text
+    assert "**not supported**" in text
+    assert "needs > " in line(rows, "best with all the tuning")
 
 
 WARM = "unrolled, warm start"
@@ -353,58 +366,57 @@ WARM = "unrolled, warm start"
 def test_a_warm_start_is_compared_where_the_cold_one_is_there():
     """Four times fewer on six tasks; the seventh has no cold run, few_shot no warm."""
     cost = {(task, WARM): 25.0 for task in SYSTEMS} | {("physics", "unrolled"): None}
-    text = said(rows_of(cost), "(o) unrolled, warm")
+    text = line(make_rows(cost), "unrolled, warm start against")
     assert "physics" not in text
     assert "few_shot" not in text
     assert "4 [4, 4] times fewer" in text
-    assert text.endswith(": reproduced")
-    text = said(rows_of(cost | {("federated", WARM): None}), "(o) unrolled, warm")
-    assert text.endswith("never there: federated on 5 seeds: not reproduced")
-    assert said(rows_of({}), "(o) unrolled, warm").endswith("not reproduced")
+    assert "**supported**" in text
+    text = line(
+        make_rows(cost | {("federated", WARM): None}), "unrolled, warm start against"
+    )
+    assert "target not reached: federated on 5 seeds" in text
+    assert "**not supported**" in text
+    text = line(make_rows({}), "unrolled, warm start against")
+    assert "**not supported**" in text
 
 
 def test_a_warm_start_that_can_be_compared_nowhere_is_not_reproduced():
     """The cold one is there on every seed of no task."""
     cold = dict.fromkeys(((task, "unrolled") for task in SYSTEMS), None)
-    text = said(rows_of(cold), "(o) unrolled, warm", "on no task")
-    assert text.endswith("unrolled on every seed of any task: not reproduced")
+    text = line(make_rows(cold), "unrolled, warm start against", "on no task")
+    assert "unrolled on every seed of any task" in text
+    assert "**not supported**" in text
 
 
 def test_the_winner_is_the_first_of_those_that_are_there():
-    """And who ended below it is not told."""
-    rows = rows_of({("physics", "TPE"): 40.0, ("physics", "grid"): None}, spent=30.0)
-    text = said(rows, "physics: first is TPE, 40, then")
-    assert "not told, as they ended below that: grid" in text
+    """And who ended below it is not batch."""
+    rows = make_rows({("physics", "TPE"): 40.0, ("physics", "grid"): None}, spent=30.0)
+    text = line(rows, "physics: first is TPE, 40, then")
+    assert "undecided, as they ended below that: grid" in text
     assert text.endswith("unrolled tuned best with hypergradients")
 
 
 def test_who_is_first_is_told_with_tuning_too():
     """97 and a tuning of 7 against 100 without."""
-    text = said(rows_of({("physics", "implicit"): 97.0}), "physics: first is")
+    text = line(make_rows({("physics", "implicit"): 97.0}), "physics: first is")
     assert "first is implicit, 97, then grid, 100" in text
     assert "with its tuning counted, grid, 100;" in text
-    rows = rows_of({("physics", "implicit"): 90.0})
-    assert "with its tuning counted, implicit, 97;" in said(rows, "physics: first is")
-    (line, *_) = (
-        line
-        for line in rq1.markdown(rq1.TABLE, rows, "-")
-        .split("**physics**")[1]
-        .split("\n")
-        if line.startswith("| implicit |")
-    )
-    assert line.startswith("| implicit | 5 of 5 | 90 | 90 to 90 | 97 |")
-    assert line.endswith("| 0.3 | 25% |")  # its rate; one of four estimates
+    rows = make_rows({("physics", "implicit"): 90.0})
+    assert "with its tuning counted, implicit, 97;" in line(rows, "physics: first is")
+    cells = rq1.table_cells(rows, "physics", "implicit")
+    assert cells[:5] == ["implicit", "5 of 5", "90", "90 to 90", "97"]
+    assert cells[-2:] == ["0.3", "25%"]  # its rate; one of four estimates
 
 
 def test_rates_at_an_end_are_told():
     """Of 36, as few_shot has one row of five; 0.3 is in the middle for Adam."""
-    rows = rows_of({})
+    rows = make_rows({})
     for row in rows:
         if row["method"] == "single loop":
             row["setting"] = 1.0 if row["task"] == "physics" else 0.03
         if (row["task"], row["method"]) == ("federated", "unrolled"):
             row["setting"] = 0.1
-    text = said(rows, "of 36 rates")
+    text = line(rows, "of 36 rates")
     assert "upper end of those tried 1: single loop (physics);" in text
     assert text.endswith("lower end 1: unrolled (federated)")
 
@@ -414,29 +426,21 @@ def test_sharing_is_told_where_it_is_there():
     cost = {(task, "sharing"): 50.0 for task in SYSTEMS} | {
         ("physics", "sharing"): None
     }
-    text = said(rows_of(cost), "sharing against random")
+    text = line(make_rows(cost), "sharing against random")
     assert ": 2 [2, 2] times fewer" in text
-    assert text.endswith("not there on every seed: physics")
+    assert text.endswith("target missed on some seed of physics")
 
 
-def test_a_missing_row_few_seeds_and_no_price_fail(tmp_path):
-    """By `--check`; the table names what cannot be."""
-    made = dict.fromkeys(("device", "python", *record.PACKAGES), "x")
-    rows = [row | made for row in rows_of(EVERY)]
-    path = tmp_path / "rq1.jsonl"
-
-    def verdicts(rows):
-        path.write_text("".join(map(record.line, rows)))
-        return check(rq1.TABLE, tmp_path)
-
-    failed = lambda rows, word: any(v.failed and word in v.text for v in verdicts(rows))
-    assert not any(verdict.failed for verdict in verdicts(rows))
-    assert failed(rows[:-1], "missing")
-    assert failed([row for row in rows if row["seed"] < 4], "too few seeds")
-    assert failed([rows[0] | {"unknown": ["fft"]}, *rows[1:]], "no price for fft")
-    text = rq1.markdown(rq1.TABLE, rows, "the command")
+def test_an_operation_without_a_cost_fails_and_the_table_is_printed(tmp_path):
+    """The printed table names the methods that do not apply."""
+    rows = make_rows(EVERY)
+    (check,) = rq1.table.checks
+    assert check.evaluate(rows).outcome == "holds"
+    unknown = check.evaluate([rows[0] | {"unknown": ["fft"]}, *rows[1:]])
+    assert unknown.failed
+    assert "fft" in unknown.text
+    text = "\n".join(rq1.body(rows))
     assert "| implicit (1) | - |" in text
     assert "rates stand in the optimizer" in text
-    assert "FAILED" not in text
     rq1.plot(rows, tmp_path / "rq1.png")
     assert (tmp_path / "rq1.png").stat().st_size > 10_000

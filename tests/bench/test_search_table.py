@@ -1,4 +1,4 @@
-"""The table `search`: what it measures, and how it judges."""
+"""The table `search`: its problem, its runs and its findings."""
 
 import math
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypergrad.studies import record
-from hypergrad.studies.table import check
 from sklearn.linear_model import LogisticRegression
 
 import hypergrad as hg
-from benchmarks import searching, searching_table
-from benchmarks.shared.searching import Gaussian, Known, Until
+from benchmarks import search
+from benchmarks.shared import searching
+from benchmarks.shared.searching import Gaussian, Target, Until
+from hypergrad.bench import Finding
 
 # The problem.
 
@@ -20,17 +20,17 @@ from benchmarks.shared.searching import Gaussian, Known, Until
 def test_penalties_are_those_of_their_groups():
     """Halves of the pixels, classes within them, single weights; nested."""
     two = np.array([-1.0, -2.0])
-    found = searching.penalties(jnp.asarray(two))
-    assert found.shape == (50, 10)
-    np.testing.assert_allclose(found[:25], math.exp(-1))
-    np.testing.assert_allclose(found[25:], math.exp(-2))
+    penalties = searching.penalties(jnp.asarray(two))
+    assert penalties.shape == (50, 10)
+    np.testing.assert_allclose(penalties[:25], math.exp(-1))
+    np.testing.assert_allclose(penalties[25:], math.exp(-2))
     twenty = np.arange(20.0) / 10
-    found = searching.penalties(jnp.asarray(twenty))
-    np.testing.assert_allclose(found[24], np.exp(twenty[:10]))
-    np.testing.assert_allclose(found[25], np.exp(twenty[10:]))
+    penalties = searching.penalties(jnp.asarray(twenty))
+    np.testing.assert_allclose(penalties[24], np.exp(twenty[:10]))
+    np.testing.assert_allclose(penalties[25], np.exp(twenty[10:]))
     single = np.arange(500.0) / 500
-    found = searching.penalties(jnp.asarray(single))
-    np.testing.assert_allclose(np.ravel(found), np.exp(single))
+    penalties = searching.penalties(jnp.asarray(single))
+    np.testing.assert_allclose(np.ravel(penalties), np.exp(single))
 
 
 def test_parts_are_apart_and_two_fifths_of_the_labels_are_wrong():
@@ -48,7 +48,7 @@ def test_parts_are_apart_and_two_fifths_of_the_labels_are_wrong():
 
 def test_the_target_is_below_a_brute_grid_of_scikit_learn():
     """Where pixels over the root of their penalty make every penalty 1."""
-    of, parts = searching.known(0, 2), searching.split(0)
+    target, parts = searching.known(0, 2), searching.split(0)
 
     def h(alpha):
         root = np.exp(np.repeat(alpha, 25) / 2)
@@ -60,11 +60,11 @@ def test_the_target_is_below_a_brute_grid_of_scikit_learn():
         each = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
         return -np.mean(each[np.arange(800), parts["val"]["y"]])
 
-    assert h(of.alpha) == pytest.approx(of.target, abs=1e-5)
-    assert h(np.full(2, searching.START)) == pytest.approx(of.start, abs=1e-5)
-    near = [of.alpha + np.array([i, j]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    assert h(target.alpha) == pytest.approx(target.target, abs=1e-5)
+    assert h(np.full(2, searching.START)) == pytest.approx(target.start, abs=1e-5)
+    near = [target.alpha + np.array([i, j]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     inside = [a for a in near if np.all((a >= searching.LOW) & (a <= searching.HIGH))]
-    assert min(map(h, inside)) >= of.target - 1e-6
+    assert min(map(h, inside)) >= target.target - 1e-6
 
 
 # Searchers.
@@ -98,22 +98,22 @@ def test_a_search_ends_at_the_bound_or_with_its_trials(bound, most, trials):
 
 # One run.
 
-OF = Known(start=2.0, target=1.0, alpha=np.zeros(2))
+TARGET = Target(start=2.0, target=1.0, alpha=np.zeros(2))
 
 
 def test_a_run_is_there_at_its_first_value_within_one_per_cent():
     """1.01 here; what is beyond the budget, or has no number, is not looked at."""
     h, cost = [2.0, math.nan, 1.02, 1.01, 1.0], [10.0, 20.0, 30.0, 40.0, 50.0]
-    row = searching.judged(h, cost, OF, 100)
+    row = searching.evaluate_run(h, cost, TARGET, 100)
     assert row["cost"] == 40
     assert row["left"] == pytest.approx(0)
     assert row["evaluations"] == 4
-    row = searching.judged(h, cost, OF, 39)
+    row = searching.evaluate_run(h, cost, TARGET, 39)
     assert row["cost"] is None
     assert row["spent"] == 30
     assert row["left"] == pytest.approx(0.02)
     assert row["curve"] == pytest.approx([1.0, 0.02])
-    none = searching.judged(h, cost, OF, 5)
+    none = searching.evaluate_run(h, cost, TARGET, 5)
     assert (none["cost"], none["spent"], none["left"]) == (None, 0, 1)
 
 
@@ -146,7 +146,9 @@ def test_a_search_is_charged_for_the_start_and_its_trials(monkeypatch):
     few = lambda part: jax.tree.map(lambda x: jnp.asarray(x[:20]), part)
     parts = {name: few(part) for name, part in searching.split(0).items()}
     monkeypatch.setattr(searching, "arrays", lambda seed: parts)
-    monkeypatch.setattr(searching, "known", lambda seed, size: Known(9, -1, None))
+    monkeypatch.setattr(
+        searching, "known", lambda seed, size: Target(9, -1, np.zeros(2))
+    )
     row = searching.run.__wrapped__("Random", 0, 2, 1.0, 300.0)
     _, first = searching.first_w(parts["train"], jnp.full(2, searching.START))
     assert row["cost"] is None
@@ -155,81 +157,77 @@ def test_a_search_is_charged_for_the_start_and_its_trials(monkeypatch):
     assert row["curve"] == sorted(row["curve"], reverse=True)
 
 
-# Judging `search`.
+# Findings.
 
 
-def rows_of(cost: dict, spent: float = 1e6) -> list[dict]:
-    """All planned rows; ``cost`` of a (method, size), else 100; None: never there."""
-    rows = []
-    for cell in searching.cells(range(5), ends=True):
-        name = cell["method"], cell["size"]
-        rows.append(
-            cell
-            | {"cost": cost.get(name, 100.0) if cell["method"] not in searching.ENDS
-               else None, "spent": spent, "left": 0.5, "best": "implicit"}
-        )  # fmt: skip
-    return rows
-
-
-def said(rows: list[dict], *words: str) -> str:
-    """The one line with all of the words."""
-    lines = [
-        v for v in searching_table.judge(rows) if all(word in v.text for word in words)
+def make_rows(cost: dict, spent: float = 1e6) -> list[dict]:
+    """Returns all planned rows; the cost of (method, size) is 100 if not stated."""
+    return [
+        cell
+        | {
+            "cost": None
+            if cell["method"] in searching.REFERENCES
+            else cost.get((cell["method"], cell["size"]), 100.0),
+            "spent": spent,
+            "left": 0.5,
+            "best": "implicit",
+        }
+        for cell in search.table.cells("small", 5)
     ]
-    assert len(lines) == 1
-    assert not lines[0].failed
-    return lines[0].text
+
+
+def line(rows: list[dict], *words: str) -> Finding:
+    """Returns the one finding with all of the words."""
+    (finding,) = [x for x in search.findings(rows) if all(w in x.text for w in words)]
+    assert not finding.failed
+    return finding
 
 
 LARGE = ("Random", 500), ("CMAES", 500)
 
 
-def test_fifty_times_is_reproduced_and_less_is_not():
-    """Claimed with 500 hyperparameters alone."""
-    rows = rows_of({LARGE[0]: 6000.0, LARGE[1]: 4000.0})
-    assert said(rows, "(o)", "Random").endswith("50 claimed: reproduced")
-    assert said(rows, "(o)", "CMAES").endswith("50 claimed: not reproduced")
-    assert "60 [60, 60] times" in said(rows, "(o)", "Random")
-    assert "claimed" not in said(rows, "20 hyperparameters", "CMAES against")
+def test_fifty_times_is_supported_and_less_is_not():
+    """The claim is about 500 hyperparameters alone."""
+    rows = make_rows({LARGE[0]: 6000.0, LARGE[1]: 4000.0})
+    random = line(rows, "500 hyper", "Random over")
+    assert random.outcome == "supported"
+    assert "60 [60, 60] times" in random.text
+    assert line(rows, "500 hyper", "CMAES over").outcome == "not supported"
+    assert line(rows, "20 hyperparameters", "CMAES over").outcome is None
 
 
-def test_a_black_box_that_is_never_there_counts_with_its_bound():
-    """Reproduced where the bound is enough, not where it is not; and it is said."""
-    rows = rows_of(dict.fromkeys(LARGE), spent=6000.0)
-    text = said(rows, "(o)", "CMAES")
-    assert "at least, never there on 5 of 5 seeds" in text
-    assert text.endswith(": reproduced")
-    rows = rows_of(dict.fromkeys(LARGE), spent=3000.0)
-    assert said(rows, "(o)", "CMAES").endswith("not reproduced")
+def test_a_black_box_that_misses_the_target_counts_with_its_bound():
+    """The claim is supported only if the bound is high enough."""
+    cmaes = line(make_rows(dict.fromkeys(LARGE), spent=6000.0), "500 hyper", "CMAES")
+    assert "at least, 5 of 5 seeds miss the target" in cmaes.text
+    assert cmaes.outcome == "supported"
+    rows = make_rows(dict.fromkeys(LARGE), spent=3000.0)
+    assert line(rows, "500 hyper", "CMAES over").outcome == "not supported"
 
 
-def test_no_claim_stands_where_hypergradients_are_never_there():
-    """Whatever the black boxes did."""
-    rows = rows_of({("implicit", 500): None} | dict.fromkeys(LARGE))
-    assert said(rows, "(o)", "Random").endswith(
-        "implicit is never there on 5 of 5 seeds: not reproduced"
-    )
+def test_no_claim_is_supported_if_hypergradients_miss_the_target():
+    """The black boxes do not matter then."""
+    rows = make_rows({("implicit", 500): None} | dict.fromkeys(LARGE))
+    random = line(rows, "500 hyper", "Random over")
+    assert "implicit misses the target on 5 of 5 seeds" in random.text
+    assert random.outcome == "not supported"
 
 
-def test_the_winner_is_the_first_of_those_that_are_there():
-    """And who ended below it is not told."""
-    rows = rows_of({("TPE", 2): 40.0, ("SOBA", 2): 60.0, ("Sobol", 2): None}, 30.0)
-    text = said(rows, "2 hyperparameters: first")
-    assert "first is TPE, 40, then SOBA, 60; not told" in text
+def test_the_winner_is_the_first_of_those_that_reach_the_target():
+    """A method that ended below its cost is undecided."""
+    rows = make_rows({("TPE", 2): 40.0, ("SOBA", 2): 60.0, ("Sobol", 2): None}, 30.0)
+    text = line(rows, "2 hyperparameters: first").text
+    assert "first is TPE, 40, then SOBA, 60; undecided" in text
     assert "Sobol" in text
 
 
-def test_a_missing_row_and_few_seeds_fail(tmp_path):
-    """By `--check`."""
-    made = dict.fromkeys(("device", "python", *record.PACKAGES), "x")
-    rows = [row | made for row in rows_of(dict.fromkeys(LARGE))]
-    path = tmp_path / "search.jsonl"
-    path.write_text("".join(map(record.line, rows)))
-    assert not any(v.failed for v in check(searching_table.TABLE, tmp_path))
-    path.write_text("".join(map(record.line, rows[:-1])))
-    assert any("missing" in v.text for v in check(searching_table.TABLE, tmp_path))
-    few = [row for row in rows if row["seed"] < 4]
-    path.write_text("".join(map(record.line, few)))
-    assert any(
-        "too few seeds" in v.text for v in check(searching_table.TABLE, tmp_path)
-    )
+def test_the_best_row_with_hypergradients_tuned_best():
+    """It is chosen by the rows of the stage; without them the error says so."""
+    scores = {"implicit": 2.0, "implicit, 10 steps": 1.5, "unrolled": 3.0, "SOBA": 1.7}
+    rows = [
+        {"stage": "tuning", "method": x, "size": 2, "scores": [9.0, score]}
+        for x, score in scores.items()
+    ]
+    assert search.best_descent(2, rows) == "implicit, 10 steps"
+    with pytest.raises(ValueError, match="run without --only"):
+        search.best_descent(20, rows)

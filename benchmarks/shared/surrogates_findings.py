@@ -1,0 +1,146 @@
+"""Claims and comparisons of the table `surrogates`."""
+
+import numpy as np
+
+from hypergrad.bench import (
+    Finding,
+    Interval,
+    Row,
+    difference_interval,
+    mean_interval,
+    select,
+)
+from hypergrad.bench.statistics import MIN_SEEDS
+
+from .metric_learning import OWN_SURROGATE
+
+COMPARED = ("cross-entropy", *OWN_SURROGATE.values())
+
+
+def column(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
+    """Returns one number per seed, in the order of the seeds."""
+    method_rows = select(rows, task=task, method=method)
+    method_rows = sorted(method_rows, key=lambda row: row["seed"])
+    return np.array([row[name] for row in method_rows], dtype=float)
+
+
+def in_points(interval: Interval) -> str:
+    """Returns an interval as points of a percentage."""
+    mean, low, high = (100 * x for x in interval)
+    return f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def leads_over_rivals(
+    rows: list[Row], task: str, metric: str, name: str
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Returns the best rival of a metric's own surrogate, and the lead over each."""
+    own = column(rows, task, OWN_SURROGATE[metric], name)
+    rivals = [method for method in COMPARED if method != OWN_SURROGATE[metric]]
+    leads = {method: own - column(rows, task, method, name) for method in rivals}
+    return min(rivals, key=lambda method: leads[method].mean()), leads
+
+
+def own_surrogate_claim(rows: list[Row], task: str, metric: str) -> Finding:
+    """Claim o1: no rival is better by more than one standard error."""
+    best, leads = leads_over_rivals(rows, task, metric, metric)
+    error = lambda x: x.std(ddof=1) / x.size**0.5 if x.size > 1 else np.inf
+    is_met = all(x.mean() >= -error(x) for x in leads.values())
+    text = (
+        f"o1, {task}, {metric}: {OWN_SURROGATE[metric]} minus {best}, its best rival: "
+        f"{in_points(mean_interval(leads[best]))}, at least minus one standard error "
+        "claimed"
+    )
+    return conclude(text, is_met, leads[best].size)
+
+
+def count_wins(rows: list[Row], task_metrics: list[tuple[str, str]]) -> Finding:
+    """Returns in how many cells the own surrogate is better than each rival."""
+    leads = [leads_over_rivals(rows, *x, x[1])[1].values() for x in task_metrics]
+    num_wins = sum(all(mean_interval(x).low > 0 for x in lead) for lead in leads)
+    return Finding(
+        f"a metric's own surrogate is better than each rival, by a 95% interval above "
+        f"zero, in {num_wins} of {len(task_metrics)} cells"
+    )
+
+
+def compare_on_validation(rows: list[Row], task: str, metric: str) -> Finding:
+    """Returns the lead of the own surrogate on the data of the outer loss."""
+    best, leads = leads_over_rivals(rows, task, metric, f"val_{metric}")
+    return Finding(
+        f"{task}, {metric} on validation itself: {OWN_SURROGATE[metric]} minus {best}, "
+        f"its best rival: {in_points(mean_interval(leads[best]))}"
+    )
+
+
+def compare_at_equal_cost(rows: list[Row], method: str) -> Finding:
+    """Returns the final validation mAP minus that of the double loop at that cost."""
+    value, cost, limit = (
+        {row["seed"]: row[name] for row in rows if row["method"] == label}
+        for label, name in (
+            ("double loop", "curve"),
+            ("double loop", "curve_cost"),
+            (method, "last_cost"),
+        )
+    )
+    double_loop = [
+        value[seed][max(0, np.searchsorted(cost[seed], limit[seed], "right") - 1)]
+        for seed in sorted(limit)
+    ]
+    single_loop = column(rows, "joint", method, "end")
+    return Finding(
+        f"{method}, its mAP on validation at the end minus that of the double loop at "
+        f"that cost: {in_points(difference_interval(single_loop, double_loop))}"
+    )
+
+
+def reaching_claim(rows: list[Row], method: str) -> Finding:
+    """Claim o2: the cost to reach the double loop's mAP is at most half of its cost."""
+    cost, total, double_loop = (
+        column(rows, "joint", *names)
+        for names in (
+            (method, "cost_to_reach"),
+            (method, "last_cost"),
+            ("double loop", "cost_to_reach"),
+        )
+    )
+    reached = np.isfinite(cost)
+    ratio = np.log2(np.where(reached, cost, total) / double_loop)
+    mean, low, high = (2**x for x in mean_interval(ratio))
+    bound = "" if reached.all() else "; its whole cost where it does not, a lower bound"
+    text = (
+        f"{'o2, ' if method == 'SOBA' else ''}{method} reaches the double loop's mAP "
+        f"on {reached.sum()} of {reached.size} seeds, for {mean:.2f} [{low:.2f}, "
+        f"{high:.2f}] of its gradient-equivalents{bound}"
+    )
+    if method != "SOBA":
+        return Finding(text)
+    text += ", all seeds and at most 0.5 claimed"
+    return conclude(text, bool(reached.all()) and mean <= 0.5, cost.size)
+
+
+def conclude(text: str, is_met: bool, num_seeds: int) -> Finding:
+    """Returns how a claim ends; fewer than five seeds decide nothing."""
+    if num_seeds < MIN_SEEDS:
+        return Finding(f"{text}: {num_seeds} seeds of {MIN_SEEDS}", "undecided")
+    return Finding(text, "supported" if is_met else "not supported")
+
+
+def compare_with_others(rows: list[Row], task: str, metric: str) -> Finding:
+    """Returns how the own surrogate differs from the baseline and random search."""
+    own = column(rows, task, OWN_SURROGATE[metric], metric)
+
+    def difference(method):
+        other = column(rows, task, method, metric)
+        interval = difference_interval(own, other)
+        relation = "level with"
+        if interval.low > 0:
+            relation = "above"
+        elif interval.high < 0:
+            relation = "below"
+        return f"{relation} {method.split(',')[0]} ({in_points(interval)})"
+
+    others = ("baseline", "train + validation", "cross-entropy")
+    methods = {row["method"] for row in select(rows, task=task)}
+    others = [x for x in (*others, f"random search, {metric}") if x in methods]
+    differences = ", ".join(map(difference, others))
+    return Finding(f"{task}, {metric}: {OWN_SURROGATE[metric]} is {differences}")
