@@ -204,7 +204,7 @@ def write_report(folder: Path, out: Path, *, update: bool = False) -> Path:
 def _index_entry(
     result: TableResult, findings: Sequence[Finding], figure: bytes
 ) -> IndexEntry:
-    row = result.rows[0]
+    row = result.printed_rows[0]
     return IndexEntry(
         name=result.name,
         summary=result.table.protocol.partition("\n")[0],

@@ -20,7 +20,7 @@ body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right;
          white-space: nowrap; }
-th:row-child, td:row-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #57606a; }
 img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f8fa; padding: 1rem; border-radius: 6px; }
@@ -76,7 +76,7 @@ class TableResult:
 
 def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> str:
     """Returns the table with its published numbers, findings and protocol."""
-    table, row = result.table, result.rows[0]
+    table, row = result.table, result.printed_rows[0]
     num_seeds = len({row["seed"] for row in result.printed_rows})
     metadata = [
         f"{num_seeds} seed{'s' * (num_seeds != 1)}"
@@ -179,7 +179,7 @@ def _markdown_table(
 
 def to_html(result: TableResult, figure: bytes | None, markdown: str) -> str:
     """Returns a page that needs no other file: table, findings, figure, provenance."""
-    row = result.rows[0]
+    row = result.printed_rows[0]
     metadata = {
         name: row.get(name)
         for name in ("commit", "device", "scale", "budget", "data", "command")
