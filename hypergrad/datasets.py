@@ -74,15 +74,25 @@ def _bundled_loader(name: str, scale: float = 1.0) -> Callable[[Path | None], Ar
 
     def load_bundled(data_dir: Path | None) -> Arrays:
         del data_dir
-        from sklearn import datasets
-
-        bunch: Any = getattr(datasets, f"load_{name}")()
+        bunch: Any = getattr(_import_sklearn_datasets(), f"load_{name}")()
         return {
             "x": (bunch.data / scale).astype(np.float32),
             "y": bunch.target.astype(np.int32),
         }
 
     return load_bundled
+
+
+def _import_sklearn_datasets() -> Any:
+    """Returns `sklearn.datasets`, or raises ImportError with the extra that has it."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(
+            "this data set is read by scikit-learn. Install it with pip install "
+            "'hypergrad-jax[tasks]'."
+        ) from error
+    return datasets
 
 
 # Read from files.
@@ -237,8 +247,7 @@ def _load_ijcnn1(data_dir: Path | None) -> Arrays:
 
 def _parse_svmlight(content: bytes, num_features: int) -> Arrays:
     """Parses lines ``label index:value ...`` into compressed sparse rows."""
-    from sklearn.datasets import load_svmlight_file
-
+    load_svmlight_file = _import_sklearn_datasets().load_svmlight_file
     x, y = load_svmlight_file(io.BytesIO(content), n_features=num_features)
     return {
         "values": x.data.astype(np.float32),

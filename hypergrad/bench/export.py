@@ -61,10 +61,11 @@ def write_csv(result: TableResult, folder: Path) -> Path:
 def write_latex(result: TableResult, folder: Path) -> Path:
     """Writes the printed table as a ``booktabs`` tabular."""
     headings, cells = main_table(result)
+    command = result.printed_rows[0]["command"]
     line = lambda row: " & ".join(map(_to_latex, row)) + r" \\"
     columns = "l" + "r" * (len(headings) - 1)
     lines = [
-        f"% {result.rows[0]['command']}",
+        f"% {command}",
         f"\\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         line(headings),

@@ -132,8 +132,15 @@ def fit_process(
 ) -> Any:
     """Returns a process whose kernel maximizes the likelihood of the values."""
     from scipy.optimize import minimize
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+    try:
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+    except ImportError as error:
+        raise ImportError(
+            "GaussianProcess needs scikit-learn. Install it with pip install "
+            "'hypergrad-jax[search]'."
+        ) from error
 
     length_scales: Any = np.full(x.shape[1], 0.5)
     bounds = 0.01, 100.0
