@@ -1,14 +1,13 @@
-"""What is claimed of ours beside others, and what rows say of it: met or not."""
+"""Claims about the speed and memory of hypergrad beside other libraries."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from hypergrad.studies.record import Row
-from hypergrad.studies.verdict import Verdict
+from hypergrad.bench import Finding, Row
 
-from .harness import CLEAN
+from .harness import CLEAN, OTHERS, offers
 from .work import STEPS
 
 DESCENTS = ("jaxopt", "optimistix")
@@ -25,105 +24,111 @@ TORCH = (
     "learn2learn",
 )
 PEERS = (*JAX, *TORCH)
+OURS = ("ours", "defaults", "base", "gauss_newton")
+#: Order of the contenders in a round.
+ORDER = ("inner", "plain", *OURS, *JAX, *TORCH)
 Rows = Mapping[str, Row]  # of one work, by contender
 Measured = tuple[float, str]
-Finder = Callable[[Rows, str], Measured]  # of a contender among them
+#: ``(rows, contender) -> (number, its parts in words)``
+Measure = Callable[[Rows, str], Measured]
 
 
-class Missing(Exception):
-    """There is no number, and why."""
+class MissingNumberError(Exception):
+    """A claim has no number; the message states why."""
 
 
-class Alone(Missing):
-    """No contender beside ours is right."""
+class NoPeerError(MissingNumberError):
+    """No contender of another library is right."""
 
 
 def seconds(row: Row) -> float:
-    """The median of a call's."""
+    """Returns the median seconds of a call."""
     return float(np.median(row["seconds"]))
 
 
-def usable(rows: Rows, name: str) -> Row:
-    """Of a contender that is right and was clean often enough."""
+def valid_row(rows: Rows, name: str) -> Row:
+    """Returns the row of a contender that is right and was clean often enough."""
     row = rows.get(name)
     if row is None:
-        raise Missing(f"{name} is missing")
+        raise MissingNumberError(f"{name} is missing")
     if row["reason"]:
-        raise Missing(f"{name}: {row['reason']}")
+        raise MissingNumberError(f"{name}: {row['reason']}")
     if len(row["seconds"]) < CLEAN:
-        raise Missing(f"{name} has {len(row['seconds'])} clean repetitions of {CLEAN}")
+        raise MissingNumberError(
+            f"{name} has {len(row['seconds'])} clean repetitions of {CLEAN}"
+        )
     return row
 
 
 def fastest(rows: Rows, names: Sequence[str]) -> Row:
-    """Of those that are right, all of which have to have been clean often enough."""
-    there = [name for name in names if name in rows]
-    if not there:
-        raise Missing(f"{', '.join(names)} is missing")
-    right = [usable(rows, name) for name in there if not rows[name]["reason"]]
+    """Returns the fastest row that is right; all right ones must be clean enough."""
+    present = [name for name in names if name in rows]
+    if not present:
+        raise MissingNumberError(f"{', '.join(names)} is missing")
+    right = [valid_row(rows, name) for name in present if not rows[name]["reason"]]
     if not right:
-        reasons = [f"{name}: {rows[name]['reason']}" for name in there]
-        raise Alone(f"nothing to compare to ({'; '.join(reasons)})")
+        reasons = [f"{name}: {rows[name]['reason']}" for name in present]
+        raise NoPeerError(f"nothing to compare to ({'; '.join(reasons)})")
     return min(right, key=seconds)
 
 
-# What is measured: a number and what it is made of.
+# Measures: a number, and its parts in words.
 
 
-def time_over(*names: str) -> Finder:
-    """Over that of the fastest of them."""
+def time_over(*names: str) -> Measure:
+    """Returns the measure of the time over that of the fastest of the names."""
 
-    def find(rows: Rows, name: str) -> Measured:
-        one, other = usable(rows, name), fastest(rows, names)
+    def measure(rows: Rows, name: str) -> Measured:
+        one, other = valid_row(rows, name), fastest(rows, names)
         a, b = seconds(one), seconds(other)
         return a / b, f"{a:.3g} s, {other['method']} {b:.3g} s"
 
-    return find
+    return measure
 
 
-def memory_over(*names: str) -> Finder:
-    """Peaks over that of the fastest of them."""
+def memory_over(*names: str) -> Measure:
+    """Returns the measure of the peak memory over that of the fastest of the names."""
 
-    def find(rows: Rows, name: str) -> Measured:
-        one, other = usable(rows, name), fastest(rows, names)
+    def measure(rows: Rows, name: str) -> Measured:
+        one, other = valid_row(rows, name), fastest(rows, names)
         a, b = one["peak"], other["peak"]
         return a / b, f"{a / 1e6:.0f} MB, {other['method']} {b / 1e6:.0f} MB"
 
-    return find
+    return measure
 
 
-def megabytes(column: str) -> Finder:
-    """``peak`` or ``scratch``."""
-    return lambda rows, name: (usable(rows, name)[column] / 1e6, "")
+def megabytes(column: str) -> Measure:
+    """Returns the measure of ``peak`` or ``scratch``."""
+    return lambda rows, name: (valid_row(rows, name)[column] / 1e6, "")
 
 
-def a_step(rows: Rows, name: str) -> Measured:
-    """Microseconds a step of the inner run."""
-    return 1e6 * seconds(usable(rows, name)) / STEPS, ""
+def time_per_step(rows: Rows, name: str) -> Measured:
+    """Returns microseconds per step of the inner run."""
+    return 1e6 * seconds(valid_row(rows, name)) / STEPS, ""
 
 
 def above_base(rows: Rows, name: str) -> Measured:
-    """Microseconds beyond those of the base."""
-    a, b = (1e6 * seconds(usable(rows, one)) for one in (name, "base"))
+    """Returns microseconds above those of the base."""
+    a, b = (1e6 * seconds(valid_row(rows, one)) for one in (name, "base"))
     return a - b, f"{a:.3g} µs, {b:.3g} µs"
 
 
 def growth(rows: Rows, name: str) -> Measured:
-    """Of more steps, over ours."""
-    a, b = (seconds(usable(rows, one)) for one in (name, "ours"))
+    """Returns the time of more steps over ours."""
+    a, b = (seconds(valid_row(rows, one)) for one in (name, "ours"))
     return a / b, f"{a:.3g} s, {b:.3g} s"
 
 
 def longer_scratch(rows: Rows, name: str) -> Measured:
-    """That of ten times the steps over that of the steps."""
-    row = usable(rows, name)
+    """Returns the scratch memory of ten times the steps over that of the steps."""
+    row = valid_row(rows, name)
     a, b = row["notes"]["longer"], row["scratch"]
     return a / b, f"{a / 1e6:.3g} MB, {b / 1e6:.3g} MB"
 
 
 def unflagged(rows: Rows, name: str) -> Measured:
-    """How many of two faults: a number that is none, and trust in it."""
-    notes = usable(rows, name)["notes"]
+    """Returns how many of two faults occur: not finite, and trusted."""
+    notes = valid_row(rows, name)["notes"]
     finite, trusted = bool(notes["finite"]), bool(notes["trusted"])
     text = f"{'finite' if finite else 'not finite'}, "
     text += f"{'trusted' if trusted else 'not trusted'}, residual "
@@ -131,56 +136,63 @@ def unflagged(rows: Rows, name: str) -> Measured:
 
 
 def least_curvature(rows: Rows, name: str) -> Measured:
-    """That its solve saw."""
-    notes = usable(rows, name)["notes"]
+    """Returns the smallest curvature that the solve detected."""
+    notes = valid_row(rows, name)["notes"]
     if "ritz_min" not in notes:
-        raise Missing(f"{name} saw no curvature")
+        raise MissingNumberError(f"{name} detected no curvature")
     return notes["ritz_min"], ""
 
 
-class Claim(NamedTuple):
-    """One number, what it may be at most, and what is reached for.
+class PeerClaim(NamedTuple):
+    """One number with an upper bound and an aim.
 
     Attributes:
-      work: whose rows it is of.
-      what: is measured.
-      find: the number and what it is made of, from the rows; or `Missing`.
-      most, reach: None where nothing is asked.
-      of: whose number it is.
+      work: Work whose rows are used.
+      quantity: Name of the number.
+      measure: ``(rows, contender) -> (number, parts)``; raises `MissingNumberError`.
+      max_value: The claimed bound; None if nothing is claimed.
+      aim: A lower value that is aimed at, or None.
+      contender: Whose number it is.
     """
 
     work: str
-    what: str
-    find: Finder
-    most: float | None = None
-    reach: float | None = None
-    of: str = "ours"
+    quantity: str
+    measure: Measure
+    max_value: float | None = None
+    aim: float | None = None
+    contender: str = "ours"
 
     def measured(self, rows: Rows) -> Measured:
-        """The number, or `Missing`."""
-        return self.find(rows, self.of)
+        """Returns the number with its parts."""
+        return self.measure(rows, self.contender)
 
     def words(self, value: float) -> tuple[str, str]:
-        """Whether it is met, and reached; empty where nothing is asked."""
-        met = "" if self.most is None else "met" if value <= self.most else "not met"
-        far = self.reach is not None and value <= self.reach
-        return met, "" if self.reach is None else "reached" if far else "not reached"
+        """Returns whether the bound is met and the aim reached; empty without one."""
+        met = "" if self.max_value is None else "met"
+        if self.max_value is not None and not value <= self.max_value:
+            met = "not met"
+        reached = "" if self.aim is None else "reached"
+        if self.aim is not None and not value <= self.aim:
+            reached = "not reached"
+        return met, reached
 
-    def judge(self, rows: Rows) -> Verdict:
-        """Fails where there is no number; *not met*, and wrong peers, do not."""
-        text = f"{self.work}, {self.what}"
+    def evaluate(self, rows: Rows) -> Finding:
+        """Returns how the claim ends; it fails only if our number is missing."""
+        text = f"{self.work}, {self.quantity}"
         try:
             value, parts = self.measured(rows)
-        except Missing as missing:
-            failed = not isinstance(missing, Alone)
-            return Verdict(f"{text}: {missing}", failed)
+        except MissingNumberError as error:
+            is_failed = not isinstance(error, NoPeerError)
+            return Finding(f"{text}: {error}", "FAILED" if is_failed else None)
         text += f": {value:.3g}" + (f" ({parts})" if parts else "")
         met, reached = self.words(value)
         if met:
-            text += f", at most {self.most:.3g} claimed: {met}"
+            text += f", at most {self.max_value:.3g} claimed"
         if reached:
-            text += f"; {self.reach:.3g} {reached}"
-        return Verdict(text)
+            text += f"; {self.aim:.3g} {reached}"
+        if not met:
+            return Finding(text)
+        return Finding(text, "supported" if met == "met" else "not supported")
 
 
 INNER, PEER = "time over inner", "time over the fastest PyTorch peer"
@@ -191,66 +203,80 @@ DEFAULTS = (
     "w3-1000", "overhead", "overhead-solve",
 )  # fmt: skip
 CLAIMS = (
-    Claim("w1-unrolled", INNER, time_over("inner"), 2.1, 1.95),
-    Claim("w1-unrolled", PEER, time_over(*TORCH), 0.5, 0.35),
-    Claim("w1-unrolled", ANY, time_over(*PEERS)),
-    Claim("w1-unrolled", "time over JAXopt", time_over("jaxopt"), 0.12),
-    Claim("w1-unrolled", "memory over JAXopt", memory_over("jaxopt"), 1 / 20),
-    Claim("w1-forward", INNER, time_over("inner"), 2.1),
-    Claim("w1-forward", "time over torch.func", time_over("torch_func"), 0.2, 0.12),
-    Claim("w1-forward", ANY, time_over(*PEERS)),
-    Claim("w1-solve", INNER, time_over("inner"), 0.06, 0.047),
-    Claim("w1-solve", PEER, time_over(*TORCH), 0.5, 0.3),
-    Claim("w1-solve", ANY, time_over(*PEERS), 0.5, 0.3),
-    Claim(
+    PeerClaim("w1-unrolled", INNER, time_over("inner"), 2.1, 1.95),
+    PeerClaim("w1-unrolled", PEER, time_over(*TORCH), 0.5, 0.35),
+    PeerClaim("w1-unrolled", ANY, time_over(*PEERS)),
+    PeerClaim("w1-unrolled", "time over JAXopt", time_over("jaxopt"), 0.12),
+    PeerClaim("w1-unrolled", "memory over JAXopt", memory_over("jaxopt"), 1 / 20),
+    PeerClaim("w1-forward", INNER, time_over("inner"), 2.1),
+    PeerClaim("w1-forward", "time over torch.func", time_over("torch_func"), 0.2, 0.12),
+    PeerClaim("w1-forward", ANY, time_over(*PEERS)),
+    PeerClaim("w1-solve", INNER, time_over("inner"), 0.06, 0.047),
+    PeerClaim("w1-solve", PEER, time_over(*TORCH), 0.5, 0.3),
+    PeerClaim("w1-solve", ANY, time_over(*PEERS), 0.5, 0.3),
+    PeerClaim(
         "w1-whole",
         "time over descent by JAXopt or Optimistix",
         time_over(*DESCENTS),
         0.3,
         0.13,
     ),
-    Claim(
+    PeerClaim(
         "w1-whole",
         "time over the best solver of JAXopt or Optimistix",
         time_over(*JAX),
         0.3,
         0.13,
     ),
-    Claim("w1-whole", PEER, time_over(*TORCH), 0.1, 0.05),
-    Claim("w2-unrolled", INNER, time_over("inner"), 2.25, 2.1),
-    Claim("w2-unrolled", PEER, time_over(*TORCH), 0.85, 0.78),
-    Claim("w2-unrolled", "memory over that peer", memory_over(*TORCH), 1.0),
-    Claim("w2-unrolled", ANY, time_over(*PEERS), 0.85, 0.78),
-    Claim("w2-unrolled", "peak, MB", megabytes("peak"), None, 750),
-    Claim("w2-lowmem", INNER, time_over("inner"), 3.0, 2.6),
-    Claim("w2-lowmem", "peak, MB", megabytes("peak"), 520),
-    Claim("w2-implicit", "time over plain JAX", time_over("plain"), 1.05),
-    Claim("w2-implicit", PEER, time_over(*TORCH), 0.65, 0.57),
-    Claim("w2-implicit", ANY, time_over(*PEERS), 0.65, 0.57),
-    Claim("w2-indefinite", FAULTS, unflagged, 0),
-    Claim("w2-indefinite", "least curvature seen, 0: negative", least_curvature, 0),
-    Claim("w2-indefinite", f"Gauss-Newton, {FAULTS}", unflagged, 0, of="gauss_newton"),
-    Claim("w3-1000", INNER, time_over("inner"), 4.0, 3.5),
-    Claim("w3-1000", "scratch, MB", megabytes("scratch"), 80, 60),
-    Claim("w3-1000", PEER, time_over(*TORCH), 0.8, 0.65),
-    Claim("w3-10000", INNER, time_over("inner"), 4.3, 3.5),
-    Claim("w3-10000", "peak, MB", megabytes("peak"), 800, 600),
-    Claim("w3-forward", INNER, time_over("inner"), 4.2),
-    Claim("w3-forward", "scratch of ten times the steps over", longer_scratch, 1.01),
-    Claim("w4", PEER, time_over(*TORCH), 1.0, 0.6),
-    Claim("w4", "peak, MB", megabytes("peak"), 1300),
-    Claim("overhead", "microseconds a step", a_step, 2.0, 0.75),
-    Claim("overhead", PEER, time_over(*TORCH), 1 / 100, 1 / 300),
-    Claim("overhead", ANY, time_over(*PEERS)),
-    Claim("overhead-solve", ANY, time_over(*PEERS)),
-    Claim("dispatch", "microseconds above the jitted core", above_base, 30, 10),
-    Claim("compile", "time over plain JAX", time_over("plain"), 1.3, 1.1),
-    Claim("compile", "time of a hundred times the steps over", growth, 1.1, of="base"),
-    Claim("eight", "time over one loss", time_over("base"), 3.0, 2.5),
-    Claim("w6", "a hypergradient over a training", time_over("inner"), 1.15),
-    Claim("w6", ANY, time_over(*PEERS)),
+    PeerClaim("w1-whole", PEER, time_over(*TORCH), 0.1, 0.05),
+    PeerClaim("w2-unrolled", INNER, time_over("inner"), 2.25, 2.1),
+    PeerClaim("w2-unrolled", PEER, time_over(*TORCH), 0.85, 0.78),
+    PeerClaim("w2-unrolled", "memory over that peer", memory_over(*TORCH), 1.0),
+    PeerClaim("w2-unrolled", ANY, time_over(*PEERS), 0.85, 0.78),
+    PeerClaim("w2-unrolled", "peak, MB", megabytes("peak"), None, 750),
+    PeerClaim("w2-lowmem", INNER, time_over("inner"), 3.0, 2.6),
+    PeerClaim("w2-lowmem", "peak, MB", megabytes("peak"), 520),
+    PeerClaim("w2-implicit", "time over plain JAX", time_over("plain"), 1.05),
+    PeerClaim("w2-implicit", PEER, time_over(*TORCH), 0.65, 0.57),
+    PeerClaim("w2-implicit", ANY, time_over(*PEERS), 0.65, 0.57),
+    PeerClaim("w2-indefinite", FAULTS, unflagged, 0),
+    PeerClaim("w2-indefinite", "least curvature seen, 0: negative", least_curvature, 0),
+    PeerClaim(
+        "w2-indefinite",
+        f"Gauss-Newton, {FAULTS}",
+        unflagged,
+        0,
+        contender="gauss_newton",
+    ),
+    PeerClaim("w3-1000", INNER, time_over("inner"), 4.0, 3.5),
+    PeerClaim("w3-1000", "scratch, MB", megabytes("scratch"), 80, 60),
+    PeerClaim("w3-1000", PEER, time_over(*TORCH), 0.8, 0.65),
+    PeerClaim("w3-10000", INNER, time_over("inner"), 4.3, 3.5),
+    PeerClaim("w3-10000", "peak, MB", megabytes("peak"), 800, 600),
+    PeerClaim("w3-forward", INNER, time_over("inner"), 4.2),
+    PeerClaim(
+        "w3-forward", "scratch of ten times the steps over", longer_scratch, 1.01
+    ),
+    PeerClaim("w4", PEER, time_over(*TORCH), 1.0, 0.6),
+    PeerClaim("w4", "peak, MB", megabytes("peak"), 1300),
+    PeerClaim("overhead", "microseconds a step", time_per_step, 2.0, 0.75),
+    PeerClaim("overhead", PEER, time_over(*TORCH), 1 / 100, 1 / 300),
+    PeerClaim("overhead", ANY, time_over(*PEERS)),
+    PeerClaim("overhead-solve", ANY, time_over(*PEERS)),
+    PeerClaim("dispatch", "microseconds above the jitted core", above_base, 30, 10),
+    PeerClaim("compile", "time over plain JAX", time_over("plain"), 1.3, 1.1),
+    PeerClaim(
+        "compile",
+        "time of a hundred times the steps over",
+        growth,
+        1.1,
+        contender="base",
+    ),
+    PeerClaim("eight", "time over one loss", time_over("base"), 3.0, 2.5),
+    PeerClaim("w6", "a hypergradient over a training", time_over("inner"), 1.15),
+    PeerClaim("w6", ANY, time_over(*PEERS)),
     *(
-        Claim(work, f"by defaults, {what}", time_over(*names), of="defaults")
+        PeerClaim(work, f"by defaults, {what}", time_over(*names), contender="defaults")
         for work in DEFAULTS
         for what, names in ((INNER, ("inner",)), (ANY, PEERS))
     ),
@@ -258,14 +284,40 @@ CLAIMS = (
 
 
 def by_work(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Rows by work and contender."""
-    found: dict[str, dict[str, Row]] = {}
+    """Returns the rows by work and contender."""
+    works: dict[str, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(row["work"], {})[row["method"]] = row
-    return found
+        works.setdefault(row["work"], {})[row["method"]] = row
+    return works
 
 
-def judge(rows: Sequence[Row]) -> list[Verdict]:
-    """Every claim; a fault of a peer is no failure of the table."""
-    found = by_work(rows)
-    return [claim.judge(found.get(claim.work, {})) for claim in CLAIMS]
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """Returns how every claim ends whose work has rows."""
+    works = by_work(rows)
+    return [
+        claim.evaluate(works[claim.work]) for claim in CLAIMS if claim.work in works
+    ]
+
+
+def contenders_of(work: str) -> list[str]:
+    """Returns the contenders that offer a work, in the order of their turns."""
+    return [name for name in ORDER if work in offers(name)]
+
+
+def hardware_text(rows: Sequence[Row]) -> str:
+    """Returns hardware and versions, in one sentence each.
+
+    Two peers are distributed as `hypergrad`: they are named by their contenders.
+    """
+    first = rows[0]
+    versions = {
+        (row["method"] if name == "hypergrad" else name, version)
+        for row in rows
+        for name, version in row["library_versions"].items()
+    } | {("hypergrad-jax", row["versions"]["hypergrad"]) for row in rows}
+    names = ", ".join(f"{name} {version}" for name, version in sorted(versions))
+    return (
+        f"{first['cpu']}, {first['cores']} cores, {first['memory'] / 2**30:.0f} GiB, "
+        f"float32; repetitions in turns, discarded while others took over {OTHERS:.0%} "
+        f"of a core. Versions: {names}."
+    )

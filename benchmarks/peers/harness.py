@@ -1,8 +1,8 @@
-"""Contenders side by side: one process each, in turns, and what came of it.
+"""Contenders side by side: one process each, measured in turns.
 
-In each round every contender makes one repetition, A B C A B C and so on, so that what
-the machine does over minutes meets all alike. A repetition while other processes were
-busy is thrown away and counted.
+In each round every contender makes one repetition, A B C A B C and so on, so that slow
+changes of the machine affect all alike. A repetition while other processes are busy is
+discarded and counted.
 """
 
 import ast
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hypergrad.studies.record import Row
+from hypergrad.bench import Row
 
 from .work import WORKS
 from .worker import save
@@ -39,7 +39,7 @@ LIMIT = 1800.0  # seconds until an answer is given up
 
 
 def offers(contender: str) -> list[str]:
-    """Its works, read off its source: its library may not be installed here."""
+    """Returns the works of a contender from its source, without importing it."""
     path = CONTENDERS / f"{contender}.py"
     if not path.exists():
         return []
@@ -50,18 +50,18 @@ def offers(contender: str) -> list[str]:
     return []
 
 
-class Silent(Exception):
-    """A contender that will say no more, and why."""
+class WorkerEndedError(Exception):
+    """A contender's process sends no further line; the message states why."""
 
 
 class Running:
-    """A contender's process, and what it said.
+    """A contender's process, and its measurements.
 
     Attributes:
-      told: its first line: seconds, bytes, notes, versions and answer.
-      reason: why it has no ratio, if so.
-      seconds: of a call, of the clean repetitions.
-      discarded: how many were not.
+      first_line: The first line: seconds, bytes, notes, versions and answer.
+      reason: Why it has no ratio, or None.
+      seconds: Seconds per call of the clean repetitions.
+      discarded: Number of other repetitions.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Running:
     ):
         self.contender = contender
         self.setting = setting or {}
-        self.told: dict[str, Any] = {}
+        self.first_line: dict[str, Any] = {}
         self.reason: str | None = None
         self.seconds: list[float] = []
         self.discarded, self.number = 0, 1
@@ -95,32 +95,32 @@ class Running:
                 cwd=ROOT,
             )
         try:
-            self.told = self._hear()
-            self.reason = self.told.pop("failed", None)
+            self.first_line = self._read_line()
+            self.reason = self.first_line.pop("failed", None)
             if self.reason is None:
-                once = self._ask(1)["seconds"]
+                once = self._run_calls(1)["seconds"]
                 self.number = max(1, math.ceil(SECONDS / once))
-        except Silent as silence:
-            self.reason = str(silence)
+        except WorkerEndedError as error:
+            self.reason = str(error)
 
-    def _hear(self) -> dict[str, Any]:
-        """Its next line."""
+    def _read_line(self) -> dict[str, Any]:
+        """Returns the next line of the process."""
         ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
         if not ready:
-            raise Silent(f"nothing in {LIMIT:g} s")
+            raise WorkerEndedError(f"nothing in {LIMIT:g} s")
         line = self.process.stdout.readline()
         if not line:
-            raise Silent(self._last_words())
+            raise WorkerEndedError(self._last_words())
         return json.loads(line)
 
-    def _ask(self, number: int) -> dict[str, float]:
-        """For so many calls."""
+    def _run_calls(self, number: int) -> dict[str, float]:
+        """Returns the seconds of so many calls, and the load by other processes."""
         try:
             self.process.stdin.write(b"%d\n" % number)
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise Silent(self._last_words()) from error
-        return self._hear()
+            raise WorkerEndedError(self._last_words()) from error
+        return self._read_line()
 
     def _last_words(self) -> str:
         code = self.process.wait()
@@ -129,12 +129,12 @@ class Running:
         return f"ended by {how}" + (f": {lines[-1][:200]}" if lines else "")
 
     def repeat(self) -> None:
-        """One repetition, clean or not."""
+        """Makes one repetition, clean or not."""
         time.sleep(PAUSE)
         try:
-            took = self._ask(self.number)
-        except Silent as silence:
-            self.reason = str(silence)
+            took = self._run_calls(self.number)
+        except WorkerEndedError as error:
+            self.reason = str(error)
             return
         if took["others"] > OTHERS:
             self.discarded += 1
@@ -142,37 +142,37 @@ class Running:
             self.seconds.append(took["seconds"])
 
     def end(self) -> None:
-        """No more of it."""
+        """Ends the process."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):  # a question it did not hear
+            with contextlib.suppress(BrokenPipeError):  # the process has ended
                 self.process.stdin.close()
             self.process = None
 
     def row(self, error: float | None) -> Row:
-        """What is kept."""
-        notes = dict(self.told.get("notes", {}))
+        """Returns the fields of the row."""
+        notes = dict(self.first_line.get("notes", {}))
         return {
             "method": self.contender,
             "setting": self.setting,
             "seconds": self.seconds,
             "discarded": self.discarded,
             "calls": self.number,
-            "prepared": self.told.get("prepared"),
-            "first": self.told.get("first"),
-            "peak": self.told.get("peak"),
+            "prepared": self.first_line.get("prepared"),
+            "first": self.first_line.get("first"),
+            "peak": self.first_line.get("peak"),
             "scratch": notes.pop("scratch", None),
             "notes": notes,
             "error": error,
             "reason": self.reason,
-            "versions": self.told.get("versions", {}),
+            "library_versions": self.first_line.get("versions", {}),
         }
 
 
 def distance(answer: Sequence[float], truth: Sequence[float]) -> float:
-    """Relative, in the 2-norm; NaN for another length."""
+    """Returns the relative error in the 2-norm; NaN for another length."""
     a, b = np.asarray(answer), np.asarray(truth)
     if a.shape != b.shape:
         return math.nan
@@ -180,38 +180,42 @@ def distance(answer: Sequence[float], truth: Sequence[float]) -> float:
 
 
 def surroundings() -> dict[str, str]:
-    """Variables of every contender's process."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
-    place = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return kept | place | {"OMP_NUM_THREADS": str(cores())}
+    """Returns the variables of every contender's process."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
+    paths = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return inherited | paths | {"OMP_NUM_THREADS": str(cores())}
 
 
 def setting_of(work: str, contender: str) -> Row:
-    """What `tuning` chose of what the work leaves open to the contender."""
+    """Returns the setting that `tuning` chose for a contender."""
     return json.loads(SETTINGS.read_text()).get(work, {}).get(contender, {})
 
 
-def judged(running: Running, truth: Sequence[float] | None, most: float):
-    """Error of an answer, where it is compared; a wrong one is said to be so."""
-    answer = running.told.pop("answer", None)
-    if running.reason or truth is None or running.contender in FREE:
+def check_answer(
+    running: Running, expected: Sequence[float] | None, max_error: float
+) -> float | None:
+    """Returns the error of a compared answer; a wrong one ends the contender."""
+    answer = running.first_line.pop("answer", None)
+    if running.reason or expected is None or running.contender in FREE:
         return None
-    error = distance(answer, truth)
-    if not error <= most:
-        running.reason = f"wrong: its error is {error:.2g}, at most {most:g} allowed"
+    error = distance(answer, expected)
+    if not error <= max_error:
+        running.reason = (
+            f"wrong: its error is {error:.2g}, at most {max_error:g} allowed"
+        )
         running.end()
     return error
 
 
 def truth_of(work: str, data: Path) -> list[float] | None:
-    """What `reference` answers, where it does this work."""
+    """Returns the answer of `reference` for a work."""
     reference = Running(
         "reference", work, data, Path(sys.executable), JAX_ENABLE_X64="1"
     )
     reference.end()
     if reference.reason:
         raise RuntimeError(f"no reference for {work}: {reference.reason}")
-    return reference.told["answer"]
+    return reference.first_line["answer"]
 
 
 def measure(
@@ -222,38 +226,38 @@ def measure(
     clean: int = CLEAN,
     rounds: int = ROUNDS,
 ) -> list[Row]:
-    """A row a contender of one work.
+    """Returns a row per contender of one work.
 
     Args:
-      work: of `WORKS`.
-      contenders: names, and the Python that runs each.
-      small: at the size for tests.
-      clean: repetitions that each is to have.
-      rounds: at the most.
+      work: Name of a work of `WORKS`.
+      contenders: ``{name: Python that runs it}``.
+      small: Whether the work has the size of tests.
+      clean: Number of clean repetitions that each contender needs.
+      rounds: Maximum number of rounds.
     """
     stated = WORKS[work]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
         save(data, stated.small() if small else stated.data())
-        compared = math.isfinite(stated.error)
-        truth = truth_of(work, data) if compared else None
-        all_of_them: list[Running] = []
+        is_compared = math.isfinite(stated.error)
+        expected = truth_of(work, data) if is_compared else None
+        runs: list[Running] = []
         try:
             errors = []
             for contender, python in contenders.items():
-                chosen = setting_of(work, contender)
-                all_of_them.append(Running(contender, work, data, python, chosen))
-                errors.append(judged(all_of_them[-1], truth, stated.error))
-            in_rounds(all_of_them, clean, rounds)
+                setting = setting_of(work, contender)
+                runs.append(Running(contender, work, data, python, setting))
+                errors.append(check_answer(runs[-1], expected, stated.error))
+            run_rounds(runs, clean, rounds)
         finally:
-            for one in all_of_them:
-                one.end()
-    rows = [one.row(e) for one, e in zip(all_of_them, errors, strict=True)]
+            for run in runs:
+                run.end()
+    rows = [run.row(error) for run, error in zip(runs, errors, strict=True)]
     return [{"work": work, "seed": 0} | row | hardware() for row in rows]
 
 
-def in_rounds(contenders: Sequence[Running], clean: int, rounds: int) -> None:
-    """Until every one that lives and is right has so many clean repetitions."""
+def run_rounds(contenders: Sequence[Running], clean: int, rounds: int) -> None:
+    """Runs rounds until every valid contender has enough clean repetitions."""
     for _ in range(rounds):
         alive = [one for one in contenders if one.reason is None]
         if all(len(one.seconds) >= clean for one in alive):
@@ -263,12 +267,12 @@ def in_rounds(contenders: Sequence[Running], clean: int, rounds: int) -> None:
 
 
 def cores() -> int:
-    """That this process and those it starts may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def hardware() -> Row:
-    """Model and number of cores, and bytes of memory."""
+    """Returns model and number of cores, and bytes of memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,52 +7,51 @@ import re
 import sys
 from pathlib import Path
 
-from hypergrad.studies import record
-from hypergrad.studies.record import Row
+from hypergrad.bench import Row
+from hypergrad.bench.rows import read_rows
 
-from .claims import CLAIMS, Missing, by_work
-from .table import made_on
+from .claims import CLAIMS, MissingNumberError, by_work, hardware_text
 
-ROWS = Path(__file__).parents[1] / "results" / "peers.jsonl"
-COMMAND = "python -m benchmarks peers"
+ROWS = Path(__file__).parents[1] / "results" / "peer_speed.jsonl"
+COMMAND = "hypergrad run peer_speed"
 
 
 def section(rows: list[Row]) -> str:
-    """A line a claim, how many are met, then how it was measured."""
+    """Returns a row per claim, how many are met, and how they were measured."""
     if not rows:
         return "Not measured yet.\n"
     words = []
-    found, asked = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
+    works, text = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
     titles = "work", "of ours", "measured", "claimed, at most", "", "aimed at", ""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for claim in CLAIMS:
         met = reached = ""
         try:
-            value, parts = claim.measured(found.get(claim.work, {}))
-            told = f"**{value:.3g}**" + (f" ({parts})" if parts else "")
+            value, parts = claim.measured(works.get(claim.work, {}))
+            number = f"**{value:.3g}**" + (f" ({parts})" if parts else "")
             met, reached = claim.words(value)
-        except Missing as missing:
-            told = f"not measured: {missing}"
+        except MissingNumberError as error:
+            number = f"not measured: {error}"
         words.append(met)
-        columns = [claim.work, claim.what, told, asked(claim.most), met]
-        columns += [asked(claim.reach), reached]
+        columns = [claim.work, claim.quantity, number, text(claim.max_value), met]
+        columns += [text(claim.aim), reached]
         lines.append(f"| {' | '.join(columns)} |")
     met, bounded = words.count("met"), sum(map(bool, words))
     count = f"Of {bounded} lines that claim a bound {met} are met."
-    return "\n".join([*lines, "", f"{count} {made_on(rows)} By `{COMMAND}`.", ""])
+    return "\n".join([*lines, "", f"{count} {hardware_text(rows)} By `{COMMAND}`.", ""])
 
 
 def rewrite(text: str, rows: list[Row]) -> str:
-    """The page with the section anew."""
+    """Returns the page with a new section."""
     between = re.compile(
         r"(<!-- results: peers -->\n).*?(<!-- end of results -->)", re.S
     )
-    return between.sub(lambda found: found[1] + section(rows) + found[2], text)
+    return between.sub(lambda match: match[1] + section(rows) + match[2], text)
 
 
 def committed() -> list[Row]:
-    """None where nothing was measured."""
-    return record.read(ROWS) if ROWS.exists() else []
+    """Returns the committed rows, or none."""
+    return read_rows(ROWS) if ROWS.exists() else []
 
 
 if __name__ == "__main__":

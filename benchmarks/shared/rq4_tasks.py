@@ -1,9 +1,8 @@
 """Encoders, what they learn from, and the augmentation of it, for the table `rq4`.
 
-The inner loss is a mean over images that are transformed by draws which stay: ``alpha``
-holds how far each operation goes at most, so that the loss is a function of
-``(w, alpha)`` that has a minimum, and a hypergradient that can be certified. See
-README.md.
+The inner loss is a mean over images that are transformed by fixed random numbers.
+``alpha`` holds the largest magnitude of each operation, so that the loss is a function
+of ``(w, alpha)`` with a minimum, and its hypergradient can be certified.
 """
 
 import functools
@@ -24,11 +23,10 @@ from hypergrad.tasks.self_supervised import append_one, info_nce, probe
 NUM_TRAIN, NUM_VAL, NUM_DRAWS = 200, 200, 2
 WIDTH, HIDDEN, NUM_CLASSES, SIDE = 16, 32, 10, 8
 FILTERS, HEADS, PATCH = 4, 2, 4
-PENALTY = {"supervised": 1e-2, "self-supervised": 3e-3, "autoencoder": 1e-3}
 RIDGE = 1.0  # of the probe
 TEMPERATURE = 0.2  # of the contrastive loss
 SPACE = hg.spaces.Interval(0.0, MAX_MAGNITUDES, shape=(len(OPERATIONS),))
-#: By hand: a pixel, 15 degrees, a tenth of the rest; before any row was seen.
+#: Set by hand before the first run: a pixel, 15 degrees, a tenth of the rest.
 FIXED = np.array([1.0, 1.0, np.pi / 12, 0.1, 0.1, 0.1, 0.1])
 
 
@@ -36,35 +34,35 @@ FIXED = np.array([1.0, 1.0, np.pi / 12, 0.1, 0.1, 0.1, 0.1])
 
 
 def flat(x: Array) -> Array:
-    """A row an image."""
+    """Returns a row per image."""
     return x.reshape(len(x), -1)
 
 
 def affine(w: PyTree, layer: str, x: Array) -> Array:
-    """``x W + b``."""
+    """Returns ``x W + b``."""
     return x @ w[layer]["W"] + w[layer]["b"][(None,) * (x.ndim - 1)]
 
 
 def linear(w: PyTree, x: Array) -> Array:
-    """``x W + b``; the pixels where there is no layer, as the head is linear too."""
+    """Returns ``x W + b``, or the pixels if there is no layer."""
     return affine(w, "last", flat(x)) if w else flat(x)
 
 
 def mlp(w: PyTree, x: Array) -> Array:
-    """One hidden layer of tanh."""
+    """Returns the features of a network with one hidden layer of tanh."""
     return jnp.tanh(affine(w, "last", jnp.tanh(affine(w, "first", flat(x)))))
 
 
 def cnn(w: PyTree, x: Array) -> Array:
-    """Filters of 3 by 3, tanh, means over 2 by 2, and a layer of tanh."""
+    """Returns features by filters of 3x3, tanh, means over 2x2, and a layer of tanh."""
     maps = jnp.tanh(affine(w, "filters", extract_patches(x, -1)))
     return jnp.tanh(affine(w, "last", flat(mean_pool(maps))))
 
 
 def attention(w: PyTree, h: Array) -> Array:
-    """``softmax(Q K' / sqrt(d)) V`` of each head, side by side, and a matrix.
+    """Returns attention with several heads, for tokens ``[n, t, width]``.
 
-    Of tokens ``[n, t, width]``.
+    It is ``softmax(Q K' / sqrt(d)) V`` of each head, side by side, times a matrix.
     """
     heads = lambda name: (h @ w[name]).reshape(*h.shape[:2], HEADS, -1)
     q, k, v = heads("query"), heads("key"), heads("value")
@@ -74,13 +72,13 @@ def attention(w: PyTree, h: Array) -> Array:
 
 
 def normalised(h: Array) -> Array:
-    """Each token with mean 0 and variance 1."""
+    """Returns tokens with mean 0 and variance 1."""
     centred = h - jnp.mean(h, axis=-1, keepdims=True)
     return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-5)
 
 
 def vit(w: PyTree, x: Array) -> Array:
-    """Four patches, a block of attention and of a hidden layer, their mean by tanh."""
+    """Returns features by four patches, attention, a hidden layer, and their mean."""
     per = SIDE // PATCH
     cells = x.reshape(-1, per, PATCH, per, PATCH).transpose(0, 1, 3, 2, 4)
     h = affine(w, "first", cells.reshape(-1, per**2, PATCH**2)) + w["place"][None]
@@ -90,14 +88,14 @@ def vit(w: PyTree, x: Array) -> Array:
 
 
 class Architecture(NamedTuple):
-    """``features(w, images)``, and shapes of ``w``, matrices [inputs, outputs]."""
+    """``features(w, images)``, and the shapes of ``w``; matrices [inputs, outputs]."""
 
     features: Callable[[PyTree, Array], Array]
     shapes: PyTree
 
 
 def layer(num_inputs: int, num_outputs: int) -> PyTree:
-    """Shapes of an affine one."""
+    """Returns the shapes of an affine layer."""
     return {"W": (num_inputs, num_outputs), "b": (num_outputs,)}
 
 
@@ -122,13 +120,13 @@ ARCHITECTURES = {
         },
     ),
 }
-#: Outputs of the affine layer on the features.
+#: Number of outputs of the affine layer on the features.
 HEAD = {"supervised": NUM_CLASSES, "self-supervised": 0, "autoencoder": SIDE**2}
 OBJECTIVES = tuple(HEAD)
 
 
-def start(architecture: str, objective: str, seed: int) -> PyTree:
-    """Normal matrices of variance 1 / inputs, vectors of zeros."""
+def init_w(architecture: str, objective: str, seed: int) -> PyTree:
+    """Returns normal matrices of variance 1 / inputs, and vectors of zeros."""
     shapes = {"encoder": ARCHITECTURES[architecture].shapes}
     if (architecture, objective) == ("linear", "supervised"):  # softmax regression
         shapes = {"encoder": {}, "head": layer(SIDE**2, HEAD[objective])}
@@ -151,28 +149,28 @@ def start(architecture: str, objective: str, seed: int) -> PyTree:
 
 
 def transformed(alpha: Array, batch: PyTree) -> Array:
-    """Each image by its own draws, as far as ``alpha`` says."""
+    """Returns the images, transformed by their random numbers times ``alpha``."""
     return transform(batch["x"], alpha[None, :] * batch["draws"], batch["noise"])
 
 
 def unit(f: Array) -> Array:
-    """Features of length 1."""
+    """Returns features of length 1."""
     return f / jnp.sqrt(jnp.sum(f**2, axis=1, keepdims=True) + 1e-6)
 
 
 def cross_entropy(scores: Array, y: Array) -> Array:
-    """An image each."""
+    """Returns the cross-entropy of each image."""
     return optax.softmax_cross_entropy_with_integer_labels(scores, y)
 
 
 def inner_loss(
     architecture: str, objective: str, w: PyTree, alpha: Array, batch: PyTree
 ) -> Array:
-    """Of the objective on transformed images, and an L2 penalty.
+    """Returns the objective on transformed images, with an L2 penalty.
 
-    Supervised: cross-entropy of the head. Self-supervised: the first half of the rows
-    and the second are two views of the same images; which belong together? Autoencoder:
-    half the squared error of the head against the image as it was.
+    Supervised: cross-entropy of the head. Self-supervised: InfoNCE; the halves of the
+    rows are two views of the same images. Autoencoder: half the squared error of the
+    head against the original image.
     """
     f = ARCHITECTURES[architecture].features(w["encoder"], transformed(alpha, batch))
     if objective == "supervised":
@@ -187,7 +185,7 @@ def inner_loss(
 
 
 def scores_of(architecture: str, objective: str, w: PyTree, batch: PyTree) -> Array:
-    """Class scores ``[n, 10]``: the head's, or those of a ridge probe on features."""
+    """Returns class scores ``[n, 10]`` of the head, or of a ridge probe on features."""
     f = ARCHITECTURES[architecture].features(w["encoder"], batch["x"])
     if objective == "supervised":
         return affine(w, "head", f)
@@ -197,7 +195,7 @@ def scores_of(architecture: str, objective: str, w: PyTree, batch: PyTree) -> Ar
 def outer_loss(
     architecture: str, objective: str, w: PyTree, alpha: Array, batch: PyTree
 ) -> Array:
-    """Where to judge: cross-entropy of a head, half the squared error of a probe."""
+    """Returns cross-entropy of a head, or half the squared error of a probe."""
     del alpha
     scores = scores_of(architecture, objective, w, batch)
     if objective == "supervised":
@@ -205,21 +203,21 @@ def outer_loss(
     else:
         y = jax.nn.one_hot(batch["y"], NUM_CLASSES, dtype=scores.dtype)
         losses = jnp.sum((scores - y) ** 2, axis=1) / 2
-    return jnp.sum(batch["judge"] * losses) / jnp.sum(batch["judge"])
+    return jnp.sum(batch["is_evaluated"] * losses) / jnp.sum(batch["is_evaluated"])
 
 
 def accuracy(architecture: str, objective: str, w: PyTree, batch: PyTree) -> Array:
-    """Share of the images to judge whose class has the highest score."""
+    """Returns the fraction of evaluated images whose class has the highest score."""
     scores = scores_of(architecture, objective, w, batch)
-    hits = jnp.argmax(scores, axis=1) == batch["y"]
-    return jnp.sum(batch["judge"] * hits) / jnp.sum(batch["judge"])
+    is_right = jnp.argmax(scores, axis=1) == batch["y"]
+    return jnp.sum(batch["is_evaluated"] * is_right) / jnp.sum(batch["is_evaluated"])
 
 
 # Data.
 
 
-def to_train(part: PyTree, penalty: float, seed: int) -> PyTree:
-    """Every image as often as there are draws, with these."""
+def training_batch(part: PyTree, penalty: float, seed: int) -> PyTree:
+    """Returns every image once per draw, with the random numbers."""
     rng = np.random.default_rng(seed)
     x = jnp.tile(jnp.asarray(part["x"], float), (NUM_DRAWS, 1, 1))
     return {
@@ -231,27 +229,31 @@ def to_train(part: PyTree, penalty: float, seed: int) -> PyTree:
     }
 
 
-def to_judge(fit: PyTree, part: PyTree) -> PyTree:
-    """What a probe is fitted on, and then what is judged."""
+def evaluation_batch(fit: PyTree, part: PyTree) -> PyTree:
+    """Returns the examples of the probe, then those that are evaluated."""
     num_fit, num = len(fit["y"]), len(fit["y"]) + len(part["y"])
     joined = {
         name: jnp.concatenate([fit[name], part[name]]).astype(kind)
         for name, kind in (("x", float), ("y", int))
     }
     is_fit = (jnp.arange(num) < num_fit).astype(float)
-    return joined | {"fit": is_fit, "judge": 1 - is_fit, "penalty": jnp.asarray(RIDGE)}
+    return joined | {
+        "fit": is_fit,
+        "is_evaluated": 1 - is_fit,
+        "penalty": jnp.asarray(RIDGE),
+    }
 
 
 @functools.cache
-def parts_of(seed: int) -> dict[str, PyTree]:
-    """Upright images to train on; posed ones to validate, and to test."""
+def splits_of(seed: int) -> dict[str, PyTree]:
+    """Returns upright images for training; posed ones for validation and test."""
     data = hg.datasets.load("digits")
     return split(data, jax.random.key(seed), (NUM_TRAIN, NUM_VAL), False)
 
 
 @functools.cache
 def losses_of(architecture: str, objective: str) -> tuple[Callable, Callable]:
-    """The same objects each time."""
+    """Returns the losses, the same objects each time."""
     bound = lambda loss: functools.partial(loss, architecture, objective)
     return bound(inner_loss), bound(outer_loss)
 
@@ -259,13 +261,14 @@ def losses_of(architecture: str, objective: str) -> tuple[Callable, Callable]:
 def problem_of(
     architecture: str, objective: str, train: PyTree, val: PyTree
 ) -> hg.Bilevel:
-    """Of these data."""
+    """Returns the problem of the data."""
     return hg.Bilevel(*losses_of(architecture, objective), train, val)
 
 
 @functools.cache
-def data_of(objective: str, seed: int, on: str = "train") -> tuple[PyTree, ...]:
-    """To train on, to validate on, and to test on; ``on`` names what trains."""
-    parts = parts_of(seed)
-    train = to_train(parts[on], PENALTY[objective], seed)
-    return train, *(to_judge(parts[on], parts[name]) for name in ("val", "test"))
+def data_of(penalty: float, seed: int, on: str = "train") -> tuple[PyTree, ...]:
+    """Returns training, validation and test data; ``on`` is the split that trains."""
+    splits = splits_of(seed)
+    train = training_batch(splits[on], penalty, seed)
+    evaluated = (evaluation_batch(splits[on], splits[x]) for x in ("val", "test"))
+    return train, *evaluated

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.peers import claims, harness, problems, readme, table, tuning, worker
+from benchmarks.peers import claims, harness, problems, tuning, worker
 from benchmarks.peers import work as stated
 from benchmarks.peers.contenders import base, gauss_newton, ours, plain, reference
 from benchmarks.peers.work import WORKS
@@ -245,9 +245,9 @@ def test_what_is_offered_is_read_off_the_source(name: str):
 def test_every_contender_has_its_turn():
     """Those that are no table's are the reference and what others share."""
     names = [path.stem for path in harness.CONTENDERS.glob("*.py")]
-    assert {name for name in names if harness.offers(name)} <= set(table.ORDER)
+    assert {name for name in names if harness.offers(name)} <= set(claims.ORDER)
     assert not (OWN | {"reference"}) - set(names)
-    assert all("ours" in table.contenders(work) for work in WORKS)
+    assert all("ours" in claims.contenders_of(work) for work in WORKS)
     assert set(reference.WORKS) == {w for w in WORKS if np.isfinite(WORKS[w].error)}
 
 
@@ -283,7 +283,7 @@ def test_the_fastest_setting_that_is_right_on_both_seeds_is_chosen():
 def test_settings_are_of_the_grids():
     """Of every contender that does the work; none has more than another by hand."""
     chosen = json.loads(harness.SETTINGS.read_text())[tuning.WORK]
-    free = [n for n in table.contenders(tuning.WORK) if n not in harness.FREE]
+    free = [n for n in claims.contenders_of(tuning.WORK) if n not in harness.FREE]
     assert set(chosen) == set(tuning.GRIDS) == set(free)
     for name, setting in chosen.items():
         assert setting in tuning.GRIDS[name]
@@ -380,7 +380,7 @@ def test_repetitions_go_in_turns(fake):
     assert (row["work"], row["method"]) == ("w1-unrolled", "a")
     assert (row["first"], row["peak"], row["scratch"]) == (1.5, 7, 3)
     assert row["notes"] == {"more": 1}
-    assert row["versions"] == {"a": "1"}
+    assert row["library_versions"] == {"a": "1"}
     assert row["error"] == 0
     assert row["reason"] is None
     assert row["cores"] > 0
@@ -430,177 +430,5 @@ def test_real_contenders_are_measured():
         assert row["error"] < 1e-3
         assert row["scratch"] > 0
         assert row["peak"] > 1e8
-        assert row["versions"]["jax"] == jax.__version__
+        assert row["library_versions"]["jax"] == jax.__version__
     assert "No module named" in third["reason"]
-
-
-# What is said of rows.
-
-TIMES = {"ours": 1.0, "base": 1.0, "inner": 100.0, "plain": 1.0}
-
-
-def made_up() -> list[dict]:
-    """In which every claim is met and all that is reached for is reached."""
-    rows = []
-    for work in WORKS:
-        for name in table.ORDER:
-            time = TIMES.get(name, 1000.0)
-            rows.append(
-                {
-                    "work": work,
-                    "method": name,
-                    "seconds": [1e-7 * time * k for k in (0.5, 1, 1, 1, 9)],
-                    "discarded": 1,
-                    "first": 1.0,
-                    "peak": 1e6 * time,
-                    "scratch": 1e6,
-                    "notes": {
-                        "longer": 1e6,
-                        "finite": 1.0,
-                        "trusted": 0.0,
-                        "ritz_min": -1.0,
-                        "adjoint_residual": 0.1,
-                    },
-                    "error": 1e-6,
-                    "reason": None,
-                    "versions": {"jax": "1.2"},
-                    "hypergrad-jax": "0.9",
-                    "cpu": "a processor",
-                    "cores": 2,
-                    "memory": 2**34,
-                }
-            )
-    return rows
-
-
-def of(rows: list[dict], work: str, name: str) -> dict:
-    return next(r for r in rows if (r["work"], r["method"]) == (work, name))
-
-
-def test_rows_that_meet_every_claim():
-    for verdict in claims.judge(made_up()):
-        assert not verdict.failed, verdict
-        assert "not met" not in verdict.text
-        assert "not reached" not in verdict.text
-
-
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda c: f"{c.work}: {c.what}")
-def test_rows_that_break_a_claim(claim):
-    """A hundred thousand times worse; not met is no failure, a missing number is."""
-    rows = made_up()
-    told = {"longer": 1e8, "finite": 0.0, "trusted": 1.0, "ritz_min": 1.0}
-    told["adjoint_residual"] = 2.0
-    worse = of(rows, claim.work, claim.of)
-    worse["seconds"] = [1e5 * s for s in worse["seconds"]]
-    worse["peak"] *= 1e5
-    if claim.find is not claims.longer_scratch:
-        worse["scratch"] *= 1e5
-    worse["notes"] = told
-    verdict = claim.judge(claims.by_work(rows)[claim.work])
-    assert not verdict.failed
-    assert claim.most is None or "claimed: not met" in verdict.text
-    assert claim.reach is None or "not reached" in verdict.text
-    for spoilt in ({"reason": "wrong: by far"}, {"seconds": [1.0] * 4}):
-        of(rows, claim.work, claim.of).update(spoilt)
-        assert claim.judge(claims.by_work(rows)[claim.work]).failed
-    assert claim.judge({}).failed
-
-
-def test_the_fastest_that_is_right_is_the_peer():
-    """One that is wrong is none, however fast; one that was rarely clean may be it."""
-    rows = made_up()
-    of(rows, "w4", "higher")["seconds"] = [2e-7] * 5
-    of(rows, "w4", "torchopt").update(seconds=[1e-7] * 5, reason="wrong: by far")
-    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
-    assert ": 0.5 (1e-07 s, higher 2e-07 s), at most 1 claimed: met; 0.6 reached" in (
-        first.text
-    )
-    of(rows, "w4", "higher")["seconds"] = [2e-7] * 4
-    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
-    assert first.failed
-    assert "higher has 4 clean repetitions of 5" in first.text
-    of(rows, "w4", "higher")["seconds"] = []  # nobody knows how fast it is
-    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
-    assert first.failed
-    assert "higher has 0 clean repetitions of 5" in first.text
-    for row in rows:
-        if row["method"] in claims.TORCH:
-            row["reason"] = "wrong"
-    (first, *_) = [v for v in claims.judge(rows) if v.text.startswith("w4")]
-    assert "nothing to compare to (torch_by_hand: wrong; " in first.text
-    assert not first.failed
-
-
-def test_the_fastest_peer_is_of_any_library():
-    """JAX is as good a rival as PyTorch; both are told."""
-    rows = made_up()
-    of(rows, "w1-solve", "jaxopt")["seconds"] = [2e-7] * 5
-    found = [v.text for v in claims.judge(rows) if v.text.startswith("w1-solve, time")]
-    _, torch, every = found[:3]
-    assert "fastest PyTorch peer: 0.001 (1e-07 s, torch_by_hand 0.0001 s)" in torch
-    assert "fastest peer: 0.5 (1e-07 s, jaxopt 2e-07 s), at most 0.5 claimed" in every
-
-
-def test_the_table_and_the_section_tell_rows_and_reasons(tmp_path):
-    """Ratios where there are any; hardware and versions once."""
-    rows = made_up()
-    of(rows, "w4", "higher")["reason"] = "out of memory"
-    peers = table.of(lambda name: Path(sys.executable))
-    text = table.markdown(peers, rows, "the command")
-    assert "| higher | out of memory |  | 5 of 6 |" in text
-    assert "| ours | 5e-08 / **1e-07** / 9e-07 | 0.01 | 5 of 6 |" in text
-    assert "a processor, 2 cores, 16 GiB, float32" in text
-    assert text.count("\n- ") == len(claims.CLAIMS)
-    section = readme.section(rows)
-    assert section.count("\n| ") == len(claims.CLAIMS)
-    assert "| w4 | peak, MB | **1** | 1.3e+03 | met |  |  |" in section
-    assert section.count(" jax 1.2") == section.count("hypergrad-jax 0.9") == 1
-    page = "before\n<!-- results: peers -->\nstale\n<!-- end of results -->\nafter\n"
-    written = readme.rewrite(page, rows)
-    assert written == page.replace("stale\n", section)
-    assert "stale" not in readme.rewrite(page, [])
-    of(rows, "w1-solve", "moskomule")["versions"] = {"hypergrad": "0.0.1"}
-    assert "moskomule 0.0.1" in readme.section(rows)
-    table.plot(rows, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
-
-
-def test_the_page_of_results_says_what_the_rows_do():
-    """Else run python -m benchmarks.peers.readme docs/results.md."""
-    text = (ROOT / "docs/results.md").read_text()
-    assert "<!-- results: peers -->" in text
-    assert readme.rewrite(text, readme.committed()) == text
-
-
-def test_a_run_keeps_whole_works_and_goes_on(tmp_path, monkeypatch):
-    """A work of which a row is missing is measured anew, whole."""
-    asked = []
-
-    def measure(work, contenders):
-        asked.append(work)
-        rows = [r for r in made_up() if r["work"] == work]
-        return [row | {"seed": 0} for row in rows if row["method"] in contenders]
-
-    def interrupted(work, contenders):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(table, "measure", measure)
-    peers = table.of(lambda name: Path(sys.executable))
-    request = table.Request("small", 1, tmp_path, "the command")
-    peers.run(peers, request)
-    assert asked == list(WORKS)
-    path = tmp_path / "peers.jsonl"
-    whole = path.read_text()
-    lines = whole.splitlines(keepends=True)
-    some = "".join(lines[:2] + lines[3:])
-    path.write_text(some)
-    asked.clear()
-    monkeypatch.setattr(table, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        peers.run(peers, request)
-    assert path.read_text() == some
-    monkeypatch.setattr(table, "measure", measure)
-    peers.run(peers, request)
-    assert asked == ["w1-unrolled"]
-    assert path.read_text() == whole
-    assert not [v for v in table.judge(table.record.read(path)) if "twice" in v.text]
