@@ -142,8 +142,11 @@ def run_method(
 
 
 def thin_curves(values: np.ndarray, cost: np.ndarray) -> dict[str, list[float]]:
-    """Returns outer value and cost at up to 200 steps, evenly spaced."""
-    if not len(values):
+    """Returns outer value and cost at up to 200 steps, evenly spaced.
+
+    A run of a single step has no curve.
+    """
+    if len(values) < 2:
         return {}
     count = min(len(values), MAX_CURVE_POINTS)
     index = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))
