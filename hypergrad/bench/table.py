@@ -251,6 +251,8 @@ class Table(BaseTable):
       selection: Metrics of the task by which a setting is chosen: higher is better, or
         lower for a name that starts with "-"; ties are broken by the next name.
       method_key: ``key of the seed -> key`` that a method gets.
+      selection_cost: Gradient-equivalents of the metrics of ``selection``, which are
+        counted for each tuning run; 0 if they train nothing.
       retrain: ``(task, alpha, key) -> w``: trains the model that is measured with the
         learned ``alpha``. Defaults to the ``w`` where the method ended, which is also
         what is measured of a method whose attribute ``keeps_w`` is True.
@@ -265,6 +267,7 @@ class Table(BaseTable):
     task_grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     selection: tuple[str, ...] = ()
     method_key: Callable[[Array], Array] = lambda key: jax.random.fold_in(key, 1)
+    selection_cost: float = 0.0
     retrain: Retrain | None = None
     extra: Callable[[Task, Trace, PyTree, Array], Row] = lambda *_: {}
     lower_is_better: bool = False
@@ -342,6 +345,7 @@ class Table(BaseTable):
             w = self.retrain(task, trace.alpha, key)
         row = {"settings": settings, **result.costs}
         if is_tuning:
+            row["gradient_equivalents"] += self.selection_cost
             return row | {"selection": self.selection_scores(task, trace, w, key)}
         measure = lambda name: float(task.metrics[name](w, trace.alpha, key))
         row |= {name: measure(name) for name in self.metrics}

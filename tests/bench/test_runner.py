@@ -165,6 +165,18 @@ def test_methods_get_the_settings_of_their_task_and_the_key_of_the_table(shared_
     assert calls == [0.0, jax.random.key(3), 3.0, jax.random.key(3)]
 
 
+def test_the_cost_of_a_selection_is_counted_as_tuning(shared_file):
+    toy_table = loading.load_table(shared_file)
+    assert isinstance(toy_table, Table)
+    cell = {"stage": "tuning", "method": "descent", "setting_index": 0, "seed": 0}
+    costs = [
+        dataclasses.replace(toy_table, selection_cost=cost).measure(cell, "small", [])
+        for cost in (0.0, 7.0)
+    ]
+    first, second = (row["gradient_equivalents"] for row in costs)
+    assert second == first + 7
+
+
 def test_a_copy_with_options_leaves_the_method_unchanged():
     method = with_options(baselines.implicit, grid={"learning_rate": (1,)})
     copy = with_options(method, budget_factor=2)
