@@ -27,16 +27,17 @@ search, and as many outer steps as it surely pays for: 1,800 of DARTS of first o
 720 of second order, 211 of implicit. The weights move with rate 0.2, one step per outer
 step, or five (implicit, which has five terms of Neumann's series with step size 0.2 on
 a batch). The mixture starts uniform and is moved by Adam; at the end the operation with
-the largest weight is chosen on each edge.
+the largest weight is chosen on each edge. A mixture with several largest weights counts
+as the mean of their cells.
 
 Rows. baseline: no mixture, the same operation on every edge. random cell: the mean of
 all 125, nine of which transmit no signal and stay at chance. random search: different
 cells, trained once each, the cell with the lowest validation loss; as many cells as the
 budget pays for, or, in "random search, total", as many as budget and tuning of the
-other rows pay for. Its seconds are those of the trainings, which the rows with a price
-share. DARTS of first and second order (algorithm 1 of the paper), and implicit. All
-rows are repeated with a price of 0.2 nats for the FLOPs of the largest cell; the
-objective is the test loss plus the price.
+other rows pay for. Its seconds are those of the trainings. DARTS of first and second
+order (algorithm 1 of the paper), and implicit. All rows are repeated with a price of
+0.2 nats for the FLOPs of the largest cell; the objective is the test loss plus the
+price.
 
 Tuning, the same for every row. A third of validation is held out, the row chooses a
 cell at each of its settings with the rest, the cell is trained once (counted as
@@ -53,19 +54,30 @@ search can beat it by much: lines without a claim compare with baseline and rand
 search. Training, rates, budget and price were set on seeds 100 and 101.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Claim, Column, Comparison, Finding, MeasurementTable, Row
+from hypergrad.bench import (
+    Claim,
+    Column,
+    Comparison,
+    Finding,
+    Row,
+    Table,
+    baselines,
+    with_options,
+)
 from hypergrad.estimators import Estimator
+from hypergrad.tasks import architecture
 from hypergrad.tasks.architecture import (
     BATCH_SIZE,
     CELLS,
@@ -74,18 +86,14 @@ from hypergrad.tasks.architecture import (
     SIZES,
     SOLVER,
     expected_flops,
-    make,
-    most_likely_cell,
     one_hot,
     ranking,
-    train_loss,
-    val_loss,
 )
 
 from .shared import task_plots
 from .shared.architecture_cells import RATE, STEPS, train
 from .shared.program import program
-from .shared.tuning import DIGITS, cells_of, digits, tune_and_run
+from .shared.tuning import DIGITS, digits
 
 BUDGET = 300
 RATES = (0.0003, 0.001, 0.003)  # of Adam, on alpha
@@ -116,33 +124,33 @@ TRAINING = STEPS * BATCH + NUM_VAL / NUM_TRAIN / 3
 TOTAL = BUDGET + len(RATES) * (BUDGET + TRAINING)  # with tuning
 
 
-def learn(
-    method: str, data: PyTree, key: Array, price: Array, hold_out: Array, rate: Array
-) -> hg.Trace:
-    """Returns the trace of a search whose number of steps fits the budget."""
-    task = make(key=key, price=price, hold_out=hold_out, data=data)
-    estimator, cost = ESTIMATORS[method]
-    val = hg.Batches(task.problem.outer_data.data, BATCH_SIZE)
-    return hg.minimize(
-        hg.Bilevel(train_loss, val_loss, task.problem.inner_data, val),
-        estimator,
-        optax.adam(rate),
-        task.w,
-        task.alpha,
-        num_steps=int(BUDGET / cost),
-        key=jax.random.fold_in(key, 2),
-        space=task.space,
+def make_task(key, scale, *, price=0.0, hold_out=False):
+    """Returns the task with batches of both splits and metrics of the chosen cell."""
+    del scale
+    task = compiled_task(key, jnp.float32(price), jnp.asarray(hold_out), digits())
+    partial = lambda function, *args: jax.tree_util.Partial(
+        functools.partial(function, *args), price
     )
+    metrics = {name: partial(mean_over_cells, name) for name in CELL_METRICS}
+    metrics["held_out_objective"] = partial(held_out_objective)
+    return dataclasses.replace(task, metrics=metrics)
 
 
-@functools.cache
-def train_once(cell: tuple[int, ...], seed: int) -> dict[str, float]:
-    """Returns the results of one training of a cell, and its seconds."""
-    run = program(train)
-    prev_seconds = run.run_seconds
-    result = run(digits(), jnp.array(cell), jax.random.key(seed))
-    numbers = {name: float(x) for name, x in result.items()}
-    return numbers | {"run_seconds": run.run_seconds - prev_seconds}
+@eqx.filter_jit
+def compiled_task(key, price, hold_out, data):
+    """Returns the task with batches of both splits."""
+    task = architecture.make(key=key, price=price, hold_out=hold_out, data=data)
+    problem = task.problem
+    val = hg.Batches(problem.outer_data.data, BATCH_SIZE)
+    losses = architecture.train_loss, architecture.val_loss
+    problem = hg.Bilevel(*losses, problem.inner_data, val)
+    return dataclasses.replace(task, problem=problem, metrics={})
+
+
+def train_once(cell, key) -> dict[str, float]:
+    """Returns the results of one training of a cell."""
+    result = program(train)(digits(), jnp.array(cell), key)
+    return {name: float(x) for name, x in result.items()}
 
 
 @functools.cache
@@ -168,82 +176,117 @@ def evaluate_cell(cell: tuple[int, ...], price: float) -> Row:
     }
 
 
-def selection(cell: tuple[int, ...], seed: int, price: float) -> Row:
-    """Returns the score of a cell on held-out validation images."""
-    loss = train_once(cell, seed)["held_loss"] + price * flops_fraction(cell)
-    return {"selection": -loss}
+CELL_METRICS = ("accuracy", "regret", "flops", "objective")
+
+
+def likely_cells(alpha) -> list[tuple[int, ...]]:
+    """Returns the cells with the largest weight on each edge; several if some tie."""
+    rows = np.asarray(alpha)
+    operations = [np.flatnonzero(row == row.max()).tolist() for row in rows]
+    return list(itertools.product(*operations))
+
+
+def mean_over_cells(name, price, w, alpha, key) -> float:
+    """Returns a number of `evaluate_cell`, the mean if several cells are as likely."""
+    del w, key
+    rows = [evaluate_cell(cell, price) for cell in likely_cells(alpha)]
+    return float(np.mean([row[name] for row in rows]))
+
+
+def held_out_objective(price, w, alpha, key) -> float:
+    """Returns the loss of the trained cell on held-out images plus its price."""
+    del w
+    cell = likely_cells(alpha)[0]
+    return train_once(cell, key)["held_loss"] + price * flops_fraction(cell)
+
+
+def describe_cell(task, trace, w, key) -> Row:
+    """Returns the mixture, and name and rank of the cell if there is only one."""
+    del task, w, key
+    row = {"alpha": np.asarray(trace.alpha, float).tolist()}
+    cells = likely_cells(trace.alpha)
+    if len(cells) == 1:
+        cell_row = evaluate_cell(cells[0], 0.0)
+        row |= {name: cell_row[name] for name in ("cell", "rank")}
+    return row
 
 
 # The rows.
 
 
-def learned_cell(method: str, seed: int, price: float) -> Row:
-    """Returns the row of the cell with the largest weights of the learned mixture."""
-    run, key = program(learn, method), jax.random.key(seed)
-
-    def run_once(rate: float, hold_out: bool) -> Row:
-        prev_seconds = run.run_seconds
-        trace = run(digits(), key, price, hold_out, rate)
-        cell = tuple(most_likely_cell(trace.alpha).tolist())
-        cost = float(trace.cost[-1])
-        result = evaluate_cell(cell, price) | {
-            "gradient_equivalents": cost,
-            "num_hvps": float(jnp.nansum(trace.stats["num_hvps"])),
-            "run_seconds": run.run_seconds - prev_seconds,
-            "alpha": np.asarray(trace.alpha, float).tolist(),
-        }
-        if not hold_out:
-            return result
-        result["gradient_equivalents"] += TRAINING
-        return result | selection(cell, seed, price)
-
-    return tune_and_run(run_once, RATES) | {"compile_seconds": run.compile_seconds}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_adam(name, num_steps, task, learning_rate, key):
+    """Returns the trace of a search."""
+    return hg.minimize(
+        task.problem, ESTIMATORS[name][0], optax.adam(learning_rate), task.w,
+        task.alpha, num_steps=num_steps, key=key, space=task.space,
+    )  # fmt: skip
 
 
-def one_operation(seed: int, price: float) -> Row:
-    """Returns the row of the best cell with the same operation on every edge."""
+def gradient_method(name):
+    """Returns a method that makes as many outer steps as surely fit the budget."""
 
-    def run_once(operation: int, hold_out: bool) -> Row:
-        cell = (operation,) * len(EDGES)
-        cost = {"gradient_equivalents": TRAINING if hold_out else 0.0}
-        return evaluate_cell(cell, price) | cost | selection(cell, seed, price)
+    def method(task, *, budget, key, learning_rate):
+        num_steps = int(budget / ESTIMATORS[name][1])
+        key = jax.random.fold_in(key, 2)
+        task = dataclasses.replace(task, metrics={})  # no part of the program
+        return run_adam(name, num_steps, task, jnp.float32(learning_rate), key)
 
-    return tune_and_run(run_once, range(len(OPERATIONS)))
+    return with_options(method, grid={"learning_rate": RATES})
 
 
-def random_search(budget: float, seed: int, price: float) -> Row:
-    """Returns the row of the best of random cells on the validation data."""
-    rng, count = np.random.default_rng(seed), int(budget / TRAINING)
-    cells = [CELLS[i] for i in rng.permutation(len(CELLS))[:count]]
-    results = [train_once(cell, seed) for cell in cells]
-    losses = [
-        result["val_loss"] + price * flops_fraction(cell)
-        for result, cell in zip(results, cells, strict=True)
-    ]
-    return evaluate_cell(cells[int(np.argmin(losses))], price) | {
-        "gradient_equivalents": count * TRAINING,
-        "run_seconds": sum(result["run_seconds"] for result in results),
+def one_operation(task, *, budget, key, operation):
+    """Uses the same operation on every edge."""
+    del budget
+    alpha = one_hot((operation,) * len(EDGES))
+    return baselines.trace_of_point(task, task.w, alpha, key)
+
+
+def random_cell(task, *, budget, key):
+    """Prefers no operation, which counts as the mean over all cells."""
+    del budget
+    return baselines.trace_of_point(task, task.w, task.alpha, key)
+
+
+def random_search(price):
+    """Returns the method that trains random cells and chooses by validation loss."""
+
+    def method(task, *, budget, key):
+        rng = np.random.default_rng(int(jax.random.key_data(key)[-1]))
+        count = int(budget / TRAINING)
+        cells = [CELLS[i] for i in rng.permutation(len(CELLS))[:count]]
+        losses = [
+            train_once(cell, key)["val_loss"] + price * flops_fraction(cell)
+            for cell in cells
+        ]
+        alpha = one_hot(cells[int(np.argmin(losses))])
+        cost = count * TRAINING
+        return baselines.trace_of_point(task, task.w, alpha, key, num_grads=cost)
+
+    return method
+
+
+def methods_with_price(price):
+    """Returns all methods on the task with a price."""
+    search = random_search(price)
+    methods = {
+        "baseline": with_options(
+            one_operation, grid={"operation": tuple(range(len(OPERATIONS)))}
+        ),
+        "random cell": random_cell,
+        "random search": search,
+        "random search, total": with_options(search, budget_factor=TOTAL / BUDGET),
+        **{name: gradient_method(name) for name in ESTIMATORS},
+    }
+    settings = {"price": price}
+    return {
+        name: with_options(method, task_settings=settings)
+        for name, method in methods.items()
     }
 
 
-def random_cell(seed: int, price: float) -> Row:
-    """Returns the mean over all cells, the expectation of a random cell."""
-    del seed
-    rows = [evaluate_cell(cell, price) for cell in CELLS]
-    columns = ("accuracy", "regret", "flops", "objective")
-    return {name: float(np.mean([row[name] for row in rows])) for name in columns}
-
-
-ROWS: dict[str, Callable[..., Row]] = {
-    "baseline": one_operation,
-    "random cell": random_cell,
-    "random search": functools.partial(random_search, BUDGET),
-    "random search, total": functools.partial(random_search, TOTAL),
-} | {method: functools.partial(learned_cell, method) for method in ESTIMATORS}
-METHODS: dict[str, Callable[[int], Row]] = {
-    name + ending: functools.partial(row, price=price)
-    for ending, price in (("", 0.0), (PRICED, PRICE))
-    for name, row in ROWS.items()
+METHODS = methods_with_price(0.0) | {
+    name + PRICED: method for name, method in methods_with_price(PRICE).items()
 }
 
 
@@ -273,9 +316,15 @@ def plot(rows: list[Row], path: Path) -> None:
     task_plots.architecture(rows, flops, accuracy, PRICED, path)
 
 
-table = MeasurementTable(
-    cells=cells_of(METHODS),
-    measure_cell=lambda cell, rows: METHODS[cell["method"]](cell["seed"]),
+table = Table(
+    task=make_task,
+    methods=METHODS,
+    metrics=CELL_METRICS,
+    budget=BUDGET,
+    selection=("-held_out_objective",),
+    selection_cost=TRAINING,
+    method_key=lambda key: key,
+    extra=describe_cell,
     columns=(
         Column("accuracy", "accuracy %", ".1f", scale=100),
         Column("regret", form=".1f", scale=100),

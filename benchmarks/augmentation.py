@@ -47,36 +47,34 @@ reported without a claim. Rates, steps and budget were set on seeds 100 and 101.
 """
 
 import functools
-import time
-from collections.abc import Callable
-from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Claim, Column, Comparison, MeasurementTable, Row
-from hypergrad.estimators import Estimator
+from hypergrad.bench import (
+    Claim,
+    Column,
+    Comparison,
+    Row,
+    Table,
+    baselines,
+    with_options,
+)
+from hypergrad.tasks import augmentation
 from hypergrad.tasks.augmentation import (
     MAX_MAGNITUDES,
     OPERATIONS,
     POSE_MAGNITUDES,
     SIZES,
     SOLVER,
-    accuracy,
-    make,
-    split,
-    train_loss,
-    val_loss,
 )
-from hypergrad.tasks.task import Task
 
 from .shared import task_plots
-from .shared.program import Program, program
-from .shared.tuning import DIGITS, cells_of, digits, trace_columns, tune_and_run
+from .shared.tuning import DIGITS, digits
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
 PENALTIES = (1e-4, 1e-3)
@@ -85,166 +83,135 @@ BUDGET = 3000
 FINAL = hg.Descent(optax.sgd(optax.cosine_decay_schedule(0.3, 600), momentum=0.9), 600)
 TRIAL = hg.Descent(optax.sgd(0.1, momentum=0.9), num_steps=200)
 ONE_STEP = hg.Descent(optax.sgd(0.3), num_steps=1)
-
-RunConfig = tuple[Array, Array, Array, Array]  # key, penalty, fraction, hold_out
 MAX_PROBABILITY = 0.95
 
 
-def policy(magnitude: Any) -> PyTree:
-    """Returns a policy that applies all operations with the largest probability."""
+def make_task(key, scale, *, penalty, hold_out):
+    """Returns the task with a penalty."""
+    return compiled_task(key, jnp.float32(penalty), jnp.asarray(hold_out), digits())
+
+
+@eqx.filter_jit
+def compiled_task(key, penalty, hold_out, data):
+    """Returns the task; its images are posed by one program."""
+    return augmentation.make(key=key, penalty=penalty, hold_out=hold_out, data=data)
+
+
+def policy_trace(task, magnitude, key):
+    """Returns the trace of a policy that is not learned, at the cost of one training.
+
+    All operations have the largest probability.
+    """
     m = jnp.asarray(magnitude, float)
-    return {"magnitude": m, "probability": jnp.full_like(m, MAX_PROBABILITY)}
+    alpha = {"magnitude": m, "probability": jnp.full_like(m, MAX_PROBABILITY)}
+    return baselines.trace_of_point(task, task.w, alpha, key, num_grads=FINAL.num_steps)
 
 
-def gradient_method(estimator: Estimator, rate: float, cost_of_step: float) -> Callable:
-    """Returns a method that makes as many steps of Adam as fit the budget."""
-    num_steps = int(BUDGET / cost_of_step)
-
-    def learn(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
-        trace = hg.minimize(
-            task.problem,
-            estimator,
-            optax.adam(rate),
-            task.w,
-            task.alpha,
-            num_steps=num_steps,
-            key=jax.random.fold_in(run_config[0], 1),
-            space=task.space,
-        )
-        return trace.alpha, trace
-
-    return learn
+def one_magnitude(task, *, budget, key, fraction):
+    """Uses the same fraction of each largest magnitude."""
+    del budget
+    return policy_trace(task, jnp.float32(fraction) * MAX_MAGNITUDES, key)
 
 
-def random_search(task: Task, run_config: RunConfig) -> tuple[PyTree, Any]:
-    """Returns the best of random policies on the validation data."""
-    trace = hg.search(
-        task.problem,
-        TRIAL,
-        hg.searchers.Random(),
-        task.w,
-        space=task.space,
-        budget=BUDGET,
-        key=jax.random.fold_in(run_config[0], 1),
-    )
-    return trace.best_alpha, trace
+def no_augmentation(task, *, budget, key):
+    """Trains on the images as they are."""
+    return one_magnitude(task, budget=budget, key=key, fraction=0.0)
 
 
-def one_magnitude(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
-    """Returns a policy with the same fraction of each largest magnitude."""
-    del task
-    return policy(run_config[2] * MAX_MAGNITUDES), None
+def true_pose(task, *, budget, key):
+    """Uses the policy of the validation and test images."""
+    del budget
+    return policy_trace(task, POSE_MAGNITUDES, key)
 
 
-def true_pose(task: Task, run_config: RunConfig) -> tuple[PyTree, None]:
-    """Returns the policy of the validation and test images."""
-    del task, run_config
-    return policy(POSE_MAGNITUDES), None
+def random_search(task, *, budget, key):
+    """Samples policies from the space until the budget is spent."""
+    return hg.search(
+        task.problem, TRIAL, hg.searchers.Random(), task.w,
+        space=task.space, budget=budget, key=key,
+    )  # fmt: skip
 
 
-# Maximum costs of a step in gradient-equivalents: T inner gradients, outer gradients of
-# 200 images against 100 (two if trust is evaluated), 2 per product of Neumann's 10 and
-# the cross term; T more gradients and T products for the reverse pass; or the three
-# gradients of a finite difference.
+# Per method the estimator, Adam's rate, and the maximum cost of a step in
+# gradient-equivalents: T inner gradients, outer gradients of 200 images against 100
+# (two if trust is evaluated), 2 per product of Neumann's 10 and the cross term; T more
+# gradients and T products for the reverse pass; or the three gradients of a finite
+# difference.
 OUTER = NUM_VAL / NUM_TRAIN
-METHODS: dict[str, Callable] = {
-    "baseline": one_magnitude,
-    "one magnitude": one_magnitude,
-    "random search": random_search,
-    "implicit": gradient_method(
+HYPERGRADIENTS = {
+    "implicit": (
         hg.Implicit(SOLVER, hg.Neumann(num_terms=10, step_size=0.1)),
         *(0.15, SOLVER.num_steps + 2 * 11 + 2 * OUTER),
     ),
-    "unrolled": gradient_method(
-        hg.Unrolled(SOLVER, warm_start=True), 0.15, 4 * SOLVER.num_steps + 1 + OUTER
+    "unrolled": (
+        hg.Unrolled(SOLVER, warm_start=True),
+        0.15,
+        4 * SOLVER.num_steps + 1 + OUTER,
     ),
-    "DADA": gradient_method(
-        hg.FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER
-    ),
-    "true pose": true_pose,
+    "DADA": (hg.FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER),
 }
-ON_HOST = "random search"
-HYPERGRADIENTS = ("implicit", "unrolled", "DADA")
 
 
-def settings(method: str) -> list[tuple[float, float]]:
-    """Returns the pairs of penalty and magnitude that a method tries."""
-    fractions = FRACTIONS if method == "one magnitude" else (0.0,)
-    return [(penalty, fraction) for penalty in PENALTIES for fraction in fractions]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_adam(name, num_steps, task, key):
+    """Returns the trace of a method."""
+    estimator, rate, _ = HYPERGRADIENTS[name]
+    return hg.minimize(
+        task.problem, estimator, optax.adam(rate), task.w, task.alpha,
+        num_steps=num_steps, key=key, space=task.space,
+    )  # fmt: skip
 
 
-def make_task(data: PyTree, run_config: RunConfig) -> Task:
-    """Returns the task of a run."""
-    key, penalty, _, hold_out = run_config
-    return make(key=key, penalty=penalty, hold_out=hold_out, data=data)
+def gradient_method(name):
+    """Returns a method that makes as many steps of Adam as surely fit the budget."""
+
+    def method(task, *, budget, key):
+        num_steps = int(budget / HYPERGRADIENTS[name][2])
+        return run_adam(name, num_steps, task, key)
+
+    return method
 
 
-def learn(method: str, data: PyTree, run_config: RunConfig) -> dict[str, Any]:
-    """Returns the policy and the trace of a method."""
-    alpha, trace = METHODS[method](make_task(data, run_config), run_config)
-    return {"alpha": alpha, "trace": trace}
+@jax.jit
+def train(task, alpha, key):
+    """Returns the model that is trained from scratch with a policy."""
+    data = task.problem.inner_data
+    w, _ = FINAL.solve(augmentation.train_loss, task.w, alpha, data, key)
+    return w
 
 
-def evaluate(data: PyTree, run_config: RunConfig, alpha: PyTree) -> dict[str, Any]:
-    """Returns measurements after training from scratch with the policy.
+def retrain(task, alpha, key):
+    """Returns the final model of a row."""
+    return train(task, alpha, jax.random.fold_in(key, 2))
 
-    ``selection`` contains the accuracy and minus the loss on held-out images.
-    """
-    task, key = make_task(data, run_config), run_config[0]
-    held_out = split(data, jax.random.split(key)[0], SIZES["small"][:2], run_config[3])[
-        "held_out"
-    ]
-    w, _ = FINAL.solve(
-        train_loss, task.w, alpha, task.problem.inner_data, jax.random.fold_in(key, 2)
-    )
-    return task.metric_values(w, alpha, key) | {
-        "selection": jnp.stack(
-            [accuracy(held_out, w, alpha, key), -val_loss(w, alpha, held_out)]
-        ),
-        "val_loss": val_loss(w, alpha, task.problem.outer_data),
+
+def describe_policy(task, trace, w, key) -> Row:
+    """Returns the policy as fractions of the largest, and the validation loss."""
+    del key
+    value = augmentation.val_loss(w, trace.alpha, task.problem.outer_data)
+    magnitude = np.asarray(trace.alpha["magnitude"] / MAX_MAGNITUDES, float)
+    return {
+        "val_loss": float(value),
+        "magnitude": magnitude.tolist(),
+        "probability": np.asarray(trace.alpha["probability"], float).tolist(),
     }
 
 
-def run_method(method: str, seed: int) -> Row:
-    """Returns the row of a method and seed, tuned by `tune_and_run`."""
-    data, measure = digits(), program(evaluate)
-    on_host = functools.partial(learn, method)
-    run = on_host if method == ON_HOST else program(learn, method)
-
-    def run_once(setting: tuple[float, float], hold_out: bool) -> Row:
-        penalty, fraction = map(jnp.float32, setting)
-        run_config = jax.random.key(seed), penalty, fraction, jnp.asarray(hold_out)
-        start_time = time.perf_counter()
-        learned = run(data, run_config)
-        seconds = time.perf_counter() - start_time
-        alpha, trace = learned["alpha"], learned["trace"]
-        result = measure(data, run_config, alpha)
-        row = {
-            "selection": np.asarray(result["selection"]),
-            "test_accuracy": float(result["test_accuracy"]),
-            "upright_accuracy": float(result["upright_accuracy"]),
-            "val_loss": float(result["val_loss"]),
-            "penalty": setting[0],
-            "magnitude": np.asarray(
-                alpha["magnitude"] / MAX_MAGNITUDES, float
-            ).tolist(),
-            "probability": np.asarray(alpha["probability"], float).tolist(),
-            "gradient_equivalents": float(FINAL.num_steps),
-            "run_seconds": seconds,
-        }
-        if trace is not None:
-            row |= trace_columns(trace)
-        return row
-
-    result = tune_and_run(run_once, settings(method))
-    if isinstance(run, Program):
-        result |= {"compile_seconds": run.compile_seconds}
-    return result
-
-
-table = MeasurementTable(
-    cells=cells_of(METHODS),
-    measure_cell=lambda cell, rows: run_method(cell["method"], cell["seed"]),
+table = Table(
+    task=make_task,
+    task_grid={"penalty": PENALTIES},
+    methods={
+        "baseline": no_augmentation,
+        "one magnitude": with_options(one_magnitude, grid={"fraction": FRACTIONS}),
+        "random search": random_search,
+        **{name: gradient_method(name) for name in HYPERGRADIENTS},
+        "true pose": true_pose,
+    },
+    metrics=("test_accuracy", "upright_accuracy"),
+    budget=BUDGET,
+    selection=("held_out_accuracy", "-held_out_loss"),
+    retrain=retrain,
+    extra=describe_policy,
     columns=(
         Column("test_accuracy", "accuracy %", ".1f", scale=100),
         Column("upright_accuracy", "upright %", ".1f", scale=100),

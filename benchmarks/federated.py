@@ -48,9 +48,8 @@ above local by 18.6 points [6.1, 31.0], where local had diverged; neither global
 above the baseline.
 """
 
+import dataclasses
 import functools
-import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,31 +60,28 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad import spaces
 from hypergrad.bench import (
-    Cell,
     Claim,
     Column,
     Comparison,
     Finding,
-    MeasurementTable,
     Row,
+    Table,
+    baselines,
     difference_interval,
+    with_options,
 )
 from hypergrad.tasks import federated
 from hypergrad.tasks.federated import SCALES, FedAvg, LocalImplicit
 
 from .shared import task_plots as plots
-from .shared.program import program
-from .shared.tuning import DIGITS, cells_of, digits, trace_columns, tune_and_run
+from .shared.tuning import DIGITS, digits
 
 BUDGET = 3000
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of Adam, on alpha
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # see `frequency_weights`
 WIDTHS = (0.01, 0.03, 0.1, 0.3)  # of random search, as fractions of the space's
-TOTAL_BUDGET = BUDGET * (1 + len(RATES))  # with tuning
-SEARCHES = {
-    "random search": BUDGET,
-    "random search, total": TOTAL_BUDGET / (1 + len(WIDTHS)),
-}
+# With its own tuning "random search, total" has as much as the others with theirs.
+TOTAL_FACTOR = (1 + len(RATES)) / (1 + len(WIDTHS))
 SMALL = SCALES["small"]
 SOLVER = FedAvg(SMALL["step_size"], SMALL["num_rounds"], SMALL["num_local_steps"])
 # This solver trains a random sample from zero.
@@ -104,36 +100,104 @@ ESTIMATORS = {
     "local": (LocalImplicit(SOLVER, CG), ROUND_COST + 2 + 2 * 13),
 }
 IID = ", iid clients"
-METHODS = (
-    "baseline",
-    "validation-only",
-    *SEARCHES,
-    *ESTIMATORS,
-    f"global{IID}",
-    f"local{IID}",
-)
 
 
-def learn(name: str, data: PyTree, init: PyTree, rate: Array, key: Array) -> hg.Trace:
-    """Returns the trace of an estimator with as many steps as fit the budget."""
-    estimator, cost = ESTIMATORS[name]
+def make_task(key, scale, *, iid=False, hold_out=False):
+    """Returns the task; its clients differ unless ``iid``."""
+    return federated.make(
+        key=key, scale=scale, iid=iid, hold_out=hold_out, data=digits()
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_adam(name, num_steps, data, init, learning_rate, key):
+    """Returns the trace of an estimator."""
     problem = hg.Bilevel(federated.train_loss, federated.val_loss, *data)
     w, alpha, space = init
     return hg.minimize(
-        problem, estimator, optax.adam(rate), w, alpha,
-        num_steps=int(BUDGET / cost), key=key, space=space,
+        problem, ESTIMATORS[name][0], optax.adam(learning_rate), w, alpha,
+        num_steps=num_steps, key=key, space=space,
     )  # fmt: skip
 
 
-def train(split: str, w: PyTree, alpha: PyTree, batch: PyTree) -> PyTree:
+def gradient_method(name, **options):
+    """Returns a method that makes as many outer steps as surely fit the budget.
+
+    Its result is the ``alpha`` of the lowest outer loss.
+    """
+
+    def method(task, *, budget, key, learning_rate):
+        data = task.problem.inner_data, task.problem.outer_data
+        init = task.w, task.alpha, task.space
+        num_steps = int(budget / ESTIMATORS[name][1])
+        rate = jnp.float32(learning_rate)
+        trace = run_adam(name, num_steps, data, init, rate, key)
+        return dataclasses.replace(trace, alpha=trace.best_alpha)
+
+    return with_options(method, grid={"learning_rate": RATES}, **options)
+
+
+def random_search(task, *, budget, key, width):
+    """Samples ``alpha`` around its neutral value until the budget is spent."""
+    return hg.search(
+        task.problem, LONG_SOLVER, hg.searchers.Random(), task.w,
+        space=narrow_space(width), budget=budget, key=key,
+    )  # fmt: skip
+
+
+def weights_by_hand(task, *, budget, key, power):
+    """Trains with class weights that are larger for rare classes."""
+    del budget
+    alpha = frequency_weights(task.problem.inner_data, power)
+    return baselines.trace_of_point(task, task.w, alpha, key)
+
+
+@baselines.keeps_w
+def validation_only(task, *, budget, key):
+    """Trains on the validation examples alone, with the neutral ``alpha``."""
+    del budget
+    val = task.problem.outer_data
+    is_used = np.asarray(val["use"][0]) > 0
+    examples = {"x": val["x"][:, is_used], "y": val["y"][:, is_used]}
+    w = train(task.w, task.alpha, examples)
+    return baselines.trace_of_point(task, w, task.alpha, key)
+
+
+METHODS = {
+    "baseline": with_options(weights_by_hand, grid={"power": POWERS}),
+    "validation-only": validation_only,
+    "random search": with_options(random_search, grid={"width": WIDTHS}),
+    "random search, total": with_options(
+        random_search, grid={"width": WIDTHS}, budget_factor=TOTAL_FACTOR
+    ),
+    **{name: gradient_method(name) for name in ESTIMATORS},
+    f"global{IID}": gradient_method("global", task_settings={"iid": True}),
+    f"local{IID}": gradient_method("local", task_settings={"iid": True}),
+}
+SEARCHES = ("random search", "random search, total")
+
+
+@jax.jit
+def train(w, alpha, batch):
     """Returns the model after training from zero to convergence."""
-    del split  # each split has its own size, and thus its own program
-    return hg.Newton().solve(
-        federated.train_loss, w, alpha, batch, jax.random.key(0)
-    )[0]  # fmt: skip
+    w, _ = hg.Newton().solve(federated.train_loss, w, alpha, batch, jax.random.key(0))
+    return w
 
 
-def frequency_weights(batch: PyTree, power: float) -> PyTree:
+def retrain(task, alpha, key):
+    """Returns the model that is trained from zero with the learned loss."""
+    del key
+    return train(task.w, alpha, task.problem.inner_data)
+
+
+def val_loss(task, trace, w, key) -> Row:
+    """Returns the cross-entropy of the final model on the validation examples."""
+    del key
+    value = task.problem.outer_value(w, trace.alpha, task.problem.outer_data)
+    return {"val_loss": float(value)}
+
+
+def frequency_weights(batch: PyTree, power: float) -> dict[str, Array]:
     """Returns class weights that are larger for rare classes and have mean 1."""
     count = np.bincount(np.ravel(batch["y"]), minlength=federated.NUM_CLASSES)
     weight = jnp.asarray(np.maximum(count, 1.0) ** -power, jnp.float32)
@@ -147,56 +211,6 @@ def narrow_space(width: float) -> dict[str, spaces.Interval]:
     weight = spaces.Interval(1 / factor, factor, log=True, shape=shape)
     iota = spaces.Interval(-shift, shift, shape=shape)
     return {"omega": weight, "delta": weight, "iota": iota}
-
-
-def measure_cell(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the row of a method and seed, tuned by `tune_and_run`."""
-    del rows
-    method, seed = cell["method"], cell["seed"]
-    name = method.removesuffix(IID)
-
-    def run_once(setting: float, hold_out: bool) -> Row:
-        task = federated.make(
-            key=jax.random.key(seed), iid=method != name, hold_out=hold_out,
-            data=digits(),
-        )  # fmt: skip
-        problem, key = task.problem, jax.random.key(seed)
-        batch, trace, start_time = problem.inner_data, None, time.perf_counter()
-        if name == "baseline":
-            alpha = frequency_weights(batch, setting)
-        elif name == "validation-only":
-            val = problem.outer_data
-            is_used = np.asarray(val["use"][0]) > 0
-            batch = {"x": val["x"][:, is_used], "y": val["y"][:, is_used]}
-            alpha = task.alpha
-        elif name in SEARCHES:
-            trace = hg.search(
-                problem, LONG_SOLVER, hg.searchers.Random(), task.w,
-                space=narrow_space(setting), budget=SEARCHES[name], key=key,
-            )  # fmt: skip
-            alpha = trace.best_alpha
-        else:
-            data = problem.inner_data, problem.outer_data
-            init = task.w, task.alpha, task.space
-            trace = program(learn, name)(data, init, jnp.float32(setting), key)
-            alpha = trace.best_alpha
-        seconds = time.perf_counter() - start_time
-        split = "val" if name == "validation-only" else "train"
-        w = program(train, split)(task.w, alpha, batch)
-        result = {
-            "selection": hold_out and -float(task.metrics["held_loss"](w, alpha, key)),
-            "accuracy": float(task.metrics["accuracy"](w, alpha, key)),
-            "val_loss": float(problem.outer_value(w, alpha, problem.outer_data)),
-            "run_seconds": seconds,
-        }
-        return result if trace is None else result | trace_columns(trace)
-
-    settings: dict[str, Any] = {"baseline": POWERS, "validation-only": (0.0,)}
-    settings |= dict.fromkeys(SEARCHES, WIDTHS)
-    result = tune_and_run(run_once, settings.get(name, RATES))
-    if name in ESTIMATORS:
-        result |= {"compile_seconds": program(learn, name).compile_seconds}
-    return result
 
 
 def compare_gains(rows: list[Row]) -> list[Finding]:
@@ -227,9 +241,15 @@ def compare_gains(rows: list[Row]) -> list[Finding]:
     ]
 
 
-table = MeasurementTable(
-    cells=cells_of(METHODS),
-    measure_cell=measure_cell,
+table = Table(
+    task=make_task,
+    methods=METHODS,
+    metrics=("accuracy",),
+    budget=BUDGET,
+    selection=("-held_loss",),
+    method_key=lambda key: key,
+    retrain=retrain,
+    extra=val_loss,
     columns=(
         Column("accuracy", "accuracy %", ".1f", scale=100),
         Column("val_loss", "validation loss", ".3f"),

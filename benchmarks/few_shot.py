@@ -30,6 +30,9 @@ setting with the best accuracy on a hundred tasks of the validation characters i
 chosen. Random search has none. Rate 0 leaves everything as it begins: what is learned
 from so few classes may be worse than nothing, and then the row says so.
 
+A method that is added to the table learns the shared start of imaml, unless its
+`task_settings` name another variant of the task.
+
 Claims, seeds 0 to 4: maml, imaml and ridge head are each more accurate than the
 baseline on a hundred tasks of the test characters. The comparisons with random search
 claim nothing.
@@ -42,30 +45,33 @@ run, with four turns, a 6:2:2 split, 10,000 per run and no rate below 1e-3, none
 three claims was supported.
 """
 
+import dataclasses
 import functools
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 import hypergrad as hg
-from hypergrad.bench import Cell, Claim, Column, Comparison, MeasurementTable, Row
-from hypergrad.estimators import Estimator
-from hypergrad.tasks.few_shot import SOLVERS, characters, make
+from hypergrad.bench import (
+    Claim,
+    Column,
+    Comparison,
+    Table,
+    baselines,
+    with_options,
+)
+from hypergrad.tasks import few_shot
+from hypergrad.tasks.few_shot import SOLVERS
 
 from .shared import task_plots as plots
-from .shared.program import Program, program
-from .shared.tuning import cells_of, trace_columns, tune_and_run
 
 BUDGET = 4_000
 RATES = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam; 0 leaves all as it begins
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
-TOTAL_BUDGET = BUDGET * (1 + len(RATES))  # with tuning
 QUERY_COST = 15.0  # an outer gradient reads 15 queries per example to learn from
 NUM_PRODUCTS = 5
 
@@ -73,51 +79,82 @@ NUM_PRODUCTS = 5
 @functools.cache
 def drawings() -> tuple[str, np.ndarray, int]:
     """Returns the digits, which are available without a download."""
-    return characters("small", "")
+    return few_shot.characters("small", "")
 
 
-def gradient_method(
-    variant: str, estimator: Callable[[Any], Estimator], step_cost: float
-) -> Callable:
-    """Returns a method that makes as many outer steps as fit the budget."""
-    num_steps = int(BUDGET / step_cost)
-
-    def learn(images: Array, key: Array, rate: Array) -> tuple[PyTree, hg.Trace]:
-        task = make(key=key, variant=variant, images=images, num_turns=drawings()[2])
-        trace = hg.minimize(
-            task.problem,
-            estimator(task.solver),
-            optax.adam(rate),
-            task.w,
-            task.alpha,
-            num_steps=num_steps,
-            key=jax.random.fold_in(key, 1),
-        )
-        return trace.alpha, trace
-
-    return learn
+def make_task(key, scale, *, variant="imaml", hidden=(64,)):
+    """Returns a variant of the task, measured by tasks that do not train it."""
+    del scale
+    task = compiled_task(variant, hidden, key, jnp.asarray(drawings()[1]))
+    metrics = {
+        name: jax.tree_util.Partial(accuracy, metric, task.w)
+        for name, metric in task.metrics.items()
+    }
+    return dataclasses.replace(task, metrics=metrics)
 
 
-def random_search(
-    budget: float, images: Array, key: Array, rate: Array
-) -> tuple[PyTree, hg.Trace | None]:
-    """Returns the best of random initial networks with a closed-form head."""
-    del rate
-    task = make(key=key, variant="ridge", images=images, num_turns=drawings()[2])
-    trace = hg.search(
-        task.problem,
-        task.solver,
-        hg.searchers.Random(),
-        task.w,
-        space=jax.tree.map(initial_space, task.alpha)
-        | {
-            "log_penalty": hg.spaces.Interval(-3.0, 3.0),
-            "scale": hg.spaces.Interval(0.1, 10.0, log=True),
-        },
-        budget=budget,
-        key=jax.random.fold_in(key, 1),
+@eqx.filter_jit
+def compiled_task(variant, hidden, key, images):
+    """Returns the task; equal variants have equal functions, compiled once."""
+    num_turns = drawings()[2]
+    return few_shot.make(
+        key=key, variant=variant, hidden=hidden, images=images, num_turns=num_turns
     )
-    return trace.alpha, trace
+
+
+@jax.jit
+def accuracy(metric, init_w, w, alpha, key):
+    """Returns the accuracy on 100 new tasks, each of which is adapted to anew."""
+    del w
+    return metric(init_w, alpha, jax.random.fold_in(key, 2))
+
+
+# Per method the estimator and the cost of a step: T inner gradients, an outer one (two
+# where trust is measured), and 2 per product, or T more gradients and T products for
+# the reverse pass.
+NUM_STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
+HYPERGRADIENTS = {
+    "maml": (hg.Unrolled, 4 * NUM_STEPS["maml"] + 1 + QUERY_COST),
+    "imaml": (
+        lambda solver: hg.Implicit(solver, hg.CG(max_steps=NUM_PRODUCTS)),
+        NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + 2 * QUERY_COST,
+    ),
+    "ridge head": (hg.Unrolled, 4 + QUERY_COST),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_adam(name, num_steps, task, learning_rate, key):
+    """Returns the trace of a method."""
+    estimator = HYPERGRADIENTS[name][0](task.solver)
+    return hg.minimize(
+        task.problem, estimator, optax.adam(learning_rate), task.w, task.alpha,
+        num_steps=num_steps, key=key,
+    )  # fmt: skip
+
+
+def gradient_method(name, variant):
+    """Returns a method that makes as many outer steps as surely fit the budget."""
+
+    def method(task, *, budget, key, learning_rate):
+        num_steps = int(budget / HYPERGRADIENTS[name][1])
+        task = dataclasses.replace(task, metrics={})  # no part of the program
+        return run_adam(name, num_steps, task, jnp.float32(learning_rate), key)
+
+    settings = {"variant": variant}
+    return with_options(method, grid={"learning_rate": RATES}, task_settings=settings)
+
+
+def random_search(task, *, budget, key):
+    """Samples initial networks with a closed-form head until the budget is spent."""
+    space = jax.tree.map(initial_space, task.alpha) | {
+        "log_penalty": hg.spaces.Interval(-3.0, 3.0),
+        "scale": hg.spaces.Interval(0.1, 10.0, log=True),
+    }
+    return hg.search(
+        task.problem, task.solver, hg.searchers.Random(), task.w,
+        space=space, budget=budget, key=key,
+    )  # fmt: skip
 
 
 def initial_space(leaf: Array) -> hg.spaces.Interval:
@@ -126,104 +163,42 @@ def initial_space(leaf: Array) -> hg.spaces.Interval:
     return hg.spaces.Interval(-bound, bound, shape=leaf.shape)
 
 
-def pixel_ridge(
-    images: Array, key: Array, penalty: Array
-) -> tuple[PyTree, hg.Trace | None]:
-    """Returns ridge regression on pixels, which shares nothing between tasks."""
-    task = make(
-        key=key, variant="ridge", hidden=(), images=images, num_turns=drawings()[2]
-    )
-    return task.alpha | {"log_penalty": jnp.log(penalty)}, None
+def pixel_ridge(task, *, budget, key, penalty):
+    """Uses ridge regression on pixels, which shares nothing between tasks."""
+    del budget
+    alpha = task.alpha | {"log_penalty": jnp.log(jnp.float32(penalty))}
+    return baselines.trace_of_point(task, task.w, alpha, key)
 
 
-class MethodConfig(NamedTuple):
-    """A method: the variant of its task, what it learns, and its settings."""
-
-    variant: str
-    learn: Callable[[Array, Array, Array], tuple[PyTree, hg.Trace | None]]
-    settings: tuple[float, ...]
-
-
-# Costs of a step: T inner gradients, an outer one (two where trust is measured), and 2
-# per product, or T more gradients and T products for the reverse pass.
-NUM_STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
-BASELINES = ("baseline", "random search", "random search, total")
+RIDGE = {"variant": "ridge"}
 METHODS = {
-    "baseline": MethodConfig("ridge", pixel_ridge, PENALTIES),
-    "random search": MethodConfig(
-        "ridge", functools.partial(random_search, BUDGET), (0.0,)
+    "baseline": with_options(
+        pixel_ridge, grid={"penalty": PENALTIES}, task_settings=RIDGE | {"hidden": ()}
     ),
-    "random search, total": MethodConfig(
-        "ridge", functools.partial(random_search, TOTAL_BUDGET), (0.0,)
+    "random search": with_options(random_search, task_settings=RIDGE),
+    # As much as another row's run and tuning together.
+    "random search, total": with_options(
+        random_search, task_settings=RIDGE, budget_factor=1 + len(RATES)
     ),
-    "maml": MethodConfig(
-        "maml",
-        gradient_method("maml", hg.Unrolled, 4 * NUM_STEPS["maml"] + 1 + QUERY_COST),
-        RATES,
-    ),
-    "imaml": MethodConfig(
-        "imaml",
-        gradient_method(
-            "imaml",
-            lambda solver: hg.Implicit(solver, hg.CG(max_steps=NUM_PRODUCTS)),
-            NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + 2 * QUERY_COST,
-        ),
-        RATES,
-    ),
-    "ridge head": MethodConfig(
-        "ridge", gradient_method("ridge", hg.Unrolled, 4 + QUERY_COST), RATES
-    ),
+    "maml": gradient_method("maml", "maml"),
+    "imaml": gradient_method("imaml", "imaml"),
+    "ridge head": gradient_method("ridge head", "ridge"),
 }
-LEARNED = ("maml", "imaml", "ridge head")
+SEARCHES = ("random search", "random search, total")
 
 
-def accuracy(
-    variant: str, hidden: tuple[int, ...], metric: str, images: Array, key: Array,
-    alpha: PyTree,
-) -> Array:  # fmt: skip
-    """Returns the accuracy on 100 new tasks of validation or test characters."""
-    task = make(
-        key=key, variant=variant, hidden=hidden, images=images, num_turns=drawings()[2]
-    )
-    return task.metrics[metric](task.w, alpha, jax.random.fold_in(key, 2))
-
-
-def measure_cell(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the row of a cell, whose setting the validation characters choose."""
-    del rows
-    method, seed = cell["method"], cell["seed"]
-    variant, learn, settings = METHODS[method]
-    hidden = () if method == "baseline" else (64,)
-    is_search = method.startswith("random search")
-    run = learn if is_search else program(learn)
-    images, key = jnp.asarray(drawings()[1]), jax.random.key(seed)
-
-    def run_once(setting: float, hold_out: bool) -> Row:
-        start_time = time.perf_counter()
-        alpha, trace = run(images, key, jnp.float32(setting))
-        seconds = time.perf_counter() - start_time
-        metric = "val_accuracy" if hold_out else "test_accuracy"
-        score = program(accuracy, variant, hidden, metric)(images, key, alpha)
-        result: Row = {metric: float(score), "run_seconds": seconds}
-        if hold_out:
-            result["selection"] = float(score)
-        if trace is not None:
-            result |= trace_columns(trace)
-        return result
-
-    result = tune_and_run(run_once, settings)
-    if isinstance(run, Program):
-        result |= {"compile_seconds": run.compile_seconds}
-    return result
-
-
-table = MeasurementTable(
-    cells=cells_of(METHODS),
-    measure_cell=measure_cell,
+table = Table(
+    task=make_task,
+    methods=METHODS,
+    metrics=("test_accuracy",),
+    budget=BUDGET,
+    selection=("val_accuracy",),
     columns=(Column("test_accuracy", "accuracy %", ".1f", scale=100),),
-    claims=tuple(Claim(method, "baseline", "test_accuracy") for method in LEARNED),
+    claims=tuple(
+        Claim(method, "baseline", "test_accuracy") for method in HYPERGRADIENTS
+    ),
     comparisons=tuple(
-        Comparison(method, BASELINES[1:], "test_accuracy") for method in LEARNED
+        Comparison(method, SEARCHES, "test_accuracy") for method in HYPERGRADIENTS
     ),
     plot=plots.few_shot,
     minutes=7,

@@ -272,7 +272,9 @@ def few_shot(rows: Rows, path: Path) -> None:
 
 def _smooth_curve(row: dict[str, Any], num_steps: int = 20) -> dict[str, Any]:
     """Returns a row with a curve averaged over ``num_steps``, except random search."""
-    if "curve_value" not in row or row["method"].startswith("random search"):
+    if len(row.get("curve_value", ())) < num_steps:
+        return row
+    if row["method"].startswith("random search"):
         return row
     columns = {}
     for column in ("curve_value", "curve_cost"):

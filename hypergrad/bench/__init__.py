@@ -7,7 +7,7 @@ command ``hypergrad run`` finds a table by its file.
 
 from . import baselines
 from .claims import Check, Claim, Comparison, Finding, Published
-from .methods import MethodError
+from .methods import MethodError, with_options
 from .rows import Cell, Row, select
 from .statistics import (
     Interval,
@@ -41,4 +41,5 @@ __all__ = [
     "mean_interval",
     "ratio_interval",
     "select",
+    "with_options",
 ]

@@ -49,6 +49,10 @@ def plan(
             continue
         method_cells = [cell for cell in cells if cell["method"] == label]
         num_tuning = sum(cell.get("stage") == "tuning" for cell in method_cells)
+        factor = 1
+        if isinstance(table, Table):
+            factor = getattr(table.methods[label], "budget_factor", 1)
+        max_cost = None if budget is None else budget * factor * len(method_cells)
         seconds = [
             row["run_seconds"]
             for row in committed
@@ -60,7 +64,7 @@ def plan(
                 label=label,
                 num_tuning_runs=num_tuning,
                 num_runs=len(method_cells) - num_tuning,
-                max_cost=None if budget is None else budget * len(method_cells),
+                max_cost=max_cost,
                 seconds=None if mean is None else mean * len(method_cells),
             )
         )

@@ -1,5 +1,6 @@
 """Methods of a table: their grids of settings, one run of one, and its errors."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,19 @@ class MethodRun:
     trace: Trace
     costs: dict[str, float]
     curves: dict[str, list[float]]
+
+
+def with_options(method: Method, **options: Any) -> Method:
+    """Returns a copy of a method with attributes that a table reads.
+
+    Args:
+      method: The method; it keeps its own attributes.
+      options: ``grid``, ``keeps_w``, ``budget_factor`` and ``task_settings``; see
+        `hypergrad.bench.Table`.
+    """
+    copy = functools.partial(method)
+    vars(copy).update(vars(method) | options)
+    return copy
 
 
 def settings_of(

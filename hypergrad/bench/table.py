@@ -241,13 +241,18 @@ class Table(BaseTable):
         is held out, on which the metrics of ``selection`` are measured.
       methods: ``{label: method}``; a method is a function
         ``(task, *, budget, key, **settings) -> Trace``. Optional attributes of it are
-        ``grid = {setting: values}`` and ``keeps_w``, see ``retrain``.
+        ``grid = {setting: values}``; ``keeps_w``, see ``retrain``; ``budget_factor``, a
+        multiple of the budget for this method; and ``task_settings = {argument of task:
+        value}`` for a row on another variant of the task.
       metrics: Names of the task's metrics that are measured at the end of a run.
       budget: Gradient-equivalents of one run, or ``{scale: budget}``.
       task_grid: ``{argument of task: values}``, settings of the task that are tuned
         together with each method's own.
       selection: Metrics of the task by which a setting is chosen: higher is better, or
         lower for a name that starts with "-"; ties are broken by the next name.
+      method_key: ``key of the seed -> key`` that a method gets.
+      selection_cost: Gradient-equivalents of the metrics of ``selection``, which are
+        counted for each tuning run; 0 if they train nothing.
       retrain: ``(task, alpha, key) -> w``: trains the model that is measured with the
         learned ``alpha``. Defaults to the ``w`` where the method ended, which is also
         what is measured of a method whose attribute ``keeps_w`` is True.
@@ -261,6 +266,8 @@ class Table(BaseTable):
     budget: float | Mapping[str, float]
     task_grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     selection: tuple[str, ...] = ()
+    method_key: Callable[[Array], Array] = lambda key: jax.random.fold_in(key, 1)
+    selection_cost: float = 0.0
     retrain: Retrain | None = None
     extra: Callable[[Task, Trace, PyTree, Array], Row] = lambda *_: {}
     lower_is_better: bool = False
@@ -302,7 +309,7 @@ class Table(BaseTable):
         """Returns the tuning runs, then the reported runs."""
         del scale
         tuning = [
-            {"stage": "tuning", "method": label, "setting": i, "seed": seed}
+            {"stage": "tuning", "method": label, "setting_index": i, "seed": seed}
             for label, method in self.methods.items()
             if len(settings := settings_of(method, self.task_grid)) > 1
             for seed in range(seeds)
@@ -320,15 +327,17 @@ class Table(BaseTable):
         label, seed = cell["method"], cell["seed"]
         method, is_tuning = self.methods[label], cell.get("stage") == "tuning"
         all_settings = settings_of(method, self.task_grid)
-        index = cell["setting"] if is_tuning else self.choose_setting(label, seed, rows)
+        index = cell.get("setting_index")
+        if index is None:
+            index = self.choose_setting(label, seed, rows)
         key = jax.random.key(seed)
         settings = all_settings[index]
-        task = self.make_task(key, scale, settings, hold_out=is_tuning)
+        task = self.make_task(key, scale, method, settings, hold_out=is_tuning)
         result = run_method(
             method,
             task,
-            budget=self.budget_of(scale),
-            key=jax.random.fold_in(key, 1),
+            budget=self.budget_of(scale) * getattr(method, "budget_factor", 1),
+            key=self.method_key(key),
             settings={k: x for k, x in settings.items() if k not in self.task_grid},
         )
         trace, w = result.trace, result.trace.w
@@ -336,6 +345,7 @@ class Table(BaseTable):
             w = self.retrain(task, trace.alpha, key)
         row = {"settings": settings, **result.costs}
         if is_tuning:
+            row["gradient_equivalents"] += self.selection_cost
             return row | {"selection": self.selection_scores(task, trace, w, key)}
         measure = lambda name: float(task.metrics[name](w, trace.alpha, key))
         row |= {name: measure(name) for name in self.metrics}
@@ -367,7 +377,8 @@ class Table(BaseTable):
         failed = (-math.inf,)
 
         def scores(index: int) -> tuple[float, ...]:
-            tried = select(rows, stage="tuning", method=label, setting=index, seed=seed)
+            cell = {"method": label, "setting_index": index, "seed": seed}
+            tried = select(rows, stage="tuning", **cell)
             values = tried[0]["selection"] if tried else None
             if values is None or any(x is None for x in values):
                 return failed
@@ -382,10 +393,17 @@ class Table(BaseTable):
         return best
 
     def make_task(
-        self, key: Array, scale: str, settings: Mapping[str, Any], *, hold_out: bool
+        self,
+        key: Array,
+        scale: str,
+        method: Method,
+        settings: Mapping[str, Any],
+        *,
+        hold_out: bool,
     ) -> Task:
         """Returns the task of a seed, with the settings that are the task's own."""
-        options = {name: settings[name] for name in self.task_grid}
+        options = dict(getattr(method, "task_settings", {}))
+        options |= {name: settings[name] for name in self.task_grid}
         if "hold_out" in inspect.signature(self.task).parameters:
             options["hold_out"] = hold_out
         return self.task(key, scale, **options)

@@ -153,6 +153,12 @@ val_loss = classifier.bind_score_fn(classifier.val_loss, scores)
 accuracy = classifier.bind_score_fn(classifier.accuracy, scores)
 
 
+def held_out_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Returns `val_loss` of examples, as a metric."""
+    del key
+    return val_loss(w, alpha, batch)
+
+
 def train_loss(w: PyTree, alpha: PyTree, batch: tuple[PyTree, Array]) -> Array:
     """Returns the cross-entropy of transformed images plus an L2 penalty."""
     examples, key = batch
@@ -288,5 +294,8 @@ def make(
         metrics={
             "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
             "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
         },
+        splits=splits,
     )

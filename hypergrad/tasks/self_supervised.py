@@ -34,6 +34,7 @@ from .classifier import check_data
 from .task import Task
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
+NUM_HELD_OUT = 100
 SIZE, NUM_CLASSES = 8, 10
 BATCH = 128
 SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=100)
@@ -157,13 +158,22 @@ def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
     return jnp.sum(batch["evaluate"] * is_correct) / jnp.sum(batch["evaluate"])
 
 
-def split(data: PyTree, key: Array, penalty: Array) -> dict[str, PyTree]:
+def split(
+    data: PyTree, key: Array, penalty: Array, hold_out: Array | bool = False
+) -> dict[str, PyTree]:
     """Splits the data by a random permutation.
 
+    Args:
+      data: ``{"x": [n, 64], "y": [n]}``.
+      key: PRNG key of the permutation.
+      penalty: Ridge penalty of the probe.
+      hold_out: Whether ``evaluate`` of the last 100 validation examples is 0 in "val"
+        and 1 in "held_out"; else it is 0 for all examples of "held_out".
+
     Returns:
-      "train": 800 images without labels; "val" and "test": the 100 labeled examples
-      that the probe is fitted to, with ``fit`` 1, followed by 300 validation examples
-      or all remaining examples, with ``evaluate`` 1.
+      "train": 800 images without labels; "val", "held_out" and "test": the 100 labeled
+      examples that the probe is fitted to, with ``fit`` 1, followed by 300 validation
+      examples or all remaining examples, with ``evaluate`` 1.
     """
     order = jax.random.permutation(key, len(data["y"]))
     x = jnp.asarray(data["x"], float)[order].reshape(-1, SIZE, SIZE)
@@ -177,9 +187,13 @@ def split(data: PyTree, key: Array, penalty: Array) -> dict[str, PyTree]:
         weights = {"fit": is_fit, "evaluate": ~is_fit}
         return joined | jax.tree.map(lambda mask: mask.astype(x.dtype), weights)
 
+    val = select(slice(val_start, test_start))
+    is_last = jnp.arange(len(val["y"])) >= len(val["y"]) - NUM_HELD_OUT
+    is_held_out = is_last & jnp.asarray(hold_out)
     return {
         "train": {"x": x[:NUM_TRAIN]},
-        "val": select(slice(val_start, test_start)),
+        "val": val | {"evaluate": jnp.where(is_held_out, 0, val["evaluate"])},
+        "held_out": val | {"evaluate": is_held_out.astype(x.dtype)},
         "test": select(slice(test_start, None)),
     }
 
@@ -192,6 +206,7 @@ def make(
     penalty: float | Array = 1.0,
     width: int = 64,
     dimension: int = 32,
+    hold_out: Array | bool = False,
     data: PyTree = None,
 ) -> Task:
     """Returns the task of a contrastive encoder of digits and its ridge probe.
@@ -203,6 +218,8 @@ def make(
       penalty: Ridge penalty of the probe. Defaults to 1.
       width: Number of features.
       dimension: Dimension of the vectors that the contrastive loss compares.
+      hold_out: Whether 100 validation examples are excluded from the outer loss, for
+        choosing settings.
       data: ``{"x": [n, 64], "y": [n]}`` with classes 0 to 9 and more than 1,200
         examples. Defaults to scikit-learn's digits.
 
@@ -224,7 +241,7 @@ def make(
         )
     split_key, encoder_key, projection_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
-    splits = split(jax.tree.map(jnp.asarray, data), split_key, penalty)
+    splits = split(jax.tree.map(jnp.asarray, data), split_key, penalty, hold_out)
     num_pixels = SIZE * SIZE
     # Normal weights with variance 1 / fan-in.
     projection = jax.random.normal(projection_key, (width, dimension))
@@ -233,7 +250,7 @@ def make(
         "b": jnp.zeros(width),
         "projection": projection / jnp.sqrt(width),
     }
-    test = splits["test"]
+    held_out, test = splits["held_out"], splits["test"]
     return Task(
         name="self_supervised",
         paradigm="self-supervised",
@@ -251,5 +268,7 @@ def make(
         metrics={
             "test_accuracy": jax.tree_util.Partial(accuracy, test),
             "test_error": jax.tree_util.Partial(probe_error_on, test),
+            "held_out_error": jax.tree_util.Partial(probe_error_on, held_out),
         },
+        splits=splits,
     )

@@ -26,15 +26,15 @@ def test_random_search_samples_from_the_space_around_the_neutral_alpha():
 
 def test_baseline_is_evaluated_on_other_encoders_than_it_is_selected_on(monkeypatch):
     """Its error is not the error of the encoders that were best on validation."""
-    table = self_supervised_table
-    make_rows = lambda best: [
-        {"val_error": float(i != best), "test_error": i / 12} for i in range(12)
-    ]
+    table, key = self_supervised_table, jax.random.key(0)
+    make_rows = lambda best: [{"val_error": float(i != best)} for i in range(12)]
     results = {table.SELECTION: make_rows(3), table.REPORTED: make_rows(0)}
     monkeypatch.setattr(
-        table, "measure_temperatures", lambda seed, purpose: results[purpose]
+        table, "measure_temperatures", lambda data, purpose: results[purpose]
     )
-    row = table.measure_cell({"method": "baseline", "seed": 0}, [])
-    assert row["temperature"] == table.TEMPERATURES[3]
-    assert (row["test_error"], row["beaten_by"]) == (3 / 12, 3 / 12)
+    task = table.make_task(key, "small")
+    trace = table.best_temperature(task, budget=0, key=key)
+    np.testing.assert_allclose(trace.alpha["temperature"], table.TEMPERATURES[3])
+    monkeypatch.setattr(table, "train_encoders", lambda *arguments: arguments[-1])
+    assert table.retrain(task, trace.alpha, key) == table.REPORTED
     assert table.SELECTION != table.REPORTED

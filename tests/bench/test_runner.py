@@ -1,14 +1,16 @@
 """Runs of a table: tuning, resuming, refusing, and methods of a user's own."""
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from hypergrad.bench import loading, select
-from hypergrad.bench.methods import MethodError
+from hypergrad.bench import Table, baselines, loading, select, with_options
+from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.checkpoint import lock_file
 
 TIMES = {"run_seconds", "compile_seconds", "time"}
@@ -17,7 +19,7 @@ TIMES = {"run_seconds", "compile_seconds", "time"}
 def numbers_of(rows: list[dict]) -> list[dict]:
     """Returns rows without what differs from run to run, in a fixed order."""
     rows = [{k: x for k, x in row.items() if k not in TIMES} for row in rows]
-    names = ("stage", "method", "setting", "seed")
+    names = ("stage", "method", "setting_index", "seed")
     return sorted(rows, key=lambda row: str([row.get(name) for name in names]))
 
 
@@ -127,6 +129,60 @@ def test_a_copied_method_has_the_same_numbers(run):
     ]
     assert without(mine) == without(theirs)
     assert len(mine) == 15  # five seeds at two rates, and reported
+
+
+def test_a_method_may_have_a_multiple_of_the_budget(run):
+    result = run("mine.py:stay", "mine.py:long_stay", only=("stay", "long_stay"))
+    costs = lambda method: [
+        row["gradient_equivalents"] for row in select(result.rows, method=method)
+    ]
+    assert min(costs("long_stay")) > 1.8 * max(costs("stay"))
+    assert not result.failures
+
+
+def test_methods_get_the_settings_of_their_task_and_the_key_of_the_table(shared_file):
+    calls = []
+    toy_table = loading.load_table(shared_file)
+    assert isinstance(toy_table, Table)
+
+    def make(key, scale, *, penalty=0.0):
+        calls.append(penalty)
+        return toy_table.task(key, scale)
+
+    def method(task, *, budget, key):
+        calls.append(key)
+        return baselines.trace_of_point(task, task.w, task.alpha, key)
+
+    other = with_options(method, task_settings={"penalty": 3.0})
+    table = dataclasses.replace(
+        toy_table,
+        task=make,
+        methods={"plain": method, "other": other},
+        method_key=lambda key: key,
+    )
+    for label in table.methods:
+        table.measure({"method": label, "seed": 3}, "small", [])
+    assert calls == [0.0, jax.random.key(3), 3.0, jax.random.key(3)]
+
+
+def test_the_cost_of_a_selection_is_counted_as_tuning(shared_file):
+    toy_table = loading.load_table(shared_file)
+    assert isinstance(toy_table, Table)
+    cell = {"stage": "tuning", "method": "descent", "setting_index": 0, "seed": 0}
+    costs = [
+        dataclasses.replace(toy_table, selection_cost=cost).measure(cell, "small", [])
+        for cost in (0.0, 7.0)
+    ]
+    first, second = (row["gradient_equivalents"] for row in costs)
+    assert second == first + 7
+
+
+def test_a_copy_with_options_leaves_the_method_unchanged():
+    method = with_options(baselines.implicit, grid={"learning_rate": (1,)})
+    copy = with_options(method, budget_factor=2)
+    assert vars(copy) == {"grid": {"learning_rate": (1,)}, "budget_factor": 2}
+    assert not hasattr(method, "budget_factor")
+    check_method("copy", copy)
 
 
 def test_a_worse_method_is_reported_as_worse(run, shared_file):

@@ -94,6 +94,11 @@ def returns_nan(task, *, budget, key):
 def returns_number(task, *, budget, key):
     return 3.0
 
+def long_stay(task, *, budget, key):
+    return stay(task, budget=budget, key=key)
+
+long_stay.budget_factor = 2
+
 def over_budget(task, *, budget, key):
     return stay(task, budget=3 * budget, key=key)
 
