@@ -60,7 +60,15 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Claim, Column, Comparison, Finding, MeasurementTable, Row
+from hypergrad.bench import (
+    Claim,
+    Column,
+    Comparison,
+    Finding,
+    MeasurementTable,
+    Resplits,
+    Row,
+)
 from hypergrad.estimators import Estimator
 from hypergrad.tasks import schedules
 from hypergrad.tasks.classifier import held_out_examples
@@ -369,6 +377,7 @@ table = MeasurementTable(
         for length, method in LEARNED_ROWS
     ),
     findings=memory_findings,
+    resplits=Resplits(test_to_train=797 / 1000),
     plot=task_plots.schedules,
     seeds=5,
     minutes=7,

@@ -294,6 +294,14 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
                 f"like must have {num_leaves} leaves, as the saved (w, alpha); got "
                 f"{structure.num_leaves}."
             )
+        shapes = [list(np.shape(leaf)) for leaf in jax.tree.leaves(like)]
+        if shapes != [leaf["shape"] for leaf in record["leaves"]] and not any(
+            leaf["key"] for leaf in record["leaves"]
+        ):
+            raise ValueError(
+                "like must have leaves of the saved shapes "
+                f"{[leaf['shape'] for leaf in record['leaves']]}; got {shapes}."
+            )
         return structure
     if record["structure"] is None:
         raise ValueError(

@@ -37,7 +37,7 @@ def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
     problems = mixed_fields(result.rows) + cell_problems(result)
     if problems:
         return [Finding(text, "FAILED") for text in problems]
-    return result.findings
+    return result.findings + notes(result)
 
 
 def mixed_fields(rows: list[Row]) -> list[str]:
@@ -50,22 +50,43 @@ def mixed_fields(rows: list[Row]) -> list[str]:
     return problems
 
 
+def notes(result: TableResult) -> list[Finding]:
+    """Returns in what the rows differ from the table as its file defines it now."""
+    row, table = result.printed_rows[0], result.table
+    num_seeds = len({row.get("seed") for row in result.printed_rows})
+    texts = []
+    if num_seeds < table.seeds:
+        texts.append(f"{num_seeds} seeds; the table has {table.seeds}")
+    budget = getattr(table, "budget_of", lambda scale: None)(result.scale)
+    if row.get("budget") not in (None, budget):
+        texts.append(f"made with the budget {row['budget']}; the table has {budget}")
+    if "converted_from" in row:
+        texts.append(f"converted from commit {row['converted_from'][:12]}")
+    return [Finding(text) for text in texts]
+
+
 def cell_problems(result: TableResult) -> list[str]:
     """Returns missing, unplanned and repeated cells, in words.
 
     Rows that were converted from an older form need no rows of earlier stages.
     """
     table, rows = result.table, result.rows
+    if not result.printed_rows:
+        return ["missing: all reported rows"]
     key_of = lambda row: cell_key(row, table.key_fields)
-    num_seeds = 1 + max(row.get("seed", 0) for row in result.printed_rows)
-    stages = table.stages(result.scale, num_seeds)
-    needed = stages[-1:] if "converted_from" in rows[0] else stages
+    seeds = sorted({row.get("seed", 0) for row in result.printed_rows})
+    stages = table.stages(result.scale, 1 + max(seeds))
+    is_converted = all("converted_from" in row for row in rows)
+    needed = stages[-1:] if is_converted else stages
     planned = {key_of(cell) for stage in stages for cell in stage}
     counts = Counter(map(key_of, rows))
-    added = {key_of(row) for row in rows if "method_source" in row}
+    added = {row["method"] for row in rows if "method_source" in row}
+    expected = {key_of(x) for stage in needed for x in stage}
+    expected |= {key_of({"method": x, "seed": seed}) for x in added for seed in seeds}
+    of_added = {key_of(row) for row in rows if "method_source" in row}
     texts = {
-        "missing": {key_of(x) for stage in needed for x in stage} - counts.keys(),
-        "not planned": counts.keys() - planned - added,
+        "missing": expected - counts.keys(),
+        "not planned": counts.keys() - planned - of_added,
         "repeated": {key for key, count in counts.items() if count > 1},
     }
     in_words = lambda key: ", ".join(str(x) for x in key if x is not None)

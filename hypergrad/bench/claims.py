@@ -9,7 +9,7 @@ ours lies within the stated tolerance.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,10 +20,9 @@ from .statistics import (
     MIN_SEEDS,
     Interval,
     Resplits,
-    difference_interval,
     holm_levels,
+    mean_interval,
     p_value,
-    ratio_interval,
 )
 
 Outcome = Literal[
@@ -78,30 +77,20 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """The hypothesis that one method is better than another in a metric.
-
-    The difference is paired by seed. With ``min_effect`` e and its confidence interval
-    (corrected for the number of claims of the table by Holm), the claim is
-
-    - *supported* if the interval excludes no difference and the mean is at least e,
-    - *contradicted* if the interval lies below e,
-    - *not supported* otherwise.
+class Pair:
+    """Two methods of a table and the metric in which they are compared, seed by seed.
 
     Args:
       method, baseline: Labels of two rows of the table.
       metric: Column of the rows.
-      min_effect: Smallest difference that the claim states, in units of the metric, or
-        smallest ratio with ``as_ratio``. Defaults to any difference.
       lower_is_better: Whether smaller values of the metric are better.
       as_ratio: Whether the effect is a ratio; means are then geometric.
-      where: Further fields that a row must have, such as ``{"size": 100}``.
+      where: Further fields that a row must have, such as ``(("size", 100),)``.
     """
 
     method: str
     baseline: str
     metric: str
-    min_effect: float | None = None
     lower_is_better: bool = False
     as_ratio: bool = False
     where: tuple[tuple[str, object], ...] = ()
@@ -111,88 +100,116 @@ class Claim:
         """The value of the effect if both methods are equal."""
         return 1.0 if self.as_ratio else 0.0
 
-    def pairs(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values of both methods, better values, for the seeds of both."""
-        by_seed = [
-            {
-                row["seed"]: row.get(self.metric)
-                for row in rows
-                if row["method"] == label
-                and all(row.get(name) == value for name, value in self.where)
-            }
-            for label in (self.method, self.baseline)
-        ]
-        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-        values, baseline_values = (
-            np.array([values[seed] for seed in seeds], float) for values in by_seed
-        )
-        return (
-            (baseline_values, values)
-            if self.lower_is_better
-            else (values, baseline_values)
-        )
-
-    def p_value(self, rows: Sequence[Row], resplits: Resplits | None) -> float:
-        """Returns the p-value of no effect; 1 if it cannot be computed."""
-        values, baseline_values = self.pairs(rows)
-        if self.as_ratio:
-            values, baseline_values = np.log(values), np.log(baseline_values)
-        value = p_value(values - baseline_values, resplits=resplits)
-        return 1.0 if math.isnan(value) else value
-
-    def effect(
-        self, rows: Sequence[Row], level: float, resplits: Resplits | None
-    ) -> Interval:
-        """Returns the effect with its interval."""
-        interval = ratio_interval if self.as_ratio else difference_interval
-        return interval(*self.pairs(rows), level=level, resplits=resplits)
-
-    def compare(
-        self, rows: Sequence[Row], level: float, resplits: Resplits | None
-    ) -> Finding:
-        """Returns which of both is better, without judging what is claimed."""
-        num_seeds = len(self.pairs(rows)[0])
-        effect = self.effect(rows, level, resplits)
-        outcome = "no difference shown"
-        if effect.low > self.no_effect:
-            outcome = "better"
-        elif effect.high < self.no_effect:
-            outcome = "worse"
-        size = f"{effect:.3g} times" if self.as_ratio else f"{effect:+.3g}"
-        return Finding(
-            f"{self.method} against {self.baseline} in {self.metric}"
-            f"{self.condition}: {outcome}, gain {size} "
-            f"({100 * level:.4g}% interval, {num_seeds} seeds)"
-        )
-
     @property
     def condition(self) -> str:
-        """The further fields that are asked of the rows, in words."""
+        """The further fields that a row must have, in words."""
         return "".join(f", {name} {value}" for name, value in self.where)
+
+    def values(self, label: str, rows: Sequence[Row]) -> dict[int, float]:
+        """Returns the metric of a method by seed.
+
+        Raises:
+          ValueError: There are several rows of a seed.
+        """
+        selected = [
+            row
+            for row in rows
+            if row["method"] == label
+            and all(row.get(name) == value for name, value in self.where)
+        ]
+        seeds = [row["seed"] for row in selected]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"{label} has several rows of a seed; say which by `where`."
+            )
+        numbers = np.array([row.get(self.metric) for row in selected], float)
+        return dict(zip(seeds, numbers.tolist(), strict=True))
+
+    def problem(self, rows: Sequence[Row]) -> str:
+        """Returns why the rows decide nothing, in words; empty if they decide."""
+        values = [self.values(label, rows) for label in (self.method, self.baseline)]
+        if values[0].keys() != values[1].keys():
+            return "a method lacks seeds of the other one"
+        if len(values[0]) < MIN_SEEDS:
+            return f"{len(values[0])} seeds of {MIN_SEEDS}"
+        numbers = np.array([list(by_seed.values()) for by_seed in values])
+        if not np.all(np.isfinite(numbers)):
+            return "a row has no number"
+        if self.as_ratio and not np.all(numbers > 0):
+            return "a ratio of numbers that are not positive"
+        if np.ptp(self.gains(rows)) == 0:
+            return "the seeds do not vary"
+        return ""
+
+    def gains(self, rows: Sequence[Row]) -> np.ndarray:
+        """Returns by how much the method is better, by seed; a logarithm for ratios."""
+        pair = [self.values(label, rows) for label in (self.method, self.baseline)]
+        seeds = sorted(pair[0].keys() & pair[1].keys())
+        x, y = (np.array([by_seed[seed] for seed in seeds], float) for by_seed in pair)
+        x, y = (np.log(x), np.log(y)) if self.as_ratio else (x, y)
+        return y - x if self.lower_is_better else x - y
+
+    def p_value(
+        self, rows: Sequence[Row], effect: float, resplits: Resplits | None
+    ) -> float:
+        """Returns the p-value of an effect; 1 if the rows decide nothing."""
+        if self.problem(rows):
+            return 1.0
+        null = math.log(effect) if self.as_ratio else effect
+        return p_value(self.gains(rows), null, resplits=resplits)
+
+    def interval(
+        self, rows: Sequence[Row], level: float, resplits: Resplits | None
+    ) -> Interval:
+        """Returns the mean effect with its interval."""
+        interval = mean_interval(self.gains(rows), level=level, resplits=resplits)
+        return Interval(*np.exp(interval).tolist()) if self.as_ratio else interval
+
+    def in_words(self, effect: Interval, level: float, num_seeds: int) -> str:
+        """Returns an effect with its interval and what it is based on."""
+        size = f"{effect:.3g} times" if self.as_ratio else f"{effect:+.3g}"
+        return f"{size} ({100 * level:.4g}% interval, {num_seeds} seeds)"
+
+
+@dataclass(frozen=True)
+class Claim(Pair):
+    """The hypothesis that one method is better than another in a metric.
+
+    The difference is paired by seed. With ``min_effect`` e and its confidence interval
+    (corrected for the number of claims of the table by Holm), the claim is
+
+    - *supported* if the interval lies above e,
+    - *contradicted* if the interval lies below e,
+    - *not supported* otherwise,
+    - *undecided* if seeds are missing or fewer than five.
+
+    Args:
+      method, baseline, metric, lower_is_better, as_ratio, where: As in `Pair`.
+      min_effect: Smallest difference that the claim states, in units of the metric, or
+        smallest ratio with ``as_ratio``. Defaults to any difference.
+    """
+
+    min_effect: float | None = field(default=None, kw_only=True)
+
+    @property
+    def stated_effect(self) -> float:
+        """The effect against which the claim is tested."""
+        return self.no_effect if self.min_effect is None else self.min_effect
 
     def evaluate(
         self, rows: Sequence[Row], level: float, resplits: Resplits | None
     ) -> Finding:
         """Returns how the claim ends, with the effect and its interval."""
-        num_seeds = len(self.pairs(rows)[0])
-        min_effect = self.no_effect if self.min_effect is None else self.min_effect
         stated = "any" if self.min_effect is None else f"at least {self.min_effect:.3g}"
-        unit = " times" if self.as_ratio else ""
         text = f"{self.method} over {self.baseline} in {self.metric}{self.condition}"
-        if num_seeds < MIN_SEEDS:
-            return Finding(f"{text}: {num_seeds} seeds of {MIN_SEEDS}", "undecided")
-        effect = self.effect(rows, level, resplits)
-        if not math.isfinite(effect.mean):
-            return Finding(f"{text}: a row has no number", "undecided")
-        spec = ".3g" if self.as_ratio else "+.3g"
-        text += (
-            f": {effect:{spec}}{unit} ({100 * level:.4g}% interval, {num_seeds} seeds)"
-            f", claimed {stated}"
-        )
-        is_excluded = effect.low > self.no_effect
-        if is_excluded and effect.mean >= min_effect:
+        if problem := self.problem(rows):
+            return Finding(f"{text}: {problem}, claimed {stated}", "undecided")
+        effect = self.interval(rows, level, resplits)
+        num_seeds = len(self.gains(rows))
+        text += f": {self.in_words(effect, level, num_seeds)}, claimed {stated}"
+        if effect.low > self.stated_effect:
             return Finding(text, "supported")
-        if effect.high < min_effect:
+        if effect.high < self.stated_effect:
             return Finding(text, "contradicted")
         return Finding(text, "not supported")
 
@@ -245,7 +262,7 @@ class Comparison:
     Args:
       method: Label of a row of the table.
       baselines: Labels of the rows with which it is compared.
-      metric, lower_is_better, as_ratio, where: As in `Claim`.
+      metric, lower_is_better, as_ratio, where: As in `Pair`.
     """
 
     method: str
@@ -259,22 +276,40 @@ class Comparison:
         self, rows: Sequence[Row], resplits: Resplits | None = None
     ) -> list[Finding]:
         """Returns a line for each other method that has rows."""
-        options = {
-            "lower_is_better": self.lower_is_better,
-            "as_ratio": self.as_ratio,
-            "where": self.where,
-        }
         labels = {row["method"] for row in rows}
-        claims = [
-            Claim(self.method, other, self.metric, **options)
-            for other in self.baselines
-            if {self.method, other} <= labels
+        pairs = [
+            Pair(
+                self.method,
+                baseline,
+                self.metric,
+                self.lower_is_better,
+                self.as_ratio,
+                self.where,
+            )
+            for baseline in self.baselines
+            if {self.method, baseline} <= labels
         ]
-        levels = holm_levels([claim.p_value(rows, resplits) for claim in claims])
+        p_values = [pair.p_value(rows, pair.no_effect, resplits) for pair in pairs]
+        levels = holm_levels(p_values)
         return [
-            claim.compare(rows, level, resplits)
-            for claim, level in zip(claims, levels, strict=True)
+            _compare(pair, rows, level, resplits)
+            for pair, level in zip(pairs, levels, strict=True)
         ]
+
+
+def _compare(
+    pair: Pair, rows: Sequence[Row], level: float, resplits: Resplits | None
+) -> Finding:
+    text = f"{pair.method} against {pair.baseline} in {pair.metric}{pair.condition}"
+    if problem := pair.problem(rows):
+        return Finding(f"{text}: {problem}")
+    effect, outcome = pair.interval(rows, level, resplits), "no difference shown"
+    if effect.low > pair.no_effect:
+        outcome = "better"
+    elif effect.high < pair.no_effect:
+        outcome = "worse"
+    size = pair.in_words(effect, level, len(pair.gains(rows)))
+    return Finding(f"{text}: {outcome}, gain {size}")
 
 
 def evaluate_claims(
@@ -282,13 +317,14 @@ def evaluate_claims(
 ) -> list[Finding]:
     """Returns how each claim ends, corrected for their number by Holm's method.
 
-    Claims about methods that have no rows are left out.
+    All claims of a table count, also those about methods that have no rows; of these no
+    line is returned.
     """
-    methods = {row["method"] for row in rows}
-    claims = [claim for claim in claims if {claim.method, claim.baseline} <= methods]
-    p_values = [claim.p_value(rows, resplits) for claim in claims]
-    levels = holm_levels(p_values, level=LEVEL) if claims else []
+    p_values = [claim.p_value(rows, claim.stated_effect, resplits) for claim in claims]
+    levels = holm_levels(p_values, level=LEVEL)
+    labels = {row["method"] for row in rows}
     return [
         claim.evaluate(rows, level, resplits)
         for claim, level in zip(claims, levels, strict=True)
+        if {claim.method, claim.baseline} <= labels
     ]

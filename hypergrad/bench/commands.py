@@ -90,7 +90,7 @@ def run(
       The printed form, the written files, and ``{label: message}`` of what failed.
     """
     with progress_bar() as progress, executor_of(workers) as executor:
-        result = run_table(ref, options.with_executor(executor), progress)
+        result = run_table(ref, options.with_executor(executor, workers), progress)
     return write_result(ref, options, result)
 
 
@@ -106,7 +106,11 @@ def write_result(
         return "No row was made.\n", paths[:1], result.failures
     text = to_markdown(table_result, result.failures)
     atomic_io.atomic_write(paths[1], text)
-    plot(table_result, paths[2])
+    try:
+        plot(table_result, paths[2])
+    except (KeyError, IndexError, ValueError) as error:  # rows of a part of a table
+        text += f"\nNo figure was drawn: it needs rows that are missing ({error!r}).\n"
+        paths = paths[:2]
     return text, paths, result.failures
 
 
@@ -146,22 +150,26 @@ def check(target: str) -> list[tuple[str, list[Finding]]]:
 def tables_of(folder: Path) -> list[tuple[str, Path]]:
     """Returns name and file of the table of each file of rows in a folder.
 
-    Tables are looked up in the folder above, in ``benchmarks`` and in this folder.
+    Tables are looked up beside a folder ``results``, in ``benchmarks``, in the folder
+    above and in the current one.
 
     Raises:
-      ValueError: The folder has no rows, or a table is not pairs.
+      ValueError: The folder has no rows, or a table is not found.
     """
     names = sorted(path.stem for path in folder.glob("*.jsonl"))
     if not names:
         raise ValueError(f"{folder} holds no rows (NAME.jsonl).")
-    folders = (folder.resolve().parent, Path("benchmarks"), Path())
+    parent = folder.resolve().parent
+    folders = (parent, Path("benchmarks"), Path())
+    if folder.name != "results":
+        folders = (Path("benchmarks"), parent, Path())
     pairs = []
     for name in names:
-        files = [parent / f"{name}.py" for parent in folders]
+        files = [directory / f"{name}.py" for directory in folders]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise ValueError(
-                f"the table of {folder / name}.jsonl was not pairs; looked for "
+                f"the table of {folder / name}.jsonl was not found; looked for "
                 f"{', '.join(map(str, files))}."
             )
         pairs.append((name, file))
@@ -231,7 +239,12 @@ def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Differ
     ]
     if not pairs:
         raise ValueError(f"{folder} and {reference} have no table in common.")
-    return [
+    names = {result.name for result in load_results(folder)}
+    only = [
+        (name, comparisons.Difference("cells", "the table is only in one folder"))
+        for name in sorted(names ^ references.keys())
+    ]
+    return only + [
         (result.name, difference)
         for result, expected in pairs
         for difference in comparisons.compare(result, expected)

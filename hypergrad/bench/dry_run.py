@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .loading import TableRef
 from .rows import Row
-from .runner import RunOptions
+from .runner import RunOptions, check_options
 from .table import Table
 
 
@@ -39,6 +39,7 @@ def plan(
       committed: Rows of an earlier run, from which the seconds are estimated.
     """
     table = ref.load()
+    check_options(table, options)
     stages = table.stages(options.scale, options.seeds)
     cells = [cell for stage in stages for cell in stage]
     budget = table.budget_of(options.scale) if isinstance(table, Table) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .methods import Method, MethodError, check_method
-from .source import digest_files
+from .source import digest_files, local_imports
 from .table import BaseTable, Table
 
 FOLDER = Path("benchmarks")
@@ -52,14 +52,19 @@ class TableRef:
             )
         if self.budget is not None:
             table = dataclasses.replace(table, budget=self.budget)
+        labels = [function for _, function in self.methods]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"--method must name different functions; got {', '.join(labels)}."
+            )
         return table.with_methods(
             {function: load_method(file, function) for file, function in self.methods}
         )
 
     def method_sources(self) -> dict[str, str]:
-        """Returns the digest of the file of each added method, by its label."""
+        """Returns the digest of the files of each added method, by its label."""
         return {
-            function: digest_files([file], file.parent)
+            function: digest_files(sorted(local_imports(file)), file.parent)
             for file, function in self.methods
         }
 
@@ -124,7 +129,20 @@ def load_table(path: Path) -> BaseTable:
     if isinstance(table, Table):
         for label, method in table.methods.items():
             check_method(label, method)
+    _check_labels(path, table)
     return table
+
+
+def _check_labels(path: Path, table: BaseTable) -> None:
+    """Raises ValueError if a claim names a row that the table does not have."""
+    labels = {cell["method"] for cell in table.stages(table.scales[0], 1)[-1]}
+    named = {x for claim in table.claims for x in (claim.method, claim.baseline)}
+    named |= {x for pair in table.comparisons for x in (pair.method, *pair.baselines)}
+    if unknown := named - labels:
+        raise ValueError(
+            f"claims of {path.name} name {', '.join(sorted(unknown))}; its rows are "
+            f"{', '.join(sorted(map(str, labels)))}."
+        )
 
 
 def load_method(path: Path, function: str) -> Method:

@@ -135,9 +135,9 @@ def run_method(
         )
     cost = np.asarray(trace.cost, float)
     total = float(cost[-1]) if cost.size else 0.0
-    last_step = float(np.max(np.diff(cost, prepend=0.0))) if cost.size else 0.0
+    max_step = float(np.max(np.diff(cost, prepend=0.0))) if cost.size else 0.0
     # A run ends with the step that spends the rest of its budget.
-    if not total <= budget + last_step:
+    if not total <= budget + min(max_step, budget):
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."

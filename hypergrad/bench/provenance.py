@@ -15,7 +15,7 @@ from .source import digest_sources, local_imports
 PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
 
 #: Fields that must be equal in all rows of one file.
-COMMON_FIELDS = ("source", "versions", "device")
+COMMON_FIELDS = ("source", "versions", "device", "float")
 
 
 def collect(table_file: Path, command: str) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def collect(table_file: Path, command: str) -> dict[str, Any]:
             **versions,
         },
         "device": jax.devices()[0].device_kind,
+        "float": str(jax.dtypes.canonicalize_dtype(float)),
         "command": command,
     }
 

@@ -82,8 +82,8 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
         f"{num_seeds} seed{'s' * (num_seeds != 1)}"
         + ", mean ± standard deviation" * (table.body is None and num_seeds > 1),
         f"scale `{result.scale}`",
-        f"command `{row['command']}`",
-        f"commit `{row.get('commit') or row.get('converted_from') or 'unknown'}`",
+        f"command {_distinct(result.printed_rows, 'command')}",
+        f"commit {_distinct(result.printed_rows, 'commit', 'converted_from')}",
         f"device {row['device']}",
     ]
     metadata = [text for text in (table.data, table.source) if text] + metadata
@@ -107,6 +107,12 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     if table.protocol:
         lines += ["", "## Protocol", "", table.protocol]
     return "\n".join(lines) + "\n"
+
+
+def _distinct(rows: Sequence[Row], *names: str) -> str:
+    """Returns the different values of a field, or of the next one where it is empty."""
+    values = (next((row[x] for x in names if row.get(x)), "unknown") for row in rows)
+    return " and ".join(f"`{value}`" for value in dict.fromkeys(values))
 
 
 def main_table(result: TableResult) -> tuple[list[str], list[list[str]]]:

@@ -77,10 +77,15 @@ def append_row(path: Path, row: Row) -> None:
         atomic_io.append_durably(file, to_line(row))
 
 
-def drop_cut_line(path: Path) -> None:
-    """Truncates a file after its rest complete line."""
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+def set_cut_line_aside(path: Path) -> None:
+    """Moves what stands after the last complete line into the file ``NAME.cut``."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.with_name(f"{path.name}.cut").open("ab") as file:
+            file.write(content[end:] + b"\n")
+        with path.open("rb+") as file:
+            file.truncate(end)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

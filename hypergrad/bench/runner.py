@@ -7,6 +7,7 @@ it stopped. Rows of other source code, data or settings are refused.
 import concurrent.futures
 import dataclasses
 import hashlib
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+import hypergrad
+
 from ..checkpoint import lock_file
 from ..runtime import atomic_io
 from ..runtime.provenance import utc_now
 from . import provenance
 from .loading import TableRef
 from .methods import MethodError
-from .rows import Cell, Row, append_row, cell_key, drop_cut_line, read_rows
+from .rows import Cell, Row, append_row, cell_key, read_rows, set_cut_line_aside
 from .table import BaseTable
 
 #: Fields of a row that must be equal in all rows of a file.
@@ -59,9 +62,9 @@ class RunOptions:
     executor: Executor | None = None
     max_pending: int = 8
 
-    def with_executor(self, executor: Executor | None) -> "RunOptions":
-        """Returns the same options with another executor."""
-        return dataclasses.replace(self, executor=executor)
+    def with_executor(self, executor: Executor | None, workers: int) -> "RunOptions":
+        """Returns the same options with an executor of so many workers."""
+        return dataclasses.replace(self, executor=executor, max_pending=2 * workers)
 
 
 @dataclass
@@ -94,7 +97,7 @@ def run_table(
         process is writing to it; the message says which field differs.
     """
     table = ref.load()
-    _check_options(table, options)
+    check_options(table, options)
     stages = [
         [cell for cell in stage if not options.only or cell["method"] in options.only]
         for stage in table.stages(options.scale, options.seeds)
@@ -107,14 +110,18 @@ def run_table(
     with path.open("a", encoding="utf-8") as file:
         lock_file(file, path)
         atomic_io.fsync_path(options.folder)  # the name of a new file
-        drop_cut_line(path)
-        result.rows = read_rows(path)
+        result.rows = read_rows(path, allow_cut=True)
         for row in result.rows:
             check_row_origin(row, common, method_sources, path)
+        set_cut_line_aside(path)
         num_cells, num_done = sum(map(len, stages)), 0
         for stage in stages:
             done = set(map(key_of, result.rows))
-            pending = [cell for cell in stage if key_of(cell) not in done]
+            pending = [
+                cell
+                for cell in stage
+                if key_of(cell) not in done and cell["method"] not in result.failures
+            ]
             num_done += len(stage) - len(pending)
             progress(num_done, num_cells, "")
             for cell, outcome in _measure_all(ref, pending, options, result.rows):
@@ -140,13 +147,22 @@ def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row 
         return ref.load().measure(cell, scale, rows)
     except MethodError as error:
         message = str(error)
+        if cell.get("stage") == "tuning":  # a setting that diverges is a bad setting
+            return {"selection": None, "gradient_equivalents": None, "error": message}
+        return message
     except Exception as error:  # whatever a user's method raises must not end the run
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        position = f"{Path(frame.filename).name}, line {frame.lineno}"
-        message = f"{type(error).__name__} in {position}: {error}"
-    if cell.get("stage") == "tuning":  # a setting that diverges is only a bad setting
-        return {"selection": None, "gradient_equivalents": None, "error": message}
-    return message
+        return f"{type(error).__name__} in {_position(error)}: {error}"
+
+
+def _position(error: Exception) -> str:
+    """Returns file and line of the innermost frame outside of installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(hypergrad.__file__).parent)
+    is_own = lambda frame: (
+        not ("site-packages" in frame.filename or frame.filename.startswith(package))
+    )
+    frame = next((x for x in reversed(frames) if is_own(x)), frames[-1])
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 def check_row_origin(
@@ -185,7 +201,12 @@ def _measure_all(
         while waiting and len(futures) < options.max_pending:
             cell = waiting.pop()
             arguments = (ref, cell, options.scale, earlier)
-            futures[options.executor.submit(measure_cell, *arguments)] = cell
+            try:
+                future = options.executor.submit(measure_cell, *arguments)
+            except concurrent.futures.BrokenExecutor as error:
+                yield cell, f"the executor has ended: {error}"
+                continue
+            futures[future] = cell
         for future in _wait_for_some(list(futures)):
             cell = futures.pop(future)
             yield cell, _outcome(future)
@@ -221,12 +242,18 @@ def data_fingerprint(table: BaseTable) -> str:
     return sha256.hexdigest()
 
 
-def _check_options(table: BaseTable, options: RunOptions) -> None:
+def check_options(table: BaseTable, options: RunOptions) -> None:
+    """Raises ValueError if seeds, scale, budget or labels do not fit the table."""
+    budget = getattr(table, "budget_of", lambda scale: 1.0)
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {options.seeds}.")
     if options.scale not in table.scales:
         raise ValueError(
             f"--scale must be one of {', '.join(table.scales)}; got {options.scale!r}."
+        )
+    if not 0 < budget(options.scale) < math.inf:
+        raise ValueError(
+            f"--budget must be positive and finite; got {budget(options.scale)}."
         )
     labels = {
         cell["method"] for stage in table.stages(options.scale, 1) for cell in stage

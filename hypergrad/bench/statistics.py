@@ -23,10 +23,10 @@ class Resplits:
     """States that the seeds of a table are re-splits of one data set.
 
     Args:
-      test_fraction: Number of test examples over the number of training examples.
+      test_to_train: Number of test examples over the number of training examples.
     """
 
-    test_fraction: float
+    test_to_train: float
 
 
 class Interval(NamedTuple):
@@ -50,7 +50,7 @@ def mean_interval(
     Args:
       values: One value per seed, shape ``[n]``. The interval is infinite for n = 1.
       level: Probability that the interval covers the true mean.
-      resplits: If given, the variance of the mean is ``(1/n + test_fraction) s^2``
+      resplits: If given, the variance of the mean is ``(1/n + test_to_train) s^2``
         instead of ``s^2 / n`` (Nadeau & Bengio 2003, eq. 7).
     """
     values = np.asarray(values, float)
@@ -59,7 +59,7 @@ def mean_interval(
         return Interval(mean, -math.inf, math.inf)
     variance_factor = 1 / count
     if resplits is not None:
-        variance_factor += resplits.test_fraction
+        variance_factor += resplits.test_to_train
     standard_error = math.sqrt(variance_factor) * float(np.std(values, ddof=1))
     quantile = float(scipy.stats.t.ppf((1 + level) / 2, count - 1))
     half_width = quantile * standard_error
@@ -95,7 +95,7 @@ def ratio_interval(
         level=level,
         resplits=resplits,
     )
-    return Interval(*(math.exp(x) for x in (logs.mean, logs.low, logs.high)))
+    return Interval(*np.exp(logs).tolist())
 
 
 def p_value(

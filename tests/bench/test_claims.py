@@ -22,7 +22,7 @@ def rows_with(gain: float, noise: float = 1.0, seeds: int = 5) -> list[dict]:
     ("gain", "noise", "outcome"),
     [
         (0.05, 1.0, "supported"),
-        (0.025, 1.0, "supported"),
+        (0.025, 1.0, "not supported"),  # a gain for sure, but the interval holds 0.02
         (0.015, 1.0, "not supported"),  # the interval holds 0.02
         (-0.05, 1.0, "contradicted"),
         (0.001, 1.0, "contradicted"),  # a gain, but surely below 0.02
@@ -39,8 +39,12 @@ def test_a_claim_of_two_points_ends_by_its_interval(gain, noise, outcome):
 def test_lower_values_and_ratios():
     rows = [row | {"seconds": 1 / row["accuracy"]} for row in rows_with(0.4)]
     options = {"lower_is_better": True, "as_ratio": True}
-    (twice,) = evaluate_claims((Claim("new", "old", "seconds", 2.0, **options),), rows)
-    (some,) = evaluate_claims((Claim("new", "old", "seconds", 1.4, **options),), rows)
+    (twice,) = evaluate_claims(
+        (Claim("new", "old", "seconds", min_effect=2.0, **options),), rows
+    )
+    (some,) = evaluate_claims(
+        (Claim("new", "old", "seconds", min_effect=1.4, **options),), rows
+    )
     assert (twice.outcome, some.outcome) == ("contradicted", "supported")
 
 
@@ -59,8 +63,40 @@ def test_pairs_are_matched_by_seed_not_by_order():
     assert evaluate_claims((claim,), rows) == evaluate_claims((claim,), rows[::-1])
 
 
-def test_claims_about_methods_without_rows_are_left_out():
-    assert evaluate_claims((Claim("none", "old", "accuracy"),), rows_with(0.05)) == []
+def test_claims_without_rows_have_no_line_and_still_count():
+    rows, claim = rows_with(0.05), Claim("new", "old", "accuracy")
+    others = tuple(Claim(f"none {i}", "old", "accuracy") for i in range(9))
+    (finding,) = evaluate_claims((claim, *others), rows)
+    assert "99.5% interval" in finding.text  # one of ten claims
+
+
+def test_a_method_that_lacks_seeds_decides_nothing():
+    rows = [
+        row for row in rows_with(0.05) if (row["method"], row["seed"]) != ("new", 1)
+    ]
+    (finding,) = evaluate_claims((Claim("new", "old", "accuracy"),), rows)
+    assert finding.outcome == "undecided"
+    (line,) = Comparison("new", ("old",), "accuracy").evaluate(rows)
+    assert "lacks seeds" in line.text
+
+
+def test_several_rows_of_a_seed_are_an_error():
+    rows = rows_with(0.05)
+    with pytest.raises(ValueError, match="where"):
+        evaluate_claims((Claim("new", "old", "accuracy"),), [*rows, rows[0]])
+
+
+def test_a_true_effect_at_the_bound_is_rarely_called_supported():
+    """Of 400 tables at most about 20 may be; 40 would be 4.6 standard deviations."""
+    generator, claim = np.random.default_rng(0), Claim("a", "b", "x", min_effect=0.02)
+    supported = 0
+    for _ in range(400):
+        gains = generator.normal(0.02, 0.01, size=8)
+        rows = [{"method": "a", "seed": i, "x": x} for i, x in enumerate(gains)]
+        rows += [{"method": "b", "seed": i, "x": 0.0} for i in range(8)]
+        (finding,) = evaluate_claims((claim,), rows)
+        supported += finding.outcome != "not supported"
+    assert supported < 40
 
 
 def test_a_comparison_says_which_is_better_and_claims_nothing():

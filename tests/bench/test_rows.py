@@ -9,9 +9,9 @@ import pytest
 from hypergrad.bench.rows import (
     CorruptRowError,
     append_row,
-    drop_cut_line,
     parse_line,
     read_rows,
+    set_cut_line_aside,
     to_line,
 )
 
@@ -54,12 +54,13 @@ def test_lines_that_were_not_written_by_us_are_refused(line):
         parse_line(line.rstrip("\n"), "here")
 
 
-def test_a_line_that_was_cut_off_is_an_error_and_can_be_dropped(tmp_path):
+def test_a_line_that_was_cut_off_is_an_error_and_is_kept_aside(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_row(path, ROW)
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:40])
     with pytest.raises(CorruptRowError, match="line 2"):
         read_rows(path)
-    drop_cut_line(path)
+    set_cut_line_aside(path)
     assert path.read_bytes() == whole
+    assert path.with_name("rows.jsonl.cut").read_bytes() == whole[:40] + b"\n"

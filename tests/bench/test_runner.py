@@ -185,6 +185,24 @@ def test_a_copy_with_options_leaves_the_method_unchanged():
     check_method("copy", copy)
 
 
+def test_a_method_does_not_get_the_metrics_of_the_test_data(run):
+    assert not run("mine.py:peeks", only=("peeks",)).failures
+
+
+def test_two_methods_of_one_name_are_refused(run):
+    with pytest.raises(ValueError, match="different functions"):
+        run("mine.py:stay", "mine.py:stay")
+
+
+def test_a_foreign_file_is_refused_and_left_as_it_is(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "quadratic.jsonl"
+    path.write_text("notes of mine\nwithout an end")
+    with pytest.raises(ValueError, match="line 1"):
+        run(only=("nothing",))
+    assert path.read_text() == "notes of mine\nwithout an end"
+
+
 def test_a_worse_method_is_reported_as_worse(run, shared_file):
     result = run("mine.py:stay", seeds=5)
     table = loading.load_table(shared_file)
@@ -201,7 +219,8 @@ def test_a_worse_method_is_reported_as_worse(run, shared_file):
         ("returns_nan", "not finite"),
         ("returns_number", "must return the hg.Trace .* got float"),
         ("over_budget", r"cost .*; its budget is 60"),
-        ("all_settings_fail", "no setting of its grid"),
+        ("all_settings_fail", "RuntimeError .*: no size works"),
+        ("ends_in_nan", "no setting of its grid"),
     ],
 )
 def test_a_method_that_fails_is_named_and_the_other_rows_stay(run, name, message):

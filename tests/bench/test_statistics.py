@@ -32,7 +32,7 @@ def test_ratios_are_differences_of_logarithms():
 def test_resplits_widen_the_interval_by_nadeau_and_bengio():
     # Eq. 7: the variance of the mean is (1/n + n_test/n_train) s^2.
     plain = mean_interval(FIRST)
-    corrected = mean_interval(FIRST, resplits=Resplits(test_fraction=0.25))
+    corrected = mean_interval(FIRST, resplits=Resplits(test_to_train=0.25))
     ratio = (corrected.high - corrected.mean) / (plain.high - plain.mean)
     np.testing.assert_allclose(ratio, np.sqrt((1 / 5 + 0.25) / (1 / 5)))
 

@@ -112,6 +112,15 @@ def all_settings_fail(task, *, budget, key, size):
     raise RuntimeError("no size works")
 
 all_settings_fail.grid = {"size": (1, 2)}
+
+def ends_in_nan(task, *, budget, key, size):
+    return returns_nan(task, budget=budget, key=key)
+
+ends_in_nan.grid = {"size": (1, 2)}
+
+def peeks(task, *, budget, key):
+    assert not task.metrics
+    return stay(task, budget=budget, key=key)
 """
 
 
