@@ -73,7 +73,7 @@ def _plot_seeds(
 def cleaning(rows: Rows, path: Path) -> None:
     """Plots weights of clean and wrong examples, and validation loss against cost."""
     figure, (left, right) = _figure(2)
-    learned = [row for row in rows if "curve_value" in row]
+    learned = [row for row in rows if "clean_weights" in row]
     names = list(dict.fromkeys(row["method"] for row in learned))
     selected = next((name for name in ("implicit", *names) if name in names), None)
     selected_rows = [row for row in learned if row["method"] == selected]

@@ -1,0 +1,61 @@
+"""A method of a user's own runs on every table that compares methods."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hypergrad.bench import Table, loading
+from hypergrad.bench.runner import RunOptions, run_table
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+FILES = [
+    path
+    for path in loading.table_files(FOLDER)
+    if re.search(r"^table = Table\(", path.read_text(), re.MULTILINE)
+]
+FAST = ("federated", "few_shot")
+BUDGET = 20
+RATES = (0.03, 0.1)
+METHOD = f"""
+from hypergrad.bench import baselines, with_options
+
+mine = with_options(baselines.implicit, grid={{"learning_rate": {RATES}}})
+"""
+
+
+TABLES = [
+    pytest.param(
+        file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow
+    )
+    for file in FILES
+]
+
+
+@pytest.mark.usefixtures("single_precision")
+@pytest.mark.parametrize("file", TABLES)
+def test_implicit_hypergradients_are_tuned_and_measured(file: Path, tmp_path: Path):
+    method_file = tmp_path / "mine.py"
+    method_file.write_text(METHOD)
+    ref = loading.TableRef(file, ((method_file, "mine"),), BUDGET)
+    options = RunOptions("small", 1, tmp_path, "", only=("mine",))
+    result = run_table(ref, options)
+    assert not result.failures
+    table = ref.load()
+    assert isinstance(table, Table)
+    *tuning, row = result.rows
+    scores = [score for trial in tuning for score in trial["selection"]]
+    assert np.all(np.isfinite(np.array(scores, float)))
+    assert {trial["settings"]["learning_rate"] for trial in tuning} == set(RATES)
+    metrics = [row[name] for name in table.metrics]
+    assert np.all(np.isfinite(np.array(metrics, float)))
+    assert row["tuning_cost"] > row["gradient_equivalents"] > 0
+    if table.plot is not None:
+        table.plot(result.rows[-1:], tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").exists()
+
+
+def test_all_converted_tables_take_methods():
+    names = {"architecture", "augmentation", "cleaning", "self_supervised"}
+    assert {file.stem for file in FILES} >= {*FAST, *names, "semi_supervised"}
