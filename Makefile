@@ -64,7 +64,7 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	done
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
 
-peers: | $(VENV)/pyvenv.cfg ## install the libraries that `benchmarks peers` runs beside us
+peers: | $(VENV)/pyvenv.cfg ## install the libraries that the table `peer_speed` runs
 	$(PY) -m benchmarks.peers.environments
 
 clean: ## remove caches and built files; environments and results stay

@@ -33,6 +33,8 @@ def _free_compiled_programs() -> Iterator[None]:
 
 #: The modules that take most of the time; the fast half of CI leaves them out.
 HEAVY = {
+    "bench/test_commands.py",
+    "bench/test_runner.py",
     "core/test_argmin.py",
     "core/test_testing.py",
     "estimators/test_contract.py",
