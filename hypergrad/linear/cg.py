@@ -130,7 +130,7 @@ def conjugate_gradients(
     b, x = divide(b, unit), divide(options.get("y0"), unit)
     # The direction of a residual below rounding is noise, as is its curvature.
     squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
-    x, r, num_init_products = _first_residual(matvec, b, x)
+    x, r, num_init_products = first_residual(matvec, b, x)
     num_coefficients = max(min(dimension, max_steps), 1)
     x, r, rz, k, is_negative, step_sizes, ratios = _run_recurrence(
         matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
@@ -218,7 +218,7 @@ def _run_recurrence(
     return x, r, rz, k, is_negative, step_sizes, ratios
 
 
-def _first_residual(
+def first_residual(
     matvec: MatVec, b: PyTree, x: PyTree | None
 ) -> tuple[PyTree, PyTree, Array | int]:
     """Returns the first iterate, its residual and the number of products.
