@@ -71,8 +71,10 @@ class LBFGS(eqx.Module):
         reference, num_init_grads = reference_grad_norm(jax.grad(loss), w, grad)
         grad_tol = absolute_grad_tol(self.tolerance, reference)
         # The length of optax's first step is min(1, ||g||), which has units.
+        # Its line search promotes w to the dtype of a step size.
+        cast = lambda new_w: jax.tree.map(lambda x, y: x.astype(y.dtype), new_w, w)
         unit = jnp.where(reference > 0, reference, 1.0)
-        loss = lambda w: inner_loss(w, alpha, batch) / unit
+        loss = lambda w: inner_loss(cast(w), alpha, batch) / unit
         value, grad, grad_tol = value / unit, divide(grad, unit), grad_tol / unit
 
         def cond_fun(carry):
