@@ -25,9 +25,9 @@ CONTRACT = {
     "Bilevel", "Batches", "Descent", "LBFGS", "Newton", "ClosedForm", "from_jaxopt",
     "from_optimistix", "Estimate", "Implicit", "Unrolled", "CG", "Neumann", "Nystrom",
     "NystromCG", "MINRES", "Identity", "hypergradient", "minimize", "OuterLoop",
-    "search", "Trace", "argmin", "citation", "cost", "testing", "spaces", "tasks", "certify",
-    "Certificate", "Forward", "FixedPoint", "FiniteDifference", "Penalty", "Evolution",
-    "PersistentEvolution", "surrogates", "objectives",
+    "search", "Trace", "argmin", "citation", "cost", "testing", "spaces", "tasks",
+    "certify", "Certificate", "Forward", "FixedPoint", "FiniteDifference", "Penalty",
+    "Evolution", "PersistentEvolution", "surrogates", "objectives",
 }  # fmt: skip
 
 

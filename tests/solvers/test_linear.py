@@ -158,7 +158,14 @@ LINEAX = {
     "Cholesky": lx.Cholesky(),
 }
 ITERATIVE = [name for name in LINEAX if name not in ("LU", "Cholesky")]
-STATS = {"num_products", "num_shared", "ritz_min", "ritz_max", "negative_curvature"}
+STATS = {
+    "is_solved",
+    "num_products",
+    "num_shared",
+    "ritz_min",
+    "ritz_max",
+    "negative_curvature",
+}
 
 
 @pytest.mark.parametrize("name", ["LU", "Cholesky"])
