@@ -1,5 +1,6 @@
 """Conjugate gradients, with estimates of the extreme eigenvalues."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, float_converter
+from ..validation import check_hashable, check_positive_int, float_converter
 from .base import MatVec, SymmetricSolver, relative_residual
+from .equilibration import NUM_PROBES, equilibrate
 
 
 class CG(SymmetricSolver):
@@ -43,11 +45,16 @@ class CG(SymmetricSolver):
       rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
         of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
+      preconditioner: None; 'diagonal', which solves ``(S H S) x = S b`` for ``v = S x``
+        with a diagonal ``S <= I`` that gives the rows equal norms, so that the units of
+        ``w`` do not matter; or a function ``r -> P^-1 r`` with symmetric positive
+        definite ``P``. The Ritz values are those of ``S H S`` or ``P^-1 H``, and with
+        'diagonal' the residual is that of the scaled system.
 
     Cost:
       One Hessian-vector product per step, one more for a warm start and one for the
-      true residual.
-    Memory: four vectors like ``w``.
+      true residual. Eight more with 'diagonal'.
+    Memory: four vectors like ``w``, five with 'diagonal'.
     Bias: none at convergence.
 
     Source: Hestenes & Stiefel 1952; Ritz values from Golub & Van Loan, section 11.3.
@@ -63,6 +70,9 @@ class CG(SymmetricSolver):
         default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
+    preconditioner: str | Callable[[PyTree], PyTree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
 
     citations = ("hestenes1952",)
     exact = True
@@ -85,6 +95,13 @@ class CG(SymmetricSolver):
 
     def __check_init__(self):
         check_positive_int("max_steps", self.max_steps, optional=True)
+        preconditioner = self.preconditioner
+        if not (preconditioner in (None, "diagonal") or callable(preconditioner)):
+            raise ValueError(
+                "preconditioner must be None, 'diagonal' or a function r -> P^-1 r; "
+                f"got {preconditioner!r}."
+            )
+        check_hashable("preconditioner", preconditioner)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns 0, because the solution is exact up to the tolerance."""
@@ -94,9 +111,24 @@ class CG(SymmetricSolver):
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """Returns ``(v, result, stats)``; ``options["y0"]`` is the starting point."""
-        return conjugate_gradients(
-            state.mv, vector, rtol=self.rtol, max_steps=self.max_steps, options=options
+        run = functools.partial(
+            conjugate_gradients, rtol=self.rtol, max_steps=self.max_steps
         )
+        preconditioner = self.preconditioner
+        if preconditioner is None:
+            return run(state.mv, vector, options=options)
+        if callable(preconditioner):
+            return run(state.mv, vector, options=options, preconditioner=preconditioner)
+        s = equilibrate(state.mv, vector)
+        multiply_by_s = lambda x: jax.tree.map(jnp.multiply, s, x)
+        if (y0 := options.get("y0")) is not None:
+            options = options | {"y0": jax.tree.map(jnp.divide, y0, s)}
+        # (S H S) x = S b,  v = S x
+        scaled_matvec = lambda x: multiply_by_s(state.mv(multiply_by_s(x)))
+        x, result, stats = run(scaled_matvec, multiply_by_s(vector), options=options)
+        stats["num_products"] = stats["num_products"] + NUM_PROBES
+        stats["num_shared"] = NUM_PROBES
+        return multiply_by_s(x), result, stats
 
 
 def conjugate_gradients(
