@@ -25,7 +25,7 @@ from ..trees import (
 )
 from ..validation import check_hashable, check_positive_int, float_converter
 from .base import MatVec, SymmetricSolver, relative_residual
-from .equilibration import NUM_PROBES, equilibrate
+from .equilibration import solve_equilibrated
 
 
 class CG(SymmetricSolver):
@@ -119,16 +119,8 @@ class CG(SymmetricSolver):
             return run(state.mv, vector, options=options)
         if callable(preconditioner):
             return run(state.mv, vector, options=options, preconditioner=preconditioner)
-        s = equilibrate(state.mv, vector)
-        multiply_by_s = lambda x: jax.tree.map(jnp.multiply, s, x)
-        if (y0 := options.get("y0")) is not None:
-            options = options | {"y0": jax.tree.map(jnp.divide, y0, s)}
-        # (S H S) x = S b,  v = S x
-        scaled_matvec = lambda x: multiply_by_s(state.mv(multiply_by_s(x)))
-        x, result, stats = run(scaled_matvec, multiply_by_s(vector), options=options)
-        stats["num_products"] = stats["num_products"] + NUM_PROBES
-        stats["num_shared"] = NUM_PROBES
-        return multiply_by_s(x), result, stats
+        solve = lambda matvec, b, y0: run(matvec, b, options=options | {"y0": y0})
+        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
 
 
 def conjugate_gradients(

@@ -1,7 +1,11 @@
 """Diagonal scaling of a symmetric matrix, found by products with random vectors."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optax
 from jaxtyping import PyTree
 
@@ -9,6 +13,32 @@ from ..trees import random_like
 from .base import MatVec
 
 NUM_PROBES = 8
+
+Solution = tuple[PyTree, lx.RESULTS, dict[str, Any]]
+
+
+def solve_equilibrated(
+    solve: Callable[[MatVec, PyTree, PyTree | None], Solution],
+    matvec: MatVec,
+    b: PyTree,
+    y0: PyTree | None,
+) -> Solution:
+    """Solves ``(S H S) x = S b`` and returns ``v = S x`` with the statistics.
+
+    Args:
+      solve: ``(matvec, b, y0) -> (v, result, stats)``, a linear solver.
+      matvec: Function ``v -> H v`` with symmetric ``H``.
+      b: Right-hand side.
+      y0: Starting point, or None.
+    """
+    s = equilibrate(matvec, b)
+    multiply_by_s = lambda x: jax.tree.map(jnp.multiply, s, x)
+    x0 = None if y0 is None else jax.tree.map(jnp.divide, y0, s)
+    scaled_matvec = lambda x: multiply_by_s(matvec(multiply_by_s(x)))
+    x, result, stats = solve(scaled_matvec, multiply_by_s(b), x0)
+    stats["num_products"] = stats["num_products"] + NUM_PROBES
+    stats["num_shared"] = NUM_PROBES
+    return multiply_by_s(x), result, stats
 
 
 def equilibrate(matvec: MatVec, like: PyTree) -> PyTree:

@@ -23,6 +23,7 @@ from ..trees import (
 from ..validation import check_positive_int, float_converter
 from .base import MatVec, SymmetricSolver, relative_residual
 from .cg import first_residual
+from .equilibration import solve_equilibrated
 
 MAX_PASSES = 4  # the first one and restarts from the true residual
 ROUNDING_ULPS = 10  # rounding error of H v in units of eps ||H|| ||v||
@@ -48,11 +49,13 @@ class MINRES(SymmetricSolver):
       rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
         of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
+      preconditioner: None, or 'diagonal', which solves ``(S H S) x = S b`` as `CG`
+        does. The residual and ``ritz_max`` are then those of the scaled system.
 
     Cost:
       One Hessian-vector product per step, one more for a warm start and one for the
-      true residual.
-    Memory: seven vectors like ``w``.
+      true residual. Eight more with 'diagonal'.
+    Memory: seven vectors like ``w``, eight with 'diagonal'.
     Bias: none at convergence.
 
     Source: Paige & Saunders 1975, sections 5 and 6; the test for least squares from
@@ -69,6 +72,7 @@ class MINRES(SymmetricSolver):
         default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
+    preconditioner: str | None = eqx.field(static=True, default=None, kw_only=True)
 
     citations = ("paige1975", "choi2011")
     summary = (
@@ -90,6 +94,11 @@ class MINRES(SymmetricSolver):
 
     def __check_init__(self):
         check_positive_int("max_steps", self.max_steps, optional=True)
+        if self.preconditioner not in (None, "diagonal"):
+            raise ValueError(
+                "preconditioner must be None or 'diagonal' for MINRES; got "
+                f"{self.preconditioner!r}. CG also takes a function."
+            )
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns 0, because the solution is exact up to the tolerance."""
@@ -99,13 +108,12 @@ class MINRES(SymmetricSolver):
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """Returns ``(v, result, stats)``; ``options["y0"]`` is the starting point."""
-        return minimum_residual(
-            state.mv,
-            vector,
-            rtol=self.rtol,
-            max_steps=self.max_steps,
-            y0=options.get("y0"),
+        solve = lambda matvec, b, y0: minimum_residual(
+            matvec, b, rtol=self.rtol, max_steps=self.max_steps, y0=y0
         )
+        if self.preconditioner is None:
+            return solve(state.mv, vector, options.get("y0"))
+        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
 
 
 def minimum_residual(

@@ -158,3 +158,20 @@ def test_a_pytree_of_scalars_and_an_eigenvector():
     for actual, expected in zip(jax.tree.leaves(v), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(actual, -expected / 4, rtol=1e-12)
     assert stats["negative_curvature"]
+
+
+def test_the_diagonal_preconditioner_removes_the_units():
+    """Units up to ``10^8`` apart; at most twice the products of a balanced system."""
+    solver = hg.MINRES(preconditioner="diagonal")
+    balanced = symmetric_matrix(np.linspace(-2.0, 3.0, N))
+    _, reference = compute(MINRES, balanced, B)
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        units = 10 ** rng.uniform(-4, 4, N)
+        H = units[:, None] * balanced * units[None]
+        v, stats = compute(solver, H, units * B)
+        assert stats["is_successful"]
+        assert relative_error(units * v, np.linalg.solve(balanced, B)) < 1e-8
+        assert stats["num_products"] <= 2 * reference["num_products"] + 8
+    with pytest.raises(ValueError, match="preconditioner"):
+        hg.MINRES(preconditioner="jacobi")
