@@ -76,7 +76,7 @@ from .inner import (
     from_optimistix,
     piecewise_constant_schedule,
 )
-from .linear import CG, Identity, Neumann, Nystrom, NystromCG
+from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
 from .minimize import OuterLoop, minimize
 from .problem import Batches, Bilevel
 from .search import search
@@ -95,6 +95,7 @@ __all__ = [  # in reading order
     "F2SA",
     "FSLA",
     "LBFGS",
+    "MINRES",
     "MRBO",
     "PZOBO",
     "SABA",

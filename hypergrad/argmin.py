@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from .inner.base import InnerSolver
-from .linear import CG
+from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
 from .problem import Batches
 from .problem_checks import check_scalar_loss
@@ -44,8 +44,11 @@ def argmin(
       inner_loss: ``(w, alpha, batch) -> scalar``. Traced values that it closes over are
         differentiated too.
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
-        only at a stationary point.
-      linear_solver: Solver of the linear system. Defaults to `CG`.
+        only at a stationary point. A saddle is one, and a singular minimum is if the
+        system has a solution.
+      linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
+        minimum and at most the products of `CG`. Where the solver does not reach its
+        tolerance, the derivative is NaN.
 
     Returns:
       A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
@@ -74,7 +77,7 @@ def argmin(
         )
     check_hashable("inner_loss", inner_loss)
     check_solver(solver)
-    linear_solver = CG() if linear_solver is None else linear_solver
+    linear_solver = MINRES() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)
 
     def solution_fn(
@@ -119,9 +122,12 @@ def _make_differentiable_solve(loss, solver, linear_solver, key):
         product = lambda v: hvp(inner_loss, w, args, None, v)
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
         zeros = jnp.zeros_like(b)
-        apply_inverse = lambda matvec, b: solve_linear(linear_solver, matvec, b, zeros)[
-            0
-        ]
+
+        def apply_inverse(matvec, b):
+            v, linear_stats = solve_linear(linear_solver, matvec, b, zeros)
+            # A truncated iterate would be a wrong derivative without any sign of it.
+            return jnp.where(linear_stats["is_solved"], v, jnp.nan)
+
         x = jax.lax.custom_linear_solve(matvec, b, apply_inverse, symmetric=True)
         return w, scale(-1, unravel(x))
 

@@ -37,11 +37,19 @@ from .estimators import (
     StocBiO,
     Unrolled,
 )
-from .linear import CG, Identity, Neumann, Nystrom, NystromCG
+from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
 from .method_summary import MethodSummary
 
 #: Classes whose summaries describe an `Implicit` that uses them, in reading order.
-IMPLICIT_COMPONENTS = (CG, Neumann, Nystrom, NystromCG, Identity, CompositeLoss)
+IMPLICIT_COMPONENTS = (
+    CG,
+    MINRES,
+    Neumann,
+    Nystrom,
+    NystromCG,
+    Identity,
+    CompositeLoss,
+)
 #: Estimators in reading order.
 ESTIMATORS = (
     Implicit,

@@ -28,6 +28,7 @@ RIDGE = get_reference("ridge per-weight")
 RIDGE_DATA = RIDGE.problem.inner_data, RIDGE.problem.outer_data
 LINEAR_SOLVERS = {
     "CG": hg.CG(),
+    "MINRES": hg.MINRES(),
     "GMRES": lx.GMRES(rtol=1e-12, atol=1e-12),
     "BiCGStab": lx.BiCGStab(rtol=1e-12, atol=1e-12),
     "LU": lx.LU(),

@@ -177,8 +177,8 @@ ERRORS = (
     PlantedError(
         "L-BFGS: the first gradient is not counted",
         "inner/lbfgs.py",
-        "inner_stats(num_steps, num_grads=num_grads + 1)",
-        "inner_stats(num_steps, num_grads=num_grads)",
+        "num_grads + num_init_grads + 1",
+        "num_grads + num_init_grads",
         "solvers/test_minimizers.py solvers/test_inner.py",
     ),
     # Derivatives of runs.

@@ -94,9 +94,14 @@ def grads_per_step(solver: IterativeSolver) -> int:
 
 
 def inner_stats(
-    num_steps: Any, num_grads: Any = 0.0, num_hvps: Any = 0.0, num_values: Any = 0.0
+    num_steps: Any,
+    num_grads: Any = 0.0,
+    num_hvps: Any = 0.0,
+    num_values: Any = 0.0,
+    *,
+    converged: Any = None,
 ) -> InnerStats:
-    """Returns the statistics of a solve as four float scalars.
+    """Returns the statistics of a solve as float scalars.
 
     Args:
       num_steps: Number of steps.
@@ -105,11 +110,15 @@ def inner_stats(
         evaluated together count as one gradient.
       num_hvps: Number of Hessian-vector products, counted likewise.
       num_values: Number of values without a gradient, counted likewise.
+      converged: Whether the solver met its own tolerance, which becomes 1 or 0. None,
+        of a solver without a tolerance, leaves the statistic out.
     """
-    counts = {
+    stats = {
         "num_steps": num_steps,
         "num_grads": num_grads,
         "num_hvps": num_hvps,
         "num_values": num_values,
     }
-    return {name: jnp.asarray(count, dtype=float) for name, count in counts.items()}
+    if converged is not None:
+        stats["converged"] = converged
+    return {name: jnp.asarray(value, dtype=float) for name, value in stats.items()}

@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 
 from ..problem import Data, full_batch
 from ..products import Loss
-from ..trees import norm
+from ..trees import divide, norm
 from ..validation import check_positive_int, float_converter
 from .base import InnerStats, inner_stats
-from .stopping import absolute_grad_tol, has_progressed
+from .stopping import absolute_grad_tol, has_progressed, reference_grad_norm
 
 
 class LBFGS(eqx.Module):
@@ -25,12 +25,16 @@ class LBFGS(eqx.Module):
     Args:
       max_steps: Maximum number of steps.
       tolerance: The solver stops when ``||dL/dw||`` is at most this times
-        ``max(1, ||dL/dw at the start||)``. Defaults to ``eps^(3/4)`` of the dtype.
+        ``max(||g||, ||H w||)`` at the start. Defaults to ``eps^(3/4)`` of the dtype.
       memory_size: Number of pairs of steps and gradient changes that are kept.
 
-    Cost: about one gradient per step; each evaluation of the line search is counted.
+    Cost:
+      About one gradient per step; each evaluation of the line search is counted. One
+      gradient more unless the start is zero.
     Memory: ``2 memory_size`` vectors like ``w``.
-    Bias: none at a small enough tolerance.
+    Bias:
+      None at a small enough tolerance. The statistic ``converged`` is 0 if the solver
+      stopped above it, after its last step or at the rounding of the loss.
 
     Source: Liu & Nocedal 1989.
 
@@ -59,12 +63,19 @@ class LBFGS(eqx.Module):
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, InnerStats]:
-        """Returns the minimum and the cost of finding it."""
+        """Returns the minimum, the cost, and whether the tolerance was met."""
         batch = full_batch(data, key)
         loss = lambda w: inner_loss(w, alpha, batch)
         optimizer = optax.lbfgs(memory_size=self.memory_size)
         value, grad = jax.value_and_grad(loss)(w)
-        grad_tol = absolute_grad_tol(self.tolerance, grad)
+        reference, num_init_grads = reference_grad_norm(jax.grad(loss), w, grad)
+        grad_tol = absolute_grad_tol(self.tolerance, reference)
+        # The length of optax's first step is min(1, ||g||), which has units.
+        # Its line search promotes w to the dtype of a step size.
+        cast = lambda new_w: jax.tree.map(lambda x, y: x.astype(y.dtype), new_w, w)
+        unit = jnp.where(reference > 0, reference, 1.0)
+        loss = lambda w: inner_loss(cast(w), alpha, batch) / unit
+        value, grad, grad_tol = value / unit, divide(grad, unit), grad_tol / unit
 
         def cond_fun(carry):
             _, _, _, grad, num_steps, is_progressing, _ = carry
@@ -106,5 +117,7 @@ class LBFGS(eqx.Module):
             zero,
         )
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
-        w, _, _, _, num_steps, _, num_grads = final_carry
-        return w, inner_stats(num_steps, num_grads=num_grads + 1)
+        w, _, _, grad, num_steps, _, num_grads = final_carry
+        num_grads = num_grads + num_init_grads + 1
+        converged = norm(grad) <= grad_tol
+        return w, inner_stats(num_steps, num_grads, converged=converged)

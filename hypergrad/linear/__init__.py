@@ -6,7 +6,8 @@ products and report what they observe of the spectrum of ``H``.
 
 from .cg import CG
 from .identity import Identity
+from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, NystromCG
 
-__all__ = ["CG", "Identity", "Neumann", "Nystrom", "NystromCG"]
+__all__ = ["CG", "MINRES", "Identity", "Neumann", "Nystrom", "NystromCG"]

@@ -113,12 +113,13 @@ def solve_linear(
 
     Returns:
       ``v`` and the statistics ``num_products``, ``num_shared``, ``ritz_min``,
-      ``ritz_max`` and ``negative_curvature`` of `SymmetricSolver`.
+      ``ritz_max`` and ``negative_curvature`` of `SymmetricSolver`, and ``is_solved``,
+      whether the solver reports success.
     """
     operator = hessian_operator(matvec, b)
     options = {"y0": y0, "true_residual": False, "prepared": prepared}
     state = solver.init(operator, options)
-    v, _, stats = solver.compute(state, b, options)
+    v, result, stats = solver.compute(state, b, options)
     num_products = _count_products(solver, b, stats)
     is_dense = "num_products" not in stats and "num_steps" not in stats
     num_shared = num_products if is_dense else stats.get("num_shared", 0)
@@ -128,6 +129,7 @@ def solve_linear(
         "ritz_min": jnp.asarray(stats.get("ritz_min", jnp.nan), dtype=float),
         "ritz_max": jnp.asarray(stats.get("ritz_max", jnp.nan), dtype=float),
         "negative_curvature": jnp.asarray(stats.get("negative_curvature", False)),
+        "is_solved": jnp.asarray(result == lx.RESULTS.successful),
     }
 
 
@@ -179,6 +181,7 @@ def check_linear_solver(solver: Any, name: str = "linear_solver") -> None:
         )
     raise TypeError(
         f"{name} must be a linear solver; got {type(solver).__name__}. Use hg.CG(), "
-        "hg.Neumann(num_terms), hg.Nystrom(rank), hg.NystromCG(rank), hg.Identity() or "
-        "a solver of lineax such as lineax.GMRES(rtol, atol) or lineax.LU()."
+        "hg.MINRES(), hg.Neumann(num_terms), hg.Nystrom(rank), hg.NystromCG(rank), "
+        "hg.Identity() or a solver of lineax such as lineax.GMRES(rtol, atol) or "
+        "lineax.LU()."
     )

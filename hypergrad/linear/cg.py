@@ -1,5 +1,6 @@
 """Conjugate gradients, with estimates of the extreme eigenvalues."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, float_converter
+from ..validation import check_hashable, check_positive_int, float_converter
 from .base import MatVec, SymmetricSolver, relative_residual
+from .equilibration import solve_equilibrated
 
 
 class CG(SymmetricSolver):
@@ -43,11 +45,16 @@ class CG(SymmetricSolver):
       rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
         of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
+      preconditioner: None; 'diagonal', which solves ``(S H S) x = S b`` for ``v = S x``
+        with a diagonal ``S <= I`` that gives the rows equal norms, so that the units of
+        ``w`` do not matter; or a function ``r -> P^-1 r`` with symmetric positive
+        definite ``P``. The Ritz values are those of ``S H S`` or ``P^-1 H``, and with
+        'diagonal' the residual is that of the scaled system.
 
     Cost:
       One Hessian-vector product per step, one more for a warm start and one for the
-      true residual.
-    Memory: four vectors like ``w``.
+      true residual. Eight more with 'diagonal'.
+    Memory: four vectors like ``w``, five with 'diagonal'.
     Bias: none at convergence.
 
     Source: Hestenes & Stiefel 1952; Ritz values from Golub & Van Loan, section 11.3.
@@ -63,6 +70,9 @@ class CG(SymmetricSolver):
         default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
+    preconditioner: str | Callable[[PyTree], PyTree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
 
     citations = ("hestenes1952",)
     exact = True
@@ -85,6 +95,13 @@ class CG(SymmetricSolver):
 
     def __check_init__(self):
         check_positive_int("max_steps", self.max_steps, optional=True)
+        preconditioner = self.preconditioner
+        if not (preconditioner in (None, "diagonal") or callable(preconditioner)):
+            raise ValueError(
+                "preconditioner must be None, 'diagonal' or a function r -> P^-1 r; "
+                f"got {preconditioner!r}."
+            )
+        check_hashable("preconditioner", preconditioner)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns 0, because the solution is exact up to the tolerance."""
@@ -94,9 +111,16 @@ class CG(SymmetricSolver):
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """Returns ``(v, result, stats)``; ``options["y0"]`` is the starting point."""
-        return conjugate_gradients(
-            state.mv, vector, rtol=self.rtol, max_steps=self.max_steps, options=options
+        run = functools.partial(
+            conjugate_gradients, rtol=self.rtol, max_steps=self.max_steps
         )
+        preconditioner = self.preconditioner
+        if preconditioner is None:
+            return run(state.mv, vector, options=options)
+        if callable(preconditioner):
+            return run(state.mv, vector, options=options, preconditioner=preconditioner)
+        solve = lambda matvec, b, y0: run(matvec, b, options=options | {"y0": y0})
+        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
 
 
 def conjugate_gradients(
@@ -130,7 +154,7 @@ def conjugate_gradients(
     b, x = divide(b, unit), divide(options.get("y0"), unit)
     # The direction of a residual below rounding is noise, as is its curvature.
     squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
-    x, r, num_init_products = _first_residual(matvec, b, x)
+    x, r, num_init_products = first_residual(matvec, b, x)
     num_coefficients = max(min(dimension, max_steps), 1)
     x, r, rz, k, is_negative, step_sizes, ratios = _run_recurrence(
         matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
@@ -218,7 +242,7 @@ def _run_recurrence(
     return x, r, rz, k, is_negative, step_sizes, ratios
 
 
-def _first_residual(
+def first_residual(
     matvec: MatVec, b: PyTree, x: PyTree | None
 ) -> tuple[PyTree, PyTree, Array | int]:
     """Returns the first iterate, its residual and the number of products.

@@ -328,6 +328,26 @@ def test_single_precision_is_kept():
     assert_close(gradient, jax.grad(exact_value)(ALPHA), rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("solver", [hg.LBFGS(), hg.Newton()], ids=["LBFGS", "Newton"])
+def test_low_precision(solver, dtype):
+    """``w*`` and its derivative in the dtype of ``w``, under x64."""
+    loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - jnp.sin(alpha)))
+    solution_fn = hg.argmin(loss, solver)
+    w0, alpha = jnp.zeros(2, dtype), jnp.asarray([0.5, 1.0], dtype)
+    # A line search on the rounded loss finds w to the root of the machine epsilon.
+    tolerance = {"bfloat16": 0.2, "float16": 0.1, "float32": 1e-3}[dtype]
+    w, jacobian = jax.jit(
+        lambda alpha: (solution_fn(w0, alpha), jax.jacrev(solution_fn, 1)(w0, alpha))
+    )(alpha)
+    assert w.dtype == jacobian.dtype == dtype
+    exact = np.array([0.5, 1.0])
+    np.testing.assert_allclose(w.astype(float), np.sin(exact), rtol=tolerance)
+    np.testing.assert_allclose(
+        jacobian.astype(float), np.diag(np.cos(exact)), rtol=tolerance, atol=tolerance
+    )
+
+
 # Options and errors.
 
 

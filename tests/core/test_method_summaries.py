@@ -181,6 +181,7 @@ BOME = hg.BOME(optax.sgd(0.1), 20, step_size=STEP)
 FINITE_DIFFERENCE = hg.FiniteDifference(LONG_DESCENT)
 METHODS = {
     "Implicit(solver)": implicit(hg.CG(), k=2),
+    "Implicit(solver, hg.MINRES())": implicit(hg.MINRES(), k=2),
     "Implicit(solver, hg.Neumann(K))": implicit(hg.Neumann(20), K=20),
     "Implicit(solver, hg.Nystrom(r))": implicit(
         hg.Nystrom(2), 0.01 / (EIG_MIN + 0.01), r=2

@@ -24,10 +24,10 @@ PUBLIC = {
 CONTRACT = {
     "Bilevel", "Batches", "Descent", "LBFGS", "Newton", "ClosedForm", "from_jaxopt",
     "from_optimistix", "Estimate", "Implicit", "Unrolled", "CG", "Neumann", "Nystrom",
-    "NystromCG", "Identity", "hypergradient", "minimize", "OuterLoop", "search",
-    "Trace", "argmin", "citation", "cost", "testing", "spaces", "tasks", "certify",
-    "Certificate", "Forward", "FixedPoint", "FiniteDifference", "Penalty", "Evolution",
-    "PersistentEvolution", "surrogates", "objectives",
+    "NystromCG", "MINRES", "Identity", "hypergradient", "minimize", "OuterLoop",
+    "search", "Trace", "argmin", "citation", "cost", "testing", "spaces", "tasks",
+    "certify", "Certificate", "Forward", "FixedPoint", "FiniteDifference", "Penalty",
+    "Evolution", "PersistentEvolution", "surrogates", "objectives",
 }  # fmt: skip
 
 
@@ -70,7 +70,8 @@ METHODS = [
     *(hg.VRBO(SGD, 1, 1, period=5, step_size=0.1), hg.F2SA(SGD, 1, penalty=1.0)),
     *(hg.PZOBO(SGD, 1, 1), hg.DARTS(SGD)),
     *(SOLVER, hg.Newton(), hg.LBFGS(), hg.from_optimistix(optx.BFGS(1e-6, 1e-6))),
-    *(hg.CG(), hg.Neumann(5), hg.Nystrom(5), hg.NystromCG(5), hg.Identity()),
+    *(hg.CG(), hg.MINRES(), hg.Neumann(5), hg.Nystrom(5), hg.NystromCG(5)),
+    hg.Identity(),
 ]
 #: Methods without a paper of their own.
 UNCITED = {"Average", "ClosedForm", "CentralDifference"}

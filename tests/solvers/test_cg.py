@@ -168,3 +168,59 @@ def test_a_singular_system_is_solved_on_its_range():
     _, stats = compute(CG, H, B)
     assert stats["residual"] >= outside * (1 - 1e-9) > 0.1
     assert not stats["is_successful"]
+
+
+# Preconditioners.
+
+
+@pytest.mark.parametrize("exponent", [2, 4])
+def test_the_diagonal_preconditioner_removes_the_units(exponent):
+    """Units up to ``10^4`` apart; at most twice the products of a balanced system."""
+    solver = hg.CG(preconditioner="diagonal")
+    plain, balanced = hg.CG(), symmetric_matrix(np.linspace(0.5, 2.0, N))
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        units = 10 ** rng.uniform(-exponent, exponent, N)
+        H, b = units[:, None] * balanced * units[None], units * B
+        expected = np.linalg.solve(balanced, B) / units
+        v, stats = compute(solver, H, b)
+        assert relative_error(units * v, units * expected) < 1e-9
+        _, reference = compute(plain, balanced, B)
+        assert stats["num_products"] <= 2 * reference["num_products"] + 8
+        assert stats["num_shared"] == 8
+        assert not stats["negative_curvature"]
+        warm, at_solution = compute(solver, H, b, expected)
+        assert relative_error(units * warm, units * expected) < 1e-9
+        assert at_solution["num_products"] <= 8 + 4
+
+
+def test_the_diagonal_preconditioner_gives_the_same_hypergradient():
+    """Under a change of the units of ``w`` by up to ``10^4``."""
+    units = jnp.asarray(10 ** np.random.default_rng(1).uniform(-4, 4, N))
+    H = jnp.asarray(symmetric_matrix(np.linspace(0.5, 2.0, N)))
+
+    def hypergradient(units):
+        loss = lambda w, alpha, batch: (
+            0.5 * (units * w) @ (H @ (units * w)) - jnp.sum(alpha * jnp.sin(units * w))
+        )
+        outer = lambda w, alpha, batch: jnp.sum((units * w - B) ** 2)
+        solver = hg.ClosedForm(lambda alpha, batch: jnp.zeros(N))
+        linear_solver = hg.CG(preconditioner="diagonal")
+        estimator = hg.Implicit(solver, linear_solver)
+        return hg.hypergradient(hg.Bilevel(loss, outer), estimator)(
+            jnp.zeros(N), jnp.zeros(N)
+        )
+
+    expected = hypergradient(jnp.ones(N)).hypergradient
+    np.testing.assert_allclose(hypergradient(units).hypergradient, expected, rtol=1e-8)
+
+
+def test_a_function_as_preconditioner():
+    """The inverse of ``H`` itself takes one step; anything else is an error."""
+    inverse = jnp.asarray(np.linalg.inv(SPD))
+    solver = hg.CG(preconditioner=lambda r: inverse @ r)
+    v, stats = compute(solver, SPD, B)
+    assert relative_error(v, np.linalg.solve(SPD, B)) < 1e-9
+    assert stats["num_products"] <= 3
+    with pytest.raises(ValueError, match="preconditioner"):
+        hg.CG(preconditioner="jacobi")

@@ -26,6 +26,7 @@ from tests.solvers.systems import (
 
 SOLVERS = {
     "CG": hg.CG(),
+    "MINRES": hg.MINRES(),
     "NystromCG": hg.NystromCG(rank=4),
     "Neumann": hg.Neumann(num_terms=600),
     "Nystrom": hg.Nystrom(rank=N, damping=0.0),
@@ -82,7 +83,7 @@ def test_a_nan_never_leads_to_a_finite_solution(name, argument):
     assert not np.isfinite(v).all()
 
 
-@pytest.mark.parametrize("name", ["CG", "NystromCG", "Nystrom"])
+@pytest.mark.parametrize("name", ["CG", "MINRES", "NystromCG", "Nystrom"])
 def test_the_solution_for_zero_is_zero(name):
     """Also from a warm start, and without a report of negative curvature."""
     for y0 in (np.zeros(N), B):
@@ -91,7 +92,7 @@ def test_the_solution_for_zero_is_zero(name):
         assert not stats["negative_curvature"]
 
 
-@pytest.mark.parametrize("name", ["CG", "NystromCG", "Neumann"])
+@pytest.mark.parametrize("name", ["CG", "MINRES", "NystromCG", "Neumann"])
 def test_a_pytree_is_solved_like_the_flat_vector(name):
     """The tree has leaves of 0 and 2 dimensions."""
     tree = {"a": [np.zeros((2, 4)), np.zeros(())], "b": {"c": np.zeros(3)}}
@@ -157,7 +158,14 @@ LINEAX = {
     "Cholesky": lx.Cholesky(),
 }
 ITERATIVE = [name for name in LINEAX if name not in ("LU", "Cholesky")]
-STATS = {"num_products", "num_shared", "ritz_min", "ritz_max", "negative_curvature"}
+STATS = {
+    "is_solved",
+    "num_products",
+    "num_shared",
+    "ritz_min",
+    "ritz_max",
+    "negative_curvature",
+}
 
 
 @pytest.mark.parametrize("name", ["LU", "Cholesky"])
