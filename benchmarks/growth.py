@@ -184,7 +184,7 @@ def body(rows: list[Row]) -> list[str]:
     ]
     for method in METHODS:
         texts = [
-            f"{exponent(*line(rows, method, axis, column)):.2f} "
+            f"{exponent(*line(rows, method, axis, column)):z.2f} "
             f"[{theory(method, column, axis):g}]"
             for column in COLUMNS
             for axis in AXES

@@ -78,7 +78,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods of a table and the metric in which they are compared, seed by seed.
+    """Methods of a table that are compared, seed by seed, in a metric.
 
     Args:
       method, baseline: Labels of two rows of the table.

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -135,9 +136,9 @@ def run_method(
         )
     cost = np.asarray(trace.cost, float)
     total = float(cost[-1]) if cost.size else 0.0
-    max_step = float(np.max(np.diff(cost, prepend=0.0))) if cost.size else 0.0
     # A run ends with the step that spends the rest of its budget.
-    if not total <= budget + min(max_step, budget):
+    before_last_step = float(cost[-2]) if cost.size > 1 else 0.0
+    if not (before_last_step <= budget and math.isfinite(total)):
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."

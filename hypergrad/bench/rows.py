@@ -80,12 +80,12 @@ def append_row(path: Path, row: Row) -> None:
 def set_cut_line_aside(path: Path) -> None:
     """Moves what stands after the last complete line into the file ``NAME.cut``."""
     content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
+    num_complete = content.rfind(b"\n") + 1
+    if num_complete < len(content):
         with path.with_name(f"{path.name}.cut").open("ab") as file:
-            file.write(content[end:] + b"\n")
+            file.write(content[num_complete:] + b"\n")
         with path.open("rb+") as file:
-            file.truncate(end)
+            file.truncate(num_complete)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -284,9 +284,9 @@ class Table(BaseTable):
           ValueError: A metric that is reported is also used to choose settings.
         """
         selection = {name.removeprefix("-") for name in self.selection}
-        if both := selection & set(self.metrics):
+        if shared := selection & set(self.metrics):
             raise ValueError(
-                f"selection and metrics must not share {sorted(both)}: what is "
+                f"selection and metrics must not share {sorted(shared)}: what is "
                 "reported must not choose settings."
             )
         if not self.columns:

@@ -235,9 +235,9 @@ def test_a_continued_run_can_be_resumed(tmp_path):
     [
         (CheckpointFolder, "_write"),
         (CheckpointFolder, "_remove"),
-        (checkpoint, "_to_named_arrays"),
-        (checkpoint, "_digest_files"),
-        (checkpoint, "_digest_json"),
+        (checkpoint, "to_named_arrays"),
+        (checkpoint, "digest_folder"),
+        (checkpoint, "digest_json"),
         (Path, "replace"),
         (shutil, "rmtree"),
     ],
