@@ -108,7 +108,10 @@ COMMAND = """
             os.write(pipe, b".")
 
         runner.append_row = append_row
-        cli.main()
+        try:
+            cli.main()
+        except SystemExit as error:
+            assert not error.code
 """
 
 
@@ -155,7 +158,7 @@ def test_a_killed_command_loses_and_doubles_no_row(num_kills: int, tmp_path):
 
     rows = read_numbers("unbroken")
     cells = [
-        (row.get("stage"), row["method"], row.get("setting"), row["seed"])
+        (row.get("stage"), row["method"], row.get("setting_index"), row["seed"])
         for row in rows
     ]
     assert len(set(cells)) == len(cells) == 10  # four tuning runs and six reported
