@@ -73,7 +73,8 @@ def cell_problems(result: TableResult) -> list[str]:
     table, rows = result.table, result.rows
     if not result.printed_rows:
         return ["missing: all reported rows"]
-    key_of = lambda row: cell_key(row, table.key_fields)
+    key_fields = table.key_fields
+    key_of = lambda row: cell_key(row, key_fields)
     seeds = sorted({row.get("seed", 0) for row in result.printed_rows})
     stages = table.stages(result.scale, 1 + max(seeds))
     is_converted = all("converted_from" in row for row in rows)
