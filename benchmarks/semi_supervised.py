@@ -62,6 +62,7 @@ from hypergrad.bench import (
     Table,
     baselines,
     mean_interval,
+    with_options,
 )
 from hypergrad.tasks import semi_supervised
 
@@ -120,9 +121,6 @@ def one_weight(task, *, budget, key, weight):
     del budget
     alpha = jnp.full_like(task.alpha, weight)
     return baselines.trace_of_point(task, task.w, alpha, key)
-
-
-setattr(one_weight, "grid", {"weight": (0.1, 0.3, 1.0)})  # noqa: B010 - for pyright
 
 
 @baselines.keeps_w
@@ -218,7 +216,7 @@ table = Table(
     task_grid={"penalty": (1e-3, 1e-2, 1e-1)},
     methods={
         "baseline": no_pseudo_labels,
-        "one weight": one_weight,
+        "one weight": with_options(one_weight, grid={"weight": (0.1, 0.3, 1.0)}),
         "labels of validation": validation_labels,
         "random search": baselines.random_search,
         **HYPERGRADIENTS,

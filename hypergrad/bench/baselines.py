@@ -19,7 +19,7 @@ from ..search import search
 from ..searchers import Grid, Random, Sobol
 from ..tasks.task import Task
 from ..trace import Trace
-from .methods import Method
+from .methods import Method, with_options
 
 
 def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
@@ -32,9 +32,8 @@ def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
 
 
 def keeps_w(method: Method) -> Method:
-    """Marks a method whose own ``w`` is measured, without training once more."""
-    setattr(method, "keeps_w", True)  # noqa: B010 - pyright knows no attribute of it
-    return method
+    """Returns a method whose own ``w`` is measured, without training once more."""
+    return with_options(method, keeps_w=True)
 
 
 def random_search(task: Task, *, budget: float, key: Array) -> Trace:
@@ -52,7 +51,7 @@ def grid_search(num: int) -> Method:
     return lambda task, *, budget, key: _search(task, Grid(num), budget, key)
 
 
-def implicit(task: Task, *, budget: float, key: Array, learning_rate: float) -> Trace:
+def _implicit(task: Task, *, budget: float, key: Array, learning_rate: float) -> Trace:
     """Moves ``alpha`` by Adam along implicit hypergradients with the task's solver."""
     return minimize(
         task.problem,
@@ -66,7 +65,8 @@ def implicit(task: Task, *, budget: float, key: Array, learning_rate: float) -> 
     )
 
 
-setattr(implicit, "grid", {"learning_rate": (0.03, 0.1, 0.3)})  # noqa: B010 - pyright knows no attribute of a function
+#: The method with Adam's learning rate as its one setting.
+implicit = with_options(_implicit, grid={"learning_rate": (0.03, 0.1, 0.3)})
 
 
 def trace_of_point(

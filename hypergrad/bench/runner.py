@@ -6,7 +6,6 @@ it stopped. Rows of other source code, data or settings are refused.
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import math
 import time
 import traceback
@@ -15,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 import hypergrad
 
 from ..checkpoint import lock_file
 from ..runtime import atomic_io
+from ..runtime.fingerprint import digest
 from ..runtime.provenance import utc_now
 from . import provenance
 from .loading import TableRef
@@ -103,7 +101,8 @@ def run_table(
         for stage in table.stages(options.scale, options.seeds)
     ]
     common, method_sources = _common_fields(ref, table, options), ref.method_sources()
-    key_of = lambda row: cell_key(row, table.key_fields)
+    key_fields = table.key_fields
+    key_of = lambda row: cell_key(row, key_fields)
     atomic_io.make_directory(options.folder)
     path = options.folder / f"{ref.name}.jsonl"
     result = RunResult([])
@@ -234,12 +233,7 @@ def _outcome(future: Any) -> Row | str:
 def data_fingerprint(table: BaseTable) -> str:
     """Returns a digest of the data that a table reads; empty if it states none."""
     arrays = table.arrays()
-    if not arrays:
-        return ""
-    sha256 = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        sha256.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    return sha256.hexdigest()
+    return digest(dict(arrays)) if arrays else ""
 
 
 def check_options(table: BaseTable, options: RunOptions) -> None:
