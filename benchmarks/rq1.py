@@ -81,9 +81,10 @@ The inner solvers' rates are the tasks' own, not tuned. Boxes, starts, sizes, T 
 10% were set on seeds 100 and 101, by grids of `h` alone: so that the best is within the
 box, the start is not near it, and 1 to 25% of the points of the grid are there.
 
-Tuning is no gift: its ten runs cost what they need until there, or all they spent, and
-each row is shown without it and with it, counted once, as if a rate were chosen for one
-run only. What *best* costs so is the tuning of all the rows among which it was chosen.
+Tuning is counted. Each of its ten runs costs what it needs to reach the target, or its
+whole budget if it never does. Every row is printed without and with this cost, counted
+once, as if the rate were chosen for a single run. The row *best* pays for the tuning of
+all rows among which it was chosen.
 
 Criteria (o), seeds 0..4.
 
@@ -112,7 +113,7 @@ What falls short: A run is judged by T steps from the start. Warm starts, the si
 loop and sharing never train so: their `w` is that of all steps so far, and where T ends
 a training early, as on *federated* and *semi_supervised*, the best `alpha` after more
 steps is another one. `Implicit` takes `w` for stationary, which after T steps it is
-not: begun anew, its estimates are not trusted by their own account on any task but
+not: from a new start, its estimates report themselves as not trusted on every task but
 *unsupervised*. Those of `Unrolled` always are, for its own target, the run that it
 differentiates, which for a warm row is the short one from the last `w`. Who is first is
 told by means of five seeds without an interval, and what a search needs is luck in

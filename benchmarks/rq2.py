@@ -228,7 +228,7 @@ def comparison_with_others(rows: list[Row], task: str, metric: str) -> Compariso
 
 
 def effect_of_retraining(rows: list[Row], task: str, metric: str) -> Finding:
-    """Returns how the test metric changes if a model is trained anew with alpha."""
+    """Returns how the test metric changes if a model is retrained with alpha."""
     changes = []
     for method in (m for m in DESCENTS if m.metric == metric):
         retrained_values, values = (
@@ -237,7 +237,7 @@ def effect_of_retraining(rows: list[Row], task: str, metric: str) -> Finding:
         )
         change = 100 * np.mean(retrained_values - values)
         changes.append(f"{method.kind} {change:+.1f}")
-    return Finding(f"{task}, test {metric}, trained anew: {', '.join(changes)} points")
+    return Finding(f"{task}, test {metric}, retrained: {', '.join(changes)} points")
 
 
 def findings(rows: list[Row]) -> list[Finding]:

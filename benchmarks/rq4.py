@@ -18,7 +18,7 @@ a minimum, and the hypergradient there can be certified.
 
 - *none*: all zero. In contrastive learning both views of an image are then the same,
   and what is left to learn is to tell images apart.
-- *fixed*: by hand, before any row was seen: a pixel, a pixel, 15 degrees, and 0.1 of
+- *fixed*: set by hand before the first run: a pixel, a pixel, 15 degrees, and 0.1 of
   the rest.
 - *learned*: from *fixed*, by Adam along the hypergradients of the validation loss in
   the unconstrained coordinates of the box: `Unrolled`, 20 inner steps from the last
@@ -79,8 +79,8 @@ the four networks, is above that of fixed, above that of none, and above that of
 search: any gain, the 95% interval of the difference paired by seed above zero. Lines
 without a claim compare it to validation-only, set the magnitudes that were learned
 beside those of the test images, and say on how many seeds there is a certificate, with
-its errors, and why on others there is none. A last training that diverges is told, and
-counts by the accuracy of what it ends in.
+its errors, and why on others there is none. A last training that diverges is reported,
+and counts with the accuracy of the model in which it ends.
 """
 
 import itertools

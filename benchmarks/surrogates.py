@@ -37,7 +37,7 @@ by the cross-entropy on validation, which is also where every run begins;
 *validation-only* and *train + validation*, which train on those, with that penalty
 tuned on a third of validation; *random search*, uniform in the same boxes, trained to a
 gradient 1e-3 times the first, on the exact metric of all of validation, for as many
-gradient-equivalents as the row of the metric's surrogate spent, tuning included. Every
+gradient-equivalents as the row of the metric's surrogate costs, tuning included. Every
 row ends in the same training to convergence, which is not counted.
 
 Temperature, one rule: `temperature_from_scores` of the scores of the baseline's model

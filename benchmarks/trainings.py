@@ -289,22 +289,22 @@ def best_gradient_method(rows: list[Row], size: int) -> str | None:
 
 def claim_of(rows: list[Row], best: str, size: int) -> Finding:
     """Returns whether the best method with hypergradients is near soon enough."""
-    claimed, goal = CLAIMED[size]
+    limit, goal = CLAIMED[size]
     text = f"{size} hyperparameters, {best}: {FRACTIONS[-1]:.0%} of the way"
     trainings, num_never = trainings_of(rows, best, size)
     if trainings.size < MIN_SEEDS:
         seeds = f"{count_seeds(trainings.size)} of {MIN_SEEDS}"
         return Finding(f"{text}: {seeds}", "undecided")
     if num_never:
-        text = f"{text}: never on {count_seeds(num_never)}, at most {claimed} claimed"
+        text = f"{text}: never on {count_seeds(num_never)}, at most {limit} claimed"
         return Finding(text, "not supported")
     interval = ratio_interval(trainings, 1.0)
     reached = "reached" if interval.high <= goal else "not reached"
     text = (
-        f"{text} in {interval:.3g} trainings, at most {claimed} claimed; "
+        f"{text} in {interval:.3g} trainings, at most {limit} claimed; "
         f"the goal of {goal} is {reached}"
     )
-    return Finding(text, "supported" if interval.high <= claimed else "not supported")
+    return Finding(text, "supported" if interval.high <= limit else "not supported")
 
 
 def compare_searcher(rows: list[Row], method: str, best: str, size: int) -> Finding:

@@ -240,7 +240,7 @@ CLAIMS = (
     PeerClaim("w2-implicit", PEER, time_over(*TORCH), 0.65, 0.57),
     PeerClaim("w2-implicit", ANY, time_over(*PEERS), 0.65, 0.57),
     PeerClaim("w2-indefinite", FAULTS, unflagged, 0),
-    PeerClaim("w2-indefinite", "least curvature seen, 0: negative", least_curvature, 0),
+    PeerClaim("w2-indefinite", "least curvature, 0: negative", least_curvature, 0),
     PeerClaim(
         "w2-indefinite",
         f"Gauss-Newton, {FAULTS}",

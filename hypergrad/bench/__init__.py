@@ -1,4 +1,4 @@
-"""Tables of methods: what a table is, how it is run, judged, printed and exported.
+"""Tables of methods: what a table is, how it is run, checked, printed and exported.
 
 A table is one file that defines ``table = hypergrad.bench.Table(...)``; a method is one
 function ``(task, *, budget, key, **settings) -> Trace``. Nothing is registered: the

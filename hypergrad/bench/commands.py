@@ -44,7 +44,7 @@ def overview(folder: Path) -> list[list[str]]:
 
 
 def status_of(name: str, file: Path) -> str:
-    """Returns how the committed rows of a table are judged, in a few words."""
+    """Returns the outcomes of the committed rows of a table, in a few words."""
     if not (results_folder(file) / f"{name}.jsonl").exists():
         return "not run"
     return summarize(checks.check_result(name, load_table(file), results_folder(file)))

@@ -366,7 +366,7 @@ def test_comparisons_without_a_claim():
     compared = lines(rows, start, "in test mAP, task noisy digits")
     assert len(compared) == 6
     assert sum(": better" in line.text for line in compared) == 4
-    retrained = lines(rows, "noisy digits, test mAP, trained anew")
+    retrained = lines(rows, "noisy digits, test mAP, retrained")
     expected = "converged -30.0, truncated -30.0, joint -30.0 points"
     assert expected in retrained[0].text
 
