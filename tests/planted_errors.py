@@ -177,8 +177,8 @@ ERRORS = (
     PlantedError(
         "L-BFGS: the first gradient is not counted",
         "inner/lbfgs.py",
-        "num_grads + num_init_grads + 1",
-        "num_grads + num_init_grads",
+        "num_grads + grad_tol.num_grads + 1",
+        "num_grads + grad_tol.num_grads",
         "solvers/test_minimizers.py solvers/test_inner.py",
     ),
     # Derivatives of runs.

@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 
 from ..problem import Data, full_batch
 from ..products import Loss
-from ..trees import divide, norm
+from ..trees import divide
 from ..validation import check_positive_int, float_converter
 from .base import InnerStats, inner_stats
-from .stopping import absolute_grad_tol, has_progressed, reference_grad_norm
+from .stopping import has_progressed, make_grad_tolerance
 
 
 class LBFGS(eqx.Module):
@@ -24,8 +24,9 @@ class LBFGS(eqx.Module):
 
     Args:
       max_steps: Maximum number of steps.
-      tolerance: The solver stops when ``||dL/dw||`` is at most this times
-        ``max(||g||, ||H w||)`` at the start. Defaults to ``eps^(3/4)`` of the dtype.
+      tolerance: Relative size t of the gradient g at which the solver stops: when the
+        entries with ``|g_i| > t |H w|_i`` have a norm of at most ``t ||g_0||``, with
+        ``g_0`` and ``|H w|`` at the start. Defaults to ``eps^(3/4)`` of the dtype.
       memory_size: Number of pairs of steps and gradient changes that are kept.
 
     Cost:
@@ -68,20 +69,18 @@ class LBFGS(eqx.Module):
         loss = lambda w: inner_loss(w, alpha, batch)
         optimizer = optax.lbfgs(memory_size=self.memory_size)
         value, grad = jax.value_and_grad(loss)(w)
-        reference, num_init_grads = reference_grad_norm(jax.grad(loss), w, grad)
-        grad_tol = absolute_grad_tol(self.tolerance, reference)
+        grad_tol = make_grad_tolerance(self.tolerance, jax.grad(loss), w, grad)
         # The length of optax's first step is min(1, ||g||), which has units.
         # Its line search promotes w to the dtype of a step size.
         cast = lambda new_w: jax.tree.map(lambda x, y: x.astype(y.dtype), new_w, w)
-        unit = jnp.where(reference > 0, reference, 1.0)
+        unit = jnp.where(grad_tol.unit > 0, grad_tol.unit, 1.0)
         loss = lambda w: inner_loss(cast(w), alpha, batch) / unit
-        value, grad, grad_tol = value / unit, divide(grad, unit), grad_tol / unit
+        value, grad = value / unit, divide(grad, unit)
 
         def cond_fun(carry):
             _, _, _, grad, num_steps, is_progressing, _ = carry
-            return (
-                (num_steps < self.max_steps) & is_progressing & (norm(grad) > grad_tol)
-            )
+            is_met = grad_tol.is_met(grad, unit)
+            return (num_steps < self.max_steps) & is_progressing & ~is_met
 
         def body_fun(carry):
             w, state, value, grad, num_steps, _, num_grads = carry
@@ -118,6 +117,6 @@ class LBFGS(eqx.Module):
         )
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
         w, _, _, grad, num_steps, _, num_grads = final_carry
-        num_grads = num_grads + num_init_grads + 1
-        converged = norm(grad) <= grad_tol
+        num_grads = num_grads + grad_tol.num_grads + 1
+        converged = grad_tol.is_met(grad, unit)
         return w, inner_stats(num_steps, num_grads, converged=converged)

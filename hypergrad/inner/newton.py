@@ -15,12 +15,7 @@ from ..products import Loss, hvp
 from ..trees import add_scale, apply_unless, norm, scale, vdot
 from ..validation import check_positive_int, float_converter
 from .base import InnerStats, inner_stats
-from .stopping import (
-    absolute_grad_tol,
-    has_progressed,
-    reference_grad_norm,
-    value_rounding_error,
-)
+from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
 
 ARMIJO = 1e-4  # fraction of the linear decrease that a step must reach
 MAX_TRIALS = 60  # step sizes; from a nearly flat start the first is far too large
@@ -31,16 +26,17 @@ class Newton(eqx.Module):
     """Newton-CG with a line search: ``H d = -dL/dw``, ``w <- w + t d``.
 
     Conjugate gradients solve for each direction ``d`` to a relative residual of
-    ``min(1/2, sqrt(||g|| / G))``, with ``g = dL/dw``, and ``G = max(||g||, ||H w||)``
-    at the start. If they meet a direction of curvature that is not positive, ``d`` is
-    their iterate so far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of
-    descent. The line search halves ``t`` until the loss decreases enough, up to
-    rounding. The solver uses all of the data, never a mini-batch.
+    ``min(1/2, sqrt(||g|| / ||g_0||))``, with ``g = dL/dw`` and ``g_0`` at the start. If
+    they meet a direction of curvature that is not positive, ``d`` is their iterate so
+    far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of descent. The
+    line search halves the step until the loss decreases enough, up to rounding. The
+    solver uses all of the data, never a mini-batch.
 
     Args:
       max_steps: Maximum number of Newton steps.
-      tolerance: The solver stops when ``||dL/dw||`` is at most this times
-        ``G``. Defaults to ``eps^(3/4)`` of the dtype.
+      tolerance: Relative size t of the gradient g at which the solver stops: when the
+        entries with ``|g_i| > t |H w|_i`` have a norm of at most ``t ||g_0||``, with
+        ``g_0`` and ``|H w|`` at the start. Defaults to ``eps^(3/4)`` of the dtype.
 
     Cost:
       A few Hessian-vector products per step, and a gradient per step size that the line
@@ -81,20 +77,19 @@ class Newton(eqx.Module):
         value_and_grad = jax.value_and_grad(lambda w: inner_loss(w, alpha, batch))
         value, grad = value_and_grad(w)
         grad_fn = lambda w: value_and_grad(w)[1]
-        reference, num_init_grads = reference_grad_norm(grad_fn, w, grad)
-        grad_tol = absolute_grad_tol(self.tolerance, reference)
+        grad_tol = make_grad_tolerance(self.tolerance, grad_fn, w, grad)
 
         def cond_fun(carry):
             _, _, grad, num_steps, is_progressing, *_ = carry
-            return (
-                (num_steps < self.max_steps) & is_progressing & (norm(grad) > grad_tol)
-            )
+            is_met = grad_tol.is_met(grad)
+            return (num_steps < self.max_steps) & is_progressing & ~is_met
 
         def body_fun(carry):
             w, value, grad, num_steps, _, num_hvps, num_grads = carry
             matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
             # Inexact Newton is superlinear if the residual tolerance falls with ||g||.
-            rtol = jnp.minimum(MAX_FORCING_TERM, jnp.sqrt(norm(grad) / reference))
+            ratio = norm(grad) / grad_tol.init_norm
+            rtol = jnp.minimum(MAX_FORCING_TERM, jnp.sqrt(ratio))
             direction, num_products = _descent_direction(matvec, grad, rtol)
             trial, is_accepted, num_trials = _line_search(
                 value_and_grad, w, value, grad, direction
@@ -115,11 +110,11 @@ class Newton(eqx.Module):
             )
 
         zero = jnp.asarray(0)
-        num_grads = num_init_grads + 1
+        num_grads = grad_tol.num_grads + 1
         init_carry = (w, value, grad, zero, jnp.asarray(True), zero, num_grads)
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
         w, _, grad, num_steps, _, num_hvps, num_grads = final_carry
-        converged = norm(grad) <= grad_tol
+        converged = grad_tol.is_met(grad)
         return w, inner_stats(num_steps, num_grads, num_hvps, converged=converged)
 
 

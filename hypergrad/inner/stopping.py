@@ -5,51 +5,82 @@ loss changes neither the result nor the number of steps.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..trees import add_scale, apply_unless, divide, norm, power_of_two_scale
+from ..trees import add_scale, apply_unless, divide, norm, power_of_two_scale, scale
 
 
-def reference_grad_norm(
-    grad_fn: Callable[[PyTree], PyTree], w: PyTree, grad: PyTree
-) -> tuple[Array, Array]:
-    """Returns ``max(||g||, ||H w||)`` at a starting point, and a number of gradients.
+class GradTolerance(NamedTuple):
+    """The gradient at which a solver stops.
 
-    ``||H w||`` is the change of the gradient if ``w`` changes by its own size. It keeps
-    a start near the minimum, where ``||g||`` is small or only rounding, from asking for
-    more precision than a start far away. A gradient at ``w + h w`` yields it, with
-    ``h`` the root of the machine epsilon. It is 0 without a gradient if ``w`` is zero.
+    With the tolerance t, the gradient ``g_0`` at the start and ``c = |H w|`` there, the
+    entries of the gradient with ``|g_i| > t c_i`` must have a norm of at most
+    ``t ||g_0||``.
+
+    ``c`` is the change of the gradient if ``w`` changes by its own size. It keeps a
+    start near the minimum, where ``g_0`` is small or only rounding, from asking for
+    more precision than a start far away. It counts entry by entry, so that a large
+    parameter does not hide the gradient of another one.
+
+    Attributes:
+      tolerance: t, ``eps^(3/4)`` of the dtype by default.
+      init_norm: ``||g_0||``.
+      change: ``c``, structured like ``w``.
+      num_grads: Number of gradients that ``c`` took: 0 if the start is zero, else 1.
+    """
+
+    tolerance: Array
+    init_norm: Array
+    change: PyTree
+    num_grads: Array
+
+    @property
+    def unit(self) -> Array:
+        """A gradient norm that is typical of the problem: ``max(||g_0||, ||c||)``."""
+        return jnp.maximum(self.init_norm, norm(self.change))
+
+    def is_met(self, grad: PyTree, unit: Array | float = 1.0) -> Array:
+        """Returns whether ``unit * grad`` is small enough."""
+        select = lambda g, c: jnp.where(jnp.abs(g) * unit > self.tolerance * c, g, 0)
+        excess = jax.tree.map(select, grad, self.change)
+        return norm(excess) <= self.tolerance * self.init_norm / unit
+
+
+def make_grad_tolerance(
+    tolerance: float | Array | None,
+    grad_fn: Callable[[PyTree], PyTree],
+    w: PyTree,
+    grad: PyTree,
+) -> GradTolerance:
+    """Returns the tolerance of a run that starts at ``w``.
 
     Args:
+      tolerance: Relative tolerance. None stands for ``eps^(3/4)`` of the dtype.
       grad_fn: ``w -> dL/dw``.
       w: Starting point.
-      grad: ``g = dL/dw`` at the starting point.
+      grad: Gradient at the starting point.
     """
+    init_norm = norm(grad)
+    if tolerance is None:
+        tolerance = float(jnp.finfo(init_norm.dtype).eps) ** 0.75
     epsilons = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(w)]
     h = max(epsilons, default=1.0) ** 0.5
     is_zero = norm(divide(w, power_of_two_scale(w))) == 0
-    # ||H w|| = ||g(w + h w) - g(w)|| / h
+    # |H w| = |g(w + h w) - g(w)| / h
     new_grad = apply_unless(is_zero, lambda _: grad_fn(add_scale(w, h, w)), grad)
-    unit = power_of_two_scale(grad)
-    new_grad, grad = divide(new_grad, unit), divide(grad, unit)
-    change = norm(add_scale(new_grad, -1, grad)) / h
-    # fmax, because the loss may be undefined at the second point.
-    return unit * jnp.fmax(norm(grad), change), jnp.where(is_zero, 0, 1)
-
-
-def absolute_grad_tol(tolerance: float | Array | None, reference: Array) -> Array:
-    """Returns the gradient norm at which a solver stops.
-
-    Args:
-      tolerance: Factor of the reference. None stands for ``eps^(3/4)`` of the dtype.
-      reference: Gradient norm that `reference_grad_norm` returns.
-    """
-    if tolerance is None:
-        tolerance = float(jnp.finfo(reference.dtype).eps) ** 0.75
-    return jnp.asarray(tolerance, reference.dtype) * reference
+    difference = scale(1 / h, add_scale(new_grad, -1, grad))
+    # The loss may be undefined at the second point.
+    change = jax.tree.map(lambda x: jnp.nan_to_num(jnp.abs(x), posinf=0.0), difference)
+    return GradTolerance(
+        tolerance=jnp.asarray(tolerance, init_norm.dtype),
+        init_norm=init_norm,
+        change=change,
+        num_grads=jnp.where(is_zero, 0, 1),
+    )
 
 
 def value_rounding_error(value: Array) -> Array:
