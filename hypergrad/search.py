@@ -5,10 +5,11 @@ JSON (NaN is None, an infinity is its name): a line of a file by ``json.dumps``.
 holds the number of the trial under ``trial``, the leaves of ``alpha`` in the order of
 ``jax.tree.leaves``, and under ``search`` a fingerprint of everything else that decides
 the numbers of a trial: problem, data, solver, ``w``, metrics, numbers that functions
-close over, version of jax and kind of device. Trials of one batch arrive in the order
-in which they end. With all of these dictionaries as ``previous_trials``, a search that
-was killed continues to the same trace: the trials are reported to the searcher and
-counted against the budget, but not run again.
+close over, version of jax and kind of device. ``sha256`` is a checksum of the other
+entries, so that a trial that was changed or damaged is refused. Trials of one batch
+arrive in the order in which they end. With all of these dictionaries as
+``previous_trials``, a search that was killed continues to the same trace: the trials
+are reported to the searcher and counted against the budget, but not run again.
 
 A population searcher calls it after each round with a dictionary of arrays that holds
 the whole search so far. Keep only the latest, by ``np.savez(file, **rounds)``, and

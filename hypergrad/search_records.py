@@ -1,4 +1,4 @@
-"""Trials as JSON, and the checks that a search would run the recorded trials again."""
+"""Trials as JSON with a checksum, and the checks that a search would run them again."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .runtime.array_folder import digest_json
 from .runtime.fingerprint import digest, digest_function, fingerprint
 from .search_trial import Parallel, Trial, TrialRecord, TrialSetup, run_trial
 
@@ -26,13 +27,31 @@ def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> s
 def trial_to_dict(search: str, trial: Trial, record: TrialRecord) -> dict:
     """Returns a trial as a dictionary of numbers and lists, which is strict JSON.
 
+    Its SHA-256 is the value of ``sha256``, so that any later change is noticed.
+
     Args:
       search: The fingerprint of the search.
       trial, record: The trial and what it reported.
     """
     columns = jax.tree.map(_to_json, record._asdict())
     alpha = alpha_to_json(trial.alpha)
-    return {"search": search, "trial": trial.number, "alpha": alpha, **columns}
+    return add_checksum(
+        {"search": search, "trial": trial.number, "alpha": alpha, **columns}
+    )
+
+
+def add_checksum(trial: dict) -> dict:
+    """Returns the dictionary of a trial with the SHA-256 of its other entries."""
+    content = {name: x for name, x in trial.items() if name != "sha256"}
+    return content | {"sha256": digest_json(content)}
+
+
+def _is_unchanged(trial: Mapping) -> bool:
+    """Returns True if the checksum of a recorded trial matches its content."""
+    try:
+        return trial["sha256"] == add_checksum(dict(trial))["sha256"]
+    except (KeyError, TypeError, ValueError):  # no checksum, or no JSON
+        return False
 
 
 def alpha_to_json(alpha: PyTree) -> list:
@@ -74,19 +93,26 @@ class RecordedTrials:
     """The trials of an earlier search, by their number.
 
     Args:
-      trials: Dictionaries of `trial_to_dict`. A trial without a number has the number
-        of its position.
+      trials: Dictionaries of `trial_to_dict`.
       search: Fingerprint of the search that continues from them.
 
     Raises:
-      ValueError: A number is not an integer of at least 0, or occurs twice.
+      ValueError: A trial is not as it was recorded, its number is not an integer of at
+        least 0, or a number occurs twice.
     """
 
     def __init__(self, trials: Sequence[dict], search: str):
         self.trials, self.search = trials, search
         self.positions: dict[int, int] = {}
         for position, trial in enumerate(trials):
-            number = trial.get("trial", position)
+            if not _is_unchanged(trial):
+                raise ValueError(
+                    f"previous_trials[{position}] must be a dictionary as "
+                    "trial_callback received it; its checksum is missing or does not "
+                    "match, so that its numbers were changed or damaged. Leave it and "
+                    "all later trials out, which run again."
+                )
+            number = trial.get("trial")
             if not isinstance(number, int) or number < 0:
                 raise ValueError(
                     f'previous_trials[{position}]["trial"] must be an integer of at '

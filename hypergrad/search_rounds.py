@@ -1,5 +1,6 @@
 """The loop of a search that trains a population, round by round."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -157,7 +158,20 @@ def state_to_dict(state: PopulationState, name: str) -> dict:
     """Returns a state as a dictionary of arrays, with the description of its search."""
     leaves = jax.tree.leaves_with_path(state)
     arrays = {_path_to_name(path): to_numpy(leaf) for path, leaf in leaves}
-    return {"search": np.asarray(name)} | arrays
+    return add_checksum({"search": np.asarray(name)} | arrays)
+
+
+def add_checksum(state: dict) -> dict:
+    """Returns the dictionary of a state with the SHA-256 of its other arrays."""
+    content = {name: x for name, x in state.items() if name != "sha256"}
+    sha256 = hashlib.sha256()
+    for name in sorted(content):
+        array = np.asarray(content[name])
+        # np.load returns another dtype of the same size for a bfloat16 array.
+        kind = f"{array.dtype.kind}{array.dtype.itemsize}"
+        sha256.update(f"{name} {kind} {array.shape}".encode())
+        sha256.update(array.tobytes())
+    return content | {"sha256": np.asarray(sha256.hexdigest())}
 
 
 def restore_state(
@@ -170,18 +184,24 @@ def restore_state(
     """Returns the state of `state_to_dict` in the dtypes of a new one.
 
     Raises:
-      ValueError: The state is incomplete, or belongs to another search.
+      ValueError: The state is incomplete or damaged, or belongs to another search.
     """
     if str(saved.get("search")) != name:
         raise ValueError(
             f"previous_trials[-1] must be recorded by this search, {name}; got "
             f"{saved.get('search')}."
         )
+    if str(saved.get("sha256")) != str(add_checksum(saved)["sha256"]):
+        raise ValueError(
+            "previous_trials[-1] must be the arrays that trial_callback received; "
+            "their checksum is missing or does not match, so that they were changed or "
+            "damaged. Pass an earlier round, or none."
+        )
     first_state = lambda: _add_round(None, searcher.round(trainer, 0, None, key), 0.0)
     like = eqx.filter_eval_shape(first_state)
     leaves, structure = jax.tree.flatten_with_path(like)
     leaves = {_path_to_name(path): leaf for path, leaf in leaves}
-    if different := leaves.keys() ^ (saved.keys() - {"search"}):
+    if different := leaves.keys() ^ (saved.keys() - {"search", "sha256"}):
         raise ValueError(
             "previous_trials[-1] must have the arrays of this search; it differs in "
             f"{', '.join(sorted(different))}. Pass the same problem, solver and "

@@ -1,5 +1,6 @@
 """The loop of a search in which every trial trains ``w`` at one ``alpha``."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def search_trials(
                 progress(len(state.records), state.best_value())
         batch = state.ask(parallel.trials_per_batch)
     recorded.check_all_were_used(len(state.records), budget, state.total_cost)
-    return state.make_trace(setup)
+    return state.make_trace(setup, repeats_bits=parallel.executor != "vmap")
 
 
 class BestTrial(NamedTuple):
@@ -157,12 +158,26 @@ class SearchState:
         assert self.best is not None
         return self.best.value if self.best.value.ndim else self.best.value.item()
 
-    def make_trace(self, setup: TrialSetup) -> Trace:
-        """Returns the trace; runs the best trial again if its ``w`` is not known."""
+    def make_trace(self, setup: TrialSetup, *, repeats_bits: bool) -> Trace:
+        """Returns the trace; runs the best trial again if its ``w`` is not known.
+
+        Args:
+          setup: What all trials share.
+          repeats_bits: Whether a trial that runs alone has the bits of its record. If
+            so, a warning is issued for another value.
+        """
         assert self.best is not None
-        (_, alpha, key), value, w = self.best
+        (number, alpha, key), value, w = self.best
         if w is None:
-            w, _ = run_trial(setup, alpha, key)
+            w, record = run_trial(setup, alpha, key)
+            if repeats_bits and not _are_equal(record.value, value):
+                warnings.warn(
+                    f"the best trial, {number}, has the recorded value {value} but "
+                    f"{record.value} when it runs again here. The returned w has the "
+                    "latter value. Its record was changed, or made on another machine, "
+                    "or the losses do not repeat their values.",
+                    stacklevel=4,
+                )
         columns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.records)
         status = 0 if np.isfinite(value).all() else FAILED
         return Trace(
@@ -183,6 +198,10 @@ def _is_better(value: np.ndarray, best_value: np.ndarray) -> bool:
         return False
     is_lower = np.ravel(value).tolist() < np.ravel(best_value).tolist()
     return is_lower or not np.isfinite(best_value).all()
+
+
+def _are_equal(x: Array, y: np.ndarray) -> bool:
+    return np.array_equal(np.asarray(x), y, equal_nan=True)
 
 
 def _run_new_trials(

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.search_rounds import add_checksum
 from hypergrad.searchers import (
     Hyperband,
     OneShot,
@@ -166,7 +167,7 @@ def test_rounds_with_other_closed_over_numbers_are_refused():
 )
 def test_array_of_another_shape_or_type_is_refused(rounds, name, array):
     with pytest.raises(ValueError, match=re.escape(name)):
-        search(PBT, previous_trials=[rounds[-1] | {name: array}])
+        search(PBT, previous_trials=[add_checksum(rounds[-1] | {name: array})])
 
 
 @pytest.mark.parametrize(
@@ -174,19 +175,33 @@ def test_array_of_another_shape_or_type_is_refused(rounds, name, array):
     ["records.value", "last_round.records.value", "last_round.members.alpha.center"],
 )
 def test_arrays_with_different_numbers_of_members_are_refused(rounds, name):
+    changed = rounds[-1] | {name: rounds[-1][name][:1]}
     with pytest.raises(ValueError, match=rf"{re.escape(name)}': 1"):
-        search(PBT, previous_trials=[rounds[-1] | {name: rounds[-1][name][:1]}])
+        search(PBT, previous_trials=[add_checksum(changed)])
 
 
 def test_first_axis_of_shared_weights_is_no_axis_of_members():
     recorded, name = [], "last_round.members.shared_carry.0.0"
     search_supernet(60.0, trial_callback=recorded.append)
+    changed = add_checksum(recorded[-1] | {name: np.zeros(2)})
     with pytest.raises(ValueError, match=re.escape(name)):
-        search_supernet(60.0, previous_trials=[recorded[-1] | {name: np.zeros(2)}])
+        search_supernet(60.0, previous_trials=[changed])
 
 
 def test_incomplete_rounds_are_refused(rounds):
     with pytest.raises(ValueError, match=r"previous_trials\[-1\]"):
         search(PBT, previous_trials=[{}])
+    changed = add_checksum({"search": rounds[-1]["search"]})
     with pytest.raises(ValueError, match=r"best\.value"):
-        search(PBT, previous_trials=[{"search": rounds[-1]["search"]}])
+        search(PBT, previous_trials=[changed])
+
+
+def test_a_changed_array_is_refused(rounds):
+    """Also one that no other search could have: of the same shape and dtype."""
+    names = rounds[-1].keys() - {"search"}
+    for name, array in ((name, rounds[-1][name]) for name in names):
+        content = bytearray(np.asarray(array).tobytes())
+        content[len(content) // 2] ^= 1
+        changed = np.frombuffer(content, array.dtype).reshape(array.shape)
+        with pytest.raises(ValueError, match=r"previous_trials\[-1\].*checksum"):
+            search(PBT, previous_trials=[rounds[-1] | {name: changed}])
