@@ -214,8 +214,15 @@ def _check_budget(budget: Any) -> None:
 
 
 def _check_journal(searcher: Any, previous_trials: Sequence[dict]) -> None:
-    """Raises ValueError if the searcher would be told the previous trials twice."""
-    if len(previous_trials) and getattr(searcher, "journal", None) is not None:
+    """Raises an error if trials of another problem, or trials twice, would be told."""
+    if getattr(searcher, "journal", None) is None:
+        return
+    if not callable(getattr(searcher, "for_problem", None)):
+        raise TypeError(
+            "searcher must have the method for_problem(problem) if it has a journal, "
+            f"because the file may have trials of other problems; got {searcher!r}."
+        )
+    if len(previous_trials):
         raise ValueError(
             "previous_trials must be empty for a searcher with a journal, which holds "
             f"them already; got {len(previous_trials)} trials."

@@ -1,5 +1,6 @@
 """Trials as JSON with a checksum, and the checks that a search would run them again."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,15 @@ def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> s
     if parallel.executor == "vmap":  # rounds in another way than single trials
         name = fingerprint(name, f"vmap of {parallel.trials_per_batch}")
     return name
+
+
+def problem_fingerprint(setup: TrialSetup, alpha: PyTree) -> str:
+    """Returns a digest of everything that decides the value of a trial at an alpha.
+
+    Metrics do not matter, nor does the program in which a batch of trials runs.
+    """
+    setup = dataclasses.replace(setup, metrics={})
+    return trial_fingerprint(setup, alpha, Parallel(1))
 
 
 def trial_to_dict(search: str, trial: Trial, record: TrialRecord) -> dict:

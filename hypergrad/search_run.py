@@ -2,18 +2,20 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from . import spaces
 from .recording import Progress
 from .runtime.executors import FailedCallsError
 from .search_records import (
     RecordedTrials,
     alpha_to_json,
+    problem_fingerprint,
     trial_fingerprint,
     trial_to_dict,
 )
@@ -51,6 +53,8 @@ def search_trials(
     ``setup_fn`` checks the problem at the first proposed ``alpha`` and returns what all
     trials share.
     """
+    if getattr(searcher, "journal", None) is not None:
+        searcher = _bind_journal(searcher, setup_fn, space)
     state = SearchState(searcher, w, space, budget, key)
     batch = state.ask(parallel.trials_per_batch)
     if not batch:
@@ -83,6 +87,14 @@ def search_trials(
         batch = state.ask(parallel.trials_per_batch)
     recorded.check_all_were_used(len(state.records), budget, state.total_cost)
     return state.make_trace(setup, repeats_bits=parallel.executor != "vmap")
+
+
+def _bind_journal(
+    searcher: Any, setup_fn: Callable[[PyTree], TrialSetup], space: PyTree
+) -> Searcher:
+    """Returns the searcher that reads trials of this problem only from its journal."""
+    alpha = spaces.sample(space, jax.random.key(0))
+    return searcher.for_problem(problem_fingerprint(setup_fn(alpha), alpha))
 
 
 class BestTrial(NamedTuple):

@@ -21,7 +21,9 @@ class Searcher(Protocol):
     - ``is_multi_objective``: True if `tell` accepts the values ``[K]`` of K outer
       losses. Defaults to False.
     - ``journal``: Path of a file from which the searcher reads earlier trials by
-      itself; `hypergrad.search` then refuses ``previous_trials``. Defaults to None.
+      itself; `hypergrad.search` then refuses ``previous_trials``. Defaults to None. A
+      searcher with a journal must have the method ``for_problem(problem)``, which
+      returns the searcher that reads trials of the problem with this name only.
     - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
     """
 

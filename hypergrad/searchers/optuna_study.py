@@ -75,9 +75,15 @@ def to_optuna_trials(optuna: Any, state: Trials) -> list[Any]:
 
 @contextmanager
 def open_journal(
-    optuna: Any, journal: str | os.PathLike, space: PyTree
+    optuna: Any, journal: str | os.PathLike, space: PyTree, problem: str
 ) -> Iterator[Any]:
-    """Opens the study of a space in a file that several processes share.
+    """Opens the study of a space and a problem in a file that several processes share.
+
+    Args:
+      optuna: The package.
+      journal: The file, which may contain studies of other spaces and problems.
+      space: The space.
+      problem: The name of the problem.
 
     Raises:
       ValueError: The file cannot be read or written.
@@ -91,7 +97,7 @@ def open_journal(
         with quiet(optuna):
             study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(path, lock)),
-                study_name=f"space {fingerprint(digest(space))}",
+                study_name=f"space {fingerprint(digest(space))}, problem {problem}",
                 load_if_exists=True,
             )
         yield study

@@ -1,5 +1,6 @@
 """The tree-structured Parzen estimator of optuna."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -26,16 +27,20 @@ class TPE(eqx.Module):
       num_initial: Number of initial random trials, static.
       journal: Path of a file that several searches of one problem share, possibly on
         several machines with a common file system that supports locks. Each search
-        learns from the trials of all searches in its space, and a search that is killed
-        does not block the others. The file is optuna's journal, which optuna-dashboard
-        displays. Proposals then depend on when other trials end, so a search does not
-        repeat to the bit and `hypergrad.search` refuses ``previous_trials``: restart a
-        search that was killed with the rest of its budget, it knows all trials of the
-        journal. Static.
+        learns from the trials of all searches with its space and ``problem``, and a
+        search that is killed does not block the others. The file is optuna's journal,
+        which optuna-dashboard displays. Proposals then depend on when other trials end,
+        so a search does not repeat to the bit and `hypergrad.search` refuses
+        ``previous_trials``: restart a search that was killed with the rest of its
+        budget, it knows all trials of the journal. Static.
+      problem: Name of the problem, with which its trials are found in the journal,
+        static. `hypergrad.search` replaces it by a fingerprint of problem, data, solver
+        and ``w``, so that trials of another problem are never used. Set it if you call
+        `ask` and `tell` yourself.
 
     Raises:
       ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).
-      TypeError: ``journal`` is not a path.
+      TypeError: ``journal`` is not a path, or ``problem`` is not a string.
       ValueError: ``num_initial`` is below 1, the space is unbounded, or the journal
         cannot be read or written.
 
@@ -57,6 +62,7 @@ class TPE(eqx.Module):
 
     num_initial: int = eqx.field(static=True, default=10)
     journal: str | os.PathLike | None = eqx.field(static=True, default=None)
+    problem: str = eqx.field(static=True, default="")
 
     citations = ("bergstra2011", "akiba2019")
 
@@ -66,6 +72,12 @@ class TPE(eqx.Module):
             raise TypeError(
                 f"journal must be a path, such as 'tpe.log'; got {self.journal!r}."
             )
+        if not isinstance(self.problem, str):
+            raise TypeError(f"problem must be a string; got {self.problem!r}.")
+
+    def for_problem(self, problem: str) -> "TPE":
+        """Returns the searcher that shares trials with searches of one problem only."""
+        return dataclasses.replace(self, problem=problem)
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """Returns the state without a trial of this search."""
@@ -94,7 +106,7 @@ class TPE(eqx.Module):
             optuna = optuna_study.import_optuna("TPE")
             last_trial = Trials(state.space, state.t[-1:], state.values[-1:])
             (trial,) = optuna_study.to_optuna_trials(optuna, last_trial)
-            with optuna_study.open_journal(optuna, self.journal, state.space) as study:
+            with self._open_journal(optuna, state) as study:
                 study.add_trial(trial)
         return state
 
@@ -102,5 +114,11 @@ class TPE(eqx.Module):
         """Returns the trials of this search, or of all searches with this journal."""
         if self.journal is None:
             return optuna_study.to_optuna_trials(optuna, state)
-        with optuna_study.open_journal(optuna, self.journal, state.space) as study:
+        with self._open_journal(optuna, state) as study:
             return study.trials
+
+    def _open_journal(self, optuna: Any, state: Trials) -> Any:
+        assert self.journal is not None
+        return optuna_study.open_journal(
+            optuna, self.journal, state.space, self.problem
+        )

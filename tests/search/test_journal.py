@@ -6,13 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
 
+import hypergrad as hg
 from hypergrad.searchers import TPE
 from hypergrad.spaces import Choice, Interval
-from tests.search.problems import record, search
+from tests.search.problems import RecordingSearcher, record, search
 
 KEY = jax.random.key(0)
 SPACE = {"rate": Interval(1e-4, 1.0, log=True), "op": Choice((0, 5, 9))}
@@ -64,6 +66,61 @@ def test_trials_of_another_space_are_kept_apart(tmp_path):
     make_trial(file, 0)
     make_trial(file, 1, SPACE | {"rate": Interval(1e-5, 1.0, log=True)})
     assert sorted(map(len, read_studies(file))) == [1, 1]
+
+
+def test_a_search_ignores_trials_of_another_problem(tmp_path):
+    """It makes the trace that it would make with a journal of its own.
+
+    Data, numbers that losses close over, ``w`` and the solver are part of the problem.
+    Metrics are not, so that a search with others shares its trials.
+    """
+    inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    outer = lambda scale: lambda w, alpha, goal: scale * jnp.sum((w - goal) ** 2)
+    make = lambda goal=0.5, scale=1.0, **options: (
+        {
+            "problem": hg.Bilevel(inner, outer(scale), None, jnp.full(2, goal)),
+            "solver": hg.Newton(),
+            "budget": 30.0,
+        }
+        | options
+    )
+    problems = {
+        "first": make(),
+        "data": make(goal=0.1),
+        "closed over": make(scale=-1.0),
+        "w": make(w=jnp.ones(2)),
+        "solver": make(solver=hg.Newton(tolerance=0.5)),
+    }
+    shared = TPE(3, tmp_path / "shared.log")
+    for name, options in problems.items():
+        alone = search(searcher=TPE(3, tmp_path / f"{name}.log"), **options)
+        trace = search(searcher=shared, **options)
+        np.testing.assert_array_equal(trace.value, alone.value, err_msg=name)
+    num_trials = list(map(len, read_studies(shared.journal)))
+    assert len(num_trials) == len(problems)
+    search(searcher=shared, **make(metrics={"norm": lambda w, alpha, key: w[0]}))
+    longer = list(map(len, read_studies(shared.journal)))
+    assert sum(longer) > sum(num_trials)
+    assert len(longer) == len(problems)
+
+
+def test_names_of_problems_keep_trials_apart(tmp_path):
+    """For those who call ``ask`` and ``tell`` themselves."""
+    file, key = tmp_path / "tpe.log", jax.random.key(0)
+    for problem in ("a", "b", "a"):
+        searcher = TPE(5, file, problem)
+        alpha, state = searcher.ask(searcher.init(SPACE, key), key)
+        searcher.tell(state, alpha, value_of(alpha))
+    assert sorted(map(len, read_studies(file))) == [1, 2]
+    with pytest.raises(TypeError, match="problem"):
+        TPE(5, file, 3)
+
+
+def test_a_journal_that_cannot_be_bound_to_a_problem_is_refused():
+    searcher = RecordingSearcher()
+    searcher.journal = "trials.log"
+    with pytest.raises(TypeError, match=r"searcher.*for_problem"):
+        search(searcher=searcher)
 
 
 def test_search_that_dies_while_it_writes_stops_no_other(tmp_path):
