@@ -28,6 +28,7 @@ from .runtime.array_folder import (
     to_named_arrays,
     write_arrays,
 )
+from .runtime.console import printable
 from .runtime.devices import run_on_first_process
 from .runtime.fingerprint import HASH
 from .validation import check_positive_int
@@ -146,7 +147,7 @@ def _check_same_run(
         old, new = saved.get(name, "unknown"), current[name]
         if HASH in old + new:
             return f"{name} differs"
-        return f"{name} is {old} in the folder and {new} now"
+        return f"{name} is {printable(old)} in the folder and {new} now"
 
     raise ValueError(
         f"folder must not contain another run; in {folder} "

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from . import __version__
-from .runtime.console import exit_with_message, print_markdown, print_table
+from .runtime.console import (
+    escape_warnings,
+    exit_with_message,
+    print_line,
+    print_markdown,
+    print_table,
+    printable,
+)
 
 MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
@@ -68,9 +75,9 @@ def run(
         text, paths, failures = commands.run(ref, options, workers)
     print_markdown(text, Console())
     for path in paths:
-        print(f"wrote {path}")  # rich would break a long path
+        print_line(f"wrote {path}")  # rich would break a long path
     for label, message in failures.items():
-        print(f"hypergrad: {label} failed: {message}", file=sys.stderr)
+        print_line(f"hypergrad: {label} failed: {message}", file=sys.stderr)
     sys.exit(bool(failures))
 
 
@@ -87,9 +94,9 @@ def check(target: str) -> None:
     with exit_with_message():
         for name, findings in commands.check(target):
             failed |= any(finding.failed for finding in findings)
-            print(f"{name}")
+            print_line(f"{name}")
             for finding in findings:
-                print(f"  {finding.outcome or '-':13} {finding.text}")
+                print_line(f"  {finding.outcome or '-':13} {finding.text}")
     sys.exit(failed)
 
 
@@ -105,7 +112,7 @@ def write_report(folder: Path, out: Path | None = None, update: bool = False) ->
 
     with exit_with_message():
         out = folder / "html" if out is None else out
-        print(f"wrote {commands.write_report(folder, out, update=update)}")
+        print_line(f"wrote {commands.write_report(folder, out, update=update)}")
 
 
 def compare(folder: Path, reference: Path) -> None:
@@ -120,9 +127,9 @@ def compare(folder: Path, reference: Path) -> None:
     with exit_with_message():
         differences = commands.compare(folder, reference)
     for name, difference in differences:
-        print(f"{name}: {difference.kind}: {difference.text}")
+        print_line(f"{name}: {difference.kind}: {difference.text}")
     if not differences:
-        print("no difference")
+        print_line("no difference")
     sys.exit(any(x.kind != "provenance" for _, x in differences))
 
 
@@ -143,7 +150,7 @@ def export(
     with exit_with_message():
         out = folder / "export" if out is None else out
         for path in dict.fromkeys(commands.export(folder, to, out)):
-            print(f"wrote {path}")
+            print_line(f"wrote {path}")
 
 
 def estimators() -> None:
@@ -172,15 +179,16 @@ def cite(names: tuple[str, ...] = ()) -> None:
 
     unknown = [name for name in names if not hasattr(hypergrad, name)]
     if unknown:
-        sys.exit(f"hypergrad: hypergrad has no {', '.join(unknown)}")
-    print(citation(*(getattr(hypergrad, name) for name in names)))
+        sys.exit(printable(f"hypergrad: hypergrad has no {', '.join(unknown)}"))
+    print_line(citation(*(getattr(hypergrad, name) for name in names)))
 
 
 def main() -> None:
     """Entry point of the command ``hypergrad``."""
     if sys.argv[1:] == ["--version"]:
-        print(f"hypergrad {__version__}")
+        print_line(f"hypergrad {__version__}")
         return
+    escape_warnings()
     try:
         import tyro
     except ImportError:

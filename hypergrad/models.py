@@ -33,6 +33,7 @@ from .runtime.array_folder import (
     to_named_arrays,
     write_arrays,
 )
+from .runtime.console import printable
 from .runtime.fingerprint import digest
 from .runtime.provenance import utc_now, versions
 from .trees import is_key
@@ -232,7 +233,7 @@ def find(folder: str | Path = FOLDER) -> tuple[list[Model], list[str]]:
             try:
                 models.append(_read(home / str(version)))
             except ValueError as error:
-                errors.append(str(error))
+                errors.append(printable(error))
     return models, errors
 
 
@@ -251,8 +252,8 @@ def _read(path: Path) -> Model:
         raise ValueError(f"{path / RECORD} is damaged: its checksum does not match.")
     if [record["name"], str(record["version"])] != [path.parent.name, path.name]:
         raise ValueError(
-            f"{path} was moved: it holds version {record['version']} of "
-            f"{record['name']}."
+            f"{path} was moved: it holds version {record['version']!r} of "
+            f"{record['name']!r}."
         )
     return Model(path, record)
 

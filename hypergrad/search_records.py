@@ -185,7 +185,7 @@ class RecordedTrials:
                 f"{name} must be of the same problem, solver, w and metrics, including "
                 "data and numbers that functions close over, and of the same version "
                 f"of jax. This search has the fingerprint {self.search}; got "
-                f"{recorded.get('search')}."
+                f"{recorded.get('search')!r}."
             )
         is_close = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
         if not all(map(is_close, alpha, proposed)):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .recording import Progress
+from .runtime.console import printable
 from .runtime.devices import replicate, shard
 from .runtime.fingerprint import digest, digest_function, fingerprint
 from .search_trial import TrialRecord
@@ -189,7 +190,7 @@ def restore_state(
     if str(saved.get("search")) != name:
         raise ValueError(
             f"previous_trials[-1] must be recorded by this search, {name}; got "
-            f"{saved.get('search')}."
+            f"{printable(saved.get('search'))}."
         )
     if str(saved.get("sha256")) != str(add_checksum(saved)["sha256"]):
         raise ValueError(
@@ -204,8 +205,8 @@ def restore_state(
     if different := leaves.keys() ^ (saved.keys() - {"search", "sha256"}):
         raise ValueError(
             "previous_trials[-1] must have the arrays of this search; it differs in "
-            f"{', '.join(sorted(different))}. Pass the same problem, solver and "
-            "metrics."
+            f"{printable(', '.join(sorted(different)))}. Pass the same problem, solver "
+            "and metrics."
         )
     restored = {
         name: _restore_leaf(saved[name], like, name) for name, like in leaves.items()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..runtime import atomic_io
+from ..runtime.console import printable
 from . import check as checks
 from . import compare as comparisons
 from . import export as exports
@@ -289,10 +290,11 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield tenth_printer(lambda text: console.print(text, markup=False))
+        show = lambda text: console.print(printable(text), markup=False)
+        yield tenth_printer(show)
         return
     bar = Progress(
-        TextColumn("{task.description:24}"),
+        TextColumn("{task.description:24}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -302,7 +304,7 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     with bar:
         job = bar.add_task("", total=None)
         yield lambda done, total, label: bar.update(
-            job, completed=done, total=total, description=label
+            job, completed=done, total=total, description=printable(label)
         )
 
 

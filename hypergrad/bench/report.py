@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..runtime.console import printable
 from .claims import Finding, Published
 from .rows import Row
 from .table import BaseTable, result_rows
@@ -106,7 +107,7 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
         lines += [f"- {label}: {message}" for label, message in failures.items()]
     if table.protocol:
         lines += ["", "## Protocol", "", table.protocol]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _distinct(rows: Sequence[Row], *names: str) -> str:

@@ -2,12 +2,48 @@
 
 import contextlib
 import itertools
+import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+#: Control characters except newline and tab, and those that change the direction of
+#: text. A terminal obeys them: they move its cursor, set its title or hide text.
+CONTROL_CHARACTER = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def printable(text: object) -> str:
+    r"""Returns a text in which control characters are written as escape sequences.
+
+    Text that comes from files may contain such characters; see `CONTROL_CHARACTER`.
+
+    >>> printable("a red \x1b[31mword")
+    'a red \\x1b[31mword'
+    """
+    escape = lambda match: match[0].encode("unicode_escape").decode()
+    return CONTROL_CHARACTER.sub(escape, str(text))
+
+
+def print_line(text: object, file: IO[str] | None = None) -> None:
+    """Prints a line without control characters, by default to the standard output."""
+    print(printable(text), file=file)
+
+
+def escape_warnings() -> None:
+    """Lets warnings of this process have no control characters, from any package."""
+    format_warning = warnings.formatwarning
+
+    def format_printable(*args, **options) -> str:
+        return printable(format_warning(*args, **options))
+
+    warnings.formatwarning = format_printable
 
 
 def print_markdown(text: str, console: "Console") -> None:
@@ -15,7 +51,8 @@ def print_markdown(text: str, console: "Console") -> None:
     from rich.text import Text
 
     is_table_row = lambda line: line.startswith("|")
-    for is_table, lines in itertools.groupby(text.splitlines(), is_table_row):
+    all_lines = printable(text).splitlines()
+    for is_table, lines in itertools.groupby(all_lines, is_table_row):
         if not is_table:
             for line in lines:
                 console.print(Text(line))
@@ -35,7 +72,8 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    rows, table, min_width = list(rows), Table(), 1
+    rows = [list(map(printable, row)) for row in rows]
+    table, min_width = Table(), 1
     for i, column in enumerate(columns):
         cells = [column, *(row[i] for row in rows)]
         width = max(map(len, cells if i == 0 else " ".join(cells).split()))
@@ -54,9 +92,10 @@ def exit_with_message() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        sys.exit(f"hypergrad: {error}")
+        sys.exit(printable(f"hypergrad: {error}"))
     except OSError as error:  # such as a full disk or a read-only folder
-        sys.exit(
+        message = (
             f"hypergrad: {error}. Completed results are kept; the same command "
             "continues from them."
         )
+        sys.exit(printable(message))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hypergrad import cli
 from hypergrad.bench import check, commands, export, loading
 from hypergrad.bench.rows import read_rows, to_line
+from hypergrad.runtime.console import CONTROL_CHARACTER
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -199,3 +201,85 @@ def test_rows_of_two_commits_are_not_judged(folder, tmp_path):
     (finding,) = check.check_result("quadratic", table, tmp_path)
     assert finding.failed
     assert "several values of source" in finding.text
+
+
+# Control characters in files, which a terminal would obey.
+
+#: A color, a title of the window, a return to the start of the line, an 8-bit sequence,
+#: a backspace, text from right to left, and markup of rich.
+HOSTILE = "\x1b[31m \x1b]0;title\x07 \r \x9b2J \x08 \u202e [/bold] [red]"
+
+
+def poison(value):
+    """Returns a value of a row with hostile text in every string."""
+    if isinstance(value, dict):
+        return {name: poison(x) for name, x in value.items()}
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def hostile_folder(folder, tmp_path_factory) -> Path:
+    """Returns a folder whose table, rows and file names have hostile text."""
+    hostile = tmp_path_factory.mktemp("hostile")
+    text = (folder / "quadratic.py").read_text()
+    text = text.replace(
+        "a <test> & its author", HOSTILE.encode("unicode_escape").decode()
+    )
+    (hostile / "quadratic.py").write_text(text)
+    failing = f"raise RuntimeError({HOSTILE!r})\n"
+    (hostile / "mine.py").write_text(
+        f"def raises(task, *, budget, key):\n    {failing}"
+    )
+    for name, changed in (
+        ("provenance", ("commit", "command", "device", "versions", "source", "time")),
+        ("everything", None),
+    ):
+        (hostile / name).mkdir()
+        rows = read_rows(folder / "runs" / "quadratic.jsonl")
+        for row in rows:
+            for field in row.keys() & set(changed or row):
+                row[field] = poison(row[field])
+        lines = "".join(map(to_line, rows))
+        (hostile / name / "quadratic.jsonl").write_text(lines)
+    (hostile / "orphan").mkdir()
+    (hostile / "orphan" / f"{HOSTILE.replace('/', '')}.jsonl").write_text("{}\n")
+    return hostile
+
+
+HOSTILE_CALLS = {
+    "list": lambda: cli.list_tables(Path()),
+    "run, other rows": lambda: cli.run("quadratic.py", out=Path("provenance")),
+    "run, failing method": lambda: cli.run(
+        "quadratic.py", ("mine.py:raises",), ("raises", "nothing"), seeds=1
+    ),
+    "check": lambda: cli.check("provenance"),
+    "check, other cells": lambda: cli.check("everything"),
+    "check, name of a file": lambda: cli.check("orphan"),
+    "compare": lambda: cli.compare(Path("provenance"), Path("everything")),
+    "export": lambda: cli.export(Path("provenance"), "csv"),
+    "cite": lambda: cli.cite((HOSTILE,)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CALLS)
+def test_no_control_character_of_a_file_is_printed(
+    hostile_folder, name, monkeypatch, capsys
+):
+    monkeypatch.chdir(hostile_folder)
+    text = ""
+    try:
+        HOSTILE_CALLS[name]()
+    except SystemExit as error:  # the interpreter prints a text
+        text = error.code if isinstance(error.code, str) else ""
+    text += "".join(capsys.readouterr())
+    assert text
+    assert not CONTROL_CHARACTER.search(text)
+
+
+def test_no_control_character_of_a_file_is_in_a_page_or_warning(hostile_folder):
+    """Matplotlib warns of characters that its font does not have."""
+    done = call(hostile_folder, "report", "everything", "--update")
+    assert done.returncode == 0, done.stderr
+    assert "Glyph 27" in done.stderr
+    page = (hostile_folder / "everything" / "quadratic.md").read_text()
+    assert not CONTROL_CHARACTER.search(done.stdout + done.stderr + page)
