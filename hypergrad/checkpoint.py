@@ -63,8 +63,8 @@ class Checkpoints:
     before they are read: a corrupt checkpoint is skipped with a warning, and the
     previous one is used.
 
-    If the folder cannot be written to, or the disk is full, a warning is issued and the
-    run continues; earlier checkpoints are kept. Equal bits require the same kind of
+    If the folder cannot be written to, or the disk is full, one warning is issued and
+    the run continues; earlier checkpoints are kept. Equal bits require the same kind of
     device and the same version of JAX.
 
     With several processes (`jax.distributed`) the first one writes and reads, and sends
@@ -176,11 +176,13 @@ class CheckpointFolder:
       every: Number of steps between checkpoints.
       fingerprint: What determines the bits of the run.
       is_writable: False if checkpoints can only be read.
+      has_failed: True if a checkpoint could not be written, of which a warning told.
     """
 
     def __init__(self, checkpoints: Checkpoints, fingerprint: RunFingerprint):
         self.path, self.every = Path(checkpoints.folder), checkpoints.every
         self.fingerprint, self.is_writable = fingerprint, False
+        self.has_failed = False
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Creates and locks the folder until ``stack`` is closed.
@@ -229,7 +231,7 @@ class CheckpointFolder:
         return eqx.combine(jax.tree.unflatten(structure, leaves), static)
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Writes a checkpoint, or issues a warning if that fails."""
+        """Writes a checkpoint, or issues a warning the first time that it fails."""
         # All processes gather sharded arrays; only the first one writes.
         arrays = to_named_arrays(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
         if not self.is_writable:
@@ -239,11 +241,15 @@ class CheckpointFolder:
         except Exception as error:  # Orbax reports a full disk by several types
             with contextlib.suppress(OSError):
                 self._remove_incomplete()
-            newest = max(self._steps(), default="none")
+            if self.has_failed:
+                return
+            self.has_failed = True
+            steps = self._steps()
+            newest = f"the newest is of step {steps[0]}" if steps else "none exists"
             warnings.warn(
                 f"the checkpoint of step {step} could not be written to {self.path} "
-                f"({type(error).__name__}: {error}); the run continues, and its newest "
-                f"checkpoint is of step {newest}",
+                f"({type(error).__name__}: {error}); {newest}. The run continues "
+                "and tries to write each later checkpoint, without a further warning",
                 stacklevel=2,
             )
 

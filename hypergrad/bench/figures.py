@@ -1,21 +1,29 @@
 """Figures of tables; matplotlib is imported when a figure is drawn."""
 
 import itertools
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from ..runtime import atomic_io
 from .report import TableResult
 
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
 def plot(result: TableResult, path: Path) -> None:
-    """Draws the figure of a table, by its own plot or the default one."""
-    if result.table.plot is not None:
-        result.table.plot(result.printed_rows, path)
-        return
-    plot_default(result, path)
+    """Draws the figure of a table, by its own plot or the default one.
+
+    An existing file is replaced by a complete figure or not at all.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / path.name
+        if result.table.plot is None:
+            plot_default(result, draft)
+        else:
+            result.table.plot(result.printed_rows, draft)
+        atomic_io.atomic_write(path, draft.read_bytes())
 
 
 def plot_default(result: TableResult, path: Path) -> None:

@@ -73,7 +73,7 @@ def read_rows(path: Path, *, allow_cut: bool = False) -> list[Row]:
 
 def append_row(path: Path, row: Row) -> None:
     """Appends a row to a file; it is on the disk when the function returns."""
-    with path.open("a", encoding="utf-8") as file:
+    with atomic_io.naming_errors(path), path.open("a", encoding="utf-8") as file:
         atomic_io.append_durably(file, to_line(row))
 
 

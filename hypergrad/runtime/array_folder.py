@@ -9,8 +9,11 @@ import jax
 import numpy as np
 
 from ..trees import to_numpy
+from .atomic_io import check_free_space
 
 Arrays = dict[str, np.ndarray]
+BYTES_PER_FOLDER = 100_000  # the files of Orbax without the arrays
+MAX_REASON = 200  # characters; messages of Orbax contain whole stacks
 
 
 def array_name(index: int) -> str:
@@ -26,9 +29,22 @@ def to_named_arrays(leaves: list) -> Arrays:
 
 
 def write_arrays(folder: Path, arrays: Arrays) -> None:
-    """Writes arrays into a new folder."""
-    with make_checkpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), arrays)
+    """Writes arrays into a new folder.
+
+    Raises:
+      OSError: The disk is full, or cannot be written to.
+    """
+    # Orbax writes in threads, each of which prints many lines if the disk is full.
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    check_free_space(folder.parent, num_bytes + BYTES_PER_FOLDER)
+    try:
+        with make_checkpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), arrays)
+    except OSError:
+        raise
+    except Exception as error:  # Orbax reports errors of the disk by several types
+        reason = str(error).partition("\n")[0][:MAX_REASON]
+        raise OSError(f"{folder} cannot be written: {reason}") from error
 
 
 def read_arrays(folder: Path, like: Arrays) -> Arrays:

@@ -7,6 +7,9 @@ failure, and a folder may lack the names of new files.
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -22,14 +25,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """
     draft = path.with_name(path.name + ".part")
     draft.unlink(missing_ok=True)  # from an interrupted call, or a link to another file
-    try:
-        with draft.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        fsync_path(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    with naming_errors(path):
+        try:
+            with draft.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            fsync_path(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        fsync_path(path.parent)
 
 
 def append_durably(file: IO[str], text: str) -> None:
@@ -37,6 +41,35 @@ def append_durably(file: IO[str], text: str) -> None:
     file.write(text)
     file.flush()
     _fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Adds a path to an error that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Raises OSError if a folder cannot hold so many further bytes.
+
+    Quotas and limits of the process count too, where the system can reserve space. The
+    reserved space is released at once.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(folder).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return
+    with naming_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def make_directory(path: Path) -> None:
