@@ -195,7 +195,8 @@ class CheckpointFolder:
             )
         try:
             atomic_io.make_directory(self.path)
-            lock_file(stack.enter_context((self.path / "lock").open("a")), self.path)
+            file = atomic_io.open_without_links(self.path / "lock", "a")
+            lock_file(stack.enter_context(file), self.path)
         except OSError as error:
             warnings.warn(
                 f"no checkpoint can be written to {self.path} ({error}); the run "

@@ -277,7 +277,10 @@ def executor_of(workers: int) -> Iterator[concurrent.futures.Executor | None]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar with the time left; ten lines if the output is no terminal."""
+    """Shows a bar with the time left; ten lines if the output is no terminal.
+
+    The cursor stays visible, because a process that is killed could not show it again.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -288,7 +291,13 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    class CursorConsole(Console):
+        def show_cursor(self, show: bool = True) -> bool:
+            """Leaves the cursor as it is."""
+            del show
+            return False
+
+    console = CursorConsole(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
         show = lambda text: console.print(printable(text), markup=False)
         yield tenth_printer(show)

@@ -154,7 +154,8 @@ def write_tensorboard(result: TableResult, folder: Path) -> Path:
             continue
         atomic_io.make_directory(directory)
         draft = path.with_name("draft")  # TensorBoard ignores this name
-        with draft.open("wb") as file:
+        draft.unlink(missing_ok=True)  # incomplete, or a link to another file
+        with draft.open("xb") as file:
             writer = RecordWriter(file)
             for event in _tensorboard_events(row):
                 writer.write(event.SerializeToString())

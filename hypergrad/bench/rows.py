@@ -82,7 +82,8 @@ def set_cut_line_aside(path: Path) -> None:
     content = path.read_bytes()
     num_complete = content.rfind(b"\n") + 1
     if num_complete < len(content):
-        with path.with_name(f"{path.name}.cut").open("ab") as file:
+        cut_path = path.with_name(f"{path.name}.cut")
+        with atomic_io.open_without_links(cut_path, "ab") as file:
             file.write(content[num_complete:] + b"\n")
         with path.open("rb+") as file:
             file.truncate(num_complete)

@@ -36,6 +36,16 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         fsync_path(path.parent)
 
 
+def open_without_links(path: Path, mode: str) -> IO:
+    """Opens a file whose name the library chose, and never another through a link.
+
+    Raises:
+      OSError: The path is a symbolic link.
+    """
+    opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
+    return open(path, mode, opener=opener)
+
+
 def append_durably(file: IO[str], text: str) -> None:
     """Appends to an open file and waits until the text is on disk."""
     file.write(text)

@@ -180,6 +180,19 @@ def test_tensorboard_has_each_row_once(folder, tmp_path):
     assert "distance" in events.Tags()["scalars"]
 
 
+def test_tensorboard_writes_through_no_link(folder, tmp_path):
+    pytest.importorskip("tensorboard.summary.writer.record_writer")
+    path = export.export(load_result(folder), "tensorboard", tmp_path)
+    file, other = sorted(path.rglob("events.*"))[0], tmp_path / "other"
+    content = file.read_bytes()
+    file.unlink()
+    other.write_text("other")
+    file.with_name("draft").symlink_to(other)
+    export.export(load_result(folder), "tensorboard", tmp_path)
+    assert other.read_text() == "other"
+    assert file.read_bytes() == content
+
+
 def test_missing_and_repeated_cells_are_named(folder, tmp_path):
     table = loading.load_table(folder / "quadratic.py")
     rows = read_rows(folder / "runs" / "quadratic.jsonl")

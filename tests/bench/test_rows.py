@@ -64,3 +64,14 @@ def test_a_line_that_was_cut_off_is_an_error_and_is_kept_aside(tmp_path):
     set_cut_line_aside(path)
     assert path.read_bytes() == whole
     assert path.with_name("rows.jsonl.cut").read_bytes() == whole[:40] + b"\n"
+
+
+def test_a_line_that_was_cut_off_is_not_written_through_a_link(tmp_path):
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other"
+    path.write_bytes(b"cut")
+    other.write_text("other")
+    path.with_name("rows.jsonl.cut").symlink_to(other)
+    with pytest.raises(OSError, match=r"rows\.jsonl\.cut"):
+        set_cut_line_aside(path)
+    assert other.read_text() == "other"
+    assert path.read_bytes() == b"cut"

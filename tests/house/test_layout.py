@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import inspect
+import tomllib
 from typing import Protocol
 
 import hypergrad as hg
@@ -51,6 +52,14 @@ def test_files_are_short():
         if (num := len(path.read_text().splitlines())) > MAX_FILE_LINES
     ]
     assert not errors, "\n".join(errors)
+
+
+def test_only_tested_operating_systems_are_named():
+    """Locks of files need POSIX, and the tests run on Linux."""
+    metadata = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    prefix = "Operating System :: "
+    systems = [x for x in metadata["classifiers"] if x.startswith(prefix)]
+    assert systems == [f"{prefix}POSIX :: Linux"]
 
 
 def test_functions_are_short():

@@ -605,6 +605,15 @@ def test_a_folder_that_cannot_be_created_issues_a_warning(tmp_path):
         run(checkpoints=hg.Checkpoints(tmp_path / "file"))
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "lock").symlink_to(tmp_path / "other")
+    with pytest.warns(UserWarning, match="no checkpoint can be written"):
+        run(checkpoints=hg.Checkpoints(folder))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_read_only_folder_is_read(killed, tmp_path, monkeypatch):
     """A run continues from its checkpoints and issues a warning."""
     folder, calls = tmp_path / "killed", []
@@ -618,6 +627,8 @@ def test_a_read_only_folder_is_read(killed, tmp_path, monkeypatch):
         return path_open(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", read_only_open)
+    open_file = lambda path, mode: path.open(mode)
+    monkeypatch.setattr(checkpoint.atomic_io, "open_without_links", open_file)
     progress = lambda num_made, value: calls.append(num_made)
     with pytest.warns(UserWarning, match="no checkpoint can be written.*Read-only"):
         trace = run(checkpoints=hg.Checkpoints(folder), progress=progress)

@@ -1,6 +1,9 @@
 """Processes killed at random moments: a resumed run equals an unbroken run."""
 
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
 import textwrap
@@ -165,3 +168,42 @@ def test_a_killed_command_loses_and_doubles_no_row(num_kills: int, tmp_path):
     for i in range(num_runs):
         assert read_numbers(f"killed {i}") == rows
         assert (tmp_path / f"killed {i}" / "quadratic.md").exists()
+
+
+PROGRESS_BAR = """
+    import os, sys
+    from hypergrad.bench.commands import progress_bar
+
+    with progress_bar() as update:
+        update(1, 2, "first")
+        os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+def read_terminal(descriptor: int) -> str:
+    """Returns what was written to a terminal until its other end was closed."""
+    content = b""
+    while True:
+        try:
+            new_bytes = os.read(descriptor, 4096)
+        except OSError:  # EIO on Linux
+            new_bytes = b""
+        if not new_bytes:
+            return content.decode()
+        content += new_bytes
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_a_killed_command_leaves_the_cursor_visible(name: str):
+    number = signal.Signals[name]
+    own_end, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRESS_BAR), str(int(number))],
+        stderr=other_end, cwd=ROOT, env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(other_end)
+    text = read_terminal(own_end)
+    os.close(own_end)
+    assert process.wait() == -number
+    assert "━" in text  # the bar
+    assert text.rfind("\x1b[?25l") <= text.rfind("\x1b[?25h")  # hidden, shown
