@@ -31,6 +31,7 @@ from .runtime.array_folder import (
 from .runtime.console import printable
 from .runtime.devices import run_on_first_process
 from .runtime.fingerprint import HASH
+from .runtime.machine import describe_machine, warn_of_other_machines
 from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
@@ -64,8 +65,11 @@ class Checkpoints:
     previous one is used.
 
     If the folder cannot be written to, or the disk is full, one warning is issued and
-    the run continues; earlier checkpoints are kept. Equal bits require the same kind of
-    device and the same version of JAX.
+    the run continues; earlier checkpoints are kept.
+
+    Equal bits require the same kind of device and the same version of JAX, else the run
+    is refused. They also require the same processor: a run that continues on another
+    one issues a warning that names the difference.
 
     With several processes (`jax.distributed`) the first one writes and reads, and sends
     the others what it read, so that they need no access to the folder. Only the same
@@ -166,23 +170,25 @@ class CorruptCheckpointError(Exception):
 class CheckpointFolder:
     """The checkpoints of one run, each an Orbax folder ``step-N`` and ``step-N.json``.
 
-    The JSON file is written last. It contains the fingerprint of the run and the digest
-    of every file, and its own digest under "sha256". A file ``step-N.writing`` exists
-    while the others are written or removed, which marks an interrupted call. Only files
-    that this class wrote are ever removed; corrupt checkpoints are renamed.
+    The JSON file is written last. It contains the fingerprint of the run, the machines
+    on which it ran, the digest of every file, and its own digest under "sha256". A file
+    ``step-N.writing`` exists while the others are written or removed, which marks an
+    interrupted call. Only files that this class wrote are ever removed; corrupt
+    checkpoints are renamed.
 
     Attributes:
       path: The folder.
       every: Number of steps between checkpoints.
       fingerprint: What determines the bits of the run.
       is_writable: False if checkpoints can only be read.
+      machines: The machines on which the run was made so far, without this one.
       has_failed: True if a checkpoint could not be written, of which a warning told.
     """
 
     def __init__(self, checkpoints: Checkpoints, fingerprint: RunFingerprint):
         self.path, self.every = Path(checkpoints.folder), checkpoints.every
         self.fingerprint, self.is_writable = fingerprint, False
-        self.has_failed = False
+        self.has_failed, self.machines = False, []
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Creates and locks the folder until ``stack`` is closed.
@@ -269,6 +275,10 @@ class CheckpointFolder:
                     f"the run continues from the checkpoint of step {step}",
                     stacklevel=2,
                 )
+            self.machines = self._read_metadata(step)["machines"]
+            warn_of_other_machines(
+                f"the checkpoints in {self.path} were made", self.machines
+            )
             return step
         if errors:
             raise ValueError(
@@ -332,7 +342,13 @@ class CheckpointFolder:
         write_arrays(self._arrays_path(step), arrays)
         atomic_io.fsync_tree(self._arrays_path(step))
         files = digest_folder(self._arrays_path(step))
-        metadata = {"step": step, "run": self.fingerprint, "files": files}
+        machines = [*self.machines, describe_machine()]
+        metadata = {
+            "step": step,
+            "run": self.fingerprint,
+            "machines": [x for i, x in enumerate(machines) if x not in machines[:i]],
+            "files": files,
+        }
         # A power failure must not leave metadata of arrays that are not on disk.
         text = json.dumps(metadata | {"sha256": digest_json(metadata)}, indent=1)
         atomic_io.atomic_write(self._metadata_path(step), text + "\n")

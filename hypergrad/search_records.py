@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .checkpoint import runtime_environment
 from .runtime.array_folder import digest_json
 from .runtime.fingerprint import digest, digest_function, fingerprint
+from .runtime.machine import describe_machine, warn_of_other_machines
 from .search_trial import Parallel, Trial, TrialRecord, TrialSetup, run_trial
 
 
 def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> str:
     """Returns a digest of everything but ``alpha`` and the key that decides a trial."""
-    program = digest_function(run_trial, setup, alpha, jax.random.key(0))
-    name = fingerprint(digest(setup), program)
+    environment = runtime_environment()
+    name = fingerprint(
+        _digest_setup(setup, alpha), environment["jax"], environment["device"]
+    )
     if parallel.executor == "vmap":  # rounds in another way than single trials
         name = fingerprint(name, f"vmap of {parallel.trials_per_batch}")
     return name
@@ -28,10 +32,13 @@ def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> s
 def problem_fingerprint(setup: TrialSetup, alpha: PyTree) -> str:
     """Returns a digest of everything that decides the value of a trial at an alpha.
 
-    Metrics do not matter, nor does the program in which a batch of trials runs.
+    Metrics do not matter, nor do batches of trials and the kind of device.
     """
-    setup = dataclasses.replace(setup, metrics={})
-    return trial_fingerprint(setup, alpha, Parallel(1))
+    return fingerprint(_digest_setup(dataclasses.replace(setup, metrics={}), alpha))
+
+
+def _digest_setup(setup: TrialSetup, alpha: PyTree) -> str:
+    return digest(setup) + digest_function(run_trial, setup, alpha, jax.random.key(0))
 
 
 def trial_to_dict(search: str, trial: Trial, record: TrialRecord) -> dict:
@@ -43,11 +50,9 @@ def trial_to_dict(search: str, trial: Trial, record: TrialRecord) -> dict:
       search: The fingerprint of the search.
       trial, record: The trial and what it reported.
     """
+    metadata = {"search": search, "machine": describe_machine(), "trial": trial.number}
     columns = jax.tree.map(_to_json, record._asdict())
-    alpha = alpha_to_json(trial.alpha)
-    return add_checksum(
-        {"search": search, "trial": trial.number, "alpha": alpha, **columns}
-    )
+    return add_checksum(metadata | {"alpha": alpha_to_json(trial.alpha), **columns})
 
 
 def add_checksum(trial: dict) -> dict:
@@ -134,6 +139,8 @@ class RecordedTrials:
                     f"{number} at positions {self.positions[number]} and {position}."
                 )
             self.positions[number] = position
+        machines = [trial.get("machine") for trial in trials]
+        warn_of_other_machines("previous_trials were recorded", machines)
 
     def restore(
         self, batch: list[Trial], setup: TrialSetup

@@ -1,6 +1,7 @@
 """The loop of a search that trains a population, round by round."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .checkpoint import runtime_environment
 from .recording import Progress
 from .runtime.console import printable
 from .runtime.devices import replicate, shard
 from .runtime.fingerprint import digest, digest_function, fingerprint
+from .runtime.machine import describe_machine, warn_of_other_machines
 from .search_trial import TrialRecord
 from .searchers.populations import PopulationSearcher, Round, Trainer, rank_by_value
 from .trace import FAILED, Trace
@@ -137,14 +140,19 @@ def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) 
     setup = trainer.setup
     train_one = lambda trainer, key: trainer.train(trainer.init_members(1, key), 1, key)
     program = digest_function(train_one, trainer, key)
+    environment = runtime_environment()
     space = eqx.tree_pformat(trainer.space, width=10**6)
     return (
         f"{searcher} of {trainer.num_steps} steps in {space}, key "
         f"{to_numpy(key).tolist()}, metrics {sorted(setup.metrics)}, data and numbers "
         f"{fingerprint(digest((searcher, setup, trainer.space)))}, program "
-        f"{fingerprint(program)}"
+        f"{fingerprint(program)}, jax {environment['jax']}, device "
+        f"{environment['device']}"
     )
 
+
+#: The texts in the dictionary of a state.
+METADATA = {"search", "machine", "sha256"}
 
 #: The arrays of a state whose leading axis is the number of members.
 PER_MEMBER_FIELDS = (
@@ -159,7 +167,8 @@ def state_to_dict(state: PopulationState, name: str) -> dict:
     """Returns a state as a dictionary of arrays, with the description of its search."""
     leaves = jax.tree.leaves_with_path(state)
     arrays = {_path_to_name(path): to_numpy(leaf) for path, leaf in leaves}
-    return add_checksum({"search": np.asarray(name)} | arrays)
+    machine = np.asarray(json.dumps(describe_machine()))
+    return add_checksum({"search": np.asarray(name), "machine": machine} | arrays)
 
 
 def add_checksum(state: dict) -> dict:
@@ -202,7 +211,7 @@ def restore_state(
     like = eqx.filter_eval_shape(first_state)
     leaves, structure = jax.tree.flatten_with_path(like)
     leaves = {_path_to_name(path): leaf for path, leaf in leaves}
-    if different := leaves.keys() ^ (saved.keys() - {"search", "sha256"}):
+    if different := (leaves.keys() | METADATA) ^ saved.keys():
         raise ValueError(
             "previous_trials[-1] must have the arrays of this search; it differs in "
             f"{printable(', '.join(sorted(different)))}. Pass the same problem, solver "
@@ -222,6 +231,8 @@ def restore_state(
                 "previous_trials[-1] must have arrays with the same number of members; "
                 f"got {lengths}. Pass what trial_callback received."
             )
+    machine = json.loads(str(saved["machine"]))
+    warn_of_other_machines("previous_trials[-1] was recorded", [machine])
     return structure.unflatten(restored.values())
 
 

@@ -60,6 +60,9 @@ def notes(result: TableResult) -> list[Finding]:
     budget = getattr(table, "budget_of", lambda scale: None)(result.scale)
     if row.get("budget") not in (None, budget):
         texts.append(f"made with the budget {row['budget']}; the table has {budget}")
+    num_machines = len({str(row.get("machine")) for row in result.rows})
+    if num_machines > 1:
+        texts.append(f"rows were made on {num_machines} machines")
     if "converted_from" in row:
         texts.append(f"converted from commit {row['converted_from'][:12]}")
     return [Finding(text) for text in texts]

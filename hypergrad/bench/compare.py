@@ -8,8 +8,8 @@ from .report import TableResult
 from .rows import Row, cell_key
 
 PROVENANCE = (
-    "commit", "source", "method_source", "versions", "device", "data", "scale",
-    "budget",
+    "commit", "source", "method_source", "versions", "device", "machine", "data",
+    "scale", "budget",
 )  # fmt: skip
 IGNORED = {*PROVENANCE, "command", "time", "table", "run_seconds", "compile_seconds"}
 

@@ -19,6 +19,7 @@ import hypergrad
 from ..checkpoint import lock_file
 from ..runtime import atomic_io
 from ..runtime.fingerprint import digest
+from ..runtime.machine import describe_machine, warn_of_other_machines
 from ..runtime.provenance import utc_now
 from . import provenance
 from .loading import TableRef
@@ -112,6 +113,8 @@ def run_table(
         result.rows = read_rows(path, allow_cut=True)
         for row in result.rows:
             check_row_origin(row, common, method_sources, path)
+        machines = [row.get("machine") for row in result.rows]
+        warn_of_other_machines(f"rows of {path} were made", machines)
         set_cut_line_aside(path)
         num_cells, num_done = sum(map(len, stages)), 0
         for stage in stages:
@@ -143,11 +146,13 @@ def run_table(
 def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row | str:
     """Returns the row fields of a cell, or a message if it failed; runs in a worker."""
     try:
-        return ref.load().measure(cell, scale, rows)
+        row = ref.load().measure(cell, scale, rows)
+        return row | {"machine": describe_machine()}
     except MethodError as error:
         message = str(error)
         if cell.get("stage") == "tuning":  # a setting that diverges is a bad setting
-            return {"selection": None, "gradient_equivalents": None, "error": message}
+            row = {"selection": None, "gradient_equivalents": None, "error": message}
+            return row | {"machine": describe_machine()}
         return message
     except Exception as error:  # whatever a user's method raises must not end the run
         return f"{type(error).__name__} in {_position(error)}: {error}"

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from ..checkpoint import RunFingerprint, runtime_environment
 from ..trees import is_key, to_numpy
+from .machine import Machine, describe_machine, warn_of_other_machines
 
 MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.001, 0.5
 
@@ -67,7 +68,7 @@ class RemoteFunction:
 
     def __init__(self, executor: Executor, function: Callable):
         self.executor, self.function = executor, function
-        self.program = b""
+        self.program, self.machines = b"", []
         self.out_structure: Any = None
 
     def __call__(self, arguments: dict[int, tuple]) -> Iterator[tuple[int, PyTree]]:
@@ -93,10 +94,11 @@ class RemoteFunction:
             done = [number for number, future in pending.items() if future.done()]
             for number in done:
                 try:
-                    leaves = pending.pop(number).result()
+                    machine, leaves = pending.pop(number).result()
                 except Exception as error:
                     causes[number] = error
                 else:
+                    self._check_machine(machine)
                     leaves = map(jnp.asarray, leaves)
                     yield number, jax.tree.unflatten(self.out_structure, leaves)
             poll_seconds = (
@@ -105,6 +107,12 @@ class RemoteFunction:
             time.sleep(poll_seconds)
         if causes:
             raise FailedCallsError(causes)
+
+    def _check_machine(self, machine: Machine) -> None:
+        """Issues a warning at the first result of each other machine."""
+        if machine not in self.machines:
+            self.machines.append(machine)
+            warn_of_other_machines("a worker runs", [machine])
 
     def _submit(self, args: tuple) -> Future:
         arrays = jax.tree.leaves(eqx.filter(args, eqx.is_array))
@@ -149,8 +157,11 @@ def run_program(
     arrays: list[np.ndarray],
     expected_environment: RunFingerprint,
     enable_x64: bool,
-) -> list[np.ndarray]:
+) -> tuple[Machine, list[np.ndarray]]:
     """Runs an exported program; this is the function that workers call.
+
+    Returns:
+      The worker's machine, and the outputs of the program.
 
     Raises:
       RuntimeError: The worker has another version of jax or another kind of device, on
@@ -164,7 +175,8 @@ def run_program(
             f"{environment['jax']} and {environment['device']}."
         )
     with jax.enable_x64(enable_x64):
-        return list(map(np.asarray, _load_program(program)(arrays)))
+        outputs = list(map(np.asarray, _load_program(program)(arrays)))
+    return describe_machine(), outputs
 
 
 @functools.lru_cache(maxsize=2)

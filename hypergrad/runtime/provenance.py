@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from .machine import describe_machine
+
 
 def versions() -> dict[str, Any]:
     """Returns the versions of machine, source and packages of this process."""
@@ -18,6 +20,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
+        "machine": describe_machine(),
         "devices": len(jax.devices()),
         "float": str(np.dtype(jax.dtypes.canonicalize_dtype(float))),
         "git": source_commit(Path(__file__).parents[1]),

@@ -12,6 +12,7 @@ import pytest
 from hypergrad.bench import Table, baselines, loading, select, with_options
 from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.checkpoint import lock_file
+from hypergrad.runtime import machine
 
 TIMES = {"run_seconds", "compile_seconds", "time"}
 
@@ -60,6 +61,17 @@ def test_rows_of_other_source_are_refused(run_own, own_file):
     own_file.write_text(own_file.read_text() + "\n# another version\n")
     with pytest.raises(ValueError, match="another source"):
         run_own()
+
+
+def test_rows_of_another_machine_are_continued_with_a_warning(run, monkeypatch):
+    rows = run("mine.py:stay", seeds=1, only=("nothing",)).rows
+    here = machine.describe_machine()
+    assert all(row["machine"] == here for row in rows)
+    other = {"processor": "other", "vector instructions": "avx"}
+    monkeypatch.setattr(machine, "_describe_processor", lambda: other)
+    with pytest.warns(UserWarning, match="rows of .*made on another machine.*other"):
+        rows = run("mine.py:stay", seeds=2, only=("nothing",)).rows
+    assert [row["machine"] for row in rows] == [here, other]
 
 
 def test_rows_of_another_budget_are_refused(run):
