@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from . import __version__
 from .runtime.console import (
     escape_warnings,
+    exit_with_errors,
     exit_with_message,
     print_line,
     print_markdown,
@@ -20,6 +21,8 @@ MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cl
 def list_tables(folder: Path = Path("benchmarks")) -> None:
     """List the tables of a folder: paradigm, minutes, status of the result, source.
 
+    A file that cannot be imported is named, and the exit status is 1.
+
     Args:
       folder: Folder whose files define tables.
     """
@@ -29,7 +32,9 @@ def list_tables(folder: Path = Path("benchmarks")) -> None:
 
     columns = ("table", "paradigm", "minutes", "result", "source")
     with exit_with_message():
-        print_table(columns, commands.overview(folder), Console())
+        rows, errors = commands.overview(folder)
+        print_table(columns, rows, Console())
+    exit_with_errors(errors)
 
 
 def run(
@@ -76,9 +81,7 @@ def run(
     print_markdown(text, Console())
     for path in paths:
         print_line(f"wrote {path}")  # rich would break a long path
-    for label, message in failures.items():
-        print_line(f"hypergrad: {label} failed: {message}", file=sys.stderr)
-    sys.exit(bool(failures))
+    exit_with_errors(failures)
 
 
 def check(target: str) -> None:
@@ -112,7 +115,9 @@ def write_report(folder: Path, out: Path | None = None, update: bool = False) ->
 
     with exit_with_message():
         out = folder / "html" if out is None else out
-        print_line(f"wrote {commands.write_report(folder, out, update=update)}")
+        path, errors = commands.write_report(folder, out, update=update)
+        print_line(f"wrote {path}")
+    exit_with_errors(errors)
 
 
 def compare(folder: Path, reference: Path) -> None:
@@ -149,8 +154,10 @@ def export(
 
     with exit_with_message():
         out = folder / "export" if out is None else out
-        for path in dict.fromkeys(commands.export(folder, to, out)):
+        paths, errors = commands.export(folder, to, out)
+        for path in dict.fromkeys(paths):
             print_line(f"wrote {path}")
+    exit_with_errors(errors)
 
 
 def estimators() -> None:

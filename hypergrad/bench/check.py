@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .claims import Finding
 from .report import TableResult
-from .rows import CorruptRowError, Row, cell_key, read_rows
+from .rows import Row, cell_key, read_rows
 from .runner import COMMON_FIELDS
 from .table import BaseTable
 
@@ -14,14 +14,25 @@ def load_result(name: str, table: BaseTable, folder: Path) -> TableResult:
     """Returns the rows of a table in a folder.
 
     Raises:
-      ValueError: The file is missing, empty or damaged.
+      ValueError: The file is missing, empty or damaged, or its rows are of several runs
+        that do not belong together.
     """
+    result = _read_result(name, table, folder)
+    if problems := mixed_fields(result.rows):
+        raise ValueError(f"{folder / name}.jsonl mixes runs: {'; '.join(problems)}.")
+    return result
+
+
+def _read_result(name: str, table: BaseTable, folder: Path) -> TableResult:
     path = folder / f"{name}.jsonl"
     if not path.exists():
         raise ValueError(f"{path} does not exist. Run `hypergrad run {name}` first.")
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
+    for field in ("method", "scale"):
+        if not all(field in row for row in rows):
+            raise ValueError(f"{path} holds a row without the field {field!r}.")
     return TableResult(name, table, rows)
 
 
@@ -31,13 +42,16 @@ def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
     The rows must be undamaged, of one source, of all planned cells and of no other.
     """
     try:
-        result = load_result(name, table, folder)
-    except (ValueError, CorruptRowError) as error:
+        result = _read_result(name, table, folder)
+        problems = mixed_fields(result.rows) + cell_problems(result)
+        if problems:
+            return [Finding(text, "FAILED") for text in problems]
+        return result.findings + notes(result)
+    except (ValueError, OSError) as error:
         return [Finding(str(error), "FAILED")]
-    problems = mixed_fields(result.rows) + cell_problems(result)
-    if problems:
-        return [Finding(text, "FAILED") for text in problems]
-    return result.findings + notes(result)
+    except Exception as error:  # of a check of the table, or of a row without a field
+        text = f"the rows cannot be judged: {type(error).__name__}: {error}"
+        return [Finding(text, "FAILED")]
 
 
 def mixed_fields(rows: list[Row]) -> list[str]:

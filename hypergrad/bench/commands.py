@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +16,25 @@ from . import export as exports
 from .claims import Finding
 from .dry_run import plan
 from .figures import plot
-from .loading import TableRef, find_table, load_table, parse_method, table_files
-from .report import IndexEntry, TableResult, to_html, to_index, to_markdown
+from .loading import (
+    TableRef,
+    find_table,
+    load_listed_table,
+    load_table,
+    parse_method,
+    table_files,
+)
+from .report import (
+    IndexEntry,
+    TableResult,
+    to_error_page,
+    to_html,
+    to_index,
+    to_markdown,
+)
 from .rows import read_rows
 from .runner import RunOptions, RunResult, run_table
+from .table import BaseTable
 
 
 def results_folder(table_file: Path) -> Path:
@@ -26,8 +42,10 @@ def results_folder(table_file: Path) -> Path:
     return table_file.parent / "results"
 
 
-def overview(folder: Path) -> list[list[str]]:
+def overview(folder: Path) -> tuple[list[list[str]], dict[str, str]]:
     """Returns name, paradigm, minutes, status of the result and source of each table.
+
+    The second value has the errors of tables that cannot be imported, by name.
 
     Raises:
       ValueError: The folder holds no table.
@@ -35,20 +53,25 @@ def overview(folder: Path) -> list[list[str]]:
     files = table_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no table: no file with a line `table = ...`.")
-    rows = []
+    rows, errors = [], {}
     for file in files:
-        table = load_table(file)
-        status = status_of(file.stem, file)
+        try:
+            table = load_listed_table(file)
+        except ValueError as error:
+            errors[file.stem] = str(error)
+            rows.append([file.stem, "-", "-", "FAILED", "-"])
+            continue
+        status = status_of(file.stem, table, results_folder(file))
         minutes = f"{table.minutes:g}"
         rows.append([file.stem, table.paradigm, minutes, status, table.source])
-    return rows
+    return rows, errors
 
 
-def status_of(name: str, file: Path) -> str:
+def status_of(name: str, table: BaseTable, folder: Path) -> str:
     """Returns the outcomes of the committed rows of a table, in a few words."""
-    if not (results_folder(file) / f"{name}.jsonl").exists():
+    if not (folder / f"{name}.jsonl").exists():
         return "not run"
-    return summarize(checks.check_result(name, load_table(file), results_folder(file)))
+    return summarize(checks.check_result(name, table, folder))
 
 
 def summarize(findings: Sequence[Finding]) -> str:
@@ -139,90 +162,134 @@ def planned_rows(
 def check(target: str) -> list[tuple[str, list[Finding]]]:
     """Returns the findings of each table: of a name, a file, or a folder of rows."""
     if Path(target).is_dir():
-        return [
-            (name, checks.check_result(name, load_table(file), Path(target)))
-            for name, file in tables_of(Path(target))
-        ]
+        return [(x, _check_in(x, Path(target))) for x in result_names(Path(target))]
     file = find_table(target)
     findings = checks.check_result(file.stem, load_table(file), results_folder(file))
     return [(file.stem, findings)]
 
 
-def tables_of(folder: Path) -> list[tuple[str, Path]]:
-    """Returns name and file of the table of each file of rows in a folder.
+def _check_in(name: str, folder: Path) -> list[Finding]:
+    """Returns the findings of one of the files of rows in a folder."""
+    try:
+        table = load_listed_table(table_of_rows(name, folder))
+    except ValueError as error:
+        return [Finding(str(error), "FAILED")]
+    return checks.check_result(name, table, folder)
+
+
+def result_names(folder: Path) -> list[str]:
+    """Returns the names of the files of rows in a folder.
+
+    Raises:
+      ValueError: The folder has no rows.
+    """
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if not names:
+        raise ValueError(f"{folder} holds no rows (NAME.jsonl).")
+    return names
+
+
+def table_of_rows(name: str, folder: Path) -> Path:
+    """Returns the file of the table of some rows.
 
     Tables are looked up beside a folder ``results``, in ``benchmarks``, in the folder
     above and in the current one.
 
     Raises:
-      ValueError: The folder has no rows, or a table is not found.
+      ValueError: The table is not found.
     """
-    names = sorted(path.stem for path in folder.glob("*.jsonl"))
-    if not names:
-        raise ValueError(f"{folder} holds no rows (NAME.jsonl).")
     parent = folder.resolve().parent
     folders = (parent, Path("benchmarks"), Path())
     if folder.name != "results":
         folders = (Path("benchmarks"), parent, Path())
-    pairs = []
-    for name in names:
-        files = [directory / f"{name}.py" for directory in folders]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise ValueError(
-                f"the table of {folder / name}.jsonl was not found; looked for "
-                f"{', '.join(map(str, files))}."
-            )
-        pairs.append((name, file))
-    return pairs
+    files = [directory / f"{name}.py" for directory in folders]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"the table of {folder / name}.jsonl was not found; looked for "
+            f"{', '.join(map(str, files))}."
+        )
+    return file
 
 
-def load_results(folder: Path) -> list[TableResult]:
-    """Returns the results of all tables of a folder."""
-    return [
-        checks.load_result(name, load_table(file), folder)
-        for name, file in tables_of(folder)
-    ]
+def load_results(folder: Path) -> tuple[list[TableResult], dict[str, str]]:
+    """Returns the results of all tables of a folder, and the errors of the others."""
+    results, errors = [], {}
+    for name in result_names(folder):
+        try:
+            table = load_listed_table(table_of_rows(name, folder))
+            results.append(checks.load_result(name, table, folder))
+        except (ValueError, OSError) as error:
+            errors[name] = str(error)
+    return results, errors
 
 
-def write_report(folder: Path, out: Path, *, update: bool = False) -> Path:
-    """Writes a page per table and ``index.html``; returns the path of the latter.
+def write_report(
+    folder: Path, out: Path, *, update: bool = False
+) -> tuple[Path, dict[str, str]]:
+    """Writes a page per table and ``index.html``.
+
+    A table without undamaged rows of one run has a page that names the error.
 
     Args:
       folder: Folder of rows.
       out: Folder of the pages.
       update: Whether ``NAME.md`` and ``NAME.png`` beside the rows are written anew.
+
+    Returns:
+      The path of ``index.html``, and the errors by the names of their tables.
     """
+    results, errors = load_results(folder)
     atomic_io.make_directory(out)
-    entries = []
-    for name, file in tables_of(folder):
-        result = checks.load_result(name, load_table(file), folder)
-        findings = checks.check_result(name, result.table, folder)
-        markdown, figure = to_markdown(result), folder / f"{name}.png"
-        if update:
-            atomic_io.atomic_write(folder / f"{name}.md", markdown)
-        if update or not figure.exists():
-            plot(result, figure)
-        page = to_html(result, figure.read_bytes(), markdown)
-        atomic_io.atomic_write(out / f"{name}.html", page)
-        entries.append(_index_entry(result, findings, figure.read_bytes()))
-    atomic_io.atomic_write(out / "index.html", to_index(entries))
-    return out / "index.html"
+    entries = {}
+    for result in results:
+        try:
+            page, entry = _make_page(result, folder, update=update)
+        except OSError:
+            raise
+        except Exception as error:  # of rows without a field that the table prints
+            text = f"the rows cannot be printed: {type(error).__name__}: {error}"
+            errors[result.name] = text
+            continue
+        atomic_io.atomic_write(out / f"{result.name}.html", page)
+        entries[result.name] = entry
+    for name, text in errors.items():  # also replaces the page of earlier rows
+        atomic_io.atomic_write(out / f"{name}.html", to_error_page(name, text))
+        entries[name] = IndexEntry(name=name, status=f"FAILED: {text}")
+    pages = [entries[name] for name in sorted(entries)]
+    atomic_io.atomic_write(out / "index.html", to_index(pages))
+    return out / "index.html", errors
+
+
+def _make_page(
+    result: TableResult, folder: Path, *, update: bool
+) -> tuple[str, IndexEntry]:
+    """Returns the page of a table and its entry on the page of all tables."""
+    findings = checks.check_result(result.name, result.table, folder)
+    markdown = to_markdown(result)
+    if update:
+        atomic_io.atomic_write(folder / f"{result.name}.md", markdown)
+    with tempfile.TemporaryDirectory() as temporary:
+        # An older figure beside the rows may be of other rows.
+        path = (folder if update else Path(temporary)) / f"{result.name}.png"
+        plot(result, path)
+        figure = path.read_bytes()
+    page = to_html(result, figure, markdown)
+    return page, _index_entry(result, findings, figure)
 
 
 def _index_entry(
     result: TableResult, findings: Sequence[Finding], figure: bytes
 ) -> IndexEntry:
-    row = result.printed_rows[0]
+    commits = [x.get("commit") or x.get("converted_from") for x in result.printed_rows]
     return IndexEntry(
         name=result.name,
         summary=result.table.protocol.partition("\n")[0],
         paradigm=result.table.paradigm,
         status=summarize(findings),
-        commit=row.get("commit") or row.get("converted_from") or "unknown",
+        commit=" and ".join(str(x or "unknown") for x in dict.fromkeys(commits)),
         time=max(str(row.get("time", "")) for row in result.rows),
         figure=figure,
-        href=f"{result.name}.html",
     )
 
 
@@ -232,29 +299,44 @@ def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Differ
     Raises:
       ValueError: They have no table in common.
     """
-    references = {result.name: result for result in load_results(reference)}
-    pairs = [
-        (result, references[result.name])
-        for result in load_results(folder)
-        if result.name in references
-    ]
-    if not pairs:
+    (results, errors), (references, reference_errors) = (
+        load_results(path) for path in (folder, reference)
+    )
+    expected = {result.name: result for result in references}
+    names = {result.name for result in results}
+    failed = errors | reference_errors
+    if not names & expected.keys() and not failed:
         raise ValueError(f"{folder} and {reference} have no table in common.")
-    names = {result.name for result in load_results(folder)}
-    only = [
+    differences = [
+        (name, comparisons.Difference("damaged", text)) for name, text in failed.items()
+    ]
+    differences += [
         (name, comparisons.Difference("cells", "the table is only in one folder"))
-        for name in sorted(names ^ references.keys())
+        for name in sorted((names ^ expected.keys()) - failed.keys())
     ]
-    return only + [
+    return differences + [
         (result.name, difference)
-        for result, expected in pairs
-        for difference in comparisons.compare(result, expected)
+        for result in results
+        if result.name in expected
+        for difference in comparisons.compare(result, expected[result.name])
     ]
 
 
-def export(folder: Path, kind: str, out: Path) -> list[Path]:
-    """Writes all tables of a folder in a format; returns the paths."""
-    return [exports.export(result, kind, out) for result in load_results(folder)]
+def export(folder: Path, kind: str, out: Path) -> tuple[list[Path], dict[str, str]]:
+    """Writes all tables of a folder in a format.
+
+    Returns:
+      The paths, and the errors of damaged tables by name.
+    """
+    results, errors = load_results(folder)
+    paths = []
+    for result in results:
+        try:
+            paths.append(exports.export(result, kind, out))
+        except (KeyError, IndexError, TypeError) as error:
+            text = f"the rows lack a field: {type(error).__name__}: {error}"
+            errors[result.name] = text
+    return paths, errors
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class Difference:
     """A thing in which two results differ.
 
     Attributes:
-      kind: "provenance", "cells" or "numbers".
+      kind: "provenance", "cells", "numbers", or "damaged" for unreadable rows.
       text: The difference in words.
     """
 

@@ -5,9 +5,12 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+import hypergrad
 
 from .methods import Method, MethodError, check_method
 from .source import digest_files, local_imports
@@ -113,8 +116,13 @@ def table_files(folder: Path = FOLDER) -> list[Path]:
     return [
         path
         for path in sorted(folder.glob("*.py"))
-        if any(line.startswith("table = ") for line in path.read_text().splitlines())
+        if path.is_file() and _defines_table(path)
     ]
+
+
+def _defines_table(path: Path) -> bool:
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    return any(line.startswith("table = ") for line in lines)
 
 
 def load_table(path: Path) -> BaseTable:
@@ -131,6 +139,32 @@ def load_table(path: Path) -> BaseTable:
             check_method(label, method)
     _check_labels(path, table)
     return table
+
+
+def load_listed_table(path: Path) -> BaseTable:
+    """Returns the table of a file that is one of several.
+
+    Raises:
+      ValueError: The file has no table or its code failed, by whatever error.
+    """
+    try:
+        return load_table(path)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{path} cannot be imported: {type(error).__name__} in "
+            f"{error_position(error)}: {error}"
+        ) from error
+
+
+def error_position(error: BaseException) -> str:
+    """Returns file and line of the innermost frame outside of installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(hypergrad.__file__).parent)
+    is_own = lambda frame: (
+        not ("site-packages" in frame.filename or frame.filename.startswith(package))
+    )
+    frame = next((x for x in reversed(frames) if is_own(x)), frames[-1])
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 def _check_labels(path: Path, table: BaseTable) -> None:

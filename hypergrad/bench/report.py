@@ -4,6 +4,7 @@ import base64
 import datetime
 import html
 import itertools
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -202,6 +203,12 @@ def to_html(result: TableResult, figure: bytes | None, markdown: str) -> str:
     )
 
 
+def to_error_page(name: str, text: str) -> str:
+    """Returns the page of a table whose rows cannot be shown."""
+    body = f"<h1>{_text(name)}</h1><p class='bad'>{html.escape(text)}</p>"
+    return _page(name, body)
+
+
 def to_index(entries: Sequence["IndexEntry"]) -> str:
     """Returns a page of all tables with picture, status and age."""
     cards = "".join(entry.card() for entry in entries)
@@ -213,21 +220,20 @@ class IndexEntry:
     """A table on the page of all tables.
 
     Attributes:
-      name, summary, paradigm: What the table is about.
+      name: Name of the table and of its page.
       status: Outcome of ``hypergrad check``.
+      summary, paradigm: What the table is about.
       commit, time: When its rows were made.
       figure: The picture as PNG, if there is one.
-      href: Page of the table.
     """
 
     name: str
-    summary: str
-    paradigm: str
     status: str
-    commit: str
-    time: str
-    figure: bytes | None
-    href: str
+    summary: str = ""
+    paradigm: str = ""
+    commit: str = "unknown"
+    time: str = ""
+    figure: bytes | None = None
 
     def card(self) -> str:
         """Returns the entry as an item of the page."""
@@ -236,8 +242,9 @@ class IndexEntry:
         if "FAILED" in self.status:
             status = f"<span class='bad'>{status}</span>"
         age = _age(self.time)
+        href = html.escape(f"{urllib.parse.quote(self.name)}.html", quote=True)
         return (
-            f"<li><a href='{html.escape(self.href, quote=True)}'>{image}"
+            f"<li><a href='{href}'>{image}"
             f"<h2>{_text(self.name)}</h2></a><p>{_text(self.summary)}</p>"
             f"<p>{status}<br>{_text(self.paradigm)}, commit {_text(self.commit)}, {age}"
             "</p></li>"

@@ -8,13 +8,10 @@ import concurrent.futures
 import dataclasses
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import hypergrad
 
 from ..checkpoint import lock_file
 from ..runtime import atomic_io
@@ -22,7 +19,7 @@ from ..runtime.fingerprint import digest
 from ..runtime.machine import describe_machine, warn_of_other_machines
 from ..runtime.provenance import utc_now
 from . import provenance
-from .loading import TableRef
+from .loading import TableRef, error_position
 from .methods import MethodError
 from .rows import Cell, Row, append_row, cell_key, read_rows, set_cut_line_aside
 from .table import BaseTable
@@ -155,18 +152,7 @@ def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row 
             return row | {"machine": describe_machine()}
         return message
     except Exception as error:  # whatever a user's method raises must not end the run
-        return f"{type(error).__name__} in {_position(error)}: {error}"
-
-
-def _position(error: Exception) -> str:
-    """Returns file and line of the innermost frame outside of installed packages."""
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(hypergrad.__file__).parent)
-    is_own = lambda frame: (
-        not ("site-packages" in frame.filename or frame.filename.startswith(package))
-    )
-    frame = next((x for x in reversed(frames) if is_own(x)), frames[-1])
-    return f"{Path(frame.filename).name}, line {frame.lineno}"
+        return f"{type(error).__name__} in {error_position(error)}: {error}"
 
 
 def check_row_origin(

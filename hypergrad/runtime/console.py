@@ -5,7 +5,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,6 +84,14 @@ def print_table(
     if min_width > console.width:
         table.width = min_width
     console.print(table, crop=False)
+
+
+def exit_with_errors(errors: Mapping[str, str]) -> None:
+    """Prints errors by the names of what failed, and exits with 1 if there are any."""
+    for name, message in errors.items():
+        print_line(f"hypergrad: {name} failed: {message}", file=sys.stderr)
+    if errors:
+        sys.exit(1)
 
 
 @contextlib.contextmanager

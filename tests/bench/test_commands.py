@@ -126,7 +126,9 @@ def test_cite_prints_bibtex_of_what_is_named(folder):
 
 
 def load_result(folder: Path):
-    return commands.load_results(folder / "runs")[0]
+    (result,), errors = commands.load_results(folder / "runs")
+    assert not errors
+    return result
 
 
 def test_csv_has_a_line_per_reported_row(folder, tmp_path):
