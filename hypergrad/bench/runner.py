@@ -6,6 +6,7 @@ it stopped. Rows of other source code, data or settings are refused.
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from . import provenance
 from .loading import TableRef, error_position
 from .methods import MethodError
 from .rows import Cell, Row, append_row, cell_key, read_rows, set_cut_line_aside
+from .source import digest_sources
 from .table import BaseTable
 
 #: Fields of a row that must be equal in all rows of a file.
@@ -132,6 +134,7 @@ def run_table(
                     row = cell | outcome | common | {"time": utc_now()}
                     if label in method_sources:
                         row["method_source"] = method_sources[label]
+                    _check_source_is_unchanged(outcome, row)
                     append_row(path, row)
                 progress(num_done, num_cells, label)
             result.rows = read_rows(path)
@@ -143,16 +146,52 @@ def run_table(
 def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row | str:
     """Returns the row fields of a cell, or a message if it failed; runs in a worker."""
     try:
-        row = ref.load().measure(cell, scale, rows)
-        return row | {"machine": describe_machine()}
+        origin = _origin(ref, cell["method"])
+        return _measure(ref, cell, scale, rows) | origin
     except MethodError as error:
-        message = str(error)
-        if cell.get("stage") == "tuning":  # a setting that diverges is a bad setting
-            row = {"selection": None, "gradient_equivalents": None, "error": message}
-            return row | {"machine": describe_machine()}
-        return message
+        return str(error)
     except Exception as error:  # whatever a user's method raises must not end the run
         return f"{type(error).__name__} in {error_position(error)}: {error}"
+
+
+def _measure(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row:
+    try:
+        return ref.load().measure(cell, scale, rows)
+    except MethodError as error:
+        if cell.get("stage") != "tuning":
+            raise
+        # A setting that diverges is a bad setting.
+        return {"selection": None, "gradient_equivalents": None, "error": str(error)}
+
+
+def _origin(ref: TableRef, label: str) -> Row:
+    """Returns the fields of a row that name this process's machine and source code."""
+    source, method_sources = loaded_sources(ref)
+    origin = {"machine": describe_machine(), "source": source}
+    if label in method_sources:
+        origin["method_source"] = method_sources[label]
+    return origin
+
+
+@functools.cache
+def loaded_sources(ref: TableRef) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the digests of the source code that this process has imported.
+
+    Files that change later are not imported again.
+    """
+    ref.load()
+    return digest_sources(ref.path), ref.method_sources()
+
+
+def _check_source_is_unchanged(outcome: Row, row: Row) -> None:
+    """Raises ValueError if a cell was measured with other source than the run's."""
+    for name in ("source", "method_source"):
+        if outcome.get(name) != row.get(name):
+            raise ValueError(
+                f"the {name} of the table changed after it was imported "
+                f"({outcome.get(name)}, now {row.get(name)}). Rows of both must not "
+                "share a file; restore it, or start a new process with another --out."
+            )
 
 
 def check_row_origin(

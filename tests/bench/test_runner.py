@@ -11,6 +11,7 @@ import pytest
 
 from hypergrad.bench import Table, baselines, loading, select, with_options
 from hypergrad.bench.methods import MethodError, check_method
+from hypergrad.bench.rows import read_rows
 from hypergrad.checkpoint import lock_file
 from hypergrad.runtime import machine
 
@@ -61,6 +62,20 @@ def test_rows_of_other_source_are_refused(run_own, own_file):
     own_file.write_text(own_file.read_text() + "\n# another version\n")
     with pytest.raises(ValueError, match="another source"):
         run_own()
+
+
+@pytest.mark.parametrize("name", ["quadratic.py", "mine.py"])
+def test_source_that_changes_after_its_import_is_refused(run_own, own_file, name):
+    """The process, or a worker, would run other code than its rows would name."""
+    run_own("mine.py:stay", only=("stay",), seeds=1)
+    path = own_file.with_name(name)
+    text = path.read_text()
+    path.write_text(text + "\n# another version\n")
+    with pytest.raises(ValueError, match="source of the table changed"):
+        run_own("mine.py:stay", only=("stay",), seeds=1, out="other")
+    assert not read_rows(own_file.parent / "other" / "quadratic.jsonl")
+    path.write_text(text)
+    assert len(run_own("mine.py:stay", only=("stay",), seeds=1, out="other").rows) == 1
 
 
 def test_rows_of_another_machine_are_continued_with_a_warning(run, monkeypatch):
