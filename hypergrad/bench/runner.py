@@ -167,7 +167,7 @@ def _measure(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row:
 def _origin(ref: TableRef, label: str) -> Row:
     """Returns the fields of a row that name this process's machine and source code."""
     source, method_sources = loaded_sources(ref)
-    origin = {"machine": describe_machine(), "source": source}
+    origin: Row = {"machine": describe_machine(), "source": source}
     if label in method_sources:
         origin["method_source"] = method_sources[label]
     return origin
