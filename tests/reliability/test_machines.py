@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import re
+import types
 
 import chex
 import jax
@@ -123,6 +124,13 @@ def test_processor_and_vector_instructions_are_read(name):
     text, processor, flags = PROCESSORS[name]
     expected = {"processor": processor, "vector instructions": flags}
     assert parse_processors(text) == expected
+
+
+def test_a_device_that_is_no_cpu_has_the_version_of_its_driver(monkeypatch):
+    client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+    device = types.SimpleNamespace(platform="gpu", client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert describe_machine() == {"driver": "PJRT C API cuda 12090"}
 
 
 def test_an_unknown_system_has_a_processor():
