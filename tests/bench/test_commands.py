@@ -218,6 +218,16 @@ def test_rows_of_two_commits_are_not_judged(folder, tmp_path):
     assert "several values of source" in finding.text
 
 
+def test_rows_of_two_machines_are_judged_with_a_note(folder, tmp_path):
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    rows[0]["machine"] = {"processor": "another"}
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    findings = check.check_result("quadratic", table, tmp_path)
+    assert not any(finding.failed for finding in findings)
+    assert "rows were made on 2 machines" in [finding.text for finding in findings]
+
+
 # Control characters in files, which a terminal would obey.
 
 #: A color, a title of the window, a return to the start of the line, an 8-bit sequence,
