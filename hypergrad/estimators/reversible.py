@@ -15,7 +15,7 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, sample_batch
 from ..problem_checks import check_problem
 from ..products import hvp_and_cross_vjp
-from ..trees import add_scale, all_finite, scale, vdot
+from ..trees import add_scale, all_finite, cast_like, scale, vdot, widen
 from ..validation import check_not_optax_factory, check_positive_int, float_converter
 from . import reversible_arithmetic as arithmetic
 from .inner_run import InnerRunState, RunDerivative, RunEstimator
@@ -208,8 +208,8 @@ class Reversible(RunEstimator):
             return jax.lax.cond(is_forward, identity, steps.undo_update_w, carry, t)
 
         carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
-        (init_term,) = init_pullback(carry.w_bar)
-        hypergradient = optax.tree.add(carry.alpha_bar, init_term)
+        (init_term,) = init_pullback(cast_like(carry.w_bar, init_w))
+        hypergradient = cast_like(optax.tree.add(carry.alpha_bar, init_term), alpha)
         is_equal = jax.tree.map(
             jnp.array_equal, (carry.w, carry.v), (init_carry.w, init_carry.v)
         )
@@ -238,7 +238,8 @@ class _Carry(eqx.Module):
       w, v: Weights and velocities as fixed-point integers.
       buffer: The bits that the multiplications of ``v`` have discarded.
       w_bar, v_bar: The adjoints ``dM/dw_t`` and ``dM/dv_t``; zero on the way forward.
-      alpha_bar: ``dM/dalpha`` summed over the steps that were undone.
+      alpha_bar: ``dM/dalpha`` summed over the steps that were undone. Sums are at least
+        float32, whatever the dtypes of ``w`` and ``alpha``.
       is_in_range: False once a number or the momentum has left its range.
       value, final_w: Outer value and weights after the last step.
     """
@@ -290,9 +291,9 @@ class _MomentumSteps:
             buffer=arithmetic.empty_buffer(
                 init_w, estimator.num_buffer_bytes, estimator.num_steps
             ),
-            w_bar=optax.tree.zeros_like(init_w),
-            v_bar=optax.tree.zeros_like(init_w),
-            alpha_bar=optax.tree.zeros_like(self.alpha),
+            w_bar=optax.tree.zeros_like(widen(init_w)),
+            v_bar=optax.tree.zeros_like(widen(init_w)),
+            alpha_bar=optax.tree.zeros_like(widen(self.alpha)),
             is_in_range=jnp.asarray(True),
             value=jnp.zeros(value.shape, value.dtype),
             final_w=init_w,
@@ -343,7 +344,7 @@ class _MomentumSteps:
             self.to_floats(carry.w),
             self.alpha,
             batch,
-            carry.v_bar,
+            cast_like(carry.v_bar, self.init_w),
         )
         # m_bar = <v_bar, v_t>,   alpha_bar <- alpha_bar + J' v_bar + m_bar dm/dalpha
         momentum_bar = vdot(carry.v_bar, self.to_floats(v)).astype(momentum.dtype)
@@ -371,7 +372,11 @@ class _MomentumSteps:
             final_w, self.alpha, self.outer_batch
         )
         carry = dataclasses.replace(
-            carry, value=value, w_bar=w_bar, alpha_bar=alpha_bar, final_w=final_w
+            carry,
+            value=value,
+            w_bar=widen(w_bar),
+            alpha_bar=widen(alpha_bar),
+            final_w=final_w,
         )
         return self.undo_update_w(carry, num_steps)
 

@@ -45,13 +45,19 @@ def num_fraction_bits(dtype: jnp.dtype) -> int:
 def to_fixed_point(x: Array) -> Array:
     """Returns the nearest fixed-point number; the scaling itself rounds nothing."""
     dtype = integer_dtype(x)
-    return jnp.round(x * 2.0 ** num_fraction_bits(dtype)).astype(dtype)
+    wide = x.astype(_float_dtype(dtype))  # float16 would overflow
+    return jnp.round(wide * 2.0 ** num_fraction_bits(dtype)).astype(dtype)
 
 
 def from_fixed_point(x: Array, like: Array) -> Array:
     """Returns a fixed-point number in the dtype of ``like``."""
-    wide = jnp.float64 if x.dtype == jnp.int64 else jnp.float32
-    return (x.astype(wide) * 2.0 ** -num_fraction_bits(x.dtype)).astype(like.dtype)
+    wide = x.astype(_float_dtype(x.dtype))
+    return (wide * 2.0 ** -num_fraction_bits(x.dtype)).astype(like.dtype)
+
+
+def _float_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which fixed-point numbers are scaled."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.int64 else jnp.float32)
 
 
 def is_in_range(x: PyTree) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
+from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int
 from .base import InnerStats, inner_stats
 
@@ -162,10 +163,13 @@ def run_inner_steps(
     carry = solver.init(inner_loss, w, alpha, data, init_key)
 
     def run(alpha, carry, keys):
-        step = lambda carry, key: (
-            solver.step(inner_loss, carry, alpha, data, key),
-            None,
-        )
+        wide_alpha = widen(alpha)
+
+        def step(carry, key):
+            # The cast is a part of the step: the terms of all steps are summed wide.
+            step_alpha = cast_like(wide_alpha, alpha)
+            return solver.step(inner_loss, carry, step_alpha, data, key), None
+
         return _scan(step, carry, keys, checkpoint)
 
     if truncation_length is None or truncation_length >= solver.num_steps:
