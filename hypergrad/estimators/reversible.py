@@ -10,15 +10,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
+from ..certificate import TRUST_RTOL
 from ..jaxpr import used_inputs
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, sample_batch
 from ..problem_checks import check_problem
 from ..products import hvp_and_cross_vjp
-from ..trees import add_scale, all_finite, cast_like, scale, vdot, widen
+from ..trees import (
+    add_scale,
+    all_finite,
+    cast_like,
+    divide,
+    power_of_two_scale,
+    scalar_dtype,
+    scale,
+    vdot,
+    widen,
+)
 from ..validation import check_not_optax_factory, check_positive_int, float_converter
 from . import reversible_arithmetic as arithmetic
 from .inner_run import InnerRunState, RunDerivative, RunEstimator
+from .rounding import reference_change, roundings
 
 MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
@@ -35,8 +47,8 @@ class Reversible(RunEstimator):
       learning_rate: A number, or a function ``alpha -> r`` where ``r`` is a number or
         an optax schedule.
       momentum: A static number in [1/16, 1), or a function ``alpha -> m`` where ``m``
-        is a number or a schedule. It is rounded to a multiple of 1/4096, in float32 of
-        1/256.
+        is a number or a schedule. Steps alternate between the two nearest multiples of
+        1/4096, in float32 of 1/256, so that their mean is the momentum.
       num_steps: Number of inner steps (T).
       min_momentum: Smallest ``m`` that occurs; it determines the size of the buffer.
         Required if ``momentum`` is a function, and defaults to ``momentum`` otherwise.
@@ -52,7 +64,11 @@ class Reversible(RunEstimator):
     Bias: a resolution. Steps are rounded to 2^-46 and velocities to 2^-34 in float64,
       to 2^-23 and 2^-15 in float32, which is coarse. An estimate is trusted if no
       number left the range of the integers (65,536, or 128 in float32), the momentum
-      stayed in its range, and the run came back to its starting point in every bit.
+      stayed in its range, the run came back to its starting point in every bit, and
+      ``error_estimate`` is at most 1e-2. It is twice the standard deviation that the
+      rounding of all steps causes in the outer value, by its adjoints, relative to
+      ``||(|w_0| + |w_T|) dM/dw||``. So numbers that the integers do not resolve, and
+      runs that amplify rounding errors, are not trusted.
 
     Raises:
       TypeError: ``learning_rate`` or ``momentum`` is an optax function.
@@ -208,6 +224,7 @@ class Reversible(RunEstimator):
             return jax.lax.cond(is_forward, identity, steps.undo_update_w, carry, t)
 
         carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
+        error_estimate = steps.relative_rounding_error(carry)
         (init_term,) = init_pullback(cast_like(carry.w_bar, init_w))
         hypergradient = cast_like(optax.tree.add(carry.alpha_bar, init_term), alpha)
         is_equal = jax.tree.map(
@@ -223,11 +240,12 @@ class Reversible(RunEstimator):
                 "not_finite": ~all_finite(carry.value, hypergradient, carry.final_w),
                 "out_of_range": ~carry.is_in_range,
                 "not_reversed": ~is_reversed,
+                "rounding_error": ~(error_estimate <= TRUST_RTOL),
             },
             num_steps=self.num_steps,
             num_grads=2 * self.num_steps,
             num_hvps=self.num_steps,
-            error_estimate=jnp.nan,
+            error_estimate=error_estimate,
         )
 
 
@@ -241,6 +259,13 @@ class _Carry(eqx.Module):
       alpha_bar: ``dM/dalpha`` summed over the steps that were undone. Sums are at least
         float32, whatever the dtypes of ``w`` and ``alpha``.
       is_in_range: False once a number or the momentum has left its range.
+      rounding_variance: Variance that the rounding of the steps causes in the outer
+        value, in units of ``outer_unit^2``.
+      momentum_change: Change of the outer value because the momentum of each step was
+        rounded to a fraction, in units of ``outer_unit``.
+      outer_unit: A power of two near the largest ``|dM/dw|``, so that no square
+        underflows.
+      reference: ``||(|w_0| + |w_T|) dM/dw||`` in units of ``outer_unit``.
       value, final_w: Outer value and weights after the last step.
     """
 
@@ -251,6 +276,10 @@ class _Carry(eqx.Module):
     v_bar: PyTree
     alpha_bar: PyTree
     is_in_range: Bool[Array, ""]
+    rounding_variance: Array
+    momentum_change: Array
+    outer_unit: Array
+    reference: Array
     value: Array
     final_w: PyTree
 
@@ -285,6 +314,7 @@ class _MomentumSteps:
         value = jax.eval_shape(
             lambda w: self.problem.outer_value(w, self.alpha, self.outer_batch), init_w
         )
+        zero = jnp.zeros((), scalar_dtype(init_w))
         return _Carry(
             w=w,
             v=optax.tree.zeros_like(w),
@@ -295,6 +325,10 @@ class _MomentumSteps:
             v_bar=optax.tree.zeros_like(widen(init_w)),
             alpha_bar=optax.tree.zeros_like(widen(self.alpha)),
             is_in_range=jnp.asarray(True),
+            rounding_variance=zero,
+            momentum_change=zero,
+            outer_unit=zero + 1,
+            reference=zero,
             value=jnp.zeros(value.shape, value.dtype),
             final_w=init_w,
         )
@@ -305,20 +339,30 @@ class _MomentumSteps:
 
     def update_w(self, carry: _Carry, t: Array | int) -> _Carry:
         """Moves from ``w_{t-1}`` to ``w_t = w_{t-1} - r_{t-1} v_t``."""
-        w = jax.tree.map(jnp.subtract, carry.w, self._displacement(carry, t))
-        return dataclasses.replace(carry, w=w)
+        displacement = self._displacement(carry, t)
+        w = jax.tree.map(jnp.subtract, carry.w, displacement)
+        is_in_range = arithmetic.are_in_range((displacement, w)) & carry.is_in_range
+        return dataclasses.replace(carry, w=w, is_in_range=is_in_range)
 
     def undo_update_w(self, carry: _Carry, t: Array | int) -> _Carry:
         """Undoes `update_w`, and pulls the adjoints back through it."""
         w = jax.tree.map(jnp.add, carry.w, self._displacement(carry, t))
         settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t - 1)
         (rate, _), pullback = jax.vjp(settings_fn, self.alpha)
+        # The displacement was rounded to a unit.
+        variance = self._variance(carry, carry.w_bar) / 12
         # v_bar <- v_bar - r w_bar,   r_bar = -<w_bar, v_t>
         v_bar = add_scale(carry.v_bar, -rate, carry.w_bar)
         rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v)).astype(rate.dtype)
         (rate_term,) = pullback((rate_bar, jnp.zeros_like(rate)))
         alpha_bar = optax.tree.add(carry.alpha_bar, rate_term)
-        return dataclasses.replace(carry, w=w, v_bar=v_bar, alpha_bar=alpha_bar)
+        return dataclasses.replace(
+            carry,
+            w=w,
+            v_bar=v_bar,
+            alpha_bar=alpha_bar,
+            rounding_variance=carry.rounding_variance + variance,
+        )
 
     def update_v(self, carry: _Carry, t: Array, g: PyTree, batch: PyTree) -> _Carry:
         """Moves from ``v_t`` to ``v_{t+1} = m_t v_t + g``."""
@@ -326,8 +370,8 @@ class _MomentumSteps:
         _, momentum = self.estimator.rate_and_momentum(self.alpha, t)
         buffer, v = arithmetic.multiply(carry.buffer, carry.v, momentum, t)
         v = jax.tree.map(lambda v, g: v + arithmetic.to_fixed_point(g), v, g)
-        is_in_range = arithmetic.is_in_range((self.to_floats(carry.w), g))
-        is_in_range &= arithmetic.is_valid_momentum(momentum, self.dtype)
+        is_in_range = arithmetic.is_in_range(g) & arithmetic.are_in_range(v)
+        is_in_range &= arithmetic.is_valid_momentum(momentum)
         is_in_range = carry.is_in_range & is_in_range
         return dataclasses.replace(carry, v=v, buffer=buffer, is_in_range=is_in_range)
 
@@ -339,9 +383,10 @@ class _MomentumSteps:
         (_, momentum), pullback = jax.vjp(settings_fn, self.alpha)
         v = jax.tree.map(lambda v, g: v - arithmetic.to_fixed_point(g), carry.v, g)
         buffer, v = arithmetic.divide(carry.buffer, v, momentum, t)
+        current_w = self.to_floats(carry.w)
         _, Hv, cross = hvp_and_cross_vjp(
             self.problem.inner_loss,
-            self.to_floats(carry.w),
+            current_w,
             self.alpha,
             batch,
             cast_like(carry.v_bar, self.init_w),
@@ -351,14 +396,26 @@ class _MomentumSteps:
         (momentum_term,) = pullback((jnp.zeros_like(momentum), momentum_bar))
         alpha_term = optax.tree.add(cross, momentum_term)
         # w_bar <- w_bar + H v_bar,   v_bar <- m v_bar with the rounded m = n / d
-        n = arithmetic.numerator(momentum, self.dtype)
+        n = arithmetic.numerator(momentum, self.dtype, t)
         d = arithmetic.denominator(self.dtype)
+        rounded_momentum = n.astype(momentum.dtype) / d
+        momentum_change = momentum_bar * (rounded_momentum - momentum)
+        momentum_change = (momentum_change / carry.outer_unit).astype(
+            carry.momentum_change.dtype
+        )
+        # A digit of v, of n values, was replaced by another one, g was rounded to a
+        # unit, and w to its dtype: dM = v_bar' H dw.
+        num_units = n.astype(carry.rounding_variance.dtype) ** 2 / 6 + 1 / 12
+        variance = num_units * self._variance(carry, carry.v_bar)
+        variance += self._variance(carry, Hv, roundings(current_w))
         return dataclasses.replace(
             carry,
             v=v,
             buffer=buffer,
+            rounding_variance=carry.rounding_variance + variance,
+            momentum_change=carry.momentum_change + momentum_change,
             w_bar=optax.tree.add(carry.w_bar, Hv),
-            v_bar=scale(n.astype(momentum.dtype) / d, carry.v_bar),
+            v_bar=scale(rounded_momentum, carry.v_bar),
             alpha_bar=optax.tree.add(carry.alpha_bar, alpha_term),
         )
 
@@ -371,14 +428,39 @@ class _MomentumSteps:
         value, w_bar, alpha_bar = self.problem.outer_value_and_grads(
             final_w, self.alpha, self.outer_batch
         )
+        outer_unit = power_of_two_scale(w_bar).astype(carry.outer_unit.dtype)
         carry = dataclasses.replace(
             carry,
             value=value,
+            outer_unit=outer_unit,
+            reference=reference_change(divide(w_bar, outer_unit), self.init_w, final_w),
             w_bar=widen(w_bar),
             alpha_bar=widen(alpha_bar),
             final_w=final_w,
         )
         return self.undo_update_w(carry, num_steps)
+
+    def relative_rounding_error(self, carry: _Carry) -> Array:
+        """Returns twice the standard deviation of the outer value by ``reference``.
+
+        Rounding changes the adjoints about as much as ``w``.
+        """
+        # The starting point was rounded to a unit.
+        variance = carry.rounding_variance + self._variance(carry, carry.w_bar) / 12
+        variance += carry.momentum_change**2
+        # NaN if nothing depends on w, or w is 0 in fixed point.
+        return 2 * jnp.sqrt(variance) / carry.reference
+
+    def _variance(
+        self, carry: _Carry, adjoint: PyTree, error: PyTree | None = None
+    ) -> Array:
+        """Returns ``||error * adjoint||^2``, by default for an error of one unit."""
+        adjoint = divide(widen(adjoint), carry.outer_unit)
+        if error is None:
+            unit = 2.0 ** -arithmetic.num_fraction_bits(self.dtype)
+            return unit**2 * vdot(adjoint, adjoint)
+        product = jax.tree.map(jnp.multiply, adjoint, widen(error))
+        return vdot(product, product)
 
     def _displacement(self, carry: _Carry, t: Array | int) -> PyTree:
         """Returns ``r_{t-1} v_t``, rounded to integers."""
