@@ -1,4 +1,4 @@
-"""How much the rounding of inner steps changes the outer value.
+"""The change of the outer value by the rounding of inner steps.
 
 Let ``u_t`` be the rounding error of the iterate ``w_t`` and ``p_t = dM/dw_t`` its
 adjoint. To first order the outer value changes by ``sum_t p_t' u_t``. Relative to
