@@ -68,7 +68,8 @@ def widen(x: PyTree) -> PyTree:
     Derivatives by it are then summed in float32. In bfloat16 a sum of equal terms
     stalls at 256 times the term.
     """
-    is_short = lambda u: jnp.issubdtype(u.dtype, jnp.floating) and u.dtype.itemsize < 4
+    short_dtypes = (jnp.bfloat16, jnp.float16)
+    is_short = lambda u: getattr(u, "dtype", None) in short_dtypes
     return jax.tree.map(lambda u: u.astype(jnp.float32) if is_short(u) else u, x)
 
 

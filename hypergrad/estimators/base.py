@@ -54,8 +54,8 @@ REASONS = {
     ),
     "not_reversed": "the reversed run did not return to its starting point",
     "rounding_error": (
-        "the run amplifies rounding errors, or does not resolve w: their relative "
-        "effect exceeds 1e-2"
+        "the run amplifies rounding errors, as a chaotic one does, or its numbers do "
+        "not resolve w"
     ),
     "difference_error": "the errors of the differences are not measured",
     "single_step": (

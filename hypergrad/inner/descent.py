@@ -144,6 +144,7 @@ def run_inner_steps(
     truncation_length: int | None = None,
     halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
+    before_step: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps of an iterative solver.
 
@@ -157,6 +158,7 @@ def run_inner_steps(
         step between the halves uses ``alpha``.
       checkpoint: Whether the reverse pass stores two levels of ``sqrt(T)`` carries
         instead of the intermediate values of every step, and repeats the steps.
+      before_step: ``(w, key) -> w``, applied to ``w`` before each step with its key.
     """
     init_key, steps_key = jax.random.split(key)
     keys = jax.random.split(steps_key, solver.num_steps)
@@ -168,6 +170,9 @@ def run_inner_steps(
         def step(carry, key):
             # The cast is a part of the step: the terms of all steps are summed wide.
             step_alpha = cast_like(wide_alpha, alpha)
+            if before_step is not None:
+                w, state = carry
+                carry = before_step(w, key), state
             return solver.step(inner_loss, carry, step_alpha, data, key), None
 
         return _scan(step, carry, keys, checkpoint)
