@@ -119,7 +119,7 @@ class _BatchesOfEstimate(Batches):
     key it was called with. `sample` returns fresh keys, as for stochastic solvers.
     """
 
-    full_batch_key: Array
+    full_batch_key: Array = eqx.field(kw_only=True)
 
     def __init__(self, batches: Batches, full_batch_key: Array):
         super().__init__(batches.data, batches.batch_size, with_key=True)
