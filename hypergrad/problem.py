@@ -104,12 +104,31 @@ class Batches(eqx.Module):
     def sample(self, key: Array) -> PyTree:
         """Returns a batch; the same key gives the same batch to the bit."""
         if self.batch_size is None:
-            return self.full_batch(key)
+            return Batches.full_batch(self, key)  # a fresh key, also in a subclass
         index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
         shape = (self.batch_size,)
         indices = jax.random.randint(index_key, shape, 0, self.num_examples)
         batch = self.take(indices)
         return (batch, batch_key) if self.with_key else batch
+
+
+class _BatchesOfEstimate(Batches):
+    """Batches with a key, whose full batch always has the key of one estimate.
+
+    A solver that uses all of the data then minimizes the loss for this key, whatever
+    key it was called with. `sample` returns fresh keys, as for stochastic solvers.
+    """
+
+    full_batch_key: Array = eqx.field(kw_only=True)
+
+    def __init__(self, batches: Batches, full_batch_key: Array):
+        super().__init__(batches.data, batches.batch_size, with_key=True)
+        self.full_batch_key = full_batch_key
+
+    def full_batch(self, key: Array | None = None) -> PyTree:
+        """Returns all examples with the key of the estimate."""
+        del key
+        return super().full_batch(self.full_batch_key)
 
 
 Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
@@ -240,7 +259,9 @@ class EstimateData(eqx.Module):
     """The data of one estimate, and the keys of its parts.
 
     Solver, adjoint, cross term and certificate of one estimate share it, so that all
-    of them see the same sample.
+    of them see the same sample. Of batches with a key, `full_batch` has one key in the
+    whole estimate; a mini-batch of ``inner_batch`` has the same key. Solvers that call
+    `sample_batch` in each step see a new key in each step.
     """
 
     inner_data: Data
@@ -253,7 +274,10 @@ class EstimateData(eqx.Module):
     def sample(cls, problem: Bilevel, key: Array) -> "EstimateData":
         """Samples the data of an estimate; the same key gives the same data."""
         data_key, solver_key, inner_key, outer_key = jax.random.split(key, 4)
-        return cls(*problem.sample_data(data_key), solver_key, inner_key, outer_key)
+        inner_data, outer_data = problem.sample_data(data_key)
+        if is_keyed(inner_data):
+            inner_data = _BatchesOfEstimate(inner_data, inner_key)
+        return cls(inner_data, outer_data, solver_key, inner_key, outer_key)
 
     def inner_batch(self, batch_size: int | None = None) -> PyTree:
         """Returns the batch for everything that follows the inner solver."""
@@ -283,7 +307,10 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
             f"a batch size of {batch_size} needs the data as hg.Batches, because a "
             "plain pytree is used whole."
         )
-    return Batches(data.data, batch_size, with_key=data.with_key).sample(key)
+    batch = Batches(data.data, batch_size, with_key=data.with_key).sample(key)
+    if isinstance(data, _BatchesOfEstimate):
+        batch = (batch[0], data.full_batch_key)
+    return batch
 
 
 def without_sampling(data: Data) -> Data:

@@ -24,6 +24,11 @@ def scalar_dtype(*trees: PyTree) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(trees)), jnp.float32)
 
 
+def max_machine_eps(*trees: PyTree) -> float:
+    """Returns the machine epsilon of the coarsest leaf."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
+
+
 def vdot(x: PyTree, y: PyTree) -> Array:
     """Returns the inner product ``<x, y>``."""
     dtype = scalar_dtype(x, y)
@@ -55,6 +60,23 @@ def all_finite(*trees: PyTree) -> Array:
     """Returns True if no leaf holds a NaN or an infinity."""
     leaves = jax.tree.leaves(trees)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def widen(x: PyTree) -> PyTree:
+    """Returns ``x`` with its leaves shorter than float32 as float32.
+
+    Derivatives by it are then summed in float32. In bfloat16 a sum of equal terms
+    stalls at 256 times the term.
+    """
+    short_dtypes = (jnp.bfloat16, jnp.float16)
+    is_short = lambda u: getattr(u, "dtype", None) in short_dtypes
+    return jax.tree.map(lambda u: u.astype(jnp.float32) if is_short(u) else u, x)
+
+
+def cast_like(x: PyTree, like: PyTree) -> PyTree:
+    """Returns ``x`` in the dtypes of ``like``, without weak types."""
+    cast = lambda u, v: u if u is v else jnp.asarray(u, dtype=jnp.asarray(v).dtype)
+    return jax.tree.map(cast, x, like)
 
 
 def power_of_two_scale(x: PyTree) -> Array:

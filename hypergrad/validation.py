@@ -15,8 +15,21 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .runtime.devices import needs_gather
+from .trees import is_key
 
 KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
+
+#: What to do about a leaf of ``w`` or ``alpha`` that is not floating-point.
+_REMEDIES = {
+    "w": (
+        "Put constants into the data, or split w by equinox.partition and close over "
+        "them in the losses. Take keys from hg.Batches(..., with_key=True)."
+    ),
+    "alpha": (
+        "Use hg.search for integers and choices, and hg.Batches(..., with_key=True) "
+        "for keys."
+    ),
+}
 
 
 # Trees of arrays.
@@ -102,15 +115,18 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
     if not jax.tree.leaves(tree):
         raise ValueError(f"{name} must hold at least one array; it has no leaves.")
 
-    def with_strong_dtype(leaf):
-        if isinstance(leaf, jax.Array) and not leaf.weak_type:
+    def with_strong_dtype(path, leaf):
+        if is_key(leaf) or (isinstance(leaf, jax.Array) and not leaf.weak_type):
             return leaf
-        return jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+        try:
+            return jnp.asarray(leaf, dtype=jnp.asarray(leaf).dtype)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array; got "
+                f"{type(leaf).__name__}. {_REMEDIES[name]}"
+            ) from error
 
-    try:
-        return jax.tree.map(with_strong_dtype, tree)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a pytree of arrays: {error}") from error
+    return jax.tree.map_with_path(with_strong_dtype, tree)
 
 
 def _as_floats(name: str, tree: PyTree) -> PyTree:
@@ -119,8 +135,7 @@ def _as_floats(name: str, tree: PyTree) -> PyTree:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} must be floating-point; got "
-                f"{leaf.dtype}, which has no derivative. Use hg.search for integers "
-                "and choices."
+                f"{leaf.dtype}, which has no derivative. {_REMEDIES[name]}"
             )
     return tree
 

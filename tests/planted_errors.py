@@ -198,7 +198,7 @@ ERRORS = (
     ),
     PlantedError(
         "reversible: the adjoint of the rate has the wrong sign",
-        "estimators/reversible.py",
+        "estimators/reversible_steps.py",
         "rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v))",
         "rate_bar = vdot(carry.w_bar, self.to_floats(carry.v))",
         "estimators/test_reversible.py",

@@ -53,6 +53,10 @@ REASONS = {
         "a number left the range of the fixed-point integers, or the momentum its own"
     ),
     "not_reversed": "the reversed run did not return to its starting point",
+    "rounding_error": (
+        "the run amplifies rounding errors, as a chaotic one does, or its numbers do "
+        "not resolve w"
+    ),
     "difference_error": "the errors of the differences are not measured",
     "single_step": (
         "one step of a single-loop method does not solve the inner problem; use "

@@ -12,7 +12,7 @@ from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, fixed_batch_fraction
 from ..problem_checks import check_alpha_has_gradient, check_problem
-from ..trees import add_scale, norm
+from ..trees import add_scale, max_machine_eps, norm
 from ..validation import check_positive_int, float_converter
 from .base import Estimate, make_estimate
 from .inner_run import (
@@ -37,7 +37,8 @@ class FiniteDifference(eqx.Module):
     Args:
       solver: The inner solver.
       epsilon: Length of the step ``e b``; DARTS uses 0.01. Defaults to the cube root of
-        the machine epsilon times ``max(1, ||w||)``.
+        the machine epsilon times ``max(1, ||w||)``. If dtypes are mixed, that of the
+        coarsest leaf of ``w`` and ``alpha`` counts.
       step_size: The number ``s``.
       warm_start: Whether each inner solve starts where the previous one ended.
       adjoint_batch_size: Number of examples for the two gradients and the residual,
@@ -125,7 +126,8 @@ class FiniteDifference(eqx.Module):
         alpha_grad_fn = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
         length = self.epsilon
         if length is None:
-            machine_eps = float(jnp.finfo(norm(w).dtype).eps)
+            # Both gradients are rounded to the dtypes of alpha.
+            machine_eps = max_machine_eps(w, alpha)
             length = machine_eps ** (1 / 3) * jnp.maximum(1.0, norm(w))
 
         def cross_difference(b):
@@ -173,7 +175,8 @@ class CentralDifference(eqx.Module):
     Args:
       solver: Any inner solver.
       epsilon: Step relative to ``max(1, |alpha_i|)``. Defaults to the cube root of the
-        machine epsilon.
+        machine epsilon. If dtypes are mixed, that of the coarsest one counts among
+        ``alpha_i``, ``w`` and the value.
       warm_start: Whether the runs start where the previous run at ``alpha`` ended.
       outer_batch_size: Number of examples for the outer loss, sampled once per
         estimate. Defaults to all examples.
@@ -240,20 +243,23 @@ class CentralDifference(eqx.Module):
         outer_batch = data.outer_batch(self.outer_batch_size)
         run_fn = make_run_fn(self.solver, problem, data, state.w, outer_batch)
         flat_alpha, unravel = ravel_pytree(alpha)
-        epsilon = self.epsilon
-        if epsilon is None:
-            epsilon = float(jnp.finfo(flat_alpha.dtype).eps) ** (1 / 3)
+        value, w, solver_stats = run_fn(alpha)
+        epsilons = self.epsilon
+        if epsilons is None:
+            epsilons = _default_epsilons(alpha, (w, value))
+        steps = epsilons * jnp.maximum(1.0, jnp.abs(flat_alpha))
+        # A leaf may have a shorter dtype than flat_alpha.
+        round_to_leaves = lambda flat: ravel_pytree(unravel(flat))[0]
 
         def derivative(i):
-            step = epsilon * jnp.maximum(1.0, jnp.abs(flat_alpha[i]))
-            plus, minus = flat_alpha.at[i].add(step), flat_alpha.at[i].add(-step)
+            plus = round_to_leaves(flat_alpha.at[i].add(steps[i]))
+            minus = round_to_leaves(flat_alpha.at[i].add(-steps[i]))
             plus_value, _, plus_stats = run_fn(unravel(plus))
             minus_value, _, minus_stats = run_fn(unravel(minus))
             # Divide by the step that was made after rounding.
             slope = (plus_value - minus_value) / (plus[i] - minus[i])
             return slope, jax.tree.map(jnp.add, plus_stats, minus_stats)
 
-        value, w, solver_stats = run_fn(unravel(flat_alpha))
         derivatives, pair_stats = jax.lax.map(derivative, jnp.arange(flat_alpha.size))
         total = lambda name: solver_stats[name] + jnp.sum(pair_stats[name])
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
@@ -276,3 +282,13 @@ class CentralDifference(eqx.Module):
             **costs,
         )
         return estimate, next_state(problem, state, w, self.warm_start)
+
+
+def _default_epsilons(alpha: PyTree, results: PyTree) -> Array:
+    """Returns the relative step for each entry of the flattened ``alpha``.
+
+    It is the cube root of the precision of a run, which is at most that of the entry
+    and of the results.
+    """
+    epsilon = lambda leaf: max_machine_eps(leaf, results) ** (1 / 3)
+    return ravel_pytree(jax.tree.map(lambda x: jnp.full_like(x, epsilon(x)), alpha))[0]

@@ -26,9 +26,10 @@ from ..problem_checks import (
     init_uses_alpha,
     lost_derivative_flags,
 )
-from ..trees import norm
+from ..trees import norm, scale
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
 from .base import Estimate, make_estimate
+from .rounding import Perturbation, perturb, random_sign, shift
 
 
 class InnerRunState(eqx.Module):
@@ -211,9 +212,19 @@ def make_response_fn(
         also accepts ``(alpha, older, newer)``: the older half of these steps uses
         ``older`` in place of ``alpha``, the newer half ``newer``.
       checkpoint: Whether the reverse pass recomputes steps from checkpoints.
+
+    Returns:
+      The function, which also accepts a ``perturbation`` of the run.
     """
 
-    def response_fn(alpha: PyTree, *halves: PyTree) -> tuple[Array, PyTree]:
+    def response_fn(
+        alpha: PyTree, *halves: PyTree, perturbation: Perturbation | None = None
+    ) -> tuple[Array, PyTree]:
+        before_step = None
+        if perturbation is not None:
+            before_step = lambda w, key: perturb(
+                w, scale(random_sign(key), perturbation.relative)
+            )
         final_w, _ = run_inner_steps(
             solver,
             problem.inner_loss,
@@ -224,8 +235,12 @@ def make_response_fn(
             truncation_length=truncation_length,
             halves=halves or None,
             checkpoint=checkpoint,
+            before_step=before_step,
         )
-        return problem.outer_value(final_w, alpha, outer_batch), final_w
+        outer_w = final_w
+        if perturbation is not None:
+            outer_w = shift(final_w, perturbation.outer_shift)
+        return problem.outer_value(outer_w, alpha, outer_batch), final_w
 
     return response_fn
 

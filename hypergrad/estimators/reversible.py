@@ -1,6 +1,5 @@
 """Reverse mode through momentum descent that is run backwards, bit for bit."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,17 +7,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
+from ..certificate import TRUST_RTOL
 from ..jaxpr import used_inputs
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData, sample_batch
 from ..problem_checks import check_problem
-from ..products import hvp_and_cross_vjp
-from ..trees import add_scale, all_finite, scale, vdot
+from ..trees import all_finite, cast_like
 from ..validation import check_not_optax_factory, check_positive_int, float_converter
 from . import reversible_arithmetic as arithmetic
 from .inner_run import InnerRunState, RunDerivative, RunEstimator
+from .reversible_steps import MomentumSteps
 
 MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
@@ -35,8 +35,8 @@ class Reversible(RunEstimator):
       learning_rate: A number, or a function ``alpha -> r`` where ``r`` is a number or
         an optax schedule.
       momentum: A static number in [1/16, 1), or a function ``alpha -> m`` where ``m``
-        is a number or a schedule. It is rounded to a multiple of 1/4096, in float32 of
-        1/256.
+        is a number or a schedule. Steps alternate between the two nearest multiples of
+        1/4096, in float32 of 1/256, so that their mean is the momentum.
       num_steps: Number of inner steps (T).
       min_momentum: Smallest ``m`` that occurs; it determines the size of the buffer.
         Required if ``momentum`` is a function, and defaults to ``momentum`` otherwise.
@@ -52,7 +52,11 @@ class Reversible(RunEstimator):
     Bias: a resolution. Steps are rounded to 2^-46 and velocities to 2^-34 in float64,
       to 2^-23 and 2^-15 in float32, which is coarse. An estimate is trusted if no
       number left the range of the integers (65,536, or 128 in float32), the momentum
-      stayed in its range, and the run came back to its starting point in every bit.
+      stayed in its range, the run came back to its starting point in every bit, and
+      ``error_estimate`` is at most 1e-2. It is twice the standard deviation that the
+      rounding of all steps causes in the outer value, by its adjoints, relative to
+      ``||(|w_0| + |w_T|) dM/dw||``. So numbers that the integers do not resolve, and
+      runs that amplify rounding errors, are not trusted.
 
     Raises:
       TypeError: ``learning_rate`` or ``momentum`` is an optax function.
@@ -183,7 +187,7 @@ class Reversible(RunEstimator):
         keys = jax.random.split(data.solver_key, self.num_steps)
         init_fn = lambda alpha: problem.init_inner(w, alpha)
         init_w, init_pullback = jax.vjp(init_fn, alpha)
-        steps = _MomentumSteps(self, problem, alpha, outer_batch, init_w)
+        steps = MomentumSteps(self, problem, alpha, outer_batch, init_w)
         init_carry = steps.init_carry()
 
         def body_fun(index, carry):
@@ -208,8 +212,9 @@ class Reversible(RunEstimator):
             return jax.lax.cond(is_forward, identity, steps.undo_update_w, carry, t)
 
         carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
-        (init_term,) = init_pullback(carry.w_bar)
-        hypergradient = optax.tree.add(carry.alpha_bar, init_term)
+        error_estimate = steps.relative_rounding_error(carry)
+        (init_term,) = init_pullback(cast_like(carry.w_bar, init_w))
+        hypergradient = cast_like(optax.tree.add(carry.alpha_bar, init_term), alpha)
         is_equal = jax.tree.map(
             jnp.array_equal, (carry.w, carry.v), (init_carry.w, init_carry.v)
         )
@@ -223,160 +228,10 @@ class Reversible(RunEstimator):
                 "not_finite": ~all_finite(carry.value, hypergradient, carry.final_w),
                 "out_of_range": ~carry.is_in_range,
                 "not_reversed": ~is_reversed,
+                "rounding_error": ~(error_estimate <= TRUST_RTOL),
             },
             num_steps=self.num_steps,
             num_grads=2 * self.num_steps,
             num_hvps=self.num_steps,
-            error_estimate=jnp.nan,
+            error_estimate=error_estimate,
         )
-
-
-class _Carry(eqx.Module):
-    """A point of the run and the adjoints there.
-
-    Attributes:
-      w, v: Weights and velocities as fixed-point integers.
-      buffer: The bits that the multiplications of ``v`` have discarded.
-      w_bar, v_bar: The adjoints ``dM/dw_t`` and ``dM/dv_t``; zero on the way forward.
-      alpha_bar: ``dM/dalpha`` summed over the steps that were undone.
-      is_in_range: False once a number or the momentum has left its range.
-      value, final_w: Outer value and weights after the last step.
-    """
-
-    w: PyTree
-    v: PyTree
-    buffer: arithmetic.Buffer
-    w_bar: PyTree
-    v_bar: PyTree
-    alpha_bar: PyTree
-    is_in_range: Bool[Array, ""]
-    value: Array
-    final_w: PyTree
-
-
-class _MomentumSteps:
-    """The halves of a step of momentum descent, and how they are undone.
-
-    Step t is ``v_{t+1} = m_t v_t + g(w_t)``, then ``w_{t+1} = w_t - r_t v_{t+1}``.
-
-    Attributes:
-      estimator, problem, alpha, outer_batch: Those of the estimate.
-      init_w: Weights before the first step.
-      dtype: Dtype of the fixed-point integers.
-    """
-
-    def __init__(
-        self,
-        estimator: Reversible,
-        problem: Bilevel,
-        alpha: PyTree,
-        outer_batch: PyTree,
-        init_w: PyTree,
-    ):
-        self.estimator, self.problem = estimator, problem
-        self.alpha, self.outer_batch, self.init_w = alpha, outer_batch, init_w
-        self.dtype = arithmetic.integer_dtype(jax.tree.leaves(init_w)[0])
-
-    def init_carry(self) -> _Carry:
-        """Returns the carry before the first step: no velocity, an empty buffer."""
-        init_w, estimator = self.init_w, self.estimator
-        w = jax.tree.map(arithmetic.to_fixed_point, init_w)
-        value = jax.eval_shape(
-            lambda w: self.problem.outer_value(w, self.alpha, self.outer_batch), init_w
-        )
-        return _Carry(
-            w=w,
-            v=optax.tree.zeros_like(w),
-            buffer=arithmetic.empty_buffer(
-                init_w, estimator.num_buffer_bytes, estimator.num_steps
-            ),
-            w_bar=optax.tree.zeros_like(init_w),
-            v_bar=optax.tree.zeros_like(init_w),
-            alpha_bar=optax.tree.zeros_like(self.alpha),
-            is_in_range=jnp.asarray(True),
-            value=jnp.zeros(value.shape, value.dtype),
-            final_w=init_w,
-        )
-
-    def to_floats(self, integers: PyTree) -> PyTree:
-        """Returns fixed-point integers as numbers in the dtypes of ``w``."""
-        return jax.tree.map(arithmetic.from_fixed_point, integers, self.init_w)
-
-    def update_w(self, carry: _Carry, t: Array | int) -> _Carry:
-        """Moves from ``w_{t-1}`` to ``w_t = w_{t-1} - r_{t-1} v_t``."""
-        w = jax.tree.map(jnp.subtract, carry.w, self._displacement(carry, t))
-        return dataclasses.replace(carry, w=w)
-
-    def undo_update_w(self, carry: _Carry, t: Array | int) -> _Carry:
-        """Undoes `update_w`, and pulls the adjoints back through it."""
-        w = jax.tree.map(jnp.add, carry.w, self._displacement(carry, t))
-        settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t - 1)
-        (rate, _), pullback = jax.vjp(settings_fn, self.alpha)
-        # v_bar <- v_bar - r w_bar,   r_bar = -<w_bar, v_t>
-        v_bar = add_scale(carry.v_bar, -rate, carry.w_bar)
-        rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v)).astype(rate.dtype)
-        (rate_term,) = pullback((rate_bar, jnp.zeros_like(rate)))
-        alpha_bar = optax.tree.add(carry.alpha_bar, rate_term)
-        return dataclasses.replace(carry, w=w, v_bar=v_bar, alpha_bar=alpha_bar)
-
-    def update_v(self, carry: _Carry, t: Array, g: PyTree, batch: PyTree) -> _Carry:
-        """Moves from ``v_t`` to ``v_{t+1} = m_t v_t + g``."""
-        del batch
-        _, momentum = self.estimator.rate_and_momentum(self.alpha, t)
-        buffer, v = arithmetic.multiply(carry.buffer, carry.v, momentum, t)
-        v = jax.tree.map(lambda v, g: v + arithmetic.to_fixed_point(g), v, g)
-        is_in_range = arithmetic.is_in_range((self.to_floats(carry.w), g))
-        is_in_range &= arithmetic.is_valid_momentum(momentum, self.dtype)
-        is_in_range = carry.is_in_range & is_in_range
-        return dataclasses.replace(carry, v=v, buffer=buffer, is_in_range=is_in_range)
-
-    def undo_update_v(
-        self, carry: _Carry, t: Array, g: PyTree, batch: PyTree
-    ) -> _Carry:
-        """Undoes `update_v`, and pulls the adjoints back through it."""
-        settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t)
-        (_, momentum), pullback = jax.vjp(settings_fn, self.alpha)
-        v = jax.tree.map(lambda v, g: v - arithmetic.to_fixed_point(g), carry.v, g)
-        buffer, v = arithmetic.divide(carry.buffer, v, momentum, t)
-        _, Hv, cross = hvp_and_cross_vjp(
-            self.problem.inner_loss,
-            self.to_floats(carry.w),
-            self.alpha,
-            batch,
-            carry.v_bar,
-        )
-        # m_bar = <v_bar, v_t>,   alpha_bar <- alpha_bar + J' v_bar + m_bar dm/dalpha
-        momentum_bar = vdot(carry.v_bar, self.to_floats(v)).astype(momentum.dtype)
-        (momentum_term,) = pullback((jnp.zeros_like(momentum), momentum_bar))
-        alpha_term = optax.tree.add(cross, momentum_term)
-        # w_bar <- w_bar + H v_bar,   v_bar <- m v_bar with the rounded m = n / d
-        n = arithmetic.numerator(momentum, self.dtype)
-        d = arithmetic.denominator(self.dtype)
-        return dataclasses.replace(
-            carry,
-            v=v,
-            buffer=buffer,
-            w_bar=optax.tree.add(carry.w_bar, Hv),
-            v_bar=scale(n.astype(momentum.dtype) / d, carry.v_bar),
-            alpha_bar=optax.tree.add(carry.alpha_bar, alpha_term),
-        )
-
-    def evaluate_outer(self, carry: _Carry) -> _Carry:
-        """Moves to ``w_T``, evaluates the outer loss there, and moves back."""
-        num_steps = self.estimator.num_steps
-        carry = self.update_w(carry, num_steps)
-        final_w = self.to_floats(carry.w)
-        # w_bar = dM/dw and alpha_bar = dM/dalpha at w_T
-        value, w_bar, alpha_bar = self.problem.outer_value_and_grads(
-            final_w, self.alpha, self.outer_batch
-        )
-        carry = dataclasses.replace(
-            carry, value=value, w_bar=w_bar, alpha_bar=alpha_bar, final_w=final_w
-        )
-        return self.undo_update_w(carry, num_steps)
-
-    def _displacement(self, carry: _Carry, t: Array | int) -> PyTree:
-        """Returns ``r_{t-1} v_t``, rounded to integers."""
-        rate, _ = self.estimator.rate_and_momentum(self.alpha, t - 1)
-        to_integer = lambda v: jnp.round(rate * v.astype(rate.dtype)).astype(self.dtype)
-        return jax.tree.map(to_integer, carry.v)

@@ -9,7 +9,11 @@ additions are undone exactly, and keep the discarded bits. The momentum is a fra
 into an *information buffer*; after the multiplication by n, a digit in base n is popped
 from the buffer and added to the velocity. To go back, the last digit in base n of the
 velocity is pushed and the remainder is popped. Nothing is lost, and the buffer grows by
-``log2(d / n) = log2(1 / m)`` bits per number and step.
+``log2(d / n)`` bits per number and step.
+
+A single fraction would change ``1 / (1 - m)``, the number of steps that the velocity
+remembers: 253/256 for 0.99 remembers 85 steps instead of 100. So n alternates between
+the neighbours of ``m d``, and its mean over the steps is ``m d``.
 
 The buffer of a number is an integer, ``remainders``. When it could become too large,
 its lowest byte moves to a stack, at the same step for all numbers.
@@ -45,23 +49,39 @@ def num_fraction_bits(dtype: jnp.dtype) -> int:
 def to_fixed_point(x: Array) -> Array:
     """Returns the nearest fixed-point number; the scaling itself rounds nothing."""
     dtype = integer_dtype(x)
-    return jnp.round(x * 2.0 ** num_fraction_bits(dtype)).astype(dtype)
+    wide = x.astype(_float_dtype(dtype))  # float16 would overflow
+    return jnp.round(wide * 2.0 ** num_fraction_bits(dtype)).astype(dtype)
 
 
 def from_fixed_point(x: Array, like: Array) -> Array:
     """Returns a fixed-point number in the dtype of ``like``."""
-    wide = jnp.float64 if x.dtype == jnp.int64 else jnp.float32
-    return (x.astype(wide) * 2.0 ** -num_fraction_bits(x.dtype)).astype(like.dtype)
+    wide = x.astype(_float_dtype(x.dtype))
+    return (wide * 2.0 ** -num_fraction_bits(x.dtype)).astype(like.dtype)
+
+
+def _float_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which fixed-point numbers are scaled."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.int64 else jnp.float32)
 
 
 def is_in_range(x: PyTree) -> Array:
-    """Returns True if all numbers are at most half of the largest fixed-point one."""
+    """Returns True if all floats are at most half of the largest fixed-point number."""
 
     def per_leaf(leaf):
         dtype = integer_dtype(leaf)
         limit = 2.0 ** (8 * dtype.itemsize - 2 - num_fraction_bits(dtype))
-        return jnp.all(jnp.abs(leaf) < limit)
+        return jnp.all(jnp.abs(leaf.astype(_float_dtype(dtype))) < limit)
 
+    return jnp.all(jnp.stack([per_leaf(leaf) for leaf in jax.tree.leaves(x)]))
+
+
+def are_in_range(x: PyTree) -> Array:
+    """Returns True if integers are at most half of the largest one.
+
+    The sum of two such integers does not wrap around.
+    """
+    limit = lambda leaf: 2 ** (8 * leaf.dtype.itemsize - 2)
+    per_leaf = lambda leaf: jnp.all((leaf < limit(leaf)) & (leaf > -limit(leaf)))
     return jnp.all(jnp.stack([per_leaf(leaf) for leaf in jax.tree.leaves(x)]))
 
 
@@ -73,20 +93,25 @@ def denominator(dtype: jnp.dtype) -> int:
     return 4096 if dtype == jnp.int64 else 256
 
 
-def numerator(momentum: Array, dtype: jnp.dtype) -> Array:
-    """Returns n, the numerator nearest to a momentum that can be undone."""
+def numerator(momentum: Array, dtype: jnp.dtype, step: Array) -> Array:
+    """Returns n of a step; over the steps its mean is the momentum times d.
+
+    The fraction of ``m d`` is compared with a sequence of low discrepancy, so that
+    ``n`` is the same when the step is undone.
+    """
     d = denominator(dtype)
-    return jnp.clip(_nearest_numerator(momentum, d), d // MAX_DIVISOR, d - 1)
+    scaled = jnp.clip(momentum * d, d // MAX_DIVISOR, d)
+    # The fractional parts of multiples of the golden ratio, in units of 2^-32.
+    sequence = jnp.asarray(step, jnp.uint32) * jnp.uint32(2654435769) + jnp.uint32(
+        2**31
+    )
+    fraction = jnp.floor((scaled - jnp.floor(scaled)) * 2.0**24).astype(jnp.uint32)
+    return jnp.floor(scaled).astype(jnp.int32) + (sequence >> 8 < fraction)
 
 
-def is_valid_momentum(momentum: Array, dtype: jnp.dtype) -> Array:
-    """Returns True if the fraction nearest to a momentum can be undone."""
-    nearest = _nearest_numerator(momentum, denominator(dtype))
-    return nearest == numerator(momentum, dtype)
-
-
-def _nearest_numerator(momentum: Array, d: int) -> Array:
-    return jnp.round(momentum * d).astype(jnp.int32)
+def is_valid_momentum(momentum: Array) -> Array:
+    """Returns True if a multiplication by the momentum can be undone."""
+    return (momentum >= 1 / MAX_DIVISOR) & (momentum < 1)
 
 
 # The information buffer.
@@ -114,9 +139,13 @@ class Buffer(eqx.Module):
 
 def num_stack_bytes(num_steps: int, min_momentum: float) -> int:
     """Returns the number of bytes per number for steps with at least this momentum."""
-    # A momentum may be rounded down to a fraction, in either precision.
-    rounded = min(round(min_momentum * d) / d for d in (256, 4096))
-    num_bits = num_steps * math.log2(1 / min(rounded, min_momentum))
+
+    def mean_bits(d):
+        """Returns the mean of ``log2(d / n)`` over the two values of n."""
+        fraction, n = math.modf(min_momentum * d)
+        return (1 - fraction) * math.log2(d / n) + fraction * math.log2(d / (n + 1))
+
+    num_bits = num_steps * max(map(mean_bits, (256, 4096)))
     return math.ceil(1.01 * num_bits / math.log2(BYTE)) + 2
 
 
@@ -145,7 +174,7 @@ def multiply(
 ) -> tuple[Buffer, PyTree]:
     """Returns the buffer and ``v n / d`` after a multiplication by the momentum."""
     dtype = jax.tree.leaves(v)[0].dtype
-    n, d = numerator(momentum, dtype).astype(jnp.uint32), denominator(dtype)
+    n, d = numerator(momentum, dtype, step).astype(jnp.uint32), denominator(dtype)
 
     def per_leaf(v, remainders):
         # Push the remainder of v by d, and pop a digit in base n.
@@ -176,7 +205,7 @@ def divide(
 ) -> tuple[Buffer, PyTree]:
     """Undoes `multiply`, if the steps are undone in reverse order."""
     dtype = jax.tree.leaves(v)[0].dtype
-    n, d = numerator(momentum, dtype).astype(jnp.uint32), denominator(dtype)
+    n, d = numerator(momentum, dtype, step).astype(jnp.uint32), denominator(dtype)
     was_full = buffer.has_pushed[step]
     stack_size = buffer.stack_size - was_full
     pop_byte = lambda stack, remainders: jnp.where(

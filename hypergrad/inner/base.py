@@ -37,7 +37,8 @@ class InnerSolver(Protocol):
           w: Starting point.
           alpha: Outer variable.
           data: Inner data. `hypergrad.problem.sample_batch` and
-            `hypergrad.problem.full_batch` take batches from it.
+            `hypergrad.problem.full_batch` take batches from it. If batches have a key,
+            each sample has its own, and the full batch has that of the estimate.
           key: PRNG key. The same key gives the same result to the bit.
 
         Returns:

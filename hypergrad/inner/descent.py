@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
+from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int
 from .base import InnerStats, inner_stats
 
@@ -143,6 +144,7 @@ def run_inner_steps(
     truncation_length: int | None = None,
     halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
+    before_step: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps of an iterative solver.
 
@@ -156,16 +158,23 @@ def run_inner_steps(
         step between the halves uses ``alpha``.
       checkpoint: Whether the reverse pass stores two levels of ``sqrt(T)`` carries
         instead of the intermediate values of every step, and repeats the steps.
+      before_step: ``(w, key) -> w``, applied to ``w`` before each step with its key.
     """
     init_key, steps_key = jax.random.split(key)
     keys = jax.random.split(steps_key, solver.num_steps)
     carry = solver.init(inner_loss, w, alpha, data, init_key)
 
     def run(alpha, carry, keys):
-        step = lambda carry, key: (
-            solver.step(inner_loss, carry, alpha, data, key),
-            None,
-        )
+        wide_alpha = widen(alpha)
+
+        def step(carry, key):
+            # The cast is a part of the step: the terms of all steps are summed wide.
+            step_alpha = cast_like(wide_alpha, alpha)
+            if before_step is not None:
+                w, state = carry
+                carry = before_step(w, key), state
+            return solver.step(inner_loss, carry, step_alpha, data, key), None
+
         return _scan(step, carry, keys, checkpoint)
 
     if truncation_length is None or truncation_length >= solver.num_steps:

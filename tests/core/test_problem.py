@@ -1,15 +1,26 @@
 """Tests of the bilevel problem and of the batches that its losses see."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
+import optimistix
 import pytest
 
 import hypergrad as hg
-from hypergrad.problem import batch_fraction, num_examples, sample_fixed_batch
+from hypergrad.problem import (
+    EstimateData,
+    batch_fraction,
+    num_examples,
+    sample_fixed_batch,
+)
+
+with warnings.catch_warnings(action="ignore"):
+    import jaxopt
 
 KEY = jax.random.key(0)
 DATA = {"x": np.arange(12.0).reshape(6, 2), "y": np.arange(6)}
@@ -154,6 +165,71 @@ def test_adjoint_and_residual_see_the_same_noise(batch_size):
     estimator = hg.Implicit(solver, lx.LU(), adjoint_batch_size=batch_size)
     estimate = hg.hypergradient(NOISY, estimator)(jnp.ones(2), jnp.ones(2), KEY)
     assert estimate.stats["adjoint_residual"] < 1e-12
+
+
+def noisy_solution(alpha, batch):
+    examples, key = batch
+    return alpha / (1 + jax.random.uniform(key, (2,)) + 0.1 * jnp.mean(examples))
+
+
+def noisy_data(key):
+    """Returns equal examples, so that every mini-batch has the same mean."""
+    return hg.Batches(jax.random.uniform(key) * jnp.ones(6), with_key=True), None
+
+
+WHOLE_BATCH_SOLVERS = {
+    "Newton": hg.Newton(),
+    "LBFGS": hg.LBFGS(),
+    "ClosedForm": hg.ClosedForm(noisy_solution),
+    "jaxopt": hg.from_jaxopt(jaxopt.BFGS(noisy_loss, tol=1e-10)),
+    "optimistix": hg.from_optimistix(optimistix.BFGS(rtol=1e-10, atol=1e-10)),
+}
+ESTIMATORS_OF_A_SAMPLE = {
+    name: hg.Implicit(solver) for name, solver in WHOLE_BATCH_SOLVERS.items()
+} | {
+    "mini-batch": hg.Implicit(hg.Newton(), adjoint_batch_size=4),
+    "certified": hg.Implicit(hg.LBFGS(), certify=True),
+    "unrolled formula": hg.Unrolled(hg.ClosedForm(noisy_solution)),
+    "fixed point": hg.FixedPoint(hg.ClosedForm(noisy_solution), num_terms=1),
+    "differences": hg.CentralDifference(hg.Newton()),
+    "penalty": hg.Penalty(hg.Newton(), 1e3, symmetric=True),
+}
+NOISY_PROBLEMS = {
+    "data": hg.Bilevel(noisy_loss, outer_loss, noisy_data(KEY)[0]),
+    "data_fn": hg.Bilevel(noisy_loss, outer_loss, data_fn=noisy_data),
+}
+
+
+@pytest.mark.parametrize(
+    ("problem", "estimator"),
+    [("data", name) for name in ESTIMATORS_OF_A_SAMPLE] + [("data_fn", "Newton")],
+)
+def test_w_is_solved_on_the_sample_of_the_adjoint(problem, estimator):
+    """The closed form at the noise that ``w`` reveals is the hypergradient.
+
+    For ``w_i = alpha_i / (1 + u_i)`` the derivative of ``sum (w - 0.5)^2`` is
+    ``2 (w_i - 0.5) / (1 + u_i)``.
+    """
+    alpha = jnp.array([1.0, 2.0])
+    gradient_fn = hg.hypergradient(
+        NOISY_PROBLEMS[problem], ESTIMATORS_OF_A_SAMPLE[estimator]
+    )
+    for seed in range(3):
+        estimate = gradient_fn(jnp.ones(2), alpha, jax.random.key(seed))
+        expected = 2 * (estimate.w - 0.5) * estimate.w / alpha
+        np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-5)
+        assert estimate.stats["inner_grad_norm"] < 1e-6
+
+
+def test_stochastic_steps_see_a_new_key_each():
+    """One key per estimate is only for solvers that use the full batch."""
+    solver = hg.Descent(optax.sgd(1.0), 1)
+    tally = lambda w, alpha, key: -w * jax.random.uniform(key) + 0 * alpha
+    problem = hg.Bilevel(tally, outer_loss, hg.Batches(None, with_key=True))
+    data = EstimateData.sample(problem, KEY)
+    solve = lambda key: solver.solve(tally, 0.0, 0.0, data.inner_data, key)[0]
+    samples = [float(solve(key)) for key in jax.random.split(KEY, 5)]
+    assert len(set(samples)) == 5
 
 
 # Bilevel.

@@ -20,7 +20,9 @@ from hypergrad.estimators import reversible_arithmetic as arithmetic
 from hypergrad.trees import random_like
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
-TRUSTED = {"not_finite": False, "out_of_range": False, "not_reversed": False}
+TRUSTED = dict.fromkeys(
+    ("not_finite", "out_of_range", "not_reversed", "rounding_error"), False
+)
 
 
 def flags_of(estimate: hg.Estimate) -> dict[str, bool]:
@@ -179,6 +181,85 @@ def test_a_float32_run_returns_every_bit():
         assert jnp.linalg.norm(estimate.hypergradient - exact) < 1e-3
 
 
+def quadratic_problem(target):
+    """Returns a problem with the inner solution ``3 alpha``."""
+    return hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2),
+        lambda w, alpha, batch: 0.5 * jnp.sum((w - target) ** 2),
+    )
+
+
+def error_against_reverse_mode(problem, w, alpha, rate, momentum, num_steps, dtype):
+    """Returns the estimate in ``dtype`` and its error against float64."""
+    reversible = hg.Reversible(rate, momentum, num_steps)
+    args = w.astype(dtype), alpha.astype(dtype)
+    estimate = hg.hypergradient(problem, reversible)(*args)
+    unrolled = hg.Unrolled(hg.Descent(optax.sgd(rate, momentum), num_steps))
+    wide_args = [x.astype("float64") for x in args]
+    expected = hg.hypergradient(problem, unrolled)(*wide_args).hypergradient
+    return estimate, error(estimate.hypergradient.astype("float64"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99, 0.998])
+def test_short_runs_are_right_for_every_momentum(momentum, dtype):
+    """The mean of the rounded momenta is the momentum, whatever its digits."""
+    alpha = jnp.linspace(0.05, 0.25, 5)
+    problem, num_steps = quadratic_problem(0.0), 100
+    rate = 2 * (1 - momentum) / num_steps
+    estimate, relative_error = error_against_reverse_mode(
+        problem, 0.1 * alpha, alpha, rate, momentum, num_steps, dtype
+    )
+    assert relative_error < max(4e-3, float(3 * jnp.finfo(dtype).eps))
+    assert estimate.trusted
+    assert relative_error < 10 * estimate.stats["error_estimate"]
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_unresolved_numbers_are_not_trusted(dtype, target):
+    """Whatever the size of alpha, a trusted estimate is right to 2%.
+
+    With ``w`` below the resolution of 2^-23, or 2^-46, the run does not move.
+    """
+    num_trusted, min_exponent = 0, -6 if dtype == "float16" else -16
+    for exponent in range(0, min_exponent - 1, -2):
+        alpha = jnp.array([1.0, -0.5, 0.25]) * 10.0**exponent
+        estimate, relative_error = error_against_reverse_mode(
+            quadratic_problem(target), 0 * alpha, alpha, 0.1, 0.5, 60, dtype
+        )
+        num_trusted += int(estimate.trusted)
+        assert relative_error < 2e-2 or not estimate.trusted
+        is_resolved = 10.0**exponent > (1e-10 if dtype == "float64" else 1e-3)
+        assert estimate.trusted or not is_resolved
+    assert num_trusted < (2 - min_exponent) / 2
+
+
+def test_numbers_that_leave_the_range_for_a_moment_are_flagged():
+    """A displacement by a multiple of 2^9 would wrap around to the same float32."""
+    problem = quadratic_problem(0.0)
+    for rate, momentum, scale in [(512 / 3, 0.5, 1.0), (1e-3, 0.99, 10.0)]:
+        gradient_fn = hg.hypergradient(problem, hg.Reversible(rate, momentum, 40))
+        estimate = gradient_fn(jnp.zeros(1, "float32"), jnp.full(1, scale, "float32"))
+        assert estimate.flags["out_of_range"]
+        assert not estimate.trusted
+
+
+def test_amplified_rounding_errors_are_not_trusted():
+    """Steps that are too large for a bounded loss lead to chaos."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum(alpha * jnp.cos(w)),
+        lambda w, alpha, batch: jnp.sum(jnp.sin(w)),
+    )
+    w, alpha = jnp.linspace(0.3, 1.0, 4), jnp.linspace(0.9, 1.1, 4)
+    runs = {
+        rate: hg.hypergradient(problem, hg.Reversible(rate, 0.5, 200))(w, alpha)
+        for rate in (0.1, 8.0)
+    }
+    assert runs[0.1].trusted
+    assert runs[8.0].flags["rounding_error"]
+
+
 @pytest.mark.parametrize(
     ("args", "name"),
     [
@@ -270,7 +351,7 @@ def test_a_division_undoes_a_multiplication(momentum, dtype):
     full, product, (empty, restored) = multiply_and_divide(v, like, momentum)
     assert not arithmetic.is_empty(full)
     assert full.stack_size <= arithmetic.num_stack_bytes(500, momentum)
-    n = arithmetic.numerator(jnp.asarray(momentum), v.dtype)
+    n = arithmetic.numerator(jnp.asarray(momentum), v.dtype, jnp.asarray(0))
     d = arithmetic.denominator(v.dtype)
     chex.assert_trees_all_close(product, v * float(n) / d, atol=d)
     chex.assert_trees_all_equal(restored, v)

@@ -10,10 +10,11 @@ from jaxtyping import Array, PyTree
 
 from ...problem import Data, batch_fraction, full_batch, sample_batch
 from ...products import Loss
+from ...trees import cast_like
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
-from .shared import KEEPS_W_IN_A_SET, cast_like, explain_dtype_errors
+from .shared import KEEPS_W_IN_A_SET, explain_dtype_errors
 
 ACCEPTED = (
     "GradientDescent",

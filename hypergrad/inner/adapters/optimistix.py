@@ -12,9 +12,10 @@ from jaxtyping import Array, PyTree
 
 from ...problem import Data, full_batch
 from ...products import Loss
+from ...trees import cast_like
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
-from .shared import KEEPS_W_IN_A_SET, cast_like, explain_dtype_errors
+from .shared import KEEPS_W_IN_A_SET, explain_dtype_errors
 
 #: The reason why a minimizer is rejected, by the name of its class.
 REJECTED = {

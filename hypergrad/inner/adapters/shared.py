@@ -15,12 +15,6 @@ KEEPS_W_IN_A_SET = (
 )
 
 
-def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns ``tree`` in the dtypes of ``like``, without weak types."""
-    cast = lambda x, like: jnp.asarray(x, dtype=jnp.asarray(like).dtype)
-    return jax.tree.map(cast, tree, like)
-
-
 @contextlib.contextmanager
 def explain_dtype_errors(library: str, w: PyTree) -> Iterator[None]:
     """Adds a note to an error that mixing ``w`` with the default dtype may cause."""

@@ -1,0 +1,128 @@
+"""The change of the outer value by the rounding of inner steps.
+
+Let ``u_t`` be the rounding error of the iterate ``w_t`` and ``p_t = dM/dw_t`` its
+adjoint. To first order the outer value changes by ``sum_t p_t' u_t``. Relative to
+``||(|w_0| + |w_T|) dM/dw||`` this number is small, whatever the units of ``w`` and of
+the losses, unless the steps amplify rounding errors. In a chaotic run it grows
+exponentially with the number of steps, and so does the relative error of the
+hypergradient.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from ..certificate import TRUST_RTOL
+from ..trees import divide, power_of_two_scale, vdot, widen
+
+
+class Perturbation(NamedTuple):
+    """Arguments of a run that are zero, and by which it is differentiated.
+
+    Attributes:
+      relative: Structured like ``w``, the relative change of each iterate, with a
+        random sign for each step.
+      outer_shift: Structured like ``w``, the change of ``w`` in the outer loss.
+    """
+
+    relative: PyTree
+    outer_shift: PyTree
+
+    @classmethod
+    def zero(cls, w: PyTree) -> "Perturbation":
+        """Returns the perturbation that changes nothing."""
+        return cls(optax.tree.zeros_like(widen(w)), optax.tree.zeros_like(w))
+
+
+@jax.custom_jvp
+def perturb(w: PyTree, relative: PyTree) -> PyTree:
+    """Returns ``w``, with the derivative of ``w (1 + relative)`` at ``relative = 0``.
+
+    No operation is added to the program but in its derivative.
+    """
+    del relative
+    return w
+
+
+@perturb.defjvp
+def _perturb_jvp(primals, tangents):
+    (w, _), (w_dot, relative_dot) = primals, tangents
+    add = lambda x_dot, x, r_dot: x_dot + (x * r_dot).astype(x.dtype)
+    return w, jax.tree.map(add, w_dot, w, relative_dot)
+
+
+@jax.custom_jvp
+def shift(w: PyTree, outer_shift: PyTree) -> PyTree:
+    """Returns ``w``, with the derivative of ``w + outer_shift``."""
+    del outer_shift
+    return w
+
+
+@shift.defjvp
+def _shift_jvp(primals, tangents):
+    return primals[0], optax.tree.add(*tangents)
+
+
+def random_sign(key: Array) -> Array:
+    """Returns 1 or -1, from the last bit of a key."""
+    last_bit = jax.random.key_data(key).ravel()[-1] & 1
+    return 1 - 2 * last_bit.astype(jnp.int8)
+
+
+def roundings(w: PyTree) -> PyTree:
+    """Returns the standard deviation of the rounding errors of ``w``, with its signs.
+
+    An error is uniform in half a unit in the last place, at most ``eps |w| / 2``.
+    """
+    return jax.tree.map(jnp.multiply, _relative_roundings(w), widen(w))
+
+
+def _relative_roundings(w: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) / 12**0.5, w)
+
+
+def reference_change(outer_grad: PyTree, init_w: PyTree, final_w: PyTree) -> Array:
+    """Returns ``||(|w_0| + |w_T|) dM/dw||``, a change of the outer value."""
+    product = lambda b, x, y: b * (jnp.abs(x) + jnp.abs(y))
+    change = jax.tree.map(product, *map(widen, (outer_grad, init_w, final_w)))
+    return jnp.sqrt(vdot(change, change))
+
+
+def is_ill_conditioned(
+    derivative: Perturbation, init_w: PyTree, final_w: PyTree
+) -> Array:
+    """Returns True if the steps amplify rounding errors too much.
+
+    The outer value must keep half of its digits and be right to 1e-2. Where it loses
+    more, the run is chaotic: errors of the hypergradient, a second derivative of the
+    steps, grow as the square of the amplification.
+    """
+    max_rounding = max(jax.tree.leaves(_relative_roundings(init_w)))
+    error = relative_rounding_error(derivative, init_w, final_w)
+    return ~(error <= min(TRUST_RTOL, max_rounding**0.5))
+
+
+def relative_rounding_error(
+    derivative: Perturbation, init_w: PyTree, final_w: PyTree
+) -> Array:
+    """Estimates the standard deviation of the outer value by rounding.
+
+    Args:
+      derivative: Derivative of the outer value by the perturbation.
+      init_w, final_w: Ends of the run.
+
+    Returns:
+      The standard deviation relative to `reference_change`; 0 if it is 0.
+    """
+    unit = power_of_two_scale(derivative.outer_shift)
+    outer_grad = divide(derivative.outer_shift, unit)
+    errors = jax.tree.map(
+        jnp.multiply, _relative_roundings(init_w), derivative.relative
+    )
+    errors = divide(errors, unit)
+    deviation = jnp.sqrt(vdot(errors, errors))
+    reference = reference_change(outer_grad, init_w, final_w)
+    return jnp.where(deviation == 0, 0.0, deviation / reference)

@@ -1,0 +1,69 @@
+"""Tests of the checks of ``w`` and ``alpha`` that precede all tracing."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import hypergrad as hg
+
+PROBLEM = hg.Bilevel(
+    lambda w, alpha, batch: jnp.sum((w["x"] - alpha["x"]) ** 2),
+    lambda w, alpha, batch: jnp.sum(w["x"] ** 2),
+)
+ESTIMATOR = hg.Unrolled(hg.Descent(optax.sgd(0.1), 2))
+SOLUTION_FN = hg.argmin(PROBLEM.inner_loss, hg.Newton())
+SPACE = {"x": hg.spaces.Interval(0.0, 1.0)}
+
+ENTRY_POINTS = {
+    "hypergradient": lambda w, alpha: hg.hypergradient(PROBLEM, ESTIMATOR)(w, alpha),
+    "minimize": lambda w, alpha: hg.minimize(
+        PROBLEM, ESTIMATOR, optax.sgd(0.1), w, alpha, num_steps=1
+    ),
+    "certify": lambda w, alpha: hg.certify(PROBLEM, w, alpha),
+    "argmin": SOLUTION_FN,
+    "search": lambda w, alpha: hg.search(
+        PROBLEM, ESTIMATOR.solver, hg.searchers.Random(), w, space=SPACE, budget=1
+    ),
+}
+LEAVES = {
+    "key": jax.random.key(0),
+    "keys": jax.random.split(jax.random.key(0)),
+    "integers": jnp.arange(2),
+    "booleans": jnp.array([True, False]),
+    "function": jax.nn.relu,
+    "text": "relu",
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
+def test_leaf_of_w_without_derivative_is_named(entry_point, leaf):
+    """Keys, integers and functions in ``w`` raise TypeError with the leaf's name."""
+    w = {"x": jnp.ones(2), "other": leaf}
+    with pytest.raises(TypeError, match=r"w\['other'\]"):
+        entry_point(w, {"x": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("name", ["hypergradient", "minimize", "certify"])
+def test_leaf_of_alpha_without_derivative_is_named(name, leaf):
+    """The same holds for ``alpha`` where its derivative is needed."""
+    alpha = {"x": jnp.zeros(2), "other": leaf}
+    with pytest.raises(TypeError, match=r"alpha\['other'\]"):
+        ENTRY_POINTS[name]({"x": jnp.ones(2)}, alpha)
+
+
+def test_argmin_takes_a_key_in_alpha():
+    """The minimum for a key of the noise has a derivative by all other leaves."""
+
+    def inner_loss(w, alpha, batch):
+        noise = jax.random.normal(alpha["key"], w.shape)
+        return 0.5 * jnp.sum((w - alpha["scale"] * noise) ** 2)
+
+    key = jax.random.key(3)
+    solution_fn = hg.argmin(inner_loss, hg.Newton())
+    fn = lambda scale: solution_fn(jnp.zeros(4), {"scale": scale, "key": key})
+    expected = jax.random.normal(key, (4,))
+    assert jnp.allclose(jax.jacrev(fn)(2.0), expected, rtol=1e-9)
+    assert jnp.allclose(jax.jacfwd(fn)(2.0), expected, rtol=1e-9)

@@ -1,0 +1,131 @@
+"""Leaves of different precision in ``w`` and ``alpha``, for every estimator."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+
+KEYS = jax.random.split(jax.random.key(0))
+COEFFICIENTS = jnp.array([1.0, -2.0, 1.5, 0.5])
+
+
+def regression_data(key):
+    x = jax.random.normal(key, (20, 4))
+    return x, x @ COEFFICIENTS + 0.1
+
+
+def residuals(w, batch):
+    x, y = batch
+    wide = jax.tree.map(lambda leaf: leaf.astype(float), w)
+    return x[:, :2] @ wide["a"] + x[:, 2:] @ wide["b"] - y
+
+
+def inner_loss(w, alpha, batch):
+    penalty = sum(
+        jnp.sum(jnp.exp(alpha[name].astype(float)) * w[name].astype(float) ** 2)
+        for name in ("a", "b")
+    )
+    return 0.5 * jnp.mean(residuals(w, batch) ** 2) + 0.5 * penalty
+
+
+def outer_loss(w, alpha, batch):
+    return 0.5 * jnp.mean(residuals(w, batch) ** 2)
+
+
+PROBLEM = hg.Bilevel(inner_loss, outer_loss, *map(regression_data, KEYS))
+SOLVER = hg.Descent(optax.sgd(0.2), 30)
+EXACT = {
+    "Implicit": hg.Implicit(SOLVER),
+    "Implicit, certified": hg.Implicit(SOLVER, certify=True),
+    "Implicit, Newton": hg.Implicit(hg.Newton(), hg.Neumann(30)),
+    "Unrolled": hg.Unrolled(SOLVER),
+    "Unrolled, Adam": hg.Unrolled(hg.Descent(optax.adam(0.1), 30)),
+    "Forward": hg.Forward(SOLVER),
+    "Reversible": hg.Reversible(0.2, 0.5, 30),
+    "FixedPoint": hg.FixedPoint(SOLVER, 30),
+    "Penalty": hg.Penalty(SOLVER, 2.0, symmetric=True),
+    "Average": hg.Average(hg.Implicit(SOLVER), num_samples=2),
+}
+DIFFERENCES = {
+    "FiniteDifference": hg.FiniteDifference(SOLVER, step_size=0.3),
+    "CentralDifference": hg.CentralDifference(SOLVER),
+    "Evolution": hg.Evolution(SOLVER, 0.3, 8),
+}
+DTYPES = {
+    "float32 beside float64": ({"a": "float32"}, {"b": "float32"}),
+    "bfloat16 beside wider": ({"a": "bfloat16", "b": "float32"}, {"a": "bfloat16"}),
+}
+
+
+def run_estimator(estimator, w_dtypes, alpha_dtypes):
+    """Returns the estimate; leaves whose dtype is not named are float64."""
+    zeros = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    alpha = {"a": jnp.array([-0.5, 0.25]), "b": jnp.array([0.125, -0.75])}
+    cast = lambda tree, dtypes: {
+        name: leaf.astype(dtypes.get(name, "float64")) for name, leaf in tree.items()
+    }
+    gradient_fn = hg.hypergradient(PROBLEM, estimator)
+    return gradient_fn(cast(zeros, w_dtypes), cast(alpha, alpha_dtypes))
+
+
+@functools.cache
+def double_precision_hypergradient(name):
+    return run_estimator((EXACT | DIFFERENCES)[name], {}, {}).hypergradient
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", EXACT | DIFFERENCES)
+def test_mixed_precision_has_the_error_of_the_coarsest_leaf(name, dtypes):
+    """Each leaf equals that in float64 to ``4 eps`` of its norm.
+
+    Differences over a step of ``eps^(1/3)`` have the rounding error ``eps^(2/3) M``.
+    `Reversible` refuses float64 beside shorter leaves in ``w``.
+    """
+    w_dtypes, alpha_dtypes = dtypes
+    estimator = (EXACT | DIFFERENCES)[name]
+    if name == "Reversible" and "b" not in w_dtypes:
+        with pytest.raises(ValueError, match="one dtype"):
+            run_estimator(estimator, w_dtypes, alpha_dtypes)
+        return
+    estimate = run_estimator(estimator, w_dtypes, alpha_dtypes)
+    eps = float(jnp.finfo(w_dtypes["a"]).eps)
+    rtol, atol = (4 * eps, 0) if name in EXACT else (0, eps ** (2 / 3) * estimate.value)
+    for leaf, expected in double_precision_hypergradient(name).items():
+        actual = estimate.hypergradient[leaf]
+        assert actual.dtype == alpha_dtypes.get(leaf, "float64")
+        error = np.linalg.norm(actual.astype(float) - expected)
+        assert error <= atol + rtol * np.linalg.norm(expected), leaf
+
+
+SUM_ESTIMATORS = {
+    "Unrolled": hg.Unrolled(hg.Descent(optax.sgd(1e-3), 3000)),
+    "Unrolled, stored": hg.Unrolled(
+        hg.Descent(optax.sgd(1e-3), 3000), checkpoint=False
+    ),
+    "Unrolled, truncated": hg.Unrolled(
+        hg.Descent(optax.sgd(1e-3), 3100), truncation_length=3000
+    ),
+    "Forward": hg.Forward(hg.Descent(optax.sgd(1e-3), 3000)),
+    "Reversible": hg.Reversible(5e-4, 0.5, 3000),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SUM_ESTIMATORS)
+def test_contributions_of_many_steps_are_summed_in_float32(name, dtype):
+    """3,000 steps of size 1e-3 along alpha move ``w`` by ``3 alpha``.
+
+    A sum in bfloat16 stalls at 0.5, where half a unit in the last place is 1e-3.
+    """
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: -jnp.sum(w * alpha.astype(float)),
+        lambda w, alpha, batch: jnp.sum(w),
+    )
+    gradient_fn = hg.hypergradient(problem, SUM_ESTIMATORS[name])
+    estimate = gradient_fn(jnp.zeros(1), jnp.ones(1, dtype))
+    np.testing.assert_allclose(estimate.hypergradient.astype(float), 3.0, rtol=4e-3)
