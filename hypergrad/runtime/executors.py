@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from hypergrad.runtime import compat
+
 from ..checkpoint import RunFingerprint, runtime_environment
 from ..trees import is_key, to_numpy
 
@@ -163,7 +165,7 @@ def run_program(
             f"{expected_environment['device']}, as this search; got jax "
             f"{environment['jax']} and {environment['device']}."
         )
-    with jax.enable_x64(enable_x64):
+    with compat.enable_x64(enable_x64):
         return list(map(np.asarray, _load_program(program)(arrays)))
 
 
