@@ -68,6 +68,7 @@ import numpy as np
 import hypergrad as hg
 from hypergrad.bench import Cell, MeasurementTable, Row, select
 from hypergrad.estimators.base import STATS
+from hypergrad.runtime.compat import enable_x64
 
 from .shared import plots
 from .shared.conformance_cases import (
@@ -98,7 +99,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     row = {"metric": "relative error", "value": None, "reason": None}
     row |= {"truth": setup.truth, "condition": setup.condition}
     row |= {"amplification": setup.amplification, "contraction": setup.contraction}
-    with jax.enable_x64(cell["dtype"] == "float64"):
+    with enable_x64(cell["dtype"] == "float64"):
         to_jax = lambda tree: jax.tree.map(jnp.asarray, tree)
         problem, w, alpha = to_jax((setup.problem, setup.w, setup.alpha))
         estimator = method.make(setup, cell["dtype"], value_of(cell, setup))

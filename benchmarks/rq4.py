@@ -86,7 +86,6 @@ and counts with the accuracy of the model in which it ends.
 import itertools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -104,6 +103,7 @@ from hypergrad.bench import (
 )
 from hypergrad.bench.claims import evaluate_claims
 from hypergrad.bench.figures import import_pyplot
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks.augmentation import OPERATIONS, POSE_MAGNITUDES
 
 from .shared.program import program
@@ -178,7 +178,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     objective, augmentation, seed = cell["objective"], cell["method"], cell["seed"]
     tuning = tuning_row(rows, objective=objective)
     rate, penalty = tuning["rate"], tuning["penalty"]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         row = choose_magnitudes(*names, augmentation, seed, rate, penalty)
         on = "val" if augmentation == VALIDATION else "train"
         *data, test = data_of(penalty, seed, on)

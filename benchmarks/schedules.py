@@ -70,6 +70,7 @@ from hypergrad.bench import (
     Row,
 )
 from hypergrad.estimators import Estimator
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks import schedules
 from hypergrad.tasks.classifier import held_out_examples
 from hypergrad.tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_descent
@@ -326,7 +327,7 @@ for name in STEPS:
 def measure_cell(cell: Row, rows: list[Row]) -> Row:
     """Returns the row of a cell, measured in float64."""
     del rows
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return dict(METHODS[cell["method"]](cell["seed"]))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 import hypergrad as hg
 from hypergrad.bench import Cell
+from hypergrad.runtime.compat import enable_x64
 
 from .problem_setup import ProblemSetup, make_setup, sgd
 from .reference_problems import flat, get_reference, quadratic, two_losses
@@ -48,7 +49,7 @@ def second_loss(w, alpha, batch):
 def setup_of(family: str, structure: str) -> ProblemSetup:
     """Returns the problem in float64 NumPy arrays, for use in either precision."""
     jax.clear_caches()  # thousands of live programs exhaust a process
-    with jax.enable_x64(True):
+    with enable_x64(True):
         if family == "two losses":
             reference = quadratic("nested")
             problem = two_losses(reference, second_loss)

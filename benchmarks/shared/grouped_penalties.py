@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.runtime.compat import enable_x64
 
 from .searching import in_double, lowest
 
@@ -91,7 +92,7 @@ def reference(seed: int, size: int) -> Reference:
     The computation is in float64.
     """
     splits = split(seed)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         train, val = in_double(splits["train"]), in_double(splits["val"])
         estimator = hg.Unrolled(TRAINING, warm_start=False)
         hypergradient_fn = jax.jit(

@@ -18,6 +18,7 @@ import scipy.optimize
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.runtime.compat import enable_x64
 
 from .single_loop import SeedProblem, System
 
@@ -83,7 +84,7 @@ def split(samples: Samples, seed: int) -> dict[str, PyTree]:
 
 def minimum(loss: Callable, splits: PyTree, w: np.ndarray, alpha: np.ndarray) -> float:
     """Returns ``min h`` over the box: the lower result of two runs of L-BFGS."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         to_float64 = lambda tree: jax.tree.map(
             lambda x: (
                 jnp.asarray(x, float) if x.dtype == np.float32 else jnp.asarray(x)

@@ -14,6 +14,7 @@ import hypergrad as hg
 from hypergrad.bench import Cell, Row
 from hypergrad.certificate import TRUST_RTOL
 from hypergrad.cost import outer_grad_cost
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import relative_error
 
 from .program import program
@@ -218,7 +219,7 @@ def tune(cell: Cell, rows: list[Row]) -> Row:
     """Returns the losses of an objective at every pair; a diverged loss is infinite."""
     del rows
     objective = cell["objective"]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         losses = [
             [
                 float(

@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Row
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.searchers.base import Trials, seed_from_key
 
 from .program import Program
@@ -117,7 +118,7 @@ def lowest(
 def known(seed: int, size: int) -> Target:
     """Returns ``min h`` over the box by L-BFGS from the start, in float64."""
     parts = split(seed)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         train, val = in_double(parts["train"]), in_double(parts["val"])
         problem = hg.Bilevel(inner_loss, outer_loss, train, val)
         exact = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-6))

@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Finding, Row, difference_interval
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks import architecture
 
 from .architecture_cells import STEPS
@@ -168,7 +169,7 @@ def sampled_cells(num_samples: int, seed: int) -> frozenset[int]:
         lambda w, alpha, batch: w**2, lambda w, alpha, batch: w + jnp.sum(alpha)
     )
     solver = hg.ClosedForm(lambda alpha, batch: jnp.zeros(()))
-    with jax.enable_x64(False):
+    with enable_x64(False):
         trace = hg.search(
             problem, solver, hg.searchers.Random(), 0.0,
             space=SPACE, budget=2.0 * num_samples, key=jax.random.key(seed),

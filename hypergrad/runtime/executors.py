@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from ..checkpoint import RunFingerprint, runtime_environment
 from ..trees import is_key, to_numpy
+from . import compat
 from .machine import Machine, describe_machine, warn_of_other_machines
 
 MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.001, 0.5
@@ -174,7 +175,7 @@ def run_program(
             f"{expected_environment['device']}, as this search; got jax "
             f"{environment['jax']} and {environment['device']}."
         )
-    with jax.enable_x64(enable_x64):
+    with compat.enable_x64(enable_x64):
         outputs = list(map(np.asarray, _load_program(program)(arrays)))
     return describe_machine(), outputs
 

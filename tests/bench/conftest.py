@@ -8,6 +8,7 @@ import pytest
 
 from hypergrad.bench.loading import TableRef, parse_method
 from hypergrad.bench.runner import RunOptions, RunResult, run_table
+from hypergrad.runtime.compat import enable_x64
 from tests.bench.toy_table import write_table
 
 
@@ -59,6 +60,6 @@ def run_own(own_file: Path) -> Run:
 def single_precision() -> Iterator[None]:
     """Switches to float32, JAX's default, without programs compiled for float64."""
     jax.clear_caches()
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    with enable_x64(False), jax.numpy_rank_promotion("allow"):
         yield
     jax.clear_caches()

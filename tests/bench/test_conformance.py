@@ -20,6 +20,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
 )
 from hypergrad.bench import select
+from hypergrad.runtime.compat import enable_x64
 
 
 def perfect_rows() -> list[dict]:
@@ -156,7 +157,7 @@ def test_cell_is_measured_in_its_precision(dtype: str):
 
 def test_sensitivity_of_the_quadratic():
     """By NumPy: h = k a + C'H^-1 (w - t), so that dh/dw = C'H^-1."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         reference = quadratic("30", seed=3)
         matrices = dense(reference.problem, reference.w, reference.alpha)
         amplification, condition = sensitivity(reference, matrices)

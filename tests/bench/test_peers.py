@@ -16,6 +16,7 @@ from benchmarks.peers import claims, harness, problems, tuning, worker
 from benchmarks.peers import work as stated
 from benchmarks.peers.contenders import base, gauss_newton, ours, plain, reference
 from benchmarks.peers.work import WORKS
+from hypergrad.runtime.compat import enable_x64
 
 ROOT = Path(__file__).parents[2]
 JAX = ("plain", "ours", "defaults", *claims.JAX)
@@ -227,7 +228,7 @@ def test_a_contender_is_right(name: str, work: str):
     setting = tuning.GRIDS[name][-1] if work == tuning.WORK else {}
     wide = (name, work) == ("optimistix_lbfgs", "w1-whole")
     given = reference.wide if wide else lambda data: data
-    with jax.enable_x64(wide):
+    with enable_x64(wide):
         answer = contender(name).WORKS[work](given(small(work)), **setting)()
     if work == "w2-indefinite":
         assert np.isfinite(answer).all()

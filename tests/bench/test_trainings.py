@@ -9,6 +9,7 @@ from benchmarks import trainings
 from benchmarks.shared import grouped_penalties
 from benchmarks.shared.grouped_penalties import Reference
 from benchmarks.trainings import progress_columns
+from hypergrad.runtime.compat import enable_x64
 
 
 def numpy_value(splits, alpha: np.ndarray) -> float:
@@ -28,7 +29,7 @@ def test_a_training_is_that_of_the_protocol(key):
     """Against the same training in NumPy."""
     splits = trainings.split(100)
     alpha = np.linspace(-4, 0, 10)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         double = grouped_penalties.in_double(splits)
         args = double["train"], double["val"], jnp.zeros(trainings.NUM_FEATURES)
         actual = jax.jit(trainings.trained_value)(*args, jnp.asarray(alpha), key)

@@ -10,6 +10,7 @@ import pytest
 import hypergrad as hg
 from benchmarks import warm_start
 from benchmarks.shared import searching, sharing
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks import architecture
 
 
@@ -170,7 +171,7 @@ def test_the_sampled_cells_follow_from_the_seed(monkeypatch):
     """They are those of the search, and as many as expected in the mean over seeds."""
     config = sharing.SearchConfig(1, 0.1, num_samples=20)
     monkeypatch.setitem(sharing.CONFIGS, "small", config)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         trace = sharing.run_search("small", 1)
     cells = set(np.asarray(trace.metrics["cell"], int).tolist())
     assert sharing.sampled_cells(20, 1) == cells

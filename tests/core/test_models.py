@@ -14,6 +14,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import models
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import is_key
 
 W = {"W": jnp.arange(6.0).reshape(2, 3), "b": [jnp.zeros(3), (jnp.ones(()),)]}
@@ -75,7 +76,7 @@ def test_other_classes_need_like(tmp_path):
 
 def test_64_bits_survive_a_process_of_32(tmp_path):
     w = np.asarray([1.0 + 2.0**-40])
-    with jax.enable_x64(False):
+    with enable_x64(False):
         models.save("m", w, np.int64(2**40), folder=tmp_path)
         assert to_bits(models.load("m", folder=tmp_path)) == to_bits(
             (w, np.int64(2**40))

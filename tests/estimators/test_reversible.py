@@ -17,6 +17,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
 )
 from hypergrad.estimators import reversible_arithmetic as arithmetic
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import random_like
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
@@ -167,7 +168,7 @@ def test_memory_grows_by_the_buffer_only():
 
 def test_a_float32_run_returns_every_bit():
     """Without 64-bit types the arithmetic is coarser, and still reversible."""
-    with jax.enable_x64(False):
+    with enable_x64(False):
         problem = hg.Bilevel(
             lambda w, alpha, batch: 0.5 * jnp.sum((w - jnp.sin(alpha)) ** 2),
             lambda w, alpha, batch: 0.5 * jnp.sum((w - 0.5) ** 2),

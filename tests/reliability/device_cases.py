@@ -26,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hypergrad as hg
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.runtime.devices import replicate, run_on_first_process
 from hypergrad.tasks import federated as federated_task
 from hypergrad.tasks import few_shot
@@ -357,7 +358,7 @@ def main(dtypes: str, names: str, *process: str) -> None:
         assert jax.device_count() == num_processes * jax.local_device_count()
     results = {}
     for dtype in dtypes.split(";"):
-        with jax.enable_x64(dtype == "float64"):
+        with enable_x64(dtype == "float64"):
             for name in names.split(";"):
                 run = OTHER_CASES.get(name, functools.partial(run_case, name))
                 results[f"{name}, {dtype}"] = [run(variant) for variant in variants]
