@@ -56,6 +56,23 @@ def cross_jvp(
     return jax.jvp(grad_fn, args, tangents)[1]
 
 
+def grad_and_cross_jvps(
+    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, directions: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns ``dL/dw`` and ``J u`` for several directions ``u`` of ``alpha``.
+
+    Args:
+      loss, w, alpha, batch: The loss and its arguments.
+      directions: Tangents of ``alpha`` with a leading axis, ``[m, ...]``. The products
+        have the same leading axis.
+
+    Cost: two gradients per direction.
+    """
+    grad_fn = lambda alpha: jax.grad(loss)(w, alpha, batch)
+    along = lambda direction: jax.jvp(grad_fn, (alpha,), (direction,))
+    return jax.vmap(along, out_axes=(None, 0))(directions)
+
+
 def hvp_and_cross_vjp(
     loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:

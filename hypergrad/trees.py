@@ -62,6 +62,11 @@ def all_finite(*trees: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
+def is_zero(x: PyTree) -> Array:
+    """Returns True if every entry is zero; the norm may underflow to zero before."""
+    return ~jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(x)]))
+
+
 def widen(x: PyTree) -> PyTree:
     """Returns ``x`` with its leaves shorter than float32 as float32.
 
@@ -100,6 +105,13 @@ def relative_error(actual: PyTree, expected: PyTree) -> Array:
     actual, expected = divide(actual, unit), divide(expected, unit)
     error = norm(add_scale(actual, -1, expected))
     return jnp.where(error == 0, 0.0, error / norm(expected))
+
+
+def norm_ratio(x: PyTree, y: PyTree) -> Array:
+    """Returns ``||x|| / ||y||``, and 0 if ``x`` is 0."""
+    unit = power_of_two_scale(y)
+    x_norm, y_norm = norm(divide(x, unit)), norm(divide(y, unit))
+    return jnp.where(x_norm == 0, 0.0, x_norm / y_norm)
 
 
 def random_like(key: Array, like: PyTree) -> PyTree:
@@ -144,6 +156,8 @@ class PrettyModule(eqx.Module):
 
 def _scalar_to_number(leaf: Any) -> Any:
     is_concrete = eqx.is_array(leaf) and not isinstance(leaf, Tracer)
+    if is_concrete and is_key(leaf):
+        return jax.random.key_data(leaf)
     if not (is_concrete and leaf.ndim == 0 and leaf.dtype.kind in "biuf"):
         return leaf
     return float(f"{leaf:.6g}") if leaf.dtype.kind == "f" else leaf.item()

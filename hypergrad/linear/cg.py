@@ -103,6 +103,11 @@ class CG(SymmetricSolver):
             )
         check_hashable("preconditioner", preconditioner)
 
+    @property
+    def is_scaled(self) -> bool:
+        """True if the steps do not depend on the units of ``w``."""
+        return self.preconditioner == "diagonal"
+
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns 0, because the solution is exact up to the tolerance."""
         return 0.0
@@ -156,7 +161,7 @@ def conjugate_gradients(
     squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
     x, r, num_init_products = first_residual(matvec, b, x)
     num_coefficients = max(min(dimension, max_steps), 1)
-    x, r, rz, k, is_negative, step_sizes, ratios = _run_recurrence(
+    x, r, rz, k, is_negative, step_sizes, ratios = run_recurrence(
         matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
     )
     # A NaN in b or H ends the loop, and must not leave the starting point as a result.
@@ -183,13 +188,13 @@ def conjugate_gradients(
     return scale(unit, x), result, stats
 
 
-def _run_recurrence(
+def run_recurrence(
     matvec: MatVec,
     preconditioner: Callable[[PyTree], PyTree],
     x: PyTree,
     r: PyTree,
     squared_tol: Array,
-    max_steps: int,
+    max_steps: Array | int,
     num_coefficients: int,
 ) -> tuple[PyTree, PyTree, Array, Array, Array, Array, Array]:
     """Runs the loop of conjugate gradients from ``x`` with the residual ``r``.
