@@ -46,9 +46,9 @@ def argmin(
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
         only at a stationary point. A saddle is one, and a singular minimum is if the
         system has a solution.
-      linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
-        minimum and at most the products of `CG`. Where the solver does not reach its
-        tolerance, the derivative is NaN.
+      linear_solver: Solver of the linear system. Defaults to `MINRES` with a diagonal
+        preconditioner, which needs no minimum and for which the units of ``w`` do not
+        matter. Where the solver does not reach its tolerance, the derivative is NaN.
 
     Returns:
       A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
@@ -77,7 +77,8 @@ def argmin(
         )
     check_hashable("inner_loss", inner_loss)
     check_solver(solver)
-    linear_solver = MINRES() if linear_solver is None else linear_solver
+    if linear_solver is None:
+        linear_solver = MINRES(preconditioner="diagonal")
     check_linear_solver(linear_solver)
 
     def solution_fn(
