@@ -1,6 +1,8 @@
 """Certificates: how far a hypergradient is from the derivative at the argmin."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,14 +12,16 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .cost import cost_stats
 from .implicit_diff import (
+    ImplicitResult,
+    corrected_hypergradient,
     count_products,
-    implicit_hypergradient,
     max_relative_error,
     newton_step,
     zero_adjoint,
 )
-from .linear import CG
-from .linear.base import LinearStats, solve_linear
+from .linear.base import LinearStats
+from .linear.cg import extreme_ritz_values, run_recurrence
+from .linear.equilibration import Scaling, equilibrate
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -27,7 +31,7 @@ from .problem_checks import (
     lost_derivative_flags,
 )
 from .products import hvp
-from .trees import PrettyModule, all_finite, norm, random_like
+from .trees import PrettyModule, all_finite, norm, random_like, vdot
 from .validation import (
     as_input_arrays,
     as_key,
@@ -42,9 +46,12 @@ NO_GRADIENT_ADVICE = (
     "so implicit differentiation cannot see it (it is not zero: it may enter the "
     "optimizer or the start); use hg.Unrolled, or take it out of alpha"
 )
-NEWTON_RTOL = 1e-3  # residual of the solve of a Newton step, relative to ||dL/dw||
+NEWTON_RTOL = 1e-3  # residual of the solve of a Newton step, relative to ||S dL/dw||
+SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
-NUM_PROBE_STEPS = 20  # CG steps that search for negative curvature
+NUM_PROBE_STEPS = 20  # minimum number of CG steps that search for negative curvature
+MAX_PROBE_STEPS = 1000
+MISS_PROBABILITY = 0.01  # of `Certificate.curvature_resolution`
 
 
 class Certificate(PrettyModule):
@@ -54,17 +61,20 @@ class Certificate(PrettyModule):
       error_estimate: ``||h - corrected_hypergradient|| / ||corrected_hypergradient||``
         for the certified hypergradient ``h``, the maximum over K losses.
       trusted: True if the error estimate is at most ``rtol``, the last Newton step
-        changed the hypergradient by at most ``rtol``, ``adjoint_residual`` is at most
-        ``rtol / 10``, everything is finite, and no solve met negative curvature.
+        changed the hypergradient by at most ``rtol``, every solve reached its
+        tolerance, everything is finite, and no solve met negative curvature.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
       corrected_grad_norm: ``||dL/dw||`` at ``corrected_w``.
       adjoint_residual: ``||b - H v|| / ||b||`` at ``corrected_w``, the maximum over K
-        losses.
-      ritz_min, ritz_max: Extreme Ritz values of ``H`` in all solves.
+        losses. It depends on the units of ``w`` and judges nothing.
+      ritz_min, ritz_max: Extreme Ritz values of ``S H S`` from a random vector, with
+        the diagonal scaling ``S`` of the solves.
+      curvature_resolution: ``eps``. With a probability of at most 1%, an eigenvalue of
+        ``S H S`` lies more than ``eps (ritz_max - ritz_min) / (1 - 2 eps)`` below
+        ``ritz_min``; 1/2 and more is no statement.
       negative_curvature: Whether a solve or a random probe met negative curvature.
-      distance_estimate: ``||dL/dw|| / ritz_min``, an estimate of ``||w - w*||``.
       distance_bound: With ``strong_convexity``, an upper bound on ``||w - w*||`` at the
         given ``w``; NaN without.
       adjoint_error_bound: With ``strong_convexity``, an upper bound on
@@ -90,8 +100,8 @@ class Certificate(PrettyModule):
     adjoint_residual: Scalar
     ritz_min: Scalar
     ritz_max: Scalar
+    curvature_resolution: Scalar
     negative_curvature: Scalar
-    distance_estimate: Scalar
     distance_bound: Scalar
     adjoint_error_bound: Scalar
     stats: dict[str, Scalar]
@@ -101,7 +111,7 @@ def certify(
     problem: Bilevel,
     w: PyTree,
     alpha: PyTree,
-    hypergradient: PyTree = None,
+    hypergradient: Any = None,
     *,
     num_newton_steps: int = NUM_NEWTON_STEPS,
     rtol: float | Array = TRUST_RTOL,
@@ -111,33 +121,36 @@ def certify(
     """Estimates how far a hypergradient is from the derivative at the argmin.
 
     Newton steps ``w <- w - d`` with ``H d = dL/dw`` move ``w`` towards the argmin, and
-    the adjoint is solved again after each of them, all by `CG` on all data. The change
-    of the hypergradient is the estimate of its error.
+    the adjoint is corrected after each, ``v <- v + e`` with ``H e = b - H v``, all by
+    `scaled_cg` on all data. The change of the hypergradient is the estimate of its
+    error. It depends on units no more than the probed scaling does.
 
     Args:
       problem: The problem.
       w: Inner solution at which the hypergradient was evaluated.
       alpha: Hyperparameters at which it was evaluated.
-      hypergradient: The hypergradient to certify, of any estimator. Defaults to that of
-        implicit differentiation at ``w`` with an accurate adjoint.
+      hypergradient: The hypergradient to certify, of any estimator, or its `Estimate`,
+        whose samples the certificate then sees. Defaults to that of implicit
+        differentiation at ``w`` with an accurate adjoint.
       num_newton_steps: Number of Newton steps. One suffices for a convex inner loss;
         networks need two.
       rtol: Relative error up to which the hypergradient is trusted.
       strong_convexity: Lower bound on the eigenvalues of ``H`` at every ``w``. The
         bounds of the certificate require it; all other fields are estimates.
       key: PRNG key of ``data_fn``, of batches with a key, and of the probe. Defaults to
-        ``jax.random.key(0)``.
+        that of the estimate, or else to ``jax.random.key(0)``.
 
     Raises:
       TypeError, ValueError: An argument is invalid; raised before anything is traced.
 
     Cost:
-      Per Newton step one solve for ``w``, to 1e-3, and one for the adjoint, to the
-      default tolerance of `CG`; a probe of 20 products. All are counted in ``stats``.
+      Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
+      products for the scaling; a probe of as many as the longest solve, 20 at least.
     Memory:
-      The vectors of `CG`.
+      Ten vectors like ``w``.
     Bias:
-      Second order in the distance to the argmin, the error of truncated Newton steps.
+      Second order in the distance to the argmin. Another minimum, and a direction of
+      which neither ``dL/dw`` nor ``b - H v`` has a part of 1e-6, are missed.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
@@ -148,6 +161,9 @@ def certify(
     (False, 0.1)
     """
     check_problem_type(problem)
+    if hasattr(hypergradient, "hypergradient"):  # an Estimate
+        key = hypergradient.key if key is None else key
+        hypergradient = hypergradient.hypergradient
     w, alpha = as_input_arrays(w, alpha)
     check_positive_int("num_newton_steps", num_newton_steps)
     rtol = float_converter("rtol", optional=False)(rtol)
@@ -203,6 +219,7 @@ def compute_certificate(
     hypergradient: PyTree | None,
     *,
     adjoint: PyTree | None = None,
+    init_s: PyTree | None = None,
     num_newton_steps: int = NUM_NEWTON_STEPS,
     rtol: Scalar | float = TRUST_RTOL,
     strong_convexity: Scalar | None = None,
@@ -210,111 +227,199 @@ def compute_certificate(
     """Returns the certificate of `certify`, inside a compiled program.
 
     Args:
-      problem, w, alpha, hypergradient: As for `certify`.
+      problem, w, alpha, hypergradient, num_newton_steps, rtol, strong_convexity: As for
+        `certify`.
       data: The data on which the hypergradient was evaluated.
       adjoint: Where the first adjoint solve starts. Defaults to zero.
-      num_newton_steps, rtol, strong_convexity: As for `certify`.
+      init_s: The ``s`` of a similar Hessian; see `equilibrate`.
     """
     batch, outer_batch = data.inner_batch(), data.outer_batch()
-    differentiate = lambda w, adjoint: implicit_hypergradient(
-        problem, CG(), w, alpha, batch, outer_batch, adjoint
+    loss = problem.inner_loss
+    matvec = functools.partial(hvp, loss, w, alpha, batch)
+    scaling = equilibrate(matvec, w, init_s=init_s, key=data.solver_key)
+    differentiate = lambda w, adjoint: corrected_hypergradient(
+        problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL
     )
-    if adjoint is None:
-        adjoint = zero_adjoint(problem, w)
-
+    adjoint = zero_adjoint(problem, w) if adjoint is None else adjoint
     solves: list[LinearStats] = []
-    num_grads, num_outer_grads = 0, num_newton_steps
-    if hypergradient is None:
-        result = differentiate(w, adjoint)
-        solves.append(result.linear_stats)
-        num_outer_grads += 1
-        hypergradient, adjoint = result.hypergradient, result.adjoint
-        inner_grad = result.inner_grad
+    is_given = hypergradient is not None
+    if is_given:
+        inner_grad = jax.grad(loss)(w, alpha, batch)
     else:
-        inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
-        num_grads = 1
-    inner_grad_norm = norm(inner_grad)
-
-    corrected = hypergradient
-    last_change = residual = jnp.asarray(jnp.nan)
-    for _ in range(num_newton_steps):
-        # H d = dL/dw, w <- w - d
-        w, newton_stats = newton_step(
-            problem.inner_loss, w, alpha, batch, inner_grad, CG(rtol=NEWTON_RTOL)
-        )
         result = differentiate(w, adjoint)
-        solves += [newton_stats, result.linear_stats]
-        last_change = max_relative_error(problem, corrected, result.hypergradient)
-        residual = jnp.max(result.adjoint_residual)
-        corrected, adjoint = result.hypergradient, result.adjoint
-        inner_grad = result.inner_grad
-    solves.append(_probe_curvature(problem, w, alpha, batch, data.solver_key))
-
-    linear_stats = _reduce_solves(solves)
+        hypergradient, adjoint = result.hypergradient, result.adjoint
+        inner_grad, solves = result.inner_grad, [result.linear_stats]
+    inner_grad_norm = norm(inner_grad)
+    take_step = lambda w, inner_grad: newton_step(
+        loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
+    )
+    w, result, last_change, newton_solves = _correct(
+        w, hypergradient, adjoint, inner_grad, take_step, differentiate,
+        functools.partial(max_relative_error, problem), num_newton_steps,
+    )  # fmt: skip
+    solves += newton_solves
+    num_steps = jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS)
+    probe = probe_curvature(
+        problem, w, alpha, batch, scaling, data.solver_key, num_steps
+    )
+    num_products = scaling.num_products + probe.num_products
+    num_products += sum(map(count_products, solves))
+    is_negative = probe.is_negative | _any_negative(solves)
+    corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
-    is_finite = all_finite(hypergradient, corrected, error, norm(inner_grad))
+    is_finite = all_finite(hypergradient, corrected, error, norm(result.inner_grad))
     is_accurate = jnp.maximum(error, last_change) <= rtol
-    is_solved = (residual <= rtol / 10) & ~linear_stats["negative_curvature"]
-    is_complete = not lost_derivative_flags(problem, w, alpha)
+    is_solved = _all_solved(solves) & ~is_negative
+    is_trusted = is_finite & is_accurate & is_solved
+    is_trusted &= not lost_derivative_flags(problem, w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
-        trusted=is_finite & is_accurate & is_solved & is_complete,
+        trusted=is_trusted,
         corrected_w=w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
-        corrected_grad_norm=norm(inner_grad),
+        corrected_grad_norm=norm(result.inner_grad),
         adjoint_residual=residual,
-        ritz_min=linear_stats["ritz_min"],
-        ritz_max=linear_stats["ritz_max"],
-        negative_curvature=linear_stats["negative_curvature"],
+        ritz_min=probe.ritz_min,
+        ritz_max=probe.ritz_max,
+        curvature_resolution=probe.resolution,
+        negative_curvature=is_negative,
         # ||w - w*|| <= ||dL/dw|| / mu and ||v - H^-1 b|| / ||b|| <= residual / mu
-        distance_estimate=inner_grad_norm / linear_stats["ritz_min"],
         distance_bound=inner_grad_norm / mu,
         adjoint_error_bound=residual / mu,
-        stats=_cost_stats(problem, data, linear_stats, num_grads, num_outer_grads),
+        stats=_cost_stats(problem, data, num_products, is_given, num_newton_steps),
     )
+
+
+def _correct(
+    w: PyTree,
+    hypergradient: PyTree,
+    adjoint: PyTree,
+    inner_grad: PyTree,
+    take_step: Callable[[PyTree, PyTree], tuple[PyTree, LinearStats]],
+    differentiate: Callable[[PyTree, PyTree], ImplicitResult],
+    relative_change: Callable[[PyTree, PyTree], Scalar],
+    num_newton_steps: int,
+) -> tuple[PyTree, Any, Scalar, list[LinearStats]]:
+    """Returns ``w`` and implicit differentiation after Newton steps.
+
+    Args:
+      w, hypergradient, adjoint, inner_grad: Where the steps start.
+      take_step: ``(w, dL/dw) -> (w, statistics)``, one Newton step.
+      differentiate: ``(w, v) -> result``, which corrects the adjoint ``v``.
+      relative_change: ``(old hypergradient, new hypergradient) -> number``.
+      num_newton_steps: Number of steps, 1 at least.
+
+    Returns:
+      ``w``, the derivatives at it, the relative change of the hypergradient by the last
+      step, and the statistics of all solves.
+    """
+    solves: list[LinearStats] = []
+    result, change = None, jnp.asarray(jnp.nan)
+    for _ in range(num_newton_steps):
+        # H d = dL/dw,  w <- w - d
+        w, newton_stats = take_step(w, inner_grad)
+        # H e = b - H v,  v <- v + e
+        result = differentiate(w, adjoint)
+        solves += [newton_stats, result.linear_stats]
+        change = relative_change(hypergradient, result.hypergradient)
+        hypergradient, adjoint = result.hypergradient, result.adjoint
+        inner_grad = result.inner_grad
+    return w, result, change, solves
 
 
 def _cost_stats(
     problem: Bilevel,
     data: EstimateData,
-    linear_stats: dict[str, Any],
-    num_grads: int,
-    num_outer_grads: int,
+    num_products: Array,
+    is_given: bool,
+    num_newton_steps: int,
 ) -> dict[str, Array]:
     """Returns the cost of the solves and of the gradients of each outer loss."""
+    num_outer_grads = num_newton_steps + (0 if is_given else 1)
     return cost_stats(
         data.inner_data,
         data.outer_data,
-        num_grads=num_grads,
-        num_hvps=linear_stats["num_products"],
+        num_grads=1 if is_given else 0,
+        num_hvps=num_products,
         num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
     )
 
 
-def _probe_curvature(
-    problem: Bilevel, w: PyTree, alpha: PyTree, batch: PyTree, key: Array
-) -> LinearStats:
-    """Returns the statistics of a few CG steps from a random vector.
+class Probe(NamedTuple):
+    """The part of the spectrum of ``S H S`` that a run from a random vector shows.
+
+    Attributes:
+      ritz_min, ritz_max, resolution: ``ritz_min``, ``ritz_max`` and
+        ``curvature_resolution`` of `Certificate`.
+      is_negative: Whether negative curvature was met.
+      num_products: Number of products.
+    """
+
+    ritz_min: Scalar
+    ritz_max: Scalar
+    resolution: Scalar
+    is_negative: Scalar
+    num_products: Scalar
+
+
+def probe_curvature(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    scaling: Scaling,
+    key: Array,
+    num_steps: Array | int,
+) -> Probe:
+    """Returns the part of the spectrum that steps from a random vector show.
 
     The adjoint solve meets negative curvature only along directions that ``b``
-    contains; a random vector contains all of them.
+    contains; a random vector contains all of them. With n parameters, k Lanczos steps
+    miss the smallest eigenvalue by more than ``eps`` times the width of the spectrum
+    with a probability of at most ``1.648 sqrt(n) exp(-sqrt(eps) (2 k - 1))``.
+
+    Source: Kuczynski & Wozniakowski 1992, theorem 4.2.
     """
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
-    probe_solver = CG(rtol=0.0, max_steps=NUM_PROBE_STEPS)
-    zeros = optax.tree.zeros_like(w)
-    _, linear_stats = solve_linear(probe_solver, matvec, random_like(key, w), zeros)
-    return linear_stats
+    matvec = scaling.matvec(lambda v: hvp(problem.inner_loss, w, alpha, batch, v))
+    z = random_like(key, w)
+    dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
+    squared_tol = (4 * eps * norm(z)) ** 2
+    zeros = optax.tree.zeros_like(z)
+    num_coefficients = min(dimension, MAX_PROBE_STEPS)
+    num_steps = jnp.minimum(num_steps, MAX_PROBE_STEPS)
+    _, r, _, k, is_negative, step_sizes, ratios = run_recurrence(
+        matvec, lambda r: r, zeros, z, squared_tol, num_steps, num_coefficients
+    )
+    ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
+    # Both ends of the spectrum are missed with a probability of 1/2% each.
+    log_probability = jnp.log(1.648 * dimension**0.5 / (0.5 * MISS_PROBABILITY))
+    resolution = (log_probability / jnp.maximum(2.0 * k - 1, 1)) ** 2
+    is_exhausted = vdot(r, r) <= squared_tol
+    return Probe(
+        ritz_min=jnp.where(is_negative, jnp.fmin(ritz_min, 0.0), ritz_min),
+        ritz_max=ritz_max,
+        resolution=jnp.where(is_exhausted, 0.0, resolution),
+        is_negative=is_negative,
+        num_products=k,
+    )
 
 
-def _reduce_solves(solves: list[LinearStats]) -> dict[str, Any]:
-    """Returns the number of products and the spectrum of several solves."""
-    reduce = lambda fn, name: fn(jnp.stack([fn(stats[name]) for stats in solves]))
-    return {
-        "num_products": sum(map(count_products, solves)),
-        "ritz_min": reduce(jnp.nanmin, "ritz_min"),
-        "ritz_max": reduce(jnp.nanmax, "ritz_max"),
-        "negative_curvature": reduce(jnp.any, "negative_curvature"),
-    }
+def _longest_solve(solves: list[LinearStats]) -> Array:
+    """Returns the largest number of products in a solve."""
+    return jnp.max(jnp.stack([jnp.max(stats["num_products"]) for stats in solves]))
+
+
+def _all_solved(solves: list[LinearStats]) -> Array:
+    """Returns whether every solve reached its tolerance."""
+    return jnp.all(jnp.stack([jnp.all(stats["is_solved"]) for stats in solves]))
+
+
+def _any_negative(solves: list[LinearStats]) -> Array:
+    """Returns whether a solve met negative curvature."""
+    return jnp.any(
+        jnp.stack([jnp.any(stats["negative_curvature"]) for stats in solves])
+    )

@@ -1,6 +1,7 @@
 """Computation of a single hypergradient, without a state to carry."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -106,4 +107,4 @@ def _estimate(static_part, arrays, w, alpha, key):
     init_key, estimate_key = jax.random.split(key)
     state = estimator.init(problem, w, alpha, init_key)
     estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
-    return normalize_estimate(estimate)
+    return normalize_estimate(dataclasses.replace(estimate, key=estimate_key))

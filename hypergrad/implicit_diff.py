@@ -15,11 +15,21 @@ import lineax as lx
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .linear import CG
 from .linear.base import LinearStats, relative_residual, solve_linear
+from .linear.equilibration import Scaling
+from .linear.scaled_cg import ScaledSolution, scaled_cg
 from .problem import Bilevel
 from .products import Loss, hvp, hvp_and_cross_vjp
-from .trees import add_scale, all_finite, norm, relative_error, vdot
+from .trees import (
+    add_scale,
+    all_finite,
+    apply_unless,
+    is_zero,
+    norm,
+    norm_ratio,
+    relative_error,
+    vdot,
+)
 
 #: ``(w, alpha, batch, v) -> product``, a substitute for ``H v`` in the adjoint solve.
 HvpFn = Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
@@ -44,9 +54,8 @@ class ImplicitResult(eqx.Module):
       adjoint: ``v``, structured like ``w``.
       cross: ``J' v``, structured like ``alpha``.
       inner_grad: ``dL/dw``.
-      adjoint_residual: ``||b - H v|| / ||b||``, without damping.
-      mean_curvature: ``||b|| / ||v||``, a mean of the eigenvalues of ``H``; NaN for
-        ``b = 0``.
+      residual: ``b - H v``, without damping.
+      adjoint_residual: ``||residual|| / ||b||``.
       linear_stats: Statistics of the adjoint solve. ``num_products`` includes the
         product that yields the cross term.
     """
@@ -57,8 +66,8 @@ class ImplicitResult(eqx.Module):
     adjoint: PyTree
     cross: PyTree
     inner_grad: PyTree
+    residual: PyTree
     adjoint_residual: Float[Array, "*K"]
-    mean_curvature: Float[Array, "*K"]
     linear_stats: LinearStats
 
 
@@ -87,31 +96,143 @@ def implicit_hypergradient(
       hvp_fn: Replaces ``H v`` in the solve. The residual and the sign of ``v'Hv`` are
         still computed with ``H``; nothing else is then known of its spectrum.
     """
-    loss = problem.inner_loss
     matvec = damped_hvp_fn(problem, w, alpha, batch, damping, hvp_fn)
-    value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
 
-    def solve_adjoint(b, init_v):
+    def solve(b, init_v):
         # (H + damping I) v = b
         v, linear_stats = solve_linear(linear_solver, matvec, b, init_v, prepared)
+        if hvp_fn is not None:  # the solver saw the spectrum of another operator
+            unknown = jnp.full_like(linear_stats["ritz_min"], jnp.nan)
+            linear_stats |= {"ritz_min": unknown, "ritz_max": unknown}
+            linear_stats["negative_curvature"] = jnp.asarray(False)
+        return v, linear_stats, None
+
+    result, _ = _differentiate(
+        problem, w, alpha, batch, outer_batch, solve, init_adjoint, relative_residual
+    )
+    return result
+
+
+def scaled_hypergradient(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    subspace: PyTree,
+    *,
+    rtol: Array | float | None = None,
+    max_steps: int | None = None,
+    targets: PyTree | None = None,
+) -> tuple[ImplicitResult, ScaledSolution]:
+    """Returns ``dM/dalpha - J' v`` with ``H v = dM/dw`` solved by `scaled_cg`.
+
+    Args:
+      problem, w, alpha, batch, outer_batch: As for `implicit_hypergradient`.
+      scaling: Diagonal scaling ``S`` of ``H``.
+      subspace: Vectors ``[k, ...]`` that the search space contains, such as earlier
+        solutions; with K outer losses ``[K, k, ...]``.
+      rtol, max_steps, targets: As for `scaled_cg`.
+
+    Returns:
+      The result, whose ``adjoint_residual`` is ``||S (b - H v)|| / ||S b||``, and the
+      solution of the adjoint system, with a leading axis of size K for K outer losses.
+    """
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+
+    def solve(b, subspace):
+        solution = scaled_cg(
+            matvec,
+            b,
+            scaling,
+            rtol=rtol,
+            max_steps=max_steps,
+            targets=targets,
+            subspace=subspace,
+        )
+        return solution.v, solution.linear_stats, solution
+
+    residual = lambda b, Hv: relative_residual(
+        scaling.multiply(b), scaling.multiply(Hv)
+    )
+    return _differentiate(
+        problem, w, alpha, batch, outer_batch, solve, subspace, residual
+    )
+
+
+def corrected_hypergradient(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    adjoint: PyTree,
+    rtol: float,
+) -> ImplicitResult:
+    """Returns ``dM/dalpha - J' (v + e)`` with ``H e = dM/dw - H v``, by `scaled_cg`.
+
+    Args:
+      problem, w, alpha, batch, outer_batch, scaling: As for `scaled_hypergradient`.
+      adjoint: ``v``, structured like `zero_adjoint`.
+      rtol: Residual of the solve relative to its own right-hand side, which resolves
+        slow directions that the solve for ``v`` left.
+
+    Cost: one product in addition to those of the solve, if ``v`` is not zero.
+    """
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+
+    def solve(b, v):
+        has_no_v = is_zero(v)
+        r = apply_unless(has_no_v, lambda b: optax.tree.sub(b, matvec(v)), b)
+        # What is below the rounding of H v is noise.
+        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
+        noise = eps * norm_ratio(scaling.multiply(b), scaling.multiply(r))
+        min_rtol = jnp.fmin(noise, 1.0)  # r may be zero
+        solution = scaled_cg(matvec, r, scaling, rtol=jnp.maximum(rtol, min_rtol))
+        linear_stats = solution.linear_stats
+        linear_stats["num_products"] += jnp.where(has_no_v, 0, 1)
+        return optax.tree.add(v, solution.v), linear_stats, None
+
+    result, _ = _differentiate(
+        problem, w, alpha, batch, outer_batch, solve, adjoint, relative_residual
+    )
+    return result
+
+
+def _differentiate(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    solve: Callable[[PyTree, PyTree], tuple[PyTree, LinearStats, Any]],
+    init: PyTree,
+    residual_fn: Callable[[PyTree, PyTree], Array],
+) -> tuple[ImplicitResult, Any]:
+    """Returns implicit differentiation, and the solver's own result.
+
+    ``solve(b, init)`` returns ``v``, statistics and anything else for one outer loss;
+    ``residual_fn(b, H v)`` is the statistic ``adjoint_residual``.
+    """
+    loss = problem.inner_loss
+    value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+
+    def solve_adjoint(b, init):
+        v, linear_stats, solution = solve(b, init)
         # One more product yields dL/dw, J' v, and the H v of the true residual.
         inner_grad, Hv, cross = hvp_and_cross_vjp(loss, w, alpha, batch, v)
         linear_stats["num_products"] += 1
-        mean_curvature = norm(b) / norm(v)
-        if hvp_fn is not None:  # the solver saw the spectrum of another operator
-            unknown = jnp.full_like(mean_curvature, jnp.nan)
-            linear_stats |= {"ritz_min": unknown, "ritz_max": unknown}
-            linear_stats["negative_curvature"] = jnp.asarray(False)
         linear_stats["negative_curvature"] |= vdot(v, Hv) < 0
-        residual = relative_residual(b, Hv)
-        return inner_grad, v, cross, residual, mean_curvature, linear_stats
+        residuals = optax.tree.sub(b, Hv), residual_fn(b, Hv)
+        return inner_grad, v, cross, residuals, linear_stats, solution
 
     if problem.num_objectives is not None:
         solve_adjoint = jax.vmap(solve_adjoint, out_axes=(None, 0, 0, 0, 0, 0))
-    inner_grad, v, cross, residual, mean_curvature, linear_stats = solve_adjoint(
-        b, init_adjoint
-    )
-    return ImplicitResult(
+    inner_grad, v, cross, residuals, linear_stats, solution = solve_adjoint(b, init)
+    residual, adjoint_residual = residuals
+    result = ImplicitResult(
         value=value,
         # dM/dalpha - J' v
         hypergradient=optax.tree.sub(direct, cross),
@@ -119,10 +240,11 @@ def implicit_hypergradient(
         adjoint=v,
         cross=cross,
         inner_grad=inner_grad,
-        adjoint_residual=residual,
-        mean_curvature=mean_curvature,
+        residual=residual,
+        adjoint_residual=adjoint_residual,
         linear_stats=linear_stats,
     )
+    return result, solution
 
 
 def damped_hvp_fn(
@@ -148,8 +270,10 @@ def zero_adjoint(problem: Bilevel, w: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype), w)
 
 
-def finite_or_zero(adjoint: PyTree) -> PyTree:
+def finite_or_zero(adjoint: PyTree | None) -> PyTree | None:
     """Returns the adjoint, or zeros if an earlier estimate left a NaN in it."""
+    if adjoint is None:
+        return None
     zeros = optax.tree.zeros_like(adjoint)
     return optax.tree.where(all_finite(adjoint), adjoint, zeros)
 
@@ -170,13 +294,13 @@ def newton_step(
     alpha: PyTree,
     batch: PyTree,
     inner_grad: PyTree,
-    linear_solver: lx.AbstractLinearSolver,
+    scaling: Scaling,
+    rtol: Array | float,
 ) -> tuple[PyTree, LinearStats]:
-    """Returns ``w - d`` with ``H d = dL/dw``, and the statistics of the solve."""
+    """Returns ``w - d`` with ``H d = dL/dw``, and the statistics of `scaled_cg`."""
     matvec = lambda v: hvp(loss, w, alpha, batch, v)
-    zeros = optax.tree.zeros_like(w)
-    d, linear_stats = solve_linear(linear_solver, matvec, inner_grad, zeros)
-    return add_scale(w, -1, d), linear_stats
+    solution = scaled_cg(matvec, inner_grad, scaling, rtol=rtol)
+    return add_scale(w, -1, solution.v), solution.linear_stats
 
 
 def safeguarded_newton_steps(
@@ -185,17 +309,19 @@ def safeguarded_newton_steps(
     alpha: PyTree,
     batch: PyTree,
     inner_grad: PyTree,
+    scaling: Scaling,
     rtols: Sequence[Array | float],
     total_linear_stats: LinearStats,
 ) -> tuple[PyTree, LinearStats]:
     """Returns ``w`` after Newton-CG steps, and the accumulated statistics.
 
-    A step that does not decrease ``||dL/dw||``, or for which CG detects negative
+    A step that does not decrease ``||S dL/dw||``, or for which CG detects negative
     curvature, is rejected.
 
     Args:
       loss, w, alpha, batch: The inner loss and its arguments.
       inner_grad: ``dL/dw`` at ``w``.
+      scaling: Diagonal scaling ``S`` of ``H``.
       rtols: Tolerance of CG in each step; as many steps are made.
       total_linear_stats: Statistics of earlier solves.
 
@@ -203,10 +329,11 @@ def safeguarded_newton_steps(
     """
     for rtol in rtols:
         new_w, linear_stats = newton_step(
-            loss, w, alpha, batch, inner_grad, CG(rtol=rtol)
+            loss, w, alpha, batch, inner_grad, scaling, rtol
         )
         new_grad = jax.grad(loss)(new_w, alpha, batch)
-        is_accepted = norm(new_grad) < norm(inner_grad)
+        scaled_norm = lambda grad: norm(scaling.multiply(grad))
+        is_accepted = scaled_norm(new_grad) < scaled_norm(inner_grad)
         is_accepted = is_accepted & ~linear_stats["negative_curvature"]
         w = optax.tree.where(is_accepted, new_w, w)
         inner_grad = optax.tree.where(is_accepted, new_grad, inner_grad)

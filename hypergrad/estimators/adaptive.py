@@ -2,45 +2,38 @@
 
 HOAG (Pedregosa 2016, arXiv 1602.02355, algorithm 1) solves the inner problem and the
 adjoint system inexactly, both to a tolerance that the user prescribes. Here the user
-prescribes the relative error of the hypergradient ``h`` itself, and the two tolerances
-follow from estimates of the two errors:
-
-    inner error:    max(||h_k - h_{k-1}|| / ||h_k|| * rho / (1 - rho),
-                        stationarity_error),   rho = ||dL/dw|| / (mu ||w_k - w_{k-1}||)
-    adjoint error:  ||b - H v|| / mu * ||J' v|| / (||v|| ||h||)
-
-``mu`` is the smallest curvature of ``L`` observed so far. The first estimate assumes
-that the error of ``h`` is linear in the distance to ``w*``, for which
-``||dL/dw|| / mu`` stands: too large, except along the flattest directions. The step
-``w_k - w_{k-1}`` need not point to ``w*`` (learning rates differ, and parts of ``w``
-may not have moved), so that `stationarity_error` is estimated as well.
+prescribes the relative error of the hypergradient itself, and the two tolerances follow
+from `estimate_error`: the inner error is the larger one of ``correction`` and
+``relative_change``, the adjoint error that of ``adjoint_change`` and
+``adjoint_residual``. Norms of inner gradients are those of scaled coordinates.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import PyTree, Scalar
 
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
-    ImplicitResult,
-    implicit_hypergradient,
-    max_relative_error,
     merge_linear_stats,
     safeguarded_newton_steps,
 )
 from ..inner.base import InnerStats, inner_stats
 from ..linear.base import LinearStats
+from ..linear.equilibration import Scaling
 from ..problem import Bilevel, EstimateData, batch_fraction
-from ..trees import add_scale, all_finite, norm, scale, vdot
-from .error_estimates import adjoint_residual_error, stationarity_error
+from ..trees import all_finite, norm
+from .implicit_adjoint import AdjointSolution, solve_adjoint
 
 MAX_ROUNDS = 8
 GRADS_PER_CHECK = 10  # gradients that steps cost between checks of the full gradient
 ROUNDING_ULPS = 10  # units in the last place that count as rounding
+ADJOINT_FACTOR = 100.0  # tolerance of the hypergradient over that of the adjoint solve
 MAX_TOL_CHANGE = 10.0  # largest factor between grad_tol and the gradient norm reached
 
 
@@ -49,11 +42,11 @@ class AdaptiveState(eqx.Module):
 
     Attributes:
       carry: Carry of the inner solver; its first entry is ``w``.
-      result: Implicit differentiation at ``w``.
+      adjoint: Implicit differentiation at ``w`` and its error estimate.
       counts: Statistics of the inner solver, including the gradients of checks and
         Newton steps; ``num_outer_grads`` counts the gradients of one outer loss.
       linear_stats: Number of products, and the spectrum that the solves found.
-      grad_tol: Gradient norm at which the inner steps of the next round stop.
+      grad_tol: Norm ``||S dL/dw||`` at which the inner steps of the next round stop.
       init_grad_tol: The ``grad_tol`` with which one round would have sufficed.
       adjoint_rtol: Relative residual at which the next adjoint solve stops.
       inner_error, adjoint_error: Estimated relative errors of the hypergradient, the
@@ -63,7 +56,7 @@ class AdaptiveState(eqx.Module):
     """
 
     carry: PyTree
-    result: ImplicitResult
+    adjoint: AdjointSolution
     counts: InnerStats
     linear_stats: LinearStats
     grad_tol: Scalar
@@ -77,7 +70,12 @@ class AdaptiveState(eqx.Module):
     @property
     def error(self) -> Scalar:
         """Estimated relative error of the hypergradient."""
-        return self.inner_error + self.adjoint_error
+        return jnp.maximum(self.inner_error, self.adjoint_error)
+
+    @property
+    def inner_grad(self) -> PyTree:
+        """``dL/dw``."""
+        return self.adjoint.result.inner_grad
 
 
 class AdaptiveSolve(eqx.Module):
@@ -90,6 +88,7 @@ class AdaptiveSolve(eqx.Module):
         solver.
       problem, data, alpha: Arguments of the estimate.
       rtol: Relative tolerance of the hypergradient.
+      scaling: Diagonal scaling ``S`` of ``H``.
     """
 
     estimator: Any
@@ -97,12 +96,15 @@ class AdaptiveSolve(eqx.Module):
     data: EstimateData
     alpha: PyTree
     rtol: Scalar
+    scaling: Scaling
 
-    def run(self, w: PyTree, adjoint: PyTree, grad_tol: Scalar) -> AdaptiveState:
+    def run(
+        self, w: PyTree, adjoint: PyTree, duals: PyTree, grad_tol: Scalar
+    ) -> AdaptiveState:
         """Makes rounds until the tolerance is met or nothing is left to do.
 
         Args:
-          w, adjoint: Where the first solves start.
+          w, adjoint, duals: Where the first solves start.
           grad_tol: ``init_grad_tol`` of the previous estimate. NaN stands for a
             tolerance relative to the gradient at ``w``.
         """
@@ -112,43 +114,46 @@ class AdaptiveSolve(eqx.Module):
             is_adjoint_dominant = state.adjoint_error > state.inner_error
             has_steps_left = self.has_steps_left(state.counts)
             can_continue = state.has_moved | is_adjoint_dominant | has_steps_left
-            is_finite = all_finite(state.result.hypergradient)
+            is_finite = all_finite(state.adjoint.result.hypergradient)
             return (state.num_rounds < MAX_ROUNDS) & ~is_met & can_continue & is_finite
 
         # A lambda, because JAX hashes bound methods by value, arrays included.
         body_fun = lambda state: self.step(state)
-        init_state = self.init(w, adjoint, grad_tol)
+        init_state = self.init(w, adjoint, duals, grad_tol)
         return jax.lax.while_loop(cond_fun, body_fun, init_state)
 
-    def init(self, w: PyTree, adjoint: PyTree, grad_tol: Scalar) -> AdaptiveState:
+    def init(
+        self, w: PyTree, adjoint: PyTree, duals: PyTree, grad_tol: Scalar
+    ) -> AdaptiveState:
         """Returns the state before the first round, whose errors are infinite."""
         if is_iterative(self.solver):
-            inner_grad = self.inner_grad(w)
-            default_tol = self.pre_newton_tol * norm(inner_grad)
-            grad_tol = jnp.where(jnp.isnan(grad_tol), default_tol, grad_tol)
-            # Without Newton steps the first round has to move w by inner steps.
-            has_newton_steps = self.estimator.num_newton_steps > 0
-            init_tol = grad_tol if has_newton_steps else MAX_TOL_CHANGE * grad_tol
-            counts = inner_stats(0, num_grads=1)
-            carry, _, counts = self.run_inner_steps(
-                self.init_carry(w), inner_grad, init_tol, counts
-            )
+            carry, counts = self.init_carry(w), inner_stats(0, num_grads=0)
         else:
             loss, data = self.problem.inner_loss, self.data
             w, counts = self.solver.solve(
                 loss, w, self.alpha, data.inner_data, data.solver_key
             )
             carry = w, ()
-        result = self.solve_adjoint(carry[0], adjoint, self.pre_newton_tol / 10)
+        inner_grad = self.inner_grad(w)
+        default_tol = self.pre_newton_tol * self.grad_norm(inner_grad)
+        grad_tol = jnp.where(jnp.isnan(grad_tol), default_tol, grad_tol)
+        # The first round computes everything else of the adjoint.
+        adjoint_rtol = self.rtol / ADJOINT_FACTOR
+        solve = lambda: self.solve_adjoint(w, adjoint, duals, adjoint_rtol)
+        empty = optax.tree.zeros_like(jax.eval_shape(solve))
+        result = dataclasses.replace(
+            empty.result, adjoint=adjoint, inner_grad=inner_grad
+        )
         infinity = jnp.asarray(jnp.inf)
         return AdaptiveState(
             carry=carry,
-            result=result,
-            counts=counts | {"num_outer_grads": jnp.asarray(1.0)},
-            linear_stats=merge_linear_stats(EMPTY_LINEAR_STATS, result.linear_stats),
+            adjoint=empty._replace(result=result, duals=duals),
+            counts=add_counts(counts, num_grads=1)
+            | {"num_outer_grads": jnp.asarray(0.0)},
+            linear_stats=jax.tree.map(jnp.asarray, EMPTY_LINEAR_STATS),
             grad_tol=grad_tol,
             init_grad_tol=grad_tol,
-            adjoint_rtol=self.rtol / 10,
+            adjoint_rtol=adjoint_rtol,
             inner_error=infinity,
             adjoint_error=infinity,
             has_moved=jnp.asarray(True),
@@ -159,22 +164,24 @@ class AdaptiveSolve(eqx.Module):
         """Makes one round: inner steps, Newton steps, and an adjoint solve."""
         linear_stats = _without_negative_curvature(state.linear_stats)
         carry, inner_grad, counts = self._approach_argmin(state, linear_stats)
-        grad_norm = norm(inner_grad)
+        grad_norm = self.grad_norm(inner_grad)
         carry, linear_stats, counts = self._apply_newton_steps(
             carry, inner_grad, linear_stats, counts
         )
         w = carry[0]
-        result = self.solve_adjoint(w, state.result.adjoint, state.adjoint_rtol)
-        linear_stats = merge_linear_stats(linear_stats, result.linear_stats)
-        inner_error, adjoint_error, has_moved = self.estimate_errors(
-            state, w, result, linear_stats
+        adjoint = self.solve_adjoint(
+            w, state.adjoint.result.adjoint, state.adjoint.duals, state.adjoint_rtol
         )
+        error = adjoint.error
+        inner_error = jnp.maximum(error.correction, error.relative_change)
+        adjoint_error = jnp.maximum(error.adjoint_change, error.adjoint_residual)
+        linear_stats = self.merge_stats(linear_stats, adjoint)
         grad_tol = self._next_grad_tol(state, grad_norm, inner_error)
         rtol_factor = jnp.clip(self.rtol / (4 * adjoint_error), 1e-2, 1.0)
         is_first = state.num_rounds == 0
         return AdaptiveState(
             carry=carry,
-            result=result,
+            adjoint=adjoint,
             counts=add_counts(counts, num_outer_grads=2),
             linear_stats=linear_stats,
             grad_tol=grad_tol,
@@ -182,7 +189,7 @@ class AdaptiveSolve(eqx.Module):
             adjoint_rtol=state.adjoint_rtol * rtol_factor,
             inner_error=inner_error,
             adjoint_error=adjoint_error,
-            has_moved=has_moved,
+            has_moved=has_moved(w, state.carry[0]),
             num_rounds=state.num_rounds + 1,
         )
 
@@ -192,14 +199,11 @@ class AdaptiveSolve(eqx.Module):
         self, state: AdaptiveState, linear_stats: LinearStats
     ) -> tuple[PyTree, PyTree, InnerStats]:
         """Runs inner steps to ``grad_tol``; returns carry, ``dL/dw`` and counts."""
-        carry, inner_grad = state.carry, state.result.inner_grad
+        carry, inner_grad = state.carry, state.inner_grad
         if not is_iterative(self.solver):
             return carry, inner_grad, state.counts
-        grad_tol = state.grad_tol
-        if not self.estimator.num_newton_steps:  # inner steps alone have to move w
-            grad_tol = jnp.minimum(grad_tol, norm(inner_grad) / MAX_TOL_CHANGE)
-        rounding_error = gradient_rounding_error(carry[0], linear_stats)
-        grad_tol = jnp.maximum(grad_tol, rounding_error)
+        rounding_error = self.rounding_error(carry[0], linear_stats)
+        grad_tol = jnp.maximum(state.grad_tol, rounding_error)
         return self.run_inner_steps(carry, inner_grad, grad_tol, state.counts)
 
     def _apply_newton_steps(
@@ -221,6 +225,7 @@ class AdaptiveSolve(eqx.Module):
             self.alpha,
             self.inner_batch,
             inner_grad,
+            self.scaling,
             rtols,
             linear_stats,
         )
@@ -235,11 +240,11 @@ class AdaptiveSolve(eqx.Module):
     ) -> Scalar:
         """Returns the gradient norm from which the next round should suffice.
 
-        ``grad_norm`` is ``||dL/dw||`` before the Newton steps of the round.
+        ``grad_norm`` is ``||S dL/dw||`` before the Newton steps of the round.
         """
-        # k Newton steps reduce an error e to O(e^(2^k)); solve for half the tolerance.
+        # k Newton steps reduce an error e to O(e^(2^k)); aim at 2/3 of the tolerance.
         order = 2**self.estimator.num_newton_steps
-        tol_factor = (self.rtol / (2 * inner_error)) ** (1 / order)
+        tol_factor = (self.rtol / (1.5 * inner_error)) ** (1 / order)
         max_tol = jnp.maximum(MAX_TOL_CHANGE * grad_norm, state.grad_tol)
         return jnp.clip(grad_norm * tol_factor, grad_norm / MAX_TOL_CHANGE, max_tol)
 
@@ -262,7 +267,7 @@ class AdaptiveSolve(eqx.Module):
 
         def cond_fun(loop_state):
             _, inner_grad, index, _ = loop_state
-            return (index < num_steps) & (norm(inner_grad) > grad_tol)
+            return (index < num_steps) & (self.grad_norm(inner_grad) > grad_tol)
 
         def body_fun(loop_state):
             carry, _, index, num_checks = loop_state
@@ -286,8 +291,8 @@ class AdaptiveSolve(eqx.Module):
         return carry, inner_grad, counts
 
     def solve_adjoint(
-        self, w: PyTree, adjoint: PyTree, adjoint_rtol: Scalar
-    ) -> ImplicitResult:
+        self, w: PyTree, adjoint: PyTree, duals: PyTree, adjoint_rtol: Scalar
+    ) -> AdjointSolution:
         """Returns implicit differentiation with the adjoint solved to a tolerance."""
         linear_solver = eqx.tree_at(
             lambda s: s.rtol,
@@ -295,90 +300,41 @@ class AdaptiveSolve(eqx.Module):
             adjoint_rtol,
             is_leaf=lambda x: x is None,
         )
-        return implicit_hypergradient(
+        return solve_adjoint(
+            self.estimator,
             self.problem,
-            linear_solver,
             w,
             self.alpha,
             self.inner_batch,
             self.outer_batch,
+            self.scaling,
             adjoint,
-            self.estimator.damping,
+            duals,
+            linear_solver=linear_solver,
+            with_error=True,
         )
 
-    # Error estimates.
+    def merge_stats(
+        self, linear_stats: LinearStats, adjoint: AdjointSolution
+    ) -> LinearStats:
+        """Returns the statistics of earlier solves extended by an adjoint solve."""
+        linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
+        num_products = linear_stats["num_products"] + adjoint.num_extra_products
+        is_negative = linear_stats["negative_curvature"] | adjoint.is_negative
+        return linear_stats | {
+            "num_products": num_products,
+            "negative_curvature": is_negative,
+        }
 
-    def estimate_errors(
-        self,
-        prev: AdaptiveState,
-        w: PyTree,
-        result: ImplicitResult,
-        linear_stats: LinearStats,
-    ) -> tuple[Scalar, Scalar, Scalar]:
-        """Returns the inner error, the adjoint error, and whether ``w`` has moved.
+    def grad_norm(self, inner_grad: PyTree) -> Scalar:
+        """Returns ``||S dL/dw||``."""
+        return norm(self.scaling.multiply(inner_grad))
 
-        Args:
-          prev: The state before the round.
-          w, result: The inner solution after the round, and the derivatives at it.
-          linear_stats: The spectrum found by all solves.
-        """
-        step = add_scale(w, -1, prev.carry[0])
-        grad_change = add_scale(result.inner_grad, -1, prev.result.inner_grad)
-        step_norm = norm(step)
-        has_moved = step_norm > ROUNDING_ULPS * jnp.finfo(step_norm.dtype).eps * norm(w)
-        # The smallest eigenvalue is at most any observed curvature, so include the
-        # curvature along the step, <dw, dg> / ||dw||^2.
-        curvature = jnp.fmin(
-            jnp.nanmin(result.mean_curvature), linear_stats["ritz_min"]
-        )
-        curvature = jnp.where(
-            has_moved,
-            jnp.fmin(curvature, vdot(step, grad_change) / step_norm**2),
-            curvature,
-        )
-        # Estimated distance to w* over the distance moved; ||w - w*|| ~ ||dL/dw|| / mu.
-        rho = norm(result.inner_grad) / curvature / step_norm
-        change_error = self._change_error(prev, result, rho, has_moved)
-        is_stationary = norm(result.inner_grad) <= gradient_rounding_error(
-            w, linear_stats
-        )
-        change_error = jnp.where(is_stationary, 0.0, change_error)
-        distance_error = stationarity_error(
-            self.problem,
-            w,
-            self.alpha,
-            self.outer_batch,
-            result.b,
-            result.cross,
-            result.hypergradient,
-            scale(-1, result.inner_grad),
-            curvature,
-        )
-        inner_error = jnp.where(
-            curvature > 0, jnp.maximum(change_error, distance_error), jnp.inf
-        )
-        # If the outer loss does not depend on w, the inner error has no effect.
-        inner_error = jnp.where(norm(result.b) == 0, 0.0, inner_error)
-        adjoint_error = adjoint_residual_error(self.problem, result, curvature)
-        return inner_error, adjoint_error, has_moved
-
-    def _change_error(
-        self,
-        prev: AdaptiveState,
-        result: ImplicitResult,
-        rho: Scalar,
-        has_moved: Scalar,
-    ) -> Scalar:
-        """Estimates the inner error from the change of the hypergradient in a round."""
-        change = max_relative_error(
-            self.problem, prev.result.hypergradient, result.hypergradient
-        )
-        # If the error is linear in the distance, change * rho / (1 - rho) remains.
-        change_error = jnp.where(rho < 1, change * rho / (1 - rho), jnp.inf)
-        # An unchanged w proves nothing as long as inner steps could still move it.
-        is_inconclusive = self.has_steps_left(prev.counts)
-        unmoved_error = jnp.where(is_inconclusive, jnp.inf, 0.0)
-        return jnp.where(has_moved, change_error, unmoved_error)
+    def rounding_error(self, w: PyTree, linear_stats: LinearStats) -> Scalar:
+        """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes."""
+        w_norm = norm(self.scaling.divide(w))
+        eps = jnp.finfo(w_norm.dtype).eps
+        return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)
 
     # Quantities that do not change between rounds.
 
@@ -418,11 +374,12 @@ class AdaptiveSolve(eqx.Module):
         return self.data.outer_batch(self.estimator.outer_batch_size)
 
 
-def gradient_rounding_error(w: PyTree, linear_stats: LinearStats) -> Scalar:
-    """Returns the gradient norm that rounding of ``w`` causes."""
-    eps = jnp.finfo(norm(w).dtype).eps
-    rounding_error = ROUNDING_ULPS * eps * linear_stats["ritz_max"] * norm(w)
-    return jnp.nan_to_num(rounding_error)
+def has_moved(w: PyTree, prev_w: PyTree) -> Scalar:
+    """Returns whether an entry of ``w`` has changed by more than rounding."""
+    exceeds = lambda x, prev: jnp.any(
+        jnp.abs(x - prev) > ROUNDING_ULPS * jnp.finfo(x.dtype).eps * jnp.abs(x)
+    )
+    return jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(exceeds, w, prev_w))))
 
 
 def is_iterative(solver: Any) -> bool:

@@ -34,10 +34,13 @@ STATS = (
 #: one of a third party's estimator, is its own sentence.
 REASONS = {
     "not_finite": "a value or a derivative is not finite",
-    "adjoint_residual": "the linear solve did not converge: adjoint_residual > 1e-2",
+    "adjoint_residual": (
+        "the linear solve did not converge: adjoint_residual or the last change of the "
+        "hypergradient in it exceeds the tolerance"
+    ),
     "inner_error": (
-        "w is too far from a stationary point of the inner loss: its relative distance "
-        "or the change of the hypergradient over it exceeds 1e-2"
+        "w is too far from a stationary point of the inner loss: a Newton step changes "
+        "the hypergradient by more than the tolerance"
     ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum"
@@ -112,6 +115,8 @@ class Estimate(PrettyModule):
           ``num_outer_values``, ``num_examples``, ``gradient_equivalents``: The cost.
         - ``trusted``: The same as the attribute.
       flags: ``{name: bool}``, one per check of the estimator; True if it failed.
+      key: PRNG key of the samples that the estimate saw, by which `certify` sees the
+        same ones; None if it is unknown.
 
     >>> import hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -129,6 +134,7 @@ class Estimate(PrettyModule):
     w: PyTree
     stats: dict[str, Array] = eqx.field(default_factory=dict)
     flags: dict[str, Array] = eqx.field(default_factory=dict)
+    key: Array | None = None
 
     @property
     def trusted(self) -> Array:
@@ -239,6 +245,7 @@ def normalize_estimate(estimate: Estimate) -> Estimate:
         jax.tree.map(jnp.asarray, estimate.w),
         make_stats(**standard_stats) | extra_stats,
         flags,
+        estimate.key,
     )
     estimate.stats["trusted"] = estimate.trusted
     return estimate

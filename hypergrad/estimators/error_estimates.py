@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..implicit_diff import ImplicitResult
 from ..jaxpr import uses_w
 from ..linear.base import relative_residual
 from ..problem import Bilevel
@@ -60,37 +59,6 @@ def stationarity_error(
         relative_change = jax.vmap(relative_change)
     change = jnp.max(relative_change(b, shifted_b, cross, hypergradient))
     return jnp.where(norm(direction) == 0, 0.0, jnp.maximum(w_error, change))
-
-
-def adjoint_residual_error(
-    problem: Bilevel, result: ImplicitResult, curvature: Scalar
-) -> Scalar:
-    """Estimates the relative error that the residual of the adjoint causes.
-
-    Args:
-      problem: The bilevel problem.
-      result: Implicit differentiation with an inexact adjoint.
-      curvature: An estimate ``mu`` of the smallest eigenvalue of ``H``.
-
-    Returns:
-      ``||b - H v|| / mu * ||J' v|| / (||v|| ||h||)``, the maximum over K losses.
-    """
-
-    def relative_error(residual, mean_curvature, cross, hypergradient):
-        # ||v - H^-1 b|| / ||v|| <= ||b - H v|| / (mu ||v||), and J' v is linear in v.
-        v_error = residual * mean_curvature / curvature
-        error = v_error * norm(cross) / norm(hypergradient)
-        return jnp.where((residual == 0) | (norm(cross) == 0), 0.0, error)
-
-    if problem.num_objectives is not None:
-        relative_error = jax.vmap(relative_error)
-    error = relative_error(
-        result.adjoint_residual,
-        result.mean_curvature,
-        result.cross,
-        result.hypergradient,
-    )
-    return jnp.max(error)
 
 
 def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> Scalar:

@@ -18,6 +18,7 @@ from ..certificate import (
 )
 from ..cost import cost_stats
 from ..implicit_diff import HvpFn, zero_adjoint
+from ..implicit_error import zero_duals
 from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
@@ -38,14 +39,21 @@ from ..validation import (
 )
 from .adaptive import is_iterative
 from .base import Estimate, make_estimate
+from .implicit_adjoint import uses_scaled_cg
 from .implicit_solve import (
     Solution,
-    adaptive_flags,
+    has_error_estimate,
+    needs_scaling,
     refresh_interval,
     result_flags,
     solve_adaptively,
     solve_once,
 )
+
+
+def default_solver() -> CG:
+    """Returns `CG` with a diagonal preconditioner."""
+    return CG(preconditioner="diagonal")
 
 
 class ImplicitState(eqx.Module):
@@ -58,6 +66,9 @@ class ImplicitState(eqx.Module):
       num_estimates: Number of estimates made so far.
       grad_tol: Gradient norm at which the inner steps may stop; NaN before the first
         estimate.
+      duals: ``duals`` of the previous error estimate, structured like ``adjoint`` with
+        a further axis of size 2; None if the linear solver yields none.
+      s: Diagonal scaling of the previous ``H``, structured like ``w``, or None.
       prepared: Data that the linear solver reuses, such as a Nyström sketch, or None.
     """
 
@@ -65,6 +76,8 @@ class ImplicitState(eqx.Module):
     adjoint: PyTree
     num_estimates: Scalar
     grad_tol: Scalar
+    duals: PyTree = None
+    s: PyTree = None
     prepared: PyTree = None
 
 
@@ -79,9 +92,11 @@ class Implicit(eqx.Module):
     Args:
       solver: The inner solver. It is never differentiated.
       linear_solver: Solver of the adjoint system: `CG`, `Neumann`, `Nystrom`,
-        `NystromCG`, `Identity`, or any solver of lineax. Defaults to `CG`.
+        `NystromCG`, `Identity`, or any solver of lineax. Defaults to `CG` with a
+        diagonal preconditioner, for which the units of ``w`` do not matter.
       damping: Number added to the diagonal of ``H`` in the solve. ``adjoint_residual``
-        is computed with ``H`` itself, so that it shows the bias of damping.
+        is computed with ``H`` itself, so that it shows the bias of damping. Defaults to
+        None, which adds nothing.
       hvp_fn: ``(w, alpha, batch, v) -> product``, which replaces ``H v`` in the solve,
         such as `CompositeLoss.gauss_newton`. Its bias shows in ``adjoint_residual``. As
         the spectrum of ``H`` remains unknown, only ``certify`` can trust the estimate.
@@ -96,6 +111,8 @@ class Implicit(eqx.Module):
         all later ones (as in HOAG). Defaults to None: every solve runs once.
       certify: Whether `hypergrad.certify` judges each estimate: ``error_estimate`` and
         ``trusted`` are those of the certificate, whose cost is counted.
+      estimate_error: Whether the error of each estimate is estimated. Without it, or
+        ``certify``, no estimate is trusted, and its products are saved.
       warm_start: Whether the inner solve and the adjoint solve start where those of the
         previous estimate ended.
       adjoint_batch_size: Number of examples for ``H`` and ``J``, sampled once per
@@ -108,28 +125,33 @@ class Implicit(eqx.Module):
 
     Cost:
       The inner solve, two outer gradients, and the products of the linear solver and
-      one more, which yields the cross term and the true residual. With ``rtol``: a full
-      gradient for every ten gradients of inner steps, and in each round an adjoint
-      solve from the previous adjoint and two outer gradients. With ``certify``: two
-      Newton steps with an adjoint solve each, and a probe.
+      one more, which yields the cross term and the true residual. The diagonal scaling
+      takes eight products for the first estimate and two for each later one, the error
+      estimate four, and three from the solutions of the previous estimate. For a linear
+      solver other than the default the error estimate takes ten more. With ``rtol``: a
+      full gradient for every ten gradients of inner steps, and in each round an adjoint
+      solve with its error estimate. With ``certify``: two Newton steps with an adjoint
+      solve each, and a probe.
     Memory:
-      The vectors of the linear solver, whatever the number of inner steps.
+      Twenty vectors like ``w`` with the default linear solver and the error estimate,
+      whatever the number of inner steps.
     Bias:
       First order in the errors of the inner and of the adjoint solve, which are both
       reported. The optimizer and the starting point of the inner solver are not
       differentiated: a leaf of ``alpha`` on which neither loss depends is an error.
 
     Trust:
-      ``trusted`` requires finite values, an ``adjoint_residual`` of at most 1e-2, no
-      negative curvature, and an inner error of at most 1e-2: the step ``dL/dw / mu``
-      relative to ``||w||``, and the change of ``J' v`` that the change of ``dM/dw``
-      over this step causes, relative to the hypergradient. ``mu`` is the smaller one of
-      ``ritz_min`` and ``||b|| / ||v||``. With ``rtol`` it requires finite values, an
-      ``error_estimate`` of at most ``rtol`` and no negative curvature in the last
-      round. ``mu`` and negative curvature are known only as far as the solves found
-      them: short warm-started solves, and linear solvers other than `CG`, may miss a
-      flat or a negative direction. The noise of a batch size is not included (see
-      `Average`). In bfloat16 the residual rarely falls below 1e-2.
+      ``trusted`` requires that everything is finite, that no solve met negative
+      curvature, and that four estimates are at most 1e-2, or at most ``rtol`` if it is
+      given: the relative error of the hypergradient after a Newton correction of ``w``
+      and of the adjoint, estimated along two random directions of ``alpha``; the change
+      of the hypergradient and of the adjoint's residual over this correction; the
+      change of ``J' v`` in the last two steps of the solve; and the residual of the
+      adjoint in scaled coordinates. ``error_estimate`` is the larger one of the first
+      and the third. None of them depends on the units of ``w`` or of a loss, as far as
+      the probed scaling does not. They miss a direction of which neither ``dM/dw`` nor
+      ``dL/dw`` has a part that the solve resolved, another minimum, and the noise of a
+      batch size (see `Average`). In bfloat16 the residual rarely falls below 1e-2.
 
     Target: argmin.
 
@@ -146,9 +168,9 @@ class Implicit(eqx.Module):
     """
 
     solver: InnerSolver
-    linear_solver: lx.AbstractLinearSolver = eqx.field(default_factory=CG)
-    damping: float | Array = eqx.field(
-        default=0.0, converter=float_converter("damping", optional=False)
+    linear_solver: lx.AbstractLinearSolver = eqx.field(default_factory=default_solver)
+    damping: float | Array | None = eqx.field(
+        default=None, converter=float_converter("damping")
     )
     hvp_fn: HvpFn | None = eqx.field(static=True, default=None, kw_only=True)
     num_newton_steps: int = eqx.field(static=True, default=0, kw_only=True)
@@ -156,6 +178,7 @@ class Implicit(eqx.Module):
         default=None, converter=float_converter("rtol"), kw_only=True
     )
     certify: bool = eqx.field(static=True, default=False, kw_only=True)
+    estimate_error: bool = eqx.field(static=True, default=True, kw_only=True)
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
     adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -189,6 +212,11 @@ class Implicit(eqx.Module):
         check_hashable("hvp_fn", self.hvp_fn)
         if self.rtol is not None:
             self._check_adaptive(jnp.asarray(self.rtol))
+            if not self.estimate_error:
+                raise ValueError(
+                    "estimate_error must be True with rtol, which is a tolerance of "
+                    "the estimated error; got False."
+                )
         if self.adjoint_batch_size is not None and (
             self.num_newton_steps or self.rtol is not None
         ):
@@ -242,7 +270,7 @@ class Implicit(eqx.Module):
         """
         if self.rtol is not None:
             return float(jnp.max(jnp.asarray(self.rtol)))
-        damping = float(self.damping)
+        damping = 0.0 if self.damping is None else float(self.damping)
         solver_bound = getattr(self.linear_solver, "error_bound", lambda *_: 0.0)
         solver_error = solver_bound(eig_min + damping, eig_max + damping)
         return solver_error + damping / (eig_min + damping)
@@ -267,6 +295,8 @@ class Implicit(eqx.Module):
             zero_adjoint(problem, w),
             num_estimates=jnp.asarray(0),
             grad_tol=jnp.asarray(jnp.nan, float),
+            duals=self._zero_duals(problem, w),
+            s=optax.tree.zeros_like(w) if needs_scaling(self) else None,
             prepared=prepared,
         )
 
@@ -281,7 +311,8 @@ class Implicit(eqx.Module):
         else:
             rtol = self._current_rtol(state)
             solution = solve_adaptively(self, problem, state, alpha, data, rtol)
-        w, result, error_estimate = solution.w, solution.result, solution.error_estimate
+        w, result = solution.w, solution.adjoint.result
+        error_estimate: Any = jnp.nan
         costs = self._costs(data, solution)
         if self.certify:
             certificate = compute_certificate(
@@ -291,17 +322,19 @@ class Implicit(eqx.Module):
                 alpha,
                 result.hypergradient,
                 adjoint=result.adjoint,
+                init_s=solution.s,
                 rtol=rtol,
             )
             flags = {"certificate": ~certificate.trusted}
             error_estimate = certificate.error_estimate
             costs = jax.tree.map(jnp.add, costs, certificate.stats)
-        elif self.rtol is not None:
-            flags = adaptive_flags(solution, rtol)
         elif self.hvp_fn is not None:
             flags = {"other_curvature": True}
+        elif not self.estimate_error:
+            flags = {"unchecked": True}
         else:
-            flags = result_flags(self, problem, w, alpha, data, result)
+            flags = result_flags(solution, rtol)
+            error_estimate = solution.adjoint.error.error_estimate
         flags |= lost_derivative_flags(problem, w, alpha)
         estimate = make_estimate(
             result.value,
@@ -323,6 +356,8 @@ class Implicit(eqx.Module):
             result.adjoint if self.warm_start else state.adjoint,
             state.num_estimates + 1,
             solution.grad_tol,
+            solution.adjoint.duals if self.warm_start else state.duals,
+            solution.s if self.warm_start else state.s,
             solution.prepared,
         )
         return estimate, next_state
@@ -343,8 +378,8 @@ class Implicit(eqx.Module):
         if self.rtol is None:
             thorough = dataclasses.replace(
                 self,
-                linear_solver=CG(),
-                damping=0.0,
+                linear_solver=default_solver(),
+                damping=None,
                 hvp_fn=None,
                 num_newton_steps=self.num_newton_steps + NUM_NEWTON_STEPS,
                 adjoint_batch_size=None,
@@ -355,9 +390,26 @@ class Implicit(eqx.Module):
         prev_state = eqx.tree_at(
             lambda s: s.num_estimates, state, state.num_estimates - 1
         )
+        if prev_state.s is None and needs_scaling(thorough):
+            s = optax.tree.zeros_like(state.w)
+            prev_state = dataclasses.replace(prev_state, s=s)
+        if prev_state.duals is None:
+            duals = thorough._zero_duals(problem, state.w)
+            prev_state = dataclasses.replace(prev_state, duals=duals)
         estimate, next_state = thorough.estimate(problem, prev_state, alpha, key)
-        # CG prepares nothing; keep the data that the next estimate reuses.
-        return estimate, dataclasses.replace(next_state, prepared=state.prepared)
+        # Keep the data that the next estimate of this estimator reuses.
+        return estimate, dataclasses.replace(
+            next_state,
+            prepared=state.prepared,
+            duals=None if state.duals is None else next_state.duals,
+            s=None if state.s is None else next_state.s,
+        )
+
+    def _zero_duals(self, problem: Bilevel, w: PyTree) -> PyTree | None:
+        """Returns the first ``duals`` of the state."""
+        has_duals = self.rtol is not None or has_error_estimate(self)
+        has_duals = has_duals and uses_scaled_cg(self)
+        return zero_duals(problem, w) if has_duals else None
 
     def _current_rtol(self, state: ImplicitState) -> Scalar:
         """Returns the ``rtol`` of the next estimate."""
@@ -369,7 +421,7 @@ class Implicit(eqx.Module):
         counts = solution.counts
         fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        num_losses = solution.result.value.size
+        num_losses = solution.adjoint.result.value.size
         return cost_stats(
             data.inner_data,
             data.outer_data,

@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
-from ..certificate import NEWTON_RTOL, TRUST_RTOL
+from ..certificate import NEWTON_RTOL
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
-    ImplicitResult,
     damped_hvp_fn,
     finite_or_zero,
-    implicit_hypergradient,
     merge_linear_stats,
     safeguarded_newton_steps,
 )
 from ..linear.base import LinearStats
+from ..linear.equilibration import Scaling, equilibrate, no_scaling
 from ..problem import Bilevel, EstimateData
-from ..trees import all_finite, scale
+from ..products import hvp
+from ..trees import all_finite
 from .adaptive import AdaptiveSolve, add_counts
-from .error_estimates import stationarity_error
+from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
 if TYPE_CHECKING:
     from .implicit import Implicit, ImplicitState
@@ -32,20 +32,19 @@ class Solution(NamedTuple):
 
     Attributes:
       w: The inner solution.
-      result: Implicit differentiation at ``w``.
+      adjoint: Implicit differentiation at ``w`` and its error estimate.
       counts: Statistics of the inner solver, and ``num_outer_grads`` per outer loss.
       linear_stats: Statistics of all linear solves.
-      error_estimate: Estimated relative error of the hypergradient; NaN if unknown.
-      grad_tol, prepared: The entries of the next `ImplicitState`.
+      grad_tol, prepared, s: The entries of the next `ImplicitState`.
     """
 
     w: PyTree
-    result: ImplicitResult
+    adjoint: AdjointSolution
     counts: dict[str, Any]
     linear_stats: LinearStats
-    error_estimate: Scalar
     grad_tol: Scalar
     prepared: PyTree
+    s: PyTree
 
 
 def solve_once(
@@ -63,72 +62,87 @@ def solve_once(
         loss, init_w, alpha, data.inner_data, data.solver_key
     )
     linear_stats = EMPTY_LINEAR_STATS
+    scaling = find_scaling(estimator, problem, state, w, alpha, batch)
     if num_newton_steps := estimator.num_newton_steps:
         inner_grad = jax.grad(loss)(w, alpha, batch)
         rtols = [NEWTON_RTOL] * num_newton_steps
         w, linear_stats = safeguarded_newton_steps(
-            loss, w, alpha, batch, inner_grad, rtols, linear_stats
+            loss, w, alpha, batch, inner_grad, scaling, rtols, linear_stats
         )
         counts = add_counts(counts, num_grads=num_newton_steps + 1)
-    damping, hvp_fn = estimator.damping, estimator.hvp_fn
-    matvec = damped_hvp_fn(problem, w, alpha, batch, damping, hvp_fn)
-    prepared, num_products = _reuse_or_prepare(estimator, state, matvec, w)
-    result = implicit_hypergradient(
+    damping = 0.0 if estimator.damping is None else estimator.damping
+    matvec = damped_hvp_fn(problem, w, alpha, batch, damping, estimator.hvp_fn)
+    prepared, num_prepared = _reuse_or_prepare(estimator, state, matvec, w)
+    adjoint = solve_adjoint(
+        estimator,
         problem,
-        estimator.linear_solver,
         w,
         alpha,
         batch,
         outer_batch,
+        scaling,
         finite_or_zero(state.adjoint),
-        damping,
-        prepared,
-        hvp_fn,
+        finite_or_zero(state.duals),
+        linear_solver=estimator.linear_solver,
+        prepared=prepared,
+        with_error=has_error_estimate(estimator),
     )
-    linear_stats = merge_linear_stats(linear_stats, result.linear_stats)
-    linear_stats["num_products"] += num_products
-    # `result_flags` evaluates a second outer gradient.
-    has_result_flags = not estimator.certify and hvp_fn is None
+    linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
+    linear_stats["negative_curvature"] |= adjoint.is_negative
+    linear_stats["num_products"] += (
+        scaling.num_products + num_prepared + adjoint.num_extra_products
+    )
     return Solution(
         w,
-        result,
-        counts=counts | {"num_outer_grads": 2 if has_result_flags else 1},
+        adjoint,
+        counts=counts | {"num_outer_grads": 2 if adjoint.error is not None else 1},
         linear_stats=linear_stats,
-        error_estimate=jnp.asarray(jnp.nan),
         grad_tol=state.grad_tol,
         prepared=prepared,
+        s=scaling.s if needs_scaling(estimator) else None,
     )
 
 
-def result_flags(
+def has_error_estimate(estimator: "Implicit") -> bool:
+    """Returns True if the checks of each estimate are those of `estimate_error`."""
+    is_other = estimator.certify or estimator.hvp_fn is not None
+    return estimator.estimate_error and not is_other
+
+
+def needs_scaling(estimator: "Implicit") -> bool:
+    """Returns True if a part of an estimate works in scaled coordinates."""
+    is_adaptive = estimator.rtol is not None
+    has_newton_steps = estimator.num_newton_steps > 0
+    has_estimate = has_error_estimate(estimator)
+    return has_estimate or has_newton_steps or is_adaptive or uses_scaled_cg(estimator)
+
+
+def find_scaling(
     estimator: "Implicit",
     problem: Bilevel,
+    state: "ImplicitState",
     w: PyTree,
     alpha: PyTree,
-    data: EstimateData,
-    result: ImplicitResult,
-) -> dict[str, Scalar]:
-    """Returns the checks of an estimate whose solves ran once."""
-    inner_error = stationarity_error(
-        problem,
-        w,
-        alpha,
-        data.outer_batch(estimator.outer_batch_size),
-        result.b,
-        result.cross,
-        result.hypergradient,
-        scale(-1, result.inner_grad),
-        jnp.fmin(result.mean_curvature, result.linear_stats["ritz_min"]),
-    )
-    is_finite = all_finite(
-        result.value, result.hypergradient, result.inner_grad, result.adjoint_residual
-    )
-    return {
-        "not_finite": ~is_finite,
-        "adjoint_residual": ~jnp.all(result.adjoint_residual <= TRUST_RTOL),
-        "inner_error": ~(inner_error <= TRUST_RTOL),
-        "negative_curvature": jnp.any(result.linear_stats["negative_curvature"]),
-    }
+    batch: PyTree,
+) -> Scaling:
+    """Returns the diagonal scaling of ``H``, from that of the previous estimate.
+
+    It is the identity if no part of the estimate works in scaled coordinates.
+    """
+    if not needs_scaling(estimator):
+        return no_scaling(w)
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+    key = jax.random.fold_in(jax.random.key(0), state.num_estimates)
+    return equilibrate(matvec, w, init_s=state.s, key=key)
+
+
+def result_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:
+    """Returns the checks of an estimate with an error estimate."""
+    result, error = solution.adjoint.result, solution.adjoint.error
+    is_finite = all_finite(result.value, result.hypergradient, result.inner_grad)
+    is_negative = solution.linear_stats["negative_curvature"]
+    flags = {"not_finite": ~is_finite, "negative_curvature": is_negative}
+    return flags | error.flags(rtol)
 
 
 def solve_adaptively(
@@ -140,29 +154,26 @@ def solve_adaptively(
     rtol: Scalar,
 ) -> Solution:
     """Makes rounds of inner steps, Newton steps and adjoint solves to ``rtol``."""
-    adaptive = AdaptiveSolve(estimator, problem, data, alpha, rtol)
     init_w = problem.init_inner(state.w, alpha)
-    final = adaptive.run(init_w, finite_or_zero(state.adjoint), state.grad_tol)
+    scaling = find_scaling(estimator, problem, state, init_w, alpha, data.inner_batch())
+    adaptive = AdaptiveSolve(estimator, problem, data, alpha, rtol, scaling)
+    final = adaptive.run(
+        init_w,
+        finite_or_zero(state.adjoint),
+        finite_or_zero(state.duals),
+        state.grad_tol,
+    )
+    linear_stats = final.linear_stats
+    linear_stats["num_products"] += scaling.num_products
     return Solution(
         final.carry[0],
-        final.result,
+        final.adjoint,
         counts=final.counts,
-        linear_stats=final.linear_stats,
-        error_estimate=final.error,
+        linear_stats=linear_stats,
         grad_tol=final.init_grad_tol,
         prepared=None,
+        s=scaling.s,
     )
-
-
-def adaptive_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:
-    """Returns the checks of an estimate that was made to ``rtol``."""
-    result = solution.result
-    is_finite = all_finite(result.value, result.hypergradient, result.inner_grad)
-    return {
-        "not_finite": ~is_finite,
-        "tolerance": ~(solution.error_estimate <= rtol),
-        "negative_curvature": solution.linear_stats["negative_curvature"],
-    }
 
 
 def refresh_interval(linear_solver: Any) -> int:

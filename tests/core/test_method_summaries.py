@@ -161,7 +161,10 @@ def method(estimator, max_error=EXACT, **numbers):
 
 def implicit(linear_solver, max_error=EXACT, **numbers):
     return method(
-        hg.Implicit(LONG_DESCENT, linear_solver), max_error, T=LONG, **numbers
+        hg.Implicit(LONG_DESCENT, linear_solver, estimate_error=False),
+        max_error,
+        T=LONG,
+        **numbers,
     )
 
 
@@ -192,7 +195,7 @@ METHODS = {
     ),
     "Implicit(solver, lineax.LU())": implicit(lx.LU()),
     "Implicit(solver, hvp_fn=loss.gauss_newton)": method(
-        hg.Implicit(LONG_DESCENT, hvp_fn=GAUSS_NEWTON), T=LONG, k=2
+        hg.Implicit(LONG_DESCENT, hg.CG(), hvp_fn=GAUSS_NEWTON), T=LONG, k=2
     ),
     "Unrolled(solver)": method(hg.Unrolled(SHORT_DESCENT), T=SHORT),
     "Unrolled(solver, truncation_length=K)": method(

@@ -61,7 +61,7 @@ def certificate_to_dict(certificate: hg.Certificate) -> dict[str, Any]:
         "ritz_min": certificate.ritz_min,
         "ritz_max": certificate.ritz_max,
         "negative_curvature": certificate.negative_curvature,
-        "distance_estimate": certificate.distance_estimate,
+        "curvature_resolution": certificate.curvature_resolution,
         "distance_bound": certificate.distance_bound,
         "adjoint_error_bound": certificate.adjoint_error_bound,
         "stats": stats_to_dict(certificate.stats),

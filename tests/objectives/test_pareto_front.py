@@ -131,7 +131,7 @@ def test_a_front_equals_single_runs_and_is_traced_once():
 def adjoint_loops(function, *args):
     """Returns the loops of conjugate gradients in a program."""
     loops = hg.cost.flops(function, *args).loops
-    return [loop for loop in loops if "_run_recurrence" in loop.location]
+    return [loop for loop in loops if "scaled_cg" in loop.location]
 
 
 def test_adjoints_of_all_losses_are_columns_of_one_loop():

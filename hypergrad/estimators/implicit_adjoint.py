@@ -1,0 +1,195 @@
+"""The adjoint solve of `Implicit`, with the estimate of the hypergradient's error."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import PyTree, Scalar
+
+from ..implicit_diff import (
+    ImplicitResult,
+    implicit_hypergradient,
+    scaled_hypergradient,
+)
+from ..implicit_error import (
+    NUM_DIRECTIONS,
+    NUM_ERROR_PRODUCTS,
+    as_row,
+    concatenate,
+    correction_targets,
+    correction_terms,
+    estimate_error,
+    short_correction_terms,
+)
+from ..linear.equilibration import Scaling
+from ..problem import Bilevel
+from ..products import hvp
+
+if TYPE_CHECKING:
+    from .implicit import Implicit
+
+
+class AdjointSolution(NamedTuple):
+    """Implicit differentiation at one ``w`` with its error estimate.
+
+    Attributes:
+      result: Implicit differentiation.
+      error: The estimated error, or None if it was not asked for.
+      duals: ``duals`` of `CorrectionTerms` for the next estimate; the given ones if the
+        solver yields none.
+      is_negative: Whether negative curvature was met.
+      num_extra_products: Number of products beside those of ``result``.
+    """
+
+    result: ImplicitResult
+    error: Any  # HypergradientError or None
+    duals: PyTree
+    is_negative: Scalar
+    num_extra_products: Scalar | float
+
+
+def uses_scaled_cg(estimator: "Implicit") -> bool:
+    """Returns True if the adjoint solve is `scaled_cg` on ``H`` itself."""
+    is_exact = estimator.damping is None and estimator.hvp_fn is None
+    return is_exact and getattr(estimator.linear_solver, "is_scaled", False)
+
+
+def solve_adjoint(
+    estimator: "Implicit",
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    adjoint: PyTree,
+    duals: PyTree,
+    *,
+    linear_solver: lx.AbstractLinearSolver,
+    prepared: PyTree = None,
+    with_error: bool,
+) -> AdjointSolution:
+    """Returns implicit differentiation at ``w``, and its error estimate if asked for.
+
+    Args:
+      estimator: The `Implicit` whose ``damping`` and ``hvp_fn`` apply.
+      problem, w, alpha, batch, outer_batch: As for `implicit_hypergradient`.
+      scaling: Diagonal scaling of ``H``.
+      adjoint, duals: Solutions of the previous estimate, or zeros.
+      linear_solver: The linear solver, whose tolerance may differ from the estimator's.
+      prepared: Data that the linear solver reuses.
+      with_error: Whether to estimate the error.
+
+    Cost:
+      For the error estimate with `scaled_cg` five products and one outer gradient, and
+      two products for the duals of the previous estimate; with any other solver ten
+      steps of `scaled_cg` more.
+    """
+    run = _solve_scaled if uses_scaled_cg(estimator) else _solve_with_any_solver
+    solution, terms = run(
+        estimator,
+        problem,
+        w,
+        alpha,
+        batch,
+        outer_batch,
+        scaling,
+        adjoint,
+        duals,
+        linear_solver,
+        prepared,
+        with_error,
+    )
+    if not with_error:
+        return solution
+    error = estimate_error(
+        problem, w, alpha, batch, outer_batch, scaling, solution.result, terms
+    )
+    num_losses = problem.num_objectives or 1
+    num_products = solution.num_extra_products + NUM_ERROR_PRODUCTS * num_losses
+    return solution._replace(
+        error=error, num_extra_products=jnp.asarray(num_products, float)
+    )
+
+
+def _solve_with_any_solver(
+    estimator: "Implicit",
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    adjoint: PyTree,
+    duals: PyTree,
+    linear_solver: lx.AbstractLinearSolver,
+    prepared: PyTree,
+    with_error: bool,
+) -> tuple[AdjointSolution, Any]:
+    """Returns the solution by a linear solver, and terms from ten further steps."""
+    damping = 0.0 if estimator.damping is None else estimator.damping
+    result = implicit_hypergradient(
+        problem,
+        linear_solver,
+        w,
+        alpha,
+        batch,
+        outer_batch,
+        adjoint,
+        damping,
+        prepared,
+        estimator.hvp_fn,
+    )
+    is_negative = jnp.any(result.linear_stats["negative_curvature"])
+    if not with_error:
+        return AdjointSolution(result, None, duals, is_negative, 0), None
+    terms, is_short_negative, num_products = short_correction_terms(
+        problem, w, alpha, batch, scaling, result
+    )
+    is_negative |= is_short_negative
+    return AdjointSolution(result, None, duals, is_negative, num_products), terms
+
+
+def _solve_scaled(
+    estimator: "Implicit",
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    adjoint: PyTree,
+    duals: PyTree,
+    linear_solver: Any,
+    prepared: PyTree,
+    with_error: bool,
+) -> tuple[AdjointSolution, Any]:
+    """Returns the solution by `scaled_cg`, and the terms that it yields."""
+    del estimator, prepared
+    is_multi_objective = problem.num_objectives is not None
+    per_loss = jax.vmap if is_multi_objective else lambda fn: fn
+    subspace = per_loss(as_row)(adjoint)
+    targets = None
+    if with_error:
+        subspace = per_loss(concatenate)(subspace, duals)
+        targets = correction_targets(problem, w, alpha, batch)
+    result, solution = scaled_hypergradient(
+        problem,
+        w,
+        alpha,
+        batch,
+        outer_batch,
+        scaling,
+        subspace,
+        rtol=linear_solver.rtol,
+        max_steps=linear_solver.max_steps,
+        targets=targets,
+    )
+    is_negative = jnp.any(result.linear_stats["negative_curvature"])
+    if not with_error:
+        return AdjointSolution(result, None, duals, is_negative, 0), None
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+    terms = per_loss(lambda x: correction_terms(matvec, x, scaling))(solution)
+    num_products = NUM_DIRECTIONS + (problem.num_objectives or 1)
+    return AdjointSolution(result, None, terms.duals, is_negative, num_products), terms

@@ -1,0 +1,315 @@
+"""Estimates of the error of a hypergradient by implicit differentiation.
+
+Let ``w* = w - d`` with ``H d = dL/dw`` be the argmin to first order, and ``w+`` an
+approximation of it. With ``r+ = dM/dw(w+) - H(w+) v``, ``psi+ = dM/dalpha(w+) - J(w+)'
+v`` and the hypergradient ``h = dM/dalpha - J' v`` at ``w``, the error of ``h`` is
+
+    h* - h = psi+ - h - J' H^-1 r+,    u'(h* - h) = u'(psi+ - h) - y'r+
+
+for any direction ``u`` of ``alpha``, with the dual vector ``y = H^-1 J u``. Both the
+error of ``w`` and that of the adjoint are in it, and neither depends on the units of
+``w``. Conjugate gradients for the adjoint yield ``d`` and ``y`` without a product.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree, Scalar
+
+from .implicit_diff import ImplicitResult
+from .jaxpr import uses_w
+from .linear.base import MatVec
+from .linear.equilibration import Scaling
+from .linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
+from .problem import Bilevel
+from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
+from .trees import (
+    add_scale,
+    divide,
+    is_zero,
+    norm,
+    norm_ratio,
+    power_of_two_scale,
+    vdot,
+)
+
+NUM_DIRECTIONS = 2  # u; one is by chance ten times too small with a probability of 8%
+NUM_CHECK_STEPS = 10  # CG steps for the terms where the adjoint solver yields none
+NUM_ERROR_PRODUCTS = 2  # of `estimate_error`
+
+
+class CorrectionTerms(NamedTuple):
+    """Approximations from which the error of a hypergradient is estimated.
+
+    With K outer losses each leaf has a leading axis of size K.
+
+    Attributes:
+      inner_step: ``d``, structured like ``w``.
+      duals: ``y`` for each direction, ``[2, ...]``.
+      adjoint_change: The last change of ``v`` in its solve.
+    """
+
+    inner_step: PyTree
+    duals: PyTree
+    adjoint_change: PyTree
+
+
+class HypergradientError(NamedTuple):
+    """Estimated relative errors of a hypergradient, the maximum over K losses.
+
+    Attributes:
+      correction: ``||h* - h|| / ||h||`` from two random directions ``u``.
+      relative_change: The change of ``h`` from ``w`` to ``w+`` at a fixed adjoint, and
+        the change of the residual of the adjoint times ``||J' v||``, over ``||h||``.
+      adjoint_change: Change of ``J' v`` in the last two steps of its solve over
+        ``||h||``.
+      adjoint_residual: ``||S (b - H v)|| / ||S b||``.
+    """
+
+    correction: Scalar
+    relative_change: Scalar
+    adjoint_change: Scalar
+    adjoint_residual: Scalar
+
+    @property
+    def error_estimate(self) -> Scalar:
+        """The estimated relative error of the hypergradient."""
+        return jnp.maximum(self.correction, self.adjoint_change)
+
+    def flags(self, rtol: Scalar | float) -> dict[str, Scalar]:
+        """Returns which of the two solves is too inaccurate for ``rtol``."""
+        inner = jnp.maximum(self.correction, self.relative_change)
+        adjoint = jnp.maximum(self.adjoint_change, self.adjoint_residual)
+        return {"inner_error": ~(inner <= rtol), "adjoint_residual": ~(adjoint <= rtol)}
+
+
+def correction_targets(
+    problem: Bilevel, w: PyTree, alpha: PyTree, batch: PyTree
+) -> PyTree:
+    """Returns ``dL/dw`` and ``J u`` for two directions, with a leading axis of size 3.
+
+    The solutions of ``H x = target`` are ``d`` and the duals.
+
+    Cost: two products.
+    """
+    inner_grad, columns = grad_and_cross_jvps(
+        problem.inner_loss, w, alpha, batch, random_directions(alpha)
+    )
+    return concatenate(as_row(inner_grad), columns)
+
+
+def correction_terms(
+    matvec: MatVec, solution: ScaledSolution, scaling: Scaling
+) -> CorrectionTerms:
+    """Returns the terms from an adjoint solve with `correction_targets`.
+
+    ``d`` has one step along the rest of ``dL/dw``, because ``dM/dw`` may have no part
+    in a direction on which ``dM/dalpha`` depends.
+
+    Cost: one product.
+    """
+    row = lambda rows, tree: jax.tree.map(lambda leaf: leaf[rows], tree)
+    inner_step = add_gradient_step(
+        matvec,
+        row(0, solution.target_solutions),
+        row(0, solution.target_residuals),
+        scaling,
+    )
+    duals = row(slice(1, 1 + NUM_DIRECTIONS), solution.target_solutions)
+    return CorrectionTerms(inner_step, duals, solution.last_change)
+
+
+def random_directions(alpha: PyTree) -> PyTree:
+    """Returns two directions of ``alpha`` with a leading axis, always the same ones.
+
+    They are random, orthogonal where ``alpha`` has more than one number, and so long
+    that the mean of ``(u'x)^2`` is ``||x||^2`` in expectation. For one or two numbers
+    it is equal to it.
+    """
+    flat, unravel = ravel_pytree(alpha)
+    u = jax.random.normal(jax.random.key(0), (NUM_DIRECTIONS, flat.size), float)
+    u0 = u[0] / jnp.linalg.norm(u[0])
+    u1 = u0 if flat.size == 1 else u[1] - u0 * jnp.vdot(u0, u[1])
+    u = jnp.stack([u0, u1 / jnp.linalg.norm(u1)]) * flat.size**0.5
+    return jax.vmap(unravel)(u.astype(flat.dtype))
+
+
+def zero_duals(problem: Bilevel, w: PyTree) -> PyTree:
+    """Returns the first duals: zeros ``[2, ...]``, with K losses ``[K, 2, ...]``."""
+    is_multi_objective = problem.num_objectives is not None
+    lead = (problem.num_objectives,) if is_multi_objective else ()
+    zeros = lambda leaf: jnp.zeros((*lead, NUM_DIRECTIONS, *leaf.shape), leaf.dtype)
+    return jax.tree.map(zeros, w)
+
+
+def short_correction_terms(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    scaling: Scaling,
+    result: ImplicitResult,
+) -> tuple[CorrectionTerms, Scalar, Scalar]:
+    """Returns terms for an adjoint of any solver, from ten steps of `scaled_cg`.
+
+    They replace the last change of ``v`` by ``H^-1 (b - H v)``.
+
+    Returns:
+      The terms, whether the steps met negative curvature, and the number of products.
+    """
+    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+    targets = correction_targets(problem, w, alpha, batch)
+
+    def solve(b, residual):
+        solution = scaled_cg(
+            matvec,
+            b,
+            scaling,
+            rtol=0.0,
+            max_steps=NUM_CHECK_STEPS,
+            targets=concatenate(targets, as_row(residual)),
+        )
+        terms = correction_terms(matvec, solution, scaling)
+        change = jax.tree.map(lambda leaf: leaf[-1], solution.target_solutions)
+        terms = terms._replace(adjoint_change=change)
+        return terms, solution.is_negative, solution.num_products + 1
+
+    if problem.num_objectives is not None:
+        solve = jax.vmap(solve)
+    terms, is_negative, num_products = solve(result.b, result.residual)
+    num_products = jnp.sum(num_products) + NUM_DIRECTIONS
+    return terms, jnp.any(is_negative), num_products
+
+
+def estimate_error(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    result: ImplicitResult,
+    terms: CorrectionTerms,
+) -> HypergradientError:
+    """Estimates the relative error of a hypergradient at ``w``.
+
+    No estimate sees a direction in which neither ``dM/dw`` nor ``dL/dw`` has a part
+    that the solve resolved, another minimum than the nearest, or noise of batches.
+
+    Cost: two products and one outer gradient.
+
+    Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
+    ``w`` and its adjoint.
+    """
+    directions = random_directions(alpha)
+    is_moving = ~is_zero(result.inner_grad)
+    losses = problem.outer_loss
+    losses = losses if isinstance(losses, tuple) else (losses,)
+    reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
+
+    def per_loss(index, result, terms):
+        new_b, new_direct, new_Hv, new_cross, cross_change = _derivatives_at_correction(
+            problem, w, alpha, batch, outer_batch, index, result.adjoint, terms
+        )
+        # psi+ - h and r+, the latter in the coordinates of S H S
+        change = optax.tree.sub(optax.tree.sub(new_direct, new_cross), result.h)
+        new_residual = scaling.multiply(optax.tree.sub(new_b, new_Hv))
+        residual = scaling.multiply(result.residual)
+        residual_change = optax.tree.sub(new_residual, residual)
+
+        def directional_error(u, y):
+            # u'(h* - h) = u'(psi+ - h) - y'r+
+            return vdot(u, divide(change, unit)) - _safe_vdot(
+                scaling.divide(y), new_residual, unit
+            )
+
+        # Without b there is no Krylov space that could contain a part of d.
+        is_blind = (
+            is_zero(result.b) & is_moving & reads_w[0 if index is None else index]
+        )
+        unit = power_of_two_scale(result.h)
+        relative_to_h = lambda x: _ratio(x, norm(divide(result.h, unit)))
+        errors = jax.vmap(directional_error)(directions, terms.duals)
+        relative_residual_change = norm_ratio(
+            residual_change, scaling.multiply(result.b)
+        )
+        relative_change = relative_to_h(
+            norm(divide(change, unit))
+            + norm(divide(result.cross, unit)) * relative_residual_change
+        )
+        return HypergradientError(
+            correction=relative_to_h(jnp.sqrt(jnp.mean(errors**2))),
+            relative_change=jnp.where(is_blind, jnp.inf, relative_change),
+            adjoint_change=relative_to_h(norm(divide(cross_change, unit))),
+            adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
+        )
+
+    parts = _Parts(
+        result.hypergradient, result.b, result.adjoint, result.cross, result.residual
+    )
+    if problem.num_objectives is None:
+        return per_loss(None, parts, terms)
+    indices = jnp.arange(problem.num_objectives)
+    return jax.tree.map(jnp.max, jax.vmap(per_loss)(indices, parts, terms))
+
+
+class _Parts(NamedTuple):
+    """The parts of an `ImplicitResult` that differ between outer losses."""
+
+    h: PyTree
+    b: PyTree
+    adjoint: PyTree
+    cross: PyTree
+    residual: PyTree
+
+
+def _derivatives_at_correction(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    outer_batch: PyTree,
+    index: Array | None,
+    adjoint: PyTree,
+    terms: CorrectionTerms,
+) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
+    """Returns ``dM/dw``, ``dM/dalpha``, ``H v``, ``J' v`` and ``J' dv`` at ``w - d``.
+
+    ``index`` is that of the outer loss, and ``dv`` the last change of the adjoint.
+    """
+    new_w = add_scale(w, -1, terms.inner_step)
+
+    def outer_value(w, alpha):
+        value = problem.outer_value(w, alpha, outer_batch)
+        return value if index is None else value[index]
+
+    new_b, new_direct = jax.grad(outer_value, argnums=(0, 1))(new_w, alpha)
+    products = lambda v: hvp_and_cross_vjp(problem.inner_loss, new_w, alpha, batch, v)
+    vectors = jax.tree.map(lambda *v: jnp.stack(v), adjoint, terms.adjoint_change)
+    _, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
+    row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)
+    return new_b, new_direct, row(0, Hv), row(0, cross), row(1, cross)
+
+
+def _ratio(x: Array, y: Array) -> Array:
+    """Returns ``x / y``, and 0 if ``x`` is 0."""
+    return jnp.where(x == 0, 0.0, x / y)
+
+
+def _safe_vdot(x: PyTree, y: PyTree, unit: Array) -> Array:
+    """Returns ``x'y / unit``, where the product of single entries may overflow."""
+    x_unit, y_unit = power_of_two_scale(x), power_of_two_scale(y)
+    return vdot(divide(x, x_unit), divide(y, y_unit)) * (x_unit / unit) * y_unit
+
+
+def as_row(x: PyTree) -> PyTree:
+    """Returns ``x`` with a leading axis of size 1."""
+    return jax.tree.map(lambda leaf: leaf[None], x)
+
+
+def concatenate(x: PyTree, y: PyTree) -> PyTree:
+    """Returns the vectors of both along the leading axis."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y)
