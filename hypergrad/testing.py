@@ -1,4 +1,4 @@
-"""Conformance tests of estimators, on quadratic problems with exact solutions."""
+"""Conformance tests of estimators, on problems whose hypergradients are known."""
 
 from typing import Any
 
@@ -14,6 +14,16 @@ from .estimators.base import STATS, Estimate, Estimator, get_target
 from .hypergradient import hypergradient
 from .minimize import minimize
 from .problem import Bilevel
+from .trust import TrustCounts, check_trust, trust_counts
+
+__all__ = [
+    "RepeatedSteps",
+    "TrustCounts",
+    "check_estimator",
+    "check_trust",
+    "quadratic",
+    "trust_counts",
+]
 
 EIG_MIN, EIG_MAX = 0.5, 1.5
 NUM_SINGLE_LOOP_STEPS = 300

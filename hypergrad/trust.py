@@ -1,0 +1,157 @@
+"""Tests of ``trusted`` on random problems with known hypergradients."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .estimators.base import Estimator
+from .hypergradient import hypergradient
+from .trees import relative_error
+from .trust_problems import FAMILIES, cast_trial, make_trial
+
+TRUST_RTOL = 1e-2
+MAX_FALSE_TRUST, MIN_RECALL = 6e-3, 0.98
+
+
+class TrustCounts(NamedTuple):
+    """The numbers of estimates that `trust_counts` found trusted, right and wrong.
+
+    Attributes:
+      num_problems: Number of problems with a known hypergradient.
+      num_trusted: Number of estimates that were trusted.
+      num_false: Number of trusted estimates with an error above 2e-2.
+      num_accurate: Number of estimates at a minimum with an error below 1e-3.
+      num_recalled: Number of these that were trusted.
+      num_measurable: Number of estimates at a minimum with an error of 1e-6 to 1.
+      num_sharp: Number of these whose ``error_estimate`` was within a factor of two of
+        the error.
+    """
+
+    num_problems: int
+    num_trusted: int
+    num_false: int
+    num_accurate: int
+    num_recalled: int
+    num_measurable: int
+    num_sharp: int
+
+    def __add__(self, other: Any) -> "TrustCounts":
+        """Returns the counts of both sets of problems."""
+        return TrustCounts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def check_trust(
+    estimator: Estimator,
+    *,
+    families: Sequence[str] = tuple(FAMILIES),
+    num_problems: int = 100,
+    dtype: Any = "float64",
+    key: Array | None = None,
+) -> TrustCounts:
+    """Raises AssertionError unless ``trusted`` can be relied on, in any units.
+
+    Each problem is drawn from one of ten families: ridge, logistic and softmax
+    regression, a network, a matrix factorization, and smooth problems whose Hessians
+    have clusters of eigenvalues, a wide range of them, one small, one negative or three
+    zero ones. ``w`` starts near the minimum or where gradient descent left it, in units
+    that differ by up to 1e6; the losses have factors of up to 1e6, and a third of
+    the problems have a large parameter without influence.
+
+    Args:
+      estimator: The estimator. Its inner solver starts from the ``w`` of the problem; a
+        solver without steps leaves it there, which tests the rules of trust alone.
+      families: Names of the families.
+      num_problems: Number of problems of each family.
+      dtype: Precision of the estimates.
+      key: PRNG key of the problems. Defaults to ``jax.random.key(0)``.
+
+    Returns:
+      The counts over all families.
+
+    Raises:
+      AssertionError: More than 6 of 1,000 trusted estimates are off by more than 2e-2,
+        or fewer than 98% of those within 1e-3 are trusted.
+      ValueError: A family has another name, or ``jax_enable_x64`` is off.
+
+    >>> import optax, hypergrad as hg
+    >>> from hypergrad.runtime import compat
+    >>> estimator = hg.Implicit(hg.Descent(optax.sgd(0.0), 0))
+    >>> with compat.enable_x64(True):
+    ...     counts = hg.testing.check_trust(
+    ...         estimator, families=["ridge"], num_problems=20
+    ...     )
+    >>> counts.num_false
+    0
+    """
+    keys = jax.random.split(jax.random.key(0) if key is None else key, len(families))
+    counts = [
+        trust_counts(estimator, family, num_problems, dtype=dtype, key=family_key)
+        for family, family_key in zip(families, keys, strict=True)
+    ]
+    total = sum(counts, TrustCounts(0, 0, 0, 0, 0, 0, 0))
+    if total.num_false > MAX_FALSE_TRUST * total.num_trusted:
+        raise AssertionError(
+            f"at most {MAX_FALSE_TRUST:.1%} of the trusted estimates may be off by "
+            f"more than 2e-2; {total.num_false} of {total.num_trusted} are."
+        )
+    if total.num_recalled < MIN_RECALL * total.num_accurate:
+        raise AssertionError(
+            f"at least {MIN_RECALL:.0%} of the estimates within 1e-3 must be trusted; "
+            f"{total.num_recalled} of {total.num_accurate} are."
+        )
+    return total
+
+
+def trust_counts(
+    estimator: Estimator, family: str, num_problems: int, *, dtype: Any, key: Array
+) -> TrustCounts:
+    """Returns how often ``trusted`` is right on random problems of one family.
+
+    Problems on which Newton's method with dense derivatives does not converge to a
+    minimum are left out, except saddles, at which no estimate should be trusted unless
+    it is accurate.
+
+    Args:
+      estimator, family, num_problems, dtype, key: As for `check_trust`.
+    """
+    if family not in FAMILIES:
+        raise ValueError(
+            f"families must be among {', '.join(FAMILIES)}; got {family!r}."
+        )
+    if jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "jax_enable_x64 must be on, because the exact hypergradients are computed "
+            "in float64. Call jax.config.update('jax_enable_x64', True) first."
+        )
+    keys = jax.random.split(key, num_problems)
+    sample = lambda key: make_trial(FAMILIES[family], key)
+    trials = jax.jit(jax.vmap(sample))(keys)
+
+    def run(trial):
+        estimate = hypergradient(trial.problem, estimator)(trial.w, trial.alpha)
+        error_estimate = estimate.stats["error_estimate"]
+        return estimate.hypergradient, estimate.trusted, error_estimate
+
+    actual, trusted, error_estimate = jax.jit(jax.vmap(run))(cast_trial(trials, dtype))
+    exact = trials.hypergradient
+    error = np.asarray(jax.vmap(relative_error)(actual.astype(exact.dtype), exact))
+    is_minimum = np.asarray(trials.is_minimum)
+    has_answer = np.isfinite(exact).all(axis=1) & (is_minimum | (family == "saddle"))
+    trusted = has_answer & np.asarray(trusted)
+    is_accurate = has_answer & is_minimum & (error < TRUST_RTOL / 10)
+    is_measurable = has_answer & is_minimum & (error > 1e-6) & (error < 1)
+    factor = np.asarray(error_estimate) / np.where(is_measurable, error, 1.0)
+    is_sharp = is_measurable & (factor > 0.5) & (factor < 2)
+    return TrustCounts(
+        num_problems=int(np.sum(has_answer)),
+        num_trusted=int(np.sum(trusted)),
+        num_false=int(np.sum(trusted & ~(error <= 2 * TRUST_RTOL))),
+        num_accurate=int(np.sum(is_accurate)),
+        num_recalled=int(np.sum(is_accurate & trusted)),
+        num_measurable=int(np.sum(is_measurable)),
+        num_sharp=int(np.sum(is_sharp)),
+    )
