@@ -127,7 +127,7 @@ class Implicit(eqx.Module):
       The inner solve, two outer gradients, and the products of the linear solver and
       one more, which yields the cross term and the true residual. The diagonal scaling
       takes eight products for the first estimate and two for each later one, the error
-      estimate four, and three from the solutions of the previous estimate. For a linear
+      estimate five, and four from the solutions of the previous estimate. For a linear
       solver other than the default the error estimate takes ten more. With ``rtol``: a
       full gradient for every ten gradients of inner steps, and in each round an adjoint
       solve with its error estimate. With ``certify``: two Newton steps with an adjoint

@@ -28,7 +28,6 @@ from .equilibration import Scaling
 
 MIN_STEPS = 2  # after which the last change says something about the error
 EXHAUSTED_RATIO = 1e-6  # of residuals in two steps, after which nothing is left
-MIN_EIGENVALUE = 1e-8  # of the subspace's Gram matrix with unit diagonal
 
 
 class ScaledSolution(NamedTuple):
@@ -122,7 +121,7 @@ def scaled_cg(
         solutions. Zeros are ignored. Defaults to none.
 
     Cost:
-      One product a step, and k for a subspace that is not zero.
+      One product a step, and k + 1 for a subspace that is not zero.
 
     Source: Hestenes & Stiefel 1952; the projections follow from the conjugacy of the
     directions, Golub & Van Loan, section 11.3.
@@ -187,11 +186,15 @@ def _init_state(
         solutions, residuals, is_negative, num_products = _project(
             matvec, subspace, all_rhs
         )
-    r, zeros = _row(residuals, 0), optax.tree.zeros_like(_row(all_rhs, 0))
+    x, b = _row(solutions, 0), _row(all_rhs, 0)
+    # The difference b - (H W) c would be off by the rounding of a large c.
+    r = apply_unless(is_zero(x), lambda b: optax.tree.sub(b, matvec(x)), b)
+    num_products = num_products + jnp.where(is_zero(x), 0, 1)
+    zeros = optax.tree.zeros_like(b)
     rr = vdot(r, r)
     nan = jnp.full_like(rr, jnp.nan)
     state = _State(
-        x=_row(solutions, 0),
+        x=x,
         r=r,
         p=r,
         rr=rr,
@@ -305,8 +308,10 @@ def _project(
     d = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
     gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
     eigenvalues, q = jnp.linalg.eigh(gram)
-    is_negative |= jnp.any(eigenvalues < -MIN_EIGENVALUE)
-    is_used = eigenvalues > MIN_EIGENVALUE
+    # Smaller eigenvalues are those of nearly dependent vectors, and mostly rounding.
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(W))).eps)
+    is_negative |= jnp.any(eigenvalues < -(eps**0.5))
+    is_used = eigenvalues > eps**0.5
     inverse = jnp.where(is_used, 1 / jnp.where(is_used, eigenvalues, 1), 0)
     pseudo_inverse = jnp.outer(d, d) * (q @ jnp.diag(inverse) @ q.T)
     coefficients = inner_products(all_rhs, W) @ pseudo_inverse

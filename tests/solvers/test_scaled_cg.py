@@ -117,7 +117,7 @@ def test_earlier_solutions_stay_in_the_search_space():
     subspace = jnp.concatenate([cold.v[None], cold.target_solutions])
     warm = scaled_cg(matvec, b, scaling, rtol=1e-10, targets=targets, subspace=subspace)
     assert warm.num_steps <= 3 < cold.num_steps
-    assert warm.num_products == warm.num_steps + 4
+    assert warm.num_products == warm.num_steps + 4 + 1
     assert relative(warm.v, np.linalg.solve(H, b), units) < 1e-6
     zeros = scaled_cg(
         matvec, b, scaling, rtol=1e-10, targets=targets, subspace=0 * subspace
@@ -185,3 +185,20 @@ def test_a_nan_in_h_is_returned():
     solution = scaled_cg(matvec_of(jnp.full((3, 3), jnp.nan)), b, no_scaling(b))
     assert np.all(np.isnan(solution.v))
     assert not solution.is_solved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_nearly_dependent_subspace_does_no_harm(dtype):
+    """Three vectors that differ by rounding, as duals of alike directions do."""
+    H, b, targets, _ = random_system(12, 0, lowest=0.1)
+    H, b, targets = (x.astype(dtype) for x in (H, b, targets))
+    noise = np.random.default_rng(0).normal(size=(3, 12)).astype(dtype)
+    exact = jnp.asarray(np.linalg.solve(H, b), dtype)
+    subspace = exact[None] * (1 + 10 * jnp.finfo(dtype).eps * noise)
+    solution = scaled_cg(
+        matvec_of(H), 1.3 * b + targets[0], no_scaling(b), subspace=subspace
+    )
+    expected = np.linalg.solve(H, 1.3 * b + targets[0])
+    error = np.linalg.norm(solution.v - expected) / np.linalg.norm(expected)
+    assert solution.is_solved
+    assert error < (1e-4 if dtype == "float32" else 1e-10)
