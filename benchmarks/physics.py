@@ -90,7 +90,9 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
         3 * NUM_STEPS + 2,
     ),
     "implicit": (
-        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=10), damping=1.0),
+        hg.Implicit(
+            SOLVER, hg.CG(rtol=1e-2, max_steps=10), damping=1.0, estimate_error=False
+        ),
         NUM_STEPS + 2 + 2 * 12,
     ),
     "finite difference": (hg.FiniteDifference(SOLVER), NUM_STEPS + 3 + 1),

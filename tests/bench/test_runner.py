@@ -163,7 +163,8 @@ def test_a_method_may_have_a_multiple_of_the_budget(run):
     costs = lambda method: [
         row["gradient_equivalents"] for row in select(result.rows, method=method)
     ]
-    assert min(costs("long_stay")) > 1.8 * max(costs("stay"))
+    # A run may exceed its budget by one step.
+    assert min(costs("long_stay")) > 1.6 * max(costs("stay"))
     assert not result.failures
 
 

@@ -47,7 +47,8 @@ def test_a_part_that_is_not_carried_starts_at_zero(name):
     _, full_state = IMPLICIT.estimate(bowl(), full_state, alpha, key)
     other = {"w": "adjoint", "adjoint": "w"}[name]
     assert jnp.any(getattr(full_state, other) != 0)
-    reset_state = eqx.tree_at(lambda s: getattr(s, other), full_state, w)
+    parts = lambda state: (getattr(state, other), state.s)  # s is not carried either
+    reset_state = eqx.tree_at(parts, full_state, (w, w))
     expected, _ = IMPLICIT.estimate(bowl(), reset_state, 1.1 * alpha, key)
     state = {name: getattr(full_state, name)}
     actual, next_state = warm_start.PartlyWarm(IMPLICIT, (name,)).estimate(

@@ -86,7 +86,9 @@ def test_the_penalty_takes_no_second_derivative():
     estimate = hg.hypergradient(problem, hg.Penalty(HALF_STEPS, 1e3))(0.0, 1.0)
     assert estimate.hypergradient == pytest.approx(9.0, rel=1e-2)
     assert failed_flags(estimate) == ["biased"]
-    with pytest.raises(AssertionError, match="second derivative"):
+    # JAX may refuse the forward mode of the rule before the rule is differentiated.
+    errors, texts = (AssertionError, TypeError), "second derivative|forward-mode"
+    with pytest.raises(errors, match=texts):
         hg.hypergradient(problem, hg.Implicit(HALF_STEPS))(0.0, 1.0)
 
 
