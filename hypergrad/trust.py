@@ -15,6 +15,9 @@ from .trust_problems import FAMILIES, cast_trial, make_trial
 
 TRUST_RTOL = 1e-2
 MAX_FALSE_TRUST, MIN_RECALL = 6e-3, 0.98
+#: A rotation of the factors changes no loss of a matrix factorization, so that rounding
+#: decides the sign of a zero eigenvalue, and accurate estimates may be refused.
+DEFAULT_FAMILIES = tuple(name for name in FAMILIES if name != "factorization")
 
 
 class TrustCounts(NamedTuple):
@@ -47,7 +50,7 @@ class TrustCounts(NamedTuple):
 def check_trust(
     estimator: Estimator,
     *,
-    families: Sequence[str] = tuple(FAMILIES),
+    families: Sequence[str] = DEFAULT_FAMILIES,
     num_problems: int = 100,
     dtype: Any = "float64",
     key: Array | None = None,
@@ -64,7 +67,8 @@ def check_trust(
     Args:
       estimator: The estimator. Its inner solver starts from the ``w`` of the problem; a
         solver without steps leaves it there, which tests the rules of trust alone.
-      families: Names of the families.
+      families: Names of the families. Defaults to all but the matrix factorization,
+        whose minima are not strict, so that accurate estimates may be refused.
       num_problems: Number of problems of each family.
       dtype: Precision of the estimates.
       key: PRNG key of the problems. Defaults to ``jax.random.key(0)``.
