@@ -50,7 +50,7 @@ def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding(str(error), "FAILED")]
     except Exception as error:  # of a check of the table, or of a row without a field
-        text = f"the rows cannot be judged: {type(error).__name__}: {error}"
+        text = f"the rows cannot be evaluated: {type(error).__name__}: {error}"
         return [Finding(text, "FAILED")]
 
 

@@ -45,7 +45,6 @@ REASONS = {
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum"
     ),
-    "tolerance": "the error estimate is above the tolerance",
     "certificate": "the certificate does not confirm the estimate",
     "other_curvature": (
         "hvp_fn stands for the Hessian, whose spectrum is therefore unknown; use "

@@ -129,7 +129,8 @@ def scaled_cg(
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
     rtol = eps**0.75 if rtol is None else rtol
-    max_steps = max(min(10 * dimension, 1000), 2) if max_steps is None else max_steps
+    if max_steps is None:
+        max_steps = max(min(10 * dimension, 1000), MIN_STEPS)
     if targets is None:
         targets = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), b)
     # All right-hand sides have entries of order one: no square under- or overflows.

@@ -75,21 +75,21 @@ def test_a_search_ignores_trials_of_another_problem(tmp_path):
     Metrics are not, so that a search with others shares its trials.
     """
     inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
-    outer = lambda scale: lambda w, alpha, goal: scale * jnp.sum((w - goal) ** 2)
-    make = lambda goal=0.5, scale=1.0, **options: (
+    outer = lambda scale: lambda w, alpha, target: scale * jnp.sum((w - target) ** 2)
+    search_options = lambda target=0.5, scale=1.0, **options: (
         {
-            "problem": hg.Bilevel(inner, outer(scale), None, jnp.full(2, goal)),
+            "problem": hg.Bilevel(inner, outer(scale), None, jnp.full(2, target)),
             "solver": hg.Newton(),
             "budget": 30.0,
         }
         | options
     )
     problems = {
-        "first": make(),
-        "data": make(goal=0.1),
-        "closed over": make(scale=-1.0),
-        "w": make(w=jnp.ones(2)),
-        "solver": make(solver=hg.Newton(tolerance=0.5)),
+        "first": search_options(),
+        "data": search_options(target=0.1),
+        "closed over": search_options(scale=-1.0),
+        "w": search_options(w=jnp.ones(2)),
+        "solver": search_options(solver=hg.Newton(tolerance=0.5)),
     }
     shared = TPE(3, tmp_path / "shared.log")
     for name, options in problems.items():
@@ -98,7 +98,9 @@ def test_a_search_ignores_trials_of_another_problem(tmp_path):
         np.testing.assert_array_equal(trace.value, alone.value, err_msg=name)
     num_trials = list(map(len, read_studies(shared.journal)))
     assert len(num_trials) == len(problems)
-    search(searcher=shared, **make(metrics={"norm": lambda w, alpha, key: w[0]}))
+    search(
+        searcher=shared, **search_options(metrics={"norm": lambda w, alpha, key: w[0]})
+    )
     longer = list(map(len, read_studies(shared.journal)))
     assert sum(longer) > sum(num_trials)
     assert len(longer) == len(problems)
