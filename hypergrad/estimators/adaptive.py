@@ -319,12 +319,8 @@ class AdaptiveSolve(eqx.Module):
     ) -> LinearStats:
         """Returns the statistics of earlier solves extended by an adjoint solve."""
         linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
-        num_products = linear_stats["num_products"] + adjoint.num_extra_products
-        is_negative = linear_stats["negative_curvature"] | adjoint.is_negative
-        return linear_stats | {
-            "num_products": num_products,
-            "negative_curvature": is_negative,
-        }
+        linear_stats["num_products"] += adjoint.num_extra_products
+        return linear_stats
 
     def grad_norm(self, inner_grad: PyTree) -> Scalar:
         """Returns ``||S dL/dw||``."""

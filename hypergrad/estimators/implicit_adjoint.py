@@ -1,5 +1,6 @@
 """The adjoint solve of `Implicit`, with the estimate of the hypergradient's error."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from ..implicit_diff import (
 from ..implicit_error import (
     NUM_DIRECTIONS,
     NUM_ERROR_PRODUCTS,
+    CorrectionTerms,
     as_row,
     concatenate,
     correction_targets,
@@ -38,15 +40,23 @@ class AdjointSolution(NamedTuple):
       error: The estimated error, or None if it was not asked for.
       duals: ``duals`` of `CorrectionTerms` for the next estimate; the given ones if the
         solver yields none.
-      is_negative: Whether negative curvature was met.
       num_extra_products: Number of products beside those of ``result``.
     """
 
     result: ImplicitResult
     error: Any  # HypergradientError or None
     duals: PyTree
-    is_negative: Scalar
     num_extra_products: Scalar | float
+
+
+class Point(NamedTuple):
+    """A problem and the point at which it is differentiated."""
+
+    problem: Bilevel
+    w: PyTree
+    alpha: PyTree
+    batch: PyTree
+    outer_batch: PyTree
 
 
 def uses_scaled_cg(estimator: "Implicit") -> bool:
@@ -86,26 +96,31 @@ def solve_adjoint(
       two products for the duals of the previous estimate; with any other solver ten
       steps of `scaled_cg` more.
     """
-    run = _solve_scaled if uses_scaled_cg(estimator) else _solve_with_any_solver
-    solution, terms = run(
-        estimator,
-        problem,
-        w,
-        alpha,
-        batch,
-        outer_batch,
-        scaling,
-        adjoint,
-        duals,
-        linear_solver,
-        prepared,
-        with_error,
-    )
+    point = Point(problem, w, alpha, batch, outer_batch)
+    terms: Any = None
+    if uses_scaled_cg(estimator):
+        solution, terms = _solve_scaled(
+            point, scaling, adjoint, duals, linear_solver, with_error
+        )
+    else:
+        result = implicit_hypergradient(
+            problem,
+            linear_solver,
+            w,
+            alpha,
+            batch,
+            outer_batch,
+            adjoint,
+            0.0 if estimator.damping is None else estimator.damping,
+            prepared,
+            estimator.hvp_fn,
+        )
+        solution = AdjointSolution(result, None, duals, 0)
+        if with_error:
+            solution, terms = _add_short_terms(point, scaling, solution)
     if not with_error:
         return solution
-    error = estimate_error(
-        problem, w, alpha, batch, outer_batch, scaling, solution.result, terms
-    )
+    error = estimate_error(*point, scaling, solution.result, terms)
     num_losses = problem.num_objectives or 1
     num_products = solution.num_extra_products + NUM_ERROR_PRODUCTS * num_losses
     return solution._replace(
@@ -113,83 +128,48 @@ def solve_adjoint(
     )
 
 
-def _solve_with_any_solver(
-    estimator: "Implicit",
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
-    scaling: Scaling,
-    adjoint: PyTree,
-    duals: PyTree,
-    linear_solver: lx.AbstractLinearSolver,
-    prepared: PyTree,
-    with_error: bool,
-) -> tuple[AdjointSolution, Any]:
-    """Returns the solution by a linear solver, and terms from ten further steps."""
-    damping = 0.0 if estimator.damping is None else estimator.damping
-    result = implicit_hypergradient(
-        problem,
-        linear_solver,
-        w,
-        alpha,
-        batch,
-        outer_batch,
-        adjoint,
-        damping,
-        prepared,
-        estimator.hvp_fn,
+def _add_short_terms(
+    point: Point, scaling: Scaling, solution: AdjointSolution
+) -> tuple[AdjointSolution, CorrectionTerms]:
+    """Returns the solution with the cost of ten further steps, and their terms."""
+    result = solution.result
+    terms, is_negative, num_products = short_correction_terms(
+        point.problem, point.w, point.alpha, point.batch, scaling, result
     )
-    is_negative = jnp.any(result.linear_stats["negative_curvature"])
-    if not with_error:
-        return AdjointSolution(result, None, duals, is_negative, 0), None
-    terms, is_short_negative, num_products = short_correction_terms(
-        problem, w, alpha, batch, scaling, result
-    )
-    is_negative |= is_short_negative
-    return AdjointSolution(result, None, duals, is_negative, num_products), terms
+    is_negative |= result.linear_stats["negative_curvature"]
+    linear_stats = result.linear_stats | {"negative_curvature": is_negative}
+    result = dataclasses.replace(result, linear_stats=linear_stats)
+    return solution._replace(result=result, num_extra_products=num_products), terms
 
 
 def _solve_scaled(
-    estimator: "Implicit",
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     adjoint: PyTree,
     duals: PyTree,
     linear_solver: Any,
-    prepared: PyTree,
     with_error: bool,
-) -> tuple[AdjointSolution, Any]:
+) -> tuple[AdjointSolution, CorrectionTerms | None]:
     """Returns the solution by `scaled_cg`, and the terms that it yields."""
-    del estimator, prepared
-    is_multi_objective = problem.num_objectives is not None
-    per_loss = jax.vmap if is_multi_objective else lambda fn: fn
+    problem, w, alpha, batch, _ = point
+    num_losses = problem.num_objectives
+    per_loss = jax.vmap if num_losses is not None else lambda fn: fn
     subspace = per_loss(as_row)(adjoint)
     targets = None
     if with_error:
         subspace = per_loss(concatenate)(subspace, duals)
         targets = correction_targets(problem, w, alpha, batch)
     result, solution = scaled_hypergradient(
-        problem,
-        w,
-        alpha,
-        batch,
-        outer_batch,
+        *point,
         scaling,
         subspace,
         rtol=linear_solver.rtol,
         max_steps=linear_solver.max_steps,
         targets=targets,
     )
-    is_negative = jnp.any(result.linear_stats["negative_curvature"])
     if not with_error:
-        return AdjointSolution(result, None, duals, is_negative, 0), None
+        return AdjointSolution(result, None, duals, 0), None
     matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
     terms = per_loss(lambda x: correction_terms(matvec, x, scaling))(solution)
-    num_products = NUM_DIRECTIONS + (problem.num_objectives or 1)
-    return AdjointSolution(result, None, terms.duals, is_negative, num_products), terms
+    num_products = NUM_DIRECTIONS + (num_losses or 1)
+    return AdjointSolution(result, None, terms.duals, num_products), terms

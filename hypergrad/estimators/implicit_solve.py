@@ -88,7 +88,6 @@ def solve_once(
         with_error=has_error_estimate(estimator),
     )
     linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
-    linear_stats["negative_curvature"] |= adjoint.is_negative
     linear_stats["num_products"] += (
         scaling.num_products + num_prepared + adjoint.num_extra_products
     )
