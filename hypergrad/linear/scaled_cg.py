@@ -120,8 +120,7 @@ def scaled_cg(
       subspace: Vectors ``[k, ...]`` that the space contains besides, such as earlier
         solutions. Zeros are ignored. Defaults to none.
 
-    Cost:
-      One product a step, and k + 1 for a subspace that is not zero.
+    Cost: one product a step, and k + 1 for a subspace that is not zero.
 
     Source: Hestenes & Stiefel 1952; the projections follow from the conjugacy of the
     directions, Golub & Van Loan, section 11.3.
