@@ -104,8 +104,19 @@ def test_only_smooth_tchebycheff_reaches_a_concave_front():
     assert np.all(np.min(summed, 1) < 0.1)
 
 
+def counts_and_values(trace):
+    """Returns the counts of Hessian products of a trace, and all else."""
+    counts = {name: trace.stats[name] for name in ("num_hvps", "gradient_equivalents")}
+    stats = {name: x for name, x in trace.stats.items() if name not in counts}
+    return counts, (trace.value, trace.alpha, trace.best_alpha, stats)
+
+
 def test_a_front_equals_single_runs_and_is_traced_once():
-    """The number of preferences does not change how often the losses are traced."""
+    """The number of preferences does not change how often the losses are traced.
+
+    Rounding, which differs between the programs, may decide whether a solve that is at
+    its target makes one iteration more: one product, two gradient-equivalents.
+    """
     num_traces = []
 
     def count_traces(preferences):
@@ -121,11 +132,13 @@ def test_a_front_equals_single_runs_and_is_traced_once():
     front = count_traces(PREFERENCES)
     count_traces(jnp.tile(PREFERENCES, (2, 1)))
     assert num_traces[0] == num_traces[1]
-    results = lambda trace: (trace.value, trace.alpha, trace.best_alpha, trace.stats)
     for i in (0, 3):
         single = minimize(objectives.WeightedSum(PREFERENCES[i]), num_steps=20)
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], results(front))
-        chex.assert_trees_all_close(row, results(single), rtol=1e-9, atol=1e-12)
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], front)
+        counts, values = counts_and_values(row)
+        expected_counts, expected_values = counts_and_values(single)
+        chex.assert_trees_all_close(values, expected_values, rtol=1e-9, atol=1e-12)
+        chex.assert_trees_all_close(counts, expected_counts, rtol=0, atol=2)
 
 
 def adjoint_loops(function, *args):
