@@ -3,15 +3,15 @@
 min_alpha  M(w*(alpha), alpha)   subject to   w*(alpha) = argmin_w L(w, alpha)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
+from .jaxpr import constant_bytes
 from .products import Loss
 from .validation import check_hashable
 
@@ -129,9 +129,9 @@ class Batches(eqx.Module):
     def take_block(self, number: Array) -> PyTree:
         """Returns the block with a number below ``num_blocks``, without a key."""
         size = self.batch_size or self.num_examples
-        start = jnp.minimum(number * size, self.num_examples - size)
+        row = jnp.minimum(number * size, self.num_examples - size)
         rows = lambda leaf: (
-            jax.lax.dynamic_slice_in_dim(leaf, start, size) if leaf.ndim else leaf
+            jax.lax.dynamic_slice_in_dim(leaf, row, size) if leaf.ndim else leaf
         )
         return jax.tree.map(rows, self.data)
 
@@ -352,9 +352,7 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
             f"a batch size of {batch_size} needs the data as hg.Batches, because a "
             "plain pytree is used whole."
         )
-    batches = Batches(
-        data.data, batch_size, with_key=data.with_key, order=data.order
-    )
+    batches = Batches(data.data, batch_size, with_key=data.with_key, order=data.order)
     batch = batches.sample(key)
     if isinstance(data, _BatchesOfEstimate):
         batch = (batch[0], data.full_batch_key)
@@ -440,13 +438,8 @@ def _check_function(name: str, function: Any) -> None:
 
 def _check_closed_over_arrays(data_fn: jax.tree_util.Partial) -> None:
     """Raises ValueError if arrays would be compiled into the program as constants."""
-    closed_jaxpr = jax.make_jaxpr(data_fn.func)(
-        *data_fn.args, jax.random.key(0), **data_fn.keywords
-    )
-    num_bytes = sum(
-        np.size(constant) * constant.dtype.itemsize
-        for constant in _constants(closed_jaxpr)
-        if hasattr(constant, "dtype")
+    num_bytes = constant_bytes(
+        data_fn.func, *data_fn.args, jax.random.key(0), **data_fn.keywords
     )
     if num_bytes > MAX_CONSTANT_BYTES:
         raise ValueError(
@@ -454,13 +447,3 @@ def _check_closed_over_arrays(data_fn: jax.tree_util.Partial) -> None:
             "compiled into the program as constants. Pass them as data: "
             "data_fn=jax.tree_util.Partial(sample, arrays) with sample(arrays, key)."
         )
-
-
-def _constants(closed_jaxpr: Any) -> Iterator[Any]:
-    """Yields the constants of a closed jaxpr and of the jaxprs within it."""
-    has_constants = lambda x: hasattr(x, "consts")
-    yield from closed_jaxpr.consts
-    for equation in closed_jaxpr.jaxpr.eqns:
-        for param in jax.tree.leaves(equation.params, is_leaf=has_constants):
-            if has_constants(param):
-                yield from _constants(param)

@@ -78,7 +78,7 @@ def test_examples_are_sampled_uniformly_with_replacement(with_key):
 
 @pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
 def test_blocks_are_contiguous_and_equally_likely(with_key):
-    """Checks frequencies by a chi-square test; of 7 examples the last block overlaps."""
+    """Checks frequencies by a chi-square test; the last block overlaps."""
     batches = hg.Batches(np.arange(7), 3, with_key=with_key, order="blocks")
     assert batches.num_blocks == 3
     samples = jax.vmap(batches.sample)(jax.random.split(KEY, 3000))

@@ -139,16 +139,16 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
         lambda x: jnp.zeros((*leading, *x.shape), x.dtype), parts
     )
     if not is_sampled(data):
-        num_rows, drawn = 1, (1,)
+        num_rows, index_shape = 1, (1,)
     elif data.order == "blocks":
-        num_rows, drawn = data.num_blocks, ()
+        num_rows, index_shape = data.num_blocks, ()
     else:
-        num_rows, drawn = data.num_examples, (data.batch_size,)
+        num_rows, index_shape = data.num_examples, (data.batch_size,)
     return SagaTable(
         rows=zero_rows(num_rows),
         mean=optax.tree.zeros_like(parts),
-        index=jnp.zeros(drawn, int),
-        new_rows=zero_rows(*drawn),
+        index=jnp.zeros(index_shape, int),
+        new_rows=zero_rows(*index_shape),
     )
 
 
