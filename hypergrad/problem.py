@@ -136,8 +136,13 @@ class Batches(eqx.Module):
         return jax.tree.map(rows, self.data)
 
     def draw_block(self, key: Array) -> Array:
-        """Returns the number of a block, each with the same probability."""
-        return jax.random.randint(key, (), 0, self.num_blocks)
+        """Returns the number of a block.
+
+        The probabilities of two blocks differ by 2^-32 at most. `jax.random.randint` is
+        more even, with three calls of the generator instead of one.
+        """
+        bits = jax.random.bits(key, (), jnp.uint32)
+        return (bits % jnp.uint32(self.num_blocks)).astype(int)
 
     def draw_indices(self, key: Array) -> Array:
         """Returns ``[batch_size]`` indices of examples, drawn with replacement."""

@@ -75,7 +75,14 @@ def outer_parts(problem: Bilevel, point: Point, batch: PyTree) -> OuterParts:
 
 def minibatch_parts(problem: Bilevel, point: Point, data: EstimateData) -> Parts:
     """Returns the derivatives of both losses on one mini-batch each."""
-    batch, outer_batch = sample_batches(data)
+    return parts_on_batches(problem, point, sample_batches(data))
+
+
+def parts_on_batches(
+    problem: Bilevel, point: Point, batches: tuple[PyTree, PyTree]
+) -> Parts:
+    """Returns the derivatives of both losses on given batches of both."""
+    batch, outer_batch = batches
     inner = inner_parts(problem.inner_loss, point, batch)
     return inner, outer_parts(problem, point, outer_batch)
 
@@ -253,7 +260,10 @@ def spider_estimate(
         return inner, outer_parts(problem, point, data.outer_batch())
 
     def recursion():
-        new, old = (minibatch_parts(problem, p, data) for p in (point, memory.point))
+        batches = sample_batches(data)
+        new, old = (
+            parts_on_batches(problem, p, batches) for p in (point, memory.point)
+        )
         # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
         return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 
