@@ -181,6 +181,23 @@ def test_losses_that_are_compared_by_value_run_their_own_program():
     assert outer.count == count
 
 
+@pytest.mark.parametrize("options", [{}, {"estimate_error": False}], ids=str)
+def test_an_estimate_without_batches_contains_no_random_generator(options):
+    """Its loop of twenty kernels would take longer to compile than a product."""
+    large = ridge("per-weight", n=20, d=12)  # too many parameters for a dense H
+    estimator = hg.Implicit(SOLVER, **options)
+    key = jax.random.key(0)
+
+    def estimate(problem, w, alpha):
+        state = estimator.init(problem, w, alpha)
+        return estimator.estimate(problem, state, alpha, key)[0].hypergradient
+
+    text = str(jax.make_jaxpr(estimate)(large.problem, large.w, large.alpha))
+    assert "threefry" not in text
+    assert "random_bits" not in text
+    assert ("eigh" in text) == (not options)  # of more than one earlier solution
+
+
 # jit and vmap.
 
 
