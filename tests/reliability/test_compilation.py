@@ -181,6 +181,18 @@ def test_losses_that_are_compared_by_value_run_their_own_program():
     assert outer.count == count
 
 
+def test_a_run_traces_each_loss_a_few_times():
+    """The checks and one estimate, which the blocks of steps do not trace again."""
+    losses = count_traces(reference())
+    problem = with_losses(losses, reference())
+    loop = hg.OuterLoop(problem, hg.Implicit(SOLVER), ADAM)
+    state = loop.init(reference().w, reference().alpha)
+    counts = [loss.count for loss in losses]
+    assert max(counts) <= 8
+    loop.run(state, num_steps=3)
+    assert [loss.count for loss in losses] == counts
+
+
 @pytest.mark.parametrize("options", [{}, {"estimate_error": False}], ids=str)
 def test_an_estimate_without_batches_contains_no_random_generator(options):
     """Its loop of twenty kernels would take longer to compile than a product."""
