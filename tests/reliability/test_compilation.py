@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 import subprocess
 import sys
@@ -179,6 +180,37 @@ def test_losses_that_are_compared_by_value_run_their_own_program():
         gradient = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
         assert gradient(0.0, 1.0).hypergradient == pytest.approx(scale**2)
     assert outer.count == count
+
+
+def count_programs(caplog, name: str, run) -> int:
+    """Returns how many programs of this name JAX compiles in ``run()``."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run()
+    pattern = rf"Finished XLA compilation of (jit\()?{name}\b"
+    return sum(bool(re.search(pattern, message)) for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "option", ["none", "progress", "checkpoints", "limits", "budget"]
+)
+def test_the_options_of_a_run_compile_one_program_of_steps(option, caplog, tmp_path):
+    """Whatever the host does between the blocks, and however long these are."""
+    options = {
+        "none": {},
+        "progress": {"progress": lambda num_steps, value: None},
+        "checkpoints": {"checkpoints": hg.Checkpoints(tmp_path / "run", every=4)},
+        "limits": {"time_limit": 1e6, "memory_limit": 1e15},
+        "budget": {"budget": 1e3},
+    }[option]
+    losses = count_traces(reference())  # nothing of an earlier run is reused
+    problem = with_losses(losses, reference())
+    loop = hg.OuterLoop(problem, hg.Implicit(SOLVER), ADAM)
+    state = loop.init(reference().w, reference().alpha)
+    run = lambda: loop.run(state, num_steps=21, **options)
+    assert count_programs(caplog, "run_block", run) == 1
+    continued = lambda: loop.run(state, num_steps=7, time_limit=1e6)
+    assert count_programs(caplog, "run_block", continued) == 0
 
 
 def test_a_run_traces_each_loss_a_few_times():
