@@ -148,6 +148,31 @@ def test_a_hypergradient_function_checks_its_problem_once_per_shape(monkeypatch)
         gradient(jnp.nan, scalar.alpha)
 
 
+def test_repeated_calls_convert_no_arrays_and_still_check_others(monkeypatch):
+    """Only numbers, other shapes and other dtypes are converted and checked again."""
+    conversions = []
+    as_input_arrays = hypergradient_module.as_input_arrays
+
+    def convert(w, alpha):
+        conversions.append((w, alpha))
+        return as_input_arrays(w, alpha)
+
+    monkeypatch.setattr(hypergradient_module, "as_input_arrays", convert)
+    gradient = hg.hypergradient(WIDE, hg.Implicit(hg.Newton()))
+    alpha = jnp.zeros(2)
+    for size in range(3):
+        gradient(jnp.full(2, float(size), float), alpha)
+    assert len(conversions) == 1
+    gradient(jnp.zeros(3), jnp.zeros(3))
+    assert len(conversions) == 2
+    with pytest.raises(TypeError, match="w must be floating-point"):
+        gradient(jnp.zeros(2, int), alpha)
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        gradient(jnp.zeros(2), alpha.at[1].set(jnp.nan))
+    with pytest.raises(TypeError, match="inner_loss"):
+        gradient(jnp.zeros(2), jnp.zeros(3))
+
+
 def test_static_parts_of_different_losses_have_different_hashes():
     """Otherwise a call would be compared with all earlier ones; equal ones share."""
 
