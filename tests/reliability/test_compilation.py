@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -265,6 +266,42 @@ def test_an_estimate_without_batches_contains_no_random_generator(options):
     assert "threefry" not in text
     assert "random_bits" not in text
     assert ("eigh" in text) == (not options)  # of more than one earlier solution
+
+
+def test_a_second_process_takes_its_programs_from_the_persistent_cache(tmp_path):
+    """Programs contain nothing that differs between processes, such as addresses."""
+    script = """
+        import jax, jax.numpy as jnp, optax
+        import hypergrad as hg
+        misses = []
+        listen = lambda event, **kwargs: event.endswith("misses") and misses.append(1)
+        jax.monitoring.register_event_listener(listen)
+        inner = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+        outer = lambda w, alpha, batch: jnp.sum((w - 1) ** 2)
+        problem = hg.Bilevel(inner, outer)
+        estimator = hg.Implicit(hg.Descent(optax.sgd(0.1), 5))
+        w, alpha = jnp.zeros(3), jnp.ones(3)
+        hg.hypergradient(problem, estimator)(w, alpha)
+        hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=3)
+        print(len(misses))
+    """
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    counts = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(script)],
+                capture_output=True, text=True, check=True, env=environment,
+                cwd=Path(__file__).parents[2],
+            ).stdout
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert counts[0] > 2
+    assert counts[1] == 0
 
 
 # jit and vmap.
