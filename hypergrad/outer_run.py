@@ -159,7 +159,7 @@ def _run_without_host(
     for num_started in range(0, num_steps, block_size):
         size = min(block_size, num_steps - num_started)
         state, account, rows, num_made = run_block(
-            loop, state, account, np.asarray(size), stop, block_size
+            loop, state, account, _to_array(size), stop, block_size
         )
         if budget is None or is_traced(account):
             blocks.append((rows, size))
@@ -200,7 +200,7 @@ class _HostRun:
         self.first_step = state.step
         self.block_size = get_block_size(loop, state)
         stop = NEVER if num_steps is None else int(state.step) + num_steps
-        self.stop = np.asarray(stop, state.step.dtype)
+        self.stop = _to_array(stop)
         self.num_made = 0
         self.blocks: list[tuple[StepRecord, int]] = []
         self.progress, self.folder, self.limits = progress, folder, limits
@@ -303,7 +303,7 @@ class _HostRun:
             self.loop,
             self.state,
             self.budget,
-            np.asarray(size),
+            _to_array(size),
             self.stop,
             self.block_size,
         )
@@ -320,6 +320,11 @@ class _HostRun:
 
     def _to_checkpoint(self, rows: StepRecord) -> tuple[OuterState, Budget, StepRecord]:
         return self.state, self.budget, rows
+
+
+def _to_array(number: int) -> Array:
+    """Returns an integer as an array like ``state.step``, without a program for it."""
+    return jnp.asarray(np.asarray(number))
 
 
 class _Limits:
