@@ -82,7 +82,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
 
 def _shapes_of(structure: Any, leaves: list[Array]) -> tuple[Any, ...]:
     """Returns all that the checks of the arguments depend on, apart from NaN."""
-    return structure, *((x.shape, x.dtype, x.weak_type) for x in leaves)
+    is_weak = lambda x: getattr(x, "weak_type", None)  # which PRNG keys do not have
+    return structure, *((x.shape, x.dtype, is_weak(x)) for x in leaves)
 
 
 class _StaticPart:
