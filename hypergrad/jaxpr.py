@@ -1,9 +1,10 @@
-"""Dependence of a function's results on its inputs, read from its jaxpr."""
+"""Facts about a function that are read from its jaxpr: what it uses and holds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
@@ -49,3 +50,19 @@ def alpha_has_gradient(
     num_outputs = len(jaxpr.outvars)
     only = lambda i: [i == j for j in range(num_outputs)]
     return [partial_eval.dce_jaxpr(jaxpr, only(i))[1][-1] for i in range(num_outputs)]
+
+
+def constant_bytes(f: Callable[..., Any], *args: PyTree, **kwargs: PyTree) -> int:
+    """Returns the bytes of the arrays that ``f`` closes over."""
+    constants = _constants(jax.make_jaxpr(f)(*args, **kwargs))
+    return sum(np.size(x) * x.dtype.itemsize for x in constants if hasattr(x, "dtype"))
+
+
+def _constants(closed_jaxpr: Any) -> Iterator[Any]:
+    """Yields the constants of a closed jaxpr and of the jaxprs within it."""
+    has_constants = lambda x: hasattr(x, "consts")
+    yield from closed_jaxpr.consts
+    for equation in closed_jaxpr.jaxpr.eqns:
+        for param in jax.tree.leaves(equation.params, is_leaf=has_constants):
+            if has_constants(param):
+                yield from _constants(param)

@@ -18,8 +18,25 @@ if TYPE_CHECKING:
     from .outer_step import OuterState
 
 
+#: The statistics that add up over the steps of a row.
+ADDITIVE_STATS = (*COST_STATS, "num_inner_steps")
+
+
+def is_due(step: Array, every: int, record_every: int) -> Array:
+    """Returns whether a recorded step is the first one after a multiple of ``every``.
+
+    With ``record_every=1`` these are the multiples themselves.
+    """
+    return step % every < record_every
+
+
 def estimate_step(
-    loop: "OuterLoop", problem: Bilevel, state: "OuterState", alpha: PyTree, key: Array
+    loop: "OuterLoop",
+    problem: Bilevel,
+    state: "OuterState",
+    alpha: PyTree,
+    key: Array,
+    record_every: int,
 ) -> tuple[Estimate, PyTree]:
     """Returns the estimate of a step, certified if due and refined if not trusted."""
 
@@ -27,7 +44,7 @@ def estimate_step(
         estimate = normalize_estimate(estimate)
         if loop.certify_every is None:
             return estimate
-        should_certify = state.step % loop.certify_every == 0
+        should_certify = is_due(state.step, loop.certify_every, record_every)
         return _attach_certificate(loop, problem, should_certify, estimate, alpha, key)
 
     estimate, estimator_state = _estimate(
@@ -43,8 +60,7 @@ def estimate_step(
         refined, refined_state = estimator.refine(problem, estimator_state, alpha, key)
         refined = finish(refined)
         counts = {
-            name: estimate.stats[name] + refined.stats[name]
-            for name in (*COST_STATS, "num_inner_steps")
+            name: estimate.stats[name] + refined.stats[name] for name in ADDITIVE_STATS
         }
         stats = refined.stats | counts | {"refined": jnp.asarray(True)}
         return dataclasses.replace(refined, stats=stats), refined_state

@@ -7,46 +7,32 @@ is cut into blocks changes no bit of its result.
 import contextlib
 import dataclasses
 import math
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from .checkpoint import (
     CheckpointFolder,
     Checkpoints,
-    RunFingerprint,
     check_checkpoints,
     open_checkpoints,
-    runtime_environment,
 )
-from .cost.memory import resident_bytes
-from .outer_step import (
-    NEVER,
-    Budget,
-    OuterState,
-    StepRecord,
-    init_state,
-    jitted_alpha,
-    run_block,
-)
-from .problem import full_batch, sample_batch
+from .outer_block import get_block_size, run_block
+from .outer_checks import check_record_every, check_state
+from .outer_fingerprint import run_fingerprint
+from .outer_limits import Limits
+from .outer_step import NEVER, Budget, OuterState, StepRecord, jitted_alpha
 from .recording import Progress, check_progress
-from .runtime.devices import process_max
-from .runtime.fingerprint import digest, digest_program
-from .trace import OUT_OF_MEMORY, OUT_OF_TIME, Trace
+from .trace import Trace
 from .trees import to_numpy
 from .validation import check_positive_int, is_traced, positive
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
 
-BLOCK_SIZE = 256  # steps per compiled block
-MAX_ALPHA_BYTES = 2**24  # of the alphas that a block records
 NUM_CALLS = 20  # calls of `progress` per run
 
 
@@ -60,16 +46,18 @@ def run_steps(
     checkpoints: Checkpoints | None,
     time_limit: float | None,
     memory_limit: float | None,
+    record_every: int,
 ) -> Trace:
     """Returns the trace of a run; see `hypergrad.OuterLoop.run`."""
     check_positive_int("num_steps", num_steps, optional=True)
+    check_record_every(loop, record_every, num_steps)
     budget = positive("budget", optional=True)(budget)
     if np.ndim(budget):
         raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
     check_progress(progress)
     check_checkpoints(checkpoints)
-    limits = _Limits(time_limit, memory_limit)
-    _check_state(loop, state)
+    limits = Limits(time_limit, memory_limit)
+    check_state(loop, state)
     host_options = {
         "progress": progress,
         "checkpoints": checkpoints,
@@ -95,56 +83,26 @@ def run_steps(
         budget = None
     if num_steps is not None and not host_options:
         # A budget alone gives no bound on the number of blocks: the host counts them.
-        return _run_without_host(loop, state, num_steps, budget)
+        return _run_without_host(loop, state, num_steps, budget, record_every)
     with contextlib.ExitStack() as stack:
         folder = None
         if checkpoints is not None:
-            fingerprint = _fingerprint(loop, state)
+            fingerprint = run_fingerprint(loop, state, record_every)
             folder = stack.enter_context(open_checkpoints(checkpoints, fingerprint))
-        run = _HostRun(loop, state, num_steps, budget, progress, folder, limits)
+        run = _HostRun(
+            loop, state, num_steps, budget, progress, folder, limits, record_every
+        )
         if folder is not None:
             run.load(folder)
         return run.run()
 
 
-def get_block_size(loop: "OuterLoop", state: OuterState) -> int:
-    """Returns the number of rows of a block, fewer if it records large alphas."""
-    if not loop.record_alphas:
-        return BLOCK_SIZE
-    leaves = jax.tree.leaves(state.best_alpha)
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return max(1, min(BLOCK_SIZE, MAX_ALPHA_BYTES // max(num_bytes, 1)))
-
-
-def _check_state(loop: "OuterLoop", state: Any) -> None:
-    """Raises an error unless a state belongs to a loop with these objects."""
-    if not isinstance(state, OuterState):
-        raise TypeError(
-            "state must be an OuterState, from loop.init(w, alpha) or trace.state; got "
-            f"{type(state).__name__}."
-        )
-    if state.step.shape:
-        raise ValueError(
-            f"state must be the state of a single run; got a batch {state.step.shape}. "
-            "Continue it inside jax.vmap, or index it first."
-        )
-    # Nothing is computed: JAX has kept the trace of `init_state` for these types.
-    w, alpha, key = state.w, state.best_alpha, state.key
-    like = jax.eval_shape(lambda *args: init_state(loop, *args), w, alpha, key)
-    has_same_structure = jax.tree.structure(state) == jax.tree.structure(like)
-    if not has_same_structure or any(
-        (x.shape, x.dtype) != (y.shape, y.dtype)
-        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
-    ):
-        raise ValueError(
-            "state must come from a loop with the same estimator, optimizer, space and "
-            "aggregator, for w and alpha of the same shapes; got one of another "
-            "structure. Start a new run from trace.alpha and trace.w."
-        )
-
-
 def _run_without_host(
-    loop: "OuterLoop", state: OuterState, num_steps: int, budget: float | None
+    loop: "OuterLoop",
+    state: OuterState,
+    num_steps: int,
+    budget: float | None,
+    record_every: int,
 ) -> Trace:
     """Returns the trace of a run that needs nothing of the host, possibly traced.
 
@@ -153,13 +111,14 @@ def _run_without_host(
     """
     # Inside jit every further block would be another loop in the caller's program.
     is_inside_jit = is_traced(loop, state, budget)
-    block_size = num_steps if is_inside_jit else get_block_size(loop, state)
+    num_rows = num_steps // record_every
+    block_size = num_rows if is_inside_jit else get_block_size(loop, state)
     first_step, stop = state.step, state.step + num_steps
     account, blocks = Budget.create(budget), []
-    for num_started in range(0, num_steps, block_size):
-        size = min(block_size, num_steps - num_started)
+    for num_started in range(0, num_rows, block_size):
+        size = min(block_size, num_rows - num_started)
         state, account, rows, num_made = run_block(
-            loop, state, account, _to_array(size), stop, block_size
+            loop, state, account, _to_array(size), stop, block_size, record_every
         )
         if budget is None or is_traced(account):
             blocks.append((rows, size))
@@ -168,7 +127,7 @@ def _run_without_host(
         if account.is_spent or state.status > 0:
             break
     rows = _concatenate(blocks)
-    return _make_trace(loop, state, rows, first_step, state.status)
+    return _make_trace(loop, state, rows, first_step, state.status, record_every)
 
 
 class _HostRun:
@@ -179,10 +138,11 @@ class _HostRun:
       state, budget: State and budget after the steps made so far.
       num_steps: Number of steps to make; infinite if only a budget ends the run.
       num_made: Number of steps made so far.
-      blocks: Their records, as pairs of rows and the number of rows that are steps.
+      blocks: Their records, as pairs of rows and the number of rows that were written.
       progress: The user's callback, or None.
       folder: Folder of the checkpoints, or None.
       limits: Limits of time and memory.
+      record_every: Number of steps per row.
     """
 
     def __init__(
@@ -193,7 +153,8 @@ class _HostRun:
         budget: float | None,
         progress: Progress | None,
         folder: CheckpointFolder | None,
-        limits: "_Limits",
+        limits: Limits,
+        record_every: int,
     ):
         self.loop, self.state, self.budget = loop, state, Budget.create(budget)
         self.num_steps = math.inf if num_steps is None else num_steps
@@ -204,6 +165,7 @@ class _HostRun:
         self.num_made = 0
         self.blocks: list[tuple[StepRecord, int]] = []
         self.progress, self.folder, self.limits = progress, folder, limits
+        self.record_every = record_every
 
     def load(self, folder: CheckpointFolder) -> None:
         """Continues from the newest checkpoint, if the folder contains one.
@@ -211,14 +173,19 @@ class _HostRun:
         Raises:
           ValueError: The checkpoint is of a longer run than this one.
         """
-        saved = folder.load(lambda step: self._to_checkpoint(self._blank_rows(step)))
+        saved = folder.load(
+            lambda step: self._to_checkpoint(
+                self._blank_rows(step // self.record_every)
+            )
+        )
         if saved is None:
             return
         self.state, budget, rows = saved
         # What was spent continues, while the limit may be larger than before.
         self.budget = dataclasses.replace(budget, limit=self.budget.limit)
         costs = rows.stats["gradient_equivalents"]
-        self.num_made, self.blocks = len(costs), [(rows, len(costs))]
+        self.num_made = len(costs) * self.record_every
+        self.blocks = [(rows, len(costs))]
         for name, limit, minimum in (
             ("num_steps", self.num_steps, self.num_made),
             ("budget", float(self.budget.limit), float(costs[:-1].sum())),
@@ -239,7 +206,8 @@ class _HostRun:
             is_end = self._is_finished() or limit_code > 0
             if self.folder is not None and (is_end or self._is_due(self.folder.every)):
                 rows = _concatenate(self.blocks)
-                self.blocks = [(rows, self.num_made)]  # do not join them again
+                # They need not be joined again.
+                self.blocks = [(rows, self.num_made // self.record_every)]
                 self.folder.save(self.num_made, self._to_checkpoint(rows))
             if self.progress is not None and (
                 is_end or self._is_due(self._report_every())
@@ -252,9 +220,11 @@ class _HostRun:
         rows = _concatenate(self.blocks)
         if math.isinf(self.budget.limit):
             num_left = int(self.num_steps) - self.num_made
-            blank = self._blank_rows(num_left)
+            blank = self._blank_rows(num_left // self.record_every)
             rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
-        return _make_trace(self.loop, self.state, rows, self.first_step, status)
+        return _make_trace(
+            self.loop, self.state, rows, self.first_step, status, self.record_every
+        )
 
     def _is_finished(self) -> bool:
         # On the host, because each operation on arrays would compile a program.
@@ -263,7 +233,11 @@ class _HostRun:
         return is_over or self.num_made >= self.num_steps
 
     def _is_due(self, every: int) -> bool:
-        return self.num_made % every == 0
+        return self.num_made % self._to_whole_rows(every) == 0
+
+    def _to_whole_rows(self, num_steps: int) -> int:
+        """Returns the number of steps, rounded up to a multiple of a row's."""
+        return math.ceil(num_steps / self.record_every) * self.record_every
 
     def _steps_to_next_pause(self) -> float:
         """Returns the number of steps until the host is needed again."""
@@ -272,6 +246,7 @@ class _HostRun:
             intervals.append(self.folder.every)
         if self.folder is None or self.progress is not None:
             intervals.append(self._report_every())
+        intervals = map(self._to_whole_rows, intervals)
         to_next_multiple = [every - self.num_made % every for every in intervals]
         return min(self.num_steps - self.num_made, *to_next_multiple)
 
@@ -292,20 +267,21 @@ class _HostRun:
     def _make_steps(self, num_steps: float) -> None:
         """Makes up to ``num_steps`` steps and waits for them."""
         while num_steps > 0 and not self._is_finished():
-            size = int(min(num_steps, self.block_size))
-            self.state, self.budget, rows, num_made = self._run_block(size)
+            num_rows = int(min(num_steps // self.record_every, self.block_size))
+            self.state, self.budget, rows, num_made = self._run_block(num_rows)
             self.blocks.append((rows, int(num_made)))
-            self.num_made += int(num_made)
-            num_steps -= size
+            self.num_made += int(num_made) * self.record_every
+            num_steps -= num_rows * self.record_every
 
-    def _run_block(self, size: int) -> tuple[OuterState, Budget, StepRecord, Array]:
+    def _run_block(self, num_rows: int) -> tuple[OuterState, Budget, StepRecord, Array]:
         return run_block(
             self.loop,
             self.state,
             self.budget,
-            _to_array(size),
+            _to_array(num_rows),
             self.stop,
             self.block_size,
+            self.record_every,
         )
 
     def _blank_rows(self, num_rows: int) -> StepRecord:
@@ -325,36 +301,6 @@ class _HostRun:
 def _to_array(number: int) -> Array:
     """Returns an integer as an array like ``state.step``, without a program for it."""
     return jnp.asarray(np.asarray(number))
-
-
-class _Limits:
-    """Limits of time and memory, which are checked between chunks of steps."""
-
-    def __init__(self, time_limit: float | None, memory_limit: float | None):
-        self.time_limit = positive("time_limit", optional=True)(time_limit)
-        self.memory_limit = positive("memory_limit", optional=True)(memory_limit)
-        for name in ("time_limit", "memory_limit"):
-            if shape := np.shape(getattr(self, name)):
-                raise ValueError(f"{name} must be a number; got shape {shape}.")
-        self.start_time = time.monotonic()
-        if memory_limit is not None and resident_bytes() is None:
-            raise ValueError(
-                "memory_limit needs a system that reports the memory of a process, as "
-                "Linux does in /proc/self/statm. Leave it out on this system."
-            )
-
-    def get_exceeded(self) -> int:
-        """Returns the status of an exceeded limit, or 0; equal on all processes."""
-        if self.time_limit is None and self.memory_limit is None:
-            return 0
-        code = 0
-        if self.memory_limit is not None and resident_bytes() > self.memory_limit:
-            code = OUT_OF_MEMORY
-        elapsed = time.monotonic() - self.start_time
-        if self.time_limit is not None and elapsed > self.time_limit:
-            code = OUT_OF_TIME
-        # Clocks and memory differ, but all processes must stop after the same step.
-        return process_max(code)
 
 
 def _concatenate(blocks: list[tuple[StepRecord, int]]) -> StepRecord:
@@ -381,6 +327,7 @@ def _make_trace(
     rows: StepRecord,
     first_step: Array,
     status: Array | int,
+    record_every: int,
 ) -> Trace:
     rows = jax.device_put(rows)
     return Trace(
@@ -394,55 +341,6 @@ def _make_trace(
         flags=rows.flags,
         alphas=rows.alpha,
         first_step=first_step,
+        record_every=record_every,
         state=state,
-    )
-
-
-def _fingerprint(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
-    """Returns digests of everything that determines a run, by name.
-
-    The number of steps and the budget are left out, so that a run can be extended.
-    """
-    problem, optimizer = loop.problem, optax.with_extra_args_support(loop.optimizer)
-    key = jax.random.key(0)
-    inner_batch = jax.eval_shape(
-        lambda key: sample_batch(problem.sample_data(key)[0], key), key
-    )
-    outer_batch = jax.eval_shape(
-        lambda key: full_batch(problem.sample_data(key)[1], key), key
-    )
-    # The text of a program contains the constants that its functions close over. Parts
-    # of the program are compared as well, because their names make a better message.
-    digest_code = lambda f, *args: digest_program(jax.jit(f).lower(*args))
-    w, alpha = state.w, state.best_alpha
-    outer_value = lambda *args: problem.outer_value(*args)
-    update = lambda g, opt_state, u: optimizer.update(
-        g, opt_state, u, value=jnp.zeros(())
-    )
-    program = run_block.lower(  # pyright: ignore[reportFunctionMemberAccess] - filter_jit
-        loop,
-        state,
-        Budget.create(None),
-        jnp.asarray(0),
-        state.step,
-        get_block_size(loop, state),
-    )
-    settings = ("eval_every", "certify_every", "on_untrusted", "record_alphas")
-    trees = ("estimator", "aggregator", "space", "project", "outer_data_fn", "metrics")
-    return (
-        {name: str(getattr(loop, name)) for name in settings}
-        | {name: digest(getattr(loop, name)) for name in trees}
-        | {
-            "w": digest(w),
-            "alpha": digest(alpha),
-            "key": digest(state.key),
-            "inner_data": digest(problem.inner_data),
-            "outer_data": digest(problem.outer_data),
-            "inner_loss": digest_code(problem.inner_loss, w, alpha, inner_batch),
-            "outer_loss": digest_code(outer_value, w, alpha, outer_batch),
-            "optimizer": digest_code(update, state.u, state.optimizer_state, state.u),
-            "program": digest_program(program),
-            "initial state": digest(state),
-        }
-        | runtime_environment()
     )

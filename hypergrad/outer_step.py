@@ -1,8 +1,9 @@
-"""A step of the outer loop, and the compiled block of steps that `minimize` repeats.
+"""A step of the outer loop.
 
 The functions take an `hypergrad.OuterLoop`, which holds all that is constant in a run.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +14,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .cost import COST_STATS
-from .estimators.base import Estimate
-from .outer_estimate import estimate_step
+from .estimators.base import Estimate, normalize_estimate
+from .outer_estimate import ADDITIVE_STATS, estimate_step, is_due
 from .recording import metric_at_step
 from .trace import (
     BAD_COST,
@@ -155,6 +155,7 @@ def step(
     state: OuterState,
     stop: Array | int = NEVER,
     budget: Budget | None = None,
+    record_every: int = 1,
 ) -> tuple[OuterState, StepRecord]:
     """Makes one outer step.
 
@@ -163,6 +164,7 @@ def step(
       state: The state before the step.
       stop: Value of ``state.step`` after the last step, which is always evaluated.
       budget: The budget before the step, which ends the run as well when it is spent.
+      record_every: Number of steps from one record to the next.
 
     Returns:
       The state after the step and its record. After a failure the state holds the last
@@ -171,7 +173,9 @@ def step(
     key, estimate_key, metric_key = jax.random.split(state.key, 3)
     alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
     problem = loop.problem_at(state.step)
-    estimate, estimator_state = estimate_step(loop, problem, state, alpha, estimate_key)
+    estimate, estimator_state = estimate_step(
+        loop, problem, state, alpha, estimate_key, record_every
+    )
     direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
     u, optimizer_state = _update(loop, state, direction)
     aggregator_state = direction.aggregator_state
@@ -190,15 +194,13 @@ def step(
         is_endless = jnp.isfinite(budget.limit) & ~(cost > 0)
         status = jnp.where(is_endless & (status == 0), BAD_COST, status)
     status = jnp.where(state.status > 0, state.status, status)
+    should_evaluate = is_last | is_due(state.step, loop.eval_every, record_every)
     metrics = _evaluate_metrics(
-        loop, state.step, is_last, estimate.w, alpha, metric_key
+        loop, state.step, should_evaluate, estimate.w, alpha, metric_key
     )
-    stats = estimate.stats
-    if direction.weights is not None:
-        stats = stats | {"objective_weights": direction.weights}
     record = StepRecord(
         value=estimate.value,
-        stats=stats,
+        stats=estimate.stats | direction.stats,
         flags=estimate.flags,
         metrics=metrics,
         alpha=alpha if loop.record_alphas else None,
@@ -238,6 +240,39 @@ def jitted_alpha(loop: "OuterLoop", state: OuterState) -> PyTree:
     return spaces.forward(loop.space, state.u)
 
 
+def step_without_record(
+    loop: "OuterLoop", state: OuterState
+) -> tuple[OuterState, dict]:
+    """Makes one outer step of which only the cost is recorded.
+
+    Nothing is checked or compared here, and the compiled program computes no other
+    statistic: a value that is not finite stays in the state and is caught by the next
+    step that is recorded.
+
+    Returns:
+      The state after the step, and the statistics that add up over steps.
+    """
+    key, estimate_key, _ = jax.random.split(state.key, 3)
+    alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
+    problem = loop.problem_at(state.step)
+    estimate, estimator_state = loop.estimator.estimate(
+        problem, state.estimator_state, alpha, estimate_key
+    )
+    direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
+    u, optimizer_state = _update(loop, state, direction)
+    next_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        u=u,
+        aggregator_state=direction.aggregator_state,
+        optimizer_state=optimizer_state,
+        estimator_state=estimator_state,
+        key=key,
+    )
+    stats = normalize_estimate(estimate).stats
+    return next_state, {name: stats[name] for name in ADDITIVE_STATS}
+
+
 class _Direction(NamedTuple):
     """The direction of a step and what the aggregator computed with it.
 
@@ -254,6 +289,11 @@ class _Direction(NamedTuple):
     weights: Array | None
     has_bad_weights: Array | bool
     aggregator_state: PyTree
+
+    @property
+    def stats(self) -> dict[str, Array]:
+        """The weights as a statistic of the step, if there are several losses."""
+        return {} if self.weights is None else {"objective_weights": self.weights}
 
 
 def _aggregate(
@@ -315,13 +355,12 @@ def _get_status(
 def _evaluate_metrics(
     loop: "OuterLoop",
     step: Array,
-    is_last: Array,
+    should_evaluate: Array,
     w: PyTree,
     alpha: PyTree,
     key: Array,
 ) -> dict[str, Array]:
-    """Returns the metrics of a step, NaN if it is not due."""
-    should_evaluate = (step % loop.eval_every == 0) | is_last
+    """Returns the metrics of a step, NaN if they are not evaluated."""
 
     def evaluate(metric):
         value = metric_at_step(metric, step)(w, alpha, key)
@@ -334,61 +373,3 @@ def _evaluate_metrics(
         )
         for name, metric in loop.metrics.items()
     }
-
-
-# Blocks of steps.
-
-
-@eqx.filter_jit
-def run_block(
-    loop: "OuterLoop",
-    state: OuterState,
-    budget: Budget,
-    num_steps: Array,
-    stop: Array,
-    block_size: int,
-) -> tuple[OuterState, Budget, StepRecord, Array]:
-    """Makes up to ``num_steps`` steps; only ``block_size`` is static.
-
-    Args:
-      loop: The loop.
-      state, budget: State and budget before the block.
-      num_steps: Number of steps to make, at most ``block_size``.
-      stop: Number of the step at which the run ends.
-      block_size: Number of rows of the records.
-
-    Returns:
-      State and budget after the block, the records with a leading axis of size
-      ``block_size``, and the number of steps made. No step is made after a failure or
-      once the budget is spent; the rows of such steps are blank.
-    """
-    rows = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (block_size, *x.shape)),
-        _blank_record(loop, state),
-    )
-
-    def should_step(carry):
-        state, budget, _, num_made = carry
-        return (num_made < num_steps) & (state.status == 0) & ~budget.is_spent
-
-    def make_step(carry):
-        state, budget, rows, num_made = carry
-        state, record = step(loop, state, stop, budget)
-        rows = jax.tree.map(lambda column, x: column.at[num_made].set(x), rows, record)
-        budget = budget.spend(record.stats["gradient_equivalents"])
-        return state, budget, rows, num_made + 1
-
-    init_carry = (state, budget, rows, jnp.asarray(0))
-    return jax.lax.while_loop(should_step, make_step, init_carry)
-
-
-def _blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:
-    """Returns the record of a step that was not made: NaN, at no cost."""
-    record = jax.eval_shape(lambda state: step(loop, state)[1], state)
-
-    def blank(path, x):
-        is_cost = path and getattr(path[-1], "key", None) in COST_STATS
-        fill = 0 if is_cost or not jnp.issubdtype(x.dtype, jnp.floating) else jnp.nan
-        return jnp.full(x.shape, fill, x.dtype)
-
-    return jax.tree.map_with_path(blank, record)

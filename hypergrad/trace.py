@@ -53,6 +53,8 @@ class Trace(PrettyModule):
       alphas: The ``alpha`` of each step with a leading axis ``[steps]`` if
         ``record_alphas`` was set, else None.
       first_step: Number of steps made before this run, if it continued another.
+      record_every: Number of steps per row. Where ``[steps]`` stands above, there is a
+        row for the last of each ``record_every`` steps; its costs are those of all.
       state: State from which `minimize` continues, or None after a search.
 
     >>> import optax, hypergrad as hg
@@ -76,6 +78,7 @@ class Trace(PrettyModule):
     flags: dict[str, Array] = eqx.field(default_factory=dict)
     alphas: PyTree = None
     first_step: Array | int = 0
+    record_every: int = eqx.field(static=True, default=1)
     state: Any = None
 
     def __repr__(self) -> str:
@@ -99,12 +102,12 @@ class Trace(PrettyModule):
     def reasons(self) -> dict[str, list[int]]:
         """Returns the reasons not to trust estimates: ``{sentence: steps}``."""
         self._check_single("reasons()")
-        # Blank rows have no flags. Steps are counted from the start of the first run.
+        # Blank rows have no flags.
         flags = {name: np.flatnonzero(flag) for name, flag in self.flags.items()}
         return {
-            REASONS.get(name, name): (steps + int(self.first_step)).tolist()
-            for name, steps in flags.items()
-            if steps.size
+            REASONS.get(name, name): [self._step_of_row(row) for row in rows.tolist()]
+            for name, rows in flags.items()
+            if rows.size
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -120,7 +123,7 @@ class Trace(PrettyModule):
         metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
         rows = []
         for i in range(len(self.value)):
-            row = {"step": i + int(self.first_step)}
+            row = {"step": self._step_of_row(i)}
             row |= {name: column[i].tolist() for name, column in columns.items()}
             row |= {
                 name: column[i].item()
@@ -129,6 +132,10 @@ class Trace(PrettyModule):
             }
             rows.append(row)
         return rows
+
+    def _step_of_row(self, row: int) -> int:
+        """Returns the recorded step, counted from the start of the first run."""
+        return int(self.first_step) + (row + 1) * self.record_every - 1
 
     def _check_single(self, name: str) -> None:
         if jnp.ndim(self.status_code):

@@ -262,8 +262,8 @@ ERRORS = (
     PlantedError(
         "SAGA: rows of the last step are never written",
         "estimators/single_loop/variance_reduction.py",
-        "rows = table.updated_rows()",
-        "rows = table.rows",
+        "rows = table.updated_rows()\n    # The batch",
+        "rows = table.rows\n    # The batch",
         f"{UPDATES} estimators/single_loop/test_saba.py",
     ),
     PlantedError(
@@ -298,13 +298,13 @@ ERRORS = (
     PlantedError(
         "outer loop: every step has the same key",
         "outer_step.py",
-        "        estimator_state=estimator_state,\n        key=key,\n",
-        "        estimator_state=estimator_state,\n        key=state.key,\n",
+        "        key=key,\n    )\n    return next_state, record",
+        "        key=state.key,\n    )\n    return next_state, record",
         "core/test_minimize.py core/test_outer_loop.py",
     ),
     PlantedError(
         "outer loop: the cost of a step is not spent",
-        "outer_step.py",
+        "outer_block.py",
         'budget = budget.spend(record.stats["gradient_equivalents"])',
         "budget = budget.spend(jnp.zeros(()))",
         "core/test_outer_loop.py",
@@ -315,6 +315,13 @@ ERRORS = (
         "(state.u, state.optimizer_state, state.aggregator_state)",
         "(state.u, optimizer_state, state.aggregator_state)",
         "core/test_untrusted.py core/test_outer_loop.py",
+    ),
+    PlantedError(
+        "outer loop: a row has the costs of its last step alone",
+        "outer_block.py",
+        "record.stats[name] + cost for",
+        "record.stats[name] for",
+        "core/test_record_every.py",
     ),
     # Costs.
     PlantedError(

@@ -12,7 +12,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.bench.timing import measure_seconds
-from hypergrad.outer_run import BLOCK_SIZE, get_block_size
+from hypergrad.outer_block import BLOCK_SIZE, get_block_size
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 
 CURVATURE = np.array([1.0, 3.0])

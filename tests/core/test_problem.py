@@ -76,6 +76,34 @@ def test_examples_are_sampled_uniformly_with_replacement(with_key):
     assert abs(repeated - (1 - 5 / 6 * 4 / 6)) < 4 * np.sqrt(0.25 / 4000)
 
 
+@pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
+def test_blocks_are_contiguous_and_equally_likely(with_key):
+    """Checks frequencies by a chi-square test; the last block overlaps."""
+    batches = hg.Batches(np.arange(7), 3, with_key=with_key, order="blocks")
+    assert batches.num_blocks == 3
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 3000))
+    samples = np.asarray(samples[0] if with_key else samples)
+    np.testing.assert_array_equal(samples, samples[:, :1] + np.arange(3))
+    starts, counts = np.unique(samples[:, 0], return_counts=True)
+    assert starts.tolist() == [0, 3, 4]
+    assert np.sum((counts - 1000) ** 2 / 1000) < 18.4  # chi2(2): p = 1e-4
+
+
+def test_an_estimate_keeps_the_order_of_its_batches():
+    """A smaller batch of the estimate is a block as well, also with a key."""
+    data = hg.Batches(np.arange(100), 50, with_key=True, order="blocks")
+    estimate_data = EstimateData.sample(hg.Bilevel(inner_loss, outer_loss, data), KEY)
+    assert estimate_data.inner_data.order == "blocks"
+    batch, _ = estimate_data.inner_batch(10)
+    np.testing.assert_array_equal(batch, batch[0] + np.arange(10))
+    assert batch[0] % 10 == 0
+
+
+def test_an_unknown_order_of_batches_is_an_error():
+    with pytest.raises(ValueError, match="order"):
+        hg.Batches(DATA, 2, order="sorted")
+
+
 def test_a_scalar_leaf_is_part_of_every_batch():
     batches = hg.Batches({"x": jnp.arange(6.0), "T": 0.3}, 4)
     assert batches.num_examples == 6

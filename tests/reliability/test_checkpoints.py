@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import checkpoint, outer_run
+from hypergrad import checkpoint, outer_fingerprint, outer_limits
 from hypergrad.checkpoint import CheckpointFolder
 from hypergrad.cost.memory import resident_bytes
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
@@ -557,7 +557,7 @@ def test_a_folder_that_refused_other_runs_still_serves_its_own(finished):
 def test_another_environment_is_refused(name: str, finished, monkeypatch):
     """Its bits would differ."""
     environment = checkpoint.runtime_environment() | {name: "something else"}
-    monkeypatch.setattr(outer_run, "runtime_environment", lambda: environment)
+    monkeypatch.setattr(outer_fingerprint, "runtime_environment", lambda: environment)
     with pytest.raises(ValueError, match=f"{name} is .* and something else now"):
         run(checkpoints=hg.Checkpoints(finished))
 
@@ -741,7 +741,7 @@ def test_a_run_that_takes_too_much_memory_stops_and_continues(tmp_path, monkeypa
 
     def report(*sizes):
         remaining = iter(sizes)  # before the run, and after each step
-        monkeypatch.setattr(outer_run, "resident_bytes", lambda: next(remaining))
+        monkeypatch.setattr(outer_limits, "resident_bytes", lambda: next(remaining))
 
     checkpoints = hg.Checkpoints(tmp_path)
     report(0, 100, 100, 101)

@@ -42,7 +42,9 @@ class SABA(SingleLoop):
 
     Cost: that of SOBA.
     Memory: in addition to SOBA, ``n_inner`` times two vectors like ``w`` and one like
-      ``alpha``, and ``n_outer`` times one of each.
+      ``alpha``, and ``n_outer`` times one of each. With batches of ``order="blocks"`` a
+      row stands for a block of ``batch_size`` examples, which divides the memory by
+      that number and evaluates derivatives once per batch instead of once per example.
     Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
 
     Raises:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ...problem import Bilevel, Data, EstimateData, full_batch, is_sampled
+from ...problem import Batches, Bilevel, Data, EstimateData, full_batch, is_sampled
 from ...products import Loss, hvp_and_cross_vjp
 from ...trees import add_scale
 from .base import SingleLoopState, sample_batches, value_at_step
@@ -75,7 +75,14 @@ def outer_parts(problem: Bilevel, point: Point, batch: PyTree) -> OuterParts:
 
 def minibatch_parts(problem: Bilevel, point: Point, data: EstimateData) -> Parts:
     """Returns the derivatives of both losses on one mini-batch each."""
-    batch, outer_batch = sample_batches(data)
+    return parts_on_batches(problem, point, sample_batches(data))
+
+
+def parts_on_batches(
+    problem: Bilevel, point: Point, batches: tuple[PyTree, PyTree]
+) -> Parts:
+    """Returns the derivatives of both losses on given batches of both."""
+    batch, outer_batch = batches
     inner = inner_parts(problem.inner_loss, point, batch)
     return inner, outer_parts(problem, point, outer_batch)
 
@@ -92,29 +99,40 @@ def shapes_of_parts(problem: Bilevel, state: SingleLoopState, alpha: PyTree) -> 
 
 
 class SagaTable(eqx.Module):
-    """The latest derivatives of each example, for SAGA.
+    """The latest derivatives of each example, or of each block of examples, for SAGA.
 
     The rows of the last step are in ``new_rows`` until the next step writes them with
     `updated_rows`. If a step wrote to ``rows`` after reading it, XLA would copy the
     whole table at each step.
 
     Attributes:
-      rows: Derivatives of each example, without those of the last step; a leading axis
-        of size ``num_examples``.
+      rows: Derivatives of each example or block, without those of the last step; a
+        leading axis of that length.
       mean: Mean of the rows, with those of the last step.
-      index: Examples of the last step.
-      new_rows: Their derivatives; a leading axis of size ``batch_size``.
+      index: Examples of the last step, ``[batch_size]``, or the number of its block.
+      new_rows: Their derivatives, with the same leading axis as ``index``.
     """
 
     rows: PyTree
     mean: PyTree
-    index: Int[Array, " batch_size"]
+    index: Int[Array, "..."]
     new_rows: PyTree
 
     def updated_rows(self) -> PyTree:
         """Returns the rows with those of the last step."""
-        write = lambda rows, new_rows: rows.at[self.index].set(new_rows)
-        return jax.tree.map(write, self.rows, self.new_rows)
+        write = _write_row if self.index.ndim == 0 else _write_rows
+        return jax.tree.map(
+            lambda rows, new: write(rows, self.index, new), self.rows, self.new_rows
+        )
+
+
+def _write_row(rows: Array, index: Array, new_row: Array) -> Array:
+    """Writes one row as a slice, which costs less than a scatter."""
+    return jax.lax.dynamic_update_index_in_dim(rows, new_row, index, 0)
+
+
+def _write_rows(rows: Array, index: Array, new_rows: Array) -> Array:
+    return rows.at[index].set(new_rows)
 
 
 def empty_table(parts: PyTree, data: Data) -> SagaTable:
@@ -124,17 +142,20 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
       parts: Shapes and dtypes of the derivatives of one example.
       data: Data of the loss. Data that is used whole counts as one example.
     """
-    size, batch_size = (
-        (data.num_examples, data.batch_size) if is_sampled(data) else (1, 1)
+    zero_rows = lambda *leading: jax.tree.map(
+        lambda x: jnp.zeros((*leading, *x.shape), x.dtype), parts
     )
-    zero_rows = lambda n: jax.tree.map(
-        lambda x: jnp.zeros((n, *x.shape), x.dtype), parts
-    )
+    if not is_sampled(data):
+        num_rows, index_shape = 1, (1,)
+    elif data.order == "blocks":
+        num_rows, index_shape = data.num_blocks, ()
+    else:
+        num_rows, index_shape = data.num_examples, (data.batch_size,)
     return SagaTable(
-        rows=zero_rows(size),
+        rows=zero_rows(num_rows),
         mean=optax.tree.zeros_like(parts),
-        index=jnp.zeros(batch_size, int),
-        new_rows=zero_rows(batch_size),
+        index=jnp.zeros(index_shape, int),
+        new_rows=zero_rows(*index_shape),
     )
 
 
@@ -144,12 +165,13 @@ def saga_estimate(
     """Returns ``mean_k (new_k - old_k) + mean of all old`` and the next table.
 
     The estimate is unbiased whatever the table holds. An example that occurs twice in
-    the batch counts twice in the estimate and once in the table.
+    the batch counts twice in the estimate and once in the table. A batch that is a
+    block of examples is one row.
 
     Args:
       parts_fn: ``batch -> derivatives``. The loss of a batch must be the mean of the
         losses of its examples.
-      table: The latest derivatives of each example.
+      table: The latest derivatives of each example or block.
       data: Data of the loss.
       key: PRNG key of the batch.
     """
@@ -158,9 +180,11 @@ def saga_estimate(
         new_parts = parts_fn(full_batch(data, key))
         row = jax.tree.map(lambda x: x[None], new_parts)
         return new_parts, SagaTable(row, new_parts, table.index, row)
+    if data.order == "blocks":
+        return _saga_estimate_of_block(parts_fn, table, data, key)
     rows = table.updated_rows()
     # The batch that `sample_batch` returns for this key.
-    index = jax.random.randint(key, (data.batch_size,), 0, data.num_examples)
+    index = data.draw_indices(key)
     new_rows = jax.vmap(lambda i: parts_fn(data.take(i[None])))(index)
     change = jax.tree.map(lambda new, rows: new - rows[index], new_rows, rows)
     # mean_k (new_k - old_k) + mean of all old
@@ -174,6 +198,21 @@ def saga_estimate(
         change,
     )
     return estimate, SagaTable(rows, mean, index, new_rows)
+
+
+def _saga_estimate_of_block(
+    parts_fn: Callable[[PyTree], PyTree], table: SagaTable, data: Batches, key: Array
+) -> tuple[PyTree, SagaTable]:
+    """Returns the estimate and the next table for a batch that is one row of it."""
+    rows = table.updated_rows()
+    number = data.draw_block(key)
+    new_row = parts_fn(data.take_block(number))
+    read = lambda rows: jax.lax.dynamic_index_in_dim(rows, number, 0, keepdims=False)
+    change = jax.tree.map(lambda new, rows: new - read(rows), new_row, rows)
+    # new_i - old_i + mean of all old
+    estimate = jax.tree.map(jnp.add, change, table.mean)
+    mean = jax.tree.map(lambda m, c: m + c / data.num_blocks, table.mean, change)
+    return estimate, SagaTable(rows, mean, number, new_row)
 
 
 # SPIDER (Fang et al. 2018), which restarts SARAH (Nguyen et al. 2017).
@@ -221,7 +260,10 @@ def spider_estimate(
         return inner, outer_parts(problem, point, data.outer_batch())
 
     def recursion():
-        new, old = (minibatch_parts(problem, p, data) for p in (point, memory.point))
+        batches = sample_batches(data)
+        new, old = (
+            parts_on_batches(problem, p, batches) for p in (point, memory.point)
+        )
         # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
         return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 

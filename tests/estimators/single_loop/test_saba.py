@@ -45,9 +45,12 @@ def state_after_three_steps(saba, problem):
     return state
 
 
-def test_mean_of_each_table_is_the_mean_of_its_rows():
+@pytest.mark.parametrize(("size", "order"), [(3, "iid"), (1, "blocks"), (2, "blocks")])
+def test_mean_of_each_table_is_the_mean_of_its_rows(size: int, order: str):
     """Batches of 3 of 4 examples repeat examples, which count once in the table."""
-    data = [hg.Batches(examples(seed, NUM_EXAMPLES), 3) for seed in (1, 2)]
+    data = [
+        hg.Batches(examples(seed, NUM_EXAMPLES), size, order=order) for seed in (1, 2)
+    ]
     problem = hg.Bilevel(inner_loss, outer_loss, *data)
     state = state_after_three_steps(hg.SABA(SGD), problem)
     for table in state.memory:
@@ -75,6 +78,27 @@ def test_mean_over_all_examples_is_the_step_of_soba_on_all_data():
     estimate, expected = soba.estimate(FULL, soba_state, ALPHA, jax.random.key(0))
     expected = jnp.hstack([estimate.hypergradient, expected.w, expected.v])
     np.testing.assert_allclose(outcomes[first].mean(axis=0), expected, rtol=1e-12)
+
+
+class BatchesOfOne(hg.Batches):
+    """Batches of one example, drawn as a block of one example is."""
+
+    def draw_indices(self, key):
+        return self.draw_block(key)[None]
+
+
+def test_blocks_of_one_example_are_batches_of_one_example():
+    """Rows of examples and rows of blocks agree in each step, if their draws do."""
+    keys = jax.random.split(jax.random.key(3), 8)
+
+    def records(make_batches):
+        data = [make_batches(examples(seed)) for seed in (1, 2)]
+        problem = hg.Bilevel(inner_loss, outer_loss, *data)
+        return run_steps(hg.SABA(SGD), problem, W, ALPHA, 0.05, keys)[1]
+
+    of_blocks = records(lambda data: hg.Batches(data, 1, order="blocks"))
+    of_examples = records(lambda data: BatchesOfOne(data, 1))
+    chex.assert_trees_all_close(of_blocks, of_examples, rtol=1e-12)
 
 
 @pytest.mark.parametrize("data", ["batches", "all data"])
@@ -133,7 +157,8 @@ def test_saba_converges_linearly_below_the_plateau_of_soba():
     assert np.median(soba_gaps[-5:]) > 10 * np.median(np.abs(saba_gaps[-5:]))
 
 
-def test_step_does_not_copy_the_tables():
+@pytest.mark.parametrize(("order", "rows"), [("iid", 512), ("blocks", 128)])
+def test_step_does_not_copy_the_tables(order: str, rows: int):
     """The compiled program of a run neither copies a table nor selects between two."""
     x = jnp.ones((512, 37), jnp.float32)
     inner = lambda w, alpha, x: 0.5 * jnp.mean(((w - alpha)[None] - x) ** 2)
@@ -141,7 +166,7 @@ def test_step_does_not_copy_the_tables():
     sgd = optax.sgd(0.1)
 
     def run(x, key):
-        data = hg.Batches(x, 4)
+        data = hg.Batches(x, 4, order=order)
         zero = jnp.zeros(37, jnp.float32)
         return hg.minimize(
             hg.Bilevel(inner, outer, data, data), hg.SABA(sgd), sgd, zero, zero,
@@ -149,7 +174,7 @@ def test_step_does_not_copy_the_tables():
         ).alpha  # fmt: skip
 
     text = jax.jit(run).lower(x, jax.random.key(0)).compile().as_text()
-    table = r"= f32\[512,37\]\S* "
-    assert re.search(table + "(fusion|scatter)", text)
+    table = rf"= f32\[{rows},37\]\S* "
+    assert re.search(table + "(fusion|scatter|dynamic-update-slice)", text)
     copies = re.findall(table + r"(copy|select)\(", text)
     assert len(copies) <= 4  # of the zeros with which five tables start

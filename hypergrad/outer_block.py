@@ -1,0 +1,113 @@
+"""The compiled block of outer steps that a run repeats."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .cost import COST_STATS
+from .outer_step import Budget, OuterState, StepRecord, step, step_without_record
+
+if TYPE_CHECKING:
+    from .minimize import OuterLoop
+
+BLOCK_SIZE = 256  # rows per compiled block
+MAX_ALPHA_BYTES = 2**24  # of the alphas that a block records
+
+
+def get_block_size(loop: "OuterLoop", state: OuterState) -> int:
+    """Returns the number of rows of a block, fewer if it records large alphas."""
+    if not loop.record_alphas:
+        return BLOCK_SIZE
+    leaves = jax.tree.leaves(state.best_alpha)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return max(1, min(BLOCK_SIZE, MAX_ALPHA_BYTES // max(num_bytes, 1)))
+
+
+@eqx.filter_jit
+def run_block(
+    loop: "OuterLoop",
+    state: OuterState,
+    budget: Budget,
+    num_rows: Array,
+    stop: Array,
+    block_size: int,
+    record_every: int = 1,
+) -> tuple[OuterState, Budget, StepRecord, Array]:
+    """Makes up to ``num_rows * record_every`` steps and records the last of each chunk.
+
+    Args:
+      loop: The loop.
+      state, budget: State and budget before the block.
+      num_rows: Number of chunks of ``record_every`` steps, at most ``block_size``.
+      stop: Number of the step at which the run ends.
+      block_size: Number of rows of the records, static.
+      record_every: Number of steps per row, static. The costs in a row are those of all
+        its steps.
+
+    Returns:
+      State and budget after the block, the records with a leading axis of size
+      ``block_size``, and the number of rows written. No step is made after a failure
+      or once the budget is spent; the rows of such steps are blank.
+    """
+    rows = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (block_size, *x.shape)),
+        _blank_record(loop, state),
+    )
+
+    def should_continue(carry):
+        state, budget, _, num_made = carry
+        return (num_made < num_rows) & (state.status == 0) & ~budget.is_spent
+
+    def make_row(carry):
+        state, budget, rows, num_made = carry
+        state, costs = _repeat_without_record(loop, state, record_every - 1)
+        if costs is not None:
+            budget = budget.spend(costs["gradient_equivalents"])
+        state, record = step(loop, state, stop, budget, record_every)
+        budget = budget.spend(record.stats["gradient_equivalents"])
+        if costs is not None:
+            record = _add_costs(record, costs)
+        rows = jax.tree.map(lambda column, x: column.at[num_made].set(x), rows, record)
+        return state, budget, rows, num_made + 1
+
+    init_carry = (state, budget, rows, jnp.asarray(0))
+    return jax.lax.while_loop(should_continue, make_row, init_carry)
+
+
+def _repeat_without_record(
+    loop: "OuterLoop", state: OuterState, num_steps: int
+) -> tuple[OuterState, dict[str, Array] | None]:
+    """Makes steps without a record; returns the state and the sum of their costs."""
+    if num_steps == 0:
+        return state, None
+
+    def make_step(_, carry):
+        state, costs = carry
+        state, costs_of_step = step_without_record(loop, state)
+        return state, jax.tree.map(jnp.add, costs, costs_of_step)
+
+    costs = jax.eval_shape(lambda state: step_without_record(loop, state)[1], state)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), costs)
+    return jax.lax.fori_loop(0, num_steps, make_step, (state, zeros))
+
+
+def _add_costs(record: StepRecord, costs: dict[str, Array]) -> StepRecord:
+    """Returns the record with the costs of earlier steps added to its own."""
+    sums = {name: record.stats[name] + cost for name, cost in costs.items()}
+    return dataclasses.replace(record, stats=record.stats | sums)
+
+
+def _blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:
+    """Returns the record of a step that was not made: NaN, at no cost."""
+    record = jax.eval_shape(lambda state: step(loop, state)[1], state)
+
+    def blank(path, x):
+        is_cost = path and getattr(path[-1], "key", None) in COST_STATS
+        fill = 0 if is_cost or not jnp.issubdtype(x.dtype, jnp.floating) else jnp.nan
+        return jnp.full(x.shape, fill, x.dtype)
+
+    return jax.tree.map_with_path(blank, record)

@@ -1,0 +1,148 @@
+"""Runs that record every n-th step: the same steps, with fewer rows."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.outer_estimate import ADDITIVE_STATS
+from hypergrad.trees import to_numpy
+from tests.core.test_outer_loop import LOOP, PROBLEM, SGD, START, make_loop, run
+from tests.estimators.single_loop.problems import ALPHA, W, with_batches
+
+NUM_STEPS = 24
+
+
+def first_entry(w, alpha, key):
+    return alpha[0]
+
+
+def single_loop() -> hg.OuterLoop:
+    sgd = optax.sgd(0.05)
+    return hg.OuterLoop(with_batches(1, 1), hg.SRBA(sgd, period=3), sgd)
+
+
+CASES = {
+    "noisy": (LOOP, START),
+    "all alphas": (make_loop(record_alphas=True), START),
+    "SRBA": (single_loop(), (W, ALPHA)),
+}
+
+
+@pytest.mark.parametrize("every", [2, 8, 24])
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_is_that_of_its_last_step_with_the_costs_of_all(case: str, every: int):
+    """The costs of SRBA differ from step to step."""
+    loop, start = CASES[case]
+    full = loop.run(loop.init(*start), num_steps=NUM_STEPS)
+    trace = loop.run(loop.init(*start), num_steps=NUM_STEPS, record_every=every)
+    numbers = lambda t: jax.tree.map(to_numpy, (t.state, t.alpha, t.w))
+    chex.assert_trees_all_close(numbers(trace), numbers(full), rtol=1e-12)
+    last = lambda column: column[every - 1 :: every]
+    others = lambda stats: {k: x for k, x in stats.items() if k not in ADDITIVE_STATS}
+    rows = lambda t: (t.value, others(t.stats), t.flags, t.alphas)
+    expected = jax.tree.map(last, rows(full))
+    chex.assert_trees_all_close(rows(trace), expected, rtol=1e-12)
+    for name in ADDITIVE_STATS:
+        total = np.asarray(full.stats[name]).reshape(-1, every).sum(1)
+        np.testing.assert_allclose(trace.stats[name], total, rtol=1e-12)
+    steps = [row["step"] for row in trace.rows()]
+    assert steps == list(range(every - 1, NUM_STEPS, every))
+
+
+def test_best_alpha_is_the_best_of_the_recorded_ones():
+    trace = run(make_loop(record_alphas=True), num_steps=NUM_STEPS, record_every=3)
+    best = np.asarray(trace.alphas)[np.argmin(trace.value)]
+    np.testing.assert_array_equal(trace.best_alpha, best)
+
+
+def test_metrics_are_evaluated_at_the_first_record_after_each_multiple():
+    loop = make_loop(metrics={"first": first_entry}, eval_every=6)
+    trace = run(loop, num_steps=NUM_STEPS, record_every=3)
+    is_evaluated = ~np.isnan(trace.metrics["first"])
+    np.testing.assert_array_equal(is_evaluated, [1, 0, 1, 0, 1, 0, 1, 1])
+    trace = run(make_loop(metrics={"first": first_entry}), num_steps=6, record_every=3)
+    assert not np.isnan(trace.metrics["first"]).any()
+
+
+@pytest.mark.parametrize(("budget", "num_rows"), [(12.0, 1), (13.0, 2), (25.0, 3)])
+def test_a_budget_ends_a_run_after_a_whole_row(budget: float, num_rows: int):
+    """Each step of this estimator costs three gradient-equivalents."""
+    trace = run(budget=budget, record_every=4)
+    assert len(trace.value) == num_rows
+    assert trace.state.step == 4 * num_rows
+    assert trace.cost[-1] == 3 * trace.state.step
+
+
+def test_a_run_of_rows_is_continued_and_reported_in_steps(tmp_path):
+    """Checkpoints are made at the first record after each multiple of ``every``."""
+    reports = []
+    checkpoints = hg.Checkpoints(tmp_path, every=5)
+    trace = run(
+        num_steps=NUM_STEPS,
+        record_every=3,
+        checkpoints=checkpoints,
+        progress=lambda step, value: reports.append(step),
+    )
+    assert reports == list(range(3, NUM_STEPS + 1, 3))
+    whole = run(num_steps=48, record_every=3)
+    resumed = run(num_steps=48, record_every=3, checkpoints=checkpoints)
+    chex.assert_trees_all_equal(resumed.state, whole.state)
+    chex.assert_trees_all_equal(resumed.value, whole.value)
+    continued = LOOP.run(trace.state, num_steps=NUM_STEPS, record_every=3)
+    chex.assert_trees_all_equal(continued.state, whole.state)
+    assert continued.rows()[0]["step"] == NUM_STEPS + 2
+    with pytest.raises(ValueError, match="record_every"):
+        run(num_steps=48, record_every=1, checkpoints=checkpoints)
+
+
+def test_a_failure_between_records_returns_to_the_last_good_record():
+    """The value is NaN once alpha has moved below 2, in the fourth step."""
+    outer = lambda w, alpha, batch: jnp.sum(jnp.where(alpha > 2.0, w, jnp.nan))
+    problem = hg.Bilevel(PROBLEM.inner_loss, outer)
+    implicit = hg.Implicit(hg.ClosedForm(lambda alpha, batch: alpha))
+    loop = hg.OuterLoop(problem, implicit, optax.sgd(0.3))
+    full = loop.run(loop.init(0.0, 3.0), num_steps=8)
+    assert np.isfinite(full.value).sum() == 4
+    trace = loop.run(loop.init(0.0, 3.0), num_steps=8, record_every=2)
+    assert trace.status == full.status == "stopped: the outer value is not finite"
+    np.testing.assert_allclose(trace.alpha, 3.0 - 3 * 0.3)
+    np.testing.assert_array_equal(np.isfinite(trace.value), [1, 1, 0, 0])
+    trace = loop.run(loop.init(0.0, 3.0), num_steps=9, record_every=3)
+    np.testing.assert_allclose(trace.alpha, 3.0 - 2 * 0.3)
+
+
+def test_a_run_with_fewer_records_works_inside_jit_and_vmap():
+    state = LOOP.init(*START)
+    one_run = lambda key: (
+        LOOP.run(dataclasses.replace(state, key=key), num_steps=6, record_every=3).alpha
+    )
+    keys = jax.random.split(jax.random.key(1), 3)
+    chex.assert_trees_all_close(
+        jax.jit(jax.vmap(one_run))(keys), jnp.stack([one_run(key) for key in keys])
+    )
+
+
+@pytest.mark.parametrize(
+    ("loop", "options", "name"),
+    [
+        (LOOP, {"num_steps": 10, "record_every": 3}, "num_steps"),
+        (LOOP, {"num_steps": 10, "record_every": 0}, "record_every"),
+        (LOOP, {"num_steps": 10, "record_every": 2.0}, "record_every"),
+        (make_loop(eval_every=3), {"num_steps": 4, "record_every": 2}, "eval_every"),
+        (
+            hg.OuterLoop(PROBLEM, hg.Implicit(hg.Newton()), SGD, on_untrusted="stop"),
+            {"num_steps": 4, "record_every": 2},
+            "record_every",
+        ),
+    ],
+    ids=["remainder", "zero", "float", "eval_every", "guard"],
+)
+def test_intervals_that_do_not_fit_are_refused(loop, options: dict, name: str):
+    with pytest.raises((TypeError, ValueError), match=name):
+        loop.run(loop.init(*START), **options)
