@@ -13,7 +13,13 @@ from jaxtyping import Array, PyTree
 from .estimators.base import Estimate, Estimator, normalize_estimate
 from .problem import Bilevel
 from .problem_checks import check_init, check_problem_type
-from .validation import as_input_arrays, as_key, check_estimator_type, floats_to_arrays
+from .validation import (
+    as_input_arrays,
+    as_key,
+    check_estimator_type,
+    check_no_nan,
+    floats_to_arrays,
+)
 
 
 def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estimate]:
@@ -57,16 +63,27 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
         default_key = as_key(None)
 
     def estimate_fn(w: PyTree, alpha: PyTree, key: Array | None = None) -> Estimate:
-        w, alpha = as_input_arrays(w, alpha)
         leaves, input_structure = jax.tree.flatten((w, alpha))
-        shapes = input_structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
-        if shapes not in checked_shapes:
-            check_init(estimator, problem, w, alpha)
-            checked_shapes.add(shapes)
+        has_arrays = all(isinstance(leaf, jax.Array) for leaf in leaves)
+        if has_arrays and _shapes_of(input_structure, leaves) in checked_shapes:
+            check_no_nan(w, alpha)
+        else:
+            w, alpha = as_input_arrays(w, alpha)
+            leaves, input_structure = jax.tree.flatten((w, alpha))
+            shapes = _shapes_of(input_structure, leaves)
+            if shapes not in checked_shapes:
+                check_init(estimator, problem, w, alpha)
+                checked_shapes.add(shapes)
         key = default_key if key is None else as_key(key)
         return _estimate(static_part, arrays, w, alpha, key)
 
     return estimate_fn
+
+
+def _shapes_of(structure: Any, leaves: list[Array]) -> tuple[Any, ...]:
+    """Returns all that the checks of the arguments depend on, apart from NaN."""
+    is_weak = lambda x: getattr(x, "weak_type", None)  # which PRNG keys do not have
+    return structure, *((x.shape, x.dtype, is_weak(x)) for x in leaves)
 
 
 class _StaticPart:

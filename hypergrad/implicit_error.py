@@ -29,6 +29,7 @@ from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
 from .trees import (
     add_scale,
     divide,
+    hash_normal,
     is_zero,
     norm,
     norm_ratio,
@@ -125,12 +126,12 @@ def correction_terms(
 def random_directions(alpha: PyTree) -> PyTree:
     """Returns two directions of ``alpha`` with a leading axis, always the same ones.
 
-    They are random, orthogonal where ``alpha`` has more than one number, and so long
-    that the mean of ``(u'x)^2`` is ``||x||^2`` in expectation. For one or two numbers
-    it is equal to it.
+    They are pseudo-random, orthogonal where ``alpha`` has more than one number, and so
+    long that the mean of ``(u'x)^2`` is ``||x||^2`` in expectation. For one or two
+    numbers it is equal to it.
     """
     flat, unravel = ravel_pytree(alpha)
-    u = jax.random.normal(jax.random.key(0), (NUM_DIRECTIONS, flat.size), float)
+    u = hash_normal(0, jnp.zeros((NUM_DIRECTIONS, flat.size), float))
     u0 = u[0] / jnp.linalg.norm(u[0])
     u1 = u0 if flat.size == 1 else u[1] - u0 * jnp.vdot(u0, u[1])
     u = jnp.stack([u0, u1 / jnp.linalg.norm(u1)]) * flat.size**0.5

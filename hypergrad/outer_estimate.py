@@ -3,13 +3,14 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .certificate import compute_certificate
 from .cost import COST_STATS
-from .estimators.base import Estimate, get_target, normalize_estimate
+from .estimators.base import Estimate, Estimator, get_target, normalize_estimate
 from .problem import Bilevel, EstimateData
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def estimate_step(
         should_certify = is_due(state.step, loop.certify_every, record_every)
         return _attach_certificate(loop, problem, should_certify, estimate, alpha, key)
 
-    estimate, estimator_state = loop.estimator.estimate(
-        problem, state.estimator_state, alpha, key
+    estimate, estimator_state = _estimate(
+        loop.estimator, problem, state.estimator_state, alpha, key
     )
     estimate = finish(estimate)
     if loop.on_untrusted != "refine":
@@ -82,6 +83,14 @@ def estimate_step(
         lambda: with_all_flags(skip_refinement),
         lambda: with_all_flags(refine),
     )
+
+
+@eqx.filter_jit
+def _estimate(
+    estimator: Estimator, problem: Bilevel, state: PyTree, alpha: PyTree, key: Array
+) -> tuple[Estimate, PyTree]:
+    """Returns ``estimator.estimate(...)``, traced once for all traces of a step."""
+    return estimator.estimate(problem, state, alpha, key)
 
 
 def _attach_certificate(

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .checkpoint import RunFingerprint, runtime_environment
@@ -43,7 +44,7 @@ def run_fingerprint(
         loop,
         state,
         Budget.create(None),
-        jnp.asarray(0),
+        jnp.asarray(np.asarray(0)),  # of the type in a run, which is lowered only once
         state.step,
         get_block_size(loop, state),
         record_every,

@@ -118,7 +118,7 @@ def _run_without_host(
     for num_started in range(0, num_rows, block_size):
         size = min(block_size, num_rows - num_started)
         state, account, rows, num_made = run_block(
-            loop, state, account, jnp.asarray(size), stop, block_size, record_every
+            loop, state, account, _to_array(size), stop, block_size, record_every
         )
         if budget is None or is_traced(account):
             blocks.append((rows, size))
@@ -160,8 +160,8 @@ class _HostRun:
         self.num_steps = math.inf if num_steps is None else num_steps
         self.first_step = state.step
         self.block_size = get_block_size(loop, state)
-        never = jnp.full_like(state.step, NEVER)
-        self.stop = never if num_steps is None else state.step + num_steps
+        stop = NEVER if num_steps is None else int(state.step) + num_steps
+        self.stop = _to_array(stop)
         self.num_made = 0
         self.blocks: list[tuple[StepRecord, int]] = []
         self.progress, self.folder, self.limits = progress, folder, limits
@@ -212,7 +212,7 @@ class _HostRun:
             if self.progress is not None and (
                 is_end or self._is_due(self._report_every())
             ):
-                value = to_numpy(self._last_value())
+                value = self._last_value()
                 self.progress(self.num_made, value if value.ndim else value.item())
         status = int(self.state.status)
         if not self._is_finished():  # a limit that the last step exceeds does not count
@@ -227,7 +227,9 @@ class _HostRun:
         )
 
     def _is_finished(self) -> bool:
-        is_over = bool(self.budget.is_spent) or int(self.state.status) > 0
+        # On the host, because each operation on arrays would compile a program.
+        is_spent = float(self.budget.total_cost) >= float(self.budget.limit)
+        is_over = is_spent or int(self.state.status) > 0
         return is_over or self.num_made >= self.num_steps
 
     def _is_due(self, every: int) -> bool:
@@ -276,7 +278,7 @@ class _HostRun:
             self.loop,
             self.state,
             self.budget,
-            jnp.asarray(num_rows),
+            _to_array(num_rows),
             self.stop,
             self.block_size,
             self.record_every,
@@ -288,12 +290,17 @@ class _HostRun:
         repeat = lambda x: np.repeat(to_numpy(x)[:1], num_rows, axis=0)
         return jax.tree.map(repeat, rows)
 
-    def _last_value(self) -> Array:
+    def _last_value(self) -> np.ndarray:
         rows, num_made = next(block for block in reversed(self.blocks) if block[1])
-        return rows.value[num_made - 1]
+        return to_numpy(rows.value)[num_made - 1]
 
     def _to_checkpoint(self, rows: StepRecord) -> tuple[OuterState, Budget, StepRecord]:
         return self.state, self.budget, rows
+
+
+def _to_array(number: int) -> Array:
+    """Returns an integer as an array like ``state.step``, without a program for it."""
+    return jnp.asarray(np.asarray(number))
 
 
 def _concatenate(blocks: list[tuple[StepRecord, int]]) -> StepRecord:

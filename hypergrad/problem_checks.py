@@ -131,7 +131,20 @@ def check_alpha_has_gradient(
         differentiates it by another way than the losses. None means that it does not.
       advice: Continues the error message.
     """
-    has_gradient = list(has_other_gradient or [False] * len(jax.tree.leaves(alpha)))
+    num_leaves = len(jax.tree.leaves(alpha))
+    has_gradient = tuple(map(bool, has_other_gradient or [False] * num_leaves))
+    # The losses are not traced again when the first state is computed after the check.
+    check_on_shapes(_check_gradients, problem, w, alpha, has_gradient, advice)
+
+
+def _check_gradients(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    has_gradient: Sequence[bool],
+    advice: str,
+) -> None:
+    """Raises the errors of `check_alpha_has_gradient`."""
     for _, loss, batch in _losses(problem):
         in_loss = alpha_has_gradient(loss, w, alpha, batch)
         has_gradient = list(map(operator.or_, has_gradient, in_loss))

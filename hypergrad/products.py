@@ -5,6 +5,9 @@ differentiable, ``H = d2L/dw2`` is its Hessian in ``w`` and ``J = d2L/dw dalpha`
 cross derivative. Every product is forward over reverse: one forward-mode derivative of
 one gradient, for about the work of two gradients.
 
+The loss is compiled as a function of its own, so that JAX traces it once for all
+products at arguments of the same shapes.
+
 For several right-hand sides, apply `jax.vmap` over the vector: the gradient at w
 is evaluated once and the columns share one matrix product.
 """
@@ -12,6 +15,7 @@ is evaluated once and the columns share one matrix product.
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
@@ -23,7 +27,7 @@ def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTre
 
     Cost: two gradients.
     """
-    grad_fn = lambda w: jax.grad(loss)(w, alpha, batch)
+    grad_fn = lambda w: jax.grad(eqx.filter_jit(loss))(w, alpha, batch)
     return jax.jvp(grad_fn, (w,), (v,))[1]
 
 
@@ -35,7 +39,7 @@ def cross_vjp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) ->
 
     Cost: two gradients.
     """
-    alpha_grad_fn = lambda w: jax.grad(loss, argnums=1)(w, alpha, batch)
+    alpha_grad_fn = lambda w: jax.grad(eqx.filter_jit(loss), argnums=1)(w, alpha, batch)
     return jax.jvp(alpha_grad_fn, (w,), (v,))[1]
 
 
@@ -52,7 +56,7 @@ def cross_jvp(
 
     Cost: two gradients.
     """
-    grad_fn = lambda *args: jax.grad(loss)(w, *args)
+    grad_fn = lambda *args: jax.grad(eqx.filter_jit(loss))(w, *args)
     return jax.jvp(grad_fn, args, tangents)[1]
 
 
@@ -68,7 +72,7 @@ def grad_and_cross_jvps(
 
     Cost: two gradients per direction.
     """
-    grad_fn = lambda alpha: jax.grad(loss)(w, alpha, batch)
+    grad_fn = lambda alpha: jax.grad(eqx.filter_jit(loss))(w, alpha, batch)
     along = lambda direction: jax.jvp(grad_fn, (alpha,), (direction,))
     return jax.vmap(along, out_axes=(None, 0))(directions)
 
@@ -80,7 +84,7 @@ def hvp_and_cross_vjp(
 
     Cost: two gradients.
     """
-    grads_fn = lambda w: jax.grad(loss, argnums=(0, 1))(w, alpha, batch)
+    grads_fn = lambda w: jax.grad(eqx.filter_jit(loss), argnums=(0, 1))(w, alpha, batch)
     (inner_grad, _), (Hv, cross) = jax.jvp(grads_fn, (w,), (v,))
     return inner_grad, Hv, cross
 

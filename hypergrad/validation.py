@@ -47,16 +47,21 @@ def as_input_arrays(
     """
     w = _as_floats("w", w)
     alpha = _as_floats("alpha", alpha) if differentiable else _as_arrays("alpha", alpha)
+    check_no_nan(w, alpha)
+    return w, alpha
+
+
+def check_no_nan(w: PyTree, alpha: PyTree) -> None:
+    """Raises ValueError if a concrete leaf of ``w`` or ``alpha`` contains NaN."""
+    if not any(map(_has_nan, jax.tree.leaves((w, alpha)))):
+        return
     for name, tree in (("w", w), ("alpha", alpha)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            is_concrete = not isinstance(leaf, Tracer)
-            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-            if is_concrete and is_float and _has_nan(leaf):
+            if _has_nan(leaf):
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} must be finite; it contains "
                     "NaN. Choose another starting value."
                 )
-    return w, alpha
 
 
 def as_key(key: Any) -> Array:
@@ -107,8 +112,11 @@ def check_same_structure(
 
 
 def _has_nan(leaf: Array) -> bool:
-    mask = jnp.isnan(leaf) if needs_gather(leaf) else np.isnan(np.asarray(leaf))
-    return bool(mask.any())
+    """Returns True if an array is concrete and contains NaN."""
+    if isinstance(leaf, Tracer) or not isinstance(leaf.dtype, np.dtype):  # a PRNG key
+        return False
+    array = leaf if needs_gather(leaf) else np.asarray(leaf)
+    return bool((array != array).any())  # only NaN differs from itself
 
 
 def _as_arrays(name: str, tree: PyTree) -> PyTree:

@@ -293,7 +293,7 @@ class Implicit(eqx.Module):
         return ImplicitState(
             w,
             zero_adjoint(problem, w),
-            num_estimates=jnp.asarray(0),
+            num_estimates=jnp.zeros((), int),
             grad_tol=jnp.asarray(jnp.nan, float),
             duals=self._zero_duals(problem, w),
             s=optax.tree.zeros_like(w) if needs_scaling(self) else None,

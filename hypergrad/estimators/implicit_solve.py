@@ -131,8 +131,7 @@ def find_scaling(
     if not needs_scaling(estimator):
         return no_scaling(w)
     matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
-    key = jax.random.fold_in(jax.random.key(0), state.num_estimates)
-    return equilibrate(matvec, w, init_s=state.s, key=key)
+    return equilibrate(matvec, w, init_s=state.s, seed=state.num_estimates)
 
 
 def result_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:

@@ -10,7 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree, Scalar
 
-from ..trees import divide, power_of_two_scale, random_like
+from ..trees import divide, hash_normal, power_of_two_scale
 from .base import MatVec
 
 NUM_PROBES = 8
@@ -77,7 +77,7 @@ def equilibrate(
     like: PyTree,
     *,
     init_s: PyTree | None = None,
-    key: Array | None = None,
+    seed: Array | int = 0,
 ) -> Scaling:
     """Returns ``S = diag(s)`` for which the rows of ``S H S`` have about equal norms.
 
@@ -92,8 +92,8 @@ def equilibrate(
       like: Vector whose structure ``matvec`` takes.
       init_s: The ``s`` of a similar matrix, from which `NUM_WARM_PROBES` suffice. Zeros
         stand for none.
-      key: PRNG key of the probes. Defaults to ``jax.random.key(0)``. Where ``init_s``
-        comes from an earlier call, it should be another key than there.
+      seed: Integer from which the probes are made. Where ``init_s`` comes from an
+        earlier call, it should be another one than there.
 
     Cost: `NUM_PROBES` products, or fewer from ``init_s``; one per parameter up to 8.
 
@@ -110,15 +110,14 @@ def equilibrate(
         num_probes = jnp.where(has_init, NUM_WARM_PROBES, NUM_PROBES)
         init_log = lambda s: jnp.log(jnp.where(has_init, s, 1))
         log_s = jax.tree.map(init_log, init_s)
-    key = jax.random.key(0) if key is None else key
-    keys = jax.random.split(key, NUM_PROBES)
+    first_seed = jnp.asarray(seed) * NUM_PROBES
     num_averaged = num_probes - num_probes // 2
 
     def probe(i, carry):
         log_s, mean_log_s = carry
         # x = |S H S z|,  s <- s (x / max x)^(-1/2)
         scaling = Scaling(jax.tree.map(jnp.exp, log_s), 0)
-        x = scaling.matvec(matvec)(random_like(keys[i], like))
+        x = scaling.matvec(matvec)(hash_normal(first_seed + i, like))
         x = divide(x, power_of_two_scale(x))
         log_s = _shift_to_zero(jax.tree.map(_divide_by_root, log_s, x))
         weight = jnp.where(i >= num_probes // 2, 1 / num_averaged, 0)

@@ -306,14 +306,16 @@ def _project(
     diagonal = jnp.diagonal(gram)
     is_negative = jnp.any(diagonal < 0)
     d = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
-    eigenvalues, q = jnp.linalg.eigh(gram)
-    # Smaller eigenvalues are those of nearly dependent vectors, and mostly rounding.
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(W))).eps)
-    is_negative |= jnp.any(eigenvalues < -(eps**0.5))
-    is_used = eigenvalues > eps**0.5
-    inverse = jnp.where(is_used, 1 / jnp.where(is_used, eigenvalues, 1), 0)
-    pseudo_inverse = jnp.outer(d, d) * (q @ jnp.diag(inverse) @ q.T)
+    pseudo_inverse = jnp.outer(d, d)
+    if size > 1:
+        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(W))).eps)
+        gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
+        eigenvalues, q = jnp.linalg.eigh(gram)
+        # Smaller eigenvalues are those of nearly dependent vectors, mostly rounding.
+        is_negative |= jnp.any(eigenvalues < -(eps**0.5))
+        is_used = eigenvalues > eps**0.5
+        inverse = jnp.where(is_used, 1 / jnp.where(is_used, eigenvalues, 1), 0)
+        pseudo_inverse *= q @ jnp.diag(inverse) @ q.T
     coefficients = inner_products(all_rhs, W) @ pseudo_inverse
     combine = lambda vectors: jax.tree.map(
         lambda leaf: jnp.tensordot(coefficients, leaf, 1).astype(leaf.dtype), vectors

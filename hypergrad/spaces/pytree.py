@@ -149,7 +149,7 @@ def check(space: PyTree, alpha: PyTree) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         is_interior = replicate(is_interior)
-        if isinstance(is_interior, Tracer) or np.all(is_interior):
+        if isinstance(is_interior, Tracer) or np.asarray(is_interior).all():
             continue
         leaf = replicate(leaf)
         index = tuple(np.argwhere(~np.asarray(is_interior))[0].tolist())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import os
 import re
 import subprocess
 import sys
@@ -147,6 +149,31 @@ def test_a_hypergradient_function_checks_its_problem_once_per_shape(monkeypatch)
         gradient(jnp.nan, scalar.alpha)
 
 
+def test_repeated_calls_convert_no_arrays_and_still_check_others(monkeypatch):
+    """Only numbers, other shapes and other dtypes are converted and checked again."""
+    conversions = []
+    as_input_arrays = hypergradient_module.as_input_arrays
+
+    def convert(w, alpha):
+        conversions.append((w, alpha))
+        return as_input_arrays(w, alpha)
+
+    monkeypatch.setattr(hypergradient_module, "as_input_arrays", convert)
+    gradient = hg.hypergradient(WIDE, hg.Implicit(hg.Newton()))
+    alpha = jnp.zeros(2)
+    for size in range(3):
+        gradient(jnp.full(2, float(size), float), alpha)
+    assert len(conversions) == 1
+    gradient(jnp.zeros(3), jnp.zeros(3))
+    assert len(conversions) == 2
+    with pytest.raises(TypeError, match="w must be floating-point"):
+        gradient(jnp.zeros(2, int), alpha)
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        gradient(jnp.zeros(2), alpha.at[1].set(jnp.nan))
+    with pytest.raises(TypeError, match="inner_loss"):
+        gradient(jnp.zeros(2), jnp.zeros(3))
+
+
 def test_static_parts_of_different_losses_have_different_hashes():
     """Otherwise a call would be compared with all earlier ones; equal ones share."""
 
@@ -179,6 +206,104 @@ def test_losses_that_are_compared_by_value_run_their_own_program():
         gradient = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
         assert gradient(0.0, 1.0).hypergradient == pytest.approx(scale**2)
     assert outer.count == count
+
+
+def count_programs(caplog, name: str, run) -> tuple[int, int]:
+    """Returns how many programs of a name JAX lowers and compiles in ``run()``."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run()
+    count = lambda verb: sum(
+        bool(re.match(rf"{verb} (jit\()?{name}\b", x)) for x in caplog.messages
+    )
+    return count("Compiling"), count("Finished XLA compilation of")
+
+
+@pytest.mark.parametrize(
+    "option", ["none", "progress", "checkpoints", "limits", "budget"]
+)
+def test_the_options_of_a_run_compile_one_program_of_steps(option, caplog, tmp_path):
+    """Whatever the host does between the blocks, and however long these are."""
+    options = {
+        "none": {},
+        "progress": {"progress": lambda num_steps, value: None},
+        "checkpoints": {"checkpoints": hg.Checkpoints(tmp_path / "run", every=4)},
+        "limits": {"time_limit": 1e6, "memory_limit": 1e15},
+        "budget": {"budget": 1e3},
+    }[option]
+    losses = count_traces(reference())  # nothing of an earlier run is reused
+    problem = with_losses(losses, reference())
+    loop = hg.OuterLoop(problem, hg.Implicit(SOLVER), ADAM)
+    state = loop.init(reference().w, reference().alpha)
+    run = lambda: loop.run(state, num_steps=21, **options)
+    assert count_programs(caplog, "run_block", run) == (1, 1)
+    continued = lambda: loop.run(state, num_steps=7, time_limit=1e6)
+    assert count_programs(caplog, "run_block", continued) == (0, 0)
+
+
+def test_a_run_traces_each_loss_a_few_times():
+    """The checks and one estimate, which the blocks of steps do not trace again."""
+    losses = count_traces(reference())
+    problem = with_losses(losses, reference())
+    loop = hg.OuterLoop(problem, hg.Implicit(SOLVER), ADAM)
+    state = loop.init(reference().w, reference().alpha)
+    counts = [loss.count for loss in losses]
+    assert max(counts) <= 8
+    loop.run(state, num_steps=3)
+    assert [loss.count for loss in losses] == counts
+
+
+@pytest.mark.parametrize("options", [{}, {"estimate_error": False}], ids=str)
+def test_an_estimate_without_batches_contains_no_random_generator(options):
+    """Its loop of twenty kernels would take longer to compile than a product."""
+    large = ridge("per-weight", n=20, d=12)  # too many parameters for a dense H
+    estimator = hg.Implicit(SOLVER, **options)
+    key = jax.random.key(0)
+
+    def estimate(problem, w, alpha):
+        state = estimator.init(problem, w, alpha)
+        return estimator.estimate(problem, state, alpha, key)[0].hypergradient
+
+    text = str(jax.make_jaxpr(estimate)(large.problem, large.w, large.alpha))
+    assert "threefry" not in text
+    assert "random_bits" not in text
+    assert ("eigh" in text) == (not options)  # of more than one earlier solution
+
+
+def test_a_second_process_takes_its_programs_from_the_persistent_cache(tmp_path):
+    """Programs contain nothing that differs between processes, such as addresses."""
+    script = """
+        import jax, jax.numpy as jnp, optax
+        import hypergrad as hg
+        misses = []
+        listen = lambda event, **kwargs: event.endswith("misses") and misses.append(1)
+        jax.monitoring.register_event_listener(listen)
+        inner = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+        outer = lambda w, alpha, batch: jnp.sum((w - 1) ** 2)
+        problem = hg.Bilevel(inner, outer)
+        estimator = hg.Implicit(hg.Descent(optax.sgd(0.1), 5))
+        w, alpha = jnp.zeros(3), jnp.ones(3)
+        hg.hypergradient(problem, estimator)(w, alpha)
+        hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=3)
+        print(len(misses))
+    """
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    counts = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(script)],
+                capture_output=True, text=True, check=True, env=environment,
+                cwd=Path(__file__).parents[2],
+            ).stdout
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert counts[0] > 2
+    assert counts[1] == 0
 
 
 # jit and vmap.

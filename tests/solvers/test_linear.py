@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad.linear.base import relative_residual, solve_linear
-from hypergrad.trees import divide, power_of_two_scale
+from hypergrad.trees import divide, hash_normal, power_of_two_scale
 from tests.solvers.systems import (
     BALANCED,
     EIGENVECTORS,
@@ -339,3 +339,29 @@ def test_the_declared_bound_is_attained(name):
 
 def test_nystrom_declares_no_bound():
     assert np.isnan(hg.Nystrom(3).error_bound(0.5, 1.5))
+
+
+def test_hashed_normal_vectors_are_standard_normal_and_uncorrelated():
+    """Moments, quantiles, and the correlations of seeds, leaves and neighbours."""
+    like = {"a": jnp.zeros((100, 100)), "b": jnp.zeros(10_000)}
+    vectors = [hash_normal(seed, like) for seed in (0, 1, jnp.asarray(2), -1)]
+    columns = [np.asarray(leaf).ravel() for z in vectors for leaf in z.values()]
+    neighbours = [np.roll(column, 1) for column in columns]
+    correlations = np.corrcoef(np.stack(columns + neighbours)) - np.eye(16)
+    assert np.abs(correlations).max() < 0.04  # four standard deviations
+    for column in columns:
+        assert abs(np.mean(column)) < 0.04
+        np.testing.assert_allclose(np.std(column), 1, atol=0.03)
+        assert abs(np.mean(np.abs(column) < 0.6745) - 0.5) < 0.02
+        assert np.isfinite(column).all()
+    assert np.isfinite(hash_normal(0, jnp.zeros(2**20, jnp.float32))).all()
+
+
+def test_hashed_normal_vectors_keep_dtypes_and_repeat():
+    """The vector depends on the seed and on the structure alone."""
+    like = {"a": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
+    first, second = hash_normal(3, like), jax.jit(hash_normal)(3, like)
+    assert jax.tree.map(lambda x: x.dtype, first) == jax.tree.map(
+        lambda x: x.dtype, like
+    )
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), first, second))
