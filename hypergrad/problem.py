@@ -136,11 +136,7 @@ class Batches(eqx.Module):
         return jax.tree.map(rows, self.data)
 
     def draw_block(self, key: Array) -> Array:
-        """Returns the number of a block.
-
-        The probabilities of two blocks differ by 2^-32 at most. `jax.random.randint` is
-        more even, with three calls of the generator instead of one.
-        """
+        """Returns the number of a block; probabilities are equal within 2^-32."""
         bits = jax.random.bits(key, (), jnp.uint32)
         return (bits % jnp.uint32(self.num_blocks)).astype(int)
 
