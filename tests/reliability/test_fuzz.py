@@ -163,6 +163,8 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("rank", "count", "Nystrom", lambda x: hg.Nystrom(x)),
     ("rank", "count", "NystromCG", lambda x: hg.NystromCG(x)),
     ("truncation_length", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
+    ("max_stored_bytes", "count or zero", "Unrolled",
+     lambda x: hg.Unrolled(SOLVER, max_stored_bytes=x)),
     ("num_samples", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
     ("num_terms", "count", "FixedPoint", lambda x: hg.FixedPoint(SOLVER, x)),
     ("num_pairs", "count", "Evolution", lambda x: hg.Evolution(SOLVER, 0.1, x)),
