@@ -165,6 +165,7 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("truncation_length", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
     ("max_stored_bytes", "count or zero", "Unrolled",
      lambda x: hg.Unrolled(SOLVER, max_stored_bytes=x)),
+    ("max_tangents", "count", "Forward", lambda x: hg.Forward(SOLVER, x)),
     ("num_samples", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
     ("num_terms", "count", "FixedPoint", lambda x: hg.FixedPoint(SOLVER, x)),
     ("num_pairs", "count", "Evolution", lambda x: hg.Evolution(SOLVER, 0.1, x)),
