@@ -14,6 +14,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
@@ -148,19 +149,41 @@ def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
         name = lambda u: checkpoint_name(u, MIXED_MODE_GRAD)
         return jax.tree.map(name, jax.grad(loss)(*args))
 
-    def pull_back_grad(args, v):
-        _, Hv, cross = hvp_and_cross_vjp(loss, *args, v)
+    def with_residuals(f):
+        """Returns the forward rule of ``f``, which sorts floats by their perturbation.
+
+        Derivatives by floats that are constant, such as the data, are not computed.
+        """
+
+        def forward(*primals):
+            args = jax.tree.map(lambda x: x.value, primals)
+            varying = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
+            constant = jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
+            w, _, non_floats = args
+            return f(*args), (w, varying[1], (constant[1], non_floats))
+
+        return forward
+
+    def split_loss(w, varying, batch):
+        constant, non_floats = batch
+        return loss(w, eqx.combine(varying, constant), non_floats)
+
+    def pull_back_grad(residuals, v):
+        is_zero = lambda u: isinstance(u, jax.custom_derivatives.SymbolicZero)
+        v = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype) if is_zero(u) else u, v)
+        _, Hv, cross = hvp_and_cross_vjp(split_loss, *residuals, v)
         return Hv, cross, None
 
-    def pull_back_value(args, y):
-        w, floats, non_floats = args
-        floats_grad = jax.grad(loss, argnums=1)(w, floats, non_floats)
-        return scale(y, grad_fn(*args)), scale(y, floats_grad), None
+    def pull_back_value(residuals, y):
+        w, varying, (constant, non_floats) = residuals
+        w_grad = grad_fn(w, eqx.combine(varying, constant), non_floats)
+        varying_grad = jax.grad(split_loss, argnums=1)(*residuals)
+        return scale(y, w_grad), scale(y, varying_grad), None
 
     grad_fn = jax.custom_vjp(named_grad)
-    grad_fn.defvjp(lambda *args: (named_grad(*args), args), pull_back_grad)
+    grad_fn.defvjp(with_residuals(named_grad), pull_back_grad, symbolic_zeros=True)
     value_fn = jax.custom_vjp(loss)
-    value_fn.defvjp(lambda *args: (loss(*args), args), pull_back_value)
+    value_fn.defvjp(with_residuals(loss), pull_back_value, symbolic_zeros=True)
     return value_fn(*args)
 
 
