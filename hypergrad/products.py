@@ -171,7 +171,8 @@ def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
     def pull_back_grad(residuals, v):
         is_zero = lambda u: isinstance(u, jax.custom_derivatives.SymbolicZero)
         v = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype) if is_zero(u) else u, v)
-        _, Hv, cross = hvp_and_cross_vjp(split_loss, *residuals, v)
+        w, varying, batch = residuals
+        _, Hv, cross = hvp_and_cross_vjp(split_loss, w, varying, batch, v)
         return Hv, cross, None
 
     def pull_back_value(residuals, y):
