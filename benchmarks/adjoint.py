@@ -1,15 +1,15 @@
-"""Cost of a reverse step by one derivative of one gradient, against autodiff.
+"""Cost of a reverse pass in mixed mode and of one by autodiff.
 
-*Question.* Should `Unrolled` go back through a step by one forward derivative of its
-gradient rather than by autodiff of everything that made the step?
+*Question.* How many operations does mixed mode exchange for how much memory in
+`Unrolled`?
 
 *Method.* A step is a gradient ``g`` and an elementwise update of the form ``u(g, w,
 state, alpha)``, whatever the optimizer. Autodiff goes back through the update and
-yields the cotangent ``v`` of ``g``. One derivative of one gradient then yields ``H v``
-and ``Jᵀ v``, and a step has to store only ``w`` and what the update needs, nothing of
-the network. This takes six products with the matrices of a layer, as many as autodiff;
-but those of the forward pass and of the backward signals of the gradient are computed a
-second time. A test checks in float64 that both ways agree.
+yields the cotangent ``v`` of ``g``. In mixed mode one derivative of one gradient then
+yields ``H v`` and ``Jᵀ v``, and a step has to store only ``w`` and what the update
+needs, nothing of the network. This takes six products with the matrices of a layer, as
+many as autodiff; but those of the forward pass and of the backward signals of the
+gradient are computed a second time.
 
 *Problems.* Logistic regression with 500 features and penalties, 10,000 examples and 500
 steps; a ReLU network 784-300-10 with a weight for each of 5,000 examples, 100 steps on
@@ -19,11 +19,12 @@ layer are hyperparameters of all.
 
 *Measured.* Programs are compiled and not run, so that every number is the same on every
 run: operations, in gradients of a batch per step, and scratch memory. Both are given
-with checkpoints, the default, and with all steps stored.
+with checkpoints and with all steps stored.
 
 *Claims.* None: a forward pass is made once more, so that it cannot take fewer
 operations. The lines below the table state the exchange of operations for scratch
-memory; autodiff with checkpoints is the better known exchange, and `Unrolled` uses it.
+memory. `Unrolled` uses autodiff while the values of all steps fit its limit, then mixed
+mode with all steps stored, then mixed mode with checkpoints.
 """
 
 import functools
@@ -39,33 +40,11 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row
-from hypergrad.estimators.inner_run import InnerRunState
-from hypergrad.products import Loss, hvp_and_cross_vjp
+from hypergrad.estimators.inner_run import make_response_fn
+from hypergrad.problem import EstimateData
+from hypergrad.products import Loss
 
 from .shared import plots
-
-
-@functools.cache
-def with_adjoint(loss: Loss) -> Loss:
-    """Returns a loss whose gradient is differentiated by one forward derivative."""
-
-    @jax.custom_vjp
-    def gradient(w, alpha, batch):
-        return jax.grad(loss)(w, alpha, batch)
-
-    def pull_back(args, v):
-        w, alpha, batch = args
-        _, Hv, JTv = hvp_and_cross_vjp(loss, w, alpha, batch, v)
-        return Hv, JTv, None
-
-    def with_args(f: Callable) -> Callable:
-        return lambda *args: (f(*args), args)
-
-    gradient.defvjp(with_args(gradient), pull_back)
-    value = jax.custom_vjp(lambda w, alpha, batch: loss(w, alpha, batch))
-    scaled = lambda args, y: (optax.tree.scale(y, gradient(*args)), None, None)
-    value.defvjp(with_args(loss), scaled)
-    return value
 
 
 def scores(act: Callable, w: PyTree, x: Array) -> Array:
@@ -147,7 +126,7 @@ WORKLOADS = {
     ),
 }
 STORES = {"checkpoints": True, "all steps": False}
-METHODS = {"autodiff": lambda loss: loss, "adjoint": with_adjoint}
+METHODS = {"autodiff": False, "adjoint": True}  # whether in mixed mode
 
 
 def sample_arrays(work: Workload, key: Array) -> tuple[PyTree, PyTree, PyTree]:
@@ -177,16 +156,21 @@ def hypergradient(
     alpha: PyTree,
     key: Array,
 ) -> tuple[Array, PyTree]:
-    """Returns value and hypergradient of `Unrolled`; the outer loss has no penalty."""
+    """Returns value and hypergradient of a run; the outer loss has no penalty."""
     no_penalty = {"penalties": jnp.full(work.penalties, -jnp.inf)}
     outer = lambda w, alpha, batch: work.loss(w, no_penalty, batch)
-    inner = METHODS[method](work.loss)
-    problem = hg.Bilevel(inner, outer, hg.Batches(data, work.batch), data)
-    state = InnerRunState(w)  # `init` needs derivatives that this loss does not have
-    solver = hg.Descent(work.optimizer, work.steps)
-    estimator = hg.Unrolled(solver, checkpoint=checkpoint)
-    estimate, _ = estimator.estimate(problem, state, alpha, key)
-    return estimate.value, estimate.hypergradient
+    problem = hg.Bilevel(work.loss, outer, hg.Batches(data, work.batch), data)
+    response_fn = make_response_fn(
+        hg.Descent(work.optimizer, work.steps),
+        problem,
+        EstimateData.sample(problem, key),
+        w,
+        data,
+        checkpoint=checkpoint,
+        mixed_mode=METHODS[method],
+    )
+    (value, _), hypergradient = jax.value_and_grad(response_fn, has_aux=True)(alpha)
+    return value, hypergradient
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:

@@ -17,9 +17,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
+from .trees import scale
+
 Loss = Callable[[PyTree, PyTree, PyTree], Any]
+
+#: Name of the gradient of a loss in mixed mode, for policies of `jax.checkpoint`.
+MIXED_MODE_GRAD = "mixed_mode_grad"
 
 
 def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTree:
@@ -87,6 +94,101 @@ def hvp_and_cross_vjp(
     grads_fn = lambda w: jax.grad(eqx.filter_jit(loss), argnums=(0, 1))(w, alpha, batch)
     (inner_grad, _), (Hv, cross) = jax.jvp(grads_fn, (w,), (v,))
     return inner_grad, Hv, cross
+
+
+def with_mixed_mode(loss: Loss) -> Loss:
+    """Returns the loss with a gradient in ``w`` that is differentiated in mixed mode.
+
+    A reverse pass through the gradient ``g = dL/dw`` has a cotangent ``u`` of ``g`` and
+    needs the derivatives of ``<g, u>``. Second derivatives commute, so these are the
+    derivatives of all first derivatives of the loss along ``u``: one forward derivative
+    of one gradient, for which only the arguments of the loss are stored. Reverse mode
+    stores the intermediate values of ``g`` and of its reverse pass instead.
+
+    The gradient has the name `MIXED_MODE_GRAD`, so that a policy of `jax.checkpoint`
+    can store it. A forward derivative of the loss raises TypeError. Rules inside the
+    loss that are no derivatives of one function, as of a straight-through estimator,
+    need not commute; the derivative may then differ from that of autodiff.
+
+    Cost: two gradients in the reverse pass. Reverse mode needs as many without the
+    values of the forward pass, which are computed anew here.
+
+    Source: Kemaev et al. 2025 (arXiv 2505.00793).
+
+    >>> import jax, jax.numpy as jnp
+    >>> loss = with_mixed_mode(lambda w, alpha, batch: jnp.exp(alpha) * w**3)
+    >>> w_grad, alpha_grad = jax.grad(jax.grad(loss), argnums=(0, 1))(2.0, 0.0, None)
+    >>> float(w_grad), float(alpha_grad)
+    (12.0, 12.0)
+    """
+
+    def mixed_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Any:
+        arrays, static = eqx.partition((alpha, batch), eqx.is_array)
+        floats, non_floats = eqx.partition(arrays, eqx.is_inexact_array)
+        split_loss = lambda w, floats, non_floats: loss(
+            w, *eqx.combine(floats, non_floats, static)
+        )
+        # All that may be differentiated is an argument of the rules, also what the
+        # loss closes over.
+        closed_loss, closed_over = jax.closure_convert(
+            split_loss, w, floats, non_floats
+        )
+        return _mixed_mode_value(
+            lambda w, floats, non_floats: closed_loss(
+                w, floats[0], non_floats, *floats[1]
+            ),
+            w,
+            (floats, closed_over),
+            non_floats,
+        )
+
+    return mixed_loss
+
+
+def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
+    """Returns ``loss(w, floats, non_floats)``, with derivatives by the first two."""
+
+    def named_grad(*args):
+        name = lambda u: checkpoint_name(u, MIXED_MODE_GRAD)
+        return jax.tree.map(name, jax.grad(loss)(*args))
+
+    def with_residuals(f):
+        """Returns the forward rule of ``f``, which sorts floats by their perturbation.
+
+        Derivatives by floats that are constant, such as the data, are not computed.
+        """
+
+        def forward(*primals):
+            args = jax.tree.map(lambda x: x.value, primals)
+            varying = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
+            constant = jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
+            w, _, non_floats = args
+            return f(*args), (w, varying[1], (constant[1], non_floats))
+
+        return forward
+
+    def split_loss(w, varying, batch):
+        constant, non_floats = batch
+        return loss(w, eqx.combine(varying, constant), non_floats)
+
+    def pull_back_grad(residuals, v):
+        is_zero = lambda u: isinstance(u, jax.custom_derivatives.SymbolicZero)
+        v = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype) if is_zero(u) else u, v)
+        w, varying, batch = residuals
+        _, Hv, cross = hvp_and_cross_vjp(split_loss, w, varying, batch, v)
+        return Hv, cross, None
+
+    def pull_back_value(residuals, y):
+        w, varying, (constant, non_floats) = residuals
+        w_grad = grad_fn(w, eqx.combine(varying, constant), non_floats)
+        varying_grad = jax.grad(split_loss, argnums=1)(*residuals)
+        return scale(y, w_grad), scale(y, varying_grad), None
+
+    grad_fn = jax.custom_vjp(named_grad)
+    grad_fn.defvjp(with_residuals(named_grad), pull_back_grad, symbolic_zeros=True)
+    value_fn = jax.custom_vjp(loss)
+    value_fn.defvjp(with_residuals(loss), pull_back_value, symbolic_zeros=True)
+    return value_fn(*args)
 
 
 def gauss_newton_product(

@@ -225,9 +225,9 @@ print(
 print("log-penalties:", np.round(trace.alpha, 1))
 
 # %% [markdown]
-# `Unrolled` counts each gradient of the loop twice. By default it stores about
-# $2\sqrt{T}$ of the $w_t$ and repeats the steps during the reverse pass
-# (`checkpoint=True`).
+# `Unrolled` stores the values of all steps here. Where they exceed 1.5 GB, it stores
+# the $w_t$, or about $2\sqrt{T}$ of them, and then repeats the steps during the reverse
+# pass, so that each gradient of the loop counts twice.
 #
 # `minimize` uses another inner solver. A fixed step size
 # $\eta < 2 / \lambda_{\max}(H)$ would have to hold for every $\alpha$ of the run, and

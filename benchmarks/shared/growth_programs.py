@@ -115,7 +115,9 @@ METHODS = {
     "Implicit, Neumann": Method(
         lambda T: hg.Implicit(descent(T), hg.Neumann(PRODUCTS, step_size=RATE))
     ),
-    "Unrolled": Method(lambda T: hg.Unrolled(descent(T)), ROOT_OF_STEPS),
+    "Unrolled": Method(
+        lambda T: hg.Unrolled(descent(T), checkpoint=True), ROOT_OF_STEPS
+    ),
     "Unrolled, stored": Method(
         lambda T: hg.Unrolled(descent(T), checkpoint=False), ALL_STEPS
     ),

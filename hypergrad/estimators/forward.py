@@ -1,10 +1,13 @@
 """Forward mode through the inner run."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..inner.base import IterativeSolver, grads_per_step
 from ..method_summary import MethodSummary
@@ -12,6 +15,7 @@ from ..problem import Bilevel, EstimateData
 from ..problem_checks import lost_in_step_flags, solver_uses_alpha
 from ..products import pushforward
 from ..trees import all_finite
+from ..validation import check_positive_int
 from .inner_run import (
     InnerRunState,
     RunDerivative,
@@ -36,10 +40,13 @@ class Forward(RunEstimator):
 
     Args:
       solver: Inner solver with differentiable iterations.
+      max_tangents: Largest number of columns of one run, B. If N is larger, a run is
+        made for each block of at most B columns. Defaults to N, a single run.
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
-    Cost: T inner gradients and N T Hessian-vector products, batched.
-    Memory: N + 1 carries of the solver, for any number of steps.
+    Cost: T inner gradients and N T Hessian-vector products, in one batch per step. With
+      blocks ``ceil(N / B) T`` gradients, and as many products.
+    Memory: N + 1 carries of the solver, B + 1 with blocks, for any number of steps.
     Target: solver. The derivative includes every dependence of the optimizer, the
       losses and ``init_fn`` on ``alpha``.
     Bias: none for the finite run.
@@ -57,6 +64,7 @@ class Forward(RunEstimator):
     """
 
     solver: IterativeSolver
+    max_tangents: int | None = eqx.field(static=True, default=None)
 
     citations = ("franceschi2017", "micaelli2021")
     summary = (
@@ -75,6 +83,7 @@ class Forward(RunEstimator):
 
     def __check_init__(self):
         check_differentiable(self.solver)
+        check_positive_int("max_tangents", self.max_tangents, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns 0, because the derivative of the run is exact."""
@@ -100,14 +109,16 @@ class Forward(RunEstimator):
         flat_alpha, unravel = ravel_pytree(alpha)
         outer_batch = data.outer_batch(self.outer_batch_size)
         response_fn = make_response_fn(self.solver, problem, data, w, outer_batch)
-        (value, final_w), (derivatives, _) = pushforward(
-            lambda flat: response_fn(unravel(flat)),
-            flat_alpha,
-            jnp.eye(flat_alpha.size, dtype=flat_alpha.dtype),
+        response_of_vector = lambda flat: response_fn(unravel(flat))
+        num_blocks = 1
+        if self.max_tangents is not None:
+            num_blocks = math.ceil(flat_alpha.size / self.max_tangents)
+        (value, final_w), derivatives = _differentiate_in_blocks(
+            response_of_vector, flat_alpha, num_blocks
         )
         hypergradient = unravel_derivatives(derivatives, flat_alpha, unravel)
         num_steps = self.solver.num_steps
-        num_grads = grads_per_step(self.solver) * num_steps
+        step_grads = grads_per_step(self.solver) * num_steps
         return RunDerivative(
             value,
             hypergradient,
@@ -117,7 +128,35 @@ class Forward(RunEstimator):
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             num_steps=num_steps,
-            num_grads=num_grads,
-            num_hvps=flat_alpha.size * num_grads,
+            num_grads=num_blocks * step_grads,
+            num_hvps=flat_alpha.size * step_grads,
             error_estimate=0.0,
         )
+
+
+def _differentiate_in_blocks(
+    f: Callable[[Array], tuple[Array, PyTree]], x: Float[Array, " n"], num_blocks: int
+) -> tuple[tuple[Array, PyTree], Array]:
+    """Returns ``f(x)`` and the derivatives of its first result by the entries of ``x``.
+
+    Each block evaluates ``f`` once, with its tangents in one batch.
+    """
+    if num_blocks == 1:
+        outputs, (derivatives, _) = pushforward(f, x, jnp.eye(x.size, dtype=x.dtype))
+        return outputs, derivatives
+    block_size = math.ceil(x.size / num_blocks)
+
+    def run_block(_, block: Array) -> tuple[tuple[Array, PyTree], Array]:
+        indices = block * block_size + jnp.arange(block_size)
+        # Indices beyond the last entry have a zero direction.
+        directions = jax.nn.one_hot(indices, x.size, dtype=x.dtype)
+        outputs, (derivatives, _) = pushforward(f, x, directions)
+        return outputs, derivatives
+
+    # The outputs are carried, because they are the same for all blocks.
+    init_outputs = jax.tree.map(
+        lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, x)
+    )
+    outputs, blocks = jax.lax.scan(run_block, init_outputs, jnp.arange(num_blocks))
+    derivatives = blocks.reshape(num_blocks * block_size, *blocks.shape[2:])
+    return outputs, derivatives[: x.size]

@@ -203,6 +203,7 @@ def make_response_fn(
     *,
     truncation_length: int | None = None,
     checkpoint: bool = False,
+    mixed_mode: bool = False,
 ) -> Callable[..., tuple[Array, PyTree]]:
     """Returns the differentiable function ``alpha -> (M(w_T, alpha), w_T)``.
 
@@ -211,7 +212,7 @@ def make_response_fn(
       truncation_length: Number of last steps that are differentiated. The function then
         also accepts ``(alpha, older, newer)``: the older half of these steps uses
         ``older`` in place of ``alpha``, the newer half ``newer``.
-      checkpoint: Whether the reverse pass recomputes steps from checkpoints.
+      checkpoint, mixed_mode: As in `run_inner_steps`.
 
     Returns:
       The function, which also accepts a ``perturbation`` of the run.
@@ -235,6 +236,7 @@ def make_response_fn(
             truncation_length=truncation_length,
             halves=halves or None,
             checkpoint=checkpoint,
+            mixed_mode=mixed_mode,
             before_step=before_step,
         )
         outer_w = final_w

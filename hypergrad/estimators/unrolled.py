@@ -13,11 +13,12 @@ from jaxtyping import Array, PyTree
 
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import split_steps, uses_checkpoints
+from ..inner.storage import StepSizes, Storage, choose_storage
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import lost_in_step_flags, solver_uses_alpha
 from ..trees import all_finite, norm
-from ..validation import check_positive_int
+from ..validation import KEY_SHAPE, check_positive_int
 from .forward import Forward
 from .inner_run import (
     InnerRunState,
@@ -30,6 +31,7 @@ from .inner_run import (
 from .rounding import Perturbation, is_ill_conditioned
 
 MAX_FORWARD_PARAMS = 3
+MAX_STORED_BYTES = 1_500_000_000
 
 
 class Unrolled(RunEstimator):
@@ -40,9 +42,13 @@ class Unrolled(RunEstimator):
         constant-step solver from jaxopt, or your own.
       truncation_length: Number of last steps that are differentiated (K). Defaults to
         all steps.
-      checkpoint: Whether to store only ``2 sqrt(T)`` carries and to recompute the steps
-        between them in the reverse pass, instead of storing the intermediates of every
-        step.
+      checkpoint: True to store only ``2 sqrt(T)`` carries and to repeat the steps
+        between them in the reverse pass, False to store all values that the reverse
+        pass of every step needs. Defaults to None, which chooses the storage with the
+        fewest operations in ``max_stored_bytes``.
+      max_stored_bytes: Number of bytes that the choice may store of one run, without
+        the data. Defaults to 1.5e9. A batch of estimates by `jax.vmap` stores as many
+        for each of them.
       warm_start: Whether each run starts where the previous run ended, so that the
         differentiated procedure is T more steps. Defaults to None, which means True
         unless the solver depends on ``alpha``: learning rates and schedules are
@@ -56,8 +62,11 @@ class Unrolled(RunEstimator):
 
     Cost: T inner gradients forward; one Hessian-vector product with its cross term per
       differentiated step in the reverse pass; with checkpoints one more gradient each.
-    Memory: ``2 sqrt(T)`` carries and the intermediates of one segment; without
-      checkpoints the intermediates of T steps.
+    Memory: `storage` states the bytes. Stored are, in this order of choice, the
+      intermediate values of T steps; T carries, with the gradients if the update is not
+      linear in them; ``2 sqrt(T)`` carries. Where only carries are stored, the product
+      is one forward derivative of one gradient (`hypergrad.products.with_mixed_mode`),
+      which takes half a gradient more than a reverse pass through stored values.
     Target: solver. The derivative includes every dependence of the optimizer, the
       losses and ``init_fn`` on ``alpha``.
     Bias: none for the finite run, which does not reach the stationary point if it stops
@@ -72,7 +81,8 @@ class Unrolled(RunEstimator):
       reverse pass yields this for one product of vectors like ``w`` per step.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
-    Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000.
+    Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000;
+    mixed mode from Kemaev et al. 2025 (arXiv 2505.00793).
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
@@ -85,28 +95,32 @@ class Unrolled(RunEstimator):
 
     solver: IterativeSolver
     truncation_length: int | None = eqx.field(static=True, default=None)
-    checkpoint: bool = eqx.field(static=True, default=True)
+    checkpoint: bool | None = eqx.field(static=True, default=None)
+    max_stored_bytes: int = eqx.field(static=True, default=MAX_STORED_BYTES)
 
-    citations = ("franceschi2017", "shaban2019", "griewank2000")
+    citations = ("franceschi2017", "shaban2019", "griewank2000", "kemaev2025")
     summary = (
         MethodSummary(
             "Unrolled(solver)",
-            num_grads="2 * T + 1",
+            num_grads="T + 1",
             num_hvps="T",
-            memory="2 sqrt(T) carries",
+            memory="T steps, or 2 sqrt(T) carries",
             bias="none",
             alpha_in=("losses", "optimizer", "start"),
             recommended_for=(
                 "alpha in the optimizer or start, a loop that stops early on purpose"
             ),
             not_recommended_for="very long runs, solvers with a line search",
-            reason="the derivative of the run itself; it runs twice to save memory",
+            reason=(
+                "the derivative of the run itself; where steps exceed 1.5 GB it runs "
+                "twice"
+            ),
         ),
         MethodSummary(
             "Unrolled(solver, truncation_length=K)",
-            num_grads="T + K + 1",
+            num_grads="T + 1",
             num_hvps="K",
-            memory="2 sqrt(K) carries",
+            memory="K steps, or 2 sqrt(K) carries",
             bias="q^K",
             alpha_in=("losses", "optimizer"),
             recommended_for="long runs that end near a minimum",
@@ -118,6 +132,7 @@ class Unrolled(RunEstimator):
     def __check_init__(self):
         check_differentiable(self.solver)
         check_positive_int("truncation_length", self.truncation_length, optional=True)
+        check_positive_int("max_stored_bytes", self.max_stored_bytes, minimum=0)
 
     @property
     def num_backward_steps(self) -> int:
@@ -154,10 +169,47 @@ class Unrolled(RunEstimator):
         """Returns which leaves of ``alpha`` the solver uses besides the inner loss."""
         return solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
 
+    def storage(self, problem: Bilevel, w: PyTree, alpha: PyTree) -> Storage:
+        """Returns what the reverse pass of an estimate stores, and its bytes.
+
+        Args:
+          problem: The problem.
+          w, alpha: Arguments of the estimate, or their shapes.
+
+        >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+        >>> loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+        >>> problem = hg.Bilevel(loss, loss)
+        >>> w = jax.ShapeDtypeStruct((10**6,), jnp.float32)
+        >>> for num_steps in (10, 300, 10_000):
+        ...     estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), num_steps))
+        ...     print(estimator.storage(problem, w, w))
+        Storage(checkpoint=False, mixed_mode=False, num_bytes=40000000)
+        Storage(checkpoint=False, mixed_mode=False, num_bytes=1200000000)
+        Storage(checkpoint=True, mixed_mode=True, num_bytes=800000800)
+        """
+        inner_data, _ = jax.eval_shape(problem.sample_data, KEY_SHAPE)
+        storage_fn = lambda w, alpha, inner_data: choices.append(
+            self._choose_storage(problem, w, alpha, inner_data)
+        )
+        choices: list[Storage] = []
+        jax.eval_shape(storage_fn, w, alpha, inner_data)
+        return choices[0]
+
+    def _choose_storage(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
+    ) -> Storage:
+        return choose_storage(
+            StepSizes(self.solver, problem.inner_loss, w, alpha, inner_data),
+            self.num_backward_steps,
+            self.checkpoint,
+            self.max_stored_bytes,
+        )
+
     def differentiate(
         self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
     ) -> RunDerivative:
         """Returns the derivative by one run forward and one reverse pass."""
+        storage = self._choose_storage(problem, w, alpha, data.inner_data)
         response_fn = make_response_fn(
             self.solver,
             problem,
@@ -165,7 +217,8 @@ class Unrolled(RunEstimator):
             w,
             data.outer_batch(self.outer_batch_size),
             truncation_length=self.truncation_length,
-            checkpoint=self.checkpoint,
+            checkpoint=storage.checkpoint,
+            mixed_mode=storage.mixed_mode,
         )
         num_backward = self.num_backward_steps
         # A truncated run takes alpha three times, so that the contributions of the
@@ -204,7 +257,7 @@ class Unrolled(RunEstimator):
             error_estimate = self._truncation_error(problem, hypergradient, terms)
             segments = split_steps(num_backward)
         num_recomputed = sum(
-            n for n in segments if self.checkpoint and uses_checkpoints(n)
+            n for n in segments if storage.checkpoint and uses_checkpoints(n)
         )
         num_grads = grads_per_step(self.solver)
         return RunDerivative(
@@ -289,8 +342,8 @@ def unrolled_estimator(
 
     Returns:
       `Forward` if N is at most 3: T gradients and N T products, batched, in memory that
-      does not grow with T. Else `Unrolled`: 2 T gradients and T products for any N.
-      Both are exact.
+      does not grow with T. Else `Unrolled`: T gradients and T products for any N, and T
+      gradients more with checkpoints. Both are exact.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.1), 1000)

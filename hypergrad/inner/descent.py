@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ..problem import Data, batch_fraction, sample_batch
-from ..products import Loss
+from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
 from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int
 from .base import InnerStats, inner_stats
@@ -144,6 +144,7 @@ def run_inner_steps(
     truncation_length: int | None = None,
     halves: tuple[PyTree, PyTree] | None = None,
     checkpoint: bool = False,
+    mixed_mode: bool = False,
     before_step: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps of an iterative solver.
@@ -158,14 +159,18 @@ def run_inner_steps(
         step between the halves uses ``alpha``.
       checkpoint: Whether the reverse pass stores two levels of ``sqrt(T)`` carries
         instead of the intermediate values of every step, and repeats the steps.
+      mixed_mode: Whether the reverse pass goes through the gradients of the inner loss
+        by `with_mixed_mode`, and stores of a step its carry and, if the optimizer is
+        not linear in the gradient, the gradient.
       before_step: ``(w, key) -> w``, applied to ``w`` before each step with its key.
     """
     init_key, steps_key = jax.random.split(key)
     keys = jax.random.split(steps_key, solver.num_steps)
     carry = solver.init(inner_loss, w, alpha, data, init_key)
 
-    def run(alpha, carry, keys):
+    def run(alpha, carry, keys, mixed_mode=mixed_mode):
         wide_alpha = widen(alpha)
+        loss = with_mixed_mode(inner_loss) if mixed_mode else inner_loss
 
         def step(carry, key):
             # The cast is a part of the step: the terms of all steps are summed wide.
@@ -173,15 +178,18 @@ def run_inner_steps(
             if before_step is not None:
                 w, state = carry
                 carry = before_step(w, key), state
-            return solver.step(inner_loss, carry, step_alpha, data, key), None
+            return solver.step(loss, carry, step_alpha, data, key), None
 
+        if mixed_mode:
+            step = store_carries(step)
         return _scan(step, carry, keys, checkpoint)
 
     if truncation_length is None or truncation_length >= solver.num_steps:
         return run(alpha, carry, keys)
     num_done = solver.num_steps - truncation_length
     constant_alpha = jax.lax.stop_gradient(alpha)
-    carry = jax.lax.stop_gradient(run(constant_alpha, carry, keys[:num_done]))
+    carry = run(constant_alpha, carry, keys[:num_done], mixed_mode=False)
+    carry = jax.lax.stop_gradient(carry)
     if halves is None:
         return run(alpha, carry, keys[num_done:])
     older_alpha, newer_alpha = halves
@@ -193,6 +201,16 @@ def run_inner_steps(
     return carry
 
 
+def store_carries(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the step of a scan, of which the reverse pass stores only arguments.
+
+    It also stores the gradients of `with_mixed_mode` where it needs them. Whatever else
+    it needs, such as the batch, it computes anew.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(MIXED_MODE_GRAD)
+    return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
 def split_steps(num_steps: int) -> tuple[int, int, int]:
     """Returns the numbers of steps in the older half, between, in the newer half."""
     return num_steps // 2, num_steps % 2, num_steps // 2
@@ -201,6 +219,11 @@ def split_steps(num_steps: int) -> tuple[int, int, int]:
 def uses_checkpoints(num_steps: int) -> bool:
     """Returns True if a run has enough steps for segments; fewer are all stored."""
     return num_steps >= 4
+
+
+def segment_length(num_steps: int) -> int:
+    """Returns the number of steps of a segment, the integer part of ``sqrt(T)``."""
+    return math.isqrt(num_steps)
 
 
 def _scan(
@@ -214,7 +237,7 @@ def _scan(
     if not (checkpoint and uses_checkpoints(len(keys))):
         return scan(carry, keys)
     # The reverse pass keeps a carry per segment, and one per step of one segment.
-    length = math.isqrt(len(keys))
+    length = segment_length(len(keys))
     num_in_segments = len(keys) - len(keys) % length
     run_segment = jax.checkpoint(scan)
     segments = keys[:num_in_segments].reshape(-1, length)

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.products import cross_jvp, cross_vjp, hvp, hvp_and_cross_vjp
+from hypergrad.products import (
+    cross_jvp,
+    cross_vjp,
+    hvp,
+    hvp_and_cross_vjp,
+    with_mixed_mode,
+)
 
 RNG = np.random.default_rng(3)
 W = {
@@ -161,3 +167,60 @@ def test_the_cross_term_of_a_loss_without_alpha_is_zero():
     _, Hv, JTv = hvp_and_cross_vjp(quartic, w, ALPHA, None, v)
     chex.assert_trees_all_equal(JTv, jax.tree.map(jnp.zeros_like, ALPHA))
     assert_close(Hv, np.array([12.0, -48.0]))
+
+
+# Mixed mode.
+
+
+def update(loss_fn, w, alpha, batch):
+    """Returns a function of the value and of the gradient of a loss."""
+    value, grad = jax.value_and_grad(loss_fn)(w, alpha, batch)
+    terms = jax.tree.map(lambda u, g: jnp.vdot(jnp.sin(u), g**2), w, grad)
+    return value**2 + sum(jax.tree.leaves(terms))
+
+
+@pytest.mark.parametrize("argnum", range(3), ids=["w", "alpha", "batch"])
+def test_mixed_mode_has_the_derivatives_of_autodiff(argnum):
+    """Also by the floats of the batch, which has integers beside them."""
+
+    @jax.jit
+    def run(x):
+        args = [W, ALPHA, BATCH]
+        args[argnum] = args[argnum] | {"x": x} if argnum == 2 else x
+        return [update(f, *args) for f in (loss, with_mixed_mode(loss))]
+
+    x = (W, ALPHA, BATCH["x"])[argnum]
+    expected, actual = jax.jit(jax.jacrev(run))(x)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-10)
+    chex.assert_trees_all_equal(*run(x))
+
+
+def test_mixed_mode_differentiates_what_the_loss_closes_over():
+    """By both modes, from outside of the reverse pass through the gradient."""
+
+    def alpha_grad(factor, wrap):
+        closing_loss = wrap(lambda w, alpha, batch: factor * loss(w, alpha, batch))
+        grad_fn = jax.grad(lambda alpha: update(closing_loss, W, alpha, BATCH))
+        return flatten(grad_fn(ALPHA))
+
+    for derivative in (jax.jacfwd, jax.jacrev):
+        actual, expected = (
+            jax.jit(derivative(lambda factor: alpha_grad(factor, wrap)))(2.0)  # noqa: B023
+            for wrap in (with_mixed_mode, lambda f: f)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_mixed_mode_keeps_short_dtypes():
+    w = jnp.asarray([0.5, 2.0], jnp.bfloat16)
+    cubic = with_mixed_mode(lambda w, alpha, batch: jnp.sum(alpha * w**3))
+    grad_fn = lambda w, alpha: jnp.sum(jax.grad(cubic)(w, alpha, None))
+    by_w, by_alpha = jax.grad(grad_fn, argnums=(0, 1))(w, jnp.asarray(2.0, jnp.float32))
+    assert (by_w.dtype, by_alpha.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(by_w.astype(float), [6.0, 24.0])
+    assert by_alpha == 3 * (0.25 + 4.0)
+
+
+def test_mixed_mode_has_no_forward_derivative():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda w: with_mixed_mode(loss)(w, ALPHA, BATCH), (W,), (W,))

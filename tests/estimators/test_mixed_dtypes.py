@@ -44,7 +44,7 @@ EXACT = {
     "Implicit, certified": hg.Implicit(SOLVER, certify=True),
     "Implicit, Newton": hg.Implicit(hg.Newton(), hg.Neumann(30)),
     "Unrolled": hg.Unrolled(SOLVER),
-    "Unrolled, Adam": hg.Unrolled(hg.Descent(optax.adam(0.1), 30)),
+    "Unrolled, Adam": hg.Unrolled(hg.Descent(optax.adam(0.1), 30), checkpoint=True),
     "Forward": hg.Forward(SOLVER),
     "Reversible": hg.Reversible(0.2, 0.5, 30),
     "FixedPoint": hg.FixedPoint(SOLVER, 30),

@@ -1,5 +1,7 @@
 """`Unrolled` against closed forms and central differences of the same run."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from benchmarks import adjoint
 from benchmarks.shared.reference_problems import cast, central, error, get_reference
 from tests.estimator_cases import (
     GRAZZI_ERRORS,
@@ -242,6 +245,137 @@ def test_single_precision_is_kept():
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
+# Storage.
+
+
+ALL_CARRIES = {"max_stored_bytes": 5000}
+STORAGES = {"all carries": ALL_CARRIES, "checkpoints": {"checkpoint": True}}
+STORED_ALPHA = {
+    "penalty": RIDGE.alpha,
+    "start": jnp.linspace(-1, 1, 6),
+    "rate": jnp.asarray(0.1),
+    "unused by the optimizer": jnp.asarray(0.3),
+}
+
+
+def stored_problem(num_losses: int) -> hg.Bilevel:
+    """Alpha enters the losses, the optimizer and the start; batches have keys."""
+
+    def inner(w, alpha, batch):
+        x, key = batch
+        noise = jax.random.normal(key, w.shape)
+        scaled_w = w * (1 + alpha["unused by the optimizer"] * noise)
+        return ridge_penalty(scaled_w, alpha["penalty"], x)
+
+    losses = [
+        lambda w, alpha, batch: ridge_outer(w, alpha, batch),
+        lambda w, alpha, batch: jnp.sum(w**3) * jnp.exp(alpha["rate"]),
+    ]
+    return hg.Bilevel(
+        inner,
+        losses[0] if num_losses == 1 else tuple(losses),
+        hg.Batches(RIDGE_DATA[0], 8, with_key=True),
+        RIDGE_DATA[1],
+        init_fn=start_of_alpha,
+    )
+
+
+@pytest.mark.parametrize("num_losses", [1, 2])
+@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
+def test_storages_have_the_same_derivative(optimizer, num_losses):
+    """Where carries are stored, the reverse pass goes in mixed mode."""
+    optimizer = {
+        "momentum": lambda alpha: optax.sgd(alpha["rate"], momentum=0.8),
+        "Adam": lambda alpha: optax.adam(alpha["rate"]),
+    }[optimizer]
+    problem, solver = stored_problem(num_losses), hg.Descent(optimizer, 23)
+    run = lambda **options: hg.hypergradient(problem, hg.Unrolled(solver, **options))(
+        RIDGE.w, STORED_ALPHA, jax.random.key(2)
+    )
+    expected = run(checkpoint=False)
+    for name, options in STORAGES.items():
+        storage = hg.Unrolled(solver, **options).storage(problem, RIDGE.w, STORED_ALPHA)
+        assert storage.mixed_mode
+        assert storage.checkpoint == (name == "checkpoints")
+        actual = run(**options)
+        chex.assert_trees_all_close(
+            (actual.value, actual.hypergradient, actual.w),
+            (expected.value, expected.hypergradient, expected.w),
+            rtol=1e-10,
+        )
+        assert actual.flags == expected.flags
+        assert actual.trusted
+
+
+@pytest.mark.parametrize("options", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["forward", "reverse"])
+def test_estimates_in_mixed_mode_have_derivatives(mode, options):
+    """By both modes, also by a number that the inner loss closes over."""
+
+    def hypergradient(x, **options):
+        inner = lambda w, alpha, batch: jnp.sum(x * jnp.cosh(w - alpha) + w**4)
+        problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(w**3))
+        estimator = hg.Unrolled(hg.Descent(optax.adam(0.1), 30), **options)
+        w, alpha = jnp.full(3, 0.2), x * jnp.linspace(-1, 1, 3)
+        return hg.hypergradient(problem, estimator)(w, alpha).hypergradient
+
+    derivative = lambda **options: jax.jit(mode(lambda x: hypergradient(x, **options)))(
+        0.7
+    )
+    expected = derivative(checkpoint=False)
+    np.testing.assert_allclose(derivative(**options), expected, rtol=1e-10)
+
+
+NETWORK = adjoint.WORKLOADS["784-128-10, batches of 128"]
+
+
+@pytest.mark.parametrize(
+    ("work", "max_ratio", "checkpoint", "mixed_mode"),
+    [
+        (adjoint.WORKLOADS["logistic, full batch"], 2.05, False, False),
+        (adjoint.WORKLOADS["784-300-10, full batch"], 2.1, False, False),
+        (NETWORK, 2.65, False, True),
+        (NETWORK._replace(steps=10_000), 3.6, True, True),
+    ],
+    ids=["logistic regression", "network", "1,000 steps", "10,000 steps"],
+)
+def test_operations_of_an_estimate_in_inner_runs(
+    work, max_ratio, checkpoint, mixed_mode
+):
+    """By default, with all statistics and checks. The programs are traced only."""
+    shapes = jax.eval_shape(
+        functools.partial(adjoint.sample_arrays, work), jax.random.key(0)
+    )
+    shapes = cast_shapes(shapes, jnp.float32)
+    estimator = hg.Unrolled(hg.Descent(work.optimizer, work.steps))
+    problem = lambda data: hg.Bilevel(
+        work.loss, work.loss, hg.Batches(data, work.batch), data
+    )
+    storages = []
+
+    def estimate(data, w, alpha):
+        storages.append(estimator.storage(problem(data), w, alpha))
+        return hg.hypergradient(problem(data), estimator)(w, alpha)
+
+    def solve(data, w, alpha):
+        data, key = hg.Batches(data, work.batch), jax.random.key(0)
+        return estimator.solver.solve(work.loss, w, alpha, data, key)[0]
+
+    whole, inner = (hg.cost.flops(f, *shapes).total() for f in (estimate, solve))
+    assert whole < max_ratio * inner
+    assert storages[0][:2] == (checkpoint, mixed_mode)
+    assert storages[0].num_bytes <= 1.5e9
+
+
+def cast_shapes(shapes, dtype):
+    """Returns the shapes with their floats in another dtype."""
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if is_float(x) else x.dtype),
+        shapes,
+    )
+
+
 # Cost.
 
 
@@ -278,7 +412,10 @@ def marked_ridge(w, alpha, batch):
 def test_cost_counts_recomputed_steps(
     num_steps, truncation_length, checkpoint, num_recomputed
 ):
-    """A tanh in the loss marks each gradient of the program."""
+    """A tanh in the loss marks each gradient of the program.
+
+    A product in mixed mode, which checkpoints imply, makes one of its own.
+    """
     data = ridge_with_few_outer_examples(10)
     problem = hg.Bilevel(marked_ridge, ridge_outer, data.inner_data, data.outer_data)
     solver = hg.Descent(sgd(0.3), num_steps)
@@ -286,10 +423,11 @@ def test_cost_counts_recomputed_steps(
     gradient_fn = hg.hypergradient(problem, estimator)
     hypergradient = lambda w, alpha: gradient_fn(w, alpha).hypergradient
     program = jax.make_jaxpr(hypergradient)(RIDGE.w, RIDGE.alpha)
+    num_differentiated = min(truncation_length or num_steps, num_steps)
     num_grads = count_primitive("tanh", program.jaxpr) - 1  # one is the residual's
+    num_grads -= num_differentiated if checkpoint else 0
     assert num_grads == num_steps + num_recomputed
     stats = gradient_fn(RIDGE.w, RIDGE.alpha).stats
-    num_differentiated = min(truncation_length or num_steps, num_steps)
     assert stats["num_grads"] == pytest.approx(num_grads / 4 + 1)
     assert stats["num_hvps"] == pytest.approx(num_differentiated / 4)
     assert stats["num_outer_grads"] == 1

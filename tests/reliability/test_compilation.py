@@ -456,7 +456,7 @@ def data_copies(run, num_copies: int, *args) -> list[str]:
         hg.Implicit(SOLVER, hg.CG(rtol=1e-6)),
         hg.Implicit(hg.Newton(), hg.CG(rtol=1e-6)),
         hg.Implicit(SOLVER, hg.Neumann(5)),
-        hg.Unrolled(SOLVER),
+        hg.Unrolled(SOLVER, checkpoint=True),  # 20 stored w exceed the data
     ],
     ids=["CG", "Newton", "Neumann", "Unrolled"],
 )

@@ -178,6 +178,50 @@ def test_checkpoints_change_neither_values_nor_derivatives(num_steps):
     np.testing.assert_allclose(plain[1][0], w, rtol=1e-9)
 
 
+TUNED_OPTIMIZERS = {
+    "SGD": lambda a: optax.sgd(a["rate"]),
+    "momentum": lambda a: optax.sgd(a["rate"], momentum=0.9, nesterov=True),
+    "Adam": lambda a: optax.adam(a["rate"], b1=0.8),
+    "Polyak": lambda a: optax.polyak_sgd(max_learning_rate=a["rate"]),
+    "schedule": lambda a: optax.sgd(lambda count: a["rate"] / (1 + count)),
+}
+
+
+@pytest.mark.parametrize("truncation_length", [None, 9])
+@pytest.mark.parametrize("name", TUNED_OPTIMIZERS)
+def test_mixed_mode_has_the_derivatives_of_autodiff(name, truncation_length):
+    """On keyed batches, with all carries stored and with checkpoints."""
+    solver = hg.Descent(TUNED_OPTIMIZERS[name], 23)
+    data = hg.Batches(jnp.asarray(RNG.normal(size=(20, DIM))), 4, with_key=True)
+
+    def loss(w, alpha, batch):
+        x, key = batch
+        x = x + alpha["noise"] * jax.random.normal(key, x.shape)
+        return jnp.mean(jnp.cosh(x @ w - alpha["shift"])) + jnp.sum(jnp.tanh(w) ** 2)
+
+    def final(alpha, w, **options):
+        w, state = run_inner_steps(
+            solver, loss, w, alpha, data, KEY,
+            truncation_length=truncation_length, **options,
+        )  # fmt: skip
+        return jnp.sum(w**3), (w, state)
+
+    @jax.jit
+    def run(alpha, w):
+        grad_fn = jax.grad(final, argnums=(0, 1), has_aux=True)
+        return [
+            grad_fn(alpha, w),
+            grad_fn(alpha, w, mixed_mode=True),
+            grad_fn(alpha, w, mixed_mode=True, checkpoint=True),
+        ]
+
+    alpha = {"rate": jnp.asarray(0.1), "noise": jnp.asarray(0.3), "shift": 0.5}
+    expected, *results = run(alpha, jnp.linspace(-1, 1, DIM))
+    assert np.all(expected[0][0]["noise"] != 0)
+    for actual in results:
+        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-14)
+
+
 STEP_SIZE, NUM_STEPS = 0.4, 10
 SGD = hg.Descent(optax.sgd(STEP_SIZE), NUM_STEPS)
 POWERS = [

@@ -131,9 +131,9 @@ def scheduled(problem: Problem, times: int = 1) -> InTurn:
 
 
 def schedule_reverse(data: Data) -> Program:
-    """With checkpoints, as by default."""
+    """With checkpoints."""
     problem = problems.schedule(data)
-    return hypergradient(problem, hg.Unrolled(scheduled(problem)))
+    return hypergradient(problem, hg.Unrolled(scheduled(problem), checkpoint=True))
 
 
 class Steady(Program):
