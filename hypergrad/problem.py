@@ -118,7 +118,7 @@ class Batches(eqx.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Number of contiguous blocks of ``batch_size`` examples, rounded up."""
+        """Number of blocks of ``batch_size`` examples, rounded up."""
         return -(-self.num_examples // (self.batch_size or self.num_examples))
 
     def take(self, indices: Array) -> PyTree:
@@ -142,7 +142,8 @@ class Batches(eqx.Module):
 
     def draw_indices(self, key: Array) -> Array:
         """Returns ``[batch_size]`` indices of examples, drawn with replacement."""
-        return jax.random.randint(key, (self.batch_size,), 0, self.num_examples)
+        size = self.batch_size or self.num_examples
+        return jax.random.randint(key, (size,), 0, self.num_examples)
 
     def sample(self, key: Array) -> PyTree:
         """Returns a batch; the same key gives the same batch to the bit."""
