@@ -288,8 +288,8 @@ def unrolled_estimator(
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Returns:
-      `Forward` if N is at most 3: T gradients and N T products, batched, in memory that
-      does not grow with T. Else `Unrolled`: 2 T gradients and T products for any N.
+      `Forward` if N is at most 3: T gradients and (N + 1) T products, batched, in memory
+      that does not grow with T. Else `Unrolled`: 2 T gradients and T products for any N.
       Both are exact.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
