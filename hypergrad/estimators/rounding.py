@@ -114,12 +114,12 @@ def is_ill_conditioned(
 ) -> Array:
     """Returns True if the steps amplify rounding errors too much.
 
-    The outer value must keep half of its digits and be right to 1e-2. Where it loses
-    more, the run is chaotic: errors of the hypergradient, a second derivative of the
-    steps, grow as the square of the amplification.
+    Args:
+      derivative: Derivative of the outer value by the perturbation.
+      init_w, final_w: The first and the last iterate of the run.
     """
     error = relative_rounding_error(derivative, init_w, final_w)
-    return _loses_half_of_digits(error, init_w)
+    return loses_half_of_digits(error, max_rounding(init_w))
 
 
 def amplifies_rounding(
@@ -135,17 +135,27 @@ def amplifies_rounding(
     outer_grad = divide(widen(outer_grad), power_of_two_scale(outer_grad))
     unit = power_of_two_scale(tangent)
     change = jax.tree.map(jnp.multiply, outer_grad, divide(widen(tangent), unit))
-    deviation = _max_rounding(init_w) * unit * norm(change)
+    deviation = max_rounding(init_w) * unit * norm(change)
     reference = reference_change(outer_grad, init_w, final_w)
     error = jnp.where(deviation == 0, 0.0, deviation / reference)
-    return _loses_half_of_digits(error, init_w)
+    return loses_half_of_digits(error, max_rounding(init_w))
 
 
-def _loses_half_of_digits(error: Array, w: PyTree) -> Array:
-    return ~(error <= min(TRUST_RTOL, _max_rounding(w) ** 0.5))
+def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:
+    """Returns True unless an outer value keeps half of its digits, and 1e-2 of it.
+
+    Where it loses more, the run is chaotic: errors of the hypergradient, a second
+    derivative of the steps, grow as the square of the amplification.
+
+    Args:
+      error: Relative error of the outer value by the rounding of all steps.
+      resolution: Relative rounding error of the numbers in a step.
+    """
+    return ~(error <= jnp.minimum(TRUST_RTOL, jnp.sqrt(resolution)))
 
 
-def _max_rounding(w: PyTree) -> float:
+def max_rounding(w: PyTree) -> float:
+    """Returns the relative rounding error of the coarsest leaf, as in `roundings`."""
     return max(jax.tree.leaves(_relative_roundings(w)))
 
 

@@ -84,9 +84,7 @@ def test_an_early_stop_is_flagged(num_steps, num_terms, failed):
     assert [name for name, flag in estimate.flags.items() if flag] == [failed]
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "num_terms"), [(20, 200), (200, 40), (60, 60)]
-)
+@pytest.mark.parametrize(("num_steps", "num_terms"), [(20, 200), (200, 40), (60, 60)])
 def test_the_error_is_estimated(num_steps, num_terms):
     """The estimate is within a factor of three of errors by the run and the adjoint."""
     reference = quadratic("30", seed=4)
