@@ -112,6 +112,17 @@ def relative_error(actual: PyTree, expected: PyTree) -> Array:
     return jnp.where(error == 0, 0.0, error / norm(expected))
 
 
+def safe_norm(x: PyTree) -> Array:
+    """Returns ``||x||``, where the squares of single entries may underflow."""
+    unit = power_of_two_scale(x)
+    return norm(divide(x, unit)) * unit
+
+
+def safe_distance(x: PyTree, y: PyTree) -> Array:
+    """Returns ``||x - y||``, where the squares of single entries may underflow."""
+    return safe_norm(jax.tree.map(jnp.subtract, x, y))
+
+
 def norm_ratio(x: PyTree, y: PyTree) -> Array:
     """Returns ``||x|| / ||y||``, and 0 if ``x`` is 0."""
     unit = power_of_two_scale(y)

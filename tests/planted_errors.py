@@ -123,11 +123,11 @@ ERRORS = (
         f"{IMPLICIT} {CONTRACT} core/test_problem.py",
     ),
     PlantedError(
-        "inner error: the shift has the wrong sign",
+        "fixed point: the tail of the geometric series is left out",
         "estimators/error_estimates.py",
-        "shifted_w = add_scale(w, 1 / curvature, direction)",
-        "shifted_w = add_scale(w, -1 / curvature, direction)",
-        f"{IMPLICIT} estimators/test_fixed_point.py",
+        "path * R / (1 - R)",
+        "0 * path * R / (1 - R)",
+        "estimators/test_fixed_point.py",
     ),
     PlantedError(
         "standard error: n in place of n - 1",
@@ -226,8 +226,8 @@ ERRORS = (
     PlantedError(
         "fixed point: one term too few",
         "estimators/fixed_point.py",
-        "v, _ = jax.lax.scan(iterate, v, length=self.num_terms)",
-        "v, _ = jax.lax.scan(iterate, v, length=self.num_terms - 1)",
+        "iterate, init_carry, length=self.num_terms",
+        "iterate, init_carry, length=self.num_terms - 1",
         "estimators/test_fixed_point.py",
     ),
     PlantedError(

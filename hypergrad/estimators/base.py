@@ -35,12 +35,12 @@ STATS = (
 REASONS = {
     "not_finite": "a value or a derivative is not finite",
     "adjoint_residual": (
-        "the linear solve did not converge: adjoint_residual or the last change of the "
-        "hypergradient in it exceeds the tolerance"
+        "the adjoint did not converge: adjoint_residual, or the last change of the "
+        "hypergradient by its iterations, exceeds the tolerance"
     ),
     "inner_error": (
-        "w is too far from a stationary point of the inner loss: a Newton step changes "
-        "the hypergradient by more than the tolerance"
+        "w is too far from a stationary point of the inner loss: a Newton step, or "
+        "further inner steps, change the hypergradient by more than the tolerance"
     ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum"

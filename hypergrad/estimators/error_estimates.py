@@ -1,64 +1,48 @@
-"""Error estimates of inner solutions, adjoints and random samples."""
+"""Error estimates of sequences and random samples."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..jaxpr import uses_w
-from ..linear.base import relative_residual
-from ..problem import Bilevel
-from ..trees import add_scale, norm
+from ..trees import norm
 
 
-def stationarity_error(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    outer_batch: PyTree,
-    b: PyTree,
-    cross: PyTree,
-    hypergradient: PyTree,
-    direction: PyTree,
-    curvature: Float[Array, "*K"],
-) -> Scalar:
-    """Estimates the relative error caused by ``w`` not being a stationary point.
+def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
+    """Estimates how much a sequence that converges linearly will still change.
 
-    The estimate of ``w*`` is ``w + direction / curvature``. Both its distance from
-    ``w`` and the change of ``dM/dw`` over this distance count: where the outer loss is
-    nearly flat, a small error of ``w`` may change the sign of the hypergradient.
+    Let ``p`` be the sum of the last ``s = n // 4`` changes, and ``R`` the factor by
+    which such sums contract. All later changes sum to
+
+        p (R + R^2 + ...) = p R / (1 - R).
+
+    ``R`` is the larger one of two observations: the last s changes over the s before,
+    and the root of the last 2 s over the 2 s before. Because lengths are added, an
+    oscillation of the sequence does not cancel.
 
     Args:
-      problem: The bilevel problem.
-      w, alpha, outer_batch: Arguments of the outer loss.
-      b, cross, hypergradient: ``dM/dw``, ``J' v`` and the hypergradient at ``w``; with
-        K outer losses each leaf has a leading axis of size K.
-      direction: Descent direction of the inner loss at ``w``, such as ``-dL/dw``.
-      curvature: Smallest curvature found by the linear solver, per outer loss.
+      changes: Lengths of the successive changes of the sequence.
+      eps: Machine epsilon of the sequence. Rounding hides a contraction by less than
+        ``sqrt(eps)`` per change, so that ``1 - R`` is at least ``s sqrt(eps)``.
 
     Returns:
-      The larger of ``||w* - w|| / ||w||`` and the change of the hypergradient as a
-      fraction of it, the maximum over K losses; 0 if no outer loss depends on ``w``.
-
-    Cost: one outer gradient.
+      The estimate; 0 for a single change, which shows no contraction.
     """
-    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
-    if not uses_w(outer_value, w, alpha, outer_batch):
-        return jnp.zeros(())
-    curvature = jnp.nanmin(curvature)  # NaN for a loss that does not depend on w
-    # ||w* - w|| / ||w||, where w* - w ~ direction / curvature
-    w_error = norm(direction) / (curvature * norm(w))
-    shifted_w = add_scale(w, 1 / curvature, direction)
-    _, shifted_b, _ = problem.outer_value_and_grads(shifted_w, alpha, outer_batch)
+    num_changes = changes.size
+    if num_changes < 2:
+        return jnp.zeros((), changes.dtype)
+    s = max(1, num_changes // 4)
+    path = jnp.sum(changes[-s:])
+    R = _ratio(path, jnp.sum(changes[-2 * s : -s]))
+    if num_changes >= 4 * s:
+        earlier, later = changes[-4 * s : -2 * s], changes[-2 * s :]
+        R = jnp.maximum(R, jnp.sqrt(_ratio(jnp.sum(later), jnp.sum(earlier))))
+    R = jnp.minimum(R, 1 - s * eps**0.5)
+    return jnp.where(path == 0, 0.0, path * R / (1 - R))
 
-    def relative_change(b, shifted_b, cross, hypergradient):
-        # J' v is linear in b: a relative change of b is one of J' v.
-        change = relative_residual(b, shifted_b) * norm(cross)
-        return jnp.where(change == 0, 0.0, change / norm(hypergradient))
 
-    if problem.num_objectives is not None:
-        relative_change = jax.vmap(relative_change)
-    change = jnp.max(relative_change(b, shifted_b, cross, hypergradient))
-    return jnp.where(norm(direction) == 0, 0.0, jnp.maximum(w_error, change))
+def _ratio(x: Array, y: Array) -> Array:
+    """Returns ``x / y``, and 0 if ``x`` is 0."""
+    return jnp.where(x == 0, 0.0, x / y)
 
 
 def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> Scalar:

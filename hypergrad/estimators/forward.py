@@ -1,5 +1,6 @@
 """Forward mode through the inner run."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,7 @@ from .inner_run import (
     make_response_fn,
     unravel_derivatives,
 )
+from .rounding import amplifies_rounding, random_perturbation
 
 
 class Forward(RunEstimator):
@@ -44,12 +46,18 @@ class Forward(RunEstimator):
         made for each block of at most B columns. Defaults to N, a single run.
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
-    Cost: T inner gradients and N T Hessian-vector products, in one batch per step. With
-      blocks ``ceil(N / B) T`` gradients, and as many products.
-    Memory: N + 1 carries of the solver, B + 1 with blocks, for any number of steps.
+    Cost: T inner gradients and (N + 1) T Hessian-vector products, in one batch per
+      step, and two outer gradients. With blocks ``ceil((N + 1) / B) T`` gradients, and
+      as many products.
+    Memory: N + 2 carries of the solver, B + 2 with blocks, for any number of steps.
     Target: solver. The derivative includes every dependence of the optimizer, the
       losses and ``init_fn`` on ``alpha``.
     Bias: none for the finite run.
+    Trust: values are finite, no derivative is lost, and the steps do not amplify
+      rounding errors, so that a chaotic run is not trusted. A further column ``z`` of
+      ``Z`` is the change of ``w_T`` if each iterate is rounded, with random signs. The
+      entries of ``z dM/dw`` must leave those of ``(|w_0| + |w_T|) dM/dw`` half of their
+      digits, and 1e-2 of them, in Euclidean norm and for any units of ``w``.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 2; shared
     hyperparameters from Micaelli & Storkey 2021 (arXiv 2007.07869).
@@ -71,8 +79,8 @@ class Forward(RunEstimator):
         MethodSummary(
             "Forward(solver)",
             num_grads="T + 1",
-            num_hvps="N * T",
-            memory="N + 1 carries",
+            num_hvps="(N + 1) * T",
+            memory="N + 2 carries",
             bias="none",
             alpha_in=("losses", "optimizer", "start"),
             recommended_for="a handful of hyperparameters over very many steps",
@@ -105,18 +113,30 @@ class Forward(RunEstimator):
     def differentiate(
         self, problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
     ) -> RunDerivative:
-        """Returns the derivative by one run that carries N tangents."""
+        """Returns the derivative by one run that carries N + 1 tangents."""
         flat_alpha, unravel = ravel_pytree(alpha)
         outer_batch = data.outer_batch(self.outer_batch_size)
         response_fn = make_response_fn(self.solver, problem, data, w, outer_batch)
-        response_of_vector = lambda flat: response_fn(unravel(flat))
-        num_blocks = 1
-        if self.max_tangents is not None:
-            num_blocks = math.ceil(flat_alpha.size / self.max_tangents)
-        (value, final_w), derivatives = _differentiate_in_blocks(
-            response_of_vector, flat_alpha, num_blocks
+
+        def perturbed_response(x):
+            perturbation = random_perturbation(w, size=x[-1])
+            return response_fn(unravel(x[:-1]), perturbation=perturbation)
+
+        x = jnp.append(flat_alpha, 0)
+        block_size = min(x.size, self.max_tangents or x.size)
+        (value, final_w), derivatives, tangent = _differentiate_in_blocks(
+            perturbed_response, x, block_size
         )
-        hypergradient = unravel_derivatives(derivatives, flat_alpha, unravel)
+        hypergradient = unravel_derivatives(derivatives[:-1], flat_alpha, unravel)
+        _, outer_grad, _ = problem.outer_value_and_grads(final_w, alpha, outer_batch)
+        check_fn = functools.partial(
+            amplifies_rounding,
+            tangent,
+            init_w=problem.init_inner(w, alpha),
+            final_w=final_w,
+        )
+        if problem.num_objectives is not None:
+            check_fn = jax.vmap(check_fn)
         num_steps = self.solver.num_steps
         step_grads = grads_per_step(self.solver) * num_steps
         return RunDerivative(
@@ -125,38 +145,48 @@ class Forward(RunEstimator):
             final_w,
             flags={
                 "not_finite": ~all_finite(value, hypergradient, final_w),
+                "rounding_error": jnp.any(check_fn(outer_grad)),
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             num_steps=num_steps,
-            num_grads=num_blocks * step_grads,
-            num_hvps=flat_alpha.size * step_grads,
+            num_grads=math.ceil(x.size / block_size) * step_grads,
+            num_hvps=(flat_alpha.size + 1) * step_grads,
+            num_outer_grads=2,
             error_estimate=0.0,
         )
 
 
 def _differentiate_in_blocks(
-    f: Callable[[Array], tuple[Array, PyTree]], x: Float[Array, " n"], num_blocks: int
-) -> tuple[tuple[Array, PyTree], Array]:
-    """Returns ``f(x)`` and the derivatives of its first result by the entries of ``x``.
+    f: Callable[[Array], tuple[Array, PyTree]], x: Float[Array, " n"], block_size: int
+) -> tuple[tuple[Array, PyTree], Array, PyTree]:
+    """Differentiates by the entries of ``x``, each block in one run with one batch.
 
-    Each block evaluates ``f`` once, with its tangents in one batch.
+    Returns:
+      ``f(x)``, the derivatives of its first result by all entries, and those of its
+      second result by the last entry.
     """
-    if num_blocks == 1:
-        outputs, (derivatives, _) = pushforward(f, x, jnp.eye(x.size, dtype=x.dtype))
-        return outputs, derivatives
-    block_size = math.ceil(x.size / num_blocks)
+    if block_size == x.size:
+        outputs, (derivatives, tangents) = pushforward(
+            f, x, jnp.eye(x.size, dtype=x.dtype)
+        )
+        return outputs, derivatives, jax.tree.map(lambda leaf: leaf[-1], tangents)
+    num_blocks = math.ceil(x.size / block_size)
+    last = x.size - 1 - (num_blocks - 1) * block_size  # its index in the last block
 
-    def run_block(_, block: Array) -> tuple[tuple[Array, PyTree], Array]:
+    def run_block(_, block: Array):
         indices = block * block_size + jnp.arange(block_size)
         # Indices beyond the last entry have a zero direction.
         directions = jax.nn.one_hot(indices, x.size, dtype=x.dtype)
-        outputs, (derivatives, _) = pushforward(f, x, directions)
-        return outputs, derivatives
+        outputs, (derivatives, tangents) = pushforward(f, x, directions)
+        return (outputs, jax.tree.map(lambda leaf: leaf[last], tangents)), derivatives
 
-    # The outputs are carried, because they are the same for all blocks.
-    init_outputs = jax.tree.map(
-        lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, x)
+    # What is carried is what the last block returns.
+    zeros = lambda y: jnp.zeros(y.shape, y.dtype)
+    init_carry = jax.tree.map(
+        zeros, jax.eval_shape(lambda: run_block(None, jnp.asarray(0))[0])
     )
-    outputs, blocks = jax.lax.scan(run_block, init_outputs, jnp.arange(num_blocks))
+    (outputs, tangent), blocks = jax.lax.scan(
+        run_block, init_carry, jnp.arange(num_blocks)
+    )
     derivatives = blocks.reshape(num_blocks * block_size, *blocks.shape[2:])
-    return outputs, derivatives[: x.size]
+    return outputs, derivatives[: x.size], tangent

@@ -55,6 +55,7 @@ class RunDerivative(NamedTuple):
       num_grads, num_hvps: Number of inner gradients and of Hessian-vector products,
         each on the batch of one inner step.
       error_estimate: Estimated relative error as the derivative of the run.
+      num_outer_grads: Number of outer gradients per outer loss.
     """
 
     value: Array
@@ -65,6 +66,7 @@ class RunDerivative(NamedTuple):
     num_grads: int
     num_hvps: int
     error_estimate: Array | float
+    num_outer_grads: int = 1
 
 
 class RunEstimator(eqx.Module):
@@ -128,7 +130,7 @@ class RunEstimator(eqx.Module):
             data.outer_data,
             num_grads=run.num_grads * fraction + 1,  # one for inner_grad_norm
             num_hvps=run.num_hvps * fraction,
-            num_outer_grads=run.value.size * outer_fraction,
+            num_outer_grads=run.num_outer_grads * run.value.size * outer_fraction,
         )
         distance = jnp.nan
         if self.certify and not any(

@@ -19,6 +19,7 @@ from ..validation import check_not_optax_factory, check_positive_int, float_conv
 from . import reversible_arithmetic as arithmetic
 from .inner_run import InnerRunState, RunDerivative, RunEstimator
 from .reversible_steps import MomentumSteps
+from .rounding import loses_half_of_digits
 
 MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
@@ -55,7 +56,9 @@ class Reversible(RunEstimator):
       stayed in its range, the run came back to its starting point in every bit, and
       ``error_estimate`` is at most 1e-2. It is twice the standard deviation that the
       rounding of all steps causes in the outer value, by its adjoints, relative to
-      ``||(|w_0| + |w_T|) dM/dw||``. So numbers that the integers do not resolve, and
+      ``||(|w_0| + |w_T|) dM/dw||``. Without the rounding of the momentum it must also
+      leave the outer value half of its digits: it is at most the root of the relative
+      change by one unit of a velocity. So numbers that the integers do not resolve, and
       runs that amplify rounding errors, are not trusted.
 
     Raises:
@@ -212,7 +215,7 @@ class Reversible(RunEstimator):
             return jax.lax.cond(is_forward, identity, steps.undo_update_w, carry, t)
 
         carry = jax.lax.fori_loop(0, 2 * self.num_steps, body_fun, init_carry)
-        error_estimate = steps.relative_rounding_error(carry)
+        rounding_error, error_estimate = steps.relative_rounding_errors(carry)
         (init_term,) = init_pullback(cast_like(carry.w_bar, init_w))
         hypergradient = cast_like(optax.tree.add(carry.alpha_bar, init_term), alpha)
         is_equal = jax.tree.map(
@@ -228,7 +231,8 @@ class Reversible(RunEstimator):
                 "not_finite": ~all_finite(carry.value, hypergradient, carry.final_w),
                 "out_of_range": ~carry.is_in_range,
                 "not_reversed": ~is_reversed,
-                "rounding_error": ~(error_estimate <= TRUST_RTOL),
+                "rounding_error": ~(error_estimate <= TRUST_RTOL)
+                | loses_half_of_digits(rounding_error, carry.resolution),
             },
             num_steps=self.num_steps,
             num_grads=2 * self.num_steps,

@@ -15,6 +15,7 @@ from ..trees import (
     add_scale,
     cast_like,
     divide,
+    norm,
     power_of_two_scale,
     scalar_dtype,
     scale,
@@ -22,7 +23,7 @@ from ..trees import (
     widen,
 )
 from . import reversible_arithmetic as arithmetic
-from .rounding import reference_change, roundings
+from .rounding import max_rounding, reference_change, roundings
 
 if TYPE_CHECKING:
     from .reversible import Reversible
@@ -45,6 +46,8 @@ class Carry(eqx.Module):
       outer_unit: A power of two near the largest ``|dM/dw|``, so that no square
         underflows.
       reference: ``||(|w_0| + |w_T|) dM/dw||`` in units of ``outer_unit``.
+      resolution: Relative change of the outer value if all weights change by the
+        resolution of the velocities, or that of their dtype if it is coarser.
       value, final_w: Outer value and weights after the last step.
     """
 
@@ -59,6 +62,7 @@ class Carry(eqx.Module):
     momentum_change: Array
     outer_unit: Array
     reference: Array
+    resolution: Array
     value: Array
     final_w: PyTree
 
@@ -108,6 +112,7 @@ class MomentumSteps:
             momentum_change=zero,
             outer_unit=zero + 1,
             reference=zero,
+            resolution=zero,
             value=jnp.zeros(value.shape, value.dtype),
             final_w=init_w,
         )
@@ -206,27 +211,37 @@ class MomentumSteps:
             final_w, self.alpha, self.outer_batch
         )
         outer_unit = power_of_two_scale(w_bar).astype(carry.outer_unit.dtype)
+        scaled_bar = divide(w_bar, outer_unit)
+        reference = reference_change(scaled_bar, self.init_w, final_w)
+        num_bits = arithmetic.num_fraction_bits(self.dtype)
+        unit = arithmetic.denominator(self.dtype) * 2.0**-num_bits
+        resolution = unit * norm(widen(scaled_bar)) / reference
         carry = dataclasses.replace(
             carry,
             value=value,
             outer_unit=outer_unit,
-            reference=reference_change(divide(w_bar, outer_unit), self.init_w, final_w),
+            reference=reference.astype(carry.reference.dtype),
+            resolution=jnp.maximum(resolution, max_rounding(final_w)).astype(
+                carry.resolution.dtype
+            ),
             w_bar=widen(w_bar),
             alpha_bar=widen(alpha_bar),
             final_w=final_w,
         )
         return self.undo_update_w(carry, num_steps)
 
-    def relative_rounding_error(self, carry: Carry) -> Array:
+    def relative_rounding_errors(self, carry: Carry) -> tuple[Array, Array]:
         """Returns twice the standard deviation of the outer value by ``reference``.
 
-        Rounding changes the adjoints about as much as ``w``.
+        The second number includes the change by the rounding of the momentum, which is
+        no noise that the steps amplify. Rounding changes the adjoints about as much as
+        ``w``.
         """
         # The starting point was rounded to a unit.
         variance = carry.rounding_variance + self._variance(carry, carry.w_bar) / 12
-        variance += carry.momentum_change**2
         # NaN if nothing depends on w, or w is 0 in fixed point.
-        return 2 * jnp.sqrt(variance) / carry.reference
+        relative = lambda variance: 2 * jnp.sqrt(variance) / carry.reference
+        return relative(variance), relative(variance + carry.momentum_change**2)
 
     def _variance(
         self, carry: Carry, adjoint: PyTree, error: PyTree | None = None

@@ -6,6 +6,9 @@ adjoint. To first order the outer value changes by ``sum_t p_t' u_t``. Relative 
 the losses, unless the steps amplify rounding errors. In a chaotic run it grows
 exponentially with the number of steps, and so does the relative error of the
 hypergradient.
+
+In forward mode the tangent ``z_T`` of random errors ``u_t`` is the change of ``w_T``,
+and ``||z_T dM/dw||`` takes the place of the sum.
 """
 
 from typing import NamedTuple
@@ -16,7 +19,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
-from ..trees import divide, power_of_two_scale, vdot, widen
+from ..trees import divide, norm, power_of_two_scale, vdot, widen
 
 
 class Perturbation(NamedTuple):
@@ -35,6 +38,21 @@ class Perturbation(NamedTuple):
     def zero(cls, w: PyTree) -> "Perturbation":
         """Returns the perturbation that changes nothing."""
         return cls(optax.tree.zeros_like(widen(w)), optax.tree.zeros_like(w))
+
+
+def random_perturbation(w: PyTree, size: Array) -> Perturbation:
+    """Returns a perturbation of each entry of ``w``, with random signs.
+
+    The entries are ``size`` times the rounding errors of a leaf relative to those of
+    the coarsest leaf.
+    """
+    leaves, structure = jax.tree.flatten(_relative_roundings(w))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    signs = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype)
+    signs = jax.tree.map(signs, jax.tree.unflatten(structure, keys), widen(w))
+    weights = jax.tree.unflatten(structure, [x / max(leaves) for x in leaves])
+    relative = jax.tree.map(lambda x, s: (size * x * s).astype(s.dtype), weights, signs)
+    return Perturbation(relative, optax.tree.zeros_like(w))
 
 
 @jax.custom_jvp
@@ -96,13 +114,49 @@ def is_ill_conditioned(
 ) -> Array:
     """Returns True if the steps amplify rounding errors too much.
 
-    The outer value must keep half of its digits and be right to 1e-2. Where it loses
-    more, the run is chaotic: errors of the hypergradient, a second derivative of the
-    steps, grow as the square of the amplification.
+    Args:
+      derivative: Derivative of the outer value by the perturbation.
+      init_w, final_w: The first and the last iterate of the run.
     """
-    max_rounding = max(jax.tree.leaves(_relative_roundings(init_w)))
     error = relative_rounding_error(derivative, init_w, final_w)
-    return ~(error <= min(TRUST_RTOL, max_rounding**0.5))
+    return loses_half_of_digits(error, max_rounding(init_w))
+
+
+def amplifies_rounding(
+    tangent: PyTree, outer_grad: PyTree, init_w: PyTree, final_w: PyTree
+) -> Array:
+    """Returns True if the steps amplify rounding errors too much, in forward mode.
+
+    Args:
+      tangent: Derivative of ``w_T`` by the size of a `random_perturbation`.
+      outer_grad: ``dM/dw``.
+      init_w, final_w: The first and the last iterate of the run.
+    """
+    outer_grad = divide(widen(outer_grad), power_of_two_scale(outer_grad))
+    unit = power_of_two_scale(tangent)
+    change = jax.tree.map(jnp.multiply, outer_grad, divide(widen(tangent), unit))
+    deviation = max_rounding(init_w) * unit * norm(change)
+    reference = reference_change(outer_grad, init_w, final_w)
+    error = jnp.where(deviation == 0, 0.0, deviation / reference)
+    return loses_half_of_digits(error, max_rounding(init_w))
+
+
+def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:
+    """Returns True unless an outer value keeps half of its digits, and 1e-2 of it.
+
+    Where it loses more, the run is chaotic: errors of the hypergradient, a second
+    derivative of the steps, grow as the square of the amplification.
+
+    Args:
+      error: Relative error of the outer value by the rounding of all steps.
+      resolution: Relative rounding error of the numbers in a step.
+    """
+    return ~(error <= jnp.minimum(TRUST_RTOL, jnp.sqrt(resolution)))
+
+
+def max_rounding(w: PyTree) -> float:
+    """Returns the relative rounding error of the coarsest leaf, as in `roundings`."""
+    return max(jax.tree.leaves(_relative_roundings(w)))
 
 
 def relative_rounding_error(

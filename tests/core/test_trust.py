@@ -1,13 +1,17 @@
 """What is trusted is right, in whatever units ``w`` and the losses are measured."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
 
 import hypergrad as hg
 from hypergrad.certificate import probe_curvature
+from hypergrad.inner.base import inner_stats
+from hypergrad.inner.descent import run_inner_steps
 from hypergrad.linear.equilibration import no_scaling
 from hypergrad.testing import TrustCounts, trust_counts
 from hypergrad.trees import relative_error
@@ -23,6 +27,50 @@ NO_STEPS = hg.Descent(optax.sgd(0.0), 0)  # leaves w where it is
 DEFAULT = hg.Implicit(NO_STEPS)
 CERTIFIED = hg.Implicit(NO_STEPS, certify=True)
 SEVERAL = "stretched", "one slow direction", "saddle"
+
+
+class UnitDescent(eqx.Module):
+    """Gradient descent on a problem of `check_trust` whose steps have its units.
+
+    The learning rate is the power of two below the reciprocal of the largest eigenvalue
+    where the steps begin. It is an integer in the state, so that it is a constant.
+    """
+
+    num_steps: int = eqx.field(static=True)
+    differentiable = True
+
+    def init(self, inner_loss, w, alpha, data, key):
+        units = data["units"].astype(w.dtype)
+
+        def grad_fn(theta):
+            grad = jax.grad(inner_loss)(theta / units, alpha, data)
+            return (grad / units / data["factors"][0]).astype(float)
+
+        column = lambda v: jax.jvp(grad_fn, (units * w,), (v,))[1]
+        eigenvalues = jnp.linalg.eigvalsh(
+            jax.vmap(column)(jnp.eye(w.size, dtype=w.dtype))
+        )
+        exponent = jnp.ceil(jnp.log2(jnp.max(jnp.abs(eigenvalues))))
+        return w, exponent.astype(int)
+
+    def step(self, inner_loss, carry, alpha, data, key):
+        w, exponent = carry
+        grad = jax.grad(inner_loss)(w, alpha, data)
+        step = grad / data["units"] / data["units"] / data["factors"][0]
+        rate = jnp.exp2(-exponent.astype(w.dtype))
+        return w - rate * step.astype(w.dtype), exponent
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        w, _ = run_inner_steps(self, inner_loss, w, alpha, data, key)
+        return w, inner_stats(self.num_steps, num_grads=self.num_steps)
+
+
+OTHERS = {
+    "FixedPoint": hg.FixedPoint(UnitDescent(100), 200),
+    "MINRES": hg.Implicit(NO_STEPS, hg.MINRES(preconditioner="diagonal")),
+    "LU": hg.Implicit(NO_STEPS, lx.LU()),
+    "tolerance": hg.Implicit(NO_STEPS, num_newton_steps=1, rtol=1e-2),
+}
 
 
 # Random problems.
@@ -44,6 +92,10 @@ SEVERAL = "stretched", "one slow direction", "saddle"
                 ("certified, all, f32", CERTIFIED, "float32"),
             )
         ),
+        *(
+            pytest.param(estimator, ("ridge", "clustered"), "float64", id=name)
+            for name, estimator in OTHERS.items()
+        ),
     ],
 )
 def test_trust_can_be_relied_on(estimator, families, dtype):
@@ -52,6 +104,16 @@ def test_trust_can_be_relied_on(estimator, families, dtype):
         estimator, families=families, num_problems=num_problems, dtype=dtype
     )
     assert counts.num_trusted > 0.2 * counts.num_accurate > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_short_floats_are_not_trusted_if_wrong(dtype):
+    """In these units short floats resolve almost no problem."""
+    counts = hg.testing.check_trust(
+        DEFAULT, families=("ridge", "clustered"), num_problems=40, dtype=dtype
+    )
+    assert counts.num_false == 0 < counts.num_problems
 
 
 class AlwaysTrusted:

@@ -48,7 +48,8 @@ def test_k_terms_are_the_last_k_steps(num_terms, momentum):
 def test_warm_started_terms_have_the_published_errors():
     """Errors of AID-FP with 5, 10 and 25 terms on hypertorch's logistic problem.
 
-    Each estimate adds five terms to the adjoint of the previous one.
+    Each estimate adds five terms to the adjoint of the previous one, and checks it by
+    six further steps.
     """
     reference = hypertorch()
     estimator = hg.FixedPoint(hg.Descent(optax.sgd(0.1), 100), num_terms=5)
@@ -62,9 +63,9 @@ def test_warm_started_terms_have_the_published_errors():
         errors.append(error(estimate.hypergradient, exact))
     published = [5.16e-1, 2.67e-1, 3.72e-2]
     assert [errors[0], errors[1], errors[4]] == pytest.approx(published, rel=5e-3)
-    assert estimate.stats["num_grads"] == 102
-    assert estimate.stats["num_hvps"] == 6
-    assert estimate.stats["num_outer_grads"] == 2
+    assert estimate.stats["num_grads"] == 102 + 6
+    assert estimate.stats["num_hvps"] == 6 + 6
+    assert estimate.stats["num_outer_grads"] == 1 + 6
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,43 @@ def test_an_early_stop_is_flagged(num_steps, num_terms, failed):
     estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms))
     assert error(estimate.hypergradient, reference.exact(reference.alpha)) > 0.02
     assert [name for name, flag in estimate.flags.items() if flag] == [failed]
+
+
+@pytest.mark.parametrize(("num_steps", "num_terms"), [(20, 200), (200, 40), (60, 60)])
+def test_the_error_is_estimated(num_steps, num_terms):
+    """The estimate is within a factor of three of errors by the run and the adjoint."""
+    reference = quadratic("30", seed=4)
+    solver = hg.Descent(optax.sgd(reference.step), num_steps)
+    estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms))
+    actual = error(estimate.hypergradient, reference.exact(reference.alpha))
+    assert actual > 1e-9
+    assert actual / 3 < estimate.stats["error_estimate"] < 3 * actual
+    assert estimate.trusted == (estimate.stats["error_estimate"] <= 1e-2)
+
+
+def test_a_large_parameter_without_influence_hides_nothing():
+    """One of 2000 beside an error of 10%, which the remaining steps show exactly."""
+    inner = lambda w, alpha, batch: (
+        0.5 * jnp.sum((w["a"] - alpha) ** 2) + 0.5 * (w["large"] - 2000.0) ** 2
+    )
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum(w["a"] ** 2)
+    estimator = hg.FixedPoint(hg.Descent(optax.sgd(0.5), 1), num_terms=60)
+    w = {"a": 0.8 * jnp.ones(3), "large": jnp.asarray(2000.0)}
+    estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w, jnp.ones(3))
+    assert estimate.flags["inner_error"]
+    assert estimate.stats["error_estimate"] == pytest.approx(0.1 / 0.9, rel=1e-3)
+
+
+def test_slow_steps_are_not_trusted():
+    """A direction that converges in 1e8 steps is noticed in both precisions."""
+    rates = jnp.array([1.0, 1e-8])
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum(rates * (w - alpha) ** 2)
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3.0) ** 2)
+    estimator = hg.FixedPoint(hg.Descent(optax.sgd(0.5), 60), num_terms=60)
+    hypergradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+    for dtype in ("float32", "float64"):
+        args = jnp.array([1.0, 2.0], dtype), jnp.ones(2, dtype)
+        assert hypergradient_fn(*args).flags["adjoint_residual"]
 
 
 def test_several_losses_and_keyed_batches():

@@ -62,21 +62,33 @@ INIT_W = {
 }
 
 
+MODES = {"reverse": hg.Unrolled, "forward": hg.Forward}
+parametrize_modes = pytest.mark.parametrize("mode", MODES)
+
+
 def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("problem", "dtype"),
-    [(name, "float32") for name in PROBLEMS] + [("tanh network", "float64")],
+    ("problem", "dtype", "mode"),
+    [(name, "float32", "reverse") for name in PROBLEMS]
+    + [
+        ("tanh network", dtype, mode)
+        for dtype, mode in (
+            ("float64", "reverse"),
+            ("float32", "forward"),
+            ("float64", "forward"),
+        )
+    ],
 )
-def test_ordinary_runs_are_trusted(problem, optimizer, dtype):
+def test_ordinary_runs_are_trusted(problem, optimizer, dtype, mode):
     """Every run is trusted, from 20 starting points of different size.
 
     RMSProp is left out: its steps do not shrink at the minimum, where it is chaotic.
     """
-    estimator = hg.Unrolled(hg.Descent(OPTIMIZERS[optimizer], 150))
+    estimator = MODES[mode](hg.Descent(OPTIMIZERS[optimizer], 150))
     gradient_fn = hg.hypergradient(cast(PROBLEMS[problem], dtype), estimator)
     alpha = cast({"a": jnp.asarray(-4.0), "b": jnp.asarray(-4.0)}, dtype)
     scales = jnp.logspace(-3, 0.5, 20, dtype=dtype)
@@ -94,31 +106,33 @@ def logistic_map(w, alpha, batch):
 
 
 @functools.cache
-def map_gradient_fn(num_steps, unit):
+def map_gradient_fn(mode, num_steps, unit):
     """Returns the estimates of a logistic map whose variables have another unit."""
     problem = hg.Bilevel(
         lambda w, alpha, batch: logistic_map(w / unit, alpha, batch) * unit**2,
         lambda w, alpha, batch: 1e-9 * jnp.sum((w / unit - 0.3) ** 2),
     )
-    estimator = hg.Unrolled(hg.Descent(optax.sgd(1.0), num_steps))
+    estimator = MODES[mode](hg.Descent(optax.sgd(1.0), num_steps))
     return hg.hypergradient(problem, estimator)
 
 
-def map_estimate(rate, num_steps, dtype, unit=1.0):
+def map_estimate(mode, rate, num_steps, dtype, unit=1.0):
     w, alpha = jnp.array([0.2, 0.35]) * unit, rate - jnp.array([0.0, 0.01])
-    return map_gradient_fn(num_steps, unit)(w.astype(dtype), alpha.astype(dtype))
+    gradient_fn = map_gradient_fn(mode, num_steps, unit)
+    return gradient_fn(w.astype(dtype), alpha.astype(dtype))
 
 
+@parametrize_modes
 @pytest.mark.parametrize("unit", [1.0, 1e3, 1e-3])
 @pytest.mark.parametrize("num_steps", [20, 50, 100])
 @pytest.mark.parametrize("rate", [2.8, 3.2, 3.5, 3.7, 3.9])
-def test_chaos_is_not_trusted_in_any_unit(rate, num_steps, unit):
+def test_chaos_is_not_trusted_in_any_unit(rate, num_steps, unit, mode):
     """A trusted run in float32 equals that in float64 to 2%, and regular ones are.
 
     The map is chaotic above 3.57.
     """
-    single = map_estimate(rate, num_steps, "float32", unit)
-    double = map_estimate(rate, num_steps, "float64", unit)
+    single = map_estimate(mode, rate, num_steps, "float32", unit)
+    double = map_estimate(mode, rate, num_steps, "float64", unit)
     difference = np.linalg.norm(single.hypergradient - double.hypergradient)
     relative_error = difference / np.linalg.norm(double.hypergradient)
     assert relative_error < 2e-2 or not single.trusted
@@ -132,24 +146,26 @@ def test_chaos_is_not_trusted_in_any_unit(rate, num_steps, unit):
         assert double.flags["rounding_error"]
 
 
-def test_worst_of_several_losses_decides():
+@parametrize_modes
+def test_worst_of_several_losses_decides(mode):
     """A loss that reads only the regular variable does not hide the chaotic one."""
     losses = (lambda w, alpha, batch: w[0] ** 2, lambda w, alpha, batch: w[1] ** 2)
     problem = hg.Bilevel(logistic_map, losses)
     gradient_fn = hg.hypergradient(
-        problem, hg.Unrolled(hg.Descent(optax.sgd(1.0), 100))
+        problem, MODES[mode](hg.Descent(optax.sgd(1.0), 100))
     )
     w = jnp.array([0.2, 0.35])
     assert gradient_fn(w, jnp.array([2.8, 2.8])).trusted
     assert not gradient_fn(w, jnp.array([2.8, 3.9])).trusted
 
 
-def test_muon_with_large_steps_is_not_trusted():
+@parametrize_modes
+def test_muon_with_large_steps_is_not_trusted(mode):
     """Orthogonal updates of constant size keep a network from converging."""
     alpha = {"a": jnp.asarray(-5.0), "b": jnp.asarray(-5.0)}
 
     def run(rate):
-        estimator = hg.Unrolled(hg.Descent(optax.contrib.muon(rate), 60))
+        estimator = MODES[mode](hg.Descent(optax.contrib.muon(rate), 60))
         return hg.hypergradient(PROBLEMS["tanh network"], estimator)(INIT_W, alpha)
 
     assert run(0.01).trusted

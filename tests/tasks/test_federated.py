@@ -199,8 +199,8 @@ def test_estimators_count_the_gradients_of_each_round():
     for estimator, num_grads, num_hvps in (
         (unrolled, 3 * 5, 3 * 5),
         (truncated, 3 * 5, 2 * 5),
-        (hg.Forward(solver), 3 * 5, 30 * 3 * 5),  # alpha has 30 entries.
-        (hg.FixedPoint(solver, num_terms=7), 4 * 5, 8 * 5),
+        (hg.Forward(solver), 3 * 5, 31 * 3 * 5),  # alpha has 30 entries.
+        (hg.FixedPoint(solver, num_terms=7), (4 + 7) * 5, (8 + 7) * 5),
     ):
         stats = hg.hypergradient(problem, estimator)(w, alpha).stats
         assert float(stats["num_grads"]) == num_grads + 1  # One for inner_grad_norm.
