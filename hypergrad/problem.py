@@ -130,9 +130,7 @@ class Batches(eqx.Module):
         """Returns the block with a number below ``num_blocks``, without a key."""
         size = self.batch_size or self.num_examples
         row = jnp.minimum(number * size, self.num_examples - size)
-        rows = lambda leaf: (
-            jax.lax.dynamic_slice_in_dim(leaf, row, size) if leaf.ndim else leaf
-        )
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, row, size) if x.ndim else x
         return jax.tree.map(rows, self.data)
 
     def draw_block(self, key: Array) -> Array:

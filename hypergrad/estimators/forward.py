@@ -42,8 +42,8 @@ class Forward(RunEstimator):
 
     Args:
       solver: Inner solver with differentiable iterations.
-      max_tangents: Largest number of columns of one run, B. If N is larger, a run is
-        made for each block of at most B columns. Defaults to N, a single run.
+      max_tangents: Largest number of tangents of one run, B. If N + 1 is larger, a
+        run is made for each block of at most B tangents. Defaults to a single run.
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Cost: T inner gradients and (N + 1) T Hessian-vector products, in one batch per
@@ -171,14 +171,17 @@ def _differentiate_in_blocks(
         )
         return outputs, derivatives, jax.tree.map(lambda leaf: leaf[-1], tangents)
     num_blocks = math.ceil(x.size / block_size)
-    last = x.size - 1 - (num_blocks - 1) * block_size  # its index in the last block
+    final_index = x.size - 1 - (num_blocks - 1) * block_size  # within its block
 
     def run_block(_, block: Array):
         indices = block * block_size + jnp.arange(block_size)
         # Indices beyond the last entry have a zero direction.
         directions = jax.nn.one_hot(indices, x.size, dtype=x.dtype)
         outputs, (derivatives, tangents) = pushforward(f, x, directions)
-        return (outputs, jax.tree.map(lambda leaf: leaf[last], tangents)), derivatives
+        return (
+            outputs,
+            jax.tree.map(lambda leaf: leaf[final_index], tangents),
+        ), derivatives
 
     # What is carried is what the last block returns.
     zeros = lambda y: jnp.zeros(y.shape, y.dtype)

@@ -341,9 +341,9 @@ def unrolled_estimator(
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Returns:
-      `Forward` if N is at most 3: T gradients and (N + 1) T products, batched, in memory
-      that does not grow with T. Else `Unrolled`: T gradients and T products for any N, and T
-      gradients more with checkpoints. Both are exact.
+      `Forward` if N is at most 3: T gradients and (N + 1) T products, batched, in
+      memory that does not grow with T. Else `Unrolled`: T gradients and T products for
+      any N, and T gradients more with checkpoints. Both are exact.
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
     >>> solver = hg.Descent(optax.sgd(0.1), 1000)

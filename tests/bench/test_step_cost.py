@@ -41,7 +41,7 @@ def small(monkeypatch):
     """Makes the quadratics small, and their runs short."""
     monkeypatch.setattr(step_problems, "NUM_MATRICES", 128)
     monkeypatch.setattr(step_problems, "DIM", 3)
-    monkeypatch.setattr(step_cost, "NUM_STEPS", {"quadratics": 256})
+    monkeypatch.setattr(step_cost, "NUM_STEPS", {"quadratics": 64})
     monkeypatch.setattr(step_cost, "REPEATS", 1)
     step_cost.make_problem.cache_clear()
     step_cost.make_runs.cache_clear()
@@ -94,7 +94,7 @@ def test_a_solver_of_a_checkout_is_timed_beside_ours(small, tmp_path, monkeypatc
 @pytest.mark.parametrize("method", step_cost.METHODS)
 def test_all_methods_make_their_steps(small, method: str):
     problem = step_cost.make_problem("quadratics")
-    alpha = step_cost.our_run(problem, method, 1e-3, 256)()
+    alpha = step_cost.our_run(problem, method, 1e-3, 64)()
     assert np.all(np.isfinite(alpha))
     assert np.any(alpha != problem.alpha)
 
