@@ -13,7 +13,7 @@ values of a program and of its counterpart differ by more than 1%.
 *Timing.* Each variant is one call in a fresh process, without a persistent compilation
 cache and without options for XLA: user and system time of all threads of the process
 from the call to its result, imports and data not included. Within a repetition all
-variants of a program run in turns. There are nine repetitions, which take the place of
+variants of a program run in turns. There are five repetitions, which take the place of
 seeds. CPU-seconds grow when other programs share the cores: nothing else may run.
 
 *Variants.* Trust off is ``hg.Implicit(solver, estimate_error=False)``. `Unrolled` has
@@ -151,6 +151,6 @@ table = MeasurementTable(
     plot=plot,
     source="programs in plain JAX, written for this table",
     data="random examples",
-    minutes=15,
-    seeds=9,
+    minutes=10,
+    seeds=5,
 )
