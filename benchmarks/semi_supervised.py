@@ -187,7 +187,7 @@ HYPERGRADIENTS = {
         hg.Implicit(SOLVER, hg.Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2
     ),
     "unrolled": gradient_method(
-        hg.Unrolled(SOLVER, warm_start=True), 4 * SOLVER.num_steps + 2
+        hg.Unrolled(SOLVER, checkpoint=True, warm_start=True), 4 * SOLVER.num_steps + 2
     ),
 }
 

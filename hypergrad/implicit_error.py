@@ -38,7 +38,7 @@ from .trees import (
 )
 
 NUM_DIRECTIONS = 2  # u; one is by chance ten times too small with a probability of 8%
-NUM_CHECK_STEPS = 10  # CG steps for the terms where the adjoint solver yields none
+NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
 NUM_ERROR_PRODUCTS = 2  # of `estimate_error`
 
 
@@ -154,7 +154,7 @@ def short_correction_terms(
     scaling: Scaling,
     result: ImplicitResult,
 ) -> tuple[CorrectionTerms, Scalar, Scalar]:
-    """Returns terms for an adjoint of any solver, from ten steps of `scaled_cg`.
+    """Returns terms for an adjoint of any solver, from 25 steps of `scaled_cg`.
 
     They replace the last change of ``v`` by ``H^-1 (b - H v)``.
 

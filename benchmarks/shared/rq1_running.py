@@ -83,7 +83,8 @@ DESCENTS = {
         IMPLICIT_COST, extra_products=1,
     ),
     UNROLLED: Descent(
-        lambda solver, _: hg.Unrolled(solver, warm_start=False), UNROLLED_COST
+        lambda solver, _: hg.Unrolled(solver, checkpoint=True, warm_start=False),
+        UNROLLED_COST,
     ),
     JOINT: Descent(
         lambda _, joint: hg.SOBA(joint), lambda _, outer: HVP_COST + outer, SLOW_RATES
@@ -92,7 +93,8 @@ DESCENTS = {
         lambda solver, _: hg.Implicit(solver, SOLVE), IMPLICIT_COST, extra_products=2
     ),
     WARM_UNROLLED: Descent(
-        lambda solver, _: hg.Unrolled(solver, warm_start=True), UNROLLED_COST
+        lambda solver, _: hg.Unrolled(solver, checkpoint=True, warm_start=True),
+        UNROLLED_COST,
     ),
 }  # fmt: skip
 #: Methods that start from a trained ``w``.

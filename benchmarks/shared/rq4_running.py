@@ -49,7 +49,7 @@ def solver_of(rate: float, num_steps: int) -> hg.Descent:
 @functools.cache
 def estimator_of(rate: float) -> hg.Unrolled:
     """Returns the estimator through all steps, with warm starts."""
-    return hg.Unrolled(solver_of(rate, NUM_STEPS), warm_start=True)
+    return hg.Unrolled(solver_of(rate, NUM_STEPS), checkpoint=True, warm_start=True)
 
 
 def num_outer_steps(problem: hg.Bilevel) -> int:

@@ -159,7 +159,9 @@ DESCENTS = {
     "implicit, 10 steps": Descent(
         hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5)), RATES, 250
     ),
-    "unrolled": Descent(hg.Unrolled(hg.Descent(STEP, 20), warm_start=True), RATES, 95),
+    "unrolled": Descent(
+        hg.Unrolled(hg.Descent(STEP, 20), checkpoint=True, warm_start=True), RATES, 95
+    ),
     "SOBA": Descent(hg.SOBA(optax.sgd(0.5)), SLOW_RATES, 1330),
 }
 

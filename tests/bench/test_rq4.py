@@ -179,7 +179,8 @@ def test_the_hypergradient_of_magnitudes_is_that_of_central_differences(
         end, _ = solver.solve(problem.inner_loss, w, alpha, data[0], jax.random.key(0))
         return problem.outer_value(end, alpha, data[1])
 
-    result = hg.hypergradient(problem, hg.Unrolled(solver))(w, alpha)
+    unrolled = hg.Unrolled(solver, checkpoint=True)
+    result = hg.hypergradient(problem, unrolled)(w, alpha)
     sides = [(h(alpha + e), h(alpha - e)) for e in EPSILON * np.eye(7)]
     expected = [(up - down) / (2 * EPSILON) for up, down in sides]
     size = float(jnp.linalg.norm(result.hypergradient))
