@@ -4,6 +4,8 @@ Symbols: ``H = d2L/dw2`` and ``J = d2L/dw dalpha``. ``v`` is a vector like ``w``
 ``d`` is a vector like ``alpha``.
 """
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -205,7 +207,7 @@ def test_mixed_mode_differentiates_what_the_loss_closes_over():
 
     for derivative in (jax.jacfwd, jax.jacrev):
         actual, expected = (
-            jax.jit(derivative(lambda factor: alpha_grad(factor, wrap)))(2.0)  # noqa: B023
+            jax.jit(derivative(partial(alpha_grad, wrap=wrap)))(2.0)
             for wrap in (with_mixed_mode, lambda f: f)
         )
         np.testing.assert_allclose(actual, expected, rtol=1e-12)

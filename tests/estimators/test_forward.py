@@ -162,12 +162,11 @@ def test_blocks_of_tangents_have_the_derivatives_of_one_run(tuned_run, max_tange
     )
     solver = hg.Descent(TUNED_SGD, NUM_STEPS)
     for outer in (losses[0], losses):
-        run = lambda estimator: hg.hypergradient(
-            hg.Bilevel(inner, outer),  # noqa: B023
-            estimator,
-        )(jnp.ones(6), alpha)
-        expected = run(hg.Forward(solver))
-        actual = run(hg.Forward(solver, max_tangents))
+        problem = hg.Bilevel(inner, outer)
+        expected, actual = (
+            hg.hypergradient(problem, estimator)(jnp.ones(6), alpha)
+            for estimator in (hg.Forward(solver), hg.Forward(solver, max_tangents))
+        )
         chex.assert_trees_all_close(
             (actual.value, actual.hypergradient, actual.w),
             (expected.value, expected.hypergradient, expected.w),
