@@ -301,10 +301,10 @@ class OuterLoop(eqx.Module):
           record_every: Number of steps per row of the trace, of which ``num_steps``
             must be a multiple. The last step of a row is recorded, checked and compared
             with ``best_alpha``; the others compute no value, statistic or metric, which
-            saves half of the time where a step takes microseconds. ``alpha`` moves as
-            with 1. The costs in a row are those of all its steps, and a failure returns
-            to the last recorded ``alpha``. ``eval_every`` and ``certify_every`` must
-            be multiples, or smaller.
+            matters where a step takes microseconds. ``alpha`` moves as with 1. The
+            costs in a row are those of all its steps, and a failure returns to the last
+            recorded ``alpha``. ``eval_every`` and ``certify_every`` must be multiples,
+            or smaller.
 
         Raises:
           TypeError, ValueError: An argument is invalid.

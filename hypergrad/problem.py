@@ -32,14 +32,14 @@ class Batches(eqx.Module):
         every batch is the full data set.
       with_key: Whether a batch is a pair ``(batch, key)`` with a fresh PRNG key, as
         augmentation and dropout need. With ``data=None`` a batch is the key alone.
-      order: How a batch is drawn, each independently of the others. "iid": its examples
-        are drawn with replacement. "blocks": it is one of ``num_blocks`` contiguous
-        blocks of the data, each with the same probability. A slice costs less than
-        single rows, which matters where a step is cheap, and a table of derivatives
-        has one row per block; shuffle the data once beforehand.
+      order: How a batch is sampled, each independently of the others. "iid": examples
+        with replacement. "blocks": one of ``num_blocks`` contiguous blocks of the data,
+        each with the same probability. A slice costs less than single rows, which
+        matters where a step is cheap, and the tables of SABA have one row per block;
+        shuffle the data once beforehand.
 
     With "blocks", a batch size that does not divide the number of examples makes the
-    last block overlap the one before it, whose last examples are then drawn twice as
+    last block overlap the one before it, whose last examples are then sampled twice as
     often as others.
 
     Raises:
