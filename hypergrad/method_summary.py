@@ -29,7 +29,7 @@ class MethodSummary(NamedTuple):
 
     >>> import hypergrad as hg
     >>> hg.Forward.summary[0].num_hvps
-    'N * T'
+    '(N + 1) * T'
     """
 
     call: str

@@ -105,7 +105,7 @@ def table_rows() -> list[dict[str, str]]:
 
     >>> rows = table_rows()
     >>> [row["HVPs"] for row in rows if row["estimator"] == "Forward(solver)"]
-    ['N T']
+    ['(N + 1) T']
     """
     rows = []
     for component in IMPLICIT_COMPONENTS:
