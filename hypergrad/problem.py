@@ -53,12 +53,17 @@ class Batches(eqx.Module):
     6
     >>> batches.sample(jax.random.key(0))["x"].shape
     (4, 2)
+    >>> edges = jnp.array([[0, 1], [1, 2]])
+    >>> nodes, graph = hg.Batches(jnp.arange(6), 4, shared=edges).full_batch()
+    >>> nodes.shape, graph.shape
+    ((6,), (2, 2))
     """
 
     data: PyTree
     batch_size: int | None = eqx.field(static=True, default=None)
     with_key: bool = eqx.field(static=True, default=False, kw_only=True)
     order: Order = eqx.field(static=True, default="iid", kw_only=True)
+    shared: PyTree = eqx.field(default=None, kw_only=True)
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class Batches(eqx.Module):
         *,
         with_key: bool = False,
         order: Order = "iid",
+        shared: PyTree = None,
     ):
         if order not in get_args(Order):
             raise ValueError(f'order must be "iid" or "blocks"; got {order!r}.')
@@ -74,9 +80,10 @@ class Batches(eqx.Module):
         self.batch_size = batch_size
         self.with_key = with_key
         self.order = order
+        self.shared = _to_arrays(shared)
         leaves = jax.tree.leaves(self.data)
         if not leaves:
-            if with_key and batch_size is None:
+            if with_key and batch_size is None and shared is None:
                 return
             raise ValueError(
                 "Batches has no data. Pass a pytree of arrays, or "
@@ -86,7 +93,8 @@ class Batches(eqx.Module):
         if len({shape[0] for shape in shapes if shape}) != 1:
             raise ValueError(
                 "data must have leaves with one common leading axis, the examples; "
-                f"got shapes {shapes}. Only scalars may lack it."
+                f"got shapes {shapes}. Only scalars may lack it; pass other arrays "
+                "that are not examples as Batches(..., shared=arrays)."
             )
         if batch_size is not None and not (
             isinstance(batch_size, int)
@@ -112,9 +120,9 @@ class Batches(eqx.Module):
             ``jax.random.key(0)``.
         """
         if not self.with_key:
-            return self.data
+            return self._with_shared(self.data)
         key = jax.random.key(0) if key is None else key
-        return key if self.data is None else (self.data, key)
+        return key if self.data is None else (self._with_shared(self.data), key)
 
     @property
     def num_blocks(self) -> int:
@@ -124,14 +132,18 @@ class Batches(eqx.Module):
     def take(self, indices: Array) -> PyTree:
         """Returns the examples at ``indices`` (integers), without a key."""
         rows = lambda leaf: leaf[indices] if leaf.ndim else leaf
-        return jax.tree.map(rows, self.data)
+        return self._with_shared(jax.tree.map(rows, self.data))
 
     def take_block(self, number: Array) -> PyTree:
         """Returns the block with a number below ``num_blocks``, without a key."""
         size = self.batch_size or self.num_examples
         row = jnp.minimum(number * size, self.num_examples - size)
         rows = lambda x: jax.lax.dynamic_slice_in_dim(x, row, size) if x.ndim else x
-        return jax.tree.map(rows, self.data)
+        return self._with_shared(jax.tree.map(rows, self.data))
+
+    def _with_shared(self, examples: PyTree) -> PyTree:
+        """Returns a batch of these examples, without a key."""
+        return examples if self.shared is None else (examples, self.shared)
 
     def draw_block(self, key: Array) -> Array:
         """Returns the number of a block; probabilities are equal within 2^-32."""
@@ -166,7 +178,11 @@ class _BatchesOfEstimate(Batches):
 
     def __init__(self, batches: Batches, full_batch_key: Array):
         super().__init__(
-            batches.data, batches.batch_size, with_key=True, order=batches.order
+            batches.data,
+            batches.batch_size,
+            with_key=True,
+            order=batches.order,
+            shared=batches.shared,
         )
         self.full_batch_key = full_batch_key
 
@@ -352,7 +368,13 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
             f"a batch size of {batch_size} needs the data as hg.Batches, because a "
             "plain pytree is used whole."
         )
-    batches = Batches(data.data, batch_size, with_key=data.with_key, order=data.order)
+    batches = Batches(
+        data.data,
+        batch_size,
+        with_key=data.with_key,
+        order=data.order,
+        shared=data.shared,
+    )
     batch = batches.sample(key)
     if isinstance(data, _BatchesOfEstimate):
         batch = (batch[0], data.full_batch_key)
@@ -363,7 +385,7 @@ def without_sampling(data: Data) -> Data:
     """Returns the data with ``batch_size=None``: every batch is the full data set."""
     if not isinstance(data, Batches):
         return data
-    return Batches(data.data, with_key=data.with_key)
+    return Batches(data.data, with_key=data.with_key, shared=data.shared)
 
 
 def is_sampled(data: Data) -> bool:

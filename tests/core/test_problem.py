@@ -113,6 +113,55 @@ def test_a_scalar_leaf_is_part_of_every_batch():
     assert batches.take(jnp.array([2]))["T"].shape == ()
 
 
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        (hg.Unrolled(hg.Descent(optax.sgd(0.1), 5)), {"with_key": True}),
+        (
+            hg.Implicit(
+                hg.Descent(optax.sgd(0.1), 5), adjoint_batch_size=3, outer_batch_size=2
+            ),
+            {"with_key": True, "order": "blocks"},
+        ),
+        (hg.SABA(optax.sgd(0.1)), {}),
+        (hg.SABA(optax.sgd(0.1)), {"order": "blocks"}),
+    ],
+    ids=["Unrolled", "Implicit", "SABA", "SABA of blocks"],
+)
+def test_shared_arrays_equal_the_same_arrays_closed_over(estimator, options):
+    """To the bit: no method samples rows of them or loses them."""
+    mix = jnp.arange(4.0).reshape(2, 2) / 4
+    rows = {"x": jnp.asarray(DATA["x"]) / 12, "y": jnp.asarray(DATA["y"], float)}
+    has_key = options.get("with_key", False)
+    examples_of = lambda batch: batch[0] if has_key else batch
+
+    def loss(w, alpha, examples, mix):
+        residual = examples["x"] @ mix @ w - examples["y"]
+        return jnp.mean(residual**2) + jnp.exp(alpha) * jnp.sum(w**2)
+
+    closed = lambda w, alpha, batch: loss(w, alpha, examples_of(batch), mix)
+    paired = lambda w, alpha, batch: loss(w, alpha, *examples_of(batch))
+    traces = [
+        hg.minimize(
+            hg.Bilevel(function, function, data, data), estimator, optax.sgd(0.1),
+            jnp.ones(2), jnp.array(-1.0), num_steps=3,
+        )
+        for function, data in (
+            (closed, hg.Batches(rows, 4, **options)),
+            (paired, hg.Batches(rows, 4, shared=mix, **options)),
+        )
+    ]  # fmt: skip
+    expected, actual = traces
+    assert expected.alpha != -1
+    for name in ("alpha", "w", "value", "stats"):
+        chex.assert_trees_all_equal(getattr(actual, name), getattr(expected, name))
+
+
+def test_an_array_that_is_no_example_names_the_argument_for_it():
+    with pytest.raises(ValueError, match="shared="):
+        hg.Batches((DATA, np.ones(7)), 2)
+
+
 def test_keyed_batches_carry_a_fresh_key():
     """The key of a batch is independent of the indices and of other batches."""
     batches = hg.Batches(DATA, 4, with_key=True)
