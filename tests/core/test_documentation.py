@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hypergrad as hg
+from hypergrad.runtime.compat import enable_x64
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -59,6 +61,26 @@ def test_the_page_on_trust_runs():
     assert names["estimate"].trusted
     assert names["estimate"].stats["error_estimate"] <= 1e-4
     assert 0 < names["average"].stats["standard_error"] < 1
+
+
+@pytest.mark.slow
+def test_the_page_on_models_runs():
+    """Each estimate is that of central differences where the training is smooth."""
+    with enable_x64(False):  # flax's layers are in float32
+        names = run_blocks(ROOT / "docs/models.md")
+        differences = hg.CentralDifference(names["estimator"].solver)
+        expected = hg.hypergradient(names["mlp_problem"], differences)(
+            names["mlp_params"], jnp.array(-4.0)
+        )
+    for model in ("nnx", "head", "linen", "mlp"):
+        estimate = names[f"{model}_estimate"]
+        assert estimate.trusted, model
+        assert jnp.abs(estimate.hypergradient) > 1e-5, model
+    np.testing.assert_allclose(
+        names["mlp_estimate"].hypergradient, expected.hypergradient, rtol=0.05
+    )
+    assert names["trace"].value[-1] < names["trace"].value[0]
+    assert names["record"].value < jnp.log(2.0)
 
 
 @pytest.mark.slow
