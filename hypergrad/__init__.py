@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from . import cost, datasets, models, objectives, searchers, spaces, surrogates, testing
 from .argmin import argmin
+from .batches import Batches
 from .certificate import Certificate, certify
 from .checkpoint import Checkpoints
 from .citation import citation
@@ -78,7 +79,7 @@ from .inner import (
 )
 from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
 from .minimize import OuterLoop, minimize
-from .problem import Batches, Bilevel
+from .problem import Bilevel
 from .search import search
 from .search_trial import Parallel
 from .trace import Trace

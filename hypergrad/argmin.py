@@ -8,10 +8,10 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from .batches import Batches
 from .inner.base import InnerSolver
 from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
-from .problem import Batches
 from .problem_checks import check_scalar_loss
 from .products import Loss, cross_jvp, hvp
 from .trees import scale

@@ -23,6 +23,15 @@ arguments, and `MethodSummary`, the row of a method in the guide.
 [2.0, 6.0]
 """
 
+from .batches import (
+    Data,
+    batch_fraction,
+    full_batch,
+    is_sampled,
+    num_examples,
+    sample_batch,
+    sample_fixed_batch,
+)
 from .cost import cost_stats
 from .estimators.base import STATS, Estimate, Estimator, make_estimate
 from .estimators.single_loop import (
@@ -37,16 +46,7 @@ from .inner.descent import run_inner_steps
 from .linear.base import SymmetricSolver
 from .method_summary import MethodSummary
 from .objectives.base import Aggregator
-from .problem import (
-    Data,
-    EstimateData,
-    batch_fraction,
-    full_batch,
-    is_sampled,
-    num_examples,
-    sample_batch,
-    sample_fixed_batch,
-)
+from .problem import EstimateData
 from .problem_checks import check_alpha_has_gradient, check_problem
 from .products import (
     cross_jvp,

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .batches import full_batch, sample_batch
 from .checkpoint import RunFingerprint, runtime_environment
 from .outer_block import get_block_size, run_block
 from .outer_step import Budget, OuterState
-from .problem import full_batch, sample_batch
 from .runtime.fingerprint import digest, digest_program
 
 if TYPE_CHECKING:

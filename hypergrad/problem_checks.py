@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .batches import full_batch, sample_batch
 from .jaxpr import alpha_has_gradient, unused_leaves, used_inputs
 from .lost_derivatives import LostDerivative, find_lost_derivatives
-from .problem import Bilevel, full_batch, sample_batch
+from .problem import Bilevel
 from .trees import vdot
 from .validation import (
     KEY_SHAPE,

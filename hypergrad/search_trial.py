@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .batches import Data, full_batch
 from .cost import cost_stats
 from .estimators.base import make_stats
 from .inner.base import InnerSolver
-from .problem import Bilevel, Data, full_batch
+from .problem import Bilevel
 from .recording import Metric
 from .runtime.executors import Executor, RemoteFunction
 from .trees import all_finite

@@ -120,7 +120,7 @@ ERRORS = (
         "problem.py",
         "return sample_fixed_batch(self.inner_data, batch_size, self.inner_key)",
         "return sample_fixed_batch(self.inner_data, batch_size, self.outer_key)",
-        f"{IMPLICIT} {CONTRACT} core/test_problem.py",
+        f"{IMPLICIT} {CONTRACT} core/test_batches.py",
     ),
     PlantedError(
         "fixed point: the tail of the geometric series is left out",

@@ -17,9 +17,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.batches import full_batch
 from hypergrad.bench import Row
 from hypergrad.cost import HVP_COST, VALUE_COST
-from hypergrad.problem import full_batch
 
 from .program import program
 from .rq1_tasks import (

@@ -16,9 +16,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.batches import batch_fraction
 from hypergrad.inner import inner_stats
 from hypergrad.inner.descent import run_inner_steps
-from hypergrad.problem import batch_fraction
 from hypergrad.tasks import (
     federated,
     few_shot,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import full_batch
 from ..estimators import Implicit
 from ..estimators.base import make_stats
 from ..minimize import minimize
-from ..problem import full_batch
 from ..search import search
 from ..searchers import Grid, Random, Sobol
 from ..tasks.task import Task

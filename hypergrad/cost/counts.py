@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..problem import Data, num_examples
+from ..batches import Data, num_examples
 
 HVP_COST = 2.0
 VALUE_COST = 1.0 / 3.0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree, Scalar
 
+from ..batches import batch_fraction
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
     merge_linear_stats,
@@ -26,7 +27,7 @@ from ..implicit_diff import (
 from ..inner.base import InnerStats, inner_stats
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel, EstimateData, batch_fraction
+from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint
 

@@ -8,15 +8,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..batches import batch_fraction, fixed_batch_fraction
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, IterativeSolver
 from ..method_summary import MethodSummary
-from ..problem import (
-    Bilevel,
-    EstimateData,
-    batch_fraction,
-    fixed_batch_fraction,
-)
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
 from ..validation import check_positive_int, float_converter
 from .base import Estimate, make_estimate

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import cost_stats
 from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
-from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, max_machine_eps, norm
 from ..validation import check_positive_int, float_converter

@@ -10,19 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from ..batches import batch_fraction, fixed_batch_fraction, without_sampling
 from ..certificate import NO_GRADIENT_ADVICE, TRUST_RTOL
 from ..cost import cost_stats
 from ..implicit_diff import finite_or_zero, zero_adjoint
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import run_inner_steps
 from ..method_summary import MethodSummary
-from ..problem import (
-    Bilevel,
-    EstimateData,
-    batch_fraction,
-    fixed_batch_fraction,
-    without_sampling,
-)
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import (
     check_alpha_has_gradient,
     check_problem,

@@ -10,6 +10,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree, Scalar
 
+from ..batches import fixed_batch_fraction
 from ..certificate import (
     NO_GRADIENT_ADVICE,
     NUM_NEWTON_STEPS,
@@ -23,7 +24,7 @@ from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
 from ..method_summary import MethodSummary
-from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import (
     check_alpha_has_gradient,
     check_problem,

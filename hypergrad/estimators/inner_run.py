@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ..batches import batch_fraction, fixed_batch_fraction
 from ..certificate import compute_certificate
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
-from ..problem import Bilevel, EstimateData, batch_fraction, fixed_batch_fraction
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import (
     check_alpha_has_gradient,
     check_alpha_is_used,

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
 from ..implicit_diff import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
 from ..method_summary import MethodSummary
-from ..problem import Bilevel, EstimateData, fixed_batch_fraction
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, all_finite
 from ..validation import check_positive_int, float_converter

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import sample_batch
 from ..certificate import TRUST_RTOL
 from ..jaxpr import used_inputs
 from ..method_summary import MethodSummary
-from ..problem import Bilevel, EstimateData, sample_batch
+from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
 from ..trees import all_finite, cast_like
 from ..validation import check_not_optax_factory, check_positive_int, float_converter

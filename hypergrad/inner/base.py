@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..problem import Data
+from ..batches import Data
 from ..products import Loss
 
 #: The scalars made by `inner_stats`.
@@ -36,8 +36,8 @@ class InnerSolver(Protocol):
           inner_loss: ``(w, alpha, batch) -> scalar``.
           w: Starting point.
           alpha: Outer variable.
-          data: Inner data. `hypergrad.problem.sample_batch` and
-            `hypergrad.problem.full_batch` take batches from it. If batches have a key,
+          data: Inner data. `hypergrad.batches.sample_batch` and
+            `hypergrad.batches.full_batch` take batches from it. If batches have a key,
             each sample has its own, and the full batch has that of the estimate.
           key: PRNG key. The same key gives the same result to the bit.
 

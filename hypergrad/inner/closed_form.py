@@ -5,7 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
-from ..problem import Data, full_batch
+from ..batches import Data, full_batch
 from ..products import Loss
 from ..validation import check_hashable
 from .base import InnerStats, inner_stats

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..problem import Data, batch_fraction, sample_batch
+from ..batches import Data, batch_fraction, sample_batch
 from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
 from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int

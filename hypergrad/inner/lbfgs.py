@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..problem import Data, full_batch
+from ..batches import Data, full_batch
 from ..products import Loss
 from ..trees import divide
 from ..validation import check_positive_int, float_converter

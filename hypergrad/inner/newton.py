@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import Data, full_batch
 from ..linear.base import MatVec
 from ..linear.cg import conjugate_gradients
-from ..problem import Data, full_batch
 from ..products import Loss, hvp
 from ..trees import add_scale, apply_unless, norm, scale, vdot
 from ..validation import check_positive_int, float_converter

@@ -10,7 +10,7 @@ import jax
 from jax.extend.core import Jaxpr, Literal  # pyright: ignore
 from jaxtyping import Array, PyTree
 
-from ..problem import Data
+from ..batches import Data
 from ..products import Loss, with_mixed_mode
 from ..trees import is_key
 from ..validation import KEY_SHAPE

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import spaces
+from ..batches import Data
 from ..cost import cost_stats
-from ..problem import Data
 from ..runtime.devices import shard
 from ..search_trial import TrialRecord, TrialSetup, make_record
 from ..validation import check_positive_int, check_solver

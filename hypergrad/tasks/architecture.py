@@ -27,8 +27,9 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import datasets, spaces
+from ..batches import Batches
 from ..inner import Descent
-from ..problem import Batches, Bilevel
+from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import (
     check_data,

@@ -25,8 +25,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .. import datasets, spaces
+from ..batches import Batches
 from ..inner import Descent
-from ..problem import Batches, Bilevel
+from ..problem import Bilevel
 from ..trees import without_derivative
 from ..validation import as_key
 from . import classifier

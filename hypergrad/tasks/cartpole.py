@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import spaces
-from ..problem import Batches, Bilevel
+from ..batches import Batches
+from ..problem import Bilevel
 from ..trees import without_derivative
 from . import mlp
 from .semi_gradient import SOURCE, SemiGradient

@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import datasets, spaces
+from ..batches import Batches
 from ..inner import Descent
-from ..problem import Batches, Bilevel
+from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
 from .classifier import check_data, held_out_examples, losses, mask_held_out

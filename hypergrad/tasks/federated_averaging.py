@@ -10,6 +10,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import Data, full_batch
 from ..cost import cost_stats
 from ..estimators import Estimate, Implicit
 from ..estimators.base import make_estimate
@@ -17,7 +18,7 @@ from ..implicit_diff import implicit_hypergradient
 from ..inner import inner_stats
 from ..inner.base import InnerSolver, InnerStats
 from ..inner.descent import run_inner_steps
-from ..problem import Bilevel, Data, EstimateData, full_batch
+from ..problem import Bilevel, EstimateData
 from ..products import Loss
 from ..trees import norm
 from ..validation import check_positive_int

@@ -23,9 +23,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from .. import datasets, spaces
+from ..batches import Batches
 from ..estimators import Reversible
 from ..inner import Descent, piecewise_constant_schedule
-from ..problem import Batches, Bilevel
+from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import (
     accuracy,

@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, PyTree
 
 from .. import datasets as datasets
 from .. import spaces
+from ..batches import Batches
 from ..inner import Descent
-from ..problem import Batches, Bilevel
+from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import check_data
 from .task import Task

@@ -7,10 +7,10 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
+from ..batches import Data, batch_fraction, sample_batch
 from ..inner import inner_stats
 from ..inner.base import InnerStats
 from ..inner.descent import run_inner_steps
-from ..problem import Data, batch_fraction, sample_batch
 from ..products import Loss
 from ..validation import check_positive_int
 

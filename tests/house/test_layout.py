@@ -28,6 +28,7 @@ RESULTS = {"Certificate", "Estimate", "Trace"}
 #: A module imports from its own layer and the layers before it.
 LAYERS = (
     {"products"},
+    {"batches"},
     {"problem"},
     {"linear"},
     {"inner"},

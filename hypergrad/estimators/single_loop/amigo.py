@@ -5,8 +5,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from ...batches import sample_batch
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, run_adjoint_steps, run_inner_steps

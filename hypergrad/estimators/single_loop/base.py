@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ...batches import batch_fraction, is_keyed, sample_batch
 from ...certificate import NO_GRADIENT_ADVICE
 from ...cost import cost_stats
-from ...problem import Bilevel, EstimateData, batch_fraction, is_keyed, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...problem_checks import check_alpha_has_gradient, check_problem
 from ...trees import norm
 from ...validation import check_optimizer

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from ...batches import sample_batch
 from ...linear.neumann import Neumann
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, norm, scale
 from ...validation import non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions

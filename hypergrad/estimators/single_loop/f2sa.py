@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from ...batches import sample_batch
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, scale
 from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from ...batches import sample_batch
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...products import hvp
 from ...validation import in_unit_interval, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from ...batches import Data, sample_batch
 from ...linear.neumann import Neumann
-from ...problem import Bilevel, Data, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...products import cross_vjp, hvp
 from ...trees import add_scale, scale
 from .base import SingleLoop, SingleLoopState

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ...batches import sample_batch
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, norm, random_like, scale, vdot
 from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error

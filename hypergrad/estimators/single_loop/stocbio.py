@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
+from ...batches import sample_batch
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, alpha_direction, run_inner_steps

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...problem import Bilevel, EstimateData, sample_batch
+from ...batches import sample_batch
+from ...problem import Bilevel, EstimateData
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, alpha_direction
 from .variance_reduction import storm_estimate, storm_momentum

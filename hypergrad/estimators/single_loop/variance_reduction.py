@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ...problem import Batches, Bilevel, Data, EstimateData, full_batch, is_sampled
+from ...batches import Batches, Data, full_batch, is_sampled
+from ...problem import Bilevel, EstimateData
 from ...products import Loss, hvp_and_cross_vjp
 from ...trees import add_scale
 from .base import SingleLoopState, sample_batches, value_at_step

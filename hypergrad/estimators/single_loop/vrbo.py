@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ...batches import without_sampling
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData, without_sampling
+from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann

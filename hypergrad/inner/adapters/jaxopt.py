@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ...problem import Data, batch_fraction, full_batch, sample_batch
+from ...batches import Data, batch_fraction, full_batch, sample_batch
 from ...products import Loss
 from ...trees import cast_like
 from ...validation import check_positive_int

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ...problem import Data, full_batch
+from ...batches import Data, full_batch
 from ...products import Loss
 from ...trees import cast_like
 from ...validation import check_positive_int

@@ -1,0 +1,289 @@
+"""Data sets, and the batches of them that losses are evaluated on."""
+
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+Order = Literal["iid", "blocks"]
+
+
+class Batches(eqx.Module):
+    """A data set from which a loss sees mini-batches.
+
+    Args:
+      data: Pytree of arrays with a common leading axis ``[num_examples, ...]``. A
+        scalar leaf, such as a temperature, is passed unchanged with every batch.
+        ``None`` together with ``with_key=True`` makes batches that are only a key
+        (rollouts, collocation points).
+      batch_size: Number of examples per batch. Defaults to None, which means that
+        every batch is the full data set.
+      with_key: Whether a batch is a pair ``(batch, key)`` with a fresh PRNG key, as
+        augmentation and dropout need. With ``data=None`` a batch is the key alone.
+      order: How a batch is sampled, each independently of the others. "iid": examples
+        with replacement. "blocks": one of ``num_blocks`` contiguous blocks of the data,
+        each with the same probability. A slice costs less than single rows, which
+        matters where a step is cheap, and the tables of SABA have one row per block;
+        shuffle the data once beforehand.
+
+    With "blocks", a batch size that does not divide the number of examples makes the
+    last block overlap the one before it, whose last examples are then sampled twice as
+    often as others.
+
+    Raises:
+      TypeError: A leaf is not a numeric array.
+      ValueError: Leaves differ in their leading axis, there is no data,
+        ``batch_size`` is not in ``1..num_examples``, or ``order`` is unknown.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> batches = hg.Batches({"x": jnp.ones((6, 2)), "y": jnp.arange(6)}, batch_size=4)
+    >>> batches.num_examples
+    6
+    >>> batches.sample(jax.random.key(0))["x"].shape
+    (4, 2)
+    >>> edges = jnp.array([[0, 1], [1, 2]])
+    >>> nodes, graph = hg.Batches(jnp.arange(6), 4, shared=edges).full_batch()
+    >>> nodes.shape, graph.shape
+    ((6,), (2, 2))
+    """
+
+    data: PyTree
+    batch_size: int | None = eqx.field(static=True, default=None)
+    with_key: bool = eqx.field(static=True, default=False, kw_only=True)
+    order: Order = eqx.field(static=True, default="iid", kw_only=True)
+    shared: PyTree = eqx.field(default=None, kw_only=True)
+
+    def __init__(
+        self,
+        data: PyTree,
+        batch_size: int | None = None,
+        *,
+        with_key: bool = False,
+        order: Order = "iid",
+        shared: PyTree = None,
+    ):
+        if order not in get_args(Order):
+            raise ValueError(f'order must be "iid" or "blocks"; got {order!r}.')
+        self.data = to_arrays(data)
+        self.batch_size = batch_size
+        self.with_key = with_key
+        self.order = order
+        self.shared = to_arrays(shared)
+        leaves = jax.tree.leaves(self.data)
+        if not leaves:
+            if with_key and batch_size is None and shared is None:
+                return
+            raise ValueError(
+                "Batches has no data. Pass a pytree of arrays, or "
+                "Batches(None, with_key=True) for batches that are only a key."
+            )
+        shapes = [leaf.shape for leaf in leaves]
+        if len({shape[0] for shape in shapes if shape}) != 1:
+            raise ValueError(
+                "data must have leaves with one common leading axis, the examples; "
+                f"got shapes {shapes}. Only scalars may lack it; pass other arrays "
+                "that are not examples as Batches(..., shared=arrays)."
+            )
+        if batch_size is not None and not (
+            isinstance(batch_size, int)
+            and not isinstance(batch_size, bool)
+            and 1 <= batch_size <= self.num_examples
+        ):
+            raise ValueError(
+                f"batch_size must be an integer in 1..{self.num_examples} (the number "
+                f"of examples), or None for all of them; got {batch_size!r}."
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples; 1 if a batch is only a key."""
+        lengths = [leaf.shape[0] for leaf in jax.tree.leaves(self.data) if leaf.ndim]
+        return lengths[0] if lengths else 1
+
+    def full_batch(self, key: Array | None = None) -> PyTree:
+        """Returns all examples as one batch.
+
+        Args:
+          key: PRNG key of the batch if ``with_key``. Defaults to
+            ``jax.random.key(0)``.
+        """
+        if not self.with_key:
+            return self._with_shared(self.data)
+        key = jax.random.key(0) if key is None else key
+        return key if self.data is None else (self._with_shared(self.data), key)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of ``batch_size`` examples, rounded up."""
+        return -(-self.num_examples // (self.batch_size or self.num_examples))
+
+    def take(self, indices: Array) -> PyTree:
+        """Returns the examples at ``indices`` (integers), without a key."""
+        rows = lambda leaf: leaf[indices] if leaf.ndim else leaf
+        return self._with_shared(jax.tree.map(rows, self.data))
+
+    def take_block(self, number: Array) -> PyTree:
+        """Returns the block with a number below ``num_blocks``, without a key."""
+        size = self.batch_size or self.num_examples
+        row = jnp.minimum(number * size, self.num_examples - size)
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, row, size) if x.ndim else x
+        return self._with_shared(jax.tree.map(rows, self.data))
+
+    def _with_shared(self, examples: PyTree) -> PyTree:
+        """Returns a batch of these examples, without a key."""
+        return examples if self.shared is None else (examples, self.shared)
+
+    def draw_block(self, key: Array) -> Array:
+        """Returns the number of a block; probabilities are equal within 2^-32."""
+        bits = jax.random.bits(key, (), jnp.uint32)
+        return (bits % jnp.uint32(self.num_blocks)).astype(int)
+
+    def draw_indices(self, key: Array) -> Array:
+        """Returns ``[batch_size]`` indices of examples, drawn with replacement."""
+        size = self.batch_size or self.num_examples
+        return jax.random.randint(key, (size,), 0, self.num_examples)
+
+    def sample(self, key: Array) -> PyTree:
+        """Returns a batch; the same key gives the same batch to the bit."""
+        if self.batch_size is None:
+            return Batches.full_batch(self, key)  # a fresh key, also in a subclass
+        index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
+        if self.order == "blocks":
+            batch = self.take_block(self.draw_block(index_key))
+        else:
+            batch = self.take(self.draw_indices(index_key))
+        return (batch, batch_key) if self.with_key else batch
+
+
+class BatchesOfEstimate(Batches):
+    """Batches with a key, whose full batch always has the key of one estimate.
+
+    A solver that uses all of the data then minimizes the loss for this key, whatever
+    key it was called with. `sample` returns fresh keys, as for stochastic solvers.
+    """
+
+    full_batch_key: Array = eqx.field(kw_only=True)
+
+    def __init__(self, batches: Batches, full_batch_key: Array):
+        super().__init__(
+            batches.data,
+            batches.batch_size,
+            with_key=True,
+            order=batches.order,
+            shared=batches.shared,
+        )
+        self.full_batch_key = full_batch_key
+
+    def full_batch(self, key: Array | None = None) -> PyTree:
+        """Returns all examples with the key of the estimate."""
+        del key
+        return super().full_batch(self.full_batch_key)
+
+
+Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
+
+
+def sample_batch(data: Data, key: Array) -> PyTree:
+    """Returns the batch that one inner step sees."""
+    return data.sample(key) if isinstance(data, Batches) else data
+
+
+def full_batch(data: Data, key: Array) -> PyTree:
+    """Returns all of the data as one batch."""
+    return data.full_batch(key) if isinstance(data, Batches) else data
+
+
+def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree:
+    """Returns the batch used throughout one estimate; all examples if size is None."""
+    if batch_size is None:
+        return full_batch(data, key)
+    if not isinstance(data, Batches):
+        raise ValueError(
+            f"a batch size of {batch_size} needs the data as hg.Batches, because a "
+            "plain pytree is used whole."
+        )
+    batches = Batches(
+        data.data,
+        batch_size,
+        with_key=data.with_key,
+        order=data.order,
+        shared=data.shared,
+    )
+    batch = batches.sample(key)
+    if isinstance(data, BatchesOfEstimate):
+        batch = (batch[0], data.full_batch_key)
+    return batch
+
+
+def without_sampling(data: Data) -> Data:
+    """Returns the data with ``batch_size=None``: every batch is the full data set."""
+    if not isinstance(data, Batches):
+        return data
+    return Batches(data.data, with_key=data.with_key, shared=data.shared)
+
+
+def is_sampled(data: Data) -> bool:
+    """Returns True if a batch holds only some of the examples."""
+    return isinstance(data, Batches) and data.batch_size is not None
+
+
+def is_keyed(data: Data) -> bool:
+    """Returns True if each batch comes with a PRNG key."""
+    return isinstance(data, Batches) and data.with_key
+
+
+def num_examples(data: Data) -> int | None:
+    """Returns the length of the common leading axis, or None if there is none.
+
+    Scalar leaves, such as a penalty, are ignored.
+    """
+    data = data.data if isinstance(data, Batches) else data
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(data) if leaf.ndim}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def batch_fraction(data: Data, batch_size: int | None = None) -> float:
+    """Returns the size of a batch as a fraction of the data, the unit of cost.
+
+    Args:
+      data: The data.
+      batch_size: Defaults to the batch size of ``data``, that is, of an inner step.
+    """
+    if not isinstance(data, Batches):
+        return 1.0
+    return (batch_size or data.batch_size or data.num_examples) / data.num_examples
+
+
+def fixed_batch_fraction(data: Data, batch_size: int | None) -> float:
+    """Returns the size of a `sample_fixed_batch` as a fraction of the data."""
+    return batch_fraction(data, batch_size or num_examples(data))
+
+
+def to_arrays(data: PyTree) -> PyTree:
+    """Converts each leaf to an array; a leaf must be numeric and not empty."""
+
+    def convert(path, leaf):
+        name = f"data leaf {jax.tree_util.keystr(path)}" if path else "data"
+        try:
+            array = jnp.asarray(leaf)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be a numeric array; got {type(leaf).__name__} "
+                f"of {getattr(leaf, 'dtype', 'no numbers')}. Encode text and "
+                "categories as integers."
+            ) from error
+        if array.size == 0:
+            raise ValueError(
+                f"{name} must hold at least one example; got shape "
+                f"{array.shape}. A loss over no examples has no gradient."
+            )
+        return array
+
+    return jax.tree.map_with_path(convert, data)
+
+
+def to_data(data: Any) -> Data:
+    """Returns `Batches` as they are, and the leaves of anything else as arrays."""
+    return data if isinstance(data, Batches) else to_arrays(data)

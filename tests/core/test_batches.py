@@ -1,0 +1,302 @@
+"""Tests of data sets and of the batches that losses see."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import optimistix
+import pytest
+
+import hypergrad as hg
+from hypergrad.batches import batch_fraction, num_examples, sample_fixed_batch
+from hypergrad.problem import EstimateData
+
+with warnings.catch_warnings(action="ignore"):
+    import jaxopt
+
+KEY = jax.random.key(0)
+DATA = {"x": np.arange(12.0).reshape(6, 2), "y": np.arange(6)}
+
+
+def inner_loss(w, alpha, batch):
+    return jnp.sum((w - alpha) ** 2)
+
+
+def outer_loss(w, alpha, batch):
+    return jnp.sum((w - 0.5) ** 2)
+
+
+def test_take_returns_the_examples_at_the_indices():
+    batch = hg.Batches(DATA, 2).take(jnp.array([4, 0, 4]))
+    np.testing.assert_array_equal(batch["x"], DATA["x"][[4, 0, 4]])
+    np.testing.assert_array_equal(batch["y"], [4, 0, 4])
+
+
+def test_full_batch_is_the_data_whatever_the_batch_size():
+    """Without a batch size it is also every sample."""
+    batches = hg.Batches(DATA, 2)
+    full = batches.full_batch()
+    assert batches.num_examples == 6
+    np.testing.assert_array_equal(full["x"], DATA["x"])
+    assert jnp.issubdtype(full["y"].dtype, jnp.integer)
+    np.testing.assert_array_equal(hg.Batches(DATA).sample(KEY)["y"], np.arange(6))
+
+
+def test_a_sample_consists_of_examples_and_depends_on_the_key_alone():
+    batches = hg.Batches(DATA, 4)
+    batch = batches.sample(KEY)
+    assert batch["x"].shape == (4, 2)
+    np.testing.assert_array_equal(batch["x"], DATA["x"][np.asarray(batch["y"])])
+    jitted_batch = jax.jit(lambda batches, key: batches.sample(key))(batches, KEY)
+    np.testing.assert_array_equal(jitted_batch["x"], batch["x"])
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 20))["y"]
+    assert len({tuple(row) for row in samples.tolist()}) >= 15
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
+def test_examples_are_sampled_uniformly_with_replacement(with_key):
+    """Checks frequencies by a chi-square test, and the rate of repeated examples."""
+    batches = hg.Batches(np.arange(6), 3, with_key=with_key)
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 4000))
+    samples = np.asarray(samples[0] if with_key else samples)
+    counts = np.bincount(samples.ravel(), minlength=6)
+    assert np.sum((counts - 2000) ** 2 / 2000) < 25.7  # chi2(5): p = 1e-4
+    repeated = np.mean([len(set(row)) < 3 for row in samples.tolist()])
+    assert abs(repeated - (1 - 5 / 6 * 4 / 6)) < 4 * np.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
+def test_blocks_are_contiguous_and_equally_likely(with_key):
+    """Checks frequencies by a chi-square test; the last block overlaps."""
+    batches = hg.Batches(np.arange(7), 3, with_key=with_key, order="blocks")
+    assert batches.num_blocks == 3
+    samples = jax.vmap(batches.sample)(jax.random.split(KEY, 3000))
+    samples = np.asarray(samples[0] if with_key else samples)
+    np.testing.assert_array_equal(samples, samples[:, :1] + np.arange(3))
+    starts, counts = np.unique(samples[:, 0], return_counts=True)
+    assert starts.tolist() == [0, 3, 4]
+    assert np.sum((counts - 1000) ** 2 / 1000) < 18.4  # chi2(2): p = 1e-4
+
+
+def test_an_estimate_keeps_the_order_of_its_batches():
+    """A smaller batch of the estimate is a block as well, also with a key."""
+    data = hg.Batches(np.arange(100), 50, with_key=True, order="blocks")
+    estimate_data = EstimateData.sample(hg.Bilevel(inner_loss, outer_loss, data), KEY)
+    assert estimate_data.inner_data.order == "blocks"
+    batch, _ = estimate_data.inner_batch(10)
+    np.testing.assert_array_equal(batch, batch[0] + np.arange(10))
+    assert batch[0] % 10 == 0
+
+
+def test_an_unknown_order_of_batches_is_an_error():
+    with pytest.raises(ValueError, match="order"):
+        hg.Batches(DATA, 2, order="sorted")
+
+
+def test_a_scalar_leaf_is_part_of_every_batch():
+    batches = hg.Batches({"x": jnp.arange(6.0), "T": 0.3}, 4)
+    assert batches.num_examples == 6
+    batch = batches.sample(KEY)
+    assert batch["x"].shape == (4,)
+    assert batch["T"] == jnp.asarray(0.3)
+    assert batches.take(jnp.array([2]))["T"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        (hg.Unrolled(hg.Descent(optax.sgd(0.1), 5)), {"with_key": True}),
+        (
+            hg.Implicit(
+                hg.Descent(optax.sgd(0.1), 5), adjoint_batch_size=3, outer_batch_size=2
+            ),
+            {"with_key": True, "order": "blocks"},
+        ),
+        (hg.SABA(optax.sgd(0.1)), {}),
+        (hg.SABA(optax.sgd(0.1)), {"order": "blocks"}),
+    ],
+    ids=["Unrolled", "Implicit", "SABA", "SABA of blocks"],
+)
+def test_shared_arrays_equal_the_same_arrays_closed_over(estimator, options):
+    """To the bit: no method samples rows of them or loses them."""
+    mix = jnp.arange(4.0).reshape(2, 2) / 4
+    rows = {"x": jnp.asarray(DATA["x"]) / 12, "y": jnp.asarray(DATA["y"], float)}
+    has_key = options.get("with_key", False)
+    examples_of = lambda batch: batch[0] if has_key else batch
+
+    def loss(w, alpha, examples, mix):
+        residual = examples["x"] @ mix @ w - examples["y"]
+        return jnp.mean(residual**2) + jnp.exp(alpha) * jnp.sum(w**2)
+
+    closed = lambda w, alpha, batch: loss(w, alpha, examples_of(batch), mix)
+    paired = lambda w, alpha, batch: loss(w, alpha, *examples_of(batch))
+    traces = [
+        hg.minimize(
+            hg.Bilevel(function, function, data, data), estimator, optax.sgd(0.1),
+            jnp.ones(2), jnp.array(-1.0), num_steps=3,
+        )
+        for function, data in (
+            (closed, hg.Batches(rows, 4, **options)),
+            (paired, hg.Batches(rows, 4, shared=mix, **options)),
+        )
+    ]  # fmt: skip
+    expected, actual = traces
+    assert expected.alpha != -1
+    for name in ("alpha", "w", "value", "stats"):
+        chex.assert_trees_all_equal(getattr(actual, name), getattr(expected, name))
+
+
+def test_an_array_that_is_no_example_names_the_argument_for_it():
+    with pytest.raises(ValueError, match="shared="):
+        hg.Batches((DATA, np.ones(7)), 2)
+
+
+def test_keyed_batches_carry_a_fresh_key():
+    """The key of a batch is independent of the indices and of other batches."""
+    batches = hg.Batches(DATA, 4, with_key=True)
+    batch, batch_key = batches.sample(KEY)
+    same_batch, same_key = batches.sample(KEY)
+    _, other_key = batches.sample(jax.random.key(1))
+    bits = lambda key: jax.random.key_data(key).tolist()
+    assert bits(batch_key) == bits(same_key)
+    assert bits(batch_key) not in (bits(other_key), bits(KEY))
+    np.testing.assert_array_equal(batch["y"], same_batch["y"])
+    full, full_key = batches.full_batch()
+    assert bits(full_key) == bits(jax.random.key(0))
+    assert full["x"].shape == (6, 2)
+    np.testing.assert_array_equal(batches.take(jnp.array([1]))["y"], [1])
+
+
+def test_a_batch_without_data_is_a_key():
+    batches = hg.Batches(None, with_key=True)
+    for batch in (batches.sample(KEY), batches.full_batch()):
+        assert jnp.issubdtype(batch.dtype, jax.dtypes.prng_key)
+    assert batches.num_examples == 1
+
+
+def test_batches_are_a_pytree_of_their_arrays():
+    """Equal settings and shapes share a compiled program."""
+    batches = hg.Batches(DATA, 4)
+    assert [leaf.shape for leaf in jax.tree.leaves(batches)] == [(6, 2), (6,)]
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def sample(batches):
+        return batches.sample(KEY)["x"]
+
+    first = sample(batches)
+    second = sample(hg.Batches({"x": -DATA["x"], "y": DATA["y"]}, 4))
+    np.testing.assert_array_equal(first, -second)
+    assert jax.tree.structure(batches) != jax.tree.structure(hg.Batches(DATA, 3))
+
+
+def test_num_examples_is_the_common_length_of_the_leaves():
+    """Scalar leaves are ignored; different lengths and keys have none."""
+    x = jnp.ones((6, 2))
+    assert num_examples(hg.Batches(DATA, 2)) == num_examples({"x": x}) == 6
+    assert num_examples({"x": x, "scale": jnp.ones(())}) == 6
+    assert num_examples({"x": x, "y": jnp.ones(5)}) is None
+    assert num_examples(None) is num_examples(hg.Batches(None, with_key=True)) is None
+
+
+def test_batch_fraction_is_relative_to_the_data():
+    assert batch_fraction(hg.Batches(DATA, 2)) == pytest.approx(1 / 3)
+    assert batch_fraction(hg.Batches(DATA, 2), 3) == 0.5
+    assert batch_fraction(hg.Batches(DATA)) == batch_fraction(None) == 1.0
+
+
+def test_a_fixed_batch_has_the_given_size():
+    assert sample_fixed_batch(hg.Batches(DATA, 2), 5, KEY)["x"].shape == (5, 2)
+    assert sample_fixed_batch(hg.Batches(DATA, 2), None, KEY)["x"].shape == (6, 2)
+    assert sample_fixed_batch(DATA, None, KEY) is DATA
+    with pytest.raises(ValueError, match=r"hg\.Batches"):
+        sample_fixed_batch(DATA, 5, KEY)
+
+
+def noisy_loss(w, alpha, batch):
+    """A loss with ``H = diag(1 + u)``, where ``u`` depends on the key of the batch."""
+    examples, key = batch
+    u = jax.random.uniform(key, (2,)) + 0.1 * jnp.mean(examples)
+    return 0.5 * jnp.sum((1 + u) * w**2) - jnp.sum(alpha * w)
+
+
+NOISY = hg.Bilevel(noisy_loss, outer_loss, hg.Batches(np.arange(6.0), 2, with_key=True))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_adjoint_and_residual_see_the_same_noise(batch_size):
+    """The residual of a dense solve vanishes only if ``H`` is the same in both."""
+    solver = hg.Descent(optax.sgd(0.2), 3)
+    estimator = hg.Implicit(solver, lx.LU(), adjoint_batch_size=batch_size)
+    estimate = hg.hypergradient(NOISY, estimator)(jnp.ones(2), jnp.ones(2), KEY)
+    assert estimate.stats["adjoint_residual"] < 1e-12
+
+
+def noisy_solution(alpha, batch):
+    examples, key = batch
+    return alpha / (1 + jax.random.uniform(key, (2,)) + 0.1 * jnp.mean(examples))
+
+
+def noisy_data(key):
+    """Returns equal examples, so that every mini-batch has the same mean."""
+    return hg.Batches(jax.random.uniform(key) * jnp.ones(6), with_key=True), None
+
+
+WHOLE_BATCH_SOLVERS = {
+    "Newton": hg.Newton(),
+    "LBFGS": hg.LBFGS(),
+    "ClosedForm": hg.ClosedForm(noisy_solution),
+    "jaxopt": hg.from_jaxopt(jaxopt.BFGS(noisy_loss, tol=1e-10)),
+    "optimistix": hg.from_optimistix(optimistix.BFGS(rtol=1e-10, atol=1e-10)),
+}
+ESTIMATORS_OF_A_SAMPLE = {
+    name: hg.Implicit(solver) for name, solver in WHOLE_BATCH_SOLVERS.items()
+} | {
+    "mini-batch": hg.Implicit(hg.Newton(), adjoint_batch_size=4),
+    "certified": hg.Implicit(hg.LBFGS(), certify=True),
+    "unrolled formula": hg.Unrolled(hg.ClosedForm(noisy_solution)),
+    "fixed point": hg.FixedPoint(hg.ClosedForm(noisy_solution), num_terms=1),
+    "differences": hg.CentralDifference(hg.Newton()),
+    "penalty": hg.Penalty(hg.Newton(), 1e3, symmetric=True),
+}
+NOISY_PROBLEMS = {
+    "data": hg.Bilevel(noisy_loss, outer_loss, noisy_data(KEY)[0]),
+    "data_fn": hg.Bilevel(noisy_loss, outer_loss, data_fn=noisy_data),
+}
+
+
+@pytest.mark.parametrize(
+    ("problem", "estimator"),
+    [("data", name) for name in ESTIMATORS_OF_A_SAMPLE] + [("data_fn", "Newton")],
+)
+def test_w_is_solved_on_the_sample_of_the_adjoint(problem, estimator):
+    """The closed form at the noise that ``w`` reveals is the hypergradient.
+
+    For ``w_i = alpha_i / (1 + u_i)`` the derivative of ``sum (w - 0.5)^2`` is
+    ``2 (w_i - 0.5) / (1 + u_i)``.
+    """
+    alpha = jnp.array([1.0, 2.0])
+    gradient_fn = hg.hypergradient(
+        NOISY_PROBLEMS[problem], ESTIMATORS_OF_A_SAMPLE[estimator]
+    )
+    for seed in range(3):
+        estimate = gradient_fn(jnp.ones(2), alpha, jax.random.key(seed))
+        expected = 2 * (estimate.w - 0.5) * estimate.w / alpha
+        np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-5)
+        assert estimate.stats["inner_grad_norm"] < 1e-6
+
+
+def test_stochastic_steps_see_a_new_key_each():
+    """One key per estimate is only for solvers that use the full batch."""
+    solver = hg.Descent(optax.sgd(1.0), 1)
+    tally = lambda w, alpha, key: -w * jax.random.uniform(key) + 0 * alpha
+    problem = hg.Bilevel(tally, outer_loss, hg.Batches(None, with_key=True))
+    data = EstimateData.sample(problem, KEY)
+    solve = lambda key: solver.solve(tally, 0.0, 0.0, data.inner_data, key)[0]
+    samples = [float(solve(key)) for key in jax.random.split(KEY, 5)]
+    assert len(set(samples)) == 5
