@@ -73,13 +73,16 @@ def check_scalar_loss(
             raise ValueError(
                 f"{name} reads the key {error}, which its arguments lack, {context}."
             ) from error
+        context += ", which must fit each other"
         if batch is None:
-            context += "; no data was given, which hg.Bilevel takes after the losses"
-        raise_with_context(error, f"{context}, which must fit each other")
+            context += ". No data was given; hg.Bilevel takes it after the losses"
+        raise_with_context(error, context)
     if not (hasattr(out, "shape") and out.shape == ()):
         shape = jax.tree.map(lambda x: tuple(x.shape), out)
         remedy = "Take a mean or a sum"
-        if name == "outer_loss":
+        if not hasattr(out, "shape"):
+            remedy = "Return the loss alone; further outputs are metrics of a run"
+        elif name == "outer_loss":
             remedy += ", or pass a tuple of functions for several outer losses"
         raise ValueError(f"{name} must return a scalar; got shape {shape}. {remedy}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):

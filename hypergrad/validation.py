@@ -196,7 +196,7 @@ def check_optimizer(name: str, value: Any, *, optional: bool = False) -> None:
 
 def check_not_optax_factory(name: str, value: Any) -> None:
     """Raises TypeError for ``optax.sgd`` where ``optax.sgd(0.1)`` was meant."""
-    if callable(value) and getattr(value, "__module__", "").startswith("optax"):
+    if callable(value) and (getattr(value, "__module__", None) or "").startswith("optax"):
         factory = getattr(value, "__name__", "it")
         raise TypeError(
             f"{name} must be an optax transformation or a function of alpha; got "

@@ -164,9 +164,14 @@ def _float_scores(scores: ArrayLike) -> Array:
 def _targets_like(scores: Array, targets: ArrayLike) -> Array:
     targets = _as_array("targets", targets)
     if targets.shape != scores.shape:
+        remedy = ""
+        if targets.shape == (*scores.shape, 1):
+            remedy = " Drop the last axis by targets[..., 0]."
+        elif scores.shape[:-1] == targets.shape:
+            remedy = " Pass the scores of one class, scores[..., k]."
         raise ValueError(
             f"targets must have the shape of scores, {scores.shape}; got "
-            f"{targets.shape}. Drop a last axis of size 1 by targets[..., 0]."
+            f"{targets.shape}.{remedy}"
         )
     return targets
 
