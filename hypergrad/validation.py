@@ -196,7 +196,8 @@ def check_optimizer(name: str, value: Any, *, optional: bool = False) -> None:
 
 def check_not_optax_factory(name: str, value: Any) -> None:
     """Raises TypeError for ``optax.sgd`` where ``optax.sgd(0.1)`` was meant."""
-    if callable(value) and (getattr(value, "__module__", None) or "").startswith("optax"):
+    module = getattr(value, "__module__", None) or ""  # None after `exec`
+    if callable(value) and module.startswith("optax"):
         factory = getattr(value, "__name__", "it")
         raise TypeError(
             f"{name} must be an optax transformation or a function of alpha; got "

@@ -102,7 +102,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
     "The parameters `w` and the hyperparameters `alpha`": (
         Mistake(
             "`w` and `alpha` in the wrong order",
-            "hg.hypergradient(problem, estimator)({'penalty': alpha}, w)",
+            'hg.hypergradient(problem, estimator)({"penalty": alpha}, w)',
             "`w` comes first everywhere.",
         ),
         Mistake(
@@ -117,7 +117,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "A random key among the parameters",
-            "hg.hypergradient(problem, estimator)({'w': w, 'key': jax.random.key(0)}, alpha)",
+            'hg.hypergradient(problem, estimator)({"w": w, "key": jax.random.key(0)}, alpha)',
             "Batches bring keys: `hg.Batches(train, with_key=True)`.",
         ),
         Mistake(
@@ -184,7 +184,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "A linear solver by its name",
-            "hg.Implicit(solver, 'cg')",
+            'hg.Implicit(solver, "cg")',
             "Write `hg.Implicit(solver, hg.CG())`.",
         ),
         Mistake(
@@ -216,7 +216,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "Text as data",
-            "hg.Batches({'text': ['good', 'bad']})",
+            'hg.Batches({"text": ["good", "bad"]})',
             "Encode it as integers or features.",
         ),
         Mistake(
@@ -231,7 +231,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "A data set by a name that does not exist",
-            "hg.datasets.load('mnst')",
+            'hg.datasets.load("mnst")',
             "The message lists the names.",
         ),
         Mistake(
@@ -270,21 +270,21 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(
             "A metric of two arguments",
-            "metrics = {'norm': lambda w, alpha: jnp.sum(w**2)}\n"
+            'metrics = {"norm": lambda w, alpha: jnp.sum(w**2)}\n'
             "hg.OuterLoop(problem, estimator, optimizer, metrics=metrics)",
             "A metric takes `(w, alpha, key)`.",
         ),
         Mistake(
             "A metric that is not a number",
             "loop = hg.OuterLoop(\n"
-            "    problem, estimator, optimizer, metrics={'w': lambda w, alpha, key: w}\n"
+            '    problem, estimator, optimizer, metrics={"w": lambda w, alpha, key: w}\n'
             ")\n"
             "loop.init(w, alpha)",
             "Return a scalar; `record_alphas=True` of `hg.OuterLoop` keeps every `alpha`.",
         ),
         Mistake(
             "An unknown policy",
-            "hg.OuterLoop(problem, estimator, optimizer, on_untrusted='ignore')",
+            'hg.OuterLoop(problem, estimator, optimizer, on_untrusted="ignore")',
             "`'record'` uses untrusted estimates and says so.",
         ),
     ),

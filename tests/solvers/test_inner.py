@@ -314,3 +314,11 @@ def test_closed_form_uses_all_of_the_data():
     assert float(w) == 30.0
     assert stats["num_grads"] == 1
     assert solver.differentiable
+
+
+def test_an_optimizer_function_may_lack_a_module():
+    """As one that `exec` defines."""
+    names = {"optax": optax}
+    exec("schedule = lambda alpha: optax.sgd(alpha)", names)
+    assert names["schedule"].__module__ is None
+    assert hg.Descent(names["schedule"], 3).num_steps == 3
