@@ -63,6 +63,16 @@ def test_the_page_on_trust_runs():
     assert 0 < names["average"].stats["standard_error"] < 1
 
 
+def test_the_programs_of_other_libraries_agree():
+    names = run_blocks(ROOT / "docs/migration.md")
+    for name in ("jaxopt_gradient", "argmin_gradient", "optimistix_gradient"):
+        np.testing.assert_allclose(
+            names[name], names["ours"].hypergradient, rtol=1e-4, err_msg=name
+        )
+    assert names["ours"].trusted
+    assert names["kept"].trusted
+
+
 @pytest.mark.slow
 def test_the_page_on_models_runs():
     """Each estimate is that of central differences where the training is smooth."""
