@@ -55,12 +55,12 @@ from .shared import reference_problems
 from .shared.published_traces import (
     curve,
     first_cost_below,
+    method_lines,
     plot_traces,
     published_steps,
     step_columns,
     trace_row,
 )
-from .shared.stages import markdown_table
 
 SOURCE = "hypertorch, examples/logistic_regression.ipynb"
 NOTEBOOK = "last 10 steps"
@@ -246,15 +246,6 @@ PRINTED = (
 )
 
 
-def body(rows: list[Row]) -> list[str]:
-    """Returns a line per method."""
-    texts = [
-        [method, *(column.text(select(rows, method=method)) for column in PRINTED)]
-        for method in dict.fromkeys(row["method"] for row in rows)
-    ]
-    return markdown_table(["method", *(x.heading for x in PRINTED)], texts)
-
-
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns what 100 steps leave to train, and where the converged rows end."""
     row = select(rows, method=NOTEBOOK)[0]
@@ -294,7 +285,7 @@ table = MeasurementTable(
     ),
     published=PUBLISHED,
     findings=findings,
-    body=body,
+    body=lambda rows: method_lines(rows, PRINTED),
     plot=plot,
     paradigm="supervised",
     source="Grazzi et al. 2020 (arXiv 2006.16218), notebook of their code",

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.bench import Column, Published, Row
+from hypergrad.bench import Column, Published, Row, select
 from hypergrad.bench.claims import Tag
+
+from .stages import markdown_table
 
 NUM_POINTS = 200  # of a curve in a row
 
@@ -34,6 +36,16 @@ def published_steps(
         )
         for step, value in values.items()
     }
+
+
+def method_lines(rows: list[Row], columns: Iterable[Column]) -> list[str]:
+    """Returns the lines of a table with a line per method."""
+    columns = list(columns)
+    texts = [
+        [method, *(column.text(select(rows, method=method)) for column in columns)]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return markdown_table(["method", *(x.heading for x in columns)], texts)
 
 
 def trace_row(trace: hg.Trace, steps: Iterable[int]) -> Row:
