@@ -58,7 +58,7 @@ until step 100 they agree to 1%.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,26 +88,13 @@ from .shared.published_traces import (
     trace_row,
 )
 from .shared.pzobo_published import LOSSES, NORMS
-from .shared.random_directions import (
-    AlongDirections,
-    RestartedPZOBO,
-    sample_directions,
-)
+from .shared.pzobo_runs import RATE, Run, Setup, make_estimator
 from .shared.torch_random import TorchGenerator
 
 SOURCE = "esjacobians, HyperRepresentation.ipynb"
 SIZES = {"first": (64, 128, 500), "larger": (128, 256, 1000)}
 DRAWS_BEFORE_LARGER = 400  # directions of the first size
-RATE, NOISE, MU, BOUND = 0.001, 0.1, 0.01, 0.1
-
-
-class Setup(NamedTuple):
-    """A problem with its starting point, and the generator after its data."""
-
-    problem: hg.Bilevel
-    w: Array
-    alpha: Array
-    generator: TorchGenerator
+NOISE, MU, BOUND = 0.1, 0.01, 0.1
 
 
 def outer_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
@@ -146,26 +133,6 @@ def make_setup(size: str = "first") -> tuple[Setup, np.ndarray]:
     return sample_problem(setup.generator, size)
 
 
-class Run(NamedTuple):
-    """How a row differs from the protocol.
-
-    Attributes:
-      kind: The estimator.
-      num_inner_steps: T.
-      rate: Rate of Adam.
-      size: The problem.
-      offset: Number of directions that were drawn before.
-      num_seeds: Number of seeds of other directions; 0 for those of the notebook.
-    """
-
-    kind: str
-    num_inner_steps: int = 20
-    rate: float = 0.05
-    size: str = "first"
-    offset: int = 0
-    num_seeds: int = 0
-
-
 RUNS = {
     "AID-FP": Run("AID-FP"),
     "AID-CG": Run("AID-CG"),
@@ -192,29 +159,14 @@ LEAST_SQUARES = {
 }
 
 
-def make_estimator(run: Run, setup: Setup, num_steps: int, seed: int) -> Any:
-    """Returns the estimator of a run."""
-    descent = hg.Descent(optax.sgd(RATE), run.num_inner_steps)
-    once = {"warm_start": False, "estimate_error": False}
-    if run.kind in ("direct", "PZOBO", "HOZOG"):
-        generator = TorchGenerator(seed + 1) if run.num_seeds else setup.generator
-        directions = sample_directions(generator, setup.alpha, run.offset, num_steps)
-        return AlongDirections(descent, directions, MU, run.kind)
-    return {
-        "AID-FP": hg.Implicit(descent, hg.Neumann(20, RATE), **once),
-        "AID-CG": hg.Implicit(descent, hg.CG(rtol=0.0, max_steps=20), **once),
-        "reverse mode": hg.Unrolled(descent, warm_start=False),
-        "implicit": hg.Implicit(hg.Newton()),
-        "text": RestartedPZOBO(optax.sgd(RATE), run.num_inner_steps, 1, sigma=MU),
-    }[run.kind]
-
-
 def optimize(method: str, seed: int, num_steps: int | None = None) -> Row:
     """Returns the row of a run."""
     run = RUNS[method]
     setup, true_weights = make_setup(run.size)
     num_steps = num_steps or (100 if run.size == "first" else 150)
-    estimator = make_estimator(run, setup, num_steps, seed)
+    estimator = make_estimator(
+        run, setup, hg.Implicit(hg.Newton()), MU, num_steps, seed
+    )
     loop = hg.OuterLoop(
         setup.problem, estimator, optax.adam(run.rate), record_alphas=True
     )

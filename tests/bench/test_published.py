@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks import pzobo
+from benchmarks import pzobo, pzobo_deep
 from benchmarks.shared import published_traces as traces
 from benchmarks.shared import random_directions
 from benchmarks.shared.reference_problems import hypertorch
@@ -122,6 +122,29 @@ def test_data_of_a_notebook_in_pytorch(size: str, printed: float):
     w, _ = descent.solve(pzobo.inner_loss, setup.w, setup.alpha, data, key)
     value = pzobo.outer_loss(w, setup.alpha, setup.problem.outer_data)
     np.testing.assert_allclose(value, printed, rtol=1e-6)
+
+
+# The same of DeepHyperRepresentation.ipynb.
+@pytest.mark.parametrize(
+    ("num_steps", "printed"),
+    [(5, 46.34346008), (10, 37.43521881), (20, 31.71059036), (30, 30.49331474)],
+)
+def test_data_of_the_deep_notebook_in_pytorch(num_steps: int, printed: float):
+    setup, _ = pzobo_deep.make_setup()
+    descent = hg.Descent(optax.sgd(0.001), num_steps)
+    data, key = setup.problem.inner_data, jax.random.key(0)
+    w, _ = descent.solve(pzobo_deep.inner_loss, setup.w, setup.alpha, data, key)
+    value = pzobo_deep.outer_loss(w, setup.alpha, setup.problem.outer_data)
+    np.testing.assert_allclose(value, printed, rtol=1e-5)
+
+
+def test_ridge_is_the_minimum_of_the_inner_loss():
+    setup, _ = pzobo_deep.make_setup()
+    batch = setup.problem.inner_data
+    grad_fn = jax.jit(jax.grad(pzobo_deep.inner_loss))
+    w = pzobo_deep.ridge(setup.alpha, batch)
+    grad, init_grad = (grad_fn(x, setup.alpha, batch) for x in (w, setup.w))
+    assert jnp.linalg.norm(grad) < 1e-4 * jnp.linalg.norm(init_grad)
 
 
 # Directions.
