@@ -46,7 +46,7 @@ until the outer loss is at most 0.1.
 
 *Tolerances*, relative: AID-FP 1e-3; AID-CG 5%, because rounding changes conjugate
 gradients; PZOBO and HOZOG 50%, set when it was thought that their directions could not
-be repeated.
+be repeated, and kept after the trials that identified them.
 
 *Not reproduced.* AID-CG, the loss at step 70 and the norms at 50 and 99. In float32,
 with `CG` or with the loop of the authors, step 70 is off by 2 to 3%, the norm at 99 by

@@ -17,10 +17,10 @@ and *HOZOG* are those of `pzobo` with mu = 0.1 and, for each of H1 and H2, a dir
 of length 1. The loss is printed before the step.
 
 *Draws.* Of 0, 100, 200 and 300 directions before its own, 200 fits the first printed
-losses of HOZOG; of these and 400, 300 fits all of PZOBO. *rerun* is another session, which began anew and
-whose directions follow the data: 5, 10 and 20 inner steps in this order. Its run with
-50 inner steps starts from another problem, which the notebook does not show, and is
-left out.
+losses of HOZOG; of these and 400, 300 fits all of PZOBO. *rerun* is another session,
+which began anew and whose directions follow the data: 5, 10 and 20 inner steps in this
+order. Its run with 50 inner steps starts from another problem, which the notebook does
+not show, and is left out.
 
 *Rows that the notebook lacks*, at T = 10 unless they are exact: *direct term* follows
 ``dM/dalpha`` alone, which is PZOBO without its difference. *reverse mode*
@@ -37,7 +37,8 @@ training; `h` and `exact test` are those of the exact inner solution there. The 
 alone has a loss of 0.005. *cost* is what is spent until the outer loss is at most 0.1.
 
 *Tolerances*, relative, for each row: 1e-3 at the start, 2% until step 50, a third
-later.
+later. They were set for AID-FP before any run, and for the other rows after the trials
+that identified the directions.
 
 *Not reproduced.* AID-CG at the steps 40, 50 and 99, by 2, 9 and 62%. Our own run in
 float64 is 1, 7 and 27% from the one in float32 there, as 30 steps leave relative
