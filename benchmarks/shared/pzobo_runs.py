@@ -1,0 +1,73 @@
+"""The estimators of the notebooks of PZOBO's authors, and rows that these lack."""
+
+from typing import Any, NamedTuple
+
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+
+from .random_directions import AlongDirections, RestartedPZOBO, sample_directions
+from .torch_random import TorchGenerator
+
+RATE = 0.001  # of the inner steps
+
+
+class Setup(NamedTuple):
+    """A problem with its starting point, and the generator after its data."""
+
+    problem: hg.Bilevel
+    w: Array
+    alpha: PyTree
+    generator: TorchGenerator
+
+
+class Run(NamedTuple):
+    """How a row differs from the others.
+
+    Attributes:
+      kind: The estimator.
+      num_inner_steps: T.
+      rate: Rate of Adam.
+      size: The problem.
+      offset: Number of directions that were drawn before.
+      num_seeds: Number of seeds of other directions; 0 for those of the notebook.
+    """
+
+    kind: str
+    num_inner_steps: int = 20
+    rate: float = 0.05
+    size: str = "first"
+    offset: int = 0
+    num_seeds: int = 0
+
+
+def make_estimator(
+    run: Run, setup: Setup, exact: hg.Estimator, mu: float, num_steps: int, seed: int
+) -> Any:
+    """Returns the estimator of a run.
+
+    The series of AID-FP has T terms, and AID-CG makes T steps.
+
+    Args:
+      run: The run.
+      setup: The problem.
+      exact: Estimator of a run of the kind "implicit".
+      mu: Size of the differences.
+      num_steps: Number of outer steps, each of which has a direction.
+      seed: Seed of a run with other directions.
+    """
+    descent = hg.Descent(optax.sgd(RATE), run.num_inner_steps)
+    once = {"warm_start": False, "estimate_error": False}
+    if run.kind in ("direct", "PZOBO", "HOZOG"):
+        generator = TorchGenerator(seed + 1) if run.num_seeds else setup.generator
+        directions = sample_directions(generator, setup.alpha, run.offset, num_steps)
+        return AlongDirections(descent, directions, mu, run.kind)
+    T = run.num_inner_steps
+    return {
+        "AID-FP": hg.Implicit(descent, hg.Neumann(T, RATE), **once),
+        "AID-CG": hg.Implicit(descent, hg.CG(rtol=0.0, max_steps=T), **once),
+        "reverse mode": hg.Unrolled(descent, warm_start=False),
+        "implicit": exact,
+        "text": RestartedPZOBO(optax.sgd(RATE), T, 1, sigma=mu),
+    }[run.kind]
