@@ -3,6 +3,8 @@
 import bz2
 import hashlib
 import io
+import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,11 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
       ``columns[starts[i] : starts[i + 1]]`` and the numbers in the same range of
       ``values``, as in ``scipy.sparse.csr_array((values, columns, starts))``
       (Reuters-21578, for research, as prepared for LASVM).
+    - ``newsgroups``: 18,846 posts to 20 newsgroups with headers, and ``y`` in 0..19, by
+      name; 7,532 of later dates are for testing. ``columns``, ``starts`` and ``values``
+      are the sparse counts of 130,108 words, those of the posts that are not for
+      testing, in the form of ``reuters`` (Lang 1995, CC BY 4.0; counted by
+      scikit-learn).
     - ``burgers``: The solution ``u`` ``[256, 100]`` of ``u_t + u u_x = (0.01 / pi)
       u_xx`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
       t = 0 and zero at the boundary; float64 (Raissi et al. 2019).
@@ -56,8 +63,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     Args:
       name: Name of the data set.
       data_dir: Folder that contains a folder ``name/`` with its files (``pde/`` for
-        burgers, ``nasbench201/`` for nas_bench_201). Defaults to the environment
-        variable HYPERGRAD_DATA_DIR. Bundled data sets do not need it.
+        burgers, ``nasbench201/`` for nas_bench_201, ``text_20newsgroups/`` for
+        newsgroups). Defaults to the environment variable HYPERGRAD_DATA_DIR. Bundled
+        data sets do not need it.
 
     Raises:
       ValueError: The name is unknown, or a file has another SHA-256.
@@ -227,6 +235,41 @@ def _load_reuters(data_dir: Path | None) -> Arrays:
     return data | {"starts": starts, "test": is_test}
 
 
+NEWSGROUPS = {
+    "20newsgroups.jsonl.xz": (
+        "c0f055f44450845d759624e11347ec3ddd6c0a1efb49fabc5a789242d408f77c"
+    ),
+}
+NEWSGROUPS_SOURCE = (
+    "data/20news-bydate-{train,test} of https://github.com/julenminer/mlnn_P65, commit "
+    "7393be663c8dd63e64c8264476494e62edf05c6e, as JSON lines with split, label, id and "
+    "text (decoded as Latin-1)"
+)
+
+
+def _load_newsgroups(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files(
+        "text_20newsgroups", data_dir, NEWSGROUPS, NEWSGROUPS_SOURCE
+    )
+    _import_sklearn_datasets()
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    lines = lzma.decompress(content).decode().splitlines()
+    posts = sorted(map(json.loads, lines), key=lambda post: post["split"] == "test")
+    is_test = np.array([post["split"] == "test" for post in posts])
+    texts = [post["text"] for post in posts]
+    _, y = np.unique([post["label"] for post in posts], return_inverse=True)
+    vectorizer = CountVectorizer().fit(texts[: np.sum(~is_test)])
+    counts = vectorizer.transform(texts)
+    return {
+        "values": counts.data.astype(np.int32),
+        "columns": counts.indices.astype(np.int32),
+        "starts": counts.indptr.astype(np.int64),
+        "y": y.astype(np.int32),
+        "test": is_test,
+    }
+
+
 IJCNN1 = {
     "ijcnn1.trn.bz2": (
         "b38a4198ce142d43e96fb86d17b87211feec1f909ac344fa057455c69de29de3"
@@ -321,6 +364,7 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "iris": _bundled_loader("iris"),
     "mnist": _load_mnist,
     "nas_bench_201": _load_nas_bench_201,
+    "newsgroups": _load_newsgroups,
     "omniglot": _load_omniglot,
     "reuters": _load_reuters,
     "wine": _bundled_loader("wine"),

@@ -29,6 +29,19 @@ def test_reuters_has_the_documented_sizes():
 
 @needs_files
 @pytest.mark.data
+def test_newsgroups_has_the_documented_sizes():
+    """Sizes of scikit-learn's fetch_20newsgroups, which has 130,107 words."""
+    data = datasets.load("newsgroups")
+    starts, test = data["starts"], data["test"]
+    assert (len(test), test.sum(), starts[0]) == (18_846, 7_532, 0)
+    assert not test[:11_314].any()
+    assert starts[-1] == len(data["columns"]) == len(data["values"])
+    assert data["columns"].max() == 130_107
+    assert np.bincount(data["y"][~test])[[0, 10, 19]].tolist() == [480, 600, 377]
+
+
+@needs_files
+@pytest.mark.data
 def test_ijcnn1_has_the_documented_sizes():
     data = datasets.load("ijcnn1")
     assert data["x"].shape == (141_691, 22)
