@@ -1,0 +1,371 @@
+"""BiLO, scalar Poisson problem: a local operator that learns beside its coefficient.
+
+*Question.* Does the coefficient follow the trace that the authors' notebook prints, and
+how far from the least-squares solution does it end? What do exact hypergradients of a
+discretized equation give, and a network with one loss?
+
+*Problem*, of `tutorial_scalar.ipynb` in Rayzhangzirui/BILO (commit 70955827). Of
+``D u'' = -pi^2 sin(pi x)`` with ``u(0) = u(1) = 0``, solved by ``sin(pi x) / D``, the
+values for D = 2 at 11 points of [0, 1] are known with noise of variance 0.01, which is
+torch's after ``manual_seed(0)``. The outer loss is the mean squared error there.
+
+*BiLO.* A network ``u(x, D)`` with three hidden layers of 64 units and tanh, to whose
+first a linear layer adds D; its output is multiplied by ``x (1 - x)``. The inner loss
+at the 11 points is the mean of ``r^2 + 0.1 (dr/dD)^2`` with the residual ``r`` of the
+equation. 1,001 steps of Adam with rate 1e-3 at D = 1; then 3,001 steps in
+which the network moves by the same rule on the inner loss, and D by Adam with rate 2e-3
+along ``dM/dD`` of the network, without an indirect term. This is `hg.DARTS` of first
+order. The printed "step k" is after k + 1 steps. The starting weights are torch's, by
+the same generator. One deviation: `hg.DARTS` moves D first and then the network, the
+notebook both at once.
+
+*Added rows.* *BiLO, other starts* has five starting points of the same distribution.
+*Implicit, Adam* moves D by the same Adam, along exact hypergradients: the inner problem
+is the energy ``mean(D u'^2 / 2 + f u)`` on 100 intervals, solved by Newton's method.
+*Implicit, L-BFGS* uses scipy's L-BFGS-B instead. *PINN, one loss* has a network without
+D as an input, 1,001 steps on ``mean r^2`` at D = 1 and 3,001 on ``mean r^2`` plus the
+data loss for network and D together, at the rates of BiLO. *least squares* is
+``1 / D = sum s y / sum s^2``, ``s = sin(pi x)``, the best fit of the exact solution. No
+search is added: with one coefficient a closed form exists.
+
+*Measured.* D after the steps that the notebook prints, the data loss before the last
+step, and costs, with a gradient of the inner loss as the unit, which for *Implicit* is
+that of the discretized energy and much cheaper.
+
+*Published.* D at nine steps, within 0.03, and the best fit, within 0.005. The notebook
+prints a final data loss of 0.009981.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad.bench import Cell, Column, MeasurementTable, Published, Row, select
+
+WIDTH, NUM_POINTS, NUM_INTERVALS = 64, 11, 100
+PRETRAINING, NUM_STEPS = 1001, 3001
+INNER_OPTIMIZER, OUTER_OPTIMIZER = optax.adam(1e-3), optax.adam(2e-3)
+DERIVATIVE_WEIGHT, TRUE_D, INIT_D = 0.1, 2.0, 1.0
+STRIDE = 50  # steps between the points of the figure
+PUBLISHED = {
+    0: 1.0020, 100: 1.1785, 300: 1.4167, 500: 1.5820, 1000: 1.8525,
+    1500: 2.0185, 2000: 2.1250, 2500: 2.1909, 3000: 2.2282,
+}  # fmt: skip
+BEST_FIT = 2.25493
+
+
+class TorchGenerator:
+    """The random numbers of torch on a CPU, for fewer than 16 normal numbers."""
+
+    def __init__(self, seed: int):
+        self.state = np.random.RandomState(seed)
+
+    def words(self, size: int) -> np.ndarray:
+        """Returns 32-bit words of the generator."""
+        return self.state.randint(2**32, size=size, dtype=np.uint32)
+
+    def normal(self, size: int) -> np.ndarray:
+        """Returns normal numbers by the method of Box and Muller, in pairs."""
+        num_pairs = (size + 1) // 2
+        high, low = self.words(4 * num_pairs).reshape(-1, 2).T.astype(np.uint64)
+        bits = ((high << np.uint64(32)) | low) & np.uint64(2**53 - 1)
+        angle, radius = (bits * 2.0**-53).reshape(-1, 2).T
+        radius, angle = np.sqrt(-2 * np.log1p(-radius)), 2 * math.pi * angle
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        return pairs.ravel()[:size]
+
+    def uniform(self, *shape: int, bound: float) -> np.ndarray:
+        """Returns numbers that are uniform in [-bound, bound]."""
+        bits = self.words(math.prod(shape)) & np.uint32(2**24 - 1)
+        return ((bits * 2.0**-24) * 2 * bound - bound).astype(np.float32).reshape(shape)
+
+
+class KeyGenerator:
+    """Numbers of the same distribution from a key of JAX."""
+
+    def __init__(self, seed: int):
+        self.key = jax.random.key(seed)
+
+    def uniform(self, *shape: int, bound: float) -> Array:
+        """Returns numbers that are uniform in [-bound, bound]."""
+        self.key, key = jax.random.split(self.key)
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def init_network(generator: Any) -> PyTree:
+    """Returns torch's initial layers: weight ``[out, in]`` and bias, in its order."""
+    sizes = {
+        "input": (WIDTH, 1), "hidden1": (WIDTH, WIDTH), "hidden2": (WIDTH, WIDTH),
+        "output": (1, WIDTH), "embedding": (WIDTH, 1),
+    }  # fmt: skip
+    uniform = lambda size, *shape: generator.uniform(*shape, bound=1 / math.sqrt(size))
+    return {
+        name: (uniform(size, out, size), uniform(size, out))
+        for name, (out, size) in sizes.items()
+    }
+
+
+@functools.cache
+def observations() -> tuple[np.ndarray, np.ndarray, TorchGenerator]:
+    """Returns points, noisy values, and the generator after these were sampled."""
+    generator = TorchGenerator(0)
+    x = np.linspace(0, 1, NUM_POINTS)
+    y = np.sin(np.pi * x) / TRUE_D + 0.1 * generator.normal(NUM_POINTS)
+    return x.astype(np.float32), y.astype(np.float32), generator
+
+
+@functools.cache
+def torch_start() -> PyTree:
+    """Returns the starting weights of the notebook."""
+    return init_network(observations()[2])
+
+
+def network(w: PyTree, x: Array, D: Array | float | None) -> Array:
+    """Returns ``u(x, D)``; without ``D`` the embedding is left out."""
+    apply = lambda name, inputs: w[name][0] @ inputs + w[name][1]
+    hidden = apply("input", x[None])
+    if D is not None:
+        hidden = hidden + apply("embedding", jnp.asarray(D)[None])
+    hidden = jnp.tanh(apply("hidden1", jnp.tanh(hidden)))
+    hidden = jnp.tanh(apply("hidden2", hidden))
+    return apply("output", hidden)[0] * x * (1 - x)
+
+
+def force(x: Array) -> Array:
+    """Returns the right-hand side of the equation."""
+    return -(jnp.pi**2) * jnp.sin(jnp.pi * x)
+
+
+def residuals(w: PyTree, D: Array) -> tuple[Array, Array]:
+    """Returns the residual at all points, and its derivative by ``D``."""
+
+    def residual(D, x):
+        u_xx = jax.grad(jax.grad(network, argnums=1), argnums=1)(w, x, D)
+        return D * u_xx - force(x)
+
+    x = jnp.asarray(observations()[0])
+    return jax.vmap(jax.value_and_grad(residual), (None, 0))(D, x)
+
+
+def operator_loss(w: PyTree, D: Array, batch: PyTree) -> Array:
+    """Returns the inner loss of BiLO."""
+    del batch
+    residual, derivative = residuals(w, D)
+    return jnp.mean(residual**2) + DERIVATIVE_WEIGHT * jnp.mean(derivative**2)
+
+
+def data_loss(w: PyTree, D: Array | None, batch: PyTree) -> Array:
+    """Returns the mean squared error of the network at the observations."""
+    del batch
+    x, y, _ = observations()
+    u = jax.vmap(lambda x: network(w, x, D))(jnp.asarray(x))
+    return jnp.mean((u - y) ** 2)
+
+
+def pinn_loss(w: PyTree, D: Array, batch: PyTree) -> Array:
+    """Returns the mean squared residual of a network without ``D`` as an input."""
+    del batch
+    residual = lambda x: D * u_xx(w, x, None) - force(x)
+    u_xx = jax.grad(jax.grad(network, argnums=1), argnums=1)
+    return jnp.mean(jax.vmap(residual)(jnp.asarray(observations()[0])) ** 2)
+
+
+def energy(u: Array, D: Array, batch: PyTree) -> Array:
+    """Returns the energy of the inner nodes, whose minimum solves the equation."""
+    del batch
+    slopes = jnp.diff(jnp.pad(u, 1)) * NUM_INTERVALS
+    x = jnp.arange(1, NUM_INTERVALS) / NUM_INTERVALS
+    work = jnp.vdot(force(x), u)
+    return (D * jnp.vdot(slopes, slopes) / 2 + work) / NUM_INTERVALS
+
+
+def grid_data_loss(u: Array, D: Array, batch: PyTree) -> Array:
+    """Returns the mean squared error of the nodes at the observations."""
+    del D, batch
+    stride = NUM_INTERVALS // (NUM_POINTS - 1)
+    return jnp.mean((jnp.pad(u, 1)[::stride] - observations()[1]) ** 2)
+
+
+# Methods: each returns the trace of D, the last data loss, and the cost.
+
+
+def run_loop(problem: hg.Bilevel, estimator: Any, w: PyTree) -> Row:
+    """Returns the fields of a run of `hypergrad.OuterLoop`."""
+    loop = hg.OuterLoop(problem, estimator, OUTER_OPTIMIZER, record_alphas=True)
+    trace = loop.run(loop.init(w, jnp.asarray(INIT_D)), num_steps=NUM_STEPS)
+    D = np.append(trace.alphas[1:], trace.alpha)  # after each step
+    return make_row(D, trace.value[-1], np.sum(trace.stats["gradient_equivalents"]))
+
+
+def make_row(D: np.ndarray, loss: Any, cost: Any) -> Row:
+    """Returns the fields of a row with ``D`` after each step."""
+    return {f"D_{k}": float(D[k]) for k in PUBLISHED} | {
+        "D": float(D[-1]),
+        "data_loss": float(loss),
+        "gradient_equivalents": float(cost),
+        "curve": [round(float(x), 4) for x in D[::STRIDE]],
+    }
+
+
+def bilo(start: PyTree) -> Row:
+    """Returns the row of BiLO from some weights."""
+    start = jax.tree.map(jnp.asarray, start)
+    solver = hg.Descent(INNER_OPTIMIZER, PRETRAINING)
+    args = jnp.asarray(INIT_D), None, jax.random.key(0)
+    w, _ = jax.jit(lambda w: solver.solve(operator_loss, w, *args))(start)
+    problem = hg.Bilevel(operator_loss, data_loss)
+    row = run_loop(problem, hg.DARTS(INNER_OPTIMIZER), w)
+    row["gradient_equivalents"] += PRETRAINING
+    return row
+
+
+def implicit() -> Row:
+    """Returns the row of exact hypergradients with Adam."""
+    problem = hg.Bilevel(energy, grid_data_loss)
+    u = jnp.zeros(NUM_INTERVALS - 1)
+    return run_loop(problem, hg.Implicit(hg.Newton()), u)
+
+
+def implicit_lbfgs() -> Row:
+    """Returns the row of exact hypergradients with scipy's L-BFGS-B."""
+    from scipy.optimize import minimize
+
+    problem = hg.Bilevel(energy, grid_data_loss)
+    gradient = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
+    estimates = []
+
+    def evaluate(D):
+        u = jnp.zeros(NUM_INTERVALS - 1)
+        estimate = gradient(u, jnp.asarray(D[0], jnp.float32))
+        estimates.append(estimate)
+        return float(estimate.value), np.array([estimate.hypergradient], float)
+
+    result: Any = minimize(
+        evaluate, [INIT_D], jac=True, method="L-BFGS-B", bounds=[(0.1, 10)]
+    )
+    costs = [float(x.stats["gradient_equivalents"]) for x in estimates]
+    return {
+        "D": float(result.x[0]),
+        "data_loss": float(result.fun),
+        "gradient_equivalents": sum(costs),
+    }
+
+
+def pinn(start: PyTree) -> Row:
+    """Returns the row of a network and D that move along one loss."""
+    start = jax.tree.map(jnp.asarray, start)
+    solver = hg.Descent(INNER_OPTIMIZER, PRETRAINING)
+    D, key = jnp.asarray(INIT_D), jax.random.key(0)
+    loss = lambda x: pinn_loss(*x, None) + data_loss(x[0], None, None)
+    optimizer = optax.partition(
+        {"w": INNER_OPTIMIZER, "D": OUTER_OPTIMIZER},
+        (jax.tree.map(lambda _: "w", start), "D"),
+    )
+
+    def step(carry, _):
+        x, state = carry
+        data = data_loss(x[0], None, None)
+        updates, state = optimizer.update(jax.grad(loss)(x), state)
+        x = optax.apply_updates(x, updates)
+        return (x, state), (x[1], data)
+
+    @jax.jit
+    def run(w):
+        w, _ = solver.solve(pinn_loss, w, D, None, key)
+        init = (w, D), optimizer.init((w, D))
+        return jax.lax.scan(step, init, length=NUM_STEPS)[1]
+
+    trace, losses = run(start)
+    return make_row(np.asarray(trace), losses[-1], PRETRAINING + NUM_STEPS)
+
+
+def least_squares() -> Row:
+    """Returns the best fit of the exact solution."""
+    x, y, _ = observations()
+    s = np.sin(np.pi * x.astype(float))
+    D = np.vdot(s, s) / np.vdot(s, y)
+    return {"D": float(D), "data_loss": float(np.mean((s / D - y) ** 2))}
+
+
+METHODS = {
+    "BiLO": lambda seed: bilo(torch_start()),
+    "BiLO, other starts": lambda seed: bilo(init_network(KeyGenerator(seed))),
+    "Implicit, Adam": lambda seed: implicit(),
+    "Implicit, L-BFGS": lambda seed: implicit_lbfgs(),
+    "PINN, one loss": lambda seed: pinn(torch_start()),
+    "least squares": lambda seed: least_squares(),
+}
+
+
+def measure(cell: Cell, rows: list[Row]) -> Row:
+    """Returns the trace of D of a method."""
+    del rows
+    return METHODS[cell["method"]](cell["seed"])
+
+
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Returns one cell per method, and one per seed where the start varies."""
+    del scale
+    has_seeds = lambda method: method == "BiLO, other starts"
+    return [
+        {"method": method, "seed": seed}
+        for method in METHODS
+        for seed in range(seeds if has_seeds(method) else 1)
+    ]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots D against the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, method in enumerate(METHODS):
+        for row in select(rows, method=method):
+            curve = row.get("curve") or []
+            label = method if curve and row["seed"] == 0 else None
+            steps = STRIDE * np.arange(len(curve))
+            axis.plot(steps, curve, color=f"C{i}", label=label)
+    axis.plot(*zip(*PUBLISHED.items(), strict=True), "kD", label="published")
+    (row,) = select(rows, method="least squares")
+    axis.axhline(row["D"], color="gray", linestyle="--", label="least squares")
+    axis.axhline(TRUE_D, color="gray", linestyle=":", label="without noise")
+    axis.set(xlabel="step", ylabel="coefficient D")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+NOTEBOOK = "tutorial_scalar.ipynb"
+table = MeasurementTable(
+    cells=cells,
+    measure_cell=measure,
+    columns=(
+        *(Column(f"D_{k}", f"D at {k}", ".4f") for k in PUBLISHED),
+        Column("D", "last D", ".4f"),
+        Column("data_loss", "data loss", ".6f"),
+    ),
+    published={
+        ("BiLO", f"D_{k}"): Published(D, 0.03, "executed", source=NOTEBOOK)
+        for k, D in PUBLISHED.items()
+    }
+    | {("least squares", "D"): Published(BEST_FIT, 0.005, "executed", source=NOTEBOOK)},
+    plot=plot,
+    seeds=5,
+    scales=("paper",),
+    minutes=4,
+    paradigm="physics-informed",
+    source="Zhang et al. 2024 (arXiv 2404.17789), the scalar notebook",
+    data="simulated observations of a Poisson problem",
+)
