@@ -17,7 +17,7 @@ def test_the_noise_is_that_of_torch():
 
 def test_the_starting_weights_have_the_losses_that_the_notebook_prints():
     """Step 0: res_loss 4.109e+01, resgrad_loss 3.575e-02."""
-    start = jax.tree.map(jnp.asarray, bilo.torch_start())
+    start = bilo.torch_start()
     residual, derivative = bilo.residuals(start, jnp.asarray(1.0))
     np.testing.assert_allclose(jnp.mean(residual**2), 41.09, atol=5e-3)
     np.testing.assert_allclose(jnp.mean(derivative**2), 0.03575, atol=5e-6)
