@@ -346,26 +346,36 @@ def cells(scale: str, seeds: int) -> list[Cell]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Plots D against the steps."""
+    """Plots D against the steps, and its difference from the row *BiLO*."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    (reference,) = select(rows, method="BiLO")
+    (best_fit,) = select(rows, method="least squares")
     for i, method in enumerate(METHODS):
         for row in select(rows, method=method):
-            curve = row.get("curve") or []
-            label = method if curve and row["seed"] == 0 else None
+            curve = np.array(row.get("curve") or [])
+            label = method if curve.size and row["seed"] == 0 else None
             steps = STRIDE * np.arange(len(curve))
-            axis.plot(steps, curve, color=f"C{i}", label=label)
-    axis.plot(*zip(*PUBLISHED.items(), strict=True), "kD", label="published")
-    (row,) = select(rows, method="least squares")
-    axis.axhline(row["D"], color="gray", linestyle="--", label="least squares")
-    axis.axhline(TRUE_D, color="gray", linestyle=":", label="without noise")
-    axis.set(xlabel="step", ylabel="coefficient D")
-    axis.legend()
-    axis.grid(alpha=0.3)
+            left.plot(steps, curve, color=f"C{i}", label=label)
+            if curve.size and method != "PINN, one loss":
+                right.plot(
+                    steps, curve - reference["curve"], color=f"C{i}", label=label
+                )
+    steps, published = list(PUBLISHED), np.array(list(PUBLISHED.values()))
+    left.plot(steps, published, "kD", label="published")
+    differences = published - [reference[f"D_{k}"] for k in steps]
+    right.plot(steps, differences, "kD", label="published")
+    left.axhline(best_fit["D"], color="gray", linestyle="--", label="least squares")
+    left.axhline(TRUE_D, color="gray", linestyle=":", label="without noise")
+    left.set(xlabel="step", ylabel="coefficient D")
+    right.set(xlabel="step", ylabel="D - D of the row BiLO")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
