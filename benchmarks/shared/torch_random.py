@@ -13,7 +13,7 @@ HALF = BLOCK // 2
 
 
 class TorchGenerator:
-    """Samples of `torch.randn` after `torch.manual_seed`.
+    """Samples of `torch.randn` and uniform ones after `torch.manual_seed`.
 
     Args:
       seed: Seed, below 2^32.
@@ -38,6 +38,11 @@ class TorchGenerator:
         numbers[:num_whole] = box_muller(numbers[:num_whole])
         if size > num_whole:
             numbers[-BLOCK:] = box_muller(self._uniform(BLOCK))
+        return numbers.astype(np.float32).reshape(shape)
+
+    def uniform(self, *shape: int, bound: float) -> np.ndarray:
+        """Returns ``torch.empty(*shape).uniform_(-bound, bound)``, a float32 array."""
+        numbers = self._uniform(math.prod(shape)) * 2 * bound - bound
         return numbers.astype(np.float32).reshape(shape)
 
     def _raw(self, size: int) -> np.ndarray:

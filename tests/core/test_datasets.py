@@ -29,6 +29,19 @@ def test_reuters_has_the_documented_sizes():
 
 @needs_files
 @pytest.mark.data
+def test_newsgroups_has_the_documented_sizes():
+    """Sizes of scikit-learn's fetch_20newsgroups, which has 130,107 words."""
+    data = datasets.load("newsgroups")
+    starts, test = data["starts"], data["test"]
+    assert (len(test), test.sum(), starts[0]) == (18_846, 7_532, 0)
+    assert not test[:11_314].any()
+    assert starts[-1] == len(data["columns"]) == len(data["values"])
+    assert data["columns"].max() == 130_107
+    assert np.bincount(data["y"][~test])[[0, 10, 19]].tolist() == [480, 600, 377]
+
+
+@needs_files
+@pytest.mark.data
 def test_ijcnn1_has_the_documented_sizes():
     data = datasets.load("ijcnn1")
     assert data["x"].shape == (141_691, 22)
@@ -49,6 +62,21 @@ def test_mnist_has_the_documented_sizes_and_order():
     assert np.bincount(data["y"][data["test"]]).tolist() == counts
     mean = data["x"][~data["test"]].mean(dtype=float)
     assert abs(255 * mean - 33.3184) < 1e-3
+
+
+@needs_files
+@pytest.mark.data
+def test_nas_bench_201_has_every_cell_once_and_the_published_maxima():
+    """Dong & Yang 2020 print the accuracies of the best cells to two digits."""
+    data = datasets.load("nas_bench_201")
+    assert len(data) == 10
+    assert len({tuple(cell) for cell in data["cells"].tolist()}) == 5**6
+    maxima = {"cifar10": 94.37, "cifar100": 73.51, "imagenet16_120": 47.31}
+    best = data["cells"][data["cifar10_test_200ep"].argmax()]
+    assert best.tolist() == [3, 3, 3, 1, 3, 2]
+    for name, maximum in maxima.items():
+        assert abs(data[f"{name}_test_200ep"].max() - maximum) < 5e-3
+        assert data[f"{name}_val_12ep"].shape == (5**6,)
 
 
 def test_breast_cancer_is_that_of_scikit_learn():

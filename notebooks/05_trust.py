@@ -1,0 +1,182 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Can this hypergradient be trusted?
+#
+# A wrong hypergradient looks like a right one: an array of plausible numbers. This
+# notebook makes wrong ones on purpose and shows what the estimates say about themselves.
+#
+# The problem has one hyperparameter, so that the truth can be drawn.
+
+# %%
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import hypergrad as hg
+
+jax.config.update("jax_enable_x64", True)  # the truth should be exact
+
+# %%
+cancer = hg.datasets.load("breast_cancer")
+x = (cancer["x"] - cancer["x"].mean(0)) / cancer["x"].std(0)
+y = np.where(cancer["y"] == 1, 1.0, -1.0)
+order = np.random.default_rng(0).permutation(len(y))
+train, val = ((x[rows], y[rows]) for rows in (order[:60], order[60:]))
+
+
+def val_loss(w, alpha, batch):
+    return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w)))
+
+
+def train_loss(w, alpha, batch):
+    return val_loss(w, alpha, batch) + 0.5 * jnp.exp(alpha) * jnp.sum(w**2)
+
+
+problem = hg.Bilevel(train_loss, val_loss, train, val)
+w = jnp.zeros(x.shape[1])
+
+# %% [markdown]
+# ## The truth
+#
+# Newton's method finds the minimum of the training loss to the last digit, for each
+# value of the penalty. The curve is the validation loss there.
+
+# %%
+exact = hg.hypergradient(problem, hg.Implicit(hg.Newton()))
+alphas = jnp.linspace(-8.0, 2.0, 60)
+truth = jax.vmap(exact, (None, 0))(w, alphas)
+
+# %% [markdown]
+# ## Training that stops early
+#
+# The implicit formula holds at the minimum. After a few steps of gradient descent `w` is
+# not there, and the formula gives the slope of another curve. Each line below is the
+# slope that an estimate states at $\alpha = -6$.
+
+# %%
+alpha = jnp.array(-6.0)
+true_slope = float(exact(w, alpha).hypergradient)
+fig, ax = plt.subplots(figsize=(7, 4))
+ax.plot(alphas, truth.value, color="black", label="validation loss at the minimum")
+for num_steps, color in ((3, "tab:red"), (30, "tab:orange"), (3000, "tab:green")):
+    descent = hg.Descent(optax.sgd(1.0, momentum=0.9), num_steps)
+    estimate = hg.hypergradient(problem, hg.Implicit(descent))(w, alpha)
+    slope = float(estimate.hypergradient)
+    word = "trusted" if estimate.trusted else "not trusted"
+    label = f"{num_steps} steps: slope {slope:+.4f}, {word}"
+    height = float(exact(w, alpha).value)
+    ax.plot(
+        alphas[:28], height + slope * (alphas[:28] - alpha), color=color, label=label
+    )
+    print(f"{num_steps:5} steps, error {abs(slope / true_slope - 1):8.1e}", end=", ")
+    print(f"estimated {float(estimate.stats['error_estimate']):8.1e}", estimate.reasons)
+ax.plot(alpha, height, "o", color="black")
+ax.set(xlabel="log of the penalty", ylabel="validation loss")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## Is the estimated error right?
+#
+# `error_estimate` is a relative error. Below is the true one, for many numbers of steps
+# and penalties. What lies above the diagonal is worse than it says; no trusted point may
+# lie above the line of 2%.
+
+# %%
+estimated, true, trusted = [], [], []
+for num_steps in (3, 10, 30, 100, 300, 1000):
+    descent = hg.Descent(optax.sgd(1.0, momentum=0.9), num_steps)
+    estimates = jax.vmap(hg.hypergradient(problem, hg.Implicit(descent)), (None, 0))(
+        w, alphas[::3]
+    )
+    expected = truth.hypergradient[::3]
+    estimated.append(estimates.stats["error_estimate"])
+    true.append(abs(estimates.hypergradient / expected - 1))
+    trusted.append(estimates.stats["trusted"])
+estimated, true, trusted = map(np.concatenate, (estimated, true, trusted))
+print(f"{trusted.sum()} of {len(true)} are trusted; largest error among them", end=" ")
+print(f"{true[trusted].max():.1e}")
+hg.plots.plot_reliability(estimated, true, trusted)
+
+# %% [markdown]
+# ## A certificate corrects what it doubts
+#
+# `hg.certify` takes any hypergradient, from wherever it comes. It moves `w` towards the
+# minimum by Newton steps and solves the adjoint system again.
+
+# %%
+short = hg.Implicit(hg.Descent(optax.sgd(1.0, momentum=0.9), 30))
+estimate = hg.hypergradient(problem, short)(w, alpha)
+certificate = hg.certify(problem, estimate.w, alpha, estimate.hypergradient)
+print(certificate)
+print("given    ", estimate.hypergradient)
+print("corrected", certificate.corrected_hypergradient)
+print("true     ", true_slope)
+
+# %% [markdown]
+# ## A saddle
+#
+# Where the gradient is zero there need not be a minimum. This training loss has a saddle
+# at 0 and two minima beside it; training that starts at 0 stays there.
+
+
+# %%
+def two_valleys(w, alpha, batch):
+    return w[0] ** 4 / 4 - w[0] ** 2 / 2 + (w[1] - alpha) ** 2
+
+
+def distance(w, alpha, batch):
+    return jnp.sum((w - jnp.array([1.0, 0.5])) ** 2)
+
+
+saddle = hg.hypergradient(
+    hg.Bilevel(two_valleys, distance), hg.Implicit(hg.Descent(optax.sgd(0.1), 200))
+)(jnp.zeros(2), jnp.array(1.0))
+print(saddle.w, saddle.reasons)
+
+# %% [markdown]
+# ## Derivatives that are lost on the way
+#
+# A derivative through `sign` is zero wherever it exists. Such a loss is refused before
+# anything runs; where only a part of the derivative is lost, the estimate is not trusted.
+
+
+# %%
+def partly_lost(w, alpha, batch):
+    hits = jnp.mean(jnp.sign(batch[0] @ w) == batch[1])
+    return val_loss(w, alpha, batch) - 0.1 * hits
+
+
+def error_rate(w, alpha, batch):
+    return jnp.mean(jnp.sign(batch[0] @ w) != batch[1])
+
+
+newton = hg.Implicit(hg.Newton())
+lost = hg.hypergradient(hg.Bilevel(train_loss, partly_lost, train, val), newton)
+print(lost(w, alpha).reasons)
+try:
+    hg.hypergradient(hg.Bilevel(train_loss, error_rate, train, val), newton)(w, alpha)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## What no check of one run sees
+#
+# A certificate speaks of the minimum that training ended in, not of others. And the
+# hypergradient is the slope at one point: where the validation loss is a rough function
+# of `alpha`, as after a training with `relu` that crosses kinks, a right slope says
+# little about the next step. [Trust](../docs/trust.md) lists what the checks can miss.
