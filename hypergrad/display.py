@@ -22,7 +22,7 @@ Row = tuple[str, str]
 
 TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
-MAX_PRINTED_STEPS = 8
+MAX_PRINTED_INTERVALS = 4  # of consecutive steps
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -178,8 +178,10 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
     if "trusted" in stats:
         num_trusted = int(np.sum(stats["trusted"] == 1))
         rows.append(("trusted", f"{num_trusted} of {num_rows}"))
-    reasons = trace.reasons().items()
-    rows += _reason_rows(f"{_list_steps(steps)}: {text}" for text, steps in reasons)
+    rows += _reason_rows(
+        f"{format_steps(steps, trace.record_every)}: {reason}"
+        for reason, steps in trace.reasons().items()
+    )
     rows += _cost_rows({name: float(np.nansum(x)) for name, x in stats.items()})
     metrics = [_describe_metric(trace, name) for name in trace.metrics]
     return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
@@ -187,7 +189,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
 
 def count_rows_made(trace: "Trace") -> int:
     """Returns the number of rows without the blank ones after a failure."""
-    is_made = _are_finite(_to_wide(trace.value))
+    is_made = _are_finite(to_wide(trace.value))
     if "gradient_equivalents" in trace.stats:
         is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0
     return int(np.max(np.flatnonzero(is_made), initial=-1)) + 1
@@ -212,7 +214,7 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
     else:
         text = f"{len(leaves)} leaves, {_count(sum(sizes), ('number', 'numbers'))}"
     if with_norm and leaves and is_readable:
-        squares = [np.sum(np.abs(_to_wide(leaf)) ** 2) for leaf in leaves]
+        squares = [np.sum(np.abs(to_wide(leaf)) ** 2) for leaf in leaves]
         text += f", norm {np.sqrt(sum(squares)):.4g}"
     return text
 
@@ -224,7 +226,7 @@ def is_readable_tree(tree: PyTree) -> bool:
 
 def format_numbers(x: Any) -> str:
     """Returns a number with six digits, or a list of such numbers."""
-    numbers = np.ravel(_to_wide(x)).tolist()
+    numbers = np.ravel(to_wide(x)).tolist()
     texts = [f"{number:.6g}" for number in numbers]
     return f"[{', '.join(texts)}]" if np.ndim(x) else texts[0]
 
@@ -234,7 +236,7 @@ def _are_scalars(tree: PyTree) -> bool:
     return is_readable_tree(leaves) and not any(map(np.ndim, leaves))
 
 
-def _to_wide(x: Any) -> np.ndarray:
+def to_wide(x: Any) -> np.ndarray:
     """Returns a leaf in the precision of Python, as bfloat16 has no formats."""
     array = np.asarray(x)
     return array if array.dtype.kind in "biuc" else array.astype(float)
@@ -288,7 +290,7 @@ def _describe_steps(trace: "Trace", num_rows: int) -> str:
 
 def _describe_values(trace: "Trace", num_rows: int) -> str:
     """Returns the first and the last finite value, and the lowest of one loss."""
-    values = _to_wide(trace.value)[:num_rows]
+    values = to_wide(trace.value)[:num_rows]
     finite = np.flatnonzero(_are_finite(values))
     if not finite.size:
         return "none is finite"
@@ -316,9 +318,24 @@ def _describe_metric(trace: "Trace", name: str) -> str:
     return f"{name}: {format_numbers(column[row])} at step {trace.steps[row]}"
 
 
-def _list_steps(steps: list[int]) -> str:
-    """Returns the first steps, and the number of further ones."""
-    text = ", ".join(map(str, steps[:MAX_PRINTED_STEPS]))
-    if len(steps) > MAX_PRINTED_STEPS:
-        text += f" and {len(steps) - MAX_PRINTED_STEPS} more"
-    return f"{'step' if len(steps) == 1 else 'steps'} {text}"
+def format_steps(steps: list[int], stride: int = 1) -> str:
+    """Returns step numbers with ``a to b`` for those in a row, and a count of the rest.
+
+    Args:
+      steps: Increasing step numbers.
+      stride: Distance of two steps in a row.
+
+    >>> format_steps([3]), format_steps([0, 1, 2, 7])
+    ('step 3', 'steps 0 to 2, 7')
+    >>> format_steps([0, 2, 4, 5, 10, 20, 30, 40], stride=2)
+    'steps 0 to 4, 5, 10, 20 and 2 more'
+    """
+    numbers = np.asarray(steps)
+    intervals = np.split(numbers, np.flatnonzero(np.diff(numbers) != stride) + 1)
+    texts = [
+        str(x[0]) if len(x) == 1 else f"{x[0]} to {x[-1]}"
+        for x in intervals[:MAX_PRINTED_INTERVALS]
+    ]
+    text = ("step " if len(steps) == 1 else "steps ") + ", ".join(texts)
+    num_further = sum(map(len, intervals[MAX_PRINTED_INTERVALS:]))
+    return f"{text} and {num_further} more" if num_further else text

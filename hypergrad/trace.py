@@ -1,7 +1,7 @@
 """The result of a run, of one type for `minimize` and `search`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from jaxtyping import Array, PyTree
 
 from .display import ResultModule, Row, trace_rows
 from .estimators.base import REASONS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATUS_MESSAGES = (
     "completed",
@@ -139,6 +142,13 @@ class Trace(ResultModule):
             }
             rows.append(row)
         return rows
+
+    def plot(self) -> "Figure":
+        """Returns a matplotlib figure of the run; see `hypergrad.plots.plot_trace`."""
+        from .plots import plot_trace  # which imports objectives, and they this module
+
+        self._check_single("plot()")
+        return plot_trace(self)
 
     def _check_single(self, name: str) -> None:
         if jnp.ndim(self.status_code):
