@@ -56,8 +56,9 @@ def plot_trace(trace: "Trace") -> "Figure":
     ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
     ...     0.0, 3.0, num_steps=9,
     ... )
-    >>> [axes.get_ylabel() for axes in hg.plots.plot_trace(trace).axes]
-    ['outer value', 'outer value', 'estimated relative error']
+    >>> labels = [axes.get_ylabel() for axes in hg.plots.plot_trace(trace).axes]
+    >>> print(*labels, sep="; ")
+    outer value; outer value; estimated relative error
     """
     num_rows = count_rows_made(trace)
     steps = trace.steps[:num_rows]
@@ -103,8 +104,8 @@ def plot_front(
       ImportError: Matplotlib is not installed.
 
     >>> figure = plot_front([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
-    >>> [line.get_label() for line in figure.axes[0].lines]
-    ['dominated', 'not dominated']
+    >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
+    dominated; not dominated
     """
     values = to_wide(values)
     if values.ndim != 2 or values.shape[1] != 2:
@@ -146,8 +147,8 @@ def plot_reliability(
       ImportError: Matplotlib is not installed.
 
     >>> figure = plot_reliability([1e-3, 0.2], [2e-3, 0.2], [True, False])
-    >>> [line.get_label() for line in figure.axes[0].lines]
-    ['equal', 'trusted', 'not trusted']
+    >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
+    equal; trusted; not trusted
     """
     x, y = to_wide(errors), to_wide(error_estimates)
     is_trusted = np.ones(x.shape, bool) if trusted is None else np.asarray(trusted)
@@ -197,8 +198,8 @@ def plot_hypergradient(hypergradient: PyTree) -> "Figure":
       ImportError: Matplotlib is not installed.
 
     >>> figure = plot_hypergradient({"a": np.ones(3), "b": np.ones((2, 4))})
-    >>> [axes.get_title() for axes in figure.axes[:2]]
-    ['alpha.a', 'alpha.b']
+    >>> print(*(axes.get_title() for axes in figure.axes[:2]), sep="; ")
+    alpha.a; alpha.b
     """
     tree = getattr(hypergradient, "hypergradient", hypergradient)
     leaves = jax.tree.leaves_with_path(tree)
