@@ -28,7 +28,17 @@ Any other estimator can take the place of ``hg.Implicit(solver)``, such as
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import cost, datasets, models, objectives, searchers, spaces, surrogates, testing
+from . import (
+    cost,
+    datasets,
+    models,
+    objectives,
+    plots,
+    searchers,
+    spaces,
+    surrogates,
+    testing,
+)
 from .argmin import argmin
 from .batches import Batches
 from .certificate import Certificate, certify
@@ -149,6 +159,7 @@ __all__ = [  # in reading order
     "models",
     "objectives",
     "piecewise_constant_schedule",
+    "plots",
     "search",
     "searchers",
     "spaces",

@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree, Scalar
 
 from .cost import cost_stats
+from .curvature_probe import probe_curvature
+from .display import ResultModule, Row, certificate_rows
 from .implicit_diff import (
     ImplicitResult,
     corrected_hypergradient,
@@ -20,8 +22,7 @@ from .implicit_diff import (
     zero_adjoint,
 )
 from .linear.base import LinearStats
-from .linear.cg import extreme_ritz_values, run_recurrence
-from .linear.equilibration import Scaling, equilibrate
+from .linear.equilibration import equilibrate
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -31,7 +32,7 @@ from .problem_checks import (
     lost_derivative_flags,
 )
 from .products import hvp
-from .trees import PrettyModule, all_finite, norm, random_like, vdot
+from .trees import all_finite, norm
 from .validation import (
     as_input_arrays,
     as_key,
@@ -50,12 +51,25 @@ NEWTON_RTOL = 1e-3  # residual of the solve of a Newton step, relative to ||S dL
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
 NUM_PROBE_STEPS = 20  # minimum number of CG steps that search for negative curvature
-MAX_PROBE_STEPS = 1000
-MISS_PROBABILITY = 0.01  # of `Certificate.curvature_resolution`
 SCALING_SEED = -1  # of the probes of the scaling; those of estimates count from zero
 
+#: The sentence for each flag of a certificate.
+CERTIFICATE_REASONS = {
+    "not_finite": "a hypergradient or a derivative is not finite",
+    "error": "error_estimate exceeds rtol",
+    "last_change": "the last Newton step changed the hypergradient by more than rtol",
+    "not_solved": "a linear solve did not reach its tolerance",
+    "negative_curvature": (
+        "the inner Hessian has negative curvature, so w is not a minimum"
+    ),
+    "lost_derivative": (
+        "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
+        "w or alpha, whose derivative is taken for zero"
+    ),
+}
 
-class Certificate(PrettyModule):
+
+class Certificate(ResultModule):
     """The error of a hypergradient as the derivative at the argmin.
 
     Attributes:
@@ -81,6 +95,7 @@ class Certificate(PrettyModule):
       adjoint_error_bound: With ``strong_convexity``, an upper bound on
         ``||v - H^-1 b|| / ||b||`` at ``corrected_w``; NaN without.
       stats: The cost of the certificate.
+      flags: ``{name: bool}``, one per condition of ``trusted``; True if it failed.
 
     >>> import hypergrad as hg
     >>> inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
@@ -90,6 +105,8 @@ class Certificate(PrettyModule):
     0.5
     >>> float(certificate.corrected_hypergradient)
     1.0
+    >>> certificate.reasons
+    ('error_estimate exceeds rtol',)
     """
 
     error_estimate: Scalar
@@ -106,6 +123,20 @@ class Certificate(PrettyModule):
     distance_bound: Scalar
     adjoint_error_bound: Scalar
     stats: dict[str, Scalar]
+    flags: dict[str, Scalar]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the hypergradient is not trusted, in words; empty if it is trusted."""
+        if any(isinstance(x, Tracer) or jnp.ndim(x) for x in self.flags.values()):
+            raise ValueError(
+                "reasons needs a single concrete certificate; got one inside jit or a "
+                "batch. Use the boolean arrays in flags there."
+            )
+        return tuple(CERTIFICATE_REASONS[name] for name, x in self.flags.items() if x)
+
+    def _rows(self) -> list[Row] | None:
+        return certificate_rows(self)
 
 
 def certify(
@@ -267,21 +298,20 @@ def compute_certificate(
     num_products += sum(map(count_products, solves))
     is_negative = probe.is_negative | _any_negative(solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
+    grad_norm = norm(result.inner_grad)
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
-    is_finite = all_finite(hypergradient, corrected, error, norm(result.inner_grad))
-    is_accurate = jnp.maximum(error, last_change) <= rtol
-    is_solved = _all_solved(solves) & ~is_negative
-    is_trusted = is_finite & is_accurate & is_solved
-    is_trusted &= not lost_derivative_flags(problem, w, alpha)
+    is_finite = all_finite(hypergradient, corrected, error, grad_norm)
+    flags = _failed_checks(is_finite, (error, last_change), rtol, solves, is_negative)
+    flags |= lost_derivative_flags(problem, w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
-        trusted=is_trusted,
+        trusted=~jnp.any(jnp.stack(list(flags.values()))),
         corrected_w=w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
-        corrected_grad_norm=norm(result.inner_grad),
+        corrected_grad_norm=grad_norm,
         adjoint_residual=residual,
         ritz_min=probe.ritz_min,
         ritz_max=probe.ritz_max,
@@ -291,7 +321,30 @@ def compute_certificate(
         distance_bound=inner_grad_norm / mu,
         adjoint_error_bound=residual / mu,
         stats=_cost_stats(problem, data, num_products, is_given, num_newton_steps),
+        flags=flags,
     )
+
+
+def _failed_checks(
+    is_finite: Array,
+    changes: tuple[Scalar, Scalar],
+    rtol: Scalar | float,
+    solves: list[LinearStats],
+    is_negative: Array,
+) -> dict[str, Array]:
+    """Returns ``{name: bool}`` for the conditions of `Certificate.trusted`.
+
+    ``changes`` are the relative changes of the hypergradient by all steps together and
+    by the last one.
+    """
+    error, last_change = changes
+    return {
+        "not_finite": ~is_finite,
+        "error": ~(error <= rtol),
+        "last_change": ~(last_change <= rtol),
+        "not_solved": ~_all_solved(solves),
+        "negative_curvature": is_negative,
+    }
 
 
 def _correct(
@@ -346,66 +399,6 @@ def _cost_stats(
         num_grads=1 if is_given else 0,
         num_hvps=num_products,
         num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
-    )
-
-
-class Probe(NamedTuple):
-    """The part of the spectrum of ``S H S`` that a run from a random vector shows.
-
-    Attributes:
-      ritz_min, ritz_max, resolution: ``ritz_min``, ``ritz_max`` and
-        ``curvature_resolution`` of `Certificate`.
-      is_negative: Whether negative curvature was met.
-      num_products: Number of products.
-    """
-
-    ritz_min: Scalar
-    ritz_max: Scalar
-    resolution: Scalar
-    is_negative: Scalar
-    num_products: Scalar
-
-
-def probe_curvature(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    scaling: Scaling,
-    key: Array,
-    num_steps: Array | int,
-) -> Probe:
-    """Returns the part of the spectrum that steps from a random vector show.
-
-    The adjoint solve meets negative curvature only along directions that ``b``
-    contains; a random vector contains all of them. With n parameters, k Lanczos steps
-    miss the smallest eigenvalue by more than ``eps`` times the width of the spectrum
-    with a probability of at most ``1.648 sqrt(n) exp(-sqrt(eps) (2 k - 1))``.
-
-    Source: Kuczynski & Wozniakowski 1992, theorem 4.2.
-    """
-    matvec = scaling.matvec(lambda v: hvp(problem.inner_loss, w, alpha, batch, v))
-    z = random_like(key, w)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
-    squared_tol = (4 * eps * norm(z)) ** 2
-    zeros = optax.tree.zeros_like(z)
-    num_coefficients = min(dimension, MAX_PROBE_STEPS)
-    num_steps = jnp.minimum(num_steps, MAX_PROBE_STEPS)
-    _, r, _, k, is_negative, step_sizes, ratios = run_recurrence(
-        matvec, lambda r: r, zeros, z, squared_tol, num_steps, num_coefficients
-    )
-    ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
-    # Both ends of the spectrum are missed with a probability of 1/2% each.
-    log_probability = jnp.log(1.648 * dimension**0.5 / (0.5 * MISS_PROBABILITY))
-    resolution = (log_probability / jnp.maximum(2.0 * k - 1, 1)) ** 2
-    is_exhausted = vdot(r, r) <= squared_tol
-    return Probe(
-        ritz_min=jnp.where(is_negative, jnp.fmin(ritz_min, 0.0), ritz_min),
-        ritz_max=ritz_max,
-        resolution=jnp.where(is_exhausted, 0.0, resolution),
-        is_negative=is_negative,
-        num_products=k,
     )
 
 

@@ -29,7 +29,8 @@ from .problem_checks import (
     check_on_shapes,
     check_problem_type,
 )
-from .recording import Metric, Progress, check_metrics
+from .progress import Progress
+from .recording import Metric, check_metrics
 from .trace import Trace
 from .validation import (
     as_input_arrays,
@@ -288,8 +289,9 @@ class OuterLoop(eqx.Module):
             step that was made.
             Inside ``jit`` or ``vmap`` a budget needs ``num_steps``, and the rows of
             steps that were not made are blank.
-          progress: ``(steps_done, value)``, called on the host about twenty times per
-            run; the value is a float, or an array ``[K]``.
+          progress: True shows a bar with the value, the trusted steps and the time
+            left; it needs rich. A function ``(steps_done, value)`` is called on the
+            host about twenty times per run; the value is a float, or an array ``[K]``.
           checkpoints: Folder of the run and interval at which it is saved. A run that
             was killed continues from there, to the same bits.
           time_limit: Seconds after which no further chunk of steps is started. A chunk

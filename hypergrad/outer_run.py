@@ -25,7 +25,13 @@ from .outer_checks import check_record_every, check_state
 from .outer_fingerprint import run_fingerprint
 from .outer_limits import Limits
 from .outer_step import NEVER, Budget, OuterState, StepRecord, jitted_alpha
-from .recording import Progress, check_progress
+from .progress import (
+    Progress,
+    ProgressUpdate,
+    ShowProgress,
+    check_progress,
+    open_progress,
+)
 from .trace import Trace
 from .trees import to_numpy
 from .validation import check_positive_int, is_traced, positive
@@ -55,6 +61,7 @@ def run_steps(
     if np.ndim(budget):
         raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
     check_progress(progress)
+    progress = None if progress is False else progress
     check_checkpoints(checkpoints)
     limits = Limits(time_limit, memory_limit)
     check_state(loop, state)
@@ -89,8 +96,9 @@ def run_steps(
         if checkpoints is not None:
             fingerprint = run_fingerprint(loop, state, record_every)
             folder = stack.enter_context(open_checkpoints(checkpoints, fingerprint))
+        show_progress = stack.enter_context(open_progress(progress, "step"))
         run = _HostRun(
-            loop, state, num_steps, budget, progress, folder, limits, record_every
+            loop, state, num_steps, budget, show_progress, folder, limits, record_every
         )
         if folder is not None:
             run.load(folder)
@@ -139,7 +147,7 @@ class _HostRun:
       num_steps: Number of steps to make; infinite if only a budget ends the run.
       num_made: Number of steps made so far.
       blocks: Their records, as pairs of rows and the number of rows that were written.
-      progress: The user's callback, or None.
+      show_progress: Function of the progress, or None.
       folder: Folder of the checkpoints, or None.
       limits: Limits of time and memory.
       record_every: Number of steps per row.
@@ -151,7 +159,7 @@ class _HostRun:
         state: OuterState,
         num_steps: int | None,
         budget: float | None,
-        progress: Progress | None,
+        show_progress: ShowProgress | None,
         folder: CheckpointFolder | None,
         limits: Limits,
         record_every: int,
@@ -164,7 +172,7 @@ class _HostRun:
         self.stop = _to_array(stop)
         self.num_made = 0
         self.blocks: list[tuple[StepRecord, int]] = []
-        self.progress, self.folder, self.limits = progress, folder, limits
+        self.show_progress, self.folder, self.limits = show_progress, folder, limits
         self.record_every = record_every
 
     def load(self, folder: CheckpointFolder) -> None:
@@ -209,11 +217,10 @@ class _HostRun:
                 # They need not be joined again.
                 self.blocks = [(rows, self.num_made // self.record_every)]
                 self.folder.save(self.num_made, self._to_checkpoint(rows))
-            if self.progress is not None and (
+            if self.show_progress is not None and (
                 is_end or self._is_due(self._report_every())
             ):
-                value = self._last_value()
-                self.progress(self.num_made, value if value.ndim else value.item())
+                self.show_progress(self._make_update())
         status = int(self.state.status)
         if not self._is_finished():  # a limit that the last step exceeds does not count
             status = limit_code
@@ -244,7 +251,7 @@ class _HostRun:
         intervals = []
         if self.folder is not None:
             intervals.append(self.folder.every)
-        if self.folder is None or self.progress is not None:
+        if self.folder is None or self.show_progress is not None:
             intervals.append(self._report_every())
         intervals = map(self._to_whole_rows, intervals)
         to_next_multiple = [every - self.num_made % every for every in intervals]
@@ -290,9 +297,20 @@ class _HostRun:
         repeat = lambda x: np.repeat(to_numpy(x)[:1], num_rows, axis=0)
         return jax.tree.map(repeat, rows)
 
-    def _last_value(self) -> np.ndarray:
+    def _make_update(self) -> ProgressUpdate:
         rows, num_made = next(block for block in reversed(self.blocks) if block[1])
-        return to_numpy(rows.value)[num_made - 1]
+        value = to_numpy(rows.value)[num_made - 1]
+        fraction = max(
+            self.num_made / self.num_steps,
+            float(self.budget.total_cost) / float(self.budget.limit),
+        )
+        value = value if value.ndim else value.item()
+        return ProgressUpdate(self.num_made, value, fraction, self._count_trusted)
+
+    def _count_trusted(self) -> tuple[int, int]:
+        """Returns the numbers of rows that are trusted and of all rows so far."""
+        trusted = [to_numpy(rows.stats["trusted"])[:n] for rows, n in self.blocks]
+        return sum(int(x.sum()) for x in trusted), sum(map(len, trusted))
 
     def _to_checkpoint(self, rows: StepRecord) -> tuple[OuterState, Budget, StepRecord]:
         return self.state, self.budget, rows

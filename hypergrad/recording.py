@@ -1,4 +1,4 @@
-"""Validation of user-supplied metrics and progress callbacks."""
+"""Validation of user-supplied metrics."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from .estimators.base import STATS
 from .validation import KEY_SHAPE, raise_with_context
 
 Metric = Callable[[PyTree, PyTree, Array], Array]
-Progress = Callable[[int, Any], None]
 
 #: Columns of a trace's rows, which a metric may not replace.
 RESERVED_NAMES = {
@@ -96,9 +95,3 @@ def metric_at_step(metric: Metric, step: Array) -> Metric:
     """Returns the metric of a step: ``metric.at_step(step)`` if it has that method."""
     at_step = getattr(metric, "at_step", None)
     return metric if at_step is None else at_step(step)
-
-
-def check_progress(progress: Any) -> None:
-    """Raises TypeError unless ``progress`` is None or a function."""
-    if not (progress is None or callable(progress)):
-        raise TypeError(f"progress must be a function; got {type(progress).__name__}.")

@@ -27,7 +27,8 @@ from . import spaces
 from .inner.base import InnerSolver
 from .problem import Bilevel
 from .problem_checks import check_alpha_is_used, check_problem, check_problem_type
-from .recording import Metric, Progress, check_metrics, check_progress
+from .progress import Progress, check_progress, open_progress
+from .recording import Metric, check_metrics
 from .search_records import check_previous_trials
 from .search_rounds import search_rounds
 from .search_run import TrialCallback, search_trials
@@ -76,7 +77,8 @@ def search(
         the cost of the one before fits into the rest of the budget.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost.
-      progress: ``(trials_done, best_value)``, called after each trial or round.
+      progress: True shows a bar, which needs rich. A function ``(trials_done,
+        best_value)`` is called after each trial or round.
       trial_callback: Called with a dictionary after each trial or round, to record the
         search; the page *Search* of the documentation shows how.
       previous_trials: All such dictionaries of an earlier search with the same
@@ -107,28 +109,20 @@ def search(
     _check_records(searcher, trial_callback, previous_trials)
     key = as_key(key)
     _check_not_traced(problem, w, space, key)
-    if isinstance(searcher, Searcher):
-        return search_trials(
-            searcher,
-            lambda alpha: _make_setup(problem, solver, w, alpha, metrics),
-            w,
-            space,
-            key,
-            budget=budget,
-            progress=progress,
-            trial_callback=trial_callback,
-            previous_trials=previous_trials,
-            parallel=parallel or Parallel(1),
-        )
-    return search_rounds(
-        searcher,
-        _make_trainer(problem, solver, w, space, metrics),
-        key,
-        budget=budget,
-        progress=progress,
-        round_callback=trial_callback,
-        previous_rounds=previous_trials,
-    )
+    unit = "trial" if isinstance(searcher, Searcher) else "round"
+    with open_progress(progress, unit, "best value") as show_progress:
+        if isinstance(searcher, Searcher):
+            setup_fn = lambda alpha: _make_setup(problem, solver, w, alpha, metrics)
+            return search_trials(
+                searcher, setup_fn, w, space, key, budget=budget,
+                show_progress=show_progress, trial_callback=trial_callback,
+                previous_trials=previous_trials, parallel=parallel or Parallel(1),
+            )  # fmt: skip
+        trainer = _make_trainer(problem, solver, w, space, metrics)
+        return search_rounds(
+            searcher, trainer, key, budget=budget, show_progress=show_progress,
+            round_callback=trial_callback, previous_rounds=previous_trials,
+        )  # fmt: skip
 
 
 def _make_setup(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .checkpoint import runtime_environment
-from .recording import Progress
+from .progress import ProgressUpdate, ShowProgress
 from .runtime.console import printable
 from .runtime.devices import replicate, shard
 from .runtime.fingerprint import digest, digest_function, fingerprint
@@ -64,7 +64,7 @@ def search_rounds(
     key: Array,
     *,
     budget: float,
-    progress: Progress | None,
+    show_progress: ShowProgress | None,
     round_callback: RoundCallback | None,
     previous_rounds: Sequence[dict],
 ) -> Trace:
@@ -88,8 +88,9 @@ def search_rounds(
         state = _add_round(state, new_round, cost)
         if round_callback is not None:
             round_callback(state_to_dict(state, name))
-        if progress is not None:
-            progress(state.num_rounds, float(state.best.value))
+        if show_progress is not None:
+            value, fraction = float(state.best.value), state.total_cost / budget
+            show_progress(ProgressUpdate(state.num_rounds, value, fraction))
     best, records = state.best, jax.tree.map(jnp.asarray, state.records)
     return Trace(
         alpha=best.alpha,

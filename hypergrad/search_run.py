@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .recording import Progress
+from .progress import ProgressUpdate, ShowProgress
 from .runtime.executors import FailedCallsError
 from .search_records import (
     RecordedTrials,
@@ -43,7 +43,7 @@ def search_trials(
     key: Array,
     *,
     budget: float,
-    progress: Progress | None,
+    show_progress: ShowProgress | None,
     trial_callback: TrialCallback | None,
     previous_trials: Sequence[dict],
     parallel: Parallel,
@@ -82,8 +82,10 @@ def search_trials(
                 continue
             w, record = new_results[trial.number]
             state.tell(trial, record, w)
-            if progress is not None:
-                progress(len(state.records), state.best_value())
+            if show_progress is not None:
+                fraction = state.total_cost / budget
+                value = state.best_value()
+                show_progress(ProgressUpdate(len(state.records), value, fraction))
         batch = state.ask(parallel.trials_per_batch)
     recorded.check_all_were_used(len(state.records), budget, state.total_cost)
     return state.make_trace(setup, repeats_bits=parallel.executor != "vmap")

@@ -1,15 +1,18 @@
 """The result of a run, of one type for `minimize` and `search`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .display import ResultModule, Row, trace_rows
 from .estimators.base import REASONS
-from .trees import PrettyModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATUS_MESSAGES = (
     "completed",
@@ -27,7 +30,7 @@ BAD_VALUE, BAD_HYPERGRADIENT, BAD_STEP, FAILED, UNTRUSTED = 1, 2, 3, 4, 5
 OUT_OF_TIME, NONFINITE_WEIGHTS, OUT_OF_MEMORY, BAD_COST = 6, 7, 8, 9
 
 
-class Trace(PrettyModule):
+class Trace(ResultModule):
     """The record of a run.
 
     Under `jax.vmap` every leaf has the batch axes in front.
@@ -82,17 +85,24 @@ class Trace(PrettyModule):
     state: Any = None
 
     def __repr__(self) -> str:
-        """Returns the fields without the state, and the status in words."""
-        text = PrettyModule.__repr__(dataclasses.replace(self, state=None))
-        if jnp.ndim(self.status_code):
-            return text
-        return f"{text}\n{self.status}"
+        """Returns a table of the run, or else the fields without the state."""
+        return ResultModule.__repr__(dataclasses.replace(self, state=None))
+
+    def _rows(self) -> list[Row] | None:
+        return trace_rows(self)
 
     @property
     def status(self) -> str:
         """Reason why the run ended, in words; for a single run, not for a batch."""
         self._check_single("status")
         return STATUS_MESSAGES[int(self.status_code)]
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Number of the step of each row, counted from the start of the first run."""
+        self._check_single("steps")
+        num_steps = self.record_every * np.arange(1, len(self.value) + 1)
+        return int(self.first_step) + num_steps - 1
 
     @property
     def cost(self) -> Array:
@@ -103,11 +113,11 @@ class Trace(PrettyModule):
         """Returns the reasons not to trust estimates: ``{sentence: steps}``."""
         self._check_single("reasons()")
         # Blank rows have no flags.
-        flags = {name: np.flatnonzero(flag) for name, flag in self.flags.items()}
+        steps = {name: self.steps[np.asarray(x)] for name, x in self.flags.items()}
         return {
-            REASONS.get(name, name): [self._step_of_row(row) for row in rows.tolist()]
-            for name, rows in flags.items()
-            if rows.size
+            REASONS.get(name, name): steps_of_flag.tolist()
+            for name, steps_of_flag in steps.items()
+            if steps_of_flag.size
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -122,8 +132,8 @@ class Trace(PrettyModule):
         columns = {name: np.asarray(column) for name, column in columns.items()}
         metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
         rows = []
-        for i in range(len(self.value)):
-            row = {"step": self._step_of_row(i)}
+        for i, step in enumerate(self.steps.tolist()):
+            row = {"step": step}
             row |= {name: column[i].tolist() for name, column in columns.items()}
             row |= {
                 name: column[i].item()
@@ -133,9 +143,12 @@ class Trace(PrettyModule):
             rows.append(row)
         return rows
 
-    def _step_of_row(self, row: int) -> int:
-        """Returns the recorded step, counted from the start of the first run."""
-        return int(self.first_step) + (row + 1) * self.record_every - 1
+    def plot(self) -> "Figure":
+        """Returns a matplotlib figure of the run; see `hypergrad.plots.plot_trace`."""
+        from .plots import plot_trace  # which imports objectives, and they this module
+
+        self._check_single("plot()")
+        return plot_trace(self)
 
     def _check_single(self, name: str) -> None:
         if jnp.ndim(self.status_code):

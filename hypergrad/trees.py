@@ -206,12 +206,27 @@ class PrettyModule(eqx.Module):
 
 
 def _scalar_to_number(leaf: Any) -> Any:
-    is_concrete = eqx.is_array(leaf) and not isinstance(leaf, Tracer)
-    if is_concrete and is_key(leaf):
+    if not (eqx.is_array(leaf) and is_readable(leaf)):
+        return leaf
+    if is_key(leaf):
         return jax.random.key_data(leaf)
-    if not (is_concrete and leaf.ndim == 0 and leaf.dtype.kind in "biuf"):
+    if not (leaf.ndim == 0 and leaf.dtype.kind in "biuf"):
         return leaf
     return float(f"{leaf:.6g}") if leaf.dtype.kind == "f" else leaf.item()
+
+
+def is_readable(leaf: Any) -> bool:
+    """Returns whether this process can read the numbers of a leaf.
+
+    A tracer and a `jax.ShapeDtypeStruct` have none, a donated array has none any more,
+    and those of an array that is split over processes are in part elsewhere.
+    """
+    if isinstance(leaf, Tracer):
+        return False
+    if isinstance(leaf, jax.Array):
+        is_local = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return is_local and not leaf.is_deleted()
+    return isinstance(leaf, np.ndarray | np.generic | int | float)
 
 
 @jax.jit

@@ -137,10 +137,31 @@ ERRORS = (
         "estimators/test_average.py",
     ),
     PlantedError(
+        "printing: numbers of donated arrays are read",
+        "trees.py",
+        "return is_local and not leaf.is_deleted()",
+        "return is_local",
+        "core/test_display.py",
+    ),
+    PlantedError(
+        "plots: trusted steps are marked",
+        "plots.py",
+        'is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] != 1',
+        'is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] == 1',
+        "core/test_plots.py",
+    ),
+    PlantedError(
+        "progress: the slower one of steps and budget counts",
+        "outer_run.py",
+        "fraction = max(",
+        "fraction = min(",
+        "core/test_progress.py",
+    ),
+    PlantedError(
         "certificate: the last change is not checked",
         "certificate.py",
-        "is_accurate = jnp.maximum(error, last_change) <= rtol",
-        "is_accurate = error <= rtol",
+        '"last_change": ~(last_change <= rtol)',
+        '"last_change": jnp.zeros_like(is_negative)',
         "core/test_certificate.py",
     ),
     PlantedError(

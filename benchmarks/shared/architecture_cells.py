@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import provenance
-from hypergrad.bench.commands import progress_bar
+from hypergrad.runtime.progress_bar import progress_bar
 from hypergrad.tasks import architecture
 from hypergrad.tasks.classifier import held_out_examples, mask_held_out
 

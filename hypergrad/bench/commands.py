@@ -5,11 +5,11 @@ import contextlib
 import multiprocessing
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..runtime import atomic_io
-from ..runtime.console import printable
+from ..runtime.progress_bar import progress_bar
 from . import check as checks
 from . import compare as comparisons
 from . import export as exports
@@ -355,59 +355,3 @@ def executor_of(workers: int) -> Iterator[concurrent.futures.Executor | None]:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         yield pool
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar with the time left; ten lines if the output is no terminal.
-
-    The cursor stays visible, because a process that is killed could not show it again.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    class CursorConsole(Console):
-        def show_cursor(self, show: bool = True) -> bool:
-            """Leaves the cursor as it is."""
-            del show
-            return False
-
-    console = CursorConsole(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
-        show = lambda text: console.print(printable(text), markup=False)
-        yield tenth_printer(show)
-        return
-    bar = Progress(
-        TextColumn("{task.description:24}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
-        job = bar.add_task("", total=None)
-        yield lambda done, total, label: bar.update(
-            job, completed=done, total=total, description=printable(label)
-        )
-
-
-def tenth_printer(show: Callable[[str], object]) -> Callable[[int, int, str], None]:
-    """Returns a function that shows a line whenever another tenth is done."""
-    num_shown = 0
-
-    def update(done: int, total: int, label: str) -> None:
-        nonlocal num_shown
-        tenth = 10 * done // max(total, 1)
-        if tenth > num_shown:
-            num_shown = tenth
-            show(f"{done} of {total}: {label}")
-
-    return update

@@ -9,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from ..display import ResultModule, Row, estimate_rows
 from ..problem import Bilevel
-from ..trees import PrettyModule, all_finite
+from ..trees import all_finite
 
 STATS = (
     "inner_grad_norm",
@@ -91,7 +92,7 @@ FINITE_FLAGS = {
 }
 
 
-class Estimate(PrettyModule):
+class Estimate(ResultModule):
     """A hypergradient estimate and its diagnostics.
 
     Attributes:
@@ -152,6 +153,9 @@ class Estimate(PrettyModule):
                 "batch. Use the boolean arrays in flags there."
             )
         return tuple(REASONS.get(name, name) for name in sorted(flags) if flags[name])
+
+    def _rows(self) -> list[Row] | None:
+        return estimate_rows(self)
 
 
 class Estimator(Protocol):

@@ -20,6 +20,7 @@ The weights of a sum may be hyperparameters of a third level, because
 from .base import Aggregator
 from .common_descent import MGDA, UPGrad
 from .constraints import AugmentedLagrangian
+from .front_measures import hypervolume, non_dominated
 from .latency import LatencyTable
 from .model_cost import (
     activation_bytes,
@@ -28,7 +29,7 @@ from .model_cost import (
     num_labelled,
     num_parameters,
 )
-from .pareto_front import hypervolume, non_dominated, pareto_front
+from .pareto_front import pareto_front
 from .preference import EPO
 from .scalarization import SmoothTchebycheff, WeightedSum
 

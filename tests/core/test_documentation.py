@@ -105,6 +105,18 @@ def test_the_page_on_the_outer_loop_runs(tmp_path, monkeypatch):
     assert jnp.array_equal(names["kept_w"], names["estimate"].w)
 
 
+def test_the_page_on_displays_runs(tmp_path, monkeypatch):
+    """The page shows the rows that the run prints, and writes its figure."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/displays.md"
+    names = run_blocks(page)
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    printed = page.read_text().split("```text\n")[1].split("```")[0]
+    row_names = lambda text: re.findall(r"^  (\w+)", text, re.MULTILINE)
+    assert row_names(printed) == row_names(str(names["trace"]))
+    assert not names["trace"].stats["trusted"].all()
+
+
 def test_the_page_on_search_runs():
     names = run_blocks(ROOT / "docs/search.md")
     assert names["descent"].value.min() < 1e-3

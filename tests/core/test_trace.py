@@ -26,7 +26,7 @@ def test_rows_are_the_trace_step_by_step():
     """Values, cumulative cost, statistics and metrics as Python numbers."""
     trace = run(metrics={"m": lambda w, alpha, key: alpha}, eval_every=2)
     rows = trace.rows()
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] == trace.steps.tolist()
     assert ["m" in row for row in rows] == [True, False, True, False, True]
     assert [row["value"] for row in rows] == trace.value.tolist()
     assert [row["cost"] for row in rows] == [3.0, 6.0, 9.0, 12.0, 15.0]
@@ -49,20 +49,14 @@ def test_reasons_list_the_steps_of_each_failed_check():
     assert [*stopped.reasons().values()] == [[1]]
 
 
-def test_a_trace_prints_its_fields_and_its_status():
-    text = repr(run())
-    assert text.endswith("completed")
-    assert "best_alpha" in text
-    assert "optimizer_state" not in text
-
-
 def test_a_batch_of_traces_has_leading_axes_and_needs_an_index():
     alphas = jnp.array([-1.0, 0.0, 3.0])
     batch = jax.vmap(run)(alphas)
     assert batch.alpha.shape == batch.best_alpha.shape == batch.w.shape == (3,)
     assert batch.value.shape == batch.cost.shape == (3, 5)
     assert all(column.shape == (3, 5) for column in batch.stats.values())
-    for read in (batch.rows, batch.reasons, lambda: batch.status):
+    getters = (lambda: batch.status, lambda: batch.steps)
+    for read in (batch.rows, batch.reasons, *getters):
         with pytest.raises(ValueError, match="single run"):
             read()
     assert "completed" not in repr(batch)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.certificate import probe_curvature
+from hypergrad.curvature_probe import probe_curvature
 from hypergrad.inner.base import inner_stats
 from hypergrad.inner.descent import run_inner_steps
 from hypergrad.linear.equilibration import no_scaling

@@ -172,7 +172,7 @@ def test_a_killed_command_loses_and_doubles_no_row(num_kills: int, tmp_path):
 
 PROGRESS_BAR = """
     import os, signal, sys
-    from hypergrad.bench.commands import progress_bar
+    from hypergrad.runtime.progress_bar import progress_bar
 
     number = int(sys.argv[1])
     if number != signal.SIGKILL:

@@ -1,0 +1,332 @@
+"""Figures of runs, fronts, certificates and hypergradients.
+
+Each function returns a matplotlib figure, which a notebook shows and
+``figure.savefig("run.png")`` writes. Nothing is shown or saved by itself, and pyplot is
+not used. Matplotlib is imported when a figure is drawn; the extra ``display`` installs
+it. Colours can be told apart with any colour vision (Okabe and Ito).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from .display import count_rows_made, to_wide
+from .objectives.front_measures import non_dominated
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .trace import Trace
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "black")
+MAX_COLUMNS = 3
+MAX_LINES_PER_LEAF = 20
+PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.0  # inches
+
+
+def plot_trace(trace: "Trace") -> "Figure":
+    """Draws the value, the errors, the metrics and ``alpha`` of a run over its steps.
+
+    The outer value is drawn over the steps and over the cost. A cross marks a step
+    whose estimate is not trusted. Errors, metrics and ``alpha`` have a panel each if
+    they were recorded, ``alpha`` with ``record_alphas=True``. A leaf with more than 20
+    entries is drawn by its median and the range of its entries.
+
+    Args:
+      trace: The record of a single run.
+
+    Returns:
+      A matplotlib figure with up to five panels.
+
+    Raises:
+      ValueError: The trace is a batch of runs.
+      ImportError: Matplotlib is not installed.
+
+    >>> import optax, hypergrad as hg
+    >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
+    >>> outer = lambda w, alpha, batch: (w - 1.0) ** 2
+    >>> trace = hg.minimize(
+    ...     hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()), optax.sgd(0.25),
+    ...     0.0, 3.0, num_steps=9,
+    ... )
+    >>> labels = [axes.get_ylabel() for axes in hg.plots.plot_trace(trace).axes]
+    >>> print(*labels, sep="; ")
+    outer value; outer value; estimated relative error
+    """
+    num_rows = count_rows_made(trace)
+    steps = trace.steps[:num_rows]
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _plot_values(axes, trace, steps, "outer step")
+    ]
+    if "gradient_equivalents" in trace.stats:
+        cost = np.asarray(trace.cost)[:num_rows]
+        label = "cost (gradient-equivalents)"
+        panels.append(lambda axes: _plot_values(axes, trace, cost, label))
+    errors = to_wide(trace.stats.get("error_estimate", np.nan * steps))[:num_rows]
+    if np.any(errors > 0):
+        panels.append(lambda axes: _plot_errors(axes, trace, steps, errors))
+    if trace.metrics:
+        panels.append(lambda axes: _plot_metrics(axes, trace, steps))
+    if trace.alphas is not None:
+        panels.append(lambda axes: _plot_alphas(axes, trace.alphas, steps))
+    figure, all_axes = make_figure(len(panels))
+    for axes, draw_panel in zip(all_axes, panels, strict=True):
+        draw_panel(axes)
+    return figure
+
+
+def plot_front(
+    values: Any, names: Sequence[str] = ("first loss", "second loss")
+) -> "Figure":
+    """Draws the values of two losses, to be minimized, and their Pareto front.
+
+    Points that no other one dominates are joined by the border of the region that they
+    dominate; all other points are grey.
+
+    Args:
+      values: ``[P, 2]``, such as ``trace.value[:, -1]`` of
+        `hypergrad.objectives.pareto_front`, or ``trace.value`` of a search. Points that
+        are not finite are left out.
+      names: Names of the two losses, for the axes.
+
+    Returns:
+      A matplotlib figure with one panel.
+
+    Raises:
+      ValueError: ``values`` is not a matrix with two columns.
+      ImportError: Matplotlib is not installed.
+
+    >>> figure = plot_front([[1.0, 3.0], [2.0, 1.0], [2.0, 3.0]])
+    >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
+    dominated; not dominated
+    """
+    values = to_wide(values)
+    if values.ndim != 2 or values.shape[1] != 2:
+        raise ValueError(f"values must have shape [P, 2]; got {values.shape}.")
+    values = values[np.isfinite(values).all(axis=1)]
+    is_front = np.asarray(non_dominated(values), dtype=bool)
+    front = values[is_front]
+    front = front[np.lexsort(front.T[::-1])]
+    figure, (axes,) = make_figure(1)
+    axes.plot(*values[~is_front].T, "o", color=GREY, ms=4, label="dominated")
+    axes.plot(
+        *front.T, "o-", color=BLUE, ms=5, drawstyle="steps-post", label="not dominated"
+    )
+    axes.set(xlabel=names[0], ylabel=names[1])
+    _add_legend(axes)
+    return figure
+
+
+def plot_reliability(
+    error_estimates: Any, errors: Any, trusted: Any = None
+) -> "Figure":
+    """Draws estimated errors against the errors themselves, on logarithmic axes.
+
+    A point on the diagonal is an error that was estimated exactly. Points below it have
+    an error that is larger than the estimate.
+
+    Args:
+      error_estimates: ``[N]`` relative errors as estimated, such as those of
+        `hypergrad.certify`.
+      errors: ``[N]`` relative errors with respect to the exact hypergradients. Pairs
+        with a number that is not positive and finite are left out.
+      trusted: ``[N]`` booleans. Defaults to all trusted.
+
+    Returns:
+      A matplotlib figure with one panel.
+
+    Raises:
+      ValueError: The arguments differ in shape.
+      ImportError: Matplotlib is not installed.
+
+    >>> figure = plot_reliability([1e-3, 0.2], [2e-3, 0.2], [True, False])
+    >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
+    equal; trusted; not trusted
+    """
+    x, y = to_wide(errors), to_wide(error_estimates)
+    is_trusted = np.ones(x.shape, bool) if trusted is None else np.asarray(trusted)
+    if x.ndim != 1 or not x.shape == y.shape == is_trusted.shape:
+        raise ValueError(
+            "error_estimates, errors and trusted must have one shape [N]; got "
+            f"{y.shape}, {x.shape} and {is_trusted.shape}."
+        )
+    is_positive = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
+    x, y, is_trusted = x[is_positive], y[is_positive], is_trusted[is_positive] == 1
+    figure, (axes,) = make_figure(1)
+    if x.size:
+        limits = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axes.plot(limits, limits, "-", color=GREY, lw=1, label="equal")
+    groups = (
+        (is_trusted, "o", BLUE, "trusted"),
+        (~is_trusted, "x", RED, "not trusted"),
+    )
+    for mask, marker, color, label in groups:
+        if mask.any():
+            axes.plot(x[mask], y[mask], marker, color=color, ms=4, label=label)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="relative error",
+        ylabel="estimated relative error",
+    )
+    _add_legend(axes)
+    return figure
+
+
+def plot_hypergradient(hypergradient: PyTree) -> "Figure":
+    """Draws each leaf of a hypergradient as a heat map.
+
+    A vector is a row; of a larger array the first axis is drawn downwards and all
+    others, joined, to the right. Red is positive: there the outer value falls if
+    ``alpha`` is lowered. White is zero, and each leaf has a scale of its own.
+
+    Args:
+      hypergradient: An `hypergrad.Estimate`, or a pytree of arrays.
+
+    Returns:
+      A matplotlib figure with a panel per leaf.
+
+    Raises:
+      ValueError: There is no leaf.
+      ImportError: Matplotlib is not installed.
+
+    >>> figure = plot_hypergradient({"a": np.ones(3), "b": np.ones((2, 4))})
+    >>> print(*(axes.get_title() for axes in figure.axes[:2]), sep="; ")
+    alpha.a; alpha.b
+    """
+    tree = getattr(hypergradient, "hypergradient", hypergradient)
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        raise ValueError("hypergradient must have at least one array; got none.")
+    figure, all_axes = make_figure(len(leaves))
+    for axes, (path, leaf) in zip(all_axes, leaves, strict=True):
+        array = np.atleast_1d(to_wide(leaf))
+        matrix = array.reshape(1 if array.ndim == 1 else len(array), -1)
+        limit = float(np.max(np.abs(matrix), initial=0, where=np.isfinite(matrix))) or 1
+        image = axes.imshow(
+            matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
+        )
+        axes.set_title(_leaf_name(path))
+        axes.locator_params(integer=True)
+        axis_labels = (axes.yaxis, "row"), (axes.xaxis, "entry")
+        for (axis, label), size in zip(axis_labels, matrix.shape, strict=True):
+            axis.set_label_text(label if size > 1 else "")
+            axis.set_visible(size > 1)
+        figure.colorbar(image, ax=axes, label="derivative of the outer value")
+    return figure
+
+
+def make_figure(num_panels: int) -> tuple["Figure", list["Axes"]]:
+    """Returns a figure with panels side by side, three in a row.
+
+    Raises:
+      ImportError: Matplotlib is not installed.
+    """
+    try:
+        from .notebook_figure import NotebookFigure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install 'hypergrad-jax[display]'"
+        ) from error
+    num_columns = min(num_panels, MAX_COLUMNS)
+    num_lines = math.ceil(num_panels / num_columns)
+    size = (PANEL_WIDTH * num_columns, PANEL_HEIGHT * num_lines)
+    figure = NotebookFigure(figsize=size, layout="constrained")
+    grid = (num_lines, num_columns)
+    return figure, [figure.add_subplot(*grid, i + 1) for i in range(num_panels)]
+
+
+def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> None:
+    """Draws the outer values over steps or cost, a line for each of K losses."""
+    values = to_wide(trace.value)[: len(x)]
+    values = values.reshape(len(values), -1)
+    is_single = values.shape[1] == 1
+    for i, (column, color) in enumerate(_with_colors(values.T)):
+        label = None if is_single else f"loss {i}"
+        axes.plot(x, column, "-", color=color, label=label)
+    _mark_untrusted(axes, trace, x, values)
+    axes.set(xlabel=xlabel, ylabel="outer value")
+
+
+def _plot_errors(
+    axes: "Axes", trace: "Trace", steps: np.ndarray, errors: np.ndarray
+) -> None:
+    axes.plot(steps, errors, "-", color=BLUE)
+    _mark_untrusted(axes, trace, steps, errors[:, None])
+    axes.set(xlabel="outer step", ylabel="estimated relative error", yscale="log")
+
+
+def _mark_untrusted(
+    axes: "Axes", trace: "Trace", x: np.ndarray, values: np.ndarray
+) -> None:
+    """Draws a cross at each value whose estimate is not trusted."""
+    is_untrusted = np.zeros(len(x), bool)
+    if "trusted" in trace.stats:
+        is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] != 1
+    for i, column in enumerate(values.T):
+        if is_untrusted.any():
+            label = "not trusted" if i == 0 else None
+            crosses = x[is_untrusted], column[is_untrusted]
+            axes.plot(*crosses, "x", color=RED, ms=5, label=label)
+    _add_legend(axes)
+
+
+def _plot_metrics(axes: "Axes", trace: "Trace", steps: np.ndarray) -> None:
+    """Draws each metric at the steps at which it was evaluated."""
+    for (name, column), color in _with_colors(trace.metrics.items()):
+        values = to_wide(column)[: len(steps)]
+        is_evaluated = ~np.isnan(values)
+        points = steps[is_evaluated], values[is_evaluated]
+        axes.plot(*points, "o-", color=color, ms=3, label=name)
+    axes.set(xlabel="outer step", ylabel="metric")
+    _add_legend(axes)
+
+
+def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
+    """Draws the entries of each leaf, or the median and the range of many."""
+    leaves = jax.tree.leaves_with_path(alphas)
+    for (path, leaf), color in _with_colors(leaves):
+        entries = to_wide(leaf)[: len(steps)].reshape(len(steps), -1)
+        label = _leaf_name(path)
+        if entries.shape[1] <= MAX_LINES_PER_LEAF:
+            lines = axes.plot(steps, entries, "-", color=color, lw=1)
+            lines[0].set_label(label)
+            continue
+        median = np.median(entries, axis=1)
+        axes.plot(steps, median, "-", color=color, label=f"{label}, median")
+        bounds = entries.min(axis=1), entries.max(axis=1)
+        axes.fill_between(
+            steps, *bounds, color=color, alpha=0.2, lw=0, label=f"{label}, range"
+        )
+    axes.set(xlabel="outer step", ylabel="alpha")
+    _add_legend(axes)
+
+
+def _leaf_name(path: Any) -> str:
+    """Returns a name such as ``alpha.penalty``."""
+    return ".".join(["alpha", *(jax.tree_util.keystr((k,), simple=True) for k in path)])
+
+
+def _add_legend(axes: "Axes") -> None:
+    """Adds a legend on top of the panel, if a line has a label."""
+    num_labels = len(axes.get_legend_handles_labels()[1])
+    if num_labels:
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=min(num_labels, 3),
+            frameon=False,
+            fontsize="small",
+            borderaxespad=0.2,
+        )
+
+
+def _with_colors(items: Any) -> Any:
+    return zip(items, itertools.cycle(COLORS), strict=False)
