@@ -26,7 +26,7 @@
 # $$
 #
 # A thousand hyperparameters are out of reach of a search. One hypergradient has the
-# derivatives by all of them at the price of some twenty gradients.
+# derivatives by all of them, and its cost does not grow with their number.
 
 # %%
 import jax
@@ -83,8 +83,8 @@ alpha = jnp.zeros(1000)
 # %% [markdown]
 # ## One hypergradient
 #
-# Positive entries say: a smaller weight of this example would help. At equal weights the
-# derivative separates wrong labels from right ones already.
+# Where it is positive, a smaller weight of this example would help. At equal weights
+# the derivative separates wrong labels from right ones already.
 
 # %%
 estimator = hg.Implicit(hg.LBFGS(max_steps=200))
