@@ -27,6 +27,9 @@ class Batches(eqx.Module):
         each with the same probability. A slice costs less than single rows, which
         matters where a step is cheap, and the tables of SABA have one row per block;
         shuffle the data once beforehand.
+      shared: Pytree of arrays that are not examples, such as the edges of a graph or
+        class prototypes. It is passed unchanged with every batch, which is then the
+        pair ``(examples, shared)``, or ``((examples, shared), key)`` with a key.
 
     With "blocks", a batch size that does not divide the number of examples makes the
     last block overlap the one before it, whose last examples are then sampled twice as

@@ -77,7 +77,8 @@ class Certificate(ResultModule):
         for the certified hypergradient ``h``, the maximum over K losses.
       trusted: True if the error estimate is at most ``rtol``, the last Newton step
         changed the hypergradient by at most ``rtol``, every solve reached its
-        tolerance, everything is finite, and no solve met negative curvature.
+        tolerance, everything is finite, no solve met negative curvature, and no
+        derivative is lost on the way to a loss.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -340,8 +341,8 @@ def _failed_checks(
     error, last_change = changes
     return {
         "not_finite": ~is_finite,
-        "error": ~(error <= rtol),
-        "last_change": ~(last_change <= rtol),
+        "error": is_finite & (error > rtol),
+        "last_change": is_finite & ~(last_change <= rtol),
         "not_solved": ~_all_solved(solves),
         "negative_curvature": is_negative,
     }

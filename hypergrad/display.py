@@ -182,9 +182,14 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
         f"{format_steps(steps, trace.record_every)}: {reason}"
         for reason, steps in trace.reasons().items()
     )
-    rows += _cost_rows({name: float(np.nansum(x)) for name, x in stats.items()})
+    rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
     metrics = [_describe_metric(trace, name) for name in trace.metrics]
     return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
+
+
+def _sum_of_known(numbers: np.ndarray) -> float:
+    """Returns the sum of the numbers that are not NaN, or NaN if all are."""
+    return float(np.nan if np.all(np.isnan(numbers)) else np.nansum(numbers))
 
 
 def count_rows_made(trace: "Trace") -> int:

@@ -60,8 +60,9 @@ def plot_trace(trace: "Trace") -> "Figure":
     >>> print(*labels, sep="; ")
     outer value; outer value; estimated relative error
     """
+    steps = trace.steps  # an error for a batch of runs
     num_rows = count_rows_made(trace)
-    steps = trace.steps[:num_rows]
+    steps = steps[:num_rows]
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _plot_values(axes, trace, steps, "outer step")
     ]
@@ -135,8 +136,9 @@ def plot_reliability(
     Args:
       error_estimates: ``[N]`` relative errors as estimated, such as those of
         `hypergrad.certify`.
-      errors: ``[N]`` relative errors with respect to the exact hypergradients. Pairs
-        with a number that is not positive and finite are left out.
+      errors: ``[N]`` relative errors with respect to the exact hypergradients. Zeros
+        and infinities are drawn at the ends of the diagonal; pairs with a NaN are left
+        out, and the title counts them.
       trusted: ``[N]`` booleans. Defaults to all trusted.
 
     Returns:
@@ -157,12 +159,17 @@ def plot_reliability(
             "error_estimates, errors and trusted must have one shape [N]; got "
             f"{y.shape}, {x.shape} and {is_trusted.shape}."
         )
-    is_positive = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    x, y, is_trusted = x[is_positive], y[is_positive], is_trusted[is_positive] == 1
+    is_number = ~np.isnan(x) & ~np.isnan(y)
+    x, y, is_trusted = x[is_number], y[is_number], is_trusted[is_number] == 1
     figure, (axes,) = make_figure(1)
-    if x.size:
-        limits = [min(x.min(), y.min()), max(x.max(), y.max())]
+    numbers = np.concatenate([x, y])
+    positive = numbers[np.isfinite(numbers) & (numbers > 0)]
+    if positive.size:
+        limits = [positive.min(), positive.max()]
         axes.plot(limits, limits, "-", color=GREY, lw=1, label="equal")
+        x, y = np.clip(x, *limits), np.clip(y, *limits)
+    if not is_number.all():
+        axes.set_title(f"{np.sum(~is_number)} with NaN are left out", loc="left")
     groups = (
         (is_trusted, "o", BLUE, "trusted"),
         (~is_trusted, "x", RED, "not trusted"),
@@ -185,7 +192,8 @@ def plot_hypergradient(hypergradient: PyTree) -> "Figure":
 
     A vector is a row; of a larger array the first axis is drawn downwards and all
     others, joined, to the right. Red is positive: there the outer value falls if
-    ``alpha`` is lowered. White is zero, and each leaf has a scale of its own.
+    ``alpha`` is lowered. White is zero, grey is not a number, and each leaf has a scale
+    of its own.
 
     Args:
       hypergradient: An `hypergrad.Estimate`, or a pytree of arrays.
@@ -213,6 +221,7 @@ def plot_hypergradient(hypergradient: PyTree) -> "Figure":
         image = axes.imshow(
             matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
         )
+        image.set_cmap(image.get_cmap().with_extremes(bad=GREY))
         axes.set_title(_leaf_name(path))
         axes.locator_params(integer=True)
         axis_labels = (axes.yaxis, "row"), (axes.xaxis, "entry")

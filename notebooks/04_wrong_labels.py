@@ -96,7 +96,7 @@ fig, ax = plt.subplots(figsize=(6, 3))
 bins = np.linspace(*np.percentile(estimate.hypergradient, [1, 99]), 41)
 ax.hist(estimate.hypergradient[~wrong], bins, alpha=0.7, label="label is right")
 ax.hist(estimate.hypergradient[wrong], bins, alpha=0.7, label="label is wrong")
-ax.set(xlabel="derivative of the validation loss by the weight", ylabel="examples")
+ax.set(xlabel="derivative with respect to the entry of alpha", ylabel="examples")
 ax.legend()
 plt.show()
 

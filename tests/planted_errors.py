@@ -160,7 +160,7 @@ ERRORS = (
     PlantedError(
         "certificate: the last change is not checked",
         "certificate.py",
-        '"last_change": ~(last_change <= rtol)',
+        '"last_change": is_finite & ~(last_change <= rtol)',
         '"last_change": jnp.zeros_like(is_negative)',
         "core/test_certificate.py",
     ),

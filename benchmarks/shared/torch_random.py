@@ -21,16 +21,25 @@ class TorchGenerator:
 
     def __init__(self, seed: int):
         self._bits = np.random.RandomState(seed)
+        self._has_half_a_pair = False
 
     def randn(self, *shape: int) -> np.ndarray:
         """Returns ``torch.randn(*shape)``, a float32 array.
 
         Arrays of 16 numbers or more are made from single uniform numbers in blocks of
         16. If 16 does not divide their size, the last 16 numbers are sampled anew.
-        Smaller arrays are made from pairs of uniform numbers in double precision.
+        Smaller arrays are made from pairs of uniform numbers in double precision;
+        PyTorch keeps the second number of an incomplete pair for the next small array,
+        which this class refuses to make.
+
+        Raises:
+          ValueError: A small array of an odd size came before this small array.
         """
         size = math.prod(shape)
         if size < BLOCK:
+            if self._has_half_a_pair:
+                raise ValueError("a small array after one of an odd size is not made")
+            self._has_half_a_pair = size % 2 == 1
             numbers = np.concatenate([self._pair() for _ in range(-(-size // 2))])
             return numbers[:size].astype(np.float32).reshape(shape)
         numbers = self._uniform(size)

@@ -96,7 +96,10 @@ def test_fewer_than_16_numbers_of_pytorch():
     samples = TorchGenerator(0).randn(11)
     np.testing.assert_allclose(samples, BILO, atol=6e-5)
     assert samples.dtype == np.float32
-    assert TorchGenerator(0).randn(3, 3).shape == (3, 3)
+    generator = TorchGenerator(0)
+    assert generator.randn(3, 3).shape == (3, 3)
+    with pytest.raises(ValueError, match="odd"):
+        generator.randn(2)
 
 
 def test_shapes_do_not_matter_and_the_last_16_numbers_are_sampled_anew():

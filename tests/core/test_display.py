@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -306,3 +307,24 @@ def test_the_fields_of_an_empty_trace_print():
     empty = jax.tree.map(lambda x: x[:0] if jnp.ndim(x) else x, trace)
     assert read_text(empty)["steps"] == "0"
     assert read_text(empty)["value"] == "none is finite"
+
+
+def test_an_unknown_cost_is_not_zero():
+    """An estimator of another author may count nothing."""
+
+    class Uncounted(eqx.Module):
+        def init(self, problem, w, alpha, key=None):
+            return ()
+
+        def estimate(self, problem, state, alpha, key):
+            return hg.Estimate((alpha - 1.0) ** 2, 2 * (alpha - 1.0), alpha), state
+
+    trace = hg.minimize(PROBLEM, Uncounted(), optax.sgd(0.1), 0.0, 3.0, num_steps=3)
+    assert "gradient-equivalents" not in read_text(trace).get("cost", "")
+
+
+def test_a_certificate_of_a_hypergradient_that_is_not_finite_has_one_reason():
+    certificate = hg.certify(PROBLEM, 1.5, 1.5, jnp.nan)
+    assert [name for name, failed in certificate.flags.items() if failed] == [
+        "not_finite"
+    ]

@@ -7,7 +7,7 @@ import pytest
 from tests.mistakes import GROUPS, PAGE, message_of
 
 MISTAKES = [mistake for mistakes in GROUPS.values() for mistake in mistakes]
-FOREIGN = r"which must fit each other|\(<string>"  # what follows is written by JAX
+FOREIGN = r"(?<=each other): |(?<=the losses): |\(<string>"  # JAX writes what follows
 
 
 def section(title):

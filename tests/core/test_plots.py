@@ -134,6 +134,8 @@ def test_a_batch_of_runs_needs_an_index():
     batch = jax.vmap(run)(jnp.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="single run"):
         batch.plot()
+    with pytest.raises(ValueError, match="single run"):
+        hg.plots.plot_trace(batch)
 
 
 def test_a_front_joins_the_points_that_are_not_dominated():
@@ -157,12 +159,14 @@ def test_reliability_draws_estimates_over_errors_and_the_diagonal():
     trusted = [True, False, True, True, False]
     (axes,) = hg.plots.plot_reliability(estimates, errors, trusted).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert points(find_line(axes, "trusted")).tolist() == [[2e-3, 1e-3]]
+    expected = [[2e-3, 1e-3], [0.1, 1e-3]]  # an estimate of zero, at the edge
+    assert points(find_line(axes, "trusted")).tolist() == expected
+    assert axes.get_title(loc="left").startswith("1 with NaN")
     expected = [[0.1, 0.2], [0.25, 0.5]]
     assert points(find_line(axes, "not trusted")).tolist() == expected
     assert points(find_line(axes, "equal")).tolist() == [[1e-3] * 2, [0.5] * 2]
     (axes,) = hg.plots.plot_reliability(estimates, errors).axes
-    assert len(points(find_line(axes, "trusted"))) == 3
+    assert len(points(find_line(axes, "trusted"))) == 4
     with pytest.raises(ValueError, match="error_estimates"):
         hg.plots.plot_reliability(estimates, errors[:2])
 
@@ -181,6 +185,7 @@ def test_a_hypergradient_is_a_heat_map_per_leaf():
         assert titles == ["alpha.a", "alpha.b"]
     (image,) = hg.plots.plot_hypergradient(jnp.asarray(0.0)).axes[0].images
     assert image.get_array().shape == (1, 1)
+    assert np.max(np.abs(image.get_cmap()(np.nan) - image.get_cmap()(0.5))) > 0.2
     with pytest.raises(ValueError, match="hypergradient"):
         hg.plots.plot_hypergradient({})
 
