@@ -70,10 +70,10 @@ class KeyGenerator:
     def __init__(self, seed: int):
         self.key = jax.random.key(seed)
 
-    def uniform(self, *shape: int, bound: float) -> Array:
-        """Returns numbers that are uniform in [-bound, bound]."""
+    def uniform(self, *shape: int, low: float, high: float) -> Array:
+        """Returns numbers that are uniform in ``[low, high)``."""
         self.key, key = jax.random.split(self.key)
-        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        return jax.random.uniform(key, shape, minval=low, maxval=high)
 
 
 def init_network(generator: Any) -> PyTree:
@@ -82,7 +82,11 @@ def init_network(generator: Any) -> PyTree:
         "input": (WIDTH, 1), "hidden1": (WIDTH, WIDTH), "hidden2": (WIDTH, WIDTH),
         "output": (1, WIDTH), "embedding": (WIDTH, 1),
     }  # fmt: skip
-    uniform = lambda size, *shape: generator.uniform(*shape, bound=1 / math.sqrt(size))
+
+    def uniform(size, *shape):
+        bound = 1 / math.sqrt(size)
+        return generator.uniform(*shape, low=-bound, high=bound)
+
     return {
         name: (uniform(size, out, size), uniform(size, out))
         for name, (out, size) in sizes.items()

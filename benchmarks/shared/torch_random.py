@@ -13,7 +13,7 @@ HALF = BLOCK // 2
 
 
 class TorchGenerator:
-    """Samples of `torch.randn` and uniform ones after `torch.manual_seed`.
+    """Samples of PyTorch on the CPU after `torch.manual_seed`.
 
     Args:
       seed: Seed, below 2^32.
@@ -49,10 +49,22 @@ class TorchGenerator:
             numbers[-BLOCK:] = box_muller(self._uniform(BLOCK))
         return numbers.astype(np.float32).reshape(shape)
 
-    def uniform(self, *shape: int, bound: float) -> np.ndarray:
-        """Returns ``torch.empty(*shape).uniform_(-bound, bound)``, a float32 array."""
-        numbers = self._uniform(math.prod(shape)) * 2 * bound - bound
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        """Returns ``torch.empty(*shape).uniform_(low, high)``, a float32 array."""
+        numbers = self._uniform(math.prod(shape)) * (high - low) + low
         return numbers.astype(np.float32).reshape(shape)
+
+    def randint(self, high: int, size: int) -> np.ndarray:
+        """Returns ``torch.randint(high, (size,))``, for ``high`` below 2^32."""
+        return (self._raw(size) % high).astype(np.int64)
+
+    def randperm(self, size: int) -> np.ndarray:
+        """Returns ``torch.randperm(size)``, for sizes below 2^32 / 20."""
+        distances = self._raw(size - 1) % np.arange(size, 1, -1)
+        order = list(range(size))
+        for i, distance in enumerate(distances.tolist()):
+            order[i], order[i + distance] = order[i + distance], order[i]
+        return np.array(order)
 
     def _raw(self, size: int) -> np.ndarray:
         """Returns 32-bit integers."""

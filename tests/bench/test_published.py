@@ -112,6 +112,22 @@ def test_shapes_do_not_matter_and_the_last_16_numbers_are_sampled_anew():
     assert not np.any(uneven[8:] == flat[8:24])
 
 
+def test_integers_and_uniform_numbers_of_pytorch():
+    """What PyTorch's CPU generator gives for seed 0; one raw number is used each."""
+    generator = TorchGenerator(0)
+    assert generator.randperm(10).tolist() == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
+    after_nine = TorchGenerator(0).randint(10, 10)
+    assert after_nine.tolist() == [4, 9, 3, 0, 3, 9, 7, 3, 7, 3]
+    assert generator.randint(10, 1) == after_nine[9]
+    np.testing.assert_allclose(
+        TorchGenerator(0).uniform(3), [0.4963, 0.7682, 0.0885], atol=5e-5
+    )
+    samples = TorchGenerator(0).uniform(3, 1, low=-1.0, high=3.0)
+    np.testing.assert_allclose(
+        samples, 4 * TorchGenerator(0).uniform(3, 1) - 1, atol=1e-6
+    )
+
+
 # Losses before the first step that HyperRepresentation.ipynb of esjacobians prints.
 # They depend on 8 arrays, two of 500 or 1,000 numbers, and the second one on 400 more.
 @pytest.mark.parametrize(

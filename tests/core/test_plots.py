@@ -185,7 +185,8 @@ def test_a_hypergradient_is_a_heat_map_per_leaf():
         assert titles == ["alpha.a", "alpha.b"]
     (image,) = hg.plots.plot_hypergradient(jnp.asarray(0.0)).axes[0].images
     assert image.get_array().shape == (1, 1)
-    assert np.max(np.abs(image.get_cmap()(np.nan) - image.get_cmap()(0.5))) > 0.2
+    zero, missing = image.get_cmap()([0.5, np.nan])
+    assert np.max(np.abs(zero - missing)) > 0.2
     with pytest.raises(ValueError, match="hypergradient"):
         hg.plots.plot_hypergradient({})
 
