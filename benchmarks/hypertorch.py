@@ -234,7 +234,7 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     ]
 
 
-PRINTED = (
+BODY_COLUMNS = (
     Column("final", form=".6f"),
     Column("h", form=".6f"),
     Column("test", form=".6f"),
@@ -281,11 +281,11 @@ table = MeasurementTable(
     columns=(
         *(Column(f"inner_{step}", f"inner step {step}", ".6f") for step in INNER),
         *step_columns(OUTER),
-        *PRINTED,
+        *BODY_COLUMNS,
     ),
     published=PUBLISHED,
     findings=findings,
-    body=lambda rows: method_lines(rows, PRINTED),
+    body=lambda rows: method_lines(rows, BODY_COLUMNS),
     plot=plot,
     paradigm="supervised",
     source="Grazzi et al. 2020 (arXiv 2006.16218), notebook of their code",

@@ -245,7 +245,7 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     ]
 
 
-PRINTED = (
+BODY_COLUMNS = (
     Column("final", form=".4g"),
     Column("h", form=".4g"),
     Column("test", form=".4g"),
@@ -317,11 +317,11 @@ table = MeasurementTable(
     columns=(
         *step_columns(STEPS, ".5g"),
         *(Column(f"norm_{k}", f"norm at {k}", ".4g") for k in (0, 10, 50, 99)),
-        *PRINTED,
+        *BODY_COLUMNS,
     ),
     published=PUBLISHED,
     findings=findings,
-    body=lambda rows: method_lines(rows, PRINTED),
+    body=lambda rows: method_lines(rows, BODY_COLUMNS),
     plot=plot,
     paradigm="meta-learning",
     source="Sow, Ji & Liang 2022 (arXiv 2110.07004), notebook of their code",

@@ -253,7 +253,7 @@ def plot(rows: list[Row], path: Path) -> None:
     plot_traces([row for row in rows if is_shown(row["method"])], points, path)
 
 
-PRINTED = (
+BODY_COLUMNS = (
     Column("final", form=".4g"),
     Column("test", form=".4g"),
     Column("h", form=".4g"),
@@ -267,10 +267,10 @@ STEPS = dict.fromkeys(step for values in DEEP_LOSSES.values() for step in values
 table = MeasurementTable(
     cells=cells,
     measure_cell=measure,
-    columns=(*step_columns(STEPS, ".5g"), *PRINTED),
+    columns=(*step_columns(STEPS, ".5g"), *BODY_COLUMNS),
     published=PUBLISHED,
     findings=findings,
-    body=lambda rows: method_lines(rows, PRINTED),
+    body=lambda rows: method_lines(rows, BODY_COLUMNS),
     plot=plot,
     paradigm="meta-learning",
     source="Sow, Ji & Liang 2022 (arXiv 2110.07004), notebook of their code",

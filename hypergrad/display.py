@@ -284,8 +284,8 @@ def _count(number: float, nouns: tuple[str, str]) -> str:
 
 def _describe_steps(trace: "Trace", num_rows: int) -> str:
     text = f"{num_rows * trace.record_every:,}"
-    if num_requested := len(trace.value) - num_rows:
-        text += f" of {(num_rows + num_requested) * trace.record_every:,}"
+    if num_missing := len(trace.value) - num_rows:
+        text += f" of {(num_rows + num_missing) * trace.record_every:,}"
     if trace.record_every > 1:
         text += f", one row per {trace.record_every}"
     if int(trace.first_step):

@@ -58,15 +58,15 @@ def make_estimator(
       seed: Seed of a run with other directions.
     """
     descent = hg.Descent(optax.sgd(RATE), run.num_inner_steps)
-    once = {"warm_start": False, "estimate_error": False}
+    options = {"warm_start": False, "estimate_error": False}
     if run.kind in ("direct", "PZOBO", "HOZOG"):
         generator = TorchGenerator(seed + 1) if run.num_seeds else setup.generator
         directions = sample_directions(generator, setup.alpha, run.offset, num_steps)
         return AlongDirections(descent, directions, mu, run.kind)
     T = run.num_inner_steps
     return {
-        "AID-FP": hg.Implicit(descent, hg.Neumann(T, RATE), **once),
-        "AID-CG": hg.Implicit(descent, hg.CG(rtol=0.0, max_steps=T), **once),
+        "AID-FP": hg.Implicit(descent, hg.Neumann(T, RATE), **options),
+        "AID-CG": hg.Implicit(descent, hg.CG(rtol=0.0, max_steps=T), **options),
         "reverse mode": hg.Unrolled(descent, warm_start=False),
         "implicit": exact,
         "text": RestartedPZOBO(optax.sgd(RATE), T, 1, sigma=mu),

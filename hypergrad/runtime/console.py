@@ -50,10 +50,11 @@ def print_markdown(text: str, console: "Console") -> None:
     """Prints Markdown: tables are drawn, all other lines are printed unchanged."""
     from rich.text import Text
 
-    is_table_row = lambda line: line.startswith("|")
+    starts_with_bar = lambda line: line.startswith("|")
     all_lines = printable(text).splitlines()
-    for is_table, lines in itertools.groupby(all_lines, is_table_row):
-        if not is_table:
+    for has_bar, group in itertools.groupby(all_lines, starts_with_bar):
+        lines = list(group)
+        if not (has_bar and len(lines) > 1 and set(lines[1]) <= set("|-: ")):
             for line in lines:
                 console.print(Text(line))
             continue

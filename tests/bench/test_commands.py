@@ -1,6 +1,7 @@
 """The command line, used in an empty folder as a new user would."""
 
 import csv
+import io
 import os
 import re
 import subprocess
@@ -8,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hypergrad import cli
 from hypergrad.bench import check, commands, export, loading
 from hypergrad.bench.rows import read_rows, to_line
-from hypergrad.runtime.console import CONTROL_CHARACTER
+from hypergrad.runtime.console import CONTROL_CHARACTER, print_markdown
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -308,3 +310,13 @@ def test_no_control_character_of_a_file_is_in_a_page_or_warning(hostile_folder):
     assert "Glyph 27" in done.stderr
     page = (hostile_folder / "everything" / "quadratic.md").read_text()
     assert not CONTROL_CHARACTER.search(done.stdout + done.stderr + page)
+
+
+def test_a_line_that_starts_with_a_bar_is_no_table():
+    """As ``||x||`` after a line break of a protocol."""
+    console = Console(file=io.StringIO(), width=60)
+    table = "| a | b |\n|---|---|\n| 1 | 2 |"
+    print_markdown(f"until\n||x|| falls\n\n{table}", console)
+    text = console.file.getvalue()
+    assert "||x|| falls" in text
+    assert "|---|" not in text  # the table is drawn

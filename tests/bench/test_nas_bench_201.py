@@ -19,12 +19,12 @@ def test_a_mutation_changes_one_edge_of_the_best_member_by_node():
     for value in range(3):  # the first member is the oldest, and leaves
         state = searcher.tell(state, np.full(nas.NUM_EDGES, value), value)
     assert [len(state.cells), *state.values] == [members, 1, 2]
-    keys = jax.random.split(jax.random.key(1), 600)
+    keys = jax.random.split(jax.random.key(1), 3000)
     changed = np.array([searcher.ask(state, key)[0] != 1 for key in keys])
     one_edge = changed[changed.sum(axis=1) == 1]
-    assert len(one_edge) > 590  # the worse member is in all nine samples at 1 / 512
+    assert len(one_edge) > 2950  # the worse member is in all nine samples at 1 / 512
     expected = np.array([1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9])
-    np.testing.assert_allclose(one_edge.mean(axis=0), expected, atol=0.06)
+    np.testing.assert_allclose(one_edge.mean(axis=0), expected, atol=0.03)
 
 
 def test_the_policy_moves_by_the_rate_towards_better_cells():
