@@ -86,9 +86,15 @@ def test_shapes_do_not_matter_and_the_last_16_numbers_are_sampled_anew():
 
 
 def test_integers_and_uniform_numbers_of_pytorch():
-    """What PyTorch's CPU generator gives for seed 0; one raw number is used each."""
+    """Outputs of PyTorch for seed 0; one raw number is used each.
+
+    They are printed in the documentation of kornia (`RandomSharpness`) and in
+    ExecuTorch's tests of `view_copy`; permutations by several projects.
+    """
     generator = TorchGenerator(0)
     assert generator.randperm(10).tolist() == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
+    assert TorchGenerator(42).randperm(10).tolist() == [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]
+    assert TorchGenerator(0).randint(17, 5).tolist() == [7, 3, 12, 16, 2]
     after_nine = TorchGenerator(0).randint(10, 10)
     assert after_nine.tolist() == [4, 9, 3, 0, 3, 9, 7, 3, 7, 3]
     assert generator.randint(10, 1) == after_nine[9]
