@@ -31,8 +31,8 @@ def argmin(
 ) -> Callable[..., PyTree]:
     """Returns ``f(w0, alpha, batch=None, key=None) -> w*``, a differentiable function.
 
-    The derivative of ``w*`` by ``alpha`` and ``batch`` is that of the implicit function
-    theorem,
+    The derivative of ``w*`` with respect to ``alpha`` and ``batch`` is that of the
+    implicit function theorem,
 
         dw* = -H^-1 d(dL/dw)    with    H = d2L/dw2,
 
@@ -52,8 +52,8 @@ def argmin(
 
     Returns:
       A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
-      Its derivative by ``w0`` is zero, because the minimum does not depend on where the
-      solver starts.
+      Its derivative with respect to ``w0`` is zero, because the minimum does not depend
+      on where the solver starts.
 
     Raises:
       TypeError, ValueError: An argument is invalid; raised before anything is traced.

@@ -64,7 +64,7 @@ CERTIFICATE_REASONS = {
     ),
     "lost_derivative": (
         "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
-        "w or alpha, whose derivative is taken for zero"
+        "w or alpha, whose derivative is treated as zero"
     ),
 }
 

@@ -174,16 +174,16 @@ def _check_w_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
         lost = [x for x in lost if x.leaf < num_leaves]
         if lost and not any(leaf < num_leaves for leaf in leaves):
             raise ValueError(
-                f"{name} must have a derivative by w; got a loss that depends on w "
-                f"only through {_describe(lost)}, whose derivative is zero. Use a "
-                "smooth function, such as a surrogate of hg.surrogates."
+                f"{name} must have a derivative with respect to w; got a loss that "
+                f"depends on w only through {_describe(lost)}, whose derivative is "
+                "zero. Use a smooth function, such as a surrogate of hg.surrogates."
             )
 
 
 def lost_derivative_flags(
     problem: Bilevel, w: PyTree, alpha: PyTree
 ) -> dict[str, Array]:
-    """Returns a failed check if a derivative by ``w`` or ``alpha`` is lost in a loss.
+    """Returns a failed check if a loss loses a derivative by ``w`` or ``alpha``.
 
     The dictionary is empty otherwise, so that the check costs nothing in a program.
     """

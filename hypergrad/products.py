@@ -146,7 +146,7 @@ def with_mixed_mode(loss: Loss) -> Loss:
 
 
 def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
-    """Returns ``loss(w, floats, non_floats)``, with derivatives by the first two."""
+    """Returns ``loss(w, floats, non_floats)``, differentiable in the first two."""
 
     def named_grad(*args):
         name = lambda u: checkpoint_name(u, MIXED_MODE_GRAD)

@@ -72,7 +72,7 @@ REASONS = {
     ),
     "lost_derivative": (
         "a loss or the optimizer uses stop_gradient, sign, round, a comparison or an "
-        "integer made from w or alpha, whose derivative is taken for zero"
+        "integer made from w or alpha, whose derivative is treated as zero"
     ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",

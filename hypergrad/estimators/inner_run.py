@@ -265,7 +265,7 @@ def unravel_derivatives(
     flat_alpha: Float[Array, " N"],
     unravel: Callable[[Array], PyTree],
 ) -> PyTree:
-    """Returns derivatives by the N entries of ``alpha`` as a hypergradient.
+    """Returns derivatives with respect to N entries of ``alpha`` as a hypergradient.
 
     Args:
       derivatives: ``[N]``, or ``[N, K]`` for K outer losses.

@@ -155,8 +155,8 @@ def run_inner_steps(
       truncation_length: K, the number of last steps that derivatives pass through.
         Defaults to all of them.
       halves: Two copies of ``alpha`` for the older and the newer half of the last K
-        steps, so that the derivatives by the halves can be told apart. If K is odd, the
-        step between the halves uses ``alpha``.
+        steps, so that the derivatives with respect to the halves can be told apart. If
+        K is odd, the step between the halves uses ``alpha``.
       checkpoint: Whether the reverse pass stores two levels of ``sqrt(T)`` carries
         instead of the intermediate values of every step, and repeats the steps.
       mixed_mode: Whether the reverse pass goes through the gradients of the inner loss
