@@ -30,7 +30,7 @@ trained by one program, which the first of them pays for in seconds.
 *Rows without a published number.* Inner loss: mean over the training set of the weight,
 clipped to [0, 1], times the cross-entropy, plus the same penalty; outer loss: mean
 cross-entropy of the validation set. As in the code, both rows start at the model of
-*noisy + validation*, whose 5,000 gradients are not in their cost, and at weights of
+*noisy + validation*, whose 5,000 epochs are not in their cost, and at weights of
 0.5. They spend 2,000 gradient-equivalents, and of their outer steps the model with the
 lowest selection loss is reported. *BOME* has 10 inner steps, rates 0.01 for the model
 and 1,000 for the weights, both with momentum 0.9, and eta 0.1; apart from the second
