@@ -382,9 +382,10 @@ def plot(rows: list[Row], path: Path) -> None:
             values = scale * np.asarray(row[f"curve_{name}"], float)
             axis.plot(row["curve_cost"], values, color=f"C{i}", label=row["method"])
             number = PUBLISHED.get((row["method"], f"test_{name}"))
-            if number is not None:
+            if number is not None:  # at the cost of the epoch that was selected
+                cost = row["epoch"] * row["gradient_equivalents"] / NUM_EPOCHS
                 axis.plot(
-                    row["epoch"], number.value, "o", markersize=8,
+                    cost, number.value, "o", markersize=8,
                     markerfacecolor="none", color=f"C{i}",
                 )  # fmt: skip
         axis.plot([], [], "o", markerfacecolor="none", color="black", label="authors")
