@@ -304,10 +304,10 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the losses of the first size at 20 inner steps."""
-    shown = ("AID-FP", "AID-CG", "PZOBO", "HOZOG", "direct term", "reverse mode")
-    shown += ("implicit", "PZOBO of the text")
-    points = {key: x for key, x in PUBLISHED.items() if key[0] in shown}
-    plot_traces([row for row in rows if row["method"] in shown], points, path)
+    methods = ("AID-FP", "AID-CG", "PZOBO", "HOZOG", "direct term", "reverse mode")
+    methods += ("implicit", "PZOBO of the text")
+    points = {key: x for key, x in PUBLISHED.items() if key[0] in methods}
+    plot_traces([row for row in rows if row["method"] in methods], points, path)
 
 
 STEPS = dict.fromkeys(step for values in LOSSES.values() for step in values)

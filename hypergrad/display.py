@@ -1,5 +1,6 @@
 """Results as small tables: aligned text in a terminal, HTML in a notebook."""
 
+import abc
 import html
 import itertools
 import textwrap
@@ -52,9 +53,9 @@ class ResultModule(PrettyModule):
         rows = self._readable_rows()
         return None if rows is None else render_html(type(self).__name__, rows)
 
+    @abc.abstractmethod
     def _rows(self) -> list[Row] | None:
         """Returns the rows of the table, or None if there are none to show."""
-        raise NotImplementedError
 
     def _readable_rows(self) -> list[Row] | None:
         # Inside jit, operations on concrete arrays would otherwise yield tracers.
@@ -284,8 +285,8 @@ def _count(number: float, nouns: tuple[str, str]) -> str:
 
 def _describe_steps(trace: "Trace", num_rows: int) -> str:
     text = f"{num_rows * trace.record_every:,}"
-    if num_missing := len(trace.value) - num_rows:
-        text += f" of {(num_rows + num_missing) * trace.record_every:,}"
+    if num_rows < len(trace.value):
+        text += f" of {len(trace.value) * trace.record_every:,}"
     if trace.record_every > 1:
         text += f", one row per {trace.record_every}"
     if int(trace.first_step):

@@ -164,10 +164,11 @@ def plot_reliability(
     figure, (axes,) = make_figure(1)
     numbers = np.concatenate([x, y])
     positive = numbers[np.isfinite(numbers) & (numbers > 0)]
-    if positive.size:
-        limits = [positive.min(), positive.max()]
-        axes.plot(limits, limits, "-", color=GREY, lw=1, label="equal")
-        x, y = np.clip(x, *limits), np.clip(y, *limits)
+    if not positive.size:
+        positive = np.array([np.finfo(float).eps, 1.0])
+    limits = [positive.min(), positive.max()]
+    axes.plot(limits, limits, "-", color=GREY, lw=1, label="equal")
+    x, y = np.clip(x, *limits), np.clip(y, *limits)
     if not is_number.all():
         axes.set_title(f"{np.sum(~is_number)} with NaN are left out", loc="left")
     groups = (

@@ -108,6 +108,6 @@ def make_timer(
         if not fraction > init_fraction:
             return None
         rate = (fraction - init_fraction) / (now - init_time)
-        return round((1 - fraction) / rate, 9) if rate > 0 else None
+        return (1 - fraction) / rate if rate > 0 else None
 
     return estimate_remaining

@@ -44,6 +44,20 @@ def test_a_table_says_what_a_reader_needs(file: Path):
         assert table.stages(table.scales[0], 1)[-1]
 
 
+def test_the_readme_counts_the_published_numbers_that_are_within():
+    verdicts = []
+    for file in FILES:
+        table = loading.load_table(file)
+        if table.published:
+            result = check.load_result(file.stem, table, FOLDER / "results")
+            _, cells = report.published_table(result)
+            verdicts += [row[-1].split(" (")[0] for row in cells]
+    num_within = verdicts.count("yes")
+    num_judged = num_within + verdicts.count("no")
+    readme = " ".join((FOLDER.parent / "README.md").read_text().split())
+    assert f"{num_within} of {num_judged} lie within" in readme
+
+
 def test_no_table_imports_another():
     tables = set(FILES)
     errors = [

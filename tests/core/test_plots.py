@@ -105,8 +105,8 @@ def test_alpha_is_drawn_entry_by_entry_or_as_a_range():
     trace = run(jnp.array([3.0, 2.0]), record_alphas=True)
     *_, axes = trace.plot().axes
     assert axes.get_ylabel() == "alpha"
-    drawn = np.stack([line.get_ydata() for line in axes.lines], axis=1)
-    assert np.array_equal(drawn, trace.alphas)
+    heights = np.stack([line.get_ydata() for line in axes.lines], axis=1)
+    assert np.array_equal(heights, trace.alphas)
     alpha = jnp.linspace(0.0, 2.0, MAX_LINES_PER_LEAF + 1)
     trace = run(alpha, record_alphas=True)
     *_, axes = trace.plot().axes
@@ -126,8 +126,8 @@ def test_several_outer_losses_have_a_line_each():
     )  # fmt: skip
     axes = trace.plot().axes[0]
     for i in range(2):
-        drawn = find_line(axes, f"loss {i}").get_ydata()
-        assert np.array_equal(drawn, trace.value[:, i])
+        heights = find_line(axes, f"loss {i}").get_ydata()
+        assert np.array_equal(heights, trace.value[:, i])
 
 
 def test_a_batch_of_runs_needs_an_index():
@@ -167,6 +167,9 @@ def test_reliability_draws_estimates_over_errors_and_the_diagonal():
     assert points(find_line(axes, "equal")).tolist() == [[1e-3] * 2, [0.5] * 2]
     (axes,) = hg.plots.plot_reliability(estimates, errors).axes
     assert len(points(find_line(axes, "trusted"))) == 4
+    (axes,) = hg.plots.plot_reliability([0.0, 0.0], [0.0, np.inf]).axes
+    heights = points(find_line(axes, "trusted"))
+    assert np.all(np.isfinite(heights) & (heights > 0)), "else nothing is visible"
     with pytest.raises(ValueError, match="error_estimates"):
         hg.plots.plot_reliability(estimates, errors[:2])
 
