@@ -7,12 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, PyTree, Scalar
 
 from .cost import cost_stats
 from .curvature_probe import probe_curvature
-from .display import ResultModule, Row, certificate_rows
+from .display import ResultModule, Row, certificate_rows, sentences_of_flags
 from .implicit_diff import (
     ImplicitResult,
     corrected_hypergradient,
@@ -129,12 +128,7 @@ class Certificate(ResultModule):
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why the hypergradient is not trusted, in words; empty if it is trusted."""
-        if any(isinstance(x, Tracer) or jnp.ndim(x) for x in self.flags.values()):
-            raise ValueError(
-                "reasons needs a single concrete certificate; got one inside jit or a "
-                "batch. Use the boolean arrays in flags there."
-            )
-        return tuple(CERTIFICATE_REASONS[name] for name, x in self.flags.items() if x)
+        return sentences_of_flags(self.flags, CERTIFICATE_REASONS, "certificate")
 
     def _rows(self) -> list[Row] | None:
         return certificate_rows(self)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .trees import PrettyModule, is_readable
@@ -107,6 +108,22 @@ def render_html(title: str, rows: Iterable[Row]) -> str:
     ]
     caption = f"<caption {style}>{html.escape(title)}</caption>"
     return f"<table>{caption}{''.join(cells)}</table>"
+
+
+def sentences_of_flags(
+    flags: Mapping[str, Any], sentences: Mapping[str, str], result_name: str
+) -> tuple[str, ...]:
+    """Returns the sentence of each flag that is set, or its name if it has none.
+
+    Raises:
+      ValueError: A flag is a tracer or an array of several.
+    """
+    if any(isinstance(x, Tracer) or np.ndim(x) for x in flags.values()):
+        raise ValueError(
+            f"reasons needs a single concrete {result_name}; got one inside jit or a "
+            "batch. Use the boolean arrays in flags there."
+        )
+    return tuple(sentences.get(name, name) for name in sorted(flags) if flags[name])
 
 
 def estimate_rows(estimate: "Estimate") -> list[Row] | None:

@@ -5,11 +5,9 @@ from typing import Any, Protocol
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ..display import ResultModule, Row, estimate_rows
+from ..display import ResultModule, Row, estimate_rows, sentences_of_flags
 from ..problem import Bilevel
 from ..trees import all_finite
 
@@ -147,12 +145,7 @@ class Estimate(ResultModule):
     def reasons(self) -> tuple[str, ...]:
         """Why the estimate is not trusted, in words; empty if it is trusted."""
         flags = normalize_flags(self.stats, self.flags)
-        if any(isinstance(x, Tracer) or np.ndim(x) for x in flags.values()):
-            raise ValueError(
-                "reasons needs a single concrete estimate; got one inside jit or a "
-                "batch. Use the boolean arrays in flags there."
-            )
-        return tuple(REASONS.get(name, name) for name in sorted(flags) if flags[name])
+        return sentences_of_flags(flags, REASONS, "estimate")
 
     def _rows(self) -> list[Row] | None:
         return estimate_rows(self)
