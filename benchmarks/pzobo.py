@@ -81,6 +81,7 @@ from hypergrad.runtime.compat import enable_x64
 
 from .shared.published_traces import (
     first_cost_below,
+    largest_differences,
     method_lines,
     plot_traces,
     published_steps,
@@ -88,7 +89,7 @@ from .shared.published_traces import (
     trace_row,
 )
 from .shared.pzobo_published import LOSSES, NORMS
-from .shared.pzobo_runs import RATE, Run, Setup, make_estimator
+from .shared.pzobo_runs import RATE, Run, Setup, make_estimator, run_cells
 from .shared.torch_random import TorchGenerator
 
 SOURCE = "esjacobians, HyperRepresentation.ipynb"
@@ -234,17 +235,6 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     }
 
 
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns one cell per row, or one per seed where directions are sampled anew."""
-    del scale
-    num_seeds = {method: min(run.num_seeds, seeds) for method, run in RUNS.items()}
-    return [
-        {"method": method, "seed": seed}
-        for method in (*RUNS, NO_LEARNING, *LEAST_SQUARES)
-        for seed in range(num_seeds.get(method) or 1)
-    ]
-
-
 BODY_COLUMNS = (
     Column("final", form=".4g"),
     Column("h", form=".4g"),
@@ -280,17 +270,11 @@ PUBLISHED = published_numbers()
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns the largest difference from the notebook per row, and two comparisons."""
-    lines = []
-    for method, values in LOSSES.items():
-        row = select(rows, method=method)[0]
-        differences = [abs(row[f"step_{k}"] / x - 1) for k, x in values.items()]
-        lines.append(f"{method} {max(differences):.1e}")
-    text = f"Largest relative difference from the printed losses: {', '.join(lines)}"
     final = lambda method: select(rows, method=method)[0]["final"]
     order = ("PZOBO", "AID-CG", "AID-FP", "HOZOG")
     is_same = all(np.diff([final(method) for method in order]) > 0)
     return [
-        Finding(text),
+        largest_differences(rows, LOSSES),
         Finding(
             f"The order of the notebook at its last step, {' < '.join(order)}: "
             f"{'the same' if is_same else 'another one'}"
@@ -312,7 +296,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 STEPS = dict.fromkeys(step for values in LOSSES.values() for step in values)
 table = MeasurementTable(
-    cells=cells,
+    cells=lambda scale, seeds: run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES), seeds),
     measure_cell=measure,
     columns=(
         *step_columns(STEPS, ".5g"),

@@ -70,6 +70,7 @@ from hypergrad.bench.timing import measure_seconds
 
 from .shared.published_traces import (
     first_cost_below,
+    largest_differences,
     method_lines,
     plot_traces,
     published_steps,
@@ -77,7 +78,7 @@ from .shared.published_traces import (
     trace_row,
 )
 from .shared.pzobo_published import DEEP_LOSSES
-from .shared.pzobo_runs import RATE, Run, Setup, make_estimator
+from .shared.pzobo_runs import RATE, Run, Setup, make_estimator, run_cells
 from .shared.torch_random import TorchGenerator
 
 SOURCE = "esjacobians, DeepHyperRepresentation.ipynb"
@@ -202,17 +203,6 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     }
 
 
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns one cell per row, or one per seed where directions are sampled anew."""
-    del scale
-    num_seeds = {method: min(run.num_seeds, seeds) for method, run in RUNS.items()}
-    return [
-        {"method": method, "seed": seed}
-        for method in (*RUNS, NO_LEARNING, *LEAST_SQUARES)
-        for seed in range(num_seeds.get(method) or 1)
-    ]
-
-
 def published_numbers() -> dict[tuple[str, str], Published]:
     """Returns the losses of the notebook."""
     published = {}
@@ -230,15 +220,9 @@ PUBLISHED = published_numbers()
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns the largest difference from the notebook per row, and a comparison."""
-    lines = []
-    for method, values in DEEP_LOSSES.items():
-        row = select(rows, method=method)[0]
-        differences = [abs(row[f"step_{k}"] / x - 1) for k, x in values.items()]
-        lines.append(f"{method} {max(differences):.1e}")
-    text = f"Largest relative difference from the printed losses: {'; '.join(lines)}"
     final = lambda method: select(rows, method=method)[0]["final"]
     return [
-        Finding(text),
+        largest_differences(rows, DEEP_LOSSES),
         Finding(
             f"PZOBO with its difference ends at {final('PZOBO'):.4g}, without it, in "
             f"*direct term*, at {final('direct term'):.4g}."
@@ -265,7 +249,7 @@ BODY_COLUMNS = (
 )
 STEPS = dict.fromkeys(step for values in DEEP_LOSSES.values() for step in values)
 table = MeasurementTable(
-    cells=cells,
+    cells=lambda scale, seeds: run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES), seeds),
     measure_cell=measure,
     columns=(*step_columns(STEPS, ".5g"), *BODY_COLUMNS),
     published=PUBLISHED,

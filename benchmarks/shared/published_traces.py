@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.bench import Column, Published, Row, select
+from hypergrad.bench import Column, Finding, Published, Row, select
 from hypergrad.bench.claims import Tag
 
 from .stages import markdown_table
@@ -36,6 +36,20 @@ def published_steps(
         )
         for step, value in values.items()
     }
+
+
+def largest_differences(
+    rows: list[Row], losses: Mapping[str, Mapping[int, float]]
+) -> Finding:
+    """Returns the largest relative difference from the losses of each method."""
+    texts = []
+    for method, values in losses.items():
+        row = select(rows, method=method)[0]
+        differences = [abs(row[f"step_{k}"] / x - 1) for k, x in values.items()]
+        texts.append(f"{method} {max(differences):.1e}")
+    return Finding(
+        f"Largest relative difference from the printed losses: {'; '.join(texts)}"
+    )
 
 
 def method_lines(rows: list[Row], columns: Iterable[Column]) -> list[str]:

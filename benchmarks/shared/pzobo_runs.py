@@ -1,11 +1,13 @@
 """The estimators of the notebooks of PZOBO's authors, and rows that these lack."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
+from hypergrad.bench import Cell
 
 from .random_directions import AlongDirections, RestartedPZOBO, sample_directions
 from .torch_random import TorchGenerator
@@ -40,6 +42,18 @@ class Run(NamedTuple):
     size: str = "first"
     offset: int = 0
     num_seeds: int = 0
+
+
+def run_cells(
+    runs: Mapping[str, Run], fitted_once: Iterable[str], seeds: int
+) -> list[Cell]:
+    """Returns one cell per row, or one per seed where directions are sampled anew."""
+    num_seeds = {method: min(run.num_seeds, seeds) for method, run in runs.items()}
+    return [
+        {"method": method, "seed": seed}
+        for method in (*runs, *fitted_once)
+        for seed in range(num_seeds.get(method) or 1)
+    ]
 
 
 def make_estimator(
