@@ -1,4 +1,4 @@
-"""The three problems of benchmark_bilevel on which `step_cost` times single steps.
+"""The three problems of benchmark_bilevel, on which `step_cost` times single steps.
 
 Each problem is given twice, as the two programs expect it: as losses of a batch, and as
 functions of the first row and the size of a batch, which benchmark_bilevel slices.
@@ -117,6 +117,25 @@ def quadratics() -> StepProblem:
     return StepProblem(loss, loss, data(0), data(1), zeros, zeros)
 
 
+def example_losses(w: Array, batch: PyTree) -> Array:
+    """Returns the cross-entropy of each example under softmax regression."""
+    scores = batch["x"] @ w.reshape(784, 10)
+    return -jnp.sum(batch["y"] * jax.nn.log_softmax(scores), -1)
+
+
+def mean_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """Returns the outer loss of the hyper-cleaning problem."""
+    return jnp.mean(example_losses(w, batch))
+
+
+def weighted_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """Returns the inner loss of the hyper-cleaning problem on contiguous examples."""
+    size = len(batch["index"])
+    logits = jax.lax.dynamic_slice_in_dim(alpha, batch["index"][0], size)
+    mean = jnp.mean(jax.nn.sigmoid(logits) * example_losses(w, batch))
+    return mean + PENALTY * jnp.sum(w**2)
+
+
 def cleaning() -> StepProblem:
     """Returns softmax regression on MNIST with a weight for each of 20,000 examples."""
     arrays = datasets.load("mnist")
@@ -124,24 +143,10 @@ def cleaning() -> StepProblem:
     x = jnp.asarray((x - x.mean(0)) / np.maximum(x.std(0), 1e-3))
     y = jax.nn.one_hot(jnp.asarray(arrays["y"])[: NUM_TRAIN + NUM_VAL], 10)
     y = y.astype(jnp.float32)
-
-    def losses(w, batch):
-        scores = batch["x"] @ w.reshape(784, 10)
-        return -jnp.sum(batch["y"] * jax.nn.log_softmax(scores), -1)
-
-    def outer_loss(w, alpha, batch):
-        return jnp.mean(losses(w, batch))
-
-    def inner_loss(w, alpha, batch):
-        size = len(batch["index"])
-        logits = jax.lax.dynamic_slice_in_dim(alpha, batch["index"][0], size)
-        mean = jnp.mean(jax.nn.sigmoid(logits) * losses(w, batch))
-        return mean + PENALTY * jnp.sum(w**2)
-
     index = jnp.arange(NUM_TRAIN)
     return StepProblem(
-        inner_loss,
-        outer_loss,
+        weighted_loss,
+        mean_loss,
         {"x": x[:NUM_TRAIN], "y": y[:NUM_TRAIN], "index": index},
         {"x": x[NUM_TRAIN:], "y": y[NUM_TRAIN:]},
         jnp.zeros(7840, jnp.float32),

@@ -1,0 +1,85 @@
+"""The tables of benchmark_bilevel: their data, starting points and stored numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks import bilevel_cleaning
+from benchmarks.shared import hyper_cleaning
+from hypergrad import datasets
+
+
+@pytest.fixture
+def arrays():
+    """Returns MNIST, or skips the test."""
+    try:
+        return datasets.load("mnist")
+    except FileNotFoundError:
+        pytest.skip("MNIST is not at hand")
+
+
+def test_the_images_and_labels_are_those_of_benchmark_bilevel(arrays):
+    """The lines of its ``datasets/mnist.py``."""
+    is_test = arrays["test"]
+    pixels = np.round(255.0 * arrays["x"].astype(float)).astype(np.uint8)
+    rng = np.random.RandomState(32)
+    train, val, y_train, y_val = train_test_split(
+        pixels[~is_test],
+        arrays["y"][~is_test],
+        test_size=5000,
+        train_size=20_000,
+        random_state=rng,
+    )
+    corrupted = rng.rand(20_000) < 0.7
+    right = y_train.copy()
+    y_train[corrupted] = rng.randint(0, 10, np.sum(corrupted))
+    scaler = StandardScaler().fit(train)
+    sets = hyper_cleaning.load_data(0.7)
+    for name, x, y in (
+        ("inner", train, y_train),
+        ("outer", val, y_val),
+        ("right labels", train, right),
+        ("test", pixels[is_test], arrays["y"][is_test]),
+    ):
+        seen = train.std(0) > 0  # others have a weight of zero at every step
+        np.testing.assert_allclose(
+            sets[name]["x"][:, seen], scaler.transform(x)[:, seen], rtol=1e-5, atol=1e-5
+        )
+        np.testing.assert_array_equal(np.argmax(sets[name]["y"], -1), y)
+
+
+def test_the_start_has_the_stored_error(arrays):
+    """The first evaluation of the stored runs is 0.902."""
+    test = hyper_cleaning.load_data(0.5)["test"]
+    w = jnp.zeros(7840)
+    start = hyper_cleaning.error(test, w, w, jax.random.key(0))
+    np.testing.assert_allclose(start, 0.902, atol=1e-6)
+
+
+def test_steps_of_a_run_have_the_stored_sizes(arrays):
+    """The first step moves no logit, the second one at most those of its batch.
+
+    The adjoint is zero at the start, so that ``lambda`` moves from the second step on.
+    """
+    loop = hyper_cleaning.make_loop("SOBA", 0.9)
+    state = loop.init(jnp.zeros(7840), jnp.full(20_000, -2.0))
+    first = loop.run(state, num_steps=1)
+    np.testing.assert_array_equal(first.alpha, -2.0)
+    two = loop.run(state, num_steps=2)
+    assert np.sum(np.asarray(two.alpha) != -2.0) <= 64
+    assert np.max(np.abs(two.alpha + 2.0)) > 0
+
+
+def test_stored_errors_are_judged_where_a_method_runs():
+    cells = bilevel_cleaning.cells("paper", 3)
+    run = {
+        (cell["method"], bilevel_cleaning.column(cell["p"]))
+        for cell in cells
+        if cell["p"]
+    }
+    judged = run & set(bilevel_cleaning.PUBLISHED)
+    assert len(bilevel_cleaning.PUBLISHED) == 30
+    assert len(judged) == len(hyper_cleaning.RATES) == 8
