@@ -25,14 +25,9 @@ else may run on the machine.
 peer's time, by the geometric mean over the repeats, and none takes more than 1.2.
 """
 
-import contextlib
 import functools
-import importlib.util
-import os
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +40,7 @@ import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
 
 from .shared import plots
+from .shared.benchmark_bilevel import checkout, load_peer
 from .shared.step_problems import PROBLEMS, StepProblem
 
 BATCH, NUM_INNER = 64, 10
@@ -105,49 +101,6 @@ def peer_run(
         return carry["outer_var"]
 
     return run
-
-
-def checkout() -> Path | None:
-    """Returns the folder of benchmark_bilevel that the environment names."""
-    folder = os.environ.get("BENCHMARK_BILEVEL")
-    return Path(folder) if folder else None
-
-
-def load_peer(method: str) -> Any:
-    """Returns the class of a solver of the checkout."""
-    folder = checkout()
-    if folder is None:
-        raise ValueError("BENCHMARK_BILEVEL must name a checkout of benchmark_bilevel.")
-    sys.modules.setdefault("benchopt", _substitute_benchopt())
-    sys.modules.setdefault(
-        "benchopt.stopping_criterion", _substitute_stopping_criterion()
-    )
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # for its package benchmark_utils
-    name = method.lower()
-    spec = importlib.util.spec_from_file_location(
-        f"benchmark_bilevel_{name}", folder / "solvers" / f"{name}.py"
-    )
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"{folder} must contain solvers/{name}.py.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Solver
-
-
-def _substitute_benchopt() -> types.ModuleType:
-    """Returns the three names of benchopt that a solver imports."""
-    module: Any = types.ModuleType("benchopt")
-    module.BaseSolver = type("BaseSolver", (), {"run_once": lambda self, n: None})
-    module.BaseDataset = type("BaseDataset", (), {})
-    module.safe_import_context = contextlib.nullcontext
-    return module
-
-
-def _substitute_stopping_criterion() -> types.ModuleType:
-    module: Any = types.ModuleType("benchopt.stopping_criterion")
-    module.SufficientProgressCriterion = lambda **options: None
-    return module
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:

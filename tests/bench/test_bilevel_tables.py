@@ -7,8 +7,8 @@ import pytest
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks import bilevel_cleaning
-from benchmarks.shared import hyper_cleaning
+from benchmarks import bilevel_cleaning, bilevel_ijcnn1
+from benchmarks.shared import hyper_cleaning, ijcnn1_runs
 from hypergrad import datasets
 
 
@@ -82,3 +82,54 @@ def test_stored_errors_are_judged_where_a_method_runs():
     judged = run & set(bilevel_cleaning.PUBLISHED)
     assert len(bilevel_cleaning.PUBLISHED) == 30
     assert len(judged) == len(hyper_cleaning.RATES) == 8
+
+
+@pytest.fixture
+def ijcnn1():
+    """Loads ijcnn1, or skips the test."""
+    try:
+        datasets.load("ijcnn1")
+    except FileNotFoundError:
+        pytest.skip("ijcnn1 is not at hand")
+
+
+def test_value_function_and_gradient_at_the_stored_start(ijcnn1):
+    estimate = ijcnn1_runs.estimate(ijcnn1_runs.problem().alpha)
+    for name, value in (
+        ("start", float(estimate.value)),
+        ("start_grad", float(np.sum(np.asarray(estimate.hypergradient) ** 2))),
+    ):
+        number = bilevel_ijcnn1.PUBLISHED[bilevel_ijcnn1.LBFGS, name]
+        assert number.is_reproduced(value, "paper"), (name, value)
+
+
+def test_full_batches_follow_the_stored_run(ijcnn1, monkeypatch):
+    monkeypatch.setattr(ijcnn1_runs, "AT", (1, 2))
+    method = ijcnn1_runs.FULL_BATCH
+    row = ijcnn1_runs.run_loop(method, 0)
+    for name in ("step_4", "step_8"):
+        number = bilevel_ijcnn1.PUBLISHED[method, name]
+        assert abs(row[name] - number.value) < 1e-4, (name, row[name])
+
+
+def test_stored_values_are_judged_where_a_method_is_evaluated():
+    names = [name for method, name in bilevel_ijcnn1.PUBLISHED if method == "SABA"]
+    assert names == [f"step_{k * 131_072}" for k in (1, 2, 5)]
+    assert len(bilevel_ijcnn1.cells("paper", 3)) == 13 + 2 * 4
+
+
+def test_a_row_that_is_not_finite_is_counted():
+    rows = [
+        {
+            "method": method,
+            "seed": seed,
+            "step_131072": 0.3,
+            "step_262144": 0.2,
+            "last": float("nan") if (method, seed) == ("SOBA", 1) else 0.2,
+        }
+        for method in bilevel_ijcnn1.METHODS
+        for seed in range(2)
+    ]
+    texts = [finding.text for finding in bilevel_ijcnn1.findings(rows)]
+    assert texts[-1] == "SOBA: 1 of 2 seeds end not finite"
+    assert "stored 0.20722, present code 0.30000, ours 0.30000" in texts[3]

@@ -1,0 +1,52 @@
+"""The solvers of a checkout of benchmark_bilevel, without the package benchopt."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+
+def checkout() -> Path | None:
+    """Returns the folder of benchmark_bilevel that the environment names."""
+    folder = os.environ.get("BENCHMARK_BILEVEL")
+    return Path(folder) if folder else None
+
+
+def load_peer(method: str) -> Any:
+    """Returns the class of a solver of the checkout."""
+    folder = checkout()
+    if folder is None:
+        raise ValueError("BENCHMARK_BILEVEL must name a checkout of benchmark_bilevel.")
+    sys.modules.setdefault("benchopt", _substitute_benchopt())
+    sys.modules.setdefault(
+        "benchopt.stopping_criterion", _substitute_stopping_criterion()
+    )
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # for its package benchmark_utils
+    name = method.lower()
+    spec = importlib.util.spec_from_file_location(
+        f"benchmark_bilevel_{name}", folder / "solvers" / f"{name}.py"
+    )
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"{folder} must contain solvers/{name}.py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Solver
+
+
+def _substitute_benchopt() -> types.ModuleType:
+    """Returns the three names of benchopt that a solver imports."""
+    module: Any = types.ModuleType("benchopt")
+    module.BaseSolver = type("BaseSolver", (), {"run_once": lambda self, n: None})
+    module.BaseDataset = type("BaseDataset", (), {})
+    module.safe_import_context = contextlib.nullcontext
+    return module
+
+
+def _substitute_stopping_criterion() -> types.ModuleType:
+    module: Any = types.ModuleType("benchopt.stopping_criterion")
+    module.SufficientProgressCriterion = lambda **options: None
+    return module
