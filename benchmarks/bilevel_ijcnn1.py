@@ -49,7 +49,16 @@ the 49,990 training examples.
 
 *Tolerance.* 2e-3 on ``h`` at every evaluation; 1e-5 and 1e-6 on the two numbers of the
 start.
+
+*Not reproduced.* SOBA at evaluations 1 and 2: two of three seeds overflowed, as in the
+trials, and the one that is left is below the stored median. The authors' present code,
+whose first pass is in the order of the data, has the stored values to 1.2e-4. StocBiO
+is within the tolerance, but two of three seeds overflowed in the second evaluation, so
+that its second number is of one seed: in the seed that was traced again, a log-penalty
+had grown to 1.3, where inner steps of 0.5 leave the stable range.
 """
+
+from pathlib import Path
 
 import numpy as np
 
@@ -139,22 +148,25 @@ STORED = {
 
 def published() -> dict[tuple[str, str], Published]:
     """Returns the stored numbers of the evaluations, and those of the present code."""
-    number = lambda value, tolerance, tag="verified", source=SOURCE: Published(
-        value, tolerance, tag, source=source
+    stored = lambda value, tolerance: Published(
+        value, tolerance, "verified", source=SOURCE
+    )
+    present = lambda value, tolerance: Published(
+        value, tolerance, "executed", source="benchmark_bilevel, 3ad65dc"
     )
     numbers = {
-        (LBFGS, "start"): number(0.560235, 1e-5),
-        (LBFGS, "start_grad"): number(0.002538, 1e-6),
+        (LBFGS, "start"): stored(0.560235, 1e-5),
+        (LBFGS, "start_grad"): stored(0.002538, 1e-6),
     }
     for method, values in STORED.items():
         size = 4 if method == FULL_BATCH else EVALUATION
         limit = SETTINGS.get(method, (0, 0, AT[-1]))[-1]
-        source, tag = SOURCE, "verified"
+        number = stored
         if method == "StocBiO":
-            values, source, tag = (0.22455, 0.21488), "benchmark_bilevel", "executed"
+            values, number = (0.22455, 0.21488), present
         for k, value in zip(AT, values, strict=False):
             if k <= limit:
-                numbers[method, f"step_{k * size}"] = number(value, 2e-3, tag, source)
+                numbers[method, f"step_{k * size}"] = number(value, 2e-3)
     return numbers
 
 
@@ -190,6 +202,14 @@ def findings(rows: list[Row]) -> list[Finding]:
     return lines
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots ``h`` by iteration with the numbers judged, and by cost."""
+    shown = [row for row in rows if row["method"] not in PEERS]
+    run_methods = {row["method"] for row in shown}
+    judged = {key: x for key, x in PUBLISHED.items() if key[0] in run_methods}
+    plot_traces(shown, judged, path)
+
+
 table = MeasurementTable(
     cells=cells,
     measure_cell=measure,
@@ -203,7 +223,7 @@ table = MeasurementTable(
     published=PUBLISHED,
     findings=findings,
     body=lambda rows: method_lines(rows, COLUMNS),
-    plot=lambda rows, path: plot_traces(rows, PUBLISHED, path),
+    plot=plot,
     paradigm="supervised",
     source="Dagréou et al. 2022 (arXiv 2201.13409), runs stored by the authors",
     data="ijcnn1 (49,990 + 91,701 examples)",

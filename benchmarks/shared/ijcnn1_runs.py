@@ -52,7 +52,7 @@ def exact() -> tuple[hg.Bilevel, Callable]:
     return full, jax.jit(hg.hypergradient(full, implicit))
 
 
-def estimate(alpha: Array) -> hg.Estimate:
+def estimate(alpha: Array | np.ndarray) -> hg.Estimate:
     """Returns ``h`` and its gradient in float64."""
     with enable_x64(True):
         _, hypergradient = exact()
