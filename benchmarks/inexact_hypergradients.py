@@ -38,10 +38,17 @@ images that nothing else uses; none on test images is claimed, as they are outer
 
 *Tolerances.* 2% of numbers of iterations, 1% of losses. A number that the cells of an
 inner solver share is judged once. Everything is deterministic: one seed.
+
+*Not reproduced.* The first adjoint solves of *HB .01 / CG .01* and *FISTA .01 / CG .01*
+take 23 products, where the authors saved 24 and 21. Their six inner solves end at
+almost the same ``w`` and need 21 to 24 products of CG. In a trial in float64 the two
+cells with HB take 19: rounding to float32 delays CG, by a number of products that
+differs between programs. The tolerance of 2% is too strict for that, and stays as it
+was stated.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +129,7 @@ def inner_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
     return jnp.mean(weighted) + PENALTY * jnp.sum(w**2)
 
 
-def outer_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+def outer_loss(w: Array, alpha: Array | None, batch: PyTree) -> Array:
     """Returns the mean loss."""
     del alpha
     return jnp.mean(losses(w, batch))
@@ -176,7 +183,7 @@ def adaptive_estimator(alpha: Array, x: Array) -> hg.Implicit:
     return hg.Implicit(hg.Descent(HEAVY_BALL, 5000), rtol=0.1)
 
 
-METHODS: dict[str, tuple[Maker, optax.GradientTransformation]] = {
+METHODS: Mapping[str, tuple[Maker, optax.GradientTransformation]] = {
     label(*cell): (authors_estimator(cell), optax.sgd(STEP_SIZE)) for cell in AUTHORS
 } | {
     "rtol .1": (adaptive_estimator, optax.sgd(STEP_SIZE)),
@@ -190,7 +197,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     problem: hg.Bilevel,
     carry: tuple[Array, Any, Any],
-) -> tuple[hg.Estimate, tuple[Array, Any, Any]]:
+) -> tuple[hg.Estimate, Any]:
     """Returns the estimate of an outer step, and the next carry."""
     alpha, state, optimizer_state = carry
     estimator = make_estimator(alpha, problem.inner_data["x"])
@@ -222,10 +229,10 @@ def run(method: str, budget: float) -> tuple[Array, Row]:
     """Returns the last ``w`` and the numbers of a method."""
     make_estimator, optimizer = METHODS[method]
     problem, carry, row = make_problem(), (jnp.zeros(NUM_TRAIN), None, None), {}
-    points, cost, products = [], 0.0, 0.0
+    w, points, cost, products = jnp.zeros(START), [], 0.0, 0.0
     while not points or points[-1][0] < budget:
         estimate, carry = make_step(make_estimator, optimizer, problem, carry)
-        count = {name: float(x) for name, x in estimate.stats.items()}
+        w, count = estimate.w, {name: float(x) for name, x in estimate.stats.items()}
         is_ours = make_estimator is adaptive_estimator
         # Implicit makes one product more than its linear solver, for the cross term.
         inner = count["num_grads"] if is_ours else count["num_inner_steps"]
@@ -242,7 +249,7 @@ def run(method: str, budget: float) -> tuple[Array, Row]:
         cost += count["num_grads"] + 2 * count["num_hvps"]
         cost += count["num_outer_grads"] * NUM_OUTER / NUM_TRAIN
     every = -(-len(points) // NUM_POINTS)
-    return estimate.w, row | {
+    return w, row | {
         "last_loss": points[-1][1] if budget > 1 else None,
         "outer_steps": len(points),
         "gradient_equivalents": cost,
@@ -333,8 +340,8 @@ def plot(rows: list[Row], path: Path) -> None:
         right.barh(row["method"], row["error"], color=style["color"])
     left.plot([], [], "kD", markersize=4, label="authors, at 10,000")
     left.set(xlabel="inner and adjoint iterations", ylabel="outer loss M")
-    left.set(xscale="log", yscale="log")
-    right.set(xscale="log", xlabel="relative error of the first hypergradient")
+    left.set(xscale="log")
+    right.set(xlabel="relative error of the first hypergradient")
     right.invert_yaxis()
     left.legend(fontsize=8)
     for axis in (left, right):

@@ -20,7 +20,8 @@ def inner_loss(w, alpha, batch):
 @pytest.mark.parametrize("method", ["GD", "HB", "FISTA"])
 def test_inner_solvers_stop_within_their_distance_to_the_minimum(method):
     solver = InexactSolver(method, TOLERANCE, MU, jnp.asarray(SMOOTHNESS))
-    solve = lambda w: solver.solve(inner_loss, w, 1.0, None, jax.random.key(0))
+    alpha, key = jnp.asarray(1.0), jax.random.key(0)
+    solve = lambda w: solver.solve(inner_loss, w, alpha, None, key)
     w, stats = solve(jnp.zeros_like(B))
     grad_norm = jnp.linalg.norm(EIGENVALUES * w - B)
     assert 0 < grad_norm <= TOLERANCE * MU
