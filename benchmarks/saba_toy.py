@@ -16,22 +16,23 @@ outer examples of normal numbers, 20 weights, 10 hyperparameters,
 ``c`` is such that the smallest eigenvalue of the Hessian of M(w*(a), a) is 18.4: then
 exact gradient descent on alpha falls by 3.2 decades per 1,000 steps, as SABA does in
 the figure. The slope of SABA is therefore to be read beside that of *SOBA, all data*,
-and not beside the paper's. Data, batches and the start (normal numbers times 0.01 for
-``w``, the adjoint zero) depend on the seed.
+more than beside the paper's. Data, batches and the start depend on the seed: normal
+numbers for alpha, chosen after trials to be about three decades above the plateau of
+SOBA, as in the figure, and zero for ``w`` and the adjoint.
 
 *Rows.* 4,000 steps each, in float64. *SOBA* and *SABA* with batches of one example;
 *SRBA*, another variance reduction, with a full pass every 100 steps; *SOBA, all data*;
 *SOBA, falling*, whose rates fall as ``1 / sqrt(1 + t / 100)``; *Implicit*, Newton's
 method for ``w`` and exact hypergradients, at the same rate of alpha.
 
-*Measured.* ``log10 ||dh/da||^2`` in closed form, at six steps, and the decades per
-1,000 steps by which it falls from step 1,000 to step 4,000 (a positive number falls).
+*Measured.* ``log10 ||dh/da||^2`` in closed form, less its value at the start, at five
+steps, and the decades per 1,000 steps by which it falls from step 1,000 to step 4,000.
 Gradient-equivalents count a product with its gradient 2; a batch counts 1/100.
 
-*Published.* The values of the figure, which were read off it to about 0.1, are printed
-and not judged, because the instance is another one. The shape is stated as claims, on
-ten seeds: SABA falls by 2 decades per 1,000 steps more than SOBA does, and ends 6
-decades lower.
+*Published.* The values of the figure, which were read off it to about 0.1 ("verified"
+means here: in the figure), are printed and not judged, because the instance is another
+one. The shape is stated as claims, on ten seeds: SABA falls by 2 decades per 1,000
+steps more than SOBA does, and ends 6 decades lower.
 """
 
 import functools
@@ -61,10 +62,11 @@ from hypergrad.runtime.compat import enable_x64
 NUM_EXAMPLES, NUM_W, NUM_ALPHA = 100, 20, 10
 RATE, RATIO, NUM_STEPS, STRIDE = 0.01, 50, 4000, 20
 MIN_EIGENVALUE = 18.4
-STEPS = (0, 500, 1000, 2000, 3000, 4000)
+STEPS = (500, 1000, 2000, 3000, 4000)
+FIGURE_START = -1.4
 FIGURE = {
-    "SABA": (-1.4, -5.2, -6.9, -10.1, -13.2, -16.4),
-    "SOBA": (-1.4, -4.3, -4.6, -4.5, -4.8, -4.7),
+    "SABA": (-5.2, -6.9, -10.1, -13.2, -16.4),
+    "SOBA": (-4.3, -4.6, -4.5, -4.8, -4.7),
 }
 
 
@@ -136,6 +138,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
         alphas = np.concatenate([trace.alphas, np.asarray(trace.alpha)[None]])
         cost = np.sum(trace.stats["gradient_equivalents"])
     norms = np.log10(np.sum(((alphas - best) @ Q) ** 2, axis=1))
+    norms -= norms[0]
     row: Row = {f"log_{step}": float(norms[step]) for step in STEPS}
     row["slope"] = decades_per_1000(norms[1000], norms[NUM_STEPS])
     return row | {
@@ -173,10 +176,11 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.plot(steps, np.median(curves, 0), color=f"C{i}", label=method)
         axis.fill_between(steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.2)
         if method in FIGURE:
-            axis.plot(STEPS, FIGURE[method], "D", color=f"C{i}", markersize=7,
+            points = np.array(FIGURE[method]) - FIGURE_START
+            axis.plot(STEPS, points, "D", color=f"C{i}", markersize=7,
                       markeredgecolor="black",
                       label=f"{method}, figure of the authors")  # fmt: skip
-    axis.set(xlabel="steps", ylabel="log10 of the squared norm of the hypergradient")
+    axis.set(xlabel="steps", ylabel="log10 of ||dh/da||² over its start")
     axis.set_title("Batches of one example; median and range of ten seeds")
     axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
@@ -188,8 +192,11 @@ def published() -> dict[tuple[str, str], Published]:
     """Returns the values of the figure, which belong to another instance."""
     numbers = {}
     for method, values in FIGURE.items():
-        columns = dict(zip((f"log_{step}" for step in STEPS), values, strict=True))
-        columns["slope"] = decades_per_1000(values[2], values[-1])
+        columns = {
+            f"log_{step}": value - FIGURE_START
+            for step, value in zip(STEPS, values, strict=True)
+        }
+        columns["slope"] = decades_per_1000(values[1], values[-1])
         for name, value in columns.items():
             numbers[method, name] = Published(value, 0.5, "verified", source="figure 1")
     return numbers
