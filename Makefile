@@ -21,7 +21,7 @@ DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hype
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs notebooks peers full clean
+.PHONY: help demo test lint types docs notebooks release peers full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	        || { echo "$$name: .py and .ipynb differ; CONTRIBUTING.md says what to run"; exit 1; }; \
 	done
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+
+release: $(VENV)/.has-dev ## build wheel and sdist, and try both without this checkout
+	packaging/try_release.sh $(PY)
 
 peers: | $(VENV)/pyvenv.cfg ## install the libraries that the table `peer_speed` runs
 	$(PY) -m benchmarks.peers.environments

@@ -244,7 +244,7 @@ class IndexEntry:
         if "FAILED" in self.status:
             status = f"<span class='bad'>{status}</span>"
         origin = (self.paradigm, f"commit {self.commit[:12]}", _age(self.time))
-        origin = ", ".join(_text(part) for part in origin if part)
+        origin = ", ".join(map(_text, filter(None, origin)))
         href = html.escape(f"{urllib.parse.quote(self.name)}.html", quote=True)
         return (
             f"<li><a href='{href}'>{image}"
