@@ -44,9 +44,10 @@ lint: $(VENV)/.has-dev ## rules and formatting
 types: $(VENV)/.has-dev ## static types
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
-docs: $(VENV)/.has-dev ## build the site into site/, with a page of every table
+docs: $(VENV)/.has-dev ## build the site into site/, with a page of every table and the report
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(VENV)/bin/hypergrad report benchmarks/results --out site/tables
+	$(PY) -c 'import typst; typst.compile("docs/report/report.typ", output="site/report.pdf", root=".")'
 
 # A notebook NAME.ipynb and its text twin NAME.py must hold the same cells.
 TWIN := $(PY) -m jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all
