@@ -328,7 +328,7 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "fast = hg.Implicit(hg.Descent(optax.sgd(100.0), 50))\n"
             "estimate = hg.hypergradient(problem, fast)(w, alpha)",
             "The descent diverges. Lower the rate, or use `hg.Newton()`; a rate below 2 over the largest curvature "
-            "(`estimate.stats[\"ritz_max\"]` of a run that converges) is stable.",
+            '(`estimate.stats["ritz_max"]` of a run that converges) is stable.',
         ),
         Mistake(
             "Too few inner steps for `Implicit`",
