@@ -21,7 +21,7 @@ DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hype
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs notebooks peers full clean
+.PHONY: help demo test lint types docs notebooks release peers full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -44,9 +44,10 @@ lint: $(VENV)/.has-dev ## rules and formatting
 types: $(VENV)/.has-dev ## static types
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
-docs: $(VENV)/.has-dev ## build the site into site/, with a page of every table
+docs: $(VENV)/.has-dev ## build the site into site/, with a page of every table and the report
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(VENV)/bin/hypergrad report benchmarks/results --out site/tables
+	$(PY) -c 'import typst; typst.compile("docs/report/report.typ", output="site/report.pdf", root=".")'
 
 # A notebook NAME.ipynb and its text twin NAME.py must hold the same cells.
 TWIN := $(PY) -m jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all
@@ -63,6 +64,9 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	        || { echo "$$name: .py and .ipynb differ; CONTRIBUTING.md says what to run"; exit 1; }; \
 	done
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+
+release: $(VENV)/.has-dev ## build wheel and sdist, and try both without this checkout
+	packaging/try_release.sh $(PY)
 
 peers: | $(VENV)/pyvenv.cfg ## install the libraries that the table `peer_speed` runs
 	$(PY) -m benchmarks.peers.environments

@@ -160,6 +160,22 @@ def export(
     exit_with_errors(errors)
 
 
+def write_solvers(folder: Path) -> None:
+    """Write the single-loop methods as solvers of benchopt.
+
+    They run with `benchopt run` beside the solvers of benchmark_bilevel, and are drawn
+    in its figures.
+
+    Args:
+      folder: The folder `solvers` of a checkout of benchmark_bilevel.
+    """
+    from .bench import benchopt
+
+    with exit_with_message():
+        for path in benchopt.write_solvers(folder):
+            print_line(f"wrote {path}")
+
+
 def estimators() -> None:
     """List the estimators: their purpose, their cost, and the alpha they support."""
     from rich.console import Console
@@ -202,6 +218,7 @@ def main() -> None:
         sys.exit(f"hypergrad: {MISSING_EXTRA}")
     _mark(list_tables, "folder", tyro.conf.Positional)
     _mark(cite, "names", tyro.conf.Positional)
+    _mark(write_solvers, "folder", tyro.conf.Positional)
     _mark(run, "method", tyro.conf.UseAppendAction)
     _mark(run, "only", tyro.conf.UseAppendAction)
     tyro.extras.subcommand_cli_from_dict(
@@ -212,6 +229,7 @@ def main() -> None:
             "report": write_report,
             "compare": compare,
             "export": export,
+            "write-solvers": write_solvers,
             "estimators": estimators,
             "cite": cite,
         },

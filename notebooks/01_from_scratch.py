@@ -18,7 +18,8 @@
 # other data:
 #
 # $$
-# f(\alpha) = M\big(w^*(\alpha)\big), \qquad w^*(\alpha) = \arg\min_w L(w, \alpha).
+# f(\alpha) = M\big(w^*(\alpha)\big), \qquad
+# w^*(\alpha) = \operatorname{argmin}_w L(w, \alpha).
 # $$
 #
 # The *hypergradient* $\nabla f(\alpha)$ is the change of the validation loss when a
@@ -247,7 +248,7 @@ print("log-penalties:", np.round(trace.alpha, 1))
 #   $\nabla M$ are $O(\lVert e_T \rVert)$, so the error of the hypergradient falls as
 #   $q^T$.
 # - The **unrolled** derivative is the derivative of $w_T$ and not of $w^*$. The sum
-#   $\partial w_T / \partial \alpha = - \eta \sum_{t<T} (I - \eta H)^{T-1-t} J(w_t)$
+#   $- \eta \sum_{t<T} (I - \eta H)^{T-1-t} J(w_t)$
 #   lacks the tail of a geometric series, and each of its $T$ terms uses a $w_t$ with an
 #   error of $O(q^t)$. As a derivative at the minimum, its error falls as $T q^T$.
 

@@ -21,7 +21,7 @@
 #
 # $$
 # \min_\alpha M(w^*(\alpha)), \qquad
-# w^*(\alpha) = \arg\min_w \sum_i \sigma(\alpha_i)\, \ell(w; x_i, y_i) / n
+# w^*(\alpha) = \operatorname{argmin}_w \sum_i \sigma(\alpha_i)\, \ell(w; x_i, y_i) / n
 #   + \tfrac{\lambda}{2} \|w\|^2 .
 # $$
 #

@@ -17,7 +17,9 @@ from .table import BaseTable, result_rows
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
-       padding: 0 1rem; color: #1b1f24; background: #fff; }
+       padding: 0 1rem; color: #1b1f24; background: #fff;
+       overflow-wrap: break-word; }
+dd { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right;
@@ -241,13 +243,13 @@ class IndexEntry:
         status = _text(self.status)
         if "FAILED" in self.status:
             status = f"<span class='bad'>{status}</span>"
-        age = _age(self.time)
+        origin = (self.paradigm, f"commit {self.commit[:12]}", _age(self.time))
+        origin = ", ".join(map(_text, filter(None, origin)))
         href = html.escape(f"{urllib.parse.quote(self.name)}.html", quote=True)
         return (
             f"<li><a href='{href}'>{image}"
             f"<h2>{_text(self.name)}</h2></a><p>{_text(self.summary)}</p>"
-            f"<p>{status}<br>{_text(self.paradigm)}, commit {_text(self.commit)}, {age}"
-            "</p></li>"
+            f"<p>{status}<br>{origin}</p></li>"
         )
 
 

@@ -164,6 +164,8 @@ def test_links_to_pages_and_sections_exist(path):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
         file, _, section = target.partition("#")
         page = (path.parent / file) if file else path
+        if file.startswith("notebooks/"):  # `docs/site_hooks.py` makes these pages
+            page = ROOT / Path(file).with_suffix(".ipynb")
         assert page.exists(), target
         if section:
             headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
@@ -175,8 +177,9 @@ def test_links_to_pages_and_sections_exist(path):
 
 def test_the_site_has_every_page():
     nav = (ROOT / "mkdocs.yml").read_text().split("theme:")[0]
-    pages = set(re.findall(r"(\w+\.md)$", nav, re.MULTILINE))
-    assert pages == {path.name for path in PAGES}
+    pages = set(re.findall(r"([\w/]+\.md)$", nav, re.MULTILINE))
+    notebooks = {f"notebooks/{p.stem}.md" for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert pages == {path.name for path in PAGES} | notebooks
 
 
 def test_the_architecture_names_every_module():

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Builds wheel and sdist, and tries both as a user would: the wheel in an empty
+# environment and an empty folder, the sdist by its own quick tests. Usage: try_release.sh PYTHON
+set -euo pipefail
+python=$(realpath --no-symlinks "$1")
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+folder=$root/.cache/release
+
+# The n-th block of Python code of a Markdown file.
+python_block() {
+    awk -v n="$2" '/^```python/ { block++; next } /^```/ { inside = 0 }
+        { if (block == n && !ended) print } /^```/ { if (block == n) ended = 1 }' "$1" |
+        grep -v '^```'
+}
+
+rm -rf "$root/dist" "$folder"
+mkdir -p "$folder/empty" "$folder/sdist"
+"$python" -m build --outdir "$root/dist" "$root" > "$folder/build.log"
+
+"$python" -m venv "$folder/venv"
+"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$(echo "$root"/dist/*.whl)[cli]"
+cd "$folder/empty"
+echo "the first example of the README, with the wheel:"
+python_block "$root/README.md" 1 > example.py
+"$folder/venv/bin/python" example.py
+echo "a table of one file, with the wheel:"
+python_block "$root/benchmarks/README.md" 2 > table.py
+"$folder/venv/bin/hypergrad" run table.py --seeds 1
+
+tar --extract --strip-components=1 --directory "$folder/sdist" --file "$root"/dist/*.tar.gz
+cd "$folder/sdist"
+PYTHONPATH=$PWD "$python" -m pytest --quiet tests/house tests/spaces
