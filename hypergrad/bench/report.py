@@ -142,8 +142,8 @@ def published_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
     cells = []
     for (label, name), number in result.table.published.items():
         column = columns[name]
-        values = column.values(result.rows_of(label)) if result.rows else np.array([])
-        values = values[~np.isnan(values)]
+        rows = [row for row in result.rows_of(label) if name in row]
+        values = column.values(rows) if rows else np.array([])
         cells.append(
             [
                 f"{label}, {column.heading}",
@@ -156,25 +156,32 @@ def published_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
 def _compare(
     number: Published, values: np.ndarray, form: str, result: TableResult
 ) -> list[str]:
+    """Returns the cells of a number of a paper beside the ``[seeds]`` values of ours.
+
+    Values are NaN for seeds whose run did not stay finite, and nothing is reproduced
+    by the others alone.
+    """
     paper = format(number.value, form)
     if number.deviation is not None:
         paper += f" ± {format(number.deviation, form)}"
-    if not values.size:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
         return [paper, number.tag, "not run", "-", "-"]
-    mean = float(np.mean(values))
+    mean = float(np.mean(finite))
     measured = format(mean, form)
-    if values.size > 1:
-        measured += f" ± {format(np.std(values, ddof=1), form)}"
+    if finite.size > 1:
+        measured += f" ± {format(np.std(finite, ddof=1), form)}"
     is_reproduced = number.is_reproduced(mean, result.scale)
-    verdict = {None: "not judged", True: "yes", False: "no"}[is_reproduced]
+    if finite.size < values.size:
+        measured += f" ({finite.size} of {values.size} seeds)"
+        is_reproduced = None if is_reproduced is None else False
+    difference = format(mean - number.value, "+.3g")
+    if is_reproduced is None:
+        return [paper, number.tag, measured, difference, "not judged"]
+    verdict = "yes" if is_reproduced else "no"
     tolerance = format(number.max_difference, ".2g")
-    return [
-        paper,
-        number.tag,
-        measured,
-        format(mean - number.value, "+.3g"),
-        f"{verdict} (within {tolerance})",
-    ]
+    verdict += f" (within {tolerance})"
+    return [paper, number.tag, measured, difference, verdict]
 
 
 def _markdown_table(

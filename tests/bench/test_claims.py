@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from hypergrad.bench import Check, Claim, Comparison, Published
+from hypergrad.bench import (
+    Check,
+    Claim,
+    Column,
+    Comparison,
+    MeasurementTable,
+    Published,
+    report,
+)
 from hypergrad.bench.claims import evaluate_claims
 
 NOISE = 0.01 * np.array([1.0, -1.0, 0.5, -0.5, 0.2])
@@ -129,3 +137,30 @@ def test_reproduced_is_only_said_at_the_protocol_of_the_paper(
 ):
     number = Published(0.94, tolerance=0.02, tag=tag)
     assert number.is_reproduced(mean, scale) is expected
+
+
+@pytest.mark.parametrize(
+    ("values", "measured", "verdict"),
+    [
+        ((0.93, 0.94, 0.95), "0.940 ± 0.010", "yes (within 0.02)"),
+        ((0.90, 0.91, 0.92), "0.910 ± 0.010", "no (within 0.02)"),
+        ((None, 0.94, None), "0.940 (1 of 3 seeds)", "no (within 0.02)"),
+        ((None, 0.93, 0.95), "0.940 ± 0.014 (2 of 3 seeds)", "no (within 0.02)"),
+        ((None, None, None), "not run", "-"),
+    ],
+)
+def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
+    """A published number beside the mean of the seeds that stayed finite."""
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("accuracy", form=".3f"),),
+        published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
+    )
+    rows = [
+        {"method": "new", "seed": i, "accuracy": value, "scale": "paper"}
+        for i, value in enumerate(values)
+    ]
+    _, (cells,) = report.published_table(report.TableResult("toy", table, rows))
+    assert cells[3] == measured
+    assert cells[-1] == verdict
