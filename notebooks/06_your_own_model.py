@@ -60,13 +60,13 @@ class GaussianDropout(nnx.Module):
     def __call__(self, x, rate):
         if self.deterministic:
             return x
-        noise = jax.random.normal(self.rngs.dropout(), x.shape)
+        noise = jax.random.normal(self.rngs(), x.shape)
         return x * (1 + jnp.sqrt(rate / (1 - rate)) * noise)
 
 
 class Network(nnx.Module):
     def __init__(self, rngs):
-        self.hidden = nnx.Linear(64, 64, rngs=rngs)
+        self.hidden = nnx.Linear(64, 64, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(64, rngs=rngs)
         self.dropout = GaussianDropout(rngs)
         self.out = nnx.Linear(64, 10, rngs=rngs)
@@ -93,7 +93,7 @@ def train_loss(params, alpha, batch):
     (x, y), key = batch
     model = nnx.merge(graph, params, rest, copy=True)
     model.set_attributes(deterministic=False, use_running_average=False)
-    nnx.reseed(model, dropout=key, default=key)
+    nnx.reseed(model, default=key)
     logits = model(x, jax.nn.sigmoid(alpha["dropout"]))
     smoothing = jax.nn.sigmoid(alpha["smoothing"])
     targets = (1 - smoothing) * jax.nn.one_hot(y, 10) + smoothing / 10
@@ -118,9 +118,9 @@ problem = hg.Bilevel(train_loss, val_loss, hg.Batches(train, 50, with_key=True),
 # ## One hypergradient
 #
 # The optimizer is a function of `alpha`, because the learning rate is learned. Adam
-# divides by the root of a mean of squared gradients. Some pixels are always zero, so
-# that this mean is zero for their weights, where the root has no derivative: without
-# `eps_root` the hypergradient would not be finite.
+# divides by the root of a mean of squared gradients, which has no derivative at zero.
+# Without `eps_root`, a gradient that is zero would make the hypergradient infinite or
+# NaN.
 
 
 # %%
@@ -157,7 +157,8 @@ for name in alpha:
 # ## Learning
 #
 # `w` starts from the same random parameters in each step, because the model that will
-# be used is trained from there.
+# be used is trained from there. `hg.minimize` makes an `hg.OuterLoop`, which has more
+# options, such as `record_alphas`.
 
 # %%
 loop = hg.OuterLoop(problem, estimator, optax.adam(0.1), record_alphas=True)
@@ -177,6 +178,9 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
+# The learning rate grows, and dropout and smoothing become small: 100 steps are too few
+# to overfit. The left curve is noisy because each step has other batches.
+#
 # ## The model that is kept
 #
 # For predictions, the running averages are set once, by a pass of the training data

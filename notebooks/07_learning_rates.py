@@ -22,7 +22,8 @@
 #
 # $$
 # \min_{\alpha} M(w_{60}), \qquad
-# w_{t+1} = w_t - e^{\alpha_{t/3}} m_t, \qquad m_t = 0.9\, m_{t-1} + \nabla L_t(w_t) .
+# w_{t+1} = w_t - e^{\alpha_{\lfloor t/3 \rfloor}} m_t, \qquad
+# m_t = 0.9\, m_{t-1} + \nabla L_t(w_t) .
 # $$
 
 # %%
@@ -99,15 +100,15 @@ constant = [
     float(hypergradient(w, jnp.full(num_windows, np.log(rate))).value) for rate in grid
 ]
 best_rate = grid[int(np.nanargmin(constant))]
-print(f"best constant rate {best_rate:.3f}, validation loss {min(constant):.4f}")
+print(f"best constant rate {best_rate:.3f}, validation loss {np.nanmin(constant):.4f}")
 
 # %% [markdown]
 # ## One hypergradient
 #
-# One constant rate was chosen for all windows. The derivatives of the single windows
-# have both signs: some rates should be larger and others smaller. The estimate is not
-# trusted, and says why: the eight samples differ. The outer loop averages this noise
-# over its steps.
+# One constant rate was chosen for all windows. The bars are noisy, and the estimate is
+# not trusted for this reason: the eight samples differ. The trend is clear: early rates
+# should be larger, where the derivative is negative, and the last ones smaller. The
+# outer loop averages the noise over its steps.
 
 # %%
 alpha = jnp.full(num_windows, np.log(best_rate))
@@ -163,7 +164,10 @@ for name, values in schedules.items():
 axes[0].set(xlabel="window of three steps", ylabel="learning rate")
 axes[0].legend()
 axes[1].plot(trace.value)
-axes[1].axhline(min(constant), color="gray", ls="--", label="best constant rate")
-axes[1].set(xlabel="outer step", ylabel="validation loss")
-axes[1].legend()
+axes[1].set(xlabel="outer step", ylabel="validation loss, mean of eight trainings")
 plt.show()
+
+# %% [markdown]
+# The learned schedule starts high and ends near zero, as the cosine does. Its mean loss
+# is the lowest of the three; the difference from the cosine is smaller than the spread
+# of single trainings.

@@ -94,9 +94,9 @@ print(f"h at the start {float(reference.value[0]):.4f}, lowest {lowest:.4f}")
 # double loop makes 20 steps of descent per outer step, starting from the last `w`, and
 # ten steps of conjugate gradients; without the estimate of its error, each step costs
 # about half as much. The single loops see 16 examples per step. SABA stores a gradient
-# for every example, so that its noise vanishes; SOBA does not. Its optimizer for
-# `alpha` is gradient descent and that of the double loop is Adam, with rates chosen by
-# hand on a coarse grid. In the table `logistic`, every rate is tuned by a rule.
+# for every example, which removes the noise in the limit; SOBA does not. The single
+# loops move `alpha` by gradient descent and the double loop by Adam, with rates chosen
+# by hand on a coarse grid. In the table `logistic`, every rate is tuned by a rule.
 
 # %%
 descent = hg.Descent(optax.sgd(0.5, momentum=0.9), 20)
@@ -130,3 +130,10 @@ for name, trace in traces.items():
 ax.set(xlabel="cost in gradients on all training data", ylabel="h(alpha) - lowest")
 ax.legend()
 plt.show()
+
+# %% [markdown]
+# Early on, the single loops are far ahead: they move `alpha` from the first gradients,
+# while the double loop pays for a solution at each step. At the end all three are
+# level, and the noise of SOBA is hardly visible yet. A single loop has one more rate to
+# tune and is never trusted by itself; a certificate (`certify_every=` of `OuterLoop`)
+# can check where it ends.

@@ -17,7 +17,8 @@
 # A diagnosis should be right, and it should need few measurements. These two objectives
 # conflict, and there is no best model but a *front*: the models that no other model
 # beats in both. Each of the 30 measurements gets a gate between 0 and 1. The gates are
-# hyperparameters, and the objectives are functions of them,
+# hyperparameters, and the objectives are functions of them; the penalty on $w$ keeps a
+# small gate from being undone by a large weight,
 #
 # $$
 # M_1 = \text{validation loss of the model on gated inputs}, \qquad
@@ -82,7 +83,9 @@ plt.show()
 #
 # `pareto_front` makes a run per preference, all of them in one program. The aggregator
 # makes one direction of the two hypergradients. `EPO` looks for the point of the front
-# where the weighted losses are equal, so that the preferences spread the points evenly.
+# where the weighted losses are equal: a preference is a ray from the origin, which
+# meets the front at one point. The default is the weighted sum. The hypervolume is the
+# area that the points dominate, up to the point `worst`; larger is better.
 
 # %%
 angles = jnp.linspace(0.06, 1.5, 9)
@@ -113,8 +116,8 @@ for name, values in points.items():
 hg.plots.plot_front(points["EPO"], names=("validation loss", "share of measurements"))
 
 # %% [markdown]
-# Every row below is a point of the front, from many measurements to few. A dark square
-# is a measurement that is used.
+# Every row below is a point of the front, from many measurements to few. The darker
+# a square, the more open the gate; white is a measurement that is not needed.
 
 # %%
 order = np.argsort(points["EPO"][:, 0])
@@ -128,9 +131,9 @@ plt.show()
 # %% [markdown]
 # ## A limit instead of a preference
 #
-# Often one objective has a limit: at most a tenth of the measurements. The augmented
-# Lagrangian lowers the first loss within limits on the others, and finds the multiplier
-# that a person would have to guess for a weighted sum.
+# Often one objective has a limit: the gates may sum to a tenth of the measurements. The
+# augmented Lagrangian lowers the first loss within limits on the others, and finds the
+# multiplier that a person would have to guess for a weighted sum.
 
 # %%
 loop = hg.OuterLoop(
@@ -145,3 +148,9 @@ print(f"validation loss {float(trace.value[-1, 0]):.4f}", end=", ")
 print(f"measurements {30 * float(trace.value[-1, 1]):.2f} of 30")
 kept = np.argsort(-np.asarray(trace.alpha))[:5]
 print("largest gates:", {int(j): round(float(trace.alpha[j]), 2) for j in kept})
+
+# %% [markdown]
+# The run ends below the limit, with a loss that is higher than that of the point of the
+# front above with about as many measurements. A gate that closes early has a small
+# derivative and rarely opens again, so that the way to the limit matters; the front
+# shows what a single run may miss.

@@ -22,7 +22,7 @@
 # outer loss is the error on other points of the same task,
 #
 # $$
-# \min_\alpha \sum_t M_t(w_t^{(K)}), \qquad
+# \min_\alpha \tfrac{1}{20} \sum_t M_t(w_t^{(K)}), \qquad
 # w_t^{(0)} = \alpha, \qquad w_t^{(k+1)} = w_t^{(k)} - \eta \nabla L_t(w_t^{(k)}) .
 # $$
 
@@ -38,7 +38,8 @@ import hypergrad as hg
 # ## Tasks
 #
 # `data_fn` samples the data of each estimate: 20 curves with their own amplitude and
-# phase, five points of each to adapt to, and 20 to judge the adapted network.
+# phase, five points of each to adapt to, and 20 to judge the adapted network. Arrays
+# are `[points, curves]`, because the leading axis counts as the examples.
 
 
 # %%
@@ -59,6 +60,8 @@ def sample_tasks(key):
 
 # %% [markdown]
 # ## The network, and one copy of it per task
+#
+# The inner loss is a sum over the tasks, so that each network makes its own steps.
 
 
 # %%
@@ -82,7 +85,7 @@ def error(w, x, y):
 
 
 def sum_of_errors(w, alpha, batch):
-    """One network per task; a sum does not couple the tasks."""
+
     return jnp.sum(jax.vmap(error, (0, 1, 1))(w, *batch))
 
 
@@ -127,6 +130,9 @@ print(trace)
 
 
 # %%
+joint_optimizer = optax.adam(2e-3)
+
+
 def joint_loss(w, key):
     x, y = sample_curves(key, 20, 25)
     return error(w, x.reshape(-1), y.reshape(-1))
@@ -139,7 +145,6 @@ def joint_step(carry, key):
     return (optax.apply_updates(w, updates), state), None
 
 
-joint_optimizer = optax.adam(2e-3)
 keys = jax.random.split(jax.random.key(3), 4000)
 (joint, _), _ = jax.lax.scan(joint_step, (alpha, joint_optimizer.init(alpha)), keys)
 starts = {"random": alpha, "trained on all": joint, "learned": trace.alpha}
@@ -156,10 +161,10 @@ def mean_error(start, num_steps):
     """Over 500 new curves."""
     x, y = sample_curves(jax.random.key(4), 500, 25)
 
-    def one(x, y):
+    def error_of_curve(x, y):
         return error(adapted(start, x[:5], y[:5], num_steps), x[5:], y[5:])
 
-    return float(jnp.mean(jax.vmap(one)(x, y)))
+    return float(jnp.mean(jax.vmap(error_of_curve)(x, y)))
 
 
 counts = (0, 1, 3, 10, 100)
@@ -182,3 +187,7 @@ for ax, (name, start) in zip(axes, starts.items(), strict=True):
     ax.set(title=f"start: {name}", xlabel="x")
 axes[0].legend()
 plt.show()
+
+# %% [markdown]
+# Black are the true curve and its five points. From the learned start three steps
+# suffice; from the others ten do not.
