@@ -8,18 +8,18 @@ folder=$root/.cache/release
 
 # The n-th block of Python code of a Markdown file.
 python_block() {
-    awk -v n="$2" '/^```python/ { block++; next } /^```/ { inside = 0 }
+    awk -v n="$2" '/^```python/ { block++; next }
         { if (block == n && !ended) print } /^```/ { if (block == n) ended = 1 }' "$1" |
         grep -v '^```'
 }
 
-rm -rf "$root/dist" "$folder"
+rm -rf "$folder"
 mkdir -p "$folder/empty" "$folder/sdist"
-"$python" -m build --outdir "$root/dist" "$root" > "$folder/build.log"
+"$python" -m build --outdir "$folder/dist" "$root" > "$folder/build.log"
 
 "$python" -m venv "$folder/venv"
 "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    "$(echo "$root"/dist/*.whl)[cli]"
+    "$(echo "$folder"/dist/*.whl)[cli]"
 cd "$folder/empty"
 echo "the first example of the README, with the wheel:"
 python_block "$root/README.md" 1 > example.py
@@ -28,6 +28,6 @@ echo "a table of one file, with the wheel:"
 python_block "$root/benchmarks/README.md" 2 > table.py
 "$folder/venv/bin/hypergrad" run table.py --seeds 1
 
-tar --extract --strip-components=1 --directory "$folder/sdist" --file "$root"/dist/*.tar.gz
+tar --extract --strip-components=1 --directory "$folder/sdist" --file "$folder"/dist/*.tar.gz
 cd "$folder/sdist"
 PYTHONPATH=$PWD "$python" -m pytest --quiet tests/house tests/spaces

@@ -327,8 +327,8 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "A learning rate that is too large",
             "fast = hg.Implicit(hg.Descent(optax.sgd(100.0), 50))\n"
             "estimate = hg.hypergradient(problem, fast)(w, alpha)",
-            "The descent diverges. Lower the rate, or use `hg.Newton()`; a rate below 2 over the largest curvature "
-            '(`estimate.stats["ritz_max"]` of a run that converges) is stable.',
+            "The descent diverges. Lower the rate, or use `hg.Newton()`. Plain gradient descent is stable below 2 over the "
+            "largest eigenvalue of the Hessian of the training loss.",
         ),
         Mistake(
             "Too few inner steps for `Implicit`",
@@ -347,15 +347,15 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "A stationary point that is no minimum",
             "saddle = lambda w, alpha, batch: jnp.sum(alpha * (w[:2] ** 2).sum()) - w[2] ** 2\n"
             "estimate = hg.hypergradient(hg.Bilevel(saddle, val_loss, None, val), estimator)(w, jnp.ones(3, jnp.float32))",
-            "The training loss has no minimum here. A penalty on `w` gives it one; `hg.MINRES()` is for a saddle that is "
-            "meant.",
+            "The training loss has no minimum here. A penalty on `w` gives it one; If you want the saddle "
+            "point, use `hg.MINRES()`.",
         ),
         Mistake(
             "NaN in the data",
             "x_bad = x.at[3, 1].set(jnp.nan)\n"
             "bad = hg.Bilevel(train_loss, val_loss, (x_bad[:20], y[:20]), val)\n"
             "estimate = hg.hypergradient(bad, estimator)(w, alpha)",
-            "`jnp.argwhere(~jnp.isfinite(x_bad))` lists the places. Fill or mask them before the problem is made.",
+            "`jnp.argwhere(~jnp.isfinite(x_bad))` lists the indices. Fill or mask them before the problem is made.",
         ),
         Mistake(
             "Differentiating Adam where a gradient is always zero",
