@@ -26,11 +26,18 @@ def on_files(files, config):
         text, resources = exporter.from_filename(
             str(path), {"output_files_dir": path.stem}
         )
+        text = with_links_of_site(text)
         page = File.generated(config, f"notebooks/{path.stem}.md", content=text)
         files.append(page)
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def with_links_of_site(text):
+    """Replaces links to files of the repository by links to their pages."""
+    text = re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
+    return text.replace("](../docs/", "](../")
 
 
 def on_page_content(content, page, config, files):
