@@ -349,6 +349,7 @@ table = MeasurementTable(
     plot=task_plots.penalties,
     seeds=5,
     minutes=6,
+    ranked_by="-test_loss",
     paradigm="supervised",
     source="Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590)",
     data="scikit-learn breast cancer (569 tumours) and digits (1,797 8x8 images)",

@@ -223,6 +223,7 @@ table = MeasurementTable(
     plot=plot,
     minutes=12,
     seeds=10,
+    ranked_by="-relative_error",
     paradigm="physics-informed",
     source="McClenny & Braga-Neto 2023 (arXiv 2009.04544)",
     data=(

@@ -420,6 +420,7 @@ table = MeasurementTable(
     findings=describe_trust,
     plot=plots.reinforcement,
     minutes=5,
+    ranked_by="return",
     paradigm="reinforcement",
     source="Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)",
     data=DATA_NAME,

@@ -382,6 +382,7 @@ table = MeasurementTable(
     plot=task_plots.schedules,
     seeds=5,
     minutes=7,
+    ranked_by="-test_loss",
     paradigm="supervised",
     source=(
         "Maclaurin et al. 2015 (arXiv 1502.03492); Micaelli & Storkey 2021 "

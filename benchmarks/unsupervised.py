@@ -235,6 +235,7 @@ table = MeasurementTable(
     ),
     plot=plot,
     minutes=4,
+    ranked_by="-test_nll",
     paradigm="unsupervised",
     source="Tipping & Bishop 1999; Duin 1976",
     data="scikit-learn wine (178 wines, 13 measurements)",

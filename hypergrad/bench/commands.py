@@ -30,6 +30,7 @@ from .report import (
     to_error_page,
     to_html,
     to_index,
+    to_leaderboard,
     to_markdown,
 )
 from .rows import read_rows
@@ -227,7 +228,7 @@ def load_results(folder: Path) -> tuple[list[TableResult], dict[str, str]]:
 def write_report(
     folder: Path, out: Path, *, update: bool = False
 ) -> tuple[Path, dict[str, str]]:
-    """Writes a page per table and ``index.html``.
+    """Writes a page per table, ``index.html``, and ``leaderboard.html``.
 
     A table without undamaged rows of one run has a page that names the error.
 
@@ -258,6 +259,8 @@ def write_report(
         entries[name] = IndexEntry(name=name, status=f"FAILED: {text}")
     pages = [entries[name] for name in sorted(entries)]
     atomic_io.atomic_write(out / "index.html", to_index(pages))
+    ranked = [result for result in results if result.name not in errors]
+    atomic_io.atomic_write(out / "leaderboard.html", to_leaderboard(ranked))
     return out / "index.html", errors
 
 

@@ -35,6 +35,12 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 .cards img { width: 100%; height: 11rem; object-fit: contain; }
 .bad { color: #b42318; font-weight: 600; }
 """
+LEADERBOARD = (
+    "Means over the seeds on data that no method saw, best first. Rows differ in what "
+    "they know (right labels, validation data in training) and in cost; the page of a "
+    "table states its protocol and which differences are significant."
+)
+LEADERBOARD_COSTS = ("gradient_equivalents", "tuning_cost")
 PUBLISHED_HEADINGS = ("paper", "tag", "measured", "difference", "reproduced")
 
 
@@ -221,7 +227,58 @@ def to_error_page(name: str, text: str) -> str:
 def to_index(entries: Sequence["IndexEntry"]) -> str:
     """Returns a page of all tables with picture, status and age."""
     cards = "".join(entry.card() for entry in entries)
-    return _page("Results", f"<h1>Results</h1><ul class='cards'>{cards}</ul>")
+    link = "<p><a href='leaderboard.html'>The best methods of each task</a></p>"
+    return _page("Results", f"<h1>Results</h1>{link}<ul class='cards'>{cards}</ul>")
+
+
+def to_leaderboard(results: Sequence[TableResult]) -> str:
+    """Returns a page with the methods of each task, best first, and their costs.
+
+    The tables are those with `BaseTable.ranked_by`. A table whose labels are "task,
+    method" has a list for each task.
+    """
+    parts = ["<h1>The best methods of each task</h1>"]
+    parts.append(f"<p>{_text(LEADERBOARD)}</p>")
+    for result in sorted(results, key=lambda result: result.name):
+        if not result.table.ranked_by:
+            continue
+        parts.append(
+            f"<h2><a href='{_href(result.name)}'>{_text(result.name)}</a></h2>"
+        )
+        for task, labels in _labels_by_task(result.labels).items():
+            parts.append(f"<h3>{_text(task)}</h3>" if task else "")
+            parts.append(_html_table(*_ranking(result, task, labels)))
+    return _page("Leaderboard", "".join(parts))
+
+
+def _labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:
+    """Groups labels by what stands before the first comma, if all have one."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        task = label.split(", ")[0] if all(", " in x for x in labels) else ""
+        groups.setdefault(task, []).append(label)
+    return groups
+
+
+def _ranking(
+    result: TableResult, task: str, labels: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Returns headings and rows of the methods of a task that have a value."""
+    columns = {column.name: column for column in result.table.printed_columns}
+    ranked_by = columns[result.table.ranked_by.removeprefix("-")]
+    sign = 1 if result.table.ranked_by.startswith("-") else -1
+    rows = {label: result.rows_of(label) for label in labels}
+    means = {label: np.mean(ranked_by.values(rows[label])) for label in labels}
+    best_first = sorted(
+        (label for label in labels if np.isfinite(means[label])),
+        key=lambda label: sign * means[label],
+    )
+    shown = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
+    cells = [
+        [label.removeprefix(f"{task}, "), *(x.text(rows[label]) for x in shown)]
+        for label in best_first
+    ]
+    return ["method", *(column.heading for column in shown)], cells
 
 
 @dataclass(frozen=True)
@@ -252,12 +309,16 @@ class IndexEntry:
             status = f"<span class='bad'>{status}</span>"
         origin = (self.paradigm, f"commit {self.commit[:12]}", _age(self.time))
         origin = ", ".join(map(_text, filter(None, origin)))
-        href = html.escape(f"{urllib.parse.quote(self.name)}.html", quote=True)
         return (
-            f"<li><a href='{href}'>{image}"
+            f"<li><a href='{_href(self.name)}'>{image}"
             f"<h2>{_text(self.name)}</h2></a><p>{_text(self.summary)}</p>"
             f"<p>{status}<br>{origin}</p></li>"
         )
+
+
+def _href(name: str) -> str:
+    """Returns the address of the page of a table."""
+    return html.escape(f"{urllib.parse.quote(name)}.html", quote=True)
 
 
 def _age(time: str) -> str:

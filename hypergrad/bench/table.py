@@ -128,6 +128,7 @@ class BaseTable(abc.ABC):
       arrays: ``() -> {name: array}``, the data whose fingerprint the rows carry.
       minutes: Expected minutes on two cores at the first scale, rounded up.
       scales: Names of the scales at which the table can be run.
+      ranked_by: Column of the leaderboard, with "-" if lower is better; "" for none.
       protocol: The text of the protocol. Defaults to the docstring of the file.
     """
 
@@ -147,6 +148,7 @@ class BaseTable(abc.ABC):
     arrays: Callable[[], Mapping[str, Any]] = dict
     minutes: float = 1
     scales: tuple[str, ...] = ("small",)
+    ranked_by: str = ""
     protocol: str = ""
 
     @abc.abstractmethod
@@ -278,7 +280,7 @@ class Table(BaseTable):
     lower_is_better: bool = False
 
     def __post_init__(self):
-        """Uses the metrics as columns unless columns are given.
+        """Uses the metrics as columns and the first one to rank, unless given.
 
         Raises:
           ValueError: A metric that is reported is also used to choose settings.
@@ -291,6 +293,8 @@ class Table(BaseTable):
             )
         if not self.columns:
             object.__setattr__(self, "columns", tuple(map(Column, self.metrics)))
+        sign = "-" if self.lower_is_better else ""
+        object.__setattr__(self, "ranked_by", self.ranked_by or sign + self.metrics[0])
 
     def with_methods(self, methods: Mapping[str, Method]) -> "Table":
         """Returns the table with further methods.

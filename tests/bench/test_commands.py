@@ -82,6 +82,22 @@ def test_report_makes_one_page_of_all_and_one_of_each(folder):
     assert not re.search(r"(src|href)='https?:", index + page)  # needs no other file
 
 
+def test_report_ranks_the_methods_of_a_table(folder):
+    """The lowest distance to the optimum is first; a method with a NaN is left out."""
+    call(folder, "report", "runs")
+    page = (folder / "runs" / "html" / "leaderboard.html").read_text()
+    assert "href='leaderboard.html'" in (folder / "runs/html/index.html").read_text()
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    distances = {}
+    for row in rows:
+        if row.get("stage") is None:
+            distances.setdefault(row["method"], []).append(row["distance"])
+    expected = sorted(distances, key=lambda x: sum(distances[x]))
+    ranked = re.findall("<tr><td>([^<]*)</td>", page)
+    assert ranked == expected
+    assert ranked[-1] == "nothing"
+
+
 def test_compare_finds_a_changed_number(folder, tmp_path):
     rows = read_rows(folder / "runs" / "quadratic.jsonl")
     rows[-1]["distance"] += 0.5
