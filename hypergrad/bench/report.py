@@ -273,12 +273,12 @@ def _ranking(
         (label for label in labels if np.isfinite(means[label])),
         key=lambda label: sign * means[label],
     )
-    shown = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
+    printed = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
     cells = [
-        [label.removeprefix(f"{task}, "), *(x.text(rows[label]) for x in shown)]
+        [label.removeprefix(f"{task}, "), *(x.text(rows[label]) for x in printed)]
         for label in best_first
     ]
-    return ["method", *(column.heading for column in shown)], cells
+    return ["method", *(column.heading for column in printed)], cells
 
 
 @dataclass(frozen=True)
