@@ -36,9 +36,9 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 .bad { color: #b42318; font-weight: 600; }
 """
 LEADERBOARD = (
-    "Means over the seeds on data that no method saw, best first. Rows differ in what "
-    "they know (right labels, validation data in training) and in cost; the page of a "
-    "table states its protocol and which differences are significant."
+    "Means over the seeds, best first; a seed that is not finite makes a method last. "
+    "Rows differ in what they use (right labels, validation data in training) and in "
+    "cost; the page of a table has its protocol and the outcomes of its claims."
 )
 LEADERBOARD_COSTS = ("gradient_equivalents", "tuning_cost")
 PUBLISHED_HEADINGS = ("paper", "tag", "measured", "difference", "reproduced")
@@ -170,9 +170,13 @@ def _compare(
     paper = format(number.value, form)
     if number.deviation is not None:
         paper += f" ± {format(number.deviation, form)}"
+    if not values.size:
+        return [paper, number.tag, "not run", "-", "-"]
     finite = values[np.isfinite(values)]
     if not finite.size:
-        return [paper, number.tag, "not run", "-", "-"]
+        can_be_judged = number.is_reproduced(number.value, result.scale) is not None
+        verdict = "no" if can_be_judged else "not judged"
+        return [paper, number.tag, "not finite", "-", verdict]
     mean = float(np.mean(finite))
     measured = format(mean, form)
     if finite.size > 1:
@@ -263,15 +267,19 @@ def _labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:
 def _ranking(
     result: TableResult, task: str, labels: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and rows of the methods of a task that have a value."""
+    """Returns headings and rows of the methods of a task, best first.
+
+    A method with a seed that is not finite is last, and one without any value is left
+    out.
+    """
     columns = {column.name: column for column in result.table.printed_columns}
     ranked_by = columns[result.table.ranked_by.removeprefix("-")]
     sign = 1 if result.table.ranked_by.startswith("-") else -1
     rows = {label: result.rows_of(label) for label in labels}
     means = {label: np.mean(ranked_by.values(rows[label])) for label in labels}
     best_first = sorted(
-        (label for label in labels if np.isfinite(means[label])),
-        key=lambda label: sign * means[label],
+        (label for label in labels if ranked_by.text(rows[label]) != "-"),
+        key=lambda x: (np.isnan(means[x]), sign * np.nan_to_num(means[x])),
     )
     printed = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
     cells = [

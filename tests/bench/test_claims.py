@@ -1,5 +1,7 @@
 """How hypotheses, checks and published numbers end."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -146,7 +148,8 @@ def test_reproduced_is_only_said_at_the_protocol_of_the_paper(
         ((0.90, 0.91, 0.92), "0.910 ± 0.010", "no (within 0.02)"),
         ((None, 0.94, None), "0.940 (1 of 3 seeds)", "no (within 0.02)"),
         ((None, 0.93, 0.95), "0.940 ± 0.014 (2 of 3 seeds)", "no (within 0.02)"),
-        ((None, None, None), "not run", "-"),
+        ((None, None, None), "not finite", "no"),
+        ((), "not run", "-"),
     ],
 )
 def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
@@ -164,3 +167,21 @@ def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
     _, (cells,) = report.published_table(report.TableResult("toy", table, rows))
     assert cells[3] == measured
     assert cells[-1] == verdict
+
+
+def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("error"),),
+        ranked_by="-error",
+    )
+    errors = {"broke off": (0.1, None), "second": (0.3, 0.5), "first": (0.2, 0.4)}
+    rows = [
+        {"method": method, "seed": seed, "error": error}
+        for method, values in errors.items()
+        for seed, error in enumerate(values)
+    ]
+    page = report.to_leaderboard([report.TableResult("toy", table, rows)])
+    ranked = re.findall("<tr><td>([^<]*)</td>", page)
+    assert ranked == ["first", "second", "broke off"]

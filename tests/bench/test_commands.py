@@ -83,7 +83,7 @@ def test_report_makes_one_page_of_all_and_one_of_each(folder):
 
 
 def test_report_ranks_the_methods_of_a_table(folder):
-    """The lowest distance to the optimum is first; a method with a NaN is left out."""
+    """The method with the lowest distance to the optimum is first."""
     call(folder, "report", "runs")
     page = (folder / "runs" / "html" / "leaderboard.html").read_text()
     assert "href='leaderboard.html'" in (folder / "runs/html/index.html").read_text()
