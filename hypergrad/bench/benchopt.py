@@ -8,17 +8,20 @@ from pathlib import Path
 
 from ..runtime import atomic_io
 
-#: How each method is made, of the rate of ``w`` and the steps between full passes.
-#: As in the benchmark's own solvers, the rates of SOBA fall as ``(1 + step)^-1/2`` and
-#: those of the others are constant. Its series of `n_shia_steps = 10` has 11 terms.
+#: How each method is made, and the exponent by which its rates fall. As in the
+#: benchmark's own solvers, those of SOBA fall as ``(1 + step)^-1/2`` and the others are
+#: constant, a series of ``n_shia_steps = 10`` has 11 terms, and SRBA makes a full pass
+#: after half of all batches.
 METHODS = {
-    "SOBA": "hg.SOBA(optax.sgd(rate))",
-    "SABA": "hg.SABA(optax.sgd(rate))",
-    "SRBA": "hg.SRBA(optax.sgd(rate), period=period)",
-    "StocBiO": "hg.StocBiO(optax.sgd(rate), 10, 11, step_size=self.step_size)",
-    "AmIGO": "hg.AmIGO(optax.sgd(rate), 10, 10)",
+    "SOBA": ("hg.SOBA(optax.sgd(rate))", 0.5),
+    "SABA": ("hg.SABA(optax.sgd(rate))", 0),
+    "SRBA": (
+        "hg.SRBA(optax.sgd(rate), period=(inner.num_blocks + outer.num_blocks) // 2)",
+        0,
+    ),
+    "StocBiO": ("hg.StocBiO(optax.sgd(rate), 10, 11, step_size=self.step_size)", 0),
+    "AmIGO": ("hg.AmIGO(optax.sgd(rate), 10, 10)", 0),
 }
-EXPONENTS = {"SOBA": 0.5}  # 0 for the others
 
 TEMPLATE = '''\
 """{name} of hypergrad, written by `hypergrad write-solvers`.
@@ -43,7 +46,7 @@ def loss_of_rows(loss):
     return lambda w, alpha, rows: loss(w, alpha, rows[0], batch_size=len(rows))
 
 
-def falling(rate):
+def make_schedule(rate):
     return lambda step: rate / (1 + step) ** {exponent}
 
 
@@ -74,10 +77,8 @@ class Solver(BaseSolver):
 
         inner, outer = batches(n_inner_samples), batches(n_outer_samples)
         problem = hg.Bilevel(loss_of_rows(f_inner), loss_of_rows(f_outer), inner, outer)
-        rate = falling(self.step_size)
-        outer_rate = falling(self.step_size / self.outer_ratio)
-        # The benchmark's period of SRBA: half of all batches.
-        period = max(1, (inner.num_blocks + outer.num_blocks) // 2)  # noqa: F841
+        rate = make_schedule(self.step_size)
+        outer_rate = make_schedule(self.step_size / self.outer_ratio)
         method = {make}
         self.loop = hg.OuterLoop(problem, method, optax.sgd(outer_rate))
         key = jax.random.key(self.random_state)
@@ -108,9 +109,8 @@ def write_solvers(folder: Path) -> list[Path]:
     """
     atomic_io.make_directory(folder)
     paths = []
-    for name, make in METHODS.items():
+    for name, (make, exponent) in METHODS.items():
         path = folder / f"hypergrad_{name.lower()}.py"
-        exponent = EXPONENTS.get(name, 0.0)
         text = TEMPLATE.format(name=name, make=make, exponent=exponent)
         atomic_io.atomic_write(path, text)
         paths.append(path)
