@@ -181,8 +181,8 @@ PUBLISHED = {
 
 def errors_of(rows: list[Row], method: str, share: float) -> np.ndarray:
     """Returns the test errors of a method by seed."""
-    found = [r for r in select(rows, method=method) if r.get(column(share)) is not None]
-    return np.array([row[column(share)] for row in found])
+    errors = (row.get(column(share)) for row in select(rows, method=method))
+    return np.array([error for error in errors if error is not None])
 
 
 def findings(rows: list[Row]) -> list[Finding]:

@@ -214,11 +214,11 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Plots ``h`` by iteration with the numbers judged, and by cost."""
-    shown = [row for row in rows if row["method"] not in PEERS]
-    run_methods = {row["method"] for row in shown}
-    judged = {key: x for key, x in PUBLISHED.items() if key[0] in run_methods}
-    plot_traces(shown, judged, path)
+    """Plots ``h`` of our runs by iteration, with the stored values, and by cost."""
+    our_rows = [row for row in rows if row["method"] not in PEERS]
+    methods = {row["method"] for row in our_rows}
+    numbers = {key: x for key, x in PUBLISHED.items() if key[0] in methods}
+    plot_traces(our_rows, numbers, path)
 
 
 table = MeasurementTable(

@@ -328,9 +328,8 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(12.5, 5), layout="constrained"
     )
-    shown = [row for row in rows if "error" in row]
     numbers = {label(*cell): values for cell, values in AUTHORS.items()}
-    for i, row in enumerate(shown):
+    for i, row in enumerate(row for row in rows if "error" in row):
         style = {"color": f"C{i % 10}", "linestyle": "--" if i >= len(AUTHORS) else "-"}
         if row["last_loss"] is not None:
             iterations, loss = np.array(row["curve"]).T

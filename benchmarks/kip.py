@@ -258,9 +258,9 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_title(f"{size} image{'s' * (size > 1)} per class")
         axis.legend(fontsize=8, loc="lower right")
         axis.grid(alpha=0.3)
-    shown = [row for row in rows if row.get("images")]
-    axes = bottom.subplots(len(shown), NUM_CLASSES, squeeze=False)
-    for line, row in zip(axes, shown, strict=True):
+    rows_with_images = [row for row in rows if row.get("images")]
+    axes = bottom.subplots(len(rows_with_images), NUM_CLASSES, squeeze=False)
+    for line, row in zip(axes, rows_with_images, strict=True):
         for axis, image in zip(line, row["images"], strict=True):
             axis.imshow(np.reshape(image, (SIDE, SIDE)), cmap="gray")
             axis.set(xticks=[], yticks=[])

@@ -151,6 +151,5 @@ print("largest gates:", {int(j): round(float(trace.alpha[j]), 2) for j in kept})
 
 # %% [markdown]
 # The run ends below the limit, with a loss that is higher than that of the point of the
-# front above with about as many measurements. A gate that closes early has a small
-# derivative and rarely opens again, so that the way to the limit matters; the front
-# shows what a single run may miss.
+# front above with about as many measurements. The problem is not convex, and a single
+# run shows one way to the limit; the front shows what it misses.

@@ -79,9 +79,9 @@ def test_stored_errors_are_judged_where_a_method_runs():
         for cell in cells
         if cell["p"]
     }
-    judged = run & set(bilevel_cleaning.PUBLISHED)
+    compared = run & set(bilevel_cleaning.PUBLISHED)
     assert len(bilevel_cleaning.PUBLISHED) == 30
-    assert len(judged) == len(hyper_cleaning.RATES) == 8
+    assert len(compared) == len(hyper_cleaning.RATES) == 8
 
 
 @pytest.fixture
