@@ -45,6 +45,7 @@ from .certificate import Certificate, certify
 from .checkpoint import Checkpoints
 from .citation import citation
 from .composite_loss import CompositeLoss
+from .diagnosis import diagnose
 from .estimators import (
     BOME,
     DARTS,
@@ -152,6 +153,7 @@ __all__ = [  # in reading order
     "citation",
     "cost",
     "datasets",
+    "diagnose",
     "from_jaxopt",
     "from_optimistix",
     "hypergradient",

@@ -115,6 +115,8 @@ def sentences_of_flags(
 ) -> tuple[str, ...]:
     """Returns the sentence of each flag that is set, or its name if it has none.
 
+    That of numbers that are not finite is the first: it explains the others.
+
     Raises:
       ValueError: A flag is a tracer or an array of several.
     """
@@ -123,7 +125,8 @@ def sentences_of_flags(
             f"reasons needs a single concrete {result_name}; got one inside jit or a "
             "batch. Use the boolean arrays in flags there."
         )
-    return tuple(sentences.get(name, name) for name in sorted(flags) if flags[name])
+    names = sorted(flags, key=lambda name: (name != "not_finite", name))
+    return tuple(sentences.get(name, name) for name in names if flags[name])
 
 
 def estimate_rows(estimate: "Estimate") -> list[Row] | None:

@@ -32,7 +32,10 @@ STATS = (
 #: The sentence for each flag of the library. A flag that is not listed here, such as
 #: one of a third party's estimator, is its own sentence.
 REASONS = {
-    "not_finite": "a value or a derivative is not finite",
+    "not_finite": (
+        "a value or a derivative is not finite; hg.diagnose(problem, estimator, w, "
+        "alpha) says where"
+    ),
     "adjoint_residual": (
         "the adjoint did not converge: adjoint_residual, or the last change of the "
         "hypergradient by its iterations, exceeds the tolerance"

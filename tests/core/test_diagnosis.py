@@ -1,0 +1,204 @@
+"""`diagnose` names the place where each planted number stops being finite."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+
+W, ALPHA = jnp.zeros(3), jnp.full(3, -2.0)
+X = np.random.default_rng(0).normal(size=(40, 3))
+TRAIN, VAL = {"x": X[:20], "y": np.sign(X[:20, 0])}, {"x": X[20:], "y": X[20:, 0]}
+SOLVER = hg.Descent(optax.sgd(0.1), 50)
+
+
+def outer_loss(w, alpha, batch):
+    return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+
+def inner_loss(w, alpha, batch):
+    return outer_loss(w, alpha, batch) + jnp.sum(jnp.exp(alpha) * w**2)
+
+
+def diagnose(
+    inner_loss=inner_loss,
+    outer_loss=outer_loss,
+    train=TRAIN,
+    val=VAL,
+    estimator=None,
+    **settings,
+):
+    problem = hg.Bilevel(inner_loss, outer_loss, train, val, **settings)
+    return hg.diagnose(problem, estimator or hg.Implicit(SOLVER), W, ALPHA)
+
+
+def with_entry(data, name, index, value):
+    array = data[name].copy()
+    array[index] = value
+    return data | {name: array}
+
+
+def numbers(sentence):
+    """Returns the numbers of a sentence, which may have an exponent."""
+    return [float(x) for x in re.findall(r"\d+\.?\d*(?:e[+-]?\d+)?", sentence)]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.Implicit(SOLVER),
+        hg.Unrolled(SOLVER),
+        hg.Implicit(hg.Newton()),
+        hg.Average(hg.Implicit(SOLVER, outer_batch_size=5), 2),
+        hg.SOBA(optax.sgd(0.1)),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_nothing_is_said_of_a_finite_problem(estimator):
+    problem = hg.Bilevel(inner_loss, outer_loss, hg.Batches(TRAIN, 5), hg.Batches(VAL))
+    assert hg.diagnose(problem, estimator, W, ALPHA) == ()
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_data_is_named_by_leaf_row_and_number(as_batches, value):
+    train = with_entry(with_entry(TRAIN, "x", (17, 0), value), "x", (4, 2), value)
+    wrapped = hg.Batches(train, 5) if as_batches else train
+    first, *others = diagnose(train=wrapped)
+    assert "inner_data['x'] has 2" in first
+    assert f"first is {value}" in first
+    assert "(4, 2)" in first
+    assert others
+    assert "inner_loss" in others[0]
+
+
+def test_bad_outer_data_is_told_from_inner_data():
+    first, *_ = diagnose(val=with_entry(VAL, "y", 7, np.nan))
+    assert "outer_data['y'] has 1" in first
+    assert "row 7" in first
+
+
+def test_data_of_a_function_is_named():
+    bad = with_entry(TRAIN, "x", (3, 1), np.nan)
+    sample = lambda bad, val, key: (bad, val)
+    data_fn = jax.tree_util.Partial(sample, bad, VAL)
+    first, *_ = diagnose(train=None, val=None, data_fn=data_fn)
+    assert "inner_data['x']" in first
+    assert "(3, 1)" in first
+
+
+def test_masked_bad_data_is_no_finding():
+    def masked(w, alpha, batch):
+        x = jnp.where(jnp.isfinite(batch["x"]), batch["x"], 0.0)
+        return inner_loss(w, alpha, {"x": x, "y": batch["y"]})
+
+    assert diagnose(masked, train=with_entry(TRAIN, "x", (3, 1), np.nan)) == ()
+
+
+def test_a_mask_outside_of_the_function_has_a_bad_gradient():
+    """The value is finite, the gradient is not: the trap of `jnp.where`."""
+
+    def trapped(w, alpha, batch):
+        root = jnp.sqrt(jnp.sum(w**2))
+        return inner_loss(w, alpha, batch) + jnp.where(root > 0, root, 0.0)
+
+    (only,) = diagnose(trapped)
+    assert "gradient of inner_loss" in only
+    assert "by w" in only
+
+
+def test_a_loss_that_is_not_finite_at_the_start_is_named():
+    (only,) = diagnose(lambda w, alpha, batch: jnp.log(jnp.sum(w**2)))
+    assert "inner_loss is -inf" in only
+
+
+def test_one_of_several_outer_losses_is_named():
+    bad = lambda w, alpha, batch: jnp.log(jnp.sum(w) - jnp.sum(w))
+    (only,) = diagnose(outer_loss=(outer_loss, bad))
+    assert "outer_loss[1] is -inf" in only
+
+
+def first_bad_step(rate, dtype):
+    """Counts by hand the steps of gradient descent until w or its loss overflows."""
+    x, y = TRAIN["x"].astype(dtype), TRAIN["y"].astype(dtype)
+    w, penalty = W.astype(dtype), np.exp(ALPHA.astype(dtype))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for step in range(1000):
+            residual = x @ w - y
+            value = np.mean(residual**2) + np.sum(penalty * w**2)
+            grad = 2 * x.T @ residual / dtype(len(y)) + 2 * penalty * w
+            if not np.isfinite([value, *grad, *w]).all():
+                return step
+            w = w - dtype(rate) * grad
+    raise AssertionError("the run stays finite")
+
+
+@pytest.mark.parametrize("make", [hg.Implicit, hg.Unrolled])
+def test_a_divergence_names_the_step_and_the_norms(make):
+    to_float32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    problem = hg.Bilevel(inner_loss, outer_loss, *to_float32((TRAIN, VAL)))
+    estimator = make(hg.Descent(optax.sgd(50.0), 80))
+    (only,) = hg.diagnose(problem, estimator, *to_float32((W, ALPHA)))
+    step = first_bad_step(50.0, np.float32)
+    assert "diverges" in only
+    assert f"step {step} of 80" in only
+    assert "learning rate" in only
+    norms = numbers(only)
+    assert max(norms) > 1e15  # of w or of its gradient, one step earlier
+
+
+def test_a_divergence_that_stays_finite_is_named():
+    solver = hg.Descent(optax.sgd(5.0), 10)
+    (only,) = diagnose(estimator=hg.Implicit(solver))
+    assert "diverges" in only
+    assert "first 10 steps" in only
+
+
+def test_a_sudden_end_is_told_from_a_divergence():
+    """The loss ends where ``w`` leaves the domain of a logarithm."""
+    loss = lambda w, alpha, batch: jnp.sum(w - jnp.log(1.0 - w) * 0.0 - 3.0 * w)
+    (only,) = diagnose(loss, estimator=hg.Implicit(hg.Descent(optax.sgd(0.25), 50)))
+    assert "diverges" not in only
+    assert "after step 2 of 50" in only  # w = 0, 0.5, 1: log(0) * 0 is NaN
+
+
+def test_a_solver_without_steps_is_named():
+    class Broken(eqx.Module):
+        def solve(self, inner_loss, w, alpha, data, key):
+            return w / 0.0, hg.inner.inner_stats(1)
+
+    (only,) = diagnose(estimator=hg.Implicit(Broken()))
+    assert "Broken.solve" in only
+    assert "w" in only
+
+
+def test_an_outer_loss_that_is_bad_only_at_the_solution_is_named():
+    """w moves to alpha = -2, where the root of 1 + w does not exist."""
+    (only,) = diagnose(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(jnp.sqrt(1.0 + w)),
+    )
+    assert "outer_loss is nan" in only
+    assert "inner run" in only
+
+
+def test_a_second_derivative_that_is_not_finite_is_named():
+    """Adam is not differentiable where a gradient is always zero."""
+    empty = TRAIN | {"x": TRAIN["x"] * np.array([1.0, 1.0, 0.0])}
+    adam = hg.Unrolled(hg.Descent(optax.adam(0.1), 20))
+    (only,) = diagnose(train=empty, estimator=adam)
+    assert "hypergradient by alpha" in only
+    assert "eps_root" in only
+
+
+def test_the_first_reason_is_that_numbers_are_not_finite():
+    train = with_entry(TRAIN, "x", (4, 2), np.nan)
+    problem = hg.Bilevel(inner_loss, outer_loss, train, VAL)
+    estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(W, ALPHA)
+    assert "not finite" in estimate.reasons[0]
+    assert "hg.diagnose" in estimate.reasons[0]
