@@ -349,8 +349,9 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         Mistake(
             "A stationary point that is no minimum",
             "saddle = lambda w, alpha, batch: jnp.sum(alpha * (w[:2] ** 2).sum()) - w[2] ** 2\n"
-            "estimate = hg.hypergradient(hg.Bilevel(saddle, val_loss, None, val), estimator)(w, jnp.ones(3, jnp.float32))",
-            "The training loss has no minimum here. A penalty on `w` gives it one; If you want the saddle "
+            "no_minimum = hg.Bilevel(saddle, val_loss, None, val)\n"
+            "estimate = hg.hypergradient(no_minimum, estimator)(w, jnp.ones(3, jnp.float32))",
+            "The training loss has no minimum here. A penalty on `w` gives it one. If you want the saddle "
             "point, use `hg.MINRES()`.",
         ),
         Mistake(

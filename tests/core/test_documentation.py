@@ -82,7 +82,7 @@ def test_the_page_on_models_runs():
         expected = hg.hypergradient(names["mlp_problem"], differences)(
             names["mlp_params"], jnp.array(-4.0)
         )
-    for model in ("nnx", "head", "linen", "mlp"):
+    for model in ("nnx", "head", "linen", "haiku", "mlp"):
         estimate = names[f"{model}_estimate"]
         assert estimate.trusted, model
         assert jnp.abs(estimate.hypergradient) > 1e-5, model
