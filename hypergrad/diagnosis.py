@@ -21,7 +21,7 @@ from .validation import as_input_arrays, as_key, check_estimator_type
 GROWTH = 10.0  # of the norm of w or of the gradient, in a run that is said to diverge
 
 FIND_OPERATION = (
-    " All of its inputs are finite: look for the logarithm or root of a number that "
+    "All of its inputs are finite: look for the logarithm or root of a number that "
     "reaches 0, a division by 0, or an overflow. `with jax.debug_nans(True):` around "
     "the loss names the operation."
 )
@@ -56,7 +56,7 @@ def diagnose(
         method, only the losses are looked at.
       w, alpha: The point of the estimate. For a run that was stopped they are
         ``trace.w`` and, with ``record_alphas=True``, the leaves of ``trace.alphas`` at
-        the step that `Trace.status` speaks of.
+        `Trace.last_row`.
       key: PRNG key of the estimate. Defaults to ``jax.random.key(0)``.
 
     Returns:
@@ -150,7 +150,11 @@ def _describe_loss(
     value, grads = _value_and_grads(loss, w, alpha, batch)
     if not np.isfinite(value):
         has_bad_data = any(True for _ in _nonfinite_leaves(batch))
-        yield f"{name} is {value} {where}." + FIND_OPERATION * (not has_bad_data)
+        yield (
+            f"{name} is therefore {value} {where}."
+            if has_bad_data
+            else f"{name} is {value} {where}. {FIND_OPERATION}"
+        )
         return
     for variable, grad in zip(("w", "alpha"), grads, strict=True):
         for path, _ in _nonfinite_leaves(grad):

@@ -322,6 +322,8 @@ def _describe_values(trace: "Trace", num_rows: int) -> str:
         return "none is finite"
     init_value, final_value = values[finite[0]], values[finite[-1]]
     text = f"first {format_numbers(init_value)}, last {format_numbers(final_value)}"
+    if finite[-1] < num_rows - 1:
+        text += f" at step {trace.steps[finite[-1]]}, then not finite"
     if values.ndim > 1:
         return text
     lowest = int(finite[np.argmin(values[finite])])

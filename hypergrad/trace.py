@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .display import ResultModule, Row, trace_rows
+from .display import ResultModule, Row, count_rows_made, trace_rows
 from .estimators.base import REASONS
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ class Trace(ResultModule):
         self._check_single("steps")
         num_steps = self.record_every * np.arange(1, len(self.value) + 1)
         return int(self.first_step) + num_steps - 1
+
+    @property
+    def last_row(self) -> int:
+        """Index of the last row that was made; later ones, after a failure, are NaN."""
+        self._check_single("last_row")
+        return count_rows_made(self) - 1
 
     @property
     def cost(self) -> Array:

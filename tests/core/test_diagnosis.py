@@ -74,7 +74,7 @@ def test_bad_data_is_named_by_leaf_row_and_number(as_batches, value):
     assert f"first is {value}" in first
     assert "(4, 2)" in first
     assert others
-    assert "inner_loss" in others[0]
+    assert "inner_loss is therefore" in others[0]
 
 
 def test_bad_outer_data_is_told_from_inner_data():
@@ -202,3 +202,30 @@ def test_the_first_reason_is_that_numbers_are_not_finite():
     estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(W, ALPHA)
     assert "not finite" in estimate.reasons[0]
     assert "hg.diagnose" in estimate.reasons[0]
+
+
+def test_a_stopped_run_is_diagnosed_at_its_last_row():
+    """The penalty grows until the fixed learning rate is too large for it."""
+    steep = lambda w, alpha, batch: jnp.sum(jnp.exp(alpha) * (w - 1.0) ** 2)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.3), 5000))
+    problem = hg.Bilevel(
+        steep,
+        lambda w, alpha, batch: jnp.sum(1e-6 * w**2 - alpha),
+        init_fn=lambda w, alpha: jnp.zeros_like(w),
+    )
+    loop = hg.OuterLoop(
+        problem,
+        estimator,
+        optax.sgd(0.1),
+        record_alphas=True,
+    )
+    trace = loop.run(loop.init(W, jnp.zeros(3)), num_steps=30)
+    assert trace.status_code > 0
+    assert 5 < trace.last_row < 29
+    assert not np.isfinite(trace.value[trace.last_row])
+    assert np.isfinite(trace.value[: trace.last_row]).all()
+    alpha = trace.alphas[trace.last_row]
+    (only,) = hg.diagnose(problem, estimator, trace.w, alpha)
+    assert "the inner run diverges" in only
+    assert "last" in repr(trace)
+    assert "then not finite" in repr(trace)
