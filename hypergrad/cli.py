@@ -19,7 +19,7 @@ MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cl
 
 
 def list_tables(folder: Path = Path("benchmarks")) -> None:
-    """List the tables of a folder: paradigm, minutes, status of the result, source.
+    """List the tables of a folder, and which of them take a method of one's own.
 
     A file that cannot be imported is named, and the exit status is 1.
 
@@ -30,10 +30,9 @@ def list_tables(folder: Path = Path("benchmarks")) -> None:
 
     from .bench import commands
 
-    columns = ("table", "paradigm", "minutes", "result", "source")
     with exit_with_message():
         rows, errors = commands.overview(folder)
-        print_table(columns, rows, Console())
+        print_table(commands.OVERVIEW, rows, Console())
     exit_with_errors(errors)
 
 

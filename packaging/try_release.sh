@@ -25,7 +25,7 @@ echo "the first example of the README, with the wheel:"
 python_block "$root/README.md" 1 > example.py
 "$folder/venv/bin/python" example.py
 echo "a table of one file, with the wheel:"
-python_block "$root/benchmarks/README.md" 2 > table.py
+python_block "$root/docs/tables.md" 2 > table.py
 "$folder/venv/bin/hypergrad" run table.py --seeds 1
 
 tar --extract --strip-components=1 --directory "$folder/sdist" --file "$folder"/dist/*.tar.gz

@@ -26,7 +26,10 @@ def load_result(name: str, table: BaseTable, folder: Path) -> TableResult:
 def _read_result(name: str, table: BaseTable, folder: Path) -> TableResult:
     path = folder / f"{name}.jsonl"
     if not path.exists():
-        raise ValueError(f"{path} does not exist. Run `hypergrad run {name}` first.")
+        raise ValueError(
+            f"{path} does not exist. Run the table first, or give the folder of its "
+            "rows: `hypergrad check FOLDER`."
+        )
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
@@ -89,7 +92,10 @@ def cell_problems(result: TableResult) -> list[str]:
     """
     table, rows = result.table, result.rows
     if not result.printed_rows:
-        return ["missing: all reported rows"]
+        return [
+            f"missing: all reported rows; {len(rows)} rows of tuning are there, and "
+            "the same `hypergrad run` continues"
+        ]
     key_fields = table.key_fields
     key_of = lambda row: cell_key(row, key_fields)
     seeds = sorted({row.get("seed", 0) for row in result.printed_rows})

@@ -35,7 +35,11 @@ from .report import (
 )
 from .rows import read_rows
 from .runner import RunOptions, RunResult, run_table
-from .table import BaseTable
+from .table import BaseTable, Table
+
+#: Columns of `overview`.
+OVERVIEW = ("table", "paradigm", "minutes", "--method", "result", "source")
+RUNS = Path("runs")  # where `hypergrad run` writes if no folder is given
 
 
 def results_folder(table_file: Path) -> Path:
@@ -44,7 +48,7 @@ def results_folder(table_file: Path) -> Path:
 
 
 def overview(folder: Path) -> tuple[list[list[str]], dict[str, str]]:
-    """Returns name, paradigm, minutes, status of the result and source of each table.
+    """Returns a row of `OVERVIEW` for each table.
 
     The second value has the errors of tables that cannot be imported, by name.
 
@@ -60,11 +64,14 @@ def overview(folder: Path) -> tuple[list[list[str]], dict[str, str]]:
             table = load_listed_table(file)
         except ValueError as error:
             errors[file.stem] = str(error)
-            rows.append([file.stem, "-", "-", "FAILED", "-"])
+            rows.append([file.stem, "-", "-", "-", "FAILED", "-"])
             continue
         status = status_of(file.stem, table, results_folder(file))
         minutes = f"{table.minutes:g}"
-        rows.append([file.stem, table.paradigm, minutes, status, table.source])
+        takes_methods = "yes" if isinstance(table, Table) else "no"
+        rows.append(
+            [file.stem, table.paradigm, minutes, takes_methods, status, table.source]
+        )
     return rows, errors
 
 
@@ -161,11 +168,16 @@ def planned_rows(
 
 
 def check(target: str) -> list[tuple[str, list[Finding]]]:
-    """Returns the findings of each table: of a name, a file, or a folder of rows."""
+    """Returns the findings of each table: of a name, a file, or a folder of rows.
+
+    The rows of a name or file are those in ``results`` beside it, or else in ``runs``.
+    """
     if Path(target).is_dir():
         return [(x, _check_in(x, Path(target))) for x in result_names(Path(target))]
     file = find_table(target)
-    findings = checks.check_result(file.stem, load_table(file), results_folder(file))
+    folders = (results_folder(file), RUNS)
+    folder = next((x for x in folders if (x / f"{file.stem}.jsonl").exists()), RUNS)
+    findings = checks.check_result(file.stem, load_table(file), folder)
     return [(file.stem, findings)]
 
 
@@ -208,7 +220,8 @@ def table_of_rows(name: str, folder: Path) -> Path:
     if file is None:
         raise ValueError(
             f"the table of {folder / name}.jsonl was not found; looked for "
-            f"{', '.join(map(str, files))}."
+            f"{', '.join(map(str, files))}. Call from the folder of the table, or put "
+            "its file beside the folder of rows."
         )
     return file
 

@@ -51,7 +51,7 @@ class TableRef:
         if not isinstance(table, Table):
             raise ValueError(
                 f"{self.name} measures fixed programs; it takes no --method and no "
-                "--budget."
+                "--budget. `hypergrad list` names the tables that do."
             )
         if self.budget is not None:
             table = dataclasses.replace(table, budget=self.budget)
@@ -106,8 +106,8 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
     names = ", ".join(path.stem for path in table_files(folder))
     content = f"{folder} holds {names}" if names else f"{folder} holds no table"
     raise ValueError(
-        f"no table {name!r}: {content}. Give the name of a file in {folder}, or the "
-        "path of a file that defines `table`."
+        f"no table {name!r}: {content}, seen from {Path.cwd()}. Call from the folder "
+        f"above {folder}, or give the path of a file that defines `table`."
     )
 
 

@@ -34,12 +34,13 @@ class MethodRun:
     Attributes:
       trace: What the method returned.
       costs: Gradient-equivalents, products and seconds.
-      curves: The course of the outer value over the cost, for figures.
+      record: The course of the outer value over the cost, for figures, and the status
+        of a run that stopped before its end.
     """
 
     trace: Trace
     costs: dict[str, float]
-    curves: dict[str, list[float]]
+    record: dict[str, Any]
 
 
 def with_options(method: Method, **options: Any) -> Method:
@@ -152,8 +153,13 @@ def run_method(
             "compile_seconds": seconds.compilation,
             "run_seconds": seconds.total - seconds.compilation,
         },
-        curves=thin_curves(np.asarray(trace.value, float), cost),
+        record=thin_curves(np.asarray(trace.value, float), cost) | early_stop(trace),
     )
+
+
+def early_stop(trace: Trace) -> dict[str, str]:
+    """Returns the status of a run that did not make all of its steps, or nothing."""
+    return {"stopped": trace.status} if int(trace.status_code) else {}
 
 
 def thin_curves(values: np.ndarray, cost: np.ndarray) -> dict[str, list[float]]:

@@ -75,8 +75,23 @@ class TableResult:
 
     @property
     def findings(self) -> list[Finding]:
-        """Outcomes of the checks and claims."""
-        return self.table.evaluate(self.rows)
+        """Outcomes of the checks and claims, and the runs that stopped early."""
+        return self.table.evaluate(self.rows) + self._stopped_runs()
+
+    def _stopped_runs(self) -> list[Finding]:
+        """Returns how many runs of a method stopped early, and why."""
+        statuses = {
+            label: [row["stopped"] for row in self.rows_of(label) if "stopped" in row]
+            for label in self.labels
+        }
+        return [
+            Finding(
+                f"{label}: {len(reasons)} of {len(self.rows_of(label))} runs did not "
+                f"make all of their steps ({'; '.join(dict.fromkeys(reasons))})"
+            )
+            for label, reasons in statuses.items()
+            if reasons
+        ]
 
     def rows_of(self, label: str) -> list[Row]:
         """Returns the rows of a method, by seed."""
@@ -100,6 +115,8 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     lines = [f"# {result.name}", "", ". ".join(metadata) + ".", ""]
     if table.body is None:
         lines += _markdown_table(*main_table(result))
+        if any("method_source" in row for row in result.printed_rows):
+            lines += ["", "\\* a method that was added with `--method`"]
     else:
         lines += table.body(result.printed_rows)
     if table.published:

@@ -368,7 +368,7 @@ class Table(BaseTable):
             return row | {"selection": self.selection_scores(task, trace, w, key)}
         measure = lambda name: float(task.metrics[name](w, trace.alpha, key))
         row |= {name: measure(name) for name in self.metrics}
-        row |= result.curves | self.extra(task, trace, w, key)
+        row |= result.record | self.extra(task, trace, w, key)
         return row | self.tuning_fields(label, seed, rows, row["compile_seconds"])
 
     def tuning_fields(

@@ -66,9 +66,28 @@ def test_check_judges_the_rows_and_fails_for_a_flipped_bit(folder, tmp_path):
     assert "damaged" in bad.stdout or "checksum" in bad.stdout
 
 
+def test_check_of_a_table_finds_the_rows_of_its_last_run(folder):
+    """Rows in ``results`` come first; there is no such folder here."""
+    done = call(folder, "check", "quadratic.py")
+    assert done.returncode == 0, done.stdout
+    assert "supported" in done.stdout
+
+
+def test_an_interrupted_run_is_told_from_a_damaged_one(folder, tmp_path):
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    tuning = [row for row in rows if row.get("stage") == "tuning"]
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, tuning)))
+    (finding,) = check.check_result("quadratic", table, tmp_path)
+    assert f"{len(tuning)} rows of tuning" in finding.text
+    assert "continues" in finding.text
+
+
 def test_list_shows_the_tables_of_a_folder(folder):
     shown = call(folder, "list", ".").stdout
     assert "quadratic" in shown
+    assert "--method" in shown
+    assert "yes" in shown
     assert "mine" not in shown
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 
 from hypergrad.bench import Table, baselines, loading, select, with_options
 from hypergrad.bench.methods import MethodError, check_method
+from hypergrad.bench.report import TableResult, to_markdown
 from hypergrad.bench.rows import read_rows
+from hypergrad.bench.runner import RunOptions, run_table
 from hypergrad.checkpoint import lock_file
 from hypergrad.runtime import machine
 
@@ -231,6 +234,22 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(run, tmp_path):
     assert path.read_text() == "notes of mine\nwithout an end"
 
 
+def test_the_table_of_the_documentation_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (text,) = [block for block in blocks if "Task(" in block]
+    file = tmp_path / "ridge.py"
+    file.write_text(text)
+    ref = loading.TableRef(file, (), 100)
+    result = run_table(ref, RunOptions("small", 1, tmp_path, ""))
+    assert not result.failures
+    errors = {
+        row["method"]: row["test_error"] for row in select(result.rows, stage=None)
+    }
+    assert list(errors) == ["no search", "random search", "implicit"]
+    assert min(errors.values()) > 1.0  # the variance of the noise
+
+
 def test_a_worse_method_is_reported_as_worse(run, shared_file):
     result = run("mine.py:stay", seeds=5)
     table = loading.load_table(shared_file)
@@ -238,6 +257,18 @@ def test_a_worse_method_is_reported_as_worse(run, shared_file):
     (text,) = [x for x in texts if x.startswith("stay against descent")]
     assert "worse" in text
     assert re.search(r"\[-?\d", text)  # with an interval
+
+
+def test_runs_that_stopped_early_are_counted_with_the_reason(run, shared_file):
+    rows = run("mine.py:stops", only=("nothing", "stops")).rows
+    result = TableResult("quadratic", loading.load_table(shared_file), rows)
+    text = to_markdown(result)
+    assert (
+        "stops: 2 of 2 runs did not make all of their steps "
+        "(stopped: the outer value is not finite)" in text
+    )
+    assert "nothing: " not in text
+    assert "was added with `--method`" in text
 
 
 @pytest.mark.parametrize(

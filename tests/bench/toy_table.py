@@ -68,6 +68,7 @@ table = Table(
 '''
 
 METHODS = """
+import dataclasses
 import hypergrad as hg, optax, jax, jax.numpy as jnp
 
 def make_estimator(solver):
@@ -96,6 +97,10 @@ def returns_nan(task, *, budget, key):
         trace.alpha * jnp.nan, trace.w, trace.best_alpha, trace.value, trace.stats, {},
         trace.status_code,
     )
+
+def stops(task, *, budget, key):
+    trace = stay(task, budget=budget, key=key)
+    return dataclasses.replace(trace, status_code=jnp.asarray(1))
 
 def returns_number(task, *, budget, key):
     return 3.0
