@@ -148,7 +148,7 @@ def train_by_adam(train: Data, key: Array) -> Array:
     def descend(_: int, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         w, state = carry
         updates, state = optimizer.update(jax.grad(inner_loss)(w, alpha, train), state)
-        return w + updates, state
+        return jnp.asarray(optax.apply_updates(w, updates)), state
 
     return jax.lax.fori_loop(0, NUM_EPOCHS, descend, (w, optimizer.init(w)))[0]
 

@@ -5,6 +5,7 @@ attacks, and the outer variable is a tuple of one array of images for each attac
 """
 
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -165,6 +166,7 @@ class GradientPenalty(SingleLoop):
             0, self.num_steps, descend, (state.w, state.w_opt_state)
         )
         value, _, alpha_grad, inner_grad = gradients(w, alpha)
+        updates: Any
         updates, alpha_opt_state = self.alpha_optimizer.update(
             alpha_grad, memory.alpha_opt_state, alpha
         )
