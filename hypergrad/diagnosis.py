@@ -76,8 +76,9 @@ def diagnose(
     >>> x[3, 1] = np.nan
     >>> problem = hg.Bilevel(loss, loss, inner_data=x, outer_data=np.ones((5, 2)))
     >>> estimator = hg.Implicit(hg.Newton())
-    >>> hg.diagnose(problem, estimator, jnp.zeros(2), jnp.ones(2))[0][:53]
-    'inner_data has 1 number that is not finite; the first'
+    >>> first, *_ = hg.diagnose(problem, estimator, jnp.zeros(2), jnp.ones(2))
+    >>> print(first.partition("; ")[2].partition(".")[0])
+    the first is nan, in row 3, at index (3, 1)
     """
     check_problem_type(problem)
     check_estimator_type(estimator)
