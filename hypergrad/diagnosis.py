@@ -10,28 +10,27 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .batches import Batches, sample_batch
-from .estimators.base import Estimator
+from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
 from .products import Loss
 from .trees import is_key, safe_norm
-from .validation import as_input_arrays, as_key, check_estimator_type
+from .validation import as_input_arrays, as_key, check_estimator_type, is_traced
 
-GROWTH = 10.0  # of the norm of w or of the gradient, in a run that is said to diverge
+GROWTH = 10.0  # of the norms of w and of the gradient in a run that diverges
 
 FIND_OPERATION = (
-    "All of its inputs are finite: look for the logarithm or root of a number that "
-    "reaches 0, a division by 0, or an overflow. `with jax.debug_nans(True):` around "
-    "the loss names the operation."
+    "Look for the logarithm or root of a number that reaches 0, a division by 0, or an "
+    "overflow. `with jax.debug_nans(True):` around the loss names the operation."
 )
 FIND_DERIVATIVE = (
     "A root or a norm has no derivative at 0, and jnp.where(mask, f(x), 0) has a bad "
     "one wherever f(x) has: replace x inside of f."
 )
 LOWER_RATE = (
-    "Lower the learning rate of the inner optimizer, or clip its gradients by "
-    "optax.clip_by_global_norm."
+    "Lower the step size of the inner solver, clip the gradients of an optimizer by "
+    "optax.clip_by_global_norm, or add a penalty on w if the loss has no minimum."
 )
 
 
@@ -45,30 +44,30 @@ def diagnose(
     """Returns sentences that name where an estimate stops being finite.
 
     The places are visited in the order in which `hypergradient` computes with the same
-    arguments, and the first bad one ends the search: the data and both losses at the
-    start, the inner run, the outer loss at its end, the hypergradient. Bad data is
-    named by leaf, first row and index, and only if it reaches a loss. A divergence of
-    the inner run is named by its step and the norms of ``w`` and of ``dL/dw``.
+    arguments, and the first bad one ends the search: ``w`` and ``alpha``, both losses
+    on all data at the start, the inner run, the outer loss at its end, the estimate.
+    Where a loss is not finite, numbers of its data that are not are named by leaf,
+    first row and index. A divergence of the inner run is named by its step and the
+    norms of ``w`` and of ``dL/dw``.
 
     Args:
       problem: The problem.
-      estimator: The estimator. Of one without an inner solver, such as a single-loop
-        method, only the losses are looked at.
+      estimator: The estimator. Of a single-loop method only the losses are looked at.
       w, alpha: The point of the estimate. For a run that was stopped they are
-        ``trace.w`` and, with ``record_alphas=True``, the leaves of ``trace.alphas`` at
-        `Trace.last_row`.
-      key: PRNG key of the estimate. Defaults to ``jax.random.key(0)``.
+        ``trace.w`` and, with ``record_alphas=True`` and a row per step, the leaves of
+        ``trace.alphas`` at `Trace.last_row`.
+      key: PRNG key of the estimate. Defaults to ``jax.random.key(0)``. Where batches
+        are sampled, another key may fail although this one does not.
 
     Returns:
-      One or two sentences with a remedy each, or none if everything is finite and the
-      inner run does not diverge.
+      The sentences, or none if everything is finite and the inner run does not diverge.
 
     Cost:
-      An estimate, an inner run with a value of the loss at each step, and compilation:
-      for the moment after a failure, not for a loop.
+      An estimate, an inner run with a further gradient at each step, gradients of both
+      losses on all data, and compilation: for the moment after a failure, not a loop.
 
     Raises:
-      TypeError, ValueError: An argument is invalid, as in `hypergradient`.
+      TypeError, ValueError: An argument is invalid, as in `hypergradient`, or a tracer.
 
     >>> import jax.numpy as jnp, numpy as np, hypergrad as hg
     >>> loss = lambda w, alpha, x: jnp.mean((x @ w) ** 2) + jnp.sum(alpha * w**2)
@@ -76,30 +75,33 @@ def diagnose(
     >>> x[3, 1] = np.nan
     >>> problem = hg.Bilevel(loss, loss, inner_data=x, outer_data=np.ones((5, 2)))
     >>> estimator = hg.Implicit(hg.Newton())
-    >>> first, *_ = hg.diagnose(problem, estimator, jnp.zeros(2), jnp.ones(2))
-    >>> print(first.partition("; ")[2].partition(".")[0])
+    >>> first, second = hg.diagnose(problem, estimator, jnp.zeros(2), jnp.ones(2))
+    >>> print(second.partition("; ")[2].partition(".")[0])
     the first is nan, in row 3, at index (3, 1)
     """
     check_problem_type(problem)
     check_estimator_type(estimator)
+    if is_traced(problem, estimator, w, alpha, key):
+        raise ValueError("diagnose needs concrete arrays; call it outside of jax.jit.")
     w, alpha = as_input_arrays(w, alpha)
     key = as_key(key)
     _, estimate_key = jax.random.split(key)  # as in `hypergradient`
     data = EstimateData.sample(problem, estimate_key)
     w0 = problem.init_inner(w, alpha)
+    if sentences := tuple(_describe_point(problem, w0, alpha)):
+        return sentences
     if sentences := tuple(_describe_start(problem, data, w0, alpha)):
         return sentences
-    solver = _inner_solver(estimator)
-    if solver is None:
+    if getattr(estimator, "is_single_loop", False):
         return ()
-    final_w, sentences = _describe_run(solver, problem.inner_loss, w0, alpha, data)
-    if sentences:
-        return sentences
-    where = "at the w where the inner run ends"
-    if sentences := tuple(_describe_outer(problem, data, final_w, alpha, where)):
-        return sentences
-    estimate = hypergradient(problem, estimator)(w, alpha, key)
-    return tuple(_describe_hypergradient(estimate.hypergradient))
+    if (solver := _inner_solver(estimator)) is not None:
+        final_w, sentences = _describe_run(solver, problem.inner_loss, w0, alpha, data)
+        if sentences:
+            return sentences
+        position = "at the w where the inner run ends"
+        if sentences := tuple(_describe_outer(problem, data, final_w, alpha, position)):
+            return sentences
+    return tuple(_describe_estimate(hypergradient(problem, estimator)(w, alpha, key)))
 
 
 def _inner_solver(estimator: Any) -> Any:
@@ -108,32 +110,34 @@ def _inner_solver(estimator: Any) -> Any:
     return getattr(inside, "solver", None)
 
 
-# The data and the losses.
+# The starting point, the losses and the data.
+
+
+def _describe_point(problem: Bilevel, w: PyTree, alpha: PyTree) -> Iterator[str]:
+    """Yields a sentence for each leaf of ``w`` and ``alpha`` that is not finite."""
+    origin = "the starting point has" if problem.init_fn is None else "init_fn returns"
+    for path, _ in _nonfinite_leaves(w):
+        yield f"{origin} a w{path} that is not finite."
+    for path, _ in _nonfinite_leaves(alpha):
+        yield f"alpha{path} is infinite."
 
 
 def _describe_start(
     problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
 ) -> Iterator[str]:
-    where = "at the start"
-    inner_batch = data.inner_batch()
-    inner = _describe_loss(
-        "inner_loss", problem.inner_loss, w, alpha, inner_batch, where
-    )
-    for name, arrays, sentences in (
-        ("inner_data", data.inner_data, list(inner)),
-        (
-            "outer_data",
-            data.outer_data,
-            [*_describe_outer(problem, data, w, alpha, where)],
-        ),
-    ):
-        if sentences:
-            yield from _describe_data(name, arrays)
-            yield from sentences
+    """Yields sentences on losses that are not finite, each before those on its data."""
+    position, batch = "at the start", data.inner_batch()
+    inner = _describe_loss("inner_loss", problem.inner_loss, w, alpha, batch, position)
+    if sentences := tuple(inner):
+        yield from sentences
+        yield from _describe_data("inner_data", data.inner_data)
+    if sentences := tuple(_describe_outer(problem, data, w, alpha, position)):
+        yield from sentences
+        yield from _describe_data("outer_data", data.outer_data)
 
 
 def _describe_outer(
-    problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree, where: str
+    problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree, position: str
 ) -> Iterator[str]:
     batch = data.outer_batch()
     if not isinstance(problem.outer_loss, tuple):
@@ -141,26 +145,24 @@ def _describe_outer(
     else:
         losses = {f"outer_loss[{k}]": f for k, f in enumerate(problem.outer_loss)}
     for name, loss in losses.items():
-        yield from _describe_loss(name, loss, w, alpha, batch, where)
+        yield from _describe_loss(name, loss, w, alpha, batch, position)
 
 
 def _describe_loss(
-    name: str, loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, where: str
+    name: str, loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, position: str
 ) -> Iterator[str]:
     """Yields a sentence if the value or a gradient of a loss is not finite."""
     value, grads = _value_and_grads(loss, w, alpha, batch)
     if not np.isfinite(value):
-        has_bad_data = any(True for _ in _nonfinite_leaves(batch))
-        yield (
-            f"{name} is therefore {value} {where}."
-            if has_bad_data
-            else f"{name} is {value} {where}. {FIND_OPERATION}"
-        )
+        if any(True for _ in _nonfinite_leaves(batch)):
+            yield f"{name} is {value} {position}, and its data is not finite either."
+        else:
+            yield f"{name} is {value} {position}, of finite inputs. {FIND_OPERATION}"
         return
     for variable, grad in zip(("w", "alpha"), grads, strict=True):
         for path, _ in _nonfinite_leaves(grad):
             yield (
-                f"the gradient of {name} by {variable}{path} is not finite {where}, "
+                f"the gradient of {name} by {variable}{path} is not finite {position}, "
                 f"although the loss is. {FIND_DERIVATIVE}"
             )
             return
@@ -173,17 +175,20 @@ def _value_and_grads(loss, w, alpha, batch):
 
 def _describe_data(name: str, data: PyTree) -> Iterator[str]:
     """Yields a sentence for each leaf that holds a number that is not finite."""
-    arrays = data.data if isinstance(data, Batches) else data
-    for path, leaf in _nonfinite_leaves(arrays):
-        indices = np.argwhere(~np.isfinite(leaf))
-        index = tuple(indices[0].tolist())
-        numbers = "number that is" if len(indices) == 1 else "numbers that are"
-        position = f", in row {index[0]}, at index {index}" if index else ""
-        yield (
-            f"{name}{path} has {len(indices)} {numbers} not finite; the first is "
-            f"{leaf[index]}{position}. Drop such rows, fill them, or mask them before "
-            "anything is computed with them."
-        )
+    trees = {name: data}
+    if isinstance(data, Batches):
+        trees = {name: data.data, f"{name}.shared": data.shared}
+    for tree_name, tree in trees.items():
+        for path, leaf in _nonfinite_leaves(tree):
+            indices = np.argwhere(~np.isfinite(leaf))
+            index = tuple(indices[0].tolist())
+            numbers = "number that is" if len(indices) == 1 else "numbers that are"
+            position = f", in row {index[0]}, at index {index}" if index else ""
+            yield (
+                f"{tree_name}{path} has {len(indices)} {numbers} not finite; the first "
+                f"is {leaf[index]}{position}. Drop such rows, fill them, or mask them "
+                "before anything is computed with them."
+            )
 
 
 def _nonfinite_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray]]:
@@ -203,7 +208,8 @@ class RunRecord(NamedTuple):
     """Numbers of an inner run before each of its T steps and after the last one.
 
     Attributes:
-      value: ``L`` on the batch of the next step, or on all data after the last one.
+      value: ``L`` on the batch of the next step; the first and the last one are on all
+        data.
       w_norm: ``||w||``.
       grad_norm: ``||dL/dw||`` on the same batch.
     """
@@ -212,94 +218,130 @@ class RunRecord(NamedTuple):
     w_norm: Float[Array, " T+1"]
     grad_norm: Float[Array, " T+1"]
 
+    def has_grown(self, num_steps: int) -> bool:
+        """Returns whether both norms have grown by a large factor after some steps."""
+        return all(
+            bool(norm[num_steps] > GROWTH * norm[0])
+            for norm in (self.w_norm, self.grad_norm)
+        )
+
+    def growth(self, num_steps: int) -> str:
+        """Returns in words how the norms have changed after some steps."""
+        return (
+            f"||dL/dw|| goes from {self.grad_norm[0]:.3g} to "
+            f"{self.grad_norm[num_steps]:.3g} and ||w|| from {self.w_norm[0]:.3g} to "
+            f"{self.w_norm[num_steps]:.3g}"
+        )
+
 
 def _describe_run(
     solver: Any, loss: Loss, w: PyTree, alpha: PyTree, data: EstimateData
 ) -> tuple[PyTree, tuple[str, ...]]:
     """Returns where an inner run ends, and a sentence if it went wrong."""
     if getattr(solver, "differentiable", False):
-        final_w, record = _record_run(solver, loss, w, alpha, data)
-        return final_w, tuple(_describe_record(jax.device_get(record)))
-    final_w = _solve(solver, loss, w, alpha, data)
-    for path, _ in _nonfinite_leaves(final_w):
-        sentence = (
-            f"{type(solver).__name__}.solve returns a w{path} that is not finite, "
-            "although inner_loss and its gradient are finite at the start. Start "
-            "nearer to the solution, lower the step size, or add a penalty on w if "
-            "the loss has no minimum."
-        )
-        return final_w, (sentence,)
-    return final_w, ()
+        final_w, record = _record_steps(solver, loss, w, alpha, data)
+        return final_w, tuple(_describe_steps(jax.device_get(record)))
+    final_w, record = _record_solve(solver, loss, w, alpha, data)
+    return final_w, tuple(_describe_solve(solver, final_w, jax.device_get(record)))
+
+
+def _measure(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree) -> RunRecord:
+    value, grad = jax.value_and_grad(loss)(w, alpha, batch)
+    return RunRecord(value, safe_norm(w), safe_norm(grad))
 
 
 @eqx.filter_jit
-def _solve(solver, loss, w, alpha, data):
-    return solver.solve(loss, w, alpha, data.inner_data, data.solver_key)[0]
+def _record_solve(solver, loss, w, alpha, data):
+    """Returns the solution, and the numbers before and after the solve."""
+    final_w, _ = solver.solve(loss, w, alpha, data.inner_data, data.solver_key)
+    numbers = (_measure(loss, x, alpha, data.inner_batch()) for x in (w, final_w))
+    return final_w, jax.tree.map(lambda *x: jnp.stack(x), *numbers)
 
 
 @eqx.filter_jit
-def _record_run(solver, loss, w, alpha, data):
+def _record_steps(solver, loss, w, alpha, data):
     """Returns the last w and the record of a run with the keys of `run_inner_steps`."""
     init_key, steps_key = jax.random.split(data.solver_key)
     keys = jax.random.split(steps_key, solver.num_steps)
-    carry = solver.init(loss, w, alpha, data.inner_data, init_key)
-
-    def measure(w, batch):
-        value, grad = jax.value_and_grad(loss)(w, alpha, batch)
-        return RunRecord(value, safe_norm(w), safe_norm(grad))
+    init_carry = solver.init(loss, w, alpha, data.inner_data, init_key)
 
     def step(carry, key):
-        numbers = measure(carry[0], sample_batch(data.inner_data, key))
+        batch = sample_batch(data.inner_data, key)
+        numbers = _measure(loss, carry[0], alpha, batch)
         return solver.step(loss, carry, alpha, data.inner_data, key), numbers
 
-    (w, _), record = jax.lax.scan(step, carry, keys)
-    final_numbers = measure(w, data.inner_batch())
-    return w, jax.tree.map(jnp.append, record, final_numbers)
+    (final_w, _), record = jax.lax.scan(step, init_carry, keys)
+    init_numbers = _measure(loss, w, alpha, data.inner_batch())
+    final_numbers = _measure(loss, final_w, alpha, data.inner_batch())
+    join = lambda x, init_x, final_x: jnp.append(x, final_x).at[0].set(init_x)
+    return final_w, jax.tree.map(join, record, init_numbers, final_numbers)
 
 
-def _describe_record(record: RunRecord) -> Iterator[str]:
+def _describe_solve(solver: Any, w: PyTree, record: RunRecord) -> Iterator[str]:
+    """Yields a sentence if a solver without steps diverged."""
+    name = f"{type(solver).__name__}.solve"
+    for path, _ in _nonfinite_leaves(w):
+        yield (
+            f"{name} returns a w{path} that is not finite, although inner_loss and its "
+            f"gradient are finite at the start. {LOWER_RATE}"
+        )
+        return
+    if record.has_grown(1):
+        yield f"{name} diverges: {record.growth(1)}. {LOWER_RATE}"
+
+
+def _describe_steps(record: RunRecord) -> Iterator[str]:
     """Yields a sentence if a run diverges or leaves the finite numbers."""
     is_finite = np.isfinite(np.stack(record)).all(axis=0)
     num_steps = len(is_finite) - 1
-    stays_finite = bool(is_finite.all())
-    stop = num_steps if stays_finite else int(np.argmin(is_finite))
-    num_good = stop if stays_finite else max(stop - 1, 0)  # steps
-    grad_norms, w_norms = record.grad_norm[[0, num_good]], record.w_norm[[0, num_good]]
-    growth = (
-        "||dL/dw|| goes from {:.3g} to {:.3g} and ||w|| from {:.3g} to {:.3g} in the "
-        "first {} steps"
-    ).format(*grad_norms, *w_norms, num_good)
-    has_grown = grad_norms[1] > GROWTH * grad_norms[0]
-    if stays_finite:
-        if has_grown and record.value[-1] > record.value[0]:
+    if is_finite.all():
+        if record.has_grown(num_steps) and record.value[-1] > record.value[0]:
             yield (
-                f"the inner run diverges: {growth}, which are all of them, and "
-                f"inner_loss from {record.value[0]:.3g} to {record.value[-1]:.3g}. "
-                f"{LOWER_RATE}"
+                f"the inner run diverges: in its {num_steps} steps "
+                f"{record.growth(num_steps)}, and inner_loss from "
+                f"{record.value[0]:.3g} to {record.value[-1]:.3g}. {LOWER_RATE}"
             )
-    elif has_grown:
+        return
+    bad_step = int(np.argmin(is_finite))
+    good_step = max(bad_step - 1, 0)
+    if record.has_grown(good_step):
         yield (
-            f"the inner run diverges: {growth}, and a number is not finite after step "
-            f"{stop} of {num_steps}. {LOWER_RATE}"
+            f"the inner run diverges: up to step {good_step} "
+            f"{record.growth(good_step)}, and a number is not finite after step "
+            f"{bad_step} of {num_steps}. {LOWER_RATE}"
+        )
+    elif not np.isfinite(record.w_norm[bad_step]):
+        yield (
+            f"step {bad_step} of the {num_steps} inner steps returns a w that is not "
+            "finite, from a finite w, loss and gradient."
         )
     else:
         yield (
-            f"the inner run leaves the finite numbers after step {stop} of {num_steps} "
-            f"without a divergence: inner_loss is {record.value[stop]:.3g} and ||w|| "
-            f"is {record.w_norm[stop]:.3g} there, and {growth}. w reaches a point "
-            "where the loss or its gradient is not defined, such as log(0) or sqrt(0); "
-            "`with jax.debug_nans(True):` names the operation."
+            f"after step {bad_step} of the {num_steps} inner steps inner_loss is "
+            f"{record.value[bad_step]:.3g}, ||dL/dw|| {record.grad_norm[bad_step]:.3g} "
+            f"and ||w|| {record.w_norm[bad_step]:.3g}. "
+            f"{FIND_OPERATION}"
         )
 
 
-# The hypergradient.
+# The estimate.
 
 
-def _describe_hypergradient(hypergradient: PyTree) -> Iterator[str]:
-    for path, _ in _nonfinite_leaves(hypergradient):
+def _describe_estimate(estimate: Estimate) -> Iterator[str]:
+    """Yields a sentence if an estimate is not finite, although all before it is."""
+    if not np.isfinite(np.asarray(estimate.value)).all():
         yield (
-            f"the hypergradient by alpha{path} is not finite, although the inner run, "
-            "the losses and their gradients are: a second derivative is not. Adam has "
-            "none where a gradient is always 0, unless eps_root is positive, as in "
-            "optax.adam(0.1, eps_root=1e-8); roots and norms have none at 0."
+            f"the outer value of the estimate is {estimate.value}, although outer_loss "
+            "is finite on all outer data: on the batch of this estimate, or at the "
+            "points that the estimator tries, it is not."
+        )
+        return
+    for path, _ in _nonfinite_leaves(estimate.hypergradient):
+        yield (
+            f"the hypergradient by alpha{path} is not finite, although the losses, "
+            "their gradients and the inner run are. One of these is not: a second "
+            "derivative (Adam has none where a gradient is always 0, unless eps_root "
+            "is positive, as in optax.adam(0.1, eps_root=1e-8); roots and norms have "
+            "none at 0), a product of the derivatives of many steps, or the "
+            "adjoint, such as that of a Neumann series whose step size is too large."
         )

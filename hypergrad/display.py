@@ -215,6 +215,10 @@ def _sum_of_known(numbers: np.ndarray) -> float:
 
 def count_rows_made(trace: "Trace") -> int:
     """Returns the number of rows without the blank ones after a failure."""
+    next_step = getattr(trace.state, "step", None)  # a search has no state
+    if next_step is not None and is_readable(next_step):
+        num_steps = int(next_step) - int(trace.first_step)
+        return -(-num_steps // trace.record_every)
     is_made = _are_finite(to_wide(trace.value))
     if "gradient_equivalents" in trace.stats:
         is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0

@@ -69,27 +69,38 @@ def test_nothing_is_said_of_a_finite_problem(estimator):
 def test_bad_data_is_named_by_leaf_row_and_number(as_batches, value):
     train = with_entry(with_entry(TRAIN, "x", (17, 0), value), "x", (4, 2), value)
     wrapped = hg.Batches(train, 5) if as_batches else train
-    first, *others = diagnose(train=wrapped)
-    assert "inner_data['x'] has 2" in first
-    assert f"first is {value}" in first
-    assert "(4, 2)" in first
-    assert others
-    assert "inner_loss is therefore" in others[0]
+    loss, data = diagnose(train=wrapped)
+    assert loss.startswith("inner_loss is nan at the start")
+    assert "inner_data['x'] has 2" in data
+    assert f"first is {value}, in row 4, at index (4, 2)" in data
 
 
 def test_bad_outer_data_is_told_from_inner_data():
-    first, *_ = diagnose(val=with_entry(VAL, "y", 7, np.nan))
-    assert "outer_data['y'] has 1" in first
-    assert "row 7" in first
+    _, data = diagnose(val=with_entry(VAL, "y", 7, np.nan))
+    assert "outer_data['y'] has 1" in data
+    assert "row 7" in data
+
+
+def test_bad_numbers_that_all_batches_share_are_named():
+    scaled = lambda w, alpha, batch: inner_loss(w * batch[1][0], alpha, batch[0])
+    batches = hg.Batches(TRAIN, 5, shared=jnp.array([1.0, jnp.nan]))
+    assert diagnose(scaled, train=batches) == ()
+    _, data = diagnose(scaled, train=hg.Batches(TRAIN, 5, shared=jnp.array([jnp.inf])))
+    assert "inner_data.shared has 1" in data
 
 
 def test_data_of_a_function_is_named():
     bad = with_entry(TRAIN, "x", (3, 1), np.nan)
     sample = lambda bad, val, key: (bad, val)
     data_fn = jax.tree_util.Partial(sample, bad, VAL)
-    first, *_ = diagnose(train=None, val=None, data_fn=data_fn)
-    assert "inner_data['x']" in first
-    assert "(3, 1)" in first
+    _, data = diagnose(train=None, val=None, data_fn=data_fn)
+    assert "inner_data['x']" in data
+    assert "(3, 1)" in data
+
+
+def test_a_start_that_is_not_finite_is_told_from_a_loss():
+    (only,) = diagnose(init_fn=lambda w, alpha: w / jnp.sum(w * 0.0))
+    assert only == "init_fn returns a w that is not finite."
 
 
 def test_masked_bad_data_is_no_finding():
@@ -147,7 +158,7 @@ def test_a_divergence_names_the_step_and_the_norms(make):
     step = first_bad_step(50.0, np.float32)
     assert "diverges" in only
     assert f"step {step} of 80" in only
-    assert "learning rate" in only
+    assert "step size" in only
     norms = numbers(only)
     assert max(norms) > 1e15  # of w or of its gradient, one step earlier
 
@@ -156,7 +167,7 @@ def test_a_divergence_that_stays_finite_is_named():
     solver = hg.Descent(optax.sgd(5.0), 10)
     (only,) = diagnose(estimator=hg.Implicit(solver))
     assert "diverges" in only
-    assert "first 10 steps" in only
+    assert "in its 10 steps" in only
 
 
 def test_a_sudden_end_is_told_from_a_divergence():
@@ -164,7 +175,25 @@ def test_a_sudden_end_is_told_from_a_divergence():
     loss = lambda w, alpha, batch: jnp.sum(w - jnp.log(1.0 - w) * 0.0 - 3.0 * w)
     (only,) = diagnose(loss, estimator=hg.Implicit(hg.Descent(optax.sgd(0.25), 50)))
     assert "diverges" not in only
-    assert "after step 2 of 50" in only  # w = 0, 0.5, 1: log(0) * 0 is NaN
+    assert "after step 2 of the 50" in only  # w = 0, 0.5, 1: log(0) * 0 is NaN
+
+
+def test_a_step_that_returns_a_bad_w_is_told_from_a_bad_loss():
+    """The closed form divides by zero; nothing is wrong with the quadratic."""
+    divide = lambda alpha, batch: alpha / jnp.sum(0.0 * alpha)
+    solver = hg.ClosedForm(divide)
+    (only,) = diagnose(estimator=hg.Unrolled(solver))
+    assert only.startswith("step 1 of the 1 inner steps returns a w that is not finite")
+
+
+def test_a_drift_from_the_minimum_is_no_divergence():
+    """The gradient at a minimum is rounding noise, which Adam makes larger."""
+    newton = hg.hypergradient(
+        hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL), hg.Implicit(hg.Newton())
+    )
+    adam = hg.Implicit(hg.Descent(optax.adam(0.01), 50))
+    problem = hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL)
+    assert hg.diagnose(problem, adam, newton(W, ALPHA).w, ALPHA) == ()
 
 
 def test_a_solver_without_steps_is_named():
@@ -175,6 +204,44 @@ def test_a_solver_without_steps_is_named():
     (only,) = diagnose(estimator=hg.Implicit(Broken()))
     assert "Broken.solve" in only
     assert "w" in only
+
+
+def test_a_solver_without_steps_that_diverges_is_named():
+    unbounded = lambda w, alpha, batch: jnp.sum(jnp.exp(alpha) * (w**3 + w))
+    (only,) = diagnose(unbounded, estimator=hg.Implicit(hg.LBFGS(max_steps=30)))
+    assert "LBFGS.solve" in only
+
+
+def test_an_estimator_without_an_inner_solver_is_run():
+    class Broken(eqx.Module):
+        def init(self, problem, w, alpha, key=None):
+            return w
+
+        def estimate(self, problem, w, alpha, key):
+            return hg.Estimate(jnp.zeros(()), alpha * jnp.nan, w), w
+
+    (only,) = diagnose(estimator=Broken())
+    assert "hypergradient by alpha" in only
+
+
+def test_a_bad_batch_of_the_outer_loss_is_told_from_the_derivative():
+    """The loss divides by a sum of flags, which is zero in some batches."""
+    flags = np.zeros(20)
+    flags[0] = 1.0
+
+    def flagged(w, alpha, batch):
+        return jnp.sum(batch["flags"] * w[0]) / jnp.sum(batch["flags"])
+
+    batches = hg.Batches(VAL | {"flags": flags})
+    estimator = hg.Unrolled(SOLVER, outer_batch_size=2)
+    (only,) = diagnose(outer_loss=flagged, val=batches, estimator=estimator)
+    assert "outer value of the estimate is nan" in only
+
+
+def test_tracers_are_refused():
+    problem = hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL)
+    with pytest.raises(ValueError, match="concrete"):
+        jax.jit(lambda w: hg.diagnose(problem, hg.Implicit(SOLVER), w, ALPHA) and w)(W)
 
 
 def test_an_outer_loss_that_is_bad_only_at_the_solution_is_named():

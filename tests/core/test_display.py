@@ -152,7 +152,9 @@ def test_a_failed_run_prints_the_steps_that_were_made():
     assert 1 <= num_made < 9
     assert table["steps"] == f"{num_made} of 9"
     assert table["trusted"] == f"0 of {num_made}"
-    assert table["value"] == "first 4, last 4, lowest 4 at step 0"
+    lowest = "lowest 4 at step 0"
+    assert table["value"] == f"first 4, last 4 at step 0, then not finite, {lowest}"
+    assert trace.last_row == num_made - 1
 
 
 def test_a_continued_and_sparse_run_prints_the_numbers_of_its_steps():
