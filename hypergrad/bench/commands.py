@@ -178,7 +178,7 @@ def check(target: str) -> list[tuple[str, list[Finding]]]:
     folders = (results_folder(file), RUNS)
     folder = next((x for x in folders if (x / f"{file.stem}.jsonl").exists()), RUNS)
     findings = checks.check_result(file.stem, load_table(file), folder)
-    return [(file.stem, findings)]
+    return [(file.stem, [*findings, Finding(f"the rows are those in {folder}")])]
 
 
 def _check_in(name: str, folder: Path) -> list[Finding]:
