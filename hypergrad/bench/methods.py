@@ -35,7 +35,7 @@ class MethodRun:
       trace: What the method returned.
       costs: Gradient-equivalents, products and seconds.
       record: The course of the outer value over the cost, for figures, and the status
-        of a run that stopped before its end.
+        of a run that was not completed.
     """
 
     trace: Trace
@@ -158,7 +158,7 @@ def run_method(
 
 
 def early_stop(trace: Trace) -> dict[str, str]:
-    """Returns the status of a run that did not make all of its steps, or nothing."""
+    """Returns the status of a run that was not completed, or nothing."""
     return {"stopped": trace.status} if int(trace.status_code) else {}
 
 

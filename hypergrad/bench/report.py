@@ -75,19 +75,19 @@ class TableResult:
 
     @property
     def findings(self) -> list[Finding]:
-        """Outcomes of the checks and claims, and the runs that stopped early."""
+        """Outcomes of the checks and claims, and the runs that were not completed."""
         return self.table.evaluate(self.rows) + self._stopped_runs()
 
     def _stopped_runs(self) -> list[Finding]:
-        """Returns how many runs of a method stopped early, and why."""
+        """Returns how many runs of a method were not completed, and why."""
         statuses = {
             label: [row["stopped"] for row in self.rows_of(label) if "stopped" in row]
             for label in self.labels
         }
         return [
             Finding(
-                f"{label}: {len(reasons)} of {len(self.rows_of(label))} runs did not "
-                f"make all of their steps ({'; '.join(dict.fromkeys(reasons))})"
+                f"{label}: {len(reasons)} of {len(self.rows_of(label))} runs were not "
+                f"completed ({'; '.join(dict.fromkeys(reasons))})"
             )
             for label, reasons in statuses.items()
             if reasons
