@@ -27,16 +27,17 @@ steps of rate 0.2 along the hypergradient of M through all 50 steps (`hg.Unrolle
 Every step has a new partition into 10 drawings and 2 held-out ones, and new starting
 weights. Then ``z`` is trained on all 12 drawings. The authors use float64, we float32.
 
-*Rows.* *separate* has ``A = I``; *tied* has 1/10 everywhere in the first layer, else
-I; *learned sharing* learns A. These three rows have the authors' seed and are judged.
-Each has a row *all seeds*, which like the others has five seeds. *half shared* is where
+*Rows.* *separate* has ``A = I``; *tied* has 1/10 everywhere in the first layer, else I;
+*learned sharing* learns A. These three rows have the authors' seed and are judged. Each
+has a row *all seeds*, which like the others has five seeds. *half shared* is where
 learning starts. *random search* is the best of 60 random degrees of sharing, one per
 layer and uniform in [0, 1] (0 is separate, 1 tied), at the cost of the learning, with
-three seeds only. In rows with *L2 and steps* the penalty exp(p), p = -6, -5, ...,
--2, and the number of steps up to 50 are chosen together for the row's A. *validation
-only* are separate networks that have no more than the two held-out drawings. Searches
-take the held-out drawings of the authors' first partition; the model that follows is
-trained on all 12. Test drawings are read once per row, by that last model.
+three seeds only. Two of the five seeds were run so far. In rows with *L2 and steps* the
+penalty exp(p), p = -6, -5, ..., -2, and the number of steps up to 50 are chosen
+together for the row's A. *validation only* are separate networks that have no more than
+the two held-out drawings. Searches take the held-out drawings of the authors' first
+partition; the model that follows is trained on all 12. Test drawings are read once per
+row, by that last model.
 
 *Measured.* Cross-entropy on training and test drawings, the test error, and the cost: a
 gradient of L on 12 drawings counts 1, on 10 drawings 10/12, a product 2.
@@ -312,11 +313,13 @@ def plot(rows: list[Row], path: Path) -> None:
                 vmax=1,
                 cmap="Greys",
             )
-            axis.set_title(("first", "second", "third")[i] + " layer")
+            axis.set_title(("first", "second", "third")[i] + " layer", fontsize=10)
             axis.set(xticks=[], yticks=[])
         axes[0].set_yticks(range(NUM_NETWORKS), names, fontsize=8)
         left.colorbar(image, ax=axes, location="bottom", shrink=0.5)
-    left.suptitle("learned sharing: correlation of the weights of ten networks")
+    axes[1].set_title(
+        "learned sharing: correlation of weights\n\nsecond layer", fontsize=10
+    )
     axis = right.subplots()
     final = [row for row in rows if "test_loss" in row]
     labels = list(dict.fromkeys(row["method"] for row in final))
