@@ -153,11 +153,12 @@ def run_method(
             "compile_seconds": seconds.compilation,
             "run_seconds": seconds.total - seconds.compilation,
         },
-        record=thin_curves(np.asarray(trace.value, float), cost) | early_stop(trace),
+        record=thin_curves(np.asarray(trace.value, float), cost)
+        | status_if_incomplete(trace),
     )
 
 
-def early_stop(trace: Trace) -> dict[str, str]:
+def status_if_incomplete(trace: Trace) -> dict[str, str]:
     """Returns the status of a run that was not completed, or nothing."""
     return {"stopped": trace.status} if int(trace.status_code) else {}
 

@@ -296,3 +296,18 @@ def test_a_stopped_run_is_diagnosed_at_its_last_row():
     assert "the inner run diverges" in only
     assert "last" in repr(trace)
     assert "then not finite" in repr(trace)
+
+
+def test_the_last_row_is_that_of_the_failure_without_costs():
+    """An estimator that states no cost fails at once: a row was made all the same."""
+
+    class Costless(eqx.Module):
+        def init(self, problem, w, alpha, key=None):
+            return w
+
+        def estimate(self, problem, w, alpha, key):
+            return hg.Estimate(jnp.asarray(jnp.nan), alpha, w), w
+
+    problem = hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL)
+    trace = hg.minimize(problem, Costless(), optax.sgd(0.1), W, ALPHA, num_steps=3)
+    assert trace.last_row == 0
