@@ -144,12 +144,8 @@ def _value_and_grad(w: PyTree, x: Array, y: Array) -> tuple[Array, PyTree]:
     return jax.tree.map(lambda t: t / num_chunks, total)
 
 
-def _forward(w: PyTree, x: Array, y: Array) -> tuple[Array, PyTree]:
-    return _value_and_grad(w, x, y)
-
-
 def _backward(grad: PyTree, cotangent: Array) -> tuple[PyTree, None, None]:
     return jax.tree.map(lambda g: cotangent * g, grad), None, None
 
 
-chunked_cross_entropy.defvjp(_forward, _backward)
+chunked_cross_entropy.defvjp(_value_and_grad, _backward)
