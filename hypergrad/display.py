@@ -191,7 +191,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
     stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
     rows = [
         ("status", trace.status),
-        ("steps", _describe_steps(trace, num_rows)),
+        (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
         ("value", _describe_values(trace, num_rows)),
         ("alpha", describe_tree(trace.alpha)),
         ("w", describe_tree(trace.w)),
@@ -200,7 +200,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
         num_trusted = int(np.sum(stats["trusted"] == 1))
         rows.append(("trusted", f"{num_trusted} of {num_rows}"))
     rows += _reason_rows(
-        f"{format_steps(steps, trace.record_every)}: {reason}"
+        f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
         for reason, steps in trace.reasons().items()
     )
     rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
@@ -327,12 +327,12 @@ def _describe_values(trace: "Trace", num_rows: int) -> str:
     init_value, final_value = values[finite[0]], values[finite[-1]]
     text = f"first {format_numbers(init_value)}, last {format_numbers(final_value)}"
     if finite[-1] < num_rows - 1:
-        text += f" at step {trace.steps[finite[-1]]}, then not finite"
+        text += f" at {trace.row_kind} {trace.steps[finite[-1]]}, then not finite"
     if values.ndim > 1:
         return text
     lowest = int(finite[np.argmin(values[finite])])
-    text += f", lowest {format_numbers(values[lowest])} at step {trace.steps[lowest]}"
-    return text
+    step = f"{trace.row_kind} {trace.steps[lowest]}"
+    return f"{text}, lowest {format_numbers(values[lowest])} at {step}"
 
 
 def _are_finite(values: np.ndarray) -> np.ndarray:
@@ -347,15 +347,17 @@ def _describe_metric(trace: "Trace", name: str) -> str:
     if not evaluated.size:
         return f"{name}: not evaluated"
     row = evaluated[-1]
-    return f"{name}: {format_numbers(column[row])} at step {trace.steps[row]}"
+    step = f"{trace.row_kind} {trace.steps[row]}"
+    return f"{name}: {format_numbers(column[row])} at {step}"
 
 
-def format_steps(steps: list[int], stride: int = 1) -> str:
+def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:
     """Returns step numbers with ``a to b`` for those in a row, and a count of the rest.
 
     Args:
       steps: Increasing step numbers.
       stride: Distance of two steps in a row.
+      noun: What is counted, in the singular.
 
     >>> format_steps([3]), format_steps([0, 1, 2, 7])
     ('step 3', 'steps 0 to 2, 7')
@@ -368,6 +370,6 @@ def format_steps(steps: list[int], stride: int = 1) -> str:
         str(x[0]) if len(x) == 1 else f"{x[0]} to {x[-1]}"
         for x in intervals[:MAX_PRINTED_INTERVALS]
     ]
-    text = ("step " if len(steps) == 1 else "steps ") + ", ".join(texts)
+    text = f"{noun}{'s' * (len(steps) != 1)} {', '.join(texts)}"
     num_further = sum(map(len, intervals[MAX_PRINTED_INTERVALS:]))
     return f"{text} and {num_further} more" if num_further else text

@@ -64,7 +64,7 @@ def plot_trace(trace: "Trace") -> "Figure":
     num_rows = count_rows_made(trace)
     steps = steps[:num_rows]
     panels: list[Callable[[Axes], None]] = [
-        lambda axes: _plot_values(axes, trace, steps, "outer step")
+        lambda axes: _plot_values(axes, trace, steps, f"outer {trace.row_kind}")
     ]
     if "gradient_equivalents" in trace.stats:
         cost = np.asarray(trace.cost)[:num_rows]
@@ -295,25 +295,35 @@ def _plot_metrics(axes: "Axes", trace: "Trace", steps: np.ndarray) -> None:
         is_evaluated = ~np.isnan(values)
         points = steps[is_evaluated], values[is_evaluated]
         axes.plot(*points, "o-", color=color, ms=3, label=name)
-    axes.set(xlabel="outer step", ylabel="metric")
+    axes.set(xlabel=f"outer {trace.row_kind}", ylabel="metric")
     _add_legend(axes)
 
 
 def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
-    """Draws the entries of each leaf, or the median and the range of many."""
-    leaves = jax.tree.leaves_with_path(alphas)
-    for (path, leaf), color in _with_colors(leaves):
-        entries = to_wide(leaf)[: len(steps)].reshape(len(steps), -1)
-        label = _leaf_name(path)
+    """Draws the entries of each leaf, or the median and the range of many.
+
+    Few entries have a color each, and more of them the color of their leaf.
+    """
+    leaves = {
+        _leaf_name(path): to_wide(leaf)[: len(steps)].reshape(len(steps), -1)
+        for path, leaf in jax.tree.leaves_with_path(alphas)
+    }
+    if sum(entries.shape[1] for entries in leaves.values()) <= len(COLORS):
+        leaves = {
+            f"{name}[{i}]" if entries.shape[1] > 1 else name: column[:, None]
+            for name, entries in leaves.items()
+            for i, column in enumerate(entries.T)
+        }
+    for (name, entries), color in _with_colors(leaves.items()):
         if entries.shape[1] <= MAX_LINES_PER_LEAF:
             lines = axes.plot(steps, entries, "-", color=color, lw=1)
-            lines[0].set_label(label)
+            lines[0].set_label(name)
             continue
         median = np.median(entries, axis=1)
-        axes.plot(steps, median, "-", color=color, label=f"{label}, median")
+        axes.plot(steps, median, "-", color=color, label=f"{name}, median")
         bounds = entries.min(axis=1), entries.max(axis=1)
         axes.fill_between(
-            steps, *bounds, color=color, alpha=0.2, lw=0, label=f"{label}, range"
+            steps, *bounds, color=color, alpha=0.2, lw=0, label=f"{name}, range"
         )
     axes.set(xlabel="outer step", ylabel="alpha")
     _add_legend(axes)

@@ -97,6 +97,7 @@ def search_rounds(
         w=best.w,
         best_alpha=best.alpha,
         status_code=jnp.where(jnp.isfinite(best.value), 0, FAILED),
+        row_kind="trial",
         **records._asdict(),
     )
 

@@ -199,6 +199,7 @@ class SearchState:
             w=w,
             best_alpha=alpha,
             status_code=jnp.asarray(status),
+            row_kind="trial",
             **columns._asdict(),
         )
 

@@ -59,6 +59,8 @@ class Trace(ResultModule):
       first_step: Number of steps made before this run, if it continued another.
       record_every: Number of steps per row. Where ``[steps]`` stands above, there is a
         row for the last of each ``record_every`` steps; its costs are those of all.
+      row_kind: What a row is: ``"step"`` in `minimize`, and in `search` ``"trial"``,
+        for which "step" above stands as well.
       state: State from which `minimize` continues, or None after a search.
 
     >>> import optax, hypergrad as hg
@@ -83,6 +85,7 @@ class Trace(ResultModule):
     alphas: PyTree = None
     first_step: Array | int = 0
     record_every: int = eqx.field(static=True, default=1)
+    row_kind: str = eqx.field(static=True, default="step")
     state: Any = None
 
     def __repr__(self) -> str:

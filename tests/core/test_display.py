@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import re
 
 import equinox as eqx
 import jax
@@ -155,6 +156,18 @@ def test_a_failed_run_prints_the_steps_that_were_made():
     lowest = "lowest 4 at step 0"
     assert table["value"] == f"first 4, last 4 at step 0, then not finite, {lowest}"
     assert trace.last_row == num_made - 1
+
+
+def test_the_rows_of_a_search_are_trials():
+    trace = hg.search(
+        PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(0.0, 2.0), budget=20,
+    )  # fmt: skip
+    table = read_text(trace)
+    assert trace.row_kind == "trial"
+    assert int(table["trials"]) == len(trace.value) > 1
+    assert "steps" not in table
+    assert re.search(r"lowest \S+ at trial \d+$", table["value"])
 
 
 def test_a_continued_and_sparse_run_prints_the_numbers_of_its_steps():

@@ -101,6 +101,13 @@ def test_metrics_are_drawn_where_they_were_evaluated():
         assert np.array_equal(line[:, 1], trace.metrics[name][jnp.array([0, 2, 4, 5])])
 
 
+def test_each_of_few_entries_of_alpha_has_a_label_and_a_color():
+    trace = run(jnp.array([3.0, 2.0]), record_alphas=True)
+    lines = trace.plot().axes[-1].lines
+    assert [line.get_label() for line in lines] == ["alpha[0]", "alpha[1]"]
+    assert lines[0].get_color() != lines[1].get_color()
+
+
 def test_alpha_is_drawn_entry_by_entry_or_as_a_range():
     trace = run(jnp.array([3.0, 2.0]), record_alphas=True)
     *_, axes = trace.plot().axes
