@@ -9,9 +9,9 @@ INSTALL ?= $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
 
 # Compiled programs are kept from one test run to the next.
-test full: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-test full: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test full: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+test full notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test full notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test full notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Most of the time of a test is compilation; `full`, and CI on the newest versions,
 # compile as users do.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
@@ -63,7 +63,7 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	    diff $$twin.py.txt $$twin.ipynb.txt \
 	        || { echo "$$name: .py and .ipynb differ; CONTRIBUTING.md says what to run"; exit 1; }; \
 	done
-	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+	$(PYTEST) -n $(WORKERS) --nbmake --nbmake-timeout=300 notebooks
 
 release: $(VENV)/.has-dev ## build wheel and sdist, and try both without this checkout
 	packaging/try_release.sh $(PY)
