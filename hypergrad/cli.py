@@ -137,6 +137,37 @@ def compare(folder: Path, reference: Path) -> None:
     sys.exit(any(x.kind != "provenance" for _, x in differences))
 
 
+def recompute(
+    folder: Path,
+    cells: int = 24,
+    seed: int = 0,
+    max_seconds: float = 120,
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Measure randomly chosen cells again; exit 1 if a printed number differs.
+
+    Args:
+      folder: Folder of rows.
+      cells: Number of cells, from as many tables as possible.
+      seed: Seed of the choice.
+      max_seconds: Cells that took longer are not chosen.
+      skip: Name of a table to leave out, such as one that only measures times. May be
+        given several times.
+    """
+    from .bench import commands
+
+    outcomes = []
+    with exit_with_message():
+        for cell in commands.recompute(folder, cells, max_seconds, seed, skip):
+            print_line(
+                f"{cell.outcome:10} {cell.name}: {cell.cell}  {cell.text}".strip()
+            )
+            outcomes.append(cell.outcome)
+    counts = {kind: outcomes.count(kind) for kind in dict.fromkeys(outcomes)}
+    print_line(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    sys.exit(not counts or bool(counts.keys() - {"equal", "as printed"}))
+
+
 def export(
     folder: Path,
     to: Literal["csv", "latex", "pdf", "mlflow", "tensorboard"],
@@ -227,6 +258,7 @@ def main() -> None:
             "check": check,
             "report": write_report,
             "compare": compare,
+            "recompute": recompute,
             "export": export,
             "write-solvers": write_solvers,
             "estimators": estimators,

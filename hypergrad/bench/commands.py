@@ -13,6 +13,7 @@ from ..runtime.progress_bar import progress_bar
 from . import check as checks
 from . import compare as comparisons
 from . import export as exports
+from . import recompute as recomputing
 from .claims import Finding
 from .dry_run import plan
 from .figures import plot
@@ -307,6 +308,32 @@ def _index_entry(
         time=max(str(row.get("time", "")) for row in result.rows),
         figure=figure,
     )
+
+
+def recompute(
+    folder: Path, num_cells: int, max_seconds: float, seed: int, skip: Sequence[str]
+) -> Iterator[recomputing.Recomputed]:
+    """Measures randomly chosen cells of a folder of rows again.
+
+    Raises:
+      ValueError: No row can be chosen, or `skip` names a table without rows.
+    """
+    results, _ = load_results(folder)
+    if unknown := set(skip) - {result.name for result in results}:
+        raise ValueError(
+            f"--skip names {sorted(unknown)}, which {folder} has no rows of."
+        )
+    results = [result for result in results if result.name not in skip]
+    chosen = recomputing.choose_cells(results, num_cells, max_seconds, seed)
+    if not chosen:
+        raise ValueError(
+            f"{folder} has no row that was measured in at most {max_seconds:g} seconds "
+            "and was not converted from an older form."
+        )
+    for result, row in chosen:
+        yield recomputing.recompute(
+            result, TableRef(table_of_rows(result.name, folder)), row
+        )
 
 
 def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Difference]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from hypergrad import cli
-from hypergrad.bench import check, commands, export, loading
+from hypergrad.bench import check, commands, export, loading, recompute
 from hypergrad.bench.rows import read_rows, to_line
 from hypergrad.runtime.console import CONTROL_CHARACTER, print_markdown
 
@@ -152,6 +153,44 @@ def test_compare_finds_a_changed_number(folder, tmp_path):
     changed = call(folder, "compare", "runs", str(tmp_path))
     assert (same.returncode, changed.returncode) == (0, 1)
     assert "distance in 1 cell" in changed.stdout
+
+
+def test_recomputed_cells_are_equal_or_named(folder, tmp_path):
+    """A change of the last digits is not printed; a larger one is."""
+    equal = call_in_a_process(folder, "recompute", "runs", "--cells", "20")
+    assert equal.returncode == 0, equal.stdout
+    assert equal.stdout.splitlines()[-1] == "15 equal"  # three methods, five seeds
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    changed = [row for row in rows if row["method"] == "nothing"]
+    changed[0]["distance"] *= 1 + 1e-9
+    changed[1]["distance"] *= 1.1
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    (tmp_path / "quadratic.py").write_bytes((folder / "quadratic.py").read_bytes())
+    different = call_in_a_process(
+        folder, "recompute", str(tmp_path), "--cells", "20", "--seed", "1"
+    )
+    assert different.returncode == 1
+    *lines, counts = different.stdout.splitlines()
+    assert counts.count("1 as printed") == counts.count("1 different") == 1
+    (line,) = [line for line in lines if line.startswith("different")]
+    assert f"nothing, {changed[1]['seed']}" in line
+    assert "distance" in line
+    assert " | " in line
+
+
+def test_chosen_cells_are_of_as_many_tables_as_possible(folder):
+    result = load_result(folder)
+    results = [dataclasses.replace(result, name=name) for name in "abc"]
+    chosen = recompute.choose_cells(results, 7, max_seconds=1e6, seed=3)
+    names = [result.name for result, _ in chosen]
+    assert sorted(map(names.count, "abc")) == [2, 2, 3]
+    cells = [(result.name, row["method"], row["seed"]) for result, row in chosen]
+    assert len(set(cells)) == 7
+    assert cells != [
+        (result.name, row["method"], row["seed"])
+        for result, row in recompute.choose_cells(results, 7, max_seconds=1e6, seed=4)
+    ]
+    assert not recompute.choose_cells(results, 7, max_seconds=0.0, seed=3)
 
 
 def test_a_dry_run_lists_the_cells_and_writes_nothing(folder, tmp_path):
