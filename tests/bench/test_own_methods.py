@@ -15,7 +15,7 @@ FILES = [
     for path in loading.table_files(FOLDER)
     if re.search(r"^table = Table\(", path.read_text(), re.MULTILINE)
 ]
-FAST = ("federated", "few_shot")
+FAST = ("few_shot",)
 BUDGET = 20
 RATES = (0.03, 0.1)
 METHOD = f"""

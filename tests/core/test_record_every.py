@@ -14,6 +14,7 @@ from hypergrad.outer_estimate import ADDITIVE_STATS
 from hypergrad.trees import to_numpy
 from tests.core.test_outer_loop import LOOP, PROBLEM, SGD, START, make_loop, run
 from tests.estimators.single_loop.problems import ALPHA, W, with_batches
+from tests.parameters import slow_except
 
 NUM_STEPS = 24
 
@@ -34,7 +35,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("every", [2, 8, 24])
+@pytest.mark.parametrize("every", slow_except([2, 8, 24], [8]))
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_is_that_of_its_last_step_with_the_costs_of_all(case: str, every: int):
     """The costs of SRBA differ from step to step."""

@@ -93,7 +93,13 @@ OTHERS = {
             )
         ),
         *(
-            pytest.param(estimator, ("ridge", "clustered"), "float64", id=name)
+            pytest.param(
+                estimator,
+                ("ridge", "clustered"),
+                "float64",
+                id=name,
+                marks=() if name == "LU" else pytest.mark.slow,
+            )
             for name, estimator in OTHERS.items()
         ),
     ],
@@ -219,9 +225,15 @@ UNITS = 10.0 ** jnp.array([-6.0, 3.0, 0.0, 6.0, -2.0, 5.0])
     [
         pytest.param(DEFAULT, id="default"),
         pytest.param(CERTIFIED, id="certified"),
-        pytest.param(hg.Implicit(NO_STEPS, num_newton_steps=1), id="Newton step"),
         pytest.param(
-            hg.Implicit(NO_STEPS, num_newton_steps=1, rtol=1e-3), id="tolerance"
+            hg.Implicit(NO_STEPS, num_newton_steps=1),
+            id="Newton step",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            hg.Implicit(NO_STEPS, num_newton_steps=1, rtol=1e-3),
+            id="tolerance",
+            marks=pytest.mark.slow,
         ),
     ],
 )

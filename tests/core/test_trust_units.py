@@ -18,6 +18,7 @@ import hypergrad as hg
 from hypergrad.inner.base import inner_stats
 from hypergrad.inner.descent import run_inner_steps
 from hypergrad.problem_checks import can_be_trusted
+from tests.parameters import slow_except
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = jax.random.normal(KEYS[0], (2, 40, 5))
@@ -211,11 +212,7 @@ def make_run_fn(estimator):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (", " in name))
-        for name in ESTIMATORS
-    ],
+    "name", slow_except(ESTIMATORS, ["Implicit", "FixedPoint", "Unrolled"])
 )
 def test_units_change_neither_flags_nor_statistics(name):
     run = make_run_fn(ESTIMATORS[name])
