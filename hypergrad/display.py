@@ -25,6 +25,7 @@ Row = tuple[str, str]
 TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
 MAX_PRINTED_INTERVALS = 4  # of consecutive steps
+NUM_LAST_RESIDUALS = 10
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -203,9 +204,25 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
         f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
         for reason, steps in trace.reasons().items()
     )
+    rows += _adjoint_rows(trace, stats)
     rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
     metrics = [_describe_metric(trace, name) for name in trace.metrics]
     return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
+
+
+def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
+    """Returns the residual of the adjoint that a single-loop method carries.
+
+    Its estimates are never trusted, so that no flag tells an adjoint that diverges.
+    """
+    residuals = np.asarray(stats.get("adjoint_residual", []), float)
+    last = residuals[~np.isnan(residuals)][-NUM_LAST_RESIDUALS:]
+    if "single_step" not in trace.flags or not last.size:
+        return []
+    text = f"{_format_error(np.median(last))} in the median of the last {len(last)}"
+    if np.median(last) > 1:
+        text += ": worse than an adjoint of zero, whose residual is 1"
+    return [("adjoint_residual", text)]
 
 
 def _sum_of_known(numbers: np.ndarray) -> float:

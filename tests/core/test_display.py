@@ -158,6 +158,22 @@ def test_a_failed_run_prints_the_steps_that_were_made():
     assert trace.last_row == num_made - 1
 
 
+@pytest.mark.parametrize("curvature", [1.0, -1.0], ids=["convex", "concave"])
+def test_an_adjoint_that_diverges_is_named(curvature):
+    """With a negative curvature each step moves the adjoint away from its equation."""
+    problem = hg.Bilevel(
+        lambda w, a, b: 0.5 * curvature * jnp.sum((w - a) ** 2),
+        lambda w, a, b: jnp.sum((w - 1.0) ** 2),
+    )
+    soba = hg.SOBA(optax.sgd(0.0), optax.sgd(0.1))
+    trace = hg.minimize(problem, soba, optax.sgd(0.0), 0.0, 3.0, num_steps=20)
+    text = read_text(trace)["adjoint_residual"]
+    assert ("worse than an adjoint of zero" in text) == (curvature < 0)
+    last = np.median(trace.stats["adjoint_residual"][-10:])
+    assert text.startswith(f"{last:.2g} ")
+    assert (last > 1) == (curvature < 0)
+
+
 def test_the_rows_of_a_search_are_trials():
     trace = hg.search(
         PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
