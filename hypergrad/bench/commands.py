@@ -36,6 +36,7 @@ from .report import (
 )
 from .rows import read_rows
 from .runner import RunOptions, RunResult, run_table
+from .source import digest_sources
 from .table import BaseTable, Table
 
 #: Columns of `overview`.
@@ -178,8 +179,22 @@ def check(target: str) -> list[tuple[str, list[Finding]]]:
     file = find_table(target)
     folders = (results_folder(file), RUNS)
     folder = next((x for x in folders if (x / f"{file.stem}.jsonl").exists()), RUNS)
-    findings = checks.check_result(file.stem, load_table(file), folder)
-    return [(file.stem, [*findings, Finding(f"the rows are those in {folder}")])]
+    table = load_table(file)
+    findings = checks.check_result(file.stem, table, folder)
+    text = f"the rows are those in {folder}"
+    if _have_other_source(file, folder):
+        text += "; the file of the table, or one that it imports, has changed since"
+    return [(file.stem, [*findings, Finding(text)])]
+
+
+def _have_other_source(file: Path, folder: Path) -> bool:
+    """Returns whether rows were made from another text of the table."""
+    try:
+        rows = read_rows(folder / f"{file.stem}.jsonl")
+    except (ValueError, OSError):  # which is a finding of its own
+        return False
+    now = digest_sources(file)["table"]
+    return any(row.get("source", {}).get("table", now) != now for row in rows)
 
 
 def _check_in(name: str, folder: Path) -> list[Finding]:

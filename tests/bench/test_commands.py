@@ -100,6 +100,18 @@ def test_check_of_a_table_finds_the_rows_of_its_last_run(folder):
     assert "supported" in done.stdout
 
 
+def test_check_names_rows_of_another_text_of_the_table(folder, tmp_path):
+    (tmp_path / "results").mkdir()
+    rows = folder / "runs" / "quadratic.jsonl"
+    (tmp_path / "results" / "quadratic.jsonl").write_bytes(rows.read_bytes())
+    text = (folder / "quadratic.py").read_text()
+    for comment, has_changed in (("", False), ("# changed\n", True)):
+        (tmp_path / "quadratic.py").write_text(text + comment)
+        done = call(tmp_path, "check", "quadratic.py")
+        assert done.returncode == 0, done.stdout
+        assert ("has changed since" in done.stdout) == has_changed
+
+
 def test_an_interrupted_run_is_told_from_a_damaged_one(folder, tmp_path):
     table = loading.load_table(folder / "quadratic.py")
     rows = read_rows(folder / "runs" / "quadratic.jsonl")
