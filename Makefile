@@ -2,7 +2,7 @@
 VENV    ?= .venv
 WORKERS ?= 2
 # Which tests `make test` runs: a pytest marker expression.
-MARK    ?= not slow
+MARK    ?= not slow and not heavy
 # How a target's dependencies are installed; CI puts another resolver here.
 INSTALL ?= $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
@@ -29,12 +29,12 @@ help: ## list the targets
 demo: $(VENV)/.has-cli ## clean a noisy training set, ten seeds; writes demo/
 	$(VENV)/bin/hypergrad run cleaning --seeds 10 --out demo
 
-test: $(VENV)/.has-test ## tests without the slow ones, then doctests
+test: $(VENV)/.has-test ## the fast tests, then doctests
 	$(PYTEST) -n $(WORKERS) -m '$(MARK)'
 	$(DOCTESTS)
 
 full: $(VENV)/.has-test ## all tests, slow ones included, then doctests
-	$(PYTEST) -n $(WORKERS) -ra --durations=20
+	$(PYTEST) -n $(WORKERS) -ra --durations=0 --durations-min=1
 	$(DOCTESTS)
 
 lint: $(VENV)/.has-dev ## rules and formatting

@@ -25,7 +25,7 @@ Row = tuple[str, str]
 TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
 MAX_PRINTED_INTERVALS = 4  # of consecutive steps
-NUM_LAST_RESIDUALS = 10
+NUM_FINAL_RESIDUALS = 10
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -216,11 +216,12 @@ def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
     Its estimates are never trusted, so that no flag tells an adjoint that diverges.
     """
     residuals = np.asarray(stats.get("adjoint_residual", []), float)
-    last = residuals[~np.isnan(residuals)][-NUM_LAST_RESIDUALS:]
-    if "single_step" not in trace.flags or not last.size:
+    final_residuals = residuals[~np.isnan(residuals)][-NUM_FINAL_RESIDUALS:]
+    if "single_step" not in trace.flags or not final_residuals.size:
         return []
-    text = f"{_format_error(np.median(last))} in the median of the last {len(last)}"
-    if np.median(last) > 1:
+    median, count = np.median(final_residuals), len(final_residuals)
+    text = f"{_format_error(median)} in the median of the last {count}"
+    if median > 1:
         text += ": worse than an adjoint of zero, whose residual is 1"
     return [("adjoint_residual", text)]
 

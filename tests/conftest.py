@@ -31,22 +31,10 @@ def _free_compiled_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
-#: The modules that take most of the time; the fast half of CI leaves them out.
-HEAVY = {
-    "bench/test_commands.py",
-    "bench/test_runner.py",
-    "core/test_argmin.py",
-    "core/test_testing.py",
-    "estimators/test_contract.py",
-    "objectives/test_multi_objective_runs.py",
-    "reliability/test_compilation.py",
-    "reliability/test_kills.py",
-    "solvers/test_adapters.py",
-}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of heavy modules."""
+    """Marks the tests that ``heavy.txt`` names."""
+    names = set((TESTS / "heavy.txt").read_text().split())
     for item in items:
-        if item.path.relative_to(TESTS).as_posix() in HEAVY:
+        file = item.path.relative_to(TESTS).as_posix()
+        if f"{file}::{getattr(item, 'originalname', item.name)}" in names:
             item.add_marker(pytest.mark.heavy)

@@ -29,6 +29,7 @@ from tests.estimator_cases import (
     run_estimator,
     sgd,
 )
+from tests.parameters import slow_except
 
 
 @pytest.mark.parametrize("name", ["ridge per-example", "smd 1"])
@@ -281,7 +282,7 @@ def stored_problem(num_losses: int) -> hg.Bilevel:
 
 
 @pytest.mark.parametrize("num_losses", [1, 2])
-@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
+@pytest.mark.parametrize("optimizer", slow_except(["momentum", "Adam"], ["momentum"]))
 def test_storages_have_the_same_derivative(optimizer, num_losses):
     """Where carries are stored, the reverse pass goes in mixed mode."""
     optimizer = {

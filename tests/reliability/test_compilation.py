@@ -29,6 +29,7 @@ from benchmarks.shared.reference_problems import (
     ridge,
 )
 from tests.loops import run_loop
+from tests.parameters import slow_except
 
 hypergradient_module = sys.modules["hypergrad.hypergradient"]
 SGD = optax.sgd(0.3)
@@ -75,7 +76,7 @@ def reference(seed: int = 0) -> ReferenceProblem:
 # Traces.
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_except(SETTINGS, ["CG", "LU", "Unrolled"]))
 def test_new_numbers_trace_nothing(name: str):
     """New data, w, alpha, key and settings; the results are those of the new ones."""
     first, second = reference(1), reference(2)
@@ -356,6 +357,7 @@ def test_vmap_over_keys_and_alphas_equals_a_loop(name: str):
             np.testing.assert_allclose(actual, expected.stats[name], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_settings_equals_a_loop():
     """Numbers in estimators, linear solvers and solvers are data."""
     problem, w, alpha, *_ = reference()

@@ -1,0 +1,28 @@
+"""Writes ``heavy.txt``, the names of the tests that take most of the time.
+
+    make full 2>&1 | tee full.log
+    python -m tests.heavy full.log
+
+`make test` leaves them out, and CI runs them with the lowest versions.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+FILE = Path(__file__).with_name("heavy.txt")
+#: A test is heavy if one of its cases takes longer than this many seconds.
+LIMIT = 1.5
+#: A line of pytest's list of durations, such as ``2.04s call     tests/a.py::test[x]``.
+DURATION = re.compile(r"^(\d+\.\d+)s (?:setup|call|teardown) +tests/(\S+?::\w+)")
+
+
+def heavy_tests(log: str) -> list[str]:
+    """Returns the names of the tests with a phase above the limit."""
+    matches = filter(None, map(DURATION.match, log.splitlines()))
+    return sorted({match[2] for match in matches if float(match[1]) > LIMIT})
+
+
+if __name__ == "__main__":
+    names = heavy_tests(Path(sys.argv[1]).read_text())
+    FILE.write_text("".join(f"{name}\n" for name in names))
