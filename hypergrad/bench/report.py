@@ -124,6 +124,7 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
         lines += _markdown_table(*published_table(result))
     lines.append("")
     lines += [finding.markdown for finding in result.findings]
+    lines += _legend(result)
     for stage in dict.fromkeys(row.get("stage") for row in result.rows):
         stage_rows = [row for row in result.rows if row.get("stage") == stage]
         if stage and (body := table.stage_body(stage, stage_rows)):
@@ -134,6 +135,28 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     if table.protocol:
         lines += ["", "## Protocol", "", table.protocol]
     return printable("\n".join(lines) + "\n")
+
+
+def _legend(result: TableResult) -> list[str]:
+    """Returns what the intervals below a table and its column of trust mean."""
+    table, sentences = result.table, []
+    is_added = any("method_source" in row for row in result.printed_rows)
+    if table.claims or table.comparisons or is_added:
+        sentences.append(
+            "Intervals of claims and of comparisons are corrected for their number by "
+            "Holm's method."
+        )
+        if table.resplits is not None:
+            sentences.append(
+                "The seeds are re-splits of one data set, for which the intervals are "
+                "wider (Nadeau and Bengio 2003)."
+            )
+    if table.body is None and "untrusted" in main_table(result)[0]:
+        sentences.append(
+            "`untrusted` counts the steps whose hypergradient was not trusted: all "
+            "steps of a method whose estimates have no check, such as a single loop."
+        )
+    return ["", " ".join(sentences)] if sentences else []
 
 
 def _distinct(rows: Sequence[Row], *names: str) -> str:

@@ -1,5 +1,6 @@
 """How hypotheses, checks and published numbers end."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypergrad.bench import (
     Comparison,
     MeasurementTable,
     Published,
+    Resplits,
     report,
 )
 from hypergrad.bench.claims import evaluate_claims
@@ -185,3 +187,26 @@ def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
     page = report.to_leaderboard([report.TableResult("toy", table, rows)])
     ranked = re.findall("<tr><td>([^<]*)</td>", page)
     assert ranked == ["first", "second", "broke off"]
+
+
+@pytest.mark.parametrize("resplits", [None, Resplits(0.5)], ids=["seeds", "resplits"])
+def test_the_printed_form_says_what_intervals_and_trust_mean(resplits):
+    """What a table does not have is not explained."""
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("accuracy"),),
+        claims=(Claim("new", "old", "accuracy"),),
+        resplits=resplits,
+    )
+    common = {"scale": "small", "device": "cpu"}
+    rows = [row | common | {"num_untrusted": 3} for row in rows_with(0.05)]
+    text = report.to_markdown(report.TableResult("toy", table, rows))
+    assert "Holm" in text
+    assert ("re-splits" in text) == (resplits is not None)
+    assert "`untrusted` counts" in text
+    plain = dataclasses.replace(table, claims=(), resplits=None)
+    rows = [row | common for row in rows_with(0.05)]
+    text = report.to_markdown(report.TableResult("toy", plain, rows))
+    assert "Holm" not in text
+    assert "untrusted" not in text
