@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
@@ -26,6 +27,8 @@ TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
 MAX_PRINTED_INTERVALS = 4  # of consecutive steps
 NUM_FINAL_RESIDUALS = 10
+#: On mini-batches the residual of a good adjoint is of order 1.
+MAX_ADJOINT_RESIDUAL = 10.0
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -191,7 +194,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
     num_rows = count_rows_made(trace)
     stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
     rows = [
-        ("status", trace.status),
+        ("status", _describe_status(trace)),
         (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
         ("value", _describe_values(trace, num_rows)),
         ("alpha", describe_tree(trace.alpha)),
@@ -199,7 +202,9 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
     ]
     if "trusted" in stats:
         num_trusted = int(np.sum(stats["trusted"] == 1))
-        rows.append(("trusted", f"{num_trusted} of {num_rows}"))
+        # A trial makes no hypergradient; it passes if its value and ``w`` are finite.
+        name = "finite" if trace.row_kind == "trial" else "trusted"
+        rows.append((name, f"{num_trusted} of {num_rows}"))
     rows += _reason_rows(
         f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
         for reason, steps in trace.reasons().items()
@@ -208,6 +213,11 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
     rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
     metrics = [_describe_metric(trace, name) for name in trace.metrics]
     return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
+
+
+def _describe_status(trace: "Trace") -> str:
+    is_finite = "not finite" not in trace.status
+    return trace.status if is_finite else f"{trace.status}; hg.diagnose says where"
 
 
 def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
@@ -221,8 +231,8 @@ def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
         return []
     median, count = np.median(final_residuals), len(final_residuals)
     text = f"{_format_error(median)} in the median of the last {count}"
-    if median > 1:
-        text += ": worse than an adjoint of zero, whose residual is 1"
+    if median > MAX_ADJOINT_RESIDUAL:
+        text += ": it diverges, as the residual of an adjoint of zero is 1"
     return [("adjoint_residual", text)]
 
 
@@ -270,6 +280,17 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
 def is_readable_tree(tree: PyTree) -> bool:
     """Returns whether the numbers of all leaves can be read; see `is_readable`."""
     return all(map(is_readable, jax.tree.leaves(tree, is_leaf=lambda x: x is None)))
+
+
+def holds_nonfinite(tree: PyTree) -> bool:
+    """Returns whether a number that can be read is NaN or infinite."""
+    numbers = [
+        to_wide(leaf)
+        for leaf in jax.tree.leaves(tree)
+        if is_readable(leaf)
+        and jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
+    ]
+    return not all(np.isfinite(x).all() for x in numbers)
 
 
 def format_numbers(x: Any) -> str:
@@ -359,14 +380,22 @@ def _are_finite(values: np.ndarray) -> np.ndarray:
 
 
 def _describe_metric(trace: "Trace", name: str) -> str:
-    """Returns the last value of a metric that was evaluated."""
+    """Returns the last, the lowest and the highest value of a metric, with steps."""
     column = np.asarray(trace.metrics[name])
     evaluated = np.flatnonzero(~np.isnan(column))
     if not evaluated.size:
         return f"{name}: not evaluated"
-    row = evaluated[-1]
-    step = f"{trace.row_kind} {trace.steps[row]}"
-    return f"{name}: {format_numbers(column[row])} at {step}"
+    values, steps = column[evaluated], trace.steps[evaluated]
+    texts = [f"{format_numbers(values[-1])} at {trace.row_kind} {steps[-1]}"]
+    if len(values) > 1:
+        texts += [
+            f"{word} {format_numbers(values[i])} at {steps[i]}"
+            for word, i in (
+                ("lowest", np.argmin(values)),
+                ("highest", np.argmax(values)),
+            )
+        ]
+    return f"{name}: {', '.join(texts)}"
 
 
 def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:

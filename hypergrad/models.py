@@ -44,7 +44,7 @@ RECORD, ARRAYS = "model.json", "arrays"
 MAX_ATTEMPTS = 1000  # other processes may take a version at the same moment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """The metadata of a saved model, without its arrays.
 
@@ -56,6 +56,10 @@ class Model:
 
     path: Path
     record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Returns the reference, the metrics and the folder; `record` has all else."""
+        return f"Model({self.reference!r}, metrics={self.metrics}, path={self.path!r})"
 
     @property
     def reference(self) -> str:

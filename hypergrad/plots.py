@@ -116,7 +116,8 @@ def plot_front(
     front = values[is_front]
     front = front[np.lexsort(front.T[::-1])]
     figure, (axes,) = make_figure(1)
-    axes.plot(*values[~is_front].T, "o", color=GREY, ms=4, label="dominated")
+    if not is_front.all():
+        axes.plot(*values[~is_front].T, "o", color=GREY, ms=4, label="dominated")
     axes.plot(
         *front.T, "o-", color=BLUE, ms=5, drawstyle="steps-post", label="not dominated"
     )
@@ -254,13 +255,21 @@ def make_figure(num_panels: int) -> tuple["Figure", list["Axes"]]:
 
 
 def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> None:
-    """Draws the outer values over steps or cost, a line for each of K losses."""
+    """Draws the outer values over steps or cost, a line for each of K losses.
+
+    The trials of a search are points, below which a line is the best so far.
+    """
     values = to_wide(trace.value)[: len(x)]
     values = values.reshape(len(values), -1)
     is_single = values.shape[1] == 1
     for i, (column, color) in enumerate(_with_colors(values.T)):
         label = None if is_single else f"loss {i}"
-        axes.plot(x, column, "-", color=color, label=label)
+        if trace.row_kind == "trial" and is_single:
+            axes.plot(x, column, "o", color=color, ms=3, label="trial")
+            best = np.fmin.accumulate(column)
+            axes.plot(x, best, "-", color=color, drawstyle="steps-post", label="best")
+        else:
+            axes.plot(x, column, "-", color=color, label=label)
     _mark_untrusted(axes, trace, x, values)
     axes.set(xlabel=xlabel, ylabel="outer value")
 

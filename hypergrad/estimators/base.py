@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..display import ResultModule, Row, estimate_rows, sentences_of_flags
+from ..display import (
+    ResultModule,
+    Row,
+    estimate_rows,
+    holds_nonfinite,
+    sentences_of_flags,
+)
 from ..problem import Bilevel
 from ..trees import all_finite
 
@@ -149,6 +155,9 @@ class Estimate(ResultModule):
     def reasons(self) -> tuple[str, ...]:
         """Why the estimate is not trusted, in words; empty if it is trusted."""
         flags = normalize_flags(self.stats, self.flags)
+        # An estimator that never trusts its estimates does not check this.
+        if holds_nonfinite((self.value, self.hypergradient)):
+            flags["not_finite"] = jnp.asarray(True)
         return sentences_of_flags(flags, REASONS, "estimate")
 
     def _rows(self) -> list[Row] | None:

@@ -84,7 +84,8 @@ class Interval(BoundedSpace):
         the leaf. They are data, so that new bounds trace nothing.
       log: Whether ``log(alpha)`` instead of ``alpha`` is interpolated, and sampled
         uniformly; needs ``low > 0``. Static. Defaults to False.
-      shape: Shape of the leaf, for searches. Defaults to ``()``.
+      shape: Shape of the leaf, for searches. Defaults to ``()``: a search then proposes
+        one number, where `minimize` has as many as ``alpha``.
 
     Raises:
       TypeError: A bound is not a number or an array.

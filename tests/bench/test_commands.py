@@ -190,6 +190,17 @@ def test_recomputed_cells_are_equal_or_named(folder, tmp_path):
     assert " | " in line
 
 
+def test_a_cell_of_other_data_is_not_recomputed(folder):
+    """Digests without the prefix are of another kind and tell nothing."""
+    result, ref = load_result(folder), loading.TableRef(folder / "quadratic.py")
+    row = next(x for x in result.printed_rows if x["method"] == "nothing")
+    outcome = lambda data: recompute.recompute(result, ref, row | {"data": data})
+    failed = outcome("sha256 00")
+    assert failed.outcome == recompute.FAILED
+    assert "fingerprint" in failed.text
+    assert outcome("00").outcome != recompute.FAILED
+
+
 def test_chosen_cells_are_of_as_many_tables_as_possible(folder):
     result = load_result(folder)
     results = [dataclasses.replace(result, name=name) for name in "abc"]

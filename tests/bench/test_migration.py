@@ -16,7 +16,6 @@ BLOCKS = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DO
 LIBRARIES = {
     "torchopt": "import torchopt",
     "higher": "import higher",
-    "learn2learn": "import learn2learn",
     "hypertorch": "import hypergrad as hypertorch",
     "betty": "import betty",
 }

@@ -145,6 +145,18 @@ def test_a_batch_of_runs_needs_an_index():
         hg.plots.plot_trace(batch)
 
 
+def test_the_trials_of_a_search_are_points_above_the_best_so_far():
+    trace = hg.search(
+        PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(0.0, 2.0), budget=20,
+    )  # fmt: skip
+    axes = trace.plot().axes[0]
+    assert axes.get_xlabel() == "outer trial"
+    trials, best = (points(find_line(axes, name))[:, 1] for name in ("trial", "best"))
+    assert np.array_equal(trials, trace.value)
+    assert np.array_equal(best, np.minimum.accumulate(trace.value))
+
+
 def test_a_front_joins_the_points_that_are_not_dominated():
     """Sorted by the first loss; other points are grey, and NaN is left out."""
     values = jnp.array([[2, 1], [1, 3], [2, 3], [3, 0.5], [jnp.nan, 0], [3, 3]])
