@@ -223,16 +223,17 @@ def _describe_status(trace: "Trace") -> str:
 def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
     """Returns the residual of the adjoint that a single-loop method carries.
 
-    Its estimates are never trusted, so that no flag tells an adjoint that diverges.
+    Its estimates are never trusted, so that no flag tells an adjoint that diverges. The
+    residual is relative to ``b = dM/dw``; where ``b`` vanishes it is infinite.
     """
     residuals = np.asarray(stats.get("adjoint_residual", []), float)
     final_residuals = residuals[~np.isnan(residuals)][-NUM_FINAL_RESIDUALS:]
     if "single_step" not in trace.flags or not final_residuals.size:
         return []
     median, count = np.median(final_residuals), len(final_residuals)
-    text = f"{_format_error(median)} in the median of the last {count}"
+    text = f"{_format_error(median)} in the median of the last {count} rows"
     if median > MAX_ADJOINT_RESIDUAL:
-        text += ": it diverges, as the residual of an adjoint of zero is 1"
+        text += ": far from its equation, as an adjoint of zero has 1"
     return [("adjoint_residual", text)]
 
 

@@ -58,8 +58,9 @@ class Model:
     record: dict[str, Any]
 
     def __repr__(self) -> str:
-        """Returns the reference, the metrics and the folder; `record` has all else."""
-        return f"Model({self.reference!r}, metrics={self.metrics}, path={self.path!r})"
+        """Returns the folder and the metrics; `record` has all else."""
+        metrics = self.record.get("metrics", {})
+        return f"Model({str(self.path)!r}, metrics={metrics})"
 
     @property
     def reference(self) -> str:

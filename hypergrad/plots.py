@@ -279,7 +279,11 @@ def _plot_errors(
 ) -> None:
     axes.plot(steps, errors, "-", color=BLUE)
     _mark_untrusted(axes, trace, steps, errors[:, None])
-    axes.set(xlabel="outer step", ylabel="estimated relative error", yscale="log")
+    axes.set(
+        xlabel=f"outer {trace.row_kind}",
+        ylabel="estimated relative error",
+        yscale="log",
+    )
 
 
 def _mark_untrusted(
@@ -291,7 +295,8 @@ def _mark_untrusted(
         is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] != 1
     for i, column in enumerate(values.T):
         if is_untrusted.any():
-            label = "not trusted" if i == 0 else None
+            reason = "not finite" if trace.row_kind == "trial" else "not trusted"
+            label = reason if i == 0 else None
             crosses = x[is_untrusted], column[is_untrusted]
             axes.plot(*crosses, "x", color=RED, ms=5, label=label)
     _add_legend(axes)
@@ -313,17 +318,18 @@ def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
 
     Few entries have a color each, and more of them the color of their leaf.
     """
-    leaves = {
-        _leaf_name(path): to_wide(leaf)[: len(steps)].reshape(len(steps), -1)
+    leaves = [
+        (_leaf_name(path), to_wide(leaf)[: len(steps)])
         for path, leaf in jax.tree.leaves_with_path(alphas)
-    }
-    if sum(entries.shape[1] for entries in leaves.values()) <= len(COLORS):
-        leaves = {
-            f"{name}[{i}]" if entries.shape[1] > 1 else name: column[:, None]
-            for name, entries in leaves.items()
-            for i, column in enumerate(entries.T)
-        }
-    for (name, entries), color in _with_colors(leaves.items()):
+    ]
+    if sum(leaf[0].size for _, leaf in leaves) <= len(COLORS):
+        leaves = [
+            (name + (f"{list(index)}" if index else ""), leaf[:, *index])
+            for name, leaf in leaves
+            for index in np.ndindex(leaf.shape[1:])
+        ]
+    for (name, leaf), color in _with_colors(leaves):
+        entries = leaf.reshape(len(steps), -1)
         if entries.shape[1] <= MAX_LINES_PER_LEAF:
             lines = axes.plot(steps, entries, "-", color=color, lw=1)
             lines[0].set_label(name)

@@ -33,8 +33,7 @@ def _free_compiled_programs() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that ``heavy.txt`` names."""
-    names = set((TESTS / "heavy.txt").read_text().split())
+    names = set((TESTS / "heavy.txt").read_text().splitlines())
     for item in items:
-        file = item.path.relative_to(TESTS).as_posix()
-        if f"{file}::{getattr(item, 'originalname', item.name)}" in names:
+        if item.nodeid.removeprefix("tests/") in names:
             item.add_marker(pytest.mark.heavy)

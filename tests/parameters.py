@@ -1,4 +1,4 @@
-"""Parameters of tests of which only some run in ``make test``."""
+"""Parameters of tests of which only some run in CI."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 def slow_except(cases: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     """Returns the cases as parameters; those that are not in ``fast`` are slow.
 
-    For a property that is tested in many cases: `make test` runs the fast ones and
-    `make full` runs all. A case is a value, or a tuple of one value per argument.
+    For a property that is tested in many cases: CI runs the fast ones and `make full`
+    runs all. A case is a value, or a tuple of one value per argument.
 
     Raises:
       ValueError: A fast case is not among the cases.

@@ -333,22 +333,26 @@ def recompute(
     Raises:
       ValueError: No row can be chosen, or `skip` names a table without rows.
     """
-    results, _ = load_results(folder)
-    if unknown := set(skip) - {result.name for result in results}:
+    if unknown := set(skip) - set(result_names(folder)):
         raise ValueError(
             f"--skip names {sorted(unknown)}, which {folder} has no rows of."
         )
+    results, errors = load_results(folder)
+    for name, text in errors.items():
+        if name not in skip:
+            yield recomputing.Recomputed(name, "all", recomputing.FAILED, text)
     results = [result for result in results if result.name not in skip]
     chosen = recomputing.choose_cells(results, num_cells, max_seconds, seed)
-    if not chosen:
+    if not chosen and not errors:
         raise ValueError(
             f"{folder} has no row that was measured in at most {max_seconds:g} seconds "
             "and was not converted from an older form."
         )
     for result, row in chosen:
-        yield recomputing.recompute(
-            result, TableRef(table_of_rows(result.name, folder)), row
-        )
+        is_budgeted = isinstance(result.table, Table)
+        budget = row.get("budget") if is_budgeted else None  # that of the run
+        ref = TableRef(table_of_rows(result.name, folder), budget=budget)
+        yield recomputing.recompute(result, ref, row)
 
 
 def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Difference]]:

@@ -1,5 +1,6 @@
 """Measures randomly chosen cells of committed tables again."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,11 +72,13 @@ def seconds_of(result: TableResult, row: Row) -> float:
 
 
 def compared_columns(result: TableResult, row: Row) -> list[Column]:
-    """Returns the columns in which the row has a number, except times."""
+    """Returns the columns with a number, or none where it is not finite; no times."""
     return [
         column
         for column in result.table.printed_columns
-        if isinstance(row.get(column.name), int | float) and "second" not in column.name
+        if column.name in row
+        and isinstance(row[column.name], int | float | None)
+        and not column.name.endswith("seconds")
     ]
 
 
@@ -87,7 +90,10 @@ def recompute(result: TableResult, ref: TableRef, row: Row) -> Recomputed:
     fields = result.table.key_fields
     cell = {name: row[name] for name in fields if name in row}
     words = ", ".join(str(value) for value in cell.values())
-    fingerprint = data_fingerprint(result.table)
+    try:
+        fingerprint = data_fingerprint(result.table)
+    except (ValueError, OSError) as error:  # such as a missing file
+        return Recomputed(result.name, words, FAILED, str(error))
     # Rows that are older than the prefix have digests of another kind.
     if str(row.get("data")).startswith(HASH) and row["data"] != fingerprint:
         text = f"the data have the fingerprint {fingerprint}, the row {row.get('data')}"
@@ -106,9 +112,14 @@ def recompute(result: TableResult, ref: TableRef, row: Row) -> Recomputed:
 def changed_columns(
     columns: Sequence[Column], row: Row, outcome: Row
 ) -> Iterator[tuple[str, str, str]]:
-    """Yields the heading and both printed numbers of each column that differs."""
+    """Yields the heading and both printed numbers of each column that differs.
+
+    A number that is not finite is None in a row that was read.
+    """
     for column in columns:
         old, new = row[column.name], outcome.get(column.name)
+        if new is not None and not math.isfinite(new):
+            new = None
         if old != new:
-            new_text = "-" if new is None else column.text([{column.name: new}])
-            yield column.heading, column.text([row]), new_text
+            old_text, new_text = (column.text([{column.name: x}]) for x in (old, new))
+            yield column.heading, old_text, new_text

@@ -190,6 +190,24 @@ def test_recomputed_cells_are_equal_or_named(folder, tmp_path):
     assert " | " in line
 
 
+def test_a_cell_is_recomputed_with_the_budget_of_its_run(shared_file, tmp_path):
+    run = commands.resolve_run(
+        str(shared_file), (), ("random",), 1, None, 30.0, tmp_path, ()
+    )
+    commands.run(*run)
+    (tmp_path / "quadratic.py").write_bytes(shared_file.read_bytes())
+    (cell,) = commands.recompute(tmp_path, 5, 1e6, 0, ())
+    assert cell.outcome == recompute.EQUAL, cell.text
+
+
+def test_a_damaged_table_is_not_left_out_of_recompute(folder, tmp_path):
+    (tmp_path / "quadratic.jsonl").write_text("{}\n")
+    (tmp_path / "quadratic.py").write_bytes((folder / "quadratic.py").read_bytes())
+    (cell,) = commands.recompute(tmp_path, 5, 1e6, 0, ())
+    assert cell.outcome == recompute.FAILED
+    assert "checksum" in cell.text or "damaged" in cell.text
+
+
 def test_a_cell_of_other_data_is_not_recomputed(folder):
     """Digests without the prefix are of another kind and tell nothing."""
     result, ref = load_result(folder), loading.TableRef(folder / "quadratic.py")

@@ -106,6 +106,11 @@ def test_each_of_few_entries_of_alpha_has_a_label_and_a_color():
     lines = trace.plot().axes[-1].lines
     assert [line.get_label() for line in lines] == ["alpha[0]", "alpha[1]"]
     assert lines[0].get_color() != lines[1].get_color()
+    names = [
+        line.get_label()
+        for line in run(jnp.ones((2, 2)), record_alphas=True).plot().axes[-1].lines
+    ]
+    assert names == ["alpha[0, 0]", "alpha[0, 1]", "alpha[1, 0]", "alpha[1, 1]"]
 
 
 def test_alpha_is_drawn_entry_by_entry_or_as_a_range():

@@ -27,12 +27,12 @@ class SOBA(SingleLoop):
     data that is not `Batches` the method is deterministic.
 
     ``w`` and ``v`` follow ``alpha`` only if it moves slowly. Begin with a rate ``rho``
-    of about the inverse of the largest eigenvalue of ``H``, which is ``ritz_max`` of
-    ``Implicit(solver, CG())`` without a preconditioner, and with a rate of ``alpha`` at
-    which ``certify_every`` reports a small ``error_estimate``; if that grows along the
-    run, lower the rate of ``alpha``. A step on a batch of examples that have weights of
-    their own moves only theirs, so that its error is large at any rate; then compare
-    the values of runs.
+    of about the inverse of the largest eigenvalue of ``H``, and with a rate of
+    ``alpha`` at which ``certify_every`` reports a small ``error_estimate``; if that
+    grows along the run, lower the rate of ``alpha``. The statistic ``ritz_max`` of
+    ``Implicit(solver, CG())`` estimates that eigenvalue. A step on a batch of examples
+    that have weights of their own moves only theirs, so that its error is large at any
+    rate; then compare the values of runs.
 
     Args:
       optimizer: Optax transformation for ``w``. The paper uses ``optax.sgd(rho)`` with
