@@ -84,11 +84,10 @@ def test_check_judges_the_rows_and_fails_for_a_flipped_bit(folder, tmp_path):
     assert "supported" in good.stdout
     content = bytearray((folder / "runs" / "quadratic.jsonl").read_bytes())
     content[len(content) // 2] ^= 1
-    (tmp_path / "quadratic.jsonl").write_bytes(content)
-    (tmp_path.parent / "quadratic.py").write_bytes(
-        (folder / "quadratic.py").read_bytes()
-    )
-    bad = call_in_a_process(tmp_path.parent, "check", str(tmp_path))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quadratic.jsonl").write_bytes(content)
+    (tmp_path / "quadratic.py").write_bytes((folder / "quadratic.py").read_bytes())
+    bad = call_in_a_process(tmp_path, "check", "runs")
     assert bad.returncode == 1
     assert "damaged" in bad.stdout or "checksum" in bad.stdout
 
@@ -191,19 +190,20 @@ def test_recomputed_cells_are_equal_or_named(folder, tmp_path):
 
 
 def test_a_cell_is_recomputed_with_the_budget_of_its_run(shared_file, tmp_path):
-    run = commands.resolve_run(
-        str(shared_file), (), ("random",), 1, None, 30.0, tmp_path, ()
-    )
+    runs, file = tmp_path / "runs", tmp_path / "quadratic.py"
+    file.write_bytes(shared_file.read_bytes())
+    run = commands.resolve_run(str(file), (), ("random",), 1, None, 30.0, runs, ())
     commands.run(*run)
-    (tmp_path / "quadratic.py").write_bytes(shared_file.read_bytes())
-    (cell,) = commands.recompute(tmp_path, 5, 1e6, 0, ())
+    (cell,) = commands.recompute(runs, 5, 1e6, 0, ())
     assert cell.outcome == recompute.EQUAL, cell.text
 
 
 def test_a_damaged_table_is_not_left_out_of_recompute(folder, tmp_path):
-    (tmp_path / "quadratic.jsonl").write_text("{}\n")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "quadratic.jsonl").write_text("{}\n")
     (tmp_path / "quadratic.py").write_bytes((folder / "quadratic.py").read_bytes())
-    (cell,) = commands.recompute(tmp_path, 5, 1e6, 0, ())
+    (cell,) = commands.recompute(runs, 5, 1e6, 0, ())
     assert cell.outcome == recompute.FAILED
     assert "checksum" in cell.text or "damaged" in cell.text
 
