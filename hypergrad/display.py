@@ -29,6 +29,8 @@ MAX_PRINTED_INTERVALS = 4  # of consecutive steps
 NUM_FINAL_RESIDUALS = 10
 #: On mini-batches the residual of a good adjoint is of order 1.
 MAX_ADJOINT_RESIDUAL = 10.0
+MAX_ERROR_ESTIMATE = 10.0
+STEP_NOUNS = "step", "steps"
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -209,7 +211,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
         f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
         for reason, steps in trace.reasons().items()
     )
-    rows += _adjoint_rows(trace, stats)
+    rows += _error_rows(trace, stats) + _adjoint_rows(trace, stats)
     rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
     metrics = [_describe_metric(trace, name) for name in trace.metrics]
     return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
@@ -218,6 +220,23 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
 def _describe_status(trace: "Trace") -> str:
     is_finite = "not finite" not in trace.status
     return trace.status if is_finite else f"{trace.status}; hg.diagnose says where"
+
+
+def _error_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
+    """Returns the largest estimated error, if that estimate is mostly error.
+
+    A single such step can spoil the moments of an optimizer for many later ones.
+    """
+    errors = np.asarray(stats.get("error_estimate", []), float)
+    is_wild = errors > MAX_ERROR_ESTIMATE
+    if not is_wild.any() or trace.row_kind == "trial":
+        return []
+    row = int(np.nanargmax(errors))
+    text = f"largest {_format_error(errors[row])} at step {trace.steps[row]}"
+    text += (
+        f", above {MAX_ERROR_ESTIMATE:g} at {_count(int(is_wild.sum()), STEP_NOUNS)}"
+    )
+    return [("error_estimate", text)]
 
 
 def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:

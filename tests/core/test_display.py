@@ -196,6 +196,18 @@ def test_an_adjoint_that_diverges_is_named(curvature):
     assert (last > 10) == (curvature < 0)
 
 
+@pytest.mark.parametrize("error", [0.5, 1e6], ids=["small", "wild"])
+def test_a_wild_estimate_is_named(error):
+    """The estimate of the row before the last has the error."""
+    trace = run()
+    errors = np.full(5, 0.1)
+    errors[3] = error
+    stats = trace.stats | {"error_estimate": jnp.asarray(errors)}
+    table = read_text(dataclasses.replace(trace, stats=stats))
+    expected = "largest 1e+06 at step 3, above 10 at 1 step" if error > 10 else None
+    assert table.get("error_estimate") == expected
+
+
 def test_the_rows_of_a_search_are_trials():
     trace = hg.search(
         PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
