@@ -69,8 +69,7 @@ def cites(*keys: str) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        # A function has no declared attributes, so pyright rejects an assignment.
-        setattr(function, "citations", keys)  # noqa: B010 - see above
+        setattr(function, "citations", keys)  # noqa: B010 - pyright rejects `.citations =`
         return function
 
     return decorate

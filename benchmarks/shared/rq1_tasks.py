@@ -61,7 +61,7 @@ class System(NamedTuple):
     space: PyTree
     joint: optax.GradientTransformation
     gradients: float = 1.0
-    absent: dict[str, str] = {}  # noqa: RUF012 - of a NamedTuple, never changed
+    absent: dict[str, str] = {}  # noqa: RUF012 - a NamedTuple has no factories
 
 
 def descent(optimizer: Any) -> Callable[[int], hg.Descent]:

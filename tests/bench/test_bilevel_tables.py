@@ -18,6 +18,7 @@ def arrays():
     try:
         return datasets.load("mnist")
     except FileNotFoundError:
+        # It is neither in the package nor on PyPI, and tests load nothing by network.
         pytest.skip("MNIST is not at hand")
 
 
@@ -90,6 +91,7 @@ def ijcnn1():
     try:
         datasets.load("ijcnn1")
     except FileNotFoundError:
+        # It is neither in the package nor on PyPI, and tests load nothing by network.
         pytest.skip("ijcnn1 is not at hand")
 
 

@@ -34,6 +34,7 @@ def test_each_program_is_of_one_library():
 def test_a_program_prints_our_hypergradient(library: str, tmp_path: Path):
     python = environments.python(library)
     if not python.exists():
+        # PyTorch is no dependency, and its libraries need an environment each.
         pytest.skip(f"{library} is not installed: `make peers` does it")
     key = jax.random.key
     x = np.asarray(jax.random.normal(key(0), (60, 5)), "float32")

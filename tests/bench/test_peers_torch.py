@@ -91,6 +91,7 @@ def answer(library: str, work: str, folder: Path) -> np.ndarray:
     """What a contender says at the small size, in a process of its own."""
     python = environments.python(library)
     if not python.exists():
+        # PyTorch is no dependency, and its libraries need an environment each.
         pytest.skip(f"{library} is not installed: `make peers` does it")
     worker.save(folder / "data.npz", small(work))
     setting = json.dumps(tuning.GRIDS[library][-1] if work == tuning.WORK else {})

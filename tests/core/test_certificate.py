@@ -30,7 +30,7 @@ from tests.random_problems import (
 RIDGE = get_reference("ridge per-weight")
 
 
-def differentiate(problem, w, alpha, linear_solver=hg.CG()):  # noqa: B008 - frozen
+def differentiate(problem, w, alpha, linear_solver=hg.CG()):  # noqa: B008 - CG is frozen
     """Returns the hypergradient by implicit differentiation at a given ``w``."""
     result = implicit_hypergradient(
         problem,

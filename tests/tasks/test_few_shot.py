@@ -226,6 +226,7 @@ def test_omniglot_has_its_published_size_and_ink():
     """It has 1,623 characters of 20 drawings; smaller images keep the mean ink."""
     name, images, num_turns = few_shot.characters("small")
     if not name.startswith("Omniglot"):
+        # Without the folder the characters are scikit-learn's digits.
         pytest.skip(f"{datasets.VARIABLE} names no folder with omniglot/")
     assert images.shape == (1623, 20, 14, 14)
     assert num_turns == 4

@@ -94,6 +94,7 @@ def test_hoag_converges_to_the_grid_optimum():
 def test_one_penalty_per_weight_overfits_fifty_validation_images(scale: str):
     """One penalty per weight classifies all of them, one penalty for all does not."""
     if scale == "paper" and not os.environ.get(hg.datasets.VARIABLE):
+        # This scale needs images that are not on PyPI.
         pytest.skip(f"{hg.datasets.VARIABLE} is not set")
 
     def val_accuracy(granularity):

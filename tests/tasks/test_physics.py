@@ -55,6 +55,7 @@ def test_cole_hopf_solves_burgers_equation():
 def test_cole_hopf_equals_the_published_reference():
     """It agrees at every eleventh point of the file, also in the shock."""
     if not os.environ.get(hg.datasets.VARIABLE):
+        # The reference is a file of the authors, which is not on PyPI.
         pytest.skip(f"{hg.datasets.VARIABLE} is not set")
     reference = hg.datasets.load("burgers")
     grid = np.meshgrid(reference["x"], reference["t"], indexing="ij")
