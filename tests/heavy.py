@@ -3,7 +3,8 @@
     make full 2>&1 | tee full.log
     python -m tests.heavy full.log
 
-`make test` leaves them out, and CI runs them with the lowest versions.
+`make test` leaves them out, and CI runs them with the lowest versions. If
+all tests of a module are named, take the quickest one out of the file.
 """
 
 import re
