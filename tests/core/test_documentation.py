@@ -91,6 +91,9 @@ def test_the_page_on_models_runs():
     )
     assert names["trace"].value[-1] < names["trace"].value[0]
     assert names["record"].value < jnp.log(2.0)
+    hypergradients = [x.hypergradient for x in names["tanh_estimates"]]
+    np.testing.assert_allclose(hypergradients, [-2.4, -0.049, -0.042], rtol=0.02)
+    assert not names["tanh_estimates"][0].trusted
 
 
 @pytest.mark.slow

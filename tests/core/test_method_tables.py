@@ -61,10 +61,19 @@ def test_the_code_of_the_page_runs_in_order(capsys):
     names = {}
     for block in PAGE.read_text().split("```python\n")[1:]:
         exec(compile(block.split("```")[0], str(PAGE), "exec"), names)
-    error_estimate, trusted, difference = capsys.readouterr().out.split()[:3]
+    checks, *rows = capsys.readouterr().out.splitlines()
+    error_estimate, trusted, difference = checks.split()
     assert trusted == "True"
     assert float(error_estimate) < 1e-2
     assert float(difference) < 1e-2
+    # L-BFGS is cheaper than Newton's method, which is more accurate.
+    costs, errors = np.array([row.split()[1:] for row in rows[:9]], float).T
+    newton, lbfgs, descent = costs.reshape(3, 3).T
+    assert (lbfgs < newton).all()
+    assert (newton < descent).all()
+    newton_error, lbfgs_error, descent_error = errors.reshape(3, 3).T
+    assert (newton_error < lbfgs_error).all()
+    assert (lbfgs_error < descent_error)[1:].all()
     num_trials = 2000 // (100 + 1 / 3)
     continued = names["continued"]
     assert len(continued.value) == len(continued.metrics["size"]) == num_trials
