@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..trees import PrettyModule
+
 
 @runtime_checkable
 class Space(Protocol):
@@ -93,7 +95,7 @@ class Space(Protocol):
         ...
 
 
-class BoundedSpace(eqx.Module):
+class BoundedSpace(PrettyModule):
     """A space of leaves of one shape, with a coordinate in [0, 1] for each number."""
 
     shape: eqx.AbstractVar[tuple[int, ...]]

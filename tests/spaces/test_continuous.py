@@ -247,6 +247,11 @@ def test_spaces_keep_half_precision(space):
     chex.assert_tree_all_finite(space.inverse(alpha).astype(float))
 
 
+def test_messages_show_the_numbers_of_scalar_bounds():
+    with pytest.raises(ValueError, match=r"got Interval\(low=2.5, high=1\)"):
+        Interval(jnp.float32(2.5), 1)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "log"),
     [
