@@ -88,7 +88,9 @@ def search(
     Returns:
       A `Trace` with a row per trial, and ``alpha`` and ``w`` of the best one: with the
       lowest value; of several values the lowest first, then second, and so on. A value
-      that is not finite is worse than any finite one, and flagged ``not_finite``.
+      that is not finite is worse than any finite one, and flagged ``not_finite``. A
+      trial whose solver has a tolerance and did not meet it is flagged
+      ``not_converged``; its value counts like any other.
 
     Cost: one inner solve and K outer values per trial.
 

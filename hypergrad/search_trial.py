@@ -36,7 +36,8 @@ class TrialRecord(NamedTuple):
     Attributes:
       value: Outer value, or ``[K]`` for K outer losses.
       stats: Statistics of an estimate, as in `hypergrad.Estimate`.
-      flags: ``{name: bool}``, True if a check failed.
+      flags: ``{name: bool}``, True if a check failed: ``not_finite``, and, of a solver
+        that has a tolerance, ``not_converged``.
       metrics: The user's metrics.
     """
 
@@ -63,7 +64,10 @@ def run_trial(
         name: solver_stats[name] for name in ("num_grads", "num_hvps", "num_values")
     }
     data, keys = (inner_data, outer_data), (outer_key, metric_key)
-    return w, make_record(setup, w, alpha, data, keys, num_steps, counts)
+    record = make_record(setup, w, alpha, data, keys, num_steps, counts)
+    if "converged" in solver_stats:  # the solver has a tolerance
+        record.flags["not_converged"] = solver_stats["converged"] == 0
+    return w, record
 
 
 @eqx.filter_jit

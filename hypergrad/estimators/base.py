@@ -42,6 +42,7 @@ REASONS = {
         "a value or a derivative is not finite; hg.diagnose(problem, estimator, w, "
         "alpha) says where"
     ),
+    "not_converged": "the inner solver stopped before it met its tolerance",
     "adjoint_residual": (
         "the adjoint did not converge: adjoint_residual, or the last change of the "
         "hypergradient by its iterations, exceeds the tolerance"

@@ -144,6 +144,29 @@ def test_trial_whose_w_is_not_finite_is_not_trusted():
     assert trace.status == "completed"
 
 
+@pytest.mark.parametrize(("max_steps", "is_enough"), [(1, False), (50, True)])
+def test_a_trial_whose_solver_misses_its_tolerance_is_flagged(max_steps, is_enough):
+    """One Newton step does not minimise cosh(w - alpha)."""
+    problem = hg.Bilevel(lambda w, a, b: jnp.cosh(w - a), lambda w, a, b: (w - 1) ** 2)
+    solver = hg.Newton(max_steps=max_steps)
+    trace = hg.search(
+        problem, solver, hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(1.0, 2.0), budget=100,
+    )  # fmt: skip
+    np.testing.assert_array_equal(trace.flags["not_converged"], not is_enough)
+    assert any("tolerance" in reason for reason in trace.reasons()) is not is_enough
+    assert trace.stats["trusted"].all()
+
+
+def test_a_solver_without_a_tolerance_has_no_flag_of_it():
+    solver = hg.Descent(optax.sgd(0.1), num_steps=2)
+    trace = hg.search(
+        PROBLEM, solver, hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(0.0, 2.0), budget=20,
+    )  # fmt: skip
+    assert set(trace.flags) == {"not_finite"}
+
+
 @pytest.mark.parametrize("name", ["Random", "PopulationBasedTraining"])
 def test_status_states_that_no_trial_has_a_finite_value(name):
     searcher = getattr(hg.searchers, name)(*[4] * (name != "Random"))
