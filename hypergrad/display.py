@@ -18,19 +18,12 @@ from .trees import PrettyModule, is_readable
 if TYPE_CHECKING:
     from .certificate import Certificate
     from .estimators.base import Estimate
-    from .trace import Trace
 
 #: A name, and the text beside it; the lines of a text are separate statements.
 Row = tuple[str, str]
 
 TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
-MAX_PRINTED_INTERVALS = 4  # of consecutive steps
-NUM_FINAL_RESIDUALS = 10
-#: On mini-batches the residual of a good adjoint is of order 1.
-MAX_ADJOINT_RESIDUAL = 10.0
-MAX_ERROR_ESTIMATE = 10.0
-STEP_NOUNS = "step", "steps"
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -150,13 +143,13 @@ def estimate_rows(estimate: "Estimate") -> list[Row] | None:
         ("hypergradient", describe_tree(estimate.hypergradient, with_norm=True)),
         ("w", describe_tree(estimate.w)),
         ("trusted", str(not reasons)),
-        *_reason_rows(reasons),
-        ("error_estimate", _format_error(error) if has_error else "not available"),
+        *reason_rows(reasons),
+        ("error_estimate", format_error(error) if has_error else "not available"),
     ]
     for name in ("standard_error", "distance_to_implicit"):
         if not np.isnan(stats.get(name, np.nan)):
-            rows.append((name, _format_error(stats[name])))
-    return rows + _cost_rows(stats)
+            rows.append((name, format_error(stats[name])))
+    return rows + cost_rows(stats)
 
 
 def certificate_rows(certificate: "Certificate") -> list[Row] | None:
@@ -171,106 +164,19 @@ def certificate_rows(certificate: "Certificate") -> list[Row] | None:
         return None
     corrected = describe_tree(certificate.corrected_hypergradient, with_norm=True)
     norms = (certificate.inner_grad_norm, certificate.corrected_grad_norm)
-    spectrum = map(_format_error, (certificate.ritz_min, certificate.ritz_max))
+    spectrum = map(format_error, (certificate.ritz_min, certificate.ritz_max))
     rows = [
         ("trusted", str(bool(certificate.trusted))),
-        *_reason_rows(certificate.reasons),
-        ("error_estimate", _format_error(certificate.error_estimate)),
+        *reason_rows(certificate.reasons),
+        ("error_estimate", format_error(certificate.error_estimate)),
         ("corrected_hypergradient", corrected),
-        ("inner_grad_norm", "{}, {} at corrected_w".format(*map(_format_error, norms))),
+        ("inner_grad_norm", "{}, {} at corrected_w".format(*map(format_error, norms))),
         ("ritz_min, ritz_max", ", ".join(spectrum)),
     ]
     for name in ("distance_bound", "adjoint_error_bound"):
         if not np.isnan(bound := float(getattr(certificate, name))):
-            rows.append((name, _format_error(bound)))
-    return rows + _cost_rows({k: float(x) for k, x in certificate.stats.items()})
-
-
-def trace_rows(trace: "Trace") -> list[Row] | None:
-    """Returns the rows of a single run, or None for a batch or unread numbers."""
-    columns = (trace.value, trace.stats, trace.metrics, trace.flags)
-    if not is_readable_tree((*columns, trace.status_code, trace.first_step)):
-        return None
-    if np.ndim(trace.status_code) or not np.ndim(trace.value):
-        return None
-    num_rows = count_rows_made(trace)
-    stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
-    rows = [
-        ("status", _describe_status(trace)),
-        (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
-        ("value", _describe_values(trace, num_rows)),
-        ("alpha", describe_tree(trace.alpha)),
-        ("w", describe_tree(trace.w)),
-    ]
-    if "trusted" in stats:
-        num_trusted = int(np.sum(stats["trusted"] == 1))
-        # A trial makes no hypergradient; it passes if its value and ``w`` are finite.
-        name = "finite" if trace.row_kind == "trial" else "trusted"
-        rows.append((name, f"{num_trusted} of {num_rows}"))
-    rows += _reason_rows(
-        f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
-        for reason, steps in trace.reasons().items()
-    )
-    rows += _error_rows(trace, stats) + _adjoint_rows(trace, stats)
-    rows += _cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
-    metrics = [_describe_metric(trace, name) for name in trace.metrics]
-    return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
-
-
-def _describe_status(trace: "Trace") -> str:
-    is_finite = "not finite" not in trace.status
-    return trace.status if is_finite else f"{trace.status}; hg.diagnose says where"
-
-
-def _error_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
-    """Returns the largest estimated error, if that estimate is mostly error.
-
-    A single such step can spoil the moments of an optimizer for many later ones.
-    """
-    errors = np.asarray(stats.get("error_estimate", []), float)
-    is_wild = errors > MAX_ERROR_ESTIMATE
-    if not is_wild.any() or trace.row_kind == "trial":
-        return []
-    row = int(np.nanargmax(errors))
-    text = f"largest {_format_error(errors[row])} at step {trace.steps[row]}"
-    text += (
-        f", above {MAX_ERROR_ESTIMATE:g} at {_count(int(is_wild.sum()), STEP_NOUNS)}"
-    )
-    return [("error_estimate", text)]
-
-
-def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
-    """Returns the residual of the adjoint that a single-loop method carries.
-
-    Its estimates are never trusted, so that no flag tells an adjoint that diverges. The
-    residual is relative to ``b = dM/dw``; where ``b`` vanishes it is infinite.
-    """
-    residuals = np.asarray(stats.get("adjoint_residual", []), float)
-    final_residuals = residuals[~np.isnan(residuals)][-NUM_FINAL_RESIDUALS:]
-    if "single_step" not in trace.flags or not final_residuals.size:
-        return []
-    median, count = np.median(final_residuals), len(final_residuals)
-    text = f"{_format_error(median)} in the median of the last {count} rows"
-    if median > MAX_ADJOINT_RESIDUAL:
-        text += ": far from its equation, as an adjoint of zero has 1"
-    return [("adjoint_residual", text)]
-
-
-def _sum_of_known(numbers: np.ndarray) -> float:
-    """Returns the sum of the numbers that are not NaN, or NaN if all are."""
-    return float(np.nan if np.all(np.isnan(numbers)) else np.nansum(numbers))
-
-
-def count_rows_made(trace: "Trace") -> int:
-    """Returns the number of rows without the blank ones after a failure."""
-    next_step = getattr(trace.state, "step", None)  # a search has no state
-    if next_step is not None and is_readable(next_step):
-        num_steps = int(next_step) - int(trace.first_step)
-        return -(-num_steps // trace.record_every)
-    is_made = _are_finite(to_wide(trace.value))
-    if "gradient_equivalents" in trace.stats:
-        is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0
-    return int(np.max(np.flatnonzero(is_made), initial=-1)) + 1
+            rows.append((name, format_error(bound)))
+    return rows + cost_rows({k: float(x) for k, x in certificate.stats.items()})
 
 
 def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
@@ -290,7 +196,8 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
             return format_numbers(leaf)
         text = _describe_leaf(leaf)
     else:
-        text = f"{len(leaves)} leaves, {_count(sum(sizes), ('number', 'numbers'))}"
+        num_numbers = format_count(sum(sizes), ("number", "numbers"))
+        text = f"{len(leaves)} leaves, {num_numbers}"
     if with_norm and leaves and is_readable:
         squares = [np.sum(np.abs(to_wide(leaf)) ** 2) for leaf in leaves]
         text += f", norm {np.sqrt(sum(squares)):.4g}"
@@ -337,106 +244,33 @@ def _describe_leaf(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _format_error(x: Any) -> str:
+def format_error(x: Any) -> str:
+    """Returns an error or a bound with two digits."""
     return f"{float(x):.2g}"
 
 
-def _reason_rows(reasons: Iterable[str]) -> list[Row]:
+def reason_rows(reasons: Iterable[str]) -> list[Row]:
+    """Returns the row of reasons, a line for each, or no row."""
     text = "\n".join(reasons)
     return [("reasons", text)] if text else []
 
 
-def _cost_rows(counts: Mapping[str, float]) -> list[Row]:
+def cost_rows(counts: Mapping[str, float]) -> list[Row]:
     """Returns the cost as one line, such as ``552 gradient-equivalents: ...``."""
     total = counts.get("gradient_equivalents", np.nan)
     if np.isnan(total):
         return []
-    text = _count(total, ("gradient-equivalent", "gradient-equivalents"))
+    text = format_count(total, ("gradient-equivalent", "gradient-equivalents"))
     calls = [
-        _count(counts[name], nouns)
+        format_count(counts[name], nouns)
         for name, nouns in COUNT_NOUNS.items()
         if counts.get(name, np.nan) > 0
     ]
     return [("cost", f"{text}: {', '.join(calls)}" if calls else text)]
 
 
-def _count(number: float, nouns: tuple[str, str]) -> str:
+def format_count(number: float, nouns: tuple[str, str]) -> str:
+    """Returns a number with its noun in the singular or plural, as ``1 step``."""
     is_whole = number == round(number) or number >= 1e4
     text = f"{number:,.0f}" if is_whole else f"{number:.4g}"
     return f"{text} {nouns[number != 1]}"
-
-
-def _describe_steps(trace: "Trace", num_rows: int) -> str:
-    text = f"{num_rows * trace.record_every:,}"
-    if num_rows < len(trace.value):
-        text += f" of {len(trace.value) * trace.record_every:,}"
-    if trace.record_every > 1:
-        text += f", one row per {trace.record_every}"
-    if int(trace.first_step):
-        text += f", after {int(trace.first_step):,} of an earlier run"
-    return text
-
-
-def _describe_values(trace: "Trace", num_rows: int) -> str:
-    """Returns the first and the last finite value, and the lowest of one loss."""
-    values = to_wide(trace.value)[:num_rows]
-    finite = np.flatnonzero(_are_finite(values))
-    if not finite.size:
-        return "none is finite"
-    init_value, final_value = values[finite[0]], values[finite[-1]]
-    text = f"first {format_numbers(init_value)}, last {format_numbers(final_value)}"
-    if finite[-1] < num_rows - 1:
-        text += f" at {trace.row_kind} {trace.steps[finite[-1]]}, then not finite"
-    if values.ndim > 1:
-        return text
-    lowest = int(finite[np.argmin(values[finite])])
-    step = f"{trace.row_kind} {trace.steps[lowest]}"
-    return f"{text}, lowest {format_numbers(values[lowest])} at {step}"
-
-
-def _are_finite(values: np.ndarray) -> np.ndarray:
-    """Returns for each row of one value, or of K values, whether it is finite."""
-    return np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-
-
-def _describe_metric(trace: "Trace", name: str) -> str:
-    """Returns the last, the lowest and the highest value of a metric, with steps."""
-    column = np.asarray(trace.metrics[name])
-    evaluated = np.flatnonzero(~np.isnan(column))
-    if not evaluated.size:
-        return f"{name}: not evaluated"
-    values, steps = column[evaluated], trace.steps[evaluated]
-    texts = [f"{format_numbers(values[-1])} at {trace.row_kind} {steps[-1]}"]
-    if len(values) > 1:
-        texts += [
-            f"{word} {format_numbers(values[i])} at {steps[i]}"
-            for word, i in (
-                ("lowest", np.argmin(values)),
-                ("highest", np.argmax(values)),
-            )
-        ]
-    return f"{name}: {', '.join(texts)}"
-
-
-def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:
-    """Returns step numbers with ``a to b`` for those in a row, and a count of the rest.
-
-    Args:
-      steps: Increasing step numbers.
-      stride: Distance of two steps in a row.
-      noun: What is counted, in the singular.
-
-    >>> format_steps([3]), format_steps([0, 1, 2, 7])
-    ('step 3', 'steps 0 to 2, 7')
-    >>> format_steps([0, 2, 4, 5, 10, 20, 30, 40], stride=2)
-    'steps 0 to 4, 5, 10, 20 and 2 more'
-    """
-    numbers = np.asarray(steps)
-    intervals = np.split(numbers, np.flatnonzero(np.diff(numbers) != stride) + 1)
-    texts = [
-        str(x[0]) if len(x) == 1 else f"{x[0]} to {x[-1]}"
-        for x in intervals[:MAX_PRINTED_INTERVALS]
-    ]
-    text = f"{noun}{'s' * (len(steps) != 1)} {', '.join(texts)}"
-    num_further = sum(map(len, intervals[MAX_PRINTED_INTERVALS:]))
-    return f"{text} and {num_further} more" if num_further else text

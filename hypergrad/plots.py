@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .display import count_rows_made, to_wide
+from .display import to_wide
 from .objectives.front_measures import non_dominated
+from .trace_display import count_rows_made
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .display import ResultModule, Row, count_rows_made, trace_rows
+from .display import ResultModule, Row
 from .estimators.base import REASONS
+from .trace_display import count_rows_made, trace_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

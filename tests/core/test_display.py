@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.display import TEXT_WIDTH
+from hypergrad.display import TEXT_WIDTH, format_numbers
 from hypergrad.estimators.base import REASONS, make_estimate
 from tests.loops import ExactEstimator, run_loop
 
@@ -298,15 +298,41 @@ def test_markup_in_names_is_escaped():
     assert "<img src=x>: " in read_html(trace)["metrics"]
 
 
+def test_a_batch_of_runs_prints_its_range():
+    """The second run fails at its third step."""
+    values = [[3.0, 2.0, 1.0, 0.5], [5.0, 4.0, np.nan, np.nan], [9.0, 8.0, 7.0, 6.0]]
+    trace = jax.vmap(lambda alpha: run(alpha, num_steps=4))(jnp.arange(3.0))
+    trace = dataclasses.replace(
+        trace, value=jnp.asarray(values), status_code=jnp.array([0, 1, 0]), state=None
+    )
+    table = read_text(trace)
+    assert table["runs"].startswith("3;")
+    assert table["status"].startswith("completed: 2 stopped: the outer value is not")
+    assert table["steps"] == "4"
+    assert table["last value"].startswith("0.5 to 6")
+    assert table["alpha"] == format_numbers(trace.alpha)
+    assert table["trusted"].startswith("6 of ")
+
+
+def test_a_batch_of_runs_with_several_losses_prints_the_range_of_each():
+    values = jnp.asarray([[[3.0, 1.0], [2.0, 2.0]], [[3.0, 1.0], [1.0, 4.0]]])
+    trace = jax.vmap(lambda alpha: run(alpha, num_steps=2))(jnp.arange(2.0))
+    table = read_text(dataclasses.replace(trace, value=values))
+    assert table["last value"] == "loss 0: 1 to 2 loss 1: 2 to 4"
+
+
 @pytest.mark.parametrize("name", RESULT_FNS)
 def test_a_traced_or_batched_result_prints_its_shapes(name):
-    """Inside jit and vmap, as a batch, and as shapes."""
+    """Inside jit and vmap, as a batch, and as shapes; a batch of runs is a table."""
     fn = RESULT_FNS[name]
     alphas = jnp.array([1.0, 2.0, 3.0])
     texts = []
     with_text = lambda alpha: (texts.append(repr(x := fn(alpha=alpha))), x)[1]
+    batch = jax.vmap(with_text)(alphas)
+    if name == "trace":
+        batch = jax.tree.map(lambda x: x[None], batch)  # a batch of batches
     results = [
-        jax.vmap(with_text)(alphas),
+        batch,
         jax.eval_shape(fn, alpha=alphas[0]),
         jax.jit(with_text)(alphas[0]) and jax.eval_shape(jax.vmap(fn), alphas),
     ]

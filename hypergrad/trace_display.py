@@ -1,0 +1,240 @@
+"""The table that a run prints."""
+
+import collections
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from .display import (
+    Row,
+    cost_rows,
+    describe_tree,
+    format_count,
+    format_error,
+    format_numbers,
+    is_readable_tree,
+    reason_rows,
+    to_wide,
+)
+from .trees import is_readable
+
+if TYPE_CHECKING:
+    from .trace import Trace
+
+MAX_PRINTED_INTERVALS = 4  # of consecutive steps
+NUM_FINAL_RESIDUALS = 10
+#: On mini-batches the residual of a good adjoint is of order 1.
+MAX_ADJOINT_RESIDUAL = 10.0
+MAX_ERROR_ESTIMATE = 10.0
+STEP_NOUNS = "step", "steps"
+
+
+def trace_rows(trace: "Trace") -> list[Row] | None:
+    """Returns the rows of a run or of a batch of runs, or None for unread numbers."""
+    columns = (trace.value, trace.stats, trace.metrics, trace.flags)
+    if not is_readable_tree((*columns, trace.status_code, trace.first_step)):
+        return None
+    num_batch_axes = np.ndim(trace.status_code)
+    if num_batch_axes > 1 or np.ndim(trace.value) <= num_batch_axes:
+        return None
+    return _batch_rows(trace) if num_batch_axes else _run_rows(trace)
+
+
+def _run_rows(trace: "Trace") -> list[Row]:
+    num_rows = count_rows_made(trace)
+    stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
+    rows = [
+        ("status", _describe_status(trace)),
+        (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
+        ("value", _describe_values(trace, num_rows)),
+        ("alpha", describe_tree(trace.alpha)),
+        ("w", describe_tree(trace.w)),
+    ]
+    if "trusted" in stats:
+        num_trusted = int(np.sum(stats["trusted"] == 1))
+        rows.append((_name_of_good_rows(trace), f"{num_trusted} of {num_rows}"))
+    rows += reason_rows(
+        f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
+        for reason, steps in trace.reasons().items()
+    )
+    rows += _error_rows(trace, stats) + _adjoint_rows(trace, stats)
+    rows += cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
+    metrics = [_describe_metric(trace, name) for name in trace.metrics]
+    return [*rows, ("metrics", "\n".join(metrics))] if metrics else rows
+
+
+def _batch_rows(trace: "Trace") -> list[Row]:
+    """Returns the rows of several runs, whose leaves have one leading axis."""
+    runs = [jax.tree.map(lambda x, i=i: x[i], trace) for i in range(len(trace.value))]
+    if not runs:
+        return [("runs", "0")]
+    statuses = collections.Counter(map(_describe_status, runs))
+    stats = {name: to_wide(x) for name, x in trace.stats.items()}
+    rows = [
+        ("runs", f"{len(runs):,}; jax.tree.map(lambda x: x[0], trace) is the first"),
+        ("status", "\n".join(f"{text}: {n:,}" for text, n in statuses.items())),
+        (f"{trace.row_kind}s", f"{trace.value.shape[1] * trace.record_every:,}"),
+        ("last value", _describe_last_values(runs)),
+        ("alpha", describe_tree(trace.alpha)),
+        ("w", describe_tree(trace.w)),
+    ]
+    if "trusted" in stats:
+        num_rows = sum(map(count_rows_made, runs))
+        num_trusted = np.sum(stats["trusted"] == 1)
+        rows.append((_name_of_good_rows(trace), f"{num_trusted} of {num_rows}"))
+    return rows + cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
+
+
+def _describe_last_values(runs: list["Trace"]) -> str:
+    """Returns the range of the last values of the runs, for each outer loss."""
+    values = np.array([to_wide(run.value)[count_rows_made(run) - 1] for run in runs])
+    finite = values[_are_finite(values)]
+    if not len(finite):
+        return "none is finite"
+    lines = [
+        f"{format_numbers(x.min())} to {format_numbers(x.max())}"
+        for x in finite.reshape(len(finite), -1).T
+    ]
+    if values.ndim > 1:
+        lines = [f"loss {i}: {line}" for i, line in enumerate(lines)]
+    if len(finite) < len(values):
+        lines.append(f"not finite: {len(values) - len(finite)} of {len(values)}")
+    return "\n".join(lines)
+
+
+def _name_of_good_rows(trace: "Trace") -> str:
+    """Returns "trusted", or "finite" for trials, which make no hypergradient."""
+    return "finite" if trace.row_kind == "trial" else "trusted"
+
+
+def _describe_status(trace: "Trace") -> str:
+    is_finite = "not finite" not in trace.status
+    return trace.status if is_finite else f"{trace.status}; hg.diagnose says where"
+
+
+def _error_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
+    """Returns the largest estimated error, if that estimate is mostly error.
+
+    A single such step can spoil the moments of an optimizer for many later ones.
+    """
+    errors = np.asarray(stats.get("error_estimate", []), float)
+    is_wild = errors > MAX_ERROR_ESTIMATE
+    if not is_wild.any() or trace.row_kind == "trial":
+        return []
+    row = int(np.nanargmax(errors))
+    text = f"largest {format_error(errors[row])} at step {trace.steps[row]}"
+    num_wild = format_count(int(is_wild.sum()), STEP_NOUNS)
+    text += f", above {MAX_ERROR_ESTIMATE:g} at {num_wild}"
+    return [("error_estimate", text)]
+
+
+def _adjoint_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
+    """Returns the residual of the adjoint that a single-loop method carries.
+
+    Its estimates are never trusted, so that no flag tells an adjoint that diverges. The
+    residual is relative to ``b = dM/dw``; where ``b`` vanishes it is infinite.
+    """
+    residuals = np.asarray(stats.get("adjoint_residual", []), float)
+    final_residuals = residuals[~np.isnan(residuals)][-NUM_FINAL_RESIDUALS:]
+    if "single_step" not in trace.flags or not final_residuals.size:
+        return []
+    median, count = np.median(final_residuals), len(final_residuals)
+    text = f"{format_error(median)} in the median of the last {count} rows"
+    if median > MAX_ADJOINT_RESIDUAL:
+        text += ": far from its equation, as an adjoint of zero has 1"
+    return [("adjoint_residual", text)]
+
+
+def _sum_of_known(numbers: np.ndarray) -> float:
+    """Returns the sum of the numbers that are not NaN, or NaN if all are."""
+    return float(np.nan if np.all(np.isnan(numbers)) else np.nansum(numbers))
+
+
+def count_rows_made(trace: "Trace") -> int:
+    """Returns the number of rows without the blank ones after a failure."""
+    next_step = getattr(trace.state, "step", None)  # a search has no state
+    if next_step is not None and is_readable(next_step):
+        num_steps = int(next_step) - int(trace.first_step)
+        return -(-num_steps // trace.record_every)
+    is_made = _are_finite(to_wide(trace.value))
+    if "gradient_equivalents" in trace.stats:
+        is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0
+    return int(np.max(np.flatnonzero(is_made), initial=-1)) + 1
+
+
+def _describe_steps(trace: "Trace", num_rows: int) -> str:
+    text = f"{num_rows * trace.record_every:,}"
+    if num_rows < len(trace.value):
+        text += f" of {len(trace.value) * trace.record_every:,}"
+    if trace.record_every > 1:
+        text += f", one row per {trace.record_every}"
+    if int(trace.first_step):
+        text += f", after {int(trace.first_step):,} of an earlier run"
+    return text
+
+
+def _describe_values(trace: "Trace", num_rows: int) -> str:
+    """Returns the first and the last finite value, and the lowest of one loss."""
+    values = to_wide(trace.value)[:num_rows]
+    finite = np.flatnonzero(_are_finite(values))
+    if not finite.size:
+        return "none is finite"
+    init_value, final_value = values[finite[0]], values[finite[-1]]
+    text = f"first {format_numbers(init_value)}, last {format_numbers(final_value)}"
+    if finite[-1] < num_rows - 1:
+        text += f" at {trace.row_kind} {trace.steps[finite[-1]]}, then not finite"
+    if values.ndim > 1:
+        return text
+    lowest = int(finite[np.argmin(values[finite])])
+    step = f"{trace.row_kind} {trace.steps[lowest]}"
+    return f"{text}, lowest {format_numbers(values[lowest])} at {step}"
+
+
+def _are_finite(values: np.ndarray) -> np.ndarray:
+    """Returns for each row of one value, or of K values, whether it is finite."""
+    return np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+
+
+def _describe_metric(trace: "Trace", name: str) -> str:
+    """Returns the last, the lowest and the highest value of a metric, with steps."""
+    column = np.asarray(trace.metrics[name])
+    evaluated = np.flatnonzero(~np.isnan(column))
+    if not evaluated.size:
+        return f"{name}: not evaluated"
+    values, steps = column[evaluated], trace.steps[evaluated]
+    texts = [f"{format_numbers(values[-1])} at {trace.row_kind} {steps[-1]}"]
+    if len(values) > 1:
+        texts += [
+            f"{word} {format_numbers(values[i])} at {steps[i]}"
+            for word, i in (
+                ("lowest", np.argmin(values)),
+                ("highest", np.argmax(values)),
+            )
+        ]
+    return f"{name}: {', '.join(texts)}"
+
+
+def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:
+    """Returns step numbers with ``a to b`` for those in a row, and a count of the rest.
+
+    Args:
+      steps: Increasing step numbers.
+      stride: Distance of two steps in a row.
+      noun: What is counted, in the singular.
+
+    >>> format_steps([3]), format_steps([0, 1, 2, 7])
+    ('step 3', 'steps 0 to 2, 7')
+    >>> format_steps([0, 2, 4, 5, 10, 20, 30, 40], stride=2)
+    'steps 0 to 4, 5, 10, 20 and 2 more'
+    """
+    numbers = np.asarray(steps)
+    intervals = np.split(numbers, np.flatnonzero(np.diff(numbers) != stride) + 1)
+    texts = [
+        str(x[0]) if len(x) == 1 else f"{x[0]} to {x[-1]}"
+        for x in intervals[:MAX_PRINTED_INTERVALS]
+    ]
+    text = f"{noun}{'s' * (len(steps) != 1)} {', '.join(texts)}"
+    num_further = sum(map(len, intervals[MAX_PRINTED_INTERVALS:]))
+    return f"{text} and {num_further} more" if num_further else text
