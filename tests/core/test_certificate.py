@@ -199,6 +199,20 @@ def test_error_along_a_flat_direction_is_measured():
 # Fields.
 
 
+def test_a_certificate_that_has_not_converged_is_not_trusted():
+    """Two Newton steps on cosh end at 0.26, where a third one matters."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.cosh(w - alpha), lambda w, alpha, batch: w**3
+    )
+    first = hg.certify(problem, jnp.asarray(3.0), jnp.asarray(1.0))
+    second = hg.certify(
+        problem, jnp.asarray(3.0), jnp.asarray(1.0), first.corrected_hypergradient
+    )
+    assert second.error_estimate < 1e-9
+    assert {name for name, flag in second.flags.items() if flag} == {"last_change"}
+    assert not second.trusted
+
+
 def test_fields_equal_their_formulas_on_a_quadratic():
     """A quadratic with spectrum [1, 10], at a distance of 0.1 from its minimum."""
     reference = quadratic("30", seed=2)

@@ -158,6 +158,29 @@ def test_every_estimate_of_a_run_meets_its_tolerance():
     assert max(num_steps[1:]) < num_steps[0]
 
 
+def test_each_estimate_has_the_tolerance_of_its_number():
+    """The last tolerance holds for all further estimates."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha)),
+        lambda w, alpha, batch: jnp.sum((w - 2.0) ** 2),
+    )
+    w, alpha, key = jnp.zeros(2), jnp.ones(2), jax.random.key(0)
+    solver = hg.Descent(sgd(0.05), 1000)
+
+    def run_with(rtols, state):
+        estimator = hg.Implicit(solver, rtol=jnp.asarray(rtols), warm_start=False)
+        return estimate(estimator, problem, state, alpha, key)
+
+    estimator = hg.Implicit(solver, rtol=jnp.full(2, 0.1), warm_start=False)
+    state = estimator.init(problem, w, alpha)
+    for rtol in (1e-1, 1e-6, 1e-6):
+        expected, _ = run_with([rtol, rtol], state)
+        actual, state = run_with([1e-1, 1e-6], state)
+        chex.assert_trees_all_equal(actual.stats, expected.stats)
+        is_tight = rtol < 1e-2
+        assert (expected.stats["error_estimate"] < 1e-5) == is_tight
+
+
 def test_cost_equals_the_evaluations_of_the_inner_loss():
     """Steps, checks of the gradient, Newton steps and adjoint solves are counted.
 

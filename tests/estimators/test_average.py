@@ -16,6 +16,7 @@ from benchmarks.shared.reference_problems import (
     ridge,
     two_losses,
 )
+from hypergrad.estimators.error_estimates import standard_error
 from tests.loops import run_loop
 
 
@@ -65,6 +66,14 @@ def test_an_average_equals_a_loop_over_its_samples():
     assert estimate.stats["num_inner_steps"] == 5
     assert all(sample.trusted for sample in samples)
     assert failed_flags(estimate) == {"standard_error"}
+
+
+def test_the_standard_error_equals_numpys():
+    samples = np.random.default_rng(0).normal(size=(5, 3))
+    mean = samples.mean(0)
+    expected = np.linalg.norm(samples.std(0, ddof=1)) / 5**0.5 / np.linalg.norm(mean)
+    actual = standard_error(jnp.asarray(samples), jnp.asarray(mean), False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_the_standard_error_is_the_scatter_of_means():

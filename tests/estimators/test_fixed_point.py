@@ -13,6 +13,7 @@ from benchmarks.shared.reference_problems import (
     hypertorch,
     quadratic,
 )
+from hypergrad.estimators.error_estimates import remaining_change
 
 
 def run_estimator(reference, estimator, w=None):
@@ -94,6 +95,13 @@ def test_the_error_is_estimated(num_steps, num_terms):
     assert actual > 1e-9
     assert actual / 3 < estimate.stats["error_estimate"] < 3 * actual
     assert estimate.trusted == (estimate.stats["error_estimate"] <= 1e-2)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.9])
+def test_the_remaining_change_of_a_geometric_sequence_is_exact(ratio):
+    """After changes ``r^k`` for k < 12 the later ones sum to ``r^12 / (1 - r)``."""
+    actual = remaining_change(ratio ** jnp.arange(12.0), eps=1e-16)
+    assert actual == pytest.approx(ratio**12 / (1 - ratio), rel=1e-9)
 
 
 def test_a_large_parameter_without_influence_hides_nothing():

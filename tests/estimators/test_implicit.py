@@ -507,6 +507,18 @@ def test_all_products_of_a_solve_see_one_batch_and_one_key():
 # Cost.
 
 
+def test_a_warm_started_adjoint_costs_fewer_products():
+    """The second estimate at the same alpha begins with the solution of the first."""
+    estimator = hg.Implicit(QUADRATIC_FORMULA, estimate_error=False)
+    problem, alpha = QUADRATIC.problem, QUADRATIC.alpha
+    state = estimator.init(problem, QUADRATIC.w, alpha)
+    estimate_fn, num_products = jax.jit(estimator.estimate), []
+    for seed in range(2):
+        result, state = estimate_fn(problem, state, alpha, jax.random.key(seed))
+        num_products.append(float(result.stats["num_hvps"]))
+    assert num_products[1] < num_products[0] / 2
+
+
 @pytest.mark.parametrize(
     ("batch_size", "adjoint_batch_size", "outer_batch_size"),
     [(None, None, None), (10, 8, 5)],

@@ -110,6 +110,19 @@ def test_data_are_sampled_anew_in_each_trial():
     assert set(trace.value.tolist()) == {0.0, 1.0}
 
 
+def test_inner_and_outer_batches_have_different_keys():
+    """The outer value is the distance of the noise of both, which is never zero."""
+    noise = hg.Batches(None, with_key=True)
+    draw = lambda alpha, key: alpha * jax.random.uniform(key)
+    inner = lambda w, alpha, key: (w - draw(alpha, key)) ** 2
+    outer = lambda w, alpha, key: jnp.abs(w - draw(alpha, key))
+    problem, formula = hg.Bilevel(inner, outer, noise, noise), hg.ClosedForm(draw)
+    trace = search(
+        problem, formula, hg.searchers.Random(), 0.0, space=Unit(), budget=20
+    )
+    assert (trace.value > 1e-6).all()
+
+
 # Trials that fail.
 
 
