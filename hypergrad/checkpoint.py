@@ -275,7 +275,8 @@ class CheckpointFolder:
                     f"the run continues from the checkpoint of step {step}",
                     stacklevel=2,
                 )
-            self.machines = self._read_metadata(step)["machines"]
+            # Checkpoints of earlier versions name no machine.
+            self.machines = self._read_metadata(step).get("machines", [])
             warn_of_other_machines(
                 f"the checkpoints in {self.path} were made", self.machines
             )
