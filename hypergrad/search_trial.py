@@ -36,8 +36,9 @@ class TrialRecord(NamedTuple):
     Attributes:
       value: Outer value, or ``[K]`` for K outer losses.
       stats: Statistics of an estimate, as in `hypergrad.Estimate`.
-      flags: ``{name: bool}``, True if a check failed: ``not_finite``, and, of a solver
-        that has a tolerance, ``not_converged``.
+      flags: ``{name: bool}``, True if a check failed: ``not_finite``, which makes the
+        trial untrusted, and ``not_converged``, which does not, of a solver that reports
+        whether it met its tolerance.
       metrics: The user's metrics.
     """
 
@@ -65,8 +66,9 @@ def run_trial(
     }
     data, keys = (inner_data, outer_data), (outer_key, metric_key)
     record = make_record(setup, w, alpha, data, keys, num_steps, counts)
-    if "converged" in solver_stats:  # the solver has a tolerance
-        record.flags["not_converged"] = solver_stats["converged"] == 0
+    if "converged" in solver_stats:  # a solver with a tolerance reports it
+        flags = {"not_converged": solver_stats["converged"] == 0}
+        record = record._replace(flags=record.flags | flags)
     return w, record
 
 

@@ -455,3 +455,18 @@ def test_a_missing_optimistix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optimistix", None)
     with pytest.raises(ImportError, match="optimistix"):
         hg.from_optimistix(OPTIMISTIX["bfgs"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: hg.from_jaxopt(jaxopt.BFGS(unused_loss, tol=1e-8, maxiter=n)),
+        lambda n: hg.from_optimistix(optx.BFGS(1e-8, 1e-8), max_steps=n),
+    ],
+    ids=["jaxopt", "optimistix"],
+)
+@pytest.mark.parametrize(("max_steps", "converged"), [(2, 0), (100, 1)])
+def test_an_adapted_solver_says_if_it_met_its_tolerance(make, max_steps, converged):
+    loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
+    _, stats = make(max_steps).solve(loss, jnp.zeros(2), jnp.ones(2), None, KEY)
+    assert stats["converged"] == converged

@@ -202,7 +202,9 @@ class JaxoptRun(eqx.Module):
       others it is one gradient per step, plus one value per step with a line search
       (GradientDescent, ArmijoSGD), which is a lower bound.
     Memory: ``w`` and the state of the solver.
-    Bias: none at a small enough ``tol``.
+    Bias:
+      None at a small enough ``tol``. The statistic ``converged`` is 0 if the solver
+      stopped before it met it.
 
     Source: Blondel et al. 2022, arXiv:2105.15183.
 
@@ -230,7 +232,7 @@ class JaxoptRun(eqx.Module):
         solver = _replace_fun(self.solver, inner_loss, jit=True, unroll=False)
         with explain_dtype_errors("jaxopt", w):
             new_w, state = solver.run(w, alpha, full_batch(data, key))
-        return cast_like(new_w, w), _run_stats(state)
+        return cast_like(new_w, w), _run_stats(state, solver.tol)
 
 
 def _check_jaxopt(solver: Any) -> str:
@@ -294,7 +296,7 @@ def _replace_fun(solver: Any, inner_loss: Loss, **settings: Any) -> Any:
     return dataclasses.replace(solver, fun=fun, implicit_diff=False, **settings)
 
 
-def _run_stats(state: Any) -> InnerStats:
+def _run_stats(state: Any, tol: float) -> InnerStats:
     """Returns the cost of a run, counted as `JaxoptRun` describes."""
     num_steps = state.iter_num
     if hasattr(state, "num_grad_eval"):
@@ -303,7 +305,12 @@ def _run_stats(state: Any) -> InnerStats:
     else:
         num_grads = num_steps
         num_values = num_steps if hasattr(state, "stepsize") else 0
-    return inner_stats(num_steps, num_grads=num_grads, num_values=num_values)
+    return inner_stats(
+        num_steps,
+        num_grads=num_grads,
+        num_values=num_values,
+        converged=state.error <= tol,
+    )
 
 
 def _to_one_dtype(w: PyTree) -> PyTree:

@@ -101,7 +101,9 @@ class Optimistix(eqx.Module):
       lower bound for an ``OptaxMinimiser`` with a line search of optax, whose
       evaluations are not counted.
     Memory: that of the minimizer.
-    Bias: none at small enough tolerances.
+    Bias:
+      None at small enough tolerances. The statistic ``converged`` is 0 if the minimizer
+      stopped before it met them.
 
     Source: Rader, Lyons & Kidger 2024, arXiv:2402.09983.
 
@@ -136,7 +138,9 @@ class Optimistix(eqx.Module):
                 throw=False,
             )
         num_steps = solution.stats["num_steps"]
-        return cast_like(solution.value, w), inner_stats(num_steps, num_grads=num_steps)
+        converged = solution.result == _import_optimistix().RESULTS.successful
+        stats = inner_stats(num_steps, num_grads=num_steps, converged=converged)
+        return cast_like(solution.value, w), stats
 
 
 class _Objective(eqx.Module):
