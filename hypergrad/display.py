@@ -35,10 +35,11 @@ COUNT_NOUNS = {
 
 
 class ResultModule(PrettyModule):
-    """A result that prints as a table if it is a single one with readable numbers.
+    """A result that prints as a table if its numbers are readable.
 
-    Under `jax.jit` and `jax.vmap`, as a batch, and after its buffers were donated, a
-    result prints its fields by dtype and shape.
+    Under `jax.jit` and `jax.vmap`, and after its buffers were donated, a result prints
+    its fields by dtype and shape. So do batches, but for a batch of runs with a single
+    axis.
     """
 
     def __repr__(self) -> str:

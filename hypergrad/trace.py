@@ -90,7 +90,7 @@ class Trace(ResultModule):
     state: Any = None
 
     def __repr__(self) -> str:
-        """Returns a table of the run, or else the fields without the state."""
+        """Returns a table of the run, or runs, or else the fields without the state."""
         return ResultModule.__repr__(dataclasses.replace(self, state=None))
 
     def _rows(self) -> list[Row] | None:
@@ -121,7 +121,11 @@ class Trace(ResultModule):
         return jnp.cumsum(self.stats["gradient_equivalents"], axis=-1)
 
     def reasons(self) -> dict[str, list[int]]:
-        """Returns the reasons not to trust estimates: ``{sentence: steps}``."""
+        """Returns the reasons not to trust estimates: ``{sentence: steps}``.
+
+        In a search, also the trials whose solver stopped before its tolerance, whose
+        values count all the same.
+        """
         self._check_single("reasons()")
         # Blank rows have no flags.
         steps = {name: self.steps[np.asarray(x)] for name, x in self.flags.items()}

@@ -1,6 +1,7 @@
-"""The table that a run prints."""
+"""The table that a run, or a batch of runs, prints."""
 
 import collections
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
 
 
 def _run_rows(trace: "Trace") -> list[Row]:
+    """Returns the rows of a single run."""
     num_rows = count_rows_made(trace)
     stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
     rows = [
@@ -66,42 +68,84 @@ def _run_rows(trace: "Trace") -> list[Row]:
 
 
 def _batch_rows(trace: "Trace") -> list[Row]:
-    """Returns the rows of several runs, whose leaves have one leading axis."""
-    runs = [jax.tree.map(lambda x, i=i: x[i], trace) for i in range(len(trace.value))]
+    """Returns the rows of several runs, whose leaves have one leading axis.
+
+    Only the columns are read, each once; other leaves may be large, or donated.
+    """
+    runs = _split_columns(trace)
     if not runs:
         return [("runs", "0")]
     statuses = collections.Counter(map(_describe_status, runs))
+    reasons: collections.Counter[str] = collections.Counter()
+    for run in runs:
+        reasons.update({reason: len(steps) for reason, steps in run.reasons().items()})
     stats = {name: to_wide(x) for name, x in trace.stats.items()}
+    num_rows = sum(map(count_rows_made, runs))
     rows = [
         ("runs", f"{len(runs):,}; jax.tree.map(lambda x: x[0], trace) is the first"),
-        ("status", "\n".join(f"{text}: {n:,}" for text, n in statuses.items())),
-        (f"{trace.row_kind}s", f"{trace.value.shape[1] * trace.record_every:,}"),
-        ("last value", _describe_last_values(runs)),
+        ("status", "\n".join(f"{count:,} {text}" for text, count in statuses.items())),
+        (f"{trace.row_kind}s", _describe_steps_of_runs(runs)),
+        _value_row(runs),
         ("alpha", describe_tree(trace.alpha)),
         ("w", describe_tree(trace.w)),
     ]
     if "trusted" in stats:
-        num_rows = sum(map(count_rows_made, runs))
-        num_trusted = np.sum(stats["trusted"] == 1)
+        num_trusted = int(np.sum(stats["trusted"] == 1))
         rows.append((_name_of_good_rows(trace), f"{num_trusted} of {num_rows}"))
-    return rows + cost_rows({name: _sum_of_known(x) for name, x in stats.items()})
+    rows += reason_rows(
+        f"{count:,} of {num_rows:,} rows: {reason}" for reason, count in reasons.items()
+    )
+    totals = {name: _sum_of_known(x) for name, x in stats.items()}
+    return rows + [("total cost", text) for _, text in cost_rows(totals)]
 
 
-def _describe_last_values(runs: list["Trace"]) -> str:
-    """Returns the range of the last values of the runs, for each outer loss."""
-    values = np.array([to_wide(run.value)[count_rows_made(run) - 1] for run in runs])
-    finite = values[_are_finite(values)]
-    if not len(finite):
-        return "none is finite"
+def _split_columns(trace: "Trace") -> list["Trace"]:
+    """Returns a trace per run, of its columns alone."""
+    columns = dataclasses.replace(
+        trace, alpha=None, best_alpha=None, w=None, alphas=None, state=None
+    )
+    columns = jax.tree.map(np.asarray, columns)
+    return [
+        jax.tree.map(lambda x, i=i: x[i] if x.ndim else x, columns)
+        for i in range(len(trace.value))
+    ]
+
+
+def _describe_steps_of_runs(runs: list["Trace"]) -> str:
+    """Returns how many steps were made per run, and of how many if that differs."""
+    stride = runs[0].record_every
+    num_steps = [count_rows_made(run) * stride for run in runs]
+    num_planned = len(runs[0].value) * stride
+    text = f"{num_planned:,} per run"
+    if min(num_steps) < num_planned:
+        text = f"{min(num_steps):,} to {max(num_steps):,} of {text}"
+    return f"{text}, one row per {stride}" if stride > 1 else text
+
+
+def _value_row(runs: list["Trace"]) -> Row:
+    """Returns the range of the last values of runs, or of the lowest ones of searches.
+
+    With several outer losses there is a line for each.
+    """
+    is_search = runs[0].row_kind == "trial"
+    name = "lowest value" if is_search else "last value"
+    values = []
+    for run in runs:
+        column = to_wide(run.value)[: count_rows_made(run)]
+        chosen = column[_are_finite(column)] if is_search else column[-1:]
+        if len(chosen) and np.isfinite(chosen).all():
+            values.append(chosen.min(axis=0))
+    if not values:
+        return name, "none is finite"
     lines = [
         f"{format_numbers(x.min())} to {format_numbers(x.max())}"
-        for x in finite.reshape(len(finite), -1).T
+        for x in np.reshape(values, (len(values), -1)).T
     ]
-    if values.ndim > 1:
+    if np.ndim(values) > 1:
         lines = [f"loss {i}: {line}" for i, line in enumerate(lines)]
-    if len(finite) < len(values):
-        lines.append(f"not finite: {len(values) - len(finite)} of {len(values)}")
-    return "\n".join(lines)
+    if len(values) < len(runs):
+        lines.append(f"not finite: {len(runs) - len(values)} of {len(runs)}")
+    return name, "\n".join(lines)
 
 
 def _name_of_good_rows(trace: "Trace") -> str:

@@ -198,7 +198,7 @@ def is_key(x: Any) -> bool:
 
 
 class PrettyModule(eqx.Module):
-    """A result that prints scalars as numbers and arrays by their dtype and shape."""
+    """A module that prints scalars as numbers and arrays by their dtype and shape."""
 
     def __repr__(self) -> str:
         """Returns the fields, scalars with six digits."""

@@ -1,7 +1,6 @@
 """Results print as tables: what stands in them, and that printing never fails."""
 
 import dataclasses
-import html.parser
 import re
 
 import equinox as eqx
@@ -12,8 +11,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.display import TEXT_WIDTH, format_numbers
 from hypergrad.estimators.base import REASONS, make_estimate
+from tests.core.printed_tables import read_html, read_text
 from tests.loops import ExactEstimator, run_loop
 
 PROBLEM = hg.Bilevel(lambda w, a, b: (w - a) ** 2, lambda w, a, b: (w - 1.0) ** 2)
@@ -46,45 +45,6 @@ RESULT_FNS = {
     "certificate": certify,
     "trace": lambda alpha=3.0: run(alpha),
 }
-
-
-def read_text(result) -> dict[str, str]:
-    """Returns the table that a result prints as ``{name: text}``, without wraps."""
-    title, *lines = str(result).splitlines()
-    assert title == type(result).__name__
-    table, name = {}, None
-    for line in lines:
-        assert len(line) <= TEXT_WIDTH
-        if line[2] != " ":
-            name, _, text = line.strip().partition("  ")
-            table[name] = text.strip()
-        else:
-            table[name] += f" {line.strip()}"
-    return table
-
-
-class TableParser(html.parser.HTMLParser):
-    """Reads the cells of a table."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.cells = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag in ("th", "td"):
-            self.cells.append("")
-
-    def handle_data(self, data):
-        if self.cells:
-            self.cells[-1] += data
-
-
-def read_html(result) -> dict[str, str]:
-    parser = TableParser()
-    parser.feed(result._repr_html_())
-    assert set(parser.tags) <= {"table", "caption", "tr", "th", "td", "br"}
-    return dict(zip(parser.cells[::2], parser.cells[1::2], strict=True))
 
 
 def test_an_estimate_prints_its_numbers_and_its_cost_in_one_line():
@@ -298,32 +258,9 @@ def test_markup_in_names_is_escaped():
     assert "<img src=x>: " in read_html(trace)["metrics"]
 
 
-def test_a_batch_of_runs_prints_its_range():
-    """The second run fails at its third step."""
-    values = [[3.0, 2.0, 1.0, 0.5], [5.0, 4.0, np.nan, np.nan], [9.0, 8.0, 7.0, 6.0]]
-    trace = jax.vmap(lambda alpha: run(alpha, num_steps=4))(jnp.arange(3.0))
-    trace = dataclasses.replace(
-        trace, value=jnp.asarray(values), status_code=jnp.array([0, 1, 0]), state=None
-    )
-    table = read_text(trace)
-    assert table["runs"].startswith("3;")
-    assert table["status"].startswith("completed: 2 stopped: the outer value is not")
-    assert table["steps"] == "4"
-    assert table["last value"].startswith("0.5 to 6")
-    assert table["alpha"] == format_numbers(trace.alpha)
-    assert table["trusted"].startswith("6 of ")
-
-
-def test_a_batch_of_runs_with_several_losses_prints_the_range_of_each():
-    values = jnp.asarray([[[3.0, 1.0], [2.0, 2.0]], [[3.0, 1.0], [1.0, 4.0]]])
-    trace = jax.vmap(lambda alpha: run(alpha, num_steps=2))(jnp.arange(2.0))
-    table = read_text(dataclasses.replace(trace, value=values))
-    assert table["last value"] == "loss 0: 1 to 2 loss 1: 2 to 4"
-
-
 @pytest.mark.parametrize("name", RESULT_FNS)
 def test_a_traced_or_batched_result_prints_its_shapes(name):
-    """Inside jit and vmap, as a batch, and as shapes; a batch of runs is a table."""
+    """Inside jit and vmap, as a batch, and as shapes; runs as a batch of batches."""
     fn = RESULT_FNS[name]
     alphas = jnp.array([1.0, 2.0, 3.0])
     texts = []

@@ -1,0 +1,75 @@
+"""A batch of runs prints as one table, of its columns alone."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+import hypergrad as hg
+from hypergrad.estimators.base import REASONS
+from tests.core.printed_tables import read_html, read_text
+
+
+def make_batch(values, **fields) -> hg.Trace:
+    """Returns the trace of several runs, whose rows are blank where values are NaN."""
+    values = np.asarray(values)
+    is_made = np.isfinite(values).all(axis=tuple(range(2, values.ndim)))
+    is_large = values > 8 if values.ndim == 2 else np.zeros_like(is_made)
+    return hg.Trace(
+        **{
+            "alpha": jnp.array([0.5, 1.0, 1.5])[: len(values)],
+            "w": jnp.zeros((len(values), 4)),
+            "best_alpha": None,
+            "value": jnp.asarray(values),
+            "stats": {
+                "trusted": jnp.where(is_made, is_made[:, :1], jnp.nan),
+                "gradient_equivalents": 2.0 * is_made,
+                "num_grads": 2.0 * is_made,
+            },
+            "metrics": {},
+            "status_code": jnp.where(is_made.all(1), 0, 1),
+            "flags": {"inner_error": is_made & is_large},
+        }
+        | fields
+    )
+
+
+RUNS = [[3.0, 2.0, 1.0, 0.5], [5.0, 4.0, np.nan, np.nan], [9.0, 8.5, 7.0, 6.0]]
+
+
+def test_a_batch_of_runs_prints_ranges_and_counts():
+    """The second run fails after two steps; the others end at 0.5 and at 6."""
+    batch = make_batch(RUNS)
+    assert read_text(batch).keys() == read_html(batch).keys()
+    assert read_text(batch) == {
+        "runs": "3; jax.tree.map(lambda x: x[0], trace) is the first",
+        "status": "2 completed 1 stopped: the outer value is not finite; hg.diagnose "
+        "says where",
+        "steps": "2 to 4 of 4 per run",
+        "last value": "0.5 to 6",
+        "alpha": "[0.5, 1, 1.5]",
+        "w": f"{batch.w.dtype}[3,4]",
+        "trusted": "10 of 10",
+        "reasons": f"2 of 10 rows: {REASONS['inner_error']}",
+        "total cost": "20 gradient-equivalents: 20 gradients",
+    }
+    table = read_text(dataclasses.replace(batch, record_every=10))
+    assert table["steps"] == "20 to 40 of 40 per run, one row per 10"
+    table = read_text(dataclasses.replace(batch, row_kind="trial"))
+    assert table["lowest value"] == "0.5 to 6"
+    assert table["finite"] == "10 of 10"
+
+
+def test_a_batch_of_runs_with_several_losses_prints_the_range_of_each():
+    batch = make_batch([[[3.0, 1.0], [2.0, 2.0]], [[3.0, 1.0], [1.0, 4.0]]])
+    assert read_text(batch)["last value"] == "loss 0: 1 to 2 loss 1: 2 to 4"
+
+
+def test_a_batch_prints_without_its_large_leaves():
+    """They may be donated, and a batch may have no run or no row."""
+    batch = make_batch(RUNS)
+    batch.w.delete()
+    assert read_text(batch)["w"] == f"{batch.w.dtype}[3,4]"
+    assert read_html(batch)["w"] == f"{batch.w.dtype}[3,4]"
+    assert read_text(make_batch(np.zeros((0, 4))))["runs"] == "0"
+    assert read_text(make_batch(np.zeros((2, 0))))["last value"] == "none is finite"
