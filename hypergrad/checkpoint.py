@@ -275,8 +275,8 @@ class CheckpointFolder:
                     f"the run continues from the checkpoint of step {step}",
                     stacklevel=2,
                 )
-            # Checkpoints of earlier versions name no machine.
-            self.machines = self._read_metadata(step).get("machines", [])
+            # Checkpoints that were written before machines were recorded name none.
+            self.machines = self._read_metadata(step).get("machines", [None])
             warn_of_other_machines(
                 f"the checkpoints in {self.path} were made", self.machines
             )
