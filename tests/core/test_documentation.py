@@ -91,9 +91,12 @@ def test_the_page_on_models_runs():
     )
     assert names["trace"].value[-1] < names["trace"].value[0]
     assert names["record"].value < jnp.log(2.0)
-    hypergradients = [x.hypergradient for x in names["tanh_estimates"]]
-    np.testing.assert_allclose(hypergradients, [-2.4, -0.049, -0.042], rtol=0.02)
-    assert not names["tanh_estimates"][0].trusted
+    with_hessian, with_gauss_newton, unrolled = names["tanh_estimates"]
+    assert abs(with_hessian.hypergradient) > 1
+    assert len(with_hessian.reasons) == 3
+    assert not with_gauss_newton.trusted
+    np.testing.assert_allclose(with_gauss_newton.hypergradient, -0.049, rtol=0.05)
+    np.testing.assert_allclose(unrolled.hypergradient, -0.042, rtol=0.05)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import cli, method_tables, objectives, searchers
+from hypergrad.runtime.compat import enable_x64
 
 PAGE = Path(__file__).parents[2] / "docs/choose.md"
 
@@ -46,6 +47,12 @@ def test_every_aggregator_has_a_row():
     assert first_column("Which aggregator?") == sorted(names - {"Aggregator"})
 
 
+def test_every_inner_solver_has_a_row():
+    solvers = {"ClosedForm(fn)", "Descent(optimizer", "LBFGS", "Newton", "T)"}
+    solvers |= {"from_jaxopt(solver)", "from_optimistix(minimizer)"}
+    assert solvers <= set(first_column("Which inner solver?"))
+
+
 def test_every_searcher_has_a_row():
     """`Searcher` is the protocol."""
     expected = sorted(set(searchers.__all__) - {"Searcher"})
@@ -60,20 +67,20 @@ def test_the_code_of_the_page_runs_in_order(capsys):
     """
     names = {}
     for block in PAGE.read_text().split("```python\n")[1:]:
-        exec(compile(block.split("```")[0], str(PAGE), "exec"), names)
+        code = compile(block.split("```")[0], str(PAGE), "exec")
+        with enable_x64("load_digits" not in block):  # that table is in float32
+            exec(code, names)
     checks, *rows = capsys.readouterr().out.splitlines()
     error_estimate, trusted, difference = checks.split()
     assert trusted == "True"
     assert float(error_estimate) < 1e-2
     assert float(difference) < 1e-2
-    # L-BFGS is cheaper than Newton's method, which is more accurate.
     costs, errors = np.array([row.split()[1:] for row in rows[:9]], float).T
-    newton, lbfgs, descent = costs.reshape(3, 3).T
-    assert (lbfgs < newton).all()
-    assert (newton < descent).all()
-    newton_error, lbfgs_error, descent_error = errors.reshape(3, 3).T
-    assert (newton_error < lbfgs_error).all()
-    assert (lbfgs_error < descent_error)[1:].all()
+    stated = [247, 183, 1170, 533, 416, 1364, 1262, 878, 2083]
+    np.testing.assert_allclose(costs, stated, rtol=0.25)  # rounding decides the last
+    newton, lbfgs, descent = errors.reshape(3, 3).T
+    assert (newton < lbfgs).all()
+    assert (lbfgs < descent)[1:].all()
     num_trials = 2000 // (100 + 1 / 3)
     continued = names["continued"]
     assert len(continued.value) == len(continued.metrics["size"]) == num_trials
