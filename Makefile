@@ -9,19 +9,19 @@ INSTALL ?= $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
 
 # Compiled programs are kept from one test run to the next.
-test full notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-test full notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test full notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+test heavy full notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test heavy full notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test heavy full notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Most of the time of a test is compilation; `full`, and CI on the newest versions,
 # compile as users do.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test heavy: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 
 PYTEST   := $(PY) -m pytest
 DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hypergrad README.md
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs notebooks release peers full clean
+.PHONY: help demo test heavy lint types docs notebooks release peers full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: $(VENV)/.has-cli ## clean a noisy training set, ten seeds; writes demo/
 test: $(VENV)/.has-test ## the fast tests, then doctests
 	$(PYTEST) -n $(WORKERS) -m '$(MARK)'
 	$(DOCTESTS)
+
+heavy: $(VENV)/.has-test ## the heavy tests, which are neither fast nor slow
+	$(PYTEST) -n $(WORKERS) -m 'heavy and not slow'
 
 full: $(VENV)/.has-test ## all tests, slow ones included, then doctests
 	$(PYTEST) -n $(WORKERS) -ra --durations=0 --durations-min=1

@@ -4,8 +4,8 @@
     python -m tests.heavy full.log
 
 `make test` leaves them out; `.ci/run heavy` runs them. If all tests of a module are
-named, take the quickest one out of the file. Tests that must find a planted error are
-never in it.
+named, take the quickest one out of the file. Guards of planted errors are never in it;
+if an error without a guard survives after a change of the file, name one.
 """
 
 import re

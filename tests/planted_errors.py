@@ -35,9 +35,9 @@ class PlantedError:
       name: What is wrong.
       path: File below ``hypergrad/``.
       old, new: The right text, which occurs once in the file, and the wrong one.
-      tests: Files or folders below ``tests/`` whose fast tests must find it.
-      guard: A test that finds it and takes long, below ``tests/``. It is fast all the
-        same, because no quicker one finds the error. Defaults to none.
+      tests: Files or folders below ``tests/``, one of whose fast tests must find it.
+      guard: The test below ``tests/`` that is run in place of them, because none of
+        them finds it within a second. It is never marked as heavy. Defaults to none.
     """
 
     name: str

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.heavy import FILE, heavy_tests
+from tests.planted_errors import ERRORS
 
 TESTS = Path(__file__).parents[1]
 
@@ -20,6 +21,12 @@ def test_every_heavy_test_exists():
         defined = {x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)}
         listed = {x.rpartition("::")[2] for x in functions if x.startswith(f"{file}::")}
         assert listed <= defined, file
+
+
+def test_a_guard_is_never_heavy():
+    guard = next(error.guard for error in ERRORS if error.guard)
+    log = f"9.00s call     tests/{guard}\n9.00s call     tests/a/test_b.py::test_c"
+    assert heavy_tests(log) == ["a/test_b.py::test_c"]
 
 
 def test_a_test_is_heavy_if_its_call_takes_long():
