@@ -46,7 +46,8 @@ NO_GRADIENT_ADVICE = (
     "so implicit differentiation cannot see it (it is not zero: it may enter the "
     "optimizer or the start); use hg.Unrolled, or take it out of alpha"
 )
-NEWTON_RTOL = 1e-3  # residual of the solve of a Newton step, relative to ||S dL/dw||
+#: Residual of the solve of a Newton step of `Implicit`, relative to ``||S dL/dw||``.
+NEWTON_RTOL = 1e-3
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
 NUM_PROBE_STEPS = 20  # minimum number of CG steps that search for negative curvature
@@ -76,8 +77,8 @@ class Certificate(ResultModule):
         for the certified hypergradient ``h``, the maximum over K losses.
       trusted: True if the error estimate is at most ``rtol``, the last Newton step
         changed the hypergradient by at most ``rtol``, every solve reached its
-        tolerance, everything is finite, no solve met negative curvature, and no
-        derivative is lost on the way to a loss.
+        tolerance, everything is finite, neither a solve nor the random probe met
+        negative curvature, and no derivative is lost on the way to a loss.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -86,9 +87,10 @@ class Certificate(ResultModule):
         losses. It depends on the units of ``w`` and judges nothing.
       ritz_min, ritz_max: Extreme Ritz values of ``S H S`` from a random vector, with
         the diagonal scaling ``S`` of the solves.
-      curvature_resolution: ``eps``. With a probability of at most 1%, an eigenvalue of
-        ``S H S`` lies more than ``eps (ritz_max - ritz_min) / (1 - 2 eps)`` below
-        ``ritz_min``; 1/2 and more is no statement.
+      curvature_resolution: A fraction ``r``, which says how far the spectrum may reach
+        below ``ritz_min``: with a probability of at least 99% no eigenvalue of
+        ``S H S`` is below ``ritz_min - r (ritz_max - ritz_min) / (1 - 2 r)``. From 1/2
+        on, the probe says nothing.
       negative_curvature: Whether a solve or a random probe met negative curvature.
       distance_bound: With ``strong_convexity``, an upper bound on ``||w - w*||`` at the
         given ``w``; NaN without.
@@ -147,15 +149,15 @@ def certify(
 ) -> Certificate:
     """Estimates how far a hypergradient is from the derivative at the argmin.
 
-    Newton steps ``w <- w - d`` with ``H d = dL/dw`` move ``w`` towards the argmin, and
-    the adjoint is corrected after each, ``v <- v + e`` with ``H e = b - H v``, all by
-    `scaled_cg` on all data. The change of the hypergradient is the estimate of its
-    error. It depends on units no more than the probed scaling does.
+    With ``H = d2L/dw2``, ``J = d2L/dw dalpha``, ``b = dM/dw`` and ``H v = b`` that is
+    ``dM/dalpha - J' v``. Newton steps ``w <- w - d``, ``H d = dL/dw``, approach the
+    argmin, and each is followed by ``v <- v + e``, ``H e = b - H v``. Solves work with
+    ``S H S``, whose diagonal ``S`` is probed. The change of the hypergradient is the
+    estimate of its error.
 
     Args:
       problem: The problem.
-      w: Inner solution at which the hypergradient was evaluated.
-      alpha: Hyperparameters at which it was evaluated.
+      w, alpha: Inner solution and hyperparameters at which it was evaluated.
       hypergradient: The hypergradient to certify, of any estimator, or its `Estimate`,
         whose samples the certificate then sees. Defaults to that of implicit
         differentiation at ``w`` with an accurate adjoint.
@@ -280,33 +282,33 @@ def compute_certificate(
     take_step = lambda w, inner_grad: newton_step(
         loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
     )
-    w, result, last_change, newton_solves = _correct(
+    corrected_w, result, last_change, newton_solves = _correct(
         w, hypergradient, adjoint, inner_grad, take_step, differentiate,
         functools.partial(max_relative_error, problem), num_newton_steps,
     )  # fmt: skip
     solves += newton_solves
     num_steps = jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS)
     probe = probe_curvature(
-        problem, w, alpha, batch, scaling, data.solver_key, num_steps
+        problem, corrected_w, alpha, batch, scaling, data.solver_key, num_steps
     )
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves))
     is_negative = probe.is_negative | _any_negative(solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
-    grad_norm = norm(result.inner_grad)
+    corrected_grad_norm = norm(result.inner_grad)
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
-    is_finite = all_finite(hypergradient, corrected, error, grad_norm)
+    is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     flags = _failed_checks(is_finite, (error, last_change), rtol, solves, is_negative)
-    flags |= lost_derivative_flags(problem, w, alpha)
+    flags |= lost_derivative_flags(problem, corrected_w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
         trusted=~jnp.any(jnp.stack(list(flags.values()))),
-        corrected_w=w,
+        corrected_w=corrected_w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
-        corrected_grad_norm=grad_norm,
+        corrected_grad_norm=corrected_grad_norm,
         adjoint_residual=residual,
         ritz_min=probe.ritz_min,
         ritz_max=probe.ritz_max,
@@ -332,7 +334,7 @@ def _failed_checks(
     ``changes`` are the relative changes of the hypergradient by all steps together and
     by the last one.
     """
-    error, last_change = changes
+    error, last_change = changes  # the last one may be NaN where all else is finite
     return {
         "not_finite": ~is_finite,
         "error": is_finite & (error > rtol),

@@ -138,8 +138,8 @@ class OuterLoop(eqx.Module):
         weighted sum of the values if the aggregator has no score.
       outer_data_fn: ``(step, outer_data) -> outer_data``, the data of the outer loss at
         each step, such as data with a falling temperature. Structure, shapes and dtypes
-        must not change. `Batches` are passed unchanged:
-        ``hg.Batches(data.data | {"T": T}, data.batch_size)``.
+        must not change. For data in `Batches` the function takes and returns
+        `Batches`: ``hg.Batches(data.data | {"T": T}, data.batch_size)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost. Pass arrays
         that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. If a metric
         has a method ``at_step(step)``, it must return the function of that step.
@@ -247,7 +247,8 @@ class OuterLoop(eqx.Module):
     def step(self, state: OuterState) -> tuple[OuterState, StepRecord]:
         """Makes one step; pure, and usable inside ``jit``, ``scan`` and ``vmap``.
 
-        The step is compiled; with other code: ``jax.jit(lambda s: loop.step(s))``.
+        The step is compiled by itself. To compile it together with code of your own,
+        call it inside a function: ``jax.jit(lambda s: loop.step(s))``.
 
         Returns:
           The next state and the record of the step. If ``state.status`` is not 0 after
@@ -283,7 +284,7 @@ class OuterLoop(eqx.Module):
           num_steps: Number of steps to make. The trace has a row per step, or per
             ``record_every`` steps.
           budget: Gradient-equivalents to spend. Steps are made while less than this has
-            been spent, so that the last step may exceed it by less than its own cost.
+            been spent, so that the last row may exceed it by less than its own cost.
             At least one of ``num_steps`` and ``budget`` must be given; with both, the
             run ends at whichever comes first. With a budget the trace has a row per
             step that was made.
@@ -354,21 +355,26 @@ class OuterLoop(eqx.Module):
         check_init(self.estimator, self.problem, w, alpha)
         if self.certify_every is not None:
             check_on_shapes(check_certifiable, self.problem, w, alpha)
-        self._check_guard(w, alpha)
+        self._check_on_untrusted_can_pass(w, alpha)
         check_metrics(self.metrics, w, alpha)
         if self.project is not None:
             projected = eqx.filter_eval_shape(self.project, alpha)
             check_same_structure("project", projected, alpha, "alpha")
 
-    def _check_guard(self, w: PyTree, alpha: PyTree) -> None:
-        """Raises ValueError if ``on_untrusted`` could never let a step through."""
+    def _check_on_untrusted_can_pass(self, w: PyTree, alpha: PyTree) -> None:
+        """Raises ValueError if estimates without a certificate can never be trusted.
+
+        ``on_untrusted`` then needs a certificate at every step.
+        """
         # A certificate replaces the trust only of estimators that target the argmin.
-        certifies_all = get_target(self.estimator) == "argmin"
-        if self.on_untrusted == "record" or (certifies_all and self.certify_every == 1):
+        targets_argmin = get_target(self.estimator) == "argmin"
+        if self.on_untrusted == "record":
+            return
+        if targets_argmin and self.certify_every == 1:
             return
         if not can_be_trusted(self.estimator, self.problem, w, alpha):
             name = type(self.estimator).__name__
-            remedy = " Use certify_every=1." if certifies_all else ""
+            remedy = " Use certify_every=1." if targets_argmin else ""
             raise ValueError(
                 f'on_untrusted must be "record" for {name}, whose estimates are never '
                 f'trusted; got "{self.on_untrusted}".{remedy}'

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from .outer_step import OuterState
 
 
-#: The statistics that add up over the steps of a row.
+#: The statistics that add up over the steps of a row of the trace, which stands for
+#: ``record_every`` steps, and over an estimate and its refinement.
 ADDITIVE_STATS = (*COST_STATS, "num_inner_steps")
 
 
 def is_due(step: Array, every: int, record_every: int) -> Array:
-    """Returns whether a recorded step is the first one after a multiple of ``every``.
+    """Returns whether this recorded step is the first at or after a multiple.
 
-    With ``record_every=1`` these are the multiples themselves.
+    Multiples are those of ``every``, and recorded steps ``record_every`` steps apart.
     """
     return step % every < record_every
 
@@ -89,7 +90,10 @@ def estimate_step(
 def _estimate(
     estimator: Estimator, problem: Bilevel, state: PyTree, alpha: PyTree, key: Array
 ) -> tuple[Estimate, PyTree]:
-    """Returns ``estimator.estimate(...)``, traced once for all traces of a step."""
+    """Returns ``estimator.estimate(...)``.
+
+    It is compiled by itself, so that JAX keeps its trace when a step is traced again.
+    """
     return estimator.estimate(problem, state, alpha, key)
 
 

@@ -36,6 +36,9 @@ NEVER = -1  # a step number that no run reaches
 class OuterState(PrettyModule):
     """Everything that changes during a run, and all that is needed to continue it.
 
+    An estimate is good if it passes all checks of `_get_status` but the last one, which
+    is a check of the step.
+
     Attributes:
       step: Number of outer steps made.
       status: 0, or the code of a numerical failure. A failed state stays failed: later
@@ -43,7 +46,8 @@ class OuterState(PrettyModule):
       u: ``alpha`` in the unconstrained coordinates of the space.
       good_u: The ``u`` of the last good estimate.
       w: Inner solution of the last good estimate.
-      best_value, best_alpha: The lowest value so far and its ``alpha``.
+      best_value, best_alpha: The lowest score so far and its ``alpha``; the last good
+        ones if values cannot be compared.
       aggregator_state, optimizer_state, estimator_state: States of these objects.
       key: PRNG key of the next step.
     """
@@ -85,8 +89,7 @@ class Budget(eqx.Module):
       limit: The budget, infinite if there is none.
       total_cost: Cost of the steps made so far.
       error: Rounding error of ``total_cost``, which the next addition corrects (Kahan
-        summation): in float32 a plain sum of many small costs would drift, and any
-        plain sum would depend on how a run is cut into blocks.
+        summation), because in float32 a plain sum of many small costs would drift.
     """
 
     limit: Array
@@ -207,8 +210,9 @@ def step(
     )
 
     failed = status > 0
-    # A step that is not finite follows an estimate that is.
+    # If only the new u is bad, the estimate was good, unless the run failed earlier.
     is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
+    # Where values cannot be compared, the last good alpha counts as the best one.
     is_better = (direction.score < state.best_value) | (not loop.has_comparable_values)
     is_better &= is_good
     # A failed run returns to the last alpha whose estimate was good. It ends there, so
@@ -327,8 +331,9 @@ def _update(
     updates, optimizer_state = optimizer.update(
         direction.gradient, state.optimizer_state, state.u, value=direction.score
     )
+    # The u of a Box is alpha itself, which is clipped to the bounds.
     u = spaces.project(loop.space, optax.apply_updates(state.u, updates))
-    if loop.project is not None:
+    if loop.project is not None:  # there is no space, so that u is alpha
         u = loop.project(u)
     return u, optimizer_state
 

@@ -68,10 +68,12 @@ def search_trials(
     recorded = RecordedTrials(previous_trials, fingerprint)
     runner = make_runner(setup, parallel.executor)
     while batch:
+        # Recorded alphas replace the proposed ones, which may differ by rounding.
         batch, old_records = recorded.restore(batch, setup)
         new_numbers = {trial.number for trial in batch} - old_records.keys()
         new_results = {}
         if new_numbers:
+            # A later batch can be on record only if this one is complete.
             recorded.check_is_last_batch(batch)
             new_results = _run_new_trials(
                 runner, batch, new_numbers, fingerprint, trial_callback
@@ -88,13 +90,17 @@ def search_trials(
                 show_progress(ProgressUpdate(len(state.records), value, fraction))
         batch = state.ask(parallel.trials_per_batch)
     recorded.check_all_were_used(len(state.records), budget, state.total_cost)
-    return state.make_trace(setup, repeats_bits=parallel.executor != "vmap")
+    return state.make_trace(setup, is_reproducible=parallel.executor != "vmap")
 
 
 def _bind_journal(
     searcher: Any, setup_fn: Callable[[PyTree], TrialSetup], space: PyTree
 ) -> Searcher:
-    """Returns the searcher that reads trials of this problem only from its journal."""
+    """Returns the searcher, which reads only trials of this problem in its journal.
+
+    A journal is a file that several searches share.
+    """
+    # Only the structure and the dtypes of alpha matter.
     alpha = spaces.sample(space, jax.random.key(0))
     return searcher.for_problem(problem_fingerprint(setup_fn(alpha), alpha))
 
@@ -108,9 +114,10 @@ class BestTrial(NamedTuple):
 
 
 class SearchState:
-    """Everything that changes during a search.
+    """The state of a search.
 
     Attributes:
+      searcher, w, budget: Arguments of the search.
       searcher_state: State of the searcher.
       key: PRNG key of the next trials.
       records: Records of all trials, as NumPy arrays.
@@ -172,19 +179,19 @@ class SearchState:
         assert self.best is not None
         return self.best.value if self.best.value.ndim else self.best.value.item()
 
-    def make_trace(self, setup: TrialSetup, *, repeats_bits: bool) -> Trace:
+    def make_trace(self, setup: TrialSetup, *, is_reproducible: bool) -> Trace:
         """Returns the trace; runs the best trial again if its ``w`` is not known.
 
         Args:
           setup: What all trials share.
-          repeats_bits: Whether a trial that runs alone has the bits of its record. If
-            so, a warning is issued for another value.
+          is_reproducible: Whether a trial that runs again alone must have its recorded
+            value to the bit. If it has another one, a warning is issued.
         """
         assert self.best is not None
         (number, alpha, key), value, w = self.best
         if w is None:
             w, record = run_trial(setup, alpha, key)
-            if repeats_bits and not _are_equal(record.value, value):
+            if is_reproducible and not _are_equal(record.value, value):
                 warnings.warn(
                     f"the best trial, {number}, has the recorded value {value} but "
                     f"{record.value} when it runs again here. The returned w has the "

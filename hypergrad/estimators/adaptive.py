@@ -43,7 +43,7 @@ class AdaptiveState(eqx.Module):
 
     Attributes:
       carry: Carry of the inner solver; its first entry is ``w``.
-      adjoint: Implicit differentiation at ``w`` and its error estimate.
+      differentiation: The hypergradient with its adjoint, and their error estimate.
       counts: Statistics of the inner solver, including the gradients of checks and
         Newton steps; ``num_outer_grads`` counts the gradients of one outer loss.
       linear_stats: Number of products, and the spectrum that the solves found.
@@ -57,7 +57,7 @@ class AdaptiveState(eqx.Module):
     """
 
     carry: PyTree
-    adjoint: AdjointSolution
+    differentiation: AdjointSolution
     counts: InnerStats
     linear_stats: LinearStats
     grad_tol: Scalar
@@ -76,7 +76,7 @@ class AdaptiveState(eqx.Module):
     @property
     def inner_grad(self) -> PyTree:
         """``dL/dw``."""
-        return self.adjoint.result.inner_grad
+        return self.differentiation.result.inner_grad
 
 
 class AdaptiveSolve(eqx.Module):
@@ -115,7 +115,7 @@ class AdaptiveSolve(eqx.Module):
             is_adjoint_dominant = state.adjoint_error > state.inner_error
             has_steps_left = self.has_steps_left(state.counts)
             can_continue = state.has_moved | is_adjoint_dominant | has_steps_left
-            is_finite = all_finite(state.adjoint.result.hypergradient)
+            is_finite = all_finite(state.differentiation.result.hypergradient)
             return (state.num_rounds < MAX_ROUNDS) & ~is_met & can_continue & is_finite
 
         # A lambda, because JAX hashes bound methods by value, arrays included.
@@ -148,7 +148,7 @@ class AdaptiveSolve(eqx.Module):
         infinity = jnp.asarray(jnp.inf)
         return AdaptiveState(
             carry=carry,
-            adjoint=empty._replace(result=result, duals=duals),
+            differentiation=empty._replace(result=result, duals=duals),
             counts=add_counts(counts, num_grads=1)
             | {"num_outer_grads": jnp.asarray(0.0)},
             linear_stats=jax.tree.map(jnp.asarray, EMPTY_LINEAR_STATS),
@@ -170,19 +170,20 @@ class AdaptiveSolve(eqx.Module):
             carry, inner_grad, linear_stats, counts
         )
         w = carry[0]
-        adjoint = self.solve_adjoint(
-            w, state.adjoint.result.adjoint, state.adjoint.duals, state.adjoint_rtol
+        previous = state.differentiation
+        differentiation = self.solve_adjoint(
+            w, previous.result.adjoint, previous.duals, state.adjoint_rtol
         )
-        error = adjoint.error
+        error = differentiation.error
         inner_error = jnp.maximum(error.correction, error.relative_change)
         adjoint_error = jnp.maximum(error.adjoint_change, error.adjoint_residual)
-        linear_stats = self.merge_stats(linear_stats, adjoint)
+        linear_stats = self.merge_stats(linear_stats, differentiation)
         grad_tol = self._next_grad_tol(state, grad_norm, inner_error)
         rtol_factor = jnp.clip(self.rtol / (4 * adjoint_error), 1e-2, 1.0)
         is_first = state.num_rounds == 0
         return AdaptiveState(
             carry=carry,
-            adjoint=adjoint,
+            differentiation=differentiation,
             counts=add_counts(counts, num_outer_grads=2),
             linear_stats=linear_stats,
             grad_tol=grad_tol,
@@ -316,11 +317,11 @@ class AdaptiveSolve(eqx.Module):
         )
 
     def merge_stats(
-        self, linear_stats: LinearStats, adjoint: AdjointSolution
+        self, linear_stats: LinearStats, solution: AdjointSolution
     ) -> LinearStats:
         """Returns the statistics of earlier solves extended by an adjoint solve."""
-        linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
-        linear_stats["num_products"] += adjoint.num_extra_products
+        linear_stats = merge_linear_stats(linear_stats, solution.result.linear_stats)
+        linear_stats["num_products"] += solution.num_extra_products
         return linear_stats
 
     def grad_norm(self, inner_grad: PyTree) -> Scalar:

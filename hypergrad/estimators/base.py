@@ -42,7 +42,10 @@ REASONS = {
         "a value or a derivative is not finite; hg.diagnose(problem, estimator, w, "
         "alpha) says where"
     ),
-    "not_converged": "the inner solver stopped before it met its tolerance",
+    "not_converged": (
+        "the inner solver stopped before it met its tolerance, after its last step or "
+        "at the rounding of the loss"
+    ),
     "adjoint_residual": (
         "the adjoint did not converge: adjoint_residual, or the last change of the "
         "hypergradient by its iterations, exceeds the tolerance"
@@ -113,7 +116,8 @@ class Estimate(ResultModule):
 
         - ``inner_grad_norm``: ``||dL/dw||`` at ``w``.
         - ``num_inner_steps``: Number of inner steps.
-        - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses.
+        - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses; of
+          ``S (b - H v)`` and ``S b`` with the default linear solver.
         - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``,
           or of the scaled ``S H S`` with the default linear solver.
         - ``error_estimate``: Estimated relative error of the hypergradient.

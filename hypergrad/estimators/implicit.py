@@ -65,11 +65,13 @@ class ImplicitState(eqx.Module):
       adjoint: Previous adjoint, structured like ``w``; with K outer losses each leaf
         has a leading axis of size K.
       num_estimates: Number of estimates made so far.
-      grad_tol: Gradient norm at which the inner steps may stop; NaN before the first
-        estimate.
-      duals: ``duals`` of the previous error estimate, structured like ``adjoint`` with
-        a further axis of size 2; None if the linear solver yields none.
-      s: Diagonal scaling of the previous ``H``, structured like ``w``, or None.
+      grad_tol: ``||S dL/dw||`` at which the inner steps may stop; NaN before the first
+        estimate, and always without ``rtol``.
+      duals: ``H^-1 J u`` for two random directions ``u`` of ``alpha``, by which the
+        error of the previous estimate was measured; structured like ``adjoint`` with a
+        further axis of size 2. None if the linear solver yields none.
+      s: Diagonal scaling ``S`` of the previous ``H``, structured like ``w``; zeros
+        before the first estimate. None if no scaling is needed.
       prepared: Data that the linear solver reuses, such as a Nyström sketch, or None.
     """
 
@@ -102,14 +104,14 @@ class Implicit(eqx.Module):
         such as `CompositeLoss.gauss_newton`. Its bias shows in ``adjoint_residual``. As
         the spectrum of ``H`` remains unknown, only ``certify`` can trust the estimate.
       num_newton_steps: Number of Newton-CG steps applied to ``w`` after the inner
-        solve, on all inner data. A step that does not decrease ``||dL/dw||``, or for
+        solve, on all inner data. A step that does not decrease ``||S dL/dw||``, or for
         which CG detects negative curvature, is rejected. Batches with a key have one
         key per estimate, so that the steps lead to the minimum for this key.
       rtol: Relative tolerance of the hypergradient. Inner steps (``num_steps`` of the
         solver is then their maximum), Newton steps and adjoint products are made until
-        ``error_estimate`` is below it, in at most eight rounds. An array of shape
-        ``[n]`` sets the tolerance of the first n estimates; the last entry applies to
-        all later ones (as in HOAG). Defaults to None: every solve runs once.
+        all four estimates of *Trust* are below it, in at most eight rounds. An array of
+        shape ``[n]`` sets the tolerance of the first n estimates; the last entry
+        applies to all later ones (as in HOAG). Defaults to None: every solve runs once.
       certify: Whether `hypergrad.certify` judges each estimate: ``error_estimate`` and
         ``trusted`` are those of the certificate, whose cost is counted.
       estimate_error: Whether the error of each estimate is estimated. Without it, or
@@ -127,9 +129,10 @@ class Implicit(eqx.Module):
     Cost:
       The inner solve, two outer gradients, and the products of the linear solver and
       one more, which yields the cross term and the true residual. The diagonal scaling
-      takes eight products for the first estimate and two for each later one, the error
-      estimate five, and four from the solutions of the previous estimate. For a linear
-      solver other than the default the error estimate takes ten more. With ``rtol``: a
+      takes eight products for the first estimate and two for each later one. The error
+      estimate takes five products and the second outer gradient, and a warm start from
+      the previous adjoint and duals four products. For a linear solver other than the
+      default the error estimate takes up to 25 products more. With ``rtol``: a
       full gradient for every ten gradients of inner steps, and in each round an adjoint
       solve with its error estimate. With ``certify``: two Newton steps with an adjoint
       solve each, and a probe.
@@ -143,16 +146,17 @@ class Implicit(eqx.Module):
 
     Trust:
       ``trusted`` requires that everything is finite, that no solve met negative
-      curvature, and that four estimates are at most 1e-2, or at most ``rtol`` if it is
-      given: the relative error of the hypergradient after a Newton correction of ``w``
-      and of the adjoint, estimated along two random directions of ``alpha``; the change
-      of the hypergradient and of the adjoint's residual over this correction; the
-      change of ``J' v`` in the last two steps of the solve; and the residual of the
-      adjoint in scaled coordinates. ``error_estimate`` is the larger one of the first
-      and the third. None of them depends on the units of ``w`` or of a loss, as far as
-      the probed scaling does not. They miss a direction of which neither ``dM/dw`` nor
-      ``dL/dw`` has a part that the solve resolved, another minimum, and the noise of a
-      batch size (see `Average`). In bfloat16 the residual rarely falls below 1e-2.
+      curvature, that no derivative is lost (as by `jax.lax.stop_gradient`), and that
+      four estimates are at most 1e-2, or at most ``rtol`` if it is given: (1) the
+      relative error of the hypergradient after a Newton correction of ``w`` and of the
+      adjoint, estimated along two random directions of ``alpha``; (2) the change of the
+      hypergradient and of the adjoint's residual over this correction; (3) the change
+      of ``J' v`` in the last two steps of the solve; (4) the residual of the adjoint in
+      scaled coordinates. ``error_estimate`` is the larger one of (1) and (3). None of
+      them depends on the units of ``w`` or of a loss, as far as the probed scaling does
+      not. They do not see errors along directions that neither ``dM/dw`` nor ``dL/dw``
+      contains, another minimum, or the noise of a batch size (see `Average`). In
+      bfloat16 the residual rarely falls below 1e-2.
 
     Target: argmin.
 
@@ -283,6 +287,7 @@ class Implicit(eqx.Module):
         del key
         check_problem(problem, w, alpha, self.solver)
         check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+        # Raises an error for a batch size that the data does not admit.
         data = EstimateData.sample(problem, jax.random.key(0))
         jax.eval_shape(lambda: data.inner_batch(self.adjoint_batch_size))
         jax.eval_shape(lambda: data.outer_batch(self.outer_batch_size))
@@ -312,7 +317,7 @@ class Implicit(eqx.Module):
         else:
             rtol = self._current_rtol(state)
             solution = solve_adaptively(self, problem, state, alpha, data, rtol)
-        w, result = solution.w, solution.adjoint.result
+        w, result = solution.w, solution.differentiation.result
         error_estimate: Any = jnp.nan
         costs = self._costs(data, solution)
         if self.certify:
@@ -335,7 +340,7 @@ class Implicit(eqx.Module):
             flags = {"unchecked": True}
         else:
             flags = result_flags(solution, rtol)
-            error_estimate = solution.adjoint.error.error_estimate
+            error_estimate = solution.differentiation.error.error_estimate
         flags |= lost_derivative_flags(problem, w, alpha)
         estimate = make_estimate(
             result.value,
@@ -357,7 +362,7 @@ class Implicit(eqx.Module):
             result.adjoint if self.warm_start else state.adjoint,
             state.num_estimates + 1,
             solution.grad_tol,
-            solution.adjoint.duals if self.warm_start else state.duals,
+            solution.differentiation.duals if self.warm_start else state.duals,
             solution.s if self.warm_start else state.s,
             solution.prepared,
         )
@@ -366,13 +371,13 @@ class Implicit(eqx.Module):
     def refine(
         self, problem: Bilevel, state: ImplicitState, alpha: PyTree, key: Array
     ) -> tuple[Estimate, ImplicitState]:
-        """Repeats the estimate that left ``state`` with more work, on the same data.
+        """Repeats an estimate with more work and on the same data.
 
-        The solves start where they ended if ``warm_start``. Two Newton steps are added
-        to ``num_newton_steps``, and the adjoint of ``H`` itself on all inner data is
-        solved by `CG` to its default tolerance. With ``rtol`` every round makes at
-        least one Newton step. The result need not be trusted: nothing helps if ``H`` is
-        singular or indefinite.
+        ``state`` is the one that the estimate returned. The solves start where they
+        ended if ``warm_start``. Two Newton steps are added to ``num_newton_steps``, and
+        the adjoint of ``H`` itself on all inner data is solved by `CG` to its default
+        tolerance. With ``rtol`` every round makes at least one Newton step. The result
+        need not be trusted: nothing helps if ``H`` is singular or indefinite.
 
         Cost: that of an estimate with these settings.
         """
@@ -388,6 +393,7 @@ class Implicit(eqx.Module):
         else:
             num_newton_steps = max(self.num_newton_steps, 1)
             thorough = dataclasses.replace(self, num_newton_steps=num_newton_steps)
+        # The repeated estimate has its old number, which decides its rtol and probes.
         prev_state = eqx.tree_at(
             lambda s: s.num_estimates, state, state.num_estimates - 1
         )
@@ -398,7 +404,7 @@ class Implicit(eqx.Module):
             duals = thorough._zero_duals(problem, state.w)
             prev_state = dataclasses.replace(prev_state, duals=duals)
         estimate, next_state = thorough.estimate(problem, prev_state, alpha, key)
-        # Keep the data that the next estimate of this estimator reuses.
+        # The next state has the structure of this estimator's states, and its data.
         return estimate, dataclasses.replace(
             next_state,
             prepared=state.prepared,
@@ -422,7 +428,7 @@ class Implicit(eqx.Module):
         counts = solution.counts
         fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        num_losses = solution.adjoint.result.value.size
+        num_losses = solution.differentiation.result.value.size
         return cost_stats(
             data.inner_data,
             data.outer_data,

@@ -93,8 +93,8 @@ def solve_adjoint(
 
     Cost:
       For the error estimate with `scaled_cg` five products and one outer gradient, and
-      two products for the duals of the previous estimate; with any other solver ten
-      steps of `scaled_cg` more.
+      two products for the duals of the previous estimate; with any other solver up to
+      25 steps of `scaled_cg` more.
     """
     point = Point(problem, w, alpha, batch, outer_batch)
     terms: Any = None
@@ -131,7 +131,7 @@ def solve_adjoint(
 def _add_short_terms(
     point: Point, scaling: Scaling, solution: AdjointSolution
 ) -> tuple[AdjointSolution, CorrectionTerms]:
-    """Returns the solution with the cost of ten further steps, and their terms."""
+    """Returns the solution with the cost of further steps, and their terms."""
     result = solution.result
     terms, is_negative, num_products = short_correction_terms(
         point.problem, point.w, point.alpha, point.batch, scaling, result

@@ -32,14 +32,14 @@ class Solution(NamedTuple):
 
     Attributes:
       w: The inner solution.
-      adjoint: Implicit differentiation at ``w`` and its error estimate.
+      differentiation: The hypergradient with its adjoint, and their error estimate.
       counts: Statistics of the inner solver, and ``num_outer_grads`` per outer loss.
       linear_stats: Statistics of all linear solves.
       grad_tol, prepared, s: The entries of the next `ImplicitState`.
     """
 
     w: PyTree
-    adjoint: AdjointSolution
+    differentiation: AdjointSolution
     counts: dict[str, Any]
     linear_stats: LinearStats
     grad_tol: Scalar
@@ -73,7 +73,7 @@ def solve_once(
     damping = 0.0 if estimator.damping is None else estimator.damping
     matvec = damped_hvp_fn(problem, w, alpha, batch, damping, estimator.hvp_fn)
     prepared, num_prepared = _reuse_or_prepare(estimator, state, matvec, w)
-    adjoint = solve_adjoint(
+    differentiation = solve_adjoint(
         estimator,
         problem,
         w,
@@ -87,14 +87,15 @@ def solve_once(
         prepared=prepared,
         with_error=has_error_estimate(estimator),
     )
-    linear_stats = merge_linear_stats(linear_stats, adjoint.result.linear_stats)
+    linear_stats = merge_linear_stats(linear_stats, differentiation.result.linear_stats)
     linear_stats["num_products"] += (
-        scaling.num_products + num_prepared + adjoint.num_extra_products
+        scaling.num_products + num_prepared + differentiation.num_extra_products
     )
+    num_outer_grads = 1 if differentiation.error is None else 2
     return Solution(
         w,
-        adjoint,
-        counts=counts | {"num_outer_grads": 2 if adjoint.error is not None else 1},
+        differentiation,
+        counts=counts | {"num_outer_grads": num_outer_grads},
         linear_stats=linear_stats,
         grad_tol=state.grad_tol,
         prepared=prepared,
@@ -103,9 +104,12 @@ def solve_once(
 
 
 def has_error_estimate(estimator: "Implicit") -> bool:
-    """Returns True if the checks of each estimate are those of `estimate_error`."""
-    is_other = estimator.certify or estimator.hvp_fn is not None
-    return estimator.estimate_error and not is_other
+    """Returns True if an estimate is judged by its own error estimate.
+
+    Otherwise a certificate judges it, or nothing does.
+    """
+    is_judged_otherwise = estimator.certify or estimator.hvp_fn is not None
+    return estimator.estimate_error and not is_judged_otherwise
 
 
 def needs_scaling(estimator: "Implicit") -> bool:
@@ -136,7 +140,8 @@ def find_scaling(
 
 def result_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:
     """Returns the checks of an estimate with an error estimate."""
-    result, error = solution.adjoint.result, solution.adjoint.error
+    differentiation = solution.differentiation
+    result, error = differentiation.result, differentiation.error
     is_finite = all_finite(result.value, result.hypergradient, result.inner_grad)
     is_negative = solution.linear_stats["negative_curvature"]
     flags = {"not_finite": ~is_finite, "negative_curvature": is_negative}
@@ -153,6 +158,7 @@ def solve_adaptively(
 ) -> Solution:
     """Makes rounds of inner steps, Newton steps and adjoint solves to ``rtol``."""
     init_w = problem.init_inner(state.w, alpha)
+    # One scaling for all rounds, because the tolerances are norms in its coordinates.
     scaling = find_scaling(estimator, problem, state, init_w, alpha, data.inner_batch())
     adaptive = AdaptiveSolve(estimator, problem, data, alpha, rtol, scaling)
     final = adaptive.run(
@@ -163,9 +169,10 @@ def solve_adaptively(
     )
     linear_stats = final.linear_stats
     linear_stats["num_products"] += scaling.num_products
+    w, _ = final.carry  # and the state of the inner optimizer
     return Solution(
-        final.carry[0],
-        final.adjoint,
+        w,
+        final.differentiation,
         counts=final.counts,
         linear_stats=linear_stats,
         grad_tol=final.init_grad_tol,
@@ -193,7 +200,7 @@ def _reuse_or_prepare(
     should_refresh = state.num_estimates % refresh_every == 0
     should_refresh |= ~all_finite(state.prepared)
     prepare = lambda: linear_solver.prepare(matvec, like)
-    _, eigenvalues = prepared = jax.lax.cond(
-        should_refresh, prepare, lambda: state.prepared
-    )
+    prepared = jax.lax.cond(should_refresh, prepare, lambda: state.prepared)
+    # A sketch of Nystrom is a pair (basis, eigenvalues) of one product per eigenvalue.
+    _, eigenvalues = prepared
     return prepared, jnp.where(should_refresh, eigenvalues.size, 0)

@@ -208,7 +208,7 @@ def test_a_certificate_that_has_not_converged_is_not_trusted():
     second = hg.certify(
         problem, jnp.asarray(3.0), jnp.asarray(1.0), first.corrected_hypergradient
     )
-    assert second.error_estimate < 1e-9
+    assert second.error_estimate < 1e-9  # it compares with the same correction
     assert {name for name, flag in second.flags.items() if flag} == {"last_change"}
     assert not second.trusted
 

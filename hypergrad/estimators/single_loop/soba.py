@@ -27,12 +27,12 @@ class SOBA(SingleLoop):
     data that is not `Batches` the method is deterministic.
 
     ``w`` and ``v`` follow ``alpha`` only if it moves slowly. Begin with a rate ``rho``
-    of about the inverse of the largest eigenvalue of ``H``, and with a rate of
-    ``alpha`` at which ``certify_every`` reports a small ``error_estimate``; if that
-    grows along the run, lower the rate of ``alpha``. The statistic ``ritz_max`` of
-    ``Implicit(solver, CG())`` estimates that eigenvalue. A step on a batch of examples
-    that have weights of their own moves only theirs, so that its error is large at any
-    rate; then compare the values of runs.
+    of about the inverse of the largest eigenvalue of ``H``, which the statistic
+    ``ritz_max`` of ``Implicit(solver, CG())`` estimates, and with a rate of ``alpha``
+    at which ``certify_every`` reports a small ``error_estimate``; if that grows along
+    the run, lower the rate of ``alpha``. If ``alpha`` has a weight per example, a step
+    moves only the weights of its batch, so that ``error_estimate`` is large at any
+    rate. Judge such runs by their values.
 
     Args:
       optimizer: Optax transformation for ``w``. The paper uses ``optax.sgd(rho)`` with
@@ -49,7 +49,8 @@ class SOBA(SingleLoop):
       converges. Target: argmin.
 
     Raises:
-      TypeError: From `hypergradient`, because one step is not an estimate.
+      TypeError: `hypergrad.hypergradient` refuses the method, because a single step
+        from a start says nothing; use `minimize`.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), Algorithm 1.
 
