@@ -9,9 +9,9 @@ INSTALL ?= $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
 
 # Compiled programs are kept from one test run to the next.
-test heavy full notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-test heavy full notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test heavy full notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+test heavy full pages notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Most of the time of a test is compilation; `full`, and CI on the newest versions,
 # compile as users do.
 test heavy: export XLA_FLAGS ?= --xla_backend_optimization_level=0
@@ -21,7 +21,7 @@ DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hype
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test heavy lint types docs notebooks release peers full clean
+.PHONY: help demo test heavy lint types docs pages notebooks release peers full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ docs: $(VENV)/.has-dev ## build the site into site/, with a page of every table 
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(VENV)/bin/hypergrad report benchmarks/results --out site/tables
 	$(PY) -c 'import typst; typst.compile("docs/report/report.typ", output="site/report.pdf", root=".")'
+
+pages: $(VENV)/.has-dev ## run the code of every page of the site
+	$(PYTEST) -n $(WORKERS) -m page
 
 # A notebook NAME.ipynb and its text twin NAME.py must hold the same cells.
 TWIN := $(PY) -m jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all

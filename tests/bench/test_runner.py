@@ -234,6 +234,7 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(run, tmp_path):
     assert path.read_text() == "notes of mine\nwithout an end"
 
 
+@pytest.mark.page
 def test_the_table_of_the_documentation_runs(tmp_path):
     page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

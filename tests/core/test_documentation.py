@@ -14,6 +14,8 @@ import pytest
 import hypergrad as hg
 from hypergrad.runtime.compat import enable_x64
 
+pytestmark = pytest.mark.page
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FAMILIES = (

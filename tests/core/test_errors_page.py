@@ -6,6 +6,8 @@ import pytest
 
 from tests.mistakes import GROUPS, PAGE, message_of
 
+pytestmark = pytest.mark.page
+
 MISTAKES = [mistake for mistakes in GROUPS.values() for mistake in mistakes]
 FOREIGN = r"(?<=each other): |(?<=the losses): |\(<string>"  # JAX writes what follows
 

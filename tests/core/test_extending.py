@@ -13,6 +13,8 @@ from sklearn.metrics import balanced_accuracy_score
 import hypergrad as hg
 from hypergrad import extend
 
+pytestmark = pytest.mark.page
+
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
 EIGENVALUES = 0.5, 1.5  # of `hypergrad.testing.quadratic`
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hypergrad import cli, method_tables, objectives, searchers
 from hypergrad.runtime.compat import enable_x64
@@ -59,6 +60,7 @@ def test_every_searcher_has_a_row():
     assert first_column("Which searcher?") == expected
 
 
+@pytest.mark.page
 def test_the_code_of_the_page_runs_in_order(capsys):
     """The checks agree, a search continues, the limit is kept, the front is one.
 

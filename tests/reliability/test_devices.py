@@ -55,6 +55,7 @@ def check_close(name: str, actual: list[float], expected: list[float]) -> None:
     )
 
 
+@pytest.mark.page
 def test_eight_devices_give_the_hypergradients_of_one():
     """The data is sharded and an all-reduce sums the parts; so in the documentation."""
     names = ";".join((*FAST, "documentation"))
@@ -91,6 +92,7 @@ def test_two_processes_give_the_numbers_of_one(dtype: str):
         check_close(name, *actual[name], numbers)
 
 
+@pytest.mark.page
 @pytest.mark.slow
 def test_the_certificate_estimates_the_error_of_bfloat16():
     """To a factor of 2 for a rounded inner loop; one Newton step removes that error."""

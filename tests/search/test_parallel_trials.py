@@ -306,6 +306,7 @@ def test_submitit_runs_trials(tmp_path):
     chex.assert_trees_all_equal(remote_trace, trace, strict=True)
 
 
+@pytest.mark.page
 @pytest.mark.slow
 def test_script_of_the_documentation_runs(tmp_path):
     """A second start of the script makes no trial."""
