@@ -283,8 +283,8 @@ class OuterLoop(eqx.Module):
           state: State from `init`, or ``trace.state`` of a run to continue.
           num_steps: Number of steps to make. The trace has a row per step, or per
             ``record_every`` steps.
-          budget: Gradient-equivalents to spend. Steps are made while less than this has
-            been spent, so that the last row may exceed it by less than its own cost.
+          budget: Limit of the cost in gradient-equivalents. Steps are made until their
+            cost reaches it, which the last row may exceed by less than its own cost.
             At least one of ``num_steps`` and ``budget`` must be given; with both, the
             run ends at whichever comes first. With a budget the trace has a row per
             step that was made.

@@ -54,9 +54,7 @@ def _run_rows(trace: "Trace") -> list[Row]:
         ("alpha", describe_tree(trace.alpha)),
         ("w", describe_tree(trace.w)),
     ]
-    if "trusted" in stats:
-        num_trusted = int(np.sum(stats["trusted"] == 1))
-        rows.append((_name_of_good_rows(trace), f"{num_trusted} of {num_rows}"))
+    rows += _trust_rows(trace.row_kind, stats, num_rows)
     rows += reason_rows(
         f"{format_steps(steps, trace.record_every, trace.row_kind)}: {reason}"
         for reason, steps in trace.reasons().items()
@@ -89,9 +87,7 @@ def _batch_rows(trace: "Trace") -> list[Row]:
         ("alpha", describe_tree(trace.alpha)),
         ("w", describe_tree(trace.w)),
     ]
-    if "trusted" in stats:
-        num_trusted = int(np.sum(stats["trusted"] == 1))
-        rows.append((_name_of_good_rows(trace), f"{num_trusted} of {num_rows}"))
+    rows += _trust_rows(trace.row_kind, stats, num_rows)
     rows += reason_rows(
         f"{count:,} of {num_rows:,} rows: {reason}" for reason, count in reasons.items()
     )
@@ -148,9 +144,18 @@ def _value_row(runs: list["Trace"]) -> Row:
     return name, "\n".join(lines)
 
 
-def _name_of_good_rows(trace: "Trace") -> str:
-    """Returns "trusted", or "finite" for trials, which make no hypergradient."""
-    return "finite" if trace.row_kind == "trial" else "trusted"
+def _trust_rows(
+    row_kind: str, stats: Mapping[str, np.ndarray], num_rows: int
+) -> list[Row]:
+    """Returns how many estimates are trusted, or how many trials are finite.
+
+    A trial makes no hypergradient that could be trusted.
+    """
+    if "trusted" not in stats:
+        return []
+    num_trusted = int(np.sum(stats["trusted"] == 1))
+    name = "finite" if row_kind == "trial" else "trusted"
+    return [(name, f"{num_trusted} of {num_rows}")]
 
 
 def _describe_status(trace: "Trace") -> str:
