@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad import cli, method_tables, objectives, searchers
+from hypergrad import cli, inner, method_tables, objectives, searchers
 from hypergrad.runtime.compat import enable_x64
 
 PAGE = Path(__file__).parents[2] / "docs/choose.md"
@@ -49,9 +49,14 @@ def test_every_aggregator_has_a_row():
 
 
 def test_every_inner_solver_has_a_row():
-    solvers = {"ClosedForm(fn)", "Descent(optimizer", "LBFGS", "Newton", "T)"}
-    solvers |= {"from_jaxopt(solver)", "from_optimistix(minimizer)"}
-    assert solvers <= set(first_column("Which inner solver?"))
+    """`InnerSolver` and `IterativeSolver` are protocols."""
+    is_solver = lambda name: (
+        name.startswith("from_") or hasattr(getattr(inner, name), "solve")
+    )
+    names = {*filter(is_solver, inner.__all__)} - {"InnerSolver", "IterativeSolver"}
+    assert len(names) == 6
+    calls = first_column("Which inner solver?")
+    assert names <= {call.partition("(")[0] for call in calls}
 
 
 def test_every_searcher_has_a_row():
