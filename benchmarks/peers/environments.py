@@ -5,6 +5,7 @@ under one name). What does not install is named and the rest goes on: a contende
 cannot import its library says so in its row.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,16 @@ REQUIREMENTS = {
         "git+https://github.com/prolearner/hypertorch"
         "@6241dfafcf37ddaf14e152ba5e5a3aa7165396d3",
     ],
-    "learn2learn": [*TORCH, "learn2learn==0.2.0"],
+    "learn2learn": [
+        "--no-build-isolation",
+        "--config-settings=--build-option=build_ext",
+        "learn2learn==0.2.0",
+    ],
 }
+# The C files in the sdist of learn2learn 0.2.0 do not compile on Python 3.11. With
+# `build_ext` above and the variable below, Cython writes them anew.
+BEFORE = {"learn2learn": [*TORCH, "cython", "setuptools", "wheel"]}
+BUILD_VARIABLES = {"CYTHON_FORCE_REGEN": "1"}
 SHARED = {"torch_by_hand": "torch", "torch_func": "torch"}
 
 
@@ -42,12 +51,19 @@ def python(contender: str) -> Path:
 def install(name: str) -> str:
     """The last that was said where it failed, nothing where it is there now."""
     place = python(name).parents[1]
-    quiet = ["--quiet", "--disable-pip-version-check"]
-    for command in (
-        [INTERPRETER, "-m", "venv", str(place)],
-        [str(python(name)), "-m", "pip", "install", *quiet, *REQUIREMENTS[name]],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    pip = [str(python(name)), "-m", "pip", "install", "--quiet"]
+    pip.append("--disable-pip-version-check")
+    commands = [[INTERPRETER, "-m", "venv", str(place)]]
+    commands += [[*pip, *BEFORE[name]]] if name in BEFORE else []
+    commands.append([*pip, *REQUIREMENTS[name]])
+    for command in commands:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **BUILD_VARIABLES},
+        )
         if done.returncode:
             return done.stderr.strip().rpartition("\n")[2]
     return ""

@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DO
 LIBRARIES = {
     "torchopt": "import torchopt",
     "higher": "import higher",
+    "learn2learn": "from learn2learn.algorithms import MAML",
     "hypertorch": "import hypergrad as hypertorch",
     "betty": "import betty",
 }
