@@ -59,7 +59,7 @@ def test_a_batch_of_traces_has_leading_axes_and_needs_an_index():
     for read in (batch.rows, batch.reasons, *getters):
         with pytest.raises(ValueError, match="single run"):
             read()
-    assert "completed" not in repr(batch)
+    assert "3 completed" in repr(batch)
     last = jax.tree.map(lambda leaf: leaf[2], batch)
     assert last.status == "completed"
     for row, expected in zip(last.rows(), run().rows(), strict=True):

@@ -129,9 +129,9 @@ def make_problem(moves, outer=outer_loss):
     return hg.Bilevel(inner_loss, outer, data)
 
 
-def make_estimator(refresh_every):
+def make_estimator(refresh_every, **options):
     linear_solver = hg.NystromCG(RANK, rtol=1e-12, refresh_every=refresh_every)
-    return hg.Implicit(hg.ClosedForm(solution), linear_solver)
+    return hg.Implicit(hg.ClosedForm(solution), linear_solver, **options)
 
 
 @eqx.filter_jit
@@ -139,9 +139,9 @@ def estimate(estimator, problem, state, alpha):
     return estimator.estimate(problem, state, alpha, jax.random.key(0))
 
 
-def run_estimates(problem, refresh_every, alphas):
+def run_estimates(problem, refresh_every, alphas, **options):
     """Returns the estimates along a path of alpha, and the states after them."""
-    estimator = make_estimator(refresh_every)
+    estimator = make_estimator(refresh_every, **options)
     state = estimator.init(problem, jnp.zeros(DIM), jnp.zeros(DIM))
     results = []
     for alpha in alphas:
@@ -158,7 +158,9 @@ ALPHAS = [0.1 * i * jnp.sin(jnp.arange(DIM)) for i in range(NUM_ESTIMATES)]
 )
 def test_a_reused_sketch_saves_its_products_if_the_hessian_is_fixed(outer):
     problem = make_problem(False, outer)
-    reused, fresh = (run_estimates(problem, n, ALPHAS) for n in (3, 1))
+    # The steps that estimate an error differ by one with the rounding of the sketch.
+    run = lambda n: run_estimates(problem, n, ALPHAS, estimate_error=False)
+    reused, fresh = run(3), run(1)
     for i, ((actual, _), (expected, _)) in enumerate(zip(reused, fresh, strict=True)):
         np.testing.assert_allclose(
             actual.hypergradient, expected.hypergradient, rtol=1e-9, atol=1e-9
