@@ -14,7 +14,7 @@ test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SE
 test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Most of the time of a test is compilation; `full`, and CI on the newest versions,
 # compile as users do.
-test heavy: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test heavy pages: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 
 PYTEST   := $(PY) -m pytest
 DOCTESTS := $(PYTEST) -n $(WORKERS) --doctest-modules --doctest-glob='*.md' hypergrad README.md
@@ -71,7 +71,7 @@ notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twi
 	done
 	$(PYTEST) -n $(WORKERS) --nbmake --nbmake-timeout=300 notebooks
 
-release: $(VENV)/.has-dev ## build wheel and sdist, and try both without this checkout
+release: $(VENV)/.has-dev ## build wheel and sdist, and try the wheel without this checkout
 	packaging/try_release.sh $(PY)
 
 peers: | $(VENV)/pyvenv.cfg ## install the libraries that the table `peer_speed` runs

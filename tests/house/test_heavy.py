@@ -37,6 +37,12 @@ def test_a_test_is_heavy_if_its_call_takes_long():
     3.00s setup    tests/a/test_c.py::test_with_a_fixture
     """
     log = "\n".join(line.strip() for line in log.splitlines())
-    assert heavy_tests(log) == ["a/test_b.py::test_cases[x, y::z]"]
+    slow = "a/test_b.py::test_cases[x, y::z]"
+    assert heavy_tests(log) == [slow]
+    quick = "a/test_b.py::test_cases[z]"
+    assert heavy_tests(log, [quick, "a/test_d.py::test_e"]) == [
+        slow,
+        "a/test_d.py::test_e",
+    ]
     with pytest.raises(ValueError, match="log"):
         heavy_tests("")
