@@ -94,7 +94,8 @@ def test_the_page_on_models_runs():
     assert names["trace"].value[-1] < names["trace"].value[0]
     assert names["record"].value < jnp.log(2.0)
     with_hessian, with_gauss_newton, unrolled = names["tanh_estimates"]
-    assert abs(with_hessian.hypergradient) > 1
+    # The number depends on rounding; all that is known is that it is wrong.
+    assert abs(with_hessian.hypergradient) > 4 * abs(unrolled.hypergradient)
     assert len(with_hessian.reasons) == 3
     assert not with_gauss_newton.trusted
     np.testing.assert_allclose(with_gauss_newton.hypergradient, -0.049, rtol=0.05)
