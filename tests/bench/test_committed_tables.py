@@ -68,6 +68,22 @@ def test_readme_and_report_count_the_published_numbers_that_are_within():
     assert {name: (int(n), int(of)) for name, n, of in rows} == counts
 
 
+def test_the_page_of_results_claims_what_the_tables_support():
+    """A task without a supported claim or a check that holds has an empty column."""
+    page = (FOLDER.parent / "docs/results.md").read_text()
+    section = page.split("## Twelve tasks")[1].split("\n## ")[0]
+    tasks = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|") and line.count("|") == 5
+    ][2:]
+    assert len(tasks) == 12
+    for name, _, supported, _ in tasks:
+        text = (FOLDER / "results" / f"{name}.md").read_text()
+        has_any = "- **supported**" in text or "- **holds**" in text
+        assert (supported != "-") == has_any, name
+
+
 def test_no_table_imports_another():
     tables = set(FILES)
     errors = [

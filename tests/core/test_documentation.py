@@ -71,6 +71,10 @@ def test_the_programs_of_other_libraries_agree():
         np.testing.assert_allclose(
             names[name], names["ours"].hypergradient, rtol=1e-4, err_msg=name
         )
+    for name in ("unrolled", "neumann"):
+        np.testing.assert_allclose(
+            names[name].hypergradient, names["ours"].hypergradient, rtol=1e-4
+        )
     assert names["ours"].trusted
     assert names["kept"].trusted
 
