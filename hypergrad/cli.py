@@ -88,7 +88,7 @@ def check(target: str) -> None:
 
     Args:
       target: NAME or FILE of a table, whose rows are in the folder `results` beside
-        its file, or a folder of rows.
+        its file or else in `runs`, or a folder of rows.
     """
     from .bench import commands
 

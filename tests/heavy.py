@@ -19,7 +19,7 @@ from tests.planted_errors import ERRORS
 FILE = Path(__file__).with_name("heavy.txt")
 #: A test is heavy if its call takes longer than this many seconds. What a fixture
 #: takes would only move to the next test that uses it.
-LIMIT = 0.7
+LIMIT = 1.0
 #: A line of pytest's list of durations, such as ``2.04s call     tests/a.py::test[x]``.
 DURATION = re.compile(r"^(\d+\.\d+)s call +tests/(\S+?::.+)$")
 

@@ -139,7 +139,13 @@ def run_method(
     total = float(cost[-1]) if cost.size else 0.0
     # A run ends with the step that spends the rest of its budget.
     before_last_step = float(cost[-2]) if cost.size > 1 else 0.0
-    if not (before_last_step <= budget and math.isfinite(total)):
+    if not math.isfinite(total):
+        raise MethodError(
+            f"the run cost {total} gradient-equivalents, so that its budget cannot be "
+            "kept. An estimator of your own must return its cost: "
+            "hg.extend.make_estimate(..., **hg.extend.cost_stats(...))."
+        )
+    if not before_last_step <= budget:
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."

@@ -116,7 +116,7 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     if table.body is None:
         lines += _markdown_table(*main_table(result))
         if any("method_source" in row for row in result.printed_rows):
-            lines += ["", "\\* a method that was added with `--method`"]
+            lines += ["", "A star marks a method that was added with `--method`."]
     else:
         lines += table.body(result.printed_rows)
     if table.published:

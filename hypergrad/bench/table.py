@@ -411,17 +411,16 @@ class Table(BaseTable):
         def scores(index: int) -> tuple[float, ...]:
             cell = {"method": label, "setting_index": index, "seed": seed}
             tried = select(rows, stage="tuning", **cell)
-            values = tried[0]["selection"] if tried else None
-            if values is None or any(x is None for x in values):
-                return failed
-            return tuple(values)
+            values = (tried[0]["selection"] if tried else None) or [None]
+            return failed if None in values else tuple(values)
 
         all_scores = [scores(index) for index in range(num_settings)]
         best = max(range(num_settings), key=lambda index: all_scores[index])
         if all_scores[best] == failed:
-            raise MethodError(
-                f"{label}: no setting of its grid ended with a finite score"
-            )
+            text = f"{label}: no setting of its grid ended with a finite score"
+            tried = select(rows, stage="tuning", method=label, seed=seed)
+            errors = [row["error"] for row in tried if "error" in row]
+            raise MethodError("; ".join([text, *errors[:1]]))
         return best
 
     def make_task(

@@ -113,6 +113,13 @@ long_stay.budget_factor = 2
 def over_budget(task, *, budget, key):
     return stay(task, budget=3 * budget, key=key)
 
+def without_cost(task, *, budget, key):
+    trace = stay(task, budget=budget, key=key)
+    name = "gradient_equivalents"
+    return dataclasses.replace(
+        trace, stats=trace.stats | {name: jnp.nan * trace.stats[name]}
+    )
+
 def wrong_signature(task, budget_of_mine):
     return None
 
