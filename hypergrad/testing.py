@@ -1,5 +1,6 @@
 """Conformance tests of estimators, on problems whose hypergradients are known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -293,7 +294,7 @@ def _check_transformations(
 
     expected = estimate.hypergradient
     jitted = jax.jit(hypergradient_fn)
-    fns = {"under": jitted}
+    fns: dict[str, Callable[..., Any]] = {"under": jitted}
     if structure == "vector":  # slow: each operation is compiled by itself
         fns["without"] = hypergradient_fn
     for name, fn in fns.items():

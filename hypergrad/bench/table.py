@@ -411,8 +411,8 @@ class Table(BaseTable):
         def scores(index: int) -> tuple[float, ...]:
             cell = {"method": label, "setting_index": index, "seed": seed}
             tried = select(rows, stage="tuning", **cell)
-            values = (tried[0]["selection"] if tried else None) or [None]
-            return failed if None in values else tuple(values)
+            values = tried[0]["selection"] if tried else None
+            return failed if values is None or None in values else tuple(values)
 
         all_scores = [scores(index) for index in range(num_settings)]
         best = max(range(num_settings), key=lambda index: all_scores[index])
