@@ -123,8 +123,9 @@ def run_table(
                 for cell in stage
                 if key_of(cell) not in done and cell["method"] not in result.failures
             ]
-            num_done += len(stage) - len(pending)
-            progress(num_done, num_cells, "")
+            num_made = len(stage) - len(pending)
+            num_done += num_made
+            progress(num_done, num_cells, f"{num_made} made before" * (num_made > 0))
             for cell, outcome in _measure_all(ref, pending, options, result.rows):
                 num_done += 1
                 label = str(cell["method"])
