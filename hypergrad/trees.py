@@ -101,7 +101,7 @@ def power_of_two_scale(x: PyTree) -> Array:
     to_bits = lambda x: jax.lax.bitcast_convert_type(x, integer_dtype)
     exponent_bits = to_bits(max_abs) & to_bits(jnp.asarray(jnp.inf, dtype))
     power = jax.lax.bitcast_convert_type(exponent_bits, dtype)
-    return compute_once(jnp.where(is_normal, power, 1))
+    return jnp.where(is_normal, power, 1)
 
 
 def relative_error(actual: PyTree, expected: PyTree) -> Array:
@@ -163,16 +163,7 @@ def hash_normal(seed: Array | int, like: PyTree) -> PyTree:
         sample = math.sqrt(2) * jax.lax.erf_inv(uniform)
         samples.append(sample.astype(leaf.dtype).reshape(leaf.shape))
         num_before += leaf.size
-    return compute_once(jax.tree.unflatten(structure, samples))
-
-
-def compute_once(x: Tree) -> Tree:
-    """Returns ``x``, which no kernel that reads it computes anew.
-
-    XLA copies cheap elementwise operations into every kernel that reads their result.
-    With a hash and ``erf_inv`` in ten kernels a program takes longer to compile.
-    """
-    return jax.lax.optimization_barrier(x)
+    return jax.tree.unflatten(structure, samples)
 
 
 def _hash_bits(x: Array) -> Array:
