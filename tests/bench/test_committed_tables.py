@@ -84,6 +84,29 @@ def test_the_page_of_results_claims_what_the_tables_support():
         assert (supported != "-") == has_any, name
 
 
+INTERVAL = re.compile(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]")
+
+
+def test_each_interval_of_the_page_of_results_is_in_a_table():
+    """The page may print percentage points, and a gain of the other side."""
+    texts = [path.read_text() for path in (FOLDER / "results").glob("*.md")]
+    printed = [
+        sorted((factor * float(low), factor * float(high)))
+        for text in texts
+        for low, high in INTERVAL.findall(text)
+        for factor in (1, -1, 100, -100)
+    ]
+    page = (FOLDER.parent / "docs/results.md").read_text()
+    absent = []
+    for low, high in INTERVAL.findall(page):
+        # Both are rounded: the page to its last digit, the table to three digits.
+        last_digit = 10.0 ** -len(low.partition(".")[2])
+        is_near = lambda x, text, unit=last_digit: abs(x - float(text)) <= 0.6 * unit
+        if not any(is_near(x, low) and is_near(y, high) for x, y in printed):
+            absent.append(f"[{low}, {high}]")
+    assert not absent
+
+
 def test_no_table_imports_another():
     tables = set(FILES)
     errors = [

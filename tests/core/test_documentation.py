@@ -98,9 +98,11 @@ def test_the_page_on_models_runs():
     assert names["trace"].value[-1] < names["trace"].value[0]
     assert names["record"].value < jnp.log(2.0)
     with_hessian, with_gauss_newton, unrolled = names["tanh_estimates"]
-    # The number depends on rounding; all that is known is that it is wrong.
-    assert abs(with_hessian.hypergradient) > 4 * abs(unrolled.hypergradient)
+    # The number itself depends on rounding, because H is indefinite.
+    assert with_hessian.flags["negative_curvature"]
     assert len(with_hessian.reasons) == 3
+    difference = with_hessian.hypergradient - unrolled.hypergradient
+    assert abs(difference) > abs(unrolled.hypergradient)
     assert not with_gauss_newton.trusted
     np.testing.assert_allclose(with_gauss_newton.hypergradient, -0.049, rtol=0.05)
     np.testing.assert_allclose(unrolled.hypergradient, -0.042, rtol=0.05)
