@@ -12,8 +12,8 @@ PY := $(VENV)/bin/python
 test heavy full pages notebooks: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 test heavy full pages notebooks: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
-# Most of the time of a test is compilation; `full`, and CI on the newest versions,
-# compile as users do.
+# Most of the time of a test is compilation; `full`, and the tests of CI on the
+# newest versions, compile as users do.
 test heavy pages: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 
 PYTEST   := $(PY) -m pytest

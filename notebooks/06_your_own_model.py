@@ -144,7 +144,7 @@ print(estimate)
 # %% [markdown]
 # The derivative says how the validation loss after 100 steps changes with each
 # hyperparameter. Central differences repeat the whole training with the same batches
-# and the same noise; both must agree, up to the rounding of float32 in the differences.
+# and the same noise; both must agree, up to the error of the differences.
 
 # %%
 central = hg.hypergradient(problem, hg.CentralDifference(solver))(params, alpha)

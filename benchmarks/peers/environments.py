@@ -33,9 +33,10 @@ REQUIREMENTS = {
         "learn2learn==0.2.0",
     ],
 }
-# The C files in the sdist of learn2learn 0.2.0 do not compile on Python 3.11. With
-# `build_ext` above and the variable below, Cython writes them anew.
-BEFORE = {"learn2learn": [*TORCH, "cython", "setuptools", "wheel"]}
+# Installed before the library. The C files in the sdist of learn2learn 0.2.0 do not
+# compile on Python 3.11. With `build_ext` above and the variable below, Cython writes
+# them anew.
+BUILD_REQUIREMENTS = {"learn2learn": [*TORCH, "cython", "setuptools", "wheel"]}
 BUILD_VARIABLES = {"CYTHON_FORCE_REGEN": "1"}
 SHARED = {"torch_by_hand": "torch", "torch_func": "torch"}
 
@@ -51,10 +52,11 @@ def python(contender: str) -> Path:
 def install(name: str) -> str:
     """The last that was said where it failed, nothing where it is there now."""
     place = python(name).parents[1]
-    pip = [str(python(name)), "-m", "pip", "install", "--quiet"]
-    pip.append("--disable-pip-version-check")
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    pip = [str(python(name)), "-m", "pip", "install", *quiet]
     commands = [[INTERPRETER, "-m", "venv", str(place)]]
-    commands += [[*pip, *BEFORE[name]]] if name in BEFORE else []
+    if name in BUILD_REQUIREMENTS:
+        commands.append([*pip, *BUILD_REQUIREMENTS[name]])
     commands.append([*pip, *REQUIREMENTS[name]])
     for command in commands:
         done = subprocess.run(

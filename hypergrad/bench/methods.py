@@ -145,7 +145,7 @@ def run_method(
             "kept. An estimator of your own must return its cost: "
             "hg.extend.make_estimate(..., **hg.extend.cost_stats(...))."
         )
-    if not before_last_step <= budget:
+    if before_last_step > budget:
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."

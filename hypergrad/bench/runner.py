@@ -123,8 +123,8 @@ def run_table(
                 for cell in stage
                 if key_of(cell) not in done and cell["method"] not in result.failures
             ]
-            num_made = len(stage) - len(pending)
-            num_done += num_made
+            num_done += len(stage) - len(pending)
+            num_made = sum(key_of(cell) in done for cell in stage)
             progress(num_done, num_cells, f"{num_made} made before" * (num_made > 0))
             for cell, outcome in _measure_all(ref, pending, options, result.rows):
                 num_done += 1

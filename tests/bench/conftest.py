@@ -30,7 +30,13 @@ Run = Callable[..., RunResult]
 def make_run(table_file: Path, folder: Path) -> Run:
     """Returns a function that runs the table into ``folder / out``."""
 
-    def run_it(*methods: str, seeds: int = 2, out: str = "out", **options) -> RunResult:
+    def run_it(
+        *methods: str,
+        seeds: int = 2,
+        out: str = "out",
+        progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+        **options,
+    ) -> RunResult:
         budget = options.pop("budget", None)
         files = tuple(parse_method(f"{table_file.parent}/{name}") for name in methods)
         options = {
@@ -39,7 +45,8 @@ def make_run(table_file: Path, folder: Path) -> Run:
             "folder": folder / out,
             "command": "hypergrad run quadratic.py",
         } | options
-        return run_table(TableRef(table_file, files, budget), RunOptions(**options))
+        ref = TableRef(table_file, files, budget)
+        return run_table(ref, RunOptions(**options), progress)
 
     return run_it
 

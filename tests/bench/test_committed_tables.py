@@ -87,7 +87,8 @@ def test_the_page_of_results_claims_what_the_tables_support():
 INTERVAL = re.compile(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]")
 
 
-def test_each_interval_of_the_page_of_results_is_in_a_table():
+@pytest.mark.parametrize("name", ["results.md", "choose.md", "report/report.typ"])
+def test_each_interval_of_a_page_is_in_a_table(name: str):
     """The page may print percentage points, and a gain of the other side."""
     texts = [path.read_text() for path in (FOLDER / "results").glob("*.md")]
     printed = [
@@ -96,7 +97,7 @@ def test_each_interval_of_the_page_of_results_is_in_a_table():
         for low, high in INTERVAL.findall(text)
         for factor in (1, -1, 100, -100)
     ]
-    page = (FOLDER.parent / "docs/results.md").read_text()
+    page = (FOLDER.parent / "docs" / name).read_text()
     absent = []
     for low, high in INTERVAL.findall(page):
         # Both are rounded: the page to its last digit, the table to three digits.

@@ -84,7 +84,9 @@ def test_a_contender_without_an_environment_runs_where_we_do() -> None:
 def test_a_library_runs_in_its_environment(library: str) -> None:
     name = environments.SHARED.get(library, library)
     assert environments.python(library).parts[-4:-2] == (".venv-peers", name)
-    installed = environments.BEFORE.get(name, []) + environments.REQUIREMENTS[name]
+    installed = (
+        environments.BUILD_REQUIREMENTS.get(name, []) + environments.REQUIREMENTS[name]
+    )
     assert "torch==2.13.0" in installed
 
 

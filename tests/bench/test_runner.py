@@ -92,6 +92,19 @@ def test_rows_of_another_machine_are_continued_with_a_warning(run, monkeypatch):
     assert [row["machine"] for row in rows] == [here, other]
 
 
+def test_a_continued_run_says_how_many_cells_were_made_before(run):
+    run(only=("nothing",), seeds=1)
+    labels = []
+    run(
+        "mine.py:all_settings_fail",
+        only=("nothing", "all_settings_fail"),
+        progress=lambda done, total, label: labels.append(label),
+    )
+    # The second stage leaves out the method that failed in the first one.
+    tuned = ["all_settings_fail"] * 4
+    assert labels == ["", *tuned, "1 made before", "nothing"]
+
+
 def test_rows_of_another_budget_are_refused(run):
     run(only=("nothing",))
     with pytest.raises(ValueError, match="another budget"):
