@@ -139,17 +139,21 @@ def joint_loss(w, key):
 
 
 @jax.jit
-def joint_step(carry, key):
-    w, state = carry
-    updates, state = joint_optimizer.update(jax.grad(joint_loss)(w, key), state)
-    return (optax.apply_updates(w, updates), state), None
+def trained_on_all(w, keys):
+    def step(carry, key):
+        w, state = carry
+        updates, state = joint_optimizer.update(jax.grad(joint_loss)(w, key), state)
+        return (optax.apply_updates(w, updates), state), None
+
+    (w, _), _ = jax.lax.scan(step, (w, joint_optimizer.init(w)), keys)
+    return w
 
 
-keys = jax.random.split(jax.random.key(3), 4000)
-(joint, _), _ = jax.lax.scan(joint_step, (alpha, joint_optimizer.init(alpha)), keys)
+joint = trained_on_all(alpha, jax.random.split(jax.random.key(3), 4000))
 starts = {"random": alpha, "trained on all": joint, "learned": trace.alpha}
 
 
+@jax.jit
 def adapted(start, x, y, num_steps):
     step = lambda _, w: jax.tree.map(
         lambda w, g: w - 0.02 * g, w, jax.grad(error)(w, x, y)
@@ -157,6 +161,7 @@ def adapted(start, x, y, num_steps):
     return jax.lax.fori_loop(0, num_steps, step, start)
 
 
+@jax.jit
 def mean_error(start, num_steps):
     """Over 500 new curves."""
     x, y = sample_curves(jax.random.key(4), 500, 25)
@@ -164,13 +169,14 @@ def mean_error(start, num_steps):
     def error_of_curve(x, y):
         return error(adapted(start, x[:5], y[:5], num_steps), x[5:], y[5:])
 
-    return float(jnp.mean(jax.vmap(error_of_curve)(x, y)))
+    return jnp.mean(jax.vmap(error_of_curve)(x, y))
 
 
 counts = (0, 1, 3, 10, 100)
 print(f"{'steps of adaptation':20}" + "".join(f"{n:>8}" for n in counts))
 for name, start in starts.items():
-    print(f"{name:20}" + "".join(f"{mean_error(start, n):8.3f}" for n in counts))
+    numbers = [float(mean_error(start, n)) for n in counts]
+    print(f"{name:20}" + "".join(f"{number:8.3f}" for number in numbers))
 
 # %%
 grid = jnp.linspace(-4, 4, 200)
