@@ -173,7 +173,8 @@ except ValueError as error:
 
 # %%
 loss_alpha = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
-implicit_after = hg.Implicit(hg.Newton(tolerance=1.0), hg.CG(rtol=1e-3))
+cg = hg.CG(rtol=1e-3, preconditioner="diagonal")
+implicit_after = hg.Implicit(hg.Newton(tolerance=1.0), cg)
 print("Implicit after 100 steps")
 print_estimate(hg.hypergradient(problem, implicit_after)(estimate.w, loss_alpha))
 
@@ -187,7 +188,7 @@ print_estimate(hg.hypergradient(problem, implicit_after)(estimate.w, loss_alpha)
 # the same compiled program.
 
 # %%
-implicit = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-3))
+implicit = hg.Implicit(hg.Newton(tolerance=1e-7), cg)
 estimate = hg.hypergradient(problem, implicit)(w, loss_alpha)
 print(f"Implicit at the minimum, validation loss {estimate.value:.4f}")
 print_estimate(estimate)
@@ -239,7 +240,7 @@ metrics = {
     "test_accuracy": jax.tree_util.Partial(accuracy, data["test"]),
 }
 loss_space = {"smoothing": space["smoothing"], "decay": space["decay"]}
-quick = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-3), estimate_error=False)
+quick = hg.Implicit(hg.Newton(tolerance=1e-7), cg, estimate_error=False)
 traces = {}
 for name, estimator, start, start_space in (
     ("Unrolled", unrolled, alpha, space),
@@ -253,7 +254,7 @@ for name, estimator, start, start_space in (
         metrics=metrics,
         eval_every=10,
     )
-    traces[name] = loop.run(loop.init(w, start, jax.random.key(0)), num_steps=41)
+    traces[name] = loop.run(loop.init(w, start, jax.random.key(0)), num_steps=31)
 
 # %% [markdown]
 # `trace.rows()` is a list of dictionaries, one per step, for a data frame or a log. A
