@@ -222,12 +222,10 @@ except ValueError as error:
 # ## 5. Minimise
 #
 # A metric takes `(w, alpha, key)`, need not be differentiable, and is not counted as
-# cost. Arrays that it uses are data, bound by `jax.tree_util.Partial`. The runs below
-# record the exact accuracies on validation and test data, and minimize the validation
-# *loss*. `hg.OuterLoop` is the form of `hg.minimize` with further options, such as
-# `eval_every`. The steps of `Implicit` leave out the error estimate, which takes
-# products and makes the program about twice as large. An estimate at the end of the
-# run, by the program of section 3, says whether it can be trusted there.
+# cost. Arrays that it uses are data, bound by `jax.tree_util.Partial`. The run records
+# the exact accuracies on validation and test data, and minimizes the validation *loss*.
+# `hg.OuterLoop` is the form of `hg.minimize` with further options, such as
+# `eval_every`. A run is one compiled program.
 
 
 # %%
@@ -239,22 +237,10 @@ metrics = {
     "accuracy": jax.tree_util.Partial(accuracy, data["val"]),
     "test_accuracy": jax.tree_util.Partial(accuracy, data["test"]),
 }
-loss_space = {"smoothing": space["smoothing"], "decay": space["decay"]}
-quick = hg.Implicit(hg.Newton(tolerance=1e-7), cg, estimate_error=False)
-traces = {}
-for name, estimator, start, start_space in (
-    ("Unrolled", unrolled, alpha, space),
-    ("Implicit", quick, loss_alpha, loss_space),
-):
-    loop = hg.OuterLoop(
-        problem,
-        estimator,
-        optax.adam(0.1),
-        space=start_space,
-        metrics=metrics,
-        eval_every=10,
-    )
-    traces[name] = loop.run(loop.init(w, start, jax.random.key(0)), num_steps=31)
+loop = hg.OuterLoop(
+    problem, unrolled, optax.adam(0.1), space=space, metrics=metrics, eval_every=10
+)
+trace = loop.run(loop.init(w, alpha, jax.random.key(0)), num_steps=31)
 
 # %% [markdown]
 # `trace.rows()` is a list of dictionaries, one per step, for a data frame or a log. A
@@ -262,47 +248,88 @@ for name, estimator, start, start_space in (
 # parameters of the last step: `nnx.merge(graph, trace.w)` is the model.
 
 # %%
-for name, trace in traces.items():
-    print(f"{name}: {trace.status}")
-    for row in trace.rows():
-        if "accuracy" in row:
-            print(
-                f"  step {row['step']:2}  cost {row['cost']:6.0f}  "
-                f"value {row['value']:.4f}  validation {row['accuracy']:.3f}  "
-                f"test {row['test_accuracy']:.3f}"
-            )
-end = traces["Implicit"]
-last = hg.hypergradient(problem, implicit)(end.w, end.alpha)
-print(f"Implicit at the end of the run: trusted {last.trusted}")
-learned = traces["Unrolled"].alpha
-print("learned by Unrolled:")
-for path, leaf in jax.tree.leaves_with_path(learned):
+print(f"Unrolled: {trace.status}, {int(trace.stats['trusted'].sum())} steps trusted")
+for row in trace.rows():
+    if "accuracy" in row:
+        print(
+            f"  step {row['step']:2}  cost {row['cost']:6.0f}  "
+            f"value {row['value']:.4f}  validation {row['accuracy']:.3f}  "
+            f"test {row['test_accuracy']:.3f}"
+        )
+print("learned:")
+for path, leaf in jax.tree.leaves_with_path(trace.alpha):
     print(f"  {jax.tree_util.keystr(path):20} {leaf:+.2f}")
+
+# %% [markdown]
+# A loop of your own needs no more than estimates. The one below makes the same steps
+# with `Implicit`, by the program that section 3 compiled: `hg.spaces.inverse` and
+# `hg.spaces.forward` map `alpha` to the unconstrained variable and back, and each
+# training starts at the result of the one before.
+
+# %%
+loss_space = {"smoothing": space["smoothing"], "decay": space["decay"]}
+adam = optax.adam(0.1)
+
+
+@jax.jit
+def move(u, state, hypergradient):
+    """Returns the unconstrained variable, the state of Adam and alpha, one step on."""
+    to_alpha = lambda u: hg.spaces.forward(loss_space, u)
+    _, pull_back = jax.vjp(to_alpha, u)
+    updates, state = adam.update(*pull_back(hypergradient), state)
+    u = optax.apply_updates(u, updates)
+    return u, state, to_alpha(u)
+
+
+estimate_fn, accuracy_fn = hg.hypergradient(problem, implicit), jax.jit(accuracy)
+u = hg.spaces.inverse(loss_space, jax.tree.map(jnp.asarray, loss_alpha))
+state, next_w, next_alpha, estimates = adam.init(u), w, loss_alpha, []
+for _ in range(31):
+    estimate = estimate_fn(next_w, next_alpha)
+    u, state, next_alpha = move(u, state, estimate.hypergradient)
+    next_w = estimate.w
+    estimates.append(estimate)
+
+costs = np.cumsum([float(e.stats["gradient_equivalents"]) for e in estimates])
+print(f"Implicit: {sum(bool(e.trusted) for e in estimates)} steps trusted")
+for step in range(0, 31, 10):
+    estimate = estimates[step]
+    on_val, on_test = (
+        accuracy_fn(data[part], estimate.w, None, None) for part in ("val", "test")
+    )
+    print(
+        f"  step {step:2}  cost {costs[step]:6.0f}  "
+        f"value {estimate.value:.4f}  validation {on_val:.3f}  test {on_test:.3f}"
+    )
 
 # %% [markdown]
 # ## 6. Without gradients
 #
 # `hg.search` evaluates the same problem at values from the same space and returns the
-# same kind of trace. Random search receives the budget that `Unrolled` spent.
+# kind of trace that `hg.OuterLoop` returns. Random search receives the budget that
+# `Unrolled` spent.
 
 # %%
-traces["random search"] = hg.search(
+search = hg.search(
     problem,
     solver,
     hg.searchers.Random(),
     w,
     space=space,
-    budget=float(traces["Unrolled"].cost[-1]),
+    budget=float(trace.cost[-1]),
     key=jax.random.key(0),
 )
 
 # %%
+curves = {
+    "Unrolled": (trace.cost, np.asarray(trace.value)),
+    "Implicit": (costs, np.array([float(e.value) for e in estimates])),
+    # The best so far.
+    "random search": (search.cost, np.fmin.accumulate(np.asarray(search.value))),
+}
 figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-for name, trace in traces.items():
-    value = np.asarray(trace.value)
-    if name == "random search":
-        value = np.fmin.accumulate(value)  # the best so far
-    axis.step(trace.cost, value, where="post", label=name)
+for name, (cost, value) in curves.items():
+    axis.step(cost, value, where="post", label=name)
 axis.set(
     xscale="log",
     xlabel="gradient-equivalents spent",
@@ -312,10 +339,10 @@ axis.set(
 axis.legend(frameon=False)
 plt.show()
 
-for name, trace in traces.items():
+for name, (cost, value) in curves.items():
     print(
-        f"{name:13} {len(trace.value):3} rows, cost {float(trace.cost[-1]):6.0f}, "
-        f"lowest validation loss {float(jnp.nanmin(trace.value)):.4f}"
+        f"{name:13} {len(value):3} rows, cost {float(cost[-1]):6.0f}, "
+        f"lowest validation loss {np.nanmin(value):.4f}"
     )
 
 # %% [markdown]
