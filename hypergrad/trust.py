@@ -11,7 +11,7 @@ from jaxtyping import Array
 from .estimators.base import Estimator
 from .hypergradient import hypergradient
 from .trees import relative_error
-from .trust_problems import FAMILIES, cast_trial, make_trial
+from .trust_problems import FAMILIES, UNIT_EXPONENTS, Trial, cast_trial, make_trial
 
 TRUST_RTOL = 1e-2
 MAX_FALSE_TRUST, MIN_RECALL = 6e-3, 0.98
@@ -122,29 +122,15 @@ def trust_counts(
     Args:
       estimator, family, num_problems, dtype, key: As for `check_trust`.
     """
-    if family not in FAMILIES:
-        raise ValueError(
-            f"families must be among {', '.join(FAMILIES)}; got {family!r}."
-        )
-    if jnp.result_type(float) != jnp.float64:
-        raise ValueError(
-            "jax_enable_x64 must be on, because the exact hypergradients are computed "
-            "in float64. Call jax.config.update('jax_enable_x64', True) first."
-        )
+    _check_family(family)
     keys = jax.random.split(key, num_problems)
     sample = lambda key: make_trial(FAMILIES[family], key)
     trials = jax.jit(jax.vmap(sample))(keys)
-
-    def run(trial):
-        estimate = hypergradient(trial.problem, estimator)(trial.w, trial.alpha)
-        error_estimate = estimate.stats["error_estimate"]
-        return estimate.hypergradient, estimate.trusted, error_estimate
-
-    actual, trusted, error_estimate = jax.jit(jax.vmap(run))(cast_trial(trials, dtype))
+    actual, trusted, error_estimate = _estimate_all(estimator, trials, dtype)
     exact = trials.hypergradient
     error = np.asarray(jax.vmap(relative_error)(actual.astype(exact.dtype), exact))
     is_minimum = np.asarray(trials.is_minimum)
-    has_answer = np.isfinite(exact).all(axis=1) & (is_minimum | (family == "saddle"))
+    has_answer = _has_answer(family, trials)
     trusted = has_answer & np.asarray(trusted)
     is_accurate = has_answer & is_minimum & (error < TRUST_RTOL / 10)
     is_measurable = has_answer & is_minimum & (error > 1e-6) & (error < 1)
@@ -159,3 +145,76 @@ def trust_counts(
         num_measurable=int(np.sum(is_measurable)),
         num_sharp=int(np.sum(is_sharp)),
     )
+
+
+class UnitCounts(NamedTuple):
+    """How many decisions depend on the units of ``w``, as `unit_counts` found.
+
+    Attributes:
+      num_problems: Number of problems with a known hypergradient.
+      num_changed: Number of those trusted in one of two units and not in the other.
+      num_false: Number of those trusted in wide units alone with an error above 2e-2.
+    """
+
+    num_problems: int
+    num_changed: int
+    num_false: int
+
+
+def unit_counts(
+    estimator: Estimator, family: str, num_problems: int, *, dtype: Any, key: Array
+) -> UnitCounts:
+    """Returns how many decisions change between equal units and units of 1e-6 to 1e6.
+
+    Args:
+      estimator, family, num_problems, dtype, key: As for `trust_counts`, with the same
+        problems but for their units.
+    """
+    _check_family(family)
+    keys = jnp.tile(jax.random.split(key, num_problems), 2)
+    unit_exponents = jnp.repeat(jnp.array([0.0, max(UNIT_EXPONENTS)]), num_problems)
+    sample = lambda key, exponent: make_trial(FAMILIES[family], key, exponent)
+    trials = jax.jit(jax.vmap(sample))(keys, unit_exponents)
+    actual, trusted, _ = _estimate_all(estimator, trials, dtype)
+    exact = trials.hypergradient
+    error = np.asarray(jax.vmap(relative_error)(actual.astype(exact.dtype), exact))
+    has_answer = _has_answer(family, trials)[:num_problems]
+    narrow, wide = np.split(np.asarray(trusted), 2)
+    wide_only = has_answer & wide & ~narrow
+    return UnitCounts(
+        num_problems=int(np.sum(has_answer)),
+        num_changed=int(np.sum(has_answer & (narrow != wide))),
+        num_false=int(np.sum(wide_only & ~(error[num_problems:] <= 2 * TRUST_RTOL))),
+    )
+
+
+def _check_family(family: str) -> None:
+    """Raises an error unless a family exists and float64 is enabled."""
+    if family not in FAMILIES:
+        raise ValueError(
+            f"families must be among {', '.join(FAMILIES)}; got {family!r}."
+        )
+    if jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "jax_enable_x64 must be on, because the exact hypergradients are computed "
+            "in float64. Call jax.config.update('jax_enable_x64', True) first."
+        )
+
+
+def _estimate_all(
+    estimator: Estimator, trials: Trial, dtype: Any
+) -> tuple[Array, Array, Array]:
+    """Returns hypergradients, whether they are trusted, and their error estimates."""
+
+    def run(trial):
+        estimate = hypergradient(trial.problem, estimator)(trial.w, trial.alpha)
+        error_estimate = estimate.stats["error_estimate"]
+        return estimate.hypergradient, estimate.trusted, error_estimate
+
+    return jax.jit(jax.vmap(run))(cast_trial(trials, dtype))
+
+
+def _has_answer(family: str, trials: Trial) -> np.ndarray:
+    """Returns for which problems the hypergradient is known."""
+    is_finite = np.isfinite(trials.hypergradient).all(axis=1)
+    return is_finite & (np.asarray(trials.is_minimum) | (family == "saddle"))
