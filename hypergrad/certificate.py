@@ -1,7 +1,6 @@
 """Certificates: how far a hypergradient is from the derivative at the argmin."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +12,6 @@ from .cost import cost_stats
 from .curvature_probe import probe_curvature
 from .display import ResultModule, Row, certificate_rows, sentences_of_flags
 from .implicit_diff import (
-    ImplicitResult,
     corrected_hypergradient,
     count_products,
     max_relative_error,
@@ -22,6 +20,7 @@ from .implicit_diff import (
 )
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
+from .newton_correction import correct_by_newton
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -57,7 +56,10 @@ SCALING_SEED = -1  # of the probes of the scaling; those of estimates count from
 CERTIFICATE_REASONS = {
     "not_finite": "a hypergradient or a derivative is not finite",
     "error": "error_estimate exceeds rtol",
-    "last_change": "the last Newton step changed the hypergradient by more than rtol",
+    "last_change": (
+        "the last Newton step, with all that would follow at the same rate, changes "
+        "the hypergradient by more than rtol"
+    ),
     "not_solved": "a linear solve did not reach its tolerance",
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum"
@@ -75,10 +77,12 @@ class Certificate(ResultModule):
     Attributes:
       error_estimate: ``||h - corrected_hypergradient|| / ||corrected_hypergradient||``
         for the certified hypergradient ``h``, the maximum over K losses.
-      trusted: True if the error estimate is at most ``rtol``, the last Newton step
-        changed the hypergradient by at most ``rtol``, every solve reached its
-        tolerance, everything is finite, neither a solve nor the random probe met
-        negative curvature, and no derivative is lost on the way to a loss.
+      trusted: True if the error estimate is at most ``rtol``, the last Newton step,
+        with all that would follow at the same rate, changes the hypergradient by at
+        most ``rtol``, its solves reached their tolerances, everything is finite,
+        neither these solves nor the random probe met negative curvature, and no
+        derivative is lost on the way to a loss. A Newton step from a gradient at the
+        level of rounding need not be solved.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -91,7 +95,8 @@ class Certificate(ResultModule):
         below ``ritz_min``: with a probability of at least 99% no eigenvalue of
         ``S H S`` is below ``ritz_min - r (ritz_max - ritz_min) / (1 - 2 r)``. From 1/2
         on, the probe says nothing.
-      negative_curvature: Whether a solve or a random probe met negative curvature.
+      negative_curvature: Whether a solve of the last step, or the random probe, met
+        negative curvature that is not rounding.
       distance_bound: With ``strong_convexity``, an upper bound on ``||w - w*||`` at the
         given ``w``; NaN without.
       adjoint_error_bound: With ``strong_convexity``, an upper bound on
@@ -174,7 +179,8 @@ def certify(
 
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
-      products for the scaling; a probe of as many as the longest solve, 20 at least.
+      products for the scaling; a probe of as many as the longest solve, 20 at least;
+      eight more if the solve of the last Newton step fails.
     Memory:
       Ten vectors like ``w``.
     Bias:
@@ -282,24 +288,30 @@ def compute_certificate(
     take_step = lambda w, inner_grad: newton_step(
         loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
     )
-    corrected_w, result, last_change, newton_solves = _correct(
+    correction = correct_by_newton(
         w, hypergradient, adjoint, inner_grad, take_step, differentiate,
         functools.partial(max_relative_error, problem), num_newton_steps,
     )  # fmt: skip
-    solves += newton_solves
+    corrected_w, result = correction.w, correction.result
+    solves += correction.solves
     num_steps = jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS)
     probe = probe_curvature(
-        problem, corrected_w, alpha, batch, scaling, data.solver_key, num_steps
-    )
+        problem, corrected_w, alpha, batch, scaling, data.solver_key, num_steps,
+        curvature_max=_largest_curvature(solves),
+    )  # fmt: skip
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves))
-    is_negative = probe.is_negative | _any_negative(solves)
+    # Each solve corrects what earlier ones left, so that those of the last step judge.
+    last_solves, num_scale_products = correction.last_solves(loss, alpha, batch)
+    num_products += num_scale_products
+    is_negative = probe.is_negative | _any_negative(last_solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
     corrected_grad_norm = norm(result.inner_grad)
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
-    flags = _failed_checks(is_finite, (error, last_change), rtol, solves, is_negative)
+    changes = error, correction.remaining_change
+    flags = _failed_checks(is_finite, changes, rtol, last_solves, is_negative)
     flags |= lost_derivative_flags(problem, corrected_w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
@@ -331,8 +343,8 @@ def _failed_checks(
 ) -> dict[str, Array]:
     """Returns ``{name: bool}`` for the conditions of `Certificate.trusted`.
 
-    ``changes`` are the relative changes of the hypergradient by all steps together and
-    by the last one.
+    ``changes`` are the relative changes of the hypergradient by all steps together, and
+    by the last one with all that would follow.
     """
     error, last_change = changes  # the last one may be NaN where all else is finite
     return {
@@ -342,43 +354,6 @@ def _failed_checks(
         "not_solved": ~_all_solved(solves),
         "negative_curvature": is_negative,
     }
-
-
-def _correct(
-    w: PyTree,
-    hypergradient: PyTree,
-    adjoint: PyTree,
-    inner_grad: PyTree,
-    take_step: Callable[[PyTree, PyTree], tuple[PyTree, LinearStats]],
-    differentiate: Callable[[PyTree, PyTree], ImplicitResult],
-    relative_change: Callable[[PyTree, PyTree], Scalar],
-    num_newton_steps: int,
-) -> tuple[PyTree, Any, Scalar, list[LinearStats]]:
-    """Returns ``w`` and implicit differentiation after Newton steps.
-
-    Args:
-      w, hypergradient, adjoint, inner_grad: Where the steps start.
-      take_step: ``(w, dL/dw) -> (w, statistics)``, one Newton step.
-      differentiate: ``(w, v) -> result``, which corrects the adjoint ``v``.
-      relative_change: ``(old hypergradient, new hypergradient) -> number``.
-      num_newton_steps: Number of steps, 1 at least.
-
-    Returns:
-      ``w``, the derivatives at it, the relative change of the hypergradient by the last
-      step, and the statistics of all solves.
-    """
-    solves: list[LinearStats] = []
-    result, change = None, jnp.asarray(jnp.nan)
-    for _ in range(num_newton_steps):
-        # H d = dL/dw,  w <- w - d
-        w, newton_stats = take_step(w, inner_grad)
-        # H e = b - H v,  v <- v + e
-        result = differentiate(w, adjoint)
-        solves += [newton_stats, result.linear_stats]
-        change = relative_change(hypergradient, result.hypergradient)
-        hypergradient, adjoint = result.hypergradient, result.adjoint
-        inner_grad = result.inner_grad
-    return w, result, change, solves
 
 
 def _cost_stats(
@@ -402,6 +377,11 @@ def _cost_stats(
 def _longest_solve(solves: list[LinearStats]) -> Array:
     """Returns the largest number of products in a solve."""
     return jnp.max(jnp.stack([jnp.max(stats["num_products"]) for stats in solves]))
+
+
+def _largest_curvature(solves: list[LinearStats]) -> Array:
+    """Returns the largest curvature that a solve met, or NaN if none met any."""
+    return jnp.nanmax(jnp.stack([jnp.nanmax(stats["ritz_max"]) for stats in solves]))
 
 
 def _all_solved(solves: list[LinearStats]) -> Array:

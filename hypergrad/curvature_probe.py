@@ -11,7 +11,7 @@ from .linear.cg import extreme_ritz_values, run_recurrence
 from .linear.equilibration import Scaling
 from .problem import Bilevel
 from .products import hvp
-from .trees import norm, random_like, vdot
+from .trees import add_scale, norm, random_like, vdot
 
 MAX_PROBE_STEPS = 1000
 MISS_PROBABILITY = 0.01  # of `Probe.resolution`
@@ -42,6 +42,7 @@ def probe_curvature(
     scaling: Scaling,
     key: Array,
     num_steps: Array | int,
+    curvature_max: Array | float = 0.0,
 ) -> Probe:
     """Returns the part of the spectrum that steps from a random vector show.
 
@@ -50,12 +51,26 @@ def probe_curvature(
     miss the smallest eigenvalue by more than ``eps`` times the width of the spectrum
     with a probability of at most ``1.648 sqrt(n) exp(-sqrt(eps) (2 k - 1))``.
 
+    A minimum that is not strict, such as that of a matrix factorization, has zero
+    eigenvalues, whose sign in floating point is that of a rounding error. The steps
+    therefore work with ``S H S + delta I``, where ``delta`` is 4 eps times
+    ``curvature_max``: the curvature must be below ``-delta`` to count as negative.
+
+    Args:
+      problem, w, alpha, batch: Arguments of the inner loss.
+      scaling: ``S``.
+      key: PRNG key of the random vector.
+      num_steps: Maximum number of steps.
+      curvature_max: A large curvature of ``S H S``, as the solves met it.
+
     Source: Kuczynski & Wozniakowski 1992, theorem 4.2.
     """
-    matvec = scaling.matvec(lambda v: hvp(problem.inner_loss, w, alpha, batch, v))
+    scaled_hvp = scaling.matvec(lambda v: hvp(problem.inner_loss, w, alpha, batch, v))
     z = random_like(key, w)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
+    shift = jnp.nan_to_num(4 * eps * jnp.asarray(curvature_max))
+    matvec = lambda v: add_scale(scaled_hvp(v), shift, v)
     squared_tol = (4 * eps * norm(z)) ** 2
     zeros = optax.tree.zeros_like(z)
     num_coefficients = min(dimension, MAX_PROBE_STEPS)
@@ -64,6 +79,7 @@ def probe_curvature(
         matvec, lambda r: r, zeros, z, squared_tol, num_steps, num_coefficients
     )
     ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
+    ritz_min, ritz_max = ritz_min - shift, ritz_max - shift
     # Both ends of the spectrum are missed with a probability of 1/2% each.
     log_probability = jnp.log(1.648 * dimension**0.5 / (0.5 * MISS_PROBABILITY))
     resolution = (log_probability / jnp.maximum(2.0 * k - 1, 1)) ** 2

@@ -188,7 +188,7 @@ def corrected_hypergradient(
         r = apply_unless(has_no_v, lambda b: optax.tree.sub(b, matvec(v)), b)
         # What is below the rounding of H v is noise.
         eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
-        noise = eps * norm_ratio(scaling.multiply(b), scaling.multiply(r))
+        noise = 4 * eps * norm_ratio(scaling.multiply(b), scaling.multiply(r))
         min_rtol = jnp.fmin(noise, 1.0)  # r may be zero
         solution = scaled_cg(matvec, r, scaling, rtol=jnp.maximum(rtol, min_rtol))
         linear_stats = solution.linear_stats

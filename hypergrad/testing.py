@@ -15,15 +15,17 @@ from .estimators.base import STATS, Estimate, Estimator, get_target
 from .hypergradient import hypergradient
 from .minimize import minimize
 from .problem import Bilevel
-from .trust import TrustCounts, check_trust, trust_counts
+from .trust import TrustCounts, UnitCounts, check_trust, trust_counts, unit_counts
 
 __all__ = [
     "RepeatedSteps",
     "TrustCounts",
+    "UnitCounts",
     "check_estimator",
     "check_trust",
     "quadratic",
     "trust_counts",
+    "unit_counts",
 ]
 
 EIG_MIN, EIG_MAX = 0.5, 1.5

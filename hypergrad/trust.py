@@ -1,6 +1,6 @@
 """Tests of ``trusted`` on random problems with known hypergradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,14 @@ from jaxtyping import Array
 from .estimators.base import Estimator
 from .hypergradient import hypergradient
 from .trees import relative_error
-from .trust_problems import FAMILIES, cast_trial, make_trial
+from .trust_problems import FAMILIES, UNIT_EXPONENTS, Trial, cast_trial, make_trial
 
 TRUST_RTOL = 1e-2
 MAX_FALSE_TRUST, MIN_RECALL = 6e-3, 0.98
-#: A rotation of the factors changes no loss of a matrix factorization, so that rounding
-#: decides the sign of a zero eigenvalue, and accurate estimates may be refused.
-DEFAULT_FAMILIES = tuple(name for name in FAMILIES if name != "factorization")
+#: Families whose minima form circles, so that the Hessian has a zero eigenvalue, and a
+#: negative one nearby: `Implicit` refuses accurate estimates of them.
+CIRCULAR_FAMILIES = "factorization", "distances"
+DEFAULT_FAMILIES = tuple(name for name in FAMILIES if name not in CIRCULAR_FAMILIES)
 
 
 class TrustCounts(NamedTuple):
@@ -57,18 +58,19 @@ def check_trust(
 ) -> TrustCounts:
     """Raises AssertionError unless ``trusted`` can be relied on, in any units.
 
-    Each problem is drawn from one of ten families: ridge, logistic and softmax
-    regression, a network, a matrix factorization, and smooth problems whose Hessians
-    have clusters of eigenvalues, a wide range of them, one small, one negative or three
-    zero ones. ``w`` starts near the minimum or where gradient descent left it, in units
-    that differ by up to 1e6; the losses have factors of up to 1e6, and a third of
-    the problems have a large parameter without influence.
+    Each problem is drawn from one of eleven families: ridge, logistic and softmax
+    regression, a network, a matrix factorization, points with given distances, and
+    smooth problems whose Hessians have clusters of eigenvalues, a wide range of them,
+    one small, one negative or three zero ones. ``w`` starts near the minimum or where
+    gradient descent left it, in units that differ by up to 1e6; the losses have factors
+    of up to 1e6, and a third of the problems have a large parameter without influence.
 
     Args:
       estimator: The estimator. Its inner solver starts from the ``w`` of the problem; a
         solver without steps leaves it there, which tests the rules of trust alone.
-      families: Names of the families. Defaults to all but the matrix factorization,
-        whose minima are not strict, so that accurate estimates may be refused.
+      families: Names of the families. Defaults to all but ``'factorization'`` and
+        ``'distances'``, whose minima are not strict, so that accurate estimates may be
+        refused.
       num_problems: Number of problems of each family.
       dtype: Precision of the estimates.
       key: PRNG key of the problems. Defaults to ``jax.random.key(0)``.
@@ -122,29 +124,15 @@ def trust_counts(
     Args:
       estimator, family, num_problems, dtype, key: As for `check_trust`.
     """
-    if family not in FAMILIES:
-        raise ValueError(
-            f"families must be among {', '.join(FAMILIES)}; got {family!r}."
-        )
-    if jnp.result_type(float) != jnp.float64:
-        raise ValueError(
-            "jax_enable_x64 must be on, because the exact hypergradients are computed "
-            "in float64. Call jax.config.update('jax_enable_x64', True) first."
-        )
+    _check_family(family)
     keys = jax.random.split(key, num_problems)
     sample = lambda key: make_trial(FAMILIES[family], key)
     trials = jax.jit(jax.vmap(sample))(keys)
-
-    def run(trial):
-        estimate = hypergradient(trial.problem, estimator)(trial.w, trial.alpha)
-        error_estimate = estimate.stats["error_estimate"]
-        return estimate.hypergradient, estimate.trusted, error_estimate
-
-    actual, trusted, error_estimate = jax.jit(jax.vmap(run))(cast_trial(trials, dtype))
-    exact = trials.hypergradient
-    error = np.asarray(jax.vmap(relative_error)(actual.astype(exact.dtype), exact))
+    estimate_fn = _make_estimate_fn(estimator, dtype)
+    actual, trusted, error_estimate = estimate_fn(trials)
+    error = _errors(actual, trials)
     is_minimum = np.asarray(trials.is_minimum)
-    has_answer = np.isfinite(exact).all(axis=1) & (is_minimum | (family == "saddle"))
+    has_answer = _has_answer(family, trials)
     trusted = has_answer & np.asarray(trusted)
     is_accurate = has_answer & is_minimum & (error < TRUST_RTOL / 10)
     is_measurable = has_answer & is_minimum & (error > 1e-6) & (error < 1)
@@ -159,3 +147,88 @@ def trust_counts(
         num_measurable=int(np.sum(is_measurable)),
         num_sharp=int(np.sum(is_sharp)),
     )
+
+
+class UnitCounts(NamedTuple):
+    """How many decisions depend on the units of ``w``, as `unit_counts` found.
+
+    Attributes:
+      num_problems: Number of problems with a known hypergradient.
+      num_changed: Number of those trusted in one of two units and not in the other.
+      num_false: Number of those trusted in wide units alone with an error above 2e-2.
+    """
+
+    num_problems: int
+    num_changed: int
+    num_false: int
+
+
+def unit_counts(
+    estimator: Estimator, family: str, num_problems: int, *, dtype: Any, key: Array
+) -> UnitCounts:
+    """Returns how many decisions change between equal units and units of 1e-6 to 1e6.
+
+    Args:
+      estimator, family, num_problems, dtype, key: As for `trust_counts`, with the same
+        problems but for their units.
+    """
+    _check_family(family)
+    keys = jnp.tile(jax.random.split(key, num_problems), 2)
+    unit_exponents = jnp.repeat(jnp.array([0.0, max(UNIT_EXPONENTS)]), num_problems)
+    sample = lambda key, exponent: make_trial(FAMILIES[family], key, exponent)
+    trials = jax.jit(jax.vmap(sample))(keys, unit_exponents)
+    estimate_fn = _make_estimate_fn(estimator, dtype)
+    narrow, wide = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], trials)
+        for part in (slice(num_problems), slice(num_problems, None))
+    )
+    is_trusted_narrow = np.asarray(estimate_fn(narrow)[1])
+    actual, is_trusted_wide, _ = estimate_fn(wide)
+    error = _errors(actual, wide)
+    has_answer = _has_answer(family, wide)
+    has_changed = has_answer & (is_trusted_narrow != np.asarray(is_trusted_wide))
+    is_false = has_changed & np.asarray(is_trusted_wide) & ~(error <= 2 * TRUST_RTOL)
+    return UnitCounts(
+        num_problems=int(np.sum(has_answer)),
+        num_changed=int(np.sum(has_changed)),
+        num_false=int(np.sum(is_false)),
+    )
+
+
+def _check_family(family: str) -> None:
+    """Raises an error unless a family exists and float64 is enabled."""
+    if family not in FAMILIES:
+        raise ValueError(
+            f"families must be among {', '.join(FAMILIES)}; got {family!r}."
+        )
+    if jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "jax_enable_x64 must be on, because the exact hypergradients are computed "
+            "in float64. Call jax.config.update('jax_enable_x64', True) first."
+        )
+
+
+def _make_estimate_fn(
+    estimator: Estimator, dtype: Any
+) -> Callable[[Trial], tuple[Array, Array, Array]]:
+    """Returns the function from trials to hypergradients, trust and error estimates."""
+
+    def run(trial):
+        estimate = hypergradient(trial.problem, estimator)(trial.w, trial.alpha)
+        error_estimate = estimate.stats["error_estimate"]
+        return estimate.hypergradient, estimate.trusted, error_estimate
+
+    run_all = jax.jit(jax.vmap(run))
+    return lambda trials: run_all(cast_trial(trials, dtype))
+
+
+def _errors(actual: Array, trials: Trial) -> np.ndarray:
+    """Returns the relative errors of hypergradients."""
+    exact = trials.hypergradient
+    return np.asarray(jax.vmap(relative_error)(actual.astype(exact.dtype), exact))
+
+
+def _has_answer(family: str, trials: Trial) -> np.ndarray:
+    """Returns for which problems the hypergradient is known."""
+    is_finite = np.isfinite(trials.hypergradient).all(axis=1)
+    return is_finite & (np.asarray(trials.is_minimum) | (family == "saddle"))

@@ -95,7 +95,7 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
-# A network and a matrix factorization.
+# A network, and two problems whose minima form circles.
 
 
 def _network_loss(theta, alpha, batch, row):
@@ -126,6 +126,23 @@ def _sample_factorization(key: Array) -> tuple[Array, Array, PyTree]:
     theta = jnp.ravel(factors) + 0.1 * jax.random.normal(keys[2], (24,))
     alpha = jax.random.uniform(keys[3], (2,), minval=-5.0, maxval=-3.0)
     return theta, alpha, {"y": y}
+
+
+def _distance_loss(theta, alpha, batch, row):
+    # A rotation of the points about zero changes neither loss.
+    points = theta.reshape(8, 2)
+    squares = jnp.sum((points[:, None] - points) ** 2, axis=-1)
+    return 0.5 * jnp.mean((squares - batch["squares"][row]) ** 2)
+
+
+def _sample_distances(key: Array) -> tuple[Array, Array, PyTree]:
+    keys = jax.random.split(key, 4)
+    points = jax.random.normal(keys[0], (8, 2))
+    squares = jnp.sum((points[:, None] - points) ** 2, axis=-1)
+    noise = 0.3 * jax.random.normal(keys[1], (2, 8, 8))
+    theta = jnp.ravel(points) + 0.1 * jax.random.normal(keys[2], (16,))
+    alpha = jax.random.uniform(keys[3], (2,), minval=-5.0, maxval=-3.0)
+    return theta, alpha, {"squares": squares + noise}
 
 
 def _with_penalty(loss: Callable) -> tuple[Loss, Loss]:
@@ -209,6 +226,7 @@ FAMILIES = {
     "softmax": Family(_sample_softmax, *_with_penalty(_softmax_loss)),
     "network": Family(_sample_network, *_with_penalty(_network_loss)),
     "factorization": Family(_sample_factorization, *_with_penalty(_factorization_loss)),
+    "distances": Family(_sample_distances, *_with_penalty(_distance_loss)),
     "clustered": _spectral_family(_clustered),
     "stretched": _spectral_family(_stretched),
     "one slow direction": _spectral_family(_one_slow),
@@ -220,8 +238,11 @@ FAMILIES = {
 # Trials.
 
 
-def make_trial(family: Family, key: Array) -> Trial:
+def make_trial(family: Family, key: Array, unit_exponent: float | None = None) -> Trial:
     """Returns a random problem of a family in random units.
+
+    The units reach from ``10^-e`` to ``10^e``, where ``e`` is ``unit_exponent`` or, by
+    default, one of 0, 2, 4 and 6. Nothing else depends on ``unit_exponent``.
 
     Half of the time ``theta`` starts at the minimum plus noise of a random size, along
     random directions or along those of small curvature; else it is where a random
@@ -241,6 +262,7 @@ def make_trial(family: Family, key: Array) -> Trial:
     is_present = jax.random.bernoulli(keys[4], 0.3)
     theta = jnp.append(theta, jnp.where(is_present, IRRELEVANT_SIZE, 0.0))
     exponent = jax.random.choice(keys[5], jnp.asarray(UNIT_EXPONENTS))
+    exponent = exponent if unit_exponent is None else unit_exponent
     units = 10 ** (exponent * jax.random.uniform(keys[6], theta.shape, minval=-1.0))
     exponents = jax.random.choice(keys[7], jnp.asarray(FACTOR_EXPONENTS), (2,))
     factors = 10.0**exponents

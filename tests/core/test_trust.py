@@ -13,13 +13,14 @@ from hypergrad.curvature_probe import probe_curvature
 from hypergrad.inner.base import inner_stats
 from hypergrad.inner.descent import run_inner_steps
 from hypergrad.linear.equilibration import no_scaling
-from hypergrad.testing import TrustCounts, trust_counts
+from hypergrad.testing import TrustCounts, trust_counts, unit_counts
 from hypergrad.trees import relative_error
 from hypergrad.trust import DEFAULT_FAMILIES
 from hypergrad.trust_problems import (
     FAMILIES,
     approach_minimum,
     dense_hypergradient,
+    make_trial,
     newton,
 )
 
@@ -145,6 +146,31 @@ def test_false_trust_and_too_little_trust_are_errors():
         hg.testing.check_trust(timid, **options)
     with pytest.raises(ValueError, match="families"):
         hg.testing.check_trust(DEFAULT, families=["cubic"])
+
+
+class TrustedIfSmall(AlwaysTrusted):
+    """An estimator that trusts what it finds where no entry of ``w`` is above 1e3."""
+
+    def estimate(self, problem, state, alpha, key):
+        estimate, state = super().estimate(problem, state, alpha, key)
+        flags = {"large": jnp.max(jnp.abs(estimate.w)) > 1e3}
+        return eqx.tree_at(lambda e: e.flags, estimate, flags), state
+
+
+def test_decisions_that_depend_on_units_are_counted():
+    """An estimator whose trust is the size of ``w``, and one that trusts always."""
+    key = jax.random.key(0)
+    args, options = ("ridge", 40), {"dtype": "float64", "key": key}
+    counts = unit_counts(TrustedIfSmall(), *args, **options)
+    sample = jax.vmap(lambda key, e: make_trial(FAMILIES["ridge"], key, e))
+    keys = jax.random.split(key, 40)
+    narrow, wide = (
+        np.max(np.abs(sample(keys, jnp.full(40, exponent)).w), axis=1) < 1e3
+        for exponent in (0.0, 6.0)
+    )
+    assert counts.num_problems == 40
+    assert counts.num_changed == np.sum(narrow != wide) > 20
+    assert unit_counts(AlwaysTrusted(), *args, **options).num_changed == 0
 
 
 def test_counts_add_up():

@@ -1,0 +1,134 @@
+"""What a certificate concludes from its Newton steps, on problems solved by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad.curvature_probe import probe_curvature
+from hypergrad.linear.equilibration import no_scaling
+from hypergrad.newton_correction import (
+    gradient_scale,
+    is_stationary,
+    sum_of_changes,
+)
+
+
+def random_matrix(eigenvalues, seed=0):
+    """Returns a symmetric matrix with these eigenvalues."""
+    size = len(eigenvalues)
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
+    return jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T)
+
+
+@pytest.mark.parametrize(
+    ("previous", "last", "expected"),
+    [(0.4, 0.2, 0.4), (0.0, 0.2, 0.2), (0.0, 0.0, 0.0), (1e-16, 1e-15, 1e-14)],
+    ids=["geometric", "one step", "no change", "rounding"],
+)
+def test_changes_to_come_are_those_of_a_geometric_series(previous, last, expected):
+    """The ratio of two changes that are both rounding counts as 0.9."""
+    actual = sum_of_changes(jnp.asarray(previous), jnp.asarray(last))
+    np.testing.assert_allclose(actual, expected)
+
+
+def test_linear_convergence_of_newton_steps_is_not_trusted():
+    """At a minimum of fourth order each step divides the distance by 3/2."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 4, lambda w, alpha, batch: w**2
+    )
+    certificate = hg.certify(problem, jnp.asarray(1.016), jnp.asarray(1.0))
+    # The hypergradient is 2 w: 0.016 is wrong, of which two steps correct 5/9.
+    expected = 0.016 * 5 / 9 / (1 + 0.016 * 4 / 9)
+    np.testing.assert_allclose(certificate.error_estimate, expected, rtol=1e-5)
+    assert certificate.error_estimate < 1e-2
+    assert {name for name, flag in certificate.flags.items() if flag} == {"last_change"}
+
+
+def test_gradient_scale_is_the_root_of_the_squares_in_any_units():
+    """Eight probes, of a matrix whose entries differ by up to 1e6."""
+    rng = np.random.default_rng(0)
+    units, w = 10.0 ** rng.uniform(-3, 3, 40), jnp.asarray(rng.normal(size=40))
+    H = random_matrix(np.linspace(0.1, 1.0, 40))
+    scale = gradient_scale(lambda v: H @ v, w)
+    ratio = scale / np.sqrt((H**2) @ (w**2))
+    assert np.all((ratio > 0.3) & (ratio < 2))
+    scaled = gradient_scale(lambda v: (H @ (v / units)) / units, w * units)
+    np.testing.assert_allclose(scaled * units, scale, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(0.0, True), (1e-8, False)])
+def test_a_gradient_is_rounding_if_no_entry_is_larger(distance, expected):
+    """One entry of w is off by a relative ``distance``; another one is 1e8 times it."""
+    H = random_matrix(np.linspace(0.1, 1.0, 20))
+    minimum = jnp.ones(20).at[0].set(1e8)
+    H = H.at[0].set(0.0).at[:, 0].set(0.0).at[0, 0].set(1.0)  # the large one is alone
+    w = minimum.at[3].multiply(1 + distance)
+    grad = H @ w - H @ minimum + 1e-16 * H @ w
+    assert is_stationary(grad, gradient_scale(lambda v: H @ v, w)) == expected
+
+
+def test_an_infinite_scale_hides_no_gradient():
+    """A product that overflows says nothing."""
+    assert not is_stationary(jnp.ones(2), jnp.array([jnp.inf, 1e20]))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "expected"), [(0.0, False), (-1e-17, False), (-1e-12, True)]
+)
+def test_only_curvature_below_rounding_is_negative(lowest, expected):
+    """Twenty matrices of size 30 with a largest eigenvalue of 1."""
+
+    @jax.jit
+    @jax.vmap
+    def run(H, key):
+        inner = lambda w, alpha, batch: 0.5 * w @ H @ w
+        w = jnp.ones(30)
+        problem = hg.Bilevel(inner, inner)
+        return probe_curvature(
+            problem, w, w, None, no_scaling(w), key, 60, curvature_max=1.0
+        )
+
+    spectrum = np.linspace(0.1, 1.0, 30)
+    spectrum[0] = lowest
+    H = jnp.stack([random_matrix(spectrum, seed) for seed in range(20)])
+    probe = run(H, jax.random.split(jax.random.key(0), 20))
+    assert np.all(probe.is_negative == expected)
+    np.testing.assert_allclose(probe.ritz_max, 1.0, rtol=1e-2)
+
+
+# A minimum that a rotation of w moves along a circle.
+
+
+def circle_inner(w, alpha, batch):
+    """The squared radius approaches ``alpha``: minima form a circle."""
+    return 0.25 * (jnp.sum(w**2) - alpha) ** 2
+
+
+def circle_outer(w, alpha, batch):
+    return (jnp.sum(w**2) - 1.0) ** 2
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_minima_that_form_a_circle_are_trusted(dtype):
+    """A hundred points of an arc; the hypergradient is ``2 (alpha - 1)``.
+
+    Where the rounding of one happens to be larger than a few ``eps``, it is refused.
+    """
+    angles = jnp.linspace(0.2, jnp.pi / 2 - 0.2, 100)
+    points = 2**0.5 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    problem = hg.Bilevel(circle_inner, circle_outer)
+    alpha = jnp.asarray(2.0, dtype)
+    certify = jax.jit(jax.vmap(lambda w: hg.certify(problem, w, alpha)))
+    certificate = certify(points.astype(dtype))
+    np.testing.assert_allclose(certificate.corrected_hypergradient, 2.0, rtol=1e-5)
+    assert np.sum(certificate.trusted) >= 97
+
+
+def test_a_maximum_in_the_middle_of_the_circle_is_not_trusted():
+    """The Hessian at zero is ``-alpha I``."""
+    problem = hg.Bilevel(circle_inner, circle_outer)
+    certificate = hg.certify(problem, jnp.full(2, 1e-9), 2.0)
+    assert certificate.negative_curvature
+    assert not certificate.trusted
