@@ -58,7 +58,7 @@ pages: $(VENV)/.has-dev ## run the code of every page of the site
 # A notebook NAME.ipynb and its text twin NAME.py must hold the same cells.
 TWIN := $(PY) -m jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all
 
-notebooks: $(VENV)/.has-dev ## run every notebook; check it against its text twin
+notebooks: $(VENV)/.has-test $(VENV)/.has-notebooks ## run every notebook; check it against its text twin
 	@rm -rf .cache/twins && mkdir -p .cache/twins
 	@for file in $$(ls notebooks/*.ipynb notebooks/*.py); do \
 	    twin=.cache/twins/$$(basename $$file).txt; \
@@ -84,7 +84,8 @@ clean: ## remove caches and built files; environments and results stay
 # pyproject.toml makes it stale. A larger extra brings the smaller ones.
 covered_cli  := cli
 covered_test := cli test
-covered_dev  := cli test dev
+covered_notebooks := notebooks
+covered_dev  := cli test notebooks dev
 
 $(VENV)/.has-%: pyproject.toml | $(VENV)/pyvenv.cfg
 	@echo "Installing hypergrad[$*] into $(VENV): a minute or two the first time"
