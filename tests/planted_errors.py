@@ -98,6 +98,15 @@ ERRORS = (
         "test_a_large_parameter_without_influence_hides_nothing",
     ),
     PlantedError(
+        "certificate: Newton steps that converge linearly count as converged",
+        "newton_correction.py",
+        "return last / (1 - jnp.minimum(ratio, MAX_RATE))",
+        "return last",
+        "core/test_newton_correction.py",
+        guard="core/test_newton_correction.py::"
+        "test_linear_convergence_of_newton_steps_is_not_trusted",
+    ),
+    PlantedError(
         "scaled CG: projections on the Krylov space lose their sign",
         "linear/scaled_cg.py",
         "add_scale(y, coefficient, p)",
