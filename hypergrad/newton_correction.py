@@ -79,9 +79,10 @@ def correct_by_newton(
       num_newton_steps: Number of steps, 1 at least.
     """
     solves: list[LinearStats] = []
-    change = jnp.asarray(0.0)
+    result, change = None, jnp.asarray(0.0)
+    before_last = w, inner_grad, change
     for _ in range(num_newton_steps):
-        previous_w, previous_grad, previous_change = w, inner_grad, change
+        before_last = w, inner_grad, change
         # H d = dL/dw,  w <- w - d
         w, newton_stats = take_step(w, inner_grad)
         # H e = b - H v,  v <- v + e
@@ -90,9 +91,15 @@ def correct_by_newton(
         change = relative_change(hypergradient, result.hypergradient)
         hypergradient, adjoint = result.hypergradient, result.adjoint
         inner_grad = result.inner_grad
-    remaining_change = sum_of_changes(previous_change, change)
+    assert result is not None  # there is one step at least
+    previous_w, previous_grad, previous_change = before_last
     return NewtonCorrection(
-        w, result, remaining_change, previous_w, previous_grad, solves
+        w=w,
+        result=result,
+        remaining_change=sum_of_changes(previous_change, change),
+        previous_w=previous_w,
+        previous_grad=previous_grad,
+        solves=solves,
     )
 
 

@@ -150,7 +150,7 @@ def trust_counts(
 
 
 class UnitCounts(NamedTuple):
-    """How many decisions depend on the units of ``w``, as `unit_counts` found.
+    """The number of decisions that depend on the units of ``w``.
 
     Attributes:
       num_problems: Number of problems with a known hypergradient.
