@@ -69,7 +69,8 @@ def probe_curvature(
     z = random_like(key, w)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
-    shift = jnp.nan_to_num(4 * eps * jnp.asarray(curvature_max))
+    curvature_max = jnp.asarray(curvature_max)
+    shift = 4 * eps * jnp.where(jnp.isfinite(curvature_max), curvature_max, 0.0)
     matvec = lambda v: add_scale(scaled_hvp(v), shift, v)
     squared_tol = (4 * eps * norm(z)) ** 2
     zeros = optax.tree.zeros_like(z)

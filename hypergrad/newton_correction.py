@@ -1,4 +1,4 @@
-"""Newton steps of a certificate, and which of their solves judge."""
+"""Newton steps of a certificate, and which of their solves decide on trust."""
 
 import functools
 import math
@@ -15,7 +15,6 @@ from .linear.base import LinearStats, MatVec
 from .products import Loss, hvp
 from .trees import apply_unless, hash_normal, scale
 
-MAX_RATE = 0.9  # of two changes that are both down to rounding
 NUM_SCALE_PROBES = 8
 
 
@@ -24,39 +23,17 @@ class NewtonCorrection(NamedTuple):
 
     Attributes:
       w, result: ``w`` after the last step, and the derivatives there.
-      remaining_change: Relative change of the hypergradient by the last step and all
-        that would follow, if each changed it by the same fraction of the one before.
+      last_change: Relative change of the hypergradient by the last step.
       previous_w, previous_grad: ``w`` and ``dL/dw`` before the last step.
       solves: Statistics of the two solves of each step.
     """
 
     w: PyTree
     result: ImplicitResult
-    remaining_change: Scalar
+    last_change: Scalar
     previous_w: PyTree
     previous_grad: PyTree
     solves: list[LinearStats]
-
-    def last_solves(
-        self, loss: Loss, alpha: PyTree, batch: PyTree
-    ) -> tuple[list[LinearStats], Array]:
-        """Returns the statistics of the solves of the last step, and the products made.
-
-        If the gradient before the step is at the level of rounding, the step had
-        nothing to correct. Its solve may then fail along a zero eigenvalue, such as
-        that of a rotation that changes no loss, and counts as solved.
-        """
-        newton_stats, adjoint_stats = self.solves[-2:]
-        is_solved, w = newton_stats["is_solved"], self.previous_w
-        matvec = functools.partial(hvp, loss, w, alpha, batch)
-        grad_scale = apply_unless(is_solved, lambda w: gradient_scale(matvec, w), w)
-        is_rounding = ~is_solved & is_stationary(self.previous_grad, grad_scale)
-        newton_stats = newton_stats | {
-            "is_solved": is_solved | is_rounding,
-            "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
-        }
-        num_products = jnp.where(is_solved, 0, NUM_SCALE_PROBES)
-        return [newton_stats, adjoint_stats], num_products
 
 
 def correct_by_newton(
@@ -71,6 +48,8 @@ def correct_by_newton(
 ) -> NewtonCorrection:
     """Returns ``w`` and implicit differentiation after Newton steps.
 
+    With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``.
+
     Args:
       w, hypergradient, adjoint, inner_grad: Where the steps start.
       take_step: ``(w, dL/dw) -> (w, statistics)``, one Newton step.
@@ -79,10 +58,10 @@ def correct_by_newton(
       num_newton_steps: Number of steps, 1 at least.
     """
     solves: list[LinearStats] = []
-    result, change = None, jnp.asarray(0.0)
-    before_last = w, inner_grad, change
+    result, change = None, jnp.asarray(jnp.nan)
+    previous_w, previous_grad = w, inner_grad
     for _ in range(num_newton_steps):
-        before_last = w, inner_grad, change
+        previous_w, previous_grad = w, inner_grad
         # H d = dL/dw,  w <- w - d
         w, newton_stats = take_step(w, inner_grad)
         # H e = b - H v,  v <- v + e
@@ -92,38 +71,41 @@ def correct_by_newton(
         hypergradient, adjoint = result.hypergradient, result.adjoint
         inner_grad = result.inner_grad
     assert result is not None  # there is one step at least
-    previous_w, previous_grad, previous_change = before_last
-    return NewtonCorrection(
-        w=w,
-        result=result,
-        remaining_change=sum_of_changes(previous_change, change),
-        previous_w=previous_w,
-        previous_grad=previous_grad,
-        solves=solves,
-    )
+    return NewtonCorrection(w, result, change, previous_w, previous_grad, solves)
 
 
-def sum_of_changes(previous: Scalar, last: Scalar) -> Scalar:
-    """Returns ``c (1 + r + r^2 + ...) = c / (1 - r)``, ``r`` the ratio of two changes.
+def judge_last_solves(
+    correction: NewtonCorrection, loss: Loss, alpha: PyTree, batch: PyTree
+) -> tuple[list[LinearStats], Array]:
+    """Returns the statistics of the solves of the last step, and the products made.
 
-    Newton steps towards a minimum with a singular Hessian converge linearly, so that
-    one small change does not say that the next ones are smaller. ``r`` is zero if there
-    was no earlier change, and at most 0.9.
-
-    Source: Aitken 1926.
+    Each solve corrects what earlier ones left, so that the last ones decide on trust.
+    If the gradient before the step is at the level of rounding, the step had nothing to
+    correct. Its solve may then fail along a zero eigenvalue, such as that of a rotation
+    that changes no loss; it counts as solved, and as without negative curvature, which
+    the adjoint solve and the probe look for at the corrected ``w``.
     """
-    has_previous = previous > 0
-    ratio = jnp.where(has_previous, last / jnp.where(has_previous, previous, 1.0), 0.0)
-    return last / (1 - jnp.minimum(ratio, MAX_RATE))
+    newton_stats, adjoint_stats = correction.solves[-2:]
+    is_solved, w = newton_stats["is_solved"], correction.previous_w
+    matvec = functools.partial(hvp, loss, w, alpha, batch)
+    grad_scale = apply_unless(is_solved, lambda w: gradient_scale(matvec, w), w)
+    is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
+    newton_stats = newton_stats | {
+        "is_solved": is_solved | is_rounding,
+        "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
+    }
+    num_products = jnp.where(is_solved, 0, NUM_SCALE_PROBES)
+    return [newton_stats, adjoint_stats], num_products
 
 
 def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
     """Returns estimates of ``(sum_j (H_ij w_j)^2)^(1/2)``, structured like ``w``.
 
     If ``|g_i|`` is at most ``tau`` times this root for every entry of a gradient, then
-    ``w`` is stationary for a Hessian whose entries differ by about ``tau``. The root is
-    the standard deviation of ``(H D z)_i`` with ``D = diag(w)`` and a standard normal
-    ``z``, estimated from the mean of the absolute values.
+    ``w`` is stationary for a quadratic model whose Hessian entries are changed by about
+    a fraction ``tau``. The units of ``w`` do not matter, but its origin does. The root
+    is the standard deviation of ``(H D z)_i`` with ``D = diag(w)`` and a standard
+    normal ``z``, estimated from the mean of the absolute values.
 
     Args:
       matvec: Function ``v -> H v``.
