@@ -22,10 +22,10 @@
 # w^*(\alpha) = \operatorname{argmin}_w L(w, \alpha).
 # $$
 #
-# The *hypergradient* $\nabla f(\alpha)$ is the change of the validation loss when a
-# hyperparameter changes, **given that the model will be retrained**. This notebook
-# computes it in two ways with plain JAX, checks both against a closed form, and then
-# stops the training early and compares the two ways again.
+# The *hypergradient* $\nabla f(\alpha)$ is the rate at which the validation loss
+# changes with a hyperparameter, **given that the model will be retrained**. This
+# notebook computes it in two ways with plain JAX, checks both against a closed form,
+# and then stops the training early and compares the two ways again.
 #
 # Ridge regression with one log-penalty per feature has a closed form for everything:
 #
@@ -292,8 +292,8 @@ for num_steps, a, b in zip(counts, runs["implicit"], runs["unrolled"], strict=Tr
 
 # %% [markdown]
 # `Implicit` reports if it was stopped too early. It corrects $w_T$ and the adjoint by
-# approximate Newton steps, for which the conjugate gradients of the adjoint leave
-# everything that is needed, and takes the change of the hypergradient as
+# approximate Newton steps, which need a few products besides the conjugate gradients of
+# the adjoint, and takes the change of the hypergradient as
 # `error_estimate`. If it exceeds a hundredth, the estimate is not trusted, and
 # `reasons` states why. Early stopping does not show in `adjoint_residual`, because the
 # linear system is solved accurately, but at the wrong point.

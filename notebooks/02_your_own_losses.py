@@ -168,8 +168,8 @@ except ValueError as error:
 # %% [markdown]
 # `Implicit` therefore receives the leaves that enter the losses. Its target is the
 # derivative at the *minimum*, which a hundred steps of momentum do not reach. With a
-# tolerance of 1 Newton's method accepts any start, so that the formula is evaluated at
-# the parameters where the hundred steps of `Unrolled` stopped:
+# relative tolerance of 1 Newton's method accepts any start, so that the formula is
+# evaluated at the parameters where the hundred steps of `Unrolled` stopped:
 
 # %%
 loss_alpha = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
@@ -349,7 +349,8 @@ for name, (cost, value) in curves.items():
 # All three are counted in one unit of cost: a gradient of the training loss on all of
 # its data counts 1, and a Hessian-vector product counts 2. With four hyperparameters
 # and a cheap model random search is competitive. Its cost grows with the number of
-# hyperparameters, while the cost of a hypergradient hardly does.
+# hyperparameters, while the cost of a hypergradient hardly does. The values of
+# `Implicit` are those at the minimum, the others those after a hundred steps.
 #
 # ## 7. The solution as a function
 #

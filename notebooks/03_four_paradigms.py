@@ -38,12 +38,12 @@ import hypergrad as hg
 # ## Systems and estimators
 #
 # The inner solver determines the estimator. A solution of the inner problem, in closed
-# form or by descent that converges, has an implicit derivative. `self_supervised` stops
-# its inner run after a few steps, so that the run itself is differentiated. The
-# derivative of a run is exact for its own target. An implicit derivative is right at
-# the solution of the inner problem, and its estimator can estimate the error of each
-# estimate. Here it does not, which makes the programs about half as large; the last
-# section judges one of the systems.
+# form or approximately by descent, has an implicit derivative. `self_supervised` stops
+# its inner run after 100 steps, far from a solution, so that the run itself is
+# differentiated. The derivative of a run is exact for its own target. An implicit
+# derivative is right at the solution of the inner problem, and its estimator can
+# estimate the error of each estimate. Here it does not, which makes the programs about
+# half as large; [another notebook](05_trust.ipynb) is about that error.
 
 
 # %%
@@ -81,8 +81,8 @@ for name, task in tasks.items():
 # %% [markdown]
 # ## Twenty steps of each
 #
-# All systems are learned by the same call. The space keeps weights in [0, 1] and rates
-# positive. The metric is exact, is evaluated on data that neither loss uses, and is not
+# All systems are learned by the same call. The space keeps each `alpha` admissible. The
+# metric has no surrogate, is evaluated on data that neither loss uses, and is not
 # counted as cost. The cost is that of one hypergradient, the first one. Most of the
 # time is compilation, which two threads do side by side.
 
@@ -125,29 +125,6 @@ for axes, (name, trace) in zip(panels, traces.items(), strict=True):
     axes.title.set_fontsize(9)
 panels[0].set_ylabel("outer value")
 plt.show()
-
-# %% [markdown]
-# ## Can a result be trusted?
-#
-# `certify` takes any `w` and `alpha`. It moves `w` by Newton steps towards the solution
-# of the inner problem and computes the hypergradient there. The change of the
-# hypergradient is an estimate of the error of the first one. The example is the end of
-# the run of `cleaning`, whose inner descent stops early. Its error is estimated as two
-# percent, and that of the corrected hypergradient as 4e-6. The corrected one is not
-# trusted all the same, because in float32 a linear solve does not reach its tolerance
-# of 1e-6.
-
-# %%
-problem, trace = tasks["cleaning"].problem, traces["cleaning"]
-first = hg.certify(problem, trace.w, trace.alpha)
-second = hg.certify(problem, first.corrected_w, trace.alpha)
-for name, certificate in {"estimate": first, "corrected": second}.items():
-    error, residual = certificate.error_estimate, certificate.inner_grad_norm
-    print(
-        f"{name:10} error {float(error):.1e}, trusted {bool(certificate.trusted)}, "
-        f"norm of the inner gradient {float(residual):.1e}"
-    )
-print(*second.reasons, sep="\n")
 
 # %% [markdown]
 # Twenty steps are a beginning. The tables run to a budget, tune a baseline without

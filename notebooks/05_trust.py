@@ -65,11 +65,12 @@ truth = jax.vmap(exact, (None, 0))(w, alphas)
 # %% [markdown]
 # ## Training that stops early
 #
-# The implicit formula holds at the minimum. After a few steps of gradient descent `w`
-# is not there, and the formula gives the slope of another curve. The number of steps of
-# `hg.Descent` is a part of the compiled program. Here the steps are a loop of JAX, and
-# `hg.Descent` makes none, so that the formula is evaluated where the loop stops: one
-# program makes the estimates for all numbers of steps and penalties.
+# The implicit formula holds at the minimum. After a few steps of gradient descent with
+# momentum `w` is not there, and the formula gives a slope that belongs to no minimum.
+# The number of steps of `hg.Descent` is a part of the compiled program. Here the steps
+# are a loop of JAX, and `hg.Descent` makes none, so that the formula is evaluated where
+# the loop stops: one program makes the estimates for all numbers of steps and
+# penalties.
 
 # %%
 momentum = optax.sgd(0.3, momentum=0.9)
@@ -120,7 +121,8 @@ plt.show()
 # %% [markdown]
 # ## Is the estimated error right?
 #
-# `error_estimate` is a relative error. The figure shows it beside the true one, for
+# `error_estimate` is relative to the estimate itself, and of first order: a large one
+# says only that the error is large. The figure shows it beside the true one, for
 # all numbers of steps and penalties. An estimate below the diagonal is worse than it
 # says; the errors of the trusted ones should be small.
 
@@ -151,7 +153,8 @@ print("true     ", true_slope)
 # ## A saddle
 #
 # Where the gradient is zero there need not be a minimum. This training loss has a
-# saddle at 0 and two minima beside it; training that starts at 0 stays there.
+# saddle at $(0, \alpha)$ and minima at $(\pm 1, \alpha)$; training that starts with
+# `w[0] = 0` ends in the saddle.
 
 
 # %%

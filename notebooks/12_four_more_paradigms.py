@@ -18,9 +18,9 @@
 # one model. Here the inner problem is a batch of small tasks, an average over clients,
 # temporal-difference learning without a loss, or a differential equation. The loop is
 # the same. Every system is a task of the library, on data that comes with scikit-learn
-# or is simulated, and `hypergrad run NAME` makes its table. With these eight, every
-# paradigm has one; the other tasks, `penalties`, `schedules`, `augmentation` and
-# `architecture`, are supervised.
+# or is simulated, and `hypergrad run NAME` makes its table. With the four of the
+# earlier notebook every paradigm has one; the other tasks, `penalties`, `schedules`,
+# `augmentation` and `architecture`, are supervised.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +38,10 @@ import hypergrad as hg
 #
 # `few_shot` takes a few steps from a common start, and `reinforcement` follows a
 # semi-gradient, which is the gradient of no loss: in both the run itself is
-# differentiated, and the derivative is exact for its own target. `federated` and
-# `physics` end near a solution of the inner problem and have an implicit derivative,
-# whose error the estimator leaves out here, because the programs are then about half as
-# large.
+# differentiated, and the derivative is exact for its own target (in reinforcement
+# learning with the experience taken as given). `federated` and `physics` use an
+# implicit derivative. The estimator leaves out its error here, because the programs are
+# then about half as large; that of `physics`, which stops early, would not be small.
 
 
 # %%
@@ -80,8 +80,8 @@ for name, task in tasks.items():
 # %% [markdown]
 # ## Twenty steps of each
 #
-# All systems are learned by the same call. The space keeps weights in [0, 1] and rates
-# positive. The metric is exact, is evaluated on data that neither loss uses, and is not
+# All systems are learned by the same call. The space keeps each `alpha` admissible. The
+# metric has no surrogate, is evaluated on data that neither loss uses, and is not
 # counted as cost. The cost is that of one hypergradient, the first one. Most of the
 # time is compilation, which two threads do side by side.
 
