@@ -20,7 +20,7 @@ from .implicit_diff import (
 )
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
-from .newton_correction import correct_by_newton, judge_last_solves
+from .newton_correction import correct_by_newton, last_solve_stats
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -49,7 +49,9 @@ NO_GRADIENT_ADVICE = (
 NEWTON_RTOL = 1e-3
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
-LAST_CHANGE_RATIO = 0.1  # of rtol: steps that converge by 0.9 each leave ten changes
+#: Of ``rtol``. If each step changes the hypergradient by 0.9 of the change before, all
+#: steps from the last one on change it by ten times the last change.
+LAST_CHANGE_RATIO = 0.1
 NUM_PROBE_STEPS = 20  # minimum number of CG steps that search for negative curvature
 SCALING_SEED = -1  # of the probes of the scaling; those of estimates count from zero
 
@@ -58,7 +60,8 @@ CERTIFICATE_REASONS = {
     "not_finite": "a hypergradient or a derivative is not finite",
     "error": "error_estimate exceeds rtol",
     "last_change": (
-        "the last Newton step changed the hypergradient by more than a tenth of rtol"
+        "the last Newton step changed the hypergradient by more than a tenth of rtol, "
+        "or the only step by more than rtol"
     ),
     "not_solved": "a linear solve did not reach its tolerance",
     "negative_curvature": (
@@ -302,7 +305,7 @@ def compute_certificate(
     )  # fmt: skip
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves))
-    last_solves, num_scale_products = judge_last_solves(correction, loss, alpha, batch)
+    last_solves, num_scale_products = last_solve_stats(correction, loss, alpha, batch)
     num_products += num_scale_products
     is_negative = probe.is_negative | _any_negative(last_solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
@@ -310,9 +313,9 @@ def compute_certificate(
     # ||h - h_corrected|| / ||h_corrected||
     error = max_relative_error(problem, hypergradient, corrected)
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
-    # Without an earlier step there is nothing to compare a change with.
-    change_rtol = rtol if num_newton_steps == 1 else LAST_CHANGE_RATIO * rtol
-    has_converged = correction.last_change <= change_rtol  # False for NaN
+    # The change by the only step is the error estimate itself.
+    max_change = rtol if num_newton_steps == 1 else LAST_CHANGE_RATIO * rtol
+    has_converged = correction.last_change <= max_change  # False for NaN
     flags = _failed_checks(
         is_finite, error <= rtol, has_converged, last_solves, is_negative
     )

@@ -1,4 +1,4 @@
-"""Newton steps of a certificate, and which of their solves decide on trust."""
+"""The Newton steps of a certificate, and the statistics that decide on trust."""
 
 import functools
 import math
@@ -74,7 +74,7 @@ def correct_by_newton(
     return NewtonCorrection(w, result, change, previous_w, previous_grad, solves)
 
 
-def judge_last_solves(
+def last_solve_stats(
     correction: NewtonCorrection, loss: Loss, alpha: PyTree, batch: PyTree
 ) -> tuple[list[LinearStats], Array]:
     """Returns the statistics of the solves of the last step, and the products made.

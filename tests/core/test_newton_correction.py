@@ -9,6 +9,7 @@ import hypergrad as hg
 from hypergrad.curvature_probe import probe_curvature
 from hypergrad.linear.equilibration import no_scaling
 from hypergrad.newton_correction import gradient_scale, is_stationary
+from hypergrad.trust import MIN_RECALL
 
 
 def random_matrix(eigenvalues, seed=0):
@@ -108,7 +109,7 @@ def circle_outer(w, alpha, batch):
 def test_minima_that_form_a_circle_are_trusted(dtype):
     """A hundred points of an arc; the hypergradient is ``2 (alpha - 1)``.
 
-    Where the rounding of one happens to be larger than a few ``eps``, it is refused.
+    A point whose rounding errors happen to be large is refused, but at most 2%.
     """
     angles = jnp.linspace(0.2, jnp.pi / 2 - 0.2, 100)
     points = 2**0.5 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -117,7 +118,7 @@ def test_minima_that_form_a_circle_are_trusted(dtype):
     certify = jax.jit(jax.vmap(lambda w: hg.certify(problem, w, alpha)))
     certificate = certify(points.astype(dtype))
     np.testing.assert_allclose(certificate.corrected_hypergradient, 2.0, rtol=1e-5)
-    assert np.sum(certificate.trusted) >= 97
+    assert np.mean(certificate.trusted) >= MIN_RECALL
 
 
 def test_a_maximum_in_the_middle_of_the_circle_is_not_trusted():
