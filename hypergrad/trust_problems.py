@@ -130,19 +130,22 @@ def _sample_factorization(key: Array) -> tuple[Array, Array, PyTree]:
 
 def _distance_loss(theta, alpha, batch, row):
     # A rotation of the points about zero changes neither loss.
-    points = theta.reshape(8, 2)
-    squares = jnp.sum((points[:, None] - points) ** 2, axis=-1)
+    squares = _squared_distances(theta.reshape(8, 2))
     return 0.5 * jnp.mean((squares - batch["squares"][row]) ** 2)
+
+
+def _squared_distances(points: Float[Array, "n 2"]) -> Float[Array, "n n"]:
+    return jnp.sum((points[:, None] - points[None]) ** 2, axis=-1)
 
 
 def _sample_distances(key: Array) -> tuple[Array, Array, PyTree]:
     keys = jax.random.split(key, 4)
     points = jax.random.normal(keys[0], (8, 2))
-    squares = jnp.sum((points[:, None] - points) ** 2, axis=-1)
+    squares = _squared_distances(points)
     noise = 0.3 * jax.random.normal(keys[1], (2, 8, 8))
     theta = jnp.ravel(points) + 0.1 * jax.random.normal(keys[2], (16,))
     alpha = jax.random.uniform(keys[3], (2,), minval=-5.0, maxval=-3.0)
-    return theta, alpha, {"squares": squares + noise}
+    return theta, alpha, {"squares": squares[None] + noise}
 
 
 def _with_penalty(loss: Callable) -> tuple[Loss, Loss]:
