@@ -321,7 +321,7 @@ def make_control(key: Array, sizes: dict[str, Any]) -> Task:
         w=mlp.init(key, (1, *sizes["hidden"], 1)),
         alpha=jnp.ones(2),
         space=spaces.Real(),
-        metrics={"cost": jax.tree_util.Partial(control_cost_on, quadrature)},
+        metrics={"tracking_error": jax.tree_util.Partial(control_cost_on, quadrature)},
         exact=exact_control,
     )
 

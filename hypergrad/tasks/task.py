@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
-from ..recording import Metric
+from ..recording import Metric, check_metrics
 
 
 class Task(eqx.Module):
@@ -23,7 +23,8 @@ class Task(eqx.Module):
       w: Inner starting point.
       alpha: Starting point of the hyperparameters.
       space: Set of admissible values of ``alpha``.
-      metrics: Exact metrics ``{name: fn(w, alpha, key) -> scalar}``.
+      metrics: Exact metrics ``{name: fn(w, alpha, key) -> scalar}``. No name is that of
+        a column of a trace.
       splits: ``{name of a split: its examples}``, for methods that train on other
         examples and for tables; None if the task offers none.
       exact: ``alpha -> hypergradient`` in closed form, or None if none is known.
@@ -40,6 +41,9 @@ class Task(eqx.Module):
     metrics: dict[str, Metric]
     splits: PyTree = None
     exact: Callable[[PyTree], PyTree] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_metrics(self.metrics)
 
     def metric_values(self, w: PyTree, alpha: PyTree, key: Array) -> dict[str, Array]:
         """Returns the value of every metric at one point."""

@@ -1,8 +1,11 @@
 """Tests of the arguments of all tasks: wrong data, keys and sizes are errors."""
 
+from dataclasses import fields as fields_of
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hypergrad as hg
@@ -51,6 +54,20 @@ def test_data_must_be_a_dict_of_features_and_labels(name: str):
     for error, data in WRONG_DATA.values():
         with pytest.raises(error, match="data"):
             make(name, data, **arguments)
+
+
+def test_metrics_of_a_task_can_be_recorded():
+    """No metric has the name of a column of a trace, which would be an error later."""
+    control = hg.tasks.physics.make(key=jax.random.key(0), variant="control")
+    hg.OuterLoop(
+        control.problem,
+        hg.Implicit(control.solver),
+        optax.sgd(0.1),
+        metrics=control.metrics,
+    )
+    fields = {field.name: getattr(control, field.name) for field in fields_of(control)}
+    with pytest.raises(ValueError, match=r"metrics.*'cost'"):
+        hg.tasks.Task(**fields | {"metrics": {"cost": lambda w, alpha, key: 0.0}})
 
 
 @pytest.mark.parametrize("name", TASKS)
