@@ -69,6 +69,7 @@ def f1_of_wrong_labels(
     return 2 * jnp.sum(predicted & wrong) / (jnp.sum(predicted) + jnp.sum(wrong))
 
 
+@jax.jit
 def split(
     data: PyTree,
     key: Array,

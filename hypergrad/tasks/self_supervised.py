@@ -159,6 +159,7 @@ def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
     return jnp.sum(batch["evaluate"] * is_correct) / jnp.sum(batch["evaluate"])
 
 
+@jax.jit
 def split(
     data: PyTree, key: Array, penalty: Array, hold_out: Array | bool = False
 ) -> dict[str, PyTree]:

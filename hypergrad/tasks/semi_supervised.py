@@ -12,6 +12,8 @@ paper makes new pseudo-labels at every step (FixMatch). Here the supervised mode
 them once, so that the wrong ones are known.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -69,6 +71,7 @@ def auroc_of_wrong_labels(
     return AUC().exact(-alpha, is_wrong)
 
 
+@jax.jit
 def pseudo_labels(w: PyTree, splits: PyTree, penalty: Array) -> Array:
     """Returns the classes that the supervised model predicts for unlabeled examples."""
     batch = {"labeled": splits["labeled"], "penalty": penalty}
@@ -76,6 +79,7 @@ def pseudo_labels(w: PyTree, splits: PyTree, penalty: Array) -> Array:
     return jnp.argmax(softmax_regression(w, splits["unlabeled"]["x"]), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="sizes")
 def split(
     data: PyTree, key: Array, sizes: tuple[int, int, int], hold_out: Array | bool
 ) -> dict[str, PyTree]:
