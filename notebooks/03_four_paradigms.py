@@ -24,7 +24,6 @@
 # table.
 
 # %%
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -66,12 +65,8 @@ SYSTEMS = {
 }
 
 
-def make(name):
-    return getattr(hg.tasks, name).make(key=jax.random.key(0))
-
-
-with ThreadPoolExecutor(2) as pool:
-    tasks = dict(zip(SYSTEMS, pool.map(make, SYSTEMS), strict=True))
+key = jax.random.key(0)
+tasks = {name: getattr(hg.tasks, name).make(key=key) for name in SYSTEMS}
 count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
 print(f"{'task':16} {'paradigm':17} {'w':>6} {'alpha':>6}  meaning of alpha")
 for name, task in tasks.items():
@@ -79,12 +74,12 @@ for name, task in tasks.items():
     print(f"{row}  {SYSTEMS[name].alpha}")
 
 # %% [markdown]
-# ## Twenty steps of each
+# ## Ten steps of each
 #
 # All systems are learned by the same call. The space keeps each `alpha` admissible. The
 # metric has no surrogate, is evaluated on data that neither loss uses, and is not
 # counted as cost. The cost is that of one hypergradient, the first one. Most of the
-# time is compilation, which two threads do side by side.
+# time is compilation.
 
 
 # %%
@@ -96,14 +91,13 @@ def learn(name):
         optax.adam(system.rate),
         space=task.space,
         metrics={system.metric: task.metrics[system.metric]},
-        eval_every=19,
+        eval_every=9,
     )
     state = loop.init(task.w, task.alpha, jax.random.key(2))
-    return loop.run(state, num_steps=20)
+    return loop.run(state, num_steps=10)
 
 
-with ThreadPoolExecutor(2) as pool:
-    traces = dict(zip(SYSTEMS, pool.map(learn, SYSTEMS), strict=True))
+traces = {name: learn(name) for name in SYSTEMS}
 print(
     f"{'task':16} {'outer value':>20}  {'metric':14} {'before':>8} {'after':>8} "
     f"{'cost':>6}"
@@ -127,7 +121,7 @@ panels[0].set_ylabel("outer value")
 plt.show()
 
 # %% [markdown]
-# Twenty steps are a beginning. The tables run to a budget, tune a baseline without
+# Ten steps are a beginning. The tables run to a budget, tune a baseline without
 # learned hyperparameters by the same rule, give random search the same cost, and report
 # claims that were not reproduced next to those that were. They are in
 # `benchmarks/results`.
