@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from ..trees import add_scale, divide, norm, power_of_two_scale
+from ..trees import (
+    add_scale,
+    cast_like,
+    divide,
+    norm,
+    power_of_two_scale,
+    scalar_dtype,
+)
 
 MatVec = Callable[[PyTree], PyTree]
 LinearStats = dict[str, Array]
@@ -119,10 +126,15 @@ def solve_linear(
       ``ritz_max`` and ``negative_curvature`` of `SymmetricSolver`, and ``is_solved``,
       whether the solver reports success.
     """
+    like = b
+    if not isinstance(solver, SymmetricSolver):
+        # Solvers of lineax need one dtype, and LAPACK has none below float32.
+        matvec, b, y0 = _with_one_dtype(matvec, b, y0)
     operator = hessian_operator(matvec, b)
     options = {"y0": y0, "true_residual": False, "prepared": prepared}
     state = solver.init(operator, options)
     v, result, stats = solver.compute(state, b, options)
+    v = cast_like(v, like)
     num_products = _count_products(solver, b, stats)
     is_dense = "num_products" not in stats and "num_steps" not in stats
     num_shared = num_products if is_dense else stats.get("num_shared", 0)
@@ -134,6 +146,16 @@ def solve_linear(
         "negative_curvature": jnp.asarray(stats.get("negative_curvature", False)),
         "is_solved": jnp.asarray(result == lx.RESULTS.successful),
     }
+
+
+def _with_one_dtype(
+    matvec: MatVec, b: PyTree, y0: PyTree
+) -> tuple[MatVec, PyTree, PyTree]:
+    """Returns a system in the widest dtype of ``b``, which is float32 at least."""
+    dtype = scalar_dtype(b)
+    widen = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    wide_matvec = lambda v: widen(matvec(cast_like(v, b)))
+    return wide_matvec, widen(b), widen(y0)
 
 
 def _count_products(

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
 import pytest
@@ -44,6 +45,8 @@ EXACT = {
     "Implicit": hg.Implicit(SOLVER),
     "Implicit, certified": hg.Implicit(SOLVER, certify=True),
     "Implicit, Newton": hg.Implicit(hg.Newton(), hg.Neumann(30)),
+    "Implicit, LU of lineax": hg.Implicit(SOLVER, lineax.LU()),
+    "Implicit, CG of lineax": hg.Implicit(SOLVER, lineax.CG(rtol=1e-8, atol=0)),
     "Unrolled": hg.Unrolled(SOLVER),
     "Unrolled, Adam": hg.Unrolled(hg.Descent(optax.adam(0.1), 30), checkpoint=True),
     "Forward": hg.Forward(SOLVER),
