@@ -58,18 +58,25 @@ SCALING_SEED = -1  # of the probes of the scaling; those of estimates count from
 #: The sentence for each flag of a certificate.
 CERTIFICATE_REASONS = {
     "not_finite": "a hypergradient or a derivative is not finite",
-    "error": "error_estimate exceeds rtol",
+    "error": (
+        "error_estimate exceeds rtol (corrected_hypergradient is nearer to the "
+        "derivative at the minimum, from which that of a run that stops early differs)"
+    ),
     "last_change": (
         "the last Newton step changed the hypergradient by more than a tenth of rtol, "
-        "or the only step by more than rtol"
+        "or the only step by more than rtol (certify at a more accurate w)"
     ),
-    "not_solved": "a linear solve did not reach its tolerance",
+    "not_solved": (
+        "a linear solve did not reach its tolerance (certify at a more accurate w, or "
+        "in float64)"
+    ),
     "negative_curvature": (
-        "the inner Hessian has negative curvature, so w is not a minimum"
+        "the inner Hessian has negative curvature, so w is not a minimum (allow the "
+        "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
     "lost_derivative": (
         "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
-        "w or alpha, whose derivative is treated as zero"
+        "w or alpha, whose derivative is treated as zero (use a smooth surrogate)"
     ),
 }
 
@@ -116,7 +123,7 @@ class Certificate(ResultModule):
     >>> float(certificate.corrected_hypergradient)
     1.0
     >>> certificate.reasons
-    ('error_estimate exceeds rtol',)
+    ('error_estimate exceeds rtol (corrected_hypergradient is nearer to the ...)',)
     """
 
     error_estimate: Scalar

@@ -115,7 +115,7 @@ def sentences_of_flags(
 ) -> tuple[str, ...]:
     """Returns the sentence of each flag that is set, or its name if it has none.
 
-    That of numbers that are not finite is the first: it explains the others.
+    That of numbers that are not finite stands alone: it explains the others.
 
     Raises:
       ValueError: A flag is a tracer or an array of several.
@@ -125,7 +125,9 @@ def sentences_of_flags(
             f"reasons needs a single concrete {result_name}; got one inside jit or a "
             "batch. Use the boolean arrays in flags there."
         )
-    names = sorted(flags, key=lambda name: (name != "not_finite", name))
+    if flags.get("not_finite", False):
+        return (sentences["not_finite"],)
+    names = sorted(flags)
     return tuple(sentences.get(name, name) for name in names if flags[name])
 
 
@@ -183,8 +185,12 @@ def certificate_rows(certificate: "Certificate") -> list[Row] | None:
 def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
     """Returns few numbers as they are, and more of them by dtype and shape.
 
+    Several leaves have their paths in front.
+
     >>> describe_tree(np.array([1.0, 2.5])), describe_tree(np.zeros((3, 4)))
     ('[1, 2.5]', 'float64[3,4]')
+    >>> describe_tree({"rate": 0.1, "decay": np.array([2.0, 3.0])})
+    "['decay']: [2, 3], ['rate']: 0.1"
     >>> describe_tree({"a": np.ones(9), "b": np.ones(7)}, with_norm=True)
     '2 leaves, 16 numbers, norm 4'
     """
@@ -196,6 +202,11 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
         if is_readable and np.ndim(leaf) <= 1 and sizes[0] <= MAX_PRINTED_NUMBERS:
             return format_numbers(leaf)
         text = _describe_leaf(leaf)
+    elif is_readable and leaves and sum(sizes) <= MAX_PRINTED_NUMBERS:
+        return ", ".join(
+            f"{jax.tree_util.keystr(path)}: {format_numbers(leaf)}"
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        )
     else:
         num_numbers = format_count(sum(sizes), ("number", "numbers"))
         text = f"{len(leaves)} leaves, {num_numbers}"

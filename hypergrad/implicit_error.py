@@ -81,10 +81,18 @@ class HypergradientError(NamedTuple):
         return jnp.maximum(self.correction, self.adjoint_change)
 
     def flags(self, rtol: Scalar | float) -> dict[str, Scalar]:
-        """Returns which of the two solves is too inaccurate for ``rtol``."""
+        """Returns which of the two solves is too inaccurate for ``rtol``.
+
+        The correction contains the error of the adjoint, so that it says nothing about
+        the inner solve unless the adjoint is accurate.
+        """
         inner = jnp.maximum(self.correction, self.relative_change)
         adjoint = jnp.maximum(self.adjoint_change, self.adjoint_residual)
-        return {"inner_error": ~(inner <= rtol), "adjoint_residual": ~(adjoint <= rtol)}
+        is_adjoint_accurate = adjoint <= rtol
+        return {
+            "inner_error": is_adjoint_accurate & ~(inner <= rtol),
+            "adjoint_residual": ~is_adjoint_accurate,
+        }
 
 
 def correction_targets(

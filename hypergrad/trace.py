@@ -43,8 +43,8 @@ class Trace(ResultModule):
       best_alpha: The ``alpha`` with the lowest recorded value. It is the last one with
         a good value if values cannot be compared: with ``outer_data_fn``, or with an
         aggregator that has no score. With several outer losses in a search, see
-        `hypergrad.search`. If outer batches are sampled, the lowest value is that of
-        the luckiest batch; take ``alpha``.
+        `hypergrad.search`. If batches are sampled, inner or outer ones, the lowest
+        value is that of the luckiest; take ``alpha``.
       value: ``[steps]``, the outer value at the ``alpha`` of each step, before the
         step; ``[steps, K]`` for K outer losses. A warm-started estimator also lowers it
         by training ``w`` further. Rows after a failure are NaN.
@@ -123,6 +123,7 @@ class Trace(ResultModule):
     def reasons(self) -> dict[str, list[int]]:
         """Returns the reasons not to trust estimates: ``{sentence: steps}``.
 
+        Numbers that are not finite come first, because they explain other reasons.
         In a search, also the trials whose solver stopped before its tolerance, whose
         values count all the same.
         """
@@ -131,7 +132,9 @@ class Trace(ResultModule):
         steps = {name: self.steps[np.asarray(x)] for name, x in self.flags.items()}
         return {
             REASONS.get(name, name): steps_of_flag.tolist()
-            for name, steps_of_flag in steps.items()
+            for name, steps_of_flag in sorted(
+                steps.items(), key=lambda item: item[0] != "not_finite"
+            )
             if steps_of_flag.size
         }
 

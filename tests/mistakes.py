@@ -351,8 +351,8 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "saddle = lambda w, alpha, batch: jnp.sum(alpha * (w[:2] ** 2).sum()) - w[2] ** 2\n"
             "no_minimum = hg.Bilevel(saddle, val_loss, None, val)\n"
             "estimate = hg.hypergradient(no_minimum, estimator)(w, jnp.ones(3, jnp.float32))",
-            "The training loss has no minimum here. A penalty on `w` gives it one. If you want the saddle "
-            "point, use `hg.MINRES()`.",
+            "The training loss has no minimum here. A penalty on `w` gives it one. The derivative of the "
+            "saddle point itself is that of `hg.MINRES()`, which is right but not trusted, because `w` is no minimum.",
         ),
         Mistake(
             "NaN in the data",

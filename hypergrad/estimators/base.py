@@ -35,55 +35,74 @@ STATS = (
     "gradient_equivalents",
 )
 
-#: The sentence for each flag of the library. A flag that is not listed here, such as
-#: one of a third party's estimator, is its own sentence.
+#: The sentence for each flag of the library, with a remedy in parentheses if there is
+#: one. A flag that is not listed here, such as one of a third party's estimator, is its
+#: own sentence.
 REASONS = {
     "not_finite": (
-        "a value or a derivative is not finite; hg.diagnose(problem, estimator, w, "
-        "alpha) says where"
+        "a value or a derivative is not finite (hg.diagnose(problem, estimator, w, "
+        "alpha) says where)"
     ),
     "not_converged": (
         "the inner solver stopped before it met its tolerance, after its last step or "
-        "at the rounding of the loss"
+        "at the rounding of the loss (allow more steps or a larger tolerance, or use "
+        "float64)"
     ),
     "adjoint_residual": (
         "the adjoint did not converge: adjoint_residual, or the last change of the "
-        "hypergradient by its iterations, exceeds the tolerance"
+        "hypergradient by its iterations, exceeds the tolerance (allow more steps or "
+        "terms, use another linear solver such as hg.CG(), or less damping)"
     ),
     "inner_error": (
         "w is too far from a stationary point of the inner loss: a Newton step, or "
-        "further inner steps, change the hypergradient by more than the tolerance"
+        "further inner steps, change the hypergradient by more than the tolerance "
+        "(make more inner steps, or use hg.Newton() or num_newton_steps=1; smaller "
+        "ones if the inner run diverges)"
     ),
     "negative_curvature": (
-        "the inner Hessian has negative curvature, so w is not a minimum"
+        "the inner Hessian has negative curvature, so w is not a minimum (allow the "
+        "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
     "certificate": "the certificate does not confirm the estimate",
     "other_curvature": (
-        "hvp_fn stands for the Hessian, whose spectrum is therefore unknown; use "
-        "certify=True"
+        "hvp_fn stands for the Hessian, whose spectrum is therefore unknown (use "
+        "certify=True)"
     ),
-    "truncated": "only the last inner steps were differentiated",
+    "no_error_estimate": (
+        "the error was not estimated, by estimate_error=False (leave it out, or use "
+        "certify=True)"
+    ),
+    "truncated": (
+        "only the last inner steps were differentiated (for the whole run leave out "
+        "truncation_length)"
+    ),
     "out_of_range": (
         "a number left the range of the fixed-point integers, or the momentum its own"
     ),
     "not_reversed": "the reversed run did not return to its starting point",
     "rounding_error": (
         "the run amplifies rounding errors, as a chaotic one does, or its numbers do "
-        "not resolve w"
+        "not resolve w (lower the step size, or use a higher precision)"
     ),
-    "difference_error": "the errors of the differences are not measured",
+    "difference_error": (
+        "the errors of the differences are not measured (use hg.certify)"
+    ),
     "single_step": (
-        "one step of a single-loop method does not solve the inner problem; use "
-        "certify_every of hg.OuterLoop"
+        "one step of a single-loop method does not solve the inner problem (use "
+        "certify_every of hg.OuterLoop)"
     ),
     "random": "the estimate is a random sample whose bias is not measured",
-    "standard_error": "the samples differ too much: standard_error > 1e-2",
+    "standard_error": (
+        "the samples differ too much: standard_error > 1e-2 (take more samples)"
+    ),
     "biased": (
-        "the bias of this estimator is not measured; use certify_every of hg.OuterLoop"
+        "the bias of this estimator is not measured (use hg.certify, or certify_every "
+        "of hg.OuterLoop)"
     ),
     "lost_derivative": (
         "a loss or the optimizer uses stop_gradient, sign, round, a comparison or an "
-        "integer made from w or alpha, whose derivative is treated as zero"
+        "integer made from w or alpha, whose derivative is treated as zero (use a "
+        "smooth surrogate)"
     ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",

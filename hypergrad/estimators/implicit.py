@@ -337,7 +337,7 @@ class Implicit(eqx.Module):
         elif self.hvp_fn is not None:
             flags = {"other_curvature": True}
         elif not self.estimate_error:
-            flags = {"unchecked": True}
+            flags = {"no_error_estimate": True}
         else:
             flags = result_flags(solution, rtol)
             error_estimate = solution.differentiation.error.error_estimate

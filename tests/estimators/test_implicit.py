@@ -221,6 +221,14 @@ def test_early_stop_of_the_inner_loop_is_not_trusted(name):
     assert failed_checks(estimate) == {"inner_error"}
 
 
+@pytest.mark.parametrize("solver", [hg.Identity(), hg.Neumann(2)], ids=repr)
+def test_an_inaccurate_adjoint_is_not_taken_for_an_inner_error(solver):
+    """At the exact argmin the only reason is the adjoint, which is 10% off at least."""
+    estimate = run_estimator(RIDGE, hg.Implicit(hg.Newton(), solver))
+    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) > 0.1
+    assert failed_checks(estimate) == {"adjoint_residual"}
+
+
 @pytest.mark.parametrize(
     ("name", "linear_solver"), [("ridge per-weight", "CG"), ("logistic scalar", "LU")]
 )
