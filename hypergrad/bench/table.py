@@ -169,8 +169,7 @@ class BaseTable(abc.ABC):
     def printed_columns(self) -> tuple[Column, ...]:
         """The columns, then those of the costs."""
         named = {column.name for column in self.columns}
-        costs = (column for column in COST_COLUMNS if column.name not in named)
-        return (*self.columns, *costs)
+        return (*self.columns, *(x for x in COST_COLUMNS if x.name not in named))
 
     def stage_body(self, name: str, rows: list[Row]) -> list[str]:
         """Returns lines of Markdown that show the rows of an earlier stage."""
@@ -296,6 +295,11 @@ class Table(BaseTable):
         sign = "-" if self.lower_is_better else ""
         object.__setattr__(self, "ranked_by", self.ranked_by or sign + self.metrics[0])
 
+    @property
+    def key_fields(self) -> tuple[str, ...]:
+        """Fields that identify a row, also one that tunes an added method."""
+        return ("stage", "method", "setting_index", "seed")
+
     def with_methods(self, methods: Mapping[str, Method]) -> "Table":
         """Returns the table with further methods.
 
@@ -311,13 +315,10 @@ class Table(BaseTable):
         findings, rows = super().evaluate(rows), result_rows(rows)
         added = {row["method"] for row in rows if "method_source" in row}
         labels = list(dict.fromkeys(row["method"] for row in rows))
-        for label in labels:
-            if label in added:
-                baselines = tuple(other for other in labels if other != label)
-                comparison = Comparison(
-                    label, baselines, self.metrics[0], self.lower_is_better
-                )
-                findings += comparison.evaluate(rows, self.resplits)
+        for label in (x for x in labels if x in added):
+            others = tuple(other for other in labels if other != label)
+            pair = Comparison(label, others, self.metrics[0], self.lower_is_better)
+            findings += pair.evaluate(rows, self.resplits)
         return findings
 
     def budget_of(self, scale: str) -> float:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from hypergrad.bench import Table, loading
+from hypergrad.bench.check import check_result
 from hypergrad.bench.runner import RunOptions, run_table
+from tests.bench.toy_table import TABLE, write_table
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 FILES = [
@@ -54,6 +56,20 @@ def test_implicit_hypergradients_are_tuned_and_measured(file: Path, tmp_path: Pa
     if table.plot is not None:
         table.plot(result.rows[-1:], tmp_path / "figure.png")
         assert (tmp_path / "figure.png").exists()
+
+
+def test_an_added_method_is_tuned_on_a_table_whose_own_methods_are_not(tmp_path: Path):
+    """The rows of its two settings are told apart, although the table has no tuning."""
+    file = write_table(tmp_path)
+    tuned = re.compile(r' *"(random|descent)": .*\n| *claims=.*\n')
+    assert len(tuned.findall(TABLE)) == 3
+    file.write_text(tuned.sub("", TABLE))
+    ref = loading.TableRef(file, ((tmp_path / "mine.py", "copy_of_descent"),))
+    result = run_table(ref, RunOptions("small", 2, tmp_path / "runs", ""))
+    assert not result.failures
+    assert [row.get("stage") for row in result.rows].count("tuning") == 4
+    findings = check_result("quadratic", loading.load_table(file), tmp_path / "runs")
+    assert not [finding for finding in findings if finding.failed]
 
 
 def test_all_converted_tables_take_methods():
