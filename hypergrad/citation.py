@@ -6,6 +6,8 @@ field.
 """
 
 import dataclasses
+import difflib
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -23,6 +25,10 @@ PACKAGES = {
 }
 
 
+#: Packages whose public names `find_public` knows besides those of `hypergrad`.
+CITED_PACKAGES = ("searchers", "surrogates", "objectives", "spaces")
+
+
 def _read_references() -> dict[str, str]:
     """Returns the entries of ``references.bib`` by key."""
     text = resources.files("hypergrad").joinpath("references.bib").read_text("utf-8")
@@ -31,6 +37,32 @@ def _read_references() -> dict[str, str]:
 
 
 REFERENCES = _read_references()
+
+
+def find_public(name: str) -> Any:
+    """Returns a public class or function by its name.
+
+    It is looked up in `hypergrad`, then in the packages of searchers, surrogates,
+    objectives and spaces. The name of one of these may stand before it.
+
+    Raises:
+      ValueError: There is none; the message lists similar names.
+
+    >>> find_public("SOBA").__name__, find_public("searchers.TPE").__name__
+    ('SOBA', 'TPE')
+    """
+    library = importlib.import_module("hypergrad")
+    found = {key: getattr(library, key) for key in library.__all__}
+    for package_name in CITED_PACKAGES:
+        package = getattr(library, package_name)
+        for key in package.__all__:
+            found.setdefault(key, getattr(package, key))
+            found[f"{package_name}.{key}"] = getattr(package, key)
+    if callable(found.get(name)):
+        return found[name]
+    similar = difflib.get_close_matches(name, found)
+    hint = f" Similar names: {', '.join(similar)}." if similar else ""
+    raise ValueError(f"there is no public class or function {name!r} to cite.{hint}")
 
 
 def citation(*objects: Any) -> str:

@@ -224,16 +224,15 @@ def cite(names: tuple[str, ...] = ()) -> None:
     """Print BibTeX of hypergrad and of estimators, solvers, searchers or surrogates.
 
     Args:
-      names: Names of public classes or functions, such as Implicit or SOBA.
+      names: Names of public classes or functions, such as Implicit, SOBA, TPE or FBeta.
     """
-    import hypergrad
+    from .citation import citation, find_public
 
-    from .citation import citation
-
-    unknown = [name for name in names if not hasattr(hypergrad, name)]
-    if unknown:
-        sys.exit(printable(f"hypergrad: hypergrad has no {', '.join(unknown)}"))
-    print_line(citation(*(getattr(hypergrad, name) for name in names)))
+    try:
+        objects = [find_public(name) for name in names]
+    except ValueError as error:
+        sys.exit(printable(f"hypergrad: {error}"))
+    print_line(citation(*objects))
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class Pair:
         if values[0].keys() != values[1].keys():
             return "a method lacks seeds of the other one"
         if len(values[0]) < MIN_SEEDS:
-            return f"{len(values[0])} seeds of {MIN_SEEDS}"
+            return f"{len(values[0])} seeds, {MIN_SEEDS} are needed"
         numbers = np.array([list(by_seed.values()) for by_seed in values])
         if not np.all(np.isfinite(numbers)):
             return "a row has no number"

@@ -59,6 +59,11 @@ def overview(folder: Path) -> tuple[list[list[str]], dict[str, str]]:
     """
     files = table_files(folder)
     if not files:
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no folder {folder} in {Path.cwd()}. Call from a clone of "
+                "hypergrad, whose tables it holds, or name a folder of your own tables."
+            )
         raise ValueError(f"{folder} holds no table: no file with a line `table = ...`.")
     rows, errors = [], {}
     for file in files:

@@ -104,10 +104,13 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
     if candidate.is_file():
         return candidate.resolve()
     names = ", ".join(path.stem for path in table_files(folder))
-    content = f"{folder} holds {names}" if names else f"{folder} holds no table"
+    content = f"{folder} holds {names or 'no table'}"
+    if not folder.is_dir():
+        content = f"there is no folder {folder}"
     raise ValueError(
         f"no table {name!r}: {content}, seen from {Path.cwd()}. Call from the folder "
-        f"above {folder}, or give the path of a file that defines `table`."
+        f"above {folder}, such as a clone of hypergrad, or give the path of a file "
+        "that defines `table`."
     )
 
 

@@ -251,8 +251,10 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(folder, tmp_path):
         (("run", "quadratic.py", "--method", "mine.py:no_grid"), "no grid"),
         (("check", "absent"), "no table 'absent'"),
         (("report", "absent"), "holds no rows"),
-        (("list", "absent"), "holds no table"),
-        (("cite", "Nonsense"), "has no Nonsense"),
+        (("list", "absent"), "there is no folder absent"),
+        (("cite", "Nonsense"), "'Nonsense' to cite"),
+        (("cite", "SOAB"), "Similar names: SOBA"),
+        (("cite", "tasks"), "'tasks' to cite"),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):

@@ -13,7 +13,7 @@ import optimistix as optx
 import pytest
 
 import hypergrad as hg
-from hypergrad.citation import REFERENCES, citation
+from hypergrad.citation import REFERENCES, citation, find_public
 
 FIELD = re.compile(r"^  (\w+) = \{(.*)\},$")
 REQUIRED = {
@@ -92,6 +92,16 @@ def test_entries_follow_the_order_of_fields():
     ]
     swapped = citation(CG(), estimator)
     assert entry_keys(swapped)[:3] == ["hypergrad", "hestenes1952", "pedregosa2016"]
+
+
+def test_names_are_found_with_and_without_their_package():
+    """Searchers and surrogates are not in `hypergrad` itself; modules are not cited."""
+    assert find_public("Implicit") is hg.Implicit
+    assert find_public("TPE") is find_public("searchers.TPE") is hg.searchers.TPE
+    assert find_public("FBeta") is hg.surrogates.FBeta
+    for name in ("tasks", "searchers", ""):
+        with pytest.raises(ValueError, match="no public class"):
+            find_public(name)
 
 
 def test_entries_occur_once():
