@@ -118,7 +118,7 @@ def _describe_point(problem: Bilevel, w: PyTree, alpha: PyTree) -> Iterator[str]
     origin = "the starting point has" if problem.init_fn is None else "init_fn returns"
     for path, _ in _nonfinite_leaves(w):
         yield f"{origin} a w{path} that is not finite."
-    for path, _ in _nonfinite_leaves(alpha):
+    for path, _ in _nonfinite_leaves(alpha):  # `as_input_arrays` refuses NaN
         yield f"alpha{path} is infinite."
 
 
@@ -238,7 +238,7 @@ def _describe_run(
     solver: Any, loss: Loss, w: PyTree, alpha: PyTree, data: EstimateData
 ) -> tuple[PyTree, tuple[str, ...]]:
     """Returns where an inner run ends, and a sentence if it went wrong."""
-    if getattr(solver, "differentiable", False):
+    if getattr(solver, "differentiable", False):  # it then has `init` and `step`
         final_w, record = _record_steps(solver, loss, w, alpha, data)
         return final_w, tuple(_describe_steps(jax.device_get(record)))
     final_w, record = _record_solve(solver, loss, w, alpha, data)

@@ -58,9 +58,9 @@ class SymmetricSolver(lx.AbstractLinearSolver):
       interval, or NaN if unknown. Defaults to 0.
     - ``exact``: Whether the result is exact up to the tolerance ``rtol`` and the
       statistics contain ``ritz_min``. Defaults to False.
-    - ``is_scaled``: Whether `Implicit` may call `scaled_cg` with ``rtol`` and
-      ``max_steps`` instead, which yields its error estimate without a further solve.
-      Defaults to False.
+    - ``is_scaled``: Whether the solver is conjugate gradients in scaled coordinates.
+      `Implicit` then calls `scaled_cg` in its place, with its ``rtol`` and
+      ``max_steps``, which also yields the error estimate. Defaults to False.
     - ``rtol``: Tolerance of the relative residual ``||b - H v|| / ||b||``. `Implicit`
       with a tolerance of its own sets it, and needs a solver with ``exact``.
     - ``refresh_every``: Number of estimates of `Implicit` that share one prepared

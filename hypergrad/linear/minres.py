@@ -83,7 +83,10 @@ class MINRES(SymmetricSolver):
             memory="7 w",
             bias="none if converged",
             alpha_in=("losses",),
-            recommended_for="the derivative of a stationary point that may be a saddle",
+            recommended_for=(
+                "the derivative of a stationary point that may be a saddle, where it "
+                "is right but not trusted"
+            ),
             not_recommended_for=(
                 "a minimum, where CG needs less memory and reports the smallest "
                 "eigenvalue"

@@ -60,8 +60,8 @@ class Neumann(SymmetricSolver):
             recommended_for="runs in which every estimate must cost the same",
             not_recommended_for="an ill-conditioned H",
             reason=(
-                "q = 1 - 1/condition for the default step size 1/lambda_max, whose "
-                "estimate takes the 10 products"
+                "the series converges as q^K with q = 1 - 1/condition; without "
+                "step_size, 10 products estimate lambda_max"
             ),
         ),
     )

@@ -25,8 +25,9 @@ class Task(eqx.Module):
       space: Set of admissible values of ``alpha``.
       metrics: Exact metrics ``{name: fn(w, alpha, key) -> scalar}``. No name is that of
         a column of a trace.
-      splits: ``{name of a split: its examples}``, for methods that train on other
-        examples and for tables; None if the task offers none.
+      splits: ``{name of a split: its examples}``, for tables and for methods that do
+        not train on ``problem.inner_data``, such as training on the validation examples
+        only; None if the task offers none.
       exact: ``alpha -> hypergradient`` in closed form, or None if none is known.
     """
 
