@@ -131,7 +131,7 @@ solver = hg.Descent(sgd, num_steps=100)
 # `Unrolled` differentiates the hundred steps and therefore all four leaves.
 
 # %%
-unrolled = hg.Unrolled(solver, warm_start=False)
+unrolled = hg.Unrolled(solver, warm_start=False)  # each run starts at the given w
 estimate = hg.hypergradient(problem, unrolled)(w, alpha)
 
 
@@ -167,9 +167,10 @@ except ValueError as error:
 
 # %% [markdown]
 # `Implicit` therefore receives the leaves that enter the losses. Its target is the
-# derivative at the *minimum*, which a hundred steps of momentum do not reach. With a
-# relative tolerance of 1 Newton's method accepts any start, so that the formula is
-# evaluated at the parameters where the hundred steps of `Unrolled` stopped:
+# derivative at the *minimum*, which a hundred steps of momentum do not reach. With
+# `tolerance=1.0` Newton's method stops as soon as the gradient is at most as large as
+# at the start, so that it makes no step, and the formula is evaluated at the parameters
+# where the hundred steps of `Unrolled` stopped:
 
 # %%
 loss_alpha = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
@@ -245,7 +246,8 @@ trace = loop.run(loop.init(w, alpha, jax.random.key(0)), num_steps=31)
 # %% [markdown]
 # `trace.rows()` is a list of dictionaries, one per step, for a data frame or a log. A
 # row contains the metrics that were evaluated at its step. `trace.w` contains the
-# parameters of the last step: `nnx.merge(graph, trace.w)` is the model.
+# parameters of the last step, trained with the `alpha` before it, and
+# `nnx.merge(graph, trace.w)` is that model. For one of `trace.alpha`, train once more.
 
 # %%
 print(f"Unrolled: {trace.status}, {int(trace.stats['trusted'].sum())} steps trusted")
@@ -276,7 +278,8 @@ def move(u, state, hypergradient):
     """Returns the unconstrained variable, the state of Adam and alpha, one step on."""
     to_alpha = lambda u: hg.spaces.forward(loss_space, u)
     _, pull_back = jax.vjp(to_alpha, u)
-    updates, state = adam.update(*pull_back(hypergradient), state)
+    (gradient,) = pull_back(hypergradient)
+    updates, state = adam.update(gradient, state)
     u = optax.apply_updates(u, updates)
     return u, state, to_alpha(u)
 
@@ -380,12 +383,14 @@ value = lambda alpha: logistic(
     solution(jnp.zeros(64), alpha, binary["train"]), binary["val"]
 )
 point = jnp.array([-4.0, -4.0])
-gradient = jax.jit(jax.grad(value))
-hessian = np.asarray(jax.jit(jax.hessian(value))(point))
+derivatives = jax.jit(lambda alpha: (jax.grad(value)(alpha), jax.hessian(value)(alpha)))
+gradient, hessian = map(np.asarray, derivatives(point))
 
-shifts = 1e-4 * np.eye(2)
-central = np.stack([(gradient(point + s) - gradient(point - s)) / 2e-4 for s in shifts])
+gradient_fn = lambda alpha: derivatives(alpha)[0]
+central = np.stack(
+    [(gradient_fn(point + s) - gradient_fn(point - s)) / 2e-4 for s in 1e-4 * np.eye(2)]
+)
 error = np.linalg.norm(hessian - central) / np.linalg.norm(central)
-print("gradient", gradient(point))
+print("gradient", gradient)
 print("Hessian ", hessian.tolist())
 print(f"relative error to central differences of the gradient {error:.1e}")

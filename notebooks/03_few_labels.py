@@ -12,16 +12,24 @@
 # ---
 
 # %% [markdown]
-# # Four paradigms: supervised to unsupervised
+# # Three paradigms with few labels or none
 #
 # The paradigms of learning differ in the inner problem and in the meaning of `alpha`.
 # The way in which `alpha` is learned is the same: a `Bilevel` problem, an inner solver,
-# an estimator, and an outer loop. This notebook takes the four that differ in their
-# labels: supervised, semi-supervised, self-supervised and unsupervised learning.
-# Few-shot, federated, reinforcement and physics-informed learning follow in
-# [another one](12_four_more_paradigms.ipynb). Every system is a task of the library, on
-# data that comes with scikit-learn or is simulated, and `hypergrad run NAME` makes its
-# table.
+# an estimator, and an outer loop. This notebook takes semi-supervised, self-supervised
+# and unsupervised learning. [Another one](12_more_paradigms.ipynb) takes federated,
+# reinforcement and physics-informed learning. Supervised learning is the subject of
+# [wrong labels](04_wrong_labels.ipynb) and others, and few-shot learning has
+# [a notebook of its own](11_few_shot.ipynb). Every system is a task of the library, on
+# data that comes with scikit-learn, and `hypergrad run NAME` makes its table.
+#
+# - `semi_supervised`: the inner loss is the cross-entropy on 50 labels, plus that on
+#   the guesses of a first model for 1,000 other examples, each with a weight. The outer
+#   loss is the cross-entropy on labeled validation examples.
+# - `self_supervised`: the inner loss is InfoNCE of two random views of each image, the
+#   outer loss the squared error of a linear classifier on the features.
+# - `unsupervised`: the inner problem is a kernel density estimate with one bandwidth
+#   per feature, the outer loss the mean of `-log p` of other examples.
 
 # %%
 from typing import NamedTuple
@@ -58,7 +66,6 @@ def implicit(solver):
 
 
 SYSTEMS = {
-    "cleaning": System("a weight per example", implicit, 0.3, "test_accuracy"),
     "semi_supervised": System("a weight per guess", implicit, 0.3, "test_accuracy"),
     "self_supervised": System("temperature, views", hg.Unrolled, 0.1, "test_error"),
     "unsupervised": System("a bandwidth per feature", implicit, 0.1, "test_nll"),
@@ -112,7 +119,7 @@ for name, trace in traces.items():
     )
 
 # %%
-figure, panels = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 for axes, (name, trace) in zip(panels, traces.items(), strict=True):
     axes.plot(np.asarray(trace.cost), np.asarray(trace.value), ".-")
     axes.set(title=f"{name}: {SYSTEMS[name].alpha}", xlabel="gradient-equivalents")

@@ -12,15 +12,22 @@
 # ---
 
 # %% [markdown]
-# # Four more paradigms: few-shot to physics-informed
+# # Three more paradigms: clients, experience, an equation
 #
-# The tasks of [an earlier notebook](03_four_paradigms.ipynb) have one training set and
-# one model. Here the inner problem is a batch of small tasks, an average over clients,
-# temporal-difference learning without a loss, or a differential equation. The loop is
-# the same. Every system is a task of the library, on data that comes with scikit-learn
-# or is simulated, and `hypergrad run NAME` makes its table. With the four of the
-# earlier notebook every paradigm has one; the other tasks, `penalties`, `schedules`,
-# `augmentation` and `architecture`, are supervised.
+# The tasks of [an earlier notebook](03_few_labels.ipynb) have one training set and one
+# model. Here the inner problem is an average over clients (federated learning),
+# temporal-difference learning without a loss (reinforcement learning), or a
+# differential equation (physics-informed learning). The loop is the same. Every system
+# is a task of the library, on data that comes with scikit-learn or is simulated, and
+# `hypergrad run NAME` makes its table (that of `physics` has other equations).
+#
+# - `federated`: the inner loss is the mean over clients of a cross-entropy with a
+#   weight, a scale and an offset per class, the outer loss the cross-entropy on
+#   balanced validation examples.
+# - `reinforcement`: an actor and a critic learn to balance a pole. The outer loss is
+#   minus the mean return of new episodes.
+# - `physics`: the inner loss is the residual of `y'' = 2` and of two boundary values,
+#   the outer loss the squared distance of `y` from `x²`.
 
 # %%
 from typing import NamedTuple
@@ -35,16 +42,14 @@ import hypergrad as hg
 # %% [markdown]
 # ## Systems and estimators
 #
-# `few_shot` takes a few steps from a common start, and `reinforcement` follows a
-# semi-gradient, which is the gradient of no loss: in both the run itself is
-# differentiated, and the derivative is exact for its own target (in reinforcement
-# learning with the experience taken as given). `federated` and `physics` use an
-# implicit derivative. The estimator leaves out its error here, because the programs are
-# then about half as large.
+# `reinforcement` follows a semi-gradient, which is the gradient of no loss: the run
+# itself is differentiated, and the derivative is exact for its own target, with the
+# experience taken as given. `federated` and `physics` use an implicit derivative. The
+# estimator leaves out its error here, because the programs are then about half as
+# large.
 #
-# `physics` is an optimal control: a network solves `y'' = 2` for two boundary values,
-# which are chosen so that `y` is near `x²`. The minimum is known: it is 0 and lies at
-# `alpha = (0, 1)`.
+# `physics` is an optimal control, whose `alpha` are the two boundary values. The
+# minimum is known: it is 0 and lies at `alpha = (0, 1)`.
 
 
 # %%
@@ -59,9 +64,9 @@ def implicit(solver):
     return hg.Implicit(solver, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False)
 
 
+# Each update of the agent goes on where the previous one ended.
 warm_started = lambda solver: hg.Unrolled(solver, warm_start=True)
 SYSTEMS = {
-    "few_shot": System("a start for all tasks", hg.Unrolled, 3e-3, "test_accuracy"),
     "federated": System("a loss per class", implicit, 0.1, "accuracy"),
     "reinforcement": System("discount, entropy", warm_started, 0.03, "return"),
     "physics": System("two boundary values", implicit, 0.1, "tracking_error"),
@@ -70,7 +75,6 @@ SYSTEMS = {
 
 key = jax.random.key(0)
 tasks = {
-    "few_shot": hg.tasks.few_shot.make(key=key),
     "federated": hg.tasks.federated.make(key=key),
     "reinforcement": hg.tasks.reinforcement.make(key=key),
     "physics": hg.tasks.physics.make(key=key, variant="control"),
@@ -120,7 +124,7 @@ for name, trace in traces.items():
     )
 
 # %%
-figure, panels = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 for axes, (name, trace) in zip(panels, traces.items(), strict=True):
     axes.plot(np.asarray(trace.cost), np.asarray(trace.value), ".-")
     axes.set(title=f"{name}: {SYSTEMS[name].alpha}", xlabel="gradient-equivalents")
