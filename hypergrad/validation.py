@@ -160,9 +160,11 @@ def check_estimator_type(estimator: Any) -> None:
         )
     if not (hasattr(estimator, "init") and hasattr(estimator, "estimate")):
         name = type(estimator).__name__
-        remedy = (
-            f" Write hg.Implicit({name}(...))." if hasattr(estimator, "solve") else ""
-        )
+        remedy = ""
+        if hasattr(estimator, "solve"):
+            remedy = f" Write hg.Implicit({name}(...))."
+        elif hasattr(estimator, "update"):
+            remedy = " An optimizer comes after the estimator."
         raise TypeError(
             "estimator must have the methods init and estimate, as hg.Implicit(solver) "
             f"and hg.Unrolled(solver) do; got {name}.{remedy}"

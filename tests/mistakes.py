@@ -172,6 +172,11 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "Write `hg.Implicit(hg.Descent(optax.sgd(0.1), 100))`.",
         ),
         Mistake(
+            "Optimizer and estimator in the wrong order",
+            "hg.minimize(problem, optax.adam(0.1), estimator, w, alpha, num_steps=50)",
+            "Write `hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=50)`.",
+        ),
+        Mistake(
             "A solver in place of an estimator",
             "hg.hypergradient(problem, solver)(w, alpha)",
             "Choose how its result is differentiated: `hg.Implicit(solver)` or `hg.Unrolled(solver)`.",
