@@ -25,7 +25,7 @@
 #   weight, a scale and an offset per class, the outer loss the cross-entropy on
 #   balanced validation examples.
 # - `reinforcement`: an actor and a critic learn to balance a pole. The outer loss is
-#   minus the mean return of new episodes.
+#   minus the mean return of new episodes, as a fraction of the longest.
 # - `physics`: the inner loss is the residual of `y'' = 2` and of two boundary values,
 #   the outer loss the squared distance of `y` from `x²`.
 
