@@ -5,6 +5,7 @@ training with the ``alpha`` that it learned. A baseline that trains on other dat
 the attribute ``keeps_w``: its own ``w`` is measured.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from ..searchers import Grid, Random, Sobol
 from ..tasks.task import Task
 from ..trace import Trace
 from .methods import Method, with_options
+
+#: One optimizer per learning rate, so that all seeds share a program.
+adam = functools.cache(optax.adam)
 
 
 def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
@@ -56,7 +60,7 @@ def _implicit(task: Task, *, budget: float, key: Array, learning_rate: float) ->
     return minimize(
         task.problem,
         Implicit(task.solver),
-        optax.adam(learning_rate),
+        adam(learning_rate),
         task.w,
         task.alpha,
         space=task.space,

@@ -3,12 +3,17 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from hypergrad.bench import Table, loading
+import hypergrad as hg
+from hypergrad.bench import Table, baselines, loading
 from hypergrad.bench.check import check_result
 from hypergrad.bench.runner import RunOptions, run_table
+from hypergrad.tasks import Task
 from tests.bench.toy_table import TABLE, write_table
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -56,6 +61,27 @@ def test_implicit_hypergradients_are_tuned_and_measured(file: Path, tmp_path: Pa
     if table.plot is not None:
         table.plot(result.rows[-1:], tmp_path / "figure.png")
         assert (tmp_path / "figure.png").exists()
+
+
+def test_seeds_share_the_program_of_the_implicit_baseline():
+    """No loss is traced for a second seed, whose data differ."""
+    num_traces = 0
+
+    def inner_loss(w, alpha, batch):
+        nonlocal num_traces
+        num_traces += 1
+        return jnp.sum((w - alpha - batch) ** 2)
+
+    outer_loss = lambda w, alpha, batch: jnp.sum((w - 1) ** 2)
+    solver = hg.Descent(optax.sgd(0.25), 5)
+    counts = []
+    for key in jax.random.split(jax.random.key(0)):
+        problem = hg.Bilevel(inner_loss, outer_loss, jax.random.normal(key, (2,)))
+        space, zeros = hg.spaces.Real(), jnp.zeros(2)
+        task = Task("own", "none", "", problem, solver, zeros, zeros, space, {})
+        baselines.implicit(task, budget=60, key=key, learning_rate=0.1)
+        counts.append(num_traces)
+    assert counts[0] == counts[1] > 0
 
 
 def test_an_added_method_is_tuned_on_a_table_whose_own_methods_are_not(tmp_path: Path):
