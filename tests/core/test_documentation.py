@@ -100,7 +100,7 @@ def test_the_page_on_models_runs():
     with_hessian, with_gauss_newton, unrolled = names["tanh_estimates"]
     # The number itself depends on rounding, because H is indefinite.
     assert with_hessian.flags["negative_curvature"]
-    assert len(with_hessian.reasons) == 3
+    assert not with_hessian.trusted
     difference = with_hessian.hypergradient - unrolled.hypergradient
     assert abs(difference) > abs(unrolled.hypergradient)
     assert not with_gauss_newton.trusted
