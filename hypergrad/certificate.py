@@ -219,10 +219,7 @@ def certify(
     )
     check_on_shapes(check_certifiable, problem, w, alpha)
     if hypergradient is not None:
-        num_objectives = problem.num_objectives
-        lead = () if num_objectives is None else (num_objectives,)
-        like = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), alpha)
-        check_same_structure("hypergradient", hypergradient, like, "alpha")
+        _check_hypergradient(problem, hypergradient, alpha)
     return _certify(
         problem,
         w,
@@ -233,6 +230,16 @@ def certify(
         strong_convexity,
         as_key(key),
     )
+
+
+def _check_hypergradient(
+    problem: Bilevel, hypergradient: PyTree, alpha: PyTree
+) -> None:
+    """Raises an error unless each leaf has the shape of ``alpha``, once per loss."""
+    num_objectives = problem.num_objectives
+    lead = () if num_objectives is None else (num_objectives,)
+    like = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), alpha)
+    check_same_structure("hypergradient", hypergradient, like, "alpha")
 
 
 def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:

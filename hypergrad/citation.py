@@ -52,15 +52,15 @@ def find_public(name: str) -> Any:
     ('SOBA', 'TPE')
     """
     library = importlib.import_module("hypergrad")
-    found = {key: getattr(library, key) for key in library.__all__}
+    objects = {key: getattr(library, key) for key in library.__all__}
     for package_name in CITED_PACKAGES:
         package = getattr(library, package_name)
         for key in package.__all__:
-            found.setdefault(key, getattr(package, key))
-            found[f"{package_name}.{key}"] = getattr(package, key)
-    if callable(found.get(name)):
-        return found[name]
-    similar = difflib.get_close_matches(name, found)
+            objects.setdefault(key, getattr(package, key))
+            objects[f"{package_name}.{key}"] = getattr(package, key)
+    if callable(objects.get(name)):
+        return objects[name]
+    similar = difflib.get_close_matches(name, objects)
     hint = f" Similar names: {', '.join(similar)}." if similar else ""
     raise ValueError(f"there is no public class or function {name!r} to cite.{hint}")
 

@@ -179,15 +179,15 @@ def unit_counts(
     trials = jax.jit(jax.vmap(sample))(keys, unit_exponents)
     estimate_fn = _make_estimate_fn(estimator, dtype)
     narrow, wide = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], trials)
-        for part in (slice(num_problems), slice(num_problems, None))
+        jax.tree.map(lambda leaf, rows=rows: leaf[rows], trials)
+        for rows in (slice(num_problems), slice(num_problems, None))
     )
     has_answer = _has_answer(family, narrow)
     trusted, is_false = [], np.zeros(num_problems, bool)
-    for part in (narrow, wide):
-        actual, is_trusted, _ = estimate_fn(part)
+    for in_units in (narrow, wide):
+        actual, is_trusted, _ = estimate_fn(in_units)
         trusted.append(has_answer & np.asarray(is_trusted))
-        is_false |= trusted[-1] & ~(_errors(actual, part) <= 2 * TRUST_RTOL)
+        is_false |= trusted[-1] & ~(_errors(actual, in_units) <= 2 * TRUST_RTOL)
     has_changed = trusted[0] != trusted[1]
     return UnitCounts(
         num_problems=int(np.sum(has_answer)),

@@ -316,8 +316,8 @@ class Table(BaseTable):
         added = {row["method"] for row in rows if "method_source" in row}
         labels = list(dict.fromkeys(row["method"] for row in rows))
         for label in (x for x in labels if x in added):
-            others = tuple(other for other in labels if other != label)
-            pair = Comparison(label, others, self.metrics[0], self.lower_is_better)
+            rivals = tuple(rival for rival in labels if rival != label)
+            pair = Comparison(label, rivals, self.metrics[0], self.lower_is_better)
             findings += pair.evaluate(rows, self.resplits)
         return findings
 
