@@ -1,6 +1,7 @@
 """Certificates: how far a hypergradient is from the derivative at the argmin."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from .cost import cost_stats
 from .curvature_probe import probe_curvature
 from .display import ResultModule, Row, certificate_rows, sentences_of_flags
 from .implicit_diff import (
+    ImplicitResult,
     corrected_hypergradient,
     count_products,
     max_relative_error,
@@ -294,14 +296,10 @@ def compute_certificate(
         problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL
     )
     adjoint = zero_adjoint(problem, w) if adjoint is None else adjoint
-    solves: list[LinearStats] = []
     is_given = hypergradient is not None
-    if is_given:
-        inner_grad = jax.grad(loss)(w, alpha, batch)
-    else:
-        result = differentiate(w, adjoint)
-        hypergradient, adjoint = result.hypergradient, result.adjoint
-        inner_grad, solves = result.inner_grad, [result.linear_stats]
+    hypergradient, adjoint, inner_grad, solves = _first_result(
+        hypergradient, adjoint, differentiate, jax.grad(loss), w, alpha, batch
+    )
     inner_grad_norm = norm(inner_grad)
     take_step = lambda w, inner_grad: newton_step(
         loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
@@ -312,28 +310,23 @@ def compute_certificate(
     )  # fmt: skip
     corrected_w, result = correction.w, correction.result
     solves += correction.solves
-    num_steps = jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS)
     probe = probe_curvature(
-        problem, corrected_w, alpha, batch, scaling, data.solver_key, num_steps,
+        problem, corrected_w, alpha, batch, scaling, data.solver_key,
+        num_steps=jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS),
         curvature_max=_largest_curvature(solves),
     )  # fmt: skip
-    num_products = scaling.num_products + probe.num_products
-    num_products += sum(map(count_products, solves))
     last_solves, num_scale_products = last_solve_stats(correction, loss, alpha, batch)
-    num_products += num_scale_products
+    num_products = scaling.num_products + probe.num_products
+    num_products += sum(map(count_products, solves)) + num_scale_products
     is_negative = probe.is_negative | _any_negative(last_solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
     corrected_grad_norm = norm(result.inner_grad)
-    # ||h - h_corrected|| / ||h_corrected||
-    error = max_relative_error(problem, hypergradient, corrected)
+    error = max_relative_error(problem, hypergradient, corrected)  # |h - h*| / |h*|
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
-    # The change by the only step is the error estimate itself.
-    max_change = rtol if num_newton_steps == 1 else LAST_CHANGE_RATIO * rtol
-    has_converged = correction.last_change <= max_change  # False for NaN
-    flags = _failed_checks(
+    has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
+    flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, last_solves, is_negative
     )
-    flags |= lost_derivative_flags(problem, corrected_w, alpha)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
@@ -353,6 +346,36 @@ def compute_certificate(
         stats=_cost_stats(problem, data, num_products, is_given, num_newton_steps),
         flags=flags,
     )
+
+
+def _first_result(
+    hypergradient: PyTree | None,
+    adjoint: PyTree,
+    differentiate: Callable[[PyTree, PyTree], ImplicitResult],
+    grad_fn: Callable[..., PyTree],
+    *point: PyTree,
+) -> tuple[PyTree, PyTree, PyTree, list[LinearStats]]:
+    """Returns the hypergradient, the adjoint, ``dL/dw`` and the solves made for them.
+
+    Args:
+      hypergradient: The one to certify; if None, it is computed.
+      adjoint: Where a solve for it starts.
+      differentiate: ``(w, adjoint) -> result`` of implicit differentiation.
+      grad_fn, *point: The gradient of the inner loss, and its arguments.
+    """
+    if hypergradient is not None:
+        return hypergradient, adjoint, grad_fn(*point), []
+    result = differentiate(point[0], adjoint)
+    solves = [result.linear_stats]
+    return result.hypergradient, result.adjoint, result.inner_grad, solves
+
+
+def _max_last_change(rtol: Scalar | float, num_newton_steps: int) -> Scalar | float:
+    """Returns how much the last Newton step may change a hypergradient, relatively.
+
+    The change by the only step is the error estimate itself.
+    """
+    return rtol if num_newton_steps == 1 else LAST_CHANGE_RATIO * rtol
 
 
 def _failed_checks(
