@@ -58,7 +58,8 @@ def find_public(name: str) -> Any:
         for key in package.__all__:
             objects.setdefault(key, getattr(package, key))
             objects[f"{package_name}.{key}"] = getattr(package, key)
-    if callable(objects.get(name)):
+    objects = {key: value for key, value in objects.items() if callable(value)}
+    if name in objects:
         return objects[name]
     similar = difflib.get_close_matches(name, objects)
     hint = f" Similar names: {', '.join(similar)}." if similar else ""

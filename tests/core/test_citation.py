@@ -100,8 +100,11 @@ def test_names_are_found_with_and_without_their_package():
     assert find_public("TPE") is find_public("searchers.TPE") is hg.searchers.TPE
     assert find_public("FBeta") is hg.surrogates.FBeta
     for name in ("tasks", "searchers", ""):
-        with pytest.raises(ValueError, match="no public class"):
+        with pytest.raises(ValueError, match="no public class") as caught:
             find_public(name)
+        assert "searchers," not in str(caught.value)  # nor is a module proposed
+    with pytest.raises(ValueError, match="Similar names: SOBA"):
+        find_public("SOAB")
 
 
 def test_entries_occur_once():
