@@ -11,6 +11,7 @@ error of ``w`` and that of the adjoint are in it, and neither depends on the uni
 ``w``. Conjugate gradients for the adjoint yield ``d`` and ``y`` without a product.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from .problem import Bilevel
 from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
 from .trees import (
     add_scale,
+    apply_unless,
     divide,
     hash_normal,
     is_zero,
@@ -39,7 +41,11 @@ from .trees import (
 
 NUM_DIRECTIONS = 2  # u; one is by chance ten times too small with a probability of 8%
 NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
-NUM_ERROR_PRODUCTS = 2  # of `estimate_error`
+NUM_ERROR_PRODUCTS = 2  # of `estimate_error`, without negative curvature
+# Negative curvature vanishes if at most this fraction of it is left after a correction.
+# That this ends near the argmin is believed if no error or change exceeds one tenth.
+MAX_LEFT_CURVATURE = 0.25
+MAX_ERROR_OF_FLAT = 0.1
 
 
 class CorrectionTerms(NamedTuple):
@@ -51,11 +57,18 @@ class CorrectionTerms(NamedTuple):
       inner_step: ``d``, structured like ``w``.
       duals: ``y`` for each direction, ``[2, ...]``.
       adjoint_change: The last change of ``v`` in its solve.
+      last_direction: ``p``, the last direction of the solve, in scaled coordinates.
+      curvature_min: The smallest curvature that the solve met, which is that along
+        ``p`` if it is negative.
+      is_negative: Whether the solve met negative curvature.
     """
 
     inner_step: PyTree
     duals: PyTree
     adjoint_change: PyTree
+    last_direction: PyTree
+    curvature_min: Scalar
+    is_negative: Scalar
 
 
 class HypergradientError(NamedTuple):
@@ -68,12 +81,23 @@ class HypergradientError(NamedTuple):
       adjoint_change: Change of ``J' v`` in the last two steps of its solve over
         ``||h||``.
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
+      negative_curvature: Whether the solve for the terms met negative curvature that
+        does not vanish near the argmin.
     """
 
     correction: Scalar
     relative_change: Scalar
     adjoint_change: Scalar
     adjoint_residual: Scalar
+    negative_curvature: Scalar
+
+    @property
+    def max_error(self) -> Scalar:
+        """The largest of the relative errors and changes."""
+        inner = jnp.maximum(self.correction, self.relative_change)
+        return jnp.maximum(
+            inner, jnp.maximum(self.adjoint_change, self.adjoint_residual)
+        )
 
     @property
     def error_estimate(self) -> Scalar:
@@ -128,7 +152,14 @@ def correction_terms(
         scaling,
     )
     duals = row(slice(1, 1 + NUM_DIRECTIONS), solution.target_solutions)
-    return CorrectionTerms(inner_step, duals, solution.last_change)
+    return CorrectionTerms(
+        inner_step,
+        duals,
+        solution.last_change,
+        solution.last_direction,
+        solution.curvature_min,
+        solution.is_negative,
+    )
 
 
 def random_directions(alpha: PyTree) -> PyTree:
@@ -161,13 +192,13 @@ def short_correction_terms(
     batch: PyTree,
     scaling: Scaling,
     result: ImplicitResult,
-) -> tuple[CorrectionTerms, Scalar, Scalar]:
+) -> tuple[CorrectionTerms, Scalar]:
     """Returns terms for an adjoint of any solver, from 25 steps of `scaled_cg`.
 
     They replace the last change of ``v`` by ``H^-1 (b - H v)``.
 
     Returns:
-      The terms, whether the steps met negative curvature, and the number of products.
+      The terms, and the number of products.
     """
     matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
     targets = correction_targets(problem, w, alpha, batch)
@@ -183,14 +214,12 @@ def short_correction_terms(
         )
         terms = correction_terms(matvec, solution, scaling)
         change = jax.tree.map(lambda leaf: leaf[-1], solution.target_solutions)
-        terms = terms._replace(adjoint_change=change)
-        return terms, solution.is_negative, solution.num_products + 1
+        return terms._replace(adjoint_change=change), solution.num_products + 1
 
     if problem.num_objectives is not None:
         solve = jax.vmap(solve)
-    terms, is_negative, num_products = solve(result.b, result.residual)
-    num_products = jnp.sum(num_products) + NUM_DIRECTIONS
-    return terms, jnp.any(is_negative), num_products
+    terms, num_products = solve(result.b, result.residual)
+    return terms, jnp.sum(num_products) + NUM_DIRECTIONS
 
 
 def estimate_error(
@@ -208,7 +237,7 @@ def estimate_error(
     No estimate sees a direction in which neither ``dM/dw`` nor ``dL/dw`` has a part
     that the solve resolved, another minimum than the nearest, or noise of batches.
 
-    Cost: two products and one outer gradient.
+    Cost: two products and one outer gradient; a third product after negative curvature.
 
     Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
     ``w`` and its adjoint.
@@ -217,12 +246,16 @@ def estimate_error(
     is_moving = ~is_zero(result.inner_grad)
     losses = problem.outer_loss
     losses = losses if isinstance(losses, tuple) else (losses,)
+    hvp_at = lambda w, v: hvp(problem.inner_loss, w, alpha, batch, v)
     reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
 
     def per_loss(index, result, terms):
+        new_w = add_scale(w, -1, terms.inner_step)
         new_b, new_direct, new_Hv, new_cross, cross_change = _derivatives_at_correction(
-            problem, w, alpha, batch, outer_batch, index, result.adjoint, terms
+            problem, new_w, alpha, batch, outer_batch, index, result.adjoint, terms
         )
+        is_flat = _curvature_vanishes(hvp_at, w, scaling, terms)
+        is_flat &= ~_is_negative(result.adjoint, new_Hv, scaling)
         # psi+ - h and r+, the latter in the coordinates of S H S
         change = optax.tree.sub(optax.tree.sub(new_direct, new_cross), result.h)
         new_residual = scaling.multiply(optax.tree.sub(new_b, new_Hv))
@@ -249,12 +282,15 @@ def estimate_error(
             norm(divide(change, unit))
             + norm(divide(result.cross, unit)) * relative_residual_change
         )
-        return HypergradientError(
+        error = HypergradientError(
             correction=relative_to_h(jnp.sqrt(jnp.mean(errors**2))),
             relative_change=jnp.where(is_blind, jnp.inf, relative_change),
             adjoint_change=relative_to_h(norm(divide(cross_change, unit))),
             adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
+            negative_curvature=terms.is_negative,
         )
+        is_flat &= error.max_error <= MAX_ERROR_OF_FLAT
+        return error._replace(negative_curvature=terms.is_negative & ~is_flat)
 
     parts = _Parts(
         result.hypergradient, result.b, result.adjoint, result.cross, result.residual
@@ -277,7 +313,7 @@ class _Parts(NamedTuple):
 
 def _derivatives_at_correction(
     problem: Bilevel,
-    w: PyTree,
+    new_w: PyTree,
     alpha: PyTree,
     batch: PyTree,
     outer_batch: PyTree,
@@ -285,11 +321,10 @@ def _derivatives_at_correction(
     adjoint: PyTree,
     terms: CorrectionTerms,
 ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
-    """Returns ``dM/dw``, ``dM/dalpha``, ``H v``, ``J' v`` and ``J' dv`` at ``w - d``.
+    """Returns ``dM/dw``, ``dM/dalpha``, ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
 
     ``index`` is that of the outer loss, and ``dv`` the last change of the adjoint.
     """
-    new_w = add_scale(w, -1, terms.inner_step)
 
     def outer_value(w, alpha):
         value = problem.outer_value(w, alpha, outer_batch)
@@ -301,6 +336,51 @@ def _derivatives_at_correction(
     _, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
     row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)
     return new_b, new_direct, row(0, Hv), row(0, cross), row(1, cross)
+
+
+def _curvature_vanishes(
+    hvp_at: Callable[[PyTree, PyTree], PyTree],
+    w: PyTree,
+    scaling: Scaling,
+    terms: CorrectionTerms,
+) -> Array:
+    """Returns whether negative curvature along a direction vanishes near the argmin.
+
+    Let ``p`` be this direction and ``w'`` be ``w`` after a Newton correction without
+    its part along ``p``. Near minima that form a circle, because a rotation of ``w``
+    changes no loss, ``p'Hp`` may be negative of the order of their distance at ``w``,
+    and is of second order at ``w'``. Near a saddle point it is about the same at both.
+    The part along ``p`` is left out because the solve did not resolve it, and because
+    ``w'`` must not leave the saddle point along it.
+
+    Args:
+      hvp_at: Function ``(w, v) -> H(w) v``.
+      w: Where the solve met ``p``.
+      scaling: Diagonal scaling of ``H``.
+      terms: From the solve that met ``p``.
+
+    Cost: one product if ``p'Hp`` is negative, none otherwise.
+    """
+    curvature = terms.curvature_min
+    is_negative = curvature < 0
+
+    def new_curvature(curvature):
+        p = divide(terms.last_direction, power_of_two_scale(terms.last_direction))
+        # w' = w - S (I - p p' / p'p) S^-1 d
+        step = scaling.divide(terms.inner_step)
+        step = add_scale(step, -vdot(p, step) / vdot(p, p), p)
+        new_w = add_scale(w, -1, scaling.multiply(step))
+        # p'S H(w') S p / p'p
+        Hp = scaling.matvec(lambda v: hvp_at(new_w, v))(p)
+        return (vdot(p, Hp) / vdot(p, p)).astype(curvature.dtype)
+
+    remaining = apply_unless(~is_negative, new_curvature, curvature)
+    return is_negative & (remaining > MAX_LEFT_CURVATURE * curvature)
+
+
+def _is_negative(v: PyTree, Hv: PyTree, scaling: Scaling) -> Array:
+    """Returns whether ``v'Hv`` is negative."""
+    return _safe_vdot(scaling.divide(v), scaling.multiply(Hv), jnp.ones(())) < 0
 
 
 def _ratio(x: Array, y: Array) -> Array:

@@ -98,6 +98,14 @@ ERRORS = (
         "test_a_large_parameter_without_influence_hides_nothing",
     ),
     PlantedError(
+        "implicit: any negative curvature vanishes near the argmin",
+        "implicit_error.py",
+        "(remaining > MAX_LEFT_CURVATURE * curvature)",
+        "(remaining > 4 * curvature)",
+        "core/test_degenerate_minima.py",
+        guard="core/test_degenerate_minima.py::test_a_saddle_is_not_trusted[1e-06-1]",
+    ),
+    PlantedError(
         "certificate: Newton steps that converge linearly count as converged",
         "certificate.py",
         "else LAST_CHANGE_RATIO * rtol",

@@ -92,9 +92,9 @@ def solve_adjoint(
       with_error: Whether to estimate the error.
 
     Cost:
-      For the error estimate with `scaled_cg` five products and one outer gradient, and
-      two products for the duals of the previous estimate; with any other solver up to
-      25 steps of `scaled_cg` more.
+      For the error estimate with `scaled_cg` five products and one outer gradient, two
+      products for the duals of the previous estimate, and one after negative curvature;
+      with any other solver up to 25 steps of `scaled_cg` more.
     """
     point = Point(problem, w, alpha, batch, outer_batch)
     terms: Any = None
@@ -123,8 +123,14 @@ def solve_adjoint(
     error = estimate_error(*point, scaling, solution.result, terms)
     num_losses = problem.num_objectives or 1
     num_products = solution.num_extra_products + NUM_ERROR_PRODUCTS * num_losses
+    num_products = jnp.asarray(num_products, float) + jnp.sum(terms.curvature_min < 0)
+    is_negative = solution.result.linear_stats["negative_curvature"]
     return solution._replace(
-        error=error, num_extra_products=jnp.asarray(num_products, float)
+        result=_with_negative_curvature(
+            solution.result, is_negative | error.negative_curvature
+        ),
+        error=error,
+        num_extra_products=num_products,
     )
 
 
@@ -132,14 +138,10 @@ def _add_short_terms(
     point: Point, scaling: Scaling, solution: AdjointSolution
 ) -> tuple[AdjointSolution, CorrectionTerms]:
     """Returns the solution with the cost of further steps, and their terms."""
-    result = solution.result
-    terms, is_negative, num_products = short_correction_terms(
-        point.problem, point.w, point.alpha, point.batch, scaling, result
+    terms, num_products = short_correction_terms(
+        point.problem, point.w, point.alpha, point.batch, scaling, solution.result
     )
-    is_negative |= result.linear_stats["negative_curvature"]
-    linear_stats = result.linear_stats | {"negative_curvature": is_negative}
-    result = dataclasses.replace(result, linear_stats=linear_stats)
-    return solution._replace(result=result, num_extra_products=num_products), terms
+    return solution._replace(num_extra_products=num_products), terms
 
 
 def _solve_scaled(
@@ -171,5 +173,16 @@ def _solve_scaled(
         return AdjointSolution(result, None, duals, 0), None
     matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
     terms = per_loss(lambda x: correction_terms(matvec, x, scaling))(solution)
+    # Whether negative curvature is one of the argmin is decided by `estimate_error`.
+    terms = terms._replace(is_negative=result.linear_stats["negative_curvature"])
+    result = _with_negative_curvature(result, jnp.asarray(False))
     num_products = NUM_DIRECTIONS + (num_losses or 1)
     return AdjointSolution(result, None, terms.duals, num_products), terms
+
+
+def _with_negative_curvature(
+    result: ImplicitResult, is_negative: Scalar
+) -> ImplicitResult:
+    """Returns the result with this statistic of its solve."""
+    linear_stats = result.linear_stats | {"negative_curvature": is_negative}
+    return dataclasses.replace(result, linear_stats=linear_stats)

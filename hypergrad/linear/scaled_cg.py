@@ -44,6 +44,8 @@ class ScaledSolution(NamedTuple):
         directions ``p``, which lie within the spectrum of ``S H S``.
       is_negative: Whether a direction or the subspace had negative curvature. The
         method stopped there, as it does at a direction without any.
+      last_direction: The last ``p``, in the coordinates of ``S H S``. If
+        ``curvature_min`` is negative, it is the curvature along this direction.
       is_solved: Whether the residual reached the tolerance.
       num_products: Number of products.
       num_steps: Number of steps.
@@ -57,6 +59,7 @@ class ScaledSolution(NamedTuple):
     curvature_min: Scalar
     curvature_max: Scalar
     is_negative: Scalar
+    last_direction: PyTree
     is_solved: Scalar
     num_products: Scalar
     num_steps: Scalar
@@ -158,18 +161,18 @@ def scaled_cg(
     has_error = residual > 10 * rounding
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
     change = optax.tree.add(state.change, state.prev_change)
-    change = scale(jnp.where(has_error, 1.0, 0.0), change)
     unscale = lambda x: scale(units[0], scaling.multiply(x))
     unscale_all = lambda fn, rows: jax.vmap(fn)(jax.vmap(scale)(units[1:], rows))
     return ScaledSolution(
         v=unscale(x),
         target_solutions=unscale_all(scaling.multiply, state.solutions),
         target_residuals=unscale_all(scaling.divide, state.targets),
-        last_change=unscale(change),
+        last_change=unscale(scale(jnp.where(has_error, 1.0, 0.0), change)),
         residual=jnp.where(b_norm == 0, 0.0, residual / b_norm),
         curvature_min=state.curvature_min,
         curvature_max=state.curvature_max,
         is_negative=state.is_negative,
+        last_direction=state.p,
         is_solved=~state.is_negative & (residual <= tol),
         num_products=num_products + state.num_steps,
         num_steps=state.num_steps,
@@ -240,7 +243,7 @@ def _step(matvec: MatVec, state: _State) -> _State:
     return _State(
         x=optax.tree.add(state.x, change),
         r=r,
-        p=add_scale(r, rr / state.rr, p),
+        p=optax.tree.where(is_stopped, p, add_scale(r, rr / state.rr, p)),
         rr=rr,
         prev_rr=state.rr,
         earlier_rr=state.prev_rr,

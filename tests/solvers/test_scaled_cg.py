@@ -141,6 +141,11 @@ def test_negative_curvature_is_met(exponent):
     assert solution.is_negative
     assert not solution.is_solved
     assert solution.curvature_min < 0
+    p = equilibrate(matvec, b).multiply(solution.last_direction)
+    scaled_p = solution.last_direction
+    np.testing.assert_allclose(
+        p @ H @ p / (scaled_p @ scaled_p), solution.curvature_min, rtol=1e-10
+    )
     negative = jnp.linalg.eigh(H)[1][:, :1].T
     from_space = scaled_cg(
         matvec, b, equilibrate(matvec, b), rtol=1e-12, subspace=negative
