@@ -95,7 +95,7 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
-# A network, and two problems whose minima form circles.
+# A network, and three problems whose minima form circles or surfaces.
 
 
 def _network_loss(theta, alpha, batch, row):
@@ -146,6 +146,25 @@ def _sample_distances(key: Array) -> tuple[Array, Array, PyTree]:
     theta = jnp.ravel(points) + 0.1 * jax.random.normal(keys[2], (16,))
     alpha = jax.random.uniform(keys[3], (2,), minval=-5.0, maxval=-3.0)
     return theta, alpha, {"squares": squares[None] + noise}
+
+
+def _sample_diagonal_network(key: Array) -> tuple[Array, Array, PyTree]:
+    theta_key, data_key = jax.random.split(key)
+    _, alpha, batch = _sample_regression(data_key)
+    return jax.random.normal(theta_key, (2 * NUM_FEATURES,)), alpha, batch
+
+
+def _of_products(loss: Loss) -> Loss:
+    """Returns the loss of a linear model whose weights are ``u_i v_i``.
+
+    With ``u_i`` times and ``v_i`` divided by a number it is the same.
+    """
+
+    def loss_of_products(theta, alpha, batch):
+        u, v = theta.reshape(2, NUM_FEATURES)
+        return loss(u * v, alpha, batch)
+
+    return loss_of_products
 
 
 def _with_penalty(loss: Callable) -> tuple[Loss, Loss]:
@@ -230,6 +249,9 @@ FAMILIES = {
     "network": Family(_sample_network, *_with_penalty(_network_loss)),
     "factorization": Family(_sample_factorization, *_with_penalty(_factorization_loss)),
     "distances": Family(_sample_distances, *_with_penalty(_distance_loss)),
+    "diagonal network": Family(
+        _sample_diagonal_network, *map(_of_products, _with_penalty(_ridge_loss))
+    ),
     "clustered": _spectral_family(_clustered),
     "stretched": _spectral_family(_stretched),
     "one slow direction": _spectral_family(_one_slow),
