@@ -116,6 +116,7 @@ ESTIMATORS: dict[str, tuple[Estimator, float]] = {
             hg.Neumann(num_terms=5, step_size=RATE),
             adjoint_batch_size=BATCH_SIZE,
             outer_batch_size=BATCH_SIZE,
+            estimate_error=False,
         ),
         17 * BATCH,
     ),

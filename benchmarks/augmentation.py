@@ -140,7 +140,9 @@ def random_search(task, *, budget, key):
 OUTER = NUM_VAL / NUM_TRAIN
 HYPERGRADIENTS = {
     "implicit": (
-        hg.Implicit(SOLVER, hg.Neumann(num_terms=10, step_size=0.1)),
+        hg.Implicit(
+            SOLVER, hg.Neumann(num_terms=10, step_size=0.1), estimate_error=False
+        ),
         *(0.15, SOLVER.num_steps + 2 * 11 + 2 * OUTER),
     ),
     "unrolled": (

@@ -92,9 +92,12 @@ CG = hg.CG(rtol=1e-2, max_steps=10)
 # Neumann has 9, 10 for its step size and one more.
 ROUND_COST = SMALL["num_rounds"] * (SMALL["num_local_steps"] + 1)
 ESTIMATORS = {
-    "global": (hg.Implicit(SOLVER, CG), ROUND_COST + 2 + 2 * 13),
+    "global": (
+        hg.Implicit(SOLVER, CG, estimate_error=False),
+        ROUND_COST + 2 + 2 * 13,
+    ),
     "global, neumann": (
-        hg.Implicit(SOLVER, hg.Neumann(num_terms=10)),
+        hg.Implicit(SOLVER, hg.Neumann(num_terms=10), estimate_error=False),
         ROUND_COST + 2 + 2 * 20,
     ),
     "local": (LocalImplicit(SOLVER, CG), ROUND_COST + 2 + 2 * 13),

@@ -116,7 +116,9 @@ NUM_STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
 HYPERGRADIENTS = {
     "maml": (hg.Unrolled, 4 * NUM_STEPS["maml"] + 1 + QUERY_COST),
     "imaml": (
-        lambda solver: hg.Implicit(solver, hg.CG(max_steps=NUM_PRODUCTS)),
+        lambda solver: hg.Implicit(
+            solver, hg.CG(max_steps=NUM_PRODUCTS), estimate_error=False
+        ),
         NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + 2 * QUERY_COST,
     ),
     "ridge head": (hg.Unrolled, 4 + QUERY_COST),

@@ -258,7 +258,10 @@ SHARED_DISCOUNTS = np.linspace(0.5, 1.0, 51)
 # The cost of implicit is what Newton's method and the adjoint take at most, by seeds
 # 100 and 101.
 MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
-    "implicit": (hg.Implicit(hg.Newton(), hg.CG(rtol=1e-3, max_steps=20)), 160),
+    "implicit": (
+        hg.Implicit(hg.Newton(), hg.CG(rtol=1e-3, max_steps=20), estimate_error=False),
+        160,
+    ),
     "unrolled": (
         hg.Unrolled(TD, checkpoint=False, warm_start=True),
         3 * TD.num_steps + 2,

@@ -180,11 +180,12 @@ def describe_run(task, trace, w, key) -> Row:
 # An outer gradient counts as an inner one although the splits differ in size.
 HYPERGRADIENTS = {
     "implicit": gradient_method(
-        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20)),
+        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False),
         SOLVER.num_steps + 2 * 21 + 2,
     ),
     "neumann": gradient_method(
-        hg.Implicit(SOLVER, hg.Neumann(num_terms=20)), SOLVER.num_steps + 2 * 30 + 2
+        hg.Implicit(SOLVER, hg.Neumann(num_terms=20), estimate_error=False),
+        SOLVER.num_steps + 2 * 30 + 2,
     ),
     "unrolled": gradient_method(
         hg.Unrolled(SOLVER, checkpoint=True, warm_start=True), 4 * SOLVER.num_steps + 2
