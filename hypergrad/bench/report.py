@@ -79,19 +79,22 @@ class TableResult:
         return self.table.evaluate(self.rows) + self._stopped_runs()
 
     def _stopped_runs(self) -> list[Finding]:
-        """Returns how many runs of a method were not completed, and why."""
-        statuses = {
-            label: [row["stopped"] for row in self.rows_of(label) if "stopped" in row]
-            for label in self.labels
-        }
-        return [
-            Finding(
-                f"{label}: {len(reasons)} of {len(self.rows_of(label))} runs were not "
-                f"completed ({'; '.join(dict.fromkeys(reasons))})"
-            )
-            for label, reasons in statuses.items()
-            if reasons
-        ]
+        """Returns which runs of a method were not completed, and why."""
+        findings = []
+        for label in self.labels:
+            rows = self.rows_of(label)
+            stopped = [row for row in rows if "stopped" in row]
+            if stopped:
+                seeds = ", ".join(str(row["seed"]) for row in stopped)
+                reasons = "; ".join(dict.fromkeys(row["stopped"] for row in stopped))
+                findings.append(
+                    Finding(
+                        f"{label}: {len(stopped)} of {len(rows)} runs were not "
+                        f"completed, of seed{'s' * (len(stopped) > 1)} {seeds} "
+                        f"({reasons})"
+                    )
+                )
+        return findings
 
     def rows_of(self, label: str) -> list[Row]:
         """Returns the rows of a method, by seed."""

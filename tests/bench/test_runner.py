@@ -278,7 +278,7 @@ def test_runs_that_stopped_early_are_counted_with_the_reason(run, shared_file):
     result = TableResult("quadratic", loading.load_table(shared_file), rows)
     text = to_markdown(result)
     assert (
-        "stops: 2 of 2 runs were not completed "
+        "stops: 2 of 2 runs were not completed, of seeds 0, 1 "
         "(stopped: the outer value is not finite)" in text
     )
     assert "nothing: " not in text
