@@ -42,10 +42,10 @@ from .trees import (
 NUM_DIRECTIONS = 2  # u; one is by chance ten times too small with a probability of 8%
 NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
 NUM_ERROR_PRODUCTS = 2  # of `estimate_error`, without negative curvature
-# Negative curvature vanishes if at most this fraction of it is left after a correction.
-# That this ends near the argmin is believed if no error or change exceeds one tenth.
-MAX_LEFT_CURVATURE = 0.25
-MAX_ERROR_OF_FLAT = 0.1
+# Negative curvature at w is ignored if at most a quarter of it remains after a Newton
+# correction, and the errors are small enough for the correction to be near the argmin.
+MAX_REMAINING_CURVATURE = 0.25
+MAX_ERROR_NEAR_ARGMIN = 0.1
 
 
 class CorrectionTerms(NamedTuple):
@@ -254,8 +254,7 @@ def estimate_error(
         new_b, new_direct, new_Hv, new_cross, cross_change = _derivatives_at_correction(
             problem, new_w, alpha, batch, outer_batch, index, result.adjoint, terms
         )
-        is_flat = _curvature_vanishes(hvp_at, w, scaling, terms)
-        is_flat &= ~_is_negative(result.adjoint, new_Hv, scaling)
+        vanishes = _curvature_vanishes(hvp_at, w, scaling, terms)
         # psi+ - h and r+, the latter in the coordinates of S H S
         change = optax.tree.sub(optax.tree.sub(new_direct, new_cross), result.h)
         new_residual = scaling.multiply(optax.tree.sub(new_b, new_Hv))
@@ -289,8 +288,8 @@ def estimate_error(
             adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
             negative_curvature=terms.is_negative,
         )
-        is_flat &= error.max_error <= MAX_ERROR_OF_FLAT
-        return error._replace(negative_curvature=terms.is_negative & ~is_flat)
+        vanishes &= error.max_error <= MAX_ERROR_NEAR_ARGMIN
+        return error._replace(negative_curvature=terms.is_negative & ~vanishes)
 
     parts = _Parts(
         result.hypergradient, result.b, result.adjoint, result.cross, result.residual
@@ -375,12 +374,7 @@ def _curvature_vanishes(
         return (vdot(p, Hp) / vdot(p, p)).astype(curvature.dtype)
 
     remaining = apply_unless(~is_negative, new_curvature, curvature)
-    return is_negative & (remaining > MAX_LEFT_CURVATURE * curvature)
-
-
-def _is_negative(v: PyTree, Hv: PyTree, scaling: Scaling) -> Array:
-    """Returns whether ``v'Hv`` is negative."""
-    return _safe_vdot(scaling.divide(v), scaling.multiply(Hv), jnp.ones(())) < 0
+    return is_negative & (remaining > MAX_REMAINING_CURVATURE * curvature)
 
 
 def _ratio(x: Array, y: Array) -> Array:

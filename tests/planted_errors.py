@@ -100,7 +100,7 @@ ERRORS = (
     PlantedError(
         "implicit: any negative curvature vanishes near the argmin",
         "implicit_error.py",
-        "(remaining > MAX_LEFT_CURVATURE * curvature)",
+        "(remaining > MAX_REMAINING_CURVATURE * curvature)",
         "(remaining > 4 * curvature)",
         "core/test_degenerate_minima.py",
         guard="core/test_degenerate_minima.py::test_a_saddle_is_not_trusted[1e-06-1]",

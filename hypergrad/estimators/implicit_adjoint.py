@@ -173,9 +173,9 @@ def _solve_scaled(
         return AdjointSolution(result, None, duals, 0), None
     matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
     terms = per_loss(lambda x: correction_terms(matvec, x, scaling))(solution)
-    # Whether negative curvature is one of the argmin is decided by `estimate_error`.
-    terms = terms._replace(is_negative=result.linear_stats["negative_curvature"])
-    result = _with_negative_curvature(result, jnp.asarray(False))
+    # `estimate_error` decides whether that of the solve counts against the estimate.
+    is_negative = result.linear_stats["negative_curvature"]
+    result = _with_negative_curvature(result, is_negative & ~solution.is_negative)
     num_products = NUM_DIRECTIONS + (num_losses or 1)
     return AdjointSolution(result, None, terms.duals, num_products), terms
 

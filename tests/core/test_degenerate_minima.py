@@ -29,8 +29,9 @@ def problem_of(family, batch):
 def test_accurate_estimates_near_circles_of_minima_are_trusted(name):
     """``w`` is off by a relative 1e-5; a rotation of it changes neither loss.
 
-    In some half of the cases the Hessian at ``w`` has a negative eigenvalue. A few are
-    refused because the last steps of the adjoint solve changed the hypergradient.
+    The Hessian at ``w`` has a negative eigenvalue in about half of the cases. If its
+    sign alone decided, none of these would be trusted. A few may still be refused,
+    because the last steps of the adjoint solve changed the hypergradient.
     """
     family = FAMILIES[name]
 
