@@ -56,7 +56,7 @@ def argmin(
       on where the solver starts.
 
     Raises:
-      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+      TypeError, ValueError: An argument is invalid; raised before anything is compiled.
 
     Cost:
       One linear solve per derivative, in forward and in reverse mode.

@@ -187,7 +187,7 @@ def certify(
         that of the estimate, or else to ``jax.random.key(0)``.
 
     Raises:
-      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+      TypeError, ValueError: An argument is invalid; raised before anything is compiled.
 
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight

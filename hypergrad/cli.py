@@ -144,7 +144,10 @@ def recompute(
     max_seconds: float = 120,
     skip: tuple[str, ...] = (),
 ) -> None:
-    """Measure randomly chosen cells again; exit 1 if a printed number differs.
+    """Measure randomly chosen cells again, and compare the printed numbers.
+
+    The exit status is 1 if a number differs, a cell cannot be measured, or none is
+    chosen.
 
     Args:
       folder: Folder of rows.

@@ -33,7 +33,7 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
       estimator: The estimator of the hypergradient.
 
     Raises:
-      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+      TypeError, ValueError: An argument is invalid; raised before anything is compiled.
       TypeError: The estimator is a single-loop method, of which a single step is
         meaningless; use `minimize`.
 

@@ -8,7 +8,8 @@ v`` and the hypergradient ``h = dM/dalpha - J' v`` at ``w``, the error of ``h`` 
 
 for any direction ``u`` of ``alpha``, with the dual vector ``y = H^-1 J u``. Both the
 error of ``w`` and that of the adjoint are in it, and neither depends on the units of
-``w``. Conjugate gradients for the adjoint yield ``d`` and ``y`` without a product.
+``w``. Conjugate gradients for the adjoint approximate ``d`` and ``y`` in the same
+iterations; ``J u`` costs two products, and a last step of ``d`` one.
 """
 
 from collections.abc import Callable

@@ -84,7 +84,8 @@ def minimize(
     Memory: that of one estimate, and a row of scalars per step.
 
     Raises:
-      TypeError, ValueError: An argument is invalid; raised before anything is traced.
+      TypeError, ValueError: An argument is invalid; raised before anything is compiled.
+      ImportError: ``progress`` is True and rich is not installed.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
@@ -313,6 +314,7 @@ class OuterLoop(eqx.Module):
           TypeError, ValueError: An argument is invalid.
           ValueError: The state has another structure than the states of this loop or
             is of a failed run; checkpoints belong to another or to a running run.
+          ImportError: ``progress`` is True and rich is not installed.
         """
         return run_steps(
             self,

@@ -189,7 +189,10 @@ def load(
       ``(w, alpha)`` with NumPy arrays and PRNG keys, equal to what was saved to the
       bit, also if the precision of this process is lower.
 
+    Cost: the files are read twice, once for their digests.
+
     Raises:
+      TypeError: ``folder`` is not a path.
       ValueError: There is no such model, it is damaged, or ``like`` has another
         structure.
     """
@@ -217,6 +220,7 @@ def get(reference: str, *, folder: str | Path = FOLDER) -> Model:
     """Returns the metadata of ``name@version``, or of the newest version of a name.
 
     Raises:
+      TypeError: ``folder`` is not a path.
       ValueError: There is no such model, or its metadata are damaged.
     """
     name, _, version = str(reference).partition("@")
@@ -230,7 +234,17 @@ def get(reference: str, *, folder: str | Path = FOLDER) -> Model:
 
 
 def find(folder: str | Path = FOLDER) -> tuple[list[Model], list[str]]:
-    """Returns all models of a folder, and the errors of damaged metadata."""
+    """Returns all models of a folder, and the errors of damaged metadata.
+
+    Args:
+      folder: Folder of all models; one that does not exist contains none.
+
+    Cost: the metadata of each model are read, but no arrays.
+
+    Raises:
+      TypeError: ``folder`` is not a path.
+      ValueError: ``folder`` is a file.
+    """
     models, errors = [], []
     homes = [x for x in sorted(_check_folder(folder).glob("*")) if x.is_dir()]
     for home in homes:

@@ -97,6 +97,7 @@ def search(
     Raises:
       TypeError, ValueError: An argument is invalid or belongs to another search.
       RuntimeError: Trials failed on their executor; the message names them.
+      ImportError: ``progress`` is True and rich is not installed.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)

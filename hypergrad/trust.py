@@ -68,9 +68,9 @@ def check_trust(
     Args:
       estimator: The estimator. Its inner solver starts from the ``w`` of the problem; a
         solver without steps leaves it there, which tests the rules of trust alone.
-      families: Names of the families. There are two more, ``'factorization'`` of a
-        matrix and points with given ``'distances'``, whose minima are not strict, so
-        that accurate estimates may be refused.
+      families: Names of the families. There are three more, ``'factorization'`` of a
+        matrix, points with given ``'distances'``, and ``'diagonal network'``, whose
+        minima are not strict, so that accurate estimates may be refused.
       num_problems: Number of problems of each family.
       dtype: Precision of the estimates.
       key: PRNG key of the problems. Defaults to ``jax.random.key(0)``.

@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments, made before anything is traced.
+"""Checks and conversions of arguments, made before anything is compiled.
 
 Structure is checked by shapes. Values are checked only where they are concrete, so that
 the same entry points work inside `jax.jit` and `jax.vmap`.

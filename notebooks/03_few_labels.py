@@ -84,9 +84,9 @@ for name, task in tasks.items():
 # ## Ten steps of each
 #
 # All systems are learned by the same call. The space keeps each `alpha` admissible. The
-# metric has no surrogate, is evaluated on data that neither loss uses, and is not
-# counted as cost. The cost is that of one hypergradient, the first one. Most of the
-# time is compilation.
+# metric is exact, without a surrogate; it is evaluated on data that neither loss uses,
+# and not counted as cost. The cost is that of one hypergradient, the first one. Most of
+# the time is compilation.
 
 
 # %%
@@ -130,5 +130,5 @@ plt.show()
 # %% [markdown]
 # Ten steps are a beginning. The tables run to a budget, tune a baseline without
 # learned hyperparameters by the same rule, give random search the same cost, and report
-# claims that were not reproduced next to those that were. They are in
+# claims that were not supported next to those that were. They are in
 # `benchmarks/results`.

@@ -89,9 +89,9 @@ for name, task in tasks.items():
 # ## Twenty steps of each
 #
 # All systems are learned by the same call. The space keeps each `alpha` admissible. The
-# metric has no surrogate and is not counted as cost. It is evaluated on data that
-# neither loss uses, except in `physics`, where it is the outer loss. The cost is that
-# of one hypergradient, the first one. Most of the time is compilation.
+# metric is exact, without a surrogate, and not counted as cost. It is evaluated on data
+# that neither loss uses, except in `physics`, where it is the outer loss. The cost is
+# that of one hypergradient, the first one. Most of the time is compilation.
 
 
 # %%
@@ -135,5 +135,5 @@ plt.show()
 # %% [markdown]
 # Twenty steps are a beginning. The tables run to a budget, tune a baseline without
 # learned hyperparameters by the same rule, give random search the same cost, and report
-# claims that were not reproduced next to those that were. They are in
+# claims that were not supported next to those that were. They are in
 # `benchmarks/results`.

@@ -94,7 +94,7 @@ class Implicit(eqx.Module):
 
     Args:
       solver: The inner solver. It is never differentiated.
-      linear_solver: Solver of the adjoint system: `CG`, `Neumann`, `Nystrom`,
+      linear_solver: Solver of the adjoint system: `CG`, `MINRES`, `Neumann`, `Nystrom`,
         `NystromCG`, `Identity`, or any solver of lineax. Defaults to `CG` with a
         diagonal preconditioner, for which the units of ``w`` do not matter.
       damping: Number added to the diagonal of ``H`` in the solve. ``adjoint_residual``
