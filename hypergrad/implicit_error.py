@@ -40,7 +40,12 @@ from .trees import (
     vdot,
 )
 
-NUM_DIRECTIONS = 2  # u; one is by chance ten times too small with a probability of 8%
+NUM_DIRECTIONS = 2  # u
+# With two random directions the norm of an error exceeds six times its estimate with a
+# probability of 1 - exp(-1/36) = 3%. Three times the estimate must be within tolerance,
+# so that an error of twice the tolerance is rarely trusted.
+CORRECTION_FACTOR = 3.0
+MAX_CONDITION = 0.25  # of S H S in units of 1 / eps, above which rounding decides
 NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
 NUM_ERROR_PRODUCTS = 2  # of `estimate_error`, without negative curvature
 # Negative curvature at w is ignored if at most a quarter of it remains after a Newton
@@ -62,6 +67,8 @@ class CorrectionTerms(NamedTuple):
       curvature_min: The smallest curvature that the solve met, which is that along
         ``p`` if it is negative.
       is_negative: Whether the solve met negative curvature.
+      is_ill_conditioned: Whether it met a curvature so small, compared with the
+        largest, that rounding errors of products change it much.
     """
 
     inner_step: PyTree
@@ -70,6 +77,7 @@ class CorrectionTerms(NamedTuple):
     last_direction: PyTree
     curvature_min: Scalar
     is_negative: Scalar
+    is_ill_conditioned: Scalar
 
 
 class HypergradientError(NamedTuple):
@@ -77,6 +85,8 @@ class HypergradientError(NamedTuple):
 
     Attributes:
       correction: ``||h* - h|| / ||h||`` from two random directions ``u``.
+      correction_bound: ``correction`` times `CORRECTION_FACTOR`; without the factor if
+        ``alpha`` is one or two numbers, for which ``correction`` is the norm itself.
       relative_change: The change of ``h`` from ``w`` to ``w+`` at a fixed adjoint, and
         the change of the residual of the adjoint times ``||J' v||``, over ``||h||``.
       adjoint_change: Change of ``J' v`` in the last two steps of its solve over
@@ -84,21 +94,26 @@ class HypergradientError(NamedTuple):
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
+      ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`.
     """
 
     correction: Scalar
+    correction_bound: Scalar
     relative_change: Scalar
     adjoint_change: Scalar
     adjoint_residual: Scalar
     negative_curvature: Scalar
+    ill_conditioned: Scalar
 
     @property
-    def max_error(self) -> Scalar:
-        """The largest of the relative errors and changes."""
-        inner = jnp.maximum(self.correction, self.relative_change)
-        return jnp.maximum(
-            inner, jnp.maximum(self.adjoint_change, self.adjoint_residual)
-        )
+    def inner_error(self) -> Scalar:
+        """The error that is blamed on ``w`` if the adjoint is accurate."""
+        return jnp.maximum(self.correction_bound, self.relative_change)
+
+    @property
+    def adjoint_error(self) -> Scalar:
+        """The larger one of the last change and the residual of the adjoint."""
+        return jnp.maximum(self.adjoint_change, self.adjoint_residual)
 
     @property
     def error_estimate(self) -> Scalar:
@@ -111,12 +126,11 @@ class HypergradientError(NamedTuple):
         The correction contains the error of the adjoint, so that it says nothing about
         the inner solve unless the adjoint is accurate.
         """
-        inner = jnp.maximum(self.correction, self.relative_change)
-        adjoint = jnp.maximum(self.adjoint_change, self.adjoint_residual)
-        is_adjoint_accurate = adjoint <= rtol
+        is_adjoint_accurate = self.adjoint_error <= rtol
         return {
-            "inner_error": is_adjoint_accurate & ~(inner <= rtol),
+            "inner_error": is_adjoint_accurate & ~(self.inner_error <= rtol),
             "adjoint_residual": ~is_adjoint_accurate,
+            "ill_conditioned": self.ill_conditioned,
         }
 
 
@@ -140,26 +154,30 @@ def correction_terms(
 ) -> CorrectionTerms:
     """Returns the terms from an adjoint solve with `correction_targets`.
 
-    ``d`` has one step along the rest of ``dL/dw``, because ``dM/dw`` may have no part
-    in a direction on which ``dM/dalpha`` depends.
+    ``d`` and the duals have one step along the rest of ``dL/dw``, because ``dM/dw`` may
+    have no part in a direction on which ``dM/dalpha`` or ``dM/dw(w+)`` depends.
 
     Cost: one product.
     """
     row = lambda rows, tree: jax.tree.map(lambda leaf: leaf[rows], tree)
-    inner_step = add_gradient_step(
+    rows = slice(0, 1 + NUM_DIRECTIONS)
+    solutions = add_gradient_step(
         matvec,
-        row(0, solution.target_solutions),
-        row(0, solution.target_residuals),
+        row(rows, solution.target_solutions),
+        row(rows, solution.target_residuals),
         scaling,
     )
-    duals = row(slice(1, 1 + NUM_DIRECTIONS), solution.target_solutions)
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(solution.v))).eps)
+    curvature_min = solution.curvature_min
+    rounding = eps / MAX_CONDITION * solution.curvature_max
     return CorrectionTerms(
-        inner_step,
-        duals,
-        solution.last_change,
-        solution.last_direction,
-        solution.curvature_min,
-        solution.is_negative,
+        inner_step=row(0, solutions),
+        duals=row(slice(1, 1 + NUM_DIRECTIONS), solutions),
+        adjoint_change=solution.last_change,
+        last_direction=solution.last_direction,
+        curvature_min=curvature_min,
+        is_negative=solution.is_negative,
+        is_ill_conditioned=(curvature_min >= 0) & (curvature_min < rounding),
     )
 
 
@@ -244,6 +262,8 @@ def estimate_error(
     ``w`` and its adjoint.
     """
     directions = random_directions(alpha)
+    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
+    factor = CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
     is_moving = ~is_zero(result.inner_grad)
     losses = problem.outer_loss
     losses = losses if isinstance(losses, tuple) else (losses,)
@@ -282,14 +302,18 @@ def estimate_error(
             norm(divide(change, unit))
             + norm(divide(result.cross, unit)) * relative_residual_change
         )
+        correction = relative_to_h(jnp.sqrt(jnp.mean(errors**2)))
         error = HypergradientError(
-            correction=relative_to_h(jnp.sqrt(jnp.mean(errors**2))),
+            correction=correction,
+            correction_bound=factor * correction,
             relative_change=jnp.where(is_blind, jnp.inf, relative_change),
             adjoint_change=relative_to_h(norm(divide(cross_change, unit))),
             adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
             negative_curvature=terms.is_negative,
+            ill_conditioned=terms.is_ill_conditioned,
         )
-        vanishes &= error.max_error <= MAX_ERROR_NEAR_ARGMIN
+        max_error = jnp.maximum(error.inner_error, error.adjoint_error)
+        vanishes &= max_error <= MAX_ERROR_NEAR_ARGMIN
         return error._replace(negative_curvature=terms.is_negative & ~vanishes)
 
     parts = _Parts(

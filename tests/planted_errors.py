@@ -106,6 +106,33 @@ ERRORS = (
         guard="core/test_degenerate_minima.py::test_a_saddle_is_not_trusted[1e-06-1]",
     ),
     PlantedError(
+        "implicit: the duals have no part along the rest of dL/dw",
+        "implicit_error.py",
+        "duals=row(slice(1, 1 + NUM_DIRECTIONS), solutions)",
+        "duals=row(slice(1, 1 + NUM_DIRECTIONS), solution.target_solutions)",
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_an_error_in_a_direction_that_dM_dw_does_not_contain_is_seen[1.0]",
+    ),
+    PlantedError(
+        "implicit: the error along two directions is taken for its bound",
+        "implicit_error.py",
+        "correction_bound=factor * correction",
+        "correction_bound=correction",
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_two_random_directions_rarely_hide_an_error[0.025]",
+    ),
+    PlantedError(
+        "implicit: an ill-conditioned Hessian is not flagged",
+        "implicit_error.py",
+        '"ill_conditioned": self.ill_conditioned',
+        '"ill_conditioned": jnp.asarray(False)',
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_features_far_from_zero_in_float32_are_not_trusted[1000.0]",
+    ),
+    PlantedError(
         "certificate: Newton steps that converge linearly count as converged",
         "certificate.py",
         "else LAST_CHANGE_RATIO * rtol",

@@ -174,9 +174,8 @@ class AdaptiveSolve(eqx.Module):
         differentiation = self.solve_adjoint(
             w, previous.result.adjoint, previous.duals, state.adjoint_rtol
         )
-        error = differentiation.error
-        inner_error = jnp.maximum(error.correction, error.relative_change)
-        adjoint_error = jnp.maximum(error.adjoint_change, error.adjoint_residual)
+        inner_error = differentiation.error.inner_error
+        adjoint_error = differentiation.error.adjoint_error
         linear_stats = self.merge_stats(linear_stats, differentiation)
         grad_tol = self._next_grad_tol(state, grad_norm, inner_error)
         rtol_factor = jnp.clip(self.rtol / (4 * adjoint_error), 1e-2, 1.0)

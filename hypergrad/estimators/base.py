@@ -63,6 +63,10 @@ REASONS = {
         "the inner Hessian has negative curvature, so w is not a minimum (allow the "
         "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
+    "ill_conditioned": (
+        "the inner Hessian is so ill-conditioned that rounding errors determine the "
+        "adjoint (use float64, center the data, or add a penalty on w)"
+    ),
     "certificate": "the certificate does not confirm the estimate",
     "other_curvature": (
         "hvp_fn stands for the Hessian, whose spectrum is therefore unknown (use "

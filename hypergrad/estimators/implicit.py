@@ -146,18 +146,20 @@ class Implicit(eqx.Module):
 
     Trust:
       ``trusted`` requires that everything is finite, that no solve met negative
-      curvature which does not vanish near the argmin, that no derivative is lost (as by
-      `jax.lax.stop_gradient`), and that four estimates are at most 1e-2, or at most
-      ``rtol`` if it is given: (1) the relative error of the hypergradient after a
-      Newton correction of ``w`` and of the adjoint, estimated along two random
-      directions of ``alpha``; (2) the change of the hypergradient and of the adjoint's
-      residual over this correction; (3) the change of ``J' v`` in the last two steps of
-      the solve; (4) the residual of the adjoint in scaled coordinates.
-      ``error_estimate`` is the larger one of (1) and (3). None of them depends on the
-      units of ``w`` or of a loss, as far as the probed scaling does not. They do not
-      see errors along directions that neither ``dM/dw`` nor ``dL/dw`` contains, another
-      minimum, or the noise of a batch size (see `Average`). In bfloat16 the residual
-      rarely falls below 1e-2.
+      curvature which does not vanish near the argmin, that the condition number of the
+      scaled Hessian is far below the reciprocal of the rounding error, that no
+      derivative is lost (as by `jax.lax.stop_gradient`), and that four numbers are at
+      most 1e-2, or at most ``rtol`` if it is given: (1) the relative error of the
+      hypergradient by a Newton correction of ``w`` and of the adjoint, estimated along
+      two random directions of ``alpha``, times three if ``alpha`` has more numbers; (2)
+      the change of the hypergradient and of the adjoint's residual over this
+      correction; (3) the change of ``J' v`` in the last two steps of the solve; (4) the
+      residual of the adjoint in scaled coordinates. ``error_estimate`` is the larger
+      one of the error of (1) and (3). None of them depends on the units of ``w`` or of
+      a loss, as far as the probed scaling does not. They do not see errors along
+      directions that neither ``dM/dw`` nor ``dL/dw`` contains, another minimum, or the
+      noise of a batch size (see `Average`). In bfloat16 the residual rarely falls below
+      1e-2.
 
     Target: argmin.
 

@@ -265,23 +265,36 @@ def _row(vectors: PyTree, index: int | slice) -> PyTree:
 
 
 def add_gradient_step(
-    matvec: MatVec, x: PyTree, residual: PyTree, scaling: Scaling
+    matvec: MatVec, solutions: PyTree, residuals: PyTree, scaling: Scaling
 ) -> PyTree:
-    """Returns ``x`` after one step along the residual ``r = b - H x``.
+    """Returns solutions after one step along the residual ``r = b - H x`` of the first.
 
-    The step minimizes along ``S S r``. It adds a direction that the Krylov space of
-    another right-hand side does not contain.
+    Each step minimizes along ``S S r``, which is a direction that the Krylov space of
+    another right-hand side may not contain. It stays as it is where ``H`` is not
+    positive.
+
+    Args:
+      matvec: Function ``v -> H v``.
+      solutions, residuals: ``x`` and ``b - H x`` for right-hand sides ``[m, ...]``.
+      scaling: ``S``.
 
     Cost: one product.
     """
-    r = scaling.multiply(residual)
-    unit = power_of_two_scale(r)
-    p = divide(r, unit)
+    residuals = jax.vmap(scaling.multiply)(residuals)
+    units = jax.vmap(power_of_two_scale)(residuals)
+    residuals = jax.vmap(divide)(residuals, units)
+    p = _row(residuals, 0)
     curvature = vdot(p, scaling.matvec(matvec)(p))
     is_positive = curvature > 0
-    step_size = vdot(p, p) / jnp.where(is_positive, curvature, 1.0)
-    step = scale(jnp.where(is_positive, step_size * unit, 0.0), scaling.multiply(p))
-    return optax.tree.add(x, step)
+    safe_curvature = jnp.where(is_positive, curvature, 1.0)
+    direction = scaling.multiply(p)
+
+    def add_step(x, residual, unit):
+        # x <- x + S p (p'S r) / p'S H S p
+        step_size = vdot(p, residual) / safe_curvature
+        return add_scale(x, jnp.where(is_positive, step_size * unit, 0.0), direction)
+
+    return jax.vmap(add_step)(solutions, residuals, units)
 
 
 def _project(

@@ -169,19 +169,16 @@ def test_factors_at_the_edge_of_float32_change_nothing(factor):
 
 
 def test_a_gradient_step_adds_a_missing_direction():
-    """``b`` and the target have no direction in common."""
+    """``b`` and the first target have no direction in common; the second has both."""
     H = jnp.diag(jnp.array([2.0, 5.0]))
-    b, target = jnp.array([1.0, 0.0]), jnp.array([[0.0, 1.0]])
+    b, targets = jnp.array([1.0, 0.0]), jnp.array([[0.0, 1.0], [1.0, 3.0]])
     scaling = Scaling(jnp.ones(2), 0)
-    solution = scaled_cg(matvec_of(H), b, scaling, targets=target)
-    np.testing.assert_array_equal(solution.target_solutions, 0)
-    x = add_gradient_step(
-        matvec_of(H),
-        solution.target_solutions[0],
-        solution.target_residuals[0],
-        scaling,
+    solution = scaled_cg(matvec_of(H), b, scaling, targets=targets)
+    np.testing.assert_allclose(solution.target_solutions, [[0.0, 0.0], [0.5, 0.0]])
+    actual = add_gradient_step(
+        matvec_of(H), solution.target_solutions, solution.target_residuals, scaling
     )
-    np.testing.assert_allclose(x, [0.0, 0.2])
+    np.testing.assert_allclose(actual, [[0.0, 0.2], [0.5, 0.6]])
 
 
 def test_a_nan_in_h_is_returned():

@@ -1,0 +1,118 @@
+"""Errors of `Implicit` that an estimate of the error may miss; the truth is exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.runtime import compat
+
+NO_STEPS = hg.Descent(optax.sgd(0.0), 0)
+NUM_PROBLEMS = 200
+
+
+@pytest.mark.parametrize("curvature", [1.0, 1e-4])
+def test_an_error_in_a_direction_that_dM_dw_does_not_contain_is_seen(curvature):
+    """``w[0]`` is 0 where it should be 1e-3, and 0 is a minimum of ``M`` along it.
+
+    dh/dalpha = 1 + 100 w*[0] = 1.1 at alpha = 0, and 1 where w[0] = 0.
+    """
+
+    def inner(w, alpha, batch):
+        error = w - jnp.array([1e-3 + 100 * alpha, 0.3])
+        return 0.5 * (curvature * error[0] ** 2 + error[1] ** 2)
+
+    outer = lambda w, alpha, batch: 0.5 * w[0] ** 2 + (w[1] - 1) ** 2 + alpha
+    problem = hg.Bilevel(inner, outer)
+    estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(jnp.zeros(2), 0.0)
+    assert float(estimate.hypergradient) == pytest.approx(1.0)
+    assert not estimate.trusted
+    assert float(estimate.stats["error_estimate"]) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [0.025, 0.05])
+def test_two_random_directions_rarely_hide_an_error(error):
+    """Of 200 estimates off by more than twice the tolerance at most 5% are trusted.
+
+    ``alpha`` shifts 40 labels of a least-squares problem, and ``w`` is off along the
+    direction of the smallest singular value.
+    """
+    num_labels, num_weights, smallest = 40, 16, 1e-2
+    rng = np.random.default_rng(0)
+    singular_values = np.geomspace(1, 0.1, num_weights)
+    singular_values[-1] = smallest
+    data, starts, answers = [], [], []
+    for _ in range(NUM_PROBLEMS):
+        U, _ = np.linalg.qr(rng.normal(size=(num_labels, num_weights)))
+        V, _ = np.linalg.qr(rng.normal(size=(num_weights, num_weights)))
+        X = U * singular_values @ V.T
+        argmin = V @ (singular_values * rng.normal(size=num_weights))
+        answer = X @ np.linalg.solve(X.T @ X, argmin)
+        shift = error * np.linalg.norm(answer) * smallest
+        data.append((X, X @ argmin))
+        starts.append(argmin + shift * V[:, -1])
+        answers.append(answer)
+
+    def inner(w, alpha, batch):
+        return 0.5 * jnp.sum((batch[0] @ w - batch[1] - alpha) ** 2)
+
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2)
+
+    def estimate_fn(train, w):
+        problem = hg.Bilevel(inner, outer, train)
+        estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))
+        return estimate(w, jnp.zeros(num_labels))
+
+    train = tuple(np.stack(x) for x in zip(*data, strict=True))
+    estimates = jax.jit(jax.vmap(estimate_fn))(train, np.stack(starts))
+    differences = np.linalg.norm(estimates.hypergradient - np.stack(answers), axis=1)
+    errors = differences / np.linalg.norm(np.stack(answers), axis=1)
+    np.testing.assert_allclose(errors, error, rtol=0.1)
+    assert np.mean(estimates.trusted) <= 0.05
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_features_far_from_zero_in_float32_are_not_trusted(offset):
+    """Ridge regression on features with means of 0 or 1000 and a spread of 1.
+
+    The condition number is of order 1 / eps for a mean of 1000.
+    """
+    num_features, log_penalty = 10, -4.0
+
+    def inner(w, alpha, batch):
+        fit = 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+        return fit + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+
+    outer = lambda w, alpha, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    @jax.jit
+    def estimate_fn(w, alpha, train, val):
+        problem = hg.Bilevel(inner, outer, train, val)
+        return hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+
+    to_float32 = lambda x: np.asarray(x, np.float32)
+    num_trusted = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        X, X_val = to_float32(offset + rng.normal(size=(2, 60, num_features)))
+        noise, noise_val = 0.5 * rng.normal(size=(2, 60))
+        truth = rng.normal(size=num_features)
+        y, y_val = to_float32(X @ truth + noise), to_float32(X_val @ truth + noise_val)
+        # In float64: H w = X'y / n,  H v = X_val'(X_val w - y_val) / n
+        A, A_val = X.astype(float), X_val.astype(float)
+        H = A.T @ A / 60 + np.exp(log_penalty) * np.eye(num_features)
+        w = np.linalg.solve(H, A.T @ y / 60)
+        v = np.linalg.solve(H, A_val.T @ (A_val @ w - y_val) / 60)
+        answer = -np.exp(log_penalty) * w * v
+        alpha = np.full(num_features, log_penalty, np.float32)
+        with compat.enable_x64(False):
+            estimate = estimate_fn(to_float32(w), alpha, (X, y), (X_val, y_val))
+        difference = np.linalg.norm(estimate.hypergradient - answer)
+        if estimate.trusted:
+            num_trusted += 1
+            assert difference <= 2e-2 * np.linalg.norm(answer)
+        elif offset:
+            assert estimate.flags["ill_conditioned"] or estimate.flags["inner_error"]
+    assert num_trusted == (0 if offset else 10)
