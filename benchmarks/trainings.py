@@ -99,8 +99,14 @@ BUDGET, SEARCH_BUDGET = 60.0, 1_000.0  # trainings: with hypergradients, and wit
 TUNING_SEEDS = (100, 101)
 CLAIMED = {10: (26, 10), 500: (36, 15)}  # trainings at most: the claim, and the goal
 
-COLD = hg.Implicit(TRAINING, hg.CG(max_steps=30), warm_start=False)
-WARM = hg.Implicit(hg.Descent(DESCENT, NUM_STEPS // 10), hg.CG(rtol=1e-2, max_steps=10))
+COLD = hg.Implicit(
+    TRAINING, hg.CG(max_steps=30), estimate_error=False, warm_start=False
+)
+WARM = hg.Implicit(
+    hg.Descent(DESCENT, NUM_STEPS // 10),
+    hg.CG(rtol=1e-2, max_steps=10),
+    estimate_error=False,
+)
 
 
 class GradientMethod(NamedTuple):

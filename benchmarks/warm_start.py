@@ -158,7 +158,9 @@ CARRIED = {
     "warm w": ("w",),
     "warm w and adjoint": ("w", "adjoint"),
 }
-IMPLICIT = hg.Implicit(hg.Newton(tolerance=1e-4), hg.CG(rtol=1e-3))
+IMPLICIT = hg.Implicit(
+    hg.Newton(tolerance=1e-4), hg.CG(rtol=1e-3), estimate_error=False
+)
 CONFIGS = {
     label: MethodConfig(PartlyWarm(IMPLICIT, names)) for label, names in CARRIED.items()
 } | {
