@@ -5,12 +5,11 @@ import itertools
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -25,6 +24,8 @@ from .runtime.array_folder import (
     digest_folder,
     digest_json,
     read_arrays,
+    remove_arrays,
+    temporary_folders,
     to_named_arrays,
     write_arrays,
 )
@@ -40,6 +41,7 @@ RunFingerprint = dict[str, str]
 
 NO_STEP = -1
 NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corrupt
+METADATA_HEAD = b'{\n "step"'  # the first bytes of all metadata
 # These differ whenever anything else does, and are named only if nothing else differs.
 DERIVED_NAMES = ("program", "initial state")
 
@@ -59,10 +61,10 @@ class Checkpoints:
       folder: Folder of this run only; it is created if it does not exist.
       every: Number of outer steps between checkpoints. The end of a run is saved too.
 
-    The last two checkpoints are kept. A new one counts only once it is complete and on
-    disk, so that it survives a power failure. The SHA-256 of all files is checked
-    before they are read: a corrupt checkpoint is skipped with a warning, and the
-    previous one is used.
+    The last two intact checkpoints are kept. A new one counts only once it is complete
+    and on disk, so that it survives a power failure. The SHA-256 of all files is
+    checked before they are read: a corrupt checkpoint is skipped with a warning, and
+    the previous one is used.
 
     If the folder cannot be written to, or the disk is full, one warning is issued and
     the run continues; earlier checkpoints are kept.
@@ -170,11 +172,12 @@ class CorruptCheckpointError(Exception):
 class CheckpointFolder:
     """The checkpoints of one run, each an Orbax folder ``step-N`` and ``step-N.json``.
 
-    The JSON file is written last. It contains the fingerprint of the run, the machines
-    on which it ran, the digest of every file, and its own digest under "sha256". A file
-    ``step-N.writing`` exists while the others are written or removed, which marks an
-    interrupted call. Only files that this class wrote are ever removed; corrupt
-    checkpoints are renamed.
+    The JSON file contains the fingerprint of the run, the machines on which it ran, the
+    digest of every file, and its own digest under "sha256". It has the name
+    ``step-N.writing`` while the others are written or removed, which marks an
+    interrupted call. Only files that this class wrote are ever removed: those that the
+    JSON file names and, if it names none yet, those with a name of Orbax. Corrupt
+    checkpoints are renamed where their step is written again.
 
     Attributes:
       path: The folder.
@@ -182,6 +185,7 @@ class CheckpointFolder:
       fingerprint: What determines the bits of the run.
       is_writable: False if checkpoints can only be read.
       machines: The machines on which the run was made so far, without this one.
+      intact_steps: The last steps that were checked or written, the newest last.
       has_failed: True if a checkpoint could not be written, of which a warning told.
     """
 
@@ -189,6 +193,7 @@ class CheckpointFolder:
         self.path, self.every = Path(checkpoints.folder), checkpoints.every
         self.fingerprint, self.is_writable = fingerprint, False
         self.has_failed, self.machines = False, []
+        self.intact_steps: list[int] = []
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Creates and locks the folder until ``stack`` is closed.
@@ -202,7 +207,7 @@ class CheckpointFolder:
         try:
             atomic_io.make_directory(self.path)
             file = atomic_io.open_without_links(self.path / "lock", "a")
-            lock_file(stack.enter_context(file), self.path)
+            atomic_io.lock_file(stack.enter_context(file), self.path)
         except OSError as error:
             warnings.warn(
                 f"no checkpoint can be written to {self.path} ({error}); the run "
@@ -251,8 +256,8 @@ class CheckpointFolder:
             if self.has_failed:
                 return
             self.has_failed = True
-            steps = self._steps()
-            newest = f"the newest is of step {steps[0]}" if steps else "none exists"
+            steps = self.intact_steps
+            newest = f"the newest is of step {steps[-1]}" if steps else "none exists"
             warnings.warn(
                 f"the checkpoint of step {step} could not be written to {self.path} "
                 f"({type(error).__name__}: {error}); {newest}. The run continues "
@@ -276,7 +281,8 @@ class CheckpointFolder:
                     stacklevel=2,
                 )
             # Checkpoints that were written before machines were recorded name none.
-            self.machines = self._read_metadata(step).get("machines", [None])
+            metadata = self._read_metadata(self._metadata_path(step))
+            self.machines, self.intact_steps = metadata.get("machines", [None]), [step]
             warn_of_other_machines(
                 f"the checkpoints in {self.path} were made", self.machines
             )
@@ -306,21 +312,22 @@ class CheckpointFolder:
         matches = [re.fullmatch(rf"step-(\d{{9}})\.{suffix}", name) for name in names]
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _read_metadata(self, step: int) -> dict[str, Any]:
+    def _read_metadata(self, file: Path) -> dict[str, Any]:
         """Returns the metadata of a checkpoint; raises an error if it is corrupt."""
-        file = self._metadata_path(step)
         try:
             metadata = json.loads(file.read_text())
             sha256 = metadata.pop("sha256")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptCheckpointError(f"{file.name} cannot be read") from error
-        if sha256 != digest_json(metadata):
+        name = "step-" + str(metadata.get("step")).zfill(9)
+        if sha256 != digest_json(metadata) or name != file.stem:
             raise CorruptCheckpointError(f"{file.name} is not as it was written")
         return metadata
 
     def _check(self, step: int) -> None:
         """Raises an error if a checkpoint is corrupt or of another run."""
-        metadata, folder = self._read_metadata(step), self._arrays_path(step)
+        folder = self._arrays_path(step)
+        metadata = self._read_metadata(self._metadata_path(step))
         _check_same_run(self.path, metadata["run"], self.fingerprint)
         saved = metadata["files"]
         try:
@@ -339,10 +346,22 @@ class CheckpointFolder:
     def _write(self, step: int, arrays: Arrays) -> None:
         self._remove_incomplete()
         self._set_aside(step)
-        atomic_io.atomic_write(self._marker_path(step), "")
+        self._write_marker(step, {})
         write_arrays(self._arrays_path(step), arrays)
         atomic_io.fsync_tree(self._arrays_path(step))
-        files = digest_folder(self._arrays_path(step))
+        # A power failure must not leave metadata of arrays that are not on disk.
+        self._write_marker(step, digest_folder(self._arrays_path(step)))
+        self._marker_path(step).rename(self._metadata_path(step))
+        atomic_io.fsync_path(self.path)
+        # Others may be corrupt. They do not count, and those of later steps stay.
+        steps = [*(x for x in self.intact_steps if x != step), step][-NUM_KEPT:]
+        self.intact_steps = steps
+        for old_step in self._steps() if len(steps) == NUM_KEPT else []:
+            if old_step < min(steps):
+                self._remove(old_step)
+
+    def _write_marker(self, step: int, files: dict[str, str]) -> None:
+        """Writes the metadata under the name that marks an incomplete checkpoint."""
         machines = [*self.machines, describe_machine()]
         metadata = {
             "step": step,
@@ -350,49 +369,56 @@ class CheckpointFolder:
             "machines": [x for i, x in enumerate(machines) if x not in machines[:i]],
             "files": files,
         }
-        # A power failure must not leave metadata of arrays that are not on disk.
         text = json.dumps(metadata | {"sha256": digest_json(metadata)}, indent=1)
-        atomic_io.atomic_write(self._metadata_path(step), text + "\n")
-        self._marker_path(step).unlink()
-        for old_step in self._steps()[NUM_KEPT:]:
-            self._remove(old_step)
+        atomic_io.atomic_write(self._marker_path(step), text + "\n")
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint of this run, which becomes an interrupted one first."""
-        with contextlib.suppress(CorruptCheckpointError):
-            if self._read_metadata(step)["run"] != self.fingerprint:
-                return
-            self._metadata_path(step).rename(self._marker_path(step))
-            shutil.rmtree(self._arrays_path(step), ignore_errors=True)
-            self._marker_path(step).unlink()
+        metadata, marker = self._metadata_path(step), self._marker_path(step)
+        with contextlib.suppress(CorruptCheckpointError, OSError):
+            is_own = self._read_metadata(metadata)["run"] == self.fingerprint
+            if is_own and not os.path.lexists(marker):
+                metadata.rename(marker)
+                self._remove_incomplete()
 
     def _set_aside(self, step: int) -> None:
-        """Renames a corrupt checkpoint, in whose place another one is written."""
+        """Renames a corrupt checkpoint, in whose place another one is written.
+
+        Raises:
+          FileExistsError: A file or folder with a name that is needed is not of this
+            class.
+        """
         metadata, arrays = self._metadata_path(step), self._arrays_path(step)
-        if not metadata.exists():
-            if arrays.exists():
-                raise FileExistsError(f"{arrays.name} is not part of a checkpoint")
-            return
-        is_used = lambda n: any(self.path.glob(f"{arrays.name}*.corrupt-{n}"))
-        number = next(n for n in itertools.count(1) if not is_used(n))
-        for path in (metadata, arrays):
-            if path.exists():
-                path.rename(path.with_name(f"{path.name}.corrupt-{number}"))
+        if metadata.exists():
+            is_used = lambda n: any(self.path.glob(f"{arrays.name}*.corrupt-{n}"))
+            number = next(n for n in itertools.count(1) if not is_used(n))
+            for path in (arrays, metadata):  # arrays without metadata would stay
+                if path.exists():
+                    path.rename(path.with_name(f"{path.name}.corrupt-{number}"))
+        paths = [metadata, arrays, *temporary_folders(arrays), self._marker_path(step)]
+        draft = atomic_io.draft_path(paths[-1])
+        is_regular = draft.is_file() and not draft.is_symlink()
+        head = draft.read_bytes()[: len(METADATA_HEAD)] if is_regular else None
+        if head not in (b"", METADATA_HEAD):
+            paths.append(draft)  # not of an interrupted call
+        for path in paths:
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path.name} is not part of a checkpoint")
 
     def _remove_incomplete(self) -> None:
-        """Removes what interrupted calls of `_write` have left, and nothing else."""
+        """Removes what interrupted calls have left, and nothing else."""
         complete = self._steps()
         for step in self._steps("writing"):
-            name = self._arrays_path(step).name
-            if step not in complete:
-                for path in (
-                    self._arrays_path(step),
-                    *self.path.glob(f"{name}.orbax-checkpoint-tmp*"),
-                ):
-                    if not path.is_symlink():
-                        shutil.rmtree(path, ignore_errors=True)
-                self.path.joinpath(f"{name}.json.part").unlink(missing_ok=True)
-            self._marker_path(step).unlink()
+            marker, folder = self._marker_path(step), self._arrays_path(step)
+            if marker.is_symlink():
+                continue
+            # After an error of the disk the marker stays, so that this is tried again.
+            with contextlib.suppress(CorruptCheckpointError, OSError):
+                files = self._read_metadata(marker)["files"]
+                if step not in complete:
+                    for path in (folder, *temporary_folders(folder)):
+                        remove_arrays(path, files)
+                marker.unlink()
 
 
 @contextlib.contextmanager
@@ -404,27 +430,6 @@ def open_checkpoints(
     with contextlib.ExitStack() as stack:
         run_on_first_process(lambda: folder.open(stack))
         yield folder
-
-
-def lock_file(file: IO, owner: Path) -> None:
-    """Locks an open file; the operating system unlocks it when the process dies.
-
-    Args:
-      file: The file.
-      owner: Path that the error message names.
-
-    Raises:
-      ValueError: Another process has locked the file.
-    """
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"folder must not be in use; another process is running in {owner}. Wait "
-            "for it, or choose another folder."
-        ) from error
 
 
 def _fill(leaf: Any, array: Any) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoint import lock_file
 from ..runtime import atomic_io
 from ..runtime.fingerprint import digest
 from ..runtime.machine import describe_machine, warn_of_other_machines
@@ -107,7 +106,7 @@ def run_table(
     path = options.folder / f"{ref.name}.jsonl"
     result = RunResult([])
     with path.open("a", encoding="utf-8") as file:
-        lock_file(file, path)
+        atomic_io.lock_file(file, path)
         atomic_io.fsync_path(options.folder)  # the name of a new file
         result.rows = read_rows(path, allow_cut=True)
         for row in result.rows:

@@ -1,8 +1,12 @@
 """Folders of arrays, written and read by Orbax, and digests of their files."""
 
+import contextlib
 import hashlib
 import json
-from pathlib import Path
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -14,6 +18,11 @@ from .atomic_io import check_free_space
 Arrays = dict[str, np.ndarray]
 BYTES_PER_FOLDER = 100_000  # the files of Orbax without the arrays
 MAX_REASON = 200  # characters; messages of Orbax contain whole stacks
+#: Names of the files and folders that Orbax writes, some of them only for a moment.
+ORBAX_NAME = re.compile(
+    r"(_[A-Z_]+|commit_success\.txt|manifest\.ocdbt|ocdbt\.process_\d+|d|[0-9a-f]{32})"
+    r"(\.__lock)?"
+)
 
 
 def array_name(index: int) -> str:
@@ -56,6 +65,41 @@ def read_arrays(folder: Path, like: Arrays) -> Arrays:
     """
     with make_checkpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), like)
+
+
+def temporary_folders(folder: Path) -> list[Path]:
+    """Returns the folders in which interrupted calls of `write_arrays` wrote."""
+    return list(folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+
+
+def remove_arrays(folder: Path, names: Collection[str]) -> None:
+    """Removes files of `write_arrays`, and their folders if these are then empty.
+
+    Symbolic links are neither followed nor removed.
+
+    Args:
+      folder: A folder of `write_arrays`, in which there may be other files.
+      names: Relative paths of the files to remove. If this is empty, because the call
+        was interrupted, these are all whose names are those of Orbax.
+    """
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    own_names = folders.union(names)
+
+    def is_own(path: Path) -> bool:
+        name = path.relative_to(folder)
+        if own_names:
+            return name.as_posix() in own_names
+        return all(map(ORBAX_NAME.fullmatch, name.parts))
+
+    if folder.is_symlink():
+        return
+    for parent, _, files in os.walk(folder, topdown=False):
+        for file in map(Path(parent).joinpath, files):
+            if is_own(file) and not file.is_symlink():
+                file.unlink()
+        if is_own(Path(parent)):
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(parent)
 
 
 def make_checkpointer() -> Any:

@@ -23,7 +23,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     ...     [file.name for file in Path(folder).iterdir()]
     ['table.md']
     """
-    draft = path.with_name(path.name + ".part")
+    draft = draft_path(path)
     draft.unlink(missing_ok=True)  # from an interrupted call, or a link to another file
     with naming_errors(path):
         try:
@@ -36,6 +36,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         fsync_path(path.parent)
 
 
+def draft_path(path: Path) -> Path:
+    """Returns the path under which `atomic_write` writes a file at first."""
+    return path.with_name(path.name + ".part")
+
+
 def open_without_links(path: Path, mode: str) -> IO:
     """Opens a file whose name the library chose, and never another through a link.
 
@@ -44,6 +49,27 @@ def open_without_links(path: Path, mode: str) -> IO:
     """
     opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
     return open(path, mode, opener=opener)
+
+
+def lock_file(file: IO, owner: Path) -> None:
+    """Locks an open file; the operating system unlocks it when the process dies.
+
+    Args:
+      file: The file.
+      owner: Path that the error message names.
+
+    Raises:
+      ValueError: Another process has locked the file.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"folder must not be in use; another process is running in {owner}. Wait "
+            "for it, or choose another folder."
+        ) from error
 
 
 def append_durably(file: IO[str], text: str) -> None:

@@ -15,8 +15,8 @@ from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.bench.report import TableResult, to_markdown
 from hypergrad.bench.rows import read_rows
 from hypergrad.bench.runner import RunOptions, run_table
-from hypergrad.checkpoint import lock_file
 from hypergrad.runtime import machine
+from hypergrad.runtime.atomic_io import lock_file
 
 TIMES = {"run_seconds", "compile_seconds", "time"}
 
