@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .batches import full_batch, sample_batch
+from .batches import full_batch, is_keyed, sample_batch
 from .jaxpr import alpha_has_gradient, unused_leaves, used_inputs
 from .lost_derivatives import LostDerivative, find_lost_derivatives
 from .problem import Bilevel
+from .products import Loss
 from .trees import vdot
 from .validation import (
     KEY_SHAPE,
@@ -54,6 +56,11 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> 
     losses = problem.outer_loss
     for loss in losses if isinstance(losses, tuple) else (losses,):
         check_scalar_loss("outer_loss", loss, w, alpha, outer_batch)
+    outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
+    if is_keyed(inner_data):
+        _warn_of_unread_key("inner_loss", problem.inner_loss, w, alpha, inner_batch)
+    if is_keyed(outer_data):
+        _warn_of_unread_key("outer_loss", outer_value, w, alpha, outer_batch)
     for solver in solvers:
         _check_solve(problem, init, w, alpha, solver, inner_data, key)
 
@@ -89,6 +96,19 @@ def check_scalar_loss(
         raise TypeError(
             f"{name} must return a float; got {out.dtype}, which has no derivative. "
             "Use a smooth surrogate for an accuracy that is counted with ==."
+        )
+
+
+def _warn_of_unread_key(
+    name: str, loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree
+) -> None:
+    """Issues a warning if a loss does not use the key, the last leaf of its batch."""
+    if not used_inputs(loss, w, alpha, batch)[-1]:
+        warnings.warn(
+            f"{name} never reads the key of its batches, so that a dropout in it has "
+            "the same mask in every step. Give it the key (with flax nnx: "
+            "nnx.reseed(model, default=key)), or leave out with_key=True.",
+            stacklevel=2,
         )
 
 

@@ -309,3 +309,37 @@ def test_stochastic_steps_see_a_new_key_each():
     solve = lambda key: solver.solve(tally, 0.0, 0.0, data.inner_data, key)[0]
     samples = [float(solve(key)) for key in jax.random.split(KEY, 5)]
     assert len(set(samples)) == 5
+
+
+def noisy_outer_loss(w, alpha, batch):
+    return outer_loss(w, alpha, batch) + 0.1 * w[0] * jax.random.uniform(batch[1])
+
+
+KEYLESS_PROBLEMS = {
+    "inner_loss": ("inner_loss", inner_loss, outer_loss, None),
+    "outer_loss": ("outer_loss", noisy_loss, outer_loss, NOISY.inner_data),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "outer", "outer_data"),
+    KEYLESS_PROBLEMS.values(),
+    ids=KEYLESS_PROBLEMS,
+)
+def test_a_key_that_a_loss_never_reads_gets_a_warning(name, inner, outer, outer_data):
+    """A forgotten `nnx.reseed` leaves the mask of a dropout the same in every step."""
+    problem = hg.Bilevel(inner, outer, NOISY.inner_data, outer_data)
+    estimator = hg.Implicit(hg.Newton())
+    with pytest.warns(UserWarning, match=f"{name} never reads the key") as issued:
+        hg.hypergradient(problem, estimator)(jnp.ones(2), jnp.ones(2), KEY)
+    assert "nnx.reseed" in str(issued[0].message)
+
+
+def test_a_key_that_one_of_several_losses_reads_is_no_mistake():
+    problem = hg.Bilevel(
+        noisy_loss, (outer_loss, noisy_outer_loss), NOISY.inner_data, NOISY.inner_data
+    )
+    estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(
+        jnp.ones(2), jnp.ones(2), KEY
+    )
+    assert estimate.value.shape == (2,)

@@ -258,7 +258,9 @@ def test_single_step_is_not_a_hypergradient():
 
 FRESH_DATA = {
     "inner_data": hg.Bilevel(
-        lambda w, alpha, batch: inner_loss(w, alpha, batch[0]),
+        lambda w, alpha, batch: (
+            inner_loss(w, alpha, batch[0]) * jax.random.uniform(batch[1])
+        ),
         outer_loss,
         hg.Batches(TRAIN, 2, with_key=True),
         VAL,
