@@ -105,14 +105,23 @@ def check_method(label: str, method: Any) -> None:
         )
     if grid is None:
         return
-    if not isinstance(grid, Mapping) or not all(len(tuple(v)) for v in grid.values()):
+    if not isinstance(grid, Mapping) or not all(map(_is_sequence, grid.values())):
         raise MethodError(
-            f"{label}.grid must map names of settings to their values; got {grid!r}."
+            f"{label}.grid must map each setting to a sequence of its values, as in "
+            f"{{'learning_rate': (0.1,)}}; got {grid!r}."
         )
     if unknown := set(grid) - set(names) if not takes_any else set():
         raise MethodError(f"{label}.grid sets {sorted(unknown)}, which {label} lacks.")
     if missing := needed - set(grid):
         raise MethodError(f"{label}.grid does not set {sorted(missing)}.")
+
+
+def _is_sequence(values: Any) -> bool:
+    """Returns True for a list, a tuple or an array with at least one value."""
+    try:
+        return not isinstance(values, str) and len(values) > 0
+    except TypeError:
+        return False
 
 
 def run_method(

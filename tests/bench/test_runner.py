@@ -312,6 +312,7 @@ def test_a_method_that_fails_is_named_and_the_other_rows_stay(run, name, message
     [
         ("wrong_signature", "budget and key"),
         ("no_grid", "no grid"),
+        ("number_grid", r"sequence of its values.*got \{'learning_rate': 0.1\}"),
         ("absent", "has no function 'absent'"),
     ],
 )

@@ -126,6 +126,11 @@ def wrong_signature(task, budget_of_mine):
 def no_grid(task, *, budget, key, learning_rate):
     return None
 
+def number_grid(task, *, budget, key, learning_rate):
+    return None
+
+number_grid.grid = {"learning_rate": 0.1}
+
 def all_settings_fail(task, *, budget, key, size):
     raise RuntimeError("no size works")
 
