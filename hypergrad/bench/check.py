@@ -88,6 +88,7 @@ def notes(result: TableResult) -> list[Finding]:
 def cell_problems(result: TableResult) -> list[str]:
     """Returns missing, unplanned and repeated cells, in words.
 
+    A method without any row, as after a run with ``--only``, is one problem.
     Rows that were converted from an older form need no rows of earlier stages.
     """
     table, rows = result.table, result.rows
@@ -108,13 +109,23 @@ def cell_problems(result: TableResult) -> list[str]:
     expected = {key_of(x) for stage in needed for x in stage}
     expected |= {key_of({"method": x, "seed": seed}) for x in added for seed in seeds}
     of_added = {key_of(row) for row in rows if "method_source" in row}
+    missing = expected - counts.keys()
+    method_of = lambda key: key[key_fields.index("method")]
+    num_expected = Counter(map(method_of, expected))
+    num_missing = Counter(map(method_of, missing))
+    without_rows = {
+        name for name, count in num_missing.items() if 1 < count == num_expected[name]
+    }
     texts = {
-        "missing": expected - counts.keys(),
+        "missing": {key for key in missing if method_of(key) not in without_rows},
         "not planned": counts.keys() - planned - of_added,
         "repeated": {key for key, count in counts.items() if count > 1},
     }
     in_words = lambda key: ", ".join(str(x) for x in key if x is not None)
     return [
+        f"missing: {name}, all {num_expected[name]} cells"
+        for name in sorted(without_rows)
+    ] + [
         f"{kind}: {in_words(key)}"
         for kind, keys in texts.items()
         for key in sorted(keys, key=str)

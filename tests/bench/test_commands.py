@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -351,6 +352,22 @@ def test_missing_and_repeated_cells_are_named(folder, tmp_path):
     texts = [finding.text for finding in findings]
     assert texts[0] == "missing: nothing, 2"
     assert texts[1].startswith("repeated: ")
+
+
+def test_a_method_without_rows_is_one_finding(folder, tmp_path):
+    """A run with `--only` has none of the rows of the other methods."""
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    selected = [row for row in rows if row["method"] == "nothing"]
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, selected)))
+    findings = check.check_result("quadratic", table, tmp_path)
+    assert all(finding.failed for finding in findings)
+    counts = Counter(
+        cell["method"] for stage in table.stages("small", 5) for cell in stage
+    )
+    assert [finding.text for finding in findings] == [
+        f"missing: {name}, all {counts[name]} cells" for name in ("descent", "random")
+    ]
 
 
 def test_rows_of_two_commits_are_not_judged(folder, tmp_path):
