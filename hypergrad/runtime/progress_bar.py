@@ -106,4 +106,4 @@ def notebook_bar(*, is_percentage: bool = False) -> Update:
 
 def _describe(done: float, total: float, label: str, is_percentage: bool) -> str:
     amount = f"{100 * done / total:.0f}%" if is_percentage else f"{done} of {total}"
-    return f"{amount}: {label}"
+    return f"{amount}: {label}" if label else amount

@@ -179,6 +179,12 @@ def test_lines_are_printed_for_each_tenth():
     assert lines == ["12%: value 1", "40%: value 1", "100%: value 1"]
 
 
+def test_a_line_without_a_label_is_the_amount():
+    lines = []
+    tenth_printer(lines.append)(4, 4, "")
+    assert lines == ["4 of 4"]
+
+
 def test_a_notebook_shows_one_bar_that_changes(monkeypatch):
     """IPython is replaced by a module that collects what it would display."""
     module, markup = types.ModuleType("IPython.display"), []
