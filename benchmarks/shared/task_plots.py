@@ -10,20 +10,9 @@ from typing import Any
 
 import numpy as np
 
-Rows = list[dict[str, Any]]
+from .method_colors import COLORS, colors_of
 
-COLORS = {
-    "baseline": "#7f7f7f",
-    "random search": "#8c564b",
-    "random search, total": "#c49c94",
-    "implicit": "#1f77b4",
-    "neumann": "#2ca02c",
-    "unrolled": "#ff7f0e",
-    "DADA": "#9467bd",
-    "truncated": "#17becf",
-    "forward": "#2ca02c",
-    "reversible": "#9467bd",
-}
+Rows = list[dict[str, Any]]
 
 
 def _figure(num_panels: int):
@@ -153,14 +142,13 @@ def schedules(rows: Rows, path: Path) -> None:
     left.set_yticks(range(len(methods) - 1), methods[1:])
     left.invert_yaxis()
     left.set(xlabel="test loss / baseline's", title="Seeds, and their geometric mean")
-    for method in methods:
+    for method, color in colors_of(methods).items():
         points = [
             (int(length.split()[0]), group[0]["memory"] / 2**20)
             for length in lengths
             if (group := rows_by_method[length, method]) and "memory" in group[0]
         ]
         if points:
-            color = COLORS.get(method)
             middle.plot(*zip(*points, strict=True), "o-", label=method, color=color)
     middle.axhline(1024, color="k", lw=0.8, ls=":", label="1 GiB")
     middle.set(
@@ -197,6 +185,7 @@ def augmentation(
     learned = [row for row in rows if "curve_value" in row]
     groups = _group_by_method(learned)
     positions, width = np.arange(len(operations)), 0.8 / max(len(groups), 1)
+    colors = colors_of(groups)
     for i, (name, method_rows) in enumerate(groups.items()):
         strength = np.array(
             [np.multiply(row["magnitude"], row["probability"]) for row in method_rows]
@@ -207,7 +196,7 @@ def augmentation(
             width,
             yerr=np.std(strength, axis=0) if len(strength) > 1 else None,
             label=name,
-            color=COLORS.get(name),
+            color=colors[name],
             error_kw={"linewidth": 0.8},
         )
     left.plot(positions, pose, "k_", markersize=26, label="true")
@@ -232,11 +221,11 @@ def self_supervised(rows: Rows, grid: Any, path: Path) -> None:
     if grid_errors:
         left.plot(grid, np.mean(grid_errors, axis=0), "o-", color=COLORS["baseline"])
         left.set(title="Default strengths (line), learned (crosses)")
-    for name in ("temperature", "unrolled", "truncated"):
+    for name, color in colors_of(("temperature", "unrolled", "truncated")).items():
         method_rows = [row for row in rows if row["method"] == name]
         temperature = [row["temperature"] for row in method_rows]
         error = [row["test_error"] for row in method_rows]
-        left.plot(temperature, error, "x", color=COLORS.get(name), label=name)
+        left.plot(temperature, error, "x", color=color, label=name)
     left.set(xlabel="temperature", ylabel="test error of the probe", xscale="log")
     left.legend(frameon=False)
     _plot_curves(right, _group_by_method(rows), "validation error of the probe")
@@ -312,6 +301,7 @@ def _plot_curves(axes: Any, groups: dict[str, Rows], ylabel: str) -> None:
 
     The curve of random search is the best value so far.
     """
+    colors = colors_of(groups)
     for name, group in groups.items():
         method_rows = [row for row in group if "curve_value" in row]
         if not method_rows:
@@ -324,11 +314,9 @@ def _plot_curves(axes: Any, groups: dict[str, Rows], ylabel: str) -> None:
         if name.startswith("random search"):
             value = np.minimum.accumulate(value, axis=1)
         low, median, high = np.nanpercentile(value, [25, 50, 75], axis=0)
-        cost, color = np.median(cost, axis=0), COLORS.get(name)
-        (line,) = axes.plot(cost, median, label=name, color=color)
-        axes.fill_between(
-            cost, low, high, alpha=0.2, color=line.get_color(), linewidth=0
-        )
+        cost, color = np.median(cost, axis=0), colors[name]
+        axes.plot(cost, median, label=name, color=color)
+        axes.fill_between(cost, low, high, alpha=0.2, color=color, linewidth=0)
     axes.set(
         xlabel="gradient-equivalents",
         ylabel=ylabel,

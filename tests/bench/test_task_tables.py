@@ -13,7 +13,7 @@ from benchmarks import architecture as architecture_table
 from benchmarks import penalties as penalties_table
 from benchmarks import schedules as schedules_table
 from benchmarks import semi_supervised as semi_supervised_table
-from benchmarks.shared import architecture_cells
+from benchmarks.shared import architecture_cells, method_colors
 from benchmarks.shared.tuning import digits
 from hypergrad.bench.rows import read_rows
 from hypergrad.tasks import architecture, schedules
@@ -51,6 +51,14 @@ def test_a_regret_above_the_noise_of_retraining_on_one_seed_is_not_supported():
     outcome = lambda rows: [x.outcome for x in architecture_table.regret_findings(rows)]
     assert outcome(make_rows(0.0, 0.005)) == ["supported"]
     assert outcome(make_rows(0.0, 0.007)) == ["not supported"]
+
+
+def test_an_added_method_has_a_color_of_its_own():
+    """Also where the methods of the table have most of matplotlib's colors."""
+    names = ["mine", *(x for x in method_colors.COLORS if x != "forward"), "yours"]
+    colors = method_colors.colors_of(name for name in names if name != "reversible")
+    assert len(set(colors.values())) == len(colors)
+    assert colors["implicit"] == method_colors.COLORS["implicit"]
 
 
 @pytest.mark.parametrize("init", schedules_table.GRID)
