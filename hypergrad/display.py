@@ -24,6 +24,7 @@ Row = tuple[str, str]
 
 TEXT_WIDTH = 88
 MAX_PRINTED_NUMBERS = 4
+MAX_NAMED_LEAVES = 12  # of a tree, in an error message
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
     "num_grads": ("gradient", "gradients"),
@@ -214,6 +215,26 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
         squares = [np.sum(np.abs(to_wide(leaf)) ** 2) for leaf in leaves]
         text += f", norm {np.sqrt(sum(squares)):.4g}"
     return text
+
+
+def describe_leaves(name: str, tree: PyTree) -> str:
+    """Returns the leaves of a tree by path, with dtype and shape, for a message.
+
+    >>> describe_leaves("w", {"kernel": np.ones((3, 1)), "bias": np.ones(1)})
+    "w['bias']: float64[1], w['kernel']: float64[3,1]"
+    >>> describe_leaves("batch", None)
+    'batch: None'
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        return f"{name}: {tree!r}"
+    texts = [
+        f"{name}{jax.tree_util.keystr(path)}: {_describe_leaf(leaf)}"
+        for path, leaf in leaves[:MAX_NAMED_LEAVES]
+    ]
+    if num_further := len(leaves) - len(texts):
+        texts.append(f"{name}: {num_further} further leaves")
+    return ", ".join(texts)
 
 
 def is_readable_tree(tree: PyTree) -> bool:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .batches import full_batch, is_keyed, sample_batch
+from .display import describe_leaves
 from .jaxpr import alpha_has_gradient, unused_leaves, used_inputs
 from .lost_derivatives import LostDerivative, find_lost_derivatives
 from .problem import Bilevel
 from .products import Loss
-from .trees import vdot
+from .trees import is_key, vdot
 from .validation import (
     KEY_SHAPE,
     check_same_structure,
@@ -72,17 +73,16 @@ def check_scalar_loss(
     try:
         out = jax.eval_shape(loss, w, alpha, batch)
     except Exception as error:
-        shapes = jax.tree.map(
-            lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", (w, alpha, batch)
-        )
-        context = f"while evaluating {name}(w, alpha, batch) on shapes {shapes}"
+        args = {"w": w, "alpha": alpha, "batch": batch}
+        shapes = ", ".join(describe_leaves(*item) for item in args.items())
+        context = f"while evaluating {name}(w, alpha, batch) on {shapes}"
         if isinstance(error, KeyError):
             raise ValueError(
                 f"{name} reads the key {error}, which its arguments lack, {context}."
             ) from error
         context += ", which must fit each other"
-        if batch is None:
-            context += ". No data was given; hg.Bilevel takes it after the losses"
+        if remedy := _remedy_of_misfit(error, w, alpha, batch):
+            context += f". {remedy}"
         raise_with_context(error, context)
     if not (hasattr(out, "shape") and out.shape == ()):
         shape = jax.tree.map(lambda x: tuple(x.shape), out)
@@ -97,6 +97,22 @@ def check_scalar_loss(
             f"{name} must return a float; got {out.dtype}, which has no derivative. "
             "Use a smooth surrogate for an accuracy that is counted with ==."
         )
+
+
+def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree) -> str:
+    """Returns the likely remedy for an error of a loss, or an empty text."""
+    is_scalar = lambda x: getattr(x, "shape", None) == ()
+    for name, tree in (("w", w), ("alpha", alpha)):
+        if isinstance(tree, list | tuple) and tree and all(map(is_scalar, tree)):
+            kind = type(tree).__name__
+            return f"{name} is a {kind} of scalars; for an array pass jnp.array(...)"
+    if batch is None:
+        return "No data was given; hg.Bilevel takes it after the losses"
+    if isinstance(batch, tuple) and len(batch) == 2 and is_key(batch[1]):
+        return "A batch is the pair (examples, key)"
+    if "PRNG key data" in str(error):
+        return "Batches bring keys only with hg.Batches(..., with_key=True)"
+    return ""
 
 
 def _warn_of_unread_key(

@@ -1,6 +1,7 @@
 """Tests of the bilevel problem."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,3 +171,64 @@ def test_a_loss_that_needs_data_names_the_missing_argument():
     )
     with pytest.raises(TypeError, match="inner_loss"):
         estimate_fn(jnp.zeros(2), jnp.ones(2))
+
+
+X, Y = jnp.ones((4, 3)), jnp.ones(4)
+
+
+class Linear(eqx.Module):
+    kernel: jax.Array
+    activation: str = eqx.field(static=True, default="tanh")
+
+
+def score_loss(w, alpha, batch):
+    return jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.sum(jnp.exp(alpha) * w**2)
+
+
+def noisy_loss(w, alpha, batch):
+    (x, y), key = batch
+    return score_loss(w * jax.random.normal(key, w.shape), alpha, (x, y))
+
+
+#: A mistake, and what its message says.
+MISFITS = {
+    "module": (
+        (score_loss, (X, Y), Linear(X), Y),
+        r"on w\.kernel: float64\[4,3\], alpha: float64\[4\], "
+        r"batch\[0\]: float64\[4,3\], batch\[1\]: float64\[4\], which must fit",
+    ),
+    "list": (
+        (score_loss, (X, Y), jnp.ones(3), [0.0, 0.0, 0.0]),
+        r"alpha is a list of scalars; for an array pass jnp\.array\(\.\.\.\):",
+    ),
+    "list of layers": (
+        (score_loss, (X, Y), [{"kernel": X}, (Y, Y)], jnp.ones(3)),
+        r"on w\[0\]\['kernel'\]: float64\[4,3\], .*must fit each other: ",
+    ),
+    "no key": (
+        (noisy_loss, hg.Batches((X, Y), 2), jnp.ones(3), jnp.ones(3)),
+        r"bring keys only with hg\.Batches\(\.\.\., with_key=True\):",
+    ),
+    "key is not taken out": (
+        (score_loss, hg.Batches((X, Y), with_key=True), jnp.ones(3), jnp.ones(3)),
+        r"A batch is the pair \(examples, key\):",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_loss_that_fails_gets_the_leaves_and_a_remedy(name):
+    """The leaves are named by path, without the static fields of a module."""
+    (loss, data, w, alpha), message = MISFITS[name]
+    problem = hg.Bilevel(loss, outer_loss, data)
+    with pytest.raises(TypeError, match=message) as raised:
+        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(w, alpha)
+    assert "tanh" not in str(raised.value)
+
+
+def test_only_some_leaves_of_a_large_model_are_named():
+    w = {f"layer {i}": jnp.ones(3) for i in range(50)}
+    problem = hg.Bilevel(score_loss, outer_loss, (X, Y))
+    with pytest.raises(TypeError, match=r"w: 38 further leaves, alpha: ") as raised:
+        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(w, Y)
+    assert len(str(raised.value)) < 1000

@@ -299,7 +299,7 @@ OPTIONS = {
         {"problem": bilevel(lambda w, a, b: w * a if w > 0 else w)},
     ),
     "w of another length than the data": (
-        search, TypeError, r"inner_loss.*float64\[4\].*float64\[5, 3\]",
+        search, TypeError, r"inner_loss.*float64\[4\].*float64\[5,3\]",
         {
             "problem": bilevel(
                 lambda w, a, x: jnp.sum((x @ w - a) ** 2), outer, jnp.ones((5, 3))
