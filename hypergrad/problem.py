@@ -9,9 +9,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from .batches import BatchesOfEstimate, Data, is_keyed, sample_fixed_batch, to_data
+from .display import describe_leaves
 from .jaxpr import constant_bytes
 from .products import Loss
 from .validation import check_hashable
@@ -175,7 +177,13 @@ class EstimateData(eqx.Module):
 
 def _check_function(name: str, function: Any) -> None:
     if not callable(function):
-        raise TypeError(f"{name} must be a function; got {function!r}.")
+        got, remedy = repr(function), ""
+        if any(map(np.ndim, jax.tree.leaves(function))):
+            is_array = hasattr(function, "dtype")
+            kind = "an array" if is_array else f"a {type(function).__name__} of arrays"
+            got = f"{kind} ({describe_leaves(name, function)})"
+            remedy = " The losses come before the data." if "loss" in name else ""
+        raise TypeError(f"{name} must be a function; got {got}.{remedy}")
     check_hashable(name, function)
 
 

@@ -90,6 +90,11 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "Pass the function `train_loss`.",
         ),
         Mistake(
+            "The data before the losses",
+            "hg.Bilevel(train, val, train_loss, val_loss)",
+            "Write `hg.Bilevel(train_loss, val_loss, train, val)`.",
+        ),
+        Mistake(
             "No data",
             ESTIMATE.format(problem="hg.Bilevel(train_loss, val_loss)"),
             "Pass the data after the losses: `hg.Bilevel(train_loss, val_loss, train, val)`.",

@@ -232,3 +232,15 @@ def test_only_some_leaves_of_a_large_model_are_named():
     with pytest.raises(TypeError, match=r"w: 38 further leaves, alpha: ") as raised:
         hg.hypergradient(problem, hg.Implicit(hg.Newton()))(w, Y)
     assert len(str(raised.value)) < 1000
+
+
+def test_data_in_place_of_a_loss_is_named_by_its_shapes():
+    with pytest.raises(TypeError, match=r"^inner_loss .*; got a tuple of ") as raised:
+        hg.Bilevel((X, Y), (X, Y), score_loss, score_loss)
+    text = str(raised.value)
+    assert "inner_loss[0]: float64[4,3], inner_loss[1]: float64[4]" in text
+    assert "The losses come before the data" in text
+    with pytest.raises(TypeError, match=r"got an array \(outer_loss: float64\[4,3\]\)"):
+        hg.Bilevel(score_loss, X)
+    with pytest.raises(TypeError, match=r"got 'loss'\.$"):
+        hg.Bilevel("loss", score_loss)
