@@ -22,8 +22,8 @@ KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
 #: What to do about a leaf of ``w`` or ``alpha`` that is not floating-point.
 _REMEDIES = {
     "w": (
-        "Put constants into the data, or split w by equinox.partition and close over "
-        "them in the losses. Take keys from hg.Batches(..., with_key=True)."
+        "Put constants into the data, or split w (equinox.partition, nnx.split) and "
+        "close over them in the losses. Take keys from hg.Batches(..., with_key=True)."
     ),
     "alpha": (
         "Use hg.search for integers and choices, and hg.Batches(..., with_key=True) "

@@ -67,3 +67,8 @@ def test_argmin_takes_a_key_in_alpha():
     expected = jax.random.normal(key, (4,))
     assert jnp.allclose(jax.jacrev(fn)(2.0), expected, rtol=1e-9)
     assert jnp.allclose(jax.jacfwd(fn)(2.0), expected, rtol=1e-9)
+
+
+def test_a_module_gets_the_names_of_both_libraries_that_split_it():
+    with pytest.raises(TypeError, match=r"split w \(equinox\.partition, nnx\.split\)"):
+        ENTRY_POINTS["hypergradient"]({"x": jax.nn.relu}, {"x": jnp.zeros(2)})
