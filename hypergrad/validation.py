@@ -189,23 +189,37 @@ def check_optimizer(name: str, value: Any, *, optional: bool = False) -> None:
     """Raises TypeError unless the value is an optax transformation."""
     if optional and value is None:
         return
-    if not isinstance(value, optax.GradientTransformation):
-        raise TypeError(
-            f"{name} must be an optax.GradientTransformation such as optax.sgd(0.1); "
-            f"got {type(value).__name__}."
-        )
+    if isinstance(value, optax.GradientTransformation):
+        return
+    got, remedy = type(value).__name__, ""
+    if factory := _optax_factory(value):
+        got, remedy = f"the factory {factory}", f" Call it first, as in {factory}(0.1)."
+    elif isinstance(value, type):
+        got = f"the class {value.__name__}"
+    elif hasattr(value, "tx"):  # of flax, with the state of the optimizer
+        remedy = " Pass its .tx."
+    raise TypeError(
+        f"{name} must be an optax.GradientTransformation such as optax.sgd(0.1); "
+        f"got {got}.{remedy}"
+    )
 
 
 def check_not_optax_factory(name: str, value: Any) -> None:
     """Raises TypeError for ``optax.sgd`` where ``optax.sgd(0.1)`` was meant."""
-    module = getattr(value, "__module__", None) or ""  # None after `exec`
-    if callable(value) and module.startswith("optax"):
-        factory = getattr(value, "__name__", "it")
+    if factory := _optax_factory(value):
         raise TypeError(
             f"{name} must be an optax transformation or a function of alpha; got "
-            f"the factory optax.{factory}. Call it first, as in optax.{factory}(0.1), "
+            f"the factory {factory}. Call it first, as in {factory}(0.1), "
             f"or write a function alpha -> {name}."
         )
+
+
+def _optax_factory(value: Any) -> str | None:
+    """Returns the name of a function of optax, such as ``optax.sgd``, or None."""
+    module = getattr(value, "__module__", None) or ""  # None after `exec`
+    if not (callable(value) and module.startswith("optax")):
+        return None
+    return f"optax.{getattr(value, '__name__', 'it')}"
 
 
 def check_hashable(name: str, function: Any) -> None:

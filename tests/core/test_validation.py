@@ -69,6 +69,29 @@ def test_argmin_takes_a_key_in_alpha():
     assert jnp.allclose(jax.jacfwd(fn)(2.0), expected, rtol=1e-9)
 
 
+class TrainState:
+    """What flax makes of a model and its optimizer."""
+
+    tx = optax.adam(0.1)
+
+
+OPTIMIZERS = {
+    "factory": (optax.adam, r"the factory optax\.adam\. Call it first, .*adam\(0\.1\)"),
+    "class": (TrainState, r"got the class TrainState\.$"),
+    "object with an optimizer": (TrainState(), r"got TrainState\. Pass its \.tx\."),
+    "number": (0.1, r"got float\.$"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_no_optimizer_gets_its_remedy(name):
+    optimizer, message = OPTIMIZERS[name]
+    make_loop = lambda: hg.OuterLoop(PROBLEM, ESTIMATOR, optimizer)
+    for make in (make_loop, lambda: hg.SOBA(optimizer)):
+        with pytest.raises(TypeError, match=r"^optimizer must be .*" + message):
+            make()
+
+
 def test_a_module_gets_the_names_of_both_libraries_that_split_it():
     with pytest.raises(TypeError, match=r"split w \(equinox\.partition, nnx\.split\)"):
         ENTRY_POINTS["hypergradient"]({"x": jax.nn.relu}, {"x": jnp.zeros(2)})
