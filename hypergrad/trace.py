@@ -123,19 +123,20 @@ class Trace(ResultModule):
     def reasons(self) -> dict[str, list[int]]:
         """Returns the reasons not to trust estimates: ``{sentence: steps}``.
 
-        Numbers that are not finite come first, because they explain other reasons.
-        In a search, also the trials whose solver stopped before its tolerance, whose
-        values count all the same.
+        Numbers that are not finite come first, and at their steps alone, because they
+        explain other reasons. In a search, also the trials whose solver stopped before
+        its tolerance, whose values count all the same.
         """
         self._check_single("reasons()")
         # Blank rows have no flags.
-        steps = {name: self.steps[np.asarray(x)] for name, x in self.flags.items()}
+        flags = {name: np.asarray(x) for name, x in self.flags.items()}
+        not_finite = flags.pop("not_finite", np.zeros(len(self.steps), bool))
+        flags = {name: flag & ~not_finite for name, flag in flags.items()}
+        flags = {"not_finite": not_finite} | flags
         return {
-            REASONS.get(name, name): steps_of_flag.tolist()
-            for name, steps_of_flag in sorted(
-                steps.items(), key=lambda item: item[0] != "not_finite"
-            )
-            if steps_of_flag.size
+            REASONS.get(name, name): self.steps[flag].tolist()
+            for name, flag in flags.items()
+            if flag.any()
         }
 
     def rows(self) -> list[dict[str, Any]]:

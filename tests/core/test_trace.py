@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.estimators.base import REASONS
 from tests.loops import ExactEstimator, run_loop
 
 TRUSTED = np.array([True, False, True, False, False])
@@ -47,6 +48,22 @@ def test_reasons_list_the_steps_of_each_failed_check():
     assert run(num_steps=1).reasons() == {}
     stopped = run(on_untrusted="stop")
     assert [*stopped.reasons().values()] == [[1]]
+
+
+def test_a_step_that_is_not_finite_has_this_reason_alone():
+    """NaN in the data also fails the check of the adjoint, which is not the cause."""
+    flags = {
+        "adjoint_residual": np.array([True, False, True, False, False]),
+        "inner_error": np.array([True, False, False, False, False]),
+        "not_finite": np.array([True, False, False, False, False]),
+    }
+    trace = dataclasses.replace(run(), flags=flags)
+    assert trace.reasons() == {
+        REASONS["not_finite"]: [0],
+        REASONS["adjoint_residual"]: [2],
+    }
+    assert list(trace.reasons()) == [REASONS["not_finite"], REASONS["adjoint_residual"]]
+    assert REASONS["inner_error"][:30] not in " ".join(str(trace).split())
 
 
 def test_a_batch_of_traces_has_leading_axes_and_needs_an_index():
