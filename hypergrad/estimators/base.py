@@ -51,7 +51,8 @@ REASONS = {
     "adjoint_residual": (
         "the adjoint did not converge: adjoint_residual, or the last change of the "
         "hypergradient by its iterations, exceeds the tolerance (allow more steps or "
-        "terms, use another linear solver such as hg.CG(), or less damping)"
+        "terms, or less damping; a series may need hg.CG() in its place, and a Hessian "
+        "with negative curvature hg.MINRES())"
     ),
     "inner_error": (
         "w is too far from a stationary point of the inner loss: a Newton step, or "
