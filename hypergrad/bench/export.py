@@ -66,6 +66,7 @@ def write_latex(result: TableResult, folder: Path) -> Path:
     columns = "l" + "r" * (len(headings) - 1)
     lines = [
         f"% {command}",
+        r"% needs \usepackage{booktabs}",
         f"\\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         line(headings),

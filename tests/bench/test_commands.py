@@ -290,6 +290,7 @@ def test_csv_has_a_line_per_reported_row(folder, tmp_path):
 
 def test_latex_escapes_and_has_the_printed_numbers(folder, tmp_path):
     text = export.export(load_result(folder), "latex", tmp_path).read_text()
+    assert r"% needs \usepackage{booktabs}" in text.splitlines()
     assert text.count(r"\\") == 1 + 4  # the headings and four methods
     assert r"$\pm$" in text
     assert "±" not in text
