@@ -91,7 +91,7 @@ def save(
     """Saves ``(w, alpha)`` as the next version of a name.
 
     Several processes may save under one name at the same time: each gets a version of
-    its own. An interrupted call leaves no version.
+    its own. A call that fails or is interrupted leaves no version and no new folder.
 
     Args:
       name: Name of letters, digits, ".", "_" and "-".
@@ -140,16 +140,16 @@ def save(
     if problem is not None:
         check_problem_type(problem)
         record["data"] = digest((problem.inner_data, problem.outer_data))
-    atomic_io.make_directory(home)
     draft = home / f".draft-{uuid.uuid4().hex}"
-    try:
-        atomic_io.make_directory(draft)
-        write_arrays(draft / ARRAYS, to_named_arrays(leaves))
-        atomic_io.fsync_tree(draft / ARRAYS)
-        record["files"] = digest_folder(draft / ARRAYS)
-        return _rename_to_next_version(draft, record)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # after an error; else it is renamed
+    with atomic_io.directory_unless_error(home):
+        try:
+            atomic_io.make_directory(draft)
+            write_arrays(draft / ARRAYS, to_named_arrays(leaves))
+            atomic_io.fsync_tree(draft / ARRAYS)
+            record["files"] = digest_folder(draft / ARRAYS)
+            return _rename_to_next_version(draft, record)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # after an error, else renamed
 
 
 def _rename_to_next_version(draft: Path, record: dict[str, Any]) -> Model:
@@ -166,7 +166,11 @@ def _rename_to_next_version(draft: Path, record: dict[str, Any]) -> Model:
             if path.exists():
                 continue  # another process took this version
             raise
-        atomic_io.fsync_path(home)
+        try:
+            atomic_io.fsync_path(home)
+        except BaseException:
+            path.rename(draft)  # the caller removes it
+            raise
         return Model(path, record)
     raise OSError(f"no version in {home} was free in {MAX_ATTEMPTS} attempts.")
 

@@ -110,11 +110,41 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 
 def make_directory(path: Path) -> None:
     """Creates a folder with its parents and waits until they are on disk."""
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created = _missing_directories(path)
     path.mkdir(parents=True, exist_ok=True)
     for folder in created:
         with contextlib.suppress(PermissionError):  # the parent may be unreadable
             fsync_path(folder.parent)
+
+
+@contextlib.contextmanager
+def directory_unless_error(path: Path) -> Iterator[None]:
+    """Creates a folder with its parents, and removes them if the body raises.
+
+    Only those folders are removed that did not exist before and are empty.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with contextlib.suppress(OSError):
+    ...         with directory_unless_error(Path(folder) / "a" / "b"):
+    ...             raise OSError
+    ...     list(Path(folder).iterdir())
+    []
+    """
+    created = _missing_directories(path)
+    try:
+        make_directory(path)
+        yield
+    except BaseException:
+        for folder in created:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+
+
+def _missing_directories(path: Path) -> list[Path]:
+    """Returns those of a folder and its parents that do not exist, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def fsync_path(path: Path) -> None:

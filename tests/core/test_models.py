@@ -14,6 +14,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import models
+from hypergrad.runtime import atomic_io
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import is_key
 
@@ -188,6 +189,96 @@ def test_a_failed_save_leaves_earlier_versions_and_no_draft(tmp_path, monkeypatc
         models.save("m", 2.0, 0.0, folder=tmp_path)
     assert [x.name for x in (tmp_path / "m").iterdir()] == ["1"]
     assert models.load("m", folder=tmp_path)[0] == 1.0
+
+
+def list_tree(folder: Path) -> dict[str, bytes | None]:
+    """Returns the content of every file below a folder, and None for a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(x): x.read_bytes() if x.is_file() else None for x in paths}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "models.write_arrays", "models.digest_folder", "runtime.atomic_io.fsync_tree",
+        "runtime.atomic_io.atomic_write", "runtime.atomic_io.fsync_path",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("files", [[], ["m/notes.txt"], ["notes.txt", "m/1/mine"]])
+def test_a_failed_save_leaves_the_folder_as_it_was(
+    files, function, error, tmp_path, monkeypatch
+):
+    """Wherever it fails, with and without files of others; a retry succeeds."""
+    folder = tmp_path / "runs" / "models"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = list_tree(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hypergrad.{function}", fail)
+        with pytest.raises(type(error)):
+            models.save("m", 1.0, 0.0, folder=folder)
+    assert list_tree(tmp_path) == before
+    model = models.save("m", 1.0, 0.0, folder=folder)
+    assert models.load(model.reference, folder=folder)[0] == 1.0
+    assert before.items() <= list_tree(tmp_path).items()
+
+
+@pytest.mark.parametrize("step", ["mkdir", "rename"])
+def test_a_failed_save_leaves_no_folder_if_the_system_refuses(
+    step, tmp_path, monkeypatch
+):
+    """As above, for the calls that create the draft and its final name."""
+    folder = tmp_path / "models"
+    method = getattr(Path, step)
+
+    def refuse(path, *args, **options):
+        if path.name.startswith(".draft"):
+            raise OSError(28, "No space left on device")
+        return method(path, *args, **options)
+
+    monkeypatch.setattr(Path, step, refuse)
+    with pytest.raises(OSError, match="No space"):
+        models.save("m", 1.0, 0.0, folder=folder)
+    assert not list_tree(tmp_path)
+
+
+def test_an_error_after_the_rename_leaves_no_version(tmp_path, monkeypatch):
+    """The name of the version is not known to be on disk."""
+    models.save("m", 1.0, 0.0, folder=tmp_path)
+    before = list_tree(tmp_path)
+    fsync_path = atomic_io.fsync_path
+
+    def fail(path):
+        if (tmp_path / "m" / "2").exists():
+            raise OSError(28, "No space left on device")
+        fsync_path(path)
+
+    monkeypatch.setattr("hypergrad.runtime.atomic_io.fsync_path", fail)
+    with pytest.raises(OSError, match="No space"):
+        models.save("m", 2.0, 0.0, folder=tmp_path)
+    assert list_tree(tmp_path) == before
+
+
+def test_a_failed_save_leaves_the_draft_of_another_process(tmp_path, monkeypatch):
+    """It appears in a folder that the failing call made."""
+    other_file = tmp_path / "models" / "m" / ".draft-other" / "file"
+
+    def fail(*_):
+        other_file.parent.mkdir()
+        other_file.write_text("theirs")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hypergrad.models.write_arrays", fail)
+    with pytest.raises(OSError, match="No space"):
+        models.save("m", 1.0, 0.0, folder=tmp_path / "models")
+    assert other_file.read_text() == "theirs"
+    assert [x.name for x in (tmp_path / "models" / "m").iterdir()] == [".draft-other"]
 
 
 def test_foreign_files_in_the_folder_stay(tmp_path):
