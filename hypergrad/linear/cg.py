@@ -17,6 +17,7 @@ from ..trees import (
     add_scale,
     apply_unless,
     divide,
+    is_zero,
     norm,
     power_of_two_scale,
     scalar_dtype,
@@ -257,12 +258,12 @@ def first_residual(
     """
     if x is None:
         return optax.tree.zeros_like(b), b, 0
-    is_zero = norm(x) == 0
-    r = apply_unless(is_zero, lambda b: optax.tree.sub(b, matvec(x)), b)
+    starts_at_zero = is_zero(x)
+    r = apply_unless(starts_at_zero, lambda b: optax.tree.sub(b, matvec(x)), b)
     is_worse = ~(norm(r) <= norm(b))
     x = optax.tree.where(is_worse, optax.tree.zeros_like(x), x)
     r = optax.tree.where(is_worse, b, r)
-    return x, r, jnp.where(is_zero, 0, 1)
+    return x, r, jnp.where(starts_at_zero, 0, 1)
 
 
 def extreme_ritz_values(

@@ -16,6 +16,7 @@ from ..trees import (
     divide,
     norm,
     power_of_two_scale,
+    safe_norm,
     scalar_dtype,
     scale,
     vdot,
@@ -192,7 +193,7 @@ def minimum_residual(
     }
     # The residual of the rounded solution is eps ||H|| ||x|| at least. If that is a
     # large part of ||b||, rounding determines x itself.
-    rounding_error = ROUNDING_ULPS * eps * h_norm * norm(x)
+    rounding_error = ROUNDING_ULPS * eps * (h_norm * safe_norm(x))
     max_residual = jnp.maximum(tol, jnp.minimum(rounding_error, eps**0.5 * norm(b)))
     result = lx.RESULTS.where(
         norm(r) <= max_residual, lx.RESULTS.successful, lx.RESULTS.max_steps_reached
@@ -251,7 +252,7 @@ def _run_recurrence(
         next_v = add_scale(matvec(v), -beta, state.prev_v)
         alpha = vdot(v, next_v)
         next_v = add_scale(next_v, -alpha, v)
-        next_beta = norm(next_v)
+        next_beta = _norm_of_any_size(next_v)
         # Without a next vector the Krylov space contains the solution.
         safe_beta = jnp.where(next_beta > 0, next_beta, 1.0)
         next_v = scale(1.0 / safe_beta, next_v)
@@ -269,7 +270,7 @@ def _run_recurrence(
         d = scale(1.0 / safe_gamma, add_scale(d, -delta, state.d))
         # x_k = x_{k-1} + tau_k d_k with tau_k = c_k phi_{k-1};  phi_k = s_k phi_{k-1}
         x = add_scale(state.x, c * state.phi, d)
-        column_norm = jnp.sqrt(alpha**2 + beta**2 + next_beta**2)
+        column_norm = safe_norm((alpha, beta, next_beta))
         h_norm = jnp.maximum(state.h_norm, column_norm)
         # ||H r_{k-1}|| / ||r_{k-1}||, Choi et al. 2011, section 3.3. It is zero for a
         # least-squares solution, which the previous iterate then is. An ill-conditioned
@@ -300,6 +301,14 @@ def _run_recurrence(
         )
 
     return jax.lax.while_loop(cond_fun, body_fun, _init_lanczos(b))
+
+
+def _norm_of_any_size(x: PyTree) -> Array:
+    """Returns `norm`, and `safe_norm` where squares may underflow or overflow."""
+    x_norm = norm(x)
+    min_norm = float(jnp.finfo(x_norm.dtype).tiny) ** 0.25
+    is_accurate = (x_norm > min_norm) & (x_norm < 1 / min_norm)
+    return jnp.where(is_accurate, x_norm, safe_norm(x))
 
 
 def _init_lanczos(b: PyTree) -> _LanczosState:

@@ -175,3 +175,22 @@ def test_the_diagonal_preconditioner_removes_the_units():
         assert stats["num_products"] <= 2 * reference["num_products"] + 8
     with pytest.raises(ValueError, match="preconditioner"):
         hg.MINRES(preconditioner="jacobi")
+
+
+@pytest.mark.parametrize("exponent", [-100, -65, 65, 100])
+@pytest.mark.parametrize("preconditioner", [None, "diagonal"])
+def test_a_factor_of_the_matrix_changes_no_bit_of_the_solution(
+    preconditioner, exponent
+):
+    """In float32, where the squares of its entries underflow or overflow."""
+    solver = hg.MINRES(preconditioner=preconditioner)
+    H = jnp.asarray(symmetric_matrix(np.linspace(-2.0, 3.0, N)), jnp.float32)
+    b = jnp.asarray(B, jnp.float32)
+    y0 = 0.1 * b
+    factor = jnp.float32(2.0**exponent)
+    expected, expected_stats = compute(solver, H, b, y0=y0)
+    v, stats = compute(solver, factor * H, b, y0=y0 / factor)
+    np.testing.assert_array_equal(v * factor, expected)
+    assert stats["num_products"] == expected_stats["num_products"]
+    assert stats["is_successful"]
+    assert stats["ritz_max"] == factor * expected_stats["ritz_max"]
