@@ -12,7 +12,15 @@ from ..batches import Data, full_batch
 from ..linear.base import MatVec
 from ..linear.cg import conjugate_gradients
 from ..products import Loss, hvp
-from ..trees import add_scale, apply_unless, norm, scale, vdot
+from ..trees import (
+    add_scale,
+    apply_unless,
+    divide,
+    power_of_two_scale,
+    safe_norm,
+    scale,
+    vdot,
+)
 from ..validation import check_positive_int, float_converter
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
@@ -74,8 +82,11 @@ class Newton(eqx.Module):
     ) -> tuple[PyTree, InnerStats]:
         """Returns the minimum, the cost, and whether the tolerance was met."""
         batch = full_batch(data, key)
-        value_and_grad = jax.value_and_grad(lambda w: inner_loss(w, alpha, batch))
-        value, grad = value_and_grad(w)
+        loss_and_grad = jax.value_and_grad(lambda w: inner_loss(w, alpha, batch))
+        value, grad = loss_and_grad(w)
+        unit = power_of_two_scale(grad)  # so that the factor of the loss is about 1
+        value_and_grad = lambda w: divide(loss_and_grad(w), unit)
+        value, grad = divide((value, grad), unit)
         grad_fn = lambda w: value_and_grad(w)[1]
         grad_tol = make_grad_tolerance(self.tolerance, grad_fn, w, grad)
 
@@ -86,9 +97,9 @@ class Newton(eqx.Module):
 
         def body_fun(carry):
             w, value, grad, num_steps, _, num_hvps, num_grads = carry
-            matvec = lambda v: hvp(inner_loss, w, alpha, batch, v)
+            matvec = lambda v: divide(hvp(inner_loss, w, alpha, batch, v), unit)
             # Inexact Newton is superlinear if the residual tolerance falls with ||g||.
-            ratio = norm(grad) / grad_tol.init_norm
+            ratio = safe_norm(grad) / grad_tol.init_norm
             rtol = jnp.minimum(MAX_FORCING_TERM, jnp.sqrt(ratio))
             direction, num_products = _descent_direction(matvec, grad, rtol)
             trial, is_accepted, num_trials = _line_search(
@@ -131,8 +142,8 @@ def _descent_direction(
 
     def scaled_negative_grad(_):
         # d = -g g'g / |g'Hg|, the Newton step along g for the curvature |g'Hg| / g'g
-        curvature = jnp.abs(vdot(negative_grad, matvec(negative_grad)))
-        squared_norm = vdot(negative_grad, negative_grad)
+        g = divide(grad, power_of_two_scale(grad))
+        curvature, squared_norm = jnp.abs(vdot(g, matvec(g))), vdot(g, g)
         step_size = jnp.where(curvature > 0, squared_norm / curvature, 1.0)
         return scale(step_size, negative_grad)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..trees import add_scale, apply_unless, divide, norm, power_of_two_scale, scale
+from ..trees import add_scale, apply_unless, is_zero, safe_norm, scale
 
 
 class GradTolerance(NamedTuple):
@@ -41,13 +41,13 @@ class GradTolerance(NamedTuple):
     @property
     def unit(self) -> Array:
         """A gradient norm that is typical of the problem: ``max(||g_0||, ||c||)``."""
-        return jnp.maximum(self.init_norm, norm(self.change))
+        return jnp.maximum(self.init_norm, safe_norm(self.change))
 
     def is_met(self, grad: PyTree, unit: Array | float = 1.0) -> Array:
         """Returns whether ``unit * grad`` is small enough."""
         select = lambda g, c: jnp.where(jnp.abs(g) * unit > self.tolerance * c, g, 0)
         excess = jax.tree.map(select, grad, self.change)
-        return norm(excess) <= self.tolerance * self.init_norm / unit
+        return safe_norm(excess) <= self.tolerance * self.init_norm / unit
 
 
 def make_grad_tolerance(
@@ -64,14 +64,14 @@ def make_grad_tolerance(
       w: Starting point.
       grad: Gradient at the starting point.
     """
-    init_norm = norm(grad)
+    init_norm = safe_norm(grad)
     if tolerance is None:
         tolerance = float(jnp.finfo(init_norm.dtype).eps) ** 0.75
     epsilons = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(w)]
     h = max(epsilons, default=1.0) ** 0.5
-    is_zero = norm(divide(w, power_of_two_scale(w))) == 0
+    starts_at_zero = is_zero(w)
     # |H w| = |g(w + h w) - g(w)| / h
-    new_grad = apply_unless(is_zero, lambda _: grad_fn(add_scale(w, h, w)), grad)
+    new_grad = apply_unless(starts_at_zero, lambda _: grad_fn(add_scale(w, h, w)), grad)
     difference = scale(1 / h, add_scale(new_grad, -1, grad))
     # The loss may be undefined at the second point.
     change = jax.tree.map(lambda x: jnp.nan_to_num(jnp.abs(x), posinf=0.0), difference)
@@ -79,7 +79,7 @@ def make_grad_tolerance(
         tolerance=jnp.asarray(tolerance, init_norm.dtype),
         init_norm=init_norm,
         change=change,
-        num_grads=jnp.where(is_zero, 0, 1),
+        num_grads=jnp.where(starts_at_zero, 0, 1),
     )
 
 
@@ -98,5 +98,5 @@ def has_progressed(
     """
     rounding_error = value_rounding_error(value)
     is_lower = new_value < value - rounding_error
-    is_flatter = norm(new_grad) < norm(grad)
+    is_flatter = safe_norm(new_grad) < safe_norm(grad)
     return is_lower | (is_flatter & (new_value <= value + rounding_error))

@@ -348,6 +348,25 @@ def test_low_precision(solver, dtype):
     )
 
 
+@pytest.mark.parametrize("exponent", [-90, -65, 65, 100])
+@pytest.mark.parametrize("solver", [hg.LBFGS(), hg.Newton()], ids=["LBFGS", "Newton"])
+def test_a_factor_of_the_loss_changes_no_bit(solver, exponent):
+    """Neither of the solution nor of its derivative, in float32."""
+
+    @jax.jit
+    def differentiate(factor):
+        loss = lambda w, alpha, batch: factor * ridge_penalty(w, alpha, batch)
+        w0, alpha, batch = cast((W0, ALPHA, DATA), jnp.float32)
+        solution_fn = lambda alpha: hg.argmin(loss, solver)(w0, alpha, batch)
+        return solution_fn(alpha), jax.jacrev(solution_fn)(alpha)
+
+    one = jnp.ones((), jnp.float32)
+    w, jacobian = differentiate(one)
+    chex.assert_trees_all_equal(differentiate(one * 2.0**exponent), (w, jacobian))
+    exact = jax.jacrev(ridge_solution)(ALPHA)
+    assert_close(jacobian.astype(float), exact, rtol=1e-4)
+
+
 # Options and errors.
 
 

@@ -241,6 +241,10 @@ def test_progress_is_a_decrease_of_the_loss_or_of_its_gradient(
 # Units.
 
 
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
 @eqx.filter_jit
 def solve_scaled(solver, loss, factor, w, alpha):
     """Solves with the factor times the loss."""
@@ -250,7 +254,10 @@ def solve_scaled(solver, loss, factor, w, alpha):
 
 @pytest.mark.parametrize(
     ("dtype", "exponent"),
-    [("float32", -20), ("float32", 20), ("float64", -40), ("float64", 20)],
+    [
+        *(("float32", exponent) for exponent in (-100, -65, -20, 20, 65, 100)),
+        *(("float64", exponent) for exponent in (-900, -40, 20, 900)),
+    ],
 )
 @pytest.mark.parametrize("name", ["ridge", "logistic", "rosenbrock"])
 @every_solver
@@ -260,15 +267,34 @@ def test_a_factor_of_the_loss_changes_no_bit_of_the_result(
     """The factor is a power of two, which changes no rounding."""
     loss, w, alpha, _ = PROBLEMS[name]
     noise = np.random.default_rng(3)
-    w = jax.tree.map(
-        lambda x: jnp.asarray(x + 0.5 * noise.normal(size=np.shape(x)), dtype), w
-    )
-    alpha, one = jnp.asarray(alpha, dtype), jnp.asarray(1.0, dtype)
+    w = jax.tree.map(lambda x: x + 0.5 * noise.normal(size=np.shape(x)), w)
+    w, alpha, one = cast((w, alpha, 1.0), dtype)
     expected, expected_stats = solve_scaled(solver, loss, one, w, alpha)
     actual, stats = solve_scaled(solver, loss, one * 2.0**exponent, w, alpha)
     chex.assert_trees_all_equal(actual, expected)
     assert stats == expected_stats
     assert stats["num_steps"] > 1
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("name", ["ridge", "logistic"])
+@every_solver
+def test_a_factor_of_the_loss_changes_the_result_by_rounding(name, factor, solver):
+    """In float32, where the squares of such gradients underflow or overflow."""
+    loss, w, alpha, reference = PROBLEMS[name]
+    w, alpha, factor = cast((w, alpha, factor), "float32")
+    w, _ = solve_scaled(solver, loss, factor, w, alpha)
+    chex.assert_trees_all_close(w, cast(reference(), "float32"), rtol=1e-4, atol=1e-5)
+
+
+@every_solver
+def test_a_nearly_flat_start_hides_no_later_gradient(solver):
+    """In float32 the gradient grows from 6e-26 to 0.6 before it vanishes."""
+    loss = lambda w, alpha, batch: -jnp.exp(-0.5 * jnp.sum((w - alpha) ** 2))
+    w, alpha = cast((np.array([11.0]), 0.0), "float32")
+    w, stats = solve(solver, loss, w, alpha)
+    np.testing.assert_allclose(w, 0.0, atol=1e-5)
+    assert stats["num_steps"] < solver.max_steps
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1.0, 1e6])
