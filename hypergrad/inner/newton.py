@@ -36,9 +36,10 @@ class Newton(eqx.Module):
     Conjugate gradients solve for each direction ``d`` to a relative residual of
     ``min(1/2, sqrt(||g|| / ||g_0||))``, with ``g = dL/dw`` and ``g_0`` at the start. If
     they meet a direction of curvature that is not positive, ``d`` is their iterate so
-    far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of descent. The
-    line search halves the step until the loss decreases enough, up to rounding. The
-    solver uses all of the data, never a mini-batch.
+    far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of descent, or
+    ``-g / ||g||`` if ``g'Hg`` is zero. The line search halves the step until the loss
+    decreases enough, up to rounding. The solver uses all of the data, never a
+    mini-batch.
 
     Args:
       max_steps: Maximum number of Newton steps.
@@ -141,10 +142,13 @@ def _descent_direction(
     is_ascent = vdot(direction, grad) >= 0
 
     def scaled_negative_grad(_):
-        # d = -g g'g / |g'Hg|, the Newton step along g for the curvature |g'Hg| / g'g
+        # d = -g g'g / |g'Hg|, the Newton step along g for the curvature |g'Hg| / g'g.
+        # Without curvature its length is 1, as that of the first step of L-BFGS.
         g = divide(grad, power_of_two_scale(grad))
         curvature, squared_norm = jnp.abs(vdot(g, matvec(g))), vdot(g, g)
-        step_size = jnp.where(curvature > 0, squared_norm / curvature, 1.0)
+        unit_step_size = 1 / safe_norm(grad)
+        newton_step_size = squared_norm / curvature
+        step_size = jnp.where(curvature > 0, newton_step_size, unit_step_size)
         return scale(step_size, negative_grad)
 
     direction = apply_unless(~is_ascent, scaled_negative_grad, direction)

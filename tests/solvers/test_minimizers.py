@@ -287,6 +287,20 @@ def test_a_factor_of_the_loss_changes_the_result_by_rounding(name, factor, solve
     chex.assert_trees_all_close(w, cast(reference(), "float32"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 0.01, 1.5, 1.9, 1e30])
+@every_solver
+def test_a_factor_of_a_piecewise_linear_loss_changes_no_step(factor, solver):
+    """Far from its minimum the curvature is zero, which gives a step no length."""
+    loss = lambda w, alpha, batch: jnp.sum(optax.losses.huber_loss(w, alpha))
+    w, alpha, factor = cast((np.full(2, 4.6), 1.0, factor), "float32")
+    one = jnp.ones_like(factor)
+    expected, expected_stats = solve_scaled(solver, loss, one, w, alpha)
+    actual, stats = solve_scaled(solver, loss, factor, w, alpha)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert stats["num_steps"] == expected_stats["num_steps"] > 1
+    np.testing.assert_allclose(actual, 1.0, rtol=1e-5)
+
+
 @every_solver
 def test_a_nearly_flat_start_hides_no_later_gradient(solver):
     """In float32 the gradient grows from 6e-26 to 0.6 before it vanishes."""
