@@ -252,6 +252,14 @@ def lost_in_step_flags(
     return {"lost_derivative": jnp.asarray(True)} if lost else {}
 
 
+def lost_in_init_flags(
+    problem: Bilevel, w: PyTree, alpha: PyTree
+) -> dict[str, Array]:
+    """Returns a failed check if ``init_fn`` loses a derivative by ``alpha``."""
+    _, lost = find_lost_derivatives(lambda a: problem.init_inner(w, a), alpha)
+    return {"lost_derivative": jnp.asarray(True)} if lost else {}
+
+
 def _losses(problem: Bilevel) -> list[tuple[str, Callable[..., Any], PyTree]]:
     """Returns name, function and batch of both losses."""
     key = jax.random.key(0)
@@ -296,6 +304,13 @@ def solver_uses_alpha(
 def init_uses_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
     """Returns which leaves of ``alpha`` the problem's ``init_fn`` uses."""
     return used_inputs(lambda alpha: problem.init_inner(w, alpha), alpha)
+
+
+def init_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
+    """Returns from which leaves of ``alpha`` a derivative reaches the starting point."""
+    init_fn = lambda alpha: problem.init_inner(w, alpha)
+    leaves, _ = find_lost_derivatives(init_fn, alpha)
+    return [i in leaves for i in range(len(jax.tree.leaves(alpha)))]
 
 
 # Checks on shapes.

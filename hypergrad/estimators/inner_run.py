@@ -24,8 +24,10 @@ from ..problem_checks import (
     check_alpha_has_gradient,
     check_alpha_is_used,
     check_problem,
+    init_has_gradient,
     init_uses_alpha,
     lost_derivative_flags,
+    lost_in_init_flags,
 )
 from ..trees import norm, scale
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
@@ -111,7 +113,7 @@ class RunEstimator(eqx.Module):
         has_gradient = self.optimizer_uses_alpha(problem, w, alpha, inner_data)
         advice = "and neither does the optimizer. Remove it from alpha"
         if self.differentiates_init:
-            in_init = init_uses_alpha(problem, w, alpha)
+            in_init = init_has_gradient(problem, w, alpha)
             has_gradient = list(map(operator.or_, has_gradient, in_init))
             advice = "and neither do the optimizer and init_fn. Remove it from alpha"
         check_alpha_has_gradient(problem, w, alpha, has_gradient, advice)
@@ -133,6 +135,9 @@ class RunEstimator(eqx.Module):
             num_hvps=run.num_hvps * fraction,
             num_outer_grads=run.num_outer_grads * run.value.size * outer_fraction,
         )
+        flags = run.flags | lost_derivative_flags(problem, run.w, alpha)
+        if self.differentiates_init:
+            flags |= lost_in_init_flags(problem, run.w, alpha)
         distance = jnp.nan
         if self.certify and not any(
             [*in_optimizer, *init_uses_alpha(problem, run.w, alpha)]
@@ -146,7 +151,7 @@ class RunEstimator(eqx.Module):
             run.value,
             run.hypergradient,
             run.w,
-            run.flags | lost_derivative_flags(problem, run.w, alpha),
+            flags,
             inner_grad_norm=inner_grad_norm(problem, data, run.w, alpha),
             num_inner_steps=run.num_steps,
             error_estimate=run.error_estimate,

@@ -216,3 +216,52 @@ def test_an_optimizer_that_uses_signs_is_not_trusted(optimizer, is_lost):
     estimate = hg.hypergradient(problem, estimator)(W2, ALPHA2)
     assert bool(estimate.flags.get("lost_derivative", False)) == is_lost
     assert estimate.trusted == (not is_lost)
+
+
+# The starting point of a run that is differentiated.
+
+LOSING_STARTS = {
+    "stop_gradient": lambda w, alpha: lax.stop_gradient(alpha),
+    "round": lambda w, alpha: jnp.round(alpha),
+    "where": lambda w, alpha: jnp.where(alpha > 0.5, 1.0, w),
+}
+RUNS = {
+    "Unrolled": hg.Unrolled(hg.Descent(optax.sgd(0.1), 3)),
+    "Forward": hg.Forward(hg.Descent(optax.sgd(0.1), 3)),
+    "Reversible": hg.Reversible(0.1, 0.5, 3),
+}
+centred_loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1) ** 2)
+
+
+@pytest.mark.parametrize("estimator", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("init_fn", LOSING_STARTS.values(), ids=LOSING_STARTS)
+def test_a_starting_point_that_loses_a_derivative_is_not_trusted(estimator, init_fn):
+    """The run starts at ``alpha``, on which the outer loss depends otherwise too."""
+    outer = lambda w, alpha, batch: jnp.sum(w**2) + 1e-3 * jnp.sum(alpha**2)
+    estimates = [
+        hg.hypergradient(hg.Bilevel(centred_loss, outer, init_fn=f), estimator)(
+            W2, jnp.array([0.4, 0.6])
+        )
+        for f in (init_fn, lambda w, alpha: alpha)
+    ]
+    lost, complete = estimates
+    assert lost.flags["lost_derivative"]
+    assert not lost.trusted
+    assert complete.trusted
+    assert "init_fn" in lost.reasons[0]
+
+
+@pytest.mark.parametrize("estimator", RUNS.values(), ids=RUNS)
+def test_a_starting_point_without_any_derivative_is_an_error(estimator):
+    """No derivative by alpha is left, neither of the losses nor of the start."""
+    outer = lambda w, alpha, batch: jnp.sum(w**2)
+    init_fn = LOSING_STARTS["stop_gradient"]
+    problem = hg.Bilevel(centred_loss, outer, init_fn=init_fn)
+    with pytest.raises(ValueError, match=r"alpha .* stop_gradient"):
+        hg.hypergradient(problem, estimator)(W2, ALPHA2)
+
+
+def test_implicit_differentiation_does_not_depend_on_the_starting_point():
+    problem = hg.Bilevel(ridge_loss, ridge_loss, init_fn=LOSING_STARTS["stop_gradient"])
+    estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(W2, ALPHA2 / 2)
+    assert "lost_derivative" not in estimate.flags
