@@ -5,7 +5,8 @@ JAX returns a zero derivative for `jax.lax.stop_gradient`, `sign`, `round`, comp
 derivative lacks a term, and nothing in the numbers shows it. The predicate of ``where``
 and the index of ``x[i]`` select a number whose derivative is complete almost
 everywhere, as in ReLU and in sorting; they lose the derivative of an input only if it
-enters the result in no other way. Functions with a derivative of their own
+enters the result in no other way, or if they select among constants, as a count
+does. Functions with a derivative of their own
 (`jax.custom_jvp`, `jax.custom_vjp`) are taken at their word, and so is
 `without_derivative`.
 """
@@ -62,9 +63,19 @@ class Dependence(NamedTuple):
         )
 
     def selected_by(self, other: "Dependence") -> "Dependence":
-        """Returns the dependence of a value that an integer or a predicate selects."""
-        selectors = self.selectors | other.selectors | other.lost
-        return self._replace(selectors=selectors)
+        """Returns the dependence of a value that an integer or a predicate selects.
+
+        Among constants, such as the 0 and 1 of a count, the choice is all that the
+        value says of the inputs, and its derivative is lost. An order is none: weights
+        that are sorted by scores belong to the scores that are sorted with them.
+        """
+        choices = other.selectors | other.lost
+        if not self.leaves:
+            orders = {x for x in choices if x.operation == "sort"}
+            return self._replace(
+                lost=self.lost | (choices - orders), selectors=self.selectors | orders
+            )
+        return self._replace(selectors=self.selectors | choices)
 
 
 NONE = Dependence()
@@ -88,6 +99,14 @@ LAYOUT = {
 
 #: Operations with a derivative rule of their own, whose jaxpr is not entered.
 CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+#: Functions by the names of their jaxprs whose results count as constants. The sign of
+#: the gamma function changes only at its poles.
+CONSTANTS = {"without_derivative", "gammasgn"}
+
+#: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
+#: with complete derivatives that a rounding, a comparison or an index chooses.
+PIECEWISE_SMOOTH = {"_interp"}
 
 
 def find_lost_derivatives(
@@ -143,10 +162,12 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         num_consts, num_carry = _scan_lengths(params, operands)
         return _trace_loop(params["jaxpr"], operands, num_consts, num_carry)
     if name == "while":
-        operands = operands[params["cond_nconsts"] :]
-        num_consts = params["body_nconsts"]
-        num_carry = len(operands) - num_consts
-        return _trace_loop(params["body_jaxpr"], operands, num_consts, num_carry)
+        return _trace_while(params, operands)
+    if name == "sort":
+        num_keys = params["num_keys"]
+        keys, others = operands[:num_keys], operands[num_keys:]
+        order = _lose(equation, _merge(keys))
+        return [_merge(keys)] * num_keys + [x.selected_by(order) for x in others]
     if name == "cond":
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
         results = map(_merge, zip(*branches, strict=True))
@@ -156,13 +177,31 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         lengths = params["const_lengths"]
         operands = operands[: lengths.matvec] + operands[sum(lengths) :]
         return [_merge(operands)] * len(equation.outvars)
-    if params.get("name") == "without_derivative":
+    if params.get("name") in CONSTANTS:
         return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
         for inner in _inner_jaxprs(params):
             if len(inner.invars) == len(operands):
-                return _trace_jaxpr(inner, operands)
+                results = _trace_jaxpr(inner, operands)
+                if _is_piecewise_smooth(params.get("name"), inner):
+                    before = _merge(operands).lost
+                    results = [_without_new_losses(x, before) for x in results]
+                return results
     return [_trace_operation(equation, operands, x.aval) for x in equation.outvars]
+
+
+def _is_piecewise_smooth(name: str | None, jaxpr: Jaxpr) -> bool:
+    source = jaxpr.debug_info.func_src_info or ""
+    return name in PIECEWISE_SMOOTH and "/jax/_src/" in source.replace("\\", "/")
+
+
+def _without_new_losses(
+    dependence: Dependence, before: frozenset[LostDerivative]
+) -> Dependence:
+    """Returns a dependence that loses only what was lost before, or all of a leaf."""
+    is_complete = lambda x: x.leaf in dependence.leaves and x not in before
+    lost = {x for x in dependence.lost if not is_complete(x)}
+    return dependence._replace(lost=frozenset(lost))
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
@@ -200,6 +239,24 @@ def _trace_loop(
         carry = new_carry
 
 
+def _trace_while(
+    params: dict[str, Any], operands: list[Dependence]
+) -> list[Dependence]:
+    """Returns the dependence of the results of a loop with a predicate."""
+    cond_consts = operands[: params["cond_nconsts"]]
+    operands = operands[params["cond_nconsts"] :]
+    body, num_consts = params["body_jaxpr"], params["body_nconsts"]
+    carry = _trace_loop(body, operands, num_consts, len(operands) - num_consts)
+    (predicate,) = _trace_jaxpr(params["cond_jaxpr"].jaxpr, cond_consts + carry)
+    # The number of steps selects among the values that the steps change.
+    pairs = zip(body.jaxpr.invars[num_consts:], body.jaxpr.outvars, strict=True)
+    has_changed = [old is not new for old, new in pairs]
+    return [
+        x.selected_by(predicate) if changed else x
+        for x, changed in zip(carry, has_changed, strict=True)
+    ]
+
+
 def _trace_operation(
     equation: Any, operands: list[Dependence], result: Any
 ) -> Dependence:
@@ -227,6 +284,11 @@ def _trace_operation(
         return NONE  # a test for NaN, which is constant where a derivative exists
     else:
         total = _merge(operands)
-    location = summarize(equation.source_info)
-    lost = {LostDerivative(leaf, name, location) for leaf in total.leaves}
-    return total._replace(leaves=frozenset(), lost=total.lost | lost)
+    return _lose(equation, total)
+
+
+def _lose(equation: Any, dependence: Dependence) -> Dependence:
+    """Returns the dependence of a result that has no derivative by the operands."""
+    name, location = equation.primitive.name, summarize(equation.source_info)
+    lost = {LostDerivative(leaf, name, location) for leaf in dependence.leaves}
+    return dependence._replace(leaves=frozenset(), lost=dependence.lost | lost)

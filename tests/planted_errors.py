@@ -248,7 +248,7 @@ ERRORS = (
     PlantedError(
         "lost derivatives: an integer loses nothing",
         "lost_derivatives.py",
-        "lost = {LostDerivative(leaf, name, location) for leaf in total.leaves}",
+        "lost = {LostDerivative(leaf, name, location) for leaf in dependence.leaves}",
         "lost = set()",
         "core/test_lost_derivatives.py",
     ),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..trees import without_derivative
 from ..validation import check_positive_int
 from .base import Surrogate, propagate_nan, safe_divide
 from .inputs import Examples, check_in_interval
@@ -61,7 +62,7 @@ class AUC(Surrogate):
         # Positives, then negatives from the highest, then what is masked out.
         is_negative = 1 - examples.targets
         group = jnp.where(examples.mask, is_negative, MASKED_OUT)
-        order = jnp.lexsort((-jax.lax.stop_gradient(examples.scores), group))
+        order = jnp.lexsort((-without_derivative(examples.scores), group))
         examples, group = jax.tree.map(lambda leaf: leaf[order], (examples, group))
         positive_weights, negative_weights = _normalized_weights(examples)
         # A negative covers the false-positive rates [fpr_before, fpr_before + weight].

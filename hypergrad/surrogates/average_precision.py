@@ -202,10 +202,12 @@ class BlackboxAP(RankingSurrogate):
     @rowwise
     def smooth_rows(self, row, temperature):
         """Returns the exact average precision, with the gradient of ``-f_T``."""
-        gradient = _interpolation_gradient(row, temperature)
+        constant = without_derivative(row.scores)
+        ranked = eqx.tree_at(lambda row: row.scores, row, constant)
+        gradient = _interpolation_gradient(ranked, temperature)
         # The inner product is 0 and only adds the gradient.
-        zeros = row.scores - without_derivative(row.scores)
-        return average_precision(row) + jnp.vdot(gradient, zeros)
+        zeros = row.scores - constant
+        return average_precision(ranked) + jnp.vdot(gradient, zeros)
 
     exact_rows = exact_average_precisions
 

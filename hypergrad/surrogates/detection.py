@@ -8,6 +8,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..trees import without_derivative
 from ..validation import check_positive_int, non_negative
 from .average_precision import soft_precisions
 from .base import safe_divide
@@ -187,7 +188,7 @@ class DetectionAP(RankingSurrogate):
     def smooth_rows(self, row, temperature):
         """Returns the average precision with soft ranks."""
         matches = row.positive_weights
-        order = jnp.argsort(-lax.stop_gradient(row.scores))
+        order = jnp.argsort(-without_derivative(row.scores))
         precisions = soft_precisions(row.scores, matches, row.weights, temperature)
         return self._average_precision(matches[order], precisions[order], row.num_true)
 

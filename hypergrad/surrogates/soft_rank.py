@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ..trees import without_derivative
 from .base import propagate_nan
 from .inputs import Vector, as_temperature, elementwise_examples
 
@@ -68,13 +69,13 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     top = jnp.max(jnp.where(has_weight, values, -jnp.inf))
     top = jnp.where(jnp.any(has_weight), top, 0)
     # Ranks do not change with a shift; differences are exact where quotients are not.
-    u = (values - lax.stop_gradient(top)) / temperature
-    order = jnp.argsort(jnp.where(has_weight, -lax.stop_gradient(u), jnp.inf))
+    u = (values - without_derivative(top)) / temperature
+    order = jnp.argsort(jnp.where(has_weight, -without_derivative(u), jnp.inf))
     u, w = u[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
     # Items of weight 0 come last, in blocks of their own.
     lowest = jnp.finfo(u.dtype).min
-    targets = lax.stop_gradient(jnp.where(w > 0, u + hard_ranks, lowest))
+    targets = without_derivative(jnp.where(w > 0, u + hard_ranks, lowest))
     block, _ = pool_adjacent_violators(targets, lax.stop_gradient(w))
 
     def block_mean(x):

@@ -67,6 +67,25 @@ COMPLETE = {
     "scan": lambda x: scan(lambda c: 2 * c, x),
     "while": lambda x: repeat_while(lambda c: 2 * c, x),
     "cond": lambda x: lax.cond(x[0, 0] > 0, jnp.sum, lambda x: (x**2).sum(), x),
+    "where with a constant": lambda x: jnp.where(x > 0, x, 0.0).sum(),
+    "while until a bound": lambda x: (
+        lax.while_loop(
+            lambda carry: carry[0].sum() < 100,
+            lambda carry: (2 * carry[0] + 1, carry[1]),
+            (x**2, 3.0),
+        )[1]
+        * x.sum()
+    ),
+    "scatter": lambda x: jnp.zeros(3).at[jnp.argsort(x[0])].add(x[0])[0],
+    "update of a slice": lambda x: lax.dynamic_update_slice(
+        x, jnp.ones((1, 1)), (0, jnp.argmax(x[0]))
+    ).sum(),
+    "weights in the order of scores": lambda x: jnp.sum(
+        jnp.sort(x[0]) * jnp.arange(3.0)[jnp.argsort(x[0])]
+    ),
+    "jnp.interp": lambda x: jnp.interp(x, jnp.arange(4.0), jnp.arange(4.0) ** 2).sum(),
+    "gamma function": lambda x: jax.scipy.special.gamma(x).sum(),
+    "sort with values": lambda x: lax.sort((x[0], x[1]), num_keys=1)[1][0] + x.sum(),
 }
 
 
@@ -85,7 +104,39 @@ LOST = {
         x[0, 0] > 0, lambda x: jnp.sum(jnp.ceil(x)), lambda x: jnp.sum(x), x
     ),
     "convert_element_type": lambda x: jnp.sum(x) + x.astype(int).astype(float).sum(),
+    "argmax": lambda x: jnp.sum(x) + jnp.eye(3)[jnp.argmax(x[0]), 0],
+    "lt": lambda x: jnp.sum(x) + count_doublings(x[0, 0]),
 }
+
+
+def count_doublings(bound):
+    step = lambda carry: (carry[0] + 1.0, 2 * carry[1])
+    return lax.while_loop(lambda carry: carry[1] < bound, step, (0.0, 0.1))[0]
+
+
+COUNTS = {
+    "where": lambda x: jnp.mean(jnp.where(x > 0, 1.0, 0.0)),
+    "cond": lambda x: lax.cond(x[0, 0] > 0, lambda: 1.0, lambda: 0.0),
+    "batched cond": lambda x: jax.vmap(
+        lambda x: lax.cond(x > 0, lambda: 1.0, lambda: 0.0)
+    )(x[0]).sum(),
+    "histogram": lambda x: jnp.sum(jnp.histogram(x, bins=5, range=(-3, 3))[0] ** 2.0),
+    "one-hot accuracy": lambda x: jnp.eye(3)[LABELS, jnp.argmax(x, axis=1)].mean(),
+    "table": lambda x: lax.dynamic_slice(
+        jnp.arange(9.0) ** 2, (jnp.argmax(x[0]),), (1,)
+    ).sum(),
+    "scatter": lambda x: jnp.zeros(3).at[jnp.argmax(x[0])].add(1.0)[0],
+    "while": lambda x: count_doublings(x[0, 0]),
+}
+
+
+@pytest.mark.parametrize("f", COUNTS.values(), ids=COUNTS)
+def test_a_count_is_lost_next_to_a_penalty_that_has_a_derivative(f):
+    """A selection among constants, beside a term through which the input enters too."""
+    leaves, lost = find_lost_derivatives(lambda x: f(x) + jnp.sum(x**2), X)
+    assert leaves == {0}
+    assert {x.leaf for x in lost} == {0}
+    assert not np.any(jax.grad(f)(X))
 
 
 @pytest.mark.parametrize("operation", LOST)
@@ -107,17 +158,28 @@ def test_the_place_of_a_lost_derivative_is_in_the_code_of_the_user():
         lambda x: jax.checkpoint(lambda x: jnp.sum(jnp.sign(x)))(x),
         lambda x: jax.jit(jnp.round)(x).sum(),
         lambda x: scan(jnp.sign, jnp.sign(x)),
-        lambda x: jnp.mean(jnp.where(x > 0, 1.0, 0.0)),
         lambda x: jnp.sum(jnp.arange(3.0) ** 2 * jnp.arange(3.0)[jnp.argsort(x[0])]),
-        lambda x: lax.cond(x[0, 0] > 0, lambda: 1.0, lambda: 0.0),
+        lambda x: lax.sort((x[0], jnp.arange(3.0)), num_keys=1)[1][0],
     ],
-    ids=["accuracy", "checkpoint", "jit", "scan", "where", "index", "cond"],
+    ids=["accuracy", "checkpoint", "jit", "scan", "index", "sorted constants"],
 )
 def test_nothing_is_left_of_a_derivative_that_is_zero(f):
     leaves, lost = find_lost_derivatives(f, X)
     assert not leaves
     assert lost
     assert not np.any(jax.grad(f)(X))
+
+
+def test_a_count_on_a_batch_is_lost():
+    """The weights of the examples are constants, though the loss takes them."""
+    outer = lambda w, alpha, batch: (
+        jnp.mean(jnp.where(batch["x"] * w[0] > 0.5, batch["weights"], 0.0))
+        + jnp.sum(w**2)
+    )
+    batch = {"x": jnp.linspace(-1, 1, 9), "weights": jnp.ones(9)}
+    problem = hg.Bilevel(ridge_loss, outer, outer_data=batch)
+    estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(W2, ALPHA2)
+    assert estimate.flags["lost_derivative"]
 
 
 def test_a_leaf_that_only_selects_among_others_has_lost_its_derivative():
