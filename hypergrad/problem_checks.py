@@ -215,6 +215,32 @@ def _check_w_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
             )
 
 
+def check_no_lost_derivative(
+    name: str,
+    loss: Loss,
+    w: PyTree,
+    args: tuple[PyTree, ...],
+    differentiated: Sequence[bool],
+) -> None:
+    """Raises ValueError for a loss that loses a part of a derivative.
+
+    Args:
+      name: Name of the loss.
+      loss: ``(w, *args) -> scalar``.
+      w, args: Its arguments; only their shapes are used.
+      differentiated: For each leaf of ``args``, whether a derivative by it is needed.
+    """
+    is_needed = [True] * len(jax.tree.leaves(w)) + list(differentiated)
+    _, lost = find_lost_derivatives(loss, w, *args)
+    if lost := [x for x in lost if is_needed[x.leaf]]:
+        raise ValueError(
+            f"{name} must have a complete derivative; got a loss that depends on its "
+            f"arguments through {_describe(lost)}, whose derivative is zero. Use a "
+            "smooth function, such as a surrogate of hg.surrogates, or state with "
+            "hypergrad.extend.without_derivative that a constant is meant."
+        )
+
+
 def lost_derivative_flags(
     problem: Bilevel, w: PyTree, alpha: PyTree
 ) -> dict[str, Array]:

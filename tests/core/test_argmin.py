@@ -7,6 +7,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import hypergrad as hg
 from benchmarks.shared.reference_problems import (
@@ -16,6 +17,7 @@ from benchmarks.shared.reference_problems import (
     ridge_outer,
     ridge_penalty,
 )
+from hypergrad.extend import without_derivative
 
 RIDGE = get_reference("ridge per-weight")
 DATA, VAL, ALPHA = RIDGE.problem.inner_data, RIDGE.problem.outer_data, RIDGE.alpha
@@ -424,3 +426,104 @@ def test_invalid_calls_are_errors():
     solver = hg.ClosedForm(lambda alpha, batch: (alpha, 0))
     with pytest.raises(ValueError, match="ClosedForm"):
         hg.argmin(ridge_penalty, solver)(W0, ALPHA, DATA)
+
+
+# Losses and solvers without a right derivative.
+
+LOSING_LOSSES = {
+    "stop_gradient": lambda w, alpha, batch: w**2 / 2 - w * lax.stop_gradient(alpha),
+    "round": lambda w, alpha, batch: (w - jnp.round(100 * alpha) / 100) ** 2 / 2,
+    "sign": lambda w, alpha, batch: (w - alpha) ** 2 + 0.1 * w * jnp.sign(w),
+    "gt": lambda w, alpha, batch: (w - alpha) ** 2 + jnp.where(w > 2, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("operation", LOSING_LOSSES)
+def test_a_loss_that_loses_a_derivative_is_an_error(operation):
+    """Also nested in a loss, where the rule of argmin would be taken at its word."""
+    solution_fn = hg.argmin(LOSING_LOSSES[operation], hg.Newton())
+    value = lambda alpha: solution_fn(0.0, alpha)
+    for derivative in (jax.grad, jax.jacfwd, jax.hessian):
+        with pytest.raises(ValueError, match=rf"inner_loss .* {operation}"):
+            derivative(value)(0.7)
+    outer = lambda w, alpha, batch: (value(alpha) - w - 1) ** 2
+    inner = lambda w, alpha, batch: (w - alpha) ** 2
+    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()))
+    with pytest.raises(ValueError, match=rf"inner_loss .* {operation}"):
+        gradient_fn(0.0, 0.7)
+
+
+def test_a_derivative_that_is_lost_may_be_one_that_is_not_needed():
+    """By labels that are compared, and by what is declared a constant."""
+
+    def loss(w, alpha, batch):
+        sign = jnp.where(batch["y"] > 0, 1.0, -1.0)
+        half = without_derivative(alpha) / 2
+        return jnp.sum(sign * batch["x"]) * w * alpha + w**2 / 2 + half
+
+    batch = {"x": jnp.arange(3.0), "y": jnp.array([-1.0, 1.0, 1.0])}
+    solution_fn = hg.argmin(loss, hg.Newton())
+    value = lambda alpha, batch: solution_fn(0.0, alpha, batch)
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        np.testing.assert_allclose(wrap(jax.grad(value))(0.7, batch), -3, rtol=1e-9)
+    batched = jax.grad(lambda alpha: jax.vmap(value, (0, None))(alpha, batch).sum())
+    np.testing.assert_allclose(batched(jnp.ones(2)), [-3, -3], rtol=1e-9)
+    with pytest.raises(ValueError, match="gt"):
+        jax.grad(value, argnums=1)(0.7, batch)
+
+
+tilted_cosh = lambda w, alpha, batch: jnp.sum(jnp.cosh(w) - jnp.sinh(alpha) * w)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        hg.Descent(optax.sgd(0.05), 5),
+        hg.LBFGS(max_steps=2),
+        hg.Newton(max_steps=1),
+        hg.Newton(max_steps=2),
+        hg.ClosedForm(lambda alpha, batch: 0.9 * alpha),
+    ],
+    ids=["Descent", "LBFGS", "Newton(1)", "Newton(2)", "wrong formula"],
+)
+def test_a_solver_that_has_not_converged_gives_no_derivative(solver, dtype):
+    """The minimum is ``alpha``. The value stays what the solver returns."""
+    solution_fn = hg.argmin(tilted_cosh, solver)
+    w0, alpha = jnp.zeros((), dtype), jnp.asarray(2.0, dtype)
+    assert jnp.isfinite(solution_fn(w0, alpha))
+    f = lambda alpha: solution_fn(w0, alpha)
+    w, by_forward_mode = jax.jvp(f, (alpha,), (jnp.ones_like(alpha),))
+    assert jnp.isfinite(w)
+    assert jnp.isnan(by_forward_mode)
+    assert jnp.isnan(jax.jit(jax.grad(f))(alpha))
+    assert jnp.isnan(jax.hessian(f)(alpha))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("start", ["cold", "warm"])
+@pytest.mark.parametrize(("target", "rate"), [(0.0, 0.5), (1e-9, 0.5), (2.0, 0.02)])
+def test_descent_that_has_converged_gives_a_derivative(dtype, start, target, rate):
+    """From far away and from the minimum, at zero and elsewhere, in various units.
+
+    The minimum is ``(a, 1e3 a, 0)``, whose last entry has a gradient of rounding only.
+    """
+    x = jnp.asarray([[1, 0, 0.1], [-1, 0, 0.1], [0, 1e-3, 0.1], [0, -1e-3, 0.1]], dtype)
+    y = lambda alpha: x @ (alpha * jnp.asarray([1, 1e3, 0], dtype))
+
+    def loss(w, alpha, batch):
+        H = jnp.asarray([1, 1e6, 10], dtype)
+        return jnp.sum((x @ w - y(alpha)) ** 2 * 0.25) + jnp.sum(
+            (w - alpha * jnp.asarray([1, 1e3, 0], dtype)) ** 2 / H
+        )
+
+    rates = optax.GradientTransformation(
+        lambda w: (),
+        lambda g, state, w: (-rate * g * jnp.asarray([1, 1e6, 10], dtype), state),
+    )
+    solver = hg.Descent(rates, int(30 / rate))
+    alpha = jnp.asarray(target, dtype)
+    solution = alpha * jnp.asarray([1, 1e3, 0], dtype)
+    w0 = solution if start == "warm" else jnp.ones(3, dtype)
+    jacobian = jax.jit(jax.jacfwd(lambda a: hg.argmin(loss, solver)(w0, a)))(alpha)
+    np.testing.assert_allclose(jacobian, [1, 1e3, 0], rtol=1e-4, atol=1e-4)

@@ -115,7 +115,7 @@ def test_an_inconsistent_singular_system_has_no_derivative(is_definite, dtype):
 
 def test_a_direction_that_the_outer_loss_does_not_see():
     """Reverse mode needs only the other ones; forward mode needs them all."""
-    loss = lambda w, alpha, batch: 0.5 * (w[0] - alpha) ** 2 + alpha * w[1]
+    loss = lambda w, alpha, batch: 0.5 * (w[0] - alpha) ** 2 + (alpha - 0.7) * w[1]
     w0, alpha = jnp.array([0.7, 2.0]), jnp.asarray(0.7)
     solution_fn = hg.argmin(loss, Fixed())
     gradient = jax.grad(lambda alpha: jnp.sin(solution_fn(w0, alpha)[0]))(alpha)
