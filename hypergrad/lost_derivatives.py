@@ -12,6 +12,7 @@ does. Functions with a derivative of their own
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from jax._src.source_info_util import summarize
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
+
+from .stopped_shifts import NO_SHIFT, Shift, add_shifts, shift_of_result
 
 
 class LostDerivative(NamedTuple):
@@ -46,21 +49,38 @@ class Dependence(NamedTuple):
       lost: Derivatives that were lost on the way. The value of an integer depends on
         the inputs through these only.
       selectors: Derivatives that predicates and indices have lost.
-      is_shift: True if the value is a maximum over an axis. A stopped gradient of a
-        maximum is the shift of a stable softmax, which cancels in the result.
+      is_maximum: True if the value is a maximum, whose stopped gradient may be the
+        shift of a stable softmax.
+      shift: The stopped maxima that have not cancelled in the value.
     """
 
     leaves: frozenset[int] = frozenset()
     lost: frozenset[LostDerivative] = frozenset()
     selectors: frozenset[LostDerivative] = frozenset()
-    is_shift: bool = False
+    is_maximum: bool = False
+    shift: Shift = NO_SHIFT
 
     def __or__(self, other: "Dependence") -> "Dependence":
+        shifts = {x.shift for x in (self, other) if not x.is_constant}
+        if len(shifts) == 2:
+            self, other = self.with_stopped(), other.with_stopped()
+            shifts = set()
         return Dependence(
             self.leaves | other.leaves,
             self.lost | other.lost,
             self.selectors | other.selectors,
+            shift=shifts.pop() if shifts else NO_SHIFT,
         )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether neither a derivative arrives nor one that is lost or stopped."""
+        return not (self.leaves or self.lost or self.shift.terms)
+
+    def with_stopped(self) -> "Dependence":
+        """Returns the dependence with the derivatives that stopped maxima have lost."""
+        stopped = (lost for (_, lost), _ in self.shift.terms)
+        return self._replace(lost=self.lost.union(*stopped), shift=NO_SHIFT)
 
     def selected_by(self, other: "Dependence") -> "Dependence":
         """Returns the dependence of a value that an integer or a predicate selects.
@@ -70,7 +90,7 @@ class Dependence(NamedTuple):
         that are sorted by scores belong to the scores that are sorted with them.
         """
         choices = other.selectors | other.lost
-        if not self.leaves:
+        if not (self.leaves or self.shift.terms):
             orders = {x for x in choices if x.operation == "sort"}
             return self._replace(
                 lost=self.lost | (choices - orders), selectors=self.selectors | orders
@@ -84,7 +104,7 @@ NONE = Dependence()
 #: Operations on floats whose derivative is zero wherever it exists.
 PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
 
-#: Operations that only move or convert a value, so that a shift stays a shift.
+#: Operations that only move or convert a value, so that a maximum stays one.
 LAYOUT = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -96,6 +116,9 @@ LAYOUT = {
     "transpose",
     "stop_gradient",
 }
+
+#: Operations whose result is a maximum.
+MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
 
 #: Operations with a derivative rule of their own, whose jaxpr is not entered.
 CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -132,7 +155,8 @@ def find_lost_derivatives(
         for i, x in enumerate(jax.tree.leaves(args))
     ]
     inputs = [x for x, used in zip(inputs, is_used, strict=True) if used]
-    leaves, lost, selectors, _ = _merge(_trace_jaxpr(jaxpr, inputs))
+    results = [x.with_stopped() for x in _trace_jaxpr(jaxpr, inputs)]
+    leaves, lost, selectors, *_ = _merge(results)
     return leaves, lost | {x for x in selectors if x.leaf not in leaves}
 
 
@@ -176,7 +200,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         # The solver's own constants, such as a factorization, are not differentiated.
         lengths = params["const_lengths"]
         operands = operands[: lengths.matvec] + operands[sum(lengths) :]
-        return [_merge(operands)] * len(equation.outvars)
+        total = _merge([x.with_stopped() for x in operands])
+        return [total] * len(equation.outvars)
     if params.get("name") in CONSTANTS:
         return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
@@ -234,7 +259,7 @@ def _trace_loop(
         new_carry = [
             _merge(pair) for pair in zip(carry, results[:num_carry], strict=True)
         ]
-        if new_carry == [_merge([x]) for x in carry]:  # whatever is a shift
+        if new_carry == [_merge([x]) for x in carry]:  # whatever is a maximum
             return results
         carry = new_carry
 
@@ -262,28 +287,45 @@ def _trace_operation(
 ) -> Dependence:
     """Returns the dependence of one result of an operation without inner jaxprs."""
     name = equation.primitive.name
-    floats, selectors = [], []
-    for x, operand in zip(equation.invars, operands, strict=True):
-        is_float = jnp.issubdtype(x.aval.dtype, jnp.inexact)
-        (floats if is_float else selectors).append(operand)
+    dtypes = [x.aval.dtype for x in equation.invars]
+    is_float = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
+    floats = list(itertools.compress(operands, is_float))
+    selectors = [x for x, b in zip(operands, is_float, strict=True) if not b]
     if jnp.issubdtype(result.dtype, jnp.inexact):
-        total = _merge(floats).selected_by(_merge(selectors))
+        shift = NO_SHIFT
+        if any(x.shift.terms for x in floats):
+            variables = itertools.compress(equation.invars, is_float)
+            triples = [
+                (variable, x.shift, x.is_constant)
+                for variable, x in zip(variables, floats, strict=True)
+            ]
+            rule = shift_of_result(equation, triples)
+            if rule is None:
+                floats = [x.with_stopped() for x in floats]
+            else:
+                shift = rule
+        total = _merge([x._replace(shift=NO_SHIFT) for x in floats])
+        total = total._replace(shift=shift).selected_by(_merge(selectors))
         if not floats:  # a cast from integers
             total = _merge(selectors)
-        is_shift = name == "reduce_max" or (
-            name in LAYOUT and all(x.is_shift for x in floats if x != NONE)
+        is_maximum = name in MAXIMA or (
+            name in LAYOUT and all(x.is_maximum for x in floats if x != NONE)
         )
-        is_shift = is_shift and bool(total.leaves)
-        if name == "stop_gradient" and is_shift:
-            return total._replace(leaves=frozenset(), is_shift=True)
+        is_maximum = is_maximum and bool(total.leaves)
+        if name == "stop_gradient" and is_maximum:
+            lost = _lose(equation, total).lost - total.lost
+            # Equal maxima of one place in the code count as the same.
+            stopped = Shift(frozenset({((None, lost), 1)}))
+            shift = add_shifts(total.shift, stopped)
+            return total._replace(leaves=frozenset(), is_maximum=True, shift=shift)
         if name not in PIECEWISE_CONSTANT:
-            return total._replace(is_shift=is_shift)
+            return total._replace(is_maximum=is_maximum)
     elif name == "is_finite" or (
         name in ("eq", "ne") and equation.invars[0] is equation.invars[1]
     ):
         return NONE  # a test for NaN, which is constant where a derivative exists
     else:
-        total = _merge(operands)
+        total = _merge([x.with_stopped() for x in operands])
     return _lose(equation, total)
 
 

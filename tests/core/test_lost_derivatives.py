@@ -94,6 +94,93 @@ def test_a_complete_derivative_is_not_reported(f):
     assert find_lost_derivatives(f, X) == ({0}, frozenset())
 
 
+# A stopped maximum, which is the shift of a stable softmax or another quantity.
+
+
+def row_max(x):
+    return lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+
+
+def normalized(x, guard=0.0):
+    return x / (jnp.sum(x, axis=-1, keepdims=True) + guard)
+
+
+def log_sum_exp(x):
+    shift = row_max(x)
+    total = jnp.sum(jnp.exp(x - shift), axis=-1, keepdims=True)
+    return jnp.log(total) + shift
+
+
+def cross_entropy(x):
+    shifted = x - row_max(x)
+    normalizer = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    return jnp.mean(normalizer - jnp.sum(jnp.eye(3)[LABELS] * shifted, axis=-1))
+
+
+MASK = np.array([[True, False, True], [True, True, False]])
+STABLE = {
+    "softmax": lambda x: normalized(jnp.exp(x - row_max(x)))[0, 0],
+    "softmax with a guard": lambda x: normalized(jnp.exp(x - row_max(x)), 1e-9)[0, 0],
+    "temperature": lambda x: normalized(jnp.exp((x - row_max(x)) / x[1, 1] ** 2))[0, 0],
+    "softmin": lambda x: normalized(jnp.exp(-x - row_max(-x)))[0, 0],
+    "mask": lambda x: normalized(jnp.where(MASK, jnp.exp(x - row_max(x)), 0))[0, 0],
+    "attention": lambda x: jnp.sum(normalized(jnp.exp(x - row_max(x))) @ x.T),
+    "log-sum-exp": lambda x: jnp.sum(log_sum_exp(x)),
+    "log-softmax": lambda x: (x - row_max(x) - log_sum_exp(x - row_max(x)))[0, 0],
+    "cross entropy": cross_entropy,
+    "derivative": lambda x: jnp.sum(jax.grad(cross_entropy)(x) ** 2),
+    "rows of a loop": lambda x: lax.map(log_sum_exp, x).sum(),
+    "batched": lambda x: jax.vmap(jax.nn.logsumexp)(x).sum(),
+    "jax, derivative": lambda x: jax.jvp(jax.nn.logsumexp, (x,), (x,))[1],
+    "jax, curvature": lambda x: jnp.sum(jax.hessian(jax.nn.logsumexp)(x)),
+    "jax, weights": lambda x: jax.nn.logsumexp(x, b=MASK + 1.0, axis=-1).sum(),
+    "jax, where": lambda x: (
+        jax.nn.logsumexp(x, where=MASK, axis=1, keepdims=True).sum()
+        + jax.nn.softmax(x, where=MASK)[0, 0]
+        + jnp.where(MASK, jax.nn.log_softmax(x, where=MASK), 0).sum()
+    ),
+    "optax": lambda x: (
+        optax.softmax_cross_entropy(x, jnp.eye(3)[LABELS]).mean()
+        + optax.losses.poly_loss_cross_entropy(x, jnp.eye(3)[LABELS]).mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("f", STABLE.values(), ids=STABLE)
+def test_a_shift_that_cancels_loses_nothing(f):
+    assert find_lost_derivatives(f, X) == ({0}, frozenset())
+
+
+NOT_STABLE = {
+    "normalized by it": lambda x: jnp.sum(x**2) / row_max(x.ravel())[0],
+    "power": lambda x: jnp.sum((x - lax.stop_gradient(jnp.max(jnp.abs(x)))) ** 3),
+    "square": lambda x: jnp.sum((x - lax.stop_gradient(jnp.max(x))) ** 2),
+    "exponential": lambda x: jnp.sum(jnp.exp(x - row_max(x))),
+    "difference": lambda x: jnp.sum(x - row_max(x)),
+    "absolute difference": lambda x: jnp.sum(jnp.abs(x - row_max(x))),
+    "logarithm without the shift": lambda x: jnp.sum(
+        jnp.log(jnp.sum(jnp.exp(x - row_max(x)), axis=-1))
+    ),
+    "logarithm of 1 and the sum": lambda x: jnp.sum(
+        jnp.log(1 + jnp.sum(jnp.exp(x - row_max(x)), axis=-1)) + row_max(x)[:, 0]
+    ),
+    "sum in a loop": lambda x: (
+        lax.scan(lambda c, row: (c - row_max(row)[0], None), 0.0, x)[0] + x.sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("f", NOT_STABLE.values(), ids=NOT_STABLE)
+def test_a_stopped_maximum_that_does_not_cancel_is_lost(f):
+    leaves, lost = find_lost_derivatives(f, X)
+    assert leaves == {0}
+    assert {x.operation for x in lost} == {"stop_gradient"}
+    along = jnp.ones_like(X).at[0, 0].set(-2.0)
+    differences = f(X + 1e-6 * along) - f(X - 1e-6 * along)
+    derivative = jax.jvp(f, (X,), (along,))[1]
+    assert abs(differences / 2e-6 - derivative) > 1e-3
+
+
 LOST = {
     "stop_gradient": lambda x: jnp.sum((x - lax.stop_gradient(x @ x.T)[0, 0]) ** 2),
     "sign": lambda x: jnp.sum(x * jnp.sign(x)),
