@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.scipy.ndimage import map_coordinates
 
 import hypergrad as hg
 from hypergrad.lost_derivatives import find_lost_derivatives
@@ -83,8 +84,6 @@ COMPLETE = {
     "weights in the order of scores": lambda x: jnp.sum(
         jnp.sort(x[0]) * jnp.arange(3.0)[jnp.argsort(x[0])]
     ),
-    "jnp.interp": lambda x: jnp.interp(x, jnp.arange(4.0), jnp.arange(4.0) ** 2).sum(),
-    "gamma function": lambda x: jax.scipy.special.gamma(x).sum(),
     "sort with values": lambda x: lax.sort((x[0], x[1]), num_keys=1)[1][0] + x.sum(),
 }
 
@@ -92,6 +91,49 @@ COMPLETE = {
 @pytest.mark.parametrize("f", COMPLETE.values(), ids=COMPLETE)
 def test_a_complete_derivative_is_not_reported(f):
     assert find_lost_derivatives(f, X) == ({0}, frozenset())
+
+
+# Functions of JAX that round, compare or choose, with complete derivatives.
+
+TABLE = jnp.arange(9.0) ** 2
+coordinates = lambda x, order: map_coordinates(TABLE, [x.ravel() + 4], order)
+PIECEWISE_SMOOTH = {
+    "jnp.interp": lambda x: jnp.interp(x, jnp.arange(-4.0, 5.0), TABLE).sum(),
+    "table of interp": lambda x: jnp.interp(0.3, jnp.sort(x[0]), x[1] ** 2),
+    "map_coordinates": lambda x: coordinates(x, 1).sum(),
+    "sinc": lambda x: jnp.sinc(x).sum(),
+    "expm": lambda x: jax.scipy.linalg.expm(x @ x.T)[0, 1],
+    "gamma function": lambda x: jax.scipy.special.gamma(x).sum(),
+    "beta function": lambda x: jax.scipy.special.beta(x**2, 2.0).sum(),
+}
+
+
+@pytest.mark.parametrize("f", PIECEWISE_SMOOTH.values(), ids=PIECEWISE_SMOOTH)
+def test_functions_of_jax_whose_derivatives_are_right(f):
+    """Against central differences, away from the ends of the pieces."""
+    assert find_lost_derivatives(f, X) == ({0}, frozenset())
+    along = jnp.ones_like(X).at[0, 0].set(-2.0)
+    differences = (f(X + 1e-6 * along) - f(X - 1e-6 * along)) / 2e-6
+    actual = jax.jvp(f, (X,), (along,))[1]
+    assert abs(actual) > 1e-3
+    np.testing.assert_allclose(actual, differences, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: coordinates(x, 0).sum() + x.sum(),
+        lambda x: jnp.sinc(jnp.round(x) + x).sum(),
+        lambda x: jax.jit(sinc)(x).sum(),
+    ],
+    ids=["nearest coordinates", "rounded argument", "function of the user"],
+)
+def test_a_loss_in_or_before_a_recognized_function_is_reported(f):
+    assert find_lost_derivatives(f, X)[1]
+
+
+def sinc(x):
+    return x * jnp.round(x)
 
 
 # A stopped maximum, which is the shift of a stable softmax or another quantity.
