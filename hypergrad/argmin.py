@@ -1,6 +1,7 @@
 """``w*(alpha)`` as a differentiable function."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +53,8 @@ def argmin(
         differentiated too.
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
         only at a stationary point; elsewhere the derivative is NaN. A saddle is one,
-        and a singular minimum is if the system has a solution. ``w*`` counts as
-        stationary if each entry of ``dL/dw`` is at most ``eps^0.4`` times the change
-        that random steps of the lengths ``|w| + |w - w0|`` make: 5e-7 in float64, 2e-3
-        in float32.
+        and a singular minimum is if the system has a solution. The tolerance
+        is ``eps^0.4`` of the dtype.
       linear_solver: Solver of the linear system. Defaults to `MINRES` with a diagonal
         preconditioner, which needs no minimum and for which the units of ``w`` do not
         matter. Where the solver does not reach its tolerance, the derivative is NaN.
@@ -154,16 +153,18 @@ def _make_differentiable_solve(loss, solver, linear_solver, key):
     return solve
 
 
-def _instantiate(tangent):
+def _instantiate(tangent: Any) -> Any:
     """Returns a tangent whose symbolic zeros are arrays."""
-    if not isinstance(tangent, SymbolicZero):
-        return tangent
-    return np.zeros(tangent.shape, tangent.dtype)
+    is_zero = isinstance(tangent, SymbolicZero)
+    shape, dtype = tangent.shape, tangent.dtype
+    return np.zeros(shape, dtype) if is_zero else tangent
 
 
 def _is_stationary(loss, w0, w, args):
     """Returns whether the solver has stopped at a stationary point, up to rounding.
 
+    Each entry of ``dL/dw`` must be at most ``eps^0.4`` times the change that random
+    steps of the lengths ``|w| + |w - w0|`` make: 5e-7 in float64, 2e-3 in float32.
     Entries of the gradient that are rounding errors of other entries, where ``w`` does
     not change the gradient, count by their norm.
     """

@@ -74,7 +74,7 @@ class Dependence(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether neither a derivative arrives nor one that is lost or stopped."""
+        """True if no derivative arrives, and none was lost or stopped on the way."""
         return not (self.leaves or self.lost or self.shift.terms)
 
     def with_stopped(self) -> "Dependence":
@@ -189,9 +189,9 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         return _trace_while(params, operands)
     if name == "sort":
         num_keys = params["num_keys"]
-        keys, others = operands[:num_keys], operands[num_keys:]
+        keys, values = operands[:num_keys], operands[num_keys:]
         order = _lose(equation, _merge(keys))
-        return [_merge(keys)] * num_keys + [x.selected_by(order) for x in others]
+        return [_merge(keys)] * num_keys + [x.selected_by(order) for x in values]
     if name == "cond":
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
         results = map(_merge, zip(*branches, strict=True))
@@ -209,8 +209,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
             if len(inner.invars) == len(operands):
                 results = _trace_jaxpr(inner, operands)
                 if _is_piecewise_smooth(params.get("name"), inner):
-                    before = _merge(operands).lost
-                    results = [_without_new_losses(x, before) for x in results]
+                    prev_lost = _merge(operands).lost
+                    results = [_without_new_losses(x, prev_lost) for x in results]
                 return results
     return [_trace_operation(equation, operands, x.aval) for x in equation.outvars]
 
@@ -221,10 +221,10 @@ def _is_piecewise_smooth(name: str | None, jaxpr: Jaxpr) -> bool:
 
 
 def _without_new_losses(
-    dependence: Dependence, before: frozenset[LostDerivative]
+    dependence: Dependence, prev_lost: frozenset[LostDerivative]
 ) -> Dependence:
     """Returns a dependence that loses only what was lost before, or all of a leaf."""
-    is_complete = lambda x: x.leaf in dependence.leaves and x not in before
+    is_complete = lambda x: x.leaf in dependence.leaves and x not in prev_lost
     lost = {x for x in dependence.lost if not is_complete(x)}
     return dependence._replace(lost=frozenset(lost))
 

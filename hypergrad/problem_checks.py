@@ -3,7 +3,7 @@
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -295,7 +295,7 @@ def _losses(problem: Bilevel) -> list[tuple[str, Callable[..., Any], PyTree]]:
     ]
 
 
-def _describe(lost: Sequence[LostDerivative]) -> str:
+def _describe(lost: Iterable[LostDerivative]) -> str:
     places = {f"{x.operation} ({x.location})" for x in lost}
     return ", ".join(sorted(places))
 
