@@ -281,7 +281,7 @@ def interrupt(name: str, monkeypatch) -> None:
         array_folder.write_arrays(folder, arrays)
         draft = folder.rename(folder.with_name(f"{folder.name}.orbax-checkpoint-tmp"))
         (draft / "ocdbt.process_0" / "manifest.ocdbt.__lock").touch()
-        (draft / "commit_success.txt").unlink()
+        (draft / "commit_success.txt").unlink(missing_ok=True)  # of newer versions
         raise Killed
 
     owner, attribute, replacement = {
