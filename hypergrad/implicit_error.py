@@ -262,8 +262,6 @@ def estimate_error(
     ``w`` and its adjoint.
     """
     directions = random_directions(alpha)
-    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
-    factor = CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
     is_moving = ~is_zero(result.inner_grad)
     losses = problem.outer_loss
     losses = losses if isinstance(losses, tuple) else (losses,)
@@ -305,7 +303,7 @@ def estimate_error(
         correction = relative_to_h(jnp.sqrt(jnp.mean(errors**2)))
         error = HypergradientError(
             correction=correction,
-            correction_bound=factor * correction,
+            correction_bound=_correction_factor(alpha) * correction,
             relative_change=jnp.where(is_blind, jnp.inf, relative_change),
             adjoint_change=relative_to_h(norm(divide(cross_change, unit))),
             adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
@@ -323,6 +321,12 @@ def estimate_error(
         return per_loss(None, parts, terms)
     indices = jnp.arange(problem.num_objectives)
     return jax.tree.map(jnp.max, jax.vmap(per_loss)(indices, parts, terms))
+
+
+def _correction_factor(alpha: PyTree) -> float:
+    """Returns the factor of ``correction_bound`` in `HypergradientError`."""
+    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
+    return CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
 
 
 class _Parts(NamedTuple):

@@ -117,7 +117,7 @@ ERRORS = (
     PlantedError(
         "implicit: the error along two directions is taken for its bound",
         "implicit_error.py",
-        "correction_bound=factor * correction",
+        "correction_bound=_correction_factor(alpha) * correction",
         "correction_bound=correction",
         "core/test_hidden_errors.py",
         guard="core/test_hidden_errors.py::"
