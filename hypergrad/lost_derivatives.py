@@ -5,10 +5,9 @@ JAX returns a zero derivative for `jax.lax.stop_gradient`, `sign`, `round`, comp
 derivative lacks a term, and nothing in the numbers shows it. The predicate of ``where``
 and the index of ``x[i]`` select a number whose derivative is complete almost
 everywhere, as in ReLU and in sorting; they lose the derivative of an input only if it
-enters the result in no other way, or if they select among constants, as a count
-does. Functions with a derivative of their own
-(`jax.custom_jvp`, `jax.custom_vjp`) are taken at their word, and so is
-`without_derivative`.
+enters the result in no other way, or if they select among constants, as a count does.
+Functions with a derivative of their own (`jax.custom_jvp`, `jax.custom_vjp`) are taken
+at their word, and so is `without_derivative`.
 """
 
 import functools

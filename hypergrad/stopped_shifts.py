@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Literal  # pyright: ignore
 
-#: A guard such as ``+ 1e-9`` in a divisor hides nothing of a derivative.
+#: A guard such as ``+ 1e-9`` in a divisor hides nothing of a derivative, because the
+#: exponentials of shifted values add up to 1 at least.
 MAX_GUARD = 1e-6
 
 #: Operations that leave a shift as it is.
@@ -49,7 +50,9 @@ class Shift(NamedTuple):
     """A sum of stopped values that is added, or whose exponential is a factor.
 
     Attributes:
-      terms: Pairs of a stopped value and its coefficient, which is not zero.
+      terms: Pairs of a stopped value and its coefficient, which is not zero. A stopped
+        value is a pair of its variable, None for the maximum itself, and the
+        derivatives that it has lost.
       is_factor: Whether the value is ``v exp(s)`` instead of ``v + s``.
     """
 

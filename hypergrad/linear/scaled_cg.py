@@ -270,8 +270,8 @@ def add_gradient_step(
     """Returns solutions after one step along the residual ``r = b - H x`` of the first.
 
     Each step minimizes along ``S S r``, which is a direction that the Krylov space of
-    another right-hand side may not contain. It stays as it is where ``H`` is not
-    positive.
+    another right-hand side may not contain. The solutions stay as they are if ``H`` is
+    not positive along it.
 
     Args:
       matvec: Function ``v -> H v``.
