@@ -127,14 +127,14 @@ def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
     return scale((math.pi / 2) ** 0.5 / NUM_SCALE_PROBES, total)
 
 
-def is_stationary(grad: PyTree, grad_scale: PyTree) -> Array:
-    """Returns whether each entry of a gradient is at most ``eps^(3/4)`` of its scale.
+def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Array:
+    """Returns whether each entry of a gradient is at most ``eps^power`` of its scale.
 
-    Solvers stop by default at this fraction of a right-hand side.
+    Solvers stop by default at ``eps^(3/4)`` of a right-hand side.
     """
 
     def is_small(g, scale):
-        tol = float(jnp.finfo(g.dtype).eps) ** 0.75
+        tol = float(jnp.finfo(g.dtype).eps) ** power
         return jnp.all((jnp.abs(g) <= tol * scale) & jnp.isfinite(scale))
 
     leaves = jax.tree.leaves(jax.tree.map(is_small, grad, grad_scale))

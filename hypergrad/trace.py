@@ -51,9 +51,9 @@ class Trace(ResultModule):
       stats: ``{name: [steps]}``, the statistics of the estimates. With K outer losses
         also ``objective_weights``, ``[steps, K]``.
       metrics: ``{name: [steps]}``, NaN where a metric was not evaluated.
-      status_code: 0 if all steps were made or the budget was used up, and in a search if
-        a trial has a finite value; see `status`. `hypergrad.diagnose` names the place
-        where numbers stopped being finite.
+      status_code: 0 if all steps were made or the budget was used up, and in a search
+        if a trial has a finite value; see `status`. `hypergrad.diagnose` names the
+        place where numbers stopped being finite.
       flags: ``{name: [steps]}`` of booleans, the failed checks of the estimates.
       alphas: The ``alpha`` of each step with a leading axis ``[steps]`` if
         ``record_alphas`` was set, else None.

@@ -527,3 +527,19 @@ def test_descent_that_has_converged_gives_a_derivative(dtype, start, target, rat
     w0 = solution if start == "warm" else jnp.ones(3, dtype)
     jacobian = jax.jit(jax.jacfwd(lambda a: hg.argmin(loss, solver)(w0, a)))(alpha)
     np.testing.assert_allclose(jacobian, [1, 1e3, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_parameter_in_other_units_does_not_hide_one_that_has_not_converged(dtype):
+    """``w[0]`` is at its minimum, and its curvature is 1e16 times that of ``w[1]``."""
+
+    def loss(w, alpha, batch):
+        return 0.5 * (1e8 * (w[0] - alpha)) ** 2 + 0.5 * (w[1] - alpha) ** 2
+
+    solve = hg.argmin(loss, hg.Descent(optax.sgd(0.0), 0))
+    alpha = jnp.asarray(1.0, dtype)
+    derivative_at = lambda w1: jax.jacrev(
+        lambda alpha: solve(jnp.array([1.0, w1], dtype), alpha)
+    )(alpha)
+    np.testing.assert_allclose(derivative_at(1.0), [1.0, 1.0], rtol=1e-5)
+    assert np.all(np.isnan(derivative_at(2.0)))
