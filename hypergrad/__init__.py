@@ -91,6 +91,7 @@ from .inner import (
 from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
 from .minimize import OuterLoop, minimize
 from .problem import Bilevel
+from .profile import Profile, profile
 from .search import search
 from .search_trial import Parallel
 from .trace import Trace
@@ -144,6 +145,7 @@ __all__ = [  # in reading order
     "Parallel",
     "Penalty",
     "PersistentEvolution",
+    "Profile",
     "Reversible",
     "StocBiO",
     "Trace",
@@ -162,6 +164,7 @@ __all__ = [  # in reading order
     "objectives",
     "piecewise_constant_schedule",
     "plots",
+    "profile",
     "search",
     "searchers",
     "spaces",
