@@ -173,9 +173,44 @@ def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]
     read = lambda x: NONE if isinstance(x, Literal) else table.get(x, NONE)
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
-        results = _trace_equation(equation, operands)
+        results = [
+            _with_location(x, equation) for x in _trace_equation(equation, operands)
+        ]
         table.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _with_location(dependence: Dependence, equation: Any) -> Dependence:
+    """Returns the dependence, with places for losses inside a function of JAX.
+
+    An operation of a jitted function of JAX, such as `jax.numpy.round`, has no place in
+    the code of the user. It has that of its call, which is the equation.
+    """
+    stopped = [lost for (_, lost), _ in dependence.shift.terms]
+    if all(
+        map(
+            _has_location,
+            itertools.chain(dependence.lost, dependence.selectors, *stopped),
+        )
+    ):
+        return dependence
+    location = summarize(equation.source_info)
+    locate = lambda lost: frozenset(
+        x if _has_location(x) else x._replace(location=location) for x in lost
+    )
+    terms = {
+        ((value, locate(lost)), factor)
+        for (value, lost), factor in dependence.shift.terms
+    }
+    return dependence._replace(
+        lost=locate(dependence.lost),
+        selectors=locate(dependence.selectors),
+        shift=dependence.shift._replace(terms=frozenset(terms)),
+    )
+
+
+def _has_location(lost: LostDerivative) -> bool:
+    return bool(lost.location)
 
 
 def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependence]:
