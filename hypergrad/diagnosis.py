@@ -1,4 +1,4 @@
-"""Names the place where the numbers of an estimate stop being finite."""
+"""Names the place where an estimate stops being finite, or loses a derivative."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from .batches import Batches, sample_batch
 from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
 from .problem import Bilevel, EstimateData
-from .problem_checks import check_problem_type
+from .problem_checks import check_problem_type, describe_lost_derivatives
 from .products import Loss
 from .trees import is_key, safe_norm
 from .validation import as_input_arrays, as_key, check_estimator_type, is_traced
@@ -43,6 +43,9 @@ def diagnose(
 ) -> tuple[str, ...]:
     """Returns sentences that name where an estimate stops being finite.
 
+    Where all is finite and the estimate has the flag ``lost_derivative``, they name the
+    operations that lose derivatives, with file and line.
+
     The places are visited in the order in which `hypergradient` computes with the same
     arguments, and the first bad one ends the search: ``w`` and ``alpha``, both losses
     on all data at the start, the inner run, the outer loss at its end, the estimate.
@@ -60,7 +63,8 @@ def diagnose(
         are sampled, another key may fail although this one does not.
 
     Returns:
-      The sentences, or none if everything is finite and the inner run does not diverge.
+      The sentences, or none if everything is finite, the inner run does not diverge,
+      and no derivative is lost.
 
     Cost:
       An estimate, an inner run with a further gradient at each step, gradients of both
@@ -101,7 +105,12 @@ def diagnose(
         position = "at the w where the inner run ends"
         if sentences := tuple(_describe_outer(problem, data, final_w, alpha, position)):
             return sentences
-    return tuple(_describe_estimate(hypergradient(problem, estimator)(w, alpha, key)))
+    estimate = hypergradient(problem, estimator)(w, alpha, key)
+    if sentences := tuple(_describe_estimate(estimate)):
+        return sentences
+    if not estimate.flags.get("lost_derivative", False):
+        return ()
+    return tuple(describe_lost_derivatives(problem, solver, estimate.w, alpha))
 
 
 def _inner_solver(estimator: Any) -> Any:

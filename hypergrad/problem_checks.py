@@ -3,7 +3,7 @@
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -248,19 +248,63 @@ def lost_derivative_flags(
 
     The dictionary is empty otherwise, so that the check costs nothing in a program.
     """
-    for _, loss, batch in _losses(problem):
-        # The batch is a constant: what w selects from it has no derivative.
-        on_batch = lambda w, alpha, loss=loss, batch=batch: loss(w, alpha, batch)
-        _, lost = find_lost_derivatives(on_batch, w, alpha)
-        if lost:
-            return {"lost_derivative": jnp.asarray(True)}
-    return {}
+    return _lost_flags(any(_lost_in_losses(problem, w, alpha).values()))
 
 
 def lost_in_step_flags(
     solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
 ) -> dict[str, Array]:
-    """Returns a failed check if a step of a solver loses a derivative.
+    """Returns a failed check if a step of a solver loses a derivative."""
+    return _lost_flags(_lost_in_step(solver, problem, w, alpha))
+
+
+def lost_in_init_flags(problem: Bilevel, w: PyTree, alpha: PyTree) -> dict[str, Array]:
+    """Returns a failed check if ``init_fn`` loses a derivative by ``alpha``."""
+    return _lost_flags(_lost_in_init(problem, w, alpha))
+
+
+def describe_lost_derivatives(
+    problem: Bilevel, solver: Any, w: PyTree, alpha: PyTree
+) -> Iterator[str]:
+    """Yields sentences that name the places where derivatives are lost.
+
+    ``init_fn`` and the steps of the solver are searched if no loss has such a place.
+    """
+    places = _lost_in_losses(problem, w, alpha)
+    if not any(places.values()):
+        places = {"init_fn": _lost_in_init(problem, w, alpha)}
+        if hasattr(solver, "step"):
+            name = f"a step of {type(solver).__name__}"
+            places[name] = _lost_in_step(solver, problem, w, alpha)
+    for name, lost in places.items():
+        if lost:
+            yield (
+                f"{name} loses derivatives in {_describe(lost)}. Use a smooth "
+                "function, such as a surrogate of hg.surrogates, or state with "
+                "hypergrad.extend.without_derivative that a constant is meant."
+            )
+
+
+def _lost_flags(is_lost: Any) -> dict[str, Array]:
+    return {"lost_derivative": jnp.asarray(True)} if is_lost else {}
+
+
+def _lost_in_losses(
+    problem: Bilevel, w: PyTree, alpha: PyTree
+) -> dict[str, frozenset[LostDerivative]]:
+    """Returns the derivatives by ``w`` and ``alpha`` that each loss loses."""
+    places = {}
+    for name, loss, batch in _losses(problem):
+        # The batch is a constant: what w selects from it has no derivative.
+        on_batch = lambda w, alpha, loss=loss, batch=batch: loss(w, alpha, batch)
+        _, places[name] = find_lost_derivatives(on_batch, w, alpha)
+    return places
+
+
+def _lost_in_step(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> frozenset[LostDerivative]:
+    """Returns the derivatives that a step of a solver loses.
 
     A linear loss replaces the inner loss, so that its gradient is an input. Lion, for
     example, uses only the sign of it.
@@ -275,13 +319,15 @@ def lost_in_step_flags(
         return eqx.filter(carry, eqx.is_inexact_array)
 
     _, lost = find_lost_derivatives(step, w, alpha, w)
-    return {"lost_derivative": jnp.asarray(True)} if lost else {}
+    return lost
 
 
-def lost_in_init_flags(problem: Bilevel, w: PyTree, alpha: PyTree) -> dict[str, Array]:
-    """Returns a failed check if ``init_fn`` loses a derivative by ``alpha``."""
+def _lost_in_init(
+    problem: Bilevel, w: PyTree, alpha: PyTree
+) -> frozenset[LostDerivative]:
+    """Returns the derivatives by ``alpha`` that ``init_fn`` loses."""
     _, lost = find_lost_derivatives(lambda a: problem.init_inner(w, a), alpha)
-    return {"lost_derivative": jnp.asarray(True)} if lost else {}
+    return lost
 
 
 def _losses(problem: Bilevel) -> list[tuple[str, Callable[..., Any], PyTree]]:

@@ -107,7 +107,8 @@ REASONS = {
     "lost_derivative": (
         "a loss, the optimizer or init_fn uses stop_gradient, sign, round, a "
         "comparison or an integer made from w or alpha, whose derivative is treated as "
-        "zero (use a smooth surrogate)"
+        "zero (use a smooth surrogate; hg.diagnose(problem, estimator, w, alpha) names "
+        "the line)"
     ),
     "not_stated": "the estimator reports trusted=False and gives no reason",
     "unchecked": "the estimator does not check its estimates",

@@ -263,6 +263,50 @@ def test_a_second_derivative_that_is_not_finite_is_named():
     assert "eps_root" in only
 
 
+def lossy_loss(w, alpha, batch):
+    return inner_loss(w, alpha, batch) + 0.1 * jnp.sum(jnp.round(alpha) * w**2)
+
+
+def line_of(function):
+    """Returns the place of the line below the head of a function."""
+    code = function.__code__
+    return f"test_diagnosis.py:{code.co_firstlineno + 1}"
+
+
+def lossy_init(w, alpha):
+    return w + jnp.round(alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "function", "arguments"),
+    [
+        ("inner_loss", "round", lossy_loss, {"inner_loss": lossy_loss}),
+        ("outer_loss", "round", lossy_loss, {"outer_loss": lossy_loss}),
+        ("init_fn", "round", lossy_init, {"init_fn": lossy_init}),
+    ],
+    ids=["inner_loss", "outer_loss", "init_fn"],
+)
+def test_a_lost_derivative_is_named_by_its_line(name, operation, function, arguments):
+    """The flag alone does not say where the derivative is lost."""
+    estimator = hg.Unrolled(SOLVER)
+    (sentence,) = diagnose(estimator=estimator, **arguments)
+    assert sentence.startswith(f"{name} loses derivatives in {operation} (")
+    assert line_of(function) in sentence
+
+
+def test_a_lost_derivative_of_an_optimizer_is_named():
+    """Lion moves w by the sign of its momentum."""
+    (sentence,) = diagnose(estimator=hg.Unrolled(hg.Descent(optax.lion(0.1), 20)))
+    assert sentence.startswith("a step of Descent loses derivatives in sign (")
+    assert "optax" in sentence
+
+
+def test_the_reason_of_a_lost_derivative_names_diagnose():
+    problem = hg.Bilevel(lossy_loss, outer_loss, TRAIN, VAL)
+    estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(W, ALPHA)
+    assert any("stop_gradient" in x and "hg.diagnose" in x for x in estimate.reasons)
+
+
 def test_the_first_reason_is_that_numbers_are_not_finite():
     train = with_entry(TRAIN, "x", (4, 2), np.nan)
     problem = hg.Bilevel(inner_loss, outer_loss, train, VAL)
