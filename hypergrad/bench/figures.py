@@ -63,14 +63,18 @@ def plot_curves(axes, result: TableResult) -> None:
 
 
 def import_pyplot():
-    """Returns `matplotlib.pyplot` with a backend that needs no screen."""
+    """Returns `matplotlib.pyplot`, with a backend that needs no screen.
+
+    A backend that was chosen before stays, such as that of a notebook.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError(
             "figures need matplotlib: pip install 'hypergrad-jax[cli]'"
         ) from error
-    matplotlib.use("Agg")
+    if matplotlib.get_backend(auto_select=False) is None:
+        matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
