@@ -43,8 +43,9 @@ def diagnose(
 ) -> tuple[str, ...]:
     """Returns sentences that name where an estimate stops being finite.
 
-    Where all is finite and the estimate has the flag ``lost_derivative``, they name the
-    operations that lose derivatives, with file and line.
+    Where all is finite and the estimate has the flag ``lost_derivative``, or a loss of
+    a single-loop method would set it, they name the operations that lose derivatives,
+    with file and line.
 
     The places are visited in the order in which `hypergradient` computes with the same
     arguments, and the first bad one ends the search: ``w`` and ``alpha``, both losses
@@ -64,7 +65,7 @@ def diagnose(
 
     Returns:
       The sentences, or none if everything is finite, the inner run does not diverge,
-      and no derivative is lost.
+      and the estimate does not have the flag ``lost_derivative``.
 
     Cost:
       An estimate, an inner run with a further gradient at each step, gradients of both
@@ -96,9 +97,10 @@ def diagnose(
         return sentences
     if sentences := tuple(_describe_start(problem, data, w0, alpha)):
         return sentences
+    inside = getattr(estimator, "estimator", estimator)  # that of `Average`
     if getattr(estimator, "is_single_loop", False):
-        return ()
-    if (solver := _inner_solver(estimator)) is not None:
+        return tuple(describe_lost_derivatives(problem, inside, w0, alpha))
+    if (solver := getattr(inside, "solver", None)) is not None:
         final_w, sentences = _describe_run(solver, problem.inner_loss, w0, alpha, data)
         if sentences:
             return sentences
@@ -110,13 +112,7 @@ def diagnose(
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
-    return tuple(describe_lost_derivatives(problem, solver, estimate.w, alpha))
-
-
-def _inner_solver(estimator: Any) -> Any:
-    """Returns the inner solver of an estimator, also within `Average`, or None."""
-    inside = getattr(estimator, "estimator", estimator)
-    return getattr(inside, "solver", None)
+    return tuple(describe_lost_derivatives(problem, inside, estimate.w, alpha))
 
 
 # The starting point, the losses and the data.

@@ -25,6 +25,10 @@ from .validation import (
     raise_with_context,
 )
 
+USE_SMOOTH_FUNCTION = (
+    "Use a smooth function, such as a surrogate of hg.surrogates, or state with "
+    "hypergrad.extend.without_derivative that a constant is meant."
+)
 SOLVER_STATS = {"num_steps", "num_grads", "num_hvps", "num_values"}
 
 
@@ -235,9 +239,8 @@ def check_no_lost_derivative(
     if lost := [x for x in lost if is_needed[x.leaf]]:
         raise ValueError(
             f"{name} must have a complete derivative; got a loss that depends on its "
-            f"arguments through {_describe(lost)}, whose derivative is zero. Use a "
-            "smooth function, such as a surrogate of hg.surrogates, or state with "
-            "hypergrad.extend.without_derivative that a constant is meant."
+            f"arguments through {_describe(lost)}, whose derivative is zero. "
+            f"{USE_SMOOTH_FUNCTION}"
         )
 
 
@@ -264,25 +267,29 @@ def lost_in_init_flags(problem: Bilevel, w: PyTree, alpha: PyTree) -> dict[str, 
 
 
 def describe_lost_derivatives(
-    problem: Bilevel, solver: Any, w: PyTree, alpha: PyTree
+    problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree
 ) -> Iterator[str]:
-    """Yields sentences that name the places where derivatives are lost.
+    """Yields sentences that name the places where an estimator loses derivatives.
 
-    ``init_fn`` and the steps of the solver are searched if no loss has such a place.
+    These are the losses and, if the estimator differentiates an inner run, ``init_fn``
+    and the steps of its solver.
     """
     places = _lost_in_losses(problem, w, alpha)
-    if not any(places.values()):
-        places = {"init_fn": _lost_in_init(problem, w, alpha)}
-        if hasattr(solver, "step"):
-            name = f"a step of {type(solver).__name__}"
-            places[name] = _lost_in_step(solver, problem, w, alpha)
+    differentiates_init = getattr(estimator, "differentiates_init", None)
+    if differentiates_init:
+        places["init_fn"] = _lost_in_init(problem, w, alpha)
+    # Implicit differentiation needs no derivative of a step, so that it has the flag
+    # only if a loss has such a place.
+    differentiates_steps = differentiates_init is not None or not any(places.values())
+    solver = getattr(estimator, "solver", None)
+    if differentiates_steps and hasattr(solver, "step"):
+        name = f"a step of {type(solver).__name__}"
+        places[name] = _lost_in_step(solver, problem, w, alpha)
     for name, lost in places.items():
+        is_step = name.startswith("a step")
+        remedy = "Use another optimizer." if is_step else USE_SMOOTH_FUNCTION
         if lost:
-            yield (
-                f"{name} loses derivatives in {_describe(lost)}. Use a smooth "
-                "function, such as a surrogate of hg.surrogates, or state with "
-                "hypergrad.extend.without_derivative that a constant is meant."
-            )
+            yield f"{name} loses derivatives in {_describe(lost)}. {remedy}"
 
 
 def _lost_flags(is_lost: Any) -> dict[str, Array]:

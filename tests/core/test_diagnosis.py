@@ -301,6 +301,30 @@ def test_a_lost_derivative_of_an_optimizer_is_named():
     assert "optax" in sentence
 
 
+def test_all_places_of_a_lost_derivative_are_named():
+    """Mending one of them would leave the flag."""
+    estimator = hg.Unrolled(hg.Descent(optax.lion(0.1), 20))
+    sentences = diagnose(lossy_loss, estimator=estimator, init_fn=lossy_init)
+    names = [sentence.partition(" loses")[0] for sentence in sentences]
+    assert names == ["inner_loss", "init_fn", "a step of Descent"]
+
+
+def test_only_what_an_estimator_differentiates_is_named():
+    """`Implicit` uses neither the starting point nor the steps."""
+    estimator = hg.Implicit(hg.Descent(optax.lion(0.01), 20))
+    sentences = diagnose(lossy_loss, estimator=estimator, init_fn=lossy_init)
+    assert [x.partition(" loses")[0] for x in sentences] == ["inner_loss"]
+    estimator = hg.FixedPoint(hg.Descent(optax.lion(0.01), 20), 5)
+    sentences = diagnose(estimator=estimator, init_fn=lossy_init)
+    assert [x.partition(" loses")[0] for x in sentences] == ["a step of Descent"]
+
+
+def test_a_lost_derivative_of_a_single_loop_method_is_named():
+    """Its estimates are never trusted, so that no flag says it."""
+    (sentence,) = diagnose(lossy_loss, estimator=hg.SOBA(optax.sgd(0.1)))
+    assert sentence.startswith("inner_loss loses derivatives in round (")
+
+
 def test_the_reason_of_a_lost_derivative_names_diagnose():
     problem = hg.Bilevel(lossy_loss, outer_loss, TRAIN, VAL)
     estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(W, ALPHA)
