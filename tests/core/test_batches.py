@@ -129,12 +129,18 @@ def test_shared_arrays_equal_the_same_arrays_closed_over(estimator, options):
     has_key = options.get("with_key", False)
     examples_of = lambda batch: batch[0] if has_key else batch
 
-    def loss(w, alpha, examples, mix):
-        residual = examples["x"] @ mix @ w - examples["y"]
+    noise_of = lambda batch: 0.1 * jax.random.normal(batch[1]) if has_key else 0.0
+
+    def loss(w, alpha, noise, examples, mix):
+        residual = examples["x"] @ mix @ w - examples["y"] + noise
         return jnp.mean(residual**2) + jnp.exp(alpha) * jnp.sum(w**2)
 
-    closed = lambda w, alpha, batch: loss(w, alpha, examples_of(batch), mix)
-    paired = lambda w, alpha, batch: loss(w, alpha, *examples_of(batch))
+    closed = lambda w, alpha, batch: loss(
+        w, alpha, noise_of(batch), examples_of(batch), mix
+    )
+    paired = lambda w, alpha, batch: loss(
+        w, alpha, noise_of(batch), *examples_of(batch)
+    )
     traces = [
         hg.minimize(
             hg.Bilevel(function, function, data, data), estimator, optax.sgd(0.1),
