@@ -15,8 +15,9 @@ from .batches import Batches
 from .inner.base import InnerSolver
 from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
+from .lost_derivative_checks import check_no_lost_derivative
 from .newton_correction import gradient_scale, is_stationary
-from .problem_checks import check_no_lost_derivative, check_scalar_loss
+from .problem_checks import check_scalar_loss
 from .products import Loss, cross_jvp, hvp
 from .trees import scale
 from .validation import (

@@ -22,6 +22,7 @@ from .implicit_diff import (
 )
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
+from .lost_derivative_checks import lost_derivative_flags
 from .newton_correction import correct_by_newton, last_solve_stats
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
@@ -29,7 +30,6 @@ from .problem_checks import (
     check_on_shapes,
     check_problem,
     check_problem_type,
-    lost_derivative_flags,
 )
 from .products import hvp
 from .trees import all_finite, norm

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PyTree
 from .batches import Batches, sample_batch
 from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
+from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
-from .problem_checks import check_problem_type, describe_lost_derivatives
+from .problem_checks import check_problem_type
 from .products import Loss
 from .trees import is_key, safe_norm
 from .validation import as_input_arrays, as_key, check_estimator_type, is_traced

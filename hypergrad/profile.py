@@ -155,13 +155,13 @@ def profile(
         name: lambda run=run: run(estimate_key) for name, (_, run) in programs.items()
     }
     seconds = _median_seconds(runs, num_calls)
-    whole, missing = seconds["whole"], math.nan
+    missing = math.nan
     num_estimates = _num_estimates(estimator)
     return Profile(
         estimator=type(estimator).__name__,
-        seconds=whole / num_estimates,
+        seconds=seconds["whole"] / num_estimates,
         solve_seconds=seconds.get("solve", missing),
-        error_seconds=whole - seconds.get("cheaper", missing),
+        error_seconds=seconds["whole"] - seconds.get("cheaper", missing),
         program=programs["whole"][0],
     )
 

@@ -16,15 +16,10 @@ from ..cost import cost_stats
 from ..implicit_diff import finite_or_zero, zero_adjoint
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import run_inner_steps
+from ..lost_derivative_checks import lost_derivative_flags, lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import (
-    check_alpha_has_gradient,
-    check_problem,
-    lost_derivative_flags,
-    lost_in_step_flags,
-    solver_uses_alpha,
-)
+from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
 from ..trees import all_finite, max_machine_eps, norm_ratio, safe_distance, safe_norm
 from ..validation import check_positive_int
 from .base import Estimate, make_estimate

@@ -23,13 +23,10 @@ from ..implicit_error import zero_duals
 from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
+from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import (
-    check_alpha_has_gradient,
-    check_problem,
-    lost_derivative_flags,
-)
+from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import norm
 from ..validation import (
     check_hashable,

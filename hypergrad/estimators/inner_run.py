@@ -19,6 +19,7 @@ from ..certificate import compute_certificate
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
+from ..lost_derivative_checks import lost_derivative_flags, lost_in_init_flags
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import (
     check_alpha_has_gradient,
@@ -26,8 +27,6 @@ from ..problem_checks import (
     check_problem,
     init_has_gradient,
     init_uses_alpha,
-    lost_derivative_flags,
-    lost_in_init_flags,
 )
 from ..trees import norm, scale
 from ..validation import KEY_SHAPE, check_positive_int, check_solver

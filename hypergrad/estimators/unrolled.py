@@ -14,9 +14,10 @@ from jaxtyping import Array, PyTree
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import split_steps, uses_checkpoints
 from ..inner.storage import StepSizes, Storage, choose_storage
+from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import lost_in_step_flags, solver_uses_alpha
+from ..problem_checks import solver_uses_alpha
 from ..trees import all_finite, norm
 from ..validation import KEY_SHAPE, check_positive_int
 from .forward import Forward
