@@ -130,13 +130,18 @@ def test_slow_steps_are_not_trusted():
 
 
 def test_several_losses_and_keyed_batches():
-    """K losses give a leading axis; the map uses all data of keyed batches."""
+    """K losses give a leading axis; the map uses all data of keyed batches.
+
+    The noise that the key determines has no derivative.
+    """
     reference = get_reference("ridge per-weight")
     data, outer_data = reference.problem.inner_data, reference.problem.outer_data
     inner_loss = reference.problem.inner_loss
     losses = (reference.problem.outer_loss, lambda w, alpha, batch: jnp.sum(w))
     problem = hg.Bilevel(
-        lambda w, alpha, batch: inner_loss(w, alpha, batch[0]),
+        lambda w, alpha, batch: (
+            inner_loss(w, alpha, batch[0]) + jax.random.uniform(batch[1])
+        ),
         losses,
         hg.Batches(data, with_key=True),
         outer_data,
