@@ -174,29 +174,31 @@ def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
         results = [
-            _with_location(x, equation) for x in _trace_equation(equation, operands)
+            _with_location(x, equation, operands)
+            for x in _trace_equation(equation, operands)
         ]
         table.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
-def _with_location(dependence: Dependence, equation: Any) -> Dependence:
+def _with_location(
+    dependence: Dependence, equation: Any, operands: list[Dependence]
+) -> Dependence:
     """Returns the dependence, with places for losses inside a function of JAX.
 
     An operation of a jitted function of JAX, such as `jax.numpy.round`, has no place in
-    the code of the user. It has that of its call, which is the equation.
+    the code of the user, or that of an earlier call. It has that of its call, which is
+    the equation.
     """
-    stopped = [lost for (_, lost), _ in dependence.shift.terms]
-    if all(
-        map(
-            _has_location,
-            itertools.chain(dependence.lost, dependence.selectors, *stopped),
-        )
-    ):
+    lost_before = frozenset().union(*map(_all_losses, operands))
+    is_call = equation.primitive.name in ("jit", "pjit")
+    is_call_of_jax = is_call and any(map(_is_of_jax, _inner_jaxprs(equation.params)))
+    has_place = lambda x: bool(x.location) and (x in lost_before or not is_call_of_jax)
+    if all(map(has_place, _all_losses(dependence))):
         return dependence
     location = summarize(equation.source_info)
     locate = lambda lost: frozenset(
-        x if _has_location(x) else x._replace(location=location) for x in lost
+        x if has_place(x) else x._replace(location=location) for x in lost
     )
     terms = {
         ((value, locate(lost)), factor)
@@ -209,8 +211,16 @@ def _with_location(dependence: Dependence, equation: Any) -> Dependence:
     )
 
 
-def _has_location(lost: LostDerivative) -> bool:
-    return bool(lost.location)
+def _all_losses(dependence: Dependence) -> frozenset[LostDerivative]:
+    """Returns lost derivatives, those of selectors, and those of stopped maxima."""
+    stopped = (lost for (_, lost), _ in dependence.shift.terms)
+    return dependence.lost.union(dependence.selectors, *stopped)
+
+
+def _is_of_jax(jaxpr: Jaxpr) -> bool:
+    """Returns True if the function of a jaxpr is defined in JAX."""
+    source = jaxpr.debug_info.func_src_info or ""
+    return "/jax/_src/" in source.replace("\\", "/")
 
 
 def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependence]:
@@ -250,8 +260,7 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
 
 
 def _is_piecewise_smooth(name: str | None, jaxpr: Jaxpr) -> bool:
-    source = jaxpr.debug_info.func_src_info or ""
-    return name in PIECEWISE_SMOOTH and "/jax/_src/" in source.replace("\\", "/")
+    return name in PIECEWISE_SMOOTH and _is_of_jax(jaxpr)
 
 
 def _without_new_losses(

@@ -289,6 +289,21 @@ def test_the_place_of_a_lost_derivative_is_in_the_code_of_the_user():
         assert all(__file__ in x.location for x in lost), f
 
 
+def test_a_second_call_of_a_jitted_function_has_its_own_place():
+    """JAX keeps the trace of the first call, with its place or with none."""
+
+    def round_once(x):
+        return jnp.sum(x * jnp.round(x))
+
+    def round_again(x):
+        return jnp.sum(x * jnp.round(x))
+
+    for f in (round_once, round_again):
+        _, lost = find_lost_derivatives(f, X)
+        line = f.__code__.co_firstlineno + 1
+        assert [f":{line}:" in x.location for x in lost] == [True]
+
+
 @pytest.mark.parametrize(
     "f",
     [
