@@ -145,34 +145,26 @@ def profile(
     w, alpha = as_input_arrays(w, alpha)
     init_key, estimate_key = jax.random.split(as_key(key))  # as in `hypergradient`
     estimator, problem = floats_to_arrays((estimator, problem))
-    programs = {"whole": _compile_estimate(estimator, problem, w, alpha, init_key)}
-    cheaper = _without_error_estimate(estimator)
-    if cheaper is not None:
-        programs["cheaper"] = _compile_estimate(cheaper, problem, w, alpha, init_key)
+    num_estimates = NUM_STEPS if getattr(estimator, "is_single_loop", False) else 1
+    compile_estimate = lambda estimator: _compile(
+        _repeat_estimate(num_estimates),
+        *(estimator, problem, estimator.init(problem, w, alpha, init_key)),
+        *(alpha, estimate_key),
+    )
+    program, run = compile_estimate(estimator)
+    runs = {"whole": run}
+    if (cheaper := _without_error_estimate(estimator)) is not None:
+        _, runs["cheaper"] = compile_estimate(cheaper)
     if (solver := _inner_solver(estimator)) is not None:
-        programs["solve"] = _compile_solve(solver, problem, w, alpha)
-    runs = {
-        name: lambda run=run: run(estimate_key) for name, (_, run) in programs.items()
-    }
+        _, runs["solve"] = _compile(_solve, solver, problem, w, alpha, estimate_key)
     seconds = _median_seconds(runs, num_calls)
-    missing = math.nan
-    num_estimates = _num_estimates(estimator)
     return Profile(
         estimator=type(estimator).__name__,
         seconds=seconds["whole"] / num_estimates,
-        solve_seconds=seconds.get("solve", missing),
-        error_seconds=seconds["whole"] - seconds.get("cheaper", missing),
-        program=programs["whole"][0],
+        solve_seconds=seconds.get("solve", math.nan),
+        error_seconds=seconds["whole"] - seconds.get("cheaper", math.nan),
+        program=program,
     )
-
-
-#: A compiled program, and a function that runs it with a key.
-Program = tuple[CompiledProgram, Callable[[Array], Any]]
-
-
-def _num_estimates(estimator: Any) -> int:
-    """Returns the number of estimates in the program of `_compile_estimate`."""
-    return NUM_STEPS if getattr(estimator, "is_single_loop", False) else 1
 
 
 def _without_error_estimate(estimator: Any) -> Any:
@@ -190,14 +182,10 @@ def _inner_solver(estimator: Any) -> Any:
     return None if is_adaptive else getattr(estimator, "solver", None)
 
 
-def _compile_estimate(
-    estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree, init_key: Array
-) -> Program:
-    """Returns the program of the first estimate, or of many steps."""
-    state = estimator.init(problem, w, alpha, init_key)
-    num_estimates = _num_estimates(estimator)
+def _repeat_estimate(num_estimates: int) -> Callable[..., tuple[Estimate, Any]]:
+    """Returns a function that makes so many estimates, and returns the last one."""
 
-    def estimate(estimator, problem, state, alpha, key) -> tuple[Estimate, Any]:
+    def estimate(estimator, problem, state, alpha, key):
         result, next_state = estimator.estimate(problem, state, alpha, key)
         return normalize_estimate(result), next_state
 
@@ -209,27 +197,24 @@ def _compile_estimate(
         carry = estimate(estimator, problem, state, alpha, key)
         return carry if num_estimates == 1 else fori_loop(1, num_estimates, body, carry)
 
-    return _compile(run, estimator, problem, state, alpha)
+    return run
 
 
-def _compile_solve(solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> Program:
-    """Returns the program of one inner solve, with the sample of the estimate."""
-
-    def run(solver, problem, w, alpha, key):
-        data = EstimateData.sample(problem, key)
-        init_w = problem.init_inner(w, alpha)
-        return solver.solve(
-            problem.inner_loss, init_w, alpha, data.inner_data, data.solver_key
-        )
-
-    return _compile(run, solver, problem, w, alpha)
+def _solve(solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array) -> Any:
+    """Returns the result of one inner solve on the sample of the estimate."""
+    data = EstimateData.sample(problem, key)
+    init_w = problem.init_inner(w, alpha)
+    return solver.solve(
+        problem.inner_loss, init_w, alpha, data.inner_data, data.solver_key
+    )
 
 
-def _compile(function: Callable[..., Any], *args: Any) -> Program:
-    """Returns ``function(*args, key)`` as a program."""
-    program = compile_program(function, *args, jax.random.key(0))
-    arrays = lambda key: eqx.filter((*args, key), eqx.is_array)
-    return program, lambda key: program.executable(arrays(key))
+def _compile(
+    function: Callable[..., Any], *args: Any
+) -> tuple[CompiledProgram, Callable[[], Any]]:
+    """Returns ``function(*args)`` as a program, and a function that runs it."""
+    program, arrays = compile_program(function, *args), eqx.filter(args, eqx.is_array)
+    return program, lambda: program.executable(arrays)
 
 
 def _median_seconds(
