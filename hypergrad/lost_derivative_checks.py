@@ -14,7 +14,7 @@ from .problem import Bilevel
 from .products import Loss
 from .trees import vdot
 
-USE_SMOOTH_FUNCTION = (
+USE_SMOOTH = (
     "Use a smooth function, such as a surrogate of hg.surrogates, or state with "
     "hypergrad.extend.without_derivative that a constant is meant."
 )
@@ -41,7 +41,7 @@ def check_no_lost_derivative(
         raise ValueError(
             f"{name} must have a complete derivative; got a loss that depends on its "
             f"arguments through {describe_places(lost)}, whose derivative is zero. "
-            f"{USE_SMOOTH_FUNCTION}"
+            f"{USE_SMOOTH}"
         )
 
 
@@ -77,20 +77,22 @@ def describe_lost_derivatives(
     """
     places = _lost_in_losses(problem, w, alpha)
     differentiates_init = getattr(estimator, "differentiates_init", None)
-    if differentiates_init:
-        places["init_fn"] = _lost_in_init(problem, w, alpha)
     # Implicit differentiation needs no derivative of a step, so that it has the flag
     # only if a loss has such a place.
     differentiates_steps = differentiates_init is not None or not any(places.values())
-    solver = getattr(estimator, "solver", None)
-    if differentiates_steps and hasattr(solver, "step"):
-        name = f"a step of {type(solver).__name__}"
-        places[name] = _lost_in_step(solver, problem, w, alpha)
+    if differentiates_init:
+        places["init_fn"] = _lost_in_init(problem, w, alpha)
     for name, lost in places.items():
-        is_step = name.startswith("a step")
-        remedy = "Use another optimizer." if is_step else USE_SMOOTH_FUNCTION
         if lost:
-            yield f"{name} loses derivatives in {describe_places(lost)}. {remedy}"
+            yield f"{name} loses derivatives in {describe_places(lost)}. {USE_SMOOTH}"
+    solver = getattr(estimator, "solver", None)
+    if not (differentiates_steps and hasattr(solver, "step")):
+        return
+    if lost := _lost_in_step(solver, problem, w, alpha):
+        yield (
+            f"a step of {type(solver).__name__} loses derivatives in "
+            f"{describe_places(lost)}. Use another optimizer."
+        )
 
 
 def _lost_flags(is_lost: Any) -> dict[str, Array]:
