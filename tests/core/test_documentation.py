@@ -207,3 +207,17 @@ def test_the_architecture_names_every_module():
         modules |= {path.name for path in (package / family).glob("*.py")}
     modules |= {p.name for p in (package / "estimators/single_loop").glob("*.py")}
     assert named == modules - {"__init__.py"}
+
+
+def test_the_site_shows_the_examples_of_docstrings_as_code():
+    """The page of the API has each prompt inside the marks of a code block."""
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(ROOT / "docs/docstring_examples.py"))
+    package = griffe.load("hypergrad", search_paths=[str(ROOT)], extensions=extensions)
+    text = package["profile.Profile"].docstring.value
+    code = "".join(
+        re.findall(r"^```pycon\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
+    )
+    assert code.startswith(">>> import jax.numpy")
+    assert code.count(">>> ") == text.count(">>> ") == 5
+    assert code.endswith("['one estimate', 'one inner solve', 'error estimate']")
