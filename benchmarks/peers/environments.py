@@ -28,14 +28,15 @@ REQUIREMENTS = {
         "@6241dfafcf37ddaf14e152ba5e5a3aa7165396d3",
     ],
     "learn2learn": [
+        "--use-pep517",
         "--no-build-isolation",
         "--config-settings=--build-option=build_ext",
         "learn2learn==0.2.0",
     ],
 }
 # Installed before the library. The C files in the sdist of learn2learn 0.2.0 do not
-# compile on Python 3.11. With `build_ext` above and the variable below, Cython writes
-# them anew.
+# compile on Python 3.11. With `build_ext` above, which reaches its script by PEP 517
+# alone, and the variable below, Cython writes them anew.
 BUILD_REQUIREMENTS = {"learn2learn": [*TORCH, "cython", "setuptools", "wheel"]}
 BUILD_VARIABLES = {"CYTHON_FORCE_REGEN": "1"}
 SHARED = {"torch_by_hand": "torch", "torch_func": "torch"}
