@@ -5,16 +5,13 @@
 run peer_speed` measures, both with nothing else running; `python -m
 benchmarks.peers.readme docs/results.md` writes the section of that page.
 
-*Made in parts*, the works of a part in one run. *w1-whole* was measured a second time,
-as `LBFGS` had evaluated each step twice, and the setting of *ours* alone was chosen
-anew for it; *dispatch*, as a call has since become cheaper; *w4* was stated anew with
-rate 0.01, since after steps of 0.1 float32 was 11% and more from float64 for all
-contenders but one, where 5% is allowed. *w1*, *overhead* and *w6* were measured again,
-and all settings of *w1-whole* chosen again, since PyTorch had had the examples there by
-rows, which is slow for its products by a vector: *w1-solve* by hand took 0.071 s then,
-and 0.032 s by columns, as all JAX contenders have them. *w1* is bound by memory, whose
-speed on the machine drifts by minutes: `Unrolled` took 1.82 inner runs the time before,
-plain JAX more than ours both times.
+*Measured again* as a whole, with the settings of w1-whole chosen again, since an
+estimate by defaults includes the estimate of its own error. Two things were stated
+otherwise in an earlier run: *w4* at rate 0.1, after which float32 was 11% and more from
+float64 for all contenders but one, where 5% is allowed; and the examples of *w1* for
+PyTorch by rows, which is slow for its products by a vector (*w1-solve* by hand took
+0.071 s, and 0.032 s by columns, as all JAX contenders have them). *w1* is bound by
+memory, whose speed on the machine drifts by minutes.
 
 Question: At the same work and the same accuracy: how many times the inner run alone
 does a hypergradient take, and what part of the time and memory of other libraries?

@@ -151,7 +151,7 @@ def main() -> None:
             found = tune(contender, python(contender), data)
             print(f"{contender}: {json.dumps(found)}", flush=True)
             chosen.setdefault(WORK, {})[contender] = found["setting"]
-    SETTINGS.write_text(json.dumps(chosen, indent=2) + "\n")
+            SETTINGS.write_text(json.dumps(chosen, indent=2) + "\n")
 
 
 if __name__ == "__main__":
