@@ -48,8 +48,8 @@ from jaxtyping import Array, PyTree
 
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
 
-from .peers.harness import CLEAN, OTHERS, ROUNDS, hardware
-from .peers.worker import timed
+from .peers.harness import MAX_OTHER_LOAD, MAX_ROUNDS, NUM_CLEAN, hardware
+from .peers.worker import time_calls
 from .shared import plots
 from .shared.growth_programs import (
     BLIND,
@@ -124,9 +124,9 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     line = sizes_of(method, axis)
     sized_calls = [make_call(method, sizes) for sizes in line.values()]
     rounds, num_discarded = time_in_rounds([minimal_call(method), *sized_calls])
-    if len(rounds) < CLEAN:
+    if len(rounds) < NUM_CLEAN:
         raise ValueError(
-            f"other processes were busy in {num_discarded} of {ROUNDS} rounds of "
+            f"other processes were busy in {num_discarded} of {MAX_ROUNDS} rounds of "
             f"{method} against {axis}; run again with no other program running"
         )
     fixed, *seconds = (list(column) for column in zip(*rounds, strict=True))
@@ -141,12 +141,12 @@ def time_in_rounds(
     numbers = []
     for call in calls:
         call()  # warm from here on
-        numbers.append(math.ceil(ROUND_SECONDS / timed(call, 1)["seconds"]))
+        numbers.append(math.ceil(ROUND_SECONDS / time_calls(call, 1)["seconds"]))
     clean: list[list[float]] = []
     num_discarded = 0
-    while len(clean) < CLEAN and len(clean) + num_discarded < ROUNDS:
+    while len(clean) < NUM_CLEAN and len(clean) + num_discarded < MAX_ROUNDS:
         seconds, busy = time_round(calls, numbers)
-        if busy > OTHERS:
+        if busy > MAX_OTHER_LOAD:
             num_discarded += 1
         else:
             clean.append(seconds)
@@ -161,9 +161,9 @@ def time_round(
 
     def run_calls() -> None:
         for call, number in zip(calls, numbers, strict=True):
-            seconds.append(timed(call, number)["seconds"])
+            seconds.append(time_calls(call, number)["seconds"])
 
-    busy = timed(run_calls, 1)["others"]
+    busy = time_calls(run_calls, 1)["others"]
     return seconds, busy
 
 
@@ -196,7 +196,7 @@ def findings(rows: list[Row]) -> list[Finding]:
     if incomplete:
         return [
             Finding(
-                f"{row['method']} against {row['axis']}: fewer than {CLEAN} clean "
+                f"{row['method']} against {row['axis']}: fewer than {NUM_CLEAN} clean "
                 f"rounds, or than {MIN_FITTED_SIZES} sizes with at most a tenth of "
                 "fixed cost",
                 "FAILED",
@@ -215,7 +215,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def is_incomplete(row: Row) -> bool:
     """Returns True if clean rounds, or sizes to be fitted, are too few."""
-    return len(row["fixed"]) < CLEAN or math.isnan(exponent(row))
+    return len(row["fixed"]) < NUM_CLEAN or math.isnan(exponent(row))
 
 
 def body(rows: list[Row]) -> list[str]:
@@ -226,8 +226,8 @@ def body(rows: list[Row]) -> list[str]:
         "brackets. *Minimal*: a call with next to no work. "
         f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB, float32; sizes in turns, medians of "
-        f"{CLEAN} rounds, {num_discarded} discarded while other processes took over "
-        f"{OTHERS:.0%} of a core.",
+        f"{NUM_CLEAN} rounds, {num_discarded} discarded while other processes "
+        f"took over {MAX_OTHER_LOAD:.0%} of a core.",
         "",
         f"| estimator | {' | '.join(AXES)} | minimal, µs |",
         "|---" * (2 + len(AXES)) + "|",
@@ -255,7 +255,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns a cell per line, whose sizes are timed in turns."""
+    """Returns a cell per line, whose sizes are time_calls in turns."""
     del scale, seeds
     return [
         {"method": method, "axis": axis, "seed": 0}

@@ -90,7 +90,7 @@ from hypergrad.bench.figures import import_pyplot
 
 from .peers import harness
 from .peers.claims import by_work, contenders_of, findings, hardware_text, seconds
-from .peers.environments import python
+from .peers.environments import interpreter
 from .peers.work import WORKS
 from .shared.plots import plain_ticks
 from .shared.stages import markdown_table
@@ -99,7 +99,7 @@ from .shared.stages import markdown_table
 def measure_work(cell: Cell, rows: list[Row]) -> Row:
     """Returns the rows of all contenders of a work, which are measured in turns."""
     del rows
-    pythons = {name: python(name) for name in contenders_of(cell["work"])}
+    pythons = {name: interpreter(name) for name in contenders_of(cell["work"])}
     return {"contenders": harness.measure(cell["work"], pythons)}
 
 

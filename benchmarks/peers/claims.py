@@ -7,7 +7,7 @@ import numpy as np
 
 from hypergrad.bench import Finding, Row
 
-from .harness import CLEAN, OTHERS, offers
+from .harness import MAX_OTHER_LOAD, NUM_CLEAN, offered_works
 from .work import STEPS
 
 DESCENTS = ("jaxopt", "optimistix")
@@ -29,16 +29,16 @@ OURS = ("ours", "defaults", "base", "gauss_newton")
 ORDER = ("inner", "plain", *OURS, *JAX, *TORCH)
 Rows = Mapping[str, Row]  # of one work, by contender
 Measured = tuple[float, str]
-#: ``(rows, contender) -> (number, its parts in words)``
+#: ``(rows, contender) -> (number, its details in words)``
 Measure = Callable[[Rows, str], Measured]
 
 
 class MissingNumberError(Exception):
-    """A claim has no number; the message states why."""
+    """A claim has no number; the message states the reason."""
 
 
 class NoPeerError(MissingNumberError):
-    """No contender of another library is right."""
+    """The state in which no contender of another library is accurate."""
 
 
 def seconds(row: Row) -> float:
@@ -53,9 +53,9 @@ def valid_row(rows: Rows, name: str) -> Row:
         raise MissingNumberError(f"{name} is missing")
     if row["reason"]:
         raise MissingNumberError(f"{name}: {row['reason']}")
-    if len(row["seconds"]) < CLEAN:
+    if len(row["seconds"]) < NUM_CLEAN:
         raise MissingNumberError(
-            f"{name} has {len(row['seconds'])} clean repetitions of {CLEAN}"
+            f"{name} has {len(row['seconds'])} clean repetitions of {NUM_CLEAN}"
         )
     return row
 
@@ -72,15 +72,15 @@ def fastest(rows: Rows, names: Sequence[str]) -> Row:
     return min(right, key=seconds)
 
 
-# Measures: a number, and its parts in words.
+# Measures: a number, and its details in words.
 
 
 def time_over(*names: str) -> Measure:
     """Returns the measure of the time over that of the fastest of the names."""
 
     def measure(rows: Rows, name: str) -> Measured:
-        one, other = valid_row(rows, name), fastest(rows, names)
-        a, b = seconds(one), seconds(other)
+        row, other = valid_row(rows, name), fastest(rows, names)
+        a, b = seconds(row), seconds(other)
         return a / b, f"{a:.3g} s, {other['method']} {b:.3g} s"
 
     return measure
@@ -90,8 +90,8 @@ def memory_over(*names: str) -> Measure:
     """Returns the measure of the peak memory over that of the fastest of the names."""
 
     def measure(rows: Rows, name: str) -> Measured:
-        one, other = valid_row(rows, name), fastest(rows, names)
-        a, b = one["peak"], other["peak"]
+        row, other = valid_row(rows, name), fastest(rows, names)
+        a, b = row["peak"], other["peak"]
         return a / b, f"{a / 1e6:.0f} MB, {other['method']} {b / 1e6:.0f} MB"
 
     return measure
@@ -109,13 +109,13 @@ def time_per_step(rows: Rows, name: str) -> Measured:
 
 def above_base(rows: Rows, name: str) -> Measured:
     """Returns microseconds above those of the base."""
-    a, b = (1e6 * seconds(valid_row(rows, one)) for one in (name, "base"))
+    a, b = (1e6 * seconds(valid_row(rows, x)) for x in (name, "base"))
     return a - b, f"{a:.3g} µs, {b:.3g} µs"
 
 
 def growth(rows: Rows, name: str) -> Measured:
     """Returns the time of more steps over ours."""
-    a, b = (seconds(valid_row(rows, one)) for one in (name, "ours"))
+    a, b = (seconds(valid_row(rows, x)) for x in (name, "ours"))
     return a / b, f"{a:.3g} s, {b:.3g} s"
 
 
@@ -144,15 +144,15 @@ def least_curvature(rows: Rows, name: str) -> Measured:
 
 
 class PeerClaim(NamedTuple):
-    """One number with an upper bound and an aim.
+    """A number with an upper bound and an aim.
 
     Attributes:
       work: Work whose rows are used.
       quantity: Name of the number.
-      measure: ``(rows, contender) -> (number, parts)``; raises `MissingNumberError`.
+      measure: ``(rows, contender) -> (number, details)``; raises `MissingNumberError`.
       max_value: The claimed bound; None if nothing is claimed.
       aim: A lower value that is aimed at, or None.
-      contender: Whose number it is.
+      contender: Contender that the number belongs to.
     """
 
     work: str
@@ -163,7 +163,7 @@ class PeerClaim(NamedTuple):
     contender: str = "ours"
 
     def measured(self, rows: Rows) -> Measured:
-        """Returns the number with its parts."""
+        """Returns the number with its details."""
         return self.measure(rows, self.contender)
 
     def words(self, value: float) -> tuple[str, str]:
@@ -180,11 +180,11 @@ class PeerClaim(NamedTuple):
         """Returns how the claim ends; it fails only if our number is missing."""
         text = f"{self.work}, {self.quantity}"
         try:
-            value, parts = self.measured(rows)
+            value, details = self.measured(rows)
         except MissingNumberError as error:
             is_failed = not isinstance(error, NoPeerError)
             return Finding(f"{text}: {error}", "FAILED" if is_failed else None)
-        text += f": {value:.3g}" + (f" ({parts})" if parts else "")
+        text += f": {value:.3g}" + (f" ({details})" if details else "")
         met, reached = self.words(value)
         if met:
             text += f", at most {self.max_value:.3g} claimed"
@@ -276,9 +276,11 @@ CLAIMS = (
     PeerClaim("w6", "a hypergradient over a training", time_over("inner"), 1.15),
     PeerClaim("w6", ANY, time_over(*PEERS)),
     *(
-        PeerClaim(work, f"by defaults, {what}", time_over(*names), contender="defaults")
+        PeerClaim(
+            work, f"by defaults, {quantity}", time_over(*names), contender="defaults"
+        )
         for work in DEFAULTS
-        for what, names in ((INNER, ("inner",)), (ANY, PEERS))
+        for quantity, names in ((INNER, ("inner",)), (ANY, PEERS))
     ),
 )
 
@@ -301,7 +303,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def contenders_of(work: str) -> list[str]:
     """Returns the contenders that offer a work, in the order of their turns."""
-    return [name for name in ORDER if work in offers(name)]
+    return [name for name in ORDER if work in offered_works(name)]
 
 
 def hardware_text(rows: Sequence[Row]) -> str:
@@ -309,15 +311,15 @@ def hardware_text(rows: Sequence[Row]) -> str:
 
     Two peers are distributed as `hypergrad`: they are named by their contenders.
     """
-    first = rows[0]
+    row = rows[0]
     versions = {
-        (row["method"] if name == "hypergrad" else name, version)
-        for row in rows
-        for name, version in row["library_versions"].items()
-    } | {("hypergrad-jax", row["versions"]["hypergrad"]) for row in rows}
+        (x["method"] if name == "hypergrad" else name, version)
+        for x in rows
+        for name, version in x["library_versions"].items()
+    } | {("hypergrad-jax", x["versions"]["hypergrad"]) for x in rows}
     names = ", ".join(f"{name} {version}" for name, version in sorted(versions))
     return (
-        f"{first['cpu']}, {first['cores']} cores, {first['memory'] / 2**30:.0f} GiB, "
-        f"float32; repetitions in turns, discarded while others took over {OTHERS:.0%} "
-        f"of a core. Versions: {names}."
+        f"{row['cpu']}, {row['cores']} cores, {row['memory'] / 2**30:.0f} GiB, "
+        f"float32; repetitions in turns, discarded while others took over "
+        f"{MAX_OTHER_LOAD:.0%} of a core. Versions: {names}."
     )

@@ -1,8 +1,8 @@
-"""Where each peer is installed: `python -m benchmarks.peers.environments` does it.
+"""The environments of the peers; `python -m benchmarks.peers.environments` makes them.
 
-One environment a library, since some of them exclude each other (two are distributed
-under one name). What does not install is named and the rest goes on: a contender that
-cannot import its library says so in its row.
+Each library has an environment of its own, since some exclude each other: two are
+distributed under one name. A library that cannot be installed is named, and its rows
+state that it is missing.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-INTERPRETER = "python3.11"  # the newest that all of them run on
+INTERPRETER = "python3.11"  # the newest that all libraries support
 
 TORCH = ["numpy", "torch==2.13.0"]
 REQUIREMENTS = {
@@ -34,16 +34,16 @@ REQUIREMENTS = {
         "learn2learn==0.2.0",
     ],
 }
-# Installed before the library. The C files in the sdist of learn2learn 0.2.0 do not
-# compile on Python 3.11. With `build_ext` above, which reaches its script by PEP 517
-# alone, and the variable below, Cython writes them anew.
+# Packages that are installed before the library. The C files in the sdist of
+# learn2learn 0.2.0 do not compile on Python 3.11. With `build_ext` above, which its
+# script receives by PEP 517 alone, and the variable below, Cython writes new ones.
 BUILD_REQUIREMENTS = {"learn2learn": [*TORCH, "cython", "setuptools", "wheel"]}
 BUILD_VARIABLES = {"CYTHON_FORCE_REGEN": "1"}
 SHARED = {"torch_by_hand": "torch", "torch_func": "torch"}
 
 
-def python(contender: str) -> Path:
-    """That runs `contender`: its library's, or this one where it needs none."""
+def interpreter(contender: str) -> Path:
+    """Returns the Python of a contender's environment, or this one if it has none."""
     name = SHARED.get(contender, contender)
     if name not in REQUIREMENTS:
         return Path(sys.executable)
@@ -51,29 +51,29 @@ def python(contender: str) -> Path:
 
 
 def install(name: str) -> str:
-    """The last that was said where it failed, nothing where it is there now."""
-    place = python(name).parents[1]
+    """Installs a library and returns the last line of an error, or nothing."""
+    folder = interpreter(name).parents[1]
     quiet = ["--quiet", "--disable-pip-version-check"]
-    pip = [str(python(name)), "-m", "pip", "install", *quiet]
-    commands = [[INTERPRETER, "-m", "venv", str(place)]]
+    pip = [str(interpreter(name)), "-m", "pip", "install", *quiet]
+    commands = [[INTERPRETER, "-m", "venv", str(folder)]]
     if name in BUILD_REQUIREMENTS:
         commands.append([*pip, *BUILD_REQUIREMENTS[name]])
     commands.append([*pip, *REQUIREMENTS[name]])
     for command in commands:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             capture_output=True,
             text=True,
             cwd=ROOT,
             env={**os.environ, **BUILD_VARIABLES},
         )
-        if done.returncode:
-            return done.stderr.strip().rpartition("\n")[2]
+        if process.returncode:
+            return process.stderr.strip().rpartition("\n")[2]
     return ""
 
 
 def main() -> None:
-    """Installs all and says which are there."""
+    """Installs all libraries and prints which are installed."""
     if shutil.which(INTERPRETER) is None:
         sys.exit(f"peers: no {INTERPRETER} was found; their releases need it")
     for name in REQUIREMENTS:

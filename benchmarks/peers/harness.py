@@ -1,4 +1,4 @@
-"""Contenders side by side: one process each, measured in turns.
+"""Contenders in a process each, measured in turns.
 
 In each round every contender makes one repetition, A B C A B C and so on, so that slow
 changes of the machine affect all alike. A repetition while other processes are busy is
@@ -28,17 +28,17 @@ from .worker import save
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = Path(__file__).parent / "contenders"
-SETTINGS = Path(__file__).parent / "settings.json"
-FREE = ("inner", "base")  # whose answers are not compared
-OTHERS = 0.08  # of a core, above which a repetition is thrown away
-CLEAN, ROUNDS = 5, 20  # repetitions needed, and rounds at the most
-SECONDS = 0.5  # of a repetition, or one call
-PAUSE = 0.4  # seconds before a repetition: the last one's threads may still spin
-TUNING = ("JAX_", "XLA_")  # variables that a contender is not to be tuned by
-LIMIT = 1800.0  # seconds until an answer is given up
+OPTIONS_FILE = Path(__file__).parent / "settings.json"
+UNCOMPARED = ("inner", "base")  # contenders whose results are not compared
+MAX_OTHER_LOAD = 0.08  # cores; a repetition with a higher load is discarded
+NUM_CLEAN, MAX_ROUNDS = 5, 20  # clean repetitions that are needed, and rounds
+REPETITION_SECONDS = 0.5  # unless one call takes longer
+PAUSE_SECONDS = 0.4  # before a repetition, as other threads may still be spinning
+REMOVED_PREFIXES = ("JAX_", "XLA_")  # of variables that tune a contender
+TIMEOUT_SECONDS = 1800.0
 
 
-def offers(contender: str) -> list[str]:
+def offered_works(contender: str) -> list[str]:
     """Returns the works of a contender from its source, without importing it."""
     path = CONTENDERS / f"{contender}.py"
     if not path.exists():
@@ -59,9 +59,9 @@ class Running:
 
     Attributes:
       first_line: The first line: seconds, bytes, notes, versions and answer.
-      reason: Why it has no ratio, or None.
+      reason: Reason why it has no ratio, or None.
       seconds: Seconds per call of the clean repetitions.
-      discarded: Number of other repetitions.
+      num_discarded: Number of discarded repetitions.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class Running:
         work: str,
         data: Path,
         python: Path,
-        setting: Row | None = None,
+        options: Row | None = None,
         **environment: str,
     ):
         self.contender = contender
-        self.setting = setting or {}
+        self.options = options or {}
         self.first_line: dict[str, Any] = {}
         self.reason: str | None = None
         self.seconds: list[float] = []
-        self.discarded, self.number = 0, 1
+        self.num_discarded, self.num_calls = 0, 1
         self.process: Any = None
         self.errors = data.parent / f"{contender}.txt"
         if not python.exists():
@@ -87,61 +87,62 @@ class Running:
         worker = [python, "-m", "benchmarks.peers.worker"]
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [*worker, contender, work, data, json.dumps(self.setting)],
+                [*worker, contender, work, data, json.dumps(self.options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=surroundings() | environment,
+                env=contender_environment() | environment,
                 cwd=ROOT,
             )
         try:
             self.first_line = self._read_line()
             self.reason = self.first_line.pop("failed", None)
             if self.reason is None:
-                once = self._run_calls(1)["seconds"]
-                self.number = max(1, math.ceil(SECONDS / once))
+                seconds = self._run_calls(1)["seconds"]
+                self.num_calls = max(1, math.ceil(REPETITION_SECONDS / seconds))
         except WorkerEndedError as error:
             self.reason = str(error)
 
     def _read_line(self) -> dict[str, Any]:
         """Returns the next line of the process."""
-        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_SECONDS)
         if not ready:
-            raise WorkerEndedError(f"nothing in {LIMIT:g} s")
+            raise WorkerEndedError(f"nothing in {TIMEOUT_SECONDS:g} s")
         line = self.process.stdout.readline()
         if not line:
-            raise WorkerEndedError(self._last_words())
+            raise WorkerEndedError(self._end_reason())
         return json.loads(line)
 
-    def _run_calls(self, number: int) -> dict[str, float]:
-        """Returns the seconds of so many calls, and the load by other processes."""
+    def _run_calls(self, num_calls: int) -> dict[str, float]:
+        """Returns the seconds per call, and the load by other processes."""
         try:
-            self.process.stdin.write(b"%d\n" % number)
+            self.process.stdin.write(b"%d\n" % num_calls)
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise WorkerEndedError(self._last_words()) from error
+            raise WorkerEndedError(self._end_reason()) from error
         return self._read_line()
 
-    def _last_words(self) -> str:
+    def _end_reason(self) -> str:
+        """Returns the exit status of the process, and its last line of errors."""
         code = self.process.wait()
-        how = f"signal {-code}" if code < 0 else f"exit {code}"
+        status = f"signal {-code}" if code < 0 else f"exit {code}"
         lines = self.errors.read_text(errors="replace").strip().splitlines()
-        return f"ended by {how}" + (f": {lines[-1][:200]}" if lines else "")
+        return f"ended by {status}" + (f": {lines[-1][:200]}" if lines else "")
 
     def repeat(self) -> None:
         """Makes one repetition, clean or not."""
-        time.sleep(PAUSE)
+        time.sleep(PAUSE_SECONDS)
         try:
-            took = self._run_calls(self.number)
+            timing = self._run_calls(self.num_calls)
         except WorkerEndedError as error:
             self.reason = str(error)
             return
-        if took["others"] > OTHERS:
-            self.discarded += 1
+        if timing["others"] > MAX_OTHER_LOAD:
+            self.num_discarded += 1
         else:
-            self.seconds.append(took["seconds"])
+            self.seconds.append(timing["seconds"])
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Ends the process."""
         if self.process is not None:
             self.process.kill()
@@ -156,10 +157,10 @@ class Running:
         notes = dict(self.first_line.get("notes", {}))
         return {
             "method": self.contender,
-            "setting": self.setting,
+            "setting": self.options,
             "seconds": self.seconds,
-            "discarded": self.discarded,
-            "calls": self.number,
+            "discarded": self.num_discarded,
+            "calls": self.num_calls,
             "prepared": self.first_line.get("prepared"),
             "first": self.first_line.get("first"),
             "peak": self.first_line.get("peak"),
@@ -171,48 +172,52 @@ class Running:
         }
 
 
-def distance(answer: Sequence[float], truth: Sequence[float]) -> float:
+def relative_error(actual: Sequence[float], expected: Sequence[float]) -> float:
     """Returns the relative error in the 2-norm; NaN for another length."""
-    a, b = np.asarray(answer), np.asarray(truth)
+    a, b = np.asarray(actual), np.asarray(expected)
     if a.shape != b.shape:
         return math.nan
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def surroundings() -> dict[str, str]:
-    """Returns the variables of every contender's process."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(TUNING)}
+def contender_environment() -> dict[str, str]:
+    """Returns the environment variables of every contender."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(REMOVED_PREFIXES)
+    }
     paths = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return inherited | paths | {"OMP_NUM_THREADS": str(cores())}
+    return inherited | paths | {"OMP_NUM_THREADS": str(num_cores())}
 
 
-def setting_of(work: str, contender: str) -> Row:
-    """Returns the setting that `tuning` chose for a contender."""
-    return json.loads(SETTINGS.read_text()).get(work, {}).get(contender, {})
+def chosen_options(work: str, contender: str) -> Row:
+    """Returns the options that `tuning` chose for a contender."""
+    return json.loads(OPTIONS_FILE.read_text()).get(work, {}).get(contender, {})
 
 
-def check_answer(
+def check_result(
     running: Running, expected: Sequence[float] | None, max_error: float
 ) -> float | None:
-    """Returns the error of a compared answer; a wrong one ends the contender."""
-    answer = running.first_line.pop("answer", None)
-    if running.reason or expected is None or running.contender in FREE:
+    """Returns the error of a compared result; a wrong one stops the contender."""
+    result = running.first_line.pop("answer", None)
+    if running.reason or expected is None or running.contender in UNCOMPARED:
         return None
-    error = distance(answer, expected)
+    error = relative_error(result, expected)
     if not error <= max_error:
         running.reason = (
             f"wrong: its error is {error:.2g}, at most {max_error:g} allowed"
         )
-        running.end()
+        running.stop()
     return error
 
 
-def truth_of(work: str, data: Path) -> list[float] | None:
-    """Returns the answer of `reference` for a work."""
+def reference_result(work: str, data: Path) -> list[float] | None:
+    """Returns the result of `reference` for a work."""
     reference = Running(
         "reference", work, data, Path(sys.executable), JAX_ENABLE_X64="1"
     )
-    reference.end()
+    reference.stop()
     if reference.reason:
         raise RuntimeError(f"no reference for {work}: {reference.reason}")
     return reference.first_line["answer"]
@@ -223,8 +228,8 @@ def measure(
     contenders: Mapping[str, Path],
     *,
     small: bool = False,
-    clean: int = CLEAN,
-    rounds: int = ROUNDS,
+    num_clean: int = NUM_CLEAN,
+    max_rounds: int = MAX_ROUNDS,
 ) -> list[Row]:
     """Returns a row per contender of one work.
 
@@ -232,41 +237,41 @@ def measure(
       work: Name of a work of `WORKS`.
       contenders: ``{name: Python that runs it}``.
       small: Whether the work has the size of tests.
-      clean: Number of clean repetitions that each contender needs.
-      rounds: Maximum number of rounds.
+      num_clean: Number of clean repetitions that each contender needs.
+      max_rounds: Maximum number of rounds.
     """
-    stated = WORKS[work]
+    spec = WORKS[work]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
-        save(data, stated.small() if small else stated.data())
-        is_compared = math.isfinite(stated.error)
-        expected = truth_of(work, data) if is_compared else None
+        save(data, spec.small() if small else spec.data())
+        is_compared = math.isfinite(spec.error)
+        expected = reference_result(work, data) if is_compared else None
         runs: list[Running] = []
         try:
             errors = []
             for contender, python in contenders.items():
-                setting = setting_of(work, contender)
-                runs.append(Running(contender, work, data, python, setting))
-                errors.append(check_answer(runs[-1], expected, stated.error))
-            run_rounds(runs, clean, rounds)
+                options = chosen_options(work, contender)
+                runs.append(Running(contender, work, data, python, options))
+                errors.append(check_result(runs[-1], expected, spec.error))
+            run_rounds(runs, num_clean, max_rounds)
         finally:
             for run in runs:
-                run.end()
+                run.stop()
     rows = [run.row(error) for run, error in zip(runs, errors, strict=True)]
     return [{"work": work, "seed": 0} | row | hardware() for row in rows]
 
 
-def run_rounds(contenders: Sequence[Running], clean: int, rounds: int) -> None:
+def run_rounds(contenders: Sequence[Running], num_clean: int, max_rounds: int) -> None:
     """Runs rounds until every valid contender has enough clean repetitions."""
-    for _ in range(rounds):
-        alive = [one for one in contenders if one.reason is None]
-        if all(len(one.seconds) >= clean for one in alive):
+    for _ in range(max_rounds):
+        valid = [contender for contender in contenders if contender.reason is None]
+        if all(len(contender.seconds) >= num_clean for contender in valid):
             return
-        for one in alive:
-            one.repeat()
+        for contender in valid:
+            contender.repeat()
 
 
-def cores() -> int:
+def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -276,4 +281,4 @@ def hardware() -> Row:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": names[0], "cores": cores(), "memory": memory}
+    return {"cpu": names[0], "cores": num_cores(), "memory": memory}

@@ -1,6 +1,6 @@
 """The comparison with other libraries in docs/results.md, from the committed rows.
 
-``python -m benchmarks.peers.readme docs/results.md`` replaces it between its comments.
+``python -m benchmarks.peers.readme docs/results.md`` replaces the section.
 """
 
 import re
@@ -20,40 +20,40 @@ def section(rows: list[Row]) -> str:
     """Returns a row per claim, how many are met, and how they were measured."""
     if not rows:
         return "Not measured yet.\n"
-    words = []
+    verdicts = []
     works, text = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
     titles = "work", "of ours", "measured", "claimed, at most", "", "aimed at", ""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for claim in CLAIMS:
         met = reached = ""
         try:
-            value, parts = claim.measured(works.get(claim.work, {}))
-            number = f"**{value:.3g}**" + (f" ({parts})" if parts else "")
+            value, details = claim.measured(works.get(claim.work, {}))
+            number = f"**{value:.3g}**" + (f" ({details})" if details else "")
             met, reached = claim.words(value)
         except MissingNumberError as error:
             number = f"not measured: {error}"
-        words.append(met)
+        verdicts.append(met)
         columns = [claim.work, claim.quantity, number, text(claim.max_value), met]
         columns += [text(claim.aim), reached]
         lines.append(f"| {' | '.join(columns)} |")
-    met, bounded = words.count("met"), sum(map(bool, words))
+    met, bounded = verdicts.count("met"), sum(map(bool, verdicts))
     count = f"Of {bounded} lines that claim a bound {met} are met."
     return "\n".join([*lines, "", f"{count} {hardware_text(rows)} By `{COMMAND}`.", ""])
 
 
 def rewrite(text: str, rows: list[Row]) -> str:
     """Returns the page with a new section."""
-    between = re.compile(
+    section_pattern = re.compile(
         r"(<!-- results: peers -->\n).*?(<!-- end of results -->)", re.S
     )
-    return between.sub(lambda match: match[1] + section(rows) + match[2], text)
+    return section_pattern.sub(lambda match: match[1] + section(rows) + match[2], text)
 
 
-def committed() -> list[Row]:
+def committed_rows() -> list[Row]:
     """Returns the committed rows, or none."""
     return read_rows(ROWS) if ROWS.exists() else []
 
 
 if __name__ == "__main__":
     for page in map(Path, sys.argv[1:]):
-        page.write_text(rewrite(page.read_text(), committed()))
+        page.write_text(rewrite(page.read_text(), committed_rows()))

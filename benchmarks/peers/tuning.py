@@ -1,11 +1,11 @@
-"""What w1-whole leaves open to each contender, chosen by one rule for all.
+"""Options of each contender for w1-whole, chosen by one rule for all.
 
-`python -m benchmarks.peers.tuning`, with nothing else running, tries every setting of
-`GRIDS` on the data of seeds 100 and 101 and writes `settings.json`.
+`python -m benchmarks.peers.tuning`, with nothing else running, tries all options of
+`GRIDS` on the data of seeds 100 and 101 and writes `settings.json`. It runs
 
-    python -m benchmarks.peers.tuning CONTENDER DATA SETTINGS
+    python -m benchmarks.peers.tuning CONTENDER DATA GRID
 
-is what it starts, in the contender's environment: an answer and seconds a setting.
+in the environment of each contender, which prints the result and the seconds of each.
 """
 
 import importlib
@@ -21,42 +21,42 @@ from typing import Any
 import numpy as np
 
 from .work import WORKS, logistic
-from .worker import load, own_voice, save
+from .worker import load, redirect_stdout, save
 
 WORK, SEEDS = "w1-whole", (100, 101)
-SAFE = 0.5  # of the error allowed: what is chosen is to be right on other data as well
-REPEATS = 3
+ERROR_FRACTION = 0.5  # of the maximum error, as a margin for other data
+NUM_REPEATS = 3
 
 
 def grid(**values: Any) -> list[dict[str, Any]]:
-    """Every combination."""
+    """Returns every combination."""
+    combinations = itertools.product(*values.values())
+    return [dict(zip(values, combination, strict=True)) for combination in combinations]
+
+
+def descent_grid(**values: Any) -> list[dict[str, Any]]:
+    """Returns every combination with each of `RATES_AND_MOMENTA`."""
     return [
-        dict(zip(values, each, strict=True))
-        for each in itertools.product(*values.values())
+        {"rate": rate, "momentum": momentum} | combination
+        for rate, momentum in RATES_AND_MOMENTA
+        for combination in grid(**values)
     ]
 
 
-def paced(**values: Any) -> list[dict[str, Any]]:
-    """The same at each of `PACES`."""
-    return [
-        {"rate": rate, "momentum": momentum} | rest
-        for rate, momentum in PACES
-        for rest in grid(**values)
-    ]
-
-
-TIGHT = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-SOLVE = (1e-2, 1e-3, 1e-4)
-PRODUCTS = (5, 10, 15, 20)
-# The run's own, and those for curvatures from 0.01 to 0.4 without and with momentum.
-PACES = [(0.5, 0.9), (2.0, 0.9), (5.0, 0.0), (5.0, 0.3), (5.0, 0.6)]
-DESCENT = paced(gradient=TIGHT[1:], adjoint=SOLVE)
-LBFGS = grid(gradient=TIGHT, adjoint=SOLVE)
-TORCH = grid(gradient=(1e-4, 1e-5, 1e-6, 1e-7), products=PRODUCTS)
+GRADIENT_TOLS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+ADJOINT_TOLS = (1e-2, 1e-3, 1e-4)
+NUM_PRODUCTS = (5, 10, 15, 20)
+# Those of the work, and those for curvatures from 0.01 to 0.4.
+RATES_AND_MOMENTA = [(0.5, 0.9), (2.0, 0.9), (5.0, 0.0), (5.0, 0.3), (5.0, 0.6)]
+DESCENT = descent_grid(gradient=GRADIENT_TOLS[1:], adjoint=ADJOINT_TOLS)
+LBFGS = grid(gradient=GRADIENT_TOLS, adjoint=ADJOINT_TOLS)
+TORCH = grid(gradient=(1e-4, 1e-5, 1e-6, 1e-7), products=NUM_PRODUCTS)
 GRIDS = {
-    "plain": grid(steps=(3, 4, 5), products=(5, 10), adjoint=PRODUCTS),
-    "ours": grid(solver=("Newton", "LBFGS"), gradient=TIGHT, adjoint=SOLVE),
-    "defaults": grid(gradient=TIGHT, adjoint=SOLVE),
+    "plain": grid(steps=(3, 4, 5), products=(5, 10), adjoint=NUM_PRODUCTS),
+    "ours": grid(
+        solver=("Newton", "LBFGS"), gradient=GRADIENT_TOLS, adjoint=ADJOINT_TOLS
+    ),
+    "defaults": LBFGS,
     "jaxopt": DESCENT,
     "optimistix": DESCENT,
     "jaxopt_lbfgs": LBFGS,
@@ -64,95 +64,101 @@ GRIDS = {
     "torch_by_hand": TORCH,
     "torchopt": TORCH,
     "hypertorch": TORCH,
-    "boat": paced(steps=(20, 40, 80), products=PRODUCTS),
+    "boat": descent_grid(steps=(20, 40, 80), products=NUM_PRODUCTS),
 }
 
 
-def tried(contender: str, path: str, settings: str) -> None:
-    """Prints a line a setting: its answer and the least seconds of a call."""
-    voice = own_voice()
+def run_grid(contender: str, path: str, grid: str) -> None:
+    """Prints a line per combination: its result and the minimum seconds of a call."""
+    output = redirect_stdout()
     module = importlib.import_module(f"benchmarks.peers.contenders.{contender}")
     data = load(path)
-    for setting in json.loads(settings):
-        call = module.WORKS[WORK](data, **setting)
-        answer = np.asarray(call(), float).ravel()
+    for options in json.loads(grid):
+        call = module.WORKS[WORK](data, **options)
+        result = np.asarray(call(), float).ravel()
         seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
+        for _ in range(NUM_REPEATS):
+            start_time = time.perf_counter()
             call()
-            seconds.append(time.perf_counter() - start)
-        told = {"answer": answer.tolist(), "seconds": min(seconds)}
-        print(json.dumps(told), file=voice, flush=True)
+            seconds.append(time.perf_counter() - start_time)
+        line = {"answer": result.tolist(), "seconds": min(seconds)}
+        print(json.dumps(line), file=output, flush=True)
 
 
-def best(tries: list[list[dict[str, float]]], most: float) -> int | None:
-    """Of settings by seeds of errors and seconds: the fastest that is right on all."""
-    right = [
-        (sum(one["seconds"] for one in each), index)
-        for index, each in enumerate(tries)
-        if all(one["error"] <= most for one in each)
+def fastest_valid(trials: list[list[dict[str, float]]], max_error: float) -> int | None:
+    """Returns the index of the fastest combination that is accurate on all seeds.
+
+    Args:
+      trials: ``error`` and ``seconds`` by combination and seed.
+      max_error: Maximum error of each.
+    """
+    total_seconds = [
+        (sum(trial["seconds"] for trial in trials_of_one), index)
+        for index, trials_of_one in enumerate(trials)
+        if all(trial["error"] <= max_error for trial in trials_of_one)
     ]
-    return min(right)[1] if right else None
+    return min(total_seconds)[1] if total_seconds else None
 
 
 def tune(contender: str, python: Path, data: list[tuple[Path, list[float]]]) -> dict:
-    """The setting, and what it did on each seed; ``data`` with their true answers."""
-    from .harness import ROOT, distance, surroundings
+    """Returns the chosen options and their trials; ``data`` with reference results."""
+    # The environments of PyTorch's libraries lack what the harness imports.
+    from .harness import ROOT, contender_environment, relative_error
 
-    settings = GRIDS[contender]
-    by_seed = []
-    for path, truth in data:
-        done = subprocess.run(
-            [
-                python,
-                "-m",
-                "benchmarks.peers.tuning",
-                contender,
-                path,
-                json.dumps(settings),
-            ],
-            env=surroundings(),
+    module = "benchmarks.peers.tuning"
+    trials_by_seed = []
+    for path, expected in data:
+        process = subprocess.run(
+            [python, "-m", module, contender, path, json.dumps(GRIDS[contender])],
+            env=contender_environment(),
             cwd=ROOT,
             capture_output=True,
             text=True,
         )
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        if len(lines) < len(settings):
-            raise RuntimeError(f"{contender}: {done.stderr.strip()[-300:]}")
-        by_seed.append(
+        lines = [json.loads(line) for line in process.stdout.splitlines()]
+        if len(lines) < len(GRIDS[contender]):
+            raise RuntimeError(f"{contender}: {process.stderr.strip()[-300:]}")
+        trials_by_seed.append(
             [
-                {"error": distance(one["answer"], truth), "seconds": one["seconds"]}
-                for one in lines
+                {
+                    "error": relative_error(line["answer"], expected),
+                    "seconds": line["seconds"],
+                }
+                for line in lines
             ]
         )
-    tries = [list(each) for each in zip(*by_seed, strict=True)]
-    index = best(tries, SAFE * WORKS[WORK].error)
+    trials = [list(trial) for trial in zip(*trials_by_seed, strict=True)]
+    index = fastest_valid(trials, ERROR_FRACTION * WORKS[WORK].error)
     if index is None:
-        raise RuntimeError(f"{contender}: no setting of {len(tries)} is right")
-    return {"setting": settings[index], "tried": len(tries), "on": tries[index]}
+        raise RuntimeError(f"{contender}: none of {len(trials)} options is accurate")
+    return {
+        "options": GRIDS[contender][index],
+        "num_tried": len(trials),
+        "trials": trials[index],
+    }
 
 
 def main() -> None:
-    """All that are installed, and their settings kept."""
-    from .environments import python
-    from .harness import SETTINGS, truth_of
+    """Tunes all contenders that are installed and writes their options."""
+    from .environments import interpreter
+    from .harness import OPTIONS_FILE, reference_result
 
-    chosen = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+    chosen = json.loads(OPTIONS_FILE.read_text()) if OPTIONS_FILE.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         data = []
         for seed in SEEDS:
             path = Path(folder) / f"{seed}.npz"
             save(path, logistic(seed=seed))
-            data.append((path, truth_of(WORK, path)))
+            data.append((path, reference_result(WORK, path)))
         for contender in GRIDS:
-            if not python(contender).exists():
+            if not interpreter(contender).exists():
                 print(f"{contender}: not installed", flush=True)
                 continue
-            found = tune(contender, python(contender), data)
-            print(f"{contender}: {json.dumps(found)}", flush=True)
-            chosen.setdefault(WORK, {})[contender] = found["setting"]
-            SETTINGS.write_text(json.dumps(chosen, indent=2) + "\n")
+            result = tune(contender, interpreter(contender), data)
+            print(f"{contender}: {json.dumps(result)}", flush=True)
+            chosen.setdefault(WORK, {})[contender] = result["options"]
+            OPTIONS_FILE.write_text(json.dumps(chosen, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    tried(*sys.argv[1:]) if sys.argv[1:] else main()
+    run_grid(*sys.argv[1:]) if sys.argv[1:] else main()

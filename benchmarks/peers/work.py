@@ -1,6 +1,6 @@
-"""What every contender is given, in NumPy: data, starts, and what is to be computed.
+"""The works of the table `peer_speed`, in NumPy: data, initial values and results.
 
-Imported in every peer's environment, so NumPy alone is imported here.
+Every peer's environment imports this module, so that it imports NumPy alone.
 """
 
 import functools
@@ -26,17 +26,17 @@ def logistic(
     steps: int = STEPS,
     products: int = PRODUCTS,
 ) -> Data:
-    """Logistic regression with one log-penalty a feature.
+    """Returns logistic regression with one log-penalty per feature.
 
-    inner = mean(softplus(-y x.w)) + 0.5 sum(exp(alpha) w^2), outer = the mean over as
-    many validation examples, or as many as are given. Inner run: `steps` of gradient
-    descent from 0 by `rate` and heavy-ball `momentum` (v <- momentum v + gradient,
-    w <- w - rate v).
+    The inner loss is mean(softplus(-y x.w)) + 0.5 sum(exp(alpha) w^2), and the outer
+    loss is its mean over ``validation`` examples, by default as many as for training.
+    The inner run makes ``steps`` steps of gradient descent from 0 with heavy-ball
+    momentum: v <- momentum v + gradient, w <- w - rate v.
 
     Returns:
-      ``x, x_val``: (examples, features); ``y, y_val``: 1 or -1; ``alpha``: (features,);
-      ``w``: the minimiser of inner, for solves alone; numbers. With more `losses`
-      ``y_val`` has one row each.
+      ``x`` and ``x_val`` (examples, features); ``y`` and ``y_val``, 1 or -1; ``alpha``
+      (features,); ``w``, the minimizer of the inner loss, for the works that solve the
+      adjoint system alone; and numbers. With several losses ``y_val`` has a row each.
     """
     rng = np.random.default_rng(seed)
     x, x_val = (
@@ -64,28 +64,30 @@ def logistic(
 
 
 def newton(x: np.ndarray, y: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The minimiser of `logistic`'s inner loss, in float64."""
+    """Returns the minimizer of the inner loss of `logistic`, in float64."""
     x, y, penalty = x.astype(float), y.astype(float), np.exp(alpha.astype(float))
     w = np.zeros(x.shape[1])
     for _ in range(30):
-        off = 1 / (1 + np.exp(y * (x @ w)))
-        gradient = -x.T @ (y * off) / len(x) + penalty * w
-        hessian = (x.T * (off * (1 - off))) @ x / len(x) + np.diag(penalty)
+        p = 1 / (1 + np.exp(y * (x @ w)))
+        gradient = -x.T @ (y * p) / len(x) + penalty * w
+        hessian = (x.T * (p * (1 - p))) @ x / len(x) + np.diag(penalty)
         w = w - np.linalg.solve(hessian, gradient)
     return w
 
 
 def cleaning(examples: int = 5_000, hidden: int = 300) -> Data:
-    """Hyper-cleaning: a 784-hidden-10 ReLU network, one weight an example.
+    """Returns hyper-cleaning: a 784-hidden-10 ReLU network, one weight per example.
 
-    inner = mean(sigmoid(alpha) * cross-entropy) + 0.5 * penalty * sum(w^2) over all
-    parameters, outer = mean cross-entropy over as many validation examples. Inner run:
-    `steps` as in `logistic`, full batch. An implicit answer is at ``w``, where that run
-    ends (`converged`), by `products` of conjugate gradients from 0 on the Hessian.
+    The inner loss is mean(sigmoid(alpha) * cross-entropy) + 0.5 * penalty * sum(w^2)
+    over all parameters, and the outer loss is the mean cross-entropy over as many
+    validation examples. The inner run is that of `logistic`, on the full batch. An
+    implicit result is computed at the end of this run (`trained_cleaning`), by
+    ``products`` steps of conjugate gradients from 0 on the Hessian.
 
     Returns:
-      ``x, x_val, y, y_val`` (40% of ``y`` drawn anew), ``alpha``: (examples,),
-      ``init``: ``[W1 (784, hidden), b1, W2 (hidden, 10), b2]``, numbers.
+      ``x``, ``x_val``, ``y``, ``y_val`` (40% of ``y`` are random), ``alpha``
+      (examples,), ``init`` as ``[W1 (784, hidden), b1, W2 (hidden, 10), b2]``, and
+      numbers.
     """
     rng = np.random.default_rng(0)
     centres = rng.random((10, 784)) * (rng.random((10, 784)) < 0.2)
@@ -112,34 +114,34 @@ def cleaning(examples: int = 5_000, hidden: int = 300) -> Data:
 
 
 def layers(rng: np.random.Generator, sizes: list[int]) -> list[np.ndarray]:
-    """Weights of scale sqrt(2 / inputs), biases of 0, in turns."""
-    found = []
+    """Returns weights of scale sqrt(2 / inputs), each followed by biases of 0."""
+    parameters = []
     for inputs, outputs in itertools.pairwise(sizes):
         weights = rng.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
-        found += [weights.astype(np.float32), np.zeros(outputs, np.float32)]
-    return found
+        parameters += [weights.astype(np.float32), np.zeros(outputs, np.float32)]
+    return parameters
 
 
 def schedule(steps: int = 1_000, hidden: int = 128, batches: int = 100) -> Data:
-    """A long inner run: a 784-hidden-10 tanh network on batches of 128, in turn.
+    """Returns a long inner run: a 784-hidden-10 tanh network on batches of 128.
 
-    Hyperparameters ``alpha = [log rate, log p1, log p2]``; step t takes batch t modulo
-    `batches`; its loss is mean cross-entropy + 0.5 (exp(log p1) sum(W1^2) + exp(log p2)
-    sum(W2^2)), its update the heavy ball of `logistic` with rate exp(log rate). Outer
-    loss: mean cross-entropy over the validation examples. Smooth, so that float32 stays
-    beside float64 over many steps.
+    The hyperparameters are ``alpha = [log rate, log p1, log p2]``. Step t uses batch t
+    modulo ``batches``. Its loss is the mean cross-entropy + 0.5 (exp(log p1) sum(W1^2)
+    + exp(log p2) sum(W2^2)), and its update that of `logistic` with the rate exp(log
+    rate). The outer loss is the mean cross-entropy over the validation examples. All is
+    smooth, so that float32 stays close to float64 over many steps.
 
     Returns:
-      ``x``: (batches, 128, 784), ``y``: (batches, 128), ``x_val, y_val``: 1,000,
-      ``alpha``: (3,), ``init`` as in `cleaning`, numbers.
+      ``x`` (batches, 128, 784), ``y`` (batches, 128), 1,000 validation examples,
+      ``alpha`` (3,), ``init`` as in `cleaning`, and numbers.
     """
     rng = np.random.default_rng(0)
-    given = cleaning(batches * 128, hidden)
+    examples = cleaning(batches * 128, hidden)
     return {
-        "x": given["x"].reshape(batches, 128, 784),
-        "y": given["y"].reshape(batches, 128),
-        "x_val": given["x_val"][:1_000],
-        "y_val": given["y_val"][:1_000],
+        "x": examples["x"].reshape(batches, 128, 784),
+        "y": examples["y"].reshape(batches, 128),
+        "x_val": examples["x_val"][:1_000],
+        "y_val": examples["y_val"][:1_000],
         "alpha": np.log([0.02, 1e-3, 1e-3]).astype(np.float32),
         "init": layers(rng, [784, hidden, 10]),
         "steps": steps,
@@ -148,23 +150,23 @@ def schedule(steps: int = 1_000, hidden: int = 128, batches: int = 100) -> Data:
 
 
 def few_shot(tasks: int = 16, channels: int = CHANNELS) -> Data:
-    """MAML: the gradient of the mean query loss over tasks at the initialisation.
+    """Returns MAML: the gradient of the mean query loss at the initial parameters.
 
-    Network: four times (3x3 convolution without bias, same padding; batch norm by the
-    batch's mean and variance over examples and places, eps 1e-5, with scale and shift;
-    ReLU; 2x2 max-pool, odd edges dropped), then a linear layer. Each task takes `steps`
-    of gradient descent by `rate` on its support examples from the initialisation.
+    The network consists of four blocks (3x3 convolution without bias, same padding;
+    batch norm by the mean and variance over examples and pixels, eps 1e-5, with scale
+    and shift; ReLU; 2x2 max-pool that drops odd edges) and a linear layer. Each task
+    makes ``steps`` steps of gradient descent on its support examples.
 
     Returns:
-      ``x``: (tasks, 25, 28, 28, 1), ``y``, ``x_val``: (tasks, 75, 28, 28, 1),
-      ``y_val``, ``init``: four times ``kernel (3, 3, in, out), scale (out,), shift
-      (out,)``, then ``weights (channels, 5), biases (5,)``; the answer is in this
-      order. Numbers.
+      ``x`` (tasks, 25, 28, 28, 1), ``y``, ``x_val`` (tasks, 75, 28, 28, 1), ``y_val``,
+      ``init`` as four times ``kernel (3, 3, in, out), scale (out,), shift (out,)``,
+      then ``weights (channels, 5), biases (5,)``, which is the order of the result; and
+      numbers.
     """
     rng = np.random.default_rng(0)
     image = lambda number: rng.random((tasks, number, 28, 28, 1)).astype(np.float32)
-    labels = lambda each: np.tile(
-        np.repeat(np.arange(WAYS, dtype=np.int32), each), (tasks, 1)
+    labels = lambda number: np.tile(
+        np.repeat(np.arange(WAYS, dtype=np.int32), number), (tasks, 1)
     )
     init = []
     for inputs in (1, channels, channels, channels):
@@ -185,42 +187,48 @@ def few_shot(tasks: int = 16, channels: int = CHANNELS) -> Data:
     }
 
 
-def descended(given: Data) -> list[np.ndarray]:
-    """Where the inner run of `cleaning` ends, in float64."""
-    x = given["x"].astype(float)
-    kind = np.eye(10)[given["y"]]
-    share = 1 / (1 + np.exp(-given["alpha"].astype(float)))[:, None] / len(x)
-    w = [part.astype(float) for part in given["init"]]
-    speed = [np.zeros_like(part) for part in w]
-    for _ in range(given["steps"]):
+def final_parameters(data: Data) -> list[np.ndarray]:
+    """Returns the parameters after the inner run of `cleaning`, in float64."""
+    x = data["x"].astype(float)
+    targets = np.eye(10)[data["y"]]
+    weights = 1 / (1 + np.exp(-data["alpha"].astype(float)))[:, None] / len(x)
+    w = [leaf.astype(float) for leaf in data["init"]]
+    velocity = [np.zeros_like(leaf) for leaf in w]
+    for _ in range(data["steps"]):
         hidden = np.maximum(x @ w[0] + w[1], 0)
-        score = hidden @ w[2] + w[3]
-        chance = np.exp(score - score.max(1, keepdims=True))
-        off = share * (chance / chance.sum(1, keepdims=True) - kind)
-        back = (off @ w[2].T) * (hidden > 0)
-        slopes = [x.T @ back, back.sum(0), hidden.T @ off, off.sum(0)]
-        for part, v, slope in zip(w, speed, slopes, strict=True):
-            v *= given["momentum"]
-            v += slope + given["penalty"] * part
-            part -= given["rate"] * v
+        scores = hidden @ w[2] + w[3]
+        exp_scores = np.exp(scores - scores.max(1, keepdims=True))
+        probabilities = exp_scores / exp_scores.sum(1, keepdims=True)
+        score_grad = weights * (probabilities - targets)
+        hidden_grad = (score_grad @ w[2].T) * (hidden > 0)
+        gradient = [
+            x.T @ hidden_grad,
+            hidden_grad.sum(0),
+            hidden.T @ score_grad,
+            score_grad.sum(0),
+        ]
+        for leaf, v, g in zip(w, velocity, gradient, strict=True):
+            v *= data["momentum"]
+            v += g + data["penalty"] * leaf
+            leaf -= data["rate"] * v
     return w
 
 
-def converged(products: int = 10, **sizes: int) -> Data:
-    """`cleaning` with ``w``, where its inner run ends, and so many products."""
-    given = cleaning(**sizes)
-    w = [part.astype(np.float32) for part in descended(given)]
-    return given | {"w": w, "products": products}
+def trained_cleaning(products: int = 10, **sizes: int) -> Data:
+    """Returns `cleaning` with ``w`` after its inner run, and the number of products."""
+    data = cleaning(**sizes)
+    w = [leaf.astype(np.float32) for leaf in final_parameters(data)]
+    return data | {"w": w, "products": products}
 
 
 class Work(NamedTuple):
-    """One thing to compute; the answer is dM/dalpha unless its text says another.
+    """A computation, whose result is dM/dalpha unless its text states another.
 
     Attributes:
-      text: what is computed.
-      data: what contenders are given.
-      small: the same of a size for tests.
-      error: relative, to the same in float64, above which it is not the same work.
+      text: Description of the computation.
+      data: Function that returns the data.
+      small: The same at the size of tests.
+      error: Maximum relative error against float64; a larger one is a wrong result.
     """
 
     text: str
@@ -229,26 +237,31 @@ class Work(NamedTuple):
     error: float
 
 
-def of(make: Callable[..., Data], small: dict[str, int], **full: int) -> tuple:
-    """``(data, small)``."""
+def data_functions(
+    make: Callable[..., Data], small: dict[str, int], **full: int
+) -> tuple:
+    """Returns the fields ``data`` and ``small`` of a `Work`."""
     return functools.partial(make, **full), functools.partial(make, **small)
 
 
-LOGISTIC = of(logistic, {"examples": 40, "features": 6})
-EIGHT = of(logistic, {"examples": 40, "features": 6, "losses": 8}, losses=8)
-TRAINING = of(
+LOGISTIC = data_functions(logistic, {"examples": 40, "features": 6})
+EIGHT = data_functions(logistic, {"examples": 40, "features": 6, "losses": 8}, losses=8)
+TRAINING = data_functions(
     logistic, {"examples": 40, "features": 6}, examples=600, validation=2_000,
     steps=300, products=30,
 )  # fmt: skip
-TINY = of(logistic, {"examples": 40, "features": 6}, examples=32, features=8)
+TINY = data_functions(
+    logistic, {"examples": 40, "features": 6}, examples=32, features=8
+)
 IMAGES = {"examples": 30, "hidden": 8}
-CLEANING = of(cleaning, IMAGES)
-# At the small size float32 is 3% away from float64 after 10 products on the indefinite
-# Hessian, and 3e-5 after 5: so many are asked for.
-STEADY = of(converged, IMAGES | {"products": 5})
-FEW = {"steps": 20, "hidden": 4, "batches": 3}
-SCHEDULE, LONG = of(schedule, FEW), of(schedule, FEW, steps=10_000)
-TASKS = of(few_shot, {"tasks": 2, "channels": 4})
+CLEANING = data_functions(cleaning, IMAGES)
+# At the small size float32 differs from float64 by 3% after 10 products on the
+# indefinite Hessian, and by 3e-5 after 5.
+TRAINED_CLEANING = data_functions(trained_cleaning, IMAGES | {"products": 5})
+SMALL_SCHEDULE = {"steps": 20, "hidden": 4, "batches": 3}
+SCHEDULE = data_functions(schedule, SMALL_SCHEDULE)
+LONG_SCHEDULE = data_functions(schedule, SMALL_SCHEDULE, steps=10_000)
+TASKS = data_functions(few_shot, {"tasks": 2, "channels": 4})
 
 WORKS = {
     "w1-unrolled": Work("reverse through 500 steps", *LOGISTIC, 1e-4),
@@ -257,7 +270,9 @@ WORKS = {
     "w1-whole": Work("implicit from 0; error to the exact one", *LOGISTIC, 1e-4),
     "w2-unrolled": Work("reverse through 100 steps", *CLEANING, 1e-2),
     "w2-lowmem": Work("the same in little memory", *CLEANING, 1e-2),
-    "w2-implicit": Work("implicit at the given w, 10 CG products", *STEADY, 1e-2),
+    "w2-implicit": Work(
+        "implicit at the given w, 10 CG products", *TRAINED_CLEANING, 1e-2
+    ),
     "w2-indefinite": Work("w2-implicit at the initialisation", *CLEANING, np.inf),
     "w3-1000": Work("reverse through 1,000 steps", *SCHEDULE, 1e-3),
     "w3-forward": Work("forward through 1,000 steps", *SCHEDULE, 1e-3),
@@ -268,5 +283,7 @@ WORKS = {
     "eight": Work("w1-solve for 8 validation losses", *EIGHT, 1e-3),
     "w6": Work("implicit after 300 steps, 30 CG products", *TRAINING, 1e-3),
     "compile": Work("overhead, compiled anew at every call", *TINY, 1e-4),
-    "w3-10000": Work("reverse through 10,000 steps", *LONG, 1e-3),  # the longest last
+    "w3-10000": Work(
+        "reverse through 10,000 steps", *LONG_SCHEDULE, 1e-3
+    ),  # the longest last
 }

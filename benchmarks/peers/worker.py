@@ -1,10 +1,11 @@
-"""One contender at one work, with its setting of what it leaves open, as JSON:
+"""The process of one contender at one work, with its options as JSON:
 
-    python -m benchmarks.peers.worker CONTENDER WORK DATA SETTING
+    python -m benchmarks.peers.worker CONTENDER WORK DATA OPTIONS
 
-Speaks JSON lines. First what preparing and the first call took, the peak of resident
-memory and the answer, or why there is none; then, for each number of calls that comes
-in on a line, how long these took and how busy other processes were meanwhile.
+It writes JSON lines. The first contains the seconds of the preparation and of the first
+call, the peak of resident memory and the result, or the reason why there is none. Each
+line of the input is a number of calls, which is answered by the seconds per call and
+the load by other processes.
 """
 
 import ctypes
@@ -24,16 +25,16 @@ from typing import Any, TextIO
 
 import numpy as np
 
-# Of what is imported, these tell their versions.
-TOLD = (
+# Packages whose versions are reported if they are imported.
+REPORTED_PACKAGES = (
     "betty", "boat_torch", "higher", "hypergrad", "jax", "jaxlib", "jaxopt",
     "learn2learn", "lineax", "numpy", "optax", "optimistix", "torch", "torchopt",
 )  # fmt: skip
-SHARE = 0.75  # of the machine's memory that one contender may take
+MEMORY_FRACTION = 0.75  # of the machine, which one contender may allocate
 
 
-def busy() -> float:
-    """Seconds that all cores together have worked since the machine started."""
+def busy_seconds() -> float:
+    """Returns the busy time of all cores since the machine was started."""
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split()[1:9]
     )
@@ -41,48 +42,54 @@ def busy() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def give_back() -> None:
-    """Memory that is no longer needed, to others that are measured beside this."""
+def free_memory() -> None:
+    """Returns unused memory to the system, for the other contenders."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def timed(call: Callable[[], Any], number: int) -> dict[str, float]:
-    """Seconds a call, and how much of a core others used at the same time."""
-    others, own, start = busy(), time.process_time(), time.perf_counter()
-    for _ in range(number):
+def time_calls(call: Callable[[], Any], num_calls: int) -> dict[str, float]:
+    """Returns the seconds per call, and the cores that other processes used."""
+    init_busy, init_process = busy_seconds(), time.process_time()
+    start_time = time.perf_counter()
+    for _ in range(num_calls):
         call()
-    seconds = time.perf_counter() - start
-    others = busy() - others - (time.process_time() - own)
-    return {"seconds": seconds / number, "others": others / seconds}
+    seconds = time.perf_counter() - start_time
+    busy, process = busy_seconds() - init_busy, time.process_time() - init_process
+    return {"seconds": seconds / num_calls, "others": (busy - process) / seconds}
 
 
-def peak() -> int:
-    """Bytes resident at the most so far, of this program alone.
+def peak_memory() -> int:
+    """Returns the maximum of resident bytes of this process.
 
-    What `getrusage` tells includes the process that started it.
+    That of `getrusage` includes the process that started this one.
     """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
 
 
-def limit() -> None:
-    """A contender that asks for too much fails, and no other with it."""
+def limit_memory() -> None:
+    """Limits the memory, so that a contender that needs more fails alone."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    most = int(SHARE * memory)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    max_bytes = int(MEMORY_FRACTION * memory)
+    resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
 
 
-def versions() -> dict[str, str]:
-    """By distribution, of what is imported and `TOLD`."""
-    provides = importlib.metadata.packages_distributions()
-    names = {d for name in TOLD if name in sys.modules for d in provides.get(name, ())}
-    found = {name: importlib.metadata.version(name) for name in sorted(names)}
-    return found | {"Python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """Returns the versions of `REPORTED_PACKAGES` by distribution."""
+    distributions = importlib.metadata.packages_distributions()
+    names = {
+        distribution
+        for package in REPORTED_PACKAGES
+        if package in sys.modules
+        for distribution in distributions.get(package, ())
+    }
+    versions = {name: importlib.metadata.version(name) for name in sorted(names)}
+    return versions | {"Python": platform.python_version()}
 
 
 def load(path: str) -> dict[str, Any]:
-    """What `save` wrote."""
+    """Returns the data that `save` wrote."""
     data: dict[str, Any] = {}
     with np.load(path, allow_pickle=False) as stored:
         for name, value in stored.items():
@@ -95,53 +102,50 @@ def load(path: str) -> dict[str, Any]:
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
-    """Arrays, numbers and lists of arrays; lists one by one, in their order."""
+    """Writes arrays, numbers and lists of arrays into one file."""
     arrays = {}
     for name, value in data.items():
-        parts = value if isinstance(value, list) else None
-        if parts is None:
-            arrays[name] = np.asarray(value)
+        if isinstance(value, list):
+            arrays |= {f"{name}/{i}": leaf for i, leaf in enumerate(value)}
         else:
-            arrays |= {f"{name}/{i}": part for i, part in enumerate(parts)}
+            arrays[name] = np.asarray(value)
     np.savez(path, **arrays)
 
 
-def own_voice() -> TextIO:
-    """What was standard output, to which a library may print no longer."""
-    voice = os.fdopen(os.dup(1), "w")
+def redirect_stdout() -> TextIO:
+    """Returns standard output; all that libraries print goes to standard error."""
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return voice
+    return output
 
 
-def main(contender: str, work: str, path: str, setting: str = "{}") -> None:
-    """Until the input ends."""
-    voice = own_voice()
-    say = lambda **line: print(json.dumps(line), file=voice, flush=True)
-    limit()
+def main(contender: str, work: str, path: str, options: str = "{}") -> None:
+    """Runs the first call, and then as many as each line of the input requests."""
+    output = redirect_stdout()
+    write_line = lambda **line: print(json.dumps(line), file=output, flush=True)
+    limit_memory()
     try:
         module = importlib.import_module(f"benchmarks.peers.contenders.{contender}")
-        start = time.perf_counter()
-        call = module.WORKS[work](load(path), **json.loads(setting))
-        prepared = time.perf_counter()
-        answer = np.asarray(call(), float).ravel()
-        first = time.perf_counter()
-        most = peak()
-        give_back()
-        told = {
-            "prepared": prepared - start,
-            "first": first - prepared,
-            "peak": most,
-            "notes": call.notes() if hasattr(call, "notes") else {},
-            "versions": versions(),
+        start_time = time.perf_counter()
+        call = module.WORKS[work](load(path), **json.loads(options))
+        prepared_time = time.perf_counter()
+        result = np.asarray(call(), float).ravel()
+        first_line = {
+            "prepared": prepared_time - start_time,
+            "first": time.perf_counter() - prepared_time,
+            "peak": peak_memory(),
         }
-    except Exception as error:  # of a peer's, which is its row
-        say(failed=f"{type(error).__name__}: {error}"[:300])
+        free_memory()
+        first_line["notes"] = call.notes() if hasattr(call, "notes") else {}
+        first_line["versions"] = package_versions()
+    except Exception as error:  # the row of this contender states it
+        write_line(failed=f"{type(error).__name__}: {error}"[:300])
         return
-    say(**told, answer=answer.tolist())
+    write_line(**first_line, answer=result.tolist())
     for line in sys.stdin:
-        took = timed(call, int(line))
-        give_back()
-        say(**took)
+        timing = time_calls(call, int(line))
+        free_memory()
+        write_line(**timing)
 
 
 if __name__ == "__main__":

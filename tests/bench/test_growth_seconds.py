@@ -101,7 +101,7 @@ class Clock:
 def test_calls_are_in_turns_and_busy_rounds_are_thrown_away(monkeypatch):
     """Short ones are repeated; others count over a round, not over a call."""
     clock = Clock({"a": 0.06, "b": 0.5}, [0.0, 0.2, 0.01, 0.09, 0.08, 0.0, 0.0])
-    monkeypatch.setattr(growth, "timed", clock.timed)
+    monkeypatch.setattr(growth, "time_calls", clock.timed)
     clean, discarded = growth.time_in_rounds(clock.calls)
     assert clean == [[0.06, 0.5]] * 5
     assert discarded == 2
@@ -125,11 +125,11 @@ def test_one_line_is_measured(monkeypatch):
     """Small, and on a machine as busy as it is: seconds of every size and round."""
     small = {10: Sizes(parameters=10), 20: Sizes(parameters=20)}
     monkeypatch.setattr(growth, "sizes_of", lambda method, axis: small)
-    monkeypatch.setattr(growth, "OTHERS", float("inf"))
+    monkeypatch.setattr(growth, "MAX_OTHER_LOAD", float("inf"))
     monkeypatch.setattr(growth, "ROUND_SECONDS", 1e-3)
     row = growth.measure({"method": "FiniteDifference", "axis": "parameters"}, [])
     assert row["sizes"] == [10, 20]
-    assert [len(seconds) for seconds in row["seconds"]] == [growth.CLEAN] * 2
+    assert [len(seconds) for seconds in row["seconds"]] == [growth.NUM_CLEAN] * 2
     assert all(s > 0 for seconds in [*row["seconds"], row["fixed"]] for s in seconds)
     assert row["discarded"] == 0
     assert row["cores"] >= 1

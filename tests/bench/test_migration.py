@@ -33,7 +33,7 @@ def test_each_program_is_of_one_library():
 @pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_program_prints_our_hypergradient(library: str, tmp_path: Path):
-    python = environments.python(library)
+    python = environments.interpreter(library)
     if not python.exists():
         # PyTorch is no dependency, and its libraries need an environment each.
         pytest.skip(f"{library} is not installed: `make peers` does it")

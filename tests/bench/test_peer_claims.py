@@ -145,7 +145,7 @@ def test_the_page_of_results_says_what_the_rows_do():
     """Else run python -m benchmarks.peers.readme docs/results.md."""
     text = (ROOT / "docs/results.md").read_text()
     assert "<!-- results: peers -->" in text
-    assert readme.rewrite(text, readme.committed()) == text
+    assert readme.rewrite(text, readme.committed_rows()) == text
 
 
 def test_a_work_is_measured_as_a_whole(monkeypatch):

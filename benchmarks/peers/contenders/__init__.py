@@ -1,6 +1,6 @@
-"""One module a library: name of a work -> how that library does it.
+"""The programs of each library: a module per library, with a function per work.
 
-`WORKS[name](data)` prepares the call that is timed; calling that returns the answer as
-one flat array, in the order that `benchmarks.peers.work` states. Only the library that
-a module is named after has to be installed where it is imported.
+`WORKS[name](data)` returns the call that is timed, which returns the result as one
+array in the order of `benchmarks.peers.work`. A module imports only the library that it
+is named after.
 """

@@ -1,4 +1,4 @@
-"""Betty: its conjugate gradients between two of its problems."""
+"""Betty: conjugate gradients between two of its problems."""
 
 import logging
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from betty.engine import Engine
 from betty.problems import ImplicitProblem
 from torch import Tensor
 
-from .torch_losses import Alpha, Problem, cleaning, flat, logistic
+from .torch_losses import Alpha, Problem, cleaning, flatten, logistic
 
-logging.disable(logging.INFO)  # it writes where answers are read
+logging.disable(logging.INFO)  # Betty logs to the stream of the results
 
 
 def implicit(problem: Problem) -> Callable[[], np.ndarray]:
-    """What its outer problem's step takes as its gradient."""
+    """Returns the gradient of a step of the outer problem."""
 
     class Inner(ImplicitProblem):
         def training_step(self, batch: object) -> Tensor:
-            return problem.inner_of(self.module, self.outer())
+            return problem.module_inner_loss(self.module, self.outer())
 
     class Outer(ImplicitProblem):
         def training_step(self, batch: object) -> Tensor:
@@ -32,14 +32,14 @@ def implicit(problem: Problem) -> Callable[[], np.ndarray]:
         "outer": Config(retain_graph=True),
     }
     inner, outer = (
-        made(
+        problem_class(
             name=name,
             config=configs[name],
             module=modules[name],
             optimizer=torch.optim.SGD(modules[name].parameters(), 0.1),
-            train_data_loader=[(0,)],  # all of the data, which the losses hold
+            train_data_loader=[(0,)],  # the losses contain the data
         )
-        for name, made in (("inner", Inner), ("outer", Outer))
+        for name, problem_class in (("inner", Inner), ("outer", Outer))
     )
     Engine(
         problems=[outer, inner],
@@ -56,13 +56,13 @@ def implicit(problem: Problem) -> Callable[[], np.ndarray]:
             paths=outer.paths,
             retain_graph=True,
         )
-        return flat(alpha.grad for alpha in outer.parameters())
+        return flatten(alpha.grad for alpha in outer.parameters())
 
     return call
 
 
 WORKS = {
-    "w1-solve": lambda data: implicit(logistic(data, solved=True)),
+    "w1-solve": lambda data: implicit(logistic(data, at_solution=True)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
-    "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
+    "overhead-solve": lambda data: implicit(logistic(data, at_solution=True)),
 }

@@ -1,4 +1,4 @@
-"""BOAT: gradient descent below, automatic differentiation (RAD) or CG above."""
+"""BOAT: gradient descent, with automatic differentiation (RAD) or CG."""
 
 import os
 from collections.abc import Callable
@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .torch_losses import Alpha, Problem, cleaning, flat, logistic
+from .torch_losses import Alpha, Problem, cleaning, flatten, logistic
 
 
 def lower_loss(
-    feed: dict[str, Any], alpha: nn.Module, module: nn.Module, **given: Any
+    feed: dict[str, Any], alpha: nn.Module, module: nn.Module, **kwargs: Any
 ) -> Tensor:
-    """As BOAT calls it: `given` may hold the parameters of `module`."""
-    parts = given.get("params", list(module.parameters()))
-    return feed["problem"].inner(lambda x: module(x, **given), parts, alpha(), 0)
+    """Returns the inner loss; BOAT may pass the parameters of ``module``."""
+    params = kwargs.get("params", list(module.parameters()))
+    return feed["problem"].inner(lambda x: module(x, **kwargs), params, alpha(), 0)
 
 
 def upper_loss(
-    feed: dict[str, Any], alpha: nn.Module, module: nn.Module, **given: Any
+    feed: dict[str, Any], alpha: nn.Module, module: nn.Module, **kwargs: Any
 ) -> Tensor:
-    """As `lower_loss`."""
-    return feed["problem"].outer(lambda x: module(x, **given))
+    """Returns the outer loss; BOAT may pass the parameters of ``module``."""
+    return feed["problem"].outer(lambda x: module(x, **kwargs))
 
 
 def hypergradient(problem: Problem, operation: str) -> Callable[[], np.ndarray]:
-    """Of one iteration, by an `operation` of its `na_ol`."""
+    """Returns the hypergradient of one iteration by an operation of ``na_op``."""
     module, alpha = problem.module(), Alpha(problem.alpha)
-    below = torch.optim.SGD(
+    inner_optimizer = torch.optim.SGD(
         module.parameters(), problem.rate(problem.alpha), momentum=problem.momentum
     )
     config = {
@@ -41,7 +41,7 @@ def hypergradient(problem: Problem, operation: str) -> Callable[[], np.ndarray]:
         "upper_level_model": alpha,
         "lower_level_var": list(module.parameters()),
         "upper_level_var": list(alpha.parameters()),
-        "lower_level_opt": below,
+        "lower_level_opt": inner_optimizer,
         "upper_level_opt": torch.optim.SGD(alpha.parameters(), 0.1),
         "lower_iters": problem.steps,
         "device": "cpu",
@@ -54,29 +54,29 @@ def hypergradient(problem: Problem, operation: str) -> Callable[[], np.ndarray]:
         "CG": {"k": problem.products, "tolerance": 1e-10},
     }
     names = {"lower_level_loss": lower_loss, "upper_level_loss": upper_loss}
-    both = boat_torch.Problem(
+    bilevel = boat_torch.Problem(
         config,
         {
             name: {"function": f"{loss.__module__}.{loss.__name__}"}
             for name, loss in names.items()
         },
     )
-    both.build_ll_solver()
-    both.build_ul_solver()
+    bilevel.build_ll_solver()
+    bilevel.build_ul_solver()
     feed = {"problem": problem}
 
     def call() -> np.ndarray:
         alpha.zero_grad()
-        slopes, _ = both.run_iter(feed, feed, current_iter=0)
-        return flat(slopes)
+        gradient, _ = bilevel.run_iter(feed, feed, current_iter=0)
+        return flatten(gradient)
 
     return call
 
 
-def whole(
+def implicit_from_zero(
     data: dict[str, Any], *, rate: float, momentum: float, steps: int, products: int
 ) -> Callable[[], np.ndarray]:
-    """From 0: the heavy ball, as it has no other."""
+    """Returns heavy-ball descent from 0, its only solver, followed by CG."""
     problem = logistic(data)._replace(
         rate=lambda alpha: rate, momentum=momentum, steps=steps, products=products
     )
@@ -85,7 +85,7 @@ def whole(
 
 WORKS = {
     "w1-unrolled": lambda data: hypergradient(logistic(data), "RAD"),
-    "w1-whole": whole,
+    "w1-whole": implicit_from_zero,
     "w2-unrolled": lambda data: hypergradient(cleaning(data), "RAD"),
     "overhead": lambda data: hypergradient(logistic(data), "RAD"),
 }

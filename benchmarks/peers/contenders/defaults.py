@@ -1,7 +1,7 @@
-"""hypergrad as its README calls it: a ready function, and all that an estimate tells.
+"""hypergrad as its README calls it: `hypergradient` with all fields of an estimate.
 
-Estimators are by their defaults, so that `Unrolled` keeps checkpoints; `ours` beside it
-asks for the hypergradient alone.
+The estimators have their defaults, so that `Implicit` estimates its error. The module
+`ours` returns the hypergradient alone.
 """
 
 from collections.abc import Callable
@@ -13,34 +13,40 @@ import hypergrad as hg
 from .. import problems
 from ..problems import Problem
 from ..work import Data
-from .ours import at_w, dispatch, momentum, ready, scheduled
+from .ours import (
+    compiled_call,
+    cyclic_descent,
+    dispatch,
+    heavy_ball,
+    implicit_at_w,
+)
 
 
 def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
-    return ready(problem, hg.Unrolled(momentum(problem)))
+    return compiled_call(problem, hg.Unrolled(heavy_ball(problem)))
 
 
 def logistic_forward(data: Data) -> Callable[[], np.ndarray]:
     problem = problems.logistic(data)
     problem = problem._replace(alpha=problem.alpha[0])
-    return ready(problem, hg.Forward(momentum(problem)))
+    return compiled_call(problem, hg.Forward(heavy_ball(problem)))
 
 
 def logistic_whole(
     data: Data, *, gradient: float, adjoint: float
 ) -> Callable[[], np.ndarray]:
-    inner = hg.Newton(tolerance=gradient)
-    return ready(problems.logistic(data), hg.Implicit(inner, hg.CG(rtol=adjoint)))
+    estimator = hg.Implicit(hg.Newton(tolerance=gradient), hg.CG(rtol=adjoint))
+    return compiled_call(problems.logistic(data), estimator)
 
 
 def cleaning_implicit(data: Data) -> Callable[[], np.ndarray]:
-    problem = problems.cleaning(data, solved=True)
-    return ready(problem, at_w(problem))
+    problem = problems.cleaning(data, at_solution=True)
+    return compiled_call(problem, implicit_at_w(problem))
 
 
 def schedule(data: Data) -> Callable[[], np.ndarray]:
     problem = problems.schedule(data)
-    return ready(problem, hg.Unrolled(scheduled(problem)))
+    return compiled_call(problem, hg.Unrolled(cyclic_descent(problem)))
 
 
 WORKS = {

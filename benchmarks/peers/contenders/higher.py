@@ -1,4 +1,4 @@
-"""higher: its differentiable SGD on a patched module."""
+"""higher: differentiable SGD on a patched module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,48 +10,49 @@ from torch.nn import functional as F
 
 from .torch_losses import (
     Problem,
-    blocks,
     cleaning,
-    flat,
+    convolutional_module,
+    flatten,
+    from_torch_order,
     logistic,
     schedule,
-    stated,
     tasks,
 )
 
 
 def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
-    """Reverse through all steps."""
+    """Returns reverse mode through all steps."""
     module = problem.module()
     optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=problem.momentum)
 
     def call() -> np.ndarray:
         rate = {"lr": [problem.rate(problem.alpha)]}
-        with higher.innerloop_ctx(module, optimizer, override=rate) as (inner, descent):
+        with higher.innerloop_ctx(module, optimizer, override=rate) as (inner, sgd):
             for step in range(problem.steps):
-                descent.step(problem.inner_of(inner, problem.alpha, step))
-            return flat(torch.autograd.grad(problem.outer(inner), [problem.alpha]))
+                loss = problem.module_inner_loss(inner, problem.alpha, step)
+                sgd.step(loss)
+            return flatten(torch.autograd.grad(problem.outer(inner), [problem.alpha]))
 
     return call
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
-    """One task after another."""
-    given = tasks(data)
-    module = blocks(given.init)
-    optimizer = torch.optim.SGD(module.parameters(), given.rate)
+    """Returns MAML, one task after another."""
+    few_shot = tasks(data)
+    module = convolutional_module(few_shot.init)
+    optimizer = torch.optim.SGD(module.parameters(), few_shot.rate)
 
     def call() -> np.ndarray:
         module.zero_grad()
-        for x, y, x_val, y_val in zip(*given[:4], strict=True):
+        for x, y, x_val, y_val in zip(*few_shot[:4], strict=True):
             with higher.innerloop_ctx(
                 module, optimizer, copy_initial_weights=False
-            ) as (inner, descent):
-                for _ in range(given.steps):
-                    descent.step(F.cross_entropy(inner(x), y))
+            ) as (inner, sgd):
+                for _ in range(few_shot.steps):
+                    sgd.step(F.cross_entropy(inner(x), y))
                 loss = F.cross_entropy(inner(x_val), y_val)
-                (loss / len(given.x)).backward()
-        return flat(stated(w.grad for w in module.parameters()))
+                (loss / len(few_shot.x)).backward()
+        return flatten(from_torch_order(w.grad for w in module.parameters()))
 
     return call
 

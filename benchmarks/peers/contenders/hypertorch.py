@@ -1,4 +1,4 @@
-"""hypertorch, of Grazzi and others, which is imported as `hypergrad`."""
+"""hypertorch (Grazzi et al. 2020), which is imported as `hypergrad`."""
 
 import sys
 from collections.abc import Callable
@@ -9,32 +9,32 @@ import numpy as np
 from torch import Tensor
 
 from .torch_losses import (
-    Parts,
+    Params,
     Problem,
+    as_leaves,
     cleaning,
-    flat,
-    leaves,
+    flatten,
+    inner_minimizer,
     logistic,
-    minimise,
     schedule,
 )
 
-# Ours has that name too and lies where this runs: look there last.
-sys.path.sort(key=lambda place: Path(place).resolve() == Path.cwd())
+# The working directory contains our package of this name, so that it comes last.
+sys.path.sort(key=lambda folder: Path(folder).resolve() == Path.cwd())
 import hypergrad
 
 
 def losses(problem: Problem) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """As it takes them; speeds come after the parameters."""
-    number = len(problem.start)
+    """Returns the losses with its signature, whose state ends with the velocity."""
+    num_params = len(problem.init_params)
     return (
-        lambda parts, alphas, step=(0,): problem.inner_loss(parts, *alphas, *step),
-        lambda parts, alphas: problem.outer_loss(parts[:number]),
+        lambda params, alphas, step=(0,): problem.inner_loss(params, *alphas, *step),
+        lambda state, alphas: problem.outer_loss(state[:num_params]),
     )
 
 
 def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
-    """Reverse through all steps at once."""
+    """Returns reverse mode through all steps."""
     inner, outer = losses(problem)
     descent = hypergrad.Momentum(
         inner, lambda alphas: problem.rate(*alphas), problem.momentum
@@ -42,16 +42,16 @@ def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
 
     def call() -> np.ndarray:
         alphas = [problem.alpha]
-        state = descent.get_opt_params(leaves(problem.start))
+        state = descent.get_opt_params(as_leaves(problem.init_params))
         for _ in range(problem.steps):
             state = descent(state, alphas)
-        return flat(hypergrad.reverse_unroll(state, alphas, outer, set_grad=False))
+        return flatten(hypergrad.reverse_unroll(state, alphas, outer, set_grad=False))
 
     return call
 
 
 def recomputed(problem: Problem, batches: int) -> Callable[[], np.ndarray]:
-    """Reverse through one step at a time, each done again from its kept state."""
+    """Returns reverse mode step by step, each repeated from its stored state."""
     inner, outer = losses(problem)
     descents = [
         hypergrad.Momentum(
@@ -63,47 +63,47 @@ def recomputed(problem: Problem, batches: int) -> Callable[[], np.ndarray]:
 
     def call() -> np.ndarray:
         alphas = [problem.alpha]
-        states = [steps[0].get_opt_params(leaves(problem.start))]
+        states = [steps[0].get_opt_params(as_leaves(problem.init_params))]
         for step in steps:
-            states.append(leaves(step(states[-1], alphas, create_graph=False)))
-        return flat(hypergrad.reverse(states, alphas, steps, outer, set_grad=False))
+            states.append(as_leaves(step(states[-1], alphas, create_graph=False)))
+        return flatten(hypergrad.reverse(states, alphas, steps, outer, set_grad=False))
 
     return call
 
 
 def implicit(
-    problem: Problem, at: Callable[[], Parts] | None = None
+    problem: Problem, solve: Callable[[], Params] | None = None
 ) -> Callable[[], np.ndarray]:
-    """By its conjugate gradients on the map of one step of gradient descent."""
+    """Returns its conjugate gradients on the map of one step of gradient descent."""
     inner, outer = losses(problem)
     step = hypergrad.GradientDescent(inner, 1.0)
 
     def call() -> np.ndarray:
-        parts = problem.start if at is None else at()
-        slopes = hypergrad.CG(
-            parts, [problem.alpha], problem.products, step, outer, set_grad=False
+        params = problem.init_params if solve is None else solve()
+        gradient = hypergrad.CG(
+            params, [problem.alpha], problem.products, step, outer, set_grad=False
         )
-        return flat(slopes)
+        return flatten(gradient)
 
     return call
 
 
-def whole(
+def implicit_from_zero(
     data: dict[str, Any], *, gradient: float, products: int
 ) -> Callable[[], np.ndarray]:
-    """From 0: L-BFGS, then conjugate gradients."""
+    """Returns L-BFGS from 0, followed by implicit differentiation."""
     problem = logistic(data)._replace(products=products)
-    return implicit(problem, lambda: minimise(problem, gradient))
+    return implicit(problem, lambda: inner_minimizer(problem, gradient))
 
 
 WORKS = {
     "w1-unrolled": lambda data: unrolled(logistic(data)),
-    "w1-solve": lambda data: implicit(logistic(data, solved=True)),
-    "w1-whole": whole,
+    "w1-solve": lambda data: implicit(logistic(data, at_solution=True)),
+    "w1-whole": implicit_from_zero,
     "w2-unrolled": lambda data: unrolled(cleaning(data)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
     "w3-1000": lambda data: recomputed(schedule(data), len(data["x"])),
     "w3-10000": lambda data: recomputed(schedule(data), len(data["x"])),
     "overhead": lambda data: unrolled(logistic(data)),
-    "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
+    "overhead-solve": lambda data: implicit(logistic(data, at_solution=True)),
 }

@@ -1,29 +1,29 @@
-"""The inner run alone in plain JAX, the floor; its answer is w, and is not compared."""
+"""The inner run alone in plain JAX, whose result, ``w``, is not compared."""
 
 import functools
 
 from .. import problems
 from ..problems import Program
 from ..work import Data
-from .plain import descended, in_turn
+from .plain import final_w, final_w_of_schedule
 
 
 def logistic(data: Data) -> Program:
     problem = problems.logistic(data)
     train, _, w, alpha = problem.arrays
-    return Program(functools.partial(descended, problem), train, w, alpha)
+    return Program(functools.partial(final_w, problem), train, w, alpha)
 
 
 def cleaning(data: Data) -> Program:
     problem = problems.cleaning(data)
     train, _, w, alpha = problem.arrays
-    return Program(functools.partial(descended, problem), train, w, alpha)
+    return Program(functools.partial(final_w, problem), train, w, alpha)
 
 
 def schedule(data: Data) -> Program:
     problem = problems.schedule(data)
     train, _, w, alpha = problem.arrays
-    return Program(functools.partial(in_turn, problem), train, w, alpha)
+    return Program(functools.partial(final_w_of_schedule, problem), train, w, alpha)
 
 
 WORKS = {

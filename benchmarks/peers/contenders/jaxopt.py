@@ -13,7 +13,7 @@ from ..work import Data
 
 
 def hypergradient(problem: Problem, run) -> Program:
-    """Of the outer loss at ``run(w, alpha, train)``."""
+    """Returns the gradient of the outer loss at ``run(w, alpha, train)``."""
 
     def value(alpha, train, val, w):
         return problem.outer(run(w, alpha, train), alpha, val)
@@ -23,29 +23,29 @@ def hypergradient(problem: Problem, run) -> Program:
 
 
 def descent(problem: Problem, **options) -> jaxopt.OptaxSolver:
-    """Of the work's rate, momentum and steps."""
-    given = problem.given
-    optimizer = optax.sgd(given["rate"], given["momentum"])
-    steps = given["steps"]
+    """Returns gradient descent with the rate, momentum and steps of the work."""
+    constants = problem.constants
+    optimizer = optax.sgd(constants["rate"], constants["momentum"])
+    steps = constants["steps"]
     return jaxopt.OptaxSolver(problem.inner, optimizer, maxiter=steps, **options)
 
 
 def unrolled(problem: Problem) -> Program:
     solver = descent(problem, tol=0.0, implicit_diff=False, unroll=True)
-    return hypergradient(problem, lambda *given: solver.run(*given).params)
+    return hypergradient(problem, lambda *args: solver.run(*args).params)
 
 
-def at_w(problem: Problem) -> Program:
-    """A solver that leaves the given w as it is."""
-    # A tolerance of rounding: where few numbers are solved exactly, 0 ends in 0 / 0.
+def implicit_at_w(problem: Problem) -> Program:
+    """Returns implicit differentiation of a solver that returns its initial ``w``."""
+    # With a tolerance of 0 a small system ends in 0 / 0 once it is solved exactly.
     solve = functools.partial(
-        linear_solve.solve_cg, maxiter=problem.given["products"], tol=1e-7
+        linear_solve.solve_cg, maxiter=problem.constants["products"], tol=1e-7
     )
     root = implicit_diff.custom_root(jax.grad(problem.inner), solve=solve)
     return hypergradient(problem, root(lambda w, alpha, train: w))
 
 
-def whole(
+def implicit_from_zero(
     data: Data, *, rate: float, momentum: float, gradient: float, adjoint: float
 ) -> Program:
     problem = problems.logistic(data | {"rate": rate, "momentum": momentum})
@@ -53,7 +53,7 @@ def whole(
     solver = descent(
         problem, tol=gradient, implicit_diff=True, implicit_diff_solve=solve
     )
-    return hypergradient(problem, lambda *given: solver.run(*given).params)
+    return hypergradient(problem, lambda *args: solver.run(*args).params)
 
 
 def logistic_unrolled(data: Data) -> Program:
@@ -61,15 +61,17 @@ def logistic_unrolled(data: Data) -> Program:
 
 
 def logistic_solve(data: Data) -> Program:
-    return at_w(problems.logistic(data, solved=True))
+    return implicit_at_w(problems.logistic(data, at_solution=True))
 
 
 WORKS = {
     "w1-unrolled": logistic_unrolled,
     "w1-solve": logistic_solve,
-    "w1-whole": whole,
+    "w1-whole": implicit_from_zero,
     "w2-unrolled": lambda data: unrolled(problems.cleaning(data)),
-    "w2-implicit": lambda data: at_w(problems.cleaning(data, solved=True)),
+    "w2-implicit": lambda data: implicit_at_w(
+        problems.cleaning(data, at_solution=True)
+    ),
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
 }

@@ -1,4 +1,4 @@
-"""JAXopt's L-BFGS, implicitly differentiated: its best road to an accurate answer."""
+"""JAXopt's L-BFGS with implicit differentiation, its fastest accurate solver."""
 
 import functools
 
@@ -11,14 +11,14 @@ from ..work import Data
 from .jaxopt import hypergradient
 
 
-def whole(data: Data, *, gradient: float, adjoint: float) -> Program:
+def implicit_from_zero(data: Data, *, gradient: float, adjoint: float) -> Program:
     problem = problems.logistic(data)
     solver = jaxopt.LBFGS(
         problem.inner,
         tol=gradient,
         implicit_diff_solve=functools.partial(linear_solve.solve_cg, tol=adjoint),
     )
-    return hypergradient(problem, lambda *given: solver.run(*given).params)
+    return hypergradient(problem, lambda *args: solver.run(*args).params)
 
 
-WORKS = {"w1-whole": whole}
+WORKS = {"w1-whole": implicit_from_zero}

@@ -1,4 +1,4 @@
-"""moskomule's hypergrad: its conjugate gradients, `lr` at 1 as they are stated."""
+"""moskomule's hypergrad: conjugate gradients, with ``lr`` of 1 as in the method."""
 
 import sys
 from collections.abc import Callable
@@ -7,30 +7,30 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .torch_losses import Parts, Problem, cleaning, flat, logistic
+from .torch_losses import Params, Problem, cleaning, flatten, logistic
 
-# Ours has that name too and lies where this runs: look there last.
-sys.path.sort(key=lambda place: Path(place).resolve() == Path.cwd())
+# The working directory contains our package of this name, so that it comes last.
+sys.path.sort(key=lambda folder: Path(folder).resolve() == Path.cwd())
 from hypergrad.approx_hypergrad import conjugate_gradient
 
 
 def implicit(problem: Problem) -> Callable[[], np.ndarray]:
-    """Of an inner minimiser."""
+    """Returns implicit differentiation at the inner minimizer."""
 
-    def inner(parts: Parts, alphas: Parts) -> Tensor:
-        return problem.inner_loss(parts, *alphas)
+    def inner(params: Params, alphas: Params) -> Tensor:
+        return problem.inner_loss(params, *alphas)
 
-    def outer(parts: Parts, alphas: Parts) -> Tensor:
-        return problem.outer_loss(parts)
+    def outer(params: Params, alphas: Params) -> Tensor:
+        return problem.outer_loss(params)
 
-    parts, alphas = tuple(problem.start), (problem.alpha.detach(),)
-    return lambda: flat(
-        conjugate_gradient(inner, outer, parts, alphas, problem.products, 1.0)
+    params, alphas = tuple(problem.init_params), (problem.alpha.detach(),)
+    return lambda: flatten(
+        conjugate_gradient(inner, outer, params, alphas, problem.products, 1.0)
     )
 
 
 WORKS = {
-    "w1-solve": lambda data: implicit(logistic(data, solved=True)),
+    "w1-solve": lambda data: implicit(logistic(data, at_solution=True)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
-    "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
+    "overhead-solve": lambda data: implicit(logistic(data, at_solution=True)),
 }

@@ -1,4 +1,4 @@
-"""Optimistix: by checkpoints of every step, and by the implicit function theorem."""
+"""Optimistix with checkpoints of every step, or with implicit differentiation."""
 
 from typing import Any
 
@@ -14,45 +14,47 @@ from .jaxopt import hypergradient
 POSITIVE = frozenset({lx.positive_semidefinite_tag})
 
 
-def solved(problem: Problem, solver: Any, adjoint: Any) -> Program:
-    """At what ``solver`` finds within the work's steps."""
+def hypergradient_at_minimum(problem: Problem, solver: Any, adjoint: Any) -> Program:
+    """Returns the gradient at the result of ``solver`` within the work's steps."""
 
     def run(w, alpha, train):
-        found = optx.minimise(
-            lambda w, given: problem.inner(w, *given),
+        solution = optx.minimise(
+            lambda w, args: problem.inner(w, *args),
             solver,
             w,
             (alpha, train),
             adjoint=adjoint,
-            max_steps=problem.given["steps"],
+            max_steps=problem.constants["steps"],
             throw=False,
             tags=POSITIVE,
         )
-        return found.value
+        return solution.value
 
     return hypergradient(problem, run)
 
 
 def descent(problem: Problem, tolerance: float) -> optx.OptaxMinimiser:
-    given = problem.given
-    optimizer = optax.sgd(given["rate"], given["momentum"])
+    constants = problem.constants
+    optimizer = optax.sgd(constants["rate"], constants["momentum"])
     return optx.OptaxMinimiser(optimizer, rtol=tolerance, atol=tolerance)
 
 
 def unrolled(problem: Problem) -> Program:
-    adjoint = optx.RecursiveCheckpointAdjoint(checkpoints=problem.given["steps"])
-    return solved(problem, descent(problem, 0.0), adjoint)
+    adjoint = optx.RecursiveCheckpointAdjoint(checkpoints=problem.constants["steps"])
+    return hypergradient_at_minimum(problem, descent(problem, 0.0), adjoint)
 
 
-def implicit(tolerance: float) -> optx.ImplicitAdjoint:
+def implicit_adjoint(tolerance: float) -> optx.ImplicitAdjoint:
     return optx.ImplicitAdjoint(lx.CG(rtol=tolerance, atol=0.0))
 
 
-def whole(
+def implicit_from_zero(
     data: Data, *, rate: float, momentum: float, gradient: float, adjoint: float
 ) -> Program:
     problem = problems.logistic(data | {"rate": rate, "momentum": momentum})
-    return solved(problem, descent(problem, gradient), implicit(adjoint))
+    return hypergradient_at_minimum(
+        problem, descent(problem, gradient), implicit_adjoint(adjoint)
+    )
 
 
 def logistic_unrolled(data: Data) -> Program:
@@ -61,7 +63,7 @@ def logistic_unrolled(data: Data) -> Program:
 
 WORKS = {
     "w1-unrolled": logistic_unrolled,
-    "w1-whole": whole,
+    "w1-whole": implicit_from_zero,
     "w2-unrolled": lambda data: unrolled(problems.cleaning(data)),
     "overhead": logistic_unrolled,
 }

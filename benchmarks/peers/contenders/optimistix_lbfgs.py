@@ -1,16 +1,17 @@
-"""Optimistix's L-BFGS, implicitly differentiated."""
+"""Optimistix's L-BFGS with implicit differentiation."""
 
 import optimistix as optx
 
 from .. import problems
 from ..problems import Program
 from ..work import Data
-from .optimistix import implicit, solved
+from .optimistix import hypergradient_at_minimum, implicit_adjoint
 
 
-def whole(data: Data, *, gradient: float, adjoint: float) -> Program:
+def implicit_from_zero(data: Data, *, gradient: float, adjoint: float) -> Program:
     solver = optx.LBFGS(rtol=gradient, atol=gradient)
-    return solved(problems.logistic(data), solver, implicit(adjoint))
+    problem = problems.logistic(data)
+    return hypergradient_at_minimum(problem, solver, implicit_adjoint(adjoint))
 
 
-WORKS = {"w1-whole": whole}
+WORKS = {"w1-whole": implicit_from_zero}

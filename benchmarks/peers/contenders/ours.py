@@ -1,8 +1,8 @@
-"""hypergrad's public names alone, as a user who wants speed would call them.
+"""hypergrad by its public names, as a user who wants speed would call them.
 
-Each work is one jitted function of the data that returns the hypergradient: what else
-an `Estimate` tells is not computed where nobody asks for it. `dispatch` is the ready
-function of `hypergradient` with all that it tells.
+Each work is one jitted function of the data that returns the hypergradient alone, so
+that XLA removes the other fields of an `Estimate`. `dispatch` calls the function that
+`hypergradient` returns, with all fields.
 """
 
 import functools
@@ -19,12 +19,12 @@ import hypergrad as hg
 from hypergrad.inner import inner_stats
 
 from .. import problems
-from ..problems import Problem, Program, flat
+from ..problems import Problem, Program, flatten
 from ..work import Data
 
 
-class InTurn(eqx.Module):
-    """A `Descent` whose step t sees batch t, counted modulo their number."""
+class CyclicDescent(eqx.Module):
+    """A `Descent` whose step t uses batch t modulo the number of batches."""
 
     solver: hg.Descent
 
@@ -40,7 +40,7 @@ class InTurn(eqx.Module):
 
     def step(self, inner_loss, carry, alpha, data, key):
         w, (state, t) = carry
-        batch = problems.batch_of(data, t)
+        batch = problems.batch_at(data, t)
         w, state = self.solver.step(inner_loss, (w, state), alpha, batch, key)
         return w, (state, t + 1)
 
@@ -51,21 +51,22 @@ class InTurn(eqx.Module):
         return w, inner_stats(self.num_steps, self.num_steps / len(data["y"]))
 
 
-def momentum(problem: Problem) -> hg.Descent:
-    given = problem.given
-    optimizer = optax.sgd(given["rate"], given["momentum"])
-    return hg.Descent(optimizer, given["steps"])
+def heavy_ball(problem: Problem) -> hg.Descent:
+    """Returns the inner solver of a work."""
+    constants = problem.constants
+    optimizer = optax.sgd(constants["rate"], constants["momentum"])
+    return hg.Descent(optimizer, constants["steps"])
 
 
-def at_w(problem: Problem, **options: Any) -> hg.Implicit:
-    """No inner step: the derivative at the w that is given."""
-    stay = hg.Descent(optax.sgd(0.0), 0)
-    solver = hg.CG(rtol=0.0, max_steps=problem.given["products"])
-    return hg.Implicit(stay, solver, **options)
+def implicit_at_w(problem: Problem, **options: Any) -> hg.Implicit:
+    """Returns implicit differentiation at ``w``, without an inner step."""
+    inner_solver = hg.Descent(optax.sgd(0.0), 0)
+    linear_solver = hg.CG(rtol=0.0, max_steps=problem.constants["products"])
+    return hg.Implicit(inner_solver, linear_solver, **options)
 
 
-def estimate(problem: Problem, estimator: Any) -> Callable[..., hg.Estimate]:
-    """A function of the problem's arrays."""
+def estimate_fn(problem: Problem, estimator: Any) -> Callable[..., hg.Estimate]:
+    """Returns the estimate as a function of the problem's arrays."""
 
     def f(train, val, w, alpha):
         bilevel = hg.Bilevel(problem.inner, problem.outer, train, val)
@@ -75,145 +76,148 @@ def estimate(problem: Problem, estimator: Any) -> Callable[..., hg.Estimate]:
 
 
 def hypergradient(problem: Problem, estimator: Any) -> Program:
-    """Of `estimate` that alone."""
-    whole = estimate(problem, estimator)
-    return Program(lambda *arrays: whole(*arrays).hypergradient, *problem.arrays)
+    """Returns a program of the hypergradient alone."""
+    estimate = estimate_fn(problem, estimator)
+    return Program(lambda *arrays: estimate(*arrays).hypergradient, *problem.arrays)
 
 
 def logistic_unrolled(data: Data) -> Program:
     problem = problems.logistic(data)
-    return hypergradient(problem, hg.Unrolled(momentum(problem), checkpoint=False))
+    return hypergradient(problem, hg.Unrolled(heavy_ball(problem), checkpoint=False))
 
 
 def logistic_forward(data: Data) -> Program:
-    """One penalty for all features: the derivative along ones."""
+    """Returns the derivative along ones, with one penalty for all features."""
     problem = problems.logistic(data)
     problem = problem._replace(alpha=problem.alpha[0])
-    return hypergradient(problem, hg.Forward(momentum(problem)))
+    return hypergradient(problem, hg.Forward(heavy_ball(problem)))
 
 
 def logistic_solve(data: Data) -> Program:
-    problem = problems.logistic(data, solved=True)
-    return hypergradient(problem, at_w(problem))
+    problem = problems.logistic(data, at_solution=True)
+    return hypergradient(problem, implicit_at_w(problem))
 
 
 def logistic_whole(
     data: Data, *, solver: str, gradient: float, adjoint: float
 ) -> Program:
-    """``solver`` is `Newton` or `LBFGS`."""
-    inner = getattr(hg, solver)(tolerance=gradient)
-    estimator = hg.Implicit(inner, hg.CG(rtol=adjoint))
+    """Returns implicit differentiation from 0; ``solver`` is `Newton` or `LBFGS`."""
+    inner_solver = getattr(hg, solver)(tolerance=gradient)
+    estimator = hg.Implicit(inner_solver, hg.CG(rtol=adjoint))
     return hypergradient(problems.logistic(data), estimator)
 
 
 def logistic_trained(data: Data) -> Program:
     problem = problems.logistic(data)
-    solver = hg.CG(rtol=0.0, max_steps=problem.given["products"])
-    return hypergradient(problem, hg.Implicit(momentum(problem), solver))
+    solver = hg.CG(rtol=0.0, max_steps=problem.constants["products"])
+    return hypergradient(problem, hg.Implicit(heavy_ball(problem), solver))
 
 
 def cleaning_unrolled(data: Data, *, checkpoint: bool) -> Program:
     problem = problems.cleaning(data)
-    estimator = hg.Unrolled(momentum(problem), checkpoint=checkpoint)
+    estimator = hg.Unrolled(heavy_ball(problem), checkpoint=checkpoint)
     return hypergradient(problem, estimator)
 
 
 def cleaning_implicit(data: Data) -> Program:
-    problem = problems.cleaning(data, solved=True)
-    return hypergradient(problem, at_w(problem))
+    problem = problems.cleaning(data, at_solution=True)
+    return hypergradient(problem, implicit_at_w(problem))
 
 
-def scheduled(problem: Problem, times: int = 1) -> InTurn:
-    """So many times the steps."""
-    given = problem.given
-    optimizer = lambda alpha: optax.sgd(jnp.exp(alpha[0]), given["momentum"])
-    return InTurn(hg.Descent(optimizer, times * given["steps"]))
+def cyclic_descent(problem: Problem, factor: int = 1) -> CyclicDescent:
+    """Returns the inner solver of `schedule`, with a multiple of its steps."""
+    constants = problem.constants
+    optimizer = lambda alpha: optax.sgd(jnp.exp(alpha[0]), constants["momentum"])
+    return CyclicDescent(hg.Descent(optimizer, factor * constants["steps"]))
 
 
 def schedule_reverse(data: Data) -> Program:
-    """With checkpoints."""
+    """Returns reverse mode with checkpoints."""
     problem = problems.schedule(data)
-    return hypergradient(problem, hg.Unrolled(scheduled(problem), checkpoint=True))
+    return hypergradient(problem, hg.Unrolled(cyclic_descent(problem), checkpoint=True))
 
 
-class Steady(Program):
-    """A program that also tells the scratch of a longer one."""
+class ProgramWithLonger(Program):
+    """A program that also reports the scratch memory of a longer one."""
 
     longer: Program
 
     def notes(self) -> dict[str, float]:
-        """Bytes of scratch of both."""
+        """Returns the bytes of scratch memory of both."""
         self.longer.compile()
         return super().notes() | {"longer": self.longer.notes()["scratch"]}
 
 
 def schedule_forward(data: Data) -> Program:
-    """Uses forward mode, which `hg.unrolled_estimator` selects for few hyperparameters.
+    """Returns forward mode, which `hg.unrolled_estimator` selects for a small alpha.
 
-    Ten times the steps are compiled as well, when the first call is over.
+    After the first call a program with ten times the steps is compiled as well.
     """
     problem = problems.schedule(data)
-    once, longer = (
+    program, longer = (
         hypergradient(
-            problem, hg.unrolled_estimator(scheduled(problem, times), problem.alpha)
+            problem,
+            hg.unrolled_estimator(cyclic_descent(problem, factor), problem.alpha),
         )
-        for times in (1, 10)
+        for factor in (1, 10)
     )
-    steady = Steady(once.f, *once.arrays)
-    steady.longer = longer
-    return steady
+    reporting = ProgramWithLonger(program.f, *program.arrays)
+    reporting.longer = longer
+    return reporting
 
 
 def few_shot(data: Data) -> Program:
-    """Task by task, by `lax.map`."""
+    """Returns a loop over tasks by `lax.map`."""
     problem = problems.few_shot(data)
-    given = problem.given
-    solver = hg.Descent(optax.sgd(given["rate"]), given["steps"])
+    constants = problem.constants
+    solver = hg.Descent(optax.sgd(constants["rate"]), constants["steps"])
     estimator = hg.Unrolled(solver, checkpoint=False)
-    shared = lambda w, alpha: alpha
+    init_fn = lambda w, alpha: alpha
 
     def f(train, val, w, alpha):
-        def one(task):
-            bilevel = hg.Bilevel(problem.inner, problem.outer, *task, init_fn=shared)
+        def task_gradient(task):
+            bilevel = hg.Bilevel(problem.inner, problem.outer, *task, init_fn=init_fn)
             return hg.hypergradient(bilevel, estimator)(w, alpha).hypergradient
 
-        each = jax.lax.map(one, (train, val))
-        return jax.tree.map(lambda g: jnp.mean(g, 0), each)
+        gradients = jax.lax.map(task_gradient, (train, val))
+        return jax.tree.map(lambda g: jnp.mean(g, 0), gradients)
 
     return Program(f, *problem.arrays)
 
 
-# What the table of the issue asks beside the works that peers do.
+# Works without a peer.
 
 
-def ready(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
-    """`hypergradient` made once and called, with all that it tells."""
+def compiled_call(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
+    """Returns a call of the function that `hypergradient` returns."""
     train, val, w, alpha = problem.arrays
     bilevel = hg.Bilevel(problem.inner, problem.outer, train, val)
-    gradient = hg.hypergradient(bilevel, estimator)
-    return lambda: flat(gradient(w, alpha).hypergradient)
+    estimate = hg.hypergradient(bilevel, estimator)
+    return lambda: flatten(estimate(w, alpha).hypergradient)
 
 
 def dispatch(data: Data) -> Callable[[], np.ndarray]:
-    problem = problems.logistic(data, solved=True)
-    return ready(problem, at_w(problem))
+    problem = problems.logistic(data, at_solution=True)
+    return compiled_call(problem, implicit_at_w(problem))
 
 
-def several(data: Data) -> Program:
-    """All validation losses, each of its own labels, in one estimate."""
-    problem = problems.logistic(data, solved=True)
+def several_losses(data: Data) -> Program:
+    """Returns one estimate of all validation losses, which differ in their labels."""
+    problem = problems.logistic(data, at_solution=True)
 
     def loss(row, w, alpha, batch):
-        one = {"x": batch["x"], "y": batch["y"][row]}
-        return problems.misfit(w, alpha, one)
+        labels = batch["y"][row]
+        return problems.logistic_loss(w, alpha, batch | {"y": labels})
 
-    number = len(data["y_val"])
-    outer = tuple(functools.partial(loss, row) for row in range(number))
-    return hypergradient(problem._replace(outer=outer), at_w(problem))
+    rows = range(len(data["y_val"]))
+    outer = tuple(functools.partial(loss, row) for row in rows)
+    return hypergradient(problem._replace(outer=outer), implicit_at_w(problem))
 
 
-def compiles(make: Callable[[Data], Program], data: Data) -> Callable[[], np.ndarray]:
-    """Traces and compiles anew at every call, and runs once."""
+def compile_call(
+    make: Callable[[Data], Program], data: Data
+) -> Callable[[], np.ndarray]:
+    """Returns a call that traces, compiles and runs a program."""
 
     def call():
         jax.clear_caches()
@@ -222,52 +226,54 @@ def compiles(make: Callable[[Data], Program], data: Data) -> Callable[[], np.nda
     return call
 
 
-def anew(data: Data) -> Program:
-    """`logistic_unrolled`, no part of which was ever traced."""
+def untraced_unrolled(data: Data) -> Program:
+    """Returns `logistic_unrolled` with losses that JAX has not traced before."""
     problem = problems.logistic(data)
-    inner = lambda w, alpha, batch: problems.penalised(w, alpha, batch)
-    outer = lambda w, alpha, batch: problems.misfit(w, alpha, batch)
-    estimator = hg.Unrolled(momentum(problem), checkpoint=False)
+    inner = lambda w, alpha, batch: problems.penalized_loss(w, alpha, batch)
+    outer = lambda w, alpha, batch: problems.logistic_loss(w, alpha, batch)
+    estimator = hg.Unrolled(heavy_ball(problem), checkpoint=False)
     return hypergradient(problem._replace(inner=inner, outer=outer), estimator)
 
 
-class Flagged(Program):
-    """A program of a hypergradient and of what is told of it.
+class ProgramWithStats(Program):
+    """A program that returns the hypergradient with some of its statistics.
 
-    The answer is the first; notes tell the others, and whether it is finite.
+    The result of a call is the hypergradient; notes contain the statistics, and whether
+    the hypergradient is finite.
     """
 
-    TOLD = "trusted", "ritz_min", "adjoint_residual"
+    NAMES = "trusted", "ritz_min", "adjoint_residual"
 
     def __call__(self) -> np.ndarray:
-        whole = super().__call__()
-        answer, told = whole[: -len(self.TOLD)], whole[-len(self.TOLD) :]
-        self.told = dict(zip(self.TOLD, map(float, told), strict=True))
-        self.told["finite"] = float(np.isfinite(answer).all())
-        return answer
+        values = super().__call__()
+        num_stats = len(self.NAMES)
+        result, stats = values[:-num_stats], values[-num_stats:]
+        self.stats = dict(zip(self.NAMES, map(float, stats), strict=True))
+        self.stats["finite"] = float(np.isfinite(result).all())
+        return result
 
     def notes(self) -> dict[str, float]:
-        """And scratch; what nothing was seen of is left out."""
-        seen = {name: told for name, told in self.told.items() if np.isfinite(told)}
-        return super().notes() | seen
+        """Returns the scratch memory and the statistics, without those that are NaN."""
+        stats = {name: x for name, x in self.stats.items() if np.isfinite(x)}
+        return super().notes() | stats
 
 
-def flagged(problem: Problem, estimator: Any) -> Flagged:
-    """With `Flagged.TOLD` of its estimate."""
-    whole = estimate(problem, estimator)
+def hypergradient_and_stats(problem: Problem, estimator: Any) -> ProgramWithStats:
+    """Returns a program of the hypergradient and `ProgramWithStats.NAMES`."""
+    estimate = estimate_fn(problem, estimator)
 
     def f(*arrays):
-        found = whole(*arrays)
-        told = [found.stats[name].astype(float) for name in Flagged.TOLD]
-        return found.hypergradient, *told
+        result = estimate(*arrays)
+        stats = [result.stats[name].astype(float) for name in ProgramWithStats.NAMES]
+        return result.hypergradient, *stats
 
-    return Flagged(f, *problem.arrays)
+    return ProgramWithStats(f, *problem.arrays)
 
 
-def indefinite(data: Data) -> Flagged:
-    """At the initialisation, where H has negative eigenvalues."""
+def indefinite(data: Data) -> ProgramWithStats:
+    """Returns the estimate at the initial parameters, where H is indefinite."""
     problem = problems.cleaning(data)
-    return flagged(problem, at_w(problem))
+    return hypergradient_and_stats(problem, implicit_at_w(problem))
 
 
 WORKS = {
@@ -287,6 +293,6 @@ WORKS = {
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
     "dispatch": dispatch,
-    "eight": several,
-    "compile": functools.partial(compiles, anew),
+    "eight": several_losses,
+    "compile": functools.partial(compile_call, untraced_unrolled),
 }

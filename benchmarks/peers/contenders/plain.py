@@ -1,4 +1,4 @@
-"""Plain JAX, written by hand for each work: what a library is measured against."""
+"""Plain JAX, written by hand for each work."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from ..work import Data
 
 
 def heavy_ball(gradient: Callable, rate: Array, momentum: float) -> Callable:
-    """A step of ``(w, v)``, by ``gradient(w, t)``."""
+    """Returns a step of ``(w, v)`` with the gradient function ``(w, t)``."""
 
     def step(carry, t):
         w, v = carry
@@ -27,7 +27,7 @@ def heavy_ball(gradient: Callable, rate: Array, momentum: float) -> Callable:
 
 
 def loop(step: Callable, w: PyTree, steps: int, segments: int = 1) -> PyTree:
-    """``w`` after so many steps; of segments only the start is kept."""
+    """Returns ``w`` after the steps; of each segment only the first state is stored."""
     segment = lambda carry, ts: (jax.lax.scan(step, carry, ts)[0], None)
     if segments > 1:
         segment = jax.checkpoint(segment)
@@ -35,59 +35,59 @@ def loop(step: Callable, w: PyTree, steps: int, segments: int = 1) -> PyTree:
     return jax.lax.scan(segment, (w, optax.tree.zeros_like(w)), ts)[0][0]
 
 
-def descended(
+def final_w(
     problem: Problem,
     train: PyTree,
     w: PyTree,
     alpha: PyTree,
     segments: int = 1,
 ) -> PyTree:
-    """``w`` after the inner run on the same batch throughout."""
-    given = problem.given
+    """Returns ``w`` after the inner run on the full batch."""
+    constants = problem.constants
     gradient = lambda w, t: jax.grad(problem.inner)(w, alpha, train)
-    step = heavy_ball(gradient, given["rate"], given["momentum"])
-    return loop(step, w, given["steps"], segments)
+    step = heavy_ball(gradient, constants["rate"], constants["momentum"])
+    return loop(step, w, constants["steps"], segments)
 
 
-def in_turn(
+def final_w_of_schedule(
     problem: Problem,
     train: PyTree,
     w: PyTree,
     alpha: Array,
     segments: int = 1,
 ) -> PyTree:
-    """``w`` after the inner run of `schedule`."""
-    given, one = problem.given, lambda t: problems.batch_of(train, t)
-    gradient = lambda w, t: jax.grad(problem.inner)(w, alpha, one(t))
-    step = heavy_ball(gradient, jnp.exp(alpha[0]), given["momentum"])
-    return loop(step, w, given["steps"], segments)
+    """Returns ``w`` after the inner run of `schedule`."""
+    constants, batch = problem.constants, lambda t: problems.batch_at(train, t)
+    gradient = lambda w, t: jax.grad(problem.inner)(w, alpha, batch(t))
+    step = heavy_ball(gradient, jnp.exp(alpha[0]), constants["momentum"])
+    return loop(step, w, constants["steps"], segments)
 
 
-def divisor(number: int) -> int:
-    """The largest up to the square root."""
+def segment_length(number: int) -> int:
+    """Returns the largest divisor that is at most the square root."""
     return next(d for d in range(math.isqrt(number), 0, -1) if number % d == 0)
 
 
 def conjugate_gradients(product: Callable, b: PyTree, steps: int) -> PyTree:
-    """So many steps from 0, and none where nothing is left."""
+    """Makes the steps from 0; steps without a residual change nothing."""
     dot = optax.tree.vdot
     add = lambda a, s, b: jax.tree.map(lambda a, b: a + s * b, a, b)
-    over = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
+    ratio = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
     def step(_, carry):
         x, r, p, rr = carry
         Hp = product(p)
-        length = over(rr, dot(p, Hp))
-        r = add(r, -length, Hp)
+        step_size = ratio(rr, dot(p, Hp))
+        r = add(r, -step_size, Hp)
         next_rr = dot(r, r)
-        return add(x, length, p), r, add(r, over(next_rr, rr), p), next_rr
+        return add(x, step_size, p), r, add(r, ratio(next_rr, rr), p), next_rr
 
-    start = optax.tree.zeros_like(b), b, b, dot(b, b)
-    return jax.lax.fori_loop(0, steps, step, start)[0]
+    init_carry = optax.tree.zeros_like(b), b, b, dot(b, b)
+    return jax.lax.fori_loop(0, steps, step, init_carry)[0]
 
 
-def product(problem: Problem, train: PyTree, w: PyTree, alpha: PyTree) -> Callable:
-    """``v -> H v``."""
+def hvp_fn(problem: Problem, train: PyTree, w: PyTree, alpha: PyTree) -> Callable:
+    """Returns ``v -> H v``."""
     gradient = lambda w: jax.grad(problem.inner)(w, alpha, train)
     return lambda v: jax.jvp(gradient, (w,), (v,))[1]
 
@@ -99,12 +99,12 @@ def implicit(
     w: PyTree,
     alpha: PyTree,
 ):
-    """At ``w``; the outer loss reads no alpha."""
+    """Returns ``-J' H^-1 dM/dw`` at ``w``; the outer loss does not depend on alpha."""
     b = jax.grad(problem.outer)(w, alpha, val)
-    H = product(problem, train, w, alpha)
-    v = conjugate_gradients(H, b, problem.given["products"])
-    by_alpha = lambda w: jax.grad(problem.inner, argnums=1)(w, alpha, train)
-    return optax.tree.scale(-1, jax.jvp(by_alpha, (w,), (v,))[1])
+    H = hvp_fn(problem, train, w, alpha)
+    v = conjugate_gradients(H, b, problem.constants["products"])
+    alpha_grad = lambda w: jax.grad(problem.inner, argnums=1)(w, alpha, train)
+    return optax.tree.scale(-1, jax.jvp(alpha_grad, (w,), (v,))[1])
 
 
 def newton(
@@ -115,11 +115,11 @@ def newton(
     steps: int,
     products: int,
 ) -> PyTree:
-    """The minimiser, near enough, of a convex loss; so many products a step."""
+    """Returns ``w`` after Newton steps of as many products each."""
 
     def step(_, w):
         gradient = jax.grad(problem.inner)(w, alpha, train)
-        H = product(problem, train, w, alpha)
+        H = hvp_fn(problem, train, w, alpha)
         d = conjugate_gradients(H, gradient, products)
         return optax.tree.sub(w, d)
 
@@ -127,7 +127,7 @@ def newton(
 
 
 def reverse(problem: Problem, run: Callable) -> Program:
-    """Through ``run(train, w, alpha) -> w``."""
+    """Returns reverse mode through ``run(train, w, alpha) -> w``."""
 
     def value(alpha, train, val, w):
         return problem.outer(run(train, w, alpha), alpha, val)
@@ -138,29 +138,29 @@ def reverse(problem: Problem, run: Callable) -> Program:
 
 def logistic_unrolled(data: Data) -> Program:
     problem = problems.logistic(data)
-    return reverse(problem, functools.partial(descended, problem))
+    return reverse(problem, functools.partial(final_w, problem))
 
 
 def logistic_forward(data: Data) -> Program:
     problem = problems.logistic(data)
 
     def f(train, val, w, alpha):
-        run = lambda alpha: descended(problem, train, w, alpha)
+        run = lambda alpha: final_w(problem, train, w, alpha)
         value = lambda alpha: problem.outer(run(alpha), alpha, val)
         return jax.jvp(value, (alpha,), (jnp.ones_like(alpha),))[1]
 
-    # One penalty for all features has the same derivative, for less.
+    # The derivative along ones is that of one penalty for all features.
     problem = problem._replace(alpha=problem.alpha[0])
     return Program(f, *problem.arrays)
 
 
 def logistic_solve(data: Data) -> Program:
-    problem = problems.logistic(data, solved=True)
+    problem = problems.logistic(data, at_solution=True)
     return Program(functools.partial(implicit, problem), *problem.arrays)
 
 
 def logistic_whole(data: Data, *, steps: int, products: int, adjoint: int) -> Program:
-    """``adjoint`` products for the adjoint."""
+    """Returns Newton steps and a solve for the adjoint of ``adjoint`` products."""
     problem = problems.logistic(data | {"products": adjoint})
 
     def f(train, val, w, alpha):
@@ -171,11 +171,11 @@ def logistic_whole(data: Data, *, steps: int, products: int, adjoint: int) -> Pr
 
 
 def logistic_trained(data: Data) -> Program:
-    """Implicit where the inner run ends."""
+    """Returns implicit differentiation after the inner run."""
     problem = problems.logistic(data)
 
     def f(train, val, w, alpha):
-        w = descended(problem, train, w, alpha)
+        w = final_w(problem, train, w, alpha)
         return implicit(problem, train, val, w, alpha)
 
     return Program(f, *problem.arrays)
@@ -183,18 +183,18 @@ def logistic_trained(data: Data) -> Program:
 
 def cleaning_unrolled(data: Data) -> Program:
     problem = problems.cleaning(data)
-    return reverse(problem, functools.partial(descended, problem))
+    return reverse(problem, functools.partial(final_w, problem))
 
 
 def cleaning_solve(data: Data) -> Program:
-    problem = problems.cleaning(data, solved=True)
+    problem = problems.cleaning(data, at_solution=True)
     return Program(functools.partial(implicit, problem), *problem.arrays)
 
 
 def schedule_reverse(data: Data) -> Program:
     problem = problems.schedule(data)
-    segments = divisor(problem.given["steps"])
-    run = functools.partial(in_turn, problem, segments=segments)
+    segments = segment_length(problem.constants["steps"])
+    run = functools.partial(final_w_of_schedule, problem, segments=segments)
     return reverse(problem, run)
 
 
@@ -202,18 +202,18 @@ def schedule_forward(data: Data) -> Program:
     problem = problems.schedule(data)
 
     def f(train, val, w, alpha):
-        run = lambda alpha: in_turn(problem, train, w, alpha)
+        run = lambda alpha: final_w_of_schedule(problem, train, w, alpha)
         return jax.jacfwd(lambda alpha: problem.outer(run(alpha), alpha, val))(alpha)
 
     return Program(f, *problem.arrays)
 
 
 def few_shot(data: Data) -> Program:
-    """Task by task."""
+    """Returns a loop over tasks."""
     problem = problems.few_shot(data)
-    rate, steps = problem.given["rate"], problem.given["steps"]
+    rate, steps = problem.constants["rate"], problem.constants["steps"]
 
-    def one(init, task):
+    def task_loss(init, task):
         train, val = task
 
         def step(w, _):
@@ -225,7 +225,7 @@ def few_shot(data: Data) -> Program:
 
     def f(train, val, w, alpha):
         del w
-        gradient = lambda task: jax.grad(one)(alpha, task)
+        gradient = lambda task: jax.grad(task_loss)(alpha, task)
         add = lambda total, task: (optax.tree.add(total, gradient(task)), None)
         total, _ = jax.lax.scan(add, optax.tree.zeros_like(alpha), (train, val))
         return optax.tree.scale(1 / len(val["y"]), total)
@@ -234,15 +234,15 @@ def few_shot(data: Data) -> Program:
 
 
 def cleaning_stored(data: Data) -> Program:
-    """By segments, of which each is run once more."""
+    """Returns reverse mode that runs each segment a second time."""
     problem = problems.cleaning(data)
-    segments = divisor(problem.given["steps"])
-    run = functools.partial(descended, problem, segments=segments)
+    segments = segment_length(problem.constants["steps"])
+    run = functools.partial(final_w, problem, segments=segments)
     return reverse(problem, run)
 
 
-def anew(data: Data) -> Callable[[], np.ndarray]:
-    """Traces and compiles `logistic_unrolled` at every call, and runs once."""
+def compile_call(data: Data) -> Callable[[], np.ndarray]:
+    """Returns a call that traces, compiles and runs `logistic_unrolled`."""
 
     def call():
         jax.clear_caches()
@@ -266,5 +266,5 @@ WORKS = {
     "w6": logistic_trained,
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
-    "compile": anew,
+    "compile": compile_call,
 }

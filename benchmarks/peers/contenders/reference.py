@@ -1,7 +1,7 @@
-"""The same in float64, where JAX_ENABLE_X64 is set: what errors are measured against.
+"""The reference results in float64, from which errors are measured.
 
-Each is `plain` on the data in float64, but `w1-whole`: there the exact implicit
-hypergradient, by a dense solve at the minimiser to which Newton's method converges.
+Each is that of `plain` in float64, except *w1-whole*: this one is the exact implicit
+hypergradient, by a dense solve at the minimizer that Newton's method finds.
 """
 
 from collections.abc import Callable
@@ -14,49 +14,50 @@ from ..work import Data, newton
 from . import plain
 
 
-def wide(data: Data) -> Data:
-    """Numbers of float32 as float64; RuntimeError where JAX would narrow them."""
+def as_float64(data: Data) -> Data:
+    """Returns the data in float64; raises RuntimeError unless JAX has float64."""
     if not jax.config.read("jax_enable_x64"):
         raise RuntimeError("the reference needs JAX_ENABLE_X64=1")
 
-    def one(value):
-        return value.astype(float) if value.dtype == np.float32 else value
+    def convert(value):
+        if isinstance(value, list):
+            return [convert(leaf) for leaf in value]
+        is_float32 = isinstance(value, np.ndarray) and value.dtype == np.float32
+        return value.astype(float) if is_float32 else value
 
-    whole = lambda value: value if np.isscalar(value) else one(value)
-    return {
-        name: [one(part) for part in value] if isinstance(value, list) else whole(value)
-        for name, value in data.items()
-    }
+    return {name: convert(value) for name, value in data.items()}
 
 
-def exact(data: Data) -> Callable[[], np.ndarray]:
-    """``-exp(alpha) w (H^-1 dM/dw)`` for the log-penalty of each feature."""
-    data = wide(data)
+def exact_hypergradient(data: Data) -> Callable[[], np.ndarray]:
+    """Returns a call of ``-exp(alpha) w (H^-1 dM/dw)``, with log-penalties alpha."""
+    data = as_float64(data)
     x, x_val, y, y_val = (data[name] for name in ("x", "x_val", "y", "y_val"))
     penalty = np.exp(data["alpha"])
 
     def call():
         w = newton(x, y, data["alpha"])
-        off = 1 / (1 + np.exp(y * (x @ w)))
-        H = (x.T * (off * (1 - off))) @ x / len(x) + np.diag(penalty)
+        p = 1 / (1 + np.exp(y * (x @ w)))
+        H = (x.T * (p * (1 - p))) @ x / len(x) + np.diag(penalty)
         b = -x_val.T @ (y_val / (1 + np.exp(y_val * (x_val @ w)))) / len(x_val)
         return -penalty * w * np.linalg.solve(H, b)
 
     return call
 
 
-def several(data: Data) -> Callable[[], np.ndarray]:
-    """One solve after the other."""
-    calls = [plain.logistic_solve(wide(data | {"y_val": row})) for row in data["y_val"]]
-    return lambda: problems.flat([call() for call in calls])
+def several_losses(data: Data) -> Callable[[], np.ndarray]:
+    """Returns a call that solves for one loss after the other."""
+    calls = [
+        plain.logistic_solve(as_float64(data | {"y_val": row})) for row in data["y_val"]
+    ]
+    return lambda: problems.flatten([call() for call in calls])
 
 
-WIDE = {
-    name: lambda data, prepare=prepare: prepare(wide(data))
+PLAIN_IN_FLOAT64 = {
+    name: lambda data, prepare=prepare: prepare(as_float64(data))
     for name, prepare in plain.WORKS.items()
 }
-WORKS = WIDE | {
-    "w1-whole": exact,
-    "dispatch": WIDE["overhead-solve"],
-    "eight": several,
+WORKS = PLAIN_IN_FLOAT64 | {
+    "w1-whole": exact_hypergradient,
+    "dispatch": PLAIN_IN_FLOAT64["overhead-solve"],
+    "eight": several_losses,
 }

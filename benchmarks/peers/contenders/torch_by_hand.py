@@ -1,4 +1,4 @@
-"""PyTorch without a library: what its user writes."""
+"""PyTorch without a library, as its user writes it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,195 +11,208 @@ from torch.autograd import grad
 from torch.nn import functional as F
 
 from .torch_losses import (
-    Parts,
+    Params,
     Problem,
-    by_columns,
+    as_column_major_tensors,
+    as_leaves,
     cleaning,
-    convolutions,
-    flat,
-    leaves,
+    convolutional_scores,
+    flatten,
+    from_torch_order,
+    inner_minimizer,
     logistic,
-    minimise,
     schedule,
-    stated,
     tasks,
 )
 
 
 def descend(
     problem: Problem,
-    parts: Parts,
-    speed: Parts,
+    params: Params,
+    velocity: Params,
     steps: Sequence[int],
-    graph: bool = True,
-) -> tuple[Parts, Parts]:
-    """Gradient descent by heavy ball, with its graph or without."""
+    create_graph: bool = True,
+) -> tuple[Params, Params]:
+    """Returns parameters and velocity after steps of heavy-ball gradient descent."""
     rate = problem.rate(problem.alpha)
     for step in steps:
-        slopes = grad(
-            problem.inner_loss(parts, problem.alpha, step), parts, create_graph=graph
-        )
-        with torch.set_grad_enabled(graph):
-            speed = [
+        loss = problem.inner_loss(params, problem.alpha, step)
+        gradient = grad(loss, params, create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            velocity = [
                 g.add(v, alpha=problem.momentum)
-                for v, g in zip(speed, slopes, strict=True)
+                for v, g in zip(velocity, gradient, strict=True)
             ]
-            parts = [w - rate * v for w, v in zip(parts, speed, strict=True)]
-        if not graph:
-            parts = leaves(parts)
-    return parts, speed
+            params = [w - rate * v for w, v in zip(params, velocity, strict=True)]
+        if not create_graph:
+            params = as_leaves(params)
+    return params, velocity
 
 
-def begin(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and speeds before the first step."""
-    return leaves(problem.start), [torch.zeros_like(w) for w in problem.start]
+def init_state(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns parameters and velocity before the first step."""
+    velocity = [torch.zeros_like(w) for w in problem.init_params]
+    return as_leaves(problem.init_params), velocity
 
 
 def unrolled(problem: Problem) -> Callable[[], np.ndarray]:
-    """Reverse through all steps at once."""
+    """Returns reverse mode through all steps."""
 
     def call() -> np.ndarray:
-        parts, _ = descend(problem, *begin(problem), range(problem.steps))
-        return flat(grad(problem.outer_loss(parts), [problem.alpha]))
+        params, _ = descend(problem, *init_state(problem), range(problem.steps))
+        return flatten(grad(problem.outer_loss(params), [problem.alpha]))
 
     return call
 
 
 def checkpointed(problem: Problem) -> Callable[[], np.ndarray]:
-    """Reverse through the square root of all steps at a time, from kept states."""
+    """Returns reverse mode through segments of sqrt(steps), from stored states."""
     length = math.isqrt(problem.steps)
-    number = len(problem.start)
+    num_params = len(problem.init_params)
     segments = [
-        range(first, min(first + length, problem.steps))
-        for first in range(0, problem.steps, length)
+        range(step, min(step + length, problem.steps))
+        for step in range(0, problem.steps, length)
     ]
 
     def call() -> np.ndarray:
-        parts, speed = begin(problem)
-        kept = []
+        params, velocity = init_state(problem)
+        states = []
         for steps in segments:
-            kept.append((parts, speed))
-            parts, speed = descend(problem, parts, speed, steps, graph=False)
-        back = [*grad(problem.outer_loss(parts), parts), *map(torch.zeros_like, speed)]
+            states.append((params, velocity))
+            params, velocity = descend(
+                problem, params, velocity, steps, create_graph=False
+            )
+        outer_grad = grad(problem.outer_loss(params), params)
+        cotangents = [*outer_grad, *map(torch.zeros_like, velocity)]
         total = torch.zeros_like(problem.alpha)
-        for steps, (parts, speed) in zip(
-            reversed(segments), reversed(kept), strict=True
+        for steps, (params, velocity) in zip(
+            reversed(segments), reversed(states), strict=True
         ):
-            state = leaves([*parts, *speed])
-            ends = descend(problem, state[:number], state[number:], steps)
-            *back, share = grad([*ends[0], *ends[1]], [*state, problem.alpha], back)
-            total += share
-        return flat([total])
+            state = as_leaves([*params, *velocity])
+            new_params, new_velocity = descend(
+                problem, state[:num_params], state[num_params:], steps
+            )
+            *cotangents, alpha_grad = grad(
+                [*new_params, *new_velocity], [*state, problem.alpha], cotangents
+            )
+            total += alpha_grad
+        return flatten([total])
 
     return call
 
 
 def implicit(
-    problem: Problem, at: Callable[[], Parts] | None = None
+    problem: Problem, solve: Callable[[], Params] | None = None
 ) -> Callable[[], np.ndarray]:
-    """By conjugate gradients on Hessian products."""
+    """Returns implicit differentiation by conjugate gradients, at ``solve()``."""
 
     def call() -> np.ndarray:
-        parts = leaves(problem.start if at is None else at())
-        slopes = grad(
-            problem.inner_loss(parts, problem.alpha), parts, create_graph=True
-        )
-        found = conjugate_gradients(
-            lambda v: grad(slopes, parts, v, retain_graph=True),
-            grad(problem.outer_loss(parts), parts),
+        params = as_leaves(problem.init_params if solve is None else solve())
+        loss = problem.inner_loss(params, problem.alpha)
+        inner_grad = grad(loss, params, create_graph=True)
+        adjoint = conjugate_gradients(
+            lambda v: grad(inner_grad, params, v, retain_graph=True),
+            grad(problem.outer_loss(params), params),
             problem.products,
         )
-        return -flat(grad(slopes, [problem.alpha], found))
+        return -flatten(grad(inner_grad, [problem.alpha], adjoint))
 
     return call
 
 
 def conjugate_gradients(
-    product: Callable[[Parts], Parts], target: Parts, products: int
-) -> Parts:
-    """From 0, no further than float32 goes."""
-    found = [torch.zeros_like(b) for b in target]
-    residual = direction = target
-    size = dot(residual, residual)
-    smallest = torch.finfo(torch.float32).eps ** 2 * size
-    for _ in range(products):
-        image = product(direction)
-        length = size / dot(direction, image)
-        found = along(found, length, direction)
-        residual = along(residual, -length, image)
-        size, before = dot(residual, residual), size
-        if size <= smallest:
+    hvp_fn: Callable[[Params], Params], b: Params, num_steps: int
+) -> Params:
+    """Returns the iterate from 0; steps end at the rounding error of float32."""
+    x = [torch.zeros_like(leaf) for leaf in b]
+    r = p = b
+    rr = dot(r, r)
+    min_rr = torch.finfo(torch.float32).eps ** 2 * rr
+    for _ in range(num_steps):
+        Hp = hvp_fn(p)
+        step_size = rr / dot(p, Hp)
+        x = add_scale(x, step_size, p)
+        r = add_scale(r, -step_size, Hp)
+        rr, prev_rr = dot(r, r), rr
+        if rr <= min_rr:
             break
-        direction = along(residual, size / before, direction)
-    return found
+        p = add_scale(r, rr / prev_rr, p)
+    return x
 
 
-def dot(a: Parts, b: Parts) -> float:
-    """Of all parts together."""
+def dot(a: Params, b: Params) -> float:
+    """Returns the inner product of two lists of tensors."""
     pairs = zip(a, b, strict=True)
     return sum(torch.dot(x.reshape(-1), y.reshape(-1)).item() for x, y in pairs)
 
 
-def along(start: Parts, length: float, direction: Parts) -> Parts:
-    """Start + length * direction."""
-    return [x.add(d, alpha=length) for x, d in zip(start, direction, strict=True)]
+def add_scale(x: Params, factor: float, y: Params) -> Params:
+    """Returns ``x + factor * y``."""
+    return [a.add(b, alpha=factor) for a, b in zip(x, y, strict=True)]
 
 
-def whole(
+def implicit_from_zero(
     data: dict[str, Any], *, gradient: float, products: int
 ) -> Callable[[], np.ndarray]:
-    """From 0: L-BFGS, then conjugate gradients."""
+    """Returns L-BFGS from 0, followed by implicit differentiation."""
     problem = logistic(data)._replace(products=products)
-    return implicit(problem, lambda: minimise(problem, gradient))
+    return implicit(problem, lambda: inner_minimizer(problem, gradient))
 
 
 def trained(problem: Problem) -> Callable[[], np.ndarray]:
-    """Implicit where the inner run ends."""
-    run = lambda: descend(problem, *begin(problem), range(problem.steps), graph=False)
-    return implicit(problem, lambda: run()[0])
+    """Returns implicit differentiation after the inner run."""
+
+    def solve() -> Params:
+        state = init_state(problem)
+        return descend(problem, *state, range(problem.steps), create_graph=False)[0]
+
+    return implicit(problem, solve)
 
 
 def forward(data: dict[str, Any]) -> Callable[[], np.ndarray]:
-    """Logistic regression with its tangent along ones, both gradients written out."""
-    given = by_columns(data)
-    penalty, n = given.alpha.exp(), len(given.x)
+    """Returns the derivative along ones, with gradient and tangent in closed form."""
+    tensors = as_column_major_tensors(data)
+    penalty, n = tensors.alpha.exp(), len(tensors.x)
 
     def call() -> np.ndarray:
         w, v, dw, dv = torch.zeros(4, len(penalty))
-        for _ in range(given.steps):
-            off = torch.sigmoid(-given.y * (given.x @ w))
-            g = penalty * w - (off * given.y) @ given.x / n
-            bent = off * (1 - off) * (given.x @ dw)
-            dg = penalty * (dw + w) + bent @ given.x / n
-            v, dv = g + given.momentum * v, dg + given.momentum * dv
-            w, dw = w - given.rate * v, dw - given.rate * dv
-        off = torch.sigmoid(-given.y_val * (given.x_val @ w))
-        slope = -(off * given.y_val) @ given.x_val / len(given.x_val)
-        return flat([slope @ dw.reshape(-1, 1)])
+        for _ in range(tensors.steps):
+            p = torch.sigmoid(-tensors.y * (tensors.x @ w))
+            g = penalty * w - (p * tensors.y) @ tensors.x / n
+            dp = p * (1 - p) * (tensors.x @ dw)
+            dg = penalty * (dw + w) + dp @ tensors.x / n
+            v, dv = g + tensors.momentum * v, dg + tensors.momentum * dv
+            w, dw = w - tensors.rate * v, dw - tensors.rate * dv
+        p = torch.sigmoid(-tensors.y_val * (tensors.x_val @ w))
+        outer_grad = -(p * tensors.y_val) @ tensors.x_val / len(tensors.x_val)
+        return flatten([outer_grad @ dw.reshape(-1, 1)])
 
     return call
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
-    """One task after another."""
-    given = tasks(data)
+    """Returns MAML, one task after another."""
+    few_shot = tasks(data)
 
-    def adapted(init: Parts, x: Tensor, y: Tensor) -> Parts:
-        parts = init
-        for _ in range(given.steps):
-            loss = F.cross_entropy(convolutions(parts, x), y)
-            slopes = grad(loss, parts, create_graph=True)
-            parts = [
-                w.sub(g, alpha=given.rate) for w, g in zip(parts, slopes, strict=True)
+    def adapt(init: Params, x: Tensor, y: Tensor) -> Params:
+        params = init
+        for _ in range(few_shot.steps):
+            loss = F.cross_entropy(convolutional_scores(params, x), y)
+            gradient = grad(loss, params, create_graph=True)
+            params = [
+                w.sub(g, alpha=few_shot.rate)
+                for w, g in zip(params, gradient, strict=True)
             ]
-        return parts
+        return params
 
     def call() -> np.ndarray:
-        init = leaves(given.init)
-        for x, y, x_val, y_val in zip(*given[:4], strict=True):
-            loss = F.cross_entropy(convolutions(adapted(init, x, y), x_val), y_val)
-            (loss / len(given.x)).backward(inputs=init)
-        return flat(stated(w.grad for w in init))
+        init = as_leaves(few_shot.init)
+        for x, y, x_val, y_val in zip(*few_shot[:4], strict=True):
+            loss = F.cross_entropy(
+                convolutional_scores(adapt(init, x, y), x_val), y_val
+            )
+            (loss / len(few_shot.x)).backward(inputs=init)
+        return flatten(from_torch_order(w.grad for w in init))
 
     return call
 
@@ -207,8 +220,8 @@ def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
 WORKS = {
     "w1-unrolled": lambda data: unrolled(logistic(data)),
     "w1-forward": forward,
-    "w1-solve": lambda data: implicit(logistic(data, solved=True)),
-    "w1-whole": whole,
+    "w1-solve": lambda data: implicit(logistic(data, at_solution=True)),
+    "w1-whole": implicit_from_zero,
     "w2-unrolled": lambda data: unrolled(cleaning(data)),
     "w2-implicit": lambda data: implicit(cleaning(data)),
     "w3-1000": lambda data: unrolled(schedule(data)),
@@ -216,5 +229,5 @@ WORKS = {
     "w4": maml,
     "w6": lambda data: trained(logistic(data)),
     "overhead": lambda data: unrolled(logistic(data)),
-    "overhead-solve": lambda data: implicit(logistic(data, solved=True)),
+    "overhead-solve": lambda data: implicit(logistic(data, at_solution=True)),
 }

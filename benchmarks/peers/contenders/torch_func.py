@@ -10,70 +10,75 @@ from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn import functional as F
 
 from .torch_losses import (
-    Parts,
+    Params,
     Problem,
-    convolutions,
-    flat,
+    convolutional_scores,
+    flatten,
+    from_torch_order,
     logistic,
     schedule,
-    stated,
     tasks,
 )
 
 
-def trained(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """The outer loss at the end of the run, a function of alpha."""
-    slopes_of = grad(problem.inner_loss)
+def outer_value_fn(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Returns the outer loss after the inner run, as a function of alpha."""
+    inner_grad_fn = grad(problem.inner_loss)
 
     def value(alpha: Tensor) -> Tensor:
-        parts = problem.start
-        speed = [torch.zeros_like(w) for w in parts]
+        params = problem.init_params
+        velocity = [torch.zeros_like(w) for w in params]
         rate = problem.rate(alpha)
         for step in range(problem.steps):
-            slopes = slopes_of(parts, alpha, step)
-            speed = [
+            gradient = inner_grad_fn(params, alpha, step)
+            velocity = [
                 g.add(v, alpha=problem.momentum)
-                for v, g in zip(speed, slopes, strict=True)
+                for v, g in zip(velocity, gradient, strict=True)
             ]
-            parts = [w - rate * v for w, v in zip(parts, speed, strict=True)]
-        return problem.outer_loss(parts)
+            params = [w - rate * v for w, v in zip(params, velocity, strict=True)]
+        return problem.outer_loss(params)
 
     return value
 
 
 def along_ones(problem: Problem) -> Callable[[], np.ndarray]:
-    """One derivative."""
-    value, alpha = trained(problem), problem.alpha.detach()
-    return lambda: flat([jvp(value, (alpha,), (torch.ones_like(alpha),))[1].reshape(1)])
+    """Returns the derivative along ones."""
+    value, alpha = outer_value_fn(problem), problem.alpha.detach()
+    return lambda: flatten(
+        [jvp(value, (alpha,), (torch.ones_like(alpha),))[1].reshape(1)]
+    )
 
 
 def forward(problem: Problem) -> Callable[[], np.ndarray]:
-    """All derivatives at once."""
-    slopes, alpha = jacfwd(trained(problem)), problem.alpha.detach()
-    return lambda: flat([slopes(alpha)])
+    """Returns all derivatives by forward mode."""
+    gradient_fn, alpha = jacfwd(outer_value_fn(problem)), problem.alpha.detach()
+    return lambda: flatten([gradient_fn(alpha)])
 
 
 def maml(data: dict[str, Any]) -> Callable[[], np.ndarray]:
-    """Four tasks at a time: all at once take many times the memory."""
-    given = tasks(data)
-    slopes_of = grad(
-        lambda parts, x, y: F.cross_entropy(convolutions(parts, x), y),
+    """Returns MAML, four tasks at a time; all would need many times the memory."""
+    few_shot = tasks(data)
+    gradient_fn = grad(
+        lambda params, x, y: F.cross_entropy(convolutional_scores(params, x), y),
     )
 
-    def loss(init: Parts, x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> Tensor:
-        parts = init
-        for _ in range(given.steps):
-            slopes = slopes_of(parts, x, y)
-            parts = [
-                w.sub(g, alpha=given.rate) for w, g in zip(parts, slopes, strict=True)
+    def loss(
+        init: Params, x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor
+    ) -> Tensor:
+        params = init
+        for _ in range(few_shot.steps):
+            gradient = gradient_fn(params, x, y)
+            params = [
+                w.sub(g, alpha=few_shot.rate)
+                for w, g in zip(params, gradient, strict=True)
             ]
-        return F.cross_entropy(convolutions(parts, x_val), y_val)
+        return F.cross_entropy(convolutional_scores(params, x_val), y_val)
 
-    each = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=4)
+    task_gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0), chunk_size=4)
 
     def call() -> np.ndarray:
-        slopes = each(given.init, *given[:4])
-        return flat(stated(g.mean(0) for g in slopes))
+        gradients = task_gradients(few_shot.init, *few_shot[:4])
+        return flatten(from_torch_order(g.mean(0) for g in gradients))
 
     return call
 

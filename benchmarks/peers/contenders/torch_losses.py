@@ -1,7 +1,7 @@
-"""What `benchmarks.peers.work` states, in PyTorch, for each of its libraries.
+"""The works of `benchmarks.peers.work` as PyTorch losses.
 
-Losses take `scores`, a function from inputs to the network's outputs, so that they
-serve libraries that carry parameters in a module and those that carry them in a list.
+Losses take ``scores``, a function from inputs to the network's outputs, so that they
+fit libraries with parameters in a module and those with parameters in a list.
 """
 
 import os
@@ -16,118 +16,124 @@ from torch.nn import functional as F
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
-Parts = list[Tensor] | tuple[Tensor, ...]
-Scores = Callable[[Tensor], Tensor]
+Params = list[Tensor] | tuple[Tensor, ...]
+ScoresFn = Callable[[Tensor], Tensor]
 
 
 class Problem(NamedTuple):
-    """One bilevel problem.
+    """A bilevel problem.
 
     Attributes:
-      alpha: hyperparameters, with gradient.
-      start: parameters of the first step, or those at which an implicit answer is.
-      network: outputs of a list of parameters and inputs.
-      module: the same with its own parameters, of `start`, in their order.
-      inner, outer: losses; an inner one of its step as well.
-      rate: of gradient descent, a function of alpha.
+      alpha: Hyperparameters, with ``requires_grad``.
+      init_params: Parameters before the first step, or at which an implicit result is
+        computed.
+      network: Function ``(params, inputs) -> scores``.
+      module: Function that returns the network as a module with ``init_params``.
+      inner: Function ``(scores, params, alpha, step) -> loss``.
+      outer: Function ``scores -> loss``.
+      rate: Function ``alpha -> rate`` of gradient descent.
+      momentum, steps, products: Constants of the work.
     """
 
     alpha: Tensor
-    start: list[Tensor]
-    network: Callable[[Parts, Tensor], Tensor]
+    init_params: list[Tensor]
+    network: Callable[[Params, Tensor], Tensor]
     module: Callable[[], nn.Module]
-    inner: Callable[[Scores, Parts, Tensor, int], Tensor]
-    outer: Callable[[Scores], Tensor]
+    inner: Callable[[ScoresFn, Params, Tensor, int], Tensor]
+    outer: Callable[[ScoresFn], Tensor]
     rate: Callable[[Tensor], Any]
     momentum: float
     steps: int
     products: int = 0
 
-    def inner_loss(self, parts: Parts, alpha: Tensor, step: int = 0) -> Tensor:
-        """Of a list of parameters."""
-        return self.inner(lambda x: self.network(parts, x), parts, alpha, step)
+    def inner_loss(self, params: Params, alpha: Tensor, step: int = 0) -> Tensor:
+        """Returns the inner loss of a list of parameters."""
+        return self.inner(lambda x: self.network(params, x), params, alpha, step)
 
-    def outer_loss(self, parts: Parts) -> Tensor:
-        """Of a list of parameters."""
-        return self.outer(lambda x: self.network(parts, x))
+    def outer_loss(self, params: Params) -> Tensor:
+        """Returns the outer loss of a list of parameters."""
+        return self.outer(lambda x: self.network(params, x))
 
-    def inner_of(self, module: nn.Module, alpha: Tensor, step: int = 0) -> Tensor:
-        """Of a module."""
+    def module_inner_loss(
+        self, module: nn.Module, alpha: Tensor, step: int = 0
+    ) -> Tensor:
+        """Returns the inner loss of a module."""
         return self.inner(module, list(module.parameters()), alpha, step)
 
 
-def logistic(data: dict[str, Any], solved: bool = False) -> Problem:
-    """Logistic regression from 0, or at its minimiser."""
-    given = by_columns(data)
-    start = [given.w if solved else torch.zeros_like(given.w)]
+def logistic(data: dict[str, Any], at_solution: bool = False) -> Problem:
+    """Returns logistic regression at 0, or at the minimizer."""
+    tensors = as_column_major_tensors(data)
+    init_params = [tensors.w if at_solution else torch.zeros_like(tensors.w)]
 
-    def inner(scores: Scores, parts: Parts, alpha: Tensor, _: int) -> Tensor:
-        penalty = 0.5 * (alpha.exp() * parts[0].square()).sum()
-        return F.softplus(-given.y * scores(given.x)).mean() + penalty
+    def inner(scores: ScoresFn, params: Params, alpha: Tensor, _: int) -> Tensor:
+        penalty = 0.5 * (alpha.exp() * params[0].square()).sum()
+        return F.softplus(-tensors.y * scores(tensors.x)).mean() + penalty
 
     return Problem(
-        given.alpha.requires_grad_(),
-        start,
-        lambda parts, x: x @ parts[0],
-        lambda: Linear(start[0]),
+        tensors.alpha.requires_grad_(),
+        init_params,
+        lambda params, x: x @ params[0],
+        lambda: Linear(init_params[0]),
         inner,
-        lambda scores: F.softplus(-given.y_val * scores(given.x_val)).mean(),
-        lambda alpha: given.rate,
-        given.momentum,
-        given.steps,
-        given.products,
+        lambda scores: F.softplus(-tensors.y_val * scores(tensors.x_val)).mean(),
+        lambda alpha: tensors.rate,
+        tensors.momentum,
+        tensors.steps,
+        tensors.products,
     )
 
 
 def cleaning(data: dict[str, Any]) -> Problem:
-    """Hyper-cleaning, at ``w`` where that is given."""
-    given = tensors(data)
-    start = given.w if "w" in data else given.init
+    """Returns hyper-cleaning, at ``w`` if the data contains it."""
+    tensors = as_tensors(data)
+    init_params = tensors.w if "w" in data else tensors.init
 
-    def inner(scores: Scores, parts: Parts, alpha: Tensor, _: int) -> Tensor:
-        losses = F.cross_entropy(scores(given.x), given.y, reduction="none")
-        return (alpha.sigmoid() * losses).mean() + given.penalty * half(parts)
+    def inner(scores: ScoresFn, params: Params, alpha: Tensor, _: int) -> Tensor:
+        losses = F.cross_entropy(scores(tensors.x), tensors.y, reduction="none")
+        penalty = tensors.penalty * half_squared_norm(params)
+        return (alpha.sigmoid() * losses).mean() + penalty
 
     return Problem(
-        given.alpha.requires_grad_(),
-        start,
-        lambda parts, x: perceptron(parts, x, torch.relu),
-        lambda: layers(start, nn.ReLU()),
+        tensors.alpha.requires_grad_(),
+        init_params,
+        lambda params, x: perceptron(params, x, torch.relu),
+        lambda: perceptron_module(init_params, nn.ReLU()),
         inner,
-        lambda scores: F.cross_entropy(scores(given.x_val), given.y_val),
-        lambda alpha: given.rate,
-        given.momentum,
-        given.steps,
-        given.products,
+        lambda scores: F.cross_entropy(scores(tensors.x_val), tensors.y_val),
+        lambda alpha: tensors.rate,
+        tensors.momentum,
+        tensors.steps,
+        tensors.products,
     )
 
 
 def schedule(data: dict[str, Any]) -> Problem:
-    """A long run on batches, whose rate and penalties are sought."""
-    given = tensors(data)
+    """Returns a long run on batches, with its rate and penalties in ``alpha``."""
+    tensors = as_tensors(data)
 
-    def inner(scores: Scores, parts: Parts, alpha: Tensor, step: int) -> Tensor:
-        batch = step % len(given.x)
-        loss = F.cross_entropy(scores(given.x[batch]), given.y[batch])
-        # Tensors without axes times numbers become float64 in `torch.func` (2.13.0).
-        squares = torch.stack([w.square().sum() for w in (parts[0], parts[2])])
+    def inner(scores: ScoresFn, params: Params, alpha: Tensor, step: int) -> Tensor:
+        batch = step % len(tensors.x)
+        loss = F.cross_entropy(scores(tensors.x[batch]), tensors.y[batch])
+        # A 0-dimensional tensor times a number is float64 in `torch.func` (2.13.0).
+        squares = torch.stack([w.square().sum() for w in (params[0], params[2])])
         return loss + 0.5 * torch.dot(alpha[1:].exp(), squares)
 
     return Problem(
-        given.alpha.requires_grad_(),
-        given.init,
-        lambda parts, x: perceptron(parts, x, torch.tanh),
-        lambda: layers(given.init, nn.Tanh()),
+        tensors.alpha.requires_grad_(),
+        tensors.init,
+        lambda params, x: perceptron(params, x, torch.tanh),
+        lambda: perceptron_module(tensors.init, nn.Tanh()),
         inner,
-        lambda scores: F.cross_entropy(scores(given.x_val), given.y_val),
+        lambda scores: F.cross_entropy(scores(tensors.x_val), tensors.y_val),
         lambda alpha: alpha[0].exp(),
-        given.momentum,
-        given.steps,
+        tensors.momentum,
+        tensors.steps,
     )
 
 
 class Tasks(NamedTuple):
-    """Few-shot tasks, images as PyTorch has them: channels before places."""
+    """Few-shot tasks with images in PyTorch's order, channels before pixels."""
 
     x: Tensor
     y: Tensor
@@ -139,43 +145,44 @@ class Tasks(NamedTuple):
 
 
 def tasks(data: dict[str, Any]) -> Tasks:
-    """Kernels are (out, in, 3, 3) and the last weights (5, channels) here."""
-    given = tensors(data)
+    """Returns tasks with kernels (out, in, 3, 3) and last weights (5, channels)."""
+    tensors = as_tensors(data)
     images = lambda x: x.movedim(-1, -3).contiguous()
     return Tasks(
-        images(given.x),
-        given.y,
-        images(given.x_val),
-        given.y_val,
-        [turned(part) for part in given.init],
-        given.steps,
-        given.rate,
+        images(tensors.x),
+        tensors.y,
+        images(tensors.x_val),
+        tensors.y_val,
+        [to_torch_order(leaf) for leaf in tensors.init],
+        tensors.steps,
+        tensors.rate,
     )
 
 
-def turned(part: Tensor) -> Tensor:
-    """A part of ``init`` with PyTorch's outputs before inputs."""
+def to_torch_order(leaf: Tensor) -> Tensor:
+    """Returns a leaf of ``init`` with outputs before inputs."""
     order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-    return part.permute(order[part.ndim]).contiguous()
+    return leaf.permute(order[leaf.ndim]).contiguous()
 
 
-def stated(parts: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients at `Tasks.init`, turned back."""
+def from_torch_order(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Returns gradients at `Tasks.init` in the order of the work."""
     order = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
-    return [part.permute(order[part.ndim]) for part in parts]
+    return [leaf.permute(order[leaf.ndim]) for leaf in gradients]
 
 
 def perceptron(
-    parts: Parts, x: Tensor, activation: Callable[[Tensor], Tensor]
+    params: Params, x: Tensor, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """One hidden layer; weights are (inputs, outputs)."""
-    first, bias, second, last = parts
-    return torch.addmm(last, activation(torch.addmm(bias, x, first)), second)
+    """Returns the scores of one hidden layer; weights are (inputs, outputs)."""
+    hidden_weights, hidden_biases, weights, biases = params
+    hidden = activation(torch.addmm(hidden_biases, x, hidden_weights))
+    return torch.addmm(biases, hidden, weights)
 
 
-def convolutions(parts: Parts, x: Tensor) -> Tensor:
-    """The few-shot network."""
-    *blocks, weights, biases = parts
+def convolutional_scores(params: Params, x: Tensor) -> Tensor:
+    """Returns the scores of the few-shot network."""
+    *blocks, weights, biases = params
     for kernel, scale, shift in zip(*[iter(blocks)] * 3, strict=True):
         x = F.conv2d(x, kernel, padding=1)
         x = F.batch_norm(x, None, None, scale, shift, training=True, eps=1e-5)
@@ -184,7 +191,7 @@ def convolutions(parts: Parts, x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Scores of one vector."""
+    """A linear model without biases."""
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()
@@ -195,7 +202,7 @@ class Linear(nn.Module):
 
 
 class Alpha(nn.Module):
-    """Hyperparameters."""
+    """A module whose parameters are the hyperparameters."""
 
     def __init__(self, alpha: Tensor) -> None:
         super().__init__()
@@ -205,47 +212,47 @@ class Alpha(nn.Module):
         return self.alpha
 
 
-def layers(parts: Parts, activation: nn.Module) -> nn.Module:
-    """`perceptron` as a module; its weights are (outputs, inputs)."""
-    sizes = [parts[0].shape, parts[2].shape]
-    first, second = (nn.Linear(*size) for size in sizes)
-    return filled(nn.Sequential(first, activation, second), [w.t() for w in parts])
+def perceptron_module(params: Params, activation: nn.Module) -> nn.Module:
+    """Returns `perceptron` as a module, whose weights are (outputs, inputs)."""
+    hidden_layer, layer = (nn.Linear(*w.shape) for w in (params[0], params[2]))
+    module = nn.Sequential(hidden_layer, activation, layer)
+    return set_params(module, [w.t() for w in params])
 
 
-def blocks(init: list[Tensor]) -> nn.Module:
-    """`convolutions` as a module."""
-    found: list[nn.Module] = []
+def convolutional_module(init: list[Tensor]) -> nn.Module:
+    """Returns the network of `convolutional_scores` as a module."""
+    blocks: list[nn.Module] = []
     for kernel in init[:-2:3]:
         outputs, inputs = kernel.shape[:2]
-        found += [
+        blocks += [
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs, track_running_stats=False),
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    last = nn.Linear(init[-2].shape[1], init[-2].shape[0])
-    return filled(nn.Sequential(*found, nn.Flatten(), last), init)
+    layer = nn.Linear(init[-2].shape[1], init[-2].shape[0])
+    return set_params(nn.Sequential(*blocks, nn.Flatten(), layer), init)
 
 
-def filled(module: nn.Module, parts: Iterable[Tensor]) -> nn.Module:
-    """`module` with `parts` as its parameters."""
+def set_params(module: nn.Module, params: Iterable[Tensor]) -> nn.Module:
+    """Sets the parameters of a module and returns it."""
     with torch.no_grad():
-        for own, part in zip(module.parameters(), parts, strict=True):
-            own.copy_(part)
+        for param, value in zip(module.parameters(), params, strict=True):
+            param.copy_(value)
     return module
 
 
-def half(parts: Parts) -> Tensor:
-    """Half the sum of squares."""
-    return 0.5 * sum(part.square().sum() for part in parts)
+def half_squared_norm(params: Params) -> Tensor:
+    """Returns half the sum of squares."""
+    return 0.5 * sum(leaf.square().sum() for leaf in params)
 
 
-def tensors(data: dict[str, Any]) -> SimpleNamespace:
-    """Arrays as tensors that share their memory, whole numbers in 64 bits."""
+def as_tensors(data: dict[str, Any]) -> SimpleNamespace:
+    """Returns tensors that share the arrays' memory; integers are copied to 64 bits."""
 
     def tensor(value: Any) -> Any:
         if isinstance(value, list):
-            return [tensor(one) for one in value]
+            return [tensor(leaf) for leaf in value]
         if not isinstance(value, np.ndarray):
             return value
         return torch.from_numpy(
@@ -255,36 +262,37 @@ def tensors(data: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**{name: tensor(value) for name, value in data.items()})
 
 
-def by_columns(data: dict[str, Any]) -> SimpleNamespace:
-    """`tensors` of a linear model, a feature in one piece, as JAX's contenders have it.
+def as_column_major_tensors(data: dict[str, Any]) -> SimpleNamespace:
+    """Returns tensors of a linear model with contiguous features, as for JAX.
 
-    Its products by a vector take less than half of the time that they take by rows.
+    Products with a vector take less than half of their time with contiguous examples.
     """
-    given = tensors(data)
-    given.x, given.x_val = (x.t().contiguous().t() for x in (given.x, given.x_val))
-    return given
+    tensors = as_tensors(data)
+    to_column_major = lambda x: x.t().contiguous().t()
+    tensors.x, tensors.x_val = map(to_column_major, (tensors.x, tensors.x_val))
+    return tensors
 
 
-def flat(parts: Iterable[Tensor]) -> np.ndarray:
-    """One array of all."""
-    return np.concatenate([part.detach().numpy().ravel() for part in parts])
+def flatten(tensors: Iterable[Tensor]) -> np.ndarray:
+    """Returns all numbers as one array."""
+    return np.concatenate([leaf.detach().numpy().ravel() for leaf in tensors])
 
 
-def leaves(parts: Iterable[Tensor]) -> list[Tensor]:
-    """Cut off from what they come from, with gradient."""
-    return [part.detach().requires_grad_() for part in parts]
+def as_leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the tensors without their graph, with ``requires_grad``."""
+    return [leaf.detach().requires_grad_() for leaf in tensors]
 
 
-def minimise(problem: Problem, gradient: float) -> list[Tensor]:
-    """The inner minimiser by L-BFGS, PyTorch's fastest at a smooth full batch.
+def inner_minimizer(problem: Problem, gradient: float) -> list[Tensor]:
+    """Returns the inner minimizer by L-BFGS, PyTorch's fastest solver for a full batch.
 
-    To `gradient` in the largest of its entries; without a line search: in float32
-    losses are equal long before gradients are small.
+    Iterations end when the largest entry of the gradient is at most ``gradient``. There
+    is no line search, because in float32 losses are equal long before gradients vanish.
     """
     alpha = problem.alpha.detach()
-    parts = leaves(part.clone() for part in problem.start)
+    params = as_leaves(leaf.clone() for leaf in problem.init_params)
     solver = torch.optim.LBFGS(
-        parts,
+        params,
         max_iter=100,
         tolerance_grad=gradient,
         tolerance_change=0,
@@ -292,9 +300,9 @@ def minimise(problem: Problem, gradient: float) -> list[Tensor]:
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = problem.inner_loss(parts, alpha)
+        value = problem.inner_loss(params, alpha)
         value.backward()
         return value
 
     solver.step(loss)
-    return parts
+    return params
