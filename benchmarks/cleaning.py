@@ -99,7 +99,9 @@ def describe_weights(task, trace, w, key) -> Row:
 
 SOLVER = cleaning.SOLVER
 HYPERGRADIENTS = {
-    "implicit": learn_by(hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20))),
+    "implicit": learn_by(
+        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20, preconditioner=None))
+    ),
     "neumann": learn_by(hg.Implicit(SOLVER, hg.Neumann(num_terms=20))),
     "unrolled": learn_by(hg.Unrolled(SOLVER, warm_start=True)),
 }

@@ -86,7 +86,7 @@ SMALL = SCALES["small"]
 SOLVER = FedAvg(SMALL["step_size"], SMALL["num_rounds"], SMALL["num_local_steps"])
 # This solver trains a random sample from zero.
 LONG_SOLVER = FedAvg(SMALL["step_size"], 20, SMALL["num_local_steps"])
-CG = hg.CG(rtol=1e-2, max_steps=10)
+CG = hg.CG(rtol=1e-2, max_steps=10, preconditioner=None)
 # A step costs T rounds of local steps and a correction, an outer gradient or two, and 2
 # per product: at most 10 of CG, one for its start, one for its residual and one more;
 # Neumann has 9, 10 for its step size and one more.

@@ -117,7 +117,9 @@ HYPERGRADIENTS = {
     "maml": (hg.Unrolled, 4 * NUM_STEPS["maml"] + 1 + QUERY_COST),
     "imaml": (
         lambda solver: hg.Implicit(
-            solver, hg.CG(max_steps=NUM_PRODUCTS), estimate_error=False
+            solver,
+            hg.CG(max_steps=NUM_PRODUCTS, preconditioner=None),
+            estimate_error=False,
         ),
         NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + 2 * QUERY_COST,
     ),

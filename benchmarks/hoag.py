@@ -140,7 +140,7 @@ def differentiate(
     tolerance, rtol = tols
     estimator = hg.Implicit(
         hg.LBFGS(max_steps=5000, tolerance=tolerance),
-        hg.CG(rtol=rtol),
+        hg.CG(rtol=rtol, preconditioner=None),
         estimate_error=False,
     )
     if state is None:

@@ -216,7 +216,8 @@ def exact_hypergradient() -> np.ndarray:
     """Returns the hypergradient at the start to about nine digits."""
     with enable_x64(True):
         estimator = hg.Implicit(
-            hg.LBFGS(max_steps=20_000, tolerance=1e-9), hg.CG(rtol=1e-9, max_steps=5000)
+            hg.LBFGS(max_steps=20_000, tolerance=1e-9),
+            hg.CG(rtol=1e-9, max_steps=5000, preconditioner=None),
         )
         hypergradient = eqx.filter_jit(hg.hypergradient(make_problem(), estimator))
         estimate = hypergradient(jnp.zeros(START), jnp.zeros(NUM_TRAIN))

@@ -101,7 +101,11 @@ def arrays(system: str) -> dict[str, np.ndarray]:
 STEPS = SOLVER.num_steps
 ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
-        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False),
+        hg.Implicit(
+            SOLVER,
+            hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
+            estimate_error=False,
+        ),
         STEPS + 2 * 22,
     ),
     "neumann": (

@@ -91,7 +91,10 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     ),
     "implicit": (
         hg.Implicit(
-            SOLVER, hg.CG(rtol=1e-2, max_steps=10), damping=1.0, estimate_error=False
+            SOLVER,
+            hg.CG(rtol=1e-2, max_steps=10, preconditioner=None),
+            damping=1.0,
+            estimate_error=False,
         ),
         NUM_STEPS + 2 + 2 * 12,
     ),

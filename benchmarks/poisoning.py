@@ -157,7 +157,9 @@ def make_methods(attack: str) -> dict[str, tuple[Any, optax.GradientTransformati
         ),
         "Implicit": (
             hg.Implicit(
-                hg.LBFGS(tolerance=1e-3), hg.CG(rtol=1e-6), estimate_error=False
+                hg.LBFGS(tolerance=1e-3),
+                hg.CG(rtol=1e-6, preconditioner=None),
+                estimate_error=False,
             ),
             optax.adam(0.1),
         ),

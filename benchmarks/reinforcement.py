@@ -129,7 +129,7 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
         hg.Implicit(
             cartpole_solver(NUM_STEPS),
-            hg.CG(max_steps=5, preconditioner="diagonal"),
+            hg.CG(max_steps=5),
             warm_start=True,
         ),
         NUM_STEPS + 2 + 2 * 19,
@@ -260,7 +260,11 @@ SHARED_DISCOUNTS = np.linspace(0.5, 1.0, 51)
 # method, so that the budget ends its run, which the last step may exceed.
 MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
-        hg.Implicit(hg.Newton(), hg.CG(rtol=1e-3, max_steps=20), estimate_error=False),
+        hg.Implicit(
+            hg.Newton(),
+            hg.CG(rtol=1e-3, max_steps=20, preconditioner=None),
+            estimate_error=False,
+        ),
         50,
     ),
     "unrolled": (

@@ -180,7 +180,11 @@ def describe_run(task, trace, w, key) -> Row:
 # An outer gradient counts as an inner one although the splits differ in size.
 HYPERGRADIENTS = {
     "implicit": gradient_method(
-        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False),
+        hg.Implicit(
+            SOLVER,
+            hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
+            estimate_error=False,
+        ),
         SOLVER.num_steps + 2 * 21 + 2,
     ),
     "neumann": gradient_method(

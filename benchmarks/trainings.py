@@ -100,11 +100,14 @@ TUNING_SEEDS = (100, 101)
 CLAIMED = {10: (26, 10), 500: (36, 15)}  # trainings at most: the claim, and the goal
 
 COLD = hg.Implicit(
-    TRAINING, hg.CG(max_steps=30), estimate_error=False, warm_start=False
+    TRAINING,
+    hg.CG(max_steps=30, preconditioner=None),
+    estimate_error=False,
+    warm_start=False,
 )
 WARM = hg.Implicit(
     hg.Descent(DESCENT, NUM_STEPS // 10),
-    hg.CG(rtol=1e-2, max_steps=10),
+    hg.CG(rtol=1e-2, max_steps=10, preconditioner=None),
     estimate_error=False,
 )
 

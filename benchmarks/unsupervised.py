@@ -105,7 +105,7 @@ def random_search(variant: str, task: Task, key: Array) -> hg.Trace:
 
 def implicit(solver: Any) -> Estimator:
     """Returns `Implicit` with at most 10 products per solve."""
-    linear_solver = hg.CG(rtol=1e-3, max_steps=NUM_PRODUCTS)
+    linear_solver = hg.CG(rtol=1e-3, max_steps=NUM_PRODUCTS, preconditioner=None)
     return hg.Implicit(solver, linear_solver, estimate_error=False)
 
 

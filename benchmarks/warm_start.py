@@ -159,7 +159,9 @@ CARRIED = {
     "warm w and adjoint": ("w", "adjoint"),
 }
 IMPLICIT = hg.Implicit(
-    hg.Newton(tolerance=1e-4), hg.CG(rtol=1e-3), estimate_error=False
+    hg.Newton(tolerance=1e-4),
+    hg.CG(rtol=1e-3, preconditioner=None),
+    estimate_error=False,
 )
 CONFIGS = {
     label: MethodConfig(PartlyWarm(IMPLICIT, names)) for label, names in CARRIED.items()

@@ -56,9 +56,9 @@ def argmin(
         only at a stationary point; elsewhere the derivative is NaN. A saddle is one,
         and a singular minimum is if the system has a solution. The tolerance
         is ``eps^0.4`` of the dtype.
-      linear_solver: Solver of the linear system. Defaults to `MINRES` with a diagonal
-        preconditioner, which needs no minimum and for which the units of ``w`` do not
-        matter. Where the solver does not reach its tolerance, the derivative is NaN.
+      linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
+        minimum and for which the units of ``w`` do not matter. Where the solver does
+        not reach its tolerance, the derivative is NaN.
 
     Returns:
       A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
@@ -91,7 +91,7 @@ def argmin(
     check_hashable("inner_loss", inner_loss)
     check_solver(solver)
     if linear_solver is None:
-        linear_solver = MINRES(preconditioner="diagonal")
+        linear_solver = MINRES()
     check_linear_solver(linear_solver)
 
     def solution_fn(

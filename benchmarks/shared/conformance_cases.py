@@ -137,7 +137,9 @@ terms = lambda x: TERMS if x is None else x
 pairs = lambda x: PAIRS if x is None else x
 
 METHODS = {
-    "Implicit, CG": Method("exact", implicit(lambda setup, dtype, x: hg.CG())),
+    "Implicit, CG": Method(
+        "exact", implicit(lambda setup, dtype, x: hg.CG(preconditioner=None))
+    ),
     "Implicit, NystromCG": Method(
         "exact", implicit(lambda setup, dtype, x: hg.NystromCG(3))
     ),

@@ -110,7 +110,9 @@ PER_HYPERPARAMETER = tuple((column, "hyperparameters", 1.0) for column in COLUMN
 ROOT_OF_STEPS, ALL_STEPS = ((("scratch", "steps", power),) for power in (0.5, 1.0))
 METHODS = {
     "Implicit, CG": Method(
-        lambda T: hg.Implicit(descent(T), hg.CG(rtol=0.0, max_steps=PRODUCTS))
+        lambda T: hg.Implicit(
+            descent(T), hg.CG(rtol=0.0, max_steps=PRODUCTS, preconditioner=None)
+        )
     ),
     "Implicit, Neumann": Method(
         lambda T: hg.Implicit(descent(T), hg.Neumann(PRODUCTS, step_size=RATE))

@@ -84,7 +84,7 @@ def make_loop(method: str, share: float) -> hg.OuterLoop:
         weighted_loss, mean_loss, batches(sets["inner"]), batches(sets["outer"])
     )
     if method == "implicit":
-        solvers = hg.LBFGS(tolerance=1e-3), hg.CG(rtol=1e-3)
+        solvers = hg.LBFGS(tolerance=1e-3), hg.CG(rtol=1e-3, preconditioner=None)
         estimator = hg.Implicit(*solvers, estimate_error=False)
         return hg.OuterLoop(
             problem, estimator, optax.adam(1.0), metrics={"error": test_error}

@@ -92,7 +92,9 @@ def minimum(loss: Callable, splits: PyTree, w: np.ndarray, alpha: np.ndarray) ->
             tree,
         )
         problem = bilevel(loss)(*map(to_float64, (splits["inner"], splits["outer"])))
-        gradient_fn = hg.hypergradient(problem, hg.Implicit(hg.Newton(), hg.CG()))
+        gradient_fn = hg.hypergradient(
+            problem, hg.Implicit(hg.Newton(), hg.CG(preconditioner=None))
+        )
 
         def value_and_grad(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             estimate = gradient_fn(to_float64(w), jnp.asarray(alpha))

@@ -33,7 +33,7 @@ RATES = (0.01, 0.03, 0.1)
 NUM_STEPS = 20
 NEWTON = hg.Newton()
 TRIAL_NEWTON = hg.Newton(tolerance=1e-3)  # of a trial of random search
-IMPLICIT = hg.Implicit(NEWTON, hg.CG(rtol=5e-3, max_steps=100))
+IMPLICIT = hg.Implicit(NEWTON, hg.CG(rtol=5e-3, max_steps=100, preconditioner=None))
 COMMON_PENALTIES = range(-11, -1)
 GAP = 0.05  # the default of `temperature_from_scores`
 SOFT_RANK_FACTOR = 10  # see `Objective.temperature`

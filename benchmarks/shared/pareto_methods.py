@@ -90,7 +90,9 @@ def train(w: PyTree, gates: Gates, splits: PyTree) -> tuple[Array, Array]:
 
 NUM_PREFERENCES = 24
 INIT_GATE = 0.9
-ESTIMATOR = hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5), damping=0.01)
+ESTIMATOR = hg.Implicit(
+    hg.Descent(STEP, 10), hg.CG(max_steps=5, preconditioner=None), damping=0.01
+)
 RATES = (0.2, 0.4, 0.8)
 
 

@@ -80,7 +80,9 @@ def make_estimator(
     T = run.num_inner_steps
     return {
         "AID-FP": hg.Implicit(descent, hg.Neumann(T, RATE), **options),
-        "AID-CG": hg.Implicit(descent, hg.CG(rtol=0.0, max_steps=T), **options),
+        "AID-CG": hg.Implicit(
+            descent, hg.CG(rtol=0.0, max_steps=T, preconditioner=None), **options
+        ),
         "reverse mode": hg.Unrolled(descent, warm_start=False),
         "implicit": exact,
         "text": RestartedPZOBO(optax.sgd(RATE), T, 1, sigma=mu),

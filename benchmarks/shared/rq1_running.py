@@ -52,7 +52,7 @@ SEARCHERS = {
     "TPE": hg.searchers.TPE(),
     SHARING: hg.searchers.Random(),
 }
-SOLVE = hg.CG(rtol=1e-2, max_steps=10)
+SOLVE = hg.CG(rtol=1e-2, max_steps=10, preconditioner=None)
 
 
 class Descent(NamedTuple):

@@ -121,7 +121,9 @@ def known(seed: int, size: int) -> Target:
     with enable_x64(True):
         train, val = in_double(parts["train"]), in_double(parts["val"])
         problem = hg.Bilevel(inner_loss, outer_loss, train, val)
-        exact = hg.Implicit(hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-6))
+        exact = hg.Implicit(
+            hg.Newton(tolerance=1e-7), hg.CG(rtol=1e-6, preconditioner=None)
+        )
         hypergradient = jax.jit(hg.hypergradient(problem, exact))
         w = [jnp.zeros((PIXELS, CLASSES))]
 
@@ -154,10 +156,14 @@ class Descent(NamedTuple):
 
 DESCENTS = {
     "implicit": Descent(
-        hg.Implicit(hg.Newton(tolerance=1e-3), hg.CG(rtol=0.1)), RATES, 250
+        hg.Implicit(hg.Newton(tolerance=1e-3), hg.CG(rtol=0.1, preconditioner=None)),
+        RATES,
+        250,
     ),
     "implicit, 10 steps": Descent(
-        hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5)), RATES, 250
+        hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5, preconditioner=None)),
+        RATES,
+        250,
     ),
     "unrolled": Descent(
         hg.Unrolled(hg.Descent(STEP, 20), checkpoint=True, warm_start=True), RATES, 95

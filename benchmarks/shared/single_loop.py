@@ -103,7 +103,9 @@ def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
         "DARTS": lambda: hg.DARTS(sgd, rate),
         "DARTS, first order": lambda: hg.DARTS(sgd),
         DOUBLE_LOOP: lambda: hg.Implicit(
-            hg.Descent(sgd, 10), hg.CG(max_steps=10), warm_start=True
+            hg.Descent(sgd, 10),
+            hg.CG(max_steps=10, preconditioner=None),
+            warm_start=True,
         ),
     }
 

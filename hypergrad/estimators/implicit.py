@@ -49,11 +49,6 @@ from .implicit_solve import (
 )
 
 
-def default_solver() -> CG:
-    """Returns `CG` with a diagonal preconditioner."""
-    return CG(preconditioner="diagonal")
-
-
 class ImplicitState(eqx.Module):
     """Warm-start state of `Implicit`.
 
@@ -92,8 +87,8 @@ class Implicit(eqx.Module):
     Args:
       solver: The inner solver. It is never differentiated.
       linear_solver: Solver of the adjoint system: `CG`, `MINRES`, `Neumann`, `Nystrom`,
-        `NystromCG`, `Identity`, or any solver of lineax. Defaults to `CG` with a
-        diagonal preconditioner, for which the units of ``w`` do not matter.
+        `NystromCG`, `Identity`, or any solver of lineax. Defaults to `CG`, for which
+        the units of ``w`` do not matter.
       damping: Number added to the diagonal of ``H`` in the solve. ``adjoint_residual``
         is computed with ``H`` itself, so that it shows the bias of damping. Defaults to
         None, which adds nothing.
@@ -128,11 +123,11 @@ class Implicit(eqx.Module):
       one more, which yields the cross term and the true residual. The diagonal scaling
       takes eight products for the first estimate and two for each later one. The error
       estimate takes five products and the second outer gradient, and a warm start from
-      the previous adjoint and duals four products. For a linear solver other than the
-      default the error estimate takes up to 25 products more. With ``rtol``: a
-      full gradient for every ten gradients of inner steps, and in each round an adjoint
-      solve with its error estimate. With ``certify``: two Newton steps with an adjoint
-      solve each, and a probe.
+      the previous adjoint and duals four products. With another linear solver than
+      `CG`, or with damping, the error estimate takes up to 25 products more. With
+      ``rtol``: a full gradient for every ten gradients of inner steps, and in each
+      round an adjoint solve with its error estimate. With ``certify``: two Newton steps
+      with an adjoint solve each, and a probe.
     Memory:
       About 25 vectors like ``w`` with the default linear solver and the error estimate,
       whatever the number of inner steps.
@@ -173,7 +168,7 @@ class Implicit(eqx.Module):
     """
 
     solver: InnerSolver
-    linear_solver: lx.AbstractLinearSolver = eqx.field(default_factory=default_solver)
+    linear_solver: lx.AbstractLinearSolver = eqx.field(default_factory=CG)
     damping: float | Array | None = eqx.field(
         default=None, converter=float_converter("damping")
     )
@@ -384,7 +379,7 @@ class Implicit(eqx.Module):
         if self.rtol is None:
             thorough = dataclasses.replace(
                 self,
-                linear_solver=default_solver(),
+                linear_solver=CG(),
                 damping=None,
                 hvp_fn=None,
                 num_newton_steps=self.num_newton_steps + NUM_NEWTON_STEPS,

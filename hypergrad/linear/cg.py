@@ -46,15 +46,17 @@ class CG(SymmetricSolver):
       rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
         of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
-      preconditioner: None; 'diagonal', which solves ``(S H S) x = S b`` for ``v = S x``
-        with a diagonal ``S <= I`` that gives the rows equal norms, so that the units of
-        ``w`` do not matter; or a function ``r -> P^-1 r`` with symmetric positive
-        definite ``P``. The Ritz values are those of ``S H S`` or ``P^-1 H``, and with
-        'diagonal' the residual is that of the scaled system.
+      preconditioner: 'diagonal', which solves ``(S H S) x = S b`` for ``v = S x`` with
+        a diagonal ``S <= I`` that gives the rows equal norms, so that the units of
+        ``w`` do not matter; None; or a function ``r -> P^-1 r`` with symmetric positive
+        definite ``P``. The Ritz values are those of ``S H S``, ``H`` or ``P^-1 H``, and
+        with 'diagonal' the residual is that of the scaled system. Defaults to
+        'diagonal'. In `Implicit` None saves no product unless there is no error
+        estimate, because `CG` with 'diagonal' also yields what the estimate needs.
 
     Cost:
-      One Hessian-vector product per step, one more for a warm start and one for the
-      true residual. Eight more with 'diagonal'.
+      One Hessian-vector product per step, one more for a warm start, one for the true
+      residual, and with 'diagonal' eight for ``S``.
     Memory: four vectors like ``w``, five with 'diagonal'.
     Bias: none at convergence.
 
@@ -72,7 +74,7 @@ class CG(SymmetricSolver):
     )
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: str | Callable[[PyTree], PyTree] | None = eqx.field(
-        static=True, default=None, kw_only=True
+        static=True, default="diagonal", kw_only=True
     )
 
     citations = ("hestenes1952",)

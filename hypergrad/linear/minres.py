@@ -50,12 +50,13 @@ class MINRES(SymmetricSolver):
       rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
         of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
-      preconditioner: None, or 'diagonal', which solves ``(S H S) x = S b`` as `CG`
-        does. The residual and ``ritz_max`` are then those of the scaled system.
+      preconditioner: 'diagonal', which solves ``(S H S) x = S b`` as `CG` does, so that
+        the residual and ``ritz_max`` are those of the scaled system; or None. Defaults
+        to 'diagonal'.
 
     Cost:
-      One Hessian-vector product per step, one more for a warm start and one for the
-      true residual. Eight more with 'diagonal'.
+      One Hessian-vector product per step, one more for a warm start, one for the true
+      residual, and with 'diagonal' eight for ``S``.
     Memory: seven vectors like ``w``, eight with 'diagonal'.
     Bias: none at convergence.
 
@@ -73,7 +74,9 @@ class MINRES(SymmetricSolver):
         default=None, converter=float_converter("rtol", minimum=0)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
-    preconditioner: str | None = eqx.field(static=True, default=None, kw_only=True)
+    preconditioner: str | None = eqx.field(
+        static=True, default="diagonal", kw_only=True
+    )
 
     citations = ("paige1975", "choi2011")
     summary = (

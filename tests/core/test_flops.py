@@ -266,7 +266,8 @@ def test_conjugate_gradients_cost_a_product_per_reported_iteration(ridge):
     """A product has as many operations as a gradient."""
     num_steps = 30
     solver = hg.Descent(optax.sgd(0.1), num_steps)
-    estimator = hg.Implicit(solver, hg.CG(), estimate_error=False)
+    linear_solver = hg.CG(preconditioner=None)
+    estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
     estimate_fn = hg.hypergradient(ridge, estimator)
     flops, stats = hg.cost.flops(estimate_fn, W, ALPHA), estimate_fn(W, ALPHA).stats
     num_iterations = int(stats["num_hvps"]) - 1  # the last product follows the loop

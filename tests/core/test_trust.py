@@ -69,7 +69,7 @@ class UnitDescent(eqx.Module):
 
 OTHERS = {
     "FixedPoint": hg.FixedPoint(UnitDescent(100), 200),
-    "MINRES": hg.Implicit(NO_STEPS, hg.MINRES(preconditioner="diagonal")),
+    "MINRES": hg.Implicit(NO_STEPS, hg.MINRES()),
     "LU": hg.Implicit(NO_STEPS, lx.LU()),
     "tolerance": hg.Implicit(NO_STEPS, num_newton_steps=1, rtol=1e-2),
 }

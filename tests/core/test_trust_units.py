@@ -136,7 +136,7 @@ NO_STEPS = UnitDescent(0)
 SHORT, LONG = UnitDescent(20), UnitDescent(40, 0.5, 0.5)
 ESTIMATORS = {
     "Implicit": hg.Implicit(NO_STEPS),
-    "Implicit, MINRES": hg.Implicit(NO_STEPS, hg.MINRES(preconditioner="diagonal")),
+    "Implicit, MINRES": hg.Implicit(NO_STEPS, hg.MINRES()),
     "Implicit, LU": hg.Implicit(NO_STEPS, lx.LU()),
     "Implicit, Newton step": hg.Implicit(NO_STEPS, num_newton_steps=1),
     "Implicit, tolerance": hg.Implicit(NO_STEPS, num_newton_steps=1, rtol=1e-3),

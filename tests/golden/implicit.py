@@ -39,9 +39,9 @@ def composite() -> Setup:
 
 
 LINEAR_SOLVERS = {
-    "CG": hg.CG(),
-    "CG with rtol": hg.CG(rtol=1e-2),
-    "CG with max_steps": hg.CG(max_steps=2),
+    "CG": hg.CG(preconditioner=None),
+    "CG with rtol": hg.CG(rtol=1e-2, preconditioner=None),
+    "CG with max_steps": hg.CG(max_steps=2, preconditioner=None),
     "Neumann": hg.Neumann(10),
     "Neumann with step_size": hg.Neumann(10, step_size=0.4),
     "Nystrom": hg.Nystrom(3),

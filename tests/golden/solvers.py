@@ -198,9 +198,9 @@ def run_linear_solver(solver: Any) -> dict[str, Any]:
 
 
 LINEAR_SOLVERS: dict[str, Any] = {
-    "CG": hg.CG(),
-    "CG, rtol": hg.CG(rtol=1e-2),
-    "CG, max_steps": hg.CG(max_steps=3),
+    "CG": hg.CG(preconditioner=None),
+    "CG, rtol": hg.CG(rtol=1e-2, preconditioner=None),
+    "CG, max_steps": hg.CG(max_steps=3, preconditioner=None),
     "Neumann": hg.Neumann(12),
     "Neumann, step_size": hg.Neumann(12, step_size=0.3),
     "Nystrom": hg.Nystrom(3),

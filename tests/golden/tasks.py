@@ -126,7 +126,7 @@ def run_task(module: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 def run_local_implicit() -> dict[str, Any]:
     """Returns the mean of the clients' own hypergradients of the federated task."""
     task = tasks.federated.make(key=jax.random.key(61))
-    linear_solver = hg.CG(rtol=1e-3, max_steps=5)
+    linear_solver = hg.CG(rtol=1e-3, max_steps=5, preconditioner=None)
     estimator = tasks.federated.LocalImplicit(task.solver, linear_solver)
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha)
     return {

@@ -35,7 +35,9 @@ def logistic_forward(data: Data) -> Callable[[], np.ndarray]:
 def logistic_whole(
     data: Data, *, gradient: float, adjoint: float
 ) -> Callable[[], np.ndarray]:
-    estimator = hg.Implicit(hg.Newton(tolerance=gradient), hg.CG(rtol=adjoint))
+    estimator = hg.Implicit(
+        hg.Newton(tolerance=gradient), hg.CG(rtol=adjoint, preconditioner=None)
+    )
     return compiled_call(problems.logistic(data), estimator)
 
 

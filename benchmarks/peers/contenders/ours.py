@@ -61,7 +61,9 @@ def heavy_ball(problem: Problem) -> hg.Descent:
 def implicit_at_w(problem: Problem, **options: Any) -> hg.Implicit:
     """Returns implicit differentiation at ``w``, without an inner step."""
     inner_solver = hg.Descent(optax.sgd(0.0), 0)
-    linear_solver = hg.CG(rtol=0.0, max_steps=problem.constants["products"])
+    linear_solver = hg.CG(
+        rtol=0.0, max_steps=problem.constants["products"], preconditioner=None
+    )
     return hg.Implicit(inner_solver, linear_solver, **options)
 
 
@@ -103,13 +105,15 @@ def logistic_whole(
 ) -> Program:
     """Returns implicit differentiation from 0; ``solver`` is `Newton` or `LBFGS`."""
     inner_solver = getattr(hg, solver)(tolerance=gradient)
-    estimator = hg.Implicit(inner_solver, hg.CG(rtol=adjoint))
+    estimator = hg.Implicit(inner_solver, hg.CG(rtol=adjoint, preconditioner=None))
     return hypergradient(problems.logistic(data), estimator)
 
 
 def logistic_trained(data: Data) -> Program:
     problem = problems.logistic(data)
-    solver = hg.CG(rtol=0.0, max_steps=problem.constants["products"])
+    solver = hg.CG(
+        rtol=0.0, max_steps=problem.constants["products"], preconditioner=None
+    )
     return hypergradient(problem, hg.Implicit(heavy_ball(problem), solver))
 
 

@@ -27,12 +27,12 @@ class SOBA(SingleLoop):
     data that is not `Batches` the method is deterministic.
 
     ``w`` and ``v`` follow ``alpha`` only if it moves slowly. Begin with a rate ``rho``
-    of about the inverse of the largest eigenvalue of ``H``, which the statistic
-    ``ritz_max`` of ``Implicit(solver, CG())`` estimates, and with a rate of ``alpha``
-    at which ``certify_every`` reports a small ``error_estimate``; if that grows along
-    the run, lower the rate of ``alpha``. If ``alpha`` has a weight per example, a step
-    moves only the weights of its batch, so that ``error_estimate`` is large at any
-    rate. Judge such runs by their values.
+    of about the inverse of the largest eigenvalue of ``H``, which ``ritz_max`` of
+    ``Implicit(solver, CG(preconditioner=None))`` estimates, and with a rate of
+    ``alpha`` at which ``certify_every`` reports a small ``error_estimate``; if that
+    grows along the run, lower the rate of ``alpha``. If ``alpha`` has a weight per
+    example, a step moves only the weights of its batch, so that ``error_estimate`` is
+    large at any rate. Judge such runs by their values.
 
     Args:
       optimizer: Optax transformation for ``w``. The paper uses ``optax.sgd(rho)`` with
