@@ -125,6 +125,7 @@ PERCENTS = (1, 3, 6)
 NUM_STEPS = {"untargeted": 250, "targeted": 500}
 NUM_INNER, RECORD_EVERY, BUDGET = 20, 25, 6_000.0
 NUM_IMAGES = 8  # of the figure
+PLAIN_CG = hg.CG(rtol=1e-6, preconditioner=None)
 
 # Methods: each returns the victims ``w``, the cost of one attack, and further fields.
 
@@ -156,11 +157,7 @@ def make_methods(attack: str) -> dict[str, tuple[Any, optax.GradientTransformati
             optax.sgd(1.0),
         ),
         "Implicit": (
-            hg.Implicit(
-                hg.LBFGS(tolerance=1e-3),
-                hg.CG(rtol=1e-6, preconditioner=None),
-                estimate_error=False,
-            ),
+            hg.Implicit(hg.LBFGS(tolerance=1e-3), PLAIN_CG, estimate_error=False),
             optax.adam(0.1),
         ),
     }
