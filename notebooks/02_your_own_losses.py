@@ -174,7 +174,7 @@ except ValueError as error:
 
 # %%
 loss_alpha = {"smoothing": alpha["smoothing"], "decay": alpha["decay"]}
-cg = hg.CG(rtol=1e-3, preconditioner="diagonal")
+cg = hg.CG(rtol=1e-3)
 implicit_after = hg.Implicit(hg.Newton(tolerance=1.0), cg)
 print("Implicit after 100 steps")
 print_estimate(hg.hypergradient(problem, implicit_after)(estimate.w, loss_alpha))

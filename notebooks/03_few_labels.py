@@ -62,7 +62,7 @@ class System(NamedTuple):
 
 
 def implicit(solver):
-    return hg.Implicit(solver, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False)
+    return hg.Implicit(solver, hg.CG(rtol=1e-2, max_steps=20))
 
 
 SYSTEMS = {

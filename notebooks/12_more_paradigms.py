@@ -61,7 +61,7 @@ class System(NamedTuple):
 
 
 def implicit(solver):
-    return hg.Implicit(solver, hg.CG(rtol=1e-2, max_steps=20), estimate_error=False)
+    return hg.Implicit(solver, hg.CG(rtol=1e-2, max_steps=20))
 
 
 # Each update of the agent goes on where the previous one ended.
