@@ -129,7 +129,7 @@ class Implicit(eqx.Module):
       round an adjoint solve with its error estimate. With ``certify``: two Newton steps
       with an adjoint solve each, and a probe.
     Memory:
-      About 25 vectors like ``w`` with the default linear solver and the error estimate,
+      About 25 vectors like ``w`` with the default `CG` and the error estimate,
       whatever the number of inner steps.
     Bias:
       First order in the errors of the inner and of the adjoint solve, which are both
