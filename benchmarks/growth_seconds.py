@@ -255,7 +255,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns a cell per line, whose sizes are time_calls in turns."""
+    """Returns a cell per line, whose sizes are timed in turns."""
     del scale, seeds
     return [
         {"method": method, "axis": axis, "seed": 0}

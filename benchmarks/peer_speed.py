@@ -13,71 +13,74 @@ PyTorch by rows, which is slow for its products by a vector (*w1-solve* by hand 
 0.071 s, and 0.032 s by columns, as all JAX contenders have them). *w1* is bound by
 memory, whose speed on the machine drifts by minutes.
 
-Question: At the same work and the same accuracy: how many times the inner run alone
-does a hypergradient take, and what part of the time and memory of other libraries?
+*Question.* At the same work and the same accuracy, how many times as long as the inner
+run alone does a hypergradient take, and what fraction of the time and memory of other
+libraries?
 
-Works (`peers/work.py` states each in NumPy, with the error above which an answer is
-wrong): *w1*: logistic regression, 10,000 and 10,000 examples, 500 log-penalties, 500
-full-batch steps of heavy-ball descent: in reverse (*unrolled*), along ones (*forward*),
-at a given `w` by 20 products of conjugate gradients (*solve*), from 0 by any solver to
-a true error of 1e-4 (*whole*). *w2*: hyper-cleaning, a 784-300-10 ReLU network, 5,000
-weights, 100 full-batch steps: in reverse, the same in little memory (*lowmem*), at a
-given `w` by 10 products (*implicit*). *w3*: a 784-128-10 tanh network, batches of 128
-in turn, three hyperparameters, 1,000 and 10,000 steps in reverse and 1,000 forward.
-*w4*: MAML, 16 five-way five-shot tasks, four convolutions of 64. *overhead*: w1 at 32
-examples and 8 features, where there is nothing but overhead. *w6*: a training of the
-table `trainings`, its hypergradient by 30 products, beside the training alone. Of ours
-alone, beside a *base*: *dispatch* (a ready `hypergradient` on overhead-solve, beside
-its program under `jax.jit`), *eight* (w1-solve for eight validation losses in one
-estimate, beside one), *compile* (overhead, traced and compiled anew at every call,
-beside 100 times the steps, and beside plain JAX), *w2-indefinite* (w2-implicit at the
-initialisation, where the Hessian has negative eigenvalues: finite, not trusted, and
-negative curvature seen; the same by Gauss-Newton products, which have none).
+*Works.* `peers/work.py` states each in NumPy, with the error above which a result is
+wrong. *w1* is logistic regression: 10,000 examples for training and as many for
+validation, 500 log-penalties, 500 full-batch steps of heavy-ball descent. Its
+hypergradient is computed in reverse mode (*unrolled*), along ones (*forward*), at a
+given `w` by 20 products of conjugate gradients (*solve*), and from 0 by any solver to
+an error of 1e-4 (*whole*). *w2* is hyper-cleaning: a 784-300-10 ReLU network, 5,000
+weights of examples, 100 full-batch steps; in reverse mode (*unrolled*), the same in
+little memory (*lowmem*), and at a given `w` by 10 products (*implicit*). *w3* is a
+784-128-10 tanh network on batches of 128 in turn with three hyperparameters: 1,000 and
+10,000 steps in reverse mode, 1,000 in forward mode. *w4* is MAML: 16 five-way five-shot
+tasks, four convolutions of 64 channels. *overhead* is w1 with 32 examples and 8
+features, which leaves nothing but overhead. *w6* is a training of the table `trainings`
+with its hypergradient by 30 products, compared with the training alone. Four works are
+of hypergrad alone, compared with a *base*: *dispatch*, a call of the function that
+`hypergradient` returns, with its program under `jax.jit`; *eight*, w1-solve for eight
+validation losses in one estimate, with one; *compile*, overhead traced and compiled
+again in every call, with 100 times the steps and with plain JAX; and *w2-indefinite*,
+w2-implicit at the initial parameters, where the Hessian has negative eigenvalues: the
+result must be finite, untrusted, and report negative curvature, which Gauss-Newton
+products do not have.
 
-Contenders (`peers/contenders/`): *inner*: the inner run alone, in plain JAX; *plain*:
-plain JAX by hand; *ours*: public names only; *defaults*: ours as the README calls it, a
-ready function with all that an estimate tells, checkpoints included; JAXopt, with
-`unroll=True` and `custom_root`; Optimistix, with checkpoints of every step and
-`ImplicitAdjoint(CG)`; in w1-whole the L-BFGS of both as well; PyTorch by hand and its
-`torch.func`, higher, TorchOpt, hypertorch, Betty, BOAT, moskomule's hypergrad,
-learn2learn. Each does a work as its documentation says, in the layout that suits it:
-data, layout and compilation are not timed, all JAX contenders have the same. *Ours*
-returns the hypergradient from a jitted function, so that what else an estimate tells is
-not computed, but for *dispatch*; forward mode in *w3-forward* is the choice of
-`hg.unrolled_estimator`. A work that a library does not offer has no row.
+*Contenders* (`peers/contenders/`). *inner*: the inner run alone, in plain JAX. *plain*:
+plain JAX by hand. *ours*: hypergrad by its public names, where a jitted function
+returns the hypergradient alone, so that the other fields of an estimate are not
+computed; in *w3-forward* the estimator is the choice of `hg.unrolled_estimator`.
+*defaults*: `hg.hypergradient` as in the README, with all fields of an estimate and its
+error estimate. JAXopt with `unroll=True` and `custom_root`, Optimistix with checkpoints
+of every step and `ImplicitAdjoint(CG)`, and in w1-whole the L-BFGS of both. PyTorch by
+hand and `torch.func`, higher, TorchOpt, hypertorch, Betty, BOAT, moskomule's hypergrad,
+and learn2learn. Each library does a work as its documentation recommends, in the layout
+that is fastest for it. Data, layout and compilation are not timed. Where the work is a
+number of products, `CG` of hypergrad has no preconditioner. `Unrolled` of *ours* stores
+all steps, except in *w2-lowmem* and in *w3* in reverse mode, where checkpoints are set
+by hand. A work that a library does not offer has no row.
 
-Settings of w1-whole, which asks for an error and leaves the way open. Every contender
-has the cheapest of its grid that is right: of all combinations in `peers/tuning.py`
-(tolerances or numbers of steps of the inner solver, tolerances or numbers of products
-of the adjoint, rates and momenta where it descends, for *ours* Newton's method or
-L-BFGS) the one with the least seconds among those whose error is at most 5e-5, half of
-what is allowed, on the data of seeds 100 and 101. The reported data are of seed 0.
-`peers/settings.json` keeps what was chosen.
+*Settings of w1-whole*, which prescribes an error and not a method. `peers/tuning.py`
+tries all combinations of a grid for each contender on the data of seeds 100 and 101:
+tolerances or numbers of steps of the inner solver, tolerances or numbers of products of
+the adjoint, rates and momenta of descent, and for *ours* Newton's method or L-BFGS.
+Chosen is the fastest whose error is at most 5e-5, half of the maximum; it is in
+`peers/settings.json`. The reported data are those of seed 0.
 
-Timing: One fresh process a contender, without a persistent compilation cache and
-without variables that tune JAX or XLA, of at most 3/4 of the machine's memory; all of a
-work are there at once, and one runs at a time, from the root of the repository, with as
-many OpenMP threads as cores it may use. Its first call gives *first* (what compiles,
-compiles) and *peak*, the resident set at its highest; *scratch* is what XLA says of its
-program. Then rounds: in each, every contender makes one repetition, A B C ... A B C
-...: so many calls as took half a second when it was called a second time, at least one,
-and begun 0.4 s after the last contender's, whose threads may spin until then. A
-repetition while other processes took over 8% of a core (`/proc/stat`, less the
-contender's own time) is thrown away and counted. Rounds end when each has five clean
-repetitions, after 20 at the latest; the row says how many were clean.
+*Timing.* Each contender has a fresh process without a persistent compilation cache,
+without variables that tune JAX or XLA, of at most 3/4 of the machine's memory, and with
+as many OpenMP threads as there are cores. All processes of a work exist at once, and
+one runs at a time. The first call, which compiles, gives *first* and *peak*, the
+maximum of the resident set; *scratch* is the temporary memory of the program by XLA.
+Rounds follow, in each of which every contender makes one repetition: A B C, A B C, and
+so on. A repetition is one call, or as many as take half a second, and begins 0.4 s
+after the previous one, whose threads may still be spinning. A repetition in which other
+processes take more than 8% of a core, by `/proc/stat` less the contender's own time, is
+discarded and counted. Rounds end when each contender has five clean repetitions, or
+after 20.
 
-Errors: Relative, in the 2-norm, to the same algorithm in float64 by plain JAX; in
-w1-whole to the exact implicit hypergradient, by a dense solve where Newton's method
-ends. What fails, or is wrong by more than the work's error, keeps its row with the
-reason, and has no ratio.
+*Errors* are relative, in the 2-norm, to the same algorithm in float64 by plain JAX; in
+w1-whole to the exact implicit hypergradient, by a dense solve at the minimum. A
+contender that fails, or whose error exceeds that of the work, keeps its row with the
+reason and has no ratio.
 
-Criteria: `peers/claims.py` lists them: ratios of medians within one work, so of
-interleaved repetitions, bytes, and microseconds. *The fastest PyTorch peer* and *the
-fastest peer*, of any library, are of those that are right; where one of these has not
-five clean repetitions there is no ratio, and the check fails. Ratios of *defaults* are
-told without a claim. `Unrolled` of *ours* stores all steps, as most others do, but in
-*w2-lowmem* and *w3*, where it keeps checkpoints, its default. Each line is *met* or
-*not met*, and where more is reached for, *reached* or *not reached*. The check fails
+*Criteria.* `peers/claims.py` lists them: ratios of medians within one work, bytes, and
+microseconds. *The fastest PyTorch peer* and *the fastest peer*, of any library, are
+among those with a right result; where one of these has not five clean repetitions,
+there is no ratio and the check fails. Nothing is claimed of *defaults*. A claim is
+*met* or *not met*, and an aim beyond it *reached* or *not reached*. The check fails
 where a number of ours is missing, not where a claim is not met or no peer is right.
 """
 

@@ -129,7 +129,7 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
         hg.Implicit(
             cartpole_solver(NUM_STEPS),
-            hg.CG(max_steps=5),
+            hg.CG(max_steps=5, preconditioner="diagonal"),
             warm_start=True,
         ),
         NUM_STEPS + 2 + 2 * 19,

@@ -48,9 +48,9 @@ import hypergrad as hg
 # form or approximately by descent, has an implicit derivative. `self_supervised` stops
 # its inner run after 100 steps, far from a solution, so that the run itself is
 # differentiated. The derivative of a run is exact for its own target. An implicit
-# derivative is right at the solution of the inner problem, and its estimator can
-# estimate the error of each estimate. Here it does not, which makes the programs about
-# half as large; [another notebook](05_trust.ipynb) is about that error.
+# derivative is right at the solution of the inner problem, and its estimator also
+# estimates the error of each estimate, which is the subject of [another
+# notebook](05_trust.ipynb).
 
 
 # %%

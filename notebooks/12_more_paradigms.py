@@ -44,9 +44,7 @@ import hypergrad as hg
 #
 # `reinforcement` follows a semi-gradient, which is the gradient of no loss: the run
 # itself is differentiated, and the derivative is exact for its own target, with the
-# experience taken as given. `federated` and `physics` use an implicit derivative. The
-# estimator leaves out its error here, because the programs are then about half as
-# large.
+# experience taken as given. `federated` and `physics` use an implicit derivative.
 #
 # `physics` is an optimal control, whose `alpha` are the two boundary values. The
 # minimum is known: it is 0 and lies at `alpha = (0, 1)`.

@@ -38,7 +38,7 @@ class MissingNumberError(Exception):
 
 
 class NoPeerError(MissingNumberError):
-    """The state in which no contender of another library is accurate."""
+    """No contender of another library has a valid result."""
 
 
 def seconds(row: Row) -> float:
@@ -166,7 +166,7 @@ class PeerClaim(NamedTuple):
         """Returns the number with its details."""
         return self.measure(rows, self.contender)
 
-    def words(self, value: float) -> tuple[str, str]:
+    def verdicts(self, value: float) -> tuple[str, str]:
         """Returns whether the bound is met and the aim reached; empty without one."""
         met = "" if self.max_value is None else "met"
         if self.max_value is not None and not value <= self.max_value:
@@ -185,7 +185,7 @@ class PeerClaim(NamedTuple):
             is_failed = not isinstance(error, NoPeerError)
             return Finding(f"{text}: {error}", "FAILED" if is_failed else None)
         text += f": {value:.3g}" + (f" ({details})" if details else "")
-        met, reached = self.words(value)
+        met, reached = self.verdicts(value)
         if met:
             text += f", at most {self.max_value:.3g} claimed"
         if reached:

@@ -28,7 +28,7 @@ from .worker import save
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = Path(__file__).parent / "contenders"
-OPTIONS_FILE = Path(__file__).parent / "settings.json"
+OPTIONS_FILE = Path(__file__).parent / "settings.json"  # and `setting` of a row
 UNCOMPARED = ("inner", "base")  # contenders whose results are not compared
 MAX_OTHER_LOAD = 0.08  # cores; a repetition with a higher load is discarded
 NUM_CLEAN, MAX_ROUNDS = 5, 20  # clean repetitions that are needed, and rounds

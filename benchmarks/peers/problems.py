@@ -23,8 +23,8 @@ from .work import Data
 class Problem(NamedTuple):
     """Losses of ``(w, alpha, batch)`` with their data, and the point ``(w, alpha)``.
 
-    ``w`` is the initial one, or for a work that only solves the adjoint system the
-    minimizer. ``constants`` holds the numbers of the work: steps, rate, momentum,
+    ``w`` is the initial one, or the ``w`` of the data for a work that only solves the
+    adjoint system. ``constants`` holds the numbers of the work: steps, rate, momentum,
     products.
     """
 

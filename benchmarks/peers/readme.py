@@ -29,7 +29,7 @@ def section(rows: list[Row]) -> str:
         try:
             value, details = claim.measured(works.get(claim.work, {}))
             number = f"**{value:.3g}**" + (f" ({details})" if details else "")
-            met, reached = claim.words(value)
+            met, reached = claim.verdicts(value)
         except MissingNumberError as error:
             number = f"not measured: {error}"
         verdicts.append(met)

@@ -93,9 +93,9 @@ def fastest_valid(trials: list[list[dict[str, float]]], max_error: float) -> int
       max_error: Maximum error of each.
     """
     total_seconds = [
-        (sum(trial["seconds"] for trial in trials_of_one), index)
-        for index, trials_of_one in enumerate(trials)
-        if all(trial["error"] <= max_error for trial in trials_of_one)
+        (sum(trial["seconds"] for trial in trials_by_seed), index)
+        for index, trials_by_seed in enumerate(trials)
+        if all(trial["error"] <= max_error for trial in trials_by_seed)
     ]
     return min(total_seconds)[1] if total_seconds else None
 

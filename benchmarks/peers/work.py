@@ -29,7 +29,7 @@ def logistic(
     """Returns logistic regression with one log-penalty per feature.
 
     The inner loss is mean(softplus(-y x.w)) + 0.5 sum(exp(alpha) w^2), and the outer
-    loss is its mean over ``validation`` examples, by default as many as for training.
+    loss mean(softplus(-y x.w)) over ``validation`` examples, by default as many.
     The inner run makes ``steps`` steps of gradient descent from 0 with heavy-ball
     momentum: v <- momentum v + gradient, w <- w - rate v.
 

@@ -142,9 +142,9 @@ class Estimate(ResultModule):
         - ``inner_grad_norm``: ``||dL/dw||`` at ``w``.
         - ``num_inner_steps``: Number of inner steps.
         - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses; of
-          ``S (b - H v)`` and ``S b`` with the default `CG`.
+          ``S (b - H v)`` and ``S b`` where `Implicit` solves by the default `CG`.
         - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``,
-          or of the scaled ``S H S`` with the default `CG`.
+          or of the scaled ``S H S`` with the default `CG` or `MINRES`.
         - ``error_estimate``: Estimated relative error of the hypergradient.
         - ``standard_error``: Relative standard error of a hypergradient that was
           sampled.

@@ -123,11 +123,13 @@ class Implicit(eqx.Module):
       one more, which yields the cross term and the true residual. The diagonal scaling
       takes eight products for the first estimate and two for each later one. The error
       estimate takes five products and the second outer gradient, and a warm start from
-      the previous adjoint and duals four products. With another linear solver than
-      `CG`, or with damping, the error estimate takes up to 25 products more. With
-      ``rtol``: a full gradient for every ten gradients of inner steps, and in each
-      round an adjoint solve with its error estimate. With ``certify``: two Newton steps
-      with an adjoint solve each, and a probe.
+      the previous adjoint and duals four products. With a linear solver other than `CG`
+      with its diagonal preconditioner, or with damping, the error estimate takes up to
+      25 products more. `MINRES`, and `CG` with ``damping`` or ``hvp_fn``, find a
+      scaling of their own in each estimate, by eight products. With ``rtol``: a full
+      gradient for every ten gradients of inner steps, and in each round an adjoint
+      solve with its error estimate. With ``certify``: two Newton steps with an adjoint
+      solve each, and a probe.
     Memory:
       About 25 vectors like ``w`` with the default `CG` and the error estimate,
       whatever the number of inner steps.

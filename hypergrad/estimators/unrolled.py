@@ -113,8 +113,8 @@ class Unrolled(RunEstimator):
             ),
             not_recommended_for="very long runs, solvers with a line search",
             reason=(
-                "the derivative of the run itself; where steps exceed 1.5 GB it runs "
-                "twice"
+                "the derivative of the run itself; steps that need more than 1.5 GB "
+                "are made twice"
             ),
         ),
         MethodSummary(

@@ -61,8 +61,9 @@ class SymmetricSolver(lx.AbstractLinearSolver):
     - ``is_scaled``: Whether the solver is conjugate gradients in scaled coordinates.
       `Implicit` then calls `scaled_cg` in its place, with its ``rtol`` and
       ``max_steps``, which also yields the error estimate. Defaults to False.
-    - ``rtol``: Tolerance of the relative residual ``||b - H v|| / ||b||``. `Implicit`
-      with a tolerance of its own sets it, and needs a solver with ``exact``.
+    - ``rtol``: Tolerance of the relative residual ``||b - H v|| / ||b||``, in scaled
+      coordinates if ``is_scaled``. `Implicit` with a tolerance of its own sets it, and
+      needs a solver with ``exact``.
     - ``refresh_every``: Number of estimates of `Implicit` that share one prepared
       value. Defaults to 1, which prepares nothing.
     - ``prepare(matvec, like) -> prepared``: Required if ``refresh_every`` exceeds 1.

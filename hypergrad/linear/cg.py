@@ -32,27 +32,29 @@ from .equilibration import solve_equilibrated
 class CG(SymmetricSolver):
     """``v = H^-1 b`` by conjugate gradients, to a relative residual ``rtol``.
 
-    With the condition number ``kappa``, the error in the H-norm after k steps is
+    The method is applied to ``(S H S) x = S b`` with ``v = S x``. By default ``S`` is
+    a diagonal that gives the rows of ``S H S`` equal norms, so that the units of ``w``
+    do not matter. With the condition number ``kappa`` of ``S H S``, the error in the
+    H-norm after k steps is
 
         error_k <= 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k error_0.
 
     If ``p'Hp <= 0`` for a search direction ``p``, the solver stops, returns its last
     iterate and sets ``negative_curvature``. Its statistics are ``num_products``,
     ``residual`` (true and relative), and ``ritz_min`` and ``ritz_max``, the extreme
-    eigenvalues of the Lanczos matrix. These lie within the spectrum of ``H`` and
+    eigenvalues of the Lanczos matrix. These lie within the spectrum of ``S H S`` and
     approach its ends.
 
     Args:
-      rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
-        of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
+      rtol: The solver stops at ``||S (b - H v)|| <= rtol ||S b||``. Defaults to
+        ``eps^(3/4)`` of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in
+        float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
-      preconditioner: 'diagonal', which solves ``(S H S) x = S b`` for ``v = S x`` with
-        a diagonal ``S <= I`` that gives the rows equal norms, so that the units of
-        ``w`` do not matter; None; or a function ``r -> P^-1 r`` with symmetric positive
-        definite ``P``. The Ritz values are those of ``S H S``, ``H`` or ``P^-1 H``, and
-        with 'diagonal' the residual is that of the scaled system. Defaults to
-        'diagonal'. In `Implicit` None saves no product unless there is no error
-        estimate, because `CG` with 'diagonal' also yields what the estimate needs.
+      preconditioner: 'diagonal', the default; None, which means ``S = I``; or a
+        function ``r -> P^-1 r`` with symmetric positive definite ``P`` and ``S = I``,
+        where the Ritz values are those of ``P^-1 H``. In an `Implicit` that estimates
+        its error on ``H`` itself, None saves no product, because the steps with
+        'diagonal' also yield what the estimate needs.
 
     Cost:
       One Hessian-vector product per step, one more for a warm start, one for the true

@@ -46,13 +46,16 @@ class MINRES(SymmetricSolver):
     ``negative_curvature``, which is True if ``r'Hr < 0`` for some residual ``r``, and
     ``ritz_max``, a lower bound of ``||H||``. ``ritz_min`` remains unknown.
 
+    By default the method is applied to ``(S H S) x = S b`` with ``v = S x`` and the
+    diagonal ``S`` of `CG`. The norms above are then those of ``x``, of ``S (b - H v)``
+    and of ``S H S``.
+
     Args:
-      rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. Defaults to ``eps^(3/4)``
-        of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in float32.
+      rtol: The solver stops at ``||S (b - H v)|| <= rtol ||S b||``. Defaults to
+        ``eps^(3/4)`` of the dtype of ``b``, which is 2e-12 in float64 and 6e-6 in
+        float32.
       max_steps: Maximum number of steps. Defaults to ``min(10 dim, 1000)``.
-      preconditioner: 'diagonal', which solves ``(S H S) x = S b`` as `CG` does, so that
-        the residual and ``ritz_max`` are those of the scaled system; or None. Defaults
-        to 'diagonal'.
+      preconditioner: 'diagonal', the default, or None, which means ``S = I``.
 
     Cost:
       One Hessian-vector product per step, one more for a warm start, one for the true

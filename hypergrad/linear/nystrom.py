@@ -143,7 +143,9 @@ class NystromCG(SymmetricSolver):
 
     Args:
       rank: r, the rank of the approximation.
-      rtol, max_steps: As in `CG`.
+      rtol: The solver stops at ``||b - H v|| <= rtol ||b||``. The default is that of
+        `CG`.
+      max_steps: As in `CG`.
       damping: Added to ``s`` in the preconditioner; it does not change the solution.
       key: PRNG key of the random sketch. Defaults to ``jax.random.key(0)``.
       refresh_every: Number of estimates of `Implicit` that use the same sketch.

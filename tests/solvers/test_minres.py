@@ -8,6 +8,7 @@ import scipy.sparse.linalg
 
 import hypergrad as hg
 from hypergrad.linear.base import solve_linear
+from hypergrad.linear.equilibration import equilibrate
 from tests.solvers.systems import (
     BALANCED,
     EIGENVECTORS,
@@ -175,6 +176,23 @@ def test_the_default_preconditioner_removes_the_units():
         assert stats["num_products"] <= 2 * reference["num_products"] + 8
     with pytest.raises(ValueError, match="preconditioner"):
         hg.MINRES(preconditioner="jacobi")
+
+
+def test_the_default_solves_a_singular_system_with_the_minimum_scaled_norm():
+    """``S^-1 v`` is orthogonal to the null space of ``S H S``, whatever the units."""
+    rng = np.random.default_rng(4)
+    balanced = symmetric_matrix(np.append(np.zeros(3), np.linspace(1.0, 3.0, N - 3)))
+    units = 10 ** rng.uniform(-3, 3, N)
+    H = units[:, None] * balanced * units[None]
+    b = H @ (rng.normal(size=N) / units)
+    v, stats = compute(hg.MINRES(), H, b)
+    assert stats["is_successful"]
+    assert relative_error((H @ v) / units, b / units) < 1e-8
+    s = np.asarray(equilibrate(lambda x: jnp.asarray(H) @ x, jnp.asarray(b)).s)
+    x = np.asarray(v) / s
+    eigenvalues, eigenvectors = np.linalg.eigh(s[:, None] * H * s[None])
+    null_space = eigenvectors[:, np.argsort(abs(eigenvalues))[:3]]
+    assert np.linalg.norm(null_space.T @ x) < 1e-6 * np.linalg.norm(x)
 
 
 @pytest.mark.parametrize("exponent", [-100, -65, 65, 100])

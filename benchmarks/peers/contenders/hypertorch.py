@@ -25,7 +25,7 @@ import hypergrad
 
 
 def losses(problem: Problem) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Returns the losses with its signature, whose state ends with the velocity."""
+    """Returns losses with hypertorch's signature; a state ends with the velocity."""
     num_params = len(problem.init_params)
     return (
         lambda params, alphas, step=(0,): problem.inner_loss(params, *alphas, *step),
@@ -74,7 +74,7 @@ def recomputed(problem: Problem, batches: int) -> Callable[[], np.ndarray]:
 def implicit(
     problem: Problem, solve: Callable[[], Params] | None = None
 ) -> Callable[[], np.ndarray]:
-    """Returns its conjugate gradients on the map of one step of gradient descent."""
+    """Returns hypertorch's CG on the map of one step of gradient descent."""
     inner, outer = losses(problem)
     step = hypergrad.GradientDescent(inner, 1.0)
 

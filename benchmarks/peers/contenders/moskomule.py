@@ -15,7 +15,7 @@ from hypergrad.approx_hypergrad import conjugate_gradient
 
 
 def implicit(problem: Problem) -> Callable[[], np.ndarray]:
-    """Returns implicit differentiation at the inner minimizer."""
+    """Returns implicit differentiation at ``init_params``."""
 
     def inner(params: Params, alphas: Params) -> Tensor:
         return problem.inner_loss(params, *alphas)

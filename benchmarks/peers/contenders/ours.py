@@ -192,7 +192,7 @@ def few_shot(data: Data) -> Program:
 # Works without a peer.
 
 
-def compiled_call(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
+def hypergradient_call(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
     """Returns a call of the function that `hypergradient` returns."""
     train, val, w, alpha = problem.arrays
     bilevel = hg.Bilevel(problem.inner, problem.outer, train, val)
@@ -202,7 +202,7 @@ def compiled_call(problem: Problem, estimator: Any) -> Callable[[], np.ndarray]:
 
 def dispatch(data: Data) -> Callable[[], np.ndarray]:
     problem = problems.logistic(data, at_solution=True)
-    return compiled_call(problem, implicit_at_w(problem))
+    return hypergradient_call(problem, implicit_at_w(problem))
 
 
 def several_losses(data: Data) -> Program:
@@ -218,7 +218,7 @@ def several_losses(data: Data) -> Program:
     return hypergradient(problem._replace(outer=outer), implicit_at_w(problem))
 
 
-def compile_call(
+def recompiling_call(
     make: Callable[[Data], Program], data: Data
 ) -> Callable[[], np.ndarray]:
     """Returns a call that traces, compiles and runs a program."""
@@ -257,7 +257,7 @@ class ProgramWithStats(Program):
         return result
 
     def notes(self) -> dict[str, float]:
-        """Returns the scratch memory and the statistics, without those that are NaN."""
+        """Returns the scratch memory and the statistics that are finite."""
         stats = {name: x for name, x in self.stats.items() if np.isfinite(x)}
         return super().notes() | stats
 
@@ -298,5 +298,5 @@ WORKS = {
     "overhead-solve": logistic_solve,
     "dispatch": dispatch,
     "eight": several_losses,
-    "compile": functools.partial(compile_call, untraced_unrolled),
+    "compile": functools.partial(recompiling_call, untraced_unrolled),
 }

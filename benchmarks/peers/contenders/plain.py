@@ -16,7 +16,7 @@ from ..work import Data
 
 
 def heavy_ball(gradient: Callable, rate: Array, momentum: float) -> Callable:
-    """Returns a step of ``(w, v)`` with the gradient function ``(w, t)``."""
+    """Returns a step of ``(w, v)``; ``gradient(w, t)`` is the gradient of step t."""
 
     def step(carry, t):
         w, v = carry
@@ -63,13 +63,13 @@ def final_w_of_schedule(
     return loop(step, w, constants["steps"], segments)
 
 
-def segment_length(number: int) -> int:
-    """Returns the largest divisor that is at most the square root."""
-    return next(d for d in range(math.isqrt(number), 0, -1) if number % d == 0)
+def num_segments(num_steps: int) -> int:
+    """Returns the largest divisor of the steps that is at most their square root."""
+    return next(d for d in range(math.isqrt(num_steps), 0, -1) if num_steps % d == 0)
 
 
 def conjugate_gradients(product: Callable, b: PyTree, steps: int) -> PyTree:
-    """Makes the steps from 0; steps without a residual change nothing."""
+    """Returns the iterate after the steps from 0; without a residual it stays."""
     dot = optax.tree.vdot
     add = lambda a, s, b: jax.tree.map(lambda a, b: a + s * b, a, b)
     ratio = lambda a, b: jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
@@ -115,7 +115,7 @@ def newton(
     steps: int,
     products: int,
 ) -> PyTree:
-    """Returns ``w`` after Newton steps of as many products each."""
+    """Returns ``w`` after Newton steps, each by ``products`` steps of CG."""
 
     def step(_, w):
         gradient = jax.grad(problem.inner)(w, alpha, train)
@@ -193,7 +193,7 @@ def cleaning_solve(data: Data) -> Program:
 
 def schedule_reverse(data: Data) -> Program:
     problem = problems.schedule(data)
-    segments = segment_length(problem.constants["steps"])
+    segments = num_segments(problem.constants["steps"])
     run = functools.partial(final_w_of_schedule, problem, segments=segments)
     return reverse(problem, run)
 
@@ -236,12 +236,12 @@ def few_shot(data: Data) -> Program:
 def cleaning_stored(data: Data) -> Program:
     """Returns reverse mode that runs each segment a second time."""
     problem = problems.cleaning(data)
-    segments = segment_length(problem.constants["steps"])
+    segments = num_segments(problem.constants["steps"])
     run = functools.partial(final_w, problem, segments=segments)
     return reverse(problem, run)
 
 
-def compile_call(data: Data) -> Callable[[], np.ndarray]:
+def recompiling_call(data: Data) -> Callable[[], np.ndarray]:
     """Returns a call that traces, compiles and runs `logistic_unrolled`."""
 
     def call():
@@ -266,5 +266,5 @@ WORKS = {
     "w6": logistic_trained,
     "overhead": logistic_unrolled,
     "overhead-solve": logistic_solve,
-    "compile": compile_call,
+    "compile": recompiling_call,
 }
