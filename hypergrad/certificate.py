@@ -38,8 +38,8 @@ from .validation import (
     as_key,
     check_positive_int,
     check_same_structure,
-    float_converter,
     floats_to_arrays,
+    positive,
 )
 
 TRUST_RTOL = 1e-2
@@ -214,8 +214,8 @@ def certify(
         hypergradient = hypergradient.hypergradient
     w, alpha = as_input_arrays(w, alpha)
     check_positive_int("num_newton_steps", num_newton_steps)
-    rtol = float_converter("rtol", optional=False)(rtol)
-    strong_convexity = float_converter("strong_convexity")(strong_convexity)
+    rtol = positive("rtol")(rtol)
+    strong_convexity = positive("strong_convexity", optional=True)(strong_convexity)
     problem, rtol, strong_convexity, hypergradient = floats_to_arrays(
         (problem, rtol, strong_convexity, hypergradient)
     )

@@ -166,6 +166,7 @@ def correction_terms(
         row(rows, solution.target_solutions),
         row(rows, solution.target_residuals),
         scaling,
+        solution.curvature_max,
     )
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(solution.v))).eps)
     curvature_min = solution.curvature_min

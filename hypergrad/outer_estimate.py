@@ -121,8 +121,11 @@ def _attach_certificate(
             stats["distance_to_implicit"] = certificate.error_estimate
             return stats, no_flags | estimate.flags
         stats["error_estimate"] = certificate.error_estimate
-        stats["trusted"] = certificate.trusted
-        return stats, no_flags | {"certificate": ~certificate.trusted}
+        # The certificate is about the hypergradient and not about the value.
+        not_finite = estimate.flags["not_finite"]
+        stats["trusted"] = certificate.trusted & ~not_finite
+        flags = {"certificate": ~certificate.trusted, "not_finite": not_finite}
+        return stats, no_flags | flags
 
     skip = lambda: (estimate.stats, no_flags | estimate.flags)
     stats, flags = jax.lax.cond(should_certify, certify, skip)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .certificate import TRUST_RTOL
 from .estimators.base import Estimator
 from .hypergradient import hypergradient
 from .trees import relative_error
 from .trust_problems import FAMILIES, UNIT_EXPONENTS, Trial, cast_trial, make_trial
 
-TRUST_RTOL = 1e-2
 MAX_FALSE_TRUST, MIN_RECALL = 6e-3, 0.98
 #: Families whose minima are not points, so that the Hessian has zero eigenvalues there,
 #: and negative ones nearby: `Implicit` refuses some accurate estimates of them.
@@ -93,6 +93,8 @@ def check_trust(
     >>> counts.num_false
     0
     """
+    for family in families:
+        _check_family(family)
     keys = jax.random.split(jax.random.key(0) if key is None else key, len(families))
     counts = [
         trust_counts(estimator, family, num_problems, dtype=dtype, key=family_key)

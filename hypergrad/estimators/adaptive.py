@@ -24,7 +24,7 @@ from ..implicit_diff import (
     merge_linear_stats,
     safeguarded_newton_steps,
 )
-from ..inner.base import InnerStats, inner_stats
+from ..inner.base import InnerStats, grads_per_step, inner_stats
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
 from ..problem import Bilevel, EstimateData
@@ -262,9 +262,9 @@ class AdaptiveSolve(eqx.Module):
             return carry, inner_grad, counts
         loss, inner_data = self.problem.inner_loss, self.data.inner_data
         _, steps_key = jax.random.split(self.data.solver_key)
-        grads_per_step = batch_fraction(inner_data)
+        num_grads = grads_per_step(self.solver) * batch_fraction(inner_data)
         keys = jax.random.split(steps_key, num_steps)
-        steps_per_check = math.ceil(GRADS_PER_CHECK / grads_per_step)
+        steps_per_check = math.ceil(GRADS_PER_CHECK / num_grads)
 
         def cond_fun(loop_state):
             _, inner_grad, index, _ = loop_state
@@ -287,7 +287,7 @@ class AdaptiveSolve(eqx.Module):
         counts = add_counts(
             counts,
             num_steps=num_new_steps,
-            num_grads=num_new_steps * grads_per_step + num_checks,
+            num_grads=num_new_steps * num_grads + num_checks,
         )
         return carry, inner_grad, counts
 

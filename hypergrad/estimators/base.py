@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ..cost import COST_STATS
 from ..display import (
     ResultModule,
     Row,
@@ -26,13 +27,7 @@ STATS = (
     "error_estimate",
     "standard_error",
     "distance_to_implicit",
-    "num_grads",
-    "num_hvps",
-    "num_values",
-    "num_outer_grads",
-    "num_outer_values",
-    "num_examples",
-    "gradient_equivalents",
+    *COST_STATS,
 )
 
 #: The sentence for each flag of the library, with a remedy in parentheses if there is
@@ -115,19 +110,6 @@ REASONS = {
 }
 
 
-#: Flags that check finite values themselves, or that are set for every estimate.
-FINITE_FLAGS = {
-    "not_finite",
-    "certificate",
-    "other_curvature",
-    "truncated",
-    "single_step",
-    "random",
-    "biased",
-    "difference_error",
-}
-
-
 class Estimate(ResultModule):
     """A hypergradient estimate and its diagnostics.
 
@@ -144,7 +126,8 @@ class Estimate(ResultModule):
         - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses; of
           ``S (b - H v)`` and ``S b`` where `Implicit` solves by the default `CG`.
         - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``,
-          or of the scaled ``S H S`` with the default `CG` or `MINRES`.
+          or of the scaled ``S H S`` with the default `CG` or `MINRES`; the default `CG`
+          in `Implicit` gives the extreme curvatures along its search directions.
         - ``error_estimate``: Estimated relative error of the hypergradient.
         - ``standard_error``: Relative standard error of a hypergradient that was
           sampled.
@@ -269,8 +252,8 @@ def normalize_estimate(estimate: Estimate) -> Estimate:
     Estimates of third parties may lack any of them. Statistics of their own are kept.
     """
     flags = normalize_flags(estimate.stats, estimate.flags)
-    if not flags.keys() & FINITE_FLAGS:
-        flags["not_finite"] = ~all_finite(estimate.value, estimate.hypergradient)
+    is_finite = all_finite(estimate.value, estimate.hypergradient)
+    flags["not_finite"] = flags.get("not_finite", False) | ~is_finite
     standard_stats = {name: x for name, x in estimate.stats.items() if name in STATS}
     extra_stats = {
         name: jnp.asarray(x)

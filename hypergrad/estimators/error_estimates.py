@@ -22,7 +22,7 @@ def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
     Args:
       changes: Lengths of the successive changes of the sequence.
       eps: Machine epsilon of the sequence. Rounding hides a contraction by less than
-        ``sqrt(eps)`` per change, so that ``1 - R`` is at least ``s sqrt(eps)``.
+        ``sqrt(eps)`` per change, so that ``R`` is at most ``(1 - sqrt(eps))^s``.
 
     Returns:
       The estimate; 0 for a single change, which shows no contraction.
@@ -36,7 +36,7 @@ def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
     if num_changes >= 4 * s:
         earlier, later = changes[-4 * s : -2 * s], changes[-2 * s :]
         R = jnp.maximum(R, jnp.sqrt(_ratio(jnp.sum(later), jnp.sum(earlier))))
-    R = jnp.minimum(R, 1 - s * eps**0.5)
+    R = jnp.minimum(R, (1 - eps**0.5) ** s)
     return jnp.where(path == 0, 0.0, path * R / (1 - R))
 
 

@@ -34,6 +34,7 @@ from ..validation import (
     check_solver,
     float_converter,
     is_traced,
+    non_negative,
 )
 from .adaptive import is_iterative
 from .base import Estimate, make_estimate
@@ -172,7 +173,7 @@ class Implicit(eqx.Module):
     solver: InnerSolver
     linear_solver: lx.AbstractLinearSolver = eqx.field(default_factory=CG)
     damping: float | Array | None = eqx.field(
-        default=None, converter=float_converter("damping")
+        default=None, converter=non_negative("damping", optional=True)
     )
     hvp_fn: HvpFn | None = eqx.field(static=True, default=None, kw_only=True)
     num_newton_steps: int = eqx.field(static=True, default=0, kw_only=True)
@@ -237,6 +238,11 @@ class Implicit(eqx.Module):
                 "hvp_fn must be None with rtol, because more work does not make the "
                 f"adjoint of another operator more accurate; got {self.hvp_fn!r}."
             )
+        if self.damping is not None:
+            raise ValueError(
+                "damping must be None with rtol, because more work does not remove the "
+                f"change by damping; got {self.damping!r}."
+            )
         if (refresh_every := refresh_interval(self.linear_solver)) > 1:
             raise ValueError(
                 "refresh_every must be 1 with rtol, which solves at several points per "
@@ -291,7 +297,7 @@ class Implicit(eqx.Module):
         prepared = None
         if refresh_interval(self.linear_solver) > 1:
             linear_solver: Any = self.linear_solver
-            prepare = lambda w: linear_solver.prepare(lambda v: v, w)
+            prepare = lambda w: linear_solver.prepare(lambda v: v, w)[0]
             prepared = optax.tree.zeros_like(jax.eval_shape(prepare, w))
         return ImplicitState(
             w,

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
 from ..certificate import NEWTON_RTOL
@@ -200,7 +199,4 @@ def _reuse_or_prepare(
     should_refresh = state.num_estimates % refresh_every == 0
     should_refresh |= ~all_finite(state.prepared)
     prepare = lambda: linear_solver.prepare(matvec, like)
-    prepared = jax.lax.cond(should_refresh, prepare, lambda: state.prepared)
-    # A sketch of Nystrom is a pair (basis, eigenvalues) of one product per eigenvalue.
-    _, eigenvalues = prepared
-    return prepared, jnp.where(should_refresh, eigenvalues.size, 0)
+    return jax.lax.cond(should_refresh, prepare, lambda: (state.prepared, 0))

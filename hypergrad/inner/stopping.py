@@ -44,8 +44,8 @@ class GradTolerance(NamedTuple):
         return jnp.maximum(self.init_norm, safe_norm(self.change))
 
     def is_met(self, grad: PyTree, unit: Array | float = 1.0) -> Array:
-        """Returns whether ``unit * grad`` is small enough."""
-        select = lambda g, c: jnp.where(jnp.abs(g) * unit > self.tolerance * c, g, 0)
+        """Returns whether ``unit * grad`` is small enough; a NaN is not."""
+        select = lambda g, c: jnp.where(jnp.abs(g) * unit <= self.tolerance * c, 0, g)
         excess = jax.tree.map(select, grad, self.change)
         return safe_norm(excess) <= self.tolerance * self.init_norm / unit
 
@@ -94,9 +94,10 @@ def has_progressed(
     """Returns True if a step decreased the loss, or its gradient, beyond rounding.
 
     A solver stops after a step without progress, because nothing is left to gain in
-    the precision of the loss.
+    the precision of the loss. A step to a gradient that is not finite is none.
     """
     rounding_error = value_rounding_error(value)
-    is_lower = new_value < value - rounding_error
-    is_flatter = safe_norm(new_grad) < safe_norm(grad)
+    new_norm = safe_norm(new_grad)
+    is_lower = (new_value < value - rounding_error) & jnp.isfinite(new_norm)
+    is_flatter = new_norm < safe_norm(grad)
     return is_lower | (is_flatter & (new_value <= value + rounding_error))

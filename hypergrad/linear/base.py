@@ -11,9 +11,7 @@ from jaxtyping import Array, PyTree
 from ..trees import (
     add_scale,
     cast_like,
-    divide,
-    norm,
-    power_of_two_scale,
+    norm_ratio,
     scalar_dtype,
 )
 
@@ -66,7 +64,8 @@ class SymmetricSolver(lx.AbstractLinearSolver):
       needs a solver with ``exact``.
     - ``refresh_every``: Number of estimates of `Implicit` that share one prepared
       value. Defaults to 1, which prepares nothing.
-    - ``prepare(matvec, like) -> prepared``: Required if ``refresh_every`` exceeds 1.
+    - ``prepare(matvec, like) -> (prepared, num_products)``: Required if
+      ``refresh_every`` exceeds 1.
     - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
     - ``summary``: Tuple of `MethodSummary`, its rows in the guide.
     """
@@ -188,11 +187,7 @@ def _count_products(
 
 def relative_residual(b: PyTree, Hv: PyTree) -> Array:
     """Returns ``||b - H v|| / ||b||``; 0 if ``b`` and ``H v`` are both zero."""
-    unit = power_of_two_scale(b)
-    b, Hv = divide(b, unit), divide(Hv, unit)
-    residual_norm, b_norm = norm(add_scale(b, -1, Hv)), norm(b)
-    safe_norm = jnp.where(b_norm == 0, 1.0, b_norm)
-    return jnp.where(residual_norm == 0, 0.0, residual_norm / safe_norm)
+    return norm_ratio(add_scale(b, -1, Hv), b)
 
 
 def check_linear_solver(solver: Any, name: str = "linear_solver") -> None:

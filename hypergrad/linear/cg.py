@@ -19,6 +19,7 @@ from ..trees import (
     divide,
     is_zero,
     norm,
+    norm_ratio,
     power_of_two_scale,
     scalar_dtype,
     scale,
@@ -39,11 +40,11 @@ class CG(SymmetricSolver):
 
         error_k <= 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k error_0.
 
-    If ``p'Hp <= 0`` for a search direction ``p``, the solver stops, returns its last
-    iterate and sets ``negative_curvature``. Its statistics are ``num_products``,
-    ``residual`` (true and relative), and ``ritz_min`` and ``ritz_max``, the extreme
-    eigenvalues of the Lanczos matrix. These lie within the spectrum of ``S H S`` and
-    approach its ends.
+    If ``p'Hp <= 0`` for a search direction ``p``, the solver stops and returns its last
+    iterate; below 0 it sets ``negative_curvature``. Other statistics are
+    ``num_products``, ``residual`` (true and relative), and ``ritz_min`` and
+    ``ritz_max``, the extreme eigenvalues of the Lanczos matrix. These lie within the
+    spectrum of ``S H S`` and approach its ends.
 
     Args:
       rtol: The solver stops at ``||S (b - H v)|| <= rtol ||S b||``. Defaults to
@@ -166,12 +167,13 @@ def conjugate_gradients(
     squared_tol = (jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)) ** 2
     x, r, num_init_products = first_residual(matvec, b, x)
     num_coefficients = max(min(dimension, max_steps), 1)
-    x, r, rz, k, is_negative, step_sizes, ratios = run_recurrence(
+    x, r, rz, k, curvature, step_sizes, ratios = run_recurrence(
         matvec, preconditioner, x, r, squared_tol, max_steps, num_coefficients
     )
+    is_stopped = curvature <= 0
     # A NaN in b or H ends the loop, and must not leave the starting point as a result.
     x = add_scale(x, jnp.where(jnp.isfinite(rz), 0.0, jnp.nan), x)
-    is_solved = ~is_negative & (vdot(r, r) <= squared_tol)
+    is_solved = ~is_stopped & (vdot(r, r) <= squared_tol)
     result = lx.RESULTS.where(
         is_solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached
     )
@@ -180,15 +182,15 @@ def conjugate_gradients(
         residual = relative_residual(b, matvec(x))
         num_products = num_products + 1
     else:
-        residual = relative_residual(r, optax.tree.zeros_like(r))
-    ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
+        residual = norm_ratio(r, b)
+    ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_stopped)
     stats = {
         "num_steps": k,
         "num_products": num_products,
         "residual": residual,
-        "ritz_min": jnp.where(is_negative, jnp.fmin(ritz_min, 0.0), ritz_min),
+        "ritz_min": jnp.where(is_stopped, jnp.fmin(ritz_min, 0.0), ritz_min),
         "ritz_max": ritz_max,
-        "negative_curvature": is_negative,
+        "negative_curvature": curvature < 0,
     }
     return scale(unit, x), result, stats
 
@@ -205,24 +207,24 @@ def run_recurrence(
     """Runs the loop of conjugate gradients from ``x`` with the residual ``r``.
 
     Returns:
-      ``(x, r, r'z, num_steps, is_negative, step_sizes, ratios)``. ``is_negative`` is
-      True if the last step met ``p'Hp <= 0``. Of the step sizes ``a_k`` and the ratios
-      ``c_k`` the first ``num_coefficients`` are recorded.
+      ``(x, r, r'z, num_steps, p'Hp, step_sizes, ratios)``. A step with ``p'Hp <= 0``
+      changes nothing and is the last. Of the step sizes ``a_k`` and the ratios ``c_k``
+      the first ``num_coefficients`` are recorded.
     """
 
     def cond_fun(carry):
-        _, r, _, rz, k, is_negative, *_ = carry
+        _, r, _, rz, k, curvature, *_ = carry
         has_residual = vdot(r, r) > squared_tol
-        return (k < max_steps) & ~is_negative & (rz > 0) & has_residual
+        return (k < max_steps) & ~(curvature <= 0) & (rz > 0) & has_residual
 
     def body_fun(carry):
         x, r, p, rz, k, _, step_sizes, ratios = carry
         # a_k = r'z / p'Hp
         Hp = matvec(p)
         curvature = vdot(p, Hp)
-        is_negative = curvature <= 0
-        safe_curvature = jnp.where(is_negative, 1.0, curvature)
-        step_size = jnp.where(is_negative, 0.0, rz / safe_curvature)
+        is_stopped = curvature <= 0
+        safe_curvature = jnp.where(is_stopped, 1.0, curvature)
+        step_size = jnp.where(is_stopped, 0.0, rz / safe_curvature)
         # x <- x + a_k p,  r <- r - a_k H p,  z = P^-1 r
         x = add_scale(x, step_size, p)
         r = add_scale(r, -step_size, Hp)
@@ -233,7 +235,7 @@ def run_recurrence(
         p = add_scale(z, ratio, p)
         step_sizes = step_sizes.at[k].set(step_size, mode="drop")
         ratios = ratios.at[k].set(ratio, mode="drop")
-        return x, r, p, new_rz, k + 1, is_negative, step_sizes, ratios
+        return x, r, p, new_rz, k + 1, curvature, step_sizes, ratios
 
     z = preconditioner(r)
     zeros = jnp.zeros((num_coefficients,), scalar_dtype(r))
@@ -243,13 +245,13 @@ def run_recurrence(
         z,
         vdot(r, z),
         jnp.asarray(0),
-        jnp.asarray(False),
+        jnp.ones_like(vdot(r, z)),
         zeros,
         zeros,
     )
     final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
-    x, r, _, rz, k, is_negative, step_sizes, ratios = final_carry
-    return x, r, rz, k, is_negative, step_sizes, ratios
+    x, r, _, rz, k, curvature, step_sizes, ratios = final_carry
+    return x, r, rz, k, curvature, step_sizes, ratios
 
 
 def first_residual(

@@ -84,7 +84,7 @@ def equilibrate(
     With a standard normal ``z``, the entries of ``S H S z`` have the norms of the rows
     as standard deviations. Each probe divides ``s`` by the root of their absolute
     values, which halves the exponents of the units. The result is the geometric mean
-    over the second half of the probes, with a maximum of 1. A row of zeros keeps its
+    over the second half of the probes, at most 1. A row of zeros keeps its
     factor. Up to 8 parameters, ``H`` is formed and the norms of its rows are used.
 
     Args:

@@ -64,7 +64,7 @@ class Nystrom(SymmetricSolver):
 
     Args:
       rank: r. At the full rank the result is exact up to the damping.
-      damping: ``rho > 0``, added to the spectrum.
+      damping: ``rho``, added to the spectrum; above 0 unless the rank is full.
       key: PRNG key of the random sketch. Defaults to ``jax.random.key(0)``.
 
     Cost: ``rank`` Hessian-vector products in one batch.
@@ -85,7 +85,6 @@ class Nystrom(SymmetricSolver):
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
-    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Nystrom(r))",
@@ -206,12 +205,14 @@ class NystromCG(SymmetricSolver):
         """Returns 0, because the solution is exact up to the tolerance."""
         return 0.0
 
-    def prepare(self, matvec: MatVec, like: PyTree) -> PyTree:
+    def prepare(self, matvec: MatVec, like: PyTree) -> tuple[PyTree, int]:
         """Returns the sketch that `compute` takes as ``options["prepared"]``.
 
-        Cost: ``rank`` products in one batch.
+        Returns:
+          The sketch and the number of products, which run in one batch.
         """
-        return nystrom_approximation(matvec, like, self.rank, self.key)
+        u, s = nystrom_approximation(matvec, like, self.rank, self.key)
+        return (u, s), s.size
 
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
@@ -224,7 +225,7 @@ class NystromCG(SymmetricSolver):
         most the smallest eigenvalue of ``H``.
         """
         prepared = options.get("prepared")
-        u, s = self.prepare(state.mv, vector) if prepared is None else prepared
+        u, s = self.prepare(state.mv, vector)[0] if prepared is None else prepared
         spectrum = s + jnp.asarray(self.damping, s.dtype)
         # If H is singular, s_r is 0 up to rounding and must not be the target value.
         min_target = jnp.finfo(s.dtype).eps ** 0.5 * s[0]

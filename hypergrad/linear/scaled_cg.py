@@ -265,18 +265,23 @@ def _row(vectors: PyTree, index: int | slice) -> PyTree:
 
 
 def add_gradient_step(
-    matvec: MatVec, solutions: PyTree, residuals: PyTree, scaling: Scaling
+    matvec: MatVec,
+    solutions: PyTree,
+    residuals: PyTree,
+    scaling: Scaling,
+    curvature_max: Array,
 ) -> PyTree:
     """Returns solutions after one step along the residual ``r = b - H x`` of the first.
 
     Each step minimizes along ``S S r``, which is a direction that the Krylov space of
     another right-hand side may not contain. The solutions stay as they are if ``H`` is
-    not positive along it.
+    not positive along it, up to rounding.
 
     Args:
       matvec: Function ``v -> H v``.
       solutions, residuals: ``x`` and ``b - H x`` for right-hand sides ``[m, ...]``.
       scaling: ``S``.
+      curvature_max: A large curvature of ``S H S``, or NaN.
 
     Cost: one product.
     """
@@ -285,7 +290,9 @@ def add_gradient_step(
     residuals = jax.vmap(divide)(residuals, units)
     p = _row(residuals, 0)
     curvature = vdot(p, scaling.matvec(matvec)(p))
-    is_positive = curvature > 0
+    # Along a direction without curvature a step would be infinite, or noise.
+    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(p))).eps)
+    is_positive = curvature > eps * jnp.fmax(curvature_max, 0.0) * vdot(p, p)
     safe_curvature = jnp.where(is_positive, curvature, 1.0)
     direction = scaling.multiply(p)
 

@@ -353,8 +353,26 @@ def test_hypergradient_must_be_structured_like_alpha():
         hg.certify(RIDGE.problem, RIDGE.w, RIDGE.alpha, jnp.ones(2))
 
 
+@pytest.mark.parametrize("value", ["many", 0.0])
 @pytest.mark.parametrize("name", ["num_newton_steps", "rtol", "strong_convexity"])
-def test_options_must_be_numbers(name):
+def test_options_must_be_positive_numbers(name, value):
     """The error names the option."""
     with pytest.raises((TypeError, ValueError), match=name):
-        hg.certify(RIDGE.problem, RIDGE.w, RIDGE.alpha, **{name: "many"})
+        hg.certify(RIDGE.problem, RIDGE.w, RIDGE.alpha, **{name: value})
+
+
+def test_an_infinite_outer_value_is_not_trusted():
+    """Its derivatives are finite, so that the certificate alone would trust them."""
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum(w**2) + batch
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2), outer, None, jnp.inf
+    )
+    estimator = hg.Implicit(hg.Newton(), certify=True)
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.ones(2))
+    assert not estimate.trusted
+    assert len(estimate.reasons) == 1
+    assert "finite" in estimate.reasons[0]
+    plain = hg.Implicit(hg.Newton(), estimate_error=False)
+    loop = hg.OuterLoop(problem, plain, optax.sgd(0.1), certify_every=1)
+    trace = loop.run(loop.init(jnp.zeros(2), jnp.ones(2)), num_steps=1)
+    assert not trace.stats["trusted"].any()

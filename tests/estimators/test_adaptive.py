@@ -500,6 +500,7 @@ REUSED_SKETCH = hg.NystromCG(2, refresh_every=2)
         ("linear_solver", SOLVER, {"linear_solver": lx.CG(0.1, 0.1)}),
         ("refresh_every", SOLVER, {"linear_solver": REUSED_SKETCH}),
         ("hvp_fn", SOLVER, {"hvp_fn": lambda w, alpha, batch, v: v}),
+        ("damping", SOLVER, {"damping": 0.1}),
         ("solver", hg.Newton, {}),
         ("num_newton_steps", hg.Newton(), {}),
         ("adjoint_batch_size", SOLVER, {"adjoint_batch_size": 5}),

@@ -104,6 +104,13 @@ def test_the_remaining_change_of_a_geometric_sequence_is_exact(ratio):
     assert actual == pytest.approx(ratio**12 / (1 - ratio), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_sequence_that_does_not_contract_will_still_change(dtype):
+    """However many changes there are, the bound of the contraction stays positive."""
+    eps = float(jnp.finfo(dtype).eps)
+    assert remaining_change(jnp.ones(200), eps) > 0.1
+
+
 def test_a_large_parameter_without_influence_hides_nothing():
     """One of 2000 beside an error of 10%, which the remaining steps show exactly."""
     inner = lambda w, alpha, batch: (

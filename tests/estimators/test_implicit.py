@@ -650,6 +650,7 @@ def test_leaf_of_alpha_that_only_the_optimizer_uses_is_an_error():
         ("linear_solver", hg.Newton()),
         ("linear_solver", hg.CG),
         ("damping", "0.1"),
+        ("damping", -0.1),
         ("num_newton_steps", -1),
         ("adjoint_batch_size", 0),
         ("outer_batch_size", 1.5),

@@ -112,6 +112,15 @@ def test_negative_curvature_is_reported_exactly_if_it_exists(eigenvalues, is_pos
         assert not stats["is_successful"]
 
 
+def test_a_direction_without_curvature_is_not_negative():
+    """``b`` lies outside the range of ``H``: the solver stops and has no solution."""
+    v, stats = compute(CG, np.diag([1.0, 0.0]), np.array([0.0, 1.0]))
+    assert not stats["negative_curvature"]
+    assert not stats["is_successful"]
+    assert stats["ritz_min"] <= 0 or np.isnan(stats["ritz_min"])
+    np.testing.assert_array_equal(v, 0.0)
+
+
 def test_negative_curvature_returns_the_iterate_before():
     """That iterate is optimal in its Krylov space."""
     H = symmetric_matrix(np.append(np.linspace(1.0, 2.0, N - 1), -0.05))

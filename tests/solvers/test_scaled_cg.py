@@ -175,10 +175,17 @@ def test_a_gradient_step_adds_a_missing_direction():
     scaling = Scaling(jnp.ones(2), 0)
     solution = scaled_cg(matvec_of(H), b, scaling, targets=targets)
     np.testing.assert_allclose(solution.target_solutions, [[0.0, 0.0], [0.5, 0.0]])
-    actual = add_gradient_step(
-        matvec_of(H), solution.target_solutions, solution.target_residuals, scaling
+    step = lambda H, curvature_max: add_gradient_step(
+        matvec_of(H),
+        solution.target_solutions,
+        solution.target_residuals,
+        scaling,
+        jnp.asarray(curvature_max),
     )
-    np.testing.assert_allclose(actual, [[0.0, 0.2], [0.5, 0.6]])
+    np.testing.assert_allclose(step(H, 2.0), [[0.0, 0.2], [0.5, 0.6]])
+    # A curvature that is rounding beside the largest makes no step.
+    noise = jnp.diag(jnp.array([2.0, 1e-17]))
+    np.testing.assert_array_equal(step(noise, 2.0), solution.target_solutions)
 
 
 def test_a_nan_in_h_is_returned():
