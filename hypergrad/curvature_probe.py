@@ -76,9 +76,10 @@ def probe_curvature(
     zeros = optax.tree.zeros_like(z)
     num_coefficients = min(dimension, MAX_PROBE_STEPS)
     num_steps = jnp.minimum(num_steps, MAX_PROBE_STEPS)
-    _, r, _, k, is_negative, step_sizes, ratios = run_recurrence(
+    _, r, _, k, curvature, step_sizes, ratios = run_recurrence(
         matvec, lambda r: r, zeros, z, squared_tol, num_steps, num_coefficients
     )
+    is_negative = curvature <= 0
     ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
     ritz_min, ritz_max = ritz_min - shift, ritz_max - shift
     # Both ends of the spectrum are missed with a probability of 1/2% each.

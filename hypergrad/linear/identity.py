@@ -26,6 +26,7 @@ class Identity(SymmetricSolver):
     """
 
     citations = ("luketina2016",)
+    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Identity())",

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ..method_summary import MethodSummary
 from ..trees import add_scale, norm, scalar_dtype, scale
-from ..validation import check_positive_int, positive
+from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 
 NUM_POWER_ITERATIONS = 10
@@ -44,10 +44,11 @@ class Neumann(SymmetricSolver):
 
     num_terms: int = eqx.field(static=True)
     step_size: float | Array | None = eqx.field(
-        default=None, converter=positive("step_size", optional=True)
+        default=None, converter=non_negative("step_size", optional=True)
     )
 
     citations = ("lorraine2020",)
+    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Neumann(K))",

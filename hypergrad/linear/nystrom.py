@@ -85,6 +85,7 @@ class Nystrom(SymmetricSolver):
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
+    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Nystrom(r))",

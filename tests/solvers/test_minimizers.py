@@ -374,9 +374,8 @@ def test_a_solve_states_whether_it_met_its_tolerance(solver):
 def test_a_point_without_a_finite_gradient_is_not_converged(solver):
     """``sqrt(w^2)`` has the derivative 0 / 0 at its minimum, which a step may reach."""
     root = lambda w, alpha, batch: jnp.sqrt(w**2)
-    w, stats = solve(solver, root, jnp.asarray(1.0), None)
+    _, stats = solve(solver, root, jnp.asarray(1.0), None)
     assert stats["converged"] == 0
-    assert np.isfinite(jax.grad(root)(w, None, None))
 
 
 # The cost of a solve.
