@@ -22,7 +22,7 @@ def section(rows: list[Row]) -> str:
         return "Not measured yet.\n"
     verdicts = []
     works, text = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
-    titles = "work", "of ours", "measured", "claimed, at most", "", "aimed at", ""
+    titles = "work", "quantity", "measured", "claimed, at most", "", "aimed at", ""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for claim in CLAIMS:
         met = reached = ""
