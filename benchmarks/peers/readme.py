@@ -50,8 +50,9 @@ def rewrite(text: str, rows: list[Row]) -> str:
 
 
 def committed_rows() -> list[Row]:
-    """Returns the committed rows, or none."""
-    return read_rows(ROWS) if ROWS.exists() else []
+    """Returns the committed rows of single contenders, or none."""
+    rows = read_rows(ROWS) if ROWS.exists() else []
+    return [row for row in rows if "contenders" not in row]
 
 
 if __name__ == "__main__":
