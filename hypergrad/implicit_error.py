@@ -37,6 +37,7 @@ from .trees import (
     norm,
     norm_ratio,
     power_of_two_scale,
+    ratio,
     vdot,
 )
 
@@ -292,7 +293,7 @@ def estimate_error(
             is_zero(result.b) & is_moving & reads_w[0 if index is None else index]
         )
         unit = power_of_two_scale(result.h)
-        relative_to_h = lambda x: _ratio(x, norm(divide(result.h, unit)))
+        relative_to_h = lambda x: ratio(x, norm(divide(result.h, unit)))
         errors = jax.vmap(directional_error)(directions, terms.duals)
         relative_residual_change = norm_ratio(
             residual_change, scaling.multiply(result.b)
@@ -405,11 +406,6 @@ def _curvature_vanishes(
 
     remaining = apply_unless(~is_negative, new_curvature, curvature)
     return is_negative & (remaining > MAX_REMAINING_CURVATURE * curvature)
-
-
-def _ratio(x: Array, y: Array) -> Array:
-    """Returns ``x / y``, and 0 if ``x`` is 0."""
-    return jnp.where(x == 0, 0.0, x / y)
 
 
 def _safe_vdot(x: PyTree, y: PyTree, unit: Array) -> Array:

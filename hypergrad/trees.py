@@ -123,11 +123,15 @@ def safe_distance(x: PyTree, y: PyTree) -> Array:
     return safe_norm(jax.tree.map(jnp.subtract, x, y))
 
 
+def ratio(x: Array, y: Array) -> Array:
+    """Returns ``x / y``, and 0 if ``x`` is 0."""
+    return jnp.where(x == 0, 0.0, x / y)
+
+
 def norm_ratio(x: PyTree, y: PyTree) -> Array:
     """Returns ``||x|| / ||y||``, and 0 if ``x`` is 0."""
     unit = power_of_two_scale(y)
-    x_norm, y_norm = norm(divide(x, unit)), norm(divide(y, unit))
-    return jnp.where(x_norm == 0, 0.0, x_norm / y_norm)
+    return ratio(norm(divide(x, unit)), norm(divide(y, unit)))
 
 
 def random_like(key: Array, like: PyTree) -> PyTree:

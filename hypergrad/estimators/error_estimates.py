@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..trees import norm
+from ..trees import norm, ratio
 
 
 def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
@@ -32,17 +32,12 @@ def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
         return jnp.zeros((), changes.dtype)
     s = max(1, num_changes // 4)
     path = jnp.sum(changes[-s:])
-    R = _ratio(path, jnp.sum(changes[-2 * s : -s]))
+    R = ratio(path, jnp.sum(changes[-2 * s : -s]))
     if num_changes >= 4 * s:
         earlier, later = changes[-4 * s : -2 * s], changes[-2 * s :]
-        R = jnp.maximum(R, jnp.sqrt(_ratio(jnp.sum(later), jnp.sum(earlier))))
+        R = jnp.maximum(R, jnp.sqrt(ratio(jnp.sum(later), jnp.sum(earlier))))
     R = jnp.minimum(R, (1 - eps**0.5) ** s)
     return jnp.where(path == 0, 0.0, path * R / (1 - R))
-
-
-def _ratio(x: Array, y: Array) -> Array:
-    """Returns ``x / y``, and 0 if ``x`` is 0."""
-    return jnp.where(x == 0, 0.0, x / y)
 
 
 def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> Scalar:

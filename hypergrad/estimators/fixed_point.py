@@ -20,7 +20,14 @@ from ..lost_derivative_checks import lost_derivative_flags, lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
-from ..trees import all_finite, max_machine_eps, norm_ratio, safe_distance, safe_norm
+from ..trees import (
+    all_finite,
+    max_machine_eps,
+    norm_ratio,
+    ratio,
+    safe_distance,
+    safe_norm,
+)
 from ..validation import check_positive_int
 from .base import Estimate, make_estimate
 from .error_estimates import remaining_change
@@ -210,8 +217,7 @@ class FixedPoint(eqx.Module):
             eps, h_norm = max_machine_eps(w), safe_norm(h)
             adjoint_error = remaining_change(adjoint_changes, eps)
             error = safe_distance(final_h, h) + remaining_change(changes, eps)
-            relative = lambda x: jnp.where(x == 0, 0.0, x / h_norm)
-            return relative(adjoint_error), relative(error)
+            return ratio(adjoint_error, h_norm), ratio(error, h_norm)
 
         adjoint_error, error = jax.tree.map(
             jnp.max,
