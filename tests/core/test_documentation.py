@@ -41,10 +41,14 @@ def test_the_readme_is_short_and_runs(capsys):
     """Descent is trusted and lowers the value; an early stop is untrusted, by name."""
     path = ROOT / "README.md"
     assert len(path.read_bytes()) <= 10_000
-    names = run_blocks(path)
+    with enable_x64(False):  # as users run it
+        names = run_blocks(path)
     first, last, trusted = capsys.readouterr().out.splitlines()[0].split()
     assert float(last) < float(first)
+    assert f"# {float(first):.2f} {float(last):.2f} {trusted}" in path.read_text()
     assert trusted == "True"
+    f1 = names["f1"].exact(names["val"][0] @ names["f1_trace"].w, names["labels"])
+    assert f"# {f1:.2f}" in path.read_text()
     assert not names["estimate"].trusted
     assert len(names["estimate"].reasons) == 1
     assert names["certificate"].error_estimate > 0.1
