@@ -92,12 +92,12 @@ print(f"h at the start {float(reference.value[0]):.4f}, lowest {lowest:.4f}")
 #
 # Every run may spend the cost of 1,500 gradients of the training loss on all data. The
 # double loop makes 20 steps of descent per outer step, starting from the last `w`, and
-# ten steps of conjugate gradients. Without a preconditioner and an estimate of its
-# error, each step costs about two thirds as much as with them. The single loops see 16
-# examples per step. SABA stores a gradient for every example, which removes the noise
-# in the limit; SOBA does not. The single loops move `alpha` by gradient descent and the
-# double loop by Adam, with rates chosen by hand on a coarse grid. In the table
-# `logistic`, every rate is tuned by a rule.
+# ten steps of conjugate gradients, without a preconditioner and an estimate of its
+# error, which would add to the cost of each step. The single loops see 16 examples per
+# step. SABA stores a gradient for every example, which removes the noise in the limit;
+# SOBA does not. The single loops move `alpha` by gradient descent and the double loop
+# by Adam, with rates chosen by hand on a coarse grid. In the table `logistic`, every
+# rate is tuned by a rule.
 
 # %%
 descent = hg.Descent(optax.sgd(0.5, momentum=0.9), 20)
