@@ -13,7 +13,7 @@ from .variance_reduction import (
     SagaTable,
     empty_table,
     inner_parts,
-    outer_parts,
+    outer_value_and_parts,
     saga_estimate,
     shapes_of_parts,
 )
@@ -23,10 +23,10 @@ class SABA(SingleLoop):
     """Makes the steps of `SOBA` along SAGA estimates of its three directions.
 
     The method stores the latest ``dL/dw``, ``H v``, ``J' v`` of each inner example and
-    the latest ``M``, ``dM/dw``, ``dM/dalpha`` of each outer example, so that ``value``
-    is estimated in the same way. The mean over a batch is
+    the latest ``dM/dw``, ``dM/dalpha`` of each outer example. The mean over a batch is
     replaced by ``mean_k (new_k - old_k) + mean of all old``, which is unbiased and
-    whose noise vanishes as the run converges. Rates can therefore stay constant.
+    whose noise vanishes as the run converges. Rates can therefore stay constant. The
+    ``value`` of a step is that of its batch.
 
     The tables start empty, without a pass over the data: the stored derivatives of an
     example are zero until the example is first sampled, so that the first step is that
@@ -110,15 +110,16 @@ class SABA(SingleLoop):
         point = Point(state.w, state.v, alpha)
         inner_table, outer_table = state.memory
         # dL/dw, H v and J' v
-        inner_fn = lambda batch: inner_parts(problem.inner_loss, point, batch)
-        inner, inner_table = saga_estimate(
+        inner_fn = lambda batch: (None, inner_parts(problem.inner_loss, point, batch))
+        _, inner, inner_table = saga_estimate(
             inner_fn, inner_table, data.inner_data, data.inner_key
         )
-        # M, dM/dw and dM/dalpha
-        outer_fn = lambda batch: outer_parts(problem, point, batch)
-        outer, outer_table = saga_estimate(
+        # dM/dw and dM/dalpha
+        outer_fn = lambda batch: outer_value_and_parts(problem, point, batch)
+        value, outer, outer_table = saga_estimate(
             outer_fn, outer_table, data.outer_data, data.outer_key
         )
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {"num_hvps": inner_fraction, "num_outer_grads": outer_fraction}
-        return soba_step(self, state, inner, outer, counts, (inner_table, outer_table))
+        tables = inner_table, outer_table
+        return soba_step(self, state, value, inner, outer, counts, tables)

@@ -5,12 +5,17 @@ from typing import Any
 
 import equinox as eqx
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .variance_reduction import InnerParts, OuterParts, Point, minibatch_parts
+from .variance_reduction import (
+    InnerParts,
+    OuterParts,
+    Point,
+    minibatch_value_and_parts,
+)
 
 
 class SOBA(SingleLoop):
@@ -94,15 +99,16 @@ class SOBA(SingleLoop):
     ) -> tuple[Step, SingleLoopState]:
         """Makes one step on a batch of each loss."""
         point = Point(state.w, state.v, alpha)
-        inner, outer = minibatch_parts(problem, point, data)
+        value, (inner, outer) = minibatch_value_and_parts(problem, point, data)
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {"num_hvps": inner_fraction, "num_outer_grads": outer_fraction}
-        return soba_step(self, state, inner, outer, counts)
+        return soba_step(self, state, value, inner, outer, counts)
 
 
 def soba_step(
     method: SingleLoop,
     state: SingleLoopState,
+    value: Array,
     inner: InnerParts,
     outer: OuterParts,
     counts: dict[str, Any],
@@ -113,6 +119,7 @@ def soba_step(
     Args:
       method: The method, which has the optimizers of ``w`` and ``v``.
       state: State before the step, at which the derivatives were estimated.
+      value: Outer value to report.
       inner, outer: Estimated derivatives of the two losses.
       counts: Cost of the estimates, as in `Step`.
       memory: Memory of the method after the step.
@@ -121,7 +128,7 @@ def soba_step(
     v_direction = optax.tree.sub(inner.Hv, outer.b)  # H v - dM/dw
     alpha_direction = optax.tree.sub(outer.direct, inner.cross)  # dM/dalpha - J' v
     step = Step(
-        outer.value,
+        value,
         alpha_direction,
         state.w,
         w_direction,

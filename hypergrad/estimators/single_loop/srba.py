@@ -19,7 +19,8 @@ class SRBA(SingleLoop):
 
     The estimates are ``d_t = d_{t-1} + D(t) - D(t-1)``, where the directions ``D`` of
     the current and of the previous point are evaluated on the same batch. Every
-    ``period`` steps, ``d_t`` is the direction on all data.
+    ``period`` steps, ``d_t`` is the direction on all data. The ``value`` of a step is
+    that of its batch, or of all data.
 
     Args:
       optimizer: Optax transformation for ``w``, such as ``optax.sgd(rho)`` with a
@@ -96,7 +97,7 @@ class SRBA(SingleLoop):
     ) -> tuple[Step, SingleLoopState]:
         """Makes a step of SOBA along recursive estimates."""
         point = Point(state.w, state.v, alpha)
-        (inner, outer), memory, is_full_pass = spider_estimate(
+        value, (inner, outer), memory, is_full_pass = spider_estimate(
             problem, point, state.memory, data, self.period
         )
         inner_fraction, outer_fraction = batch_fractions(data)
@@ -105,4 +106,4 @@ class SRBA(SingleLoop):
             "num_hvps": jnp.where(is_full_pass, 1.0, 2 * inner_fraction),
             "num_outer_grads": jnp.where(is_full_pass, 1.0, 2 * outer_fraction),
         }
-        return soba_step(self, state, inner, outer, counts, memory)
+        return soba_step(self, state, value, inner, outer, counts, memory)

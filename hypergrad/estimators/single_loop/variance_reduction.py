@@ -1,7 +1,7 @@
 """Estimates of the derivatives of both losses: on mini-batches, or with less variance.
 
-`minibatch_parts` uses only the batches of a step. `saga_estimate`, `spider_estimate`
-and `storm_estimate` combine them with derivatives of earlier steps.
+`minibatch_value_and_parts` uses only the batches of a step. `saga_estimate`,
+`spider_estimate` and `storm_estimate` combine them with derivatives of earlier steps.
 """
 
 from collections.abc import Callable
@@ -42,15 +42,13 @@ class InnerParts(eqx.Module):
 
 
 class OuterParts(eqx.Module):
-    """Value and derivatives of the outer loss at a `Point`.
+    """Derivatives of the outer loss at a `Point`.
 
     Attributes:
-      value: ``M``, a scalar.
       b: ``dM/dw``, structured like ``w``.
       direct: ``dM/dalpha``, structured like ``alpha``.
     """
 
-    value: Array
     b: PyTree
     direct: PyTree
 
@@ -66,33 +64,39 @@ def inner_parts(loss: Loss, point: Point, batch: PyTree) -> InnerParts:
     return InnerParts(*hvp_and_cross_vjp(loss, point.w, point.alpha, batch, point.v))
 
 
-def outer_parts(problem: Bilevel, point: Point, batch: PyTree) -> OuterParts:
+def outer_value_and_parts(
+    problem: Bilevel, point: Point, batch: PyTree
+) -> tuple[Array, OuterParts]:
     """Returns value and derivatives of the outer loss on a batch.
 
     Cost: one outer gradient.
     """
-    return OuterParts(*problem.outer_value_and_grads(point.w, point.alpha, batch))
+    value, *grads = problem.outer_value_and_grads(point.w, point.alpha, batch)
+    return value, OuterParts(*grads)
 
 
-def minibatch_parts(problem: Bilevel, point: Point, data: EstimateData) -> Parts:
-    """Returns the derivatives of both losses on one mini-batch each."""
-    return parts_on_batches(problem, point, sample_batches(data))
+def minibatch_value_and_parts(
+    problem: Bilevel, point: Point, data: EstimateData
+) -> tuple[Array, Parts]:
+    """Returns the outer value and the derivatives of both losses on mini-batches."""
+    return value_and_parts(problem, point, sample_batches(data))
 
 
-def parts_on_batches(
+def value_and_parts(
     problem: Bilevel, point: Point, batches: tuple[PyTree, PyTree]
-) -> Parts:
-    """Returns the derivatives of both losses on given batches of both."""
+) -> tuple[Array, Parts]:
+    """Returns the outer value and the derivatives of both losses on given batches."""
     batch, outer_batch = batches
     inner = inner_parts(problem.inner_loss, point, batch)
-    return inner, outer_parts(problem, point, outer_batch)
+    value, outer = outer_value_and_parts(problem, point, outer_batch)
+    return value, (inner, outer)
 
 
 def shapes_of_parts(problem: Bilevel, state: SingleLoopState, alpha: PyTree) -> Parts:
     """Returns the derivatives of both losses as shapes and dtypes, without a value."""
     point = Point(state.w, state.v, alpha)
     sample = lambda key: EstimateData.sample(problem, key)
-    parts = lambda key: minibatch_parts(problem, point, sample(key))
+    parts = lambda key: minibatch_value_and_parts(problem, point, sample(key))[1]
     return jax.eval_shape(parts, jax.random.key(0))
 
 
@@ -161,8 +165,11 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
 
 
 def saga_estimate(
-    parts_fn: Callable[[PyTree], PyTree], table: SagaTable, data: Data, key: Array
-) -> tuple[PyTree, SagaTable]:
+    value_and_parts_fn: Callable[[PyTree], tuple[PyTree, PyTree]],
+    table: SagaTable,
+    data: Data,
+    key: Array,
+) -> tuple[PyTree, PyTree, SagaTable]:
     """Returns ``mean_k (new_k - old_k) + mean of all old`` and the next table.
 
     The estimate is unbiased whatever the table holds. An example that occurs twice in
@@ -170,23 +177,28 @@ def saga_estimate(
     block of examples is one row.
 
     Args:
-      parts_fn: ``batch -> derivatives``. The loss of a batch must be the mean of the
-        losses of its examples.
+      value_and_parts_fn: ``batch -> (value, derivatives)``. The loss of a batch must be
+        the mean of the losses of its examples.
       table: The latest derivatives of each example or block.
       data: Data of the loss.
       key: PRNG key of the batch.
+
+    Returns:
+      The value on the batch, the estimate of the derivatives, and the table. The table
+      holds no values, so that no step evaluates one which nobody records.
     """
     if not is_sampled(data):
         # One example, whose new derivatives are the mean of all rows.
-        new_parts = parts_fn(full_batch(data, key))
+        value, new_parts = value_and_parts_fn(full_batch(data, key))
         row = jax.tree.map(lambda x: x[None], new_parts)
-        return new_parts, SagaTable(row, new_parts, table.index, row)
+        return value, new_parts, SagaTable(row, new_parts, table.index, row)
     if data.order == "blocks":
-        return _saga_estimate_of_block(parts_fn, table, data, key)
+        return _saga_estimate_of_block(value_and_parts_fn, table, data, key)
     rows = table.updated_rows()
     # The batch that `sample_batch` returns for this key.
     index = data.draw_indices(key)
-    new_rows = jax.vmap(lambda i: parts_fn(data.take(i[None])))(index)
+    per_example = jax.vmap(lambda i: value_and_parts_fn(data.take(i[None])))
+    values, new_rows = per_example(index)
     change = jax.tree.map(lambda new, rows: new - rows[index], new_rows, rows)
     # mean_k (new_k - old_k) + mean of all old
     estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
@@ -198,22 +210,26 @@ def saga_estimate(
         table.mean,
         change,
     )
-    return estimate, SagaTable(rows, mean, index, new_rows)
+    value = jax.tree.map(lambda x: jnp.mean(x, 0), values)
+    return value, estimate, SagaTable(rows, mean, index, new_rows)
 
 
 def _saga_estimate_of_block(
-    parts_fn: Callable[[PyTree], PyTree], table: SagaTable, data: Batches, key: Array
-) -> tuple[PyTree, SagaTable]:
+    value_and_parts_fn: Callable[[PyTree], tuple[PyTree, PyTree]],
+    table: SagaTable,
+    data: Batches,
+    key: Array,
+) -> tuple[PyTree, PyTree, SagaTable]:
     """Returns the estimate and the next table for a batch that is one row of it."""
     rows = table.updated_rows()
     number = data.draw_block(key)
-    new_row = parts_fn(data.take_block(number))
+    value, new_row = value_and_parts_fn(data.take_block(number))
     read = lambda rows: jax.lax.dynamic_index_in_dim(rows, number, 0, keepdims=False)
     change = jax.tree.map(lambda new, rows: new - read(rows), new_row, rows)
     # new_i - old_i + mean of all old
     estimate = jax.tree.map(jnp.add, change, table.mean)
     mean = jax.tree.map(lambda m, c: m + c / data.num_blocks, table.mean, change)
-    return estimate, SagaTable(rows, mean, number, new_row)
+    return value, estimate, SagaTable(rows, mean, number, new_row)
 
 
 # SPIDER (Fang et al. 2018), which restarts SARAH (Nguyen et al. 2017).
@@ -239,7 +255,7 @@ def spider_estimate(
     memory: SpiderState,
     data: EstimateData,
     period: int,
-) -> tuple[Parts, SpiderState, Array]:
+) -> tuple[Array, Parts, SpiderState, Array]:
     """Returns ``p_t = p_{t-1} + p(point_t) - p(point_{t-1})``, or ``p`` on all data.
 
     Both ``p`` of the difference are evaluated on the same batches.
@@ -252,25 +268,24 @@ def spider_estimate(
       period: Number of steps from one evaluation on all data to the next.
 
     Returns:
-      The estimate, the next memory, and whether all data was used.
+      The outer value on the same data, the estimate, the next memory, and whether all
+      data was used.
     """
 
     def full_pass():
         batch = full_batch(data.inner_data, data.inner_key)
-        inner = inner_parts(problem.inner_loss, point, batch)
-        return inner, outer_parts(problem, point, data.outer_batch())
+        return value_and_parts(problem, point, (batch, data.outer_batch()))
 
     def recursion():
         batches = sample_batches(data)
-        new, old = (
-            parts_on_batches(problem, p, batches) for p in (point, memory.point)
-        )
+        value, new = value_and_parts(problem, point, batches)
+        _, old = value_and_parts(problem, memory.point, batches)
         # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
-        return jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
+        return value, jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 
     is_full_pass = memory.num_steps % period == 0
-    parts = jax.lax.cond(is_full_pass, full_pass, recursion)
-    return parts, SpiderState(parts, point, memory.num_steps + 1), is_full_pass
+    value, parts = jax.lax.cond(is_full_pass, full_pass, recursion)
+    return value, parts, SpiderState(parts, point, memory.num_steps + 1), is_full_pass
 
 
 # STORM (Cutkosky & Orabona 2019).

@@ -120,9 +120,8 @@ def srba(state, alpha, batch, outer_batch):
     def parts(point, batch, outer_batch):
         w, v, alpha = point.w, point.v, point.alpha
         Hv = hessian(w, alpha, batch) @ v
-        grads = outer_grads(w, alpha, outer_batch)
         inner = InnerParts(inner_grad(w, alpha, batch), Hv, cross(w, v, alpha, batch))
-        return inner, OuterParts(outer_loss(w, alpha, outer_batch), *grads)
+        return inner, OuterParts(*outer_grads(w, alpha, outer_batch))
 
     memory, point = state.memory, Point(state.w, state.v, alpha)
     new, old = (parts(p, batch, outer_batch) for p in (point, memory.point))
@@ -297,7 +296,7 @@ POOLS = {"i": TRAIN, "o": VAL, "u": CORNERS, "p": jnp.arange(3)}
 OTHER_POINT = Point(OTHER_W, OTHER_V, OTHER_ALPHA)
 STORM = StormState((V, OTHER_V), (OTHER_W, OTHER_ALPHA), jnp.asarray(1))
 SPIDER = SpiderState(
-    (InnerParts(OTHER_V, W, OTHER_ALPHA), OuterParts(jnp.asarray(1.0), V, 2 * ALPHA)),
+    (InnerParts(OTHER_V, W, OTHER_ALPHA), OuterParts(V, 2 * ALPHA)),
     OTHER_POINT,
     jnp.asarray(1),
 )

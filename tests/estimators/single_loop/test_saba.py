@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.estimators.single_loop import sample_batches
+from hypergrad.problem import EstimateData
 from tests.estimators.single_loop.problems import (
     ALPHA,
     FULL,
@@ -37,12 +39,38 @@ def quadratic_outer(w, alpha, batch):
     return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.mean((batch["z"] @ alpha) ** 2)
 
 
-def state_after_three_steps(saba, problem):
-    """Returns a state whose tables hold derivatives of different points."""
-    state = saba.init(problem, W, ALPHA)
+def state_after_three_steps(method, problem):
+    """Returns a state, whose memory holds derivatives of different points."""
+    state = method.init(problem, W, ALPHA)
     for key in jax.random.split(jax.random.key(1), 3):
-        _, state = jax.jit(saba.estimate)(problem, state, ALPHA, key)
+        _, state = jax.jit(method.estimate)(problem, state, ALPHA, key)
     return state
+
+
+@pytest.mark.parametrize("order", ["iid", "blocks"])
+@pytest.mark.parametrize("method", [hg.SOBA(SGD), hg.SABA(SGD), hg.SRBA(SGD, period=5)])
+def test_value_is_the_outer_loss_on_the_batch_of_the_step(method, order: str):
+    data = [hg.Batches(examples(seed, NUM_EXAMPLES), 2, order=order) for seed in (1, 2)]
+    problem = hg.Bilevel(inner_loss, outer_loss, *data)
+    state = state_after_three_steps(method, problem)
+    key = jax.random.key(3)
+    estimate, _ = jax.jit(method.estimate)(problem, state, ALPHA, key)
+    _, outer_batch = sample_batches(EstimateData.sample(problem, key))
+    value = outer_loss(state.w, ALPHA, outer_batch)
+    np.testing.assert_allclose(estimate.value, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", [hg.SABA(SGD), hg.SRBA(SGD, period=5)])
+def test_no_state_depends_on_the_outer_value(method):
+    """A value that nobody records is not evaluated, which saves a pass over a batch."""
+    data = [
+        hg.Batches(examples(seed, NUM_EXAMPLES), 2, order="blocks") for seed in (1, 2)
+    ]
+    problem = hg.Bilevel(inner_loss, outer_loss, *data)
+    shifted_loss = lambda *args: outer_loss(*args) + 1.0
+    shifted = hg.Bilevel(inner_loss, shifted_loss, *data)
+    states = [state_after_three_steps(method, each) for each in (problem, shifted)]
+    chex.assert_trees_all_equal(*states)
 
 
 @pytest.mark.parametrize(("size", "order"), [(3, "iid"), (1, "blocks"), (2, "blocks")])
