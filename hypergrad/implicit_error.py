@@ -31,6 +31,8 @@ from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
 from .trees import (
     add_scale,
     apply_unless,
+    as_row,
+    concatenate,
     divide,
     hash_normal,
     is_zero,
@@ -200,9 +202,8 @@ def random_directions(alpha: PyTree) -> PyTree:
 
 def zero_duals(problem: Bilevel, w: PyTree) -> PyTree:
     """Returns the first duals: zeros ``[2, ...]``, with K losses ``[K, 2, ...]``."""
-    is_multi_objective = problem.num_objectives is not None
-    lead = (problem.num_objectives,) if is_multi_objective else ()
-    zeros = lambda leaf: jnp.zeros((*lead, NUM_DIRECTIONS, *leaf.shape), leaf.dtype)
+    lead = (*problem.value_shape, NUM_DIRECTIONS)
+    zeros = lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype)
     return jax.tree.map(zeros, w)
 
 
@@ -237,9 +238,7 @@ def short_correction_terms(
         change = jax.tree.map(lambda leaf: leaf[-1], solution.target_solutions)
         return terms._replace(adjoint_change=change), solution.num_products + 1
 
-    if problem.num_objectives is not None:
-        solve = jax.vmap(solve)
-    terms, num_products = solve(result.b, result.residual)
+    terms, num_products = problem.for_each_loss(solve)(result.b, result.residual)
     return terms, jnp.sum(num_products) + NUM_DIRECTIONS
 
 
@@ -263,72 +262,34 @@ def estimate_error(
     Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
     ``w`` and its adjoint.
     """
-    directions = random_directions(alpha)
+    losses = problem.outer_losses
     is_moving = ~is_zero(result.inner_grad)
-    losses = problem.outer_loss
-    losses = losses if isinstance(losses, tuple) else (losses,)
     hvp_at = lambda w, v: hvp(problem.inner_loss, w, alpha, batch, v)
-    reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
+    correct = problem.for_each_loss(lambda d: add_scale(w, -1, d))
+    new_w = correct(terms.inner_step)  # w+ = w - d
+    new_b, new_direct = _outer_grads(problem, new_w, alpha, outer_batch)
 
-    def per_loss(index, result, terms):
-        new_w = add_scale(w, -1, terms.inner_step)
-        new_b, new_direct, new_Hv, new_cross, cross_change = _derivatives_at_correction(
-            problem, new_w, alpha, batch, outer_batch, index, result.adjoint, terms
+    def error_of_loss(parts, terms, new_w, new_b, new_direct, reads_w):
+        products = _products_at_correction(
+            problem, new_w, alpha, batch, parts.adjoint, terms
         )
-        vanishes = _curvature_vanishes(hvp_at, w, scaling, terms)
-        # psi+ - h and r+, the latter in the coordinates of S H S
-        change = optax.tree.sub(optax.tree.sub(new_direct, new_cross), result.h)
-        new_residual = scaling.multiply(optax.tree.sub(new_b, new_Hv))
-        residual = scaling.multiply(result.residual)
-        residual_change = optax.tree.sub(new_residual, residual)
-
-        def directional_error(u, y):
-            # u'(h* - h) = u'(psi+ - h) - y'r+
-            return vdot(u, divide(change, unit)) - _safe_vdot(
-                scaling.divide(y), new_residual, unit
-            )
-
         # Without b there is no Krylov space that could contain a part of d.
-        is_blind = (
-            is_zero(result.b) & is_moving & reads_w[0 if index is None else index]
-        )
-        unit = power_of_two_scale(result.h)
-        relative_to_h = lambda x: ratio(x, norm(divide(result.h, unit)))
-        errors = jax.vmap(directional_error)(directions, terms.duals)
-        relative_residual_change = norm_ratio(
-            residual_change, scaling.multiply(result.b)
-        )
-        relative_change = relative_to_h(
-            norm(divide(change, unit))
-            + norm(divide(result.cross, unit)) * relative_residual_change
-        )
-        correction = relative_to_h(jnp.sqrt(jnp.mean(errors**2)))
-        error = HypergradientError(
-            correction=correction,
-            correction_bound=_correction_factor(alpha) * correction,
-            relative_change=jnp.where(is_blind, jnp.inf, relative_change),
-            adjoint_change=relative_to_h(norm(divide(cross_change, unit))),
-            adjoint_residual=norm_ratio(residual, scaling.multiply(result.b)),
-            negative_curvature=terms.is_negative,
-            ill_conditioned=terms.is_ill_conditioned,
-        )
+        is_blind = is_zero(parts.b) & is_moving & reads_w
+        derivatives = _DerivativesAtCorrection(new_b, new_direct, *products)
+        error = _relative_errors(alpha, scaling, parts, terms, derivatives, is_blind)
         max_error = jnp.maximum(error.inner_error, error.adjoint_error)
+        vanishes = _curvature_vanishes(hvp_at, w, scaling, terms)
         vanishes &= max_error <= MAX_ERROR_NEAR_ARGMIN
         return error._replace(negative_curvature=terms.is_negative & ~vanishes)
 
     parts = _Parts(
         result.hypergradient, result.b, result.adjoint, result.cross, result.residual
     )
-    if problem.num_objectives is None:
-        return per_loss(None, parts, terms)
-    indices = jnp.arange(problem.num_objectives)
-    return jax.tree.map(jnp.max, jax.vmap(per_loss)(indices, parts, terms))
-
-
-def _correction_factor(alpha: PyTree) -> float:
-    """Returns the factor of ``correction_bound`` in `HypergradientError`."""
-    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
-    return CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
+    reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
+    errors = problem.for_each_loss(error_of_loss)(
+        parts, terms, new_w, new_b, new_direct, reads_w.reshape(problem.value_shape)
+    )
+    return jax.tree.map(jnp.max, errors)
 
 
 class _Parts(NamedTuple):
@@ -341,31 +302,101 @@ class _Parts(NamedTuple):
     residual: PyTree
 
 
-def _derivatives_at_correction(
+class _DerivativesAtCorrection(NamedTuple):
+    """Derivatives at ``w+``.
+
+    Attributes:
+      b, direct: ``dM/dw`` and ``dM/dalpha``.
+      Hv, cross: ``H v`` and ``J' v`` with the adjoint.
+      cross_change: ``J' dv`` with the last change of the adjoint.
+    """
+
+    b: PyTree
+    direct: PyTree
+    Hv: PyTree
+    cross: PyTree
+    cross_change: PyTree
+
+
+def _relative_errors(
+    alpha: PyTree,
+    scaling: Scaling,
+    result: _Parts,
+    terms: CorrectionTerms,
+    new: _DerivativesAtCorrection,
+    is_blind: Array,
+) -> HypergradientError:
+    """Returns the errors of the hypergradient of one outer loss.
+
+    ``is_blind`` says that nothing is known of ``d``.
+    """
+    # psi+ - h and r+, the latter in the coordinates of S H S
+    change = optax.tree.sub(optax.tree.sub(new.direct, new.cross), result.h)
+    new_residual = scaling.multiply(optax.tree.sub(new.b, new.Hv))
+    residual = scaling.multiply(result.residual)
+    residual_change = optax.tree.sub(new_residual, residual)
+    scaled_b = scaling.multiply(result.b)
+    unit = power_of_two_scale(result.h)
+    relative_to_h = lambda x: ratio(x, norm(divide(result.h, unit)))
+
+    def directional_error(u, y):
+        # u'(h* - h) = u'(psi+ - h) - y'r+
+        return vdot(u, divide(change, unit)) - _safe_vdot(
+            scaling.divide(y), new_residual, unit
+        )
+
+    errors = jax.vmap(directional_error)(random_directions(alpha), terms.duals)
+    correction = relative_to_h(jnp.sqrt(jnp.mean(errors**2)))
+    relative_change = relative_to_h(
+        norm(divide(change, unit))
+        + norm(divide(result.cross, unit)) * norm_ratio(residual_change, scaled_b)
+    )
+    return HypergradientError(
+        correction=correction,
+        correction_bound=_correction_factor(alpha) * correction,
+        relative_change=jnp.where(is_blind, jnp.inf, relative_change),
+        adjoint_change=relative_to_h(norm(divide(new.cross_change, unit))),
+        adjoint_residual=norm_ratio(residual, scaled_b),
+        negative_curvature=terms.is_negative,
+        ill_conditioned=terms.is_ill_conditioned,
+    )
+
+
+def _correction_factor(alpha: PyTree) -> float:
+    """Returns the factor of ``correction_bound`` in `HypergradientError`."""
+    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
+    return CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
+
+
+def _outer_grads(
+    problem: Bilevel, new_w: PyTree, alpha: PyTree, outer_batch: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns ``dM/dw`` and ``dM/dalpha`` at ``w+``, of each of K losses at its own."""
+    grads = lambda loss, w: jax.grad(loss, argnums=(0, 1))(w, alpha, outer_batch)
+    if not isinstance(problem.outer_loss, tuple):
+        return grads(problem.outer_loss, new_w)
+    row = lambda k: jax.tree.map(lambda leaf: leaf[k], new_w)
+    per_loss = [grads(loss, row(k)) for k, loss in enumerate(problem.outer_loss)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_loss)
+
+
+def _products_at_correction(
     problem: Bilevel,
     new_w: PyTree,
     alpha: PyTree,
     batch: PyTree,
-    outer_batch: PyTree,
-    index: Array | None,
     adjoint: PyTree,
     terms: CorrectionTerms,
-) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
-    """Returns ``dM/dw``, ``dM/dalpha``, ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
 
-    ``index`` is that of the outer loss, and ``dv`` the last change of the adjoint.
+    ``dv`` is the last change of the adjoint.
     """
-
-    def outer_value(w, alpha):
-        value = problem.outer_value(w, alpha, outer_batch)
-        return value if index is None else value[index]
-
-    new_b, new_direct = jax.grad(outer_value, argnums=(0, 1))(new_w, alpha)
     products = lambda v: hvp_and_cross_vjp(problem.inner_loss, new_w, alpha, batch, v)
     vectors = jax.tree.map(lambda *v: jnp.stack(v), adjoint, terms.adjoint_change)
     _, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
     row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)
-    return new_b, new_direct, row(0, Hv), row(0, cross), row(1, cross)
+    return row(0, Hv), row(0, cross), row(1, cross)
 
 
 def _curvature_vanishes(
@@ -412,13 +443,3 @@ def _safe_vdot(x: PyTree, y: PyTree, unit: Array) -> Array:
     """Returns ``x'y / unit``, where the product of single entries may overflow."""
     x_unit, y_unit = power_of_two_scale(x), power_of_two_scale(y)
     return vdot(divide(x, x_unit), divide(y, y_unit)) * (x_unit / unit) * y_unit
-
-
-def as_row(x: PyTree) -> PyTree:
-    """Returns ``x`` with a leading axis of size 1."""
-    return jax.tree.map(lambda leaf: leaf[None], x)
-
-
-def concatenate(x: PyTree, y: PyTree) -> PyTree:
-    """Returns the vectors of both along the leading axis."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y)

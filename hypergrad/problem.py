@@ -101,6 +101,27 @@ class Bilevel(eqx.Module):
         """K if ``outer_loss`` is a tuple of K losses, else None."""
         return len(self.outer_loss) if isinstance(self.outer_loss, tuple) else None
 
+    @property
+    def outer_losses(self) -> tuple[Loss, ...]:
+        """The outer losses as a tuple, also if there is one."""
+        return (
+            self.outer_loss
+            if isinstance(self.outer_loss, tuple)
+            else (self.outer_loss,)
+        )
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of the outer value: ``(K,)`` with K outer losses, else ``()``."""
+        return () if self.num_objectives is None else (self.num_objectives,)
+
+    def for_each_loss(self, fn: Callable) -> Callable:
+        """Returns ``fn`` mapped over the leading axis of K outer losses.
+
+        A single outer loss has no such axis, so that ``fn`` itself is returned.
+        """
+        return fn if self.num_objectives is None else jax.vmap(fn)
+
     def sample_data(self, key: Array) -> tuple[Data, Data]:
         """Returns ``(inner_data, outer_data)`` of one estimate."""
         if self.data_fn is None:

@@ -57,6 +57,16 @@ def divide(x: PyTree, a: Array) -> PyTree:
     return jax.tree.map(lambda u: jnp.asarray(u / a, u.dtype), x)
 
 
+def as_row(x: PyTree) -> PyTree:
+    """Returns ``x`` with a leading axis of size 1."""
+    return jax.tree.map(lambda leaf: leaf[None], x)
+
+
+def concatenate(x: PyTree, y: PyTree) -> PyTree:
+    """Returns the vectors of both along the leading axis."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y)
+
+
 def all_finite(*trees: PyTree) -> Array:
     """Returns True if no leaf holds a NaN or an infinity."""
     leaves = jax.tree.leaves(trees)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree, Scalar
@@ -17,8 +16,6 @@ from ..implicit_error import (
     NUM_DIRECTIONS,
     NUM_ERROR_PRODUCTS,
     CorrectionTerms,
-    as_row,
-    concatenate,
     correction_targets,
     correction_terms,
     estimate_error,
@@ -27,6 +24,7 @@ from ..implicit_error import (
 from ..linear.equilibration import Scaling
 from ..problem import Bilevel
 from ..products import hvp
+from ..trees import as_row, concatenate
 
 if TYPE_CHECKING:
     from .implicit import Implicit
@@ -121,7 +119,7 @@ def solve_adjoint(
     if not with_error:
         return solution
     error = estimate_error(*point, scaling, solution.result, terms)
-    num_losses = problem.num_objectives or 1
+    num_losses = len(problem.outer_losses)
     num_products = solution.num_extra_products + NUM_ERROR_PRODUCTS * num_losses
     num_products = jnp.asarray(num_products, float) + jnp.sum(terms.curvature_min < 0)
     is_negative = solution.result.linear_stats["negative_curvature"]
@@ -154,8 +152,7 @@ def _solve_scaled(
 ) -> tuple[AdjointSolution, CorrectionTerms | None]:
     """Returns the solution by `scaled_cg`, and the terms that it yields."""
     problem, w, alpha, batch, _ = point
-    num_losses = problem.num_objectives
-    per_loss = jax.vmap if num_losses is not None else lambda fn: fn
+    per_loss = problem.for_each_loss
     subspace = per_loss(as_row)(adjoint)
     targets = None
     if with_error:
@@ -176,7 +173,7 @@ def _solve_scaled(
     # `estimate_error` decides whether that of the solve counts against the estimate.
     is_negative = result.linear_stats["negative_curvature"]
     result = _with_negative_curvature(result, is_negative & ~solution.is_negative)
-    num_products = NUM_DIRECTIONS + (num_losses or 1)
+    num_products = NUM_DIRECTIONS + len(problem.outer_losses)
     return AdjointSolution(result, None, terms.duals, num_products), terms
 
 

@@ -596,6 +596,32 @@ def test_products_shared_by_several_losses_count_once(linear_solver, num_product
     assert stats["num_outer_grads"] == 3
 
 
+@pytest.mark.parametrize("linear_solver", [hg.CG(), hg.Neumann(5)])
+def test_each_of_several_outer_losses_is_evaluated_twice(linear_solver):
+    """Once at ``w`` and once at the corrected point of its own."""
+    calls = []
+
+    def counting(name, loss):
+        def counting_loss(w, alpha, batch):
+            # The argument makes a batch of points count as several calls.
+            jax.debug.callback(lambda w: calls.append(name), w)
+            return loss(w, alpha, batch)
+
+        return counting_loss
+
+    data = ridge_with_few_outer_examples(None)
+    losses = tuple(counting(k, loss) for k, loss in enumerate(SEVERAL_LOSSES))
+    problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
+    estimator = hg.Implicit(hg.Descent(sgd(0.3), 12), linear_solver)
+    state = estimator.init(problem, RIDGE.w, RIDGE.alpha)
+    estimate = jax.jit(functools.partial(estimator.estimate, problem))
+    calls.clear()
+    stats = estimate(state, RIDGE.alpha, jax.random.key(0))[0].stats
+    jax.effects_barrier()
+    assert sorted(calls) == [0, 0, 1, 1, 2, 2]
+    assert stats["num_outer_grads"] == 2 * 3
+
+
 @pytest.mark.parametrize(
     ("solver", "linear_solver"),
     [
