@@ -238,8 +238,7 @@ def _check_hypergradient(
     problem: Bilevel, hypergradient: PyTree, alpha: PyTree
 ) -> None:
     """Raises an error unless each leaf has the shape of ``alpha``, once per loss."""
-    num_objectives = problem.num_objectives
-    lead = () if num_objectives is None else (num_objectives,)
+    lead = problem.value_shape
     like = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), alpha)
     check_same_structure("hypergradient", hypergradient, like, "alpha")
 
@@ -409,7 +408,7 @@ def _cost_stats(
         data.outer_data,
         num_grads=1 if is_given else 0,
         num_hvps=num_products,
-        num_outer_grads=num_outer_grads * (problem.num_objectives or 1),
+        num_outer_grads=num_outer_grads * len(problem.outer_losses),
     )
 
 

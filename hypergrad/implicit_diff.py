@@ -266,8 +266,8 @@ def damped_hvp_fn(
 
 def zero_adjoint(problem: Bilevel, w: PyTree) -> PyTree:
     """Returns the first adjoint: zeros like ``w``, with K losses on a leading axis."""
-    lead = () if problem.num_objectives is None else (problem.num_objectives,)
-    return jax.tree.map(lambda leaf: jnp.zeros(lead + leaf.shape, leaf.dtype), w)
+    zeros = lambda leaf: jnp.zeros(problem.value_shape + leaf.shape, leaf.dtype)
+    return jax.tree.map(zeros, w)
 
 
 def finite_or_zero(adjoint: PyTree | None) -> PyTree | None:
@@ -280,9 +280,7 @@ def finite_or_zero(adjoint: PyTree | None) -> PyTree | None:
 
 def max_relative_error(problem: Bilevel, actual: PyTree, expected: PyTree) -> Array:
     """Returns ``||actual - expected|| / ||expected||``, the maximum over K losses."""
-    has_one_loss = problem.num_objectives is None
-    error = relative_error if has_one_loss else jax.vmap(relative_error)
-    return jnp.max(error(actual, expected))
+    return jnp.max(problem.for_each_loss(relative_error)(actual, expected))
 
 
 # Newton steps towards the argmin.

@@ -138,10 +138,9 @@ class FiniteDifference(eqx.Module):
             minus = alpha_grad_fn(add_scale(w, -e, b))
             return jax.tree.map(lambda x, y: (x - y) / (2 * e), plus, minus)
 
-        if problem.num_objectives is not None:
-            cross_difference = jax.vmap(cross_difference)
+        cross = problem.for_each_loss(cross_difference)(b)
         # h = dM/dalpha - s J' b
-        hypergradient = add_scale(direct, -self.step_size, cross_difference(b))
+        hypergradient = add_scale(direct, -self.step_size, cross)
         fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(

@@ -203,7 +203,7 @@ class FixedPoint(eqx.Module):
         w = carry[0]
         make_step = self._make_step_fn(problem, data, carry, alpha)
         step = make_step(eqx.filter(carry, eqx.is_inexact_array))
-        per_loss: Any = jax.vmap if problem.num_objectives is not None else lambda f: f
+        per_loss = problem.for_each_loss
         scales = jax.tree.map(lambda x, y: jnp.abs(x) + jnp.abs(y), init_w, w)
         solve = functools.partial(self._solve_adjoint, step.pullback, scales)
         adjoint = per_loss(solve)(step.b, finite_or_zero(state.adjoint), step.direct)

@@ -136,8 +136,7 @@ class Forward(RunEstimator):
             init_w=problem.init_inner(w, alpha),
             final_w=final_w,
         )
-        if problem.num_objectives is not None:
-            check_fn = jax.vmap(check_fn)
+        is_amplified = problem.for_each_loss(check_fn)(outer_grad)
         num_steps = self.solver.num_steps
         step_grads = grads_per_step(self.solver) * num_steps
         return RunDerivative(
@@ -146,7 +145,7 @@ class Forward(RunEstimator):
             final_w,
             flags={
                 "not_finite": ~all_finite(value, hypergradient, final_w),
-                "rounding_error": jnp.any(check_fn(outer_grad)),
+                "rounding_error": jnp.any(is_amplified),
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             num_steps=num_steps,

@@ -216,9 +216,9 @@ class Penalty(eqx.Module):
                 solver_stats,
             )
 
-        if problem.num_objectives is None:
-            return solve(init_w, jnp.ones(()))
-        return jax.vmap(solve)(init_w, jnp.eye(problem.num_objectives))
+        weights = jnp.eye(len(problem.outer_losses))
+        weights = weights.reshape(2 * problem.value_shape)
+        return problem.for_each_loss(solve)(init_w, weights)
 
     def _costs(
         self,

@@ -229,10 +229,9 @@ class Unrolled(RunEstimator):
             args = (alpha, Perturbation.zero(w))
             response_fn = _make_perturbed_fn(response_fn)
         value, pullback, final_w = jax.vjp(response_fn, *args, has_aux=True)
-        if problem.num_objectives is None:
-            terms = pullback(jnp.ones_like(value))
-        else:
-            terms = jax.vmap(pullback)(jnp.eye(value.size, dtype=value.dtype))
+        cotangents = jnp.eye(value.size, dtype=value.dtype)
+        cotangents = cotangents.reshape(problem.value_shape + value.shape)
+        terms = problem.for_each_loss(pullback)(cotangents)
         if self.is_truncated:
             hypergradient = functools.reduce(optax.tree.add, terms)
             amplifies_rounding = jnp.asarray(False)
@@ -243,9 +242,8 @@ class Unrolled(RunEstimator):
                 init_w=problem.init_inner(w, alpha),
                 final_w=final_w,
             )
-            if problem.num_objectives is not None:
-                check_fn = jax.vmap(check_fn)
-            amplifies_rounding = jnp.any(check_fn(derivative))
+            is_amplified = problem.for_each_loss(check_fn)(derivative)
+            amplifies_rounding = jnp.any(is_amplified)
         flags = {
             "not_finite": ~all_finite(value, hypergradient, final_w),
             "rounding_error": amplifies_rounding,
@@ -280,9 +278,8 @@ class Unrolled(RunEstimator):
         error_fn = functools.partial(
             truncation_error, self.num_backward_steps, self.solver.num_steps
         )
-        if problem.num_objectives is not None:
-            error_fn = jax.vmap(error_fn)
-        return jnp.max(error_fn(hypergradient, older, newer))
+        errors = problem.for_each_loss(error_fn)(hypergradient, older, newer)
+        return jnp.max(errors)
 
 
 def _make_perturbed_fn(response_fn: Callable[..., Any]) -> Callable[..., Any]:
