@@ -7,14 +7,17 @@ from typing import Annotated, Literal
 from . import __version__
 from .runtime.console import (
     escape_warnings,
+    exit_quietly,
     exit_with_errors,
     exit_with_message,
+    print_entries,
     print_line,
     print_markdown,
     print_table,
     printable,
 )
 
+MIN_TABLE_WIDTH = 110  # characters that the tables of `estimators` need
 MISSING_EXTRA = "the command line needs its extra: pip install 'hypergrad-jax[cli]'"
 
 
@@ -77,7 +80,8 @@ def run(
             print_table(columns, rows, Console())
             return
         text, paths, failures = commands.run(ref, options, workers)
-    print_markdown(text, Console())
+    # The protocol would move the table out of sight; it is in the file NAME.md.
+    print_markdown(text.partition("\n## Protocol\n")[0], Console())
     for path in paths:
         print_line(f"wrote {path}")  # rich would break a long path
     exit_with_errors(failures)
@@ -130,10 +134,12 @@ def compare(folder: Path, reference: Path) -> None:
 
     with exit_with_message():
         differences = commands.compare(folder, reference)
-    for name, difference in differences:
-        print_line(f"{name}: {difference.kind}: {difference.text}")
     if not differences:
         print_line("no difference")
+    else:
+        print_line(f"{folder} | {reference}")
+    for name, difference in differences:
+        print_line(f"{name}: {difference.kind}: {difference.text}")
     sys.exit(any(x.kind != "provenance" for _, x in differences))
 
 
@@ -215,12 +221,13 @@ def estimators() -> None:
 
     from . import method_tables
 
-    console = Console(width=max(Console().width, 110))
+    console = Console()
     table_rows = method_tables.table_rows()
+    print_rows = print_table if console.width >= MIN_TABLE_WIDTH else print_entries
     for name in ("advice", "costs"):
         columns = method_tables.TABLES[name]
         rows = [[row[column] for column in columns] for row in table_rows]
-        print_table(columns, rows, console)
+        print_rows(columns, rows, console)
 
 
 def cite(names: tuple[str, ...] = ()) -> None:
@@ -240,6 +247,12 @@ def cite(names: tuple[str, ...] = ()) -> None:
 
 def main() -> None:
     """Entry point of the command ``hypergrad``."""
+    with exit_quietly():
+        _run_command()
+
+
+def _run_command() -> None:
+    """Runs the command that the arguments name."""
     if sys.argv[1:] == ["--version"]:
         print_line(f"hypergrad {__version__}")
         return
@@ -267,7 +280,8 @@ def main() -> None:
             "cite": cite,
         },
         prog="hypergrad",
-        description="Hypergradients for JAX: run, check and report tables of methods.",
+        description="Hypergradients for JAX: run, check and report tables of methods. "
+        "`hypergrad --version` prints the version.",
         config=(tyro.conf.PositionalRequiredArgs,),
     )
 

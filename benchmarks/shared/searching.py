@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import cmaes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,6 +248,8 @@ class Gaussian:
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """Returns no trials."""
+        import cmaes  # which the table can be judged and printed without
+
         del key
         trials = Trials.empty(space)
         axes = trials.t.shape[1]

@@ -377,10 +377,13 @@ def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Differ
     differences = [
         (name, comparisons.Difference("damaged", text)) for name, text in failed.items()
     ]
-    differences += [
-        (name, comparisons.Difference("cells", "the table is only in one folder"))
-        for name in sorted((names ^ expected.keys()) - failed.keys())
-    ]
+    for path, only in (
+        (folder, names - expected.keys() - failed.keys()),
+        (reference, expected.keys() - names - failed.keys()),
+    ):
+        if only:
+            text = f"only in {path}: {', '.join(sorted(only))}"
+            differences.append(("tables", comparisons.Difference("cells", text)))
     return differences + [
         (result.name, difference)
         for result in results

@@ -45,8 +45,11 @@ def export(result: TableResult, kind: str, folder: Path) -> Path:
 
 
 def write_csv(result: TableResult, folder: Path) -> Path:
-    """Writes one line per row with all scalar fields."""
-    rows = result.printed_rows
+    """Writes one line per row with all scalar fields and the tuned settings."""
+    rows = [
+        row | {f"settings.{name}": x for name, x in row.get("settings", {}).items()}
+        for row in result.printed_rows
+    ]
     scalars = (name for row in rows for name, x in row.items() if _is_scalar(x))
     names = list(dict.fromkeys(scalars))
     text = io.StringIO()

@@ -1,6 +1,7 @@
 """Finding and importing tables and methods from files, without any registration."""
 
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -103,8 +104,11 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
     candidate = folder / f"{name}.py"
     if candidate.is_file():
         return candidate.resolve()
-    names = ", ".join(path.stem for path in table_files(folder))
-    content = f"{folder} holds {names or 'no table'}"
+    names = [path.stem for path in table_files(folder)]
+    close = difflib.get_close_matches(name, names)
+    content = f"{folder} holds {', '.join(names) or 'no table'}"
+    if close:
+        content = f"did you mean {' or '.join(close)}"
     if not folder.is_dir():
         content = f"there is no folder {folder}"
     raise ValueError(
@@ -152,6 +156,11 @@ def load_listed_table(path: Path) -> BaseTable:
     """
     try:
         return load_table(path)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs the package {error.name}, which is not installed "
+            f"({error_position(error)})."
+        ) from error
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{path} cannot be imported: {type(error).__name__} in "

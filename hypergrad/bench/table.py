@@ -418,10 +418,10 @@ class Table(BaseTable):
         all_scores = [scores(index) for index in range(num_settings)]
         best = max(range(num_settings), key=lambda index: all_scores[index])
         if all_scores[best] == failed:
-            text = f"{label}: no setting of its grid ended with a finite score"
             tried = select(rows, stage="tuning", method=label, seed=seed)
             errors = [row["error"] for row in tried if "error" in row]
-            raise MethodError("; ".join([text, *errors[:1]]))
+            text = "no setting of its grid ended with a finite score"
+            raise MethodError(": ".join([text, *errors[:1]]))
         return best
 
     def make_task(

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import re
 import sys
 import warnings
@@ -87,6 +88,21 @@ def print_table(
     console.print(table, crop=False)
 
 
+def print_entries(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], console: "Console"
+) -> None:
+    """Prints each row as its first cell and a line per column, for a narrow console."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for first, *cells in (list(map(printable, row)) for row in rows):
+        console.print(Text(first, style="bold"))
+        for column, cell in zip(columns[1:], cells, strict=True):
+            if cell:
+                console.print(Padding(Text(f"{column}: {cell}"), (0, 0, 0, 2)))
+        console.print()
+
+
 def exit_with_errors(errors: Mapping[str, str]) -> None:
     """Prints errors by the names of what failed, and exits with 1 if there are any."""
     for name, message in errors.items():
@@ -96,12 +112,35 @@ def exit_with_errors(errors: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
+def exit_quietly() -> Iterator[None]:
+    """Exits without a traceback after Ctrl-C, and if the reader of a pipe is gone.
+
+    The statuses, 130 and 141, are those of a shell for SIGINT and SIGPIPE.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        message = (
+            "interrupted. A run keeps its completed cells, and continues with the "
+        )
+        print_line(f"hypergrad: {message}same command.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `hypergrad ... | head`
+        # What the interpreter still writes as it exits must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+@contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
     """Exits with one line instead of a traceback if the input is invalid."""
     try:
         yield
     except ValueError as error:
         sys.exit(printable(f"hypergrad: {error}"))
+    except BrokenPipeError:
+        raise  # `exit_quietly` handles it
     except OSError as error:  # such as a full disk or a read-only folder
         message = (
             f"hypergrad: {error}. Completed results are kept; the same command "

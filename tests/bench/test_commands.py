@@ -31,13 +31,15 @@ def call_in_a_process(folder: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def call(
+    folder: Path, *arguments: str, columns: str = "200"
+) -> subprocess.CompletedProcess:
     """Runs ``hypergrad`` in a folder, in this interpreter, which is much quicker."""
     code, out, err = None, io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),
         mock.patch("sys.argv", ["hypergrad", *arguments]),
-        mock.patch.dict("os.environ", COLUMNS="200"),
+        mock.patch.dict("os.environ", COLUMNS=columns),
         mock.patch("warnings.formatwarning", warnings.formatwarning),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -130,6 +132,48 @@ def test_list_shows_the_tables_of_a_folder(folder):
     assert "mine" not in shown
 
 
+def test_list_names_the_package_that_a_table_needs(folder, tmp_path):
+    text = (folder / "quadratic.py").read_text()
+    (tmp_path / "quadratic.py").write_text(f"import absent_package\n{text}")
+    done = call(folder, "list", str(tmp_path))
+    assert done.returncode == 1
+    assert "needs the package absent_package, which is not installed" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["estimators", "cite"])
+def test_a_reader_that_closes_the_pipe_ends_a_command_quietly(folder, command):
+    """As ``| head`` does once it has its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "hypergrad.cli", command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode in (1, 141)  # 1 is that of rich
+    assert not done.stderr
+
+
+def test_ctrl_c_is_one_line(folder):
+    with mock.patch("hypergrad.bench.commands.run", side_effect=KeyboardInterrupt):
+        done = call(folder, "run", "quadratic.py")
+    assert done.returncode == 130
+    assert done.stderr.startswith("hypergrad: interrupted. ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_estimators_fit_the_terminal(folder, columns):
+    """A narrow terminal gets a line per property instead of a broken table."""
+    lines = call(folder, "estimators", columns=columns).stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert any("SOBA(optimizer)" in line for line in lines)
+
+
 def test_report_makes_one_page_of_all_and_one_of_each(folder):
     assert call(folder, "report", "runs").returncode == 0
     index = (folder / "runs" / "html" / "index.html").read_text()
@@ -164,7 +208,19 @@ def test_compare_finds_a_changed_number(folder, tmp_path):
     same = call(folder, "compare", "runs", "runs")
     changed = call(folder, "compare", "runs", str(tmp_path))
     assert (same.returncode, changed.returncode) == (0, 1)
+    assert changed.stdout.startswith(f"runs | {tmp_path}\n")
     assert "distance in 1 cell" in changed.stdout
+
+
+def test_compare_lists_the_tables_of_one_folder_in_one_line(folder, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("quadratic", "second", "third"):
+        rows = (folder / "runs" / "quadratic.jsonl").read_bytes()
+        (results / f"{name}.jsonl").write_bytes(rows)
+        (tmp_path / f"{name}.py").write_bytes((folder / "quadratic.py").read_bytes())
+    shown = call(folder, "compare", "runs", str(results)).stdout
+    assert f"only in {results}: second, third" in shown
 
 
 def test_recomputed_cells_are_equal_or_named(folder, tmp_path):
@@ -265,6 +321,11 @@ def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_misspelled_table_is_answered_by_similar_names(folder):
+    with pytest.raises(ValueError, match="did you mean quadratic, seen from"):
+        loading.find_table("quadratik", folder)
+
+
 def test_cite_prints_bibtex_of_what_is_named(folder):
     text = call(folder, "cite", "SOBA").stdout
     assert text.count("@") >= 2
@@ -285,6 +346,11 @@ def test_csv_has_a_line_per_reported_row(folder, tmp_path):
     assert [line["method"] for line in lines] == [row["method"] for row in rows]
     assert [float(line["distance"]) for line in lines] == [
         row["distance"] for row in rows
+    ]
+    rates = [row["settings"].get("learning_rate") for row in rows]
+    assert any(rates)
+    assert [line["settings.learning_rate"] for line in lines] == [
+        "" if rate is None else str(rate) for rate in rates
     ]
 
 

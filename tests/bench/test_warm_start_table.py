@@ -24,7 +24,7 @@ def bowl() -> hg.Bilevel:
     return hg.Bilevel(inner, outer)
 
 
-IMPLICIT = hg.Implicit(hg.Newton(), hg.CG(), estimate_error=False)
+IMPLICIT = hg.Implicit(hg.Newton(), hg.CG(preconditioner=None), estimate_error=False)
 
 
 @pytest.mark.slow
