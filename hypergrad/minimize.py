@@ -43,7 +43,7 @@ from .validation import (
 )
 
 
-def minimize(
+def minimize(  # noqa: PLR0913 - the first five have a fixed order
     problem: Bilevel,
     estimator: Estimator,
     optimizer: optax.GradientTransformation,
@@ -57,20 +57,22 @@ def minimize(
     space: PyTree = None,
     metrics: dict[str, Metric] | None = None,
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
+    record_every: int = 1,
 ) -> Trace:
     """Moves ``alpha`` along hypergradients and returns the record of the run.
 
     The function makes an `OuterLoop` and calls `OuterLoop.run`. Use `OuterLoop` itself
-    for several outer losses, certificates, untrusted estimates, checkpoints and limits.
+    for several outer losses, certificates, untrusted estimates, and limits.
 
-    With ``num_steps`` and without ``progress`` the function can be jitted and vmapped.
-    Losses are traced a constant number of times, and a second run with the same objects
-    and shapes traces nothing, whatever its ``num_steps``.
+    With ``num_steps``, and without ``progress`` and ``checkpoints``, the function can
+    be jitted and vmapped. Losses are traced a constant number of times, and a second
+    run with the same objects and shapes traces nothing, whatever its ``num_steps``.
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.
       w, alpha: Starting point; pytrees of floating-point arrays.
-      num_steps, budget, progress: As in `OuterLoop.run`.
+      num_steps, budget, progress, checkpoints, record_every: As in `OuterLoop.run`.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       state: ``trace.state`` of an earlier run with the same arguments, which this run
         continues: both runs together make the steps of one longer run, to the bit.
@@ -78,7 +80,7 @@ def minimize(
         values are not used.
 
     Returns:
-      A `Trace` with a row per step.
+      A `Trace` with a row per step, or per ``record_every`` steps.
 
     Cost: one estimate per step, in ``trace.cost``.
     Memory: that of one estimate, and a row of scalars per step.
@@ -110,7 +112,14 @@ def minimize(
                 "key must not be given together with state, which has one."
             )
         check_state_fits(state, w, alpha)
-    return loop.run(state, num_steps=num_steps, budget=budget, progress=progress)
+    return loop.run(
+        state,
+        num_steps=num_steps,
+        budget=budget,
+        progress=progress,
+        checkpoints=checkpoints,
+        record_every=record_every,
+    )
 
 
 class OuterLoop(eqx.Module):

@@ -109,6 +109,21 @@ def test_a_run_equals_a_loop_by_hand(optimizer):
     assert error(trace.w, QUADRATIC.solution(alphas[-2])) < 1e-9
 
 
+def test_minimize_passes_checkpoints_and_record_every_to_the_run(tmp_path):
+    """A second call continues the finished run, that is, it makes no step."""
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha - 1) ** 2)
+    problem, estimator = hg.Bilevel(loss, loss), hg.Implicit(hg.Newton())
+    run = functools.partial(
+        hg.minimize, problem, estimator, optax.sgd(0.1), jnp.zeros(2), jnp.zeros(2),
+        num_steps=6, record_every=3,
+    )  # fmt: skip
+    trace = run(checkpoints=hg.Checkpoints(tmp_path))
+    assert trace.value.shape == (2,)
+    assert_same_bits(trace, run())
+    assert_same_bits(trace, run(checkpoints=hg.Checkpoints(tmp_path)))
+    assert (tmp_path / "step-000000006.json").exists()
+
+
 def test_the_optimizer_receives_the_outer_value():
     """Polyak's step (M - 0) / |h|^2 on M = alpha^2 halves alpha every time."""
     inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import checkpoint, outer_fingerprint, outer_limits
+from hypergrad import checkpoint, outer_fingerprint, outer_limits, outer_run
 from hypergrad.checkpoint import CheckpointFolder
 from hypergrad.cost.memory import resident_bytes
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
@@ -123,6 +123,25 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(last: int, tmp_path
     trace = run(checkpoints=checkpoints, progress=progress)
     assert_same_bits(trace, unbroken())
     assert later == list(range(last + 1, NUM_STEPS + 1))
+
+
+def test_ctrl_c_saves_the_steps_made_between_two_checkpoints(tmp_path, monkeypatch):
+    """Also those of the block that is computed meanwhile."""
+    checkpoints, num_waits = hg.Checkpoints(tmp_path, every=4), []
+
+    def interrupted_wait(x):
+        num_waits.append(x)
+        if len(num_waits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(outer_run.jax, "block_until_ready", interrupted_wait)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        run(checkpoints=checkpoints, progress=lambda *call: None)
+    monkeypatch.undo()
+    assert steps_in(tmp_path) == [2]
+    (note,) = interrupt.value.__notes__
+    assert note.startswith(f"2 steps are saved in {tmp_path}")
+    assert_same_bits(run(checkpoints=checkpoints), unbroken())
 
 
 def mean_inner(w, alpha, batch):
