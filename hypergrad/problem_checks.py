@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from .lost_derivative_checks import describe_places, losses_with_batches
 from .lost_derivatives import find_lost_derivatives
 from .problem import Bilevel
 from .products import Loss
+from .runtime.user_warnings import warn_user
 from .trees import is_key
 from .validation import (
     KEY_SHAPE,
@@ -55,8 +55,7 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> 
     inner_batch = jax.eval_shape(lambda: sample_batch(inner_data, key))
     outer_batch = jax.eval_shape(lambda: full_batch(outer_data, key))
     check_scalar_loss("inner_loss", problem.inner_loss, w, alpha, inner_batch)
-    losses = problem.outer_loss
-    for loss in losses if isinstance(losses, tuple) else (losses,):
+    for loss in problem.outer_losses:
         check_scalar_loss("outer_loss", loss, w, alpha, outer_batch)
     outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
     if is_keyed(inner_data):
@@ -76,14 +75,16 @@ def check_scalar_loss(
     except Exception as error:
         args = {"w": w, "alpha": alpha, "batch": batch}
         shapes = ", ".join(describe_leaves(*item) for item in args.items())
-        context = f"while evaluating {name}(w, alpha, batch) on {shapes}"
         if isinstance(error, KeyError):
             raise ValueError(
-                f"{name} reads the key {error}, which its arguments lack, {context}."
+                f"{name} reads the key {error}, which its arguments lack: {shapes}."
             ) from error
-        context += ", which must fit each other"
+        context = (
+            f"It was raised in {name}(w, alpha, batch) on {shapes}, which must fit "
+            "each other."
+        )
         if remedy := _remedy_of_misfit(error, w, alpha, batch):
-            context += f". {remedy}"
+            context += f" {remedy}."
         raise_with_context(error, context)
     if not (hasattr(out, "shape") and out.shape == ()):
         shape = jax.tree.map(lambda x: tuple(x.shape), out)
@@ -111,8 +112,10 @@ def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree)
         return "No data was given; hg.Bilevel takes it after the losses"
     if isinstance(batch, tuple) and len(batch) == 2 and is_key(batch[1]):
         return "A batch is the pair (examples, key)"
-    if "PRNG key data" in str(error):
+    if "PRNG key data" in str(error) or "values to unpack" in str(error):
         return "Batches bring keys only with hg.Batches(..., with_key=True)"
+    if "different trace level" in str(error):  # flax nnx
+        return "Merge the model with nnx.merge(..., copy=True)"
     return ""
 
 
@@ -121,11 +124,10 @@ def _warn_of_unread_key(
 ) -> None:
     """Issues a warning if a loss does not use the key, the last leaf of its batch."""
     if not used_inputs(loss, w, alpha, batch)[-1]:
-        warnings.warn(
+        warn_user(
             f"{name} never reads the key of its batches, so that a dropout in it has "
             "the same mask in every step. Give it the key (with flax nnx: "
-            "nnx.reseed(model, default=key)), or leave out with_key=True.",
-            stacklevel=2,
+            "nnx.reseed(model, default=key)), or leave out with_key=True."
         )
 
 

@@ -85,7 +85,7 @@ def _check_returns_scalar(name: str, metric: Any, w: PyTree, alpha: PyTree) -> N
             error,
             f"metrics[{name!r}] failed. It is called as fn(w, alpha, key) -> scalar "
             "with a PRNG key and without a batch; pass arrays that it reads with "
-            "jax.tree_util.Partial(fn, arrays)",
+            "jax.tree_util.Partial(fn, arrays).",
         )
     if shape != ():
         raise ValueError(f"metrics[{name!r}] must return a scalar; got shape {shape}.")

@@ -141,9 +141,12 @@ def _as_floats(name: str, tree: PyTree) -> PyTree:
     tree = _as_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            remedy = _REMEDIES[name]
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                remedy = f"Write 2.0 for 2, or x.astype(float). {remedy}"
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} must be floating-point; got "
-                f"{leaf.dtype}, which has no derivative. {_REMEDIES[name]}"
+                f"{leaf.dtype}, which has no derivative. {remedy}"
             )
     return tree
 
@@ -324,12 +327,12 @@ def _range_converter(
 
 
 def raise_with_context(error: Exception, context: str) -> NoReturn:
-    """Raises the error of a user's function again, with its message after ``context``.
+    """Raises the error of a user's function again, followed by ``context``, a sentence.
 
     An error whose class takes other arguments than a message keeps its own message and
     receives ``context`` as a note.
     """
     if type(error) in (TypeError, ValueError, IndexError):
-        raise type(error)(f"{context}: {error}") from error
+        raise type(error)(f"{str(error).rstrip('.')}. {context}") from error
     error.add_note(context)
     raise error

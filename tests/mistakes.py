@@ -122,12 +122,21 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         Mistake(
             "An integer hyperparameter",
             "hg.hypergradient(problem, estimator)(w, jnp.arange(3, dtype=jnp.int32))",
-            "A number of layers has no derivative: use `hg.search`. A penalty of `1` is written `1.0`.",
+            "A penalty of `1` is written `1.0`. A number of layers has no derivative: use `hg.search`.",
         ),
         Mistake(
             "A random key among the parameters",
             'hg.hypergradient(problem, estimator)({"w": w, "key": jax.random.key(0)}, alpha)',
             "Batches bring keys: `hg.Batches(train, with_key=True)`.",
+        ),
+        Mistake(
+            "A loss that expects a key which its batches do not bring",
+            "def noisy_loss(w, alpha, batch):\n"
+            "    examples, key, _ = batch\n"
+            "    return train_loss(w, alpha, examples)\n\n\n"
+            + ESTIMATE.format(problem="hg.Bilevel(noisy_loss, val_loss, train, val)"),
+            "Batches bring keys with `hg.Batches(train, with_key=True)`; then a batch is the "
+            "pair `(examples, key)`.",
         ),
         Mistake(
             "A whole module as `w`",

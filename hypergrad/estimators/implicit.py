@@ -203,6 +203,7 @@ class Implicit(eqx.Module):
     )
 
     def __check_init__(self):
+        check_solver(self.solver)
         check_linear_solver(self.linear_solver)
         check_positive_int("adjoint_batch_size", self.adjoint_batch_size, optional=True)
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
@@ -231,7 +232,6 @@ class Implicit(eqx.Module):
 
     def _check_adaptive(self, rtol: Array) -> None:
         """Raises an error unless the solves can be repeated until ``rtol`` is met."""
-        check_solver(self.solver)
         linear_name = type(self.linear_solver).__name__
         if self.hvp_fn is not None:
             raise ValueError(

@@ -339,6 +339,7 @@ def test_a_key_that_a_loss_never_reads_gets_a_warning(name, inner, outer, outer_
     with pytest.warns(UserWarning, match=f"{name} never reads the key") as issued:
         hg.hypergradient(problem, estimator)(jnp.ones(2), jnp.ones(2), KEY)
     assert "nnx.reseed" in str(issued[0].message)
+    assert {warning.filename for warning in issued} == {__file__}
 
 
 def test_a_key_that_one_of_several_losses_reads_is_no_mistake():

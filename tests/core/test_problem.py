@@ -199,19 +199,19 @@ MISFITS = {
     ),
     "list": (
         (score_loss, (X, Y), jnp.ones(3), [0.0, 0.0, 0.0]),
-        r"alpha is a list of scalars; for an array pass jnp\.array\(\.\.\.\):",
+        r"alpha is a list of scalars; for an array pass jnp\.array\(\.\.\.\)\.",
     ),
     "list of layers": (
         (score_loss, (X, Y), [{"kernel": X}, (Y, Y)], jnp.ones(3)),
-        r"on w\[0\]\['kernel'\]: float64\[4,3\], .*must fit each other: ",
+        r"on w\[0\]\['kernel'\]: float64\[4,3\], .*must fit each other\.",
     ),
     "no key": (
         (noisy_loss, hg.Batches((X, Y), 2), jnp.ones(3), jnp.ones(3)),
-        r"bring keys only with hg\.Batches\(\.\.\., with_key=True\):",
+        r"bring keys only with hg\.Batches\(\.\.\., with_key=True\)\.",
     ),
     "key is not taken out": (
         (score_loss, hg.Batches((X, Y), with_key=True), jnp.ones(3), jnp.ones(3)),
-        r"A batch is the pair \(examples, key\):",
+        r"A batch is the pair \(examples, key\)\.",
     ),
 }
 
