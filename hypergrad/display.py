@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str]
 
 TEXT_WIDTH = 88
-MAX_PRINTED_NUMBERS = 4
+MAX_PRINTED_NUMBERS = 10
 MAX_NAMED_LEAVES = 12  # of a tree, in an error message
 #: The nouns of the counts of calls, as singular and plural.
 COUNT_NOUNS = {
