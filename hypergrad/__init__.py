@@ -175,6 +175,11 @@ __all__ = [  # in reading order
 ]
 
 
+def __dir__() -> list[str]:
+    """Returns the public names, for completion."""
+    return __all__
+
+
 def __getattr__(name: str):
     """Tasks are imported when first asked for: their networks need flax."""
     if name == "tasks":

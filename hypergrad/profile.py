@@ -81,6 +81,8 @@ class Profile:
             ("one estimate", format_seconds(self.seconds)),
             *[
                 (name, f"{format_seconds(seconds)}, {percent(seconds)}")
+                if seconds > 0  # it is a difference of two measured times
+                else (name, "too short to measure")
                 for name, seconds in parts.items()
             ],
             (

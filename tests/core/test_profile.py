@@ -156,3 +156,10 @@ def test_bad_arguments_raise_errors():
         jax.jit(lambda w: hg.profile(problem, estimator, w, ALPHA).seconds)(W)
     with pytest.raises(TypeError, match="estimator"):
         hg.profile(problem, SOLVER, W, ALPHA)
+
+
+def test_a_part_that_is_within_the_noise_of_the_clock_has_no_negative_time():
+    program = hg.profile(make_problem(), hg.Implicit(SOLVER), W, ALPHA).program
+    measured = hg.Profile("Implicit", 1.0, 0.9, -0.1, program)
+    (line,) = [x for x in repr(measured).splitlines() if "error estimate" in x]
+    assert line.endswith("too short to measure")

@@ -41,6 +41,10 @@ def test_public_names_exist_once():
     assert not CONTRACT - set(hg.__all__)
 
 
+def test_completion_offers_public_names_alone():
+    assert dir(hg) == sorted(hg.__all__)
+
+
 def test_every_public_object_has_a_docstring_with_a_doctest():
     """The docstring is the object's own; a protocol needs no doctest."""
     errors = []
