@@ -95,8 +95,8 @@ def print_entries(
     from rich.padding import Padding
     from rich.text import Text
 
-    for first, *cells in (list(map(printable, row)) for row in rows):
-        console.print(Text(first, style="bold"))
+    for name, *cells in (list(map(printable, row)) for row in rows):
+        console.print(Text(name, style="bold"))
         for column, cell in zip(columns[1:], cells, strict=True):
             if cell:
                 console.print(Padding(Text(f"{column}: {cell}"), (0, 0, 0, 2)))
