@@ -82,6 +82,7 @@ def implicit_hypergradient(
     damping: Array | float = 0.0,
     prepared: PyTree = None,
     hvp_fn: HvpFn | None = None,
+    scaling: Scaling | None = None,
 ) -> ImplicitResult:
     """Returns ``dM/dalpha - J' v`` with ``(H + damping I) v = dM/dw``.
 
@@ -95,12 +96,15 @@ def implicit_hypergradient(
       prepared: Data that the linear solver reuses from an earlier ``H``, or None.
       hvp_fn: Replaces ``H v`` in the solve. The residual and the sign of ``v'Hv`` are
         still computed with ``H``; nothing else is then known of its spectrum.
+      scaling: Diagonal scaling of ``H + damping I``, if it is known.
     """
     matvec = damped_hvp_fn(problem, w, alpha, batch, damping, hvp_fn)
 
     def solve(b, init_v):
         # (H + damping I) v = b
-        v, linear_stats = solve_linear(linear_solver, matvec, b, init_v, prepared)
+        v, linear_stats = solve_linear(
+            linear_solver, matvec, b, init_v, prepared, scaling
+        )
         if hvp_fn is not None:  # the solver saw the spectrum of another operator
             unknown = jnp.full_like(linear_stats["ritz_min"], jnp.nan)
             linear_stats |= {"ritz_min": unknown, "ritz_max": unknown}

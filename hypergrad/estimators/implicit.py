@@ -126,8 +126,9 @@ class Implicit(eqx.Module):
       estimate takes five products and the second outer gradient, and a warm start from
       the previous adjoint and duals four products. With a linear solver other than `CG`
       with its diagonal preconditioner, or with damping, the error estimate takes up to
-      25 products more. `MINRES`, and `CG` with ``damping`` or ``hvp_fn``, find a
-      scaling of their own in each estimate, by eight products. With ``rtol``: a full
+      25 products more. `MINRES` without an error estimate, and `CG` or `MINRES` with
+      ``damping`` or ``hvp_fn``, find a scaling of their own in each estimate, by eight
+      products. With ``rtol``: a full
       gradient for every ten gradients of inner steps, and in each round an adjoint
       solve with its error estimate. With ``certify``: two Newton steps with an adjoint
       solve each, and a probe.

@@ -59,8 +59,13 @@ class Point(NamedTuple):
 
 def uses_scaled_cg(estimator: "Implicit") -> bool:
     """Returns True if the adjoint solve is `scaled_cg` on ``H`` itself."""
-    is_exact = estimator.damping is None and estimator.hvp_fn is None
-    return is_exact and getattr(estimator.linear_solver, "is_scaled", False)
+    is_scaled = getattr(estimator.linear_solver, "is_scaled", False)
+    return _solves_with_hessian(estimator) and is_scaled
+
+
+def _solves_with_hessian(estimator: "Implicit") -> bool:
+    """Returns True if the operator of the adjoint solve is ``H`` itself."""
+    return estimator.damping is None and estimator.hvp_fn is None
 
 
 def solve_adjoint(
@@ -112,6 +117,7 @@ def solve_adjoint(
             0.0 if estimator.damping is None else estimator.damping,
             prepared,
             estimator.hvp_fn,
+            scaling if with_error and _solves_with_hessian(estimator) else None,
         )
         solution = AdjointSolution(result, None, duals, 0)
         if with_error:

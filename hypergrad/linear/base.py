@@ -36,6 +36,8 @@ class SymmetricSolver(lx.AbstractLinearSolver):
       that is called without it may spend a product on its statistic ``residual``.
     - ``prepared``: The value that ``prepare`` returned for this or an earlier ``H``, or
       None.
+    - ``scaling``: The diagonal `Scaling` of ``H`` that the caller has found, or None. A
+      solver that works in scaled coordinates then needs no products to find its own.
 
     Entries of ``stats`` that `solve_linear` reads:
 
@@ -109,6 +111,7 @@ def solve_linear(
     b: PyTree,
     y0: PyTree,
     prepared: PyTree = None,
+    scaling: Any = None,
 ) -> tuple[PyTree, LinearStats]:
     """Solves ``H v = b``.
 
@@ -120,6 +123,7 @@ def solve_linear(
       b: Right-hand side.
       y0: Starting point of an iterative solver, structured like ``b``.
       prepared: Value returned by the solver's ``prepare``, if it has one.
+      scaling: Diagonal `Scaling` of ``H``, if it is known.
 
     Returns:
       ``v`` and the statistics ``num_products``, ``num_shared``, ``ritz_min``,
@@ -131,7 +135,12 @@ def solve_linear(
         # Solvers of lineax need one dtype, and LAPACK has none below float32.
         matvec, b, y0 = _with_one_dtype(matvec, b, y0)
     operator = hessian_operator(matvec, b)
-    options = {"y0": y0, "true_residual": False, "prepared": prepared}
+    options = {
+        "y0": y0,
+        "true_residual": False,
+        "prepared": prepared,
+        "scaling": scaling,
+    }
     state = solver.init(operator, options)
     v, result, stats = solver.compute(state, b, options)
     v = cast_like(v, like)

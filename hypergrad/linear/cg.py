@@ -131,7 +131,9 @@ class CG(SymmetricSolver):
         if callable(preconditioner):
             return run(state.mv, vector, options=options, preconditioner=preconditioner)
         solve = lambda matvec, b, y0: run(matvec, b, options=options | {"y0": y0})
-        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
+        return solve_equilibrated(
+            solve, state.mv, vector, options.get("y0"), options.get("scaling")
+        )
 
 
 def conjugate_gradients(

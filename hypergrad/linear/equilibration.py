@@ -50,6 +50,7 @@ def solve_equilibrated(
     matvec: MatVec,
     b: PyTree,
     y0: PyTree | None,
+    scaling: Scaling | None = None,
 ) -> Solution:
     """Solves ``(S H S) x = S b`` and returns ``v = S x`` with the statistics.
 
@@ -58,12 +59,16 @@ def solve_equilibrated(
       matvec: Function ``v -> H v`` with symmetric ``H``.
       b: Right-hand side.
       y0: Starting point, or None.
+      scaling: ``S``. Defaults to that of `equilibrate`, whose products are counted.
     """
-    scaling = equilibrate(matvec, b)
+    num_shared = 0
+    if scaling is None:
+        scaling = equilibrate(matvec, b)
+        num_shared = scaling.num_products
     x0 = None if y0 is None else scaling.divide(y0)
     x, result, stats = solve(scaling.matvec(matvec), scaling.multiply(b), x0)
-    stats["num_products"] = stats["num_products"] + scaling.num_products
-    stats["num_shared"] = scaling.num_products
+    stats["num_products"] = stats["num_products"] + num_shared
+    stats["num_shared"] = num_shared
     return scaling.multiply(x), result, stats
 
 

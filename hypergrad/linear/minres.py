@@ -123,7 +123,9 @@ class MINRES(SymmetricSolver):
         )
         if self.preconditioner is None:
             return solve(state.mv, vector, options.get("y0"))
-        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
+        return solve_equilibrated(
+            solve, state.mv, vector, options.get("y0"), options.get("scaling")
+        )
 
 
 def minimum_residual(

@@ -596,6 +596,34 @@ def test_products_shared_by_several_losses_count_once(linear_solver, num_product
     assert stats["num_outer_grads"] == 3
 
 
+class OwnScaling(hg.MINRES):
+    """MINRES that finds its scaling itself, whatever it is given."""
+
+    def compute(self, state, vector, options):
+        return super().compute(state, vector, options | {"scaling": None})
+
+
+@pytest.mark.parametrize(
+    ("options", "num_saved"),
+    [
+        pytest.param({}, 6, id="error estimate"),
+        pytest.param({"estimate_error": False}, 0, id="no error estimate"),
+        pytest.param({"damping": 0.1}, 0, id="damping"),
+    ],
+)
+def test_minres_uses_the_scaling_that_the_error_estimate_needs(options, num_saved):
+    """It would find the same by the six columns of ``H``, unless ``H`` is damped."""
+    solver = hg.Descent(sgd(0.3), 12)
+    given, own = (
+        hg.hypergradient(LOGISTIC.problem, hg.Implicit(solver, minres, **options))(
+            LOGISTIC.w, LOGISTIC.alpha
+        )
+        for minres in (hg.MINRES(), OwnScaling())
+    )
+    assert own.stats["num_hvps"] - given.stats["num_hvps"] == num_saved
+    chex.assert_trees_all_close(given.hypergradient, own.hypergradient, rtol=1e-8)
+
+
 @pytest.mark.parametrize("linear_solver", [hg.CG(), hg.Neumann(5)])
 def test_each_of_several_outer_losses_is_evaluated_twice(linear_solver):
     """Once at ``w`` and once at the corrected point of its own."""
