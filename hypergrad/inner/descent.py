@@ -59,15 +59,21 @@ class Descent(eqx.Module):
     citations = ("deepmind2020jax",)
 
     def __check_init__(self):
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            self._check_optimizer_fn()
         check_positive_int("num_steps", self.num_steps, minimum=0)
-        if isinstance(self.optimizer, optax.GradientTransformation):
-            return
+
+    def _check_optimizer_fn(self) -> None:
+        """Raises TypeError unless ``optimizer`` may be a function of ``alpha``."""
         check_not_optax_factory("optimizer", self.optimizer)
         if not callable(self.optimizer):
+            remedy = ""
+            if isinstance(self.num_steps, optax.GradientTransformation):
+                remedy = " It comes before num_steps."
             raise TypeError(
                 "optimizer must be an optax.GradientTransformation such as "
                 "optax.sgd(0.1), or a function of alpha that returns one; got "
-                f"{type(self.optimizer).__name__}."
+                f"{type(self.optimizer).__name__}.{remedy}"
             )
         check_hashable("optimizer", self.optimizer)
 
