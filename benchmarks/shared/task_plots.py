@@ -202,7 +202,7 @@ def augmentation(
     left.plot(positions, pose, "k_", markersize=26, label="true")
     left.set_xticks(positions, operations, rotation=30, ha="right")
     left.set(
-        ylabel="magnitude x probability, fraction of the largest",
+        ylabel="magnitude x probability (of the largest)",
         title="Policies: mean and deviation over seeds",
     )
     left.legend(frameon=False)
