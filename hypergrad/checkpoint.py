@@ -59,7 +59,8 @@ class Checkpoints:
 
     Args:
       folder: Folder of this run only; it is created if it does not exist.
-      every: Number of outer steps between checkpoints. The end of a run is saved too.
+      every: Number of outer steps between checkpoints. The end of a run is saved too,
+        and so is the block of steps that Ctrl-C ends.
 
     The last two intact checkpoints are kept. A new one counts only once it is complete
     and on disk, so that it survives a power failure. The SHA-256 of all files is

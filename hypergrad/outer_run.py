@@ -7,8 +7,8 @@ is cut into blocks changes no bit of its result.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from .progress import (
     check_progress,
     open_progress,
 )
+from .runtime.interrupts import deferred_interrupt
 from .trace import Trace
 from .trees import to_numpy
 from .validation import check_positive_int, is_traced, positive
@@ -101,8 +102,12 @@ def run_steps(
         run = _HostRun(
             loop, state, num_steps, budget, show_progress, folder, limits, record_every
         )
-        if folder is not None:
-            run.load(folder)
+        if folder is None:
+            return run.run()
+        run.load(folder)
+        # Several processes save together, and may not all be interrupted.
+        if jax.process_count() == 1:
+            run.was_interrupted = stack.enter_context(deferred_interrupt())
         return run.run()
 
 
@@ -139,35 +144,20 @@ def _run_without_host(
     return _make_trace(loop, state, rows, first_step, state.status, record_every)
 
 
-class _StepsMade(NamedTuple):
-    """Results of the steps of a run so far.
-
-    Attributes:
-      state, budget: State and budget after the steps.
-      blocks: Their records, as pairs of rows and the number of rows that were written.
-      num_steps: Number of steps.
-      num_saved: Number of steps in the newest checkpoint.
-    """
-
-    state: OuterState
-    budget: Budget
-    blocks: tuple[tuple[StepRecord, int], ...] = ()
-    num_steps: int = 0
-    num_saved: int = 0
-
-
 class _HostRun:
     """A run that returns to the host to report, to save and to check limits.
 
     Attributes:
       loop: The loop.
+      state, budget: State and budget after the steps made so far.
       num_steps: Number of steps to make; infinite if only a budget ends the run.
-      made: The steps made so far. It is replaced at once, so that Ctrl-C at any time
-        leaves a state that can be saved.
+      num_made: Number of steps made so far.
+      blocks: Their records, as pairs of rows and the number of rows that were written.
       show_progress: Function of the progress, or None.
       folder: Folder of the checkpoints, or None.
       limits: Limits of time and memory.
       record_every: Number of steps per row.
+      was_interrupted: Function that returns whether Ctrl-C was pressed.
     """
 
     def __init__(
@@ -181,14 +171,17 @@ class _HostRun:
         limits: Limits,
         record_every: int,
     ):
-        self.loop, self.made = loop, _StepsMade(state, Budget.create(budget))
+        self.loop, self.state, self.budget = loop, state, Budget.create(budget)
         self.num_steps = math.inf if num_steps is None else num_steps
         self.first_step = state.step
         self.block_size = get_block_size(loop, state)
         stop = NEVER if num_steps is None else int(state.step) + num_steps
         self.stop = _to_array(stop)
+        self.num_made = 0
+        self.blocks: list[tuple[StepRecord, int]] = []
         self.show_progress, self.folder, self.limits = show_progress, folder, limits
         self.record_every = record_every
+        self.was_interrupted: Callable[[], bool] = lambda: False
 
     def load(self, folder: CheckpointFolder) -> None:
         """Continues from the newest checkpoint, if the folder contains one.
@@ -203,15 +196,15 @@ class _HostRun:
         )
         if saved is None:
             return
-        state, budget, rows = saved
+        self.state, budget, rows = saved
         # What was spent continues, while the limit may be larger than before.
-        budget = dataclasses.replace(budget, limit=self.made.budget.limit)
+        self.budget = dataclasses.replace(budget, limit=self.budget.limit)
         costs = rows.stats["gradient_equivalents"]
-        num_made = len(costs) * self.record_every
-        self.made = _StepsMade(state, budget, ((rows, len(costs)),), num_made, num_made)
+        self.num_made = len(costs) * self.record_every
+        self.blocks = [(rows, len(costs))]
         for name, limit, minimum in (
-            ("num_steps", self.num_steps, num_made),
-            ("budget", float(budget.limit), float(costs[:-1].sum())),
+            ("num_steps", self.num_steps, self.num_made),
+            ("budget", float(self.budget.limit), float(costs[:-1].sum())),
         ):
             if limit < minimum:
                 raise ValueError(
@@ -221,71 +214,44 @@ class _HostRun:
                 )
 
     def run(self) -> Trace:
-        """Makes the remaining steps and returns the trace."""
-        with self._saved_if_interrupted():
-            limit_code = self._make_remaining_steps()
-        state, budget, blocks, num_made, _ = self.made
-        status = int(state.status)
-        if not self._is_finished():  # a limit that the last step exceeds does not count
-            status = limit_code
-        rows = _concatenate(blocks)
-        if math.isinf(budget.limit):
-            num_left = int(self.num_steps) - num_made
-            blank = self._blank_rows(num_left // self.record_every)
-            rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
-        return _make_trace(
-            self.loop, state, rows, self.first_step, status, self.record_every
-        )
-
-    def _make_remaining_steps(self) -> int:
-        """Makes steps in chunks, and returns the code of the limit that ended them."""
+        """Makes the remaining steps in chunks and returns the trace."""
         limit_code = 0
         while not (self._is_finished() or limit_code):
             self._make_steps(self._steps_to_next_pause())
             limit_code = self.limits.get_exceeded()
-            is_end = self._is_finished() or limit_code > 0
+            is_interrupted = self.was_interrupted()
+            is_end = self._is_finished() or limit_code > 0 or is_interrupted
             if self.folder is not None and (is_end or self._is_due(self.folder.every)):
-                self._save(self.folder)
+                rows = _concatenate(self.blocks)
+                # They need not be joined again.
+                self.blocks = [(rows, self.num_made // self.record_every)]
+                self.folder.save(self.num_made, self._to_checkpoint(rows))
+            if is_interrupted and self.folder is not None:
+                raise _interruption(self.folder)
             if self.show_progress is not None and (
                 is_end or self._is_due(self._report_every())
             ):
                 self.show_progress(self._make_update())
-        return limit_code
-
-    @contextlib.contextmanager
-    def _saved_if_interrupted(self) -> Iterator[None]:
-        """Saves the steps that were made before Ctrl-C, and says so in the error."""
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:
-            if self.folder is not None:
-                # Several processes save together, and may not all be interrupted.
-                is_alone = jax.process_count() == 1
-                if is_alone and self.made.num_steps > self.made.num_saved:
-                    self._save(self.folder)
-                interrupt.add_note(
-                    f"{self.made.num_saved} steps are saved in {self.folder.path}; the "
-                    "same call continues from there."
-                )
-            raise
-
-    def _save(self, folder: CheckpointFolder) -> None:
-        """Saves the steps made so far, whose rows need not be joined again."""
-        rows = _concatenate(self.made.blocks)
-        num_made = self.made.num_steps
-        folder.save(num_made, self._to_checkpoint(rows))
-        blocks = ((rows, num_made // self.record_every),)
-        self.made = self.made._replace(blocks=blocks, num_saved=num_made)
+        status = int(self.state.status)
+        if not self._is_finished():  # a limit that the last step exceeds does not count
+            status = limit_code
+        rows = _concatenate(self.blocks)
+        if math.isinf(self.budget.limit):
+            num_left = int(self.num_steps) - self.num_made
+            blank = self._blank_rows(num_left // self.record_every)
+            rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
+        return _make_trace(
+            self.loop, self.state, rows, self.first_step, status, self.record_every
+        )
 
     def _is_finished(self) -> bool:
         # On the host, because each operation on arrays would compile a program.
-        state, budget, _, num_made, _ = self.made
-        is_spent = float(budget.total_cost) >= float(budget.limit)
-        is_over = is_spent or int(state.status) > 0
-        return is_over or num_made >= self.num_steps
+        is_spent = float(self.budget.total_cost) >= float(self.budget.limit)
+        is_over = is_spent or int(self.state.status) > 0
+        return is_over or self.num_made >= self.num_steps
 
     def _is_due(self, every: int) -> bool:
-        return self.made.num_steps % self._to_whole_rows(every) == 0
+        return self.num_made % self._to_whole_rows(every) == 0
 
     def _to_whole_rows(self, num_steps: int) -> int:
         """Returns the number of steps, rounded up to a multiple of a row's."""
@@ -299,9 +265,8 @@ class _HostRun:
         if self.folder is None or self.show_progress is not None:
             intervals.append(self._report_every())
         intervals = map(self._to_whole_rows, intervals)
-        num_made = self.made.num_steps
-        to_next_multiple = [every - num_made % every for every in intervals]
-        return min(self.num_steps - num_made, *to_next_multiple)
+        to_next_multiple = [every - self.num_made % every for every in intervals]
+        return min(self.num_steps - self.num_made, *to_next_multiple)
 
     def _report_every(self) -> int:
         """Returns a twentieth of the run in steps, rounded up.
@@ -311,33 +276,26 @@ class _HostRun:
         """
         if self.num_steps < math.inf:
             return math.ceil(self.num_steps / NUM_CALLS)
-        budget, num_made = self.made.budget, self.made.num_steps
-        if num_made == 0:
+        if self.num_made == 0:
             return 1
-        cost_per_step = float(budget.total_cost) / num_made
-        interval = float(budget.limit) / cost_per_step / NUM_CALLS
+        cost_per_step = float(self.budget.total_cost) / self.num_made
+        interval = float(self.budget.limit) / cost_per_step / NUM_CALLS
         return 2 ** max(0, math.ceil(math.log2(interval)))
 
     def _make_steps(self, num_steps: float) -> None:
         """Makes up to ``num_steps`` steps and waits for them."""
-        while num_steps > 0 and not self._is_finished():
+        while num_steps > 0 and not (self._is_finished() or self.was_interrupted()):
             num_rows = int(min(num_steps // self.record_every, self.block_size))
-            state, budget, rows, num_written = self._run_block(num_rows)
-            try:
-                jax.block_until_ready(num_written)
-            finally:  # After Ctrl-C too: these steps are made, and can be saved.
-                num_written = int(num_written)
-                blocks = (*self.made.blocks, (rows, num_written))
-                num_made = self.made.num_steps + num_written * self.record_every
-                num_saved = self.made.num_saved
-                self.made = _StepsMade(state, budget, blocks, num_made, num_saved)
+            self.state, self.budget, rows, num_made = self._run_block(num_rows)
+            self.blocks.append((rows, int(num_made)))
+            self.num_made += int(num_made) * self.record_every
             num_steps -= num_rows * self.record_every
 
     def _run_block(self, num_rows: int) -> tuple[OuterState, Budget, StepRecord, Array]:
         return run_block(
             self.loop,
-            self.made.state,
-            self.made.budget,
+            self.state,
+            self.budget,
             _to_array(num_rows),
             self.stop,
             self.block_size,
@@ -351,22 +309,32 @@ class _HostRun:
         return jax.tree.map(repeat, rows)
 
     def _make_update(self) -> ProgressUpdate:
-        _, budget, blocks, num_made, _ = self.made
-        rows, num_written = next(block for block in reversed(blocks) if block[1])
-        value = to_numpy(rows.value)[num_written - 1]
+        rows, num_made = next(block for block in reversed(self.blocks) if block[1])
+        value = to_numpy(rows.value)[num_made - 1]
         fraction = max(
-            num_made / self.num_steps, float(budget.total_cost) / float(budget.limit)
+            self.num_made / self.num_steps,
+            float(self.budget.total_cost) / float(self.budget.limit),
         )
         value = value if value.ndim else value.item()
-        return ProgressUpdate(num_made, value, fraction, self._count_trusted)
+        return ProgressUpdate(self.num_made, value, fraction, self._count_trusted)
 
     def _count_trusted(self) -> tuple[int, int]:
         """Returns the numbers of rows that are trusted and of all rows so far."""
-        trusted = [to_numpy(rows.stats["trusted"])[:n] for rows, n in self.made.blocks]
+        trusted = [to_numpy(rows.stats["trusted"])[:n] for rows, n in self.blocks]
         return sum(int(x.sum()) for x in trusted), sum(map(len, trusted))
 
     def _to_checkpoint(self, rows: StepRecord) -> tuple[OuterState, Budget, StepRecord]:
-        return self.made.state, self.made.budget, rows
+        return self.state, self.budget, rows
+
+
+def _interruption(folder: CheckpointFolder) -> KeyboardInterrupt:
+    """Returns the error of a Ctrl-C, which says how many steps are saved."""
+    if not folder.intact_steps:
+        return KeyboardInterrupt("no step could be saved")
+    return KeyboardInterrupt(
+        f"{folder.intact_steps[-1]} steps are saved in {folder.path}; the same call "
+        "continues from there"
+    )
 
 
 def _to_array(number: int) -> Array:
@@ -374,7 +342,7 @@ def _to_array(number: int) -> Array:
     return jnp.asarray(np.asarray(number))
 
 
-def _concatenate(blocks: Sequence[tuple[StepRecord, int]]) -> StepRecord:
+def _concatenate(blocks: list[tuple[StepRecord, int]]) -> StepRecord:
     """Returns the rows of the steps in all blocks.
 
     Concrete rows become NumPy arrays, because JAX would compile a program for each

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import hypergrad as hg
 from hypergrad import checkpoint, outer_fingerprint, outer_limits, outer_run
 from hypergrad.checkpoint import CheckpointFolder
 from hypergrad.cost.memory import resident_bytes
+from hypergrad.runtime.interrupts import deferred_interrupt
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 
 NUM_STEPS = 6
@@ -125,23 +127,76 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(last: int, tmp_path
     assert later == list(range(last + 1, NUM_STEPS + 1))
 
 
-def test_ctrl_c_saves_the_steps_made_between_two_checkpoints(tmp_path, monkeypatch):
-    """Also those of the block that is computed meanwhile."""
-    checkpoints, num_waits = hg.Checkpoints(tmp_path, every=4), []
+def press_ctrl_c_in_block(number: int, monkeypatch) -> None:
+    """Sends SIGINT to this process before a block is computed."""
+    run_block, calls = outer_run.run_block, []
 
-    def interrupted_wait(x):
-        num_waits.append(x)
-        if len(num_waits) == 2:
-            raise KeyboardInterrupt
+    def interrupted_block(*args):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_block(*args)
 
-    monkeypatch.setattr(outer_run.jax, "block_until_ready", interrupted_wait)
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        run(checkpoints=checkpoints, progress=lambda *call: None)
-    monkeypatch.undo()
-    assert steps_in(tmp_path) == [2]
-    (note,) = interrupt.value.__notes__
-    assert note.startswith(f"2 steps are saved in {tmp_path}")
+    monkeypatch.setattr(outer_run, "run_block", interrupted_block)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_ctrl_c_ends_a_run_after_the_block_that_is_computed(
+    every: int, tmp_path, monkeypatch
+):
+    """What was computed is saved, also between two checkpoints."""
+    checkpoints = hg.Checkpoints(tmp_path, every)
+    progress = (lambda *call: None) if every == 4 else None  # shorter blocks
+    with monkeypatch.context() as patch:
+        press_ctrl_c_in_block(2, patch)
+        with pytest.raises(KeyboardInterrupt, match="steps are saved in") as error:
+            run(checkpoints=checkpoints, progress=progress)
+    num_made = {1: 2, 2: 4, 4: 2}[every]
+    assert str(error.value).startswith(f"{num_made} steps are saved in {tmp_path}")
+    assert steps_in(tmp_path)[-1] == num_made
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same_bits(run(checkpoints=checkpoints), unbroken())
+
+
+def test_ctrl_c_says_that_nothing_could_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointFolder, "_write", raise_disk_is_full)
+    with monkeypatch.context() as patch:
+        press_ctrl_c_in_block(1, patch)
+        with (
+            pytest.warns(UserWarning, match="could not be written"),
+            pytest.raises(KeyboardInterrupt, match="no step could be saved"),
+        ):
+            run(checkpoints=hg.Checkpoints(tmp_path))
+
+
+def raise_disk_is_full(*args):
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with deferred_interrupt() as was_pressed:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert was_pressed()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_a_thread_or_with_a_handler_of_the_user_is_left_alone(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with deferred_interrupt() as was_pressed:
+        assert not was_pressed()
+    monkeypatch.undo()
+    results = []
+
+    def defer():
+        with deferred_interrupt() as was_pressed:
+            results.append(was_pressed())
+
+    thread = threading.Thread(target=defer)
+    thread.start()
+    thread.join()
+    assert results == [False]
 
 
 def mean_inner(w, alpha, batch):
