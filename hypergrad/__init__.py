@@ -176,8 +176,8 @@ __all__ = [  # in reading order
 
 
 def __dir__() -> list[str]:
-    """Returns the public names, for completion."""
-    return __all__
+    """Returns the public names, for completion, which must not import `tasks`."""
+    return ["__version__", *(name for name in __all__ if name in globals())]
 
 
 def __getattr__(name: str):

@@ -223,7 +223,10 @@ def estimators() -> None:
 
     console = Console()
     table_rows = method_tables.table_rows()
-    print_rows = print_table if console.width >= MIN_TABLE_WIDTH else print_entries
+    is_narrow = console.is_terminal and console.width < MIN_TABLE_WIDTH
+    if not console.is_terminal:  # whose width is unknown
+        console = Console(width=max(console.width, MIN_TABLE_WIDTH))
+    print_rows = print_entries if is_narrow else print_table
     for name in ("advice", "costs"):
         columns = method_tables.TABLES[name]
         rows = [[row[column] for column in columns] for row in table_rows]

@@ -86,7 +86,8 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
     Memory: that of one estimate, and a row of scalars per step.
 
     Raises:
-      TypeError, ValueError: An argument is invalid; raised before anything is compiled.
+      TypeError, ValueError: An argument is invalid; raised before anything is compiled,
+        except for a folder of checkpoints that belongs to another or a longer run.
       ImportError: ``progress`` is True and rich is not installed.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg

@@ -112,8 +112,13 @@ def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree)
         return "No data was given; hg.Bilevel takes it after the losses"
     if isinstance(batch, tuple) and len(batch) == 2 and is_key(batch[1]):
         return "A batch is the pair (examples, key)"
-    if "PRNG key data" in str(error) or "values to unpack" in str(error):
+    if "PRNG key data" in str(error):
         return "Batches bring keys only with hg.Batches(..., with_key=True)"
+    if "values to unpack" in str(error):
+        return (
+            "If the loss expects a pair (examples, key), batches bring keys with "
+            "hg.Batches(..., with_key=True)"
+        )
     if "different trace level" in str(error):  # flax nnx
         return "Merge the model with nnx.merge(..., copy=True)"
     return ""

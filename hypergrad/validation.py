@@ -142,7 +142,7 @@ def _as_floats(name: str, tree: PyTree) -> PyTree:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             remedy = _REMEDIES[name]
-            if jnp.issubdtype(leaf.dtype, jnp.integer):
+            if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
                 remedy = f"Write 2.0 for 2, or x.astype(float). {remedy}"
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} must be floating-point; got "
@@ -335,6 +335,9 @@ def raise_with_context(error: Exception, context: str) -> NoReturn:
     receives ``context`` as a note.
     """
     if type(error) in (TypeError, ValueError, IndexError):
-        raise type(error)(f"{str(error).rstrip('.')}. {context}") from error
+        text = str(error).strip()
+        if text and text[-1] not in ".!?":
+            text += "."
+        raise type(error)(f"{text} {context}".strip()) from error
     error.add_note(context)
     raise error

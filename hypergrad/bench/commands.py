@@ -361,7 +361,7 @@ def recompute(
 
 
 def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Difference]]:
-    """Returns the differences of the tables that both folders have.
+    """Returns the differences of two folders, with the names of their tables.
 
     Raises:
       ValueError: They have no table in common.
@@ -383,7 +383,7 @@ def compare(folder: Path, reference: Path) -> list[tuple[str, comparisons.Differ
     ):
         if only:
             text = f"only in {path}: {', '.join(sorted(only))}"
-            differences.append(("tables", comparisons.Difference("cells", text)))
+            differences.append(("all", comparisons.Difference("tables", text)))
     return differences + [
         (result.name, difference)
         for result in results

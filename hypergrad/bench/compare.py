@@ -19,7 +19,8 @@ class Difference:
     """A thing in which two results differ.
 
     Attributes:
-      kind: "provenance", "cells", "numbers", or "damaged" for unreadable rows.
+      kind: "provenance", "tables", "cells", "numbers", or "damaged" for unreadable
+        rows.
       text: The difference in words.
     """
 

@@ -47,7 +47,7 @@ def export(result: TableResult, kind: str, folder: Path) -> Path:
 def write_csv(result: TableResult, folder: Path) -> Path:
     """Writes one line per row with all scalar fields and the tuned settings."""
     rows = [
-        row | {f"settings.{name}": x for name, x in row.get("settings", {}).items()}
+        row | {f"settings.{name}": x for name, x in _settings(row).items()}
         for row in result.printed_rows
     ]
     scalars = (name for row in rows for name, x in row.items() if _is_scalar(x))
@@ -59,6 +59,12 @@ def write_csv(result: TableResult, folder: Path) -> Path:
     path = folder / f"{result.name}.csv"
     atomic_io.atomic_write(path, text.getvalue())
     return path
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    """Returns the settings of the method of a row, if it has any."""
+    settings = row.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def write_latex(result: TableResult, folder: Path) -> Path:

@@ -96,7 +96,7 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
       folder: Where tables are looked up by name.
 
     Raises:
-      ValueError: There is no such table; the message lists those there are.
+      ValueError: There is no such table; the message has similar names, or all.
     """
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
@@ -158,8 +158,8 @@ def load_listed_table(path: Path) -> BaseTable:
         return load_table(path)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{path} needs the package {error.name}, which is not installed "
-            f"({error_position(error)})."
+            f"{path} needs {error.name}, which is not installed: {error} in "
+            f"{error_position(error)}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ValueError(

@@ -36,8 +36,9 @@ class SymmetricSolver(lx.AbstractLinearSolver):
       that is called without it may spend a product on its statistic ``residual``.
     - ``prepared``: The value that ``prepare`` returned for this or an earlier ``H``, or
       None.
-    - ``scaling``: The diagonal `Scaling` of ``H`` that the caller has found, or None. A
-      solver that works in scaled coordinates then needs no products to find its own.
+    - ``scaling``: None, or an object with the diagonal ``s`` of a matrix ``S`` for
+      which ``S H S`` does not depend on units, structured like ``b``. A solver that
+      works in scaled coordinates then needs no products to find its own.
 
     Entries of ``stats`` that `solve_linear` reads:
 

@@ -115,18 +115,18 @@ def exit_with_errors(errors: Mapping[str, str]) -> None:
 def exit_quietly() -> Iterator[None]:
     """Exits without a traceback after Ctrl-C, and if the reader of a pipe is gone.
 
-    The statuses, 130 and 141, are those of a shell for SIGINT and SIGPIPE.
+    The statuses are 130 and, as of a command that SIGPIPE ends, 141; rich itself ends
+    a command with 1 if it prints to a closed pipe.
     """
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:  # a command may end by SystemExit
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        message = (
-            "interrupted. A run keeps its completed cells, and continues with the "
-        )
-        print_line(f"hypergrad: {message}same command.", file=sys.stderr)
+        print_line("hypergrad: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `hypergrad ... | head`
+    except BrokenPipeError:  # as of `hypergrad ... | head`
         # What the interpreter still writes as it exits must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,6 +1,7 @@
 """Warnings that point at the user's own line."""
 
 import inspect
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,19 +10,19 @@ import equinox
 import jax
 
 #: Folders whose functions may be between the user's line and the warning.
-PACKAGES = (
-    str(Path(__file__).parents[1]),
-    *(str(Path(inspect.getfile(module)).parent) for module in (equinox, jax)),
+FOLDERS = (
+    str(Path(__file__).parents[1]) + os.sep,
+    *(str(Path(inspect.getfile(x)).parent) + os.sep for x in (equinox, jax)),
 )
 
 
 def warn_user(message: str) -> None:
-    """Issues a warning at the innermost line outside of the package.
+    """Issues a warning at the innermost line outside of hypergrad, equinox and jax.
 
     Python shows a warning once per line, so that checks which are made several times
     in one call show one.
     """
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGES):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(FOLDERS):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -137,16 +137,16 @@ def test_list_names_the_package_that_a_table_needs(folder, tmp_path):
     (tmp_path / "quadratic.py").write_text(f"import absent_package\n{text}")
     done = call(folder, "list", str(tmp_path))
     assert done.returncode == 1
-    assert "needs the package absent_package, which is not installed" in done.stderr
+    assert "needs absent_package, which is not installed" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["estimators", "cite"])
+@pytest.mark.parametrize("command", ["estimators", "cite", "compare runs runs"])
 def test_a_reader_that_closes_the_pipe_ends_a_command_quietly(folder, command):
     """As ``| head`` does once it has its lines."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "hypergrad.cli", command],
+        [sys.executable, "-m", "hypergrad.cli", *command.split()],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
         stdout=writer,
@@ -162,14 +162,15 @@ def test_ctrl_c_is_one_line(folder):
     with mock.patch("hypergrad.bench.commands.run", side_effect=KeyboardInterrupt):
         done = call(folder, "run", "quadratic.py")
     assert done.returncode == 130
-    assert done.stderr.startswith("hypergrad: interrupted. ")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == "hypergrad: interrupted\n"
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])
 def test_estimators_fit_the_terminal(folder, columns):
     """A narrow terminal gets a line per property instead of a broken table."""
-    lines = call(folder, "estimators", columns=columns).stdout.splitlines()
+    with mock.patch("rich.console.Console.is_terminal", True):
+        text = call(folder, "estimators", columns=columns).stdout
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     assert max(map(len, lines)) <= int(columns)
     assert any("SOBA(optimizer)" in line for line in lines)
 
