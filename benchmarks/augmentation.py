@@ -133,22 +133,21 @@ def random_search(task, *, budget, key):
 
 
 # Per method the estimator, Adam's rate, and the maximum cost of a step in
-# gradient-equivalents: T inner gradients, outer gradients of 200 images against 100
-# (two if trust is evaluated), 2 per product of Neumann's 10 and the cross term; T more
-# gradients and T products for the reverse pass; or the three gradients of a finite
-# difference.
+# gradient-equivalents: T inner gradients and an outer one of 200 images against 100; 2
+# per product of Neumann's nine and the cross term; one more gradient and T products for
+# the reverse pass; or the three gradients of a finite difference.
 OUTER = NUM_VAL / NUM_TRAIN
 HYPERGRADIENTS = {
     "implicit": (
         hg.Implicit(
             SOLVER, hg.Neumann(num_terms=10, step_size=0.1), estimate_error=False
         ),
-        *(0.15, SOLVER.num_steps + 2 * 11 + 2 * OUTER),
+        *(0.15, SOLVER.num_steps + 2 * 10 + OUTER),
     ),
     "unrolled": (
         hg.Unrolled(SOLVER, warm_start=True),
         0.15,
-        4 * SOLVER.num_steps + 1 + OUTER,
+        3 * SOLVER.num_steps + 1 + OUTER,
     ),
     "DADA": (hg.FiniteDifference(ONE_STEP, step_size=0.3), 0.03, 1 + 3 + OUTER),
 }

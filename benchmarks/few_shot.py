@@ -109,19 +109,18 @@ def accuracy(metric, init_w, w, alpha, key):
     return metric(init_w, alpha, jax.random.fold_in(key, 2))
 
 
-# Per method the estimator and the cost of a step: T inner gradients, an outer one (two
-# where trust is measured), and 2 per product, or T more gradients and T products for
-# the reverse pass.
+# Per method the estimator and the cost of a step: T inner gradients, an outer one, and
+# 2 per product, or one more gradient and T products for the reverse pass.
 NUM_STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
 HYPERGRADIENTS = {
-    "maml": (hg.Unrolled, 4 * NUM_STEPS["maml"] + 1 + QUERY_COST),
+    "maml": (hg.Unrolled, 3 * NUM_STEPS["maml"] + 1 + QUERY_COST),
     "imaml": (
         lambda solver: hg.Implicit(
             solver,
             hg.CG(max_steps=NUM_PRODUCTS, preconditioner=None),
             estimate_error=False,
         ),
-        NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + 2 * QUERY_COST,
+        NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + QUERY_COST,
     ),
     "ridge head": (hg.Unrolled, 4 + QUERY_COST),
 }

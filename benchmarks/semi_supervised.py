@@ -175,8 +175,8 @@ def describe_run(task, trace, w, key) -> Row:
 
 
 # Maximum costs of a step in gradient-equivalents: T inner gradients, one outer gradient
-# (two if trust is evaluated), and 2 per product (CG at most 20 and one; Neumann 19, 10
-# for its step size and one), or T more gradients and T products for the reverse pass.
+# and 2 per product (CG at most 20 and one; Neumann 19, 10 for its step size, and one),
+# or T more gradients and T products for a reverse pass that recomputes the steps.
 # An outer gradient counts as an inner one although the splits differ in size.
 HYPERGRADIENTS = {
     "implicit": gradient_method(
@@ -185,11 +185,11 @@ HYPERGRADIENTS = {
             hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
             estimate_error=False,
         ),
-        SOLVER.num_steps + 2 * 21 + 2,
+        SOLVER.num_steps + 2 * 21 + 1,
     ),
     "neumann": gradient_method(
         hg.Implicit(SOLVER, hg.Neumann(num_terms=20), estimate_error=False),
-        SOLVER.num_steps + 2 * 30 + 2,
+        SOLVER.num_steps + 2 * 30 + 1,
     ),
     "unrolled": gradient_method(
         hg.Unrolled(SOLVER, checkpoint=True, warm_start=True), 4 * SOLVER.num_steps + 2

@@ -114,14 +114,14 @@ def unrolled(solver: Any) -> Estimator:
     return hg.Unrolled(solver, warm_start=True)
 
 
-# Costs of a step: T inner gradients and two of the outer loss, half as large; then 2
-# per product, or T gradients and products for the reverse pass.
+# Costs of a step: T inner gradients and one of the outer loss, at most half as large;
+# then 2 per product, or one more gradient and T products for the reverse pass.
 METHODS: dict[str, Callable] = {
     "random search": random_search,
     "implicit": gradient_method(
-        implicit, lambda solver: solver.num_steps + 2 * (NUM_PRODUCTS + 1) + 1
+        implicit, lambda solver: solver.num_steps + 2 * (NUM_PRODUCTS + 1) + 0.5
     ),
-    "unrolled": gradient_method(unrolled, lambda solver: 4 * solver.num_steps + 2),
+    "unrolled": gradient_method(unrolled, lambda solver: 3 * solver.num_steps + 1.5),
 }
 
 
