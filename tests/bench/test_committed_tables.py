@@ -27,6 +27,28 @@ def test_the_committed_rows_are_whole_and_their_checks_hold(file: Path):
     assert not [finding.text for finding in findings if finding.failed]
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("augmentation", "implicit"),
+        ("augmentation", "unrolled"),
+        ("few_shot", "maml"),
+        ("semi_supervised", "neumann"),
+        ("semi_supervised", "unrolled"),
+        ("federated", "global, neumann"),
+    ],
+)
+def test_steps_of_a_fixed_cost_spend_the_budget_up_to_one_step(name: str, method: str):
+    """A cost that is planned too high would leave a part of the budget unused."""
+    table = loading.load_table(FOLDER / f"{name}.py")
+    rows = read_rows(FOLDER / "results" / f"{name}.jsonl")
+    for row in rows:
+        if row["method"] == method and row.get("stage") is None:
+            cost = row["gradient_equivalents"]
+            step_cost = cost / len(row["curve_cost"])
+            assert table.budget - step_cost < cost <= table.budget
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_the_printed_form_is_that_of_the_rows(file: Path):
     result = check.load_result(file.stem, loading.load_table(file), FOLDER / "results")
