@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import hypergrad as hg
 
@@ -224,6 +225,22 @@ def test_a_loss_that_fails_gets_the_leaves_and_a_remedy(name):
     with pytest.raises(TypeError, match=message) as raised:
         hg.hypergradient(problem, hg.Implicit(hg.Newton()))(w, alpha)
     assert "tanh" not in str(raised.value)
+
+
+def test_a_model_of_flax_that_is_merged_without_a_copy_gets_the_remedy():
+    """The running averages, which a forward pass updates, belong to the first trace."""
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, alpha, batch):
+        merged = nnx.merge(graph, params, rest)
+        return jnp.mean(merged(batch) ** 2) + jnp.sum(alpha**2)
+
+    x = X.astype(jnp.float32)  # as the layers of flax
+    problem = hg.Bilevel(loss, loss, x, x)
+    with pytest.raises(Exception, match="different trace level") as raised:
+        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(params, jnp.ones(2))
+    assert "nnx.merge(..., copy=True)" in "".join(raised.value.__notes__)
 
 
 def test_only_some_leaves_of_a_large_model_are_named():
