@@ -1,6 +1,7 @@
 """The command line ``hypergrad``: tables are listed, run, checked and reported."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -248,6 +249,29 @@ def cite(names: tuple[str, ...] = ()) -> None:
     print_line(citation(*objects))
 
 
+#: How the values of arguments are called in the texts of ``--help``.
+NAMES_IN_HELP: dict[Callable, dict[str, str]] = {
+    list_tables: {"folder": "FOLDER"},
+    run: {
+        "table": "TABLE",
+        "method": "FILE.py:FUNCTION",
+        "only": "LABEL",
+        "seeds": "NUMBER",
+        "scale": "SCALE",
+        "budget": "COST",
+        "out": "FOLDER",
+        "workers": "NUMBER",
+    },
+    check: {"target": "TABLE|FOLDER"},
+    write_report: {"folder": "FOLDER", "out": "FOLDER"},
+    compare: {"folder": "FOLDER", "reference": "REFERENCE"},
+    recompute: {"folder": "FOLDER", "skip": "TABLE"},
+    export: {"folder": "FOLDER", "out": "FOLDER"},
+    write_solvers: {"folder": "FOLDER"},
+    cite: {"names": "[NAME ...]"},
+}
+
+
 def main() -> None:
     """Entry point of the command ``hypergrad``."""
     with exit_quietly():
@@ -264,6 +288,9 @@ def _run_command() -> None:
         import tyro
     except ImportError:
         sys.exit(f"hypergrad: {MISSING_EXTRA}")
+    for function, names in NAMES_IN_HELP.items():
+        for argument, name in names.items():
+            _mark(function, argument, tyro.conf.arg(metavar=name))
     _mark(list_tables, "folder", tyro.conf.Positional)
     _mark(cite, "names", tyro.conf.Positional)
     _mark(write_solvers, "folder", tyro.conf.Positional)

@@ -322,6 +322,19 @@ def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("run", "[RUN OPTIONS] TABLE"),
+        ("check", "TABLE|FOLDER"),
+        ("compare", "FOLDER REFERENCE"),
+        ("cite", "[NAME ...]"),
+    ],
+)
+def test_help_calls_arguments_by_what_they_are(folder, command, usage):
+    assert usage in call(folder, command, "--help").stdout.splitlines()[0]
+
+
 def test_a_misspelled_table_is_answered_by_similar_names(folder):
     with pytest.raises(ValueError, match="did you mean quadratic, seen from"):
         loading.find_table("quadratik", folder)
