@@ -48,7 +48,9 @@ class MINRES(SymmetricSolver):
 
     By default the method is applied to ``(S H S) x = S b`` with ``v = S x`` and the
     diagonal ``S`` of `CG`. The norms above are then those of ``x``, of ``S (b - H v)``
-    and of ``S H S``.
+    and of ``S H S``. `Implicit` passes the ``S`` of its error estimate, which changes
+    from estimate to estimate; so does then the ``v`` of minimum norm of a singular
+    ``H``.
 
     Args:
       rtol: The solver stops at ``||S (b - H v)|| <= rtol ||S b||``. Defaults to
@@ -59,7 +61,7 @@ class MINRES(SymmetricSolver):
 
     Cost:
       One Hessian-vector product per step, one more for a warm start, one for the true
-      residual, and with 'diagonal' eight for ``S``.
+      residual, and with 'diagonal' eight for ``S`` where `Implicit` passes none.
     Memory: seven vectors like ``w``, eight with 'diagonal'.
     Bias: none at convergence.
 
