@@ -294,7 +294,7 @@ def test_runs_that_stopped_early_are_counted_with_the_reason(run, shared_file):
         ("over_budget", r"cost .*; its budget is 60"),
         ("without_cost", "must return its cost"),
         ("all_settings_fail", "RuntimeError .*: no size works"),
-        ("ends_in_nan", "no setting of its grid .*; the run ended with values that"),
+        ("ends_in_nan", "no setting of its grid .*: the run ended with values that"),
     ],
 )
 def test_a_method_that_fails_is_named_and_the_other_rows_stay(run, name, message):

@@ -127,6 +127,14 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(last: int, tmp_path
     assert later == list(range(last + 1, NUM_STEPS + 1))
 
 
+@pytest.fixture
+def default_ctrl_c():
+    """Lets SIGINT raise KeyboardInterrupt, also where the shell had it ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def press_ctrl_c_in_block(number: int, monkeypatch) -> None:
     """Sends SIGINT to this process before a block is computed."""
     run_block, calls = outer_run.run_block, []
@@ -140,6 +148,7 @@ def press_ctrl_c_in_block(number: int, monkeypatch) -> None:
     monkeypatch.setattr(outer_run, "run_block", interrupted_block)
 
 
+@pytest.mark.usefixtures("default_ctrl_c")
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_ctrl_c_ends_a_run_after_the_block_that_is_computed(
     every: int, tmp_path, monkeypatch
@@ -158,6 +167,7 @@ def test_ctrl_c_ends_a_run_after_the_block_that_is_computed(
     assert_same_bits(run(checkpoints=checkpoints), unbroken())
 
 
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_ctrl_c_says_that_nothing_could_be_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointFolder, "_write", raise_disk_is_full)
     with monkeypatch.context() as patch:
@@ -173,6 +183,7 @@ def raise_disk_is_full(*args):
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_a_second_ctrl_c_interrupts_at_once():
     with deferred_interrupt() as was_pressed:
         os.kill(os.getpid(), signal.SIGINT)
