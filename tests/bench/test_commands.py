@@ -325,7 +325,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
 @pytest.mark.parametrize(
     ("command", "usage"),
     [
-        ("run", "[RUN OPTIONS] TABLE"),
+        ("run", " TABLE"),
         ("check", "TABLE|FOLDER"),
         ("compare", "FOLDER REFERENCE"),
         ("cite", "[NAME ...]"),
