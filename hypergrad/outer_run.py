@@ -215,8 +215,8 @@ class _HostRun:
 
     def run(self) -> Trace:
         """Makes the remaining steps in chunks and returns the trace."""
-        limit_code = 0
-        while not (self._is_finished() or limit_code):
+        limit_code, is_interrupted = 0, False
+        while not (self._is_finished() or limit_code or is_interrupted):
             self._make_steps(self._steps_to_next_pause())
             limit_code = self.limits.get_exceeded()
             is_interrupted = self.was_interrupted()
@@ -226,12 +226,12 @@ class _HostRun:
                 # They need not be joined again.
                 self.blocks = [(rows, self.num_made // self.record_every)]
                 self.folder.save(self.num_made, self._to_checkpoint(rows))
-            if is_interrupted and self.folder is not None:
-                raise _interruption(self.folder)
             if self.show_progress is not None and (
                 is_end or self._is_due(self._report_every())
             ):
                 self.show_progress(self._make_update())
+        if self.folder is not None and self.was_interrupted():
+            raise _interruption(self.folder)
         status = int(self.state.status)
         if not self._is_finished():  # a limit that the last step exceeds does not count
             status = limit_code

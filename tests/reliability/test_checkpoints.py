@@ -168,6 +168,22 @@ def test_ctrl_c_ends_a_run_after_the_block_that_is_computed(
 
 
 @pytest.mark.usefixtures("default_ctrl_c")
+def test_ctrl_c_while_the_end_of_a_run_is_saved_is_not_lost(tmp_path, monkeypatch):
+    save = CheckpointFolder.save
+
+    def interrupted_save(folder, step, tree):
+        if step == NUM_STEPS:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(folder, step, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "save", interrupted_save)
+        with pytest.raises(KeyboardInterrupt, match=f"{NUM_STEPS} steps are saved"):
+            run(checkpoints=hg.Checkpoints(tmp_path))
+    assert_same_bits(run(checkpoints=hg.Checkpoints(tmp_path)), unbroken())
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_ctrl_c_says_that_nothing_could_be_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointFolder, "_write", raise_disk_is_full)
     with monkeypatch.context() as patch:
