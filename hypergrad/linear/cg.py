@@ -131,9 +131,7 @@ class CG(SymmetricSolver):
         if callable(preconditioner):
             return run(state.mv, vector, options=options, preconditioner=preconditioner)
         solve = lambda matvec, b, y0: run(matvec, b, options=options | {"y0": y0})
-        return solve_equilibrated(
-            solve, state.mv, vector, options.get("y0"), options.get("scaling")
-        )
+        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
 
 
 def conjugate_gradients(
