@@ -20,7 +20,7 @@ def warn_user(message: str) -> None:
     """Issues a warning at the innermost line outside of hypergrad, equinox and jax.
 
     Python shows a warning once per line, so that checks which are made several times
-    in one call show one.
+    in one call show one. From Python 3.12 on, ``skip_file_prefixes`` does the same.
     """
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(FOLDERS):

@@ -220,8 +220,8 @@ def test_compare_lists_the_tables_of_one_folder_in_one_line(folder, tmp_path):
         rows = (folder / "runs" / "quadratic.jsonl").read_bytes()
         (results / f"{name}.jsonl").write_bytes(rows)
         (tmp_path / f"{name}.py").write_bytes((folder / "quadratic.py").read_bytes())
-    shown = call(folder, "compare", "runs", str(results)).stdout
-    assert f"only in {results}: second, third" in shown
+    output = call(folder, "compare", "runs", str(results)).stdout
+    assert f"only in {results}: second, third" in output
 
 
 def test_recomputed_cells_are_equal_or_named(folder, tmp_path):

@@ -131,15 +131,15 @@ def test_the_page_on_displays_runs(tmp_path, monkeypatch):
     with enable_x64(False):  # as users run it
         names = run_blocks(page)
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    shown = page.read_text().split("```text\n")[1].split("```")[0]
+    expected_text = page.read_text().split("```text\n")[1].split("```")[0]
     number = r"-?\d[\d,]*(?:\.\d+)?"
-    texts = re.sub(number, "#", shown), re.sub(number, "#", str(names["trace"]))
+    texts = re.sub(number, "#", expected_text), re.sub(number, "#", str(names["trace"]))
     assert texts[0].strip() == texts[1]
-    shown_numbers, numbers = (
+    expected_numbers, numbers = (
         [float(x.replace(",", "")) for x in re.findall(number, text)]
-        for text in (shown, str(names["trace"]))
+        for text in (expected_text, str(names["trace"]))
     )
-    for actual, expected in zip(numbers, shown_numbers, strict=True):
+    for actual, expected in zip(numbers, expected_numbers, strict=True):
         # Rounding may move the step at which estimates begin to be trusted.
         most = 1 if expected.is_integer() else 0
         assert actual == pytest.approx(expected, rel=0.05, abs=most), (actual, expected)
