@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .batches import Batches
 from .inner.base import InnerSolver
+from .keys_in_w import bind_keys_to_loss, remove_keys, restore_keys
 from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
 from .lost_derivative_checks import check_no_lost_derivative
@@ -104,13 +105,14 @@ def argmin(
                 "batch must be a pytree of arrays, which argmin uses whole; got "
                 "Batches. Pass its full_batch()."
             )
-        check_scalar_loss("inner_loss", inner_loss, w0, alpha, batch)
-        solve = lambda w0: solver.solve(inner_loss, w0, alpha, batch, key)[0]
-        solution = jax.eval_shape(solve, w0)
-        check_same_structure(f"{type(solver).__name__}.solve", solution, w0)
-        loss, closed_over = jax.closure_convert(inner_loss, w0, alpha, batch)
-        solve = _make_differentiable_solve(loss, solver, linear_solver, key)
-        return solve(w0, (alpha, batch, *closed_over))
+        loss, start = bind_keys_to_loss(inner_loss, w0), remove_keys(w0)
+        check_scalar_loss("inner_loss", loss, start, alpha, batch)
+        solve = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
+        solution = jax.eval_shape(solve, start)
+        check_same_structure(f"{type(solver).__name__}.solve", solution, start)
+        pure_loss, closed_over = jax.closure_convert(loss, start, alpha, batch)
+        solve = _make_differentiable_solve(pure_loss, solver, linear_solver, key)
+        return restore_keys(solve(start, (alpha, batch, *closed_over)), w0)
 
     return solution_fn
 

@@ -1,5 +1,6 @@
 """Certificates: how far a hypergradient is from the derivative at the argmin."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from .implicit_diff import (
     newton_step,
     zero_adjoint,
 )
+from .keys_in_w import bind_keys, restore_keys
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
 from .lost_derivative_checks import lost_derivative_flags
@@ -219,7 +221,7 @@ def certify(
     problem, rtol, strong_convexity, hypergradient = floats_to_arrays(
         (problem, rtol, strong_convexity, hypergradient)
     )
-    check_on_shapes(check_certifiable, problem, w, alpha)
+    check_on_shapes(check_certifiable, *bind_keys(problem, w), alpha)
     if hypergradient is not None:
         _check_hypergradient(problem, hypergradient, alpha)
     return _certify(
@@ -253,16 +255,19 @@ def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
 def _certify(
     problem, w, alpha, hypergradient, num_newton_steps, rtol, strong_convexity, key
 ):
-    return compute_certificate(
+    problem, parameters = bind_keys(problem, w)
+    certificate = compute_certificate(
         problem,
         EstimateData.sample(problem, key),
-        w,
+        parameters,
         alpha,
         hypergradient,
         num_newton_steps=num_newton_steps,
         rtol=rtol,
         strong_convexity=strong_convexity,
     )
+    corrected_w = restore_keys(certificate.corrected_w, w)
+    return dataclasses.replace(certificate, corrected_w=corrected_w)
 
 
 def compute_certificate(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from .batches import Batches, sample_batch
 from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
+from .keys_in_w import bind_keys
 from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
@@ -90,6 +91,7 @@ def diagnose(
     if is_traced(problem, estimator, w, alpha, key):
         raise ValueError("diagnose needs concrete arrays; call it outside of jax.jit.")
     w, alpha = as_input_arrays(w, alpha)
+    problem, w = bind_keys(problem, w)
     key = as_key(key)
     _, estimate_key = jax.random.split(key)  # as in `hypergradient`
     data = EstimateData.sample(problem, estimate_key)

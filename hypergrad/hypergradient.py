@@ -11,6 +11,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from .estimators.base import Estimate, Estimator, normalize_estimate
+from .keys_in_w import bind_keys, restore_keys
 from .problem import Bilevel
 from .problem_checks import check_init, check_problem_type
 from .validation import (
@@ -72,7 +73,7 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
             leaves, input_structure = jax.tree.flatten((w, alpha))
             shapes = _shapes_of(input_structure, leaves)
             if shapes not in checked_shapes:
-                check_init(estimator, problem, w, alpha)
+                check_init(estimator, *bind_keys(problem, w), alpha)
                 checked_shapes.add(shapes)
         key = default_key if key is None else as_key(key)
         return _estimate(static_part, arrays, w, alpha, key)
@@ -122,6 +123,10 @@ def _static_field_hashes(structure: Any) -> Iterator[int]:
 def _estimate(static_part, arrays, w, alpha, key):
     estimator, problem = static_part.combine(arrays)
     init_key, estimate_key = jax.random.split(key)
-    state = estimator.init(problem, w, alpha, init_key)
+    problem, parameters = bind_keys(problem, w)
+    state = estimator.init(problem, parameters, alpha, init_key)
     estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
-    return normalize_estimate(dataclasses.replace(estimate, key=estimate_key))
+    final_w = restore_keys(estimate.w, w)
+    return normalize_estimate(
+        dataclasses.replace(estimate, w=final_w, key=estimate_key)
+    )

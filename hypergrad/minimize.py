@@ -12,6 +12,7 @@ from .certificate import check_certifiable
 from .checkpoint import Checkpoints
 from .estimators.base import Estimator, get_target
 from .inner.descent import LINE_SEARCH_STATES, contains_state
+from .keys_in_w import bind_keys
 from .outer_checks import (
     OnUntrusted,
     check_aggregator,
@@ -364,16 +365,19 @@ class OuterLoop(eqx.Module):
                 "evaluated only at the current alpha. Use e.g. optax.adam(0.1)."
             )
         spaces.check(self.space, alpha)
-        check_init(self.estimator, self.problem, w, alpha)
+        problem, parameters = bind_keys(self.problem, w)
+        check_init(self.estimator, problem, parameters, alpha)
         if self.certify_every is not None:
-            check_on_shapes(check_certifiable, self.problem, w, alpha)
-        self._check_on_untrusted_can_pass(w, alpha)
+            check_on_shapes(check_certifiable, problem, parameters, alpha)
+        self._check_on_untrusted_can_pass(problem, parameters, alpha)
         check_metrics(self.metrics, w, alpha)
         if self.project is not None:
             projected = eqx.filter_eval_shape(self.project, alpha)
             check_same_structure("project", projected, alpha, "alpha")
 
-    def _check_on_untrusted_can_pass(self, w: PyTree, alpha: PyTree) -> None:
+    def _check_on_untrusted_can_pass(
+        self, problem: Bilevel, w: PyTree, alpha: PyTree
+    ) -> None:
         """Raises ValueError if estimates without a certificate can never be trusted.
 
         ``on_untrusted`` then needs a certificate at every step.
@@ -384,7 +388,7 @@ class OuterLoop(eqx.Module):
             return
         if targets_argmin and self.certify_every == 1:
             return
-        if not can_be_trusted(self.estimator, self.problem, w, alpha):
+        if not can_be_trusted(self.estimator, problem, w, alpha):
             name = type(self.estimator).__name__
             remedy = " Use certify_every=1." if targets_argmin else ""
             raise ValueError(

@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from . import spaces
 from .estimators.base import Estimate, normalize_estimate
+from .keys_in_w import bind_keys, restore_keys
 from .outer_estimate import ADDITIVE_STATS, estimate_step, is_due
 from .recording import metric_at_step
 from .trace import (
@@ -120,6 +121,7 @@ class Budget(eqx.Module):
 def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> OuterState:
     """Returns the state before the first step."""
     init_key, key = jax.random.split(key)
+    problem, parameters = bind_keys(loop.problem, w)
     u = spaces.inverse(loop.space, alpha)
     aggregator_state = None
     if loop.aggregator is not None:
@@ -135,7 +137,7 @@ def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> Outer
         best_alpha=alpha,
         aggregator_state=aggregator_state,
         optimizer_state=loop.optimizer.init(u),
-        estimator_state=loop.estimator.init(loop.problem, w, alpha, init_key),
+        estimator_state=loop.estimator.init(problem, parameters, alpha, init_key),
         key=key,
     )
     return _cast_to_next_state(loop, state)
@@ -175,10 +177,11 @@ def step(
     """
     key, estimate_key, metric_key = jax.random.split(state.key, 3)
     alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
-    problem = loop.problem_at(state.step)
+    problem, _ = bind_keys(loop.problem_at(state.step), state.w)
     estimate, estimator_state = estimate_step(
         loop, problem, state, alpha, estimate_key, record_every
     )
+    w = restore_keys(estimate.w, state.w)
     direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
     u, optimizer_state = _update(loop, state, direction)
     aggregator_state = direction.aggregator_state
@@ -198,9 +201,7 @@ def step(
         status = jnp.where(is_endless & (status == 0), BAD_COST, status)
     status = jnp.where(state.status > 0, state.status, status)
     should_evaluate = is_last | is_due(state.step, loop.eval_every, record_every)
-    metrics = _evaluate_metrics(
-        loop, state.step, should_evaluate, estimate.w, alpha, metric_key
-    )
+    metrics = _evaluate_metrics(loop, state.step, should_evaluate, w, alpha, metric_key)
     record = StepRecord(
         value=estimate.value,
         stats=estimate.stats | direction.stats,
@@ -224,7 +225,7 @@ def step(
         status=status,
         u=optax.tree.where(failed, restored_u, u),
         good_u=optax.tree.where(failed, restored_u, state.u),
-        w=optax.tree.where(is_good, estimate.w, state.w),
+        w=optax.tree.where(is_good, w, state.w),
         best_value=jnp.where(is_better, direction.score, state.best_value),
         best_alpha=optax.tree.where(is_better, alpha, state.best_alpha),
         aggregator_state=aggregator_state,
@@ -258,7 +259,7 @@ def step_without_record(
     """
     key, estimate_key, _ = jax.random.split(state.key, 3)
     alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
-    problem = loop.problem_at(state.step)
+    problem, _ = bind_keys(loop.problem_at(state.step), state.w)
     estimate, estimator_state = loop.estimator.estimate(
         problem, state.estimator_state, alpha, estimate_key
     )

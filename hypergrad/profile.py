@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 from .cost import CompiledProgram, compile_program
 from .display import Row, render_html, render_text
 from .estimators.base import Estimate, Estimator, normalize_estimate
+from .keys_in_w import bind_keys
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
 from .validation import (
@@ -145,6 +146,7 @@ def profile(
     if is_traced(problem, estimator, w, alpha, key):
         raise ValueError("profile needs concrete arrays; call it outside of jax.jit.")
     w, alpha = as_input_arrays(w, alpha)
+    problem, w = bind_keys(problem, w)
     init_key, estimate_key = jax.random.split(as_key(key))  # as in `hypergradient`
     estimator, problem = floats_to_arrays((estimator, problem))
     num_estimates = NUM_STEPS if getattr(estimator, "is_single_loop", False) else 1

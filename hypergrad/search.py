@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree
 
 from . import spaces
 from .inner.base import InnerSolver
+from .keys_in_w import bind_keys
 from .problem import Bilevel
 from .problem_checks import check_alpha_is_used, check_problem, check_problem_type
 from .progress import Progress, check_progress, open_progress
@@ -133,7 +134,7 @@ def _make_setup(
 ) -> TrialSetup:
     """Returns what all trials share, after checks at an ``alpha`` of the space."""
     w, alpha = as_input_arrays(w, alpha, differentiable=False)
-    check_problem(problem, w, alpha, solver)
+    check_problem(*bind_keys(problem, w), alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
     setup = TrialSetup(floats_to_arrays(problem), solver, w, metrics)
     value_fn = lambda alpha: run_trial(setup, alpha, jax.random.key(0))[1].value

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import spaces
+from .keys_in_w import restore_keys
 from .progress import ProgressUpdate, ShowProgress
 from .runtime.executors import FailedCallsError
 from .search_records import (
@@ -203,7 +204,7 @@ class SearchState:
         status = 0 if np.isfinite(value).all() else FAILED
         return Trace(
             alpha=alpha,
-            w=w,
+            w=restore_keys(w, setup.w),
             best_alpha=alpha,
             status_code=jnp.asarray(status),
             row_kind="trial",

@@ -14,6 +14,7 @@ from .batches import Data, full_batch
 from .cost import cost_stats
 from .estimators.base import make_stats
 from .inner.base import InnerSolver
+from .keys_in_w import bind_keys, restore_keys
 from .problem import Bilevel
 from .recording import Metric
 from .runtime.executors import Executor, RemoteFunction
@@ -52,11 +53,11 @@ class TrialRecord(NamedTuple):
 def run_trial(
     setup: TrialSetup, alpha: PyTree, key: Array
 ) -> tuple[PyTree, TrialRecord]:
-    """Trains ``w`` at ``alpha`` and returns it with the record of the trial."""
-    problem = setup.problem
+    """Trains ``w`` at ``alpha``; returns its parameters and the record of the trial."""
+    problem, parameters = bind_keys(setup.problem, setup.w)
     data_key, solver_key, outer_key, metric_key = jax.random.split(key, 4)
     inner_data, outer_data = problem.sample_data(data_key)
-    w0 = problem.init_inner(setup.w, alpha)
+    w0 = problem.init_inner(parameters, alpha)
     w, solver_stats = setup.solver.solve(
         problem.inner_loss, w0, alpha, inner_data, solver_key
     )
@@ -82,7 +83,7 @@ def run_trials(
 
 def make_record(
     setup: TrialSetup,
-    w: PyTree,
+    parameters: PyTree,
     alpha: PyTree,
     data: tuple[Data, Data],
     keys: tuple[Array, Array],
@@ -93,7 +94,8 @@ def make_record(
 
     Args:
       setup: What all trials share.
-      w, alpha: The trained ``w`` and the ``alpha`` of the trial.
+      parameters: The trained parameters of ``w``.
+      alpha: The ``alpha`` of the trial.
       data: The pair ``(inner_data, outer_data)``.
       keys: PRNG keys of the outer batch and of the metrics.
       num_inner_steps: Number of inner steps that the trial made.
@@ -101,10 +103,11 @@ def make_record(
     """
     inner_data, outer_data = data
     outer_key, metric_key = keys
+    w = restore_keys(parameters, setup.w)
     batch = full_batch(outer_data, outer_key)
     value = setup.problem.outer_value(w, alpha, batch)
     costs = cost_stats(inner_data, outer_data, num_outer_values=value.size, **counts)
-    flags = {"not_finite": ~all_finite(value, w)}
+    flags = {"not_finite": ~all_finite(value, parameters)}
     stats = make_stats(num_inner_steps=num_inner_steps, **costs)
     metrics = {
         name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)

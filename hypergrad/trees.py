@@ -211,6 +211,15 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
 
 
+def is_key_or_counter(x: Any) -> bool:
+    """Returns True for leaves of a model that are no parameters.
+
+    These are PRNG keys, and unsigned integers of 32 bits: raw keys, and what flax nnx
+    counts with.
+    """
+    return is_key(x) or getattr(x, "dtype", None) == np.uint32
+
+
 class PrettyModule(eqx.Module):
     """A module that prints scalars as numbers and arrays by their dtype and shape."""
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .runtime.devices import needs_gather
-from .trees import is_key
+from .trees import is_key, is_key_or_counter
 
 KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -23,7 +23,7 @@ KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
 _REMEDIES = {
     "w": (
         "Put constants into the data, or split w (equinox.partition, nnx.split) and "
-        "close over them in the losses. Take keys from hg.Batches(..., with_key=True)."
+        "close over them in the losses."
     ),
     "alpha": (
         "Use hg.search for integers and choices, and hg.Batches(..., with_key=True) "
@@ -41,11 +41,15 @@ def as_input_arrays(
     """Returns ``w`` and ``alpha`` as arrays.
 
     Raises:
-      TypeError: A leaf of ``w`` is not floating-point, or one of ``alpha`` if
-        ``differentiable``.
+      TypeError: A leaf of ``w`` is neither floating-point nor a key or a counter, or
+        one of ``alpha`` is not floating-point and ``differentiable``.
       ValueError: A concrete leaf contains NaN, or a tree has no leaves.
     """
-    w = _as_floats("w", w)
+    w = _as_floats("w", w, is_key_or_counter)
+    if all(map(is_key_or_counter, jax.tree.leaves(w))):
+        raise ValueError(
+            "w must hold at least one floating-point array; got keys and counters only."
+        )
     alpha = _as_floats("alpha", alpha) if differentiable else _as_arrays("alpha", alpha)
     check_no_nan(w, alpha)
     return w, alpha
@@ -137,10 +141,12 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
     return jax.tree.map_with_path(with_strong_dtype, tree)
 
 
-def _as_floats(name: str, tree: PyTree) -> PyTree:
+def _as_floats(
+    name: str, tree: PyTree, is_allowed: Callable[[Array], bool] = lambda leaf: False
+) -> PyTree:
     tree = _as_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not (jnp.issubdtype(leaf.dtype, jnp.floating) or is_allowed(leaf)):
             remedy = _REMEDIES[name]
             if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
                 remedy = f"Write 2.0 for 2, or x.astype(float). {remedy}"

@@ -125,11 +125,6 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "A penalty of `1` is written `1.0`. A number of layers has no derivative: use `hg.search`.",
         ),
         Mistake(
-            "A random key among the parameters",
-            'hg.hypergradient(problem, estimator)({"w": w, "key": jax.random.key(0)}, alpha)',
-            "Batches bring keys: `hg.Batches(train, with_key=True)`.",
-        ),
-        Mistake(
             "A loss that expects a key which its batches do not bring",
             "def noisy_loss(w, alpha, batch):\n"
             "    examples, key, _ = batch\n"

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .. import spaces
 from ..batches import Data
 from ..cost import cost_stats
+from ..keys_in_w import bind_keys
 from ..runtime.devices import shard
 from ..search_trial import TrialRecord, TrialSetup, make_record
 from ..validation import check_positive_int, check_solver
@@ -96,13 +97,13 @@ class Trainer(eqx.Module):
     @eqx.filter_jit
     def init_members(self, num_members: int, key: Array) -> Members:
         """Samples members from the space, before their first step."""
-        problem = self.setup.problem
+        problem, parameters = bind_keys(self.setup.problem, self.setup.w)
 
         def init_member(key: Array) -> Members:
             alpha_key, data_key, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
             data, _ = problem.sample_data(data_key)
-            w = problem.init_inner(self.setup.w, alpha)
+            w = problem.init_inner(parameters, alpha)
             carry = self.solver.init(problem.inner_loss, w, alpha, data, init_key)
             return Members(carry, alpha)
 
@@ -122,15 +123,15 @@ class Trainer(eqx.Module):
         self, members: Members, num_steps: int, key: Array
     ) -> tuple[Members, TrialRecord]:
         """Makes ``num_steps`` steps of each member and evaluates it."""
-        inner_loss = self.setup.problem.inner_loss
+        problem, _ = bind_keys(self.setup.problem, self.setup.w)
 
         def train_member(member: Members, key: Array) -> tuple[Members, TrialRecord]:
             data_key, steps_key, record_key = jax.random.split(key, 3)
-            data = self.setup.problem.sample_data(data_key)
+            data = problem.sample_data(data_key)
 
             def step(carry, key):
                 args = carry, member.alpha, data[0], key
-                return self.solver.step(inner_loss, *args), None
+                return self.solver.step(problem.inner_loss, *args), None
 
             step_keys = jax.random.split(steps_key, num_steps)
             carry, _ = jax.lax.scan(step, member.carry, step_keys)
@@ -190,9 +191,9 @@ def make_trainer(setup: TrialSetup, alpha: PyTree, space: PyTree) -> Trainer:
 
 @eqx.filter_jit
 def _solve_counts(setup: TrialSetup, alpha: PyTree, key: Array) -> dict[str, Array]:
-    problem = setup.problem
+    problem, parameters = bind_keys(setup.problem, setup.w)
     data, _ = problem.sample_data(key)
-    w0 = problem.init_inner(setup.w, alpha)
+    w0 = problem.init_inner(parameters, alpha)
     return setup.solver.solve(problem.inner_loss, w0, alpha, data, key)[1]
 
 

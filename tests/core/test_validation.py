@@ -36,11 +36,11 @@ LEAVES = {
 }
 
 
-@pytest.mark.parametrize("leaf", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("kind", sorted(LEAVES.keys() - {"key", "keys"}))
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS.values(), ids=ENTRY_POINTS)
-def test_leaf_of_w_without_derivative_is_named(entry_point, leaf):
-    """Keys, integers and functions in ``w`` raise TypeError with the leaf's name."""
-    w = {"x": jnp.ones(2), "other": leaf}
+def test_leaf_of_w_without_derivative_is_named(entry_point, kind):
+    """Integers and functions in ``w`` raise TypeError with the leaf's name."""
+    w = {"x": jnp.ones(2), "other": LEAVES[kind]}
     with pytest.raises(TypeError, match=r"w\['other'\]"):
         entry_point(w, {"x": jnp.zeros(2)})
 
