@@ -91,8 +91,7 @@ def argmin(
         )
     check_hashable("inner_loss", inner_loss)
     check_solver(solver)
-    if linear_solver is None:
-        linear_solver = MINRES()
+    linear_solver = MINRES() if linear_solver is None else linear_solver
     check_linear_solver(linear_solver)
 
     def solution_fn(
@@ -105,14 +104,14 @@ def argmin(
                 "batch must be a pytree of arrays, which argmin uses whole; got "
                 "Batches. Pass its full_batch()."
             )
-        loss, start = bind_keys_to_loss(inner_loss, w0), remove_keys(w0)
-        check_scalar_loss("inner_loss", loss, start, alpha, batch)
+        loss, init_w = bind_keys_to_loss(inner_loss, w0), remove_keys(w0)
+        check_scalar_loss("inner_loss", loss, init_w, alpha, batch)
         solve = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
-        solution = jax.eval_shape(solve, start)
-        check_same_structure(f"{type(solver).__name__}.solve", solution, start)
-        pure_loss, closed_over = jax.closure_convert(loss, start, alpha, batch)
+        solution = jax.eval_shape(solve, init_w)
+        check_same_structure(f"{type(solver).__name__}.solve", solution, init_w)
+        pure_loss, arrays = jax.closure_convert(loss, init_w, alpha, batch)
         solve = _make_differentiable_solve(pure_loss, solver, linear_solver, key)
-        return restore_keys(solve(start, (alpha, batch, *closed_over)), w0)
+        return restore_keys(solve(init_w, (alpha, batch, *arrays)), w0)
 
     return solution_fn
 
