@@ -10,6 +10,7 @@ from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import cost_stats
 from ..inner.base import InnerSolver
+from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
@@ -155,7 +156,7 @@ class FiniteDifference(eqx.Module):
             value,
             hypergradient,
             w,
-            flags={"biased": True},
+            flags={"biased": True} | lost_derivative_flags(problem, w, alpha),
             inner_grad_norm=norm(jax.grad(loss)(w, alpha, batch)),
             num_inner_steps=solver_stats["num_steps"],
             **costs,

@@ -13,6 +13,7 @@ from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
 from ..implicit_diff import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
+from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
@@ -174,7 +175,7 @@ class Penalty(eqx.Module):
             value,
             hypergradient,
             w,
-            flags={"biased": True},
+            flags={"biased": True} | lost_derivative_flags(problem, w, alpha),
             inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
             num_inner_steps=solver_stats["num_steps"],
             **self._costs(data, solver_stats, nudged_stats, num_grads, value.size),

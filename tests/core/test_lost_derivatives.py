@@ -374,6 +374,8 @@ ESTIMATORS = {
     "Forward": hg.Forward(DESCENT),
     "Reversible": hg.Reversible(0.2, 0.5, 100),
     "FixedPoint": hg.FixedPoint(DESCENT, 60),
+    "FiniteDifference": hg.FiniteDifference(DESCENT),
+    "Penalty": hg.Penalty(DESCENT, 100.0),
 }
 
 
