@@ -67,13 +67,18 @@ def lost_in_init_flags(problem: Bilevel, w: PyTree, alpha: PyTree) -> dict[str, 
     return _lost_flags(_lost_in_init(problem, w, alpha))
 
 
+def lost_in_rates_flags(estimator: Any, alpha: PyTree) -> dict[str, Array]:
+    """Returns a failed check if rate or momentum of `Reversible` lose a derivative."""
+    return _lost_flags(_lost_in_rates(estimator, alpha))
+
+
 def describe_lost_derivatives(
     problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree
 ) -> Iterator[str]:
     """Yields sentences that name the places where an estimator loses derivatives.
 
-    These are the losses and, if the estimator differentiates an inner run, ``init_fn``
-    and the steps of its solver.
+    These are the losses and, if the estimator differentiates an inner run, ``init_fn``,
+    the steps of its solver, and the rate and momentum of `Reversible`.
     """
     places = _lost_in_losses(problem, w, alpha)
     differentiates_init = getattr(estimator, "differentiates_init", None)
@@ -82,6 +87,8 @@ def describe_lost_derivatives(
     differentiates_steps = differentiates_init is not None or not any(places.values())
     if differentiates_init:
         places["init_fn"] = _lost_in_init(problem, w, alpha)
+    if hasattr(estimator, "rate_and_momentum"):
+        places["learning_rate or momentum"] = _lost_in_rates(estimator, alpha)
     for name, lost in places.items():
         if lost:
             yield f"{name} loses derivatives in {describe_places(lost)}. {USE_SMOOTH}"
@@ -137,6 +144,13 @@ def _lost_in_init(
 ) -> frozenset[LostDerivative]:
     """Returns the derivatives by ``alpha`` that ``init_fn`` loses."""
     _, lost = find_lost_derivatives(lambda a: problem.init_inner(w, a), alpha)
+    return lost
+
+
+def _lost_in_rates(estimator: Any, alpha: PyTree) -> frozenset[LostDerivative]:
+    """Returns the derivatives by ``alpha`` that rate and momentum lose."""
+    rates = lambda alpha: estimator.rate_and_momentum(alpha, jnp.asarray(0))
+    _, lost = find_lost_derivatives(rates, alpha)
     return lost
 
 

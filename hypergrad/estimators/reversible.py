@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from ..batches import sample_batch
 from ..certificate import TRUST_RTOL
 from ..jaxpr import used_inputs
+from ..lost_derivative_checks import lost_in_rates_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
@@ -234,6 +235,7 @@ class Reversible(RunEstimator):
                 "not_reversed": ~is_reversed,
                 "rounding_error": ~(error_estimate <= TRUST_RTOL)
                 | loses_half_of_digits(rounding_error, carry.resolution),
+                **lost_in_rates_flags(self, alpha),
             },
             num_steps=self.num_steps,
             num_grads=2 * self.num_steps,

@@ -1,5 +1,7 @@
 """Tests of the search for lost derivatives, on functions with known answers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -448,6 +450,25 @@ RUNS = {
     "Reversible": hg.Reversible(0.1, 0.5, 3),
 }
 centred_loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1) ** 2)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "momentum"])
+def test_a_rate_that_loses_a_derivative_is_not_trusted(name):
+    """The derivative by ``alpha`` through a rounding is missing, not that through L."""
+    settings = {"learning_rate": 0.1, "momentum": 0.5, "min_momentum": 0.25}
+    lose = lambda alpha: settings[name] + 0.1 * jnp.round(alpha[0])
+    keep = lambda alpha: settings[name] + 0.1 * alpha[0]
+    problem = hg.Bilevel(ridge_loss, lambda w, alpha, batch: jnp.sum(w**2))
+    alpha = jnp.array([0.4, 0.6])
+    rounded, smooth = (
+        hg.Reversible(num_steps=3, **settings | {name: fn}) for fn in (lose, keep)
+    )
+    estimate = hg.hypergradient(problem, rounded)(W2, alpha)
+    assert estimate.flags["lost_derivative"]
+    assert not estimate.trusted
+    assert hg.hypergradient(problem, smooth)(W2, alpha).trusted
+    (sentence,) = hg.diagnose(problem, rounded, W2, alpha)
+    assert re.match(r"learning_rate or momentum loses derivatives in round", sentence)
 
 
 @pytest.mark.parametrize("estimator", RUNS.values(), ids=RUNS)
