@@ -1,7 +1,7 @@
-"""The tables of the page *How to choose*, made from the summaries of the methods.
+"""Tables of the documentation: of all methods, and of the flags and their reasons.
 
-``python -m hypergrad.method_tables docs/choose.md`` replaces each table between the
-comments that name it.
+``python -m hypergrad.method_tables docs/choose.md docs/trust.md`` replaces each table
+between the comments that name it.
 """
 
 import re
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .certificate import CERTIFICATE_REASONS
 from .citation import REFERENCES
 from .composite_loss import CompositeLoss
 from .estimators import (
@@ -37,6 +38,7 @@ from .estimators import (
     StocBiO,
     Unrolled,
 )
+from .estimators.base import REASONS
 from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
 from .method_summary import MethodSummary
 
@@ -78,7 +80,7 @@ ESTIMATORS = (
     DARTS,
 )
 
-#: Columns of each table.
+#: Columns of each table of methods.
 TABLES = {
     "advice": ("estimator", "recommended for", "not recommended for", "reason"),
     "costs": (
@@ -92,6 +94,8 @@ TABLES = {
     ),
     "sources": ("estimator", "source"),
 }
+#: Sentences of each table of flags.
+FLAG_TABLES = {"flags": REASONS, "certificate_flags": CERTIFICATE_REASONS}
 
 
 def summaries() -> list[MethodSummary]:
@@ -143,14 +147,29 @@ def _source_link(citation: str) -> str:
 
 
 def markdown_table(name: str) -> str:
-    """Returns one of `TABLES` in Markdown."""
-    columns = TABLES[name]
+    """Returns one of `TABLES` or `FLAG_TABLES` in Markdown.
+
+    >>> print(markdown_table("certificate_flags").splitlines()[2])
+    | `not_finite` | a hypergradient or a derivative is not finite | - |
+    """
+    columns: tuple[str, ...]
+    if name in FLAG_TABLES:
+        columns = "flag", "reason", "remedy"
+        rows = [_to_flag_row(*item) for item in FLAG_TABLES[name].items()]
+    else:
+        columns, rows = TABLES[name], table_rows()
     to_line = lambda cells: f"| {' | '.join(cells)} |\n"
     lines = [
-        to_line([f"`{row['estimator']}`", *(row[column] for column in columns[1:])])
-        for row in table_rows()
+        to_line([f"`{row[columns[0]]}`", *(row[column] for column in columns[1:])])
+        for row in rows
     ]
     return to_line(columns) + "|" + "---|" * len(columns) + "\n" + "".join(lines)
+
+
+def _to_flag_row(flag: str, sentence: str) -> dict[str, str]:
+    """Returns a row from a sentence, which has the remedy in parentheses if any."""
+    reason, _, remedy = sentence.partition(" (")
+    return {"flag": flag, "reason": reason, "remedy": remedy.removesuffix(")") or "-"}
 
 
 def replace_tables(text: str) -> str:

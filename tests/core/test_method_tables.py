@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad import cli, inner, method_tables, objectives, searchers
+from hypergrad import cli, estimators, inner, method_tables, objectives, searchers
 from hypergrad.runtime.compat import enable_x64
 
-PAGE = Path(__file__).parents[2] / "docs/choose.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "choose.md"
 
 
 def test_tables_are_up_to_date():
@@ -17,6 +18,15 @@ def test_tables_are_up_to_date():
     text = PAGE.read_text()
     assert text.count("<!-- table: ") == len(method_tables.TABLES)
     assert method_tables.replace_tables(text) == text
+
+
+def test_tables_of_flags_are_up_to_date():
+    """If not, run ``python -m hypergrad.method_tables docs/trust.md``."""
+    text = (DOCS / "trust.md").read_text()
+    assert text.count("<!-- table: ") == len(method_tables.FLAG_TABLES)
+    assert method_tables.replace_tables(text) == text
+    for flag in estimators.base.REASONS:
+        assert f"| `{flag}` |" in text
 
 
 def test_only_the_table_between_its_comments_is_replaced():
