@@ -29,8 +29,8 @@ from .validation import (
     check_solver,
 )
 
-#: Power of the machine epsilon at which a gradient is small. A line search on a rounded
-#: loss reaches 1/2.
+#: A gradient counts as zero below this power of the machine epsilon, times its scale. A
+#: line search on a rounded loss gets no further than the power 1/2.
 STATIONARY_POWER = 0.4
 
 
@@ -54,9 +54,9 @@ def argmin(
       inner_loss: ``(w, alpha, batch) -> scalar``. Traced values that it closes over are
         differentiated too.
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
-        only at a stationary point; elsewhere the derivative is NaN. A saddle is one,
-        and a singular minimum is if the system has a solution. The tolerance
-        is ``eps^0.4`` of the dtype.
+        only at a stationary point, be it a saddle; elsewhere the derivative is NaN. A
+        minimum with a singular ``H`` has a derivative if the system has a solution.
+        The tolerance is ``eps^0.4`` of the dtype.
       linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
         minimum and for which the units of ``w`` do not matter. Where the solver does
         not reach its tolerance, the derivative is NaN.
@@ -73,7 +73,7 @@ def argmin(
 
     Cost:
       One linear solve per derivative, in forward and in reverse mode, a gradient and
-      eight products.
+      eight Hessian-vector products.
 
     Source: Blondel et al. 2022 (arXiv 2105.15183), equation 3.
 
@@ -106,9 +106,9 @@ def argmin(
             )
         loss, init_w = bind_keys_to_loss(inner_loss, w0), remove_keys(w0)
         check_scalar_loss("inner_loss", loss, init_w, alpha, batch)
-        solve = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
-        solution = jax.eval_shape(solve, init_w)
-        check_same_structure(f"{type(solver).__name__}.solve", solution, init_w)
+        run_solver = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
+        shapes = jax.eval_shape(run_solver, init_w)
+        check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)
         pure_loss, arrays = jax.closure_convert(loss, init_w, alpha, batch)
         solve = _make_differentiable_solve(pure_loss, solver, linear_solver, key)
         return restore_keys(solve(init_w, (alpha, batch, *arrays)), w0)
@@ -140,7 +140,7 @@ def _make_differentiable_solve(loss, solver, linear_solver, key):
         product = lambda v: hvp(inner_loss, w, args, None, v)
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
         zeros = jnp.zeros_like(b)
-        has_converged = _is_stationary(loss, w0, w, args)
+        has_converged = _stopped_at_stationary_point(loss, w0, w, args)
 
         def apply_inverse(matvec, b):
             v, linear_stats = solve_linear(linear_solver, matvec, b, zeros)
@@ -162,7 +162,7 @@ def _instantiate(tangent: Any) -> Any:
     return np.zeros(shape, dtype) if is_zero else tangent
 
 
-def _is_stationary(loss, w0, w, args):
+def _stopped_at_stationary_point(loss, w0, w, args):
     """Returns whether the solver has stopped at a stationary point, up to rounding.
 
     Each entry of ``dL/dw`` must be at most ``eps^0.4`` times the change that random

@@ -46,25 +46,28 @@ from .validation import (
 
 TRUST_RTOL = 1e-2
 NO_GRADIENT_ADVICE = (
-    "so implicit differentiation cannot see it (it is not zero: it may enter the "
-    "optimizer or the start); use hg.Unrolled, or take it out of alpha"
+    "so implicit differentiation cannot compute its hypergradient, which need not be "
+    "zero (the leaf may enter the optimizer or the start); use hg.Unrolled, or take it "
+    "out of alpha"
 )
-#: Residual of the solve of a Newton step of `Implicit`, relative to ``||S dL/dw||``.
-NEWTON_RTOL = 1e-3
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
-#: Of ``rtol``. If each step changes the hypergradient by 0.9 of the change before, all
-#: steps from the last one on change it by ten times the last change.
+#: Largest last change, as a fraction of ``rtol``. If each step changes the
+#: hypergradient by 0.9 of the change before, all steps from the last one on change it
+#: by ten times the last change.
 LAST_CHANGE_RATIO = 0.1
-NUM_PROBE_STEPS = 20  # minimum number of CG steps that search for negative curvature
-SCALING_SEED = -1  # of the probes of the scaling; those of estimates count from zero
+MIN_PROBE_STEPS = 20  # of the CG that searches for negative curvature
+#: Seed of the probes of the scaling. Estimates count theirs from zero, so that a
+#: certificate sees other random vectors than the estimate.
+SCALING_SEED = -1
 
 #: The sentence for each flag of a certificate.
 CERTIFICATE_REASONS = {
     "not_finite": "a hypergradient or a derivative is not finite",
     "error": (
         "error_estimate exceeds rtol (corrected_hypergradient is nearer to the "
-        "derivative at the minimum, from which that of a run that stops early differs)"
+        "derivative at the minimum; the derivative of a run that stops early is "
+        "another number)"
     ),
     "last_change": (
         "the last Newton step changed the hypergradient by more than a tenth of rtol, "
@@ -168,11 +171,11 @@ def certify(
 ) -> Certificate:
     """Estimates how far a hypergradient is from the derivative at the argmin.
 
-    With ``H = d2L/dw2``, ``J = d2L/dw dalpha``, ``b = dM/dw`` and ``H v = b`` that is
-    ``dM/dalpha - J' v``. Newton steps ``w <- w - d``, ``H d = dL/dw``, approach the
-    argmin, and each is followed by ``v <- v + e``, ``H e = b - H v``. Solves work with
-    ``S H S``, whose diagonal ``S`` is probed. The change of the hypergradient is the
-    estimate of its error.
+    This derivative is ``dM/dalpha - J' v``, with ``H = d2L/dw2``, ``J = d2L/dw
+    dalpha``, ``b = dM/dw`` and ``H v = b``. Newton steps ``w <- w - d``, with ``H d =
+    dL/dw``, approach the argmin. Each is followed by ``v <- v + e``, with ``H e = b - H
+    v``. Solves work with ``S H S``, whose diagonal ``S`` is probed. The change of the
+    hypergradient is the estimate of its error.
 
     Args:
       problem: The problem.
@@ -193,14 +196,14 @@ def certify(
 
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
-      products for the scaling; a probe of as many as the longest solve, 20 at least;
+      products for the scaling; a probe of as many as the longest solve, 20 to 1,000;
       eight more if the solve of the last Newton step fails.
     Memory:
       Ten vectors like ``w``.
     Bias:
-      Second order in the distance to the argmin. Another minimum is missed, and a
-      direction of which neither ``dL/dw`` nor ``b - H v`` has a part of 1e-6, or whose
-      curvature and part of ``dL/dw`` are both down to rounding.
+      Second order in the distance to the argmin. Another minimum is missed. So is a
+      direction in which ``dL/dw`` and ``b - H v`` are both below 1e-6 of their norms,
+      or in which the curvature and ``dL/dw`` are both down to rounding.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> inner = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
@@ -242,7 +245,8 @@ def _check_hypergradient(
     """Raises an error unless each leaf has the shape of ``alpha``, once per loss."""
     lead = problem.value_shape
     like = jax.tree.map(lambda x: jnp.broadcast_to(x, lead + x.shape), alpha)
-    check_same_structure("hypergradient", hypergradient, like, "alpha")
+    like_name = "alpha, with a leading axis of losses" if lead else "alpha"
+    check_same_structure("hypergradient", hypergradient, like, like_name, "have")
 
 
 def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
@@ -316,7 +320,7 @@ def compute_certificate(
     solves += correction.solves
     probe = probe_curvature(
         problem, corrected_w, alpha, batch, scaling, data.solver_key,
-        num_steps=jnp.maximum(_longest_solve(solves), NUM_PROBE_STEPS),
+        num_steps=jnp.maximum(_longest_solve(solves), MIN_PROBE_STEPS),
         curvature_max=_largest_curvature(solves),
     )  # fmt: skip
     last_solves, num_scale_products = last_solve_stats(correction, loss, alpha, batch)
@@ -389,7 +393,7 @@ def _failed_checks(
     solves: list[LinearStats],
     is_negative: Array,
 ) -> dict[str, Array]:
-    """Returns ``{name: bool}`` for the conditions of `Certificate.trusted`."""
+    """Returns ``{name: bool}`` for what the numbers of a certificate decide."""
     return {
         "not_finite": ~is_finite,
         "error": is_finite & ~is_accurate,

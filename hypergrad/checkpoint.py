@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from .runtime.console import printable
 from .runtime.devices import run_on_first_process
 from .runtime.fingerprint import HASH
 from .runtime.machine import describe_machine, warn_of_other_machines
+from .runtime.user_warnings import warn_user
 from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
@@ -210,10 +210,9 @@ class CheckpointFolder:
             file = atomic_io.open_without_links(self.path / "lock", "a")
             atomic_io.lock_file(stack.enter_context(file), self.path)
         except OSError as error:
-            warnings.warn(
+            warn_user(
                 f"no checkpoint can be written to {self.path} ({error}); the run "
-                "continues without new ones",
-                stacklevel=2,
+                "continues without new ones"
             )
         else:
             self.is_writable = True
@@ -259,11 +258,10 @@ class CheckpointFolder:
             self.has_failed = True
             steps = self.intact_steps
             newest = f"the newest is of step {steps[-1]}" if steps else "none exists"
-            warnings.warn(
+            warn_user(
                 f"the checkpoint of step {step} could not be written to {self.path} "
                 f"({type(error).__name__}: {error}); {newest}. The run continues "
-                "and tries to write each later checkpoint, without a further warning",
-                stacklevel=2,
+                "and tries to write each later checkpoint, without a further warning"
             )
 
     def _newest_step(self) -> int:
@@ -276,10 +274,9 @@ class CheckpointFolder:
                 errors.append(f"step {step}: {error}")
                 continue
             if errors:
-                warnings.warn(
+                warn_user(
                     f"a checkpoint in {self.path} is corrupt ({'; '.join(errors)}); "
-                    f"the run continues from the checkpoint of step {step}",
-                    stacklevel=2,
+                    f"the run continues from the checkpoint of step {step}"
                 )
             # Checkpoints that were written before machines were recorded name none.
             metadata = self._read_metadata(self._metadata_path(step))

@@ -21,9 +21,10 @@ InitFn = Callable[[PyTree, PyTree], PyTree]
 def bind_keys(problem: Bilevel, w: PyTree) -> tuple[Bilevel, PyTree]:
     """Returns the problem of the parameters alone, and the parameters.
 
-    Its functions close over the keys and counters of ``w``, which may be tracers, so
-    that it belongs inside of a compiled program. A ``w`` that has none is returned as
-    it is, with its problem.
+    Its functions close over the keys and counters of ``w``, which may be tracers, and
+    are new at each call: call it inside a compiled program or for checks on shapes, and
+    do not pass its result to `jax.jit`, which would compile again. A ``w`` that has
+    neither is returned as it is, with its problem.
     """
     if not _has_keys(w):
         return problem, w

@@ -37,13 +37,13 @@ def run_block(
     block_size: int,
     record_every: int = 1,
 ) -> tuple[OuterState, Budget, StepRecord, Array]:
-    """Makes up to ``num_rows * record_every`` steps and records the last of each chunk.
+    """Makes up to ``num_rows * record_every`` steps, and records the last of each row.
 
     Args:
       loop: The loop.
       state, budget: State and budget before the block.
-      num_rows: Number of chunks of ``record_every`` steps, at most ``block_size``.
-      stop: Number of the step at which the run ends.
+      num_rows: Number of rows of ``record_every`` steps, at most ``block_size``.
+      stop: Value of ``state.step`` after the last step of the run.
       block_size: Number of rows of the records, static.
       record_every: Number of steps per row, static. The costs in a row are those of all
         its steps.
@@ -59,11 +59,11 @@ def run_block(
     )
 
     def should_continue(carry):
-        state, budget, _, num_made = carry
-        return (num_made < num_rows) & (state.status == 0) & ~budget.is_spent
+        state, budget, _, num_rows_made = carry
+        return (num_rows_made < num_rows) & (state.status == 0) & ~budget.is_spent
 
     def make_row(carry):
-        state, budget, rows, num_made = carry
+        state, budget, rows, num_rows_made = carry
         state, costs = _repeat_without_record(loop, state, record_every - 1)
         if costs is not None:
             budget = budget.spend(costs["gradient_equivalents"])
@@ -71,8 +71,10 @@ def run_block(
         budget = budget.spend(record.stats["gradient_equivalents"])
         if costs is not None:
             record = _add_costs(record, costs)
-        rows = jax.tree.map(lambda column, x: column.at[num_made].set(x), rows, record)
-        return state, budget, rows, num_made + 1
+        rows = jax.tree.map(
+            lambda column, x: column.at[num_rows_made].set(x), rows, record
+        )
+        return state, budget, rows, num_rows_made + 1
 
     init_carry = (state, budget, rows, jnp.asarray(0))
     return jax.lax.while_loop(should_continue, make_row, init_carry)

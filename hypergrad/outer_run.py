@@ -41,7 +41,7 @@ from .validation import check_positive_int, is_traced, positive
 if TYPE_CHECKING:
     from .minimize import OuterLoop
 
-NUM_CALLS = 20  # calls of `progress` per run
+NUM_REPORTS = 20  # calls of `progress` per run
 
 
 def run_steps(
@@ -67,19 +67,21 @@ def run_steps(
     check_checkpoints(checkpoints)
     limits = Limits(time_limit, memory_limit)
     check_state(loop, state)
-    host_options = {
+    on_host = {
         "progress": progress,
         "checkpoints": checkpoints,
         "time_limit": time_limit,
         "memory_limit": memory_limit,
         "budget without num_steps": budget if num_steps is None else None,
     }
-    host_options = [name for name, value in host_options.items() if value is not None]
+    host_options = [name for name, value in on_host.items() if value is not None]
     if is_traced(loop, state, budget):
         if host_options:
+            needs_num_steps = host_options == ["budget without num_steps"]
+            remedy = "Pass num_steps too" if needs_num_steps else "Leave it out there"
             raise TypeError(
                 f"{host_options[0]} is handled on the host, so it cannot be used "
-                "inside jax.jit or jax.vmap. Leave it out there."
+                f"inside jax.jit or jax.vmap. {remedy}."
             )
     elif int(state.status):
         raise ValueError(
@@ -118,7 +120,9 @@ def _run_without_host(
     budget: float | None,
     record_every: int,
 ) -> Trace:
-    """Returns the trace of a run that needs nothing of the host, possibly traced.
+    """Returns the trace of a run without progress, checkpoints or limits.
+
+    The run may be traced.
 
     A tracer may also be hidden in a function, such as the optimizer. Therefore values
     are read from the device only if there is a budget, and then only concrete ones.
@@ -131,13 +135,13 @@ def _run_without_host(
     account, blocks = Budget.create(budget), []
     for num_started in range(0, num_rows, block_size):
         size = min(block_size, num_rows - num_started)
-        state, account, rows, num_made = run_block(
+        state, account, rows, num_rows_made = run_block(
             loop, state, account, _to_array(size), stop, block_size, record_every
         )
         if budget is None or is_traced(account):
             blocks.append((rows, size))
             continue
-        blocks.append((rows, int(num_made)))
+        blocks.append((rows, int(num_rows_made)))
         if account.is_spent or state.status > 0:
             break
     rows = _concatenate(blocks)
@@ -151,7 +155,7 @@ class _HostRun:
       loop: The loop.
       state, budget: State and budget after the steps made so far.
       num_steps: Number of steps to make; infinite if only a budget ends the run.
-      num_made: Number of steps made so far.
+      num_steps_made: Number of steps made so far.
       blocks: Their records, as pairs of rows and the number of rows that were written.
       show_progress: Function of the progress, or None.
       folder: Folder of the checkpoints, or None.
@@ -177,7 +181,7 @@ class _HostRun:
         self.block_size = get_block_size(loop, state)
         stop = NEVER if num_steps is None else int(state.step) + num_steps
         self.stop = _to_array(stop)
-        self.num_made = 0
+        self.num_steps_made = 0
         self.blocks: list[tuple[StepRecord, int]] = []
         self.show_progress, self.folder, self.limits = show_progress, folder, limits
         self.record_every = record_every
@@ -200,10 +204,10 @@ class _HostRun:
         # What was spent continues, while the limit may be larger than before.
         self.budget = dataclasses.replace(budget, limit=self.budget.limit)
         costs = rows.stats["gradient_equivalents"]
-        self.num_made = len(costs) * self.record_every
+        self.num_steps_made = len(costs) * self.record_every
         self.blocks = [(rows, len(costs))]
         for name, limit, minimum in (
-            ("num_steps", self.num_steps, self.num_made),
+            ("num_steps", self.num_steps, self.num_steps_made),
             ("budget", float(self.budget.limit), float(costs[:-1].sum())),
         ):
             if limit < minimum:
@@ -214,20 +218,22 @@ class _HostRun:
                 )
 
     def run(self) -> Trace:
-        """Makes the remaining steps in chunks and returns the trace."""
+        """Makes the remaining steps, with pauses for the host; returns the trace."""
         limit_code, is_interrupted = 0, False
         while not (self._is_finished() or limit_code or is_interrupted):
             self._make_steps(self._steps_to_next_pause())
             limit_code = self.limits.get_exceeded()
             is_interrupted = self.was_interrupted()
             is_end = self._is_finished() or limit_code > 0 or is_interrupted
-            if self.folder is not None and (is_end or self._is_due(self.folder.every)):
+            if self.folder is not None and (
+                is_end or self._is_at_interval(self.folder.every)
+            ):
                 rows = _concatenate(self.blocks)
                 # They need not be joined again.
-                self.blocks = [(rows, self.num_made // self.record_every)]
-                self.folder.save(self.num_made, self._to_checkpoint(rows))
+                self.blocks = [(rows, self.num_steps_made // self.record_every)]
+                self.folder.save(self.num_steps_made, self._to_checkpoint(rows))
             if self.show_progress is not None and (
-                is_end or self._is_due(self._report_every())
+                is_end or self._is_at_interval(self._report_interval())
             ):
                 self.show_progress(self._make_update())
         if self.folder is not None and self.was_interrupted():
@@ -236,8 +242,8 @@ class _HostRun:
         if not self._is_finished():  # a limit that the last step exceeds does not count
             status = limit_code
         rows = _concatenate(self.blocks)
-        if math.isinf(self.budget.limit):
-            num_left = int(self.num_steps) - self.num_made
+        if math.isinf(self.budget.limit):  # with a budget there is a row per step made
+            num_left = int(self.num_steps) - self.num_steps_made
             blank = self._blank_rows(num_left // self.record_every)
             rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
         return _make_trace(
@@ -248,10 +254,10 @@ class _HostRun:
         # On the host, because each operation on arrays would compile a program.
         is_spent = float(self.budget.total_cost) >= float(self.budget.limit)
         is_over = is_spent or int(self.state.status) > 0
-        return is_over or self.num_made >= self.num_steps
+        return is_over or self.num_steps_made >= self.num_steps
 
-    def _is_due(self, every: int) -> bool:
-        return self.num_made % self._to_whole_rows(every) == 0
+    def _is_at_interval(self, every: int) -> bool:
+        return self.num_steps_made % self._to_whole_rows(every) == 0
 
     def _to_whole_rows(self, num_steps: int) -> int:
         """Returns the number of steps, rounded up to a multiple of a row's."""
@@ -263,32 +269,32 @@ class _HostRun:
         if self.folder is not None:
             intervals.append(self.folder.every)
         if self.folder is None or self.show_progress is not None:
-            intervals.append(self._report_every())
+            intervals.append(self._report_interval())
         intervals = map(self._to_whole_rows, intervals)
-        to_next_multiple = [every - self.num_made % every for every in intervals]
-        return min(self.num_steps - self.num_made, *to_next_multiple)
+        to_next_multiple = [every - self.num_steps_made % every for every in intervals]
+        return min(self.num_steps - self.num_steps_made, *to_next_multiple)
 
-    def _report_every(self) -> int:
+    def _report_interval(self) -> int:
         """Returns a twentieth of the run in steps, rounded up.
 
         The length of a run that only a budget ends is estimated from the cost so far
         and rounded to a power of two, so that it seldom changes during the run.
         """
         if self.num_steps < math.inf:
-            return math.ceil(self.num_steps / NUM_CALLS)
-        if self.num_made == 0:
+            return math.ceil(self.num_steps / NUM_REPORTS)
+        if self.num_steps_made == 0:
             return 1
-        cost_per_step = float(self.budget.total_cost) / self.num_made
-        interval = float(self.budget.limit) / cost_per_step / NUM_CALLS
+        cost_per_step = float(self.budget.total_cost) / self.num_steps_made
+        interval = float(self.budget.limit) / cost_per_step / NUM_REPORTS
         return 2 ** max(0, math.ceil(math.log2(interval)))
 
     def _make_steps(self, num_steps: float) -> None:
         """Makes up to ``num_steps`` steps and waits for them."""
         while num_steps > 0 and not (self._is_finished() or self.was_interrupted()):
             num_rows = int(min(num_steps // self.record_every, self.block_size))
-            self.state, self.budget, rows, num_made = self._run_block(num_rows)
-            self.blocks.append((rows, int(num_made)))
-            self.num_made += int(num_made) * self.record_every
+            self.state, self.budget, rows, num_rows_made = self._run_block(num_rows)
+            self.blocks.append((rows, int(num_rows_made)))
+            self.num_steps_made += int(num_rows_made) * self.record_every
             num_steps -= num_rows * self.record_every
 
     def _run_block(self, num_rows: int) -> tuple[OuterState, Budget, StepRecord, Array]:
@@ -309,14 +315,14 @@ class _HostRun:
         return jax.tree.map(repeat, rows)
 
     def _make_update(self) -> ProgressUpdate:
-        rows, num_made = next(block for block in reversed(self.blocks) if block[1])
-        value = to_numpy(rows.value)[num_made - 1]
+        rows, num_rows = next(block for block in reversed(self.blocks) if block[1])
+        value = to_numpy(rows.value)[num_rows - 1]
         fraction = max(
-            self.num_made / self.num_steps,
+            self.num_steps_made / self.num_steps,
             float(self.budget.total_cost) / float(self.budget.limit),
         )
         value = value if value.ndim else value.item()
-        return ProgressUpdate(self.num_made, value, fraction, self._count_trusted)
+        return ProgressUpdate(self.num_steps_made, value, fraction, self._count_trusted)
 
     def _count_trusted(self) -> tuple[int, int]:
         """Returns the numbers of rows that are trusted and of all rows so far."""

@@ -1,6 +1,6 @@
 """A step of the outer loop.
 
-The functions take an `hypergrad.OuterLoop`, which holds all that is constant in a run.
+The functions take a `hypergrad.OuterLoop`, which holds all that is constant in a run.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from . import spaces
 from .estimators.base import Estimate, normalize_estimate
 from .keys_in_w import bind_keys, restore_keys
 from .outer_estimate import ADDITIVE_STATS, estimate_step, is_due
+from .problem import Bilevel
 from .recording import metric_at_step
 from .trace import (
     BAD_COST,
@@ -37,8 +38,8 @@ NEVER = -1  # a step number that no run reaches
 class OuterState(PrettyModule):
     """Everything that changes during a run, and all that is needed to continue it.
 
-    An estimate is good if it passes all checks of `_get_status` but the last one, which
-    is a check of the step.
+    An estimate is good if neither it nor its cost fails a check. It stays good if only
+    the step after it fails (BAD_STEP).
 
     Attributes:
       step: Number of outer steps made.
@@ -176,8 +177,7 @@ def step(
       good ``alpha`` and ``w``, and ``status`` is the code of the failure.
     """
     key, estimate_key, metric_key = jax.random.split(state.key, 3)
-    alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
-    problem, _ = bind_keys(loop.problem_at(state.step), state.w)
+    problem, alpha, pullback = _problem_and_alpha(loop, state)
     estimate, estimator_state = estimate_step(
         loop, problem, state, alpha, estimate_key, record_every
     )
@@ -258,8 +258,7 @@ def step_without_record(
       The state after the step, and the statistics that add up over steps.
     """
     key, estimate_key, _ = jax.random.split(state.key, 3)
-    alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
-    problem, _ = bind_keys(loop.problem_at(state.step), state.w)
+    problem, alpha, pullback = _problem_and_alpha(loop, state)
     estimate, estimator_state = loop.estimator.estimate(
         problem, state.estimator_state, alpha, estimate_key
     )
@@ -276,6 +275,15 @@ def step_without_record(
     )
     stats = normalize_estimate(estimate).stats
     return next_state, {name: stats[name] for name in ADDITIVE_STATS}
+
+
+def _problem_and_alpha(
+    loop: "OuterLoop", state: OuterState
+) -> tuple[Bilevel, PyTree, Callable]:
+    """Returns the problem of a step, its ``alpha``, and the pullback to ``u``."""
+    alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
+    problem, _ = bind_keys(loop.problem_at(state.step), state.w)
+    return problem, alpha, pullback
 
 
 class _Direction(NamedTuple):

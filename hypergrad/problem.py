@@ -24,8 +24,8 @@ MAX_CONSTANT_BYTES = 1024  # a `data_fn` may close over this much, and no more
 class Bilevel(eqx.Module):
     """The problem ``min_alpha M(w*(alpha), alpha)`` with ``w*(alpha) = argmin_w L``.
 
-    A registered pytree: the functions are static and compared by identity, the data is
-    traced.
+    A registered pytree: the functions are static and compared by ``==``, which is
+    identity for plain functions; the data is traced.
 
     Args:
       inner_loss: The training loss ``L``, ``(w, alpha, batch) -> scalar``.
@@ -103,7 +103,7 @@ class Bilevel(eqx.Module):
 
     @property
     def outer_losses(self) -> tuple[Loss, ...]:
-        """The outer losses as a tuple, also if there is one."""
+        """The outer losses as a tuple, even if there is only one."""
         return (
             self.outer_loss
             if isinstance(self.outer_loss, tuple)

@@ -70,12 +70,12 @@ def search_rounds(
     previous_rounds: Sequence[dict],
 ) -> Trace:
     """Returns the trace of a search by rounds; see `hypergrad.search`."""
-    name, state = "", None
+    description, state = "", None
     if round_callback is not None or previous_rounds:
-        name = describe_search(searcher, trainer, key)
-    searcher, trainer, key = _replicate((searcher, trainer, key))
+        description = describe_search(searcher, trainer, key)
+    searcher, trainer, key = _copy_to_all_devices((searcher, trainer, key))
     if previous_rounds:
-        state = restore_state(previous_rounds[-1], searcher, trainer, key, name)
+        state = restore_state(previous_rounds[-1], searcher, trainer, key, description)
     while True:
         index, total_cost, last_round = 0, 0.0, None
         if state is not None:
@@ -88,7 +88,7 @@ def search_rounds(
         new_round = new_round._replace(records=replicate(new_round.records))
         state = _add_round(state, new_round, cost)
         if round_callback is not None:
-            round_callback(state_to_dict(state, name))
+            round_callback(state_to_dict(state, description))
         if show_progress is not None:
             value, fraction = float(state.best.value), state.total_cost / budget
             show_progress(ProgressUpdate(state.num_rounds, value, fraction))
@@ -128,7 +128,7 @@ def _best_member(new_round: Round) -> BestMember:
     return BestMember(num_steps, value, member.carry[0], member.alpha)
 
 
-def _replicate(shared: PyTree) -> PyTree:
+def _copy_to_all_devices(shared: PyTree) -> PyTree:
     """Copies arrays to all devices, except those that are on all devices already."""
     num_devices = jax.device_count()
     is_done = lambda x: not eqx.is_array(x) or len(x.devices()) == num_devices
@@ -157,7 +157,8 @@ def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) 
 #: The texts in the dictionary of a state.
 METADATA = {"search", "machine", "sha256"}
 
-#: The arrays of a state whose leading axis is the number of members.
+#: Prefixes of the arrays of a state that have a leading axis of members: of those of
+#: the last round, and for ``records`` of those of all rounds.
 PER_MEMBER_FIELDS = (
     "records",
     "last_round.records",
@@ -166,12 +167,14 @@ PER_MEMBER_FIELDS = (
 )
 
 
-def state_to_dict(state: PopulationState, name: str) -> dict:
+def state_to_dict(state: PopulationState, description: str) -> dict:
     """Returns a state as a dictionary of arrays, with the description of its search."""
     leaves = jax.tree.leaves_with_path(state)
     arrays = {_path_to_name(path): to_numpy(leaf) for path, leaf in leaves}
     machine = np.asarray(json.dumps(describe_machine()))
-    return add_checksum({"search": np.asarray(name), "machine": machine} | arrays)
+    return add_checksum(
+        {"search": np.asarray(description), "machine": machine} | arrays
+    )
 
 
 def add_checksum(state: dict) -> dict:
@@ -192,16 +195,16 @@ def restore_state(
     searcher: PopulationSearcher,
     trainer: Trainer,
     key: Array,
-    name: str,
+    description: str,
 ) -> PopulationState:
     """Returns the state of `state_to_dict` in the dtypes of a new one.
 
     Raises:
       ValueError: The state is incomplete or damaged, or belongs to another search.
     """
-    if str(saved.get("search")) != name:
+    if str(saved.get("search")) != description:
         raise ValueError(
-            f"previous_trials[-1] must be recorded by this search, {name}; got "
+            f"previous_trials[-1] must be recorded by this search, {description}; got "
             f"{printable(saved.get('search'))}."
         )
     if str(saved.get("sha256")) != str(add_checksum(saved)["sha256"]):
@@ -221,7 +224,7 @@ def restore_state(
             "and metrics."
         )
     restored = {
-        name: _restore_leaf(saved[name], like, name) for name, like in leaves.items()
+        name: _restore_leaf(saved[name], leaf, name) for name, leaf in leaves.items()
     }
     for prefix in ("records.", "last_round."):
         lengths = {
@@ -258,13 +261,13 @@ def _restore_leaf(saved: Any, like: Any, name: str) -> Any:
     if is_key(like):
         impl = jax.random.key_impl(jnp.empty((), like.dtype))
         saved = jax.random.wrap_key_data(jnp.asarray(saved), impl=impl)
-    shape = expected_shape = np.shape(like)
+    expected_shape = np.shape(like)
     if _is_per_member(name, saved):
-        expected_shape = saved.shape[:1] + shape[1:]
+        expected_shape = saved.shape[:1] + expected_shape[1:]
     if saved.shape != expected_shape:
         raise ValueError(
-            f"{label} must have shape {shape}; got {saved.shape}. Pass the same "
-            "problem, solver and space."
+            f"{label} must have shape {expected_shape}; got {saved.shape}. Pass the "
+            "same problem, solver and space."
         )
     if isinstance(like, int | float):
         return type(like)(saved)

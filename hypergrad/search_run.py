@@ -1,6 +1,5 @@
 """The loop of a search in which every trial trains ``w`` at one ``alpha``."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from . import spaces
 from .keys_in_w import restore_keys
 from .progress import ProgressUpdate, ShowProgress
 from .runtime.executors import FailedCallsError
+from .runtime.user_warnings import warn_user
 from .search_records import (
     RecordedTrials,
     alpha_to_json,
@@ -51,8 +51,7 @@ def search_trials(
 ) -> Trace:
     """Returns the trace of a search by trials; see `hypergrad.search`.
 
-    ``setup_fn`` checks the problem at the first proposed ``alpha`` and returns what all
-    trials share.
+    ``setup_fn`` checks the problem at an ``alpha`` and returns what all trials share.
     """
     if getattr(searcher, "journal", None) is not None:
         searcher = _bind_journal(searcher, setup_fn, space)
@@ -193,12 +192,11 @@ class SearchState:
         if w is None:
             w, record = run_trial(setup, alpha, key)
             if is_reproducible and not _are_equal(record.value, value):
-                warnings.warn(
+                warn_user(
                     f"the best trial, {number}, has the recorded value {value} but "
                     f"{record.value} when it runs again here. The returned w has the "
                     "latter value. Its record was changed, or made on another machine, "
-                    "or the losses do not repeat their values.",
-                    stacklevel=4,
+                    "or the losses do not repeat their values."
                 )
         columns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.records)
         status = 0 if np.isfinite(value).all() else FAILED

@@ -5,7 +5,7 @@ the same entry points work inside `jax.jit` and `jax.vmap`.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,19 @@ def as_input_arrays(
 
     Raises:
       TypeError: A leaf of ``w`` is neither floating-point nor a key or a counter, or
-        one of ``alpha`` is not floating-point and ``differentiable``.
+        a leaf of ``alpha`` is not floating-point although ``differentiable`` is True.
       ValueError: A concrete leaf contains NaN, or a tree has no leaves.
     """
-    w = _as_floats("w", w, is_key_or_counter)
+    w = _as_float_arrays("w", w, is_key_or_counter)
     if all(map(is_key_or_counter, jax.tree.leaves(w))):
         raise ValueError(
             "w must hold at least one floating-point array; got keys and counters only."
         )
-    alpha = _as_floats("alpha", alpha) if differentiable else _as_arrays("alpha", alpha)
+    alpha = (
+        _as_float_arrays("alpha", alpha)
+        if differentiable
+        else _as_arrays("alpha", alpha)
+    )
     check_no_nan(w, alpha)
     return w, alpha
 
@@ -63,8 +67,8 @@ def check_no_nan(w: PyTree, alpha: PyTree) -> None:
         for path, leaf in jax.tree.leaves_with_path(tree):
             if _has_nan(leaf):
                 raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} must be finite; it contains "
-                    "NaN. Choose another starting value."
+                    f"{name}{jax.tree_util.keystr(path)} must not contain NaN. "
+                    "Choose another starting value."
                 )
 
 
@@ -100,9 +104,16 @@ def is_traced(*trees: PyTree) -> bool:
 
 
 def check_same_structure(
-    name: str, tree: PyTree, like: PyTree, like_name: str = "w"
+    name: str,
+    tree: PyTree,
+    like: PyTree,
+    like_name: str = "w",
+    verb: Literal["return", "have"] = "return",
 ) -> None:
-    """Raises ValueError unless two trees agree in structure, shapes and dtypes."""
+    """Raises ValueError unless two trees agree in structure, shapes and dtypes.
+
+    The tree is what a function returns, or is given (``verb="have"``).
+    """
     describe = lambda tree: jax.tree.map(
         lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}", tree
     )
@@ -110,7 +121,7 @@ def check_same_structure(
     leaves = lambda tree: jax.tree.leaves(describe(tree))
     if not has_same_structure or leaves(tree) != leaves(like):
         raise ValueError(
-            f"{name} must return the structure, shapes and dtypes of {like_name}, "
+            f"{name} must {verb} the structure, shapes and dtypes of {like_name}, "
             f"{describe(like)}; got {describe(tree)}."
         )
 
@@ -141,7 +152,7 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
     return jax.tree.map_with_path(with_strong_dtype, tree)
 
 
-def _as_floats(
+def _as_float_arrays(
     name: str, tree: PyTree, is_allowed: Callable[[Array], bool] = lambda leaf: False
 ) -> PyTree:
     tree = _as_arrays(name, tree)
@@ -268,7 +279,7 @@ def float_converter(
     Args:
       name: Name of the field, for error messages.
       optional: Whether None is accepted.
-      minimum: Smallest value that a concrete number may have.
+      minimum: Smallest value that a Python number may have.
     """
 
     def convert(value: Any) -> Any:
@@ -337,8 +348,8 @@ def _range_converter(
 def raise_with_context(error: Exception, context: str) -> NoReturn:
     """Raises the error of a user's function again, followed by ``context``, a sentence.
 
-    An error whose class takes other arguments than a message keeps its own message and
-    receives ``context`` as a note.
+    An error of another class than TypeError, ValueError and IndexError keeps its own
+    message and receives ``context`` as a note.
     """
     if type(error) in (TypeError, ValueError, IndexError):
         text = str(error).strip()

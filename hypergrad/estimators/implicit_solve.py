@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from jaxtyping import PyTree, Scalar
 
-from ..certificate import NEWTON_RTOL
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
     damped_hvp_fn,
@@ -24,6 +23,10 @@ from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
 if TYPE_CHECKING:
     from .implicit import Implicit, ImplicitState
+
+
+#: Residual of the solve of a Newton step, relative to ``||S dL/dw||``.
+NEWTON_RTOL = 1e-3
 
 
 class Solution(NamedTuple):

@@ -3,7 +3,6 @@
 import functools
 import platform
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from .console import printable
+from .user_warnings import warn_user
 
 Machine = dict[str, str]
 
@@ -67,10 +67,9 @@ def warn_of_other_machines(subject: str, machines: Iterable[Any]) -> None:
     current = describe_machine()
     texts = [_describe_difference(x, current) for x in machines if x != current]
     if texts:
-        warnings.warn(
+        warn_user(
             f"{subject} on another machine ({'; or '.join(dict.fromkeys(texts))}). "
-            "Numbers that are computed here may differ from those in their last digits",
-            stacklevel=3,
+            "Numbers that are computed here may differ from those in their last digits"
         )
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..keys_in_w import bind_keys
 from ..search_trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
@@ -109,7 +110,7 @@ class OneShot(PopulationSearcher):
 def _train_supernet(trainer: Trainer, key: Array) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps, each at a new sample of ``alpha``."""
     init_key, data_key, steps_key = jax.random.split(key, 3)
-    problem = trainer.setup.problem
+    problem, _ = bind_keys(trainer.setup.problem, trainer.setup.w)
     data, _ = problem.sample_data(data_key)
 
     def step(carry, key):
@@ -131,10 +132,10 @@ def _sample(space: PyTree, num_samples: int, key: Array) -> PyTree:
 
 @eqx.filter_jit
 def _evaluate(
-    trainer: Trainer, w: PyTree, alpha: PyTree, num_steps: int, key: Array
+    trainer: Trainer, parameters: PyTree, alpha: PyTree, num_steps: int, key: Array
 ) -> TrialRecord:
     """Returns the record of each ``alpha`` on the same data and with the same key."""
     data_key, key = jax.random.split(key)
     data = trainer.setup.problem.sample_data(data_key)
-    record = lambda alpha: trainer.record(w, alpha, data, num_steps, key)
+    record = lambda alpha: trainer.record(parameters, alpha, data, num_steps, key)
     return jax.vmap(record)(alpha)

@@ -143,7 +143,7 @@ class Trainer(eqx.Module):
 
     def record(
         self,
-        w: PyTree,
+        parameters: PyTree,
         alpha: PyTree,
         data: tuple[Data, Data],
         num_steps: int,
@@ -153,7 +153,7 @@ class Trainer(eqx.Module):
         outer_key, metric_key = jax.random.split(key)
         counts = {name: num_steps * count for name, count in self.step_counts.items()}
         keys = outer_key, metric_key
-        return make_record(self.setup, w, alpha, data, keys, num_steps, counts)
+        return make_record(self.setup, parameters, alpha, data, keys, num_steps, counts)
 
 
 def make_trainer(setup: TrialSetup, alpha: PyTree, space: PyTree) -> Trainer:

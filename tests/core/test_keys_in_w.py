@@ -171,8 +171,13 @@ def test_argmin_is_differentiable_beside_a_key():
 
 @pytest.mark.parametrize(
     "searcher",
-    [hg.searchers.Random(), hg.searchers.PopulationBasedTraining(4)],
-    ids=["trials", "population"],
+    [
+        hg.searchers.Random(),
+        hg.searchers.PopulationBasedTraining(4),
+        hg.searchers.SuccessiveHalving(4),
+        hg.searchers.OneShot(4),
+    ],
+    ids=lambda searcher: type(searcher).__name__,
 )
 def test_search_gives_the_key_to_losses_and_metrics(searcher):
     def search(problem, w, metric):
