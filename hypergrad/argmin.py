@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .batches import Batches
 from .inner.base import InnerSolver
-from .keys_in_w import bind_keys_to_loss, remove_keys, restore_keys
+from .keys_in_w import bind_keys_to_function, keys_of, remove_keys, restore_keys
 from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
 from .lost_derivative_checks import check_no_lost_derivative
@@ -104,14 +104,14 @@ def argmin(
                 "batch must be a pytree of arrays, which argmin uses whole; got "
                 "Batches. Pass its full_batch()."
             )
-        loss, init_w = bind_keys_to_loss(inner_loss, w0), remove_keys(w0)
+        init_w, loss = remove_keys(w0), bind_keys_to_function(inner_loss, keys_of(w0))
         check_scalar_loss("inner_loss", loss, init_w, alpha, batch)
         run_solver = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
         shapes = jax.eval_shape(run_solver, init_w)
         check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)
         pure_loss, arrays = jax.closure_convert(loss, init_w, alpha, batch)
         solve = _make_differentiable_solve(pure_loss, solver, linear_solver, key)
-        return restore_keys(solve(init_w, (alpha, batch, *arrays)), w0)
+        return restore_keys(solve(init_w, (alpha, batch, *arrays)), keys_of(w0))
 
     return solution_fn
 

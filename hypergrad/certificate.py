@@ -224,19 +224,16 @@ def certify(
     problem, rtol, strong_convexity, hypergradient = floats_to_arrays(
         (problem, rtol, strong_convexity, hypergradient)
     )
-    check_on_shapes(check_certifiable, *bind_keys(problem, w), alpha)
+    problem, parameters = bind_keys(problem, w)
+    check_on_shapes(check_certifiable, problem, parameters, alpha)
     if hypergradient is not None:
         _check_hypergradient(problem, hypergradient, alpha)
-    return _certify(
-        problem,
-        w,
-        alpha,
-        hypergradient,
-        num_newton_steps,
-        rtol,
-        strong_convexity,
-        as_key(key),
+    numbers = num_newton_steps, rtol, strong_convexity
+    certificate = _certify(
+        problem, parameters, alpha, hypergradient, *numbers, as_key(key)
     )
+    corrected_w = restore_keys(certificate.corrected_w, problem.keys_of_w)
+    return dataclasses.replace(certificate, corrected_w=corrected_w)
 
 
 def _check_hypergradient(
@@ -259,19 +256,16 @@ def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
 def _certify(
     problem, w, alpha, hypergradient, num_newton_steps, rtol, strong_convexity, key
 ):
-    problem, parameters = bind_keys(problem, w)
-    certificate = compute_certificate(
+    return compute_certificate(
         problem,
         EstimateData.sample(problem, key),
-        parameters,
+        w,
         alpha,
         hypergradient,
         num_newton_steps=num_newton_steps,
         rtol=rtol,
         strong_convexity=strong_convexity,
     )
-    corrected_w = restore_keys(certificate.corrected_w, w)
-    return dataclasses.replace(certificate, corrected_w=corrected_w)
 
 
 def compute_certificate(

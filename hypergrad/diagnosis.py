@@ -148,10 +148,9 @@ def _describe_outer(
     problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree, position: str
 ) -> Iterator[str]:
     batch = data.outer_batch()
-    if not isinstance(problem.outer_loss, tuple):
-        losses = {"outer_loss": problem.outer_loss}
-    else:
-        losses = {f"outer_loss[{k}]": f for k, f in enumerate(problem.outer_loss)}
+    losses = {f"outer_loss[{k}]": f for k, f in enumerate(problem.outer_losses)}
+    if problem.num_objectives is None:
+        losses = {"outer_loss": problem.outer_losses[0]}
     for name, loss in losses.items():
         yield from _describe_loss(name, loss, w, alpha, batch, position)
 

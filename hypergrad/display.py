@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .trees import PrettyModule, is_readable
+from .trees import PrettyModule, is_key, is_readable
 
 if TYPE_CHECKING:
     from .certificate import Certificate
@@ -195,6 +195,7 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
     >>> describe_tree({"a": np.ones(9), "b": np.ones(7)}, with_norm=True)
     '2 leaves, 16 numbers, norm 4'
     """
+    tree = jax.tree.map(lambda leaf: None if is_key(leaf) else leaf, tree)
     leaves = jax.tree.leaves(tree)
     is_readable = is_readable_tree(leaves)
     sizes = [int(np.prod(getattr(leaf, "shape", ()))) for leaf in leaves]

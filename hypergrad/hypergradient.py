@@ -126,7 +126,7 @@ def _estimate(static_part, arrays, w, alpha, key):
     problem, parameters = bind_keys(problem, w)
     state = estimator.init(problem, parameters, alpha, init_key)
     estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
-    final_w = restore_keys(estimate.w, w)
+    final_w = restore_keys(estimate.w, problem.keys_of_w)
     return normalize_estimate(
         dataclasses.replace(estimate, w=final_w, key=estimate_key)
     )

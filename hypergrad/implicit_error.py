@@ -373,10 +373,10 @@ def _outer_grads(
 ) -> tuple[PyTree, PyTree]:
     """Returns ``dM/dw`` and ``dM/dalpha`` at ``w+``, of each of K losses at its own."""
     grads = lambda loss, w: jax.grad(loss, argnums=(0, 1))(w, alpha, outer_batch)
-    if not isinstance(problem.outer_loss, tuple):
+    if problem.num_objectives is None:
         return grads(problem.outer_loss, new_w)
     row = lambda k: jax.tree.map(lambda leaf: leaf[k], new_w)
-    per_loss = [grads(loss, row(k)) for k, loss in enumerate(problem.outer_loss)]
+    per_loss = [grads(loss, row(k)) for k, loss in enumerate(problem.outer_losses)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_loss)
 
 

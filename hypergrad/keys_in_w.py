@@ -2,55 +2,59 @@
 
 The state of a flax nnx model has both, beside its parameters. They have no derivative
 and stay what they are in a whole run. Estimators and solvers never see them: they get
-the parameters, with None in place of the other leaves, and losses that put them back.
+the parameters, with None in place of the other leaves, and a problem that holds the
+other leaves as data and gives them to its losses.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from .problem import Bilevel
-from .products import Loss
 from .trees import is_key_or_counter
 
-InitFn = Callable[[PyTree, PyTree], PyTree]
+if TYPE_CHECKING:
+    from .problem import Bilevel
+
+Problem = TypeVar("Problem", bound="Bilevel")
 
 
-def bind_keys(problem: Bilevel, w: PyTree) -> tuple[Bilevel, PyTree]:
+def bind_keys(problem: Problem, w: PyTree) -> tuple[Problem, PyTree]:
     """Returns the problem of the parameters alone, and the parameters.
 
-    Its functions close over the keys and counters of ``w``, which may be tracers, and
-    are new at each call: call it inside a compiled program or for checks on shapes, and
-    do not pass its result to `jax.jit`, which would compile again. A ``w`` that has
-    neither is returned as it is, with its problem.
+    A ``w`` without keys and counters is returned as it is, with its problem.
     """
     if not _has_keys(w):
         return problem, w
-    outer_losses = tuple(bind_keys_to_loss(loss, w) for loss in problem.outer_losses)
-    bound = Bilevel(
-        bind_keys_to_loss(problem.inner_loss, w),
-        outer_losses[0] if problem.num_objectives is None else outer_losses,
-        problem.inner_data,
-        problem.outer_data,
-        init_fn=None if problem.init_fn is None else _bind_init(problem.init_fn, w),
-        data_fn=problem.data_fn,
-    )
+    is_none = lambda x: x is None
+    bound = eqx.tree_at(lambda p: p.keys_of_w, problem, keys_of(w), is_leaf=is_none)
     return bound, remove_keys(w)
 
 
-def bind_keys_to_loss(loss: Loss, w: PyTree) -> Loss:
-    """Returns the loss as a function of the parameters alone."""
-    if not _has_keys(w):
-        return loss
-    return lambda parameters, *args: loss(restore_keys(parameters, w), *args)
+def bind_keys_to_function(
+    fn: Callable[..., Any], keys: PyTree | None
+) -> Callable[..., Any]:
+    """Returns ``fn(w, ...)`` as a function of the parameters in place of ``w``.
+
+    The keys are leaves of the returned function, which is a pytree, so that compiled
+    programs take them as inputs. Without keys it is ``fn`` itself.
+    """
+    if keys is None:
+        return fn
+    return jax.tree_util.Partial(_WithKeys(fn), keys)
 
 
-def _bind_init(init_fn: InitFn, w: PyTree) -> InitFn:
-    return lambda parameters, alpha: remove_keys(
-        init_fn(restore_keys(parameters, w), alpha)
-    )
+@dataclasses.dataclass(frozen=True)
+class _WithKeys:
+    """A function of ``w`` as one of its keys, its parameters and further arguments."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, keys: PyTree, parameters: PyTree, *args: PyTree) -> Any:
+        return self.fn(restore_keys(parameters, keys), *args)
 
 
 def remove_keys(w: PyTree) -> PyTree:
@@ -58,18 +62,22 @@ def remove_keys(w: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: None if is_key_or_counter(leaf) else leaf, w)
 
 
-def restore_keys(parameters: PyTree, w: PyTree) -> PyTree:
-    """Returns the parameters together with the keys and counters of ``w``.
+def keys_of(w: PyTree) -> PyTree | None:
+    """Returns ``w`` with None for parameters, or None if it has nothing else."""
+    if not _has_keys(w):
+        return None
+    return jax.tree.map(lambda leaf: leaf if is_key_or_counter(leaf) else None, w)
+
+
+def restore_keys(parameters: PyTree, keys: PyTree | None) -> PyTree:
+    """Returns the ``w`` of parameters and of what `keys_of` has returned.
 
     >>> import jax
     >>> w = {"scale": 1.0, "key": jax.random.key(0)}
-    >>> restore_keys({"scale": 2.0, "key": None}, w)["scale"]
+    >>> restore_keys({"scale": 2.0, "key": None}, keys_of(w))["scale"]
     2.0
     """
-    if not _has_keys(w):
-        return parameters
-    fixed = jax.tree.map(lambda leaf: leaf if is_key_or_counter(leaf) else None, w)
-    return eqx.combine(parameters, fixed)
+    return parameters if keys is None else eqx.combine(parameters, keys)
 
 
 def _has_keys(w: PyTree) -> bool:

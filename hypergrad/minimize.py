@@ -72,7 +72,8 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.
-      w, alpha: Starting point; pytrees of floating-point arrays.
+      w, alpha: Starting point; pytrees of floating-point arrays. Keys and counters in
+        ``w`` are constants.
       num_steps, budget, progress, checkpoints, record_every: As in `OuterLoop.run`.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       state: ``trace.state`` of an earlier run with the same arguments, which this run
@@ -245,7 +246,8 @@ class OuterLoop(eqx.Module):
         """Returns the state before the first step.
 
         Args:
-          w, alpha: Starting point; pytrees of floating-point arrays.
+          w, alpha: Starting point; pytrees of floating-point arrays. Keys and counters
+            in ``w`` are constants.
           key: PRNG key. Defaults to ``jax.random.key(0)``.
 
         Raises:

@@ -318,13 +318,12 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
                 f"like must have {num_leaves} leaves, as the saved (w, alpha); got "
                 f"{structure.num_leaves}."
             )
-        shapes = [list(np.shape(leaf)) for leaf in jax.tree.leaves(like)]
-        if shapes != [leaf["shape"] for leaf in record["leaves"]] and not any(
-            leaf["key"] for leaf in record["leaves"]
-        ):
+        shapes = [_describe(leaf)["shape"] for leaf in jax.tree.leaves(like)]
+        saved_shapes = [leaf["shape"] for leaf in record["leaves"]]
+        if shapes != saved_shapes:
             raise ValueError(
-                "like must have leaves of the saved shapes "
-                f"{[leaf['shape'] for leaf in record['leaves']]}; got {shapes}."
+                f"like must have leaves of the saved shapes {saved_shapes}; got "
+                f"{shapes}."
             )
         return structure
     if record["structure"] is None:
@@ -339,7 +338,7 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
 
 def _describe(leaf: Any) -> dict[str, Any]:
     """Returns shape and dtype of the stored array, and the kind of a PRNG key."""
-    array = np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else leaf
+    array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
     implementation = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
     return {
         "shape": list(array.shape),

@@ -181,7 +181,7 @@ def step(
     estimate, estimator_state = estimate_step(
         loop, problem, state, alpha, estimate_key, record_every
     )
-    w = restore_keys(estimate.w, state.w)
+    w = restore_keys(estimate.w, problem.keys_of_w)
     direction = _aggregate(loop.aggregator, estimate, pullback, state.aggregator_state)
     u, optimizer_state = _update(loop, state, direction)
     aggregator_state = direction.aggregator_state

@@ -15,9 +15,11 @@ from jaxtyping import Array, PyTree
 from .batches import BatchesOfEstimate, Data, is_keyed, sample_fixed_batch, to_data
 from .display import describe_leaves
 from .jaxpr import constant_bytes
+from .keys_in_w import bind_keys_to_function, remove_keys
 from .products import Loss
 from .validation import check_hashable
 
+InitFn = Callable[[PyTree, PyTree], PyTree]
 MAX_CONSTANT_BYTES = 1024  # a `data_fn` may close over this much, and no more
 
 
@@ -52,12 +54,14 @@ class Bilevel(eqx.Module):
     True
     """
 
-    inner_loss: Loss = eqx.field(static=True)
-    outer_loss: Loss | tuple[Loss, ...] = eqx.field(static=True)
+    _inner_loss: Loss = eqx.field(static=True)
+    _outer_loss: Loss | tuple[Loss, ...] = eqx.field(static=True)
     inner_data: Data
     outer_data: Data
-    init_fn: Callable[[PyTree, PyTree], PyTree] | None = eqx.field(static=True)
+    _init_fn: InitFn | None = eqx.field(static=True)
     data_fn: Callable[[Array], tuple[Data, Data]] | None
+    #: Keys and counters of ``w``, which `bind_keys` gives to the losses; None if none.
+    keys_of_w: PyTree
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Bilevel(eqx.Module):
         inner_data: Data = None,
         outer_data: Data = None,
         *,
-        init_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
+        init_fn: InitFn | None = None,
         data_fn: Callable[[Array], tuple[Data, Data]] | None = None,
     ):
         if isinstance(outer_loss, list):
@@ -89,26 +93,45 @@ class Bilevel(eqx.Module):
             if not isinstance(data_fn, jax.tree_util.Partial):
                 data_fn = jax.tree_util.Partial(data_fn)
             _check_closed_over_arrays(data_fn)
-        self.inner_loss = inner_loss
-        self.outer_loss = outer_loss
+        self._inner_loss = inner_loss
+        self._outer_loss = outer_loss
         self.inner_data = to_data(inner_data)
         self.outer_data = to_data(outer_data)
-        self.init_fn = init_fn
+        self._init_fn = init_fn
         self.data_fn = data_fn
+        self.keys_of_w = None
 
     @property
-    def num_objectives(self) -> int | None:
-        """K if ``outer_loss`` is a tuple of K losses, else None."""
-        return len(self.outer_loss) if isinstance(self.outer_loss, tuple) else None
+    def inner_loss(self) -> Loss:
+        """The training loss."""
+        return bind_keys_to_function(self._inner_loss, self.keys_of_w)
 
     @property
     def outer_losses(self) -> tuple[Loss, ...]:
         """The outer losses as a tuple, even if there is only one."""
-        return (
-            self.outer_loss
-            if isinstance(self.outer_loss, tuple)
-            else (self.outer_loss,)
-        )
+        losses = self._outer_loss
+        losses = losses if isinstance(losses, tuple) else (losses,)
+        return tuple(bind_keys_to_function(loss, self.keys_of_w) for loss in losses)
+
+    @property
+    def outer_loss(self) -> Loss | tuple[Loss, ...]:
+        """The validation loss, or a tuple of K losses."""
+        losses = self.outer_losses
+        return losses[0] if self.num_objectives is None else losses
+
+    @property
+    def init_fn(self) -> InitFn | None:
+        """The function that returns the inner starting point, or None."""
+        if self._init_fn is None or self.keys_of_w is None:
+            return self._init_fn
+        init_fn = bind_keys_to_function(self._init_fn, self.keys_of_w)
+        return lambda w, alpha: remove_keys(init_fn(w, alpha))
+
+    @property
+    def num_objectives(self) -> int | None:
+        """K if ``outer_loss`` is a tuple of K losses, else None."""
+        losses = self._outer_loss
+        return len(losses) if isinstance(losses, tuple) else None
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -141,9 +164,8 @@ class Bilevel(eqx.Module):
 
     def outer_value(self, w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
         """Returns ``M(w, alpha)``: a scalar, or ``[K]`` for K outer losses."""
-        if not isinstance(self.outer_loss, tuple):
-            return self.outer_loss(w, alpha, batch)
-        return jnp.stack([loss(w, alpha, batch) for loss in self.outer_loss])
+        values = [loss(w, alpha, batch) for loss in self.outer_losses]
+        return values[0] if self.num_objectives is None else jnp.stack(values)
 
     def outer_value_and_grads(
         self, w: PyTree, alpha: PyTree, batch: PyTree
@@ -157,9 +179,9 @@ class Bilevel(eqx.Module):
             value, pullback = jax.vjp(lambda w, a: loss(w, a, batch), w, alpha)
             return value, *pullback(jnp.ones_like(value))
 
-        if not isinstance(self.outer_loss, tuple):
-            return value_and_grads(self.outer_loss)
-        per_loss = [value_and_grads(loss) for loss in self.outer_loss]
+        per_loss = [value_and_grads(loss) for loss in self.outer_losses]
+        if self.num_objectives is None:
+            return per_loss[0]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_loss)
 
 

@@ -134,8 +134,9 @@ def _make_setup(
 ) -> TrialSetup:
     """Returns what all trials share, after checks at an ``alpha`` of the space."""
     w, alpha = as_input_arrays(w, alpha, differentiable=False)
-    check_problem(*bind_keys(problem, w), alpha, solver)
     metrics = check_metrics(metrics, w, alpha)
+    problem, w = bind_keys(problem, w)
+    check_problem(problem, w, alpha, solver)
     setup = TrialSetup(floats_to_arrays(problem), solver, w, metrics)
     value_fn = lambda alpha: run_trial(setup, alpha, jax.random.key(0))[1].value
     check_alpha_is_used(value_fn, alpha)

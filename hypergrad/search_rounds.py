@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .checkpoint import runtime_environment
-from .keys_in_w import restore_keys
 from .progress import ProgressUpdate, ShowProgress
 from .runtime.console import printable
 from .runtime.devices import replicate, shard
@@ -95,7 +94,7 @@ def search_rounds(
     best, records = state.best, jax.tree.map(jnp.asarray, state.records)
     return Trace(
         alpha=best.alpha,
-        w=restore_keys(best.w, trainer.setup.w),
+        w=trainer.setup.restore_w(best.w),
         best_alpha=best.alpha,
         status_code=jnp.where(jnp.isfinite(best.value), 0, FAILED),
         row_kind="trial",

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import spaces
-from .keys_in_w import restore_keys
 from .progress import ProgressUpdate, ShowProgress
 from .runtime.executors import FailedCallsError
 from .runtime.user_warnings import warn_user
@@ -202,7 +201,7 @@ class SearchState:
         status = 0 if np.isfinite(value).all() else FAILED
         return Trace(
             alpha=alpha,
-            w=restore_keys(w, setup.w),
+            w=setup.restore_w(w),
             best_alpha=alpha,
             status_code=jnp.asarray(status),
             row_kind="trial",

@@ -14,7 +14,7 @@ from .batches import Data, full_batch
 from .cost import cost_stats
 from .estimators.base import make_stats
 from .inner.base import InnerSolver
-from .keys_in_w import bind_keys, restore_keys
+from .keys_in_w import restore_keys
 from .problem import Bilevel
 from .recording import Metric
 from .runtime.executors import Executor, RemoteFunction
@@ -23,12 +23,23 @@ from .validation import check_positive_int
 
 
 class TrialSetup(eqx.Module):
-    """Everything that all trials of a search share."""
+    """Everything that all trials of a search share.
+
+    Attributes:
+      problem: The problem of the parameters, which holds the keys of ``w``.
+      solver: The inner solver.
+      w: The parameters from which every trial starts.
+      metrics: The user's metrics, of a ``w`` with its keys.
+    """
 
     problem: Bilevel
     solver: InnerSolver
     w: PyTree
     metrics: dict[str, Metric]
+
+    def restore_w(self, parameters: PyTree) -> PyTree:
+        """Returns the ``w`` of these parameters, with the keys of the first one."""
+        return restore_keys(parameters, self.problem.keys_of_w)
 
 
 class TrialRecord(NamedTuple):
@@ -54,10 +65,10 @@ def run_trial(
     setup: TrialSetup, alpha: PyTree, key: Array
 ) -> tuple[PyTree, TrialRecord]:
     """Trains ``w`` at ``alpha``; returns its parameters and the record of the trial."""
-    problem, parameters = bind_keys(setup.problem, setup.w)
+    problem = setup.problem
     data_key, solver_key, outer_key, metric_key = jax.random.split(key, 4)
     inner_data, outer_data = problem.sample_data(data_key)
-    w0 = problem.init_inner(parameters, alpha)
+    w0 = problem.init_inner(setup.w, alpha)
     w, solver_stats = setup.solver.solve(
         problem.inner_loss, w0, alpha, inner_data, solver_key
     )
@@ -103,9 +114,9 @@ def make_record(
     """
     inner_data, outer_data = data
     outer_key, metric_key = keys
-    w = restore_keys(parameters, setup.w)
+    w = setup.restore_w(parameters)
     batch = full_batch(outer_data, outer_key)
-    value = setup.problem.outer_value(w, alpha, batch)
+    value = setup.problem.outer_value(parameters, alpha, batch)
     costs = cost_stats(inner_data, outer_data, num_outer_values=value.size, **counts)
     flags = {"not_finite": ~all_finite(value, parameters)}
     stats = make_stats(num_inner_steps=num_inner_steps, **costs)

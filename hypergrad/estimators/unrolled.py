@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import split_steps, uses_checkpoints
 from ..inner.storage import StepSizes, Storage, choose_storage
+from ..keys_in_w import bind_keys
 from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
@@ -188,12 +189,11 @@ class Unrolled(RunEstimator):
         Storage(checkpoint=False, mixed_mode=False, num_bytes=1200000000)
         Storage(checkpoint=True, mixed_mode=True, num_bytes=800000800)
         """
-        inner_data, _ = jax.eval_shape(problem.sample_data, KEY_SHAPE)
-        storage_fn = lambda w, alpha, inner_data: choices.append(
-            self._choose_storage(problem, w, alpha, inner_data)
-        )
+        problem, w = bind_keys(problem, w)
+        inner_data, _ = eqx.filter_eval_shape(Bilevel.sample_data, problem, KEY_SHAPE)
+        storage_fn = lambda *args: choices.append(self._choose_storage(*args))
         choices: list[Storage] = []
-        jax.eval_shape(storage_fn, w, alpha, inner_data)
+        eqx.filter_eval_shape(storage_fn, problem, w, alpha, inner_data)
         return choices[0]
 
     def _choose_storage(

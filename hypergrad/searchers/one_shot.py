@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..keys_in_w import bind_keys
 from ..search_trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
@@ -110,7 +109,7 @@ class OneShot(PopulationSearcher):
 def _train_supernet(trainer: Trainer, key: Array) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps, each at a new sample of ``alpha``."""
     init_key, data_key, steps_key = jax.random.split(key, 3)
-    problem, _ = bind_keys(trainer.setup.problem, trainer.setup.w)
+    problem = trainer.setup.problem
     data, _ = problem.sample_data(data_key)
 
     def step(carry, key):

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from .. import spaces
 from ..batches import Data
 from ..cost import cost_stats
-from ..keys_in_w import bind_keys
 from ..runtime.devices import shard
 from ..search_trial import TrialRecord, TrialSetup, make_record
 from ..validation import check_positive_int, check_solver
@@ -97,13 +96,13 @@ class Trainer(eqx.Module):
     @eqx.filter_jit
     def init_members(self, num_members: int, key: Array) -> Members:
         """Samples members from the space, before their first step."""
-        problem, parameters = bind_keys(self.setup.problem, self.setup.w)
+        problem = self.setup.problem
 
         def init_member(key: Array) -> Members:
             alpha_key, data_key, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
             data, _ = problem.sample_data(data_key)
-            w = problem.init_inner(parameters, alpha)
+            w = problem.init_inner(self.setup.w, alpha)
             carry = self.solver.init(problem.inner_loss, w, alpha, data, init_key)
             return Members(carry, alpha)
 
@@ -123,7 +122,7 @@ class Trainer(eqx.Module):
         self, members: Members, num_steps: int, key: Array
     ) -> tuple[Members, TrialRecord]:
         """Makes ``num_steps`` steps of each member and evaluates it."""
-        problem, _ = bind_keys(self.setup.problem, self.setup.w)
+        problem = self.setup.problem
 
         def train_member(member: Members, key: Array) -> tuple[Members, TrialRecord]:
             data_key, steps_key, record_key = jax.random.split(key, 3)
@@ -191,9 +190,9 @@ def make_trainer(setup: TrialSetup, alpha: PyTree, space: PyTree) -> Trainer:
 
 @eqx.filter_jit
 def _solve_counts(setup: TrialSetup, alpha: PyTree, key: Array) -> dict[str, Array]:
-    problem, parameters = bind_keys(setup.problem, setup.w)
+    problem = setup.problem
     data, _ = problem.sample_data(key)
-    w0 = problem.init_inner(parameters, alpha)
+    w0 = problem.init_inner(setup.w, alpha)
     return setup.solver.solve(problem.inner_loss, w0, alpha, data, key)[1]
 
 

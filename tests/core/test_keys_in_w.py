@@ -3,6 +3,10 @@
 The right answer is that of the same problem whose losses close over the key.
 """
 
+import functools
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,3 +251,72 @@ def test_other_integers_in_w_are_refused():
         hg.hypergradient(PROBLEM, hg.Implicit(hg.Newton()))(
             W | {"scale": jnp.array([1, 2, 3])}, ALPHA
         )
+
+
+def entry_points(problem, estimator, optimizer):
+    """Returns functions of ``w`` that call what takes a problem and a ``w``."""
+    return {
+        "hypergradient": lambda w: hg.hypergradient(problem, estimator)(w, ALPHA),
+        "minimize": lambda w: hg.minimize(
+            problem, estimator, optimizer, w, ALPHA, num_steps=1
+        ),
+        "certify": lambda w: hg.certify(problem, w, ALPHA),
+        "diagnose": lambda w: hg.diagnose(problem, estimator, w, ALPHA),
+    }
+
+
+@pytest.mark.parametrize("name", entry_points(None, None, None))
+def test_a_second_call_with_another_key_traces_nothing_and_keeps_no_w(name):
+    num_traces = []
+
+    def counting_loss(w, alpha, batch):
+        num_traces.append(1)
+        return inner_loss(w, alpha, batch)
+
+    problem = hg.Bilevel(counting_loss, outer_loss)
+    call = entry_points(problem, hg.Implicit(hg.Newton()), optax.sgd(0.1))[name]
+    call(W)
+    num_traces.clear()
+    other = W | {"scale": PARAMETERS + 1.0, "key": jax.random.key(4)}
+    reference = weakref.ref(other["scale"])
+    call(other)
+    assert not num_traces
+    del other
+    gc.collect()
+    assert reference() is None
+
+
+def test_no_tracer_of_a_key_is_kept():
+    estimate_fn = hg.hypergradient(PROBLEM, hg.Implicit(hg.Newton()))
+    with jax.checking_leaks():
+        value = jax.jit(lambda key: estimate_fn(W | {"key": key}, ALPHA).value)(KEY)
+    assert value == estimate_fn(W, ALPHA).value
+
+
+def test_results_are_printed_without_the_key():
+    estimator = hg.Implicit(hg.Newton())
+    estimate = hg.hypergradient(PROBLEM, estimator)(W, ALPHA)
+    trace = hg.minimize(PROBLEM, estimator, optax.sgd(0.1), W, ALPHA, num_steps=2)
+    certificate = hg.certify(PROBLEM, estimate.w, ALPHA, estimate)
+    for result in (estimate, trace, certificate):
+        assert "key" not in repr(result)
+        assert "<table" in result._repr_html_()
+    assert f"['scale']: [{float(estimate.w['scale'][0]):.6g}" in repr(estimate)
+
+
+def test_storage_counts_the_parameters():
+    estimator = hg.Unrolled(SGD)
+    expected = estimator.storage(REFERENCE, PARAMETERS, ALPHA)
+    assert estimator.storage(PROBLEM, W, ALPHA) == expected
+    shapes = jax.eval_shape(lambda: W)
+    assert estimator.storage(PROBLEM, shapes, ALPHA) == expected
+
+
+def test_a_model_with_a_key_is_loaded_only_into_its_shapes(tmp_path):
+    save = functools.partial(hg.models.save, folder=tmp_path)
+    save("model", W, ALPHA)
+    w, _ = hg.models.load("model", folder=tmp_path, like=(W, ALPHA))
+    assert_same_w(w, PARAMETERS)
+    other = W | {"scale": jnp.zeros(7)}
+    with pytest.raises(ValueError, match="like must have leaves of the saved shapes"):
+        hg.models.load("model", folder=tmp_path, like=(other, ALPHA))
