@@ -9,7 +9,12 @@ from jaxtyping import PyTree
 
 from .outer_step import OuterState, init_state
 from .problem import Bilevel
-from .validation import as_input_arrays, check_positive_int, check_same_structure
+from .validation import (
+    as_input_arrays,
+    check_no_class,
+    check_positive_int,
+    check_same_structure,
+)
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
@@ -54,11 +59,7 @@ def check_aggregator(aggregator: Any, problem: Bilevel) -> None:
             "aggregator=hg.objectives.UPGrad()), then "
             "loop.run(loop.init(w, alpha), num_steps=...)."
         )
-    if isinstance(aggregator, type):
-        name = aggregator.__name__
-        raise TypeError(
-            f"aggregator must be an instance; got the class {name}. Write {name}(...)."
-        )
+    check_no_class("aggregator", aggregator)
     if not (hasattr(aggregator, "init") and hasattr(aggregator, "compute_weights")):
         raise TypeError(
             "aggregator must have the methods init and compute_weights, as "

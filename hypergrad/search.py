@@ -45,6 +45,7 @@ from .trace import Trace
 from .validation import (
     as_input_arrays,
     as_key,
+    check_no_class,
     float_converter,
     floats_to_arrays,
     is_traced,
@@ -183,11 +184,7 @@ def _check_records(
 
 
 def _check_searcher(searcher: Any, problem: Bilevel) -> None:
-    if isinstance(searcher, type):
-        name = searcher.__name__
-        raise TypeError(
-            f"searcher must be an instance; got the class {name}. Write {name}(...)."
-        )
+    check_no_class("searcher", searcher)
     has_rounds = hasattr(searcher, "round") and hasattr(searcher, "cost")
     if not (isinstance(searcher, Searcher) or has_rounds):
         raise TypeError(

@@ -19,7 +19,7 @@ from .problem import Bilevel
 from .recording import Metric
 from .runtime.executors import Executor, RemoteFunction
 from .trees import all_finite
-from .validation import check_positive_int
+from .validation import check_no_class, check_positive_int
 
 
 class TrialSetup(eqx.Module):
@@ -185,17 +185,12 @@ class Parallel:
     def __post_init__(self):
         check_positive_int("trials_per_batch", self.trials_per_batch)
         executor = self.executor
-        if isinstance(executor, type):
-            name = executor.__name__
-            raise TypeError(
-                f"executor must be an instance; got the class {name}. Write "
-                f"{name}(...)."
-            )
+        check_no_class("executor", executor)
         is_vmap = isinstance(executor, str) and executor == "vmap"
         can_submit = callable(getattr(executor, "submit", None))
         if not (executor is None or is_vmap or can_submit):
             raise TypeError(
-                'executor must be "vmap" or have a method submit; got '
+                'executor must be None, "vmap" or have a method submit; got '
                 f"{executor!r}. Use e.g. concurrent.futures.ProcessPoolExecutor("
                 'mp_context=multiprocessing.get_context("spawn")).'
             )

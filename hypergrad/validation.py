@@ -171,13 +171,19 @@ def _as_float_arrays(
 # Objects.
 
 
+def check_no_class(name: str, value: Any) -> None:
+    """Raises TypeError for a class where an instance of it was meant."""
+    if isinstance(value, type):
+        class_name = value.__name__
+        raise TypeError(
+            f"{name} must be an instance; got the class {class_name}. Write "
+            f"{class_name}(...)."
+        )
+
+
 def check_estimator_type(estimator: Any) -> None:
     """Raises TypeError unless the object is an estimator."""
-    if isinstance(estimator, type):
-        name = estimator.__name__
-        raise TypeError(
-            f"estimator must be an instance; got the class {name}. Write {name}(...)."
-        )
+    check_no_class("estimator", estimator)
     if not (hasattr(estimator, "init") and hasattr(estimator, "estimate")):
         name = type(estimator).__name__
         remedy = ""
@@ -193,11 +199,7 @@ def check_estimator_type(estimator: Any) -> None:
 
 def check_solver(solver: Any) -> None:
     """Raises TypeError unless the object is an inner solver."""
-    if isinstance(solver, type):
-        name = solver.__name__
-        raise TypeError(
-            f"solver must be an instance; got the class {name}. Write {name}(...)."
-        )
+    check_no_class("solver", solver)
     if not callable(getattr(solver, "solve", None)):
         raise TypeError(
             "solver must be an inner solver such as hg.Descent(optax.sgd(0.1), 100), "

@@ -14,6 +14,7 @@ from ..trees import (
     norm_ratio,
     scalar_dtype,
 )
+from ..validation import check_no_class
 
 MatVec = Callable[[PyTree], PyTree]
 LinearStats = dict[str, Array]
@@ -204,12 +205,7 @@ def check_linear_solver(solver: Any, name: str = "linear_solver") -> None:
     """Raises TypeError unless the object is a linear solver."""
     if isinstance(solver, lx.AbstractLinearSolver):
         return
-    if isinstance(solver, type) and issubclass(solver, lx.AbstractLinearSolver):
-        class_name = solver.__name__
-        raise TypeError(
-            f"{name} must be an instance; got the class {class_name}. Write "
-            f"{class_name}(...)."
-        )
+    check_no_class(name, solver)
     raise TypeError(
         f"{name} must be a linear solver; got {type(solver).__name__}. Use hg.CG(), "
         "hg.MINRES(), hg.Neumann(num_terms), hg.Nystrom(rank), hg.NystromCG(rank), "
