@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hypergrad.bench import Finding, Row, select
-from hypergrad.certificate import NEWTON_RTOL
+from hypergrad.estimators.implicit_solve import NEWTON_RTOL
 
 from .conformance_cases import (
     DTYPES,
