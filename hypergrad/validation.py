@@ -270,9 +270,7 @@ def check_positive_int(
         )
 
 
-def float_converter(
-    name: str, *, optional: bool = True, minimum: float | None = None
-) -> Callable[[Any], Any]:
+def float_converter(name: str, *, optional: bool = True) -> Callable[[Any], Any]:
     """Returns a converter for a field that holds a number as data.
 
     Integers become floats, so that 1 and 2.0 run the same program. Arrays are passed
@@ -281,7 +279,6 @@ def float_converter(
     Args:
       name: Name of the field, for error messages.
       optional: Whether None is accepted.
-      minimum: Smallest value that a Python number may have.
     """
 
     def convert(value: Any) -> Any:
@@ -289,8 +286,6 @@ def float_converter(
             return value
         # NumPy's float64 is a Python float, but another type to JAX.
         if isinstance(value, float | int) and not isinstance(value, bool):
-            if minimum is not None and not value >= minimum:
-                raise ValueError(f"{name} must be at least {minimum:g}; got {value!r}.")
             return float(value)
         dtype = getattr(value, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.number):

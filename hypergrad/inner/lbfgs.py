@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from ..batches import Data, full_batch
 from ..products import Loss
 from ..trees import divide
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, non_negative
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance
 
@@ -50,7 +50,7 @@ class LBFGS(eqx.Module):
 
     max_steps: int = eqx.field(static=True, default=1000)
     tolerance: float | Array | None = eqx.field(
-        default=None, converter=float_converter("tolerance", minimum=0)
+        default=None, converter=non_negative("tolerance", optional=True)
     )
     memory_size: int = eqx.field(static=True, default=10)
 

@@ -21,7 +21,7 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, non_negative
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
 
@@ -69,7 +69,7 @@ class Newton(eqx.Module):
 
     max_steps: int = eqx.field(static=True, default=100)
     tolerance: float | Array | None = eqx.field(
-        default=None, converter=float_converter("tolerance", minimum=0)
+        default=None, converter=non_negative("tolerance", optional=True)
     )
 
     citations = ("dembo1982",)

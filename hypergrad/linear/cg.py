@@ -25,7 +25,7 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_hashable, check_positive_int, float_converter
+from ..validation import check_hashable, check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver, relative_residual
 from .equilibration import solve_equilibrated
 
@@ -73,7 +73,7 @@ class CG(SymmetricSolver):
     """
 
     rtol: float | Array | None = eqx.field(
-        default=None, converter=float_converter("rtol", minimum=0)
+        default=None, converter=non_negative("rtol", optional=True)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: str | Callable[[PyTree], PyTree] | None = eqx.field(

@@ -21,7 +21,7 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver, relative_residual
 from .cg import first_residual
 from .equilibration import solve_equilibrated
@@ -76,7 +76,7 @@ class MINRES(SymmetricSolver):
     """
 
     rtol: float | Array | None = eqx.field(
-        default=None, converter=float_converter("rtol", minimum=0)
+        default=None, converter=non_negative("rtol", optional=True)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: str | None = eqx.field(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..method_summary import MethodSummary
 from ..trees import scalar_dtype
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 from .cg import conjugate_gradients
 
@@ -79,9 +79,7 @@ class Nystrom(SymmetricSolver):
     """
 
     rank: int = eqx.field(static=True)
-    damping: float | Array = eqx.field(
-        default=1e-2, converter=float_converter("damping", optional=False, minimum=0)
-    )
+    damping: float | Array = eqx.field(default=1e-2, converter=non_negative("damping"))
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
@@ -167,12 +165,10 @@ class NystromCG(SymmetricSolver):
 
     rank: int = eqx.field(static=True)
     rtol: float | Array | None = eqx.field(
-        default=None, converter=float_converter("rtol", minimum=0)
+        default=None, converter=non_negative("rtol", optional=True)
     )
     max_steps: int | None = eqx.field(static=True, default=None)
-    damping: float | Array = eqx.field(
-        default=0.0, converter=float_converter("damping", optional=False, minimum=0)
-    )
+    damping: float | Array = eqx.field(default=0.0, converter=non_negative("damping"))
     key: Array | None = None
     refresh_every: int = eqx.field(static=True, default=1, kw_only=True)
 

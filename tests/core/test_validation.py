@@ -95,3 +95,17 @@ def test_what_is_no_optimizer_gets_its_remedy(name):
 def test_a_module_gets_the_names_of_both_libraries_that_split_it():
     with pytest.raises(TypeError, match=r"split w \(equinox\.partition, nnx\.split\)"):
         ENTRY_POINTS["hypergradient"]({"x": jax.nn.relu}, {"x": jnp.zeros(2)})
+
+
+SETTINGS_FROM_ZERO = {
+    "tolerance": lambda x: hg.Newton(tolerance=x),
+    "rtol": lambda x: hg.CG(rtol=x),
+    "damping": lambda x: hg.NystromCG(2, damping=x),
+}
+
+
+@pytest.mark.parametrize("value", [-1.0, jnp.array(-1.0)], ids=["number", "array"])
+@pytest.mark.parametrize("name", SETTINGS_FROM_ZERO)
+def test_a_negative_tolerance_is_refused_also_as_an_array(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 0; got"):
+        SETTINGS_FROM_ZERO[name](value)
