@@ -7,6 +7,7 @@ is cut into blocks changes no bit of its result.
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from .progress import (
     open_progress,
 )
 from .runtime.interrupts import deferred_interrupt
+from .runtime.user_warnings import warn_user
 from .trace import Trace
 from .trees import to_numpy
 from .validation import check_positive_int, is_traced, positive
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .minimize import OuterLoop
 
 NUM_REPORTS = 20  # calls of `progress` per run
+MIN_SAVE_SECONDS = 5  # below which nobody minds frequent checkpoints
 
 
 def run_steps(
@@ -155,12 +158,14 @@ class _HostRun:
       loop: The loop.
       state, budget: State and budget after the steps made so far.
       num_steps: Number of steps to make; infinite if only a budget ends the run.
-      num_steps_made: Number of steps made so far.
+      num_steps_made, num_steps_saved: Numbers of steps made and saved so far.
       blocks: Their records, as pairs of rows and the number of rows that were written.
       show_progress: Function of the progress, or None.
       folder: Folder of the checkpoints, or None.
       limits: Limits of time and memory.
       record_every: Number of steps per row.
+      start_time, save_seconds: When the run began, and seconds spent on checkpoints.
+      has_warned: Whether a warning of frequent checkpoints was issued.
       was_interrupted: Function that returns whether Ctrl-C was pressed.
     """
 
@@ -181,10 +186,12 @@ class _HostRun:
         self.block_size = get_block_size(loop, state)
         stop = NEVER if num_steps is None else int(state.step) + num_steps
         self.stop = _to_array(stop)
-        self.num_steps_made = 0
+        self.num_steps_made = self.num_steps_saved = 0
         self.blocks: list[tuple[StepRecord, int]] = []
         self.show_progress, self.folder, self.limits = show_progress, folder, limits
         self.record_every = record_every
+        self.start_time, self.save_seconds = time.monotonic(), 0.0
+        self.has_warned = False
         self.was_interrupted: Callable[[], bool] = lambda: False
 
     def load(self, folder: CheckpointFolder) -> None:
@@ -205,6 +212,7 @@ class _HostRun:
         self.budget = dataclasses.replace(budget, limit=self.budget.limit)
         costs = rows.stats["gradient_equivalents"]
         self.num_steps_made = len(costs) * self.record_every
+        self.num_steps_saved = self.num_steps_made
         self.blocks = [(rows, len(costs))]
         for name, limit, minimum in (
             ("num_steps", self.num_steps, self.num_steps_made),
@@ -228,10 +236,7 @@ class _HostRun:
             if self.folder is not None and (
                 is_end or self._is_at_interval(self.folder.every)
             ):
-                rows = _concatenate(self.blocks)
-                # They need not be joined again.
-                self.blocks = [(rows, self.num_steps_made // self.record_every)]
-                self.folder.save(self.num_steps_made, self._to_checkpoint(rows))
+                self._save(self.folder)
             if self.show_progress is not None and (
                 is_end or self._is_at_interval(self._report_interval())
             ):
@@ -248,6 +253,35 @@ class _HostRun:
             rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
         return _make_trace(
             self.loop, self.state, rows, self.first_step, status, self.record_every
+        )
+
+    def _save(self, folder: CheckpointFolder) -> None:
+        """Saves the steps made so far, unless a Ctrl-C came while they were saved."""
+        if self.num_steps_saved == self.num_steps_made:
+            return
+        rows = _concatenate(self.blocks)
+        # They need not be joined again.
+        self.blocks = [(rows, self.num_steps_made // self.record_every)]
+        start_time = time.monotonic()
+        folder.save(self.num_steps_made, self._to_checkpoint(rows))
+        self.num_steps_saved = self.num_steps_made
+        self.save_seconds += time.monotonic() - start_time
+        self._warn_of_frequent_saves(folder)
+
+    def _warn_of_frequent_saves(self, folder: CheckpointFolder) -> None:
+        """Issues a warning, once, if saving takes longer than all else."""
+        seconds = time.monotonic() - self.start_time
+        other_seconds = max(seconds - self.save_seconds, 1e-3)
+        if self.has_warned or self.save_seconds < max(other_seconds, MIN_SAVE_SECONDS):
+            return
+        self.has_warned = True
+        # With this interval saving takes a tenth of the time, or less.
+        every = folder.every * 9 * self.save_seconds / other_seconds
+        every = 10 ** math.ceil(math.log10(every))
+        warn_user(
+            f"{self.save_seconds:.0f} of the {seconds:.0f} seconds of this run were "
+            f"spent on checkpoints. Save less often, as with hg.Checkpoints(folder, "
+            f"every={every})."
         )
 
     def _is_finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -167,19 +168,34 @@ def test_ctrl_c_ends_a_run_after_the_block_that_is_computed(
     assert_same_bits(run(checkpoints=checkpoints), unbroken())
 
 
+def test_checkpoints_that_take_most_of_the_time_are_named(tmp_path, monkeypatch):
+    """The steps of this clock take no time, and each save takes four seconds."""
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(outer_run.time, "monotonic", lambda: next(clock))
+    with pytest.warns(
+        UserWarning, match=r"seconds of this run .* every=10+\)"
+    ) as issued:
+        run(checkpoints=hg.Checkpoints(tmp_path))
+    assert len(issued) == 1
+
+
 @pytest.mark.usefixtures("default_ctrl_c")
-def test_ctrl_c_while_the_end_of_a_run_is_saved_is_not_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupted_step", [2, NUM_STEPS])
+def test_ctrl_c_during_a_save_is_not_lost(interrupted_step, tmp_path, monkeypatch):
+    """The save is completed, and not repeated, which would leave a second folder."""
     save = CheckpointFolder.save
 
     def interrupted_save(folder, step, tree):
-        if step == NUM_STEPS:
+        if step == interrupted_step:
             os.kill(os.getpid(), signal.SIGINT)
         save(folder, step, tree)
 
+    message = f"{interrupted_step} steps are saved"
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointFolder, "save", interrupted_save)
-        with pytest.raises(KeyboardInterrupt, match=f"{NUM_STEPS} steps are saved"):
+        with pytest.raises(KeyboardInterrupt, match=message):
             run(checkpoints=hg.Checkpoints(tmp_path))
+    assert not list(tmp_path.glob("*corrupt*"))
     assert_same_bits(run(checkpoints=hg.Checkpoints(tmp_path)), unbroken())
 
 
