@@ -94,9 +94,13 @@ class Batches(eqx.Module):
             and not isinstance(batch_size, bool)
             and 1 <= batch_size <= self.num_examples
         ):
+            got, remedy = repr(batch_size), ""
+            if jnp.ndim(batch_size):
+                got = f"an array of shape {jnp.shape(batch_size)}"
+                remedy = " The data is one tuple: hg.Batches((x, y), batch_size)."
             raise ValueError(
                 f"batch_size must be an integer in 1..{self.num_examples} (the number "
-                f"of examples), or None for all of them; got {batch_size!r}."
+                f"of examples), or None for all of them; got {got}.{remedy}"
             )
 
     @property
@@ -274,8 +278,7 @@ def to_arrays(data: PyTree) -> PyTree:
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{name} must be a numeric array; got {type(leaf).__name__} "
-                f"of {getattr(leaf, 'dtype', 'no numbers')}. Encode text and "
-                "categories as integers."
+                f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy(leaf)}."
             ) from error
         if array.size == 0:
             raise ValueError(
@@ -285,6 +288,19 @@ def to_arrays(data: PyTree) -> PyTree:
         return array
 
     return jax.tree.map_with_path(convert, data)
+
+
+def _remedy(leaf: Any) -> str:
+    """Returns what to do with a leaf that is no numeric array."""
+    if hasattr(leaf, "toarray"):  # scipy.sparse
+        return "Pass its toarray()"
+    has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "dtypes")
+    if hasattr(leaf, "__iter__") and not (has_numbers or isinstance(leaf, str | bytes)):
+        return (
+            "Read a loader into arrays, or make a problem of each of its batches "
+            "(the page on models, a data loader)"
+        )
+    return "Encode text and categories as integers"
 
 
 def to_data(data: Any) -> Data:

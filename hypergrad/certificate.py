@@ -65,9 +65,9 @@ SCALING_SEED = -1
 CERTIFICATE_REASONS = {
     "not_finite": "a hypergradient or a derivative is not finite",
     "error": (
-        "error_estimate exceeds rtol (corrected_hypergradient is nearer to the "
-        "derivative at the minimum; the derivative of a run that stops early is "
-        "another number)"
+        "error_estimate exceeds rtol (if this is the only reason, "
+        "corrected_hypergradient is nearer to the derivative at the minimum; the "
+        "derivative of a run that stops early is another number)"
     ),
     "last_change": (
         "the last Newton step changed the hypergradient by more than a tenth of rtol, "

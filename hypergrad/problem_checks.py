@@ -58,6 +58,10 @@ def check_problem(problem: Bilevel, w: PyTree, alpha: PyTree, *solvers: Any) -> 
     for loss in problem.outer_losses:
         check_scalar_loss("outer_loss", loss, w, alpha, outer_batch)
     outer_value = lambda w, alpha, batch: problem.outer_value(w, alpha, batch)
+    if problem.init_fn is None and len(jax.tree.leaves(w)) > 1:
+        in_inner = used_inputs(problem.inner_loss, w, alpha, inner_batch)
+        in_outer = used_inputs(outer_value, w, alpha, outer_batch)
+        _warn_of_untrained_leaves(w, in_inner, in_outer)
     if is_keyed(inner_data):
         _warn_of_unread_key("inner_loss", problem.inner_loss, w, alpha, inner_batch)
     if is_keyed(outer_data):
@@ -89,7 +93,9 @@ def check_scalar_loss(
     if not (hasattr(out, "shape") and out.shape == ()):
         shape = jax.tree.map(lambda x: tuple(x.shape), out)
         remedy = "Take a mean or a sum"
-        if not hasattr(out, "shape"):
+        if out is None:
+            remedy = "Its return statement is missing"
+        elif not hasattr(out, "shape"):
             remedy = "Return the loss alone; further outputs are metrics of a run"
         elif name == "outer_loss":
             remedy += ", or pass a tuple of functions for several outer losses"
@@ -112,6 +118,11 @@ def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree)
         return "No data was given; hg.Bilevel takes it after the losses"
     if isinstance(batch, tuple) and len(batch) == 2 and is_key(batch[1]):
         return "A batch is the pair (examples, key)"
+    if "'key<" in str(error):
+        return (
+            "Leave the keys of w out of sums over its leaves, as "
+            "nnx.filter_state(state, nnx.Param) does"
+        )
     if "PRNG key data" in str(error):
         return "Batches bring keys only with hg.Batches(..., with_key=True)"
     if "values to unpack" in str(error):
@@ -122,6 +133,24 @@ def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree)
     if "different trace level" in str(error):  # flax nnx
         return "Merge the model with nnx.merge(..., copy=True)"
     return ""
+
+
+def _warn_of_untrained_leaves(
+    w: PyTree, in_inner: Sequence[bool], in_outer: Sequence[bool]
+) -> None:
+    """Issues a warning for leaves of ``w`` that only the outer loss reads."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(w)]
+    untrained = [
+        f"w{jax.tree_util.keystr(path)}"
+        for path, inner, outer in zip(paths, in_inner, in_outer, strict=False)
+        if outer and not inner
+    ]
+    if untrained:
+        warn_user(
+            f"inner_loss does not depend on {', '.join(untrained)}, which outer_loss "
+            "reads, so that nothing trains it and the inner Hessian is singular. Take "
+            "it out of w, and close over it in the losses."
+        )
 
 
 def _warn_of_unread_key(

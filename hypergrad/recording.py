@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -79,7 +80,7 @@ def _check_signature(name: str, metric: Callable) -> None:
 def _check_returns_scalar(name: str, metric: Any, w: PyTree, alpha: PyTree) -> None:
     """Raises ValueError unless the metric returns a scalar for these shapes."""
     try:
-        shape = jnp.shape(eqx.filter_eval_shape(metric, w, alpha, KEY_SHAPE))
+        result = eqx.filter_eval_shape(metric, w, alpha, KEY_SHAPE)
     except Exception as error:
         raise_with_context(
             error,
@@ -87,8 +88,10 @@ def _check_returns_scalar(name: str, metric: Any, w: PyTree, alpha: PyTree) -> N
             "with a PRNG key and without a batch; pass arrays that it reads with "
             "jax.tree_util.Partial(fn, arrays).",
         )
-    if shape != ():
-        raise ValueError(f"metrics[{name!r}] must return a scalar; got shape {shape}.")
+    is_number = eqx.is_array_like(result) or isinstance(result, jax.ShapeDtypeStruct)
+    if not is_number or jnp.shape(result) != ():
+        got = f"shape {jnp.shape(result)}" if is_number else type(result).__name__
+        raise ValueError(f"metrics[{name!r}] must return a scalar; got {got}.")
 
 
 def metric_at_step(metric: Metric, step: Array) -> Metric:

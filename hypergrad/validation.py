@@ -135,6 +135,11 @@ def _has_nan(leaf: Array) -> bool:
 
 
 def _as_arrays(name: str, tree: PyTree) -> PyTree:
+    if hasattr(tree, "w") and hasattr(tree, "stats"):  # an estimate or a trace
+        raise TypeError(
+            f"{name} must be a pytree of arrays; got {type(tree).__name__}. Pass its "
+            f"{name}."
+        )
     if not jax.tree.leaves(tree):
         raise ValueError(f"{name} must hold at least one array; it has no leaves.")
 

@@ -131,7 +131,8 @@ class Pair:
         if values[0].keys() != values[1].keys():
             return "a method lacks seeds of the other one"
         if len(values[0]) < MIN_SEEDS:
-            return f"{len(values[0])} seeds, {MIN_SEEDS} are needed"
+            text = f"{len(values[0])} seeds, {MIN_SEEDS} are needed for an interval"
+            return text + self._mean_in_words(rows)
         numbers = np.array([list(by_seed.values()) for by_seed in values])
         if not np.all(np.isfinite(numbers)):
             return "a row has no number"
@@ -140,6 +141,17 @@ class Pair:
         if np.ptp(self.gains(rows)) == 0:
             return "the seeds do not vary"
         return ""
+
+    def _mean_in_words(self, rows: Sequence[Row]) -> str:
+        """Returns the mean effect of a few seeds as the end of a sentence."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.mean(self.gains(rows)) if rows else math.nan
+        if not np.isfinite(mean):
+            return ""
+        return f" (mean {self._size_in_words(np.exp(mean) if self.as_ratio else mean)})"
+
+    def _size_in_words(self, effect: float | Interval) -> str:
+        return f"{effect:.3g} times" if self.as_ratio else f"{effect:+.3g}"
 
     def gains(self, rows: Sequence[Row]) -> np.ndarray:
         """Returns by how much the method is better, by seed; a logarithm for ratios."""
@@ -167,7 +179,7 @@ class Pair:
 
     def in_words(self, effect: Interval, level: float, num_seeds: int) -> str:
         """Returns an effect with its interval and what it is based on."""
-        size = f"{effect:.3g} times" if self.as_ratio else f"{effect:+.3g}"
+        size = self._size_in_words(effect)
         return f"{size} ({100 * level:.4g}% interval, {num_seeds} seeds)"
 
 

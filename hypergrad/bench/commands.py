@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import multiprocessing
 import shlex
 import tempfile
@@ -227,16 +228,17 @@ def table_of_rows(name: str, folder: Path) -> Path:
     """Returns the file of the table of some rows.
 
     Tables are looked up beside a folder ``results``, in ``benchmarks``, in the folder
-    above and in the current one.
+    above, in the current one, and where the command of the rows found them.
 
     Raises:
       ValueError: The table is not found.
     """
     parent = folder.resolve().parent
-    folders = (parent, Path("benchmarks"), Path())
+    folders: tuple[Path, ...] = (parent, Path("benchmarks"), Path())
     if folder.name != "results":
         folders = (Path("benchmarks"), parent, Path())
     files = [directory / f"{name}.py" for directory in folders]
+    files += _files_of_command(name, folder)
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ValueError(
@@ -245,6 +247,17 @@ def table_of_rows(name: str, folder: Path) -> Path:
             "its file beside the folder of rows."
         )
     return file
+
+
+def _files_of_command(name: str, folder: Path) -> list[Path]:
+    """Returns the file that was run, if the command of the rows names one."""
+    with (folder / f"{name}.jsonl").open() as rows:
+        try:
+            command = json.loads(rows.readline())["command"]
+        except (ValueError, KeyError, TypeError):  # damaged rows are reported later
+            return []
+    words = map(Path, shlex.split(str(command)))
+    return [word for word in words if word.name == f"{name}.py"]
 
 
 def load_results(folder: Path) -> tuple[list[TableResult], dict[str, str]]:

@@ -11,6 +11,7 @@ PROVENANCE = (
     "commit", "source", "method_source", "versions", "device", "machine", "data",
     "scale", "budget",
 )  # fmt: skip
+MAX_NAMED_CELLS = 3
 IGNORED = {*PROVENANCE, "command", "time", "table", "run_seconds", "compile_seconds"}
 
 
@@ -45,9 +46,12 @@ def compare(result: TableResult, reference: TableResult) -> list[Difference]:
     fields = result.table.key_fields
     rows = [{cell_key(r, fields): r for r in x.rows} for x in (result, reference)]
     for these, other, label in ((*rows, "result"), (*reversed(rows), "reference")):
-        only = sorted(str(key) for key in these.keys() - other.keys())
+        only = sorted(map(_cell_in_words, these.keys() - other.keys()))
         if only:
-            differences.append(Difference("cells", f"only in the {label}: {only}"))
+            text = ", ".join(only[:MAX_NAMED_CELLS])
+            if len(only) > MAX_NAMED_CELLS:
+                text += f" and {len(only) - MAX_NAMED_CELLS} further cells"
+            differences.append(Difference("cells", f"only in the {label}: {text}"))
     shared = [key for key in rows[0] if key in rows[1]]
     names = dict.fromkeys(
         name for key in shared for name in rows[0][key] | rows[1][key]
@@ -68,11 +72,15 @@ def _values(rows: list[Row], name: str) -> str:
     return ", ".join(sorted({str(row.get(name)) for row in rows}))
 
 
+def _cell_in_words(key: tuple[Any, ...]) -> str:
+    return " ".join(str(x) for x in key if x is not None)
+
+
 def _describe(name: str, changed: list[tuple[Any, Any, Any]]) -> str:
     """Returns in how many cells a field differs, and the largest difference."""
     distance = lambda pair: _distance(pair[1], pair[2])
     key, old, new = max(changed, key=distance)
-    where = ", ".join(str(x) for x in key if x is not None)
+    where = _cell_in_words(key)
     count = f"{len(changed)} cell{'s' * (len(changed) > 1)}"
     if isinstance(old, list) or isinstance(new, list):
         return f"{name} in {count}, by at most {_distance(old, new):.3g} ({where})"

@@ -95,6 +95,20 @@ def test_check_judges_the_rows_and_fails_for_a_flipped_bit(folder, tmp_path):
     assert "damaged" in bad.stdout or "checksum" in bad.stdout
 
 
+def test_rows_of_a_file_elsewhere_find_their_table(folder, tmp_path):
+    """The command in the rows names the file; without it the table is not found."""
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    command = f"hypergrad run {folder / 'quadratic.py'}"
+    (tmp_path / "runs").mkdir()
+    file = tmp_path / "runs" / "quadratic.jsonl"
+    file.write_text("".join(to_line(row | {"command": command}) for row in rows))
+    done = call(tmp_path, "check", "runs")
+    assert done.returncode == 0, done.stdout
+    assert "supported" in done.stdout
+    file.write_text("".join(map(to_line, rows)))
+    assert "was not found" in call(tmp_path, "check", "runs").stdout
+
+
 def test_check_of_a_table_finds_the_rows_of_its_last_run(folder):
     """Rows in ``results`` come first; there is no such folder here."""
     done = call(folder, "check", "quadratic.py")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from flax import nnx
 
 import hypergrad as hg
@@ -261,3 +262,65 @@ def test_data_in_place_of_a_loss_is_named_by_its_shapes():
         hg.Bilevel(score_loss, X)
     with pytest.raises(TypeError, match=r"got 'loss'\.$"):
         hg.Bilevel("loss", score_loss)
+
+
+def test_a_leaf_of_w_that_only_the_outer_loss_reads_gets_a_warning():
+    """Such as the running averages of a model, which no training loss reads."""
+    inner = lambda w, alpha, batch: jnp.sum((w["x"] - alpha) ** 2)
+    outer = lambda w, alpha, batch: jnp.sum(w["x"] * w["mean"])
+    w = {"x": jnp.zeros(2), "mean": jnp.ones(2), "unread": jnp.ones(2)}
+    estimate_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(hg.Newton()))
+    message = r"^inner_loss does not depend on w\['mean'\], which outer_loss"
+    with pytest.warns(UserWarning, match=message):
+        estimate_fn(w, jnp.ones(2))
+    start = lambda w, alpha: w | {"mean": alpha}  # a start that no training changes
+    problem = hg.Bilevel(inner, outer, init_fn=start)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 2))
+    hg.hypergradient(problem, estimator)(w, jnp.ones(2))
+
+
+class Loader:
+    """An iterable of batches, as PyTorch has it."""
+
+    def __iter__(self):
+        return iter([np.ones(3)])
+
+
+NO_ARRAYS = {
+    "sparse": (scipy.sparse.csr_matrix(np.eye(3)), r"csr_matrix .* Pass its toarray"),
+    "loader": (Loader(), r"Loader of no numbers\. Read a loader into arrays"),
+    "text": ("abc", "Encode text and categories as integers"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), NO_ARRAYS.values(), ids=NO_ARRAYS)
+def test_data_that_are_no_arrays_get_their_own_remedy(data, message):
+    with pytest.raises(TypeError, match=message):
+        hg.Bilevel(inner_loss, outer_loss, data)
+
+
+def test_targets_in_place_of_a_batch_size_are_named():
+    with pytest.raises(ValueError, match=r"shape \(4,\)\. The data is one tuple"):
+        hg.Batches(jnp.ones((4, 2)), jnp.ones(4))
+
+
+def test_a_loss_that_returns_nothing_is_told_so():
+    problem = hg.Bilevel(lambda w, alpha, batch: None, outer_loss)
+    with pytest.raises(ValueError, match="Its return statement is missing"):
+        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(jnp.zeros(2), jnp.ones(2))
+
+
+def test_an_estimate_in_place_of_w_is_named():
+    problem = hg.Bilevel(inner_loss, outer_loss)
+    estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 1.0)
+    with pytest.raises(TypeError, match=r"^w must be .* got Estimate\. Pass its w\."):
+        hg.certify(problem, estimate, 1.0)
+
+
+def test_a_metric_that_returns_text_is_named():
+    problem = hg.Bilevel(inner_loss, outer_loss)
+    metrics = {"quality": lambda w, alpha, key: "good"}
+    estimator = hg.Implicit(hg.Newton())
+    loop = hg.OuterLoop(problem, estimator, optax.sgd(0.1), metrics=metrics)
+    with pytest.raises(ValueError, match=r"metrics\['quality'\] must .* got str\."):
+        loop.init(0.0, 1.0)

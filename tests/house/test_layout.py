@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import inspect
 import tomllib
 from typing import Protocol
@@ -150,3 +151,30 @@ def test_estimators_and_solvers_are_not_distinguished_by_class():
         if (names := public & {getattr(x, "id", "") for x in ast.walk(node.args[1])})
     ]
     assert not errors, "\n".join(errors)
+
+
+def test_names_that_tables_and_tests_import_exist():
+    """They are read and not run, as some need packages that are not installed."""
+    # This file imports another library of the same name.
+    files = {
+        path
+        for folder in ("benchmarks", "tests", "docs")
+        for path in (ROOT.parent / folder).rglob("*.py")
+        if path.name != "moskomule.py"
+    }
+    nodes = [node for path in files for node in ast.walk(parse(path))]
+    names = {
+        (node.module, alias.name)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if node.module.split(".")[0] == "hypergrad"
+    }
+    assert len(names) > 100
+    errors = [
+        f"{module} has no {name}"
+        for module, name in sorted(names)
+        if not hasattr(importlib.import_module(module), name)
+        and f"{module}.{name}" not in MODULES
+    ]
+    assert not errors
