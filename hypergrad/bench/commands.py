@@ -251,12 +251,12 @@ def table_of_rows(name: str, folder: Path) -> Path:
 
 def _files_of_command(name: str, folder: Path) -> list[Path]:
     """Returns the file that was run, if the command of the rows names one."""
-    with (folder / f"{name}.jsonl").open() as rows:
-        try:
+    try:
+        with (folder / f"{name}.jsonl").open() as rows:
             command = json.loads(rows.readline())["command"]
-        except (ValueError, KeyError, TypeError):  # damaged rows are reported later
-            return []
-    words = map(Path, shlex.split(str(command)))
+    except (OSError, ValueError, KeyError, TypeError):  # reported with the rows
+        return []
+    words = map(Path, str(command).split())
     return [word for word in words if word.name == f"{name}.py"]
 
 

@@ -239,7 +239,7 @@ def test_the_first_of_several_processes_shows_the_bar(bar, monkeypatch):
     counts = []
     monkeypatch.setattr(
         "hypergrad.outer_run._HostRun._count_trusted",
-        lambda run: counts.append(run.num_made) or (0, 0),
+        lambda run: counts.append(run.num_steps_made) or (0, 0),
     )
     monkeypatch.setattr("hypergrad.progress.jax.process_index", lambda: 1)
     run(num_steps=3, progress=True)
