@@ -253,11 +253,10 @@ def _files_of_command(name: str, folder: Path) -> list[Path]:
     """Returns the file that was run, if the command of the rows names one."""
     try:
         with (folder / f"{name}.jsonl").open() as rows:
-            command = json.loads(rows.readline())["command"]
-    except (OSError, ValueError, KeyError, TypeError):  # reported with the rows
+            words = shlex.split(json.loads(rows.readline())["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported with the rows
         return []
-    words = map(Path, str(command).split())
-    return [word for word in words if word.name == f"{name}.py"]
+    return [Path(word) for word in words if Path(word).name == f"{name}.py"]
 
 
 def load_results(folder: Path) -> tuple[list[TableResult], dict[str, str]]:
