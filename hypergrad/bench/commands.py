@@ -254,8 +254,8 @@ def _files_of_command(name: str, folder: Path) -> list[Path]:
     try:
         with (folder / f"{name}.jsonl").open() as rows:
             words = shlex.split(json.loads(rows.readline())["command"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported with the rows
-        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # damaged rows are reported where they are read
     return [Path(word) for word in words if Path(word).name == f"{name}.py"]
 
 
