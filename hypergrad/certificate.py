@@ -130,7 +130,7 @@ class Certificate(ResultModule):
     >>> float(certificate.corrected_hypergradient)
     1.0
     >>> certificate.reasons
-    ('error_estimate exceeds rtol (corrected_hypergradient is nearer to the ...)',)
+    ('error_estimate exceeds rtol (if this is the only reason, ...)',)
     """
 
     error_estimate: Scalar
