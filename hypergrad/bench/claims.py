@@ -145,9 +145,10 @@ class Pair:
     def _mean_in_words(self, rows: Sequence[Row]) -> str:
         """Returns the mean effect of a few seeds as the end of a sentence."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.mean(self.gains(rows)) if rows else math.nan
-        if not np.isfinite(mean):
+            gains = self.gains(rows)
+        if not (gains.size and np.all(np.isfinite(gains))):
             return ""
+        mean = np.mean(gains)
         return f" (mean {self._size_in_words(np.exp(mean) if self.as_ratio else mean)})"
 
     def _size_in_words(self, effect: float | Interval) -> str:
