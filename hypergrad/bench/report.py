@@ -180,8 +180,8 @@ def main_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
     cells = []
     for label in result.labels:
         rows = result.rows_of(label)
-        star = " *" if "method_source" in rows[0] else ""
-        cells.append([label + star, *(column.text(rows) for column in columns)])
+        name = label + _star(rows)
+        cells.append([name, *(column.text(rows) for column in columns)])
     return ["method", *(column.heading for column in columns)], cells
 
 
@@ -307,6 +307,11 @@ def _labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+def _star(rows: Sequence[Row]) -> str:
+    """Returns the mark of a method that was added with ``--method``, or nothing."""
+    return " *" if rows and "method_source" in rows[0] else ""
+
+
 def _ranking(
     result: TableResult, task: str, labels: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
@@ -326,7 +331,10 @@ def _ranking(
     )
     printed = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
     cells = [
-        [label.removeprefix(f"{task}, "), *(x.text(rows[label]) for x in printed)]
+        [
+            label.removeprefix(f"{task}, ") + _star(rows[label]),
+            *(x.text(rows[label]) for x in printed),
+        ]
         for label in best_first
     ]
     return ["method", *(column.heading for column in printed)], cells
