@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from .batches import Batches, sample_batch
 from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
-from .keys_in_w import bind_keys
+from .keys_in_w import bind_keys, remove_keys
 from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
@@ -115,7 +115,9 @@ def diagnose(
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
-    return tuple(describe_lost_derivatives(problem, inside, estimate.w, alpha))
+    return tuple(
+        describe_lost_derivatives(problem, inside, remove_keys(estimate.w), alpha)
+    )
 
 
 # The starting point, the losses and the data.
@@ -148,10 +150,8 @@ def _describe_outer(
     problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree, position: str
 ) -> Iterator[str]:
     batch = data.outer_batch()
-    losses = {f"outer_loss[{k}]": f for k, f in enumerate(problem.outer_losses)}
-    if problem.num_objectives is None:
-        losses = {"outer_loss": problem.outer_losses[0]}
-    for name, loss in losses.items():
+    for k, loss in enumerate(problem.outer_losses):
+        name = "outer_loss" if problem.num_objectives is None else f"outer_loss[{k}]"
         yield from _describe_loss(name, loss, w, alpha, batch, position)
 
 

@@ -318,7 +318,7 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
                 f"like must have {num_leaves} leaves, as the saved (w, alpha); got "
                 f"{structure.num_leaves}."
             )
-        shapes = [_describe(leaf)["shape"] for leaf in jax.tree.leaves(like)]
+        shapes = [_stored_shape(leaf) for leaf in jax.tree.leaves(like)]
         saved_shapes = [leaf["shape"] for leaf in record["leaves"]]
         if shapes != saved_shapes:
             raise ValueError(
@@ -336,9 +336,16 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
     return jax.tree_util.PyTreeDef.deserialize_using_proto(registry, content)
 
 
+def _stored_shape(leaf: Any) -> list[int]:
+    """Returns the shape in which a leaf is stored, a PRNG key as its key data."""
+    if is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return list(np.shape(leaf))
+
+
 def _describe(leaf: Any) -> dict[str, Any]:
     """Returns shape and dtype of the stored array, and the kind of a PRNG key."""
-    array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    array = np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else leaf
     implementation = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
     return {
         "shape": list(array.shape),

@@ -60,6 +60,14 @@ def assert_same_w(w, parameters):
     assert w.keys() == W.keys()
 
 
+def assert_same_trace(trace, expected):
+    """Asserts that a run with keys in w is the run of losses that close over them."""
+    np.testing.assert_allclose(trace.value, expected.value, 1e-10)
+    np.testing.assert_allclose(trace.metrics["error"], expected.metrics["error"], 1e-10)
+    np.testing.assert_allclose(trace.w["scale"], expected.w, 1e-10)
+    assert_same_w(trace.w, trace.w["scale"])
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -138,10 +146,7 @@ def test_run_is_that_of_losses_that_close_over_the_key(estimator, record_every):
     metric = lambda w, alpha, key: outer_loss(w, alpha, None)
     trace = run(PROBLEM, W, metric)
     expected = run(REFERENCE, PARAMETERS, closed_over(metric))
-    np.testing.assert_allclose(trace.value, expected.value, 1e-10)
-    np.testing.assert_allclose(trace.metrics["error"], expected.metrics["error"], 1e-10)
-    np.testing.assert_allclose(trace.w["scale"], expected.w, 1e-10)
-    assert_same_w(trace.w, trace.w["scale"])
+    assert_same_trace(trace, expected)
 
 
 def test_run_goes_on_from_its_state():
@@ -193,10 +198,7 @@ def test_search_gives_the_key_to_losses_and_metrics(searcher):
     metric = lambda w, alpha, key: outer_loss(w, alpha, None)
     trace = search(PROBLEM, W, metric)
     expected = search(REFERENCE, PARAMETERS, closed_over(metric))
-    np.testing.assert_allclose(trace.value, expected.value, 1e-10)
-    np.testing.assert_allclose(trace.metrics["error"], expected.metrics["error"], 1e-10)
-    np.testing.assert_allclose(trace.w["scale"], expected.w, 1e-10)
-    assert_same_w(trace.w, trace.w["scale"])
+    assert_same_trace(trace, expected)
 
 
 def test_diagnosis_and_profile_see_the_key():
@@ -320,3 +322,21 @@ def test_a_model_with_a_key_is_loaded_only_into_its_shapes(tmp_path):
     other = W | {"scale": jnp.zeros(7)}
     with pytest.raises(ValueError, match="like must have leaves of the saved shapes"):
         hg.models.load("model", folder=tmp_path, like=(other, ALPHA))
+
+
+def test_diagnosis_names_a_derivative_that_is_lost_beside_a_key():
+    def stopped_loss(w, alpha, batch):
+        shift = jax.lax.stop_gradient(w["scale"])
+        lossy = jnp.sum(shift * (w["scale"] - alpha[0]) ** 2)
+        return lossy + inner_loss(w, alpha, batch)
+
+    problem = hg.Bilevel(stopped_loss, outer_loss)
+    (sentence,) = hg.diagnose(problem, hg.Implicit(hg.Newton()), W, ALPHA)
+    assert sentence.startswith("inner_loss loses derivatives in stop_gradient")
+
+
+def test_shapes_are_enough_to_load_a_model_with_a_key(tmp_path):
+    hg.models.save("model", W, ALPHA, folder=tmp_path)
+    shapes = jax.eval_shape(lambda: (W, ALPHA))
+    w, _ = hg.models.load("model", folder=tmp_path, like=shapes)
+    assert_same_w(w, PARAMETERS)
