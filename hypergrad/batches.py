@@ -95,8 +95,8 @@ class Batches(eqx.Module):
             and 1 <= batch_size <= self.num_examples
         ):
             got, remedy = repr(batch_size), ""
-            if jnp.ndim(batch_size):
-                got = f"an array of shape {jnp.shape(batch_size)}"
+            if shape := getattr(batch_size, "shape", ()):
+                got = f"an array of shape {shape}"
                 remedy = " The data is one tuple: hg.Batches((x, y), batch_size)."
             raise ValueError(
                 f"batch_size must be an integer in 1..{self.num_examples} (the number "
@@ -297,8 +297,8 @@ def _remedy(leaf: Any) -> str:
     has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "dtypes")
     if hasattr(leaf, "__iter__") and not (has_numbers or isinstance(leaf, str | bytes)):
         return (
-            "Read a loader into arrays, or make a problem of each of its batches "
-            "(the page on models, a data loader)"
+            "Read a loader into arrays, or make a problem of each of its batches; see "
+            "'A data loader' on the page on models"
         )
     return "Encode text and categories as integers"
 

@@ -50,11 +50,8 @@ def as_input_arrays(
         raise ValueError(
             "w must hold at least one floating-point array; got keys and counters only."
         )
-    alpha = (
-        _as_float_arrays("alpha", alpha)
-        if differentiable
-        else _as_arrays("alpha", alpha)
-    )
+    convert = _as_float_arrays if differentiable else _as_arrays
+    alpha = convert("alpha", alpha)
     check_no_nan(w, alpha)
     return w, alpha
 
@@ -135,7 +132,8 @@ def _has_nan(leaf: Array) -> bool:
 
 
 def _as_arrays(name: str, tree: PyTree) -> PyTree:
-    if hasattr(tree, "w") and hasattr(tree, "stats"):  # an estimate or a trace
+    is_result = hasattr(tree, "hypergradient") or hasattr(tree, "best_alpha")
+    if is_result and hasattr(tree, name):  # an estimate or a trace
         raise TypeError(
             f"{name} must be a pytree of arrays; got {type(tree).__name__}. Pass its "
             f"{name}."

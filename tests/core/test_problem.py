@@ -324,3 +324,24 @@ def test_a_metric_that_returns_text_is_named():
     loop = hg.OuterLoop(problem, estimator, optax.sgd(0.1), metrics=metrics)
     with pytest.raises(ValueError, match=r"metrics\['quality'\] must .* got str\."):
         loop.init(0.0, 1.0)
+
+
+class ModelWithStats(eqx.Module):
+    """A model whose leaves have the names of fields of an estimate."""
+
+    w: jax.Array
+    stats: jax.Array
+
+
+def test_a_model_with_fields_of_the_same_names_is_no_estimate():
+    loss = lambda model, alpha, batch: jnp.sum((model.w - model.stats - alpha) ** 2)
+    model = ModelWithStats(jnp.zeros(2), jnp.ones(2))
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 2))
+    estimate = hg.hypergradient(hg.Bilevel(loss, loss), estimator)(model, jnp.ones(2))
+    assert isinstance(estimate.w, ModelWithStats)
+
+
+@pytest.mark.parametrize("batch_size", ["10", 2.5, True])
+def test_a_batch_size_that_is_no_integer_is_printed(batch_size):
+    with pytest.raises(ValueError, match=f"got {batch_size!r}"):
+        hg.Batches(jnp.ones((4, 2)), batch_size)
