@@ -195,6 +195,7 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
     >>> describe_tree({"a": np.ones(9), "b": np.ones(7)}, with_norm=True)
     '2 leaves, 16 numbers, norm 4'
     """
+    # A PRNG key is no number, and is left out.
     tree = jax.tree.map(lambda leaf: None if is_key(leaf) else leaf, tree)
     leaves = jax.tree.leaves(tree)
     is_readable = is_readable_tree(leaves)

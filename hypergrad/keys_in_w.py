@@ -8,7 +8,7 @@ other leaves as data and gives them to its losses.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -19,10 +19,8 @@ from .trees import is_key_or_counter
 if TYPE_CHECKING:
     from .problem import Bilevel
 
-Problem = TypeVar("Problem", bound="Bilevel")
 
-
-def bind_keys(problem: Problem, w: PyTree) -> tuple[Problem, PyTree]:
+def bind_keys(problem: "Bilevel", w: PyTree) -> tuple["Bilevel", PyTree]:
     """Returns the problem of the parameters alone, and the parameters.
 
     A ``w`` without keys and counters is returned as it is, with its problem.

@@ -109,7 +109,7 @@ def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
 
     Args:
       matvec: Function ``v -> H v``.
-      w: Where ``H`` was evaluated, or distances by which its entries may change.
+      w: Factors of the columns of ``H``, such as the point at which it was evaluated.
 
     Cost: `NUM_SCALE_PROBES` products.
 

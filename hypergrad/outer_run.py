@@ -70,20 +70,20 @@ def run_steps(
     check_checkpoints(checkpoints)
     limits = Limits(time_limit, memory_limit)
     check_state(loop, state)
-    on_host = {
+    host_options = {
         "progress": progress,
         "checkpoints": checkpoints,
         "time_limit": time_limit,
         "memory_limit": memory_limit,
         "budget without num_steps": budget if num_steps is None else None,
     }
-    host_options = [name for name, value in on_host.items() if value is not None]
+    used_options = [name for name, value in host_options.items() if value is not None]
     if is_traced(loop, state, budget):
-        if host_options:
-            needs_num_steps = host_options == ["budget without num_steps"]
+        if used_options:
+            needs_num_steps = used_options == ["budget without num_steps"]
             remedy = "Pass num_steps too" if needs_num_steps else "Leave it out there"
             raise TypeError(
-                f"{host_options[0]} is handled on the host, so it cannot be used "
+                f"{used_options[0]} is handled on the host, so it cannot be used "
                 f"inside jax.jit or jax.vmap. {remedy}."
             )
     elif int(state.status):
@@ -95,7 +95,7 @@ def run_steps(
         raise ValueError("num_steps or a finite budget must be given; got neither.")
     if not is_traced(budget) and budget == math.inf:
         budget = None
-    if num_steps is not None and not host_options:
+    if num_steps is not None and not used_options:
         # A budget alone gives no bound on the number of blocks: the host counts them.
         return _run_without_host(loop, state, num_steps, budget, record_every)
     with contextlib.ExitStack() as stack:
@@ -256,7 +256,7 @@ class _HostRun:
         )
 
     def _save(self, folder: CheckpointFolder) -> None:
-        """Saves the steps made so far, unless a Ctrl-C came while they were saved."""
+        """Saves the steps made so far, unless they are saved, as after a Ctrl-C."""
         if self.num_steps_saved == self.num_steps_made:
             return
         rows = _concatenate(self.blocks)
@@ -280,7 +280,7 @@ class _HostRun:
         every = 10 ** math.ceil(math.log10(every))
         warn_user(
             f"{self.save_seconds:.0f} of the {seconds:.0f} seconds of this run were "
-            f"spent on checkpoints. Save less often, as with hg.Checkpoints(folder, "
+            "spent on checkpoints. Save less often, as with hg.Checkpoints(folder, "
             f"every={every})."
         )
 

@@ -138,7 +138,10 @@ def _remedy_of_misfit(error: Exception, w: PyTree, alpha: PyTree, batch: PyTree)
 def _warn_of_untrained_leaves(
     w: PyTree, in_inner: Sequence[bool], in_outer: Sequence[bool]
 ) -> None:
-    """Issues a warning for leaves of ``w`` that only the outer loss reads."""
+    """Issues a warning for leaves of ``w`` that only the outer loss reads.
+
+    The leaves of ``w`` are the first ones of both lists.
+    """
     paths = [path for path, _ in jax.tree.leaves_with_path(w)]
     untrained = [
         f"w{jax.tree_util.keystr(path)}"
@@ -148,8 +151,8 @@ def _warn_of_untrained_leaves(
     if untrained:
         warn_user(
             f"inner_loss does not depend on {', '.join(untrained)}, which outer_loss "
-            "reads, so that nothing trains it and the inner Hessian is singular. Take "
-            "it out of w, and close over it in the losses."
+            "reads. Nothing trains such a leaf, and the inner Hessian is singular. "
+            "Take it out of w, and close over it in the losses."
         )
 
 

@@ -156,8 +156,8 @@ def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) 
 #: The texts in the dictionary of a state.
 METADATA = {"search", "machine", "sha256"}
 
-#: Prefixes of the arrays of a state that have a leading axis of members: of those of
-#: the last round, and for ``records`` of those of all rounds.
+#: Prefixes of the names of arrays with a leading axis of members. ``records`` has the
+#: members of all rounds, the others have those of the last one.
 PER_MEMBER_FIELDS = (
     "records",
     "last_round.records",

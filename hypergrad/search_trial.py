@@ -38,7 +38,7 @@ class TrialSetup(eqx.Module):
     metrics: dict[str, Metric]
 
     def restore_w(self, parameters: PyTree) -> PyTree:
-        """Returns the ``w`` of these parameters, with the keys of the first one."""
+        """Returns the ``w`` of these parameters, with the keys of the user's ``w``."""
         return restore_keys(parameters, self.problem.keys_of_w)
 
 
