@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from .batches import Batches, sample_batch
 from .estimators.base import Estimate, Estimator
 from .hypergradient import hypergradient
-from .keys_in_w import bind_keys, remove_keys
+from .keys_in_w import bind_keys
 from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
@@ -115,9 +115,7 @@ def diagnose(
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
-    return tuple(
-        describe_lost_derivatives(problem, inside, remove_keys(estimate.w), alpha)
-    )
+    return tuple(describe_lost_derivatives(problem, inside, estimate.w, alpha))
 
 
 # The starting point, the losses and the data.
