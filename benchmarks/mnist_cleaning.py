@@ -1,0 +1,333 @@
+"""Hyper-cleaning of MNIST with 5,000 / 5,000 / 10,000 images, half of the labels wrong.
+
+*Question.* Mehra & Hamm 2021 clean 5,000 noisy training images with 5,000 clean
+validation images, as Franceschi et al. 2017 did, and print 90.77% test accuracy for
+their penalty method and 90.09% for reverse mode. Do they get there, and do learned
+weights add anything to a filter by one model?
+
+*Data*, by the authors' code (`applications/data_denoising/mnist_experiments/
+small_scale` of hammlab/bilevel-penalty): the first 5,000 training images of MNIST, of
+which the first 2,500 get the label of another class by chance; the next 5,000 for
+validation; the 10,000 test images are read only at the end. Pixels are in [0, 1]. A
+seed gives wrong labels, starting weights and batches; the images stay.
+
+*Final model* of every row, by the same code: softmax regression, trained by Adam with
+rate 1e-4 for 500 epochs of batches of 200, on the training images that are kept and on
+all validation images. It is not counted in `grad-eq`.
+
+*Penalty*, by the same code: importances (tanh(u) + 1) / 2 and the penalty method with
+multipliers, 100 epochs of batches of 200, 20 steps of Adam (1e-4) on the model and one
+(rate 3) on u per batch. The model is first trained on the validation images for 100
+epochs, and the importances start at 0.6 where it agrees with the label and at 0.4
+elsewhere. After an epoch they are scaled to a mean of 1/2. Importances above 0.9 are
+kept. The optimizer of u has one state per place in a batch, as in the code. Deviations:
+random numbers (the code has no fixed seed), and Adam of Optax, which adds epsilon after
+its correction of the bias.
+
+*Rows that keep a fixed set.* "noisy + validation" keeps all, "validation only" none,
+"right + validation", the papers' oracle, those with their own label, and "agreeing +
+validation" those whose label is the class that the model of *validation only* predicts:
+what a practitioner would do.
+
+*Rows that learn.* Weights start at 1/2; those above 1/2 are kept. Inner loss: mean over
+the training images of weight times cross-entropy, plus 0.001 ||W||^2; outer loss: mean
+cross-entropy of the validation images. "reverse mode" differentiates 60 steps of
+descent from zero (rate 0.1, momentum 0.9). "implicit" solves by L-BFGS to a relative
+gradient of 1e-3, starting at the last solution, and the adjoint system by at most 20
+products. "SOBA" moves the model with rate 0.1 on batches of 200. All three move the
+weights by Adam, with a rate of {0.03, 0.1, 0.3, 1}. "random search" samples a number in
+[0, 1] and trains on this share of the images, those with the lowest losses of the model
+of *validation only*; the best one has the lowest outer loss. Each spends 3,000
+gradient-equivalents; the penalty method takes 9,300 with the authors' settings.
+
+*Tuning*, per seed: the rate whose final model, trained without the first 1,000
+validation images, which are not in the outer loss either, has the best accuracy on
+them. The penalty method has the authors' settings. The budget and the values of the
+rates come from trials with one seed on other images (training images 10,000 to 30,000),
+in which all rows but "noisy + validation" had between 90.2 and 91.1%.
+
+*Measured.* `accuracy` is that of the final model on the test images, and `F1` the score
+of "not kept" as a detector of wrong labels.
+
+*Published.* 90.77 stands in the paper; 90.09 (reverse mode of Franceschi et al., best
+of four radii) is quoted there, and was found by 2,000 steps of descent and 500 outer
+steps, a thousand times our budget, so that it is not judged. The other numbers of
+Franceschi et al. are recalled. Tolerance: 0.5 points, on means of five seeds.
+
+*Claims*, before the first full run: "reverse mode" has a higher accuracy than
+"validation only", than "agreeing + validation" and than "noisy + validation".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+import hypergrad as hg
+from hypergrad import datasets
+from hypergrad.bench import (
+    Claim,
+    Column,
+    Comparison,
+    Finding,
+    Published,
+    Row,
+    Table,
+    baselines,
+    select,
+)
+from hypergrad.tasks import classifier, cleaning
+from hypergrad.tasks.networks import softmax_regression
+from hypergrad.tasks.task import Task
+
+from .shared.importance_penalty import count_calls, learn_importances
+from .shared.noisy_mnist import (
+    NUM_EPOCHS,
+    NUM_TRAIN,
+    REVERSE_SOLVER,
+    make_task,
+    minibatch_problem,
+    predict,
+    train_model,
+    train_on_kept,
+)
+
+BUDGET = 3000
+RATES = (0.03, 0.1, 0.3, 1.0)
+MIN_IMPORTANCE = 0.9
+FILTER, ORACLE = "agreeing + validation", "right + validation"
+NOISY, VALIDATION = "noisy + validation", "validation only"
+SOLVER = hg.LBFGS(tolerance=1e-3)
+
+adam = functools.cache(optax.adam)  # one object per rate, so that seeds share a program
+
+
+# Methods.
+
+
+def keep_by(choose: Callable[[Task], Array]) -> Callable:
+    """Returns the method that keeps a fixed set of training images."""
+
+    def method(task: Task, *, budget: float, key: Array) -> hg.Trace:
+        del budget
+        alpha = choose(task).astype(float)
+        return baselines.trace_of_point(task, task.w, alpha, key)
+
+    return method
+
+
+def train_on_validation(task: Task, key: Array) -> PyTree:
+    """Returns a model of the validation images in use."""
+    val = task.splits["val"]
+    return train_model(val, val["use"] > 0, key)
+
+
+def keep_agreeing(task: Task, *, budget: float, key: Array) -> hg.Trace:
+    """Keeps the images whose label is what a model of the validation images says."""
+    del budget
+    train = task.splits["train"]
+    w = train_on_validation(task, key)
+    agrees = (predict(w, train["x"]) == train["y"]).astype(float)
+    return baselines.trace_of_point(task, w, agrees, key, num_grads=NUM_EPOCHS)
+
+
+def penalty(task: Task, *, budget: float, key: Array) -> hg.Trace:
+    """Keeps the images that the method of Mehra & Hamm finds important."""
+    del budget
+    train, val = task.splits["train"], task.splits["val"]
+    w, importances = learn_importances(train, val, key)
+    kept = (importances > MIN_IMPORTANCE).astype(float)
+    trace = baselines.trace_of_point(task, w, kept, key)
+    counts = count_calls(len(train["y"]), len(val["y"])) | {"trusted": False}
+    counts = {name: jnp.asarray([x]) for name, x in counts.items()}
+    return dataclasses.replace(trace, stats=trace.stats | counts)
+
+
+def learn_by(make_run: Callable[[Task], tuple[hg.Bilevel, hg.Estimator]]) -> Callable:
+    """Returns the method that moves the weights by Adam along hypergradients."""
+
+    def method(task: Task, *, budget: float, key: Array, rate: float) -> hg.Trace:
+        problem, estimator = make_run(task)
+        return hg.minimize(
+            problem, estimator, adam(rate), task.w, task.alpha, space=task.space,
+            budget=budget, key=key,
+        )  # fmt: skip
+
+    method.grid = {"rate": RATES}
+    return method
+
+
+def loss_of_share(w: PyTree, share: Array, batch: PyTree) -> Array:
+    """Returns the inner loss of the share of the images that comes first."""
+    kept = (batch["place"] < share).astype(float)
+    return cleaning.train_loss(w, kept, batch)
+
+
+def random_search(task: Task, *, budget: float, key: Array) -> hg.Trace:
+    """Samples the share of the images that a filter by their losses keeps."""
+    train = task.splits["train"]
+    w = train_on_validation(task, key)
+    losses = classifier.losses(softmax_regression, w, train)
+    place = jnp.argsort(jnp.argsort(losses)) / NUM_TRAIN
+    trace = hg.search(
+        hg.Bilevel(
+            loss_of_share,
+            cleaning.val_loss,
+            task.problem.inner_data | {"place": place},
+            task.problem.outer_data,
+        ),
+        SOLVER,
+        hg.searchers.Random(),
+        task.w,
+        space=hg.spaces.Interval(0.0, 1.0),
+        budget=budget - NUM_EPOCHS,
+        key=key,
+    )
+    kept = (place < trace.best_alpha).astype(float)
+    return dataclasses.replace(trace, alpha=kept, best_alpha=kept)
+
+
+ESTIMATORS = {
+    "reverse mode": lambda task: (task.problem, hg.Unrolled(REVERSE_SOLVER)),
+    "implicit": lambda task: (
+        task.problem,
+        hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20), warm_start=True),
+    ),
+    "SOBA": lambda task: (minibatch_problem(task), hg.SOBA(optax.sgd(0.1))),
+}
+
+
+# The printed form.
+
+
+def describe_weights(task: Task, trace: hg.Trace, w: PyTree, key: Array) -> Row:
+    """Returns F1, the number of kept images, and histograms of the weights."""
+    alpha, wrong = np.asarray(trace.alpha), np.asarray(task.splits["train"]["wrong"])
+    count = lambda mask: np.histogram(alpha[mask], 40, (0, 1))[0].tolist()
+    return {
+        "f1": float(task.metrics["f1"](w, trace.alpha, key)),
+        "num_kept": int(np.sum(alpha > 0.5)),
+        "wrong_weights": count(wrong),
+        "right_weights": count(~wrong),
+    }
+
+
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns what each row gains over training on the validation images alone."""
+    mean = lambda label, name: float(
+        np.mean([row[name] for row in select(rows, method=label)])
+    )
+    base, best = (mean(x, "test_accuracy") for x in (VALIDATION, ORACLE))
+    lines = [
+        f"{label} {100 * (mean(label, 'test_accuracy') - base):+.2f}"
+        for label in dict.fromkeys(row["method"] for row in rows)
+        if label not in (VALIDATION, ORACLE)
+    ]
+    return [
+        Finding(
+            f"Points over *{VALIDATION}*, of {100 * (best - base):.2f} that the right "
+            f"labels add: {', '.join(lines)}"
+        )
+    ]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Plots the test accuracy of all seeds, and the weights of reverse mode."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 4.4), layout="constrained"
+    )
+    labels = list(dict.fromkeys(row["method"] for row in rows))
+    for i, label in enumerate(labels):
+        values = [100 * row["test_accuracy"] for row in select(rows, method=label)]
+        left.plot(values, [i] * len(values), "o", color="C0", alpha=0.5)
+        left.plot(np.mean(values), i, "k|", markersize=14)
+        number = PUBLISHED.get((label, "test_accuracy"))
+        if number is not None and number.tag != "recalled":
+            left.plot(number.value, i, "D", color="C3", markerfacecolor="none")
+    left.plot([], [], "o", color="C0", label="seeds (a bar is their mean)")
+    left.plot([], [], "D", color="C3", markerfacecolor="none", label="published")
+    left.set_yticks(range(len(labels)), labels)
+    left.invert_yaxis()
+    left.set(xlabel="test accuracy, %")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    learned = select(rows, method="reverse mode")
+    for kind, color in (("right", "C0"), ("wrong", "C3")):
+        counts = [row[f"{kind}_weights"] for row in learned]
+        if counts:
+            edges = np.linspace(0, 1, len(counts[0]) + 1)
+            right.stairs(
+                np.mean(counts, axis=0), edges, fill=True, alpha=0.6, color=color,
+                label=f"{kind} label",
+            )  # fmt: skip
+    right.set(
+        xlabel="weight", ylabel="training images", title="learned by reverse mode"
+    )
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def recalled(percent: float) -> Published:
+    """Returns a number of Franceschi et al. that is not judged."""
+    return Published(percent, 0.5, "recalled", source="Franceschi et al. 2017")
+
+
+PUBLISHED = {
+    (NOISY, "test_accuracy"): recalled(87.74),
+    (ORACLE, "test_accuracy"): recalled(90.46),
+    ("penalty", "test_accuracy"): Published(
+        90.77, 0.5, "verified", source="Mehra & Hamm 2021, 50% noise"
+    ),
+    ("RMD", "test_accuracy"): Published(
+        90.09, 0.5, "secondary", source="quoted by Mehra & Hamm 2021"
+    ),
+}
+
+table = Table(
+    task=make_task,
+    methods={
+        NOISY: keep_by(lambda task: jnp.ones(NUM_TRAIN)),
+        VALIDATION: keep_by(lambda task: jnp.zeros(NUM_TRAIN)),
+        FILTER: keep_agreeing,
+        "penalty": penalty,
+        **{label: learn_by(make_run) for label, make_run in ESTIMATORS.items()},
+        "random search": random_search,
+        ORACLE: keep_by(lambda task: ~task.splits["train"]["wrong"]),
+    },
+    budget=BUDGET,
+    metrics=("test_accuracy",),
+    selection=("held_out_accuracy",),
+    retrain=train_on_kept,
+    extra=describe_weights,
+    columns=(
+        Column("test_accuracy", "accuracy %", ".2f", scale=100),
+        Column("f1", "F1", ".3f"),
+        Column("num_kept", "kept", ".0f"),
+    ),
+    claims=tuple(
+        Claim("reverse mode", baseline, "test_accuracy")
+        for baseline in (VALIDATION, FILTER, NOISY)
+    ),
+    comparisons=(
+        Comparison(FILTER, ("penalty", *ESTIMATORS), "test_accuracy"),
+        Comparison("reverse mode", ("penalty", "implicit", "SOBA"), "test_accuracy"),
+    ),
+    published=PUBLISHED,
+    findings=findings,
+    plot=plot,
+    seeds=5,
+    minutes=30,
+    scales=("paper",),
+    paradigm="supervised",
+    source="Franceschi et al. 2017 (arXiv 1703.01785); Mehra & Hamm 2021 (1911.03432)",
+    data="MNIST (5,000 + 5,000 + 10,000 images)",
+    arrays=lambda: datasets.load("mnist"),
+)
