@@ -29,6 +29,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "black")
 MAX_COLUMNS = 3
 MAX_LINES_PER_LEAF = 20
+MAX_CROSSES = 40
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.0  # inches
 
 
@@ -290,16 +291,22 @@ def _plot_errors(
 def _mark_untrusted(
     axes: "Axes", trace: "Trace", x: np.ndarray, values: np.ndarray
 ) -> None:
-    """Draws a cross at each value whose estimate is not trusted."""
+    """Draws a cross at each value whose estimate is not trusted, or at 40 of many."""
     is_untrusted = np.zeros(len(x), bool)
     if "trusted" in trace.stats:
         is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] != 1
-    for i, column in enumerate(values.T):
-        if is_untrusted.any():
-            reason = "not finite" if trace.row_kind == "trial" else "not trusted"
-            label = reason if i == 0 else None
-            crosses = x[is_untrusted], column[is_untrusted]
-            axes.plot(*crosses, "x", color=RED, ms=5, label=label)
+    if count := int(np.sum(is_untrusted)):
+        reason = "not finite" if trace.row_kind == "trial" else "not trusted"
+        for i, column in enumerate(values.T):
+            axes.plot(
+                x[is_untrusted],
+                column[is_untrusted],
+                "x",
+                color=RED,
+                ms=5,
+                markevery=-(-count // MAX_CROSSES),
+                label=f"{reason} ({count} of {len(x)})" if i == 0 else None,
+            )
     _add_legend(axes)
 
 

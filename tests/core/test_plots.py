@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.plots import MAX_LINES_PER_LEAF
+from hypergrad.plots import MAX_CROSSES, MAX_LINES_PER_LEAF
 from tests.loops import ExactEstimator, run_loop
 
 PROBLEM = hg.Bilevel(
@@ -53,12 +53,21 @@ def test_untrusted_steps_are_marked():
     trace = run()
     by_step, by_cost = trace.plot().axes
     for axes, x in ((by_step, trace.steps), (by_cost, trace.cost)):
-        crosses = find_line(axes, "not trusted")
+        crosses = find_line(axes, "not trusted (2 of 6)")
         assert crosses.get_marker() == "x"
         expected = np.stack([x, trace.value], axis=1)[~TRUSTED]
         assert np.array_equal(points(crosses), expected)
     axes = run(num_steps=1).plot().axes[0]
     assert [line.get_label() for line in axes.lines if line.get_marker() == "x"] == []
+
+
+def test_many_untrusted_steps_have_few_marks_and_their_number_in_the_legend():
+    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=np.zeros(100, bool))
+    trace = run_loop(PROBLEM, estimator, optax.sgd(0.1), 0.0, 3.0, num_steps=100)
+    crosses = find_line(trace.plot().axes[0], "not trusted (100 of 100)")
+    assert len(crosses.get_xdata()) == 100
+    num_marked = 100 / crosses.get_markevery()
+    assert MAX_CROSSES / 2 <= num_marked <= MAX_CROSSES
 
 
 def test_a_failed_and_sparse_run_is_drawn_up_to_its_failure():
@@ -86,7 +95,8 @@ def test_estimated_errors_are_drawn_on_a_logarithmic_axis():
     assert np.array_equal(axes.lines[0].get_ydata(), expected)
     is_trusted = trace.stats["trusted"]
     assert not is_trusted.all()
-    assert points(find_line(axes, "not trusted"))[:, 0].tolist() == [
+    label = f"not trusted ({sum(~is_trusted)} of 4)"
+    assert points(find_line(axes, label))[:, 0].tolist() == [
         step for step in range(4) if not is_trusted[step]
     ]
 
