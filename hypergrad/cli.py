@@ -180,14 +180,14 @@ def recompute(
 
 def export(
     folder: Path,
-    to: Literal["csv", "latex", "pdf", "mlflow", "tensorboard"],
+    to: Literal["csv", "latex", "pdf", "settings", "splits", "mlflow", "tensorboard"],
     out: Path | None = None,
 ) -> None:
     """Write the tables of a folder in the format of another program.
 
     Args:
       folder: Folder of rows.
-      to: The format.
+      to: The format; `settings` are those that were chosen, `splits` the data.
       out: Where to write. Defaults to `export` in the folder.
     """
     from .bench import commands

@@ -409,15 +409,21 @@ def export(folder: Path, kind: str, out: Path) -> tuple[list[Path], dict[str, st
 
     Returns:
       The paths, and the errors of damaged tables by name.
+
+    Raises:
+      ValueError: No table has what is asked for.
     """
     results, errors = load_results(folder)
     paths = []
     for result in results:
         try:
-            paths.append(exports.export(result, kind, out))
+            path = exports.export(result, kind, out)
+            paths += [] if path is None else [path]
         except (KeyError, IndexError, TypeError) as error:
             text = f"the rows lack a field: {type(error).__name__}: {error}"
             errors[result.name] = text
+    if not paths and not errors:
+        raise ValueError(f"no table of {folder} has {kind}.")
     return paths, errors
 
 

@@ -4,29 +4,39 @@ import csv
 import datetime
 import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from ..runtime import atomic_io
+from ..tasks.task import Task
+from . import baselines
 from .figures import plot
 from .report import TableResult, main_table
 from .rows import Row
+from .table import Table
 
-FORMATS = ("csv", "latex", "pdf", "mlflow", "tensorboard")
+FORMATS = ("csv", "latex", "pdf", "settings", "splits", "mlflow", "tensorboard")
 EXTRA = "needs its extra: pip install 'hypergrad-jax[{}]'"
 MAX_METRICS_PER_CALL = 1000  # of MLflow
 
 
-def export(result: TableResult, kind: str, folder: Path) -> Path:
-    """Writes a result in a format and returns the path.
+def export(result: TableResult, kind: str, folder: Path) -> Path | None:
+    """Writes a result in a format.
 
     Args:
       result: The rows of a table.
       kind: One of `FORMATS`.
       folder: Where the file or the store is written.
+
+    Returns:
+      The path; None if the table has no settings, or no splits.
 
     Raises:
       ValueError: The format is unknown, or its package is not installed.
@@ -35,6 +45,8 @@ def export(result: TableResult, kind: str, folder: Path) -> Path:
         "csv": write_csv,
         "latex": write_latex,
         "pdf": write_pdf,
+        "settings": write_settings,
+        "splits": write_splits,
         "mlflow": write_mlflow,
         "tensorboard": write_tensorboard,
     }
@@ -94,6 +106,59 @@ def write_pdf(result: TableResult, folder: Path) -> Path:
     path = folder / f"{result.name}.pdf"
     plot(result, path)
     return path
+
+
+# What others build on: chosen settings, and the data of each seed.
+
+
+def write_settings(result: TableResult, folder: Path) -> Path | None:
+    """Writes the settings that were chosen, by method and seed, as JSON."""
+    settings: dict[str, dict[str, Any]] = {}
+    for row in result.printed_rows:
+        if chosen := _settings(row) or row.get("setting"):
+            settings.setdefault(row["method"], {})[str(row["seed"])] = chosen
+    if not settings:
+        return None
+    row = result.printed_rows[0]
+    record = {name: row.get(name) for name in ("table", "scale", "command", "commit")}
+    path = folder / f"{result.name}.settings.json"
+    text = json.dumps(record | {"settings": settings}, indent=1)
+    atomic_io.atomic_write(path, text + "\n")
+    return path
+
+
+def write_splits(result: TableResult, folder: Path) -> Path | None:
+    """Writes the examples of each seed into ``NAME-splits/seed-S.npz``.
+
+    An array is named ``split/name``, such as ``train/x``. The file ``SHA256SUMS``
+    beside them is for ``sha256sum --check``.
+    """
+    table = result.table
+    if not isinstance(table, Table):
+        return None
+    directory, sums = folder / f"{result.name}-splits", []
+    for seed in sorted({row["seed"] for row in result.printed_rows}):
+        splits = make_task(table, seed, result.scale).splits
+        if splits is None:
+            return None
+        leaves, _ = jax.tree_util.tree_flatten_with_path(splits)
+        name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+        arrays = {name_of(path): np.asarray(leaf) for path, leaf in leaves}
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)  # pyright: ignore
+        atomic_io.make_directory(directory)
+        atomic_io.atomic_write(directory / f"seed-{seed}.npz", file.getvalue())
+        digest = hashlib.sha256(file.getvalue()).hexdigest()
+        sums.append(f"{digest}  seed-{seed}.npz\n")
+    atomic_io.atomic_write(directory / "SHA256SUMS", "".join(sums))
+    return directory
+
+
+def make_task(table: Table, seed: int, scale: str) -> Task:
+    """Returns the task of a seed, with all validation examples in use."""
+    settings = {name: values[0] for name, values in table.task_grid.items()}
+    key, method = jax.random.key(seed), baselines.no_hyperparameters
+    return table.make_task(key, scale, method, settings, hold_out=False)
 
 
 # MLflow.

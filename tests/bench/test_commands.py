@@ -3,9 +3,12 @@
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,10 +16,12 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
-from hypergrad import cli
+from hypergrad import cli, tasks
 from hypergrad.bench import check, commands, export, loading, recompute
 from hypergrad.bench.rows import read_rows, to_line
 from hypergrad.runtime.console import CONTROL_CHARACTER, print_markdown
@@ -395,6 +400,46 @@ def test_the_figure_is_a_pdf(folder, tmp_path):
     assert (
         export.export(load_result(folder), "pdf", tmp_path).read_bytes()[:4] == b"%PDF"
     )
+
+
+def test_settings_are_those_of_each_method_and_seed(folder, tmp_path):
+    result = load_result(folder)
+    path = export.export(result, "settings", tmp_path)
+    record = json.loads(path.read_text())
+    assert record["table"] == "quadratic"
+    assert record["settings"] == {
+        "descent": {
+            str(row["seed"]): row["settings"]
+            for row in result.printed_rows
+            if row["method"] == "descent"
+        }
+    }
+
+
+def test_splits_are_the_examples_of_each_seed_with_checksums(tmp_path):
+    """The digits of `cleaning`, with the wrong labels of the seed."""
+    shutil.copy("benchmarks/results/cleaning.jsonl", tmp_path)
+    (result,), _ = commands.load_results(tmp_path)
+    rows = [row for row in result.rows if row["seed"] in (0, 3)]
+    result = dataclasses.replace(result, rows=rows)
+    path = export.export(result, "splits", tmp_path)
+    sums = (path / "SHA256SUMS").read_text().splitlines()
+    assert [line.split()[1] for line in sums] == ["seed-0.npz", "seed-3.npz"]
+    for line, seed in zip(sums, (0, 3), strict=True):
+        digest, name = line.split()
+        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+        expected = tasks.cleaning.make(key=jax.random.key(seed)).splits
+        with np.load(path / name) as arrays:
+            assert {x.split("/")[0] for x in arrays} == set(expected)
+            for split, examples in expected.items():
+                for field, values in examples.items():
+                    np.testing.assert_array_equal(arrays[f"{split}/{field}"], values)
+
+
+def test_an_export_says_that_no_table_has_splits(folder):
+    result = call(folder, "export", "runs", "splits")
+    assert result.returncode == 1
+    assert "no table of runs has splits" in result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # in MLflow
