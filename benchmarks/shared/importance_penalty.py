@@ -7,7 +7,8 @@ losses and the mean ``f`` of the validation losses,
 
     h(w, u) = f(w) + nu . g_w + rho ||g_w||^2 / 2,    g_w = dg/dw,
 
-the model ``w`` descends ``h + lam g`` and ``u`` descends ``h``, on batches.
+the model ``w`` descends ``h + lam g`` and ``u`` descends ``h``, on batches. Where both
+gradients are small, `update_penalty` makes the penalty stronger.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from hypergrad.extend import cost_stats
 from hypergrad.tasks import classifier
 from hypergrad.tasks.networks import softmax_regression
 
@@ -179,20 +181,21 @@ def learn_importances(
     return state.w, importances_of(u)
 
 
-def count_calls(num_train: int, num_val: int) -> dict[str, float]:
-    """Returns passes over the training data that a run makes, as statistics.
+def count_calls(train: Data, val: Data) -> dict[str, Array]:
+    """Returns the calls of a run in passes over the data, and their cost.
 
-    Every gradient of ``h`` has one gradient and one Hessian-vector product of ``g`` on
-    200 examples, and a gradient of ``f`` on as many: 20 for the model, one for ``u``
-    and two for the tolerance.
+    In a step, ``h + lam g`` is differentiated 21 times (20 steps of the model and once
+    for the tolerance), each time by a gradient and a product of ``g`` and a gradient of
+    ``f``; ``h`` twice in ``u``, without ``f``; and ``g`` once for the multipliers.
     """
-    num_calls = NUM_EPOCHS * (num_train // BATCH) * (NUM_STEPS + 3)
-    pretraining = NUM_PRETRAINING_EPOCHS * (num_val // BATCH)
-    passes = BATCH / num_train
-    num_hvps = num_calls * passes
-    total = (4 * num_calls + pretraining) * passes  # a product counts twice
-    return {
-        "num_grads": num_hvps,
-        "num_hvps": num_hvps,
-        "gradient_equivalents": total,
-    }
+    num_train, num_val = len(train["y"]), len(val["y"])
+    num_lower, num_upper = NUM_STEPS + 1, 2
+    num_steps = NUM_EPOCHS * (num_train // BATCH)
+    passes, val_passes = (num_steps * BATCH / n for n in (num_train, num_val))
+    return cost_stats(
+        train,
+        val,
+        num_grads=passes * (num_lower + num_upper + 1),
+        num_hvps=passes * (num_lower + num_upper),
+        num_outer_grads=val_passes * num_lower + NUM_PRETRAINING_EPOCHS,
+    )

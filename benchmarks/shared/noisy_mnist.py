@@ -22,7 +22,7 @@ NUM_TRAIN, NUM_VAL, NUM_WRONG, NUM_HELD_OUT = 5000, 5000, 2500, 1000
 NUM_FEATURES, NUM_CLASSES = 784, 10
 BATCH, NUM_EPOCHS = 200, 500
 OPTIMIZER = optax.adam(1e-4)
-PENALTY = 1e-3
+L2_FACTOR = 1e-3
 REVERSE_SOLVER = hg.Descent(optax.sgd(0.1, momentum=0.9), num_steps=60)
 
 Data = dict[str, Array]
@@ -70,9 +70,9 @@ def split(
 def make_task(key: Array, scale: str = "paper", *, hold_out: bool = False) -> Task:
     """Returns the task with the wrong labels of a key."""
     del scale
-    splits = split(load_data(), key, hold_out)
+    splits = split(load_data(), jax.random.fold_in(key, 0), hold_out)
     train = {name: splits["train"][name] for name in ("x", "y")}
-    train |= {"penalty": jnp.asarray(PENALTY)}
+    train |= {"penalty": jnp.asarray(L2_FACTOR)}
     accuracy = lambda name: jax.tree_util.Partial(cleaning.accuracy, splits[name])
     wrong = splits["train"]["wrong"]
     return Task(
@@ -154,11 +154,12 @@ def train_model(
 
 
 def train_on_kept(task: Task, alpha: Array, key: Array) -> PyTree:
-    """Returns the final model: of training examples above 1/2, and of all validation.
+    """Returns the final model.
 
-    Validation examples that are held out are not used.
+    It is trained on the training examples with weights of at least 1/2, and on all
+    validation examples that are not held out.
     """
     train, val = task.splits["train"], task.splits["val"]
     data = {name: jnp.concatenate([train[name], val[name]]) for name in ("x", "y")}
-    is_kept = jnp.concatenate([alpha > 0.5, val["use"] > 0])
-    return train_model(data, is_kept, key)
+    is_kept = jnp.concatenate([alpha >= 0.5, val["use"] > 0])
+    return train_model(data, is_kept, jax.random.fold_in(key, 2))

@@ -1,5 +1,7 @@
 """The split, the final training and the penalty method of `mnist_cleaning`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,8 @@ def test_a_step_is_that_of_the_formulas(batches, monkeypatch):
         w = w + 0.5 * update
     zeros = (np.zeros(u.size), np.zeros(u.size))
     _, update = adam(zeros, gradients(w, u)[0], 3.0, 1)
-    new_state, new_u = jax.jit(method.step)(state, u, batch, val_batch)
+    step = jax.jit(lambda *args: method.step(*args))  # traced with this NUM_STEPS
+    new_state, new_u = step(state, u, batch, val_batch)
     np.testing.assert_allclose(ravel_pytree(new_state.w)[0], w, rtol=1e-9)
     np.testing.assert_allclose(new_u, u + 0.5 * update, rtol=1e-6)
     # eps is large, so that the numbers of the penalty change at the new point.
@@ -108,7 +111,7 @@ def test_the_penalty_changes_where_both_squared_gradients_are_below_eps(
     monkeypatch.setattr(method, "NUM_STEPS", 1)
     batch, val_batch = batches
     state, u = make_state(len(batch["y"]))
-    step = jax.jit(method.step)
+    step = jax.jit(lambda *args: method.step(*args))  # traced with this NUM_STEPS
     new_state, new_u = step(state, u, batch, val_batch)
     w, _ = ravel_pytree(new_state.w)
     u_grad, w_grad = dense_gradients(w, new_u, state, batch, val_batch)
@@ -131,10 +134,11 @@ def test_normalized_importances_have_mean_one_half_unless_they_are_clipped():
 
 
 def test_counted_calls_are_those_of_the_loops():
-    counts = method.count_calls(num_train=5000, num_val=5000)
-    calls = 100 * 25 * (20 + 1 + 2) / 25  # passes over all training images
-    assert counts["num_hvps"] == calls
-    assert counts["gradient_equivalents"] == calls * (1 + 2 + 1) + 100
+    """2,500 steps on a 25th of the data: 24 gradients of g, 23 products, 21 of f."""
+    data = {"x": jnp.zeros((5000, 2)), "y": jnp.zeros(5000, int)}
+    counts = method.count_calls(data, data)
+    assert counts["num_hvps"] == 100 * 23
+    assert counts["gradient_equivalents"] == 100 * (24 + 2 * 23 + 21) + 100
 
 
 def clusters(num_examples, key):
@@ -222,19 +226,62 @@ def test_the_penalty_method_keeps_examples_with_right_labels(monkeypatch):
     assert np.mean(kept[wrong]) < 0.1
 
 
-def test_rows_that_keep_a_fixed_set_say_which(monkeypatch):
-    y = lambda n: jnp.arange(n) % 10
+@pytest.fixture(scope="module")
+def task():
+    """Returns the task on clusters in place of images."""
+    sizes = {"train": 5000, "val": 5000, "test": 100}
     data = {
-        name: {"x": jnp.zeros((n, 784)), "y": y(n)}
-        for name, n in (("train", 5000), ("val", 5000), ("test", 30))
+        name: clusters(n, jax.random.key(seed))
+        for seed, (name, n) in enumerate(sizes.items())
     }
-    monkeypatch.setattr(noisy_mnist, "load_data", lambda: data)
-    key = jax.random.key(0)
-    task = noisy_mnist.make_task(key)
-    kept = {
-        label: np.asarray(table.table.methods[label](task, budget=0, key=key).alpha)
-        for label in (table.NOISY, table.VALIDATION, table.ORACLE)
-    }
-    assert np.all(kept[table.NOISY] == 1)
-    assert np.all(kept[table.VALIDATION] == 0)
-    np.testing.assert_array_equal(kept[table.ORACLE], np.arange(5000) >= 2500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noisy_mnist, "load_data", lambda: data)
+        patch.setattr(noisy_mnist, "NUM_FEATURES", 10)
+        yield noisy_mnist.make_task(jax.random.key(0))
+
+
+def run_method(task, label, budget):
+    return table.table.methods[label](task, budget=budget, key=jax.random.key(1))
+
+
+def test_rows_that_keep_a_fixed_set_say_which(task):
+    is_right = np.arange(5000) >= 2500
+    expected = {table.NOISY: 1, table.VALIDATION: 0, table.ORACLE: is_right}
+    for label, kept in expected.items():
+        actual = run_method(task, label, 0).alpha
+        np.testing.assert_array_equal(actual, np.broadcast_to(kept, 5000))
+
+
+def test_the_filter_keeps_right_labels_and_counts_its_model(task):
+    trace = run_method(task, table.FILTER, 0)
+    kept, is_right = np.asarray(trace.alpha), np.arange(5000) >= 2500
+    assert np.mean(kept[is_right]) > 0.98
+    assert np.mean(kept[~is_right]) < 0.02
+    assert trace.cost[-1] == 500
+
+
+def test_random_search_keeps_the_share_of_the_best_trial_and_counts_its_model(task):
+    trace = run_method(task, "random search", 700)
+    kept, is_right = np.asarray(trace.alpha), np.arange(5000) >= 2500
+    costs = np.asarray(trace.stats["gradient_equivalents"])
+    assert len(trace.value) > 3
+    assert costs[0] > 500 > np.max(costs[1:])
+    assert 650 < np.sum(costs) < 700 + np.max(costs[1:])
+    # Those with right labels have lower losses than any other.
+    if np.sum(kept) <= 2500:
+        assert np.mean(is_right[kept == 1]) > 0.98
+    else:
+        assert np.mean(kept[is_right]) > 0.98
+
+
+def test_the_final_training_uses_no_example_that_is_held_out(task):
+    splits = jax.tree.map(lambda x: x, task.splits)
+    val = splits["val"]
+    use = val["use"].at[:1000].set(0)
+    x = val["x"].at[:1000].set(jnp.nan)
+    splits["val"] = val | {"x": x, "use": use}
+    held = dataclasses.replace(task, splits=splits)
+    w = noisy_mnist.train_on_kept(held, jnp.full(5000, 0.5), jax.random.key(0))
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in w.values())
+    metric = task.metrics["test_accuracy"]
+    assert metric(w, task.alpha, jax.random.key(0)) > 0.9
