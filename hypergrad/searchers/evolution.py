@@ -27,7 +27,8 @@ class EvolutionStrategy(eqx.Module):
     differential evolution, starts with uniform samples. Everything else is left to the
     library with its default parameters.
 
-    A failed trial counts as the worst of its generation. An integer or a choice is an
+    A failed trial counts as the worst of its generation, and a generation of failed
+    trials only is sampled again. An integer or a choice is an
     axis of equal cells, which a narrow distribution may no longer leave; prefer `TPE`
     for them.
 
@@ -163,11 +164,24 @@ class Generation(eqx.Module):
         return spaces.from_unit(self.space, jax.nn.sigmoid(self.proposals[index]))
 
     def add(self, alpha: PyTree, value: float) -> "Generation":
-        """Returns the generation with one more trial, or the next generation."""
+        """Returns the generation with one more trial, or the next generation.
+
+        The strategy learns nothing from a generation in which every trial failed: any
+        value would be better, or worse, than those of other generations.
+        """
         x = np.vstack([self.x, self._to_x(alpha)])
         values = np.append(self.values, value)
         if len(values) < self.strategy.population_size:
             return replace(self, x=x, values=values)
+        empty = replace(
+            self,
+            proposals=self.proposals[:0],
+            num_proposed=0,
+            x=self.x[:0],
+            values=self.values[:0],
+        )
+        if not np.isfinite(values).any():
+            return empty
         _, tell_key = _keys_from_seed(int(self.seed))
         strategy, params = self.strategy, self.strategy.default_params
         population, fitness = jnp.asarray(x), jnp.asarray(replace_nonfinite(values))
@@ -175,15 +189,7 @@ class Generation(eqx.Module):
             state = strategy.init(tell_key, population, fitness, params)
         else:
             state, _ = strategy.tell(tell_key, population, fitness, self.state, params)
-        return replace(
-            self,
-            state=state,
-            index=int(self.index) + 1,
-            proposals=self.proposals[:0],
-            num_proposed=0,
-            x=self.x[:0],
-            values=self.values[:0],
-        )
+        return replace(empty, state=state, index=int(self.index) + 1)
 
     def _to_x(self, alpha: PyTree) -> np.ndarray:
         """Returns the point of an ``alpha``; equal to the bit for a proposed one."""

@@ -220,13 +220,37 @@ def state_after_generation(values, second_alpha=None):
 
 
 def test_failures_count_as_the_worst_of_an_evolution_generation():
-    """A generation of failures only is one of equal values."""
     failed = state_after_generation([np.nan, 0.2, np.inf, 0.7])
     expected = state_after_generation([0.7, 0.2, 0.7, 0.7])
     chex.assert_trees_all_close(failed, expected, rtol=1e-12)
-    failed = state_after_generation([np.nan] * 4)
-    expected = state_after_generation([0.0] * 4)
-    chex.assert_trees_all_close(failed, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_good", [0, 8], ids=["the first", "a later one"])
+def test_a_generation_of_failures_only_is_sampled_again(num_good):
+    """Differential evolution keeps what is better, and no failure is."""
+    searcher = EvolutionStrategy(DifferentialEvolution, 4)
+    state, values = searcher.init(Unit(shape=(2,)), KEY), []
+    keys = iter(jax.random.split(KEY, 60))
+
+    def run(num_trials, value_of):
+        nonlocal state
+        for _ in range(num_trials):
+            alpha, state = searcher.ask(state, next(keys))
+            value = float(value_of(alpha))
+            state = searcher.tell(state, alpha, value)
+            values.append(value)
+
+    distance = lambda alpha: 1 + jnp.sum((alpha - 0.3) ** 2)
+    run(num_good, distance)
+    before = state.state
+    run(4, lambda alpha: np.nan)
+    assert state.index == num_good // 4
+    if num_good:
+        np.testing.assert_array_equal(state.state.fitness, before.fitness)
+    run(40, distance)
+    assert np.all(state.state.fitness > 1)  # none of a failed trial
+    best = np.nanmin(np.asarray(values))
+    np.testing.assert_allclose(np.min(state.state.fitness), best, rtol=1e-12)
 
 
 def test_evolution_learns_from_trials_that_it_did_not_propose():
