@@ -33,6 +33,8 @@ class GaussianProcess(eqx.Module):
         values so far. Keep 1e-6 if a trial repeats to the bit.
 
     Raises:
+      ImportError: scikit-learn is not installed (``pip install
+        'hypergrad-jax[search]'``); raised by `init`.
       ValueError: ``num_initial`` or ``num_candidates`` is below 2. In `init`: the space
         is unbounded.
 
@@ -66,6 +68,7 @@ class GaussianProcess(eqx.Module):
     def init(self, space: PyTree, key: Array) -> Trials:
         """Returns the state without a trial."""
         del key
+        import_gaussian_process()
         return Trials.empty(space)
 
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
@@ -120,9 +123,22 @@ def to_features(
         if axis.ordered or axis.num_values is None:
             columns.append(column[:, None])
         else:
-            index = (column * axis.num_values).astype(int)
+            index = np.minimum(column * axis.num_values, axis.num_values - 1)
+            index = index.astype(int)
             columns.append(np.eye(axis.num_values)[index])
     return np.hstack(columns)
+
+
+def import_gaussian_process() -> Any:
+    """Returns the module of scikit-learn; the error says how to install it."""
+    try:
+        from sklearn import gaussian_process
+    except ImportError as error:
+        raise ImportError(
+            "GaussianProcess needs scikit-learn. Install it with pip install "
+            "'hypergrad-jax[search]'."
+        ) from error
+    return gaussian_process
 
 
 def fit_process(
@@ -133,20 +149,15 @@ def fit_process(
     """Returns a process whose kernel maximizes the likelihood of the values."""
     from scipy.optimize import minimize
 
-    try:
-        from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import ConstantKernel, Matern
-    except ImportError as error:
-        raise ImportError(
-            "GaussianProcess needs scikit-learn. Install it with pip install "
-            "'hypergrad-jax[search]'."
-        ) from error
-
+    gaussian_process = import_gaussian_process()
+    regressor = gaussian_process.GaussianProcessRegressor
+    kernels = gaussian_process.kernels
     length_scales: Any = np.full(x.shape[1], 0.5)
     bounds = 0.01, 100.0
-    kernel = ConstantKernel(1.0, bounds) * Matern(length_scales, bounds, nu=2.5)
+    kernel = kernels.ConstantKernel(1.0, bounds)
+    kernel *= kernels.Matern(length_scales, bounds, nu=2.5)
     settings = {"alpha": float(noise), "normalize_y": True, "optimizer": None}
-    process: Any = GaussianProcessRegressor(kernel, **settings).fit(x, values)
+    process: Any = regressor(kernel, **settings).fit(x, values)
 
     def negative_log_likelihood(theta):
         value, gradient = process.log_marginal_likelihood(theta, True)
@@ -162,7 +173,7 @@ def fit_process(
         bounds=kernel.bounds,
     )
     kernel = kernel.clone_with_theta(result.x)
-    return GaussianProcessRegressor(kernel, **settings).fit(x, values)
+    return regressor(kernel, **settings).fit(x, values)
 
 
 def expected_improvement(

@@ -55,8 +55,9 @@ class Grid(eqx.Module):
     def init(self, space: PyTree, key: Array) -> dict:
         """Returns the space and the number of proposals."""
         del key
+        spaces.axes(space)
         for leaf in flatten_space(space)[0]:
-            if leaf.unit_shape != leaf.shape:
+            if leaf.unit_shape != getattr(leaf, "shape", ()):
                 raise ValueError(
                     f"space must have independent entries for Grid; got {leaf}. Use "
                     "hg.searchers.Sobol()."

@@ -42,8 +42,9 @@ def distributions(optuna: Any, axes: list[Axis]) -> dict[str, Any]:
 
 def to_params(axes: list[Axis], t: Float[np.ndarray, " axes"]) -> dict[str, Any]:
     """Returns a point as optuna's parameters; for a discrete axis the cell's index."""
+    cell = lambda x, n: min(int(x * n), n - 1)
     return {
-        _name(i): float(x) if axis.num_values is None else int(x * axis.num_values)
+        _name(i): float(x) if axis.num_values is None else cell(x, axis.num_values)
         for i, (axis, x) in enumerate(zip(axes, t, strict=True))
     }
 

@@ -394,10 +394,17 @@ def test_strategy_must_be_a_class_or_function(strategy):
 
 @pytest.mark.parametrize(
     ("searcher", "package"),
-    [(TPE(), "optuna"), (NSGA2(), "optuna"), (CMAES(), "cmaes")],
-    ids=["TPE", "NSGA2", "CMAES"],
+    [
+        (TPE(), "optuna"),
+        (NSGA2(), "optuna"),
+        (CMAES(), "cmaes"),
+        (GaussianProcess(), "scikit-learn"),
+    ],
+    ids=["TPE", "NSGA2", "CMAES", "GaussianProcess"],
 )
 def test_missing_package_is_named_with_its_extra(searcher, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=rf"{package}.*hypergrad-jax\[search\]"):
         searcher.init(PLANE, KEY)

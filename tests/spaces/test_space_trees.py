@@ -203,3 +203,8 @@ def test_check_compares_the_shapes_of_space_bounds_and_leaf():
             spaces.check({"p": space}, alpha)
     with pytest.raises(ValueError, match="Simplex"):
         Simplex().forward(jnp.array(1.0))
+
+
+def test_a_space_without_a_cube_is_refused_by_a_grid():
+    with pytest.raises(TypeError, match="Doubled"):
+        hg.searchers.Grid(2).init({"a": Doubled()}, None)
