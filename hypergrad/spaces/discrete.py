@@ -116,7 +116,7 @@ class Choice(BoundedSpace):
     def __init__(
         self, values: ArrayLike | Sequence[float], *, shape: tuple[int, ...] = ()
     ):
-        if isinstance(values, int):
+        if isinstance(values, int | np.integer):
             values = range(values)
         numbers = np.atleast_1d(np.asarray(values)).tolist()
         for number in numbers:
@@ -158,6 +158,7 @@ class Choice(BoundedSpace):
 
     def to_unit(self, alpha: Array) -> Array:
         """Returns the center of the cell of the nearest value."""
+        alpha = jnp.asarray(alpha, dtype=float)  # booleans have no difference
         distances = [jnp.abs(alpha - value) for value in self.values]
         return (jnp.argmin(jnp.stack(distances), axis=0) + 0.5) / self.num_values
 

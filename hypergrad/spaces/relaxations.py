@@ -110,7 +110,7 @@ def score_function(
     True
     """
     x = _one_hot_sample(logits, key)
-    log_p = jnp.sum(x * jax.nn.log_softmax(logits, axis=-1))
+    log_p = jnp.sum(jnp.where(x > 0, jax.nn.log_softmax(logits, axis=-1), 0))
     # The "magic box" of Foerster et al.: 1, with the derivatives of a likelihood ratio.
     magic_box = jnp.exp(log_p - jax.lax.stop_gradient(log_p))
     return (loss(x) - baseline) * magic_box + baseline

@@ -49,3 +49,13 @@ def test_contains_by_hand():
 def test_discrete_spaces_have_no_unconstrained_variable(space, values, map_name):
     with pytest.raises(ValueError, match="space"):
         getattr(spaces, map_name)(space, float(values[1]))
+
+
+def test_a_choice_of_booleans_has_cells():
+    space = Choice([False, True])
+    assert space.to_unit(jnp.array([False, True])).tolist() == [0.25, 0.75]
+    assert space.from_unit(jnp.array([0.2, 0.9])).tolist() == [False, True]
+
+
+def test_a_choice_is_counted_by_any_integer():
+    assert Choice(np.int64(3)).values == (0, 1, 2)

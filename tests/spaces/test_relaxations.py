@@ -43,6 +43,20 @@ def assert_samples_of_p(one_hot):
         assert scipy.stats.chisquare(counts, p * len(KEYS)).pvalue > 1e-4
 
 
+def test_the_score_function_accepts_a_value_that_is_never_chosen():
+    """Its logit is -inf, which makes no product NaN."""
+    logits, values = jnp.array([0.0, -jnp.inf, 1.0]), jnp.array([2.0, 5.0, 3.0])
+    masked = lambda logits, key: score_function(lambda x: x @ values, logits, key)
+    free = lambda pair, key: masked(jnp.array([pair[0], -jnp.inf, pair[1]]), key)
+    for key in jax.random.split(jax.random.key(0), 5):
+        assert masked(logits, key) in (2.0, 3.0)
+        gradient = jax.grad(free)(jnp.array([0.0, 1.0]), key)
+        p = jax.nn.softmax(jnp.array([0.0, 1.0]))
+        value = masked(logits, key)
+        one_hot = jnp.array([value == 2.0, value == 3.0])
+        np.testing.assert_allclose(gradient, value * (one_hot - p), rtol=1e-12)
+
+
 @pytest.mark.parametrize("baseline", [0.0, 1.5])
 @pytest.mark.parametrize("loss", [linear, interacting])
 def test_the_score_function_has_unbiased_derivatives_of_second_order(loss, baseline):
