@@ -75,8 +75,9 @@ def search(
       searcher: Proposes ``alpha``, until the end of a grid; see `hypergrad.searchers`.
       w: Inner starting point of every trial.
       space: Pytree of `hypergrad.spaces`, structured like ``alpha``.
-      budget: Gradient-equivalents to spend. A trial after the first is started only if
-        the cost of the one before fits into the rest of the budget.
+      budget: Gradient-equivalents to spend. A trial after the first one, or after the
+        first batch of ``parallel``, is started only if the cost of the one before fits
+        into the rest of the budget.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost.
       progress: True shows a bar, which needs rich. A function ``(trials_done,
@@ -119,7 +120,7 @@ def search(
         if isinstance(searcher, Searcher):
             setup_fn = lambda alpha: _make_setup(problem, solver, w, alpha, metrics)
             return search_trials(
-                searcher, setup_fn, w, space, key, budget=budget,
+                searcher, setup_fn, space, key, budget=budget,
                 show_progress=show_progress, trial_callback=trial_callback,
                 previous_trials=previous_trials, parallel=parallel or Parallel(1),
             )  # fmt: skip

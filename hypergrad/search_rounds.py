@@ -18,7 +18,7 @@ from .runtime.console import printable
 from .runtime.devices import replicate, shard
 from .runtime.fingerprint import digest, digest_function, fingerprint
 from .runtime.machine import describe_machine, warn_of_other_machines
-from .search_trial import TrialRecord
+from .search_trial import TrialRecord, fits_budget
 from .searchers.populations import PopulationSearcher, Round, Trainer, rank_by_value
 from .trace import FAILED, Trace
 from .trees import is_key, to_numpy
@@ -81,7 +81,7 @@ def search_rounds(
             index, total_cost = state.num_rounds, state.total_cost
             last_round = state.last_round
         cost = searcher.cost(trainer, index)
-        if state is not None and total_cost + cost > budget:
+        if state is not None and not fits_budget(total_cost + cost, budget):
             break
         new_round = searcher.round(trainer, index, last_round, key)
         new_round = new_round._replace(records=replicate(new_round.records))

@@ -25,12 +25,13 @@ from .search_trial import (
     Trial,
     TrialRecord,
     TrialSetup,
+    fits_budget,
     make_runner,
     run_trial,
 )
 from .searchers import Searcher
 from .trace import FAILED, Trace
-from .validation import as_input_arrays
+from .validation import as_proposed_alpha
 
 TrialCallback = Callable[[dict], None]
 
@@ -38,7 +39,6 @@ TrialCallback = Callable[[dict], None]
 def search_trials(
     searcher: Searcher,
     setup_fn: Callable[[PyTree], TrialSetup],
-    w: PyTree,
     space: PyTree,
     key: Array,
     *,
@@ -54,7 +54,7 @@ def search_trials(
     """
     if getattr(searcher, "journal", None) is not None:
         searcher = _bind_journal(searcher, setup_fn, space)
-    state = SearchState(searcher, w, space, budget, key)
+    state = SearchState(searcher, space, budget, key)
     batch = state.ask(parallel.trials_per_batch)
     if not batch:
         raise ValueError(
@@ -116,7 +116,7 @@ class SearchState:
     """The state of a search.
 
     Attributes:
-      searcher, w, budget: Arguments of the search.
+      searcher, budget: Arguments of the search.
       searcher_state: State of the searcher.
       key: PRNG key of the next trials.
       records: Records of all trials, as NumPy arrays.
@@ -127,12 +127,11 @@ class SearchState:
     def __init__(
         self,
         searcher: Searcher,
-        w: PyTree,
         space: PyTree,
         budget: float,
         key: Array,
     ):
-        self.searcher, self.w, self.budget = searcher, w, budget
+        self.searcher, self.budget = searcher, budget
         init_key, self.key = jax.random.split(key)
         self.searcher_state = searcher.init(space, init_key)
         self.records: list[TrialRecord] = []
@@ -148,15 +147,16 @@ class SearchState:
         batch: list[Trial] = []
         expected_cost = self.total_cost
         while len(batch) < max_trials:
-            if self.records and expected_cost + self.last_cost > self.budget:
+            next_cost = expected_cost + self.last_cost
+            if self.records and not fits_budget(next_cost, self.budget):
                 break
             next_key, ask_key, trial_key = jax.random.split(self.key, 3)
             try:
                 alpha, state = self.searcher.ask(self.searcher_state, ask_key)
             except StopIteration:
                 break
-            _, alpha = as_input_arrays(self.w, alpha, differentiable=False)
-            batch.append(Trial(len(self.records) + len(batch), alpha, trial_key))
+            alpha, number = as_proposed_alpha(alpha), len(self.records) + len(batch)
+            batch.append(Trial(number, alpha, trial_key))
             self.searcher_state, self.key = state, next_key
             expected_cost += self.last_cost
         return batch

@@ -139,6 +139,17 @@ class Trial(NamedTuple):
     key: Array
 
 
+def fits_budget(cost: float, budget: float) -> bool:
+    """Returns whether a budget pays for a cost, up to rounding in float32.
+
+    A cost that is NaN fits no budget.
+
+    >>> fits_budget(4.0000001, 4.0), fits_budget(4.1, 4.0), fits_budget(jnp.nan, 4.0)
+    (True, False, False)
+    """
+    return cost <= budget * (1 + 1e-6)
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The number of trials of a search that run at the same time, and their executor.

@@ -56,6 +56,18 @@ def as_input_arrays(
     return w, alpha
 
 
+def as_proposed_alpha(alpha: PyTree) -> PyTree:
+    """Returns the ``alpha`` of a trial, which may hold integers, as arrays.
+
+    Raises:
+      TypeError: A leaf is no array.
+      ValueError: A leaf contains NaN, or there is no leaf.
+    """
+    alpha = _as_arrays("alpha", alpha)
+    check_no_nan((), alpha)
+    return alpha
+
+
 def check_no_nan(w: PyTree, alpha: PyTree) -> None:
     """Raises ValueError if a concrete leaf of ``w`` or ``alpha`` contains NaN."""
     if not any(map(_has_nan, jax.tree.leaves((w, alpha)))):

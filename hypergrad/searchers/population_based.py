@@ -30,7 +30,9 @@ class PopulationBasedTraining(PopulationSearcher):
     coordinates ``u`` of the space. In an `Interval` ``u`` is the logit of the position
     ``t`` between the bounds (on a logarithmic scale if ``log``), so ``t`` moves by
     about ``perturbation t (1 - t)``: by default a twentieth of the interval in its
-    middle, and less towards the bounds. The paper multiplies by 1.2 or 0.8 instead.
+    middle, and less towards the bounds. In a `Box` ``u`` is ``alpha`` itself: prefer an
+    `Interval`, whose steps do not depend on the units. The paper multiplies by 1.2 or
+    0.8 instead.
 
     A row of the trace is a member in a round. The metric ``parent`` is the member of
     the previous round from which it continued, and ``steps`` the number of its steps in

@@ -15,7 +15,8 @@ class Sobol(eqx.Module):
     scrambles it.
 
     Budget: 256 trials for a value within 0.01 (see `hypergrad.searchers`).
-    Cost: one point of the sequence per proposal.
+    Cost: O(axes) per earlier proposal, because the sequence is made anew and forwarded;
+      milliseconds up to thousands of trials.
 
     Source: Sobol 1967; Bergstra & Bengio 2012, for search.
 

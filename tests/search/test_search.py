@@ -1,6 +1,7 @@
 """Searches by trials against known optima, known costs and closed forms."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,9 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import validation
+from hypergrad.inner import inner_stats
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.spaces import Unit
 from tests.search.problems import (
     BEST,
@@ -80,6 +84,41 @@ def test_as_many_trials_are_made_as_fit_into_the_budget(budget, num_trials):
     trace = search(budget=budget)
     assert len(trace.value) == num_trials
     np.testing.assert_allclose(trace.cost[-1], num_trials * TRIAL_COST, rtol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [4.0, 7 * 4 / 3])
+def test_a_budget_of_whole_trials_pays_for_all_of_them_in_float32(budget):
+    """Three costs of 4/3 exceed 4 by rounding."""
+    with enable_x64(False):
+        trace = search(budget=budget)
+    assert trace.stats["gradient_equivalents"].dtype == jnp.float32
+    assert len(trace.value) == round(budget / TRIAL_COST)
+
+
+def test_a_search_whose_cost_is_unknown_ends():
+    """A cost that is NaN fits no budget."""
+
+    class Unknown(eqx.Module):
+        def solve(self, loss, w, alpha, batch, key):
+            return alpha, inner_stats(0, jnp.nan, 0, 0)
+
+    trace = search(solver=Unknown(), budget=10)
+    assert len(trace.value) == 1
+
+
+def test_w_is_checked_once_and_not_at_every_trial(monkeypatch):
+    """Reading it would copy all parameters to the host."""
+    shapes = []
+    has_nan = validation._has_nan
+    record = lambda x: shapes.append(jnp.shape(x)) or has_nan(x)
+    monkeypatch.setattr(validation, "_has_nan", record)
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    trace = search(
+        hg.Bilevel(loss, loss), hg.Descent(SGD, 1), w=jnp.zeros(5), space=Unit(),
+        budget=20,
+    )  # fmt: skip
+    assert len(trace.value) > 5
+    assert shapes.count((5,)) == 1
 
 
 def test_trial_costs_its_inner_steps_and_one_value():
