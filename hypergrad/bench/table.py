@@ -442,9 +442,8 @@ class Table(BaseTable):
 
 
 def without_test_data(task: Task) -> Task:
-    """Returns what a method gets of a task: no metrics, test or held-out examples."""
+    """Returns what a method gets of a task: no metrics, and only these two splits."""
     splits = task.splits
     if isinstance(splits, dict):
-        hidden = ("test", "held_out")
-        splits = {name: x for name, x in splits.items() if name not in hidden}
+        splits = {name: splits[name] for name in ("train", "val") if name in splits}
     return dataclasses.replace(task, metrics={}, splits=splits)

@@ -10,9 +10,11 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import tasks
 from hypergrad.bench import Table, baselines, loading
 from hypergrad.bench.check import check_result
 from hypergrad.bench.runner import RunOptions, run_table
+from hypergrad.bench.table import without_test_data
 from hypergrad.tasks import Task
 from tests.bench.toy_table import TABLE, write_table
 
@@ -96,6 +98,15 @@ def test_an_added_method_is_tuned_on_a_table_whose_own_methods_are_not(tmp_path:
     assert [row.get("stage") for row in result.rows].count("tuning") == 4
     findings = check_result("quadratic", loading.load_table(file), tmp_path / "runs")
     assert not [finding for finding in findings if finding.failed]
+
+
+def test_a_method_gets_training_and_validation_examples_only():
+    """The augmentation task has two splits of test images, posed and upright."""
+    task = tasks.augmentation.make(key=jax.random.key(0))
+    assert {"test", "upright", "held_out"} <= task.splits.keys()
+    given = without_test_data(task)
+    assert given.splits.keys() == {"train", "val"}
+    assert not given.metrics
 
 
 def test_all_converted_tables_take_methods():
