@@ -43,7 +43,7 @@ from .task import Task
 
 NUM_CLASSES = 10
 OPERATIONS = (
-    "translate_x", "translate_y", "rotate", "scale", "shear", "contrast", "noise",
+    "translate_y", "translate_x", "rotate", "scale", "shear", "contrast", "noise",
 )  # fmt: skip
 # Units: pixels, pixels, radians, log of the factor, slope, fraction of the contrast,
 # gray levels.
@@ -108,13 +108,13 @@ def transform(
       strength: Strengths in the order of `OPERATIONS`.
       noise: Noise, which is multiplied by its strength.
     """
-    shift_x, shift_y, angle, log_scale, slope, contrast, level = strength.T
+    rows, columns, angle, log_scale, slope, contrast, level = strength.T
     cos, sin, zeros, ones = jnp.cos(angle), jnp.sin(angle), 0 * angle, 1 + 0 * angle
     stack_rows = lambda *rows: jnp.moveaxis(jnp.array(rows), -1, 0)
     rotation = stack_rows((cos, sin), (-sin, cos))
     shear = stack_rows((ones, slope), (zeros, ones))
     factor = jnp.exp(log_scale)[:, None, None]
-    shift = jnp.stack([shift_x, shift_y], axis=-1)
+    shift = jnp.stack([rows, columns], axis=-1)
     x = warp(x, factor * rotation @ shear, shift)
     mean = jnp.mean(x, axis=(1, 2), keepdims=True)
     x = mean + (1 + contrast[:, None, None]) * (x - mean)

@@ -388,7 +388,7 @@ def test_training_on_validation_is_compared_without_a_claim():
 def test_learned_magnitudes_stand_beside_those_of_the_images():
     """They are means over networks and seeds."""
     text = line(make_rows(), "autoencoder, learned on average").text
-    assert "translate_y 0.60 (1), rotate 0.60 (0.79), scale 0.60 (0)" in text
+    assert "translate_x 0.60 (1), rotate 0.60 (0.79), scale 0.60 (0)" in text
 
 
 def test_certificates_are_counted_with_their_errors_and_reasons():

@@ -65,9 +65,18 @@ def test_an_affine_map_equals_scipys_bilinear_interpolation():
         for image in np.pad(IMAGES, ((0, 0), (1, 1), (1, 1)))
     ]
     actual = transform(
-        strengths(translate_x=0.3, translate_y=-0.7, rotate=0.4, scale=0.2, shear=-0.3)
+        strengths(translate_y=0.3, translate_x=-0.7, rotate=0.4, scale=0.2, shear=-0.3)
     )
     np.testing.assert_allclose(actual, np.array(expected)[:, 1:-1, 1:-1], atol=1e-12)
+
+
+def test_x_is_the_horizontal_axis():
+    """A translation by one pixel moves columns, or rows."""
+    for name, axis in (("translate_x", 2), ("translate_y", 1)):
+        moved = transform(strengths(**{name: 1.0}))
+        expected = np.roll(IMAGES, 1, axis)
+        inside = np.s_[:, 1:, 1:]
+        np.testing.assert_allclose(moved[inside], expected[inside], atol=1e-12)
 
 
 def test_contrast_scales_about_the_mean_and_noise_is_added():
