@@ -7,11 +7,12 @@ positive: its rank among the positives divided by its rank among all items.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from ..trees import without_derivative
-from ..validation import check_positive_int
+from ..validation import check_positive_int, is_traced
 from .base import safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
 from .pairs import PAIRS, rankings_per_block, remat, sum_of_precisions
@@ -121,6 +122,11 @@ class FastAP(RankingSurrogate):
 
     def __check_init__(self):
         check_positive_int("num_bins", self.num_bins, minimum=2)
+        low, high = self.low, self.high
+        if low is None or high is None or is_traced(low, high):
+            return
+        if not np.all(np.asarray(low) < np.asarray(high)):
+            raise ValueError(f"low must be below high; got {low} and {high}.")
 
     def smooth_rows(self, rows, temperature):
         """Returns ``mean_i H+(s_i) / H(s_i)`` of each ranking."""

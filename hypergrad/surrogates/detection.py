@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..trees import without_derivative
-from ..validation import check_positive_int, non_negative
+from ..validation import check_positive_int, is_traced, non_negative
 from .average_precision import soft_precisions
 from .base import safe_divide
 from .inputs import Examples, Scalar, Vector
@@ -34,12 +34,12 @@ def match_boxes(
       boxes, true_boxes: Corners ``(x0, y0, x1, y1)``. Images with fewer boxes are
         padded.
       scores: Scores of the boxes. Boxes with equal scores are matched in their order.
-      threshold: Smallest intersection over union of a match, above 0.
+      threshold: Smallest intersection over union of a match, in (0, 1].
       where, where_true: False for padding, or for boxes (true boxes) of another class
         than the one that is matched. Default to True.
 
     Raises:
-      ValueError: An array has the wrong shape.
+      ValueError: An array has the wrong shape, or ``threshold`` is out of range.
 
     Cost: one step per box, each over the true boxes of its image.
     Memory: boxes times true boxes per image.
@@ -64,6 +64,11 @@ def match_boxes(
         raise ValueError(
             f"true_boxes must have shape [images, true, 4] for {shape[0]} images; got "
             f"{true_boxes.shape}."
+        )
+    if not is_traced(threshold) and not 0 < np.asarray(threshold) <= 1:
+        raise ValueError(
+            f"threshold must be a fraction in (0, 1]; got {threshold}. Write 0.5 for "
+            "50%."
         )
     where = _boolean_mask("where", where, shape)
     where_true = _boolean_mask("where_true", where_true, true_shape)

@@ -35,7 +35,8 @@ def soft_rank(
         out and has rank 0. Defaults to 1.
 
     Returns:
-      Ranks of the shape and dtype of ``values``. Tied values share their mean rank.
+      Ranks of the shape and dtype of ``values``, float32 at least. Tied values share
+      their mean rank.
 
     Derivatives in both modes are exact, cost O(n), and exist unless a block of pooled
     items is about to split or merge.

@@ -59,8 +59,9 @@ def check_data(
     Raises:
       TypeError: ``data`` is not a dict of arrays, the features are not floating-point
         or the labels are not integers.
-      ValueError: An array is missing or has another shape, the examples are too few, a
-        feature is not finite or a label is out of range.
+      ValueError: An array is missing or has another shape, the examples are too few, or
+        too few without the mark ``test``; a feature is not finite or a label is out of
+        range.
     """
     expected = "data must be a dict {'x': array [n, features], 'y': array [n]}"
     if not isinstance(data, Mapping):
@@ -86,6 +87,29 @@ def check_data(
     check_features(data["x"])
     if "y" in names:
         check_labels(data["y"], num_classes)
+    if "test" in data:
+        check_test_marks(data["test"], num_examples, min_examples - 1)
+
+
+def check_test_marks(marks: Any, num_examples: int, num_unmarked: int) -> None:
+    """Checks the marks of test examples, which no other split may contain.
+
+    Raises:
+      ValueError: They are not boolean of shape ``[n]``, or too few are False.
+    """
+    if marks.shape != (num_examples,) or marks.dtype != bool:
+        raise ValueError(
+            f"data['test'] must be boolean of shape [{num_examples}]; got "
+            f"{marks.dtype} of shape {marks.shape}."
+        )
+    if (
+        not is_traced(marks)
+        and (count := int(np.sum(~np.asarray(marks)))) < num_unmarked
+    ):
+        raise ValueError(
+            f"data['test'] must leave {num_unmarked} examples for training and "
+            f"validation; got {count}. Pass more data or smaller sizes."
+        )
 
 
 def check_features(x: Num[Array, "n features"]) -> None:

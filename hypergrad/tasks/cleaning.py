@@ -63,10 +63,14 @@ def held_out_loss(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
 def f1_of_wrong_labels(
     wrong: Bool[Array, " n"], w: PyTree, alpha: Float[Array, " n"], key: Array
 ) -> Array:
-    """Returns the F1 score of ``alpha < 1/2`` as a detector of wrong labels."""
+    """Returns the F1 score of ``alpha < 1/2`` as a detector of wrong labels.
+
+    It is 0 if no label is wrong and none is called wrong.
+    """
     del w, key
     predicted = alpha < 0.5
-    return 2 * jnp.sum(predicted & wrong) / (jnp.sum(predicted) + jnp.sum(wrong))
+    total = jnp.sum(predicted) + jnp.sum(wrong)
+    return 2 * jnp.sum(predicted & wrong) / jnp.maximum(total, 1)
 
 
 @jax.jit
@@ -127,7 +131,8 @@ def make(
       hold_out: Whether 50 validation examples are excluded from the outer loss, for
         choosing settings.
       corruption: Probability that a training label is wrong.
-      batch_size: Batch size of both losses. Defaults to all examples.
+      batch_size: Batch size of the inner loss, and of the outer loss up to its 150
+        examples. Defaults to all examples.
       data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9 and more than 1,150
         examples. Defaults to the digits.
 
@@ -177,5 +182,9 @@ def _minibatch_problem(train: PyTree, val: PyTree, batch_size: int) -> Bilevel:
     """Returns the problem with both losses on batches of examples."""
     train = train | {"index": jnp.arange(NUM_TRAIN)}
     val = val | {"use": val["use"] / jnp.mean(val["use"])}
-    batches = (Batches(examples, batch_size) for examples in (train, val))
-    return Bilevel(minibatch_train_loss, minibatch_val_loss, *batches)
+    return Bilevel(
+        minibatch_train_loss,
+        minibatch_val_loss,
+        Batches(train, batch_size),
+        Batches(val, min(batch_size, NUM_VAL)),
+    )

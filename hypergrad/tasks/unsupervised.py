@@ -33,12 +33,13 @@ from .. import datasets as datasets
 from .. import spaces
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
-from ..validation import as_key
+from ..validation import as_key, is_traced
 from .classifier import check_data
 from .task import Task
 
 # Three eigenvalues of the correlation matrix of wine are above 1.
 NUM_COMPONENTS = 3
+MAX_NOISE = 1.0  # variance; must be below that of the last component
 NUM_CLUSTERS = 3
 LOG_2PI = 1.8378770664093453
 
@@ -98,6 +99,22 @@ def ppca_fit(alpha: Array, batch: PyTree) -> Array:
     return vectors * jnp.sqrt(values - alpha)[None, :]
 
 
+def check_components(train: PyTree) -> None:
+    """Checks that all components stand out of the largest noise that is tried.
+
+    Raises:
+      ValueError: The variance of a component is not above it, so that `ppca_fit` would
+        be NaN.
+    """
+    value = jnp.linalg.eigvalsh(covariance(train))[-NUM_COMPONENTS]
+    if not is_traced(value) and not value > MAX_NOISE:
+        raise ValueError(
+            f"data['x'] must have {NUM_COMPONENTS} components with a variance above "
+            f"{MAX_NOISE:g} for 'ppca', in units of one standardized feature; that of "
+            f"the last is {value:.3g}. Use data with more features, or another variant."
+        )
+
+
 def ppca_hypergradient(train: PyTree, val: PyTree, alpha: Array) -> Array:
     """Returns ``(d - q) / (2 alpha) - sum_{i > q} u_i' S_val u_i / (2 alpha²)``.
 
@@ -146,7 +163,10 @@ def adjusted_rand(labels: Array, clusters: Array) -> Array:
     cluster_pairs = num_pairs(jnp.sum(table, axis=0))
     expected = label_pairs * cluster_pairs / num_pairs(jnp.sum(table))
     maximum = (label_pairs + cluster_pairs) / 2
-    return (num_pairs(table) - expected) / (maximum - expected)
+    # Both partitions are one group, or all single: they are equal.
+    is_trivial = maximum == expected
+    ratio = (num_pairs(table) - expected) / jnp.where(is_trivial, 1, maximum - expected)
+    return jnp.where(is_trivial, 1.0, ratio)
 
 
 def nll_on(
@@ -227,6 +247,8 @@ def make(
         )
     splits = split({name: jnp.asarray(data[name]) for name in names}, key)
     train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
+    if variant == "ppca":
+        check_components(train)
     d = train["x"].shape[1]
     shape = (d,)
     if variant == "kde":
@@ -238,8 +260,8 @@ def make(
     elif variant == "ppca":
         losses = ppca_nll, ppca_nll
         solver, w = ClosedForm(ppca_fit), jnp.zeros((d, NUM_COMPONENTS))
-        # The noise variance must be below the eigenvalue of the last component.
-        space, alpha = spaces.Interval(0.05, 1.0, log=True), jnp.asarray(0.3)
+        space = spaces.Interval(0.05, MAX_NOISE, log=True)
+        alpha = jnp.asarray(0.3)
         source = "Tipping & Bishop 1999, equations 7 and 8"
         exact = partial(ppca_hypergradient, train, val)
     else:

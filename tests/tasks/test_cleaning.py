@@ -42,6 +42,17 @@ def test_held_out_examples_do_not_contribute_to_loss_and_accuracy():
     np.testing.assert_allclose(accuracy(val), accuracy(used), rtol=1e-12)
 
 
+def test_f1_is_zero_if_no_label_is_wrong_or_called_wrong():
+    right, alpha = jnp.zeros(5, bool), jnp.full(5, 0.5)
+    assert cleaning.f1_of_wrong_labels(right, None, alpha, None) == 0
+
+
+def test_batches_larger_than_the_validation_set_are_of_the_inner_loss_only():
+    problem = cleaning.make(key=jax.random.key(0), batch_size=400).problem
+    assert problem.inner_data.batch_size == 400
+    assert problem.outer_data.batch_size == 150
+
+
 def test_f1_of_wrong_labels_equals_scikit_learn():
     alpha_key, wrong_key = jax.random.split(jax.random.key(0))
     alpha = jax.random.uniform(alpha_key, (1000,))

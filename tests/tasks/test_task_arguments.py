@@ -56,6 +56,22 @@ def test_data_must_be_a_dict_of_features_and_labels(name: str):
             make(name, data, **arguments)
 
 
+def test_marked_test_examples_enter_no_other_split():
+    """Too many marks leave too few examples to train and validate on."""
+    marks = np.arange(1797) < 1200
+    data = DIGITS | {"test": marks}
+    with pytest.raises(ValueError, match="must leave 600 examples"):
+        make("penalties", data)
+    for wrong in (marks[:-1], marks.astype(int)):
+        with pytest.raises(ValueError, match=r"'test'.*boolean"):
+            make("penalties", DIGITS | {"test": wrong})
+    marks = np.arange(1797) < 1197
+    x = np.where(marks[:, None], 7.0, DIGITS["x"])
+    problem = make("penalties", DIGITS | {"x": x, "test": marks}).problem
+    for split in (problem.inner_data, problem.outer_data):
+        assert not np.any(np.asarray(split["x"]) == 7)
+
+
 def test_metrics_of_a_task_can_be_recorded():
     """No metric has the name of a column of a trace, which would be an error later."""
     control = hg.tasks.physics.make(key=jax.random.key(0), variant="control")

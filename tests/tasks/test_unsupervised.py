@@ -115,6 +115,15 @@ def test_agreement_is_the_adjusted_rand_index_of_scikit_learn(key):
     actual = unsupervised.adjusted_rand(labels, clusters)
     np.testing.assert_allclose(actual, adjusted_rand_score(labels, clusters), 1e-12)
     np.testing.assert_allclose(unsupervised.adjusted_rand(labels, 2 - labels), 1.0)
+    one_group = jnp.zeros(9, int)
+    assert adjusted_rand_score(one_group, one_group) == 1
+    assert unsupervised.adjusted_rand(one_group, one_group) == 1
+
+
+def test_components_below_the_noise_are_refused():
+    """Iris has four features, of which three are nearly dependent."""
+    with pytest.raises(ValueError, match="3 components with a variance above 1"):
+        unsupervised.make(key=KEY, variant="ppca", data=DATA["iris"])
 
 
 @pytest.mark.parametrize("name", DATA)
