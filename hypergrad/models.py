@@ -91,7 +91,8 @@ def save(
     """Saves ``(w, alpha)`` as the next version of a name.
 
     Several processes may save under one name at the same time: each gets a version of
-    its own. A call that fails or is interrupted leaves no version and no new folder.
+    its own. A call that fails or is interrupted leaves no version and no new folder; a
+    killed process may leave a hidden folder ``.draft-*``, which nothing reads.
 
     Args:
       name: Name of letters, digits, ".", "_" and "-".
@@ -139,7 +140,8 @@ def save(
     }
     if problem is not None:
         check_problem_type(problem)
-        record["data"] = digest((problem.inner_data, problem.outer_data))
+        data = problem.inner_data, problem.outer_data
+        record["data"] = digest(data if problem.data_fn is None else problem.data_fn)
     draft = home / f".draft-{uuid.uuid4().hex}"
     with atomic_io.directory_unless_error(home):
         try:

@@ -49,6 +49,8 @@ def run_fingerprint(
         get_block_size(loop, state),
         record_every,
     )
+    # Folders of problems without data_fn keep the fingerprint that they had before.
+    data_fn = {} if problem.data_fn is None else {"data_fn": digest(problem.data_fn)}
     settings = ("eval_every", "certify_every", "on_untrusted", "record_alphas")
     trees = ("estimator", "aggregator", "space", "project", "outer_data_fn", "metrics")
     return (
@@ -67,5 +69,6 @@ def run_fingerprint(
             "program": digest_program(program),
             "initial state": digest(state),
         }
+        | data_fn
         | runtime_environment()
     )
