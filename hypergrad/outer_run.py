@@ -214,16 +214,20 @@ class _HostRun:
         self.num_steps_made = len(costs) * self.record_every
         self.num_steps_saved = self.num_steps_made
         self.blocks = [(rows, len(costs))]
-        for name, limit, minimum in (
-            ("num_steps", self.num_steps, self.num_steps_made),
-            ("budget", float(self.budget.limit), float(costs[:-1].sum())),
-        ):
-            if limit < minimum:
-                raise ValueError(
-                    f"{name} must be at least {minimum:g} to continue the checkpoints "
-                    f"of {folder.path}; got {limit:g}. Choose another folder for a "
-                    "shorter run."
-                )
+        limit, spent = float(self.budget.limit), math.fsum(costs[:-1].tolist())
+        if self.num_steps < self.num_steps_made:
+            self._refuse("num_steps", f"at least {self.num_steps_made}", folder)
+        if limit <= spent:  # it would have ended the run before its last row
+            self._refuse("budget", f"above {spent:g}", folder)
+
+    def _refuse(self, name: str, requirement: str, folder: CheckpointFolder) -> None:
+        """Raises ValueError for a run that is shorter than its checkpoints."""
+        limits = {"num_steps": self.num_steps, "budget": float(self.budget.limit)}
+        raise ValueError(
+            f"{name} must be {requirement} to continue the checkpoints of "
+            f"{folder.path}; got {limits[name]:g}. Choose another folder for a shorter "
+            "run."
+        )
 
     def run(self) -> Trace:
         """Makes the remaining steps, with pauses for the host; returns the trace."""
@@ -237,9 +241,8 @@ class _HostRun:
                 is_end or self._is_at_interval(self.folder.every)
             ):
                 self._save(self.folder)
-            if self.show_progress is not None and (
-                is_end or self._is_at_interval(self._report_interval())
-            ):
+            is_due = is_end or self._is_at_interval(self._report_interval())
+            if self.show_progress is not None and is_due and self.num_steps_made:
                 self.show_progress(self._make_update())
         if self.folder is not None and self.was_interrupted():
             raise _interruption(self.folder)

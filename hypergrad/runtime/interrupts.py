@@ -11,7 +11,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields a function that returns whether Ctrl-C was pressed.
 
     The first Ctrl-C only sets what this function returns, so that nothing is
-    interrupted in between; a second one raises KeyboardInterrupt at once. Outside of
+    interrupted in between; a second one raises KeyboardInterrupt at once, and so does
+    the end of the block if the caller has not raised it. Outside of
     the main thread, and where a program handles Ctrl-C in its own way, nothing changes
     and the function returns False.
     """
@@ -32,3 +33,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: was_pressed
     finally:
         signal.signal(signal.SIGINT, handler)
+    if was_pressed:
+        raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Warnings that point at the user's own line."""
 
+import contextlib
 import inspect
 import os
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 import equinox
 import jax
 
-#: Folders whose functions may be between the user's line and the warning.
+#: Folders, and a file, whose functions may be between the user's line and the warning.
 FOLDERS = (
     str(Path(__file__).parents[1]) + os.sep,
     *(str(Path(inspect.getfile(x)).parent) + os.sep for x in (equinox, jax)),
+    contextlib.__file__,
 )
 
 

@@ -211,13 +211,52 @@ def test_ctrl_c_says_that_nothing_could_be_saved(tmp_path, monkeypatch):
             run(checkpoints=hg.Checkpoints(tmp_path))
 
 
+def test_the_warning_of_a_folder_points_at_the_call(tmp_path):
+    """And not at the standard library, through which the folder is opened."""
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="file") as issued:
+        run(checkpoints=hg.Checkpoints(tmp_path / "file" / "folder"))
+    assert {Path(warning.filename).parts[-2:] for warning in issued} == {
+        ("tests", "loops.py")
+    }
+
+
 def raise_disk_is_full(*args):
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
 @pytest.mark.usefixtures("default_ctrl_c")
+def test_a_ctrl_c_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    """It comes while the trace is made, when nothing is left to be saved."""
+    make_trace = outer_run._make_trace
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make_trace(*args)
+
+    monkeypatch.setattr(outer_run, "_make_trace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoints=hg.Checkpoints(tmp_path))
+    assert steps_in(tmp_path)[-1] == NUM_STEPS
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+def test_a_ctrl_c_before_the_first_step_is_one(tmp_path, monkeypatch):
+    """There is no step whose progress could be shown."""
+    count = outer_run._HostRun._steps_to_next_pause
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return count(self)
+
+    monkeypatch.setattr(outer_run._HostRun, "_steps_to_next_pause", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="no step"):
+        run(checkpoints=hg.Checkpoints(tmp_path), progress=lambda *call: None)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_a_second_ctrl_c_interrupts_at_once():
-    with deferred_interrupt() as was_pressed:
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as was_pressed:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         assert was_pressed()
         with pytest.raises(KeyboardInterrupt):
@@ -666,6 +705,44 @@ def test_the_folder_of_another_run_is_refused(name: str, finished):
     assert after == before
 
 
+def test_other_arrays_of_a_data_function_are_refused(tmp_path):
+    """They are arguments of the program, and not in its text."""
+    inner = lambda w, alpha, batch: jnp.sum((w - alpha * batch) ** 2)
+    outer = lambda w, alpha, batch: jnp.sum((w - batch) ** 2)
+    sample = lambda arrays, key: (arrays, arrays)
+
+    def run_on(arrays, num_steps):
+        data_fn = jax.tree_util.Partial(sample, jnp.array(arrays))
+        return hg.minimize(
+            hg.Bilevel(inner, outer, data_fn=data_fn), hg.Implicit(hg.Newton()),
+            optax.sgd(0.01), jnp.zeros(2), jnp.array(3.0), num_steps=num_steps,
+            checkpoints=hg.Checkpoints(tmp_path),
+        )  # fmt: skip
+
+    run_on([1.0, 2.0], 2)
+    assert len(run_on([1.0, 2.0], 3).value) == 3
+    with pytest.raises(ValueError, match="data_fn"):
+        run_on([1.0, 2.5], 4)
+
+
+def test_a_budget_that_would_have_ended_the_run_earlier_is_refused(tmp_path):
+    """Costs of 3 make six steps of a budget of 16, and five of 15."""
+    estimator = ExactEstimator(lambda alpha, data: alpha, cost=3.0)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    run_to = lambda budget, **options: run_loop(
+        problem, estimator, optax.sgd(0.01), 0.0, 1.0, budget=budget, **options
+    )
+    checkpoints = hg.Checkpoints(tmp_path)
+    assert len(run_to(16.0, checkpoints=checkpoints).value) == 6
+    assert len(run_to(15.0).value) == 5
+    with pytest.raises(ValueError, match="budget must be above 15"):
+        run_to(15.0, checkpoints=checkpoints)
+    assert len(run_to(15.5, checkpoints=checkpoints).value) == 6
+
+
 def test_a_folder_that_refused_other_runs_still_serves_its_own(finished):
     assert_same_bits(run(checkpoints=hg.Checkpoints(finished)), unbroken())
 
@@ -719,7 +796,7 @@ def test_a_folder_that_cannot_be_created_issues_a_warning(tmp_path):
     assert_same_bits(trace, unbroken())
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="folder"):
-        run(checkpoints=hg.Checkpoints(tmp_path / "file"))
+        run(checkpoints=hg.Checkpoints(tmp_path / "file" / "folder"))
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
