@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .cost import COST_STATS
-from .outer_step import Budget, OuterState, StepRecord, step, step_without_record
+from .outer_step import (
+    Budget,
+    OuterState,
+    StepRecord,
+    compensated_sum,
+    step,
+    step_without_record,
+)
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
@@ -88,13 +95,19 @@ def _repeat_without_record(
         return state, None
 
     def make_step(_, carry):
-        state, costs = carry
+        state, costs, errors = carry
         state, costs_of_step = step_without_record(loop, state)
-        return state, jax.tree.map(jnp.add, costs, costs_of_step)
+        sums = {
+            name: compensated_sum(costs[name], errors[name], cost)
+            for name, cost in costs_of_step.items()
+        }
+        costs, errors = ({name: x[i] for name, x in sums.items()} for i in (0, 1))
+        return state, costs, errors
 
     costs = jax.eval_shape(lambda state: step_without_record(loop, state)[1], state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), costs)
-    return jax.lax.fori_loop(0, num_steps, make_step, (state, zeros))
+    state, costs, _ = jax.lax.fori_loop(0, num_steps, make_step, (state, zeros, zeros))
+    return state, costs
 
 
 def _add_costs(record: StepRecord, costs: dict[str, Array]) -> StepRecord:

@@ -84,14 +84,23 @@ class StepRecord(PrettyModule):
     alpha: PyTree
 
 
+def compensated_sum(total: Array, error: Array, addend: Array) -> tuple[Array, Array]:
+    """Returns the sum and its rounding error, which the next addition corrects.
+
+    In float32 a plain sum of many small costs would drift (Kahan 1965).
+    """
+    addend = addend - error
+    new_total = total + addend
+    return new_total, (new_total - total) - addend
+
+
 class Budget(eqx.Module):
     """Gradient-equivalents that a run may spend, and those that it has spent.
 
     Attributes:
       limit: The budget, infinite if there is none.
       total_cost: Cost of the steps made so far.
-      error: Rounding error of ``total_cost``, which the next addition corrects (Kahan
-        summation), because in float32 a plain sum of many small costs would drift.
+      error: Rounding error of ``total_cost``; see `compensated_sum`.
     """
 
     limit: Array
@@ -112,10 +121,8 @@ class Budget(eqx.Module):
 
     def spend(self, cost: Array) -> "Budget":
         """Returns the budget after a step of this cost."""
-        addend = cost.astype(self.total_cost.dtype) - self.error
-        total_cost = self.total_cost + addend
-        error = (total_cost - self.total_cost) - addend
-        return Budget(self.limit, total_cost, error)
+        cost = cost.astype(self.total_cost.dtype)
+        return Budget(self.limit, *compensated_sum(self.total_cost, self.error, cost))
 
 
 @eqx.filter_jit
@@ -359,7 +366,7 @@ def _get_status(
             direction.has_bad_weights,
             ~all_finite(direction.gradient),
             ~estimate.stats["trusted"] & should_stop,
-            ~all_finite(u),
+            ~all_finite(u, spaces.forward(loop.space, u)),
         ],
         [BAD_VALUE, NONFINITE_WEIGHTS, BAD_HYPERGRADIENT, UNTRUSTED, BAD_STEP],
         0,

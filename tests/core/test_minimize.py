@@ -602,3 +602,19 @@ def test_the_outer_data_may_change_from_step_to_step(wrap):
         np.testing.assert_allclose(next_alpha, expected, rtol=1e-9)
     assert trace.value[-1] > trace.value[0]
     np.testing.assert_array_equal(trace.best_alpha, trace.alphas[-1])
+
+
+def test_a_step_to_an_infinite_alpha_is_not_made():
+    """``exp(u)`` of a finite ``u`` may be infinite, also at the last step."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum((w + 1) ** 2),
+    )
+    estimator = ExactEstimator(lambda alpha, data: alpha)
+    for num_steps in (1, 2):
+        trace = run_loop(
+            problem, estimator, optax.scale(1e4), 0.0, 3.0, num_steps=num_steps,
+            space=hg.spaces.Positive(),
+        )  # fmt: skip
+        assert "alpha" in trace.status
+        np.testing.assert_allclose(trace.alpha, 3.0, rtol=1e-12)

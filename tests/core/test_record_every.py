@@ -11,9 +11,11 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.outer_estimate import ADDITIVE_STATS
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import to_numpy
 from tests.core.test_outer_loop import LOOP, PROBLEM, SGD, START, make_loop, run
 from tests.estimators.single_loop.problems import ALPHA, W, with_batches
+from tests.loops import ExactEstimator, run_loop
 from tests.parameters import slow_except
 
 NUM_STEPS = 24
@@ -151,3 +153,24 @@ def test_a_run_with_fewer_records_works_inside_jit_and_vmap():
 def test_intervals_that_do_not_fit_are_refused(loop, options: dict, name: str):
     with pytest.raises((TypeError, ValueError), match=name):
         loop.run(loop.init(*START), **options)
+
+
+def test_costs_of_many_steps_do_not_drift_in_float32():
+    """A plain sum of 20,000 costs of 0.1 is off by 1e-4 of it, or more."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    num_steps = 20_000
+    with enable_x64(False):
+        estimator = ExactEstimator(lambda alpha, data: alpha, cost=0.1)
+        trace = run_loop(
+            problem, estimator, optax.sgd(1e-4), 0.0, 1.0, num_steps=num_steps,
+            record_every=num_steps,
+        )  # fmt: skip
+    (cost,) = trace.stats["gradient_equivalents"]
+    assert cost.dtype == jnp.float32
+    exact = num_steps * float(np.float32(0.1))
+    np.testing.assert_allclose(cost, exact, rtol=3e-7)
+    plain = np.cumsum(np.full(num_steps, 0.1, np.float32), dtype=np.float32)[-1]
+    assert abs(plain - exact) > 1e-5 * exact
