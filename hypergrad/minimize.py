@@ -68,7 +68,7 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
 
     With ``num_steps``, and without ``progress`` and ``checkpoints``, the function can
     be jitted and vmapped. Losses are traced a constant number of times, and a second
-    run with the same objects and shapes traces nothing, whatever its ``num_steps``.
+    run with the same objects and shapes compiles nothing, whatever its ``num_steps``.
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.

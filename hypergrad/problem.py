@@ -35,6 +35,7 @@ class Bilevel(eqx.Module):
         of K losses. With a tuple, values have shape ``[K]`` and each leaf of a
         hypergradient has a leading axis of size K.
       inner_data, outer_data: None, a pytree of arrays that is used whole, or `Batches`.
+        Do not write to an array of NumPy afterwards: JAX may use its memory on a CPU.
         Estimates at the end of an inner run use all outer data, also of `Batches`,
         unless their ``outer_batch_size`` is set.
       init_fn: ``(w, alpha) -> w0``, an inner starting point that depends on ``alpha``,

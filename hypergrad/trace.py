@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .display import ResultModule, Row
+from .display import ResultModule, Row, render_text
 from .estimators.base import REASONS
 from .trace_display import count_rows_made, trace_rows
+from .trees import PrettyModule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +92,9 @@ class Trace(ResultModule):
 
     def __repr__(self) -> str:
         """Returns a table of the run, or runs, or else the fields without the state."""
-        return ResultModule.__repr__(dataclasses.replace(self, state=None))
+        if (rows := self._readable_rows()) is not None:
+            return render_text(type(self).__name__, rows)
+        return PrettyModule.__repr__(dataclasses.replace(self, state=None))
 
     def _rows(self) -> list[Row] | None:
         return trace_rows(self)

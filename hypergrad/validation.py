@@ -261,11 +261,14 @@ def _optax_factory(value: Any) -> str | None:
 
 def check_hashable(name: str, function: Any) -> None:
     """Raises TypeError unless a function can be a static argument of `jax.jit`."""
-    if type(function).__hash__ is None:
+    try:
+        hash(function)
+    except TypeError as error:
         raise TypeError(
             f"{name} must be hashable, because it is a static argument of jax.jit; got "
-            f"an unhashable {type(function).__name__}. Make it a frozen dataclass."
-        )
+            f"an unhashable {type(function).__name__}. Make it a frozen dataclass "
+            "without arrays, which belong to the data."
+        ) from error
 
 
 # Numbers.

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import hypergrad as hg
 from hypergrad.estimators.base import REASONS
@@ -73,3 +75,23 @@ def test_a_batch_prints_without_its_large_leaves():
     assert read_html(batch)["w"] == f"{batch.w.dtype}[3,4]"
     assert read_text(make_batch(np.zeros((0, 4))))["runs"] == "0"
     assert read_text(make_batch(np.zeros((2, 0))))["last value"] == "none is finite"
+
+
+def test_a_failed_row_without_a_cost_is_printed():
+    """The table in a terminal counts the rows that the table in a notebook counts."""
+
+    class Failing(eqx.Module):
+        def init(self, problem, w, alpha, key=None):
+            return w
+
+        def estimate(self, problem, w, alpha, key):
+            value = jnp.where(alpha < 0.9, jnp.nan, alpha**2)
+            return hg.Estimate(value, 2 * alpha, w, {}), w
+
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    trace = hg.minimize(problem, Failing(), optax.sgd(0.1), 0.0, 1.0, num_steps=5)
+    assert read_text(trace)["steps"] == read_html(trace)["steps"] == "2 of 5"
+    assert trace.last_row == 1

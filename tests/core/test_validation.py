@@ -1,5 +1,8 @@
 """Tests of the checks of ``w`` and ``alpha`` that precede all tracing."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -109,3 +112,18 @@ SETTINGS_FROM_ZERO = {
 def test_a_negative_tolerance_is_refused_also_as_an_array(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be at least 0; got"):
         SETTINGS_FROM_ZERO[name](value)
+
+
+def test_a_loss_with_an_array_as_a_field_is_refused():
+    """A frozen dataclass has a hash, but not one with an array."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Scaled:
+        scale: Any
+
+        def __call__(self, w, alpha, batch):
+            return jnp.sum(self.scale * (w - alpha) ** 2)
+
+    hg.Bilevel(Scaled(2.0), Scaled(1.0))
+    with pytest.raises(TypeError, match="inner_loss must be hashable"):
+        hg.Bilevel(Scaled(jnp.ones(3)), Scaled(1.0))
