@@ -25,6 +25,10 @@ from .statistics import (
     p_value,
 )
 
+#: Errors of a function of all rows where only a part of them was made.
+MISSING_ROWS = (KeyError, IndexError, TypeError, ValueError)
+ROUNDING = 1e-12  # of ratios, and of differences relative to the largest value
+
 Outcome = Literal[
     "holds", "FAILED", "supported", "not supported", "contradicted", "undecided"
 ]
@@ -69,8 +73,11 @@ class Check:
     holds: Callable[[Sequence[Row]], bool | tuple[bool, str]]
 
     def evaluate(self, rows: Sequence[Row]) -> Finding:
-        """Returns whether the statement holds for the rows."""
-        result = self.holds(rows)
+        """Returns whether the statement holds; undecided if rows are missing."""
+        try:
+            result = self.holds(rows)
+        except MISSING_ROWS as error:
+            return Finding(f"{self.text}: rows are missing ({error!r})", "undecided")
         is_true, detail = result if isinstance(result, tuple) else (result, "")
         text = f"{self.text} ({detail})" if detail else self.text
         return Finding(text, "holds" if is_true else "FAILED")
@@ -138,7 +145,8 @@ class Pair:
             return "a row has no number"
         if self.as_ratio and not np.all(numbers > 0):
             return "a ratio of numbers that are not positive"
-        if np.ptp(self.gains(rows)) == 0:
+        scale = 1.0 if self.as_ratio else np.max(np.abs(numbers))
+        if np.ptp(self.gains(rows)) <= ROUNDING * scale:
             return "the seeds do not vary"
         return ""
 

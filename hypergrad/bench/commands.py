@@ -15,7 +15,7 @@ from . import check as checks
 from . import compare as comparisons
 from . import export as exports
 from . import recompute as recomputing
-from .claims import Finding
+from .claims import MISSING_ROWS, Finding
 from .dry_run import plan
 from .figures import plot
 from .loading import (
@@ -148,9 +148,12 @@ def write_result(
     atomic_io.atomic_write(paths[1], text)
     try:
         plot(table_result, paths[2])
-    except (KeyError, IndexError, ValueError) as error:  # rows of a part of a table
-        text += f"\nNo figure was drawn: it needs rows that are missing ({error!r}).\n"
+    except MISSING_ROWS as error:
+        paths[2].unlink(missing_ok=True)  # of other rows
         paths = paths[:2]
+        note = f"No figure was drawn: it needs rows that are missing ({error!r}).\n"
+        head, mark, protocol = text.partition("\n## Protocol\n")
+        text = f"{head}\n{note}{mark}{protocol}"
     return text, paths, result.failures
 
 

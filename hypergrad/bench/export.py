@@ -36,7 +36,7 @@ def export(result: TableResult, kind: str, folder: Path) -> Path | None:
       folder: Where the file or the store is written.
 
     Returns:
-      The path; None if the table has no settings, or no splits.
+      The path; None if the table has nothing of this kind.
 
     Raises:
       ValueError: The format is unknown, or its package is not installed.
@@ -79,8 +79,13 @@ def _settings(row: Row) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def write_latex(result: TableResult, folder: Path) -> Path:
-    """Writes the printed table as a ``booktabs`` tabular."""
+def write_latex(result: TableResult, folder: Path) -> Path | None:
+    """Writes the printed table as a ``booktabs`` tabular.
+
+    Returns None for a table that prints other things than columns of its rows.
+    """
+    if result.table.body is not None:
+        return None
     headings, cells = main_table(result)
     command = result.printed_rows[0]["command"]
     line = lambda row: " & ".join(map(_to_latex, row)) + r" \\"

@@ -50,9 +50,15 @@ def plot_default(result: TableResult, path: Path) -> None:
 
 def plot_curves(axes, result: TableResult) -> None:
     """Draws the outer value of each method over the gradient-equivalents spent."""
-    with_curves = [x for x in result.labels if "curve_value" in result.rows_of(x)[0]]
-    for label, color in zip(with_curves, itertools.cycle(COLORS), strict=False):
-        for i, row in enumerate(result.rows_of(label)):
+    curves = {
+        label: [row for row in result.rows_of(label) if "curve_value" in row]
+        for label in result.labels
+    }
+    curves = {label: rows for label, rows in curves.items() if rows}
+    for (label, rows), color in zip(
+        curves.items(), itertools.cycle(COLORS), strict=False
+    ):
+        for i, row in enumerate(rows):
             values = np.array(row["curve_value"], float)
             if values.ndim > 1:
                 values = values.mean(axis=1)

@@ -14,8 +14,10 @@ from .source import digest_sources, local_imports
 
 PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
 
+#: Fields of the process that measures a cell, which may be a worker elsewhere.
+PROCESS_FIELDS = ("versions", "device", "float")
 #: Fields that must be equal in all rows of one file.
-COMMON_FIELDS = ("source", "versions", "device", "float")
+COMMON_FIELDS = ("source", *PROCESS_FIELDS)
 
 
 def collect(table_file: Path, command: str) -> dict[str, Any]:
@@ -27,12 +29,20 @@ def collect(table_file: Path, command: str) -> dict[str, Any]:
 
     Returns:
       ``commit`` of the package's checkout, with "+" if files differ from it, or None
-      for an installed package; ``source``, ``versions``, ``device`` and ``command``.
+      for an installed package; ``source``, ``command`` and `PROCESS_FIELDS`.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "commit": _commit(table_file),
         "source": digest_sources(table_file),
+        "command": command,
+        **describe_process(),
+    }
+
+
+def describe_process() -> dict[str, Any]:
+    """Returns `PROCESS_FIELDS` of this process."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
         "versions": {
             "python": platform.python_version(),
             "hypergrad": hypergrad.__version__,
@@ -40,7 +50,6 @@ def collect(table_file: Path, command: str) -> dict[str, Any]:
         },
         "device": jax.devices()[0].device_kind,
         "float": str(jax.dtypes.canonicalize_dtype(float)),
-        "command": command,
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..runtime.console import printable
 from .claims import Finding, Published
 from .rows import Row
-from .table import BaseTable, result_rows
+from .table import BaseTable, Column, result_rows
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
@@ -321,7 +321,8 @@ def _ranking(
     out.
     """
     columns = {column.name: column for column in result.table.printed_columns}
-    ranked_by = columns[result.table.ranked_by.removeprefix("-")]
+    name = result.table.ranked_by.removeprefix("-")
+    ranked_by = columns.get(name, Column(name))
     sign = 1 if result.table.ranked_by.startswith("-") else -1
     rows = {label: result.rows_of(label) for label in labels}
     means = {label: np.mean(ranked_by.values(rows[label])) for label in labels}
@@ -366,7 +367,9 @@ class IndexEntry:
         status = _text(self.status)
         if "FAILED" in self.status:
             status = f"<span class='bad'>{status}</span>"
-        origin = (self.paradigm, f"commit {self.commit[:12]}", _age(self.time))
+        commits = [x[:12] + "+" * x.endswith("+") for x in self.commit.split(" and ")]
+        commit = f"commit {' and '.join(commits)}"
+        origin = (self.paradigm, commit, _age(self.time))
         origin = ", ".join(map(_text, filter(None, origin)))
         return (
             f"<li><a href='{_href(self.name)}'>{image}"

@@ -89,11 +89,6 @@ def set_cut_line_aside(path: Path) -> None:
             file.truncate(num_complete)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replaces a file by the given rows, completely or not at all."""
-    atomic_io.atomic_write(path, "".join(map(to_line, rows)))
-
-
 def cell_key(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
     """Returns the values that identify the cell of a row."""
     return tuple(_hashable(row.get(field)) for field in fields)

@@ -21,6 +21,7 @@ from ..runtime.provenance import utc_now
 from . import provenance
 from .loading import TableRef, error_position
 from .methods import MethodError
+from .provenance import PROCESS_FIELDS
 from .rows import Cell, Row, append_row, cell_key, read_rows, set_cut_line_aside
 from .source import digest_sources
 from .table import BaseTable
@@ -109,12 +110,15 @@ def run_table(
         atomic_io.lock_file(file, path)
         atomic_io.fsync_path(options.folder)  # the name of a new file
         result.rows = read_rows(path, allow_cut=True)
+        if options.executor is not None and result.rows:
+            common |= {name: result.rows[0].get(name) for name in PROCESS_FIELDS}
         for row in result.rows:
             check_row_origin(row, common, method_sources, path)
         machines = [row.get("machine") for row in result.rows]
         warn_of_other_machines(f"rows of {path} were made", machines)
         set_cut_line_aside(path)
         num_cells, num_done = sum(map(len, stages)), 0
+        num_rows = len(result.rows)
         for stage in stages:
             done = set(map(key_of, result.rows))
             pending = [
@@ -131,10 +135,14 @@ def run_table(
                 if isinstance(outcome, str):
                     result.failures.setdefault(label, outcome)
                 else:
+                    if num_rows == 0:  # a worker may have another device
+                        common |= {name: outcome[name] for name in PROCESS_FIELDS}
+                    num_rows += 1
                     row = cell | outcome | common | {"time": utc_now()}
                     if label in method_sources:
                         row["method_source"] = method_sources[label]
                     _check_source_is_unchanged(outcome, row)
+                    _check_process_is_alike(outcome, row)
                     append_row(path, row)
                 progress(num_done, num_cells, label)
             result.rows = read_rows(path)
@@ -165,9 +173,10 @@ def _measure(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row:
 
 
 def _origin(ref: TableRef, label: str) -> Row:
-    """Returns the fields of a row that name this process's machine and source code."""
+    """Returns the fields of a row that describe this process and its source code."""
     source, method_sources = loaded_sources(ref)
     origin: Row = {"machine": describe_machine(), "source": source}
+    origin |= provenance.describe_process()
     if label in method_sources:
         origin["method_source"] = method_sources[label]
     return origin
@@ -191,6 +200,17 @@ def _check_source_is_unchanged(outcome: Row, row: Row) -> None:
                 f"the {name} of the table changed after it was imported "
                 f"({outcome.get(name)}, now {row.get(name)}). Rows of both must not "
                 "share a file; restore it, or start a new process with another --out."
+            )
+
+
+def _check_process_is_alike(outcome: Row, row: Row) -> None:
+    """Raises ValueError if a worker's device, precision or versions are others."""
+    for name in PROCESS_FIELDS:
+        if outcome[name] != row[name]:
+            raise ValueError(
+                f"a worker measured with another {name} ({outcome[name]}, before "
+                f"{row[name]}). Rows of both must not share a file; give workers that "
+                "are alike, or another --out."
             )
 
 

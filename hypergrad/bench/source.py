@@ -16,9 +16,18 @@ def digest_sources(table_file: Path) -> dict[str, str]:
     package = Path(hypergrad.__file__).parent
     files = sorted(local_imports(table_file.resolve()))
     return {
-        "package": digest_files(sorted(package.rglob("*.py")), package),
+        "package": digest_files(package_files(package), package),
         "table": digest_files(files, table_file.resolve().parent),
     }
+
+
+def package_files(package: Path) -> list[Path]:
+    """Returns the files of the package that may determine a row: code and data."""
+    return sorted(
+        path
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".json", ".jsonl") and path.is_file()
+    )
 
 
 def digest_files(paths: Sequence[Path], root: Path) -> str:

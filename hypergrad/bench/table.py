@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 from ..tasks.task import Task
 from ..trace import Trace
 from .claims import (
+    MISSING_ROWS,
     Check,
     Claim,
     Comparison,
@@ -185,7 +186,7 @@ class BaseTable(abc.ABC):
             outcomes += comparison.evaluate(rows, self.resplits)
         try:
             return outcomes + self.findings(rows)
-        except (KeyError, IndexError, ValueError) as error:  # rows of a part of a table
+        except MISSING_ROWS as error:
             text = f"further findings need rows that are missing ({error!r})"
             return [*outcomes, Finding(text, "undecided")]
 

@@ -1,6 +1,7 @@
 """Seconds of a call, apart from those in which XLA compiles."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import jax
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-@dataclass
+@dataclass(eq=False)  # blocks with equal numbers are different blocks
 class Seconds:
     """Seconds of a block of code.
 
@@ -24,7 +25,14 @@ class Seconds:
     compilation: float = 0.0
 
 
-_open_blocks: list[Seconds] = []
+class _OpenBlocks(threading.local):
+    """The blocks that a thread measures; XLA compiles in the thread that calls."""
+
+    def __init__(self):
+        self.blocks: list[Seconds] = []
+
+
+_open = _OpenBlocks()
 
 
 @contextlib.contextmanager
@@ -32,17 +40,17 @@ def measure_seconds() -> Iterator[Seconds]:
     """Measures the seconds of a block; the numbers are complete after its end."""
     _listen()
     seconds, start_time = Seconds(), time.perf_counter()
-    _open_blocks.append(seconds)
+    _open.blocks.append(seconds)
     try:
         yield seconds
     finally:
-        _open_blocks.remove(seconds)
+        _open.blocks.remove(seconds)
         seconds.total = time.perf_counter() - start_time
 
 
 def _add_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     if event == COMPILE_EVENT:
-        for seconds in _open_blocks:
+        for seconds in _open.blocks:
             seconds.compilation += duration_secs
 
 

@@ -212,3 +212,46 @@ def test_the_printed_form_says_what_intervals_and_trust_mean(resplits):
     text = report.to_markdown(report.TableResult("toy", plain, rows))
     assert "Holm" not in text
     assert "untrusted" not in text
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["percent", "fraction"])
+def test_seeds_with_one_difference_up_to_rounding_do_not_vary(scale):
+    rows = [
+        {"method": method, "seed": seed, "a": (81 + 2 * seed + gain) / scale}
+        for method, gain in (("old", 0), ("new", 2))
+        for seed in range(5)
+    ]
+    (finding,) = evaluate_claims((Claim("new", "old", "a"),), rows)
+    assert finding.outcome == "undecided"
+    assert "do not vary" in finding.text
+
+
+def test_a_check_whose_rows_are_missing_is_undecided():
+    check = Check("it is small", lambda rows: max(row["a"] for row in rows) < 1)
+    assert check.evaluate([{"a": 0.5}]).outcome == "holds"
+    for rows in ([], [{"b": 1.0}], [{"a": None}]):
+        finding = check.evaluate(rows)
+        assert finding.outcome == "undecided"
+        assert "rows are missing" in finding.text
+
+
+def test_the_leaderboard_ranks_by_a_metric_that_is_no_column():
+    """`Table` ranks by its first metric, whatever it prints."""
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("accuracy"),),
+        ranked_by="-loss",
+    )
+    rows = [
+        {"method": method, "seed": 0, "loss": loss, "accuracy": 0.5}
+        for method, loss in (("worse", 2.0), ("better", 1.0))
+    ]
+    page = report.to_leaderboard([report.TableResult("toy", table, rows)])
+    assert page.index("better") < page.index("worse")
+
+
+def test_the_index_names_every_commit_and_whether_files_differ():
+    commits = f"{'a' * 40}+ and {'b' * 40}"
+    card = report.IndexEntry("toy", "", commit=commits).card()
+    assert f"commit {'a' * 12}+ and {'b' * 12}" in card

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from hypergrad.bench import MeasurementTable
+from hypergrad.bench.figures import import_pyplot, plot_curves
+from hypergrad.bench.report import TableResult
+
 PROGRAM = """
 {before}
 from hypergrad.bench.figures import import_pyplot
@@ -33,3 +37,20 @@ def test_a_chosen_backend_stays(before, variables, backend):
         check=True,
     ).stdout
     assert output.strip().lower() == backend
+
+
+def test_a_seed_without_a_curve_is_left_out_of_the_figure():
+    """A run of a single step has none."""
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [], measure_cell=lambda cell, rows: {}
+    )
+    curve = {"curve_value": [2.0, 1.0], "curve_cost": [1.0, 2.0]}
+    rows = [
+        {"method": "few steps", "seed": 0},
+        {"method": "few steps", "seed": 1, **curve},
+        {"method": "one step", "seed": 0},
+    ]
+    axes = import_pyplot().figure().add_subplot()
+    plot_curves(axes, TableResult("toy", table, rows))
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == [2.0, 1.0]

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import re
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +16,8 @@ from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.bench.report import TableResult, to_markdown
 from hypergrad.bench.rows import read_rows
 from hypergrad.bench.runner import RunOptions, run_table
+from hypergrad.bench.source import package_files
+from hypergrad.bench.timing import measure_seconds
 from hypergrad.runtime import machine
 from hypergrad.runtime.atomic_io import lock_file
 
@@ -160,6 +163,46 @@ def test_executors_of_other_libraries_measure_the_same_rows(
         together = run(executor=executor, **options).rows
     alone = run(only=("nothing",), out="alone").rows
     assert numbers_of(together) == numbers_of(alone)
+
+
+class OtherDevice:
+    """An executor that measures here and says that it has another device."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def submit(self, fn, *arguments):
+        future = concurrent.futures.Future()
+        future.set_result(fn(*arguments) | {"device": self.device})
+        return future
+
+
+def test_rows_name_the_device_of_the_worker_that_measured_them(run):
+    """This process may have another one; workers that differ do not share a file."""
+    executor = OtherDevice("GPU")
+    rows = run(only=("nothing",), seeds=1, executor=executor).rows
+    rows = run(only=("nothing",), seeds=2, executor=executor).rows
+    assert [row["device"] for row in rows] == ["GPU", "GPU"]
+    with pytest.raises(ValueError, match=r"another device \(TPU, before GPU\)"):
+        run(only=("nothing",), seeds=3, executor=OtherDevice("TPU"))
+    with pytest.raises(ValueError, match="another device"):
+        run(only=("nothing",), seeds=3)
+
+
+def test_blocks_that_are_measured_may_contain_others():
+    with measure_seconds() as outer:
+        with measure_seconds() as first:
+            pass
+        with measure_seconds() as second:
+            time.sleep(0.01)
+    assert outer.total >= first.total + second.total > 0.01
+
+
+def test_data_files_of_the_package_are_in_its_digest(tmp_path):
+    for name in ("code.py", "cells.jsonl", "sizes.json", "py.typed"):
+        (tmp_path / name).touch()
+    names = [path.name for path in package_files(tmp_path)]
+    assert names == ["cells.jsonl", "code.py", "sizes.json"]
 
 
 def test_a_copied_method_has_the_same_numbers(run):
