@@ -225,7 +225,7 @@ class OuterLoop(eqx.Module):
                 f"project must be a function alpha -> alpha; got {project!r}."
             )
         check_aggregator(aggregator, problem)
-        check_outer_data_fn(outer_data_fn, problem)
+        check_outer_data_fn(outer_data_fn, problem, estimator)
         check_on_untrusted(on_untrusted, estimator)
         if not isinstance(record_alphas, bool):
             raise TypeError(f"record_alphas must be a bool; got {record_alphas!r}.")
@@ -390,7 +390,9 @@ class OuterLoop(eqx.Module):
             return
         if targets_argmin and self.certify_every == 1:
             return
-        if not can_be_trusted(self.estimator, problem, w, alpha):
+        # An average adds checks of its own, which trust nothing that is not trusted.
+        estimator = getattr(self.estimator, "estimator", self.estimator)
+        if not can_be_trusted(estimator, problem, w, alpha):
             name = type(self.estimator).__name__
             remedy = " Use certify_every=1." if targets_argmin else ""
             raise ValueError(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .batches import is_keyed
 from .outer_step import OuterState, init_state
 from .problem import Bilevel
 from .validation import (
@@ -68,10 +69,16 @@ def check_aggregator(aggregator: Any, problem: Bilevel) -> None:
     aggregator.init(num_objectives)
 
 
-def check_outer_data_fn(outer_data_fn: Any, problem: Bilevel) -> None:
+def check_outer_data_fn(outer_data_fn: Any, problem: Bilevel, estimator: Any) -> None:
     """Raises an error unless the function keeps the structure of the outer data."""
     if outer_data_fn is None:
         return
+    if hasattr(estimator, "period"):
+        name = type(estimator).__name__
+        raise ValueError(
+            f"outer_data_fn must be None for {name}, which adds differences at the "
+            "data of this step to directions of earlier data. Use hg.SABA or hg.SOBA."
+        )
     if not callable(outer_data_fn):
         raise TypeError(
             "outer_data_fn must be a function (step, outer_data) -> outer_data; got "
@@ -105,9 +112,12 @@ def check_one_sample(
 ) -> None:
     """Raises ValueError if a certificate would use other data than the estimate."""
     is_average = (getattr(estimator, "num_samples", None) or 1) > 1
-    if certify_every is not None and problem.data_fn is not None and is_average:
+    has_samples = problem.data_fn is not None or any(
+        map(is_keyed, (problem.inner_data, problem.outer_data))
+    )
+    if certify_every is not None and has_samples and is_average:
         raise ValueError(
-            "certify_every must be None for an average over samples of data_fn, as a "
+            "certify_every must be None for an average over samples of the data, as a "
             "certificate uses only one. Use certify=True of the averaged estimator."
         )
 

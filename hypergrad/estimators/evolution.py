@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..batches import batch_fraction, fixed_batch_fraction
 from ..cost import cost_stats
-from ..inner.base import InnerSolver, IterativeSolver
+from ..inner.base import InnerSolver, IterativeSolver, grads_per_step
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .error_estimates import standard_error
 from .inner_run import (
@@ -62,9 +62,7 @@ class Evolution(eqx.Module):
     """
 
     solver: InnerSolver
-    sigma: float | Array = eqx.field(
-        default=0.1, converter=float_converter("sigma", optional=False)
-    )
+    sigma: float | Array = eqx.field(default=0.1, converter=positive("sigma"))
     num_pairs: int = eqx.field(static=True, default=16)
     warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -205,9 +203,7 @@ class PersistentEvolution(eqx.Module):
     """
 
     solver: IterativeSolver
-    sigma: float | Array = eqx.field(
-        default=0.1, converter=float_converter("sigma", optional=False)
-    )
+    sigma: float | Array = eqx.field(default=0.1, converter=positive("sigma"))
     num_pairs: int = eqx.field(static=True, default=16)
     unroll_length: int = eqx.field(static=True, default=1)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -289,7 +285,7 @@ class PersistentEvolution(eqx.Module):
         value = jnp.mean(values, axis=(0, 1))
         w = jax.tree.map(lambda x: jnp.mean(x, axis=(0, 1)), carries[0])
         num_particles = 2 * self.num_pairs
-        num_steps = num_particles * self.unroll_length
+        num_steps = num_particles * self.unroll_length * grads_per_step(self.solver)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,

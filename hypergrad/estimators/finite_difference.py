@@ -15,7 +15,7 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, max_machine_eps, norm
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, float_converter, positive
 from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
@@ -34,7 +34,8 @@ class FiniteDifference(eqx.Module):
 
         h = dM/dalpha - s [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e)
 
-    With a single inner step of size ``s`` this is the second-order update of DARTS.
+    The second-order update of DARTS takes the difference around the ``w`` before its
+    single inner step, and ``b`` after it; that is `hypergrad.DARTS`.
 
     Args:
       solver: The inner solver.
@@ -66,7 +67,7 @@ class FiniteDifference(eqx.Module):
 
     solver: InnerSolver
     epsilon: float | Array | None = eqx.field(
-        default=None, converter=float_converter("epsilon")
+        default=None, converter=positive("epsilon", optional=True)
     )
     step_size: float | Array = eqx.field(
         default=1.0, converter=float_converter("step_size", optional=False)
@@ -199,7 +200,7 @@ class CentralDifference(eqx.Module):
 
     solver: InnerSolver
     epsilon: float | Array | None = eqx.field(
-        default=None, converter=float_converter("epsilon")
+        default=None, converter=positive("epsilon", optional=True)
     )
     warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)

@@ -12,13 +12,14 @@ from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
 from ..implicit_diff import zero_adjoint
+from ..inner import ClosedForm
 from ..inner.base import InnerSolver, InnerStats
 from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, all_finite
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import inner_grad_norm, make_run_fn
 
@@ -94,9 +95,7 @@ class Penalty(eqx.Module):
     """
 
     solver: InnerSolver
-    strength: float | Array = eqx.field(
-        converter=float_converter("strength", optional=False)
-    )
+    strength: float | Array = eqx.field(converter=positive("strength"))
     symmetric: bool = eqx.field(static=True, default=False, kw_only=True)
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -118,6 +117,12 @@ class Penalty(eqx.Module):
     )
 
     def __check_init__(self):
+        if isinstance(self.solver, ClosedForm):
+            raise TypeError(
+                "solver must minimize the loss that it is given, to which Penalty adds "
+                "the outer loss; got ClosedForm, which ignores it. Use "
+                "hg.Implicit(hg.ClosedForm(...)), or an iterative solver."
+            )
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:

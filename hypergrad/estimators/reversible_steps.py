@@ -131,14 +131,13 @@ class MomentumSteps:
     def undo_update_w(self, carry: Carry, t: Array | int) -> Carry:
         """Undoes `update_w`, and pulls the adjoints back through it."""
         w = jax.tree.map(jnp.add, carry.w, self._displacement(carry, t))
-        settings_fn = lambda alpha: self.estimator.rate_and_momentum(alpha, t - 1)
-        (rate, _), pullback = jax.vjp(settings_fn, self.alpha)
+        rate, pullback = jax.vjp(lambda alpha: self._rate_before(alpha, t), self.alpha)
         # The displacement was rounded to a unit.
         variance = self._variance(carry, carry.w_bar) / 12
         # v_bar <- v_bar - r w_bar,   r_bar = -<w_bar, v_t>
         v_bar = add_scale(carry.v_bar, -rate, carry.w_bar)
         rate_bar = -vdot(carry.w_bar, self.to_floats(carry.v)).astype(rate.dtype)
-        (rate_term,) = pullback((rate_bar, jnp.zeros_like(rate)))
+        (rate_term,) = pullback(rate_bar)
         alpha_bar = optax.tree.add(carry.alpha_bar, rate_term)
         return dataclasses.replace(
             carry,
@@ -254,8 +253,16 @@ class MomentumSteps:
         product = jax.tree.map(jnp.multiply, adjoint, widen(error))
         return vdot(product, product)
 
+    def _rate_before(self, alpha: PyTree, t: Array | int) -> Array:
+        """Returns ``r_{t-1}``, and ``r_0`` at ``t = 0``, where ``v_0`` is zero.
+
+        A schedule need not be defined before the first step.
+        """
+        rate, _ = self.estimator.rate_and_momentum(alpha, jnp.maximum(t - 1, 0))
+        return rate
+
     def _displacement(self, carry: Carry, t: Array | int) -> PyTree:
         """Returns ``r_{t-1} v_t``, rounded to integers."""
-        rate, _ = self.estimator.rate_and_momentum(self.alpha, t - 1)
+        rate = self._rate_before(self.alpha, t)
         to_integer = lambda v: jnp.round(rate * v.astype(rate.dtype)).astype(self.dtype)
         return jax.tree.map(to_integer, carry.v)

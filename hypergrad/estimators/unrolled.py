@@ -252,7 +252,9 @@ class Unrolled(RunEstimator):
         error_estimate: Array | float = 0.0
         segments = (num_backward,)
         if self.is_truncated:
-            flags = {"truncated": True}
+            # Both are constants, so that the estimate can be known to be untrusted.
+            lost = lost_in_step_flags(self.solver, problem, w, alpha)
+            flags = {"truncated": True, **lost}
             error_estimate = self._truncation_error(problem, hypergradient, terms)
             segments = split_steps(num_backward)
         num_recomputed = sum(

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -285,8 +286,15 @@ def piecewise_constant_schedule(
     check_positive_int("num_steps", num_steps)
     num_windows = values.size
 
+    # The steps at which the windows after the first one start: ceil(i T / W).
+    starts = -(-np.arange(1, num_windows, dtype=np.int64) * num_steps // num_windows)
+    overflows = num_windows * num_steps >= 2**31  # counts of optax are 32-bit integers
+
     def schedule(count: Array) -> Array:
-        window = jnp.asarray(count) * num_windows // num_steps
+        if overflows:
+            window = jnp.searchsorted(jnp.asarray(starts), count, side="right")
+        else:
+            window = jnp.asarray(count) * num_windows // num_steps
         return values[jnp.minimum(window, num_windows - 1)]
 
     return schedule

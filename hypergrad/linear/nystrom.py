@@ -59,8 +59,8 @@ def nystrom_approximation(
 class Nystrom(SymmetricSolver):
     """``v = (H_r + damping I)^-1 b`` with a rank-r Nyström approximation ``H_r``.
 
-    ``H`` must be positive semidefinite. For an indefinite ``H`` the Cholesky factor of
-    the sketch does not exist, the result is NaN and the estimate is not trusted.
+    ``H`` must be positive semidefinite. If the sketch meets a negative eigenvalue, its
+    Cholesky factor does not exist, the result is NaN and the estimate is not trusted.
 
     Args:
       rank: r. At the full rank the result is exact up to the damping.

@@ -636,3 +636,46 @@ def test_own_flags_and_statistics_are_recorded():
     assert trace.stats["trusted"].tolist() == [True, False, True, False]
     assert trace.reasons() == {"too hot": [1, 3]}
     assert loop.run(trace.state, num_steps=4).reasons() == {"too hot": [5, 7]}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        hg.SRBA(optax.sgd(0.1), period=4),
+        hg.VRBO(optax.sgd(0.1), 2, 3, period=4, step_size=0.1),
+    ],
+    ids=["SRBA", "VRBO"],
+)
+def test_methods_that_add_differences_refuse_other_outer_data_at_each_step(method):
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(batch * w**2),
+        None,
+        jnp.ones(()),
+    )
+    with pytest.raises(ValueError, match="outer_data_fn must be None"):
+        hg.OuterLoop(
+            problem, method, optax.sgd(0.1), outer_data_fn=lambda step, data: data
+        )
+
+
+def test_an_average_of_estimates_that_are_never_trusted_is_never_trusted():
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1) ** 2
+    )
+    evolution = hg.Evolution(hg.Newton(), 0.1, 8)
+    for estimator in (evolution, hg.Average(evolution, 2)):
+        loop = hg.OuterLoop(problem, estimator, optax.sgd(0.1), on_untrusted="skip")
+        with pytest.raises(ValueError, match="never trusted"):
+            loop.init(0.0, 3.0)
+
+
+def test_no_certificate_stands_for_an_average_over_keys():
+    problem = hg.Bilevel(
+        lambda w, alpha, key: (w - alpha - jax.random.normal(key)) ** 2,
+        lambda w, alpha, batch: w**3,
+        hg.Batches(None, with_key=True),
+    )
+    average = hg.Average(hg.Implicit(hg.Newton()), 4)
+    with pytest.raises(ValueError, match="average over samples of the data"):
+        hg.OuterLoop(problem, average, optax.sgd(0.1), certify_every=1)

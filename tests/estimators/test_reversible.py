@@ -384,3 +384,23 @@ def test_a_division_undoes_a_multiplication(momentum, dtype):
     chex.assert_trees_all_close(product, v * float(n) / d, atol=d)
     chex.assert_trees_all_equal(restored, v)
     assert arithmetic.is_empty(empty)
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [lambda t: 1 / (1 + t), lambda t: 1 / jnp.sqrt(1.0 + t)],
+    ids=["1/t", "sqrt"],
+)
+def test_a_schedule_need_not_be_defined_before_the_first_step(decay):
+    """The rate of step -1 multiplies a velocity of zero, and is not evaluated."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - 1) ** 2, lambda w, alpha, batch: 0.5 * w**2
+    )
+    schedule = lambda alpha: lambda t: jnp.exp(alpha) * decay(t)
+    sgd = lambda alpha: optax.sgd(schedule(alpha), momentum=0.5)
+    run = lambda estimator: hg.hypergradient(problem, estimator)(0.0, -1.0)
+    expected = run(hg.Unrolled(hg.Descent(sgd, 20)))
+    estimate = run(hg.Reversible(schedule, 0.5, 20))
+    np.testing.assert_allclose(
+        estimate.hypergradient, expected.hypergradient, rtol=1e-6
+    )

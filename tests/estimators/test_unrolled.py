@@ -445,3 +445,14 @@ def test_cost_of_several_losses():
     stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
     assert stats["num_hvps"] == 36
     assert stats["num_outer_grads"] == 3
+
+
+def test_a_truncated_run_still_names_the_derivative_that_its_steps_lose():
+    """The sign of Lion has none."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    estimator = hg.Unrolled(hg.Descent(optax.lion(0.1), 5), 3)
+    flags = hg.hypergradient(problem, estimator)(0.0, 1.0).flags
+    assert flags["truncated"]
+    assert flags["lost_derivative"]

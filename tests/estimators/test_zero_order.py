@@ -173,8 +173,8 @@ def test_the_difference_of_gradients_is_the_cross_term():
     assert failed_flags(estimate) == ["biased"]
 
 
-def test_finite_difference_is_the_update_of_darts():
-    """The second-order update on the batch that was sampled, computed by hand."""
+def test_finite_difference_is_a_difference_at_the_solution():
+    """Computed by hand, on the batch that was sampled; DARTS takes it at another w."""
     inner_loss = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 4)
     outer_loss = lambda w, alpha, batch: jnp.mean(jnp.sin(w - batch)) + alpha**2
     x, key = jnp.linspace(0.5, 2.0, 10), jax.random.key(3)
@@ -395,3 +395,37 @@ def test_unused_hyperparameters_raise(make_estimator):
     estimator.init(problem, w, alpha)
     with pytest.raises(ValueError, match=r"alpha\['unused'\]"):
         estimator.init(problem, w, alpha | {"unused": jnp.ones(())})
+
+
+def test_penalty_refuses_a_solver_that_ignores_its_loss():
+    with pytest.raises(TypeError, match="ClosedForm, which ignores it"):
+        hg.Penalty(hg.ClosedForm(lambda alpha, batch: 3 * alpha), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("strength", lambda x: hg.Penalty(hg.Newton(), x)),
+        ("sigma", lambda x: hg.Evolution(hg.Newton(), x)),
+        ("sigma", lambda x: hg.PersistentEvolution(hg.Descent(optax.sgd(0.1), 2), x)),
+        ("epsilon", lambda x: hg.CentralDifference(hg.Newton(), x)),
+        ("epsilon", lambda x: hg.FiniteDifference(hg.Newton(), x)),
+    ],
+)
+def test_lengths_of_zero_are_refused(name, make):
+    with pytest.raises(ValueError, match=f"{name} must be above 0"):
+        make(0.0)
+
+
+def test_persistent_evolution_counts_all_gradients_of_a_step():
+    """Two particles make four steps of three gradients, and one gradient checks w."""
+
+    class Three(hg.Descent):
+        grads_per_step = 3
+
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    estimator = hg.PersistentEvolution(Three(optax.sgd(0.1), 4), 0.1, 1, 4)
+    estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
+    assert estimate.stats["num_grads"] == 2 * 4 * 3 + 1

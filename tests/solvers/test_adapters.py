@@ -473,3 +473,13 @@ def test_an_adapted_solver_says_if_it_met_its_tolerance(make, max_steps, converg
     loss = lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha))
     _, stats = make(max_steps).solve(loss, jnp.zeros(2), jnp.ones(2), None, KEY)
     assert stats["converged"] == converged
+
+
+def test_a_loop_of_jaxopt_is_differentiated_exactly_and_trusted():
+    """Its stopping criterion has no derivative, and no step depends on it."""
+    loss = lambda w, alpha, batch: 0.5 * (w - 3 * alpha) ** 2
+    solver = hg.from_jaxopt(jaxopt.GradientDescent(loss, stepsize=0.5, maxiter=50))
+    problem = hg.Bilevel(loss, lambda w, alpha, batch: w**2)
+    estimate = hg.hypergradient(problem, hg.Unrolled(solver))(0.0, 1.0)
+    np.testing.assert_allclose(estimate.hypergradient, 18.0, rtol=1e-9)
+    assert estimate.trusted, estimate.reasons

@@ -298,6 +298,16 @@ def test_the_reverse_pass_sees_the_batches_of_the_forward_pass():
 # Schedules and formulas.
 
 
+def test_a_piecewise_constant_schedule_of_many_windows_does_not_overflow():
+    """45,000 times 50,000 exceeds the 32-bit integers of the counts of optax."""
+    for num_windows, num_steps in ((50_000, 50_000), (49_999, 100_001)):
+        values = jnp.arange(float(num_windows))
+        schedule = jax.jit(hg.piecewise_constant_schedule(values, num_steps))
+        for count in (0, 1, 2, 33_333, 45_000, num_steps - 1, num_steps + 5):
+            expected = min(count * num_windows // num_steps, num_windows - 1)
+            assert schedule(jnp.int32(count)) == expected
+
+
 def test_a_piecewise_constant_schedule_keeps_its_last_value():
     schedule = hg.piecewise_constant_schedule(jnp.array([0.4, 0.2, 0.1]), num_steps=7)
     actual = [float(schedule(jnp.asarray(count))) for count in range(9)]

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, vdot
-from ...validation import check_positive_int, non_negative
+from ...validation import check_positive_int, in_unit_interval, non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 
 
@@ -58,7 +58,7 @@ class BOME(SingleLoop):
         kw_only=True, converter=non_negative("step_size")
     )
     eta: Array | float = eqx.field(
-        default=0.5, kw_only=True, converter=non_negative("eta")
+        default=0.5, kw_only=True, converter=in_unit_interval("eta")
     )
 
     citations = ("liu2022",)

@@ -28,7 +28,8 @@ class DARTS(SingleLoop):
     where ``w+`` and ``w-`` are ``w + epsilon b`` and ``w - epsilon b``,
     ``b = dM/dw(w')`` and ``epsilon = 0.01 / ||b||``. The first-order direction is
     ``dM/dalpha`` at ``w``, without an indirect term. In the first outer step ``w`` does
-    not move (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first.
+    not move (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first. The
+    ``value`` of a second-order step is that of the virtual ``w'``, and not of ``w``.
 
     Args:
       optimizer: Optax transformation for ``w``.

@@ -34,6 +34,9 @@ class VRBO(SingleLoop):
     takes the first difference between the two ``alpha`` at the same ``w``, and so
     leaves out that step of ``w``.
 
+    The ``value`` and ``w`` of a step are those after its last step of ``w``, and the
+    direction of ``alpha`` is that before it.
+
     Args:
       optimizer: Optax transformation for ``w``.
       num_steps: Number m of inner steps per outer step. The first outer step makes none

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ...batches import Data, batch_fraction, full_batch, sample_batch
 from ...products import Loss
-from ...trees import cast_like
+from ...trees import cast_like, without_derivative
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
@@ -170,8 +170,9 @@ class JaxoptLoop(eqx.Module):
         """Returns the carry after one update on a batch sampled with ``key``."""
         solver = _replace_fun(self.solver, inner_loss, jit=False)
         w, state = solver.update(*carry, alpha, sample_batch(data, key))
-        # The stopping criterion of jaxopt is a norm, whose derivative at 0 is NaN.
-        state = state._replace(error=jax.lax.stop_gradient(state.error))
+        # The stopping criterion of jaxopt is a norm, whose derivative at 0 is NaN. No
+        # step depends on it.
+        state = state._replace(error=without_derivative(state.error))
         return cast_like((w, state), carry)
 
     def solve(
