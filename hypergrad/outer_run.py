@@ -214,11 +214,11 @@ class _HostRun:
         self.num_steps_made = len(costs) * self.record_every
         self.num_steps_saved = self.num_steps_made
         self.blocks = [(rows, len(costs))]
-        limit, spent = float(self.budget.limit), math.fsum(costs[:-1].tolist())
+        limit, total_cost = float(self.budget.limit), math.fsum(costs[:-1].tolist())
         if self.num_steps < self.num_steps_made:
             self._refuse("num_steps", f"at least {self.num_steps_made}", folder)
-        if limit <= spent:  # it would have ended the run before its last row
-            self._refuse("budget", f"above {spent:g}", folder)
+        if limit <= total_cost:  # it would have ended the run before its last row
+            self._refuse("budget", f"above {total_cost:g}", folder)
 
     def _refuse(self, name: str, requirement: str, folder: CheckpointFolder) -> None:
         """Raises ValueError for a run that is shorter than its checkpoints."""

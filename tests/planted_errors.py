@@ -302,8 +302,8 @@ ERRORS = (
     PlantedError(
         "unrolled: a truncated estimate is trusted",
         "estimators/unrolled.py",
-        'flags = {"truncated": True}',
-        'flags = {"truncated": False}',
+        'flags = {"truncated": True, **lost}',
+        'flags = {"truncated": False, **lost}',
         f"estimators/test_unrolled.py {CONTRACT}",
         guard="estimators/test_unrolled.py::test_only_the_full_derivative_is_trusted",
     ),

@@ -27,7 +27,7 @@ from .statistics import (
 
 #: Errors of a function of all rows where only a part of them was made.
 MISSING_ROWS = (KeyError, IndexError, TypeError, ValueError)
-ROUNDING = 1e-12  # of ratios, and of differences relative to the largest value
+DIFFERENCE_RTOL = 1e-12  # of ratios, and of differences relative to the largest value
 
 Outcome = Literal[
     "holds", "FAILED", "supported", "not supported", "contradicted", "undecided"
@@ -146,7 +146,7 @@ class Pair:
         if self.as_ratio and not np.all(numbers > 0):
             return "a ratio of numbers that are not positive"
         scale = 1.0 if self.as_ratio else np.max(np.abs(numbers))
-        if np.ptp(self.gains(rows)) <= ROUNDING * scale:
+        if np.ptp(self.gains(rows)) <= DIFFERENCE_RTOL * scale:
             return "the seeds do not vary"
         return ""
 

@@ -12,7 +12,6 @@ from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
 from ..implicit_diff import zero_adjoint
-from ..inner import ClosedForm
 from ..inner.base import InnerSolver, InnerStats
 from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
@@ -117,11 +116,11 @@ class Penalty(eqx.Module):
     )
 
     def __check_init__(self):
-        if isinstance(self.solver, ClosedForm):
+        if getattr(self.solver, "ignores_loss", False):
             raise TypeError(
                 "solver must minimize the loss that it is given, to which Penalty adds "
-                "the outer loss; got ClosedForm, which ignores it. Use "
-                "hg.Implicit(hg.ClosedForm(...)), or an iterative solver."
+                f"the outer loss; got {type(self.solver).__name__}, which ignores it. "
+                "Use hg.Implicit with it, or an iterative solver."
             )
         check_positive_int("outer_batch_size", self.outer_batch_size, optional=True)
 

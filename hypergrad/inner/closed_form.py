@@ -36,6 +36,7 @@ class ClosedForm(eqx.Module):
     fn: Callable[[PyTree, PyTree], PyTree] = eqx.field(static=True)
 
     differentiable = True
+    ignores_loss = True  # so that it cannot minimize a sum of losses
     num_steps = 1
 
     def __check_init__(self):

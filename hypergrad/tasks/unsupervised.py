@@ -247,8 +247,6 @@ def make(
         )
     splits = split({name: jnp.asarray(data[name]) for name in names}, key)
     train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
-    if variant == "ppca":
-        check_components(train)
     d = train["x"].shape[1]
     shape = (d,)
     if variant == "kde":
@@ -258,10 +256,10 @@ def make(
         source = "Habbema, Hermans & van den Broek 1974; Duin 1976"
         exact = partial(kde_hypergradient, train, val)
     elif variant == "ppca":
+        check_components(train)
         losses = ppca_nll, ppca_nll
         solver, w = ClosedForm(ppca_fit), jnp.zeros((d, NUM_COMPONENTS))
-        space = spaces.Interval(0.05, MAX_NOISE, log=True)
-        alpha = jnp.asarray(0.3)
+        space, alpha = spaces.Interval(0.05, MAX_NOISE, log=True), jnp.asarray(0.3)
         source = "Tipping & Bishop 1999, equations 7 and 8"
         exact = partial(ppca_hypergradient, train, val)
     else:
