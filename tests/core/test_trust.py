@@ -453,6 +453,7 @@ def test_the_smallest_eigenvalue_is_as_close_as_the_resolution_says(num_steps):
 # Singular Hessians and minima at zero.
 
 
+@pytest.mark.filterwarnings("ignore:inner_loss does not depend on w")
 @pytest.mark.parametrize("outer_slope", [0.0, 1.0])
 def test_a_direction_without_curvature_harms_only_what_depends_on_it(outer_slope):
     """The inner loss ignores ``w['free']``; the outer loss does or does not."""

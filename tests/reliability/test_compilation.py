@@ -169,7 +169,7 @@ def test_repeated_calls_convert_no_arrays_and_still_check_others(monkeypatch):
     assert len(conversions) == 2
     with pytest.raises(TypeError, match="w must be floating-point"):
         gradient(jnp.zeros(2, int), alpha)
-    with pytest.raises(ValueError, match="alpha must be finite"):
+    with pytest.raises(ValueError, match="alpha must not contain NaN"):
         gradient(jnp.zeros(2), alpha.at[1].set(jnp.nan))
     with pytest.raises(TypeError, match="inner_loss"):
         gradient(jnp.zeros(2), jnp.zeros(3))
