@@ -241,8 +241,11 @@ class _HostRun:
                 is_end or self._is_at_interval(self.folder.every)
             ):
                 self._save(self.folder)
-            is_due = is_end or self._is_at_interval(self._report_interval())
-            if self.show_progress is not None and is_due and self.num_steps_made:
+            if (
+                self.show_progress is not None
+                and self.num_steps_made > 0
+                and (is_end or self._is_at_interval(self._report_interval()))
+            ):
                 self.show_progress(self._make_update())
         if self.folder is not None and self.was_interrupted():
             raise _interruption(self.folder)
