@@ -206,7 +206,8 @@ def count_rows_made(trace: "Trace") -> int:
     next_step = getattr(trace.state, "step", None)  # a search has no state
     if next_step is not None and is_readable(next_step):
         num_steps = int(next_step) - int(trace.first_step)
-        return -(-num_steps // trace.record_every)
+        num_rows = -(-num_steps // trace.record_every)
+        return min(num_rows, len(trace.value))  # a part of a trace has fewer
     is_made = _are_finite(to_wide(trace.value))
     if "gradient_equivalents" in trace.stats:
         is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0

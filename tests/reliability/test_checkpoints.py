@@ -796,7 +796,7 @@ def test_a_folder_that_cannot_be_created_issues_a_warning(tmp_path):
     assert_same_bits(trace, unbroken())
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="folder"):
-        run(checkpoints=hg.Checkpoints(tmp_path / "file" / "folder"))
+        run(checkpoints=hg.Checkpoints(tmp_path / "file"))
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
