@@ -73,11 +73,11 @@ class Check:
     holds: Callable[[Sequence[Row]], bool | tuple[bool, str]]
 
     def evaluate(self, rows: Sequence[Row]) -> Finding:
-        """Returns whether the statement holds; undecided if rows are missing."""
+        """Returns whether the statement holds; it fails if it cannot be evaluated."""
         try:
             result = self.holds(rows)
         except MISSING_ROWS as error:
-            return Finding(f"{self.text}: rows are missing ({error!r})", "undecided")
+            result = False, f"not evaluated, as where rows are missing: {error!r}"
         is_true, detail = result if isinstance(result, tuple) else (result, "")
         text = f"{self.text} ({detail})" if detail else self.text
         return Finding(text, "holds" if is_true else "FAILED")

@@ -226,12 +226,12 @@ def test_seeds_with_one_difference_up_to_rounding_do_not_vary(scale):
     assert "do not vary" in finding.text
 
 
-def test_a_check_whose_rows_are_missing_is_undecided():
+def test_a_check_that_cannot_be_evaluated_fails_and_says_why():
     check = Check("it is small", lambda rows: max(row["a"] for row in rows) < 1)
     assert check.evaluate([{"a": 0.5}]).outcome == "holds"
     for rows in ([], [{"b": 1.0}], [{"a": None}]):
         finding = check.evaluate(rows)
-        assert finding.outcome == "undecided"
+        assert finding.failed
         assert "rows are missing" in finding.text
 
 
