@@ -73,7 +73,7 @@ def check_outer_data_fn(outer_data_fn: Any, problem: Bilevel, estimator: Any) ->
     """Raises an error unless the function keeps the structure of the outer data."""
     if outer_data_fn is None:
         return
-    if hasattr(estimator, "period"):
+    if getattr(estimator, "adds_differences", False):
         name = type(estimator).__name__
         raise ValueError(
             f"outer_data_fn must be None for {name}, which adds differences at the "

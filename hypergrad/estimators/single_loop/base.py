@@ -86,6 +86,8 @@ class SingleLoop(eqx.Module):
       fixed_data_reason: Reason why the method needs the same examples at every step;
         it ends the error message of `init` and should name an alternative. Defaults to
         None, which admits keyed batches and a ``data_fn``.
+      adds_differences: Whether a step adds a difference at its data to a direction of
+        earlier data, so that no ``outer_data_fn`` may change them. Defaults to False.
 
     A complete method, which is `hypergrad.SOBA`:
 
@@ -126,6 +128,7 @@ class SingleLoop(eqx.Module):
     is_single_loop: ClassVar[bool] = True
     uses_adjoint: ClassVar[bool] = False
     fixed_data_reason: ClassVar[str | None] = None
+    adds_differences: ClassVar[bool] = False
 
     @abc.abstractmethod
     def step(

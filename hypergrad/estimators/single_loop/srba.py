@@ -58,6 +58,7 @@ class SRBA(SingleLoop):
     )
 
     uses_adjoint = True
+    adds_differences = True
     fixed_data_reason = (
         "SRBA evaluates all examples every `period` steps. Pass arrays or hg.Batches "
         "without with_key, or use hg.SOBA."

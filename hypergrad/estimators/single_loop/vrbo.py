@@ -77,6 +77,7 @@ class VRBO(SingleLoop):
         kw_only=True, converter=non_negative("step_size")
     )
 
+    adds_differences = True
     fixed_data_reason = (
         "VRBO evaluates all examples every `period` steps. Pass arrays or hg.Batches "
         "without with_key, or use hg.MRBO."
