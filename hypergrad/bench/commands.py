@@ -151,9 +151,9 @@ def write_result(
     except MISSING_ROWS as error:
         paths[2].unlink(missing_ok=True)  # of other rows
         paths = paths[:2]
-        note = f"No figure was drawn: it needs rows that are missing ({error!r}).\n"
+        reason = f"No figure was drawn: it needs rows that are missing ({error!r}).\n"
         head, mark, protocol = text.partition("\n## Protocol\n")
-        text = f"{head}\n{note}{mark}{protocol}"
+        text = f"{head}\n{reason}{mark}{protocol}"
     return text, paths, result.failures
 
 

@@ -120,7 +120,8 @@ def write_settings(result: TableResult, folder: Path) -> Path | None:
     """Writes the settings that were chosen, by method and seed, as JSON."""
     settings: dict[str, dict[str, Any]] = {}
     for row in result.printed_rows:
-        if chosen := _settings(row) or row.get("setting"):
+        chosen = _settings(row) or row.get("setting")  # a dictionary, or one value
+        if chosen not in ({}, None):
             settings.setdefault(row["method"], {})[str(row["seed"])] = chosen
     if not settings:
         return None
@@ -150,7 +151,7 @@ def write_splits(result: TableResult, folder: Path) -> Path | None:
         name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
         arrays = {name_of(path): np.asarray(leaf) for path, leaf in leaves}
         file = io.BytesIO()
-        np.savez_compressed(file, **arrays)  # pyright: ignore
+        np.savez_compressed(file, **arrays)  # pyright: ignore - no name is allow_pickle
         atomic_io.make_directory(directory)
         atomic_io.atomic_write(directory / f"seed-{seed}.npz", file.getvalue())
         digest = hashlib.sha256(file.getvalue()).hexdigest()
