@@ -23,11 +23,11 @@ from hypergrad.tasks import classifier
 from hypergrad.tasks.networks import softmax_regression
 
 from .noisy_mnist import BATCH, Data, mean_loss, predict, train_model
+from .poisoning_methods import DECAY, GROWTH
 
 NUM_EPOCHS, NUM_STEPS, NUM_PRETRAINING_EPOCHS = 100, 20, 100
 W_OPTIMIZER, U_OPTIMIZER = optax.adam(1e-4), optax.adam(3.0)
 RHO, LAM, EPS, NU = 1e-2, 1e-2, 1e-2, 1e-4
-GROWTH, DECAY = 1.1, 0.9  # of rho; of lam, eps and both rates
 AGREEING, DISAGREEING = 0.6, 0.4  # first importances
 MEAN, SMALLEST = 0.5, 1e-5  # of the importances after an epoch
 

@@ -12,9 +12,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     The first Ctrl-C only sets what this function returns, so that nothing is
     interrupted in between; a second one raises KeyboardInterrupt at once, and so does
-    the end of the block if the caller has not raised it. Outside of
-    the main thread, and where a program handles Ctrl-C in its own way, nothing changes
-    and the function returns False.
+    the end of the block if the caller has not raised it. Outside of the main thread,
+    and where a program handles Ctrl-C in its own way, nothing changes and the function
+    returns False.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)

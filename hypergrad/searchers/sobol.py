@@ -15,8 +15,7 @@ class Sobol(eqx.Module):
     scrambles it.
 
     Budget: 256 trials for a value within 0.01 (see `hypergrad.searchers`).
-    Cost: O(axes) per earlier proposal, because the sequence is made anew and forwarded;
-      milliseconds up to thousands of trials.
+    Cost: O(axes) per earlier proposal, because the sequence is made anew and forwarded.
 
     Source: Sobol 1967; Bergstra & Bengio 2012, for search.
 

@@ -151,7 +151,7 @@ def clusters(num_examples, key):
 def test_final_training_is_adam_on_the_examples_that_are_kept():
     """One batch per epoch, so that the order does not matter; the others are NaN."""
     data = clusters(230, jax.random.key(0))
-    is_kept = jnp.arange(230) % 230 < 200
+    is_kept = jnp.arange(230) < 200
     data["x"] = jnp.where(is_kept[:, None], data["x"], jnp.nan)
     train = lambda num_epochs: noisy_mnist.train_model(
         data, is_kept, jax.random.key(1), num_epochs

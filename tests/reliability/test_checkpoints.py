@@ -256,11 +256,15 @@ def test_a_ctrl_c_before_the_first_step_is_one(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("default_ctrl_c")
 def test_a_second_ctrl_c_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as was_pressed:  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
-        assert was_pressed()
-        with pytest.raises(KeyboardInterrupt):
+    def press_twice():
+        with deferred_interrupt() as was_pressed:
             os.kill(os.getpid(), signal.SIGINT)
+            assert was_pressed()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
