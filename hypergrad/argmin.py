@@ -17,7 +17,7 @@ from .keys_in_w import bind_keys_to_function, keys_of, remove_keys, restore_keys
 from .linear import MINRES
 from .linear.base import check_linear_solver, solve_linear
 from .lost_derivative_checks import check_no_lost_derivative
-from .newton_correction import gradient_scale, is_stationary
+from .minimum_checks import gradient_scale, is_stationary
 from .problem_checks import check_scalar_loss
 from .products import Loss, cross_jvp, hvp
 from .trees import scale

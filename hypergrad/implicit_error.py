@@ -12,7 +12,6 @@ error of ``w`` and that of the adjoint are in it, and neither depends on the uni
 iterations; ``J u`` costs two products, and a last step of ``d`` one.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,11 +25,11 @@ from .jaxpr import uses_w
 from .linear.base import MatVec
 from .linear.equilibration import Scaling
 from .linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
+from .minimum_checks import curvature_vanishes
 from .problem import Bilevel
 from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
 from .trees import (
     add_scale,
-    apply_unless,
     as_row,
     concatenate,
     divide,
@@ -51,9 +50,8 @@ CORRECTION_FACTOR = 3.0
 MAX_CONDITION = 0.25  # of S H S in units of 1 / eps, above which rounding decides
 NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
 NUM_ERROR_PRODUCTS = 2  # of `estimate_error`, without negative curvature
-# Negative curvature at w is ignored if at most a quarter of it remains after a Newton
-# correction, and the errors are small enough for the correction to be near the argmin.
-MAX_REMAINING_CURVATURE = 0.25
+# Errors up to which a Newton correction is near the argmin, so that negative curvature
+# that vanishes on the way to it is ignored.
 MAX_ERROR_NEAR_ARGMIN = 0.1
 
 
@@ -278,7 +276,14 @@ def estimate_error(
         derivatives = _DerivativesAtCorrection(new_b, new_direct, *products)
         error = _relative_errors(alpha, scaling, parts, terms, derivatives, is_blind)
         max_error = jnp.maximum(error.inner_error, error.adjoint_error)
-        vanishes = _curvature_vanishes(hvp_at, w, scaling, terms)
+        vanishes = curvature_vanishes(
+            hvp_at,
+            w,
+            scaling,
+            terms.curvature_min,
+            terms.last_direction,
+            terms.inner_step,
+        )
         vanishes &= max_error <= MAX_ERROR_NEAR_ARGMIN
         return error._replace(negative_curvature=terms.is_negative & ~vanishes)
 
@@ -397,46 +402,6 @@ def _products_at_correction(
     _, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
     row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)
     return row(0, Hv), row(0, cross), row(1, cross)
-
-
-def _curvature_vanishes(
-    hvp_at: Callable[[PyTree, PyTree], PyTree],
-    w: PyTree,
-    scaling: Scaling,
-    terms: CorrectionTerms,
-) -> Array:
-    """Returns whether negative curvature along a direction vanishes near the argmin.
-
-    Let ``p`` be this direction and ``w'`` be ``w`` after a Newton correction without
-    its part along ``p``. Near minima that form a circle, because a rotation of ``w``
-    changes no loss, ``p'Hp`` may be negative of the order of their distance at ``w``,
-    and is of second order at ``w'``. Near a saddle point it is about the same at both.
-    The part along ``p`` is left out because the solve did not resolve it, and because
-    ``w'`` must not leave the saddle point along it.
-
-    Args:
-      hvp_at: Function ``(w, v) -> H(w) v``.
-      w: Where the solve met ``p``.
-      scaling: Diagonal scaling of ``H``.
-      terms: From the solve that met ``p``.
-
-    Cost: one product if ``p'Hp`` is negative, none otherwise.
-    """
-    curvature = terms.curvature_min
-    is_negative = curvature < 0
-
-    def new_curvature(curvature):
-        p = divide(terms.last_direction, power_of_two_scale(terms.last_direction))
-        # w' = w - S (I - p p' / p'p) S^-1 d
-        step = scaling.divide(terms.inner_step)
-        step = add_scale(step, -vdot(p, step) / vdot(p, p), p)
-        new_w = add_scale(w, -1, scaling.multiply(step))
-        # p'S H(w') S p / p'p
-        Hp = scaling.matvec(lambda v: hvp_at(new_w, v))(p)
-        return (vdot(p, Hp) / vdot(p, p)).astype(curvature.dtype)
-
-    remaining = apply_unless(~is_negative, new_curvature, curvature)
-    return is_negative & (remaining > MAX_REMAINING_CURVATURE * curvature)
 
 
 def _safe_vdot(x: PyTree, y: PyTree, unit: Array) -> Array:

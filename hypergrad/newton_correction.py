@@ -1,21 +1,17 @@
 """The Newton steps of a certificate, and the statistics that decide on trust."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree, Scalar
 
 from .implicit_diff import ImplicitResult
-from .linear.base import LinearStats, MatVec
+from .linear.base import LinearStats
+from .minimum_checks import NUM_SCALE_PROBES, gradient_scale, is_stationary
 from .products import Loss, hvp
-from .trees import apply_unless, hash_normal, scale
-
-NUM_SCALE_PROBES = 8
+from .trees import apply_unless
 
 
 class NewtonCorrection(NamedTuple):
@@ -96,46 +92,3 @@ def last_solve_stats(
     }
     num_products = jnp.where(is_solved, 0, NUM_SCALE_PROBES)
     return [newton_stats, adjoint_stats], num_products
-
-
-def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
-    """Returns estimates of ``(sum_j (H_ij w_j)^2)^(1/2)``, structured like ``w``.
-
-    If ``|g_i|`` is at most ``tau`` times this root for every entry of a gradient, then
-    ``w`` is stationary for a quadratic model whose Hessian entries are changed by about
-    a fraction ``tau``. The units of ``w`` do not matter, but its origin does. The root
-    is the standard deviation of ``(H D z)_i`` with ``D = diag(w)`` and a standard
-    normal ``z``, estimated from the mean of the absolute values.
-
-    Args:
-      matvec: Function ``v -> H v``.
-      w: Factors of the columns of ``H``, such as the point at which it was evaluated.
-
-    Cost: `NUM_SCALE_PROBES` products.
-
-    Source: after Oettli & Prager 1964 (Numer. Math. 6, 405-409), with a root of squares
-    in place of their sum of absolute values.
-    """
-
-    def probe(i, total):
-        Hz = matvec(jax.tree.map(jnp.multiply, w, hash_normal(i, w)))
-        return jax.tree.map(lambda total, x: total + jnp.abs(x), total, Hz)
-
-    zeros = optax.tree.zeros_like(w)
-    total = jax.lax.fori_loop(0, NUM_SCALE_PROBES, probe, zeros)
-    # E |x| = (2 / pi)^(1/2) sigma for a normal x with mean zero
-    return scale((math.pi / 2) ** 0.5 / NUM_SCALE_PROBES, total)
-
-
-def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Array:
-    """Returns whether each entry of a gradient is at most ``eps^power`` of its scale.
-
-    Solvers stop by default at ``eps^(3/4)`` of a right-hand side.
-    """
-
-    def is_small(g, scale):
-        tol = float(jnp.finfo(g.dtype).eps) ** power
-        return jnp.all((jnp.abs(g) <= tol * scale) & jnp.isfinite(scale))
-
-    leaves = jax.tree.leaves(jax.tree.map(is_small, grad, grad_scale))
-    return jnp.all(jnp.stack(leaves))

@@ -99,7 +99,7 @@ ERRORS = (
     ),
     PlantedError(
         "implicit: any negative curvature vanishes near the argmin",
-        "implicit_error.py",
+        "minimum_checks.py",
         "(remaining > MAX_REMAINING_CURVATURE * curvature)",
         "(remaining > 4 * curvature)",
         "core/test_degenerate_minima.py",

@@ -6,6 +6,7 @@ Losses are module-level functions, so that problems of one kind share compiled p
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -88,6 +89,13 @@ def random_problem(key, kind):
     train = {"x": x[:NUM_TRAIN], "y": y[:NUM_TRAIN]}
     val = {"x": x[NUM_TRAIN:], "y": y[NUM_TRAIN:]}
     return hg.Bilevel(*LOSSES[kind], train, val), w, alpha
+
+
+def random_matrix(eigenvalues, seed=0):
+    """Returns a symmetric matrix with these eigenvalues."""
+    size = len(eigenvalues)
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
+    return jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T)
 
 
 def flat_inner_loss(problem, w, alpha):

@@ -1,0 +1,111 @@
+"""Checks of whether a point is near a minimum, by the gradient and the curvature."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from .linear.base import MatVec
+from .linear.equilibration import Scaling
+from .trees import (
+    add_scale,
+    apply_unless,
+    divide,
+    hash_normal,
+    power_of_two_scale,
+    scale,
+    vdot,
+)
+
+NUM_SCALE_PROBES = 8
+# Negative curvature is ignored if at most a quarter of it remains after a correction.
+MAX_REMAINING_CURVATURE = 0.25
+
+
+def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
+    """Returns estimates of ``(sum_j (H_ij w_j)^2)^(1/2)``, structured like ``w``.
+
+    If ``|g_i|`` is at most ``tau`` times this root for every entry of a gradient, then
+    ``w`` is stationary for a quadratic model whose Hessian entries are changed by about
+    a fraction ``tau``. The units of ``w`` do not matter, but its origin does. The root
+    is the standard deviation of ``(H D z)_i`` with ``D = diag(w)`` and a standard
+    normal ``z``, estimated from the mean of the absolute values.
+
+    Args:
+      matvec: Function ``v -> H v``.
+      w: Factors of the columns of ``H``, such as the point at which it was evaluated.
+
+    Cost: `NUM_SCALE_PROBES` products.
+
+    Source: after Oettli & Prager 1964 (Numer. Math. 6, 405-409), with a root of squares
+    in place of their sum of absolute values.
+    """
+
+    def probe(i, total):
+        Hz = matvec(jax.tree.map(jnp.multiply, w, hash_normal(i, w)))
+        return jax.tree.map(lambda total, x: total + jnp.abs(x), total, Hz)
+
+    zeros = optax.tree.zeros_like(w)
+    total = jax.lax.fori_loop(0, NUM_SCALE_PROBES, probe, zeros)
+    # E |x| = (2 / pi)^(1/2) sigma for a normal x with mean zero
+    return scale((math.pi / 2) ** 0.5 / NUM_SCALE_PROBES, total)
+
+
+def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Array:
+    """Returns whether each entry of a gradient is at most ``eps^power`` of its scale.
+
+    Solvers stop by default at ``eps^(3/4)`` of a right-hand side.
+    """
+
+    def is_small(g, scale):
+        tol = float(jnp.finfo(g.dtype).eps) ** power
+        return jnp.all((jnp.abs(g) <= tol * scale) & jnp.isfinite(scale))
+
+    leaves = jax.tree.leaves(jax.tree.map(is_small, grad, grad_scale))
+    return jnp.all(jnp.stack(leaves))
+
+
+def curvature_vanishes(
+    hvp_at: Callable[[PyTree, PyTree], PyTree],
+    w: PyTree,
+    scaling: Scaling,
+    curvature: Array,
+    last_direction: PyTree,
+    inner_step: PyTree,
+) -> Array:
+    """Returns whether negative curvature along a direction vanishes near the argmin.
+
+    Let ``p`` be this direction and ``w'`` be ``w`` after a Newton correction without
+    its part along ``p``. Near minima that form a circle, because a rotation of ``w``
+    changes no loss, ``p'Hp`` may be negative of the order of their distance at ``w``,
+    and is of second order at ``w'``. Near a saddle point it is about the same at both.
+    The part along ``p`` is left out because the solve did not resolve it, and because
+    ``w'`` must not leave the saddle point along it.
+
+    Args:
+      hvp_at: Function ``(w, v) -> H(w) v``.
+      w: Where the solve met ``p``.
+      scaling: Diagonal scaling of ``H``.
+      curvature: ``p'S H S p / p'p`` at ``w``.
+      last_direction: ``p``, in the coordinates of ``S H S``.
+      inner_step: ``d``, the Newton correction as far as the solve resolved it.
+
+    Cost: one product if ``p'Hp`` is negative, none otherwise.
+    """
+    is_negative = curvature < 0
+
+    def new_curvature(curvature):
+        p = divide(last_direction, power_of_two_scale(last_direction))
+        # w' = w - S (I - p p' / p'p) S^-1 d
+        step = scaling.divide(inner_step)
+        step = add_scale(step, -vdot(p, step) / vdot(p, p), p)
+        new_w = add_scale(w, -1, scaling.multiply(step))
+        # p'S H(w') S p / p'p
+        Hp = scaling.matvec(lambda v: hvp_at(new_w, v))(p)
+        return (vdot(p, Hp) / vdot(p, p)).astype(curvature.dtype)
+
+    remaining = apply_unless(~is_negative, new_curvature, curvature)
+    return is_negative & (remaining > MAX_REMAINING_CURVATURE * curvature)
