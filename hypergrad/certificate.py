@@ -25,7 +25,7 @@ from .keys_in_w import bind_keys, restore_keys
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
 from .lost_derivative_checks import lost_derivative_flags
-from .newton_correction import correct_by_newton, last_solve_stats
+from .newton_correction import correct_by_newton, judge_correction
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -77,6 +77,10 @@ CERTIFICATE_REASONS = {
         "a linear solve did not reach its tolerance (certify at a more accurate w, or "
         "in float64)"
     ),
+    "larger_gradient": (
+        "the Newton steps increased dL/dw, so w is not near a minimum of a smooth loss "
+        "(allow the inner solver more steps, or smooth a kink of the loss)"
+    ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum (allow the "
         "inner solver more steps, start elsewhere, or add a penalty on w)"
@@ -96,10 +100,11 @@ class Certificate(ResultModule):
         for the certified hypergradient ``h``, the maximum over K losses.
       trusted: True if the error estimate is at most ``rtol``, the last Newton step
         changed the hypergradient by at most ``rtol / 10`` (``rtol`` if it is the only
-        one), its solves reached their tolerances, everything is finite, neither these
-        solves nor the random probe met negative curvature, and no derivative is lost on
-        the way to a loss. A Newton step from a gradient at the level of rounding need
-        not be solved.
+        one), its solves reached their tolerances, the steps did not increase
+        ``||S dL/dw||``, everything is finite, neither these solves nor the random probe
+        met negative curvature, and no derivative is lost on the way to a loss. A Newton
+        step from a gradient at the level of rounding need not be solved, and one to a
+        gradient at this level may increase it.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -197,7 +202,7 @@ def certify(
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
       products for the scaling; a probe of as many as the longest solve, 20 to 1,000;
-      eight more if the solve of the last Newton step fails.
+      eight more if the solve of the last Newton step fails or ``dL/dw`` increases.
     Memory:
       Ten vectors like ``w``.
     Bias:
@@ -317,7 +322,9 @@ def compute_certificate(
         num_steps=jnp.maximum(_longest_solve(solves), MIN_PROBE_STEPS),
         curvature_max=_largest_curvature(solves),
     )  # fmt: skip
-    last_solves, num_scale_products = last_solve_stats(correction, loss, alpha, batch)
+    last_solves, is_increased, num_scale_products = judge_correction(
+        correction, inner_grad, scaling, loss, alpha, batch
+    )
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves)) + num_scale_products
     is_negative = probe.is_negative | _any_negative(last_solves)
@@ -327,7 +334,7 @@ def compute_certificate(
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
     flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
-        is_finite, error <= rtol, has_converged, last_solves, is_negative
+        is_finite, error <= rtol, has_converged, last_solves, is_increased, is_negative
     )
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
@@ -385,6 +392,7 @@ def _failed_checks(
     is_accurate: Array,
     has_converged: Array,
     solves: list[LinearStats],
+    is_increased: Array,
     is_negative: Array,
 ) -> dict[str, Array]:
     """Returns ``{name: bool}`` for what the numbers of a certificate decide."""
@@ -393,6 +401,7 @@ def _failed_checks(
         "error": is_finite & ~is_accurate,
         "last_change": is_finite & ~has_converged,
         "not_solved": ~_all_solved(solves),
+        "larger_gradient": is_increased,
         "negative_curvature": is_negative,
     }
 

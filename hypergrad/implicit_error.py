@@ -25,7 +25,11 @@ from .jaxpr import uses_w
 from .linear.base import MatVec
 from .linear.equilibration import Scaling
 from .linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
-from .minimum_checks import curvature_vanishes
+from .minimum_checks import (
+    curvature_vanishes,
+    gradient_rounding,
+    is_quadratic_model_wrong,
+)
 from .problem import Bilevel
 from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
 from .trees import (
@@ -62,21 +66,25 @@ class CorrectionTerms(NamedTuple):
 
     Attributes:
       inner_step: ``d``, structured like ``w``.
+      grad_residual: ``dL/dw - H d``, what ``d`` leaves of ``dL/dw``.
       duals: ``y`` for each direction, ``[2, ...]``.
       adjoint_change: The last change of ``v`` in its solve.
       last_direction: ``p``, the last direction of the solve, in scaled coordinates.
       curvature_min: The smallest curvature that the solve met, which is that along
         ``p`` if it is negative.
+      curvature_max: The largest one.
       is_negative: Whether the solve met negative curvature.
       is_ill_conditioned: Whether it met a curvature so small, compared with the
         largest, that rounding errors of products change it much.
     """
 
     inner_step: PyTree
+    grad_residual: PyTree
     duals: PyTree
     adjoint_change: PyTree
     last_direction: PyTree
     curvature_min: Scalar
+    curvature_max: Scalar
     is_negative: Scalar
     is_ill_conditioned: Scalar
 
@@ -90,6 +98,7 @@ class HypergradientError(NamedTuple):
         ``alpha`` is one or two numbers, for which ``correction`` is the norm itself.
       relative_change: The change of ``h`` from ``w`` to ``w+`` at a fixed adjoint, and
         the change of the residual of the adjoint times ``||J' v||``, over ``||h||``.
+        Infinite if nothing is known of the distance to the argmin.
       adjoint_change: Change of ``J' v`` in the last two steps of its solve over
         ``||h||``.
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
@@ -162,7 +171,7 @@ def correction_terms(
     """
     row = lambda rows, tree: jax.tree.map(lambda leaf: leaf[rows], tree)
     rows = slice(0, 1 + NUM_DIRECTIONS)
-    solutions = add_gradient_step(
+    solutions, residuals = add_gradient_step(
         matvec,
         row(rows, solution.target_solutions),
         row(rows, solution.target_residuals),
@@ -174,12 +183,14 @@ def correction_terms(
     rounding = eps / MAX_CONDITION * solution.curvature_max
     return CorrectionTerms(
         inner_step=row(0, solutions),
+        grad_residual=row(0, residuals),
         duals=row(slice(1, 1 + NUM_DIRECTIONS), solutions),
         adjoint_change=solution.last_change,
         last_direction=solution.last_direction,
         curvature_min=curvature_min,
+        curvature_max=solution.curvature_max,
         is_negative=solution.is_negative,
-        is_ill_conditioned=(curvature_min >= 0) & (curvature_min < rounding),
+        is_ill_conditioned=(curvature_min < rounding) & ~solution.is_negative,
     )
 
 
@@ -271,8 +282,16 @@ def estimate_error(
         products = _products_at_correction(
             problem, new_w, alpha, batch, parts.adjoint, terms
         )
+        new_grad, *products = products
         # Without b there is no Krylov space that could contain a part of d.
         is_blind = is_zero(parts.b) & is_moving & reads_w
+        is_blind |= is_quadratic_model_wrong(
+            result.inner_grad,
+            new_grad,
+            terms.grad_residual,
+            scaling,
+            gradient_rounding(w, scaling, terms.curvature_max),
+        )
         derivatives = _DerivativesAtCorrection(new_b, new_direct, *products)
         error = _relative_errors(alpha, scaling, parts, terms, derivatives, is_blind)
         max_error = jnp.maximum(error.inner_error, error.adjoint_error)
@@ -333,7 +352,7 @@ def _relative_errors(
 ) -> HypergradientError:
     """Returns the errors of the hypergradient of one outer loss.
 
-    ``is_blind`` says that nothing is known of ``d``.
+    ``is_blind`` says that nothing is known of the distance to the argmin.
     """
     # psi+ - h and r+, the latter in the coordinates of S H S
     change = optax.tree.sub(optax.tree.sub(new.direct, new.cross), result.h)
@@ -392,16 +411,16 @@ def _products_at_correction(
     batch: PyTree,
     adjoint: PyTree,
     terms: CorrectionTerms,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Returns ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """Returns ``dL/dw``, ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
 
     ``dv`` is the last change of the adjoint.
     """
     products = lambda v: hvp_and_cross_vjp(problem.inner_loss, new_w, alpha, batch, v)
     vectors = jax.tree.map(lambda *v: jnp.stack(v), adjoint, terms.adjoint_change)
-    _, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
+    grad, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
     row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)
-    return row(0, Hv), row(0, cross), row(1, cross)
+    return grad, row(0, Hv), row(0, cross), row(1, cross)
 
 
 def _safe_vdot(x: PyTree, y: PyTree, unit: Array) -> Array:

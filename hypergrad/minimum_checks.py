@@ -16,11 +16,13 @@ from .trees import (
     divide,
     hash_normal,
     power_of_two_scale,
+    safe_norm,
     scale,
     vdot,
 )
 
 NUM_SCALE_PROBES = 8
+ROUNDING_ULPS = 10  # units in the last place that count as rounding
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
 
@@ -66,6 +68,40 @@ def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Arra
 
     leaves = jax.tree.leaves(jax.tree.map(is_small, grad, grad_scale))
     return jnp.all(jnp.stack(leaves))
+
+
+def gradient_rounding(w: PyTree, scaling: Scaling, curvature_max: Array) -> Array:
+    """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes.
+
+    Args:
+      w: Where the gradient was evaluated.
+      scaling: ``S``.
+      curvature_max: The largest known curvature of ``S H S``. NaN yields zero.
+    """
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(w))
+    w_norm = safe_norm(scaling.divide(w))
+    return jnp.nan_to_num(ROUNDING_ULPS * eps * curvature_max * w_norm)
+
+
+def is_quadratic_model_wrong(
+    grad: PyTree, new_grad: PyTree, predicted: PyTree, scaling: Scaling, rounding: Array
+) -> Array:
+    """Returns whether a step changed ``dL/dw`` quite otherwise than ``H`` predicts.
+
+    Near a minimum ``dL/dw`` at ``w - d`` is ``dL/dw - H d`` up to second order. If the
+    difference exceeds ``dL/dw`` itself, a Newton step says nothing about where the
+    minimum is, as at a point that oscillates around a kink.
+
+    Args:
+      grad, new_grad: ``dL/dw`` at ``w`` and at ``w - d``.
+      predicted: ``dL/dw - H d``, with the derivatives at ``w``.
+      scaling: ``S``. Norms are those of ``S dL/dw``.
+      rounding: Differences up to this norm are rounding.
+    """
+    scaled_norm = lambda x: safe_norm(scaling.multiply(x))
+    difference = scaled_norm(optax.tree.sub(new_grad, predicted))
+    # A NaN is no evidence: it reaches the hypergradient too, which is flagged then.
+    return difference > jnp.maximum(scaled_norm(grad), rounding)
 
 
 def curvature_vanishes(

@@ -9,9 +9,10 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .implicit_diff import ImplicitResult
 from .linear.base import LinearStats
+from .linear.equilibration import Scaling
 from .minimum_checks import NUM_SCALE_PROBES, gradient_scale, is_stationary
 from .products import Loss, hvp
-from .trees import apply_unless
+from .trees import apply_unless, safe_norm
 
 
 class NewtonCorrection(NamedTuple):
@@ -70,25 +71,44 @@ def correct_by_newton(
     return NewtonCorrection(w, result, change, previous_w, previous_grad, solves)
 
 
-def last_solve_stats(
-    correction: NewtonCorrection, loss: Loss, alpha: PyTree, batch: PyTree
-) -> tuple[list[LinearStats], Array]:
-    """Returns the statistics of the solves of the last step, and the products made.
+def judge_correction(
+    correction: NewtonCorrection,
+    inner_grad: PyTree,
+    scaling: Scaling,
+    loss: Loss,
+    alpha: PyTree,
+    batch: PyTree,
+) -> tuple[list[LinearStats], Array, Array]:
+    """Returns what decides on trust in Newton steps, and the number of products made.
 
     Each solve corrects what earlier ones left, so that the last ones decide on trust.
     If the gradient before the step is at the level of rounding, the step had nothing to
     correct. Its solve may then fail along a zero eigenvalue, such as that of a rotation
     that changes no loss; it counts as solved, and as without negative curvature, which
     the adjoint solve and the probe look for at the corrected ``w``.
+
+    Args:
+      correction: The steps.
+      inner_grad: ``dL/dw`` before the first one.
+      scaling: ``S``.
+      loss, alpha, batch: The inner loss and its arguments.
+
+    Returns:
+      The statistics of the two solves of the last step, whether the steps increased
+      ``||S dL/dw||`` beyond rounding, and the number of products.
     """
     newton_stats, adjoint_stats = correction.solves[-2:]
     is_solved, w = newton_stats["is_solved"], correction.previous_w
+    scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
+    is_increased = scaled_norm(correction.result.inner_grad) > scaled_norm(inner_grad)
+    is_needless = is_solved & ~is_increased
     matvec = functools.partial(hvp, loss, w, alpha, batch)
-    grad_scale = apply_unless(is_solved, lambda w: gradient_scale(matvec, w), w)
+    grad_scale = apply_unless(is_needless, lambda w: gradient_scale(matvec, w), w)
+    is_increased &= ~is_stationary(correction.result.inner_grad, grad_scale)
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
     newton_stats = newton_stats | {
         "is_solved": is_solved | is_rounding,
         "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
     }
-    num_products = jnp.where(is_solved, 0, NUM_SCALE_PROBES)
-    return [newton_stats, adjoint_stats], num_products
+    num_products = jnp.where(is_needless, 0, NUM_SCALE_PROBES)
+    return [newton_stats, adjoint_stats], is_increased, num_products

@@ -39,6 +39,8 @@ class ScaledSolution(NamedTuple):
       target_residuals: What the solutions leave of the targets.
       last_change: Change of ``v`` in the last two steps; zero if ``b - H v`` is down to
         rounding or fell by 1e-6 in them, because the Krylov space is then exhausted.
+        After k = ``max_steps`` steps without a solution, k / 4 times this change: what
+        half as many steps would add if none of them added less.
       residual: ``||S (b - H v)|| / ||S b||`` by the recurrence.
       curvature_min, curvature_max: Extreme values of ``p'S H S p / p'p`` over the
         directions ``p``, which lie within the spectrum of ``S H S``.
@@ -161,13 +163,15 @@ def scaled_cg(
     has_error = residual > 10 * rounding
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
     change = optax.tree.add(state.change, state.prev_change)
+    is_cut_short = (state.num_steps >= max_steps) & ~state.is_stopped & (residual > tol)
+    num_changes = jnp.where(is_cut_short, jnp.maximum(state.num_steps / 4, 1), 1.0)
     unscale = lambda x: scale(units[0], scaling.multiply(x))
     unscale_all = lambda fn, rows: jax.vmap(fn)(jax.vmap(scale)(units[1:], rows))
     return ScaledSolution(
         v=unscale(x),
         target_solutions=unscale_all(scaling.multiply, state.solutions),
         target_residuals=unscale_all(scaling.divide, state.targets),
-        last_change=unscale(scale(jnp.where(has_error, 1.0, 0.0), change)),
+        last_change=unscale(scale(jnp.where(has_error, num_changes, 0.0), change)),
         residual=jnp.where(b_norm == 0, 0.0, residual / b_norm),
         curvature_min=state.curvature_min,
         curvature_max=state.curvature_max,
@@ -270,8 +274,10 @@ def add_gradient_step(
     residuals: PyTree,
     scaling: Scaling,
     curvature_max: Array,
-) -> PyTree:
+) -> tuple[PyTree, PyTree]:
     """Returns solutions after one step along the residual ``r = b - H x`` of the first.
+
+    The residuals that remain are returned too.
 
     Each step minimizes along ``S S r``, which is a direction that the Krylov space of
     another right-hand side may not contain. The solutions stay as they are if ``H`` is
@@ -289,7 +295,8 @@ def add_gradient_step(
     units = jax.vmap(power_of_two_scale)(residuals)
     residuals = jax.vmap(divide)(residuals, units)
     p = _row(residuals, 0)
-    curvature = vdot(p, scaling.matvec(matvec)(p))
+    Hp = scaling.matvec(matvec)(p)
+    curvature = vdot(p, Hp)
     # Along a direction without curvature a step would be infinite, or noise.
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(p))).eps)
     is_positive = curvature > eps * jnp.fmax(curvature_max, 0.0) * vdot(p, p)
@@ -299,7 +306,10 @@ def add_gradient_step(
     def add_step(x, residual, unit):
         # x <- x + S p (p'S r) / p'S H S p
         step_size = vdot(p, residual) / safe_curvature
-        return add_scale(x, jnp.where(is_positive, step_size * unit, 0.0), direction)
+        x = add_scale(x, jnp.where(is_positive, step_size * unit, 0.0), direction)
+        # S r <- S r - S H S p (p'S r) / p'S H S p
+        residual = add_scale(residual, -jnp.where(is_positive, step_size, 0.0), Hp)
+        return x, scaling.divide(scale(unit, residual))
 
     return jax.vmap(add_step)(solutions, residuals, units)
 

@@ -118,9 +118,6 @@ def test_features_far_from_zero_in_float32_are_not_trusted(offset):
     assert num_trusted == (0 if offset else 10)
 
 
-# Known to be missed, as docs/trust.md says. All but the last line must hold already.
-
-
 def test_an_adjoint_that_still_grows_at_the_limit_of_steps_is_seen():
     """Eigenvalues of 12 decades, each with the same part of the hypergradient, 1.
 
@@ -140,8 +137,8 @@ def test_an_adjoint_that_still_grows_at_the_limit_of_steps_is_seen():
     estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, 0.0)
     assert float(estimate.hypergradient) / num < 0.6
     assert not hg.certify(problem, estimate.w, 0.0, estimate).trusted
-    if estimate.trusted:
-        pytest.xfail("only the last two steps of the solve are compared")
+    assert estimate.flags["adjoint_residual"]
+    assert not estimate.trusted
 
 
 def test_a_point_that_oscillates_around_a_kink_is_not_trusted():
@@ -155,5 +152,67 @@ def test_a_point_that_oscillates_around_a_kink_is_not_trusted():
         jnp.ones(3), jnp.full(3, 0.5)
     )
     np.testing.assert_allclose(estimate.hypergradient, 1.0, rtol=1e-3)
-    if estimate.trusted:
-        pytest.xfail("no correction has to lower the gradient")
+    assert estimate.flags["inner_error"]
+    assert not estimate.trusted
+    certificate = hg.certify(problem, estimate.w, jnp.full(3, 0.5), estimate)
+    assert certificate.flags["larger_gradient"]
+    assert not certificate.trusted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gradient_of_rounding_alone_is_no_evidence(dtype):
+    """Ridge regressions at their solution, where a Newton step may raise the gradient.
+
+    Most of ``y`` is not explained, so that the gradient is a difference of large sums.
+    """
+
+    def inner(w, alpha, batch):
+        X, y = batch
+        penalty = 0.5 * jnp.exp(alpha) * jnp.sum(w**2)
+        return 0.5 * jnp.sum((X @ w - y) ** 2) + penalty
+
+    def outer(w, alpha, batch):
+        X, y = batch
+        return 0.5 * jnp.sum((X @ w - y) ** 2)
+
+    @jax.jit
+    def decide(w, alpha, data):
+        problem = hg.Bilevel(inner, outer, *data)
+        estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+        certificate = hg.certify(problem, w, alpha, estimate)
+        return estimate.trusted, certificate.trusted
+
+    num_problems, decisions = 40, []
+    for seed in range(num_problems):
+        rng = np.random.default_rng(seed)
+        X, X_val = rng.normal(size=(2, 200, 12))
+        y, y_val = X.sum(1) * 0.1 + rng.normal(size=(2, 200))
+        w = np.linalg.solve(X.T @ X + np.eye(12), X.T @ y)
+        with compat.enable_x64(dtype == "float64"):
+            cast = lambda x: jnp.asarray(x, dtype)
+            data = (cast(X), cast(y)), (cast(X_val), cast(y_val))
+            decisions.append(decide(cast(w), cast(0.0), data))
+    assert np.all(decisions)
+
+
+def test_a_curvature_of_rounding_is_ill_conditioned_whatever_its_sign():
+    """The lowest eigenvalue is zero up to rounding, and dM/dw has a part along it."""
+
+    def inner(w, alpha, batch):
+        H, _ = batch
+        return 0.5 * jnp.vdot(w, H @ w) - alpha * jnp.vdot(H.sum(1), w)
+
+    outer = lambda w, alpha, batch: jnp.vdot(batch[1], w)
+
+    @jax.jit
+    def estimate_fn(data):
+        problem = hg.Bilevel(inner, outer, data, data)
+        return hg.hypergradient(problem, hg.Implicit(NO_STEPS))(jnp.ones(12), 1.0)
+
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        basis, _ = np.linalg.qr(rng.normal(size=(12, 12)))
+        H = basis @ np.diag([0.0, *np.linspace(0.2, 1.0, 11)]) @ basis.T
+        b = basis @ np.concatenate([[5e-3], rng.normal(size=11)])
+        flags = estimate_fn((jnp.asarray(H + H.T) / 2, jnp.asarray(b))).flags
+        assert flags["ill_conditioned"] or flags["negative_curvature"]
