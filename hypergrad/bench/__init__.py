@@ -7,6 +7,7 @@ command ``hypergrad run`` finds a table by its file.
 
 from . import baselines
 from .claims import Check, Claim, Comparison, Finding, Published
+from .columns import Column
 from .methods import MethodError, with_options
 from .rows import Cell, Row, select
 from .statistics import (
@@ -17,7 +18,7 @@ from .statistics import (
     mean_interval,
     ratio_interval,
 )
-from .table import BaseTable, Column, MeasurementTable, Stage, Table
+from .table import BaseTable, MeasurementTable, Stage, Table
 
 __all__ = [
     "BaseTable",

@@ -26,15 +26,8 @@ from .loading import (
     parse_method,
     table_files,
 )
-from .report import (
-    IndexEntry,
-    TableResult,
-    to_error_page,
-    to_html,
-    to_index,
-    to_leaderboard,
-    to_markdown,
-)
+from .pages import IndexEntry, to_error_page, to_html, to_index, to_leaderboard
+from .report import TableResult, to_markdown
 from .rows import read_rows
 from .runner import RunOptions, RunResult, run_table
 from .source import digest_sources

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..runtime.fingerprint import HASH
+from .columns import Column
 from .loading import TableRef
 from .report import TableResult
 from .rows import Row
 from .runner import data_fingerprint, measure_cell
-from .table import Column
 
 EQUAL, AS_PRINTED, DIFFERENT, FAILED = "equal", "as printed", "different", "FAILED"
 

@@ -14,6 +14,7 @@ from hypergrad.bench import (
     MeasurementTable,
     Published,
     Resplits,
+    pages,
     report,
 )
 from hypergrad.bench.claims import evaluate_claims
@@ -173,6 +174,33 @@ def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
     assert cells[-1] == verdict
 
 
+def test_a_method_that_lacks_a_seed_reproduces_nothing():
+    """The run of its third seed failed; a table that plans two seeds for it agrees."""
+    cells = {"old": 3, "new": 3}
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [
+            {"method": method, "seed": seed}
+            for method, num_seeds in cells.items()
+            for seed in range(min(seeds, num_seeds))
+        ],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("accuracy", form=".3f"),),
+        published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
+    )
+    rows = [
+        {"method": method, "seed": seed, "accuracy": 0.94, "scale": "paper"}
+        for method, num_rows in (("old", 3), ("new", 2))
+        for seed in range(num_rows)
+    ]
+    result = report.TableResult("toy", table, rows)
+    _, (published,) = report.published_table(result)
+    assert published[3:] == ["0.940 ± 0.000 (2 of 3 seeds)", "+0", "no (within 0.02)"]
+    assert result.cell(table.columns[0], "new") == "0.940 ± 0.000 (2 of 3)"
+    cells["new"] = 2
+    _, (published,) = report.published_table(result)
+    assert published[3:] == ["0.940 ± 0.000", "+0", "yes (within 0.02)"]
+
+
 def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
     table = MeasurementTable(
         cells=lambda scale, seeds: [],
@@ -180,15 +208,25 @@ def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
         columns=(Column("error"),),
         ranked_by="-error",
     )
-    errors = {"broke off": (0.1, None), "second": (0.3, 0.5), "first": (0.2, 0.4)}
+    errors = {
+        "broke off": (0.1, None),
+        "lacks a seed": (0.1,),
+        "second": (0.3, 0.5),
+        "first": (0.2, 0.4),
+    }
     rows = [
-        {"method": method, "seed": seed, "error": error}
+        {"method": method, "seed": seed, "error": error, "scale": "small"}
         for method, values in errors.items()
         for seed, error in enumerate(values)
     ]
-    page = report.to_leaderboard([report.TableResult("toy", table, rows)])
-    ranked = re.findall("<tr><td>([^<]*)</td>", page)
-    assert ranked == ["first", "second", "broke off"]
+    page = pages.to_leaderboard([report.TableResult("toy", table, rows)])
+    ranked = re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td>", page)
+    assert ranked == [
+        ("first", "0.3 ± 0.141"),
+        ("second", "0.4 ± 0.141"),
+        ("broke off", "0.1 (1 of 2)"),
+        ("lacks a seed", "0.1 (1 of 2)"),
+    ]
 
 
 @pytest.mark.parametrize("resplits", [None, Resplits(0.5)], ids=["seeds", "resplits"])
@@ -244,14 +282,14 @@ def test_the_leaderboard_ranks_by_a_metric_that_is_no_column():
         ranked_by="-loss",
     )
     rows = [
-        {"method": method, "seed": 0, "loss": loss, "accuracy": 0.5}
+        {"method": method, "seed": 0, "loss": loss, "accuracy": 0.5, "scale": "small"}
         for method, loss in (("worse", 2.0), ("better", 1.0))
     ]
-    page = report.to_leaderboard([report.TableResult("toy", table, rows)])
+    page = pages.to_leaderboard([report.TableResult("toy", table, rows)])
     assert page.index("better") < page.index("worse")
 
 
 def test_the_index_names_every_commit_and_whether_files_differ():
     commits = f"{'a' * 40}+ and {'b' * 40}"
-    card = report.IndexEntry("toy", "", commit=commits).card()
+    card = pages.IndexEntry("toy", "", commit=commits).card()
     assert f"commit {'a' * 12}+ and {'b' * 12}" in card
