@@ -25,7 +25,11 @@ from .keys_in_w import bind_keys, restore_keys
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
 from .lost_derivative_checks import lost_derivative_flags
-from .newton_correction import correct_by_newton, judge_correction
+from .newton_correction import (
+    CorrectionChecks,
+    check_correction,
+    correct_by_newton,
+)
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
     check_alpha_has_gradient,
@@ -78,8 +82,8 @@ CERTIFICATE_REASONS = {
         "in float64)"
     ),
     "larger_gradient": (
-        "the Newton steps increased dL/dw, so w is not near a minimum of a smooth loss "
-        "(allow the inner solver more steps, or smooth a kink of the loss)"
+        "the Newton steps increased the norm of dL/dw, so w is not near a minimum of a "
+        "smooth loss (allow the inner solver more steps, or smooth a kink of the loss)"
     ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum (allow the "
@@ -322,19 +326,17 @@ def compute_certificate(
         num_steps=jnp.maximum(_longest_solve(solves), MIN_PROBE_STEPS),
         curvature_max=_largest_curvature(solves),
     )  # fmt: skip
-    last_solves, is_increased, num_scale_products = judge_correction(
-        correction, inner_grad, scaling, loss, alpha, batch
-    )
+    checks = check_correction(correction, inner_grad, scaling, loss, alpha, batch)
     num_products = scaling.num_products + probe.num_products
-    num_products += sum(map(count_products, solves)) + num_scale_products
-    is_negative = probe.is_negative | _any_negative(last_solves)
+    num_products += sum(map(count_products, solves)) + checks.num_products
+    is_negative = probe.is_negative | _any_negative(checks.solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
     corrected_grad_norm = norm(result.inner_grad)
     error = max_relative_error(problem, hypergradient, corrected)  # |h - h*| / |h*|
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
     flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
-        is_finite, error <= rtol, has_converged, last_solves, is_increased, is_negative
+        is_finite, error <= rtol, has_converged, checks, is_negative
     )
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
@@ -391,8 +393,7 @@ def _failed_checks(
     is_finite: Array,
     is_accurate: Array,
     has_converged: Array,
-    solves: list[LinearStats],
-    is_increased: Array,
+    checks: CorrectionChecks,
     is_negative: Array,
 ) -> dict[str, Array]:
     """Returns ``{name: bool}`` for what the numbers of a certificate decide."""
@@ -400,8 +401,8 @@ def _failed_checks(
         "not_finite": ~is_finite,
         "error": is_finite & ~is_accurate,
         "last_change": is_finite & ~has_converged,
-        "not_solved": ~_all_solved(solves),
-        "larger_gradient": is_increased,
+        "not_solved": ~_all_solved(checks.solves),
+        "larger_gradient": checks.is_increased,
         "negative_curvature": is_negative,
     }
 

@@ -28,7 +28,7 @@ from .linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
 from .minimum_checks import (
     curvature_vanishes,
     gradient_rounding,
-    is_quadratic_model_wrong,
+    scales_of_rounding,
 )
 from .problem import Bilevel
 from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
@@ -43,6 +43,7 @@ from .trees import (
     norm_ratio,
     power_of_two_scale,
     ratio,
+    safe_norm,
     vdot,
 )
 
@@ -53,7 +54,7 @@ NUM_DIRECTIONS = 2  # u
 CORRECTION_FACTOR = 3.0
 MAX_CONDITION = 0.25  # of S H S in units of 1 / eps, above which rounding decides
 NUM_CHECK_STEPS = 25  # CG steps for the terms where the adjoint solver yields none
-NUM_ERROR_PRODUCTS = 2  # of `estimate_error`, without negative curvature
+NUM_ERROR_PRODUCTS = 2  # of `estimate_error` for each loss, at least
 # Errors up to which a Newton correction is near the argmin, so that negative curvature
 # that vanishes on the way to it is ignored.
 MAX_ERROR_NEAR_ARGMIN = 0.1
@@ -68,11 +69,10 @@ class CorrectionTerms(NamedTuple):
       inner_step: ``d``, structured like ``w``.
       grad_residual: ``dL/dw - H d``, what ``d`` leaves of ``dL/dw``.
       duals: ``y`` for each direction, ``[2, ...]``.
-      adjoint_change: The last change of ``v`` in its solve.
+      adjoint_change: The last change of ``v`` in its solve, as in `ScaledSolution`.
       last_direction: ``p``, the last direction of the solve, in scaled coordinates.
       curvature_min: The smallest curvature that the solve met, which is that along
         ``p`` if it is negative.
-      curvature_max: The largest one.
       is_negative: Whether the solve met negative curvature.
       is_ill_conditioned: Whether it met a curvature so small, compared with the
         largest, that rounding errors of products change it much.
@@ -84,7 +84,6 @@ class CorrectionTerms(NamedTuple):
     adjoint_change: PyTree
     last_direction: PyTree
     curvature_min: Scalar
-    curvature_max: Scalar
     is_negative: Scalar
     is_ill_conditioned: Scalar
 
@@ -99,8 +98,7 @@ class HypergradientError(NamedTuple):
       relative_change: The change of ``h`` from ``w`` to ``w+`` at a fixed adjoint, and
         the change of the residual of the adjoint times ``||J' v||``, over ``||h||``.
         Infinite if nothing is known of the distance to the argmin.
-      adjoint_change: Change of ``J' v`` in the last two steps of its solve over
-        ``||h||``.
+      adjoint_change: ``||J' dv|| / ||h||`` with the last change ``dv`` of the adjoint.
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
@@ -188,7 +186,6 @@ def correction_terms(
         adjoint_change=solution.last_change,
         last_direction=solution.last_direction,
         curvature_min=curvature_min,
-        curvature_max=solution.curvature_max,
         is_negative=solution.is_negative,
         is_ill_conditioned=(curvature_min < rounding) & ~solution.is_negative,
     )
@@ -260,13 +257,18 @@ def estimate_error(
     scaling: Scaling,
     result: ImplicitResult,
     terms: CorrectionTerms,
-) -> HypergradientError:
-    """Estimates the relative error of a hypergradient at ``w``.
+) -> tuple[HypergradientError, Array]:
+    """Returns the estimated relative error of a hypergradient, and the products made.
+
+    Near a minimum ``dL/dw`` at ``w - d`` is ``dL/dw - H d`` up to second order. If the
+    difference exceeds ``dL/dw`` itself, and rounding, a Newton step says nothing about
+    where the minimum is, as at a point that oscillates around a kink.
 
     No estimate sees a direction in which neither ``dM/dw`` nor ``dL/dw`` has a part
     that the solve resolved, another minimum than the nearest, or noise of batches.
 
-    Cost: two products and one outer gradient; a third product after negative curvature.
+    Cost: two products and one outer gradient; a third product after negative curvature;
+    `scales_of_rounding` if the difference exceeds ``dL/dw``.
 
     Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
     ``w`` and its adjoint.
@@ -274,6 +276,7 @@ def estimate_error(
     losses = problem.outer_losses
     is_moving = ~is_zero(result.inner_grad)
     hvp_at = lambda w, v: hvp(problem.inner_loss, w, alpha, batch, v)
+    scaled_norm = lambda x: safe_norm(scaling.multiply(x))
     correct = problem.for_each_loss(lambda d: add_scale(w, -1, d))
     new_w = correct(terms.inner_step)  # w+ = w - d
     new_b, new_direct = _outer_grads(problem, new_w, alpha, outer_batch)
@@ -283,15 +286,9 @@ def estimate_error(
             problem, new_w, alpha, batch, parts.adjoint, terms
         )
         new_grad, *products = products
+        model_error = scaled_norm(optax.tree.sub(new_grad, terms.grad_residual))
         # Without b there is no Krylov space that could contain a part of d.
         is_blind = is_zero(parts.b) & is_moving & reads_w
-        is_blind |= is_quadratic_model_wrong(
-            result.inner_grad,
-            new_grad,
-            terms.grad_residual,
-            scaling,
-            gradient_rounding(w, scaling, terms.curvature_max),
-        )
         derivatives = _DerivativesAtCorrection(new_b, new_direct, *products)
         error = _relative_errors(alpha, scaling, parts, terms, derivatives, is_blind)
         max_error = jnp.maximum(error.inner_error, error.adjoint_error)
@@ -299,21 +296,33 @@ def estimate_error(
             hvp_at,
             w,
             scaling,
-            terms.curvature_min,
+            jnp.where(terms.is_negative, terms.curvature_min, 0.0),
             terms.last_direction,
             terms.inner_step,
         )
         vanishes &= max_error <= MAX_ERROR_NEAR_ARGMIN
-        return error._replace(negative_curvature=terms.is_negative & ~vanishes)
+        is_negative = terms.is_negative & ~vanishes
+        return error._replace(negative_curvature=is_negative), model_error
 
     parts = _Parts(
         result.hypergradient, result.b, result.adjoint, result.cross, result.residual
     )
     reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
-    errors = problem.for_each_loss(error_of_loss)(
-        parts, terms, new_w, new_b, new_direct, reads_w.reshape(problem.value_shape)
+    reads_w = reads_w.reshape(problem.value_shape)
+    errors, model_errors = problem.for_each_loss(error_of_loss)(
+        parts, terms, new_w, new_b, new_direct, reads_w
     )
-    return jax.tree.map(jnp.max, errors)
+    is_suspect = reads_w & ~(model_errors <= scaled_norm(result.inner_grad))
+    grad_scale, value, num_scale_products = scales_of_rounding(
+        problem.inner_loss, w, alpha, batch, jnp.any(is_suspect)
+    )
+    rounding = gradient_rounding(grad_scale, value, scaling)
+    is_wrong = is_suspect & ~(model_errors <= rounding)
+    changes = jnp.where(is_wrong, jnp.inf, errors.relative_change)
+    num_negative = jnp.sum(terms.is_negative & (terms.curvature_min < 0))
+    num_products = NUM_ERROR_PRODUCTS * len(losses) + num_negative + num_scale_products
+    errors = errors._replace(relative_change=changes)
+    return jax.tree.map(jnp.max, errors), num_products
 
 
 class _Parts(NamedTuple):

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .linear.base import MatVec
 from .linear.equilibration import Scaling
+from .products import Loss, hvp
 from .trees import (
     add_scale,
     apply_unless,
@@ -22,7 +23,6 @@ from .trees import (
 )
 
 NUM_SCALE_PROBES = 8
-ROUNDING_ULPS = 10  # units in the last place that count as rounding
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
 
@@ -70,38 +70,39 @@ def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Arra
     return jnp.all(jnp.stack(leaves))
 
 
-def gradient_rounding(w: PyTree, scaling: Scaling, curvature_max: Array) -> Array:
-    """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes.
+def scales_of_rounding(
+    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, is_needed: Array
+) -> tuple[PyTree, Array, Array]:
+    """Returns what the rounding errors of ``dL/dw`` are proportional to.
+
+    These are `gradient_scale` and ``L``, and the number of products made for them. All
+    three are zero unless ``is_needed``.
+
+    Cost: `NUM_SCALE_PROBES` products and one value of the loss if needed.
+    """
+    matvec = lambda v: hvp(loss, w, alpha, batch, v)
+    scales = lambda _: (gradient_scale(matvec, w), loss(w, alpha, batch))
+    zeros = optax.tree.zeros_like(jax.eval_shape(scales, None))
+    grad_scale, value = apply_unless(~is_needed, scales, zeros)
+    return grad_scale, value, jnp.where(is_needed, NUM_SCALE_PROBES, 0)
+
+
+def gradient_rounding(grad_scale: PyTree, value: Array, scaling: Scaling) -> Array:
+    """Returns a norm of ``S dL/dw`` up to which ``w`` counts as stationary.
+
+    It is ``eps^(3/4) (||S q|| + |L|^(1/2))`` with the ``q`` of `gradient_scale`, which
+    are rounding errors of ``H w`` and of a sum of squares whose residuals do not
+    vanish. Neither units of ``w`` nor a factor of ``L`` change what it means, because
+    rows of ``S H S`` have about unit norm.
 
     Args:
-      w: Where the gradient was evaluated.
+      grad_scale, value: From `scales_of_rounding`.
       scaling: ``S``.
-      curvature_max: The largest known curvature of ``S H S``. NaN yields zero.
     """
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(w))
-    w_norm = safe_norm(scaling.divide(w))
-    return jnp.nan_to_num(ROUNDING_ULPS * eps * curvature_max * w_norm)
-
-
-def is_quadratic_model_wrong(
-    grad: PyTree, new_grad: PyTree, predicted: PyTree, scaling: Scaling, rounding: Array
-) -> Array:
-    """Returns whether a step changed ``dL/dw`` quite otherwise than ``H`` predicts.
-
-    Near a minimum ``dL/dw`` at ``w - d`` is ``dL/dw - H d`` up to second order. If the
-    difference exceeds ``dL/dw`` itself, a Newton step says nothing about where the
-    minimum is, as at a point that oscillates around a kink.
-
-    Args:
-      grad, new_grad: ``dL/dw`` at ``w`` and at ``w - d``.
-      predicted: ``dL/dw - H d``, with the derivatives at ``w``.
-      scaling: ``S``. Norms are those of ``S dL/dw``.
-      rounding: Differences up to this norm are rounding.
-    """
-    scaled_norm = lambda x: safe_norm(scaling.multiply(x))
-    difference = scaled_norm(optax.tree.sub(new_grad, predicted))
-    # A NaN is no evidence: it reaches the hypergradient too, which is flagged then.
-    return difference > jnp.maximum(scaled_norm(grad), rounding)
+    tol = lambda x: float(jnp.finfo(x.dtype).eps) ** 0.75
+    scaled = scaling.multiply(jax.tree.map(lambda q: tol(q) * q, grad_scale))
+    rounding = safe_norm(scaled) + tol(value) * jnp.sqrt(jnp.abs(value))
+    return jnp.where(jnp.isfinite(rounding), rounding, 0.0)
 
 
 def curvature_vanishes(

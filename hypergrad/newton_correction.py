@@ -1,6 +1,5 @@
 """The Newton steps of a certificate, and the statistics that decide on trust."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,9 +9,9 @@ from jaxtyping import Array, PyTree, Scalar
 from .implicit_diff import ImplicitResult
 from .linear.base import LinearStats
 from .linear.equilibration import Scaling
-from .minimum_checks import NUM_SCALE_PROBES, gradient_scale, is_stationary
-from .products import Loss, hvp
-from .trees import apply_unless, safe_norm
+from .minimum_checks import gradient_rounding, is_stationary, scales_of_rounding
+from .products import Loss
+from .trees import safe_norm
 
 
 class NewtonCorrection(NamedTuple):
@@ -71,18 +70,32 @@ def correct_by_newton(
     return NewtonCorrection(w, result, change, previous_w, previous_grad, solves)
 
 
-def judge_correction(
+class CorrectionChecks(NamedTuple):
+    """Checks of Newton steps that decide on trust.
+
+    Attributes:
+      solves: Statistics of the two solves of the last step.
+      is_increased: Whether the steps increased ``||S dL/dw||`` beyond rounding.
+      num_products: Number of products that this took.
+    """
+
+    solves: list[LinearStats]
+    is_increased: Array
+    num_products: Array
+
+
+def check_correction(
     correction: NewtonCorrection,
     inner_grad: PyTree,
     scaling: Scaling,
     loss: Loss,
     alpha: PyTree,
     batch: PyTree,
-) -> tuple[list[LinearStats], Array, Array]:
-    """Returns what decides on trust in Newton steps, and the number of products made.
+) -> CorrectionChecks:
+    """Returns what decides on trust in Newton steps.
 
-    Each solve corrects what earlier ones left, so that the last ones decide on trust.
-    If the gradient before the step is at the level of rounding, the step had nothing to
+    Each solve corrects what earlier ones left, so that the last ones decide. If the
+    gradient before the step is at the level of rounding, the step had nothing to
     correct. Its solve may then fail along a zero eigenvalue, such as that of a rotation
     that changes no loss; it counts as solved, and as without negative curvature, which
     the adjoint solve and the probe look for at the corrected ``w``.
@@ -92,23 +105,19 @@ def judge_correction(
       inner_grad: ``dL/dw`` before the first one.
       scaling: ``S``.
       loss, alpha, batch: The inner loss and its arguments.
-
-    Returns:
-      The statistics of the two solves of the last step, whether the steps increased
-      ``||S dL/dw||`` beyond rounding, and the number of products.
     """
     newton_stats, adjoint_stats = correction.solves[-2:]
     is_solved, w = newton_stats["is_solved"], correction.previous_w
     scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
-    is_increased = scaled_norm(correction.result.inner_grad) > scaled_norm(inner_grad)
-    is_needless = is_solved & ~is_increased
-    matvec = functools.partial(hvp, loss, w, alpha, batch)
-    grad_scale = apply_unless(is_needless, lambda w: gradient_scale(matvec, w), w)
-    is_increased &= ~is_stationary(correction.result.inner_grad, grad_scale)
+    new_norm = scaled_norm(correction.result.inner_grad)
+    is_increased = new_norm > scaled_norm(inner_grad)
+    grad_scale, value, num_products = scales_of_rounding(
+        loss, w, alpha, batch, ~is_solved | is_increased
+    )
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
     newton_stats = newton_stats | {
         "is_solved": is_solved | is_rounding,
         "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
     }
-    num_products = jnp.where(is_needless, 0, NUM_SCALE_PROBES)
-    return [newton_stats, adjoint_stats], is_increased, num_products
+    is_increased &= new_norm > gradient_rounding(grad_scale, value, scaling)
+    return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)

@@ -133,6 +133,33 @@ ERRORS = (
         "test_features_far_from_zero_in_float32_are_not_trusted[1000.0]",
     ),
     PlantedError(
+        "implicit: a step that the Hessian does not predict counts as one",
+        "implicit_error.py",
+        "jnp.where(is_wrong, jnp.inf, errors.relative_change)",
+        "errors.relative_change",
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_a_point_that_oscillates_around_a_kink_is_not_trusted[float64-alone]",
+    ),
+    PlantedError(
+        "scaled CG: no further changes follow the last one",
+        "linear/scaled_cg.py",
+        "num_changes = jnp.maximum(num_pairs, 1.0)",
+        "num_changes = 1.0 + 0.0 * num_pairs",
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_an_adjoint_that_still_grows_is_seen[float64-limit]",
+    ),
+    PlantedError(
+        "certificate: Newton steps may increase the gradient",
+        "certificate.py",
+        '"larger_gradient": checks.is_increased',
+        '"larger_gradient": jnp.asarray(False)',
+        "core/test_hidden_errors.py",
+        guard="core/test_hidden_errors.py::"
+        "test_a_point_that_oscillates_around_a_kink_is_not_trusted[float64-alone]",
+    ),
+    PlantedError(
         "certificate: Newton steps that converge linearly count as converged",
         "certificate.py",
         "else LAST_CHANGE_RATIO * rtol",

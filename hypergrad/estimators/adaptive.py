@@ -27,12 +27,12 @@ from ..implicit_diff import (
 from ..inner.base import InnerStats, grads_per_step, inner_stats
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
-from ..minimum_checks import ROUNDING_ULPS, gradient_rounding
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint
 
 MAX_ROUNDS = 8
+ROUNDING_ULPS = 10  # units in the last place that count as rounding
 GRADS_PER_CHECK = 10  # gradients that steps cost between checks of the full gradient
 ADJOINT_FACTOR = 100.0  # tolerance of the hypergradient over that of the adjoint solve
 MAX_TOL_CHANGE = 10.0  # largest factor between grad_tol and the gradient norm reached
@@ -329,7 +329,9 @@ class AdaptiveSolve(eqx.Module):
 
     def rounding_error(self, w: PyTree, linear_stats: LinearStats) -> Scalar:
         """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes."""
-        return gradient_rounding(w, self.scaling, linear_stats["ritz_max"])
+        w_norm = norm(self.scaling.divide(w))
+        eps = jnp.finfo(w_norm.dtype).eps
+        return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)
 
     # Quantities that do not change between rounds.
 

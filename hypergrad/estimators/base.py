@@ -51,9 +51,10 @@ REASONS = {
     ),
     "inner_error": (
         "w is too far from a stationary point of the inner loss: a Newton step, or "
-        "further inner steps, change the hypergradient by more than the tolerance "
-        "(make more inner steps, or use hg.Newton() or num_newton_steps=1; smaller "
-        "ones if the inner run diverges)"
+        "further inner steps, change the hypergradient by more than the tolerance, or "
+        "dL/dw does not change along it as the Hessian predicts (make more inner "
+        "steps, or use hg.Newton() or num_newton_steps=1; smaller ones if the inner "
+        "run diverges; smooth a kink of the loss)"
     ),
     "negative_curvature": (
         "the inner Hessian has negative curvature, so w is not a minimum (allow the "

@@ -149,8 +149,10 @@ class Implicit(eqx.Module):
       hypergradient by a Newton correction of ``w`` and of the adjoint, estimated along
       two random directions of ``alpha``, times three if ``alpha`` has more numbers; (2)
       the change of the hypergradient and of the adjoint's residual over this
-      correction; (3) the change of ``J' v`` in the last two steps of the solve; (4) the
-      residual of the adjoint in scaled coordinates. ``error_estimate`` is the larger
+      correction, infinite if ``dL/dw`` changes by more than itself otherwise than the
+      Hessian predicts; (3) the change of ``J' v`` in the last two steps of the solve,
+      times the number of such pairs that may follow; (4) the residual of the adjoint in
+      scaled coordinates. ``error_estimate`` is the larger
       one of the error of (1) and (3). None of them depends on the units of ``w`` or of
       a loss, as far as the probed scaling does not. They do not see errors along
       directions that neither ``dM/dw`` nor ``dL/dw`` contains, another minimum, or the

@@ -14,7 +14,6 @@ from ..implicit_diff import (
 )
 from ..implicit_error import (
     NUM_DIRECTIONS,
-    NUM_ERROR_PRODUCTS,
     CorrectionTerms,
     correction_targets,
     correction_terms,
@@ -96,8 +95,9 @@ def solve_adjoint(
 
     Cost:
       For the error estimate with `scaled_cg` five products and one outer gradient, two
-      products for the duals of the previous estimate, and one after negative curvature;
-      with any other solver up to 25 steps of `scaled_cg` more.
+      products for the duals of the previous estimate, one after negative curvature, and
+      eight where a Newton step does not lower ``dL/dw`` as predicted; with any other
+      solver up to 25 steps of `scaled_cg` more.
     """
     point = Point(problem, w, alpha, batch, outer_batch)
     terms: Any = None
@@ -124,10 +124,8 @@ def solve_adjoint(
             solution, terms = _add_short_terms(point, scaling, solution)
     if not with_error:
         return solution
-    error = estimate_error(*point, scaling, solution.result, terms)
-    num_losses = len(problem.outer_losses)
-    num_products = solution.num_extra_products + NUM_ERROR_PRODUCTS * num_losses
-    num_products = jnp.asarray(num_products, float) + jnp.sum(terms.curvature_min < 0)
+    error, num_products = estimate_error(*point, scaling, solution.result, terms)
+    num_products = jnp.asarray(num_products + solution.num_extra_products, float)
     is_negative = solution.result.linear_stats["negative_curvature"]
     return solution._replace(
         result=_with_negative_curvature(

@@ -39,8 +39,8 @@ class ScaledSolution(NamedTuple):
       target_residuals: What the solutions leave of the targets.
       last_change: Change of ``v`` in the last two steps; zero if ``b - H v`` is down to
         rounding or fell by 1e-6 in them, because the Krylov space is then exhausted.
-        After k = ``max_steps`` steps without a solution, k / 4 times this change: what
-        half as many steps would add if none of them added less.
+        It is multiplied by the number of pairs of steps that may follow, k / 4 after k
+        steps, but no more than half of the dimensions that are left, and by 1 at least.
       residual: ``||S (b - H v)|| / ||S b||`` by the recurrence.
       curvature_min, curvature_max: Extreme values of ``p'S H S p / p'p`` over the
         directions ``p``, which lie within the spectrum of ``S H S``.
@@ -163,8 +163,8 @@ def scaled_cg(
     has_error = residual > 10 * rounding
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
     change = optax.tree.add(state.change, state.prev_change)
-    is_cut_short = (state.num_steps >= max_steps) & ~state.is_stopped & (residual > tol)
-    num_changes = jnp.where(is_cut_short, jnp.maximum(state.num_steps / 4, 1), 1.0)
+    num_pairs = jnp.minimum(state.num_steps / 4, (dimension - state.num_steps) / 2)
+    num_changes = jnp.maximum(num_pairs, 1.0)
     unscale = lambda x: scale(units[0], scaling.multiply(x))
     unscale_all = lambda fn, rows: jax.vmap(fn)(jax.vmap(scale)(units[1:], rows))
     return ScaledSolution(

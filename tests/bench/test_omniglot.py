@@ -125,3 +125,58 @@ def test_the_hypergradient_of_maml_is_that_of_its_definition(characters):
         jax.tree.leaves(estimate.hypergradient), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(actual, leaf, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def small_table(monkeypatch):
+    """Returns the table with few random images and two test batches."""
+    rng = np.random.default_rng(1)
+    images = rng.uniform(size=(60, NUM_DRAWINGS, 28, 28)).astype(np.float32)
+    monkeypatch.setattr(omniglot.datasets, "load", lambda name: {"x": images})
+    monkeypatch.setattr(omniglot, "NUM_TRAIN", 40)
+    monkeypatch.setattr(omniglot, "NUM_VAL", 10)
+    monkeypatch.setattr(table, "NUM_TEST_BATCHES", 2)
+    return images
+
+
+def test_the_parts_share_no_character_and_differ_between_seeds(small_table):
+    parts = [omniglot.split_characters(jax.random.key(seed)) for seed in range(2)]
+    assert [len(parts[0][x].images) for x in ("train", "val", "test")] == [40, 10, 10]
+    first_pixels = lambda part: set(np.asarray(part.images)[:, 0, 0, 0].tolist())
+    of_seeds = [[first_pixels(part) for part in x.values()] for x in parts]
+    assert set.union(*of_seeds[0]) == set(small_table[:, 0, 0, 0].tolist())
+    assert sum(map(len, of_seeds[0])) == 60
+    assert of_seeds[0] != of_seeds[1]
+
+
+@pytest.mark.parametrize("variant", ["maml", "ridge"])
+def test_a_step_costs_five_gradients_and_moves_all_that_tasks_share(
+    small_table, variant
+):
+    """The paper's scale is then 60,000 steps; metrics read their own characters."""
+    task = table.make_task(jax.random.key(0), variant=variant)
+    trace = table.learn(task, budget=10.0, key=jax.random.key(1))
+    np.testing.assert_allclose(trace.cost, [5.0, 10.0])
+    assert table.BUDGET["paper"] == 5 * 60_000
+    changed = jax.tree.map(lambda x, y: bool(np.any(x != y)), task.alpha, trace.alpha)
+    assert all(jax.tree.leaves(changed))
+    solver = table.TEST_SOLVER if variant == "maml" else task.solver
+    for name in ("val", "test"):
+        _, solver_of_metric, problem, _ = task.metrics[f"{name}_accuracy"].args
+        assert solver_of_metric is solver
+        part = omniglot.split_characters(jax.random.split(jax.random.key(0))[0])[name]
+        np.testing.assert_array_equal(problem.data_fn.args[0].images, part.images)
+
+
+def test_the_figure_is_drawn_from_any_rows(tmp_path):
+    losses = [None, *np.linspace(2, 1, table.NUM_BLOCKS - 1).tolist()]
+    rows = [
+        {"method": "pixels", "seed": 0, "test_accuracy": 0.5},
+        {"method": "own", "seed": 0, "test_accuracy": None},
+        {"method": "maml", "seed": 0, "test_accuracy": 0.9}
+        | {"mean_losses": losses, "num_steps": 1000},
+    ]
+    for i in range(len(rows)):
+        path = tmp_path / f"{i}.png"
+        table.table.plot(rows[: i + 1], path)
+        assert path.stat().st_size > 1000
