@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 Order = Literal["iid", "blocks"]
@@ -95,6 +96,8 @@ class Batches(eqx.Module):
             and 1 <= batch_size <= self.num_examples
         ):
             got, remedy = repr(batch_size), ""
+            if isinstance(batch_size, np.integer):
+                remedy = f" Write {batch_size}, a number of Python."
             if shape := getattr(batch_size, "shape", ()):
                 got = f"an array of shape {shape}"
                 remedy = " The data is one tuple: hg.Batches((x, y), batch_size)."
@@ -210,6 +213,11 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
         raise ValueError(
             f"a batch size of {batch_size} needs the data as hg.Batches, because a "
             "plain pytree is used whole."
+        )
+    if data.with_key and not jax.tree.leaves(data.data):
+        raise ValueError(
+            f"a batch size of {batch_size} needs examples, and these batches are a key "
+            "alone. Leave the batch size out."
         )
     batches = Batches(
         data.data,

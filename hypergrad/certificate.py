@@ -36,6 +36,7 @@ from .problem_checks import (
     check_on_shapes,
     check_problem,
     check_problem_type,
+    check_sample_is_known,
 )
 from .products import hvp
 from .trees import all_finite, norm
@@ -225,6 +226,7 @@ def certify(
     check_problem_type(problem)
     if hasattr(hypergradient, "hypergradient"):  # an Estimate
         key = hypergradient.key if key is None else key
+        check_sample_is_known(problem, key)
         hypergradient = hypergradient.hypergradient
     w, alpha = as_input_arrays(w, alpha)
     check_positive_int("num_newton_steps", num_newton_steps)

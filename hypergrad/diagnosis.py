@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .batches import Batches, sample_batch
-from .estimators.base import Estimate, Estimator
+from .estimators.base import Estimate, Estimator, keys_of_samples
 from .hypergradient import hypergradient
 from .keys_in_w import bind_keys
 from .lost_derivative_checks import describe_lost_derivatives
@@ -94,28 +94,42 @@ def diagnose(
     problem, w = bind_keys(problem, w)
     key = as_key(key)
     _, estimate_key = jax.random.split(key)  # as in `hypergradient`
-    data = EstimateData.sample(problem, estimate_key)
     w0 = problem.init_inner(w, alpha)
     if sentences := tuple(_describe_point(problem, w0, alpha)):
         return sentences
-    if sentences := tuple(_describe_start(problem, data, w0, alpha)):
-        return sentences
     inside = getattr(estimator, "estimator", estimator)  # that of `Average`
-    if getattr(estimator, "is_single_loop", False):
+    is_single_loop = getattr(estimator, "is_single_loop", False)
+    solver = None if is_single_loop else getattr(inside, "solver", None)
+    for sample_key in keys_of_samples(estimator, estimate_key):
+        data = EstimateData.sample(problem, sample_key)
+        if sentences := tuple(_describe_sample(problem, solver, data, w0, alpha)):
+            return sentences
+    if is_single_loop:
         return tuple(describe_lost_derivatives(problem, inside, w0, alpha))
-    if (solver := getattr(inside, "solver", None)) is not None:
-        final_w, sentences = _describe_run(solver, problem.inner_loss, w0, alpha, data)
-        if sentences:
-            return sentences
-        position = "at the w where the inner run ends"
-        if sentences := tuple(_describe_outer(problem, data, final_w, alpha, position)):
-            return sentences
     estimate = hypergradient(problem, estimator)(w, alpha, key)
     if sentences := tuple(_describe_estimate(estimate)):
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
     return tuple(describe_lost_derivatives(problem, inside, estimate.w, alpha))
+
+
+def _describe_sample(
+    problem: Bilevel, solver: Any, data: EstimateData, w0: PyTree, alpha: PyTree
+) -> Iterator[str]:
+    """Yields what is not finite at the start, along the inner run, or at its end."""
+    is_finite = True
+    for sentence in _describe_start(problem, data, w0, alpha):
+        is_finite = False
+        yield sentence
+    if solver is None or not is_finite:
+        return
+    final_w, sentences = _describe_run(solver, problem.inner_loss, w0, alpha, data)
+    if sentences:
+        yield from sentences
+        return
+    position = "at the w where the inner run ends"
+    yield from _describe_outer(problem, data, final_w, alpha, position)
 
 
 # The starting point, the losses and the data.

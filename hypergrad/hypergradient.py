@@ -10,7 +10,12 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from .estimators.base import Estimate, Estimator, normalize_estimate
+from .estimators.base import (
+    Estimate,
+    Estimator,
+    keys_of_samples,
+    normalize_estimate,
+)
 from .keys_in_w import bind_keys, restore_keys
 from .problem import Bilevel
 from .problem_checks import check_init, check_problem_type
@@ -127,6 +132,6 @@ def _estimate(static_part, arrays, w, alpha, key):
     state = estimator.init(problem, parameters, alpha, init_key)
     estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
     final_w = restore_keys(estimate.w, problem.keys_of_w)
-    return normalize_estimate(
-        dataclasses.replace(estimate, w=final_w, key=estimate_key)
-    )
+    keys = keys_of_samples(estimator, estimate_key)
+    key = keys[0] if len(keys) == 1 else None  # no certificate sees several samples
+    return normalize_estimate(dataclasses.replace(estimate, w=final_w, key=key))

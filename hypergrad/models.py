@@ -36,7 +36,7 @@ from .runtime.array_folder import (
 from .runtime.console import printable
 from .runtime.fingerprint import digest
 from .runtime.provenance import utc_now, versions
-from .trees import is_key
+from .trees import is_key, to_numpy
 
 FOLDER = "runs/models"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -136,7 +136,10 @@ def save(
         "run": _check_run(run),
         "versions": versions(),
         "structure": structure,
-        "leaves": [_describe(leaf) for leaf in leaves],
+        "leaves": [
+            _describe(leaf) | {"path": path}
+            for leaf, path in zip(leaves, _leaf_paths((w, alpha)), strict=True)
+        ],
     }
     if problem is not None:
         check_problem_type(problem)
@@ -187,8 +190,9 @@ def load(
 
     Args:
       reference: ``name@version``, or a name for its newest version.
-      like: ``(w, alpha)`` of the structure of the saved pair. It is needed if the pair
-        contains classes other than dictionaries, lists and tuples.
+      like: ``(w, alpha)`` of the structure of the saved pair, with the same names. It
+        is needed if the pair contains other containers than lists, tuples and
+        dictionaries with strings as keys.
       folder: Folder of all models.
 
     Returns:
@@ -301,7 +305,13 @@ def _flatten(w: PyTree, alpha: PyTree) -> tuple[list, str | None]:
         text = base64.b64encode(structure.serialize_using_proto()).decode()
     except ValueError:  # a class of the caller's
         text = None
-    return [leaf if is_key(leaf) else np.asarray(leaf) for leaf in leaves], text
+    return [leaf if is_key(leaf) else to_numpy(leaf) for leaf in leaves], text
+
+
+def _leaf_paths(tree: PyTree) -> list[str]:
+    """Returns where each leaf is, such as ``[0]['layer'].weight``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, _ in leaves]
 
 
 def _can_be_stored(leaf: Any) -> bool:
@@ -327,11 +337,18 @@ def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
                 f"like must have leaves of the saved shapes {saved_shapes}; got "
                 f"{shapes}."
             )
+        for path, leaf in zip(_leaf_paths(like), record["leaves"], strict=True):
+            if path != leaf.get("path", path):  # which older records lack
+                raise ValueError(
+                    "like must have the names of the saved (w, alpha); got a leaf "
+                    f"{path} in place of {leaf['path']}."
+                )
         return structure
     if record["structure"] is None:
         raise ValueError(
-            "like must be given, because (w, alpha) contains classes other than dict, "
-            "list and tuple. Pass like=(w, alpha) of the same structure."
+            "like must be given, because (w, alpha) contains other containers than "
+            "lists, tuples and dictionaries with strings as keys. Pass like=(w, alpha) "
+            "of the same structure."
         )
     content = base64.b64decode(record["structure"])
     registry = jax.tree_util.default_registry

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .batches import is_keyed
 from .outer_step import OuterState, init_state
 from .problem import Bilevel
 from .validation import (
@@ -112,10 +111,7 @@ def check_one_sample(
 ) -> None:
     """Raises ValueError if a certificate would use other data than the estimate."""
     is_average = (getattr(estimator, "num_samples", None) or 1) > 1
-    has_samples = problem.data_fn is not None or any(
-        map(is_keyed, (problem.inner_data, problem.outer_data))
-    )
-    if certify_every is not None and has_samples and is_average:
+    if certify_every is not None and problem.is_sampled and is_average:
         raise ValueError(
             "certify_every must be None for an average over samples of the data, as a "
             "certificate uses only one. Use certify=True of the averaged estimator."

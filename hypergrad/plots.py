@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .display import to_wide
-from .objectives.front_measures import non_dominated
 from .trace_display import count_rows_made
 
 if TYPE_CHECKING:
@@ -114,7 +113,10 @@ def plot_front(
     if values.ndim != 2 or values.shape[1] != 2:
         raise ValueError(f"values must have shape [P, 2]; got {values.shape}.")
     values = values[np.isfinite(values).all(axis=1)]
-    is_front = np.asarray(non_dominated(values), dtype=bool)
+    # In float64 whatever JAX uses: dominated by a point that is lower or equal in both.
+    is_no_worse = np.all(values[:, None] <= values, axis=-1)
+    is_lower = np.any(values[:, None] < values, axis=-1)
+    is_front = ~np.any(is_no_worse & is_lower, axis=0)
     front = values[is_front]
     front = front[np.lexsort(front.T[::-1])]
     figure, (axes,) = make_figure(1)
@@ -268,7 +270,8 @@ def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> No
         label = None if is_single else f"loss {i}"
         if trace.row_kind == "trial" and is_single:
             axes.plot(x, column, "o", color=color, ms=3, label="trial")
-            best = np.fmin.accumulate(column)
+            finite = np.where(np.isfinite(column), column, np.nan)
+            best = np.fmin.accumulate(finite)
             axes.plot(x, best, "-", color=color, drawstyle="steps-post", label="best")
         else:
             axes.plot(x, column, "-", color=color, label=label)

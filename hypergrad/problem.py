@@ -161,6 +161,12 @@ class Bilevel(eqx.Module):
         inner_data, outer_data = map(to_data, data)
         return inner_data, outer_data
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether data of an estimate depend on its key, other than by a batch size."""
+        data = self.inner_data, self.outer_data
+        return self.data_fn is not None or any(map(is_keyed, data))
+
     def init_inner(self, w: PyTree, alpha: PyTree) -> PyTree:
         """Returns the point from which the inner solver starts."""
         return w if self.init_fn is None else self.init_fn(w, alpha)

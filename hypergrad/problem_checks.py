@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .batches import full_batch, is_keyed, sample_batch
 from .display import describe_leaves
@@ -191,6 +191,16 @@ def _check_solve(problem, init, w, alpha, solver, inner_data, key) -> None:
 
 
 # Hyperparameters on which a result cannot depend.
+
+
+def check_sample_is_known(problem: Bilevel, key: Array | None) -> None:
+    """Raises ValueError if an estimate does not say which sample it saw."""
+    if key is None and problem.is_sampled:
+        raise ValueError(
+            "hypergradient must be an estimate of one sample of the data, whose key it "
+            "has; that of an average has none. Use certify=True of the averaged "
+            "estimator, or pass hypergradient=estimate.hypergradient and a key."
+        )
 
 
 def check_alpha_has_gradient(

@@ -282,6 +282,7 @@ def check_positive_int(
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         is_whole = isinstance(value, float) and value.is_integer() and value >= minimum
+        is_whole |= isinstance(value, np.integer) and value >= minimum
         remedy = f" Write {value:.0f}." if is_whole else ""
         raise ValueError(
             f"{name} must be an integer of at least {minimum}; got {value!r}.{remedy}"

@@ -224,7 +224,8 @@ def _count_primitive(equation: Any) -> Flops:
     has_dtype = lambda kind: any(
         jnp.issubdtype(aval.dtype, kind) for aval in avals if hasattr(aval, "dtype")
     )
-    if name in FREE or not has_dtype(jnp.inexact):
+    # A print without outputs computes nothing.
+    if name in FREE or not equation.outvars or not has_dtype(jnp.inexact):
         return NO_FLOPS
     n = None if has_dtype(jnp.complexfloating) else _num_operations(equation)
     if n is None:

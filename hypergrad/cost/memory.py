@@ -55,6 +55,7 @@ def memory(function: Callable, *args: Any) -> Memory:
 
 def memory_from_compiled(program: Any) -> Memory:
     """Returns the bytes of a program that was compiled by ``lower(...).compile()``."""
+    program = getattr(program, "compiled", program)  # that of equinox is inside
     analysis = program.memory_analysis()
     if analysis is None:
         raise RuntimeError(

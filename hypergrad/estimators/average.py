@@ -12,7 +12,7 @@ from ..certificate import TRUST_RTOL
 from ..problem import Bilevel
 from ..trees import all_finite
 from ..validation import check_estimator_type, check_positive_int
-from .base import Estimate, get_target, normalize_estimate
+from .base import Estimate, get_target, keys_of_samples, normalize_estimate
 from .error_estimates import standard_error
 
 #: How a statistic of the mean is made from its samples; all others are summed.
@@ -103,8 +103,7 @@ class Average(eqx.Module):
             estimate, state = self.estimator.estimate(problem, state, alpha, key)
             return normalize_estimate(estimate), state
 
-        keys = jax.random.split(key, self.num_samples)
-        samples, state = jax.vmap(sample)(state, keys)
+        samples, state = jax.vmap(sample)(state, keys_of_samples(self, key))
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient = mean(samples.hypergradient)
         is_multi_objective = problem.num_objectives is not None

@@ -137,8 +137,8 @@ class Estimate(ResultModule):
           ``num_outer_values``, ``num_examples``, ``gradient_equivalents``: The cost.
         - ``trusted``: The same as the attribute.
       flags: ``{name: bool}``, one per check of the estimator; True if it failed.
-      key: PRNG key of the samples that the estimate saw, by which `certify` sees the
-        same ones; None if it is unknown.
+      key: PRNG key of the sample that the estimate saw, by which `certify` sees the
+        same one; None if it is unknown, or a mean over several.
 
     >>> import hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2
@@ -212,6 +212,12 @@ class Estimator(Protocol):
     ) -> tuple[Estimate, Any]:
         """Returns ``(estimate, next_state)``; pure, and usable inside ``jit``."""
         ...
+
+
+def keys_of_samples(estimator: Any, key: Array) -> Array:
+    """Returns the keys of the samples of an estimate, ``[num_samples]``."""
+    num_samples = getattr(estimator, "num_samples", None)
+    return key[None] if num_samples is None else jax.random.split(key, num_samples)
 
 
 def get_target(estimator: Any) -> str:

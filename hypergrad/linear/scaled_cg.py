@@ -160,18 +160,13 @@ def scaled_cg(
     residual = jnp.sqrt(state.rr)
     # A NaN in b or H ends the loop, and must not leave the starting point as a result.
     x = add_scale(state.x, jnp.where(jnp.isfinite(residual), 0.0, jnp.nan), state.x)
-    has_error = residual > 10 * rounding
-    has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
-    change = optax.tree.add(state.change, state.prev_change)
-    num_pairs = jnp.minimum(state.num_steps / 4, (dimension - state.num_steps) / 2)
-    num_changes = jnp.maximum(num_pairs, 1.0)
     unscale = lambda x: scale(units[0], scaling.multiply(x))
     unscale_all = lambda fn, rows: jax.vmap(fn)(jax.vmap(scale)(units[1:], rows))
     return ScaledSolution(
         v=unscale(x),
         target_solutions=unscale_all(scaling.multiply, state.solutions),
         target_residuals=unscale_all(scaling.divide, state.targets),
-        last_change=unscale(scale(jnp.where(has_error, num_changes, 0.0), change)),
+        last_change=unscale(_last_change(state, dimension, rounding)),
         residual=jnp.where(b_norm == 0, 0.0, residual / b_norm),
         curvature_min=state.curvature_min,
         curvature_max=state.curvature_max,
@@ -261,6 +256,16 @@ def _step(matvec: MatVec, state: _State) -> _State:
         is_stopped=is_stopped,
         num_steps=state.num_steps + 1,
     )
+
+
+def _last_change(state: _State, dimension: int, rounding: Array) -> PyTree:
+    """Returns `ScaledSolution.last_change`, in the coordinates of ``S H S``."""
+    has_error = jnp.sqrt(state.rr) > 10 * rounding
+    has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
+    num_pairs = jnp.minimum(state.num_steps / 4, (dimension - state.num_steps) / 2)
+    num_changes = jnp.maximum(num_pairs, 1.0)
+    change = optax.tree.add(state.change, state.prev_change)
+    return scale(jnp.where(has_error, num_changes, 0.0), change)
 
 
 def _row(vectors: PyTree, index: int | slice) -> PyTree:

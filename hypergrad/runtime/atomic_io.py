@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .user_warnings import warn_user
+
+#: Errors of file systems that have no locks.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is never incomplete, and waits until it is on disk.
@@ -54,9 +59,11 @@ def open_without_links(path: Path, mode: str) -> IO:
 def lock_file(file: IO, owner: Path) -> None:
     """Locks an open file; the operating system unlocks it when the process dies.
 
+    A warning is issued if the file system has no locks, as some of clusters.
+
     Args:
       file: The file.
-      owner: Path that the error message names.
+      owner: Path that the messages name.
 
     Raises:
       ValueError: Another process has locked the file.
@@ -70,6 +77,13 @@ def lock_file(file: IO, owner: Path) -> None:
             f"folder must not be in use; another process is running in {owner}. Wait "
             "for it, or choose another folder."
         ) from error
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        warn_user(
+            f"{owner} cannot be locked ({error.strerror}); let no other process write "
+            "to it"
+        )
 
 
 def append_durably(file: IO[str], text: str) -> None:

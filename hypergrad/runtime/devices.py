@@ -9,18 +9,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
-def shard(tree: PyTree, *axes: str) -> PyTree:
+def shard(tree: PyTree, axis: str | None = None) -> PyTree:
     """Places a tree on all devices of all processes.
 
     Every process must call this function, with the same values.
 
     Args:
       tree: Pytree of arrays.
-      axes: Name of the mesh axis over which the leading axis of each leaf is split.
-        Without a name every device holds the whole tree.
+      axis: Name of the mesh axis over which the leading axis of each leaf is split.
+        Defaults to None: every device then holds the whole tree.
     """
-    mesh = Mesh(np.array(jax.devices()), axes or ("all",))
-    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    mesh = Mesh(np.array(jax.devices()), (axis or "all",))
+    sharding = NamedSharding(mesh, PartitionSpec(*filter(None, (axis,))))
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     # device_put cannot place PRNG keys on the devices of other processes.

@@ -29,10 +29,12 @@ def versions() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Returns the version of every installed package."""
-    distributions = importlib.metadata.distributions(path=sys.path)
-    named = (package for package in distributions if package.name)  # else it is broken
-    return dict(sorted((package.name.lower(), package.version) for package in named))
+    """Returns the version of every installed package, of several the imported one."""
+    versions: dict[str, str] = {}
+    for package in importlib.metadata.distributions(path=sys.path):
+        if package.name and package.version:  # else it is broken
+            versions.setdefault(package.name.lower(), package.version)
+    return dict(sorted(versions.items()))
 
 
 def source_commit(package: Path, *files: Path) -> str | None:

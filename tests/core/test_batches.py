@@ -350,3 +350,18 @@ def test_a_key_that_one_of_several_losses_reads_is_no_mistake():
         jnp.ones(2), jnp.ones(2), KEY
     )
     assert estimate.value.shape == (2,)
+
+
+def test_a_batch_size_of_a_key_alone_is_refused():
+    data = hg.Batches(None, with_key=True)
+    with pytest.raises(ValueError, match="needs examples, and these"):
+        sample_fixed_batch(data, 8, jax.random.key(0))
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_a_number_of_numpy_is_refused_with_a_remedy():
+    """Static numbers are a part of the program, which an array cannot be."""
+    with pytest.raises(ValueError, match="Write 4, a number of Python"):
+        hg.Batches(jnp.arange(6.0), np.int64(4))
+    with pytest.raises(ValueError, match=r"num_steps .* Write 3\."):
+        hg.Descent(optax.sgd(0.1), np.int64(3))

@@ -6,6 +6,7 @@ import types
 from importlib.machinery import ModuleSpec
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,3 +314,12 @@ def test_a_program_rejects_other_static_arguments_and_shapes(run):
         program(other, w, alpha, key)
     with pytest.raises(TypeError):
         program(problem, jnp.zeros(21), alpha, key)
+
+
+def test_memory_of_a_program_of_equinox_is_measured():
+    """Its outputs contain a few bytes more."""
+    function = lambda A, x: A @ x
+    expected = hg.cost.memory(function, MATRIX, VECTOR)
+    memory = hg.cost.memory(eqx.filter_jit(function), MATRIX, VECTOR)
+    assert memory.arguments == expected.arguments
+    assert expected.outputs <= memory.outputs <= expected.outputs + 100

@@ -377,3 +377,23 @@ def test_the_last_row_is_that_of_the_failure_without_costs():
     problem = hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL)
     trace = hg.minimize(problem, Costless(), optax.sgd(0.1), W, ALPHA, num_steps=3)
     assert trace.last_row == 0
+
+
+def test_the_bad_sample_of_an_average_is_named():
+    """One in eight samples has a NaN, which the key of the estimate itself has not."""
+    key = jax.random.key(0)
+    _, estimate_key = jax.random.split(key)
+    bad_key = jax.random.split(jax.random.split(estimate_key, 8)[5], 4)[0]
+
+    def sample(arrays, key):
+        bad_bits, bad, good, val = arrays
+        is_bad = jnp.all(jax.random.key_data(key) == bad_bits)
+        return jax.tree.map(lambda x, y: jnp.where(is_bad, x, y), bad, good), val
+
+    bad = with_entry(TRAIN, "x", (3, 1), np.nan)
+    arrays = jax.random.key_data(bad_key), bad, TRAIN, VAL
+    data_fn = jax.tree_util.Partial(sample, arrays)
+    problem = hg.Bilevel(inner_loss, outer_loss, data_fn=data_fn)
+    estimator = hg.Average(hg.Implicit(hg.Newton()), 8)
+    sentences = hg.diagnose(problem, estimator, W, ALPHA, key)
+    assert any("inner_data['x']" in sentence for sentence in sentences)

@@ -327,3 +327,15 @@ def test_a_convolution_counts_pairs_of_elements(argnum, key):
     total = hg.cost.flops(grad, kernel, x).total()
     assert total == pytest.approx(2 * forward, rel=0.05)
     assert total == pytest.approx(xla_flops(grad, kernel, x), rel=0.05)
+
+
+def test_a_print_counts_nothing():
+    """Its primitive has no outputs."""
+
+    def function(x):
+        jax.debug.print("{}", x)
+        jax.debug.callback(np.sin, x)
+        return 2 * x
+
+    flops = hg.cost.flops(function, 1.0)
+    assert (flops.fixed, flops.unknown) == (1, ())

@@ -1,6 +1,7 @@
 """Saved models: every bit comes back, versions stay, and damage is found."""
 
 import concurrent.futures
+import importlib.metadata
 import json
 import multiprocessing
 from collections import namedtuple
@@ -14,7 +15,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import models
-from hypergrad.runtime import atomic_io
+from hypergrad.runtime import atomic_io, provenance
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import is_key
 
@@ -304,3 +305,30 @@ def test_processes_that_save_at_once_get_versions_of_their_own(tmp_path):
     for number, own in enumerate(references):
         for reference in own:
             assert models.load(reference, folder=tmp_path)[0] == number
+
+
+def test_like_with_other_names_of_the_same_shapes_is_refused(tmp_path):
+    """Leaves are matched by their order, which names decide."""
+    models.save("m", {"decoder": W["W"], "encoder": W["W"]}, 0.0, folder=tmp_path)
+    like = {"encoder": W["W"], "output": W["W"]}, 0.0
+    with pytest.raises(ValueError, match=r"leaf \[0\]\['encoder'\] in place of"):
+        models.load("m", like=like, folder=tmp_path)
+    like = {"decoder": W["W"], "encoder": W["W"]}, 0.0
+    assert set(models.load("m", like=like, folder=tmp_path)[0]) == set(like[0])
+
+
+def test_a_dictionary_with_numbers_as_keys_needs_like(tmp_path):
+    w = {0: W["W"], 1: W["W"]}
+    models.save("m", w, 0.0, folder=tmp_path)
+    with pytest.raises(ValueError, match="dictionaries with strings as keys"):
+        models.load("m", folder=tmp_path)
+    assert to_bits(models.load("m", like=(w, 0.0), folder=tmp_path)[0]) == to_bits(w)
+
+
+def test_the_recorded_version_is_that_of_the_first_folder(monkeypatch):
+    """Python imports a package from there; an entry without a version is broken."""
+    package = namedtuple("package", "name version")
+    found = [package("Numpy", "9.0"), package("numpy", "10.0"), package("x", None)]
+    distributions = lambda path: iter(found)
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
+    assert provenance.packages() == {"numpy": "9.0"}

@@ -1,5 +1,6 @@
 """Figures: the numbers, the marked steps and the labels that they draw."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.plots import MAX_CROSSES, MAX_LINES_PER_LEAF
+from hypergrad.runtime.compat import enable_x64
 from tests.loops import ExactEstimator, run_loop
 
 PROBLEM = hg.Bilevel(
@@ -244,3 +246,22 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypergrad.notebook_figure", None)
     with pytest.raises(ImportError, match=r"hypergrad-jax\[display\]"):
         hg.plots.plot_front(jnp.ones((1, 2)))
+
+
+def test_a_front_tells_points_apart_that_are_equal_in_float32():
+    with enable_x64(False):
+        (axes,) = hg.plots.plot_front(np.array([[1, 2], [1 + 1e-9, 1]])).axes
+    assert len(points(find_line(axes, "not dominated"))) == 2
+
+
+def test_an_infinite_trial_is_not_the_best():
+    trace = hg.search(
+        PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(0.0, 2.0), budget=20,
+    )  # fmt: skip
+    value = np.array(trace.value)
+    value[1] = -np.inf
+    trace = dataclasses.replace(trace, value=value)
+    best = points(find_line(trace.plot().axes[0], "best"))[:, 1]
+    finite = np.where(np.isfinite(value), value, np.inf)
+    np.testing.assert_array_equal(best, np.minimum.accumulate(finite))

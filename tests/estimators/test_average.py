@@ -169,3 +169,21 @@ def test_averages_pass_the_conformance_checks():
     """`check_estimator` accepts the average of an exact estimator."""
     solver = hg.Descent(optax.sgd(0.5), 200)
     hg.testing.check_estimator(hg.Average(hg.Implicit(solver), 2))
+
+
+def test_a_certificate_does_not_judge_another_sample_than_an_average_saw():
+    def data_fn(key):
+        shift = jax.random.normal(key)
+        return shift, shift
+
+    inner = lambda w, alpha, shift: (w - alpha - shift) ** 2
+    outer = lambda w, alpha, shift: (w - 3.0 * shift) ** 2
+    problem = hg.Bilevel(inner, outer, data_fn=data_fn)
+    estimator = hg.Implicit(hg.Newton())
+    estimate = hg.hypergradient(problem, hg.Average(estimator, 4))(0.0, 1.0)
+    assert estimate.key is None
+    with pytest.raises(ValueError, match="certify=True of the averaged"):
+        hg.certify(problem, estimate.w, 1.0, estimate)
+    estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
+    certificate = hg.certify(problem, estimate.w, 1.0, estimate)
+    assert certificate.error_estimate < 1e-6

@@ -1,6 +1,7 @@
 """Checkpoints: whatever interrupts a run, it ends with the bits of an unbroken run."""
 
 import errno
+import fcntl
 import functools
 import itertools
 import os
@@ -971,3 +972,16 @@ def test_invalid_checkpoints_are_refused():
         with pytest.raises(ValueError, match="every"):
             hg.Checkpoints("a", every)
     assert not os.path.exists("a")
+
+
+def test_a_folder_without_locks_gets_checkpoints_and_a_warning(tmp_path, monkeypatch):
+    """As on a file system of a cluster."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        trace = run(checkpoints=hg.Checkpoints(tmp_path))
+    assert_same_bits(trace, unbroken())
+    assert (tmp_path / "step-000000006").is_dir()
