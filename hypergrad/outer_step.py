@@ -27,7 +27,7 @@ from .trace import (
     NONFINITE_WEIGHTS,
     UNTRUSTED,
 )
-from .trees import PrettyModule, all_finite, vdot
+from .trees import PrettyModule, all_finite, divide, power_of_two_scale, vdot
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
@@ -325,8 +325,9 @@ def _aggregate(
         (gradient,) = pullback(estimate.hypergradient)
         return _Direction(gradient, estimate.value, None, False, state)
     (gradients,) = jax.vmap(pullback)(estimate.hypergradient)
-    row = lambda x: jax.vmap(lambda y: vdot(x, y))(gradients)
-    gram = jax.vmap(row)(gradients)  # <g_k, g_l>, shape [K, K]
+    scaled = divide(gradients, _gram_unit(gradients))
+    row = lambda x: jax.vmap(lambda y: vdot(x, y))(scaled)
+    gram = jax.vmap(row)(scaled)  # <g_k, g_l>, shape [K, K]
     weights, state = aggregator.compute_weights(estimate.value, gram, state)
     weighted_sum = lambda value: weights @ value
     score = getattr(aggregator, "score", weighted_sum)(estimate.value)
@@ -336,6 +337,14 @@ def _aggregate(
     has_bad_weights = all_finite(gradients) & ~all_finite(weights)
     score = score.astype(estimate.value.dtype)
     return _Direction(gradient, score, weights, has_bad_weights, state)
+
+
+def _gram_unit(gradients: PyTree) -> Array:
+    """Returns 1, or a power of two if squares of the gradients under- or overflow."""
+    unit = power_of_two_scale(gradients)
+    limits = jnp.finfo(unit.dtype)
+    is_safe = (unit > float(limits.tiny) ** 0.25) & (unit < float(limits.max) ** 0.25)
+    return jnp.where(is_safe, 1, unit)
 
 
 def _update(

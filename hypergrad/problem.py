@@ -163,7 +163,7 @@ class Bilevel(eqx.Module):
 
     @property
     def is_sampled(self) -> bool:
-        """Whether data of an estimate depend on its key, other than by a batch size."""
+        """True if data of an estimate depend on its key, other than by a batch size."""
         data = self.inner_data, self.outer_data
         return self.data_fn is not None or any(map(is_keyed, data))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .quadratic_program import solve_nonnegative_qp
+from .quadratic_program import solve_nonnegative_qp, solve_simplex_qp
 
 
 class MGDA(eqx.Module):
@@ -41,16 +41,7 @@ class MGDA(eqx.Module):
     ) -> tuple[Float[Array, " K"], None]:
         """Returns the minimum of ``weights' G weights`` on the simplex."""
         del value
-        squared_norms = jnp.diag(gram)
-        c = jnp.min(jnp.where(squared_norms > 0, squared_norms, jnp.inf))
-        c = jnp.where(jnp.isfinite(c), c, 1)
-        # Write x = s weights with s = sum(x). Over x >= 0,
-        #     x'(G + c 11')x / 2 - c 1'x
-        # is lowest at s = c / (weights' G weights + c), where it equals -c s / 2: the
-        # weights are the same without the constraint of the simplex. If c is the
-        # smallest squared norm, s lies in [1/2, 1], so that no row loses digits.
-        x = solve_nonnegative_qp(gram + c, jnp.full_like(squared_norms, c))
-        return x / jnp.sum(x), state
+        return _nan_unless_finite(gram, solve_simplex_qp(gram)), state
 
 
 class UPGrad(eqx.Module):
@@ -85,4 +76,10 @@ class UPGrad(eqx.Module):
         # The projection of g_k is the shortest g_k + sum_i x_i g_i with x >= 0, so that
         # x minimizes x'G x / 2 + (G_k)'x.
         x = jax.vmap(lambda row: solve_nonnegative_qp(gram, -row))(gram)
-        return jnp.mean(jnp.eye(len(gram), dtype=gram.dtype) + x, axis=0), state
+        weights = jnp.mean(jnp.eye(len(gram), dtype=gram.dtype) + x, axis=0)
+        return _nan_unless_finite(gram, weights), state
+
+
+def _nan_unless_finite(gram: Array, weights: Array) -> Array:
+    """Returns the weights, or NaN if an inner product is NaN or infinite."""
+    return jnp.where(jnp.all(jnp.isfinite(gram)), weights, jnp.nan)

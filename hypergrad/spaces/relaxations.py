@@ -39,8 +39,10 @@ def gumbel_softmax(
     >>> round(float(weights.sum()), 5)
     1.0
     """
-    noise = jax.random.gumbel(key, jnp.shape(logits), jnp.result_type(logits))
-    return jax.nn.softmax((logits + noise) / temperature, axis=-1)
+    dtype = jnp.result_type(logits)
+    logits = _as_float32_at_least(logits)
+    noise = jax.random.gumbel(key, jnp.shape(logits), logits.dtype)
+    return jax.nn.softmax((logits + noise) / temperature, axis=-1).astype(dtype)
 
 
 @cites("bengio2013")
@@ -116,7 +118,14 @@ def score_function(
     return (loss(x) - baseline) * magic_box + baseline
 
 
+def _as_float32_at_least(logits: Array) -> Array:
+    """Returns logits in a precision whose noise has no ties, unlike bfloat16."""
+    dtype = jnp.promote_types(jnp.result_type(logits), jnp.float32)
+    return jnp.asarray(logits, dtype)
+
+
 def _one_hot_sample(logits: Array, key: Array) -> Array:
-    index = jax.random.categorical(key, jax.lax.stop_gradient(logits), axis=-1)
+    fixed = _as_float32_at_least(jax.lax.stop_gradient(logits))
+    index = jax.random.categorical(key, fixed, axis=-1)
     n = jnp.shape(logits)[-1]
     return jax.nn.one_hot(index, n, dtype=jnp.result_type(logits))

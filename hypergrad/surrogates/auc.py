@@ -70,7 +70,7 @@ class AUC(Surrogate):
         max_fpr = jnp.asarray(self.max_fpr, fpr_before.dtype)
         negative_weights = jnp.clip(max_fpr - fpr_before, 0, negative_weights)
         area = sum_of_wins(
-            examples.scores / temperature, positive_weights, negative_weights, group,
+            examples.scores, temperature, positive_weights, negative_weights, group,
             min(self.block_size, len(order)),
         )  # fmt: skip
         return propagate_nan(area, examples.scores)

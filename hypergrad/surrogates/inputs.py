@@ -120,7 +120,9 @@ def as_temperature(temperature: ArrayLike, dtype: Any) -> Scalar:
             f"temperature must be a scalar; got shape {array.shape}. Use jax.vmap for "
             "several temperatures."
         )
-    if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) > 0):
+    # A small number may be 0 in the precision of the scores.
+    is_known = not isinstance(temperature, Tracer)
+    if is_known and not np.all(np.asarray(temperature).astype(dtype) > 0):
         raise ValueError(
             "temperature must be above 0, in the units of the scores; got "
             f"{temperature}."

@@ -178,42 +178,45 @@ POSITIVE, NEGATIVE, MASKED_OUT = 0, 1, 2
 
 
 def sum_of_wins(
-    u: Vector,
+    scores: Vector,
+    temperature: Scalar,
     positive_weights: Vector,
     negative_weights: Vector,
     group: Vector,
     block_size: int,
 ) -> Scalar:
-    """Returns ``sum_ij p_i q_j sigmoid(u_i - u_j)`` over positives i and negatives j.
+    """Returns ``sum_ij p_i q_j sigmoid((s_i - s_j) / T)`` over positives and negatives.
 
+    Scores are subtracted before they are divided, which could overflow.
     A square block is skipped unless its rows contain positives and its columns
     negatives, by their ``group``: `POSITIVE`, `NEGATIVE` or `MASKED_OUT`.
     """
-    num_blocks = -(-len(u) // block_size)
+    num_blocks = -(-len(scores) // block_size)
 
     def split(x, fill=0):
         x = jnp.pad(x, (0, num_blocks * block_size - len(x)), constant_values=fill)
         return x.reshape(num_blocks, block_size)
 
-    u, group = split(u), split(group, MASKED_OUT)
-    row_blocks = u, split(positive_weights), jnp.any(group == POSITIVE, axis=1)
-    column_blocks = u, split(negative_weights), jnp.any(group == NEGATIVE, axis=1)
+    s, group = split(scores), split(group, MASKED_OUT)
+    row_blocks = s, split(positive_weights), jnp.any(group == POSITIVE, axis=1)
+    column_blocks = s, split(negative_weights), jnp.any(group == NEGATIVE, axis=1)
 
     @remat
     def block_wins(rows, columns):
-        u_rows, row_weights, has_positive = rows
-        u_columns, column_weights, has_negative = columns
+        s_rows, row_weights, has_positive = rows
+        s_columns, column_weights, has_negative = columns
 
         def weighted_wins():
-            wins = jax.nn.sigmoid(u_rows[:, None] - u_columns[None, :])
+            difference = s_rows[:, None] - s_columns[None, :]
+            wins = jax.nn.sigmoid(difference / temperature)
             return jnp.sum(row_weights[:, None] * column_weights[None, :] * wins)
 
-        zero = jnp.zeros((), u.dtype)
+        zero = jnp.zeros((), scores.dtype)
         return lax.cond(has_positive & has_negative, weighted_wins, lambda: zero)
 
     @remat
     def row_wins(rows):
         add_columns = lambda total, columns: (total + block_wins(rows, columns), None)
-        return lax.scan(add_columns, jnp.zeros((), u.dtype), column_blocks)[0]
+        return lax.scan(add_columns, jnp.zeros((), scores.dtype), column_blocks)[0]
 
     return jnp.sum(lax.map(row_wins, row_blocks))

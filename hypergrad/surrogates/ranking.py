@@ -105,8 +105,12 @@ def ranking_rows(
 
 
 def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Scalar:
-    """Returns the mean over the rankings in which any item counts."""
-    has_item = jnp.any(rows.mask, axis=1)
+    """Returns the mean over the rankings in which any item counts.
+
+    An item of weight 0 counts as little as one that is masked out.
+    """
+    # Not > 0, so that a ranking with an invalid item, of weight NaN, counts.
+    has_item = jnp.any(rows.mask & (rows.weights != 0), axis=1)
     values = propagate_nan(values, rows.scores)
     return weighted_mean(values, has_item.astype(values.dtype))
 

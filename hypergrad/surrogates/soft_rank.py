@@ -71,6 +71,7 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     top = jnp.where(jnp.any(has_weight), top, 0)
     # Ranks do not change with a shift; differences are exact where quotients are not.
     u = (values - without_derivative(top)) / temperature
+    u = jnp.maximum(u, 0.25 * jnp.finfo(u.dtype).min)  # an infinite mean would be NaN
     order = jnp.argsort(jnp.where(has_weight, -without_derivative(u), jnp.inf))
     u, w = u[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
@@ -113,7 +114,8 @@ def pool_adjacent_violators(
     def step(state):
         item, top, block, block_below, stack, num_steps = state
         (mean, weight, _), (below_mean, below_weight, below_start) = block, block_below
-        should_merge = (top > 0) & (below_mean < mean)
+        # Equal means are merged as well, because distant ties are equal by rounding.
+        should_merge = (top > 0) & (below_mean <= mean)
         total = weight + below_weight
         merged_mean = mean * weight + below_mean * below_weight
         merged_mean = merged_mean / jnp.where(total > 0, total, 1)

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.optimize import linprog, lsq_linear
 
@@ -112,8 +113,66 @@ def test_directions_conflict_with_no_gradient(aggregator, key: jax.Array):
 
 @pytest.mark.parametrize("aggregator", COMMON_DESCENT)
 def test_gradients_that_are_not_finite_give_nan(aggregator):
-    gradients = jnp.array([[[1.0, jnp.nan], [1.0, 2.0]]])
-    assert np.isnan(directions(aggregator, gradients)).any()
+    """The weights do, so that a run stops for this reason."""
+    for entry in (jnp.nan, jnp.inf):
+        gram = jnp.array([[entry, 1.0], [1.0, 2.0]])
+        weights, _ = aggregator.compute_weights(jnp.zeros(2), gram, None)
+        assert np.isnan(weights).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("length", [1.0, 1e-2, 1e-4, 1e-8])
+def test_opposing_gradients_beside_a_short_one_have_no_common_descent(dtype, length):
+    """The direction is 0 up to rounding of the long ones, whatever the short one is."""
+    gradients = jnp.array([[0.0, length], [1.0, 0.0], [-1.0, 0.0]], dtype)
+    for aggregator in (objectives.MGDA(), objectives.UPGrad()):
+        weights, _ = aggregator.compute_weights(
+            jnp.zeros(3, dtype), gradients @ gradients.T, None
+        )
+        assert np.all(np.isfinite(weights))
+        # Along the short one at most, which conflicts with none of the others.
+        x, y = weights @ gradients
+        assert abs(x) < 1e-6
+        assert 0 <= y <= length
+    mgda_weights, _ = objectives.MGDA().compute_weights(
+        jnp.zeros(3, dtype), gradients @ gradients.T, None
+    )
+    np.testing.assert_allclose(mgda_weights, [0.0, 0.5, 0.5], atol=1e-6)
+
+
+def test_rounding_of_a_long_gradient_does_not_hide_a_short_one():
+    """The cone of common descent of these four is a point."""
+    gradients = jnp.array(
+        [[5.0, 4.0], [5.0, 4.0], [4 * 2.0**-28, -5 * 2.0**-28], [-1.0, 1.0]],
+        jnp.float32,
+    )
+    gram = gradients @ gradients.T
+    weights, _ = objectives.UPGrad().compute_weights(jnp.zeros(4), gram, None)
+    direction = weights @ gradients
+    products = gradients @ direction
+    lengths = np.linalg.norm(gradients, axis=1)
+    assert np.all(products >= -1e-5 * lengths)
+
+
+def test_gradients_whose_squares_underflow_are_combined_as_their_multiples(key):
+    """Weights of the aggregators do not change with a common factor, a power of two."""
+
+    def make_step(factor):
+        outer = [
+            lambda w, alpha, x, k=k: factor * jnp.vdot(x[k], alpha) + 0.0 * w
+            for k in range(2)
+        ]
+        x = jnp.array([[1.0, 0.0], [-1.0, 0.1]], jnp.float32)
+        inner = lambda w, alpha, x: (w - jnp.sum(alpha)) ** 2
+        problem = hg.Bilevel(inner, tuple(outer), x, x)
+        loop = hg.OuterLoop(
+            problem, hg.Implicit(hg.Newton()), optax.sgd(0.1),
+            aggregator=objectives.MGDA(),
+        )  # fmt: skip
+        state = loop.init(jnp.float32(0.0), jnp.ones(2, jnp.float32))
+        return loop.run(state, num_steps=1).stats["objective_weights"]
+
+    np.testing.assert_array_equal(make_step(1.0), make_step(2.0**-76))
 
 
 def epo_anchor(value, weights):

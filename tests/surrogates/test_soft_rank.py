@@ -118,3 +118,15 @@ def test_rows_are_ranked_one_by_one_under_vmap(key):
     body = str(scan.params["jaxpr"])
     assert "[21" not in body
     assert str(jaxpr).count("while[") == body.count("while[") == 1
+
+
+def test_distant_ties_share_their_rank_in_float32():
+    values = jnp.array([0.0, -1e6, -1e6], jnp.float32)
+    ranks = soft_rank(values, 0.01)
+    assert ranks.tolist() == [1.0, 2.5, 2.5]
+
+
+def test_the_lowest_number_has_the_last_rank():
+    values = jnp.array([0.0, jnp.finfo(jnp.float32).min, -1.0], jnp.float32)
+    ranks = soft_rank(values, 0.1)
+    assert ranks.tolist() == [1.0, 3.0, 2.0]

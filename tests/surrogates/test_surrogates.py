@@ -403,3 +403,37 @@ BAD_INPUT = [
 def test_bad_input_raises_an_error_with_the_argument(call, error_type, argument):
     with pytest.raises(error_type, match=argument):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8", "int32"])
+def test_boxes_match_in_any_type(dtype):
+    """The area of 250 by 250 pixels is not a float16 number, nor -1 an unsigned one."""
+    box = jnp.array([[[0, 0, 250, 250], [5, 5, 6, 6]]], dtype)
+    true_box = jnp.array([[[0, 0, 250, 250]]], dtype)
+    matches = hg.surrogates.match_boxes(box, jnp.array([[0.9, 0.8]]), true_box)
+    assert matches.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("surrogate", [hg.surrogates.AUC(), hg.surrogates.SmoothAP()])
+def test_a_score_near_the_lowest_number_is_the_lowest(surrogate):
+    """Such as that of an item that must not be chosen."""
+    scores = jnp.array([1.0, jnp.finfo(jnp.float32).min, -1.0], jnp.float32)
+    targets = jnp.array([1, 0, 0])
+    value = lambda scores: surrogate(scores, targets, temperature=0.05)
+    assert value(scores) == pytest.approx(1.0)
+    assert np.all(np.isfinite(jax.grad(value)(scores)))
+
+
+def test_a_ranking_of_weight_zero_is_absent():
+    scores, targets = jnp.array([[2.0, 1.0]] * 2), jnp.array([[1, 0]] * 2)
+    weights = jnp.array([[1.0, 1.0], [0.0, 0.0]])
+    for surrogate in (hg.surrogates.SmoothAP(), hg.surrogates.SoftRankAP()):
+        assert surrogate.exact(scores, targets, weights=weights) == 1.0
+        value = surrogate(scores, targets, weights=weights, temperature=1e-3)
+        assert value == pytest.approx(1.0)
+
+
+def test_a_temperature_that_the_scores_round_to_zero_is_refused():
+    scores = jnp.array([1.0, 1.0], jnp.float32)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        hg.surrogates.AUC()(scores, jnp.array([1, 0]), temperature=1e-50)
