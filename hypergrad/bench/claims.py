@@ -297,8 +297,12 @@ class Comparison:
         self, rows: Sequence[Row], resplits: Resplits | None = None
     ) -> list[Finding]:
         """Returns a line for each other method that has rows."""
+        return evaluate_comparisons((self,), rows, resplits)
+
+    def pairs(self, rows: Sequence[Row]) -> list[Pair]:
+        """Returns the pairs of methods that have rows."""
         labels = {row["method"] for row in rows}
-        pairs = [
+        return [
             Pair(
                 self.method,
                 baseline,
@@ -310,12 +314,18 @@ class Comparison:
             for baseline in self.baselines
             if {self.method, baseline} <= labels
         ]
-        p_values = [pair.p_value(rows, pair.no_effect, resplits) for pair in pairs]
-        levels = holm_levels(p_values)
-        return [
-            _compare(pair, rows, level, resplits)
-            for pair, level in zip(pairs, levels, strict=True)
-        ]
+
+
+def evaluate_comparisons(
+    comparisons: Sequence[Comparison], rows: Sequence[Row], resplits: Resplits | None
+) -> list[Finding]:
+    """Returns a line for each pair, corrected for the number of all pairs by Holm."""
+    pairs = [pair for comparison in comparisons for pair in comparison.pairs(rows)]
+    p_values = [pair.p_value(rows, pair.no_effect, resplits) for pair in pairs]
+    return [
+        _compare(pair, rows, level, resplits)
+        for pair, level in zip(pairs, holm_levels(p_values), strict=True)
+    ]
 
 
 def _compare(

@@ -28,6 +28,7 @@ from .claims import (
     Finding,
     Published,
     evaluate_claims,
+    evaluate_comparisons,
 )
 from .columns import COST_COLUMNS, Column
 from .methods import Method, MethodError, run_method, settings_of
@@ -264,11 +265,18 @@ class Table(BaseTable):
         findings, rows = super().evaluate(rows), result_rows(rows)
         added = {row["method"] for row in rows if "method_source" in row}
         labels = list(dict.fromkeys(row["method"] for row in rows))
-        for label in (x for x in labels if x in added):
-            rivals = tuple(rival for rival in labels if rival != label)
-            pair = Comparison(label, rivals, self.metrics[0], self.lower_is_better)
-            findings += pair.evaluate(rows, self.resplits)
-        return findings
+        comparisons = [
+            Comparison(
+                label,
+                tuple(rival for rival in labels if rival != label),
+                self.metrics[0],
+                self.lower_is_better,
+            )
+            for label in labels
+            if label in added
+        ]
+        # In one family, however many methods are added.
+        return findings + evaluate_comparisons(comparisons, rows, self.resplits)
 
     def budget_of(self, scale: str) -> float:
         """Returns the budget of one run at a scale."""

@@ -14,6 +14,7 @@ from hypergrad.bench import (
     MeasurementTable,
     Published,
     Resplits,
+    Table,
     pages,
     report,
 )
@@ -172,6 +173,21 @@ def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
     _, (cells,) = report.published_table(report.TableResult("toy", table, rows))
     assert cells[3] == measured
     assert cells[-1] == verdict
+
+
+def test_comparisons_of_several_added_methods_are_one_family():
+    """Two added methods and one of the table make four pairs, corrected by Holm."""
+    table = Table(task=None, methods={}, metrics=("accuracy",), budget=1.0)
+    noises = {"base": 0.0 * NOISE, "first": NOISE, "second": 0.7 * NOISE[::-1]}
+    rows = [
+        {"method": method, "seed": seed, "accuracy": 0.8 + gain + noise}
+        | ({} if method == "base" else {"method_source": "a digest"})
+        for (method, noises), gain in zip(noises.items(), (0, 0.1, 0.2), strict=True)
+        for seed, noise in enumerate(noises)
+    ]
+    findings = table.evaluate(rows)
+    levels = re.findall(r"\(([\d.]+)% interval", " ".join(x.text for x in findings))
+    assert sorted(map(float, levels)) == [95.0, 97.5, 98.33, 98.75]
 
 
 def test_a_method_that_lacks_a_seed_reproduces_nothing():
