@@ -196,7 +196,8 @@ class Estimator(Protocol):
       `hypergrad.testing.check_estimator` requires it.
     - ``refine(problem, state, alpha, key)``: Like `estimate`, but repeats the estimate
       that left ``state`` with more work, for ``on_untrusted="refine"``.
-    - ``num_samples``: Number of samples of the problem's data in one estimate.
+    - ``num_samples``: Number of samples of the problem's data in one estimate, whose
+      keys are then ``jax.random.split(key, num_samples)``. Defaults to one, of ``key``.
     - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`.
     - ``summary``: Tuple of `MethodSummary`, its rows in the guide.
     """
@@ -216,8 +217,8 @@ class Estimator(Protocol):
 
 def keys_of_samples(estimator: Any, key: Array) -> Array:
     """Returns the keys of the samples of an estimate, ``[num_samples]``."""
-    num_samples = getattr(estimator, "num_samples", None)
-    return key[None] if num_samples is None else jax.random.split(key, num_samples)
+    num_samples = getattr(estimator, "num_samples", None) or 1
+    return key[None] if num_samples == 1 else jax.random.split(key, num_samples)
 
 
 def get_target(estimator: Any) -> str:

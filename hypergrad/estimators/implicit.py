@@ -123,15 +123,15 @@ class Implicit(eqx.Module):
       The inner solve, two outer gradients, and the products of the linear solver and
       one more, which yields the cross term and the true residual. The diagonal scaling
       takes eight products for the first estimate and two for each later one. The error
-      estimate takes five products and the second outer gradient, and a warm start from
-      the previous adjoint and duals four products. With a linear solver other than `CG`
-      with its diagonal preconditioner, or with damping, the error estimate takes up to
-      25 products more. `MINRES` without an error estimate, and `CG` or `MINRES` with
-      ``damping`` or ``hvp_fn``, find a scaling of their own in each estimate, by eight
-      products. With ``rtol``: a full
-      gradient for every ten gradients of inner steps, and in each round an adjoint
-      solve with its error estimate. With ``certify``: two Newton steps with an adjoint
-      solve each, and a probe.
+      estimate takes five products and the second outer gradient, eight more where a
+      Newton step does not change ``dL/dw`` as the Hessian predicts, and a warm start
+      from the previous adjoint and duals four products. With a linear solver other than
+      `CG` with its diagonal preconditioner, or with damping, the error estimate takes
+      up to 25 products more. `MINRES` without an error estimate, and `CG` or `MINRES`
+      with ``damping`` or ``hvp_fn``, find a scaling of their own in each estimate, by
+      eight products. With ``rtol``: a full gradient for every ten gradients of inner
+      steps, and in each round an adjoint solve with its error estimate. With
+      ``certify``: two Newton steps with an adjoint solve each, and a probe.
     Memory:
       About 25 vectors like ``w`` with the default `CG` and the error estimate,
       whatever the number of inner steps.

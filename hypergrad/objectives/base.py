@@ -58,7 +58,8 @@ class Aggregator(Protocol):
 
         Args:
           value: Outer values M_1, ..., M_K.
-          gram: Inner products ``g_i . g_j`` of the hypergradients.
+          gram: Inner products ``g_i . g_j`` of the hypergradients, divided by a common
+            power of two where squares of them under- or overflow.
           state: State from `init` or from the previous call.
 
         Returns:

@@ -41,6 +41,7 @@ def gumbel_softmax(
     """
     dtype = jnp.result_type(logits)
     logits = _as_float32_at_least(logits)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else logits.dtype
     noise = jax.random.gumbel(key, jnp.shape(logits), logits.dtype)
     return jax.nn.softmax((logits + noise) / temperature, axis=-1).astype(dtype)
 

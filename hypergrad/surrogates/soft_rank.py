@@ -71,7 +71,7 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     top = jnp.where(jnp.any(has_weight), top, 0)
     # Ranks do not change with a shift; differences are exact where quotients are not.
     u = (values - without_derivative(top)) / temperature
-    u = jnp.maximum(u, 0.25 * jnp.finfo(u.dtype).min)  # an infinite mean would be NaN
+    u = jnp.maximum(u, 0.25 * jnp.finfo(u.dtype).min)  # differences stay finite
     order = jnp.argsort(jnp.where(has_weight, -without_derivative(u), jnp.inf))
     u, w = u[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
@@ -79,6 +79,8 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     lowest = jnp.finfo(u.dtype).min
     targets = without_derivative(jnp.where(w > 0, u + hard_ranks, lowest))
     block, _ = pool_adjacent_violators(targets, lax.stop_gradient(w))
+
+    first = jax.ops.segment_min(jnp.arange(u.size), block, u.size)[block]
 
     def block_mean(x):
         block_sum = lambda x: jax.ops.segment_sum(
@@ -88,8 +90,10 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
         return (block_sum(w * x) / jnp.where(mass > 0, mass, 1))[block]
 
     # The projection is -u + isotonic(u + hard_ranks), and isotonic regression is the
-    # mean of each block. The blocks are locally constant, so the derivatives of this
-    # line are exact.
+    # mean of each block. The blocks are locally constant, so the derivatives of these
+    # lines are exact. Within a block u is relative to its first item, so that large
+    # values lose no digits.
+    u = u - without_derivative(u)[first]
     ranks = jnp.where(w > 0, block_mean(hard_ranks) - (u - block_mean(u)), 0)
     return jnp.zeros_like(ranks).at[order].set(ranks, unique_indices=True)
 
@@ -117,8 +121,8 @@ def pool_adjacent_violators(
         # Equal means are merged as well, because distant ties are equal by rounding.
         should_merge = (top > 0) & (below_mean <= mean)
         total = weight + below_weight
-        merged_mean = mean * weight + below_mean * below_weight
-        merged_mean = merged_mean / jnp.where(total > 0, total, 1)
+        share = weight / jnp.where(total > 0, total, 1)
+        merged_mean = below_mean + share * (mean - below_mean)
         merged = merged_mean, total, below_start
         # Writing before reading lets XLA keep the stack in place. The top is written
         # even if it is merged next; the entry is then overwritten before it is read.

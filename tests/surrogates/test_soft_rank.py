@@ -120,13 +120,16 @@ def test_rows_are_ranked_one_by_one_under_vmap(key):
     assert str(jaxpr).count("while[") == body.count("while[") == 1
 
 
-def test_distant_ties_share_their_rank_in_float32():
-    values = jnp.array([0.0, -1e6, -1e6], jnp.float32)
-    ranks = soft_rank(values, 0.01)
-    assert ranks.tolist() == [1.0, 2.5, 2.5]
-
-
-def test_the_lowest_number_has_the_last_rank():
-    values = jnp.array([0.0, jnp.finfo(jnp.float32).min, -1.0], jnp.float32)
-    ranks = soft_rank(values, 0.1)
-    assert ranks.tolist() == [1.0, 3.0, 2.0]
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 7, 10])
+@pytest.mark.parametrize("value", [-89478512.0, -1e9, np.finfo(np.float32).min])
+def test_distant_ties_share_their_rank_in_float32(value, num):
+    """Also those of masks, whose sum is not a number of this precision."""
+    values = jnp.array([0.0, *[value] * num, -1.0], jnp.float32)
+    for weight in (1.0, 10.0):
+        ranks = weighted_soft_rank(
+            values, temperature=0.1, weights=jnp.full(num + 2, weight)
+        )
+        expected = (
+            weight * (np.array([0, *[2 + (num - 1) / 2] * num, 1])) + (1 + weight) / 2
+        )
+        np.testing.assert_allclose(ranks, expected, rtol=1e-6)

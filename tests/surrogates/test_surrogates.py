@@ -412,6 +412,9 @@ def test_boxes_match_in_any_type(dtype):
     true_box = jnp.array([[[0, 0, 250, 250]]], dtype)
     matches = hg.surrogates.match_boxes(box, jnp.array([[0.9, 0.8]]), true_box)
     assert matches.tolist() == [[True, False]]
+    far = jnp.array([[[100, 100, 110, 110]]], dtype)
+    near = jnp.array([[[0, 0, 10, 10]]], dtype)
+    assert not hg.surrogates.match_boxes(near, jnp.array([[0.9]]), far).any()
 
 
 @pytest.mark.parametrize("surrogate", [hg.surrogates.AUC(), hg.surrogates.SmoothAP()])
