@@ -80,7 +80,7 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     targets = without_derivative(jnp.where(w > 0, u + hard_ranks, lowest))
     block, _ = pool_adjacent_violators(targets, lax.stop_gradient(w))
 
-    first = jax.ops.segment_min(jnp.arange(u.size), block, u.size)[block]
+    init_index = jax.ops.segment_min(jnp.arange(u.size), block, u.size)[block]
 
     def block_mean(x):
         block_sum = lambda x: jax.ops.segment_sum(
@@ -93,7 +93,7 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     # mean of each block. The blocks are locally constant, so the derivatives of these
     # lines are exact. Within a block u is relative to its first item, so that large
     # values lose no digits.
-    u = u - without_derivative(u)[first]
+    u = u - without_derivative(u)[init_index]
     ranks = jnp.where(w > 0, block_mean(hard_ranks) - (u - block_mean(u)), 0)
     return jnp.zeros_like(ranks).at[order].set(ranks, unique_indices=True)
 
@@ -121,8 +121,8 @@ def pool_adjacent_violators(
         # Equal means are merged as well, because distant ties are equal by rounding.
         should_merge = (top > 0) & (below_mean <= mean)
         total = weight + below_weight
-        share = weight / jnp.where(total > 0, total, 1)
-        merged_mean = below_mean + share * (mean - below_mean)
+        fraction = weight / jnp.where(total > 0, total, 1)
+        merged_mean = below_mean + fraction * (mean - below_mean)
         merged = merged_mean, total, below_start
         # Writing before reading lets XLA keep the stack in place. The top is written
         # even if it is merged next; the entry is then overwritten before it is read.
