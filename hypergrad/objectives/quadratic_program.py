@@ -54,18 +54,23 @@ def solve_simplex_qp(A: Matrix) -> Vector:
     [0.75, 0.25]
     """
     size = len(A)
+    # Write x_k = r_k y_k, where r_k falls with the length of g_k, so that neither a
+    # long nor a short one loses digits.
+    lengths = jnp.sqrt(jnp.diag(A))
+    has_length = lengths > 0
+    r = jnp.min(jnp.where(has_length, lengths, jnp.inf))
+    r = jnp.where(has_length, r / jnp.where(has_length, lengths, 1), 1)
+    safe_lengths = jnp.where(has_length, lengths, 1)
+    cosines = A / safe_lengths[:, None] / safe_lengths[None, :]
 
     def minimum_over(is_free):
-        #   [ A/a  1 ] [ x ]   [ 0 ]
-        #   [ 1'   0 ] [ m ] = [ 1 ]     for the free variables, with a = max diag A
-        diagonal = jnp.where(is_free, jnp.diag(A), 0)
-        scale = jnp.max(diagonal)
-        scaled = A / jnp.where(scale > 0, scale, 1)
-        block = jnp.where(_pairs(is_free), scaled, jnp.eye(size, dtype=A.dtype))
-        border = is_free.astype(A.dtype)[:, None]
-        corner = jnp.zeros((1, 1), A.dtype)
-        matrix = jnp.block([[block, border], [border.T, corner]])
-        return jnp.linalg.solve(matrix, jnp.eye(size + 1, dtype=A.dtype)[-1])[:-1]
+        #   [ C   r ] [ y ]   [ 0 ]
+        #   [ r'  0 ] [ m ] = [ 1 ]     for the free variables, with the cosines C
+        identity = jnp.eye(size + 1, dtype=A.dtype)
+        block = jnp.where(_pairs(is_free), cosines, identity[:-1, :-1])
+        border = jnp.where(is_free, r, 0)[:, None]
+        matrix = jnp.block([[block, border], [border.T, jnp.zeros((1, 1), A.dtype)]])
+        return r * jnp.linalg.solve(matrix, identity[-1])[:-1]
 
     def descent(x):
         Ax, size_of_Ax = A @ x, jnp.abs(A) @ x
