@@ -37,7 +37,7 @@ def solve_nonnegative_qp(A: Matrix, b: Vector) -> Vector:
         return b - A @ x, jnp.abs(b) + jnp.abs(A) @ x
 
     is_free = jnp.zeros(b.size, bool)
-    return _solve(minimum_over, descent, jnp.zeros_like(b), is_free)
+    return _minimize_by_active_set(minimum_over, descent, jnp.zeros_like(b), is_free)
 
 
 def solve_simplex_qp(A: Matrix) -> Vector:
@@ -54,14 +54,14 @@ def solve_simplex_qp(A: Matrix) -> Vector:
     [0.75, 0.25]
     """
     size = len(A)
-    # Write x_k = r_k y_k, where r_k falls with the length of g_k, so that neither a
-    # long nor a short one loses digits.
-    lengths = jnp.sqrt(jnp.diag(A))
-    has_length = lengths > 0
-    r = jnp.min(jnp.where(has_length, lengths, jnp.inf))
-    r = jnp.where(has_length, r / jnp.where(has_length, lengths, 1), 1)
-    safe_lengths = jnp.where(has_length, lengths, 1)
-    cosines = A / safe_lengths[:, None] / safe_lengths[None, :]
+    # A contains the inner products of vectors g_k with the lengths |g_k|. The program
+    # is solved for y with x_k = r_k y_k and r_k = min |g| / |g_k|, whose entries y_k
+    # are of one order, so that neither a long nor a short vector loses digits.
+    has_length = jnp.diag(A) > 0
+    lengths = jnp.sqrt(jnp.where(has_length, jnp.diag(A), 1))
+    min_length = jnp.min(jnp.where(has_length, lengths, jnp.inf))
+    r = jnp.where(has_length, min_length / lengths, 1)
+    cosines = A / lengths[:, None] / lengths[None, :]
 
     def minimum_over(is_free):
         #   [ C   r ] [ y ]   [ 0 ]
@@ -76,21 +76,23 @@ def solve_simplex_qp(A: Matrix) -> Vector:
         Ax, size_of_Ax = A @ x, jnp.abs(A) @ x
         return x @ Ax - Ax, x @ size_of_Ax + size_of_Ax
 
-    is_first = jnp.arange(size) == jnp.argmin(jnp.diag(A))
-    return _solve(minimum_over, descent, is_first.astype(A.dtype), is_first)
+    is_free = jnp.arange(size) == jnp.argmin(jnp.diag(A))  # the shortest vector alone
+    return _minimize_by_active_set(
+        minimum_over, descent, is_free.astype(A.dtype), is_free
+    )
 
 
 def _pairs(is_free: Bool[Array, " K"]) -> Bool[Array, "K K"]:
     return is_free[:, None] & is_free[None, :]
 
 
-def _solve(
+def _minimize_by_active_set(
     minimum_over: Callable[[Array], Vector],
     descent_fn: Callable[[Vector], tuple[Vector, Vector]],
     x: Vector,
     is_free: Bool[Array, " K"],
 ) -> Vector:
-    """Returns the minimum of a quadratic program by an active-set method.
+    """Returns the minimum of a convex quadratic program over entries of at least 0.
 
     Args:
       minimum_over: ``is_free -> x``, the minimum over the free variables.
