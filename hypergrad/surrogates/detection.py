@@ -74,7 +74,7 @@ def match_boxes(
     where_true = _boolean_mask("where_true", where_true, true_shape)
     if true_shape[1] == 0:
         return jnp.zeros(shape, bool)
-    # Areas of pixels overflow in float16, and differences of unsigned integers wrap.
+    # Areas of pixels overflow in float16.
     dtype = jnp.promote_types(jnp.result_type(boxes, true_boxes), jnp.float32)
     boxes, true_boxes = boxes.astype(dtype), true_boxes.astype(dtype)
     images = boxes, scores, true_boxes, where, where_true

@@ -405,9 +405,9 @@ def test_bad_input_raises_an_error_with_the_argument(call, error_type, argument)
         call()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "uint8", "int32"])
-def test_boxes_match_in_any_type(dtype):
-    """The area of 250 by 250 pixels is not a float16 number, nor -1 an unsigned one."""
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_boxes_match_in_small_types(dtype):
+    """The area of 250 by 250 pixels is not a number of float16."""
     box = jnp.array([[[0, 0, 250, 250], [5, 5, 6, 6]]], dtype)
     true_box = jnp.array([[[0, 0, 250, 250]]], dtype)
     matches = hg.surrogates.match_boxes(box, jnp.array([[0.9, 0.8]]), true_box)
