@@ -70,9 +70,9 @@ def diagnose(
       and the estimate does not have the flag ``lost_derivative``.
 
     Cost:
-      An estimate, an inner run with a further gradient at each step, for each sample of
-      an average until one shows something, gradients of both
+      An estimate, an inner run with a further gradient at each step, gradients of both
       losses on all data, and compilation: for the moment after a failure, not a loop.
+      Of an average, a run and the gradients for each sample until a cause is known.
 
     Raises:
       TypeError, ValueError: An argument is invalid, as in `hypergradient`, or a tracer.

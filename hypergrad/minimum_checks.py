@@ -90,10 +90,11 @@ def scales_of_rounding(
 def gradient_rounding(grad_scale: PyTree, value: Array, scaling: Scaling) -> Array:
     """Returns a norm of ``S dL/dw`` up to which ``w`` counts as stationary.
 
-    It is ``eps^(3/4) (||S q|| + |L|^(1/2))`` with the ``q`` of `gradient_scale`, which
-    are rounding errors of ``H w`` and of a sum of squares whose residuals do not
-    vanish. Neither units of ``w`` nor a factor of ``L`` change what it means, because
-    rows of ``S H S`` have about unit norm.
+    It is ``eps^(3/4) (||S q|| + |L|^(1/2))`` with the ``q`` of `gradient_scale`. The
+    first term is the rounding of ``H w``, the second one that of the gradient ``X'r``
+    of a sum of squares ``L = ||r||^2 / 2`` whose residuals ``r`` do not vanish. Neither
+    units of ``w`` nor a factor of ``L`` change what it means, because rows of ``S H S``
+    have about unit norm; a constant that is added to ``L`` raises it.
 
     Args:
       grad_scale, value: From `scales_of_rounding`.

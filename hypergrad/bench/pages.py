@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .columns import Column
 from .report import TableResult
-from .table import Column
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
@@ -34,10 +34,10 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 .bad { color: #b42318; font-weight: 600; }
 """
 LEADERBOARD = (
-    "Means over the seeds, best first; a seed that failed or is not finite makes "
-    "a method last. "
-    "Rows differ in what they use (right labels, validation data in training) and in "
-    "cost; the page of a table has its protocol and the outcomes of its claims."
+    "Means over the seeds, best first; a seed that failed or is not finite makes a "
+    "method last. Rows differ in what they use (right labels, validation data in "
+    "training) and in cost; the page of a table has its protocol and the outcomes of "
+    "its claims."
 )
 LEADERBOARD_COSTS = ("gradient_equivalents", "tuning_cost")
 

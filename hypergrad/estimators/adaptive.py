@@ -32,8 +32,8 @@ from ..trees import all_finite, norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint
 
 MAX_ROUNDS = 8
-ROUNDING_ULPS = 10  # units in the last place that count as rounding
 GRADS_PER_CHECK = 10  # gradients that steps cost between checks of the full gradient
+ROUNDING_ULPS = 10  # units in the last place that count as rounding
 ADJOINT_FACTOR = 100.0  # tolerance of the hypergradient over that of the adjoint solve
 MAX_TOL_CHANGE = 10.0  # largest factor between grad_tol and the gradient norm reached
 

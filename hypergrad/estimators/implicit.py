@@ -152,9 +152,9 @@ class Implicit(eqx.Module):
       correction, infinite if ``dL/dw`` changes by more than itself otherwise than the
       Hessian predicts; (3) the change of ``J' v`` in the last two steps of the solve,
       times the number of such pairs that may follow; (4) the residual of the adjoint in
-      scaled coordinates. ``error_estimate`` is the larger
-      one of the error of (1) and (3). None of them depends on the units of ``w`` or of
-      a loss, as far as the probed scaling does not. They do not see errors along
+      scaled coordinates. ``error_estimate`` is the larger one of the error of (1) and
+      (3). None of them depends on the units of ``w`` or of a loss, as far as the probed
+      scaling does not. They do not see errors along
       directions that neither ``dM/dw`` nor ``dL/dw`` contains, another minimum, or the
       noise of a batch size (see `Average`). In bfloat16 the residual rarely falls below
       1e-2.

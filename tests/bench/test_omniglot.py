@@ -63,11 +63,11 @@ def test_a_task_has_five_characters_that_are_turned_alike(characters):
 
     all_turns = set()
     for t in range(omniglot.NUM_TASKS):
-        found = [
+        both = [
             [identify(part["x"][i, t]) for i in range(5)] for part in (support, query)
         ]
         (turns, names, drawings), (other_turns, other_names, other_drawings) = (
-            np.transpose(part) for part in found
+            np.transpose(part) for part in both
         )
         assert len(set(names)) == 5
         np.testing.assert_array_equal(names, other_names)

@@ -328,7 +328,7 @@ def test_a_dictionary_with_numbers_as_keys_needs_like(tmp_path):
 def test_the_recorded_version_is_that_of_the_first_folder(monkeypatch):
     """Python imports a package from there; an entry without a version is broken."""
     package = namedtuple("package", "name version")
-    found = [package("Numpy", "9.0"), package("numpy", "10.0"), package("x", None)]
-    distributions = lambda path: iter(found)
+    installed = [package("Numpy", "9.0"), package("numpy", "10.0"), package("x", None)]
+    distributions = lambda path: iter(installed)
     monkeypatch.setattr(importlib.metadata, "distributions", distributions)
     assert provenance.packages() == {"numpy": "9.0"}
