@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PyTree
 
+from .runtime.all_cores import on_all_cores
 from .trees import scale
 
 Loss = Callable[[PyTree, PyTree, PyTree], Any]
@@ -34,6 +35,7 @@ def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTre
 
     Cost: two gradients.
     """
+    v = on_all_cores(v, batch)
     grad_fn = lambda w: jax.grad(eqx.filter_jit(loss))(w, alpha, batch)
     return jax.jvp(grad_fn, (w,), (v,))[1]
 
@@ -91,6 +93,7 @@ def hvp_and_cross_vjp(
 
     Cost: two gradients.
     """
+    v = on_all_cores(v, batch)
     grads_fn = lambda w: jax.grad(eqx.filter_jit(loss), argnums=(0, 1))(w, alpha, batch)
     (inner_grad, _), (Hv, cross) = jax.jvp(grads_fn, (w,), (v,))
     return inner_grad, Hv, cross

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..batches import Data, batch_fraction, sample_batch
 from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
+from ..runtime.all_cores import loss_on_all_cores
 from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int
 from .base import InnerStats, inner_stats
@@ -118,7 +119,8 @@ class Descent(eqx.Module):
         """Returns the carry after one update on a batch sampled with ``key``."""
         w, state = carry
         batch = sample_batch(data, key)
-        value_fn = lambda w: inner_loss(w, alpha, batch)
+        loss = loss_on_all_cores(inner_loss)
+        value_fn = lambda w: loss(w, alpha, batch)
         value, grad = jax.value_and_grad(value_fn)(w)
         updates, state = self._transformation(alpha).update(
             grad, state, w, value=value, grad=grad, value_fn=value_fn

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ..batches import Data, full_batch
 from ..products import Loss
+from ..runtime.all_cores import loss_on_all_cores
 from ..trees import divide
 from ..validation import check_positive_int, non_negative
 from .base import InnerStats, inner_stats
@@ -66,6 +67,7 @@ class LBFGS(eqx.Module):
     ) -> tuple[PyTree, InnerStats]:
         """Returns the minimum, the cost, and whether the tolerance was met."""
         batch = full_batch(data, key)
+        inner_loss = loss_on_all_cores(inner_loss)
         loss = lambda w: inner_loss(w, alpha, batch)
         optimizer = optax.lbfgs(memory_size=self.memory_size)
         value, grad = jax.value_and_grad(loss)(w)

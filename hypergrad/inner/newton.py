@@ -12,6 +12,7 @@ from ..batches import Data, full_batch
 from ..linear.base import MatVec
 from ..linear.cg import conjugate_gradients
 from ..products import Loss, hvp
+from ..runtime.all_cores import loss_on_all_cores
 from ..trees import (
     add_scale,
     apply_unless,
@@ -83,7 +84,8 @@ class Newton(eqx.Module):
     ) -> tuple[PyTree, InnerStats]:
         """Returns the minimum, the cost, and whether the tolerance was met."""
         batch = full_batch(data, key)
-        loss_and_grad = jax.value_and_grad(lambda w: inner_loss(w, alpha, batch))
+        loss = loss_on_all_cores(inner_loss)
+        loss_and_grad = jax.value_and_grad(lambda w: loss(w, alpha, batch))
         value, grad = loss_and_grad(w)
         unit = power_of_two_scale(grad)  # so that the factor of the loss is about 1
         value_and_grad = lambda w: divide(loss_and_grad(w), unit)

@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, vdot
 from ...validation import check_positive_int, in_unit_interval, non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
@@ -89,7 +90,8 @@ class BOME(SingleLoop):
         """Evaluates both directions on one batch of each loss and moves ``w``."""
         w = state.w
         batch, outer_batch = sample_batches(data)
-        inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
+        inner_loss = loss_on_all_cores(problem.inner_loss)
+        inner_grads = jax.grad(inner_loss, argnums=(0, 1))
 
         # w_m: m steps of gradient descent from w
         descend = lambda _, w: add_scale(

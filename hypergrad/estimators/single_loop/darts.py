@@ -12,6 +12,7 @@ from ...batches import sample_batch
 from ...linear.neumann import Neumann
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, norm, scale
 from ...validation import non_negative
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
@@ -96,7 +97,8 @@ class DARTS(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes the step of ``w`` and evaluates the direction after it."""
-        inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
+        inner_loss = loss_on_all_cores(problem.inner_loss)
+        inner_grads = jax.grad(inner_loss, argnums=(0, 1))
         outer_batch = sample_batch(data.outer_data, data.outer_key)
         batch = sample_batch(data.inner_data, data.solver_key)
         # w <- w - rho dL/dw

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from ...batches import sample_batch
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
 from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
@@ -112,7 +113,8 @@ class F2SA(SingleLoop):
         """Makes the steps of ``y`` and ``z`` and evaluates the direction after them."""
         memory = state.memory
         penalty = value_at_step(self.penalty, memory.num_steps)
-        inner_grads = jax.grad(problem.inner_loss, argnums=(0, 1))
+        inner_loss = loss_on_all_cores(problem.inner_loss)
+        inner_grads = jax.grad(inner_loss, argnums=(0, 1))
 
         def body_fun(carry, key):
             y, z = carry

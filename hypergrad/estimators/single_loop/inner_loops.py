@@ -10,6 +10,7 @@ from ...batches import Data, sample_batch
 from ...linear.neumann import Neumann
 from ...problem import Bilevel, EstimateData
 from ...products import cross_vjp, hvp
+from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
 from .base import SingleLoop, SingleLoopState
 
@@ -30,7 +31,8 @@ def run_inner_steps(
 
     def body_fun(state, key):
         batch = sample_batch(data.inner_data, key)
-        inner_grad = jax.grad(problem.inner_loss)(state.w, alpha, batch)
+        loss = loss_on_all_cores(problem.inner_loss)
+        inner_grad = jax.grad(loss)(state.w, alpha, batch)
         # w <- w - rho dL/dw
         return method.move_w(state, inner_grad), inner_grad
 
