@@ -14,6 +14,9 @@ from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
 from .base import SingleLoop, SingleLoopState
 
+#: One or more pairs ``(w, alpha)``.
+Points = tuple[tuple[PyTree, PyTree], ...]
+
 
 def run_inner_steps(
     method: SingleLoop,
@@ -102,36 +105,54 @@ class StochasticNeumann(eqx.Module):
     def solve(
         self,
         problem: Bilevel,
-        w: PyTree,
-        alpha: PyTree,
-        b: PyTree,
+        points: Points,
+        bs: tuple[PyTree, ...],
         data: Data,
         key: Array,
-    ) -> tuple[PyTree, Int[Array, ""]]:
-        """Returns ``v`` and the number of Hessian-vector products."""
+    ) -> tuple[tuple[PyTree, ...], Int[Array, ""]]:
+        """Returns ``v`` at each point and the number of products for each of them.
+
+        One loop makes the series of all points, on the same batches. XLA then evaluates
+        only once what depends on the batch alone, such as a mean of matrices.
+
+        Args:
+          problem: The bilevel problem.
+          points: One or more ``(w, alpha)`` at which the Hessians are evaluated.
+          bs: The right-hand side of each point.
+          data, key: Data of the inner loss, and PRNG key of the batches.
+        """
         product_key, length_key = jax.random.split(key)
         keys = jax.random.split(product_key, self.num_terms)
 
-        def next_term(k, p):
+        def next_term(point, p, batch):
+            w, alpha = point
             # p <- (I - eta H_k) p
-            Hp = hvp(problem.inner_loss, w, alpha, sample_batch(data, keys[k]), p)
+            Hp = hvp(problem.inner_loss, w, alpha, batch, p)
             return add_scale(p, -self.step_size, Hp)
+
+        def next_terms(k, ps):
+            batch = sample_batch(data, keys[k])
+            pairs = zip(points, ps, strict=True)
+            return tuple(next_term(point, p, batch) for point, p in pairs)
 
         if self.has_random_length:
             num_products = jax.random.randint(length_key, (), 0, self.num_terms)
-            p = jax.lax.fori_loop(0, num_products, next_term, b)
+            ps = jax.lax.fori_loop(0, num_products, next_terms, bs)
             # v = K eta prod_{i <= p} (I - eta H_i) b
-            return scale(self.num_terms * self.step_size, p), num_products
+            factor = self.num_terms * self.step_size
+            vs = tuple(scale(factor, p) for p in ps)
+            return vs, num_products
 
-        def add_term(k, carry):
-            p, total = carry
-            p = next_term(k, p)
-            return p, optax.tree.add(total, p)
+        def add_terms(k, carry):
+            ps, totals = carry
+            ps = next_terms(k, ps)
+            return ps, optax.tree.add(totals, ps)
 
         num_products = self.num_terms - 1
-        _, total = jax.lax.fori_loop(0, num_products, add_term, (b, b))
+        _, totals = jax.lax.fori_loop(0, num_products, add_terms, (bs, bs))
         # v = eta sum_{k < K} prod_{i <= k} (I - eta H_i) b
-        return scale(self.step_size, total), jnp.asarray(num_products)
+        vs = tuple(scale(self.step_size, total) for total in totals)
+        return vs, jnp.asarray(num_products)
 
 
 def alpha_direction(

@@ -122,7 +122,8 @@ def stocbio_step(
     outer_batch = sample_batch(data.outer_data, data.outer_key)
     value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
     # v = H^-1 b, approximately
-    v, num_products = series.solve(problem, w, alpha, b, data.inner_data, series_key)
+    points, bs = ((w, alpha),), (b,)
+    (v,), num_products = series.solve(problem, points, bs, data.inner_data, series_key)
     # dM/dalpha - J' v, with a batch that is independent of v
     batch = sample_batch(data.inner_data, cross_key)
     direction = alpha_direction(problem, w, v, alpha, direct, batch)

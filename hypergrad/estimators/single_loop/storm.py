@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from ...batches import sample_batch
 from ...problem import Bilevel, EstimateData
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import StochasticNeumann, alpha_direction
+from .inner_loops import Points, StochasticNeumann, alpha_direction
 from .variance_reduction import storm_estimate, storm_momentum
 
 
@@ -51,23 +51,26 @@ def init_storm(w: PyTree, alpha: PyTree) -> StormState:
 
 
 def evaluate_batch(
-    problem: Bilevel,
-    series: StochasticNeumann,
-    point: tuple[PyTree, PyTree],
-    data: EstimateData,
-) -> BatchDirections:
-    """Returns both directions at ``(w, alpha)``; equal keys give equal batches."""
-    w, alpha = point
+    problem: Bilevel, series: StochasticNeumann, points: Points, data: EstimateData
+) -> tuple[BatchDirections, ...]:
+    """Returns both directions at each ``(w, alpha)``, all on the same batches."""
     batch_key, series_key = jax.random.split(data.inner_key)
     batch = sample_batch(data.inner_data, batch_key)
     outer_batch = sample_batch(data.outer_data, data.outer_key)
-    inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
-    value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
+    outer = [problem.outer_value_and_grads(*point, outer_batch) for point in points]
+    bs = tuple(b for _, b, _ in outer)
     # v = H^-1 b, approximately
-    v, num_products = series.solve(problem, w, alpha, b, data.inner_data, series_key)
-    # dM/dalpha - J' v
-    direction = alpha_direction(problem, w, v, alpha, direct, batch)
-    return BatchDirections(value, (inner_grad, direction), num_products)
+    vs, num_products = series.solve(problem, points, bs, data.inner_data, series_key)
+
+    def directions_at(w, alpha, v, direct):
+        inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
+        # dM/dalpha - J' v
+        return inner_grad, alpha_direction(problem, w, v, alpha, direct, batch)
+
+    return tuple(
+        BatchDirections(value, directions_at(*point, v, direct), num_products)
+        for point, v, (value, _, direct) in zip(points, vs, outer, strict=True)
+    )
 
 
 def storm_step(
@@ -89,8 +92,7 @@ def storm_step(
     """
     memory, point = state.memory, (state.w, alpha)
     # D(t) and D(t-1) on the same batches, so that their noise cancels
-    new = evaluate_batch(problem, series, point, data)
-    old = evaluate_batch(problem, series, memory.point, data)
+    new, old = evaluate_batch(problem, series, (point, memory.point), data)
     # d_t = D(t) + momentum (d_{t-1} - D(t-1))
     directions = storm_estimate(
         new.directions,

@@ -173,8 +173,8 @@ class VRBO(SingleLoop):
             batch_data = replace(data, inner_key=inner_key, outer_key=outer_key)
             memory, point = state.memory, (state.w, alpha)
             # d <- d + D(w, alpha) - D(previous point), on the same batches
-            new = evaluate_batch(problem, self.series, point, batch_data)
-            old = evaluate_batch(problem, self.series, memory.point, batch_data)
+            points = point, memory.point
+            new, old = evaluate_batch(problem, self.series, points, batch_data)
             directions = storm_estimate(
                 new.directions, old.directions, memory.directions, 1.0
             )
@@ -199,6 +199,6 @@ class VRBO(SingleLoop):
             outer_data=without_sampling(data.outer_data),
         )
         point = state.w, alpha
-        directions = evaluate_batch(problem, self.series, point, all_data).directions
-        memory = StormState(directions, point, state.memory.num_steps)
+        (new,) = evaluate_batch(problem, self.series, (point,), all_data)
+        memory = StormState(new.directions, point, state.memory.num_steps)
         return replace(state, memory=memory)
