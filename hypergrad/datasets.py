@@ -50,7 +50,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
       testing, in the form of ``reuters`` (Lang 1995, CC BY 4.0; counted by
       scikit-learn).
     - ``burgers``: The solution ``u`` ``[256, 100]`` of ``u_t + u u_x = (0.01 / pi)
-      u_xx`` at ``x`` in [-1, 1) and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
+      u_xx`` at ``x`` in [-1, 1] and ``t`` in [0, 0.99], which is ``-sin(pi x)`` at
       t = 0 and zero at the boundary; float64 (Raissi et al. 2019).
     - ``nas_bench_201``: all 15,625 cells of a search space of architectures, ``cells``
       ``[15625, 6]`` int8: 0 (none), 1 (identity), 2 (1 by 1 convolution), 3 (3 by 3

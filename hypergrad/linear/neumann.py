@@ -57,7 +57,8 @@ class Neumann(SymmetricSolver):
             memory="2 w",
             bias="q^K",
             alpha_in=("losses",),
-            recommended_for="runs in which every estimate must cost the same",
+            recommended_for="runs in which every estimate must cost the same (with "
+            "estimate_error=False)",
             not_recommended_for="an ill-conditioned H",
             reason=(
                 "the series converges as q^K with q = 1 - 1/condition; without "

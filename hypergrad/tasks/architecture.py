@@ -37,10 +37,11 @@ from .classifier import (
     check_square,
     losses,
     mask_held_out,
+    random_order,
     weighted_mean,
 )
 from .networks import extract_patches
-from .task import Task
+from .task import Task, check_choice
 
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
@@ -207,7 +208,7 @@ def split(data: PyTree, key: Array, sizes: tuple[int, int]) -> dict[str, PyTree]
       key: PRNG key of the permutation.
       sizes: Numbers of training and validation images.
     """
-    order = jax.random.permutation(key, len(data["y"]))
+    order = random_order(data, key)
     side = int(np.sqrt(data["x"].shape[1]))
     x, y = data["x"][order].reshape(-1, side, side), data["y"][order]
     num_train, num_val = sizes
@@ -280,10 +281,12 @@ def make(
     """
     key = as_key(key)
     del data_dir
-    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
+    check_choice("scale", scale, tuple(SIZES))
     num_train, num_val, channels = SIZES[scale] if sizes is None else sizes
+    num_needed = num_train + num_val + 1
+    check_scale(scale, data, num_needed)
     data = datasets.load("digits") if data is None else data
-    check_data(data, num_train + num_val + 1, NUM_CLASSES)
+    check_data(data, num_needed, NUM_CLASSES)
     check_square(data["x"], even=True)
     data = jax.tree.map(jnp.asarray, data)
     split_key = jax.random.key(0) if split_key is None else split_key

@@ -29,7 +29,7 @@ from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
 from ..trees import without_derivative
-from ..validation import as_key
+from ..validation import as_key, is_traced
 from . import classifier
 from .classifier import (
     check_data,
@@ -38,8 +38,9 @@ from .classifier import (
     held_out_examples,
     losses,
     mask_held_out,
+    random_order,
 )
-from .task import Task
+from .task import Task, check_choice
 
 NUM_CLASSES = 10
 OPERATIONS = (
@@ -192,7 +193,7 @@ def split(
         are the held-out split.
     """
     order_key, pose_key = jax.random.split(key)
-    order = jax.random.permutation(order_key, len(data["y"]))
+    order = random_order(data, order_key)
     side = int(np.sqrt(data["x"].shape[1]))
     x, y = data["x"][order].reshape(-1, side, side), data["y"][order]
     posed = pose(x, pose_key)
@@ -265,10 +266,12 @@ def make(
     """
     key = as_key(key)
     del data_dir
-    check_scale(scale, data, sum(SIZES["paper"][:2]) + 1)
+    check_choice("scale", scale, tuple(SIZES))
     num_train, num_val, num_hidden = SIZES[scale] if sizes is None else sizes
+    num_needed = num_train + num_val + 1
+    check_scale(scale, data, num_needed)
     data = datasets.load("digits") if data is None else data
-    check_data(data, num_train + num_val + 1, NUM_CLASSES)
+    check_data(data, num_needed, NUM_CLASSES)
     check_square(data["x"])
     data = jax.tree.map(jnp.asarray, data)
     split_key, network_key = jax.random.split(key)
@@ -277,6 +280,15 @@ def make(
     penalties = jnp.full(num_train, jnp.asarray(penalty, dtype))
     train = Batches(splits["train"] | {"penalty": penalties}, with_key=True)
     shape = (len(OPERATIONS),)
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
+    }
+    if is_traced(hold_out) or hold_out:
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+        }
     return Task(
         name="augmentation",
         paradigm="supervised",
@@ -292,11 +304,6 @@ def make(
             "magnitude": spaces.Interval(0.0, MAX_MAGNITUDES, shape=shape),
             "probability": spaces.Interval(0.05, 0.95, shape=shape),
         },
-        metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-            "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
-            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
-        },
+        metrics=metrics,
         splits=splits,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 from ..validation import is_traced
 from .task import check_choice
@@ -240,6 +240,19 @@ def loss_metric(
 # Data.
 
 
+def random_order(data: PyTree, key: Array) -> Int[Array, " n"]:
+    """Returns the indices of all examples in random order, test examples last.
+
+    Args:
+      data: ``{"x": [n, features]}``. A boolean array ``test`` marks test examples.
+      key: PRNG key of the permutation.
+    """
+    order = jax.random.permutation(key, len(data["x"]))
+    if "test" in data:
+        order = order[jnp.argsort(jnp.asarray(data["test"])[order], stable=True)]
+    return order
+
+
 def split(
     data: PyTree, key: Array, sizes: tuple[int, int, int]
 ) -> dict[str, dict[str, Array]]:
@@ -252,9 +265,7 @@ def split(
       sizes: Numbers of training, validation and test examples. Fewer examples are left
         for testing if the data is small.
     """
-    order = jax.random.permutation(key, len(data["y"]))
-    if "test" in data:
-        order = order[jnp.argsort(data["test"][order], stable=True)]
+    order = random_order(data, key)
     num_train, num_val, num_test = sizes
     indices = {
         "train": order[:num_train],
@@ -269,6 +280,18 @@ def split(
         }
         for name, index in indices.items()
     }
+
+
+def mean_and_deviation(x: Float[Array, "n features"]) -> tuple[Array, Array]:
+    """Returns mean and standard deviation of each feature, ``[1, features]``.
+
+    A constant feature has its value as mean and deviation 1, so that it becomes 0. The
+    mean of equal numbers may differ from them by rounding.
+    """
+    is_constant = jnp.all(x == x[:1], axis=0, keepdims=True)
+    mean = jnp.where(is_constant, x[:1], jnp.mean(x, axis=0, keepdims=True))
+    deviation = jnp.where(is_constant, 1, jnp.std(x, axis=0, keepdims=True))
+    return mean, deviation
 
 
 def mask_held_out(

@@ -21,7 +21,13 @@ from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
-from .classifier import check_data, held_out_examples, losses, mask_held_out
+from .classifier import (
+    check_data,
+    held_out_examples,
+    losses,
+    mask_held_out,
+    random_order,
+)
 from .networks import softmax_regression
 from .task import Task, check_choice
 
@@ -90,7 +96,7 @@ def split(
       corruption: Probability that a training label is replaced by another class.
     """
     order_key, wrong_key, class_key = jax.random.split(key, 3)
-    order = jax.random.permutation(order_key, len(data["y"]))
+    order = random_order(data, order_key)
     x, y = data["x"][order], data["y"][order]
     wrong = jax.random.bernoulli(wrong_key, corruption, (NUM_TRAIN,))
     shift = jax.random.randint(class_key, (NUM_TRAIN,), 1, NUM_CLASSES)
@@ -159,6 +165,15 @@ def make(
     if batch_size is not None:
         problem = _minibatch_problem(train, splits["val"], batch_size)
     num_features = data["x"].shape[1]
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "f1": jax.tree_util.Partial(f1_of_wrong_labels, splits["train"]["wrong"]),
+    }
+    if is_traced(hold_out) or hold_out:
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+        }
     return Task(
         name="cleaning",
         paradigm="supervised",
@@ -168,12 +183,7 @@ def make(
         w={"W": jnp.zeros((num_features, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)},
         alpha=jnp.full(NUM_TRAIN, 0.5),
         space=spaces.Unit(shape=(NUM_TRAIN,)),
-        metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-            "f1": jax.tree_util.Partial(f1_of_wrong_labels, splits["train"]["wrong"]),
-            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
-        },
+        metrics=metrics,
         splits=splits,
     )
 

@@ -28,7 +28,7 @@ from .. import datasets as datasets
 from .. import spaces
 from ..problem import Bilevel
 from ..validation import as_key
-from .classifier import check_data
+from .classifier import check_data, random_order
 from .federated_averaging import FedAvg, LocalImplicit
 from .task import Task, sizes_of
 
@@ -107,7 +107,7 @@ def split(
         part "val" by its weight ``use``. These examples are then the part "held_out".
     """
     keys = jax.random.split(key, 4)
-    order = np.asarray(jax.random.permutation(keys[0], len(data["y"])))
+    order = np.asarray(random_order(data, keys[0]))
     rank = np.asarray(jax.random.permutation(keys[1], NUM_CLASSES))
     num_val, max_train = sizes["val_per_class"], sizes["max_per_class"]
     train, val, test = [], [], []
@@ -137,14 +137,37 @@ def split(
     }
 
 
+def check_classes(data: PyTree, num_needed: int) -> None:
+    """Checks that enough examples of each class are left for testing.
+
+    Raises:
+      ValueError: A class has no example more than ``num_needed``, or fewer without the
+        mark ``test``.
+    """
+    may_learn = ~np.asarray(data["test"]) if "test" in data else slice(None)
+    count = lambda labels: int(np.bincount(labels, minlength=NUM_CLASSES).min())
+    labels = np.asarray(data["y"])
+    for num_rarest, minimum, kind in (
+        (count(labels), num_needed + 1, "examples"),
+        (count(labels[may_learn]), num_needed, "examples without the mark 'test'"),
+    ):
+        if num_rarest < minimum:
+            raise ValueError(
+                f"data must have at least {minimum} {kind} of each of the "
+                f"{NUM_CLASSES} classes; got {num_rarest} of the rarest. Pass more "
+                "data or smaller sizes."
+            )
+
+
 def split_among_clients(
     indices: np.ndarray, key: Array, client_key: Array, num_clients: int, iid: bool
 ) -> np.ndarray:
     """Returns the indices of the examples of each client, ``[clients, n]``.
 
     The examples are cut into two shards per client, which are assigned at random. For
-    equal ``client_key``, a client has the same shards of training and of validation
-    examples.
+    equal ``client_key``, a client has the shards of the same numbers of training and of
+    validation examples. Their classes differ where the numbers of examples per class
+    do, so that a client may validate on classes that it does not train.
 
     Args:
       indices: Indices of examples, sorted by class.
@@ -225,15 +248,7 @@ def make(
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     check_data(data, 1, NUM_CLASSES)
-    # One example of each class remains for testing.
-    min_per_class = chosen["val_per_class"] + chosen["max_per_class"] + 1
-    num_rarest = int(np.bincount(data["y"], minlength=NUM_CLASSES).min())
-    if num_rarest < min_per_class:
-        raise ValueError(
-            f"data must have at least {min_per_class} examples of each of the "
-            f"{NUM_CLASSES} classes; got {num_rarest} of the rarest. Pass more data or "
-            "smaller sizes."
-        )
+    check_classes(data, chosen["val_per_class"] + chosen["max_per_class"])
     splits = split(data, key, chosen, iid, hold_out)
     num_features = data["x"].shape[1]
     interval = lambda low, high, log=False: spaces.Interval(

@@ -164,6 +164,11 @@ class LocalImplicit(eqx.Module):
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
     ) -> PyTree:
         """Returns ``w``, which is the warm start of the inner solver."""
+        if problem.num_objectives is not None:
+            raise ValueError(
+                "outer_loss must be a single loss for LocalImplicit; got "
+                f"{problem.num_objectives}. Combine them into one, or use hg.Implicit."
+            )
         Implicit(self.solver, self.linear_solver).init(problem, w, alpha, key)
         return w
 

@@ -32,6 +32,7 @@ from .classifier import (
     loss_metric,
     make_score_fn,
     mask_held_out,
+    mean_and_deviation,
     split,
     val_loss,
 )
@@ -118,10 +119,8 @@ def standardize(splits: PyTree) -> PyTree:
 
     The training features determine the map. A constant feature becomes 0.
     """
-    x = splits["train"]["x"]
-    mean, std = jnp.mean(x, axis=0), jnp.std(x, axis=0)
-    std = jnp.where(std > 0, std, 1)
-    rescale = lambda x: (x - mean[None]) / std[None]
+    mean, deviation = mean_and_deviation(splits["train"]["x"])
+    rescale = lambda x: (x - mean) / deviation
     return {name: batch | {"x": rescale(batch["x"])} for name, batch in splits.items()}
 
 

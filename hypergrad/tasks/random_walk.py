@@ -76,7 +76,8 @@ def true_model() -> tuple[Float[Array, "19 19"], Float[Array, " 19"]]:
     """Returns the transition matrix P and the rewards r of the walk.
 
     A step goes left or right with equal probability. The walk ends outside of the
-    states; the end on the right pays 1. Sutton & Barto, example 7.1.
+    states; the end on the right pays 1. In Sutton & Barto, example
+    7.1, the end on the left pays -1 besides.
     """
     P = 0.5 * (jnp.eye(NUM_STATES, k=1) + jnp.eye(NUM_STATES, k=-1))
     return P, jnp.zeros(NUM_STATES).at[-1].set(0.5)

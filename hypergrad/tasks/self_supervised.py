@@ -30,8 +30,8 @@ from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
-from ..validation import as_key
-from .classifier import check_data
+from ..validation import as_key, is_traced
+from .classifier import check_data, random_order
 from .task import Task
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
@@ -177,7 +177,7 @@ def split(
       examples that the probe is fitted to, with ``fit`` 1, followed by 300 validation
       examples or all remaining examples, with ``evaluate`` 1.
     """
-    order = jax.random.permutation(key, len(data["y"]))
+    order = random_order(data, key)
     x = jnp.asarray(data["x"], float)[order].reshape(-1, SIZE, SIZE)
     y = data["y"][order]
     val_start, test_start = NUM_TRAIN + NUM_FIT, NUM_TRAIN + NUM_FIT + NUM_VAL
@@ -252,7 +252,14 @@ def make(
         "b": jnp.zeros(width),
         "projection": projection / jnp.sqrt(width),
     }
-    held_out, test = splits["held_out"], splits["test"]
+    test = splits["test"]
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, test),
+        "test_error": jax.tree_util.Partial(probe_error_on, test),
+    }
+    if is_traced(hold_out) or hold_out:
+        held_out = jax.tree_util.Partial(probe_error_on, splits["held_out"])
+        metrics["held_out_error"] = held_out
     return Task(
         name="self_supervised",
         paradigm="self-supervised",
@@ -267,10 +274,6 @@ def make(
         w=w,
         alpha={name: jnp.asarray(value, float) for name, value in DEFAULT.items()},
         space=SPACE,
-        metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, test),
-            "test_error": jax.tree_util.Partial(probe_error_on, test),
-            "held_out_error": jax.tree_util.Partial(probe_error_on, held_out),
-        },
+        metrics=metrics,
         splits=splits,
     )

@@ -32,9 +32,10 @@ from .classifier import (
     held_out_examples,
     losses,
     mask_held_out,
+    random_order,
 )
 from .networks import softmax_regression
-from .task import Task
+from .task import Task, check_choice
 
 NUM_CLASSES = 10
 # Numbers of labeled, validation and unlabeled examples. The rest is for testing.
@@ -92,7 +93,7 @@ def split(
       hold_out: Whether a third of the validation examples is removed from the part
         "val" by its weight ``use``. These examples are then the part "held_out".
     """
-    order = jax.random.permutation(key, len(data["y"]))
+    order = random_order(data, key)
     x, y = data["x"][order], data["y"][order]
     num_labeled, num_val, num_unlabeled = sizes
     unlabeled_start = num_labeled + num_val
@@ -152,8 +153,9 @@ def make(
     """
     key = as_key(key)
     del data_dir
-    check_scale(scale, data, sum(SIZES["paper"]) + 1)
+    check_choice("scale", scale, tuple(SIZES))
     sizes = SIZES[scale] if sizes is None else sizes
+    check_scale(scale, data, sum(sizes) + 1)
     data = datasets.load("digits") if data is None else data
     check_data(data, sum(sizes) + 1, NUM_CLASSES)
     data = jax.tree.map(jnp.asarray, data)

@@ -34,7 +34,7 @@ from .. import spaces
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
-from .classifier import check_data
+from .classifier import check_data, check_test_marks, mean_and_deviation, random_order
 from .task import Task
 
 # Three eigenvalues of the correlation matrix of wine are above 1.
@@ -188,17 +188,15 @@ def split(data: PyTree, key: Array) -> dict[str, PyTree]:
     """Splits the data into halves and quarters by a random permutation.
 
     Half of the examples is for training, a quarter for validation and a quarter for
-    testing. Features are standardized by the statistics of the training examples.
+    testing, to which those with the mark ``test`` belong. Features are standardized by
+    the statistics of the training examples.
     """
     n = len(data["x"])
-    order = jax.random.permutation(key, n)
-    shuffled = {name: leaf[order] for name, leaf in data.items()}
+    order = random_order(data, key)
+    shuffled = {name: leaf[order] for name, leaf in data.items() if name != "test"}
     x = jnp.asarray(shuffled["x"], float)
-    train = x[: n // 2]
-    deviation = jnp.std(train, axis=0)
-    # A constant feature stays zero.
-    deviation = jnp.where(deviation > 0, deviation, 1)
-    shuffled["x"] = (x - jnp.mean(train, axis=0)[None, :]) / deviation[None, :]
+    mean, deviation = mean_and_deviation(x[: n // 2])
+    shuffled["x"] = (x - mean) / deviation
     select = lambda rows: jax.tree.map(lambda leaf: leaf[rows], shuffled)
     return {
         "train": select(slice(n // 2)),
@@ -245,6 +243,10 @@ def make(
             f"data['x'] must have more than {NUM_COMPONENTS} features for 'ppca'; got "
             f"{data['x'].shape[1]}."
         )
+    if "test" in data:
+        num_examples = len(data["x"])
+        check_test_marks(data["test"], num_examples, 3 * num_examples // 4)
+        names = (*names, "test")
     splits = split({name: jnp.asarray(data[name]) for name in names}, key)
     train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
     d = train["x"].shape[1]

@@ -205,3 +205,15 @@ def test_estimators_count_the_gradients_of_each_round():
         stats = hg.hypergradient(problem, estimator)(w, alpha).stats
         assert float(stats["num_grads"]) == num_grads + 1  # One for inner_grad_norm.
         assert float(stats["num_hvps"]) == num_hvps
+
+
+def test_local_hypergradients_need_a_single_outer_loss(key):
+    task = hg.tasks.federated.make(key=key)
+    problem = task.problem
+    losses = (problem.outer_loss, problem.outer_loss)
+    problem = hg.Bilevel(
+        problem.inner_loss, losses, problem.inner_data, problem.outer_data
+    )
+    estimator = hg.tasks.federated.LocalImplicit(task.solver, hg.CG())
+    with pytest.raises(ValueError, match="single loss"):
+        hg.hypergradient(problem, estimator)(task.w, task.alpha)

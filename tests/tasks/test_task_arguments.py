@@ -72,6 +72,70 @@ def test_marked_test_examples_enter_no_other_split():
         assert not np.any(np.asarray(split["x"]) == 7)
 
 
+#: Numbers of marked examples of 1,797 that leave as many as the task needs.
+NUM_MARKED = {name: 1797 - num + 1 for name, num in MIN_EXAMPLES.items()}
+
+
+@pytest.mark.parametrize("name", [*MIN_EXAMPLES, "federated"])
+def test_no_task_trains_or_validates_on_marked_examples(name: str):
+    marks = np.arange(1797) < NUM_MARKED.get(name, 300)
+    x = np.where(marks[:, None], np.float32(7), DIGITS["x"])
+    problem = make(name, DIGITS | {"x": x, "test": marks}).problem
+    leaves = jax.tree.leaves((problem.inner_data, problem.outer_data))
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    images = [leaf for leaf in leaves if leaf.ndim > 1 and is_float(leaf)]
+    assert images
+    assert all(np.max(leaf) <= 1 for leaf in images)
+
+
+def test_marked_examples_of_a_density_model_are_for_testing():
+    wine = hg.datasets.load("wine")
+    marks = np.arange(178) >= 134
+    data = {"x": np.where(marks[:, None], 1e6, wine["x"]), "test": marks}
+    problem = make("unsupervised", data).problem
+    for batch in (problem.inner_data, problem.outer_data):
+        assert np.max(batch["x"]) < 100
+    with pytest.raises(ValueError, match="must leave 133 examples"):
+        make("unsupervised", data | {"test": np.arange(178) >= 132})
+
+
+def test_marked_examples_must_leave_enough_of_each_class():
+    is_three = DIGITS["y"] == 3
+    with pytest.raises(ValueError, match="without the mark 'test'"):
+        make("federated", DIGITS | {"test": is_three})
+
+
+def test_a_feature_that_is_constant_up_to_nothing_becomes_zero():
+    """The float32 mean of 200 equal numbers differs from some of them."""
+    constants = np.float32(np.linspace(0.1, 2, 100))
+    x = jnp.asarray(np.tile(constants, (200, 1)))
+    assert np.any(np.mean(np.asarray(x), 0) != constants)  # else nothing is tested
+    splits = {"train": {"x": x}, "val": {"x": x + 1}}
+    result = hg.tasks.penalties.standardize(splits)
+    np.testing.assert_array_equal(result["train"]["x"], 0)
+    np.testing.assert_allclose(result["val"]["x"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cleaning", "augmentation", "self_supervised"])
+def test_metrics_of_held_out_examples_exist_only_if_there_are_any(name: str):
+    task = make(name, None)
+    assert not any(metric.startswith("held_out") for metric in task.metrics)
+    values = task.metric_values(task.w, task.alpha, jax.random.key(0))
+    assert all(np.isfinite(value) for value in values.values())
+    assert any(
+        x.startswith("held_out") for x in make(name, None, hold_out=True).metrics
+    )
+
+
+def test_examples_that_own_sizes_need_are_named():
+    with pytest.raises(ValueError, match="at least 1,001 examples"):
+        make("architecture", None, scale="paper", sizes=(600, 400, 4))
+    with pytest.raises(ValueError, match="at least 31 examples"):
+        make("augmentation", None, scale="paper", sizes=(20, 10, 4))
+    with pytest.raises(ValueError, match="at least 61 examples"):
+        make("semi_supervised", None, scale="paper", sizes=(10, 20, 30))
+
+
 def test_metrics_of_a_task_can_be_recorded():
     """No metric has the name of a column of a trace, which would be an error later."""
     control = hg.tasks.physics.make(key=jax.random.key(0), variant="control")
