@@ -6,7 +6,6 @@ megabytes, the other cores are idle. XLA takes no account of the sizes, but a so
 cannot be a part of such a kernel. Loops of a reverse pass are left as they are.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,11 +37,12 @@ def on_all_cores(x: PyTree, data: PyTree) -> PyTree:
     if jax.default_backend() != "cpu" or _num_bytes(data) < MIN_NUM_BYTES:
         return x
     leaves, treedef = jax.tree.flatten(x)
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size > 0
-    sizes = [leaf.size if is_float(leaf) else math.inf for leaf in leaves]
-    smallest = sizes.index(min(sizes))
-    if sizes[smallest] < math.inf:
-        leaves[smallest] = _with_sort(leaves[smallest])
+    is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    sizes = [jnp.size(leaf) if is_float(leaf) else 0 for leaf in leaves]
+    candidates = [i for i, size in enumerate(sizes) if size > 0]
+    if candidates:
+        smallest = min(candidates, key=lambda i: sizes[i])
+        leaves[smallest] = _with_sort(jnp.asarray(leaves[smallest]))
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import outer_block
+from hypergrad.extend import hvp
 from hypergrad.outer_step import Budget
 from hypergrad.runtime import all_cores
 from hypergrad.runtime.all_cores import on_all_cores
@@ -121,7 +122,8 @@ def test_small_data_and_integers_change_nothing():
     assert on_all_cores(x, (jax.random.split(jax.random.key(0), 2), 1.0)) is x
     counts = {"count": jnp.arange(2), "empty": jnp.zeros(0)}
     result = on_all_cores(counts, LARGE)
-    assert result["count"] is counts["count"] and result["empty"] is counts["empty"]
+    assert result["count"] is counts["count"]
+    assert result["empty"] is counts["empty"]
 
 
 def test_hypergradient_equals_that_of_a_single_kernel(monkeypatch):
@@ -134,7 +136,18 @@ def test_hypergradient_equals_that_of_a_single_kernel(monkeypatch):
         loss = lambda w, alpha, batch: inner_loss(w, alpha, batch)
         problem = hg.Bilevel(loss, outer_loss, data, data)
         results.append(hg.hypergradient(problem, hg.Implicit(hg.Newton()))(*args))
-    assert results[0].trusted and results[1].trusted
+    assert results[0].trusted
+    assert results[1].trusted
     np.testing.assert_allclose(
         results[0].hypergradient, results[1].hypergradient, rtol=1e-3, atol=1e-8
     )
+
+
+def test_products_accept_python_numbers_with_large_data():
+    """As `jax.jvp` does."""
+    loss = lambda w, alpha, batch: jnp.mean(batch) * alpha * w**2
+    assert hvp(loss, 1.0, 2.0, LARGE + 1, 1.0) == 4.0
+
+
+def test_an_empty_tree_stays_empty():
+    assert on_all_cores({}, LARGE) == {}

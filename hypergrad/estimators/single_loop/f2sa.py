@@ -16,6 +16,7 @@ from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
 from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
+from .inner_loops import scan_with_first_output
 
 
 class F2SAMemory(eqx.Module):
@@ -130,7 +131,7 @@ class F2SA(SingleLoop):
 
         y = SingleLoopState(state.w, state.w_opt_state)
         keys = jax.random.split(data.solver_key, self.num_steps)
-        (y, z), z_grads = jax.lax.scan(body_fun, (y, memory.z), keys)
+        (y, z), z_grad = scan_with_first_output(body_fun, (y, memory.z), keys, state.w)
 
         # dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))
         outer_batch = sample_batch(data.outer_data, data.outer_key)
@@ -149,7 +150,7 @@ class F2SA(SingleLoop):
             value,
             optax.tree.add(direct, indirect),
             y.w,
-            jax.tree.map(lambda g: g[0], z_grads),
+            z_grad,
             counts,
             num_inner_steps=self.num_steps,
         )

@@ -1,5 +1,7 @@
 """Short loops on fresh mini-batches: of ``w``, of ``v``, and the Neumann series."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def run_inner_steps(
       The state after the steps, and the gradient of the first step.
     """
 
-    def body_fun(state, key):
+    def make_step(state, key):
         batch = sample_batch(data.inner_data, key)
         loss = loss_on_all_cores(problem.inner_loss)
         inner_grad = jax.grad(loss)(state.w, alpha, batch)
@@ -40,8 +42,7 @@ def run_inner_steps(
         return method.move_w(state, inner_grad), inner_grad
 
     keys = jax.random.split(data.solver_key, num_steps)
-    state, inner_grads = jax.lax.scan(body_fun, state, keys)
-    return state, jax.tree.map(lambda g: g[0], inner_grads)
+    return scan_with_first_output(make_step, state, keys, state.w)
 
 
 def run_adjoint_steps(
@@ -60,7 +61,7 @@ def run_adjoint_steps(
       The state after the steps, and the residual ``H v - b`` of the first step.
     """
 
-    def body_fun(state, key):
+    def make_step(state, key):
         batch = sample_batch(data, key)
         Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
         residual = optax.tree.sub(Hv, b)
@@ -68,8 +69,33 @@ def run_adjoint_steps(
         return method.move_v(state, residual), residual
 
     keys = jax.random.split(key, num_steps)
-    state, residuals = jax.lax.scan(body_fun, state, keys)
-    return state, jax.tree.map(lambda r: r[0], residuals)
+    return scan_with_first_output(make_step, state, keys, b)
+
+
+def scan_with_first_output(
+    step: Callable[[PyTree, Array], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    keys: Array,
+    like: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """Returns the last carry and the first output of a scan.
+
+    The outputs of further steps, each as large as ``w``, are not stored.
+
+    Args:
+      step: ``(carry, key) -> (carry, output)``.
+      carry: First carry.
+      keys: PRNG keys of the steps.
+      like: Pytree with the structure, shapes and dtypes of an output.
+    """
+
+    def body_fun(carry_and_first, key_and_index):
+        (carry, first_output), (key, index) = carry_and_first, key_and_index
+        carry, output = step(carry, key)
+        return (carry, optax.tree.where(index == 0, output, first_output)), None
+
+    init = carry, optax.tree.zeros_like(like)
+    return jax.lax.scan(body_fun, init, (keys, jnp.arange(len(keys))))[0]
 
 
 class StochasticNeumann(eqx.Module):

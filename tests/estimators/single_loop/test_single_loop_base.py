@@ -290,6 +290,37 @@ def test_methods_with_a_memory_of_examples_need_fixed_data(name: str, argument: 
         init()
 
 
+#: Methods with an inner loop, given its number of steps.
+INNER_LOOPS = {
+    "StocBiO": lambda num: hg.StocBiO(optax.sgd(0.1), num, 2, step_size=0.1),
+    "AmIGO": lambda num: hg.AmIGO(optax.sgd(0.1), num, num),
+    "F2SA": lambda num: hg.F2SA(optax.sgd(0.1), num, penalty=1.0),
+    "PZOBO": lambda num: hg.PZOBO(optax.sgd(0.1), num, 1),
+}
+
+
+@pytest.mark.parametrize("name", INNER_LOOPS)
+def test_memory_does_not_grow_with_the_number_of_inner_steps(name: str):
+    """Their gradients are not kept, although statistics use the first one."""
+    w = jnp.zeros(10_000)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha)),
+        lambda w, alpha, batch: jnp.sum((w - 1.0) ** 2),
+    )
+
+    def temporary_bytes(num_steps):
+        method = INNER_LOOPS[name](num_steps)
+
+        def step(w, alpha, key):
+            state = method.init(problem, w, alpha)
+            return method.estimate(problem, state, alpha, key)
+
+        key = jax.random.key(0)
+        return hg.cost.memory(step, w, jnp.zeros(()), key).temporaries
+
+    assert temporary_bytes(100) < temporary_bytes(4) + w.nbytes
+
+
 #: Invalid values of each argument.
 INVALID = {
     "optimizer": [0.1, optax.sgd],
