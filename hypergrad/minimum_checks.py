@@ -27,8 +27,8 @@ NUM_SCALE_PROBES = 8
 MAX_REMAINING_CURVATURE = 0.25
 
 
-def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
-    """Returns estimates of ``(sum_j (H_ij w_j)^2)^(1/2)``, structured like ``w``.
+def gradient_scale(matvec: MatVec, w: PyTree, like: PyTree = None) -> PyTree:
+    """Returns estimates of ``(sum_j (H_ij w_j)^2)^(1/2)``, structured like ``H v``.
 
     If ``|g_i|`` is at most ``tau`` times this root for every entry of a gradient, then
     ``w`` is stationary for a quadratic model whose Hessian entries are changed by about
@@ -39,6 +39,7 @@ def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
     Args:
       matvec: Function ``v -> H v``.
       w: Factors of the columns of ``H``, such as the point at which it was evaluated.
+      like: Pytree with the structure of ``H v``. Defaults to ``w``.
 
     Cost: `NUM_SCALE_PROBES` products.
 
@@ -50,7 +51,7 @@ def gradient_scale(matvec: MatVec, w: PyTree) -> PyTree:
         Hz = matvec(jax.tree.map(jnp.multiply, w, hash_normal(i, w)))
         return jax.tree.map(lambda total, x: total + jnp.abs(x), total, Hz)
 
-    zeros = optax.tree.zeros_like(w)
+    zeros = optax.tree.zeros_like(w if like is None else like)
     total = jax.lax.fori_loop(0, NUM_SCALE_PROBES, probe, zeros)
     # E |x| = (2 / pi)^(1/2) sigma for a normal x with mean zero
     return scale((math.pi / 2) ** 0.5 / NUM_SCALE_PROBES, total)

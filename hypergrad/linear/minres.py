@@ -14,6 +14,7 @@ from ..trees import (
     add_scale,
     all_finite,
     divide,
+    max_machine_eps,
     norm,
     power_of_two_scale,
     safe_norm,
@@ -158,7 +159,8 @@ def minimum_residual(
     unit = power_of_two_scale(b)  # so that no square below underflows or overflows
     b, x = divide(b, unit), divide(y0, unit)
     x, r, num_products = first_residual(matvec, b, x)
-    tol = jnp.maximum(jnp.asarray(rtol), 4 * eps) * norm(b)
+    # The matvec rounds as its shortest leaf does.
+    tol = jnp.maximum(jnp.asarray(rtol), 4 * max_machine_eps(b)) * norm(b)
 
     def cond_fun(carry):
         _, r, _, num_steps, num_passes, is_progressing, *_ = carry

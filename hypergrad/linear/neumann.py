@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..method_summary import MethodSummary
-from ..trees import add_scale, norm, scalar_dtype, scale
+from ..trees import add_scale, norm, safe_norm, scalar_dtype, scale
 from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 
@@ -81,7 +81,9 @@ class Neumann(SymmetricSolver):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """Returns ``(v, result, stats)``.
 
-        The statistic ``ritz_max`` exists if the step size was estimated.
+        The result is successful unless the last term is longer than the first one, as
+        it is where the series diverges. The statistic ``ritz_max`` exists if the step
+        size was estimated.
         """
         del options
         stats: dict[str, Any] = {"num_products": self.num_terms - 1}
@@ -99,10 +101,15 @@ class Neumann(SymmetricSolver):
             term = add_scale(term, -step_size, state.mv(term))
             return (term, optax.tree.add(total, term)), None
 
-        (_, total), _ = jax.lax.scan(
+        (last_term, total), _ = jax.lax.scan(
             add_term, (vector, vector), length=self.num_terms - 1
         )
-        return scale(step_size, total), lx.RESULTS.successful, stats
+        result = lx.RESULTS.where(
+            safe_norm(last_term) <= safe_norm(vector),
+            lx.RESULTS.successful,
+            lx.RESULTS.max_steps_reached,
+        )
+        return scale(step_size, total), result, stats
 
 
 def estimate_largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
@@ -117,7 +124,7 @@ def estimate_largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
     def iterate(carry, _):
         v, _ = carry
         Hv = matvec(v)
-        Hv_norm = norm(Hv)
+        Hv_norm = safe_norm(Hv)
         return (scale(1.0 / Hv_norm, Hv), Hv_norm), None
 
     init_carry = (init_v, jnp.zeros((), scalar_dtype(like)))

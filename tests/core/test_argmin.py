@@ -543,3 +543,62 @@ def test_a_parameter_in_other_units_does_not_hide_one_that_has_not_converged(dty
     )(alpha)
     np.testing.assert_allclose(derivative_at(1.0), [1.0, 1.0], rtol=1e-5)
     assert np.all(np.isnan(derivative_at(2.0)))
+
+
+def test_a_series_that_diverges_gives_no_derivative():
+    """With a step size of 0.8 and H = 3 its terms grow by 1.4."""
+    loss = lambda w, alpha, batch: 1.5 * w**2 - alpha * w
+    derivative = lambda step_size: jax.grad(
+        lambda alpha: hg.argmin(loss, hg.Newton(), hg.Neumann(20, step_size=step_size))(
+            jnp.zeros(()), alpha
+        )
+    )(1.0)
+    assert jnp.isnan(derivative(0.8))
+    np.testing.assert_allclose(derivative(0.3), 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [hg.Newton(), hg.LBFGS(50)], ids=["Newton", "LBFGS"])
+def test_an_entry_that_is_zero_up_to_rounding_has_a_derivative(solver):
+    """A weight of a symmetric feature, which starts at zero and should stay there."""
+    batch = jnp.array([1.0, -1.0]), jnp.array(0.3), jnp.array([0.3, 0.1 + 0.2])
+
+    def loss(w, alpha, batch):
+        x, c, y = batch
+        return 0.5 * (w[0] - alpha) ** 2 + 0.5 * jnp.sum((x * w[1] + c - y) ** 2)
+
+    solution = hg.argmin(loss, solver)
+    w0, alpha = jnp.zeros(2), jnp.asarray(0.7)
+    jacobian = jax.jacrev(lambda alpha: solution(w0, alpha, batch))(alpha)
+    np.testing.assert_allclose(jacobian, [1.0, 0.0], atol=1e-12)
+    forward = jax.jacfwd(lambda alpha: solution(w0, alpha, batch))(alpha)
+    np.testing.assert_array_equal(jacobian, forward)
+
+
+def test_an_entry_far_from_zero_beside_large_data_has_none():
+    """The data excuse no more than rounding: 1e-8 of an offset of 1e6 is not that."""
+    loss = lambda w, alpha, batch: 0.5 * (w - (alpha - batch)) ** 2
+    stopped = hg.ClosedForm(lambda alpha, batch: alpha - batch + 1e-2)
+    solution = hg.argmin(loss, stopped)
+    alpha, offset = jnp.asarray(1e6 + 1.0), jnp.asarray(1e6)
+    derivative = jax.grad(solution, argnums=1)(jnp.zeros(()), alpha, offset)
+    assert jnp.isnan(derivative)
+
+
+def test_leaves_of_two_precisions_have_a_derivative():
+    """The residual of the float32 leaf cannot fall to a tolerance of float64."""
+    c, t = jnp.float32(0.95), jnp.float32(15938356 / 2**24)
+
+    def loss(w, alpha, batch):
+        short = alpha.astype(jnp.float32)
+        quadratic = 0.5 * c * w["a"] ** 2 - short * t * w["a"]
+        return quadratic + 0.5 * (w["b"] - alpha) ** 2
+
+    solver = hg.ClosedForm(
+        lambda alpha, batch: {"a": alpha.astype(jnp.float32) * (t / c), "b": alpha}
+    )
+    w0 = {"a": jnp.zeros((), jnp.float32), "b": jnp.zeros(())}
+    solution = hg.argmin(loss, solver)
+    derivative = jax.jacfwd(lambda alpha: solution(w0, alpha))(jnp.asarray(1.0))
+    assert derivative["a"].dtype == jnp.float32
+    np.testing.assert_allclose(derivative["a"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(derivative["b"], 1.0, rtol=1e-6)

@@ -365,3 +365,16 @@ def test_hashed_normal_vectors_keep_dtypes_and_repeat():
         lambda x: x.dtype, like
     )
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), first, second))
+
+
+@pytest.mark.parametrize("power", [-80, 0, 80])
+def test_the_step_size_of_a_series_is_found_at_any_scale_in_float32(power):
+    """The squares of its products would underflow or overflow."""
+    factor = jnp.float32(2.0**power)
+    eigs = jnp.array([0.5, 0.8, 1.0], jnp.float32)
+    b = jnp.ones(3, jnp.float32)
+    v, stats = solve_linear(
+        hg.Neumann(60), lambda v: factor * eigs * v, b, jnp.zeros_like(b)
+    )
+    np.testing.assert_allclose(v, b / (factor * eigs), rtol=1e-3)
+    assert stats["is_solved"]
