@@ -39,7 +39,7 @@ from .problem_checks import (
     check_sample_is_known,
 )
 from .products import hvp
-from .trees import all_finite, norm
+from .trees import all_finite, safe_norm
 from .validation import (
     as_input_arrays,
     as_key,
@@ -313,7 +313,7 @@ def compute_certificate(
     hypergradient, adjoint, inner_grad, solves = _first_result(
         hypergradient, adjoint, differentiate, jax.grad(loss), w, alpha, batch
     )
-    inner_grad_norm = norm(inner_grad)
+    inner_grad_norm = safe_norm(inner_grad)
     take_step = lambda w, inner_grad: newton_step(
         loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
     )
@@ -333,7 +333,7 @@ def compute_certificate(
     num_products += sum(map(count_products, solves)) + checks.num_products
     is_negative = probe.is_negative | _any_negative(checks.solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
-    corrected_grad_norm = norm(result.inner_grad)
+    corrected_grad_norm = safe_norm(result.inner_grad)
     error = max_relative_error(problem, hypergradient, corrected)  # |h - h*| / |h*|
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)

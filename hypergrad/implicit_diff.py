@@ -25,9 +25,9 @@ from .trees import (
     all_finite,
     apply_unless,
     is_zero,
-    norm,
     norm_ratio,
     relative_error,
+    safe_norm,
     vdot,
 )
 
@@ -334,7 +334,7 @@ def safeguarded_newton_steps(
             loss, w, alpha, batch, inner_grad, scaling, rtol
         )
         new_grad = jax.grad(loss)(new_w, alpha, batch)
-        scaled_norm = lambda grad: norm(scaling.multiply(grad))
+        scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
         is_accepted = scaled_norm(new_grad) < scaled_norm(inner_grad)
         is_accepted = is_accepted & ~linear_stats["negative_curvature"]
         w = optax.tree.where(is_accepted, new_w, w)

@@ -28,7 +28,7 @@ from ..inner.base import InnerStats, grads_per_step, inner_stats
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
 from ..problem import Bilevel, EstimateData
-from ..trees import all_finite, norm
+from ..trees import all_finite, max_machine_eps, safe_norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint
 
 MAX_ROUNDS = 8
@@ -325,12 +325,12 @@ class AdaptiveSolve(eqx.Module):
 
     def grad_norm(self, inner_grad: PyTree) -> Scalar:
         """Returns ``||S dL/dw||``."""
-        return norm(self.scaling.multiply(inner_grad))
+        return safe_norm(self.scaling.multiply(inner_grad))
 
     def rounding_error(self, w: PyTree, linear_stats: LinearStats) -> Scalar:
         """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes."""
-        w_norm = norm(self.scaling.divide(w))
-        eps = jnp.finfo(w_norm.dtype).eps
+        w_norm = safe_norm(self.scaling.divide(w))
+        eps = max_machine_eps(w)
         return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)
 
     # Quantities that do not change between rounds.

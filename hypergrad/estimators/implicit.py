@@ -27,7 +27,7 @@ from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
-from ..trees import norm
+from ..trees import safe_norm
 from ..validation import (
     check_hashable,
     check_positive_int,
@@ -353,7 +353,7 @@ class Implicit(eqx.Module):
             result.hypergradient,
             w,
             flags,
-            inner_grad_norm=norm(result.inner_grad),
+            inner_grad_norm=safe_norm(result.inner_grad),
             num_inner_steps=solution.counts["num_steps"],
             adjoint_residual=jnp.max(result.adjoint_residual),
             ritz_min=solution.linear_stats["ritz_min"],

@@ -28,7 +28,7 @@ from ..problem_checks import (
     init_has_gradient,
     init_uses_alpha,
 )
-from ..trees import norm, scale
+from ..trees import safe_norm, scale
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
 from .base import Estimate, make_estimate
 from .rounding import Perturbation, perturb, random_sign, shift
@@ -261,7 +261,7 @@ def inner_grad_norm(
 
     Cost: one gradient.
     """
-    return norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
+    return safe_norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
 
 
 def unravel_derivatives(

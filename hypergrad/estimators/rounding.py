@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
-from ..trees import divide, norm, power_of_two_scale, vdot, widen
+from ..trees import divide, power_of_two_scale, ratio, safe_norm, widen
 
 
 class Perturbation(NamedTuple):
@@ -105,8 +105,7 @@ def _relative_roundings(w: PyTree) -> PyTree:
 def reference_change(outer_grad: PyTree, init_w: PyTree, final_w: PyTree) -> Array:
     """Returns ``||(|w_0| + |w_T|) dM/dw||``, a change of the outer value."""
     product = lambda b, x, y: b * (jnp.abs(x) + jnp.abs(y))
-    change = jax.tree.map(product, *map(widen, (outer_grad, init_w, final_w)))
-    return jnp.sqrt(vdot(change, change))
+    return safe_norm(jax.tree.map(product, *map(widen, (outer_grad, init_w, final_w))))
 
 
 def is_ill_conditioned(
@@ -135,9 +134,8 @@ def amplifies_rounding(
     outer_grad = divide(widen(outer_grad), power_of_two_scale(outer_grad))
     unit = power_of_two_scale(tangent)
     change = jax.tree.map(jnp.multiply, outer_grad, divide(widen(tangent), unit))
-    deviation = max_rounding(init_w) * unit * norm(change)
-    reference = reference_change(outer_grad, init_w, final_w)
-    error = jnp.where(deviation == 0, 0.0, deviation / reference)
+    deviation = max_rounding(init_w) * unit * safe_norm(change)
+    error = ratio(deviation, reference_change(outer_grad, init_w, final_w))
     return loses_half_of_digits(error, max_rounding(init_w))
 
 
@@ -177,6 +175,4 @@ def relative_rounding_error(
         jnp.multiply, _relative_roundings(init_w), derivative.relative
     )
     errors = divide(errors, unit)
-    deviation = jnp.sqrt(vdot(errors, errors))
-    reference = reference_change(outer_grad, init_w, final_w)
-    return jnp.where(deviation == 0, 0.0, deviation / reference)
+    return ratio(safe_norm(errors), reference_change(outer_grad, init_w, final_w))

@@ -19,7 +19,7 @@ from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import solver_uses_alpha
-from ..trees import all_finite, norm
+from ..trees import all_finite, safe_norm
 from ..validation import KEY_SHAPE, check_positive_int
 from .forward import Forward
 from .inner_run import (
@@ -316,12 +316,13 @@ def truncation_error(
     if n == 0:
         return jnp.asarray(jnp.nan)
     # ||older|| / ||newer|| = q^(n + num_between), the distance between the halves.
-    q = (norm(older) / norm(newer)) ** (1 / (n + num_between))
+    q = (safe_norm(older) / safe_norm(newer)) ** (1 / (n + num_between))
     num_dropped = num_steps - truncation_length
     series = q**n * (1 - q**num_dropped) / (1 - q**n)
     series = jnp.where(q == 1, num_dropped / n, series)
-    tail = norm(older) * series
-    return jnp.where(norm(older) == 0, 0.0, tail / norm(hypergradient))
+    tail = safe_norm(older) * series
+    is_nothing = safe_norm(older) == 0
+    return jnp.where(is_nothing, 0.0, tail / safe_norm(hypergradient))
 
 
 def unrolled_estimator(

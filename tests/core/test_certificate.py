@@ -376,3 +376,16 @@ def test_an_infinite_outer_value_is_not_trusted():
     loop = hg.OuterLoop(problem, plain, optax.sgd(0.1), certify_every=1)
     trace = loop.run(loop.init(jnp.zeros(2), jnp.ones(2)), num_steps=1)
     assert not trace.stats["trusted"].any()
+
+
+def test_a_bound_does_not_underflow_with_the_square_of_the_gradient():
+    """The distance is 0.5, of which the gradient is 4e-28 in float32."""
+    factor = 2.0**-90
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: factor * 0.5 * (w - alpha) ** 2,
+        lambda w, alpha, batch: 0.5 * w**2,
+    )
+    w, alpha = jnp.float32(1.5), jnp.float32(1.0)
+    certificate = hg.certify(problem, w, alpha, strong_convexity=factor)
+    np.testing.assert_allclose(certificate.distance_bound, 0.5, rtol=1e-5)
+    np.testing.assert_allclose(certificate.inner_grad_norm, 0.5 * factor, rtol=1e-5)

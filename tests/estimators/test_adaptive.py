@@ -520,3 +520,23 @@ def test_newton_steps_need_all_inner_data():
     """On a batch they would lead to the minimum of that batch."""
     with pytest.raises(ValueError, match="adjoint_batch_size"):
         hg.Implicit(SOLVER, num_newton_steps=1, adjoint_batch_size=5)
+
+
+@pytest.mark.parametrize("power", [-90, 90])
+def test_a_tiny_or_huge_loss_is_solved_like_any_other_in_float32(power):
+    """The squares of its gradient underflow or overflow."""
+    factor = 2.0**power
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: factor * 0.5 * jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: 0.5 * jnp.sum((w - 2.0) ** 2),
+    )
+    w, alpha = jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float32)
+    solver = hg.Descent(optax.sgd(0.1 / factor), 1000)
+    estimate = hg.hypergradient(problem, hg.Implicit(solver, rtol=1e-2))(w, alpha)
+    assert 0 < estimate.stats["num_inner_steps"] < 1000
+    np.testing.assert_allclose(estimate.hypergradient, -1.0, rtol=2e-2)
+    short = hg.Descent(optax.sgd(0.1 / factor), 3)
+    estimate = hg.hypergradient(problem, hg.Implicit(short, num_newton_steps=1))(
+        w, alpha
+    )
+    np.testing.assert_allclose(estimate.w, 1.0, rtol=1e-3)

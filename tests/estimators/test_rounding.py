@@ -174,3 +174,22 @@ def test_muon_with_large_steps_is_not_trusted(mode):
 
     assert run(0.01).trusted
     assert run(1.0).flags["rounding_error"]
+
+
+@parametrize_modes
+@pytest.mark.parametrize("power", [-80, 80])
+@pytest.mark.parametrize(("rate", "is_regular"), [(2.8, True), (3.9, False)])
+def test_units_whose_squares_leave_the_range_of_float32_change_nothing(
+    rate, is_regular, power, mode
+):
+    unit = 2.0**power
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: logistic_map(w / unit, alpha, batch) * unit,
+        lambda w, alpha, batch: 1e-9 * jnp.sum((w / unit - 0.3) ** 2),
+    )
+    # Steps of w / unit have size 1, because the gradient by w has no unit here.
+    estimator = MODES[mode](hg.Descent(optax.sgd(unit), 50))
+    w = jnp.array([0.2, 0.35], jnp.float32) * unit
+    alpha = jnp.array([rate, rate - 0.01], jnp.float32)
+    estimate = hg.hypergradient(problem, estimator)(w, alpha)
+    assert bool(estimate.trusted) == is_regular

@@ -456,3 +456,21 @@ def test_a_truncated_run_still_names_the_derivative_that_its_steps_lose():
     flags = hg.hypergradient(problem, estimator)(0.0, 1.0).flags
     assert flags["truncated"]
     assert flags["lost_derivative"]
+
+
+def test_the_error_of_a_small_hypergradient_is_not_zero_in_float32():
+    """The squares of both halves of its contributions underflow."""
+
+    def error_estimate(factor):
+        problem = hg.Bilevel(
+            lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2),
+            lambda w, alpha, batch: factor * jnp.sum((w - 2.0) ** 2),
+        )
+        solver = hg.Descent(optax.sgd(0.1), 40)
+        estimator = hg.Unrolled(solver, truncation_length=10)
+        w, alpha = jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float32)
+        estimate = hg.hypergradient(problem, estimator)(w, alpha)
+        return float(estimate.stats["error_estimate"])
+
+    assert error_estimate(2.0**-90) == pytest.approx(error_estimate(1.0), rel=1e-3)
+    assert error_estimate(1.0) > 0
