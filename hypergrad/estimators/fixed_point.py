@@ -306,6 +306,9 @@ class FixedPoint(eqx.Module):
         next_v = optax.tree.add(b, phi_v)
         scale_w = lambda v: jax.tree.map(jnp.multiply, scales, v[0])
         residual = norm_ratio(scale_w(optax.tree.sub(next_v, v)), scale_w(b))
+        # An iteration stalls where its steps are below half a unit in the last place.
+        rounding = 0.5 * max_machine_eps(v) * norm_ratio(scale_w(v), scale_w(b))
+        residual = jnp.maximum(residual, rounding)
         return _Adjoint(v, next_v, cross, changes, residual)
 
     def _continue_steps(
