@@ -296,7 +296,8 @@ def piecewise_constant_schedule(
         if overflows:
             window = jnp.searchsorted(jnp.asarray(starts), count, side="right")
         else:
-            window = jnp.asarray(count) * num_windows // num_steps
+            # Counts above T, whose product would overflow, have the last value.
+            window = jnp.minimum(count, num_steps) * num_windows // num_steps
         return values[jnp.minimum(window, num_windows - 1)]
 
     return schedule

@@ -332,3 +332,11 @@ def test_an_optimizer_function_may_lack_a_module():
     exec("schedule = lambda alpha: optax.sgd(alpha)", names)
     assert names["schedule"].__module__ is None
     assert hg.Descent(names["schedule"], 3).num_steps == 3
+
+
+def test_a_schedule_has_its_last_value_after_its_end_without_overflow():
+    """The product of the count and the number of windows exceeds 2^31."""
+    schedule = hg.piecewise_constant_schedule(jnp.arange(1000.0), 2_000_000)
+    counts = [0, 1_999, 2_000, 1_999_999, 2_000_000, 2_200_000, 2**31 - 1]
+    values = [float(schedule(jnp.int32(count))) for count in counts]
+    assert values == [0, 0, 1, 999, 999, 999, 999]
