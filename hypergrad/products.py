@@ -93,7 +93,6 @@ def hvp_and_cross_vjp(
 
     Cost: two gradients.
     """
-    v = on_all_cores(v, batch)
     grads_fn = lambda w: jax.grad(eqx.filter_jit(loss), argnums=(0, 1))(w, alpha, batch)
     (inner_grad, _), (Hv, cross) = jax.jvp(grads_fn, (w,), (v,))
     return inner_grad, Hv, cross
@@ -178,6 +177,7 @@ def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
         is_zero = lambda u: isinstance(u, jax.custom_derivatives.SymbolicZero)
         v = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype) if is_zero(u) else u, v)
         w, varying, batch = residuals
+        v = on_all_cores(v, batch)  # a reverse pass is mostly a loop
         _, Hv, cross = hvp_and_cross_vjp(split_loss, w, varying, batch, v)
         return Hv, cross, None
 

@@ -68,6 +68,8 @@ ESTIMATORS = {
 }
 METHODS = {
     "SOBA": hg.SOBA(SGD),
+    "SABA": hg.SABA(SGD),
+    "SRBA": hg.SRBA(SGD, period=4),
     "AmIGO": hg.AmIGO(SGD, 5, 5),
     "DARTS": hg.DARTS(SGD),
     "F2SA": hg.F2SA(SGD, 5, penalty=1.0),
@@ -86,6 +88,25 @@ CASES = [
 )
 def test_no_loop_over_large_data_is_one_kernel(compile_fn, estimator):
     assert num_kernels_with_data(compile_fn(estimator)) == 0
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA does so on CPUs")
+def test_a_rare_pass_over_large_data_leaves_small_steps_as_they_are(monkeypatch):
+    """SRBA uses all data only now and then; its other steps are small."""
+    if jax.version.__version_info__ < (0, 8):
+        pytest.skip("earlier versions make a kernel only of loops without products")
+    data = LARGE, jnp.ones(NUM_EXAMPLES)
+    batches = hg.Batches(data, 8, order="blocks")
+    problem = hg.Bilevel(inner_loss, outer_loss, batches, batches)
+
+    def num_sorts(num_bytes):
+        monkeypatch.setattr(all_cores, "MIN_NUM_BYTES", num_bytes)
+        method = hg.SRBA(SGD, period=4)
+        state = method.init(problem, jnp.zeros(DIM), jnp.zeros(DIM))
+        estimate = lambda key: method.estimate(problem, state, jnp.zeros(DIM), key)
+        return str(jax.make_jaxpr(estimate)(jax.random.key(0))).count(" sort[")
+
+    assert num_sorts(0) > num_sorts(2**22) == 0
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA does so on CPUs")

@@ -6,6 +6,7 @@ from jaxtyping import PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...runtime.all_cores import on_all_cores
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .soba import soba_step
 from .variance_reduction import (
@@ -110,7 +111,10 @@ class SABA(SingleLoop):
         point = Point(state.w, state.v, alpha)
         inner_table, outer_table = state.memory
         # dL/dw, H v and J' v
-        inner_fn = lambda batch: (None, inner_parts(problem.inner_loss, point, batch))
+        parts = lambda batch: inner_parts(
+            problem.inner_loss, on_all_cores(point, batch), batch
+        )
+        inner_fn = lambda batch: (None, parts(batch))
         _, inner, inner_table = saga_estimate(
             inner_fn, inner_table, data.inner_data, data.inner_key
         )

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from ...batches import Batches, Data, full_batch, is_sampled
 from ...problem import Bilevel, EstimateData
 from ...products import Loss, hvp_and_cross_vjp
-from ...trees import add_scale
+from ...runtime.all_cores import on_all_cores
+from ...trees import add_scale, cast_like, widen
 from .base import SingleLoopState, sample_batches, value_at_step
 
 
@@ -79,7 +80,8 @@ def minibatch_value_and_parts(
     problem: Bilevel, point: Point, data: EstimateData
 ) -> tuple[Array, Parts]:
     """Returns the outer value and the derivatives of both losses on mini-batches."""
-    return value_and_parts(problem, point, sample_batches(data))
+    batches = sample_batches(data)
+    return value_and_parts(problem, on_all_cores(point, batches), batches)
 
 
 def value_and_parts(
@@ -113,7 +115,8 @@ class SagaTable(eqx.Module):
     Attributes:
       rows: Derivatives of each example or block, without those of the last step; a
         leading axis of that length.
-      mean: Mean of the rows, with those of the last step.
+      mean: Mean of the rows, with those of the last step; in float32 at least, because
+        an update is small beside it.
       index: Examples of the last step, ``[batch_size]``, or the number of its block.
       new_rows: Their derivatives, with the same leading axis as ``index``.
     """
@@ -158,7 +161,7 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
         num_rows, index_shape = data.num_examples, (data.batch_size,)
     return SagaTable(
         rows=zero_rows(num_rows),
-        mean=optax.tree.zeros_like(parts),
+        mean=optax.tree.zeros_like(jax.eval_shape(widen, parts)),
         index=jnp.zeros(index_shape, int),
         new_rows=zero_rows(*index_shape),
     )
@@ -191,7 +194,7 @@ def saga_estimate(
         # One example, whose new derivatives are the mean of all rows.
         value, new_parts = value_and_parts_fn(full_batch(data, key))
         row = jax.tree.map(lambda x: x[None], new_parts)
-        return value, new_parts, SagaTable(row, new_parts, table.index, row)
+        return value, new_parts, SagaTable(row, widen(new_parts), table.index, row)
     if data.order == "blocks":
         return _saga_estimate_of_block(value_and_parts_fn, table, data, key)
     rows = table.updated_rows()
@@ -202,11 +205,12 @@ def saga_estimate(
     change = jax.tree.map(lambda new, rows: new - rows[index], new_rows, rows)
     # mean_k (new_k - old_k) + mean of all old
     estimate = jax.tree.map(lambda c, mean: jnp.mean(c, 0) + mean, change, table.mean)
+    estimate = cast_like(estimate, table.rows)
     # Each of r occurrences of an example contributes 1/r of its change to the mean.
     num_occurrences = jnp.sum(index[:, None] == index[None, :], axis=1)
     weights = 1 / (data.num_examples * num_occurrences)
     mean = jax.tree.map(
-        lambda mean, c: mean + jnp.tensordot(weights.astype(c.dtype), c, 1),
+        lambda mean, c: mean + jnp.tensordot(weights.astype(mean.dtype), c, 1),
         table.mean,
         change,
     )
@@ -227,8 +231,10 @@ def _saga_estimate_of_block(
     read = lambda rows: jax.lax.dynamic_index_in_dim(rows, number, 0, keepdims=False)
     change = jax.tree.map(lambda new, rows: new - read(rows), new_row, rows)
     # new_i - old_i + mean of all old
-    estimate = jax.tree.map(jnp.add, change, table.mean)
-    mean = jax.tree.map(lambda m, c: m + c / data.num_blocks, table.mean, change)
+    estimate = cast_like(jax.tree.map(jnp.add, change, table.mean), new_row)
+    mean = jax.tree.map(
+        lambda m, c: m + c.astype(m.dtype) / data.num_blocks, table.mean, change
+    )
     return value, estimate, SagaTable(rows, mean, number, new_row)
 
 
@@ -278,7 +284,9 @@ def spider_estimate(
 
     def recursion():
         batches = sample_batches(data)
-        value, new = value_and_parts(problem, point, batches)
+        # Not in the full pass, which most steps leave out.
+        new_point = on_all_cores(point, batches)
+        value, new = value_and_parts(problem, new_point, batches)
         _, old = value_and_parts(problem, memory.point, batches)
         # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
         return value, jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)

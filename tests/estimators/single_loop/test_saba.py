@@ -11,6 +11,10 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.estimators.single_loop import sample_batches
+from hypergrad.estimators.single_loop.variance_reduction import (
+    empty_table,
+    saga_estimate,
+)
 from hypergrad.problem import EstimateData
 from tests.estimators.single_loop.problems import (
     ALPHA,
@@ -206,3 +210,25 @@ def test_step_does_not_copy_the_tables(order: str, rows: int):
     assert re.search(table + "(fusion|scatter|dynamic-update-slice)", text)
     copies = re.findall(table + r"(copy|select)\(", text)
     assert len(copies) <= 4  # of the zeros with which five tables start
+
+
+@pytest.mark.parametrize("order", ["iid", "blocks"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_mean_of_many_equal_rows_is_not_lost_in_rounding(dtype, order):
+    """In bfloat16 a sum of 4,096 equal terms would stop at 256 times the term."""
+    data = hg.Batches(jnp.ones(4096, dtype), 1, order=order)
+    table = empty_table(jax.ShapeDtypeStruct((), jnp.dtype(dtype)), data)
+
+    @jax.jit
+    def estimate_at_the_end(table, key):
+        def step(table, key):
+            mean = lambda x: (None, jnp.mean(x))
+            _, estimate, table = saga_estimate(mean, table, data, key)
+            return table, estimate
+
+        _, estimates = jax.lax.scan(step, table, jax.random.split(key, 60_000))
+        return estimates[-1]
+
+    estimate = estimate_at_the_end(table, jax.random.key(0))
+    assert estimate.dtype == dtype
+    np.testing.assert_allclose(float(estimate), 1.0, rtol=0.01)
