@@ -356,7 +356,8 @@ def _sample_noise(
 ) -> Float[Array, "n N"]:
     """Returns n perturbations with standard deviation ``sigma``."""
     shape = (num_pairs, flat_alpha.size)
-    return sigma * jax.random.normal(key, shape, flat_alpha.dtype)
+    noise = jax.random.normal(key, shape, flat_alpha.dtype)
+    return jnp.asarray(sigma * noise, flat_alpha.dtype)
 
 
 def _mean_over_pairs(

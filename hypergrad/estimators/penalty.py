@@ -17,7 +17,7 @@ from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
-from ..trees import add_scale, all_finite
+from ..trees import add_scale, all_finite, scale
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import inner_grad_norm, make_run_fn
@@ -170,9 +170,8 @@ class Penalty(eqx.Module):
                 minus_grad = jax.tree.map(lambda x: x[None], minus_grad)
             factor, num_alpha_grads = self.strength, value.size + 1
         # h = dM/dalpha(w_l) + l [dL/dalpha(w_l) - dL/dalpha(w*)]
-        indirect = jax.tree.map(
-            lambda x, y: factor * (x - y), plus.inner_alpha_grad, minus_grad
-        )
+        difference = jax.tree.map(jnp.subtract, plus.inner_alpha_grad, minus_grad)
+        indirect = scale(factor, difference)
         hypergradient = add_scale(indirect, 1, direct)
         num_grads = num_alpha_grads + 1  # one for inner_grad_norm
         estimate = make_estimate(
@@ -239,8 +238,9 @@ class Penalty(eqx.Module):
         """
         total = lambda name: sum(jnp.sum(stats[name]) for stats in nudged_stats)
         # Counts are passes over the data, but a mini-batch step needs a whole gradient
-        # of the outer loss.
-        num_outer_grads = sum(
+        # of the outer loss; a solve for one of K losses evaluates all, K - 1 of them
+        # with the weight 0.
+        num_outer_grads = num_objectives * sum(
             jnp.sum(jnp.maximum(stats["num_grads"], stats["num_steps"]))
             for stats in nudged_stats
         )
@@ -253,6 +253,10 @@ class Penalty(eqx.Module):
             num_hvps=solver_stats["num_hvps"] + total("num_hvps"),
             num_values=solver_stats["num_values"] + total("num_values"),
             num_outer_grads=fraction
-            * (num_outer_grads + HVP_COST * total("num_hvps") + num_direct),
-            num_outer_values=fraction * (total("num_values") + num_objectives),
+            * (
+                num_outer_grads
+                + num_objectives * HVP_COST * total("num_hvps")
+                + num_objectives * num_direct
+            ),
+            num_outer_values=fraction * num_objectives * (total("num_values") + 1),
         )

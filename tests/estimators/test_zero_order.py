@@ -429,3 +429,52 @@ def test_persistent_evolution_counts_all_gradients_of_a_step():
     estimator = hg.PersistentEvolution(Three(optax.sgd(0.1), 4), 0.1, 1, 4)
     estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
     assert estimate.stats["num_grads"] == 2 * 4 * 3 + 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_penalty_counts_the_evaluations_of_all_outer_losses(symmetric):
+    """A solve for one of two losses evaluates both, one of them with weight 0."""
+    num_calls = 0
+
+    def count(w):
+        nonlocal num_calls
+        num_calls += 1
+
+    def outer_loss(w, alpha, batch):
+        jax.debug.callback(count, w)
+        return jnp.sum((w - 1.0) ** 2)
+
+    inner_loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    losses = outer_loss, lambda w, alpha, batch: outer_loss(2 * w, alpha, batch)
+    estimator = hg.Penalty(hg.Descent(optax.sgd(0.1), 7), 10.0, symmetric=symmetric)
+    problem = hg.Bilevel(inner_loss, losses)
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.ones(2))
+    stats = jax.block_until_ready(estimate).stats
+    jax.effects_barrier()
+    assert num_calls == stats["num_outer_grads"] + stats["num_outer_values"]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.Penalty(hg.Newton(), np.float32(100)),
+        hg.Evolution(hg.Newton(), np.float32(0.1), 4),
+        hg.PersistentEvolution(hg.Descent(optax.sgd(0.1), 8), np.float32(0.1), 4, 2),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_a_number_of_numpy_does_not_widen_the_hypergradient(estimator):
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha.astype(jnp.float32)) ** 2,
+        lambda w, alpha, batch: w**2,
+    )
+    trace = hg.minimize(
+        problem,
+        estimator,
+        optax.sgd(0.1),
+        jnp.float32(0),
+        jnp.ones((), jnp.bfloat16),
+        num_steps=2,
+    )
+    assert trace.status == "completed"
+    assert trace.alpha.dtype == jnp.bfloat16
