@@ -72,8 +72,9 @@ def check_outer_data_fn(outer_data_fn: Any, problem: Bilevel, estimator: Any) ->
     """Raises an error unless the function keeps the structure of the outer data."""
     if outer_data_fn is None:
         return
-    if getattr(estimator, "adds_differences", False):
-        name = type(estimator).__name__
+    method = getattr(estimator, "estimator", estimator)  # of an average
+    if getattr(method, "adds_differences", False):
+        name = type(method).__name__
         raise ValueError(
             f"outer_data_fn must be None for {name}, which adds differences at the "
             "data of this step to directions of earlier data. Use hg.SABA or hg.SOBA."

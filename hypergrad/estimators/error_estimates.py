@@ -50,7 +50,7 @@ def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> S
         the K losses is returned.
 
     Returns:
-      The relative standard error of the mean; NaN for one sample.
+      The relative standard error of the mean: 0 for equal samples, NaN for one.
     """
     if is_multi_objective:
         per_objective = lambda samples, mean: standard_error(samples, mean, False)
@@ -59,4 +59,5 @@ def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> S
     num_samples = jax.tree.leaves(samples)[0].shape[0]
     if num_samples == 1:
         return jnp.asarray(jnp.nan)
-    return norm(deviations) / (num_samples * (num_samples - 1)) ** 0.5 / norm(mean)
+    error = norm(deviations) / (num_samples * (num_samples - 1)) ** 0.5
+    return ratio(error, norm(mean))

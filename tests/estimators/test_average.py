@@ -187,3 +187,28 @@ def test_a_certificate_does_not_judge_another_sample_than_an_average_saw():
     estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
     certificate = hg.certify(problem, estimate.w, 1.0, estimate)
     assert certificate.error_estimate < 1e-6
+
+
+def test_equal_samples_of_a_zero_hypergradient_are_trusted():
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1.0) ** 2
+    )
+    estimator = hg.Average(hg.Implicit(hg.Newton()), 2)
+    estimate = hg.hypergradient(problem, estimator)(1.0, 1.0)
+    assert estimate.hypergradient == 0
+    assert estimate.stats["standard_error"] == 0
+    assert not estimate.flags["standard_error"]
+
+
+def test_an_average_of_a_recursive_method_needs_fixed_outer_data():
+    """As the method itself does."""
+    problem = hg.Bilevel(
+        lambda w, alpha, x: (w - alpha) ** 2,
+        lambda w, alpha, x: x * w**2,
+        outer_data=jnp.ones(()),
+    )
+    method = hg.SRBA(optax.sgd(0.1), period=4)
+    options = {"outer_data_fn": lambda step, x: x / (1 + step)}
+    for estimator in (method, hg.Average(method, 2)):
+        with pytest.raises(ValueError, match=r"outer_data_fn must be None for SRBA"):
+            hg.OuterLoop(problem, estimator, optax.sgd(0.1), **options)
