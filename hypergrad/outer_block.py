@@ -72,9 +72,10 @@ def run_block(
     def make_row(carry):
         state, budget, rows, num_rows_made = carry
         state, costs = _repeat_without_record(loop, state, record_every - 1)
+        cost = jnp.zeros(()) if costs is None else costs["gradient_equivalents"]
         if costs is not None:
-            budget = budget.spend(costs["gradient_equivalents"])
-        state, record = step(loop, state, stop, budget, record_every)
+            budget = budget.spend(cost)
+        state, record = step(loop, state, stop, budget, record_every, cost)
         budget = budget.spend(record.stats["gradient_equivalents"])
         if costs is not None:
             record = _add_costs(record, costs)

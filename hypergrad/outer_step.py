@@ -169,6 +169,7 @@ def step(
     stop: Array | int = NEVER,
     budget: Budget | None = None,
     record_every: int = 1,
+    unrecorded_cost: Array | float = 0.0,
 ) -> tuple[OuterState, StepRecord]:
     """Makes one outer step.
 
@@ -178,6 +179,7 @@ def step(
       stop: Value of ``state.step`` after the last step, which is always evaluated.
       budget: The budget before the step, which ends the run as well when it is spent.
       record_every: Number of steps from one record to the next.
+      unrecorded_cost: Cost of the steps since the last record.
 
     Returns:
       The state after the step and its record. After a failure the state holds the last
@@ -204,7 +206,7 @@ def step(
         cost = estimate.stats["gradient_equivalents"]
         is_last |= budget.spend(cost).is_spent
         # A budget that is never used up would make the run endless.
-        is_endless = jnp.isfinite(budget.limit) & ~(cost > 0)
+        is_endless = jnp.isfinite(budget.limit) & ~(cost + unrecorded_cost > 0)
         status = jnp.where(is_endless & (status == 0), BAD_COST, status)
     status = jnp.where(state.status > 0, state.status, status)
     should_evaluate = is_last | is_due(state.step, loop.eval_every, record_every)

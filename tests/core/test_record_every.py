@@ -174,3 +174,17 @@ def test_costs_of_many_steps_do_not_drift_in_float32():
     np.testing.assert_allclose(cost, exact, rtol=3e-7)
     plain = np.cumsum(np.full(num_steps, 0.1, np.float32), dtype=np.float32)[-1]
     assert abs(plain - exact) > 1e-5 * exact
+
+
+@pytest.mark.parametrize("cost", [1.0, np.nan])
+def test_the_cost_of_a_row_is_that_of_its_steps_for_the_budget(cost: float):
+    """A step that costs nothing ends no run whose rows cost something."""
+    costs = np.tile([cost, 0.0], 50)
+    loop = make_loop(ExactEstimator(LOOP.estimator.solution_fn, cost=costs))
+    trace = loop.run(loop.init(*START), budget=10.0, record_every=2)
+    if np.isnan(cost):
+        assert "budget" in trace.status
+        assert len(trace.value) == 1
+    else:
+        assert trace.status == "completed"
+        assert len(trace.value) == 10
