@@ -157,7 +157,8 @@ class OuterLoop(eqx.Module):
         that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. If a metric
         has a method ``at_step(step)``, it must return the function of that step.
       eval_every: Number of steps between evaluations of the metrics, each at the
-        ``alpha`` before the step. The last step of a run is always evaluated.
+        ``alpha`` before the step. The step that ends a run by its ``num_steps`` or
+        budget is always evaluated.
       certify_every: Number of steps between certificates (`hypergrad.certify`),
         starting with the first step; their cost is counted. A certificate replaces
         ``trusted`` and ``error_estimate`` of an estimator that targets the argmin, and

@@ -172,7 +172,8 @@ class CentralDifference(eqx.Module):
 
     with ``F(alpha) = M(w_T(alpha), alpha)``. All runs have the same key and starting
     point. The estimator is correct for any solver, and slow: a reference for the
-    others.
+    others. The runs may leave a space that is declared for ``alpha``, because they
+    perturb ``alpha`` itself.
 
     Args:
       solver: Any inner solver.

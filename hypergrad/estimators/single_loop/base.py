@@ -196,7 +196,8 @@ class SingleLoop(eqx.Module):
         if problem.num_objectives is not None:
             raise ValueError(
                 f"outer_loss must be a single function: {name} takes one outer loss; "
-                f"got {problem.num_objectives}. Combine them, e.g. in a weighted sum."
+                f"got a tuple of {problem.num_objectives}. Pass one function, such as "
+                "their weighted sum."
             )
         check_problem(problem, w, alpha)
         # A leaf of alpha that no loss uses would get a zero, not its derivative.

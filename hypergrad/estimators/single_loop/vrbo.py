@@ -35,7 +35,8 @@ class VRBO(SingleLoop):
     leaves out that step of ``w``.
 
     The ``value`` and ``w`` of a step are those after its last step of ``w``, and the
-    direction of ``alpha`` is that before it.
+    direction of ``alpha`` is that before it. One more evaluation, after the last step,
+    would give the direction at the last ``w``, at the cost of another inner step.
 
     Args:
       optimizer: Optax transformation for ``w``.
