@@ -188,12 +188,12 @@ def _stopped_at_stationary_point(loss, w0, w, args):
     grad = jax.grad(inner_loss)(w, args, None)
     distances = jax.tree.map(lambda w, w0: jnp.abs(w) + jnp.abs(w - w0), w, w0)
     change = gradient_scale(lambda v: hvp(inner_loss, w, args, None, v), distances)
-    floats, others = eqx.partition(args, eqx.is_inexact_array)
-    loss_of_floats: Loss = lambda w, floats, others: loss(
-        w, *eqx.combine(floats, others)
+    floats, non_floats = eqx.partition(args, eqx.is_inexact_array)
+    loss_of_floats: Loss = lambda w, floats, non_floats: loss(
+        w, *eqx.combine(floats, non_floats)
     )
     along = lambda v: cross_jvp(
-        partial(loss_of_floats, others=others), w, (floats,), (v,)
+        partial(loss_of_floats, non_floats=non_floats), w, (floats,), (v,)
     )
 
     def add_change_by_data(change: PyTree) -> PyTree:

@@ -305,8 +305,8 @@ ERRORS = (
     PlantedError(
         "schedule: windows end one step late",
         "inner/descent.py",
-        "window = jnp.asarray(count) * num_windows // num_steps",
-        "window = (jnp.asarray(count) - 1) * num_windows // num_steps",
+        "window = jnp.minimum(count, num_steps) * num_windows // num_steps",
+        "window = (jnp.minimum(count, num_steps) - 1) * num_windows // num_steps",
         "solvers",
     ),
     PlantedError(

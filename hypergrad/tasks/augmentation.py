@@ -28,6 +28,7 @@ from .. import datasets, spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
+from ..recording import Metric
 from ..trees import without_derivative
 from ..validation import as_key, is_traced
 from . import classifier
@@ -224,6 +225,20 @@ def init_network(key: Array, num_features: int, num_hidden: int) -> PyTree:
     }
 
 
+def make_metrics(splits: PyTree, has_held_out: Array | bool) -> dict[str, Metric]:
+    """Returns the accuracies, and those of held-out images if there are any."""
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
+    }
+    if has_held_out:
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+        }
+    return metrics
+
+
 def make(
     *,
     key: Array,
@@ -280,15 +295,6 @@ def make(
     penalties = jnp.full(num_train, jnp.asarray(penalty, dtype))
     train = Batches(splits["train"] | {"penalty": penalties}, with_key=True)
     shape = (len(OPERATIONS),)
-    metrics = {
-        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-        "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
-    }
-    if is_traced(hold_out) or hold_out:
-        metrics |= {
-            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
-        }
     return Task(
         name="augmentation",
         paradigm="supervised",
@@ -304,6 +310,6 @@ def make(
             "magnitude": spaces.Interval(0.0, MAX_MAGNITUDES, shape=shape),
             "probability": spaces.Interval(0.05, 0.95, shape=shape),
         },
-        metrics=metrics,
+        metrics=make_metrics(splits, is_traced(hold_out) or hold_out),
         splits=splits,
     )

@@ -184,6 +184,19 @@ def agreement(batch: PyTree, w: Array, alpha: Array, key: Array) -> Array:
     return adjusted_rand(batch["y"], clusters)
 
 
+def select_arrays(data: PyTree, names: tuple[str, ...]) -> dict[str, Array]:
+    """Returns arrays of the data, and its marks of test examples if there are any.
+
+    Raises:
+      ValueError: Too few examples are without the mark ``test``.
+    """
+    if "test" in data:
+        num_examples = len(data["x"])
+        check_test_marks(data["test"], num_examples, 3 * num_examples // 4)
+        names = (*names, "test")
+    return {name: jnp.asarray(data[name]) for name in names}
+
+
 def split(data: PyTree, key: Array) -> dict[str, PyTree]:
     """Splits the data into halves and quarters by a random permutation.
 
@@ -243,11 +256,7 @@ def make(
             f"data['x'] must have more than {NUM_COMPONENTS} features for 'ppca'; got "
             f"{data['x'].shape[1]}."
         )
-    if "test" in data:
-        num_examples = len(data["x"])
-        check_test_marks(data["test"], num_examples, 3 * num_examples // 4)
-        names = (*names, "test")
-    splits = split({name: jnp.asarray(data[name]) for name in names}, key)
+    splits = split(select_arrays(data, names), key)
     train, val = ({"x": splits[name]["x"]} for name in ("train", "val"))
     d = train["x"].shape[1]
     shape = (d,)
