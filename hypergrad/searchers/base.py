@@ -49,7 +49,8 @@ class Searcher(Protocol):
           state: The state before.
           alpha: The ``alpha`` of the trial; it need not come from `ask`.
           value: Its outer value (lower is better), or the values ``[K]``. The trial
-            failed if any value is not finite.
+            failed if any value is not finite. `hypergrad.search` passes NaN if the
+            trial has a ``w`` that is not finite.
         """
         ...
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int
-from .base import replace_nonfinite, seed_from_key
+from .base import seed_from_key
 
 
 class EvolutionStrategy(eqx.Module):
@@ -27,10 +27,10 @@ class EvolutionStrategy(eqx.Module):
     differential evolution, starts with uniform samples. Everything else is left to the
     library with its default parameters.
 
-    A failed trial counts as the worst of its generation, and a generation of failed
-    trials only is sampled again. An integer or a choice is an
-    axis of equal cells, which a narrow distribution may no longer leave; prefer `TPE`
-    for them.
+    A failed trial counts as worse than every finite value so far, so that it never
+    displaces a good one, and a generation of failed trials only is sampled again. An
+    integer or a choice is an axis of equal cells, which a narrow distribution may no
+    longer leave; prefer `TPE` for them.
 
     Args:
       strategy: Function ``(population_size, solution) -> strategy``, such as a class of
@@ -97,6 +97,7 @@ class EvolutionStrategy(eqx.Module):
             num_proposed=0,
             x=empty,
             values=empty[:, 0],
+            largest_value=-np.inf,
         )
 
     def ask(self, state: "Generation", key: Array) -> tuple[PyTree, "Generation"]:
@@ -131,6 +132,8 @@ class Generation(eqx.Module):
       proposals: Proposed points, empty before they are sampled.
       num_proposed: Number of proposals that `ask` has returned.
       x, values: Points and values of the trials of the generation.
+      largest_value: Largest finite value of all generations before this one; minus
+        infinity in the first one.
     """
 
     space: PyTree
@@ -142,6 +145,7 @@ class Generation(eqx.Module):
     num_proposed: int
     x: Float[np.ndarray, "trials axes"]
     values: Float[np.ndarray, " trials"]
+    largest_value: float
 
     @property
     def is_initial_population(self) -> bool:
@@ -184,12 +188,19 @@ class Generation(eqx.Module):
             return empty
         _, tell_key = _keys_from_seed(int(self.seed))
         strategy, params = self.strategy, self.strategy.default_params
-        population, fitness = jnp.asarray(x), jnp.asarray(replace_nonfinite(values))
+        finite_values = values[np.isfinite(values)]
+        largest_value = max(float(self.largest_value), finite_values.max().item())
+        population, fitness = jnp.asarray(x), _to_fitness(values, largest_value)
         if self.is_initial_population:
             state = strategy.init(tell_key, population, fitness, params)
         else:
             state, _ = strategy.tell(tell_key, population, fitness, self.state, params)
-        return replace(empty, state=state, index=int(self.index) + 1)
+        return replace(
+            empty,
+            state=state,
+            index=int(self.index) + 1,
+            largest_value=largest_value,
+        )
 
     def _to_x(self, alpha: PyTree) -> np.ndarray:
         """Returns the point of an ``alpha``; equal to the bit for a proposed one."""
@@ -203,6 +214,20 @@ class Generation(eqx.Module):
         eps = np.finfo(t.dtype).eps
         t = np.clip(t, eps, 1 - eps)
         return np.log(t / (1 - t))
+
+
+def _to_fitness(values: Float[np.ndarray, " trials"], largest_value: float) -> Array:
+    """Returns the values, with a number just above the largest one for failures.
+
+    >>> (_to_fitness(np.array([1.0, np.inf]), 3.0) > 3.0).tolist()
+    [False, True]
+    """
+    dtype = jnp.result_type(float)
+    max_value = np.asarray(largest_value, dtype)
+    next_number = np.nextafter(max_value, np.asarray(np.inf, dtype))
+    # XLA takes a number below the smallest normal one for 0.
+    failed = np.maximum(next_number, max_value + jnp.finfo(dtype).tiny)
+    return jnp.asarray(np.where(np.isfinite(values), values, failed))
 
 
 @functools.lru_cache(maxsize=64)

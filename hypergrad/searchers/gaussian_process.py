@@ -78,7 +78,7 @@ class GaussianProcess(eqx.Module):
             return spaces.sample(state.space, sample_key), state
         axes = spaces.axes(state.space)
         values = replace_nonfinite(state.values)
-        best_t = state.t[np.argmin(values)]
+        best_t = state.t[np.argmin(state.values)]  # a failure has the value infinity
         t = sample_candidates(
             axes, best_t, self.num_candidates, seed_from_key(candidates_key)
         )

@@ -16,6 +16,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 import hypergrad as hg
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.searchers import (
     CMAES,
     NSGA2,
@@ -25,6 +26,9 @@ from hypergrad.searchers import (
 )
 from hypergrad.searchers import (
     cmaes as cmaes_module,
+)
+from hypergrad.searchers import (
+    gaussian_process as gaussian_process_module,
 )
 from hypergrad.searchers.base import seed_from_key
 from hypergrad.searchers.gaussian_process import expected_improvement, to_features
@@ -220,9 +224,48 @@ def state_after_generation(values, second_alpha=None):
 
 
 def test_failures_count_as_the_worst_of_an_evolution_generation():
+    """They are worse than the worst value; SNES uses ranks only."""
     failed = state_after_generation([np.nan, 0.2, np.inf, 0.7])
-    expected = state_after_generation([0.7, 0.2, 0.7, 0.7])
+    expected = state_after_generation([0.8, 0.2, 0.8, 0.7])
     chex.assert_trees_all_close(failed, expected, rtol=1e-12)
+
+
+# Values of the parents and of their children, and those of the members that stay.
+GENERATIONS = {
+    "low child": ([4, 5, 6, 7], [np.nan, np.nan, np.nan, 3.9], [4, 5, 6, 3.9]),
+    "high parent": ([4, 5, 6, 7], [3, 3.5, 6.5, np.nan], [3, 3.5, 6, 7]),
+    "zeros": ([0, 0, 0, 0], [np.nan, np.nan, np.nan, -1], [0, 0, 0, -1]),
+}
+
+
+@pytest.mark.parametrize("is_double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_a_failed_child_of_evolution_displaces_no_parent(name, is_double):
+    """A member is its child if this is as good; the fitness is that of its point."""
+    parents, children, expected = GENERATIONS[name]
+    with enable_x64(is_double):
+        searcher = EvolutionStrategy(DifferentialEvolution, 4)
+        state, points = searcher.init(Unit(shape=(2,)), KEY), []
+        for values in (parents, children):
+            for value in values:
+                alpha, state = searcher.ask(state, KEY)
+                points.append(state.proposals[state.num_proposed - 1])
+                state = searcher.tell(state, alpha, value)
+    np.testing.assert_allclose(state.state.fitness, expected, rtol=1e-6)
+    is_child = np.isclose(children, expected)
+    members = np.where(is_child[:, None], points[4:], points[:4])
+    np.testing.assert_array_equal(state.state.population, members)
+    np.testing.assert_allclose(state.state.best_fitness, min(expected), rtol=1e-6)
+
+
+def test_a_failed_parent_of_evolution_is_not_the_elite():
+    """All others have the same value, and the lowest index would win a tie."""
+    searcher = EvolutionStrategy(DifferentialEvolution, 4)
+    state = searcher.init(Unit(shape=(2,)), KEY)
+    for value in (np.nan, 5, 5, 5):
+        alpha, state = searcher.ask(state, KEY)
+        state = searcher.tell(state, alpha, value)
+    assert np.argmin(state.state.fitness) == 1
 
 
 @pytest.mark.parametrize("num_good", [0, 8], ids=["the first", "a later one"])
@@ -299,6 +342,22 @@ def test_gaussian_process_proposes_the_largest_expected_improvement():
     others = np.random.default_rng(1).uniform(size=(200, 3))
     proposed = hg.spaces.to_unit(SPACE, alpha)[None]
     assert improvement(proposed) >= improvement(others).max() > 0
+
+
+def test_gaussian_process_searches_around_the_best_trial(monkeypatch):
+    """A failure counts as the worst finite value, which is here the best as well."""
+    searcher, best = GaussianProcess(3, 20), []
+    sample = gaussian_process_module.sample_candidates
+    monkeypatch.setattr(
+        gaussian_process_module,
+        "sample_candidates",
+        lambda axes, best_t, *args: best.append(best_t) or sample(axes, best_t, *args),
+    )
+    state = searcher.init(Unit(), KEY)
+    for t, value in ((0.1, np.nan), (0.3, np.inf), (0.8, 0.5)):
+        state = searcher.tell(state, t, value)
+    searcher.ask(state, KEY)
+    np.testing.assert_allclose(best, [[0.8]], rtol=1e-12)
 
 
 def test_expected_improvement_is_its_integral():
