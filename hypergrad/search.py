@@ -4,16 +4,20 @@ Recorded trials. ``trial_callback`` receives a dictionary after each trial. It i
 JSON (NaN is None, an infinity is its name): a line of a file by ``json.dumps``. It
 holds the number of the trial under ``trial``, the leaves of ``alpha`` in the order of
 ``jax.tree.leaves``, and under ``search`` a fingerprint of everything else that decides
-the numbers of a trial: problem, data, solver, ``w``, metrics, numbers that functions
-close over, version of jax and kind of device. ``sha256`` is a checksum of the other
-entries, so that a trial that was changed or damaged is refused. Trials of one batch
-arrive in the order in which they end. With all of these dictionaries as
+the numbers of a trial: problem, data, solver, ``w``, metrics, key, numbers that
+functions close over, version of jax and kind of device. ``sha256`` is a checksum of the
+other entries, so that a trial that was changed or damaged is refused. Trials of one
+batch arrive in the order in which they end. With all of these dictionaries as
 ``previous_trials``, a search that was killed continues to the same trace: the trials
-are reported to the searcher and counted against the budget, but not run again.
+are reported to the searcher and counted against the budget, but not run again. With
+``Parallel(..., "vmap")`` the trace is the same up to rounding, because a program of
+another size may compute the last short batch and the ``w`` of the best trial.
 
 A population searcher calls it after each round with a dictionary of arrays that holds
-the whole search so far. Keep only the latest, by ``np.savez(file, **rounds)``, and
-continue from ``[dict(np.load(file))]``, which is kept even if it exceeds the budget.
+the whole search so far. Keep only the latest: write it to another file, by
+``np.savez("new.npz", **rounds)``, and replace the older one, by ``os.replace("new.npz",
+"search.npz")``, so that a kill at any moment leaves a complete file. Continue from
+``[dict(np.load("search.npz"))]``, which is kept even if it exceeds the budget.
 """
 
 import math
@@ -90,10 +94,10 @@ def search(
 
     Returns:
       A `Trace` with a row per trial, and ``alpha`` and ``w`` of the best one: with the
-      lowest value; of several values the lowest first, then second, and so on. A value
-      that is not finite is worse than any finite one, and flagged ``not_finite``. A
-      trial whose solver has a tolerance and did not meet it is flagged
-      ``not_converged``; its value counts like any other.
+      lowest value; of several values the lowest first, then second, and so on. A trial
+      whose value or ``w`` is not finite is flagged ``not_finite``, worse than any other
+      and NaN to the searcher. A trial whose solver has a tolerance and did not meet it
+      is flagged ``not_converged``; its value counts like any other.
 
     Cost: one inner solve and K outer values per trial.
 

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .checkpoint import runtime_environment
 from .runtime.array_folder import digest_json
@@ -18,11 +18,19 @@ from .runtime.machine import describe_machine, warn_of_other_machines
 from .search_trial import Parallel, Trial, TrialRecord, TrialSetup, run_trial
 
 
-def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> str:
-    """Returns a digest of everything but ``alpha`` and the key that decides a trial."""
+def trial_fingerprint(
+    setup: TrialSetup, alpha: PyTree, key: Array, parallel: Parallel
+) -> str:
+    """Returns a digest of everything but ``alpha`` that decides a trial.
+
+    The key is that of the search. It decides the keys of all trials.
+    """
     environment = runtime_environment()
     name = fingerprint(
-        _digest_setup(setup, alpha), environment["jax"], environment["device"]
+        _digest_setup(setup, alpha),
+        digest(key),
+        environment["jax"],
+        environment["device"],
     )
     if parallel.executor == "vmap":  # rounds in another way than single trials
         name = fingerprint(name, f"vmap of {parallel.trials_per_batch}")
@@ -32,7 +40,8 @@ def trial_fingerprint(setup: TrialSetup, alpha: PyTree, parallel: Parallel) -> s
 def problem_fingerprint(setup: TrialSetup, alpha: PyTree) -> str:
     """Returns a digest of everything that decides the value of a trial at an alpha.
 
-    Metrics do not matter, nor do batches of trials and the kind of device.
+    Metrics and batches of trials do not matter. The platform does, such as cpu or cuda,
+    because the program of a trial is lowered for it.
     """
     return fingerprint(_digest_setup(dataclasses.replace(setup, metrics={}), alpha))
 
@@ -87,6 +96,14 @@ def _from_json(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     )
     numbers = jax.tree.map(to_float, x, is_leaf=lambda x: x is None)
     return jnp.asarray(numbers, like.dtype)
+
+
+def _is_close(recorded: jax.Array, proposed: jax.Array) -> bool:
+    """Returns True if two leaves differ by rounding only, which changes no integer."""
+    if not jnp.issubdtype(proposed.dtype, jnp.inexact):
+        return np.array_equal(recorded, proposed)
+    has_same_shape = recorded.shape == proposed.shape
+    return has_same_shape and np.allclose(recorded, proposed, 1e-5, 1e-12)
 
 
 def check_previous_trials(trials: Any) -> None:
@@ -189,17 +206,16 @@ class RecordedTrials:
             ) from error
         if recorded.get("search") != self.search:
             raise ValueError(
-                f"{name} must be of the same problem, solver, w and metrics, including "
-                "data and numbers that functions close over, and of the same version "
-                f"of jax. This search has the fingerprint {self.search}; got "
+                f"{name} must be of the same problem, solver, w, metrics and key, "
+                "including data and numbers that functions close over, and of the same "
+                f"version of jax. This search has the fingerprint {self.search}; got "
                 f"{recorded.get('search')!r}."
             )
-        is_close = lambda x, y: x.shape == y.shape and np.allclose(x, y, 1e-5, 1e-12)
-        if not all(map(is_close, alpha, proposed)):
+        if not all(map(_is_close, alpha, proposed)):
             raise ValueError(
                 f"{name} must have the alpha that this search proposes, "
                 f"{alpha_to_json(proposed)}; got {recorded['alpha']}. Pass the "
-                "searcher, space and key that it was recorded with, and all trials."
+                "searcher and space that it was recorded with, and all trials."
             )
         return structure.unflatten(alpha), record
 

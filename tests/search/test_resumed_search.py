@@ -164,7 +164,30 @@ def test_trial_that_is_left_out_or_occurs_twice_is_refused(recorded):
 
 def test_trial_at_another_alpha_is_refused(recorded):
     with pytest.raises(ValueError, match=rf"{FIRST}.*alpha"):
-        search(previous_trials=recorded[0], key=jax.random.key(1))
+        search(previous_trials=recorded[0], searcher=hg.searchers.Sobol())
+
+
+def test_trials_of_another_key_are_refused():
+    """A grid proposes the same for every key, but batches depend on it."""
+    options = {"searcher": hg.searchers.Grid(2)}
+    trials, trace = record(**options)
+    chex.assert_trees_all_equal(search(**options, previous_trials=trials), trace)
+    with pytest.raises(ValueError, match=rf"{FIRST}.*key"):
+        search(**options, previous_trials=trials, key=jax.random.key(1))
+
+
+def test_integers_of_recorded_trials_must_be_equal():
+    """The integer after a million differs by less than rounding may change a float."""
+    options = {
+        "problem": hg.Bilevel(lambda w, a, b: (w - a) ** 2, lambda w, a, b: w),
+        "solver": hg.ClosedForm(lambda alpha, batch: 1.0 * alpha), "w": 0.0,
+        "space": hg.spaces.Integer(10**6, 2 * 10**6), "budget": 1.0,
+    }  # fmt: skip
+    (trial,), _ = record(**options)
+    changed = add_checksum(trial | {"alpha": [trial["alpha"][0] + 1]})
+    search(**options, previous_trials=[trial])
+    with pytest.raises(ValueError, match=rf"{FIRST}.*alpha"):
+        search(**options, previous_trials=[changed])
 
 
 @pytest.mark.parametrize("trials", [None, 5, "trials.jsonl", {"value": 1.0}, [None]])
