@@ -46,7 +46,7 @@ class TrialRecord(NamedTuple):
     """The record of a trial; with several trials each leaf has a leading axis.
 
     Attributes:
-      value: Outer value, or ``[K]`` for K outer losses.
+      value: Outer value, or ``[K]`` for K outer losses; see `score`.
       stats: Statistics of an estimate, as in `hypergrad.Estimate`.
       flags: ``{name: bool}``, True if a check failed: ``not_finite``, which makes the
         trial untrusted, and ``not_converged``, which does not, of a solver that reports
@@ -58,6 +58,14 @@ class TrialRecord(NamedTuple):
     stats: dict[str, Array]
     flags: dict[str, Array]
     metrics: dict[str, Array]
+
+    @property
+    def score(self) -> Array:
+        """Value by which trials are compared: NaN if it, or ``w``, is not finite."""
+        trusted = self.stats["trusted"]
+        num_new_axes = self.value.ndim - trusted.ndim  # one for K outer losses
+        trusted = trusted.reshape(trusted.shape + (1,) * num_new_axes)
+        return jnp.where(trusted, self.value, jnp.nan)
 
 
 @eqx.filter_jit

@@ -185,14 +185,30 @@ def test_failed_trials_are_flagged_and_never_the_best(failed, is_first, num_loss
     assert steps == np.flatnonzero(is_failed(points)).tolist()
 
 
-def test_trial_whose_w_is_not_finite_is_not_trusted():
-    """Its value is finite, because the outer loss does not depend on that part of w."""
+@pytest.mark.parametrize("num_losses", [1, 2])
+def test_trial_whose_w_is_not_finite_is_not_trusted(num_losses):
+    """Its value is the lowest, because no outer loss depends on that part of w.
+
+    It is recorded, but the trial fails for the searcher and is not the best.
+    """
+    told = []
+
+    class RecordingGrid(hg.searchers.Grid):
+        def tell(self, state, alpha, value):
+            told.append(np.ravel(value).tolist())
+            return state
+
     formula = hg.ClosedForm(lambda alpha, batch: jnp.stack([alpha, 1 / alpha]))
-    loss = lambda w, alpha, batch: (w[0] - alpha) ** 2
-    problem, grid = hg.Bilevel(loss, loss), hg.searchers.Grid(3)
-    trace = search(problem, formula, grid, space=Unit(), budget=40)
+    inner = lambda w, alpha, batch: (w[0] - alpha) ** 2
+    outer = lambda w, alpha, batch: w[0] + 0 * alpha
+    problem = hg.Bilevel(inner, outer if num_losses == 1 else (outer, outer))
+    trace = search(problem, formula, RecordingGrid(3), space=Unit(), budget=40)
     assert trace.flags["not_finite"].tolist() == [True, False, False]
     assert trace.stats["trusted"].tolist() == [False, True, True]
+    expected = np.tile([[0.0], [0.5], [1.0]], num_losses)
+    np.testing.assert_array_equal(trace.value.reshape(3, -1), expected)
+    np.testing.assert_array_equal(told, [[np.nan] * num_losses, *expected[1:]])
+    assert trace.best_alpha == trace.w[0] == 0.5
     assert trace.status == "completed"
 
 
@@ -221,10 +237,14 @@ def test_a_solver_without_a_tolerance_has_no_flag_of_it():
 
 @pytest.mark.parametrize("name", ["Random", "PopulationBasedTraining"])
 def test_status_states_that_no_trial_has_a_finite_value(name):
+    """The value, or a part of w that the outer loss does not read, is NaN."""
     searcher = getattr(hg.searchers, name)(*[4] * (name != "Random"))
     broken = hg.Bilevel(inner_loss, lambda w, alpha, batch: jnp.nan * jnp.sum(w))
+    add_nan = lambda w, alpha, batch: inner_loss(w, alpha, batch) + jnp.nan * w[1]
+    diverged = hg.Bilevel(add_nan, lambda w, alpha, batch: w[0] ** 2)
     run = lambda problem: search(problem, hg.Descent(SGD, 2), searcher, budget=20.0)
-    assert run(broken).status == "failed: no trial has a finite value"
+    for problem in (broken, diverged):
+        assert run(problem).status == "failed: no trial has a finite value"
     assert run(PROBLEM).status == "completed"
 
 
