@@ -22,7 +22,8 @@ class SuccessiveHalving(PopulationSearcher):
 
     Args:
       num_candidates: Number of members of the first rung, static. A bracket has
-        ``1 + floor(log_eta(num_candidates))`` rungs, except those without a step.
+        ``1 + floor(log_eta(min(num_candidates, num_steps)))`` rungs, so that each makes
+        a step.
       eta: Factor between two rungs, at least 2, static.
 
     Budget: 600 gradient-equivalents for a value within 0.01, with 27 candidates and at
@@ -56,7 +57,7 @@ class SuccessiveHalving(PopulationSearcher):
 
     def rungs(self, num_steps: int) -> list[Rung]:
         """Returns the rungs of a bracket."""
-        last_rung = floor_log(self.num_candidates, self.eta)
+        last_rung = floor_log(min(self.num_candidates, num_steps), self.eta)
         return bracket_rungs(self.num_candidates, last_rung, self.eta, num_steps)
 
     def rung(self, num_steps: int, index: int) -> Rung:
@@ -128,17 +129,16 @@ def floor_log(number: int, base: int) -> int:
 def bracket_rungs(
     num_candidates: int, last_rung: int, eta: int, num_steps: int
 ) -> list[Rung]:
-    """Returns rungs 0 to ``last_rung`` of a bracket, without rungs that make no step.
+    """Returns rungs 0 to ``last_rung`` of a bracket.
 
-    In rung ``i`` the best ``num_candidates / eta^i`` members, at least one, reach
-    ``num_steps / eta^(last_rung - i)`` steps, at least one.
+    In rung ``i`` the best ``num_candidates / eta^i`` members reach ``num_steps /
+    eta^(last_rung - i)`` steps. ``eta^last_rung`` must not exceed either number.
 
     >>> [tuple(rung) for rung in bracket_rungs(9, 2, 3, 27)]
     [(9, 0, 3), (3, 3, 9), (1, 9, 27)]
-    >>> [tuple(rung) for rung in bracket_rungs(81, 4, 3, 5)]
-    [(81, 0, 1), (1, 1, 5)]
+    >>> [tuple(rung) for rung in bracket_rungs(81, 1, 3, 5)]
+    [(81, 0, 1), (27, 1, 5)]
     """
-    stops = [max(1, num_steps // eta ** (last_rung - i)) for i in range(last_rung + 1)]
-    sizes = [max(1, num_candidates // eta**i) for i in range(last_rung + 1)]
-    rungs = map(Rung, sizes, [0, *stops], stops)
-    return [rung for rung in rungs if rung.num_steps > 0]
+    stops = [num_steps // eta ** (last_rung - i) for i in range(last_rung + 1)]
+    sizes = [num_candidates // eta**i for i in range(last_rung + 1)]
+    return list(map(Rung, sizes, [0, *stops], stops))

@@ -349,6 +349,24 @@ def test_reinforce_by_hand():
     np.testing.assert_allclose(state.baseline, 2.5)
 
 
+def test_reinforce_uses_the_policy_that_proposed_a_trial():
+    """Two proposals of a fair coin, told one after the other, with step 1.
+
+    A third trial, which was not proposed, has the policy after both.
+    """
+    searcher = Reinforce(1.0, 0.5)
+    state = searcher.init(Choice(2), KEY)._replace(baseline=jnp.array(0.0))
+    for _ in range(2):
+        _, state = searcher.ask(state, KEY)
+    state = searcher.tell(state, jnp.array(0), 1.0)  # 1 above the baseline
+    np.testing.assert_array_equal(state.logits[0], [-0.5, 0.5])
+    state = searcher.tell(state, jnp.array(0), 0.0)  # 1/2 below the baseline
+    np.testing.assert_array_equal(state.logits[0], [-0.25, 0.25])
+    state = searcher.tell(state, jnp.array(0), 1.25)  # 1 above the baseline
+    p = 1 / (1 + np.exp(0.5))
+    np.testing.assert_allclose(state.logits[0], [-0.25 - (1 - p), 0.25 + (1 - p)])
+
+
 # Arguments that are refused.
 
 UNBOUNDED = {"a": None}
