@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..spaces.pytree import flatten_space
 from ..validation import check_positive_int, float_converter
 from .populations import (
     Members,
@@ -31,8 +32,9 @@ class PopulationBasedTraining(PopulationSearcher):
     ``t`` between the bounds (on a logarithmic scale if ``log``), so ``t`` moves by
     about ``perturbation t (1 - t)``: by default a twentieth of the interval in its
     middle, and less towards the bounds. In a `Box` ``u`` is ``alpha`` itself: prefer an
-    `Interval`, whose steps do not depend on the units. The paper multiplies by 1.2 or
-    0.8 instead.
+    `Interval`, whose steps do not depend on the units. In a row of a `Simplex` not all
+    numbers move in the same direction, which would leave ``alpha`` as it is. The paper
+    multiplies by 1.2 or 0.8 instead.
 
     A row of the trace is a member in a round. The metric ``parent`` is the member of
     the previous round from which it continued, and ``steps`` the number of its steps in
@@ -99,7 +101,7 @@ class PopulationBasedTraining(PopulationSearcher):
             members = trainer.init_members(rung.num_members, key)
             return members, {"parent": jnp.arange(rung.num_members)}
         members, parents = self.replace_worst(
-            trainer.space, previous.members, previous.records.value, key
+            trainer.space, previous.members, previous.records.score, key
         )
         return members, {"parent": parents}
 
@@ -107,16 +109,20 @@ class PopulationBasedTraining(PopulationSearcher):
     def replace_worst(
         self, space: PyTree, members: Members, value: Array, key: Array
     ) -> tuple[Members, Array]:
-        """Returns the members after the replacement, and the parent of each of them."""
+        """Returns the members after the replacement, and the parent of each of them.
+
+        Failed members are no parents, unless all of the best quantile failed.
+        """
         parent_key, perturbation_key = jax.random.split(key)
         num_members = self.population_size
         num_replaced = max(1, int(self.quantile_fraction * num_members))
         ranking = rank_by_value(value)
         best, worst = ranking[:num_replaced], ranking[-num_replaced:]
-        parents = jnp.arange(num_members)
-        parents = parents.at[worst].set(
-            jax.random.choice(parent_key, best, (num_replaced,))
-        )
+        num_finite = jnp.sum(jnp.isfinite(value[best]))
+        num_candidates = jnp.where(num_finite > 0, num_finite, num_replaced)
+        # Failed members are the end of the ranking.
+        index = jax.random.randint(parent_key, (num_replaced,), 0, num_candidates)
+        parents = jnp.arange(num_members).at[worst].set(best[index])
         members = members.take(parents)
         perturbed = jax.vmap(functools.partial(self.perturb, space))(
             members.take(worst).alpha, jax.random.split(perturbation_key, num_replaced)
@@ -130,8 +136,25 @@ class PopulationBasedTraining(PopulationSearcher):
         """Moves each number of ``u`` by ``perturbation`` in a random direction."""
         u, unravel = jax.flatten_util.ravel_pytree(spaces.inverse(space, alpha))
         sign = jax.random.rademacher(key, u.shape, u.dtype)
+        sign, _ = jax.flatten_util.ravel_pytree(_mix_signs(space, unravel(sign)))
         u = unravel(u + jnp.asarray(self.perturbation, u.dtype) * sign)
         return spaces.forward(space, spaces.project(space, u))
+
+
+def _mix_signs(space: PyTree, sign: PyTree) -> PyTree:
+    """Returns the signs, changed so that each row of a `Simplex` has both of them.
+
+    A softmax stays the same if one number is added to a whole row. The first sign is
+    flipped where all signs of a row are equal.
+    """
+    leaf_spaces, structure = flatten_space(space)
+    signs = []
+    for leaf, rows in zip(leaf_spaces, structure.flatten_up_to(sign), strict=True):
+        if isinstance(leaf, spaces.Simplex):
+            is_uniform = jnp.all(rows == rows[..., :1], axis=-1)
+            rows = rows.at[..., 0].multiply(jnp.where(is_uniform, -1, 1))
+        signs.append(rows)
+    return structure.unflatten(signs)
 
 
 def _check_is_continuous(space: PyTree) -> None:

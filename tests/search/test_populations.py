@@ -145,8 +145,8 @@ def test_best_member_is_one_that_was_fully_trained():
 
 
 def test_every_rung_makes_a_step():
-    """Of 1, 1, 1, 1 and 5 steps only the first and the last are rungs."""
-    assert SuccessiveHalving(81).rungs(5) == [Rung(81, 0, 1), Rung(1, 1, 5)]
+    """A bracket has two rungs if the solver makes fewer than nine steps."""
+    assert SuccessiveHalving(81).rungs(5) == [Rung(81, 0, 1), Rung(27, 1, 5)]
     for searcher in (SuccessiveHalving(27, 2), Hyperband(2)):
         for num_steps in range(1, 30):
             rungs = searcher.rungs(num_steps)
@@ -188,6 +188,29 @@ def test_failed_member_is_flagged_and_never_the_best(name, failed):
     assert trace.best_alpha == trace.value[steps == 2].min()
 
 
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_member_whose_w_is_not_finite_is_never_the_best(name):
+    """It has the lowest values, because the outer loss does not depend on its NaN."""
+    nan_if_low = lambda alpha: jnp.where(alpha < 0.5, jnp.nan, 0.0)
+    inner = lambda w, alpha, batch: w[0] + nan_if_low(alpha) * w[1]
+    outer = lambda w, alpha, batch: alpha + 0 * w[0]
+    trace = search(
+        POPULATIONS[name], problem=hg.Bilevel(inner, outer), w=jnp.zeros(2),
+        solver=hg.Descent(optax.sgd(1.0), 2 if name == "pbt" else 4),
+        space=hg.spaces.Unit(), budget=20,
+        metrics={"alpha": lambda w, alpha, key: alpha},
+    )  # fmt: skip
+    alpha, steps = trace.metrics["alpha"], trace.metrics["steps"]
+    np.testing.assert_array_equal(trace.value, alpha)  # also of untrusted members
+    trusted = trace.stats["trusted"]
+    np.testing.assert_array_equal(trusted, alpha >= 0.5)
+    assert trusted[:4].sum() == 2
+    assert trusted[4:6].all() or name == "pbt"  # the members that go on
+    assert trace.best_alpha == alpha[trusted & (steps == 4)].min()
+    assert np.isfinite(trace.w).all()
+    assert trace.status == "completed"
+
+
 # Population-based training.
 
 
@@ -215,6 +238,18 @@ def test_worst_members_copy_the_best_and_perturb_alpha():
     np.testing.assert_allclose(change, expected + np.zeros((8, 2)), rtol=1e-9)
 
 
+def test_a_failed_member_is_no_parent():
+    """Two of four members are replaced, and only one has a finite value."""
+    searcher = PopulationBasedTraining(4, 0.5)
+    members = make_trainer(1).init_members(4, jax.random.key(0))
+    value = jnp.array([jnp.nan, 1.0, jnp.nan, jnp.nan])
+    for key in jax.random.split(jax.random.key(1), 10):
+        _, parents = searcher.replace_worst(SPACE, members, value, key)
+        assert parents.tolist() == [0, 1, 1, 1]
+    _, parents = searcher.replace_worst(SPACE, members, value.at[1].set(jnp.inf), key)
+    assert set(parents[2:].tolist()) <= {0, 1}  # all have failed
+
+
 @pytest.mark.parametrize("u", [-3.0, 0.0, 3.0])
 def test_perturbation_shrinks_towards_the_bounds(u):
     """To first order it is eps t (1 - t) of a logarithmic interval."""
@@ -225,6 +260,18 @@ def test_perturbation_shrinks_towards_the_bounds(u):
     t = 1 / (1 + np.exp(-u))
     change = np.abs(np.log(new_alpha / alpha)) / np.log(1e4)
     np.testing.assert_allclose(change, eps * t * (1 - t), rtol=eps)
+
+
+def test_perturbation_moves_every_row_of_a_simplex():
+    """Each weight is exp(0.2) or exp(-0.2) times as large before the sum becomes 1."""
+    space = {"a": hg.spaces.Simplex(shape=(2,)), "b": hg.spaces.Simplex(shape=(2, 3))}
+    alpha = hg.spaces.sample(space, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 100)
+    perturb = lambda key: PopulationBasedTraining(4).perturb(space, alpha, key)
+    new = jax.vmap(perturb)(keys)
+    for name, leaf in alpha.items():
+        change = np.log(np.asarray(new[name]) / np.asarray(leaf)[None])
+        np.testing.assert_allclose(np.ptp(change, axis=-1), 0.4, rtol=1e-9)
 
 
 def test_learning_rate_of_a_population_may_be_in_alpha():
