@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
@@ -94,11 +95,12 @@ def open_journal(
 
     path = os.fspath(journal)
     lock: Any = JournalLock(path)  # has the interface of optuna's lock
+    name = f"space {_fingerprint_space(space)}, problem {problem}"
     try:
         with quiet(optuna):
             study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(path, lock)),
-                study_name=f"space {fingerprint(digest(space))}, problem {problem}",
+                study_name=name,
                 load_if_exists=True,
             )
         yield study
@@ -108,6 +110,18 @@ def open_journal(
             f"{path}, which raised {error!r}. Make room, or use another file in an "
             "existing folder."
         ) from error
+
+
+def _fingerprint_space(space: PyTree) -> str:
+    """Returns a fingerprint of the structure of a space and of three of its points.
+
+    The structure does not show the numbers in a class that is no pytree. The points
+    have four digits, because processors round differently.
+    """
+    num_axes = len(spaces.axes(space))
+    points = [spaces.from_unit(space, np.full(num_axes, t)) for t in (0.1, 0.37, 0.9)]
+    to_text = lambda leaf: [f"{x:.3e}" for x in np.ravel(leaf).tolist()]
+    return fingerprint(digest(space), digest(jax.tree.map(to_text, points)))
 
 
 class JournalLock:

@@ -26,17 +26,18 @@ class TPE(eqx.Module):
     Args:
       num_initial: Number of initial random trials, static.
       journal: Path of a file that several searches of one problem share, possibly on
-        several machines with a common file system that supports locks. Each search
-        learns from the trials of all searches with its space and ``problem``, and a
-        search that is killed does not block the others. The file is optuna's journal,
-        which optuna-dashboard displays. Proposals then depend on when other trials end,
-        so a search does not repeat to the bit and `hypergrad.search` refuses
-        ``previous_trials``: restart a search that was killed with the rest of its
-        budget, it knows all trials of the journal. Static.
+        several machines of one kind with a common file system that supports locks.
+        Each search learns from the trials of all searches with its space and
+        ``problem``, and a search that is killed does not block the others. The file is
+        optuna's journal, which optuna-dashboard displays. Proposals then depend on when
+        other trials end, so a search does not repeat to the bit and `hypergrad.search`
+        refuses ``previous_trials``: restart a search that was killed with the rest of
+        its budget, it knows all trials of the journal. Static.
       problem: Name of the problem, with which its trials are found in the journal,
         static. `hypergrad.search` replaces it by a fingerprint of problem, data, solver
-        and ``w``, so that trials of another problem are never used. Set it if you call
-        `ask` and `tell` yourself.
+        and ``w``, so that trials of another problem are never used. It depends on the
+        platform for which the program of a trial is lowered, such as cpu or cuda. Set
+        the name if you call `ask` and `tell` yourself.
 
     Raises:
       ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).

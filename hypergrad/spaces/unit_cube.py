@@ -105,10 +105,13 @@ def to_unit(space: PyTree, alpha: PyTree) -> Float[Array, " num_axes"]:
 
 
 def _spaces_with_cube(space: PyTree) -> list[Any]:
-    """Returns the spaces of the leaves; raises TypeError for one without a cube."""
+    """Returns the spaces of the leaves; raises TypeError for one without a cube.
+
+    The ``unit_shape`` of an unbounded space raises ValueError.
+    """
     leaf_spaces, _ = flatten_space(space)
     for leaf in leaf_spaces:
-        if not hasattr(type(leaf), "unit_shape"):
+        if not hasattr(leaf, "unit_shape"):
             raise TypeError(
                 "space must have unit_shape, from_unit and to_unit for searchers other "
                 f"than Random; got {leaf}. Write them as in hg.spaces.Interval."

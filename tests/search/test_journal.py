@@ -68,6 +68,38 @@ def test_trials_of_another_space_are_kept_apart(tmp_path):
     assert sorted(map(len, read_studies(file))) == [1, 1]
 
 
+class Scaled:
+    """A user's own space from 0 to a number, which is no pytree."""
+
+    requirement = "from 0 to high"
+    unit_shape = ()
+
+    def __init__(self, high):
+        self.high = high
+
+    def from_unit(self, t):
+        return jnp.asarray(self.high * t)
+
+    def to_unit(self, alpha):
+        return alpha / self.high
+
+    def sample(self, key, shape=(), dtype=None):
+        return self.from_unit(jax.random.uniform(key, shape, dtype or float))
+
+    def contains(self, alpha):
+        return (alpha >= 0) & (alpha <= self.high)
+
+    forward = inverse = project = is_interior = contains
+
+
+def test_trials_of_another_space_of_an_own_class_are_kept_apart(tmp_path):
+    """Its structure and its text are the same for all instances."""
+    file = tmp_path / "tpe.log"
+    for seed, high in enumerate((2.0, 3.0, 2.0)):
+        make_trial(file, seed, SPACE | {"rate": Scaled(high)})
+    assert sorted(map(len, read_studies(file))) == [1, 2]
+
+
 def test_a_search_ignores_trials_of_another_problem(tmp_path):
     """It makes the trace that it would make with a journal of its own.
 

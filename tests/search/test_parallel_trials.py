@@ -309,7 +309,7 @@ def test_submitit_runs_trials(tmp_path):
 @pytest.mark.page
 @pytest.mark.slow
 def test_script_of_the_documentation_runs(tmp_path):
-    """A second start of the script makes no trial."""
+    """A second start makes no trial; a third repeats one whose line was cut off."""
     page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     script = page.split('```python title="search.py"\n')[1].split("```")[0]
     (tmp_path / "search.py").write_text(script)
@@ -321,5 +321,8 @@ def test_script_of_the_documentation_runs(tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stdout.split()[0] == "9"
     trials = (tmp_path / "trials.jsonl").read_text()
+    assert run().stdout == first.stdout
+    assert (tmp_path / "trials.jsonl").read_text() == trials
+    (tmp_path / "trials.jsonl").write_text(trials[:-9])
     assert run().stdout == first.stdout
     assert (tmp_path / "trials.jsonl").read_text() == trials

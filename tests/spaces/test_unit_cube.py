@@ -86,8 +86,13 @@ def test_axes_of_a_tree_are_in_the_order_of_its_leaves():
 
 @pytest.mark.parametrize("space", [None, Positive(), Box(0.0, np.inf)], ids=repr)
 def test_unbounded_spaces_have_neither_axes_nor_samples(space):
-    for call in (spaces.axes, lambda space: spaces.sample(space, jax.random.key(0))):
-        with pytest.raises((ValueError, TypeError), match="space"):
+    for call in (
+        spaces.axes,
+        lambda space: spaces.sample(space, jax.random.key(0)),
+        lambda space: spaces.from_unit(space, [0.5]),
+        lambda space: spaces.to_unit(space, {"a": 1.0}),
+    ):
+        with pytest.raises(ValueError, match="space"):
             call({"a": space})
 
 
@@ -98,3 +103,19 @@ def test_a_space_without_coordinates_has_no_axes():
     )  # fmt: skip
     with pytest.raises(TypeError, match="unit_shape"):
         spaces.axes(types.SimpleNamespace(**dict.fromkeys(attributes, abs)))
+
+
+def test_a_space_may_set_its_coordinates_in_its_instance():
+    """As a dataclass does."""
+    attributes = ("forward", "inverse", "project", "contains", "is_interior", "sample")
+    space = types.SimpleNamespace(
+        requirement="finite",
+        unit_shape=(2,),
+        from_unit=lambda t: 3 * t,
+        to_unit=lambda alpha: alpha / 3,
+        **dict.fromkeys(attributes, abs),
+    )
+    assert spaces.axes({"a": space}) == [(None, True)] * 2
+    alpha = spaces.from_unit({"a": space}, [0.5, 1.0])
+    np.testing.assert_array_equal(alpha["a"], [1.5, 3.0])
+    np.testing.assert_array_equal(spaces.to_unit({"a": space}, alpha), [0.5, 1.0])
