@@ -65,25 +65,27 @@ from .shared.bilevel_quadratics import (
 )
 
 OURS, PEER, PEER_INDEPENDENT = "hypergrad", "peer", "peer, independent blocks"
+PROGRAMS = (OURS, PEER, PEER_INDEPENDENT)
 NUM_LAST, MAX_RATIO = 8, 1.5
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
     """Returns a cell per method, program and seed."""
     del scale
-    programs = [OURS] if checkout() is None else [OURS, PEER, PEER_INDEPENDENT]
     return [
         {"method": method, "program": program, "seed": seed}
         for method in SETTINGS
-        for program in programs
+        for program in PROGRAMS
         for seed in range(seeds)
     ]
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns ``h(alpha) - min h`` along a run, and its end."""
+    """Returns ``h(alpha) - min h`` along a run, and its end; nothing without a peer."""
     del rows
     method, seed, program = cell["method"], cell["seed"], cell["program"]
+    if program != OURS and checkout() is None:
+        return {}
     if program == OURS:
         alphas = our_alphas(method, seed)
     else:
@@ -96,6 +98,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
 def ends(rows: list[Row], method: str, program: str) -> np.ndarray:
     """Returns the ends of a method's runs, in the order of the seeds."""
     group = select(rows, method=method, program=program)
+    group = [row for row in group if "end" in row]
     return np.array([row["end"] for row in sorted(group, key=lambda row: row["seed"])])
 
 
@@ -103,7 +106,7 @@ def findings(rows: list[Row]) -> list[Finding]:
     """Returns whether all methods end where the peer's do, with each of its orders."""
     results = []
     for program in (PEER, PEER_INDEPENDENT):
-        if not select(rows, program=program):
+        if not all(ends(rows, method, program).size for method in SETTINGS):
             continue
         ratios = {
             method: ratio_interval(
@@ -123,7 +126,8 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per method: where each program ends, and our ratio to the peer."""
-    programs = [p for p in (OURS, PEER, PEER_INDEPENDENT) if select(rows, program=p)]
+    is_measured = lambda program: any(ends(rows, m, program).size for m in SETTINGS)
+    programs = [program for program in PROGRAMS if is_measured(program)]
     lines = [
         "Geometric means over the seeds of h(alpha) - min h at the end, and of the "
         "ratio of ours to the peer's, with 95% intervals.",
@@ -158,8 +162,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for axis, (method, settings) in zip(axes.flat, SETTINGS.items(), strict=True):
         steps = np.linspace(0, settings.num_steps, NUM_EVALUATIONS + 1)
-        for i, program in enumerate((OURS, PEER, PEER_INDEPENDENT)):
+        for i, program in enumerate(PROGRAMS):
             group = select(rows, method=method, program=program)
+            group = [row for row in group if "curve" in row]
             if not group:
                 continue
             curves = np.array([row["curve"] for row in group])

@@ -121,6 +121,19 @@ def test_findings_judge_ratios_in_both_directions(factor, outcome):
     assert {x.outcome for x in bilevel_curves.findings(make_rows(factor))} == {outcome}
 
 
+def test_without_a_checkout_only_our_curves_are_measured(monkeypatch):
+    monkeypatch.setattr(bilevel_curves, "checkout", lambda: None)
+    cells = bilevel_curves.cells("small", 3)
+    peers = [cell for cell in cells if cell["program"] != "hypergrad"]
+    assert len(peers) == 2 * 3 * len(SETTINGS)
+    assert bilevel_curves.measure(peers[0], []) == {}
+    rows = [row for row in make_rows(1.0) if row["program"] == "hypergrad"] + peers
+    assert bilevel_curves.findings(rows) == []
+    lines = bilevel_curves.body(rows)
+    assert len(lines) == 4 + len(SETTINGS)
+    assert "peer |" not in lines[2]
+
+
 def test_lines_have_the_ratio_of_both_orders():
     lines = bilevel_curves.body(make_rows(1.5))
     (line,) = (line for line in lines if line.startswith("| SABA"))
