@@ -11,7 +11,7 @@ there are eight, six and six classes. There are no half turns: a 6 would be a 9,
 exists; the table does not, so that everybody gets the same numbers.
 
 Model: a task has five classes, one drawing of each to learn from and 15 queries. The
-network has two layers of 64 tanh units; an outer step samples four tasks. The row maml
+network has one layer of 64 tanh units; an outer step samples four tasks. The row maml
 learns a shared start of the network and a linear head by reverse mode through five
 steps of gradient descent with rate 0.4. The row imaml learns the same start as a
 proximal term of strength 2, with 16 steps of rate 0.2 and at most 5 products of CG. The

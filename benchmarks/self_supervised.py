@@ -6,7 +6,7 @@ strongly its views are cropped, moved and made noisy, by the error of a linear p
 Data: scikit-learn's digits. A permutation by the seed selects 800 images without
 labels, 100 labelled images for the probe, 300 for validation and 597 for testing.
 
-Model: an encoder with two layers of 64 tanh units, projected to 32 numbers, is trained
+Model: an encoder with one layer of 64 tanh units, projected to 32 numbers, is trained
 by 100 steps of gradient descent with rate 0.5 and momentum 0.9 on batches of 128. The
 probe is ridge regression with penalty 1. The outer loss is half its squared error on
 validation. The defaults are temperature 0.1, noise 0.1, crop 0.2 and shift 0.5.
