@@ -41,7 +41,12 @@ import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
 
 from .shared import plots
-from .shared.benchmark_bilevel import checkout, load_peer
+from .shared.benchmark_bilevel import (
+    checkout,
+    make_solver,
+    make_steps,
+    variables_of,
+)
 from .shared.step_problems import PROBLEMS, StepProblem
 
 BATCH, NUM_INNER = 64, 10
@@ -81,25 +86,15 @@ def peer_run(
     problem: StepProblem, method: str, rate: float, num_steps: int
 ) -> Callable:
     """Returns the same function with the solver of the checkout."""
-    solver = load_peer(method)()
-    for name, values in solver.parameters.items():
-        setattr(solver, name, values[0])
-    solver.step_size = rate
+    solver = make_solver(method, step_size=rate)
     solver.set_objective(*problem.sliced(), *problem.sizes, problem.w, problem.alpha)
 
     def run():
         carry = solver.init()
         size = min(BLOCK, num_steps)
         for block in range(num_steps // size):
-            if isinstance(carry, tuple):  # SABA has a memory beside the carry
-                memory, rest = carry
-                carry = solver.one_epoch(rest, memory, size)
-            elif method == "SRBA":  # counts its steps from a given number
-                carry = solver.one_epoch(carry, size, block * size)
-            else:
-                carry = solver.one_epoch(carry, size)
-        carry = carry[1] if isinstance(carry, tuple) else carry
-        return carry["outer_var"]
+            carry = make_steps(solver, method, carry, size, block * size)
+        return variables_of(carry)["outer_var"]
 
     return run
 

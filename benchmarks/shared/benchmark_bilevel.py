@@ -37,6 +37,32 @@ def load_peer(method: str) -> Any:
     return module.Solver
 
 
+def make_solver(method: str, **settings: Any) -> Any:
+    """Returns a solver of the checkout, with its defaults for all other settings."""
+    solver = load_peer(method)()
+    defaults = {name: values[0] for name, values in solver.parameters.items()}
+    for name, value in (defaults | settings).items():
+        setattr(solver, name, value)
+    return solver
+
+
+def make_steps(
+    solver: Any, method: str, carry: Any, num_steps: int, num_steps_made: int
+) -> Any:
+    """Returns the carry of a solver after further steps in one compiled loop."""
+    if isinstance(carry, tuple):  # SABA has a memory beside its variables
+        memory, variables = carry
+        return solver.one_epoch(variables, memory, num_steps)
+    if method == "SRBA":  # counts its steps from a given number
+        return solver.one_epoch(carry, num_steps, num_steps_made)
+    return solver.one_epoch(carry, num_steps)
+
+
+def variables_of(carry: Any) -> dict[str, Any]:
+    """Returns the variables of a carry, such as ``outer_var``."""
+    return carry[1] if isinstance(carry, tuple) else carry
+
+
 def _substitute_benchopt() -> types.ModuleType:
     """Returns the three names of benchopt that a solver imports."""
     module: Any = types.ModuleType("benchopt")

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 import hypergrad as hg
 
-from .benchmark_bilevel import load_peer
-from .step_problems import StepProblem
+from .benchmark_bilevel import make_solver, make_steps, variables_of
+from .step_problems import StepProblem, quadratic_loss
 
 DIM_W, DIM_ALPHA = 100, 10
 MIN_EIG, CROSS = 0.1, 0.1  # smallest eigenvalue, size of the cross terms
@@ -38,14 +38,6 @@ SETTINGS = {
     "AmIGO": Settings(0.01, 0.1, 2048),
     "MRBO": Settings(0.1, 0.1, 2048),
 }
-
-
-def loss(w: Array, alpha: Array, batch: PyTree) -> Array:
-    """Returns the mean of the quadratics of a batch."""
-    value = jnp.einsum("i,nij,j->n", w, batch["hess_w"], w) / 2
-    value += jnp.einsum("i,nij,j->n", alpha, batch["hess_alpha"], alpha) / 2
-    value += jnp.einsum("i,nij,j->n", alpha, batch["cross"], w)
-    return jnp.mean(value + batch["linear_w"] @ w + batch["linear_alpha"] @ alpha)
 
 
 def orthogonal(rng: np.random.Generator, dim: int) -> np.ndarray:
@@ -126,7 +118,9 @@ def make_problem() -> tuple[StepProblem, ValueFunction]:
         raise ValueError("The value function must be convex in one of 20 samples.")
     narrow = lambda data: {k: jnp.asarray(x, jnp.float32) for k, x in data.items()}
     zeros, start = jnp.zeros(DIM_W), jnp.full(DIM_ALPHA, START)
-    return StepProblem(loss, loss, *map(narrow, data), zeros, start), h
+    return StepProblem(
+        quadratic_loss, quadratic_loss, *map(narrow, data), zeros, start
+    ), h
 
 
 def make_estimator(method: str, problem: StepProblem) -> tuple[Any, Any]:
@@ -186,14 +180,8 @@ def peer_alphas(method: str, seed: int, independent_blocks: bool) -> list[Array]
     every = SETTINGS[method].num_steps // NUM_EVALUATIONS
     carry, alphas = solver.init(), [solver.outer_var0]
     for k in range(NUM_EVALUATIONS):
-        if isinstance(carry, tuple):  # SABA has a memory beside the carry
-            carry = solver.one_epoch(carry[1], carry[0], every)
-        elif method == "SRBA":  # counts its steps from a given number
-            carry = solver.one_epoch(carry, every, k * every)
-        else:
-            carry = solver.one_epoch(carry, every)
-        variables = carry[1] if isinstance(carry, tuple) else carry
-        alphas.append(variables["outer_var"])
+        carry = make_steps(solver, method, carry, every, k * every)
+        alphas.append(variables_of(carry)["outer_var"])
     return alphas
 
 
@@ -201,10 +189,8 @@ def peer_alphas(method: str, seed: int, independent_blocks: bool) -> list[Array]
 def _make_solver(method: str, independent_blocks: bool) -> Any:
     """Returns the peer's solver of a method, which all seeds share."""
     problem, _ = make_problem()
-    solver = load_peer(method)()
-    for name, values in solver.parameters.items():
-        setattr(solver, name, values[0])
-    solver.step_size, solver.outer_ratio, _ = SETTINGS[method]
+    step_size, ratio, _ = SETTINGS[method]
+    solver = make_solver(method, step_size=step_size, outer_ratio=ratio)
     module = sys.modules["benchmark_utils.stochastic_jax_solver"]
     original = module.init_sampler
     if independent_blocks:

@@ -14,7 +14,7 @@ import hypergrad as hg
 from hypergrad.bench import Row
 from hypergrad.runtime.compat import enable_x64
 
-from .benchmark_bilevel import load_peer
+from .benchmark_bilevel import make_solver, make_steps, variables_of
 from .step_problems import StepProblem, logistic
 
 BATCH, EVALUATION = 64, 131_072
@@ -118,23 +118,19 @@ def row_of(values: list[float], steps: np.ndarray, cost: float = np.nan) -> Row:
 
 def run_peer(method: str, seed: int) -> Row:
     """Returns ``h`` after two evaluations of a solver of the checkout."""
-    parts, solver = problem(), load_peer(method)()
-    for name, values in solver.parameters.items():
-        setattr(solver, name, values[0])
-    solver.step_size, solver.outer_ratio, _ = SETTINGS[method]
-    solver.random_state = seed + 1
+    parts = problem()
+    step_size, ratio, _ = SETTINGS[method]
+    solver = make_solver(
+        method, step_size=step_size, outer_ratio=ratio, random_state=seed + 1
+    )
     narrow = lambda x: jnp.asarray(x, jnp.float32)
     solver.set_objective(
         *parts.sliced(), *parts.sizes, narrow(parts.w), narrow(parts.alpha)
     )
     carry, results = solver.init(), []
-    for _ in range(2):
-        if isinstance(carry, tuple):  # SABA has a memory beside the carry
-            carry = solver.one_epoch(carry[1], carry[0], EVALUATION)
-        else:
-            carry = solver.one_epoch(carry, EVALUATION)
-        variables = carry[1] if isinstance(carry, tuple) else carry
-        results.append(h(variables["outer_var"]))
+    for k in range(2):
+        carry = make_steps(solver, method, carry, EVALUATION, k * EVALUATION)
+        results.append(h(variables_of(carry)["outer_var"]))
     return row_of(results, EVALUATION * np.array([1, 2]))
 
 

@@ -91,14 +91,16 @@ def logistic() -> StepProblem:
     )
 
 
+def quadratic_loss(w: Array, alpha: Array, batch: PyTree) -> Array:
+    """Returns the mean of the quadratics of a batch."""
+    value = jnp.einsum("i,nij,j->n", w, batch["hess_w"], w) / 2
+    value += jnp.einsum("i,nij,j->n", alpha, batch["hess_alpha"], alpha) / 2
+    value += jnp.einsum("i,nij,j->n", alpha, batch["cross"], w)
+    return jnp.mean(value + batch["linear_w"] @ w + batch["linear_alpha"] @ alpha)
+
+
 def quadratics() -> StepProblem:
     """Returns means of 1,024 quadratics of 100 + 100 variables, of rank one each."""
-
-    def loss(w, alpha, batch):
-        value = jnp.einsum("i,nij,j->n", w, batch["hess_w"], w) / 2
-        value += jnp.einsum("i,nij,j->n", alpha, batch["hess_alpha"], alpha) / 2
-        value += jnp.einsum("i,nij,j->n", alpha, batch["cross"], w)
-        return jnp.mean(value + batch["linear_w"] @ w + batch["linear_alpha"] @ alpha)
 
     def data(seed):
         rng = np.random.default_rng(seed)
@@ -114,7 +116,7 @@ def quadratics() -> StepProblem:
         return {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
 
     zeros = jnp.zeros(DIM, jnp.float32)
-    return StepProblem(loss, loss, data(0), data(1), zeros, zeros)
+    return StepProblem(quadratic_loss, quadratic_loss, data(0), data(1), zeros, zeros)
 
 
 def example_losses(w: Array, batch: PyTree) -> Array:

@@ -19,6 +19,7 @@ from benchmarks.shared.bilevel_quadratics import (
     sample_quadratics,
     value_function,
 )
+from benchmarks.shared.step_problems import quadratic_loss
 from hypergrad.runtime.compat import enable_x64
 
 
@@ -28,7 +29,7 @@ def test_value_function_is_that_of_the_exact_solution():
     h = value_function(*data)
     with enable_x64(True):
         inner, outer = ({k: jnp.asarray(x) for k, x in part.items()} for part in data)
-        loss = bilevel_quadratics.loss
+        loss = quadratic_loss
         estimator = hg.Implicit(hg.Newton(), hg.CG(rtol=1e-10))
         gradient = hg.hypergradient(hg.Bilevel(loss, loss, inner, outer), estimator)
         alpha = jnp.asarray(rng.normal(size=10))
