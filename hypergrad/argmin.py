@@ -1,7 +1,6 @@
 """``w*(alpha)`` as a differentiable function."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -144,12 +143,6 @@ def _make_differentiable_solve(loss, solver, linear_solver, key):
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]
         has_converged = _stopped_at_stationary_point(loss, w0, w, args)
 
-        def apply_inverse(matvec, b):
-            v, linear_stats = solve_in_own_dtypes(matvec, b)
-            # Anything else would be a wrong derivative without any sign of it.
-            is_valid = linear_stats["is_solved"] & has_converged
-            return jnp.where(is_valid, v, jnp.nan)
-
         def solve_in_own_dtypes(matvec, b):
             if len({leaf.dtype for leaf in jax.tree.leaves(w)}) <= 1:
                 return solve_linear(linear_solver, matvec, b, jnp.zeros_like(b))
@@ -159,6 +152,12 @@ def _make_differentiable_solve(loss, solver, linear_solver, key):
             zeros = optax.tree.zeros_like(tree_b)
             v, stats = solve_linear(linear_solver, tree_matvec, tree_b, zeros)
             return ravel_pytree(v)[0], stats
+
+        def apply_inverse(matvec, b):
+            v, linear_stats = solve_in_own_dtypes(matvec, b)
+            # Anything else would be a wrong derivative without any sign of it.
+            is_valid = linear_stats["is_solved"] & has_converged
+            return jnp.where(is_valid, v, jnp.nan)
 
         x = jax.lax.custom_linear_solve(matvec, b, apply_inverse, symmetric=True)
         return w, scale(-1, unravel(x))
@@ -189,18 +188,14 @@ def _stopped_at_stationary_point(loss, w0, w, args):
     distances = jax.tree.map(lambda w, w0: jnp.abs(w) + jnp.abs(w - w0), w, w0)
     change = gradient_scale(lambda v: hvp(inner_loss, w, args, None, v), distances)
     floats, non_floats = eqx.partition(args, eqx.is_inexact_array)
-    loss_of_floats: Loss = lambda w, floats, non_floats: loss(
-        w, *eqx.combine(floats, non_floats)
-    )
-    along = lambda v: cross_jvp(
-        partial(loss_of_floats, non_floats=non_floats), w, (floats,), (v,)
-    )
+    loss_of_floats = lambda w, floats: loss(w, *eqx.combine(floats, non_floats))
 
     def add_change_by_data(change: PyTree) -> PyTree:
-        data_change = gradient_scale(along, floats, like=w)
+        cross_product = lambda v: cross_jvp(loss_of_floats, w, (floats,), (v,))
+        data_change = gradient_scale(cross_product, floats, like=w)
         factor = lambda x: float(jnp.finfo(x.dtype).eps) ** (0.75 - STATIONARY_POWER)
         return jax.tree.map(lambda x, y: x + factor(x) * y, change, data_change)
 
-    has_met = is_stationary(grad, change, STATIONARY_POWER)
-    change = apply_unless(has_met, add_change_by_data, change)
+    is_met = is_stationary(grad, change, STATIONARY_POWER)
+    change = apply_unless(is_met, add_change_by_data, change)
     return is_stationary(grad, change, STATIONARY_POWER)

@@ -35,7 +35,7 @@ def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTre
 
     Cost: two gradients.
     """
-    v = on_all_cores(v, batch)
+    v = on_all_cores(v, batch)  # most products are made in a loop over v
     grad_fn = lambda w: jax.grad(eqx.filter_jit(loss))(w, alpha, batch)
     return jax.jvp(grad_fn, (w,), (v,))[1]
 
@@ -53,7 +53,10 @@ def cross_vjp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) ->
 
 
 def cross_jvp(
-    loss: Loss, w: PyTree, args: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+    loss: Callable[..., Any],
+    w: PyTree,
+    args: tuple[PyTree, ...],
+    tangents: tuple[PyTree, ...],
 ) -> PyTree:
     """Returns the derivative of ``dL/dw`` along ``tangents``, structured like ``w``.
 
@@ -177,7 +180,7 @@ def _mixed_mode_value(loss: Loss, *args: PyTree) -> Any:
         is_zero = lambda u: isinstance(u, jax.custom_derivatives.SymbolicZero)
         v = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype) if is_zero(u) else u, v)
         w, varying, batch = residuals
-        v = on_all_cores(v, batch)  # a reverse pass is mostly a loop
+        v = on_all_cores(v, batch)  # most reverse passes are loops
         _, Hv, cross = hvp_and_cross_vjp(split_loss, w, varying, batch, v)
         return Hv, cross, None
 

@@ -3,7 +3,8 @@
 XLA compiles a loop that calls no library into a single kernel, which runs on one core.
 Where a step takes microseconds, this saves most of its time. Where a step reads
 megabytes, the other cores are idle. XLA takes no account of the sizes, but a sort
-cannot be a part of such a kernel. Loops of a reverse pass are left as they are.
+cannot be a part of such a kernel. The loops of plain reverse mode are left as they
+are.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def on_all_cores(x: PyTree, data: PyTree) -> PyTree:
 
 @jax.custom_jvp
 def _with_sort(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns ``x``, of which one entry is the first of two equal numbers, sorted."""
+    """Returns ``x``; its first entry has passed through a sort of equal numbers."""
     entry = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
     # XLA removes a sort of equal entries only if they are one broadcast entry.
     pair = jnp.concatenate([entry.ravel(), entry.ravel()])

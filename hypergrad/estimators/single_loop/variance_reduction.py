@@ -284,10 +284,9 @@ def spider_estimate(
 
     def recursion():
         batches = sample_batches(data)
-        # Not in the full pass, which most steps leave out.
-        new_point = on_all_cores(point, batches)
-        value, new = value_and_parts(problem, new_point, batches)
-        _, old = value_and_parts(problem, memory.point, batches)
+        # Not in the rare full pass: its size says nothing of a usual step.
+        points = on_all_cores((point, memory.point), batches)
+        (value, new), (_, old) = (value_and_parts(problem, p, batches) for p in points)
         # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
         return value, jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
 
