@@ -127,7 +127,8 @@ class FixedPoint(eqx.Module):
 
         ||s (b + (dPhi/dw)' v - v)|| / ||s b||    with the entries ``s = |w_0| + |w_T|``
 
-      and shows what rounding hides from ``h``. No units matter, as far as the solver's
+      but at least ``eps / 2 ||s v|| / ||s b||``, by which rounding may hold up the
+      iterations for ``v``. No units matter, as far as the solver's
       steps do not depend on them. A direction is missed in which the error contracts so
       slowly that the other ones hide it in all m steps.
 
