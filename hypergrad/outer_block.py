@@ -72,8 +72,9 @@ def run_block(
     def make_row(carry):
         state, budget, rows, num_rows_made = carry
         state, costs = _repeat_without_record(loop, state, record_every - 1)
-        cost = jnp.zeros(()) if costs is None else costs["gradient_equivalents"]
+        cost: Array | float = 0.0
         if costs is not None:
+            cost = costs["gradient_equivalents"]
             budget = budget.spend(cost)
         state, record = step(loop, state, stop, budget, record_every, cost)
         budget = budget.spend(record.stats["gradient_equivalents"])

@@ -164,10 +164,11 @@ class SearchState:
     def tell(self, trial: Trial, record: TrialRecord, w: PyTree = None) -> None:
         """Adds a trial to the records and tells the searcher its score."""
         record = jax.tree.map(np.asarray, record)
+        score = record.score
         self.searcher_state = self.searcher.tell(
-            self.searcher_state, trial.alpha, record.score
+            self.searcher_state, trial.alpha, score
         )
-        score = np.asarray(record.score)
+        score = np.asarray(score)
         if self.best is None or _is_better(score, self.best.score):
             self.best = BestTrial(trial, score, w)
         self.records.append(record)

@@ -240,7 +240,7 @@ class Penalty(eqx.Module):
         # Counts are passes over the data, but a mini-batch step needs a whole gradient
         # of the outer loss; a solve for one of K losses evaluates all, K - 1 of them
         # with the weight 0.
-        num_outer_grads = num_objectives * sum(
+        num_nudged_grads = sum(
             jnp.sum(jnp.maximum(stats["num_grads"], stats["num_steps"]))
             for stats in nudged_stats
         )
@@ -253,10 +253,7 @@ class Penalty(eqx.Module):
             num_hvps=solver_stats["num_hvps"] + total("num_hvps"),
             num_values=solver_stats["num_values"] + total("num_values"),
             num_outer_grads=fraction
-            * (
-                num_outer_grads
-                + num_objectives * HVP_COST * total("num_hvps")
-                + num_objectives * num_direct
-            ),
+            * num_objectives
+            * (num_nudged_grads + HVP_COST * total("num_hvps") + num_direct),
             num_outer_values=fraction * num_objectives * (total("num_values") + 1),
         )

@@ -316,13 +316,13 @@ def truncation_error(
     if n == 0:
         return jnp.asarray(jnp.nan)
     # ||older|| / ||newer|| = q^(n + num_between), the distance between the halves.
-    q = (safe_norm(older) / safe_norm(newer)) ** (1 / (n + num_between))
+    older_norm = safe_norm(older)
+    q = (older_norm / safe_norm(newer)) ** (1 / (n + num_between))
     num_dropped = num_steps - truncation_length
     series = q**n * (1 - q**num_dropped) / (1 - q**n)
     series = jnp.where(q == 1, num_dropped / n, series)
-    tail = safe_norm(older) * series
-    is_nothing = safe_norm(older) == 0
-    return jnp.where(is_nothing, 0.0, tail / safe_norm(hypergradient))
+    error = older_norm * series / safe_norm(hypergradient)
+    return jnp.where(older_norm == 0, 0.0, error)
 
 
 def unrolled_estimator(

@@ -191,11 +191,11 @@ def test_trial_whose_w_is_not_finite_is_not_trusted(num_losses):
 
     It is recorded, but the trial fails for the searcher and is not the best.
     """
-    told = []
+    values = []
 
     class RecordingGrid(hg.searchers.Grid):
         def tell(self, state, alpha, value):
-            told.append(np.ravel(value).tolist())
+            values.append(np.ravel(value).tolist())
             return state
 
     formula = hg.ClosedForm(lambda alpha, batch: jnp.stack([alpha, 1 / alpha]))
@@ -207,7 +207,7 @@ def test_trial_whose_w_is_not_finite_is_not_trusted(num_losses):
     assert trace.stats["trusted"].tolist() == [False, True, True]
     expected = np.tile([[0.0], [0.5], [1.0]], num_losses)
     np.testing.assert_array_equal(trace.value.reshape(3, -1), expected)
-    np.testing.assert_array_equal(told, [[np.nan] * num_losses, *expected[1:]])
+    np.testing.assert_array_equal(values, [[np.nan] * num_losses, *expected[1:]])
     assert trace.best_alpha == trace.w[0] == 0.5
     assert trace.status == "completed"
 
