@@ -183,9 +183,11 @@ def test_units_whose_squares_leave_the_range_of_float32_change_nothing(
     rate, is_regular, power, mode
 ):
     unit = 2.0**power
+    # Without the barrier some versions of XLA compute w / unit / unit as w / unit**2.
+    in_unit = lambda w: jax.lax.optimization_barrier(w / unit)
     problem = hg.Bilevel(
-        lambda w, alpha, batch: logistic_map(w / unit, alpha, batch) * unit,
-        lambda w, alpha, batch: 1e-9 * jnp.sum((w / unit - 0.3) ** 2),
+        lambda w, alpha, batch: logistic_map(in_unit(w), alpha, batch) * unit,
+        lambda w, alpha, batch: 1e-9 * jnp.sum((in_unit(w) - 0.3) ** 2),
     )
     # Steps of w / unit have size 1, because the gradient by w has no unit here.
     estimator = MODES[mode](hg.Descent(optax.sgd(unit), 50))
