@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .linear.base import MatVec
 from .linear.equilibration import Scaling
-from .products import Loss, hvp
+from .products import Loss, value_and_hvp
 from .trees import (
     add_scale,
     apply_unless,
@@ -46,15 +46,25 @@ def gradient_scale(matvec: MatVec, w: PyTree, like: PyTree = None) -> PyTree:
     Source: after Oettli & Prager 1964 (Numer. Math. 6, 405-409), with a root of squares
     in place of their sum of absolute values.
     """
+    return _normal_deviation(_mean_abs_products(matvec, w, w if like is None else like))
+
+
+def _mean_abs_products(matvec: MatVec, w: PyTree, like: PyTree) -> PyTree:
+    """Returns the mean of ``|H D z|``, as structured by ``matvec``."""
 
     def probe(i, total):
         Hz = matvec(jax.tree.map(jnp.multiply, w, hash_normal(i, w)))
         return jax.tree.map(lambda total, x: total + jnp.abs(x), total, Hz)
 
-    zeros = optax.tree.zeros_like(w if like is None else like)
+    zeros = optax.tree.zeros_like(like)
     total = jax.lax.fori_loop(0, NUM_SCALE_PROBES, probe, zeros)
-    # E |x| = (2 / pi)^(1/2) sigma for a normal x with mean zero
-    return scale((math.pi / 2) ** 0.5 / NUM_SCALE_PROBES, total)
+    return scale(1 / NUM_SCALE_PROBES, total)
+
+
+def _normal_deviation(mean_abs: PyTree) -> PyTree:
+    """Returns ``sigma`` of a normal ``x`` with mean zero and this mean of ``|x|``."""
+    # E |x| = (2 / pi)^(1/2) sigma
+    return scale((math.pi / 2) ** 0.5, mean_abs)
 
 
 def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Array:
@@ -76,16 +86,18 @@ def scales_of_rounding(
 ) -> tuple[PyTree, Array, Array]:
     """Returns what the rounding errors of ``dL/dw`` are proportional to.
 
-    These are `gradient_scale` and ``L``, and the number of products made for them. All
-    three are zero unless ``is_needed``.
+    These are `gradient_scale` and ``|L|``, and the number of products made for them.
+    All three are zero unless ``is_needed``.
 
-    Cost: `NUM_SCALE_PROBES` products and one value of the loss if needed.
+    Cost: `NUM_SCALE_PROBES` products if needed.
     """
-    matvec = lambda v: hvp(loss, w, alpha, batch, v)
-    scales = lambda _: (gradient_scale(matvec, w), loss(w, alpha, batch))
-    zeros = optax.tree.zeros_like(jax.eval_shape(scales, None))
-    grad_scale, value = apply_unless(~is_needed, scales, zeros)
-    return grad_scale, value, jnp.where(is_needed, NUM_SCALE_PROBES, 0)
+    # Each product evaluates the loss anyway; the mean of its equal values is the value.
+    product = lambda v: value_and_hvp(loss, w, alpha, batch, v)
+    zeros = optax.tree.zeros_like(jax.eval_shape(product, w))
+    mean_abs = lambda zeros: _mean_abs_products(product, w, zeros)
+    value, mean_product = apply_unless(~is_needed, mean_abs, zeros)
+    num_products = jnp.where(is_needed, NUM_SCALE_PROBES, 0)
+    return _normal_deviation(mean_product), value, num_products
 
 
 def gradient_rounding(grad_scale: PyTree, value: Array, scaling: Scaling) -> Array:

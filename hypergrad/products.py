@@ -40,6 +40,19 @@ def hvp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTre
     return jax.jvp(grad_fn, (w,), (v,))[1]
 
 
+def value_and_hvp(
+    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
+) -> tuple[Array, PyTree]:
+    """Returns ``L`` and the Hessian-vector product ``H v``.
+
+    Cost: two gradients.
+    """
+    v = on_all_cores(v, batch)
+    fn = lambda w: jax.value_and_grad(eqx.filter_jit(loss))(w, alpha, batch)
+    (value, _), (_, Hv) = jax.jvp(fn, (w,), (v,))
+    return value, Hv
+
+
 def cross_vjp(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTree:
     """Returns the cross product ``J' v``, structured like ``alpha``.
 

@@ -125,10 +125,14 @@ def test_earlier_solutions_stay_in_the_search_space():
     np.testing.assert_allclose(zeros.v, cold.v)
 
 
-def test_the_last_change_is_that_of_two_steps():
+def test_the_last_change_is_that_of_two_steps_times_the_pairs_to_come():
     H, b, _, _ = random_system(20, 0)
     run = lambda k: scaled_cg(matvec_of(H), b, no_scaling(b), rtol=0.0, max_steps=k)
-    np.testing.assert_allclose(run(6).last_change, run(6).v - run(4).v, atol=1e-12)
+    for num_steps, num_pairs in (6, 6 / 4), (18, 1):
+        change = run(num_steps).v - run(num_steps - 2).v
+        np.testing.assert_allclose(
+            run(num_steps).last_change, num_pairs * change, rtol=1e-6, atol=1e-12
+        )
     exact = scaled_cg(matvec_of(jnp.eye(20)), b, no_scaling(b), rtol=1e-12)
     np.testing.assert_array_equal(exact.last_change, 0)
 
@@ -182,10 +186,12 @@ def test_a_gradient_step_adds_a_missing_direction():
         scaling,
         jnp.asarray(curvature_max),
     )
-    np.testing.assert_allclose(step(H, 2.0), [[0.0, 0.2], [0.5, 0.6]])
+    solutions, residuals = step(H, 2.0)
+    np.testing.assert_allclose(solutions, [[0.0, 0.2], [0.5, 0.6]])
+    np.testing.assert_allclose(residuals, targets - solutions @ H, atol=1e-15)
     # A curvature that is rounding beside the largest makes no step.
     noise = jnp.diag(jnp.array([2.0, 1e-17]))
-    np.testing.assert_array_equal(step(noise, 2.0), solution.target_solutions)
+    np.testing.assert_array_equal(step(noise, 2.0)[0], solution.target_solutions)
 
 
 def test_a_nan_in_h_is_returned():
