@@ -14,24 +14,33 @@ def solve_nonnegative_qp(A: Matrix, b: Vector) -> Vector:
     """Returns ``argmin_x x'A x / 2 - b'x`` subject to ``x >= 0``.
 
     An active-set method, exact to rounding: the positive entries of x solve the
-    corresponding rows of ``A x = b``.
+    corresponding rows of ``A x = b``. They belong to linearly independent rows, also
+    where A has a lower rank than K.
 
     Args:
       A: Positive semidefinite matrix.
       b: Vector in the range of A, so that a minimum exists.
 
-    Cost: about one K by K solve per positive entry; at most 10 K solves.
+    Cost: about one K by K solve with K + 1 right-hand sides per positive entry; at most
+      10 K solves.
 
     Source: Lawson & Hanson 1974, on the normal equations.
 
     >>> solve_nonnegative_qp(jnp.eye(2), jnp.array([3.0, -1.0])).tolist()
     [3.0, 0.0]
     """
+    rtol = 4 * jnp.finfo(A.dtype).eps
 
     def minimum_over(is_free):
         # Rows of the identity for the variables that are not free.
         matrix = jnp.where(_pairs(is_free), A, jnp.eye(b.size, dtype=A.dtype))
-        return jnp.linalg.solve(matrix, jnp.where(is_free, b, 0))
+        free_rows = jnp.where(is_free[:, None], A, 0)
+        rhs = jnp.column_stack([jnp.where(is_free, b, 0), free_rows])
+        minimum, coefficients = jnp.split(jnp.linalg.solve(matrix, rhs), [1], axis=1)
+        # What the free variables leave of each other one: A_jj - A_jF A_FF^-1 A_Fj.
+        # Without a rest the objective does not decrease along it, but for rounding.
+        rest = jnp.diag(A) - jnp.sum(free_rows * coefficients, axis=0)
+        return minimum[:, 0], rest > rtol * jnp.diag(A)
 
     def descent(x):
         return b - A @ x, jnp.abs(b) + jnp.abs(A) @ x
@@ -70,7 +79,8 @@ def solve_simplex_qp(A: Matrix) -> Vector:
         block = jnp.where(_pairs(is_free), cosines, identity[:-1, :-1])
         border = jnp.where(is_free, r, 0)[:, None]
         matrix = jnp.block([[block, border], [border.T, jnp.zeros((1, 1), A.dtype)]])
-        return r * jnp.linalg.solve(matrix, identity[-1])[:-1]
+        y = jnp.linalg.solve(matrix, identity[-1])[:-1]
+        return r * y, jnp.ones(size, bool)
 
     def descent(x):
         Ax, size_of_Ax = A @ x, jnp.abs(A) @ x
@@ -87,7 +97,7 @@ def _pairs(is_free: Bool[Array, " K"]) -> Bool[Array, "K K"]:
 
 
 def _minimize_by_active_set(
-    minimum_over: Callable[[Array], Vector],
+    minimum_over: Callable[[Array], tuple[Vector, Bool[Array, " K"]]],
     descent_fn: Callable[[Vector], tuple[Vector, Vector]],
     x: Vector,
     is_free: Bool[Array, " K"],
@@ -95,7 +105,8 @@ def _minimize_by_active_set(
     """Returns the minimum of a convex quadratic program over entries of at least 0.
 
     Args:
-      minimum_over: ``is_free -> x``, the minimum over the free variables.
+      minimum_over: ``is_free -> (x, can_enter)``: the minimum over the free variables,
+        and whether each other variable may become free.
       descent_fn: ``x -> (descent, magnitude)``: how fast the objective decreases along
         each variable, and the sum of the absolute values of its terms.
       x, is_free: The first point, and the variables that are free there.
@@ -104,7 +115,10 @@ def _minimize_by_active_set(
 
     def body_fun(carry):
         x, is_free, num_solves, _ = carry
-        minimum = minimum_over(is_free)
+        minimum, can_enter = minimum_over(is_free)
+        # A singular system is that of a variable which has entered by rounding alone.
+        is_solved = jnp.all(jnp.isfinite(minimum))
+        minimum = jnp.where(is_solved, minimum, x)
         # Move towards it until the first variable is 0, which is then fixed at 0.
         is_blocking = is_free & (minimum < 0)
         max_step = jnp.where(
@@ -116,11 +130,11 @@ def _minimize_by_active_set(
         x = jnp.where(is_free, x, 0)
         # At the minimum, free the variable along which the objective decreases fastest.
         descent, magnitude = descent_fn(x)
-        is_candidate = ~is_free & (descent > rtol * magnitude)
+        is_candidate = ~is_free & can_enter & (descent > rtol * magnitude)
         best = jnp.argmax(jnp.where(is_candidate, descent, -jnp.inf))
         is_at_minimum = ~jnp.any(is_blocking)
         is_entering = (jnp.arange(x.size) == best) & is_candidate & is_at_minimum
-        should_continue = jnp.any(is_blocking) | jnp.any(is_entering)
+        should_continue = is_solved & (jnp.any(is_blocking) | jnp.any(is_entering))
         return x, is_free | is_entering, num_solves + 1, should_continue
 
     cond_fun = lambda carry: carry[-1] & (carry[-2] < 10 * x.size)

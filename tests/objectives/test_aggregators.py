@@ -111,6 +111,28 @@ def test_directions_conflict_with_no_gradient(aggregator, key: jax.Array):
     assert np.all(products >= -1e-4 * lengths * np.linalg.norm(gradients, axis=-1))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("num", "size"), [(3, 2), (5, 3)])
+def test_projections_of_nearly_dependent_gradients(num, size, dtype):
+    """Near the Pareto set a gradient is minus a combination of the others."""
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(400, num, size))
+    factors = rng.uniform(size=(400, 1, num - 1)) * rng.choice([1, 1e-2], (400, 1, 1))
+    # The inner products would not resolve a smaller part that is independent.
+    noise = rng.normal(size=(400, 1, size)) * rng.choice(
+        [0, 30 * np.finfo(dtype).eps ** 0.5], (400, 1, 1)
+    )
+    gradients[:, -1:] = noise - factors @ gradients[:, :-1]
+    gradients = gradients.astype(dtype)
+    actual = directions(objectives.UPGrad(), jnp.asarray(gradients))
+    expected = np.array(list(map(mean_projection, gradients.astype(float))))
+    errors = np.linalg.norm(actual - expected, axis=1)
+    errors /= np.max(np.linalg.norm(gradients, axis=2), axis=1)
+    # Their condition number is up to 1 / (900 eps), which leaves two or three digits.
+    assert np.max(errors) < 1e-2
+    assert np.median(errors) < 5 * np.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("aggregator", COMMON_DESCENT)
 def test_gradients_that_are_not_finite_give_nan(aggregator):
     """The weights do, so that a run stops for this reason."""
