@@ -6,9 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, UInt32
 
-Order = Literal["iid", "blocks"]
+from .passes import PassPosition
+
+Order = Literal["iid", "blocks", "epoch", "epoch_blocks"]
 
 
 class Batches(eqx.Module):
@@ -23,18 +25,26 @@ class Batches(eqx.Module):
         every batch is the full data set.
       with_key: Whether a batch is a pair ``(batch, key)`` with a fresh PRNG key, as
         augmentation and dropout need. With ``data=None`` a batch is the key alone.
-      order: How a batch is sampled, each independently of the others. "iid": examples
-        with replacement. "blocks": one of ``num_blocks`` contiguous blocks of the data,
-        each with the same probability. A slice costs less than single rows, which
-        matters where a step is cheap, and the tables of SABA have one row per block;
-        shuffle the data once beforehand.
+      order: How batches are sampled. "iid" (default): independent examples, with
+        replacement. "blocks": one of ``num_blocks`` contiguous blocks of the data, each
+        independent of the others and with the same probability. A slice costs less than
+        single rows, which matters where a step is cheap, and the tables of SABA have
+        one row per block; shuffle the data once beforehand. "epoch": examples in
+        shuffled passes, as most training loops see them. "epoch_blocks": blocks in
+        shuffled passes. Passes have less noise than independent batches.
       shared: Pytree of arrays that are not examples, such as the edges of a graph or
         class prototypes. It is passed unchanged with every batch, which is then the
         pair ``(examples, shared)``, or ``((examples, shared), key)`` with a key.
 
-    With "blocks", a batch size that does not divide the number of examples makes the
-    last block overlap the one before it, whose last examples are then sampled twice as
-    often as others.
+    With blocks, a batch size that does not divide the number of examples makes the last
+    block overlap the one before it, whose last examples are then sampled twice as often
+    as others. With "epoch", a pass leaves out the remainder, in each pass other
+    examples.
+
+    The steps of an inner run follow each other in the passes. In a run of `minimize`
+    the passes go on from one outer step to the next, except with a ``data_fn``. Batches
+    that an estimate uses throughout, such as those of ``outer_batch_size``, are drawn
+    for each estimate anew.
 
     Raises:
       TypeError: A leaf is not a numeric array.
@@ -58,6 +68,8 @@ class Batches(eqx.Module):
     with_key: bool = eqx.field(static=True, default=False, kw_only=True)
     order: Order = eqx.field(static=True, default="iid", kw_only=True)
     shared: PyTree = eqx.field(default=None, kw_only=True)
+    # Set by `at_estimate` and `at_draw`; with None a batch depends on its key alone.
+    position: PassPosition | None = None
 
     def __init__(
         self,
@@ -69,12 +81,13 @@ class Batches(eqx.Module):
         shared: PyTree = None,
     ):
         if order not in get_args(Order):
-            raise ValueError(f'order must be "iid" or "blocks"; got {order!r}.')
+            raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}.")
         self.data = to_arrays(data)
         self.batch_size = batch_size
         self.with_key = with_key
         self.order = order
         self.shared = to_arrays(shared)
+        self.position = None
         leaves = jax.tree.leaves(self.data)
         if not leaves:
             if with_key and batch_size is None and shared is None:
@@ -145,22 +158,47 @@ class Batches(eqx.Module):
         """Returns a batch of these examples, without a key."""
         return examples if self.shared is None else (examples, self.shared)
 
+    @property
+    def has_blocks(self) -> bool:
+        """True if a batch is a block of contiguous examples."""
+        return self.order in ("blocks", "epoch_blocks")
+
+    @property
+    def is_in_passes(self) -> bool:
+        """True if batches are sampled in shuffled passes over the data."""
+        is_pass = self.order in ("epoch", "epoch_blocks")
+        return is_pass and self.batch_size is not None
+
     def draw_block(self, key: Array) -> Array:
         """Returns the number of a block; probabilities are equal within 2^-32."""
+        if self.is_in_passes:
+            return self._position_of_batch(key).items(self.num_blocks, 1)[0]
         bits = jax.random.bits(key, (), jnp.uint32)
         return (bits % jnp.uint32(self.num_blocks)).astype(int)
 
     def draw_indices(self, key: Array) -> Array:
-        """Returns ``[batch_size]`` indices of examples, drawn with replacement."""
+        """Returns ``[batch_size]`` indices of examples, with replacement for "iid"."""
         size = self.batch_size or self.num_examples
+        if self.is_in_passes:
+            return self._position_of_batch(key).items(self.num_examples, size)
         return jax.random.randint(key, (size,), 0, self.num_examples)
 
+    def _position_of_batch(self, key: Array) -> PassPosition:
+        """Returns the position of a batch, by default in passes of this key alone."""
+        if self.position is not None and self.position.is_batch:
+            return self.position
+        return PassPosition.from_key(key, is_batch=True)
+
     def sample(self, key: Array) -> PyTree:
-        """Returns a batch; the same key gives the same batch to the bit."""
+        """Returns a batch; the same key gives the same batch to the bit.
+
+        Data at a draw of shuffled passes (`at_draw`) returns the batch of this draw,
+        whatever the key; that of ``with_key`` comes from ``key``.
+        """
         if self.batch_size is None:
             return Batches.full_batch(self, key)  # a fresh key, also in a subclass
         index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
-        if self.order == "blocks":
+        if self.has_blocks:
             batch = self.take_block(self.draw_block(index_key))
         else:
             batch = self.take(self.draw_indices(index_key))
@@ -185,6 +223,7 @@ class BatchesOfEstimate(Batches):
             shared=batches.shared,
         )
         self.full_batch_key = full_batch_key
+        self.position = batches.position
 
     def full_batch(self, key: Array | None = None) -> PyTree:
         """Returns all examples with the key of the estimate."""
@@ -198,6 +237,92 @@ Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
 def sample_batch(data: Data, key: Array) -> PyTree:
     """Returns the batch that one inner step sees."""
     return data.sample(key) if isinstance(data, Batches) else data
+
+
+def at_estimate(data: Data, seed: UInt32[Array, "2"], number: Array) -> Data:
+    """Returns the data at an estimate of a run, whose passes go on from the one before.
+
+    Data that is not sampled in shuffled passes is returned as it is.
+
+    Args:
+      data: The data.
+      seed: Two words that determine all passes of the run.
+      number: Number of estimates before.
+    """
+    return _at_position(data, PassPosition(seed, number))
+
+
+def in_own_order(data: Data, number: Array | int) -> Data:
+    """Returns the data with passes that are independent of those of other numbers.
+
+    Data that is not sampled in shuffled passes, or is in no run, is returned as it is.
+    """
+    if not is_in_passes(data) or data.position is None:
+        return data
+    return _at_position(data, data.position.in_own_order(number))
+
+
+def at_draw(
+    data: Data,
+    key: Array,
+    draw: Array | int,
+    num_draws: int,
+    *,
+    stream: str = "direction",
+) -> Data:
+    """Returns the data at one of the draws of an estimate, or of another draw.
+
+    `sample_batch` then returns the batch of this draw, for whatever key. Data that is
+    not sampled in shuffled passes is returned as it is.
+
+    Args:
+      data: The data.
+      key: PRNG key of the passes of data that is in no run.
+      draw: Number of the draw among those that an estimate makes from the stream.
+      num_draws: Their number, the same in every estimate.
+      stream: Name of a sequence of passes. Batches of an estimate that are to be
+        independent of each other have streams of their own.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> key, data = jax.random.key(0), hg.Batches(jnp.arange(6), 2, order="epoch")
+    >>> batches = [at_draw(data, key, k, 3).sample(key) for k in range(3)]
+    >>> sorted(jnp.concatenate(batches).tolist())
+    [0, 1, 2, 3, 4, 5]
+    """
+    if not is_in_passes(data):
+        return data
+    position = data.position or PassPosition.from_key(key)
+    return _at_position(data, position.of_draw(draw, num_draws, stream))
+
+
+def sample_in_pass(
+    data: Data,
+    key: Array,
+    draw: Array | int = 0,
+    num_draws: int = 1,
+    *,
+    stream: str = "direction",
+) -> PyTree:
+    """Returns a batch like `sample_batch`, or in shuffled passes the next one.
+
+    Args:
+      data, draw, num_draws, stream: As in `at_draw`.
+      key: PRNG key of the batch, another one for each draw.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> data = hg.Batches(jnp.arange(6), 2)
+    >>> sample_in_pass(data, jax.random.key(0), stream="w").shape
+    (2,)
+    """
+    return sample_batch(at_draw(data, key, draw, num_draws, stream=stream), key)
+
+
+def _at_position(data: Data, position: PassPosition) -> Data:
+    """Returns the data at a position, if it is sampled in shuffled passes."""
+    if not is_in_passes(data):
+        return data
+    is_none = lambda x: x is None
+    return eqx.tree_at(lambda d: d.position, data, position, is_leaf=is_none)
 
 
 def full_batch(data: Data, key: Array) -> PyTree:
@@ -242,6 +367,11 @@ def without_sampling(data: Data) -> Data:
 def is_sampled(data: Data) -> bool:
     """Returns True if a batch holds only some of the examples."""
     return isinstance(data, Batches) and data.batch_size is not None
+
+
+def is_in_passes(data: Data) -> bool:
+    """Returns True if batches are sampled in shuffled passes over the data."""
+    return isinstance(data, Batches) and data.is_in_passes
 
 
 def is_keyed(data: Data) -> bool:

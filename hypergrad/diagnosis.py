@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .batches import Batches, sample_batch
+from .batches import Batches, at_draw, sample_batch
 from .estimators.base import Estimate, Estimator, keys_of_samples
 from .hypergradient import hypergradient
 from .keys_in_w import bind_keys
@@ -285,12 +285,14 @@ def _record_steps(solver, loss, w, alpha, data):
     keys = jax.random.split(steps_key, solver.num_steps)
     init_carry = solver.init(loss, w, alpha, data.inner_data, init_key)
 
-    def step(carry, key):
-        batch = sample_batch(data.inner_data, key)
-        numbers = _measure(loss, carry[0], alpha, batch)
-        return solver.step(loss, carry, alpha, data.inner_data, key), numbers
+    def step(carry, key_and_number):
+        key, k = key_and_number
+        step_data = at_draw(data.inner_data, steps_key, k, solver.num_steps, stream="w")
+        numbers = _measure(loss, carry[0], alpha, sample_batch(step_data, key))
+        return solver.step(loss, carry, alpha, step_data, key), numbers
 
-    (final_w, _), record = jax.lax.scan(step, init_carry, keys)
+    steps = keys, jnp.arange(solver.num_steps)
+    (final_w, _), record = jax.lax.scan(step, init_carry, steps)
     init_numbers = _measure(loss, w, alpha, data.inner_batch())
     final_numbers = _measure(loss, final_w, alpha, data.inner_batch())
     join = lambda x, init_x, final_x: jnp.append(x, final_x).at[0].set(init_x)

@@ -4,7 +4,7 @@ The page *Write your own* of the documentation has a tested example of each kind
 
 - Estimator: `Estimator`, `Estimate`, `make_estimate`, `EstimateData`, `cost_stats`.
 - Single-loop method: `SingleLoop`, `SingleLoopState`, `Step`, `sample_batches`,
-  `batch_fractions`.
+  `sample_in_pass`, `batch_fractions`.
 - Inner solver: `InnerSolver`, `IterativeSolver`, `inner_stats`, `run_inner_steps`.
 - Linear solver: `SymmetricSolver`.
 - Searcher: `Searcher`, `Trials`, `seed_from_key`.
@@ -25,12 +25,14 @@ arguments, and `MethodSummary`, the row of a method in the guide.
 
 from .batches import (
     Data,
+    at_draw,
     batch_fraction,
     full_batch,
     is_sampled,
     num_examples,
     sample_batch,
     sample_fixed_batch,
+    sample_in_pass,
 )
 from .cost import cost_stats
 from .estimators.base import STATS, Estimate, Estimator, make_estimate
@@ -96,6 +98,7 @@ __all__ = [
     "Surrogate",
     "SymmetricSolver",
     "Trials",
+    "at_draw",
     "batch_fraction",
     "batch_fractions",
     "binary_examples",
@@ -130,6 +133,7 @@ __all__ = [
     "sample_batch",
     "sample_batches",
     "sample_fixed_batch",
+    "sample_in_pass",
     "seed_from_key",
     "weighted_mean",
     "without_derivative",

@@ -152,7 +152,8 @@ class OuterLoop(eqx.Module):
       outer_data_fn: ``(step, outer_data) -> outer_data``, the data of the outer loss at
         each step, such as data with a falling temperature. Structure, shapes and dtypes
         must not change. For data in `Batches` the function takes and returns
-        `Batches`: ``hg.Batches(data.data | {"T": T}, data.batch_size)``.
+        `Batches`, of the same order:
+        ``hg.Batches(data.data | {"T": T}, data.batch_size, order=data.order)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost. Pass arrays
         that a metric reads as data: ``jax.tree_util.Partial(fn, arrays)``. If a metric
         has a method ``at_step(step)``, it must return the function of that step.

@@ -17,7 +17,7 @@ from . import spaces
 from .estimators.base import Estimate, normalize_estimate
 from .keys_in_w import bind_keys, restore_keys
 from .outer_estimate import ADDITIVE_STATS, estimate_step, is_due
-from .problem import Bilevel
+from .problem import Bilevel, at_outer_step
 from .recording import metric_at_step
 from .trace import (
     BAD_COST,
@@ -52,6 +52,7 @@ class OuterState(PrettyModule):
         ones if values cannot be compared.
       aggregator_state, optimizer_state, estimator_state: States of these objects.
       key: PRNG key of the next step.
+      pass_seed: Two words that determine shuffled passes over the batches of the run.
     """
 
     step: Array
@@ -65,6 +66,7 @@ class OuterState(PrettyModule):
     optimizer_state: PyTree
     estimator_state: PyTree
     key: Array
+    pass_seed: Array
 
 
 class StepRecord(PrettyModule):
@@ -129,6 +131,8 @@ class Budget(eqx.Module):
 def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> OuterState:
     """Returns the state before the first step."""
     init_key, key = jax.random.split(key)
+    pass_key = jax.random.fold_in(key, 3)  # each step splits its key in three
+    pass_seed = jax.random.bits(pass_key, (2,), jnp.uint32)
     problem, parameters = bind_keys(loop.problem, w)
     u = spaces.inverse(loop.space, alpha)
     aggregator_state = None
@@ -147,6 +151,7 @@ def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> Outer
         optimizer_state=loop.optimizer.init(u),
         estimator_state=loop.estimator.init(problem, parameters, alpha, init_key),
         key=key,
+        pass_seed=pass_seed,
     )
     return _cast_to_next_state(loop, state)
 
@@ -241,6 +246,7 @@ def step(
         optimizer_state=optimizer_state,
         estimator_state=estimator_state,
         key=key,
+        pass_seed=state.pass_seed,
     )
     return next_state, record
 
@@ -292,7 +298,7 @@ def _problem_and_alpha(
     """Returns the problem of a step, its ``alpha``, and the pullback to ``u``."""
     alpha, pullback = jax.vjp(lambda u: spaces.forward(loop.space, u), state.u)
     problem, _ = bind_keys(loop.problem_at(state.step), state.w)
-    return problem, alpha, pullback
+    return at_outer_step(problem, state.pass_seed, state.step), alpha, pullback
 
 
 class _Direction(NamedTuple):

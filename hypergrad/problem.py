@@ -10,13 +10,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, UInt32
 
-from .batches import BatchesOfEstimate, Data, is_keyed, sample_fixed_batch, to_data
+from .batches import (
+    BatchesOfEstimate,
+    Data,
+    at_estimate,
+    in_own_order,
+    is_in_passes,
+    is_keyed,
+    sample_fixed_batch,
+    to_data,
+)
 from .display import describe_leaves
 from .jaxpr import constant_bytes
 from .keys_in_w import bind_keys_to_function, remove_keys
+from .passes import PassPosition
 from .products import Loss
+from .trees import hash_bits
 from .validation import check_hashable
 
 InitFn = Callable[[PyTree, PyTree], PyTree]
@@ -200,7 +211,8 @@ class EstimateData(eqx.Module):
     Solver, adjoint, cross term and certificate of one estimate share it, so that all
     of them see the same sample. Of batches with a key, `full_batch` has one key in the
     whole estimate; a mini-batch of ``inner_batch`` has the same key. Solvers that call
-    `sample_batch` in each step see a new key in each step.
+    `sample_batch` in each step see a new key in each step. Data in shuffled passes has
+    the position of the estimate in its run, or else in passes of its own.
     """
 
     inner_data: Data
@@ -214,6 +226,7 @@ class EstimateData(eqx.Module):
         """Samples the data of an estimate; the same key gives the same data."""
         data_key, solver_key, inner_key, outer_key = jax.random.split(key, 4)
         inner_data, outer_data = problem.sample_data(data_key)
+        inner_data, outer_data = _in_passes_of_key(inner_data, outer_data, key)
         if is_keyed(inner_data):
             inner_data = BatchesOfEstimate(inner_data, inner_key)
         return cls(inner_data, outer_data, solver_key, inner_key, outer_key)
@@ -225,6 +238,55 @@ class EstimateData(eqx.Module):
     def outer_batch(self, batch_size: int | None = None) -> PyTree:
         """Returns the batch of the outer loss."""
         return sample_fixed_batch(self.outer_data, batch_size, self.outer_key)
+
+
+def at_outer_step(problem: Bilevel, seed: UInt32[Array, "2"], step: Array) -> Bilevel:
+    """Returns the problem at an outer step, where shuffled passes go on.
+
+    Args:
+      problem: The problem.
+      seed: Two words that determine all passes of the run.
+      step: Number of outer steps before.
+    """
+    # Inner and outer data may have the same size, but not the same order.
+    return _replace_data(
+        problem,
+        at_estimate(problem.inner_data, seed, step),
+        at_estimate(problem.outer_data, hash_bits(seed), step),
+    )
+
+
+def with_own_order(problem: Bilevel, number: Array | int) -> Bilevel:
+    """Returns the problem with shuffled passes that only this number has."""
+    return _replace_data(
+        problem,
+        in_own_order(problem.inner_data, number),
+        in_own_order(problem.outer_data, number),
+    )
+
+
+def _replace_data(problem: Bilevel, inner_data: Data, outer_data: Data) -> Bilevel:
+    return eqx.tree_at(
+        lambda p: (p.inner_data, p.outer_data),
+        problem,
+        (inner_data, outer_data),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _in_passes_of_key(
+    inner_data: Data, outer_data: Data, key: Array
+) -> tuple[Data, Data]:
+    """Returns the data of an estimate outside of a run, in passes of its key."""
+    pass_key = jax.random.fold_in(key, 4)  # `EstimateData.sample` splits it in four
+
+    def in_passes(data, index):
+        if not is_in_passes(data) or data.position is not None:
+            return data
+        position = PassPosition.from_key(jax.random.fold_in(pass_key, index))
+        return at_estimate(data, position.seed, position.number)
+
+    return in_passes(inner_data, 0), in_passes(outer_data, 1)
 
 
 def _check_function(name: str, function: Any) -> None:

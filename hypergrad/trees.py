@@ -104,13 +104,20 @@ def power_of_two_scale(x: PyTree) -> Array:
     """
     dtype = scalar_dtype(x)
     leaf_max = lambda leaf: jnp.max(jnp.abs(leaf.astype(dtype)), initial=0)
-    max_abs = jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(leaf_max, x))))
-    is_normal = (max_abs >= jnp.finfo(dtype).tiny) & (max_abs < jnp.inf)
+    return power_of_two_below(
+        jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(leaf_max, x))))
+    )
+
+
+def power_of_two_below(x: Array) -> Array:
+    """Returns the power of two below each ``|x|``, or 1 if that is 0 or not finite."""
+    magnitude = jnp.abs(x)
+    is_normal = (magnitude >= jnp.finfo(x.dtype).tiny) & (magnitude < jnp.inf)
     # The bits of the exponent alone: frexp and ldexp are forty operations each.
-    integer_dtype = jnp.dtype(f"uint{dtype.itemsize * 8}")
+    integer_dtype = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
     to_bits = lambda x: jax.lax.bitcast_convert_type(x, integer_dtype)
-    exponent_bits = to_bits(max_abs) & to_bits(jnp.asarray(jnp.inf, dtype))
-    power = jax.lax.bitcast_convert_type(exponent_bits, dtype)
+    exponent_bits = to_bits(magnitude) & to_bits(jnp.asarray(jnp.inf, x.dtype))
+    power = jax.lax.bitcast_convert_type(exponent_bits, x.dtype)
     return jnp.where(is_normal, power, 1)
 
 
@@ -167,11 +174,11 @@ def hash_normal(seed: Array | int, like: PyTree) -> PyTree:
     (0.0, 1.0)
     """
     leaves, structure = jax.tree.flatten(like)
-    seed = _hash_bits(jnp.asarray(seed).astype(jnp.uint32))
+    seed = hash_bits(jnp.asarray(seed).astype(jnp.uint32))
     samples, num_before = [], 0
     for leaf in leaves:
         index = jax.lax.iota(jnp.uint32, leaf.size) + jnp.uint32(num_before)
-        bits = _hash_bits(index ^ seed) >> 8
+        bits = hash_bits(index ^ seed) >> 8
         # 24 bits at the middles of 2^24 intervals of (-1, 1), so that none is infinite.
         uniform = bits.astype(jnp.float32) * 2**-23 - (1 - 2**-24)
         sample = math.sqrt(2) * jax.lax.erf_inv(uniform)
@@ -180,7 +187,7 @@ def hash_normal(seed: Array | int, like: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, samples)
 
 
-def _hash_bits(x: Array) -> Array:
+def hash_bits(x: Array) -> Array:
     """Returns a permutation of the 32-bit integers without visible structure."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree, Scalar
 
-from ..batches import batch_fraction
+from ..batches import at_draw, batch_fraction
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
     merge_linear_stats,
@@ -273,8 +273,11 @@ class AdaptiveSolve(eqx.Module):
         def body_fun(loop_state):
             carry, _, index, num_checks = loop_state
             stop = jnp.minimum(index + steps_per_check, num_steps)
+            step_data = lambda i: at_draw(
+                inner_data, steps_key, i, num_steps, stream="w"
+            )
             step = lambda i, carry: self.solver.step(
-                loss, carry, self.alpha, inner_data, keys[i]
+                loss, carry, self.alpha, step_data(i), keys[i]
             )
             carry = jax.lax.fori_loop(index, stop, step, carry)
             return carry, self.inner_grad(carry[0]), stop, num_checks + 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
-from ..problem import Bilevel
+from ..problem import Bilevel, with_own_order
 from ..trees import all_finite
 from ..validation import check_estimator_type, check_positive_int
 from .base import Estimate, get_target, keys_of_samples, normalize_estimate
@@ -99,11 +99,14 @@ class Average(eqx.Module):
     ) -> tuple[Estimate, Any]:
         """Returns the mean of n estimates, and the next states."""
 
-        def sample(state, key):
-            estimate, state = self.estimator.estimate(problem, state, alpha, key)
+        def sample(state, key, number):
+            estimate, state = self.estimator.estimate(
+                with_own_order(problem, number), state, alpha, key
+            )
             return normalize_estimate(estimate), state
 
-        samples, state = jax.vmap(sample)(state, keys_of_samples(self, key))
+        keys, numbers = keys_of_samples(self, key), jnp.arange(self.num_samples)
+        samples, state = jax.vmap(sample)(state, keys, numbers)
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient = mean(samples.hypergradient)
         is_multi_objective = problem.num_objectives is not None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..batches import batch_fraction, fixed_batch_fraction
+from ..batches import at_draw, batch_fraction, fixed_batch_fraction
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, IterativeSolver, grads_per_step
 from ..method_summary import MethodSummary
@@ -334,18 +334,21 @@ class PersistentEvolution(eqx.Module):
     ) -> tuple[PyTree, Array]:
         """Returns the carries and the outer values after K steps of every particle."""
         outer_batch = data.outer_batch(self.outer_batch_size)
-        keys = jax.random.split(data.solver_key, self.unroll_length)
+        num_steps = self.unroll_length
+        keys = jax.random.split(data.solver_key, num_steps)
 
         def run_particle(carry, flat):
             alpha = unravel(flat)
 
-            def step(carry, key):
-                carry = self.solver.step(
-                    problem.inner_loss, carry, alpha, data.inner_data, key
+            def step(carry, key_and_number):
+                key, k = key_and_number
+                step_data = at_draw(
+                    data.inner_data, data.solver_key, k, num_steps, stream="w"
                 )
-                return carry, None
+                args = problem.inner_loss, carry, alpha, step_data, key
+                return self.solver.step(*args), None
 
-            carry, _ = jax.lax.scan(step, carry, keys)
+            carry, _ = jax.lax.scan(step, carry, (keys, jnp.arange(num_steps)))
             return carry, problem.outer_value(carry[0], alpha, outer_batch)
 
         return jax.vmap(jax.vmap(run_particle))(carries, alphas)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..batches import sample_batch
+from ..batches import at_draw, sample_batch
 from ..certificate import TRUST_RTOL
 from ..jaxpr import used_inputs
 from ..lost_derivative_checks import lost_in_rates_flags
@@ -207,7 +207,10 @@ class Reversible(RunEstimator):
                 carry,
             )
             carry = jax.lax.cond(is_forward, steps.update_w, identity, carry, t)
-            batch = sample_batch(data.inner_data, keys[t])
+            step_data = at_draw(
+                data.inner_data, data.solver_key, t, self.num_steps, stream="w"
+            )
+            batch = sample_batch(step_data, keys[t])
             # Both directions share one gradient, so that it cannot round in two ways.
             current_w = steps.to_floats(carry.w)
             g = jax.grad(problem.inner_loss)(current_w, alpha, batch)

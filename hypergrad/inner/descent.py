@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..batches import Data, batch_fraction, sample_batch
+from ..batches import Data, at_draw, batch_fraction, is_in_passes, sample_batch
 from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
 from ..runtime.all_cores import loss_on_all_cores
 from ..trees import cast_like, widen
@@ -173,39 +173,45 @@ def run_inner_steps(
         not linear in the gradient, the gradient.
       before_step: ``(w, key) -> w``, applied to ``w`` before each step with its key.
     """
+    num_steps = solver.num_steps
     init_key, steps_key = jax.random.split(key)
-    keys = jax.random.split(steps_key, solver.num_steps)
+    keys = jax.random.split(steps_key, num_steps)
+    # Shuffled passes need the number of a step as well.
+    numbers = jnp.arange(num_steps) if is_in_passes(data) else None
     carry = solver.init(inner_loss, w, alpha, data, init_key)
 
-    def run(alpha, carry, keys, mixed_mode=mixed_mode):
+    def run(alpha, carry, first_step, end, mixed_mode=mixed_mode):
         wide_alpha = widen(alpha)
         loss = with_mixed_mode(inner_loss) if mixed_mode else inner_loss
 
-        def step(carry, key):
+        def step(carry, key_and_number):
+            key, number = key_and_number
             # The cast is a part of the step: the terms of all steps are summed wide.
             step_alpha = cast_like(wide_alpha, alpha)
+            step_data = at_draw(data, steps_key, number, num_steps, stream="w")
             if before_step is not None:
                 w, state = carry
                 carry = before_step(w, key), state
-            return solver.step(loss, carry, step_alpha, data, key), None
+            return solver.step(loss, carry, step_alpha, step_data, key), None
 
         if mixed_mode:
             step = store_carries(step)
-        return _scan(step, carry, keys, checkpoint)
+        steps = jax.tree.map(lambda x: x[first_step:end], (keys, numbers))
+        return _scan(step, carry, steps, end - first_step, checkpoint)
 
-    if truncation_length is None or truncation_length >= solver.num_steps:
-        return run(alpha, carry, keys)
-    num_done = solver.num_steps - truncation_length
+    if truncation_length is None or truncation_length >= num_steps:
+        return run(alpha, carry, 0, num_steps)
+    num_done = num_steps - truncation_length
     constant_alpha = jax.lax.stop_gradient(alpha)
-    carry = run(constant_alpha, carry, keys[:num_done], mixed_mode=False)
+    carry = run(constant_alpha, carry, 0, num_done, mixed_mode=False)
     carry = jax.lax.stop_gradient(carry)
     if halves is None:
-        return run(alpha, carry, keys[num_done:])
+        return run(alpha, carry, num_done, num_steps)
     older_alpha, newer_alpha = halves
     alphas = (older_alpha, alpha, newer_alpha)
     lengths = split_steps(truncation_length)
     for part_alpha, length in zip(alphas, lengths, strict=True):
-        carry = run(part_alpha, carry, keys[num_done : num_done + length])
+        carry = run(part_alpha, carry, num_done, num_done + length)
         num_done += length
     return carry
 
@@ -236,24 +242,25 @@ def segment_length(num_steps: int) -> int:
 
 
 def _scan(
-    step: Callable[[PyTree, Array], tuple[PyTree, None]],
+    step: Callable[[PyTree, PyTree], tuple[PyTree, None]],
     carry: PyTree,
-    keys: Array,
+    xs: PyTree,
+    num_steps: int,
     checkpoint: bool,
 ) -> PyTree:
-    """Returns the last carry of ``lax.scan`` over keys, run in segments if asked."""
-    scan = lambda carry, keys: jax.lax.scan(step, carry, keys)[0]
-    if not (checkpoint and uses_checkpoints(len(keys))):
-        return scan(carry, keys)
+    """Returns the last carry of ``lax.scan`` over ``xs``, run in segments if asked."""
+    scan = lambda carry, xs: jax.lax.scan(step, carry, xs)[0]
+    if not (checkpoint and uses_checkpoints(num_steps)):
+        return scan(carry, xs)
     # The reverse pass keeps a carry per segment, and one per step of one segment.
-    length = segment_length(len(keys))
-    num_in_segments = len(keys) - len(keys) % length
+    length = segment_length(num_steps)
+    num_in_segments = num_steps - num_steps % length
     run_segment = jax.checkpoint(scan)
-    segments = keys[:num_in_segments].reshape(-1, length)
-    body_fun = lambda carry, keys: (run_segment(carry, keys), None)
+    segments = jax.tree.map(lambda x: x[:num_in_segments].reshape(-1, length), xs)
+    body_fun = lambda carry, xs: (run_segment(carry, xs), None)
     carry, _ = jax.lax.scan(body_fun, carry, segments)
-    remaining = keys[num_in_segments:]
-    return run_segment(carry, remaining) if len(remaining) else carry
+    remaining = jax.tree.map(lambda x: x[num_in_segments:], xs)
+    return run_segment(carry, remaining) if num_in_segments < num_steps else carry
 
 
 def piecewise_constant_schedule(

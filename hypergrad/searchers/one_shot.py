@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..batches import at_draw
 from ..search_trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
@@ -112,15 +113,19 @@ def _train_supernet(trainer: Trainer, key: Array) -> tuple[PyTree, PyTree]:
     problem = trainer.setup.problem
     data, _ = problem.sample_data(data_key)
 
-    def step(carry, key):
+    num_steps = trainer.num_steps
+
+    def step(carry, key_and_number):
+        key, k = key_and_number
         alpha_key, step_key = jax.random.split(key)
         alpha = spaces.sample(trainer.space, alpha_key)
-        args = carry, alpha, data, step_key
+        step_data = at_draw(data, steps_key, k, num_steps, stream="w")
+        args = carry, alpha, step_data, step_key
         return trainer.solver.step(problem.inner_loss, *args), None
 
     carry = jax.tree.map(lambda x: x[0], trainer.init_members(1, init_key).carry)
-    step_keys = jax.random.split(steps_key, trainer.num_steps)
-    return jax.lax.scan(step, carry, step_keys)[0]
+    steps = jax.random.split(steps_key, num_steps), jnp.arange(num_steps)
+    return jax.lax.scan(step, carry, steps)[0]
 
 
 @eqx.filter_jit

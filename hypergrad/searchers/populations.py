@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from .. import spaces
-from ..batches import Data
+from ..batches import Data, at_draw
 from ..cost import cost_stats
 from ..runtime.devices import shard
 from ..search_trial import TrialRecord, TrialSetup, make_record
@@ -128,12 +128,14 @@ class Trainer(eqx.Module):
             data_key, steps_key, record_key = jax.random.split(key, 3)
             data = problem.sample_data(data_key)
 
-            def step(carry, key):
-                args = carry, member.alpha, data[0], key
+            def step(carry, key_and_number):
+                key, k = key_and_number
+                step_data = at_draw(data[0], steps_key, k, num_steps, stream="w")
+                args = carry, member.alpha, step_data, key
                 return self.solver.step(problem.inner_loss, *args), None
 
-            step_keys = jax.random.split(steps_key, num_steps)
-            carry, _ = jax.lax.scan(step, member.carry, step_keys)
+            steps = jax.random.split(steps_key, num_steps), jnp.arange(num_steps)
+            carry, _ = jax.lax.scan(step, member.carry, steps)
             record = self.record(carry[0], member.alpha, data, num_steps, record_key)
             return Members(carry, member.alpha), record
 

@@ -5,7 +5,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int
@@ -87,7 +87,7 @@ class AmIGO(SingleLoop):
         )
         cross_key, adjoint_key = jax.random.split(data.inner_key)
         # All steps of v share b = dM/dw, which depends on w only.
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        outer_batch = sample_in_pass(data.outer_data, data.outer_key)
         value, b, direct = problem.outer_value_and_grads(state.w, alpha, outer_batch)
         # v <- v - rho (H v - b), num_adjoint_steps times
         state, residual = run_adjoint_steps(
@@ -95,7 +95,7 @@ class AmIGO(SingleLoop):
             self.num_adjoint_steps,
         )  # fmt: skip
         # dM/dalpha - J' v
-        batch = sample_batch(data.inner_data, cross_key)
+        batch = sample_in_pass(data.inner_data, cross_key)
         direction = alpha_direction(problem, state.w, state.v, alpha, direct, batch)
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {

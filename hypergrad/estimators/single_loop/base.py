@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...batches import batch_fraction, is_keyed, sample_batch
+from ...batches import batch_fraction, is_keyed, sample_in_pass
 from ...certificate import NO_GRADIENT_ADVICE
 from ...cost import cost_stats
 from ...problem import Bilevel, EstimateData
@@ -145,7 +145,8 @@ class SingleLoop(eqx.Module):
           state: State before the step.
           alpha: Outer variable.
           data: Data of the step and its keys. All randomness of a step comes from
-            ``data.solver_key``, ``data.inner_key`` and ``data.outer_key``.
+            ``data.solver_key``, ``data.inner_key`` and ``data.outer_key``, and for data
+            in shuffled passes from its position (`sample_in_pass`).
 
         Returns:
           The quantities of the step and the state after it; pure, usable inside
@@ -262,8 +263,8 @@ def apply_optimizer(
 
 def sample_batches(data: EstimateData) -> tuple[PyTree, PyTree]:
     """Returns one batch of the inner loss and one of the outer loss."""
-    inner_batch = sample_batch(data.inner_data, data.inner_key)
-    return inner_batch, sample_batch(data.outer_data, data.outer_key)
+    inner_batch = sample_in_pass(data.inner_data, data.inner_key)
+    return inner_batch, sample_in_pass(data.outer_data, data.outer_key)
 
 
 def batch_fractions(data: EstimateData) -> tuple[float, float]:

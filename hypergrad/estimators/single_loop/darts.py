@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...linear.neumann import Neumann
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
@@ -99,15 +99,15 @@ class DARTS(SingleLoop):
         """Makes the step of ``w`` and evaluates the direction after it."""
         inner_loss = loss_on_all_cores(problem.inner_loss)
         inner_grads = jax.grad(inner_loss, argnums=(0, 1))
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
-        batch = sample_batch(data.inner_data, data.solver_key)
+        outer_batch = sample_in_pass(data.outer_data, data.outer_key)
+        batch = sample_in_pass(data.inner_data, data.solver_key, stream="w")
         # w <- w - rho dL/dw
         inner_grad, _ = inner_grads(state.w, alpha, batch)
         has_alpha_moved = state.memory > 0
         state = optax.tree.where(has_alpha_moved, self.move_w(state, inner_grad), state)
         w = state.w
 
-        batch = sample_batch(data.inner_data, data.inner_key)
+        batch = sample_in_pass(data.inner_data, data.inner_key, stream="direction")
         if self.step_size is None:
             # dM/dalpha
             value, _, direction = problem.outer_value_and_grads(w, alpha, outer_batch)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
 from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
-from .inner_loops import scan_with_first_output
+from .inner_loops import sample_streams, scan_with_first_output
 
 
 class F2SAMemory(eqx.Module):
@@ -117,16 +117,19 @@ class F2SA(SingleLoop):
         inner_loss = loss_on_all_cores(problem.inner_loss)
         inner_grads = jax.grad(inner_loss, argnums=(0, 1))
 
-        def body_fun(carry, key):
+        def body_fun(carry, key, k):
             y, z = carry
             y_key, z_key, outer_key = jax.random.split(key, 3)
-            outer_batch = sample_batch(data.outer_data, outer_key)
+            sample = lambda data, key, stream: sample_in_pass(
+                data, key, k, self.num_steps, stream=stream
+            )
+            outer_batch = sample(data.outer_data, outer_key, "y")
             _, b, _ = problem.outer_value_and_grads(y.w, alpha, outer_batch)
-            y_grad, _ = inner_grads(y.w, alpha, sample_batch(data.inner_data, y_key))
+            y_grad, _ = inner_grads(y.w, alpha, sample(data.inner_data, y_key, "y"))
             # y <- y - rho (dL/dw + dM/dw / penalty)
             y = self.move_w(y, add_scale(y_grad, 1 / penalty, b))
             # z <- z - rho dL/dw
-            z_grad, _ = inner_grads(z.w, alpha, sample_batch(data.inner_data, z_key))
+            z_grad, _ = inner_grads(z.w, alpha, sample(data.inner_data, z_key, "z"))
             return (y, self.move_w(z, z_grad)), z_grad
 
         y = SingleLoopState(state.w, state.w_opt_state)
@@ -134,11 +137,13 @@ class F2SA(SingleLoop):
         (y, z), z_grad = scan_with_first_output(body_fun, (y, memory.z), keys, state.w)
 
         # dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        outer_batch = sample_in_pass(data.outer_data, data.outer_key)
         value, _, direct = problem.outer_value_and_grads(y.w, alpha, outer_batch)
-        y_key, z_key = jax.random.split(data.inner_key)
-        _, y_cross = inner_grads(y.w, alpha, sample_batch(data.inner_data, y_key))
-        _, z_cross = inner_grads(z.w, alpha, sample_batch(data.inner_data, z_key))
+        y_batch, z_batch = sample_streams(
+            data.inner_data, data.inner_key, "y direction", "z direction"
+        )
+        _, y_cross = inner_grads(y.w, alpha, y_batch)
+        _, z_cross = inner_grads(z.w, alpha, z_batch)
         indirect = scale(penalty, optax.tree.sub(y_cross, z_cross))
 
         inner_fraction, outer_fraction = batch_fractions(data)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...batches import sample_batch
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
 from ...validation import in_unit_interval, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import alpha_direction
+from .inner_loops import alpha_direction, sample_streams
 from .variance_reduction import Point, storm_estimate, storm_momentum
 
 
@@ -109,13 +108,11 @@ class FSLA(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes the three steps, one after the other."""
-        w_key, v_key, cross_key = jax.random.split(data.inner_key, 3)
-        b_key, direct_key = jax.random.split(data.outer_key)
-        w_batch, v_batch, cross_batch = (
-            sample_batch(data.inner_data, key) for key in (w_key, v_key, cross_key)
+        w_batch, v_batch, cross_batch = sample_streams(
+            data.inner_data, data.inner_key, "w", "v", "direction"
         )
-        b_batch, direct_batch = (
-            sample_batch(data.outer_data, key) for key in (b_key, direct_key)
+        b_batch, direct_batch = sample_streams(
+            data.outer_data, data.outer_key, "v", "direction"
         )
         memory = state.memory
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...batches import Data, sample_batch
+from ...batches import Data, in_own_order, sample_in_pass
 from ...linear.neumann import Neumann
 from ...problem import Bilevel, EstimateData
 from ...products import cross_vjp, hvp
@@ -34,8 +34,8 @@ def run_inner_steps(
       The state after the steps, and the gradient of the first step.
     """
 
-    def make_step(state, key):
-        batch = sample_batch(data.inner_data, key)
+    def make_step(state, key, k):
+        batch = sample_in_pass(data.inner_data, key, k, num_steps, stream="w")
         loss = loss_on_all_cores(problem.inner_loss)
         inner_grad = jax.grad(loss)(state.w, alpha, batch)
         # w <- w - rho dL/dw
@@ -61,8 +61,8 @@ def run_adjoint_steps(
       The state after the steps, and the residual ``H v - b`` of the first step.
     """
 
-    def make_step(state, key):
-        batch = sample_batch(data, key)
+    def make_step(state, key, k):
+        batch = sample_in_pass(data, key, k, num_steps, stream="v")
         Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
         residual = optax.tree.sub(Hv, b)
         # v <- v - rho (H v - b)
@@ -72,8 +72,17 @@ def run_adjoint_steps(
     return scan_with_first_output(make_step, state, keys, b)
 
 
+def sample_streams(data: Data, key: Array, *streams: str) -> list[PyTree]:
+    """Returns a batch for each name, each independent of the others."""
+    keys = jax.random.split(key, len(streams))
+    return [
+        sample_in_pass(data, key, stream=stream)
+        for key, stream in zip(keys, streams, strict=True)
+    ]
+
+
 def scan_with_first_output(
-    step: Callable[[PyTree, Array], tuple[PyTree, PyTree]],
+    step: Callable[[PyTree, Array, Array], tuple[PyTree, PyTree]],
     carry: PyTree,
     keys: Array,
     like: PyTree,
@@ -83,7 +92,7 @@ def scan_with_first_output(
     The outputs of further steps, each as large as ``w``, are not stored.
 
     Args:
-      step: ``(carry, key) -> (carry, output)``.
+      step: ``(carry, key, index) -> (carry, output)``.
       carry: First carry.
       keys: PRNG keys of the steps.
       like: Pytree with the structure, shapes and dtypes of an output.
@@ -91,7 +100,7 @@ def scan_with_first_output(
 
     def body_fun(carry_and_first, key_and_index):
         (carry, first_output), (key, index) = carry_and_first, key_and_index
-        carry, output = step(carry, key)
+        carry, output = step(carry, key, index)
         return (carry, optax.tree.where(index == 0, output, first_output)), None
 
     init = carry, optax.tree.zeros_like(like)
@@ -157,7 +166,8 @@ class StochasticNeumann(eqx.Module):
             return add_scale(p, -self.step_size, Hp)
 
         def next_terms(k, ps):
-            batch = sample_batch(data, keys[k])
+            # Passes of their own keep the batches of a series independent.
+            batch = sample_in_pass(in_own_order(data, k), keys[k], stream="v")
             pairs = zip(points, ps, strict=True)
             return tuple(next_term(point, p, batch) for point, p in pairs)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, norm, random_like, ratio, scale, vdot
@@ -97,7 +97,7 @@ class PZOBO(SingleLoop):
         # w_m(alpha). All runs use the same batches, whose noise cancels in differences.
         new_state, inner_grad = run(alpha)
         w = new_state.w
-        outer_batch = sample_batch(data.outer_data, data.outer_key)
+        outer_batch = sample_in_pass(data.outer_data, data.outer_key)
         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
 
         def response(key):

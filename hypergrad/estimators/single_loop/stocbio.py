@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, non_negative
@@ -119,13 +119,13 @@ def stocbio_step(
     state, inner_grad = run_inner_steps(method, problem, state, alpha, data, num_steps)
     w = state.w
     cross_key, series_key = jax.random.split(data.inner_key)
-    outer_batch = sample_batch(data.outer_data, data.outer_key)
+    outer_batch = sample_in_pass(data.outer_data, data.outer_key)
     value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
     # v = H^-1 b, approximately
     points, bs = ((w, alpha),), (b,)
     (v,), num_products = series.solve(problem, points, bs, data.inner_data, series_key)
     # dM/dalpha - J' v, with a batch that is independent of v
-    batch = sample_batch(data.inner_data, cross_key)
+    batch = sample_in_pass(data.inner_data, cross_key)
     direction = alpha_direction(problem, w, v, alpha, direct, batch)
     inner_fraction, outer_fraction = batch_fractions(data)
     counts = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ...batches import sample_batch
+from ...batches import sample_in_pass
 from ...problem import Bilevel, EstimateData
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import Points, StochasticNeumann, alpha_direction
@@ -55,8 +55,8 @@ def evaluate_batch(
 ) -> tuple[BatchDirections, ...]:
     """Returns both directions at each ``(w, alpha)``, all on the same batches."""
     batch_key, series_key = jax.random.split(data.inner_key)
-    batch = sample_batch(data.inner_data, batch_key)
-    outer_batch = sample_batch(data.outer_data, data.outer_key)
+    batch = sample_in_pass(data.inner_data, batch_key)
+    outer_batch = sample_in_pass(data.outer_data, data.outer_key)
     outer = [problem.outer_value_and_grads(*point, outer_batch) for point in points]
     bs = tuple(b for _, b, _ in outer)
     # v = H^-1 b, approximately

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ...batches import Batches, Data, full_batch, is_sampled
+from ...batches import Batches, Data, at_draw, full_batch, is_sampled
 from ...problem import Bilevel, EstimateData
 from ...products import Loss, hvp_and_cross_vjp
 from ...runtime.all_cores import on_all_cores
@@ -155,7 +155,7 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
     )
     if not is_sampled(data):
         num_rows, index_shape = 1, (1,)
-    elif data.order == "blocks":
+    elif data.has_blocks:
         num_rows, index_shape = data.num_blocks, ()
     else:
         num_rows, index_shape = data.num_examples, (data.batch_size,)
@@ -195,10 +195,11 @@ def saga_estimate(
         value, new_parts = value_and_parts_fn(full_batch(data, key))
         row = jax.tree.map(lambda x: x[None], new_parts)
         return value, new_parts, SagaTable(row, widen(new_parts), table.index, row)
-    if data.order == "blocks":
+    data = at_draw(data, key, 0, 1)
+    if data.has_blocks:
         return _saga_estimate_of_block(value_and_parts_fn, table, data, key)
     rows = table.updated_rows()
-    # The batch that `sample_batch` returns for this key.
+    # The batch that `sample_in_pass` returns for this key.
     index = data.draw_indices(key)
     per_example = jax.vmap(lambda i: value_and_parts_fn(data.take(i[None])))
     values, new_rows = per_example(index)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ...batches import without_sampling
+from ...batches import at_draw, without_sampling
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, non_negative
@@ -169,9 +169,16 @@ class VRBO(SingleLoop):
     ) -> SingleLoopState:
         """Makes the inner steps along recursive estimates (SARAH)."""
 
-        def body_fun(state, key):
+        def body_fun(state, key_and_index):
+            key, k = key_and_index
             inner_key, outer_key = jax.random.split(key)
-            batch_data = replace(data, inner_key=inner_key, outer_key=outer_key)
+            batch_data = replace(
+                data,
+                inner_data=at_draw(data.inner_data, inner_key, k, self.num_steps),
+                outer_data=at_draw(data.outer_data, outer_key, k, self.num_steps),
+                inner_key=inner_key,
+                outer_key=outer_key,
+            )
             memory, point = state.memory, (state.w, alpha)
             # d <- d + D(w, alpha) - D(previous point), on the same batches
             points = point, memory.point
@@ -184,7 +191,7 @@ class VRBO(SingleLoop):
             return replace(self.move_w(state, directions[0]), memory=memory), None
 
         keys = jax.random.split(data.solver_key, self.num_steps)
-        return jax.lax.scan(body_fun, state, keys)[0]
+        return jax.lax.scan(body_fun, state, (keys, jnp.arange(self.num_steps)))[0]
 
     def _use_all_data(
         self,
