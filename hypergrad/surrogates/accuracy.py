@@ -11,6 +11,7 @@ from .base import (
     negligible_weight,
     propagate_nan,
     safe_divide,
+    softmax_at,
     subtract_threshold,
     weighted_mean,
 )
@@ -151,7 +152,7 @@ class ExpectedAccuracy(Surrogate):
 
     def smooth_value(self, examples, temperature):
         """Returns ``mean_i softmax(s_i / T)[y_i]``."""
-        probabilities = jax.nn.softmax(examples.scores / temperature, axis=1)
+        probabilities = softmax_at(examples.scores, temperature)
         true_class_probabilities = class_scores(probabilities, examples.targets)
         return weighted_mean(true_class_probabilities, examples.weights)
 

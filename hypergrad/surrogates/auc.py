@@ -125,7 +125,9 @@ class SquaredHingeAUC(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns ``1 - mean_ij max(0, u_j - u_i)^2`` with ``u = s / T - y``."""
         positive_weights, negative_weights = _normalized_weights(examples)
-        u = examples.scores / temperature - examples.targets
+        # A common shift changes nothing; differences are exact where quotients are not.
+        shift = jax.lax.stop_gradient(jnp.max(examples.scores))
+        u = (examples.scores - shift) / temperature - examples.targets
         order = jnp.argsort(-u)
         u, sorted_weights = u[order], negative_weights[order]
         # m_k(i) = sum_j q_j (u_j - u_i)^k over the negatives j above i, for k = 0, 1,

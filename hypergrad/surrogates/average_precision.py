@@ -4,6 +4,8 @@ Average precision is the mean, over the positives, of the precision at the score
 positive: its rank among the positives divided by its rank among all items.
 """
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from ..trees import without_derivative
+from ..trees import power_of_two_below, without_derivative
 from ..validation import check_positive_int, is_traced
 from .base import safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
@@ -68,6 +70,9 @@ class SmoothAP(RankingSurrogate):
         """Returns ``sum_i p_i P_i / sum_i p_i`` with the precisions of `pairs`."""
 
         def average_precisions(rows):
+            # A common factor changes nothing; products of weights stay in the range.
+            unit = power_of_two_below(jnp.max(rows.weights, axis=1, keepdims=True))
+            rows = replace(rows, weights=rows.weights / lax.stop_gradient(unit))
             positive_weights = rows.positive_weights
             total = sum_of_precisions(
                 rows.scores, positive_weights, rows.weights, temperature
@@ -227,6 +232,7 @@ class SoftRankAP(RankingSurrogate):
     ``r`` among all items. Shapes and ``axis`` are those of `RankingSurrogate`.
 
     Ties: have their mean rank.
+    Weights: a common factor changes nothing, as the ranks are in units of their mean.
     Cost: two soft ranks per ranking. Memory: O(n).
     Bias: none if the temperature is at most the smallest gap between scores, and then
     no gradient either.
@@ -243,10 +249,12 @@ class SoftRankAP(RankingSurrogate):
     @rowwise
     def smooth_rows(self, row, temperature):
         """Returns ``mean_i r+_i / r_i``."""
-        positive_weights = row.positive_weights
-        precisions = soft_precisions(
-            row.scores, positive_weights, row.weights, temperature
-        )
+        num_items = jnp.sum(jnp.where(row.weights > 0, 1.0, 0.0))
+        mean_weight = safe_divide(jnp.sum(row.weights), num_items)
+        # Ranks, in units of an item, are as far apart as weights are large.
+        weights = safe_divide(row.weights, mean_weight)
+        positive_weights = safe_divide(row.positive_weights, mean_weight)
+        precisions = soft_precisions(row.scores, positive_weights, weights, temperature)
         return weighted_mean(precisions, positive_weights)
 
     exact_rows = exact_average_precisions

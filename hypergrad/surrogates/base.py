@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from ..trees import without_derivative
+from ..trees import power_of_two_below, without_derivative
 from .inputs import Scalar, as_temperature, binary_examples
 
 
@@ -112,6 +113,16 @@ def subtract_threshold(scores: Array, threshold: ArrayLike) -> Array:
     return scores - jnp.asarray(threshold, scores.dtype)
 
 
+def softmax_at(scores: Array, temperature: ArrayLike) -> Array:
+    """Returns the softmax of ``scores / temperature`` over the last axis.
+
+    The largest score is subtracted first, because differences are exact where quotients
+    are not.
+    """
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    return jax.nn.softmax((scores - top) / temperature, axis=-1)
+
+
 def weighted_mean(values: Array, weights: Array) -> Scalar:
     """Returns the weighted mean of all values, or 0 if the weights sum to 0."""
     return safe_divide(jnp.sum(weights * values), jnp.sum(weights))
@@ -128,7 +139,9 @@ def safe_divide(
     # The divisor is replaced before the division, so that no derivative is NaN.
     is_zero = denominator <= 0
     divisor = jnp.where(is_zero, 1, jnp.maximum(denominator, min_denominator))
-    return jnp.where(is_zero, 0, numerator) / divisor
+    # The derivative contains the square of the divisor, which may leave the range.
+    unit = lax.stop_gradient(power_of_two_below(divisor))
+    return jnp.where(is_zero, 0, numerator / unit) / (divisor / unit)
 
 
 def negligible_weight(weights: Array) -> Scalar:
@@ -136,7 +149,7 @@ def negligible_weight(weights: Array) -> Scalar:
 
     A weighted sum of sigmoids below it consists of their tails.
     """
-    weights = jax.lax.stop_gradient(weights)
+    weights = lax.stop_gradient(weights)
     min_weight = jnp.min(jnp.where(weights > 0, weights, jnp.inf))
     limits = jnp.finfo(weights.dtype)
     rounding_error = limits.eps * jnp.where(jnp.isfinite(min_weight), min_weight, 1)

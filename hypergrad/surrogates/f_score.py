@@ -14,6 +14,7 @@ from .base import (
     negligible_weight,
     propagate_nan,
     safe_divide,
+    softmax_at,
     subtract_threshold,
 )
 from .inputs import (
@@ -87,7 +88,7 @@ class CountRatio(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns the mean ratio of counts of fractions."""
         if _is_multiclass(examples):
-            predicted = jax.nn.softmax(examples.scores / temperature, axis=1)
+            predicted = softmax_at(examples.scores, temperature)
         else:
             shifted_scores = subtract_threshold(examples.scores, self.threshold)
             predicted = jax.nn.sigmoid(shifted_scores / temperature)

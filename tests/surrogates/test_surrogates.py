@@ -440,3 +440,60 @@ def test_a_temperature_that_the_scores_round_to_zero_is_refused():
     scores = jnp.array([1.0, 1.0], jnp.float32)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         hg.surrogates.AUC()(scores, jnp.array([1, 0]), temperature=1e-50)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+@pytest.mark.parametrize(
+    "surrogate",
+    [sg.IoU(), sg.FBeta(), sg.Dice(), sg.Precision(), sg.SelectiveRisk(0.5),
+     sg.SmoothAP(), sg.SoftRankAP()],
+    ids=lambda x: type(x).__name__,
+)  # fmt: skip
+def test_a_common_factor_of_the_weights_changes_no_gradient(surrogate, factor):
+    """Products of the weights would leave the range of float32."""
+    scores = jnp.array([2.0, -1.0, 3.0, 0.5, 0.9], jnp.float32)
+    targets = jnp.array([1, 0, 1, 0, 1])
+    weights = jnp.array([1.0, 0.4, 0.6, 2.7, 1.1], jnp.float32)
+
+    def gradient(factor):
+        value = lambda s: surrogate(
+            s, targets, temperature=0.5, weights=factor * weights
+        )
+        return jax.jit(jax.grad(value))(scores)
+
+    expected = gradient(jnp.float32(1.0))
+    assert np.max(np.abs(expected)) > 1e-3
+    np.testing.assert_allclose(
+        gradient(jnp.float32(factor)), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_soft_rank_ap_keeps_its_smoothing_for_normalized_weights():
+    scores = jax.random.normal(jax.random.key(0), (30,))
+    targets = jax.random.bernoulli(jax.random.key(1), 0.5, (30,))
+    value = lambda c: sg.SoftRankAP()(
+        scores, targets, temperature=0.1, weights=jnp.full(30, c)
+    )
+    np.testing.assert_allclose(value(1 / 30), value(1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "shape"),
+    [
+        (sg.ExpectedAccuracy(), (8, 3)),
+        (sg.FBeta(), (8, 3)),
+        (sg.SquaredHingeAUC(), (8,)),
+    ],
+    ids=["ExpectedAccuracy", "FBeta", "SquaredHingeAUC"],
+)
+def test_a_large_common_shift_of_the_scores_loses_no_digits(surrogate, shape):
+    """The differences of the shifted scores are the same numbers."""
+    scores = jax.random.randint(jax.random.key(0), shape, 0, 20) / 1024
+    scores = scores.astype(jnp.float32)
+    targets = jnp.arange(8) % (shape[1] if len(shape) == 2 else 2)
+    gradient = jax.jit(
+        jax.grad(lambda s: surrogate(s, targets, temperature=jnp.float32(0.01)))
+    )
+    np.testing.assert_allclose(
+        gradient(scores + 4096), gradient(scores), rtol=1e-4, atol=1e-5
+    )
