@@ -336,14 +336,21 @@ class Box(BoundedSpace):
 
 
 def _finite_log(x: Array) -> Array:
-    """Returns ``log(x)``, with the smallest normal number in place of 0."""
-    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+    """Returns ``log(x)``, with the smallest number that is not flushed in place of 0.
+
+    Processors flush numbers of float32 that are not normal, but not those of float16.
+    """
+    limits = jnp.finfo(x.dtype)
+    is_half = x.dtype == jnp.float16
+    smallest = limits.smallest_subnormal if is_half else limits.tiny
+    return jnp.log(jnp.maximum(x, jnp.asarray(smallest, x.dtype)))
 
 
 def _as_rows(x: ArrayLike) -> Array:
     if np.ndim(x) == 0:
         raise ValueError(
-            "alpha must be an array with a last axis for Simplex; got a scalar."
+            "alpha must be an array with a last axis for Simplex; got a scalar. For a "
+            "search write Simplex(shape=(n,))."
         )
     return as_float(x)
 
@@ -383,7 +390,7 @@ def _fit_bounds(space: Any, x: Array) -> list[Any]:
         if not is_broadcastable:
             raise ValueError(
                 f"{name} must broadcast to the shape {x.shape} of the leaf; got shape "
-                f"{shape}."
+                f"{shape}. For a search give the space the shape of the leaf, shape=."
             )
         with np.errstate(over="ignore"):
             xp = jnp if isinstance(bound, Tracer) else np

@@ -55,6 +55,12 @@ class Integer(BoundedSpace):
                 raise TypeError(f"{name} must be an integer; got {bound!r}.")
         if not self.low < self.high:
             raise ValueError(f"low must be below high; got {self}.")
+        largest = int(np.iinfo(np.int32).max)
+        if not -largest <= self.low <= self.high < largest:
+            raise ValueError(
+                f"low and high must be integers of 32 bits; got {self}. Let alpha be "
+                "an exponent or a multiple, as in 2**alpha."
+            )
 
     def contains(self, alpha: ArrayLike) -> Array:
         """Returns True for whole numbers with ``low <= alpha <= high``."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from ..citation import cites
+from ..validation import positive
 
 
 @cites("jang2017", "maddison2017")
@@ -25,6 +26,9 @@ def gumbel_softmax(
       logits: Unnormalised log-probabilities, ``[..., n]``.
       key: PRNG key.
       temperature: Positive number. As it falls to 0, the rows become one-hot samples.
+
+    Raises:
+      TypeError, ValueError: ``temperature`` is not a positive number.
 
     Returns:
       Rows that sum to 1, ``[..., n]``; the largest weight of a row is a sample of p.
@@ -39,6 +43,7 @@ def gumbel_softmax(
     >>> round(float(weights.sum()), 5)
     1.0
     """
+    temperature = positive("temperature")(temperature)
     dtype = jnp.result_type(logits)
     logits = _as_float32_at_least(logits)
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else logits.dtype

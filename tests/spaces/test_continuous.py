@@ -268,3 +268,19 @@ def test_bounds_must_be_representable_in_the_dtype_of_the_leaf(low, high, log):
     chex.assert_tree_all_finite(space.forward(jnp.zeros((), jnp.float64)))
     with pytest.raises(ValueError, match=r"low and high.*float32"):
         space.forward(jnp.zeros((), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    "space", [Positive(), Interval(0.0, 1e-4), Interval(0.0, 5e-5)], ids=str
+)
+def test_numbers_of_float16_that_are_not_normal_are_kept(space):
+    """A run starts at the given ``alpha``; the smallest normal number is 6.1e-5."""
+    alpha = jnp.asarray(1e-5, jnp.float16)
+    assert space.is_interior(alpha)
+    np.testing.assert_allclose(space.forward(space.inverse(alpha)), alpha, rtol=2e-2)
+
+
+def test_errors_of_searches_name_the_shape():
+    for make in (Simplex, lambda: Interval(jnp.zeros(3), jnp.ones(3))):
+        with pytest.raises(ValueError, match="shape="):
+            make().sample(jax.random.key(0))

@@ -59,3 +59,10 @@ def test_a_choice_of_booleans_has_cells():
 
 def test_a_choice_is_counted_by_any_integer():
     assert Choice(np.int64(3)).values == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 2**31 - 1), (-(2**40), 0)])
+def test_integers_of_more_than_32_bits_are_an_error(low, high):
+    with pytest.raises(ValueError, match="32 bits"):
+        Integer(low, high)
+    assert Integer(0, 2**31 - 2).sample(jax.random.key(0)) >= 0

@@ -166,3 +166,9 @@ def test_samples_of_low_precision_have_the_same_distribution(dtype, key):
         index = jnp.argmax(samples, axis=-1)
         shares = np.bincount(np.asarray(index) // 125, minlength=8) / len(keys)
         np.testing.assert_allclose(shares, 1 / 8, atol=4.5 * (7 / 64 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_an_error(temperature):
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        gumbel_softmax(jnp.zeros(3), KEYS[0], temperature)
