@@ -35,7 +35,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
       784]``, and ``y`` in 0..9; the last 10,000 are for testing (LeCun, Cortes and
       Burges).
     - ``ijcnn1``: 141,691 moments of an engine's ignition with 22 numbers, ``x``
-      ``[141691, 22]``, and ``y`` in {0, 1}, of which 9.7% are 1; the last 91,701 are
+      ``[141691, 22]``, and ``y`` in {0, 1}, of which 9.6% are 1; the last 91,701 are
       for testing (Prokhorov 2001, as prepared for LIBSVM).
     - ``omniglot``: 20 drawings of each of 1,623 characters, ``x`` ``[1623, 20, 28,
       28]`` float32, the fraction of ink in [0, 1] (Lake et al. 2015, MIT license).
@@ -77,8 +77,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     """
     if name not in LOADERS:
         raise ValueError(f"name must be one of {', '.join(LOADERS)}; got {name!r}.")
-    data_dir = data_dir or os.getenv(VARIABLE)
-    return LOADERS[name](None if data_dir is None else Path(data_dir))
+    data_dir = data_dir or os.getenv(VARIABLE) or None
+    return LOADERS[name](None if data_dir is None else Path(data_dir).expanduser())
 
 
 # Bundled with scikit-learn.

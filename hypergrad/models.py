@@ -34,7 +34,7 @@ from .runtime.array_folder import (
     write_arrays,
 )
 from .runtime.console import printable
-from .runtime.fingerprint import digest
+from .runtime.fingerprint import digest, digest_function
 from .runtime.provenance import utc_now, versions
 from .trees import is_key, to_numpy
 
@@ -144,7 +144,11 @@ def save(
     if problem is not None:
         check_problem_type(problem)
         data = problem.inner_data, problem.outer_data
-        record["data"] = digest(data if problem.data_fn is None else problem.data_fn)
+        record["data"] = (
+            digest(data)
+            if problem.data_fn is None
+            else digest_function(problem.sample_data, jax.random.key(0))
+        )
     draft = home / f".draft-{uuid.uuid4().hex}"
     with atomic_io.directory_unless_error(home):
         try:

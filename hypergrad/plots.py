@@ -217,8 +217,9 @@ def plot_hypergradient(hypergradient: PyTree) -> "Figure":
     """
     tree = getattr(hypergradient, "hypergradient", hypergradient)
     leaves = jax.tree.leaves_with_path(tree)
+    leaves = [(path, leaf) for path, leaf in leaves if np.size(leaf) > 0]
     if not leaves:
-        raise ValueError("hypergradient must have at least one array; got none.")
+        raise ValueError("hypergradient must have at least one number; got none.")
     figure, all_axes = make_figure(len(leaves))
     for axes, (path, leaf) in zip(all_axes, leaves, strict=True):
         array = np.atleast_1d(to_wide(leaf))

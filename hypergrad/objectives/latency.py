@@ -41,19 +41,7 @@ class LatencyTable(eqx.Module):
     seconds: Float[Array, "..."]
 
     def __check_init__(self):
-        if not isinstance(self.knots, tuple) or not self.knots:
-            raise TypeError(
-                "knots must be a tuple with an array of widths for each axis, such as "
-                f"(jnp.array([8.0, 16.0]),); got {self.knots!r}."
-            )
-        for knots in self.knots:
-            if jnp.ndim(knots) != 1 or len(knots) < 2:
-                raise ValueError(
-                    "knots must hold at least two widths for each axis; got shape "
-                    f"{jnp.shape(knots)}."
-                )
-            if not is_traced(knots) and not np.all(np.diff(knots) > 0):
-                raise ValueError(f"knots must increase; got {knots}.")
+        _check_knots(self.knots)
         shape = tuple(map(len, self.knots))
         if jnp.shape(self.seconds) != shape:
             raise ValueError(
@@ -104,6 +92,9 @@ class LatencyTable(eqx.Module):
                 "widths must hold the knots of at least one axis; got none."
             )
 
+        knots = tuple(jnp.asarray(axis, float) for axis in widths)
+        _check_knots(knots)
+
         def median_seconds(*knot):
             run = make_fn(*knot)
             jax.block_until_ready(run())
@@ -115,7 +106,6 @@ class LatencyTable(eqx.Module):
             return np.median(times)
 
         seconds = [median_seconds(*knot) for knot in itertools.product(*widths)]
-        knots = tuple(jnp.asarray(axis, float) for axis in widths)
         return cls(knots, jnp.array(seconds).reshape(tuple(map(len, widths))))
 
     def __call__(self, *widths: float | Array) -> Float[Array, ""]:
@@ -134,3 +124,20 @@ class LatencyTable(eqx.Module):
             t = (x - knots[i]) / (knots[i + 1] - knots[i])
             value = (1 - t) * value[i] + t * value[i + 1]
         return value.astype(jnp.result_type(1.0, *widths))
+
+
+def _check_knots(all_knots: Any) -> None:
+    """Raises an error unless there are increasing widths for each axis."""
+    if not isinstance(all_knots, tuple) or not all_knots:
+        raise TypeError(
+            "knots must be a tuple with an array of widths for each axis, such as "
+            f"(jnp.array([8.0, 16.0]),); got {all_knots!r}."
+        )
+    for knots in all_knots:
+        if jnp.ndim(knots) != 1 or len(knots) < 2:
+            raise ValueError(
+                "knots must hold at least two widths for each axis; got shape "
+                f"{jnp.shape(knots)}."
+            )
+        if not is_traced(knots) and not np.all(np.diff(knots) > 0):
+            raise ValueError(f"knots must increase; got {knots}.")

@@ -1,7 +1,8 @@
 """Costs of a model as differentiable functions of its relaxed sizes.
 
 A width may be any positive number, such as the sum of the gates of a layer or the
-exponential of a hyperparameter. The counts are exact at whole numbers.
+exponential of a hyperparameter. The counts are exact at whole numbers that the
+precision represents, in float32 up to 2^24.
 """
 
 from collections.abc import Sequence

@@ -169,11 +169,12 @@ def run_program(
         which results could differ in their last bits.
     """
     environment = runtime_environment()
-    if environment != expected_environment:
+    expected = expected_environment
+    if names := [name for name in expected if environment[name] != expected[name]]:
+        listing = lambda entries: ", ".join(f"{x} {entries[x]}" for x in names)
         raise RuntimeError(
-            f"workers must have jax {expected_environment['jax']} and a device "
-            f"{expected_environment['device']}, as this search; got jax "
-            f"{environment['jax']} and {environment['device']}."
+            f"workers must have {listing(expected)}, as this search; got "
+            f"{listing(environment)}."
         )
     with compat.enable_x64(enable_x64):
         outputs = list(map(np.asarray, _load_program(program)(arrays)))

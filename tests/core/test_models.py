@@ -332,3 +332,17 @@ def test_the_recorded_version_is_that_of_the_first_folder(monkeypatch):
     distributions = lambda path: iter(installed)
     monkeypatch.setattr(importlib.metadata, "distributions", distributions)
     assert provenance.packages() == {"numpy": "9.0"}
+
+
+def test_a_model_of_other_data_of_a_function_has_another_digest(tmp_path):
+    """Functions of one name are told apart by what they return."""
+
+    def save(scale):
+        sample = lambda key: (scale * jax.random.normal(key), None)
+        problem = hg.Bilevel(loss, loss, data_fn=jax.tree_util.Partial(sample))
+        return models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem)
+
+    loss = lambda w, alpha, batch: w * alpha
+    digests = [save(scale).record["data"] for scale in (1.0, 5.0, 1.0)]
+    assert digests[0] != digests[1]
+    assert digests[0] == digests[2]

@@ -265,3 +265,8 @@ def test_an_infinite_trial_is_not_the_best():
     best = points(find_line(trace.plot().axes[0], "best"))[:, 1]
     finite = np.where(np.isfinite(value), value, np.inf)
     np.testing.assert_array_equal(best, np.minimum.accumulate(finite))
+
+
+def test_an_empty_leaf_has_no_panel():
+    figure = hg.plots.plot_hypergradient({"a": np.zeros((0, 3)), "b": np.ones(2)})
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["alpha.b"]

@@ -198,3 +198,11 @@ def test_a_latency_is_an_outer_loss():
 def test_invalid_tables_and_widths_are_named(name, call):
     with pytest.raises((TypeError, ValueError), match=name):
         call()
+
+
+@pytest.mark.parametrize("widths", [[64, 8], [64]])
+def test_knots_are_checked_before_anything_is_timed(widths):
+    timed = []
+    with pytest.raises(ValueError, match="knots must"):
+        objectives.LatencyTable.measure(timed.append, widths)
+    assert timed == []
