@@ -145,10 +145,10 @@ def make_estimator(method: str, problem: StepProblem) -> tuple[Any, Any]:
     return estimator, optax.sgd(falling(size / ratio, power))
 
 
-def our_alphas(method: str, seed: int) -> list[Array]:
+def our_alphas(method: str, seed: int, order: str = "blocks") -> list[Array]:
     """Returns ``alpha`` at the start and at each evaluation of our run."""
     problem, _ = make_problem()
-    loop = _make_loop(method)
+    loop = _make_loop(method, order)
     state = loop.init(problem.w, problem.alpha, jax.random.key(seed))
     alphas, every = [problem.alpha], SETTINGS[method].num_steps // NUM_EVALUATIONS
     for _ in range(NUM_EVALUATIONS):
@@ -161,11 +161,11 @@ def our_alphas(method: str, seed: int) -> list[Array]:
 
 
 @functools.lru_cache(maxsize=1)
-def _make_loop(method: str) -> hg.OuterLoop:
+def _make_loop(method: str, order: str) -> hg.OuterLoop:
     """Returns the loop of a method, which all seeds share."""
     problem, _ = make_problem()
     estimator, optimizer = make_estimator(method, problem)
-    return hg.OuterLoop(problem.sampled(BATCH), estimator, optimizer)
+    return hg.OuterLoop(problem.sampled(BATCH, order), estimator, optimizer)
 
 
 def peer_alphas(method: str, seed: int, independent_blocks: bool) -> list[Array]:

@@ -37,9 +37,9 @@ class StepProblem(NamedTuple):
         count = lambda data: len(next(iter(data.values())))
         return count(self.inner_data), count(self.outer_data)
 
-    def sampled(self, batch_size: int) -> hg.Bilevel:
+    def sampled(self, batch_size: int, order: str = "blocks") -> hg.Bilevel:
         """Returns the problem with contiguous batches of both losses."""
-        batches = lambda data: hg.Batches(data, batch_size, order="blocks")
+        batches = lambda data: hg.Batches(data, batch_size, order=order)
         return hg.Bilevel(
             self.inner_loss,
             self.outer_loss,
