@@ -26,8 +26,7 @@ METHODS = {
 TEMPLATE = '''\
 """{name} of hypergrad, written by `hypergrad write-solvers`.
 
-Blocks of examples are drawn independently; the benchmark's own solvers visit them in
-shuffled passes. Large rates that are stable in passes may diverge here.
+Blocks of examples are visited in shuffled passes, as by the benchmark's own solvers.
 """
 
 from benchopt import BaseSolver, safe_import_context
@@ -73,7 +72,7 @@ class Solver(BaseSolver):
     ):
         def batches(n):
             size = n if self.batch_size == "full" else self.batch_size
-            return hg.Batches(jnp.arange(n), size, order="blocks")
+            return hg.Batches(jnp.arange(n), size, order="epoch_blocks")
 
         inner, outer = batches(n_inner_samples), batches(n_outer_samples)
         problem = hg.Bilevel(loss_of_rows(f_inner), loss_of_rows(f_outer), inner, outer)

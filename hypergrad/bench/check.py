@@ -47,6 +47,7 @@ def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
     try:
         result = _read_result(name, table, folder)
         problems = mixed_fields(result.rows) + cell_problems(result)
+        problems += metric_problems(result)
         if problems:
             return [Finding(text, "FAILED") for text in problems]
         return result.findings + notes(result)
@@ -69,20 +70,25 @@ def mixed_fields(rows: list[Row]) -> list[str]:
 
 def notes(result: TableResult) -> list[Finding]:
     """Returns in what the rows differ from the table as its file defines it now."""
-    row, table = result.printed_rows[0], result.table
-    num_seeds = len({row.get("seed") for row in result.printed_rows})
-    texts = []
-    if num_seeds < table.seeds:
-        texts.append(f"{num_seeds} seeds; the table has {table.seeds}")
-    budget = getattr(table, "budget_of", lambda scale: None)(result.scale)
-    if row.get("budget") not in (None, budget):
-        texts.append(f"made with the budget {row['budget']}; the table has {budget}")
+    row, texts = result.printed_rows[0], result.deviations
     num_machines = len({str(row.get("machine")) for row in result.rows})
     if num_machines > 1:
         texts.append(f"rows were made on {num_machines} machines")
     if "converted_from" in row:
         texts.append(f"converted from commit {row['converted_from'][:12]}")
     return [Finding(text) for text in texts]
+
+
+def metric_problems(result: TableResult) -> list[str]:
+    """Returns which metrics of claims and comparisons no row has, in words."""
+    if not result.printed_rows:
+        return []
+    pairs = (*result.table.claims, *result.table.comparisons)
+    names = {name for row in result.printed_rows for name in row}
+    metrics = sorted({pair.metric for pair in pairs} - names)
+    return [
+        f"no row has {name!r}, which a claim or comparison names" for name in metrics
+    ]
 
 
 def cell_problems(result: TableResult) -> list[str]:
@@ -99,7 +105,7 @@ def cell_problems(result: TableResult) -> list[str]:
         ]
     key_fields = table.key_fields
     key_of = lambda row: cell_key(row, key_fields)
-    seeds = sorted({row.get("seed", 0) for row in result.printed_rows})
+    seeds = sorted({row.get("seed", 0) for row in rows})
     stages = table.stages(result.scale, 1 + max(seeds))
     is_converted = all("converted_from" in row for row in rows)
     needed = stages[-1:] if is_converted else stages

@@ -202,7 +202,9 @@ class Claim(Pair):
     - *supported* if the interval lies above e,
     - *contradicted* if the interval lies below e,
     - *not supported* otherwise,
-    - *undecided* if seeds are missing or fewer than five.
+    - *undecided* if the rows decide nothing: seeds are missing or fewer than five, a
+      row has no number, a ratio has numbers that are not positive, or the seeds do not
+      vary.
 
     Args:
       method, baseline, metric, lower_is_better, as_ratio, where: As in `Pair`.

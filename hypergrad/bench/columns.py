@@ -58,6 +58,11 @@ class Column:
         return mean + suffix
 
 
+def is_time(name: str) -> bool:
+    """Returns True for a field that differs whenever a cell is measured again."""
+    return name.endswith("seconds")
+
+
 COST_COLUMNS = (
     Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
     Column("num_hvps", "HVPs", ".0f", has_deviation=False),

@@ -1,9 +1,7 @@
 """The work of the commands of ``hypergrad``, without printing."""
 
-import concurrent.futures
-import contextlib
+import dataclasses
 import json
-import multiprocessing
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ from .dry_run import plan
 from .figures import plot
 from .loading import (
     TableRef,
+    error_position,
     find_table,
     load_listed_table,
     load_table,
@@ -32,6 +31,7 @@ from .rows import read_rows
 from .runner import RunOptions, RunResult, run_table
 from .source import digest_sources
 from .table import BaseTable, Table
+from .workers import executor_of
 
 #: Columns of `overview`.
 OVERVIEW = ("table", "paradigm", "minutes", "--method", "result", "source")
@@ -124,7 +124,17 @@ def run(
     """
     with progress_bar() as progress, executor_of(workers) as executor:
         result = run_table(ref, options.with_executor(executor, workers), progress)
-    return write_result(ref, options, result)
+    try:
+        return write_result(ref, options, result)
+    except OSError:
+        raise
+    except Exception as error:  # must not hide why cells failed
+        text = (
+            f"the rows cannot be printed: {type(error).__name__} in "
+            f"{error_position(error)}: {error}"
+        )
+        rows = options.folder / f"{ref.name}.jsonl"
+        return "", [rows], result.failures | {ref.name: text}
 
 
 def write_result(
@@ -134,13 +144,17 @@ def write_result(
     paths = [
         options.folder / f"{ref.name}{ending}" for ending in (".jsonl", ".md", ".png")
     ]
-    table_result = TableResult(ref.name, ref.load(), result.rows)
+    # The budget of the rows is compared with that of the file.
+    table = dataclasses.replace(ref, budget=None).load()
+    table_result = TableResult(ref.name, table, result.rows)
     if not table_result.printed_rows:
-        return "No row was made.\n", paths[:1], result.failures
+        failures = result.failures or {ref.name: "it has no rows"}
+        return "No row was made.\n", paths[:1], failures
     text = to_markdown(table_result, result.failures)
     atomic_io.atomic_write(paths[1], text)
     try:
-        plot(table_result, paths[2])
+        if not plot(table_result, paths[2]):
+            paths = paths[:2]
     except MISSING_ROWS as error:
         paths[2].unlink(missing_ok=True)  # of other rows
         paths = paths[:2]
@@ -154,8 +168,13 @@ def planned_rows(
     ref: TableRef, options: RunOptions
 ) -> tuple[tuple[str, ...], list[list[str]]]:
     """Returns headings and rows of the cells that a run would measure."""
-    path = results_folder(ref.path) / f"{ref.name}.jsonl"
-    committed = read_rows(path) if path.exists() else []
+    paths = [
+        folder / f"{ref.name}.jsonl"
+        for folder in (options.folder, results_folder(ref.path))
+    ]
+    finished, committed = (
+        read_rows(path, allow_cut=True) if path.exists() else [] for path in paths
+    )
     text = lambda number: "-" if number is None else f"{number:,.0f}"
     columns = ("method", "tuning runs", "runs", "grad-eq, at most", "seconds, about")
     rows = [
@@ -166,7 +185,7 @@ def planned_rows(
             text(row.max_cost),
             text(row.seconds),
         ]
-        for row in plan(ref, options, committed)
+        for row in plan(ref, options, finished, committed)
     ]
     return columns, rows
 
@@ -317,14 +336,13 @@ def _make_page(
     with tempfile.TemporaryDirectory() as temporary:
         # An older figure beside the rows may be of other rows.
         path = (folder if update else Path(temporary)) / f"{result.name}.png"
-        plot(result, path)
-        figure = path.read_bytes()
+        figure = path.read_bytes() if plot(result, path) else None
     page = to_html(result, figure, markdown)
     return page, _index_entry(result, findings, figure)
 
 
 def _index_entry(
-    result: TableResult, findings: Sequence[Finding], figure: bytes
+    result: TableResult, findings: Sequence[Finding], figure: bytes | None
 ) -> IndexEntry:
     commits = [x.get("commit") or x.get("converted_from") for x in result.printed_rows]
     return IndexEntry(
@@ -346,6 +364,8 @@ def recompute(
     Raises:
       ValueError: No row can be chosen, or `skip` names a table without rows.
     """
+    if num_cells < 1:
+        raise ValueError(f"--cells must be at least 1; got {num_cells}.")
     if unknown := set(skip) - set(result_names(folder)):
         raise ValueError(
             f"--skip names {sorted(unknown)}, which {folder} has no rows of."
@@ -421,21 +441,3 @@ def export(folder: Path, kind: str, out: Path) -> tuple[list[Path], dict[str, st
     if not paths and not errors:
         raise ValueError(f"no table of {folder} has {kind}.")
     return paths, errors
-
-
-@contextlib.contextmanager
-def executor_of(workers: int) -> Iterator[concurrent.futures.Executor | None]:
-    """Yields a pool of processes, or None for one worker.
-
-    Raises:
-      ValueError: There are fewer than one worker.
-    """
-    if workers < 1:
-        raise ValueError(f"--workers must be at least 1; got {workers}.")
-    if workers == 1:
-        yield None
-        return
-    # A forked process would share the threads of JAX.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield pool

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .columns import is_time
 from .report import TableResult
 from .rows import Row, cell_key
 
@@ -12,7 +13,7 @@ PROVENANCE = (
     "scale", "budget",
 )  # fmt: skip
 MAX_NAMED_CELLS = 3
-IGNORED = {*PROVENANCE, "command", "time", "table", "run_seconds", "compile_seconds"}
+IGNORED = {*PROVENANCE, "command", "time", "table"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def compare(result: TableResult, reference: TableResult) -> list[Difference]:
         name for key in shared for name in rows[0][key] | rows[1][key]
     )
     for name in names:
-        if name in IGNORED or name in fields:
+        if name in IGNORED or name in fields or is_time(name):
             continue
         pairs = [
             (key, rows[0][key].get(name), rows[1][key].get(name)) for key in shared

@@ -4,21 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .loading import TableRef
-from .rows import Row
+from .rows import Row, cell_key
 from .runner import RunOptions, check_options
 from .table import Table
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """The cells of one method.
+    """The cells of one method that have no row yet.
 
     Attributes:
       label: Label of the row.
       num_tuning_runs: Number of tuning runs.
       num_runs: Number of reported runs.
       max_cost: Gradient-equivalents of all of them, if every run spends its budget.
-      seconds: Expected seconds by the committed rows, if they have them.
+      seconds: Expected seconds by the committed rows of this scale and budget, if there
+        are any.
     """
 
     label: str
@@ -29,35 +30,45 @@ class PlannedRow:
 
 
 def plan(
-    ref: TableRef, options: RunOptions, committed: Sequence[Row]
+    ref: TableRef,
+    options: RunOptions,
+    finished: Sequence[Row],
+    committed: Sequence[Row],
 ) -> list[PlannedRow]:
     """Returns the cells that a run would measure, by label, and what they may cost.
 
     Args:
       ref: The table.
       options: What would be run.
+      finished: Rows that the run would continue, whose cells are left out.
       committed: Rows of an earlier run, from which the seconds are estimated.
     """
     table = ref.load()
     check_options(table, options)
     stages = table.stages(options.scale, options.seeds)
     cells = [cell for stage in stages for cell in stage]
-    budget = table.budget_of(options.scale) if isinstance(table, Table) else None
     labels = dict.fromkeys(str(cell["method"]) for cell in cells)
+    budget = table.budget_of(options.scale) if isinstance(table, Table) else None
+    key_fields = table.key_fields
+    done = {cell_key(row, key_fields) for row in finished}
+    cells = [cell for cell in cells if cell_key(cell, key_fields) not in done]
     planned = []
     for label in labels:
         if options.only and label not in options.only:
             continue
         method_cells = [cell for cell in cells if cell["method"] == label]
         num_tuning = sum(cell.get("stage") == "tuning" for cell in method_cells)
-        factor = 1
+        max_cost = None
         if isinstance(table, Table):
             factor = getattr(table.methods[label], "budget_factor", 1)
-        max_cost = None if budget is None else budget * factor * len(method_cells)
+            max_cost = table.budget_of(options.scale) * factor * len(method_cells)
+            max_cost += table.selection_cost * num_tuning
         seconds = [
             row["run_seconds"]
             for row in committed
-            if row["method"] == label and row.get("run_seconds") is not None
+            if row["method"] == label
+            and (row["scale"], row.get("budget")) == (options.scale, budget)
+            and row.get("run_seconds") is not None
         ]
         mean = sum(seconds) / len(seconds) if seconds else None
         planned.append(

@@ -22,7 +22,6 @@ from .report import TableResult, main_table
 from .rows import Row
 from .table import Table
 
-FORMATS = ("csv", "latex", "pdf", "settings", "splits", "mlflow", "tensorboard")
 EXTRA = "needs its extra: pip install 'hypergrad-jax[{}]'"
 MAX_METRICS_PER_CALL = 1000  # of MLflow
 
@@ -32,7 +31,7 @@ def export(result: TableResult, kind: str, folder: Path) -> Path | None:
 
     Args:
       result: The rows of a table.
-      kind: One of `FORMATS`.
+      kind: One of `WRITERS`.
       folder: Where the file or the store is written.
 
     Returns:
@@ -41,27 +40,15 @@ def export(result: TableResult, kind: str, folder: Path) -> Path | None:
     Raises:
       ValueError: The format is unknown, or its package is not installed.
     """
-    writers = {
-        "csv": write_csv,
-        "latex": write_latex,
-        "pdf": write_pdf,
-        "settings": write_settings,
-        "splits": write_splits,
-        "mlflow": write_mlflow,
-        "tensorboard": write_tensorboard,
-    }
-    if kind not in writers:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {kind!r}.")
+    if kind not in WRITERS:
+        raise ValueError(f"format must be one of {', '.join(WRITERS)}; got {kind!r}.")
     atomic_io.make_directory(folder)
-    return writers[kind](result, folder)
+    return WRITERS[kind](result, folder)
 
 
 def write_csv(result: TableResult, folder: Path) -> Path:
     """Writes one line per row with all scalar fields and the tuned settings."""
-    rows = [
-        row | {f"settings.{name}": x for name, x in _settings(row).items()}
-        for row in result.printed_rows
-    ]
+    rows = [row | _setting_fields(row) for row in result.printed_rows]
     scalars = (name for row in rows for name, x in row.items() if _is_scalar(x))
     names = list(dict.fromkeys(scalars))
     text = io.StringIO()
@@ -77,6 +64,11 @@ def _settings(row: Row) -> dict[str, Any]:
     """Returns the settings of the method of a row, if it has any."""
     settings = row.get("settings")
     return settings if isinstance(settings, dict) else {}
+
+
+def _setting_fields(row: Row) -> dict[str, Any]:
+    """Returns the settings of a row as fields ``settings.NAME``."""
+    return {f"settings.{name}": value for name, value in _settings(row).items()}
 
 
 def write_latex(result: TableResult, folder: Path) -> Path | None:
@@ -106,11 +98,10 @@ def write_latex(result: TableResult, folder: Path) -> Path | None:
     return path
 
 
-def write_pdf(result: TableResult, folder: Path) -> Path:
-    """Writes the figure as a PDF."""
+def write_pdf(result: TableResult, folder: Path) -> Path | None:
+    """Writes the figure as a PDF, if the table has one."""
     path = folder / f"{result.name}.pdf"
-    plot(result, path)
-    return path
+    return path if plot(result, path) else None
 
 
 # What others build on: chosen settings, and the data of each seed.
@@ -212,7 +203,7 @@ def _write_mlflow_run(client: Any, experiment_id: str, row: Row) -> None:
         client.log_batch(
             run_id, metrics=metrics[offset : offset + MAX_METRICS_PER_CALL]
         )
-    params = [Param(_safe(k), x[:500]) for k, x in row.items() if isinstance(x, str)]
+    params = [Param(_safe(k), x[:500]) for k, x in _texts(row).items()]
     client.log_batch(run_id, params=params[:100])
     client.set_terminated(run_id, "FINISHED")
 
@@ -250,7 +241,7 @@ def _tensorboard_events(row: Row) -> Iterator[Any]:
 
     time = _timestamp(row)
     yield Event(wall_time=time, file_version="brain.Event:2")
-    for name, value, step in _numbers(row):
+    for name, value, step in _numbers(row | _setting_fields(row)):
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
         yield Event(wall_time=time, step=step, summary=summary)
 
@@ -265,6 +256,12 @@ def _numbers(row: Row) -> Iterator[tuple[str, float, int]]:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             if is_number and math.isfinite(number):
                 yield name, float(number), step
+
+
+def _texts(row: Row) -> dict[str, str]:
+    """Returns the fields of a row that are text, and its settings."""
+    texts = {name: x for name, x in row.items() if isinstance(x, str)}
+    return texts | {name: str(x) for name, x in _setting_fields(row).items()}
 
 
 def _digest(row: Row) -> str:
@@ -296,3 +293,14 @@ def _to_latex(text: str) -> str:
     for character in "&%$#_{}":
         text = text.replace(character, "\\" + character)
     return text.replace("±", r"$\pm$")
+
+
+WRITERS = {
+    "csv": write_csv,
+    "latex": write_latex,
+    "pdf": write_pdf,
+    "settings": write_settings,
+    "splits": write_splits,
+    "mlflow": write_mlflow,
+    "tensorboard": write_tensorboard,
+}

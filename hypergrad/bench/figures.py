@@ -12,11 +12,16 @@ from .report import TableResult
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def plot(result: TableResult, path: Path) -> None:
+def plot(result: TableResult, path: Path) -> bool:
     """Draws the figure of a table, by its own plot or the default one.
 
     An existing file is replaced by a complete figure or not at all.
+
+    Returns:
+      True, or False for a table without a figure: without a plot or a column.
     """
+    if result.table.plot is None and not result.table.columns:
+        return False
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         if result.table.plot is None:
@@ -24,6 +29,7 @@ def plot(result: TableResult, path: Path) -> None:
         else:
             result.table.plot(result.printed_rows, draft)
         atomic_io.atomic_write(path, draft.read_bytes())
+    return True
 
 
 def plot_default(result: TableResult, path: Path) -> None:

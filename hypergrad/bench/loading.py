@@ -1,5 +1,6 @@
 """Finding and importing tables and methods from files, without any registration."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -7,6 +8,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,10 @@ from .source import digest_files, local_imports
 from .table import BaseTable, Table
 
 FOLDER = Path("benchmarks")
+
+
+class LoadError(ValueError):
+    """The file of a table or of a method cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def parse_method(text: str) -> tuple[Path, str]:
       ValueError: The text has another form, or there is no such file.
     """
     file, separator, function = text.rpartition(":")
-    if not (separator and file and function.isidentifier()):
+    if not (separator and file.endswith(".py") and function.isidentifier()):
         raise ValueError(f"--method must be FILE.py:FUNCTION; got {text!r}.")
     path = Path(file)
     if not path.is_file():
@@ -145,6 +151,7 @@ def load_table(path: Path) -> BaseTable:
         for label, method in table.methods.items():
             check_method(label, method)
     _check_labels(path, table)
+    _check_columns(path, table)
     return table
 
 
@@ -152,17 +159,26 @@ def load_listed_table(path: Path) -> BaseTable:
     """Returns the table of a file that is one of several.
 
     Raises:
-      ValueError: The file has no table or its code failed, by whatever error.
+      LoadError: The file has no table or its code failed, by whatever error.
     """
-    try:
+    with locate_errors(path):
         return load_table(path)
+
+
+@contextlib.contextmanager
+def locate_errors(path: Path) -> Iterator[None]:
+    """Raises a LoadError with file and line for any error of the code of a file."""
+    try:
+        yield
+    except LoadError:
+        raise
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise LoadError(
             f"{path} needs {error.name}, which is not installed: {error} in "
             f"{error_position(error)}"
         ) from error
     except (Exception, SystemExit) as error:
-        raise ValueError(
+        raise LoadError(
             f"{path} cannot be imported: {type(error).__name__} in "
             f"{error_position(error)}: {error}"
         ) from error
@@ -191,6 +207,16 @@ def _check_labels(path: Path, table: BaseTable) -> None:
         )
 
 
+def _check_columns(path: Path, table: BaseTable) -> None:
+    """Raises ValueError if a published number is of a column that is not printed."""
+    names = {column.name for column in table.printed_columns}
+    if unknown := {column for _, column in table.published} - names:
+        raise ValueError(
+            f"published numbers of {path.name} name the columns "
+            f"{', '.join(sorted(unknown))}; its columns are {', '.join(sorted(names))}."
+        )
+
+
 def load_method(path: Path, function: str) -> Method:
     """Returns a checked method of a user's file."""
     module = import_file(path)
@@ -211,6 +237,10 @@ def import_file(path: Path) -> ModuleType:
 
     A file in a package, that is beside an ``__init__.py``, is imported as a member of
     the package, so that it can import its neighbours relatively.
+
+    Raises:
+      LoadError: The code of the file failed, or its package is hidden by another one of
+        the same name.
     """
     path = path.resolve()
     root, parts = path.parent, [path.stem]
@@ -224,7 +254,14 @@ def import_file(path: Path) -> ModuleType:
     if len(parts) > 1:
         if str(root) not in sys.path:
             sys.path.insert(0, str(root))
-        return importlib.import_module(name)
+        with locate_errors(path):
+            module = importlib.import_module(name)
+        if Path(module.__file__ or "").resolve() != path:
+            raise LoadError(
+                f"{path} is the module {name}, but this name belongs to "
+                f"{module.__file__}. Rename one of the two packages."
+            )
+        return module
     # A name of its own, so that a file called like a library does not hide it.
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -237,7 +274,8 @@ def import_file(path: Path) -> ModuleType:
     if str(root) not in sys.path:
         sys.path.append(str(root))
     try:
-        spec.loader.exec_module(module)
+        with locate_errors(path):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -105,23 +105,32 @@ def check_method(label: str, method: Any) -> None:
         )
     if grid is None:
         return
-    if not isinstance(grid, Mapping) or not all(map(_is_sequence, grid.values())):
-        raise MethodError(
-            f"{label}.grid must map each setting to a sequence of its values, as in "
-            f"{{'learning_rate': (0.1,)}}; got {grid!r}."
-        )
+    check_grid(f"{label}.grid", grid)
     if unknown := set(grid) - set(names) if not takes_any else set():
         raise MethodError(f"{label}.grid sets {sorted(unknown)}, which {label} lacks.")
     if missing := needed - set(grid):
         raise MethodError(f"{label}.grid does not set {sorted(missing)}.")
 
 
+def check_grid(name: str, grid: Any) -> None:
+    """Raises MethodError unless a grid maps each setting to a sequence of values."""
+    if not isinstance(grid, Mapping) or not all(map(_is_sequence, grid.values())):
+        raise MethodError(
+            f"{name} must map each setting to a sequence of its values, a list, a "
+            f"tuple or an array, as in {{'learning_rate': (0.1,)}}; got {grid!r}."
+        )
+
+
 def _is_sequence(values: Any) -> bool:
-    """Returns True for a list, a tuple or an array with at least one value."""
-    try:
-        return not isinstance(values, str) and len(values) > 0
-    except TypeError:
-        return False
+    """Returns True for a list, a tuple or an array with at least one value.
+
+    The order of a set depends on the process, and rows number the settings.
+    """
+    if isinstance(values, np.ndarray | jax.Array):
+        return values.ndim > 0 and len(values) > 0
+    return (
+        isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    )
 
 
 def run_method(
@@ -146,18 +155,18 @@ def run_method(
         )
     cost = np.asarray(trace.cost, float)
     total = float(cost[-1]) if cost.size else 0.0
-    # A run ends with the step that spends the rest of its budget.
-    before_last_step = float(cost[-2]) if cost.size > 1 else 0.0
     if not math.isfinite(total):
         raise MethodError(
             f"the run cost {total} gradient-equivalents, so that its budget cannot be "
             "kept. An estimator of your own must return its cost: "
             "hg.extend.make_estimate(..., **hg.extend.cost_stats(...))."
         )
-    if before_last_step > budget:
+    # A run ends with the step that spends the rest of its budget.
+    if cost_before_last_step(cost, trace.record_every) > budget:
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
-            f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search."
+            f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search, and leave "
+            "record_every at 1, because the budget is checked once per row."
         )
     return MethodRun(
         trace=trace,
@@ -171,6 +180,20 @@ def run_method(
         record=thin_curves(np.asarray(trace.value, float), cost)
         | status_if_incomplete(trace),
     )
+
+
+def cost_before_last_step(cost: np.ndarray, record_every: int) -> float:
+    """Returns the cost of a run before its last step, as if a row's steps cost alike.
+
+    Args:
+      cost: ``[rows]``, the total cost after each row. Rows of no cost, in which no step
+        was made, do not count.
+      record_every: Number of steps per row.
+    """
+    earlier = cost[cost < cost[-1:]]
+    before_row = float(earlier[-1]) if earlier.size else 0.0
+    last_row = float(cost[-1]) - before_row if cost.size else 0.0
+    return before_row + last_row * (1 - 1 / record_every)
 
 
 def status_if_incomplete(trace: Trace) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..runtime.fingerprint import HASH
-from .columns import Column
+from .columns import Column, is_time
 from .loading import TableRef
 from .report import TableResult
 from .rows import Row
@@ -78,7 +78,7 @@ def compared_columns(result: TableResult, row: Row) -> list[Column]:
         for column in result.table.printed_columns
         if column.name in row
         and isinstance(row[column.name], int | float | None)
-        and not column.name.endswith("seconds")
+        and not is_time(column.name)
     ]
 
 

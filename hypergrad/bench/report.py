@@ -1,12 +1,13 @@
 """The printed form of a table in Markdown."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..runtime.console import printable
-from .claims import Finding, Published
+from .claims import MISSING_ROWS, Finding, Published
 from .columns import Column
 from .rows import Row
 from .table import BaseTable, result_rows
@@ -20,7 +21,7 @@ class TableResult:
 
     Attributes:
       name: Name of the table.
-      table: The table, or None if its file is not at hand.
+      table: The table, as its file defines it now.
       rows: All rows of its file.
     """
 
@@ -37,6 +38,19 @@ class TableResult:
     def scale(self) -> str:
         """Scale of the rows."""
         return str(self.rows[0]["scale"])
+
+    @property
+    def deviations(self) -> list[str]:
+        """Deviations of the rows from the seeds and budget of the table, in words."""
+        table, texts = self.table, []
+        num_seeds = len({row.get("seed") for row in self.printed_rows})
+        if num_seeds < table.seeds:
+            texts.append(f"{num_seeds} seeds; the table has {table.seeds}")
+        used = self.printed_rows[0].get("budget")
+        budget = getattr(table, "budget_of", lambda scale: None)(self.scale)
+        if used not in (None, budget):
+            texts.append(f"made with the budget {used}; the table has {budget}")
+        return texts
 
     @property
     def labels(self) -> list[str]:
@@ -113,7 +127,7 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
         if any("method_source" in row for row in result.printed_rows):
             lines += ["", "A star marks a method that was added with `--method`."]
     else:
-        lines += table.body(result.printed_rows)
+        lines += _body_lines(table.body, result.printed_rows)
     if table.published:
         lines += ["", "## Published numbers", ""]
         lines += _markdown_table(*published_table(result))
@@ -121,8 +135,11 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     lines += [finding.markdown for finding in result.findings]
     lines += _legend(result)
     for stage in dict.fromkeys(row.get("stage") for row in result.rows):
+        if not stage:
+            continue
         stage_rows = [row for row in result.rows if row.get("stage") == stage]
-        if stage and (body := table.stage_body(stage, stage_rows)):
+        body = _body_lines(functools.partial(table.stage_body, stage), stage_rows)
+        if body:
             lines += ["", f"## Stage: {stage}", "", *body]
     if failures:
         lines += ["", "## Rows that failed", ""]
@@ -130,6 +147,14 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     if table.protocol:
         lines += ["", "## Protocol", "", table.protocol]
     return printable("\n".join(lines) + "\n")
+
+
+def _body_lines(body: Callable[[list[Row]], list[str]], rows: list[Row]) -> list[str]:
+    """Returns what a table prints of its rows, or that some of them are missing."""
+    try:
+        return body(rows)
+    except MISSING_ROWS as error:
+        return [f"These rows are not printed: others are missing ({error!r})."]
 
 
 def _legend(result: TableResult) -> list[str]:
@@ -202,8 +227,12 @@ def _compare(
     """Returns the cells of a number of a paper beside the ``[seeds]`` values of ours.
 
     Values are NaN for seeds whose run failed or did not stay finite, and nothing is
-    reproduced by the others alone.
+    reproduced by the others alone. Nothing is judged of fewer seeds than those of the
+    table or of another budget.
     """
+    judge_value = lambda mean: (
+        None if result.deviations else number.is_reproduced(mean, result.scale)
+    )
     paper = format(number.value, form)
     if number.deviation is not None:
         paper += f" ± {format(number.deviation, form)}"
@@ -211,14 +240,14 @@ def _compare(
         return [paper, number.tag, "not run", "-", "-"]
     finite = values[np.isfinite(values)]
     if not finite.size:
-        can_be_judged = number.is_reproduced(number.value, result.scale) is not None
+        can_be_judged = judge_value(number.value) is not None
         verdict = "no" if can_be_judged else "not judged"
         return [paper, number.tag, "not finite", "-", verdict]
     mean = float(np.mean(finite))
     measured = format(mean, form)
     if finite.size > 1:
         measured += f" ± {format(np.std(finite, ddof=1), form)}"
-    is_reproduced = number.is_reproduced(mean, result.scale)
+    is_reproduced = judge_value(mean)
     if finite.size < values.size:
         measured += f" ({finite.size} of {values.size} seeds)"
         is_reproduced = None if is_reproduced is None else False

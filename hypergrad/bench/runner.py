@@ -22,12 +22,25 @@ from . import provenance
 from .loading import TableRef, error_position
 from .methods import MethodError
 from .provenance import PROCESS_FIELDS
-from .rows import Cell, Row, append_row, cell_key, read_rows, set_cut_line_aside
+from .rows import (
+    Cell,
+    Row,
+    append_row,
+    cell_key,
+    parse_line,
+    read_rows,
+    set_cut_line_aside,
+    to_line,
+)
 from .source import digest_sources
 from .table import BaseTable
 
 #: Fields of a row that must be equal in all rows of a file.
 COMMON_FIELDS = ("table", "scale", "budget", "data", *provenance.COMMON_FIELDS)
+#: Fields of a row that neither its cell nor a measurement may have.
+RESERVED_FIELDS = {
+    *COMMON_FIELDS, "commit", "command", "machine", "method_source", "time", "sha256",
+}  # fmt: skip
 
 
 class Executor(Protocol):
@@ -138,12 +151,10 @@ def run_table(
                     if num_rows == 0:  # a worker may have another device
                         common |= {name: outcome[name] for name in PROCESS_FIELDS}
                     num_rows += 1
-                    row = cell | outcome | common | {"time": utc_now()}
+                    origin = common | {"time": utc_now()}
                     if label in method_sources:
-                        row["method_source"] = method_sources[label]
-                    _check_source_is_unchanged(outcome, row)
-                    _check_process_is_alike(outcome, row)
-                    append_row(path, row)
+                        origin["method_source"] = method_sources[label]
+                    append_row(path, _make_row(cell, outcome, origin, key_fields))
                 progress(num_done, num_cells, label)
             result.rows = read_rows(path)
     requested = {key_of(cell) for stage in stages for cell in stage}
@@ -158,18 +169,24 @@ def measure_cell(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row 
         return _measure(ref, cell, scale, rows) | origin
     except MethodError as error:
         return str(error)
-    except Exception as error:  # whatever a user's method raises must not end the run
+    except (Exception, SystemExit) as error:  # of a method; the run goes on
         return f"{type(error).__name__} in {error_position(error)}: {error}"
 
 
 def _measure(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row:
     try:
-        return ref.load().measure(cell, scale, rows)
+        row = ref.load().measure(cell, scale, rows)
     except MethodError as error:
         if cell.get("stage") != "tuning":
             raise
         # A setting that diverges is a bad setting.
         return {"selection": None, "gradient_equivalents": None, "error": str(error)}
+    if taken := RESERVED_FIELDS & row.keys():
+        raise MethodError(
+            f"the measurement must not return the fields {', '.join(sorted(taken))}, "
+            "which state the origin of each row. Give them other names."
+        )
+    return row
 
 
 def _origin(ref: TableRef, label: str) -> Row:
@@ -192,6 +209,26 @@ def loaded_sources(ref: TableRef) -> tuple[dict[str, str], dict[str, str]]:
     return digest_sources(ref.path), ref.method_sources()
 
 
+def _make_row(cell: Cell, outcome: Row, origin: Row, key_fields: Sequence[str]) -> Row:
+    """Returns the row of a cell.
+
+    Args:
+      cell: The cell.
+      outcome: What `measure_cell` returned.
+      origin: Fields of the run; those of the outcome must be equal.
+      key_fields: Fields that identify a row.
+
+    Raises:
+      ValueError: The cell was measured by another source or on another device, or its
+        row would not be that of the cell.
+    """
+    row = cell | outcome | origin
+    _check_source_is_unchanged(outcome, row)
+    _check_process_is_alike(outcome, row)
+    _check_cell_is_unchanged(cell, row, key_fields)
+    return row
+
+
 def _check_source_is_unchanged(outcome: Row, row: Row) -> None:
     """Raises ValueError if a cell was measured with other source than the run's."""
     for name in ("source", "method_source"):
@@ -212,6 +249,22 @@ def _check_process_is_alike(outcome: Row, row: Row) -> None:
                 f"{row[name]}). Rows of both must not share a file; give workers that "
                 "are alike, or another --out."
             )
+
+
+def _check_cell_is_unchanged(cell: Cell, row: Row, key_fields: Sequence[str]) -> None:
+    """Raises ValueError if a row, once it is read again, is not found by its cell."""
+    saved = parse_line(to_line(row).rstrip("\n"), "the row")
+    old, new = cell_key(cell, key_fields), cell_key(saved, key_fields)
+    changed = [
+        f"{name} ({x!r}, in the row {y!r})"
+        for name, x, y in zip(key_fields, old, new, strict=True)
+        if x != y
+    ]
+    if changed:
+        raise ValueError(
+            f"the row of a cell must have the cell's {', '.join(changed)}. What "
+            "identifies a cell must be finite, and no measured field may have its name."
+        )
 
 
 def check_row_origin(
@@ -245,20 +298,40 @@ def _measure_all(
         for cell in cells:
             yield cell, measure_cell(ref, cell, options.scale, earlier)
         return
+    executor = options.executor
+    submit = lambda cell: executor.submit(
+        measure_cell, ref, cell, options.scale, earlier
+    )
+    interrupted = []
+    for cell, outcome in _await_all(submit, cells, options.max_pending):
+        if isinstance(outcome, concurrent.futures.BrokenExecutor):
+            interrupted.append(cell)
+        else:
+            yield cell, outcome
+    # A cell that ends its worker also interrupts the cells that wait beside it. If
+    # each is measured alone, only the cell itself fails.
+    for cell, outcome in _await_all(submit, interrupted, 1):
+        if isinstance(outcome, concurrent.futures.BrokenExecutor):
+            outcome = _worker_message(outcome)
+        yield cell, outcome
+
+
+def _await_all(
+    submit: Callable[[Cell], Any], cells: Sequence[Cell], max_pending: int
+) -> Iterator[tuple[Cell, Row | str | concurrent.futures.BrokenExecutor]]:
+    """Yields each cell with its outcome, or with the error of a broken executor."""
     waiting, futures = list(reversed(cells)), {}
     while waiting or futures:
-        while waiting and len(futures) < options.max_pending:
+        while waiting and len(futures) < max_pending:
             cell = waiting.pop()
-            arguments = (ref, cell, options.scale, earlier)
             try:
-                future = options.executor.submit(measure_cell, *arguments)
+                future = submit(cell)
             except concurrent.futures.BrokenExecutor as error:
-                yield cell, f"the executor has ended: {error}"
+                yield cell, error
                 continue
             futures[future] = cell
         for future in _wait_for_some(list(futures)):
-            cell = futures.pop(future)
-            yield cell, _outcome(future)
+            yield futures.pop(future), _outcome(future)
 
 
 def _wait_for_some(futures: list) -> list:
@@ -273,11 +346,17 @@ def _wait_for_some(futures: list) -> list:
     return done
 
 
-def _outcome(future: Any) -> Row | str:
+def _outcome(future: Any) -> Row | str | concurrent.futures.BrokenExecutor:
     try:
         return future.result()
-    except Exception as error:  # the worker died
-        return f"{type(error).__name__} of the worker: {error}"
+    except concurrent.futures.BrokenExecutor as error:
+        return error
+    except (Exception, SystemExit) as error:  # the worker failed
+        return _worker_message(error)
+
+
+def _worker_message(error: BaseException) -> str:
+    return f"{type(error).__name__} of the worker: {error}"
 
 
 def data_fingerprint(table: BaseTable) -> str:
@@ -287,7 +366,7 @@ def data_fingerprint(table: BaseTable) -> str:
 
 
 def check_options(table: BaseTable, options: RunOptions) -> None:
-    """Raises ValueError if seeds, scale, budget or labels do not fit the table."""
+    """Raises ValueError for options that do not fit the table, and for bad cells."""
     budget = getattr(table, "budget_of", lambda scale: 1.0)
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {options.seeds}.")
@@ -302,6 +381,11 @@ def check_options(table: BaseTable, options: RunOptions) -> None:
     labels = {
         cell["method"] for stage in table.stages(options.scale, 1) for cell in stage
     }
+    if taken := RESERVED_FIELDS & set(table.key_fields):
+        raise ValueError(
+            f"cells must not have the fields {', '.join(sorted(taken))}, which state "
+            "the origin of each row. Give them other names."
+        )
     if unknown := set(options.only) - labels:
         raise ValueError(
             f"--only names {', '.join(sorted(unknown))}; the table has the rows "

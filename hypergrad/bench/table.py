@@ -31,7 +31,7 @@ from .claims import (
     evaluate_comparisons,
 )
 from .columns import COST_COLUMNS, Column
-from .methods import Method, MethodError, run_method, settings_of
+from .methods import Method, MethodError, check_grid, run_method, settings_of
 from .rows import Cell, Row, select
 from .statistics import Resplits
 
@@ -70,8 +70,8 @@ class BaseTable(abc.ABC):
       findings: ``rows -> list of Finding``, further lines under the table.
       resplits: Set if the seeds are re-splits of one data set.
       body: ``rows -> lines of Markdown``, printed in place of the table of columns.
-      plot: ``(rows, path)`` draws the figure. Defaults to one bar per method of the
-        first column.
+      plot: ``(rows, path)`` draws the figure. Defaults to the values of the first
+        column by method, beside the recorded curves; there is none without a column.
       paradigm: Learning paradigm, for the overview.
       source: The paper that the table follows.
       data: Name of the data set.
@@ -232,8 +232,10 @@ class Table(BaseTable):
         """Uses the metrics as columns and the first one to rank, unless given.
 
         Raises:
-          ValueError: A metric that is reported is also used to choose settings.
+          ValueError: A metric that is reported is also used to choose settings, or the
+            grid of the task is not one.
         """
+        check_grid("task_grid", self.task_grid)
         selection = {name.removeprefix("-") for name in self.selection}
         if shared := selection & set(self.metrics):
             raise ValueError(
@@ -261,20 +263,19 @@ class Table(BaseTable):
         return dataclasses.replace(self, methods={**self.methods, **methods})
 
     def evaluate(self, rows: Sequence[Row]) -> list[Finding]:
-        """Returns the outcomes, and how each added method differs from each row."""
+        """Returns the outcomes, and how each added method differs from each row.
+
+        Two added methods are compared once.
+        """
         findings, rows = super().evaluate(rows), result_rows(rows)
-        added = {row["method"] for row in rows if "method_source" in row}
-        labels = list(dict.fromkeys(row["method"] for row in rows))
-        comparisons = [
-            Comparison(
-                label,
-                tuple(rival for rival in labels if rival != label),
-                self.metrics[0],
-                self.lower_is_better,
+        rivals = list(dict.fromkeys(row["method"] for row in rows))
+        added = dict.fromkeys(row["method"] for row in rows if "method_source" in row)
+        comparisons = []
+        for label in added:
+            rivals.remove(label)
+            comparisons.append(
+                Comparison(label, tuple(rivals), self.metrics[0], self.lower_is_better)
             )
-            for label in labels
-            if label in added
-        ]
         # In one family, however many methods are added.
         return findings + evaluate_comparisons(comparisons, rows, self.resplits)
 

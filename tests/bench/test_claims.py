@@ -14,6 +14,7 @@ from hypergrad.bench import (
     MeasurementTable,
     Published,
     Resplits,
+    Stage,
     Table,
     pages,
     report,
@@ -165,6 +166,7 @@ def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
         measure_cell=lambda cell, rows: {},
         columns=(Column("accuracy", form=".3f"),),
         published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
+        seeds=3,
     )
     rows = [
         {"method": "new", "seed": i, "accuracy": value, "scale": "paper"}
@@ -175,8 +177,33 @@ def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
     assert cells[-1] == verdict
 
 
+@pytest.mark.parametrize(
+    ("seeds", "budget", "verdict"),
+    [(3, 60, "yes (within 0.02)"), (2, 60, "not judged"), (3, 30, "not judged")],
+)
+def test_rows_of_fewer_seeds_or_another_budget_reproduce_nothing(
+    seeds, budget, verdict
+):
+    table = Table(
+        task=None,
+        methods={"new": None},
+        metrics=("accuracy",),
+        budget=60,
+        seeds=3,
+        published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
+    )
+    row = {"method": "new", "scale": "paper", "accuracy": 0.94, "budget": budget}
+    rows = [row | {"seed": seed} for seed in range(seeds)]
+    result = report.TableResult("toy", table, rows)
+    _, (cells,) = report.published_table(result)
+    assert cells[-1] == verdict
+    diverged = [row | {"accuracy": None} for row in rows]
+    _, (cells,) = report.published_table(report.TableResult("toy", table, diverged))
+    assert cells[-1] == verdict.replace("yes (within 0.02)", "no")
+
+
 def test_comparisons_of_several_added_methods_are_one_family():
-    """Two added methods and one of the table make four pairs, corrected by Holm."""
+    """Two added methods and one of the table make three pairs, corrected by Holm."""
     table = Table(task=None, methods={}, metrics=("accuracy",), budget=1.0)
     noises = {"base": 0.0 * NOISE, "first": NOISE, "second": 0.7 * NOISE[::-1]}
     rows = [
@@ -185,9 +212,14 @@ def test_comparisons_of_several_added_methods_are_one_family():
         for (method, noises), gain in zip(noises.items(), (0, 0.1, 0.2), strict=True)
         for seed, noise in enumerate(noises)
     ]
-    findings = table.evaluate(rows)
-    levels = re.findall(r"\(([\d.]+)% interval", " ".join(x.text for x in findings))
-    assert sorted(map(float, levels)) == [95.0, 97.5, 98.33, 98.75]
+    texts = [finding.text for finding in table.evaluate(rows)]
+    levels = re.findall(r"\(([\d.]+)% interval", " ".join(texts))
+    assert sorted(map(float, levels)) == [95.0, 97.5, 98.33]
+    assert [text.partition(" in ")[0] for text in texts] == [
+        "first against base",
+        "first against second",
+        "second against base",
+    ]
 
 
 def test_a_method_that_lacks_a_seed_reproduces_nothing():
@@ -202,6 +234,7 @@ def test_a_method_that_lacks_a_seed_reproduces_nothing():
         measure_cell=lambda cell, rows: {},
         columns=(Column("accuracy", form=".3f"),),
         published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
+        seeds=3,
     )
     rows = [
         {"method": method, "seed": seed, "accuracy": 0.94, "scale": "paper"}
@@ -266,6 +299,25 @@ def test_the_printed_form_says_what_intervals_and_trust_mean(resplits):
     text = report.to_markdown(report.TableResult("toy", plain, rows))
     assert "Holm" not in text
     assert "untrusted" not in text
+
+
+def test_a_body_that_needs_missing_rows_is_left_out():
+    """As where cells failed, of which the printed form says why."""
+    stage = Stage(
+        "tuning", lambda *_: [], lambda *_: {}, body=lambda rows: [rows[0]["loss"]]
+    )
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        earlier_stages=(stage,),
+        body=lambda rows: [rows[9]["accuracy"]],
+    )
+    row = {"method": "new", "seed": 0, "scale": "small", "device": "cpu"}
+    result = report.TableResult("toy", table, [row | {"stage": "tuning"}, row])
+    text = report.to_markdown(result, {"old": "the disk is full"})
+    assert "others are missing (IndexError(" in text
+    assert "others are missing (KeyError('loss'))" in text
+    assert "- old: the disk is full" in text
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0], ids=["percent", "fraction"])

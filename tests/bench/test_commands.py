@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,9 +23,21 @@ import pytest
 from rich.console import Console
 
 from hypergrad import cli, tasks
-from hypergrad.bench import check, commands, export, loading, recompute
+from hypergrad.bench import (
+    Claim,
+    Comparison,
+    check,
+    commands,
+    export,
+    loading,
+    recompute,
+)
+from hypergrad.bench import compare as comparisons
+from hypergrad.bench.dry_run import plan
 from hypergrad.bench.rows import read_rows, to_line
+from hypergrad.bench.runner import RunOptions
 from hypergrad.runtime.console import CONTROL_CHARACTER, print_markdown
+from tests.bench.toy_table import TABLE
 
 
 def call_in_a_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -84,6 +97,81 @@ def test_a_second_run_measures_nothing(folder):
     before = (folder / "runs" / "quadratic.jsonl").read_bytes()
     assert call_in_a_process(folder, "run", "quadratic.py").returncode == 0
     assert (folder / "runs" / "quadratic.jsonl").read_bytes() == before
+
+
+#: A table whose cells of one method fail, and whose body needs them.
+BROKEN_BODY = """
+from hypergrad.bench import MeasurementTable
+
+def measure(cell, rows):
+    if cell["method"] == "bad":
+        raise RuntimeError("the disk is full")
+    return {{"value": 1.0}}
+
+table = MeasurementTable(
+    cells=lambda scale, seeds: [{{"method": x, "seed": 0}} for x in {methods}],
+    measure_cell=measure,
+    body=lambda rows: [str({body})],
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("methods", "body", "message", "num_files"),
+    [
+        (("good", "bad"), "rows[1]", "others are missing (IndexError", 2),
+        (
+            ("good", "bad"),
+            "1 / 0",
+            ": ZeroDivisionError in toy.py, line 12",
+            1,
+        ),
+        (("bad",), "rows[1]", "No row was made", 1),
+        ((), "rows[1]", "toy failed: it has no rows", 1),
+    ],
+)
+def test_a_run_says_why_cells_failed_whatever_it_cannot_print(
+    tmp_path, methods, body, message, num_files
+):
+    text = BROKEN_BODY.format(methods=methods, body=body)
+    (tmp_path / "toy.py").write_text(text)
+    done = call(tmp_path, "run", "toy.py")
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr
+    assert ("RuntimeError in toy.py, line 6: the disk is full" in done.stderr) == (
+        "bad" in methods
+    )
+    assert done.stdout.count("wrote ") == num_files
+
+
+def test_a_table_of_a_body_alone_has_no_figure(tmp_path):
+    text = BROKEN_BODY.format(methods=("good",), body="len(rows)")
+    (tmp_path / "toy.py").write_text(text)
+    done = call(tmp_path, "run", "toy.py")
+    assert done.returncode == 0
+    assert "No figure was drawn" not in done.stdout
+    assert not list((tmp_path / "runs").glob("*.png"))
+    done = call(tmp_path, "report", "runs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<img" not in (tmp_path / "runs" / "html" / "toy.html").read_text()
+    assert call(tmp_path, "export", "runs", "pdf").returncode == 1
+
+
+def test_a_number_is_not_reproduced_at_a_budget_of_the_command_line(tmp_path):
+    text = TABLE.replace(
+        "    seeds=5,", "    published={('nothing', 'distance'): NUMBER}, seeds=1,"
+    )
+    number = "from hypergrad.bench import Published\nNUMBER = Published("
+    number += "1.4, 1.0, 'verified', scale='small')\n"
+    (tmp_path / "quadratic.py").write_text(number + text)
+    arguments = ("run", "quadratic.py", "--only", "nothing")
+    for options, verdict in (
+        (("--out", "same"), "yes (within 1)"),
+        (("--out", "other", "--budget", "30"), "not judged"),
+    ):
+        assert call(tmp_path, *arguments, *options).returncode == 0
+        page = (tmp_path / options[1] / "quadratic.md").read_text()
+        assert f"| {verdict} |" in page
 
 
 def test_check_judges_the_rows_and_fails_for_a_flipped_bit(folder, tmp_path):
@@ -233,6 +321,12 @@ def test_compare_finds_a_changed_number(folder, tmp_path):
     assert "distance in 1 cell" in changed.stdout
 
 
+def test_compare_leaves_out_all_seconds(folder):
+    result = load_result(folder)
+    rows = [row | {"training_seconds": i} for i, row in enumerate(result.rows)]
+    assert not comparisons.compare(result, dataclasses.replace(result, rows=rows))
+
+
 def test_compare_lists_the_tables_of_one_folder_in_one_line(folder, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -320,10 +414,47 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def planned_cells(folder: Path, *options: str) -> dict[str, list[str]]:
+    """Returns the cells of the printed plan of a run, by method."""
+    text = call(folder, "run", "quadratic.py", "--dry-run", *options).stdout
+    lines = [line.split("│")[1:-1] for line in text.splitlines() if "│" in line]
+    return {label.strip(): [x.strip() for x in cells] for label, *cells in lines}
+
+
+def test_a_dry_run_leaves_out_the_cells_that_have_rows(folder, tmp_path):
+    for cells in planned_cells(folder).values():
+        assert cells == ["0", "0", "0", "-"]
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    rows = [row for row in rows if (row["method"], row["seed"]) != ("descent", 3)]
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    plan = planned_cells(folder, "--out", str(tmp_path))
+    assert plan["descent"] == ["2", "1", "180", "-"]
+    assert plan["nothing"] == ["0", "0", "0", "-"]
+
+
+def test_a_dry_run_takes_seconds_of_the_same_budget_and_scale(shared_file, folder):
+    """The costs of selection are those of the tuning runs."""
+    ref = loading.TableRef(shared_file)
+    table = dataclasses.replace(ref.load(), selection_cost=7.0)
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    committed = [row | {"run_seconds": 2.0} for row in rows]
+    other_scale = [row | {"scale": "paper", "run_seconds": 50.0} for row in rows]
+    options = RunOptions("small", 5, folder, "", only=("descent",))
+    with mock.patch.object(loading, "load_table", return_value=table):
+        (row,) = plan(ref, options, [], [*committed, *other_scale])
+        assert (row.max_cost, row.seconds) == (15 * 60 + 10 * 7, 30.0)
+        other_ref = dataclasses.replace(ref, budget=30.0)
+        (row,) = plan(other_ref, options, [], committed)
+        assert (row.max_cost, row.seconds) == (15 * 30 + 10 * 7, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("run", "absent"), "no table 'absent'"),
+        (("run", "quadratic.py", "--method", "mine.txt:f"), "FILE.py:FUNCTION"),
+        (("run", "quadratic.py", "--method", "bad.py:f"), "KeyError in bad.py, line 2"),
+        (("recompute", "runs", "--cells", "0"), "--cells must be at least 1; got 0"),
         (("run", "mine.py"), "must define `table"),
         (("run", "quadratic.py", "--method", "mine.py"), "FILE.py:FUNCTION"),
         (("run", "quadratic.py", "--method", "mine.py:no_grid"), "no grid"),
@@ -336,6 +467,8 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(folder, tmp_path):
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
+    (folder / "mine.txt").touch()
+    (folder / "bad.py").write_text("names = {}\nnames['absent']\n")
     done = call(folder, *arguments)
     assert done.returncode == 1
     assert message in done.stderr
@@ -442,6 +575,21 @@ def test_an_export_says_that_no_table_has_splits(folder):
     assert "no table of runs has splits" in result.stderr
 
 
+def test_stores_of_runs_have_the_settings():
+    row = {"method": "descent", "seed": 0, "error": 1.5, "settings": {"rate": 0.1}}
+    assert export._texts(row) == {"settings.rate": "0.1", "method": "descent"}
+    numbers = list(export._numbers(row | export._setting_fields(row)))
+    assert numbers == [("seed", 0.0, 0), ("error", 1.5, 0), ("settings.rate", 0.1, 0)]
+
+
+def test_the_command_line_names_all_formats(folder, tmp_path):
+    formats = typing.get_args(cli.export.__annotations__["to"])
+    assert formats == tuple(export.WRITERS)
+    message = f"must be one of {', '.join(formats)}; got 'xls'"
+    with pytest.raises(ValueError, match=message):
+        export.export(load_result(folder), "xls", tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # in MLflow
 def test_mlflow_has_each_row_once(folder, tmp_path):
     mlflow = pytest.importorskip("mlflow")
@@ -454,6 +602,8 @@ def test_mlflow_has_each_row_once(folder, tmp_path):
     assert sorted(run.data.metrics["distance"] for run in runs) == sorted(
         row["distance"] for row in rows
     )
+    rates = [run.data.params.get("settings.learning_rate") for run in runs]
+    assert sorted(filter(None, rates)) == ["0.2"] * 5
 
 
 def test_tensorboard_has_each_row_once(folder, tmp_path):
@@ -467,6 +617,10 @@ def test_tensorboard_has_each_row_once(folder, tmp_path):
     assert len(files) == len(rows)
     events = loader.EventAccumulator(str(files[0].parent)).Reload()
     assert "distance" in events.Tags()["scalars"]
+    (file,) = (path / "quadratic").glob("descent, seed 0/*/events.*")
+    events = loader.EventAccumulator(str(file.parent)).Reload()
+    (rate,) = events.Scalars("settings.learning_rate")
+    assert rate.value == np.float32(0.2)
 
 
 def test_tensorboard_writes_through_no_link(folder, tmp_path):
@@ -493,6 +647,32 @@ def test_missing_and_repeated_cells_are_named(folder, tmp_path):
     texts = [finding.text for finding in findings]
     assert texts[0] == "missing: nothing, 2"
     assert texts[1].startswith("repeated: ")
+
+
+def test_an_interrupted_extension_of_the_seeds_lacks_reported_rows(folder, tmp_path):
+    """Its tuning runs come first; they are planned."""
+    table = loading.load_table(folder / "quadratic.py")
+    rows = read_rows(folder / "runs" / "quadratic.jsonl")
+    tuning = [row for row in rows if row.get("stage") and row["seed"] == 0]
+    rows += [row | {"seed": 5} for row in tuning]
+    (tmp_path / "quadratic.jsonl").write_text("".join(map(to_line, rows)))
+    findings = check.check_result("quadratic", table, tmp_path)
+    assert [finding.text for finding in findings] == [
+        f"missing: {name}, 5" for name in ("descent", "nothing", "random", "stay")
+    ]
+
+
+def test_a_claim_of_a_metric_that_no_row_has_fails(folder):
+    table = loading.load_table(folder / "quadratic.py")
+    pair = ("descent", ("nothing",), "distanse")
+    for changes in (
+        {"claims": (Claim("descent", "nothing", "distanse"),)},
+        {"comparisons": (Comparison(*pair),)},
+    ):
+        changed = dataclasses.replace(table, **changes)
+        (finding,) = check.check_result("quadratic", changed, folder / "runs")
+        assert finding.failed
+        assert "no row has 'distanse'" in finding.text
 
 
 def test_a_method_without_rows_is_one_finding(folder, tmp_path):

@@ -2,10 +2,14 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
+import os
 import re
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +22,7 @@ from hypergrad.bench.rows import read_rows
 from hypergrad.bench.runner import RunOptions, run_table
 from hypergrad.bench.source import package_files
 from hypergrad.bench.timing import measure_seconds
+from hypergrad.bench.workers import WorkerPool
 from hypergrad.runtime import machine
 from hypergrad.runtime.atomic_io import lock_file
 
@@ -189,6 +194,47 @@ def test_rows_name_the_device_of_the_worker_that_measured_them(run):
         run(only=("nothing",), seeds=3)
 
 
+class FragileExecutor:
+    """An executor that ends with one method, and once with the cell after it."""
+
+    def __init__(self, label):
+        self.label, self.num_calls = label, 0
+
+    def submit(self, fn, *arguments):
+        future = concurrent.futures.Future()
+        self.num_calls += 1
+        if arguments[1]["method"] == self.label or self.num_calls == 3:
+            future.set_exception(BrokenProcessPool("it was terminated"))
+        else:
+            future.set_result(fn(*arguments))
+        return future
+
+
+def test_a_method_that_ends_its_worker_fails_alone(run):
+    """The third cell, `random` of seed 0, is measured again and has its row."""
+    executor = FragileExecutor("nothing")
+    result = run(only=("nothing", "random"), executor=executor)
+    assert labels_and_seeds(result.rows) == {(None, "random", 0), (None, "random", 1)}
+    message = "BrokenProcessPool of the worker: it was terminated"
+    assert result.failures == {"nothing": message}
+
+
+def test_an_executor_that_has_ended_fails_every_cell(run):
+    pool = concurrent.futures.ProcessPoolExecutor(1)
+    with mock.patch.object(pool, "submit", side_effect=BrokenProcessPool("it ended")):
+        result = run(only=("nothing", "random"), executor=pool)
+    assert not result.rows
+    assert list(result.failures) == ["nothing", "random"]
+
+
+def test_a_pool_is_replaced_when_a_process_has_ended():
+    pool = WorkerPool(1)
+    with pytest.raises(BrokenProcessPool):
+        pool.submit(os._exit, 3).result()
+    assert pool.submit(abs, -2).result() == 2
+    pool.shutdown()
+
+
 def test_blocks_that_are_measured_may_contain_others():
     with measure_seconds() as outer:
         with measure_seconds() as first:
@@ -332,6 +378,7 @@ def test_runs_that_stopped_early_are_counted_with_the_reason(run, shared_file):
     ("name", "message"),
     [
         ("raises", "RuntimeError in mine.py, line .*: the disk is full"),
+        ("exits", "SystemExit in mine.py, line .*: 0"),
         ("returns_nan", "not finite"),
         ("returns_number", "must return the hg.Trace .* got float"),
         ("over_budget", r"cost .*; its budget is 60"),
@@ -365,6 +412,70 @@ def test_a_method_that_cannot_be_called_is_refused_before_anything_runs(
     with pytest.raises(MethodError, match=message):
         run(f"mine.py:{name}")
     assert not (tmp_path / "out").exists()
+
+
+# A row must be found again by the cell whose row it is.
+
+MEASUREMENTS = """
+from hypergrad.bench import MeasurementTable, Stage
+
+tuning = Stage(
+    "tuning",
+    lambda scale, seeds: [{{"method": "a", "seed": 0, "rate": 0.1}}],
+    lambda cell, rows: {{"loss": 1.0}},
+)
+table = MeasurementTable(
+    cells=lambda scale, seeds: [{{"method": "a", "seed": 0, **{cell}}}],
+    measure_cell=lambda cell, rows: {outcome},
+    earlier_stages=(tuning,),
+)
+"""
+
+
+def run_measurements(folder: Path, cell: dict, outcome: dict):
+    """Runs a table with a tuning stage, and with one cell and its measured fields."""
+    file = folder / "toy.py"
+    text = lambda fields: repr(fields).replace("inf", "float('inf')")
+    file.write_text(MEASUREMENTS.format(cell=text(cell), outcome=text(outcome)))
+    options = RunOptions("small", 1, folder / "out", "")
+    return run_table(loading.TableRef(file), options)
+
+
+@pytest.mark.parametrize(
+    ("cell", "outcome", "message"),
+    [
+        ({}, {"rate": 0.2}, r"rate \(None, in the row 0.2\)"),
+        ({"size": 3}, {"size": 4}, r"size \(3, in the row 4\)"),
+        ({"size": math.inf}, {}, r"size \(inf, in the row None\)"),
+    ],
+)
+def test_a_row_with_other_fields_than_its_cell_is_refused(
+    tmp_path, cell, outcome, message
+):
+    """The run would measure the cell again and again."""
+    with pytest.raises(ValueError, match=message):
+        run_measurements(tmp_path, cell, outcome)
+    (row,) = read_rows(tmp_path / "out" / "toy.jsonl")
+    assert row["stage"] == "tuning"
+
+
+def test_a_measured_field_does_not_hide_the_origin_of_a_row(tmp_path):
+    result = run_measurements(tmp_path, {}, {"time": 3.0, "machine": 1, "loss": 2.0})
+    assert "must not return the fields machine, time" in result.failures["a"]
+    assert [row.get("stage") for row in result.rows] == ["tuning"]
+
+
+@pytest.mark.parametrize("name", ["budget", "data", "scale", "time"])
+def test_a_cell_with_a_field_of_the_origin_of_rows_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"cells must not have the fields {name}"):
+        run_measurements(tmp_path, {name: 3}, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_may_repeat_the_fields_of_its_cell(tmp_path):
+    result = run_measurements(tmp_path, {"sizes": (1, 2)}, {"seed": 0, "loss": 2.0})
+    assert [row["loss"] for row in result.rows] == [1.0, 2.0]
+    assert not result.failures
 
 
 @pytest.mark.parametrize(

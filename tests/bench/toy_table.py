@@ -91,6 +91,9 @@ def stay(task, *, budget, key):
 def raises(task, *, budget, key):
     raise RuntimeError("the disk is full")
 
+def exits(task, *, budget, key):
+    raise SystemExit(0)
+
 def returns_nan(task, *, budget, key):
     trace = stay(task, budget=budget, key=key)
     return hg.Trace(

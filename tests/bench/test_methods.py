@@ -1,0 +1,88 @@
+"""What a method of a table must have and may cost."""
+
+import dataclasses
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad.bench import with_options
+from hypergrad.bench.methods import MethodError, check_method, run_method
+from hypergrad.tasks import Task
+
+TRACE = hg.Trace(
+    alpha=jnp.zeros(2),
+    w=jnp.zeros(2),
+    best_alpha=jnp.zeros(2),
+    value=jnp.zeros(1),
+    stats={},
+    metrics={},
+    status_code=jnp.asarray(0),
+)
+TASK = Task("toy", "none", "", None, None, TRACE.w, TRACE.alpha, None, {})
+
+
+def run_at_cost(row_costs: list[float], record_every: int, budget: float):
+    """Runs a method whose trace has rows of these costs."""
+    stats = {
+        "gradient_equivalents": jnp.asarray(row_costs),
+        "num_hvps": jnp.zeros(len(row_costs)),
+        "trusted": jnp.ones(len(row_costs), bool),
+    }
+    trace = dataclasses.replace(
+        TRACE, value=jnp.zeros(len(row_costs)), stats=stats, record_every=record_every
+    )
+    method = lambda task, *, budget, key: trace
+    return run_method(method, TASK, budget=budget, key=jax.random.key(0), settings={})
+
+
+@pytest.mark.parametrize(
+    ("row_costs", "record_every"),
+    [
+        ([500.0], 10),  # steps of 50, of which the last ones start above 100
+        ([100.0, 100.0], 10),
+        ([60.0, 60.0, 60.0], 1),
+        ([60.0, 60.0, 60.0, 0.0], 1),  # no step was made in the last row
+    ],
+)
+def test_a_run_that_starts_a_step_above_its_budget_fails(row_costs, record_every):
+    with pytest.raises(MethodError, match=r"its budget is 100.*record_every"):
+        run_at_cost(row_costs, record_every, budget=100)
+
+
+@pytest.mark.parametrize(
+    ("row_costs", "record_every"),
+    [
+        ([], 1),
+        ([500.0], 1),  # a method of a single step
+        ([110.0], 10),  # steps of 11
+        ([60.0, 60.0], 1),
+        ([60.0, 60.0, 0.0, 0.0], 1),
+        ([50.0, 50.0, 60.0], 1),  # the budget was spent up to the last step
+    ],
+)
+def test_the_last_step_may_cost_more_than_is_left(row_costs, record_every):
+    run = run_at_cost(row_costs, record_every, budget=100)
+    assert run.costs["gradient_equivalents"] == sum(row_costs)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{0.1, 0.2}, frozenset({0.1}), {0.1: "a"}, {0.1: 1}.keys(), "ab", (), np.array(1)],
+)
+def test_a_grid_without_an_order_or_a_value_is_refused(values):
+    """Rows number the settings, and the order of a set depends on the process."""
+    method = lambda task, *, budget, key, rate: None
+    with pytest.raises(MethodError, match="a list, a tuple or an array"):
+        check_method("mine", with_options(method, grid={"rate": values}))
+
+
+@pytest.mark.parametrize(
+    "values", [(0.1,), [0.1, 0.2], range(2), deque([1]), np.arange(2), jnp.arange(2)]
+)
+def test_a_grid_of_sequences_and_arrays_is_taken(values):
+    method = lambda task, *, budget, key, rate: None
+    check_method("mine", with_options(method, grid={"rate": values}))
