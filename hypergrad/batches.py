@@ -265,7 +265,7 @@ def in_own_order(data: Data, number: Array | int) -> Data:
 def at_draw(
     data: Data,
     key: Array,
-    draw: Array | int,
+    number: Array | int,
     num_draws: int,
     *,
     stream: str = "direction",
@@ -278,8 +278,8 @@ def at_draw(
     Args:
       data: The data.
       key: PRNG key of the passes of data that is in no run.
-      draw: Number of the draw among those that an estimate makes from the stream.
-      num_draws: Their number, the same in every estimate.
+      number: Number of the draw among those that an estimate makes from the stream.
+      num_draws: How many they are, the same in every estimate.
       stream: Name of a sequence of passes. Batches of an estimate that are to be
         independent of each other have streams of their own.
 
@@ -292,13 +292,13 @@ def at_draw(
     if not is_in_passes(data):
         return data
     position = data.position or PassPosition.from_key(key)
-    return _at_position(data, position.of_draw(draw, num_draws, stream))
+    return _at_position(data, position.of_draw(number, num_draws, stream))
 
 
 def sample_in_pass(
     data: Data,
     key: Array,
-    draw: Array | int = 0,
+    number: Array | int = 0,
     num_draws: int = 1,
     *,
     stream: str = "direction",
@@ -306,7 +306,7 @@ def sample_in_pass(
     """Returns a batch like `sample_batch`, or in shuffled passes the next one.
 
     Args:
-      data, draw, num_draws, stream: As in `at_draw`.
+      data, number, num_draws, stream: As in `at_draw`.
       key: PRNG key of the batch, another one for each draw.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
@@ -314,7 +314,7 @@ def sample_in_pass(
     >>> sample_in_pass(data, jax.random.key(0), stream="w").shape
     (2,)
     """
-    return sample_batch(at_draw(data, key, draw, num_draws, stream=stream), key)
+    return sample_batch(at_draw(data, key, number, num_draws, stream=stream), key)
 
 
 def _at_position(data: Data, position: PassPosition) -> Data:

@@ -143,12 +143,7 @@ def save(
     }
     if problem is not None:
         check_problem_type(problem)
-        data = problem.inner_data, problem.outer_data
-        record["data"] = (
-            digest(data)
-            if problem.data_fn is None
-            else digest_function(problem.sample_data, jax.random.key(0))
-        )
+        record["data"] = _digest_data(problem)
     draft = home / f".draft-{uuid.uuid4().hex}"
     with atomic_io.directory_unless_error(home):
         try:
@@ -159,6 +154,13 @@ def save(
             return _rename_to_next_version(draft, record)
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # after an error, else renamed
+
+
+def _digest_data(problem: Bilevel) -> str:
+    """Returns the digest of the data of a problem, or of the program of its data_fn."""
+    if problem.data_fn is None:
+        return digest((problem.inner_data, problem.outer_data))
+    return digest_function(problem.sample_data, jax.random.key(0))
 
 
 def _rename_to_next_version(draft: Path, record: dict[str, Any]) -> Model:

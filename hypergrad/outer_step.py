@@ -223,7 +223,6 @@ def step(
         metrics=metrics,
         alpha=alpha if loop.record_alphas else None,
     )
-
     failed = status > 0
     # If only the new u is bad, the estimate was good, unless the run failed earlier.
     is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
@@ -234,7 +233,8 @@ def step(
     # the estimator's state, which only a next step would use, is not restored: a copy
     # of it at every step would cost more than a step of SABA.
     restored_u = optax.tree.where(status == BAD_STEP, state.u, state.good_u)
-    next_state = OuterState(
+    next_state = dataclasses.replace(
+        state,
         step=state.step + 1,
         status=status,
         u=optax.tree.where(failed, restored_u, u),
@@ -246,7 +246,6 @@ def step(
         optimizer_state=optimizer_state,
         estimator_state=estimator_state,
         key=key,
-        pass_seed=state.pass_seed,
     )
     return next_state, record
 

@@ -32,17 +32,19 @@ class PassPosition(eqx.Module):
         """Returns the first position of passes that this key determines."""
         return cls(jax.random.bits(key, (2,), jnp.uint32), jnp.asarray(0), is_batch)
 
-    def of_draw(self, draw: Array | int, num_draws: int, stream: str) -> "PassPosition":
+    def of_draw(
+        self, number: Array | int, num_draws: int, stream: str
+    ) -> "PassPosition":
         """Returns the position of a draw of this part of a run.
 
         Args:
-          draw: Number of the draw within the part, below ``num_draws``.
+          number: Number of the draw within the part, below ``num_draws``.
           num_draws: Number of draws that each part makes from the stream.
           stream: Name of a sequence of passes, which has an order of its own.
         """
         word = hash_bits(self.seed[0] + jnp.uint32(zlib.crc32(stream.encode())))
         seed = jnp.stack([word, self.seed[1]])
-        return PassPosition(seed, self.number * num_draws + draw, is_batch=True)
+        return PassPosition(seed, self.number * num_draws + number, is_batch=True)
 
     def in_own_order(self, number: Array | int) -> "PassPosition":
         """Returns the position in passes that only this number has."""

@@ -320,8 +320,8 @@ ERRORS = (
     PlantedError(
         "unrolled: one step too few is differentiated",
         "inner/descent.py",
-        "num_done = solver.num_steps - truncation_length",
-        "num_done = solver.num_steps - truncation_length + 1",
+        "num_done = num_steps - truncation_length",
+        "num_done = num_steps - truncation_length + 1",
         "estimators/test_unrolled.py estimators/test_identities.py",
         guard="estimators/test_identities.py::"
         "test_truncation_equals_the_neumann_series",
@@ -436,6 +436,20 @@ ERRORS = (
         "        key=key,\n    )\n    return next_state, record",
         "        key=state.key,\n    )\n    return next_state, record",
         "core/test_minimize.py core/test_outer_loop.py",
+    ),
+    PlantedError(
+        "passes: all passes have the same order",
+        "passes.py",
+        "hash_bits(self.seed[1] + pass_number)",
+        "self.seed[1]",
+        "core/test_passes.py",
+    ),
+    PlantedError(
+        "passes: every outer step sees the same batches",
+        "outer_step.py",
+        "at_outer_step(problem, state.pass_seed, state.step)",
+        "at_outer_step(problem, state.pass_seed, 0 * state.step)",
+        "core/test_passes.py",
     ),
     PlantedError(
         "outer loop: the cost of a step is not spent",

@@ -180,7 +180,7 @@ def run_inner_steps(
     numbers = jnp.arange(num_steps) if is_in_passes(data) else None
     carry = solver.init(inner_loss, w, alpha, data, init_key)
 
-    def run(alpha, carry, first_step, end, mixed_mode=mixed_mode):
+    def run(alpha, carry, num_before, stop, mixed_mode=mixed_mode):
         wide_alpha = widen(alpha)
         loss = with_mixed_mode(inner_loss) if mixed_mode else inner_loss
 
@@ -196,8 +196,8 @@ def run_inner_steps(
 
         if mixed_mode:
             step = store_carries(step)
-        steps = jax.tree.map(lambda x: x[first_step:end], (keys, numbers))
-        return _scan(step, carry, steps, end - first_step, checkpoint)
+        steps = jax.tree.map(lambda x: x[num_before:stop], (keys, numbers))
+        return _scan(step, carry, steps, stop - num_before, checkpoint)
 
     if truncation_length is None or truncation_length >= num_steps:
         return run(alpha, carry, 0, num_steps)

@@ -39,8 +39,8 @@ def solve_nonnegative_qp(A: Matrix, b: Vector) -> Vector:
         minimum, coefficients = jnp.split(jnp.linalg.solve(matrix, rhs), [1], axis=1)
         # What the free variables leave of each other one: A_jj - A_jF A_FF^-1 A_Fj.
         # Without a rest the objective does not decrease along it, but for rounding.
-        rest = jnp.diag(A) - jnp.sum(free_rows * coefficients, axis=0)
-        return minimum[:, 0], rest > rtol * jnp.diag(A)
+        remaining = jnp.diag(A) - jnp.sum(free_rows * coefficients, axis=0)
+        return minimum[:, 0], remaining > rtol * jnp.diag(A)
 
     def descent(x):
         return b - A @ x, jnp.abs(b) + jnp.abs(A) @ x

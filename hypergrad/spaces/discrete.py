@@ -55,8 +55,8 @@ class Integer(BoundedSpace):
                 raise TypeError(f"{name} must be an integer; got {bound!r}.")
         if not self.low < self.high:
             raise ValueError(f"low must be below high; got {self}.")
-        largest = int(np.iinfo(np.int32).max)
-        if not -largest <= self.low <= self.high < largest:
+        max_int = int(np.iinfo(np.int32).max)
+        if not -max_int <= self.low <= self.high < max_int:
             raise ValueError(
                 f"low and high must be integers of 32 bits; got {self}. Let alpha be "
                 "an exponent or a multiple, as in 2**alpha."
