@@ -77,7 +77,7 @@ def make_loop(method: str, share: float) -> hg.OuterLoop:
     """Returns the outer loop of a bilevel method."""
     sets = load_data(share)
     test_error = jax.tree_util.Partial(error, sets["test"])
-    batches = lambda data: hg.Batches(data, BATCH, order="blocks")
+    batches = lambda data: hg.Batches(data, BATCH, order="epoch_blocks")
     if method in ("implicit", FULL_BATCH):
         batches = lambda data: data
     problem = hg.Bilevel(
