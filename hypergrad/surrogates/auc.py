@@ -126,7 +126,7 @@ class SquaredHingeAUC(Surrogate):
         """Returns ``1 - mean_ij max(0, u_j - u_i)^2`` with ``u = s / T - y``."""
         positive_weights, negative_weights = _normalized_weights(examples)
         # A common shift changes nothing; differences are exact where quotients are not.
-        shift = jax.lax.stop_gradient(jnp.max(examples.scores))
+        shift = jnp.max(without_derivative(examples.scores))
         u = (examples.scores - shift) / temperature - examples.targets
         order = jnp.argsort(-u)
         u, sorted_weights = u[order], negative_weights[order]

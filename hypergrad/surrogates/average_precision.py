@@ -71,8 +71,9 @@ class SmoothAP(RankingSurrogate):
 
         def average_precisions(rows):
             # A common factor changes nothing; products of weights stay in the range.
-            unit = power_of_two_below(jnp.max(rows.weights, axis=1, keepdims=True))
-            rows = replace(rows, weights=rows.weights / lax.stop_gradient(unit))
+            max_weight = jnp.max(rows.weights, axis=1, keepdims=True)
+            unit = power_of_two_below(without_derivative(max_weight))
+            rows = replace(rows, weights=rows.weights / unit)
             positive_weights = rows.positive_weights
             total = sum_of_precisions(
                 rows.scores, positive_weights, rows.weights, temperature

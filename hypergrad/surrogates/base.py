@@ -119,7 +119,7 @@ def softmax_at(scores: Array, temperature: ArrayLike) -> Array:
     The largest score is subtracted first, because differences are exact where quotients
     are not.
     """
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    top = jnp.max(without_derivative(scores), axis=-1, keepdims=True)
     return jax.nn.softmax((scores - top) / temperature, axis=-1)
 
 
@@ -140,7 +140,7 @@ def safe_divide(
     is_zero = denominator <= 0
     divisor = jnp.where(is_zero, 1, jnp.maximum(denominator, min_denominator))
     # The derivative contains the square of the divisor, which may leave the range.
-    unit = lax.stop_gradient(power_of_two_below(divisor))
+    unit = power_of_two_below(without_derivative(divisor))
     return jnp.where(is_zero, 0, numerator / unit) / (divisor / unit)
 
 
