@@ -157,10 +157,16 @@ def save(
 
 
 def _digest_data(problem: Bilevel) -> str:
-    """Returns the digest of the data of a problem, or of the program of its data_fn."""
-    if problem.data_fn is None:
+    """Returns the digest of the data of a problem, or of its data_fn.
+
+    The latter is that of the arrays of a `jax.tree_util.Partial` and of the program.
+    """
+    data_fn = problem.data_fn
+    if data_fn is None:
         return digest((problem.inner_data, problem.outer_data))
-    return digest_function(problem.sample_data, jax.random.key(0))
+    call = lambda data_fn, key: data_fn(key)  # the arrays are no constants of it
+    program = digest_function(call, data_fn, jax.random.key(0))
+    return digest((digest(data_fn), program))
 
 
 def _rename_to_next_version(draft: Path, record: dict[str, Any]) -> Model:

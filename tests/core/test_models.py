@@ -346,3 +346,17 @@ def test_a_model_of_other_data_of_a_function_has_another_digest(tmp_path):
     digests = [save(scale).record["data"] for scale in (1.0, 5.0, 1.0)]
     assert digests[0] != digests[1]
     assert digests[0] == digests[2]
+
+
+def test_arrays_of_a_sampling_function_are_part_of_the_digest(tmp_path):
+    """The program is the same, and holds none of them."""
+
+    def save(x):
+        sample = lambda x, key: (x * jax.random.normal(key), None)
+        problem = hg.Bilevel(loss, loss, data_fn=jax.tree_util.Partial(sample, x))
+        return models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem)
+
+    loss = lambda w, alpha, batch: w * alpha
+    digests = [save(x).record["data"] for x in (jnp.ones(3), jnp.zeros(3), jnp.ones(3))]
+    assert digests[0] != digests[1]
+    assert digests[0] == digests[2]
