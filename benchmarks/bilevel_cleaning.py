@@ -46,15 +46,12 @@ counts gradients of the 20,000 inner images. The lowest error on the way, of a l
 under the table, is the lowest after any 512 iterations, which the test images choose.
 
 *Tolerance.* 0.5 points at each p. At 0.7 and 0.9 a line compares the difference with
-two standard deviations of our seeds as well, which is stricter: by it SABA at p = 0.7
-is outside, 0.04 points below with a deviation of 0.015, and six of eight are within.
-The order of SABA and SOBA is given by seed; three seeds, each of which draws batches,
-decide no claim.
+two standard deviations of our seeds as well, which is stricter. The order of SABA and
+SOBA is given by seed; three seeds, each of which draws batches, decide no claim.
 
-*Before.* This table was measured first with blocks drawn independently (a668553). SABA
-at p = 0.5 then ended at 0.1468 ± 0.0031, outside of the tolerance, and seven of the
-eight numbers that are run were within it. A loop in plain JAX, run once, had ended at
-0.1347 in shuffled passes.
+*Before.* The rows of this table at commit a668553 are of blocks drawn independently.
+There SABA at p = 0.5 ended at 0.1468 ± 0.0031, outside of the tolerance, and seven of
+the eight numbers that are run were within it.
 """
 
 from pathlib import Path
