@@ -250,9 +250,10 @@ class SoftRankAP(RankingSurrogate):
     @rowwise
     def smooth_rows(self, row, temperature):
         """Returns ``mean_i r+_i / r_i``."""
+        # Smoothing mixes ranks whose distance is below the inverse temperature. With
+        # weights of mean 1 this does not depend on their unit.
         num_items = jnp.sum(jnp.where(row.weights > 0, 1.0, 0.0))
         mean_weight = safe_divide(jnp.sum(row.weights), num_items)
-        # Ranks, in units of an item, are as far apart as weights are large.
         weights = safe_divide(row.weights, mean_weight)
         positive_weights = safe_divide(row.positive_weights, mean_weight)
         precisions = soft_precisions(row.scores, positive_weights, weights, temperature)
