@@ -20,21 +20,32 @@ def load_peer(method: str) -> Any:
     folder = checkout()
     if folder is None:
         raise ValueError("BENCHMARK_BILEVEL must name a checkout of benchmark_bilevel.")
-    sys.modules.setdefault("benchopt", _substitute_benchopt())
-    sys.modules.setdefault(
-        "benchopt.stopping_criterion", _substitute_stopping_criterion()
-    )
+    substitute_modules()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # for its package benchmark_utils
     name = method.lower()
-    spec = importlib.util.spec_from_file_location(
-        f"benchmark_bilevel_{name}", folder / "solvers" / f"{name}.py"
-    )
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"{folder} must contain solvers/{name}.py.")
+    path = folder / "solvers" / f"{name}.py"
+    return load_module(f"benchmark_bilevel_{name}", path).Solver
+
+
+def load_module(name: str, path: Path) -> Any:
+    """Returns the module of a file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file of Python.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Solver
+    return module
+
+
+def substitute_modules() -> None:
+    """Gives the solvers what they import from benchopt, where it is not imported."""
+    criterion: Any = types.ModuleType("benchopt.stopping_criterion")
+    criterion.SufficientProgressCriterion = lambda **options: None
+    utils: Any = types.ModuleType("benchopt.utils")
+    utils.profile = lambda function: function
+    for module in (_substitute_benchopt(), criterion, utils):
+        sys.modules.setdefault(module.__name__, module)
 
 
 def make_solver(method: str, **settings: Any) -> Any:
@@ -69,10 +80,4 @@ def _substitute_benchopt() -> types.ModuleType:
     module.BaseSolver = type("BaseSolver", (), {"run_once": lambda self, n: None})
     module.BaseDataset = type("BaseDataset", (), {})
     module.safe_import_context = contextlib.nullcontext
-    return module
-
-
-def _substitute_stopping_criterion() -> types.ModuleType:
-    module: Any = types.ModuleType("benchopt.stopping_criterion")
-    module.SufficientProgressCriterion = lambda **options: None
     return module
