@@ -34,8 +34,14 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Replaces links of a page to notebooks by links to their pages."""
+    del page, config, files
+    return re.sub(r"\]\(\.\./(notebooks/\w+)\.ipynb", r"](\1.md", markdown)
+
+
 def with_links_of_site(text):
-    """Replaces links to files of the repository by links to their pages."""
+    """Replaces links of a notebook to files by links to their pages."""
     text = re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", text)
     return text.replace("](../docs/", "](../")
 

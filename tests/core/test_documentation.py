@@ -192,8 +192,6 @@ def test_links_to_pages_and_sections_exist(path):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
         file, _, section = target.partition("#")
         page = (path.parent / file) if file else path
-        if file.startswith("notebooks/"):  # `docs/site_hooks.py` makes these pages
-            page = ROOT / Path(file).with_suffix(".ipynb")
         assert page.exists(), target
         if section:
             headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
