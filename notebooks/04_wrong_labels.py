@@ -105,7 +105,7 @@ plt.show()
 #
 # The steps leave out the error estimate, which takes products and makes the program
 # about twice as large. Another estimate, by the program above, judges the end of the
-# run: its error is estimated as 1.4%, above the limit of 1%.
+# run and prints why it is not trusted.
 
 # %%
 quick = hg.Implicit(hg.LBFGS(max_steps=200), estimate_error=False)
