@@ -66,6 +66,9 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
     The function makes an `OuterLoop` and calls `OuterLoop.run`. Use `OuterLoop` itself
     for several outer losses, certificates, untrusted estimates, and limits.
 
+    Leave `jax.debug_nans` off during a run: rows and statistics that do not apply are
+    NaN in a healthy run too. `hypergrad.diagnose` finds a NaN that ends a run.
+
     With ``num_steps``, and without ``progress`` and ``checkpoints``, the function can
     be jitted and vmapped. Losses are traced a constant number of times, and a second
     run with the same objects and shapes compiles nothing, whatever its ``num_steps``.
@@ -300,7 +303,7 @@ class OuterLoop(eqx.Module):
           num_steps: Number of steps to make. The trace has a row per step, or per
             ``record_every`` steps.
           budget: Limit of the cost in gradient-equivalents. Steps are made until their
-            cost reaches it, which the last row may exceed by less than its own cost.
+            cost reaches it, which the last row may exceed by its own cost at most.
             At least one of ``num_steps`` and ``budget`` must be given; with both, the
             run ends at whichever comes first. With a budget the trace has a row per
             step that was made.
@@ -312,18 +315,20 @@ class OuterLoop(eqx.Module):
           checkpoints: Folder of the run and interval at which it is saved. A run that
             was killed continues from there, to the same bits.
           time_limit: Seconds after which no further chunk of steps is started. A chunk
-            is the steps between checkpoints, or a twentieth of the run. With
-            ``checkpoints`` the same call continues later.
+            is the steps between checkpoints, or a twentieth of the run. The trace then
+            has the rows of the steps that were made. With ``checkpoints`` the same call
+            continues later.
           memory_limit: Bytes of host memory of this process above which no further
-            chunk is started; on Linux only. Memory of accelerators does not count. With
-            several processes all of them stop if one exceeds a limit.
+            chunk is started, with the same result; on Linux only. Memory of
+            accelerators does not count. With several processes all of them stop if one
+            exceeds a limit.
           record_every: Number of steps per row of the trace, of which ``num_steps``
             must be a multiple. The last step of a row is recorded, checked and compared
             with ``best_alpha``; the others compute no value, statistic or metric, which
             matters where a step takes microseconds. ``alpha`` moves as with 1. The
             costs in a row are those of all its steps, and a failure returns to the last
-            recorded ``alpha``. ``eval_every`` and ``certify_every`` must be multiples,
-            or smaller.
+            good ``alpha`` of a record. ``eval_every`` and ``certify_every`` must be
+            multiples, or smaller.
 
         Raises:
           TypeError, ValueError: An argument is invalid.

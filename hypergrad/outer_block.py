@@ -123,7 +123,8 @@ def _blank_record(loop: "OuterLoop", state: OuterState) -> StepRecord:
     record = jax.eval_shape(lambda state: step(loop, state)[1], state)
 
     def blank(path, x):
-        is_cost = path and getattr(path[-1], "key", None) in COST_STATS
+        is_stat = getattr(path[0], "name", None) == "stats"
+        is_cost = is_stat and getattr(path[-1], "key", None) in COST_STATS
         fill = 0 if is_cost or not jnp.issubdtype(x.dtype, jnp.floating) else jnp.nan
         return jnp.full(x.shape, fill, x.dtype)
 

@@ -214,10 +214,12 @@ class _HostRun:
         self.num_steps_made = len(costs) * self.record_every
         self.num_steps_saved = self.num_steps_made
         self.blocks = [(rows, len(costs))]
-        limit, total_cost = float(self.budget.limit), math.fsum(costs[:-1].tolist())
         if self.num_steps < self.num_steps_made:
             self._refuse("num_steps", f"at least {self.num_steps_made}", folder)
-        if limit <= total_cost:  # it would have ended the run before its last row
+        # A smaller budget may have ended the run before its last row. For the budget of
+        # the saved run the account on the device has decided, which rounds differently.
+        limit, total_cost = float(self.budget.limit), math.fsum(costs[:-1].tolist())
+        if limit < float(budget.limit) and limit <= total_cost:
             self._refuse("budget", f"above {total_cost:g}", folder)
 
     def _refuse(self, name: str, requirement: str, folder: CheckpointFolder) -> None:
@@ -249,11 +251,12 @@ class _HostRun:
                 self.show_progress(self._make_update())
         if self.folder is not None and self.was_interrupted():
             raise _interruption(self.folder)
-        status = int(self.state.status)
-        if not self._is_finished():  # a limit that the last step exceeds does not count
-            status = limit_code
+        # A limit that is exceeded at the end of a run does not count.
+        is_stopped = not self._is_finished()
+        status = limit_code if is_stopped else int(self.state.status)
         rows = _concatenate(self.blocks)
-        if math.isinf(self.budget.limit):  # with a budget there is a row per step made
+        # A run that a limit or a budget ends has no rows for steps that were not made.
+        if not is_stopped and math.isinf(self.budget.limit):
             num_left = int(self.num_steps) - self.num_steps_made
             blank = self._blank_rows(num_left // self.record_every)
             rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)

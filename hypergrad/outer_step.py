@@ -226,13 +226,18 @@ def step(
     failed = status > 0
     # If only the new u is bad, the estimate was good, unless the run failed earlier.
     is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
+    good_u = state.u
+    if record_every > 1:  # the step that led to this alpha was not checked
+        has_good_start = all_finite(state.u, alpha)
+        is_good &= ~failed | has_good_start
+        good_u = optax.tree.where(has_good_start, state.u, state.good_u)
     # Where values cannot be compared, the last good alpha counts as the best one.
     is_better = (direction.score < state.best_value) | (not loop.has_comparable_values)
     is_better &= is_good
     # A failed run returns to the last alpha whose estimate was good. It ends there, so
     # the estimator's state, which only a next step would use, is not restored: a copy
     # of it at every step would cost more than a step of SABA.
-    restored_u = optax.tree.where(status == BAD_STEP, state.u, state.good_u)
+    restored_u = optax.tree.where(status == BAD_STEP, good_u, state.good_u)
     next_state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -265,8 +270,8 @@ def step_without_record(
     """Makes one outer step of which only the cost is recorded.
 
     Nothing is checked or compared here, and the compiled program computes no other
-    statistic: a value that is not finite stays in the state and is caught by the next
-    step that is recorded.
+    statistic. A number that is not finite is noticed at the next recorded step if it
+    has remained in ``alpha``, or if that step's estimate is not finite either.
 
     Returns:
       The state after the step, and the statistics that add up over steps.

@@ -279,6 +279,25 @@ def test_rows_after_a_failure_are_blank_in_every_block():
     assert not np.any(trace.flags["not_finite"])
 
 
+def test_blank_rows_of_alpha_are_nan_whatever_its_names_are():
+    """A leaf may have the name of a cost, which is 0 where no step was made."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha["num_values"]) ** 2,
+        lambda w, alpha, batch: w**2 + jnp.nan * (w < 2.5),
+    )
+    loop = hg.OuterLoop(
+        problem,
+        ExactEstimator(lambda alpha, data: alpha["num_values"]),
+        optax.sgd(0.1),
+        record_alphas=True,
+    )
+    trace = loop.run(loop.init(0.0, {"num_values": 3.0}), num_steps=5)
+    np.testing.assert_allclose(trace.alphas["num_values"][:2], [3.0, 2.4])
+    # The value at 2.4 is NaN, and its row the last one that was made.
+    assert np.isnan(trace.alphas["num_values"][2:]).all()
+    assert not np.any(trace.stats["gradient_equivalents"][2:])
+
+
 # Progress.
 
 

@@ -124,6 +124,27 @@ def test_a_failure_between_records_returns_to_the_last_good_record():
     np.testing.assert_allclose(trace.alpha, 3.0 - 2 * 0.3)
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_an_infinite_alpha_between_records_is_not_the_last_good_one(every: int):
+    """The first step leads to infinity, where value and hypergradient are finite.
+
+    The start is the only good alpha, and is recorded only with a row per step.
+    """
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - jax.nn.sigmoid(alpha)) ** 2,
+        lambda w, alpha, batch: (w - 0.9) ** 2,
+    )
+    estimator = ExactEstimator(lambda alpha, data: jax.nn.sigmoid(alpha))
+    huge = optax.chain(optax.scale(1e200), optax.scale(-1e200))
+    trace = run_loop(
+        problem, estimator, huge, 0.0, 0.0, num_steps=4, record_every=every
+    )
+    assert trace.status == "stopped: the step left alpha not finite"
+    assert (trace.alpha, trace.best_alpha) == (0.0, 0.0)
+    assert trace.w == (0.5 if every == 1 else 0.0)
+    assert np.isfinite(trace.state.best_value) == (every == 1)
+
+
 def test_a_run_with_fewer_records_works_inside_jit_and_vmap():
     state = LOOP.init(*START)
     one_run = lambda key: (
@@ -174,6 +195,28 @@ def test_costs_of_many_steps_do_not_drift_in_float32():
     np.testing.assert_allclose(cost, exact, rtol=3e-7)
     plain = np.cumsum(np.full(num_steps, 0.1, np.float32), dtype=np.float32)[-1]
     assert abs(plain - exact) > 1e-5 * exact
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_with_a_budget_accepts_its_own_checkpoints(every: int, tmp_path):
+    """The sum of six rounded costs of 7/3 is below 14, or is 14."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    with enable_x64(False):
+        estimator = ExactEstimator(lambda alpha, data: alpha, cost=7 / 3)
+        call = lambda budget=14.0: run_loop(
+            problem, estimator, optax.sgd(1e-4), 0.0, 1.0, budget=budget,
+            record_every=every, checkpoints=hg.Checkpoints(tmp_path),
+        )  # fmt: skip
+        trace = call()
+        chex.assert_trees_all_equal(call().alpha, trace.alpha)
+        assert len(call(40.0).value) > len(trace.value)
+        with pytest.raises(ValueError, match="budget"):
+            call()
+    row_cost = every * np.float32(7 / 3)
+    assert trace.cost[-1] <= (14 + row_cost) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("cost", [1.0, np.nan])
