@@ -24,7 +24,8 @@ GROWTH = 10.0  # of the norms of w and of the gradient in a run that diverges
 
 FIND_OPERATION = (
     "Look for the logarithm or root of a number that reaches 0, a division by 0, or an "
-    "overflow. `with jax.debug_nans(True):` around the loss names the operation."
+    "overflow. `with jax.debug_nans(True):` around a call of the loss alone names the "
+    "operation."
 )
 FIND_DERIVATIVE = (
     "A root or a norm has no derivative at 0, and jnp.where(mask, f(x), 0) has a bad "
@@ -59,9 +60,12 @@ def diagnose(
     Args:
       problem: The problem.
       estimator: The estimator. Of a single-loop method only the losses are looked at.
-      w, alpha: The point of the estimate. For a run that was stopped they are
-        ``trace.w`` and, with ``record_alphas=True`` and a row per step, the leaves of
-        ``trace.alphas`` at `Trace.last_row`.
+      w, alpha: The point of the estimate. For a run that was stopped, with
+        ``record_alphas=True`` and a row per step, ``alpha`` has the leaves of
+        ``trace.alphas`` at `Trace.last_row`, and ``w`` is ``trace.w``. It is the ``w``
+        from which the run started if each estimate starts there: with
+        ``warm_start=False``, which is the default of some estimators, and for
+        `Unrolled` with an inner optimizer that depends on ``alpha``.
       key: PRNG key of the estimate. Defaults to ``jax.random.key(0)``. Where batches
         are sampled, another key may fail although this one does not.
 

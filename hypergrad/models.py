@@ -8,6 +8,7 @@ renamed when it is complete and on disk; it is never changed and never removed.
 import base64
 import json
 import math
+import os
 import re
 import shutil
 import uuid
@@ -27,6 +28,7 @@ from .problem_checks import check_problem_type
 from .runtime import atomic_io
 from .runtime.array_folder import (
     array_name,
+    check_folder_path,
     digest_folder,
     digest_json,
     read_arrays,
@@ -83,7 +85,7 @@ def save(
     w: PyTree,
     alpha: PyTree,
     *,
-    folder: str | Path = FOLDER,
+    folder: str | os.PathLike = FOLDER,
     metrics: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     problem: Bilevel | None = None,
@@ -196,7 +198,7 @@ def load(
     reference: str,
     *,
     like: tuple[PyTree, PyTree] | None = None,
-    folder: str | Path = FOLDER,
+    folder: str | os.PathLike = FOLDER,
 ) -> tuple[PyTree, PyTree]:
     """Loads ``(w, alpha)`` of a model, after its files have been checked.
 
@@ -221,7 +223,7 @@ def load(
     model = get(reference, folder=folder)
     record = model.record
     try:
-        files = digest_folder(model.path / ARRAYS)
+        files = digest_folder(model.path / ARRAYS, record["files"])
     except OSError as error:
         raise ValueError(f"{reference} cannot be read: {error}.") from error
     if files != record["files"]:
@@ -238,7 +240,7 @@ def load(
     return jax.tree.unflatten(_structure(record, like, len(leaves)), leaves)
 
 
-def get(reference: str, *, folder: str | Path = FOLDER) -> Model:
+def get(reference: str, *, folder: str | os.PathLike = FOLDER) -> Model:
     """Returns the metadata of ``name@version``, or of the newest version of a name.
 
     Raises:
@@ -255,7 +257,7 @@ def get(reference: str, *, folder: str | Path = FOLDER) -> Model:
     return _read(home / (version or str(max(existing))))
 
 
-def find(folder: str | Path = FOLDER) -> tuple[list[Model], list[str]]:
+def find(folder: str | os.PathLike = FOLDER) -> tuple[list[Model], list[str]]:
     """Returns all models of a folder, and the errors of damaged metadata.
 
     Args:
@@ -331,6 +333,8 @@ def _can_be_stored(leaf: Any) -> bool:
         jnp.result_type(leaf)
     except TypeError:  # dates, objects
         return False
+    if isinstance(leaf, int) and np.asarray(leaf).dtype == object:  # above 64 bits
+        return False
     return eqx.is_array_like(leaf)
 
 
@@ -396,8 +400,7 @@ def _restore(array: np.ndarray, leaf: dict[str, Any]) -> Any:
 
 
 def _check_folder(folder: Any) -> Path:
-    if not isinstance(folder, str | Path) or not str(folder):
-        raise TypeError(f"folder must be the path of a folder; got {folder!r}.")
+    check_folder_path(folder)
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder must be a folder of models; got the file {folder}.")
@@ -418,6 +421,9 @@ def _check_metrics(metrics: Any) -> dict[str, float | None]:
         return {}
     if not isinstance(metrics, Mapping) or not all(isinstance(x, str) for x in metrics):
         raise TypeError(f"metrics must be {{name: number}}; got {metrics!r}.")
+    for x in metrics.values():
+        if isinstance(x, str | bytes | bytearray):  # which float would read
+            raise TypeError(f"metrics must be {{name: number}}; got {x!r}.")
     try:
         numbers = {name: float(x) for name, x in metrics.items()}
     except (TypeError, ValueError) as error:

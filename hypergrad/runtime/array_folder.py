@@ -25,6 +25,16 @@ ORBAX_NAME = re.compile(
 )
 
 
+def check_folder_path(folder: Any) -> None:
+    """Raises TypeError unless the argument is a path: a text, or of any class of paths.
+
+    An empty path is refused, because it would be the working directory.
+    """
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise TypeError(f"folder must be a path, such as 'runs/first'; got {folder!r}.")
+
+
 def array_name(index: int) -> str:
     """Returns the name under which the leaf with this index is stored."""
     return f"{index:05d}"
@@ -119,12 +129,19 @@ def digest_json(metadata: dict) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def digest_folder(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file below a folder, by relative path."""
+def digest_folder(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """Returns the SHA-256 of each file below a folder, by relative path.
+
+    Args:
+      folder: A folder of `write_arrays`.
+      names: Relative paths of the files to read, of which missing ones are left out.
+        Defaults to all files. Desktops and network file systems may add others.
+    """
 
     def digest(file: Path) -> str:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    if names is None:
+        names = [x.relative_to(folder).as_posix() for x in sorted(folder.rglob("*"))]
+    return {name: digest(folder / name) for name in names if (folder / name).is_file()}

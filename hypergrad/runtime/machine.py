@@ -1,6 +1,7 @@
 """The machine on which numbers are computed, and warnings about other machines."""
 
 import functools
+import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -23,8 +24,9 @@ VECTOR_FLAG = re.compile(r"(s?sse|avx|amx|fma|f16c|asimd|sve|sme(?!p)|fphp|bf16)
 def describe_machine() -> Machine:
     """Returns what rounding depends on, besides JAX and the kind of device.
 
-    For a CPU these are its model and its vector instructions, for any other device the
-    version of its driver.
+    For a CPU these are its model, its vector instructions and the number of cores that
+    this process may use, among which XLA divides a matrix product. For any other device
+    it is the version of its driver.
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
@@ -34,7 +36,15 @@ def describe_machine() -> Machine:
 
 @functools.cache
 def _describe_processor() -> Machine:
-    return parse_processors(PROCESSORS.read_text() if PROCESSORS.exists() else "")
+    text = PROCESSORS.read_text() if PROCESSORS.exists() else ""
+    return parse_processors(text) | {"cores": str(_count_cores())}
+
+
+def _count_cores() -> int:
+    """Returns the number of cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parse_processors(text: str) -> Machine:

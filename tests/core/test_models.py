@@ -157,6 +157,14 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert to_bits(models.load("m", folder=tmp_path)[0]) == to_bits(W)
 
 
+def test_a_further_file_is_no_damage(tmp_path):
+    """As a desktop or a file system writes it."""
+    model = models.save("m", W, 0.5, folder=tmp_path)
+    for folder in [x for x in model.path.rglob("*") if x.is_dir()]:
+        (folder / ".DS_Store").write_bytes(b"x")
+    assert to_bits(models.load("m", folder=tmp_path)[0]) == to_bits(W)
+
+
 def test_a_missing_file_and_a_moved_folder_are_found(tmp_path):
     model = models.save("m", W, 0.5, folder=tmp_path)
     model.path.rename(tmp_path / "m" / "7")
@@ -360,3 +368,46 @@ def test_arrays_of_a_sampling_function_are_part_of_the_digest(tmp_path):
     digests = [save(x).record["data"] for x in (jnp.ones(3), jnp.zeros(3), jnp.ones(3))]
     assert digests[0] != digests[1]
     assert digests[0] == digests[2]
+
+
+@pytest.mark.parametrize("value", ["0.5", b"0.5", None, "a", [0.5]])
+def test_a_metric_that_is_no_number_is_refused(value, tmp_path):
+    with pytest.raises(TypeError, match="metrics"):
+        models.save("m", 1.0, 0.0, folder=tmp_path, metrics={"a": value})
+    assert models.find(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1])
+@pytest.mark.parametrize("argument", ["w", "alpha"])
+def test_an_integer_of_more_than_64_bits_is_refused(argument, number, tmp_path):
+    pair = {"w": 1.0, "alpha": 0.0} | {argument: {"a": [number]}}
+    with pytest.raises(TypeError, match=argument):
+        models.save("m", **pair, folder=tmp_path)
+    assert models.find(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63), 2**63, 2**64 - 1])
+def test_integers_of_64_bits_come_back(number, tmp_path):
+    models.save("m", number, 0.0, folder=tmp_path)
+    assert int(models.load("m", folder=tmp_path)[0]) == number
+
+
+class FolderPath:
+    """A path that is neither a string nor of pathlib, as that of cloud libraries."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_a_folder_is_any_path(tmp_path):
+    """But not an empty one, which would be the working directory, or bytes."""
+    folder = FolderPath(str(tmp_path / "models"))
+    models.save("m", 1.0, 0.0, folder=folder)
+    assert models.load("m", folder=folder)[0] == 1.0
+    assert len(models.find(folder)[0]) == 1
+    for wrong in ("", b"models", 3, None, FolderPath(b"models"), FolderPath("")):
+        with pytest.raises(TypeError, match="folder"):
+            models.find(wrong)

@@ -167,6 +167,16 @@ def test_metadata_of_another_step_are_corrupt(tmp_path):
         assert_same_bits(folder.load(blank_state), make_state(3))
 
 
+def test_checkpoints_of_a_billion_steps_are_read(tmp_path):
+    """Their names have ten digits, and a name with a further zero is of others."""
+    step = 10**9
+    (tmp_path / "step-0999999999.json").write_text(NOTES)
+    save(tmp_path, None, step - 1, step)
+    save(tmp_path, step, step + 1)
+    names = {METADATA.format(step), METADATA.format(step + 1), "step-0999999999.json"}
+    assert {path.name for path in tmp_path.glob("*.json")} == names
+
+
 # Files of others.
 
 
@@ -192,6 +202,20 @@ def test_files_and_folders_within_a_checkpoint_are_kept(tmp_path):
         "ocdbt.process_0/d/my_notes.txt",
     }  # fmt: skip
     assert (folder / "my_notes.txt").read_text() == NOTES
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "d/.nfs0001", "unreadable"])
+def test_a_further_file_is_no_damage(name, tmp_path):
+    """As a desktop or a file system writes it; its content does not matter."""
+    save(tmp_path, None, 1)
+    path = tmp_path / ARRAYS.format(1) / name
+    path.write_text(NOTES)
+    if name == "unreadable":
+        path.chmod(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path, 1, 2)
+    assert path.exists()
 
 
 @pytest.mark.parametrize("name", ["", "d", "manifest.ocdbt"])

@@ -1,7 +1,12 @@
 """Runs that continue on another machine issue a warning that names the difference."""
 
 import concurrent.futures
+import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import types
 
 import chex
@@ -131,6 +136,44 @@ def test_a_device_that_is_no_cpu_has_the_version_of_its_driver(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", client=client)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert describe_machine() == {"driver": "PJRT C API cuda 12090"}
+
+
+CORES = """
+    import json, os
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    from hypergrad.runtime.machine import describe_machine
+    print(json.dumps(describe_machine()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_cores_are_those_that_the_process_may_use():
+    """The system may let it use one alone."""
+    output = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CORES)],
+        capture_output=True, check=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    ).stdout  # fmt: skip
+    assert json.loads(output)["cores"] == "1"
+
+
+def test_another_number_of_cores_is_another_machine(tmp_path, monkeypatch):
+    """Results of matrix products depend on it."""
+    run_loop(tmp_path, 1)
+    here = describe_machine()
+    monkeypatch.setattr(machine, "_describe_processor", lambda: here | {"cores": "99"})
+    with pytest.warns(UserWarning, match=f"cores: {here['cores']} there, 99 here"):
+        run_loop(tmp_path, 2)
+
+
+def test_checkpoints_without_a_number_of_cores_are_read(tmp_path, monkeypatch):
+    """Older versions recorded none."""
+    older = {name: x for name, x in describe_machine().items() if name != "cores"}
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_describe_processor", lambda: older)
+        run_loop(tmp_path, 1)
+    with pytest.warns(UserWarning, match="cores: unknown there"):
+        assert len(run_loop(tmp_path, 2).value) == 2
 
 
 def test_an_unknown_system_has_a_processor():
