@@ -81,7 +81,8 @@ def search(
       space: Pytree of `hypergrad.spaces`, structured like ``alpha``.
       budget: Gradient-equivalents to spend. A trial after the first one, or after the
         first batch of ``parallel``, is started only if the cost of the one before fits
-        into the rest of the budget.
+        into the rest of the budget. A batch that is shorter for this reason is the
+        last.
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       metrics: ``{name: fn(w, alpha, key) -> scalar}``, not counted as cost.
       progress: True shows a bar, which needs rich. A function ``(trials_done,

@@ -122,6 +122,7 @@ class SearchState:
       records: Records of all trials, as NumPy arrays.
       total_cost, last_cost: Gradient-equivalents of all trials, and of the last one.
       best: The best trial, or None before the first.
+      is_last_batch: Whether the budget cut off the latest batch.
     """
 
     def __init__(
@@ -137,18 +138,24 @@ class SearchState:
         self.records: list[TrialRecord] = []
         self.total_cost = self.last_cost = 0.0
         self.best: BestTrial | None = None
+        self.is_last_batch = False
 
     def ask(self, max_trials: int) -> list[Trial]:
         """Returns the trials of the next batch, or an empty list at the end.
 
         A trial is expected to cost as much as the last one. The first batch is made
-        whatever the budget is.
+        whatever the budget is. No batch follows one that the budget cut off, even if
+        its trials cost less than expected: a search with a larger budget, which
+        continues this one, would have proposed later trials without their values.
         """
         batch: list[Trial] = []
+        if self.is_last_batch:
+            return batch
         expected_cost = self.total_cost
         while len(batch) < max_trials:
             next_cost = expected_cost + self.last_cost
             if self.records and not fits_budget(next_cost, self.budget):
+                self.is_last_batch = True
                 break
             next_key, ask_key, trial_key = jax.random.split(self.key, 3)
             try:

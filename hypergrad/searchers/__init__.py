@@ -1,12 +1,16 @@
 """Searchers: rules that propose ``alpha`` without gradients.
 
 Each searcher states a *budget*: the number of trials (or gradient-equivalents, for a
-population) after which, in the median of seeds 0 to 9, the best value is within the
-stated distance of the optimum. The value is the squared distance from the optimum in
-units of the axes' lengths, so 0.01 is a tenth of an axis. The space has two axes, one
-of them logarithmic (both are linear for populations); "with choices" adds an `Integer`
-of 8 and a `Choice` of 3 values. `OneShot` and `Reinforce` choose one of twelve
-combinations.
+population) that suffice, on one small problem, for a best value within the stated
+distance of the optimum. It is twice the median of what seeds 0 to 9 needed, rounded up
+to tens (to hundreds for populations): a single run may need more, and a difference of a
+factor of two between two searchers means nothing. Two budgets are no measurements: that
+of `Grid` is its number of points, and that of `OneShot` is for a probability.
+
+The value is the squared distance from the optimum in units of the axes' lengths, so
+0.01 is a tenth of an axis. The space has two axes, one of them logarithmic (both are
+linear for populations); "with choices" adds an `Integer` of 8 and a `Choice` of 3
+values. `OneShot` and `Reinforce` choose one of twelve combinations.
 
 Tested by ``pytest tests/search -k budget``.
 """

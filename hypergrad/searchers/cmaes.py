@@ -5,11 +5,12 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, positive
 from .base import Trials, seed_from_key
 
 MAX_DEPTH = 300  # generations per recursion; Python allows 1000 nested calls
@@ -22,7 +23,9 @@ class CMAES(eqx.Module):
     other. The Gaussian lives in the unit cube of the space (log-scaled axes included)
     and starts in its middle; samples outside the cube are repeated. Everything is left
     to the package ``cmaes`` with its default parameters, seeded by the key of each
-    proposal.
+    proposal. A generation in which every trial failed changes nothing. The search ends
+    when the package considers it converged, or when the Gaussian is too narrow for the
+    dtype of ``alpha``; search again with another key to spend the rest of a budget.
 
     Args:
       step_size: Initial standard deviation in units of an axis.
@@ -31,10 +34,11 @@ class CMAES(eqx.Module):
 
     Raises:
       ImportError: cmaes is not installed (``pip install 'hypergrad-jax[search]'``).
-      ValueError: ``population_size`` is below 2. In `init`: the space is unbounded, has
-        an `Integer` or a `Choice`, or a single axis.
+      ValueError: ``population_size`` is below 4, or ``step_size`` is not above 0. In
+        `init`: the space is unbounded, has an `Integer` or a `Choice`, or a single
+        axis.
 
-    Budget: 110 trials for a value within 1e-4 (see `hypergrad.searchers`).
+    Budget: 130 trials for a value within 1e-4 (see `hypergrad.searchers`).
     Cost: O(axes^3) once per generation. Proposals of several searches in turn, or from
       a restored state, repeat the generations. A proposal samples until all axes are
       within the cube, at most 100 times, each O(axes^3). With hundreds of axes hardly
@@ -52,15 +56,13 @@ class CMAES(eqx.Module):
     (2,)
     """
 
-    step_size: ArrayLike = eqx.field(
-        default=0.25, converter=float_converter("step_size")
-    )
+    step_size: ArrayLike = eqx.field(default=0.25, converter=positive("step_size"))
     population_size: int | None = eqx.field(static=True, default=None)
 
     citations = ("hansen2001", "nomura2024")
 
     def __check_init__(self):
-        check_positive_int("population_size", self.population_size, 2, optional=True)
+        check_positive_int("population_size", self.population_size, 4, optional=True)
 
     def init(self, space: PyTree, key: Array) -> Trials:
         """Returns the state without a trial."""
@@ -82,6 +84,8 @@ class CMAES(eqx.Module):
     def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
         """Returns a sample of the Gaussian after all full generations.
 
+        Raises StopIteration at the end of the search.
+
         The library reaches the same Gaussian whenever it is told the same trials,
         because its random numbers affect samples only.
         """
@@ -97,8 +101,14 @@ class CMAES(eqx.Module):
         for stop in range(0, num_told, MAX_DEPTH * size):  # bounds the recursion below
             optimizer_after(trials[:stop].tobytes())
         optimizer = optimizer_after(trials[:num_told].tobytes())
+        if optimizer.should_stop():
+            raise StopIteration
         optimizer.reseed_rng(seed_from_key(key))
-        return spaces.from_unit(state.space, optimizer.ask()), state
+        alpha = spaces.from_unit(state.space, optimizer.ask())
+        mean = spaces.from_unit(state.space, np.clip(optimizer.mean, 0, 1))
+        if jax.tree.all(jax.tree.map(np.array_equal, alpha, mean)):
+            raise StopIteration  # they differ by less than the rounding of alpha
+        return alpha, state
 
     def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
         """Returns the state with one more trial."""
@@ -129,7 +139,10 @@ def _optimizer_after(
     )
     size = optimizer_after(b"").population_size
     rows = np.frombuffer(trials).reshape(-1, num_axes + 1)
-    optimizer = copy.deepcopy(optimizer_after(rows[:-size].tobytes()))
+    previous_optimizer = optimizer_after(rows[:-size].tobytes())
+    if np.isinf(rows[-size:, -1]).all():
+        return previous_optimizer
+    optimizer = copy.deepcopy(previous_optimizer)
     optimizer.tell([(row[:-1], row[-1]) for row in rows[-size:]])
     return optimizer
 

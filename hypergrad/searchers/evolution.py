@@ -41,7 +41,7 @@ class EvolutionStrategy(eqx.Module):
       TypeError: ``strategy`` is not a class or function.
       ValueError: ``population_size`` is below 2. In `init`: the space is unbounded.
 
-    Budget: 150 trials of ``CMA_ES``, 160 of ``SNES`` and 250 of
+    Budget: 140 trials of ``CMA_ES``, 200 of ``SNES`` and 250 of
       ``DifferentialEvolution``, eight per generation, for a value within 1e-4 (see
       `hypergrad.searchers`).
     Cost: one ``ask`` and one ``tell`` of the strategy per generation.

@@ -8,8 +8,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, positive
 from .base import Trials, replace_nonfinite, seed_from_key
+
+#: Noise of a trial that repeats to the bit: there is no use in making it twice.
+NO_NOISE = 1e-6
 
 
 class GaussianProcess(eqx.Module):
@@ -23,7 +26,9 @@ class GaussianProcess(eqx.Module):
         EI(alpha) = (best - mu) Phi(z) + sigma phi(z),     z = (best - mu) / sigma.
 
     The coordinates are those of `hypergrad.spaces.axes`, with an indicator axis for
-    each value of a choice. A failed trial counts as the worst finite value.
+    each value of a choice. A failed trial counts as the worst finite value. In a space
+    of integers and choices only, no combination is proposed again after the initial
+    trials while a candidate is left that was not tried, unless ``noise`` is raised.
 
     Args:
       num_initial: Number of initial random trials, static.
@@ -35,8 +40,8 @@ class GaussianProcess(eqx.Module):
     Raises:
       ImportError: scikit-learn is not installed (``pip install
         'hypergrad-jax[search]'``); raised by `init`.
-      ValueError: ``num_initial`` or ``num_candidates`` is below 2. In `init`: the space
-        is unbounded.
+      ValueError: ``num_initial`` or ``num_candidates`` is below 2, or ``noise`` is not
+        above 0. In `init`: the space is unbounded.
 
     Budget: 30 trials for a value within 1e-4 (see `hypergrad.searchers`); 40 trials for
       a value within 0.01 with choices.
@@ -57,7 +62,7 @@ class GaussianProcess(eqx.Module):
 
     num_initial: int = eqx.field(static=True, default=10)
     num_candidates: int = eqx.field(static=True, default=2000)
-    noise: ArrayLike = eqx.field(default=1e-6, converter=float_converter("noise"))
+    noise: ArrayLike = eqx.field(default=NO_NOISE, converter=positive("noise"))
 
     citations = ("jones1998", "snoek2012", "scikit2011")
 
@@ -82,6 +87,8 @@ class GaussianProcess(eqx.Module):
         t = sample_candidates(
             axes, best_t, self.num_candidates, seed_from_key(candidates_key)
         )
+        if np.asarray(self.noise).item() <= NO_NOISE:
+            t = drop_tried_cells(axes, t, state.t)
         process = fit_process(to_features(axes, state.t), values, self.noise)
         mean, std = process.predict(to_features(axes, t), return_std=True)
         improvement = expected_improvement(values.min(), mean, std)
@@ -112,6 +119,25 @@ def sample_candidates(
         if (n := axis.num_values) is not None:  # move to the middle of the cell
             t[:, i] = (np.minimum(np.floor(t[:, i] * n), n - 1) + 0.5) / n
     return t
+
+
+def drop_tried_cells(
+    axes: list[spaces.Axis],
+    candidates: Float[np.ndarray, "candidates axes"],
+    tried_t: Float[np.ndarray, "trials axes"],
+) -> Float[np.ndarray, "candidates axes"]:
+    """Returns the candidates in cells without a trial, or all if there are none.
+
+    All candidates are returned as well if an axis is continuous.
+    """
+    num_values = [axis.num_values for axis in axes]
+    if None in num_values:
+        return candidates
+    sizes = np.array([num_values])
+    to_cells = lambda t: np.minimum(np.floor(t * sizes), sizes - 1).tolist()
+    tried = set(map(tuple, to_cells(tried_t)))
+    is_new = [tuple(cells) not in tried for cells in to_cells(candidates)]
+    return candidates[is_new] if any(is_new) else candidates
 
 
 def to_features(

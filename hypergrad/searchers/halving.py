@@ -14,7 +14,8 @@ class SuccessiveHalving(PopulationSearcher):
     The last rung reaches the solver's ``num_steps``, and each rung before it ``1 /
     eta`` of the steps of the next. Candidates that are kept continue from their ``w``
     and optimizer state. New brackets of ``num_candidates`` follow while the budget
-    lasts.
+    lasts. All members of a bracket have the same data, even if the problem has a
+    ``data_fn``, and passes over them go on from rung to rung.
 
     A row of the trace is a member of a rung. The statistic ``num_inner_steps`` counts
     its steps in this rung, and the metric ``steps`` its steps in all rungs.
@@ -26,7 +27,7 @@ class SuccessiveHalving(PopulationSearcher):
         a step.
       eta: Factor between two rungs, at least 2, static.
 
-    Budget: 600 gradient-equivalents for a value within 0.01, with 27 candidates and at
+    Budget: 700 gradient-equivalents for a value within 0.01, with 27 candidates and at
       most 27 steps (see `hypergrad.searchers`).
     Cost: about ``num_steps * num_candidates / eta^k`` gradients per rung, for ``k + 1``
       rungs.
@@ -77,7 +78,7 @@ class Hyperband(PopulationSearcher):
     Args:
       eta: Factor between two rungs, at least 2, static.
 
-    Budget: 1000 gradient-equivalents for a value within 0.01, with at most 27 steps
+    Budget: 400 gradient-equivalents for a value within 0.01, with at most 27 steps
       (see `hypergrad.searchers`).
     Cost: about ``(s_max + 1)² R`` gradients for all brackets.
     Memory: as `SuccessiveHalving`.

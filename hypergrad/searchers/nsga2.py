@@ -34,8 +34,8 @@ class NSGA2(eqx.Module):
       ImportError: optuna is not installed (``pip install 'hypergrad-jax[search]'``).
       ValueError: ``population_size`` is below 2. In `init`: the space is unbounded.
 
-    Budget: for one value and generations of 20, 50 trials for a value within 0.01 (see
-      `hypergrad.searchers`), or 370 with choices.
+    Budget: for one value and generations of 20, 80 trials for a value within 0.01 (see
+      `hypergrad.searchers`), or 310 with choices.
     Cost: a proposal reads all trials.
 
     Source: Deb, Pratap, Agarwal & Meyarivan 2002; Akiba, Sano, Yanase, Ohta & Koyama

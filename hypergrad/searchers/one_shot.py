@@ -37,7 +37,8 @@ class OneShot(PopulationSearcher):
     losses read only the weights of ``alpha``. The training makes the solver's
     ``num_steps`` steps, each at an ``alpha`` that is sampled uniformly from the space.
     Afterwards samples from the space are evaluated with the trained ``w`` while the
-    budget lasts, all of them on the same data, even if the problem has a ``data_fn``.
+    budget lasts. The training and all evaluations have the same data, even if the
+    problem has a ``data_fn``.
     An ``init_fn`` is evaluated at a single sample, because there is only one ``w``.
 
     The first row of the trace is the training with the evaluation of one sample; each
@@ -89,8 +90,10 @@ class OneShot(PopulationSearcher):
         self, trainer: Trainer, index: int, previous: Round | None, key: Array
     ) -> Round:
         """Trains the supernet in the first round; evaluates samples in every round."""
-        # The key of the evaluations is the same in all rounds, and so are their data.
+        # The keys of the data and of the evaluations are the same in all rounds.
         key, record_key = jax.random.split(key)
+        data_key, record_key = jax.random.split(record_key)
+        trainer = trainer.with_data_key(data_key)
         alpha_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         rung = self.rung(trainer.num_steps, index)
         if previous is None:
@@ -109,10 +112,9 @@ class OneShot(PopulationSearcher):
 @eqx.filter_jit
 def _train_supernet(trainer: Trainer, key: Array) -> tuple[PyTree, PyTree]:
     """Returns the carry after all steps, each at a new sample of ``alpha``."""
-    init_key, data_key, steps_key = jax.random.split(key, 3)
+    init_key, _, steps_key = jax.random.split(key, 3)
     problem = trainer.setup.problem
-    data, _ = problem.sample_data(data_key)
-
+    data, _ = trainer.sample_data()
     num_steps = trainer.num_steps
 
     def step(carry, key_and_number):
@@ -139,7 +141,6 @@ def _evaluate(
     trainer: Trainer, parameters: PyTree, alpha: PyTree, num_steps: int, key: Array
 ) -> TrialRecord:
     """Returns the record of each ``alpha`` on the same data and with the same key."""
-    data_key, key = jax.random.split(key)
-    data = trainer.setup.problem.sample_data(data_key)
+    data = trainer.sample_data()
     record = lambda alpha: trainer.record(parameters, alpha, data, num_steps, key)
     return jax.vmap(record)(alpha)

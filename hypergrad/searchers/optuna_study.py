@@ -75,6 +75,21 @@ def to_optuna_trials(optuna: Any, state: Trials) -> list[Any]:
     ]
 
 
+def to_running_trials(
+    optuna: Any, space: PyTree, t: Float[np.ndarray, "proposals axes"]
+) -> list[Any]:
+    """Returns proposals without a value as trials of optuna that are running."""
+    axes = spaces.axes(space)
+    kinds = distributions(optuna, axes)
+    running = optuna.trial.TrialState.RUNNING
+    return [
+        optuna.trial.create_trial(
+            state=running, params=to_params(axes, row), distributions=kinds
+        )
+        for row in t
+    ]
+
+
 @contextmanager
 def open_journal(
     optuna: Any, journal: str | os.PathLike, space: PyTree, problem: str

@@ -40,7 +40,8 @@ class PopulationBasedTraining(PopulationSearcher):
     the previous round from which it continued, and ``steps`` the number of its steps in
     all rounds. ``best_alpha`` is the best of the last round that has a finite value.
     Since ``alpha`` changes during the run, ``w`` depends on its whole history: a new
-    training at ``best_alpha`` may give a worse value.
+    training at ``best_alpha`` may give a worse value. The data of a ``data_fn`` are
+    sampled once, and passes over the data go on from round to round.
 
     Args:
       population_size: Number of members, static.
@@ -91,6 +92,11 @@ class PopulationBasedTraining(PopulationSearcher):
     def rung(self, num_steps: int, index: int) -> Rung:
         """Returns a round of ``num_steps`` further steps of all members."""
         return Rung(self.population_size, index * num_steps, (index + 1) * num_steps)
+
+    def init_round(self, num_steps: int, index: int) -> int:
+        """Returns 0, because all rounds train one population."""
+        del num_steps, index
+        return 0
 
     def next_members(
         self, trainer: Trainer, rung: Rung, previous: Round | None, key: Array
@@ -159,7 +165,9 @@ def _mix_signs(space: PyTree, sign: PyTree) -> PyTree:
 
 def _check_is_continuous(space: PyTree) -> None:
     """Raises ValueError for an integer or a choice, which has no small perturbation."""
-    if any(axis.num_values is not None for axis in spaces.axes(space)):
+    leaf_spaces, _ = flatten_space(space)
+    # A Box may have equal bounds here, which `spaces.axes` refuses.
+    if any(getattr(leaf, "num_values", None) is not None for leaf in leaf_spaces):
         raise ValueError(
             "space must be continuous for PopulationBasedTraining, which perturbs "
             "alpha; got an Integer or a Choice. Use "

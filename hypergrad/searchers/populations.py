@@ -5,12 +5,14 @@ gives them. Their inner solver makes one step at a time, as `Descent` does.
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from .. import spaces
 from ..batches import Data, at_draw
@@ -71,6 +73,9 @@ class Trainer(eqx.Module):
       step_counts: Numbers of inner gradients, Hessian-vector products and values per
         step of a member.
       step_cost, value_cost: Gradient-equivalents of a step and of an outer value.
+      data_key: PRNG key of the data, and of their passes, of all members. Rounds that
+        train the same members must have the same one: otherwise a ``data_fn`` would let
+        them train on examples on which they are evaluated later.
     """
 
     setup: TrialSetup
@@ -78,6 +83,16 @@ class Trainer(eqx.Module):
     step_counts: dict[str, float] = eqx.field(static=True)
     step_cost: float = eqx.field(static=True)
     value_cost: float = eqx.field(static=True)
+    data_key: Array = eqx.field(default_factory=lambda: jax.random.key(0))
+
+    def with_data_key(self, data_key: Array) -> "Trainer":
+        """Returns the trainer with the data of another key."""
+        return replace(self, data_key=data_key)
+
+    def sample_data(self) -> tuple[Data, Data]:
+        """Returns the inner and outer data of all members."""
+        data_key, _ = jax.random.split(self.data_key)
+        return self.setup.problem.sample_data(data_key)
 
     @property
     def num_steps(self) -> int:
@@ -97,11 +112,11 @@ class Trainer(eqx.Module):
     def init_members(self, num_members: int, key: Array) -> Members:
         """Samples members from the space, before their first step."""
         problem = self.setup.problem
+        data, _ = self.sample_data()
 
         def init_member(key: Array) -> Members:
-            alpha_key, data_key, init_key = jax.random.split(key, 3)
+            alpha_key, _, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
-            data, _ = problem.sample_data(data_key)
             w = problem.init_inner(self.setup.w, alpha)
             carry = self.solver.init(problem.inner_loss, w, alpha, data, init_key)
             return Members(carry, alpha)
@@ -112,25 +127,37 @@ class Trainer(eqx.Module):
         self, members: Members, rung: Rung, key: Array, **labels: Array
     ) -> Round:
         """Trains the members to the end of a rung; labels are added to the metrics."""
-        members, records = self.train(shard_members(members), rung.num_steps, key)
+        members, records = self.train(
+            shard_members(members), rung.num_steps, key, np.asarray(rung.start_step)
+        )
         steps = jnp.full(records.value.shape, float(rung.stop_step))
         metrics = records.metrics | {"steps": steps, **labels}
         return Round(members, records._replace(metrics=metrics))
 
     @eqx.filter_jit
     def train(
-        self, members: Members, num_steps: int, key: Array
+        self,
+        members: Members,
+        num_steps: int,
+        key: Array,
+        start_step: ArrayLike = 0,
     ) -> tuple[Members, TrialRecord]:
-        """Makes ``num_steps`` steps of each member and evaluates it."""
+        """Makes ``num_steps`` steps of each member and evaluates it.
+
+        ``start_step`` is the number of steps that the members have made before, at
+        which their passes over the data go on.
+        """
         problem = self.setup.problem
+        data = self.sample_data()
+        _, passes_key = jax.random.split(self.data_key)
 
         def train_member(member: Members, key: Array) -> tuple[Members, TrialRecord]:
-            data_key, steps_key, record_key = jax.random.split(key, 3)
-            data = problem.sample_data(data_key)
+            _, steps_key, record_key = jax.random.split(key, 3)
 
             def step(carry, key_and_number):
                 key, k = key_and_number
-                step_data = at_draw(data[0], steps_key, k, num_steps, stream="w")
+                number = start_step + k
+                step_data = at_draw(data[0], passes_key, number, num_steps, stream="w")
                 args = carry, member.alpha, step_data, key
                 return self.solver.step(problem.inner_loss, *args), None
 
@@ -225,6 +252,15 @@ class PopulationSearcher(eqx.Module):
     def rung(self, num_steps: int, index: int) -> Rung:
         """Returns the size of round ``index``, for a solver of ``num_steps`` steps."""
 
+    def init_round(self, num_steps: int, index: int) -> int:
+        """Returns the index of the round that sampled the members of round ``index``.
+
+        By default it is the latest one that starts at step 0.
+        """
+        while index > 0 and self.rung(num_steps, index).start_step > 0:
+            index -= 1
+        return index
+
     def next_members(
         self, trainer: Trainer, rung: Rung, previous: Round | None, key: Array
     ) -> tuple[Members, dict[str, Array]]:
@@ -251,14 +287,20 @@ class PopulationSearcher(eqx.Module):
     ) -> Round:
         """Makes round ``index``.
 
+        The data of a ``data_fn`` are sampled when members are, and stay the same as
+        long as these are trained.
+
         Args:
           trainer: Trains members.
           index: Number of the round.
           previous: The previous round; None before the first.
           key: PRNG key of the search, the same in all rounds.
         """
-        members_key, train_key = jax.random.split(jax.random.fold_in(key, index))
+        members_key, train_key, _ = jax.random.split(jax.random.fold_in(key, index), 3)
         rung = self.rung(trainer.num_steps, index)
+        init_index = self.init_round(trainer.num_steps, index)
+        *_, data_key = jax.random.split(jax.random.fold_in(key, init_index), 3)
+        trainer = trainer.with_data_key(data_key)
         members, labels = self.next_members(trainer, rung, previous, members_key)
         return trainer.train_rung(members, rung, train_key, **labels)
 

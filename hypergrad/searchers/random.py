@@ -9,7 +9,7 @@ from .. import spaces
 class Random(eqx.Module):
     """Samples from the space independently: uniformly, or log-uniformly if it says so.
 
-    Budget: 300 trials for a value within 0.01 (see `hypergrad.searchers`).
+    Budget: 70 trials for a value within 0.01 (see `hypergrad.searchers`).
     Cost: one sample per proposal.
 
     Source: Bergstra & Bengio 2012.

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..validation import float_converter
+from ..validation import in_unit_interval, positive
 
 
 class ReinforceState(NamedTuple):
@@ -46,9 +46,10 @@ class Reinforce(eqx.Module):
       decay: Decay of the baseline, between 0 and 1.
 
     Raises:
-      ValueError: In `init`: the space is continuous or unbounded.
+      ValueError: ``step_size`` is not above 0, or ``decay`` is not in [0, 1]. In
+        `init`: the space is continuous or unbounded.
 
-    Budget: 20 trials with step size 3 to try the best of 12 choices (see
+    Budget: 10 trials with step size 3 to try the best of 12 choices (see
       `hypergrad.searchers`); the policy takes longer to prefer it.
     Cost: one sample per proposal.
     Bias: none in the gradient, which in a batch of trials is that of the policy before
@@ -67,10 +68,8 @@ class Reinforce(eqx.Module):
     1
     """
 
-    step_size: ArrayLike = eqx.field(
-        default=1.0, converter=float_converter("step_size")
-    )
-    decay: ArrayLike = eqx.field(default=0.9, converter=float_converter("decay"))
+    step_size: ArrayLike = eqx.field(default=1.0, converter=positive("step_size"))
+    decay: ArrayLike = eqx.field(default=0.9, converter=in_unit_interval("decay"))
 
     citations = ("williams1992", "zoph2017")
 

@@ -14,7 +14,7 @@ class Sobol(eqx.Module):
     evenly, best at powers of two. The sequence is SciPy's, and the key of `init`
     scrambles it.
 
-    Budget: 256 trials for a value within 0.01 (see `hypergrad.searchers`).
+    Budget: 40 trials for a value within 0.01 (see `hypergrad.searchers`).
     Cost: O(axes) per earlier proposal, because the sequence is made anew and forwarded.
 
     Source: Sobol 1967; Bergstra & Bengio 2012, for search.

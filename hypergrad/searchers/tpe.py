@@ -5,12 +5,24 @@ import os
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, PyTree
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int
 from . import optuna_study
 from .base import Trials, seed_from_key
+
+
+class TPEState(Trials):
+    """The trials so far, and the proposals that have no value yet.
+
+    Attributes:
+      pending_t: Coordinates of these proposals.
+    """
+
+    pending_t: Float[np.ndarray, "proposals axes"]
 
 
 class TPE(eqx.Module):
@@ -22,6 +34,8 @@ class TPE(eqx.Module):
 
     Everything is left to optuna's ``TPESampler`` with its default parameters, on the
     coordinates of `hypergrad.spaces.axes`, seeded by the key of each proposal.
+    Proposals of a batch that have no value yet are running trials of optuna, which
+    count as bad ones, so that a batch spreads out.
 
     Args:
       num_initial: Number of initial random trials, static.
@@ -32,7 +46,9 @@ class TPE(eqx.Module):
         optuna's journal, which optuna-dashboard displays. Proposals then depend on when
         other trials end, so a search does not repeat to the bit and `hypergrad.search`
         refuses ``previous_trials``: restart a search that was killed with the rest of
-        its budget, it knows all trials of the journal. Static.
+        its budget, it knows all trials of the journal and repeats none. Searches that
+        run at the same time need different keys: with one key they begin with the same
+        random trials. Static.
       problem: Name of the problem, with which its trials are found in the journal,
         static. `hypergrad.search` replaces it by a fingerprint of problem, data, solver
         and ``w``, so that trials of another problem are never used. It depends on the
@@ -45,7 +61,7 @@ class TPE(eqx.Module):
       ValueError: ``num_initial`` is below 1, the space is unbounded, or the journal
         cannot be read or written.
 
-    Budget: 40 trials for a value within 0.01 (see `hypergrad.searchers`); 70 with
+    Budget: 30 trials for a value within 0.01 (see `hypergrad.searchers`); 80 with
       choices.
     Cost: a proposal reads all trials.
 
@@ -80,29 +96,50 @@ class TPE(eqx.Module):
         """Returns the searcher that shares trials with searches of one problem only."""
         return dataclasses.replace(self, problem=problem)
 
-    def init(self, space: PyTree, key: Array) -> Trials:
+    def init(self, space: PyTree, key: Array) -> TPEState:
         """Returns the state without a trial of this search."""
         del key
         optuna_study.import_optuna("TPE")
-        return Trials.empty(space)
+        empty = Trials.empty(space)
+        return TPEState(space, empty.t, empty.values, empty.t)
 
-    def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """Returns the next proposal and the unchanged state."""
+    def ask(self, state: TPEState, key: Array) -> tuple[PyTree, TPEState]:
+        """Returns the next proposal, and the state with it as pending."""
         optuna = optuna_study.import_optuna("TPE")
-        axes = spaces.axes(state.space)
+        axes, options = spaces.axes(state.space), {}
+        trials = self._all_trials(optuna, state)
+        # A restarted search has the keys of its start, and would repeat its trials.
+        if num_other_trials := len(trials) - len(state.values):
+            key = jax.random.fold_in(key, num_other_trials)
+        if len(state.pending_t):
+            trials += optuna_study.to_running_trials(
+                optuna, state.space, state.pending_t
+            )
+            options["constant_liar"] = True  # the default of optuna since version 5
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=self.num_initial, seed=seed_from_key(key)
+            n_startup_trials=self.num_initial, seed=seed_from_key(key), **options
         )
         with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)
-            study.add_trials(self._all_trials(optuna, state))
+            study.add_trials(trials)
             params = study.ask(optuna_study.distributions(optuna, axes)).params
         t = optuna_study.from_params(axes, params)
-        return spaces.from_unit(state.space, t), state
+        pending_t = np.vstack([state.pending_t, t])
+        return (
+            spaces.from_unit(state.space, t),
+            dataclasses.replace(state, pending_t=pending_t),
+        )
 
-    def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
-        """Returns the state with one more trial, which is also added to the journal."""
-        state = state.add(alpha, value)
+    def tell(self, state: TPEState, alpha: PyTree, value: Array) -> TPEState:
+        """Returns the state with one more trial, which is also added to the journal.
+
+        The pending proposal nearest to ``alpha`` is pending no longer.
+        """
+        pending_t, trials = state.pending_t, state.add(alpha, value)
+        if len(pending_t):
+            distances = np.linalg.norm(pending_t - trials.t[-1:], axis=1)
+            pending_t = np.delete(pending_t, np.argmin(distances), axis=0)
+        state = TPEState(state.space, trials.t, trials.values, pending_t)
         if self.journal is not None:
             optuna = optuna_study.import_optuna("TPE")
             last_trial = Trials(state.space, state.t[-1:], state.values[-1:])

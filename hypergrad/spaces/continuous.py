@@ -274,7 +274,9 @@ class Simplex(BoundedSpace):
 class Box(BoundedSpace):
     """Numbers from one bound to another: ``alpha = u``, clipped after each step.
 
-    Unlike `Interval` a box reaches its bounds, and may be open at one side.
+    Unlike `Interval` a box reaches its bounds, and may be open at one side. A number
+    with equal bounds is fixed, which `minimize` and `sample` allow; searchers of the
+    unit cube (all but `Random` and those that train populations) refuse it.
 
     Args:
       low, high: Bounds with ``low <= high``, infinite for an open side: scalars or
@@ -315,15 +317,24 @@ class Box(BoundedSpace):
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """Shape of the leaf; raises ValueError for an infinite bound."""
+        """Shape of the leaf; raises ValueError for infinite or equal bounds."""
+        self._check_is_bounded()
+        bounds = _concrete_bounds(self)
+        if bounds is not None and not np.all(bounds[0] < bounds[1]):
+            raise ValueError(
+                f"low must be below high in a search; got {self}. Close over numbers "
+                "that are fixed in the losses, and leave them out of alpha."
+            )
+        return self.shape
+
+    def _check_is_bounded(self) -> None:
         concrete = [x for x in (self.low, self.high) if not isinstance(x, Tracer)]
         if not all(np.isfinite(x).all() for x in concrete):
             raise_unbounded(self)
-        return self.shape
 
     def from_unit(self, t: ArrayLike) -> Array:
         """Returns ``low + t (high - low)``; raises ValueError for an infinite bound."""
-        _ = self.unit_shape
+        self._check_is_bounded()
         t = as_float(t)
         low, high = _fit_bounds(self, t)
         return jnp.clip(low + t * (high - low), low, high)

@@ -29,13 +29,14 @@ class Integer(BoundedSpace):
     """Integers from ``low`` to ``high``, both included; only for `search`.
 
     Args:
-      low, high: Python integers with ``low < high``. Static.
+      low, high: Python integers of 32 bits with ``low < high``, such that there are
+        fewer than 2^31 values. Static.
       shape: Shape of the leaf. Defaults to ``()``.
 
     Raises:
       TypeError: A bound is not an integer.
-      ValueError: The bounds are out of order. `forward`, `inverse` and `project` always
-        raise it.
+      ValueError: The bounds are out of order or too far apart. `forward`, `inverse` and
+        `project` always raise it.
 
     >>> Integer(1, 3).contains(jnp.array([0, 1, 3])).tolist()
     [False, True, True]
@@ -60,6 +61,11 @@ class Integer(BoundedSpace):
             raise ValueError(
                 f"low and high must be integers of 32 bits; got {self}. Let alpha be "
                 "an exponent or a multiple, as in 2**alpha."
+            )
+        if self.num_values > max_int:
+            raise ValueError(
+                f"high - low + 1, the number of values, must be below 2^31; got {self}."
+                " Let alpha be an exponent or a multiple, as in 2**alpha."
             )
 
     def contains(self, alpha: ArrayLike) -> Array:
@@ -171,5 +177,8 @@ class Choice(BoundedSpace):
 
 def _cell_index(t: ArrayLike, num_values: int) -> Int[Array, "..."]:
     """Returns which of ``num_values`` equal parts of [0, 1] contains ``t``."""
-    cell = jnp.floor(jnp.asarray(t) * num_values).astype(jnp.result_type(int))
-    return jnp.clip(cell, 0, num_values - 1)
+    # Searchers pass arrays of NumPy. Most of them are of float64, which has enough
+    # digits for all cells, and which JAX would convert to float32.
+    xp = np if isinstance(t, np.ndarray | float) else jnp
+    cell = xp.clip(xp.floor(xp.asarray(t) * num_values), 0, num_values - 1)
+    return jnp.asarray(cell.astype(jnp.result_type(int)))

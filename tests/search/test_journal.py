@@ -44,7 +44,10 @@ def read_studies(file) -> list[list[float]]:
 
 
 def test_searches_that_share_a_journal_propose_as_one(tmp_path):
-    """Each proposes what a single searcher would that is told the trials of both."""
+    """Each proposes what a single searcher would that is told the trials of both.
+
+    The number of trials of the other search is part of the seed.
+    """
     file = tmp_path / "tpe.log"
     searchers, single = [TPE(5, file), TPE(5, str(file))], TPE(5)
     states = [searcher.init(SPACE, KEY) for searcher in searchers]
@@ -52,12 +55,27 @@ def test_searches_that_share_a_journal_propose_as_one(tmp_path):
     for index in range(16):
         key, turn = jax.random.fold_in(KEY, index), (index // 3) % 2
         alpha, states[turn] = searchers[turn].ask(states[turn], key)
+        if num_others := len(single_state.values) - len(states[turn].values):
+            key = jax.random.fold_in(key, num_others)
         expected, single_state = single.ask(single_state, key)
         chex.assert_trees_all_equal(alpha, expected)
         value = np.nan if index == 7 else value_of(alpha)
         states[turn] = searchers[turn].tell(states[turn], alpha, value)
         single_state = single.tell(single_state, expected, value)
     assert [len(state.values) for state in states] == [9, 7]
+
+
+def test_a_restarted_search_repeats_no_trial(tmp_path):
+    """With the same key it finds other random trials, and other ones at a restart."""
+    file, points = tmp_path / "tpe.log", []
+    for _ in range(3):
+        searcher = TPE(20, file)
+        state = searcher.init(SPACE, KEY)
+        for index in range(4):
+            alpha, state = searcher.ask(state, jax.random.fold_in(KEY, index))
+            state = searcher.tell(state, alpha, value_of(alpha))
+            points.append(float(alpha["rate"]))
+    assert len(set(points)) == 12
 
 
 def test_trials_of_another_space_are_kept_apart(tmp_path):

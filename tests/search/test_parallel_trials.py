@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hypergrad as hg
+from hypergrad.inner import inner_stats
 from hypergrad.runtime import executors
 from hypergrad.spaces import Choice, Interval
 from tests.search.problems import (
@@ -110,6 +112,49 @@ def test_search_killed_within_a_batch_repeats_no_trial():
             chex.assert_trees_all_equal(resumed, trace, strict=True)
     with pytest.raises(ValueError, match="trial 3"):  # of a batch before trial 5
         search(parallel=parallel, previous_trials=[trials[i] for i in (0, 1, 2, 5)])
+
+
+def test_tpe_is_told_values_in_any_order():
+    """The pending proposal of a value is the one at its alpha."""
+    searcher, alphas = hg.searchers.TPE(2), []
+    state = searcher.init(SPACE, KEY)
+    for key in jax.random.split(KEY, 3):
+        alpha, state = searcher.ask(state, key)
+        alphas.append(alpha)
+    state = searcher.tell(state, alphas[1], 0.5)
+    expected = [hg.spaces.to_unit(SPACE, alphas[i]) for i in (0, 2)]
+    np.testing.assert_allclose(state.pending_t, expected, rtol=1e-6)
+    # An alpha that was not proposed leaves no proposal pending forever.
+    for alpha in (alphas[0], alphas[2], alphas[2]):
+        state = searcher.tell(state, alpha, 0.5)
+    assert len(state.pending_t) == 0
+
+
+class VaryingSteps(eqx.Module):
+    """A user's own solver whose number of steps depends on ``alpha``."""
+
+    differentiable = False
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        num_steps = 1 + jnp.floor(5 * alpha[0])
+        return 2 * alpha, inner_stats(num_steps, num_grads=num_steps)
+
+
+@pytest.mark.parametrize("budget", [15.0, 21.0, 30.0, 44.0])
+@pytest.mark.parametrize("name", ["Random", "TPE"])
+def test_search_in_batches_continues_with_a_larger_budget(name, budget):
+    """Also if a trial costs less than the one before it, which cut off a batch."""
+    searcher = getattr(hg.searchers, name)(*[3] * (name == "TPE"))
+    options = {"searcher": searcher, "solver": VaryingSteps()}
+    run = lambda budget, **more: record(
+        **options, parallel=hg.Parallel(4), budget=budget, **more
+    )
+    trials, _ = run(budget)
+    expected_trials, expected = run(60.0)
+    assert len(trials) < len(expected_trials)
+    new_trials, resumed = run(60.0, previous_trials=trials)
+    assert trials + new_trials == expected_trials
+    chex.assert_trees_all_equal(resumed, expected, strict=True)
 
 
 # Executors.

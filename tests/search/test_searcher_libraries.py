@@ -110,6 +110,33 @@ def test_tpe_proposes_what_optuna_does():
     assert_optuna_proposes(alphas, optuna.create_study(), make_sampler, value_of)
 
 
+def test_tpe_proposes_batches_as_optuna_does():
+    """Proposals without a value are running trials of one study of optuna."""
+    searcher, space = TPE(4), {"depth": Integer(0, 7), "op": Choice((0, 5, 9))}
+    kinds = optuna.distributions
+    distributions = {
+        "000000": kinds.IntDistribution(0, 7),
+        "000001": kinds.CategoricalDistribution(range(3)),
+    }
+    study, state, keys = optuna.create_study(), searcher.init(space, KEY), make_keys(40)
+    for start in range(0, 40, 8):
+        batch = []
+        for key in keys[start : start + 8]:
+            alpha, state = searcher.ask(state, key)
+            study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=4, constant_liar=True, seed=seed_from_key(key)
+            )
+            trial = study.ask(distributions)
+            depth, op = trial.params.values()
+            assert (int(alpha["depth"]), int(alpha["op"])) == (depth, (0, 5, 9)[op])
+            batch.append((alpha, trial))
+        for alpha, trial in batch:
+            value = int(alpha["depth"]) / 7 + (int(alpha["op"]) != 5)
+            state = searcher.tell(state, alpha, value)
+            study.tell(trial, value)
+    assert len(state.pending_t) == 0
+
+
 @pytest.mark.parametrize("num_values", [1, 2])
 def test_nsga2_proposes_what_optuna_does(num_values):
     """Five generations; later ones inherit coordinates of their parents."""
@@ -174,6 +201,38 @@ def test_cmaes_tells_its_library_each_generation_once(monkeypatch):
         again, _ = searcher.ask(state, KEY)
         chex.assert_trees_all_close(again, alpha, rtol=1e-12)
         assert len(num_told) == 10
+
+
+@pytest.mark.parametrize("is_double", [True, False], ids=["float64", "float32"])
+def test_cmaes_ends_when_it_has_converged(is_double):
+    """Every further trial would be at the same point, within rounding."""
+    with enable_x64(is_double):
+        space = Unit(shape=(2,))
+        searcher = CMAES(population_size=6)
+        state, best = searcher.init(space, KEY), np.inf
+        for index in range(700):
+            try:
+                alpha, state = searcher.ask(state, jax.random.fold_in(KEY, index))
+            except StopIteration:
+                break
+            distance = float(jnp.sum((alpha - 0.3) ** 2))
+            state = searcher.tell(state, alpha, distance)
+            best = min(best, distance)
+    assert index < 699
+    assert best < 1e-10
+
+
+def test_cmaes_learns_nothing_from_a_generation_of_failures_only():
+    """The next generation is sampled from the same Gaussian."""
+    searcher, state = CMAES(population_size=4), None
+    state = searcher.init(SPACE, KEY)
+    for key in make_keys(4):
+        alpha, state = searcher.ask(state, key)
+        state = searcher.tell(state, alpha, np.nan)
+    for key in make_keys(4):
+        actual, _ = searcher.ask(state, key)
+        expected, _ = searcher.ask(searcher.init(SPACE, KEY), key)
+        chex.assert_trees_all_equal(actual, expected)
 
 
 # evosax.
@@ -358,6 +417,18 @@ def test_gaussian_process_searches_around_the_best_trial(monkeypatch):
         state = searcher.tell(state, t, value)
     searcher.ask(state, KEY)
     np.testing.assert_allclose(best, [[0.8]], rtol=1e-12)
+
+
+def test_gaussian_process_tries_each_combination_once():
+    """Until none is left; with noise it measures the best one again."""
+    space = {"depth": Integer(1, 4), "op": Choice((0, 5))}
+    value = lambda alpha: ((int(alpha["depth"]) - 3) / 3) ** 2 + (int(alpha["op"]) != 5)
+    num_distinct = {}
+    for noise in (1e-6, 1e-2):
+        alphas, _ = propose(GaussianProcess(3, 50, noise), space, 12, value)
+        points = [(int(alpha["depth"]), int(alpha["op"])) for alpha in alphas]
+        num_distinct[noise] = len(set(points))
+    assert num_distinct[1e-6] == 8 > num_distinct[1e-2]
 
 
 def test_expected_improvement_is_its_integral():

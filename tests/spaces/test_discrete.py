@@ -66,3 +66,16 @@ def test_integers_of_more_than_32_bits_are_an_error(low, high):
     with pytest.raises(ValueError, match="32 bits"):
         Integer(low, high)
     assert Integer(0, 2**31 - 2).sample(jax.random.key(0)) >= 0
+
+
+def test_more_values_than_integers_of_32_bits_are_an_error():
+    """Although each of them is such an integer; the cube divides by their number."""
+    half = 2**30
+    for low, high in ((-half, half - 1), (-half - 5, half)):
+        with pytest.raises(ValueError, match="high"):
+            Integer(low, high)
+    space = Integer(-half, half - 2)
+    assert space.num_values == 2**31 - 1
+    for t, expected in ((0.0, space.low), (1.0, space.high)):
+        assert space.from_unit(np.array(t)) == expected
+        assert 0 <= space.to_unit(jnp.asarray(expected)) <= 1

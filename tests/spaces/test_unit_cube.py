@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from hypergrad import spaces
+from hypergrad.runtime.compat import enable_x64
 from hypergrad.spaces import Box, Choice, Integer, Interval, Positive, Simplex, Unit
 
 QUANTILES = {
@@ -94,6 +95,34 @@ def test_unbounded_spaces_have_neither_axes_nor_samples(space):
     ):
         with pytest.raises(ValueError, match="space"):
             call({"a": space})
+
+
+@pytest.mark.parametrize("low", [1.0, np.array([0.0, 1.0])], ids=["all", "one"])
+def test_a_number_that_is_fixed_has_no_coordinate(low):
+    """Searchers of the unit cube would take its axis for a free one.
+
+    A space with equal bounds can be sampled, which gives the bound.
+    """
+    box = Box(low, 1.0, shape=np.shape(low))
+    for call in (spaces.axes, lambda space: spaces.from_unit(space, np.zeros(2))):
+        with pytest.raises(ValueError, match="low"):
+            call({"a": box, "b": Unit()})
+    sample = np.ravel(spaces.sample({"a": box}, jax.random.key(0))["a"])
+    assert sample[-1] == 1.0
+    assert 0 < sample[0] <= 1
+
+
+@pytest.mark.parametrize("is_double", [True, False], ids=["float64", "float32"])
+def test_every_integer_is_reached_from_its_coordinate(is_double):
+    """A float32 has no more than 2^24 numbers between 1/2 and 1."""
+    high = 2**30
+    space, n = Integer(-high + 1, high - 1), 2 * high - 1
+    indices = [0, 1, n // 2, *range(n - 40, n)]
+    with enable_x64(is_double):
+        alphas = [spaces.from_unit(space, [(i + 0.5) / n]) for i in indices]
+        inside = jax.jit(space.from_unit)(np.array(0.75))
+    assert [int(alpha) - space.low for alpha in alphas] == indices
+    assert abs(int(inside) - high // 2) <= 2**8
 
 
 def test_a_space_without_coordinates_has_no_axes():
