@@ -30,8 +30,10 @@ from .. import datasets, spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
+from ..recording import Metric
 from ..validation import as_key
 from .classifier import (
+    as_arrays,
     check_data,
     check_scale,
     check_square,
@@ -41,7 +43,7 @@ from .classifier import (
     weighted_mean,
 )
 from .networks import extract_patches
-from .task import Task, check_choice
+from .task import Task, as_sizes, check_choice, has_held_out
 
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
@@ -190,6 +192,39 @@ def accuracy(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
     return jnp.mean(predicted == batch["y"])
 
 
+def held_out_loss(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
+    """Returns `val_loss` of examples, as a metric."""
+    del key
+    return val_loss(w, alpha, batch)
+
+
+def make_metrics(
+    splits: PyTree, val: PyTree, hold_out: Array | bool
+) -> dict[str, Metric]:
+    """Returns the accuracies of all test and all validation images, and more metrics.
+
+    Accuracy and loss of the last third of the validation images are among them if these
+    are held out.
+
+    Args:
+      splits: Result of `split`.
+      val: Validation images, each with the price.
+      hold_out: Argument of `make`.
+    """
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "val_accuracy": jax.tree_util.Partial(accuracy, splits["val"]),
+    }
+    num_val = len(val["y"])
+    if has_held_out(hold_out, num_val // 3, num_val):
+        held_out = jax.tree.map(lambda leaf: leaf[num_val - num_val // 3 :], val)
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, held_out),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, held_out),
+        }
+    return metrics
+
+
 def one_hot(cell: Sequence[int] | Array) -> Float[Array, "3 5"]:
     """Returns the ``alpha`` that selects the operations of a cell."""
     return jax.nn.one_hot(jnp.asarray(cell), len(OPERATIONS))
@@ -245,7 +280,7 @@ def make(
     hold_out: bool | Array = False,
     split_key: Array | None = None,
     data: PyTree = None,
-    sizes: tuple[int, int, int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Task:
     """Returns the search for a cell that classifies images.
 
@@ -261,7 +296,8 @@ def make(
       data_dir: Ignored, because scikit-learn contains the digits.
       price: Price of the operations of the largest cell, in nats.
       hold_out: Whether the last third of the validation images is excluded from the
-        outer loss, for choosing settings.
+        outer loss, for choosing settings by the metrics ``held_out_accuracy`` and
+        ``held_out_loss``. The metric ``val_accuracy`` is that of all of them.
       split_key: PRNG key of the split. Defaults to ``jax.random.key(0)``, for which
         `ranking` contains the accuracy of every cell.
       data: ``{"x": [n, side * side], "y": [n]}`` with classes 0 to 9 and an even side.
@@ -271,8 +307,9 @@ def make(
 
     Raises:
       TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown or needs data, or ``data`` has too few examples,
-        images that are not square, or other labels.
+      ValueError: ``scale`` is unknown or needs data, ``sizes`` are not three positive
+        integers or too small for ``hold_out``, or ``data`` has too few examples, images
+        that are not square, or other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.architecture.make(key=jax.random.key(0))
@@ -282,13 +319,13 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
-    num_train, num_val, channels = SIZES[scale] if sizes is None else sizes
+    num_train, num_val, channels = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)
     data = datasets.load("digits") if data is None else data
     check_data(data, num_needed, NUM_CLASSES)
     check_square(data["x"], even=True)
-    data = jax.tree.map(jnp.asarray, data)
+    data = as_arrays(data)
     split_key = jax.random.key(0) if split_key is None else split_key
     splits = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
@@ -308,10 +345,7 @@ def make(
         w=init_network(key, channels),
         alpha=jnp.full(shape, 1 / len(OPERATIONS)),
         space=spaces.Simplex(shape=shape),
-        metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-            "val_accuracy": jax.tree_util.Partial(accuracy, splits["val"]),
-        },
+        metrics=make_metrics(splits, val, hold_out),
     )
 
 

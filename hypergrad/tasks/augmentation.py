@@ -18,6 +18,8 @@ validation and test images are rotated by up to 45 degrees and shifted by up to 
 the policy has to learn these transforms.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +32,10 @@ from ..inner import Descent
 from ..problem import Bilevel
 from ..recording import Metric
 from ..trees import without_derivative
-from ..validation import as_key, is_traced
+from ..validation import as_key
 from . import classifier
 from .classifier import (
+    as_arrays,
     check_data,
     check_scale,
     check_square,
@@ -41,7 +44,7 @@ from .classifier import (
     mask_held_out,
     random_order,
 )
-from .task import Task, check_choice
+from .task import Task, as_sizes, check_choice, has_held_out
 
 NUM_CLASSES = 10
 OPERATIONS = (
@@ -225,13 +228,14 @@ def init_network(key: Array, num_features: int, num_hidden: int) -> PyTree:
     }
 
 
-def make_metrics(splits: PyTree, has_held_out: Array | bool) -> dict[str, Metric]:
+def make_metrics(splits: PyTree, hold_out: Array | bool) -> dict[str, Metric]:
     """Returns the accuracies, and those of held-out images if there are any."""
+    num_val = len(splits["val"]["y"])
     metrics = {
         "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
         "upright_accuracy": jax.tree_util.Partial(accuracy, splits["upright"]),
     }
-    if has_held_out:
+    if has_held_out(hold_out, num_val // 4, num_val):
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
             "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
@@ -247,7 +251,7 @@ def make(
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
     data: PyTree = None,
-    sizes: tuple[int, int, int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Task:
     """Returns a classifier of images whose augmentation policy is learned.
 
@@ -271,8 +275,9 @@ def make(
 
     Raises:
       TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown or needs data, or ``data`` has too few examples,
-        images that are not square, or other labels.
+      ValueError: ``scale`` is unknown or needs data, ``sizes`` are not three positive
+        integers or too small for ``hold_out``, or ``data`` has too few examples, images
+        that are not square, or other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.augmentation.make(key=jax.random.key(0))
@@ -282,13 +287,13 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
-    num_train, num_val, num_hidden = SIZES[scale] if sizes is None else sizes
+    num_train, num_val, num_hidden = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)
     data = datasets.load("digits") if data is None else data
     check_data(data, num_needed, NUM_CLASSES)
     check_square(data["x"])
-    data = jax.tree.map(jnp.asarray, data)
+    data = as_arrays(data)
     split_key, network_key = jax.random.split(key)
     splits = split(data, split_key, (num_train, num_val), hold_out)
     dtype = data["x"].dtype
@@ -310,6 +315,6 @@ def make(
             "magnitude": spaces.Interval(0.0, MAX_MAGNITUDES, shape=shape),
             "probability": spaces.Interval(0.05, 0.95, shape=shape),
         },
-        metrics=make_metrics(splits, is_traced(hold_out) or hold_out),
+        metrics=make_metrics(splits, hold_out),
         splits=splits,
     )

@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
+from ..recording import Metric
 from ..validation import is_traced
-from .task import check_choice
+from .task import check_choice, has_held_out
 
 ScoreFn = Callable[[PyTree, Array], Array]
 
@@ -152,19 +153,21 @@ def check_labels(y: Num[Array, " n"], num_classes: int) -> None:
         )
 
 
-def check_square(x: Array, *, even: bool = False) -> None:
+def check_square(x: Array, *, even: bool = False, min_side: int = 1) -> None:
     """Checks that ``x`` has shape ``[n, side * side]``.
 
     Args:
       x: Features.
       even: Whether ``side`` must be even.
+      min_side: Smallest ``side``.
 
     Raises:
       ValueError: ``x`` has another number of features.
     """
     side = math.isqrt(x.shape[1])
-    if side**2 != x.shape[1] or (even and side % 2):
-        expected = f"square images of an {'even' if even else 'integer'} side"
+    if side**2 != x.shape[1] or (even and side % 2) or side < min_side:
+        kind = "even" if even else "integer"
+        expected = f"square images of an {kind} side of at least {min_side}"
         raise ValueError(
             f"data['x'] must be flat {expected}, [n, side * side]; got {x.shape[1]} "
             "features. Crop or pad the images."
@@ -205,7 +208,11 @@ def cross_entropy(score_fn: ScoreFn, w: PyTree, batch: PyTree) -> Array:
 
 
 def weighted_mean(values: Num[Array, " n"], weights: Float[Array, " n"]) -> Array:
-    """Returns the weighted mean of the values."""
+    """Returns the weighted mean of the values, by sums of at least single precision.
+
+    The sum of 2,049 half-precision ones is 2,048, and that of 65,536 is infinite.
+    """
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     return jnp.sum(weights * values) / jnp.sum(weights)
 
 
@@ -237,7 +244,43 @@ def loss_metric(
     return val_loss(score_fn, w, alpha, batch)
 
 
+def make_metrics(
+    score_fn: ScoreFn, test: PyTree, val: PyTree, hold_out: Array | bool
+) -> dict[str, Metric]:
+    """Returns accuracy and loss of test examples, and of held-out ones if there are.
+
+    Args:
+      score_fn: ``(w, x) -> scores``.
+      test: Test examples.
+      val: Result of `mask_held_out`.
+      hold_out: Argument of `mask_held_out`. If it is traced, there are no metrics of
+        held-out examples, because those of no examples would be NaN.
+    """
+    examples, num_val = {"test": test}, len(val["y"])
+    if has_held_out(hold_out, num_val // 3, num_val) and not is_traced(hold_out):
+        examples["held_out"] = held_out_examples(val)
+    functions = {"accuracy": accuracy, "loss": loss_metric}
+    return {
+        f"{split_name}_{name}": jax.tree_util.Partial(
+            bind_score_fn(function, score_fn), batch
+        )
+        for split_name, batch in examples.items()
+        for name, function in functions.items()
+    }
+
+
 # Data.
+
+
+def as_arrays(
+    data: Mapping[str, Any], names: tuple[str, ...] = ("x", "y")
+) -> dict[str, Array]:
+    """Returns the named arrays and the marks ``test`` of data that `check_data` passes.
+
+    The data may be a mapping that is no dict, such as an opened ``npz`` file, and may
+    have further entries, which are dropped.
+    """
+    return {name: jnp.asarray(data[name]) for name in (*names, "test") if name in data}
 
 
 def random_order(data: PyTree, key: Array) -> Int[Array, " n"]:
@@ -286,12 +329,22 @@ def mean_and_deviation(x: Float[Array, "n features"]) -> tuple[Array, Array]:
     """Returns mean and standard deviation of each feature, ``[1, features]``.
 
     A constant feature has its value as mean and deviation 1, so that it becomes 0. The
-    mean of equal numbers may differ from them by rounding.
+    mean of equal numbers may differ from them by rounding. Sums and squares neither
+    overflow nor underflow, because powers of two, which are exact, scale them to 1.
     """
     is_constant = jnp.all(x == x[:1], axis=0, keepdims=True)
-    mean = jnp.where(is_constant, x[:1], jnp.mean(x, axis=0, keepdims=True))
-    deviation = jnp.where(is_constant, 1, jnp.std(x, axis=0, keepdims=True))
-    return mean, deviation
+    max_exponent = lambda x: jnp.frexp(jnp.max(jnp.abs(x), axis=0, keepdims=True))[1]
+    exponent = max_exponent(x)
+    scaled = jnp.ldexp(x, -exponent)
+    scaled_mean = jnp.mean(scaled, axis=0, keepdims=True)
+    error_exponent = max_exponent(scaled - scaled_mean)
+    scaled_deviation = jnp.std(
+        jnp.ldexp(scaled, -error_exponent), axis=0, keepdims=True
+    )
+    deviation = jnp.ldexp(scaled_deviation, exponent + error_exponent)
+    is_constant |= deviation == 0  # below the smallest normal number
+    mean = jnp.where(is_constant, x[:1], jnp.ldexp(scaled_mean, exponent))
+    return mean, jnp.where(is_constant, 1, deviation)
 
 
 def mask_held_out(

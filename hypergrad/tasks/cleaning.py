@@ -22,6 +22,7 @@ from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
 from .classifier import (
+    as_arrays,
     check_data,
     held_out_examples,
     losses,
@@ -96,6 +97,8 @@ def split(
       corruption: Probability that a training label is replaced by another class.
     """
     order_key, wrong_key, class_key = jax.random.split(key, 3)
+    # Integers such as 0 and 1 are probabilities, too.
+    corruption = jnp.asarray(corruption, jnp.result_type(corruption, float))
     order = random_order(data, order_key)
     x, y = data["x"][order], data["y"][order]
     wrong = jax.random.bernoulli(wrong_key, corruption, (NUM_TRAIN,))
@@ -157,7 +160,7 @@ def make(
         )
     data = datasets.load("digits") if data is None else data
     check_data(data, NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
-    data = jax.tree.map(jnp.asarray, data)
+    data = as_arrays(data)
     splits = split(data, key, hold_out, corruption)
     train = {"x": splits["train"]["x"], "y": splits["train"]["y"]}
     train |= {"penalty": jnp.asarray(penalty, train["x"].dtype)}

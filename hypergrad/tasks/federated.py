@@ -27,10 +27,10 @@ from jaxtyping import Array, Float, PyTree
 from .. import datasets as datasets
 from .. import spaces
 from ..problem import Bilevel
-from ..validation import as_key
-from .classifier import check_data, random_order
+from ..validation import as_key, is_traced
+from .classifier import as_arrays, check_data, random_order, weighted_mean
 from .federated_averaging import FedAvg, LocalImplicit
-from .task import Task, sizes_of
+from .task import Task, check_choice, has_held_out, sizes_of
 
 __all__ = ["FedAvg", "LocalImplicit", "make"]
 
@@ -72,7 +72,7 @@ def val_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(
         scores(w, batch["x"]), batch["y"]
     )
-    return jnp.sum(batch["use"] * losses) / jnp.sum(batch["use"])
+    return weighted_mean(losses, batch["use"])
 
 
 def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -92,7 +92,7 @@ def held_out_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
 def split(
     data: dict[str, Any], key: Array, sizes: dict[str, Any], iid: bool, hold_out: bool
 ) -> dict[str, PyTree]:
-    """Returns long-tailed training, balanced validation and balanced test examples.
+    """Returns long-tailed training, balanced validation and remaining test examples.
 
     Class k of a random order has ``max_per_class / imbalance^(k / 9)`` training
     examples. The training and validation examples are divided among the clients by
@@ -105,14 +105,21 @@ def split(
       iid: Whether the clients have the same distribution of classes.
       hold_out: Whether every fourth validation example of a client is removed from the
         part "val" by its weight ``use``. These examples are then the part "held_out".
+
+    Raises:
+      ValueError: ``imbalance`` is below 1, so that training examples would be test
+        examples, or leaves a class no training example.
     """
+    if not sizes["imbalance"] >= 1:
+        raise ValueError(f"imbalance must be at least 1; got {sizes['imbalance']}.")
     keys = jax.random.split(key, 4)
     order = np.asarray(random_order(data, keys[0]))
     rank = np.asarray(jax.random.permutation(keys[1], NUM_CLASSES))
     num_val, max_train = sizes["val_per_class"], sizes["max_per_class"]
+    labels = np.asarray(data["y"])[order]
     train, val, test = [], [], []
     for k in range(NUM_CLASSES):
-        indices = order[data["y"][order] == k]
+        indices = order[labels == k]
         decay = sizes["imbalance"] ** (rank[k] / (NUM_CLASSES - 1))
         val.append(indices[:num_val])
         train.append(indices[num_val : num_val + round(max_train / decay)])
@@ -129,12 +136,27 @@ def split(
     is_held_out = jnp.broadcast_to(is_fourth, val_examples["y"].shape) & hold_out
     with_use = lambda use: val_examples | {"use": use.astype(val_examples["x"].dtype)}
     test_indices = np.concatenate(test)
+    train_examples = select(train, keys[2])
+    check_training_classes(train_examples["y"], sizes)
     return {
-        "train": select(train, keys[2]),
+        "train": train_examples,
         "val": with_use(~is_held_out),
         "held_out": with_use(is_held_out),
         "test": {name: jnp.asarray(data[name][test_indices]) for name in ("x", "y")},
     }
+
+
+def check_concrete(*arguments: Any) -> None:
+    """Checks that no argument is traced.
+
+    Raises:
+      TypeError: One of them is, but the numbers of examples depend on the labels.
+    """
+    if is_traced(arguments):
+        raise TypeError(
+            "key, data and hold_out must be concrete, because the numbers of examples "
+            "depend on them; got a tracer. Call federated.make outside of jax.jit."
+        )
 
 
 def check_classes(data: PyTree, num_needed: int) -> None:
@@ -157,6 +179,21 @@ def check_classes(data: PyTree, num_needed: int) -> None:
                 f"{NUM_CLASSES} classes; got {num_rarest} of the rarest. Pass more "
                 "data or smaller sizes."
             )
+
+
+def check_training_classes(labels: Array, sizes: dict[str, Any]) -> None:
+    """Checks that all classes have training examples.
+
+    Raises:
+      ValueError: A class has none, because ``imbalance`` is too large.
+    """
+    counts = np.bincount(np.ravel(labels), minlength=NUM_CLASSES)
+    if not counts.min():
+        raise ValueError(
+            "imbalance must leave each class a training example; got "
+            f"{sizes['imbalance']:g} for max_per_class={sizes['max_per_class']}, which "
+            f"leaves the classes {np.flatnonzero(counts == 0).tolist()} none."
+        )
 
 
 def split_among_clients(
@@ -201,11 +238,13 @@ def split_among_clients(
 SCALES: dict[str, dict[str, Any]] = {
     "small": {
         **{"num_clients": 10, "max_per_class": 100, "val_per_class": 20},
-        **{"imbalance": 20, "num_rounds": 5, "num_local_steps": 5, "step_size": 0.2},
+        **{"imbalance": 20.0, "num_rounds": 5},
+        **{"num_local_steps": 5, "step_size": 0.2},
     },
     "paper": {
         **{"num_clients": 100, "max_per_class": 4000, "val_per_class": 500},
-        **{"imbalance": 100, "num_rounds": 20, "num_local_steps": 5, "step_size": 0.1},
+        **{"imbalance": 100.0, "num_rounds": 20},
+        **{"num_local_steps": 5, "step_size": 0.1},
     },
 }
 
@@ -223,6 +262,9 @@ def make(
 ) -> Task:
     """Returns the vector-scaling task on digits ('small') or MNIST ('paper').
 
+    The numbers of examples depend on the labels, so `jax.jit` and `jax.vmap` cannot
+    transform this function.
+
     Args:
       key: PRNG key of the split and of the clients' examples.
       scale: 'small' or 'paper'.
@@ -237,25 +279,29 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      TypeError: A size is not in `SCALES`, or data has a wrong type.
-      ValueError: The scale is unknown, or data has a wrong shape, a wrong label, or too
-        few examples for the sizes.
+      TypeError: A size is not in `SCALES`, data has a wrong type, or an argument is
+        traced.
+      ValueError: The scale is unknown, a number of ``sizes`` is not positive,
+        ``imbalance`` is below 1 or leaves a class no training example, or data has a
+        wrong shape, a wrong label, or too few examples for the sizes or ``hold_out``.
     """
     key = as_key(key)
-    if scale not in SCALES:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
+    check_choice("scale", scale, SCALES)
     chosen = sizes_of("federated", SCALES[scale], sizes)
     if data is None:
         data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
     check_data(data, 1, NUM_CLASSES)
+    data = as_arrays(data)
+    check_concrete(key, data, hold_out)
     check_classes(data, chosen["val_per_class"] + chosen["max_per_class"])
     splits = split(data, key, chosen, iid, hold_out)
+    num_val = splits["val"]["y"].shape[1]
     num_features = data["x"].shape[1]
     interval = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
     )
     metrics = {"accuracy": jax.tree_util.Partial(accuracy, splits["test"])}
-    if hold_out:
+    if has_held_out(hold_out, num_val // 4, num_val):
         metrics["held_loss"] = jax.tree_util.Partial(held_out_loss, splits["held_out"])
     return Task(
         name="federated",

@@ -79,6 +79,7 @@ class FedAvg(eqx.Module):
     drift_correction: bool = eqx.field(static=True, default=True)
 
     differentiable = True
+    uses_all_data = True
 
     def __check_init__(self):
         check_positive_int("num_steps", self.num_steps)

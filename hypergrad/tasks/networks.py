@@ -1,6 +1,6 @@
 """Networks of the tasks: flax modules, and functions of a plain pytree ``w``.
 
-All networks are smooth (tanh, average pooling), so that second derivatives exist.
+All modules are smooth (tanh, average pooling), so that second derivatives exist.
 A convolution is a matrix product with patches, because XLA's own convolution is slow on
 a CPU when it is differentiated twice.
 """
@@ -82,6 +82,23 @@ def mean_pool(maps: Float[Array, "n s s c"]) -> Float[Array, "n s//2 s//2 c"]:
     half = side // 2
     cells = maps[:, : 2 * half, : 2 * half].reshape(num, half, 2, half, 2, channels)
     return jnp.mean(cells, axis=(2, 4))
+
+
+def strided_convolution(layer: PyTree, x: Float[Array, "n h w c"]) -> Array:
+    """Applies 3 by 3 filters with stride 2, as one matrix product."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [
+        x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ layer["W"]
+
+
+def batch_norm(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """Standardizes each feature over the batch and the pixels."""
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = (f(x, axes, keepdims=True) for f in (jnp.mean, jnp.var))
+    return (x - mean) / jnp.sqrt(variance + 1e-5)
 
 
 def split_module(module: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:

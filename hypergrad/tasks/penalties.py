@@ -7,6 +7,10 @@ priors, whose log-precisions are the hyperparameters,
     L(w, alpha) = mean_i CE_i(w) + 1/2 sum_j exp(alpha_j) w_j^2,
 
 and the outer loss is the cross-entropy on a validation set.
+
+The variant ``hoag`` differs from the code of HOAG, which adds ``exp(alpha) |w|^2 / 2``
+to the sum of the losses of the examples, has no intercept and starts at alpha = 0: here
+the losses are averaged, the intercept is penalized too, and alpha starts at -4.
 """
 
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
@@ -21,15 +26,15 @@ from jaxtyping import Array, Float, PyTree
 from .. import datasets, spaces
 from ..inner import Descent
 from ..problem import Bilevel
-from ..validation import as_key
+from ..validation import as_key, is_traced
 from .classifier import (
     ScoreFn,
-    accuracy,
+    as_arrays,
     bind_score_fn,
     check_data,
     check_square,
     cross_entropy,
-    loss_metric,
+    make_metrics,
     make_score_fn,
     mask_held_out,
     mean_and_deviation,
@@ -41,6 +46,7 @@ from .task import Task, check_choice
 
 LOW, HIGH = -12.0, 1.0  # bounds of a log-penalty
 INIT_LOG_PENALTY = -4.0
+MIN_SIDE = 4  # of images for a convolution and a pooling without padding
 SOLVER = Descent(optax.sgd(0.3, momentum=0.9), num_steps=50)
 
 
@@ -139,6 +145,21 @@ def log_penalties(w: PyTree, granularity: str, value: float | Array) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.full(shape(leaf.shape), value, float), w)
 
 
+def check_log_penalty(value: float | Array) -> None:
+    """Checks that log-penalties are in their space, unless they are traced.
+
+    Raises:
+      ValueError: One of them is NaN or out of the range.
+    """
+    if is_traced(value):
+        return
+    log_penalty = np.asarray(value)
+    if not np.all((log_penalty >= LOW) & (log_penalty <= HIGH)):
+        raise ValueError(
+            f"init_log_penalty must be in [{LOW:g}, {HIGH:g}]; got {value}."
+        )
+
+
 def tolerances(
     schedule: str, num_steps: int, init_tol: float = 0.1, min_tol: float = 1e-4
 ) -> Float[Array, " num_steps"]:
@@ -150,9 +171,13 @@ def tolerances(
       num_steps: Number of outer steps.
       init_tol: Tolerance of the first step.
       min_tol: Lower bound of all tolerances.
+
+    Raises:
+      ValueError: ``schedule`` is unknown.
     """
     k = jnp.arange(1.0, num_steps + 1)
     factors = {"quadratic": k**-2, "cubic": k**-3, "exponential": 0.9 ** (k - 1)}
+    check_choice("schedule", schedule, factors)
     return jnp.maximum(init_tol * factors[schedule], min_tol)
 
 
@@ -180,41 +205,42 @@ def make(
         digits, an MLP, one penalty per weight).
       granularity: 'model', 'feature' or 'parameter'. Defaults to the granularity of the
         variant.
-      init_log_penalty: Initial value of every log-penalty.
+      init_log_penalty: Initial value of every log-penalty, between -12 and 1.
       hold_out: Whether the last third of the validation examples is excluded from the
-        outer loss, for choosing settings.
+        outer loss, for choosing settings. Unless it is traced, their metrics are
+        ``held_out_accuracy`` and ``held_out_loss``.
       data: ``{"x": [n, features], "y": [n]}`` with two classes for 'hoag' and
-        'logistic', otherwise ten, and with square images for 'cnn'. Defaults to the
-        data of the variant.
+        'logistic', otherwise ten, and with square images of at least 4 by 4 pixels for
+        'cnn'. Defaults to the data of the variant.
 
     Raises:
       TypeError: An array of ``data`` has another type.
-      ValueError: ``scale``, ``variant`` or ``granularity`` is unknown, or ``data`` has
-        another shape, too few examples or other labels.
+      ValueError: ``scale``, ``variant`` or ``granularity`` is unknown,
+        ``init_log_penalty`` is out of range, or ``data`` has another shape, too few
+        examples or other labels.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
     check_choice("variant", variant, VARIANTS)
     check_choice("granularity", granularity, (None, "model", "feature", "parameter"))
+    check_log_penalty(init_log_penalty)
     config, data_name = VARIANTS[variant], dataset_name(variant, scale)
     data = datasets.load(data_name, data_dir) if data is None else data
     sizes = config.small if scale == "small" else config.paper
     num_outputs = 1 if data_name == "breast_cancer" else 10
     check_data(data, sizes[0] + sizes[1] + 1, max(num_outputs, 2))
     if variant == "cnn":
-        check_square(data["x"])
-    data = jax.tree.map(jnp.asarray, data)
+        check_square(data["x"], min_side=MIN_SIDE)
+    data = as_arrays(data)
     split_key, init_key = jax.random.split(key)
     splits = split(data, split_key, sizes)
     if data_name == "breast_cancer":
         splits = standardize(splits)
+    val = mask_held_out(splits["val"], hold_out)
     rngs = nnx.Rngs(init_key)
     graph, w = split_module(config.network(data["x"].shape[1], num_outputs, rngs))
     score_fn = make_score_fn(graph)
     alpha = log_penalties(w, granularity or config.granularity, init_log_penalty)
-    make_metric = lambda function: jax.tree_util.Partial(
-        bind_score_fn(function, score_fn), splits["test"]
-    )
     return Task(
         name="penalties",
         paradigm="supervised",
@@ -223,14 +249,11 @@ def make(
             bind_score_fn(train_loss, score_fn),
             bind_score_fn(val_loss, score_fn),
             splits["train"],
-            mask_held_out(splits["val"], hold_out),
+            val,
         ),
         solver=SOLVER,
         w=w,
         alpha=alpha,
         space=jax.tree.map(lambda leaf: spaces.Box(LOW, HIGH, shape=leaf.shape), alpha),
-        metrics={
-            "test_accuracy": make_metric(accuracy),
-            "test_loss": make_metric(loss_metric),
-        },
+        metrics=make_metrics(score_fn, splits["test"], val, hold_out),
     )

@@ -33,9 +33,9 @@ from .. import datasets as datasets
 from .. import spaces
 from ..inner import LBFGS, Descent
 from ..problem import Bilevel
-from ..validation import as_key
+from ..validation import as_key, is_traced
 from . import mlp
-from .task import Task, sizes_of
+from .task import Task, check_choice, has_held_out, sizes_of
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
@@ -145,6 +145,12 @@ def exact_control(alpha: Float[Array, "2"]) -> Float[Array, "2"]:
     """
     t0, t1 = alpha
     return jnp.stack([2 * t0 + t1 - 1, t0 + 2 * t1 - 2]) / 3
+
+
+def misfit_on(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
+    """Returns `misfit` as a metric."""
+    del key
+    return misfit(w, alpha, batch)
 
 
 def relative_error(solution: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -280,11 +286,17 @@ def make_weights(
     num_sensors = sizes["num_sensors"]
     train_sensors = jax.tree.map(lambda leaf: leaf[:num_sensors], sensors)
     val_sensors = jax.tree.map(lambda leaf: leaf[num_sensors:], sensors)
-    is_third = jnp.arange(sizes["num_held_out"]) % 3 == 0
+    num_val = sizes["num_held_out"]
+    is_third = jnp.arange(num_val) % 3 == 0
     val_sensors["use"] = jnp.where(is_third & jnp.asarray(hold_out), 0.0, 1.0)
     train = {name: points[name] for name in ("collocation", "boundary")}
     train["data"] = train_sensors
     num_inputs = points["collocation"].shape[1]
+    metrics = {"relative_error": jax.tree_util.Partial(relative_error, points["test"])}
+    # The loss of no sensors, if a traced hold_out is False, would be NaN.
+    if has_held_out(hold_out, -(-num_val // 3), num_val) and not is_traced(hold_out):
+        held_out = val_sensors | {"use": 1 - val_sensors["use"]}
+        metrics["held_out_loss"] = jax.tree_util.Partial(misfit_on, held_out)
     return Task(
         name="physics",
         paradigm="physics-informed",
@@ -294,9 +306,7 @@ def make_weights(
         w=mlp.init(net_key, (num_inputs, *sizes["hidden"], 1)),
         alpha={name: jnp.ones(()) for name in TERMS},
         space={name: spaces.Interval(1e-3, 1e3, log=True) for name in TERMS},
-        metrics={
-            "relative_error": jax.tree_util.Partial(relative_error, points["test"])
-        },
+        metrics=metrics,
     )
 
 
@@ -322,7 +332,7 @@ def make_control(key: Array, sizes: dict[str, Any]) -> Task:
         alpha=jnp.ones(2),
         space=spaces.Real(),
         metrics={"tracking_error": jax.tree_util.Partial(control_cost_on, quadrature)},
-        exact=exact_control,
+        exact=jax.tree_util.Partial(exact_control),
     )
 
 
@@ -371,18 +381,18 @@ def make(
       data_dir: Folder of the solution of Burgers' equation; see
         `hypergrad.datasets.load`. Without the file it is computed by quadrature.
       variant: 'poisson', 'burgers' or 'control'.
-      hold_out: Whether a third of the held-out sensors is not in the outer loss, for
-        model selection; not used by 'control'. Defaults to False.
+      hold_out: Whether a third of the held-out sensors is not in the outer loss but,
+        unless it is traced, in the metric ``held_out_loss``, for model selection; not
+        used by 'control'. Defaults to False.
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: The scale or the variant is unknown.
+      ValueError: The scale or the variant is unknown, a number of ``sizes`` is not
+        positive, or ``hold_out`` holds out all of the sensors.
       TypeError: A size is not in `SCALES`.
     """
-    if variant not in SCALES:
-        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}.")
-    if scale not in SCALES[variant]:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
+    check_choice("variant", variant, SCALES)
+    check_choice("scale", scale, SCALES[variant])
     key, chosen = as_key(key), sizes_of("physics", SCALES[variant][scale], sizes)
     if variant == "control":
         return make_control(key, chosen)

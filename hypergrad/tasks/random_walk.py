@@ -7,8 +7,6 @@ V* = (I - diag(alpha) P)^-1 r. The outer loss compares V with the undiscounted r
 of other episodes.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -153,5 +151,5 @@ def make_mrp(key: Array, num_train: int, num_val: int, horizon: int) -> Task:
         alpha=jnp.full(NUM_STATES, 0.9),
         space=spaces.Unit(shape=(NUM_STATES,)),
         metrics={"value_error": jax.tree_util.Partial(value_error, true_values)},
-        exact=functools.partial(exact_hypergradient, problem),
+        exact=jax.tree_util.Partial(exact_hypergradient, problem),
     )

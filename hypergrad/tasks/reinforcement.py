@@ -54,7 +54,8 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: The scale or the variant is unknown.
+      ValueError: The scale or the variant is unknown, or a number of ``sizes`` is not
+        positive.
       TypeError: A size is not in `SCALES`.
     """
     del data_dir

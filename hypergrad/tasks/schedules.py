@@ -29,10 +29,10 @@ from ..inner import Descent, piecewise_constant_schedule
 from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import (
-    accuracy,
+    as_arrays,
     bind_score_fn,
     check_data,
-    loss_metric,
+    make_metrics,
     make_score_fn,
     mask_held_out,
     split,
@@ -143,7 +143,8 @@ def make(
       num_windows: Number of windows of equal length, each with one rate and one
         momentum. ``num_windows=num_steps`` learns a rate and a momentum per step.
       hold_out: Whether the last third of the validation examples is excluded from the
-        outer loss, for choosing settings.
+        outer loss, for choosing settings. Unless it is traced, their metrics are
+        ``held_out_accuracy`` and ``held_out_loss``.
       data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9. Defaults to the
         digits or MNIST.
 
@@ -164,17 +165,15 @@ def make(
         data = datasets.load("digits" if is_small else "mnist", data_dir)
     sizes = SMALL if is_small else PAPER
     check_data(data, sizes[0] + sizes[1] + 1)
-    data = jax.tree.map(jnp.asarray, data)
+    data = as_arrays(data)
     split_key, init_key = jax.random.split(key)
     splits = split(data, split_key, sizes)
+    val = mask_held_out(splits["val"], hold_out)
     hidden_sizes = (32,) if is_small else (50, 50, 50)
     module = MLP((data["x"].shape[1], *hidden_sizes, 10), nnx.Rngs(init_key))
     graph, w = split_module(module)
     score_fn = make_score_fn(graph)
     loss = bind_score_fn(val_loss, score_fn)
-    make_metric = lambda function: jax.tree_util.Partial(
-        bind_score_fn(function, score_fn), splits["test"]
-    )
     shape = (num_windows,)
     return Task(
         name="schedules",
@@ -184,7 +183,7 @@ def make(
             loss,
             loss,
             Batches(splits["train"], 32 if is_small else 200),
-            mask_held_out(splits["val"], hold_out),
+            val,
         ),
         solver=Descent(momentum_descent(num_steps), num_steps),
         w=w,
@@ -196,8 +195,5 @@ def make(
             "rate": spaces.Interval(*RATES, log=True, shape=shape),
             "momentum": spaces.Interval(*MOMENTA, shape=shape),
         },
-        metrics={
-            "test_accuracy": make_metric(accuracy),
-            "test_loss": make_metric(loss_metric),
-        },
+        metrics=make_metrics(score_fn, splits["test"], val, hold_out),
     )

@@ -31,8 +31,8 @@ from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
-from .classifier import check_data, random_order
-from .task import Task
+from .classifier import as_arrays, check_data, random_order
+from .task import Task, check_counts
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
 NUM_HELD_OUT = 100
@@ -227,13 +227,14 @@ def make(
 
     Raises:
       TypeError: data has a wrong type.
-      ValueError: The scale is unknown, or data has a wrong shape, a wrong label or too
-        few examples.
+      ValueError: The scale is unknown, ``width`` or ``dimension`` is not positive, or
+        data has a wrong shape, a wrong label or too few examples.
     """
     key = as_key(key)
     del data_dir
     if scale != "small":
         raise ValueError(f"scale must be 'small'; got {scale!r}.")
+    check_counts(width=width, dimension=dimension)
     data = datasets.load("digits") if data is None else data
     check_data(data, NUM_TRAIN + NUM_FIT + NUM_VAL + 1, NUM_CLASSES)
     if data["x"].shape[1] != SIZE**2:
@@ -243,7 +244,7 @@ def make(
         )
     split_key, encoder_key, projection_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
-    splits = split(jax.tree.map(jnp.asarray, data), split_key, penalty, hold_out)
+    splits = split(as_arrays(data), split_key, penalty, hold_out)
     num_pixels = SIZE * SIZE
     # Normal weights with variance 1 / fan-in.
     projection = jax.random.normal(projection_key, (width, dimension))

@@ -13,6 +13,7 @@ them once, so that the wrong ones are known.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier
 from .classifier import (
+    as_arrays,
     check_data,
     check_scale,
     held_out_examples,
@@ -35,7 +37,7 @@ from .classifier import (
     random_order,
 )
 from .networks import softmax_regression
-from .task import Task, check_choice
+from .task import Task, as_sizes, check_choice, has_held_out
 
 NUM_CLASSES = 10
 # Numbers of labeled, validation and unlabeled examples. The rest is for testing.
@@ -45,6 +47,7 @@ SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
 accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
+held_out_loss = classifier.bind_score_fn(classifier.loss_metric, softmax_regression)
 
 
 def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
@@ -82,7 +85,7 @@ def pseudo_labels(w: PyTree, splits: PyTree, penalty: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="sizes")
 def split(
-    data: PyTree, key: Array, sizes: tuple[int, int, int], hold_out: Array | bool
+    data: PyTree, key: Array, sizes: tuple[int, ...], hold_out: Array | bool
 ) -> dict[str, PyTree]:
     """Splits the data by a random permutation.
 
@@ -120,7 +123,7 @@ def make(
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
     data: PyTree = None,
-    sizes: tuple[int, int, int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Task:
     """Returns the task on digits, of which 50 have labels.
 
@@ -134,8 +137,9 @@ def make(
       data_dir: Not used, because the digits are part of scikit-learn.
       penalty: Coefficient of the inner L2 penalty, also for the supervised model that
         makes the pseudo-labels.
-      hold_out: Whether a third of the validation examples is not in the outer loss, for
-        model selection. Defaults to False.
+      hold_out: Whether a third of the validation examples is not in the outer loss but
+        in the metrics ``held_out_accuracy`` and ``held_out_loss``, for model selection.
+        Defaults to False.
       data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9. Defaults to
         scikit-learn's digits.
       sizes: Numbers of labeled, validation and unlabeled examples. Defaults to the
@@ -143,8 +147,9 @@ def make(
 
     Raises:
       TypeError: data has a wrong type.
-      ValueError: The scale is unknown, or data is missing or has a wrong shape, a wrong
-        label or fewer examples than the sizes.
+      ValueError: The scale is unknown, the sizes are not three positive integers or too
+        small for ``hold_out``, or data is missing, has a wrong shape or a wrong label,
+        or is smaller than the sizes.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.semi_supervised.make(key=jax.random.key(0))
@@ -154,12 +159,13 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
-    sizes = SIZES[scale] if sizes is None else sizes
-    check_scale(scale, data, sum(sizes) + 1)
+    split_sizes = as_sizes(sizes, SIZES[scale])
+    _, num_val, num_unlabeled = split_sizes
+    check_scale(scale, data, sum(split_sizes) + 1)
     data = datasets.load("digits") if data is None else data
-    check_data(data, sum(sizes) + 1, NUM_CLASSES)
-    data = jax.tree.map(jnp.asarray, data)
-    splits = split(data, key, sizes, hold_out)
+    check_data(data, sum(split_sizes) + 1, NUM_CLASSES)
+    data = as_arrays(data)
+    splits = split(data, key, split_sizes, hold_out)
     penalty = jnp.asarray(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
     predictions = pseudo_labels(w, splits, penalty)
@@ -169,7 +175,15 @@ def make(
         "penalty": penalty,
     }
     is_wrong = predictions != splits["unlabeled"]["y"]
-    num_unlabeled = sizes[2]
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
+    }
+    if has_held_out(hold_out, num_val // 3, num_val):
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+        }
     return Task(
         name="semi_supervised",
         paradigm="semi-supervised",
@@ -179,8 +193,5 @@ def make(
         w=w,
         alpha=jnp.full(num_unlabeled, 0.5),
         space=spaces.Unit(shape=(num_unlabeled,)),
-        metrics={
-            "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-            "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
-        },
+        metrics=metrics,
     )

@@ -1,6 +1,6 @@
 """The description of a task, and checks of the arguments that describe one."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
 from ..recording import Metric, check_metrics
+from ..validation import check_positive_int, is_traced
 
 
 class Task(eqx.Module):
@@ -28,7 +29,8 @@ class Task(eqx.Module):
       splits: ``{name of a split: its examples}``, for tables and for methods that do
         not train on ``problem.inner_data``, such as training on the validation examples
         only; None if the task offers none.
-      exact: ``alpha -> hypergradient`` in closed form, or None if none is known.
+      exact: ``alpha -> hypergradient`` in closed form, or None if none is known. It is
+        a `jax.tree_util.Partial`, whose data are leaves of the task.
     """
 
     name: str = eqx.field(static=True)
@@ -41,7 +43,7 @@ class Task(eqx.Module):
     space: PyTree
     metrics: dict[str, Metric]
     splits: PyTree = None
-    exact: Callable[[PyTree], PyTree] | None = eqx.field(static=True, default=None)
+    exact: Callable[[PyTree], PyTree] | None = None
 
     def __check_init__(self):
         check_metrics(self.metrics)
@@ -62,20 +64,77 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 
 
+def check_counts(**counts: Any) -> None:
+    """Checks numbers of examples, tasks or units, which determine shapes.
+
+    Args:
+      counts: An integer, or a sequence of integers, for each name of an argument.
+
+    Raises:
+      ValueError: A number is not an integer of at least 1.
+    """
+    for name, value in counts.items():
+        for count in value if isinstance(value, list | tuple) else (value,):
+            check_positive_int(name, count)
+
+
+def as_sizes(sizes: Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the argument ``sizes`` of a task as a tuple; None stands for ``default``.
+
+    Raises:
+      ValueError: There are more or fewer sizes than in ``default``, or one of them is
+        not an integer of at least 1.
+    """
+    if sizes is None:
+        return default
+    sizes = tuple(sizes)
+    if len(sizes) != len(default):
+        raise ValueError(
+            f"sizes must have {len(default)} entries, such as {default}; got {sizes}."
+        )
+    check_counts(sizes=sizes)
+    return sizes
+
+
+def has_held_out(hold_out: Any, num_held_out: int, num_val: int) -> bool:
+    """Returns False if ``hold_out`` is False, and True if it is True or traced.
+
+    Args:
+      hold_out: Argument of ``make``.
+      num_held_out: Number of validation examples that are held out if it is True.
+      num_val: Number of validation examples.
+
+    Raises:
+      ValueError: Either all validation examples or none would be held out, so that the
+        mean of the outer loss or of a metric would be NaN.
+    """
+    if not (is_traced(hold_out) or hold_out):
+        return False
+    if not 0 < num_held_out < num_val:
+        raise ValueError(
+            "hold_out needs validation examples in the outer loss and out of it; got "
+            f"{num_held_out} held out of {num_val}. Pass larger sizes."
+        )
+    return True
+
+
 def sizes_of(name: str, defaults: dict[str, Any], sizes: dict[str, Any]) -> dict:
     """Returns the default sizes of a task, updated with the sizes of the caller.
 
     Args:
       name: Name of the task.
-      defaults: Default sizes.
+      defaults: Default sizes. All but floating-point numbers are counts.
       sizes: Sizes passed to ``make``.
 
     Raises:
       TypeError: A size has a name that is not in ``defaults``.
+      ValueError: A count is not an integer of at least 1.
     """
     if unknown := set(sizes) - set(defaults):
         raise TypeError(
             f"sizes of {name}.make must be among {', '.join(defaults)}; got "
             f"{', '.join(sorted(unknown))}."
         )
+    is_count = lambda name: not isinstance(defaults[name], float)
+    check_counts(**{name: size for name, size in sizes.items() if is_count(name)})
     return defaults | sizes

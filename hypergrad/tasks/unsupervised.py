@@ -34,7 +34,13 @@ from .. import spaces
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
-from .classifier import check_data, check_test_marks, mean_and_deviation, random_order
+from .classifier import (
+    as_arrays,
+    check_data,
+    check_test_marks,
+    mean_and_deviation,
+    random_order,
+)
 from .task import Task
 
 # Three eigenvalues of the correlation matrix of wine are above 1.
@@ -193,8 +199,7 @@ def select_arrays(data: PyTree, names: tuple[str, ...]) -> dict[str, Array]:
     if "test" in data:
         num_examples = len(data["x"])
         check_test_marks(data["test"], num_examples, 3 * num_examples // 4)
-        names = (*names, "test")
-    return {name: jnp.asarray(data[name]) for name in names}
+    return as_arrays(data, names)
 
 
 def split(data: PyTree, key: Array) -> dict[str, PyTree]:
@@ -265,14 +270,14 @@ def make(
         solver, w, alpha = ClosedForm(kde_fit), train["x"], jnp.ones(d)
         space = spaces.Interval(0.05, 5.0, log=True, shape=shape)
         source = "Habbema, Hermans & van den Broek 1974; Duin 1976"
-        exact = partial(kde_hypergradient, train, val)
+        exact = jax.tree_util.Partial(kde_hypergradient, train, val)
     elif variant == "ppca":
         check_components(train)
         losses = ppca_nll, ppca_nll
         solver, w = ClosedForm(ppca_fit), jnp.zeros((d, NUM_COMPONENTS))
         space, alpha = spaces.Interval(0.05, MAX_NOISE, log=True), jnp.asarray(0.3)
         source = "Tipping & Bishop 1999, equations 7 and 8"
-        exact = partial(ppca_hypergradient, train, val)
+        exact = jax.tree_util.Partial(ppca_hypergradient, train, val)
     else:
         losses = kmeans_nll, kmeans_nll
         solver, w, alpha = Newton(), init_centroids(train["x"]), jnp.full(d, 2.0)

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from sklearn.metrics import f1_score
 
 from hypergrad.tasks import cleaning
@@ -25,6 +26,13 @@ def test_the_split_is_a_partition_and_wrong_labels_are_marked():
     np.testing.assert_array_equal(train["y"] != train["clean"], train["wrong"])
     assert 0.45 < np.mean(train["wrong"]) < 0.55
     assert set(np.unique((train["y"] - train["clean"]) % 10)) == set(range(10))
+
+
+@pytest.mark.parametrize("corruption", [0, 1, jnp.asarray(1), np.int64(0)])
+def test_all_labels_or_none_are_wrong(corruption):
+    splits = cleaning.make(key=jax.random.key(0), corruption=corruption).splits
+    train = splits["train"]
+    assert np.all((train["y"] != train["clean"]) == (corruption == 1))
 
 
 def test_held_out_examples_do_not_contribute_to_loss_and_accuracy():

@@ -170,6 +170,30 @@ def test_held_out_examples_are_not_in_the_outer_loss():
     np.testing.assert_array_equal(jnp.sum(is_held_out, axis=1), 5)
 
 
+@pytest.mark.parametrize("imbalance", [1, 1.5, 20])
+def test_no_test_example_is_used_for_training(imbalance):
+    """Every example has its own feature; 1 means that all classes are equally large."""
+    digits = datasets.load("digits")
+    data = {"x": np.arange(1797.0)[:, None], "y": digits["y"]}
+    task = federated.make(key=KEY, data=data, imbalance=imbalance)
+    train, val = task.problem.inner_data, task.problem.outer_data
+    test = task.metrics["accuracy"].args[0]
+    parts = [np.ravel(part["x"]) for part in (train, val, test)]
+    assert len(np.unique(np.concatenate(parts))) == sum(map(len, parts))
+    counts = np.bincount(np.ravel(train["y"]), minlength=10)
+    np.testing.assert_allclose(counts.max() / counts.min(), imbalance, rtol=0.2)
+
+
+def test_traced_arguments_are_errors():
+    """The numbers of examples, and so the shapes, depend on the labels."""
+    make_w = lambda key: federated.make(key=key).w
+    with pytest.raises(TypeError, match="key"):
+        jax.eval_shape(make_w, KEY)
+    make_w = lambda data: federated.make(key=KEY, data=data).w
+    with pytest.raises(TypeError, match="data"):
+        jax.eval_shape(make_w, datasets.load("digits"))
+
+
 def test_unknown_scales_are_errors():
     """The error names the argument."""
     with pytest.raises(ValueError, match="scale"):

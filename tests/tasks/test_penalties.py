@@ -131,6 +131,11 @@ def test_tolerances_follow_hoag(schedule, num_steps, arguments, expected):
     np.testing.assert_allclose(actual, expected)
 
 
+def test_unknown_schedules_are_errors():
+    with pytest.raises(ValueError, match="schedule"):
+        penalties.tolerances("linear", 3)
+
+
 def test_the_penalty_is_a_weighted_sum_of_squares(key):
     """All granularities agree if every log-penalty has the same value."""
     w = {"kernel": jax.random.normal(key, (3, 2)), "bias": jnp.array([1.0, -2.0])}

@@ -1,7 +1,10 @@
 """Tests of the arguments of all tasks: wrong data, keys and sizes are errors."""
 
+import io
+import types
 from dataclasses import fields as fields_of
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.tasks import TASKS
+from hypergrad.tasks import TASKS, classifier
 
 DIGITS = hg.datasets.load("digits")
 IRIS = hg.datasets.load("iris")
@@ -116,15 +119,140 @@ def test_any_constant_feature_becomes_zero():
     np.testing.assert_allclose(result["val"]["x"], 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cleaning", "augmentation", "self_supervised"])
-def test_metrics_of_held_out_examples_exist_only_if_there_are_any(name: str):
-    task = make(name, None)
-    assert not any(metric.startswith("held_out") for metric in task.metrics)
-    values = task.metric_values(task.w, task.alpha, jax.random.key(0))
-    assert all(np.isfinite(value) for value in values.values())
-    assert any(
-        x.startswith("held_out") for x in make(name, None, hold_out=True).metrics
+#: The metric that is the outer loss of the held-out examples, for all tasks with some.
+HELD_OUT = dict.fromkeys(
+    ("architecture", "augmentation", "cleaning", "penalties", "physics", "schedules"),
+    "held_out_loss",
+) | {
+    "federated": "held_loss",
+    "self_supervised": "held_out_error",
+    "semi_supervised": "held_out_loss",
+}
+
+
+def num_used(task: hg.tasks.Task) -> float:
+    """Returns the number of validation examples in the outer loss."""
+    data = task.problem.outer_data
+    data = data.data if isinstance(data, hg.Batches) else data
+    return float(jnp.sum(data["evaluate" if "evaluate" in data else "use"]))
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_losses_of_used_and_held_out_examples_average_to_that_of_all(name: str):
+    """The weights are the numbers of examples, and the network is a random one."""
+    make_task = lambda hold_out: TASKS[name].make(
+        key=jax.random.key(0), hold_out=hold_out
     )
+    full, reduced = make_task(False), make_task(True)
+    assert not any(metric.startswith("held") for metric in full.metrics)
+    add_noise = lambda leaf: (
+        leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+    )
+    w = jax.tree.map(add_noise, full.w)
+
+    def outer_value(task):
+        data = task.problem.outer_data
+        is_batched = isinstance(data, hg.Batches)
+        return task.problem.outer_value(
+            w, task.alpha, data.full_batch(jax.random.key(0)) if is_batched else data
+        )
+
+    values = reduced.metric_values(w, reduced.alpha, jax.random.key(0))
+    assert all(np.isfinite(value) for value in values.values())
+    n, num_reduced = num_used(full), num_used(reduced)
+    assert 0 < num_reduced < n
+    actual = values[HELD_OUT[name]] * (n - num_reduced) / n
+    actual += outer_value(reduced) * num_reduced / n
+    np.testing.assert_allclose(actual, outer_value(full), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("architecture", {"sizes": (50, 2, 3)}),
+        ("augmentation", {"sizes": (50, 3, 3)}),
+        ("federated", {"val_per_class": 2}),
+        ("physics", {"num_held_out": 1}),
+        ("semi_supervised", {"sizes": (50, 2, 60)}),
+    ],
+)
+def test_held_out_examples_must_leave_and_be_some(name: str, arguments: dict):
+    """Otherwise a loss would be that of no examples, which is NaN."""
+    make_task = lambda hold_out: TASKS[name].make(
+        key=jax.random.key(0), hold_out=hold_out, **arguments
+    )
+    with pytest.raises(ValueError, match="hold_out"):
+        make_task(True)
+    task = make_task(False)
+    assert not any(metric.startswith("held") for metric in task.metrics)
+
+
+@pytest.mark.parametrize("name", [*MIN_EXAMPLES, "federated", "unsupervised"])
+def test_data_may_be_any_mapping_with_further_entries(name: str):
+    file = io.BytesIO()
+    np.savez(file, **IRIS if name == "unsupervised" else DIGITS, names=np.array(["a"]))
+    file.seek(0)
+    data = np.load(file)
+    expected = make(name, {"x": data["x"], "y": data["y"]})
+    for mapping in (data, types.MappingProxyType(dict(data))):
+        task = make(name, mapping)
+        chex.assert_trees_all_equal(task.problem, expected.problem)
+
+
+def test_means_over_half_precision_weights_are_sums_in_single_precision():
+    """The sum of 70,000 ones overflows in float16 and is inexact in bfloat16."""
+    is_correct = jnp.arange(70_000) % 4 != 0
+    for dtype in (jnp.float16, jnp.bfloat16):
+        actual = classifier.weighted_mean(is_correct, jnp.ones(70_000, dtype))
+        np.testing.assert_allclose(actual, 0.75, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cleaning", "federated", "semi_supervised"])
+def test_half_precision_features_have_the_accuracy_of_single_precision(name: str):
+    """3,000 test examples of equal features, so that all of a class are correct."""
+    y = np.arange(5000) % 10
+    x = np.zeros((5000, 10), np.float16)
+    x[np.arange(5000), y] = 1
+    task = make(name, {"x": x, "y": y})
+    w = {"W": jnp.eye(10).at[3].set(0), "b": jnp.zeros(10).at[0].set(0.5)}
+    metric = "accuracy" if name == "federated" else "test_accuracy"
+    accuracy = task.metrics[metric](w, task.alpha, None)
+    np.testing.assert_allclose(accuracy, 0.9, atol=0.01)
+
+
+@pytest.mark.parametrize("value", [1e-35, 1e-25, 1.0, 1e20, 1e37])
+def test_deviations_neither_overflow_nor_underflow(value: float):
+    """The standard deviation of c, 2c and 3c is c times the root of 2/3."""
+    x = jnp.float32(value) * jnp.array([[1, 1], [2, 1], [3, -5]], jnp.float32)
+    mean, deviation = classifier.mean_and_deviation(x)
+    expected = np.asarray(x, float)
+    np.testing.assert_allclose(mean[0], expected.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(deviation[0], expected.std(0), rtol=1e-6)
+
+
+def test_scaling_does_not_change_a_bit_of_a_mean_or_a_deviation():
+    x = jnp.asarray(hg.datasets.load("breast_cancer")["x"])
+    for leaf in (x, x.astype(float)):
+        mean, deviation = classifier.mean_and_deviation(leaf)
+        np.testing.assert_array_equal(mean[0], jnp.mean(leaf, axis=0))
+        np.testing.assert_array_equal(deviation[0], jnp.std(leaf, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("physics", "control"),
+        ("reinforcement", "mrp"),
+        ("unsupervised", "kde"),
+        ("unsupervised", "ppca"),
+    ],
+)
+def test_closed_forms_leave_a_compiled_program(name: str, variant: str):
+    make_task = lambda key: TASKS[name].make(key=key, variant=variant)
+    key = jax.random.key(0)
+    task, compiled = make_task(key), jax.jit(make_task)(key)
+    actual = compiled.exact(compiled.alpha)
+    np.testing.assert_allclose(actual, task.exact(task.alpha), rtol=1e-6)
 
 
 def test_examples_that_own_sizes_need_are_named():
@@ -175,8 +303,27 @@ def test_the_paper_scale_needs_data_if_none_is_bundled(name: str):
         ("penalties", {"granularity": "layer"}, "granularity"),
         ("schedules", {"num_steps": 50, "num_windows": 0}, "num_windows"),
         ("schedules", {"num_steps": 50, "num_windows": 51}, "num_windows"),
+        ("penalties", {"init_log_penalty": 5.0}, "init_log_penalty"),
+        ("penalties", {"init_log_penalty": np.nan}, "init_log_penalty"),
         ("cleaning", {"corruption": 2.0}, "corruption"),
         ("federated", {"num_clients": 500}, "num_clients"),
+        ("federated", {"num_clients": 0}, "num_clients"),
+        ("federated", {"imbalance": 0}, "imbalance"),
+        ("federated", {"imbalance": 0.5}, "imbalance"),
+        ("federated", {"imbalance": 1000}, "imbalance"),
+        ("few_shot", {"num_tasks": 0}, "num_tasks"),
+        ("few_shot", {"num_shots": 0}, "num_shots"),
+        ("few_shot", {"num_ways": 0}, "num_ways"),
+        ("few_shot", {"hidden": (0,)}, "hidden"),
+        ("physics", {"num_held_out": 0}, "num_held_out"),
+        ("physics", {"hidden": (4, 2.5)}, "hidden"),
+        ("reinforcement", {"variant": "mrp", "num_val": 0}, "num_val"),
+        ("reinforcement", {"num_episodes": 1.5}, "num_episodes"),
+        ("self_supervised", {"width": 0}, "width"),
+        ("semi_supervised", {"sizes": (50, 0, 100)}, "sizes"),
+        ("semi_supervised", {"sizes": (50, 100)}, "sizes"),
+        ("architecture", {"sizes": (600, 400, 0)}, "sizes"),
+        ("augmentation", {"sizes": (-1, 100, 10)}, "sizes"),
         ("architecture", {"sizes": (1000, 797, 3)}, "data"),
         ("augmentation", {"sizes": (1000, 797, 3)}, "data"),
     ],
@@ -199,6 +346,14 @@ def test_a_misspelt_size_is_an_error(name: str, sizes: dict):
         TASKS[name].make(key=jax.random.key(0), **sizes)
 
 
+@pytest.mark.parametrize("name", ["architecture", "augmentation", "semi_supervised"])
+def test_sizes_may_be_a_list(name: str):
+    sizes = 30, 40, 50
+    task, expected = (make(name, None, sizes=x) for x in (list(sizes), sizes))
+    shapes = lambda task: jax.tree.map(jnp.shape, (task.w, task.problem.inner_data))
+    assert shapes(task) == shapes(expected)
+
+
 @pytest.mark.parametrize("name", MIN_EXAMPLES)
 def test_every_split_has_an_example(name: str):
     """One example fewer than the minimum would leave none for testing."""
@@ -216,6 +371,8 @@ def test_every_split_has_an_example(name: str):
         ("architecture", {}, 49),
         ("augmentation", {}, 60),
         ("penalties", {"variant": "cnn"}, 60),
+        ("penalties", {"variant": "cnn"}, 9),
+        ("penalties", {"variant": "cnn"}, 1),
         ("self_supervised", {}, 49),
     ],
 )
