@@ -334,6 +334,16 @@ def in_unit_interval(name: str) -> Callable[[Any], Any]:
     return _range_converter(name, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 
 
+def positive_up_to_one(name: str) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number in (0, 1]."""
+    return _range_converter(name, "in (0, 1]", lambda x: (x > 0) & (x <= 1))
+
+
+def below_one(name: str) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number in [0, 1)."""
+    return _range_converter(name, "in [0, 1)", lambda x: (x >= 0) & (x < 1))
+
+
 def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Returns the converter extended to schedules ``step -> number``, left as is."""
     return lambda value: value if callable(value) else convert(value)

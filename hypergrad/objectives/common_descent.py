@@ -51,7 +51,8 @@ class UPGrad(eqx.Module):
     least 0. Hypergradients that do not conflict remain unchanged, and the direction is
     then their mean. Each influences it in proportion to its length.
 
-    Cost: K² inner products and K quadratic programs of K variables, solved to rounding.
+    Cost: K² inner products and K quadratic programs of K variables, solved to the
+      rounding of the inner products.
 
     Source: Quinton & Rey 2024, arXiv:2406.16232.
 

@@ -64,7 +64,11 @@ def hypervolume(
             "points must have shape [P, K] and reference [K]; got shapes "
             f"{points.shape} and {reference.shape}."
         )
-    return _volume(jnp.minimum(points, reference[None]), reference)
+    # A point that is not below the reference adds nothing; a NaN remains.
+    is_above = jnp.any(points >= reference[None], axis=1)
+    is_outside = is_above & ~jnp.any(jnp.isnan(points), axis=1)
+    points = jnp.where(is_outside[:, None], reference[None], points)
+    return _volume(points, reference)
 
 
 def _volume(points: Array, reference: Array) -> Array:

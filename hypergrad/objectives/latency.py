@@ -109,11 +109,17 @@ class LatencyTable(eqx.Module):
         return cls(knots, jnp.array(seconds).reshape(tuple(map(len, widths))))
 
     def __call__(self, *widths: float | Array) -> Float[Array, ""]:
-        """Returns the seconds at one width per axis; differentiable in them."""
-        if len(widths) != len(self.knots):
+        """Returns the seconds at one width per axis; differentiable in them.
+
+        Raises:
+          ValueError: There is not one number per axis. Use `jax.vmap` for several
+            points.
+        """
+        shapes = [jnp.shape(x) for x in widths]
+        if shapes != [()] * len(self.knots):
             raise ValueError(
-                f"widths must be {len(self.knots)} numbers, one per axis; got "
-                f"{len(widths)}."
+                f"widths must be {len(self.knots)} numbers, one per axis; got arrays "
+                f"of shapes {shapes}. Use jax.vmap for several points."
             )
         value = jnp.asarray(self.seconds)
         for x, knots in zip(widths, self.knots, strict=True):

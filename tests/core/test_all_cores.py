@@ -71,7 +71,7 @@ METHODS = {
     "SABA": hg.SABA(SGD),
     "SRBA": hg.SRBA(SGD, period=4),
     "AmIGO": hg.AmIGO(SGD, 5, 5),
-    "DARTS": hg.DARTS(SGD),
+    "DARTS": hg.DARTS(SGD, 0.1),
     "F2SA": hg.F2SA(SGD, 5, penalty=1.0),
     "BOME": hg.BOME(SGD, 5, step_size=0.1),
     "MRBO": hg.MRBO(SGD, 5, step_size=0.1, momentum=0.5),

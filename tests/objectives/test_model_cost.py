@@ -160,6 +160,16 @@ def test_a_measured_table_holds_medians_without_the_first_run():
     np.testing.assert_allclose(table(3.0, 2.0), 0.1 + 6.0)  # a product is bilinear
 
 
+def test_a_table_of_two_axes_refuses_arrays_of_widths():
+    """Their entries would be combined with each other; `jax.vmap` takes pairs."""
+    table = objectives.LatencyTable((jnp.array(WIDE), jnp.array(DEEP)), SECONDS)
+    wide, deep = jnp.array([2.0, 3.0]), jnp.array([1.0, 2.0])
+    with pytest.raises(ValueError, match="widths"):
+        table(wide, deep)
+    expected = [table(x, y) for x, y in zip(wide, deep, strict=True)]
+    np.testing.assert_allclose(jax.vmap(table)(wide, deep), expected)
+
+
 def test_a_table_of_increasing_seconds_increases_everywhere():
     make_fn, clock, _ = make_stub(lambda n: n**1.5)
     table = objectives.LatencyTable.measure(make_fn, range(1, 9), clock=clock)

@@ -21,7 +21,8 @@ class AmIGO(SingleLoop):
     direction for ``alpha`` is ``dM/dalpha - J' v`` after them.
 
     Args:
-      optimizer: Optax transformation for ``w``.
+      optimizer: Optax transformation for ``w``. A schedule in it counts the steps of
+        ``w``, ``num_steps`` of them per outer step.
       num_steps: Number m of steps of ``w`` per outer step.
       num_adjoint_steps: Number n of steps of ``v`` per outer step.
       adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.

@@ -10,7 +10,7 @@ from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, vdot
-from ...validation import check_positive_int, in_unit_interval, non_negative
+from ...validation import check_positive_int, positive, positive_up_to_one
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 
 
@@ -30,7 +30,7 @@ class BOME(SingleLoop):
         ``alpha``; that of ``alpha`` is the optimizer of `minimize`.
       num_steps: Number m of steps of gradient descent.
       step_size: Step size of the gradient descent.
-      eta: Rate of the barrier, in (0, 1). Defaults to 0.5.
+      eta: Rate of the barrier, in (0, 1]. Defaults to 0.5.
 
     Cost: ``m + 2`` gradients and one outer gradient on a batch each; no Hessian-vector
       product.
@@ -55,11 +55,9 @@ class BOME(SingleLoop):
     """
 
     num_steps: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(
-        kw_only=True, converter=non_negative("step_size")
-    )
+    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
     eta: Array | float = eqx.field(
-        default=0.5, kw_only=True, converter=in_unit_interval("eta")
+        default=0.5, kw_only=True, converter=positive_up_to_one("eta")
     )
 
     citations = ("liu2022",)

@@ -9,12 +9,15 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ...batches import sample_in_pass
+from ...jaxpr import alpha_has_gradient
 from ...linear.neumann import Neumann
+from ...lost_derivative_checks import losses_with_batches
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...problem_checks import check_on_shapes
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, norm, scale
-from ...validation import non_negative
+from ...validation import positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 
 
@@ -45,6 +48,8 @@ class DARTS(SingleLoop):
 
     Raises:
       TypeError: `hypergradient` raises it, because one step is not an estimate.
+      ValueError: ``step_size`` is None and the outer loss does not depend on a leaf of
+        ``alpha``, whose direction would always be zero.
 
     Source: Liu, Simonyan & Yang 2019 (arXiv 1806.09055).
 
@@ -60,7 +65,7 @@ class DARTS(SingleLoop):
     """
 
     step_size: Array | float | None = eqx.field(
-        default=None, converter=non_negative("step_size", optional=True)
+        default=None, converter=positive("step_size", optional=True)
     )
 
     citations = ("liu2019",)
@@ -86,7 +91,14 @@ class DARTS(SingleLoop):
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
     ) -> Int[Array, ""]:
-        """Returns 0, the number of outer steps made."""
+        """Returns 0, the number of outer steps made.
+
+        Raises:
+          ValueError: The direction of first order is zero in a leaf of ``alpha``,
+            because the outer loss does not depend on it.
+        """
+        if self.step_size is None:
+            check_on_shapes(_check_direct_term, problem, state.w, alpha)
         return jnp.asarray(0)
 
     def step(
@@ -140,3 +152,18 @@ class DARTS(SingleLoop):
             value, direction, w, inner_grad, counts, num_inner_steps=num_inner_steps
         )
         return step, replace(state, memory=state.memory + 1)
+
+
+def _check_direct_term(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Raises ValueError for a leaf of ``alpha`` that the outer loss does not use."""
+    _, (_, outer_loss, batch) = losses_with_batches(problem)
+    is_used = alpha_has_gradient(outer_loss, w, alpha, batch)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(alpha)]
+    unused = [
+        f"alpha{path}" for path, used in zip(paths, is_used, strict=True) if not used
+    ]
+    if unused:
+        raise ValueError(
+            f"step_size must be given: the outer loss does not depend on "
+            f"{', '.join(unused)}, so that the direction of first order is zero there."
+        )

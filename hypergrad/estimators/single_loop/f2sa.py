@@ -47,11 +47,15 @@ class F2SA(SingleLoop):
     Each term is evaluated on a fresh batch. In the paper, ``y`` moves along the
     gradient of ``M + penalty L`` at a rate that falls as the penalty grows.
 
+    The ``value`` and the ``w`` of a step are those of ``y``, which also lowers ``M``,
+    and the gradient norm is that of ``z``. Train by a solver before ``w`` is used.
+
     Args:
-      optimizer: Optax transformation for ``y`` and ``z``.
+      optimizer: Optax transformation for ``y`` and ``z``. A schedule in it counts their
+        steps, ``num_steps`` of them per outer step.
       num_steps: Number m of inner steps per outer step.
-      penalty: A number above 0, or a schedule of the step. The paper's penalty grows as
-        ``k^(1/7)``, e.g. ``lambda k: 10 * (1 + k) ** (1 / 7)``.
+      penalty: A number above 0, or a schedule of the outer step. The paper's penalty
+        grows as ``k^(1/7)``, e.g. ``lambda k: 10 * (1 + k) ** (1 / 7)``.
 
     Cost: ``2 m + 2`` gradients and ``m + 1`` outer gradients on a batch each; no
       Hessian-vector product.

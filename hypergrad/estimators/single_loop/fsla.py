@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
-from ...validation import in_unit_interval, or_schedule
+from ...validation import below_one, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, sample_streams
 from .variance_reduction import Point, storm_estimate, storm_momentum
@@ -47,7 +47,8 @@ class FSLA(SingleLoop):
     Args:
       optimizer: Optax transformation for ``w``.
       adjoint_optimizer: Optax transformation for ``v``. Defaults to ``optimizer``.
-      momentum: A number in [0, 1], or a schedule of the step. Defaults to 0.9.
+      momentum: A number in [0, 1), or a schedule of the outer step with such values.
+        With 1 the error of the initial batch would remain. Defaults to 0.9.
 
     Cost: one gradient, three Hessian-vector products (two for cross terms) and three
       outer gradients; each on one batch.
@@ -74,7 +75,7 @@ class FSLA(SingleLoop):
         static=True, default=None
     )
     momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
+        default=0.9, kw_only=True, converter=or_schedule(below_one("momentum"))
     )
 
     uses_adjoint = True

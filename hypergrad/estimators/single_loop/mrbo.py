@@ -8,10 +8,10 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import (
+    below_one,
     check_positive_int,
-    in_unit_interval,
-    non_negative,
     or_schedule,
+    positive,
 )
 from .base import SingleLoop, SingleLoopState, Step
 from .inner_loops import StochasticNeumann
@@ -33,7 +33,8 @@ class MRBO(SingleLoop):
       optimizer: Optax transformation for ``w``.
       num_terms: Number K of terms of the series.
       step_size: Step size of the series, at most ``1 / lambda_max``.
-      momentum: A number in [0, 1], or a schedule of the step. The paper uses
+      momentum: A number in [0, 1), or a schedule of the outer step with such values.
+        With 1 the error of the initial batch would remain. The paper uses
         ``1 - c (k + m)^(-2/3)``. Defaults to 0.9.
 
     Cost: two gradients, ``2 K`` Hessian-vector products (the cross term counts as one)
@@ -59,11 +60,9 @@ class MRBO(SingleLoop):
     """
 
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(
-        kw_only=True, converter=non_negative("step_size")
-    )
+    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
     momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=or_schedule(in_unit_interval("momentum"))
+        default=0.9, kw_only=True, converter=or_schedule(below_one("momentum"))
     )
 
     citations = ("yang2021", "cutkosky2019")

@@ -27,7 +27,8 @@ class PZOBO(SingleLoop):
     same batches for each ``alpha``, the ``u_j`` are standard normal, and ``b = dM/dw``.
 
     Args:
-      optimizer: Optax transformation for ``w``.
+      optimizer: Optax transformation for ``w``. A schedule in it counts the steps of
+        ``w``, ``num_steps`` of them per outer step.
       num_steps: Number m of inner steps per outer step.
       num_directions: Number n of random vectors.
       sigma: Size of the differences of ``alpha``. Defaults to 0.01.
@@ -39,8 +40,8 @@ class PZOBO(SingleLoop):
       Hessian-vector product.
     Memory: ``n + 1`` inner runs at once.
     Bias: relative to the derivative of the argmin, the contribution of steps before the
-      last m, and ``O(sigma)``. The noise has variance ``N / n`` for N numbers in
-      ``alpha``. Target: argmin.
+      last m, and ``O(sigma)``. The noise has the relative variance ``(N + 1) / n`` for
+      N numbers in ``alpha``. Target: argmin.
 
     Raises:
       TypeError: `hypergradient` raises it, because one step is not an estimate.

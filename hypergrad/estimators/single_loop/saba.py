@@ -46,7 +46,10 @@ class SABA(SingleLoop):
       ``alpha``, and ``n_outer`` times one of each. With batches of ``order="blocks"`` a
       row stands for a block of ``batch_size`` examples, which divides the memory by
       that number and evaluates derivatives once per batch instead of once per example.
-    Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
+    Bias: the lag of ``w`` and ``v`` behind ``alpha``. With blocks and a batch size that
+      does not divide the number of examples, the last block overlaps the one before it,
+      and the run converges for data in which the examples of both count twice. Target:
+      argmin.
 
     Raises:
       TypeError: `hypergradient` raises it, because one step is not an estimate.

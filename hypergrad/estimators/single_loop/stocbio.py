@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, non_negative
+from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, alpha_direction, run_inner_steps
 
@@ -23,7 +23,8 @@ class StocBiO(SingleLoop):
     previous outer step; ``v`` does not.
 
     Args:
-      optimizer: Optax transformation for ``w``.
+      optimizer: Optax transformation for ``w``. A schedule in it counts the steps of
+        ``w``, ``num_steps`` of them per outer step.
       num_steps: Number m of inner steps per outer step.
       num_terms: Number K of terms of the series.
       step_size: Step size of the series, at most ``1 / lambda_max``.
@@ -53,9 +54,7 @@ class StocBiO(SingleLoop):
 
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(
-        kw_only=True, converter=non_negative("step_size")
-    )
+    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
 
     citations = ("ji2021",)
     summary = (

@@ -86,7 +86,7 @@ def storm_step(
 
     Args:
       method: The method, which has the optimizer of ``w``.
-      momentum: A number in [0, 1], or a schedule of the outer step.
+      momentum: A number in [0, 1), or a schedule of the outer step.
       series: The series that approximates the adjoint.
       problem, state, alpha, data: As in `SingleLoop.step`.
     """

@@ -5,7 +5,7 @@ from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, non_negative
+from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step
 from .inner_loops import StochasticNeumann
 from .stocbio import stocbio_step
@@ -52,9 +52,7 @@ class TTSA(SingleLoop):
     """
 
     num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(
-        kw_only=True, converter=non_negative("step_size")
-    )
+    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
 
     citations = ("hong2023",)
     summary = (

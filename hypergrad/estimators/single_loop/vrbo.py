@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from ...batches import at_draw, without_sampling
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, non_negative
+from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann
 from .storm import StormState, evaluate_batch, init_storm
@@ -74,9 +74,7 @@ class VRBO(SingleLoop):
     num_steps: int = eqx.field(static=True)
     num_terms: int = eqx.field(static=True)
     period: int = eqx.field(static=True, kw_only=True)
-    step_size: Array | float = eqx.field(
-        kw_only=True, converter=non_negative("step_size")
-    )
+    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
 
     adds_differences = True
     fixed_data_reason = (

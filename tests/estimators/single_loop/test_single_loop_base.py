@@ -1,6 +1,5 @@
 """The base class of single-loop methods: how to write one, and what it provides."""
 
-import itertools
 from dataclasses import fields
 
 import chex
@@ -167,7 +166,8 @@ def test_each_leaf_keeps_its_dtype(name: str, dtypes: tuple[str, str]):
 
     def outer(w, alpha, x):
         shift = jnp.mean((w["p"][None] - x) ** 2)
-        return 0.5 * shift + (w["q"] - 1) ** 2 + 0.1 * alpha["q"] ** 2
+        direct = 0.1 * alpha["q"] ** 2 + 0.1 * alpha["p"] @ alpha["p"]
+        return 0.5 * shift + (w["q"] - 1) ** 2 + direct
 
     data = hg.Batches(jnp.zeros((6, 2), dtypes[0]), 2)
     problem = hg.Bilevel(inner, outer, data, data)
@@ -325,11 +325,11 @@ def test_memory_does_not_grow_with_the_number_of_inner_steps(name: str):
 INVALID = {
     "optimizer": [0.1, optax.sgd],
     "adjoint_optimizer": [0.1],
-    "step_size": [-0.1, "small", True],
-    "momentum": [-0.1, 1.1, np.nan, "0"],
+    "step_size": [0.0, -0.1, "small", True],
+    "momentum": [-0.1, 1.0, np.nan, "0"],
     "penalty": [0.0, -1, "large"],
     "sigma": [0.0, jnp.array(-1.0), None],
-    "eta": [-0.5, "half"],
+    "eta": [0.0, -0.5, 1.5, "half"],
 }
 INT_ARGUMENTS = (
     *("num_steps", "num_terms", "num_directions", "num_adjoint_steps", "period"),
@@ -349,10 +349,21 @@ def test_invalid_arguments_are_refused(name: str):
 
 
 def test_numbers_may_be_traced_and_lie_on_the_boundary():
-    """Traced numbers are not checked; 0 and 1 are valid momenta."""
+    """Traced numbers are not checked; 0 is a valid momentum, and 1 a valid eta."""
     rates = jnp.array([0.1, -0.1])
     step_sizes = jax.vmap(lambda x: hg.TTSA(SGD, 1, step_size=x).step_size)(rates)
     chex.assert_trees_all_equal(step_sizes, rates)
-    for step_size, momentum in itertools.product((0, 0.5), (0, 1)):
-        mrbo = hg.MRBO(SGD, 1, step_size=step_size, momentum=momentum)
-        assert (mrbo.step_size, mrbo.momentum) == (step_size, momentum)
+    assert hg.MRBO(SGD, 1, step_size=0.5, momentum=0).momentum == 0
+    assert hg.BOME(SGD, 1, step_size=0.5, eta=1).eta == 1
+
+
+def test_the_first_order_of_darts_is_refused_where_it_is_zero():
+    """The outer loss must depend on each leaf of alpha, not the inner one alone."""
+    uses_one = lambda w, alpha, batch: jnp.sum(w**2) + alpha["used"] ** 2
+    inner = lambda w, alpha, batch: jnp.sum((w - alpha["used"] - alpha["lost"]) ** 2)
+    problem = hg.Bilevel(inner, uses_one)
+    w, alpha = jnp.ones(2), {"lost": jnp.ones(()), "used": jnp.ones(())}
+    with pytest.raises(ValueError, match="step_size must"):
+        hg.DARTS(SGD).init(problem, w, alpha)
+    hg.DARTS(SGD, step_size=0.1).init(problem, w, alpha)
+    hg.DARTS(SGD).init(hg.Bilevel(inner, inner), w, alpha)
