@@ -18,18 +18,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree, Scalar
 
-from ..batches import at_draw, batch_fraction
+from ..batches import at_draw
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
     merge_linear_stats,
     safeguarded_newton_steps,
 )
-from ..inner.base import InnerStats, grads_per_step, inner_stats
+from ..inner.base import InnerStats, grads_per_step, inner_stats, step_fraction
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, max_machine_eps, safe_norm
-from .implicit_adjoint import AdjointSolution, solve_adjoint
+from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
 MAX_ROUNDS = 8
 GRADS_PER_CHECK = 10  # gradients that steps cost between checks of the full gradient
@@ -262,7 +262,7 @@ class AdaptiveSolve(eqx.Module):
             return carry, inner_grad, counts
         loss, inner_data = self.problem.inner_loss, self.data.inner_data
         _, steps_key = jax.random.split(self.data.solver_key)
-        num_grads = grads_per_step(self.solver) * batch_fraction(inner_data)
+        num_grads = grads_per_step(self.solver) * step_fraction(self.solver, inner_data)
         keys = jax.random.split(steps_key, num_steps)
         steps_per_check = math.ceil(GRADS_PER_CHECK / num_grads)
 
@@ -331,7 +331,13 @@ class AdaptiveSolve(eqx.Module):
         return safe_norm(self.scaling.multiply(inner_grad))
 
     def rounding_error(self, w: PyTree, linear_stats: LinearStats) -> Scalar:
-        """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes."""
+        """Returns the norm of ``S dL/dw`` that rounding of ``w`` causes.
+
+        It is 0 as long as the largest curvature of ``S H S`` is not known, and for
+        linear solvers whose ``ritz_max`` is that of another matrix.
+        """
+        if not uses_scaled_cg(self.estimator):
+            return jnp.asarray(0.0)
         w_norm = safe_norm(self.scaling.divide(w))
         eps = max_machine_eps(w)
         return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..trees import norm, ratio
+from ..trees import divide, norm, power_of_two_scale, ratio
 
 
 def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
@@ -59,5 +59,7 @@ def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> S
     num_samples = jax.tree.leaves(samples)[0].shape[0]
     if num_samples == 1:
         return jnp.asarray(jnp.nan)
-    error = norm(deviations) / (num_samples * (num_samples - 1)) ** 0.5
-    return ratio(error, norm(mean))
+    unit = power_of_two_scale(mean)
+    deviation = norm(divide(deviations, unit))
+    error = deviation / (num_samples * (num_samples - 1)) ** 0.5
+    return ratio(error, norm(divide(mean, unit)))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..batches import at_draw, batch_fraction, fixed_batch_fraction
+from ..batches import at_draw, fixed_batch_fraction
 from ..cost import cost_stats
-from ..inner.base import InnerSolver, IterativeSolver, grads_per_step
+from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_fraction
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
@@ -44,7 +44,7 @@ class Evolution(eqx.Module):
         estimate. Defaults to all examples.
 
     Cost: 2 n + 1 inner runs and outer values.
-    Memory: that of 2 n runs, which are made as one batch.
+    Memory: at most that of 2 n runs, which are made as two batches of n.
     Target: solver.
     Bias: ``O(sigma^2)``, because the expectation is the derivative of ``F`` smoothed by
       ``sigma``. ``standard_error`` is the relative standard error of the mean over
@@ -290,7 +290,7 @@ class PersistentEvolution(eqx.Module):
         costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=num_steps * batch_fraction(data.inner_data) + 1,
+            num_grads=num_steps * step_fraction(self.solver, data.inner_data) + 1,
             num_outer_values=num_particles * value.size * outer_fraction,
         )
         estimate = make_estimate(

@@ -14,7 +14,7 @@ from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
-from ..trees import add_scale, max_machine_eps, norm
+from ..trees import add_scale, max_machine_eps, safe_norm
 from ..validation import check_positive_int, float_converter, positive
 from .base import Estimate, make_estimate
 from .inner_run import (
@@ -131,11 +131,12 @@ class FiniteDifference(eqx.Module):
         if length is None:
             # Both gradients are rounded to the dtypes of alpha.
             machine_eps = max_machine_eps(w, alpha)
-            length = machine_eps ** (1 / 3) * jnp.maximum(1.0, norm(w))
+            length = machine_eps ** (1 / 3) * jnp.maximum(1.0, safe_norm(w))
 
         def cross_difference(b):
             # J' b = [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e), ||e b|| = length
-            e = length / jnp.where(norm(b) == 0, 1.0, norm(b))
+            b_norm = safe_norm(b)
+            e = length / jnp.where(b_norm == 0, 1.0, b_norm)
             plus = alpha_grad_fn(add_scale(w, e, b))
             minus = alpha_grad_fn(add_scale(w, -e, b))
             return jax.tree.map(lambda x, y: (x - y) / (2 * e), plus, minus)
@@ -158,7 +159,7 @@ class FiniteDifference(eqx.Module):
             hypergradient,
             w,
             flags={"biased": True} | lost_derivative_flags(problem, w, alpha),
-            inner_grad_norm=norm(jax.grad(loss)(w, alpha, batch)),
+            inner_grad_norm=safe_norm(jax.grad(loss)(w, alpha, batch)),
             num_inner_steps=solver_stats["num_steps"],
             **costs,
         )

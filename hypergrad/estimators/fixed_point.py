@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..batches import batch_fraction, fixed_batch_fraction, without_sampling
+from ..batches import fixed_batch_fraction, without_sampling
 from ..certificate import NO_GRADIENT_ADVICE, TRUST_RTOL
 from ..cost import cost_stats
 from ..implicit_diff import finite_or_zero, zero_adjoint
-from ..inner.base import IterativeSolver, grads_per_step
+from ..inner.base import IterativeSolver, grads_per_step, step_fraction
 from ..inner.descent import run_inner_steps
 from ..lost_derivative_checks import lost_derivative_flags, lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_alpha_has_gradient, check_problem, solver_uses_alpha
+from ..problem_checks import check_alpha_has_gradient, solver_uses_alpha
 from ..trees import (
     all_finite,
     max_machine_eps,
@@ -31,7 +31,11 @@ from ..trees import (
 from ..validation import check_positive_int
 from .base import Estimate, make_estimate
 from .error_estimates import remaining_change
-from .inner_run import check_differentiable, inner_grad_norm
+from .inner_run import (
+    check_differentiable,
+    check_differentiable_run,
+    inner_grad_norm,
+)
 
 
 class FixedPointState(eqx.Module):
@@ -73,8 +77,8 @@ class _Adjoint(NamedTuple):
       v, next_v: The adjoint, and the result of one more iteration.
       cross: ``(dPhi/dalpha)' v``.
       changes: ``||(dPhi/dalpha)' (v_k - v_{k-1})||`` of each iteration.
-      residual: ``||s (next_v - v)|| / ||s b||`` with ``s = |w_0| + |w_T|``, for the
-        part of ``v`` that belongs to ``w``.
+      residual: ``adjoint_residual`` of `FixedPoint`, for the part of ``v`` that belongs
+        to ``w``.
     """
 
     v: PyTree
@@ -128,9 +132,14 @@ class FixedPoint(eqx.Module):
         ||s (b + (dPhi/dw)' v - v)|| / ||s b||    with the entries ``s = |w_0| + |w_T|``
 
       but at least ``eps / 2 ||s v|| / ||s b||``, by which rounding may hold up the
-      iterations for ``v``. No units matter, as far as the solver's
-      steps do not depend on them. A direction is missed in which the error contracts so
-      slowly that the other ones hide it in all m steps.
+      iterations for ``v``. Leaves of ``w`` with ``s b = 0`` but ``b != 0``, such as
+      leaves that are 0 at both ends of the run, have a residual of their own, with
+      ``s = 1``. Otherwise no units matter, as far as the solver's steps do not depend
+      on them. A direction is missed in which the error contracts so slowly that the
+      other ones hide it in all m steps. The step that is differentiated is the one
+      after the run, with the optimizer's count there: after a schedule that ends at a
+      rate of 0 it changes nothing, so that ``v`` does not converge and the estimate is
+      not trusted.
 
     Source: Grazzi et al. 2020 (arXiv 2006.16218), AID by the fixed-point method.
 
@@ -178,7 +187,7 @@ class FixedPoint(eqx.Module):
     ) -> FixedPointState:
         """Returns the state with starting point ``w`` and a zero adjoint."""
         key = jax.random.key(0) if key is None else key
-        check_problem(problem, w, alpha, self.solver)
+        check_differentiable_run(self.solver, problem, w, alpha)
         inner_data, _ = problem.sample_data(jax.random.key(0))
         has_gradient = solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
         check_alpha_has_gradient(problem, w, alpha, has_gradient, NO_GRADIENT_ADVICE)
@@ -305,10 +314,9 @@ class FixedPoint(eqx.Module):
         # No product came before the one of the starting point.
         changes = jnp.append(changes[1:], safe_distance(cross, prev_cross))
         next_v = optax.tree.add(b, phi_v)
-        scale_w = lambda v: jax.tree.map(jnp.multiply, scales, v[0])
-        residual = norm_ratio(scale_w(optax.tree.sub(next_v, v)), scale_w(b))
+        residual = _relative_to_b(scales, optax.tree.sub(next_v, v)[0], b[0])
         # An iteration stalls where its steps are below half a unit in the last place.
-        rounding = 0.5 * max_machine_eps(v) * norm_ratio(scale_w(v), scale_w(b))
+        rounding = 0.5 * max_machine_eps(v) * _relative_to_b(scales, v[0], b[0])
         residual = jnp.maximum(residual, rounding)
         return _Adjoint(v, next_v, cross, changes, residual)
 
@@ -341,7 +349,7 @@ class FixedPoint(eqx.Module):
         num_grads = grads_per_step(self.solver)
         num_checks = self.num_check_steps
         # T steps on batches, m + 1 on all data, and the gradient of inner_grad_norm.
-        num_passes = self.solver.num_steps * batch_fraction(data.inner_data)
+        num_passes = self.solver.num_steps * step_fraction(self.solver, data.inner_data)
         num_passes += num_checks + 1
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         return cost_stats(
@@ -351,3 +359,20 @@ class FixedPoint(eqx.Module):
             num_hvps=num_grads * (self.num_terms + 1 + num_checks) * num_objectives,
             num_outer_grads=(1 + num_checks) * num_objectives * outer_fraction,
         )
+
+
+def _relative_to_b(scales: PyTree, x: PyTree, b: PyTree) -> Array:
+    """Returns ``||s x|| / ||s b||``, or ``||x|| / ||b||`` of leaves without scale.
+
+    These are the leaves with ``s b = 0`` but ``b != 0``. The larger ratio is returned.
+    """
+    scale_w = lambda x: jax.tree.map(jnp.multiply, scales, x)
+    has_no_scale = jax.tree.map(
+        lambda s, b: ~jnp.any(s * b != 0) & jnp.any(b != 0), scales, b
+    )
+    select = lambda x: jax.tree.map(
+        lambda is_selected, x: jnp.where(is_selected, x, 0), has_no_scale, x
+    )
+    return jnp.maximum(
+        norm_ratio(scale_w(x), scale_w(b)), norm_ratio(select(x), select(b))
+    )

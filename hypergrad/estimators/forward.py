@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
@@ -16,7 +17,7 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import solver_uses_alpha
 from ..products import pushforward
-from ..trees import all_finite
+from ..trees import all_finite, vdot
 from ..validation import check_positive_int
 from .inner_run import (
     InnerRunState,
@@ -24,7 +25,7 @@ from .inner_run import (
     RunEstimator,
     check_differentiable,
     check_differentiable_run,
-    make_response_fn,
+    make_final_w_fn,
     unravel_derivatives,
 )
 from .rounding import amplifies_rounding, random_perturbation
@@ -48,8 +49,8 @@ class Forward(RunEstimator):
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Cost: T inner gradients and (N + 1) T Hessian-vector products, in one batch per
-      step, and two outer gradients. With blocks ``ceil((N + 1) / B) T`` gradients, and
-      as many products.
+      step, and one outer gradient. With blocks ``ceil((N + 1) / B)`` times as many
+      gradients, inner and outer, and as many products.
     Memory: N + 2 carries of the solver, B + 2 with blocks, for any number of steps.
     Target: solver. The derivative includes every dependence of the optimizer, the
       losses and ``init_fn`` on ``alpha``.
@@ -117,19 +118,30 @@ class Forward(RunEstimator):
         """Returns the derivative by one run that carries N + 1 tangents."""
         flat_alpha, unravel = ravel_pytree(alpha)
         outer_batch = data.outer_batch(self.outer_batch_size)
-        response_fn = make_response_fn(self.solver, problem, data, w, outer_batch)
+        final_w_fn = make_final_w_fn(self.solver, problem, data, w)
 
-        def perturbed_response(x):
+        def perturbed_run(x):
             perturbation = random_perturbation(w, size=x[-1])
-            return response_fn(unravel(x[:-1]), perturbation=perturbation)
+            return final_w_fn(unravel(x[:-1]), relative=perturbation.relative)
+
+        def differentiate_along(directions):
+            final_w, tangents = pushforward(perturbed_run, x, directions)
+            outer = problem.outer_value_and_grads(final_w, alpha, outer_batch)
+            # Z' dM/dw, with K outer losses on the last axis
+            contract = lambda b: jax.vmap(lambda z: vdot(z, b))(tangents)
+            terms = problem.for_each_loss(contract)(outer[1])
+            return (final_w, outer), jnp.moveaxis(terms, -1, 0), tangents
 
         x = jnp.append(flat_alpha, 0)
         block_size = min(x.size, self.max_tangents or x.size)
-        (value, final_w), derivatives, tangent = _differentiate_in_blocks(
-            perturbed_response, x, block_size
+        num_blocks = math.ceil(x.size / block_size)
+        (final_w, outer), terms, tangent = _run_in_blocks(
+            differentiate_along, x, block_size
         )
-        hypergradient = unravel_derivatives(derivatives[:-1], flat_alpha, unravel)
-        _, outer_grad, _ = problem.outer_value_and_grads(final_w, alpha, outer_batch)
+        value, outer_grad, direct = outer
+        # dF/dalpha = dM/dalpha + Z_T' dM/dw
+        indirect = unravel_derivatives(terms[:-1], flat_alpha, unravel)
+        hypergradient = optax.tree.add(direct, indirect)
         check_fn = functools.partial(
             amplifies_rounding,
             tangent,
@@ -149,26 +161,31 @@ class Forward(RunEstimator):
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             num_steps=num_steps,
-            num_grads=math.ceil(x.size / block_size) * step_grads,
+            num_grads=num_blocks * step_grads,
             num_hvps=(flat_alpha.size + 1) * step_grads,
-            num_outer_grads=2,
+            num_outer_grads=num_blocks,
             error_estimate=0.0,
         )
 
 
-def _differentiate_in_blocks(
-    f: Callable[[Array], tuple[Array, PyTree]], x: Float[Array, " n"], block_size: int
-) -> tuple[tuple[Array, PyTree], Array, PyTree]:
-    """Differentiates by the entries of ``x``, each block in one run with one batch.
+def _run_in_blocks(
+    f: Callable[[Array], tuple[PyTree, Array, PyTree]],
+    x: Float[Array, " n"],
+    block_size: int,
+) -> tuple[PyTree, Array, PyTree]:
+    """Differentiates by the entries of ``x``, each block of them in one call of ``f``.
+
+    Args:
+      f: Function of directions ``[b, n]``, which returns outputs that do not depend on
+        them, derivatives ``[b, ...]``, and tangents with the same leading axis.
+      x: Point of evaluation.
+      block_size: b.
 
     Returns:
-      ``f(x)``, the derivatives of its first result by all entries, and those of its
-      second result by the last entry.
+      The outputs, the derivatives by all entries, and the tangent of the last entry.
     """
     if block_size == x.size:
-        outputs, (derivatives, tangents) = pushforward(
-            f, x, jnp.eye(x.size, dtype=x.dtype)
-        )
+        outputs, derivatives, tangents = f(jnp.eye(x.size, dtype=x.dtype))
         return outputs, derivatives, jax.tree.map(lambda leaf: leaf[-1], tangents)
     num_blocks = math.ceil(x.size / block_size)
     final_index = x.size - 1 - (num_blocks - 1) * block_size  # within its block
@@ -177,11 +194,9 @@ def _differentiate_in_blocks(
         indices = block * block_size + jnp.arange(block_size)
         # Indices beyond the last entry have a zero direction.
         directions = jax.nn.one_hot(indices, x.size, dtype=x.dtype)
-        outputs, (derivatives, tangents) = pushforward(f, x, directions)
-        return (
-            outputs,
-            jax.tree.map(lambda leaf: leaf[final_index], tangents),
-        ), derivatives
+        outputs, derivatives, tangents = f(directions)
+        tangent = jax.tree.map(lambda leaf: leaf[final_index], tangents)
+        return (outputs, tangent), derivatives
 
     # What is carried is what the last block returns.
     zeros = lambda y: jnp.zeros(y.shape, y.dtype)

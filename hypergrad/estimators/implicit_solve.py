@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
 from ..implicit_diff import (
@@ -17,7 +18,7 @@ from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling, equilibrate, no_scaling
 from ..problem import Bilevel, EstimateData
 from ..products import hvp
-from ..trees import all_finite
+from ..trees import all_finite, apply_unless
 from .adaptive import AdaptiveSolve, add_counts
 from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
@@ -201,5 +202,10 @@ def _reuse_or_prepare(
         return None, 0
     should_refresh = state.num_estimates % refresh_every == 0
     should_refresh |= ~all_finite(state.prepared)
-    prepare = lambda: linear_solver.prepare(matvec, like)
-    return jax.lax.cond(should_refresh, prepare, lambda: (state.prepared, 0))
+
+    def prepare(_):
+        prepared, num_products = linear_solver.prepare(matvec, like)
+        return prepared, jnp.asarray(num_products, float)
+
+    reused = state.prepared, jnp.asarray(0, float)
+    return apply_unless(~should_refresh, prepare, reused)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..batches import batch_fraction, fixed_batch_fraction
+from ..batches import fixed_batch_fraction
 from ..certificate import compute_certificate
 from ..cost import cost_stats
-from ..inner.base import InnerSolver, InnerStats, IterativeSolver
+from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
 from ..lost_derivative_checks import lost_derivative_flags, lost_in_init_flags
 from ..problem import Bilevel, EstimateData
@@ -28,10 +28,10 @@ from ..problem_checks import (
     init_has_gradient,
     init_uses_alpha,
 )
-from ..trees import safe_norm, scale
+from ..trees import safe_norm
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
 from .base import Estimate, make_estimate
-from .rounding import Perturbation, perturb, random_sign, shift
+from .rounding import Perturbation, perturb_iterate, shift
 
 
 class InnerRunState(eqx.Module):
@@ -125,7 +125,8 @@ class RunEstimator(eqx.Module):
         data = EstimateData.sample(problem, key)
         run = self.differentiate(problem, data, state.w, alpha)
         in_optimizer = self.optimizer_uses_alpha(problem, run.w, alpha, data.inner_data)
-        fraction = batch_fraction(data.inner_data)
+        # An estimator that makes its own steps has no solver.
+        fraction = step_fraction(getattr(self, "solver", None), data.inner_data)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,
@@ -201,38 +202,35 @@ def make_run_fn(
     return run_fn
 
 
-def make_response_fn(
+def make_final_w_fn(
     solver: IterativeSolver,
     problem: Bilevel,
     data: EstimateData,
     w: PyTree,
-    outer_batch: PyTree,
     *,
     truncation_length: int | None = None,
     checkpoint: bool = False,
     mixed_mode: bool = False,
-) -> Callable[..., tuple[Array, PyTree]]:
-    """Returns the differentiable function ``alpha -> (M(w_T, alpha), w_T)``.
+) -> Callable[..., PyTree]:
+    """Returns the differentiable function ``alpha -> w_T``.
 
     Args:
-      solver, problem, data, w, outer_batch: As in `make_run_fn`.
+      solver, problem, data, w: As in `make_run_fn`.
       truncation_length: Number of last steps that are differentiated. The function then
         also accepts ``(alpha, older, newer)``: the older half of these steps uses
         ``older`` in place of ``alpha``, the newer half ``newer``.
       checkpoint, mixed_mode: As in `run_inner_steps`.
 
     Returns:
-      The function, which also accepts a ``perturbation`` of the run.
+      The function, which also accepts the ``relative`` change of a `Perturbation`.
     """
 
-    def response_fn(
-        alpha: PyTree, *halves: PyTree, perturbation: Perturbation | None = None
-    ) -> tuple[Array, PyTree]:
+    def final_w_fn(
+        alpha: PyTree, *halves: PyTree, relative: PyTree | None = None
+    ) -> PyTree:
         before_step = None
-        if perturbation is not None:
-            before_step = lambda w, key: perturb(
-                w, scale(random_sign(key), perturbation.relative)
-            )
+        if relative is not None:
+            before_step = lambda w, key: perturb_iterate(w, key, relative)
         final_w, _ = run_inner_steps(
             solver,
             problem.inner_loss,
@@ -246,7 +244,35 @@ def make_response_fn(
             mixed_mode=mixed_mode,
             before_step=before_step,
         )
-        outer_w = final_w
+        return final_w
+
+    return final_w_fn
+
+
+def make_response_fn(
+    solver: IterativeSolver,
+    problem: Bilevel,
+    data: EstimateData,
+    w: PyTree,
+    outer_batch: PyTree,
+    **options: Any,
+) -> Callable[..., tuple[Array, PyTree]]:
+    """Returns the differentiable function ``alpha -> (M(w_T, alpha), w_T)``.
+
+    Args:
+      solver, problem, data, w, outer_batch: As in `make_run_fn`.
+      options: Options of `make_final_w_fn`.
+
+    Returns:
+      The function, which also accepts a ``perturbation`` of the run.
+    """
+    final_w_fn = make_final_w_fn(solver, problem, data, w, **options)
+
+    def response_fn(
+        alpha: PyTree, *halves: PyTree, perturbation: Perturbation | None = None
+    ) -> tuple[Array, PyTree]:
+        relative = None if perturbation is None else perturbation.relative
+        outer_w = final_w = final_w_fn(alpha, *halves, relative=relative)
         if perturbation is not None:
             outer_w = shift(final_w, perturbation.outer_shift)
         return problem.outer_value(outer_w, alpha, outer_batch), final_w

@@ -47,8 +47,7 @@ class Reversible(RunEstimator):
         momentum depends on ``alpha``.
       certify, outer_batch_size: As in `Unrolled`.
 
-    Cost: 2 T inner gradients and T Hessian-vector products with their cross term. Under
-      ``vmap`` both directions are computed at every step, at twice the cost.
+    Cost: 2 T inner gradients and T Hessian-vector products with their cross term.
     Memory: six vectors like ``w`` and the buffer: 0.15 bits per number and step at a
       momentum of 0.9.
     Target: solver.

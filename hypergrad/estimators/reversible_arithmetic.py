@@ -138,15 +138,25 @@ class Buffer(eqx.Module):
 
 
 def num_stack_bytes(num_steps: int, min_momentum: float) -> int:
-    """Returns the number of bytes per number for steps with at least this momentum."""
+    """Returns the number of bytes per number for steps with at least this momentum.
 
-    def mean_bits(d):
-        """Returns the mean of ``log2(d / n)`` over the two values of n."""
+    A step multiplies ``bound`` by ``d / n`` and rounds it up, to at most ``1 + 1 /
+    bound`` times as much. From one byte that moves to the stack to the next, ``bound``
+    grows from 2^11 at least, by ``d / n`` at least in each step that changes it. So the
+    logarithms of the roundings sum to at most ``2^-11 / (1 - n / d)``, the rounding of
+    the byte itself to ``2^-11``. Two bytes are for what ``bound`` gains before. A
+    larger momentum never needs more bytes.
+    """
+
+    def num_bytes(d):
         fraction, n = math.modf(min_momentum * d)
-        return (1 - fraction) * math.log2(d / n) + fraction * math.log2(d / (n + 1))
+        # The mean of log2(d / n) over the two values of n.
+        num_bits = (1 - fraction) * math.log2(d / n) + fraction * math.log2(d / (n + 1))
+        max_n = min(n + 1, d - 1)  # n = d changes nothing
+        rounding_bits = math.log2(math.e) * (1 + d / (d - max_n)) * BYTE / MAX_BOUND
+        return math.ceil(num_steps * num_bits / (math.log2(BYTE) - rounding_bits)) + 2
 
-    num_bits = num_steps * max(map(mean_bits, (256, 4096)))
-    return math.ceil(1.01 * num_bits / math.log2(BYTE)) + 2
+    return max(map(num_bytes, (256, 4096)))
 
 
 def empty_buffer(like: PyTree, num_bytes: int, num_steps: int) -> Buffer:

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
-from ..trees import divide, power_of_two_scale, ratio, safe_norm, widen
+from ..trees import divide, power_of_two_scale, ratio, safe_norm, scale, widen
 
 
 class Perturbation(NamedTuple):
@@ -82,6 +82,11 @@ def shift(w: PyTree, outer_shift: PyTree) -> PyTree:
 @shift.defjvp
 def _shift_jvp(primals, tangents):
     return primals[0], optax.tree.add(*tangents)
+
+
+def perturb_iterate(w: PyTree, key: Array, relative: PyTree) -> PyTree:
+    """Returns the iterate before a step with this key, perturbed with a random sign."""
+    return perturb(w, scale(random_sign(key), relative))
 
 
 def random_sign(key: Array) -> Array:

@@ -30,7 +30,7 @@ from .inner_run import (
     check_differentiable_run,
     make_response_fn,
 )
-from .rounding import Perturbation, is_ill_conditioned
+from .rounding import Perturbation, is_ill_conditioned, perturb_iterate
 
 MAX_FORWARD_PARAMS = 3
 MAX_STORED_BYTES = 1_500_000_000
@@ -185,9 +185,9 @@ class Unrolled(RunEstimator):
         >>> for num_steps in (10, 300, 10_000):
         ...     estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), num_steps))
         ...     print(estimator.storage(problem, w, w))
-        Storage(checkpoint=False, mixed_mode=False, num_bytes=40000000)
-        Storage(checkpoint=False, mixed_mode=False, num_bytes=1200000000)
-        Storage(checkpoint=True, mixed_mode=True, num_bytes=800000800)
+        Storage(checkpoint=False, mixed_mode=False, num_bytes=80000040)
+        Storage(checkpoint=False, mixed_mode=True, num_bytes=1200002400)
+        Storage(checkpoint=True, mixed_mode=True, num_bytes=800001600)
         """
         problem, w = bind_keys(problem, w)
         inner_data, _ = eqx.filter_eval_shape(Bilevel.sample_data, problem, KEY_SHAPE)
@@ -199,11 +199,13 @@ class Unrolled(RunEstimator):
     def _choose_storage(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
     ) -> Storage:
+        args = self.solver, problem.inner_loss, w, alpha, inner_data
+        sizes = StepSizes(*args)
+        if not self.is_truncated:
+            # The perturbation of a step, a factor of its iterate, stores the iterate.
+            sizes = StepSizes(*args, perturb_iterate, Perturbation.zero(w).relative)
         return choose_storage(
-            StepSizes(self.solver, problem.inner_loss, w, alpha, inner_data),
-            self.num_backward_steps,
-            self.checkpoint,
-            self.max_stored_bytes,
+            sizes, self.num_backward_steps, self.checkpoint, self.max_stored_bytes
         )
 
     def differentiate(

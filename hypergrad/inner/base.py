@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..batches import Data
+from ..batches import Data, batch_fraction
 from ..products import Loss
 
 #: The scalars made by `inner_stats`.
@@ -59,6 +59,8 @@ class IterativeSolver(InnerSolver, Protocol):
     - ``differentiable``: Must be True.
     - ``grads_per_step``: Number of inner gradients per step, for the cost of estimators
       that make steps themselves. Defaults to 1.
+    - ``uses_all_data``: Whether these gradients are on all inner data even if that has
+      a batch size. Defaults to False.
     """
 
     @property
@@ -92,6 +94,11 @@ class IterativeSolver(InnerSolver, Protocol):
 def grads_per_step(solver: IterativeSolver) -> int:
     """Returns the number of gradients per step of a solver; 1 if it states none."""
     return getattr(solver, "grads_per_step", 1)
+
+
+def step_fraction(solver: Any, data: Data) -> float:
+    """Returns the fraction of the inner data that a step of a solver uses."""
+    return 1.0 if getattr(solver, "uses_all_data", False) else batch_fraction(data)
 
 
 def inner_stats(

@@ -38,6 +38,7 @@ class ClosedForm(eqx.Module):
     differentiable = True
     ignores_loss = True  # so that it cannot minimize a sum of losses
     num_steps = 1
+    uses_all_data = True
 
     def __check_init__(self):
         if not callable(self.fn):

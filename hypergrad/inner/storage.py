@@ -42,6 +42,8 @@ class StepSizes:
 
     Args:
       solver, inner_loss, w, alpha, data: The solver and the arguments of its ``init``.
+      before_step: ``(w, key, x) -> w``, applied before each step. Defaults to none.
+      x: Its last argument, by which a run is differentiated besides ``alpha``.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class StepSizes:
         w: PyTree,
         alpha: PyTree,
         data: Data,
+        before_step: Callable[[PyTree, Array, PyTree], PyTree] | None = None,
+        x: PyTree = (),
     ):
         self._solver, self._inner_loss = solver, inner_loss
-        self._alpha, self._data = alpha, data
+        self._data, self._before_step = data, before_step
+        self._inputs = alpha, x
         self._carry = jax.eval_shape(
             lambda w, alpha, key: solver.init(inner_loss, w, alpha, data, key),
             w,
@@ -69,7 +74,9 @@ class StepSizes:
     @functools.cached_property
     def all_values(self) -> int:
         """Bytes of all values that reverse mode needs."""
-        return stored_bytes(self._make_step(self._inner_loss), self._carry, self._alpha)
+        return stored_bytes(
+            self._make_step(self._inner_loss), self._carry, self._inputs
+        )
 
     @functools.cached_property
     def mixed_mode(self) -> int | None:
@@ -87,15 +94,20 @@ class StepSizes:
 
         step = store_carries(self._make_step(recorded_loss))
         try:
-            step_bytes = stored_bytes(step, self._carry, self._alpha)
+            step_bytes = stored_bytes(step, self._carry, self._inputs)
         except TypeError:  # A forward derivative of the loss.
             return None
         return step_bytes if loss_calls else None
 
     def _make_step(self, loss: Loss) -> Callable[[PyTree, PyTree, Array], PyTree]:
-        return lambda carry, alpha, key: self._solver.step(
-            loss, carry, alpha, self._data, key
-        )
+        def step(carry: PyTree, inputs: PyTree, key: Array) -> PyTree:
+            alpha, x = inputs
+            if self._before_step is not None:
+                w, state = carry
+                carry = self._before_step(w, key, x), state
+            return self._solver.step(loss, carry, alpha, self._data, key)
+
+        return step
 
 
 def choose_storage(
@@ -133,10 +145,11 @@ def choose_storage(
 
 
 def stored_bytes(
-    step: Callable[[PyTree, PyTree, Array], PyTree], carry: PyTree, alpha: PyTree
+    step: Callable[[PyTree, PyTree, Array], PyTree], carry: PyTree, inputs: PyTree
 ) -> int:
     """Returns the bytes that the reverse pass through a scan stores of each step.
 
+    The step ``(carry, inputs, key) -> carry`` is differentiated by ``inputs`` as well.
     Values that depend neither on the carry nor on the key are the same in all steps. A
     scan stores them once, and they are not counted.
     """
@@ -144,11 +157,11 @@ def stored_bytes(
     def stored_values(carry: PyTree, key: Array) -> list[Array]:
         floats, non_floats = eqx.partition(carry, eqx.is_inexact_array)
 
-        def differentiable_step(floats: PyTree, alpha: PyTree) -> PyTree:
-            new_carry = step(eqx.combine(floats, non_floats), alpha, key)
+        def differentiable_step(floats: PyTree, inputs: PyTree) -> PyTree:
+            new_carry = step(eqx.combine(floats, non_floats), inputs, key)
             return eqx.filter(new_carry, eqx.is_inexact_array)
 
-        return jax.tree.leaves(jax.vjp(differentiable_step, floats, alpha)[1])
+        return jax.tree.leaves(jax.vjp(differentiable_step, floats, inputs)[1])
 
     jaxpr = jax.make_jaxpr(stored_values)(carry, KEY_SHAPE).jaxpr
     return shapes_bytes([x.aval for x in _varying_outputs(jaxpr)])

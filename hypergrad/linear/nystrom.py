@@ -47,6 +47,7 @@ def nystrom_approximation(
     sketch = jax.vmap(column, in_axes=1, out_axes=1)(test_matrix)
     eps = jnp.finfo(flat.dtype).eps
     shift = jnp.sqrt(flat.size) * eps * jnp.linalg.norm(sketch)
+    shift = jnp.where(jnp.any(sketch != 0), shift, 1.0)  # any number suits H = 0
     sketch = sketch + shift * test_matrix
     # B = Y C^-1 with C'C = O'Y, so that B B' = Y (O'Y)^-1 Y'
     core = test_matrix.T @ sketch

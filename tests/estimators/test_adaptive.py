@@ -316,6 +316,27 @@ def test_single_precision_is_kept():
     assert error(result.hypergradient, LOGISTIC.exact(LOGISTIC.alpha)) <= 1e-3
 
 
+@pytest.mark.parametrize(
+    "linear_solver",
+    [hg.NystromCG(5), hg.CG(preconditioner=lambda r: 2 * r)],
+    ids=["NystromCG", "preconditioned CG"],
+)
+def test_inner_steps_do_not_stop_at_the_rounding_in_other_units(linear_solver):
+    """Curvatures 1000 and 1 in float32: scaled coordinates have the curvature 1."""
+    curvatures = jnp.array([1e3] + 9 * [1.0], jnp.float32)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * jnp.sum(curvatures * (w - jnp.sin(alpha)) ** 2),
+        lambda w, alpha, batch: 0.5 * jnp.sum((w - 0.3) ** 2),
+    )
+    solver = hg.Descent(sgd(1e-3), 40_000)
+    estimator = hg.Implicit(solver, linear_solver, rtol=1e-2)
+    alpha = jnp.linspace(0.2, 1, 10, dtype=jnp.float32)
+    result = run_estimator(problem, estimator, jnp.full_like(alpha, 30.0), alpha)
+    expected = (jnp.sin(alpha) - 0.3) * jnp.cos(alpha)
+    assert result.trusted
+    assert error(result.hypergradient, expected) <= 1e-2
+
+
 def test_certificate_has_the_same_tolerance():
     """With ``certify=True`` an error of 10% is trusted if ``rtol`` is 30%."""
     solver = hg.Descent(sgd(0.05 * LOGISTIC.step), 2000)

@@ -76,6 +76,15 @@ def test_the_standard_error_equals_numpys():
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_the_standard_error_does_not_depend_on_a_factor(factor):
+    """The squares of the numbers leave the range of float32."""
+    samples = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
+    relative = lambda x: standard_error(jnp.asarray(x), jnp.asarray(x).mean(0), False)
+    scaled = samples * np.float32(factor)
+    np.testing.assert_allclose(relative(scaled), relative(samples), rtol=1e-5)
+
+
 def test_the_standard_error_is_the_scatter_of_means():
     """Over 400 keys its mean square is the mean squared deviation, up to 15%."""
     reference = ridge("per-weight", n=200)

@@ -137,6 +137,41 @@ def test_slow_steps_are_not_trusted():
         assert hypergradient_fn(*args).flags["adjoint_residual"]
 
 
+FADING = optax.sgd(optax.cosine_decay_schedule(0.1, 100))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "a", "is_trusted"),
+    [
+        pytest.param(optax.sgd(0.1), 0.0, True, id="constant rate"),
+        pytest.param(FADING, 0.0, False, id="rate that ends at 0"),
+        pytest.param(
+            optax.multi_transform(
+                {"constant": optax.sgd(0.1), "fading": FADING},
+                {"a": "constant", "b": "fading"},
+            ),
+            1.0,
+            False,
+            id="rate of one leaf ends at 0",
+        ),
+    ],
+)
+def test_weights_that_stay_at_zero_hide_no_wrong_adjoint(optimizer, a, is_trusted):
+    """``w_T = alpha`` for every optimizer, so that the derivative is -4 everywhere.
+
+    A step without a rate depends on nothing, and weights of 0 have no size to compare
+    the residual of the adjoint with.
+    """
+    inner = lambda w, alpha, batch: 0.5 * sum(jnp.sum((w[k] - alpha) ** 2) for k in w)
+    outer = lambda w, alpha, batch: sum(jnp.sum((w[k] - 1) ** 2) for k in w)
+    estimator = hg.FixedPoint(hg.Descent(optimizer, 100), num_terms=200)
+    w = {"a": jnp.full(2, a), "b": jnp.zeros(2)}
+    estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w, jnp.zeros(2))
+    assert estimate.trusted == is_trusted
+    is_right = error(estimate.hypergradient, jnp.full(2, -4.0)) < 1e-2
+    assert is_right == is_trusted
+
+
 def test_several_losses_and_keyed_batches():
     """K losses give a leading axis; the map uses all data of keyed batches.
 
@@ -178,3 +213,23 @@ def test_an_adjoint_that_stalls_in_rounding_is_not_trusted():
     assert abs(float(estimate.hypergradient) - 1) > 0.02
     assert not estimate.trusted
     assert estimate.stats["adjoint_residual"] > 0.02
+
+
+def lbfgs_of(alpha):
+    return optax.lbfgs(alpha)
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [hg.Unrolled, hg.Forward, lambda solver: hg.FixedPoint(solver, num_terms=3)],
+    ids=["Unrolled", "Forward", "FixedPoint"],
+)
+def test_a_line_search_made_from_alpha_is_refused(make_estimator):
+    """What an optimizer contains that is made from alpha shows in its state only."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    estimator = make_estimator(hg.Descent(lbfgs_of, 3))
+    with pytest.raises(ValueError, match="solver"):
+        estimator.init(problem, jnp.ones(2), jnp.asarray(0.1))

@@ -387,6 +387,22 @@ def test_a_division_undoes_a_multiplication(momentum, dtype):
 
 
 @pytest.mark.parametrize(
+    ("momentum", "num_steps"),
+    [(1 / 16, 1000), (0.9, 10_000), (0.999, 597_264), (0.9995, 525_439)],
+)
+def test_a_buffer_has_room_for_every_step(momentum, num_steps):
+    """Against the exact bound of the remainders, in integers of Python."""
+    for dtype in (jnp.dtype("int32"), jnp.dtype("int64")):
+        n = arithmetic.numerator(jnp.asarray(momentum), dtype, jnp.arange(num_steps))
+        d, bound, num_bytes = arithmetic.denominator(dtype), 1, 0
+        for n_of_step in np.asarray(n).tolist():
+            bound = -(-bound * d // n_of_step)
+            if bound > arithmetic.MAX_BOUND:
+                bound, num_bytes = -(-bound // arithmetic.BYTE), num_bytes + 1
+        assert num_bytes <= arithmetic.num_stack_bytes(num_steps, momentum)
+
+
+@pytest.mark.parametrize(
     "decay",
     [lambda t: 1 / (1 + t), lambda t: 1 / jnp.sqrt(1.0 + t)],
     ids=["1/t", "sqrt"],

@@ -173,6 +173,17 @@ def test_the_difference_of_gradients_is_the_cross_term():
     assert failed_flags(estimate) == ["biased"]
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-22, 1e20, 1e30])
+def test_a_finite_difference_has_the_factor_of_the_outer_loss(factor):
+    """The square of ``dM/dw`` leaves the range of float32."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - 3 * alpha) ** 2)
+    outer = lambda w, alpha, batch: jnp.float32(factor) * 0.5 * jnp.sum(w**2)
+    estimator = hg.FiniteDifference(hg.Descent(optax.sgd(1.0), 1))
+    args = jnp.float32(0.0), jnp.float32(1.0)
+    estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(*args)
+    assert error(estimate.hypergradient / jnp.float32(factor), 9.0) < 1e-3
+
+
 def test_finite_difference_is_a_difference_at_the_solution():
     """Computed by hand, on the batch that was sampled; DARTS takes it at another w."""
     inner_loss = lambda w, alpha, batch: jnp.mean((w - alpha * batch) ** 4)

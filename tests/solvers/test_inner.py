@@ -326,6 +326,36 @@ def test_closed_form_uses_all_of_the_data():
     assert solver.differentiable
 
 
+def mean_of_data(alpha, batch):
+    return alpha * jnp.mean(batch)
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [
+        hg.Unrolled,
+        hg.Forward,
+        lambda solver: hg.FixedPoint(solver, num_terms=2),
+        lambda solver: hg.Implicit(solver, rtol=1e-2),
+        lambda solver: hg.PersistentEvolution(solver, num_pairs=1),
+    ],
+    ids=["Unrolled", "Forward", "FixedPoint", "Implicit", "PersistentEvolution"],
+)
+def test_every_estimator_counts_a_formula_as_a_gradient_on_all_data(make_estimator):
+    """The batch size is that of other solvers, and changes nothing."""
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha * jnp.mean(batch)) ** 2
+    outer = lambda w, alpha, batch: 0.5 * (w - 1.0) ** 2
+    estimator = make_estimator(hg.ClosedForm(mean_of_data))
+
+    def count_grads(batch_size):
+        data = hg.Batches(jnp.arange(100.0), batch_size)
+        problem = hg.Bilevel(inner, outer, data)
+        estimate = hg.hypergradient(problem, estimator)(0.0, 2.0)
+        return float(estimate.stats["num_grads"])
+
+    assert count_grads(batch_size=10) == count_grads(batch_size=None)
+
+
 def test_an_optimizer_function_may_lack_a_module():
     """As one that `exec` defines."""
     names = {"optax": optax}

@@ -92,6 +92,25 @@ def test_the_solution_for_zero_is_zero(name):
         assert not stats["negative_curvature"]
 
 
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [
+        (hg.Nystrom(3, damping=0.1), 10.0),
+        (hg.Nystrom(N, damping=0.1), 10.0),
+        (hg.Neumann(4, step_size=0.5), 2.0),
+    ],
+    ids=["Nystrom", "Nystrom of full rank", "Neumann"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_hessian_of_zero_has_the_formula_of_the_solver(solver, expected, dtype):
+    """``b / rho``, and the sum of K equal terms."""
+    b = jnp.ones(N, dtype)
+    v, stats = solve_linear(solver, jnp.zeros_like, b, jnp.zeros_like(b))
+    np.testing.assert_allclose(v, expected, rtol=1e-5)
+    ritz_max = float(stats["ritz_max"])
+    assert np.isnan(ritz_max) or abs(ritz_max) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["CG", "MINRES", "NystromCG", "Neumann"])
 def test_a_pytree_is_solved_like_the_flat_vector(name):
     """The tree has leaves of 0 and 2 dimensions."""

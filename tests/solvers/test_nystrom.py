@@ -181,6 +181,33 @@ def test_an_old_sketch_of_a_moving_hessian_is_cheaper_and_without_bias():
     assert num_hvps(reused) < num_hvps(fresh)
 
 
+NUM_SKETCHES = []
+
+
+class CountedSketch(hg.NystromCG):
+    """Counts how often a sketch is made while a program runs."""
+
+    def prepare(self, matvec, like):
+        jax.debug.callback(lambda x: NUM_SKETCHES.append(1), like)
+        return super().prepare(matvec, like)
+
+
+def test_a_batch_of_estimates_reuses_its_sketches():
+    """In a batch `jax.lax.cond` would make a new sketch every time and drop it."""
+    linear_solver = CountedSketch(RANK, refresh_every=3)
+    implicit = hg.Implicit(hg.ClosedForm(solution), linear_solver, estimate_error=False)
+    problem, average = make_problem(False), hg.Average(implicit, 2)
+    state = average.init(problem, jnp.zeros(DIM), jnp.zeros(DIM))
+    NUM_SKETCHES.clear()
+    counts = []
+    for alpha in ALPHAS:
+        _, state = estimate(average, problem, state, alpha)
+        jax.effects_barrier()
+        counts.append(len(NUM_SKETCHES))
+    is_new = np.diff(counts, prepend=0) > 0
+    assert is_new.tolist() == [i % 3 == 0 for i in range(NUM_ESTIMATES)]
+
+
 def test_a_sketch_that_is_not_finite_is_replaced_at_once():
     """The next refresh would be due two estimates later."""
     alphas = [jnp.nan * ALPHAS[1], ALPHAS[1]]
