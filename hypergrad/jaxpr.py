@@ -5,10 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.source_info_util import summarize
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from .products import Loss
+
+#: Operations whose result is a maximum, and those that compare.
+MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
+COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 
 def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:
@@ -55,14 +61,73 @@ def alpha_has_gradient(
 def constant_bytes(f: Callable[..., Any], *args: PyTree, **kwargs: PyTree) -> int:
     """Returns the bytes of the arrays that ``f`` closes over."""
     constants = _constants(jax.make_jaxpr(f)(*args, **kwargs))
-    return sum(np.size(x) * x.dtype.itemsize for x in constants if hasattr(x, "dtype"))
+    # A literal array has an entry for each of its uses.
+    arrays = {id(x): x for x in constants if hasattr(x, "dtype")}
+    return sum(np.size(x) * x.dtype.itemsize for x in arrays.values())
 
 
-def _constants(closed_jaxpr: Any) -> Iterator[Any]:
-    """Yields the constants of a closed jaxpr and of the jaxprs within it."""
-    has_constants = lambda x: hasattr(x, "consts")
-    yield from closed_jaxpr.consts
-    for equation in closed_jaxpr.jaxpr.eqns:
-        for param in jax.tree.leaves(equation.params, is_leaf=has_constants):
-            if has_constants(param):
-                yield from _constants(param)
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Yields constants and literal arrays of a jaxpr, and of the jaxprs within it."""
+    yield from getattr(jaxpr, "consts", ())
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    variables = [x for equation in jaxpr.eqns for x in equation.invars]
+    for x in (*variables, *jaxpr.outvars):
+        if isinstance(x, Literal) and np.ndim(x.val):
+            yield x.val
+    for equation in jaxpr.eqns:
+        for inner in _all_inner_jaxprs(equation):
+            yield from _constants(inner)
+
+
+def _all_inner_jaxprs(equation: Any) -> list[Any]:
+    """Returns the jaxprs in the parameters of an equation, at any depth."""
+    is_jaxpr = lambda x: hasattr(x, "eqns")
+    params = jax.tree.leaves(equation.params, is_leaf=is_jaxpr)
+    return list(filter(is_jaxpr, params))
+
+
+def locations_of_ties(jaxpr: Any) -> set[str]:
+    """Returns the locations of maxima whose derivative the function itself computes.
+
+    The derivative of a maximum compares its operands, at the location of the maximum.
+    """
+    maxima, comparisons = set(), set()
+    jaxprs = [(jaxpr, "", False)]
+    while jaxprs:
+        jaxpr, location_of_call, is_derivative_call = jaxprs.pop()
+        for equation in jaxpr.eqns:
+            name, source = equation.primitive.name, equation.source_info
+            location = location_of_call or summarize(source)
+            is_derivative = is_derivative_call or "jvp" in str(source.name_stack)
+            if name in MAXIMA:
+                maxima.add(location)
+            elif name in COMPARISONS and is_derivative:
+                comparisons.add(location)
+            for inner in _all_inner_jaxprs(equation):
+                # A function of JAX has no place in the code of the user.
+                is_jitted = name == "jit" and is_of_jax(inner)
+                jaxprs.append((inner, location if is_jitted else "", is_derivative))
+    return maxima & comparisons - {""}
+
+
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """Yields the jaxprs among the parameters of an equation."""
+    for value in params.values():
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+
+
+def scan_lengths(params: dict[str, Any], operands: Sequence[Any]) -> tuple[int, int]:
+    """Returns the numbers of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].update(operands).unpack()  # newer versions
+    return len(list(consts)), len(list(carry))
+
+
+def is_of_jax(jaxpr: Jaxpr) -> bool:
+    """Returns True if the function of a jaxpr is defined in JAX."""
+    source = jaxpr.debug_info.func_src_info or ""
+    return "/jax/_src/" in source.replace("\\", "/")

@@ -10,20 +10,40 @@ Functions with a derivative of their own (`jax.custom_jvp`, `jax.custom_vjp`) ar
 at their word, and so is `without_derivative`.
 """
 
-import functools
+import dataclasses
 import itertools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.source_info_util import summarize
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
-from .stopped_shifts import NO_SHIFT, Shift, add_shifts, shift_of_result
+from .jaxpr import (
+    COMPARISONS,
+    MAXIMA,
+    inner_jaxprs,
+    is_of_jax,
+    locations_of_ties,
+    scan_lengths,
+)
+from .stopped_shifts import (
+    NO_SHIFT,
+    SAME_ELEMENTS,
+    Shift,
+    StoppedValue,
+    add_shifts,
+    as_operand,
+    common_shift,
+    number_of,
+    repeated_axes,
+    shift_of_result,
+    varying_axes,
+)
 
 
 class LostDerivative(NamedTuple):
@@ -51,6 +71,9 @@ class Dependence(NamedTuple):
       is_maximum: True if the value is a maximum, whose stopped gradient may be the
         shift of a stable softmax.
       shift: The stopped maxima that have not cancelled in the value.
+      number: Number of the value, which equal values share; None for no number.
+      constant: The value, if all its elements are the same literal.
+      repeated: Axes along which a broadcast has repeated the value.
     """
 
     leaves: frozenset[int] = frozenset()
@@ -58,18 +81,9 @@ class Dependence(NamedTuple):
     selectors: frozenset[LostDerivative] = frozenset()
     is_maximum: bool = False
     shift: Shift = NO_SHIFT
-
-    def __or__(self, other: "Dependence") -> "Dependence":
-        shifts = {x.shift for x in (self, other) if not x.is_constant}
-        if len(shifts) == 2:
-            self, other = self.with_stopped(), other.with_stopped()
-            shifts = set()
-        return Dependence(
-            self.leaves | other.leaves,
-            self.lost | other.lost,
-            self.selectors | other.selectors,
-            shift=shifts.pop() if shifts else NO_SHIFT,
-        )
+    number: Any = None
+    constant: float | None = None
+    repeated: frozenset[int] = frozenset()
 
     @property
     def is_constant(self) -> bool:
@@ -78,7 +92,7 @@ class Dependence(NamedTuple):
 
     def with_stopped(self) -> "Dependence":
         """Returns the dependence with the derivatives that stopped maxima have lost."""
-        stopped = (lost for (_, lost), _ in self.shift.terms)
+        stopped = (value.lost for value, _ in self.shift.terms)
         return self._replace(lost=self.lost.union(*stopped), shift=NO_SHIFT)
 
     def selected_by(self, other: "Dependence") -> "Dependence":
@@ -116,8 +130,17 @@ LAYOUT = {
     "stop_gradient",
 }
 
-#: Operations whose result is a maximum.
-MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
+#: Calls of a jaxpr, whose values are those of the operands and results.
+CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"}
+
+#: Operations with jaxprs within a parameter.
+HAS_JAXPRS = {"cond", "custom_linear_solve"}
+
+#: Operations in which an integer is a number, no index. The second is `jnp.ldexp`.
+WITH_INTEGERS = {"pow", "call_hi_primitive"}
+
+#: Numbers of values of which nothing is known.
+NEW_NUMBERS = itertools.count()
 
 #: Operations with a derivative rule of their own, whose jaxpr is not entered.
 CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -128,7 +151,7 @@ CONSTANTS = {"without_derivative", "gammasgn"}
 
 #: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
 #: with complete derivatives that a rounding, a comparison or an index chooses.
-PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "expm", "sinc"}
+PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "_truncated_normal", "expm", "sinc"}
 
 
 def find_lost_derivatives(
@@ -156,6 +179,9 @@ def find_lost_derivatives(
     inputs = [x for x, used in zip(inputs, is_used, strict=True) if used]
     results = [x.with_stopped() for x in _trace_jaxpr(jaxpr, inputs)]
     leaves, lost, selectors, *_ = _merge(results)
+    ties = locations_of_ties(jaxpr)
+    is_tie = lambda x: x.operation in COMPARISONS and x.location in ties
+    lost = frozenset(x for x in lost if not (is_tie(x) and x.leaf in leaves))
     return leaves, lost | {x for x in selectors if x.leaf not in leaves}
 
 
@@ -164,21 +190,68 @@ def _is_float(x: Any) -> bool:
 
 
 def _merge(dependences: Sequence[Dependence]) -> Dependence:
-    return functools.reduce(operator.or_, dependences, NONE)
+    """Returns the dependence of a value that is any of several."""
+    shift = common_shift(dependences)
+    if shift is None:
+        dependences, shift = [x.with_stopped() for x in dependences], NO_SHIFT
+    union = lambda sets: frozenset(itertools.chain.from_iterable(sets))
+    leaves = union(x.leaves for x in dependences)
+    lost = union(x.lost for x in dependences)
+    return Dependence(
+        leaves, lost, union(x.selectors for x in dependences), shift=shift
+    )
 
 
 def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
     """Returns the dependence of each result of a jaxpr."""
-    table = dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda x: NONE if isinstance(x, Literal) else table.get(x, NONE)
+    table = dict(zip(jaxpr.invars, map(_with_number, inputs), strict=True))
+
+    def read(x: Any) -> Dependence:
+        if isinstance(x, Literal):
+            return _literal(x)
+        # The same constant of a cached jaxpr always has the same value.
+        return table.get(x) or NONE._replace(number=number_of("constant", id(x)))
+
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
-        results = [
-            _with_location(x, equation, operands)
-            for x in _trace_equation(equation, operands)
-        ]
+        results = _with_numbers(_trace_equation(equation, operands), equation, operands)
+        results = [_with_location(x, equation, operands) for x in results]
         table.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _with_number(dependence: Dependence) -> Dependence:
+    """Returns the dependence with a new number if it has none."""
+    is_new = dependence.number is None
+    return dependence._replace(number=next(NEW_NUMBERS)) if is_new else dependence
+
+
+def _literal(x: Any) -> Dependence:
+    if np.ndim(x.val):
+        return NONE._replace(number=number_of("literal", id(x.val)))
+    number = number_of("literal", str(x.aval.dtype), x.val)
+    constant = float(x.val) if np.isrealobj(x.val) else None
+    return NONE._replace(number=number, constant=constant)
+
+
+def _with_numbers(
+    results: list[Dependence], equation: Any, operands: list[Dependence]
+) -> list[Dependence]:
+    """Returns the results of an equation with their numbers.
+
+    Equal operations on equal operands have equal results. A value that a call returns
+    keeps its number, and a result of another jaxpr, such as a loop, has a new one.
+    """
+    name, params = equation.primitive.name, equation.params
+    if name in CALLS | HAS_JAXPRS or equation.effects or any(inner_jaxprs(params)):
+        return list(map(_with_number, results))
+    number = number_of(name, params, [x.number for x in operands])
+    results = [x._replace(number=(number, i)) for i, x in enumerate(results)]
+    if name in SAME_ELEMENTS and len(operands) == 1:
+        constant = operands[0].constant
+        repeated = repeated_axes(equation, operands[0].repeated)
+        results = [x._replace(constant=constant, repeated=repeated) for x in results]
+    return results
 
 
 def _with_location(
@@ -192,7 +265,7 @@ def _with_location(
     """
     lost_before = frozenset().union(*map(_all_losses, operands))
     is_call = equation.primitive.name in ("jit", "pjit")
-    is_call_of_jax = is_call and any(map(_is_of_jax, _inner_jaxprs(equation.params)))
+    is_call_of_jax = is_call and any(map(is_of_jax, inner_jaxprs(equation.params)))
     has_place = lambda x: bool(x.location) and (x in lost_before or not is_call_of_jax)
     if all(map(has_place, _all_losses(dependence))):
         return dependence
@@ -200,39 +273,32 @@ def _with_location(
     locate = lambda lost: frozenset(
         x if has_place(x) else x._replace(location=location) for x in lost
     )
-    terms = {
-        ((value, locate(lost)), factor)
-        for (value, lost), factor in dependence.shift.terms
-    }
+    relocate = lambda value: dataclasses.replace(value, lost=locate(value.lost))
     return dependence._replace(
         lost=locate(dependence.lost),
         selectors=locate(dependence.selectors),
-        shift=dependence.shift._replace(terms=frozenset(terms)),
+        shift=dependence.shift.apply(relocate),
     )
 
 
 def _all_losses(dependence: Dependence) -> frozenset[LostDerivative]:
     """Returns lost derivatives, those of selectors, and those of stopped maxima."""
-    stopped = (lost for (_, lost), _ in dependence.shift.terms)
+    stopped = (value.lost for value, _ in dependence.shift.terms)
     return dependence.lost.union(dependence.selectors, *stopped)
-
-
-def _is_of_jax(jaxpr: Jaxpr) -> bool:
-    """Returns True if the function of a jaxpr is defined in JAX."""
-    source = jaxpr.debug_info.func_src_info or ""
-    return "/jax/_src/" in source.replace("\\", "/")
 
 
 def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     """Returns the dependence of each result of an equation."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        num_consts, num_carry = _scan_lengths(params, operands)
-        return _trace_loop(params["jaxpr"], operands, num_consts, num_carry)
+        num_consts, num_carry = scan_lengths(params, operands)
+        _, results = _trace_loop(params["jaxpr"], operands, num_consts, num_carry)
+        return list(map(_another_value, results))
     if name == "while":
         return _trace_while(params, operands)
     if name == "sort":
         num_keys = params["num_keys"]
+        operands = list(map(_another_value, operands))
         keys, values = operands[:num_keys], operands[num_keys:]
         order = _lose(equation, _merge(keys))
         return [_merge(keys)] * num_keys + [x.selected_by(order) for x in values]
@@ -243,15 +309,25 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     if name == "custom_linear_solve":
         # The solver's own constants, such as a factorization, are not differentiated.
         lengths = params["const_lengths"]
+        operands = list(map(_another_value, operands))
         operands = operands[: lengths.matvec] + operands[sum(lengths) :]
-        total = _merge([x.with_stopped() for x in operands])
+        products = _trace_jaxpr(params["jaxprs"].matvec.jaxpr, operands)
+        total = _merge(operands + [x.with_stopped() for x in products])
         return [total] * len(equation.outvars)
+    if name == "linear_solve":
+        # Lineax stops the state of its solver, of which its rule needs no derivative.
+        operands = list(map(_without_stops_of_lineax, operands))
     if params.get("name") in CONSTANTS:
         return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
-        for inner in _inner_jaxprs(params):
+        for inner in inner_jaxprs(params):
             if len(inner.invars) == len(operands):
+                is_call = name in CALLS
+                if not is_call:  # of elements or shards of the operands
+                    operands = list(map(_another_value, operands))
                 results = _trace_jaxpr(inner, operands)
+                if not is_call:
+                    results = list(map(_another_value, results))
                 if _is_piecewise_smooth(params.get("name"), inner):
                     prev_lost = _merge(operands).lost
                     results = [_without_new_losses(x, prev_lost) for x in results]
@@ -259,8 +335,19 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     return [_trace_operation(equation, operands, x.aval) for x in equation.outvars]
 
 
+def _another_value(dependence: Dependence) -> Dependence:
+    """Returns the dependence of a value that is made of a value or of its elements."""
+    return _merge([dependence.with_stopped()])
+
+
+def _without_stops_of_lineax(dependence: Dependence) -> Dependence:
+    is_of_lineax = lambda x: "/lineax/_" in x.location.replace("\\", "/")
+    lost = {x for x in dependence.lost if not is_of_lineax(x)}
+    return dependence._replace(lost=frozenset(lost))
+
+
 def _is_piecewise_smooth(name: str | None, jaxpr: Jaxpr) -> bool:
-    return name in PIECEWISE_SMOOTH and _is_of_jax(jaxpr)
+    return name in PIECEWISE_SMOOTH and is_of_jax(jaxpr)
 
 
 def _without_new_losses(
@@ -272,38 +359,22 @@ def _without_new_losses(
     return dependence._replace(lost=frozenset(lost))
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    for value in params.values():
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-
-
-def _scan_lengths(
-    params: dict[str, Any], operands: list[Dependence]
-) -> tuple[int, int]:
-    """Returns the numbers of constants and of carried values of a scan."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].update(operands).unpack()  # newer versions
-    return len(list(consts)), len(list(carry))
-
-
 def _trace_loop(
     body: ClosedJaxpr, operands: list[Dependence], num_consts: int, num_carry: int
-) -> list[Dependence]:
-    """Returns the dependence of the results of a loop, which repeats its body."""
+) -> tuple[list[Dependence], list[Dependence]]:
+    """Returns the dependence of the carry of a loop, and of the results of its body.
+
+    The carry is any of the initial one and of those that the body returns.
+    """
     carried = slice(num_consts, num_consts + num_carry)
-    carry = operands[carried]
+    consts, carry = operands[:num_consts], [_merge([x]) for x in operands[carried]]
+    rows = list(map(_another_value, operands[carried.stop :]))
     while True:
-        operands = [*operands[:num_consts], *carry, *operands[carried.stop :]]
-        results = _trace_jaxpr(body.jaxpr, operands)
-        new_carry = [
-            _merge(pair) for pair in zip(carry, results[:num_carry], strict=True)
-        ]
-        if new_carry == [_merge([x]) for x in carry]:  # whatever is a maximum
-            return results
+        results = _trace_jaxpr(body.jaxpr, [*consts, *carry, *rows])
+        pairs = zip(carry, results[:num_carry], strict=True)
+        new_carry = list(map(_merge, pairs))
+        if new_carry == carry:
+            return carry, results
         carry = new_carry
 
 
@@ -314,7 +385,7 @@ def _trace_while(
     cond_consts = operands[: params["cond_nconsts"]]
     operands = operands[params["cond_nconsts"] :]
     body, num_consts = params["body_jaxpr"], params["body_nconsts"]
-    carry = _trace_loop(body, operands, num_consts, len(operands) - num_consts)
+    carry, _ = _trace_loop(body, operands, num_consts, len(operands) - num_consts)
     (predicate,) = _trace_jaxpr(params["cond_jaxpr"].jaxpr, cond_consts + carry)
     # The number of steps selects among the values that the steps change.
     pairs = zip(body.jaxpr.invars[num_consts:], body.jaxpr.outvars, strict=True)
@@ -338,28 +409,28 @@ def _trace_operation(
         shift = NO_SHIFT
         if any(x.shift.terms for x in floats):
             variables = itertools.compress(equation.invars, is_float)
-            triples = [
-                (variable, x.shift, x.is_constant)
-                for variable, x in zip(variables, floats, strict=True)
-            ]
-            rule = shift_of_result(equation, triples)
+            pairs = zip(variables, floats, strict=True)
+            rule = shift_of_result(equation, [as_operand(*pair) for pair in pairs])
             if rule is None:
                 floats = [x.with_stopped() for x in floats]
             else:
                 shift = rule
         total = _merge([x._replace(shift=NO_SHIFT) for x in floats])
-        total = total._replace(shift=shift).selected_by(_merge(selectors))
+        choice = _merge(selectors)
+        total = total._replace(shift=shift).selected_by(choice)
+        if name in WITH_INTEGERS:
+            total = total._replace(lost=total.lost | choice.lost)
         if not floats:  # a cast from integers
-            total = _merge(selectors)
+            total = choice
         is_maximum = name in MAXIMA or (
-            name in LAYOUT and all(x.is_maximum for x in floats if x != NONE)
+            name in LAYOUT and all(x.is_maximum for x in floats if x[:3] != NONE[:3])
         )
         is_maximum = is_maximum and bool(total.leaves)
         if name == "stop_gradient" and is_maximum:
             lost = _lose(equation, total).lost - total.lost
-            # Equal maxima of one place in the code count as the same.
-            stopped = Shift(frozenset({((None, lost), 1)}))
-            shift = add_shifts(total.shift, stopped)
+            axes = varying_axes(result.shape, operands[0].repeated)
+            value = StoppedValue(operands[0].number, axes, lost)
+            shift = add_shifts(total.shift, Shift(frozenset({(value, 1.0)})))
             return total._replace(leaves=frozenset(), is_maximum=True, shift=shift)
         if name not in PIECEWISE_CONSTANT:
             return total._replace(is_maximum=is_maximum)

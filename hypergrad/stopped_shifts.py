@@ -1,141 +1,385 @@
 """Stopped maxima that cancel, such as the shift of a stable softmax, read from a jaxpr.
 
 A value is followed as ``v + s`` or as ``v exp(s)``, where ``s`` is a sum of stopped
-maxima with integer coefficients. Where the coefficients of a result are zero, a stopped
-maximum has cancelled, and no derivative is lost. Weights and divisors without a
-derivative, such as labels, are taken for a mean, which leaves a shift unchanged; so
-are sums over an axis.
+values with coefficients. Where all coefficients of a result are zero, the stopped
+maxima have cancelled, and no derivative is lost. Stopped values are told apart by the
+numbers of what was stopped, and by the axes along which they vary. Weights without a
+derivative that are summed over one axis, such as labels, are taken for a mean, which
+leaves a shift unchanged; all other rules are exact up to guards and masks. An operation
+without a rule makes the stopped maxima count as lost.
 """
 
+import dataclasses
+import hashlib
 import math
-from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from jax.extend.core import Literal  # pyright: ignore
+import jax.numpy as jnp
 
 #: A guard such as ``+ 1e-9`` in a divisor hides nothing of a derivative, because the
 #: exponentials of shifted values add up to 1 at least.
 MAX_GUARD = 1e-6
 
-#: Operations that leave a shift as it is.
-UNCHANGED = {
-    "abs",
-    "broadcast_in_dim",
-    "concatenate",
-    "convert_element_type",
-    "copy",
-    "cumsum",
-    "dynamic_slice",
-    "dynamic_update_slice",
-    "expand_dims",
-    "gather",
-    "pad",
-    "reduce_max",
-    "reduce_min",
-    "reduce_precision",
-    "reduce_sum",
-    "reshape",
-    "rev",
-    "scatter",
-    "scatter-add",
-    "select_n",
-    "slice",
-    "squeeze",
-    "stop_gradient",
-    "transpose",
+#: The exponential of a constant below this, such as that of a mask, is zero.
+MASKED = -1e4
+
+#: A smaller coefficient is zero, up to the rounding of literals in float32.
+COEFFICIENT_TOL = 1e-6
+
+#: Operations that move elements, of which some may come from other operands.
+MOVES = {
+    *("broadcast_in_dim", "concatenate", "convert_element_type", "copy"),
+    *("dynamic_slice", "dynamic_update_slice", "gather", "pad", "reduce_max"),
+    *("reduce_min", "reduce_precision", "reshape", "rev", "scatter", "select_n"),
+    *("slice", "squeeze", "stop_gradient", "transpose"),
 }
+
+#: Operations that keep the elements of their operand, and those that keep its shape.
+SAME_SHAPE = {"convert_element_type", "copy", "reduce_precision", "stop_gradient"}
+SAME_ELEMENTS = {"broadcast_in_dim", "reshape", "squeeze", "transpose", *SAME_SHAPE}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppedValue:
+    """A stopped maximum, or a product or sum that is made of one.
+
+    Attributes:
+      number: Its number, which equal values share.
+      axes: For each of its axes that is longer than 1, the axis of the value that has
+        it as a shift.
+      lost: The derivatives that it has lost.
+    """
+
+    number: Any
+    axes: tuple[int, ...]
+    lost: frozenset[Any] = dataclasses.field(compare=False)
+
+
+Terms = frozenset[tuple[StoppedValue, float]]
 
 
 class Shift(NamedTuple):
     """A sum of stopped values that is added, or whose exponential is a factor.
 
     Attributes:
-      terms: Pairs of a stopped value and its coefficient, which is not zero. A stopped
-        value is a pair of its variable, None for the maximum itself, and the
-        derivatives that it has lost.
+      terms: Pairs of a stopped value and its coefficient, which is not zero.
       is_factor: Whether the value is ``v exp(s)`` instead of ``v + s``.
+      unweighted: The terms before a product with a constant, if the value is one.
     """
 
-    terms: frozenset[tuple[Any, int]] = frozenset()
+    terms: Terms = frozenset()
     is_factor: bool = False
+    unweighted: Terms = frozenset()
+
+    @property
+    def axes(self) -> set[int]:
+        """The axes of the value along which the shift varies."""
+        return _axes_of(self.terms)
+
+    def apply(self, f: Callable[[StoppedValue], StoppedValue]) -> "Shift":
+        """Returns the shift with ``f`` applied to each stopped value."""
+        terms, unweighted = (
+            frozenset((f(value), n) for value, n in terms)
+            for terms in (self.terms, self.unweighted)
+        )
+        return Shift(terms, self.is_factor, unweighted)
 
 
 NO_SHIFT = Shift()
 
 
-def add_shifts(x: Shift, y: Shift, factor: int = 1, is_factor: bool = False) -> Shift:
+class Operand(NamedTuple):
+    """A float operand of an operation.
+
+    Attributes:
+      shape: Its shape.
+      shift: Its shift.
+      is_constant: Whether no derivative arrives, and none was lost on the way.
+      number: Its number, which equal values share.
+      constant: Its value, if all elements are the same literal, or None.
+      repeated: Axes along which a broadcast has repeated it.
+    """
+
+    shape: tuple[int, ...]
+    shift: Shift
+    is_constant: bool
+    number: Any
+    constant: float | None
+    repeated: frozenset[int]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along which the operand may vary."""
+        return varying_axes(self.shape, self.repeated)
+
+
+def as_operand(variable: Any, dependence: Any) -> Operand:
+    """Returns a variable of a jaxpr with the facts of its dependence."""
+    x, shape = dependence, variable.aval.shape
+    return Operand(shape, x.shift, x.is_constant, x.number, x.constant, x.repeated)
+
+
+def number_of(*parts: Any) -> bytes:
+    """Returns a number for a value that is computed from ``parts``.
+
+    Equal parts have equal numbers, and different parts different ones.
+    """
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def varying_axes(shape: Sequence[int], repeated: Collection[int]) -> tuple[int, ...]:
+    """Returns the axes of a shape that are longer than 1 and not ``repeated``."""
+    return tuple(i for i, n in enumerate(shape) if n > 1 and i not in repeated)
+
+
+def repeated_axes(equation: Any, repeated: frozenset[int]) -> frozenset[int]:
+    """Returns the axes along which the result of `SAME_ELEMENTS` repeats a value."""
+    name, new_shape = equation.primitive.name, equation.outvars[0].aval.shape
+    if name != "broadcast_in_dim":
+        return repeated if name in SAME_SHAPE else frozenset()
+    shape = equation.invars[0].aval.shape
+    pairs = enumerate(equation.params["broadcast_dimensions"])
+    varying = {j for i, j in pairs if shape[i] == new_shape[j] and i not in repeated}
+    return frozenset(range(len(new_shape))) - varying
+
+
+def add_shifts(x: Shift, y: Shift, factor: float = 1, is_factor: bool = False) -> Shift:
     """Returns ``x + factor * y``."""
-    total = Counter(dict(x.terms))
-    for stopped, coefficient in y.terms:
-        total[stopped] += factor * coefficient
-    terms = frozenset((key, n) for key, n in total.items() if n)
+    terms = _collect([*x.terms, *((value, factor * n) for value, n in y.terms)])
     return Shift(terms, is_factor and bool(terms))
 
 
-def shift_of_result(
-    equation: Any, operands: list[tuple[Any, Shift, bool]]
-) -> Shift | None:
+def _collect(terms: Iterable[tuple[StoppedValue, float]]) -> Terms:
+    """Returns the terms with one coefficient per value, and without zeros."""
+    total: dict[StoppedValue, float] = {}
+    for value, n in terms:
+        total[value] = total.get(value, 0.0) + n
+    return frozenset((x, n) for x, n in total.items() if abs(n) > COEFFICIENT_TOL)
+
+
+def _axes_of(terms: Terms) -> set[int]:
+    return {axis for value, _ in terms for axis in value.axes}
+
+
+def common_shift(operands: Sequence[Any]) -> Shift | None:
+    """Returns the shift that all operands have, or None.
+
+    A constant has any factor if it is 0, and any other shift if it is a mask.
+
+    Args:
+      operands: Objects with ``shift``, ``is_constant`` and ``constant``.
+    """
+    if not any(x.shift.terms for x in operands):
+        return NO_SHIFT
+    is_factor = any(x.shift.is_factor for x in operands)
+    is_neutral = lambda c: c == 0 if is_factor else c <= MASKED
+    shifts = {
+        x.shift
+        for x in operands
+        if not (x.is_constant and x.constant is not None and is_neutral(x.constant))
+    }
+    return shifts.pop() if len(shifts) == 1 else None
+
+
+def shift_of_result(equation: Any, operands: list[Operand]) -> Shift | None:
     """Returns the shift of the result of an operation, or None without a rule.
 
     Args:
       equation: The equation of the jaxpr.
-      operands: For each float operand, its variable, its shift, and whether it is a
-        constant.
+      operands: The float operands.
     """
-    name = equation.primitive.name
-    shifts = [shift for _, shift, _ in operands]
-    x, is_factor = shifts[0], any(shift.is_factor for shift in shifts)
-    if name in ("add", "add_any", "sub", "max", "min"):
-        return _shift_of_sum(name, operands)
-    if name in ("mul", "div", "dot_general"):
-        return _shift_of_product(equation, operands)
-    if name == "neg":
-        return x if is_factor else add_shifts(NO_SHIFT, x, -1)
-    if name in ("exp", "exp2"):
-        return None if is_factor else Shift(x.terms, True)
-    if name == "log" and is_factor:
-        return Shift(x.terms)
-    if name == "integer_pow" and is_factor:
-        return add_shifts(NO_SHIFT, x, equation.params["y"], True)
-    if name == "abs" and not is_factor:
-        return None
-    if name in UNCHANGED:
-        different = {shift for _, shift, is_constant in operands if not is_constant}
-        return different.pop() if len(different) == 1 else None
+    name, x = equation.primitive.name, operands[0].shift
+    is_factor = any(operand.shift.is_factor for operand in operands)
+    match name:
+        case "add" | "add_any" | "sub":
+            return _shift_of_sum(name, operands, is_factor)
+        case "max" | "min":
+            return _shift_of_extremum(name, operands, is_factor)
+        case "mul" | "div":
+            return _shift_of_product(name, operands)
+        case "dot_general" if len(operands) == 2:
+            return _shift_of_dot(equation, operands)
+        case "reduce_sum" if not is_factor:
+            return _sum_shift(x, operands[0].shape, equation.params["axes"])
+        case "neg":
+            return x if is_factor else add_shifts(NO_SHIFT, x, -1)
+        case "exp" if not is_factor:
+            return Shift(x.terms, True)
+        case "exp2" if not is_factor:
+            return add_shifts(NO_SHIFT, x, math.log(2), True)
+        case "log" if is_factor:
+            return Shift(x.terms)
+        case "integer_pow" if is_factor:
+            return add_shifts(NO_SHIFT, x, equation.params["y"], True)
+    is_real = not jnp.issubdtype(equation.invars[0].aval.dtype, jnp.complexfloating)
+    keeps_factor = name in ("reduce_sum", "cumsum") or (name == "abs" and is_real)
+    if name in MOVES or (is_factor and keeps_factor):
+        common = common_shift(operands)
+        return common and _move(common, _new_axes(equation))
     return None
 
 
-def _shift_of_sum(name: str, operands: list[tuple[Any, Shift, bool]]) -> Shift | None:
-    (a, x, _), (b, y, _) = operands
-    if _is_guard(a) or _is_guard(b):
-        return y if _is_guard(a) else x
-    if x.is_factor or y.is_factor or name in ("max", "min"):
-        return x if x == y else None
-    return add_shifts(x, y, -1 if name == "sub" else 1)
+def _shift_of_sum(name: str, operands: list[Operand], is_factor: bool) -> Shift | None:
+    a, b = operands
+    x, y = a.shift, b.shift
+    if not is_factor:
+        return add_shifts(x, y, -1 if name == "sub" else 1)
+    is_guard = lambda c: c is not None and abs(c) <= MAX_GUARD
+    if is_guard(a.constant) or is_guard(b.constant):
+        return y if is_guard(a.constant) else x
+    return x if x == y else None
 
 
-def _is_guard(x: Any) -> bool:
-    return isinstance(x, Literal) and bool(
-        abs(float(x.val)) <= MAX_GUARD or math.isinf(float(x.val))
-    )
-
-
-def _shift_of_product(
-    equation: Any, operands: list[tuple[Any, Shift, bool]]
+def _shift_of_extremum(
+    name: str, operands: list[Operand], is_factor: bool
 ) -> Shift | None:
-    if len(operands) != 2:
-        return None
-    (a, x, a_is_constant), (b, y, b_is_constant) = operands
-    is_quotient = equation.primitive.name == "div"
+    def is_neutral(c: float) -> bool:
+        is_bound = c <= MASKED if name == "max" else c == math.inf
+        return is_bound or (is_factor and abs(c) <= MAX_GUARD)
+
+    shifts = {
+        x.shift for x in operands if x.constant is None or not is_neutral(x.constant)
+    }
+    return shifts.pop() if len(shifts) == 1 else None
+
+
+def _shift_of_product(name: str, operands: list[Operand]) -> Shift | None:
+    a, b = operands
+    x, y = a.shift, b.shift
+    is_quotient = name == "div"
     if all(shift.is_factor or not shift.terms for shift in (x, y)):
         return add_shifts(x, y, -1 if is_quotient else 1, True)
     if (x.terms and y.terms) or (is_quotient and y.terms):
         return None
-    if y.terms:
-        b, x, b_is_constant = a, y, a_is_constant
-    if not b_is_constant:
-        # A shift by another stopped value, which loses the same derivatives.
-        lost = frozenset().union(*(stopped[1] for stopped, _ in x.terms))
-        return Shift(frozenset({((equation.outvars[0], lost), 1)}))
-    is_negative = isinstance(b, Literal) and float(b.val) < 0
-    return add_shifts(NO_SHIFT, x, -1 if is_negative else 1)
+    x, b = (y, a) if y.terms else (x, b)
+    if b.constant is not None and math.isfinite(b.constant):
+        if is_quotient:
+            return add_shifts(NO_SHIFT, x, 1 / b.constant) if b.constant else None
+        return add_shifts(NO_SHIFT, x, b.constant)
+
+    def weighted(value: StoppedValue) -> StoppedValue:
+        number = number_of(name, value.number, value.axes, b.number, b.axes)
+        axes = tuple(sorted({*value.axes, *b.axes}))
+        return StoppedValue(number, axes, value.lost)
+
+    return Shift(x.apply(weighted).terms, False, x.terms if b.is_constant else Terms())
+
+
+def _shift_of_dot(equation: Any, operands: list[Operand]) -> Shift | None:
+    a, b = operands
+    contracted, batch = equation.params["dimension_numbers"]
+    num_batch = len(batch[0])
+    shifts, num_free = [], 0
+    for i, operand in enumerate((a, b)):
+        is_free = lambda axis, i=i: axis not in (*contracted[i], *batch[i])
+        free = list(filter(is_free, range(len(operand.shape))))
+        new_axes = {axis: k for k, axis in enumerate(batch[i])}
+        new_axes |= {axis: num_batch + num_free + k for k, axis in enumerate(free)}
+        num_free += len(free)
+        shifts.append(_move(operand.shift, new_axes))
+    x, y = shifts
+    if x is None or y is None:
+        return None
+    if all(shift.is_factor or not shift.terms for shift in (x, y)):
+        return add_shifts(x, y, 1, True)
+    weights = a if y.terms else b
+    is_mean = weights.is_constant and weights.constant is None
+    if (x.terms and y.terms) or not is_mean or len(contracted[0]) != 1:
+        return None
+    return Shift((x if x.terms else y).terms)
+
+
+def _sum_shift(x: Shift, shape: Sequence[int], axes: Collection[int]) -> Shift:
+    """Returns the sum of a shift over axes, exact but for the mean over weights."""
+    terms, mean_axes = x.terms, set()
+    if x.unweighted:
+        mean_axes = (x.axes - _axes_of(x.unweighted)) & set(axes)
+        terms = x.unweighted if len(mean_axes) == 1 else terms
+    remaining = [i for i in range(len(shape)) if i not in axes]
+
+    def summed(value: StoppedValue) -> StoppedValue:
+        positions = [k for k, axis in enumerate(value.axes) if axis in axes]
+        number = (
+            number_of("sum", value.number, positions) if positions else value.number
+        )
+        new_axes = tuple(remaining.index(i) for i in value.axes if i not in axes)
+        return StoppedValue(number, new_axes, value.lost)
+
+    def num_summed(value: StoppedValue) -> int:
+        is_mean = terms is x.unweighted
+        others = set(axes) - set(value.axes) - (mean_axes if is_mean else set())
+        return math.prod(shape[i] for i in others)
+
+    return Shift(_collect((summed(v), num_summed(v) * n) for v, n in terms))
+
+
+def _move(x: Shift, new_axes: dict[int, int]) -> Shift | None:
+    """Returns a shift whose axes have moved, or None if it varies along a lost one."""
+    if not x.axes <= new_axes.keys():
+        return None
+    axes = lambda value: tuple(new_axes[i] for i in value.axes)
+    return x.apply(lambda value: dataclasses.replace(value, axes=axes(value)))
+
+
+def _new_axes(equation: Any) -> dict[int, int]:
+    """Returns the new place of each axis that an operation of `MOVES` leaves whole."""
+    name, params = equation.primitive.name, equation.params
+    shape, new_shape = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    same = lambda axes: {i: i for i in axes}
+    axes = range(len(shape))
+    match name:
+        case "broadcast_in_dim":
+            pairs = enumerate(params["broadcast_dimensions"])
+            return {i: j for i, j in pairs if shape[i] == new_shape[j]}
+        case "transpose":
+            return {i: j for j, i in enumerate(params["permutation"])}
+        case "squeeze" | "reduce_max" | "reduce_min" | "reduce_sum":
+            removed = params["dimensions" if name == "squeeze" else "axes"]
+            return {i: j for j, i in enumerate(i for i in axes if i not in removed)}
+        case "reshape":
+            return _reshaped_axes(shape, new_shape)
+        case "gather":
+            return _gathered_axes(params, shape, new_shape)
+        case "slice" | "dynamic_slice":
+            return same(i for i in axes if shape[i] == new_shape[i])
+        case "dynamic_update_slice":
+            updated = equation.invars[1].aval.shape
+            return same(i for i in axes if shape[i] == updated[i])
+        case "pad":
+            return same(i for i in axes if not any(params["padding_config"][i]))
+        case "concatenate":
+            return same(i for i in axes if i != params["dimension"])
+        case "cumsum":
+            return same(i for i in axes if i != params["axis"])
+        case "rev":
+            return same(i for i in axes if i not in params["dimensions"])
+        case "scatter":
+            return {}
+    return same(axes)
+
+
+def _reshaped_axes(shape: Sequence[int], new_shape: Sequence[int]) -> dict[int, int]:
+    """Returns the axes that a reshape neither merges nor splits."""
+    size_before = lambda shape, i: math.prod(shape[:i])
+    return {
+        i: j
+        for i, n in enumerate(shape)
+        for j, m in enumerate(new_shape)
+        if n == m > 1 and size_before(shape, i) == size_before(new_shape, j)
+    }
+
+
+def _gathered_axes(
+    params: Any, shape: Sequence[int], new_shape: Sequence[int]
+) -> dict[int, int]:
+    """Returns the axes that a gather takes whole or as a batch."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    batched = numbers.operand_batching_dims
+    removed = (*numbers.collapsed_slice_dims, *batched)
+    remaining = [i for i in range(len(shape)) if i not in removed]
+    offsets = dict(zip(remaining, numbers.offset_dims, strict=True))
+    new_axes = {i: j for i, j in offsets.items() if sizes[i] == shape[i]}
+    batch = [j for j in range(len(new_shape)) if j not in numbers.offset_dims]
+    pairs = zip(batched, numbers.start_indices_batching_dims, strict=True)
+    return new_axes | {i: batch[k] for i, k in pairs}

@@ -193,7 +193,7 @@ class MRR(RankingSurrogate):
         positive_weights = row.positive_weights
         has_positive = jnp.any(positive_weights > 0)
         # Scores relative to the best positive, so that exp does not overflow.
-        best = lax.stop_gradient(_best_positive_score(row))
+        best = without_derivative(_best_positive_score(row))
         u = jnp.where(row.weights > 0, (row.scores - best) / temperature, 0)
         factors = jnp.where(has_positive, positive_weights, 1)
         smooth_max = jax.nn.logsumexp(u, b=factors)
