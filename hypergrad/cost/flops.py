@@ -173,7 +173,16 @@ def _count_equation(equation: Any) -> Flops:
         case "shard_map":
             axes = params.get("newly_manual_axes", params.get("manual_axes", ()))
             num_devices = math.prod(params["mesh"].shape[axis] for axis in axes)
-            return _repeat(num_devices, count_jaxpr_flops(params["jaxpr"]))
+            device = _repeat(num_devices, count_jaxpr_flops(params["jaxpr"]))
+            # An iteration of a loop is made by every device.
+            loops = tuple(
+                loop._replace(
+                    flops=num_devices * loop.flops,
+                    transcendentals=num_devices * loop.transcendentals,
+                )
+                for loop in device.loops
+            )
+            return device._replace(loops=loops)
         case "call_hi_primitive":  # defined by other primitives, such as frexp
             inputs = [v.aval for v in equation.invars]
             return count_jaxpr_flops(jax.make_jaxpr(params["_prim"].expand)(*inputs))
@@ -259,7 +268,7 @@ def _num_operations(equation: Any) -> int | None:
         case "select_and_scatter_add":
             return inputs[0].size * math.prod(params["window_dimensions"])
         case "sort" | "top_k":
-            n = inputs[0].shape[params.get("dimension", -1)]
+            n = inputs[0].shape[params.get("dimension", params.get("axis", -1))]
             return inputs[0].size * math.ceil(math.log2(max(n, 1)))
         case "cholesky":
             return inputs[0].size * inputs[0].shape[-1] // 3

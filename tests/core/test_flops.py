@@ -43,6 +43,8 @@ OPERATIONS = {
         lambda: linalg.triangular_solve(SQUARE, jnp.ones((6, 2)), left_side=True), 72
     ),
     "sort": (lambda: jnp.sort(jnp.ones(8)), 8 * 3),
+    "top k": (lambda: jax.lax.top_k(jnp.ones((3, 8)), 2)[0], 24 * 3),
+    "top k, axis 0": (lambda: jax.lax.top_k(jnp.ones((8, 3)), 2, axis=0)[0], 24 * 3),
     "pooling": (lambda: pool(jnp.ones((4, 4))), 16),
 }  # fmt: skip
 
@@ -152,6 +154,23 @@ def test_shard_map_counts_all_devices():
     sharded = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
     x = jnp.ones((8, 3))
     assert hg.cost.flops(sharded, x).total() == hg.cost.flops(function, x).total()
+
+
+def test_shard_map_counts_an_iteration_of_a_loop_on_all_devices():
+    mesh = jax.sharding.AbstractMesh(
+        (4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    spec = jax.sharding.PartitionSpec("i")
+
+    def function(x):
+        step = lambda carry: (carry[0] + 1, jnp.exp(carry[1]) * 2.0)
+        return jax.lax.while_loop(lambda carry: carry[0] < 5, step, (0, x))[1]
+
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
+    x = jnp.ones((8, 3))
+    (actual,), (expected,) = (hg.cost.flops(f, x).loops for f in (sharded, function))
+    assert (actual.flops, actual.transcendentals) == (48, 24)
+    assert actual[1:] == expected[1:]
 
 
 # Loops.
