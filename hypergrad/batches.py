@@ -231,6 +231,7 @@ class BatchesOfEstimate(Batches):
         return super().full_batch(self.full_batch_key)
 
 
+SAMPLE_STREAM = 2**31  # a loss does not split a key in so many
 Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
 
 
@@ -351,10 +352,11 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
         order=data.order,
         shared=data.shared,
     )
-    batch = batches.sample(key)
-    if isinstance(data, BatchesOfEstimate):
-        batch = (batch[0], data.full_batch_key)
-    return batch
+    if not isinstance(data, BatchesOfEstimate):
+        return batches.sample(key)
+    # The loss may split the key of the estimate, as `Batches.sample` does.
+    batch, _ = batches.sample(jax.random.fold_in(key, SAMPLE_STREAM))
+    return batch, data.full_batch_key
 
 
 def without_sampling(data: Data) -> Data:

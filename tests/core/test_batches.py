@@ -93,6 +93,21 @@ def test_an_estimate_keeps_the_order_of_its_batches():
     assert batch[0] % 10 == 0
 
 
+def test_the_examples_of_an_estimate_do_not_depend_on_what_a_loss_samples():
+    """A loss that samples indices like `Batches` does not sample those of its batch."""
+    data = hg.Batches(np.arange(16), 4, with_key=True)
+    problem = hg.Bilevel(inner_loss, outer_loss, data)
+
+    def indices(key):
+        examples, loss_key = EstimateData.sample(problem, key).inner_batch(4)
+        partners = jax.random.randint(jax.random.split(loss_key)[0], (4,), 0, 16)
+        return examples, partners
+
+    examples, partners = jax.vmap(indices)(jax.random.split(KEY, 1000))
+    # Independent indices agree with probability 1/16: 250 of 4000, with sigma 15.3.
+    assert abs(jnp.sum(examples == partners) - 250) < 62
+
+
 def test_an_unknown_order_of_batches_is_an_error():
     with pytest.raises(ValueError, match="order"):
         hg.Batches(DATA, 2, order="sorted")
