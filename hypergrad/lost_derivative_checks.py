@@ -35,9 +35,16 @@ def check_no_lost_derivative(
       w, args: Its arguments; only their shapes are used.
       differentiated: For each leaf of ``args``, whether a derivative by it is needed.
     """
-    is_needed = [True] * len(jax.tree.leaves(w)) + list(differentiated)
-    _, lost = find_lost_derivatives(loss, w, *args)
-    if lost := [x for x in lost if is_needed[x.leaf]]:
+    leaves, structure = jax.tree.flatten(args)
+    needed = [i for i, is_needed in enumerate(differentiated) if is_needed]
+
+    def loss_of_needed(w: PyTree, values: list[Any]) -> Array:
+        # The other leaves are constants: what w selects from them has no derivative.
+        new_leaves = dict(enumerate(leaves)) | dict(zip(needed, values, strict=True))
+        return loss(w, *jax.tree.unflatten(structure, new_leaves.values()))
+
+    _, lost = find_lost_derivatives(loss_of_needed, w, [leaves[i] for i in needed])
+    if lost:
         raise ValueError(
             f"{name} must have a complete derivative; got a loss that depends on its "
             f"arguments through {describe_places(lost)}, whose derivative is zero. "

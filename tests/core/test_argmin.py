@@ -472,6 +472,19 @@ def test_a_derivative_that_is_lost_may_be_one_that_is_not_needed():
         jax.grad(value, argnums=1)(0.7, batch)
 
 
+def test_a_count_among_leaves_that_are_not_differentiated_is_an_error():
+    """The weights of a batch are constants, though the loss takes them."""
+
+    def loss(w, alpha, batch):
+        counted = jnp.where(batch["x"] * w > 0.5, batch["weights"], 0.0)
+        return (w - alpha) ** 2 + jnp.sum(counted)
+
+    batch = {"x": jnp.linspace(-1, 1, 9), "weights": jnp.ones(9)}
+    solution_fn = hg.argmin(loss, hg.Newton())
+    with pytest.raises(ValueError, match=r"inner_loss .* gt"):
+        jax.grad(lambda alpha: solution_fn(0.0, alpha, batch))(0.3)
+
+
 tilted_cosh = lambda w, alpha, batch: jnp.sum(jnp.cosh(w) - jnp.sinh(alpha) * w)
 
 
