@@ -106,7 +106,7 @@ class Unrolled(RunEstimator):
             "Unrolled(solver)",
             num_grads="T + 1",
             num_hvps="T",
-            memory="T steps, or 2 sqrt(T) carries",
+            memory="T steps, T carries or 2 sqrt(T) carries",
             bias="none",
             alpha_in=("losses", "optimizer", "start"),
             recommended_for=(
@@ -114,15 +114,15 @@ class Unrolled(RunEstimator):
             ),
             not_recommended_for="very long runs, solvers with a line search",
             reason=(
-                "the derivative of the run itself; steps that need more than 1.5 GB "
-                "are made twice"
+                "the derivative of the run itself; of the three memories the first "
+                "that fits into 1.5 GB, and only the last makes steps twice"
             ),
         ),
         MethodSummary(
             "Unrolled(solver, truncation_length=K)",
             num_grads="T + 1",
             num_hvps="K",
-            memory="K steps, or 2 sqrt(K) carries",
+            memory="K steps, K carries or 2 sqrt(K) carries",
             bias="q^K",
             alpha_in=("losses", "optimizer"),
             recommended_for="long runs that end near a minimum",
