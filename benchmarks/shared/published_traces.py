@@ -112,10 +112,13 @@ def plot_traces(
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 4.8), layout="constrained"
+        1, 2, figsize=(14, 4.8), layout="constrained"
     )
     methods = list(dict.fromkeys(row["method"] for row in rows if "curve_step" in row))
-    colors = {method: f"C{i}" for i, method in enumerate(methods)}
+    # Ten dark colours, then ten light ones.
+    palette = pyplot.get_cmap("tab20").colors
+    palette = [*palette[::2], *palette[1::2]]
+    colors = {method: palette[i % 20] for i, method in enumerate(methods)}
     for row in rows:
         if "curve_step" not in row:
             continue
@@ -147,7 +150,11 @@ def plot_traces(
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", ylabel="outer loss")
         axis.grid(alpha=0.2)
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    handles = {}
+    for axis in (left, right):
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", fontsize=8
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
