@@ -250,8 +250,13 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def order_of_methods(rows: list[Row]) -> Finding:
     """Returns whether our last values are in the order of the stored ones."""
-    last = lambda method: np.array([x["last"] for x in select(rows, method=method)])
-    ours = {method: np.mean(np.array(last(method), float)) for method in STORED}
+    ends = {
+        method: np.array([x["last"] for x in select(rows, method=method)], float)
+        for method in STORED
+    }
+    if not all(x.size for x in ends.values()):
+        return Finding("The order of the methods: rows are missing", "undecided")
+    ours = {method: x.mean() for method, x in ends.items()}
     pairs = [
         (low, high)
         for low, values in STORED.items()

@@ -202,3 +202,4 @@ def test_the_order_of_the_methods_is_that_of_their_last_stored_values():
     assert outcome({method: -x for method, x in stored.items()}) == "contradicted"
     assert outcome(stored | {"SABA": 0.3}) == "not supported"
     assert outcome(stored | {"SABA": float("nan")}) == "not supported"
+    assert bilevel_ijcnn1.order_of_methods([]).outcome == "undecided"
