@@ -74,9 +74,8 @@ def argmin(
         raised before anything is compiled.
 
     Cost:
-      One linear solve per derivative, in forward and in reverse mode, a gradient and
-      eight Hessian-vector products. Each call compiles the solver anew, so that calls
-      and derivatives belong inside `jax.jit`.
+      One linear solve per derivative, a gradient and eight Hessian-vector products.
+      Each call compiles the solver anew, so that it belongs inside `jax.jit`.
 
     Source: Blondel et al. 2022 (arXiv 2105.15183), equation 3.
 

@@ -151,7 +151,7 @@ CONSTANTS = {"without_derivative", "gammasgn"}
 
 #: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
 #: with complete derivatives that a rounding, a comparison or an index chooses.
-PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "_truncated_normal", "expm", "sinc"}
+PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "expm", "sinc"}
 
 
 def find_lost_derivatives(

@@ -66,12 +66,10 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
     The function makes an `OuterLoop` and calls `OuterLoop.run`. Use `OuterLoop` itself
     for several outer losses, certificates, untrusted estimates, and limits.
 
-    Leave `jax.debug_nans` off during a run: rows and statistics that do not apply are
-    NaN in a healthy run too. `hypergrad.diagnose` finds a NaN that ends a run.
-
     With ``num_steps``, and without ``progress`` and ``checkpoints``, the function can
     be jitted and vmapped. Losses are traced a constant number of times, and a second
     run with the same objects and shapes compiles nothing, whatever its ``num_steps``.
+    Leave `jax.debug_nans` off: rows and statistics that do not apply are NaN.
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.

@@ -224,13 +224,7 @@ def step(
         alpha=alpha if loop.record_alphas else None,
     )
     failed = status > 0
-    # If only the new u is bad, the estimate was good, unless the run failed earlier.
-    is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
-    good_u = state.u
-    if record_every > 1:  # the step that led to this alpha was not checked
-        has_good_start = all_finite(state.u, alpha)
-        is_good &= ~failed | has_good_start
-        good_u = optax.tree.where(has_good_start, state.u, state.good_u)
+    is_good, good_u = _last_good(state, status, alpha, record_every)
     # Where values cannot be compared, the last good alpha counts as the best one.
     is_better = (direction.score < state.best_value) | (not loop.has_comparable_values)
     is_better &= is_good
@@ -253,6 +247,20 @@ def step(
         key=key,
     )
     return next_state, record
+
+
+def _last_good(
+    state: OuterState, status: Array, alpha: PyTree, record_every: int
+) -> tuple[Array, PyTree]:
+    """Returns whether the estimate at ``alpha`` was good, and the last good ``u``."""
+    failed = status > 0
+    # If only the new u is bad, the estimate was good, unless the run failed earlier.
+    is_good = ~failed | ((status == BAD_STEP) & (state.status == 0))
+    if record_every == 1:
+        return is_good, state.u
+    has_good_start = all_finite(state.u, alpha)  # the step to it was not checked
+    is_good &= ~failed | has_good_start
+    return is_good, optax.tree.where(has_good_start, state.u, state.good_u)
 
 
 jitted_step = eqx.filter_jit(step)

@@ -308,8 +308,8 @@ def _sum_shift(x: Shift, shape: Sequence[int], axes: Collection[int]) -> Shift:
 
     def num_summed(value: StoppedValue) -> int:
         is_mean = terms is x.unweighted
-        others = set(axes) - set(value.axes) - (mean_axes if is_mean else set())
-        return math.prod(shape[i] for i in others)
+        counted = set(axes) - set(value.axes) - (mean_axes if is_mean else set())
+        return math.prod(shape[i] for i in counted)
 
     return Shift(_collect((summed(v), num_summed(v) * n) for v, n in terms))
 

@@ -35,7 +35,7 @@ class TPE(eqx.Module):
     Everything is left to optuna's ``TPESampler`` with its default parameters, on the
     coordinates of `hypergrad.spaces.axes`, seeded by the key of each proposal.
     Proposals of a batch that have no value yet are running trials of optuna, which
-    count as bad ones, so that a batch spreads out.
+    count as bad ones since its version 5, so that a batch spreads out.
 
     Args:
       num_initial: Number of initial random trials, static.
@@ -106,7 +106,7 @@ class TPE(eqx.Module):
     def ask(self, state: TPEState, key: Array) -> tuple[PyTree, TPEState]:
         """Returns the next proposal, and the state with it as pending."""
         optuna = optuna_study.import_optuna("TPE")
-        axes, options = spaces.axes(state.space), {}
+        axes = spaces.axes(state.space)
         trials = self._all_trials(optuna, state)
         # A restarted search has the keys of its start, and would repeat its trials.
         if num_other_trials := len(trials) - len(state.values):
@@ -115,9 +115,8 @@ class TPE(eqx.Module):
             trials += optuna_study.to_running_trials(
                 optuna, state.space, state.pending_t
             )
-            options["constant_liar"] = True  # the default of optuna since version 5
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=self.num_initial, seed=seed_from_key(key), **options
+            n_startup_trials=self.num_initial, seed=seed_from_key(key)
         )
         with optuna_study.quiet(optuna):
             study = optuna.create_study(sampler=sampler)

@@ -124,7 +124,7 @@ def test_tpe_proposes_batches_as_optuna_does():
         for key in keys[start : start + 8]:
             alpha, state = searcher.ask(state, key)
             study.sampler = optuna.samplers.TPESampler(
-                n_startup_trials=4, constant_liar=True, seed=seed_from_key(key)
+                n_startup_trials=4, seed=seed_from_key(key)
             )
             trial = study.ask(distributions)
             depth, op = trial.params.values()
