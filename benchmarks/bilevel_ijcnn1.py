@@ -26,8 +26,8 @@ falling as ``(t + 1)^-1/2``, ten inner steps and a series of random length; *TTS
 0.316, falling as ``(t + 1)^-1/2``, momentum ``1 - (t + 1)^-1/2``; *SOBA, full batch* 2
 and 0.0316, falling as that of SOBA, without batches, where an evaluation is four
 iterations. Runs end after 40 evaluations (SABA, SOBA, FSLA), 20 (MRBO, BSA, TTSA), 17
-(AmIGO), 10 (StocBiO) and 350 (*SOBA, full batch*), where all ten stored runs still go
-on or end. Five seeds.
+(AmIGO), 10 (StocBiO) and 350 (*SOBA, full batch*), which all ten stored runs of the
+method reach. Five seeds.
 
 *Stored seeds.* The ten stored runs of a method are equal in every evaluation and differ
 only in their lengths: they are one run, made ten times with one seed. The stored
@@ -87,8 +87,8 @@ seeds that were tried overflowed too, for BSA and for TTSA. The other seeds of B
 within the tolerance; those of TTSA are below the stored values at first, as the present
 code is. FSLA rises for a short time and is 0.009 above the stored value there, where
 the present code is 0.007 below. The doubled series is 0.0026 below the stored values at
-evaluations 1 and 2. Details of the order matter at this size: the code of 2022 without
-its last, incomplete blocks, of six and 53 examples, ended at 0.2087 in a trial. The
+evaluations 1 and 2. It has no incomplete blocks; those of the code of 2022, of six and
+53 examples, may be the reason: without them that code ended higher in a trial. The
 claim fails by the seeds that overflow: a method without a mean is in no order.
 """
 

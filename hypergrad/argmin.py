@@ -75,7 +75,7 @@ def argmin(
 
     Cost:
       One linear solve per derivative, a gradient and eight Hessian-vector products.
-      Each call compiles the solver anew, so that it belongs inside `jax.jit`.
+      Outside of `jax.jit` every call compiles its programs again.
 
     Source: Blondel et al. 2022 (arXiv 2105.15183), equation 3.
 

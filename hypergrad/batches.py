@@ -231,7 +231,9 @@ class BatchesOfEstimate(Batches):
         return super().full_batch(self.full_batch_key)
 
 
-SAMPLE_STREAM = 2**31  # a loss does not split a key in so many
+#: Number folded into a key before examples are drawn. `jax.random.split` folds small
+#: numbers into it, so that no key of a loss is that of the examples.
+SAMPLE_STREAM = 2**31
 Data = PyTree  # a pytree of arrays that is used whole, `Batches`, or None
 
 

@@ -361,7 +361,8 @@ def test_a_rounding_in_an_operand_that_is_not_an_index_is_lost(f):
     leaves, lost = find_lost_derivatives(f, X)
     assert leaves == {0}
     # Earlier versions of JAX write ldexp as a rule of its own, which is named too.
-    assert (0, "round") in {(x.leaf, x.operation) for x in lost}
+    operations = {(x.leaf, x.operation) for x in lost}
+    assert operations - {(0, "custom_jvp_call")} == {(0, "round")}
 
 
 def test_the_losses_of_a_user_before_a_solve_of_lineax_are_reported():
