@@ -238,18 +238,22 @@ def _check_gradients(
     for _, loss, batch in losses_with_batches(problem):
         in_loss = alpha_has_gradient(loss, w, alpha, batch)
         has_gradient = list(map(operator.or_, has_gradient, in_loss))
+    if unreached := names_without_gradient(alpha, has_gradient):
+        raise ValueError(
+            f"neither loss depends on {unreached} (or only through stop_gradient), "
+            f"{advice}."
+        )
+    _check_w_has_gradient(problem, w, alpha)
+
+
+def names_without_gradient(alpha: PyTree, has_gradient: Sequence[bool]) -> str:
+    """Returns the paths of the leaves of ``alpha`` that no derivative reaches."""
     paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
-    unreached = [
+    return ", ".join(
         f"alpha{jax.tree_util.keystr(path)}"
         for path, is_reached in zip(paths, has_gradient, strict=True)
         if not is_reached
-    ]
-    if unreached:
-        raise ValueError(
-            f"neither loss depends on {', '.join(unreached)} (or only through "
-            f"stop_gradient), {advice}."
-        )
-    _check_w_has_gradient(problem, w, alpha)
+    )
 
 
 def _check_w_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:

@@ -115,6 +115,7 @@ class Trainer(eqx.Module):
         data, _ = self.sample_data()
 
         def init_member(key: Array) -> Members:
+            # The middle key is unused, so that members stay those of earlier runs.
             alpha_key, _, init_key = jax.random.split(key, 3)
             alpha = spaces.sample(self.space, alpha_key)
             w = problem.init_inner(self.setup.w, alpha)
@@ -152,7 +153,7 @@ class Trainer(eqx.Module):
         _, passes_key = jax.random.split(self.data_key)
 
         def train_member(member: Members, key: Array) -> tuple[Members, TrialRecord]:
-            _, steps_key, record_key = jax.random.split(key, 3)
+            _, steps_key, record_key = jax.random.split(key, 3)  # as above
 
             def step(carry, key_and_number):
                 key, k = key_and_number

@@ -14,7 +14,7 @@ from ...linear.neumann import Neumann
 from ...lost_derivative_checks import losses_with_batches
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...problem_checks import check_on_shapes
+from ...problem_checks import check_on_shapes, names_without_gradient
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, norm, scale
 from ...validation import positive
@@ -157,13 +157,9 @@ class DARTS(SingleLoop):
 def _check_direct_term(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
     """Raises ValueError for a leaf of ``alpha`` that the outer loss does not use."""
     _, (_, outer_loss, batch) = losses_with_batches(problem)
-    is_used = alpha_has_gradient(outer_loss, w, alpha, batch)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(alpha)]
-    unused = [
-        f"alpha{path}" for path, used in zip(paths, is_used, strict=True) if not used
-    ]
-    if unused:
+    has_gradient = alpha_has_gradient(outer_loss, w, alpha, batch)
+    if unused := names_without_gradient(alpha, has_gradient):
         raise ValueError(
-            f"step_size must be given: the outer loss does not depend on "
-            f"{', '.join(unused)}, so that the direction of first order is zero there."
+            f"step_size must be given: the outer loss does not depend on {unused}, so "
+            "that the direction of first order is zero there."
         )
