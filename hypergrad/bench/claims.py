@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from .rows import Row
+from .methods import budget_factor_of, has_failed
+from .rows import Row, cell_key, hashable
 from .statistics import (
     LEVEL,
     MIN_SEEDS,
@@ -51,6 +52,14 @@ class Finding:
     def failed(self) -> bool:
         """True if ``hypergrad check`` must fail."""
         return self.outcome == "FAILED"
+
+    def at_other_protocol(self, deviations: Sequence[str]) -> "Finding":
+        """Returns the finding, undecided if a claim was not tested by its protocol."""
+        is_claim = self.outcome in ("supported", "not supported", "contradicted")
+        if not (is_claim and deviations):
+            return self
+        text = f"{self.text} (not the protocol: {', '.join(deviations)})"
+        return Finding(text, "undecided")
 
     @property
     def markdown(self) -> str:
@@ -107,6 +116,12 @@ class Pair:
         """The value of the effect if both methods are equal."""
         return 1.0 if self.as_ratio else 0.0
 
+    def rows_of(self, label: str, rows: Sequence[Row]) -> list[Row]:
+        """Returns the rows of a method that have the further fields."""
+        names = ("method", *(name for name, _ in self.where))
+        values = (label, *(hashable(value) for _, value in self.where))
+        return [row for row in rows if cell_key(row, names) == values]
+
     @property
     def condition(self) -> str:
         """The further fields that a row must have, in words."""
@@ -118,12 +133,7 @@ class Pair:
         Raises:
           ValueError: There are several rows of a seed.
         """
-        selected = [
-            row
-            for row in rows
-            if row["method"] == label
-            and all(row.get(name) == value for name, value in self.where)
-        ]
+        selected = self.rows_of(label, rows)
         seeds = [row["seed"] for row in selected]
         if len(set(seeds)) < len(seeds):
             raise ValueError(
@@ -134,12 +144,19 @@ class Pair:
 
     def problem(self, rows: Sequence[Row]) -> str:
         """Returns why the rows decide nothing, in words; empty if they decide."""
-        values = [self.values(label, rows) for label in (self.method, self.baseline)]
+        labels = (self.method, self.baseline)
+        values = [self.values(label, rows) for label in labels]
         if values[0].keys() != values[1].keys():
             return "a method lacks seeds of the other one"
         if len(values[0]) < MIN_SEEDS:
             text = f"{len(values[0])} seeds, {MIN_SEEDS} are needed for an interval"
             return text + self._mean_in_words(rows)
+        num_failed = sum(
+            has_failed(row) for label in labels for row in self.rows_of(label, rows)
+        )
+        if num_failed:
+            verb = "run was" if num_failed == 1 else "runs were"
+            return f"{num_failed} {verb} not completed"
         numbers = np.array([list(by_seed.values()) for by_seed in values])
         if not np.all(np.isfinite(numbers)):
             return "a row has no number"
@@ -203,8 +220,11 @@ class Claim(Pair):
     - *contradicted* if the interval lies below e,
     - *not supported* otherwise,
     - *undecided* if the rows decide nothing: seeds are missing or fewer than five, a
-      row has no number, a ratio has numbers that are not positive, or the seeds do not
-      vary.
+      run ended with numbers that are not finite, a row has no number, a ratio has
+      numbers that are not positive, or the seeds do not vary.
+
+    Rows of another budget, scale or number of seeds than the table's leave each claim
+    undecided, see `BaseTable.evaluate`.
 
     Args:
       method, baseline, metric, lower_is_better, as_ratio, where: As in `Pair`.
@@ -213,6 +233,20 @@ class Claim(Pair):
     """
 
     min_effect: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        """Checks the smallest effect.
+
+        Raises:
+          ValueError: It is not finite, or a ratio is not positive.
+        """
+        effect = self.stated_effect
+        if not math.isfinite(effect) or (self.as_ratio and effect <= 0):
+            kind = "a positive ratio" if self.as_ratio else "a finite number"
+            raise ValueError(
+                f"min_effect must be {kind}; got {effect}. With as_ratio=True, 1 is no "
+                "effect."
+            )
 
     @property
     def stated_effect(self) -> float:
@@ -333,7 +367,11 @@ def evaluate_comparisons(
 def _compare(
     pair: Pair, rows: Sequence[Row], level: float, resplits: Resplits | None
 ) -> Finding:
-    text = f"{pair.method} against {pair.baseline} in {pair.metric}{pair.condition}"
+    method, baseline = (
+        _with_budget(label, pair.rows_of(label, rows))
+        for label in (pair.method, pair.baseline)
+    )
+    text = f"{method} against {baseline} in {pair.metric}{pair.condition}"
     if problem := pair.problem(rows):
         return Finding(f"{text}: {problem}")
     effect, outcome = pair.interval(rows, level, resplits), "no difference shown"
@@ -343,6 +381,12 @@ def _compare(
         outcome = "worse"
     size = pair.in_words(effect, level, len(pair.gains(rows)))
     return Finding(f"{text}: {outcome}, gain {size}")
+
+
+def _with_budget(label: str, rows: Sequence[Row]) -> str:
+    """Returns a label with the multiple of the budget that its rows had."""
+    factor = budget_factor_of(rows)
+    return label if factor == 1 else f"{label} (with {factor:g} times the budget)"
 
 
 def evaluate_claims(

@@ -24,6 +24,16 @@ from .table import Table
 
 EXTRA = "needs its extra: pip install 'hypergrad-jax[{}]'"
 MAX_METRICS_PER_CALL = 1000  # of MLflow
+#: What LaTeX prints as the character.
+LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    "±": r"$\pm$",
+}
 
 
 def export(result: TableResult, kind: str, folder: Path) -> Path | None:
@@ -47,8 +57,15 @@ def export(result: TableResult, kind: str, folder: Path) -> Path | None:
 
 
 def write_csv(result: TableResult, folder: Path) -> Path:
-    """Writes one line per row with all scalar fields and the tuned settings."""
-    rows = [row | _setting_fields(row) for row in result.printed_rows]
+    """Writes one line per row with all scalar fields and the tuned settings.
+
+    A setting that is a list or a dictionary is JSON.
+    """
+    as_text = lambda x: x if _is_scalar(x) else json.dumps(x)
+    rows = [
+        row | {name: as_text(x) for name, x in _setting_fields(row).items()}
+        for row in result.printed_rows
+    ]
     scalars = (name for row in rows for name, x in row.items() if _is_scalar(x))
     names = list(dict.fromkeys(scalars))
     text = io.StringIO()
@@ -290,9 +307,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _to_latex(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text.replace("±", r"$\pm$")
+    return "".join(LATEX.get(character, character) for character in text)
 
 
 WRITERS = {

@@ -16,10 +16,12 @@ from types import ModuleType
 import hypergrad
 
 from .methods import Method, MethodError, check_method
-from .source import digest_files, local_imports
+from .source import digest_imports, package_root
 from .table import BaseTable, Table
 
 FOLDER = Path("benchmarks")
+#: Attribute of a module that `import_file` has imported: its digest at that time.
+DIGEST = "__hypergrad_digest__"
 
 
 class LoadError(ValueError):
@@ -73,10 +75,7 @@ class TableRef:
 
     def method_sources(self) -> dict[str, str]:
         """Returns the digest of the files of each added method, by its label."""
-        return {
-            function: digest_files(sorted(local_imports(file)), file.parent)
-            for file, function in self.methods
-        }
+        return {function: digest_imports(file) for file, function in self.methods}
 
 
 def parse_method(text: str) -> tuple[Path, str]:
@@ -238,34 +237,57 @@ def import_file(path: Path) -> ModuleType:
     A file in a package, that is beside an ``__init__.py``, is imported as a member of
     the package, so that it can import its neighbours relatively.
 
+    The module keeps the digest of the file and of what it imports, see
+    `imported_digest`.
+
     Raises:
       LoadError: The code of the file failed, or its package is hidden by another one of
         the same name.
     """
     path = path.resolve()
-    root, parts = path.parent, [path.stem]
-    while (root / "__init__.py").is_file():
-        parts.insert(0, root.name)
+    root = package_root(path)
+    is_in_package = (root / "__init__.py").is_file()
+    if is_in_package:
         root = root.parent
-    name = ".".join(parts)
-    loaded = sys.modules.get(name)
-    if loaded is not None and Path(loaded.__file__ or "").resolve() == path:
-        return loaded
-    if len(parts) > 1:
-        if str(root) not in sys.path:
-            sys.path.insert(0, str(root))
-        with locate_errors(path):
-            module = importlib.import_module(name)
-        if Path(module.__file__ or "").resolve() != path:
-            raise LoadError(
-                f"{path} is the module {name}, but this name belongs to "
-                f"{module.__file__}. Rename one of the two packages."
-            )
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
+    module = sys.modules.get(name)
+    if module is None or Path(module.__file__ or "").resolve() != path:
+        # A name of its own, so that a file called like a library does not hide it.
+        suffix = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+        name = name if is_in_package else f"{path.stem}_{suffix}"
+        module = None if is_in_package else sys.modules.get(name)
+    if module is not None and hasattr(module, DIGEST):
         return module
-    # A name of its own, so that a file called like a library does not hide it.
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    with locate_errors(path):
+        digest = digest_imports(path)
+    if module is None:
+        make = _import_member if is_in_package else _import_alone
+        module = make(path, root, name)
+    setattr(module, DIGEST, digest)
+    return module
+
+
+def imported_digest(path: Path) -> str:
+    """Returns the digest that a file of a table or method had when it was imported."""
+    return getattr(import_file(path), DIGEST)
+
+
+def _import_member(path: Path, root: Path, name: str) -> ModuleType:
+    """Imports a file of a package by the name of its module."""
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    with locate_errors(path):
+        module = importlib.import_module(name)
+    if Path(module.__file__ or "").resolve() != path:
+        raise LoadError(
+            f"{path} is the module {name}, but this name belongs to "
+            f"{module.__file__}. Rename one of the two packages."
+        )
+    return module
+
+
+def _import_alone(path: Path, root: Path, name: str) -> ModuleType:
+    """Imports a file that is in no package."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

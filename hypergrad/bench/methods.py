@@ -14,17 +14,41 @@ import numpy as np
 from jaxtyping import Array
 
 from ..tasks.task import Task
-from ..trace import Trace
+from ..trace import (
+    BAD_HYPERGRADIENT,
+    BAD_STEP,
+    BAD_VALUE,
+    FAILED,
+    NONFINITE_WEIGHTS,
+    STATUS_MESSAGES,
+    Trace,
+)
 from . import timing
+from .rows import Row, not_serializable
 
 Method = Callable[..., Trace]
 Settings = dict[str, Any]
 
 MAX_CURVE_POINTS = 200
+#: Statuses of runs that ended with numbers that are not finite. The ``alpha`` of such a
+#: run is the last good one, and its metrics are no result of the method.
+FAILED_STATUSES = [
+    STATUS_MESSAGES[code]
+    for code in (BAD_VALUE, BAD_HYPERGRADIENT, BAD_STEP, FAILED, NONFINITE_WEIGHTS)
+]
 
 
 class MethodError(ValueError):
-    """A method of a table cannot be used, or its run is not valid."""
+    """A method of a table cannot be used, or its run is not valid.
+
+    Args:
+      message: What must be changed.
+      costs: The costs of the run, as in `MethodRun`; none if they are not known.
+    """
+
+    def __init__(self, message: str, costs: Mapping[str, float] = MappingProxyType({})):
+        super().__init__(message)
+        self.costs = dict(costs)
 
 
 @dataclass(frozen=True)
@@ -113,12 +137,34 @@ def check_method(label: str, method: Any) -> None:
 
 
 def check_grid(name: str, grid: Any) -> None:
-    """Raises MethodError unless a grid maps each setting to a sequence of values."""
+    """Raises MethodError unless a grid maps each setting to a sequence of values.
+
+    The values must be such that a row can hold them.
+    """
     if not isinstance(grid, Mapping) or not all(map(_is_sequence, grid.values())):
         raise MethodError(
             f"{name} must map each setting to a sequence of its values, a list, a "
             f"tuple or an array, as in {{'learning_rate': (0.1,)}}; got {grid!r}."
         )
+    if names := not_serializable({key: list(grid[key]) for key in grid}):
+        raise MethodError(
+            f"{name} must hold numbers, strings, or lists of them, because each row "
+            f"states its settings; got {grid[names[0]]!r} for {names[0]!r}. Use names "
+            "in the grid, and let the method make what they name, as in "
+            "{'adam': optax.adam}[optimizer]."
+        )
+
+
+def check_names(label: str, method: Method, task_grid: Mapping[str, Any]) -> None:
+    """Raises MethodError if a method also sets what the table tunes of the task."""
+    for attribute in ("grid", "task_settings"):
+        names = getattr(method, attribute, {})
+        if isinstance(names, Mapping) and (taken := names.keys() & task_grid.keys()):
+            raise MethodError(
+                f"{label}.{attribute} must not name {', '.join(sorted(taken))}: the "
+                "table tunes this argument of its task for all methods. Give the "
+                "method's own setting another name."
+            )
 
 
 def _is_sequence(values: Any) -> bool:
@@ -148,13 +194,21 @@ def run_method(
         raise MethodError(
             f"a method must return the hg.Trace of its run; got {type(trace).__name__}."
         )
+    cost = np.asarray(trace.cost, float)
+    total = float(cost[-1]) if cost.size else 0.0
+    trusted = np.asarray(trace.stats["trusted"], bool)[: trace.last_row + 1]
+    costs = {
+        "gradient_equivalents": total,
+        "num_hvps": float(np.nansum(np.asarray(trace.stats["num_hvps"], float))),
+        "num_untrusted": float(np.sum(~trusted)),
+        "compile_seconds": seconds.compilation,
+        "run_seconds": seconds.total - seconds.compilation,
+    }
     leaves = jax.tree.leaves((trace.w, trace.alpha))
     if not all(np.all(np.isfinite(np.asarray(leaf, float))) for leaf in leaves):
         raise MethodError(
-            f"the run ended with values that are not finite: {trace.status}"
+            f"the run ended with values that are not finite: {trace.status}", costs
         )
-    cost = np.asarray(trace.cost, float)
-    total = float(cost[-1]) if cost.size else 0.0
     if not math.isfinite(total):
         raise MethodError(
             f"the run cost {total} gradient-equivalents, so that its budget cannot be "
@@ -166,17 +220,12 @@ def run_method(
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search, and leave "
-            "record_every at 1, because the budget is checked once per row."
+            "record_every at 1, because the budget is checked once per row.",
+            costs,
         )
     return MethodRun(
         trace=trace,
-        costs={
-            "gradient_equivalents": total,
-            "num_hvps": float(np.nansum(np.asarray(trace.stats["num_hvps"], float))),
-            "num_untrusted": float(np.sum(~np.asarray(trace.stats["trusted"], bool))),
-            "compile_seconds": seconds.compilation,
-            "run_seconds": seconds.total - seconds.compilation,
-        },
+        costs=costs,
         record=thin_curves(np.asarray(trace.value, float), cost)
         | status_if_incomplete(trace),
     )
@@ -199,6 +248,16 @@ def cost_before_last_step(cost: np.ndarray, record_every: int) -> float:
 def status_if_incomplete(trace: Trace) -> dict[str, str]:
     """Returns the status of a run that was not completed, or nothing."""
     return {"stopped": trace.status} if int(trace.status_code) else {}
+
+
+def has_failed(row: Row) -> bool:
+    """Returns whether the run of a row ended with numbers that are not finite."""
+    return row.get("stopped") in FAILED_STATUSES
+
+
+def budget_factor_of(rows: Sequence[Row]) -> float:
+    """Returns the multiple of the budget that the rows of a method had."""
+    return next((row["budget_factor"] for row in rows if "budget_factor" in row), 1.0)
 
 
 def thin_curves(values: np.ndarray, cost: np.ndarray) -> dict[str, list[float]]:

@@ -114,26 +114,30 @@ def _ranking(
     name = result.table.ranked_by.removeprefix("-")
     ranked_by = columns.get(name, Column(name))
     sign = 1 if result.table.ranked_by.startswith("-") else -1
-    rows = {label: result.rows_of(label) for label in labels}
+    rows = {label: result.finished_rows_of(label) for label in labels}
+    rank_text = lambda label: ranked_by.text(
+        rows[label], len(result.failed_seeds(label))
+    )
     means = {
         label: np.nan
-        if result.missing_seeds(label)
+        if result.failed_seeds(label)
         else np.mean(ranked_by.values(rows[label]))
         for label in labels
     }
     best_first = sorted(
-        (label for label in labels if ranked_by.text(rows[label]) != "-"),
+        (label for label in labels if rank_text(label) != "-"),
         key=lambda x: (np.isnan(means[x]), sign * np.nan_to_num(means[x])),
     )
-    printed = [ranked_by, *(columns[name] for name in LEADERBOARD_COSTS)]
+    costs = [columns[name] for name in LEADERBOARD_COSTS]
     cells = [
         [
             result.printed_label(label).removeprefix(f"{task}, "),
-            *(result.cell(x, label) for x in printed),
+            rank_text(label),
+            *(result.cell(column, label) for column in costs),
         ]
         for label in best_first
     ]
-    return ["method", *(column.heading for column in printed)], cells
+    return ["method", *(column.heading for column in (ranked_by, *costs))], cells
 
 
 @dataclass(frozen=True)

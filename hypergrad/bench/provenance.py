@@ -1,5 +1,6 @@
 """The provenance of rows: source code, packages, device, command."""
 
+import contextlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -13,9 +14,19 @@ from ..runtime.provenance import source_commit
 from .source import digest_sources, local_imports
 
 PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
+#: Packages that only some tables use. Their versions count where they are installed,
+#: whether or not they are imported, which may differ between two cells.
+OPTIONAL_PACKAGES = ("cmaes", "evosax", "flax", "optuna", "scikit-learn", "scipy")
+#: Settings of JAX that change numbers. Its precision is the field ``float``.
+JAX_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
 
-#: Fields of the process that measures a cell, which may be a worker elsewhere.
-PROCESS_FIELDS = ("versions", "device", "float")
+#: Fields of the process that measures a cell, which may be a worker elsewhere. They
+#: must be equal in all rows of a file; older rows have no ``jax_settings``.
+PROCESS_FIELDS = ("versions", "device", "float", "jax_settings")
 #: Fields that must be equal in all rows of one file.
 COMMON_FIELDS = ("source", *PROCESS_FIELDS)
 
@@ -42,6 +53,9 @@ def collect(table_file: Path, command: str) -> dict[str, Any]:
 def describe_process() -> dict[str, Any]:
     """Returns `PROCESS_FIELDS` of this process."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in OPTIONAL_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "versions": {
             "python": platform.python_version(),
@@ -50,7 +64,12 @@ def describe_process() -> dict[str, Any]:
         },
         "device": jax.devices()[0].device_kind,
         "float": str(jax.dtypes.canonicalize_dtype(float)),
+        "jax_settings": {name: _read_config(name) for name in JAX_SETTINGS},
     }
+
+
+def _read_config(name: str) -> Any:
+    return getattr(jax.config, name)  # noqa: TID251 - it is only read
 
 
 def _commit(table_file: Path) -> str | None:

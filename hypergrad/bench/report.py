@@ -9,6 +9,7 @@ import numpy as np
 from ..runtime.console import printable
 from .claims import MISSING_ROWS, Finding, Published
 from .columns import Column
+from .methods import budget_factor_of, has_failed
 from .rows import Row
 from .table import BaseTable, result_rows
 
@@ -41,16 +42,8 @@ class TableResult:
 
     @property
     def deviations(self) -> list[str]:
-        """Deviations of the rows from the seeds and budget of the table, in words."""
-        table, texts = self.table, []
-        num_seeds = len({row.get("seed") for row in self.printed_rows})
-        if num_seeds < table.seeds:
-            texts.append(f"{num_seeds} seeds; the table has {table.seeds}")
-        used = self.printed_rows[0].get("budget")
-        budget = getattr(table, "budget_of", lambda scale: None)(self.scale)
-        if used not in (None, budget):
-            texts.append(f"made with the budget {used}; the table has {budget}")
-        return texts
+        """Deviations of the rows from the protocol of the table, in words."""
+        return self.table.deviations(self.printed_rows)
 
     @property
     def labels(self) -> list[str]:
@@ -81,8 +74,15 @@ class TableResult:
         return findings
 
     def printed_label(self, label: str) -> str:
-        """Returns a label, with a star if the method was added with ``--method``."""
-        return label + " *" * ("method_source" in self.rows_of(label)[0])
+        """Returns a label, with a star if the method was added with ``--method``.
+
+        A multiple of the budget is stated beside it.
+        """
+        rows = self.rows_of(label)
+        if "method_source" not in rows[0]:
+            return label
+        factor = budget_factor_of(rows)
+        return label + " *" + f" ({factor:g} times the budget)" * (factor != 1)
 
     def cell(self, column: Column, label: str) -> str:
         """Returns the printed text of a method in a column."""
@@ -101,6 +101,15 @@ class TableResult:
         if is_listed:
             seeds &= {seed for listed, seed in by_label if listed == label}
         return sorted(seeds - {row["seed"] for row in self.rows_of(label)})
+
+    def failed_seeds(self, label: str) -> list[int]:
+        """Returns seeds without a row, or whose run ended with no finite number."""
+        failed = [row["seed"] for row in self.rows_of(label) if has_failed(row)]
+        return sorted([*self.missing_seeds(label), *failed])
+
+    def finished_rows_of(self, label: str) -> list[Row]:
+        """Returns the rows of a method without those of `failed_seeds`."""
+        return [row for row in self.rows_of(label) if not has_failed(row)]
 
     def rows_of(self, label: str) -> list[Row]:
         """Returns the rows of a method, by seed."""
@@ -122,6 +131,9 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
     ]
     metadata = [text for text in (table.data, table.source) if text] + metadata
     lines = [f"# {result.name}", "", ". ".join(metadata) + ".", ""]
+    if result.deviations:
+        text = "; ".join(result.deviations)
+        lines += [f"**Not the protocol of the table**: {text}.", ""]
     if table.body is None:
         lines += _markdown_table(*main_table(result))
         if any("method_source" in row for row in result.printed_rows):
@@ -207,11 +219,12 @@ def published_table(result: TableResult) -> tuple[list[str], list[list[str]]]:
     cells = []
     for (label, name), number in result.table.published.items():
         column = columns[name]
-        rows = [row for row in result.rows_of(label) if name in row]
-        values = column.values(rows) if rows else np.array([])
-        if rows:  # a seed without a row counts as one that did not stay finite
-            missing = np.full(len(result.missing_seeds(label)), np.nan)
-            values = np.concatenate([values, missing])
+        values = np.array([])
+        if any(name in row for row in result.rows_of(label)):
+            finished = [row for row in result.finished_rows_of(label) if name in row]
+            # A seed without a row counts as one that did not stay finite.
+            missing = np.full(len(result.failed_seeds(label)), np.nan)
+            values = np.concatenate([column.values(finished), missing])
         cells.append(
             [
                 f"{label}, {column.heading}",
@@ -227,17 +240,19 @@ def _compare(
     """Returns the cells of a number of a paper beside the ``[seeds]`` values of ours.
 
     Values are NaN for seeds whose run failed or did not stay finite, and nothing is
-    reproduced by the others alone. Nothing is judged of fewer seeds than those of the
-    table or of another budget.
+    reproduced by the others alone. Nothing is judged of another number of seeds than
+    that of the table or of another budget.
     """
-    judge_value = lambda mean: (
-        None if result.deviations else number.is_reproduced(mean, result.scale)
-    )
     paper = format(number.value, form)
     if number.deviation is not None:
         paper += f" ± {format(number.deviation, form)}"
     if not values.size:
         return [paper, number.tag, "not run", "-", "-"]
+    # The scale is compared with that of the number.
+    deviations = result.table.deviations(result.printed_rows, result.scale)
+    judge_value = lambda mean: (
+        None if deviations else number.is_reproduced(mean, result.scale)
+    )
     finite = values[np.isfinite(values)]
     if not finite.size:
         can_be_judged = judge_value(number.value) is not None

@@ -91,16 +91,34 @@ def set_cut_line_aside(path: Path) -> None:
 
 def cell_key(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
     """Returns the values that identify the cell of a row."""
-    return tuple(_hashable(row.get(field)) for field in fields)
+    return tuple(hashable(row.get(field)) for field in fields)
 
 
 def select(rows: Iterable[Row], **fields: Any) -> list[Row]:
-    """Returns the rows that have all of the given values."""
-    return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+    """Returns the rows that have all of the given values.
+
+    A tuple equals the list that it becomes in a file.
+    """
+    values = tuple(map(hashable, fields.values()))
+    return [row for row in rows if cell_key(row, tuple(fields)) == values]
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+def hashable(value: Any) -> Any:
+    """Returns a value with tuples in place of lists."""
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def not_serializable(row: Row) -> list[str]:
+    """Returns the names of the fields that a line of JSON cannot hold."""
+    return [name for name, value in row.items() if not _is_serializable(value)]
+
+
+def _is_serializable(value: Any) -> bool:
+    try:
+        _canonical({"value": _to_json(value)})
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _canonical(row: Row) -> str:

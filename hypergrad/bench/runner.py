@@ -19,7 +19,7 @@ from ..runtime.fingerprint import digest
 from ..runtime.machine import describe_machine, warn_of_other_machines
 from ..runtime.provenance import utc_now
 from . import provenance
-from .loading import TableRef, error_position
+from .loading import TableRef, error_position, imported_digest
 from .methods import MethodError
 from .provenance import PROCESS_FIELDS
 from .rows import (
@@ -27,19 +27,21 @@ from .rows import (
     Row,
     append_row,
     cell_key,
+    not_serializable,
     parse_line,
     read_rows,
     set_cut_line_aside,
     to_line,
 )
-from .source import digest_sources
+from .source import digest_package
 from .table import BaseTable
 
 #: Fields of a row that must be equal in all rows of a file.
 COMMON_FIELDS = ("table", "scale", "budget", "data", *provenance.COMMON_FIELDS)
 #: Fields of a row that neither its cell nor a measurement may have.
 RESERVED_FIELDS = {
-    *COMMON_FIELDS, "commit", "command", "machine", "method_source", "time", "sha256",
+    *COMMON_FIELDS, "commit", "command", "converted_from", "machine", "method_source",
+    "time", "sha256",
 }  # fmt: skip
 
 
@@ -180,13 +182,27 @@ def _measure(ref: TableRef, cell: Cell, scale: str, rows: list[Row]) -> Row:
         if cell.get("stage") != "tuning":
             raise
         # A setting that diverges is a bad setting.
-        return {"selection": None, "gradient_equivalents": None, "error": str(error)}
-    if taken := RESERVED_FIELDS & row.keys():
+        failed = {"selection": None, "gradient_equivalents": None, "error": str(error)}
+        return failed | error.costs
+    _check_measured_fields(row, cell)
+    return row
+
+
+def _check_measured_fields(row: Row, cell: Cell) -> None:
+    """Raises MethodError if a line of the file of rows cannot be made of a result."""
+    taken = RESERVED_FIELDS & row.keys()
+    if "stage" in row and row["stage"] != cell.get("stage"):
+        taken |= {"stage"}
+    if taken:
         raise MethodError(
             f"the measurement must not return the fields {', '.join(sorted(taken))}, "
-            "which state the origin of each row. Give them other names."
+            "which state the origin and the stage of each row. Give them other names."
         )
-    return row
+    if names := not_serializable(row):
+        raise MethodError(
+            f"the measurement must return numbers, strings, or lists and dictionaries "
+            f"of them; got {row[names[0]]!r} for {names[0]!r}."
+        )
 
 
 def _origin(ref: TableRef, label: str) -> Row:
@@ -206,7 +222,15 @@ def loaded_sources(ref: TableRef) -> tuple[dict[str, str], dict[str, str]]:
     Files that change later are not imported again.
     """
     ref.load()
-    return digest_sources(ref.path), ref.method_sources()
+    source = {"package": _imported_package(), "table": imported_digest(ref.path)}
+    methods = {function: imported_digest(file) for file, function in ref.methods}
+    return source, methods
+
+
+@functools.cache
+def _imported_package() -> str:
+    """Returns the digest of hypergrad at the first call in this process."""
+    return digest_package()
 
 
 def _make_row(cell: Cell, outcome: Row, origin: Row, key_fields: Sequence[str]) -> Row:
@@ -295,8 +319,16 @@ def _measure_all(
     """Yields each cell with its row fields or its error, as they are finished."""
     earlier = [row for row in rows if row.get("stage") is not None]
     if options.executor is None:
+        failures: dict[str, str] = {}
         for cell in cells:
-            yield cell, measure_cell(ref, cell, options.scale, earlier)
+            label = str(cell["method"])
+            outcome = failures.get(label)
+            if outcome is None:
+                outcome = measure_cell(ref, cell, options.scale, earlier)
+            # A method of which one tuning run failed is not run in later stages.
+            if isinstance(outcome, str) and cell.get("stage") is not None:
+                failures[label] = outcome
+            yield cell, outcome
         return
     executor = options.executor
     submit = lambda cell: executor.submit(

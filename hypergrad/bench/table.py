@@ -8,7 +8,6 @@ declares.
 import abc
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +30,10 @@ from .claims import (
     evaluate_comparisons,
 )
 from .columns import COST_COLUMNS, Column
-from .methods import Method, MethodError, check_grid, run_method, settings_of
-from .rows import Cell, Row, select
+from .methods import Method, check_grid, check_names, run_method, settings_of
+from .rows import Cell, Row, cell_key
 from .statistics import Resplits
+from .tuning import choose_setting, tuning_fields
 
 Plot = Callable[[list[Row], Path], None]
 Retrain = Callable[[Task, PyTree, Array], PyTree]
@@ -127,21 +127,64 @@ class BaseTable(abc.ABC):
         return []
 
     def evaluate(self, rows: Sequence[Row]) -> list[Finding]:
-        """Returns the outcome of every check and claim, and the further findings."""
+        """Returns the outcome of every check and claim, and the further findings.
+
+        Rows of another protocol leave claims undecided. Further findings that raise an
+        error have failed, unless rows are missing.
+        """
         rows = result_rows(rows)
         outcomes = [check.evaluate(rows) for check in self.checks]
         outcomes += evaluate_claims(self.claims, rows, self.resplits)
         for comparison in self.comparisons:
             outcomes += comparison.evaluate(rows, self.resplits)
         try:
-            return outcomes + self.findings(rows)
+            outcomes += self.findings(rows)
         except MISSING_ROWS as error:
-            text = f"further findings need rows that are missing ({error!r})"
-            return [*outcomes, Finding(text, "undecided")]
+            is_complete = self._has_all_cells(rows)
+            reason = "no row is missing, so change `findings` of the table"
+            text = f"further findings cannot be evaluated ({error!r}): "
+            text += reason if is_complete else "rows are missing"
+            outcomes.append(Finding(text, "FAILED" if is_complete else "undecided"))
+        deviations = self.deviations(rows)
+        return [finding.at_other_protocol(deviations) for finding in outcomes]
+
+    def deviations(self, rows: Sequence[Row], scale: str | None = None) -> list[str]:
+        """Returns in what rows deviate from the protocol of the table, in words.
+
+        Args:
+          rows: Rows of the last stage.
+          scale: The scale of the protocol. Defaults to the table's first one.
+        """
+        if not rows:
+            return []
+        scale = scale or self.scales[0]
+        texts, used = [], rows[0].get("scale", scale)
+        cells = self.stages(used, self.seeds)[-1]
+        num_planned = len({cell.get("seed") for cell in cells}) or self.seeds
+        num_seeds = len({row.get("seed") for row in rows})
+        if num_seeds != num_planned:
+            plural = "s" * (num_seeds != 1)
+            texts.append(f"{num_seeds} seed{plural}; the table has {num_planned}")
+        if used != scale:
+            texts.append(f"made at the scale {used}; the claims are about {scale}")
+        elif (budget := rows[0].get("budget")) is not None:
+            own_budget = getattr(self, "budget_of", lambda scale: None)(scale)
+            if budget != own_budget:
+                texts.append(
+                    f"made with the budget {budget}; the table has {own_budget}"
+                )
+        return texts
+
+    def _has_all_cells(self, rows: Sequence[Row]) -> bool:
+        """Returns whether each cell of the last stage has a row, of all seeds."""
+        scale = rows[0].get("scale", self.scales[0]) if rows else self.scales[0]
+        cells, names = self.stages(scale, self.seeds)[-1], self.key_fields
+        planned = {cell_key(cell, names) for cell in cells}
+        return planned <= {cell_key(row, names) for row in rows}
 
 
 def result_rows(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows of the last stage, which are printed and judged."""
+    """Returns the rows of the last stage, which are printed and evaluated."""
     return [row for row in rows if row.get("stage") is None]
 
 
@@ -232,10 +275,12 @@ class Table(BaseTable):
         """Uses the metrics as columns and the first one to rank, unless given.
 
         Raises:
-          ValueError: A metric that is reported is also used to choose settings, or the
-            grid of the task is not one.
+          ValueError: A metric that is reported is also used to choose settings, the
+            grid of the task is not one, or a method sets what it tunes.
         """
         check_grid("task_grid", self.task_grid)
+        for label, method in self.methods.items():
+            check_names(label, method, self.task_grid)
         selection = {name.removeprefix("-") for name in self.selection}
         if shared := selection & set(self.metrics):
             raise ValueError(
@@ -307,14 +352,14 @@ class Table(BaseTable):
         all_settings = settings_of(method, self.task_grid)
         index = cell.get("setting_index")
         if index is None:
-            index = self.choose_setting(label, seed, rows)
+            index = choose_setting(label, seed, len(all_settings), rows)
         key = jax.random.key(seed)
-        settings = all_settings[index]
+        settings, factor = all_settings[index], getattr(method, "budget_factor", 1)
         task = self.make_task(key, scale, method, settings, hold_out=is_tuning)
         result = run_method(
             method,
             without_test_data(task),
-            budget=self.budget_of(scale) * getattr(method, "budget_factor", 1),
+            budget=self.budget_of(scale) * factor,
             key=self.method_key(key),
             settings={k: x for k, x in settings.items() if k not in self.task_grid},
         )
@@ -322,28 +367,16 @@ class Table(BaseTable):
         if self.retrain is not None and not getattr(method, "keeps_w", False):
             w = self.retrain(task, trace.alpha, key)
         row = {"settings": settings, **result.costs}
+        if factor != 1:
+            row["budget_factor"] = factor
         if is_tuning:
+            row |= {k: x for k, x in result.record.items() if k == "stopped"}
             row["gradient_equivalents"] += self.selection_cost
             return row | {"selection": self.selection_scores(task, trace, w, key)}
         measure = lambda name: float(task.metrics[name](w, trace.alpha, key))
         row |= {name: measure(name) for name in self.metrics}
         row |= result.record | self.extra(task, trace, w, key)
-        return row | self.tuning_fields(label, seed, rows, row["compile_seconds"])
-
-    def tuning_fields(
-        self, label: str, seed: int, rows: Sequence[Row], compile_seconds: float
-    ) -> Row:
-        """Returns the cost of tuning, and the longest compilation of the method.
-
-        The tuning runs come first and compile what the reported run uses again.
-        """
-        tuning_rows = select(rows, stage="tuning", method=label)
-        compilations = [x.get("compile_seconds") or 0.0 for x in tuning_rows]
-        fields = {"compile_seconds": max([compile_seconds, *compilations])}
-        cost = sum(
-            x["gradient_equivalents"] or 0.0 for x in tuning_rows if x["seed"] == seed
-        )
-        return fields | ({"tuning_cost": cost} if cost else {})
+        return row | tuning_fields(label, seed, rows, row["compile_seconds"])
 
     def selection_scores(
         self, task: Task, trace: Trace, w: PyTree, key: Array
@@ -355,32 +388,6 @@ class Table(BaseTable):
             metric = task.metrics[name.removeprefix("-")]
             scores.append(sign * float(metric(w, trace.alpha, key)))
         return scores or [-float(np.mean(trace.value[-1]))]
-
-    def choose_setting(self, label: str, seed: int, rows: Sequence[Row]) -> int:
-        """Returns the index of the setting with the best scores of a seed.
-
-        Raises:
-          MethodError: No setting ended with finite scores.
-        """
-        num_settings = len(settings_of(self.methods[label], self.task_grid))
-        if num_settings == 1:
-            return 0
-        failed = (-math.inf,)
-
-        def scores(index: int) -> tuple[float, ...]:
-            cell = {"method": label, "setting_index": index, "seed": seed}
-            tried = select(rows, stage="tuning", **cell)
-            values = tried[0]["selection"] if tried else None
-            return failed if values is None or None in values else tuple(values)
-
-        all_scores = [scores(index) for index in range(num_settings)]
-        best = max(range(num_settings), key=lambda index: all_scores[index])
-        if all_scores[best] == failed:
-            tried = select(rows, stage="tuning", method=label, seed=seed)
-            errors = [row["error"] for row in tried if "error" in row]
-            text = "no setting of its grid ended with a finite score"
-            raise MethodError(": ".join([text, *errors[:1]]))
-        return best
 
     def make_task(
         self,
@@ -394,7 +401,8 @@ class Table(BaseTable):
         """Returns the task of a seed, with the settings that are the task's own."""
         options = dict(getattr(method, "task_settings", {}))
         options |= {name: settings[name] for name in self.task_grid}
-        if "hold_out" in inspect.signature(self.task).parameters:
+        parameters = inspect.signature(self.task).parameters.values()
+        if any(x.name == "hold_out" or x.kind is x.VAR_KEYWORD for x in parameters):
             options["hold_out"] = hold_out
         return self.task(key, scale, **options)
 

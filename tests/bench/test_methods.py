@@ -6,10 +6,11 @@ from collections import deque
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.bench import with_options
+from hypergrad.bench import Table, with_options
 from hypergrad.bench.methods import MethodError, check_method, run_method
 from hypergrad.tasks import Task
 
@@ -86,3 +87,61 @@ def test_a_grid_without_an_order_or_a_value_is_refused(values):
 def test_a_grid_of_sequences_and_arrays_is_taken(values):
     method = lambda task, *, budget, key, rate: None
     check_method("mine", with_options(method, grid={"rate": values}))
+
+
+def test_a_run_that_is_not_finite_states_its_cost():
+    """It counts in the cost of tuning."""
+    stats = {"gradient_equivalents": jnp.array([40.0]), "num_hvps": jnp.zeros(1)}
+    stats["trusted"] = jnp.ones(1, bool)
+    trace = dataclasses.replace(TRACE, alpha=jnp.full(2, jnp.nan), stats=stats)
+    method = lambda task, *, budget, key: trace
+    with pytest.raises(MethodError, match="not finite") as error:
+        run_method(method, TASK, budget=60, key=jax.random.key(0), settings={})
+    assert error.value.costs["gradient_equivalents"] == 40.0
+
+
+def test_rows_that_were_not_made_are_not_counted_as_untrusted():
+    """Rows after a failure are blank."""
+    stats = {
+        "gradient_equivalents": jnp.array([3.0, 3.0, 0.0, 0.0]),
+        "num_hvps": jnp.array([1.0, 1.0, jnp.nan, jnp.nan]),
+        "trusted": jnp.array([True, False, False, False]),
+    }
+    value = jnp.array([1.0, jnp.nan, jnp.nan, jnp.nan])
+    trace = dataclasses.replace(TRACE, value=value, stats=stats)
+    method = lambda task, *, budget, key: trace
+    run = run_method(method, TASK, budget=60, key=jax.random.key(0), settings={})
+    assert run.costs["num_untrusted"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(jnp.tanh,), ((1, optax.sgd(0.1)),), (1j,), ({"rate": object()},)],
+    ids=["function", "optimizer in a list", "complex", "object in a dictionary"],
+)
+def test_a_grid_that_a_row_cannot_hold_is_refused(values):
+    """The run would end when it writes its first row."""
+    method = lambda task, *, budget, key, rate: None
+    with pytest.raises(
+        MethodError, match=r"mine.grid must hold numbers, strings.*rate"
+    ):
+        check_method("mine", with_options(method, grid={"rate": values}))
+
+
+@pytest.mark.parametrize("attribute", ["grid", "task_settings"])
+def test_a_method_does_not_set_what_the_table_tunes(attribute):
+    method = lambda task, *, budget, key, penalty: None
+    method = with_options(method, **{attribute: {"penalty": (1.0, 2.0)}})
+    table = Table(task=None, methods={}, metrics=("x",), budget=1.0)
+    table.with_methods({"mine": method})
+    table = dataclasses.replace(table, task_grid={"penalty": (0.1,)})
+    with pytest.raises(MethodError, match=rf"mine.{attribute} must not name penalty"):
+        table.with_methods({"mine": method})
+
+
+def test_a_task_of_any_options_holds_out_data():
+    calls = []
+    table = Table(task=None, methods={}, metrics=("x",), budget=1.0)
+    table = dataclasses.replace(table, task=lambda *_, **options: calls.append(options))
+    table.make_task(jax.random.key(0), "small", lambda: None, {}, hold_out=True)
+    assert calls == [{"hold_out": True}]

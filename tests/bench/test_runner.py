@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import importlib.metadata
 import math
 import multiprocessing
 import os
@@ -15,7 +16,14 @@ import jax
 import numpy as np
 import pytest
 
-from hypergrad.bench import Table, baselines, loading, select, with_options
+from hypergrad.bench import (
+    Table,
+    baselines,
+    loading,
+    provenance,
+    select,
+    with_options,
+)
 from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.bench.report import TableResult, to_markdown
 from hypergrad.bench.rows import read_rows
@@ -463,6 +471,81 @@ def test_a_measured_field_does_not_hide_the_origin_of_a_row(tmp_path):
     result = run_measurements(tmp_path, {}, {"time": 3.0, "machine": 1, "loss": 2.0})
     assert "must not return the fields machine, time" in result.failures["a"]
     assert [row.get("stage") for row in result.rows] == ["tuning"]
+
+
+ONE_BAD = """
+from hypergrad.bench import MeasurementTable
+
+table = MeasurementTable(
+    cells=lambda scale, seeds: [{{"method": x, "seed": 0}} for x in ("bad", "good")],
+    measure_cell=lambda cell, rows: {outcome} if cell["method"] == "bad" else {{}},
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        ("{'stage': 'late'}", "must not return the fields stage"),
+        ("{'converted_from': 'a'}", "must not return the fields converted_from"),
+        ("{'loss': max}", "got <built-in function max> for 'loss'"),
+        ("{'loss': [1.0, 2j]}", "for 'loss'"),
+    ],
+    ids=["stage", "origin", "function", "complex"],
+)
+def test_a_result_that_is_no_row_of_its_cell_fails_alone(tmp_path, outcome, message):
+    """Its row would not be among the reported ones, or could not be written."""
+    file = tmp_path / "toy.py"
+    file.write_text(ONE_BAD.format(outcome=outcome))
+    result = run_table(
+        loading.TableRef(file), RunOptions("small", 1, tmp_path / "out", "")
+    )
+    assert message in result.failures["bad"]
+    assert [row["method"] for row in result.rows] == ["good"]
+
+
+CALLS = """
+calls = []
+
+def fails(task, *, budget, key, rate):
+    calls.append(rate)
+    raise RuntimeError("it needs another argument")
+
+fails.grid = {"rate": (1, 2, 3)}
+"""
+
+
+def test_a_method_that_fails_in_its_tuning_is_not_run_again(run_own, own_file):
+    file = own_file.with_name("calls.py")
+    file.write_text(CALLS)
+    result = run_own("calls.py:fails", only=("fails", "nothing"))
+    assert loading.import_file(file).calls == [1]
+    assert "another argument" in result.failures["fails"]
+    assert {row["method"] for row in result.rows} == {"nothing"}
+
+
+def test_rows_of_other_settings_of_jax_are_refused(run):
+    run(only=("nothing",), seeds=1)
+    with (
+        jax.default_prng_impl("rbg"),
+        pytest.raises(ValueError, match=r"another jax_settings.*threefry2x32.*rbg"),
+    ):
+        run(only=("nothing",), seeds=2)
+
+
+def test_versions_of_installed_packages_of_some_tables_are_in_the_rows(monkeypatch):
+    versions = importlib.metadata.version
+    absent = importlib.metadata.PackageNotFoundError
+
+    def version(name):
+        if name == "optuna":
+            raise absent
+        return "9.9" if name == "flax" else versions(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    recorded = provenance.describe_process()["versions"]
+    assert recorded["flax"] == "9.9"
+    assert "optuna" not in recorded
 
 
 @pytest.mark.parametrize("name", ["budget", "data", "scale", "time"])

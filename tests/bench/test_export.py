@@ -1,0 +1,33 @@
+"""Values and labels in the formats of other programs."""
+
+import csv
+
+from hypergrad.bench import Column, MeasurementTable, export, report
+
+
+def make_result(label: str, **fields) -> report.TableResult:
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [],
+        measure_cell=lambda cell, rows: {},
+        columns=(Column("x"),),
+    )
+    row = {"method": label, "seed": 0, "x": 1.0, "scale": "small", "command": "run"}
+    return report.TableResult("toy", table, [row | fields])
+
+
+def test_settings_that_are_lists_are_columns_of_csv(tmp_path):
+    result = make_result("a", settings={"betas": [0.1, 0.9], "rate": 1, "name": "x"})
+    path = export.export(result, "csv", tmp_path)
+    with path.open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["settings.betas"] == "[0.1, 0.9]"
+    assert (line["settings.rate"], line["settings.name"]) == ("1", "x")
+
+
+def test_characters_with_a_meaning_in_latex_are_escaped(tmp_path):
+    result = make_result(r"a^2_b ~ {\T} < 3 > 1 | 5%")
+    text = export.export(result, "latex", tmp_path).read_text()
+    assert (
+        r"a\textasciicircum{}2\_b \textasciitilde{} \{\textbackslash{}T\} $<$ 3 $>$ 1 "
+        r"$|$ 5\% & " in text
+    )
