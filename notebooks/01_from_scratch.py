@@ -197,7 +197,8 @@ for method in (unrolled, implicit):
 #
 # ## With the library
 #
-# The library needs five lines for the same losses and data.
+# With the library the same losses and data need five statements. The last one already
+# makes a hundred steps of `alpha`.
 
 # %%
 problem = hg.Bilevel(train_loss, val_loss, train, val)
@@ -227,8 +228,9 @@ print("log-penalties:", np.round(trace.alpha, 1))
 
 # %% [markdown]
 # `Unrolled` stores the values of all steps here. Where they exceed 1.5 GB, it stores
-# the $w_t$, or about $2\sqrt{T}$ of them, and then repeats the steps during the reverse
-# pass, so that each gradient of the loop counts twice.
+# the $w_t$ alone. Where these exceed 1.5 GB too, it stores about $2\sqrt{T}$ of them
+# and repeats the steps between them during the reverse pass, so that each gradient of
+# the loop counts twice.
 #
 # `minimize` uses another inner solver. A fixed step size
 # $\eta < 2 / \lambda_{\max}(H)$ would have to hold for every $\alpha$ of the run, and

@@ -50,7 +50,9 @@ import hypergrad as hg
 # differentiated. The derivative of a run is exact for its own target. An implicit
 # derivative is right at the solution of the inner problem, and its estimator also
 # estimates the error of each estimate, which is the subject of [another
-# notebook](05_trust.ipynb).
+# notebook](05_trust.ipynb). At most twenty steps of conjugate gradients with a loose
+# tolerance give a direction for a step of `alpha`, and not a number to quote: most of
+# the implicit estimates below are not trusted.
 
 
 # %%
@@ -85,8 +87,9 @@ for name, task in tasks.items():
 #
 # All systems are learned by the same call. The space keeps each `alpha` admissible. The
 # metric is exact, without a surrogate; it is evaluated on data that neither loss uses,
-# and not counted as cost. The cost is that of one hypergradient, the first one. Most of
-# the time is compilation.
+# and not counted as cost. The cost is that of one hypergradient, the first one, and
+# `trusted` counts the steps whose hypergradient was trusted. Most of the time is
+# compilation.
 
 
 # %%
@@ -107,15 +110,16 @@ def learn(name):
 traces = {name: learn(name) for name in SYSTEMS}
 print(
     f"{'task':16} {'outer value':>20}  {'metric':14} {'before':>8} {'after':>8} "
-    f"{'cost':>6}"
+    f"{'cost':>6}  {'trusted':8}"
 )
 for name, trace in traces.items():
     value, metric = trace.value, SYSTEMS[name].metric
     recorded = trace.metrics[metric]
+    num_trusted = int(trace.stats["trusted"].sum())
     print(
         f"{name:16} {float(value[0]):9.4f} ->{float(value[-1]):9.4f}  {metric:14} "
         f"{float(recorded[0]):8.3f} {float(recorded[-1]):8.3f} "
-        f"{float(trace.cost[0]):6.0f}  {trace.status}"
+        f"{float(trace.cost[0]):6.0f}  {num_trusted:2} of {len(value)}  {trace.status}"
     )
 
 # %%

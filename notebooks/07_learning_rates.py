@@ -106,9 +106,11 @@ print(f"best constant rate {best_rate:.3f}, validation loss {np.nanmin(constant)
 # ## One hypergradient
 #
 # One constant rate was chosen for all windows. The bars are noisy, and the estimate is
-# not trusted for this reason: the eight samples differ. The trend is clear: early rates
-# should be larger, where the derivative is negative, and the last ones smaller. The
-# outer loop averages the noise over its steps.
+# not trusted for this reason: the eight samples differ. `error_estimate` is 0, because
+# `Unrolled` differentiates each run exactly; it measures neither this noise, nor
+# rounding, nor the distance from a minimum. The trend is clear: early rates should be
+# larger, where the derivative is negative, and the last ones smaller. The outer loop
+# averages the noise over its steps.
 
 # %%
 alpha = jnp.full(num_windows, np.log(best_rate))
@@ -176,6 +178,7 @@ axes[1].set(xlabel="outer step", ylabel="validation loss, mean of eight training
 plt.show()
 
 # %% [markdown]
-# The learned schedule starts high and ends near zero, as the cosine does. Its mean loss
-# is the lowest of the three; the difference from the cosine is smaller than the spread
-# of single trainings.
+# The learned schedule starts higher than the cosine and falls too, though not to zero.
+# The rates were chosen by the validation loss, so that the test column decides: 95.5 %
+# against 95.2 % for the cosine, a difference that is smaller than the spread of single
+# trainings.

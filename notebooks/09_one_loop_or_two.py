@@ -135,7 +135,8 @@ plt.show()
 
 # %% [markdown]
 # Early on, the single loops are far ahead: they move `alpha` from the first gradients,
-# while the double loop pays for a solution at each step. At the end all three are
-# level, and the noise of SOBA is hardly visible yet. A single loop has one more rate,
-# that of the adjoint; here it is the rate of `w`. A single loop is never trusted by
-# itself; a certificate (`certify_every=` of `OuterLoop`) can check where it ends.
+# while the double loop pays for a solution at each step. At the end the three are
+# close, SABA first and the double loop last. The curves of SOBA and SABA rise once near
+# the end, that of the double loop never does. A single loop has one more rate, that of
+# the adjoint; here it is the rate of `w`. A single loop is never trusted by itself; a
+# certificate (`certify_every=` of `OuterLoop`) can check where it ends.

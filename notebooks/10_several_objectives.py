@@ -76,7 +76,7 @@ fig, ax = plt.subplots(figsize=(8, 3))
 ax.bar(np.arange(30) - 0.2, estimate.hypergradient[0], 0.4, label="validation loss")
 ax.bar(np.arange(30) + 0.2, estimate.hypergradient[1], 0.4, label="measurements")
 ax.set(xlabel="measurement", ylabel="derivative by its gate")
-ax.legend()
+ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
@@ -155,6 +155,8 @@ kept = np.argsort(-np.asarray(trace.alpha))[:5]
 print("largest gates:", {int(j): round(float(trace.alpha[j]), 2) for j in kept})
 
 # %% [markdown]
-# The run ends below the limit, with a loss that is higher than that of the point of the
-# front above with about as many measurements. The problem is not convex, and a single
-# run shows one way to the limit; the front shows what it misses.
+# The run ends below the limit, with two gates nearly open and the others nearly closed.
+# In measurements and in loss it lies between two neighbouring points of the front
+# above, and no point of that front is better in both. The problem is not convex, so
+# that another start may end elsewhere. A single run gives one point; the front shows
+# what a higher or a lower limit would cost.

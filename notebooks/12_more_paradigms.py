@@ -43,8 +43,12 @@ import hypergrad as hg
 # ## Systems and estimators
 #
 # `reinforcement` follows a semi-gradient, which is the gradient of no loss: the run
-# itself is differentiated, and the derivative is exact for its own target, with the
-# experience taken as given. `federated` and `physics` use an implicit derivative.
+# itself is differentiated, with the experience taken as given. The derivative is exact
+# for this target. It is not trusted, because the semi-gradient stops derivatives on
+# purpose, and the library reports that they are lost. `federated` and `physics` use an
+# implicit derivative. At most twenty steps of conjugate gradients with a loose
+# tolerance give a direction for a step of `alpha`, and not a number to quote: the
+# estimates of `federated` are never trusted, and those of `physics` not always.
 #
 # `physics` is an optimal control, whose `alpha` are the two boundary values. The
 # minimum is known: it is 0 and lies at `alpha = (0, 1)`.
@@ -89,7 +93,8 @@ for name, task in tasks.items():
 # All systems are learned by the same call. The space keeps each `alpha` admissible. The
 # metric is exact, without a surrogate, and not counted as cost. It is evaluated on data
 # that neither loss uses, except in `physics`, where it is the outer loss. The cost is
-# that of one hypergradient, the first one. Most of the time is compilation.
+# that of one hypergradient, the first one, and `trusted` counts the steps whose
+# hypergradient was trusted. Most of the time is compilation.
 
 
 # %%
@@ -110,15 +115,16 @@ def learn(name):
 traces = {name: learn(name) for name in SYSTEMS}
 print(
     f"{'task':16} {'outer value':>20}  {'metric':14} {'before':>8} {'after':>8} "
-    f"{'cost':>6}"
+    f"{'cost':>6}  {'trusted':8}"
 )
 for name, trace in traces.items():
     value, metric = trace.value, SYSTEMS[name].metric
     recorded = trace.metrics[metric]
+    num_trusted = int(trace.stats["trusted"].sum())
     print(
         f"{name:16} {float(value[0]):9.4f} ->{float(value[-1]):9.4f}  {metric:14} "
         f"{float(recorded[0]):8.3f} {float(recorded[-1]):8.3f} "
-        f"{float(trace.cost[0]):6.0f}  {trace.status}"
+        f"{float(trace.cost[0]):6.0f}  {num_trusted:2} of {len(value)}  {trace.status}"
     )
 
 # %%
@@ -131,7 +137,5 @@ panels[0].set_ylabel("outer value")
 plt.show()
 
 # %% [markdown]
-# Twenty steps are a beginning. The tables run to a budget, tune a baseline without
-# learned hyperparameters by the same rule, give random search the same cost, and report
-# claims that were not supported next to those that were. They are in
-# `benchmarks/results`.
+# Twenty steps are a beginning; the [earlier notebook](03_few_labels.ipynb) says what
+# the tables add.
