@@ -20,7 +20,8 @@ class CompositeLoss:
     of ``hypergrad.Implicit``.
 
     Args:
-      model_fn: ``(w, alpha, batch) -> z``, the model outputs, a pytree.
+      model_fn: ``(w, alpha, batch) -> z``, the model outputs, a pytree. Leaves that are
+        not floating-point are constants.
       loss_fn: ``(z, alpha, batch) -> scalar``. Products are positive semidefinite if it
         is convex in ``z``, such as a cross-entropy or a mean of squares.
       regularizer: ``(w, alpha) -> scalar``, whose Hessian is used unchanged. Defaults

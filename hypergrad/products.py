@@ -220,9 +220,14 @@ def gauss_newton_product(
 
     Cost: two gradients.
     """
-    outputs, forward = jax.linearize(model_fn, w)
+    outputs, tangents_fn = jax.linearize(model_fn, w)
+    # Integers and booleans among the outputs have no derivative.
+    is_float = jax.tree.map(eqx.is_inexact_array, outputs)
+    floats, constants = eqx.partition(outputs, is_float)
+    forward = lambda v: eqx.filter(tangents_fn(v), is_float)
     backward = jax.linear_transpose(forward, w)
-    (product,) = backward(jax.jvp(jax.grad(loss_fn), (outputs,), (forward(v),))[1])
+    grad_fn = jax.grad(lambda floats: loss_fn(eqx.combine(floats, constants)))
+    (product,) = backward(jax.jvp(grad_fn, (floats,), (forward(v),))[1])
     return product
 
 

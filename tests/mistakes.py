@@ -323,7 +323,8 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             "Labels of -1 and 1 in a surrogate",
             "labels = jnp.array([-1, 1, 1], jnp.int32)\n"
             "hg.surrogates.FBeta()(jnp.ones(3), labels, temperature=0.1)",
-            "Surrogates take 0 and 1.",
+            "Surrogates take 0 and 1. In the batch of an outer loss other labels make the "
+            "value NaN, and the estimate is not trusted.",
         ),
         Mistake(
             "Labels of another length than the scores",

@@ -511,8 +511,8 @@ ERRORS = (
     PlantedError(
         "F score: the temperature is not used",
         "surrogates/f_score.py",
-        "predicted = jax.nn.sigmoid(shifted_scores / temperature)",
-        "predicted = jax.nn.sigmoid(shifted_scores)",
+        "predicted = sigmoid_at(shifted_scores, temperature)",
+        "predicted = sigmoid_at(shifted_scores, 1.0)",
         "surrogates/test_surrogates.py surrogates/test_classification_surrogates.py",
     ),
     PlantedError(

@@ -11,6 +11,7 @@ from .base import (
     negligible_weight,
     propagate_nan,
     safe_divide,
+    sigmoid_at,
     softmax_at,
     subtract_threshold,
     weighted_mean,
@@ -101,7 +102,7 @@ class Accuracy(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns ``mean_i sigmoid(m_i / T)``."""
         margins = true_class_margins(examples, self.threshold)
-        return self._mean(jax.nn.sigmoid(margins / temperature), examples)
+        return self._mean(sigmoid_at(margins, temperature), examples)
 
     def exact_value(self, examples):
         """Returns the fraction of correct predictions."""
@@ -209,7 +210,7 @@ class TopKAccuracy(Surrogate):
         scores, targets = examples.scores, examples.targets
         best_others = best_other_scores(scores, targets, self.k)
         margins = class_scores(scores, targets) - best_others
-        return weighted_mean(jax.nn.sigmoid(margins / temperature), examples.weights)
+        return weighted_mean(sigmoid_at(margins, temperature), examples.weights)
 
     def exact_value(self, examples):
         """Returns the fraction of examples with fewer than k classes ranked higher."""
@@ -263,8 +264,8 @@ class SelectiveRisk(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns ``sum_i g_i e_i / sum_i g_i``."""
         margins = true_class_margins(examples, self.threshold)
-        errors = jax.nn.sigmoid(-margins / temperature)
-        is_answered = jax.nn.sigmoid(_spare_confidence(self, examples) / temperature)
+        errors = sigmoid_at(-margins, temperature)
+        is_answered = sigmoid_at(_spare_confidence(self, examples), temperature)
         return self._risk(errors, is_answered, examples.weights)
 
     def exact_value(self, examples):
@@ -314,7 +315,7 @@ class Coverage(Surrogate):
 
     def smooth_value(self, examples, temperature):
         """Returns ``mean_i sigmoid((c_i - min_confidence) / T)``."""
-        is_answered = jax.nn.sigmoid(_spare_confidence(self, examples) / temperature)
+        is_answered = sigmoid_at(_spare_confidence(self, examples), temperature)
         return weighted_mean(is_answered, examples.weights)
 
     def exact_value(self, examples):
@@ -329,4 +330,4 @@ def _spare_confidence(
 ) -> Vector:
     """Returns the confidence less the confidence that an answer needs."""
     confidences = confidence(examples, surrogate.threshold)
-    return subtract_threshold(confidences, surrogate.min_confidence)
+    return subtract_threshold(confidences, surrogate.min_confidence, "min_confidence")

@@ -7,10 +7,10 @@ from jaxtyping import Array, ArrayLike
 
 from ..trees import without_derivative
 from ..validation import check_positive_int
-from .base import Surrogate, propagate_nan, safe_divide
+from .base import Surrogate, divide_by_temperature, propagate_nan, safe_divide
 from .inputs import Examples, check_in_interval
 from .pairs import MASKED_OUT, sum_of_wins
-from .ranking import is_last_of_tie
+from .ranking import is_last_of_tie, sum_and_rounding_error
 
 
 class AUC(Surrogate):
@@ -125,15 +125,20 @@ class SquaredHingeAUC(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns ``1 - mean_ij max(0, u_j - u_i)^2`` with ``u = s / T - y``."""
         positive_weights, negative_weights = _normalized_weights(examples)
-        # A common shift changes nothing; differences are exact where quotients are not.
-        shift = jnp.max(without_derivative(examples.scores))
-        u = (examples.scores - shift) / temperature - examples.targets
-        order = jnp.argsort(-u)
-        u, sorted_weights = u[order], negative_weights[order]
+        has_weight, targets = examples.weights > 0, examples.targets
+        # The order of u, in which items of weight 0 come last.
+        u, rounding_error = sum_and_rounding_error(
+            *without_derivative((examples.scores, -temperature * targets))
+        )
+        order = jnp.lexsort((-rounding_error, -u, ~has_weight))
+        scores, targets = examples.scores[order], targets[order]
+        sorted_weights = negative_weights[order]
         # m_k(i) = sum_j q_j (u_j - u_i)^k over the negatives j above i, for k = 0, 1,
         # 2. From one u to the next lower one, a step d below: m_1 grows by d m_0, and
         # m_2 by d (2 m_1 + d m_0).
-        step = u[:-1] - u[1:]
+        # Only differences of scores that are neighbors: an outlier costs no digits.
+        step = divide_by_temperature(scores[:-1] - scores[1:], temperature)
+        step = jnp.where(has_weight[order][1:], step - (targets[:-1] - targets[1:]), 0)
         accumulate = lambda growth: jnp.cumsum(jnp.pad(growth, (1, 0)))
         moment_0 = jnp.cumsum(sorted_weights)[:-1]
         moment_1 = accumulate(step * moment_0)[:-1]

@@ -18,7 +18,13 @@ from ..validation import check_positive_int, is_traced
 from .base import safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
 from .pairs import PAIRS, rankings_per_block, remat, sum_of_precisions
-from .ranking import RankingSurrogate, map_row_batches, rowwise, totals_at_thresholds
+from .ranking import (
+    RankingSurrogate,
+    map_row_batches,
+    rowwise,
+    sum_and_rounding_error,
+    totals_at_thresholds,
+)
 from .soft_rank import weighted_soft_ranks
 
 
@@ -100,7 +106,9 @@ class FastAP(RankingSurrogate):
         to the lowest. Their distance is the resolution: ``temperature`` is checked and
         not used. Static.
       low, high: Range of the centers. Defaults to the range of the scores. Scores
-        outside are moved to its ends, where they have no gradient. Data.
+        outside are moved to its ends, where they have no gradient. If ``low`` is above
+        ``high``, such as ``low=0.0`` for scores that are all negative, the value is
+        NaN. Data.
       axis: As for `RankingSurrogate`, which states the shapes.
 
     Ties: share one threshold, as in `exact`.
@@ -174,8 +182,13 @@ class FastAP(RankingSurrogate):
         low = low if self.low is None else jnp.asarray(self.low, scores.dtype)
         high = high if self.high is None else jnp.asarray(self.high, scores.dtype)
         last_bin = self.num_bins - 1
-        position = last_bin * safe_divide(high - scores, high - low)
-        return jnp.where(has_weight, jnp.clip(position, 0, last_bin), 0)
+        # Halves, because the difference of two large numbers may be infinite.
+        distance, width = high / 2 - scores / 2, high / 2 - low / 2
+        position = jnp.clip(last_bin * safe_divide(distance, width), 0, last_bin)
+        # NaN, gradient included, for an empty range.
+        is_empty = jnp.less(*without_derivative((high, low)))
+        position = position + jnp.where(is_empty, jnp.nan, 0) * scores
+        return jnp.where(has_weight, position, 0)
 
 
 class BlackboxAP(RankingSurrogate):
@@ -296,11 +309,8 @@ def _interpolation_gradient(row: Examples, temperature: Array) -> Vector:
     precisions = safe_divide(rank_among_positives, rank)
     slope = safe_divide(precisions, rank * jnp.sum(positive_weights))
     slope = jnp.where(positive_weights > 0, slope, 0)
-    # The sum with the scores and its rounding error (Knuth's two-sum): a perturbation
-    # far below the resolution of the scores still moves an item past an equal one.
-    perturbation = temperature * slope
-    high = scores + perturbation
-    rounded = high - scores
-    low = (scores - (high - rounded)) + (perturbation - rounded)
-    (perturbed_rank,) = hard_ranks((high, low), weights)
+    # With the rounding error, a perturbation far below the resolution of the scores
+    # still moves an item past an equal one.
+    sort_keys = sum_and_rounding_error(scores, temperature * slope)
+    (perturbed_rank,) = hard_ranks(sort_keys, weights)
     return lax.stop_gradient(weights * (rank - perturbed_rank) / temperature)

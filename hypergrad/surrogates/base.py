@@ -13,6 +13,9 @@ from jaxtyping import Array, ArrayLike, Float
 from ..trees import power_of_two_below, without_derivative
 from .inputs import Scalar, as_temperature, binary_examples
 
+#: Size of a quotient beyond which the derivative of a sigmoid is 0 in float64.
+MAX_QUOTIENT = 1e4
+
 
 class Surrogate(eqx.Module):
     """A smooth stand-in for a metric, together with the exact metric.
@@ -34,6 +37,9 @@ class Surrogate(eqx.Module):
     - ``weights`` are at least 0. Defaults to 1.
     - Scores that count must be finite. A NaN, or an infinity inside ``jit``, makes
       value, gradient and `exact` NaN; a concrete infinity is an error.
+    - Targets that count must be valid, such as 0 or 1 for two classes. An invalid
+      target or a negative weight is an error if it is concrete. Inside ``jit`` and in
+      the outer loss it makes value, gradient and `exact` NaN.
 
     Numbers that a user may sweep are fields that hold data; counts, axes and choices
     are static fields. An object whose ``__call__`` and ``exact`` have these signatures
@@ -108,9 +114,52 @@ class Surrogate(eqx.Module):
         return self.exact_value(self.check_inputs(scores, targets, where, weights))
 
 
-def subtract_threshold(scores: Array, threshold: ArrayLike) -> Array:
-    """Returns ``scores - threshold`` in the dtype of the scores."""
-    return scores - jnp.asarray(threshold, scores.dtype)
+def subtract_threshold(
+    scores: Array, threshold: ArrayLike, name: str = "threshold"
+) -> Array:
+    """Returns ``scores - threshold`` in the dtype of the scores.
+
+    Raises:
+      ValueError: The threshold does not broadcast to the shape of the scores.
+    """
+    threshold = jnp.asarray(threshold, scores.dtype)
+    shape = (1,) * (scores.ndim - threshold.ndim) + threshold.shape
+    matches = [size in (1, n) for size, n in zip(shape, scores.shape, strict=False)]
+    if len(shape) != scores.ndim or not all(matches):
+        raise ValueError(
+            f"{name} must be a number, or broadcast to the shape of scores, "
+            f"{scores.shape}; got shape {threshold.shape}. Pass one number."
+        )
+    return scores - threshold
+
+
+def divide_by_temperature(differences: Array, temperature: ArrayLike) -> Array:
+    """Returns ``differences / temperature``, clipped to numbers that are finite."""
+    temperature = jnp.asarray(temperature, differences.dtype)
+    # The derivative contains the square of the divisor, which may leave the range.
+    unit = power_of_two_below(without_derivative(temperature))
+    limit = 0.25 * jnp.finfo(differences.dtype).max  # so differences stay finite
+    return jnp.clip(differences / unit, -limit, limit) / (temperature / unit)
+
+
+@jax.custom_jvp
+def sigmoid_at(differences: Array, temperature: Array) -> Array:
+    """Returns the sigmoid of ``differences / temperature``.
+
+    The derivative is 0 where the quotient overflows, which the derivative of a division
+    would make NaN.
+    """
+    return jax.nn.sigmoid(differences / temperature)
+
+
+@sigmoid_at.defjvp
+def _sigmoid_at_jvp(primals, tangents):
+    differences, temperature = primals
+    differences_tangent, temperature_tangent = tangents
+    value = sigmoid_at(differences, temperature)
+    slope = value * (1 - value) / temperature
+    quotient = jnp.clip(differences / temperature, -MAX_QUOTIENT, MAX_QUOTIENT)
+    return value, slope * (differences_tangent - quotient * temperature_tangent)
 
 
 def softmax_at(scores: Array, temperature: ArrayLike) -> Array:
@@ -120,7 +169,7 @@ def softmax_at(scores: Array, temperature: ArrayLike) -> Array:
     are not.
     """
     top = jnp.max(without_derivative(scores), axis=-1, keepdims=True)
-    return jax.nn.softmax((scores - top) / temperature, axis=-1)
+    return jax.nn.softmax(divide_by_temperature(scores - top, temperature), axis=-1)
 
 
 def weighted_mean(values: Array, weights: Array) -> Scalar:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ..validation import check_positive_int
 from .accuracy import class_scores, is_correct, true_class_margins
-from .base import Surrogate, safe_divide
+from .base import Surrogate, safe_divide, sigmoid_at
 from .inputs import Scalar, Vector, class_examples
 
 
@@ -68,13 +68,13 @@ class CalibrationError(Surrogate):
         if scores.ndim == 1:
             correct, logits = examples.targets, scores
         else:
-            correct = jax.nn.sigmoid(true_class_margins(examples) / temperature)
+            correct = sigmoid_at(true_class_margins(examples), temperature)
             logits = _top_class_logits(scores)
         # r_b is a difference of sigmoids, so a bin is a difference of sums over edges.
         gaps = weights * (correct - jax.nn.sigmoid(logits))
         edges = self._inner_edges()
         edges = jnp.asarray(np.log(edges / (1 - edges)), scores.dtype)
-        is_above = jax.nn.sigmoid((logits[:, None] - edges[None, :]) / temperature)
+        is_above = sigmoid_at(logits[:, None] - edges[None, :], temperature)
         sums = jnp.sum(gaps[:, None] * is_above, axis=0)
         sums = jnp.concatenate([jnp.sum(gaps)[None], sums, jnp.zeros(1, sums.dtype)])
         return _calibration_error(jnp.diff(sums), weights)

@@ -1,5 +1,7 @@
 """Detection: matching of boxes, and the average precision of their scores."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from ..trees import without_derivative
 from ..validation import check_positive_int, is_traced, non_negative
 from .average_precision import soft_precisions
-from .base import safe_divide
+from .base import propagate_nan, safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
 from .ranking import RankingSurrogate, rowwise, totals_at_thresholds
 
@@ -72,7 +74,7 @@ def match_boxes(
         )
     where = _boolean_mask("where", where, shape)
     where_true = _boolean_mask("where_true", where_true, true_shape)
-    if true_shape[1] == 0:
+    if 0 in (*shape, true_shape[1]):
         return jnp.zeros(shape, bool)
     # Areas of pixels overflow in float16.
     dtype = jnp.promote_types(jnp.result_type(boxes, true_boxes), jnp.float32)
@@ -99,8 +101,10 @@ def _match_image(
     where_true: Bool[Array, " true"],
     threshold: ArrayLike,
 ) -> Bool[Array, " boxes"]:
+    # Integers are inverted, because the negative of an unsigned one is no order.
+    is_float = jnp.issubdtype(scores.dtype, jnp.floating)
     # Padding comes last and takes no true box.
-    order = jnp.argsort(jnp.where(where, -scores, jnp.inf))
+    order = jnp.lexsort((-scores if is_float else ~scores, ~where))
 
     def match_box(is_free, box):
         overlaps = _intersection_over_union(boxes[box], true_boxes)
@@ -146,7 +150,10 @@ class DetectionAP(RankingSurrogate):
     Args:
       num_true: Number of true boxes in all images, found or not: a number, or an array
         with one per ranking. If it is below the number of matches, that is an error, or
-        the value is NaN if it is traced. Data.
+        the value is NaN if it is traced. The mean is over the rankings with true boxes,
+        as in COCO: a class without true boxes does not count, whatever was detected,
+        and a class with true boxes but no detections has the value 0. A row of padding
+        needs the number 0. Data.
       num_points: Number of recalls from 0 to 1: 11 for Pascal VOC 2007, 101 for COCO.
         Defaults to None for the area, as in Pascal VOC since 2010. Static.
       axis: As for `RankingSurrogate`.
@@ -192,6 +199,14 @@ class DetectionAP(RankingSurrogate):
             )
         return Detections(rows.scores, rows.targets, rows.weights, rows.mask, num_true)
 
+    def smooth_value(self, rows, temperature):
+        """Returns the mean over the rankings with true boxes."""
+        return _mean_over_classes(self.smooth_rows(rows, temperature), rows)
+
+    def exact_value(self, rows):
+        """Returns the mean over the rankings with true boxes."""
+        return _mean_over_classes(self.exact_rows(rows), rows)
+
     @rowwise
     def smooth_rows(self, row, temperature):
         """Returns the average precision with soft ranks."""
@@ -219,9 +234,14 @@ class DetectionAP(RankingSurrogate):
             total = jnp.sum(matches * precisions)
             return nan_if_short * safe_divide(total, num_true)
         # Recall i / m is reached if matches * m >= i * num_true: in integers, because a
-        # quotient may round to either side.
+        # quotient may round to either side. Sums of fractions are rounded; JAX adds
+        # them in about log2(n) steps.
         num_intervals = self.num_points - 1
-        required = jnp.arange(self.num_points) * num_true
+        is_whole = jnp.all(matches == jnp.round(matches))
+        eps = float(jnp.finfo(matches.dtype).eps)
+        rounding_error = 4 * math.log2(1 + matches.size) * eps
+        slack = jnp.where(is_whole, 0, rounding_error)
+        required = jnp.arange(self.num_points) * num_true * (1 - slack)
         index = jnp.searchsorted(jnp.cumsum(matches) * num_intervals, required)
         mean_precision = jnp.mean(jnp.append(precisions, 0)[index])
         return nan_if_short * jnp.where(num_true > 0, mean_precision, 0)
@@ -230,4 +250,12 @@ class DetectionAP(RankingSurrogate):
 def _has_more_matches(matches: Vector, num_true: Scalar) -> Bool[Array, ""]:
     """Returns True if matches exceed true boxes by more than the rounding error."""
     slack = matches.size * jnp.finfo(matches.dtype).eps
-    return jnp.sum(matches) * (1 - slack) > num_true
+    # True for NaN too.
+    return ~(jnp.sum(matches) * (1 - slack) <= num_true)
+
+
+def _mean_over_classes(values: Float[Array, " r"], rows: Detections) -> Scalar:
+    """Returns the mean over the rankings with true boxes, NaN if a value is NaN."""
+    values = propagate_nan(values, rows.scores)
+    has_true_box = (rows.num_true > 0) | jnp.isnan(values)
+    return weighted_mean(values, has_true_box.astype(values.dtype))

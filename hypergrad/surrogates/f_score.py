@@ -14,6 +14,7 @@ from .base import (
     negligible_weight,
     propagate_nan,
     safe_divide,
+    sigmoid_at,
     softmax_at,
     subtract_threshold,
 )
@@ -91,7 +92,7 @@ class CountRatio(Surrogate):
             predicted = softmax_at(examples.scores, temperature)
         else:
             shifted_scores = subtract_threshold(examples.scores, self.threshold)
-            predicted = jax.nn.sigmoid(shifted_scores / temperature)
+            predicted = sigmoid_at(shifted_scores, temperature)
         return self._mean_ratio(examples, predicted)
 
     def exact_value(self, examples):
@@ -131,7 +132,8 @@ class FBeta(CountRatio):
         (1 + beta^2) tp / (beta^2 actual + predicted)
 
     Args:
-      beta: Weight of recall relative to precision. Defaults to 1. Data.
+      beta: Weight of recall relative to precision; infinity is `Recall`. Defaults to 1.
+        Data.
       average, threshold: As for `CountRatio`, which states the shapes.
 
     Source: Benedict et al. 2022 (arXiv 2108.10566) with ``b = -1 / T`` and
@@ -148,10 +150,11 @@ class FBeta(CountRatio):
     beta: ArrayLike = eqx.field(default=1.0, converter=non_negative("beta"))
 
     def ratio(self, counts):
-        """Returns ``(1 + beta^2) tp`` and ``beta^2 actual + predicted``."""
-        beta_squared = jnp.asarray(self.beta, counts.actual.dtype) ** 2
-        denominator = beta_squared * counts.actual + counts.predicted
-        return (1 + beta_squared) * counts.true_positives, denominator
+        """Returns ``tp`` and ``(beta^2 actual + predicted) / (1 + beta^2)``."""
+        # The square of a large beta is infinite.
+        fraction = 1 / (1 + jnp.asarray(self.beta, counts.actual.dtype) ** 2)
+        mean_count = (1 - fraction) * counts.actual + fraction * counts.predicted
+        return counts.true_positives, mean_count
 
 
 class Precision(CountRatio):

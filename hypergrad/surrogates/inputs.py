@@ -1,7 +1,8 @@
 """Checked input of surrogates: scores, targets, masks, weights and temperatures.
 
 The functions ``*_examples(scores, targets, where, weights)`` raise a ValueError or a
-TypeError for bad shapes, and for bad values unless they are traced.
+TypeError for bad shapes, and for bad values unless they are traced. A traced bad value
+that counts makes its example NaN.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,9 @@ Vector = Float[Array, " n"]
 class Examples(eqx.Module):
     """Checked input of a surrogate, in which everything that is masked out is 0.
 
-    An example that counts and has a score that is not finite has NaN for its scores and
-    its weight, which makes every sum NaN.
+    An example that counts has NaN for its scores and its weight, which makes every sum
+    NaN, if a score is not finite, a target is not valid or the weight is negative. An
+    invalid target is 0.
 
     Attributes:
       scores: Floating-point scores, float32 at least.
@@ -76,8 +78,11 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
     scores = _float_scores(scores)
     targets = _targets_like(scores, targets)
     mask, weights = _mask_and_weights(where, weights, scores.shape, scores.dtype)
-    _check_values("targets", targets, mask, lambda x: x >= 0, "gains of at least 0")
-    return _make_examples(scores, targets.astype(scores.dtype), mask, weights)
+    is_valid = _valid_values(
+        "targets", targets, where, lambda x: x >= 0, "gains of at least 0"
+    )
+    targets = targets.astype(scores.dtype)
+    return _make_examples(scores, targets, mask, weights, is_valid)
 
 
 def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
@@ -100,10 +105,13 @@ def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
             f"targets must be integer class indices for scores [n, classes]; got "
             f"{targets.dtype}. Write targets.astype(int)."
         )
+    if jnp.iinfo(targets.dtype).bits < 32:  # which may not hold the number of classes
+        targets = targets.astype(jnp.int32)
     mask, weights = _mask_and_weights(where, weights, targets.shape, scores.dtype)
     is_class = lambda x: (x >= 0) & (x < num_classes)
-    _check_values("targets", targets, mask, is_class, f"in 0..{num_classes - 1}")
-    return _make_examples(scores, targets, mask, weights)
+    requirement = f"in 0..{num_classes - 1}"
+    is_valid = _valid_values("targets", targets, where, is_class, requirement)
+    return _make_examples(scores, targets, mask, weights, is_valid)
 
 
 def class_examples(scores, targets, where=None, weights=None) -> Examples:
@@ -189,7 +197,7 @@ def _mask_and_weights(where, weights, shape: tuple, dtype: Any) -> tuple[Array, 
     for name, array in (("where", mask), ("weights", weights)):
         if array.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {array.shape}.")
-    _check_values("weights", weights, mask, lambda x: x >= 0, "at least 0")
+    _check_values("weights", weights, where, lambda x: x >= 0, "at least 0")
     return mask, jnp.where(mask, weights, 0).astype(dtype)
 
 
@@ -199,12 +207,13 @@ def _binary_targets(scores: Array, targets, where, weights, shape: tuple) -> Exa
     mask, weights = _mask_and_weights(where, weights, shape, scores.dtype)
     is_binary = lambda x: (x == 0) | (x == 1)
     remedy = " For labels of -1 and 1 pass targets > 0."
-    _check_values("targets", targets, mask, is_binary, "0 or 1", remedy)
-    return _make_examples(scores, targets.astype(scores.dtype), mask, weights)
+    is_valid = _valid_values("targets", targets, where, is_binary, "0 or 1", remedy)
+    targets = targets.astype(scores.dtype)
+    return _make_examples(scores, targets, mask, weights, is_valid)
 
 
 def _make_examples(
-    scores: Array, targets: Array, mask: Array, weights: Array
+    scores: Array, targets: Array, mask: Array, weights: Array, is_valid_target: Array
 ) -> Examples:
     """Returns examples with 0 where masked out, NaN where they count and are invalid.
 
@@ -213,30 +222,56 @@ def _make_examples(
     """
     # Before any arithmetic, because 0 * NaN is NaN.
     scores = jnp.where(_expand(mask, scores), scores, 0)
-    targets = jnp.where(_expand(mask, targets), targets, 0)
+    targets = jnp.where(_expand(mask, targets) & is_valid_target, targets, 0)
     has_weight = weights != 0
     _check_values("scores", scores, has_weight, lambda x: ~np.isinf(x), "finite")
-    # One invalid score makes the whole example invalid, unless its weight is 0.
+    # One invalid value makes the whole example invalid, unless its weight is 0.
     per_example = scores.reshape(*weights.shape, -1)
-    is_valid = jnp.all(jnp.isfinite(per_example), axis=-1) & jnp.isfinite(weights)
+    is_valid = jnp.all(jnp.isfinite(per_example), axis=-1)
+    is_valid &= jnp.all(is_valid_target.reshape(*weights.shape, -1), axis=-1)
+    is_valid &= (weights >= 0) & (weights < jnp.inf)
     nan_if_invalid = jnp.where(has_weight & ~is_valid, jnp.nan, jnp.ones_like(weights))
     per_example = jnp.where((has_weight | is_valid)[..., None], per_example, 0)
     scores = (per_example * nan_if_invalid[..., None]).reshape(scores.shape)
     return Examples(scores, targets, weights * nan_if_invalid, mask)
 
 
+def _valid_values(
+    name: str,
+    array: Array,
+    where: ArrayLike | None,
+    is_valid: Callable[[Any], Any],
+    requirement: str,
+    remedy: str = " Mask other examples out by where.",
+) -> Bool[Array, "..."]:
+    """Returns False for traced values that are not valid, after a check of the others.
+
+    Raises:
+      ValueError: A concrete value that counts is not valid.
+    """
+    _check_values(name, array, where, is_valid, requirement, remedy)
+    # Values that were checked need no operation in the compiled program.
+    is_checked = not (isinstance(array, Tracer) or isinstance(where, Tracer))
+    return jnp.ones(array.shape, bool) if is_checked else is_valid(array)
+
+
 def _check_values(
     name: str,
     array: Array,
-    mask: Array,
-    is_valid: Callable[[np.ndarray], np.ndarray],
+    where: ArrayLike | None,
+    is_valid: Callable[[Any], Any],
     requirement: str,
     remedy: str = " Mask other examples out by where.",
 ) -> None:
     """Raises ValueError for an invalid value that counts, unless values are traced."""
-    if isinstance(array, Tracer) or isinstance(mask, Tracer):
+    if isinstance(array, Tracer) or isinstance(where, Tracer):
         return
-    values = np.asarray(array)[np.asarray(_expand(mask, array))]
+    values = np.asarray(array)
+    if where is not None:
+        # In NumPy, because JAX would trace the expansion of a constant mask.
+        mask = np.asarray(where)
+        mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+        values = values[np.broadcast_to(mask, values.shape)]
     invalid = values[~is_valid(values)]
     if invalid.size:
         raise ValueError(f"{name} must be {requirement}; got {invalid[0]}.{remedy}")

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
@@ -11,6 +10,7 @@ from .base import (
     negligible_weight,
     propagate_nan,
     safe_divide,
+    sigmoid_at,
     subtract_threshold,
     weighted_mean,
 )
@@ -50,7 +50,7 @@ class AreaRatio(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns the mean ratio of areas of fractions."""
         shifted_scores = subtract_threshold(examples.scores, self.threshold)
-        return self._mean_ratio(examples, jax.nn.sigmoid(shifted_scores / temperature))
+        return self._mean_ratio(examples, sigmoid_at(shifted_scores, temperature))
 
     def exact_value(self, examples):
         """Returns the mean ratio of areas of the scores above the threshold."""

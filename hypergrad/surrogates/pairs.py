@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .base import safe_divide
+from .base import safe_divide, sigmoid_at
 from .inputs import Scalar, Vector
 
 #: Largest block: 2^20 pairs, 8 MB in float64. It has few rows, because a last block
@@ -146,7 +146,7 @@ def _smooth_ranks(
 def _weights_above(rows: Rows, columns: Columns, temperature: Temperatures) -> Ranks:
     """Returns the terms of `_smooth_ranks` whose items j are in one block."""
     differences = columns[:, None, :, 0] - rows[:, :, None, 0]
-    return jax.nn.sigmoid(differences / temperature) @ columns[:, :, 1:]
+    return sigmoid_at(differences, temperature) @ columns[:, :, 1:]
 
 
 def _has_positive(rows: Rows) -> Array:
@@ -208,7 +208,7 @@ def sum_of_wins(
 
         def weighted_wins():
             difference = s_rows[:, None] - s_columns[None, :]
-            wins = jax.nn.sigmoid(difference / temperature)
+            wins = sigmoid_at(difference, temperature)
             return jnp.sum(row_weights[:, None] * column_weights[None, :] * wins)
 
         zero = jnp.zeros((), scores.dtype)

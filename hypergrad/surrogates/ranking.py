@@ -136,6 +136,13 @@ def is_last_of_tie(sorted_scores: Vector) -> Bool[Array, " n"]:
     return jnp.append(sorted_scores[1:] != sorted_scores[:-1], True)
 
 
+def sum_and_rounding_error(a: Array, b: Array) -> tuple[Array, Array]:
+    """Returns ``a + b`` and its rounding error (Knuth's two-sum)."""
+    total = a + b
+    rounded = total - a
+    return total, (a - (total - rounded)) + (b - rounded)
+
+
 def totals_at_thresholds(scores: Vector, *weights: Vector) -> tuple[Array, list[Array]]:
     """Returns the order of the items from the best, and running totals in that order.
 

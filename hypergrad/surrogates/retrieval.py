@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ..trees import without_derivative
 from ..validation import check_positive_int
-from .base import safe_divide
+from .base import divide_by_temperature, safe_divide
 from .inputs import Examples, Scalar, Vector, graded_examples
 from .pairs import remat
 from .ranking import RankingSurrogate, ranking_rows, rowwise, totals_at_thresholds
@@ -194,7 +194,8 @@ class MRR(RankingSurrogate):
         has_positive = jnp.any(positive_weights > 0)
         # Scores relative to the best positive, so that exp does not overflow.
         best = without_derivative(_best_positive_score(row))
-        u = jnp.where(row.weights > 0, (row.scores - best) / temperature, 0)
+        u = divide_by_temperature(row.scores - best, temperature)
+        u = jnp.where(row.weights > 0, u, 0)
         factors = jnp.where(has_positive, positive_weights, 1)
         smooth_max = jax.nn.logsumexp(u, b=factors)
         rank = 1 + jnp.sum(row.negative_weights * jax.nn.sigmoid(u - smooth_max))
@@ -248,7 +249,8 @@ def smooth_top_gains(
         # differences are exact where quotients are not.
         index = jnp.minimum(jnp.searchsorted(num_items, rank), scores.size - 1)
         reference = without_derivative(scores[order[index]])
-        u = jnp.where(has_weight, (scores - reference) / temperature, 0)
+        u = divide_by_temperature(scores - reference, temperature)
+        u = jnp.where(has_weight, u, 0)
         return jnp.vdot(weights * row.targets, top_memberships(u, weights, rank))
 
     # One rank after the other, so that memory is O(n).

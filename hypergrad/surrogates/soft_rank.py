@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..trees import without_derivative
-from .base import propagate_nan
+from .base import divide_by_temperature, propagate_nan
 from .inputs import Vector, as_temperature, elementwise_examples
 
 
@@ -67,14 +67,14 @@ def soft_rank(
 def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> Vector:
     """Returns the `soft_rank` of one row, whose values are finite."""
     has_weight = weights > 0
-    top = jnp.max(jnp.where(has_weight, values, -jnp.inf))
-    top = jnp.where(jnp.any(has_weight), top, 0)
-    # Ranks do not change with a shift; differences are exact where quotients are not.
-    u = (values - without_derivative(top)) / temperature
-    u = jnp.maximum(u, 0.25 * jnp.finfo(u.dtype).min)  # differences stay finite
-    order = jnp.argsort(jnp.where(has_weight, -without_derivative(u), jnp.inf))
-    u, w = u[order], weights[order]
+    order = jnp.argsort(jnp.where(has_weight, -without_derivative(values), jnp.inf))
+    values, w = values[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
+    # A gap above the total weight always separates two blocks. Larger gaps are clipped,
+    # so that one distant value costs no digits of the others.
+    gaps = without_derivative(values[:-1] - values[1:])
+    gaps = jnp.clip(divide_by_temperature(gaps, temperature), 0, 2 * jnp.sum(w))
+    u = -jnp.cumsum(jnp.pad(gaps, (1, 0)))
     # Items of weight 0 come last, in blocks of their own.
     lowest = jnp.finfo(u.dtype).min
     targets = without_derivative(jnp.where(w > 0, u + hard_ranks, lowest))
@@ -93,7 +93,8 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     # mean of each block. The blocks are locally constant, so the derivatives of these
     # lines are exact. Within a block u is relative to its first item, so that large
     # values lose no digits.
-    u = u - without_derivative(u)[init_index]
+    differences = values - without_derivative(values)[init_index]
+    u = divide_by_temperature(jnp.where(w > 0, differences, 0), temperature)
     ranks = jnp.where(w > 0, block_mean(hard_ranks) - (u - block_mean(u)), 0)
     return jnp.zeros_like(ranks).at[order].set(ranks, unique_indices=True)
 

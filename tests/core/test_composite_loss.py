@@ -157,6 +157,22 @@ def test_products_of_a_linear_model_are_those_of_the_hessian():
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_outputs_that_are_not_floating_point_are_constants():
+    """Such as predictions and masks; products are those of the other outputs."""
+
+    def outputs(w, alpha, batch):
+        fit = jnp.sin(w)
+        return {"fit": fit, "class": jnp.arange(2), "is_high": fit > 0, "none": None}
+
+    weighted_mse = lambda z, alpha, batch: jnp.sum(
+        jnp.where(z["is_high"], 2.0, 1.0) * (1 + z["class"]) * z["fit"] ** 2
+    )
+    loss = hg.CompositeLoss(outputs, weighted_mse)
+    w, v = jnp.array([0.5, -1.0]), jnp.array([1.0, 2.0])
+    product = jax.jit(loss.gauss_newton)(w, None, None, v)
+    np.testing.assert_allclose(product, 4 * jnp.cos(w) ** 2 * v)
+
+
 def test_a_refined_estimate_uses_the_hessian():
     """Starts from a biased estimate of a convex problem."""
     loss = hg.CompositeLoss(

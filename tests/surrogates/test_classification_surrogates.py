@@ -98,6 +98,20 @@ def test_sorted_hinges_do_not_cancel_in_float32(key):
     np.testing.assert_allclose(1 - value, loss, rtol=1e-4)
 
 
+@pytest.mark.parametrize("top", [1.0, 1e6, 1e8])
+def test_one_distant_positive_costs_hinges_no_digits(top):
+    """In float32, where the scores relative to the highest are all equal."""
+    scores = np.array([top, 0.9, 0.6, 0.3, 0.1], np.float32)
+    targets = np.array([1, 0, 1, 0, 0])
+    d, w = pair_differences(scores.astype(float), targets, np.ones(5))
+    loss = (w * np.maximum(0, 1 - d) ** 2).sum()
+    smooth = lambda s: sg.SquaredHingeAUC()(s, targets, temperature=1.0)
+    value, gradient = jax.jit(jax.value_and_grad(smooth))(scores)
+    np.testing.assert_allclose(value, 1 - loss, rtol=1e-5)
+    # Pairs of the second positive: dL/ds_i = -2 (1 - d) / pairs.
+    np.testing.assert_allclose(gradient[2], 2 * (1.3 + 0.7 + 0.5) / 6, rtol=1e-5)
+
+
 # Calibration.
 
 

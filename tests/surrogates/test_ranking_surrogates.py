@@ -109,6 +109,17 @@ def test_fast_ap_is_the_papers_sum_for_scores_at_bin_centers(key):
         np.testing.assert_allclose(value, paper, rtol=1e-12)
 
 
+def test_fast_ap_of_an_empty_range_is_nan():
+    """Where ``low`` is above the highest score, which would hide every gradient."""
+    scores, targets = -jnp.arange(1.0, 5.0), jnp.array([1, 0, 1, 0])
+    smooth = lambda s, low: sg.FastAP(low=low)(s, targets, temperature=1.0)
+    run = jax.jit(jax.value_and_grad(smooth))
+    value, gradient = run(scores, 0.0)
+    assert np.isnan(value) & np.all(np.isnan(gradient))
+    value, gradient = run(scores, -5.0)
+    assert np.isfinite(value) & np.all(np.isfinite(gradient))
+
+
 # BlackboxAP.
 
 
@@ -227,15 +238,45 @@ def test_boxes_are_matched_greedily_within_their_image(key):
         assert 0 < is_match.sum() < where.sum()
 
 
-def test_detection_ap_has_one_number_of_true_boxes_per_ranking():
-    """A class without true boxes counts as 0, and not if it is masked out."""
+@pytest.mark.parametrize("sizes", [(2, 0, 3), (2, 3, 0), (0, 2, 3)])
+def test_nothing_matches_if_an_array_is_empty(sizes):
+    num_images, num_boxes, num_true = sizes
+    shape = num_images, num_boxes
+    is_match = sg.match_boxes(
+        jnp.zeros((*shape, 4)), jnp.zeros(shape), jnp.zeros((num_images, num_true, 4))
+    )
+    assert is_match.shape == shape
+    assert not is_match.any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "float32"])
+def test_the_best_of_equal_boxes_matches_for_scores_of_any_type(dtype):
+    """Also if the lowest number of the type is among the scores."""
+    low = 0.0 if dtype == "float32" else np.iinfo(dtype).min
+    scores = np.array([[low, 100, 50, 100]], dtype)
+    boxes = jnp.ones((1, 4, 4)).at[..., :2].set(0.0)
+    is_match = sg.match_boxes(boxes, scores, boxes[:, :1])
+    assert is_match.tolist() == [[False, True, False, False]]
+
+
+def test_detection_ap_is_the_mean_over_classes_with_true_boxes():
+    """As in COCO: with or without detections, and no class without true boxes."""
     scores = jnp.array([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4], [0.3, 0.2, 0.1]])
     is_match = jnp.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
-    exact = eqx.filter_jit(sg.DetectionAP(jnp.array([2, 1, 0])).exact)
-    for third, num_classes in ((True, 3), (False, 2)):
-        where = jnp.array([[True] * 3, [True] * 3, [third] * 3])
-        value = exact(scores, is_match, where=where)
-        np.testing.assert_allclose(value, (5 / 6 + 1 / 2) / num_classes)
+
+    @jax.jit
+    def run(num_true, where):
+        ap = sg.DetectionAP(num_true)
+        smooth = ap(scores, is_match, temperature=0.05, where=where)
+        return ap.exact(scores, is_match, where=where), smooth
+
+    for num_true, num_classes in ((0.0, 2), (3.0, 3)):
+        for is_detected in (True, False):
+            where = jnp.array([[True] * 3, [True] * 3, [is_detected] * 3])
+            values = run(jnp.array([2.0, 1.0, num_true]), where)
+            np.testing.assert_allclose(values, (5 / 6 + 1 / 2) / num_classes, rtol=1e-6)
+    assert np.all(np.isnan(run(jnp.array([2.0, 0.0, 3.0]), where)))
+    assert np.all(np.isnan(run(jnp.array([2.0, 1.0, jnp.nan]), where)))
 
 
 @pytest.mark.parametrize(("num_points", "num_reached"), [(101, 8), (11, 1)])
@@ -244,6 +285,16 @@ def test_a_recall_at_a_point_reaches_it(num_points, num_reached):
     exact = eqx.filter_jit(sg.DetectionAP(100, num_points).exact)
     value = exact(jnp.arange(7.0), jnp.ones(7))
     np.testing.assert_allclose(value, num_reached / num_points)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("num_points", [11, 101])
+@pytest.mark.parametrize("n", [10, 30, 10_000])
+def test_matches_of_fractional_weight_reach_the_last_recall(n, num_points, dtype):
+    """Their sum is below the number of true boxes by rounding."""
+    exact = eqx.filter_jit(sg.DetectionAP(0.1 * n, num_points).exact)
+    scores, weights = -np.arange(n, dtype=dtype), np.full(n, 0.1, dtype)
+    assert exact(scores, np.ones(n), weights=weights) == 1.0
 
 
 @pytest.mark.parametrize("num_points", [None, 101])

@@ -90,6 +90,19 @@ def test_a_weight_repeats_an_item_and_a_shift_changes_nothing(key):
     assert ranks.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("top", [1e3, 1e8, 3e38])
+def test_one_distant_value_leaves_the_ranks_of_the_others(top):
+    """In float32, at a temperature that pools some of the others."""
+    values = np.array([1.0, 0.9, 0.6, 0.55, 0.5, 0.1], np.float32)
+    expected = 1 + soft_rank(values[1:], np.float32(0.1))
+    for sign in (1, -1):
+        distant = sign * np.where(np.arange(6) == 0, np.float32(top), sign * values)
+        ranks = soft_rank(distant, np.float32(0.1))
+        offset = 0 if sign > 0 else 1
+        np.testing.assert_allclose(ranks[1:] + offset, expected, rtol=1e-5)
+        assert ranks[0] == (1 if sign > 0 else 6)
+
+
 def test_jacobians_in_both_modes_equal_central_differences(key):
     scores = jnp.asarray(sample_smooth("soft-rank-ap", make_rng(key))[0])
     f = lambda s: soft_rank(s, 0.1)
