@@ -29,6 +29,7 @@ from .minimum_checks import (
     curvature_vanishes,
     gradient_rounding,
     scales_of_rounding,
+    within_rounding,
 )
 from .problem import Bilevel
 from .products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
@@ -279,7 +280,10 @@ def estimate_error(
     scaled_norm = lambda x: safe_norm(scaling.multiply(x))
     correct = problem.for_each_loss(lambda d: add_scale(w, -1, d))
     new_w = correct(terms.inner_step)  # w+ = w - d
-    new_b, new_direct = _outer_grads(problem, new_w, alpha, outer_batch)
+    # An outer gradient that the numbers of w do not resolve is changed by rounding.
+    new_b, new_direct = _outer_grads(
+        problem, within_rounding(new_w), alpha, outer_batch
+    )
 
     def error_of_loss(parts, terms, new_w, new_b, new_direct, reads_w):
         products = _products_at_correction(

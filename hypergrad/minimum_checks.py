@@ -23,6 +23,7 @@ from .trees import (
 )
 
 NUM_SCALE_PROBES = 8
+ROUNDING_SEED = 7
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
 
@@ -79,6 +80,15 @@ def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Arra
 
     leaves = jax.tree.leaves(jax.tree.map(is_small, grad, grad_scale))
     return jnp.all(jnp.stack(leaves))
+
+
+def within_rounding(w: PyTree) -> PyTree:
+    """Returns ``w (1 + eps z)`` with signs ``z``, which equals ``w`` up to rounding."""
+
+    def change(leaf, z):
+        return leaf * (1 + float(jnp.finfo(leaf.dtype).eps) * jnp.sign(z))
+
+    return jax.tree.map(change, w, hash_normal(ROUNDING_SEED, w))
 
 
 def scales_of_rounding(

@@ -9,7 +9,12 @@ from jaxtyping import Array, PyTree, Scalar
 from .implicit_diff import ImplicitResult
 from .linear.base import LinearStats
 from .linear.equilibration import Scaling
-from .minimum_checks import gradient_rounding, is_stationary, scales_of_rounding
+from .minimum_checks import (
+    gradient_rounding,
+    is_stationary,
+    scales_of_rounding,
+    within_rounding,
+)
 from .products import Loss
 from .trees import safe_norm
 
@@ -44,7 +49,9 @@ def correct_by_newton(
 ) -> NewtonCorrection:
     """Returns ``w`` and implicit differentiation after Newton steps.
 
-    With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``.
+    With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``. All
+    steps but the last end within the rounding of ``w``, so that a hypergradient which
+    the numbers of ``w`` do not resolve is changed by the last one.
 
     Args:
       w, hypergradient, adjoint, inner_grad: Where the steps start.
@@ -56,10 +63,12 @@ def correct_by_newton(
     solves: list[LinearStats] = []
     result, change = None, jnp.asarray(jnp.nan)
     previous_w, previous_grad = w, inner_grad
-    for _ in range(num_newton_steps):
+    for step in range(num_newton_steps):
         previous_w, previous_grad = w, inner_grad
         # H d = dL/dw,  w <- w - d
         w, newton_stats = take_step(w, inner_grad)
+        if step < num_newton_steps - 1:
+            w = within_rounding(w)
         # H e = b - H v,  v <- v + e
         result = differentiate(w, adjoint)
         solves += [newton_stats, result.linear_stats]

@@ -183,7 +183,7 @@ class AdaptiveSolve(eqx.Module):
         return AdaptiveState(
             carry=carry,
             differentiation=differentiation,
-            counts=add_counts(counts, num_outer_grads=2),
+            counts=add_counts(counts, num_outer_grads=differentiation.num_outer_grads),
             linear_stats=linear_stats,
             grad_tol=grad_tol,
             init_grad_tol=jnp.where(is_first, grad_tol, state.init_grad_tol),
@@ -315,7 +315,7 @@ class AdaptiveSolve(eqx.Module):
             adjoint,
             duals,
             linear_solver=linear_solver,
-            with_error=True,
+            rtol=self.rtol,
         )
 
     def merge_stats(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree, Scalar
 
+from ..error_confirmation import confirm_error
 from ..implicit_diff import (
     ImplicitResult,
     implicit_hypergradient,
@@ -38,12 +39,14 @@ class AdjointSolution(NamedTuple):
       duals: ``duals`` of `CorrectionTerms` for the next estimate; the given ones if the
         solver yields none.
       num_extra_products: Number of products beside those of ``result``.
+      num_outer_grads: Number of gradients of each outer loss.
     """
 
     result: ImplicitResult
     error: Any  # HypergradientError or None
     duals: PyTree
     num_extra_products: Scalar | float
+    num_outer_grads: Scalar | float = 1.0
 
 
 class Point(NamedTuple):
@@ -80,7 +83,7 @@ def solve_adjoint(
     *,
     linear_solver: lx.AbstractLinearSolver,
     prepared: PyTree = None,
-    with_error: bool,
+    rtol: Scalar | float | None = None,
 ) -> AdjointSolution:
     """Returns implicit differentiation at ``w``, and its error estimate if asked for.
 
@@ -91,14 +94,16 @@ def solve_adjoint(
       adjoint, duals: Solutions of the previous estimate, or zeros.
       linear_solver: The linear solver, whose tolerance may differ from the estimator's.
       prepared: Data that the linear solver reuses.
-      with_error: Whether to estimate the error.
+      rtol: Relative error up to which the hypergradient is trusted; None stands for no
+        error estimate.
 
     Cost:
       For the error estimate with `scaled_cg` five products and one outer gradient, two
       products for the duals of the previous estimate, one after negative curvature, and
       eight where a Newton step does not lower ``dL/dw`` as predicted; with any other
-      solver up to 25 steps of `scaled_cg` more.
+      solver up to 25 steps of `scaled_cg` more. `confirm_error` adds its own.
     """
+    with_error = rtol is not None
     point = Point(problem, w, alpha, batch, outer_batch)
     terms: Any = None
     if uses_scaled_cg(estimator):
@@ -125,14 +130,18 @@ def solve_adjoint(
     if not with_error:
         return solution
     error, num_products = estimate_error(*point, scaling, solution.result, terms)
-    num_products = jnp.asarray(num_products + solution.num_extra_products, float)
+    error, num_confirming, num_outer_grads = confirm_error(
+        *point, scaling, solution.result, error, rtol
+    )
+    num_products += num_confirming + solution.num_extra_products
     is_negative = solution.result.linear_stats["negative_curvature"]
     return solution._replace(
         result=_with_negative_curvature(
             solution.result, is_negative | error.negative_curvature
         ),
         error=error,
-        num_extra_products=num_products,
+        num_extra_products=jnp.asarray(num_products, float),
+        num_outer_grads=jnp.asarray(2 + num_outer_grads, float),
     )
 
 

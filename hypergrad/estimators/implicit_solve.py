@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
+from ..certificate import TRUST_RTOL
 from ..implicit_diff import (
     EMPTY_LINEAR_STATS,
     damped_hvp_fn,
@@ -88,17 +89,16 @@ def solve_once(
         finite_or_zero(state.duals),
         linear_solver=estimator.linear_solver,
         prepared=prepared,
-        with_error=has_error_estimate(estimator),
+        rtol=TRUST_RTOL if has_error_estimate(estimator) else None,
     )
     linear_stats = merge_linear_stats(linear_stats, differentiation.result.linear_stats)
     linear_stats["num_products"] += (
         scaling.num_products + num_prepared + differentiation.num_extra_products
     )
-    num_outer_grads = 1 if differentiation.error is None else 2
     return Solution(
         w,
         differentiation,
-        counts=counts | {"num_outer_grads": num_outer_grads},
+        counts=counts | {"num_outer_grads": differentiation.num_outer_grads},
         linear_stats=linear_stats,
         grad_tol=state.grad_tol,
         prepared=prepared,

@@ -272,3 +272,89 @@ def test_a_curvature_of_rounding_is_ill_conditioned_whatever_its_sign():
         b = basis @ np.concatenate([[5e-3], rng.normal(size=11)])
         flags = estimate_fn((jnp.asarray(H + H.T) / 2, jnp.asarray(b))).flags
         assert flags["ill_conditioned"] or flags["negative_curvature"]
+
+
+def quadratic_of_many_parameters(seed, num_parameters=200, condition=100.0):
+    """Returns data of ``w'A w / 2 - c'w`` and of the outer loss at ``w*(0) = t``."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(num_parameters, num_parameters)))
+    eigenvalues = np.geomspace(1 / condition, 1, num_parameters)
+    target = rng.normal(size=num_parameters)
+    noise = basis @ (np.sqrt(eigenvalues) * rng.normal(size=num_parameters))
+    factor = (basis * np.sqrt(eigenvalues)) @ rng.normal(size=basis.shape)
+    A = (basis * eigenvalues) @ basis.T
+    V = 0.7 * A + 0.3 * factor @ factor.T / num_parameters
+    return {"A": A, "c": A @ target + 0.05 * noise, "V": V, "t": target}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_of_many_parameters_no_estimate_is_falsely_trusted(dtype):
+    """Descent stops early on 16 problems; the solve resolves a part of ``d`` only.
+
+    The hypergradient is that of one L2 penalty. Estimates within 1e-3 are trusted.
+    """
+
+    def inner(w, alpha, batch):
+        quadratic = 0.5 * w @ (batch["A"] @ w) - batch["c"] @ w
+        return quadratic + 0.5 * jnp.exp(alpha) * jnp.sum(w**2)
+
+    def outer(w, alpha, batch):
+        error = w - batch["t"]
+        return 0.5 * error @ (batch["V"] @ error)
+
+    def exact(data, alpha):
+        H = data["A"] + np.exp(alpha) * np.eye(len(data["c"]))
+        w = np.linalg.solve(H, data["c"])
+        v = np.linalg.solve(H, data["V"] @ (w - data["t"]))
+        return -np.exp(alpha) * w @ v
+
+    @jax.jit
+    def estimate(batch, w):
+        problem = hg.Bilevel(inner, outer, batch, batch)
+        alpha = jnp.asarray(-7.0, dtype)
+        result = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+        return result.hypergradient, result.trusted
+
+    num_trusted, num_accurate = 0, 0
+    for seed in range(16):
+        data = quadratic_of_many_parameters(seed)
+        truth = exact(data, -7.0)
+        H = data["A"] + np.exp(-7.0) * np.eye(200)
+        w = np.zeros(200)
+        batch = {name: jnp.asarray(x, dtype) for name, x in data.items()}
+        for step in range(1, 801):
+            w = w - 0.9 * (H @ w - data["c"])
+            if step not in (200, 400, 800):
+                continue
+            h, trusted = estimate(batch, jnp.asarray(w, dtype))
+            error = abs(float(h) - truth) / abs(truth)
+            assert not (trusted and error > 2e-2), (seed, step, error)
+            assert trusted or error > 1e-3, (seed, step, error)
+            num_trusted += bool(trusted)
+            num_accurate += error < 1e-3
+    assert num_trusted >= num_accurate > 5
+
+
+@pytest.mark.parametrize("certify", [False, True], ids=["estimated", "certified"])
+def test_targets_far_from_zero_in_float32_are_not_trusted(certify):
+    """``X w - y`` rounds at a tenth of its deviation, and so does ``dM/dw``."""
+    rng = np.random.default_rng(0)
+    features = np.c_[rng.normal(size=(400, 10)), np.ones(400)]
+    answers = features @ rng.normal(size=11) + rng.normal(size=400)
+    alpha = jnp.full(11, -5.0, jnp.float32).at[-1].set(-15.0)
+
+    def loss(w, alpha, batch):
+        return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    def inner(w, alpha, batch):
+        return loss(w, alpha, batch) + 0.5 * jnp.sum(jnp.exp(alpha) * w**2)
+
+    def estimate(offset):
+        x = jnp.asarray(features, jnp.float32)
+        y = jnp.asarray(answers + offset, jnp.float32)
+        problem = hg.Bilevel(inner, loss, (x[:200], y[:200]), (x[200:], y[200:]))
+        estimator = hg.Implicit(hg.Newton(), certify=certify)
+        return hg.hypergradient(problem, estimator)(jnp.zeros(11, jnp.float32), alpha)
+
+    assert estimate(0.0).trusted
+    assert not estimate(1e6).trusted
