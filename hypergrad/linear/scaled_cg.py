@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar
 
 from ..trees import (
     add_scale,
@@ -348,7 +348,7 @@ def _project(
     if size > 1:
         eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(W))).eps)
         gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
-        eigenvalues, q = jnp.linalg.eigh(gram)
+        eigenvalues, q = _symmetric_eigh(gram)
         # Smaller eigenvalues are those of nearly dependent vectors, mostly rounding.
         is_negative |= jnp.any(eigenvalues < -(eps**0.5))
         is_used = eigenvalues > eps**0.5
@@ -361,3 +361,21 @@ def _project(
     residuals = optax.tree.sub(all_rhs, combine(HW))
     num_products = jnp.where(is_empty, 0, size)
     return combine(W), residuals, is_negative & ~is_empty, num_products
+
+
+def _symmetric_eigh(
+    matrix: Float[Array, "k k"],
+) -> tuple[Float[Array, " k"], Float[Array, "k k"]]:
+    """Returns the eigenvalues, in any order, and eigenvectors of a symmetric matrix.
+
+    The one of a single outer loss has two rows, which a rotation makes diagonal. The
+    first program with a call of LAPACK imports scipy, which takes half a second.
+    """
+    if matrix.shape[0] != 2:
+        return jnp.linalg.eigh(matrix)
+    # [[a, b], [b, c]] is diagonal after a rotation by t with tan 2t = 2 b / (a - c).
+    (a, b), (_, c) = matrix
+    angle = jnp.arctan2(2 * b, a - c) / 2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    q = jnp.array([[cos, -sin], [sin, cos]])
+    return jnp.diagonal(q.T @ matrix @ q), q
