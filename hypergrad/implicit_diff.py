@@ -347,9 +347,14 @@ def safeguarded_newton_steps(
 
 
 def count_products(linear_stats: LinearStats) -> Array:
-    """Returns the products made for all right-hand sides, shared ones counted once."""
+    """Returns the products made for all right-hand sides, shared ones counted once.
+
+    Under `jax.vmap` each step of a solver makes a product for every right-hand side, so
+    that K right-hand sides take K times the products of the slowest of them.
+    """
     num_shared = linear_stats["num_shared"]
-    return jnp.sum(linear_stats["num_products"] - num_shared) + jnp.max(num_shared)
+    num_unshared = linear_stats["num_products"] - num_shared
+    return num_unshared.size * jnp.max(num_unshared) + jnp.max(num_shared)
 
 
 def merge_linear_stats(total: LinearStats, new: LinearStats) -> LinearStats:

@@ -183,6 +183,11 @@ def _check_solve(problem, init, w, alpha, solver, inner_data, key) -> None:
         )
     new_w, stats = result
     check_same_structure(name, new_w, w)
+    if not isinstance(stats, dict):
+        raise TypeError(
+            f"{name} must return a dictionary of statistics as the second output; got "
+            f"{type(stats).__name__}. {remedy}"
+        )
     if missing := SOLVER_STATS - set(stats):
         raise ValueError(
             f"{name} must report the statistics {sorted(SOLVER_STATS)}; "
@@ -283,15 +288,79 @@ def solver_uses_alpha(
     solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree, data: PyTree
 ) -> Sequence[bool]:
     """Returns which leaves an iterative solver uses besides the loss, such as rates."""
+    init, step = _calls_without_alpha_in_loss(solver, problem, alpha, data)
+    return used_inputs(lambda alpha: step(init(w, alpha), alpha), alpha)
+
+
+def check_steps_use_alpha(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree, advice: str
+) -> None:
+    """Raises ValueError for a leaf of ``alpha`` that no derivative of steps reaches.
+
+    This is the check of estimators that differentiate steps from a constant carry. A
+    leaf that the steps read from the state of the optimizer is an error, even if it
+    enters a loss, because its derivative would be incomplete.
+
+    Args:
+      solver: An `IterativeSolver`.
+      problem, w, alpha: As in `check_alpha_has_gradient`.
+      advice: Continues the message for a leaf that neither losses nor steps use.
+    """
+    check_on_shapes(_check_state_without_alpha, solver, problem, w, alpha)
+    inner_data, _ = problem.sample_data(jax.random.key(0))
+    init, step = _calls_without_alpha_in_loss(solver, problem, alpha, inner_data)
+    carry = jax.eval_shape(init, w, alpha)
+    is_used = used_inputs(step, carry, alpha)[-len(jax.tree.leaves(alpha)) :]
+    check_alpha_has_gradient(problem, w, alpha, is_used, advice)
+
+
+def _check_state_without_alpha(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> None:
+    """Raises ValueError for leaves of ``alpha`` on which a constant state depends."""
+    inner_data, _ = problem.sample_data(jax.random.key(0))
+    init, step = _calls_without_alpha_in_loss(solver, problem, alpha, inner_data)
+    init_leaves = lambda alpha: jax.tree.leaves(init(w, alpha)[1])
+    if not any(used_inputs(init_leaves, alpha)):
+        return
+    _, state = jax.eval_shape(init, w, alpha)
+    leaves, structure = jax.tree.flatten(state)
+    num_w = len(jax.tree.leaves(w))
+    is_stored = [False] * len(jax.tree.leaves(alpha))
+    for i in range(len(leaves)):
+        in_leaf = used_inputs(lambda alpha, i=i: init_leaves(alpha)[i], alpha)
+
+        def next_leaf(w, leaves, i=i):
+            carry = w, jax.tree.unflatten(structure, leaves)
+            return jax.tree.leaves(step(carry, alpha)[1])[i]
+
+        # A momentum depends on w, and forgets its initial value.
+        used = used_inputs(next_leaf, w, leaves) if any(in_leaf) else ()
+        if any(used[num_w + i : num_w + i + 1]) and not any(used[:num_w]):
+            is_stored = list(map(operator.or_, is_stored, in_leaf))
+    if any(is_stored):
+        names = names_without_gradient(alpha, [not stored for stored in is_stored])
+        raise ValueError(
+            f"solver must use {names} in each step; got {type(solver).__name__}, whose "
+            "init stores it in the state, which is a constant of this estimator. Build "
+            "the transformation from alpha without optax.inject_hyperparams, as in "
+            "hg.Descent(lambda alpha: optax.sgd(alpha), num_steps)."
+        )
+
+
+def _calls_without_alpha_in_loss(
+    solver: Any, problem: Bilevel, alpha: PyTree, data: PyTree
+) -> tuple[Callable[[PyTree, PyTree], PyTree], Callable[[PyTree, PyTree], PyTree]]:
+    """Returns ``(w, alpha) -> carry`` and ``(carry, alpha) -> next carry``.
+
+    The inner loss has a constant in place of ``alpha``.
+    """
     constant = jax.tree.map(jnp.zeros_like, alpha)
     loss = lambda w, _, batch: problem.inner_loss(w, constant, batch)
     init_key, step_key = jax.random.split(jax.random.key(0))
-
-    def step(alpha):
-        carry = solver.init(loss, w, alpha, data, init_key)
-        return solver.step(loss, carry, alpha, data, step_key)
-
-    return used_inputs(step, alpha)
+    init = lambda w, alpha: solver.init(loss, w, alpha, data, init_key)
+    step = lambda carry, alpha: solver.step(loss, carry, alpha, data, step_key)
+    return init, step
 
 
 def init_uses_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:

@@ -19,7 +19,7 @@ from ..inner.descent import run_inner_steps
 from ..lost_derivative_checks import lost_derivative_flags, lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_alpha_has_gradient, solver_uses_alpha
+from ..problem_checks import check_steps_use_alpha
 from ..trees import (
     all_finite,
     max_machine_eps,
@@ -113,7 +113,9 @@ class FixedPoint(eqx.Module):
       + 4 further steps with a product and an outer gradient each.
     Memory: three carries of the solver, for any number of steps.
     Target: argmin. The derivative includes the dependence of the optimizer on
-      ``alpha``, which adds nothing where the gradient is zero.
+      ``alpha``, which adds nothing where the gradient is zero. A leaf of ``alpha`` that
+      the state of the optimizer holds, as with `optax.inject_hyperparams`, raises
+      ValueError, because the derivative of a step at a fixed state would miss it.
     Bias: ``q^K`` if a step contracts by ``q``, and the error that the inner run leaves.
     Trust: the error is estimated by m further steps of ``w`` and ``v`` at once,
 
@@ -189,8 +191,7 @@ class FixedPoint(eqx.Module):
         key = jax.random.key(0) if key is None else key
         check_differentiable_run(self.solver, problem, w, alpha)
         inner_data, _ = problem.sample_data(jax.random.key(0))
-        has_gradient = solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
-        check_alpha_has_gradient(problem, w, alpha, has_gradient, NO_GRADIENT_ADVICE)
+        check_steps_use_alpha(self.solver, problem, w, alpha, NO_GRADIENT_ADVICE)
         carry = self.solver.init(problem.inner_loss, w, alpha, inner_data, key)
         dynamic = eqx.filter(carry, eqx.is_inexact_array)
         return FixedPointState(w, zero_adjoint(problem, dynamic))

@@ -18,7 +18,7 @@ from ..keys_in_w import bind_keys
 from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import solver_uses_alpha
+from ..problem_checks import check_steps_use_alpha, solver_uses_alpha
 from ..trees import all_finite, safe_norm
 from ..validation import KEY_SHAPE, check_positive_int
 from .forward import Forward
@@ -76,7 +76,9 @@ class Unrolled(RunEstimator):
       ``q^K`` if each step contracts by ``q``; such an estimate is never trusted. Its
       ``error_estimate`` extrapolates the contributions of the last K steps as a
       geometric series. It misses steps that contribute only earlier, and
-      contributions that grow.
+      contributions that grow. A leaf of ``alpha`` that the state of the optimizer
+      holds, as with `optax.inject_hyperparams`, raises ValueError if K < T, because the
+      state before the last K steps is a constant.
     Trust: values are finite, no derivative is lost, and the steps do not amplify
       rounding errors, so that a chaotic run is not trusted: the rounding of the
       iterates must leave the outer value half of its digits, and 1e-2 of it. The
@@ -163,6 +165,12 @@ class Unrolled(RunEstimator):
     ) -> InnerRunState:
         """Returns the state in which the first run starts from ``w``."""
         check_differentiable_run(self.solver, problem, w, alpha)
+        if self.is_truncated:
+            advice = (
+                "and neither do the last steps of the optimizer, which are the ones "
+                "that are differentiated. Remove it from alpha"
+            )
+            check_steps_use_alpha(self.solver, problem, w, alpha, advice)
         return super().init(problem, w, alpha, key)
 
     def optimizer_uses_alpha(

@@ -23,6 +23,9 @@ class InnerSolver(Protocol):
 
     - ``differentiable``: Whether the iterations may be differentiated. Defaults to
       False. If True, the solver must be an `IterativeSolver`.
+    - ``ignores_loss``: Whether `solve` returns a result that does not depend on
+      ``inner_loss``, such as a formula. Defaults to False. If True, `Penalty`, which
+      adds the outer loss to it, raises TypeError.
     - ``citations``: Keys of ``references.bib``, for `hypergrad.citation`. Defaults to
       none.
     """
@@ -76,7 +79,15 @@ class IterativeSolver(InnerSolver, Protocol):
     def init(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """Returns the first carry, a pair ``(w, state)``."""
+        """Returns the first carry, a pair ``(w, state)``.
+
+        `step` should read ``alpha`` from its argument and not from ``state``, because
+        `FixedPoint` and truncated runs differentiate steps from a constant carry. They
+        raise ValueError for a leaf of ``alpha`` that `init` stores in ``state`` if
+        `step` keeps it there or updates it without ``w``. If it is updated with ``w``,
+        as an initial momentum is, its contribution is dropped like those of the steps
+        before the constant carry.
+        """
         ...
 
     def step(

@@ -125,7 +125,8 @@ class Descent(eqx.Module):
         updates, state = self._transformation(alpha).update(
             grad, state, w, value=value, grad=grad, value_fn=value_fn
         )
-        return optax.apply_updates(w, updates), state
+        # A hyperparameter of a wider dtype than w widens the state that it mixes.
+        return cast_like((optax.apply_updates(w, updates), state), carry)
 
     def solve(
         self, inner_loss: Loss, w: PyTree, alpha: PyTree, data: Data, key: Array

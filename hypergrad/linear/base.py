@@ -45,7 +45,8 @@ class SymmetricSolver(lx.AbstractLinearSolver):
 
     - ``num_products``: Number of Hessian-vector products. Defaults to the number that
       solvers of lineax make in ``num_steps`` steps, and to the dimension if there is no
-      such entry, which stands for a dense solver.
+      such entry, which stands for a dense solver. For `lineax.GMRES`, which reports
+      cycles, it is the maximum number.
     - ``num_shared``: Number of these products that several right-hand sides share under
       ``vmap``. Defaults to 0, and to all of them for a dense solver.
     - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``. Default
@@ -146,9 +147,7 @@ def solve_linear(
     state = solver.init(operator, options)
     v, result, stats = solver.compute(state, b, options)
     v = cast_like(v, like)
-    num_products = _count_products(solver, b, stats)
-    is_dense = "num_products" not in stats and "num_steps" not in stats
-    num_shared = num_products if is_dense else stats.get("num_shared", 0)
+    num_products, num_shared = _count_products(solver, b, stats)
     return v, {
         "num_products": jnp.asarray(num_products, dtype=float),
         "num_shared": jnp.asarray(num_shared, dtype=float),
@@ -171,16 +170,29 @@ def _with_one_dtype(
 
 def _count_products(
     solver: lx.AbstractLinearSolver, b: PyTree, stats: dict[str, Any]
-) -> Any:
-    """Returns the number of products with ``H``; see `SymmetricSolver`."""
+) -> tuple[Any, Any]:
+    """Returns the numbers of products with ``H`` and of shared ones among them.
+
+    `SymmetricSolver` defines both.
+    """
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    num_shared = stats.get("num_shared", 0)
     if "num_products" in stats:
-        return stats["num_products"]
-    if isinstance(solver, lx.Normal):  # solves H'H v = H'b, two products each
-        return 2 * _count_products(solver.inner_solver, b, stats) + 1
+        return stats["num_products"], num_shared
+    if isinstance(solver, lx.Normal):  # solves H'H v = H'b
+        if isinstance(solver.inner_solver, lx.Cholesky):
+            return dimension, dimension  # H is formed, and H'b computed from it
+        num_pairs, num_shared = _count_products(solver.inner_solver, b, stats)
+        return 2 * num_pairs + 1, 2 * num_shared
     if "num_steps" not in stats:
-        return dimension
-    num_steps = stats["num_steps"]
+        return dimension, dimension
+    return _products_in_steps(solver, dimension, stats["num_steps"]), num_shared
+
+
+def _products_in_steps(
+    solver: lx.AbstractLinearSolver, dimension: int, num_steps: Any
+) -> Any:
+    """Returns the number of products that a solver of lineax makes in its steps."""
     match solver:
         case lx.CG(stabilise_every=None):
             return num_steps + 1

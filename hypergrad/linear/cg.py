@@ -59,7 +59,8 @@ class CG(SymmetricSolver):
 
     Cost:
       One Hessian-vector product per step, one more for a warm start, one for the true
-      residual, and with 'diagonal' eight for ``S``.
+      residual, and with 'diagonal' eight for ``S``, or one per parameter for up to
+      eight parameters.
     Memory: four vectors like ``w``, five with 'diagonal'.
     Bias: none at convergence.
 

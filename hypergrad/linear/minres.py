@@ -62,7 +62,8 @@ class MINRES(SymmetricSolver):
 
     Cost:
       One Hessian-vector product per step, one more for a warm start, one for the true
-      residual, and with 'diagonal' eight for ``S`` where `Implicit` passes none.
+      residual, and with 'diagonal' eight for ``S`` where `Implicit` passes none, or one
+      per parameter for up to eight parameters.
     Memory: seven vectors like ``w``, eight with 'diagonal'.
     Bias: none at convergence.
 

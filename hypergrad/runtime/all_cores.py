@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 #: Size of the data from which on two cores save more than a single kernel does.
@@ -64,7 +65,9 @@ def _with_sort_jvp(primals, tangents):
 
 
 def _num_bytes(tree: PyTree) -> int:
-    """Returns the bytes of all arrays with a dtype; PRNG keys count as nothing."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    """Returns the bytes of all arrays; PRNG keys and numbers count as nothing."""
+    # A number in a jaxpr has a dtype, but no size.
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    leaves = filter(is_array, jax.tree.leaves(tree))
     is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return sum(x.size * x.dtype.itemsize for x in leaves if not is_key(x))

@@ -127,3 +127,20 @@ def test_a_loss_with_an_array_as_a_field_is_refused():
     hg.Bilevel(Scaled(2.0), Scaled(1.0))
     with pytest.raises(TypeError, match="inner_loss must be hashable"):
         hg.Bilevel(Scaled(jnp.ones(3)), Scaled(1.0))
+
+
+class SolverWithoutStats:
+    """Returns ``w`` and an output that is no dictionary of statistics."""
+
+    def __init__(self, stats):
+        self.stats = stats
+
+    def solve(self, inner_loss, w, alpha, data, key):
+        return w, self.stats
+
+
+@pytest.mark.parametrize("stats", [None, (1, 2)], ids=["None", "tuple"])
+def test_a_solver_without_a_dictionary_of_statistics_is_refused(stats):
+    gradient_fn = hg.hypergradient(PROBLEM, hg.Implicit(SolverWithoutStats(stats)))
+    with pytest.raises(TypeError, match=r"SolverWithoutStats\.solve .* statistics"):
+        gradient_fn({"x": jnp.zeros(2)}, {"x": jnp.ones(2)})

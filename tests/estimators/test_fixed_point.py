@@ -233,3 +233,90 @@ def test_a_line_search_made_from_alpha_is_refused(make_estimator):
     estimator = make_estimator(hg.Descent(lbfgs_of, 3))
     with pytest.raises(ValueError, match="solver"):
         estimator.init(problem, jnp.ones(2), jnp.asarray(0.1))
+
+
+# Hyperparameters in the state of the optimizer.
+
+
+def decay(weight_decay):
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(0.3))
+
+
+def stored_decay(weight_decay):
+    """Keeps a number in its state, and the last value of a schedule."""
+    return optax.inject_hyperparams(decay)(weight_decay=weight_decay)
+
+
+def init_momentum(alpha):
+    """Heavy ball whose momentum starts from ``alpha``."""
+    trace = optax.trace(0.5)
+    init = lambda w: trace.init(w)._replace(trace=jnp.full_like(w, alpha))
+    return optax.chain(
+        optax.GradientTransformation(init, trace.update), optax.scale(-0.3)
+    )
+
+
+OPTIMIZERS = {
+    "plain": decay,
+    "stored": stored_decay,
+    "stored and used": lambda alpha: optax.chain(
+        stored_decay(alpha), optax.scale(1 + 0.1 * alpha)
+    ),
+    "schedule": lambda alpha: stored_decay(lambda count: alpha),
+    "momentum": init_momentum,
+}
+ESTIMATORS = {
+    "Unrolled": hg.Unrolled,
+    "Forward": hg.Forward,
+    "truncated": lambda solver: hg.Unrolled(solver, truncation_length=50),
+    "FixedPoint": lambda solver: hg.FixedPoint(solver, 50),
+}
+STATE_OUTER = lambda w, alpha, batch: jnp.sum((w - 2) ** 2)
+CONSTANT_LOSS = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1) ** 2)
+ALPHA_LOSS = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1 - alpha) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("estimator_name", "optimizer_name"),
+    [
+        *[(name, "plain") for name in ESTIMATORS],
+        ("Unrolled", "stored"),
+        ("Forward", "stored"),
+        ("truncated", "schedule"),
+        ("FixedPoint", "schedule"),
+    ],
+)
+def test_a_setting_of_the_optimizer_has_its_derivative(estimator_name, optimizer_name):
+    """It equals central differences wherever the optimizer has the setting from."""
+    solver = hg.Descent(OPTIMIZERS[optimizer_name], 100)
+    problem = hg.Bilevel(CONSTANT_LOSS, STATE_OUTER)
+    w, alpha = jnp.zeros(2), jnp.asarray(0.5)
+    estimator = ESTIMATORS[estimator_name](solver)
+    actual = hg.hypergradient(problem, estimator)(w, alpha).hypergradient
+    expected = hg.hypergradient(problem, hg.CentralDifference(solver))(w, alpha)
+    assert error(actual, expected.hypergradient) < 1e-6
+
+
+@pytest.mark.parametrize("loss", [CONSTANT_LOSS, ALPHA_LOSS], ids=["optimizer", "loss"])
+@pytest.mark.parametrize("optimizer_name", ["stored", "stored and used"])
+@pytest.mark.parametrize("estimator_name", ["truncated", "FixedPoint"])
+def test_a_setting_in_a_constant_state_is_an_error(
+    estimator_name, optimizer_name, loss
+):
+    """Its derivative would be zero, or lack a part if a loss uses it as well."""
+    solver = hg.Descent(OPTIMIZERS[optimizer_name], 100)
+    estimator = ESTIMATORS[estimator_name](solver)
+    problem = hg.Bilevel(loss, STATE_OUTER)
+    with pytest.raises(ValueError, match="solver must use alpha"):
+        hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.asarray(0.5))
+
+
+@pytest.mark.parametrize("estimator_name", ["truncated", "FixedPoint"])
+def test_an_initial_momentum_is_forgotten(estimator_name):
+    """It is an error as the only use of a leaf; next to a loss nothing is missing."""
+    estimator = ESTIMATORS[estimator_name](hg.Descent(init_momentum, 100))
+    args = jnp.zeros(2), jnp.asarray(0.5)
+    estimate = hg.hypergradient(hg.Bilevel(ALPHA_LOSS, STATE_OUTER), estimator)(*args)
+    assert float(estimate.hypergradient) == pytest.approx(-2.0, rel=1e-6)
+    with pytest.raises(ValueError, match="alpha"):
+        hg.hypergradient(hg.Bilevel(CONSTANT_LOSS, STATE_OUTER), estimator)(*args)

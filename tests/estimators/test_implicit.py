@@ -596,6 +596,25 @@ def test_products_shared_by_several_losses_count_once(linear_solver, num_product
     assert stats["num_outer_grads"] == 3
 
 
+@pytest.mark.parametrize("linear_solver", [hg.CG(), lx.CG(rtol=1e-8, atol=1e-8)])
+def test_a_loss_without_w_takes_the_products_of_the_slower_solve(linear_solver):
+    """Both systems are solved in one loop, whose steps make two products each."""
+    penalty = lambda w, alpha, batch: jnp.sum(alpha**2)
+    data = ridge_with_few_outer_examples(None)
+
+    def num_hvps(*outer_losses):
+        problem = hg.Bilevel(
+            ridge_penalty, outer_losses, data.inner_data, data.outer_data
+        )
+        solver = hg.Descent(sgd(0.3), 12)
+        estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
+        return hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats[
+            "num_hvps"
+        ]
+
+    assert num_hvps(ridge_outer, penalty) == num_hvps(ridge_outer, ridge_outer)
+
+
 class OwnScaling(hg.MINRES):
     """MINRES that finds its scaling itself, whatever it is given."""
 

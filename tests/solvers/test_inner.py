@@ -370,3 +370,16 @@ def test_a_schedule_has_its_last_value_after_its_end_without_overflow():
     counts = [0, 1_999, 2_000, 1_999_999, 2_000_000, 2_200_000, 2**31 - 1]
     values = [float(schedule(jnp.int32(count))) for count in counts]
     assert values == [0, 0, 1, 999, 999, 999, 999]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_momentum_in_alpha_may_have_a_wider_dtype_than_w(dtype):
+    """The state keeps the dtypes that it starts with, as `jax.lax.scan` demands."""
+    loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1) ** 2)
+    w, alpha = jnp.zeros(2, dtype), jnp.asarray(0.5, float)
+    solver = hg.Descent(lambda alpha: optax.sgd(0.1, momentum=alpha), 30)
+    final_w, _ = solve(solver, loss, w, alpha)
+    assert final_w.dtype == w.dtype
+    expected, _ = solve(solver, loss, w.astype(float), alpha)
+    tol = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(final_w.astype(float), expected, rtol=tol)

@@ -187,6 +187,29 @@ STATS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("solver", "num_own_products"),
+    [(lx.Cholesky(), 0), (lx.LU(), 1)],
+    ids=["Cholesky", "LU"],
+)
+def test_normal_equations_with_a_dense_solver_count_evaluated_products(
+    solver, num_own_products
+):
+    """`lineax.Cholesky` forms ``H`` once; others form both factors of ``H'H``."""
+    num_calls = []
+
+    def matvec(v):
+        jax.debug.callback(lambda x: num_calls.append(1), v[0])
+        return SPD @ v
+
+    run = jax.jit(lambda b: solve_linear(lx.Normal(solver), matvec, b, np.zeros(N)))
+    v, stats = jax.block_until_ready(run(B))
+    jax.effects_barrier()
+    assert relative_error(v, np.linalg.solve(SPD, B)) < 1e-9
+    assert stats["num_products"] == len(num_calls)
+    assert stats["num_products"] - stats["num_shared"] == num_own_products
+
+
 @pytest.mark.parametrize("name", ["LU", "Cholesky"])
 def test_a_dense_solver_of_lineax_shares_all_of_its_products(name):
     v, stats = solve(LINEAX[name], SPD, B, np.zeros(N))
