@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
 from .passes import PassPosition
+from .validation import to_arrays
 
 Order = Literal["iid", "blocks", "epoch", "epoch_blocks"]
 
@@ -408,41 +409,6 @@ def batch_fraction(data: Data, batch_size: int | None = None) -> float:
 def fixed_batch_fraction(data: Data, batch_size: int | None) -> float:
     """Returns the size of a `sample_fixed_batch` as a fraction of the data."""
     return batch_fraction(data, batch_size or num_examples(data))
-
-
-def to_arrays(data: PyTree) -> PyTree:
-    """Converts each leaf to an array; a leaf must be numeric and not empty."""
-
-    def convert(path, leaf):
-        name = f"data leaf {jax.tree_util.keystr(path)}" if path else "data"
-        try:
-            array = jnp.asarray(leaf)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} must be a numeric array; got {type(leaf).__name__} "
-                f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy(leaf)}."
-            ) from error
-        if array.size == 0:
-            raise ValueError(
-                f"{name} must hold at least one example; got shape "
-                f"{array.shape}. A loss over no examples has no gradient."
-            )
-        return array
-
-    return jax.tree.map_with_path(convert, data)
-
-
-def _remedy(leaf: Any) -> str:
-    """Returns what to do with a leaf that is no numeric array."""
-    if hasattr(leaf, "toarray"):  # scipy.sparse
-        return "Pass its toarray()"
-    has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "dtypes")
-    if hasattr(leaf, "__iter__") and not (has_numbers or isinstance(leaf, str | bytes)):
-        return (
-            "Read a loader into arrays, or make a problem of each of its batches; see "
-            "'A data loader' on the page on models"
-        )
-    return "Encode text and categories as integers"
 
 
 def to_data(data: Any) -> Data:

@@ -242,6 +242,16 @@ class RunRecord(NamedTuple):
     w_norm: Float[Array, " T+1"]
     grad_norm: Float[Array, " T+1"]
 
+    def has_diverged(self) -> bool:
+        """Returns whether a run whose numbers are all finite diverges.
+
+        Both norms also grow on the way from a saddle to a minimum, where the loss falls
+        and stays of its size; below all bounds it falls far.
+        """
+        init_value, final_value = self.value[0], self.value[-1]
+        has_left = abs(final_value) > GROWTH * max(abs(init_value), 1.0)
+        return self.has_grown(-1) and bool(final_value > init_value or has_left)
+
     def has_grown(self, num_steps: int) -> bool:
         """Returns whether both norms have grown by a large factor after some steps."""
         return all(
@@ -312,7 +322,7 @@ def _describe_solve(solver: Any, w: PyTree, record: RunRecord) -> Iterator[str]:
             f"gradient are finite at the start. {LOWER_RATE}"
         )
         return
-    if record.has_grown(1):
+    if record.has_diverged():
         yield f"{name} diverges: {record.growth(1)}. {LOWER_RATE}"
 
 
@@ -321,7 +331,7 @@ def _describe_steps(record: RunRecord) -> Iterator[str]:
     is_finite = np.isfinite(np.stack(record)).all(axis=0)
     num_steps = len(is_finite) - 1
     if is_finite.all():
-        if record.has_grown(num_steps) and record.value[-1] > record.value[0]:
+        if record.has_diverged():
             yield (
                 f"the inner run diverges: in its {num_steps} steps "
                 f"{record.growth(num_steps)}, and inner_loss from "

@@ -306,6 +306,6 @@ def cost_rows(counts: Mapping[str, float]) -> list[Row]:
 
 def format_count(number: float, nouns: tuple[str, str]) -> str:
     """Returns a number with its noun in the singular or plural, as ``1 step``."""
-    is_whole = number == round(number) or number >= 1e4
+    is_whole = number >= 1e4 or abs(number - round(number)) <= 1e-6 * number
     text = f"{number:,.0f}" if is_whole else f"{number:.4g}"
     return f"{text} {nouns[number != 1]}"

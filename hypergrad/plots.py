@@ -113,12 +113,9 @@ def plot_front(
     if values.ndim != 2 or values.shape[1] != 2:
         raise ValueError(f"values must have shape [P, 2]; got {values.shape}.")
     values = values[np.isfinite(values).all(axis=1)]
-    # In float64 whatever JAX uses: dominated by a point that is lower or equal in both.
-    is_no_worse = np.all(values[:, None] <= values, axis=-1)
-    is_lower = np.any(values[:, None] < values, axis=-1)
-    is_front = ~np.any(is_no_worse & is_lower, axis=0)
+    values = values[np.lexsort(values.T[::-1])]
+    is_front = _is_not_dominated(values)
     front = values[is_front]
-    front = front[np.lexsort(front.T[::-1])]
     figure, (axes,) = make_figure(1)
     if not is_front.all():
         axes.plot(*values[~is_front].T, "o", color=GREY, ms=4, label="dominated")
@@ -128,6 +125,21 @@ def plot_front(
     axes.set(xlabel=names[0], ylabel=names[1])
     _add_legend(axes)
     return figure
+
+
+def _is_not_dominated(values: np.ndarray) -> np.ndarray:
+    """Returns for each of the points whether none is as low in both and lower in one.
+
+    Args:
+      values: ``[P, 2]``, sorted by the first loss, and by the second where it is equal.
+    """
+    lowest = np.minimum.accumulate(np.append(np.inf, values[:, 1]))[:-1]
+    is_equal = np.zeros(len(values), bool)
+    is_equal[1:] = np.all(values[1:] == values[:-1], axis=1)
+    is_lower = values[:, 1] < lowest
+    # An equal point follows those of which it is a copy.
+    first_copy = np.maximum.accumulate(np.where(is_equal, 0, np.arange(len(values))))
+    return is_lower[first_copy]
 
 
 def plot_reliability(

@@ -75,7 +75,8 @@ class Profile:
         }
         parts = {name: x for name, x in parts.items() if not math.isnan(x)}
         if parts:
-            parts["everything else"] = self.seconds - sum(parts.values())
+            measured = sum(max(seconds, 0.0) for seconds in parts.values())
+            parts["everything else"] = self.seconds - measured
         percent = lambda seconds: f"{seconds / self.seconds:.0%}"
         trace, compilation = self.program.trace_seconds, self.program.compile_seconds
         return [
@@ -173,6 +174,9 @@ def profile(
 
 def _without_error_estimate(estimator: Any) -> Any:
     """Returns the estimator without its error estimate, or None if it has none."""
+    if (inside := getattr(estimator, "estimator", None)) is not None:  # of an `Average`
+        cheaper = _without_error_estimate(inside)
+        return cheaper and dataclasses.replace(estimator, estimator=cheaper)
     is_adaptive = getattr(estimator, "rtol", None) is not None
     names = [x for x in ("estimate_error", "certify") if getattr(estimator, x, False)]
     if is_adaptive or not names:

@@ -15,6 +15,9 @@ from .runtime.progress_bar import progress_bar
 Progress = Callable[[int, Any], None] | bool
 
 
+MAX_SECONDS_LEFT = 365 * 24 * 3600.0  # beyond which no time left is shown
+
+
 class ProgressUpdate(NamedTuple):
     """The state of a run or of a search, as of now.
 
@@ -90,7 +93,8 @@ def make_timer(
     """Returns a function that estimates the seconds left from the fraction done.
 
     The time before the first call, in which programs are compiled, does not count. The
-    function returns None as long as it cannot estimate.
+    function returns None as long as it cannot estimate, or if more than a year is left,
+    as of a budget that is not meant to be reached.
 
     >>> seconds = iter([100.0, 103.0])
     >>> estimate_remaining = make_timer(lambda: next(seconds))
@@ -105,9 +109,9 @@ def make_timer(
         if init_call is None:
             init_call = now, fraction
         init_time, init_fraction = init_call
-        if not fraction > init_fraction:
+        if not (fraction > init_fraction and now > init_time):
             return None
-        rate = (fraction - init_fraction) / (now - init_time)
-        return (1 - fraction) / rate if rate > 0 else None
+        seconds = (1 - fraction) * (now - init_time) / (fraction - init_fraction)
+        return seconds if seconds < MAX_SECONDS_LEFT else None
 
     return estimate_remaining

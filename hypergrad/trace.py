@@ -10,7 +10,8 @@ from jaxtyping import Array, PyTree
 
 from .display import ResultModule, Row, render_text
 from .estimators.base import REASONS
-from .trace_display import count_rows_made, trace_rows
+from .plots import plot_trace
+from .trace_display import count_rows_made, is_evaluated, trace_rows
 from .trees import PrettyModule
 
 if TYPE_CHECKING:
@@ -145,30 +146,32 @@ class Trace(ResultModule):
     def rows(self) -> list[dict[str, Any]]:
         """Returns a dictionary per step: step, value, cost so far, stats, metrics.
 
-        The row of a step does not contain the metrics that were not evaluated.
+        The row of a step does not contain metrics that are not known to have been
+        evaluated in it.
         """
         self._check_single("rows()")
         fixed_columns = {"value": self.value, "cost": self.cost}
         # They come first and are kept, whatever the names of the statistics are.
         columns = fixed_columns | self.stats | fixed_columns
         columns = {name: np.asarray(column) for name, column in columns.items()}
-        metrics = {name: np.asarray(column) for name, column in self.metrics.items()}
+        metrics = {
+            name: (np.asarray(column), is_evaluated(self, name))
+            for name, column in self.metrics.items()
+        }
         rows = []
         for i, step in enumerate(self.steps.tolist()):
             row = {"step": step}
             row |= {name: column[i].tolist() for name, column in columns.items()}
             row |= {
                 name: column[i].item()
-                for name, column in metrics.items()
-                if not np.isnan(column[i])  # else it was not evaluated
+                for name, (column, is_known) in metrics.items()
+                if is_known[i]
             }
             rows.append(row)
         return rows
 
     def plot(self) -> "Figure":
         """Returns a matplotlib figure of the run; see `hypergrad.plots.plot_trace`."""
-        from .plots import plot_trace  # which imports objectives, and they this module
-
         self._check_single("plot()")
         return plot_trace(self)
 

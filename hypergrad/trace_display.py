@@ -46,7 +46,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
 def _run_rows(trace: "Trace") -> list[Row]:
     """Returns the rows of a single run."""
     num_rows = count_rows_made(trace)
-    stats = {name: np.asarray(x)[:num_rows] for name, x in trace.stats.items()}
+    stats = {name: to_wide(x)[:num_rows] for name, x in trace.stats.items()}
     rows = [
         ("status", _describe_status(trace)),
         (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
@@ -247,14 +247,41 @@ def _are_finite(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
 
 
+def is_evaluated(trace: "Trace", name: str) -> np.ndarray:
+    """Returns for each row whether the metric is known to have been evaluated.
+
+    It is NaN where it was not evaluated. Of a run its last row is evaluated in any
+    case, and of a search every row, so that a NaN is there the value of the metric.
+    """
+    is_known = ~np.isnan(np.asarray(trace.metrics[name]))
+    num_rows = count_rows_made(trace)
+    if trace.row_kind == "trial":
+        is_known[:num_rows] = True
+    elif num_rows and _has_ended_by_its_limit(trace, num_rows):
+        is_known[num_rows - 1] = True
+    return is_known
+
+
+def _has_ended_by_its_limit(trace: "Trace", num_rows: int) -> bool:
+    """Returns whether the last row is that of the last step of a completed run."""
+    next_step = getattr(trace.state, "step", None)
+    if next_step is None or not is_readable(next_step) or int(trace.status_code):
+        return False
+    return int(trace.first_step) + num_rows * trace.record_every >= int(next_step)
+
+
 def _describe_metric(trace: "Trace", name: str) -> str:
     """Returns the last, the lowest and the highest value of a metric, with steps."""
     column = np.asarray(trace.metrics[name])
-    evaluated = np.flatnonzero(~np.isnan(column))
-    if not evaluated.size:
-        return f"{name}: not evaluated"
-    values, steps = column[evaluated], trace.steps[evaluated]
+    numbers = np.flatnonzero(~np.isnan(column))
+    not_numbers = np.flatnonzero(is_evaluated(trace, name) & np.isnan(column))
+    if not numbers.size:
+        suffix = f" at {trace.row_kind} {trace.steps[not_numbers[-1]]}"
+        return f"{name}: nan{suffix}" if not_numbers.size else f"{name}: no value"
+    values, steps = column[numbers], trace.steps[numbers]
     texts = [f"{format_numbers(values[-1])} at {trace.row_kind} {steps[-1]}"]
+    if not_numbers.size and not_numbers[-1] > numbers[-1]:
+        texts[0] += f", then nan at {trace.row_kind} {trace.steps[not_numbers[-1]]}"
     if len(values) > 1:
         texts += [
             f"{word} {format_numbers(values[i])} at {steps[i]}"

@@ -186,6 +186,56 @@ def _as_float_arrays(
 # Objects.
 
 
+def to_arrays(data: PyTree) -> PyTree:
+    """Converts each leaf to an array; a leaf must be numeric and not empty."""
+
+    def convert(path, leaf):
+        name = f"data leaf {jax.tree_util.keystr(path)}" if path else "data"
+        try:
+            array = jnp.asarray(leaf)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(
+                f"{name} must be a numeric array; got {type(leaf).__name__} "
+                f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy(leaf)}."
+            ) from error
+        if array.size == 0:
+            raise ValueError(
+                f"{name} must hold at least one example; got shape "
+                f"{array.shape}. A loss over no examples has no gradient."
+            )
+        _check_integers_fit(name, leaf, array.dtype)
+        return array
+
+    return jax.tree.map_with_path(convert, data)
+
+
+def _check_integers_fit(name: str, leaf: Any, dtype: np.dtype) -> None:
+    """Raises an error if the integers of an array would wrap around in a dtype."""
+    leaf_dtype = getattr(leaf, "dtype", dtype)
+    if leaf_dtype.kind not in "iu" or leaf_dtype.itemsize <= dtype.itemsize:
+        return
+    limits, numbers = jnp.iinfo(dtype), np.asarray(leaf)
+    for number in (numbers.min(), numbers.max()):
+        if not limits.min <= number <= limits.max:
+            raise ValueError(
+                f"{name} holds {number}, which {dtype} cannot hold. Renumber such "
+                "indices, or set jax_enable_x64."
+            )
+
+
+def _remedy(leaf: Any) -> str:
+    """Returns what to do with a leaf that is no numeric array."""
+    if hasattr(leaf, "toarray"):  # scipy.sparse
+        return "Pass its toarray()"
+    has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "dtypes")
+    if hasattr(leaf, "__iter__") and not (has_numbers or isinstance(leaf, str | bytes)):
+        return (
+            "Read a loader into arrays, or make a problem of each of its batches; see "
+            "'A data loader' on the page on models"
+        )
+    return "Encode text and categories as integers"
+
+
 def check_no_class(name: str, value: Any) -> None:
     """Raises TypeError for a class where an instance of it was meant."""
     if isinstance(value, type):

@@ -47,7 +47,8 @@ def digest_program(lowered: Any) -> str:
 def digest_function(function: Callable, *inputs: PyTree) -> str:
     """Returns the digest of a function's program for inputs of these shapes.
 
-    The values of the inputs and their devices do not matter.
+    The values of arrays among the inputs and their devices do not matter; numbers that
+    are no arrays are part of the program.
 
     Cost: one trace.
 

@@ -177,6 +177,28 @@ def test_an_array_that_is_no_example_names_the_argument_for_it():
         hg.Batches((DATA, np.ones(7)), 2)
 
 
+def make_problem_on(data):
+    loss = lambda w, alpha, batch: (w - alpha) ** 2
+    return hg.Bilevel(loss, loss, data)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "fits"),
+    [([0, 2**31 - 1], True), ([0, 2**31], False), ([-(2**31) - 1, 0], False)],
+    ids=["the largest", "too large", "too low"],
+)
+def test_integers_that_would_wrap_around_are_refused(numbers, fits):
+    rows = np.array(numbers, np.int64)
+    with jax.enable_x64(False):
+        if fits:
+            assert hg.Batches({"rows": rows}, 1).data["rows"].tolist() == numbers
+            return
+        for make in (lambda x: hg.Batches(x, 1), make_problem_on):
+            with pytest.raises(ValueError, match=r"\['rows'\] holds .*int32"):
+                make({"rows": rows})
+    assert hg.Batches(rows, 1).data.tolist() == numbers
+
+
 def test_keyed_batches_carry_a_fresh_key():
     """The key of a batch is independent of the indices and of other batches."""
     batches = hg.Batches(DATA, 4, with_key=True)

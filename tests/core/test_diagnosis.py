@@ -212,6 +212,23 @@ def test_a_solver_without_steps_that_diverges_is_named():
     assert "LBFGS.solve" in only
 
 
+def test_the_way_from_a_saddle_to_a_minimum_is_no_divergence():
+    """Both ``w`` and its gradient are larger at the end, and the loss is lower."""
+    wells = lambda w, alpha, batch: 100 * jnp.sum((w**2 - 1) ** 2) + 1e-6 * jnp.sum(w)
+    inner = lambda w, alpha, batch: wells(w, alpha, batch) + jnp.sum(alpha * w**2)
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(w**2))
+    estimator = hg.Implicit(hg.LBFGS())
+    arguments = jnp.zeros(2), jnp.full(2, 1e-4)
+    assert hg.hypergradient(problem, estimator)(*arguments).trusted
+    assert hg.diagnose(problem, estimator, *arguments) == ()
+
+
+def test_steps_below_all_bounds_that_stay_finite_are_named():
+    unbounded = lambda w, alpha, batch: -jnp.sum(jnp.exp(alpha) * (w**2 + w))
+    (only,) = diagnose(unbounded, estimator=hg.Implicit(SOLVER))
+    assert "diverges" in only
+
+
 def test_an_estimator_without_an_inner_solver_is_run():
     class Broken(eqx.Module):
         def init(self, problem, w, alpha, key=None):

@@ -248,6 +248,15 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
         hg.plots.plot_front(jnp.ones((1, 2)))
 
 
+def test_a_front_is_that_of_all_pairs():
+    """Integers, of which many are equal."""
+    values = np.random.default_rng(0).integers(0, 8, size=(60, 2)).astype(float)
+    (axes,) = hg.plots.plot_front(values).axes
+    front = values[np.asarray(hg.objectives.non_dominated(values))]
+    expected = sorted(map(tuple, front))
+    assert list(map(tuple, points(find_line(axes, "not dominated")))) == expected
+
+
 def test_a_front_tells_points_apart_that_are_equal_in_float32():
     with enable_x64(False):
         (axes,) = hg.plots.plot_front(np.array([[1, 2], [1 + 1e-9, 1]])).axes

@@ -88,11 +88,13 @@ def test_the_programs_are_the_estimate_its_solve_and_one_without_an_error_estima
         (hg.Implicit(SOLVER, estimate_error=False), {"whole", "solve"}),
         (hg.Implicit(SOLVER, rtol=1e-3), {"whole"}),
         (hg.Average(hg.Unrolled(SOLVER), 2), {"whole"}),
+        (hg.Average(hg.Implicit(SOLVER), 2), {"whole", "cheaper"}),
         (hg.Penalty(SOLVER, 10.0), {"whole", "solve"}),
     ],
     ids=[
         *("Unrolled", "Unrolled, certified", "Reversible, certified"),
-        *("Implicit without an error estimate", "Implicit, rtol", "Average", "Penalty"),
+        *("Implicit without an error estimate", "Implicit, rtol"),
+        *("Average of Unrolled", "Average of Implicit", "Penalty"),
     ],
 )
 def test_parts_that_an_estimator_lacks_are_not_measured(monkeypatch, estimator, names):
@@ -163,3 +165,5 @@ def test_a_part_that_is_within_the_noise_of_the_clock_has_no_negative_time():
     measured = hg.Profile("Implicit", 1.0, 0.9, -0.1, program)
     (line,) = [x for x in repr(measured).splitlines() if "error estimate" in x]
     assert line.endswith("too short to measure")
+    percentages = [int(x.rstrip("%")) for x in repr(measured).split() if "%" in x]
+    assert percentages == [90, 10]

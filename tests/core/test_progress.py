@@ -171,6 +171,16 @@ def test_the_time_left_ignores_what_came_before_the_first_update():
     assert [estimate_remaining(x) for x in fractions] == [None, None, 4.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "fractions"),
+    [((100.0, 101.0), (1e-30, 2e-30)), ((100.0, 100.0), (0.1, 0.2))],
+    ids=["of a budget that is out of reach", "of a coarse clock"],
+)
+def test_no_time_left_is_shown_that_cannot_be_estimated(seconds, fractions):
+    estimate_remaining = make_timer(iter(seconds).__next__)
+    assert [estimate_remaining(x) for x in fractions] == [None, None]
+
+
 def test_lines_are_printed_for_each_tenth():
     lines = []
     update = tenth_printer(lines.append, is_percentage=True)

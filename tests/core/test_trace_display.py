@@ -95,3 +95,66 @@ def test_a_failed_row_without_a_cost_is_printed():
     trace = hg.minimize(problem, Failing(), optax.sgd(0.1), 0.0, 1.0, num_steps=5)
     assert read_text(trace)["steps"] == read_html(trace)["steps"] == "2 of 5"
     assert trace.last_row == 1
+
+
+PROBLEM = hg.Bilevel(
+    lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1.0) ** 2
+)
+
+
+def test_a_metric_that_became_nan_is_told_from_one_that_was_not_evaluated():
+    """Steps 0, 2, 4 and 6 are evaluated, and ``alpha`` falls from 3 towards 1."""
+    metrics = {
+        "never": lambda w, alpha: jnp.log(-1.0 - w**2),
+        "late": lambda w, alpha: jnp.log(alpha - 1.5),
+    }
+    trace = hg.minimize(
+        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0),
+        num_steps=7,
+        metrics=metrics,
+        eval_every=2,
+    )
+    table = str(trace)
+    assert "never: nan at step 6" in table
+    assert "then nan at step 6" in table
+    rows = trace.rows()
+    assert [row["step"] for row in rows if "never" in row] == [6]
+    assert np.isnan(rows[-1]["late"])
+
+
+def test_a_part_of_a_run_does_not_evaluate_its_last_row():
+    trace = hg.minimize(
+        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0),
+        num_steps=7,
+        metrics={"w": lambda w, alpha: w},
+        eval_every=2,
+    )
+    part = dataclasses.replace(
+        trace,
+        value=trace.value[:4],
+        stats={name: x[:4] for name, x in trace.stats.items()},
+        flags={name: x[:4] for name, x in trace.flags.items()},
+        metrics={name: x[:4] for name, x in trace.metrics.items()},
+    )
+    assert [row["step"] for row in part.rows() if "w" in row] == [0, 2]
+
+
+def test_a_metric_of_a_search_is_evaluated_in_every_trial():
+    trace = hg.search(
+        *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
+        space=hg.spaces.Box(2.0, 4.0),
+        budget=1e18,
+        metrics={"log": lambda w, alpha: jnp.log(-w)},
+        progress=True,
+    )
+    assert "log: nan at trial 2" in str(trace)
+    assert all("log" in row for row in trace.rows())
+
+
+def test_the_total_cost_is_summed_in_float64():
+    trace = hg.minimize(
+        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0), num_steps=50
+    )
+    costs = np.full(50, 1000001.0, np.float32)
+    stats = trace.stats | {"gradient_equivalents": costs}
+    assert "50,000,050 gradient-eq" in str(dataclasses.replace(trace, stats=stats))
