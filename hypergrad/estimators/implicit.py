@@ -122,18 +122,18 @@ class Implicit(eqx.Module):
     Cost:
       The inner solve, two outer gradients, and the products of the linear solver and
       one more, which yields the cross term and the true residual. The diagonal scaling
-      takes eight products for the first estimate and two for each later one; up to eight
-      parameters take one each in every estimate. The error
-      estimate takes five products and the second outer gradient, eight more where a
-      Newton step does not change ``dL/dw`` as the Hessian predicts, and a warm start
-      from the previous adjoint and duals four products. With a linear solver other than
-      `CG` with its diagonal preconditioner, or with damping, the error estimate takes
-      up to 25 products more. Where it is between 1e-4 and 1e-2, it is confirmed by two
-      further solves and a third outer gradient. `MINRES` without an error estimate, and `CG` or `MINRES`
-      with ``damping`` or ``hvp_fn``, find a scaling of their own in each estimate, by
-      eight products. With ``rtol``: a full gradient for every ten gradients of inner
-      steps, and in each round an adjoint solve with its error estimate. With
-      ``certify``: two Newton steps with an adjoint solve each, and a probe.
+      takes eight products for the first estimate and two for each later one, or one per
+      parameter in every estimate if there are at most eight. The error estimate takes
+      five products and the second outer gradient, eight more where a Newton step does
+      not change ``dL/dw`` as the Hessian predicts, and a warm start from the previous
+      adjoint and duals four products. With a linear solver other than `CG` with its
+      diagonal preconditioner, or with damping, the error estimate takes up to 25
+      products more. Where its part (2) is between 1e-4 and 1e-2 and decides, it is
+      confirmed by two solves to 1e-3 and a third outer gradient. `MINRES` without an
+      error estimate, and `CG` or `MINRES` with ``damping`` or ``hvp_fn``, find a
+      scaling of their own in each estimate, by eight products. With ``rtol``: a full
+      gradient for every ten of inner steps, and an adjoint solve with its error in each
+      round. With ``certify``: two Newton steps with an adjoint solve each, and a probe.
     Memory:
       About 25 vectors like ``w`` with the default `CG` and the error estimate,
       whatever the number of inner steps.
@@ -154,14 +154,14 @@ class Implicit(eqx.Module):
       correction, infinite if ``dL/dw`` changes by more than itself otherwise than the
       Hessian predicts; (3) the change of ``J' v`` in the last two steps of the solve,
       times the number of such pairs that may follow; (4) the residual of the adjoint in
-      scaled coordinates. Both solutions of (1) are approximate. Where the largest of
-      the numbers is between a hundredth of the tolerance and the tolerance, a Newton
-      step with solves of its own therefore takes the place of (1) and (2).
-      ``error_estimate`` is the larger one of the error of (1) and (3). None of them depends on the units of ``w`` or of a loss, as far as the probed
-      scaling does not. They do not see errors along
-      directions that neither ``dM/dw`` nor ``dL/dw`` contains, another minimum, or the
-      noise of a batch size (see `Average`). In bfloat16 the residual rarely falls below
-      1e-2.
+      scaled coordinates. Both solutions of (1) are approximate. Where all numbers are
+      within the tolerance, but (2) is above a hundredth of it, a Newton step with
+      solves of its own therefore takes the place of (1) and (2).
+      ``error_estimate`` is the larger one of the error of (1) and (3). None of them
+      depends on the units of ``w`` or of a loss, as far as the probed scaling does not.
+      They do not see errors along directions that neither ``dM/dw`` nor ``dL/dw``
+      contains, another minimum, or the noise of a batch size (see `Average`). In
+      bfloat16 the residual rarely falls below 1e-2.
 
     Target: argmin.
 
