@@ -15,8 +15,12 @@ from .curvature_probe import probe_curvature
 from .display import ResultModule, Row, certificate_rows, sentences_of_flags
 from .implicit_diff import (
     ImplicitResult,
+    all_solved,
+    any_negative_curvature,
     corrected_hypergradient,
     count_products,
+    largest_curvature,
+    longest_solve,
     max_relative_error,
     newton_step,
     zero_adjoint,
@@ -29,6 +33,7 @@ from .newton_correction import (
     CorrectionChecks,
     check_correction,
     correct_by_newton,
+    outer_gradient_rounding,
 )
 from .problem import Bilevel, EstimateData
 from .problem_checks import (
@@ -90,6 +95,10 @@ CERTIFICATE_REASONS = {
         "the inner Hessian has negative curvature, so w is not a minimum (allow the "
         "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
+    "rounding_error": (
+        "the numbers of w do not resolve dM/dw, which changes by more than rtol within "
+        "the rounding of w (use float64, or center the data)"
+    ),
     "lost_derivative": (
         "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
         "w or alpha, whose derivative is treated as zero (use a smooth surrogate)"
@@ -107,9 +116,10 @@ class Certificate(ResultModule):
         changed the hypergradient by at most ``rtol / 10`` (``rtol`` if it is the only
         one), its solves reached their tolerances, the steps did not increase
         ``||S dL/dw||``, everything is finite, neither these solves nor the random probe
-        met negative curvature, and no derivative is lost on the way to a loss. A Newton
-        step from a gradient at the level of rounding need not be solved, and one to a
-        gradient at this level may increase it.
+        met negative curvature, the rounding of ``w`` changes ``dM/dw`` by at most
+        ``rtol``, and no derivative is lost on the way to a loss. A Newton step from a
+        gradient at the level of rounding need not be solved, and one to a gradient at
+        this level may increase it.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -207,7 +217,8 @@ def certify(
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
       products for the scaling; a probe of as many as the longest solve, 20 to 1,000;
-      eight more if the solve of the last Newton step fails or ``dL/dw`` increases.
+      eight more if the solve of the last Newton step fails or ``dL/dw`` increases; an
+      outer gradient per Newton step and another one.
     Memory:
       Ten vectors like ``w``.
     Bias:
@@ -325,21 +336,25 @@ def compute_certificate(
     solves += correction.solves
     probe = probe_curvature(
         problem, corrected_w, alpha, batch, scaling, data.solver_key,
-        num_steps=jnp.maximum(_longest_solve(solves), MIN_PROBE_STEPS),
-        curvature_max=_largest_curvature(solves),
+        num_steps=jnp.maximum(longest_solve(solves), MIN_PROBE_STEPS),
+        curvature_max=largest_curvature(solves),
     )  # fmt: skip
     checks = check_correction(correction, inner_grad, scaling, loss, alpha, batch)
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves)) + checks.num_products
-    is_negative = probe.is_negative | _any_negative(checks.solves)
+    is_negative = probe.is_negative | any_negative_curvature(checks.solves)
     corrected, residual = result.hypergradient, jnp.max(result.adjoint_residual)
     corrected_grad_norm = safe_norm(result.inner_grad)
     error = max_relative_error(problem, hypergradient, corrected)  # |h - h*| / |h*|
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
+    rounding = outer_gradient_rounding(
+        problem, corrected_w, alpha, outer_batch, scaling, result.b
+    )
     flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
+    flags["rounding_error"] = is_finite & ~(rounding <= rtol)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
@@ -403,7 +418,7 @@ def _failed_checks(
         "not_finite": ~is_finite,
         "error": is_finite & ~is_accurate,
         "last_change": is_finite & ~has_converged,
-        "not_solved": ~_all_solved(checks.solves),
+        "not_solved": ~all_solved(checks.solves),
         "larger_gradient": checks.is_increased,
         "negative_curvature": is_negative,
     }
@@ -417,33 +432,11 @@ def _cost_stats(
     num_newton_steps: int,
 ) -> dict[str, Array]:
     """Returns the cost of the solves and of the gradients of each outer loss."""
-    num_outer_grads = num_newton_steps + (0 if is_given else 1)
+    num_outer_grads = num_newton_steps + (1 if is_given else 2)
     return cost_stats(
         data.inner_data,
         data.outer_data,
         num_grads=1 if is_given else 0,
         num_hvps=num_products,
         num_outer_grads=num_outer_grads * len(problem.outer_losses),
-    )
-
-
-def _longest_solve(solves: list[LinearStats]) -> Array:
-    """Returns the largest number of products in a solve."""
-    return jnp.max(jnp.stack([jnp.max(stats["num_products"]) for stats in solves]))
-
-
-def _largest_curvature(solves: list[LinearStats]) -> Array:
-    """Returns the largest curvature that a solve met, or NaN if none met any."""
-    return jnp.nanmax(jnp.stack([jnp.nanmax(stats["ritz_max"]) for stats in solves]))
-
-
-def _all_solved(solves: list[LinearStats]) -> Array:
-    """Returns whether every solve reached its tolerance."""
-    return jnp.all(jnp.stack([jnp.all(stats["is_solved"]) for stats in solves]))
-
-
-def _any_negative(solves: list[LinearStats]) -> Array:
-    """Returns whether a solve met negative curvature."""
-    return jnp.any(
-        jnp.stack([jnp.any(stats["negative_curvature"]) for stats in solves])
     )

@@ -14,6 +14,8 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .implicit_diff import (
     ImplicitResult,
+    all_solved,
+    any_negative_curvature,
     corrected_hypergradient,
     count_products,
     max_relative_error,
@@ -99,10 +101,8 @@ def confirm_error(
         checks = check_correction(
             correction, result.inner_grad, scaling, loss, alpha, batch
         )
-        is_confirmed = ~checks.is_increased
-        for stats in checks.solves:
-            is_solved = stats["is_solved"] & ~stats["negative_curvature"]
-            is_confirmed &= jnp.all(is_solved)
+        is_confirmed = all_solved(checks.solves) & ~checks.is_increased
+        is_confirmed &= ~any_negative_curvature(checks.solves)
         change = jnp.where(is_confirmed, correction.last_change, jnp.inf)
         change = change.astype(error.correction.dtype)
         confirmed = error._replace(

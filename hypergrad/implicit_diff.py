@@ -357,6 +357,28 @@ def count_products(linear_stats: LinearStats) -> Array:
     return num_unshared.size * jnp.max(num_unshared) + jnp.max(num_shared)
 
 
+def longest_solve(solves: list[LinearStats]) -> Array:
+    """Returns the largest number of products in a solve."""
+    return jnp.max(jnp.stack([jnp.max(stats["num_products"]) for stats in solves]))
+
+
+def largest_curvature(solves: list[LinearStats]) -> Array:
+    """Returns the largest curvature that a solve met, or NaN if none met any."""
+    return jnp.nanmax(jnp.stack([jnp.nanmax(stats["ritz_max"]) for stats in solves]))
+
+
+def all_solved(solves: list[LinearStats]) -> Array:
+    """Returns whether every solve reached its tolerance."""
+    return jnp.all(jnp.stack([jnp.all(stats["is_solved"]) for stats in solves]))
+
+
+def any_negative_curvature(solves: list[LinearStats]) -> Array:
+    """Returns whether a solve met negative curvature."""
+    return jnp.any(
+        jnp.stack([jnp.any(stats["negative_curvature"]) for stats in solves])
+    )
+
+
 def merge_linear_stats(total: LinearStats, new: LinearStats) -> LinearStats:
     """Returns the statistics of earlier solves extended by another solve."""
     return {

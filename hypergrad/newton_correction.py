@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree, Scalar
 
 from .implicit_diff import ImplicitResult
@@ -15,8 +16,9 @@ from .minimum_checks import (
     scales_of_rounding,
     within_rounding,
 )
+from .problem import Bilevel
 from .products import Loss
-from .trees import safe_norm
+from .trees import norm_ratio, safe_norm
 
 
 class NewtonCorrection(NamedTuple):
@@ -49,9 +51,7 @@ def correct_by_newton(
 ) -> NewtonCorrection:
     """Returns ``w`` and implicit differentiation after Newton steps.
 
-    With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``. All
-    steps but the last end within the rounding of ``w``, so that a hypergradient which
-    the numbers of ``w`` do not resolve is changed by the last one.
+    With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``.
 
     Args:
       w, hypergradient, adjoint, inner_grad: Where the steps start.
@@ -63,12 +63,10 @@ def correct_by_newton(
     solves: list[LinearStats] = []
     result, change = None, jnp.asarray(jnp.nan)
     previous_w, previous_grad = w, inner_grad
-    for step in range(num_newton_steps):
+    for _ in range(num_newton_steps):
         previous_w, previous_grad = w, inner_grad
         # H d = dL/dw,  w <- w - d
         w, newton_stats = take_step(w, inner_grad)
-        if step < num_newton_steps - 1:
-            w = within_rounding(w)
         # H e = b - H v,  v <- v + e
         result = differentiate(w, adjoint)
         solves += [newton_stats, result.linear_stats]
@@ -130,3 +128,32 @@ def check_correction(
     }
     is_increased &= new_norm > gradient_rounding(grad_scale, value, scaling)
     return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)
+
+
+def outer_gradient_rounding(
+    problem: Bilevel,
+    w: PyTree,
+    alpha: PyTree,
+    outer_batch: PyTree,
+    scaling: Scaling,
+    b: PyTree,
+) -> Array:
+    """Returns the relative change of ``S b`` within the rounding of ``w``.
+
+    It is the maximum over K outer losses. An example where it is large is a regression
+    in float32 whose targets have a mean a million times their deviation.
+
+    Args:
+      problem, w, alpha, outer_batch: The point.
+      scaling: ``S``.
+      b: ``dM/dw`` at the point.
+
+    Cost: one outer gradient of each loss.
+    """
+    _, new_b, _ = problem.outer_value_and_grads(within_rounding(w), alpha, outer_batch)
+
+    def relative_change(new_b, b):
+        change = scaling.multiply(optax.tree.sub(new_b, b))
+        return norm_ratio(change, scaling.multiply(b))
+
+    return jnp.max(problem.for_each_loss(relative_change)(new_b, b))

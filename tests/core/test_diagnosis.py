@@ -224,7 +224,7 @@ def test_the_way_from_a_saddle_to_a_minimum_is_no_divergence():
 
 
 def test_steps_below_all_bounds_that_stay_finite_are_named():
-    unbounded = lambda w, alpha, batch: -jnp.sum(jnp.exp(alpha) * (w**2 + w))
+    unbounded = lambda w, alpha, batch: -10 * jnp.sum(jnp.exp(alpha) * (w**2 + w))
     (only,) = diagnose(unbounded, estimator=hg.Implicit(SOLVER))
     assert "diverges" in only
 

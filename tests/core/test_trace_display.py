@@ -102,18 +102,23 @@ PROBLEM = hg.Bilevel(
 )
 
 
-def test_a_metric_that_became_nan_is_told_from_one_that_was_not_evaluated():
-    """Steps 0, 2, 4 and 6 are evaluated, and ``alpha`` falls from 3 towards 1."""
-    metrics = {
-        "never": lambda w, alpha: jnp.log(-1.0 - w**2),
-        "late": lambda w, alpha: jnp.log(alpha - 1.5),
-    }
-    trace = hg.minimize(
-        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0),
-        num_steps=7,
+def run_with_metrics(metrics):
+    """Returns the trace of seven steps, of which 0, 2, 4 and 6 are evaluated."""
+    loop = hg.OuterLoop(
+        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25)),
         metrics=metrics,
         eval_every=2,
     )
+    return loop.run(loop.init(0.0, 3.0), num_steps=7)
+
+
+def test_a_metric_that_became_nan_is_told_from_one_that_was_not_evaluated():
+    """The hyperparameter falls from 3 towards 1, and below 1.5 before step 6."""
+    metrics = {
+        "never": lambda w, alpha, key: jnp.log(-1.0 - w**2),
+        "late": lambda w, alpha, key: jnp.log(alpha - 1.5),
+    }
+    trace = run_with_metrics(metrics)
     table = str(trace)
     assert "never: nan at step 6" in table
     assert "then nan at step 6" in table
@@ -123,12 +128,7 @@ def test_a_metric_that_became_nan_is_told_from_one_that_was_not_evaluated():
 
 
 def test_a_part_of_a_run_does_not_evaluate_its_last_row():
-    trace = hg.minimize(
-        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0),
-        num_steps=7,
-        metrics={"w": lambda w, alpha: w},
-        eval_every=2,
-    )
+    trace = run_with_metrics({"w": lambda w, alpha, key: w})
     part = dataclasses.replace(
         trace,
         value=trace.value[:4],
@@ -144,7 +144,7 @@ def test_a_metric_of_a_search_is_evaluated_in_every_trial():
         *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
         space=hg.spaces.Box(2.0, 4.0),
         budget=1e18,
-        metrics={"log": lambda w, alpha: jnp.log(-w)},
+        metrics={"log": lambda w, alpha, key: jnp.log(-w)},
         progress=True,
     )
     assert "log: nan at trial 2" in str(trace)
