@@ -14,6 +14,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.batches import batch_fraction, num_examples, sample_fixed_batch
 from hypergrad.problem import EstimateData
+from hypergrad.runtime.compat import enable_x64
 from tests.parameters import slow_except
 
 with warnings.catch_warnings(action="ignore"):
@@ -189,7 +190,7 @@ def make_problem_on(data):
 )
 def test_integers_that_would_wrap_around_are_refused(numbers, fits):
     rows = np.array(numbers, np.int64)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         if fits:
             assert hg.Batches({"rows": rows}, 1).data["rows"].tolist() == numbers
             return
