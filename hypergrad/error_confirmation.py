@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 #: random quadratics of 60 to 200 parameters no error was a hundred times as large.
 NEGLIGIBLE_PART = 1e-2
 SOLVE_RTOL = 1e-3  # of both solves, relative to their own right-hand sides
+MIN_MAX_STEPS = 25  # that both solves may take, however short that of the adjoint was
 
 
 def confirm_error(
@@ -54,9 +55,9 @@ def confirm_error(
 
         H d = dL/dw,    H(w+) e = dM/dw(w+) - H(w+) v,
 
-    where ``w+`` is known up to rounding. It is infinite if one of them is not solved,
-    meets negative curvature, or increases ``||S dL/dw||`` beyond rounding. Any other
-    error stays as it is.
+    where ``w+`` is known up to rounding. It is infinite if one of them is not solved in
+    as many products as the adjoint took, or 25 at least, meets negative curvature, or
+    increases ``||S dL/dw||`` beyond rounding. Any other error stays as it is.
 
     Args:
       problem, w, alpha, batch, outer_batch: The point.
@@ -68,23 +69,26 @@ def confirm_error(
     Returns:
       The error, the number of products, and that of gradients of each outer loss.
 
-    Cost: two solves to 1e-3, two products and an outer gradient per loss, where the
-    error decides.
+    Cost: two solves to 1e-3, at most as long as that of the adjoint or 25 steps each,
+    two products and an outer gradient per loss, where the error decides.
     """
     loss = problem.inner_loss
     largest_error = jnp.maximum(error.inner_error, error.adjoint_error)
+    # A confirmation costs at most two solves as long as the one for the adjoint.
+    num_products = jnp.max(result.linear_stats["num_products"])
+    max_steps = jnp.maximum(num_products, MIN_MAX_STEPS)
     is_decisive = (error.relative_change > NEGLIGIBLE_PART * rtol) & (
         (largest_error <= rtol) & ~error.negative_curvature
     )
 
     def take_step(w, inner_grad):
         new_w, stats = newton_step(
-            loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
+            loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL, max_steps
         )
         return within_rounding(new_w), stats
 
     differentiate = lambda w, adjoint: corrected_hypergradient(
-        problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL
+        problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL, max_steps
     )
 
     def confirm(_):

@@ -174,6 +174,7 @@ def corrected_hypergradient(
     scaling: Scaling,
     adjoint: PyTree,
     rtol: float,
+    max_steps: Array | int | None = None,
 ) -> ImplicitResult:
     """Returns ``dM/dalpha - J' (v + e)`` with ``H e = dM/dw - H v``, by `scaled_cg`.
 
@@ -182,6 +183,7 @@ def corrected_hypergradient(
       adjoint: ``v``, structured like `zero_adjoint`.
       rtol: Residual of the solve relative to its own right-hand side, which resolves
         slow directions that the solve for ``v`` left.
+      max_steps: As for `scaled_cg`.
 
     Cost: one product in addition to those of the solve, if ``v`` is not zero.
     """
@@ -194,7 +196,13 @@ def corrected_hypergradient(
         eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
         noise = 4 * eps * norm_ratio(scaling.multiply(b), scaling.multiply(r))
         min_rtol = jnp.fmin(noise, 1.0)  # r may be zero
-        solution = scaled_cg(matvec, r, scaling, rtol=jnp.maximum(rtol, min_rtol))
+        solution = scaled_cg(
+            matvec,
+            r,
+            scaling,
+            rtol=jnp.maximum(rtol, min_rtol),
+            max_steps=max_steps,
+        )
         linear_stats = solution.linear_stats
         linear_stats["num_products"] += jnp.where(has_no_v, 0, 1)
         return optax.tree.add(v, solution.v), linear_stats, None
@@ -298,10 +306,11 @@ def newton_step(
     inner_grad: PyTree,
     scaling: Scaling,
     rtol: Array | float,
+    max_steps: Array | int | None = None,
 ) -> tuple[PyTree, LinearStats]:
     """Returns ``w - d`` with ``H d = dL/dw``, and the statistics of `scaled_cg`."""
     matvec = lambda v: hvp(loss, w, alpha, batch, v)
-    solution = scaled_cg(matvec, inner_grad, scaling, rtol=rtol)
+    solution = scaled_cg(matvec, inner_grad, scaling, rtol=rtol, max_steps=max_steps)
     return add_scale(w, -1, solution.v), solution.linear_stats
 
 
