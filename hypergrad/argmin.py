@@ -50,40 +50,34 @@ def argmin(
 
         dw* = -H^-1 d(dL/dw)    with    H = d2L/dw2,
 
-    a rule for forward mode whose linear solve can be transposed. `jax.grad`, `jacfwd`,
-    `jacrev`, `hessian`, `vmap` and `jit` work to any order, and one argmin nests in
-    another. The solver itself is never differentiated.
+    a rule for forward mode whose linear solve can be transposed. All derivatives of
+    JAX, `vmap` and `jit` work to any order, and one argmin nests in another. The solver
+    itself is never differentiated.
 
     Args:
-      inner_loss: ``(w, alpha, batch) -> scalar``. Traced values that it closes over are
-        differentiated too.
+      inner_loss: ``(w, alpha, batch) -> scalar``; what it closes over may be traced.
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
         only at a stationary point, be it a saddle; elsewhere the derivative is NaN. A
         minimum with a singular ``H`` has a derivative if the system has a solution.
-        The tolerance is ``eps^0.4`` of the dtype, 5e-7 in float64 and 2e-3 in float32,
-        for ``dL/dw`` and for the Newton step ``H^-1 dL/dw`` relative to ``|w| + |w -
-        w0|``. The relative error of the derivative is the remaining distance times a
-        factor that depends on third derivatives and on the condition number of ``H``.
+        The tolerance is ``eps^0.4`` of the dtype, for ``dL/dw`` and for the Newton step
+        ``H^-1 dL/dw`` relative to ``|w| + |w - w0|``. The error of the derivative is
+        the remaining distance times a factor of third derivatives.
       linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
         minimum and for which the units of ``w`` do not matter. Where the solver does
         not reach its tolerance, the derivative is NaN.
 
     Returns:
       A function of ``w0``, ``alpha``, an optional ``batch`` and an optional PRNG key.
-      Its derivative with respect to ``w0`` is zero, because the minimum does not depend
-      on where the solver starts.
+      Its derivative by ``w0`` is zero, because the minimum does not depend on it.
 
     Raises:
       TypeError, ValueError: An argument is invalid, or a derivative of ``inner_loss``
-        that is needed is lost in `jax.lax.stop_gradient`, a rounding or a comparison;
-        raised before anything is compiled.
+        that is needed is lost, as in a comparison; raised before compilation.
 
     Cost:
-      One linear solve per derivative. The check that the solver has converged takes a
-      gradient, nine Hessian-vector products, at most eight cross products where an
-      entry of ``w`` is about zero, and another linear solve, with at most eight
-      products for its scaling. Outside of `jax.jit` every call compiles its programs
-      again.
+      One linear solve per derivative. The check that the solver has converged takes
+      another one, a gradient, and at most 17 Hessian-vector and eight cross products.
+      Outside of `jax.jit` every call compiles its programs again.
 
     Source: Blondel et al. 2022 (arXiv 2105.15183), equation 3.
 

@@ -305,12 +305,8 @@ def compute_certificate(
 ) -> Certificate:
     """Returns the certificate of `certify`, inside a compiled program.
 
-    Args:
-      problem, w, alpha, hypergradient, num_newton_steps, rtol, strong_convexity: As for
-        `certify`.
-      data: The data on which the hypergradient was evaluated.
-      adjoint: Where the first adjoint solve starts. Defaults to zero.
-      init_s: The ``s`` of a similar Hessian; see `equilibrate`.
+    ``data`` is that of the hypergradient. The first adjoint solve starts from
+    ``adjoint``, or from zero; ``init_s`` is of a similar Hessian, see `equilibrate`.
     """
     batch, outer_batch = data.inner_batch(), data.outer_batch()
     loss = problem.inner_loss

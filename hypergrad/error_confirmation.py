@@ -60,17 +60,15 @@ def confirm_error(
     increases ``||S dL/dw||`` beyond rounding. Any other error stays as it is.
 
     Args:
-      problem, w, alpha, batch, outer_batch: The point.
-      scaling: Diagonal scaling ``S`` of ``H``.
-      result: Implicit differentiation at the point.
-      error: The error as `estimate_error` returns it.
+      problem, w, alpha, batch, outer_batch, scaling: As for `scaled_hypergradient`.
+      result: Implicit differentiation at this point.
+      error: Its error as `estimate_error` returns it.
       rtol: Relative error up to which the hypergradient is trusted.
 
     Returns:
       The error, the number of products, and that of gradients of each outer loss.
 
-    Cost: two solves to 1e-3, at most as long as that of the adjoint or 25 steps each,
-    two products and an outer gradient per loss, where the error decides.
+    Cost: two solves, two products and an outer gradient per loss where it decides.
     """
     loss = problem.inner_loss
     largest_error = jnp.maximum(error.inner_error, error.adjoint_error)

@@ -181,7 +181,8 @@ def _count_products(
         return stats["num_products"], num_shared
     if isinstance(solver, lx.Normal):  # solves H'H v = H'b
         if isinstance(solver.inner_solver, lx.Cholesky):
-            return dimension, dimension  # H is formed, and H'b computed from it
+            # H is formed once, from lineax 0.1.1 on.
+            return dimension, dimension
         num_pairs, num_shared = _count_products(solver.inner_solver, b, stats)
         return 2 * num_pairs + 1, 2 * num_shared
     if "num_steps" not in stats:

@@ -189,7 +189,15 @@ STATS = {
 
 @pytest.mark.parametrize(
     ("solver", "num_own_products"),
-    [(lx.Cholesky(), 0), (lx.LU(), 1)],
+    [
+        pytest.param(
+            *(lx.Cholesky(), 0),
+            marks=pytest.mark.skipif(
+                lx.__version__ == "0.1.0", reason="it forms both factors too"
+            ),
+        ),
+        (lx.LU(), 1),
+    ],
     ids=["Cholesky", "LU"],
 )
 def test_normal_equations_with_a_dense_solver_count_evaluated_products(
