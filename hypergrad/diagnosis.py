@@ -246,11 +246,14 @@ class RunRecord(NamedTuple):
         """Returns whether a run whose numbers are all finite diverges.
 
         Both norms also grow on the way from a saddle to a minimum, where the loss falls
-        and stays of its size; below all bounds it falls far.
+        until its gradient is small. A loss without a minimum falls far, and a further
+        step as long as ``w`` would still change it by a part of its value.
         """
         init_value, final_value = self.value[0], self.value[-1]
-        has_left = abs(final_value) > GROWTH * max(abs(init_value), 1.0)
-        return self.has_grown(-1) and bool(final_value > init_value or has_left)
+        has_fallen_far = abs(final_value) > GROWTH * abs(init_value)
+        next_change = self.w_norm[-1] * self.grad_norm[-1]
+        is_falling = has_fallen_far and GROWTH * next_change > abs(final_value)
+        return self.has_grown(-1) and bool(final_value > init_value or is_falling)
 
     def has_grown(self, num_steps: int) -> bool:
         """Returns whether both norms have grown by a large factor after some steps."""

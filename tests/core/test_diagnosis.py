@@ -212,10 +212,15 @@ def test_a_solver_without_steps_that_diverges_is_named():
     assert "LBFGS.solve" in only
 
 
-def test_the_way_from_a_saddle_to_a_minimum_is_no_divergence():
+@pytest.mark.parametrize("offset", [1.0, 0.0], ids=["positive", "zero at the saddle"])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_way_from_a_saddle_to_a_minimum_is_no_divergence(unit, offset):
     """Both ``w`` and its gradient are larger at the end, and the loss is lower."""
-    wells = lambda w, alpha, batch: 100 * jnp.sum((w**2 - 1) ** 2) + 1e-6 * jnp.sum(w)
-    inner = lambda w, alpha, batch: wells(w, alpha, batch) + jnp.sum(alpha * w**2)
+    wells = lambda w, alpha, batch: (
+        unit * (100 * jnp.sum(w**4 - 2 * w**2 + offset) + 1e-6 * jnp.sum(w))
+    )
+    penalty = lambda w, alpha: unit * jnp.sum(alpha * w**2)
+    inner = lambda w, alpha, batch: wells(w, alpha, batch) + penalty(w, alpha)
     problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(w**2))
     estimator = hg.Implicit(hg.LBFGS())
     arguments = jnp.zeros(2), jnp.full(2, 1e-4)
@@ -223,9 +228,13 @@ def test_the_way_from_a_saddle_to_a_minimum_is_no_divergence():
     assert hg.diagnose(problem, estimator, *arguments) == ()
 
 
-def test_steps_below_all_bounds_that_stay_finite_are_named():
-    unbounded = lambda w, alpha, batch: -10 * jnp.sum(jnp.exp(alpha) * (w**2 + w))
-    (only,) = diagnose(unbounded, estimator=hg.Implicit(SOLVER))
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_steps_below_all_bounds_that_stay_finite_are_named(unit):
+    solver = hg.Descent(optax.sgd(0.1 / unit), 50)
+    unbounded = lambda w, alpha, batch: (
+        -10 * unit * jnp.sum(jnp.exp(alpha) * (w**2 + w))
+    )
+    (only,) = diagnose(unbounded, estimator=hg.Implicit(solver))
     assert "diverges" in only
 
 
