@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from ..runtime.compat import NORMAL_CHOLESKY_FORMS_H_ONCE
 from ..trees import (
     add_scale,
     cast_like,
@@ -180,8 +181,8 @@ def _count_products(
     if "num_products" in stats:
         return stats["num_products"], num_shared
     if isinstance(solver, lx.Normal):  # solves H'H v = H'b
-        if isinstance(solver.inner_solver, lx.Cholesky):
-            # H is formed once, from lineax 0.1.1 on.
+        is_cholesky = isinstance(solver.inner_solver, lx.Cholesky)
+        if is_cholesky and NORMAL_CHOLESKY_FORMS_H_ONCE:
             return dimension, dimension
         num_pairs, num_shared = _count_products(solver.inner_solver, b, stats)
         return 2 * num_pairs + 1, 2 * num_shared

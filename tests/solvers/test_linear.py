@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad.linear.base import relative_residual, solve_linear
+from hypergrad.runtime.compat import NORMAL_CHOLESKY_FORMS_H_ONCE
 from hypergrad.trees import divide, hash_normal, power_of_two_scale
 from tests.solvers.systems import (
     BALANCED,
@@ -189,15 +190,7 @@ STATS = {
 
 @pytest.mark.parametrize(
     ("solver", "num_own_products"),
-    [
-        pytest.param(
-            *(lx.Cholesky(), 0),
-            marks=pytest.mark.skipif(
-                lx.__version__ == "0.1.0", reason="it forms both factors too"
-            ),
-        ),
-        (lx.LU(), 1),
-    ],
+    [(lx.Cholesky(), int(not NORMAL_CHOLESKY_FORMS_H_ONCE)), (lx.LU(), 1)],
     ids=["Cholesky", "LU"],
 )
 def test_normal_equations_with_a_dense_solver_count_evaluated_products(
