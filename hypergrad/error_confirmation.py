@@ -7,7 +7,6 @@ not negligible, both systems are therefore solved as by `hypergrad.certify`.
 """
 
 import functools
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
@@ -21,14 +20,12 @@ from .implicit_diff import (
     max_relative_error,
     newton_step,
 )
+from .implicit_error import HypergradientError
 from .linear.equilibration import Scaling
 from .minimum_checks import within_rounding
 from .newton_correction import check_correction, correct_by_newton
+from .problem import Bilevel
 from .trees import apply_unless
-
-if TYPE_CHECKING:
-    from .implicit_error import HypergradientError
-    from .problem import Bilevel
 
 #: Part of the tolerance below which ``relative_change`` needs no confirmation. On
 #: random quadratics of 60 to 200 parameters no error was a hundred times as large.
@@ -38,16 +35,16 @@ MIN_MAX_STEPS = 25  # that both solves may take, however short that of the adjoi
 
 
 def confirm_error(
-    problem: "Bilevel",
+    problem: Bilevel,
     w: PyTree,
     alpha: PyTree,
     batch: PyTree,
     outer_batch: PyTree,
     scaling: Scaling,
     result: ImplicitResult,
-    error: "HypergradientError",
+    error: HypergradientError,
     rtol: Scalar | float,
-) -> tuple["HypergradientError", Array, Array]:
+) -> tuple[HypergradientError, Array, Array]:
     """Returns the error that a Newton step confirms, and the cost of the step.
 
     If all errors are at most ``rtol``, and the change of ``h`` from ``w`` to ``w+`` is

@@ -23,7 +23,7 @@ from .trees import (
 )
 
 NUM_SCALE_PROBES = 8
-ROUNDING_SEED = 7
+ROUNDING_SEED = 7  # of the signs of `within_rounding`
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
 

@@ -175,8 +175,9 @@ def profile(
 def _without_error_estimate(estimator: Any) -> Any:
     """Returns the estimator without its error estimate, or None if it has none."""
     if (inside := getattr(estimator, "estimator", None)) is not None:  # of an `Average`
-        cheaper = _without_error_estimate(inside)
-        return cheaper and dataclasses.replace(estimator, estimator=cheaper)
+        if (cheaper := _without_error_estimate(inside)) is None:
+            return None
+        return dataclasses.replace(estimator, estimator=cheaper)
     is_adaptive = getattr(estimator, "rtol", None) is not None
     names = [x for x in ("estimate_error", "certify") if getattr(estimator, x, False)]
     if is_adaptive or not names:

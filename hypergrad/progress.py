@@ -14,7 +14,6 @@ from .runtime.progress_bar import progress_bar
 #: ``(num_done, value)``, or True for a bar; False and None stand for neither.
 Progress = Callable[[int, Any], None] | bool
 
-
 MAX_SECONDS_LEFT = 365 * 24 * 3600.0  # beyond which no time left is shown
 
 

@@ -183,9 +183,6 @@ def _as_float_arrays(
     return tree
 
 
-# Objects.
-
-
 def to_arrays(data: PyTree) -> PyTree:
     """Converts each leaf to an array; a leaf must be numeric and not empty."""
 
@@ -196,7 +193,7 @@ def to_arrays(data: PyTree) -> PyTree:
         except (TypeError, ValueError, OverflowError) as error:
             raise TypeError(
                 f"{name} must be a numeric array; got {type(leaf).__name__} "
-                f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy(leaf)}."
+                f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy_for_data(leaf)}."
             ) from error
         if array.size == 0:
             raise ValueError(
@@ -223,7 +220,7 @@ def _check_integers_fit(name: str, leaf: Any, dtype: np.dtype) -> None:
             )
 
 
-def _remedy(leaf: Any) -> str:
+def _remedy_for_data(leaf: Any) -> str:
     """Returns what to do with a leaf that is no numeric array."""
     if hasattr(leaf, "toarray"):  # scipy.sparse
         return "Pass its toarray()"
@@ -234,6 +231,9 @@ def _remedy(leaf: Any) -> str:
             "'A data loader' on the page on models"
         )
     return "Encode text and categories as integers"
+
+
+# Objects.
 
 
 def check_no_class(name: str, value: Any) -> None:

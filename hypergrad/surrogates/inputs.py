@@ -241,15 +241,17 @@ def _valid_values(
     array: Array,
     where: ArrayLike | None,
     is_valid: Callable[[Any], Any],
-    requirement: str,
-    remedy: str = " Mask other examples out by where.",
+    *texts: str,
 ) -> Bool[Array, "..."]:
     """Returns False for traced values that are not valid, after a check of the others.
+
+    Args:
+      name, array, where, is_valid, *texts: As for `_check_values`.
 
     Raises:
       ValueError: A concrete value that counts is not valid.
     """
-    _check_values(name, array, where, is_valid, requirement, remedy)
+    _check_values(name, array, where, is_valid, *texts)
     # Values that were checked need no operation in the compiled program.
     is_checked = not (isinstance(array, Tracer) or isinstance(where, Tracer))
     return jnp.ones(array.shape, bool) if is_checked else is_valid(array)
