@@ -306,7 +306,7 @@ def check_steps_use_alpha(
       problem, w, alpha: As in `check_alpha_has_gradient`.
       advice: Continues the message for a leaf that neither losses nor steps use.
     """
-    check_on_shapes(_check_state_without_alpha, solver, problem, w, alpha)
+    check_state_without_alpha(solver, problem, w, alpha)
     inner_data, _ = problem.sample_data(jax.random.key(0))
     init, step = _calls_without_alpha_in_loss(solver, problem, alpha, inner_data)
     carry = jax.eval_shape(init, w, alpha)
@@ -314,10 +314,16 @@ def check_steps_use_alpha(
     check_alpha_has_gradient(problem, w, alpha, is_used, advice)
 
 
+def check_state_without_alpha(
+    solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
+) -> None:
+    """Raises ValueError for leaves of ``alpha`` that steps read from the state only."""
+    check_on_shapes(_check_state_without_alpha, solver, problem, w, alpha)
+
+
 def _check_state_without_alpha(
     solver: Any, problem: Bilevel, w: PyTree, alpha: PyTree
 ) -> None:
-    """Raises ValueError for leaves of ``alpha`` on which a constant state depends."""
     inner_data, _ = problem.sample_data(jax.random.key(0))
     init, step = _calls_without_alpha_in_loss(solver, problem, alpha, inner_data)
     init_leaves = lambda alpha: jax.tree.leaves(init(w, alpha)[1])
@@ -342,9 +348,10 @@ def _check_state_without_alpha(
         names = names_without_gradient(alpha, [not stored for stored in is_stored])
         raise ValueError(
             f"solver must use {names} in each step; got {type(solver).__name__}, whose "
-            "init stores it in the state, which is a constant of this estimator. Build "
-            "the transformation from alpha without optax.inject_hyperparams, as in "
-            "hg.Descent(lambda alpha: optax.sgd(alpha), num_steps)."
+            "init stores it in the state, so that its steps do not depend on a later "
+            "alpha. Build the transformation from alpha without "
+            "optax.inject_hyperparams, as in hg.Descent(lambda alpha: "
+            "optax.sgd(alpha), num_steps)."
         )
 
 

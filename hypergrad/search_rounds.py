@@ -120,9 +120,8 @@ def _add_round(
 def _best_member(new_round: Round) -> BestMember:
     """Returns the best member of a round; its value is infinite if it failed."""
     members, records = new_round
-    score = records.score
-    index = rank_by_value(score)[0]
-    member, value = members.take(index), score[index]
+    index = rank_by_value(records.value)[0]
+    member, value = members.take(index), records.value[index]
     value = jnp.where(jnp.isfinite(value), value, jnp.inf)
     num_steps = records.metrics["steps"][index]
     return BestMember(num_steps, value, member.carry[0], member.alpha)

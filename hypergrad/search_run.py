@@ -108,7 +108,7 @@ class BestTrial(NamedTuple):
     """The best trial so far; ``w`` is None if an earlier search recorded the trial."""
 
     trial: Trial
-    score: np.ndarray
+    value: np.ndarray
     w: PyTree
 
 
@@ -169,23 +169,22 @@ class SearchState:
         return batch
 
     def tell(self, trial: Trial, record: TrialRecord, w: PyTree = None) -> None:
-        """Adds a trial to the records and tells the searcher its score."""
+        """Adds a trial to the records and tells the searcher its value."""
         record = jax.tree.map(np.asarray, record)
-        score = record.score
         self.searcher_state = self.searcher.tell(
-            self.searcher_state, trial.alpha, score
+            self.searcher_state, trial.alpha, record.value
         )
-        score = np.asarray(score)
-        if self.best is None or _is_better(score, self.best.score):
-            self.best = BestTrial(trial, score, w)
+        value = np.asarray(record.value)
+        if self.best is None or _is_better(value, self.best.value):
+            self.best = BestTrial(trial, value, w)
         self.records.append(record)
         self.last_cost = float(record.stats["gradient_equivalents"])
         self.total_cost += self.last_cost
 
     def best_value(self) -> float | np.ndarray:
-        """Returns the score of the best trial: a float, or an array ``[K]``."""
+        """Returns the value of the best trial: a float, or an array ``[K]``."""
         assert self.best is not None
-        return self.best.score if self.best.score.ndim else self.best.score.item()
+        return self.best.value if self.best.value.ndim else self.best.value.item()
 
     def make_trace(self, setup: TrialSetup, *, is_reproducible: bool) -> Trace:
         """Returns the trace; runs the best trial again if its ``w`` is not known.
@@ -196,18 +195,21 @@ class SearchState:
             value to the bit. If it has another one, a warning is issued.
         """
         assert self.best is not None
-        (number, alpha, key), score, w = self.best
+        (number, alpha, key), value, w = self.best
         if w is None:
             w, record = run_trial(setup, alpha, key)
-            if is_reproducible and not _are_equal(record.score, score):
+            if is_reproducible and not _are_equal(record.value, value):
                 warn_user(
-                    f"the best trial, {number}, has the recorded value {score} but "
-                    f"{record.score} when it runs again here. The returned w has the "
+                    f"the best trial, {number}, has the recorded value {value} but "
+                    f"{record.value} when it runs again here. The returned w has the "
                     "latter value. Its record was changed, or made on another machine, "
                     "or the losses do not repeat their values."
                 )
-        columns = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.records)
-        status = 0 if np.isfinite(score).all() else FAILED
+        # JAX would compile a program for each number of trials.
+        columns = jax.tree.map(
+            lambda *leaves: jnp.asarray(np.stack(leaves)), *self.records
+        )
+        status = 0 if np.isfinite(value).all() else FAILED
         return Trace(
             alpha=alpha,
             w=setup.restore_w(w),
@@ -218,15 +220,15 @@ class SearchState:
         )
 
 
-def _is_better(score: np.ndarray, best_score: np.ndarray) -> bool:
-    """Compares two scores, with K outer losses by the first in which they differ.
+def _is_better(value: np.ndarray, best_value: np.ndarray) -> bool:
+    """Compares two values, with K outer losses by the first in which they differ.
 
-    A trial whose score is not finite has failed and is worse than any other.
+    A trial whose value is not finite has failed and is worse than any other.
     """
-    if not np.isfinite(score).all():
+    if not np.isfinite(value).all():
         return False
-    is_lower = np.ravel(score).tolist() < np.ravel(best_score).tolist()
-    return is_lower or not np.isfinite(best_score).all()
+    is_lower = np.ravel(value).tolist() < np.ravel(best_value).tolist()
+    return is_lower or not np.isfinite(best_value).all()
 
 
 def _are_equal(x: Array, y: np.ndarray) -> bool:

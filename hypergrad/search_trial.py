@@ -46,7 +46,8 @@ class TrialRecord(NamedTuple):
     """The record of a trial; with several trials each leaf has a leading axis.
 
     Attributes:
-      value: Outer value, or ``[K]`` for K outer losses; see `score`.
+      value: Outer value, or ``[K]`` for K outer losses, by which trials are compared.
+        NaN if it, or ``w``, is not finite.
       stats: Statistics of an estimate, as in `hypergrad.Estimate`.
       flags: ``{name: bool}``, True if a check failed: ``not_finite``, which makes the
         trial untrusted, and ``not_converged``, which does not, of a solver that reports
@@ -58,14 +59,6 @@ class TrialRecord(NamedTuple):
     stats: dict[str, Array]
     flags: dict[str, Array]
     metrics: dict[str, Array]
-
-    @property
-    def score(self) -> Array:
-        """Value by which trials are compared: NaN if it, or ``w``, is not finite."""
-        trusted = self.stats["trusted"]
-        num_new_axes = self.value.ndim - trusted.ndim  # one for K outer losses
-        trusted = trusted.reshape(trusted.shape + (1,) * num_new_axes)
-        return jnp.where(trusted, self.value, jnp.nan)
 
 
 @eqx.filter_jit
@@ -125,15 +118,17 @@ def make_record(
     w = setup.restore_w(parameters)
     batch = full_batch(outer_data, outer_key)
     value = setup.problem.outer_value(parameters, alpha, batch)
+    is_finite = all_finite(value, parameters)
     costs = cost_stats(inner_data, outer_data, num_outer_values=value.size, **counts)
-    flags = {"not_finite": ~all_finite(value, parameters)}
+    flags = {"not_finite": ~is_finite}
     stats = make_stats(num_inner_steps=num_inner_steps, **costs)
     metrics = {
         name: jnp.asarray(metric(w, alpha, metric_key), dtype=float)
         for name, metric in setup.metrics.items()
     }
-    stats["trusted"] = ~flags["not_finite"]
-    return TrialRecord(value, stats, flags, metrics)
+    stats["trusted"] = is_finite
+    # The outer loss may leave out what is not finite in w.
+    return TrialRecord(jnp.where(is_finite, value, jnp.nan), stats, flags, metrics)
 
 
 # Batches of trials.

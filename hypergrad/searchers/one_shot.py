@@ -7,6 +7,7 @@ from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..batches import at_draw
+from ..problem_checks import check_state_without_alpha
 from ..search_trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
@@ -49,6 +50,10 @@ class OneShot(PopulationSearcher):
 
     Args:
       eval_batch_size: Number of samples that are evaluated side by side, static.
+
+    Raises:
+      ValueError: The initial state of the optimizer holds a leaf of ``alpha``, as with
+        ``optax.inject_hyperparams``, so that all steps would have that of one sample.
 
     Budget: the training and four samples per choice, to find the best of 12 (see
       `hypergrad.searchers`).
@@ -97,6 +102,8 @@ class OneShot(PopulationSearcher):
         alpha_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         rung = self.rung(trainer.num_steps, index)
         if previous is None:
+            setup, alpha = trainer.setup, spaces.sample(trainer.space, alpha_key)
+            check_state_without_alpha(setup.solver, setup.problem, setup.w, alpha)
             carry = _train_supernet(trainer, train_key)
         else:
             carry = previous.members.shared_carry

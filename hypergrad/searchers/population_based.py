@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..jaxpr import unused_leaves
+from ..problem_checks import check_state_without_alpha
 from ..spaces.pytree import flatten_space
 from ..validation import check_positive_int, float_converter
 from .populations import (
@@ -50,8 +52,9 @@ class PopulationBasedTraining(PopulationSearcher):
       perturbation: Change of ``u``.
 
     Raises:
-      ValueError: The space has an `Integer` or a `Choice`; raised before the first
-        round.
+      ValueError: The space has an `Integer` or a `Choice`, or ``alpha`` has a leaf that
+        only ``init_fn`` or the initial state of the optimizer uses, as with
+        ``optax.inject_hyperparams``; raised before the first round.
 
     Budget: 200 gradient-equivalents for a value within 0.01, with 16 members and rounds
       of 5 steps (see `hypergrad.searchers`).
@@ -105,9 +108,10 @@ class PopulationBasedTraining(PopulationSearcher):
         if previous is None:
             _check_is_continuous(trainer.space)
             members = trainer.init_members(rung.num_members, key)
+            _check_members_use_alpha(trainer, members)
             return members, {"parent": jnp.arange(rung.num_members)}
         members, parents = self.replace_worst(
-            trainer.space, previous.members, previous.records.score, key
+            trainer.space, previous.members, previous.records.value, key
         )
         return members, {"parent": parents}
 
@@ -145,6 +149,25 @@ class PopulationBasedTraining(PopulationSearcher):
         sign, _ = jax.flatten_util.ravel_pytree(_mix_signs(space, unravel(sign)))
         u = unravel(u + jnp.asarray(self.perturbation, u.dtype) * sign)
         return spaces.forward(space, spaces.project(space, u))
+
+
+def _check_members_use_alpha(trainer: Trainer, members: Members) -> None:
+    """Raises ValueError for a leaf of ``alpha`` whose changes members do not see."""
+    setup, alpha = trainer.setup, jax.tree.map(lambda x: x[0], members.alpha)
+    check_state_without_alpha(setup.solver, setup.problem, setup.w, alpha)
+
+    def train(alpha):
+        key = jax.random.key(0)
+        members_after, records = trainer.train(Members(members.carry, alpha), 1, key)
+        return members_after.carry, records.value
+
+    if names := unused_leaves(train, members.alpha):
+        raise ValueError(
+            "alpha must be used by the losses or by the solver's steps in "
+            f"PopulationBasedTraining, which changes it between steps; "
+            f"{', '.join(names)} sets only where the training starts. Use "
+            "hg.searchers.SuccessiveHalving(num_candidates) or Hyperband()."
+        )
 
 
 def _mix_signs(space: PyTree, sign: PyTree) -> PyTree:

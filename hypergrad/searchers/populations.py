@@ -275,7 +275,7 @@ class PopulationSearcher(eqx.Module):
         """
         if previous is None or rung.start_step == 0:
             return trainer.init_members(rung.num_members, key), {}
-        best = rank_by_value(previous.records.score)[: rung.num_members]
+        best = rank_by_value(previous.records.value)[: rung.num_members]
         return previous.members.take(best), {}
 
     def cost(self, trainer: Trainer, index: int) -> float:

@@ -190,7 +190,7 @@ def test_failed_member_is_flagged_and_never_the_best(name, failed):
 
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_member_whose_w_is_not_finite_is_never_the_best(name):
-    """It has the lowest values, because the outer loss does not depend on its NaN."""
+    """Its outer loss, which does not depend on its NaN, would be the lowest."""
     nan_if_low = lambda alpha: jnp.where(alpha < 0.5, jnp.nan, 0.0)
     inner = lambda w, alpha, batch: w[0] + nan_if_low(alpha) * w[1]
     outer = lambda w, alpha, batch: alpha + 0 * w[0]
@@ -201,7 +201,7 @@ def test_member_whose_w_is_not_finite_is_never_the_best(name):
         metrics={"alpha": lambda w, alpha, key: alpha},
     )  # fmt: skip
     alpha, steps = trace.metrics["alpha"], trace.metrics["steps"]
-    np.testing.assert_array_equal(trace.value, alpha)  # also of untrusted members
+    np.testing.assert_array_equal(trace.value, np.where(alpha < 0.5, np.nan, alpha))
     trusted = trace.stats["trusted"]
     np.testing.assert_array_equal(trusted, alpha >= 0.5)
     assert trusted[:4].sum() == 2
@@ -441,3 +441,54 @@ def test_eight_devices_train_what_one_does():
         return np.array(values, float)
 
     np.testing.assert_allclose(run(8), run(1), rtol=1e-12)
+
+
+# An alpha that members do not read anew in each step.
+
+
+def stored_rate(alpha):
+    """Returns an optimizer whose state holds the learning rate."""
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=alpha["rate"])
+
+
+def plain_rate(alpha):
+    """Returns an optimizer that has the learning rate in each step."""
+    return optax.sgd(alpha["rate"])
+
+
+def search_rates(searcher, optimizer, **problem_options):
+    """Returns the search of the learning rate of a quadratic."""
+    loss = lambda w, alpha, batch: 0.5 * (w - 1) ** 2
+    problem = hg.Bilevel(loss, loss, **problem_options)
+    space = {"rate": hg.spaces.Interval(0.01, 0.5)}
+    return hg.search(
+        problem, hg.Descent(optimizer, 3), searcher, 0.0, space=space, budget=50
+    )
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [PopulationBasedTraining(4), hg.searchers.OneShot(4)],
+    ids=["pbt", "one-shot"],
+)
+def test_a_rate_in_the_state_of_the_optimizer_is_refused(searcher):
+    """A changed ``alpha`` would be recorded, and the old one used."""
+    assert np.isfinite(search_rates(searcher, plain_rate).value).all()
+    with pytest.raises(ValueError, match=r"alpha\['rate'\] in each step"):
+        search_rates(searcher, stored_rate)
+
+
+def test_members_that_never_change_alpha_may_store_it():
+    stored, plain = (
+        search_rates(SuccessiveHalving(4), optimizer)
+        for optimizer in (stored_rate, plain_rate)
+    )
+    chex.assert_trees_all_close(stored.value, plain.value)
+
+
+def test_an_alpha_that_only_sets_the_starting_point_is_refused_by_pbt():
+    init_fn = lambda w, alpha: w + alpha["rate"]
+    with pytest.raises(ValueError, match=r"alpha\['rate'\] sets only where"):
+        search_rates(
+            PopulationBasedTraining(4), lambda alpha: optax.sgd(0.1), init_fn=init_fn
+        )
