@@ -15,11 +15,10 @@ class NSGA2(eqx.Module):
     """Breeds each generation from non-dominated parents that are far apart.
 
     The first ``population_size`` trials are random. The parents of each later
-    generation
-    are the best ``population_size`` of all earlier parents and children: ordered by the
-    number of fronts that dominate theirs, then by their distance to neighbours on the
-    front. A child takes each coordinate from one of two parents, and sometimes a random
-    one.
+    generation are the best ``population_size`` of all earlier parents and children:
+    ordered by the number of fronts that dominate theirs, then by their distance to
+    neighbours on the front. A child takes each coordinate from one of two parents, and
+    sometimes a random one.
 
     NSGA-II is for several outer losses and compares trials by dominance only. For a
     single loss it is a genetic algorithm. Everything is left to optuna's

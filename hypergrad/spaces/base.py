@@ -1,11 +1,13 @@
 """The interface of a space, and helpers that the spaces of this package share."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from ..trees import PrettyModule
@@ -116,6 +118,11 @@ class BoundedSpace(PrettyModule):
         shape = self.shape if shape is None else shape
         dtype = dtype or jnp.result_type(float)
         return self.from_unit(jax.random.uniform(key, shape, dtype))
+
+
+def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns a shape as a tuple; a single integer is the length of a vector."""
+    return (int(shape),) if isinstance(shape, int | np.integer) else tuple(shape)
 
 
 def identity(self: Any, x: Any) -> Any:

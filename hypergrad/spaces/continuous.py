@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
-from .base import BoundedSpace, as_float, identity, raise_unbounded
+from .base import BoundedSpace, as_float, as_shape, identity, raise_unbounded
 
 
 class Real(eqx.Module):
@@ -99,7 +99,9 @@ class Interval(BoundedSpace):
     low: ArrayLike
     high: ArrayLike
     log: bool = eqx.field(static=True, default=False)
-    shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
+    shape: tuple[int, ...] = eqx.field(
+        static=True, default=(), kw_only=True, converter=as_shape
+    )
 
     requirement = "strictly between low and high"
     project = identity
@@ -205,7 +207,9 @@ class Simplex(BoundedSpace):
     [0.25, 0.25, 0.25, 0.25]
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
+    shape: tuple[int, ...] = eqx.field(
+        static=True, default=(), kw_only=True, converter=as_shape
+    )
 
     requirement = "above 0 with sum 1 over the last axis"
     project = identity
@@ -293,7 +297,9 @@ class Box(BoundedSpace):
 
     low: ArrayLike
     high: ArrayLike
-    shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
+    shape: tuple[int, ...] = eqx.field(
+        static=True, default=(), kw_only=True, converter=as_shape
+    )
 
     requirement = "finite and from low to high"
     forward = inverse = identity

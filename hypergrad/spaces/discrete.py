@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
-from .base import BoundedSpace
+from .base import BoundedSpace, as_shape
 
 
 def _raise_not_differentiable(self: Any, x: Any) -> NoReturn:
@@ -44,7 +44,9 @@ class Integer(BoundedSpace):
 
     low: int = eqx.field(static=True)
     high: int = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
+    shape: tuple[int, ...] = eqx.field(
+        static=True, default=(), kw_only=True, converter=as_shape
+    )
 
     requirement = "an integer from low to high"
     ordered = True
@@ -119,7 +121,9 @@ class Choice(BoundedSpace):
     """
 
     values: tuple[float, ...] = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True, default=(), kw_only=True)
+    shape: tuple[int, ...] = eqx.field(
+        static=True, default=(), kw_only=True, converter=as_shape
+    )
 
     requirement = "one of its values"
     ordered = False
@@ -143,7 +147,7 @@ class Choice(BoundedSpace):
                 f"values must be at least two different numbers; got {numbers}."
             )
         self.values = tuple(numbers)
-        self.shape = shape
+        self.shape = as_shape(shape)
 
     def contains(self, alpha: ArrayLike) -> Array:
         """Returns True for numbers equal to a value, rounded to the dtype."""
@@ -157,7 +161,7 @@ class Choice(BoundedSpace):
     ) -> Array:
         """Returns uniform samples."""
         shape = self.shape if shape is None else shape
-        return jax.random.choice(key, jnp.asarray(self.values, dtype), shape)
+        return jax.random.choice(key, self._as_array(dtype), shape)
 
     @property
     def num_values(self) -> int:
@@ -166,13 +170,28 @@ class Choice(BoundedSpace):
 
     def from_unit(self, t: ArrayLike) -> Array:
         """Returns the value of index ``floor(t n)``: n cells divide [0, 1]."""
-        return jnp.asarray(self.values)[_cell_index(t, self.num_values)]
+        return self._as_array()[_cell_index(t, self.num_values)]
 
     def to_unit(self, alpha: Array) -> Array:
-        """Returns the center of the cell of the nearest value."""
-        alpha = jnp.asarray(alpha, dtype=float)  # booleans have no difference
-        distances = [jnp.abs(alpha - value) for value in self.values]
-        return (jnp.argmin(jnp.stack(distances), axis=0) + 0.5) / self.num_values
+        """Returns the center of the cell of the value, or else of the nearest one."""
+        alpha = jnp.asarray(alpha)
+        is_value = jnp.stack([alpha == value for value in self.values])
+        numbers = alpha.astype(float)  # booleans have no difference
+        distances = jnp.stack([jnp.abs(numbers - value) for value in self.values])
+        # Integers above 2^24 are equal as floats.
+        distances = jnp.where(is_value, -1.0, distances)
+        return (jnp.argmin(distances, axis=0) + 0.5) / self.num_values
+
+    def _as_array(self, dtype: Any = None) -> Array:
+        """Returns the values; raises ValueError if they need more than 32 bits."""
+        try:
+            return jnp.asarray(self.values, dtype)
+        except OverflowError as error:
+            raise ValueError(
+                f"values must be integers of 32 bits; got {self}. Let alpha be an "
+                "exponent or an index, as in 2**alpha or table[alpha], or call "
+                "jax.config.update('jax_enable_x64', True)."
+            ) from error
 
 
 def _cell_index(t: ArrayLike, num_values: int) -> Int[Array, "..."]:

@@ -107,9 +107,12 @@ def to_unit(space: PyTree, alpha: PyTree) -> Float[Array, " num_axes"]:
 def _spaces_with_cube(space: PyTree) -> list[Any]:
     """Returns the spaces of the leaves; raises TypeError for one without a cube.
 
-    The ``unit_shape`` of an unbounded space raises ValueError.
+    A space without leaves raises ValueError, and so does the ``unit_shape`` of an
+    unbounded one.
     """
     leaf_spaces, _ = flatten_space(space)
+    if not leaf_spaces:
+        raise ValueError(f"space must have at least one leaf; got {space!r}.")
     for leaf in leaf_spaces:
         if not hasattr(leaf, "unit_shape"):
             raise TypeError(

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 
 from hypergrad import spaces
-from hypergrad.spaces import Choice, Integer
+from hypergrad.runtime import compat
+from hypergrad.spaces import Box, Choice, Integer, Interval, Simplex
 
 DISCRETE = {
     "integer": (Integer(-2, 5), range(-2, 6)),
@@ -79,3 +80,34 @@ def test_more_values_than_integers_of_32_bits_are_an_error():
     for t, expected in ((0.0, space.low), (1.0, space.high)):
         assert space.from_unit(np.array(t)) == expected
         assert 0 <= space.to_unit(jnp.asarray(expected)) <= 1
+
+
+def test_large_integers_are_told_apart():
+    """As floats of 32 bits the two are equal."""
+    space = Choice([2**24, 2**24 + 1])
+    for t in (0.25, 0.75):
+        assert space.to_unit(space.from_unit(t)) == t
+
+
+def test_choices_of_more_than_32_bits_are_refused():
+    with compat.enable_x64(False):
+        for use in (lambda x: x.from_unit(0.5), lambda x: x.sample(jax.random.key(0))):
+            with pytest.raises(ValueError, match="integers of 32 bits"):
+                use(Choice([1, 2**40]))
+
+
+@pytest.mark.parametrize(
+    "make_space",
+    [
+        lambda shape: Choice(3, shape=shape),
+        lambda shape: Integer(0, 2, shape=shape),
+        lambda shape: Box(0.0, 1.0, shape=shape),
+        lambda shape: Interval(0.0, 1.0, shape=shape),
+        lambda shape: Simplex(shape=shape),
+    ],
+    ids=["choice", "integer", "box", "interval", "simplex"],
+)
+def test_an_integer_is_the_shape_of_a_vector(make_space):
+    space = make_space(3)
+    assert space == make_space((3,))
+    assert space.sample(jax.random.key(0)).shape == space.shape == (3,)
