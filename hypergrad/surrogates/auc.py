@@ -31,8 +31,10 @@ class AUC(Surrogate):
         ``max_fpr``: it is not standardized. Data.
       block_size: Side of the square blocks in which pairs are taken. Static.
 
-    Ties: a tied pair counts half, in `exact` as well. A group of ties that ``max_fpr``
-    cuts counts by the straight line through it, as in scikit-learn.
+    Ties: a tied pair counts half of the share of its negative, also in `exact`, unless
+    ``max_fpr`` cuts its group of ties. Of such a group `exact` counts the area below
+    the straight line through it, as in scikit-learn, which is less than the surrogate
+    counts at any temperature.
     Cost: one sigmoid per pair, two with the gradient. `exact` sorts: O(n log n).
     Memory: O(n + block_size^2).
     Bias: ``sigmoid(-|s_i - s_j| / T)`` per pair. The surrogate falls with the

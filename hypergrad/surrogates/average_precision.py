@@ -185,8 +185,8 @@ class FastAP(RankingSurrogate):
         # Halves, because the difference of two large numbers may be infinite.
         distance, width = high / 2 - scores / 2, high / 2 - low / 2
         position = jnp.clip(last_bin * safe_divide(distance, width), 0, last_bin)
-        # NaN, gradient included, for an empty range.
-        is_empty = jnp.less(*without_derivative((high, low)))
+        # NaN, gradient included, for an empty range, unless no item has a weight.
+        is_empty = jnp.less(*without_derivative((high, low))) & jnp.any(has_weight)
         position = position + jnp.where(is_empty, jnp.nan, 0) * scores
         return jnp.where(has_weight, position, 0)
 

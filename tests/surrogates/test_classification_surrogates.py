@@ -65,6 +65,18 @@ def test_blocks_of_pairs_add_up_to_all_pairs(block_size, key):
     np.testing.assert_allclose(value, (w / (1 + np.exp(-d / 0.3))).sum(), rtol=1e-12)
 
 
+def test_ties_that_the_largest_rate_cuts_count_less_in_the_exact_area():
+    """The rate 1/2 takes the wrong negative and one of the two tied with positives."""
+    scores = jnp.array([3.0, 2.0, 2.0, 2.0, 2.0, 1.0])
+    targets = jnp.array([0, 1, 1, 0, 0, 0])
+    auc = sg.AUC(0.5)
+    # Half of the share 1/4, and a triangle below the line with the slope 1 / (1/2).
+    for temperature in (1e-1, 1e-6):
+        value = auc(scores, targets, temperature=temperature)
+        np.testing.assert_allclose(value, 0.125, rtol=1e-3)
+    np.testing.assert_allclose(auc.exact(scores, targets), 0.0625, rtol=1e-12)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),

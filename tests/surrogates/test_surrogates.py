@@ -427,13 +427,20 @@ def test_a_score_near_the_lowest_number_is_the_lowest(surrogate):
     assert np.all(np.isfinite(jax.grad(value)(scores)))
 
 
-def test_a_ranking_of_weight_zero_is_absent():
-    scores, targets = jnp.array([[2.0, 1.0]] * 2), jnp.array([[1, 0]] * 2)
-    weights = jnp.array([[1.0, 1.0], [0.0, 0.0]])
-    for surrogate in (hg.surrogates.SmoothAP(), hg.surrogates.SoftRankAP()):
-        assert surrogate.exact(scores, targets, weights=weights) == 1.0
-        value = surrogate(scores, targets, weights=weights, temperature=1e-3)
-        assert value == pytest.approx(1.0)
+@cases(*RANKINGS)
+def test_a_ranking_of_weight_zero_is_absent(name, key):
+    """Weights of 0 are a mask, also in the derivatives."""
+    rng = make_rng(key)
+    rows = [sample_smooth(name, rng)[:2] for _ in range(3)]
+    scores, targets = map(np.stack, zip(*rows, strict=True))
+    mask = rng.random(scores.shape) < 0.7
+    mask[1] = False
+    masked = evaluate(name, scores, targets, where=mask)
+    weighted = evaluate(name, scores, targets, weights=mask.astype(float))
+    assert_close(weighted.value, masked.value)
+    assert_close(weighted.exact, masked.exact)
+    assert_close(weighted.gradients[:2], masked.gradients[:2])
+    assert np.all(np.isfinite(weighted.gradients[2]))
 
 
 def test_a_temperature_that_the_scores_round_to_zero_is_refused():
